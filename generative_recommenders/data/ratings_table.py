@@ -1,0 +1,65 @@
+"""Raw ratings: where they lie, how they are read, and the batches of typed columns that reading them yields."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+ROLES = ("user", "item", "rating", "timestamp")
+
+
+@dataclass(frozen=True)
+class ReaderFormat:
+    """How one file of ratings is laid out; for Parquet only ``columns`` counts.
+
+    delimiter: the separator (``::`` and other long ones allowed), or None for runs of spaces and tabs.
+    has_header: whether line 1 names the columns; None looks at line 1 and decides.
+    columns: the role of every column, in file order: ``user``, ``item``, ``rating``, ``timestamp``, or None for a
+        column that is not needed. None in place of the tuple: roles are found by the names in the header
+        (or in the Parquet schema).
+    """
+
+    delimiter: str | None = ","
+    has_header: bool | None = None
+    columns: tuple[str | None, ...] | None = ("user", "item", "rating", "timestamp")
+
+
+@dataclass(frozen=True)
+class RawRatings:
+    """Ratings before preparation, with what is known about them.
+
+    files: delimited text (gzip or not, by content) or Parquet; several are read in order.
+    filter: ``amazon_five``, ``none`` or ``k_core:K``.
+    item_features: column ``item`` (original ids, string) and feature columns: string = categorical, list of
+        strings = categorical list, float or integer = numerical. user_features likewise with ``user``.
+    expected_items, expected_users: counts after preparation; checked when given.
+    source: description that the manifest keeps (JSON-able; checksums).
+    """
+
+    name: str
+    files: list[Path]
+    format: ReaderFormat = field(default_factory=ReaderFormat)
+    filter: str = "none"
+    item_features: pa.Table | None = None
+    user_features: pa.Table | None = None
+    expected_items: int | None = None
+    expected_users: int | None = None
+    source: dict[str, Any] = field(default_factory=dict)
+
+
+def read_batches(raw: RawRatings) -> Iterator[pa.Table]:
+    """Yield the ratings in (file, row) order: ``user``, ``item`` large_string, ``rating`` float32, ``timestamp`` int64."""
+    raise NotImplementedError
+
+
+def sniff_format(path: Path, columns: tuple[str, ...] | None = None) -> ReaderFormat:
+    """The layout of any delimited or Parquet file: its delimiter, whether it has a header, the role of each column.
+
+    columns: names of the header's columns, in the order user, item, rating, timestamp (the last two may be left
+        out), or, for a file without a header, the roles in file order (any other word skips a column).
+    """
+    raise NotImplementedError
