@@ -1,0 +1,61 @@
+"""Metrics of exact ranks as sums and counts: HR@K, NDCG@K and MRR from a histogram of integers.
+
+A histogram is added, not averaged: batches, processes and their order change no digit of a metric.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+CUTOFFS = (1, 10, 50, 100, 200, 500)
+"""The K of HR@K and NDCG@K that are reported by default."""
+
+
+class RankHistogram:
+    """How many targets had each rank, for all targets and for a subset of them (say, those rated 4 and
+    above).
+
+    num_items: V. Ranks are 1..V; V + 1 stands for a miss (`ranks.exact_ranks`) and is no hit at any cutoff.
+
+    Attributes:
+        counts: ``[2, V + 1]`` int64; row 0 all targets, row 1 the subset; column r - 1 is rank r. Processes
+            add theirs up with one sum over this tensor.
+    """
+
+    def __init__(self, num_items: int, device: torch.device | str = "cpu") -> None:
+        self.counts = torch.zeros(2, num_items + 1, dtype=torch.int64, device=device)
+
+    def add(self, ranks: torch.Tensor, subset: torch.Tensor | None = None) -> None:
+        """Count ranks ``[n]`` int64 in 1..V + 1; subset: ``[n]`` bool, True for targets that also count in
+        row 1.
+        """
+        bins = self.counts.shape[1]
+        self.counts[0] += torch.bincount(ranks - 1, minlength=bins)
+        if subset is not None:
+            self.counts[1] += torch.bincount(ranks[subset] - 1, minlength=bins)
+
+    def total(self, subset: bool = False) -> int:
+        """Targets counted so far."""
+        return int(self.counts[int(subset)].sum())
+
+    def compute(self, cutoffs: Sequence[int] = CUTOFFS, subset: bool = False) -> dict[str, float]:
+        """``hr@K``, ``ndcg@K`` for each cutoff, then ``mrr``; means over targets in float64, 0.0 without
+        targets.
+
+        One relevant item a user, so HR@K = mean [rank <= K], NDCG@K = mean [rank <= K] / log2(rank + 1) and
+        MRR = mean 1 / rank, without a cutoff and with rank V + 1 for a miss, as the published evaluation of
+        HSTU has it.
+        """
+        counts = self.counts[int(subset)].cpu()
+        num_items = len(counts) - 1
+        total = max(int(counts.sum()), 1)
+        ranks = torch.arange(1, num_items + 2, dtype=torch.float64)
+        gains = counts / torch.log2(ranks + 1)
+        metrics: dict[str, float] = {}
+        for k in cutoffs:
+            metrics[f"hr@{k}"] = int(counts[: min(k, num_items)].sum()) / total
+            metrics[f"ndcg@{k}"] = float(gains[: min(k, num_items)].sum()) / total
+        metrics["mrr"] = float((counts / ranks).sum()) / total
+        return metrics
