@@ -1,0 +1,252 @@
+"""Metrics of recommended lists against any number of relevant items.
+
+Lists are ``[n, K]`` int64, best first, ids 1..V without repeats, 0 where a list is shorter (K may exceed the
+catalogue). Relevant and seen items are ``[n, G]`` int64, in any order, padded with 0; repeats count once. The
+metrics of a user are float64 ``[n]``.
+
+Formulas, with h_r = 1 where the item at rank r is relevant and g = max(1, number of relevant items):
+recall@k = sum_{r<=k} h_r / g; precision@k = sum h_r / k; ndcg@k = sum h_r / log2(r + 1), divided by the same
+sum of min(g, k) hits in a row; map@k = sum h_r precision@r / min(g, k); mrr@k = 1 / rank of the first hit, 0
+without one; hr@k = 1 with a hit, else 0. A user without relevant items scores 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+_ONE = 2**39
+"""Sums are integers in units of 2^-39: exact in any order, for up to 16 million users."""
+
+_BLOCK_ELEMENTS = 2**23
+
+
+def distinct(ids: torch.Tensor) -> torch.Tensor:
+    """Rows of ``ids [n, G]`` sorted, with repeats and ids below 1 replaced by 0."""
+    ids = ids.clamp(min=0).sort(dim=1).values
+    repeated = torch.zeros_like(ids, dtype=torch.bool)
+    repeated[:, 1:] = ids[:, 1:] == ids[:, :-1]
+    return ids.masked_fill(repeated, 0)
+
+
+def members(top_ids: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """``[n, K]`` bool: whether each listed item is among the row's ``ids [n, G]``; never for the padding
+    0.
+    """
+    if ids.shape[1] == 0:
+        return torch.zeros_like(top_ids, dtype=torch.bool)
+    ids = ids.sort(dim=1).values
+    place = torch.searchsorted(ids, top_ids.contiguous()).clamp(max=ids.shape[1] - 1)
+    return (ids.gather(1, place) == top_ids) & (top_ids > 0)
+
+
+def accuracy_metrics(top_ids: torch.Tensor, relevant_ids: torch.Tensor, k: int) -> dict[str, torch.Tensor]:
+    """``recall``, ``precision``, ``ndcg``, ``map``, ``mrr``, ``hr`` at k, each ``[n]`` float64 (see the
+    module).
+    """
+    top_ids = top_ids[:, :k]
+    hits = members(top_ids, relevant_ids).double()
+    relevant = (distinct(relevant_ids) > 0).sum(1).clamp(min=1)
+    ranks = torch.arange(1, top_ids.shape[1] + 1, dtype=torch.float64, device=top_ids.device)
+    possible = relevant.clamp(max=k)
+    ideal = (1 / torch.log2(torch.arange(2, k + 2, dtype=torch.float64, device=top_ids.device))).cumsum(0)
+    first = F.pad(hits / ranks, (0, 1)).amax(1)
+    return {
+        "recall": hits.sum(1) / relevant,
+        "precision": hits.sum(1) / k,
+        "ndcg": (hits / torch.log2(ranks + 1)).sum(1) / ideal[possible - 1],
+        "map": (hits * hits.cumsum(1) / ranks).sum(1) / possible,
+        "mrr": first,
+        "hr": (first > 0).double(),
+    }
+
+
+def novelty(top_ids: torch.Tensor, seen_ids: torch.Tensor, k: int) -> torch.Tensor:
+    """``[n]`` float64: share of the k places that hold an item the user has not seen; seen_ids: ``[n,
+    S]``.
+    """
+    top_ids = top_ids[:, :k]
+    return ((top_ids > 0) & ~members(top_ids, seen_ids)).sum(1).double() / k
+
+
+def diversity(top_ids: torch.Tensor) -> float:
+    """Mean Jaccard distance 1 - |A and B| / |A or B| over all pairs of lists, exact; 0.0 with fewer than two.
+
+    Pairs of two empty lists are left out. Work is O(n^2 K) additions, done in blocks: for a block of lists, a
+    0/1 table [items, block] is summed over every list's items, which gives all overlaps with the block at
+    once.
+    """
+    ids = distinct(top_ids)
+    _, codes = torch.cat([ids.new_zeros(1), ids.flatten()]).unique(return_inverse=True)
+    codes = codes[1:].view_as(ids)
+    sizes = (codes > 0).sum(1)
+    if codes.numel() == 0:
+        return 0.0
+    table_rows = int(codes.max()) + 1
+    block = max(1, min(1024, _BLOCK_ELEMENTS // max(table_rows, len(codes))))
+    total, pairs = 0.0, 0
+    for start in range(0, len(codes), block):
+        some = slice(start, start + block)
+        distance, counted = _distances_from(start, codes[some], sizes[some], codes, sizes, table_rows)
+        total, pairs = total + distance, pairs + counted
+    return total / pairs if pairs else 0.0
+
+
+def _distances_from(
+    start: int,
+    block: torch.Tensor,
+    block_sizes: torch.Tensor,
+    codes: torch.Tensor,
+    sizes: torch.Tensor,
+    table_rows: int,
+) -> tuple[float, int]:
+    """Sum and number of the distances between the lists of a block (first row ``start``) and those behind
+    them.
+    """
+    table = torch.zeros(table_rows, len(block), device=codes.device)
+    table[block, torch.arange(len(block), device=codes.device)[:, None]] = 1
+    table[0] = 0
+    overlap = F.embedding_bag(codes[start:], table, mode="sum")
+    union = sizes[start:, None] + block_sizes - overlap
+    later = torch.ones_like(overlap, dtype=torch.bool).tril(-1) & (union > 0)
+    distance = 1 - overlap.double() / union.clamp(min=1)
+    return float(distance[later].sum()), int(later.sum())
+
+
+class ListMetrics:
+    """Sums of the list metrics over users, at several cutoffs, exact and independent of order.
+
+    cutoffs: the k. num_items: V. item_counts: ``[V]`` training events of each item, for the popularity bias,
+        or None.
+    catalogue: ``[V]`` bool, the items that coverage is a share of (None: all).
+
+    Attributes:
+        sums: int64 ``[number of cutoffs, 7]`` in units of 2^-39 (recall, precision, ndcg, map, mrr, hr,
+            novelty).
+        users: int64 ``[1]``.
+        recommended: int64 ``[number of cutoffs, V + 1]``, how often each id was recommended.
+    Each of the three adds up across processes.
+    """
+
+    NAMES = ("recall", "precision", "ndcg", "map", "mrr", "hr", "novelty")
+
+    def __init__(
+        self,
+        cutoffs: Sequence[int],
+        num_items: int,
+        item_counts: torch.Tensor | None = None,
+        catalogue: torch.Tensor | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.cutoffs = tuple(cutoffs)
+        self.item_counts = item_counts
+        self.catalogue = catalogue
+        self.sums = torch.zeros(len(self.cutoffs), len(self.NAMES), dtype=torch.int64, device=device)
+        self.users = torch.zeros(1, dtype=torch.int64, device=device)
+        self.recommended = torch.zeros(len(self.cutoffs), num_items + 1, dtype=torch.int64, device=device)
+
+    def add(
+        self, top_ids: torch.Tensor, relevant_ids: torch.Tensor, seen_ids: torch.Tensor | None = None
+    ) -> None:
+        """Add users: lists ``[n, K]``, relevant ``[n, G]``, seen ``[n, S]`` (None: nothing seen)."""
+        seen_ids = top_ids[:, :0] if seen_ids is None else seen_ids
+        for row, k in enumerate(self.cutoffs):
+            values = accuracy_metrics(top_ids, relevant_ids, k) | {"novelty": novelty(top_ids, seen_ids, k)}
+            stacked = torch.stack([values[name] for name in self.NAMES])
+            self.sums[row] += (stacked * _ONE).round().long().sum(1)
+            listed = top_ids[:, :k].flatten()
+            self.recommended[row] += torch.bincount(listed, minlength=self.recommended.shape[1])
+        self.users += len(top_ids)
+
+    def compute(self) -> dict[str, float]:
+        """``name@k`` for each name and cutoff, ``coverage@k`` and, with item counts, ``popularity_bias@k``.
+
+        Means over the users added, those without relevant items counting 0. Coverage is the share of the
+        catalogue that is in some list. Popularity bias is the mean count of a recommended item over the mean
+        count of a catalogue item: 1 for lists drawn uniformly, above 1 where popular items are favoured.
+        """
+        users = max(int(self.users), 1)
+        metrics: dict[str, float] = {}
+        for row, k in enumerate(self.cutoffs):
+            for column, name in enumerate(self.NAMES):
+                metrics[f"{name}@{k}"] = int(self.sums[row, column]) / _ONE / users
+            recommended = self.recommended[row, 1:]
+            metrics[f"coverage@{k}"] = coverage(recommended, self.catalogue)
+            if self.item_counts is not None:
+                metrics[f"popularity_bias@{k}"] = popularity_bias(recommended, self.item_counts)
+        return metrics
+
+
+def coverage(recommended: torch.Tensor, catalogue: torch.Tensor | None = None) -> float:
+    """Share of the catalogue recommended at least once; recommended: ``[V]`` times; catalogue: ``[V]`` bool
+    or all.
+    """
+    inside = torch.ones_like(recommended, dtype=torch.bool) if catalogue is None else catalogue.bool()
+    return int(((recommended > 0) & inside).sum()) / max(int(inside.sum()), 1)
+
+
+def popularity_bias(recommended: torch.Tensor, item_counts: torch.Tensor) -> float:
+    """Mean training count of a recommended item / mean training count of an item; 0.0 where nothing is
+    recommended.
+
+    recommended: ``[V]`` times each item is in a list; item_counts: ``[V]`` training events.
+    """
+    events = item_counts.to(recommended.device).double()
+    expected = float(recommended.sum()) * float(events.mean())
+    return float(recommended.double() @ events) / expected if expected else 0.0
+
+
+class RecommendationMetrics:
+    """List-based functions on plain Python lists of any hashable ids, as genrec documents them.
+
+    Users without targets are left out (precision counts them), lists may be shorter than k, and 0.0 is
+    returned where no user counts. As documented there, ndcg counts an item repeated in a list each time.
+    """
+
+    @staticmethod
+    def recall_at_k(predictions: list[list[int]], targets: list[list[int]], k: int) -> float:
+        """Mean of |top k and targets| / |targets|."""
+        return _mean([len(set(p[:k]) & set(t)) / len(set(t)) for p, t in zip(predictions, targets) if len(t)])
+
+    @staticmethod
+    def precision_at_k(predictions: list[list[int]], targets: list[list[int]], k: int) -> float:
+        """Mean of |top k and targets| / k; 0.0 for k = 0."""
+        return _mean([len(set(p[:k]) & set(t)) / k for p, t in zip(predictions, targets) if k])
+
+    @staticmethod
+    def ndcg_at_k(predictions: list[list[int]], targets: list[list[int]], k: int) -> float:
+        """Mean of DCG@k over the DCG of min(|targets|, k) hits in a row, with gains 1 / log2(rank + 1)."""
+        values = []
+        for prediction, target in zip(predictions, targets):
+            wanted = set(target)
+            ideal = sum(1 / np.log2(r + 2) for r in range(min(len(target), k)))
+            gain = sum(1 / np.log2(r + 2) for r, item in enumerate(prediction[:k]) if item in wanted)
+            if wanted:
+                values.append(gain / ideal if ideal > 0 else 0.0)
+        return _mean(values)
+
+    @staticmethod
+    def hit_rate_at_k(predictions: list[list[int]], targets: list[list[int]], k: int) -> float:
+        """Share of users with a target in the top k."""
+        return _mean([float(bool(set(p[:k]) & set(t))) for p, t in zip(predictions, targets) if len(t)])
+
+    @staticmethod
+    def coverage(predictions: list[list[int]], total_items: int) -> float:
+        """Number of different items recommended / total_items."""
+        return len({item for prediction in predictions for item in prediction}) / total_items
+
+    @staticmethod
+    def diversity(predictions: list[list[int]]) -> float:
+        """Mean Jaccard distance over all pairs of lists (`diversity`), pairs of empty lists left out."""
+        codes: dict[int, int] = {}
+        rows = [[codes.setdefault(item, len(codes) + 1) for item in prediction] for prediction in predictions]
+        width = max((len(row) for row in rows), default=0)
+        padded = [row + [0] * (width - len(row)) for row in rows]
+        return diversity(torch.tensor(padded, dtype=torch.int64).view(len(rows), width))
+
+
+def _mean(values: list[float]) -> float:
+    return float(np.mean(values)) if values else 0.0
