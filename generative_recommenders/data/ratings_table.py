@@ -9,7 +9,11 @@ from typing import Any
 
 import pyarrow as pa
 
+from generative_recommenders.features import UserError
+
 ROLES = ("user", "item", "rating", "timestamp")
+MAX_TIMESTAMP = 7_258_118_400
+"""2200-01-01 in seconds since 1970; a later time is taken for an error (milliseconds, most often)."""
 
 
 @dataclass(frozen=True)
@@ -52,14 +56,40 @@ class RawRatings:
 
 
 def read_batches(raw: RawRatings) -> Iterator[pa.Table]:
-    """Yield the ratings in (file, row) order: ``user``, ``item`` large_string, ``rating`` float32, ``timestamp`` int64."""
-    raise NotImplementedError
+    """Yield the ratings in (file, row) order, a bounded number of rows at a time.
+
+    Columns: ``user``, ``item`` large_string, and where the files have them ``rating`` float32 (finite) and
+    ``timestamp`` int64 (seconds, 0 to ``MAX_TIMESTAMP``). Raises UserError with file and line for bad input.
+    """
+    names: list[str] | None = None
+    for path in raw.files:
+        for table in read_file(path, raw.format):
+            names = names or table.column_names
+            if table.column_names != names:
+                has, other = ", ".join(table.column_names), ", ".join(names)
+                raise UserError(
+                    f"{path}: it has {has}, but {raw.files[0]} has {other}; all files must have the same"
+                )
+            yield table
+
+
+def read_file(path: Path, layout: ReaderFormat) -> Iterator[pa.Table]:
+    """``read_batches`` for one file."""
+    from generative_recommenders.data import delimited_reader, parquet_reader
+
+    if parquet_reader.is_parquet(path):
+        return parquet_reader.read(path, layout.columns)
+    return delimited_reader.read(path, layout)
 
 
 def sniff_format(path: Path, columns: tuple[str, ...] | None = None) -> ReaderFormat:
     """The layout of any delimited or Parquet file: its delimiter, whether it has a header, the role of each column.
 
-    columns: names of the header's columns, in the order user, item, rating, timestamp (the last two may be left
-        out), or, for a file without a header, the roles in file order (any other word skips a column).
+    columns: the names that the file's columns user, item, rating, timestamp have, in this order (the last two may
+        be left out); or, for a file without a header, the roles in file order (any other word skips a column).
     """
-    raise NotImplementedError
+    from generative_recommenders.data import delimited_reader, parquet_reader
+
+    if parquet_reader.is_parquet(path):
+        return ReaderFormat(None, True, parquet_reader.roles(path, columns))
+    return delimited_reader.sniff(path, columns)

@@ -1,0 +1,258 @@
+"""Delimited text (CSV, TSV, ``::``, spaces; gzip or not) to typed columns, with the line of the first fault.
+
+Two parsers stand behind one entrance. The strict one (``strict_lines``) goes line by line and is the definition of
+what is accepted. The fast one (polars) takes a block of lines at once; whenever a block is in any doubt (quotes, a
+field that does not parse, a missing value, a count of rows that differs from the count of lines) the block
+is given to the strict one, which returns its rows or names the line at fault.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, cast
+
+import polars as pl
+import pyarrow as pa
+
+from generative_recommenders.data.column_roles import Roles, check_roles, roles_by_name
+from generative_recommenders.data.ratings_table import MAX_TIMESTAMP, ROLES, ReaderFormat
+from generative_recommenders.data.strict_lines import looks_like_header, parse_lines, split_line
+from generative_recommenders.features import UserError
+
+BLOCK_BYTES = 32 << 20
+MAX_LINE_BYTES = 1 << 20
+_BOM = b"\xef\xbb\xbf"
+_UNIT_SEPARATOR = "\x1f"
+_POLARS_TYPES = {"user": pl.String, "item": pl.String, "rating": pl.Float32, "timestamp": pl.Int64}
+
+
+@dataclass(frozen=True)
+class Block:
+    """Whole lines of a file: ``data`` with ``\\n`` line ends, the first being line ``first_line`` (1-based)."""
+
+    data: bytes
+    first_line: int
+
+
+def read(path: Path, layout: ReaderFormat) -> Iterator[pa.Table]:
+    """Yield tables of ``user``, ``item``, ``rating``?, ``timestamp``? in file order; UserError for bad input."""
+    roles: Roles | None = None
+    rows = 0
+    for block in read_blocks(path):
+        if roles is None:
+            block = _skip_blank_lines(block)
+            if not block.data:
+                continue
+            block, roles = _take_header(path, block, layout)
+        table = _parse_fast(block, layout.delimiter, roles)
+        if table is None:
+            table = parse_lines(path, block.data, block.first_line, layout.delimiter, roles)
+        rows += table.num_rows
+        if table.num_rows:
+            yield table
+    if rows == 0:
+        raise UserError(f"{path}: the file is empty: it holds no rating")
+
+
+def read_blocks(path: Path, block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
+    """Yield blocks of whole lines of a plain or gzip file; the byte-order mark and ``\\r`` of line ends removed."""
+    rest, line = b"", 1
+    with _open_bytes(path) as stream:
+        while True:
+            chunk = _read_chunk(path, stream, block_bytes, line)
+            data = rest + chunk
+            if line == 1 and data.startswith(_BOM):
+                data = data[len(_BOM) :]
+            end = data.rfind(b"\n") + 1 if chunk else len(data)
+            data, rest = data[:end], data[end:]
+            if len(rest) > MAX_LINE_BYTES:
+                line += data.count(b"\n")
+                raise UserError(
+                    f"{path}, line {line}: longer than {MAX_LINE_BYTES} bytes; is this a text file?"
+                )
+            if data:
+                yield Block(_unix_line_ends(data), line)
+                line += data.count(b"\n")
+            if not chunk:
+                return
+
+
+def sniff(path: Path, columns: tuple[str, ...] | None) -> ReaderFormat:
+    """Delimiter, header and roles from line 1 (see ``ratings_table.sniff_format``)."""
+    block = next((b for b in map(_skip_blank_lines, read_blocks(path)) if b.data), None)
+    if block is None:
+        raise UserError(f"{path}: the file is empty: it holds no rating")
+    line = _first_line(path, block)
+    delimiter = _guess_delimiter(line)
+    fields = split_line(line, delimiter)
+    if columns is None:
+        if looks_like_header(fields, ROLES[: len(fields)]):
+            return ReaderFormat(delimiter, True, roles_by_name(path, fields))
+        return ReaderFormat(delimiter, False, _roles_by_position(path, fields))
+    if all(name in fields for name in columns):
+        return ReaderFormat(delimiter, True, roles_by_name(path, fields, columns))
+    roles = check_roles(path, [name if name in ROLES else None for name in columns])
+    if len(columns) != len(fields):
+        raise UserError(
+            f"{path}, line 1: {len(fields)} fields, but --columns names {len(columns)} (any word skips one)"
+        )
+    return ReaderFormat(delimiter, None, roles)
+
+
+def _roles_by_position(path: Path, fields: list[str]) -> Roles:
+    if not 2 <= len(fields) <= len(ROLES):
+        raise UserError(
+            f"{path}, line 1: {len(fields)} fields and no header; say what they are with --columns"
+        )
+    return ROLES[: len(fields)]
+
+
+def _guess_delimiter(line: str) -> str | None:
+    for delimiter in ("::", "\t", ",", ";", "|"):
+        if delimiter in line:
+            return delimiter
+    return None
+
+
+def _open_bytes(path: Path) -> IO[bytes]:
+    try:
+        with path.open("rb") as probe:
+            zipped = probe.read(2) == b"\x1f\x8b"
+        return cast("IO[bytes]", gzip.open(path, "rb")) if zipped else path.open("rb")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _read_chunk(path: Path, stream: IO[bytes], size: int, line: int) -> bytes:
+    try:
+        return stream.read(size)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(
+            f"{path}: gzip data truncated or damaged after line {line - 1}; fetch the file again"
+        ) from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read after line {line - 1}: {error.strerror or error}") from error
+
+
+def _unix_line_ends(data: bytes) -> bytes:
+    if b"\r" not in data:
+        return data
+    data = data.replace(b"\r\n", b"\n")
+    return data[:-1] if data.endswith(b"\r") else data
+
+
+def _skip_blank_lines(block: Block) -> Block:
+    blank = cast("re.Match[bytes]", re.match(rb"(?:[ \t]*\n)*", block.data)).end()
+    data = block.data[blank:]
+    if not data.strip(b" \t"):
+        data = b""
+    return Block(data, block.first_line + block.data.count(b"\n", 0, blank))
+
+
+def _first_line(path: Path, block: Block) -> str:
+    try:
+        return block.data.split(b"\n", 1)[0].decode()
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}, line {block.first_line}: not UTF-8 text; convert the file to UTF-8"
+        ) from error
+
+
+def _take_header(path: Path, block: Block, layout: ReaderFormat) -> tuple[Block, Roles]:
+    """The block behind the header (if there is one) and the role of every column."""
+    line = _first_line(path, block)
+    fields = split_line(line, layout.delimiter)
+    if layout.columns is None:
+        if layout.has_header is False:
+            raise UserError(f"{path}: it has no header, so --columns must say what its columns are")
+        roles, has_header = roles_by_name(path, fields), True
+    else:
+        roles = check_roles(path, layout.columns)
+        has_header = looks_like_header(fields, roles) if layout.has_header is None else layout.has_header
+    if len(fields) != len(roles):
+        hint = _delimiter_hint(line, layout.delimiter)
+        where = f"{path}, line {block.first_line}"
+        raise UserError(f"{where}: {len(fields)} fields where {len(roles)} columns are expected{hint}")
+    if not has_header:
+        return block, roles
+    _, _, body = block.data.partition(b"\n")
+    return Block(body, block.first_line + 1), roles
+
+
+def _delimiter_hint(line: str, delimiter: str | None) -> str:
+    guess = _guess_delimiter(line)
+    if guess == delimiter:
+        return "; a column is missing or --columns is wrong"
+    shown = "whitespace" if guess is None else repr(guess)
+    return f"; the delimiter looks like {shown}, not {'whitespace' if delimiter is None else repr(delimiter)}"
+
+
+def _parse_fast(block: Block, delimiter: str | None, roles: Roles) -> pa.Table | None:
+    """The block's rows by polars, or None where the strict parser has to look."""
+    data = block.data
+    if not data:
+        return None
+    plain = _single_separator(data, delimiter)
+    if plain is None:
+        return None
+    data, separator = plain
+    schema = {role or f"skip{i}": _POLARS_TYPES.get(role or "", pl.String) for i, role in enumerate(roles)}
+    try:
+        frame = pl.read_csv(
+            io.BytesIO(data),
+            has_header=False,
+            separator=separator,
+            quote_char=None,
+            schema=schema,
+            infer_schema=False,
+        )
+    except pl.exceptions.PolarsError:
+        return None
+    lines = data.count(b"\n") + (not data.endswith(b"\n"))
+    frame = frame.select([role for role in ROLES if role in roles])
+    if frame.height != lines or not _is_clean(frame):
+        return None
+    return _to_arrow(frame)
+
+
+def _single_separator(data: bytes, delimiter: str | None) -> tuple[bytes, str] | None:
+    """The data with one byte between fields, and that byte; None where only the strict parser splits it right."""
+    if b"\r" in data or b"\0" in data:
+        return None
+    if delimiter is None:
+        data = data.replace(b"\t", b" ")
+        if re.search(rb"  |^ | $", data, re.MULTILINE):
+            return None
+        return data, " "
+    if len(delimiter) == 1 and delimiter.isascii():
+        return None if b'"' in data else (data, delimiter)
+    if _UNIT_SEPARATOR.encode() in data:
+        return None
+    return data.replace(delimiter.encode(), _UNIT_SEPARATOR.encode()), _UNIT_SEPARATOR
+
+
+def _is_clean(frame: pl.DataFrame) -> bool:
+    if sum(frame.null_count().row(0)):
+        return False
+    if "rating" in frame.columns and not frame["rating"].is_finite().all():
+        return False
+    if "timestamp" in frame.columns and frame.height:
+        times = frame["timestamp"]
+        return cast(int, times.min()) >= 0 and cast(int, times.max()) <= MAX_TIMESTAMP
+    return True
+
+
+def _to_arrow(frame: pl.DataFrame) -> pa.Table:
+    types = {
+        "user": pa.large_string(),
+        "item": pa.large_string(),
+        "rating": pa.float32(),
+        "timestamp": pa.int64(),
+    }
+    return frame.to_arrow().cast(pa.schema([(name, types[name]) for name in frame.columns]))

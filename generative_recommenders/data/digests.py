@@ -1,0 +1,98 @@
+"""A hash of prepared data that any engine computes alike, in any order of users.
+
+The data hash is the sum, mod 2^128, of the digests of all users; a user's digest is the sum, mod 2^128, of the digests of
+their events; an event's digest is two 64-bit words, each a chain of mixes over the user's and the item's original ids
+(FNV-1a over their UTF-8 bytes), the float32 bits of the rating, the time in seconds and the position in the
+user's sequence. ``mix`` is the finaliser of splitmix64 (Steele, Lea and Flood, 2014).
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import pyarrow as pa
+
+_FNV_OFFSET, _FNV_PRIME = np.uint64(0xCBF29CE484222325), np.uint64(0x100000001B3)
+_SEEDS = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD1B54A32D192ED03))
+_ABSENT = np.uint64(0xA5A5A5A5A5A5A5A5)
+_LOW = np.uint64(0xFFFFFFFF)
+_CHUNK = 1 << 19
+
+
+def mix(x: np.ndarray) -> np.ndarray:
+    """splitmix64's finaliser, elementwise on uint64 (wraps around)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def id_hashes(ids: pa.Array) -> np.ndarray:
+    """``[n]`` uint64: FNV-1a of every string's UTF-8 bytes. ids: large_string without nulls."""
+    _, offsets_buffer, bytes_buffer = ids.buffers()
+    offsets = np.frombuffer(offsets_buffer, np.int64)[ids.offset : ids.offset + len(ids) + 1]
+    data = np.frombuffer(bytes_buffer, np.uint8) if bytes_buffer else np.empty(0, np.uint8)
+    starts, lengths = offsets[:-1], np.diff(offsets)
+    hashes = np.full(len(ids), _FNV_OFFSET)
+    longest_first = np.argsort(-lengths, kind="stable")
+    remaining = np.searchsorted(
+        -lengths[longest_first], -np.arange(1, lengths.max(initial=0) + 1), side="right"
+    )
+    for position, count in enumerate(remaining):
+        rows = slice(None) if count == len(ids) else longest_first[:count]
+        hashes[rows] = (hashes[rows] ^ data[starts[rows] + position]) * _FNV_PRIME
+    return hashes
+
+
+def events_digest(
+    users: np.ndarray,
+    items: np.ndarray,
+    ratings: np.ndarray | None,
+    timestamps: np.ndarray | None,
+    positions: np.ndarray,
+) -> int:
+    """Sum of the digests of events, mod 2^128.
+
+    users, items: ``[E]`` uint64, ``id_hashes`` of each event's ids. ratings: ``[E]`` float32. timestamps: ``[E]`` int64.
+    positions: ``[E]`` int64, 0-based in the user's sequence.
+    """
+    total = 0
+    for start in range(0, len(users), _CHUNK):
+        part = slice(start, start + _CHUNK)
+        words = [users[part], items[part], _rating_words(ratings, part), _time_words(timestamps, part)]
+        words.append(positions[part].astype(np.uint64))
+        high, low = (_chain(seed, words) for seed in _SEEDS)
+        total += (_exact_sum(high) << 64) + _exact_sum(low)
+    return total % (1 << 128)
+
+
+def _chain(seed: np.uint64, words: list[np.ndarray | np.uint64]) -> np.ndarray:
+    state = np.asarray(words[0]) ^ seed
+    for word in words[1:]:
+        state = mix(state) + word
+    return mix(state)
+
+
+def _rating_words(ratings: np.ndarray | None, part: slice) -> np.ndarray | np.uint64:
+    if ratings is None:
+        return _ABSENT
+    positive_zero = ratings[part] + np.float32(0)
+    return positive_zero.view(np.uint32).astype(np.uint64)
+
+
+def _time_words(timestamps: np.ndarray | None, part: slice) -> np.ndarray | np.uint64:
+    return _ABSENT if timestamps is None else timestamps[part].view(np.uint64)
+
+
+def _exact_sum(words: np.ndarray) -> int:
+    return (int((words >> np.uint64(32)).sum()) << 32) + int((words & _LOW).sum())
+
+
+def hex_digest(total: int) -> str:
+    """32 hexadecimal digits of a sum mod 2^128."""
+    return f"{total:032x}"
+
+
+def split_hash(data_hash: str, protocol: str) -> str:
+    """Identity of a split: 32 hexadecimal digits over the data's hash and the protocol's name."""
+    return hashlib.sha256(f"{data_hash}:{protocol}".encode()).hexdigest()[:32]

@@ -1,0 +1,46 @@
+"""Features of items and users: lined up with the internal ids, described for the manifest."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from absl import logging
+
+from generative_recommenders.data.manifest import FeatureSpec
+from generative_recommenders.features import UserError
+
+
+def align(owner: str, ids: pa.Array, raw: pa.Table | None) -> tuple[pa.Table, list[FeatureSpec]]:
+    """The table of ``items.parquet`` or ``users.parquet`` and its features.
+
+    ids: ``[n]`` large_string original ids in internal order. raw: column ``owner`` (the first row of an id counts) and
+    feature columns, or None. An id without features gets nulls; a warning counts them.
+    """
+    if raw is None:
+        return pa.table({owner: ids}), []
+    if owner not in raw.column_names:
+        raise UserError(
+            f"the features of {owner}s have no column {owner!r}; they have: {', '.join(raw.column_names)}"
+        )
+    rows = pc.index_in(ids, value_set=raw[owner].cast(pa.large_string()).combine_chunks())
+    if rows.null_count:
+        logging.warning("%d of %d %ss have no features; theirs are empty", rows.null_count, len(ids), owner)
+    features = raw.drop_columns([owner]).take(rows)
+    source = f"{owner}s.parquet"
+    specs = [_describe(name, features[name], source, owner) for name in features.column_names]
+    return features.add_column(0, owner, ids), specs
+
+
+def _describe(name: str, column: pa.ChunkedArray, source: str, owner: str) -> FeatureSpec:
+    kind = column.type
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return FeatureSpec(name, "categorical_list", _distinct(pc.list_flatten(column)), source, owner)
+    if pa.types.is_floating(kind) or pa.types.is_integer(kind):
+        return FeatureSpec(name, "numerical", 0, source, owner)
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return FeatureSpec(name, "categorical", _distinct(column), source, owner)
+    raise UserError(f"feature {name!r} of {owner}s has type {kind}; use strings, lists of strings or numbers")
+
+
+def _distinct(column: pa.ChunkedArray) -> int:
+    return pc.count_distinct(column, mode="only_valid").as_py()

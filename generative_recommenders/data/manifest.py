@@ -1,0 +1,162 @@
+"""``manifest.json`` of a prepared folder: what it holds, how it was made, and the checks on opening it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from generative_recommenders.features import UserError
+
+VERSION = 1
+FILE_NAME = "manifest.json"
+KINDS = ("categorical", "categorical_list", "numerical")
+COLUMNS = {
+    "items": np.dtype("<i4"),
+    "ratings": np.dtype("<f4"),
+    "timestamps": np.dtype("<i8"),
+    "offsets": np.dtype("<i8"),
+}
+
+
+@dataclass(frozen=True)
+class FeatureSpec:
+    """One feature of items or users.
+
+    kind: ``categorical``, ``categorical_list`` or ``numerical``. cardinality: distinct values (0 if numerical).
+    source: the file that holds it. owner: ``item`` or ``user``.
+    """
+
+    name: str
+    kind: str
+    cardinality: int
+    source: str
+    owner: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a prepared folder says about itself.
+
+    counts_before: events, users, items as read. counts: the same after the filter. lengths: min, median, mean, max
+    of the users' sequences. data_hash: see ``digests``. source: where the ratings came from.
+    """
+
+    name: str
+    counts_before: dict[str, int]
+    counts: dict[str, int]
+    lengths: dict[str, float]
+    has_ratings: bool
+    has_timestamps: bool
+    data_hash: str
+    filter: str
+    features: list[FeatureSpec] = field(default_factory=list)
+    source: dict[str, Any] = field(default_factory=dict)
+    version: int = VERSION
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the flat columns that the folder holds."""
+        absent = {"ratings": not self.has_ratings, "timestamps": not self.has_timestamps}
+        return [name for name in COLUMNS if not absent.get(name, False)]
+
+    def column_length(self, column: str) -> int:
+        """Entries of a flat column."""
+        return self.counts["users"] + 1 if column == "offsets" else self.counts["events"]
+
+
+def column_file(folder: Path, column: str) -> Path:
+    """The file of a flat column: raw little-endian numbers, nothing else."""
+    return folder / f"{column}.{COLUMNS[column].name}.bin"
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write ``manifest.json``."""
+    text = json.dumps(asdict(manifest), indent=2, ensure_ascii=False, allow_nan=False)
+    (folder / FILE_NAME).write_text(text + "\n", encoding="utf-8")
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check ``manifest.json``, and the sizes of the flat columns against its counts; UserError otherwise."""
+    path = folder / FILE_NAME
+    settings = _read_json(path)
+    version = settings.get("version")
+    if version != VERSION:
+        raise UserError(
+            f"{path}: prepared by version {version!r}, this program reads {VERSION}; prepare the data again"
+        )
+    manifest = _from_json(path, settings)
+    for column in manifest.columns:
+        _check_size(column_file(folder, column), manifest.column_length(column) * COLUMNS[column].itemsize)
+    return manifest
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(
+            f"{path.parent}: not a prepared folder (no {path.name}); run preprocess_public_data.py"
+        )
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: damaged or cut short ({' '.join(str(error).split())[:100]})") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: damaged: it holds no object")
+    return settings
+
+
+_FIELD_TYPES = {
+    "name": str,
+    "counts_before": dict,
+    "counts": dict,
+    "lengths": dict,
+    "has_ratings": bool,
+    "has_timestamps": bool,
+    "data_hash": str,
+    "filter": str,
+    "features": list,
+    "source": dict,
+    "version": int,
+}
+
+
+def _from_json(path: Path, settings: dict[str, Any]) -> Manifest:
+    for name, kind in _FIELD_TYPES.items():
+        if not isinstance(settings.get(name), kind):
+            raise UserError(f"{path}: field {name!r} is missing or of the wrong type; prepare the data again")
+    unknown = settings.keys() - _FIELD_TYPES.keys()
+    if unknown:
+        raise UserError(f"{path}: unknown field {min(unknown)!r}; prepare the data again")
+    for counts in (settings["counts"], settings["counts_before"]):
+        for name in ("users", "items", "events"):
+            count = counts.get(name)
+            if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+                raise UserError(f"{path}: the count of {name} is {str(count)[:40]}; prepare the data again")
+    features = [_feature(path, entry) for entry in settings["features"]]
+    return Manifest(**{**settings, "features": features})
+
+
+def _feature(path: Path, entry: Any) -> FeatureSpec:
+    types = {"name": str, "kind": str, "cardinality": int, "source": str, "owner": str}
+    good = isinstance(entry, dict) and entry.keys() == types.keys()
+    if (
+        not good
+        or not all(isinstance(entry[name], kind) for name, kind in types.items())
+        or entry["kind"] not in KINDS
+    ):
+        raise UserError(
+            f"{path}: damaged description of a feature: {str(entry)[:80]!r}; prepare the data again"
+        )
+    return FeatureSpec(**entry)
+
+
+def _check_size(path: Path, expected: int) -> None:
+    size = path.stat().st_size if path.is_file() else None
+    if size != expected:
+        found = "is missing" if size is None else f"has {size} bytes"
+        raise UserError(
+            f"{path}: {found}, the manifest says {expected}; the folder is damaged, prepare the data again"
+        )

@@ -1,0 +1,72 @@
+"""Writing a prepared folder: everything into a temporary sibling, which takes the target's place at the end."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from generative_recommenders.data.manifest import FILE_NAME
+from generative_recommenders.features import UserError
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """Yield an empty folder that replaces ``target`` if the block succeeds and vanishes if it does not.
+
+    An existing target is exchanged in one step where the file system can. UserError if it exists and is not a prepared
+    folder, or if the disk is full or not writable.
+    """
+    _check_target(target)
+    scratch = target.parent / f".{target.name}.tmp-{os.getpid()}"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(target)
+        scratch.mkdir()
+        yield scratch
+        _replace(scratch, target)
+    except OSError as error:
+        raise UserError(f"{target}: cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _check_target(target: Path) -> None:
+    if target.is_dir() and ((target / FILE_NAME).is_file() or not any(target.iterdir())):
+        return
+    if target.exists():
+        raise UserError(f"{target}: exists and is not a prepared folder; name another one or remove it")
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Remove what killed runs left beside the target."""
+    for folder in target.parent.glob(f".{target.name}.tmp-*"):
+        process = folder.name.rpartition("-")[2]
+        if process.isdecimal() and (int(process) == os.getpid() or not Path(f"/proc/{process}").exists()):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _replace(scratch: Path, target: Path) -> None:
+    if not target.exists():
+        scratch.rename(target)
+    elif not _exchange(scratch, target):
+        old = scratch.with_name(scratch.name + "-old")
+        target.rename(old)
+        scratch.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two folders in one step (Linux); False where that cannot be done."""
+    if not sys.platform.startswith("linux"):
+        return False
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    if rename is None:
+        return False
+    return rename(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) == 0

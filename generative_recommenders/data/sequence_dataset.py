@@ -1,0 +1,140 @@
+"""Prepared sequences, memory-mapped: flat columns of events, and where each user's begin and end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from generative_recommenders.data import digests
+from generative_recommenders.data.manifest import COLUMNS, FeatureSpec, Manifest, column_file, read_manifest
+from generative_recommenders.features import UserError
+
+
+@dataclass(frozen=True)
+class SequenceDataset:
+    """A prepared folder.
+
+    items: ``[E]`` int32, internal ids 1..V. ratings: ``[E]`` float32 or None. timestamps: ``[E]`` int64 seconds or None.
+    offsets: ``[U + 1]`` int64; user u (0-based) owns events ``offsets[u]`` to ``offsets[u + 1]``, oldest first.
+    """
+
+    folder: Path
+    manifest: Manifest
+    items: np.ndarray
+    ratings: np.ndarray | None
+    timestamps: np.ndarray | None
+    offsets: np.ndarray
+
+    @classmethod
+    def open(cls, folder: str | Path) -> SequenceDataset:
+        """Map the folder's columns; UserError when it is none, of another version, or cut short."""
+        folder = Path(folder)
+        manifest = read_manifest(folder)
+        maps = {name: _map_column(folder, manifest, name) for name in manifest.columns}
+        _check_offsets(folder, manifest, maps["offsets"])
+        for owner in ("items", "users"):
+            _check_rows(folder / f"{owner}.parquet", manifest.counts[owner])
+        return cls(
+            folder, manifest, maps["items"], maps.get("ratings"), maps.get("timestamps"), maps["offsets"]
+        )
+
+    @property
+    def num_users(self) -> int:
+        """Users with at least one event."""
+        return self.manifest.counts["users"]
+
+    @property
+    def num_items(self) -> int:
+        """Items of the catalogue (V); ids are 1..V."""
+        return self.manifest.counts["items"]
+
+    @property
+    def num_events(self) -> int:
+        """Events of all users (E)."""
+        return self.manifest.counts["events"]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """``[U]`` int64, events of each user."""
+        return np.diff(self.offsets)
+
+    def original_user_ids(self) -> pa.ChunkedArray:
+        """``[U]`` strings; row u is user u."""
+        return _read_table(self.folder / "users.parquet", ["user"])["user"]
+
+    def original_item_ids(self) -> pa.ChunkedArray:
+        """``[V]`` strings; row i is internal id i + 1."""
+        return _read_table(self.folder / "items.parquet", ["item"])["item"]
+
+    def item_features(self) -> pa.Table | None:
+        """``[V]`` rows, a column a feature, row i for internal id i + 1; None without features."""
+        return self._features("item", "items.parquet")
+
+    def user_features(self) -> pa.Table | None:
+        """``[U]`` rows, a column a feature, row u for user u; None without features."""
+        return self._features("user", "users.parquet")
+
+    def feature_specs(self, owner: str) -> list[FeatureSpec]:
+        """The features of ``item`` or ``user`` that the manifest lists."""
+        return [spec for spec in self.manifest.features if spec.owner == owner]
+
+    def _features(self, owner: str, file: str) -> pa.Table | None:
+        names = [spec.name for spec in self.feature_specs(owner)]
+        return _read_table(self.folder / file, names) if names else None
+
+    def verify(self) -> None:
+        """Read everything and compare with the data hash; UserError if a column was changed. Takes seconds, not less."""
+        if self.items.min() < 1 or self.items.max() > self.num_items:
+            raise UserError(f"{self.folder}: item ids outside 1..{self.num_items}; prepare the data again")
+        users = digests.id_hashes(_large_strings(self.original_user_ids()))
+        items = digests.id_hashes(_large_strings(self.original_item_ids()))
+        lengths = self.lengths
+        positions = np.arange(self.num_events) - np.repeat(self.offsets[:-1], lengths)
+        total = digests.events_digest(
+            np.repeat(users, lengths), items[self.items - 1], self.ratings, self.timestamps, positions
+        )
+        if digests.hex_digest(total) != self.manifest.data_hash:
+            raise UserError(
+                f"{self.folder}: the data does not match its hash; the folder was changed, prepare it again"
+            )
+
+
+def _large_strings(column: pa.ChunkedArray) -> pa.Array:
+    return pa.concat_arrays(column.cast(pa.large_string()).chunks)
+
+
+def _map_column(folder: Path, manifest: Manifest, name: str) -> np.ndarray:
+    return np.memmap(
+        column_file(folder, name), COLUMNS[name], mode="r", shape=(manifest.column_length(name),)
+    )
+
+
+def _check_offsets(folder: Path, manifest: Manifest, offsets: np.ndarray) -> None:
+    if offsets[0] != 0 or offsets[-1] != manifest.counts["events"] or (np.diff(offsets) < 1).any():
+        raise UserError(
+            f"{column_file(folder, 'offsets')}: damaged: it does not rise from 0 to the count of events"
+        )
+
+
+def _check_rows(path: Path, expected: int) -> None:
+    try:
+        rows = pq.read_metadata(path).num_rows
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{path}: missing, damaged or cut short; prepare the data again") from error
+    if rows != expected:
+        raise UserError(f"{path}: {rows} rows, the manifest says {expected}; prepare the data again")
+
+
+def _read_table(path: Path, columns: list[str]) -> pa.Table:
+    try:
+        table = pq.read_table(path, columns=columns)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{path}: missing, damaged or cut short; prepare the data again") from error
+    if table.column_names != columns:
+        missing = set(columns) - set(table.column_names)
+        raise UserError(f"{path}: column {min(missing)!r} is missing; prepare the data again")
+    return table

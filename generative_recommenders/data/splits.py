@@ -1,0 +1,141 @@
+"""Who trains on what, and which event of each user is scored: the three evaluation protocols.
+
+``leave_one_out``  the last event is the test target, the one before it the validation target, the rest trains; users
+                   with fewer than three events train only.
+``paper``          all but the last event trains, the last is the test target, nothing validates: the way the public
+                   code of HSTU (Zhai et al., ICML 2024) computes its tables. Users with one event train only.
+``global_time``    cuts c1 and c2 at the 0.8 and 0.9 quantiles of all timestamps (the smallest timestamp that at least
+                   that share of all events does not exceed). Events with time <= c1 train; the validation target is a user's first
+                   event after c1 if its time is <= c2; the test target is the user's first event after c2. A target
+                   that is the user's very first event has no history to predict from and is not scored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from generative_recommenders.data.digests import split_hash
+from generative_recommenders.data.sequence_dataset import SequenceDataset
+from generative_recommenders.features import UserError
+
+PROTOCOLS = ("leave_one_out", "paper", "global_time")
+_CUT_TENTHS = (8, 9)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Positions inside each user's sequence; all ``[U]``.
+
+    train_stops: int32; events [0, stop) train. validation_targets, test_targets: int32 position of the target,
+    -1 for none; the history is what lies before it. unseen_validation_targets, unseen_test_targets: bool, the target's
+    item occurs in no user's training events (it is scored, and counts as a miss). counts: users and events in each
+    part; ``short_users`` have no target (they train only); ``users_without_history`` lost one for want of a history.
+    """
+
+    protocol: str
+    train_stops: np.ndarray
+    validation_targets: np.ndarray
+    test_targets: np.ndarray
+    unseen_validation_targets: np.ndarray
+    unseen_test_targets: np.ndarray
+    hash: str
+    counts: dict[str, int]
+
+
+def make_split(dataset: SequenceDataset, protocol: str = "leave_one_out") -> Split:
+    """The split of ``dataset`` under ``protocol``; UserError for an unknown one or for missing timestamps."""
+    if protocol not in _TARGETS:
+        raise UserError(f"unknown protocol {protocol!r}; known: {', '.join(PROTOCOLS)}")
+    stops, validation, test = _TARGETS[protocol](dataset)
+    without_history = (validation == 0) | (test == 0)
+    validation, test = (np.where(targets > 0, targets, -1) for targets in (validation, test))
+    seen = _items_in_training(dataset, stops)
+    unseen_validation, unseen_test = (_unseen(dataset, targets, seen) for targets in (validation, test))
+    return Split(
+        protocol=protocol,
+        train_stops=stops.astype(np.int32),
+        validation_targets=validation.astype(np.int32),
+        test_targets=test.astype(np.int32),
+        unseen_validation_targets=unseen_validation,
+        unseen_test_targets=unseen_test,
+        hash=split_hash(dataset.manifest.data_hash, protocol),
+        counts={
+            "train_users": int((stops > 0).sum()),
+            "train_events": int(stops.sum()),
+            "validation_users": int((validation >= 0).sum()),
+            "test_users": int((test >= 0).sum()),
+            "short_users": int(((validation < 0) & (test < 0)).sum()),
+            "users_without_history": int(without_history.sum()),
+            "unseen_validation_targets": int(unseen_validation.sum()),
+            "unseen_test_targets": int(unseen_test.sum()),
+        },
+    )
+
+
+Targets = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def _leave_one_out(dataset: SequenceDataset) -> Targets:
+    lengths = dataset.lengths
+    scored = lengths >= 3
+    return (
+        np.where(scored, lengths - 2, lengths),
+        np.where(scored, lengths - 2, -1),
+        np.where(scored, lengths - 1, -1),
+    )
+
+
+def _paper(dataset: SequenceDataset) -> Targets:
+    lengths = dataset.lengths
+    scored = lengths >= 2
+    return (
+        np.where(scored, lengths - 1, lengths),
+        np.full_like(lengths, -1),
+        np.where(scored, lengths - 1, -1),
+    )
+
+
+def _global_time(dataset: SequenceDataset) -> Targets:
+    if dataset.timestamps is None:
+        raise UserError(
+            f"{dataset.folder}: protocol global_time needs timestamps, and this data set has none"
+        )
+    first_cut, second_cut = _time_cuts(dataset.timestamps)
+    stops = _events_until(dataset, first_cut)
+    test = _events_until(dataset, second_cut)
+    validation = np.where(stops < test, stops, -1)
+    return stops, validation, np.where(test < dataset.lengths, test, -1)
+
+
+_TARGETS = {"leave_one_out": _leave_one_out, "paper": _paper, "global_time": _global_time}
+
+
+def _time_cuts(timestamps: np.ndarray) -> tuple[int, int]:
+    ranks = [-(-len(timestamps) * tenths // 10) - 1 for tenths in _CUT_TENTHS]
+    ordered = np.partition(timestamps, ranks)
+    return int(ordered[ranks[0]]), int(ordered[ranks[1]])
+
+
+def _events_until(dataset: SequenceDataset, cut: int) -> np.ndarray:
+    """``[U]`` events of each user with time <= cut: a prefix, since times rise."""
+    assert dataset.timestamps is not None
+    until = np.concatenate([[0], np.cumsum(dataset.timestamps <= cut)])
+    return until[dataset.offsets[1:]] - until[dataset.offsets[:-1]]
+
+
+def _items_in_training(dataset: SequenceDataset, stops: np.ndarray) -> np.ndarray:
+    """``[V + 1]`` bool: the item is in some user's training events."""
+    change = np.zeros(dataset.num_events + 1, np.int8)
+    change[dataset.offsets[:-1]] += 1
+    np.subtract.at(change, dataset.offsets[:-1] + stops, 1)
+    seen = np.zeros(dataset.num_items + 1, bool)
+    seen[dataset.items[np.cumsum(change[:-1], dtype=np.int8).astype(bool)]] = True
+    return seen
+
+
+def _unseen(dataset: SequenceDataset, targets: np.ndarray, seen: np.ndarray) -> np.ndarray:
+    """``[U]`` bool: there is a target and its item is not ``seen``."""
+    at = dataset.offsets[:-1] + np.maximum(targets, 0)
+    return (targets >= 0) & ~seen[dataset.items[at]]
