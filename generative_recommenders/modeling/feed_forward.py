@@ -3,6 +3,7 @@ alike."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -15,7 +16,7 @@ from .dropout import Dropout
 FLOAT32_EPS = torch.finfo(torch.float32).eps
 """The epsilon of the RMS norms here, whatever the dtype of the activations."""
 
-_ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu}
+_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"relu": F.relu, "gelu": F.gelu}
 
 
 class PointWiseFeedForward(nn.Module):
