@@ -1,0 +1,42 @@
+"""Random choices of positions to hide, shared by the batch transforms and the masking objectives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def uniform(shape: Sequence[int], device: torch.device, generator: torch.Generator | None) -> Tensor:
+    """Uniform draws in [0, 1), float32, drawn on the generator's device and moved to ``device``."""
+    source = device if generator is None else generator.device
+    return torch.rand(*shape, generator=generator, device=source).to(device)
+
+
+def proper_part(chosen: Tensor, real: Tensor, order: Tensor) -> Tensor:
+    """Corrects a choice so that in every row some, but not all, real positions are chosen.
+
+    chosen, real: ``[B, N]`` bool; order: ``[B, N]`` float draws. A row without a choice gains its real
+    position of smallest ``order``; a row with everything chosen loses the one of largest; a row with one
+    real position ends with none. Padding is never chosen. For draws in [0, 1).
+    """
+    if real.shape[-1] == 0:
+        return chosen & real
+    lowest = order.masked_fill(~real, 2.0).argmin(-1, keepdim=True)
+    highest = order.masked_fill(~real, -1.0).argmax(-1, keepdim=True)
+    chosen = chosen & real
+    chosen = chosen.scatter(-1, lowest, chosen.gather(-1, lowest) | ~chosen.any(-1, keepdim=True)) & real
+    everything = (chosen == real).all(-1, keepdim=True)
+    return chosen.scatter(-1, highest, chosen.gather(-1, highest) & ~everything)
+
+
+def draw_token_mask(
+    real: Tensor, probability: float, generator: torch.Generator | None = None, shared_mask: bool = False
+) -> Tensor:
+    """True at positions to hide: each real one with ``probability``, some but not all of a row.
+
+    real: ``[B, N]`` or ``[N]`` bool. shared_mask: all rows use the same draws.
+    """
+    draws = uniform(real.shape[-1:] if shared_mask else real.shape, real.device, generator).expand(real.shape)
+    return proper_part(draws < probability, real, draws)

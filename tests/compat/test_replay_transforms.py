@@ -1,0 +1,324 @@
+"""RePlay's transforms and filter: golden numbers, documented examples, and what we do differently."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from generative_recommenders.compat.replay_transforms import (
+    CopyTransform,
+    EqualityMaskTransform,
+    GroupTransform,
+    MultiClassNegativeSamplingTransform,
+    NextTokenTransform,
+    RenameTransform,
+    SeenItemsFilter,
+    SelectTransform,
+    SequenceRollTransform,
+    TokenMaskTransform,
+    TrimTransform,
+    UniformNegativeSamplingTransform,
+    UnsqueezeTransform,
+    make_default_sasrec_transforms,
+    make_default_twotower_transforms,
+)
+from generative_recommenders.features import UserError
+
+GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parents[1] / "golden"))
+
+
+def load(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as file:
+        tensors = {key: torch.from_numpy(file[key]) for key in file.files if key != "meta"}
+        return tensors, json.loads(str(file["meta"]))
+
+
+@pytest.fixture(scope="module")
+def golden() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    return load("replay_transforms")
+
+
+def batch_of(tensors: dict[str, Tensor], side: str, case: str, leave: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The stored batch of one case, groups rebuilt, without the columns that are options and not input."""
+    batch: dict[str, Any] = {}
+    for key, value in tensors.items():
+        if key.startswith(f"{side}/{case}/"):
+            group, _, name = key.split("/")[2].rpartition(".")
+            if name not in leave:
+                (batch.setdefault(group, {}) if group else batch)[name] = value
+    return batch
+
+
+def assert_same(actual: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        if isinstance(value, dict):
+            assert_same(actual[name], value)
+        else:
+            assert actual[name].dtype == value.dtype
+            assert torch.equal(actual[name], value), name
+
+
+def fixed_transforms(config: dict[str, Any]) -> dict[str, nn.Module]:
+    queries = ["user_id", "query_features"]
+    return {
+        "copy": CopyTransform({"item_id": "seen_ids"}),
+        "group": GroupTransform({"feature_tensors": ["item_id", "cat", "absent"]}),
+        "rename": RenameTransform({"item_id_mask": "padding_mask"}),
+        "unsqueeze": UnsqueezeTransform("positive_labels", dim=-1),
+        "next_token_shift1": NextTokenTransform("item_id", shift=1, query_features=queries),
+        "next_token_shift2": NextTokenTransform("item_id", shift=2, query_features=queries),
+        "trim": TrimTransform(3, ["item_id", "item_id_mask"]),
+        "select": SelectTransform(["user_id", ("feature_tensors", "item_id")]),
+        "roll_minus1": SequenceRollTransform("item_id", roll=-1, padding_value=config["V"]),
+        "roll_plus1": SequenceRollTransform("item_id", roll=1, padding_value=config["V"]),
+        **{f"equality_mask_{mode}": EqualityMaskTransform("cat", 2, mode) for mode in ("and", "or", "xor")},
+    }
+
+
+def test_fixed_transforms_match_golden(golden):
+    tensors, meta = golden
+    for case, transform in fixed_transforms(meta["config"]).items():
+        before = batch_of(tensors, "input", case)
+        assert before, case
+        assert_same(transform(before), batch_of(tensors, "output", case))
+
+
+def token_mask_cases(tensors: dict[str, Tensor]) -> list[str]:
+    return sorted({key.split("/")[1] for key in tensors if key.startswith("input/token_mask")})
+
+
+def stored_draws(monkeypatch: pytest.MonkeyPatch, draws: Tensor) -> None:
+    """Makes the transform use the reference's stored uniform draws (any, where none are stored)."""
+    monkeypatch.setattr(
+        "generative_recommenders.compat.replay_transforms.uniform",
+        lambda shape, device, generator: draws.expand(*shape) if len(draws) else torch.full(shape, 0.5),
+    )
+
+
+def mask_prob(case: str) -> float:
+    return 0.0 if "all_kept" in case else 1.5 if "all_masked" in case else 0.15
+
+
+def test_token_mask_matches_golden_with_the_shared_option(golden, monkeypatch):
+    tensors, _ = golden
+    cases = token_mask_cases(tensors)
+    assert len(cases) >= 5
+    for case in cases:
+        stored_draws(monkeypatch, tensors[f"input/{case}/rand"])
+        transform = TokenMaskTransform("item_id_mask", mask_prob=mask_prob(case), shared_mask=True)
+        after = transform(batch_of(tensors, "input", case, leave=("rand",)))
+        assert_same(after, batch_of(tensors, "output", case))
+
+
+def test_token_mask_default_matches_golden_rows_except_kept_padding(golden, monkeypatch):
+    tensors, _ = golden
+    for case in token_mask_cases(tensors):
+        real = tensors[f"input/{case}/item_id_mask"]
+        if real.dim() > 1:
+            continue
+        stored_draws(monkeypatch, tensors[f"input/{case}/rand"])
+        after = TokenMaskTransform("item_id_mask", mask_prob=mask_prob(case))({"item_id_mask": real})
+        assert torch.equal(after["token_mask"], tensors[f"output/{case}/token_mask"] & real), case
+
+
+def test_token_mask_draws_are_per_user_and_never_touch_padding():
+    real = torch.arange(8) >= torch.tensor([[0], [3], [6], [7], [8]] * 40)
+    masks = TokenMaskTransform("m", generator=torch.Generator().manual_seed(3))({"m": real})["token_mask"]
+    assert not (masks & ~real).any()
+    many = real.sum(1) >= 2
+    assert (masks.sum(1) >= 1)[many].all() and (masks.sum(1) < real.sum(1))[many].all()
+    full = masks[real.all(1)]
+    assert len(full.unique(dim=0)) > 5
+    shared = TokenMaskTransform("m", generator=torch.Generator().manual_seed(3), shared_mask=True)
+    rows = shared({"m": real})["token_mask"][:-5][real.all(1)[:-5]]
+    assert len(rows.unique(dim=0)) == 1
+
+
+def test_negative_samplings_match_golden(golden):
+    tensors, meta = golden
+    config = meta["config"]
+    for case in ("uniform_negatives", "uniform_negatives_weighted"):
+        before = batch_of(tensors, "input", case, leave=("sample_distribution",))
+        transform = UniformNegativeSamplingTransform(
+            config["V"],
+            config["K"],
+            sample_distribution=tensors.get(f"input/{case}/sample_distribution"),
+            generator=torch.Generator().manual_seed(config["seed"]),
+        )
+        assert_same(transform(before), batch_of(tensors, "output", case))
+    expected = batch_of(tensors, "output", "multi_class_negatives")
+    transform = MultiClassNegativeSamplingTransform(
+        expected["negative_labels"].shape[1],
+        tensors["input/multi_class_negatives/sample_mask"],
+        generator=torch.Generator().manual_seed(config["seed"]),
+    )
+    before = batch_of(tensors, "input", "multi_class_negatives", leave=("sample_mask",))
+    assert_same(transform(before), expected)
+
+
+def test_seen_items_filter_matches_golden():
+    tensors, meta = load("replay_seen_items_filter")
+    batch = {"seen_ids": tensors["input/seen_ids"]}
+    seen_filter = SeenItemsFilter(meta["config"]["V"])
+    cases = [(None, "logits", "all"), ("candidates", "candidate_logits", "candidates")]
+    for candidates, logits, output in [*cases, ("row_candidates", "candidate_logits", "row_candidates")]:
+        seen_filter.candidates = None if candidates is None else tensors[f"input/{candidates}"]
+        scores = tensors[f"input/{logits}"]
+        before = scores.clone()
+        for filtered in (seen_filter.on_prediction(batch, scores), seen_filter.on_validation(batch, scores)):
+            assert torch.equal(filtered, tensors[f"output/{output}"])
+        assert torch.equal(scores, before)
+
+
+def example(transform: nn.Module, before: dict[str, Any], after: dict[str, Any]) -> None:
+    copied = {name: value.clone() for name, value in before.items()}
+    assert_same(transform(before), after)
+    assert_same(before, copied)
+
+
+def test_documented_examples_of_columns():
+    mask = torch.BoolTensor([False, True, True])
+    example(
+        CopyTransform({"item_id_mask": "padding_id"}),
+        {"item_id_mask": mask},
+        {"item_id_mask": mask, "padding_id": mask},
+    )
+    items = {"item_id": torch.LongTensor([[30, 22, 1]]), "item_feature": torch.LongTensor([[1, 11, 11]])}
+    example(
+        GroupTransform({"feature_tensors": ["item_id", "item_feature"]}), items, {"feature_tensors": items}
+    )
+    example(RenameTransform({"item_id_mask": "padding_id"}), {"item_id_mask": mask}, {"padding_id": mask})
+    example(UnsqueezeTransform("padding_id", dim=0), {"padding_id": mask}, {"padding_id": mask[None]})
+    grouped = {"feature_1": torch.tensor([1]), "feature_2": torch.tensor([2])}
+    group = {"feature_3": torch.tensor([3]), "feature_4": torch.tensor([4])}
+    selected = SelectTransform(["feature_1", ("feature_2",), ("feature_group", "feature_3")])(
+        {**grouped, "feature_group": group}
+    )
+    assert_same(selected, {**grouped, "feature_group": {"feature_3": torch.tensor([3])}})
+    valid = torch.BoolTensor([[0, 1, 1, 1, 1]])
+    events = torch.LongTensor([0, 3, 2, 1, 2])
+    example(
+        EqualityMaskTransform(feature_name="events_type", equality_value=2, mode="and"),
+        {"target_padding_mask": valid, "events_type": events},
+        {"target_padding_mask": torch.BoolTensor([[0, 0, 1, 0, 1]]), "events_type": events},
+    )
+
+
+def test_documented_examples_of_sequences():
+    user, items = torch.LongTensor([111]), torch.LongTensor([[5, 4, 0, 7, 4]])
+    example(
+        NextTokenTransform(label_field="item_id", shift=1, query_features="user_id"),
+        {
+            "user_id": user,
+            "item_id": torch.LongTensor([[5, 0, 7, 4]]),
+            "item_id_mask": torch.BoolTensor([[0, 1, 1, 1]]),
+        },
+        {
+            "user_id": user,
+            "item_id": torch.LongTensor([[5, 0, 7]]),
+            "item_id_mask": torch.BoolTensor([[0, 1, 1]]),
+            "positive_labels": torch.LongTensor([[0, 7, 4]]),
+            "positive_labels_mask": torch.BoolTensor([[1, 1, 1]]),
+        },
+    )
+    example(
+        TrimTransform(seq_len=3, feature_names="item_id"),
+        {"user_id": user, "item_id": items, "seen_ids": items},
+        {"user_id": user, "item_id": torch.LongTensor([[0, 7, 4]]), "seen_ids": items},
+    )
+    example(
+        SequenceRollTransform("item_id", roll=-1, padding_value=10),
+        {"item_id": torch.LongTensor([[2, 3, 1]])},
+        {"item_id": torch.LongTensor([[3, 1, 10]])},
+    )
+
+
+def test_documented_examples_of_draws():
+    torch.manual_seed(0)
+    real = torch.BoolTensor([0, 1, 1])
+    example(
+        TokenMaskTransform("padding_id"),
+        {"padding_id": real},
+        {"padding_id": real, "token_mask": torch.BoolTensor([0, 1, 0])},
+    )
+    torch.manual_seed(0)
+    items = torch.LongTensor([[1, 0, 4]])
+    example(
+        UniformNegativeSamplingTransform(cardinality=4, num_negative_samples=2),
+        {"item_id": items},
+        {"item_id": items, "negative_labels": torch.tensor([2, 1])},
+    )
+    torch.manual_seed(0)
+    sample_mask = torch.tensor([[1, 0, 1, 0, 0, 0], [0, 0, 0, 1, 1, 0], [0, 1, 0, 0, 0, 1]])
+    selector = torch.tensor([0, 2, 1, 1, 0])
+    example(
+        MultiClassNegativeSamplingTransform(num_negative_samples=2, sample_mask=sample_mask),
+        {"negative_selector": selector},
+        {
+            "negative_selector": selector,
+            "negative_labels": torch.tensor([[2, 0], [5, 1], [3, 4], [3, 4], [2, 0]]),
+        },
+    )
+
+
+def test_documented_example_of_the_filter():
+    logits = torch.tensor([[0.1, 0.2, 0.3], [-0.1, -0.2, -0.3]])
+    seen_items = torch.tensor([[1, 0, 3], [1, 2, 1]])
+    inf = float("inf")
+    expected = torch.tensor([[-inf, -inf, 0.3], [-0.1, -inf, -inf]])
+    assert torch.equal(SeenItemsFilter(3).on_prediction({"seen_ids": seen_items}, logits), expected)
+    named = SeenItemsFilter(item_count=3, seen_items_column="history")
+    assert torch.equal(named.on_validation({"history": seen_items}, logits), expected)
+
+
+@pytest.mark.parametrize("make", [make_default_sasrec_transforms, make_default_twotower_transforms])
+def test_default_sets(make):
+    schema = SimpleNamespace(names=["item_id", "price"], item_id_feature_name="item_id")
+    sets = make(schema, query_column="user")
+    assert set(sets) == {"train", "validation", "test", "predict"}
+    batch = {
+        "user": torch.tensor([[7], [8]]),
+        "item_id": torch.tensor([[3, 1, 2], [0, 1, 2]]),
+        "item_id_mask": torch.tensor([[False, True, True], [True, True, True]]),
+        "price": torch.tensor([[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]),
+        "seen_ids": torch.tensor([5, 6]),
+    }
+    after = nn.Sequential(*sets["train"])(batch)
+    assert set(after) == {
+        "user", "seen_ids", "padding_mask", "target_padding_mask", "positive_labels", "feature_tensors"
+    }  # fmt: skip
+    assert torch.equal(after["user"], batch["user"])
+    assert torch.equal(after["positive_labels"], batch["item_id"][:, 1:, None])
+    assert torch.equal(after["target_padding_mask"], batch["item_id_mask"][:, 1:, None])
+    assert torch.equal(after["padding_mask"], batch["item_id_mask"][:, :-1])
+    assert_same(after["feature_tensors"], {name: batch[name][:, :-1] for name in schema.names})
+    for stage in ("validation", "test", "predict"):
+        kept = nn.Sequential(*sets[stage])(batch)
+        assert_same(kept["feature_tensors"], {name: batch[name] for name in schema.names})
+        assert set(kept) == {"user", "seen_ids", "padding_mask", "feature_tensors"}
+
+
+def test_bad_input_is_named():
+    items = {"item_id": torch.tensor([[1, 2]])}
+    for transform, words in [
+        (NextTokenTransform("item_id"), "item_id_mask"),
+        (NextTokenTransform("item_id", shift=2, mask_postfix=""), "too short"),
+        (TrimTransform(3, "item_id"), "fewer than 3"),
+        (TokenMaskTransform("absent"), "no column 'absent'"),
+        (MultiClassNegativeSamplingTransform(1, torch.ones(2, 3)), "negative_selector"),
+    ]:
+        with pytest.raises(UserError, match=words):
+            transform(items)
+    with pytest.raises(UserError, match="pool of 1"):
+        UniformNegativeSamplingTransform(3, 2, sample_distribution=torch.tensor([0.0, 1.0, 0.0]))
+    with pytest.raises(UserError, match="2 scores a row for 3 items"):
+        SeenItemsFilter(3).on_prediction({"seen_ids": torch.tensor([[0]])}, torch.zeros(1, 2))
