@@ -41,7 +41,7 @@ def check_roles(path: Path, roles: Sequence[str | None]) -> Roles:
 
 
 def roles_by_name(path: Path, names: Sequence[str], wanted: Sequence[str] | None = None) -> Roles:
-    """The role of each named column: by ``wanted`` (names of user, item, rating, timestamp), else by known names."""
+    """Each column's role: by ``wanted`` (names of user, item, rating, timestamp), else by known names."""
     if wanted is None:
         return _roles_by_known_names(path, names)
     if len(wanted) > len(ROLES):

@@ -1,9 +1,9 @@
 """Delimited text (CSV, TSV, ``::``, spaces; gzip or not) to typed columns, with the line of the first fault.
 
-Two parsers stand behind one entrance. The strict one (``strict_lines``) goes line by line and is the definition of
-what is accepted. The fast one (polars) takes a block of lines at once; whenever a block is in any doubt (quotes, a
-field that does not parse, a missing value, a count of rows that differs from the count of lines) the block
-is given to the strict one, which returns its rows or names the line at fault.
+Two parsers stand behind one entrance. The strict one (``strict_lines``) goes line by line and is the
+definition of what is accepted. The fast one (polars) takes a block of lines at once; whenever a block is in
+any doubt (quotes, a field that does not parse, a missing value, a count of rows that differs from the count
+of lines) the block is given to the strict one, which returns its rows or names the line at fault.
 """
 
 from __future__ import annotations
@@ -34,25 +34,23 @@ _POLARS_TYPES = {"user": pl.String, "item": pl.String, "rating": pl.Float32, "ti
 
 @dataclass(frozen=True)
 class Block:
-    """Whole lines of a file: ``data`` with ``\\n`` line ends, the first being line ``first_line`` (1-based)."""
+    """Whole lines of a file with ``\\n`` line ends; the first is line ``first_line`` (1-based)."""
 
     data: bytes
     first_line: int
 
 
 def read(path: Path, layout: ReaderFormat) -> Iterator[pa.Table]:
-    """Yield tables of ``user``, ``item``, ``rating``?, ``timestamp``? in file order; UserError for bad input."""
+    """Yield the file's rows in order (see ``ratings_table.read_batches``); UserError for bad input."""
     roles: Roles | None = None
     rows = 0
-    for block in read_blocks(path):
+    for block in _without_blank_start(read_blocks(path)):
+        body = block
         if roles is None:
-            block = _skip_blank_lines(block)
-            if not block.data:
-                continue
-            block, roles = _take_header(path, block, layout)
-        table = _parse_fast(block, layout.delimiter, roles)
+            body, roles = _take_header(path, block, layout)
+        table = _parse_fast(body, layout.delimiter, roles)
         if table is None:
-            table = parse_lines(path, block.data, block.first_line, layout.delimiter, roles)
+            table = parse_lines(path, body.data, body.first_line, layout.delimiter, roles)
         rows += table.num_rows
         if table.num_rows:
             yield table
@@ -60,8 +58,10 @@ def read(path: Path, layout: ReaderFormat) -> Iterator[pa.Table]:
         raise UserError(f"{path}: the file is empty: it holds no rating")
 
 
-def read_blocks(path: Path, block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
-    """Yield blocks of whole lines of a plain or gzip file; the byte-order mark and ``\\r`` of line ends removed."""
+def read_blocks(
+    path: Path, block_bytes: int = BLOCK_BYTES, max_line_bytes: int = MAX_LINE_BYTES
+) -> Iterator[Block]:
+    """Yield blocks of whole lines of a plain or gzip file, less byte-order mark and ``\\r`` of line ends."""
     rest, line = b"", 1
     with _open_bytes(path) as stream:
         while True:
@@ -71,10 +71,10 @@ def read_blocks(path: Path, block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
                 data = data[len(_BOM) :]
             end = data.rfind(b"\n") + 1 if chunk else len(data)
             data, rest = data[:end], data[end:]
-            if len(rest) > MAX_LINE_BYTES:
+            if len(rest) > max_line_bytes:
                 line += data.count(b"\n")
                 raise UserError(
-                    f"{path}, line {line}: longer than {MAX_LINE_BYTES} bytes; is this a text file?"
+                    f"{path}, line {line}: longer than {max_line_bytes} bytes; is this a text file?"
                 )
             if data:
                 yield Block(_unix_line_ends(data), line)
@@ -85,7 +85,7 @@ def read_blocks(path: Path, block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
 
 def sniff(path: Path, columns: tuple[str, ...] | None) -> ReaderFormat:
     """Delimiter, header and roles from line 1 (see ``ratings_table.sniff_format``)."""
-    block = next((b for b in map(_skip_blank_lines, read_blocks(path)) if b.data), None)
+    block = next(_without_blank_start(read_blocks(path)), None)
     if block is None:
         raise UserError(f"{path}: the file is empty: it holds no rating")
     line = _first_line(path, block)
@@ -145,6 +145,16 @@ def _unix_line_ends(data: bytes) -> bytes:
         return data
     data = data.replace(b"\r\n", b"\n")
     return data[:-1] if data.endswith(b"\r") else data
+
+
+def _without_blank_start(blocks: Iterator[Block]) -> Iterator[Block]:
+    """The blocks from the first line on that is not blank."""
+    started = False
+    for block in blocks:
+        trimmed = block if started else _skip_blank_lines(block)
+        started = started or bool(trimmed.data)
+        if started:
+            yield trimmed
 
 
 def _skip_blank_lines(block: Block) -> Block:
@@ -222,12 +232,13 @@ def _parse_fast(block: Block, delimiter: str | None, roles: Roles) -> pa.Table |
 
 
 def _single_separator(data: bytes, delimiter: str | None) -> tuple[bytes, str] | None:
-    """The data with one byte between fields, and that byte; None where only the strict parser splits it right."""
+    """The data with one byte between fields, and that byte; None where the strict parser must split it."""
     if b"\r" in data or b"\0" in data:
         return None
     if delimiter is None:
         data = data.replace(b"\t", b" ")
-        if re.search(rb"  |^ | $", data, re.MULTILINE):
+        uneven = b"  " in data or b"\n " in data or b" \n" in data
+        if uneven or data.startswith(b" ") or data.endswith(b" "):
             return None
         return data, " "
     if len(delimiter) == 1 and delimiter.isascii():

@@ -1,9 +1,9 @@
 """A hash of prepared data that any engine computes alike, in any order of users.
 
-The data hash is the sum, mod 2^128, of the digests of all users; a user's digest is the sum, mod 2^128, of the digests of
-their events; an event's digest is two 64-bit words, each a chain of mixes over the user's and the item's original ids
-(FNV-1a over their UTF-8 bytes), the float32 bits of the rating, the time in seconds and the position in the
-user's sequence. ``mix`` is the finaliser of splitmix64 (Steele, Lea and Flood, 2014).
+The data hash is the sum, mod 2^128, of the digests of all users; a user's digest is the sum, mod 2^128, of
+the digests of their events; an event's digest is two 64-bit words, each a chain of mixes over the user's and
+the item's original ids (FNV-1a over their UTF-8 bytes), the float32 bits of the rating, the time in seconds
+and the position in the user's sequence. ``mix`` is the finaliser of splitmix64 (Steele, Lea and Flood, 2014).
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def events_digest(
 ) -> int:
     """Sum of the digests of events, mod 2^128.
 
-    users, items: ``[E]`` uint64, ``id_hashes`` of each event's ids. ratings: ``[E]`` float32. timestamps: ``[E]`` int64.
-    positions: ``[E]`` int64, 0-based in the user's sequence.
+    users, items: ``[E]`` uint64, ``id_hashes`` of each event's ids. ratings: ``[E]`` float32. timestamps:
+    ``[E]`` int64. positions: ``[E]`` int64, 0-based in the user's sequence.
     """
     total = 0
     for start in range(0, len(users), _CHUNK):

@@ -1,4 +1,4 @@
-"""Raw events as integer columns, in memory or (beyond a limit) in files, and the dictionaries of their ids."""
+"""Raw events as integer columns, in memory or (beyond a limit) in files, and the dictionaries of ids."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ CHUNK_EVENTS = 1 << 22
 class Events:
     """Columns of all raw events in input order.
 
-    users, items: ``[E]`` int32 codes into ``user_ids`` and ``item_ids`` (large_string, in order of first sight).
-    ratings: ``[E]`` float32 or None. timestamps: ``[E]`` int64 or None. Arrays may be memory-mapped.
+    users, items: ``[E]`` int32 codes into ``user_ids`` and ``item_ids`` (large_string, in order of first
+    sight). ratings: ``[E]`` float32 or None. timestamps: ``[E]`` int64 or None. Arrays may be memory-mapped.
     """
 
     users: np.ndarray
@@ -43,9 +43,9 @@ def chunks(length: int) -> Iterator[slice]:
 class EventCollector:
     """Turns batches of ratings into ``Events``.
 
-    Strings are kept until ``run_events`` of them are there, then dictionary-encoded as one run. With ``spill`` (a
-    folder) every run's columns go to files and only the dictionaries stay in memory; at the end the dictionaries of
-    the runs are merged and the codes rewritten.
+    Strings are kept until ``run_events`` of them are there, then dictionary-encoded as one run. With
+    ``spill`` (a folder) every run's columns go to files and only the dictionaries stay in memory; at the end
+    the dictionaries of the runs are merged and the codes rewritten.
     """
 
     def __init__(self, run_events: int, spill: Path | None = None) -> None:
@@ -70,7 +70,9 @@ class EventCollector:
         self._encode_run()
         user_ids, user_codes = self._merge("user")
         item_ids, item_codes = self._merge("item")
-        ratings, timestamps = (self._join(name) for name in ("rating", "timestamp"))
+        ratings, timestamps = (
+            self._join(name) if name in self.columns else None for name in ("rating", "timestamp")
+        )
         return Events(user_codes, item_codes, ratings, timestamps, user_ids, item_ids)
 
     def _encode_run(self) -> None:
@@ -107,10 +109,8 @@ class EventCollector:
                 codes[part] = new_code[codes[part]]
         return merged.chunk(0).dictionary, self._join(role)
 
-    def _join(self, name: str) -> np.ndarray | None:
-        runs = self.columns.pop(name, None)
-        if runs is None:
-            return None
+    def _join(self, name: str) -> np.ndarray:
+        runs = self.columns.pop(name)
         if len(runs) == 1:
             return runs[0]
         if self.spill is None:

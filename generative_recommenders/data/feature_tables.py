@@ -13,8 +13,8 @@ from generative_recommenders.features import UserError
 def align(owner: str, ids: pa.Array, raw: pa.Table | None) -> tuple[pa.Table, list[FeatureSpec]]:
     """The table of ``items.parquet`` or ``users.parquet`` and its features.
 
-    ids: ``[n]`` large_string original ids in internal order. raw: column ``owner`` (the first row of an id counts) and
-    feature columns, or None. An id without features gets nulls; a warning counts them.
+    ids: ``[n]`` large_string original ids in internal order. raw: column ``owner`` (the first row of an id
+    counts) and feature columns, or None. An id without features gets nulls; a warning counts them.
     """
     if raw is None:
         return pa.table({owner: ids}), []

@@ -14,7 +14,7 @@ from generative_recommenders.features import UserError
 VERSION = 1
 FILE_NAME = "manifest.json"
 KINDS = ("categorical", "categorical_list", "numerical")
-COLUMNS = {
+COLUMNS: dict[str, np.dtype] = {
     "items": np.dtype("<i4"),
     "ratings": np.dtype("<f4"),
     "timestamps": np.dtype("<i8"),
@@ -26,8 +26,8 @@ COLUMNS = {
 class FeatureSpec:
     """One feature of items or users.
 
-    kind: ``categorical``, ``categorical_list`` or ``numerical``. cardinality: distinct values (0 if numerical).
-    source: the file that holds it. owner: ``item`` or ``user``.
+    kind: ``categorical``, ``categorical_list`` or ``numerical``. cardinality: distinct values (0 if
+    numerical). source: the file that holds it. owner: ``item`` or ``user``.
     """
 
     name: str
@@ -41,8 +41,8 @@ class FeatureSpec:
 class Manifest:
     """What a prepared folder says about itself.
 
-    counts_before: events, users, items as read. counts: the same after the filter. lengths: min, median, mean, max
-    of the users' sequences. data_hash: see ``digests``. source: where the ratings came from.
+    counts_before: events, users, items as read. counts: the same after the filter. lengths: min, median,
+    mean, max of the users' sequences. data_hash: see ``digests``. source: where the ratings came from.
     """
 
     name: str
@@ -80,7 +80,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read and check ``manifest.json``, and the sizes of the flat columns against its counts; UserError otherwise."""
+    """Read ``manifest.json``, check it and the sizes of the flat columns; UserError if they are wrong."""
     path = folder / FILE_NAME
     settings = _read_json(path)
     version = settings.get("version")

@@ -25,6 +25,12 @@ def is_parquet(path: Path) -> bool:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
+def num_rows(path: Path) -> int:
+    """Rows, from the footer."""
+    with _open(path) as file:
+        return file.metadata.num_rows
+
+
 def roles(path: Path, columns: tuple[str, ...] | None) -> Roles:
     """The role of each column of the schema, by the names given or by known names."""
     with _open(path) as file:
@@ -32,7 +38,7 @@ def roles(path: Path, columns: tuple[str, ...] | None) -> Roles:
 
 
 def read(path: Path, columns: Roles | None) -> Iterator[pa.Table]:
-    """Yield tables of ``user``, ``item``, ``rating``?, ``timestamp``? in row order; UserError with the row at fault."""
+    """Yield the rows in order (see ``ratings_table.read_batches``); UserError with the row at fault."""
     with _open(path) as file:
         names = file.schema_arrow.names
         file_roles = roles_by_name(path, names) if columns is None else check_roles(path, columns)

@@ -1,11 +1,13 @@
 """Raw ratings to a prepared folder: collect, filter, number the ids, sort by time, write.
 
-Internal ids follow the UTF-8 byte order of the original ids. Each user's ratings are sorted by time; ties, and data
-without times, keep (file, row) order. Duplicates are kept. The result depends on the input alone, not on the engine.
+Internal ids follow the UTF-8 byte order of the original ids. Each user's ratings are sorted by time; ties,
+and data without times, keep (file, row) order. Duplicates are kept. The result depends on the input alone,
+not on the engine.
 """
 
 from __future__ import annotations
 
+import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator
@@ -23,6 +25,7 @@ from generative_recommenders.data import digests
 from generative_recommenders.data.event_store import BYTES_PER_EVENT, EventCollector, Events, chunks
 from generative_recommenders.data.feature_tables import align
 from generative_recommenders.data.manifest import COLUMNS, Manifest, column_file, write_manifest
+from generative_recommenders.data.parquet_reader import is_parquet, num_rows
 from generative_recommenders.data.prepared_folder import new_folder
 from generative_recommenders.data.rating_filters import apply_filter, parse_filter
 from generative_recommenders.data.ratings_table import RawRatings, read_batches
@@ -32,11 +35,21 @@ SORT_BYTES_PER_EVENT = 120
 DEFAULT_MEMORY_LIMIT = 4 << 30
 
 
+def prepared_path(data_root: str | Path, name: str) -> Path:
+    """Where the prepared form of data set ``name`` lies below ``data_root``; UserError for a name that is a
+    path.
+    """
+    if not re.fullmatch(r"\w[\w.+-]*", name):
+        raise UserError(f"--name={name!r} must consist of letters, digits and . _ + -")
+    return Path(data_root) / "prepared" / name
+
+
 def prepare(raw: RawRatings, out_dir: str | Path, memory_limit: int = DEFAULT_MEMORY_LIMIT) -> Manifest:
     """Prepare ``raw`` into the folder ``out_dir`` (replaced only on success) and return its manifest.
 
-    memory_limit: bytes that events may take; beyond it they are kept in files beside the target. The distinct ids
-    must fit in memory in any case. Raises UserError for bad input and for counts other than the expected ones.
+    memory_limit: bytes that events may take; beyond it they are kept in files beside the target. The distinct
+    ids must fit in memory in any case. Raises UserError for bad input and for counts other than the expected
+    ones.
     """
     parse_filter(raw.filter)
     return prepare_batches(raw, read_batches(raw), Path(out_dir), memory_limit)
@@ -80,9 +93,9 @@ def phase(name: str) -> Iterator[None]:
 class Sequences:
     """What is kept, and under which numbers.
 
-    user_ids ``[U]``, item_ids ``[V]``: large_string, UTF-8 order. offsets: ``[U + 1]`` int64. has_ratings, has_timestamps:
-    which columns exist. kept: ``[raw events]`` bool. user_number, item_number: ``[raw ids]`` int32, code to place
-    in user_ids and item_ids, -1 for dropped.
+    user_ids ``[U]``, item_ids ``[V]``: large_string, UTF-8 order. offsets: ``[U + 1]`` int64. has_ratings,
+    has_timestamps: which columns exist. kept: ``[raw events]`` bool. user_number, item_number: ``[raw ids]``
+    int32, code to place in user_ids and item_ids, -1 for dropped.
     """
 
     user_ids: pa.Array
@@ -105,9 +118,18 @@ Bucket = tuple[np.ndarray, np.ndarray, "np.ndarray | None", "np.ndarray | None"]
 
 
 def _may_exceed(raw: RawRatings, memory_limit: int) -> bool:
-    """Whether the events may not fit: judged by the files' size, since an event is no shorter than 4 bytes of text."""
-    size = sum(path.stat().st_size for path in raw.files if path.is_file())
-    return size * BYTES_PER_EVENT // 24 > memory_limit
+    """Whether the events may not fit, judged by the size of the files."""
+    events = sum(_most_events(path) for path in raw.files if path.is_file())
+    return events * BYTES_PER_EVENT > memory_limit
+
+
+def _most_events(path: Path) -> int:
+    """A guess, rather too high, at a file's events: Parquet knows, text has 20 bytes each (4 if gzipped)."""
+    if is_parquet(path):
+        return num_rows(path)
+    with path.open("rb") as stream:
+        bytes_per_event = 4 if stream.read(2) == b"\x1f\x8b" else 20
+    return path.stat().st_size // bytes_per_event
 
 
 def _collect(batches: Iterable[pa.Table], spill: Path, memory_limit: int, out_of_core: bool) -> Events:
@@ -245,9 +267,8 @@ def check_expected(raw: RawRatings, users: int, items: int) -> None:
     """UserError if the counts after preparation are not those that ``raw`` expects."""
     for what, expected, found in (("items", raw.expected_items, items), ("users", raw.expected_users, users)):
         if expected is not None and expected != found:
-            raise UserError(
-                f"{raw.name}: {found} {what} after preparation, {expected} are published; is {raw.files[0]} the whole file?"
-            )
+            counts = f"{found} {what} after preparation where {expected} are expected"
+            raise UserError(f"{raw.name}: {counts}; is {raw.files[0]} the whole file?")
 
 
 def summary(manifest: Manifest) -> str:

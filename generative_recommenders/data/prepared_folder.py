@@ -1,4 +1,4 @@
-"""Writing a prepared folder: everything into a temporary sibling, which takes the target's place at the end."""
+"""Writing a prepared folder: everything into a temporary sibling that takes the target's place."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 def new_folder(target: Path) -> Iterator[Path]:
     """Yield an empty folder that replaces ``target`` if the block succeeds and vanishes if it does not.
 
-    An existing target is exchanged in one step where the file system can. UserError if it exists and is not a prepared
-    folder, or if the disk is full or not writable.
+    An existing target is exchanged in one step where the file system can. UserError if it exists and is not a
+    prepared folder, or if the disk is full or not writable.
     """
     _check_target(target)
     scratch = target.parent / f".{target.name}.tmp-{os.getpid()}"

@@ -15,7 +15,7 @@ AMAZON_LEAST = 5
 
 @dataclass(frozen=True)
 class Kept:
-    """``events [E]`` bool: the rating stays. ``items [number of raw items]`` bool: the item is in the catalogue."""
+    """``events [E]`` bool: the rating stays. ``items [raw items]`` bool: the item is in the catalogue."""
 
     events: np.ndarray
     items: np.ndarray
@@ -47,7 +47,7 @@ def _keep_all(events: Events, least: int) -> Kept:
 
 
 def _amazon(events: Events, least: int) -> Kept:
-    """Ratings whose item and user each have ``least`` ratings, both counted once; then users with ``least`` left.
+    """Ratings whose item and user have ``least`` ratings, both counted once; then users with ``least`` left.
 
     The catalogue is fixed before short users are dropped, as in the published preparation (695,762 books).
     """

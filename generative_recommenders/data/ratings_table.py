@@ -1,4 +1,4 @@
-"""Raw ratings: where they lie, how they are read, and the batches of typed columns that reading them yields."""
+"""Raw ratings: where they lie, how they are read, and the typed columns that reading yields."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class ReaderFormat:
     """How one file of ratings is laid out; for Parquet only ``columns`` counts.
 
     delimiter: the separator (``::`` and other long ones allowed), or None for runs of spaces and tabs.
-    has_header: whether line 1 names the columns; None looks at line 1 and decides.
-    columns: the role of every column, in file order: ``user``, ``item``, ``rating``, ``timestamp``, or None for a
-        column that is not needed. None in place of the tuple: roles are found by the names in the header
+    has_header: whether line 1 names the columns; None looks at line 1 and decides. columns: the role of every
+    column, in file order: ``user``, ``item``, ``rating``, ``timestamp``, or None for
+        a column that is not needed. None in place of the tuple: roles are found by the names in the header
         (or in the Parquet schema).
     """
 
@@ -83,10 +83,11 @@ def read_file(path: Path, layout: ReaderFormat) -> Iterator[pa.Table]:
 
 
 def sniff_format(path: Path, columns: tuple[str, ...] | None = None) -> ReaderFormat:
-    """The layout of any delimited or Parquet file: its delimiter, whether it has a header, the role of each column.
+    """The layout of any delimited or Parquet file: delimiter, header or not, the role of each column.
 
-    columns: the names that the file's columns user, item, rating, timestamp have, in this order (the last two may
-        be left out); or, for a file without a header, the roles in file order (any other word skips a column).
+    columns: the file's names for user, item, rating, timestamp, in this order (the last two
+        may be left out); or, for a file without a header, the roles in file order (any other word skips a
+        column).
     """
     from generative_recommenders.data import delimited_reader, parquet_reader
 

@@ -18,8 +18,9 @@ from generative_recommenders.features import UserError
 class SequenceDataset:
     """A prepared folder.
 
-    items: ``[E]`` int32, internal ids 1..V. ratings: ``[E]`` float32 or None. timestamps: ``[E]`` int64 seconds or None.
-    offsets: ``[U + 1]`` int64; user u (0-based) owns events ``offsets[u]`` to ``offsets[u + 1]``, oldest first.
+    items: ``[E]`` int32, internal ids 1..V. ratings: ``[E]`` float32 or None. timestamps: ``[E]`` int64
+    seconds or None. offsets: ``[U + 1]`` int64; user u (0-based) owns events ``offsets[u]`` to ``offsets[u +
+    1]``, oldest first.
     """
 
     folder: Path
@@ -87,7 +88,7 @@ class SequenceDataset:
         return _read_table(self.folder / file, names) if names else None
 
     def verify(self) -> None:
-        """Read everything and compare with the data hash; UserError if a column was changed. Takes seconds, not less."""
+        """Read everything and compare with the data hash; UserError if it was changed. Takes seconds."""
         if self.items.min() < 1 or self.items.max() > self.num_items:
             raise UserError(f"{self.folder}: item ids outside 1..{self.num_items}; prepare the data again")
         users = digests.id_hashes(_large_strings(self.original_user_ids()))

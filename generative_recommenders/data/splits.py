@@ -1,13 +1,15 @@
 """Who trains on what, and which event of each user is scored: the three evaluation protocols.
 
-``leave_one_out``  the last event is the test target, the one before it the validation target, the rest trains; users
-                   with fewer than three events train only.
-``paper``          all but the last event trains, the last is the test target, nothing validates: the way the public
-                   code of HSTU (Zhai et al., ICML 2024) computes its tables. Users with one event train only.
-``global_time``    cuts c1 and c2 at the 0.8 and 0.9 quantiles of all timestamps (the smallest timestamp that at least
-                   that share of all events does not exceed). Events with time <= c1 train; the validation target is a user's first
-                   event after c1 if its time is <= c2; the test target is the user's first event after c2. A target
-                   that is the user's very first event has no history to predict from and is not scored.
+``leave_one_out``  the last event is the test target, the one before it the validation target, the rest
+                   trains; users with fewer than three events train only.
+``paper``          all but the last event trains, the last is the test target, nothing validates: the way the
+                   public code of HSTU (Zhai et al., ICML 2024) computes its tables. Users with one event
+                   train only.
+``global_time``    cuts c1 and c2 at the 0.8 and 0.9 quantiles of all timestamps (the smallest timestamp that
+                   at least that share of all events does not exceed). Events with time <= c1 train; the
+                   validation target is a user's first event after c1 if its time is <= c2; the test target is
+                   the user's first event after c2. A target that is the user's very first event has no
+                   history to predict from and is not scored.
 """
 
 from __future__ import annotations
@@ -28,10 +30,11 @@ _CUT_TENTHS = (8, 9)
 class Split:
     """Positions inside each user's sequence; all ``[U]``.
 
-    train_stops: int32; events [0, stop) train. validation_targets, test_targets: int32 position of the target,
-    -1 for none; the history is what lies before it. unseen_validation_targets, unseen_test_targets: bool, the target's
-    item occurs in no user's training events (it is scored, and counts as a miss). counts: users and events in each
-    part; ``short_users`` have no target (they train only); ``users_without_history`` lost one for want of a history.
+    train_stops: int32; events [0, stop) train. validation_targets, test_targets: int32 position of the
+    target, -1 for none; the history is what lies before it. unseen_validation_targets, unseen_test_targets:
+    bool, the target's item occurs in no user's training events (it is scored, and counts as a miss). counts:
+    users and events in each part; ``short_users`` have no target (they train only); ``users_without_history``
+    lost one for want of a history.
     """
 
     protocol: str

@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -33,7 +34,7 @@ def split_line(line: str, delimiter: str | None) -> list[str]:
 
 
 def looks_like_header(fields: Sequence[str], roles: Sequence[str | None]) -> bool:
-    """True for names: no field of a numeric role is a number, or (no such role) user or item has a known name."""
+    """True if no field of a numeric role is a number, or (no such role) a field has a known name."""
     numeric = [field for field, role in zip(fields, roles) if role in ("rating", "timestamp")]
     if numeric:
         return not any(
@@ -51,7 +52,7 @@ def parse_lines(path: Path, data: bytes, first_line: int, delimiter: str | None,
             if len(fields) != len(roles):
                 raise ValueError(f"{len(fields)} fields where {len(roles)} are expected")
             for role, i, column in wanted:
-                column.append(_VALUE_OF[role](fields[i]))
+                column.append(VALUE_OF[role](fields[i]))
         except ValueError as error:
             raise UserError(f"{path}, line {number}: {error}") from error
     types = {"rating": pa.float32(), "timestamp": pa.int64()}
@@ -132,7 +133,7 @@ def _timestamp(text: str) -> int:
     return int(value)
 
 
-_VALUE_OF = {
+VALUE_OF: dict[str, Callable[[str], Any]] = {
     "user": lambda text: _identifier("user", text),
     "item": lambda text: _identifier("item", text),
     "rating": _rating,

@@ -1,0 +1,139 @@
+"""Prepares a data set: raw ratings in, one folder of memory-mapped sequences out.
+
+python preprocess_public_data.py --dataset=synthetic-books python preprocess_public_data.py --dataset=csv
+--raw_path=ratings.csv --name=mine --columns=user,item,rating,timestamp
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+
+from absl import app, flags, logging
+
+from generative_recommenders.data.manifest import Manifest
+from generative_recommenders.data.preparation import prepare, prepared_path, summary
+from generative_recommenders.data.public_datasets import known_datasets, resolve
+from generative_recommenders.data.sequence_dataset import SequenceDataset
+from generative_recommenders.data.synthetic_books import SyntheticBooksSettings
+from generative_recommenders.data.text_exchange import export_text, import_text
+from generative_recommenders.features import UserError
+
+EXCHANGE = "exchange-text"
+_DEFAULTS = SyntheticBooksSettings()
+
+_DATASET = flags.DEFINE_string(
+    "dataset", "synthetic-books", f"one of: {', '.join([*known_datasets(), EXCHANGE])}"
+)
+_RAW_PATH = flags.DEFINE_string("raw_path", None, "local file, folder or archive instead of a download")
+_DATA_ROOT = flags.DEFINE_string(
+    "data_root", "data", "raw files go to raw/, prepared data to prepared/NAME below it"
+)
+_NAME = flags.DEFINE_string("name", None, "name of the prepared data set; the data set's own by default")
+_COLUMNS = flags.DEFINE_string("columns", None, "csv only: names or order of user,item,rating,timestamp")
+_K_CORE = flags.DEFINE_integer(
+    "k_core", None, "keep users and items with this many ratings, iterated, as the filter"
+)
+_ENGINE = flags.DEFINE_enum(
+    "engine", "polars", ["polars", "spark"], "polars: this machine; spark: needs the extra"
+)
+_MEMORY_LIMIT = flags.DEFINE_string(
+    "memory_limit", "4GB", "memory for events; beyond it they are kept in files"
+)
+_SPARK_MASTER = flags.DEFINE_string("spark_master", "local[*]", "URL of the Spark cluster")
+_EXPORT_TEXT = flags.DEFINE_string(
+    "export_text", None, "also write the sequences to this file, in the exchange format"
+)
+_PREPARED = flags.DEFINE_string(
+    "prepared", None, "with --export_text: export this folder and prepare nothing"
+)
+_USERS = flags.DEFINE_integer(
+    "synthetic_users", _DEFAULTS.num_users, "synthetic-books: users before the filter"
+)
+_ITEMS = flags.DEFINE_integer(
+    "synthetic_items", _DEFAULTS.num_items, "synthetic-books: items before the filter"
+)
+_PREDICTABILITY = flags.DEFINE_float(
+    "predictability", _DEFAULTS.predictability, "synthetic-books: predictable share"
+)
+_SEED = flags.DEFINE_integer("synthetic_seed", _DEFAULTS.seed, "synthetic-books: seed")
+
+
+def parse_bytes(text: str) -> int:
+    """``4GB``, ``500MB``, ``64kB`` or a number of bytes."""
+    units = {"": 1, "b": 1, "kb": 1 << 10, "mb": 1 << 20, "gb": 1 << 30, "tb": 1 << 40}
+    number = text.rstrip("bBkKmMgGtT ")
+    unit = units.get(text[len(number) :].strip().lower())
+    if unit is None or not number.isascii() or not number.isdecimal() or int(number) == 0:
+        raise UserError(f"--memory_limit={text!r} is not a size; write 4GB or 500MB")
+    return int(number) * unit
+
+
+def _export(folder: Path, path: str) -> None:
+    export_text(SequenceDataset.open(folder), path)
+    print(f"written: {path}")
+
+
+def _prepare(memory_limit: int) -> tuple[Manifest, Path]:
+    if _DATASET.value == EXCHANGE:
+        if not _RAW_PATH.value or not _NAME.value:
+            raise UserError(f"--dataset={EXCHANGE} needs --raw_path=FILE and --name=NAME")
+        out = prepared_path(_DATA_ROOT.value, _NAME.value)
+        return import_text(_RAW_PATH.value, out, _NAME.value, memory_limit), out
+    raw = resolve(
+        _DATASET.value,
+        raw_path=None if _RAW_PATH.value is None else Path(_RAW_PATH.value),
+        data_root=Path(_DATA_ROOT.value),
+        columns=_COLUMNS.value,
+        k_core=_K_CORE.value,
+        result_name=_NAME.value,
+        synthetic=SyntheticBooksSettings(
+            num_users=_USERS.value,
+            num_items=_ITEMS.value,
+            predictability=_PREDICTABILITY.value,
+            seed=_SEED.value,
+        ),
+    )
+    out = prepared_path(_DATA_ROOT.value, raw.name)
+    if _ENGINE.value == "spark":
+        from generative_recommenders.data.spark_preparation import prepare_with_spark
+
+        return prepare_with_spark(raw, out, _SPARK_MASTER.value), out
+    return prepare(raw, out, memory_limit), out
+
+
+def run() -> None:
+    """What the flags ask for; UserError for faults of input or flags."""
+    if _PREPARED.value is not None:
+        if _EXPORT_TEXT.value is None:
+            raise UserError(
+                "--prepared needs --export_text=FILE: there is nothing else to do with a prepared folder"
+            )
+        _export(Path(_PREPARED.value), _EXPORT_TEXT.value)
+        return
+    manifest, out = _prepare(parse_bytes(_MEMORY_LIMIT.value))
+    print(summary(manifest))
+    print(f"prepared: {out}")
+    if _EXPORT_TEXT.value is not None:
+        _export(out, _EXPORT_TEXT.value)
+
+
+def main(argv: list[str]) -> None:
+    """Entrance: one line and exit code 2 for the user's faults."""
+    logging.set_verbosity(logging.INFO)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        if argv[1:]:
+            raise UserError(f"unexpected argument {argv[1]!r}; options are written --name=value")
+        run()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted: nothing was changed", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    app.run(main)
