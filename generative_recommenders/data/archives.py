@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
+import lzma
 import shutil
 import tarfile
 import tempfile
@@ -12,20 +14,26 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, Any
 
 from generative_recommenders.features import UserError
 
 BLOCK_BYTES = 1 << 20
-_BROKEN = (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, NotImplementedError)
+_BROKEN = (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError, ValueError)
+_TAR_OPENERS: tuple[tuple[str, Callable[..., Any]], ...] = (
+    ("r:", open),
+    ("r:gz", gzip.open),
+    ("r:bz2", bz2.open),
+    ("r:xz", lzma.open),
+)
 
 
 @dataclass(frozen=True)
 class Limits:
     """Bounds on what an archive may hold.
 
-    total_bytes: unpacked size of all wanted files. members: entries. ratio: unpacked to packed size of the whole
-    archive, looked at beyond `free_bytes` unpacked.
+    total_bytes: unpacked size of all wanted files. members: entries. ratio: unpacked to packed size of the
+    whole archive, looked at beyond `free_bytes` unpacked.
     """
 
     total_bytes: int = 64 << 30
@@ -55,12 +63,12 @@ def extract(
 ) -> list[Path]:
     """Unpack the files whose base name is `wanted` into `folder` and return their paths, in archive order.
 
-    Folders of the archive are not kept: a file lands at ``folder / base name``, and appears there only when all of
-    the archive was found good. Every member is checked, wanted or not.
+    Folders of the archive are not kept: a file lands at ``folder / base name``, and appears there only when
+    all of the archive was found good. Every member is checked, wanted or not.
 
     Raises:
-        UserError: not an archive, damaged, or unsafe (a path that is absolute, has ``..``, a drive or a backslash;
-            a link or device; two wanted files of one name; more than `limits` allow).
+        UserError: not an archive, damaged, or unsafe (a path that is absolute, has ``..``, a drive or a
+        backslash;            a link or device; two wanted files of one name; more than `limits` allow).
     """
     limits = limits or Limits()
     folder.mkdir(parents=True, exist_ok=True)
@@ -143,18 +151,9 @@ def _zip_member(pack: zipfile.ZipFile, info: zipfile.ZipInfo) -> _Member:
 
 def _tar_mode(path: Path) -> str | None:
     """``r:``, ``r:gz``, ``r:bz2`` or ``r:xz`` if the file is a tar, by the mark that POSIX tars carry."""
-    import bz2
-    import lzma
-
-    openers: dict[str, Callable[[Path], IO[bytes]]] = {
-        "r:": lambda p: p.open("rb"),
-        "r:gz": lambda p: gzip.open(p),  # type: ignore[return-value]
-        "r:bz2": lambda p: bz2.open(p),
-        "r:xz": lambda p: lzma.open(p),
-    }
-    for mode, opener in openers.items():
+    for mode, opener in _TAR_OPENERS:
         try:
-            with opener(path) as source:
+            with opener(path, "rb") as source:
                 if source.read(512)[257:262] == b"ustar":
                     return mode
         except (OSError, EOFError, zlib.error, lzma.LZMAError):

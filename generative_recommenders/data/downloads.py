@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import http.client
+import ssl
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
@@ -18,10 +19,16 @@ from generative_recommenders.features import UserError
 
 BLOCK_BYTES = 1 << 20
 TIMEOUT_SECONDS = 30.0
-ATTEMPTS = 3
-"""Tries a mirror gets while each of them still brings new bytes."""
+ATTEMPTS = 10
+"""Tries that a mirror gets, as long as each of them brings new bytes."""
 
-_NETWORK_FAULTS = (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError)
+_NETWORK_FAULTS = (
+    urllib.error.URLError,
+    http.client.HTTPException,
+    TimeoutError,
+    ConnectionError,
+    ssl.SSLError,
+)
 
 
 @dataclass(frozen=True)
@@ -51,7 +58,8 @@ def fetch(
 ) -> Path:
     """Path of the file in `folder`, downloaded unless a file of the right checksum is there already.
 
-    A partial download is kept as ``NAME.part`` and taken up again with a Range request, also by a later call.
+    A partial download is kept as ``NAME.part`` and taken up again with a Range request; by another mirror or
+    a later call only if there is a checksum to catch a mixture.
 
     Raises:
         UserError: no mirror delivers the file; the line says what to download by hand and where to put it.
@@ -61,20 +69,25 @@ def fetch(
         return target
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / f"{remote.file_name}.part"
+    if remote.checksum is None:
+        part.unlink(missing_ok=True)
     faults = []
     for url in remote.urls:
         try:
             _from_mirror(remote, url, part, progress, timeout)
         except _BrokenTransferError as fault:
             faults.append(f"{url}: {fault}")
+            if remote.checksum is None:
+                part.unlink(missing_ok=True)
             continue
         except OSError as fault:
             raise UserError(f"cannot write {part}: {fault.strerror or fault}") from None
         part.replace(target)
         return target
+    there = f", and {target} is not the published file" if target.exists() else ""
     raise UserError(
-        f"cannot download {remote.file_name} ({'; '.join(faults)}): download {remote.urls[0]} by hand and put it at "
-        f"{target}, or pass --raw_path=FILE"
+        f"cannot download {remote.file_name} ({'; '.join(faults)}){there}: download {remote.urls[0]} by hand "
+        f"and put it at {target}, or pass --raw_path=FILE"
     )
 
 
@@ -88,7 +101,7 @@ def file_digest(path: Path, algorithm: str = "md5", decompress: bool = False) ->
 
 
 def _from_mirror(remote: RemoteFile, url: str, part: Path, progress: bool, timeout: float) -> None:
-    """Fill `part` from one mirror. A checksum that fails after a resumed download is tried once more from zero."""
+    """Fill `part` from one mirror; if a resumed download has the wrong checksum, once more from zero."""
     resumed = part.exists() and part.stat().st_size > 0
     _transfer_with_retries(url, part, progress, timeout)
     if remote.checksum is None or remote.describes(part):
@@ -115,7 +128,7 @@ def _transfer_with_retries(url: str, part: Path, progress: bool, timeout: float)
 
 
 def _transfer(url: str, part: Path, progress: bool, timeout: float) -> None:
-    """One request. Bytes that `part` already has are asked for only if the server refuses to send the rest alone."""
+    """One request, for the bytes that `part` lacks; a server that knows no ranges sends all of them."""
     have = part.stat().st_size if part.exists() else 0
     headers = {"User-Agent": "generative-recommenders", "Accept-Encoding": "identity"}
     if have:

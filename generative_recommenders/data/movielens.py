@@ -1,8 +1,8 @@
 """The side files of the MovieLens sets: what each knows about films and people.
 
-Films become ``item, title, year, genres`` and people ``user, gender, age, occupation, zip``. Columns are categorical
-(strings), categorical lists (lists of strings) or numerical, except ``title``, whose field metadata
-``{b"kind": b"text"}`` says that it is to be shown, not learnt.
+Films become ``item, title, year, genres`` and people ``user, gender, age, occupation, zip``. Columns are
+categorical (strings), categorical lists (lists of strings) or numerical, except ``title``, whose field
+metadata ``{b"kind": b"text"}`` says that it is to be shown, not learnt.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def _table(
 def _fields(
     path: Path, delimiter: str, count: int, header: str | None = None
 ) -> Iterator[tuple[int, list[str]]]:
-    """Line number and fields of every line that is not blank; `header` is how line 1 starts, if there is one."""
+    """Line number and fields of every line that is not blank; `header`: how line 1 starts, if it is one."""
     for number, line in enumerate(io.StringIO(_read_text(path)), start=1):
         text = line.rstrip("\r\n")
         if not text.strip() or (number == 1 and header is not None and text.startswith(header)):

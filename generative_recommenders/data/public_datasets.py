@@ -6,7 +6,9 @@ To add a data set, write a function ``Request -> RawRatings`` and name it in `_S
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import re
+import zlib
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +40,7 @@ _FeatureReader = Callable[[Path], pa.Table]
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asked for: `resolve`'s arguments, and `folder`, where this data set's raw files are kept."""
+    """The arguments of `resolve`, and `folder`, where this data set's raw files are kept."""
 
     name: str
     folder: Path
@@ -149,7 +151,8 @@ def resolve(
     raw_path: a local file, folder or archive (gzip included) instead of a download.
     data_root: raw files are kept under ``data_root / "raw" / name``.
     columns: comma-separated names or roles of the columns, for ``csv`` only.
-    k_core: filter iteratively until every user and item has this many ratings, in place of the set's own filter.
+    k_core: filter iteratively until every user and item has this many ratings, in place of the set's own
+    filter.
     result_name: name of the prepared data set, `name` if None.
 
     Raises:
@@ -211,13 +214,16 @@ def _published(request: Request) -> RawRatings:
 
 
 def _is_complete(published: PublishedRatings, origin: Path, ratings: Path, downloaded: bool) -> bool:
-    """Whether this is the published data: by the archive's checksum, else by the size (checksum) of the ratings."""
+    """Whether this is the published data: by the archive's checksum, or the ratings' size or checksum."""
     if downloaded or (origin.is_file() and is_archive(origin) and published.archive.describes(origin)):
         return True
     packed = _is_gzip(ratings)
     if published.ratings_bytes is not None:
         return (_unpacked_bytes(ratings) if packed else ratings.stat().st_size) == published.ratings_bytes
-    return file_digest(ratings, published.archive.algorithm, decompress=packed) == published.archive.checksum
+    try:
+        return file_digest(ratings, published.archive.algorithm, packed) == published.archive.checksum
+    except (EOFError, zlib.error, gzip.BadGzipFile):
+        return False  # the reader of the ratings says where it breaks off
 
 
 def _sasrec_text(request: Request) -> RawRatings:
@@ -265,7 +271,7 @@ def _required_path(request: Request) -> Path:
 
 
 def _find(origin: Path, folder: Path, names: Collection[str]) -> dict[str, Path]:
-    """Which of `names` (or these and ``.gz``) a folder, archive or single file holds; archives go to `folder`."""
+    """Which of `names` (or these and ``.gz``) a folder, file or archive holds; archives go to `folder`."""
     if origin.is_dir():
         candidates = [path for path in sorted(origin.rglob("*")) if path.is_file()]
     elif is_archive(origin):
@@ -298,7 +304,7 @@ def _is_gzip(path: Path) -> bool:
 def _unpacked_bytes(path: Path) -> int:
     """Size that a gzip file says it unpacks to (its last four bytes), modulo 4 GiB."""
     with path.open("rb") as source:
-        source.seek(-4, 2)
+        source.seek(max(path.stat().st_size - 4, 0))
         return int.from_bytes(source.read(4), "little")
 
 
