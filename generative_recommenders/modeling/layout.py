@@ -1,5 +1,191 @@
-"""Where a batch's tokens lie, and who sees whom.
+"""Where a batch's tokens lie in memory, and who sees whom.
 
-Everything position-wise in an encoder runs on ``[T, D]`` (jagged) or on ``[B * N, D]`` (padded) without knowing which;
-only attention asks the layout for rectangles. Both layouts give the same numbers on real tokens.
+Everything position-wise in an encoder runs on ``[T, D]`` without knowing how the tokens are laid out. A jagged layout
+holds the real tokens only (T = sum of lengths); a padded one holds whole rectangles (T = B * N, padding included).
+Attention asks the layout for groups: rows of similar length, padded to the longest of the group. The padded layout is
+one group of all rows. Both layouts give the same numbers on real tokens.
 """
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+
+from .jagged import jagged_to_padded, padded_to_jagged
+
+GROUP_ROWS = 8
+"""Rows that share one rectangle in attention: small enough for little padding, large enough for batched products."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows attended together.
+
+    width: columns n of the group's rectangle.
+    tokens: ``[g * n]`` int64, the token behind each cell; cells behind a row's end repeat its last token.
+    lengths: ``[g]`` int64, real cells a row.
+    rows: ``[g]`` int64, which rows of the batch these are.
+    """
+
+    width: int
+    tokens: torch.Tensor
+    lengths: torch.Tensor
+    rows: torch.Tensor
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        """``[T, ...]`` tokens as the group's rectangle ``[g, n, ...]``."""
+        return x.index_select(0, self.tokens).view(-1, self.width, *x.shape[1:])
+
+    def real(self) -> torch.Tensor:
+        """``[g, n]`` bool, False behind a row's end."""
+        columns = torch.arange(self.width, device=self.lengths.device)
+        return columns < self.lengths[:, None]
+
+
+@dataclass(frozen=True)
+class Visibility:
+    """Position i of a sequence sees its position j where ``key[j] <= query[i]``; both ``[T]`` int64."""
+
+    key: torch.Tensor
+    query: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The tokens of a batch of B rows.
+
+    lengths: ``[B]`` int64 on the layout's device.
+    max_length: columns N of the padded rectangle.
+    positions: ``[T]`` int64, place of a token in its sequence, from 0.
+    row_of: ``[T]`` int64, the row a token belongs to.
+    groups: rectangles for attention; together they cover every token once.
+    ungroup: ``[T]`` int64, the cell of each token in the concatenation of all group rectangles.
+    valid: ``[T, 1]`` bool for a padded layout, None for a jagged one.
+    visibility: None means causal.
+    """
+
+    lengths: torch.Tensor
+    max_length: int
+    positions: torch.Tensor
+    row_of: torch.Tensor
+    starts: torch.Tensor
+    groups: tuple[Group, ...]
+    ungroup: torch.Tensor
+    valid: torch.Tensor | None = None
+    visibility: Visibility | None = None
+
+    @property
+    def num_rows(self) -> int:
+        return self.lengths.numel()
+
+    @property
+    def num_tokens(self) -> int:
+        return self.positions.numel()
+
+    @property
+    def device(self) -> torch.device:
+        return self.positions.device
+
+    @property
+    def offsets(self) -> torch.Tensor:
+        """``[B + 1]`` int64: where each row's tokens begin, and T."""
+        return torch.cat([self.starts, self.starts.new_full((1,), self.num_tokens)])
+
+    @property
+    def last_tokens(self) -> torch.Tensor:
+        """``[B]`` int64: the token at the end of each row (the first one for an empty row of a padded layout)."""
+        return self.starts + (self.lengths - 1).clamp(min=0)
+
+    def mask(self, x: torch.Tensor) -> torch.Tensor:
+        """``[T, D]`` with padding set to 0 (the same tensor where there is none)."""
+        return x if self.valid is None else x * self.valid
+
+    def flatten(self, rectangle: torch.Tensor) -> torch.Tensor:
+        """``[B, N, ...]`` to the tokens ``[T, ...]`` of this layout."""
+        if self.valid is not None:
+            return rectangle.reshape(-1, *rectangle.shape[2:])
+        return padded_to_jagged(rectangle, self.offsets, self.num_tokens)
+
+    def to_rectangle(self, x: torch.Tensor) -> torch.Tensor:
+        """``[T, ...]`` to ``[B, N, ...]``, right-padded with 0."""
+        if self.valid is not None:
+            return self.mask(x).view(self.num_rows, self.max_length, *x.shape[1:])
+        return jagged_to_padded(x, self.offsets, self.max_length)
+
+    def to(self, device: torch.device) -> Layout:
+        """The same layout on another device."""
+        return _moved(self, device)
+
+    def with_visibility(self, visibility: Visibility | None) -> Layout:
+        return replace(self, visibility=visibility)
+
+
+def jagged_layout(lengths: torch.Tensor, max_length: int, device: torch.device | None = None) -> Layout:
+    """The layout of the real tokens alone.
+
+    lengths: ``[B]`` int64; kept on the CPU by loaders, so that nothing waits for an accelerator.
+    """
+    device = device or lengths.device
+    host = lengths.cpu().numpy().astype(np.int64)
+    starts = np.concatenate(([0], np.cumsum(host)[:-1])) if host.size else host
+    row_of = np.repeat(np.arange(host.size), host)
+    positions = np.arange(row_of.size) - starts[row_of]
+    groups, ungroup = _group_rows(host, starts, row_of, positions)
+    to_device = lambda array: torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)  # noqa: E731
+    return Layout(
+        lengths=to_device(host),
+        max_length=max_length,
+        positions=to_device(positions),
+        row_of=to_device(row_of),
+        starts=to_device(starts),
+        groups=tuple(Group(width, *map(to_device, arrays)) for width, *arrays in groups),
+        ungroup=to_device(ungroup),
+    )
+
+
+def padded_layout(lengths: torch.Tensor, max_length: int) -> Layout:
+    """The layout of whole rectangles ``[B, N]``, padding included; without host work, so that it can be exported."""
+    device, rows = lengths.device, lengths.numel()
+    positions = torch.arange(max_length, device=device).repeat(rows)
+    tokens = torch.arange(rows * max_length, device=device)
+    row_of = torch.arange(rows, device=device).repeat_interleave(max_length)
+    return Layout(
+        lengths=lengths,
+        max_length=max_length,
+        positions=positions,
+        row_of=row_of,
+        starts=torch.arange(rows, device=device) * max_length,
+        groups=(Group(max_length, tokens, lengths, torch.arange(rows, device=device)),),
+        ungroup=tokens,
+        valid=(positions < lengths[row_of])[:, None],
+    )
+
+
+def _moved(value, device: torch.device):
+    """Tensors inside frozen dataclasses and tuples, on the device."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, tuple):
+        return tuple(_moved(item, device) for item in value)
+    if isinstance(value, (Group, Visibility, Layout)):
+        return replace(value, **{f.name: _moved(getattr(value, f.name), device) for f in fields(value)})
+    return value
+
+
+def _group_rows(
+    lengths: np.ndarray, starts: np.ndarray, row_of: np.ndarray, positions: np.ndarray
+) -> tuple[list[tuple], np.ndarray]:
+    order = np.argsort(-lengths, kind="stable")
+    order = order[lengths[order] > 0]
+    groups, cell_starts, cells = [], np.zeros_like(lengths), 0
+    for first in range(0, order.size, GROUP_ROWS):
+        rows = order[first : first + GROUP_ROWS]
+        width = int(lengths[rows[0]])
+        columns = np.minimum(np.arange(width)[None, :], lengths[rows][:, None] - 1)
+        tokens = (starts[rows][:, None] + columns).reshape(-1)
+        groups.append((width, tokens, lengths[rows], rows))
+        cell_starts[rows] = cells + np.arange(rows.size) * width
+        cells += tokens.size
+    return groups, cell_starts[row_of] + positions

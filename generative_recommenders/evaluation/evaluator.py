@@ -1,0 +1,99 @@
+"""Exact evaluation: every target's rank over the whole catalogue, counted.
+
+Batches are fixed by user order and dealt to the processes; ranks are integers and histograms of ranks are summed, so any number
+of processes gives the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from ..data.batching import EvaluationLoader
+from .collectives import Collectives
+from .metrics import RankHistogram
+from .ranks import exact_ranks
+
+MAX_SCORES = 1 << 25
+"""Scores held at a time (float32: 128 MiB): users are taken in chunks so that a chunk times V stays below it."""
+
+Score = Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
+"""Scores ``[n, V]`` of a batch of the evaluation loader (``past_lengths``-style columns as it yields them)."""
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """histogram: ranks over all users of all processes; see `RankHistogram.compute`."""
+
+    histogram: RankHistogram
+
+    def metrics(self) -> dict[str, float]:
+        return self.histogram.compute()
+
+    def liked_metrics(self) -> dict[str, float]:
+        """Over the targets rated at or above the threshold alone; empty where the data have no ratings."""
+        return self.histogram.compute(subset=True) if self.histogram.total(subset=True) else {}
+
+
+class Evaluator:
+    """Ranks the targets of one split.
+
+    seen_filter: "history" (everything the user had before the target, never the target itself), "window" (what the model
+    saw; a repeated target is then a miss, as in the published evaluation), "none". rating_threshold: targets rated at
+    or above it are also counted apart.
+    """
+
+    def __init__(
+        self,
+        loader: EvaluationLoader,
+        num_items: int,
+        seen_filter: str,
+        collectives: Collectives,
+        unseen_targets: torch.Tensor | None = None,
+        rating_threshold: float = 4.0,
+    ) -> None:
+        self.loader, self.num_items = loader, num_items
+        self.seen_filter, self.collectives = seen_filter, collectives
+        self.unseen_targets, self.rating_threshold = unseen_targets, rating_threshold
+
+    def __call__(self, score: Score, max_batches: int | None = None, progress: Callable | None = None) -> EvaluationResult:
+        """score: gives ``[n, V]``; max_batches: a partial evaluation on the first so many batches of each process."""
+        histogram = RankHistogram(self.num_items)
+        chunk = max(1, MAX_SCORES // max(self.num_items, 1))
+        batches: Iterable = self.loader if progress is None else progress(self.loader)
+        for index, batch in enumerate(batches):
+            if max_batches is not None and index >= max_batches:
+                break
+            seen = self._seen(batch)
+            for start in range(0, len(batch["target_ids"]), chunk):
+                part = {name: values[start : start + chunk] for name, values in batch.items()}
+                ranks = self._ranks(score(part), part, None if seen is None else seen[start : start + chunk])
+                histogram.add(ranks, self._liked(part))
+        histogram.counts = self.collectives.sum_(histogram.counts)
+        return EvaluationResult(histogram)
+
+    def _seen(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+        if self.seen_filter == "none":
+            return None
+        if self.seen_filter == "window":
+            return batch["item_ids"]
+        return self.loader.seen_items(batch["user_ids"].numpy() - 1)
+
+    def _ranks(
+        self, scores: torch.Tensor, batch: Mapping[str, torch.Tensor], seen: torch.Tensor | None
+    ) -> torch.Tensor:
+        targets = batch["target_ids"].to(scores.device)
+        ranks = exact_ranks(scores, targets, None if seen is None else seen.to(scores.device)).cpu()
+        miss = torch.zeros_like(ranks, dtype=torch.bool)
+        if seen is not None and self.seen_filter == "window":
+            miss |= (seen == batch["target_ids"][:, None]).any(1)
+        if self.unseen_targets is not None:
+            miss |= self.unseen_targets[batch["user_ids"] - 1]
+        return ranks.masked_fill(miss, self.num_items + 1)
+
+    def _liked(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+        if "target_ratings" not in batch:
+            return None
+        return batch["target_ratings"] >= self.rating_threshold

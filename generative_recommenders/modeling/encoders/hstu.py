@@ -1,0 +1,226 @@
+"""HSTU, the public research form (arXiv 2402.17152, section 3.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from ..attention import pointwise_attention
+from ..dropout import Dropout
+from ..layout import Layout
+from .sasrec import run_block
+
+NORMALIZATIONS = ("rel_bias", "softmax_rel_bias")
+LINEAR_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"silu": F.silu, "none": lambda x: x}
+NUM_TIME_BUCKETS = 128
+BUCKET_WIDTH = 0.301
+
+
+def time_buckets(query_times: torch.Tensor, key_times: torch.Tensor) -> torch.Tensor:
+    """``[g, n, n]`` int64: trunc(ln(max(|t_query - t_key|, 1)) / 0.301), limited to 0..128; times ``[g, n]`` int64 seconds."""
+    difference = (query_times[:, :, None] - key_times[:, None, :]).abs_().clamp_(min=1)
+    return difference.float().log_().div_(BUCKET_WIDTH).to(torch.int64).clamp_(0, NUM_TIME_BUCKETS)
+
+
+@dataclass(frozen=True)
+class BiasInputs:
+    """What a batch's relative bias is looked up by, for one group: ``distance [n, n]`` and ``buckets [g, n, n]`` or None."""
+
+    distance: torch.Tensor
+    buckets: torch.Tensor | None
+
+
+class RelativeBias(torch.nn.Module):
+    """``w_pos[N - 1 + j - i] + w_time[bucket(t_next(i) - t(j))]``, shared by the heads.
+
+    max_length: N. t_next(i) is the time of the event after i (or of i itself, see `HSTU`); without timestamps the bias is by
+    position alone.
+    """
+
+    def __init__(self, max_length: int) -> None:
+        super().__init__()
+        self.max_length = max_length
+        self.position = torch.nn.Parameter(torch.empty(2 * max_length - 1).normal_(std=0.02))
+        self.time = torch.nn.Parameter(torch.empty(NUM_TIME_BUCKETS + 1).normal_(std=0.02))
+
+    def forward(self, inputs: BiasInputs) -> torch.Tensor:
+        """``[1, 1, n, n]`` or ``[g, 1, n, n]``."""
+        position = _TableLookup.apply(self.position, inputs.distance)
+        if inputs.buckets is None:
+            return position[None, None]
+        return (_TableLookup.apply(self.time, inputs.buckets) + position)[:, None]
+
+
+def bias_inputs(
+    layout: Layout, max_length: int, payloads: Mapping[str, torch.Tensor], next_time: str
+) -> list[BiasInputs]:
+    """One for each group of the layout; computed once a batch, shared by all blocks."""
+    keys = payloads.get("timestamps")
+    queries = payloads.get("next_timestamps") if next_time == "given" else keys
+    inputs = []
+    for group in layout.groups:
+        columns = torch.arange(group.width, device=layout.device)
+        distance = max_length - 1 + columns[None, :] - columns[:, None]
+        buckets = None
+        if keys is not None and queries is not None:
+            buckets = time_buckets(group.gather(queries), group.gather(keys))
+        inputs.append(BiasInputs(distance, buckets))
+    return inputs
+
+
+class HstuBlock(torch.nn.Module):
+    """``u, v, q, k = split(act(LN(x) W))``; ``a = LN(attention)``; ``x = W_o dropout(u * a) + b + x``.
+
+    Attention is ``SiLU(q kᵀ + bias) / N`` with the constant N, or with "softmax_rel_bias" a softmax over all N columns of
+    ``(q kᵀ + bias) / sqrt(dqk)``, padding and future columns included in its normaliser, the future then set to 0 (as
+    published, so that variant is not causal). concat_ua: the output projection takes ``[u, a, u * a]``.
+    """
+
+    def __init__(
+        self,
+        embedding_dim: int,
+        num_heads: int,
+        dqk: int,
+        dv: int,
+        max_length: int,
+        normalization: str = "rel_bias",
+        linear_activation: str = "silu",
+        linear_dropout_rate: float = 0.0,
+        attn_dropout_rate: float = 0.0,
+        concat_ua: bool = False,
+        relative_bias: bool = True,
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.dqk, self.dv, self.max_length = num_heads, dqk, dv, max_length
+        self.normalization = normalization
+        self.activation = LINEAR_ACTIVATIONS[linear_activation]
+        self.attn_dropout_rate = attn_dropout_rate
+        self.concat_ua = concat_ua
+        self.uvqk = torch.nn.Parameter(torch.empty(embedding_dim, 2 * num_heads * (dqk + dv)).normal_(std=0.02))
+        self.bias = RelativeBias(max_length) if relative_bias else None
+        self.output = torch.nn.Linear(num_heads * dv * (3 if concat_ua else 1), embedding_dim)
+        torch.nn.init.xavier_uniform_(self.output.weight)
+        self.dropout = Dropout(linear_dropout_rate)
+
+    def forward(self, x: torch.Tensor, layout: Layout, inputs: list[BiasInputs]) -> torch.Tensor:
+        """x: ``[T, D]``; inputs: see `bias_inputs`."""
+        width, heads = self.num_heads * self.dv, self.num_heads
+        projected = self.activation(F.layer_norm(x, x.shape[-1:], eps=1e-8) @ self.uvqk)
+        u, v, q, k = projected.split([width, width, heads * self.dqk, heads * self.dqk], dim=-1)
+        q, k, v = (t.unflatten(-1, (heads, -1)) for t in (q, k, v))
+        biases = None if self.bias is None else [self.bias(each) for each in inputs]
+        attended = self.attention(q, k, v, layout, biases).flatten(1)
+        a = F.layer_norm(attended, attended.shape[-1:], eps=1e-6)
+        gated = torch.cat([u, a, u * a], dim=-1) if self.concat_ua else u * a
+        return layout.mask(self.output(self.dropout(gated)) + x)
+
+    def attention(self, q, k, v, layout, biases):
+        rate = self.attn_dropout_rate if self.training else 0.0
+        if self.normalization == "rel_bias":
+            return pointwise_attention(q, k, v, layout, biases, float(self.max_length), rate)
+        return softmax_over_all_columns(q, k, v, layout, biases, self.max_length, rate)
+
+
+class HSTU(torch.nn.Module):
+    """A stack of `HstuBlock`.
+
+    max_length: N = max_sequence_length + gr_output_length + 1, the constant divisor and the reach of the position bias.
+    next_time: "given": the time bias of a position may use the time of the event it predicts, in training and evaluation;
+    "hidden": it uses the position's own time.
+    """
+
+    needs: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        embedding_dim: int,
+        max_length: int,
+        num_blocks: int = 2,
+        num_heads: int = 1,
+        dqk: int = 64,
+        dv: int = 64,
+        normalization: str = "rel_bias",
+        linear_config: str = "uvqk",
+        linear_activation: str = "silu",
+        linear_dropout_rate: float = 0.0,
+        attn_dropout_rate: float = 0.0,
+        concat_ua: bool = False,
+        enable_relative_attention_bias: bool = True,
+        next_time: str = "given",
+        activation_checkpoint: bool = False,
+    ) -> None:
+        super().__init__()
+        _check_choice("normalization", normalization, NORMALIZATIONS)
+        _check_choice("linear_config", linear_config, ("uvqk",))
+        _check_choice("linear_activation", linear_activation, tuple(LINEAR_ACTIVATIONS))
+        if min(num_heads, dqk, dv, num_blocks) < 1:
+            raise ValueError(f"num_blocks {num_blocks}, num_heads {num_heads}, dqk {dqk} and dv {dv} must be 1 or more")
+        self.causal = normalization == "rel_bias"
+        self.output_dim = embedding_dim
+        self.max_length, self.next_time = max_length, next_time
+        self.activation_checkpoint = activation_checkpoint
+        self.blocks = torch.nn.ModuleList(
+            HstuBlock(
+                embedding_dim, num_heads, dqk, dv, max_length, normalization, linear_activation,
+                linear_dropout_rate, attn_dropout_rate, concat_ua, enable_relative_attention_bias,
+            )
+            for _ in range(num_blocks)
+        )  # fmt: skip
+
+    def forward(self, x: torch.Tensor, layout: Layout, payloads: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """``[T, D]`` to ``[T, D]``; payloads may hold ``timestamps`` and ``next_timestamps [T]``."""
+        biased = self.blocks[0].bias is not None
+        inputs = bias_inputs(layout, self.max_length, payloads, self.next_time) if biased else []
+        for block in self.blocks:
+            x = run_block(block, self.activation_checkpoint and self.training, x, layout, inputs)
+        return x
+
+
+def softmax_over_all_columns(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: Layout,
+    biases: list[torch.Tensor] | None,
+    max_length: int,
+    dropout_rate: float,
+) -> torch.Tensor:
+    """The published "softmax_rel_bias": columns without a token have score 0 (+ bias 0) and count in the normaliser."""
+    outputs = []
+    for index, group in enumerate(layout.groups):
+        q_, k_, v_ = (group.gather(t).transpose(1, 2) for t in (q, k, v))
+        logits = q_ @ k_.transpose(-1, -2)
+        if biases is not None:
+            logits = logits + biases[index]
+        real = group.real()[:, None, None, :]
+        logits = (logits * q.shape[-1] ** -0.5).masked_fill(~real, -torch.inf)
+        empty = (max_length - group.lengths).clamp(min=0).float().log()[:, None, None, None]
+        total = torch.logaddexp(logits.logsumexp(-1, keepdim=True), empty.expand(*logits.shape[:-1], 1))
+        weights = torch.exp(logits - total).tril()
+        outputs.append((F.dropout(weights, dropout_rate) @ v_).transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs).index_select(0, layout.ungroup)
+
+
+class _TableLookup(torch.autograd.Function):
+    """``table[index]`` for a 1-d table; the gradient is a weighted histogram instead of a scatter."""
+
+    @staticmethod
+    def forward(ctx, table, index):
+        ctx.save_for_backward(index)
+        ctx.size = table.numel()
+        return table[index]
+
+    @staticmethod
+    def backward(ctx, grad):
+        (index,) = ctx.saved_tensors
+        flat = grad.expand(index.shape).reshape(-1)
+        total = torch.bincount(index.reshape(-1), weights=flat, minlength=ctx.size)
+        return total.to(grad.dtype), None
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"unknown {name} {value!r}; known: {', '.join(choices)}")

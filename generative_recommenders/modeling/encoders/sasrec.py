@@ -1,0 +1,118 @@
+"""SASRec (arXiv 1808.09781), in the form of HSTU's public runs and, by options, of RePlay's layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.utils.checkpoint
+import torch.nn.functional as F
+
+from ..attention import softmax_attention
+from ..dropout import Dropout
+from ..layout import Layout
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"relu": torch.relu, "gelu": F.gelu, "silu": F.silu}
+
+
+def check_heads(width: int, num_heads: int) -> int:
+    """Width of a head, or ValueError where the heads do not divide the width."""
+    if num_heads < 1 or width % num_heads:
+        raise ValueError(f"num_heads {num_heads} does not divide the width {width}")
+    return width // num_heads
+
+
+class SasrecBlock(torch.nn.Module):
+    """``Q = LN(x)``, ``y = LN(Q + MHA(Q, x, x))``, ``x = W2 act(W1 y + b1) + b2 + y``; LN eps 1e-8.
+
+    The residual of the attention is the normalised query. norm_weights: layer norms carry weights and biases.
+    """
+
+    def __init__(
+        self,
+        embedding_dim: int,
+        num_heads: int,
+        ffn_hidden_dim: int,
+        activation: str = "relu",
+        dropout_rate: float = 0.0,
+        norm_weights: bool = False,
+    ) -> None:
+        super().__init__()
+        check_heads(embedding_dim, num_heads)
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
+        self.num_heads = num_heads
+        self.dropout_rate = dropout_rate
+        self.activation = ACTIVATIONS[activation]
+        self.query_norm = torch.nn.LayerNorm(embedding_dim, eps=1e-8, elementwise_affine=norm_weights)
+        self.in_proj = torch.nn.Linear(embedding_dim, 3 * embedding_dim)
+        self.out_proj = torch.nn.Linear(embedding_dim, embedding_dim)
+        self.ffn_norm = torch.nn.LayerNorm(embedding_dim, eps=1e-8, elementwise_affine=norm_weights)
+        self.ffn_in = torch.nn.Linear(embedding_dim, ffn_hidden_dim)
+        self.ffn_out = torch.nn.Linear(ffn_hidden_dim, embedding_dim)
+        self.dropout = Dropout(dropout_rate)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Xavier normal for matrices, as in the published runs; attention biases 0."""
+        for linear in (self.in_proj, self.out_proj, self.ffn_in, self.ffn_out):
+            torch.nn.init.xavier_normal_(linear.weight)
+        torch.nn.init.zeros_(self.in_proj.bias)
+        torch.nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
+        """x: ``[T, D]``; returns the same shape."""
+        query = self.query_norm(x)
+        y = self.ffn_norm(query + self.attention(query, x, layout))
+        hidden = self.dropout(self.activation(self.ffn_in(y)))
+        return layout.mask(self.dropout(self.ffn_out(hidden)) + y)
+
+    def attention(self, query: torch.Tensor, x: torch.Tensor, layout: Layout) -> torch.Tensor:
+        dim = x.shape[-1]
+        weight, bias = self.in_proj.weight, self.in_proj.bias
+        q = F.linear(query, weight[:dim], bias[:dim])
+        k, v = F.linear(x, weight[dim:], bias[dim:]).chunk(2, dim=-1)
+        heads = (t.unflatten(-1, (self.num_heads, -1)) for t in (q, k, v))
+        rate = self.dropout_rate if self.training else 0.0
+        return self.out_proj(softmax_attention(*heads, layout, rate).flatten(1))
+
+
+class SASRec(torch.nn.Module):
+    """A stack of `SasrecBlock`. final_norm: layer norm with weights behind the last block (RePlay's body)."""
+
+    causal = True
+    needs: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        embedding_dim: int,
+        num_blocks: int = 2,
+        num_heads: int = 1,
+        ffn_hidden_dim: int = 64,
+        ffn_activation_fn: str = "relu",
+        ffn_dropout_rate: float = 0.2,
+        norm_weights: bool = False,
+        final_norm: bool = False,
+        activation_checkpoint: bool = False,
+    ) -> None:
+        super().__init__()
+        self.output_dim = embedding_dim
+        self.activation_checkpoint = activation_checkpoint
+        self.blocks = torch.nn.ModuleList(
+            SasrecBlock(embedding_dim, num_heads, ffn_hidden_dim, ffn_activation_fn, ffn_dropout_rate, norm_weights)
+            for _ in range(num_blocks)
+        )
+        self.final_norm = torch.nn.LayerNorm(embedding_dim) if final_norm else torch.nn.Identity()
+
+    def forward(self, x: torch.Tensor, layout: Layout, payloads: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """``[T, D]`` to ``[T, D]``; payloads are not used."""
+        for block in self.blocks:
+            x = run_block(block, self.activation_checkpoint and self.training, x, layout)
+        return layout.mask(self.final_norm(x))
+
+
+def run_block(block: torch.nn.Module, checkpoint: bool, *inputs):
+    """The block's output; with checkpoint, its activations are computed again in the backward pass."""
+    if not checkpoint:
+        return block(*inputs)
+    return torch.utils.checkpoint.checkpoint(block, *inputs, use_reentrant=False)

@@ -1,0 +1,129 @@
+"""From item embeddings to encoder inputs: positions, ratings, and what a token stands for.
+
+A preprocessor takes the tokens of a batch (``[T, D]`` item embeddings in a layout, and payloads, one value per token) and gives the
+encoder's tokens: ``EncoderInput``. It may change the layout (items and ratings interleaved double it), so it also says
+at which of its tokens the state after input token t is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from .dropout import Dropout
+from .initialization import truncated_normal_
+from .layout import Layout, Visibility, jagged_layout, padded_layout
+
+TokenPayloads = Mapping[str, torch.Tensor]
+"""Per token ``[T]`` int64: ``ratings``, ``timestamps``, ``next_timestamps`` (time of the event after it)."""
+
+
+@dataclass(frozen=True)
+class EncoderInput:
+    """x: ``[T', E]``; layout and payloads of those tokens; read: ``[T]`` token of x whose state predicts what follows
+    input token t, or None where that is token t itself."""
+
+    x: torch.Tensor
+    layout: Layout
+    payloads: dict[str, torch.Tensor]
+    read: torch.Tensor | None = None
+
+
+class InputPreprocessor(torch.nn.Module):
+    """Base: item embedding scaled by sqrt(E) plus a learned position, dropout.
+
+    Positions count from 0 at the oldest event; ``max_length`` rows are learned.
+    """
+
+    def __init__(self, max_length: int, embedding_dim: int, dropout_rate: float) -> None:
+        super().__init__()
+        self.embedding_dim = embedding_dim
+        self.position = torch.nn.Parameter(torch.empty(max_length, embedding_dim))
+        truncated_normal_(self.position.data, std=embedding_dim**-0.5)
+        self.dropout = Dropout(dropout_rate)
+
+    def add_positions(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
+        x = x * self.embedding_dim**0.5 + self.position[layout.positions]
+        return layout.mask(self.dropout(x))
+
+
+class LearnablePositionalEmbeddingInputFeaturesPreprocessor(InputPreprocessor):
+    """``sqrt(D) item + position`` (SASRec, arXiv 1808.09781, section III-A, scaled as in HSTU's public runs)."""
+
+    def forward(self, items: torch.Tensor, layout: Layout, payloads: TokenPayloads) -> EncoderInput:
+        return EncoderInput(self.add_positions(items, layout), layout, dict(payloads))
+
+
+class LearnablePositionalEmbeddingRatedInputFeaturesPreprocessor(InputPreprocessor):
+    """``sqrt(E) [item ; rating] + position`` with E = D_item + D_rating.
+
+    num_ratings: rating values 0..num_ratings-1 have an embedding of width rating_embedding_dim.
+    """
+
+    def __init__(
+        self,
+        max_length: int,
+        item_embedding_dim: int,
+        dropout_rate: float,
+        rating_embedding_dim: int,
+        num_ratings: int,
+    ) -> None:
+        super().__init__(max_length, item_embedding_dim + rating_embedding_dim, dropout_rate)
+        self.rating = rating_table(num_ratings, rating_embedding_dim)
+
+    def forward(self, items: torch.Tensor, layout: Layout, payloads: TokenPayloads) -> EncoderInput:
+        ratings = self.rating[required(payloads, "ratings", self)]
+        x = torch.cat([items, ratings], dim=-1)
+        return EncoderInput(self.add_positions(x, layout), layout, dict(payloads))
+
+
+class CombinedItemAndRatingInputFeaturesPreprocessor(InputPreprocessor):
+    """item_0, rating_0, item_1, rating_1, ...: twice the tokens, positions over 2N.
+
+    The state after rating t predicts item t + 1.
+    """
+
+    def __init__(self, max_length: int, item_embedding_dim: int, dropout_rate: float, num_ratings: int) -> None:
+        super().__init__(2 * max_length, item_embedding_dim, dropout_rate)
+        self.rating = rating_table(num_ratings, item_embedding_dim)
+
+    def forward(self, items: torch.Tensor, layout: Layout, payloads: TokenPayloads) -> EncoderInput:
+        ratings = self.rating[required(payloads, "ratings", self)]
+        x = torch.stack([items, ratings], dim=1).flatten(0, 1)
+        doubled = double_layout(layout)
+        read = torch.arange(1, 2 * layout.num_tokens, 2, device=layout.device)
+        return EncoderInput(self.add_positions(x, doubled), doubled, _double_payloads(payloads), read)
+
+
+def rating_table(num_ratings: int, embedding_dim: int) -> torch.nn.Parameter:
+    return torch.nn.Parameter(truncated_normal_(torch.empty(num_ratings, embedding_dim), std=0.02))
+
+
+def required(payloads: TokenPayloads, name: str, needed_by: torch.nn.Module) -> torch.Tensor:
+    """The payload, or ValueError naming it and the module that needs it."""
+    if name not in payloads:
+        raise ValueError(f"{type(needed_by).__name__} needs {name}, and the data have none")
+    return payloads[name]
+
+
+def double_layout(layout: Layout) -> Layout:
+    """Every token becomes two, side by side; what an item token saw, both of its tokens see."""
+    if layout.valid is not None:
+        doubled = padded_layout(layout.lengths * 2, layout.max_length * 2)
+    else:
+        doubled = jagged_layout(layout.lengths * 2, layout.max_length * 2, layout.device)
+    if layout.visibility is None:
+        return doubled
+    repeated = (x.repeat_interleave(2) for x in (layout.visibility.key, layout.visibility.query))
+    return replace(doubled, visibility=Visibility(*repeated))
+
+
+def _double_payloads(payloads: TokenPayloads) -> dict[str, torch.Tensor]:
+    """An item's next event is its own rating, at the same time; a rating's is the next item."""
+    doubled = {name: values.repeat_interleave(2) for name, values in payloads.items()}
+    if "next_timestamps" in payloads:
+        pairs = [payloads["timestamps"], payloads["next_timestamps"]]
+        doubled["next_timestamps"] = torch.stack(pairs, dim=1).flatten()
+    return doubled

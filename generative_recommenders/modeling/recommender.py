@@ -1,0 +1,140 @@
+"""The retriever: embed, preprocess, encode, postprocess, score."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from ..features import SequentialFeatures
+from .embeddings import ItemEmbedding, ItemRows
+from .input_preprocessors import EncoderInput
+from .layout import Layout, Visibility, jagged_layout, padded_layout
+
+
+class SequenceEncoder(torch.nn.Module):
+    """Preprocessor, encoder and postprocessor: the dense part of a retriever, from item embeddings to query states."""
+
+    def __init__(
+        self, preprocessor: torch.nn.Module, encoder: torch.nn.Module, postprocessor: torch.nn.Module
+    ) -> None:
+        super().__init__()
+        self.preprocessor = preprocessor
+        self.encoder = encoder
+        self.postprocessor = postprocessor
+
+    def forward(self, items: torch.Tensor, layout: Layout, payloads: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """items: ``[T, D]`` embeddings of the history's tokens. Returns ``[T, D']``: the state after each input token."""
+        inputs: EncoderInput = self.preprocessor(items, layout, payloads)
+        states = self.encoder(inputs.x, inputs.layout, inputs.payloads)
+        if inputs.read is not None:
+            states = states.index_select(0, inputs.read)
+        return layout.mask(self.postprocessor(states))
+
+
+class SequenceRecommender(torch.nn.Module):
+    """A sequence encoder over item embeddings, with a similarity to score items by.
+
+    Item ids are 1..V, 0 is padding; rectangles are right-padded, oldest event first.
+    """
+
+    def __init__(
+        self,
+        items: ItemEmbedding,
+        sequence: SequenceEncoder,
+        similarity: torch.nn.Module,
+        mask_embedding: torch.nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.items = items
+        self.sequence = sequence
+        self.similarity = similarity
+        self.mask_embedding = mask_embedding
+
+    def get_item_embeddings(self, item_ids: torch.Tensor) -> torch.Tensor:
+        """``[..., D]`` as scored, for ids of any shape."""
+        return self.items.get_item_embeddings(item_ids)
+
+    def embed_history(self, item_ids: torch.Tensor) -> torch.Tensor:
+        """``[..., D]`` as looked up by histories, for ids of any shape."""
+        return self.items.embed_history(item_ids)
+
+    def forward(
+        self,
+        past_lengths: torch.Tensor,
+        past_ids: torch.Tensor,
+        past_embeddings: torch.Tensor | None = None,
+        past_payloads: Mapping[str, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """Encodes whole rectangles.
+
+        past_lengths ``[B]``, past_ids ``[B, N]``, past_embeddings ``[B, N, D]`` (looked up when None), past_payloads: see
+        `features.SequentialFeatures`. Returns ``[B, N, D]``: the state after each position, 0 at padding.
+        """
+        layout = padded_layout(past_lengths, past_ids.shape[1])
+        embeddings = self.embed_history(past_ids) if past_embeddings is None else past_embeddings
+        payloads = token_payloads(past_payloads or {}, past_lengths, layout)
+        return layout.to_rectangle(self.sequence(layout.flatten(embeddings), layout, payloads))
+
+    def encode(
+        self,
+        past_lengths: torch.Tensor,
+        past_ids: torch.Tensor,
+        past_embeddings: torch.Tensor | None = None,
+        past_payloads: Mapping[str, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """``[B, D]``: the state after each row's last real position, computed on the real tokens alone."""
+        features = SequentialFeatures(past_lengths, past_ids, dict(past_payloads or {}))
+        layout = jagged_layout(past_lengths, past_ids.shape[1], past_ids.device)
+        rows = self.items.history_rows(ItemRows(self.items.table)) if past_embeddings is None else None
+        items = None if past_embeddings is None else layout.flatten(past_embeddings)
+        states = self.encode_tokens(features, layout, rows, items)
+        last = states.index_select(0, layout.last_tokens.clamp(max=max(layout.num_tokens - 1, 0)))
+        return last * (layout.lengths > 0)[:, None]
+
+    def encode_tokens(
+        self,
+        features: SequentialFeatures,
+        layout: Layout,
+        rows: ItemRows | None = None,
+        items: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """``[T, D]``: the state after every token. rows: what the history looks up; or its embeddings ``items [T, D]``."""
+        if items is None:
+            rows = rows or self.items.history_rows(ItemRows(self.items.table))
+            items = rows.lookup(layout.flatten(features.past_ids))
+        payloads = token_payloads(features.past_payloads, features.past_lengths, layout)
+        return self.sequence(items, layout, payloads)
+
+
+def token_payloads(
+    payloads: Mapping[str, torch.Tensor], lengths: torch.Tensor, layout: Layout
+) -> dict[str, torch.Tensor]:
+    """Rectangular payloads as one value per token, with each token's next time (see `next_times`)."""
+    tokens = {}
+    for name in ("ratings", "timestamps"):
+        if name in payloads:
+            tokens[name] = layout.flatten(payloads[name])
+    if "timestamps" in payloads:
+        next_known = payloads.get("next_timestamps")
+        tokens["next_timestamps"] = layout.flatten(next_times(payloads["timestamps"], lengths, next_known))
+    return tokens
+
+
+def next_times(timestamps: torch.Tensor, lengths: torch.Tensor, next_known: torch.Tensor | None) -> torch.Tensor:
+    """Time of the event after each position, ``[B, N]``.
+
+    timestamps ``[B, N]``; the slot behind a row's end may hold the next event's time, 0 if unknown. next_known ``[B]``
+    replaces that slot. A full row without next_known repeats its own last time.
+    """
+    last = timestamps[:, -1:] if next_known is None else next_known[:, None]
+    shifted = torch.cat([timestamps[:, 1:], last], dim=1)
+    if next_known is None:
+        return shifted
+    ends = torch.arange(timestamps.shape[1], device=timestamps.device) == (lengths.to(timestamps.device) - 1)[:, None]
+    return torch.where(ends, next_known[:, None], shifted)
+
+
+def visibility_tokens(key: torch.Tensor, query: torch.Tensor, layout: Layout) -> Visibility:
+    """Rectangular key and query integers ``[B, N]`` as those of the layout's tokens."""
+    return Visibility(layout.flatten(key), layout.flatten(query))

@@ -1,0 +1,71 @@
+"""Counter-based random integers: what is drawn depends on (seed, step, counter) alone.
+
+So neither prefetching, nor grouping, nor the number of processes, nor a resumed run changes a draw. The 64-bit mixer is
+SplitMix64 (Steele et al., OOPSLA 2014), the 32-bit one a multiply-xorshift hash (C. Wellons' lowbias32).
+"""
+
+from __future__ import annotations
+
+import torch
+
+_MASK64 = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+def stream_key(*parts: int) -> int:
+    """One 64-bit key from integers (seed, purpose, step, ...), as a signed Python int."""
+    key = 0
+    for part in parts:
+        key = _mix64_int((key + _GOLDEN + (part & _MASK64)) & _MASK64)
+    return key - (1 << 64) if key >= 1 << 63 else key
+
+
+def counter_bits(key: int, counters: torch.Tensor, draws: int) -> torch.Tensor:
+    """``[n, draws]`` int64 holding uniform 32-bit integers (0 .. 2^32 - 1) for ``counters [n]`` int64."""
+    keys = _mix64(counters * _signed(_GOLDEN) + key).to(torch.int32)
+    steps = torch.arange(draws, device=counters.device, dtype=torch.int32) * _signed32(0x9E3779B9)
+    bits = _mix32_(keys[:, None] + steps)
+    return bits.to(torch.int64).bitwise_and_(0xFFFFFFFF)
+
+
+def counter_integers(key: int, counters: torch.Tensor, draws: int, high: int) -> torch.Tensor:
+    """``[n, draws]`` int64, uniform in [0, high) for high up to 2^31 (bias below high / 2^32)."""
+    return counter_bits(key, counters, draws).mul_(high).bitwise_right_shift_(32)
+
+
+def counter_uniform(key: int, counters: torch.Tensor, draws: int) -> torch.Tensor:
+    """``[n, draws]`` float32 in [0, 1), 24 random bits each."""
+    return counter_bits(key, counters, draws).bitwise_right_shift_(8).to(torch.float32).mul_(2.0**-24)
+
+
+def _mix64_int(z: int) -> int:
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK64
+    return z ^ (z >> 31)
+
+
+def _mix64(z: torch.Tensor) -> torch.Tensor:
+    z = (z ^ _shift64(z, 30)) * _signed(0xBF58476D1CE4E5B9)
+    z = (z ^ _shift64(z, 27)) * _signed(0x94D049BB133111EB)
+    return z ^ _shift64(z, 31)
+
+
+def _shift64(z: torch.Tensor, bits: int) -> torch.Tensor:
+    """Logical right shift; torch's is arithmetic."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix32_(x: torch.Tensor) -> torch.Tensor:
+    for bits, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        x ^= (x >> bits) & ((1 << (32 - bits)) - 1)
+        x *= _signed32(factor)
+    x ^= (x >> 16) & 0xFFFF
+    return x
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+def _signed32(value: int) -> int:
+    return value - (1 << 32) if value >= 1 << 31 else value

@@ -1,0 +1,202 @@
+"""Scores of positives and negatives by matrix products, not by gathered rows.
+
+Per position, each of T tokens has R negatives of its own: the ``[T, R]`` scores are the sampled entries of
+``hidden · weightᵀ``, a sparse pattern, so the forward pass is one sampled dense-dense product and the backward pass two
+sparse-dense ones; no ``[T, R, D]`` tensor exists. Shared by blocks or by the batch they are batched products.
+"""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+import torch.utils.checkpoint
+
+from ..modeling.embeddings import ItemRows
+from .negative_samplers import Negatives
+
+AuxiliaryLosses = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class SampledScores:
+    """positive ``[T, P]``, negative ``[T, R]``, negative_mask ``[T, R]`` bool (True counts), auxiliary losses."""
+
+    positive: torch.Tensor
+    negative: torch.Tensor
+    negative_mask: torch.Tensor
+    auxiliary: AuxiliaryLosses
+
+
+class Scorer(ABC):
+    """Scores the positives and negatives of a step's positions."""
+
+    @abstractmethod
+    def scores(
+        self,
+        hidden: torch.Tensor,
+        items: ItemRows,
+        positives: torch.Tensor,
+        negatives: Negatives,
+        similarity: torch.nn.Module,
+        user_ids: torch.Tensor,
+    ) -> SampledScores:
+        """hidden ``[T, D]``, positives ``[T]`` or ``[T, P]`` item ids, user_ids ``[T]``."""
+
+
+class ProductScorer(Scorer):
+    """Dot products: ``hidden · item / temperature``.
+
+    normalize_positives, normalize_negatives: divide item embeddings by max(norm, eps).
+    """
+
+    def __init__(
+        self,
+        temperature: float = 1.0,
+        normalize_positives: bool = True,
+        normalize_negatives: bool = True,
+        eps: float = 1e-6,
+    ) -> None:
+        self.temperature = temperature
+        self.normalize_positives = normalize_positives
+        self.normalize_negatives = normalize_negatives
+        self.eps = eps
+
+    def scores(self, hidden, items, positives, negatives, similarity, user_ids):
+        hidden = hidden.float() / self.temperature
+        plain = replace(items, weight=items.weight.float())
+        normalized = replace(items, weight=F.normalize(plain.weight, dim=-1, eps=self.eps))
+        targets = positives if positives.dim() == 2 else positives[:, None]
+        source = normalized if self.normalize_positives else plain
+        positive = torch.einsum("td,tpd->tp", hidden, source.lookup(targets))
+        source = normalized if self.normalize_negatives else plain
+        negative = negative_products(hidden, source.weight, source.index(negatives.ids), negatives)
+        return SampledScores(positive, corrected(negative, negatives), no_collisions(targets, negatives), {})
+
+
+class LearnedScorer(Scorer):
+    """Any similarity with ``score(queries, items, user_ids)``, block of positions by block.
+
+    Activations of a block are computed again in the backward pass. Per position the negatives' embeddings of one block
+    ``[block, R, D]`` exist at a time. Auxiliary losses are means over the positions.
+    """
+
+    def __init__(self, temperature: float, item_l2_norm: bool, eps: float, block: int = 256) -> None:
+        self.temperature, self.item_l2_norm, self.eps, self.block = temperature, item_l2_norm, eps, block
+
+    def scores(self, hidden, items, positives, negatives, similarity, user_ids):
+        weight = items.weight.float()
+        if self.item_l2_norm:
+            weight = F.normalize(weight, dim=-1, eps=self.eps)
+        rows = replace(items, weight=weight)
+        targets = positives if positives.dim() == 2 else positives[:, None]
+        parts, auxiliary = [], []
+        for start, stop, ids in negative_blocks(negatives, hidden.shape[0], self.block):
+            part = torch.utils.checkpoint.checkpoint(
+                self._block, similarity, rows, hidden[start:stop], targets[start:stop], ids, user_ids[start:stop],
+                use_reentrant=False,
+            )
+            parts.append(part[0])
+            auxiliary.append({name: value * ((stop - start) / hidden.shape[0]) for name, value in part[1].items()})
+        scores = torch.cat(parts)
+        width = targets.shape[1]
+        totals = {name: torch.stack([a[name] for a in auxiliary]).sum() for name in (auxiliary[0] if auxiliary else {})}
+        negative = corrected(scores[:, width:], negatives)
+        return SampledScores(scores[:, :width], negative, no_collisions(targets, negatives), totals)
+
+    def _block(self, similarity, rows, hidden, targets, ids, user_ids):
+        if ids.dim() == 2:
+            items = rows.lookup(torch.cat([targets, ids], dim=1))
+            scores, auxiliary = similarity.score(hidden, items, user_ids)
+            return scores / self.temperature, auxiliary
+        positive, _ = similarity.score(hidden, rows.lookup(targets), user_ids)
+        negative, auxiliary = similarity.score(hidden, rows.lookup(ids), user_ids)
+        return torch.cat([positive, negative], dim=1) / self.temperature, auxiliary
+
+
+def negative_blocks(negatives: Negatives, num_tokens: int, block: int):
+    """Runs of tokens with their negatives: (start, stop, ids ``[stop - start, R]`` or, shared by the run, ``[R]``)."""
+    if negatives.sharing.granularity == "block":
+        starts = range(-negatives.lead, num_tokens, negatives.sharing.block_size)
+        for ids, start in zip(negatives.ids, starts):
+            yield max(start, 0), min(start + negatives.sharing.block_size, num_tokens), ids
+        return
+    for start in range(0, num_tokens, block):
+        stop = min(start + block, num_tokens)
+        shared = negatives.sharing.granularity == "batch"
+        yield start, stop, negatives.ids[0] if shared else negatives.ids[start:stop]
+
+
+def negative_products(
+    hidden: torch.Tensor, weight: torch.Tensor, rows: torch.Tensor, negatives: Negatives
+) -> torch.Tensor:
+    """``[T, R]`` products of ``hidden [T, D]`` with the rows ``[G, R]`` of ``weight [U, D]`` each token competes with."""
+    granularity = negatives.sharing.granularity
+    if granularity == "position":
+        return SampledProducts.apply(hidden, weight, rows)
+    if granularity == "batch":
+        return hidden @ ItemRows(weight).lookup(rows[0]).T
+    size, tokens = negatives.sharing.block_size, hidden.shape[0]
+    behind = rows.shape[0] * size - negatives.lead - tokens
+    blocks = F.pad(hidden, (0, 0, negatives.lead, behind)).view(rows.shape[0], size, -1)
+    scores = torch.bmm(blocks, ItemRows(weight).lookup(rows).transpose(1, 2))
+    return scores.flatten(0, 1)[negatives.lead : negatives.lead + tokens]
+
+
+def corrected(scores: torch.Tensor, negatives: Negatives) -> torch.Tensor:
+    """``s - ln(R q)``: importance weights of the sampled part of the partition function (Bengio & Senécal 2008)."""
+    if negatives.log_q is None:
+        return scores
+    return scores - negatives.per_token(negatives.log_q, scores.shape[0])
+
+
+def no_collisions(targets: torch.Tensor, negatives: Negatives) -> torch.Tensor:
+    """``[T, R]`` bool, False where a negative is one of the token's positives ``[T, P]``."""
+    ids = negatives.per_token(negatives.ids, targets.shape[0])
+    mask = ids != targets[:, :1]
+    for column in range(1, targets.shape[1]):
+        mask &= ids != targets[:, column : column + 1]
+    return mask
+
+
+class SampledProducts(torch.autograd.Function):
+    """``out[t, r] = hidden[t] · weight[rows[t, r]]`` with ``hidden [T, D]``, ``weight [U, D]``, ``rows [T, R]``."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, rows):
+        ctx.save_for_backward(hidden, weight, rows)
+        pattern = _csr(rows, hidden.new_zeros(rows.shape), weight.shape[0])
+        return torch.sparse.sampled_addmm(pattern, hidden, weight.T, beta=0.0).values().view(rows.shape)
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, weight, rows = ctx.saved_tensors
+        d_hidden = _csr(rows, grad, weight.shape[0]) @ weight
+        return d_hidden, _transposed_product(rows, grad, hidden, weight.shape[0]), None
+
+
+def _csr(rows: torch.Tensor, values: torch.Tensor, num_columns: int) -> torch.Tensor:
+    tokens, draws = rows.shape
+    pointers = torch.arange(0, tokens * draws + 1, draws, dtype=torch.int32, device=rows.device)
+    return _make_csr(pointers, rows.reshape(-1).to(torch.int32), values.reshape(-1), (tokens, num_columns))
+
+
+def _transposed_product(rows: torch.Tensor, grad: torch.Tensor, hidden: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """``[U, D]``: sum over (t, r) of grad[t, r] · hidden[t] into row rows[t, r], by sorting the pattern by row."""
+    flat = rows.reshape(-1)
+    small = flat.to(torch.int16) if num_rows <= torch.iinfo(torch.int16).max else flat.to(torch.int32)
+    order = torch.argsort(small, stable=True)
+    counts = torch.bincount(flat, minlength=num_rows)
+    pointers = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(torch.int32)
+    tokens = torch.div(order, rows.shape[1], rounding_mode="floor").to(torch.int32)
+    transposed = _make_csr(pointers, tokens, grad.reshape(-1)[order], (num_rows, hidden.shape[0]))
+    return transposed @ hidden
+
+
+def _make_csr(pointers, columns, values, size):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        return torch.sparse_csr_tensor(pointers, columns, values, size=size, check_invariants=False)

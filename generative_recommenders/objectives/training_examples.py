@@ -1,0 +1,149 @@
+"""An objective turns a loaded batch into inputs, positions to read, targets and weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+
+import torch
+
+from ..data.batch_transforms import default_sasrec_transforms
+from ..features import SequentialFeatures, UserError
+from ..modeling.layout import Layout, Visibility, jagged_layout
+from .masking import MaskedSequence, MaskingScheme
+
+PAYLOADS = ("ratings", "timestamps")
+
+
+@dataclass(frozen=True)
+class TrainingExample:
+    """What a step learns from.
+
+    features, layout: the histories and where their T tokens lie. past_ids: ``[T]`` items of those tokens.
+    read: ``[M]`` int64 tokens whose state predicts, or None for all T in order. targets: ``[M]`` item ids.
+    weights: ``[M]`` float32. ratings: ``[M]`` of the targets, or None. users: ``[M]`` user ids.
+    replaced: ``[T]`` bool, tokens whose embedding is the mask embedding, or None.
+    """
+
+    features: SequentialFeatures
+    layout: Layout
+    past_ids: torch.Tensor
+    targets: torch.Tensor
+    weights: torch.Tensor
+    users: torch.Tensor
+    read: torch.Tensor | None = None
+    ratings: torch.Tensor | None = None
+    replaced: torch.Tensor | None = None
+
+    def to(self, device: torch.device) -> TrainingExample:
+        """The same on another device; copies from pinned memory do not wait."""
+        return _move(self, device)
+
+
+class CausalObjective:
+    """Every position predicts the next item (CLM); last_only: the last position alone.
+
+    columns, see `data.batching.LoadedBatch`, go through the default training transforms of `data.batch_transforms`.
+    """
+
+    stochastic = False
+
+    def __init__(self, last_only: bool = False) -> None:
+        self.last_only = last_only
+        self.transform = default_sasrec_transforms()["train"]
+
+    def first_target(self, first_row: int, first_token: int) -> int:
+        """Number of a process's first target in the global batch."""
+        return first_row if self.last_only else first_token
+
+    def example(self, columns: Mapping[str, torch.Tensor], generator: torch.Generator) -> TrainingExample:
+        batch = self.transform(columns)
+        features = past_features(batch)
+        layout = jagged_layout(features.past_lengths, features.past_ids.shape[1])
+        read = layout.last_tokens[layout.lengths > 0] if self.last_only else None
+        return make_example(features, layout, batch["target_ids"], batch.get("target_ratings"), batch["user_ids"], read)
+
+
+class MaskedObjective:
+    """A masking scheme over whole histories: hidden, permuted or replaced positions are predicted."""
+
+    stochastic = True
+
+    def __init__(self, scheme: MaskingScheme) -> None:
+        self.scheme = scheme
+
+    def first_target(self, first_row: int, first_token: int) -> int:
+        return 0
+
+    def example(self, columns: Mapping[str, torch.Tensor], generator: torch.Generator) -> TrainingExample:
+        masked = self.scheme.training(columns["item_ids"], columns["lengths"], generator)
+        features = SequentialFeatures(masked.lengths, masked.input_ids, _payloads(columns, masked.input_ids.shape[1]))
+        layout = masked_layout(masked)
+        read = layout.flatten(masked.targets).nonzero()[:, 0]
+        example = make_example(features, layout, masked.targets, None, columns["user_ids"], read)
+        return replace(example, replaced=layout.flatten(masked.replaced))
+
+
+def masked_layout(masked: MaskedSequence) -> Layout:
+    """The jagged layout of a masked sequence, with its own visibility."""
+    layout = jagged_layout(masked.lengths, masked.input_ids.shape[1])
+    if masked.visibility is None:
+        return layout
+    return layout.with_visibility(Visibility(*(layout.flatten(x) for x in masked.visibility)))
+
+
+def past_features(batch: Mapping[str, torch.Tensor]) -> SequentialFeatures:
+    """The histories of a transformed batch (``past_*`` columns)."""
+    payloads = {name: batch[f"past_{name}"] for name in PAYLOADS if f"past_{name}" in batch}
+    if "next_timestamps" in batch:
+        payloads["next_timestamps"] = batch["next_timestamps"]
+    return SequentialFeatures(batch["past_lengths"], batch["past_ids"], payloads)
+
+
+def make_example(
+    features: SequentialFeatures,
+    layout: Layout,
+    target_ids: torch.Tensor,
+    target_ratings: torch.Tensor | None,
+    user_ids: torch.Tensor,
+    read: torch.Tensor | None,
+) -> TrainingExample:
+    """target_ids and target_ratings: ``[B, N]`` rectangles beside the positions; user_ids ``[B]``."""
+    rows = layout.row_of if read is None else layout.row_of[read]
+    pick = (lambda x: layout.flatten(x)) if read is None else (lambda x: layout.flatten(x)[read])
+    targets = pick(target_ids)
+    return TrainingExample(
+        features=features,
+        layout=layout,
+        past_ids=layout.flatten(features.past_ids),
+        targets=targets,
+        weights=(targets > 0).float(),
+        users=user_ids[rows],
+        read=read,
+        ratings=None if target_ratings is None else pick(target_ratings),
+    )
+
+
+def check_ids(columns: Mapping[str, torch.Tensor], num_items: int) -> None:
+    """UserError where an id lies outside 0..V (a table of another data set would be indexed past its end)."""
+    ids = columns["item_ids"]
+    if ids.numel() and (int(ids.max()) > num_items or int(ids.min()) < 0):
+        raise UserError(f"item ids must be 0..{num_items}, the batch holds {int(ids.min())}..{int(ids.max())}")
+
+
+def _payloads(columns: Mapping[str, torch.Tensor], width: int) -> dict[str, torch.Tensor]:
+    payloads = {name: columns[name] for name in PAYLOADS if name in columns}
+    return {name: torch.nn.functional.pad(x, (0, max(0, width - x.shape[1]))) for name, x in payloads.items()}
+
+
+def _move(value, device):
+    """Tensors inside (nested) frozen dataclasses, dicts and tuples, moved."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, dict):
+        return {name: _move(item, device) for name, item in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_move(item, device) for item in value)
+    if hasattr(value, "__dataclass_fields__"):
+        return replace(value, **{f.name: _move(getattr(value, f.name), device) for f in fields(value)})
+    return value

@@ -1,0 +1,163 @@
+"""Optimizers: AdamW for everything (the published runs), or with a row-wise one for the item table.
+
+A step hands over the item table's gradient as (rows, gradients of those rows); see `ItemTable`. Dense AdamW spreads it over the
+whole table, as the published programs do; ``lazy_adamw`` and ``rowwise_adagrad`` touch those rows alone, so the cost of a
+step does not grow with the catalogue.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+
+import torch
+
+from ..features import UserError
+
+BETAS = (0.9, 0.98)
+
+
+class TableOptimizer(ABC):
+    """Updates some rows of one table. State tensors are named, so that a checkpoint can hold them."""
+
+    def __init__(self, table: torch.nn.Parameter, learning_rate: float, weight_decay: float) -> None:
+        self.table = table
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.state: dict[str, torch.Tensor] = {}
+
+    @abstractmethod
+    def step(self, rows: torch.Tensor, grads: torch.Tensor) -> None:
+        """rows ``[U]`` int64, unique; grads ``[U, D]``."""
+
+
+class LazyAdamW(TableOptimizer):
+    """AdamW (arXiv 1711.05101) whose moments and decay move only when a row is touched; one step count for all rows."""
+
+    def __init__(self, table: torch.nn.Parameter, learning_rate: float, weight_decay: float) -> None:
+        super().__init__(table, learning_rate, weight_decay)
+        self.state = {
+            "exp_avg": torch.zeros_like(table.data),
+            "exp_avg_sq": torch.zeros_like(table.data),
+            "step": torch.zeros((), dtype=torch.int64),
+        }
+
+    @torch.no_grad()
+    def step(self, rows: torch.Tensor, grads: torch.Tensor) -> None:
+        beta1, beta2 = BETAS
+        self.state["step"] += 1
+        count = int(self.state["step"])
+        first = self.state["exp_avg"][rows].lerp_(grads, 1 - beta1)
+        second = self.state["exp_avg_sq"][rows].mul_(beta2).addcmul_(grads, grads, value=1 - beta2)
+        self.state["exp_avg"][rows] = first
+        self.state["exp_avg_sq"][rows] = second
+        scale = (second / (1 - beta2**count)).sqrt_().add_(1e-8)
+        weights = self.table[rows].mul_(1 - self.learning_rate * self.weight_decay)
+        self.table[rows] = weights.addcdiv_(first, scale, value=-self.learning_rate / (1 - beta1**count))
+
+
+class RowwiseAdagrad(TableOptimizer):
+    """Adagrad with one accumulator a row, the mean squared gradient of the row (as in fbgemm's embedding tables)."""
+
+    def __init__(self, table: torch.nn.Parameter, learning_rate: float, weight_decay: float) -> None:
+        super().__init__(table, learning_rate, weight_decay)
+        self.state = {"sum_of_squares": torch.zeros(table.shape[0], device=table.device)}
+
+    @torch.no_grad()
+    def step(self, rows: torch.Tensor, grads: torch.Tensor) -> None:
+        total = self.state["sum_of_squares"][rows].add_(grads.square().mean(1))
+        self.state["sum_of_squares"][rows] = total
+        weights = self.table[rows].mul_(1 - self.learning_rate * self.weight_decay)
+        self.table[rows] = weights - self.learning_rate * grads / (total.sqrt() + 1e-10)[:, None]
+
+
+TABLE_OPTIMIZERS: dict[str, Callable[..., TableOptimizer] | None] = {
+    "adamw": None,
+    "lazy_adamw": LazyAdamW,
+    "rowwise_adagrad": RowwiseAdagrad,
+}
+
+
+class Optimizer:
+    """The dense parameters' AdamW (0.9, 0.98) and the item table's optimizer, with linear warm-up and clipping.
+
+    name: see ``TABLE_OPTIMIZERS``. max_grad_norm: total L2 norm over dense and table gradients, None for no clipping.
+    """
+
+    def __init__(
+        self,
+        dense: Iterable[torch.nn.Parameter],
+        table: torch.nn.Parameter,
+        name: str,
+        learning_rate: float,
+        weight_decay: float,
+        num_warmup_steps: int = 0,
+        max_grad_norm: float | None = None,
+    ) -> None:
+        if name not in TABLE_OPTIMIZERS:
+            raise UserError(f"unknown optimizer {name!r}; known: {', '.join(TABLE_OPTIMIZERS)}")
+        make_table_optimizer = TABLE_OPTIMIZERS[name]
+        self.table = table
+        self.sparse = (
+            make_table_optimizer(table, learning_rate, weight_decay) if make_table_optimizer else None
+        )
+        self.parameters = list(dense) + ([] if self.sparse else [table])
+        self.adamw = torch.optim.AdamW(
+            self.parameters, lr=learning_rate, betas=BETAS, weight_decay=weight_decay, fused=True
+        )
+        self.learning_rate = learning_rate
+        self.num_warmup_steps = num_warmup_steps
+        self.max_grad_norm = max_grad_norm
+
+    def zero_grad(self) -> None:
+        self.adamw.zero_grad(set_to_none=True)
+        self.table.grad = None
+
+    def step(self, step: int, rows: torch.Tensor | None, grads: torch.Tensor) -> float:
+        """One update; returns the learning rate. step: from 0. rows ``[U]`` (None: all) and grads ``[U, D]`` of the table."""
+        rate = self.learning_rate * min(1.0, (step + 1) / max(self.num_warmup_steps, 1))
+        if self.max_grad_norm is not None:
+            grads = self._clip(grads)
+        if self.sparse is not None:
+            self.sparse.learning_rate = rate
+            every = torch.arange(self.table.shape[0], device=grads.device) if rows is None else rows
+            self.sparse.step(every, grads)
+        else:
+            self.table.grad = (
+                grads if rows is None else torch.zeros_like(self.table).index_copy_(0, rows, grads)
+            )
+        for group in self.adamw.param_groups:
+            group["lr"] = rate
+        self.adamw.step()
+        return rate
+
+    def _clip(self, table_grads: torch.Tensor) -> torch.Tensor:
+        grads = [p.grad for p in self.parameters if p.grad is not None]
+        norms = torch.stack([g.norm() for g in [*grads, table_grads]])
+        scale = (self.max_grad_norm / norms.norm().clamp(min=1e-6)).clamp(max=1.0)
+        for grad in grads:
+            grad.mul_(scale)
+        return table_grads * scale
+
+    def state_tensors(self) -> dict[str, torch.Tensor]:
+        """All state by name; `load_state_tensors` takes it back."""
+        tensors = {}
+        for index, parameter in enumerate(self.parameters):
+            for name, value in self.adamw.state.get(parameter, {}).items():
+                tensors[f"adamw.{index}.{name}"] = torch.as_tensor(value)
+        if self.sparse is not None:
+            tensors.update({f"table.{name}": value for name, value in self.sparse.state.items()})
+        return tensors
+
+    def load_state_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        for index, parameter in enumerate(self.parameters):
+            prefix = f"adamw.{index}."
+            state = {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
+            if state:
+                self.adamw.state[parameter] = {
+                    name: value.clone() if name == "step" else value.to(parameter.device).clone()
+                    for name, value in state.items()
+                }
+        if self.sparse is not None:
+            for name, value in self.sparse.state.items():
+                value.copy_(tensors[f"table.{name}"])

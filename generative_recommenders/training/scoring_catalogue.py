@@ -1,0 +1,51 @@
+"""A trained model's scores of the whole catalogue for batches of histories."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+
+from ..data.batch_transforms import default_sasrec_transforms
+from ..modeling.recommender import SequenceRecommender
+from ..objectives.training_examples import past_features
+from .inference import InferenceInputs
+
+
+class CatalogueScores:
+    """Scores ``[n, V]`` of evaluation batches by one state of the model; item embeddings are computed once.
+
+    item_l2_norm: candidates are normalised, as in training. inference: how histories become inputs (a mask slot is appended
+    for masked objectives).
+    """
+
+    def __init__(
+        self,
+        model: SequenceRecommender,
+        inference: InferenceInputs,
+        item_l2_norm: bool,
+        eps: float,
+        device: torch.device,
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        self.model, self.inference, self.device = model, inference, device
+        self.autocast = autocast
+        self.transform = default_sasrec_transforms()["validation"]
+        with torch.inference_mode():
+            items = model.items.all_item_embeddings()
+            self.items = F.normalize(items, dim=-1, eps=eps) if item_l2_norm else items
+            self.scorer = model.similarity.catalogue_scorer(self.items)
+
+    @torch.inference_mode()
+    def queries(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """``[n, D]`` states that score the next item."""
+        features = past_features(self.transform(batch))
+        context = torch.autocast(self.device.type, self.autocast) if self.autocast else contextlib.nullcontext()
+        with context:
+            return self.inference.states(self.model, features, self.device).float()
+
+    @torch.inference_mode()
+    def __call__(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return self.scorer(self.queries(batch), batch["user_ids"].to(self.device))

@@ -1,0 +1,251 @@
+"""Every choice of a run, as closed, JSON-able dataclasses. The defaults are those of the published programs.
+
+The gin names of `gin_registry` are these classes; a checkpoint is rebuilt from their JSON form alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..features import UserError
+from ..modeling.similarity.mixture_of_logits import MoLSettings
+
+PROTOCOLS = ("leave_one_out", "paper", "global_time")
+SEEN_FILTERS = ("history", "window", "none")
+NEXT_TIMES = ("given", "hidden")
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """``train_fn``: the run. Times are in steps or epochs as named; sizes are per process."""
+
+    dataset_name: str = "synthetic-books"
+    max_sequence_length: int = 200
+    positional_sampling_ratio: float = 1.0
+    local_batch_size: int = 128
+    eval_batch_size: int = 128
+    eval_user_max_batch_size: int | None = None
+    main_module: str = "SASRec"
+    main_module_bf16: bool = False
+    dropout_rate: float = 0.2
+    user_embedding_norm: str = "l2_norm"
+    sampling_strategy: str = "in-batch"
+    num_negatives: int = 1
+    loss_module: str = "SampledSoftmaxLoss"
+    loss_weights: dict[str, float] = field(default_factory=dict)
+    loss_activation_checkpoint: bool = False
+    temperature: float = 0.05
+    item_l2_norm: bool = False
+    l2_norm_eps: float = 1e-6
+    num_epochs: int = 101
+    learning_rate: float = 1e-3
+    num_warmup_steps: int = 0
+    weight_decay: float = 1e-3
+    interaction_module_type: str = "DotProduct"
+    top_k_method: str = "MIPSBruteForceTopK"
+    embedding_module_type: str = "local"
+    item_embedding_dim: int = 240
+    gr_output_length: int = 10
+    eval_interval: int = 100
+    full_eval_every_n: int = 1
+    partial_eval_num_iters: int = 32
+    save_ckpt_every_n: int = 1000
+    enable_tf32: bool = False
+    eval_bf16: bool = False
+    random_seed: int = 42
+    # Ours, beside the published names.
+    protocol: str = "leave_one_out"
+    objective: str = "causal"
+    negatives_sharing: str = "position"
+    negatives_block_size: int = 256
+    log_q_correction: bool = False
+    popularity_power: float = 0.75
+    mixed_shares: dict[str, float] = field(default_factory=lambda: {"local": 0.5, "popularity": 0.5})
+    class_feature: str | None = None
+    seen_filter: str = "history"
+    input_preprocessor: str = "LearnablePositionalEmbedding"
+    rating_embedding_dim: int = 8
+    num_ratings: int = 6
+    category_feature: str | None = None
+    optimizer: str = "adamw"
+    max_grad_norm: float | None = None
+    next_time: str = "given"
+    label_smoothing: float = 0.0
+    calibration: float = 0.75
+    mask_probability: float = 0.15
+    rating_threshold: float = 4.0
+    keep_checkpoints: int = 3
+    early_stopping_patience: int | None = None
+    deterministic: bool = False
+
+    def __post_init__(self) -> None:
+        check_positive(
+            self, "max_sequence_length", "local_batch_size", "eval_batch_size", "item_embedding_dim"
+        )
+        check_positive(
+            self, "num_negatives", "eval_interval", "full_eval_every_n", "save_ckpt_every_n", "temperature"
+        )
+        check_positive(self, "negatives_block_size", "learning_rate", "keep_checkpoints", "l2_norm_eps")
+        check_share(self, "dropout_rate", "label_smoothing", "mask_probability")
+        check_choice(self, "protocol", PROTOCOLS)
+        check_choice(self, "seen_filter", SEEN_FILTERS)
+        check_choice(self, "next_time", NEXT_TIMES)
+        if not 0.0 < self.positional_sampling_ratio <= 1.0:
+            raise UserError(
+                f"train_fn.positional_sampling_ratio must be in (0, 1], got {self.positional_sampling_ratio}"
+            )
+        if self.num_epochs < 0 or self.gr_output_length < 0 or self.num_warmup_steps < 0:
+            raise UserError("train_fn.num_epochs, gr_output_length and num_warmup_steps must be 0 or more")
+
+    @property
+    def max_tokens(self) -> int:
+        """Rows of the position table: max_sequence_length + gr_output_length + 1, HSTU's constant divisor."""
+        return self.max_sequence_length + self.gr_output_length + 1
+
+
+@dataclass(frozen=True)
+class SasrecSettings:
+    """``sasrec_encoder``. norm_weights and final_norm give RePlay's form of the layer."""
+
+    num_blocks: int = 2
+    num_heads: int = 1
+    ffn_hidden_dim: int = 64
+    ffn_activation_fn: str = "relu"
+    ffn_dropout_rate: float = 0.2
+    norm_weights: bool = False
+    final_norm: bool = False
+
+
+@dataclass(frozen=True)
+class HstuSettings:
+    """``hstu_encoder``."""
+
+    num_blocks: int = 2
+    num_heads: int = 1
+    dqk: int = 64
+    dv: int = 64
+    linear_dropout_rate: float = 0.0
+    attn_dropout_rate: float = 0.0
+    normalization: str = "rel_bias"
+    linear_config: str = "uvqk"
+    linear_activation: str = "silu"
+    concat_ua: bool = False
+    enable_relative_attention_bias: bool = True
+
+
+@dataclass(frozen=True)
+class DiffTransformerSettings:
+    """``diff_transformer_encoder``. norm: "pre" (the paper) or "post" (RePlay)."""
+
+    num_blocks: int = 2
+    num_heads: int = 1
+    norm: str = "post"
+    dropout_rate: float = 0.0
+
+
+@dataclass(frozen=True)
+class TransformerSettings:
+    """``transformer_encoder``: plain pre- or post-norm blocks with sinusoidal positions."""
+
+    num_blocks: int = 2
+    num_heads: int = 1
+    ffn_hidden_dim: int = 64
+    ffn_activation_fn: str = "relu"
+    dropout_rate: float = 0.1
+
+
+@dataclass(frozen=True)
+class ItemTowerSettings:
+    """``item_tower``: features of the prepared items table that enter the tower, by name ("item_id" is the id itself)."""
+
+    features: tuple[str, ...] = ("item_id",)
+    list_reduction: str = "mean"
+    num_blocks: int = 1
+    query_module: str = "SASRec"
+
+
+@dataclass(frozen=True)
+class EncoderSettings:
+    """``get_sequential_encoder``."""
+
+    activation_checkpoint: bool = False
+
+
+@dataclass(frozen=True)
+class LoaderSettings:
+    """``create_data_loader``. Batches are cut by one thread, prefetch_factor ahead (at most 64)."""
+
+    prefetch_factor: int = 2
+    num_workers: int = 0
+
+
+@dataclass(frozen=True)
+class WeightedLossSettings:
+    """``get_weighted_loss``: weights of auxiliary losses, beside ``train_fn.loss_weights``."""
+
+    weights: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SimilaritySettings:
+    """``get_similarity_function``."""
+
+    bf16_training: bool = False
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """All of a run's choices."""
+
+    train: TrainSettings = field(default_factory=TrainSettings)
+    sasrec: SasrecSettings = field(default_factory=SasrecSettings)
+    hstu: HstuSettings = field(default_factory=HstuSettings)
+    diff_transformer: DiffTransformerSettings = field(default_factory=DiffTransformerSettings)
+    transformer: TransformerSettings = field(default_factory=TransformerSettings)
+    item_tower: ItemTowerSettings = field(default_factory=ItemTowerSettings)
+    encoder: EncoderSettings = field(default_factory=EncoderSettings)
+    loader: LoaderSettings = field(default_factory=LoaderSettings)
+    weighted_loss: WeightedLossSettings = field(default_factory=WeightedLossSettings)
+    similarity: SimilaritySettings = field(default_factory=SimilaritySettings)
+    mol: MoLSettings = field(default_factory=MoLSettings)
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> RunSettings:
+        """From `to_json`'s form; UserError names a key that does not exist."""
+        sections = {f.name: f.default_factory for f in dataclasses.fields(cls)}
+        unknown = sorted(set(data) - set(sections))
+        if unknown:
+            raise UserError(f"settings have unknown sections: {', '.join(unknown)}")
+        return cls(**{name: _section(sections[name], data.get(name, {}), name) for name in sections})
+
+
+def _section(kind: Any, values: dict[str, Any], name: str) -> Any:
+    known = {f.name: f for f in dataclasses.fields(kind)}
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise UserError(f"settings section {name!r} has unknown keys: {', '.join(unknown)}")
+    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+
+
+def check_positive(settings: Any, *names: str) -> None:
+    for name in names:
+        if not getattr(settings, name) > 0:
+            raise UserError(f"train_fn.{name} must be above 0, got {getattr(settings, name)}")
+
+
+def check_share(settings: Any, *names: str) -> None:
+    for name in names:
+        if not 0.0 <= getattr(settings, name) < 1.0:
+            raise UserError(f"train_fn.{name} must be in [0, 1), got {getattr(settings, name)}")
+
+
+def check_choice(settings: Any, name: str, choices: tuple[str, ...]) -> None:
+    if getattr(settings, name) not in choices:
+        raise UserError(
+            f"train_fn.{name} {getattr(settings, name)!r} is unknown; known: {', '.join(choices)}"
+        )

@@ -1,0 +1,157 @@
+"""One training step: touched rows, scores, loss, gradients, update."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from ..evaluation.collectives import Collectives
+from ..modeling.embeddings import ItemEmbedding, ItemRows
+from ..modeling.recommender import SequenceRecommender, token_payloads
+from ..objectives.counter_random import stream_key
+from ..objectives.criterion import Criterion
+from ..objectives.negative_samplers import Negatives, NegativesSampler
+from ..objectives.training_examples import TrainingExample
+from .optimizers import Optimizer
+
+DENSE_SHARE = 4
+"""A step that touches more than 1 / DENSE_SHARE of the table works on all of it: no search for unique rows."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """loss: mean over the global batch; targets: how many it is over; both from all processes."""
+
+    loss: torch.Tensor
+    targets: float
+    learning_rate: float
+
+
+class DensePart(torch.nn.Module):
+    """What data-parallel training synchronises: everything but the item table, whose touched rows are an input."""
+
+    def __init__(
+        self, model: SequenceRecommender, criterion: Criterion, autocast: torch.dtype | None
+    ) -> None:
+        super().__init__()
+        self.sequence = model.sequence
+        self.similarity = model.similarity
+        self.tower = model.items.tower
+        self.mask_embedding = model.mask_embedding
+        self.criterion = criterion
+        self.autocast = autocast
+        self._items: tuple[ItemEmbedding] = (
+            model.items,
+        )  # in a tuple: its table is not a parameter of this part
+
+    def forward(
+        self,
+        leaf: torch.Tensor,
+        leaf_ids: torch.Tensor | None,
+        scored_ids: torch.Tensor | None,
+        example: TrainingExample,
+        negatives: Negatives | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        """Loss sum, its weight, and auxiliary losses (means)."""
+        (items,) = self._items
+        table = ItemRows(leaf, leaf_ids)
+        embeddings = items.history_rows(table).lookup(example.past_ids)
+        if example.replaced is not None:
+            embeddings = self.mask_embedding(embeddings, example.replaced)
+        with self._autocast(leaf.device):
+            states = self.sequence(embeddings, example.layout, model_payloads(example))
+        if example.read is not None:
+            states = states.index_select(0, example.read)
+        scored = items.scored_rows(table, scored_ids)
+        return self.criterion(states.float(), scored, example, negatives, self.similarity)
+
+    def _autocast(self, device: torch.device):
+        if self.autocast is None:
+            return contextlib.nullcontext()
+        return torch.autocast(device.type, self.autocast)
+
+
+def model_payloads(example: TrainingExample) -> dict[str, torch.Tensor]:
+    """Per-token payloads of the example's histories."""
+    return token_payloads(example.features.past_payloads, example.features.past_lengths, example.layout)
+
+
+class TrainingStep:
+    """Runs steps of a model; the same for one process and for many."""
+
+    def __init__(
+        self,
+        model: SequenceRecommender,
+        criterion: Criterion,
+        sampler: NegativesSampler | None,
+        optimizer: Optimizer,
+        collectives: Collectives,
+        seed: int,
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        self.model, self.sampler, self.optimizer = model, sampler, optimizer
+        self.collectives, self.seed = collectives, seed
+        self.dense = DensePart(model, criterion, autocast)
+        self.runner: torch.nn.Module = self.dense
+        if collectives.world_size > 1:
+            self.runner = DistributedDataParallel(self.dense, find_unused_parameters=False)
+
+    def __call__(self, example: TrainingExample, first_target: int, step: int) -> StepResult:
+        """example on the model's device; first_target: its number in the global batch; step: since the run began."""
+        negatives = self._negatives(example, first_target, step)
+        scored_ids, leaf_ids = self._touched(example, negatives)
+        table = self.model.items.table
+        leaf = (table if leaf_ids is None else table[leaf_ids]).detach().requires_grad_()
+        self.optimizer.zero_grad()
+        loss_sum, weight, auxiliary = self.runner(leaf, leaf_ids, scored_ids, example, negatives)
+        total = self.collectives.sum_(weight.detach().clone())
+        # DDP averages gradients over processes; table gradients are summed below, so both start from a sum.
+        loss = loss_sum / total.clamp(min=1e-12) + sum(auxiliary.values()) / self.collectives.world_size
+        (loss * self.collectives.world_size).backward()
+        rows, grads = self._table_gradients(leaf, leaf_ids)
+        rate = self.optimizer.step(step, rows, grads)
+        return StepResult(self.collectives.sum_(loss.detach().clone()), float(total), rate)
+
+    def _negatives(self, example: TrainingExample, first_target: int, step: int) -> Negatives | None:
+        if self.sampler is None:
+            return None
+        pool = None
+        if self.sampler.uses_batch_pool:
+            local = torch.unique(torch.cat([example.past_ids, example.targets]))
+            pool = torch.unique(self.collectives.gather_variable(local))
+            pool = pool[pool > 0]
+        key = stream_key(self.seed, step)
+        return self.sampler(key, first_target, example.targets.numel(), pool)
+
+    def _touched(
+        self, example: TrainingExample, negatives: Negatives | None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Sorted unique item ids that are scored, and table rows that are read; None for all."""
+        items = self.model.items
+        if negatives is None:
+            return None, None
+        touched = negatives.ids.numel() + example.targets.numel() + example.past_ids.numel()
+        if touched * DENSE_SHARE > items.table.shape[0] and items.tower is None:
+            return None, None
+        scored = torch.unique(torch.cat([example.targets, negatives.ids.flatten()]))
+        every = torch.unique(torch.cat([scored, example.past_ids]))
+        return scored, items.table_rows(every)
+
+    def _table_gradients(
+        self, leaf: torch.Tensor, leaf_ids: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Summed over processes: rows (None for all) and their gradients."""
+        world = self.collectives.world_size
+        grad = leaf.grad / world if world > 1 else leaf.grad
+        if world == 1:
+            return leaf_ids, grad
+        everywhere_dense = not self.collectives.any(leaf_ids is not None)
+        if everywhere_dense:
+            return None, self.collectives.sum_(grad)
+        ids = torch.arange(leaf.shape[0], device=leaf.device) if leaf_ids is None else leaf_ids
+        all_ids, place = torch.unique(self.collectives.gather_variable(ids), return_inverse=True)
+        gathered = self.collectives.gather_variable(grad)
+        return all_ids, gathered.new_zeros(all_ids.numel(), grad.shape[1]).index_add_(0, place, gathered)
