@@ -259,7 +259,7 @@ class PermutationLanguageModeling(MaskSequence):
     def apply_mask_to_inputs(
         self, inputs: Tensor, schema: Tensor, training: bool = False, testing: bool = False
     ) -> Tensor:
-        """``inputs [B, N, D]`` with the mask embedding at True; unchanged at inference, as in that library."""
+        """``inputs [B, N, D]`` with the mask embedding at True; unchanged at inference, as there."""
         if not training and not testing:
             return inputs
         return apply_mask_to_inputs(inputs, schema, self.masked_item_embedding)

@@ -1,0 +1,232 @@
+"""Masking schemes: what they hide, what they ask for, who sees whom, and determinism."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from generative_recommenders.features import UserError
+from generative_recommenders.objectives.masking import (
+    CausalMasking,
+    MaskedItemMasking,
+    MaskedSequence,
+    MaskEmbedding,
+    MaskingScheme,
+)
+from generative_recommenders.objectives.permutation import PermutationMasking
+from generative_recommenders.objectives.replacement import (
+    ReplacementMasking,
+    replace_items,
+    sample_from_catalogue,
+    sample_from_softmax,
+)
+
+HIDING: dict[str, MaskingScheme] = {
+    "mlm": MaskedItemMasking(),
+    "mlm_never": MaskedItemMasking(0.0),
+    "mlm_always": MaskedItemMasking(1.0),
+    "plm": PermutationMasking(),
+    "plm_dense": PermutationMasking(1.0, max_span_length=3),
+    "plm_all": PermutationMasking(permute_all=True),
+    "rtd": ReplacementMasking(0.3),
+}
+lengths_drawn = st.lists(st.integers(0, 12), min_size=1, max_size=8)
+
+
+def histories(lengths: list[int], width: int = 12) -> tuple[Tensor, Tensor]:
+    counts = torch.tensor(lengths)
+    item_ids = torch.arange(1, len(lengths) * width + 1).reshape(len(lengths), width)
+    return item_ids * (torch.arange(width) < counts[:, None]), counts
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def same(one: MaskedSequence, other: MaskedSequence) -> bool:
+    fields = ("input_ids", "replaced", "lengths", "targets")
+    return all(torch.equal(getattr(one, name), getattr(other, name)) for name in fields)
+
+
+def sees(sequence: MaskedSequence) -> Tensor:
+    """``[B, N, N]`` bool: position i sees j."""
+    assert sequence.visibility is not None
+    key, query = sequence.visibility
+    return key[:, None, :] <= query[:, :, None]
+
+
+@pytest.mark.parametrize("name", HIDING)
+@settings(max_examples=25, deadline=None)
+@given(lengths=lengths_drawn, seed=st.integers(0, 999))
+def test_hidden_positions(name, lengths, seed):
+    item_ids, counts = histories(lengths)
+    before = item_ids.clone(), counts.clone()
+    sequence = HIDING[name].training(item_ids, counts, seeded(seed))
+    assert torch.equal(item_ids, before[0]) and torch.equal(counts, before[1])
+    assert same(sequence, HIDING[name].training(item_ids, counts, seeded(seed)))
+    hidden, many = sequence.replaced.sum(1), counts >= 2
+    assert not (sequence.replaced & (item_ids == 0)).any()
+    assert (hidden[many] >= 1).all() and (hidden < counts)[many].all() and not hidden[~many].any()
+    assert torch.equal(sequence.targets, item_ids * sequence.replaced)
+    assert torch.equal(sequence.input_ids != 0, item_ids != 0)
+    assert torch.equal(sequence.lengths, counts)
+
+
+@pytest.mark.parametrize("name", HIDING)
+def test_draws_differ_between_rows_and_seeds(name):
+    item_ids, counts = histories([12] * 60)
+    replaced = HIDING[name].training(item_ids, counts, seeded(0)).replaced
+    assert len(replaced.unique(dim=0)) > 5
+    assert not torch.equal(replaced, HIDING[name].training(item_ids, counts, seeded(1)).replaced)
+
+
+@settings(max_examples=25, deadline=None)
+@given(lengths_drawn, st.booleans())
+def test_causal_targets_are_the_next_items(lengths, last_only):
+    item_ids, counts = histories(lengths)
+    sequence = CausalMasking(last_only).training(item_ids, counts)
+    assert sequence.visibility is None and not sequence.replaced.any()
+    for row, length in enumerate(lengths):
+        events, past = item_ids[row, :length].tolist(), max(length - 1, 0)
+        assert sequence.lengths[row] == past
+        assert sequence.input_ids[row].tolist() == events[:past] + [0] * (11 - past)
+        expected = [0] * (past - 1) + events[-1:] if last_only and past else events[1:]
+        assert sequence.targets[row].tolist() == expected + [0] * (11 - len(expected))
+
+
+def test_causal_inference_reads_the_last_item():
+    item_ids, counts = histories([0, 1, 5])
+    sequence, read = CausalMasking().inference(item_ids, counts)
+    assert torch.equal(sequence.input_ids, item_ids) and torch.equal(sequence.lengths, counts)
+    assert read.tolist() == [0, 0, 4] and sequence.visibility is None
+
+
+@pytest.mark.parametrize("name", HIDING)
+def test_inference_asks_at_a_slot_after_the_last_item(name):
+    item_ids, counts = histories([0, 1, 5, 12])
+    sequence, read = HIDING[name].inference(item_ids, counts)
+    assert sequence.input_ids.shape == (4, 13) and read.tolist() == [0, 1, 5, 12]
+    assert torch.equal(sequence.lengths, counts + 1)
+    assert sequence.replaced.sum(1).tolist() == [1, 1, 1, 1]
+    assert sequence.replaced.gather(1, read[:, None]).all() and not sequence.targets.any()
+    for row, length in enumerate([0, 1, 5, 12]):
+        assert torch.equal(sequence.input_ids[row, :length], item_ids[row, :length])
+        assert (sequence.input_ids[row] != 0).sum() == length + 1
+        assert sees(sequence)[row, length, :length].all()
+
+
+def test_masked_items_see_both_sides():
+    item_ids, counts = histories([3, 12])
+    assert sees(MaskedItemMasking().training(item_ids, counts, seeded(0))).all()
+
+
+@pytest.mark.parametrize("name", ["plm", "plm_dense", "plm_all"])
+def test_permuted_attention(name):
+    item_ids, counts = histories([2, 6, 12, 12] * 10)
+    sequence = HIDING[name].training(item_ids, counts, seeded(2))
+    visible, hidden, open_ = ~sequence.replaced, sequence.replaced, sees(sequence)
+    assert open_[visible[:, None, :].expand_as(open_)].all()
+    assert not open_[hidden[:, None, :] & visible[:, :, None]].any()
+    both = hidden[:, None, :] & hidden[:, :, None]
+    diagonal = torch.eye(12, dtype=torch.bool)
+    assert not open_[both & diagonal].any()
+    assert (open_ ^ open_.transpose(1, 2))[both & ~diagonal].all()
+    # A total order: within a row, the counts of hidden positions seen are 0, 1, 2, ...
+    seen = (open_ & both).sum(2)
+    for row in range(len(counts)):
+        assert sorted(seen[row, hidden[row]].tolist()) == list(range(int(hidden[row].sum())))
+
+
+def test_permutation_inference_keeps_the_slot_from_the_items():
+    item_ids, counts = histories([4])
+    sequence, _ = PermutationMasking().inference(item_ids, counts)
+    assert not sees(sequence)[0, :, 4].any()
+
+
+def test_permuted_spans_and_shares():
+    item_ids, counts = histories([120] * 300, width=120)
+    replaced = PermutationMasking(1 / 6, 5).training(item_ids, counts, seeded(0)).replaced
+    # One span in every context of 6 times its length, the last context possibly cut.
+    assert abs(replaced.float().mean() - 1 / 6) < 0.01
+    edges = torch.nn.functional.pad(replaced.int(), (1, 1)).diff(dim=1)
+    runs = (edges == -1).nonzero()[:, 1] - (edges == 1).nonzero()[:, 1]
+    assert set(runs.tolist()) >= {1, 2, 3, 4, 5} and runs.max() <= 10
+
+
+def test_permute_all_shows_a_random_single_item():
+    item_ids, counts = histories([12] * 300)
+    shown = (~PermutationMasking(permute_all=True).training(item_ids, counts, seeded(0)).replaced).nonzero()[
+        :, 1
+    ]
+    assert len(shown) == 300 and set(shown.tolist()) == set(range(12))
+
+
+def test_masked_share():
+    item_ids, counts = histories([100] * 300, width=100)
+    replaced = MaskedItemMasking(0.2).training(item_ids, counts, seeded(0)).replaced
+    assert abs(replaced.float().mean() - (0.2 + 0.8 / 100)) < 0.01
+
+
+def test_mask_embedding_replaces_and_learns():
+    module = MaskEmbedding(3)
+    embeddings = torch.randn(2, 4, 3, requires_grad=True)
+    replaced = torch.tensor([[True, False, False, True], [False] * 4])
+    out = module(embeddings, replaced)
+    assert torch.equal(out[replaced], module.weight.expand(2, 3)) and torch.equal(
+        out[~replaced], embeddings[~replaced]
+    )
+    out.sum().backward()
+    assert module.weight.grad.tolist() == [2.0] * 3 and not embeddings.grad[replaced].any()
+    assert torch.equal(module(embeddings.flatten(0, 1), replaced.flatten()), out.flatten(0, 1))
+
+
+def test_samples_follow_the_softmax_whatever_the_blocks():
+    hidden, weight = (
+        torch.tensor([[1.0, 0.0], [0.0, 1.0]]),
+        torch.tensor([[0.0, 2.0], [1.0, 0.0], [2.0, -1.0]]),
+    )
+    expected = (hidden @ weight.T).softmax(1)
+    for block in (1, 2, 99):
+        ids = sample_from_catalogue(hidden.repeat(8000, 1), weight, seeded(0), block).reshape(-1, 2)
+        for row in range(2):
+            shares = torch.bincount(ids[:, row], minlength=4)[1:] / 8000
+            assert torch.allclose(shares, expected[row], atol=0.02)
+    assert sample_from_softmax(torch.tensor([[0.0, 90.0], [90.0, 0.0]]), seeded(0)).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("from_batch", [False, True])
+def test_replacement_step(from_batch):
+    scheme = ReplacementMasking(0.4, sample_from_batch=from_batch, block_size=7)
+    item_ids, counts = histories([3, 12, 1])
+    sequence = scheme.training(item_ids, counts, seeded(0))
+    targets = sequence.targets[sequence.replaced]
+    hidden = torch.randn(len(targets), 4, generator=seeded(1), requires_grad=True)
+    fakes = scheme.fake_items(hidden, torch.randn(40, 4, generator=seeded(2)), targets, seeded(3))
+    assert not fakes.requires_grad and (fakes >= 1).all() and (fakes <= 40).all()
+    if from_batch:
+        assert torch.isin(fakes, targets).all()
+    corrupted, labels = scheme.replace(sequence, fakes)
+    assert torch.equal(corrupted[sequence.replaced], fakes)
+    assert torch.equal(corrupted[~sequence.replaced], item_ids[~sequence.replaced])
+    assert torch.equal(labels, corrupted != item_ids)
+
+
+def test_a_fake_that_is_the_true_item_counts_as_original():
+    item_ids, replaced = torch.tensor([[4, 5, 6]]), torch.tensor([[True, False, True]])
+    corrupted, labels = replace_items(item_ids, replaced, torch.tensor([4, 9]))
+    assert corrupted.tolist() == [[4, 5, 9]] and labels.tolist() == [[False, False, True]]
+
+
+def test_bad_options_are_refused():
+    for make in (
+        lambda: MaskedItemMasking(1.2),
+        lambda: PermutationMasking(0.0),
+        lambda: PermutationMasking(max_span_length=0),
+        lambda: ReplacementMasking(-0.1),
+        lambda: ReplacementMasking(block_size=0),
+    ):
+        with pytest.raises(UserError):
+            make()
