@@ -59,9 +59,9 @@ def replace_items(item_ids: Tensor, replaced: Tensor, fakes: Tensor) -> tuple[Te
 
 
 def gumbel_like(logits: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Standard Gumbel noise of the shape of ``logits``: -ln of an exponential draw."""
+    """Standard Gumbel noise of the shape of ``logits``, float32: -ln of an exponential draw."""
     device = logits.device if generator is None else generator.device
-    draws = torch.empty(logits.shape, dtype=logits.dtype, device=device).exponential_(generator=generator)
+    draws = torch.empty(logits.shape, dtype=torch.float32, device=device).exponential_(generator=generator)
     return -draws.clamp(min=torch.finfo(draws.dtype).tiny).log().to(logits.device)
 
 
@@ -79,7 +79,7 @@ def sample_from_catalogue(
     hidden: ``[P, D]``; item_weight: ``[V, D]``, row i is item id i + 1. The maximum of logits plus Gumbel
     noise is kept while walking over blocks of the catalogue.
     """
-    best = hidden.new_full((len(hidden),), -torch.inf)
+    best = torch.full((len(hidden),), -torch.inf, device=hidden.device)
     items = torch.ones(len(hidden), dtype=torch.long, device=hidden.device)
     for start in range(0, len(item_weight), block_size):
         logits = hidden @ item_weight[start : start + block_size].T

