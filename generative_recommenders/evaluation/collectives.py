@@ -1,0 +1,59 @@
+"""What a computation needs from the other processes of its run, and its form on a single process.
+
+Objectives and evaluation take a `Collectives` object and so stay free of torch.distributed; the form that
+talks to other processes is `training.distributed.ProcessGroup`.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+
+
+class Collectives:
+    """One process: every operation is the identity. Every process of a run must make the same calls in the
+    same order.
+
+    rank: 0 .. world_size - 1. device: where this process computes.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and log lines."""
+        return self.rank == 0
+
+    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Overwrites a number tensor (any shape, equal on all processes) with its sum over processes;
+        returns it."""
+        return tensor
+
+    def sum_scalar(self, value: float) -> float:
+        """The sum of one number a process, in float64."""
+        return float(value)
+
+    def gather_variable(self, tensor: torch.Tensor) -> torch.Tensor:
+        """``[n, ...]`` with n of each process's own to ``[sum of n, ...]`` in rank order, on every process.
+
+        No gradient flows through it.
+        """
+        return tensor.detach()
+
+    def broadcast_object_json(self, value: Any) -> Any:
+        """The main process's value everywhere, as JSON returns it (tuples become lists). Other processes'
+        is not read."""
+        return json.loads(json.dumps(value))
+
+    def barrier(self) -> None:
+        """Returns once every process has called it."""
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any process."""
+        return bool(flag)

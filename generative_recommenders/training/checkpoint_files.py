@@ -1,0 +1,198 @@
+"""The files inside a checkpoint: written through to the disk, and read back without trust."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import safetensors
+import safetensors.torch
+import torch
+
+from ..features import UserError
+
+FORMAT = "generative_recommenders checkpoint"
+VERSION = 1
+TENSORS, STATE = "tensors.safetensors", "state.json"
+ATTACHED = ("item_ids.parquet", "settings.json", "resolved.gin")
+_KNOWN_FILES = {TENSORS, STATE, *ATTACHED}
+_MANIFEST = "manifest.json"
+_MANIFEST_LIMIT = 1 << 20  # bytes
+
+
+class DamagedCheckpoint(UserError):
+    """A checkpoint whose files are missing, cut short or altered."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint says of itself. metric: the validation metric that "best" is judged by, None if
+    not measured."""
+
+    epoch: int
+    step: int
+    metric: float | None
+    is_best: bool
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Describes the files in ``folder`` as they are now. Its own checksum covers all of its other fields."""
+    files = {path.name: _describe(path) for path in sorted(folder.iterdir())}
+    content = {"format": FORMAT, "version": VERSION, **asdict(manifest), "files": files}
+    write_json(folder / _MANIFEST, {**content, "sha256": _checksum(content)})
+
+
+def read_manifest(folder: Path, check_files: bool = True) -> Manifest:
+    """The manifest of a checkpoint folder; with check_files the files' sizes and checksums are compared
+    too."""
+    path = folder / _MANIFEST
+    if not folder.is_dir():
+        raise DamagedCheckpoint(f"no checkpoint at {folder}")
+    if path.is_file() and path.stat().st_size > _MANIFEST_LIMIT:
+        raise DamagedCheckpoint(f"damaged checkpoint {folder}: {_MANIFEST} is too long")
+    content = read_json(path)
+    if content.pop("sha256", None) != _checksum(content) or content.get("format") != FORMAT:
+        raise DamagedCheckpoint(f"damaged checkpoint {folder}: {_MANIFEST} is not what was written")
+    if content.get("version") != VERSION:
+        raise UserError(
+            f"checkpoint {folder} has format version {content.get('version')}, this program reads version "
+            f"{VERSION}: use the program that wrote it"
+        )
+    if check_files:
+        _check_files(folder, content.get("files"))
+    return _parse_manifest(folder, content)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Any dtypes, devices and strides; tensors that share storage are written each for itself."""
+    content: dict[str, torch.Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        value = tensor.detach().cpu().contiguous()
+        storage = value.untyped_storage().data_ptr()
+        content[name] = value.clone() if storage in storages else value
+        storages.add(storage)
+    try:
+        safetensors.torch.save_file(content, path)
+    except safetensors.SafetensorError as error:  # how the library reports a failed write
+        raise OSError(str(error)) from error
+    sync(path)
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return safetensors.torch.load_file(path)
+    except (safetensors.SafetensorError, OSError, ValueError, KeyError) as error:
+        raise DamagedCheckpoint(
+            f"damaged checkpoint {path.parent}: {path.name}: {one_line(error)}"
+        ) from error
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise DamagedCheckpoint(
+            f"damaged checkpoint {path.parent}: {path.name}: {one_line(error)}"
+        ) from error
+    if not isinstance(value, dict):
+        raise DamagedCheckpoint(f"damaged checkpoint {path.parent}: {path.name} is not a JSON object")
+    return value
+
+
+def write_text(path: Path, text: str) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_item_ids(folder: Path, item_ids: pa.Array) -> None:
+    """Original ids ``[V]``; uncompressed, so that a small file cannot claim to hold much."""
+    table = pa.table({"item_id": item_ids.cast(pa.string())})
+    pq.write_table(table, folder / "item_ids.parquet", compression="none", use_dictionary=False)
+    sync(folder / "item_ids.parquet")
+
+
+def read_item_ids(folder: Path) -> pa.Array:
+    try:
+        table = pq.read_table(folder / "item_ids.parquet", columns=["item_id"])
+    except (pa.ArrowException, OSError) as error:
+        raise DamagedCheckpoint(
+            f"damaged checkpoint {folder}: item_ids.parquet: {one_line(error)}"
+        ) from error
+    return table.column("item_id").combine_chunks()
+
+
+def sync(path: Path) -> None:
+    """Forces a file or a folder's entries to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_failed(folder: Path, error: OSError) -> UserError:
+    reason = error.strerror or one_line(error)
+    return UserError(f"could not write a checkpoint to {folder}: {reason}; older checkpoints are whole")
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error's message."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:200]
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": _hash_file(path)}
+
+
+def _hash_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _check_files(folder: Path, files: Any) -> None:
+    """Compares the files with the manifest. Names are from a closed set, so that no path leaves the
+    folder."""
+    if not isinstance(files, dict) or not {TENSORS, STATE} <= set(files) <= _KNOWN_FILES:
+        raise DamagedCheckpoint(
+            f"damaged checkpoint {folder}: {_MANIFEST} does not list the files of a checkpoint"
+        )
+    for name, description in files.items():
+        path = folder / name
+        if path.is_symlink() or not path.is_file():
+            raise DamagedCheckpoint(f"damaged checkpoint {folder}: {name} is missing")
+        try:
+            found = _describe(path)
+        except OSError as error:
+            raise DamagedCheckpoint(f"damaged checkpoint {folder}: {name}: {one_line(error)}") from error
+        if found != description:
+            raise DamagedCheckpoint(f"damaged checkpoint {folder}: {name} is not what was written")
+
+
+def _parse_manifest(folder: Path, content: Mapping[str, Any]) -> Manifest:
+    epoch, step, metric, best = (content.get(key) for key in ("epoch", "step", "metric", "is_best"))
+    measured = metric is None or type(metric) in (int, float)
+    if type(epoch) is not int or type(step) is not int or type(best) is not bool or not measured:
+        raise DamagedCheckpoint(f"damaged checkpoint {folder}: {_MANIFEST} lacks a position or metric")
+    return Manifest(epoch, step, metric, best)

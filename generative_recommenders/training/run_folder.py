@@ -1,0 +1,220 @@
+"""The folder of one run: its lock, resolved configuration, metrics, TensorBoard events, log and checkpoints.
+
+::
+
+    runs/20260131-120000-ml-1m/
+      run.lock  resolved.gin  metrics.jsonl  train.log  tensorboard/  checkpoints/
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from absl import logging
+
+from ..features import UserError
+from .run_log import add_log_file, remove_log_file
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+_TRACES = ("metrics.jsonl", "checkpoints")  # what a folder has once a run began in it
+
+
+class RunFolder:
+    """An open run folder; only the main process of a run has one. Use as a context manager or call `close`.
+
+    While it is open it is locked, and log lines go to ``train.log`` too. On resume call `truncate_after`
+    with the step of the checkpoint, so that no later step is recorded twice.
+    """
+
+    def __init__(self, path: Path, lock: IO[str]) -> None:
+        self.path = path
+        self._lock = lock
+        self._writer: SummaryWriter | None = None
+        self._purge_step: int | None = None
+        self._metrics = _open_lines(self.metrics_path)
+        self._log_handler = add_log_file(path / "train.log")
+
+    @classmethod
+    def create_or_open(
+        cls, path: Path | str | None, resume: bool = False, name: str = "run", root: Path | str = "runs"
+    ) -> RunFolder:
+        """Opens ``path``, or a new ``root/<timestamp>-<name>`` where path is None.
+
+        Raises UserError where there is nothing to resume, where a run would write over another one's
+        results, where another process has the folder open, or where it cannot be written to.
+        """
+        if path is None and resume:
+            raise UserError("--resume needs the folder of the run to go on with: give --run_dir")
+        try:
+            folder = _new_folder(Path(root), name) if path is None else _given_folder(Path(path), resume)
+            return cls(folder, _lock(folder))
+        except OSError as error:
+            shown = path or Path(root) / name
+            raise UserError(
+                f"cannot write to run folder {shown}: {error.strerror}; choose another with --run_dir"
+            ) from error
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder for a `CheckpointStore`."""
+        return self.path / "checkpoints"
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    def save_resolved_gin(self, text: str) -> Path:
+        """Writes the configuration that the run is made from, complete."""
+        return self._write("resolved.gin", text)
+
+    def write_metrics(self, step: int, values: Mapping[str, Any]) -> None:
+        """Appends one JSON object with ``step`` and the values to metrics.jsonl, at once. Not-finite
+        numbers become null."""
+        record = {"step": step, **{name: _finite(value) for name, value in values.items()}}
+        self._metrics.write(json.dumps(record) + "\n")
+        self._metrics.flush()
+
+    def write_scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Adds TensorBoard scalars; names with a slash are grouped."""
+        writer = self._summary_writer()
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+
+    def truncate_after(self, step: int) -> None:
+        """Forgets what was recorded behind ``step``: lines of metrics.jsonl, and TensorBoard events by its
+        purge step.
+
+        Call it before anything is written.
+        """
+        self._metrics.close()
+        lines = self.metrics_path.read_text(encoding="utf-8").splitlines(keepends=True)
+        self._write(self.metrics_path.name, "".join(line for line in lines if _step(line) <= step))
+        self._metrics = _open_lines(self.metrics_path)
+        self._purge_step = step + 1
+
+    def flush(self) -> None:
+        """Brings everything to disk, as before a checkpoint."""
+        os.fsync(self._metrics.fileno())
+        if self._writer is not None:
+            self._writer.flush()
+
+    def close(self) -> None:
+        """Writes out everything and gives up the lock. May be called again."""
+        if self._lock.closed:
+            return
+        if self._writer is not None:
+            self._writer.close()
+        self._metrics.close()
+        remove_log_file(self._log_handler)
+        self._lock.close()
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _summary_writer(self) -> SummaryWriter:
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(self.tensorboard), purge_step=self._purge_step)
+        return self._writer
+
+    def _write(self, name: str, text: str) -> Path:
+        """Replaces a file of the folder, whole or not at all."""
+        path, writing = self.path / name, self.path / f".{name}.writing"
+        with open(writing, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(writing, path)
+        return path
+
+
+def check_same_data(saved_hash: str, current_hash: str) -> None:
+    """Refuses to resume on data other than the run began with."""
+    if saved_hash != current_hash:
+        raise UserError(
+            f"the prepared data changed since this run began (hash {saved_hash} then, {current_hash} now): "
+            "restore that data set or start a new run"
+        )
+
+
+def _new_folder(root: Path, name: str) -> Path:
+    """A folder named by the time, with a number behind it where that one exists."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    root.mkdir(parents=True, exist_ok=True)
+    attempt = 1
+    while True:
+        folder = root / (f"{stamp}-{name}" + (f"-{attempt}" if attempt > 1 else ""))
+        try:
+            folder.mkdir()
+            return folder
+        except FileExistsError:
+            attempt += 1
+
+
+def _given_folder(folder: Path, resume: bool) -> Path:
+    if resume and not folder.is_dir():
+        raise UserError(f"no run to resume at {folder}")
+    if not resume and any((folder / trace).exists() for trace in _TRACES):
+        raise UserError(f"{folder} holds a run already: go on with it by --resume, or give another --run_dir")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _lock(folder: Path) -> IO[str]:
+    """The locked lock file, which names this process. The system frees the lock when the process ends in
+    any way."""
+    file = open(folder / "run.lock", "a+", encoding="utf-8")  # noqa: SIM115, held as long as the run
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        owner = file.read(32).strip() or "unknown"
+        file.close()
+        raise UserError(
+            f"run folder {folder} is in use by process {owner}; wait for it or choose another"
+        ) from None
+    except OSError as error:
+        logging.warning(
+            "run folder %s cannot be locked (%s): start no second run in it", folder, error.strerror
+        )
+    file.truncate(0)
+    file.write(f"{os.getpid()}\n")
+    file.flush()
+    return file
+
+
+def _open_lines(path: Path) -> IO[str]:
+    """A JSON-lines file for appending; a last line that a killed process left unfinished is cut off."""
+    if path.exists():
+        content = path.read_bytes()
+        with open(path, "r+b") as file:
+            file.truncate(content.rfind(b"\n") + 1)
+    return open(path, "a", encoding="utf-8")
+
+
+def _step(line: str) -> float:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

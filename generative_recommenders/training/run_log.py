@@ -1,0 +1,27 @@
+"""Log lines: once (from the main process), with levels, on the screen and in the run folder."""
+
+from __future__ import annotations
+
+import logging as python_logging
+from pathlib import Path
+
+from absl import logging
+
+
+def set_log_level(is_main: bool, level: int = logging.INFO) -> None:
+    """The main process logs from ``level`` on (absl's numbers); the others only say what went wrong."""
+    logging.use_absl_handler()
+    logging.set_verbosity(level if is_main else logging.ERROR)
+
+
+def add_log_file(path: Path) -> python_logging.Handler:
+    """Sends log lines to the file too, which is added to; returns the handler for `remove_log_file`."""
+    handler = python_logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(python_logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.get_absl_logger().addHandler(handler)
+    return handler
+
+
+def remove_log_file(handler: python_logging.Handler) -> None:
+    logging.get_absl_logger().removeHandler(handler)
+    handler.close()
