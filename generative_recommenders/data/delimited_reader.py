@@ -48,7 +48,7 @@ def read(path: Path, layout: ReaderFormat) -> Iterator[pa.Table]:
         body = block
         if roles is None:
             body, roles = _take_header(path, block, layout)
-        table = _parse_fast(body, layout.delimiter, roles)
+        table = parse_fast(body, layout.delimiter, roles)
         if table is None:
             table = parse_lines(path, body.data, body.first_line, layout.delimiter, roles)
         rows += table.num_rows
@@ -203,7 +203,7 @@ def _delimiter_hint(line: str, delimiter: str | None) -> str:
     return f"; the delimiter looks like {shown}, not {'whitespace' if delimiter is None else repr(delimiter)}"
 
 
-def _parse_fast(block: Block, delimiter: str | None, roles: Roles) -> pa.Table | None:
+def parse_fast(block: Block, delimiter: str | None, roles: Roles) -> pa.Table | None:
     """The block's rows by polars, or None where the strict parser has to look."""
     data = block.data
     if not data:

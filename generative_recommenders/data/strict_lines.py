@@ -81,7 +81,8 @@ def _records(
             if fields and not (len(fields) == 1 and not fields[0].strip(" \t")):
                 yield number, fields
     except csv.Error as error:
-        raise UserError(f"{path}, line {number + 1}: {error}") from error
+        reason = "a quote is opened and not closed" if "end of data" in str(error) else str(error)
+        raise UserError(f"{path}, line {number + 1}: {reason}") from error
 
 
 def _decode(path: Path, data: bytes, first_line: int) -> list[str]:

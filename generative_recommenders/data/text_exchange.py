@@ -30,7 +30,7 @@ from generative_recommenders.features import UserError
 
 HEADER = ("index", "user_id", "sequence_item_ids", "sequence_ratings", "sequence_timestamps")
 _LISTS = HEADER[2:]
-_USERS_AT_ONCE = 1 << 16
+USERS_AT_ONCE = 1 << 16
 _MAX_LINE_BYTES = 1 << 28
 
 
@@ -42,8 +42,8 @@ def export_text(dataset: SequenceDataset, path: str | Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with scratch.open("wb") as out:
             out.write((",".join(HEADER) + "\n").encode())
-            for first in range(0, dataset.num_users, _USERS_AT_ONCE):
-                out.write(_export_users(dataset, first, min(first + _USERS_AT_ONCE, dataset.num_users)))
+            for first in range(0, dataset.num_users, USERS_AT_ONCE):
+                out.write(_export_users(dataset, first, min(first + USERS_AT_ONCE, dataset.num_users)))
         scratch.replace(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
@@ -88,7 +88,7 @@ def import_text(
     number.
     """
     path = Path(path)
-    tables = list(_read(path))
+    tables = list(read_text(path))
     if not tables:
         raise UserError(f"{path}: the file is empty: it holds no user")
     table = pa.concat_tables(tables)
@@ -99,7 +99,9 @@ def import_text(
     return prepare_batches(raw, [table.drop_columns(absent)], Path(out_dir), memory_limit)
 
 
-def _read(path: Path) -> Iterator[pa.Table]:
+def read_text(path: Path) -> Iterator[pa.Table]:
+    """Yield the events of an exchange file: ``user``, ``item``, ``rating``, ``timestamp``; UserError for
+    bad lines."""
     for block in read_blocks(path, max_line_bytes=_MAX_LINE_BYTES):
         body = _without_header(path, block) if block.first_line == 1 else block
         if body.data.strip():

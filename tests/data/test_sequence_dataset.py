@@ -1,0 +1,167 @@
+"""Opening prepared folders, whole and damaged."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from generative_recommenders.data.preparation import prepare_batches
+from generative_recommenders.data.ratings_table import RawRatings
+from generative_recommenders.data.sequence_dataset import SequenceDataset
+from generative_recommenders.features import UserError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    table = pa.table(
+        {
+            "user": pa.array(["b", "a", "b", "b"], pa.large_string()),
+            "item": pa.array(["y", "x", "x", "z"], pa.large_string()),
+            "rating": pa.array([1, 2, 3, 4], pa.float32()),
+            "timestamp": pa.array([30, 20, 10, 40], pa.int64()),
+        }
+    )
+    features = pa.table({"item": ["x", "y", "z"], "genre": ["g", "h", "g"]})
+    raw = RawRatings("t", [tmp_path / "t.csv"], item_features=features)
+    prepare_batches(raw, [table], tmp_path / "out", 1 << 30)
+    return tmp_path / "out"
+
+
+def error_of(folder: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        SequenceDataset.open(folder)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_columns(folder: Path) -> None:
+    dataset = SequenceDataset.open(str(folder))
+    assert (dataset.num_users, dataset.num_items, dataset.num_events) == (2, 3, 4)
+    assert dataset.offsets.tolist() == [0, 1, 4]
+    assert dataset.items.tolist() == [1, 1, 2, 3]
+    assert dataset.ratings is not None
+    assert dataset.timestamps is not None
+    assert dataset.ratings.tolist() == [2, 3, 1, 4]
+    assert dataset.timestamps.tolist() == [20, 10, 30, 40]
+    types = [column.dtype for column in (dataset.items, dataset.ratings, dataset.timestamps, dataset.offsets)]
+    assert types == [np.int32, np.float32, np.int64, np.int64]
+    assert isinstance(dataset.items, np.memmap)
+    with pytest.raises(ValueError, match="read-only"):
+        dataset.items[0] = 2
+
+
+def test_missing_folder(tmp_path: Path) -> None:
+    assert "not a prepared folder" in error_of(tmp_path)
+    assert "not a prepared folder" in error_of(tmp_path / "none")
+
+
+def test_another_version(folder: Path) -> None:
+    path = folder / "manifest.json"
+    path.write_text(path.read_text().replace('"version": 1', '"version": 7'))
+    assert "prepared by version 7, this program reads 1; prepare the data again" in error_of(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["items.int32.bin", "ratings.float32.bin", "timestamps.int64.bin", "offsets.int64.bin"]
+)
+@pytest.mark.parametrize("change", [-4, 4])
+def test_a_column_of_the_wrong_size(folder: Path, name: str, change: int) -> None:
+    data = (folder / name).read_bytes()
+    (folder / name).write_bytes(data[:change] if change < 0 else data + b"0000")
+    assert f"{name}: has {len(data) + change} bytes, the manifest says {len(data)}" in error_of(folder)
+
+
+@pytest.mark.parametrize("name", ["items.int32.bin", "users.parquet", "items.parquet"])
+def test_a_missing_file(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    assert name in error_of(folder)
+
+
+@pytest.mark.parametrize("name", ["users.parquet", "items.parquet", "manifest.json"])
+def test_a_file_cut_short(folder: Path, name: str) -> None:
+    (folder / name).write_bytes((folder / name).read_bytes()[:-15])
+    assert name in error_of(folder)
+
+
+def test_tables_that_do_not_fit_the_counts(folder: Path) -> None:
+    shutil.copy(folder / "users.parquet", folder / "items.parquet")
+    assert "items.parquet: 2 rows, the manifest says 3" in error_of(folder)
+
+
+def test_offsets_that_do_not_rise(folder: Path) -> None:
+    np.array([0, 5, 4]).tofile(folder / "offsets.int64.bin")
+    assert "offsets.int64.bin: damaged" in error_of(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("items.int32.bin", 2), ("ratings.float32.bin", 2), ("timestamps.int64.bin", 2)]
+)
+def test_verify_finds_a_changed_column(folder: Path, name: str, value: int) -> None:
+    SequenceDataset.open(folder).verify()
+    data = bytearray((folder / name).read_bytes())
+    data[0] = 2 if data[0] != 2 else 3
+    (folder / name).write_bytes(data)
+    with pytest.raises(UserError, match="does not match its hash"):
+        SequenceDataset.open(folder).verify()
+
+
+def test_verify_finds_ids_outside_the_catalogue(folder: Path) -> None:
+    np.array([1, 1, 2, 4], np.int32).tofile(folder / "items.int32.bin")
+    with pytest.raises(UserError, match="item ids outside 1..3"):
+        SequenceDataset.open(folder).verify()
+
+
+VALUES = [None, -1, 0, 10**30, 1.5, "x", [], {}, True, [{}], {"users": 1}, [{"name": 1}]]
+
+
+def damage(rng: random.Random, text: str) -> bytes:
+    """The manifest with a field replaced, or with bytes cut or changed."""
+    if rng.random() < 0.5:
+        settings = json.loads(text)
+        target = (
+            settings
+            if rng.random() < 0.6
+            else rng.choice([v for v in settings.values() if isinstance(v, dict) and v])
+        )
+        key = rng.choice(list(target))
+        target[key] = rng.choice(VALUES)
+        return json.dumps(settings).encode()
+    data = bytearray(text.encode())
+    at = rng.randrange(len(data))
+    data[at : at + rng.randint(0, 3)] = rng.choice([b"", b"\xff", b"9", b'"', b"{", b"[" * 3000])
+    return bytes(data)
+
+
+def fuzz_manifest(folder: Path, seed: int, count: int) -> int:
+    """Open the folder with ``count`` damaged manifests; errors other than UserError escape. Returns those
+    refused."""
+    rng = random.Random(seed)
+    path = folder / "manifest.json"
+    text = path.read_text()
+    refused = 0
+    for _ in range(count):
+        path.write_bytes(damage(rng, text))
+        try:
+            dataset = SequenceDataset.open(folder)
+            assert len(dataset.items) == 4
+            dataset.item_features()
+        except UserError as error:
+            assert "\n" not in str(error)
+            refused += 1
+    return refused
+
+
+def test_fuzz(folder: Path) -> None:
+    assert 300 < fuzz_manifest(folder, 5, 1_000) < 1_000
+
+
+@pytest.mark.slow
+def test_fuzz_at_length(folder: Path) -> None:
+    fuzz_manifest(folder, 6, int(os.environ.get("FUZZ_INPUTS", "100000")))

@@ -1,0 +1,129 @@
+"""The exchange format out and in."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from generative_recommenders.data import text_exchange
+from generative_recommenders.data.preparation import prepare_batches
+from generative_recommenders.data.ratings_table import RawRatings
+from generative_recommenders.data.sequence_dataset import SequenceDataset
+from generative_recommenders.data.text_exchange import export_text, import_text
+from generative_recommenders.features import UserError
+
+HEADER = "index,user_id,sequence_item_ids,sequence_ratings,sequence_timestamps\n"
+
+
+def dataset_of(folder: Path, columns: dict[str, list]) -> SequenceDataset:
+    types = {"rating": pa.float32(), "timestamp": pa.int64()}
+    table = pa.table({name: pa.array(v, types.get(name, pa.large_string())) for name, v in columns.items()})
+    prepare_batches(RawRatings("t", [folder / "t.csv"]), [table], folder / "out", 1 << 30)
+    return SequenceDataset.open(folder / "out")
+
+
+IDS = {"user": ["u,1", "u,1", "v", "u,1"], "item": ["b", 'a"', "b", "c"]}
+
+
+def test_export_is_what_hstu_users_read(tmp_path: Path) -> None:
+    dataset = dataset_of(tmp_path, {**IDS, "rating": [5, 4, 3, 2], "timestamp": [30, 20, 10, 25]})
+    export_text(dataset, tmp_path / "text" / "s.csv")
+    assert (tmp_path / "text" / "s.csv").read_text() == (
+        HEADER + '0,0,"1,3,2","4,2,5","20,25,30"\n' + '1,1,"2","3","10"\n'
+    )
+    assert [p.name for p in (tmp_path / "text").iterdir()] == ["s.csv"]
+
+
+@pytest.mark.parametrize("users_at_once", [1, 100])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {},
+        {"rating": [5, 4.5, 3, 2]},
+        {"timestamp": [3, 2, 1, 2]},
+        {"rating": [1, 2, 3, 4], "timestamp": [3, 2, 1, 2]},
+    ],
+)
+def test_round_trip(tmp_path: Path, extra: dict, users_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_exchange, "USERS_AT_ONCE", users_at_once)
+    dataset = dataset_of(tmp_path, {**IDS, **extra})
+    export_text(dataset, tmp_path / "s.csv")
+    import_text(tmp_path / "s.csv", tmp_path / "back", "back")
+    back = SequenceDataset.open(tmp_path / "back")
+    ids = back.original_item_ids().to_pylist()
+    assert [int(ids[i - 1]) for i in back.items] == dataset.items.tolist()
+    assert back.original_user_ids().to_pylist() == ["0", "1"]
+    assert back.offsets.tolist() == dataset.offsets.tolist()
+    for ours, theirs in ((dataset.ratings, back.ratings), (dataset.timestamps, back.timestamps)):
+        assert (ours is None) == (theirs is None)
+        assert ours is None or theirs is None or ours.tolist() == theirs.tolist()
+
+
+def test_ids_become_original_ids_in_text_order(tmp_path: Path) -> None:
+    (tmp_path / "s.csv").write_text(HEADER.strip() + '\r\n0,7,"10,9,10","5.0,4.0,3","1,2,3"\r\n1,8,3,1,9\r\n')
+    import_text(tmp_path / "s.csv", tmp_path / "out", "t")
+    dataset = SequenceDataset.open(tmp_path / "out")
+    assert dataset.original_item_ids().to_pylist() == ["10", "3", "9"]
+    assert dataset.items.tolist() == [1, 3, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("line", "what"),
+    [
+        ('1,1,"1,2","1","1,2"', "the lists have 2, 1 and 2 entries"),
+        ('1,1,"1,x","1,2","1,2"', "the item id 'x' is not a whole number"),
+        ('1,1,"1,-2","1,2","1,2"', "the item id '-2'"),
+        ('1,1,"1,2","1,nan","1,2"', "the rating is 'nan'"),
+        ('1,1,"1,2","1,2","1,-2"', "the timestamp '-2' is negative"),
+        ('1,1,"1,2","1,2","1,1400000000000"', "after the year 2200"),
+        ('1,1,"","",""', "the item id '' is not a whole number"),
+        ("1,1,2", "3 fields where 5 are expected"),
+        ('1,,"1","1","1"', "the user is empty"),
+        ('1,1,"__import__(\'os\')","1","1"', "is not a whole number"),
+    ],
+)
+def test_bad_lines_are_named(tmp_path: Path, line: str, what: str) -> None:
+    path = tmp_path / "s.csv"
+    path.write_text(HEADER + '0,0,"1,2","1,2","1,2"\n' + line + "\n")
+    with pytest.raises(UserError, match="line 3: ") as caught:
+        import_text(path, tmp_path / "out", "t")
+    assert what in str(caught.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["s.csv"]
+
+
+def test_wrong_header_and_empty_files(tmp_path: Path) -> None:
+    path = tmp_path / "s.csv"
+    for text, what in [("a,b\n1,2\n", "line 1: not the exchange format"), (HEADER, "empty"), ("", "empty")]:
+        path.write_text(text)
+        with pytest.raises(UserError, match=what):
+            import_text(path, tmp_path / "out", "t")
+
+
+def fuzz(folder: Path, seed: int, count: int) -> int:
+    """Import ``count`` damaged files; errors other than UserError escape. Returns those refused."""
+    rng = random.Random(seed)
+    data = (HEADER + '0,0,"1,2,3","5,4.5,3","10,20,30"\n1,1,"2","3","40"\n').encode()
+    refused = 0
+    for _ in range(count):
+        at = rng.randrange(len(data))
+        piece = rng.choice([b"", b'"', b",", b"\n", b"-", b"\xff", b"\0", b"9", b"e9", b"nan", b"\r"])
+        (folder / "s.csv").write_bytes(data[:at] + piece + data[at + rng.randint(0, 2) :])
+        try:
+            assert sum(table.num_rows for table in text_exchange.read_text(folder / "s.csv")) > 0
+        except UserError as error:
+            assert "\n" not in str(error)
+            refused += 1
+    return refused
+
+
+def test_fuzz(tmp_path: Path) -> None:
+    assert 100 < fuzz(tmp_path, 3, 1_000) < 1_000
+
+
+@pytest.mark.slow
+def test_fuzz_at_length(tmp_path: Path) -> None:
+    fuzz(tmp_path, 4, int(os.environ.get("FUZZ_INPUTS", "100000")))
