@@ -19,7 +19,8 @@ from typing import IO, Any
 from generative_recommenders.features import UserError
 
 BLOCK_BYTES = 1 << 20
-_BROKEN = (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError, ValueError)
+_BROKEN = (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, ValueError)
+_TOO_LARGE = "unpacks to more than its size allows (a zip bomb?); not unpacked"
 _TAR_OPENERS: tuple[tuple[str, Callable[..., Any]], ...] = (
     ("r:", open),
     ("r:gz", gzip.open),
@@ -45,6 +46,7 @@ class Limits:
 @dataclass(frozen=True)
 class _Member:
     name: str
+    size: int
     is_folder: bool
     is_plain: bool
     open: Callable[[], IO[bytes]]
@@ -68,7 +70,7 @@ def extract(
 
     Raises:
         UserError: not an archive, damaged, or unsafe (a path that is absolute, has ``..``, a drive or a
-        backslash;            a link or device; two wanted files of one name; more than `limits` allow).
+            backslash; a link or device; two wanted files of one name; more than `limits` allow).
     """
     limits = limits or Limits()
     folder.mkdir(parents=True, exist_ok=True)
@@ -77,8 +79,11 @@ def extract(
             names = _unpack(archive, Path(temporary), wanted, limits)
         except _BROKEN as fault:
             raise UserError(f"{archive}: damaged archive ({fault}); download it again") from None
-        except RuntimeError as fault:  # zipfile's word for an encrypted member
+        except RuntimeError as fault:  # what zipfile raises for encrypted members and unknown methods
             raise UserError(f"{archive}: {fault}") from None
+        except OSError as fault:  # without a number: what gzip and bzip2 raise for damaged data
+            what = f"cannot unpack it: {fault.strerror}" if fault.errno else f"damaged archive ({fault})"
+            raise UserError(f"{archive}: {what}") from None
         for name in names:
             shutil.move(Path(temporary) / name, folder / name)
     return [folder / name for name in names]
@@ -87,18 +92,22 @@ def extract(
 def _unpack(archive: Path, folder: Path, wanted: Callable[[str], bool], limits: Limits) -> list[str]:
     names: list[str] = []
     allowed = min(limits.total_bytes, max(limits.free_bytes, archive.stat().st_size * limits.ratio))
+    declared = copied = 0
     with _members(archive) as members:
         for number, member in enumerate(members, start=1):
             if number > limits.members:
                 raise UserError(f"{archive}: more than {limits.members} files in the archive")
             name = _safe_base_name(archive, member)
+            declared += member.size
+            if declared > allowed:
+                raise UserError(f"{archive}: {_TOO_LARGE}")
             if member.is_folder or not wanted(name):
                 continue
             if name in names:
                 raise UserError(f"{archive}: holds two files named {name}")
             names.append(name)
             with member.open() as source, (folder / name).open("wb") as sink:
-                allowed -= _copy_bounded(archive, source, sink, allowed)
+                copied += _copy_bounded(archive, source, sink, allowed - copied)
     return names
 
 
@@ -117,7 +126,7 @@ def _copy_bounded(archive: Path, source: IO[bytes], sink: IO[bytes], allowed: in
     while block := source.read(BLOCK_BYTES):
         copied += len(block)
         if copied > allowed:
-            raise UserError(f"{archive}: unpacks to more than its size allows (a zip bomb?); not unpacked")
+            raise UserError(f"{archive}: {_TOO_LARGE}")
         sink.write(block)
     return copied
 
@@ -140,13 +149,13 @@ def _tar_member(tar: tarfile.TarFile, info: tarfile.TarInfo) -> _Member:
             raise tarfile.TarError(f"{info.name} holds no data")
         return content
 
-    return _Member(info.name, info.isdir(), info.isreg(), open_member)
+    return _Member(info.name, info.size, info.isdir(), info.isreg(), open_member)
 
 
 def _zip_member(pack: zipfile.ZipFile, info: zipfile.ZipInfo) -> _Member:
     kind = (info.external_attr >> 16) & 0o170000
     is_plain = kind in {0, 0o100000}
-    return _Member(info.orig_filename, info.is_dir(), is_plain, lambda: pack.open(info))
+    return _Member(info.orig_filename, info.file_size, info.is_dir(), is_plain, lambda: pack.open(info))
 
 
 def _tar_mode(path: Path) -> str | None:

@@ -4,9 +4,9 @@ A reader keeps two threads of reading: the book read last, and the last book of 
 is *predictable* with probability ``predictability``: the reader takes the next volume of one of the two
 threads (the older one with probability ``interleaving``); behind the last volume comes the author's next
 work. Otherwise a fresh book opens a new thread: a genre by the reader's taste, which drifts from one
-favourite genre to another over the reader's life, and a book of that genre by Zipf popularity. Books read before are
-passed over. At ``predictability = 0`` there are neither threads nor tastes nor memory: every step is an
-independent Zipf draw.
+favourite genre to another over the reader's life, and a book of that genre by Zipf popularity. Books read
+before are passed over. At ``predictability = 0`` there are neither threads nor tastes nor memory: every step
+is an independent Zipf draw.
 
 Every random number is a hash of (seed, reader, step, purpose), so the data do not depend on how readers are
 cut into chunks, and any slice of readers is made without those before it. `synthetic_oracle` computes the
@@ -53,8 +53,8 @@ class SyntheticBooksSettings:
 
     num_users: int = 6_050
     num_items: int = 3_200
-    predictability: float = 0.6
-    interleaving: float = 0.5
+    predictability: float = 0.65
+    interleaving: float = 0.6
     min_length: int = 6
     mean_length: float = 12.0
     seed: int = 1
