@@ -156,7 +156,7 @@ class TransformerEncoder(nn.Module):
         self.causal = causal
         self.embedding = nn.Embedding(vocab_size, embedding_dim)
         self.pos_encoding = PositionalEncoding(embedding_dim, max_seq_length)
-        self.blocks = nn.ModuleList(
+        self.transformer = nn.ModuleList(
             TransformerBlock(embedding_dim, num_heads, attn_dim, dropout) for _ in range(num_layers)
         )
         self.dropout = Dropout(dropout)
@@ -173,7 +173,7 @@ class TransformerEncoder(nn.Module):
         x = self.dropout(self.pos_encoding(embeddings))
         dropout = self.dropout_rate if self.training else 0.0
         attend = partial(fused_attention, mask=self._mask(x, attention_mask), dropout=dropout)
-        for block in self.blocks:
+        for block in self.transformer:
             x = block(x, attend)
         return x
 

@@ -20,8 +20,8 @@ def _torch_twin(encoder: TransformerEncoder, heads: int, hidden: int) -> nn.Tran
     """torch's own encoder with the same weights."""
     width = encoder.embedding.embedding_dim
     layer = nn.TransformerEncoderLayer(width, heads, hidden, 0.1, batch_first=True)
-    twin = nn.TransformerEncoder(layer, len(encoder.blocks), enable_nested_tensor=False)
-    for block, theirs in zip(encoder.blocks, twin.layers):
+    twin = nn.TransformerEncoder(layer, len(encoder.transformer), enable_nested_tensor=False)
+    for block, theirs in zip(encoder.transformer, twin.layers):
         a = block.attention
         packed = {
             "self_attn.in_proj_weight": torch.cat([a.w_q.weight, a.w_k.weight, a.w_v.weight]),
@@ -104,7 +104,7 @@ def test_embeddings_can_be_given() -> None:
 
 
 def test_a_block_takes_the_attention_of_its_layout() -> None:
-    block = TransformerEncoder(10, 8, 2, 1, 8).eval().blocks[0]
+    block = TransformerEncoder(10, 8, 2, 1, 8).eval().transformer[0]
     x = torch.randn(2, 4, 8)
     whole = partial(fused_attention, mask=None, dropout=0.0)
 
