@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+
+_BLOCK_ELEMENTS = 2**23
+"""Scores held at a time."""
 
 
 def largest(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -28,3 +33,108 @@ def largest(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
         tied = (more[:, k] == more[:, k - 1]).nonzero()[:, 0]
         columns[tied] = scores[tied].sort(dim=1, descending=True, stable=True).indices[:, :k]
     return values, columns
+
+
+def scan(
+    score_items: Callable[[int, int], torch.Tensor],
+    num_items: int,
+    k: int,
+    block: int,
+    seen_ids: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k best of items 1..num_items, of which ``block`` are scored at a time.
+
+    score_items: ``(start, stop)`` to ``[n, stop - start]`` scores of the items ``start + 1 .. stop``; may be
+        written to.
+    seen_ids: ``[n, S]`` int64, padded with 0: items left out of a row.
+
+    Returns scores ``[n, k]`` and ids ``[n, k]`` int64, best first, the smaller id first among equals; where a
+    row has fewer than k items, minus infinity and id 0.
+    """
+    values, ids = None, None
+    for start in range(0, max(num_items, 1), block):
+        scores = score_items(start, min(start + block, num_items))
+        if seen_ids is not None:
+            _leave_out(scores, start, seen_ids)
+        best, columns = largest(scores, k)
+        if values is None or ids is None:
+            values, ids = best, columns + 1
+            continue
+        candidates = torch.cat([ids, columns + (start + 1)], dim=1)
+        values, order = largest(torch.cat([values, best], dim=1), k)
+        ids = candidates.gather(1, order)
+    assert values is not None and ids is not None
+    return fill(values, ids, k)
+
+
+def fill(values: torch.Tensor, ids: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Widens both to k columns; places without an item (minus infinity) get id 0."""
+    missing = k - values.shape[1]
+    values = torch.nn.functional.pad(values, (0, missing), value=-torch.inf)
+    ids = torch.nn.functional.pad(ids, (0, missing))
+    return values, ids.masked_fill(values == -torch.inf, 0)
+
+
+def _leave_out(scores: torch.Tensor, start: int, seen_ids: torch.Tensor) -> None:
+    columns = seen_ids - (start + 1)
+    rows, places = ((columns >= 0) & (columns < scores.shape[1]) & (seen_ids > 0)).nonzero(as_tuple=True)
+    scores[rows, columns[rows, places]] = -torch.inf
+
+
+class BruteForceTopK(torch.nn.Module):
+    """Scores every item for every query, in blocks of queries and items.
+
+    Subclasses give `block_scores`. num_items: V; floats_per_score: temporaries that one score takes, which
+    sets the size of the blocks.
+    """
+
+    def __init__(self, num_items: int, floats_per_score: int = 1) -> None:
+        super().__init__()
+        self.num_items = num_items
+        self.floats_per_score = floats_per_score
+
+    @torch.no_grad()
+    def forward(
+        self,
+        queries: torch.Tensor,
+        k: int,
+        seen_ids: torch.Tensor | None = None,
+        user_ids: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scores ``[n, k]`` and ids ``[n, k]`` of the k best items, best first, ties by the smaller id.
+
+        queries: ``[n, D]``. seen_ids: ``[n, S]`` int64 padded with 0, left out. user_ids: ``[n]`` int64, for
+            similarities that read them. A row with fewer than k items left ends with minus infinity and id 0.
+        """
+        budget = max(1, _BLOCK_ELEMENTS // self.floats_per_score)
+        rows = max(1, min(256, budget))
+        parts = []
+        for start in range(0, max(len(queries), 1), rows):
+            some = slice(start, start + rows)
+            scorer = self.block_scores(queries[some], None if user_ids is None else user_ids[some])
+            seen = None if seen_ids is None else seen_ids[some]
+            parts.append(scan(scorer, self.num_items, k, max(1, budget // rows), seen))
+        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+    def block_scores(
+        self, queries: torch.Tensor, user_ids: torch.Tensor | None
+    ) -> Callable[[int, int], torch.Tensor]:
+        """A function of ``(start, stop)`` that gives the scores of items ``start + 1 .. stop`` by these
+        queries.
+        """
+        raise NotImplementedError
+
+
+class MIPSBruteForceTopK(BruteForceTopK):
+    """Exact top-k by dot product. item_embeddings: ``[V, D]``; row i belongs to id i + 1."""
+
+    def __init__(self, item_embeddings: torch.Tensor) -> None:
+        super().__init__(len(item_embeddings))
+        self.register_buffer("item_embeddings", item_embeddings.detach(), persistent=False)
+        self.item_embeddings: torch.Tensor
+
+    def block_scores(
+        self, queries: torch.Tensor, user_ids: torch.Tensor | None
+    ) -> Callable[[int, int], torch.Tensor]:
+        """Dot products; user ids are not read."""
+        return lambda start, stop: queries @ self.item_embeddings[start:stop].T

@@ -1,0 +1,41 @@
+"""The inner product of a query and an item."""
+
+from __future__ import annotations
+
+import torch
+
+from ...features import UserError
+from .interface import AuxiliaryLosses
+
+
+class DotProductSimilarity(torch.nn.Module):
+    """Unscaled dot products; no parameters."""
+
+    @property
+    def auxiliary_loss_names(self) -> frozenset[str]:
+        """None."""
+        return frozenset()
+
+    def score(
+        self, queries: torch.Tensor, items: torch.Tensor, user_ids: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, AuxiliaryLosses]:
+        """``[rows, R]`` for queries ``[rows, D]`` and items in one of three shapes.
+
+        ``[R, D]`` or ``[1, R, D]``: the same items for all rows. ``[B, R, D]``: row b has items b where rows
+        = B; where rows = B * r, rows b * r .. b * r + r - 1 share items b.
+        """
+        if items.dim() == 3 and items.shape[0] == 1:
+            items = items[0]
+        if items.dim() == 2:
+            return queries @ items.T, {}
+        groups = items.shape[0]
+        if groups == 0 or len(queries) % groups:
+            raise UserError(f"{len(queries)} queries do not divide among {groups} sets of items")
+        grouped = queries.view(groups, len(queries) // groups, queries.shape[1])
+        return torch.bmm(grouped, items.transpose(1, 2)).reshape(len(queries), items.shape[1]), {}
+
+    def forward(
+        self, queries: torch.Tensor, items: torch.Tensor, user_ids: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, AuxiliaryLosses]:
+        """The same as `score`."""
+        return self.score(queries, items, user_ids)

@@ -1,0 +1,29 @@
+"""What every similarity offers."""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+import torch
+
+AuxiliaryLosses = dict[str, torch.Tensor]
+
+
+@runtime_checkable
+class Similarity(Protocol):
+    """A learned or fixed score of (query, item)."""
+
+    @property
+    def auxiliary_loss_names(self) -> frozenset[str]:
+        """Names of the auxiliary losses that `score` returns in training mode."""
+
+    def score(
+        self, queries: torch.Tensor, items: torch.Tensor, user_ids: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, AuxiliaryLosses]:
+        """Scores of items by queries.
+
+        queries: ``[n, D]``. items: ``[R, D']``, the same for every query, or ``[n, R, D']``. user_ids:
+            ``[n]`` int64 or None; only similarities with user-id components read them.
+
+        Returns ``[n, R]`` and the auxiliary losses, scalars by name (empty outside training mode).
+        """

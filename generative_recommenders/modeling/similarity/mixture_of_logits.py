@@ -1,0 +1,316 @@
+"""Mixture of logits (MoL): a gated mixture of dot products between several embeddings of the query and of the
+item.
+
+arXiv 2306.04039 (section 3) and 2407.15462 (section 2). With f_q [Pq, d] and f_x [Pi, d] the component
+embeddings and E = Pq * Pi, ``l_e = <f_q,n, f_x,m> / temperature``, ``p = softmax(gate(q, x, l))``, ``score =
+sum_e p_e l_e``.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from ...features import UserError
+from ..dropout import dropout
+from .interface import AuxiliaryLosses
+from .mol_layers import COMBINATIONS, projection, two_layers
+from .mol_settings import MoLSettings, check
+
+_EPS = 1e-6
+
+_BLOCK_FLOATS = 2**24
+"""Floats of temporaries a block of (query, item) pairs may take; more pairs are scored block by block."""
+
+
+class QueryComponents(NamedTuple):
+    """components ``[n, Pq, d]``, already divided by the temperature; gate ``[n, E]`` or None."""
+
+    components: torch.Tensor
+    gate: torch.Tensor | None
+
+
+class ItemComponents(NamedTuple):
+    """components ``[R, Pi, d]`` or ``[n, R, Pi, d]``; gate ``[R, E]`` or ``[n, R, E]``, or None."""
+
+    components: torch.Tensor
+    gate: torch.Tensor | None
+
+    def select(self, index: slice | torch.Tensor) -> ItemComponents:
+        """Those of some items, by a slice or an index tensor of any shape over the first axis."""
+        return ItemComponents(self.components[index], None if self.gate is None else self.gate[index])
+
+
+ItemsOf = Callable[[slice, slice], ItemComponents]
+"""The items of a block of rows and columns: ``[c, ...]`` shared by the rows, or ``[r, c, ...]``."""
+
+
+class MoLSimilarity(nn.Module):
+    """Mixture of logits over query and item embeddings.
+
+    settings: see `MoLSettings`. query_embedding_dim, item_embedding_dim: widths D and D'.
+    mutual_information: whether training returns ``mi_loss``, which balances the load of the mixture.
+
+    Where (query, item) pairs are many, they are scored block by block and a block's activations are computed
+    again in the backward pass, so that memory stays near `_BLOCK_FLOATS`.
+    """
+
+    def __init__(
+        self,
+        settings: MoLSettings,
+        query_embedding_dim: int,
+        item_embedding_dim: int,
+        mutual_information: bool = True,
+    ) -> None:
+        super().__init__()
+        check(settings)
+        self.settings = s = settings
+        self.mutual_information = mutual_information
+        tables, width = len(s.uid_embedding_hash_sizes), s.dot_product_dimension
+        self.num_logits = s.query_dot_product_groups * s.item_dot_product_groups
+        self.query_projection = projection(
+            query_embedding_dim,
+            s.query_hidden_dim,
+            (s.query_dot_product_groups - tables) * width,
+            s.query_dropout_rate,
+            s.query_nonlinearity,
+        )
+        self.item_projection = projection(
+            item_embedding_dim,
+            s.item_hidden_dim,
+            s.item_dot_product_groups * width,
+            s.item_dropout_rate,
+            s.item_nonlinearity,
+        )
+        self.user_tables = nn.ModuleList(nn.Embedding(rows, width) for rows in s.uid_embedding_hash_sizes)
+        self.query_gate = (
+            two_layers(query_embedding_dim, s.gating_query_hidden_dim, self.num_logits, 0.0, bias=False)
+            if s.gating_query_fn
+            else None
+        )
+        self.item_gate = (
+            two_layers(
+                item_embedding_dim,
+                s.gating_item_hidden_dim,
+                self.num_logits,
+                s.gating_item_dropout_rate,
+                bias=False,
+            )
+            if s.gating_item_fn
+            else None
+        )
+        self.cross_gate = two_layers(
+            self.num_logits, s.gating_qi_hidden_dim, self.num_logits, s.gating_qi_dropout_rate, bias=True
+        )
+
+    @classmethod
+    def from_settings(
+        cls,
+        settings: MoLSettings,
+        query_embedding_dim: int,
+        item_embedding_dim: int,
+        mutual_information: bool = True,
+    ) -> MoLSimilarity:
+        """The module, after a line in the log for each option that acts here and was ignored by published
+        runs.
+        """
+        for side in ("query", "item"):
+            name, hidden = getattr(settings, f"{side}_nonlinearity"), getattr(settings, f"{side}_hidden_dim")
+            if name != "swiglu" and hidden > 0:
+                _say(f"MoL {side}_nonlinearity = {name} acts; the published code ignored it (swiglu)")
+        if settings.uid_embedding_hash_sizes:
+            _say("MoL uid_embedding_hash_sizes acts; the published HSTU code ignored it")
+        return cls(settings, query_embedding_dim, item_embedding_dim, mutual_information)
+
+    @property
+    def auxiliary_loss_names(self) -> frozenset[str]:
+        """``mi_loss`` where asked for; ``uid_embedding_l2_norm`` where there are user-id tables."""
+        names = {"mi_loss"} if self.mutual_information else set()
+        return frozenset(names | ({"uid_embedding_l2_norm"} if len(self.user_tables) else set()))
+
+    def query_components(
+        self, queries: torch.Tensor, user_ids: torch.Tensor | None = None
+    ) -> tuple[QueryComponents, AuxiliaryLosses]:
+        """Components and gate input of queries ``[n, D]`` of users ``[n]``, and ``uid_embedding_l2_norm``."""
+        components = self._split(self.query_projection(queries))
+        users, losses = self._user_components(user_ids)
+        components = torch.cat([components, *users], dim=-2) / self.settings.temperature
+        return QueryComponents(components, self.query_gate(queries) if self.query_gate else None), losses
+
+    def item_components(self, items: torch.Tensor) -> ItemComponents:
+        """What the mixture needs of items ``[..., D']``; may be computed once for evaluation."""
+        components = self._split(self.item_projection(items))
+        return ItemComponents(components, self.item_gate(items) if self.item_gate else None)
+
+    def score(
+        self, queries: torch.Tensor, items: torch.Tensor, user_ids: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, AuxiliaryLosses]:
+        """``[n, R]`` scores of items ``[R, D']`` (or ``[1, R, D']``) or ``[n, R, D']`` by queries ``[n, D]``.
+
+        user_ids: ``[n]`` int64, needed where there are user-id tables. In training mode the auxiliary losses
+        of `auxiliary_loss_names` come with them: ``mi_loss`` (arXiv 2407.15462, section 4.1) is
+        sum_e pbar_e ln(pbar_e) minus the mean of sum_e p_e ln(p_e), pbar the mean over all pairs of this
+        call.
+        """
+        if items.dim() == 3 and items.shape[0] == 1:
+            items = items[0]
+        with self._autocast(queries):
+            query, losses = self.query_components(queries, user_ids)
+            if items.dim() == 2:
+                scores, mixing = self._score(query, len(items), _shared(self.item_components(items)))
+            else:
+                scores, mixing = self._score(
+                    query, items.shape[1], lambda rows, columns: self.item_components(items[rows, columns])
+                )
+        return scores, losses | mixing
+
+    def forward(
+        self, queries: torch.Tensor, items: torch.Tensor, user_ids: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, AuxiliaryLosses]:
+        """The same as `score`."""
+        return self.score(queries, items, user_ids)
+
+    def score_components(
+        self, query: QueryComponents, items: ItemComponents, rows: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, AuxiliaryLosses]:
+        """Scores from components made before.
+
+        items: of R shared items; or, with rows ``[n, R']`` int64, of any number of items, of which query i
+            scores ``rows[i]``. Gathering and scoring run block by block. Returns ``[n, R]`` or ``[n, R']``,
+            and ``mi_loss``.
+        """
+        with self._autocast(query.components):
+            if rows is None:
+                return self._score(query, len(items.components), _shared(items))
+            return self._score(query, rows.shape[1], lambda r, c: items.select(rows[r, c]))
+
+    def _user_components(self, user_ids: torch.Tensor | None) -> tuple[list[torch.Tensor], AuxiliaryLosses]:
+        """``[n, 1, d]`` of each table, and the mean squared norm of what was looked up, summed over
+        tables.
+        """
+        if not len(self.user_tables):
+            return [], {}
+        if user_ids is None:
+            raise UserError(
+                "MoL uid_embedding_hash_sizes needs user ids, but none were given: pass them or unset it"
+            )
+        sizes = self.settings.uid_embedding_hash_sizes
+        found = [table(user_ids % size) for table, size in zip(self.user_tables, sizes)]
+        losses = {}
+        if self.training:
+            losses["uid_embedding_l2_norm"] = torch.stack([v.square().sum(-1).mean() for v in found]).sum()
+        return [self._normalised(self._drop_user(v))[:, None] for v in found], losses
+
+    def _drop_user(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Drops whole vectors of ``[n, d]`` or single elements, as set."""
+        rate = self.settings.uid_dropout_rate
+        if not self.settings.uid_embedding_level_dropout:
+            return dropout(vectors, rate, self.training)
+        return vectors * dropout(torch.ones_like(vectors[:, :1]), rate, self.training)
+
+    def _split(self, projected: torch.Tensor) -> torch.Tensor:
+        """``[..., P * d]`` as components ``[..., P, d]``, of norm 1 where asked for."""
+        components = projected.unflatten(-1, (-1, self.settings.dot_product_dimension))
+        return self._normalised(components)
+
+    def _normalised(self, components: torch.Tensor) -> torch.Tensor:
+        if not self.settings.dot_product_l2_norm:
+            return components
+        return F.normalize(components, dim=-1, eps=_EPS)
+
+    def _autocast(self, like: torch.Tensor) -> AbstractContextManager:
+        if not (self.settings.bf16_training and self.training):
+            return nullcontext()
+        return torch.autocast(like.device.type, dtype=torch.bfloat16)
+
+    def _score(
+        self, query: QueryComponents, num_items: int, items_of: ItemsOf
+    ) -> tuple[torch.Tensor, AuxiliaryLosses]:
+        """``[n, num_items]`` in blocks; ``items_of(rows, columns)`` gives a block's items."""
+        num_queries = len(query.components)
+        row_blocks, column_blocks = self._blocks(num_queries, num_items)
+        again = torch.is_grad_enabled() and len(row_blocks) * len(column_blocks) > 1
+        mixed: list[list[_Mixed]] = [[] for _ in row_blocks]
+        for rows, done in zip(row_blocks, mixed):
+            for columns in column_blocks:
+                if again:
+                    done.append(checkpoint(self._mix, query, items_of, rows, columns, use_reentrant=False))
+                else:
+                    done.append(self._mix(query, items_of, rows, columns))
+        scores = torch.cat([torch.cat([block.scores for block in done], dim=1) for done in mixed])
+        return scores, self._mutual_information([block for done in mixed for block in done], scores.numel())
+
+    def _blocks(self, num_queries: int, num_items: int) -> tuple[list[slice], list[slice]]:
+        """Row and column slices such that the temporaries of a block stay near `_BLOCK_FLOATS`."""
+        s = self.settings
+        projected = s.item_dot_product_groups * s.dot_product_dimension + 2 * max(s.item_hidden_dim, 0)
+        floats_per_pair = 6 * self.num_logits + 2 * max(s.gating_qi_hidden_dim, 0) + projected
+        pairs = max(1, _BLOCK_FLOATS // floats_per_pair)
+        columns = min(max(num_items, 1), pairs)
+        return _slices(num_queries, max(1, pairs // columns)), _slices(num_items, columns)
+
+    def _mix(self, query: QueryComponents, items_of: ItemsOf, rows: slice, columns: slice) -> _Mixed:
+        items = items_of(rows, columns)
+        pairing = "bnd,xmd->bxnm" if items.components.dim() == 3 else "bnd,bxmd->bxnm"
+        logits = torch.einsum(pairing, query.components[rows], items.components).flatten(2)
+        query_gate = None if query.gate is None else query.gate[rows][:, None]
+        gate = COMBINATIONS[self.settings.gating_combination_type](
+            query_gate, items.gate, self.cross_gate(logits)
+        )
+        p = self._drop_mixture(_at_least_float32(gate).softmax(-1))
+        scores = _at_least_float32((p * logits).sum(-1))
+        if not (self.training and self.mutual_information):
+            return _Mixed(scores, None, None)
+        return _Mixed(scores, p.sum((0, 1)), (p * torch.log(p + _EPS)).sum())
+
+    def _drop_mixture(self, p: torch.Tensor) -> torch.Tensor:
+        """Drops entries of the mixture and brings the rest back to a sum of 1."""
+        if self.settings.softmax_dropout_rate == 0 or not self.training:
+            return p
+        p = dropout(p, self.settings.softmax_dropout_rate, self.training)
+        return p / p.sum(-1, keepdim=True).clamp(min=_EPS)
+
+    def _mutual_information(self, blocks: list[_Mixed], num_pairs: int) -> AuxiliaryLosses:
+        used = [block.used for block in blocks if block.used is not None]
+        negative_entropy = [block.negative_entropy for block in blocks if block.negative_entropy is not None]
+        if not used:
+            return {}
+        mean = torch.stack(used).sum(0) / max(num_pairs, 1)
+        of_mean = (mean * torch.log(mean + _EPS)).sum()
+        return {"mi_loss": of_mean - torch.stack(negative_entropy).sum() / max(num_pairs, 1)}
+
+
+class _Mixed(NamedTuple):
+    """scores ``[r, c]`` float32; over the block's pairs the sums of p ``[E]`` and of p ln p, where they are
+    needed.
+    """
+
+    scores: torch.Tensor
+    used: torch.Tensor | None
+    negative_entropy: torch.Tensor | None
+
+
+def _shared(items: ItemComponents) -> ItemsOf:
+    return lambda rows, columns: items.select(columns)
+
+
+def _slices(length: int, step: int) -> list[slice]:
+    """Slices of ``step`` over 0..length; one empty slice for length 0."""
+    return [slice(start, min(start + step, length)) for start in range(0, max(length, 1), step)]
+
+
+def _at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+@cache
+def _say(line: str) -> None:
+    logging.getLogger(__name__).info(line)

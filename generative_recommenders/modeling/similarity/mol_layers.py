@@ -1,0 +1,80 @@
+"""Layers of the mixture of logits: gated units, projections, and how the gate combines its parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ..dropout import Dropout
+
+GATED_UNITS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "swiglu": F.silu,
+    "geglu": F.gelu,
+    "reglu": F.relu,
+    "glu": torch.sigmoid,
+}
+
+
+class GatedUnit(nn.Module):
+    """act(l) * r with [l, r] = x W + b (arXiv 2002.05202)."""
+
+    def __init__(self, in_features: int, out_features: int, name: str) -> None:
+        super().__init__()
+        self.linear = nn.Linear(in_features, 2 * out_features)
+        self.activation = GATED_UNITS[name]
+        nn.init.normal_(self.linear.weight, std=0.02)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        left, right = self.linear(x).chunk(2, dim=-1)
+        return self.activation(left) * right
+
+
+def _linear(in_features: int, out_features: int, bias: bool = True) -> nn.Linear:
+    layer = nn.Linear(in_features, out_features, bias=bias)
+    nn.init.xavier_uniform_(layer.weight)
+    if bias:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+def projection(in_features: int, hidden: int, out_features: int, rate: float, name: str) -> nn.Sequential:
+    """Dropout, gated hidden layer (none where hidden <= 0), linear layer."""
+    if hidden <= 0:
+        return nn.Sequential(Dropout(rate), _linear(in_features, out_features))
+    return nn.Sequential(Dropout(rate), GatedUnit(in_features, hidden, name), _linear(hidden, out_features))
+
+
+def two_layers(in_features: int, hidden: int, out_features: int, rate: float, bias: bool) -> nn.Sequential:
+    """Dropout, linear layer with silu (none where hidden <= 0), linear layer with or without bias."""
+    if hidden <= 0:
+        return nn.Sequential(Dropout(rate), _linear(in_features, out_features, bias))
+    first = _linear(in_features, hidden)
+    return nn.Sequential(Dropout(rate), first, nn.SiLU(), _linear(hidden, out_features, bias))
+
+
+def _glu_silu(query: torch.Tensor, item: torch.Tensor, cross: torch.Tensor) -> torch.Tensor:
+    return F.silu(query * item + cross)
+
+
+def _glu_silu_ln(query: torch.Tensor, item: torch.Tensor, cross: torch.Tensor) -> torch.Tensor:
+    gate = query * item + cross
+    return gate * torch.sigmoid(F.layer_norm(gate, gate.shape[-1:]))
+
+
+def _sum_of_present(
+    query: torch.Tensor | None, item: torch.Tensor | None, cross: torch.Tensor
+) -> torch.Tensor:
+    for part in (query, item):
+        cross = cross if part is None else cross + part
+    return cross
+
+
+COMBINATIONS: dict[str, Callable] = {
+    "glu_silu": _glu_silu,
+    "glu_silu_ln": _glu_silu_ln,
+    "none": _sum_of_present,
+}

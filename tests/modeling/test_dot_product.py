@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from generative_recommenders.features import UserError
+from generative_recommenders.modeling.similarity import DotProductSimilarity, Similarity
+
+GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parents[1] / "golden"))
+
+
+def golden_case():
+    with np.load(GOLDEN / "meta_dot_product.npz") as file:
+        arrays = {name: torch.from_numpy(file[name]) for name in file.files if name != "meta"}
+        return arrays, json.loads(str(file["meta"]))["config"]
+
+
+@pytest.mark.parametrize(
+    "queries, items, expected",
+    [
+        ("query", "items_shared", "shared"),
+        ("query", "items_batched", "batched"),
+        ("query_repeated", "items_batched", "repeated"),
+    ],
+)
+def test_golden_shapes(queries, items, expected):
+    arrays, config = golden_case()
+    scores, losses = DotProductSimilarity()(arrays[f"input/{queries}"], arrays[f"input/{items}"])
+    assert scores.shape[1] == config["X"]
+    torch.testing.assert_close(scores, arrays[f"output/{expected}"], atol=1e-5, rtol=1e-5)
+    assert losses == {}
+
+
+def test_shared_items_without_a_leading_axis():
+    arrays, _ = golden_case()
+    scores, _ = DotProductSimilarity().score(arrays["input/query"], arrays["input/items_shared"][0])
+    torch.testing.assert_close(scores, arrays["output/shared"], atol=1e-5, rtol=1e-5)
+
+
+def test_rows_that_do_not_divide_are_refused():
+    with pytest.raises(UserError, match="5 queries"):
+        DotProductSimilarity().score(torch.rand(5, 2), torch.rand(2, 3, 2))
+
+
+def test_is_a_similarity_without_auxiliary_losses():
+    similarity = DotProductSimilarity()
+    assert isinstance(similarity, Similarity)
+    assert similarity.auxiliary_loss_names == frozenset()

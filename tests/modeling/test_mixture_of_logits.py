@@ -1,0 +1,316 @@
+from __future__ import annotations
+
+import json
+import logging
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from generative_recommenders.features import UserError
+from generative_recommenders.modeling.similarity import (
+    MoLSettings,
+    MoLSimilarity,
+    Similarity,
+    mixture_of_logits,
+)
+
+GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parents[1] / "golden"))
+SMALL = MoLSettings(
+    query_dot_product_groups=3,
+    item_dot_product_groups=2,
+    dot_product_dimension=4,
+    query_hidden_dim=5,
+    gating_query_hidden_dim=6,
+    gating_item_hidden_dim=7,
+    gating_qi_hidden_dim=8,
+)
+OURS = {
+    "_query_embeddings_fn._query_emb_proj_module.1._w": "query_projection.1.linear.weight",
+    "_query_embeddings_fn._query_emb_proj_module.1._b": "query_projection.1.linear.bias",
+    "_query_embeddings_fn._query_emb_proj_module.2": "query_projection.2",
+    "_item_embeddings_fn._item_emb_proj_module.1._w": "item_projection.1.linear.weight",
+    "_item_embeddings_fn._item_emb_proj_module.1._b": "item_projection.1.linear.bias",
+    "_item_embeddings_fn._item_emb_proj_module.2": "item_projection.2",
+    "_gating_fn._query_only_partial_module.0": "query_gate.1",
+    "_gating_fn._query_only_partial_module.2": "query_gate.3",
+    "_gating_fn._item_only_partial_module": "item_gate",
+    "_gating_fn._qi_partial_module": "cross_gate",
+}
+
+
+def our_name(name: str) -> str:
+    prefix = max((p for p in OURS if name.startswith(p)), key=len)
+    return OURS[prefix] + name.removeprefix(prefix)
+
+
+def our_layout(name: str, array: torch.Tensor) -> torch.Tensor:
+    """The reference keeps the gated unit's weight as [in, out] and its bias as [1, out]."""
+    return array.T if name.endswith("._w") else array[0] if name.endswith("._b") else array
+
+
+def golden_case():
+    with np.load(GOLDEN / "meta_mol.npz") as file:
+        arrays = {name: torch.from_numpy(file[name]) for name in file.files if name != "meta"}
+        return arrays, json.loads(str(file["meta"]))["config"]
+
+
+def golden_model(arrays: dict[str, torch.Tensor], config: dict) -> MoLSimilarity:
+    settings = MoLSettings(
+        query_dot_product_groups=config["groups_q"],
+        item_dot_product_groups=config["groups_i"],
+        dot_product_dimension=config["dp_dim"],
+        temperature=config["temperature"],
+        query_hidden_dim=config["q_hidden"],
+        item_hidden_dim=config["i_hidden"],
+        gating_query_hidden_dim=config["gq"],
+        gating_qi_hidden_dim=config["gqi"],
+        gating_item_hidden_dim=config["gi"],
+    )
+    model = MoLSimilarity.from_settings(settings, config["query_dim"], config["item_dim"])
+    parameters = {n.removeprefix("param/"): v for n, v in arrays.items() if n.startswith("param/")}
+    model.load_state_dict({our_name(n): our_layout(n, v) for n, v in parameters.items()})
+    return model
+
+
+def assert_near(ours: torch.Tensor, golden: torch.Tensor, tolerance: float) -> None:
+    difference = (ours.double() - golden.double()).abs() / golden.double().abs().clamp(min=1)
+    assert difference.max().item() <= tolerance
+
+
+def test_golden_outputs_in_evaluation():
+    arrays, config = golden_case()
+    model = golden_model(arrays, config).eval()
+    query = arrays["input/query"]
+    scores, losses = model(query, arrays["input/items_shared"])
+    assert_near(scores, arrays["output/logits"], 1e-4)
+    assert_near(model(query, arrays["input/items_batched"])[0], arrays["output/logits_batched"], 1e-4)
+    assert losses == {}
+    components = model.query_components(query)[0].components * config["temperature"]
+    assert_near(components, arrays["output/query_components"], 1e-4)
+    items = model.item_components(arrays["input/items_shared"]).components
+    assert_near(items, arrays["output/item_components_shared"], 1e-4)
+
+
+def test_golden_training():
+    arrays, config = golden_case()
+    scores, losses = golden_model(arrays, config).train()(arrays["input/query"], arrays["input/items_shared"])
+    assert_near(scores, arrays["output/train_logits"], 1e-4)
+    assert_near(losses["mi_loss"], arrays["output/train_mi_loss"], 1e-4)
+
+
+@pytest.mark.parametrize("block_floats", [2**24, 1])
+def test_golden_gradients(monkeypatch, block_floats):
+    monkeypatch.setattr(mixture_of_logits, "_BLOCK_FLOATS", block_floats)
+    arrays, config = golden_case()
+    model = golden_model(arrays, config).eval()
+    query = arrays["input/query"].clone().requires_grad_()
+    items = arrays["input/items_shared"].clone().requires_grad_()
+    (model(query, items)[0] * arrays["input/cotangent"]).sum().backward()
+    ours = {name: parameter.grad for name, parameter in model.named_parameters()}
+    ours |= {"query": query.grad, "items_shared": items.grad}
+    golden = {n.removeprefix("grad/"): v for n, v in arrays.items() if n.startswith("grad/")}
+    assert len(golden) == len(ours)
+    for name, value in golden.items():
+        known = name if name in ("query", "items_shared") else our_name(name)
+        assert_near(ours[known], our_layout(name, value), 5e-4)
+
+
+def small_model(seed: int = 0, **options) -> MoLSimilarity:
+    torch.manual_seed(seed)
+    return MoLSimilarity(replace(SMALL, **options), 6, 5)
+
+
+def slow_scores(model: MoLSimilarity, queries: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
+    """One pair at a time from the formulas of the papers."""
+    s = model.settings
+    rows = []
+    for q in queries:
+        row = []
+        for x in items:
+            f_q = torch.nn.functional.normalize(model.query_projection(q).view(-1, s.dot_product_dimension))
+            f_x = torch.nn.functional.normalize(model.item_projection(x).view(-1, s.dot_product_dimension))
+            logits = torch.stack([a @ b / s.temperature for a in f_q for b in f_x])
+            gate = model.query_gate(q) * model.item_gate(x) + model.cross_gate(logits)
+            inner = gate if s.gating_combination_type == "glu_silu" else (gate - gate.mean())
+            if s.gating_combination_type == "glu_silu_ln":
+                inner = inner / (gate.var(unbiased=False) + 1e-5).sqrt()
+            weights = (gate * torch.sigmoid(inner)).softmax(0)
+            row.append((weights * logits).sum())
+        rows.append(torch.stack(row))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("combination", ["glu_silu", "glu_silu_ln"])
+@pytest.mark.parametrize("item_hidden_dim", [-1, 4])
+def test_scores_equal_the_formulas(combination, item_hidden_dim):
+    model = small_model(gating_combination_type=combination, item_hidden_dim=item_hidden_dim).eval()
+    queries, items = torch.randn(3, 6), torch.randn(4, 5)
+    torch.testing.assert_close(
+        model(queries, items)[0], slow_scores(model, queries, items), atol=1e-4, rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("query_fn, item_fn", [(True, True), (True, False), (False, True), (False, False)])
+def test_combination_none_adds_the_gates_that_exist(query_fn, item_fn):
+    model = small_model(
+        gating_combination_type="none", gating_query_fn=query_fn, gating_item_fn=item_fn
+    ).eval()
+    queries, items = torch.randn(2, 6), torch.randn(3, 5)
+    query, _ = model.query_components(queries)
+    logits = torch.einsum("bnd,xmd->bxnm", query.components, model.item_components(items).components).flatten(
+        2
+    )
+    gate = model.cross_gate(logits)
+    if query_fn:
+        gate = gate + model.query_gate(queries)[:, None]
+    if item_fn:
+        gate = gate + model.item_gate(items)
+    torch.testing.assert_close(model(queries, items)[0], (gate.softmax(-1) * logits).sum(-1))
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_blocks_change_neither_scores_nor_losses_nor_gradients(monkeypatch, shared):
+    model = small_model(uid_embedding_hash_sizes=(4,), uid_dropout_rate=0.0).train()
+    users = torch.arange(7)
+    items = torch.randn(9, 5) if shared else torch.randn(7, 9, 5)
+    queries = torch.randn(7, 6)
+    results = []
+    for floats in (2**24, 900, 1):
+        monkeypatch.setattr(mixture_of_logits, "_BLOCK_FLOATS", floats)
+        model.zero_grad()
+        leaf = items.clone().requires_grad_()
+        scores, losses = model.score(queries, leaf, users)
+        (scores.square().sum() + sum(losses.values())).backward()
+        results.append([scores.detach(), *losses.values(), leaf.grad, *[p.grad for p in model.parameters()]])
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], atol=1e-4, rtol=1e-4)
+
+
+def test_dropout_inside_blocks_is_drawn_once(monkeypatch):
+    monkeypatch.setattr(mixture_of_logits, "_BLOCK_FLOATS", 600)
+    model = small_model(softmax_dropout_rate=0.5, gating_qi_dropout_rate=0.3, item_dropout_rate=0.3).double()
+    queries, items = torch.randn(3, 6).double(), torch.randn(3, 4, 5).double().requires_grad_()
+
+    def run(x):
+        torch.manual_seed(5)
+        return model(queries, x)[0]
+
+    torch.testing.assert_close(run(items), run(items))
+    assert torch.autograd.gradcheck(run, (items,), eps=1e-6, atol=1e-4)
+
+
+def test_components_made_before_give_the_same_scores(monkeypatch):
+    model = small_model().eval()
+    queries, items = torch.randn(6, 6), torch.randn(8, 5)
+    query, _ = model.query_components(queries)
+    parts = model.item_components(items)
+    scores = model(queries, items)[0]
+    torch.testing.assert_close(model.score_components(query, parts)[0], scores)
+    rows = torch.randint(0, 8, (6, 4))
+    monkeypatch.setattr(mixture_of_logits, "_BLOCK_FLOATS", 500)
+    torch.testing.assert_close(model.score_components(query, parts, rows)[0], scores.gather(1, rows))
+
+
+def test_nonlinearity_names_act_and_are_said_once(caplog):
+    mixture_of_logits._say.cache_clear()
+    queries, items = torch.randn(2, 6), torch.randn(3, 5)
+    scores = {
+        name: small_model(1, query_nonlinearity=name).eval()(queries, items)[0]
+        for name in ("swiglu", "geglu")
+    }
+    assert not torch.allclose(scores["swiglu"], scores["geglu"])
+    with caplog.at_level(logging.INFO):
+        MoLSimilarity.from_settings(SMALL, 6, 5)
+        MoLSimilarity.from_settings(replace(SMALL, item_nonlinearity="geglu"), 6, 5)
+        assert not caplog.records
+        for _ in range(2):
+            MoLSimilarity.from_settings(replace(SMALL, query_nonlinearity="geglu"), 6, 5)
+    assert [record.getMessage().split()[1] for record in caplog.records] == ["query_nonlinearity"]
+
+
+def test_user_tables_act_only_when_on():
+    model = small_model(uid_embedding_hash_sizes=[5, 3], uid_dropout_rate=0.0)
+    queries, items = torch.randn(1, 6).repeat(3, 1), torch.randn(4, 5)
+    scores, losses = model(queries, items, torch.tensor([2, 17, 3]))
+    torch.testing.assert_close(scores[0], scores[1])
+    assert not torch.allclose(scores[0], scores[2])
+    first, second = (table.weight for table in model.user_tables)
+    expected = (2 * first[2].square().sum() + first[3].square().sum()) / 3
+    expected = expected + (2 * second[2].square().sum() + second[0].square().sum()) / 3
+    torch.testing.assert_close(losses["uid_embedding_l2_norm"], expected)
+    assert model.auxiliary_loss_names == losses.keys() == {"mi_loss", "uid_embedding_l2_norm"}
+    assert model.eval()(queries, items, torch.tensor([2, 17, 3]))[1] == {}
+    assert small_model().auxiliary_loss_names == {"mi_loss"}
+    assert MoLSimilarity(SMALL, 6, 5, mutual_information=False)(queries, items)[1] == {}
+
+
+def test_user_ids_that_are_missing_are_asked_for():
+    with pytest.raises(UserError, match="user ids"):
+        small_model(uid_embedding_hash_sizes=(5,))(torch.randn(1, 6), torch.randn(2, 5))
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_user_dropout_drops_vectors_or_elements(whole):
+    model = small_model(
+        uid_embedding_hash_sizes=(50,), uid_dropout_rate=0.5, uid_embedding_level_dropout=whole
+    ).train()
+    components = model.query_components(torch.randn(400, 6), torch.arange(400))[0].components[:, -1]
+    zeros = (components == 0).float().mean(1)
+    assert abs(float(zeros.mean()) - 0.5) < 0.1
+    assert bool(((zeros == 0) | (zeros == 1)).all()) is whole
+
+
+def test_softmax_dropout_keeps_a_mixture():
+    model = small_model(softmax_dropout_rate=0.5, dot_product_l2_norm=True, temperature=1.0).train()
+    queries, items = torch.randn(50, 6), torch.randn(20, 5)
+    scores, _ = model(queries, items)
+    plain = model.eval()(queries, items)[0]
+    assert scores.abs().max().item() <= 1.0 + 1e-5
+    assert not torch.allclose(scores, plain)
+
+
+def test_bf16_acts_in_training_and_keeps_float32_scores():
+    model = small_model(bf16_training=True).train()
+    queries, items = torch.randn(4, 6), torch.randn(5, 5)
+    exact = MoLSimilarity(SMALL, 6, 5)
+    exact.load_state_dict(model.state_dict())
+    scores = model(queries, items)[0]
+    assert scores.dtype == torch.float32
+    assert not torch.equal(scores, exact(queries, items)[0])
+    torch.testing.assert_close(scores, exact(queries, items)[0], atol=0.5, rtol=0.1)
+    assert torch.equal(model.eval()(queries, items)[0], exact.eval()(queries, items)[0])
+
+
+def test_no_queries_and_no_items():
+    model = small_model().train()
+    scores, losses = model(torch.zeros(0, 6), torch.randn(3, 5))
+    assert scores.shape == (0, 3)
+    assert losses["mi_loss"].item() == 0.0
+    assert model(torch.randn(2, 6), torch.zeros(0, 5))[0].shape == (2, 0)
+
+
+def test_is_a_similarity():
+    assert isinstance(small_model(), Similarity)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"query_nonlinearity": "relu"},
+        {"item_nonlinearity": "tanh"},
+        {"gating_combination_type": "sum"},
+        {"temperature": 0.0},
+        {"softmax_dropout_rate": 1.0},
+        {"uid_embedding_hash_sizes": (3, 3, 3)},
+        {"uid_embedding_hash_sizes": (0,)},
+        {"gating_item_fn": False},
+        {"item_dot_product_groups": 0},
+    ],
+)
+def test_bad_options_are_named(options):
+    with pytest.raises(UserError, match=next(iter(options)).split("_fn")[0]):
+        small_model(**options)
