@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
 
 from ..data.batch_transforms import default_sasrec_transforms
 from ..modeling.recommender import SequenceRecommender
+from ..modeling.similarity.mixture_of_logits import MoLSimilarity
 from ..objectives.training_examples import past_features
 from .inference import InferenceInputs
 
@@ -17,8 +18,7 @@ from .inference import InferenceInputs
 class CatalogueScores:
     """Scores ``[n, V]`` of evaluation batches by one state of the model; item embeddings are computed once.
 
-    item_l2_norm: candidates are normalised, as in training. inference: how histories become inputs (a mask slot is appended
-    for masked objectives).
+    item_l2_norm: candidates are normalised, as in training. inference: how histories become inputs.
     """
 
     def __init__(
@@ -35,8 +35,8 @@ class CatalogueScores:
         self.transform = default_sasrec_transforms()["validation"]
         with torch.inference_mode():
             items = model.items.all_item_embeddings()
-            self.items = F.normalize(items, dim=-1, eps=eps) if item_l2_norm else items
-            self.scorer = model.similarity.catalogue_scorer(self.items)
+            items = F.normalize(items, dim=-1, eps=eps) if item_l2_norm else items
+            self.scores = score_function(model.similarity, items)
 
     @torch.inference_mode()
     def queries(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -48,4 +48,20 @@ class CatalogueScores:
 
     @torch.inference_mode()
     def __call__(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        return self.scorer(self.queries(batch), batch["user_ids"].to(self.device))
+        return self.scores(self.queries(batch), batch["user_ids"].to(self.device))
+
+
+def score_function(
+    similarity: torch.nn.Module, items: torch.Tensor
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """(queries ``[n, D]``, user_ids ``[n]``) -> ``[n, V]``; what depends on ``items [V, D]`` alone is computed here, once."""
+    if not isinstance(similarity, MoLSimilarity):
+        transposed = items.T
+        return lambda queries, user_ids: queries @ transposed
+    components = similarity.item_components(items)
+
+    def mixture(queries: torch.Tensor, user_ids: torch.Tensor) -> torch.Tensor:
+        query, _ = similarity.query_components(queries, user_ids)
+        return similarity.score_components(query, components)[0]
+
+    return mixture

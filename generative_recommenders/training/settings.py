@@ -15,6 +15,15 @@ from ..modeling.similarity.mixture_of_logits import MoLSettings
 PROTOCOLS = ("leave_one_out", "paper", "global_time")
 SEEN_FILTERS = ("history", "window", "none")
 NEXT_TIMES = ("given", "hidden")
+TOP_K_METHODS = ("MIPSBruteForceTopK", "MoLBruteForceTopK", "MoLNaiveTopK", "MoLAvgTopK", "MoLCombTopK")
+_TYPES: dict[str, tuple[type, ...]] = {
+    "int": (int,),
+    "float": (int, float),
+    "str": (str,),
+    "bool": (bool,),
+    "dict": (dict,),
+    "tuple": (tuple, list),
+}
 
 
 @dataclass(frozen=True)
@@ -92,6 +101,7 @@ class TrainSettings:
         check_choice(self, "protocol", PROTOCOLS)
         check_choice(self, "seen_filter", SEEN_FILTERS)
         check_choice(self, "next_time", NEXT_TIMES)
+        check_choice(self, "top_k_method", TOP_K_METHODS)
         if not 0.0 < self.positional_sampling_ratio <= 1.0:
             raise UserError(
                 f"train_fn.positional_sampling_ratio must be in (0, 1], got {self.positional_sampling_ratio}"
@@ -230,6 +240,17 @@ def _section(kind: Any, values: dict[str, Any], name: str) -> Any:
     if unknown:
         raise UserError(f"settings section {name!r} has unknown keys: {', '.join(unknown)}")
     return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+
+
+def check_types(settings: Any, owner: str) -> None:
+    """UserError naming the first field whose value is not of its declared type."""
+    for each in dataclasses.fields(settings):
+        declared, value = str(each.type), getattr(settings, each.name)
+        if value is None and "None" in declared:
+            continue
+        expected = _TYPES[declared.split(" | ")[0].split("[")[0]]
+        if not isinstance(value, expected) or (isinstance(value, bool) and bool not in expected):
+            raise UserError(f"{owner}.{each.name} must be of type {declared}, got {value!r}")
 
 
 def check_positive(settings: Any, *names: str) -> None:

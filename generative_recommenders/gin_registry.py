@@ -1,0 +1,101 @@
+"""Every gin name, once. Published configurations parse unchanged; a name that does not exist is an error that names the
+nearest one."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import logging
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import gin
+
+from .features import UserError
+from .modeling.similarity.mixture_of_logits import MoLSettings
+from .training import settings as s
+
+SECTIONS: dict[str, tuple[str, type]] = {
+    "train_fn": ("train", s.TrainSettings),
+    "sasrec_encoder": ("sasrec", s.SasrecSettings),
+    "hstu_encoder": ("hstu", s.HstuSettings),
+    "diff_transformer_encoder": ("diff_transformer", s.DiffTransformerSettings),
+    "transformer_encoder": ("transformer", s.TransformerSettings),
+    "item_tower": ("item_tower", s.ItemTowerSettings),
+    "get_sequential_encoder": ("encoder", s.EncoderSettings),
+    "create_data_loader": ("loader", s.LoaderSettings),
+    "get_weighted_loss": ("weighted_loss", s.WeightedLossSettings),
+    "get_similarity_function": ("similarity", s.SimilaritySettings),
+    "create_mol_interaction_module": ("mol", MoLSettings),
+}
+"""gin name -> (section of `RunSettings`, its class)."""
+
+_CONFIGURABLES = {
+    name: gin.external_configurable(kind, name=name, module="generative_recommenders")
+    for name, (_, kind) in SECTIONS.items()
+}
+
+def load_settings(gin_files: Sequence[str | Path], bindings: Sequence[str] = ()) -> tuple[s.RunSettings, str]:
+    """Parses files and bindings into settings, and gives the resolved configuration, defaults included.
+
+    Raises UserError in one line: a missing file, a syntax error with its place, an unknown name with the nearest one, a
+    value of the wrong type.
+    """
+    gin.clear_config()
+    for path in gin_files:
+        if not Path(path).is_file():
+            raise UserError(f"no gin file at {path}")
+    try:
+        gin.parse_config_files_and_bindings([str(p) for p in gin_files], list(bindings), skip_unknown=False)
+        built = {section: _build(name) for name, (section, _) in SECTIONS.items()}
+        resolved = gin.operative_config_str(max_line_length=110)
+    except UserError as error:  # gin adds where it was called from, over several lines
+        raise UserError(str(error).splitlines()[0]) from error
+    except (ValueError, TypeError, SyntaxError, OSError, AttributeError, NameError) as error:
+        raise UserError(explain(error)) from error
+    return s.RunSettings(**built), resolved
+
+
+def _build(name: str) -> Any:
+    built = _CONFIGURABLES[name]()
+    s.check_types(built, name)
+    return built
+
+
+def explain(error: Exception) -> str:
+    """gin's message as one line, with the nearest known name where a name was unknown."""
+    text = " ".join(str(error).split())
+    unknown = re.search(r"No configurable matching '([^']+)'", text)
+    if unknown:
+        name = unknown.group(1)
+        return f"gin: there is no configurable {name!r}{_nearest(name, SECTIONS)}{_place(text)}"
+    parameter = re.search(r"Configurable '([^']+)' doesn't have a parameter (?:named )?'([^']+)'", text)
+    if parameter:
+        owner, name = parameter.groups()
+        known = [f.name for f in dataclasses.fields(SECTIONS[owner.split(".")[-1]][1])]
+        return f"gin: {owner.split('.')[-1]} has no parameter {name!r}{_nearest(name, known)}{_place(text)}"
+    return f"gin: {text}"
+
+
+def _nearest(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+
+
+def _place(text: str) -> str:
+    place = re.search(r'In (file|bindings string|binding) ?"?([^",]*)"?,? ?line (\d+)', text)
+    if not place:
+        return ""
+    where = place.group(2).strip() or "bindings"
+    return f" ({where}, line {place.group(3)})"
+
+
+def log_inert(settings: s.RunSettings) -> None:
+    """Says once of accepted names that cannot act on this machine or loader."""
+    if settings.loader.num_workers > 0:
+        logging.getLogger("absl").info(
+            "create_data_loader.num_workers = %d: batches are cut by one thread and need no workers",
+            settings.loader.num_workers,
+        )

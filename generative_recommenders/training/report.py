@@ -1,0 +1,105 @@
+"""What a run says at its end: the model beside two baselines, the data, and where everything is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from ..data.batching import EvaluationLoader
+from ..data.sequence_dataset import SequenceDataset
+from ..data.splits import Split
+from ..evaluation.baselines import MarkovSuccessor, MostPopular
+from ..evaluation.collectives import Collectives
+from ..evaluation.evaluator import Evaluator
+from .settings import TrainSettings
+
+COLUMNS = ("hr@10", "ndcg@10", "hr@50", "ndcg@50", "mrr")
+
+
+def baseline_metrics(
+    dataset: SequenceDataset, split: Split, settings: TrainSettings, collectives: Collectives
+) -> dict[str, dict[str, float]]:
+    """Test metrics of the most popular items and of the last item's most frequent successor, fitted on training events."""
+    columns = (dataset.items, dataset.offsets, split.train_stops, dataset.num_items)
+    baselines = {
+        "most popular": MostPopular.fit(*columns),
+        "last item's successor": MarkovSuccessor.fit(*columns),
+    }
+    loader = EvaluationLoader(
+        dataset, split.test_targets, settings.max_sequence_length, settings.eval_batch_size,
+        collectives.rank, collectives.world_size,
+    )  # fmt: skip
+    unseen = torch.from_numpy(split.unseen_test_targets)
+    evaluate = Evaluator(loader, dataset.num_items, settings.seen_filter, collectives, unseen)
+    return {name: evaluate(_score_by(baseline)).metrics() for name, baseline in baselines.items()}
+
+
+def _score_by(baseline: MostPopular | MarkovSuccessor) -> Callable[[Mapping[str, torch.Tensor]], torch.Tensor]:
+    return lambda batch: baseline.score(batch["item_ids"], batch["lengths"])
+
+
+def results_table(rows: Mapping[str, Mapping[str, float]]) -> str:
+    """One line a method, one column a metric."""
+    width = max(len(name) for name in rows)
+    lines = [" " * width + "".join(f"{name:>10}" for name in COLUMNS)]
+    lines += [f"{name:<{width}}" + "".join(f"{values[c]:>10.4f}" for c in COLUMNS) for name, values in rows.items()]
+    return "\n".join(lines)
+
+
+def data_summary(dataset: SequenceDataset, split: Split) -> str:
+    counts = "  ".join(f"{name} {value:,}" for name, value in split.counts.items())
+    return (
+        f"data {dataset.manifest.name}: {dataset.num_users:,} users  {dataset.num_items:,} items  "
+        f"{dataset.num_events:,} events\nsplit {split.protocol} {split.hash}: {counts}"
+    )
+
+
+def final_report(
+    rows: Mapping[str, Mapping[str, float]],
+    dataset: SequenceDataset,
+    split: Split,
+    seen_filter: str,
+    best_epoch: int | None,
+    folder: Path,
+    checkpoint: Path | None,
+) -> str:
+    """The text that ends a run."""
+    chosen = "the last epoch" if best_epoch is None else f"epoch {best_epoch + 1}, the best on validation"
+    if split.protocol == "paper":
+        chosen = "the last epoch; protocol paper scores the test item every epoch, as the HSTU authors' code does"
+    places = {
+        "checkpoint": checkpoint or "none",
+        "resolved config": folder / "resolved.gin",
+        "TensorBoard log": folder / "tensorboard",
+        "curves": folder / "curves.png",
+    }
+    lines = [
+        "",
+        f"test, full catalogue, seen filter {seen_filter!r}; model: {chosen}",
+        results_table(rows),
+        "",
+        data_summary(dataset, split),
+        *(f"{name}: {place}" for name, place in places.items()),
+    ]
+    return "\n".join(lines)
+
+
+def model_summary(model: torch.nn.Module, table_optimizer: str, batch_tokens: int, width: int) -> str:
+    """Parts, parameter counts and an estimate of memory, for --dry_run."""
+    counts = {
+        name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children() if part is not None
+    }
+    total = sum(counts.values())
+    copies = 4 if table_optimizer != "rowwise_adagrad" else 2
+    parameters = total * 4 * copies / 2**20
+    activations = batch_tokens * width * 4 * 40 / 2**20
+    lines = [str(model), ""]
+    lines += [f"{name:<16}{count:>14,} parameters" for name, count in counts.items()]
+    lines += [
+        f"{'total':<16}{total:>14,} parameters",
+        f"memory, estimated: {parameters:,.0f} MiB weights, gradients and optimizer state; "
+        f"{activations:,.0f} MiB activations of a full batch",
+    ]
+    return "\n".join(lines)
