@@ -1,0 +1,107 @@
+"""genrec's losses under their documented names, arguments and defaults.
+
+Where we differ on purpose: ``SequenceLoss`` reads its attention mask (documented there, and unused),
+    ``ContrastiveLoss`` its margin (likewise), and a batch without any target is a ``UserError`` where it was
+    NaN.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from generative_recommenders.features import UserError
+from generative_recommenders.objectives.catalogue_losses import CE
+from generative_recommenders.objectives.losses import SampledSoftmaxLoss
+
+
+class VQVAELoss(nn.Module):
+    """Reconstruction, commitment and codebook terms of a VQ-VAE (arXiv 1711.00937, equation 3).
+
+    ``total = mean (x_recon - x)^2 + commitment_cost * commitment + beta * embedding``.
+
+    commitment_cost: weight of the commitment term. beta: weight of the codebook term.
+    """
+
+    def __init__(self, commitment_cost: float = 0.25, beta: float = 1.0) -> None:
+        super().__init__()
+        self.commitment_cost = commitment_cost
+        self.beta = beta
+
+    def forward(
+        self, x: Tensor, x_recon: Tensor, commitment_loss: Tensor, embedding_loss: Tensor
+    ) -> dict[str, Tensor]:
+        """x, x_recon: any one shape, float; commitment_loss, embedding_loss: scalars.
+
+        Returns scalars ``total_loss``, ``reconstruction_loss``, ``commitment_loss``, ``embedding_loss``.
+        """
+        reconstruction = F.mse_loss(x_recon, x)
+        total = reconstruction + self.commitment_cost * commitment_loss + self.beta * embedding_loss
+        return {
+            "total_loss": total,
+            "reconstruction_loss": reconstruction,
+            "commitment_loss": commitment_loss,
+            "embedding_loss": embedding_loss,
+        }
+
+
+class SequenceLoss(nn.Module):
+    """Cross-entropy of a sequence model over its vocabulary, mean over the positions that count; and its
+    accuracy.
+
+    vocab_size: V. ignore_index: label that does not count.
+    label_smoothing: share of the target spread evenly over the vocabulary.
+    """
+
+    def __init__(self, vocab_size: int, ignore_index: int = -100, label_smoothing: float = 0.0) -> None:
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.ignore_index = ignore_index
+        self.label_smoothing = label_smoothing
+        self.criterion = CE(label_smoothing=label_smoothing)
+
+    def forward(
+        self, logits: Tensor, labels: Tensor, attention_mask: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """logits: ``[B, N, V]`` float; labels: ``[B, N]`` int64; attention_mask: ``[B, N]``, non-zero =
+        counts.
+
+        Returns scalars ``loss`` and ``accuracy`` (share of counting positions whose label has the largest
+        logit). Raises ``UserError`` where no position counts.
+        """
+        counts = labels != self.ignore_index
+        if attention_mask is not None:
+            counts = counts & (attention_mask != 0)
+        if not counts.any():
+            raise UserError("SequenceLoss: no position counts (every label ignored or masked)")
+        chosen, wanted = logits.reshape(*labels.shape, self.vocab_size)[counts], labels[counts]
+        accuracy = (chosen.detach().argmax(-1) == wanted).float().mean()
+        return {"loss": self.criterion.from_logits(chosen, wanted).mean(), "accuracy": accuracy}
+
+
+class ContrastiveLoss(nn.Module):
+    """InfoNCE of an anchor, its positive and its negatives over cosine similarities, mean over anchors.
+
+    ``-ln softmax`` of ``(cos(a, p) - margin) / temperature`` among itself and the ``cos(a, n_k) /
+    temperature``: the positive must lead by the margin before the loss falls (additive margin softmax, arXiv
+    1801.05599, equation 6). margin 0 is InfoNCE without a margin, which is what genrec computes whatever its
+    margin says.
+
+    temperature: divisor of the similarities. margin: lead in cosine.
+    """
+
+    def __init__(self, temperature: float = 0.1, margin: float = 0.2) -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.margin = margin
+        self.criterion = SampledSoftmaxLoss()
+
+    def forward(self, anchor: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
+        """anchor, positive: ``[B, D]``; negative: ``[B, R, D]``. Returns a scalar."""
+        anchor, positive, negative = (F.normalize(x, dim=-1) for x in (anchor, positive, negative))
+        close = ((anchor * positive).sum(-1, keepdim=True) - self.margin) / self.temperature
+        far = torch.bmm(negative, anchor[:, :, None])[:, :, 0] / self.temperature
+        return self.criterion(
+            close, far, torch.ones_like(close), torch.ones_like(far, dtype=torch.bool)
+        ).mean()

@@ -1,0 +1,84 @@
+"""genrec's losses: their documented formulas, and the arguments that used to do nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from generative_recommenders.compat.genrec_losses import ContrastiveLoss, SequenceLoss, VQVAELoss
+from generative_recommenders.features import UserError
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def test_documented_example():
+    g = generator()
+    x, x_recon = torch.randn(4, 8, generator=g), torch.randn(4, 8, generator=g)
+    commitment_loss, embedding_loss = torch.tensor(0.3), torch.tensor(0.7)
+    vqvae_loss = VQVAELoss(commitment_cost=0.25)
+    losses = vqvae_loss(x, x_recon, commitment_loss, embedding_loss)
+    assert set(losses) == {"total_loss", "reconstruction_loss", "commitment_loss", "embedding_loss"}
+
+    logits = torch.randn(2, 5, 1000, generator=g)
+    labels = torch.randint(0, 1000, (2, 5), generator=g)
+    attention_mask = torch.ones_like(labels)
+    seq_loss = SequenceLoss(vocab_size=1000, label_smoothing=0.1)
+    losses = seq_loss(logits, labels, attention_mask)
+    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), label_smoothing=0.1)
+    torch.testing.assert_close(losses["loss"], expected)
+
+
+def test_vqvae_weighs_its_terms():
+    x = torch.zeros(3, 2)
+    losses = VQVAELoss(commitment_cost=0.5, beta=2.0)(x, x + 2, torch.tensor(3.0), torch.tensor(5.0))
+    assert losses["reconstruction_loss"] == 4
+    assert losses["total_loss"] == 4 + 1.5 + 10
+    assert (losses["commitment_loss"], losses["embedding_loss"]) == (3, 5)
+    assert VQVAELoss()(x, x, torch.tensor(4.0), torch.tensor(1.0))["total_loss"] == 2
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_sequence_loss_counts_only_attended_labels(smoothing):
+    g = generator()
+    logits = torch.randn(3, 4, 6, generator=g).requires_grad_()
+    labels = torch.randint(0, 6, (3, 4), generator=g)
+    attention_mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1]])
+    labels[2, 0] = -100
+    counts = (attention_mask == 1) & (labels != -100)
+    losses = SequenceLoss(6, label_smoothing=smoothing)(logits, labels, attention_mask)
+    expected = F.cross_entropy(logits[counts], labels[counts], label_smoothing=smoothing)
+    torch.testing.assert_close(losses["loss"], expected)
+    torch.testing.assert_close(losses["accuracy"], (logits.argmax(-1) == labels)[counts].float().mean())
+    losses["loss"].backward()
+    assert torch.equal(logits.grad[~counts], torch.zeros_like(logits.grad[~counts]))
+
+
+def test_sequence_loss_without_a_mask_counts_all_labels():
+    logits, labels = torch.randn(2, 3, 4, generator=generator()), torch.tensor([[1, 2, 9], [0, 9, 3]])
+    losses = SequenceLoss(4, ignore_index=9)(logits, labels)
+    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=9)
+    torch.testing.assert_close(losses["loss"], expected)
+
+
+def test_sequence_loss_refuses_a_batch_without_targets():
+    with pytest.raises(UserError, match="no position"):
+        SequenceLoss(4)(torch.zeros(1, 2, 4), torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 2))
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.2])
+def test_contrastive_loss_asks_for_the_margin(margin):
+    g = generator()
+    anchor, positive = torch.randn(5, 8, generator=g), torch.randn(5, 8, generator=g)
+    negative = torch.randn(5, 3, 8, generator=g)
+    close = F.cosine_similarity(anchor, positive)[:, None] - margin
+    far = F.cosine_similarity(anchor[:, None], negative, dim=-1)
+    expected = F.cross_entropy(torch.cat([close, far], 1) / 0.5, torch.zeros(5, dtype=torch.int64))
+    torch.testing.assert_close(ContrastiveLoss(0.5, margin)(anchor, positive, negative), expected)
+
+
+def test_documented_defaults():
+    assert (ContrastiveLoss().temperature, ContrastiveLoss().margin) == (0.1, 0.2)
+    assert (SequenceLoss(5).ignore_index, SequenceLoss(5).label_smoothing) == (-100, 0.0)

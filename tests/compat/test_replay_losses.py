@@ -1,0 +1,253 @@
+"""RePlay's losses: recorded values and gradients, and what each documented argument does."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from golden_parity import GoldenFile, assert_gradients, assert_near, load_golden
+
+from generative_recommenders.compat import replay_losses
+from generative_recommenders.compat.replay_losses import (
+    BCE,
+    CE,
+    BCESampled,
+    CESampled,
+    CEWeighted,
+    LogInCE,
+    LogInCESampled,
+    LogOutCE,
+    ScalableCrossEntropyLoss,
+    SCEParams,
+)
+from generative_recommenders.features import UserError
+from generative_recommenders.objectives import scalable_cross_entropy
+
+BY_KIND = {
+    "bce": lambda v: BCE(),
+    "ce": lambda v: CE(),
+    "login_ce": LogInCE,
+    "logout_ce": LogOutCE,
+    "bce_sampled": lambda v: BCESampled(),
+    "ce_sampled": lambda v: CESampled(),
+    "login_ce_sampled": lambda v: LogInCESampled(),
+}
+FULL = [f"replay_loss_{kind}" for kind in ("bce", "ce", "login_ce", "logout_ce")]
+FULL_MULTI = [f"replay_loss_{kind}_multi" for kind in ("bce", "login_ce", "logout_ce")]
+SAMPLED = [
+    f"replay_loss_{kind}_sampled{multi}_neg{rank}d"
+    for kind in ("bce", "ce", "login_ce")
+    for multi in ("", "_multi")
+    for rank in (1, 2, 3)
+]
+
+
+def dot_product(weight: torch.Tensor):
+    def logits(hidden: torch.Tensor, ids: torch.Tensor | None = None) -> torch.Tensor:
+        if ids is None or ids.dim() == 1:
+            return hidden @ (weight if ids is None else weight[ids]).t()
+        return (hidden[:, None] * weight[ids]).sum(-1)
+
+    return logits
+
+
+def value(loss, golden: GoldenFile, weight, embeddings, mask: str) -> torch.Tensor:
+    loss.logits_callback = dot_product(weight)
+    names = ("positive_labels", "negative_labels")
+    labels = {name: golden.inputs[name] for name in names if name in golden.inputs}
+    return loss(model_embeddings=embeddings, target_padding_mask=golden.inputs[mask], **labels)
+
+
+@pytest.mark.parametrize("case", FULL + FULL_MULTI + SAMPLED)
+def test_recorded_numbers(case):
+    golden = load_golden(case)
+    weight = golden.parameters["item_weight"].requires_grad_()
+    embeddings = golden.inputs["model_embeddings"].requires_grad_()
+    kind = golden.config["kind"]
+    tolerance = 3e-5 if kind == "bce_sampled" else 1e-5
+    loss = BY_KIND[kind](len(weight))
+    if "partial_loss" in golden.outputs:
+        partial = value(loss, golden, weight, embeddings, "partial_target_padding_mask")
+        assert_near(partial, golden.outputs["partial_loss"], tolerance)
+    whole = value(loss, golden, weight, embeddings, "target_padding_mask")
+    assert_near(whole, golden.outputs["loss"], tolerance)
+    assert_gradients(golden, whole, item_weight=weight, model_embeddings=embeddings)
+
+
+def test_recorded_sce_draws_from_the_global_generator():
+    golden = load_golden("replay_sce")
+    config, inputs = golden.config, golden.inputs
+    weight, embeddings = golden.parameters["item_weight"], inputs["model_embeddings"]
+    for mix_x, tokens_mask in ((False, None), (True, None), (False, inputs["tokens_mask"])):
+        params = SCEParams(config["n_buckets"], config["bucket_size_x"], config["bucket_size_y"], mix_x)
+        rectangle = embeddings, inputs["positive_labels"], weight, inputs["padding_mask"]
+        torch.manual_seed(config["torch_seed"])
+        actual = ScalableCrossEntropyLoss(params)(*rectangle, tokens_mask)
+        torch.manual_seed(config["torch_seed"])
+        shape = (
+            (config["B"] * config["L"], config["n_buckets"]) if mix_x else (config["n_buckets"], config["D"])
+        )
+        normals = torch.randn(shape)
+        counted = inputs["padding_mask"] if tokens_mask is None else inputs["padding_mask"] & ~tokens_mask
+        expected = scalable_cross_entropy.ScalableCrossEntropyLoss(params)(
+            embeddings.flatten(0, 1),
+            weight,
+            inputs["positive_labels"].flatten(),
+            counted.flatten(),
+            selectable=inputs["padding_mask"].flatten(),
+            normals=normals,
+        )
+        assert_near(actual, expected.mean(), 1e-6)
+
+
+def scene(positives: int = 1, items: int = 9):
+    g = torch.Generator().manual_seed(3)
+    weight = torch.randn(items, 4, generator=g)
+    hidden = torch.randn(2, 3, 4, generator=g)
+    labels = torch.randint(0, items, (2, 3, positives), generator=g)
+    mask = torch.tensor([[True, True, False], [True, True, True]])[:, :, None].repeat(1, 1, positives)
+    return weight, hidden, labels, mask
+
+
+def with_logits(loss, weight):
+    loss.logits_callback = dot_product(weight)
+    return loss
+
+
+def test_defaults_are_the_documented_ones():
+    for loss in (BCESampled(), LogInCESampled(), LogInCE(cardinality=9)):
+        assert loss.negative_labels_ignore_index == -100
+        assert (loss.core.epsilon, loss.core.clamp_border) == (1e-6, 100.0)
+    assert LogOutCE(cardinality=9).negative_labels_ignore_index == -100
+    assert CESampled().negative_labels_ignore_index == -100
+    assert not SCEParams(1, 2, 3).mix_x
+
+
+def test_ce_takes_the_arguments_of_cross_entropy():
+    weight, hidden, labels, mask = scene()
+    logits, flat = (hidden @ weight.t())[mask[:, :, 0]], labels[mask]
+    for options in (
+        {"label_smoothing": 0.1},
+        {"reduction": "sum"},
+        {"ignore_index": int(flat[0])},
+        {"weight": torch.rand(9)},
+    ):
+        expected = F.cross_entropy(logits, flat, **options)
+        assert_near(with_logits(CE(**options), weight)(hidden, labels, mask), expected, 1e-6)
+
+
+def test_ce_sampled_takes_label_smoothing_and_reduction():
+    weight, hidden, labels, mask = scene()
+    negatives = torch.tensor([100, 101]) % 9
+    labels = labels.masked_fill((labels == negatives[0]) | (labels == negatives[1]), 5)
+    logits = torch.cat(
+        [(hidden * weight[labels[..., 0]]).sum(-1, keepdim=True), hidden @ weight[negatives].t()], -1
+    )
+    for options in ({"label_smoothing": 0.1}, {"reduction": "sum"}):
+        expected = F.cross_entropy(logits[mask[:, :, 0]], torch.zeros(5, dtype=torch.int64), **options)
+        actual = with_logits(CESampled(**options), weight)(hidden, labels, negatives, mask)
+        assert_near(actual, expected, 1e-6)
+
+
+@pytest.mark.parametrize("name", ["ignore_index", "padding_idx"])
+@pytest.mark.parametrize("loss", [BCE, CE, BCESampled, CESampled, LogInCESampled])
+def test_labels_named_as_padding_never_count(loss, name):
+    weight, hidden, labels, mask = scene()
+    padded = labels.masked_fill(~mask, 9)
+    negatives = {"negative_labels": torch.tensor([0, 4])} if "Sampled" in loss.__name__ else {}
+    everything = torch.ones_like(mask)
+    actual = with_logits(loss(**{name: 9}), weight)(
+        hidden, padded, target_padding_mask=everything, **negatives
+    )
+    expected = with_logits(loss(), weight)(hidden, labels, target_padding_mask=mask, **negatives)
+    assert_near(actual, expected, 1e-6)
+
+
+def test_weighted_ce_weighs_samples():
+    weight, hidden, labels, mask = scene()
+    sample_weights = torch.rand(2, 3)
+    loss = with_logits(CEWeighted(feature_name="importance"), weight)
+    actual = loss(hidden, labels, mask, feature_tensors={"importance": sample_weights})
+    rows = F.cross_entropy((hidden @ weight.t()).flatten(0, 1), labels.flatten(), reduction="none")
+    assert_near(actual, (rows * sample_weights.flatten())[mask.flatten()].mean(), 1e-6)
+    with pytest.raises(UserError, match="importance"):
+        loss(hidden, labels, mask)
+
+
+@pytest.mark.parametrize("loss", [LogInCE, LogOutCE])
+def test_cardinality_leaves_the_padding_row_out(loss):
+    weight, hidden, labels, mask = scene()
+    with_padding = torch.cat([weight, torch.full((1, 4), 5.0)])
+    actual = with_logits(loss(cardinality=9), with_padding)(hidden, labels, mask)
+    assert_near(actual, with_logits(loss(cardinality=9), weight)(hidden, labels, mask), 1e-6)
+
+
+@pytest.mark.parametrize("loss", [LogInCE, LogOutCE])
+def test_the_ignored_negative_is_left_out_of_the_catalogue(loss):
+    weight, hidden, labels, mask = scene()
+    labels = labels.masked_fill(labels == 8, 0)
+    actual = with_logits(loss(cardinality=9, negative_labels_ignore_index=8), weight)(hidden, labels, mask)
+    assert_near(actual, with_logits(loss(cardinality=8), weight[:8])(hidden, labels, mask), 1e-6)
+
+
+@pytest.mark.parametrize("loss", [BCESampled, CESampled, LogInCESampled])
+def test_ignored_negatives_do_not_count(loss):
+    weight, hidden, labels, mask = scene()
+    few, more = torch.tensor([0, 4]), torch.tensor([0, -7, 4, -7])
+    expected = with_logits(loss(), weight)(hidden, labels, few, mask)
+    actual = with_logits(loss(negative_labels_ignore_index=-7), weight)(hidden, labels, more, mask)
+    assert_near(actual, expected, 1e-6)
+
+
+@pytest.mark.parametrize("loss", [BCESampled, LogInCESampled])
+def test_log_epsilon_and_clamp_border_act(loss):
+    weight, hidden = torch.tensor([[-1.0], [1.0]]), torch.full((1, 1, 1), 60.0)
+    labels, mask = torch.zeros(1, 1, 1, dtype=torch.int64), torch.ones(1, 1, 1, dtype=torch.bool)
+    negatives = torch.tensor([1])
+
+    def result(**options) -> float:
+        return with_logits(loss(**options), weight)(hidden, labels, negatives, mask).item()
+
+    terms = 2 if loss is BCESampled else 1
+    assert result(log_epsilon=1e-3) == pytest.approx(-terms * math.log(1e-3), rel=1e-4)
+    assert result(log_epsilon=0.0, clamp_border=50.0) == pytest.approx(terms * 50)
+
+
+def test_the_callers_mask_keeps_its_shape():
+    weight, hidden, labels, mask = scene()
+    with_logits(BCE(), weight)(hidden, labels, mask)
+    assert mask.shape == (2, 3, 1)
+
+
+def test_log_out_sampled_is_the_sampled_softmax():
+    assert replay_losses.LogOutCESampled is CESampled
+
+
+def test_bad_input_is_refused():
+    weight, hidden, labels, mask = scene()
+    with pytest.raises(UserError, match="logits_callback"):
+        CE()(hidden, labels, mask)
+    with pytest.raises(UserError, match="masked"):
+        with_logits(CE(), weight)(hidden, labels, torch.zeros_like(mask))
+    with pytest.raises(UserError, match="outside"):
+        with_logits(CE(), weight)(hidden, labels + 9, mask)
+    with pytest.raises(UserError, match="one positive"):
+        with_logits(CE(), weight)(hidden, labels.repeat(1, 1, 2), mask.repeat(1, 1, 2))
+    with pytest.raises(UserError, match="negative labels"):
+        with_logits(CESampled(), weight)(hidden, labels, torch.zeros(5, 2, dtype=torch.int64), mask)
+    with pytest.raises(UserError, match="reduction"):
+        CE(reduction="none")
+
+
+@pytest.mark.parametrize("loss", [BCE, CE, BCESampled, CESampled, LogInCESampled])
+def test_nan_logits_give_a_nan_loss(loss):
+    weight, hidden, labels, mask = scene()
+    negatives = {"negative_labels": torch.tensor([0, 4])} if "Sampled" in loss.__name__ else {}
+    result = with_logits(loss(), weight)(hidden * float("nan"), labels, target_padding_mask=mask, **negatives)
+    assert result.isnan()
