@@ -146,7 +146,7 @@ def test_user_ids_reach_the_similarity():
 def test_no_queries():
     assert MIPSBruteForceTopK(torch.randn(5, 3))(torch.zeros(0, 3), 2)[1].shape == (0, 2)
     similarity, _, items, _ = mol_case()
-    assert MoLNaiveTopK(similarity, items, 2)(torch.zeros(0, 5), 3)[1].shape == (0, 3)
+    assert MoLNaiveTopK(similarity, items, 2)(torch.zeros(0, 5).double(), 3)[1].shape == (0, 3)
 
 
 def test_methods_by_name():
