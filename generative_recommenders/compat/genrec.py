@@ -13,14 +13,18 @@ from torch import nn
 from ..evaluation.list_metrics import RecommendationMetrics
 from ..features import UserError
 from ..modeling.transformer import MultiHeadAttention, PositionalEncoding, TransformerEncoder
+from .genrec_losses import ContrastiveLoss, SequenceLoss, VQVAELoss
 
 __all__ = [
     "AttentionVisualization",
+    "ContrastiveLoss",
     "ModelUtils",
     "MultiHeadAttention",
     "PositionalEncoding",
     "RecommendationMetrics",
+    "SequenceLoss",
     "TransformerEncoder",
+    "VQVAELoss",
 ]
 
 logger = logging.getLogger(__name__)

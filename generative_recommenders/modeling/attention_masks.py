@@ -53,6 +53,20 @@ def hide_padded_keys(attention_mask: torch.Tensor, padding_mask: torch.Tensor) -
     return attention_mask + additive_mask(padding_mask, dtype=attention_mask.dtype)[:, None, None, :]
 
 
+def mask_for(x: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """The mask in the dtype that attention over ``x`` computes in (autocast's, where it is on).
+
+    In a dtype of smaller range -inf and float32's minimum both become that dtype's minimum: a row that is
+    closed altogether stays finite in every kernel.
+    """
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    lowest = torch.finfo(dtype).min
+    if lowest > torch.finfo(attention_mask.dtype).min:
+        attention_mask = attention_mask.clamp(min=lowest)
+    return attention_mask.to(dtype)
+
+
 class DefaultAttentionMask(nn.Module):
     """Causal mask over real keys, with an open diagonal so that padded queries see themselves.
 

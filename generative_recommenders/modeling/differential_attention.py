@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..features import UserError
-from .attention_masks import additive_mask, causal_mask, mask_per_head
+from .attention_masks import additive_mask, causal_mask, mask_for, mask_per_head
 from .feed_forward import FLOAT32_EPS, SwiGLU
 
 HEAD_NORM_EPS = 1e-5
@@ -92,7 +92,7 @@ class MultiHeadDifferentialAttention(nn.Module):
         Returns ``[B, N, D]``.
         """
         q1, k1, q2, k2, v = (x.transpose(-2, -3) for x in self.project(query, key, value))
-        mask = self._mask(attn_mask, query, key).to(q1.dtype)
+        mask = mask_for(q1, self._mask(attn_mask, query, key))
         first = F.scaled_dot_product_attention(q1, k1, v, mask)
         second = F.scaled_dot_product_attention(q2, k2, v, mask)
         return self.combine(first.transpose(-2, -3), second.transpose(-2, -3))

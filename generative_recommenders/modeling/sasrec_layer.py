@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..features import UserError
-from .attention_masks import hide_padded_keys, mask_per_head
+from .attention_masks import hide_padded_keys, mask_for, mask_per_head
 from .feed_forward import PointWiseFeedForward
 
 LAYER_NORM_EPS = 1e-8
@@ -68,9 +68,8 @@ class SasRecTransformerLayer(nn.Module):
         attention_mask: additive ``[B * H, N, N]`` or ``[B, H, N, N]``.
         """
         x = input_embeddings
-        mask = hide_padded_keys(
-            mask_per_head(attention_mask, x.shape[0], self.num_heads), padding_mask
-        ).flatten(0, 1)
+        per_head = mask_per_head(attention_mask, x.shape[0], self.num_heads)
+        mask = mask_for(x, hide_padded_keys(per_head, padding_mask).flatten(0, 1))
         layers = zip(
             self.attention_layers, self.attention_layernorms, self.forward_layers, self.forward_layernorms
         )

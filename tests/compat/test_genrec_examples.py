@@ -10,7 +10,14 @@ import pytest
 import torch
 from torch import nn
 
-from generative_recommenders.compat.genrec import AttentionVisualization, ModelUtils, TransformerEncoder
+from generative_recommenders.compat.genrec import (
+    AttentionVisualization,
+    ModelUtils,
+    RecommendationMetrics,
+    SequenceLoss,
+    TransformerEncoder,
+    VQVAELoss,
+)
 from generative_recommenders.features import UserError
 
 mpl.use("Agg")
@@ -31,9 +38,26 @@ def test_using_encoders() -> None:
     assert torch.allclose(encoded[1, :30], other_padding[1, :30], atol=1e-5)
 
 
-def test_computing_evaluation_metrics() -> None:
-    from generative_recommenders.compat.genrec import RecommendationMetrics
+def test_using_loss_functions() -> None:
+    x, x_recon = torch.randn(4, 8), torch.randn(4, 8, requires_grad=True)
+    commitment_loss, embedding_loss = torch.tensor(0.5), torch.tensor(0.25)
+    vqvae_loss = VQVAELoss(commitment_cost=0.25)
+    losses = vqvae_loss(x, x_recon, commitment_loss, embedding_loss)
+    total = (x - x_recon).square().mean() + 0.25 * 0.5 + 0.25
+    assert torch.allclose(losses["total_loss"], total)
 
+    logits, labels = torch.randn(3, 5, 1000, requires_grad=True), torch.randint(0, 1000, (3, 5))
+    labels[0, 3:] = -100
+    attention_mask = (labels != -100).long()
+    seq_loss = SequenceLoss(vocab_size=1000, label_smoothing=0.1)
+    losses = seq_loss(logits, labels, attention_mask)
+    expected = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), label_smoothing=0.1)
+    assert torch.allclose(losses["loss"], expected, rtol=1e-5)
+    correct = (logits.argmax(-1) == labels)[labels != -100].float().mean()
+    assert torch.allclose(losses["accuracy"], correct)
+
+
+def test_computing_evaluation_metrics() -> None:
     predictions = [[1, 2, 3, 4, 5], [6, 7, 8, 9, 10]]
     targets = [[1, 3, 5], [7, 9]]
     assert RecommendationMetrics.recall_at_k(predictions, targets, 5) == pytest.approx(1.0)

@@ -1,4 +1,4 @@
-"""The documented examples of RePlay's SasRec and TwoTower: import lines changed, undefined names filled in."""
+"""The documented examples of SasRec and TwoTower: import lines changed, undefined names filled in."""
 
 from __future__ import annotations
 

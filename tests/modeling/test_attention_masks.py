@@ -15,6 +15,7 @@ from generative_recommenders.modeling.attention_masks import (
     additive_mask,
     causal_mask,
     hide_padded_keys,
+    mask_for,
     mask_per_head,
 )
 
@@ -54,3 +55,15 @@ def test_hidden_keys_get_no_weight_and_lone_queries_stay_finite() -> None:
     assert torch.isfinite(weights).all()
     assert weights[0].tolist() == [1.0, 0.0, 0.0]
     assert (weights[1:, 0] == 0).all()
+
+
+def test_masks_stay_finite_in_a_smaller_dtype_and_exact_in_others() -> None:
+    closed = torch.tensor([0.0, torch.finfo(torch.float32).min, -torch.inf])
+    lowest = torch.finfo(torch.bfloat16).min
+    assert mask_for(torch.ones(1, dtype=torch.bfloat16), closed).tolist() == [0.0, lowest, lowest]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert mask_for(torch.ones(1), closed).tolist() == [0.0, lowest, lowest]
+    assert torch.equal(mask_for(torch.ones(1), closed), closed)
+    wide = mask_for(torch.ones(1, dtype=torch.float64), closed)
+    assert wide.dtype == torch.float64
+    assert torch.equal(wide, closed.double())

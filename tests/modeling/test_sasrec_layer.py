@@ -63,6 +63,20 @@ def test_gradients_stay_finite_with_a_row_without_events(training: bool) -> None
     assert torch.isfinite(x.grad).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("training", [True, False])
+def test_other_dtypes_agree_at_real_positions(dtype: torch.dtype, training: bool) -> None:
+    layer = SasRecTransformerLayer(8, 2, 2, 0.0).train(training)
+    real = torch.tensor([[False, False, False, True], [True, True, True, True]])
+    mask = DefaultAttentionMask("a", 2).train(training)({"a": real}, real)
+    x = torch.randn(2, 4, 8)
+    expected = layer({}, x, real, mask)[real]
+    out = layer.to(dtype)({}, x.to(dtype), real, mask)
+    assert out.dtype == dtype and torch.isfinite(out).all()
+    tolerance = 1e-5 if dtype == torch.float64 else 0.2
+    assert (out[real].float() - expected).abs().max() < tolerance
+
+
 def test_head_count_that_does_not_divide_is_refused() -> None:
     with pytest.raises(UserError, match="not divisible"):
         SasRecTransformerLayer(8, 3, 1, 0.0)
