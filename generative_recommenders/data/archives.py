@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import lzma
+import re
 import shutil
 import tarfile
 import tempfile
@@ -20,6 +21,7 @@ from generative_recommenders.features import UserError
 
 BLOCK_BYTES = 1 << 20
 _BROKEN = (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, ValueError)
+_FOREIGN = re.compile(r"^[A-Za-z]:|[\\\0]")
 _TOO_LARGE = "unpacks to more than its size allows (a zip bomb?); not unpacked"
 _TAR_OPENERS: tuple[tuple[str, Callable[..., Any]], ...] = (
     ("r:", open),
@@ -113,7 +115,7 @@ def _unpack(archive: Path, folder: Path, wanted: Callable[[str], bool], limits: 
 
 def _safe_base_name(archive: Path, member: _Member) -> str:
     path = PurePosixPath(member.name)
-    unsafe = path.is_absolute() or ".." in path.parts or set("\\:\0") & set(member.name) or not path.name
+    unsafe = path.is_absolute() or ".." in path.parts or _FOREIGN.search(member.name) or not path.name
     if unsafe and not (member.is_folder and not path.parts):
         raise UserError(f"{archive}: member {member.name!r} would leave the folder; not unpacked")
     if not member.is_folder and not member.is_plain:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal
+from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
@@ -71,12 +72,12 @@ def fetch(
     part = folder / f"{remote.file_name}.part"
     if remote.checksum is None:
         part.unlink(missing_ok=True)
-    faults = []
+    hosts_of: dict[str, dict[str, None]] = {}
     for url in remote.urls:
         try:
             _from_mirror(remote, url, part, progress, timeout)
         except _BrokenTransferError as fault:
-            faults.append(f"{url}: {fault}")
+            hosts_of.setdefault(str(fault), {})[urlsplit(url).netloc] = None
             if remote.checksum is None:
                 part.unlink(missing_ok=True)
             continue
@@ -84,9 +85,10 @@ def fetch(
             raise UserError(f"cannot write {part}: {fault.strerror or fault}") from None
         part.replace(target)
         return target
+    faults = "; ".join(f"{', '.join(hosts)}: {fault}" for fault, hosts in hosts_of.items())
     there = f", and {target} is not the published file" if target.exists() else ""
     raise UserError(
-        f"cannot download {remote.file_name} ({'; '.join(faults)}){there}: download {remote.urls[0]} by hand "
+        f"cannot download {remote.file_name} ({faults}){there}: download {remote.urls[0]} by hand "
         f"and put it at {target}, or pass --raw_path=FILE"
     )
 

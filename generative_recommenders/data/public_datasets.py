@@ -156,7 +156,7 @@ def resolve(
     result_name: name of the prepared data set, `name` if None.
 
     Raises:
-        UserError: unknown name, missing file, unsafe or damaged archive, no network.
+        UserError: unknown name, missing or unreadable file, unsafe or damaged archive, no network, no place.
     """
     if name not in _SOURCES:
         raise UserError(f"unknown dataset {name!r}: known are {', '.join(known_datasets())}")
@@ -169,9 +169,11 @@ def resolve(
     if result_name is not None and not re.fullmatch(r"\w[\w.+-]*", result_name):
         raise UserError(f"--name={result_name!r} must consist of letters, digits and . _ + -")
     folder = data_root / "raw" / name
-    raw = _SOURCES[name](
-        Request(name, folder, raw_path, columns, synthetic or SyntheticBooksSettings(), progress)
-    )
+    request = Request(name, folder, raw_path, columns, synthetic or SyntheticBooksSettings(), progress)
+    try:
+        raw = _SOURCES[name](request)
+    except OSError as fault:
+        raise UserError(f"{fault.filename or folder}: {fault.strerror or fault}") from None
     if k_core is not None:
         raw = dataclasses.replace(raw, filter=f"k_core:{k_core}", expected_items=None, expected_users=None)
     return dataclasses.replace(raw, name=result_name or name)

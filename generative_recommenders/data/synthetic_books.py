@@ -49,6 +49,8 @@ class SyntheticBooksSettings:
     predictability: probability in [0, 1] that a step goes on with one of the reader's two threads.
     interleaving: probability in [0, 1] that such a step goes on with the older of the two.
     min_length, mean_length: ratings a reader; heavy-tailed, at most `MAX_LENGTH`.
+
+    The size of the real Amazon Books: 8_026_324 users, 2_330_066 items, min_length 1, mean_length 2.75.
     """
 
     num_users: int = 6_050

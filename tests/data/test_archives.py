@@ -145,7 +145,7 @@ def test_an_encrypted_member_is_said(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a.zip", "a.tar", "a.tar.gz"])
 def test_damage_never_escapes_as_another_error(tmp_path: Path, name: str) -> None:
-    """Flipped, cut and inserted bytes: either the archive is still good or one clear line says that it is not."""
+    """Cut and overwritten bytes: either the archive is still good or one clear line says that it is not."""
     rng = random.Random(5)
     members = {"ratings.csv": rng.randbytes(300), "movies.csv": b"1,a\n" * 50}
     path = tmp_path / name

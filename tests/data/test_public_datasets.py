@@ -231,6 +231,13 @@ def test_synthetic_books(tmp_path: Path) -> None:
     assert raw.source["settings"]["seed"] == 3
 
 
+@pytest.mark.parametrize("name", ["synthetic-books", "ml-1m"])
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / "data").write_text("a file where a folder should be")
+    with pytest.raises(UserError, match=str(tmp_path / "data")):
+        _resolve(name, tmp_path, None)
+
+
 @pytest.mark.parametrize("name, options, message", [
     ("csv", {}, "needs --raw_path"),
     ("sasrec-text", {}, "needs --raw_path"),
