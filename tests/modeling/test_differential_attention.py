@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from golden_parity import assert_gradients, assert_near, load_golden, load_parameters
 
 from generative_recommenders.features import UserError
+from generative_recommenders.modeling.attention import softmax_attention
 from generative_recommenders.modeling.attention_masks import additive_mask, causal_mask
 from generative_recommenders.modeling.differential_attention import (
     DiffTransformerBlock,
@@ -17,6 +18,7 @@ from generative_recommenders.modeling.differential_attention import (
     MultiHeadDifferentialAttention,
     lambda_init_of_block,
 )
+from generative_recommenders.modeling.layout import jagged_layout
 
 
 def _causal(batch: int, heads: int, length: int) -> torch.Tensor:
@@ -102,13 +104,13 @@ def test_pre_norm_is_the_papers_block() -> None:
 
 def test_project_and_combine_carry_jagged_tokens() -> None:
     module = MultiHeadDifferentialAttention(8, 2, 0.2, vdim=16)
-    x = torch.randn(1, 5, 8)
-    heads = module.project(x[0], x[0], x[0])
-    attend = lambda q, k: torch.nn.functional.scaled_dot_product_attention(  # noqa: E731
-        q.transpose(0, 1), k.transpose(0, 1), heads.v.transpose(0, 1), is_causal=True
-    ).transpose(0, 1)
-    out = module.combine(attend(heads.q1, heads.k1), attend(heads.q2, heads.k2))
-    assert torch.allclose(out, module(x, x, x)[0], atol=1e-6)
+    lengths = torch.tensor([5, 0, 2])
+    layout = jagged_layout(lengths, 5)
+    x = torch.randn(3, 5, 8)
+    heads = module.project(*[layout.flatten(x)] * 3)
+    first = softmax_attention(heads.q1, heads.k1, heads.v, layout)
+    second = softmax_attention(heads.q2, heads.k2, heads.v, layout)
+    assert torch.allclose(module.combine(first, second), layout.flatten(module(x, x, x)), atol=1e-6)
 
 
 def test_lambda_init_follows_the_block() -> None:

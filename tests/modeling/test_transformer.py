@@ -8,11 +8,12 @@ import torch
 from torch import nn
 
 from generative_recommenders.features import UserError
+from generative_recommenders.modeling.attention import softmax_attention
+from generative_recommenders.modeling.layout import Visibility, jagged_layout
 from generative_recommenders.modeling.transformer import (
     MultiHeadAttention,
     PositionalEncoding,
     TransformerEncoder,
-    fused_attention,
 )
 
 
@@ -103,16 +104,20 @@ def test_embeddings_can_be_given() -> None:
     assert torch.equal(encoder.encode_embeddings(encoder.embedding(ids)), encoder(ids))
 
 
-def test_a_block_takes_the_attention_of_its_layout() -> None:
-    block = TransformerEncoder(10, 8, 2, 1, 8).eval().transformer[0]
-    x = torch.randn(2, 4, 8)
-    whole = partial(fused_attention, mask=None, dropout=0.0)
-
-    def row_by_row(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        rows = [whole(*(t.view(2, 4, 2, 4)[i : i + 1] for t in (q, k, v))) for i in range(2)]
-        return torch.cat(rows).flatten(0, 1)
-
-    assert torch.allclose(block(x, whole).flatten(0, 1), block(x.flatten(0, 1), row_by_row), atol=1e-6)
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_block_takes_the_attention_of_its_layout(causal: bool) -> None:
+    encoder = TransformerEncoder(10, 8, 2, 1, 8, causal=causal).eval()
+    ids, lengths = torch.randint(0, 10, (3, 5)), torch.tensor([5, 2, 3])
+    layout = jagged_layout(lengths, 5)
+    if not causal:
+        tokens = layout.positions
+        layout = layout.with_visibility(
+            Visibility(key=torch.zeros_like(tokens), query=torch.zeros_like(tokens))
+        )
+    x = layout.flatten(encoder.pos_encoding(encoder.embedding(ids)))
+    out = encoder.transformer[0](x, partial(softmax_attention, layout=layout))
+    real = torch.arange(5) < lengths[:, None]
+    assert torch.allclose(out, encoder(ids, real)[real], atol=1e-6)
 
 
 def test_dropout_acts_in_training_only() -> None:
