@@ -18,7 +18,7 @@ from .attention_masks import additive_mask, causal_mask, mask_for, mask_per_head
 from .feed_forward import FLOAT32_EPS, SwiGLU
 
 HEAD_NORM_EPS = 1e-5
-_LAMBDA_STD = 0.1  # of the lambda vectors at the start, as in arXiv 2410.05258, appendix A
+_LAMBDA_STD = 0.1  # of the lambda vectors at the start, as in the public code of the paper's authors
 
 
 class DifferentialHeads(NamedTuple):
@@ -37,11 +37,11 @@ def lambda_init_of_block(block: int) -> float:
 
 
 class MultiHeadDifferentialAttention(nn.Module):
-    """(softmax(q1 k1ᵀ / sqrt(dq)) - lambda softmax(q2 k2ᵀ / sqrt(dq))) v per head (arXiv 2410.05258, eq. 1 to
-    3).
+    """(softmax(q1 k1ᵀ / sqrt(dq)) - lambda softmax(q2 k2ᵀ / sqrt(dq))) v per head (arXiv 2410.05258).
 
-    lambda = exp(lq1·lk1) - exp(lq2·lk2) + lambda_init per head. Each head's output is RMS-normed, scaled by a
-    weight that the heads share and by (1 - lambda_init); the heads are concatenated and projected back to D.
+    Equations 1 to 3: lambda = exp(lq1·lk1) - exp(lq2·lk2) + lambda_init per head. Each head's output is
+    RMS-normed, scaled by a weight that the heads share and by (1 - lambda_init); the heads are concatenated
+    and projected back to D.
 
     embedding_dim: width D; must be divisible by num_heads.
     lambda_init: the constant part of lambda.
