@@ -85,7 +85,7 @@ class ContrastiveLoss(nn.Module):
 
     ``-ln softmax`` of ``(cos(a, p) - margin) / temperature`` among itself and the ``cos(a, n_k) /
     temperature``: the positive must lead by the margin before the loss falls (additive margin softmax, arXiv
-    1801.05599, equation 6). margin 0 is InfoNCE without a margin, which is what genrec computes whatever its
+    1801.05599). margin 0 is InfoNCE without a margin, which is what genrec computes whatever its
     margin says.
 
     temperature: divisor of the similarities. margin: lead in cosine.

@@ -10,7 +10,7 @@ Forward takes ``model_embeddings [B, L, D]``, ``positive_labels [B, L, P]`` int6
 counts. The result is a scalar; no target at all is a ``UserError``. A masked label adds no term, and still is
 no negative of its position.
 
-``ignore_index`` and ``padding_idx`` name labels that never count. Of the arguments of
+``ignore_index`` and ``padding_idx`` name labels that are no labels at all. Of the arguments of
 ``torch.nn.CrossEntropyLoss`` those that mean
 something here are accepted: ``label_smoothing``, ``reduction`` ("mean", "sum"), and for CE ``weight``. Where
     we differ on purpose: label smoothing of a sampled loss spreads over the negatives that are kept (there it
@@ -52,7 +52,7 @@ class _Positions(NamedTuple):
 
     chosen: Tensor  # [B, L] bool
     hidden: Tensor  # [M, D]
-    labels: Tensor  # [M, P]
+    labels: Tensor  # [M, P], -1 where ignored
     counts: Tensor  # [M, P] bool
 
 
@@ -89,7 +89,7 @@ class _ReplayLoss(nn.Module):
         chosen = counts.any(-1)
         if not chosen.any():
             raise UserError(f"{type(self).__name__}: every target is masked, there is nothing to learn from")
-        return _Positions(chosen, hidden[chosen], labels[chosen], counts[chosen])
+        return _Positions(chosen, hidden[chosen], labels.masked_fill(ignored, -1)[chosen], counts[chosen])
 
     def _reduced(self, output: LossOutput) -> Tensor:
         return output.sum if self.reduction == "sum" else output.mean()

@@ -169,6 +169,18 @@ def test_labels_named_as_padding_never_count(loss, name):
     assert_near(actual, expected, 1e-6)
 
 
+@pytest.mark.parametrize("loss", [BCE, BCESampled, CESampled, LogInCESampled])
+def test_an_ignored_label_beside_others_is_no_label(loss):
+    weight, hidden, labels, mask = scene()
+    labels = labels.clamp(min=1)
+    beside = torch.cat([labels, torch.zeros_like(labels)], -1)
+    negatives = {"negative_labels": torch.tensor([0, 4])} if "Sampled" in loss.__name__ else {}
+    wide = with_logits(loss(padding_idx=0), weight)
+    actual = wide(hidden, beside, target_padding_mask=mask.repeat(1, 1, 2), **negatives)
+    expected = with_logits(loss(), weight)(hidden, labels, target_padding_mask=mask, **negatives)
+    assert_near(actual, expected, 1e-6)
+
+
 def test_weighted_ce_weighs_samples():
     weight, hidden, labels, mask = scene()
     sample_weights = torch.rand(2, 3)

@@ -8,15 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from golden_parity import assert_gradients, assert_near, load_golden
 
 from generative_recommenders.features import UserError
+from generative_recommenders.objectives.catalogue_blocks import Blocks
 from generative_recommenders.objectives.catalogue_losses import (
     BCE,
     CATALOGUE_LOSSES,
     CE,
+    MEMORY_BYTES,
     CatalogueLoss,
     CEWeighted,
     LogInCE,
@@ -104,6 +107,37 @@ def test_gradients_are_right(name):
     assert_near((ahead - behind) * 1e5, predicted * 1e5, 1e-4)
     logits = (hidden @ weight.t()).detach().requires_grad_()
     assert torch.autograd.gradcheck(lambda x: loss.from_logits(x, labels, weights).sum, (logits,))
+
+
+class LargestResult(TorchDispatchMode):
+    """Elements of the largest tensor that any operation returned."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("tokens", [64, 10], ids=["kept", "computed twice"])
+@pytest.mark.parametrize("name", FAMILY)
+def test_no_tensor_is_larger_than_the_bound(name, tokens):
+    hidden, weight, labels, weights = drawn(14, tokens=300, items=9001, dtype=torch.float32)
+    with LargestResult() as largest:
+        output = FAMILY[name](memory_bytes=4 * 9001 * tokens)(hidden, weight, labels, weights)
+        output.sum.backward()
+    assert 9001 * 5 <= largest.elements <= 9001 * tokens
+    assert weight.grad.abs().sum() > 0
+
+
+def test_the_default_bound_holds_at_full_size():
+    for tokens, items in ((14_000, 700_000), (14_000, 10_000_000), (100, 3_700), (1, 50_000_000)):
+        blocks = Blocks.plan(torch.empty(tokens, 1), items, MEMORY_BYTES)
+        assert 4 * blocks.elements <= MEMORY_BYTES
+        assert blocks.tokens >= min(tokens, 32)
 
 
 def test_ce_is_torch_cross_entropy():
