@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from ..evaluation.collectives import Collectives
+from ..features import UserError
 
 
 class ProcessGroup(Collectives):
@@ -70,6 +72,37 @@ def process_device(device_type: str | None = None) -> torch.device:
     if (device_type or ("cuda" if torch.cuda.is_available() else "cpu")) == "cpu":
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def join_group(
+    rank: int,
+    world_size: int,
+    neighbours: int,
+    device_type: str | None,
+    timeout: timedelta,
+    store: dist.Store | None = None,
+) -> None:
+    """Makes this process a member of the default group: NCCL where it computes on a GPU, gloo on a CPU.
+
+    neighbours: processes that share this host's CPU cores. store: where the members meet; None: at
+    MASTER_ADDR and MASTER_PORT. Raises UserError where the others cannot be met.
+    """
+    device = process_device(device_type)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    elif neighbours > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, _available_cores() // neighbours))
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    try:
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    except dist.DistError as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        reason = str(error).splitlines()[0]
+        raise UserError(f"cannot meet the other {world_size - 1} processes at {where}: {reason}") from error
+
+
+def _available_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:

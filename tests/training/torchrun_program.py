@@ -1,0 +1,22 @@
+"""What the tests run under torchrun. Arguments: a folder to write to, and the rank that is to fail."""
+
+import sys
+import time
+from pathlib import Path
+
+from generative_recommenders.training.distributed import process_collectives
+from generative_recommenders.training.launch import launch
+
+
+def work(rank: int, world_size: int, folder: str, failing: int) -> int:
+    group = process_collectives("cpu")
+    (Path(folder) / str(rank)).write_text(str(group.sum_scalar(rank + 1)))
+    if failing >= 0:
+        if rank == failing:
+            raise ValueError("the fault of this rank")
+        time.sleep(600)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(launch(work, (sys.argv[1], int(sys.argv[2])), device_type="cpu"))
