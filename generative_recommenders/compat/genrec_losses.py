@@ -1,8 +1,7 @@
 """genrec's losses under their documented names, arguments and defaults.
 
 Where we differ on purpose: ``SequenceLoss`` reads its attention mask (documented there, and unused),
-    ``ContrastiveLoss`` its margin (likewise), and a batch without any target is a ``UserError`` where it was
-    NaN.
+``ContrastiveLoss`` its margin (likewise), and a batch without any target is a ``UserError`` where it was NaN.
 """
 
 from __future__ import annotations
@@ -47,8 +46,7 @@ class VQVAELoss(nn.Module):
 
 
 class SequenceLoss(nn.Module):
-    """Cross-entropy of a sequence model over its vocabulary, mean over the positions that count; and its
-    accuracy.
+    """Cross-entropy and accuracy of a sequence model, mean over the positions that count.
 
     vocab_size: V. ignore_index: label that does not count.
     label_smoothing: share of the target spread evenly over the vocabulary.
@@ -83,10 +81,9 @@ class SequenceLoss(nn.Module):
 class ContrastiveLoss(nn.Module):
     """InfoNCE of an anchor, its positive and its negatives over cosine similarities, mean over anchors.
 
-    ``-ln softmax`` of ``(cos(a, p) - margin) / temperature`` among itself and the ``cos(a, n_k) /
-    temperature``: the positive must lead by the margin before the loss falls (additive margin softmax, arXiv
-    1801.05599). margin 0 is InfoNCE without a margin, which is what genrec computes whatever its
-    margin says.
+    ``-ln softmax`` of ``(cos(a, p) - margin) / temperature`` among itself and all ``cos(a, n_k) /
+    temperature``: the positive must lead by the margin (additive margin softmax, arXiv 1801.05599). margin 0
+    is plain InfoNCE, which is what genrec computes whatever its margin.
 
     temperature: divisor of the similarities. margin: lead in cosine.
     """

@@ -11,10 +11,10 @@ counts. The result is a scalar; no target at all is a ``UserError``. A masked la
 no negative of its position.
 
 ``ignore_index`` and ``padding_idx`` name labels that are no labels at all. Of the arguments of
-``torch.nn.CrossEntropyLoss`` those that mean
-something here are accepted: ``label_smoothing``, ``reduction`` ("mean", "sum"), and for CE ``weight``. Where
-    we differ on purpose: label smoothing of a sampled loss spreads over the negatives that are kept (there it
-    is infinite as soon as one is masked), and BCE leaves the caller's mask as it was.
+``torch.nn.CrossEntropyLoss`` those that mean something here are accepted: ``label_smoothing``, ``reduction``
+("mean", "sum"), and for CE ``weight``. Where we differ on purpose: label smoothing of a sampled loss spreads
+over the negatives that are kept (there it is infinite as soon as one is masked), and BCE leaves the caller's
+mask as it was.
 """
 
 from __future__ import annotations
@@ -193,8 +193,7 @@ class CEWeighted(CE):
 
 
 class LogInCE(_CatalogueLoss):
-    """``-ln(S+ / (S+ + S-))`` over all items, the sum over positives inside the logarithm, mean over
-    positions.
+    """``-ln(S+ / (S+ + S-))`` over all items, positives summed inside the logarithm, mean over positions.
 
     cardinality: items of the catalogue, padding not counted.
     log_epsilon: added inside the logarithm. clamp_border: bound of the logarithm.
@@ -311,8 +310,7 @@ class BCESampled(_SampledLoss):
 
 
 class CESampled(_SampledLoss):
-    """Softmax cross-entropy of a positive among itself and its negatives, mean over (position, positive)
-    pairs.
+    """Softmax cross-entropy of a positive among itself and its negatives, mean over positives.
 
     negative_labels_ignore_index: a negative that does not count.
     kwargs: of ``torch.nn.CrossEntropyLoss``, see the module.

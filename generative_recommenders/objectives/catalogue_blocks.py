@@ -36,15 +36,11 @@ class Statistic(NamedTuple):
     """A row statistic: its value over a tile, its total over tiles, and its derivative by the logits."""
 
     tile: Callable[[Tensor], tuple[Tensor, Tensor]]
-    """On logits ``[t, v]``, overwritten by the derivative up to a factor a row -> (value ``[t]``, log scale
-    ``[t]``).
-    """
+    """Logits ``[t, v]`` -> (value, log scale), ``[t]``; leaves the derivative up to a factor a row behind."""
     total: Callable[[Tensor], Tensor]
     """Values ``[tiles, t]`` -> statistic ``[t]``."""
     factors: Callable[[Tensor, Tensor], Tensor]
-    """(log scales ``[tiles, t]``, statistic ``[t]``) -> the factors of the overwritten tiles, ``[tiles,
-    t]``.
-    """
+    """(log scales ``[tiles, t]``, statistic ``[t]``) -> factors of the overwritten tiles ``[tiles, t]``."""
 
 
 def _exp_tile(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,9 +75,7 @@ class Blocks(NamedTuple):
 
     @classmethod
     def plan(cls, hidden: Tensor, num_items: int, memory_bytes: int) -> Blocks:
-        """The largest blocks within ``memory_bytes``, or one tile of memory where too few tokens would
-        fit.
-        """
+        """The largest blocks within ``memory_bytes``; one tile of memory where too few tokens would fit."""
         most, tile = (256, 4096) if hidden.device.type == "cpu" else (8192, 65536)
         most, tile = min(most, len(hidden)), min(tile, num_items)
         fitting = memory_bytes // (num_items * hidden.element_size())

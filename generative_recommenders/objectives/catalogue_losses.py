@@ -7,8 +7,7 @@ give a NaN loss. Gradients can be taken once, second derivatives not. Temperatur
 ``hidden`` and ``item_weight`` by the caller.
 
 ``positives`` are rows of ``item_weight``, -1 = none. A label of weight 0 adds no term, and yet is no negative
-of its
-position: RePlay's reading of a partly masked position. Give -1 to drop a label entirely.
+of its position: RePlay's reading of a partly masked position. Give -1 to drop a label entirely.
 """
 
 from __future__ import annotations
@@ -115,8 +114,7 @@ class CatalogueLoss(nn.Module, ABC):
 
 
 class CE(CatalogueLoss):
-    """Softmax cross-entropy over the catalogue: ``w (ln sum_v exp(x_v) - x_p)`` for each (position, positive)
-    pair.
+    """Softmax cross-entropy over the catalogue: ``w (ln sum_v exp(x_v) - x_p)`` for each positive p.
 
     ``weight`` is the sum of the weights. With several positives, each pair is a term of its own and the other
     positives stay in the denominator. ``CEWeighted`` is the same class: its sample weights are ``weights``.
@@ -143,8 +141,7 @@ CEWeighted = CE
 
 
 class BCE(CatalogueLoss):
-    """Binary cross-entropy against all items: ``sum_v softplus(x_v) - sum of x over the position's distinct
-    labels``.
+    """Binary cross-entropy against all items: ``sum_v softplus(x_v) - sum of x over the distinct labels``.
 
     ``weight`` counts positions: a position weighs as much as its heaviest positive, and its labels are
     targets of 1 whatever their own weight, as in RePlay.
@@ -186,8 +183,7 @@ class LogInCE(CatalogueLoss):
 
 
 class LogOutCE(CatalogueLoss):
-    """``-ln(exp(x_p) / (exp(x_p) + S-))`` for each (position, positive) pair, the sum over positives outside
-    the logarithm.
+    """``-ln(exp(x_p) / (exp(x_p) + S-))`` for each positive p, summed outside the logarithm.
 
     S- is the sum of exp(x) over all items that are no label of the position. ``weight`` is the sum of the
     weights.

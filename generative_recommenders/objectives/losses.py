@@ -7,9 +7,8 @@ loss; entries that do not count (weight 0, mask False) never touch the sum.
 
 Two names, one formula:
 
-* ``SampledSoftmaxLoss`` = ``CESampled`` = ``LogOutCESampled``: one softmax for each (position, positive)
-  pair.
-* ``BCELoss`` is the BCE of the HSTU programme (means), ``BCESampled`` RePlay's (sums); ``GBCELoss`` has its
+* ``SampledSoftmaxLoss`` = ``CESampled`` = ``LogOutCESampled``: one softmax for each positive.
+* ``BCELoss`` is the BCE of the HSTU program (means), ``BCESampled`` RePlay's (sums); ``GBCELoss`` has its
   own weighting.
 """
 
@@ -94,15 +93,13 @@ class SampledLoss(nn.Module, ABC):
 
 
 class SampledSoftmaxLoss(SampledLoss):
-    """``-ln softmax`` of a positive among itself and the negatives that count, summed over (position,
-    positive) pairs.
+    """``-ln softmax`` of each positive among itself and the negatives that count.
 
-    Sampled cross-entropy; RePlay's ``CESampled``; the loss of the HSTU programme (arXiv 2402.17152), which
+    Sampled cross-entropy; RePlay's ``CESampled``; the loss of the HSTU program (arXiv 2402.17152), which
     sets the score of a collision to -50,000 where this one leaves it out. Other positives of a position are
     not in the denominator. ``weight`` is the sum of the positive weights.
 
-    label_smoothing: share of the target spread evenly over the positive and the negatives that count, in [0,
-        1).
+    label_smoothing: share in [0, 1) of the target spread evenly over the positive and those negatives.
     """
 
     def __init__(self, label_smoothing: float = 0.0) -> None:
@@ -132,7 +129,7 @@ LogOutCESampled = SampledSoftmaxLoss
 
 
 class BCELoss(SampledLoss):
-    """Binary cross-entropy of the HSTU programme: half from the positive, half from the negatives.
+    """Binary cross-entropy of the HSTU program: half from the positive, half from the negatives.
 
     ``w * (softplus(-s+) + mean_k softplus(s-_k)) / 2`` over the negatives that count; a row whose negatives
     all collided is removed, with its weight. The published form has one negative, and a collision removes the
@@ -154,12 +151,10 @@ class BCELoss(SampledLoss):
 
 
 class BCELossWithRatings(SampledLoss):
-    """Binary cross-entropy of the positive's score against its rating; negatives are not used (the HSTU
-    programme's).
+    """Binary cross-entropy of the positive's score against its rating (the HSTU program's); no negatives.
 
-    The published class takes the rating itself as the target, which is a probability only for ratings in [0,
-    1]. Here the target is ``rating >= threshold`` (ratings of 1 to 5), or the rating itself with
-    ``threshold=None``.
+    The published class takes the rating itself as the target, which suits ratings in [0, 1] only. Here the
+    target is ``rating >= threshold`` (ratings of 1 to 5), or the rating itself with ``threshold=None``.
 
     threshold: lowest liked rating, in the data's units.
     """
@@ -230,8 +225,7 @@ class GBCELoss(SampledLoss):
 
     ``-(ln sigma(s+)^beta + sum_k ln(1 - sigma(s-_k))) / (1 + K)`` over the K negatives that count, where
     ``beta = alpha (t (1 - 1/alpha) + 1/alpha)`` and ``alpha = R / (V - 1)`` is the sampling rate of the R
-    drawn negatives. t = 0 is plain BCE (beta 1), t = 1 undoes the overconfidence of sampling entirely (beta =
-    alpha).
+    drawn negatives. t = 0 is plain BCE (beta 1); t = 1 undoes the overconfidence of sampling (beta = alpha).
 
     num_items: V, items of the catalogue.
     calibration: t, in [0, 1].
@@ -266,8 +260,7 @@ class GBCELoss(SampledLoss):
 
 
 class LogInCESampled(SampledLoss):
-    """``-ln(S+ / (S+ + S-))`` a position, the sum over its positives inside the logarithm (RePlay's; arXiv
-    2205.04507).
+    """``-ln(S+ / (S+ + S-))`` a position: positives are summed inside the logarithm (arXiv 2205.04507).
 
     S+ is the sum of exp(s) over the positives of non-zero weight, S- over the negatives that count, repeats
     counted. A position weighs as much as its heaviest positive.
