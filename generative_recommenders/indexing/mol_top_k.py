@@ -1,4 +1,4 @@
-"""Top-k by mixture of logits: exact, and the approximate searches of arXiv 2407.15462 (section 3).
+"""Top-k by mixture of logits: exact, and the approximate searches of arXiv 2407.15462.
 
 The approximate ones find candidates by plain dot products of components and score those alone by the mixture.
 They keep the components of all items (``V * (Pi * d + E)`` floats). The similarity should be in evaluation

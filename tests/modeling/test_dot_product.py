@@ -51,3 +51,11 @@ def test_is_a_similarity_without_auxiliary_losses():
     similarity = DotProductSimilarity()
     assert isinstance(similarity, Similarity)
     assert similarity.auxiliary_loss_names == frozenset()
+
+
+def test_rows_of_a_table():
+    queries, items, rows = torch.randn(4, 3), torch.randn(6, 3), torch.randint(0, 6, (4, 5))
+    scores, _ = DotProductSimilarity().score_rows(queries, items, rows)
+    torch.testing.assert_close(scores, (queries @ items.T).gather(1, rows))
+    single, _ = DotProductSimilarity().score_rows(queries[:1], items, rows[:1])
+    torch.testing.assert_close(single, scores[:1])

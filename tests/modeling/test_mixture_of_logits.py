@@ -190,6 +190,18 @@ def test_blocks_change_neither_scores_nor_losses_nor_gradients(monkeypatch, shar
         torch.testing.assert_close(other, results[0], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("block_floats, recomputed", [(2**24, 0), (900, 1)])
+def test_many_pairs_are_computed_again_in_the_backward_pass(monkeypatch, block_floats, recomputed):
+    monkeypatch.setattr(mixture_of_logits, "_BLOCK_FLOATS", block_floats)
+    model, calls = small_model(), []
+    model.cross_gate.register_forward_hook(lambda *_: calls.append(1))
+    scores, _ = model(torch.randn(7, 6), torch.randn(7, 9, 5))
+    blocks = len(calls)
+    scores.sum().backward()
+    assert (blocks > 1) == bool(recomputed)
+    assert len(calls) == blocks * (1 + recomputed)
+
+
 def test_dropout_inside_blocks_is_drawn_once(monkeypatch):
     monkeypatch.setattr(mixture_of_logits, "_BLOCK_FLOATS", 600)
     model = small_model(softmax_dropout_rate=0.5, gating_qi_dropout_rate=0.3, item_dropout_rate=0.3).double()
@@ -213,6 +225,22 @@ def test_components_made_before_give_the_same_scores(monkeypatch):
     rows = torch.randint(0, 8, (6, 4))
     monkeypatch.setattr(mixture_of_logits, "_BLOCK_FLOATS", 500)
     torch.testing.assert_close(model.score_components(query, parts, rows)[0], scores.gather(1, rows))
+
+
+def test_rows_of_a_table_equal_gathered_items():
+    model = small_model(uid_embedding_hash_sizes=(4,), uid_dropout_rate=0.0).train()
+    queries, rows, users = torch.randn(6, 6), torch.randint(0, 8, (6, 4)), torch.arange(6)
+    table = torch.randn(8, 5, requires_grad=True)
+    results = []
+    for call in (
+        lambda: model.score(queries, table[rows], users),
+        lambda: model.score_rows(queries, table, rows, users),
+    ):
+        table.grad = None
+        scores, losses = call()
+        (scores.square().sum() + sum(losses.values())).backward()
+        results.append([scores.detach(), losses, table.grad])
+    torch.testing.assert_close(results[0], results[1], atol=1e-4, rtol=1e-4)
 
 
 def test_nonlinearity_names_act_and_are_said_once(caplog):

@@ -34,6 +34,18 @@ class DotProductSimilarity(torch.nn.Module):
         grouped = queries.view(groups, len(queries) // groups, queries.shape[1])
         return torch.bmm(grouped, items.transpose(1, 2)).reshape(len(queries), items.shape[1]), {}
 
+    def score_rows(
+        self,
+        queries: torch.Tensor,
+        items: torch.Tensor,
+        rows: torch.Tensor,
+        user_ids: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, AuxiliaryLosses]:
+        """``[n, R]`` products of queries ``[n, D]`` with ``items[rows]``; items ``[U, D]``, rows ``[n, R]``
+        int64.
+        """
+        return self.score(queries, items[rows])
+
     def forward(
         self, queries: torch.Tensor, items: torch.Tensor, user_ids: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, AuxiliaryLosses]:

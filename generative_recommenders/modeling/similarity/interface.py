@@ -27,3 +27,17 @@ class Similarity(Protocol):
 
         Returns ``[n, R]`` and the auxiliary losses, scalars by name (empty outside training mode).
         """
+
+    def score_rows(
+        self,
+        queries: torch.Tensor,
+        items: torch.Tensor,
+        rows: torch.Tensor,
+        user_ids: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, AuxiliaryLosses]:
+        """Scores of each query's own items, ``items[rows[i]]`` for query i.
+
+        items: ``[U, D']``. rows: ``[n, R]`` int64. What depends on an item alone is computed once for each of
+            the U.
+        Returns as `score`.
+        """
