@@ -83,6 +83,26 @@ def read_blocks(
                 return
 
 
+@dataclass(frozen=True)
+class Layout:
+    """A file's roles, its header line (or None), and whether it begins with a byte-order mark."""
+
+    roles: Roles
+    header: str | None
+    has_bom: bool
+
+
+def layout_of(path: Path, layout: ReaderFormat) -> Layout:
+    """What line 1 says about the file; UserError if it is empty or does not fit ``layout``."""
+    block = next(_without_blank_start(read_blocks(path, block_bytes=MAX_LINE_BYTES)), None)
+    if block is None:
+        raise UserError(f"{path}: the file is empty: it holds no rating")
+    body, roles = _take_header(path, block, layout)
+    header = None if body.first_line == block.first_line else _first_line(path, block)
+    with _open_bytes(path) as stream:
+        return Layout(roles, header, stream.read(len(_BOM)) == _BOM)
+
+
 def sniff(path: Path, columns: tuple[str, ...] | None) -> ReaderFormat:
     """Delimiter, header and roles from line 1 (see ``ratings_table.sniff_format``)."""
     block = next(_without_blank_start(read_blocks(path)), None)

@@ -22,7 +22,13 @@ import pyarrow.parquet as pq
 from absl import logging
 
 from generative_recommenders.data import digests
-from generative_recommenders.data.event_store import BYTES_PER_EVENT, EventCollector, Events, chunks
+from generative_recommenders.data.event_store import (
+    BYTES_PER_EVENT,
+    CHUNK_EVENTS,
+    EventCollector,
+    Events,
+    chunks,
+)
 from generative_recommenders.data.feature_tables import align
 from generative_recommenders.data.manifest import COLUMNS, Manifest, column_file, write_manifest
 from generative_recommenders.data.parquet_reader import is_parquet, num_rows
@@ -64,16 +70,13 @@ def prepare_batches(
         with phase("read and number the ids"):
             events = _collect(batches, spill, memory_limit, _may_exceed(raw, memory_limit))
         with phase("filter"):
-            sequences = _select(events, raw.filter)
-        counts = {
-            "users": len(sequences.user_ids),
-            "items": len(sequences.item_ids),
-            "events": sequences.num_events,
-        }
-        check_expected(raw, counts["users"], counts["items"])
+            sequences, selection = _select(events, raw.filter)
+        check_expected(raw, len(sequences.user_ids), len(sequences.item_ids))
         with phase("sort and write"):
-            bucket_events = max(1, memory_limit // SORT_BYTES_PER_EVENT)
-            data_hash = write_columns(folder, sequences, sorted_buckets(events, sequences, bucket_events))
+            bucket_events = max(1, min(memory_limit // SORT_BYTES_PER_EVENT, CHUNK_EVENTS))
+            data_hash = write_columns(
+                folder, sequences, sorted_buckets(events, sequences, selection, bucket_events)
+            )
         before = {"users": len(events.user_ids), "items": len(events.item_ids), "events": len(events)}
         manifest = write_tables(folder, raw, sequences, before, data_hash)
         shutil.rmtree(spill, ignore_errors=True)
@@ -91,11 +94,10 @@ def phase(name: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Sequences:
-    """What is kept, and under which numbers.
+    """What the prepared folder will hold.
 
     user_ids ``[U]``, item_ids ``[V]``: large_string, UTF-8 order. offsets: ``[U + 1]`` int64. has_ratings,
-    has_timestamps: which columns exist. kept: ``[raw events]`` bool. user_number, item_number: ``[raw ids]``
-    int32, code to place in user_ids and item_ids, -1 for dropped.
+    has_timestamps: which columns exist.
     """
 
     user_ids: pa.Array
@@ -103,14 +105,24 @@ class Sequences:
     offsets: np.ndarray
     has_ratings: bool
     has_timestamps: bool
-    kept: np.ndarray
-    user_number: np.ndarray
-    item_number: np.ndarray
 
     @property
     def num_events(self) -> int:
         """Events that are kept."""
         return int(self.offsets[-1])
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which raw events are kept, and under which numbers.
+
+    kept: ``[raw events]`` bool. user_number, item_number: ``[raw ids]`` int32, from an id's code to its place
+    among the kept ones, -1 for dropped.
+    """
+
+    kept: np.ndarray
+    user_number: np.ndarray
+    item_number: np.ndarray
 
 
 Bucket = tuple[np.ndarray, np.ndarray, "np.ndarray | None", "np.ndarray | None"]
@@ -143,7 +155,7 @@ def _collect(batches: Iterable[pa.Table], spill: Path, memory_limit: int, out_of
     return EventCollector(run_events, spill).extend(batches).finish()
 
 
-def _select(events: Events, filter_text: str) -> Sequences:
+def _select(events: Events, filter_text: str) -> tuple[Sequences, Selection]:
     kept = apply_filter(events, filter_text)
     lengths = np.zeros(len(events.user_ids), np.int64)
     for part in chunks(len(events)):
@@ -154,9 +166,8 @@ def _select(events: Events, filter_text: str) -> Sequences:
     ordered[user_number[user_number >= 0]] = lengths[user_number >= 0]
     offsets = np.concatenate([[0], np.cumsum(ordered)])
     has_ratings, has_timestamps = events.ratings is not None, events.timestamps is not None
-    return Sequences(
-        user_ids, item_ids, offsets, has_ratings, has_timestamps, kept.events, user_number, item_number
-    )
+    sequences = Sequences(user_ids, item_ids, offsets, has_ratings, has_timestamps)
+    return sequences, Selection(kept.events, user_number, item_number)
 
 
 def _number_ids(ids: pa.Array, keep: np.ndarray) -> tuple[pa.Array, np.ndarray]:
@@ -169,32 +180,31 @@ def _number_ids(ids: pa.Array, keep: np.ndarray) -> tuple[pa.Array, np.ndarray]:
     return kept.take(pa.array(order)), number
 
 
-def sorted_buckets(events: Events, sequences: Sequences, bucket_events: int) -> Iterator[Bucket]:
+def sorted_buckets(
+    events: Events, sequences: Sequences, selection: Selection, bucket_events: int
+) -> Iterator[Bucket]:
     """Yield all kept events by user and time, about ``bucket_events`` at a time (a user is never divided)."""
     first = 0
     while first < len(sequences.user_ids):
-        last = (
-            int(np.searchsorted(sequences.offsets, sequences.offsets[first] + bucket_events, side="right"))
-            - 1
-        )
-        last = max(last, first + 1)
-        rows = _rows_of_users(events, sequences, first, last)
-        users = sequences.user_number[events.users[rows]]
+        stop = sequences.offsets[first] + bucket_events
+        last = max(first + 1, int(np.searchsorted(sequences.offsets, stop, side="right")) - 1)
+        rows = _rows_of_users(events, selection, first, last)
+        users = selection.user_number[events.users[rows]]
         times = None if events.timestamps is None else events.timestamps[rows]
         order = np.argsort(users, kind="stable") if times is None else np.lexsort((times, users))
         rows = rows[order]
-        items = sequences.item_number[events.items[rows]]
+        items = selection.item_number[events.items[rows]]
         ratings = None if events.ratings is None else events.ratings[rows]
         yield users[order], items, ratings, None if times is None else times[order]
         first = last
 
 
-def _rows_of_users(events: Events, sequences: Sequences, first: int, last: int) -> np.ndarray:
+def _rows_of_users(events: Events, selection: Selection, first: int, last: int) -> np.ndarray:
     """Rows of the kept events of users ``first`` to ``last`` (exclusive), in input order."""
     found = []
     for part in chunks(len(events)):
-        users = sequences.user_number[events.users[part]]
-        inside = sequences.kept[part] & (users >= first) & (users < last)
+        users = selection.user_number[events.users[part]]
+        inside = selection.kept[part] & (users >= first) & (users < last)
         found.append(np.flatnonzero(inside) + part.start)
     return np.concatenate(found)
 

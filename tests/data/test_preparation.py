@@ -338,8 +338,8 @@ def test_unknown_filters_list_the_known(tmp_path: Path, name: str) -> None:
 
 def test_the_hash_does_not_depend_on_the_order_of_users_but_on_everything_else() -> None:
     def digest(users, items, ratings, times, positions) -> str:
-        ids = [id_hashes(pa.array(texts, pa.large_string())) for texts in (users, items)]
-        total = events_digest(*ids, np.array(ratings, np.float32), np.array(times), np.array(positions))
+        user, item = (id_hashes(pa.array(texts, pa.large_string())) for texts in (users, items))
+        total = events_digest(user, item, np.array(ratings, np.float32), np.array(times), np.array(positions))
         return hex_digest(total)
 
     base = digest(["u", "u", "v"], ["a", "b", "a"], [1, 2, 3], [5, 6, 7], [0, 1, 0])

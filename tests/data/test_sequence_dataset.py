@@ -118,7 +118,7 @@ def test_verify_finds_ids_outside_the_catalogue(folder: Path) -> None:
         SequenceDataset.open(folder).verify()
 
 
-VALUES = [None, -1, 0, 10**30, 1.5, "x", [], {}, True, [{}], {"users": 1}, [{"name": 1}]]
+VALUES: list = [None, -1, 0, 10**30, 1.5, "x", [], {}, True, [{}], {"users": 1}, [{"name": 1}]]
 
 
 def damage(rng: random.Random, text: str) -> bytes:

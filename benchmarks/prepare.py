@@ -1,0 +1,144 @@
+"""How long preparing Amazon Books takes, on a file of its shape; prints one JSON object as the last line.
+
+    python benchmarks/prepare.py                    # 22.5 million lines, 8.0 M users, 2.3 M items
+    python benchmarks/prepare.py --lines=1000000    # the same shape, smaller
+
+The file is made first and not timed: users like A2SUAM1J3GNN3B, items like ISBNs, both drawn from Zipf-like
+laws with every user and every item present, whole stars, times at midnight. Preparation runs in a process of
+its own, whose wall-clock time and peak resident memory are reported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+from absl import app, flags
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from generative_recommenders.data.digests import mix
+
+REAL_LINES, REAL_USERS, REAL_ITEMS = 22_507_155, 8_026_324, 2_330_066
+USER_EXPONENT, ITEM_EXPONENT = 0.75, 0.7
+_DAY, _FIRST_DAY, _LAST_DAY = 86_400, 10_000, 16_270
+_CHUNK_LINES = 1_000_000
+_DIGITS = np.frombuffer(b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ", np.uint8)
+
+_LINES = flags.DEFINE_integer("lines", REAL_LINES, "lines; users and items shrink with it", lower_bound=100)
+_FOLDER = flags.DEFINE_string(
+    "folder", None, "where file and result go and stay; by default a temporary folder"
+)
+_MEMORY_LIMIT = flags.DEFINE_integer(
+    "memory_limit", 4 << 30, "bytes for events, as in preprocess_public_data.py"
+)
+_RESULT = flags.DEFINE_string("result", None, "also write the JSON line to this file")
+
+_CHILD = """
+import json, resource, sys, time
+start = time.monotonic()
+from pathlib import Path
+from generative_recommenders.data.preparation import prepare
+from generative_recommenders.data.ratings_table import RawRatings, ReaderFormat
+raw = RawRatings("bench", [Path(sys.argv[1])], ReaderFormat(",", False), "amazon_five")
+manifest = prepare(raw, sys.argv[2], int(sys.argv[3]))
+print(json.dumps({
+    "seconds": round(time.monotonic() - start, 2),
+    "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+    "data_hash": manifest.data_hash,
+    "counts_before": manifest.counts_before,
+    "counts": manifest.counts,
+}))
+"""
+
+
+def zipf_ranks(rng: np.random.Generator, exponent: float, names: int, lines: int) -> np.ndarray:
+    """``[lines]`` int32 ranks below ``names``: each once, the rest with probability ~ rank ** -exponent."""
+    uniform = rng.random(lines - names)
+    drawn = (uniform * names ** (1 - exponent)) ** (1 / (1 - exponent))
+    ranks = np.concatenate([np.arange(names, dtype=np.int32), np.minimum(drawn, names - 1).astype(np.int32)])
+    rng.shuffle(ranks)
+    return ranks
+
+
+def in_digits(values: np.ndarray, base: int, width: int, prefix: bytes = b"") -> pa.Array:
+    """``values`` uint64 written in ``base`` with ``width`` digits behind ``prefix``, as strings."""
+    letters = np.empty((len(values), len(prefix) + width), np.uint8)
+    letters[:, : len(prefix)] = np.frombuffer(prefix, np.uint8)
+    for position in range(width - 1, -1, -1):
+        values, digit = np.divmod(values, np.uint64(base))
+        letters[:, len(prefix) + position] = _DIGITS[digit]
+    offsets = np.arange(len(letters) + 1, dtype=np.int32) * letters.shape[1]
+    return pa.StringArray.from_buffers(len(letters), pa.py_buffer(offsets), pa.py_buffer(letters))
+
+
+def user_names(ranks: np.ndarray) -> pa.Array:
+    """Distinct names in an order unlike that of the ranks (the mixing function is a bijection)."""
+    return in_digits(mix(ranks.astype(np.uint64) + np.uint64(1)), 36, 13, b"A")
+
+
+def item_names(ranks: np.ndarray) -> pa.Array:
+    """Distinct ten-digit names: multiples of a number without common divisor with 10^10."""
+    return in_digits(ranks.astype(np.uint64) * np.uint64(6_180_339_887) % np.uint64(10**10), 10, 10)
+
+
+def write_ratings(path: Path, lines: int, seed: int = 1) -> None:
+    """Write ``lines`` ratings, without header."""
+    rng = np.random.default_rng(seed)
+    users = zipf_ranks(rng, USER_EXPONENT, max(1, lines * REAL_USERS // REAL_LINES), lines)
+    items = zipf_ranks(rng, ITEM_EXPONENT, max(1, lines * REAL_ITEMS // REAL_LINES), lines)
+    options = pyarrow.csv.WriteOptions(include_header=False, quoting_style="none")
+    schema = pa.schema([("u", pa.string()), ("i", pa.string()), ("r", pa.string()), ("t", pa.int64())])
+    stars = pa.array(["1.0", "2.0", "3.0", "4.0", "5.0"])
+    with pyarrow.csv.CSVWriter(path, schema, write_options=options) as writer:
+        for start in range(0, lines, _CHUNK_LINES):
+            part = slice(start, min(start + _CHUNK_LINES, lines))
+            count = part.stop - part.start
+            columns = [
+                user_names(users[part]),
+                item_names(items[part]),
+                stars.take(pa.array(rng.choice(5, count, p=[0.05, 0.05, 0.1, 0.2, 0.6]))),
+                pa.array(rng.integers(_FIRST_DAY, _LAST_DAY, count) * _DAY),
+            ]
+            writer.write_table(pa.Table.from_arrays(columns, schema=schema))
+
+
+def measure(folder: Path, lines: int, memory_limit: int) -> dict[str, object]:
+    """Make the file, prepare it in a process of its own, and return what that process measured."""
+    ratings = folder / "ratings.csv"
+    if not ratings.exists():
+        write_ratings(ratings, lines)
+    command = [sys.executable, "-c", _CHILD, str(ratings), str(folder / "prepared"), str(memory_limit)]
+    root = str(Path(__file__).resolve().parents[1])
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, "PYTHONPATH": root}
+    )
+    result = json.loads(done.stdout.splitlines()[-1])
+    head = {
+        "lines": lines,
+        "file_mb": round(ratings.stat().st_size / 1e6),
+        "cpus": len(os.sched_getaffinity(0)),
+    }
+    return {**head, "memory_limit_mb": memory_limit >> 20, **result}
+
+
+def main(argv: list[str]) -> None:
+    """Print one JSON object."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(_FOLDER.value or scratch)
+        folder.mkdir(parents=True, exist_ok=True)
+        line = json.dumps(measure(folder, _LINES.value, _MEMORY_LIMIT.value))
+    if _RESULT.value is not None:
+        Path(_RESULT.value).write_text(line + "\n")
+    print(line)
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,91 @@
+"""Both engines make the same folder."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from generative_recommenders.data.preparation import prepare
+from generative_recommenders.data.ratings_table import RawRatings, ReaderFormat
+from generative_recommenders.data.spark_preparation import prepare_with_spark
+from generative_recommenders.features import UserError
+
+MASTER = "local[2]"
+
+
+def test_missing_pyspark_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "pyspark.sql", None)
+    (tmp_path / "r.csv").write_text("u,i\n")
+    raw = RawRatings("t", [tmp_path / "r.csv"], ReaderFormat(",", False, ("user", "item")))
+    with pytest.raises(UserError, match=r"needs pyspark; pip install 'generative-recommenders\[spark\]'"):
+        prepare_with_spark(raw, tmp_path / "out", MASTER)
+
+
+def assert_same(raw: RawRatings, tmp_path: Path) -> None:
+    one = prepare(raw, tmp_path / "one")
+    two = prepare_with_spark(raw, tmp_path / "two", MASTER)
+    assert one == two
+    names = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == names
+    for name in names:
+        first, second = tmp_path / "one" / name, tmp_path / "two" / name
+        if name.endswith(".parquet"):
+            assert pq.read_table(first).equals(pq.read_table(second))
+        else:
+            assert first.read_bytes() == second.read_bytes()
+
+
+def table(seed: int, count: int) -> dict[str, list]:
+    rng = np.random.default_rng(seed)
+    names = ["a", "b,c", 'q"q', "ünï", "漢字", "\U0001f600", " s p ", "z"] + [f"n{i}" for i in range(40)]
+    return {
+        "user": [names[i] for i in rng.integers(0, len(names), count)],
+        "item": [names[i] for i in rng.zipf(1.4, count) % len(names)],
+        "rating": (rng.integers(1, 11, count) / 2).tolist(),
+        "timestamp": (rng.integers(0, 9, count) * 86_400).tolist(),
+    }
+
+
+def csv_text(columns: dict[str, list], line_end: str = "\n") -> str:
+    def quoted(text: str) -> str:
+        return '"' + text.replace('"', '""') + '"' if set(text) & set(',"') else text
+
+    rows = zip(
+        map(quoted, columns["user"]), map(quoted, columns["item"]), columns["rating"], columns["timestamp"]
+    )
+    return "".join(",".join(map(str, row)) + line_end for row in rows)
+
+
+@pytest.mark.parametrize("filter_name", ["none", "amazon_five", "k_core:12"])
+def test_csv(tmp_path: Path, filter_name: str) -> None:
+    pytest.importorskip("pyspark")
+    plain, zipped = tmp_path / "1.csv", tmp_path / "2.csv.gz"
+    plain.write_text("\ufeff" + "user,item,rating,timestamp\n" + csv_text(table(1, 700)), encoding="utf-8")
+    zipped.write_bytes(
+        gzip.compress(("user,item,rating,timestamp\r\n" + csv_text(table(2, 300), "\r\n")).encode())
+    )
+    assert_same(RawRatings("t", [plain, zipped], ReaderFormat(",", True, None), filter_name), tmp_path)
+
+
+def test_text_and_parquet(tmp_path: Path) -> None:
+    pytest.importorskip("pyspark")
+    text, parquet = tmp_path / "r.txt", tmp_path / "r.parquet"
+    text.write_text("2 x\n10 y\n2 z\n\n10  x\n2 x\n")
+    assert_same(RawRatings("t", [text], ReaderFormat(None, False, ("user", "item"))), tmp_path)
+    columns = table(3, 500)
+    pq.write_table(pa.table({**columns, "item": pa.array(range(500))}), parquet, row_group_size=100)
+    assert_same(RawRatings("t", [parquet], ReaderFormat(columns=None)), tmp_path)
+
+
+def test_bad_input_names_the_line(tmp_path: Path) -> None:
+    pytest.importorskip("pyspark")
+    path = tmp_path / "r.csv"
+    path.write_text("u,i,1,2\nu,i,1,2\nu,i,x,2\n")
+    with pytest.raises(UserError, match="line 3: the rating 'x' is not a number"):
+        prepare_with_spark(RawRatings("t", [path], ReaderFormat(",", False)), tmp_path / "out", MASTER)
+    assert not (tmp_path / "out").exists()
