@@ -1,8 +1,8 @@
 """Two baselines that every table shows, because a model that does not beat them has learned nothing of
 sequences.
 
-Both are fitted from the flat columns of a prepared dataset, on the training events alone, and score like a
-model.
+Both are fitted from the flat columns of a prepared dataset, on the training events alone, and score as models
+do.
 """
 
 from __future__ import annotations
@@ -45,9 +45,7 @@ class MostPopular:
         return cls(torch.from_numpy(counts.astype(np.float32)))
 
     def score(self, history_ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        """``[n, V]`` float32 (one row, expanded) for right-padded histories ``[n, N]`` of the given lengths
-        ``[n]``.
-        """
+        """``[n, V]`` float32, one row expanded; histories ``[n, N]`` and lengths ``[n]`` are not read."""
         return self.scores.to(history_ids.device).expand(len(lengths), -1)
 
 

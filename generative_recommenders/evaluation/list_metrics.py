@@ -33,9 +33,7 @@ def distinct(ids: torch.Tensor) -> torch.Tensor:
 
 
 def members(top_ids: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """``[n, K]`` bool: whether each listed item is among the row's ``ids [n, G]``; never for the padding
-    0.
-    """
+    """``[n, K]`` bool: whether each listed item is among the row's ``ids [n, G]``; False for padding."""
     if ids.shape[1] == 0:
         return torch.zeros_like(top_ids, dtype=torch.bool)
     ids = ids.sort(dim=1).values
@@ -44,9 +42,7 @@ def members(top_ids: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 
 
 def accuracy_metrics(top_ids: torch.Tensor, relevant_ids: torch.Tensor, k: int) -> dict[str, torch.Tensor]:
-    """``recall``, ``precision``, ``ndcg``, ``map``, ``mrr``, ``hr`` at k, each ``[n]`` float64 (see the
-    module).
-    """
+    """``recall``, ``precision``, ``ndcg``, ``map``, ``mrr``, ``hr`` at k, each ``[n]`` float64."""
     top_ids = top_ids[:, :k]
     hits = members(top_ids, relevant_ids).double()
     relevant = (distinct(relevant_ids) > 0).sum(1).clamp(min=1)
@@ -65,9 +61,7 @@ def accuracy_metrics(top_ids: torch.Tensor, relevant_ids: torch.Tensor, k: int) 
 
 
 def novelty(top_ids: torch.Tensor, seen_ids: torch.Tensor, k: int) -> torch.Tensor:
-    """``[n]`` float64: share of the k places that hold an item the user has not seen; seen_ids: ``[n,
-    S]``.
-    """
+    """``[n]`` float64: share of the k places with an item that is not among ``seen_ids [n, S]``."""
     top_ids = top_ids[:, :k]
     return ((top_ids > 0) & ~members(top_ids, seen_ids)).sum(1).double() / k
 
@@ -103,9 +97,7 @@ def _distances_from(
     sizes: torch.Tensor,
     table_rows: int,
 ) -> tuple[float, int]:
-    """Sum and number of the distances between the lists of a block (first row ``start``) and those behind
-    them.
-    """
+    """Sum and number of the distances between a block's lists (first row ``start``) and those behind them."""
     table = torch.zeros(table_rows, len(block), device=codes.device)
     table[block, torch.arange(len(block), device=codes.device)[:, None]] = 1
     table[0] = 0
@@ -181,9 +173,7 @@ class ListMetrics:
 
 
 def coverage(recommended: torch.Tensor, catalogue: torch.Tensor | None = None) -> float:
-    """Share of the catalogue recommended at least once; recommended: ``[V]`` times; catalogue: ``[V]`` bool
-    or all.
-    """
+    """Share of ``catalogue [V]`` bool (None: all) that ``recommended [V]``, a count of items, has at all."""
     inside = torch.ones_like(recommended, dtype=torch.bool) if catalogue is None else catalogue.bool()
     return int(((recommended > 0) & inside).sum()) / max(int(inside.sum()), 1)
 

@@ -28,9 +28,7 @@ class RankHistogram:
         self.counts = torch.zeros(2, num_items + 1, dtype=torch.int64, device=device)
 
     def add(self, ranks: torch.Tensor, subset: torch.Tensor | None = None) -> None:
-        """Count ranks ``[n]`` int64 in 1..V + 1; subset: ``[n]`` bool, True for targets that also count in
-        row 1.
-        """
+        """Count ranks ``[n]`` int64 in 1..V + 1; subset ``[n]`` bool: which also count in row 1."""
         bins = self.counts.shape[1]
         self.counts[0] += torch.bincount(ranks - 1, minlength=bins)
         if subset is not None:

@@ -1,8 +1,7 @@
 """Exact ranks by counting: no sort and no top-k over the catalogue.
 
-The rank of a target is 1 + the candidates scored strictly better + the candidates scored the same with a
-smaller id. Seen items are no candidates. The result is an integer that does not depend on how users are
-batched.
+The rank of a target is 1 + the candidates scored strictly better + those scored the same with a smaller id.
+Seen items are no candidates. The result is an integer that does not depend on how users are batched.
 """
 
 from __future__ import annotations
@@ -44,8 +43,7 @@ def exact_ranks(
 def scores_of(scores: torch.Tensor, target_ids: torch.Tensor) -> torch.Tensor:
     """``[n]``: the target's own entry of ``scores [n, V]``; NaN where the id is outside 1..V.
 
-    Ranks must compare with this entry and not with a product computed apart: the two may differ in the last
-    bit.
+    Ranks must compare with this entry: a product computed apart may differ from it in the last bit.
     """
     columns = (target_ids - 1).clamp(0, max(scores.shape[1] - 1, 0))
     known = (target_ids >= 1) & (target_ids <= scores.shape[1])
@@ -80,8 +78,7 @@ def count_ahead(
 
 
 def drop_repeated_targets(target_ids: torch.Tensor, seen_ids: torch.Tensor) -> torch.Tensor:
-    """Targets ``[n]`` with 0, which every rank treats as a miss, where the target is among the seen ids ``[n,
-    S]``.
+    """Targets ``[n]``, with 0 (a miss in every rank) where the target is among the seen ids ``[n, S]``.
 
     The published evaluation removes all that the model saw, the target too if it is repeated; its rank is
     then one past the 2,500 candidates it keeps (2501). Here it is one past the catalogue (V + 1). This is the

@@ -45,9 +45,7 @@ class RankingMetric(Metric):
         self.add_state("count", default=torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, preds: torch.Tensor, target: torch.Tensor, **kwargs: object) -> None:
-        """preds: ``[..., C]`` scores; target: ``[...]`` int64 columns (labels_onehot) or ``[..., C]``
-        labels.
-        """
+        """preds: ``[..., C]`` scores; target: ``[...]`` columns (labels_onehot) or ``[..., C]`` labels."""
         rows = self.rows(preds, target)
         self.total += rows.sum(0)
         self.count += len(rows)
@@ -79,9 +77,7 @@ class RankingMetric(Metric):
         return F.one_hot(columns.long(), num_columns).double()
 
     def _at(self, hits: torch.Tensor, relevant: torch.Tensor, k: int) -> torch.Tensor:
-        """``[n]`` from the labels in the order of the scores ``[n, max(top_ks)]`` and the labels' sum
-        ``[n]``.
-        """
+        """``[n]`` from the labels in the order of the scores ``[n, max(top_ks)]`` and their sum ``[n]``."""
         raise NotImplementedError
 
 

@@ -16,8 +16,8 @@ def largest(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     scores: ``[n, C]`` float; a NaN counts as minus infinity. Returns values ``[n, min(k, C)]`` and columns,
         int64.
 
-    ``torch.topk`` picks any of several equal entries at the cut. Only rows where that matters are sorted in
-    full.
+    ``torch.topk`` picks any of several equal entries at the cut; only rows where that matters are sorted
+    whole.
     """
     width = scores.shape[1]
     k = min(k, width)
@@ -119,9 +119,7 @@ class BruteForceTopK(torch.nn.Module):
     def block_scores(
         self, queries: torch.Tensor, user_ids: torch.Tensor | None
     ) -> Callable[[int, int], torch.Tensor]:
-        """A function of ``(start, stop)`` that gives the scores of items ``start + 1 .. stop`` by these
-        queries.
-        """
+        """A function of ``(start, stop)``: the scores of items ``start + 1 .. stop`` by these queries."""
         raise NotImplementedError
 
 

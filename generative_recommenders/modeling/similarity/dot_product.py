@@ -41,8 +41,8 @@ class DotProductSimilarity(torch.nn.Module):
         rows: torch.Tensor,
         user_ids: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, AuxiliaryLosses]:
-        """``[n, R]`` products of queries ``[n, D]`` with ``items[rows]``; items ``[U, D]``, rows ``[n, R]``
-        int64.
+        """``[n, R]`` products of queries ``[n, D]`` with ``items[rows]``; items ``[U, D]``, rows ``[n,
+        R]``.
         """
         return self.score(queries, items[rows])
 

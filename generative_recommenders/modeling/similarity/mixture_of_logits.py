@@ -182,8 +182,7 @@ class MoLSimilarity(nn.Module):
         rows: torch.Tensor,
         user_ids: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, AuxiliaryLosses]:
-        """``[n, R]`` scores of ``items[rows]``; items ``[U, D']``, rows ``[n, R]`` int64, the rest as in
-        `score`.
+        """``[n, R]`` scores of ``items[rows]``; items ``[U, D']``, rows ``[n, R]`` int64, else as `score`.
 
         An item's components are computed once however often it is scored, which is several times faster than
         `score` on gathered items; its dropout is then drawn once too, not for every pair.
