@@ -103,6 +103,12 @@ def layout_of(path: Path, layout: ReaderFormat) -> Layout:
         return Layout(roles, header, stream.read(len(_BOM)) == _BOM)
 
 
+def first_bytes(path: Path, count: int = 1 << 16) -> tuple[bytes, bool]:
+    """The first bytes of the text, and whether the file is gzip."""
+    with _open_bytes(path) as stream:
+        return _read_chunk(path, stream, count, 1), isinstance(stream, gzip.GzipFile)
+
+
 def sniff(path: Path, columns: tuple[str, ...] | None) -> ReaderFormat:
     """Delimiter, header and roles from line 1 (see ``ratings_table.sniff_format``)."""
     block = next(_without_blank_start(read_blocks(path)), None)

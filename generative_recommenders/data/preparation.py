@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from absl import logging
 
 from generative_recommenders.data import digests
+from generative_recommenders.data.delimited_reader import first_bytes
 from generative_recommenders.data.event_store import (
     BYTES_PER_EVENT,
     CHUNK_EVENTS,
@@ -39,6 +40,7 @@ from generative_recommenders.features import UserError
 
 SORT_BYTES_PER_EVENT = 120
 DEFAULT_MEMORY_LIMIT = 4 << 30
+GZIP_FACTOR = 4
 
 
 def prepared_path(data_root: str | Path, name: str) -> Path:
@@ -131,17 +133,16 @@ Bucket = tuple[np.ndarray, np.ndarray, "np.ndarray | None", "np.ndarray | None"]
 
 def _may_exceed(raw: RawRatings, memory_limit: int) -> bool:
     """Whether the events may not fit, judged by the size of the files."""
-    events = sum(_most_events(path) for path in raw.files if path.is_file())
-    return events * BYTES_PER_EVENT > memory_limit
+    return sum(_guess_events(path) for path in raw.files if path.is_file()) * BYTES_PER_EVENT > memory_limit
 
 
-def _most_events(path: Path) -> int:
-    """A guess, rather too high, at a file's events: Parquet knows, text has 20 bytes each (4 if gzipped)."""
+def _guess_events(path: Path) -> int:
+    """Parquet knows; text has as many lines as its first ones (and gzip's usual factor) suggest."""
     if is_parquet(path):
         return num_rows(path)
-    with path.open("rb") as stream:
-        bytes_per_event = 4 if stream.read(2) == b"\x1f\x8b" else 20
-    return path.stat().st_size // bytes_per_event
+    lines, zipped = first_bytes(path)
+    bytes_per_line = len(lines) / max(1, lines.count(b"\n"))
+    return int(path.stat().st_size * (GZIP_FACTOR if zipped else 1) / max(1.0, bytes_per_line))
 
 
 def _collect(batches: Iterable[pa.Table], spill: Path, memory_limit: int, out_of_core: bool) -> Events:

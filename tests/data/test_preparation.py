@@ -361,3 +361,14 @@ def test_manifest_is_plain_json(tmp_path: Path) -> None:
     stored = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert stored["source"] == {"sha256": "ab", "url": "https://x"}
     assert stored["version"] == 1
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(preparation, "write_manifest", full)
+    path = write_csv(tmp_path / "r.csv", [("u", "a", 1.0, 1)])
+    with pytest.raises(UserError, match="cannot be written: No space left on device"):
+        prepare(RawRatings("t", [path], ReaderFormat(",", False)), tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["r.csv"]

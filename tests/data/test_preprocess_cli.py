@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import random
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -91,3 +95,29 @@ def test_bad_flags(
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 1
     assert what in errors[0]
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_the_target_is_whole_or_absent(tmp_path: Path) -> None:
+    """kill -9 and SIGTERM at random moments; the next run ends well and leaves nothing beside the folder."""
+    rng = random.Random(1)
+    (tmp_path / "r.csv").write_text("".join(f"u{i % 9_973},i{i % 997},{i % 5},{i}\n" for i in range(400_000)))
+    command = [
+        sys.executable,
+        str(PROGRAM),
+        "--dataset=csv",
+        f"--raw_path={tmp_path / 'r.csv'}",
+        "--name=mine",
+    ]
+    command.append(f"--data_root={tmp_path}")
+    target = tmp_path / "prepared" / "mine"
+    for _ in range(int(os.environ.get("KILLS", "50"))):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(rng.uniform(0.5, 6))
+        process.send_signal(rng.choice([signal.SIGKILL, signal.SIGTERM]))
+        process.wait()
+        if target.exists():
+            SequenceDataset.open(target).verify()
+    subprocess.run(command, check=True, capture_output=True)
+    SequenceDataset.open(target).verify()
+    assert [p.name for p in target.parent.iterdir()] == ["mine"]
