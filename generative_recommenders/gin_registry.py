@@ -17,6 +17,9 @@ from .features import UserError
 from .modeling.similarity.mixture_of_logits import MoLSettings
 from .training import settings as s
 
+PROJECT = Path(__file__).resolve().parents[1]
+"""Includes in gin files are looked up from the working directory, then from here."""
+
 SECTIONS: dict[str, tuple[str, type]] = {
     "train_fn": ("train", s.TrainSettings),
     "sasrec_encoder": ("sasrec", s.SasrecSettings),
@@ -44,6 +47,7 @@ def load_settings(gin_files: Sequence[str | Path], bindings: Sequence[str] = ())
     value of the wrong type.
     """
     gin.clear_config()
+    gin.add_config_file_search_path(str(PROJECT))
     for path in gin_files:
         if not Path(path).is_file():
             raise UserError(f"no gin file at {path}")

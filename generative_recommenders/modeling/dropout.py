@@ -1,10 +1,12 @@
 """Inverted dropout whose masks cost little on a CPU.
 
 torch draws one Bernoulli variable per element; here 64 random bits serve four elements, so the rate is rounded to a
-multiple of 2^-16. On other devices torch's own dropout is used.
+multiple of 2^-16. Draws come from torch's default generator of the device.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -12,16 +14,15 @@ import torch.nn.functional as F
 _LEVELS = 1 << 16
 
 
-def keep_mask(shape: torch.Size | tuple[int, ...], rate: float, device: torch.device) -> torch.Tensor:
-    """Bool mask of the given shape, True with probability 1 - rate, from torch's default generator."""
-    if device.type != "cpu":
-        return torch.rand(shape, device=device) >= rate
-    count = 1
-    for size in shape:
-        count *= size
-    words = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+def dropout_multiplier(shape: torch.Size | tuple[int, ...], rate: float, like: torch.Tensor) -> torch.Tensor:
+    """0 with probability ``rate``, else 1 / (1 - rate); of the given shape, in the dtype and on the device of ``like``."""
+    if like.device.type != "cpu":
+        return (torch.rand(shape, device=like.device) >= rate).to(like.dtype).div_(1.0 - rate)
+    count = math.prod(shape)
+    bits = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)[:count]
     threshold = round(rate * _LEVELS) - _LEVELS // 2
-    return (words.view(torch.int16)[:count] >= threshold).view(shape)
+    kept = torch.ge(bits, threshold, out=torch.empty(count, dtype=like.dtype))
+    return kept.mul_(1.0 / (1.0 - rate)).view(shape)
 
 
 def dropout(x: torch.Tensor, rate: float, training: bool) -> torch.Tensor:
@@ -30,7 +31,7 @@ def dropout(x: torch.Tensor, rate: float, training: bool) -> torch.Tensor:
         return x
     if x.device.type != "cpu":
         return F.dropout(x, rate)
-    return _CpuDropout.apply(x, keep_mask(x.shape, rate, x.device), 1.0 / (1.0 - rate))
+    return x * dropout_multiplier(x.shape, rate, x)
 
 
 class Dropout(torch.nn.Module):
@@ -44,16 +45,3 @@ class Dropout(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return dropout(x, self.rate, self.training)
-
-
-class _CpuDropout(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, keep, scale):
-        ctx.save_for_backward(keep)
-        ctx.scale = scale
-        return (x * keep).mul_(scale)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (keep,) = ctx.saved_tensors
-        return (grad * keep).mul_(ctx.scale), None, None

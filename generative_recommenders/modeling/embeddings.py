@@ -33,7 +33,7 @@ class ItemRows:
 
     def lookup(self, item_ids: torch.Tensor) -> torch.Tensor:
         """``[..., D]`` embeddings of ``item_ids [...]``."""
-        return _Lookup.apply(self.weight, self.index(item_ids))
+        return lookup_rows(self.weight, self.index(item_ids))
 
     def catalogue(self, num_items: int) -> torch.Tensor:
         """``[V, D]``: row i belongs to item id i + 1. Only where all items are held."""
@@ -114,6 +114,11 @@ class CategoricalEmbeddingModule(ItemEmbedding):
 
     def scored_rows(self, leaf: ItemRows, item_ids: torch.Tensor | None) -> ItemRows:
         return self.history_rows(leaf)
+
+
+def lookup_rows(weight: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """``weight[rows]`` for a table ``[U, D]`` and rows of any shape."""
+    return _Lookup.apply(weight, rows)
 
 
 class _Lookup(torch.autograd.Function):

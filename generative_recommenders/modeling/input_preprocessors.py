@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from .dropout import Dropout
+from .embeddings import lookup_rows
 from .initialization import truncated_normal_
 from .layout import Layout, Visibility, jagged_layout, padded_layout
 
@@ -45,7 +46,7 @@ class InputPreprocessor(torch.nn.Module):
         self.dropout = Dropout(dropout_rate)
 
     def add_positions(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
-        x = x * self.embedding_dim**0.5 + self.position[layout.positions]
+        x = x * self.embedding_dim**0.5 + lookup_rows(self.position, layout.positions)
         return layout.mask(self.dropout(x))
 
 
@@ -74,7 +75,7 @@ class LearnablePositionalEmbeddingRatedInputFeaturesPreprocessor(InputPreprocess
         self.rating = rating_table(num_ratings, rating_embedding_dim)
 
     def forward(self, items: torch.Tensor, layout: Layout, payloads: TokenPayloads) -> EncoderInput:
-        ratings = self.rating[required(payloads, "ratings", self)]
+        ratings = lookup_rows(self.rating, required(payloads, "ratings", self))
         x = torch.cat([items, ratings], dim=-1)
         return EncoderInput(self.add_positions(x, layout), layout, dict(payloads))
 
@@ -90,7 +91,7 @@ class CombinedItemAndRatingInputFeaturesPreprocessor(InputPreprocessor):
         self.rating = rating_table(num_ratings, item_embedding_dim)
 
     def forward(self, items: torch.Tensor, layout: Layout, payloads: TokenPayloads) -> EncoderInput:
-        ratings = self.rating[required(payloads, "ratings", self)]
+        ratings = lookup_rows(self.rating, required(payloads, "ratings", self))
         x = torch.stack([items, ratings], dim=1).flatten(0, 1)
         doubled = double_layout(layout)
         read = torch.arange(1, 2 * layout.num_tokens, 2, device=layout.device)

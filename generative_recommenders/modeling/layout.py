@@ -15,8 +15,14 @@ import torch
 
 from .jagged import jagged_to_padded, padded_to_jagged
 
-GROUP_ROWS = 8
-"""Rows that share one rectangle in attention: small enough for little padding, large enough for batched products."""
+GROUP_CELLS = 400_000
+"""Cells of a group's attention matrix (rows times width squared) that stay in a core's cache."""
+
+MAX_WASTE = 0.08
+"""Share of a group's cells that may be padding, beyond MIN_ROWS rows."""
+
+MIN_ROWS = 4
+"""Rows that share a rectangle whatever their lengths."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +30,7 @@ class Group:
     """Rows attended together.
 
     width: columns n of the group's rectangle.
-    tokens: ``[g * n]`` int64, the token behind each cell; cells behind a row's end repeat its last token.
+    tokens: ``[g * n]`` int32, the token behind each cell; cells behind a row's end repeat its last token.
     lengths: ``[g]`` int64, real cells a row.
     rows: ``[g]`` int64, which rows of the batch these are.
     """
@@ -61,7 +67,7 @@ class Layout:
     positions: ``[T]`` int64, place of a token in its sequence, from 0.
     row_of: ``[T]`` int64, the row a token belongs to.
     groups: rectangles for attention; together they cover every token once.
-    ungroup: ``[T]`` int64, the cell of each token in the concatenation of all group rectangles.
+    ungroup: ``[T]`` int32, the cell of each token in the concatenation of all group rectangles.
     valid: ``[T, 1]`` bool for a padded layout, None for a jagged one.
     visibility: None means causal.
     """
@@ -149,7 +155,7 @@ def padded_layout(lengths: torch.Tensor, max_length: int) -> Layout:
     """The layout of whole rectangles ``[B, N]``, padding included; without host work, so that it can be exported."""
     device, rows = lengths.device, lengths.numel()
     positions = torch.arange(max_length, device=device).repeat(rows)
-    tokens = torch.arange(rows * max_length, device=device)
+    tokens = torch.arange(rows * max_length, dtype=torch.int32, device=device)
     row_of = torch.arange(rows, device=device).repeat_interleave(max_length)
     return Layout(
         lengths=lengths,
@@ -179,13 +185,23 @@ def _group_rows(
 ) -> tuple[list[tuple], np.ndarray]:
     order = np.argsort(-lengths, kind="stable")
     order = order[lengths[order] > 0]
-    groups, cell_starts, cells = [], np.zeros_like(lengths), 0
-    for first in range(0, order.size, GROUP_ROWS):
-        rows = order[first : first + GROUP_ROWS]
+    groups, cell_starts, cells, first = [], np.zeros_like(lengths), 0, 0
+    while first < order.size:
+        rows = order[first : first + _rows_of_group(lengths[order[first:]])]
         width = int(lengths[rows[0]])
         columns = np.minimum(np.arange(width)[None, :], lengths[rows][:, None] - 1)
         tokens = (starts[rows][:, None] + columns).reshape(-1)
-        groups.append((width, tokens, lengths[rows], rows))
+        groups.append((width, tokens.astype(np.int32), lengths[rows], rows))
         cell_starts[rows] = cells + np.arange(rows.size) * width
         cells += tokens.size
-    return groups, cell_starts[row_of] + positions
+        first += rows.size
+    return groups, (cell_starts[row_of] + positions).astype(np.int32)
+
+
+def _rows_of_group(lengths: np.ndarray) -> int:
+    """How many rows, from the longest on, share a rectangle: as many as waste little and stay in a core's cache."""
+    width = int(lengths[0])
+    fits = max(MIN_ROWS, GROUP_CELLS // width**2)
+    used = np.cumsum(lengths[:fits])
+    thrifty = used >= (1.0 - MAX_WASTE) * width * np.arange(1, used.size + 1)
+    return max(MIN_ROWS, int(np.flatnonzero(thrifty)[-1]) + 1)

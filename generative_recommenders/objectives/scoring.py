@@ -192,7 +192,7 @@ def _transposed_product(rows: torch.Tensor, grad: torch.Tensor, hidden: torch.Te
     counts = torch.bincount(flat, minlength=num_rows)
     pointers = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(torch.int32)
     tokens = torch.div(order, rows.shape[1], rounding_mode="floor").to(torch.int32)
-    transposed = _make_csr(pointers, tokens, grad.reshape(-1)[order], (num_rows, hidden.shape[0]))
+    transposed = _make_csr(pointers, tokens, grad.reshape(-1).index_select(0, order), (num_rows, hidden.shape[0]))
     return transposed @ hidden
 
 

@@ -38,6 +38,7 @@ from .checkpoint_files import (
     read_json,
     read_manifest,
     read_tensors,
+    read_text,
     sync,
     write_failed,
     write_item_ids,
@@ -79,7 +80,7 @@ class Checkpoint:
 
     def resolved_gin(self) -> str:
         """The run's configuration as text, for people to read."""
-        return (self.path / "resolved.gin").read_text(encoding="utf-8")
+        return read_text(self.path / "resolved.gin")
 
 
 class CheckpointStore:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -111,6 +111,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise DamagedCheckpoint(
+            f"damaged checkpoint {path.parent}: {path.name}: {one_line(error)}"
+        ) from error
+
+
 def write_text(path: Path, text: str) -> None:
     with open(path, "w", encoding="utf-8") as file:
         file.write(text)
@@ -193,6 +202,10 @@ def _check_files(folder: Path, files: Any) -> None:
 def _parse_manifest(folder: Path, content: Mapping[str, Any]) -> Manifest:
     epoch, step, metric, best = (content.get(key) for key in ("epoch", "step", "metric", "is_best"))
     measured = metric is None or type(metric) in (int, float)
-    if type(epoch) is not int or type(step) is not int or type(best) is not bool or not measured:
+    if not (_is_count(epoch) and _is_count(step) and measured and type(best) is bool):
         raise DamagedCheckpoint(f"damaged checkpoint {folder}: {_MANIFEST} lacks a position or metric")
     return Manifest(epoch, step, metric, best)
+
+
+def _is_count(value: Any) -> TypeGuard[int]:
+    return type(value) is int and value >= 0

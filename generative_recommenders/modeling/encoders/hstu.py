@@ -108,7 +108,7 @@ class HstuBlock(torch.nn.Module):
     def forward(self, x: torch.Tensor, layout: Layout, inputs: list[BiasInputs]) -> torch.Tensor:
         """x: ``[T, D]``; inputs: see `bias_inputs`."""
         width, heads = self.num_heads * self.dv, self.num_heads
-        projected = self.activation(F.layer_norm(x, x.shape[-1:], eps=1e-8) @ self.uvqk)
+        projected = self.activation(F.layer_norm(x, x.shape[-1:], eps=1e-6) @ self.uvqk)
         u, v, q, k = projected.split([width, width, heads * self.dqk, heads * self.dqk], dim=-1)
         q, k, v = (t.unflatten(-1, (heads, -1)) for t in (q, k, v))
         biases = None if self.bias is None else [self.bias(each) for each in inputs]
