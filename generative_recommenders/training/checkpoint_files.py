@@ -135,13 +135,21 @@ def write_item_ids(folder: Path, item_ids: pa.Array) -> None:
 
 
 def read_item_ids(folder: Path) -> pa.Array:
+    """The strings that `write_item_ids` wrote; valid UTF-8, none missing."""
     try:
         table = pq.read_table(folder / "item_ids.parquet", columns=["item_id"])
+        table.validate(full=True)
     except (pa.ArrowException, OSError) as error:
         raise DamagedCheckpoint(
             f"damaged checkpoint {folder}: item_ids.parquet: {one_line(error)}"
         ) from error
-    return table.column("item_id").combine_chunks()
+    if (
+        table.schema.names != ["item_id"]
+        or table.schema.types != [pa.string()]
+        or table["item_id"].null_count
+    ):
+        raise DamagedCheckpoint(f"damaged checkpoint {folder}: item_ids.parquet holds no column of item ids")
+    return table["item_id"].combine_chunks()
 
 
 def sync(path: Path) -> None:

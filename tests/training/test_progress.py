@@ -1,0 +1,191 @@
+import io
+import json
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+
+from generative_recommenders.features import UserError
+from generative_recommenders.training.progress import (
+    DivergenceMonitor,
+    EarlyStopping,
+    NonFiniteError,
+    PlateauMonitor,
+    check_finite,
+    duration,
+    first_non_finite_module,
+    with_progress,
+)
+
+
+class Clock:
+    """Every item takes ``seconds``."""
+
+    def __init__(self, seconds: float) -> None:
+        self.now = 0.0
+        self.seconds = seconds
+
+    def items(self, count: int):
+        for item in range(count):
+            yield item
+            self.now += self.seconds
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_lines_with_the_remaining_time():
+    clock, stream = Clock(2.0), io.StringIO()
+    steps = with_progress(clock.items(90), 100, "epoch 3", 10, stream=stream, line_seconds=60, clock=clock)
+    assert list(steps) == list(range(90))
+    lines = stream.getvalue().splitlines()
+    assert lines[0].startswith("epoch 3: 41/100")
+    assert 1 <= len(lines) <= 3
+    for line in lines:
+        done = int(line.split("/")[0].split()[-1])
+        seconds = line.split(", ")[2].removesuffix(" left").split(":")
+        assert abs(int(seconds[0]) * 60 + int(seconds[1]) - 2 * (100 - done)) <= 6
+
+
+def test_a_bar_on_a_terminal():
+    stream = Terminal()
+    assert list(with_progress([7, 8], 4, "epoch 1", 2, stream=stream)) == [7, 8]
+    assert "epoch 1" in stream.getvalue() and "2/4" in stream.getvalue()
+
+
+@pytest.mark.parametrize("stream", [io.StringIO(), Terminal()])
+def test_other_processes_are_silent(stream):
+    clock = Clock(100.0)
+    steps = with_progress(clock.items(5), 5, "epoch", enabled=False, stream=stream, clock=clock)
+    assert list(steps) == [0, 1, 2, 3, 4]
+    assert stream.getvalue() == ""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (3599, "59:59"), (3723, "1:02:03")]
+)
+def test_duration(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_early_stopping_counts_epochs_without_gain():
+    stopping = EarlyStopping(patience=2)
+    assert [stopping.observe(metric) for metric in (0.1, 0.1, 0.2, 0.15, math.nan)] == [False] * 4 + [True]
+
+
+def test_early_stopping_goes_on_after_a_resume():
+    stopping = EarlyStopping(patience=2)
+    stopping.observe(0.3), stopping.observe(0.2)
+    resumed = EarlyStopping(patience=2)
+    resumed.restore(json.loads(json.dumps(stopping.state())))
+    assert resumed.observe(0.3)
+
+
+def test_patience_must_be_positive():
+    with pytest.raises(UserError, match="patience"):
+        EarlyStopping(0)
+
+
+def test_a_plateau_is_said_once():
+    monitor = PlateauMonitor(patience=3, min_change=0.01)
+    warnings = [monitor.observe(loss) for loss in (5.0, 4.0, 3.99, 3.98, 3.97, 3.97, 3.97)]
+    assert [warning is not None for warning in warnings] == [False] * 4 + [True, False, False]
+    assert "4" in warnings[4] and "plateau" in warnings[4]
+    assert monitor.observe(3.0) is None
+    assert [monitor.observe(3.0) is not None for _ in range(3)] == [False, False, True]
+
+
+def test_a_falling_loss_is_no_plateau():
+    monitor = PlateauMonitor(patience=2, min_change=0.01)
+    assert all(monitor.observe(10 * 0.98**step) is None for step in range(200))
+
+
+def test_divergence_is_said_once_until_it_is_over():
+    monitor = DivergenceMonitor(factor=2.0, smoothing=0.5)
+    losses = [4.0, 2.0, 1.0, 1.0, 8.0, 8.0, 1.0, 1.0, 1.0, 1.0, 1.0, 9.0]
+    warned = [monitor.observe(loss) is not None for loss in losses]
+    assert warned == [False] * 4 + [True] + [False] * 6 + [True]
+
+
+def test_one_hard_batch_is_no_divergence():
+    monitor = DivergenceMonitor()
+    assert all(monitor.observe(9.0 if step == 50 else 1.0) is None for step in range(100))
+
+
+@dataclass
+class Output:
+    x: torch.Tensor
+
+
+class Odd(nn.Module):
+    """Gives what it is told, in a dataclass inside of a tuple."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.value = value
+
+    def forward(self, x):
+        return ({"first": Output(x), "second": torch.full_like(x, self.value)}, None)
+
+
+class Model(nn.Module):
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 3)
+        self.blocks = nn.ModuleList([Odd(0.0), Odd(value), Odd(math.nan)])
+
+    def forward(self, x):
+        x = self.first(x)
+        for block in self.blocks:
+            x = block(x)[0]["second"]
+        return x
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_the_first_module_that_is_not_finite(value):
+    model = Model(value)
+    assert first_non_finite_module(model, lambda: model(torch.ones(2, 3))) == "blocks.1"
+    assert all(not module._forward_hooks for module in model.modules())
+
+
+def test_scores_that_are_masked_are_no_fault():
+    model = Model(-math.inf)
+    assert first_non_finite_module(model, lambda: model(torch.ones(2, 3))) == "blocks.2"
+
+
+def test_hooks_are_removed_when_the_rerun_fails():
+    model = nn.Linear(2, 2)
+    with pytest.raises(ZeroDivisionError):
+        first_non_finite_module(model, lambda: 1 // 0)
+    assert not model._forward_hooks
+
+
+def test_all_finite():
+    model = nn.Linear(2, 2)
+    assert first_non_finite_module(model, lambda: model(torch.ones(2))) is None
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
+def test_a_loss_that_is_not_finite_names_its_origin(loss):
+    model = Model(math.nan)
+    with pytest.raises(NonFiniteError, match=r"at step 7: .* blocks\.1;") as caught:
+        check_finite(loss, 7, model, lambda: model(torch.ones(2, 3)))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_parameter_that_is_not_finite_is_named():
+    model = Model(0.0)
+    model.first.bias.data[1] = -math.inf
+    with pytest.raises(NonFiniteError, match=r"parameter first\.bias is not finite"):
+        check_finite(math.nan, 7, model, lambda: model(torch.ones(2, 3)))
+
+
+def test_a_finite_loss_runs_nothing_again():
+    check_finite(3.0, 7, nn.Linear(2, 2), lambda: pytest.fail("ran again"))
