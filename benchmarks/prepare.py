@@ -5,7 +5,7 @@
 
 The file is made first and not timed: users like A2SUAM1J3GNN3B, items like ISBNs, both drawn from Zipf-like
 laws with every user and every item present, whole stars, times at midnight. Preparation runs in a process of
-its own, whose wall-clock time and peak resident memory are reported.
+its own, whose wall-clock time and peak resident memory are reported, with the machine's load before it.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ raw = RawRatings("bench", [Path(sys.argv[1])], ReaderFormat(",", False), "amazon
 manifest = prepare(raw, sys.argv[2], int(sys.argv[3]))
 print(json.dumps({
     "seconds": round(time.monotonic() - start, 2),
+    "cpu_seconds": round(time.process_time(), 2),
     "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
     "data_hash": manifest.data_hash,
     "counts_before": manifest.counts_before,
@@ -115,6 +116,7 @@ def measure(folder: Path, lines: int, memory_limit: int) -> dict[str, object]:
     ratings = folder / "ratings.csv"
     if not ratings.exists():
         write_ratings(ratings, lines)
+    load = round(os.getloadavg()[0], 2)
     command = [sys.executable, "-c", _CHILD, str(ratings), str(folder / "prepared"), str(memory_limit)]
     root = str(Path(__file__).resolve().parents[1])
     done = subprocess.run(
@@ -125,6 +127,7 @@ def measure(folder: Path, lines: int, memory_limit: int) -> dict[str, object]:
         "lines": lines,
         "file_mb": round(ratings.stat().st_size / 1e6),
         "cpus": len(os.sched_getaffinity(0)),
+        "load_before": load,
     }
     return {**head, "memory_limit_mb": memory_limit >> 20, **result}
 

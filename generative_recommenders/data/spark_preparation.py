@@ -67,7 +67,7 @@ def prepare_with_spark(raw: RawRatings, out_dir: str | Path, master: str = "loca
 
 @contextmanager
 def spark_session(master: str) -> Iterator[Any]:
-    """A Spark session on ``master``, stopped at the end."""
+    """A session on ``master``, or on the Spark that this process already runs; one made here is stopped."""
     try:
         from pyspark.errors import PySparkException
         from pyspark.sql import SparkSession
@@ -75,21 +75,30 @@ def spark_session(master: str) -> Iterator[Any]:
         raise UserError(
             "--engine=spark needs pyspark; pip install 'generative-recommenders[spark]'"
         ) from error
-    _find_java()
-    builder = SparkSession.builder.master(master).appName("generative-recommenders")
-    settings = {"spark.sql.session.timeZone": "UTC", "spark.ui.enabled": "false", "spark.log.level": "ERROR"}
-    if master.startswith("local"):
-        settings |= {"spark.sql.shuffle.partitions": "16", "spark.driver.bindAddress": "127.0.0.1"}
-    for name, value in settings.items():
-        builder = builder.config(name, value)
+    running = SparkSession.getActiveSession()
     try:
-        spark = builder.getOrCreate()
+        spark = running or _start(SparkSession.builder, master)
     except (PySparkException, RuntimeError, OSError) as error:
         raise UserError(f"Spark does not start on {master!r}: {_one_line(error)}; is Java there?") from error
+    session = spark.newSession()
+    session.conf.set("spark.sql.session.timeZone", "UTC")
+    session.conf.set("spark.sql.ansi.enabled", "false")
     try:
-        yield spark
+        yield session
     finally:
-        spark.stop()
+        if running is None:
+            spark.stop()
+
+
+def _start(builder: Any, master: str) -> Any:
+    _find_java()
+    settings = {"spark.ui.enabled": "false", "spark.log.level": "ERROR"}
+    if master.startswith("local"):
+        settings |= {"spark.sql.shuffle.partitions": "16", "spark.driver.bindAddress": "127.0.0.1"}
+    builder = builder.master(master).appName("generative-recommenders")
+    for name, value in settings.items():
+        builder = builder.config(name, value)
+    return builder.getOrCreate()
 
 
 def _find_java() -> None:
@@ -235,7 +244,7 @@ def _rating(text: Any) -> Any:
     """float32 of the text, null where it is not finite."""
     from pyspark.sql import functions as F
 
-    value = F.trim(text).try_cast("float")
+    value = F.trim(text).cast("float")
     return F.when(~F.isnan(value) & (F.abs(value) < float("inf")), value)
 
 
@@ -243,9 +252,9 @@ def _timestamp(text: Any) -> Any:
     """Whole seconds of the text, null where they are none or out of range."""
     from pyspark.sql import functions as F
 
-    value = F.trim(text).try_cast("double")
+    value = F.trim(text).cast("double")
     whole = (value == F.floor(value)) & value.between(0, MAX_TIMESTAMP)
-    return F.when(whole, value.try_cast("long"))
+    return F.when(whole, value.cast("long"))
 
 
 def _checked_columns(frame: Any) -> Any:

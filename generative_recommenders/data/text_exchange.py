@@ -120,7 +120,8 @@ def _parse_block(path: Path, block: Block) -> pa.Table:
     try:
         frame = pl.read_csv(io.BytesIO(block.data), has_header=False, schema=dict.fromkeys(HEADER, pl.String))
         lists = frame.select(pl.col(column).str.split(",") for column in _LISTS)
-        events = _explode(frame["user_id"], lists)
+        lines = block.data.count(b"\n") + (not block.data.endswith(b"\n"))
+        events = _explode(frame["user_id"], lists) if frame.height == lines else None
     except pl.exceptions.PolarsError:
         events = None
     if events is None:

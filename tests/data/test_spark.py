@@ -61,7 +61,14 @@ def csv_text(columns: dict[str, list], line_end: str = "\n") -> str:
     return "".join(",".join(map(str, row)) + line_end for row in rows)
 
 
-@pytest.mark.parametrize("filter_name", ["none", "amazon_five", "k_core:12"])
+@pytest.mark.parametrize(
+    "filter_name",
+    [
+        "amazon_five",
+        pytest.param("none", marks=pytest.mark.slow),
+        pytest.param("k_core:12", marks=pytest.mark.slow),
+    ],
+)
 def test_csv(tmp_path: Path, filter_name: str) -> None:
     pytest.importorskip("pyspark")
     plain, zipped = tmp_path / "1.csv", tmp_path / "2.csv.gz"

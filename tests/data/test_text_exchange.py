@@ -127,3 +127,9 @@ def test_fuzz(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_fuzz_at_length(tmp_path: Path) -> None:
     fuzz(tmp_path, 4, int(os.environ.get("FUZZ_INPUTS", "100000")))
+
+
+def test_a_line_break_inside_quotes_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "s.csv").write_text(HEADER + '0,"a\nb","1","1","1"\n')
+    with pytest.raises(UserError, match="line 2: "):
+        import_text(tmp_path / "s.csv", tmp_path / "out", "t")
