@@ -16,7 +16,8 @@ import torch.distributed as dist
 from absl import logging
 
 from ..features import UserError
-from .distributed import join_group, process_device
+from .distributed import join_group, process_collectives, process_device
+from .failure_watch import FailureWatch
 from .spawned import run_spawned
 
 TIMEOUT = timedelta(minutes=10)
@@ -107,7 +108,9 @@ def _join_given(
     os.environ.update(MASTER_ADDR=given.address, MASTER_PORT=str(given.port))
     neighbours = os.environ.get("LOCAL_WORLD_SIZE")  # SLURM binds each task to its own cores
     join_group(given.rank, given.world_size, int(neighbours or 1), device_type, timeout)
-    code = worker(given.rank, given.world_size, *args)
+    with FailureWatch(given.rank, given.address, given.port, timeout):
+        code = worker(given.rank, given.world_size, *args)
+        process_collectives(process_device(device_type)).barrier()
     dist.destroy_process_group()
     return code
 

@@ -101,7 +101,8 @@ def reorder_items(table: torch.Tensor, item_ids: pa.Array) -> torch.Tensor:
         rows = torch.tensor([0, *map(int, item_ids.to_pylist())])
     except (ValueError, TypeError):
         raise UserError(
-            "the data set's item ids are not integers: the rows of the checkpoint's item table cannot be told apart"
+            "the data set's item ids are not integers, so the rows of the checkpoint's item table "
+            "cannot be told apart"
         ) from None
     wrong = rows[1:][(rows[1:] < 1) | (rows[1:] >= table.shape[0])]
     if wrong.numel():

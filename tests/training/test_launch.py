@@ -3,6 +3,7 @@ import ipaddress
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,7 +19,7 @@ from absl import logging
 from worker_processes import quick_start
 
 from generative_recommenders.features import UserError
-from generative_recommenders.training import spawned
+from generative_recommenders.training import failure_watch, spawned
 from generative_recommenders.training.distributed import join_group, process_collectives
 from generative_recommenders.training.launch import first_host, given_rendezvous, launch
 from generative_recommenders.training.signals import StopRequest
@@ -42,7 +43,7 @@ def on_cpu(worker, *args, num_processes=2, **options) -> int:
 def report(rank: int, world_size: int, folder: str) -> int:
     group = process_collectives("cpu")
     total = group.sum_scalar(rank + 1)
-    values = (world_size, total, os.environ["LOCAL_RANK"], os.getpid(), torch.get_num_threads())
+    values = (world_size, total, os.environ["LOCAL_RANK"], os.getpid())
     (Path(folder) / str(rank)).write_text(" ".join(map(str, values)))
     return 0
 
@@ -51,13 +52,14 @@ def reported(folder: Path) -> list[list[str]]:
     return [path.read_text().split() for path in sorted(folder.iterdir())]
 
 
-@pytest.mark.parametrize("method", ["spawn", "forkserver"])
-def test_spawn(tmp_path, monkeypatch, method):
+@pytest.mark.parametrize(("method", "count"), [("spawn", 2), ("forkserver", 2), ("forkserver", 4)])
+def test_spawn(tmp_path, monkeypatch, method, count):
     monkeypatch.setattr(spawned, "START_METHOD", method)
-    assert on_cpu(report, str(tmp_path)) == 0
+    assert on_cpu(report, str(tmp_path), num_processes=count) == 0
     found = reported(tmp_path)
-    assert [each[:3] for each in found] == [["2", "3.0", "0"], ["2", "3.0", "1"]]
-    assert len({found[0][3], found[1][3], str(os.getpid())}) == 3
+    total = str(count * (count + 1) / 2)
+    assert [each[:3] for each in found] == [[str(count), total, str(rank)] for rank in range(count)]
+    assert len({str(os.getpid()), *(each[3] for each in found)}) == count + 1
 
 
 @pytest.mark.parametrize(("given", "threads"), [({}, "2"), ({"OMP_NUM_THREADS": "3"}, "7")])
@@ -272,15 +274,23 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def started_by_slurm(folder: str, rank: int, port: int) -> None:
-    os.environ.update(
-        SLURM_PROCID=str(rank),
-        SLURM_NTASKS="2",
-        SLURM_LOCALID="0",
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
-    sys.exit(on_cpu(report, folder, num_processes=None))
+def started_by_slurm(worker, rank: int, port: int, *args) -> None:
+    os.environ.update(SLURM_PROCID=str(rank), SLURM_NTASKS="2", SLURM_LOCALID="0")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    failure_watch.POLL_SECONDS = failure_watch.GRACE_SECONDS = 0.1
+    sys.exit(on_cpu(worker, *args, num_processes=None))
+
+
+def exit_codes_under_slurm(worker, *args) -> list[int | None]:
+    port = free_port()
+    tasks = [
+        quick_start().Process(target=started_by_slurm, args=(worker, rank, port, *args)) for rank in (0, 1)
+    ]
+    for task in tasks:
+        task.start()
+    for task in tasks:
+        task.join(60)
+    return [task.exitcode for task in tasks]
 
 
 def free_port() -> int:
@@ -290,32 +300,48 @@ def free_port() -> int:
 
 
 def test_joins_under_slurm_variables(tmp_path):
-    port = free_port()
-    tasks = [
-        quick_start().Process(target=started_by_slurm, args=(str(tmp_path), rank, port)) for rank in range(2)
-    ]
-    for task in tasks:
-        task.start()
-    for task in tasks:
-        task.join(60)
-    assert [task.exitcode for task in tasks] == [0, 0]
+    assert exit_codes_under_slurm(report, str(tmp_path)) == [0, 0]
     assert [each[:3] for each in reported(tmp_path)] == [["2", "3.0", "0"]] * 2
 
 
+def fail_while_the_other_hears_nothing(rank: int, world_size: int, failing: int, how: str) -> int:
+    process_collectives("cpu").barrier()
+    if rank != failing:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        return wait_for_ever()
+    if how == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    raise ValueError("the fault of this rank")
+
+
+@pytest.mark.parametrize(
+    ("failing", "how", "codes"),
+    [(0, "raised", [1, 1]), (1, "raised", [1, 1]), (0, "killed", [-signal.SIGKILL, 1])],
+)
+def test_a_failure_ends_the_peers_that_something_else_started(failing, how, codes):
+    assert exit_codes_under_slurm(fail_while_the_other_hears_nothing, failing, how) == codes
+
+
+def finish_late(rank: int, world_size: int) -> int:
+    time.sleep(rank)
+    return 0
+
+
+def test_a_process_that_is_done_waits_for_the_others():
+    assert exit_codes_under_slurm(finish_late) == [0, 0]
+
+
+PROGRAM = str(Path(__file__).with_name("torchrun_program.py"))
+
+
+def environment(**variables: str) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), **variables}
+
+
 def torchrun(folder: Path, failing: int) -> subprocess.CompletedProcess:
-    program = Path(__file__).with_name("torchrun_program.py")
-    options = ["--nproc_per_node=2", f"--master_port={free_port()}"]
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        *options,
-        str(program),
-        str(folder),
-        str(failing),
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    options = ["--nproc_per_node=2", f"--master_port={free_port()}", PROGRAM, str(folder), str(failing)]
+    command = [sys.executable, "-m", "torch.distributed.run", *options]
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
 
 
 def test_torchrun(tmp_path):
@@ -329,6 +355,43 @@ def test_torchrun_failure(tmp_path):
     finished = torchrun(tmp_path, failing=1)
     assert finished.returncode == 1
     assert finished.stderr.count("ValueError: the fault of this rank") == 1
+
+
+@pytest.fixture
+def two_hosts():
+    """Names of two network namespaces with a cable between them, 10.77.0.1 and 10.77.0.2."""
+    names = [f"host{os.getpid()}{letter}" for letter in "ab"]
+    commands = [f"ip netns add {name}" for name in names]
+    commands.append(f"ip link add cable netns {names[0]} type veth peer name cable netns {names[1]}")
+    for number, name in enumerate(names, start=1):
+        commands.append(f"ip -n {name} addr add 10.77.0.{number}/24 dev cable")
+        commands += [f"ip -n {name} link set {device} up" for device in ("cable", "lo")]
+    try:
+        if not shutil.which("ip") or not all(map(succeeds, commands)):
+            pytest.skip("network namespaces are not permitted")
+        yield names
+    finally:
+        for name in names:
+            if shutil.which("ip"):
+                succeeds(f"ip netns del {name}")
+
+
+def succeeds(command: str) -> bool:
+    return subprocess.run(command.split(), capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.slow
+def test_two_hosts(tmp_path, two_hosts):
+    hosts = []
+    for rank, name in enumerate(two_hosts):
+        variables = environment(
+            RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="10.77.0.1", MASTER_PORT="29400",
+            GLOO_SOCKET_IFNAME="cable",
+        )  # fmt: skip
+        command = ["ip", "netns", "exec", name, sys.executable, PROGRAM, str(tmp_path), "-1"]
+        hosts.append(subprocess.Popen(command, env=variables))
+    assert [host.wait(120) for host in hosts] == [0, 0]
+    assert reported(tmp_path) == [["3.0"], ["3.0"]]
 
 
 def test_the_given_rendezvous():
