@@ -13,6 +13,7 @@ from pathlib import Path
 from absl import app, flags, logging
 
 from generative_recommenders.data.manifest import Manifest
+from generative_recommenders.data.parquet_export import export_parquet
 from generative_recommenders.data.preparation import prepare, prepared_path, summary
 from generative_recommenders.data.public_datasets import known_datasets, resolve
 from generative_recommenders.data.sequence_dataset import SequenceDataset
@@ -45,8 +46,11 @@ _SPARK_MASTER = flags.DEFINE_string("spark_master", "local[*]", "URL of the Spar
 _EXPORT_TEXT = flags.DEFINE_string(
     "export_text", None, "also write the sequences to this file, in the exchange format"
 )
+_EXPORT_PARQUET = flags.DEFINE_string(
+    "export_parquet", None, "also write the events to this file, by original ids"
+)
 _PREPARED = flags.DEFINE_string(
-    "prepared", None, "with --export_text: export this folder and prepare nothing"
+    "prepared", None, "with an export flag: export this folder and prepare nothing"
 )
 _USERS = flags.DEFINE_integer(
     "synthetic_users", _DEFAULTS.num_users, "synthetic-books: users before the filter"
@@ -70,9 +74,12 @@ def parse_bytes(text: str) -> int:
     return int(number) * unit
 
 
-def _export(folder: Path, path: str) -> None:
-    export_text(SequenceDataset.open(folder), path)
-    print(f"written: {path}")
+def _export(folder: Path) -> None:
+    """Write what the export flags ask for."""
+    for path, export in ((_EXPORT_TEXT.value, export_text), (_EXPORT_PARQUET.value, export_parquet)):
+        if path is not None:
+            export(SequenceDataset.open(folder), path)
+            print(f"written: {path}")
 
 
 def _prepare(memory_limit: int) -> tuple[Manifest, Path]:
@@ -106,17 +113,14 @@ def _prepare(memory_limit: int) -> tuple[Manifest, Path]:
 def run() -> None:
     """What the flags ask for; UserError for faults of input or flags."""
     if _PREPARED.value is not None:
-        if _EXPORT_TEXT.value is None:
-            raise UserError(
-                "--prepared needs --export_text=FILE: there is nothing else to do with a prepared folder"
-            )
-        _export(Path(_PREPARED.value), _EXPORT_TEXT.value)
+        if _EXPORT_TEXT.value is None and _EXPORT_PARQUET.value is None:
+            raise UserError("--prepared needs --export_text=FILE or --export_parquet=FILE")
+        _export(Path(_PREPARED.value))
         return
     manifest, out = _prepare(parse_bytes(_MEMORY_LIMIT.value))
     print(summary(manifest))
     print(f"prepared: {out}")
-    if _EXPORT_TEXT.value is not None:
-        _export(out, _EXPORT_TEXT.value)
+    _export(out)
 
 
 def main(argv: list[str]) -> None:

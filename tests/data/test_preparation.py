@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from generative_recommenders.data import preparation
 from generative_recommenders.data.digests import events_digest, hex_digest, id_hashes
+from generative_recommenders.data.parquet_export import export_parquet
 from generative_recommenders.data.preparation import prepare, summary
 from generative_recommenders.data.ratings_table import RawRatings, ReaderFormat
 from generative_recommenders.data.sequence_dataset import SequenceDataset
@@ -352,6 +353,19 @@ def test_the_hash_does_not_depend_on_the_order_of_users_but_on_everything_else()
         digest(["u", "u", "v"], ["a", "b", "a"], [1, 2, 3], [5, 6, 7], [1, 0, 0]),
     ]
     assert len({base, *changes}) == 6
+
+
+@pytest.mark.parametrize("columns", [("user", "item"), ("user", "item", "rating", "timestamp")])
+def test_parquet_out_and_in_again_is_the_same_data(tmp_path: Path, columns: tuple[str, ...]) -> None:
+    path = write_csv(tmp_path / "r.csv", [*random_rows(4, 300, 30, 20), ("ü,1", "漢", 1.0, 3)])
+    roles = tuple(name if name in columns else None for name in ("user", "item", "rating", "timestamp"))
+    first = prepare(RawRatings("t", [path], ReaderFormat(",", False, roles)), tmp_path / "out")
+    export_parquet(SequenceDataset.open(tmp_path / "out"), tmp_path / "e" / "r.parquet")
+    second = prepare(
+        RawRatings("t", [tmp_path / "e" / "r.parquet"], ReaderFormat(columns=None)), tmp_path / "again"
+    )
+    assert second == first
+    assert [p.name for p in (tmp_path / "e").iterdir()] == ["r.parquet"]
 
 
 def test_manifest_is_plain_json(tmp_path: Path) -> None:

@@ -1,0 +1,51 @@
+"""A prepared data set back as Parquet, by original ids, for other tools or another preparation."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from generative_recommenders.data.event_store import chunks
+from generative_recommenders.data.sequence_dataset import SequenceDataset
+from generative_recommenders.features import UserError
+
+
+def export_parquet(dataset: SequenceDataset, path: str | Path) -> None:
+    """Write a row an event: ``user``, ``item`` (strings), ``rating`` and ``timestamp`` where there are any.
+
+    Users follow one another, oldest event first, so that preparing the file gives the same data hash.
+    """
+    path = Path(path)
+    scratch = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    schema = _schema(dataset)
+    users, items = dataset.original_user_ids(), dataset.original_item_ids()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with pq.ParquetWriter(scratch, schema) as writer:
+            for part in chunks(dataset.num_events):
+                rows = np.searchsorted(dataset.offsets, np.arange(part.start, part.stop), side="right") - 1
+                columns = [users.take(pa.array(rows)), items.take(pa.array(dataset.items[part] - 1))]
+                columns += [pa.chunked_array([pa.array(values[part])]) for values in _values(dataset)]
+                writer.write_table(
+                    pa.table([c.cast(t) for c, t in zip(columns, schema.types)], schema=schema)
+                )
+        scratch.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def _schema(dataset: SequenceDataset) -> pa.Schema:
+    fields = [("user", pa.large_string()), ("item", pa.large_string())]
+    fields += [("rating", pa.float32())] if dataset.ratings is not None else []
+    fields += [("timestamp", pa.int64())] if dataset.timestamps is not None else []
+    return pa.schema(fields)
+
+
+def _values(dataset: SequenceDataset) -> list[np.ndarray]:
+    return [column for column in (dataset.ratings, dataset.timestamps) if column is not None]
