@@ -8,12 +8,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
+import io
 import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -84,14 +87,17 @@ class RunFolder:
         """Appends one JSON object with ``step`` and the values to metrics.jsonl, at once. Not-finite
         numbers become null."""
         record = {"step": step, **{name: _finite(value) for name, value in values.items()}}
-        self._metrics.write(json.dumps(record) + "\n")
-        self._metrics.flush()
+        line = json.dumps(record).encode() + b"\n"
+        with self._writable():
+            if self._metrics.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def write_scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Adds TensorBoard scalars; names with a slash are grouped."""
-        writer = self._summary_writer()
-        for name, value in values.items():
-            writer.add_scalar(name, value, step)
+        with self._writable():
+            writer = self._summary_writer()
+            for name, value in values.items():
+                writer.add_scalar(name, value, step)
 
     def truncate_after(self, step: int) -> None:
         """Forgets what was recorded behind ``step``: lines of metrics.jsonl, and TensorBoard events by its
@@ -107,16 +113,20 @@ class RunFolder:
 
     def flush(self) -> None:
         """Brings everything to disk, as before a checkpoint."""
-        os.fsync(self._metrics.fileno())
-        if self._writer is not None:
-            self._writer.flush()
+        with self._writable():
+            os.fsync(self._metrics.fileno())
+            if self._writer is not None:
+                self._writer.flush()
 
     def close(self) -> None:
         """Writes out everything and gives up the lock. May be called again."""
         if self._lock.closed:
             return
-        if self._writer is not None:
-            self._writer.close()
+        try:
+            if self._writer is not None:
+                self._writer.close()
+        except OSError as error:
+            logging.warning("TensorBoard's last events are not written: %s", error.strerror)
         self._metrics.close()
         remove_log_file(self._log_handler)
         self._lock.close()
@@ -137,12 +147,21 @@ class RunFolder:
     def _write(self, name: str, text: str) -> Path:
         """Replaces a file of the folder, whole or not at all."""
         path, writing = self.path / name, self.path / f".{name}.writing"
-        with open(writing, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(writing, path)
+        with self._writable():
+            with open(writing, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(writing, path)
         return path
+
+    @contextlib.contextmanager
+    def _writable(self) -> Iterator[None]:
+        """A full disk is one line."""
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"cannot write to run folder {self.path}: {error.strerror}") from error
 
 
 def check_same_data(saved_hash: str, current_hash: str) -> None:
@@ -200,13 +219,13 @@ def _lock(folder: Path) -> IO[str]:
     return file
 
 
-def _open_lines(path: Path) -> IO[str]:
-    """A JSON-lines file for appending; a last line that a killed process left unfinished is cut off."""
+def _open_lines(path: Path) -> io.FileIO:
+    """A JSON-lines file for appending, unbuffered; a last line that a killed process left unfinished is cut."""
     if path.exists():
         content = path.read_bytes()
         with open(path, "r+b") as file:
             file.truncate(content.rfind(b"\n") + 1)
-    return open(path, "a", encoding="utf-8")
+    return open(path, "ab", buffering=0)
 
 
 def _step(line: str) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging as python_logging
 from pathlib import Path
 
@@ -16,7 +17,7 @@ def set_log_level(is_main: bool, level: int = logging.INFO) -> None:
 
 def add_log_file(path: Path) -> python_logging.Handler:
     """Sends log lines to the file too, which is added to; returns the handler for `remove_log_file`."""
-    handler = python_logging.FileHandler(path, encoding="utf-8")
+    handler = _LogFile(path, encoding="utf-8")
     handler.setFormatter(python_logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.get_absl_logger().addHandler(handler)
     return handler
@@ -24,4 +25,12 @@ def add_log_file(path: Path) -> python_logging.Handler:
 
 def remove_log_file(handler: python_logging.Handler) -> None:
     logging.get_absl_logger().removeHandler(handler)
-    handler.close()
+    with contextlib.suppress(OSError):
+        handler.close()
+
+
+class _LogFile(python_logging.FileHandler):
+    """A full disk costs lines of the file, which are on the screen too, and not the run."""
+
+    def handleError(self, record: python_logging.LogRecord) -> None:
+        """Says nothing: the next checkpoint or metric will."""

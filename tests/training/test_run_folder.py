@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import subprocess
@@ -136,20 +137,53 @@ def test_a_path_through_a_file(tmp_path):
         RunFolder.create_or_open(tmp_path / "file" / "run")
 
 
+def mounted(folder: Path, options: str) -> bool:
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+    return subprocess.run(mount, capture_output=True, check=False).returncode == 0
+
+
 @pytest.fixture
 def read_only(tmp_path):
     folder = tmp_path / "read_only"
-    folder.mkdir()
     if os.geteuid():
-        folder.chmod(0o500)
+        folder.mkdir(mode=0o500)
         yield folder
         folder.chmod(0o700)
         return
-    mount = ["mount", "-t", "tmpfs", "-o", "ro,size=64k", "tmpfs", str(folder)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode:
+    if not mounted(folder, "ro,size=64k"):
         pytest.skip("mounting is not permitted")
     yield folder
     subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 128 KiB."""
+    folder = tmp_path / "disk"
+    if not mounted(folder, "size=128k"):
+        pytest.skip("mounting is not permitted")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk_is_one_line(small_disk, capfd):
+    with RunFolder.create_or_open(small_disk / "run") as run:
+        run.write_metrics(1, {"loss": 0.5})
+        with contextlib.suppress(OSError):
+            (small_disk / "other").write_bytes(bytes(1 << 20))
+        with pytest.raises(UserError, match="cannot write to run folder .*No space left on device") as caught:
+            for step in range(2, 1000):
+                logging.error("a line of the log, %d", step)
+                run.write_metrics(step, {"loss": 0.5})
+        with pytest.raises(UserError, match="No space left on device"):
+            run.save_resolved_gin("a = 1\n" * 10_000)
+    assert "\n" not in str(caught.value)
+    assert "Traceback" not in capfd.readouterr().err
+    (small_disk / "other").unlink()
+    with RunFolder.create_or_open(small_disk / "run", resume=True) as run:
+        run.truncate_after(1)
+        assert records(run) == [{"step": 1, "loss": 0.5}]
 
 
 @pytest.mark.parametrize("name", [None, "", "inside"])
