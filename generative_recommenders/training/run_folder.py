@@ -220,7 +220,8 @@ def _lock(folder: Path) -> IO[str]:
 
 
 def _open_lines(path: Path) -> io.FileIO:
-    """A JSON-lines file for appending, unbuffered; a last line that a killed process left unfinished is cut."""
+    """A JSON-lines file for appending, unbuffered; a last line that a killed process left unfinished is cut
+    off."""
     if path.exists():
         content = path.read_bytes()
         with open(path, "r+b") as file:
