@@ -1,114 +1,214 @@
-"""Trains, evaluates and reports: ``python main.py`` runs the embedded example; ``--gin_config_file`` names another experiment."""
+"""Trains, evaluates and reports. ``python main.py`` runs the embedded example; ``--gin_config_file`` names another experiment."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from pathlib import Path
 
-import torch
 from absl import app, flags, logging
 
 from generative_recommenders import gin_registry
-from generative_recommenders.data.public_datasets import resolve
 from generative_recommenders.data.preparation import prepare, prepared_path, summary
+from generative_recommenders.data.public_datasets import resolve
 from generative_recommenders.data.sequence_dataset import SequenceDataset
-from generative_recommenders.data.splits import make_split
-from generative_recommenders.evaluation.collectives import Collectives
+from generative_recommenders.data.splits import Split, make_split
 from generative_recommenders.features import UserError
 from generative_recommenders.modeling.jagged import log_backend
 from generative_recommenders.training import report
 from generative_recommenders.training.assembly import Catalogue, build_criterion, build_model, build_sampler
 from generative_recommenders.training.checkpoint import CheckpointStore
+from generative_recommenders.training.distributed import process_collectives, process_device
+from generative_recommenders.training.launch import launch
+from generative_recommenders.training.model_evaluation import ModelEvaluation
+from generative_recommenders.training.profiling import step_profiler
+from generative_recommenders.training.progress import NonFiniteError
 from generative_recommenders.training.run_folder import RunFolder
 from generative_recommenders.training.settings import RunSettings
-from generative_recommenders.training.train import Trainer, TrainResult
+from generative_recommenders.training.signals import StopRequest
+from generative_recommenders.training.train import Trainer, TrainResult, load_model
 from generative_recommenders.visualization import plot_curves
 
 EMBEDDED = "synthetic-books"
-DEFAULT_CONFIG = Path(__file__).parent / "configs" / EMBEDDED / "sasrec.gin"
+DEFAULT_CONFIG = Path(__file__).resolve().parent / "configs" / EMBEDDED / "sasrec.gin"
+USER_ERROR, NOT_FINITE, INTERRUPTED = 2, 3, 130
 
-_GIN_FILE = flags.DEFINE_multi_string("gin_config_file", None, "gin file(s); the embedded example by default")
-_BINDINGS = flags.DEFINE_multi_string("gin_bindings", [], "gin bindings, over the files")
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate"], "train, or score a run's best checkpoint")
+_GIN_FILES = flags.DEFINE_multi_string("gin_config_file", None, "gin file(s); the embedded example by default")
+_BINDINGS = flags.DEFINE_multi_string("gin_bindings", [], "gin bindings, applied over the files")
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate"], "train, or score the best checkpoint of --run_dir")
 _DATA_ROOT = flags.DEFINE_string("data_root", "data", "where raw/ and prepared/ data sets lie")
 _RUN_DIR = flags.DEFINE_string("run_dir", None, "the run's folder; runs/TIME-DATASET-ENCODER by default")
-_MAX_STEPS = flags.DEFINE_integer("max_steps", None, "stop after so many steps", lower_bound=1)
+_RESUME = flags.DEFINE_bool("resume", False, "go on with the run in --run_dir from its newest whole checkpoint")
+_MASTER_PORT = flags.DEFINE_integer("master_port", 29500, "TCP port of the rendezvous; a busy one is replaced")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "processes on this host; one a GPU, else one, by default")
+_MAX_STEPS = flags.DEFINE_integer("max_steps", None, "stop after so many steps of the run", lower_bound=1)
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "build everything, say what it is, and stop")
+_PROFILE = flags.DEFINE_bool("profile", False, "write a torch profiler trace of a few steps to the run's folder")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The command line, for every process of a run."""
+
+    gin_files: tuple[str, ...]
+    bindings: tuple[str, ...]
+    data_root: Path
+    run_dir: str | None
+    resume: bool
+    max_steps: int | None
+    profile: bool
 
 
 def prepared_dataset(name: str, data_root: Path) -> SequenceDataset:
     """The prepared data set; the embedded one is made on first use, any other must have been prepared."""
     folder = prepared_path(data_root, name)
-    if not (folder / "manifest.json").exists():
+    if not folder.exists():
         if name != EMBEDDED:
-            raise UserError(f"{name} is not prepared in {folder}: python preprocess_public_data.py --dataset={name} makes it")
+            raise UserError(f"{name} is not prepared in {folder}: run python preprocess_public_data.py --dataset={name}")
         logging.info("making the embedded data set %s in %s", name, folder)
         manifest = prepare(resolve(name, raw_path=None, data_root=data_root), folder)
         logging.info("%s", summary(manifest))
     return SequenceDataset.open(folder)
 
 
-def dry_run(settings: RunSettings, dataset: SequenceDataset) -> None:
+def train_worker(rank: int, world_size: int, options: Options) -> int:
+    """One process of a training run; returns its exit code."""
+    logging.set_verbosity(logging.INFO if rank == 0 else logging.ERROR)
+    settings, resolved = gin_registry.load_settings(options.gin_files, options.bindings)
+    log_backend()
+    gin_registry.log_inert(settings)
+    collectives = process_collectives(process_device())
+    dataset = SequenceDataset.open(prepared_path(options.data_root, settings.train.dataset_name))
+    split = make_split(dataset, settings.train.protocol)
+    name = f"{settings.train.dataset_name}-{settings.train.main_module}"
+    run = RunFolder.create_or_open(options.run_dir, options.resume, name) if collectives.is_main else None
+    folder = Path(collectives.broadcast_object_json(str(run.path) if run else None))
+    store = CheckpointStore(folder / "checkpoints", settings.train.keep_checkpoints, read_only=run is None)
+    if run is not None:
+        logging.info("run folder %s\n%s", folder, report.data_summary(dataset, split))
+        run.save_resolved_gin(resolved)
+        store.attach(dataset.original_item_ids().combine_chunks(), settings.to_json(), resolved)
+    trainer = Trainer(settings, dataset, split, collectives, run)
+    if options.resume:
+        resume(trainer, store)
+    with StopRequest() as stop, step_profiler(folder if options.profile and run else None) as on_step:
+        result = trainer.train(store, options.max_steps, lambda: stop.requested, on_step)
+    if not result.finished:
+        logging.info("stopped on request after step %d; go on with --resume --run_dir=%s", result.progress.step, folder)
+        return INTERRUPTED
+    rows = report.baseline_metrics(dataset, split, settings.train, collectives)
+    if run is not None:
+        finish(settings, dataset, split, run, store, result, rows)
+        run.close()
+    return 0
+
+
+def resume(trainer: Trainer, store: CheckpointStore) -> None:
+    checkpoint = store.load_newest()
+    if checkpoint is None:
+        logging.warning("there is no whole checkpoint in %s: the run starts from its beginning", store.folder)
+        return
+    trainer.restore(checkpoint)
+    logging.info("resumed %s", checkpoint.path)
+
+
+def finish(
+    settings: RunSettings,
+    dataset: SequenceDataset,
+    split: Split,
+    run: RunFolder,
+    store: CheckpointStore,
+    result: TrainResult,
+    rows: dict[str, dict[str, float]],
+) -> None:
+    """The final record, the curves, and the table."""
+    rows = {**rows, settings.train.main_module: result.test}
+    if result.liked:
+        rows[f"{settings.train.main_module}, targets rated {settings.train.rating_threshold:g}+"] = result.liked
+    final = {"part": "final", "seconds": result.progress.seconds, "results": rows, "split_hash": split.hash}
+    run.write_metrics(result.progress.step, final)
+    plot_curves(result.progress.history, run.path / "curves.png")
+    best = store.load_best()
+    checkpoint = best.path if best is not None else next(iter(store.paths()[::-1]), None)
+    print(
+        report.final_report(
+            rows, dataset, split, settings.train.seen_filter, result.progress.best_epoch, run.path, checkpoint
+        )
+    )
+
+
+def evaluate_worker(rank: int, world_size: int, options: Options) -> int:
+    """Scores the best (else the newest) checkpoint of a run on the test targets; the model is rebuilt from its settings."""
+    logging.set_verbosity(logging.INFO if rank == 0 else logging.ERROR)
+    if options.run_dir is None:
+        raise UserError("--mode=evaluate needs --run_dir, the folder of the run whose checkpoint is scored")
+    store = CheckpointStore(Path(options.run_dir) / "checkpoints", read_only=True)
+    checkpoint = store.load_best() or store.load_newest()
+    if checkpoint is None:
+        raise UserError(f"there is no checkpoint in {store.folder}")
+    settings = RunSettings.from_json(checkpoint.settings())
+    if options.bindings:
+        settings = gin_registry.override(settings, options.bindings)
+    collectives = process_collectives(process_device())
+    dataset = SequenceDataset.open(prepared_path(options.data_root, settings.train.dataset_name))
+    split = make_split(dataset, settings.train.protocol)
+    catalogue = Catalogue.of(dataset, split.train_stops, settings.train.category_feature)
+    model = build_model(settings, catalogue).to(collectives.device)
+    load_model(model, checkpoint)
+    test = ModelEvaluation(settings, dataset, split, collectives).test(model).metrics()
+    rows = {**report.baseline_metrics(dataset, split, settings.train, collectives), settings.train.main_module: test}
+    if collectives.is_main:
+        print(f"{checkpoint.path}, test, full catalogue, seen filter {settings.train.seen_filter!r}")
+        print(f"{report.results_table(rows)}\n\n{report.data_summary(dataset, split)}")
+    return 0
+
+
+def dry_run(options: Options) -> int:
+    """Builds everything, prints parts, parameter counts and an estimate of memory."""
+    settings, _ = gin_registry.load_settings(options.gin_files, options.bindings)
     t = settings.train
+    dataset = prepared_dataset(t.dataset_name, options.data_root)
     split = make_split(dataset, t.protocol)
     catalogue = Catalogue.of(dataset, split.train_stops, t.category_feature)
     model = build_model(settings, catalogue)
-    criterion = build_criterion(settings, catalogue)
-    if criterion.needs_negatives:
+    if build_criterion(settings, catalogue).needs_negatives:
         build_sampler(settings, catalogue)
     tokens = t.local_batch_size * t.max_sequence_length
     print(report.model_summary(model, t.optimizer, tokens, t.item_embedding_dim))
     print(report.data_summary(dataset, split))
+    return 0
 
 
-def train(settings: RunSettings, resolved: str, dataset: SequenceDataset) -> None:
-    t = settings.train
-    split = make_split(dataset, t.protocol)
-    collectives = Collectives(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    with RunFolder.create_or_open(_RUN_DIR.value, False, f"{t.dataset_name}-{t.main_module}") as run:
-        run.save_resolved_gin(resolved)
-        logging.info("%s", report.data_summary(dataset, split))
-        store = CheckpointStore(run.checkpoints, t.keep_checkpoints)
-        store.attach(dataset.original_item_ids().combine_chunks(), settings.to_json(), resolved)
-        trainer = Trainer(settings, dataset, split, collectives, run)
-        result = trainer.train(store, _MAX_STEPS.value)
-        finish(settings, dataset, split, collectives, run, store, result)
-
-
-def finish(settings, dataset, split, collectives, run, store, result: TrainResult) -> None:
-    t = settings.train
-    rows = report.baseline_metrics(dataset, split, t, collectives)
-    rows[t.main_module] = result.test
-    run.write_metrics(result.progress.step, {"part": "final", **{f"test/{k}": v for k, v in result.test.items()}})
-    plot_curves(result.progress.history, run.path / "curves.png")
-    best = next((p for p in reversed(store.paths())), None)
-    print(report.final_report(rows, dataset, split, t.seen_filter, result.progress.best_epoch, run.path, best))
-
-
-def run() -> None:
-    logging.set_verbosity(logging.INFO)
-    log_backend()
-    settings, resolved = gin_registry.load_settings(_GIN_FILE.value or [DEFAULT_CONFIG], _BINDINGS.value)
-    gin_registry.log_inert(settings)
-    dataset = prepared_dataset(settings.train.dataset_name, Path(_DATA_ROOT.value))
+def run(options: Options) -> int:
     if _DRY_RUN.value:
-        dry_run(settings, dataset)
-        return
-    train(settings, resolved, dataset)
+        return dry_run(options)
+    if _MODE.value == "evaluate":
+        return launch(evaluate_worker, (options,), _NUM_PROCESSES.value, _MASTER_PORT.value)
+    settings, _ = gin_registry.load_settings(options.gin_files, options.bindings)
+    prepared_dataset(settings.train.dataset_name, options.data_root)  # once, before the processes start
+    return launch(train_worker, (options,), _NUM_PROCESSES.value, _MASTER_PORT.value)
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        print(f"unexpected arguments: {' '.join(argv[1:])}", file=sys.stderr)
-        sys.exit(2)
     try:
-        run()
+        if len(argv) > 1:
+            raise UserError(f"unexpected arguments: {' '.join(argv[1:])}")
+        options = Options(
+            tuple(_GIN_FILES.value or [str(DEFAULT_CONFIG)]), tuple(_BINDINGS.value), Path(_DATA_ROOT.value),
+            _RUN_DIR.value, _RESUME.value, _MAX_STEPS.value, _PROFILE.value,
+        )  # fmt: skip
+        code = run(options)
+    except NonFiniteError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = NOT_FINITE
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        code = USER_ERROR
+    sys.exit(code)
 
 
 if __name__ == "__main__":
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    logging.set_verbosity(logging.INFO)
     app.run(main)

@@ -103,3 +103,27 @@ def log_inert(settings: s.RunSettings) -> None:
             "create_data_loader.num_workers = %d: batches are cut by one thread and need no workers",
             settings.loader.num_workers,
         )
+
+
+def override(settings: s.RunSettings, bindings: Sequence[str]) -> s.RunSettings:
+    """The settings with bindings applied over them, as for evaluating a checkpoint under another seen filter."""
+    gin.clear_config()
+    try:
+        gin.parse_config(list(bindings), skip_unknown=False)
+        for name, (section, _) in SECTIONS.items():
+            current = getattr(settings, section)
+            bound = {f.name: value for f in dataclasses.fields(current) for value in _bound(f"{name}.{f.name}")}
+            changed = dataclasses.replace(current, **bound)
+            s.check_types(changed, name)
+            settings = dataclasses.replace(settings, **{section: changed})
+    except (ValueError, TypeError, SyntaxError) as error:
+        raise UserError(explain(error)) from error
+    return settings
+
+
+def _bound(name: str) -> list[Any]:
+    """The value bound to a gin name, or nothing."""
+    try:
+        return [gin.query_parameter(name)]
+    except ValueError:
+        return []

@@ -39,6 +39,7 @@ from ..objectives.negative_samplers import (
 )
 from ..objectives.scoring import LearnedScorer, ProductScorer, Scorer
 from ..objectives.training_examples import CausalObjective, MaskedObjective
+from .inference import InferenceInputs
 from .settings import RunSettings
 
 Built = TypeVar("Built")
@@ -267,3 +268,9 @@ SAMPLERS: dict[str, Callable[[RunSettings, Catalogue, Sharing], NegativesSampler
     ),
     "mixed": _mixed,
 }
+
+
+def build_inference(settings: RunSettings) -> InferenceInputs:
+    """How histories become inputs when the next item is scored."""
+    name = settings.train.objective
+    return InferenceInputs(MASKING_SCHEMES[name](settings) if name in MASKING_SCHEMES else None)

@@ -26,8 +26,19 @@ class StepResult:
     """loss: mean over the global batch; targets: how many it is over; both from all processes."""
 
     loss: torch.Tensor
-    targets: float
+    targets: torch.Tensor
     learning_rate: float
+
+
+@dataclass(frozen=True)
+class StepForward:
+    """leaf ``[U, D]``: rows leaf_ids (None: all) of the item table, which the backward pass differentiates."""
+
+    leaf: torch.Tensor
+    leaf_ids: torch.Tensor | None
+    loss_sum: torch.Tensor
+    weight: torch.Tensor
+    auxiliary: dict[str, torch.Tensor]
 
 
 class DensePart(torch.nn.Module):
@@ -101,19 +112,25 @@ class TrainingStep:
 
     def __call__(self, example: TrainingExample, first_target: int, step: int) -> StepResult:
         """example on the model's device; first_target: its number in the global batch; step: since the run began."""
+        self.optimizer.zero_grad()
+        forward = self.forward(example, first_target, step)
+        total = self.collectives.sum_(forward.weight.detach().clone())
+        # DDP averages gradients over processes; table gradients are summed below, so both start from a sum.
+        world = self.collectives.world_size
+        loss = forward.loss_sum / total.clamp(min=1e-12) + sum(forward.auxiliary.values()) / world
+        (loss * world).backward()
+        rows, grads = self._table_gradients(forward.leaf, forward.leaf_ids)
+        rate = self.optimizer.step(step, rows, grads)
+        return StepResult(self.collectives.sum_(loss.detach().clone()), total, rate)
+
+    def forward(self, example: TrainingExample, first_target: int, step: int) -> StepForward:
+        """The step's loss, up to the backward pass."""
         negatives = self._negatives(example, first_target, step)
         scored_ids, leaf_ids = self._touched(example, negatives)
         table = self.model.items.table
         leaf = (table if leaf_ids is None else table[leaf_ids]).detach().requires_grad_()
-        self.optimizer.zero_grad()
         loss_sum, weight, auxiliary = self.runner(leaf, leaf_ids, scored_ids, example, negatives)
-        total = self.collectives.sum_(weight.detach().clone())
-        # DDP averages gradients over processes; table gradients are summed below, so both start from a sum.
-        loss = loss_sum / total.clamp(min=1e-12) + sum(auxiliary.values()) / self.collectives.world_size
-        (loss * self.collectives.world_size).backward()
-        rows, grads = self._table_gradients(leaf, leaf_ids)
-        rate = self.optimizer.step(step, rows, grads)
-        return StepResult(self.collectives.sum_(loss.detach().clone()), float(total), rate)
+        return StepForward(leaf, leaf_ids, loss_sum, weight, auxiliary)
 
     def _negatives(self, example: TrainingExample, first_target: int, step: int) -> Negatives | None:
         if self.sampler is None:

@@ -1,0 +1,158 @@
+"""Seconds of one training step, of its data, and memory; the last line is JSON.
+
+    python benchmarks/train_step.py --encoder=SASRec --profile=ml-1m --negatives_sharing=block --steps=30
+
+Without ``--prepared=DIR`` it makes sequences with ML-1M's distribution of lengths (mean 165, median 95, longest 2276) over 3,706
+items, with timestamps.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import torch
+from absl import app, flags
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from generative_recommenders import gin_registry
+from generative_recommenders.data.preparation import prepare
+from generative_recommenders.data.ratings_table import RawRatings, ReaderFormat
+from generative_recommenders.data.sequence_dataset import SequenceDataset
+from generative_recommenders.data.splits import make_split
+from generative_recommenders.evaluation.collectives import Collectives
+from generative_recommenders.training.train import Trainer
+
+ENCODERS = {
+    "SASRec": ("SASRec", []),
+    "HSTU": ("HSTU", ["hstu_encoder.dqk = 50", "hstu_encoder.dv = 50", "hstu_encoder.linear_dropout_rate = 0.2"]),
+    "HSTU-large": (
+        "HSTU",
+        [
+            "hstu_encoder.num_blocks = 8",
+            "hstu_encoder.num_heads = 2",
+            "hstu_encoder.dqk = 25",
+            "hstu_encoder.dv = 25",
+            "hstu_encoder.linear_dropout_rate = 0.2",
+        ],
+    ),
+    "DiffTransformer": ("DiffTransformer", []),
+    "TwoTower": ("TwoTower", []),
+}
+CONFIGS = {"ml-1m": "configs/ml-1m/sasrec-sampled-softmax-n128.gin"}
+ROOT = Path(__file__).resolve().parents[1]
+
+_ENCODER = flags.DEFINE_enum("encoder", "SASRec", sorted(ENCODERS), "which encoder")
+_PROFILE = flags.DEFINE_enum("profile", "ml-1m", sorted(CONFIGS), "whose configuration and lengths")
+_SHARING = flags.DEFINE_enum("negatives_sharing", "position", ["position", "block", "batch"], "who shares negatives")
+_BLOCK = flags.DEFINE_integer("negatives_block_size", 256, "positions of a block", lower_bound=1)
+_NEGATIVES = flags.DEFINE_integer("num_negatives", 128, "negatives a position, block or batch", lower_bound=1)
+_STEPS = flags.DEFINE_integer("steps", 30, "timed steps", lower_bound=1)
+_PREPARED = flags.DEFINE_string("prepared", None, "a prepared data set instead of made sequences")
+_THREADS = flags.DEFINE_integer("threads", 0, "torch threads; 0 for torch's own choice", lower_bound=0)
+_BINDINGS = flags.DEFINE_multi_string("gin_bindings", [], "further bindings")
+
+
+def made_lengths(num_users: int, generator: np.random.Generator) -> np.ndarray:
+    """Lengths with ML-1M's shape: log-normal around the median 95 from 18 on, longest 2276, mean about 165."""
+    lengths = np.exp(generator.normal(np.log(95 - 17), 1.16, num_users)) + 17
+    return np.minimum(lengths, 2276).astype(np.int64)
+
+
+def made_dataset(folder: Path, num_users: int = 6040, num_items: int = 3706) -> SequenceDataset:
+    """Zipf items, seconds between ratings; written as CSV and prepared like any other data set."""
+    generator = np.random.default_rng(0)
+    users = np.repeat(np.arange(num_users), made_lengths(num_users, generator))
+    popularity = 1.0 / np.arange(1, num_items + 1) ** 0.8
+    items = generator.choice(num_items, users.size, p=popularity / popularity.sum())
+    times = 10**9 + np.cumsum(generator.integers(1, 3600, users.size))
+    table = pa.table({"user": users, "item": items, "timestamp": times})
+    pa.csv.write_csv(table, folder / "events.csv", pa.csv.WriteOptions(include_header=False))
+    columns = ("user", "item", "timestamp")
+    raw = RawRatings(
+        name="made", files=[folder / "events.csv"], format=ReaderFormat(",", False, columns), filter="none"
+    )
+    prepare(raw, folder / "prepared")
+    return SequenceDataset.open(folder / "prepared")
+
+
+def make_trainer(dataset: SequenceDataset) -> Trainer:
+    module, own = ENCODERS[_ENCODER.value]
+    bindings = [
+        f"train_fn.main_module = '{module}'",
+        f"train_fn.negatives_sharing = '{_SHARING.value}'",
+        f"train_fn.negatives_block_size = {_BLOCK.value}",
+        f"train_fn.num_negatives = {_NEGATIVES.value}",
+        *own,
+        *_BINDINGS.value,
+    ]
+    settings, _ = gin_registry.load_settings([ROOT / CONFIGS[_PROFILE.value]], bindings)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return Trainer(settings, dataset, make_split(dataset, "leave_one_out"), Collectives(device))
+
+
+def timed_steps(trainer: Trainer, steps: int, warmup: int = 3) -> list[tuple[float, float, int]]:
+    """(seconds of the step, seconds waiting for its data, tokens) of each timed step."""
+    rows: list[tuple[float, float, int]] = []
+    trainer.model.train()
+    epoch = 0
+    while len(rows) < steps + warmup:
+        batches = trainer.loader.epoch(epoch)
+        while len(rows) < steps + warmup:
+            started = time.perf_counter()
+            loaded = next(batches, None)
+            if loaded is None:
+                break
+            ready = time.perf_counter()
+            float(trainer.run_step(loaded).loss)  # waits for an accelerator
+            rows.append((time.perf_counter() - started, ready - started, loaded.global_tokens))
+        epoch += 1
+    return rows[warmup:]
+
+
+def run(dataset: SequenceDataset) -> dict[str, object]:
+    trainer = make_trainer(dataset)
+    rows = timed_steps(trainer, _STEPS.value)
+    seconds, data, tokens = (list(column) for column in zip(*rows))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    result = {
+        "encoder": _ENCODER.value,
+        "profile": _PROFILE.value,
+        "prepared": _PREPARED.value or "made",
+        "negatives_sharing": _SHARING.value,
+        "num_negatives": _NEGATIVES.value,
+        "steps": len(rows),
+        "threads": torch.get_num_threads(),
+        "device": str(trainer.collectives.device),
+        "step_seconds": round(statistics.median(seconds), 5),
+        "step_seconds_min": round(min(seconds), 5),
+        "tokens_per_second": round(sum(tokens) / sum(seconds)),
+        "data_seconds": round(statistics.median(data), 5),
+        "peak_rss_mb": round(peak),
+    }
+    if trainer.collectives.device.type == "cuda":
+        result["gpu"] = torch.cuda.get_device_name()
+        result["peak_gpu_mb"] = round(torch.cuda.max_memory_allocated() / 2**20)
+    return result
+
+
+def main(argv: list[str]) -> None:
+    if _THREADS.value:
+        torch.set_num_threads(_THREADS.value)
+    if _PREPARED.value is not None:
+        print(json.dumps(run(SequenceDataset.open(_PREPARED.value))))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        print(json.dumps(run(made_dataset(Path(folder)))))
+
+
+if __name__ == "__main__":
+    app.run(main)

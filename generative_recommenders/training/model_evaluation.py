@@ -1,0 +1,58 @@
+"""Exact evaluation of a model under a run's settings."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from ..data.batching import EvaluationLoader
+from ..data.sequence_dataset import SequenceDataset
+from ..data.splits import Split
+from ..evaluation.collectives import Collectives
+from ..evaluation.evaluator import EvaluationResult, Evaluator
+from ..modeling.recommender import SequenceRecommender
+from .assembly import build_inference
+from .scoring_catalogue import CatalogueScores
+from .settings import RunSettings
+
+
+class ModelEvaluation:
+    """Scores the validation or test targets of a split by the model as it is."""
+
+    def __init__(
+        self,
+        settings: RunSettings,
+        dataset: SequenceDataset,
+        split: Split,
+        collectives: Collectives,
+    ) -> None:
+        self.settings, self.dataset, self.split, self.collectives = settings, dataset, split, collectives
+        self.inference = build_inference(settings)
+
+    def validation(self, model: SequenceRecommender, max_batches: int | None = None) -> EvaluationResult:
+        """The split's validation targets; in protocol "paper" there are none and the test targets are taken."""
+        if self.settings.train.protocol == "paper":
+            return self.test(model, max_batches)
+        return self._ranks(model, self.split.validation_targets, self.split.unseen_validation_targets, max_batches)
+
+    def test(self, model: SequenceRecommender, max_batches: int | None = None) -> EvaluationResult:
+        return self._ranks(model, self.split.test_targets, self.split.unseen_test_targets, max_batches)
+
+    def _ranks(
+        self, model: SequenceRecommender, targets: np.ndarray, unseen: np.ndarray, max_batches: int | None
+    ) -> EvaluationResult:
+        t, world = self.settings.train, self.collectives
+        training = model.training
+        model.eval()
+        autocast = torch.bfloat16 if t.eval_bf16 else None
+        score = CatalogueScores(model, self.inference, t.item_l2_norm, t.l2_norm_eps, world.device, autocast)
+        batch_size = min(t.eval_batch_size, t.eval_user_max_batch_size or t.eval_batch_size)
+        loader = EvaluationLoader(
+            self.dataset, targets, t.max_sequence_length, batch_size, world.rank, world.world_size
+        )
+        evaluator = Evaluator(
+            loader, self.dataset.num_items, t.seen_filter, world, torch.from_numpy(unseen), t.rating_threshold
+        )
+        result = evaluator(score, max_batches)
+        model.train(training)
+        return result
