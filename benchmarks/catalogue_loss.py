@@ -27,7 +27,7 @@ _BLOCK, _TILE = 256, 4096  # tokens and items of a product: 4 MB of logits
 
 
 class Seconds(NamedTuple):
-    """Of the clock, and of all processor cores (threads that spin while they wait for one another included)."""
+    """Of the clock, and of all processor cores (threads that spin while waiting included)."""
 
     wall: float
     processor: float
