@@ -137,7 +137,8 @@ def write_item_ids(folder: Path, item_ids: pa.Array) -> None:
 def read_item_ids(folder: Path) -> pa.Array:
     """The strings that `write_item_ids` wrote; valid UTF-8, none missing."""
     try:
-        table = pq.read_table(folder / "item_ids.parquet", columns=["item_id"])
+        with pq.ParquetFile(folder / "item_ids.parquet") as file:
+            table = file.read(use_threads=False)
         table.validate(full=True)
     except (pa.ArrowException, OSError) as error:
         raise DamagedCheckpoint(
