@@ -64,11 +64,12 @@ def softmax_attention(
     """softmax(q kᵀ · scale) v over what each token sees, dropout on the probabilities.
 
     q, k: ``[T, H, d]``; v: ``[T, H, dv]``; returns ``[T, H, dv]``. scale: 1 / sqrt(d) unless given. A token that sees
-    nothing gets the mean of its sequence's values.
+    nothing gets 0.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if q.device.type == "cpu":
-        return _GroupedSoftmax.apply(q, k, v, layout, dropout_rate, scale)
+        with torch.autocast("cpu", enabled=False):  # in the dtype that q, k and v come in
+            return _GroupedSoftmax.apply(q, k, v, layout, dropout_rate, scale)
     outputs = [_fused_group(q, k, v, group, layout, dropout_rate, scale) for group in layout.groups]
     return _ungroup(outputs, layout, v)
 
@@ -86,7 +87,8 @@ def pointwise_attention(
 
     q, k: ``[T, H, d]``; v: ``[T, H, dv]``; biases: one per group, broadcastable to ``[g, H, n, n]``, or None.
     """
-    return _GroupedPointwise.apply(q, k, v, layout, divisor, dropout_rate, *(biases or ()))
+    with torch.autocast(q.device.type, enabled=False):  # in the dtype that q, k and v come in
+        return _GroupedPointwise.apply(q, k, v, layout, divisor, dropout_rate, *(biases or ()))
 
 
 def _heads_first(group: Group, x: torch.Tensor) -> torch.Tensor:
@@ -123,6 +125,13 @@ def _dropped(weights: torch.Tensor, multiplier: torch.Tensor | None) -> torch.Te
     return weights if multiplier is None else weights * multiplier
 
 
+def _masked_softmax(logits: torch.Tensor, sees: torch.Tensor, blind: bool) -> torch.Tensor:
+    """Softmax over the columns that are seen; blind: rows that see none are possible, and become 0."""
+    hidden = torch.zeros((), dtype=logits.dtype).masked_fill(~sees, torch.finfo(logits.dtype).min)
+    probabilities = torch.softmax(logits.add_(hidden), -1)
+    return probabilities.mul_(sees.any(-1, keepdim=True)) if blind else probabilities
+
+
 class _GroupedSoftmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, layout, dropout_rate, scale):
@@ -131,10 +140,13 @@ class _GroupedSoftmax(torch.autograd.Function):
             q_, k_, v_ = (_heads_first(group, x) for x in (q * scale, k, v))
             out = torch.empty_like(v_)
             for tile in tiles(group, layout):
-                hidden = torch.zeros((), dtype=q.dtype).masked_fill(~tile.sees, torch.finfo(q.dtype).min)
-                logits = torch.matmul(q_[:, :, tile.start : tile.stop], k_[:, :, : tile.keys].transpose(-1, -2))
-                probabilities = torch.softmax(logits.add_(hidden), -1)
-                keep = dropout_multiplier(probabilities.shape, dropout_rate, q) if dropout_rate > 0.0 else None
+                logits = torch.matmul(
+                    q_[:, :, tile.start : tile.stop], k_[:, :, : tile.keys].transpose(-1, -2)
+                )
+                probabilities = _masked_softmax(logits, tile.sees, blind=layout.visibility is not None)
+                keep = (
+                    dropout_multiplier(probabilities.shape, dropout_rate, q) if dropout_rate > 0.0 else None
+                )
                 out[:, :, tile.start : tile.stop] = _dropped(probabilities, keep) @ v_[:, :, : tile.keys]
                 saved += [probabilities, keep]
             cells.append(_cells(out))
@@ -204,7 +216,9 @@ class _GroupedPointwise(torch.autograd.Function):
         return (*d_tokens, None, None, None, *d_biases)
 
 
-def _pointwise_logits(q_: torch.Tensor, k_: torch.Tensor, tile: Tile, bias: torch.Tensor | None) -> torch.Tensor:
+def _pointwise_logits(
+    q_: torch.Tensor, k_: torch.Tensor, tile: Tile, bias: torch.Tensor | None
+) -> torch.Tensor:
     logits = torch.matmul(q_[:, :, tile.start : tile.stop], k_[:, :, : tile.keys].transpose(-1, -2))
     return logits if bias is None else logits.add_(bias[:, :, tile.start : tile.stop, : tile.keys])
 

@@ -1,7 +1,7 @@
 """Jagged <-> padded conversions: fbgemm's operators where a working fbgemm is installed, plain torch elsewhere.
 
 ``values [T, D]`` with ``offsets [B + 1]`` int64 is the jagged form, ``[B, N, D]`` the padded one. Both backends give the
-same numbers. Integer and 1-d data always take the plain path.
+same numbers. Integer, float64 and 1-d data take the plain path.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import torch
 
 DISABLE_VARIABLE = "GENERATIVE_RECOMMENDERS_NO_FBGEMM"
 """Set to 1 to use the plain torch path although fbgemm is installed."""
+
+_FBGEMM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @functools.cache
@@ -43,7 +45,7 @@ def log_backend() -> None:
 
 def jagged_to_padded(values: torch.Tensor, offsets: torch.Tensor, max_length: int) -> torch.Tensor:
     """``[T, ...]`` to ``[B, N, ...]``, right-padded with 0; rows longer than N are cut at the end."""
-    if _fits_fbgemm(values):
+    if values.dim() == 2 and _fits_fbgemm(values):
         return torch.ops.fbgemm.jagged_to_padded_dense(values, [offsets], [max_length], 0.0)
     lengths = (offsets[1:] - offsets[:-1]).clamp(max=max_length)
     columns = torch.arange(max_length, device=values.device)
@@ -55,7 +57,7 @@ def jagged_to_padded(values: torch.Tensor, offsets: torch.Tensor, max_length: in
 
 def padded_to_jagged(dense: torch.Tensor, offsets: torch.Tensor, num_tokens: int) -> torch.Tensor:
     """``[B, N, ...]`` to ``[T, ...]``; num_tokens is T, known to the caller so that no device has to be asked."""
-    if _fits_fbgemm(dense) and dense.dim() == 3:
+    if dense.dim() == 3 and _fits_fbgemm(dense):
         return torch.ops.fbgemm.dense_to_jagged(dense, [offsets], num_tokens)[0]
     lengths = offsets[1:] - offsets[:-1]
     rows = torch.repeat_interleave(
@@ -66,7 +68,7 @@ def padded_to_jagged(dense: torch.Tensor, offsets: torch.Tensor, num_tokens: int
 
 
 def _fits_fbgemm(x: torch.Tensor) -> bool:
-    return x.dim() in (2, 3) and x.is_floating_point() and x.numel() > 0 and backend()[0] == "fbgemm"
+    return x.dtype in _FBGEMM_DTYPES and x.numel() > 0 and backend()[0] == "fbgemm"
 
 
 def _probe() -> None:

@@ -105,8 +105,8 @@ class Layout:
         return self.starts + (self.lengths - 1).clamp(min=0)
 
     def mask(self, x: torch.Tensor) -> torch.Tensor:
-        """``[T, D]`` with padding set to 0 (the same tensor where there is none)."""
-        return x if self.valid is None else x * self.valid
+        """``[T, ...]`` with padding set to 0 (the same tensor where there is none)."""
+        return x if self.valid is None else x * self.valid.view(-1, *(1,) * (x.dim() - 1))
 
     def flatten(self, rectangle: torch.Tensor) -> torch.Tensor:
         """``[B, N, ...]`` to the tokens ``[T, ...]`` of this layout."""

@@ -201,7 +201,7 @@ def softmax_over_all_columns(
         total = torch.logaddexp(logits.logsumexp(-1, keepdim=True), empty.expand(*logits.shape[:-1], 1))
         weights = torch.exp(logits - total).tril()
         outputs.append((F.dropout(weights, dropout_rate) @ v_).transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs).index_select(0, layout.ungroup)
+    return torch.cat(outputs).index_select(0, layout.ungroup) if outputs else torch.zeros_like(v)
 
 
 class _TableLookup(torch.autograd.Function):

@@ -1,0 +1,41 @@
+"""What all tests share: options, paths, one thread, and tiny prepared data sets."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from tiny_data import ragged_sequences, tiny_dataset
+
+from generative_recommenders.data.sequence_dataset import SequenceDataset
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--run_slow", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    reasons = {}
+    if not config.getoption("--run_slow"):
+        reasons["slow"] = "needs --run_slow"
+    if not torch.cuda.is_available():
+        reasons["gpu"] = "needs CUDA"
+    for item in items:
+        for marker, reason in reasons.items():
+            if marker in item.keywords:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def ragged_dataset(tmp_path_factory: pytest.TempPathFactory) -> SequenceDataset:
+    """57 users with 1 to 40 events over 30 items, with ratings and times; the same in every run."""
+    return tiny_dataset(tmp_path_factory.mktemp("ragged"), ragged_sequences(57, 30, seed=5))

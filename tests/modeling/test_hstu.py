@@ -1,0 +1,183 @@
+"""HSTU: parity with the authors' numbers in four settings, the time bias, causality, and what is refused."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from golden_encoders import ENTRANCES, assert_parity, choose_backend, recommender_of
+from golden_parity import assert_near, load_golden
+
+from generative_recommenders.modeling.encoders.hstu import HSTU, RelativeBias, bias_inputs, time_buckets
+from generative_recommenders.modeling.layout import jagged_layout, padded_layout
+from generative_recommenders.modeling.recommender import next_times
+
+CASES = ["meta_hstu", "meta_hstu_concat_ua", "meta_hstu_no_bias", "meta_hstu_softmax_no_bias"]
+SMALL = {"num_heads": 2, "dqk": 3, "dv": 5}
+
+
+def encoder_of(config: dict) -> HSTU:
+    return HSTU(
+        config["embedding_dim"],
+        config["max_sequence_len"] + config["max_output_len"],
+        config["num_blocks"],
+        config["num_heads"],
+        config["dqk"],
+        config["dv"],
+        config["normalization"],
+        concat_ua=config["concat_ua"],
+        enable_relative_attention_bias=config["relative_attention_bias"],
+    )
+
+
+@pytest.mark.parametrize("backend", ["torch", "fbgemm"])
+@pytest.mark.parametrize("entrance", ENTRANCES)
+@pytest.mark.parametrize("case", CASES)
+def test_parity(monkeypatch: pytest.MonkeyPatch, case: str, entrance: str, backend: str) -> None:
+    choose_backend(monkeypatch, backend)
+    golden = load_golden(case)
+    assert_parity(recommender_of(golden, encoder_of(golden.config)), golden, entrance)
+
+
+@pytest.mark.parametrize("case", ["meta_hstu", "meta_hstu_concat_ua"])
+def test_parity_of_the_bias(case: str) -> None:
+    golden = load_golden(case)
+    model = recommender_of(golden, encoder_of(golden.config))
+    lengths, times = golden.inputs["past_lengths"].long(), golden.inputs["timestamps"]
+    layout, width = padded_layout(lengths, times.shape[1]), times.shape[1]
+    payloads = {"timestamps": times.flatten(), "next_timestamps": next_times(times, lengths, None).flatten()}
+    (inputs,) = bias_inputs(layout, width, payloads, "given")
+    for index, block in enumerate(model.sequence.encoder.blocks):
+        assert_near(block.bias(inputs)[:, 0], golden.outputs[f"bias_layer{index}"])
+
+
+def test_time_buckets() -> None:
+    seconds = [0, 1, 2, 60, 86_400, 31_536_000, 10**12]
+    times = torch.tensor([seconds])
+    buckets = time_buckets(torch.zeros_like(times), times)[0, 0].tolist()
+    assert buckets == [min(int(math.log(max(s, 1)) / 0.301), 128) for s in seconds]
+    assert time_buckets(times, torch.zeros_like(times))[0, :, 0].tolist() == buckets
+    assert time_buckets(torch.full((1, 1), 2**62), torch.zeros(1, 1, dtype=torch.int64)).item() == 128
+
+
+def small_input(lengths: list[int]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    generator, count = torch.Generator().manual_seed(1), sum(lengths)
+    times = torch.randint(1, 10**6, (count,), generator=generator)
+    payloads = {"timestamps": times, "next_timestamps": times + 500}
+    return torch.randn(count, 8, generator=generator), payloads
+
+
+@pytest.mark.parametrize("next_time", ["given", "hidden"])
+def test_whether_the_next_time_is_used(next_time: str) -> None:
+    encoder, layout = HSTU(8, 6, **SMALL, next_time=next_time).eval(), jagged_layout(torch.tensor([4, 2]), 6)
+    with torch.no_grad():
+        for block in encoder.blocks:
+            block.bias.time.normal_()
+    x, payloads = small_input([4, 2])
+    later = {**payloads, "next_timestamps": payloads["next_timestamps"] + 10**6}
+    same = torch.equal(encoder(x, layout, payloads), encoder(x, layout, later))
+    assert same == (next_time == "hidden")
+
+
+def test_causal_with_the_next_time_held_fixed() -> None:
+    encoder, layout = HSTU(8, 9, **SMALL).eval(), jagged_layout(torch.tensor([7]), 9)
+    x, payloads = small_input([7])
+    changed, times = x.clone(), {name: values.clone() for name, values in payloads.items()}
+    changed[4:] += 1
+    times["timestamps"][4:] += 1000
+    times["next_timestamps"][4:] += 1000
+    outputs = encoder(x, layout, payloads), encoder(changed, layout, times)
+    torch.testing.assert_close(outputs[0][:4], outputs[1][:4])
+    assert (outputs[0][4:] != outputs[1][4:]).all(0).any()
+
+
+def test_without_times_the_bias_is_by_position() -> None:
+    bias = RelativeBias(6)
+    (inputs,) = bias_inputs(jagged_layout(torch.tensor([4]), 6), 6, {}, "given")
+    for i in range(4):
+        for j in range(4):
+            assert bias(inputs)[0, 0, i, j] == bias.position[5 + j - i]
+    bias(inputs).sum().backward()
+    assert bias.position.grad.tolist() == [0, 0, 1, 2, 3, 4, 3, 2, 1, 0, 0]
+
+
+def test_gradcheck_of_the_bias() -> None:
+    bias = RelativeBias(4).double()
+    layout = jagged_layout(torch.tensor([3, 2, 3]), 4)
+    _, payloads = small_input([3, 2, 3])
+    inputs = bias_inputs(layout, 4, payloads, "given")
+
+    def total(position, time):
+        tables = {"position": position, "time": time}
+        return torch.cat([torch.func.functional_call(bias, tables, (x,)).flatten() for x in inputs])
+
+    assert torch.autograd.gradcheck(total, (bias.position, bias.time))
+
+
+@pytest.mark.parametrize("normalization", ["rel_bias", "softmax_rel_bias"])
+def test_grouping_changes_nothing(normalization: str) -> None:
+    encoder = HSTU(8, 9, **SMALL, normalization=normalization).eval()
+    lengths = [9, 3, 0, 1]
+    x, payloads = small_input(lengths)
+    together = encoder(x, jagged_layout(torch.tensor(lengths), 9), payloads)
+    alone, start = [], 0
+    for length in lengths:
+        rows = slice(start, start + length)
+        own = {name: values[rows] for name, values in payloads.items()}
+        alone.append(encoder(x[rows], jagged_layout(torch.tensor([length]), 9), own))
+        start += length
+    torch.testing.assert_close(together, torch.cat(alone))
+
+
+@pytest.mark.parametrize("normalization", ["rel_bias", "softmax_rel_bias"])
+def test_dropout_options_act(normalization: str) -> None:
+    x, payloads = small_input([4, 2])
+    layout = jagged_layout(torch.tensor([4, 2]), 6)
+    for option in ("attn_dropout_rate", "linear_dropout_rate"):
+        encoder = HSTU(8, 6, **SMALL, normalization=normalization, **{option: 0.5})
+        assert not torch.equal(encoder(x, layout, payloads), encoder(x, layout, payloads))
+        encoder.eval()
+        assert torch.equal(encoder(x, layout, payloads), encoder(x, layout, payloads))
+
+
+def test_linear_activation_acts() -> None:
+    x, payloads = small_input([4, 2])
+    layout = jagged_layout(torch.tensor([4, 2]), 6)
+    silu, none = (HSTU(8, 6, **SMALL, linear_activation=each) for each in ("silu", "none"))
+    none.load_state_dict(silu.state_dict())
+    assert not torch.allclose(silu(x, layout, payloads), none(x, layout, payloads))
+
+
+@pytest.mark.parametrize("normalization", ["rel_bias", "softmax_rel_bias"])
+def test_bfloat16_autocast(normalization: str) -> None:
+    encoder = HSTU(8, 6, **SMALL, normalization=normalization).train()
+    x, payloads = small_input([4, 2])
+    layout = jagged_layout(torch.tensor([4, 2]), 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = encoder(x, layout, payloads)
+    torch.testing.assert_close(out.float(), encoder(x, layout, payloads), atol=0.1, rtol=0.1)
+    out.float().sum().backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in encoder.parameters())
+
+
+@pytest.mark.parametrize("normalization", ["rel_bias", "softmax_rel_bias"])
+def test_no_tokens(normalization: str) -> None:
+    encoder, layout = HSTU(8, 6, **SMALL, normalization=normalization), jagged_layout(torch.tensor([0, 0]), 3)
+    out = encoder(torch.zeros(0, 8), layout, {})
+    assert out.shape == (0, 8)
+    out.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"normalization": "softmax"}, "unknown normalization 'softmax'; known: rel_bias, softmax_rel_bias"),
+        ({"linear_config": "uv"}, "unknown linear_config"),
+        ({"linear_activation": "gelu"}, "unknown linear_activation"),
+        ({"dqk": 0}, "dqk 0"),
+    ],
+)
+def test_bad_options(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        HSTU(8, 6, **options)

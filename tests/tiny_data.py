@@ -1,0 +1,41 @@
+"""Tiny data sets, made through the real preparation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from generative_recommenders.data.preparation import prepare_batches
+from generative_recommenders.data.ratings_table import RawRatings
+from generative_recommenders.data.sequence_dataset import SequenceDataset
+
+SECONDS_BETWEEN = 1000
+
+
+def ragged_sequences(num_users: int, num_items: int, seed: int) -> list[list[int]]:
+    """Items 1..num_items of each user, 1 to 40 of them; every item occurs."""
+    generator = np.random.default_rng(seed)
+    lengths = generator.integers(1, 41, num_users)
+    sequences = [generator.integers(1, num_items + 1, length).tolist() for length in lengths]
+    sequences[0] = [*range(1, num_items + 1)]
+    return sequences
+
+
+def tiny_dataset(
+    folder: Path, sequences: list[list[int]], ratings: bool = True, timestamps: bool = True
+) -> SequenceDataset:
+    """User u has these items in this order; event e of all has rating 1 + e % 5 and time 1000 (e + 1).
+
+    Items must be 1..V without gaps: an item's internal id is then the number given here.
+    """
+    events = [(f"u{user:05}", f"i{item:05}") for user, items in enumerate(sequences) for item in items]
+    users, items = zip(*events)
+    columns = {"user": pa.array(users, pa.large_string()), "item": pa.array(items, pa.large_string())}
+    if ratings:
+        columns["rating"] = pa.array([1 + e % 5 for e in range(len(events))], pa.float32())
+    if timestamps:
+        columns["timestamp"] = pa.array([SECONDS_BETWEEN * (e + 1) for e in range(len(events))], pa.int64())
+    prepare_batches(RawRatings("tiny", [folder / "tiny.csv"]), [pa.table(columns)], folder / "tiny", 1 << 30)
+    return SequenceDataset.open(folder / "tiny")
