@@ -94,7 +94,7 @@ class CombinedItemAndRatingInputFeaturesPreprocessor(InputPreprocessor):
         ratings = lookup_rows(self.rating, required(payloads, "ratings", self))
         x = torch.stack([items, ratings], dim=1).flatten(0, 1)
         doubled = double_layout(layout)
-        read = torch.arange(1, 2 * layout.num_tokens, 2, device=layout.device)
+        read = 2 * torch.arange(layout.num_tokens, device=layout.device) + 1
         return EncoderInput(self.add_positions(x, doubled), doubled, _double_payloads(payloads), read)
 
 

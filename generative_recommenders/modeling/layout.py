@@ -108,6 +108,13 @@ class Layout:
         """``[T, ...]`` with padding set to 0 (the same tensor where there is none)."""
         return x if self.valid is None else x * self.valid.view(-1, *(1,) * (x.dim() - 1))
 
+    def at_end(self, x: torch.Tensor) -> torch.Tensor:
+        """``[B, D]``: what ``x [T, D]`` holds at each row's last token, 0 for a row without tokens."""
+        if self.num_tokens == 0:
+            return x.new_zeros(self.num_rows, x.shape[1])
+        last = x.index_select(0, self.last_tokens.clamp(max=self.num_tokens - 1))
+        return last * (self.lengths > 0)[:, None]
+
     def flatten(self, rectangle: torch.Tensor) -> torch.Tensor:
         """``[B, N, ...]`` to the tokens ``[T, ...]`` of this layout."""
         if self.valid is not None:

@@ -13,15 +13,24 @@ from .layout import Layout, Visibility, jagged_layout, padded_layout
 
 
 class SequenceEncoder(torch.nn.Module):
-    """Preprocessor, encoder and postprocessor: the dense part of a retriever, from item embeddings to query states."""
+    """Preprocessor, encoder and postprocessor: the dense part of a retriever, from item embeddings to query states.
+
+    context_merger: called as ``(states [T, D], payloads) -> [T, D]`` before the postprocessor, to bring in what is known
+    of the query beside its history.
+    """
 
     def __init__(
-        self, preprocessor: torch.nn.Module, encoder: torch.nn.Module, postprocessor: torch.nn.Module
+        self,
+        preprocessor: torch.nn.Module,
+        encoder: torch.nn.Module,
+        postprocessor: torch.nn.Module,
+        context_merger: torch.nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.preprocessor = preprocessor
         self.encoder = encoder
         self.postprocessor = postprocessor
+        self.context_merger = context_merger
 
     def forward(self, items: torch.Tensor, layout: Layout, payloads: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """items: ``[T, D]`` embeddings of the history's tokens. Returns ``[T, D']``: the state after each input token."""
@@ -29,6 +38,8 @@ class SequenceEncoder(torch.nn.Module):
         states = self.encoder(inputs.x, inputs.layout, inputs.payloads)
         if inputs.read is not None:
             states = states.index_select(0, inputs.read)
+        if self.context_merger is not None:
+            states = self.context_merger(states, payloads)
         return layout.mask(self.postprocessor(states))
 
 
@@ -88,9 +99,7 @@ class SequenceRecommender(torch.nn.Module):
         layout = jagged_layout(past_lengths, past_ids.shape[1], past_ids.device)
         rows = self.items.history_rows(ItemRows(self.items.table)) if past_embeddings is None else None
         items = None if past_embeddings is None else layout.flatten(past_embeddings)
-        states = self.encode_tokens(features, layout, rows, items)
-        last = states.index_select(0, layout.last_tokens.clamp(max=max(layout.num_tokens - 1, 0)))
-        return last * (layout.lengths > 0)[:, None]
+        return layout.at_end(self.encode_tokens(features, layout, rows, items))
 
     def encode_tokens(
         self,
@@ -110,8 +119,10 @@ class SequenceRecommender(torch.nn.Module):
 def token_payloads(
     payloads: Mapping[str, torch.Tensor], lengths: torch.Tensor, layout: Layout
 ) -> dict[str, torch.Tensor]:
-    """Rectangular payloads as one value per token, with each token's next time (see `next_times`)."""
+    """Rectangular payloads as one value per token, with each token's next time (see `next_times`) and user."""
     tokens = {}
+    if "user_ids" in payloads:
+        tokens["user_ids"] = payloads["user_ids"].index_select(0, layout.row_of)
     for name in ("ratings", "timestamps"):
         if name in payloads:
             tokens[name] = layout.flatten(payloads[name])

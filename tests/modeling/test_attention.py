@@ -1,4 +1,4 @@
-"""Grouped attention against a dense matrix a sequence: values, gradients, tiles, visibility, grouping, dropout."""
+"""Grouped attention against dense matrices: values, gradients, tiles, visibility, groups, dropout."""
 
 from __future__ import annotations
 

@@ -55,6 +55,9 @@ def test_last_tokens(lengths: list[int]) -> None:
                 last = layout.last_tokens[row]
                 assert layout.row_of[last] == row
                 assert layout.positions[last] == length - 1
+        ends = layout.at_end(torch.arange(1.0, layout.num_tokens + 1)[:, None])[:, 0]
+        expected = (layout.last_tokens + 1).where(layout.lengths > 0, 0)
+        assert ends.tolist() == expected.tolist()
 
 
 @settings(max_examples=30, deadline=None)

@@ -91,9 +91,7 @@ def test_gradients_equal_those_of_replays_layer() -> None:
 
 def test_final_norm() -> None:
     plain, normed = SASRec(8, 1, 2), SASRec(8, 1, 2, final_norm=True)
-    normed.load_state_dict(
-        {**plain.state_dict(), **{f"final_norm.{k}": v for k, v in normed.final_norm.state_dict().items()}}
-    )
+    normed.load_state_dict(plain.state_dict(), strict=False)
     layout = jagged_layout(torch.tensor([3, 2]), 3)
     x = torch.randn(5, 8)
     expected = torch.nn.functional.layer_norm(plain.eval()(x, layout, {}), (8,))
@@ -123,7 +121,8 @@ def test_dropout_acts_in_training_only() -> None:
 
 
 def test_bfloat16_autocast_stays_near_float32() -> None:
-    encoder, layout = SASRec(16, num_heads=2, ffn_dropout_rate=0.0), jagged_layout(torch.tensor([5, 0, 7]), 7)
+    encoder = SASRec(16, num_heads=2, ffn_dropout_rate=0.0)
+    layout = jagged_layout(torch.tensor([5, 0, 7]), 7)
     x = torch.randn(12, 16)
     with torch.autocast("cpu", torch.bfloat16):
         out = encoder(x, layout, {})
