@@ -27,6 +27,7 @@ SECTIONS: dict[str, tuple[str, type]] = {
     "diff_transformer_encoder": ("diff_transformer", s.DiffTransformerSettings),
     "transformer_encoder": ("transformer", s.TransformerSettings),
     "item_tower": ("item_tower", s.ItemTowerSettings),
+    "sce": ("sce", s.SceSettings),
     "get_sequential_encoder": ("encoder", s.EncoderSettings),
     "create_data_loader": ("loader", s.LoaderSettings),
     "get_weighted_loss": ("weighted_loss", s.WeightedLossSettings),
@@ -39,6 +40,7 @@ _CONFIGURABLES = {
     name: gin.external_configurable(kind, name=name, module="generative_recommenders")
     for name, (_, kind) in SECTIONS.items()
 }
+
 
 def load_settings(gin_files: Sequence[str | Path], bindings: Sequence[str] = ()) -> tuple[s.RunSettings, str]:
     """Parses files and bindings into settings, and gives the resolved configuration, defaults included.
@@ -112,7 +114,9 @@ def override(settings: s.RunSettings, bindings: Sequence[str]) -> s.RunSettings:
         gin.parse_config(list(bindings), skip_unknown=False)
         for name, (section, _) in SECTIONS.items():
             current = getattr(settings, section)
-            bound = {f.name: value for f in dataclasses.fields(current) for value in _bound(f"{name}.{f.name}")}
+            bound = {
+                f.name: value for f in dataclasses.fields(current) for value in _bound(f"{name}.{f.name}")
+            }
             changed = dataclasses.replace(current, **bound)
             s.check_types(changed, name)
             settings = dataclasses.replace(settings, **{section: changed})

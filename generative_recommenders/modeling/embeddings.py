@@ -53,12 +53,13 @@ class ItemEmbedding(torch.nn.Module):
     ``tower`` is the dense network that computes scored embeddings, where there is one.
     """
 
-    tower: torch.nn.Module | None = None
+    tower: torch.nn.Module | None
 
     def __init__(self, num_items: int, embedding_dim: int, num_rows: int | None = None) -> None:
         super().__init__()
         self.num_items = num_items
         self.embedding_dim = embedding_dim
+        self.tower = None
         self.table = torch.nn.Parameter(torch.empty(1 + (num_rows or num_items), embedding_dim))
         truncated_normal_(self.table.data, std=0.02)
 

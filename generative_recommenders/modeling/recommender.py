@@ -32,7 +32,9 @@ class SequenceEncoder(torch.nn.Module):
         self.postprocessor = postprocessor
         self.context_merger = context_merger
 
-    def forward(self, items: torch.Tensor, layout: Layout, payloads: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def forward(
+        self, items: torch.Tensor, layout: Layout, payloads: Mapping[str, torch.Tensor]
+    ) -> torch.Tensor:
         """items: ``[T, D]`` embeddings of the history's tokens. Returns ``[T, D']``: the state after each input token."""
         inputs: EncoderInput = self.preprocessor(items, layout, payloads)
         states = self.encoder(inputs.x, inputs.layout, inputs.payloads)
@@ -132,7 +134,9 @@ def token_payloads(
     return tokens
 
 
-def next_times(timestamps: torch.Tensor, lengths: torch.Tensor, next_known: torch.Tensor | None) -> torch.Tensor:
+def next_times(
+    timestamps: torch.Tensor, lengths: torch.Tensor, next_known: torch.Tensor | None
+) -> torch.Tensor:
     """Time of the event after each position, ``[B, N]``.
 
     timestamps ``[B, N]``; the slot behind a row's end may hold the next event's time, 0 if unknown. next_known ``[B]``
@@ -142,7 +146,10 @@ def next_times(timestamps: torch.Tensor, lengths: torch.Tensor, next_known: torc
     shifted = torch.cat([timestamps[:, 1:], last], dim=1)
     if next_known is None:
         return shifted
-    ends = torch.arange(timestamps.shape[1], device=timestamps.device) == (lengths.to(timestamps.device) - 1)[:, None]
+    ends = (
+        torch.arange(timestamps.shape[1], device=timestamps.device)
+        == (lengths.to(timestamps.device) - 1)[:, None]
+    )
     return torch.where(ends, next_known[:, None], shifted)
 
 

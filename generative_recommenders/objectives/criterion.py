@@ -13,6 +13,7 @@ from ..modeling.embeddings import ItemRows
 from .catalogue_losses import CatalogueLoss
 from .losses import SampledLoss
 from .negative_samplers import Negatives
+from .scalable_cross_entropy import ScalableCrossEntropyLoss
 from .scoring import Scorer
 from .training_examples import TrainingExample
 
@@ -23,7 +24,8 @@ CriterionOutput = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
 class Criterion(torch.nn.Module):
     """From the states at the read positions to a loss.
 
-    auxiliary_weights: weight of each auxiliary loss by name; a name that the configuration does not produce is an error.
+    auxiliary_weights: weight of each auxiliary loss by name; a name that the configuration does not produce
+    is an error.
     """
 
     needs_negatives = True
@@ -47,12 +49,16 @@ class Criterion(torch.nn.Module):
         missing = sorted(set(self.auxiliary_weights) - set(auxiliary))
         if missing:
             known = ", ".join(sorted(auxiliary)) or "none"
-            raise UserError(f"loss_weights name {', '.join(missing)}, which this configuration does not produce ({known})")
+            raise UserError(
+                f"loss_weights name {', '.join(missing)}, which this configuration does not produce ({known})"
+            )
         return {name: weight * auxiliary[name] for name, weight in self.auxiliary_weights.items()}
 
 
 class SampledCriterion(Criterion):
-    """A sampled loss over a scorer's score matrices. checkpoint: scores are computed again in the backward pass."""
+    """A sampled loss over a scorer's score matrices. checkpoint: scores are computed again in the backward
+    pass.
+    """
 
     def __init__(
         self,
@@ -77,7 +83,9 @@ class SampledCriterion(Criterion):
         rows = ItemRows(weight, items.ids, items.row_of_item)
         scores = self.scorer.scores(states, rows, example.targets, negatives, similarity, example.users)
         extra = (example.ratings[:, None],) if self.loss.needs_ratings and example.ratings is not None else ()
-        output = self.loss(scores.positive, scores.negative, example.weights[:, None], scores.negative_mask, *extra)
+        output = self.loss(
+            scores.positive, scores.negative, example.weights[:, None], scores.negative_mask, *extra
+        )
         return output.sum, output.weight, self.weighted(scores.auxiliary)
 
 
@@ -86,7 +94,13 @@ class CatalogueCriterion(Criterion):
 
     needs_negatives = False
 
-    def __init__(self, loss: CatalogueLoss, temperature: float, item_l2_norm: bool, eps: float) -> None:
+    def __init__(
+        self,
+        loss: CatalogueLoss | ScalableCrossEntropyLoss,
+        temperature: float,
+        item_l2_norm: bool,
+        eps: float,
+    ) -> None:
         super().__init__()
         self.loss = loss
         self.temperature = temperature

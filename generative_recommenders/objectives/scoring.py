@@ -1,8 +1,9 @@
 """Scores of positives and negatives by matrix products, not by gathered rows.
 
 Per position, each of T tokens has R negatives of its own: the ``[T, R]`` scores are the sampled entries of
-``hidden · weightᵀ``, a sparse pattern, so the forward pass is one sampled dense-dense product and the backward pass two
-sparse-dense ones; no ``[T, R, D]`` tensor exists. Shared by blocks or by the batch they are batched products.
+``hidden · weightᵀ``, a sparse pattern, so the forward pass is one sampled dense-dense product and the
+backward pass two sparse-dense ones; no ``[T, R, D]`` tensor exists. Shared by blocks or by the batch they are
+batched products.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-import torch.utils.checkpoint
 
 from ..modeling.embeddings import ItemRows
 from .negative_samplers import Negatives
@@ -23,7 +23,9 @@ AuxiliaryLosses = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class SampledScores:
-    """positive ``[T, P]``, negative ``[T, R]``, negative_mask ``[T, R]`` bool (True counts), auxiliary losses."""
+    """positive ``[T, P]``, negative ``[T, R]``, negative_mask ``[T, R]`` bool (True counts), auxiliary
+    losses.
+    """
 
     positive: torch.Tensor
     negative: torch.Tensor
@@ -78,62 +80,35 @@ class ProductScorer(Scorer):
 
 
 class LearnedScorer(Scorer):
-    """Any similarity with ``score(queries, items, user_ids)``, block of positions by block.
+    """Any similarity, each position with its own positives and negatives by `Similarity.score_rows`.
 
-    Activations of a block are computed again in the backward pass. Per position the negatives' embeddings of one block
-    ``[block, R, D]`` exist at a time. Auxiliary losses are means over the positions.
+    What depends on an item alone is computed once for each item held; the similarity keeps memory within
+    bounds. Auxiliary losses are over all (position, item) pairs of the step.
     """
 
-    def __init__(self, temperature: float, item_l2_norm: bool, eps: float, block: int = 256) -> None:
-        self.temperature, self.item_l2_norm, self.eps, self.block = temperature, item_l2_norm, eps, block
+    def __init__(self, temperature: float, item_l2_norm: bool, eps: float) -> None:
+        self.temperature, self.item_l2_norm, self.eps = temperature, item_l2_norm, eps
 
     def scores(self, hidden, items, positives, negatives, similarity, user_ids):
         weight = items.weight.float()
         if self.item_l2_norm:
             weight = F.normalize(weight, dim=-1, eps=self.eps)
-        rows = replace(items, weight=weight)
         targets = positives if positives.dim() == 2 else positives[:, None]
-        parts, auxiliary = [], []
-        for start, stop, ids in negative_blocks(negatives, hidden.shape[0], self.block):
-            part = torch.utils.checkpoint.checkpoint(
-                self._block, similarity, rows, hidden[start:stop], targets[start:stop], ids, user_ids[start:stop],
-                use_reentrant=False,
-            )
-            parts.append(part[0])
-            auxiliary.append({name: value * ((stop - start) / hidden.shape[0]) for name, value in part[1].items()})
-        scores = torch.cat(parts)
-        width = targets.shape[1]
-        totals = {name: torch.stack([a[name] for a in auxiliary]).sum() for name in (auxiliary[0] if auxiliary else {})}
-        negative = corrected(scores[:, width:], negatives)
-        return SampledScores(scores[:, :width], negative, no_collisions(targets, negatives), totals)
-
-    def _block(self, similarity, rows, hidden, targets, ids, user_ids):
-        if ids.dim() == 2:
-            items = rows.lookup(torch.cat([targets, ids], dim=1))
-            scores, auxiliary = similarity.score(hidden, items, user_ids)
-            return scores / self.temperature, auxiliary
-        positive, _ = similarity.score(hidden, rows.lookup(targets), user_ids)
-        negative, auxiliary = similarity.score(hidden, rows.lookup(ids), user_ids)
-        return torch.cat([positive, negative], dim=1) / self.temperature, auxiliary
-
-
-def negative_blocks(negatives: Negatives, num_tokens: int, block: int):
-    """Runs of tokens with their negatives: (start, stop, ids ``[stop - start, R]`` or, shared by the run, ``[R]``)."""
-    if negatives.sharing.granularity == "block":
-        starts = range(-negatives.lead, num_tokens, negatives.sharing.block_size)
-        for ids, start in zip(negatives.ids, starts):
-            yield max(start, 0), min(start + negatives.sharing.block_size, num_tokens), ids
-        return
-    for start in range(0, num_tokens, block):
-        stop = min(start + block, num_tokens)
-        shared = negatives.sharing.granularity == "batch"
-        yield start, stop, negatives.ids[0] if shared else negatives.ids[start:stop]
+        drawn = negatives.per_token(items.index(negatives.ids), hidden.shape[0])
+        rows = torch.cat([items.index(targets), drawn], dim=1)
+        scores, auxiliary = similarity.score_rows(hidden, weight, rows, user_ids)
+        positive, negative = (scores / self.temperature).split([targets.shape[1], drawn.shape[1]], dim=1)
+        return SampledScores(
+            positive, corrected(negative, negatives), no_collisions(targets, negatives), auxiliary
+        )
 
 
 def negative_products(
     hidden: torch.Tensor, weight: torch.Tensor, rows: torch.Tensor, negatives: Negatives
 ) -> torch.Tensor:
-    """``[T, R]`` products of ``hidden [T, D]`` with the rows ``[G, R]`` of ``weight [U, D]`` each token competes with."""
+    """``[T, R]`` products of ``hidden [T, D]`` with the rows ``[G, R]`` of ``weight [U, D]`` each token
+    competes with.
+    """
     granularity = negatives.sharing.granularity
     if granularity == "position":
         return SampledProducts.apply(hidden, weight, rows)
@@ -147,7 +122,9 @@ def negative_products(
 
 
 def corrected(scores: torch.Tensor, negatives: Negatives) -> torch.Tensor:
-    """``s - ln(R q)``: importance weights of the sampled part of the partition function (Bengio & Senécal 2008)."""
+    """``s - ln(R q)``: importance weights of the sampled part of the partition function (Bengio & Senécal
+    2008).
+    """
     if negatives.log_q is None:
         return scores
     return scores - negatives.per_token(negatives.log_q, scores.shape[0])
@@ -163,7 +140,9 @@ def no_collisions(targets: torch.Tensor, negatives: Negatives) -> torch.Tensor:
 
 
 class SampledProducts(torch.autograd.Function):
-    """``out[t, r] = hidden[t] · weight[rows[t, r]]`` with ``hidden [T, D]``, ``weight [U, D]``, ``rows [T, R]``."""
+    """``out[t, r] = hidden[t] · weight[rows[t, r]]`` with ``hidden [T, D]``, ``weight [U, D]``, ``rows [T,
+    R]``.
+    """
 
     @staticmethod
     def forward(ctx, hidden, weight, rows):
@@ -184,15 +163,21 @@ def _csr(rows: torch.Tensor, values: torch.Tensor, num_columns: int) -> torch.Te
     return _make_csr(pointers, rows.reshape(-1).to(torch.int32), values.reshape(-1), (tokens, num_columns))
 
 
-def _transposed_product(rows: torch.Tensor, grad: torch.Tensor, hidden: torch.Tensor, num_rows: int) -> torch.Tensor:
-    """``[U, D]``: sum over (t, r) of grad[t, r] · hidden[t] into row rows[t, r], by sorting the pattern by row."""
+def _transposed_product(
+    rows: torch.Tensor, grad: torch.Tensor, hidden: torch.Tensor, num_rows: int
+) -> torch.Tensor:
+    """``[U, D]``: sum over (t, r) of grad[t, r] · hidden[t] into row rows[t, r], by sorting the pattern by
+    row.
+    """
     flat = rows.reshape(-1)
     small = flat.to(torch.int16) if num_rows <= torch.iinfo(torch.int16).max else flat.to(torch.int32)
     order = torch.argsort(small, stable=True)
     counts = torch.bincount(flat, minlength=num_rows)
     pointers = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(torch.int32)
     tokens = torch.div(order, rows.shape[1], rounding_mode="floor").to(torch.int32)
-    transposed = _make_csr(pointers, tokens, grad.reshape(-1).index_select(0, order), (num_rows, hidden.shape[0]))
+    transposed = _make_csr(
+        pointers, tokens, grad.reshape(-1).index_select(0, order), (num_rows, hidden.shape[0])
+    )
     return transposed @ hidden
 
 

@@ -43,7 +43,8 @@ class TrainingExample:
 class CausalObjective:
     """Every position predicts the next item (CLM); last_only: the last position alone.
 
-    columns, see `data.batching.LoadedBatch`, go through the default training transforms of `data.batch_transforms`.
+    columns, see `data.batching.LoadedBatch`, go through the default training transforms of
+    `data.batch_transforms`.
     """
 
     stochastic = False
@@ -61,7 +62,9 @@ class CausalObjective:
         features = past_features(batch)
         layout = jagged_layout(features.past_lengths, features.past_ids.shape[1])
         read = layout.last_tokens[layout.lengths > 0] if self.last_only else None
-        return make_example(features, layout, batch["target_ids"], batch.get("target_ratings"), batch["user_ids"], read)
+        return make_example(
+            features, layout, batch["target_ids"], batch.get("target_ratings"), batch["user_ids"], read
+        )
 
 
 class MaskedObjective:
@@ -77,7 +80,7 @@ class MaskedObjective:
 
     def example(self, columns: Mapping[str, torch.Tensor], generator: torch.Generator) -> TrainingExample:
         masked = self.scheme.training(columns["item_ids"], columns["lengths"], generator)
-        features = SequentialFeatures(masked.lengths, masked.input_ids, _payloads(columns, masked.input_ids.shape[1]))
+        features = SequentialFeatures(masked.lengths, masked.input_ids, _masked_payloads(columns, masked))
         layout = masked_layout(masked)
         read = layout.flatten(masked.targets).nonzero()[:, 0]
         example = make_example(features, layout, masked.targets, None, columns["user_ids"], read)
@@ -95,8 +98,7 @@ def masked_layout(masked: MaskedSequence) -> Layout:
 def past_features(batch: Mapping[str, torch.Tensor]) -> SequentialFeatures:
     """The histories of a transformed batch (``past_*`` columns)."""
     payloads = {name: batch[f"past_{name}"] for name in PAYLOADS if f"past_{name}" in batch}
-    if "next_timestamps" in batch:
-        payloads["next_timestamps"] = batch["next_timestamps"]
+    payloads.update({name: batch[name] for name in ("next_timestamps", "user_ids") if name in batch})
     return SequentialFeatures(batch["past_lengths"], batch["past_ids"], payloads)
 
 
@@ -110,7 +112,7 @@ def make_example(
 ) -> TrainingExample:
     """target_ids and target_ratings: ``[B, N]`` rectangles beside the positions; user_ids ``[B]``."""
     rows = layout.row_of if read is None else layout.row_of[read]
-    pick = (lambda x: layout.flatten(x)) if read is None else (lambda x: layout.flatten(x)[read])
+    pick = layout.flatten if read is None else (lambda x: layout.flatten(x)[read])
     targets = pick(target_ids)
     return TrainingExample(
         features=features,
@@ -128,12 +130,17 @@ def check_ids(columns: Mapping[str, torch.Tensor], num_items: int) -> None:
     """UserError where an id lies outside 0..V (a table of another data set would be indexed past its end)."""
     ids = columns["item_ids"]
     if ids.numel() and (int(ids.max()) > num_items or int(ids.min()) < 0):
-        raise UserError(f"item ids must be 0..{num_items}, the batch holds {int(ids.min())}..{int(ids.max())}")
+        raise UserError(
+            f"item ids must be 0..{num_items}, the batch holds {int(ids.min())}..{int(ids.max())}"
+        )
 
 
-def _payloads(columns: Mapping[str, torch.Tensor], width: int) -> dict[str, torch.Tensor]:
-    payloads = {name: columns[name] for name in PAYLOADS if name in columns}
-    return {name: torch.nn.functional.pad(x, (0, max(0, width - x.shape[1]))) for name, x in payloads.items()}
+def _masked_payloads(columns: Mapping[str, torch.Tensor], masked: MaskedSequence) -> dict[str, torch.Tensor]:
+    """Times as they are; the rating of a hidden item is hidden too (0)."""
+    payloads = {name: columns[name] for name in (*PAYLOADS, "user_ids") if name in columns}
+    if "ratings" in payloads:
+        payloads["ratings"] = payloads["ratings"].masked_fill(masked.replaced, 0)
+    return payloads
 
 
 def _move(value, device):

@@ -20,7 +20,9 @@ class InferenceInputs:
     def __init__(self, scheme: MaskingScheme | None = None) -> None:
         self.scheme = scheme
 
-    def states(self, model: SequenceRecommender, features: SequentialFeatures, device: torch.device) -> torch.Tensor:
+    def states(
+        self, model: SequenceRecommender, features: SequentialFeatures, device: torch.device
+    ) -> torch.Tensor:
         """``[B, D]`` on the device; features on the CPU."""
         if self.scheme is None:
             return self._last(model, features, device)
@@ -43,6 +45,8 @@ class InferenceInputs:
         past_ids = layout.flatten(masked.input_ids).to(device)
         width = masked.input_ids.shape[1]
         payloads = {name: _widened(values, width) for name, values in features.past_payloads.items()}
+        if "timestamps" in payloads:
+            payloads["timestamps"] = _with_slot_time(payloads["timestamps"], features.past_lengths)
         features = SequentialFeatures(masked.lengths, masked.input_ids, payloads)
         layout = layout.to(device)
         items = model.mask_embedding(model.embed_history(past_ids), replaced)
@@ -58,3 +62,9 @@ def move_features(features: SequentialFeatures, device: torch.device) -> Sequent
 def _widened(values: torch.Tensor, width: int) -> torch.Tensor:
     """Payload rectangles with room for the mask slot; ``[B]`` payloads as they are."""
     return values if values.dim() == 1 else F.pad(values, (0, width - values.shape[1]))
+
+
+def _with_slot_time(timestamps: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """``[B, N + 1]`` with the last event's time at the mask slot behind it."""
+    last = timestamps.gather(1, (lengths - 1).clamp(min=0)[:, None])
+    return timestamps.scatter(1, lengths[:, None], last)

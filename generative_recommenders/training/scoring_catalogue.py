@@ -42,7 +42,9 @@ class CatalogueScores:
     def queries(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """``[n, D]`` states that score the next item."""
         features = past_features(self.transform(batch))
-        context = torch.autocast(self.device.type, self.autocast) if self.autocast else contextlib.nullcontext()
+        context = (
+            torch.autocast(self.device.type, self.autocast) if self.autocast else contextlib.nullcontext()
+        )
         with context:
             return self.inference.states(self.model, features, self.device).float()
 
@@ -54,7 +56,9 @@ class CatalogueScores:
 def score_function(
     similarity: torch.nn.Module, items: torch.Tensor
 ) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """(queries ``[n, D]``, user_ids ``[n]``) -> ``[n, V]``; what depends on ``items [V, D]`` alone is computed here, once."""
+    """(queries ``[n, D]``, user_ids ``[n]``) -> ``[n, V]``; what depends on ``items [V, D]`` alone is
+    computed here, once.
+    """
     if not isinstance(similarity, MoLSimilarity):
         transposed = items.T
         return lambda queries, user_ids: queries @ transposed

@@ -15,7 +15,7 @@ from ..modeling.similarity.mixture_of_logits import MoLSettings
 PROTOCOLS = ("leave_one_out", "paper", "global_time")
 SEEN_FILTERS = ("history", "window", "none")
 NEXT_TIMES = ("given", "hidden")
-TOP_K_METHODS = ("MIPSBruteForceTopK", "MoLBruteForceTopK", "MoLNaiveTopK", "MoLAvgTopK", "MoLCombTopK")
+FAKES_FROM = ("batch", "catalogue")
 _TYPES: dict[str, tuple[type, ...]] = {
     "int": (int,),
     "float": (int, float),
@@ -84,24 +84,32 @@ class TrainSettings:
     label_smoothing: float = 0.0
     calibration: float = 0.75
     mask_probability: float = 0.15
+    max_span_length: int = 5
+    permute_all: bool = False
+    fakes_from: str = "batch"
+    tie_discriminator: bool = False
+    discriminator_weight: float = 50.0
     rating_threshold: float = 4.0
     keep_checkpoints: int = 3
     early_stopping_patience: int | None = None
     deterministic: bool = False
 
     def __post_init__(self) -> None:
+        check_types(self, "train_fn")
         check_positive(
             self, "max_sequence_length", "local_batch_size", "eval_batch_size", "item_embedding_dim"
         )
         check_positive(
             self, "num_negatives", "eval_interval", "full_eval_every_n", "save_ckpt_every_n", "temperature"
         )
-        check_positive(self, "negatives_block_size", "learning_rate", "keep_checkpoints", "l2_norm_eps")
+        check_positive(
+            self, "negatives_block_size", "learning_rate", "keep_checkpoints", "l2_norm_eps", "num_ratings"
+        )
         check_share(self, "dropout_rate", "label_smoothing", "mask_probability")
         check_choice(self, "protocol", PROTOCOLS)
         check_choice(self, "seen_filter", SEEN_FILTERS)
         check_choice(self, "next_time", NEXT_TIMES)
-        check_choice(self, "top_k_method", TOP_K_METHODS)
+        check_choice(self, "fakes_from", FAKES_FROM)
         if not 0.0 < self.positional_sampling_ratio <= 1.0:
             raise UserError(
                 f"train_fn.positional_sampling_ratio must be in (0, 1], got {self.positional_sampling_ratio}"
@@ -157,23 +165,42 @@ class DiffTransformerSettings:
 
 @dataclass(frozen=True)
 class TransformerSettings:
-    """``transformer_encoder``: plain pre- or post-norm blocks with sinusoidal positions."""
+    """``transformer_encoder``: plain post-norm blocks with sinusoidal positions."""
 
     num_blocks: int = 2
     num_heads: int = 1
     ffn_hidden_dim: int = 64
-    ffn_activation_fn: str = "relu"
     dropout_rate: float = 0.1
 
 
 @dataclass(frozen=True)
 class ItemTowerSettings:
-    """``item_tower``: features of the prepared items table that enter the tower, by name ("item_id" is the id itself)."""
+    """``item_tower``, for ``embedding_module_type = "item_tower"`` and ``main_module = "TwoTower"``.
+
+    features: of the prepared items table, by name; "item_id" is the id itself. list_reduction: "sum", "mean"
+    or "max" of a list's categories. query_module: the encoder of TwoTower. query_features: of the users
+    table, merged into its states.
+    """
 
     features: tuple[str, ...] = ("item_id",)
     list_reduction: str = "mean"
     num_blocks: int = 1
     query_module: str = "SASRec"
+    query_features: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "features", tuple(self.features))
+        object.__setattr__(self, "query_features", tuple(self.query_features))
+
+
+@dataclass(frozen=True)
+class SceSettings:
+    """``sce``, the sizes of ScalableCrossEntropyLoss; see `objectives.scalable_cross_entropy.SCEParams`."""
+
+    n_buckets: int = 256
+    bucket_size_x: int = 256
+    bucket_size_y: int = 256
+    mix_x: bool = False
 
 
 @dataclass(frozen=True)
@@ -215,6 +242,7 @@ class RunSettings:
     diff_transformer: DiffTransformerSettings = field(default_factory=DiffTransformerSettings)
     transformer: TransformerSettings = field(default_factory=TransformerSettings)
     item_tower: ItemTowerSettings = field(default_factory=ItemTowerSettings)
+    sce: SceSettings = field(default_factory=SceSettings)
     encoder: EncoderSettings = field(default_factory=EncoderSettings)
     loader: LoaderSettings = field(default_factory=LoaderSettings)
     weighted_loss: WeightedLossSettings = field(default_factory=WeightedLossSettings)
@@ -248,7 +276,7 @@ def check_types(settings: Any, owner: str) -> None:
         declared, value = str(each.type), getattr(settings, each.name)
         if value is None and "None" in declared:
             continue
-        expected = _TYPES[declared.split(" | ")[0].split("[")[0]]
+        expected = _TYPES[declared.partition(" | ")[0].partition("[")[0]]
         if not isinstance(value, expected) or (isinstance(value, bool) and bool not in expected):
             raise UserError(f"{owner}.{each.name} must be of type {declared}, got {value!r}")
 

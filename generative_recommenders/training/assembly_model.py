@@ -1,0 +1,249 @@
+"""From settings to the retriever: one table for each choice that a name makes. An unknown name lists the
+known ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TypeAlias, cast
+
+import torch
+
+from ..features import UserError
+from ..indexing.mol_top_k import TopK, make_top_k
+from ..modeling.embeddings import CategoricalEmbeddingModule, ItemEmbedding, LocalEmbeddingModule
+from ..modeling.encoders.diff_transformer import DiffTransformer
+from ..modeling.encoders.hstu import HSTU
+from ..modeling.encoders.sasrec import SASRec
+from ..modeling.encoders.transformer import Transformer
+from ..modeling.encoders.two_tower import ITEM_ID, FeatureMerger, ItemTowerEmbedding
+from ..modeling.feature_embeddings import ListReduction
+from ..modeling.input_preprocessors import (
+    CombinedItemAndRatingInputFeaturesPreprocessor,
+    InputPreprocessor,
+    LearnablePositionalEmbeddingInputFeaturesPreprocessor,
+    LearnablePositionalEmbeddingRatedInputFeaturesPreprocessor,
+)
+from ..modeling.output_postprocessors import L2NormEmbeddingPostprocessor, LayerNormEmbeddingPostprocessor
+from ..modeling.recommender import SequenceEncoder, SequenceRecommender
+from ..modeling.similarity.dot_product import DotProductSimilarity
+from ..modeling.similarity.mixture_of_logits import MoLSimilarity
+from ..objectives.masking import MaskEmbedding
+from .assembly_objectives import MASKING_SCHEMES, auxiliary_weights
+from .catalogue import Catalogue
+from .choices import look_up, short_preprocessor, uses_item_tower
+from .settings import RunSettings
+
+SimilarityModule: TypeAlias = DotProductSimilarity | MoLSimilarity
+
+
+def build_model(settings: RunSettings, catalogue: Catalogue) -> SequenceRecommender:
+    """The retriever of the settings; UserError where choices do not go together or the data lack what one
+    needs.
+    """
+    t = settings.train
+    try:
+        kind = "item_tower" if uses_item_tower(settings) else t.embedding_module_type
+        items = look_up(EMBEDDINGS, kind, "embedding_module_type")(settings, catalogue)
+        sequence = build_sequence(settings, catalogue)
+        width = cast(int, sequence.encoder.output_dim)
+        build_similarity = look_up(SIMILARITIES, t.interaction_module_type, "interaction_module_type")
+        similarity = build_similarity(settings, width, items.embedding_dim)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if t.interaction_module_type != "MoL" and width != items.embedding_dim:
+        raise UserError(
+            f"states have width {width} and items {items.embedding_dim}: a dot product needs them equal; "
+            "choose MoL or another preprocessor"
+        )
+    make_top_k(t.top_k_method, similarity, torch.zeros(1, items.embedding_dim))  # refuses what does not fit
+    _check_auxiliary(settings, similarity)
+    mask = MaskEmbedding(items.embedding_dim) if t.objective in MASKING_SCHEMES else None
+    return SequenceRecommender(items, sequence, similarity, mask)
+
+
+def build_sequence(settings: RunSettings, catalogue: Catalogue) -> SequenceEncoder:
+    """The dense part: preprocessor, encoder, context merger, postprocessor."""
+    t = settings.train
+    preprocessor = look_up(PREPROCESSORS, short_preprocessor(settings), "input_preprocessor")(
+        settings, catalogue
+    )
+    encoder = look_up(ENCODERS, t.main_module, "main_module")(settings, preprocessor.embedding_dim)
+    if t.objective in MASKING_SCHEMES and not encoder.causal:
+        raise UserError(
+            f"objective {t.objective!r} decides who sees whom, which hstu_encoder.normalization "
+            f"{settings.hstu.normalization!r} cannot follow; choose 'rel_bias'"
+        )
+    postprocessor = look_up(POSTPROCESSORS, t.user_embedding_norm, "user_embedding_norm")(settings)
+    return SequenceEncoder(
+        preprocessor, encoder, postprocessor, _context_merger(settings, catalogue, encoder)
+    )
+
+
+def build_top_k(settings: RunSettings, model: SequenceRecommender) -> TopK:
+    """The top-k module of ``train_fn.top_k_method`` over the model's items as they are now."""
+    t = settings.train
+    with torch.no_grad():
+        items = model.items.all_item_embeddings()
+    if t.item_l2_norm:
+        items = torch.nn.functional.normalize(items, dim=-1, eps=t.l2_norm_eps)
+    return make_top_k(t.top_k_method, cast(SimilarityModule, model.similarity), items)
+
+
+def _check_auxiliary(settings: RunSettings, similarity: SimilarityModule) -> None:
+    produced = similarity.auxiliary_loss_names
+    missing = sorted(set(auxiliary_weights(settings)) - produced)
+    if missing:
+        offered = ", ".join(sorted(produced)) or "none"
+        raise UserError(
+            f"loss_weights name {', '.join(missing)}, which this configuration does not produce ({offered})"
+        )
+
+
+def _local(settings: RunSettings, catalogue: Catalogue) -> ItemEmbedding:
+    return LocalEmbeddingModule(catalogue.num_items, settings.train.item_embedding_dim)
+
+
+def _categorical(settings: RunSettings, catalogue: Catalogue) -> ItemEmbedding:
+    if catalogue.categories is None:
+        raise UserError(
+            'embedding_module_type "categorical" needs train_fn.category_feature, one category for each item'
+        )
+    return CategoricalEmbeddingModule(catalogue.categories, settings.train.item_embedding_dim)
+
+
+def _item_tower(settings: RunSettings, catalogue: Catalogue) -> ItemEmbedding:
+    tower, dim = settings.item_tower, settings.train.item_embedding_dim
+    names = [name for name in tower.features if name != ITEM_ID]
+    features = []
+    if names:
+        if catalogue.items is None:
+            raise UserError(f"item_tower.features: there is no data set to read {', '.join(names)} from")
+        features = catalogue.items.read(
+            names, dim, "item_tower.features", cast(ListReduction, tower.list_reduction)
+        )
+    return ItemTowerEmbedding(catalogue.num_items, dim, features, ITEM_ID in tower.features, tower.num_blocks)
+
+
+EMBEDDINGS: dict[str, Callable[[RunSettings, Catalogue], ItemEmbedding]] = {
+    "local": _local,
+    "categorical": _categorical,
+    "item_tower": _item_tower,
+}
+
+
+def _context_merger(
+    settings: RunSettings, catalogue: Catalogue, encoder: torch.nn.Module
+) -> FeatureMerger | None:
+    names = settings.item_tower.query_features
+    if not names:
+        return None
+    if catalogue.users is None:
+        raise UserError(f"item_tower.query_features: there is no data set to read {', '.join(names)} from")
+    width = cast(int, encoder.output_dim)
+    return FeatureMerger(catalogue.users.read(names, width, "item_tower.query_features"), width)
+
+
+def _positional(settings: RunSettings, catalogue: Catalogue) -> InputPreprocessor:
+    t = settings.train
+    return LearnablePositionalEmbeddingInputFeaturesPreprocessor(
+        t.max_tokens, t.item_embedding_dim, t.dropout_rate
+    )
+
+
+def _rated(settings: RunSettings, catalogue: Catalogue) -> InputPreprocessor:
+    _need_ratings(settings, catalogue)
+    t = settings.train
+    return LearnablePositionalEmbeddingRatedInputFeaturesPreprocessor(
+        t.max_tokens, t.item_embedding_dim, t.dropout_rate, t.rating_embedding_dim, t.num_ratings
+    )
+
+
+def _combined(settings: RunSettings, catalogue: Catalogue) -> InputPreprocessor:
+    _need_ratings(settings, catalogue)
+    t = settings.train
+    return CombinedItemAndRatingInputFeaturesPreprocessor(
+        t.max_tokens, t.item_embedding_dim, t.dropout_rate, t.num_ratings
+    )
+
+
+def _need_ratings(settings: RunSettings, catalogue: Catalogue) -> None:
+    if not catalogue.has_ratings:
+        name = settings.train.input_preprocessor
+        raise UserError(
+            f"input_preprocessor {name!r} needs ratings, and {settings.train.dataset_name} has none"
+        )
+
+
+PREPROCESSORS: dict[str, Callable[[RunSettings, Catalogue], InputPreprocessor]] = {
+    "LearnablePositionalEmbedding": _positional,
+    "LearnablePositionalEmbeddingRated": _rated,
+    "CombinedItemAndRating": _combined,
+}
+
+
+def _max_tokens(settings: RunSettings) -> int:
+    """Positions that the encoder may see: interleaved ratings double them."""
+    return settings.train.max_tokens * (2 if short_preprocessor(settings) == "CombinedItemAndRating" else 1)
+
+
+def _sasrec(settings: RunSettings, width: int) -> SASRec:
+    return SASRec(
+        width, **vars(settings.sasrec), activation_checkpoint=settings.encoder.activation_checkpoint
+    )
+
+
+def _hstu(settings: RunSettings, width: int) -> HSTU:
+    return HSTU(
+        width,
+        _max_tokens(settings),
+        **vars(settings.hstu),
+        next_time=settings.train.next_time,
+        activation_checkpoint=settings.encoder.activation_checkpoint,
+    )
+
+
+def _diff_transformer(settings: RunSettings, width: int) -> DiffTransformer:
+    checkpoint = settings.encoder.activation_checkpoint
+    return DiffTransformer(width, **vars(settings.diff_transformer), activation_checkpoint=checkpoint)
+
+
+def _transformer(settings: RunSettings, width: int) -> Transformer:
+    checkpoint = settings.encoder.activation_checkpoint
+    return Transformer(
+        width, _max_tokens(settings), **vars(settings.transformer), activation_checkpoint=checkpoint
+    )
+
+
+def _query_tower(settings: RunSettings, width: int) -> torch.nn.Module:
+    return look_up(QUERY_TOWERS, settings.item_tower.query_module, "item_tower.query_module")(settings, width)
+
+
+QUERY_TOWERS: dict[str, Callable[[RunSettings, int], torch.nn.Module]] = {
+    "SASRec": _sasrec,
+    "HSTU": _hstu,
+    "DiffTransformer": _diff_transformer,
+    "Transformer": _transformer,
+}
+ENCODERS = {**QUERY_TOWERS, "TwoTower": _query_tower}
+
+POSTPROCESSORS: dict[str, Callable[[RunSettings], torch.nn.Module]] = {
+    "l2_norm": lambda settings: L2NormEmbeddingPostprocessor(settings.train.l2_norm_eps),
+    "layer_norm": lambda settings: LayerNormEmbeddingPostprocessor(settings.train.l2_norm_eps),
+}
+
+
+def _mol(settings: RunSettings, query_dim: int, item_dim: int) -> MoLSimilarity:
+    bf16 = settings.mol.bf16_training or settings.similarity.bf16_training
+    balanced = "mi_loss" in auxiliary_weights(settings)
+    return MoLSimilarity.from_settings(
+        replace(settings.mol, bf16_training=bf16), query_dim, item_dim, balanced
+    )
+
+
+SIMILARITIES: dict[str, Callable[[RunSettings, int, int], SimilarityModule]] = {
+    "": lambda settings, query_dim, item_dim: DotProductSimilarity(),
+    "DotProduct": lambda settings, query_dim, item_dim: DotProductSimilarity(),
+    "MoL": _mol,
+}

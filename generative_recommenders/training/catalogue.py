@@ -1,0 +1,53 @@
+"""What models, losses and samplers need to know of a data set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ..data.sequence_dataset import SequenceDataset
+from ..evaluation.baselines import training_events
+from .entity_features import FeatureReader
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """Sizes, training counts, what columns there are, and readers of features.
+
+    counts: ``[V]`` training events of item id i + 1. categories: ``[V]`` int64 of the asked category feature,
+    from 0, or None. items, users: read their features when asked; None where there is no data set behind.
+    """
+
+    num_items: int
+    has_ratings: bool
+    has_timestamps: bool
+    counts: torch.Tensor
+    categories: torch.Tensor | None = None
+    items: FeatureReader | None = None
+    users: FeatureReader | None = None
+
+    @classmethod
+    def of(
+        cls, dataset: SequenceDataset, train_stops: np.ndarray, category_feature: str | None = None
+    ) -> Catalogue:
+        """train_stops: ``[U]``, events that each user trains on. category_feature: of the items, for
+        ``categories``.
+        """
+        events = training_events(dataset.offsets, train_stops)
+        counts = np.bincount(dataset.items[events], minlength=dataset.num_items + 1)[1:]
+        items = FeatureReader(dataset, "item", counts > 0)
+        categories = None
+        if category_feature is not None:
+            (feature,) = items.read([category_feature], 1, "train_fn.category_feature")
+            categories = feature.values[1:].long() - 1 if feature.spec.kind == "categorical" else None
+        return cls(
+            dataset.num_items,
+            dataset.ratings is not None,
+            dataset.timestamps is not None,
+            torch.from_numpy(counts),
+            categories,
+            items,
+            FeatureReader(dataset, "user", train_stops > 0),
+        )
