@@ -107,7 +107,7 @@ def wait_for_ever(*_) -> int:
 @pytest.mark.parametrize(("count", "failing"), [(1, 0), (2, 1)])
 def test_a_user_error_is_one_line(capfd, count, failing):
     assert on_cpu(user_error, failing, num_processes=count) == 2
-    assert capfd.readouterr().err == f"item 7 of rank {failing} is unknown: check it\n"
+    assert capfd.readouterr().err == f"error: item 7 of rank {failing} is unknown: check it\n"
 
 
 def fault(rank: int, world_size: int, how: str) -> int:
@@ -438,7 +438,7 @@ def test_the_others_cannot_be_met(monkeypatch, capfd):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert on_cpu(report, "", timeout=timedelta(seconds=1)) == 2
-    assert capfd.readouterr().err.splitlines()[-1].startswith("rank 1: cannot meet the other 1 processes at")
+    assert capfd.readouterr().err.splitlines()[-1].startswith("error: rank 1: cannot meet the other 1 processes at")
 
 
 @pytest.mark.parametrize(("count", "said"), [(0, "must be 1 or more"), (3, "at most one process a GPU")])
