@@ -206,9 +206,9 @@ class MultiClassNegativesSampler(NegativesSampler):
         class_weights: torch.Tensor | None = None,
     ) -> None:
         super().__init__(num_negatives, sharing)
-        sizes = assignment.sum(1)
-        if assignment.dim() != 2 or assignment.numel() == 0 or int(sizes.min()) == 0:
+        if assignment.dim() != 2 or assignment.numel() == 0 or not bool(assignment.any(1).all()):
             raise ValueError("multi-class negatives: every class needs at least one item")
+        sizes = assignment.sum(1)
         weights = torch.ones(len(sizes)) if class_weights is None else class_weights.float()
         self.register_buffer("members", assignment.nonzero()[:, 1] + 1, persistent=False)
         self.register_buffer("starts", torch.cat([sizes.new_zeros(1), sizes.cumsum(0)]), persistent=False)

@@ -1,0 +1,215 @@
+"""Scores by products against gathered rows: values, gradients, sharing, collisions, golden losses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from golden_encoders import ENTRANCES, choose_backend
+from golden_parity import assert_gradients, assert_near, load_golden
+from torch.utils.flop_counter import FlopCounterMode
+
+from generative_recommenders.modeling.embeddings import ItemRows
+from generative_recommenders.modeling.layout import jagged_layout
+from generative_recommenders.modeling.similarity.dot_product import DotProductSimilarity
+from generative_recommenders.objectives.counter_random import stream_key
+from generative_recommenders.objectives.losses import BCELoss, SampledLoss, SampledSoftmaxLoss
+from generative_recommenders.objectives.negative_samplers import LocalNegativesSampler, Negatives, Sharing
+from generative_recommenders.objectives.scoring import (
+    LearnedScorer,
+    ProductScorer,
+    SampledProducts,
+    negative_products,
+    no_collisions,
+)
+
+TOKENS, ITEMS, DIM = 21, 12, 4
+SHARINGS = [Sharing(), Sharing("block", 8), Sharing("block", 1), Sharing("block", 100), Sharing("batch")]
+over_sharings = pytest.mark.parametrize("sharing", SHARINGS, ids=lambda s: f"{s.granularity}-{s.block_size}")
+SIMILARITY = DotProductSimilarity()
+USERS = torch.arange(1, TOKENS + 1)
+
+
+def draws(sharing: Sharing, first_token: int = 0, tokens: int = TOKENS, negatives: int = 5) -> Negatives:
+    return LocalNegativesSampler(ITEMS, negatives, sharing)(stream_key(3), first_token, tokens)
+
+
+def hidden_and_weight(dtype=torch.float64, tokens: int = TOKENS) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(tokens, DIM, generator=generator, dtype=dtype)
+    weight = torch.randn(ITEMS + 1, DIM, generator=generator, dtype=dtype)
+    return hidden.requires_grad_(), weight.requires_grad_()
+
+
+def gathered(hidden: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    return torch.einsum("td,trd->tr", hidden, weight[ids])
+
+
+def test_sampled_products_gradcheck() -> None:
+    hidden, weight = hidden_and_weight()
+    rows = torch.randint(0, ITEMS + 1, (TOKENS, 3))
+    assert torch.autograd.gradcheck(lambda h, w: SampledProducts.apply(h, w, rows), (hidden, weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@over_sharings
+@pytest.mark.parametrize("first_token", [0, 3, 8, 13])
+def test_products_are_those_of_gathered_rows(sharing: Sharing, first_token: int, dtype: torch.dtype) -> None:
+    hidden, weight = hidden_and_weight(dtype)
+    negatives = draws(sharing, first_token)
+    actual = negative_products(hidden, weight, negatives.ids, negatives)
+    expected = gathered(hidden, weight, negatives.per_token(negatives.ids, TOKENS))
+    torch.testing.assert_close(actual, expected)
+    cotangent = torch.randn_like(expected)
+    grads = [torch.autograd.grad(x, (hidden, weight), cotangent) for x in (actual, expected)]
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("sharing", [Sharing(), Sharing("block", 8), Sharing("batch")])
+def test_no_tokens(sharing: Sharing) -> None:
+    hidden, weight = hidden_and_weight(tokens=0)
+    negatives = draws(sharing, 3, 0)
+    scores = negative_products(hidden, weight, negatives.ids, negatives)
+    assert scores.shape == (0, 5)
+    scores.sum().backward()
+    assert (weight.grad == 0).all()
+
+
+def test_a_row_index_beyond_16_bits() -> None:
+    weight = torch.randn(40_000, 2, dtype=torch.float64, requires_grad=True)
+    hidden, rows = (
+        torch.randn(3, 2, dtype=torch.float64),
+        torch.tensor([[39_999, 1], [33_000, 1], [0, 32_768]]),
+    )
+    torch.testing.assert_close(SampledProducts.apply(hidden, weight, rows), gathered(hidden, weight, rows))
+    cotangent = torch.randn(3, 2, dtype=torch.float64)
+    grads = [
+        torch.autograd.grad(x, weight, cotangent)[0]
+        for x in (SampledProducts.apply(hidden, weight, rows), gathered(hidden, weight, rows))
+    ]
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("normalize_positives", [True, False])
+@pytest.mark.parametrize("normalize_negatives", [True, False])
+@over_sharings
+def test_product_scorer(sharing: Sharing, normalize_positives: bool, normalize_negatives: bool) -> None:
+    hidden, weight = hidden_and_weight(torch.float32)
+    negatives, targets = draws(sharing), torch.randint(1, ITEMS + 1, (TOKENS, 2))
+    scorer = ProductScorer(0.05, normalize_positives, normalize_negatives)
+    scores = scorer.scores(hidden, ItemRows(weight), targets, negatives, SIMILARITY, USERS)
+    normed = F.normalize(weight, dim=-1)
+    ids = negatives.per_token(negatives.ids, TOKENS)
+    positive = gathered(hidden, normed if normalize_positives else weight, targets) / 0.05
+    negative = gathered(hidden, normed if normalize_negatives else weight, ids) / 0.05
+    torch.testing.assert_close(scores.positive, positive, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(scores.negative, negative, rtol=1e-4, atol=1e-4)
+    assert torch.equal(scores.negative_mask, (ids[:, :, None] != targets[:, None, :]).all(2))
+    assert scores.auxiliary == {}
+
+
+@over_sharings
+def test_learned_scorer_with_a_dot_product_is_the_product_scorer(sharing: Sharing) -> None:
+    targets, negatives = torch.randint(1, ITEMS + 1, (TOKENS,)), draws(sharing, 5)
+    results = []
+    for scorer in (ProductScorer(0.1), LearnedScorer(0.1, True, 1e-6)):
+        hidden, weight = hidden_and_weight(torch.float32)
+        scores = scorer.scores(hidden, ItemRows(weight), targets, negatives, SIMILARITY, USERS)
+        (scores.positive.sum() + scores.negative.square().sum()).backward()
+        results.append([scores.positive, scores.negative, scores.negative_mask, hidden.grad, weight.grad])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
+@over_sharings
+def test_collisions(sharing: Sharing) -> None:
+    negatives, targets = draws(sharing, 2), torch.randint(0, ITEMS + 1, (TOKENS, 3))
+    ids = negatives.per_token(negatives.ids, TOKENS)
+    mask = no_collisions(targets, negatives)
+    for token in range(TOKENS):
+        expected = [int(i) not in targets[token].tolist() for i in ids[token]]
+        assert mask[token].tolist() == expected
+    assert not mask.all()
+
+
+@over_sharings
+def test_log_q_is_subtracted_from_negatives_alone(sharing: Sharing) -> None:
+    hidden, weight = hidden_and_weight(torch.float32)
+    plain, targets = draws(sharing, 5), torch.ones(TOKENS, dtype=torch.int64)
+    log_q = torch.randn(plain.ids.shape)
+    corrected = Negatives(plain.ids, plain.sharing, plain.lead, log_q)
+    for scorer in (ProductScorer(0.1), LearnedScorer(0.1, True, 1e-6)):
+        before, after = (
+            scorer.scores(hidden, ItemRows(weight), targets, n, SIMILARITY, USERS) for n in (plain, corrected)
+        )
+        torch.testing.assert_close(after.negative, before.negative - plain.per_token(log_q, TOKENS))
+        assert torch.equal(after.positive, before.positive)
+
+
+def test_touched_rows_score_like_the_whole_table() -> None:
+    hidden, weight = hidden_and_weight(torch.float32)
+    negatives, targets = draws(Sharing("block", 8)), torch.tensor([3, 9, 9] * 7)
+    ids = torch.unique(torch.cat([targets, negatives.ids.flatten()]))
+    part = ItemRows(weight.detach()[ids].requires_grad_(), ids)
+    whole = ItemRows(weight)
+    outputs = [
+        ProductScorer(0.1).scores(hidden, x, targets, negatives, SIMILARITY, USERS) for x in (part, whole)
+    ]
+    torch.testing.assert_close(outputs[0].negative, outputs[1].negative)
+    for out in outputs:
+        (out.positive.sum() + out.negative.square().sum()).backward()
+    torch.testing.assert_close(part.weight.grad, weight.grad[ids])
+
+
+LOSSES: dict[str, tuple[SampledLoss, bool]] = {
+    "meta_sampled_softmax": (SampledSoftmaxLoss(), True),
+    "meta_bce": (BCELoss(), False),  # its positives are not normalised
+}
+
+
+@pytest.mark.parametrize("backend", ["torch", "fbgemm"])
+@pytest.mark.parametrize("entrance", ENTRANCES)
+@pytest.mark.parametrize("scorer", ["products", "learned"])
+@pytest.mark.parametrize("case", LOSSES)
+def test_golden_losses(
+    monkeypatch: pytest.MonkeyPatch, case: str, scorer: str, entrance: str, backend: str
+) -> None:
+    choose_backend(monkeypatch, backend)
+    golden, (loss, normalize_positives) = load_golden(case), LOSSES[case]
+    c = golden.config
+    if scorer == "learned" and not normalize_positives:
+        pytest.skip("a learned similarity normalises all items alike")
+    hidden = golden.inputs["output_embeddings"].requires_grad_()
+    states = hidden
+    if entrance == "padded":  # there and back through the rectangle
+        layout = jagged_layout(golden.inputs["lengths"].long(), c["max_len"])
+        states = layout.flatten(layout.to_rectangle(hidden))
+    table = golden.parameters["item_emb.weight"].requires_grad_()
+    negatives = Negatives(golden.inputs["sampled_ids"].long(), Sharing())
+    products = ProductScorer(c["temperature"], normalize_positives, True, c["l2_eps"])
+    chosen = products if scorer == "products" else LearnedScorer(c["temperature"], True, c["l2_eps"])
+    targets, weights = golden.inputs["supervision_ids"].long(), golden.inputs["supervision_weights"]
+    scores = chosen.scores(states, ItemRows(table), targets, negatives, SIMILARITY, torch.zeros_like(targets))
+    total, weight = loss(scores.positive, scores.negative, weights[:, None], scores.negative_mask)
+    value = total / weight
+    assert_near(value, golden.outputs["loss"])
+    assert_near(value, golden.outputs["loss_from_padded_forward"])
+    tensors = {"item_emb.weight": table, "output_embeddings": hidden}
+    assert_gradients(golden, value, **tensors)
+
+
+def test_shared_negatives_never_make_a_tensor_for_each_token_and_negative() -> None:
+    """R D numbers a block, not T R D: seen in the largest tensor that autograd keeps."""
+    sizes: list[int] = []
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        sizes.append(x.numel())
+        return x
+
+    hidden, weight = hidden_and_weight(torch.float32)
+    negatives = draws(Sharing("block", 7), negatives=16)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        negative_products(hidden, weight, negatives.ids, negatives)
+    assert max(sizes) < TOKENS * 16 * DIM
+    with FlopCounterMode(display=False) as flops:
+        negative_products(hidden, weight, negatives.ids, negatives)
+    assert flops.get_total_flops() == 2 * 21 * 16 * DIM
