@@ -438,7 +438,8 @@ def test_the_others_cannot_be_met(monkeypatch, capfd):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert on_cpu(report, "", timeout=timedelta(seconds=1)) == 2
-    assert capfd.readouterr().err.splitlines()[-1].startswith("error: rank 1: cannot meet the other 1 processes at")
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: rank 1: cannot meet the other 1 processes at")
 
 
 @pytest.mark.parametrize(("count", "said"), [(0, "must be 1 or more"), (3, "at most one process a GPU")])
