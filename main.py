@@ -1,4 +1,7 @@
-"""Trains, evaluates and reports. ``python main.py`` runs the embedded example; ``--gin_config_file`` names another experiment."""
+"""Trains, evaluates and reports.
+
+``python main.py`` runs the embedded example; ``--gin_config_file`` names another experiment.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,6 @@ from generative_recommenders.training.distributed import process_collectives, pr
 from generative_recommenders.training.launch import launch
 from generative_recommenders.training.model_evaluation import ModelEvaluation
 from generative_recommenders.training.profiling import step_profiler
-from generative_recommenders.training.progress import NonFiniteError
 from generative_recommenders.training.run_folder import RunFolder
 from generative_recommenders.training.settings import RunSettings
 from generative_recommenders.training.signals import StopRequest
@@ -32,19 +34,31 @@ from generative_recommenders.visualization import plot_curves
 
 EMBEDDED = "synthetic-books"
 DEFAULT_CONFIG = Path(__file__).resolve().parent / "configs" / EMBEDDED / "sasrec.gin"
-USER_ERROR, NOT_FINITE, INTERRUPTED = 2, 3, 130
+INTERRUPTED = 130
 
-_GIN_FILES = flags.DEFINE_multi_string("gin_config_file", None, "gin file(s); the embedded example by default")
+_GIN_FILES = flags.DEFINE_multi_string(
+    "gin_config_file", None, "gin file(s); the embedded example by default"
+)
 _BINDINGS = flags.DEFINE_multi_string("gin_bindings", [], "gin bindings, applied over the files")
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate"], "train, or score the best checkpoint of --run_dir")
+_MODE = flags.DEFINE_enum(
+    "mode", "train", ["train", "evaluate"], "train, or score the best checkpoint of --run_dir"
+)
 _DATA_ROOT = flags.DEFINE_string("data_root", "data", "where raw/ and prepared/ data sets lie")
 _RUN_DIR = flags.DEFINE_string("run_dir", None, "the run's folder; runs/TIME-DATASET-ENCODER by default")
-_RESUME = flags.DEFINE_bool("resume", False, "go on with the run in --run_dir from its newest whole checkpoint")
-_MASTER_PORT = flags.DEFINE_integer("master_port", 29500, "TCP port of the rendezvous; a busy one is replaced")
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "processes on this host; one a GPU, else one, by default")
+_RESUME = flags.DEFINE_bool(
+    "resume", False, "go on with the run in --run_dir from its newest whole checkpoint"
+)
+_MASTER_PORT = flags.DEFINE_integer(
+    "master_port", 29500, "TCP port of the rendezvous; a busy one is replaced"
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+    "num_processes", None, "processes on this host; one a GPU, else one, by default"
+)
 _MAX_STEPS = flags.DEFINE_integer("max_steps", None, "stop after so many steps of the run", lower_bound=1)
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "build everything, say what it is, and stop")
-_PROFILE = flags.DEFINE_bool("profile", False, "write a torch profiler trace of a few steps to the run's folder")
+_PROFILE = flags.DEFINE_bool(
+    "profile", False, "write a torch profiler trace of a few steps to the run's folder"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +79,9 @@ def prepared_dataset(name: str, data_root: Path) -> SequenceDataset:
     folder = prepared_path(data_root, name)
     if not folder.exists():
         if name != EMBEDDED:
-            raise UserError(f"{name} is not prepared in {folder}: run python preprocess_public_data.py --dataset={name}")
+            raise UserError(
+                f"{name} is not prepared in {folder}: run python preprocess_public_data.py --dataset={name}"
+            )
         logging.info("making the embedded data set %s in %s", name, folder)
         manifest = prepare(resolve(name, raw_path=None, data_root=data_root), folder)
         logging.info("%s", summary(manifest))
@@ -95,7 +111,9 @@ def train_worker(rank: int, world_size: int, options: Options) -> int:
     with StopRequest() as stop, step_profiler(folder if options.profile and run else None) as on_step:
         result = trainer.train(store, options.max_steps, lambda: stop.requested, on_step)
     if not result.finished:
-        logging.info("stopped on request after step %d; go on with --resume --run_dir=%s", result.progress.step, folder)
+        logging.info(
+            "stopped on request after step %d; go on with --resume --run_dir=%s", result.progress.step, folder
+        )
         return INTERRUPTED
     rows = report.baseline_metrics(dataset, split, settings.train, collectives)
     if run is not None:
@@ -125,7 +143,9 @@ def finish(
     """The final record, the curves, and the table."""
     rows = {**rows, settings.train.main_module: result.test}
     if result.liked:
-        rows[f"{settings.train.main_module}, targets rated {settings.train.rating_threshold:g}+"] = result.liked
+        rows[f"{settings.train.main_module}, targets rated {settings.train.rating_threshold:g}+"] = (
+            result.liked
+        )
     final = {"part": "final", "seconds": result.progress.seconds, "results": rows, "split_hash": split.hash}
     run.write_metrics(result.progress.step, final)
     plot_curves(result.progress.history, run.path / "curves.png")
@@ -157,7 +177,10 @@ def evaluate_worker(rank: int, world_size: int, options: Options) -> int:
     model = build_model(settings, catalogue).to(collectives.device)
     load_model(model, checkpoint)
     test = ModelEvaluation(settings, dataset, split, collectives).test(model).metrics()
-    rows = {**report.baseline_metrics(dataset, split, settings.train, collectives), settings.train.main_module: test}
+    rows = {
+        **report.baseline_metrics(dataset, split, settings.train, collectives),
+        settings.train.main_module: test,
+    }
     if collectives.is_main:
         print(f"{checkpoint.path}, test, full catalogue, seen filter {settings.train.seen_filter!r}")
         print(f"{report.results_table(rows)}\n\n{report.data_summary(dataset, split)}")
@@ -199,12 +222,9 @@ def main(argv: list[str]) -> None:
             _RUN_DIR.value, _RESUME.value, _MAX_STEPS.value, _PROFILE.value,
         )  # fmt: skip
         code = run(options)
-    except NonFiniteError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = NOT_FINITE
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        code = USER_ERROR
+        code = error.exit_code
     sys.exit(code)
 
 

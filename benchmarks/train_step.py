@@ -2,8 +2,8 @@
 
     python benchmarks/train_step.py --encoder=SASRec --profile=ml-1m --negatives_sharing=block --steps=30
 
-Without ``--prepared=DIR`` it makes sequences with ML-1M's distribution of lengths (mean 165, median 95, longest 2276) over 3,706
-items, with timestamps.
+Without ``--prepared=DIR`` it makes sequences with ML-1M's distribution of lengths (mean 165, median 95,
+longest 2276) over 3,706 items, with timestamps.
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ from generative_recommenders.training.train import Trainer
 
 ENCODERS = {
     "SASRec": ("SASRec", []),
-    "HSTU": ("HSTU", ["hstu_encoder.dqk = 50", "hstu_encoder.dv = 50", "hstu_encoder.linear_dropout_rate = 0.2"]),
+    "HSTU": (
+        "HSTU",
+        ["hstu_encoder.dqk = 50", "hstu_encoder.dv = 50", "hstu_encoder.linear_dropout_rate = 0.2"],
+    ),
     "HSTU-large": (
         "HSTU",
         [
@@ -52,7 +55,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 _ENCODER = flags.DEFINE_enum("encoder", "SASRec", sorted(ENCODERS), "which encoder")
 _PROFILE = flags.DEFINE_enum("profile", "ml-1m", sorted(CONFIGS), "whose configuration and lengths")
-_SHARING = flags.DEFINE_enum("negatives_sharing", "position", ["position", "block", "batch"], "who shares negatives")
+_SHARING = flags.DEFINE_enum(
+    "negatives_sharing", "position", ["position", "block", "batch"], "who shares negatives"
+)
 _BLOCK = flags.DEFINE_integer("negatives_block_size", 256, "positions of a block", lower_bound=1)
 _NEGATIVES = flags.DEFINE_integer("num_negatives", 128, "negatives a position, block or batch", lower_bound=1)
 _STEPS = flags.DEFINE_integer("steps", 30, "timed steps", lower_bound=1)

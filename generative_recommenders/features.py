@@ -30,7 +30,9 @@ Batch = Mapping[str, torch.Tensor]
 
 
 class UserError(Exception):
-    """A fault of the input (data, configuration, checkpoint): one clear line, exit code 2, no traceback."""
+    """A fault of the input (data, configuration, checkpoint): one clear line and an exit code, no traceback."""
+
+    exit_code = 2
 
 
 @dataclass(frozen=True)

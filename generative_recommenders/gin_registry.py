@@ -1,5 +1,6 @@
-"""Every gin name, once. Published configurations parse unchanged; a name that does not exist is an error that names the
-nearest one."""
+"""Every gin name, once. Published configurations parse unchanged; a name that does not exist is an error that
+names the nearest one.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import gin
+import torch
 
 from .features import UserError
 from .modeling.similarity.mixture_of_logits import MoLSettings
@@ -45,8 +47,8 @@ _CONFIGURABLES = {
 def load_settings(gin_files: Sequence[str | Path], bindings: Sequence[str] = ()) -> tuple[s.RunSettings, str]:
     """Parses files and bindings into settings, and gives the resolved configuration, defaults included.
 
-    Raises UserError in one line: a missing file, a syntax error with its place, an unknown name with the nearest one, a
-    value of the wrong type.
+    Raises UserError in one line: a missing file, a syntax error with its place, an unknown name with the
+    nearest one, a value of the wrong type.
     """
     gin.clear_config()
     gin.add_config_file_search_path(str(PROJECT))
@@ -99,16 +101,51 @@ def _place(text: str) -> str:
 
 
 def log_inert(settings: s.RunSettings) -> None:
-    """Says once of accepted names that cannot act on this machine or loader."""
+    """Says once, in a line each, of accepted names that cannot act on this machine or in this
+    configuration.
+    """
+    for line in inert(settings):
+        logging.getLogger("absl").info("%s", line)
+
+
+def inert(settings: s.RunSettings) -> list[str]:
+    """One line for each accepted name that cannot act here. (MoL says itself what published runs ignored.)"""
+    t, lines = settings.train, []
     if settings.loader.num_workers > 0:
-        logging.getLogger("absl").info(
-            "create_data_loader.num_workers = %d: batches are cut by one thread and need no workers",
-            settings.loader.num_workers,
+        workers = settings.loader.num_workers
+        lines.append(
+            f"create_data_loader.num_workers = {workers}: batches are cut by one thread and need no workers"
         )
+    if settings.loader.prefetch_factor > s.MAX_PREFETCH:
+        lines.append(
+            f"create_data_loader.prefetch_factor = {settings.loader.prefetch_factor}: "
+            f"{s.MAX_PREFETCH} batches are made ahead"
+        )
+    if settings.similarity.bf16_training and t.interaction_module_type != "MoL":
+        lines.append("get_similarity_function.bf16_training: it acts on MoL; dot products stay float32")
+    bf16 = {
+        "train_fn.main_module_bf16": t.main_module_bf16,
+        "train_fn.eval_bf16": t.eval_bf16,
+        "get_similarity_function.bf16_training": settings.similarity.bf16_training,
+        "create_mol_interaction_module.bf16_training": settings.mol.bf16_training,
+    }
+    if any(bf16.values()) and not has_bfloat16():
+        names = ", ".join(name for name, asked in bf16.items() if asked)
+        lines.append(f"{names}: this machine has no bfloat16 units; it is emulated and slower than float32")
+    return lines
+
+
+def has_bfloat16() -> bool:
+    """Whether the accelerator, or the CPU where there is none, multiplies bfloat16 in hardware."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def override(settings: s.RunSettings, bindings: Sequence[str]) -> s.RunSettings:
-    """The settings with bindings applied over them, as for evaluating a checkpoint under another seen filter."""
+    """The settings with bindings applied over them, as for evaluating a checkpoint under another seen
+    filter.
+    """
     gin.clear_config()
     try:
         gin.parse_config(list(bindings), skip_unknown=False)

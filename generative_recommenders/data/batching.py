@@ -6,6 +6,7 @@ users in Python, and a batch depends on (seed, epoch, step) alone.
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from collections.abc import Iterator
@@ -65,11 +66,17 @@ class SequenceRows:
 
     def _columns(self, users, lengths, events, real) -> dict[str, torch.Tensor]:
         columns = {"user_ids": users + 1, "lengths": lengths}
-        sources = {"item_ids": self.dataset.items, "ratings": self.dataset.ratings, "timestamps": self.dataset.timestamps}
+        sources = {
+            "item_ids": self.dataset.items,
+            "ratings": self.dataset.ratings,
+            "timestamps": self.dataset.timestamps,
+        }
         for name, source in sources.items():
             if source is not None:
                 columns[name] = np.where(real, source[events], 0)
-        return {name: torch.from_numpy(np.ascontiguousarray(x, dtype=np.int64)) for name, x in columns.items()}
+        return {
+            name: torch.from_numpy(np.ascontiguousarray(x, dtype=np.int64)) for name, x in columns.items()
+        }
 
 
 class SequenceLoader:
@@ -101,7 +108,7 @@ class SequenceLoader:
 
     def __len__(self) -> int:
         """Steps an epoch."""
-        return -(-self.users.size // self.global_batch)
+        return (self.users.size + self.global_batch - 1) // self.global_batch
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[LoadedBatch]:
         order = self._generator(epoch, 0).permutation(self.users)
@@ -212,10 +219,9 @@ def prefetch(batches: Iterator, depth: int) -> Iterator:
 def _fill(batches: Iterator, ready: queue.Queue, stop: threading.Event) -> None:
     def put(item) -> None:
         while not stop.is_set():
-            try:
-                return ready.put(item, timeout=0.1)
-            except queue.Full:
-                continue
+            with contextlib.suppress(queue.Full):
+                ready.put(item, timeout=0.1)
+                return
 
     try:
         for batch in batches:
@@ -223,5 +229,5 @@ def _fill(batches: Iterator, ready: queue.Queue, stop: threading.Event) -> None:
             if stop.is_set():
                 return
         put(("end", None))
-    except Exception as error:  # noqa: BLE001 - handed to the consumer, which raises it
+    except Exception as error:  # handed to the consumer, which raises it
         put(("error", error))

@@ -58,7 +58,9 @@ class Evaluator:
         self.seen_filter, self.collectives = seen_filter, collectives
         self.unseen_targets, self.rating_threshold = unseen_targets, rating_threshold
 
-    def __call__(self, score: Score, max_batches: int | None = None, progress: Callable | None = None) -> EvaluationResult:
+    def __call__(
+        self, score: Score, max_batches: int | None = None, progress: Callable | None = None
+    ) -> EvaluationResult:
         """score: gives ``[n, V]``; max_batches: a partial evaluation on the first so many batches of each process."""
         histogram = RankHistogram(self.num_items)
         chunk = max(1, MAX_SCORES // max(self.num_items, 1))

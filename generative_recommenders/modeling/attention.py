@@ -23,7 +23,10 @@ TILE = 64
 
 
 class Tile(NamedTuple):
-    """Queries start..stop of a group against its first ``keys`` keys; sees: bool, broadcastable to ``[g, H, stop - start, keys]``."""
+    """Queries start..stop of a group against its first ``keys`` keys.
+
+    sees: bool, broadcastable to ``[g, H, stop - start, keys]``.
+    """
 
     start: int
     stop: int

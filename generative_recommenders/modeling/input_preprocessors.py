@@ -1,7 +1,7 @@
 """From item embeddings to encoder inputs: positions, ratings, and what a token stands for.
 
-A preprocessor takes the tokens of a batch (``[T, D]`` item embeddings in a layout, and payloads, one value per token) and gives the
-encoder's tokens: ``EncoderInput``. It may change the layout (items and ratings interleaved double it), so it also says
+A preprocessor takes the tokens of a batch (``[T, D]`` item embeddings in a layout, and payloads, one value per
+token) and gives the encoder's tokens: ``EncoderInput``. It may change the layout (items and ratings interleaved double it), so it also says
 at which of its tokens the state after input token t is read.
 """
 
@@ -86,7 +86,9 @@ class CombinedItemAndRatingInputFeaturesPreprocessor(InputPreprocessor):
     The state after rating t predicts item t + 1.
     """
 
-    def __init__(self, max_length: int, item_embedding_dim: int, dropout_rate: float, num_ratings: int) -> None:
+    def __init__(
+        self, max_length: int, item_embedding_dim: int, dropout_rate: float, num_ratings: int
+    ) -> None:
         super().__init__(2 * max_length, item_embedding_dim, dropout_rate)
         self.rating = rating_table(num_ratings, item_embedding_dim)
 

@@ -141,7 +141,12 @@ class PopularityNegativesSampler(NegativesSampler):
     probability: torch.Tensor
 
     def __init__(
-        self, counts: torch.Tensor, power: float, num_negatives: int, sharing: Sharing, log_q_correction: bool = False
+        self,
+        counts: torch.Tensor,
+        power: float,
+        num_negatives: int,
+        sharing: Sharing,
+        log_q_correction: bool = False,
     ) -> None:
         super().__init__(num_negatives, sharing, log_q_correction)
         weights = counts.double().clamp(min=0) ** power * (counts > 0)
@@ -163,11 +168,14 @@ class PopularityNegativesSampler(NegativesSampler):
 class MixedNegativesSampler(NegativesSampler):
     """Fixed shares of the draws come from each of several samplers, in their order."""
 
-    def __init__(self, samplers: Sequence[NegativesSampler], shares: Sequence[float], num_negatives: int) -> None:
+    def __init__(
+        self, samplers: Sequence[NegativesSampler], shares: Sequence[float], num_negatives: int
+    ) -> None:
         if not samplers or len(samplers) != len(shares) or min(shares) <= 0:
             raise ValueError(f"mixed negatives: {len(samplers)} samplers with shares {list(shares)}")
         super().__init__(num_negatives, samplers[0].sharing)
-        self.samplers = torch.nn.ModuleList(samplers)
+        self.parts = list(samplers)
+        self.samplers = torch.nn.ModuleList(samplers)  # registered, so that they move with this one
         total, stops = sum(shares), []
         for index in range(len(shares)):
             stops.append(round(num_negatives * sum(shares[: index + 1]) / total))
@@ -176,12 +184,12 @@ class MixedNegativesSampler(NegativesSampler):
 
     @property
     def device(self) -> torch.device:
-        return self.samplers[0].device
+        return self.parts[0].device
 
     def draw(self, key, units, draws, pool):
         parts = [
             sampler.draw(stream_key(key, index), units, count, pool)[0]
-            for index, (sampler, count) in enumerate(zip(self.samplers, self.draws))
+            for index, (sampler, count) in enumerate(zip(self.parts, self.draws))
             if count > 0
         ]
         return torch.cat(parts, dim=1), None
@@ -216,7 +224,9 @@ class MultiClassNegativesSampler(NegativesSampler):
 
     def draw(self, key, units, draws, pool):
         choice = counter_uniform(stream_key(key, 1), units, 1)[:, 0]
-        chosen = torch.searchsorted(self.cumulative, choice, right=True).clamp(max=self.cumulative.numel() - 1)
+        chosen = torch.searchsorted(self.cumulative, choice, right=True).clamp(
+            max=self.cumulative.numel() - 1
+        )
         sizes = (self.starts[chosen + 1] - self.starts[chosen])[:, None]
         offsets = (counter_bits(key, units, draws) * sizes) >> 32
         return self.members[self.starts[chosen][:, None] + offsets], None

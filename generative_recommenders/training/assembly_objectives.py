@@ -150,7 +150,7 @@ def _with_detection(
         )
     if t.fakes_from == "catalogue" and base.needs_negatives:
         raise UserError(
-            f'fakes_from "catalogue" needs the whole item table in a step: choose CE instead of {t.loss_module}'
+            f'fakes_from "catalogue" needs the whole item table in a step: choose CE, not {t.loss_module}'
         )
     discriminator = make_discriminator()
     return ReplacedDetectionCriterion(

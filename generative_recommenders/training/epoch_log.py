@@ -25,7 +25,9 @@ class EpochLog:
         if self.run is None:
             return
         values = {"train/loss": loss, "train/learning_rate": learning_rate}
-        values.update({f"{self.part}_partial/{name}": quick[name] for name in ("hr@10", "ndcg@10") if name in quick})
+        values.update(
+            {f"{self.part}_partial/{name}": quick[name] for name in ("hr@10", "ndcg@10") if name in quick}
+        )
         self.run.write_scalars(step, values)
         self.run.write_metrics(step, values)
         self._warn(self.divergence.observe(loss))
@@ -40,7 +42,9 @@ class EpochLog:
             "epoch %d/%d  loss %.4f  %s %s  %.0f s",
             record["epoch"] + 1, self.num_epochs, record["train_loss"], part, shown, record["seconds"],
         )  # fmt: skip
-        scalars = {f"{self.part}/{name}": value for name, value in record.items() if "@" in name or name == "mrr"}
+        scalars = {
+            f"{self.part}/{name}": value for name, value in record.items() if "@" in name or name == "mrr"
+        }
         self.run.write_scalars(step, {**scalars, "train/epoch_loss": record["train_loss"]})
         self.run.write_metrics(step, {"part": self.part, **record})
         self._warn(self.plateau.observe(record["train_loss"]))

@@ -23,8 +23,6 @@ from .spawned import run_spawned
 TIMEOUT = timedelta(minutes=10)
 """How long a process waits for the others in one exchange before it takes them for lost."""
 
-USER_ERROR = 2  # exit code
-
 Worker = Callable[..., int]
 """``worker(rank, world_size, *args) -> exit code``. Sees its peers through
 `distributed.process_collectives`."""
@@ -56,7 +54,7 @@ def launch(
     one, where None. One process runs right here; more are spawned, so worker and args must be picklable.
 
     device_type: "cpu" or "cuda", None for a GPU where there is one. master_port: 0 for any; one that is in
-    use is replaced. A worker's UserError is printed as its one line, exit code 2. Any other failure of a
+    use is replaced. A worker's UserError is printed as its one line and gives the exit code. Any other failure of a
     spawned worker ends all of them, with its traceback, exit code 1; of this process it is raised.
     """
     given = given_rendezvous(os.environ, master_port)
@@ -146,8 +144,8 @@ def _reported(run: Callable[[], int], prefix: str = "") -> int:
         return run()
     except UserError as error:
         logging.flush()
-        print(f"{prefix}{error}", file=sys.stderr, flush=True)
-        return USER_ERROR
+        print(f"error: {prefix}{error}", file=sys.stderr, flush=True)
+        return error.exit_code
 
 
 def _integer(environment: Mapping[str, str], name: str) -> int:

@@ -33,7 +33,9 @@ class ModelEvaluation:
         """The split's validation targets; in protocol "paper" there are none and the test targets are taken."""
         if self.settings.train.protocol == "paper":
             return self.test(model, max_batches)
-        return self._ranks(model, self.split.validation_targets, self.split.unseen_validation_targets, max_batches)
+        return self._ranks(
+            model, self.split.validation_targets, self.split.unseen_validation_targets, max_batches
+        )
 
     def test(self, model: SequenceRecommender, max_batches: int | None = None) -> EvaluationResult:
         return self._ranks(model, self.split.test_targets, self.split.unseen_test_targets, max_batches)

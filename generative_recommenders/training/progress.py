@@ -7,7 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import IO, Any, TypeVar
+from typing import IO, TypeVar
 
 import torch
 from tqdm import tqdm
@@ -70,31 +70,6 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-class EarlyStopping:
-    """Whether to stop: True once the metric (higher is better) has not risen ``patience`` times in a row."""
-
-    def __init__(self, patience: int) -> None:
-        if patience < 1:
-            raise UserError(f"patience of early stopping is {patience}; it must be 1 or more")
-        self.patience = patience
-        self.best = -math.inf
-        self.without_gain = 0
-
-    def observe(self, metric: float) -> bool:
-        """A NaN is no gain."""
-        gain = metric > self.best
-        self.best = metric if gain else self.best
-        self.without_gain = 0 if gain else self.without_gain + 1
-        return self.without_gain >= self.patience
-
-    def state(self) -> dict[str, Any]:
-        """JSON values for a checkpoint."""
-        return {"best": self.best, "without_gain": self.without_gain}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        self.best, self.without_gain = float(state["best"]), int(state["without_gain"])
-
-
 class PlateauMonitor:
     """A warning when a loss has not fallen by ``min_change`` of its best value ``patience`` times in a
     row; once a plateau."""
@@ -147,6 +122,8 @@ class DivergenceMonitor:
 
 class NonFiniteError(UserError):
     """A loss that is not a finite number; one line with the step and where it began."""
+
+    exit_code = 3
 
 
 def check_finite(loss: float, step: int, model: torch.nn.Module, rerun: Callable[[], object]) -> None:

@@ -23,7 +23,7 @@ def baseline_metrics(
 ) -> dict[str, dict[str, float]]:
     """Test metrics of the most popular items and of the last item's most frequent successor, fitted on training events."""
     columns = (dataset.items, dataset.offsets, split.train_stops, dataset.num_items)
-    baselines = {
+    baselines: dict[str, MostPopular | MarkovSuccessor] = {
         "most popular": MostPopular.fit(*columns),
         "last item's successor": MarkovSuccessor.fit(*columns),
     }
@@ -36,7 +36,9 @@ def baseline_metrics(
     return {name: evaluate(_score_by(baseline)).metrics() for name, baseline in baselines.items()}
 
 
-def _score_by(baseline: MostPopular | MarkovSuccessor) -> Callable[[Mapping[str, torch.Tensor]], torch.Tensor]:
+def _score_by(
+    baseline: MostPopular | MarkovSuccessor,
+) -> Callable[[Mapping[str, torch.Tensor]], torch.Tensor]:
     return lambda batch: baseline.score(batch["item_ids"], batch["lengths"])
 
 
@@ -44,7 +46,9 @@ def results_table(rows: Mapping[str, Mapping[str, float]]) -> str:
     """One line a method, one column a metric."""
     width = max(len(name) for name in rows)
     lines = [" " * width + "".join(f"{name:>10}" for name in COLUMNS)]
-    lines += [f"{name:<{width}}" + "".join(f"{values[c]:>10.4f}" for c in COLUMNS) for name, values in rows.items()]
+    lines += [
+        f"{name:<{width}}" + "".join(f"{values[c]:>10.4f}" for c in COLUMNS) for name, values in rows.items()
+    ]
     return "\n".join(lines)
 
 
@@ -68,7 +72,9 @@ def final_report(
     """The text that ends a run."""
     chosen = "the last epoch" if best_epoch is None else f"epoch {best_epoch + 1}, the best on validation"
     if split.protocol == "paper":
-        chosen = "the last epoch; protocol paper scores the test item every epoch, as the HSTU authors' code does"
+        chosen = (
+            "the last epoch; protocol paper scores the test item every epoch, as the HSTU authors' code does"
+        )
     places = {
         "checkpoint": checkpoint or "none",
         "resolved config": folder / "resolved.gin",
@@ -89,7 +95,9 @@ def final_report(
 def model_summary(model: torch.nn.Module, table_optimizer: str, batch_tokens: int, width: int) -> str:
     """Parts, parameter counts and an estimate of memory, for --dry_run."""
     counts = {
-        name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children() if part is not None
+        name: sum(p.numel() for p in part.parameters())
+        for name, part in model.named_children()
+        if part is not None
     }
     total = sum(counts.values())
     copies = 4 if table_optimizer != "rowwise_adagrad" else 2

@@ -16,6 +16,8 @@ PROTOCOLS = ("leave_one_out", "paper", "global_time")
 SEEN_FILTERS = ("history", "window", "none")
 NEXT_TIMES = ("given", "hidden")
 FAKES_FROM = ("batch", "catalogue")
+MAX_PREFETCH = 64
+"""Batches that a loader makes ahead at most."""
 _TYPES: dict[str, tuple[type, ...]] = {
     "int": (int,),
     "float": (int, float),

@@ -158,8 +158,8 @@ def _report(failure: Failure, received: list[int]) -> int:
     """Says why the run ends; returns its exit code."""
     logging.flush()
     if failure.kind == "user":
-        print(failure.text, file=sys.stderr, flush=True)
-        return 2
+        print(f"error: {failure.text}", file=sys.stderr, flush=True)
+        return failure.code
     if received and failure.kind in ("killed", "interrupted"):
         return 128 + received[0]
     if failure.kind == "exit":
@@ -200,6 +200,7 @@ def _member(plan: Plan, rank: int, reports: Connection) -> None:
     try:
         code = _work(plan, rank)
     except UserError as error:
+        code = error.exit_code
         _send_report(reports, "user", str(error))
     except KeyboardInterrupt:
         _send_report(reports, "interrupted", "")

@@ -70,7 +70,7 @@ class DensePart(torch.nn.Module):
         (items,) = self._items
         table = ItemRows(leaf, leaf_ids)
         embeddings = items.history_rows(table).lookup(example.past_ids)
-        if example.replaced is not None:
+        if example.replaced is not None and self.mask_embedding is not None:
             embeddings = self.mask_embedding(embeddings, example.replaced)
         with self._autocast(leaf.device):
             states = self.sequence(embeddings, example.layout, model_payloads(example))
@@ -162,6 +162,7 @@ class TrainingStep:
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Summed over processes: rows (None for all) and their gradients."""
         world = self.collectives.world_size
+        assert leaf.grad is not None  # the backward pass has run
         grad = leaf.grad / world if world > 1 else leaf.grad
         if world == 1:
             return leaf_ids, grad

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -88,7 +89,9 @@ class Trainer:
             t.positional_sampling_ratio, collectives.rank, collectives.world_size,
         )  # fmt: skip
         if len(self.loader) == 0:
-            raise UserError(f"{t.dataset_name}: no user has 2 training events; there is nothing to learn from")
+            raise UserError(
+                f"{t.dataset_name}: no user has 2 training events; there is nothing to learn from"
+            )
         self.evaluation = ModelEvaluation(settings, dataset, split, collectives)
         self.log = EpochLog(run, t.num_epochs, "test" if t.protocol == "paper" else "validation")
         self.progress = Progress()
@@ -103,7 +106,9 @@ class Trainer:
             t.learning_rate, t.weight_decay, t.num_warmup_steps, t.max_grad_norm,
         )  # fmt: skip
         autocast = torch.bfloat16 if t.main_module_bf16 else None
-        return TrainingStep(self.model, criterion, sampler, optimizer, self.collectives, t.random_seed, autocast)
+        return TrainingStep(
+            self.model, criterion, sampler, optimizer, self.collectives, t.random_seed, autocast
+        )
 
     # -- running ------------------------------------------------------------------------------------------------
 
@@ -122,7 +127,8 @@ class Trainer:
             if not self._steps(max_steps, stop, on_step):
                 self._save(store)
                 return TrainResult({}, {}, self.progress, False)
-            self._end_of_epoch(store)
+            if self.progress.step_in_epoch >= len(self.loader):
+                self._end_of_epoch(store)
             if max_steps is not None and self.progress.step >= max_steps:
                 break
         self._save(store)
@@ -131,7 +137,7 @@ class Trainer:
         return TrainResult(result.metrics(), result.liked_metrics(), self.progress, True)
 
     def _steps(self, max_steps: int | None, stop: Callable[[], bool], on_step: Callable[[], None]) -> bool:
-        """Steps to the epoch's end; False where a stop was asked for."""
+        """Steps to the epoch's end or to max_steps; False where a stop was asked for."""
         t, p = self.settings.train, self.progress
         self.model.train()
         waiting: list[tuple[LoadedBatch, StepResult]] = []
@@ -179,7 +185,7 @@ class Trainer:
         p = self.progress
         for back, (loaded, result) in enumerate(reversed(waiting)):
             loss, targets = float(result.loss), float(result.targets)
-            check_finite(loss, p.step - back, self.step.dense, lambda loaded=loaded: self._rerun(loaded))
+            check_finite(loss, p.step - back, self.step.dense, partial(self._rerun, loaded))
             p.epoch_loss, p.epoch_targets = p.epoch_loss + loss * targets, p.epoch_targets + targets
         if waiting:
             self.last_result = waiting[-1][1]
@@ -198,8 +204,12 @@ class Trainer:
         full = p.epoch % t.full_eval_every_n == 0 or p.epoch + 1 >= t.num_epochs
         metrics = self.evaluation.validation(self.model, None if full else t.partial_eval_num_iters).metrics()
         loss = p.epoch_loss / max(p.epoch_targets, 1.0)
-        p.history.append({"epoch": p.epoch, "train_loss": loss, "seconds": p.seconds, "full": full, **metrics})
-        better = full and t.protocol != "paper" and (p.best_metric is None or metrics[BEST_BY] > p.best_metric)
+        p.history.append(
+            {"epoch": p.epoch, "train_loss": loss, "seconds": p.seconds, "full": full, **metrics}
+        )
+        better = (
+            full and t.protocol != "paper" and (p.best_metric is None or metrics[BEST_BY] > p.best_metric)
+        )
         if better:
             p.best_metric, p.best_epoch, p.epochs_without_gain = metrics[BEST_BY], p.epoch, 0
         elif full:
@@ -215,7 +225,9 @@ class Trainer:
 
     # -- checkpoints --------------------------------------------------------------------------------------------
 
-    def _save(self, store: CheckpointStore | None, metric: float | None = None, is_best: bool = False) -> None:
+    def _save(
+        self, store: CheckpointStore | None, metric: float | None = None, is_best: bool = False
+    ) -> None:
         """Model, optimizer and progress; by the main process alone."""
         if store is None or not self.collectives.is_main:
             return

@@ -1,5 +1,4 @@
 import contextlib
-import json
 import os
 import random
 import resource
@@ -9,7 +8,6 @@ import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pytest
 import torch
@@ -19,7 +17,6 @@ from worker_processes import quick_start
 from generative_recommenders.features import UserError
 from generative_recommenders.training.checkpoint import CheckpointStore
 from generative_recommenders.training.checkpoint_files import DamagedCheckpoint
-from generative_recommenders.training.random_state import random_state, restore_random_state
 
 IDS = pa.array(["0306406152", 'comma, "quote"', "книга"])
 
@@ -283,27 +280,3 @@ def test_kill_while_writing(tmp_path, kills):
         loaded = CheckpointStore(tmp_path, read_only=True).load_newest()
         assert loaded.state["step"] in (last, last + 1)
         assert torch.equal(loaded.tensors["w"], torch.full((50_000,), float(loaded.state["step"])))
-
-
-def draws() -> list[float]:
-    return [random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), torch.rand(()).item()]
-
-
-def test_random_generators_go_on_where_they_were(tmp_path):
-    random.seed(1), np.random.seed(2), torch.manual_seed(3)
-    draws()
-    saved, state = random_state()
-    store = CheckpointStore(tmp_path)
-    store.save((0, 1), saved, {"random": state})
-    expected = [draws() for _ in range(3)]
-    loaded = store.load_newest()
-    restore_random_state(loaded.tensors, loaded.state["random"])
-    assert [draws() for _ in range(3)] == expected
-
-
-def test_a_state_of_something_else_is_refused():
-    saved, state = random_state()
-    with pytest.raises(UserError, match="random generators"):
-        restore_random_state(saved, {**state, "numpy": ["MT19937"]})
-    with pytest.raises(UserError, match="random generators"):
-        restore_random_state({}, json.loads(json.dumps(state)))

@@ -1,6 +1,5 @@
 import contextlib
 import io
-import json
 import math
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -9,10 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from generative_recommenders.features import UserError
 from generative_recommenders.training.progress import (
     DivergenceMonitor,
-    EarlyStopping,
     NonFiniteError,
     PlateauMonitor,
     check_finite,
@@ -75,24 +72,6 @@ def test_other_processes_are_silent(stream):
 )
 def test_duration(seconds, text):
     assert duration(seconds) == text
-
-
-def test_early_stopping_counts_epochs_without_gain():
-    stopping = EarlyStopping(patience=2)
-    assert [stopping.observe(metric) for metric in (0.1, 0.1, 0.2, 0.15, math.nan)] == [False] * 4 + [True]
-
-
-def test_early_stopping_goes_on_after_a_resume():
-    stopping = EarlyStopping(patience=2)
-    stopping.observe(0.3), stopping.observe(0.2)
-    resumed = EarlyStopping(patience=2)
-    resumed.restore(json.loads(json.dumps(stopping.state())))
-    assert resumed.observe(0.3)
-
-
-def test_patience_must_be_positive():
-    with pytest.raises(UserError, match="patience"):
-        EarlyStopping(0)
 
 
 def test_a_plateau_is_said_once():

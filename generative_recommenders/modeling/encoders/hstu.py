@@ -99,7 +99,9 @@ class HstuBlock(torch.nn.Module):
         self.activation = LINEAR_ACTIVATIONS[linear_activation]
         self.attn_dropout_rate = attn_dropout_rate
         self.concat_ua = concat_ua
-        self.uvqk = torch.nn.Parameter(torch.empty(embedding_dim, 2 * num_heads * (dqk + dv)).normal_(std=0.02))
+        self.uvqk = torch.nn.Parameter(
+            torch.empty(embedding_dim, 2 * num_heads * (dqk + dv)).normal_(std=0.02)
+        )
         self.bias = RelativeBias(max_length) if relative_bias else None
         self.output = torch.nn.Linear(num_heads * dv * (3 if concat_ua else 1), embedding_dim)
         torch.nn.init.xavier_uniform_(self.output.weight)
@@ -157,7 +159,9 @@ class HSTU(torch.nn.Module):
         _check_choice("linear_config", linear_config, ("uvqk",))
         _check_choice("linear_activation", linear_activation, tuple(LINEAR_ACTIVATIONS))
         if min(num_heads, dqk, dv, num_blocks) < 1:
-            raise ValueError(f"num_blocks {num_blocks}, num_heads {num_heads}, dqk {dqk} and dv {dv} must be 1 or more")
+            raise ValueError(
+                f"num_blocks {num_blocks}, num_heads {num_heads}, dqk {dqk} and dv {dv} must be 1 or more"
+            )
         self.causal = normalization == "rel_bias"
         self.output_dim = embedding_dim
         self.max_length, self.next_time = max_length, next_time

@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import torch
-import torch.utils.checkpoint
 import torch.nn.functional as F
+import torch.utils.checkpoint
 
 from ..attention import softmax_attention
 from ..dropout import Dropout
 from ..layout import Layout
 
-ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"relu": torch.relu, "gelu": F.gelu, "silu": F.silu}
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "relu": torch.relu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+}
 
 
 def check_heads(width: int, num_heads: int) -> int:
@@ -72,9 +76,9 @@ class SasrecBlock(torch.nn.Module):
         weight, bias = self.in_proj.weight, self.in_proj.bias
         q = F.linear(query, weight[:dim], bias[:dim])
         k, v = F.linear(x, weight[dim:], bias[dim:]).chunk(2, dim=-1)
-        heads = (t.unflatten(-1, (self.num_heads, -1)) for t in (q, k, v))
+        q, k, v = (t.unflatten(-1, (self.num_heads, -1)) for t in (q, k, v))
         rate = self.dropout_rate if self.training else 0.0
-        return self.out_proj(softmax_attention(*heads, layout, rate).flatten(1))
+        return self.out_proj(softmax_attention(q, k, v, layout, rate).flatten(1))
 
 
 class SASRec(torch.nn.Module):
@@ -99,7 +103,9 @@ class SASRec(torch.nn.Module):
         self.output_dim = embedding_dim
         self.activation_checkpoint = activation_checkpoint
         self.blocks = torch.nn.ModuleList(
-            SasrecBlock(embedding_dim, num_heads, ffn_hidden_dim, ffn_activation_fn, ffn_dropout_rate, norm_weights)
+            SasrecBlock(
+                embedding_dim, num_heads, ffn_hidden_dim, ffn_activation_fn, ffn_dropout_rate, norm_weights
+            )
             for _ in range(num_blocks)
         )
         self.final_norm = torch.nn.LayerNorm(embedding_dim) if final_norm else torch.nn.Identity()

@@ -1,0 +1,170 @@
+"""The evaluator against a brute-force ranking, whatever the chunks, the batches and the number of processes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+import torch
+
+from generative_recommenders.data.batching import EvaluationLoader
+from generative_recommenders.data.sequence_dataset import SequenceDataset
+from generative_recommenders.data.splits import Split, make_split
+from generative_recommenders.evaluation import evaluator as evaluator_module
+from generative_recommenders.evaluation.collectives import Collectives
+from generative_recommenders.evaluation.evaluator import EvaluationResult, Evaluator
+
+WINDOW, THRESHOLD = 6, 4.0
+FILTERS = ["history", "window", "none"]
+
+
+def scores_of(users: torch.Tensor, num_items: int) -> torch.Tensor:
+    """Scores with many ties, a function of the user and the item alone."""
+    items = torch.arange(1, num_items + 1)
+    return ((users[:, None] * 31 + items * 17) % 13).float()
+
+
+def score(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    return scores_of(batch["user_ids"], 30)
+
+
+def brute_force_ranks(dataset: SequenceDataset, split: Split, seen_filter: str) -> dict[int, int]:
+    """Rank of every test user's target: sort all candidates by (score down, id up) and look where it is."""
+    ranks = {}
+    for user in np.flatnonzero(split.test_targets >= 0).tolist():
+        history = dataset.items[dataset.offsets[user] :][: split.test_targets[user]].tolist()
+        target = int(dataset.items[dataset.offsets[user] + split.test_targets[user]])
+        seen = {"history": set(history), "window": set(history[-WINDOW:]), "none": set()}[seen_filter]
+        missed = split.unseen_test_targets[user] or (seen_filter == "window" and target in seen)
+        scores = scores_of(torch.tensor([user + 1]), dataset.num_items)[0].tolist()
+        items = [i for i in range(1, dataset.num_items + 1) if i == target or i not in seen]
+        order = sorted(items, key=lambda item: (-scores[item - 1], item))
+        ranks[user] = dataset.num_items + 1 if missed else order.index(target) + 1
+    return ranks
+
+
+def evaluate(dataset: SequenceDataset, seen_filter: str, batch_size: int = 16, **options) -> EvaluationResult:
+    split = make_split(dataset)
+    loader = EvaluationLoader(dataset, split.test_targets, WINDOW, batch_size, **options)
+    unseen = torch.from_numpy(split.unseen_test_targets)
+    evaluator = Evaluator(loader, dataset.num_items, seen_filter, Collectives(), unseen, THRESHOLD)
+    return evaluator(score)
+
+
+def metrics_of(ranks: list[int]) -> dict[str, float]:
+    hits = {k: [rank <= k for rank in ranks] for k in (1, 10)}
+    gains = [1 / math.log2(rank + 1) if rank <= 10 else 0.0 for rank in ranks]
+    return {
+        "hr@1": sum(hits[1]) / len(ranks),
+        "hr@10": sum(hits[10]) / len(ranks),
+        "ndcg@10": sum(gains) / len(ranks),
+        "mrr": sum(1 / rank for rank in ranks) / len(ranks),
+    }
+
+
+@pytest.mark.parametrize("seen_filter", FILTERS)
+def test_equals_brute_force(ragged_dataset: SequenceDataset, seen_filter: str) -> None:
+    split = make_split(ragged_dataset)
+    ranks = brute_force_ranks(ragged_dataset, split, seen_filter)
+    result = evaluate(ragged_dataset, seen_filter)
+    counts = np.bincount([rank - 1 for rank in ranks.values()], minlength=31)
+    assert result.histogram.counts[0].tolist() == counts.tolist()
+    for name, value in metrics_of([*ranks.values()]).items():
+        assert result.metrics()[name] == pytest.approx(value)
+    at = ragged_dataset.offsets[:-1] + split.test_targets
+    liked = [rank for user, rank in ranks.items() if ragged_dataset.ratings[at[user]] >= THRESHOLD]
+    assert 0 < len(liked) < len(ranks)
+    for name, value in metrics_of(liked).items():
+        assert result.liked_metrics()[name] == pytest.approx(value)
+
+
+def test_filters_differ_and_window_misses_repeated_targets(ragged_dataset: SequenceDataset) -> None:
+    counts = {each: evaluate(ragged_dataset, each).histogram.counts for each in FILTERS}
+    assert not torch.equal(counts["history"], counts["none"])
+    assert counts["window"][0, 30] > counts["history"][0, 30]
+
+
+@pytest.mark.parametrize("seen_filter", FILTERS)
+def test_chunks_and_batches_change_nothing(monkeypatch, ragged_dataset, seen_filter: str) -> None:
+    expected = evaluate(ragged_dataset, seen_filter).histogram.counts
+    for batch_size, max_scores in ((1, 1 << 25), (7, 65), (1000, 1), (1000, 100)):
+        monkeypatch.setattr(evaluator_module, "MAX_SCORES", max_scores)
+        actual = evaluate(ragged_dataset, seen_filter, batch_size).histogram.counts
+        assert torch.equal(actual, expected)
+
+
+def test_memory_stays_bounded(monkeypatch: pytest.MonkeyPatch, ragged_dataset: SequenceDataset) -> None:
+    monkeypatch.setattr(evaluator_module, "MAX_SCORES", 5 * 30)
+    sizes = []
+
+    def counting(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        sizes.append(len(batch["user_ids"]))
+        assert {len(values) for values in batch.values()} == {sizes[-1]}
+        return score(batch)
+
+    targets = make_split(ragged_dataset).test_targets
+    loader = EvaluationLoader(ragged_dataset, targets, WINDOW, 32)
+    Evaluator(loader, 30, "history", Collectives())(counting)
+    assert max(sizes) == 5
+    assert sum(sizes) == (targets >= 0).sum()
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_processes_add_up(ragged_dataset: SequenceDataset, world_size: int) -> None:
+    parts = [
+        evaluate(ragged_dataset, "history", 7, rank=rank, world_size=world_size).histogram.counts
+        for rank in range(world_size)
+    ]
+    assert torch.equal(sum(parts), evaluate(ragged_dataset, "history").histogram.counts)
+
+
+def test_histograms_are_summed_over_processes(ragged_dataset: SequenceDataset) -> None:
+    class Doubling(Collectives):
+        def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.mul_(2)
+
+    loader = EvaluationLoader(ragged_dataset, make_split(ragged_dataset).test_targets, WINDOW, 16)
+    one, two = (Evaluator(loader, 30, "history", each)(score) for each in (Collectives(), Doubling()))
+    assert torch.equal(two.histogram.counts, 2 * one.histogram.counts)
+    assert two.metrics() == pytest.approx(one.metrics())
+
+
+def test_partial_evaluation(ragged_dataset: SequenceDataset) -> None:
+    targets = make_split(ragged_dataset).test_targets
+    evaluator = Evaluator(EvaluationLoader(ragged_dataset, targets, WINDOW, 5), 30, "none", Collectives())
+    assert evaluator(score, max_batches=3).histogram.total() == 15
+    first = EvaluationLoader(ragged_dataset, targets, WINDOW, 5, max_users=15)
+    expected = Evaluator(first, 30, "none", Collectives())(score)
+    assert torch.equal(evaluator(score, max_batches=3).histogram.counts, expected.histogram.counts)
+
+
+def test_unseen_targets_are_misses(ragged_dataset: SequenceDataset) -> None:
+    loader = EvaluationLoader(ragged_dataset, make_split(ragged_dataset).test_targets, WINDOW, 16)
+    everyone = torch.ones(ragged_dataset.num_users, dtype=torch.bool)
+    result = Evaluator(loader, 30, "history", Collectives(), everyone)(score)
+    assert result.histogram.counts[0, 30] == result.histogram.total()
+    assert result.metrics()["hr@500"] == 0
+
+
+def test_progress_sees_every_batch(ragged_dataset: SequenceDataset) -> None:
+    loader = EvaluationLoader(ragged_dataset, make_split(ragged_dataset).test_targets, WINDOW, 16)
+    seen = []
+
+    def progress(batches):
+        for batch in batches:
+            seen.append(batch)
+            yield batch
+
+    Evaluator(loader, 30, "none", Collectives())(score, progress=progress)
+    assert len(seen) == len(loader)
+
+
+def test_without_ratings_nothing_is_liked(tmp_path) -> None:
+    from tiny_data import tiny_dataset
+
+    dataset = tiny_dataset(tmp_path, [[1, 2, 3], [3, 1, 2]], ratings=False)
+    loader = EvaluationLoader(dataset, make_split(dataset).test_targets, WINDOW, 16)
+    evaluator = Evaluator(loader, 3, "none", Collectives())
+    assert evaluator(lambda batch: scores_of(batch["user_ids"], 3)).liked_metrics() == {}

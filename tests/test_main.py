@@ -1,0 +1,202 @@
+"""The real entry point, as a user runs it: train, evaluate, resume, refuse."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from generative_recommenders.data.synthetic_books import SyntheticBooksSettings
+from generative_recommenders.data.synthetic_oracle import most_popular_ceiling, oracle
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = [
+    "train_fn.max_sequence_length = 20",
+    "train_fn.item_embedding_dim = 32",
+    "train_fn.local_batch_size = 64",
+    "sasrec_encoder.ffn_hidden_dim = 32",
+    "train_fn.num_negatives = 128",
+    "train_fn.learning_rate = 3e-3",
+]
+
+
+def program(
+    script: str, *arguments: str, check: int | None = 0, **options
+) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / script), *arguments]
+    done = subprocess.run(
+        command,
+        check=False,
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=ROOT,
+        timeout=240,
+        **options,
+    )
+    if check is not None:
+        assert done.returncode == check, done.stderr[-3000:]
+    return done
+
+
+def bindings(*extra: str) -> list[str]:
+    return [f"--gin_bindings={binding}" for binding in (*SMALL, *extra)]
+
+
+def prepare(data_root: Path, name: str, **synthetic: object) -> None:
+    flags = [f"--{key}={value}" for key, value in synthetic.items()]
+    program(
+        "preprocess_public_data.py",
+        "--dataset=synthetic-books",
+        f"--name={name}",
+        f"--data_root={data_root}",
+        *flags,
+    )
+
+
+@pytest.fixture(scope="module")
+def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("data")
+    prepare(root, "synthetic-books", synthetic_users=1200, synthetic_items=300, predictability=0.9)
+    return root
+
+
+def final_results(run: Path) -> dict[str, dict[str, float]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return lines[-1]["results"]
+
+
+def newest_weights(run: Path) -> dict:
+    newest = sorted((run / "checkpoints").glob("0*"))[-1]
+    return load_file(newest / "tensors.safetensors")
+
+
+def test_trains_above_the_baselines_and_below_the_oracle(data_root: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    done = program(
+        "main.py", f"--data_root={data_root}", f"--run_dir={run}", *bindings("train_fn.num_epochs = 12")
+    )
+    results = final_results(run)
+    best = oracle(SyntheticBooksSettings(num_users=1200, num_items=300, predictability=0.9))
+    assert results["SASRec"]["ndcg@10"] > 3 * results["most popular"]["ndcg@10"]
+    assert results["SASRec"]["hr@10"] > 0.35
+    assert results["SASRec"]["hr@10"] < best.hit_rate[10] + 3 * best.noise(10, 1200)
+    for name in ("resolved.gin", "metrics.jsonl", "curves.png", "tensorboard", "checkpoints"):
+        assert (run / name).exists()
+    for shown in ("most popular", "last item's successor", "hr@10", "ndcg@50", "mrr", "split leave_one_out"):
+        assert shown in done.stdout
+    assert done.stderr.count("validation hr@10") == 12
+
+    scored = program("main.py", "--mode=evaluate", f"--data_root={data_root}", f"--run_dir={run}")
+    row = next(line for line in scored.stdout.splitlines() if line.startswith("SASRec"))
+    assert [
+        f"{results['SASRec'][m]:.4f}" for m in ("hr@10", "ndcg@10", "hr@50", "ndcg@50", "mrr")
+    ] == row.split()[1:]
+
+
+def test_unpredictable_data_stay_under_the_ceiling(tmp_path: Path) -> None:
+    prepare(tmp_path, "noise", synthetic_users=1000, synthetic_items=200, predictability=0.0)
+    run = tmp_path / "run"
+    program(
+        "main.py", f"--data_root={tmp_path}", f"--run_dir={run}",
+        *bindings("train_fn.dataset_name = 'noise'", "train_fn.num_epochs = 4"),
+    )  # fmt: skip
+    ceiling = most_popular_ceiling(SyntheticBooksSettings(num_users=1000, num_items=200, predictability=0.0))
+    measured = final_results(run)
+    for method in ("SASRec", "most popular", "last item's successor"):
+        assert measured[method]["hr@10"] < ceiling.hit_rate[10] + 4 * ceiling.noise(10, 900), method
+
+
+def test_resumed_equals_uninterrupted_bit_for_bit(data_root: Path, tmp_path: Path) -> None:
+    common = [f"--data_root={data_root}", *bindings("train_fn.num_epochs = 3", "train_fn.eval_interval = 7")]
+    program("main.py", *common, f"--run_dir={tmp_path / 'whole'}")
+    program("main.py", *common, f"--run_dir={tmp_path / 'parts'}", "--max_steps=25")
+    program("main.py", *common, f"--run_dir={tmp_path / 'parts'}", "--resume")
+    whole, parts = newest_weights(tmp_path / "whole"), newest_weights(tmp_path / "parts")
+    assert whole.keys() == parts.keys()
+    assert all(bool((whole[name] == parts[name]).all()) for name in whole)
+    assert final_results(tmp_path / "whole") == final_results(tmp_path / "parts")
+
+
+def test_a_stopped_run_leaves_a_checkpoint_to_go_on_from(data_root: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    arguments = [f"--data_root={data_root}", f"--run_dir={run}", *bindings("train_fn.num_epochs = 400")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "main.py", *arguments], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
+    )
+    wait_for(lambda: (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").stat().st_size > 0)
+    second = program("main.py", *arguments, "--resume", check=2)
+    assert "in use" in second.stderr
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors[-2000:]
+    assert "--resume" in errors
+    assert newest_weights(run)
+    again = program("main.py", *arguments, check=2)
+    assert "--resume" in again.stderr
+
+
+def wait_for(condition, seconds: float = 90.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--gin_bindings=train_fn.lerning_rate = 1"], ["lerning_rate", "learning_rate"]),
+        (["--gin_bindings=train_fun.learning_rate = 1"], ["train_fun", "train_fn"]),
+        (["--gin_bindings=train_fn.learning_rate = 'high'"], ["learning_rate", "float"]),
+        (["--gin_bindings=train_fn.main_module = 'LSTM'"], ["LSTM", "SASRec"]),
+        (["--gin_bindings=train_fn.protocol = 'mine'"], ["mine", "leave_one_out"]),
+        (["--gin_bindings=sasrec_encoder.num_heads = 5"], ["num_heads", "5"]),
+        (["--gin_bindings=train_fn.dataset_name = 'nowhere'"], ["nowhere", "preprocess_public_data.py"]),
+        (["--gin_config_file=missing.gin"], ["missing.gin"]),
+        (["--mode=evaluate"], ["--run_dir"]),
+        (["surplus"], ["surplus"]),
+    ],
+)
+def test_bad_input_gives_one_clear_line(data_root: Path, arguments: list[str], words: list[str]) -> None:
+    dry = [] if "--mode=evaluate" in arguments else ["--dry_run"]
+    done = program("main.py", f"--data_root={data_root}", *dry, *arguments, check=2)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and all(word in errors[0] for word in words), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_dry_run_says_parts_parameters_and_memory(data_root: Path) -> None:
+    done = program("main.py", f"--data_root={data_root}", "--dry_run", *bindings())
+    for shown in ("SasrecBlock", "parameters", "MiB", "split leave_one_out"):
+        assert shown in done.stdout
+
+
+def test_two_processes_give_the_metrics_of_one(data_root: Path, tmp_path: Path) -> None:
+    common = [
+        f"--data_root={data_root}",
+        *bindings(
+            "train_fn.num_epochs = 1", "train_fn.dropout_rate = 0.0", "sasrec_encoder.ffn_dropout_rate = 0.0"
+        ),
+    ]
+    program(
+        "main.py", *common, f"--run_dir={tmp_path / 'one'}", "--gin_bindings=train_fn.local_batch_size = 64"
+    )
+    program(
+        "main.py", *common, f"--run_dir={tmp_path / 'two'}", "--num_processes=2",
+        "--gin_bindings=train_fn.local_batch_size = 32",
+    )  # fmt: skip
+    one, two = final_results(tmp_path / "one"), final_results(tmp_path / "two")
+    assert one["most popular"] == two["most popular"]
+    assert one["last item's successor"] == two["last item's successor"]
+    for name, value in one["SASRec"].items():
+        assert two["SASRec"][name] == pytest.approx(value, abs=0.01), name
