@@ -120,8 +120,7 @@ class Optimizer:
             grads = self._clip(grads)
         if self.sparse is not None:
             self.sparse.learning_rate = rate
-            every = torch.arange(self.table.shape[0], device=grads.device) if rows is None else rows
-            self.sparse.step(every, grads)
+            self._step_rows(self.sparse, rows, grads)
         else:
             self.table.grad = (
                 grads if rows is None else torch.zeros_like(self.table).index_copy_(0, rows, grads)
@@ -130,6 +129,11 @@ class Optimizer:
             group["lr"] = rate
         self.adamw.step()
         return rate
+
+    def _step_rows(self, sparse: TableOptimizer, rows: torch.Tensor | None, grads: torch.Tensor) -> None:
+        """A row without a gradient is not touched, whether or not the step worked on all of the table."""
+        touched = grads.any(1).nonzero()[:, 0]
+        sparse.step(touched if rows is None else rows[touched], grads[touched])
 
     def _clip(self, table_grads: torch.Tensor) -> torch.Tensor:
         grads = [p.grad for p in self.parameters if p.grad is not None]

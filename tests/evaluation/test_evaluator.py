@@ -1,4 +1,4 @@
-"""The evaluator against a brute-force ranking, whatever the chunks, the batches and the number of processes."""
+"""The evaluator against a brute-force ranking, whatever the chunks, batches and number of processes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 import torch
+from tiny_data import tiny_dataset
 
 from generative_recommenders.data.batching import EvaluationLoader
 from generative_recommenders.data.sequence_dataset import SequenceDataset
@@ -162,8 +163,6 @@ def test_progress_sees_every_batch(ragged_dataset: SequenceDataset) -> None:
 
 
 def test_without_ratings_nothing_is_liked(tmp_path) -> None:
-    from tiny_data import tiny_dataset
-
     dataset = tiny_dataset(tmp_path, [[1, 2, 3], [3, 1, 2]], ratings=False)
     loader = EvaluationLoader(dataset, make_split(dataset).test_targets, WINDOW, 16)
     evaluator = Evaluator(loader, 3, "none", Collectives())

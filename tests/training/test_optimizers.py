@@ -92,6 +92,20 @@ def test_row_optimizers_leave_other_rows_alone(name: str) -> None:
     assert torch.equal(ours[2][~changed], before[~changed])
 
 
+@pytest.mark.parametrize("name", ["lazy_adamw", "rowwise_adagrad"])
+def test_a_row_without_gradient_is_untouched_on_the_whole_table_too(name: str) -> None:
+    results = []
+    for whole in (True, False):
+        optimizer, ours = optimizer_of(name)
+        for step, rows in enumerate([[1, 4], [4], [1, 6]]):
+            optimizer.zero_grad()
+            touched, table = torch.tensor(rows), gradients(step)[2]
+            every = torch.zeros_like(table).index_copy(0, touched, table[touched])
+            optimizer.step(step, *((None, every) if whole else (touched, table[touched])))
+        results.append(ours[2].detach())
+    assert torch.equal(*results)
+
+
 def test_lazy_adamw_by_its_formula() -> None:
     table = parameters()[2]
     lazy, w = LazyAdamW(table, RATE, DECAY), table.detach().double().clone()
