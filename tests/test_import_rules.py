@@ -1,0 +1,106 @@
+"""ARCHITECTURE.md, "Who may import whom", read from the syntax trees."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = "generative_recommenders"
+LIBRARY = {"features", "data", "modeling", "objectives", "indexing", "evaluation", "training"}
+MAY_IMPORT: dict[str, set[str]] = {
+    "features": set(),
+    "data": {"features"},
+    "modeling": {"features"},
+    "objectives": {"features", "data", "modeling"},
+    "indexing": {"features", "data", "modeling"},
+    "evaluation": {"features", "data", "modeling", "objectives", "indexing"},
+    "training": LIBRARY,
+    "gin_registry": LIBRARY,
+    "visualization": LIBRARY,
+    "compat": LIBRARY | {"visualization", "gin_registry"},
+}
+KNOW_DISTRIBUTED, KNOW_GIN = {"training"}, {"gin_registry"}
+FILES = sorted((ROOT / PACKAGE).rglob("*.py"))
+
+
+def part_of(path: Path) -> str:
+    """The folder, or the module, directly below the package."""
+    return path.relative_to(ROOT / PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported(path: Path, root: Path = ROOT) -> Iterator[str]:
+    """Full dotted names of everything that a file imports, wherever in it the import stands."""
+    own = path.relative_to(root).with_suffix("").parts
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(own[: len(own) - node.level]) if node.level else ""
+            module = ".".join(filter(None, (base, node.module)))
+            yield module
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            yield from (arg.value for arg in node.args if isinstance(arg, ast.Constant))
+
+
+def parts_imported(path: Path) -> set[str]:
+    names = (name.split(".") for name in imported(path))
+    parts = {name[1] for name in names if name[0] == PACKAGE and len(name) > 1}
+    return {
+        part for part in parts if (ROOT / PACKAGE / part).exists() or (ROOT / PACKAGE / f"{part}.py").exists()
+    }
+
+
+def knows(path: Path, module: str) -> bool:
+    return any(name == module or name.startswith(module + ".") for name in imported(path))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT / PACKAGE).as_posix())
+def test_imports_point_one_way(path: Path) -> None:
+    part = part_of(path)
+    if part == "__init__":
+        allowed = LIBRARY | {"visualization"}
+    else:
+        assert part in MAY_IMPORT, f"{part} has no rule: add it here and to ARCHITECTURE.md"
+        allowed = MAY_IMPORT[part] | {part}
+    assert parts_imported(path) <= allowed
+
+
+def test_who_knows_torch_distributed() -> None:
+    knowing = {part_of(path) for path in FILES if knows(path, "torch.distributed")}
+    assert knowing <= KNOW_DISTRIBUTED
+    assert knowing  # the rule finds what it looks for
+
+
+def test_who_knows_gin() -> None:
+    knowing = {part_of(path) for path in FILES if knows(path, "gin")}
+    assert knowing == KNOW_GIN
+
+
+def test_nothing_imports_the_programs() -> None:
+    for path in FILES:
+        assert not knows(path, "main")
+        assert not knows(path, "preprocess_public_data")
+
+
+def test_the_rules_see_every_form_of_import(tmp_path: Path) -> None:
+    file = tmp_path / PACKAGE / "data" / "x.py"
+    file.parent.mkdir(parents=True)
+    lines = [
+        "import torch.distributed as dist",
+        "from ..modeling import layout",
+        "from . import batching",
+        "from torch import distributed",
+        "def f():\n    from generative_recommenders.training.step import TrainingStep",
+        "import importlib\nimportlib.import_module('gin')",
+    ]
+    file.write_text("\n".join(lines))
+    names = set(imported(file, tmp_path))
+    assert {
+        "torch.distributed", f"{PACKAGE}.modeling.layout", f"{PACKAGE}.data.batching",
+        f"{PACKAGE}.training.step.TrainingStep", "gin",
+    } <= names  # fmt: skip
