@@ -19,17 +19,15 @@ from generative_recommenders.modeling.layout import Visibility, jagged_layout, p
 LAYOUTS = {"jagged": jagged_layout, "padded": padded_layout}
 
 
-def rated(c: dict) -> InputPreprocessor:
-    length = c["max_sequence_len"] + c["max_output_len"]
+def rated(c: dict, rows: int) -> InputPreprocessor:
     return LearnablePositionalEmbeddingRatedInputFeaturesPreprocessor(
-        length, c["item_embedding_dim"], 0.0, c["rating_embedding_dim"], c["num_ratings"]
+        rows, c["item_embedding_dim"], 0.0, c["rating_embedding_dim"], c["num_ratings"]
     )
 
 
-def combined(c: dict) -> InputPreprocessor:
-    length = c["max_sequence_len"] + c["max_output_len"]
+def combined(c: dict, rows: int) -> InputPreprocessor:
     return CombinedItemAndRatingInputFeaturesPreprocessor(
-        length, c["item_embedding_dim"], 0.0, c["num_ratings"]
+        rows // 2, c["item_embedding_dim"], 0.0, c["num_ratings"]
     )
 
 
@@ -41,7 +39,7 @@ def combined(c: dict) -> InputPreprocessor:
 def test_parity(monkeypatch: pytest.MonkeyPatch, case: str, build, entrance: str, backend: str) -> None:
     choose_backend(monkeypatch, backend)
     golden = load_golden(case)
-    preprocessor = build(golden.config)
+    preprocessor = build(golden.config, len(golden.parameters["_pos_emb.weight"]))
     names = {"_pos_emb.weight": "position", "_rating_emb.weight": "rating"}
     preprocessor.load_state_dict({names[name]: value for name, value in golden.parameters.items()})
     embeddings = golden.inputs["past_embeddings"].requires_grad_()
@@ -114,9 +112,6 @@ def test_visibility_is_doubled(entrance: str) -> None:
 
 @pytest.mark.parametrize("build", [rated, combined])
 def test_missing_ratings(build) -> None:
-    config = {
-        "max_sequence_len": 3, "max_output_len": 0, "item_embedding_dim": 4,
-        "rating_embedding_dim": 2, "num_ratings": 6,
-    }  # fmt: skip
+    config = {"item_embedding_dim": 4, "rating_embedding_dim": 2, "num_ratings": 6}
     with pytest.raises(ValueError, match="Preprocessor needs ratings"):
-        build(config)(torch.zeros(2, 4), jagged_layout(torch.tensor([2]), 3), {})
+        build(config, 6)(torch.zeros(2, 4), jagged_layout(torch.tensor([2]), 3), {})
