@@ -170,6 +170,18 @@ def test_sampling_keeps_a_share_in_order_drawn_anew_each_epoch(ragged_dataset: S
             assert set(times) <= set(everything)
 
 
+def test_sampling_is_drawn_by_epoch_and_step(ragged_dataset: SequenceDataset) -> None:
+    loader = loader_of(ragged_dataset, sampling_ratio=0.7)
+    drawn = {
+        (epoch, step): loader.batch(loader.users, epoch, step).columns["timestamps"]
+        for epoch in (0, 1)
+        for step in (0, 1)
+    }
+    for one, other in itertools.combinations(drawn, 2):
+        assert not torch.equal(drawn[one], drawn[other])
+    assert torch.equal(loader.batch(loader.users, 1, 0).columns["timestamps"], drawn[1, 0])
+
+
 def test_sampling_happens_before_truncation(ragged_dataset: SequenceDataset) -> None:
     """A long history is thinned first, so that more than the sampled share of the window is filled."""
     stops = make_split(ragged_dataset).train_stops
