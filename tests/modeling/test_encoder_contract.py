@@ -1,0 +1,168 @@
+"""What every retriever keeps, whatever it is put together from."""
+
+from __future__ import annotations
+
+import sys
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tiny_models import EASY, LENGTHS, catalogue, histories, overfit, settings
+
+from generative_recommenders.features import SequentialFeatures, UserError
+from generative_recommenders.modeling.embeddings import ItemRows
+from generative_recommenders.modeling.layout import Visibility, jagged_layout
+from generative_recommenders.modeling.recommender import SequenceRecommender
+from generative_recommenders.training.assembly import build_model
+from generative_recommenders.training.scoring_catalogue import score_function
+
+ENCODERS = {
+    "SASRec": {},
+    "HSTU": {},
+    "HSTU-softmax": {"main_module": "HSTU", "hstu.normalization": "softmax_rel_bias"},
+    "DiffTransformer": {},
+    "DiffTransformer-pre": {"main_module": "DiffTransformer", "diff_transformer.norm": "pre"},
+    "Transformer": {},
+    "TwoTower": {"negatives_sharing": "block"},
+    "TwoTower-HSTU": {
+        "main_module": "TwoTower",
+        "item_tower.query_module": "HSTU",
+        "negatives_sharing": "block",
+    },
+}
+PREPROCESSORS = ("LearnablePositionalEmbedding", "LearnablePositionalEmbeddingRated", "CombinedItemAndRating")
+POSTPROCESSORS = ("l2_norm", "layer_norm")
+MOL = {"interaction_module_type": "MoL", "top_k_method": "MoLBruteForceTopK"}
+
+
+def build(
+    encoder: str, preprocessor: str, postprocessor: str, mol: bool, seed: int = 0
+) -> SequenceRecommender:
+    choices = {"main_module": encoder, **ENCODERS[encoder], **(MOL if mol else {})}
+    chosen = settings(**choices, input_preprocessor=preprocessor, user_embedding_norm=postprocessor)
+    torch.manual_seed(seed)
+    return build_model(chosen, catalogue()).eval()
+
+
+def fits(preprocessor: str, mol: bool) -> bool:
+    """States as wide as items, or a similarity that does not need it."""
+    return mol or preprocessor != "LearnablePositionalEmbeddingRated"
+
+
+COMBINATIONS = [
+    pytest.param(*choice, id="-".join(map(str, choice)))
+    for choice in product(ENCODERS, PREPROCESSORS, POSTPROCESSORS, (False, True))
+    if fits(choice[1], choice[3])
+]
+
+
+@pytest.mark.parametrize(("encoder", "preprocessor", "postprocessor", "mol"), COMBINATIONS)
+@torch.no_grad()
+def test_contract(encoder: str, preprocessor: str, postprocessor: str, mol: bool) -> None:
+    model = build(encoder, preprocessor, postprocessor, mol)
+    ids, payloads = histories()
+    states = model(LENGTHS, ids, past_payloads=payloads)
+    real = torch.arange(ids.shape[1]) < LENGTHS[:, None]
+    assert states[real].isfinite().all()
+    assert (states[~real] == 0).all()
+    padded_equals_jagged(model, ids, payloads, states, real)
+    padding_changes_nothing(model, ids, payloads, states)
+    if model.sequence.encoder.causal:
+        the_future_changes_nothing(model, ids, payloads, states)
+    the_past_matters(model, ids, payloads, states)
+    reloaded = build(encoder, preprocessor, postprocessor, mol, seed=1)
+    assert not torch.allclose(reloaded(LENGTHS, ids, past_payloads=payloads), states)
+    reloaded.load_state_dict(model.state_dict())
+    assert torch.equal(reloaded(LENGTHS, ids, past_payloads=payloads), states)
+    scores_are_those_of_the_similarity(model, states[0, : int(LENGTHS[0])])
+
+
+def padded_equals_jagged(model, ids, payloads, states, real) -> None:
+    layout = jagged_layout(LENGTHS, ids.shape[1])
+    tokens = model.encode_tokens(SequentialFeatures(LENGTHS, ids, payloads), layout)
+    torch.testing.assert_close(tokens, states[real], rtol=1e-4, atol=1e-5)
+    last = model.encode(LENGTHS, ids, past_payloads=payloads)
+    for row, length in enumerate(LENGTHS.tolist()):
+        expected = states[row, length - 1] if length else torch.zeros_like(last[row])
+        torch.testing.assert_close(last[row], expected, rtol=1e-4, atol=1e-5)
+
+
+def padding_changes_nothing(model, ids, payloads, states) -> None:
+    """Further columns of padding, and other rows, leave a row's states as they were."""
+    row = slice(3, 4)
+    wider = torch.nn.functional.pad(ids[row], (0, 2))
+    more = {
+        name: x[row] if x.dim() == 1 else torch.nn.functional.pad(x[row], (0, 2))
+        for name, x in payloads.items()
+    }
+    alone = model(LENGTHS[row], wider, past_payloads=more)
+    torch.testing.assert_close(alone[:, : ids.shape[1]], states[row], rtol=1e-4, atol=1e-5)
+
+
+def the_future_changes_nothing(model, ids, payloads, states) -> None:
+    """Another item and rating at the last position of a row; times stay, as HSTU may know the next one."""
+    last = int(LENGTHS[0]) - 1
+    ids, payloads = ids.clone(), {name: x.clone() for name, x in payloads.items()}
+    ids[0, last] = ids[0, last] % 20 + 1
+    payloads["ratings"][0, last] = payloads["ratings"][0, last] % 5 + 1
+    changed = model(LENGTHS, ids, past_payloads=payloads)
+    torch.testing.assert_close(changed[0, :last], states[0, :last], rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(changed[0, last], states[0, last], atol=1e-4)
+
+
+def the_past_matters(model, ids, payloads, states) -> None:
+    ids = ids.clone()
+    ids[0, 0] = ids[0, 0] % 20 + 1
+    changed = model(LENGTHS, ids, past_payloads=payloads)
+    assert (changed[0, : int(LENGTHS[0])] - states[0, : int(LENGTHS[0])]).abs().amax(1).min() > 0
+    torch.testing.assert_close(changed[1:], states[1:])
+
+
+def scores_are_those_of_the_similarity(model, queries) -> None:
+    items, users = model.items.all_item_embeddings(), torch.ones(len(queries), dtype=torch.int64)
+    expected, _ = model.similarity.score(queries, items, users)
+    torch.testing.assert_close(score_function(model.similarity, items)(queries, users), expected)
+    assert items.shape == (20, model.items.embedding_dim)
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_rated_states_are_too_wide_for_a_dot_product(encoder: str) -> None:
+    with pytest.raises(UserError, match="a dot product needs them equal; choose MoL or another preprocessor"):
+        build(encoder, "LearnablePositionalEmbeddingRated", "l2_norm", False)
+
+
+@pytest.mark.parametrize("encoder", [name for name in ENCODERS if "softmax" not in name])
+@torch.no_grad()
+def test_masked_objectives_show_encoders_both_sides(encoder: str) -> None:
+    model = build(encoder, "LearnablePositionalEmbedding", "l2_norm", False)
+    ids, _ = histories()
+    layout = jagged_layout(LENGTHS, ids.shape[1])
+    zeros = torch.zeros(layout.num_tokens, dtype=torch.int64)
+    both = layout.with_visibility(Visibility(zeros, zeros))
+    tokens = layout.flatten(ids)
+    last = int(LENGTHS[0]) - 1
+    other = tokens.clone()
+    other[last] = tokens[last] % 20 + 1
+    states = [model.sequence(model.embed_history(x), both, {}) for x in (tokens, other)]
+    assert (states[0][:last] - states[1][:last]).abs().amax(1).min() > 0
+    torch.testing.assert_close(states[0][last + 1 :], states[1][last + 1 :])
+
+
+@pytest.mark.parametrize("name", EASY)
+def test_overfits_ten_users(name: str) -> None:
+    """The items of ten fixed histories come out first again after a few steps."""
+    before, after = overfit(name)
+    assert after > 0.75
+    assert before < 0.45
+
+
+def test_item_rows_of_a_step_score_like_the_model() -> None:
+    model = build("TwoTower", "LearnablePositionalEmbedding", "l2_norm", False)
+    ids = torch.tensor([2, 9, 17])
+    leaf = ItemRows(model.items.table[ids].detach(), ids)
+    rows = model.items.scored_rows(leaf, ids)
+    torch.testing.assert_close(rows.weight, model.get_item_embeddings(ids))
+    assert rows.ids is ids

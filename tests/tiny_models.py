@@ -1,0 +1,173 @@
+"""Tiny settings, histories and training loops that tests of models share."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from generative_recommenders.data.batch_transforms import default_sasrec_transforms
+from generative_recommenders.evaluation.collectives import Collectives
+from generative_recommenders.training.assembly import (
+    Catalogue,
+    build_criterion,
+    build_inference,
+    build_model,
+    build_objective,
+    build_sampler,
+)
+from generative_recommenders.training.optimizers import Optimizer
+from generative_recommenders.training.scoring_catalogue import CatalogueScores
+from generative_recommenders.training.settings import RunSettings
+from generative_recommenders.training.step import TrainingStep
+
+NUM_ITEMS = 20
+LENGTHS = torch.tensor([6, 1, 0, 4])
+
+
+def settings(**choices: Any) -> RunSettings:
+    """Width 8, two blocks, two heads, no dropout, seven positions; ``section.name`` or a name of ``train_fn``."""
+    values = {
+        "max_sequence_length": 7,
+        "gr_output_length": 2,
+        "item_embedding_dim": 8,
+        "rating_embedding_dim": 4,
+        "dropout_rate": 0.0,
+        "sasrec.num_heads": 2,
+        "sasrec.ffn_hidden_dim": 8,
+        "sasrec.ffn_dropout_rate": 0.0,
+        "hstu.num_heads": 2,
+        "hstu.dqk": 4,
+        "hstu.dv": 4,
+        "diff_transformer.num_heads": 2,
+        "transformer.num_heads": 2,
+        "transformer.ffn_hidden_dim": 8,
+        "transformer.dropout_rate": 0.0,
+        "mol.query_dot_product_groups": 2,
+        "mol.item_dot_product_groups": 2,
+        "mol.dot_product_dimension": 4,
+        "mol.query_hidden_dim": 8,
+        "mol.gating_query_hidden_dim": 8,
+        "mol.gating_item_hidden_dim": 8,
+        "mol.gating_qi_hidden_dim": 8,
+        **choices,
+    }
+    sections: dict[str, dict[str, Any]] = {}
+    for name, value in values.items():
+        section, _, field = name.rpartition(".")
+        sections.setdefault(section or "train", {})[field] = value
+    defaults = RunSettings()
+    return dataclasses.replace(
+        defaults, **{name: dataclasses.replace(getattr(defaults, name), **v) for name, v in sections.items()}
+    )
+
+
+def catalogue(**changes: Any) -> Catalogue:
+    return dataclasses.replace(Catalogue(NUM_ITEMS, True, True, torch.arange(1, NUM_ITEMS + 1)), **changes)
+
+
+def histories() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """ids ``[4, 7]`` of `LENGTHS` and payloads; one row is empty, none fills its columns."""
+    generator = torch.Generator().manual_seed(3)
+    real = torch.arange(7) < LENGTHS[:, None]
+    ids = torch.randint(1, NUM_ITEMS + 1, (4, 7), generator=generator) * real
+    times = torch.randint(1, 10**6, (4, 7), generator=generator).sort(1).values * real
+    ratings = torch.randint(1, 6, (4, 7), generator=generator) * real
+    return ids, {"ratings": ratings, "timestamps": times, "next_timestamps": torch.full((4,), 2 * 10**6)}
+
+
+CE = {"loss_module": "CE", "temperature": 0.1, "item_l2_norm": True}
+SAMPLED = {"num_negatives": 16, "negatives_sharing": "block", "temperature": 0.1, "item_l2_norm": True}
+EASY: dict[str, dict[str, Any]] = {
+    "SASRec": CE,
+    "HSTU": {**CE, "main_module": "HSTU"},
+    "DiffTransformer": {**CE, "main_module": "DiffTransformer"},
+    "Transformer": {**CE, "main_module": "Transformer"},
+    "TwoTower": {**SAMPLED, "main_module": "TwoTower", "sampling_strategy": "local"},
+    "CombinedItemAndRating": {**CE, "input_preprocessor": "CombinedItemAndRating"},
+    "MoL": {
+        **SAMPLED,
+        "sampling_strategy": "local",
+        "interaction_module_type": "MoL",
+        "top_k_method": "MoLBruteForceTopK",
+        "user_embedding_norm": "layer_norm",
+        "loss_weights": {"mi_loss": 0.001},
+        "temperature": 1.0,
+        "item_l2_norm": False,
+    },
+    "SCE": {**CE, "loss_module": "SCE", "sce.n_buckets": 8, "sce.bucket_size_x": 32, "sce.bucket_size_y": 16},
+    "causal_last": {**CE, "objective": "causal_last"},
+    "masked": {**CE, "objective": "masked", "mask_probability": 0.3},
+    "permuted": {**CE, "objective": "permuted", "mask_probability": 0.3},
+    "replaced": {**CE, "objective": "replaced", "mask_probability": 0.3, "discriminator_weight": 1.0},
+    "replaced, tied": {
+        **CE,
+        "objective": "replaced",
+        "mask_probability": 0.3,
+        "discriminator_weight": 1.0,
+        "tie_discriminator": True,
+        "fakes_from": "catalogue",
+    },
+}
+"""Configurations that learn ten histories by heart, by name."""
+
+
+def ten_users() -> dict[str, torch.Tensor]:
+    """Loader columns of ten users with 4 to 8 events; each history is a walk of its own through the items."""
+    lengths = torch.tensor([8, 7, 6, 5, 4, 8, 7, 6, 5, 8])
+    generator = torch.Generator().manual_seed(11)
+    walks = torch.stack([torch.randperm(NUM_ITEMS, generator=generator)[:8] + 1 for _ in range(10)])
+    real = torch.arange(8) < lengths[:, None]
+    columns = {
+        "item_ids": walks,
+        "ratings": walks % 5 + 1,
+        "timestamps": torch.arange(8).expand(10, 8) + 1000,
+    }
+    return {
+        "user_ids": torch.arange(1, 11),
+        "lengths": lengths,
+        **{name: values * real for name, values in columns.items()},
+    }
+
+
+def training_step(chosen: RunSettings, data: Catalogue, seed: int = 0) -> TrainingStep:
+    torch.manual_seed(seed)
+    model = build_model(chosen, data)
+    criterion = build_criterion(chosen, data, model)
+    sampler = build_sampler(chosen, data) if criterion.needs_negatives else None
+    dense = [p for name, p in model.named_parameters() if name != "items.table"]
+    optimizer = Optimizer([*dense, *criterion.parameters()], model.items.table, "adamw", 1e-2, 0.0)
+    return TrainingStep(model, criterion, sampler, optimizer, Collectives(torch.device("cpu")), seed)
+
+
+def overfit(name: str, steps: int = 80) -> tuple[float, float]:
+    """Share of the ten users whose last item comes first, before and after training on all of their events."""
+    chosen = settings(**{"item_embedding_dim": 16, "sasrec.ffn_hidden_dim": 16, **EASY[name]})
+    step, columns, objective = training_step(chosen, catalogue()), ten_users(), build_objective(chosen)
+    before = last_item_first(chosen, step.model, columns)
+    generator = torch.Generator().manual_seed(5)
+    for number in range(steps):
+        step(objective.example(columns, generator), 0, number)
+    return before, last_item_first(chosen, step.model, columns)
+
+
+def last_item_first(chosen: RunSettings, model: torch.nn.Module, columns: dict[str, torch.Tensor]) -> float:
+    model.eval()
+    t = chosen.train
+    scores = CatalogueScores(
+        model, build_inference(chosen), t.item_l2_norm, t.l2_norm_eps, torch.device("cpu")
+    )
+    batch = default_sasrec_transforms()["train"](columns)
+    lengths = batch["past_lengths"]
+    history = {
+        "user_ids": columns["user_ids"],
+        "lengths": lengths,
+        "next_timestamps": batch["next_timestamps"],
+        **{name: batch[f"past_{stem}"] for name, stem in (("item_ids", "ids"), ("ratings", "ratings"))},
+        "timestamps": batch["past_timestamps"],
+    }
+    best = scores(history).argmax(1) + 1
+    model.train()
+    last = columns["item_ids"].gather(1, columns["lengths"][:, None] - 1)[:, 0]
+    return (best == last).float().mean().item()
