@@ -4,11 +4,13 @@ names the nearest one.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import logging
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from .modeling.similarity.mixture_of_logits import MoLSettings
 from .training import settings as s
 
 PROJECT = Path(__file__).resolve().parents[1]
-"""Includes in gin files are looked up from the working directory, then from here."""
+"""Includes in gin files are looked up from here, then from the working directory."""
 
 SECTIONS: dict[str, tuple[str, type]] = {
     "train_fn": ("train", s.TrainSettings),
@@ -51,12 +53,13 @@ def load_settings(gin_files: Sequence[str | Path], bindings: Sequence[str] = ())
     nearest one, a value of the wrong type.
     """
     gin.clear_config()
-    gin.add_config_file_search_path(str(PROJECT))
     for path in gin_files:
         if not Path(path).is_file():
             raise UserError(f"no gin file at {path}")
+    files = [str(Path(path).resolve()) for path in gin_files]
     try:
-        gin.parse_config_files_and_bindings([str(p) for p in gin_files], list(bindings), skip_unknown=False)
+        with _includes_from(PROJECT):
+            gin.parse_config_files_and_bindings(files, list(bindings), skip_unknown=False)
         built = {section: _build(name) for name, (section, _) in SECTIONS.items()}
         resolved = gin.operative_config_str(max_line_length=110)
     except UserError as error:  # gin adds where it was called from, over several lines
@@ -64,6 +67,28 @@ def load_settings(gin_files: Sequence[str | Path], bindings: Sequence[str] = ())
     except (ValueError, TypeError, SyntaxError, OSError, AttributeError, NameError) as error:
         raise UserError(explain(error)) from error
     return s.RunSettings(**built), resolved
+
+
+@contextlib.contextmanager
+def _includes_from(folder: Path) -> Iterator[None]:
+    """gin looks relative includes up from the working directory, which is ``folder`` meanwhile; the real one
+    comes second.
+
+    Merely a further search path would not do: gin looks for an importable package of the include's folder
+    first, and fails on one without ``__init__.py``.
+    """
+    before = os.getcwd()
+    if before not in _SEARCHED:
+        gin.add_config_file_search_path(before)
+        _SEARCHED.add(before)
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+_SEARCHED: set[str] = set()
 
 
 def _build(name: str) -> Any:
