@@ -10,6 +10,8 @@ import difflib
 import logging
 import os
 import re
+import tokenize
+import tokenize
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,12 +63,31 @@ def load_settings(gin_files: Sequence[str | Path], bindings: Sequence[str] = ())
         with _includes_from(PROJECT):
             gin.parse_config_files_and_bindings(files, list(bindings), skip_unknown=False)
         built = {section: _build(name) for name, (section, _) in SECTIONS.items()}
-        resolved = gin.operative_config_str(max_line_length=110)
     except UserError as error:  # gin adds where it was called from, over several lines
         raise UserError(str(error).splitlines()[0]) from error
-    except (ValueError, TypeError, SyntaxError, OSError, AttributeError, NameError) as error:
+    except tokenize.TokenError as error:  # a bracket or a string that is not closed
+        raise UserError(
+            f"gin: {error.args[0]}, line {error.args[1][0]} of {_where(files, bindings)}"
+        ) from error
+    except (
+        ValueError, TypeError, SyntaxError, OSError, AttributeError, NameError, tokenize.TokenError,
+    ) as error:  # fmt: skip
         raise UserError(explain(error)) from error
-    return s.RunSettings(**built), resolved
+    settings = s.RunSettings(**built)
+    return settings, resolved_text(settings)
+
+
+def resolved_text(settings: s.RunSettings) -> str:
+    """Every gin name with its value, defaults included, as a gin file that gives the same settings."""
+    lines = []
+    for name, (section, _) in SECTIONS.items():
+        values = dataclasses.asdict(getattr(settings, section))
+        lines += [f"{name}.{key} = {value!r}" for key, value in sorted(values.items())] + [""]
+    return "\n".join(lines)
+
+
+def _where(files: Sequence[str], bindings: Sequence[str]) -> str:
+    return ", ".join([*files, *(["the bindings"] if bindings else [])])
 
 
 @contextlib.contextmanager

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tiny_data import ragged_sequences
 from tiny_models import catalogue
@@ -29,6 +28,7 @@ from generative_recommenders.training.assembly import (
     build_sampler,
 )
 
+ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.gin"))
 PUBLISHED = [path for path in CONFIGS if path.name.endswith("-final.gin")]
 by_name = {"ids": lambda path: str(path.relative_to(ROOT / "configs").with_suffix(""))}

@@ -150,7 +150,6 @@ def test_shipped_configurations_parse(config: str, monkeypatch: pytest.MonkeyPat
     load_settings([config])
 
 
-@pytest.mark.xfail(reason="gin takes the folder configs for a package and fails on it")
 def test_includes_are_found_from_any_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     for config in CONFIGS:
@@ -211,16 +210,13 @@ def test_bad_values_name_the_setting(binding: str) -> None:
     assert binding.split(" ", maxsplit=1)[0].split(".")[1] in message([], [binding])
 
 
-UNCLOSED = pytest.mark.xfail(reason="tokenize.TokenError comes through")
-
-
 @pytest.mark.parametrize(
     "text",
     [
         "train_fn.num_epochs = ",
         "train_fn.num_epochs 3",
         "((((",
-        pytest.param("train_fn.num_epochs = [1, 2", marks=UNCLOSED),
+        "train_fn.num_epochs = [1, 2",
     ],
 )
 def test_syntax_errors_name_the_place(write, text: str) -> None:
