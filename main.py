@@ -20,6 +20,7 @@ from generative_recommenders.data.splits import Split, make_split
 from generative_recommenders.features import UserError
 from generative_recommenders.modeling.jagged import log_backend
 from generative_recommenders.training import report
+from generative_recommenders.training.allocator import keep_freed_memory
 from generative_recommenders.training.assembly import Catalogue, build_criterion, build_model, build_sampler
 from generative_recommenders.training.checkpoint import CheckpointStore
 from generative_recommenders.training.distributed import process_collectives, process_device
@@ -91,6 +92,7 @@ def prepared_dataset(name: str, data_root: Path) -> SequenceDataset:
 def train_worker(rank: int, world_size: int, options: Options) -> int:
     """One process of a training run; returns its exit code."""
     logging.set_verbosity(logging.INFO if rank == 0 else logging.ERROR)
+    keep_freed_memory()
     settings, resolved = gin_registry.load_settings(options.gin_files, options.bindings)
     log_backend()
     gin_registry.log_inert(settings)

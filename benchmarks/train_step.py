@@ -29,6 +29,7 @@ from generative_recommenders.data.ratings_table import RawRatings, ReaderFormat
 from generative_recommenders.data.sequence_dataset import SequenceDataset
 from generative_recommenders.data.splits import make_split
 from generative_recommenders.evaluation.collectives import Collectives
+from generative_recommenders.training.allocator import keep_freed_memory
 from generative_recommenders.training.train import Trainer
 
 ENCODERS = {
@@ -150,6 +151,7 @@ def run(dataset: SequenceDataset) -> dict[str, object]:
 
 
 def main(argv: list[str]) -> None:
+    keep_freed_memory()
     if _THREADS.value:
         torch.set_num_threads(_THREADS.value)
     if _PREPARED.value is not None:

@@ -11,7 +11,6 @@ import logging
 import os
 import re
 import tokenize
-import tokenize
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any

@@ -6,7 +6,7 @@ of processes gives the same numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -58,16 +58,11 @@ class Evaluator:
         self.seen_filter, self.collectives = seen_filter, collectives
         self.unseen_targets, self.rating_threshold = unseen_targets, rating_threshold
 
-    def __call__(
-        self, score: Score, max_batches: int | None = None, progress: Callable | None = None
-    ) -> EvaluationResult:
-        """score: gives ``[n, V]``; max_batches: a partial evaluation on the first so many batches of each process."""
+    def __call__(self, score: Score) -> EvaluationResult:
+        """score: gives ``[n, V]``."""
         histogram = RankHistogram(self.num_items)
         chunk = max(1, MAX_SCORES // max(self.num_items, 1))
-        batches: Iterable = self.loader if progress is None else progress(self.loader)
-        for index, batch in enumerate(batches):
-            if max_batches is not None and index >= max_batches:
-                break
+        for batch in self.loader:
             seen = self._seen(batch)
             for start in range(0, len(batch["target_ids"]), chunk):
                 part = {name: values[start : start + chunk] for name, values in batch.items()}

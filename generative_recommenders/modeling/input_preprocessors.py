@@ -1,8 +1,8 @@
 """From item embeddings to encoder inputs: positions, ratings, and what a token stands for.
 
 A preprocessor takes the tokens of a batch (``[T, D]`` item embeddings in a layout, and payloads, one value per
-token) and gives the encoder's tokens: ``EncoderInput``. It may change the layout (items and ratings interleaved double it), so it also says
-at which of its tokens the state after input token t is read.
+token) and gives the encoder's tokens: ``EncoderInput``. It may change the layout (items and ratings interleaved
+double it), so it also says at which of its tokens the state after input token t is read.
 """
 
 from __future__ import annotations

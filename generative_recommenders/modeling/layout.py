@@ -15,10 +15,10 @@ import torch
 
 from .jagged import jagged_to_padded, padded_to_jagged
 
-GROUP_CELLS = 400_000
-"""Cells of a group's attention matrix (rows times width squared) that stay in a core's cache."""
+GROUP_CELLS = 3_200_000
+"""Cells of a group's attention matrix (rows times width squared), at most: a bound on memory."""
 
-MAX_WASTE = 0.08
+MAX_WASTE = 0.15
 """Share of a group's cells that may be padding, beyond MIN_ROWS rows."""
 
 MIN_ROWS = 4

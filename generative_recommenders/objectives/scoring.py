@@ -116,7 +116,7 @@ def negative_products(
         return hidden @ ItemRows(weight).lookup(rows[0]).T
     size, tokens = negatives.sharing.block_size, hidden.shape[0]
     behind = rows.shape[0] * size - negatives.lead - tokens
-    blocks = F.pad(hidden, (0, 0, negatives.lead, behind)).view(rows.shape[0], size, -1)
+    blocks = F.pad(hidden, (0, 0, negatives.lead, behind)).view(rows.shape[0], size, hidden.shape[1])
     scores = torch.bmm(blocks, ItemRows(weight).lookup(rows).transpose(1, 2))
     return scores.flatten(0, 1)[negatives.lead : negatives.lead + tokens]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 
 from ..data.batch_transforms import default_sasrec_transforms
-from ..features import SequentialFeatures, UserError
+from ..features import SequentialFeatures
 from ..modeling.layout import Layout, Visibility, jagged_layout
 from .masking import MaskedSequence, MaskingScheme
 
@@ -76,7 +76,8 @@ class MaskedObjective:
         self.scheme = scheme
 
     def first_target(self, first_row: int, first_token: int) -> int:
-        return 0
+        """Any number that no other process's targets reach: what is hidden is drawn by each process for itself."""
+        return first_row << 20
 
     def example(self, columns: Mapping[str, torch.Tensor], generator: torch.Generator) -> TrainingExample:
         masked = self.scheme.training(columns["item_ids"], columns["lengths"], generator)
@@ -124,15 +125,6 @@ def make_example(
         read=read,
         ratings=None if target_ratings is None else pick(target_ratings),
     )
-
-
-def check_ids(columns: Mapping[str, torch.Tensor], num_items: int) -> None:
-    """UserError where an id lies outside 0..V (a table of another data set would be indexed past its end)."""
-    ids = columns["item_ids"]
-    if ids.numel() and (int(ids.max()) > num_items or int(ids.min()) < 0):
-        raise UserError(
-            f"item ids must be 0..{num_items}, the batch holds {int(ids.min())}..{int(ids.max())}"
-        )
 
 
 def _masked_payloads(columns: Mapping[str, torch.Tensor], masked: MaskedSequence) -> dict[str, torch.Tensor]:

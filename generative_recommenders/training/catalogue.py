@@ -9,6 +9,7 @@ import torch
 
 from ..data.sequence_dataset import SequenceDataset
 from ..evaluation.baselines import training_events
+from ..features import UserError
 from .entity_features import FeatureReader
 
 
@@ -33,8 +34,9 @@ class Catalogue:
         cls, dataset: SequenceDataset, train_stops: np.ndarray, category_feature: str | None = None
     ) -> Catalogue:
         """train_stops: ``[U]``, events that each user trains on. category_feature: of the items, for
-        ``categories``.
+        ``categories``. UserError for item ids out of range.
         """
+        _check_ids(dataset)
         events = training_events(dataset.offsets, train_stops)
         counts = np.bincount(dataset.items[events], minlength=dataset.num_items + 1)[1:]
         items = FeatureReader(dataset, "item", counts > 0)
@@ -50,4 +52,13 @@ class Catalogue:
             categories,
             items,
             FeatureReader(dataset, "user", train_stops > 0),
+        )
+
+
+def _check_ids(dataset: SequenceDataset) -> None:
+    lowest, highest = int(dataset.items.min()), int(dataset.items.max())
+    if lowest < 1 or highest > dataset.num_items:
+        raise UserError(
+            f"{dataset.folder}: item ids reach from {lowest} to {highest}, outside 1..{dataset.num_items}; "
+            "prepare the data again"
         )

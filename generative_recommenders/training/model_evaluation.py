@@ -30,7 +30,10 @@ class ModelEvaluation:
         self.inference = build_inference(settings)
 
     def validation(self, model: SequenceRecommender, max_batches: int | None = None) -> EvaluationResult:
-        """The split's validation targets; in protocol "paper" there are none and the test targets are taken."""
+        """The split's validation targets; in protocol "paper" there are none and the test targets are taken.
+
+        max_batches: of all processes together, for a partial evaluation.
+        """
         if self.settings.train.protocol == "paper":
             return self.test(model, max_batches)
         return self._ranks(
@@ -49,12 +52,13 @@ class ModelEvaluation:
         autocast = torch.bfloat16 if t.eval_bf16 else None
         score = CatalogueScores(model, self.inference, t.item_l2_norm, t.l2_norm_eps, world.device, autocast)
         batch_size = min(t.eval_batch_size, t.eval_user_max_batch_size or t.eval_batch_size)
+        max_users = None if max_batches is None else max_batches * batch_size
         loader = EvaluationLoader(
-            self.dataset, targets, t.max_sequence_length, batch_size, world.rank, world.world_size
+            self.dataset, targets, t.max_sequence_length, batch_size, world.rank, world.world_size, max_users
         )
         evaluator = Evaluator(
             loader, self.dataset.num_items, t.seen_filter, world, torch.from_numpy(unseen), t.rating_threshold
         )
-        result = evaluator(score, max_batches)
+        result = evaluator(score)
         model.train(training)
         return result

@@ -108,7 +108,7 @@ class TrainingStep:
         self.dense = DensePart(model, criterion, autocast)
         self.runner: torch.nn.Module = self.dense
         if collectives.world_size > 1:
-            self.runner = DistributedDataParallel(self.dense, find_unused_parameters=False)
+            self.runner = DistributedDataParallel(self.dense, find_unused_parameters=True)
 
     def __call__(self, example: TrainingExample, first_target: int, step: int) -> StepResult:
         """example on the model's device; first_target: its number in the global batch; step: since the run began."""
