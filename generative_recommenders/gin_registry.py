@@ -68,9 +68,7 @@ def load_settings(gin_files: Sequence[str | Path], bindings: Sequence[str] = ())
         raise UserError(
             f"gin: {error.args[0]}, line {error.args[1][0]} of {_where(files, bindings)}"
         ) from error
-    except (
-        ValueError, TypeError, SyntaxError, OSError, AttributeError, NameError, tokenize.TokenError,
-    ) as error:  # fmt: skip
+    except (ValueError, TypeError, SyntaxError, OSError, AttributeError, NameError) as error:
         raise UserError(explain(error)) from error
     settings = s.RunSettings(**built)
     return settings, resolved_text(settings)

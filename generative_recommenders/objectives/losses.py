@@ -301,7 +301,31 @@ def log_in_loss(
 
 def _masked_logsumexp(scores: Tensor, mask: Tensor) -> Tensor:
     """``ln sum exp`` over the True entries of each row, ``[T]``; -inf where there are none."""
-    return scores.masked_fill(~mask, -math.inf).logsumexp(1)
+    return _MaskedLogSumExp.apply(scores, mask)
+
+
+class _MaskedLogSumExp(torch.autograd.Function):
+    """One pass of exponentials for value and gradient; the few False entries are set one by one."""
+
+    @staticmethod
+    def forward(ctx, scores, mask):
+        terms = scores.clone()
+        hidden = (~mask).nonzero(as_tuple=True)
+        terms[hidden] = -math.inf
+        largest = terms.amax(1) if terms.shape[1] else terms.new_full((len(terms),), -math.inf)
+        shift = torch.where(largest == -math.inf, 0.0, largest)
+        terms.sub_(shift[:, None]).exp_()
+        total = terms.sum(1)
+        ctx.save_for_backward(terms, total, *hidden)
+        return shift + total.log()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        terms, total, *hidden = ctx.saved_tensors
+        grads = terms * torch.where(total > 0, grad / total, 0.0)[:, None]
+        grads[tuple(hidden)] = 0.0  # also where the gradient of the row is not a number
+        return grads, None
 
 
 def _masked_softplus(scores: Tensor, mask: Tensor) -> Tensor:
