@@ -28,11 +28,10 @@ from .model_evaluation import ModelEvaluation
 from .optimizers import Optimizer
 from .progress import check_finite, with_progress
 from .run_folder import RunFolder, check_same_data
-from .settings import RunSettings
+from .settings import MAX_PREFETCH, RunSettings
 from .step import StepResult, TrainingStep
 
 BEST_BY = "ndcg@10"
-MAX_PREFETCH = 64
 ACCELERATOR_CHECK = 20
 """Steps between looks at the loss on an accelerator, which each wait for it; on a CPU every step is looked at."""
 
@@ -98,7 +97,7 @@ class Trainer:
 
     def _build_step(self, catalogue: Catalogue) -> TrainingStep:
         t, device = self.settings.train, self.collectives.device
-        criterion = build_criterion(self.settings, catalogue).to(device)
+        criterion = build_criterion(self.settings, catalogue, self.model).to(device)
         sampler = build_sampler(self.settings, catalogue).to(device) if criterion.needs_negatives else None
         dense = [p for name, p in self.model.named_parameters() if name != "items.table"]
         optimizer = Optimizer(
