@@ -89,11 +89,31 @@ def prepared_dataset(name: str, data_root: Path) -> SequenceDataset:
     return SequenceDataset.open(folder)
 
 
+def run_settings(options: Options) -> RunSettings:
+    """The settings of the gin files; of a resumed run without any, those of its newest checkpoint; bindings go over both."""
+    if not options.resume or options.gin_files:
+        return gin_registry.load_settings(options.gin_files or [DEFAULT_CONFIG], options.bindings)[0]
+    checkpoint = CheckpointStore(checkpoints_of(options), read_only=True).load_newest()
+    if checkpoint is None:
+        raise UserError(
+            f"there is no whole checkpoint in {checkpoints_of(options)}: give --gin_config_file to start over"
+        )
+    return gin_registry.override(RunSettings.from_json(checkpoint.settings()), options.bindings)
+
+
+def checkpoints_of(options: Options) -> Path:
+    """The checkpoints of --run_dir; UserError without it."""
+    if options.run_dir is None:
+        raise UserError("--resume and --mode=evaluate need --run_dir, the folder of the run")
+    return Path(options.run_dir) / "checkpoints"
+
+
 def train_worker(rank: int, world_size: int, options: Options) -> int:
     """One process of a training run; returns its exit code."""
     logging.set_verbosity(logging.INFO if rank == 0 else logging.ERROR)
     keep_freed_memory()
-    settings, resolved = gin_registry.load_settings(options.gin_files, options.bindings)
+    settings = run_settings(options)
+    resolved = gin_registry.resolved_text(settings)
     log_backend()
     gin_registry.log_inert(settings)
     collectives = process_collectives(process_device())
@@ -129,6 +149,9 @@ def resume(trainer: Trainer, store: CheckpointStore) -> None:
     if checkpoint is None:
         logging.warning("there is no whole checkpoint in %s: the run starts from its beginning", store.folder)
         return
+    saved = RunSettings.from_json(checkpoint.settings())
+    for name, before, now in gin_registry.differences(saved, trainer.settings):
+        logging.warning("resuming with %s = %r, which was %r", name, now, before)
     trainer.restore(checkpoint)
     logging.info("resumed %s", checkpoint.path)
 
@@ -163,9 +186,7 @@ def finish(
 def evaluate_worker(rank: int, world_size: int, options: Options) -> int:
     """Scores the best (else the newest) checkpoint of a run on the test targets; the model is rebuilt from its settings."""
     logging.set_verbosity(logging.INFO if rank == 0 else logging.ERROR)
-    if options.run_dir is None:
-        raise UserError("--mode=evaluate needs --run_dir, the folder of the run whose checkpoint is scored")
-    store = CheckpointStore(Path(options.run_dir) / "checkpoints", read_only=True)
+    store = CheckpointStore(checkpoints_of(options), read_only=True)
     checkpoint = store.load_best() or store.load_newest()
     if checkpoint is None:
         raise UserError(f"there is no checkpoint in {store.folder}")
@@ -191,7 +212,7 @@ def evaluate_worker(rank: int, world_size: int, options: Options) -> int:
 
 def dry_run(options: Options) -> int:
     """Builds everything, prints parts, parameter counts and an estimate of memory."""
-    settings, _ = gin_registry.load_settings(options.gin_files, options.bindings)
+    settings = run_settings(options)
     t = settings.train
     dataset = prepared_dataset(t.dataset_name, options.data_root)
     split = make_split(dataset, t.protocol)
@@ -210,7 +231,7 @@ def run(options: Options) -> int:
         return dry_run(options)
     if _MODE.value == "evaluate":
         return launch(evaluate_worker, (options,), _NUM_PROCESSES.value, _MASTER_PORT.value)
-    settings, _ = gin_registry.load_settings(options.gin_files, options.bindings)
+    settings = run_settings(options)
     prepared_dataset(settings.train.dataset_name, options.data_root)  # once, before the processes start
     return launch(train_worker, (options,), _NUM_PROCESSES.value, _MASTER_PORT.value)
 
@@ -220,7 +241,7 @@ def main(argv: list[str]) -> None:
         if len(argv) > 1:
             raise UserError(f"unexpected arguments: {' '.join(argv[1:])}")
         options = Options(
-            tuple(_GIN_FILES.value or [str(DEFAULT_CONFIG)]), tuple(_BINDINGS.value), Path(_DATA_ROOT.value),
+            tuple(_GIN_FILES.value or []), tuple(_BINDINGS.value), Path(_DATA_ROOT.value),
             _RUN_DIR.value, _RESUME.value, _MAX_STEPS.value, _PROFILE.value,
         )  # fmt: skip
         code = run(options)

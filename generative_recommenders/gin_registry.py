@@ -185,6 +185,15 @@ def has_bfloat16() -> bool:
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
+def differences(before: s.RunSettings, now: s.RunSettings) -> list[tuple[str, Any, Any]]:
+    """(gin name, value before, value now) of every setting that differs."""
+    found = []
+    for name, (section, _) in SECTIONS.items():
+        old, new = dataclasses.asdict(getattr(before, section)), dataclasses.asdict(getattr(now, section))
+        found += [(f"{name}.{key}", old[key], new[key]) for key in new if old[key] != new[key]]
+    return found
+
+
 def override(settings: s.RunSettings, bindings: Sequence[str]) -> s.RunSettings:
     """The settings with bindings applied over them, as for evaluating a checkpoint under another seen
     filter.
