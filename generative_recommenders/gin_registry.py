@@ -4,19 +4,19 @@ names the nearest one.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
 import logging
-import os
 import re
 import tokenize
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import gin
+import gin.config
 import torch
+from gin import config_parser
 
 from .features import UserError
 from .modeling.similarity.mixture_of_logits import MoLSettings
@@ -24,6 +24,13 @@ from .training import settings as s
 
 PROJECT = Path(__file__).resolve().parents[1]
 """Includes in gin files are looked up from here, then from the working directory."""
+BINDINGS = "the bindings"
+FILE_LIMIT = 1 << 20  # bytes
+MAX_FILES = 100
+GIN_FAULTS = (
+    ValueError, TypeError, OSError, AttributeError, NameError, LookupError, RecursionError, MemoryError,
+)  # fmt: skip
+"""What gin raises for texts that it cannot make sense of."""
 
 SECTIONS: dict[str, tuple[str, type]] = {
     "train_fn": ("train", s.TrainSettings),
@@ -50,28 +57,84 @@ _CONFIGURABLES = {
 def load_settings(gin_files: Sequence[str | Path], bindings: Sequence[str] = ()) -> tuple[s.RunSettings, str]:
     """Parses files and bindings into settings, and gives the resolved configuration, defaults included.
 
-    Raises UserError in one line: a missing file, a syntax error with its place, an unknown name with the
-    nearest one, a value of the wrong type.
+    Nothing in them runs: gin's ``import`` is refused. Raises UserError in one line: a missing file, a syntax error
+    with its place, an unknown name with the nearest one, a value of the wrong type.
     """
     gin.clear_config()
+    opened: list[Path] = []
     for path in gin_files:
-        if not Path(path).is_file():
-            raise UserError(f"no gin file at {path}")
-    files = [str(Path(path).resolve()) for path in gin_files]
+        _bind_file(Path(path), f"no gin file at {path}", opened)
+    _bind_text("\n".join(bindings), BINDINGS, opened)
     try:
-        with _includes_from(PROJECT):
-            gin.parse_config_files_and_bindings(files, list(bindings), skip_unknown=False)
         built = {section: _build(name) for name, (section, _) in SECTIONS.items()}
     except UserError as error:  # gin adds where it was called from, over several lines
         raise UserError(str(error).splitlines()[0]) from error
-    except tokenize.TokenError as error:  # a bracket or a string that is not closed
-        raise UserError(
-            f"gin: {error.args[0]}, line {error.args[1][0]} of {_where(files, bindings)}"
-        ) from error
-    except (ValueError, TypeError, SyntaxError, OSError, AttributeError, NameError) as error:
+    except GIN_FAULTS as error:
         raise UserError(explain(error)) from error
     settings = s.RunSettings(**built)
     return settings, resolved_text(settings)
+
+
+def _bind_file(path: Path, missing: str, opened: list[Path]) -> None:
+    """opened: every file so far; their number ends includes that go in a circle or multiply."""
+    if not path.is_file():
+        raise UserError(missing)
+    opened.append(path)
+    if len(opened) > MAX_FILES:
+        raise UserError(f"gin: more than {MAX_FILES} files, {path} the last: do includes go in a circle?")
+    with open(path, "rb") as file:
+        content = file.read(FILE_LIMIT + 1)
+    if len(content) > FILE_LIMIT:
+        raise UserError(f"gin: {path} is longer than {FILE_LIMIT} bytes: it is not a configuration")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"gin: {path} is not UTF-8 text (byte {error.start})") from error
+    _bind_text(text, str(path), opened)
+
+
+def _bind_text(text: str, place: str, opened: list[Path]) -> None:
+    """Binds what a gin text says, statement by statement. gin's own loop would import modules, also to look for
+    included files.
+    """
+    if "\0" in text:
+        raise UserError(f"gin: {place} holds a zero byte: it is not a configuration")
+    line = 1
+    try:
+        parser = config_parser.ConfigParser(text, gin.config.ParserDelegate())
+        for statement in parser:
+            line = statement.location.line_num
+            _bind(statement, f"{place}, line {line}", opened)
+        if parser.current_token.type != tokenize.ENDMARKER:
+            raise UserError(f"gin: the text ends within a statement ({place}, line {line})")
+    except SyntaxError as error:
+        raise UserError(f"gin: {_one_line(error.msg)} ({place}, line {error.lineno or line})") from error
+    except tokenize.TokenError as error:  # a bracket or a string that is not closed
+        raise UserError(f"gin: {error.args[0]} ({place}, line {error.args[1][0]})") from error
+    except UserError:
+        raise
+    except GIN_FAULTS as error:
+        raise UserError(f"{explain(error)} ({place}, line {line})") from error
+
+
+def _bind(statement: Any, place: str, opened: list[Path]) -> None:
+    if isinstance(statement, config_parser.ImportStatement):
+        raise UserError(
+            f"gin: {place}: a configuration cannot import; remove {statement.format()!r}, every name is known already"
+        )
+    if isinstance(statement, config_parser.IncludeStatement):
+        found = next(
+            (p for root in (PROJECT, Path.cwd()) if (p := root / statement.filename).is_file()), None
+        )
+        missing = f"gin: {place}: no gin file at {statement.filename}, from {PROJECT} or {Path.cwd()}"
+        _bind_file(found or PROJECT / statement.filename, missing, opened)
+    elif isinstance(statement, config_parser.BindingStatement):
+        scope, selector, argument = statement.scope, statement.selector, statement.arg_name
+        if argument:
+            gin.bind_parameter((scope, selector, argument), statement.value)
+        else:  # a macro
+            name = f"{scope}/{selector}" if scope else selector
+            gin.bind_parameter((name, "gin.macro", "value"), statement.value)
 
 
 def resolved_text(settings: s.RunSettings) -> str:
@@ -83,64 +146,36 @@ def resolved_text(settings: s.RunSettings) -> str:
     return "\n".join(lines)
 
 
-def _where(files: Sequence[str], bindings: Sequence[str]) -> str:
-    return ", ".join([*files, *(["the bindings"] if bindings else [])])
-
-
-@contextlib.contextmanager
-def _includes_from(folder: Path) -> Iterator[None]:
-    """gin looks relative includes up from the working directory, which is ``folder`` meanwhile; the real one
-    comes second.
-
-    Merely a further search path would not do: gin looks for an importable package of the include's folder
-    first, and fails on one without ``__init__.py``.
-    """
-    before = os.getcwd()
-    if before not in _SEARCHED:
-        gin.add_config_file_search_path(before)
-        _SEARCHED.add(before)
-    os.chdir(folder)
-    try:
-        yield
-    finally:
-        os.chdir(before)
-
-
-_SEARCHED: set[str] = set()
-
-
 def _build(name: str) -> Any:
     built = _CONFIGURABLES[name]()
     s.check_types(built, name)
     return built
 
 
-def explain(error: Exception) -> str:
+def explain(error: BaseException) -> str:
     """gin's message as one line, with the nearest known name where a name was unknown."""
-    text = " ".join(str(error).split())
+    if isinstance(error, (RecursionError, MemoryError)):
+        return "gin: a value is nested too deeply, or a name refers to itself"
+    text = _one_line(str(error))
     unknown = re.search(r"No configurable matching '([^']+)'", text)
     if unknown:
         name = unknown.group(1)
-        return f"gin: there is no configurable {name!r}{_nearest(name, SECTIONS)}{_place(text)}"
+        return f"gin: there is no configurable {name!r}{_nearest(name, SECTIONS)}"
     parameter = re.search(r"Configurable '([^']+)' doesn't have a parameter (?:named )?'([^']+)'", text)
     if parameter:
-        owner, name = parameter.groups()
-        known = [f.name for f in dataclasses.fields(SECTIONS[owner.split(".")[-1]][1])]
-        return f"gin: {owner.split('.')[-1]} has no parameter {name!r}{_nearest(name, known)}{_place(text)}"
+        owner, name = (each.split(".")[-1] for each in parameter.groups())
+        known = [f.name for f in dataclasses.fields(SECTIONS[owner][1])] if owner in SECTIONS else []
+        return f"gin: {owner} has no parameter {name!r}{_nearest(name, known)}"
     return f"gin: {text}"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:300]
 
 
 def _nearest(name: str, known: Any) -> str:
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
-
-
-def _place(text: str) -> str:
-    place = re.search(r'In (file|bindings string|binding) ?"?([^",]*)"?,? ?line (\d+)', text)
-    if not place:
-        return ""
-    where = place.group(2).strip() or "bindings"
-    return f" ({where}, line {place.group(3)})"
 
 
 def log_inert(settings: s.RunSettings) -> None:
@@ -199,8 +234,8 @@ def override(settings: s.RunSettings, bindings: Sequence[str]) -> s.RunSettings:
     filter.
     """
     gin.clear_config()
+    _bind_text("\n".join(bindings), BINDINGS, [])
     try:
-        gin.parse_config(list(bindings), skip_unknown=False)
         for name, (section, _) in SECTIONS.items():
             current = getattr(settings, section)
             bound = {
@@ -209,7 +244,7 @@ def override(settings: s.RunSettings, bindings: Sequence[str]) -> s.RunSettings:
             changed = dataclasses.replace(current, **bound)
             s.check_types(changed, name)
             settings = dataclasses.replace(settings, **{section: changed})
-    except (ValueError, TypeError, SyntaxError) as error:
+    except GIN_FAULTS as error:
         raise UserError(explain(error)) from error
     return settings
 
