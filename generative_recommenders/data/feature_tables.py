@@ -27,12 +27,17 @@ def align(owner: str, ids: pa.Array, raw: pa.Table | None) -> tuple[pa.Table, li
         logging.warning("%d of %d %ss have no features; theirs are empty", rows.null_count, len(ids), owner)
     features = raw.drop_columns([owner]).take(rows)
     source = f"{owner}s.parquet"
-    specs = [_describe(name, features[name], source, owner) for name in features.column_names]
+    specs = [
+        _describe(features.schema.field(name), features[name], source, owner)
+        for name in features.column_names
+    ]
     return features.add_column(0, owner, ids), specs
 
 
-def _describe(name: str, column: pa.ChunkedArray, source: str, owner: str) -> FeatureSpec:
-    kind = column.type
+def _describe(field: pa.Field, column: pa.ChunkedArray, source: str, owner: str) -> FeatureSpec:
+    name, kind = field.name, field.type
+    if (field.metadata or {}).get(b"kind") == b"text":
+        return FeatureSpec(name, "text", 0, source, owner)
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         return FeatureSpec(name, "categorical_list", _distinct(pc.list_flatten(column)), source, owner)
     if pa.types.is_floating(kind) or pa.types.is_integer(kind):

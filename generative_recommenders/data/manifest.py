@@ -13,7 +13,7 @@ from generative_recommenders.features import UserError
 
 VERSION = 1
 FILE_NAME = "manifest.json"
-KINDS = ("categorical", "categorical_list", "numerical")
+KINDS = ("categorical", "categorical_list", "numerical", "text")
 COLUMNS: dict[str, np.dtype] = {
     "items": np.dtype("<i4"),
     "ratings": np.dtype("<f4"),
@@ -26,8 +26,9 @@ COLUMNS: dict[str, np.dtype] = {
 class FeatureSpec:
     """One feature of items or users.
 
-    kind: ``categorical``, ``categorical_list`` or ``numerical``. cardinality: distinct values (0 if
-    numerical). source: the file that holds it. owner: ``item`` or ``user``.
+    kind: ``categorical``, ``categorical_list``, ``numerical``, or ``text``, which is shown and not learnt from.
+    cardinality: distinct values (0 if text or numerical).
+    source: the file that holds it. owner: ``item`` or ``user``.
     """
 
     name: str

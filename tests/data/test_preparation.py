@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from generative_recommenders.data import preparation
 from generative_recommenders.data.digests import events_digest, hex_digest, id_hashes
+from generative_recommenders.data.feature_tables import align
 from generative_recommenders.data.parquet_export import export_parquet
 from generative_recommenders.data.preparation import prepare, summary
 from generative_recommenders.data.ratings_table import RawRatings, ReaderFormat
@@ -386,3 +387,13 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypatch:
     with pytest.raises(UserError, match="cannot be written: No space left on device"):
         prepare(RawRatings("t", [path], ReaderFormat(",", False)), tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["r.csv"]
+
+
+def test_titles_are_kept_but_are_no_feature_to_learn_from(tmp_path: Path) -> None:
+    field = pa.field("title", pa.string(), metadata={b"kind": b"text"})
+    titles = pa.table(
+        {"item": ["a", "b"], "title": ["One", "Two"]}, schema=pa.schema([("item", pa.string()), field])
+    )
+    table, specs = align("item", pa.array(["a", "b"], pa.large_string()), titles)
+    assert [(spec.name, spec.kind, spec.cardinality) for spec in specs] == [("title", "text", 0)]
+    assert table["title"].to_pylist() == ["One", "Two"]
