@@ -126,7 +126,7 @@ def _bind(statement: Any, place: str, opened: list[Path]) -> None:
         found = next(
             (p for root in (PROJECT, Path.cwd()) if (p := root / statement.filename).is_file()), None
         )
-        missing = f"gin: {place}: no gin file at {statement.filename}, from {PROJECT} or {Path.cwd()}"
+        missing = f"gin: {place}: no gin file at {statement.filename!r}, from {PROJECT} or {Path.cwd()}"
         _bind_file(found or PROJECT / statement.filename, missing, opened)
     elif isinstance(statement, config_parser.BindingStatement):
         scope, selector, argument = statement.scope, statement.selector, statement.arg_name

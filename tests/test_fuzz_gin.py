@@ -114,6 +114,7 @@ def peak_memory() -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
+@pytest.mark.filterwarnings("ignore:invalid escape:DeprecationWarning")  # as generated
 @pytest.mark.parametrize("inputs", INPUTS)
 def test_fuzz(harmful: Path, tmp_path: Path, inputs: int) -> None:
     """Half of the texts as a file, half as bindings."""
@@ -174,6 +175,11 @@ def test_includes_that_circle_or_multiply_end(tmp_path: Path) -> None:
         (tmp_path / f"{level}.gin").write_text(2 * line if level < 29 else "")
     told = outcome([tmp_path / "0.gin"], [])
     assert told is not None and f"more than {MAX_FILES} files" in told
+
+
+def test_the_name_of_a_missing_include_stays_on_one_line() -> None:
+    told = outcome([], ["include 'no\\nwhere.gin'"])
+    assert told is not None and "nwhere.gin" in told
 
 
 def test_a_file_that_is_no_configuration(tmp_path: Path) -> None:
