@@ -172,13 +172,22 @@ def finish(
             result.liked
         )
     final = {"part": "final", "seconds": result.progress.seconds, "results": rows, "split_hash": split.hash}
+    if result.lists:
+        final["list_metrics"] = result.lists
     run.write_metrics(result.progress.step, final)
     plot_curves(result.progress.history, run.path / "curves.png")
     best = store.load_best()
     checkpoint = best.path if best is not None else next(iter(store.paths()[::-1]), None)
     print(
         report.final_report(
-            rows, dataset, split, settings.train.seen_filter, result.progress.best_epoch, run.path, checkpoint
+            rows,
+            dataset,
+            split,
+            settings.train.seen_filter,
+            result.progress.best_epoch,
+            run.path,
+            checkpoint,
+            result.lists,
         )
     )
 
@@ -199,14 +208,15 @@ def evaluate_worker(rank: int, world_size: int, options: Options) -> int:
     catalogue = Catalogue.of(dataset, split.train_stops, settings.train.category_feature)
     model = build_model(settings, catalogue).to(collectives.device)
     load_model(model, checkpoint)
-    test = ModelEvaluation(settings, dataset, split, collectives).test(model).metrics()
+    test = ModelEvaluation(settings, dataset, split, collectives).final(model)
     rows = {
         **report.baseline_metrics(dataset, split, settings.train, collectives),
-        settings.train.main_module: test,
+        settings.train.main_module: test.metrics(),
     }
     if collectives.is_main:
         print(f"{checkpoint.path}, test, full catalogue, seen filter {settings.train.seen_filter!r}")
-        print(f"{report.results_table(rows)}\n\n{report.data_summary(dataset, split)}")
+        lines = [report.results_table(rows), *report.list_metrics_lines(test.lists)]
+        print("\n".join([*lines, "", report.data_summary(dataset, split)]))
     return 0
 
 

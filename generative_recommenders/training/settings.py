@@ -92,6 +92,7 @@ class TrainSettings:
     tie_discriminator: bool = False
     discriminator_weight: float = 50.0
     rating_threshold: float = 4.0
+    list_metrics_k: int | None = None
     keep_checkpoints: int = 3
     early_stopping_patience: int | None = None
     deterministic: bool = False
@@ -107,6 +108,8 @@ class TrainSettings:
         check_positive(
             self, "negatives_block_size", "learning_rate", "keep_checkpoints", "l2_norm_eps", "num_ratings"
         )
+        if self.list_metrics_k is not None:
+            check_positive(self, "list_metrics_k")
         check_share(self, "dropout_rate", "label_smoothing", "mask_probability")
         check_choice(self, "protocol", PROTOCOLS)
         check_choice(self, "seen_filter", SEEN_FILTERS)

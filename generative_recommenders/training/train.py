@@ -55,12 +55,13 @@ class Progress:
 @dataclass(frozen=True)
 class TrainResult:
     """test: metrics of the best (in protocol "paper", the last) state; liked: over highly rated targets alone;
-    finished: False after a stop request, and then there are no metrics."""
+    finished: False after a stop request, and then there are no metrics; lists: of the top-k lists, where asked for."""
 
     test: dict[str, float]
     liked: dict[str, float]
     progress: Progress
     finished: bool
+    lists: dict[str, float] = field(default_factory=dict)
 
 
 class Trainer:
@@ -132,8 +133,8 @@ class Trainer:
                 break
         self._save(store)
         self._load_best(store)
-        result = self.evaluation.test(self.model)
-        return TrainResult(result.metrics(), result.liked_metrics(), self.progress, True)
+        result = self.evaluation.final(self.model)
+        return TrainResult(result.metrics(), result.liked_metrics(), self.progress, True, result.lists)
 
     def _steps(self, max_steps: int | None, stop: Callable[[], bool], on_step: Callable[[], None]) -> bool:
         """Steps to the epoch's end or to max_steps; False where a stop was asked for."""
