@@ -26,6 +26,14 @@ def training_events(offsets: np.ndarray, train_stops: np.ndarray) -> np.ndarray:
     return np.arange(offsets[-1]) < np.repeat(offsets[:-1] + train_stops, lengths)
 
 
+def training_counts(
+    items: np.ndarray, offsets: np.ndarray, train_stops: np.ndarray, num_items: int
+) -> torch.Tensor:
+    """``[V]`` int64 training events of item i + 1. items: int ``[E]``, ids 1..V; the rest as in `training_events`."""
+    counts = np.bincount(items[training_events(offsets, train_stops)], minlength=num_items + 1)[1:]
+    return torch.from_numpy(counts)
+
+
 class MostPopular:
     """Scores an item by its number of training events, the same for every user.
 
@@ -40,9 +48,8 @@ class MostPopular:
     def fit(
         cls, items: np.ndarray, offsets: np.ndarray, train_stops: np.ndarray, num_items: int
     ) -> MostPopular:
-        """items: int ``[E]``, ids 1..V; offsets and train_stops as in `training_events`; num_items: V."""
-        counts = np.bincount(items[training_events(offsets, train_stops)], minlength=num_items + 1)[1:]
-        return cls(torch.from_numpy(counts.astype(np.float32)))
+        """Arguments as in `training_counts`."""
+        return cls(training_counts(items, offsets, train_stops, num_items).float())
 
     def score(self, history_ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """``[n, V]`` float32, one row expanded; histories ``[n, N]`` and lengths ``[n]`` are not read."""
@@ -76,7 +83,7 @@ class MarkovSuccessor:
         cls, items: np.ndarray, offsets: np.ndarray, train_stops: np.ndarray, num_items: int
     ) -> MarkovSuccessor:
         """Arguments as in `MostPopular.fit`."""
-        counts = MostPopular.fit(items, offsets, train_stops, num_items).scores.numpy().astype(np.float64)
+        counts = training_counts(items, offsets, train_stops, num_items).numpy().astype(np.float64)
         popularity = counts / (counts.max(initial=0) + 1)
         items, successors, values = _ordered_pairs(items, offsets, train_stops, popularity)
         starts = np.searchsorted(items, np.arange(num_items + 2))

@@ -7,7 +7,7 @@ of processes gives the same numbers.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -15,6 +15,7 @@ from ..data.batching import EvaluationLoader
 from .collectives import Collectives
 from .metrics import RankHistogram
 from .ranks import exact_ranks
+from .top_lists import TopLists
 
 MAX_SCORES = 1 << 25
 """Scores held at a time (float32: 128 MiB): users are taken in chunks so that a chunk times V stays below it."""
@@ -25,9 +26,11 @@ Score = Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """histogram: ranks over all users of all processes; see `RankHistogram.compute`."""
+    """histogram: ranks over all users of all processes; see `RankHistogram.compute`. lists: metrics of the
+    top-k lists, see `TopLists.compute`; empty where none were asked for."""
 
     histogram: RankHistogram
+    lists: dict[str, float] = field(default_factory=dict)
 
     def metrics(self) -> dict[str, float]:
         return self.histogram.compute()
@@ -58,18 +61,22 @@ class Evaluator:
         self.seen_filter, self.collectives = seen_filter, collectives
         self.unseen_targets, self.rating_threshold = unseen_targets, rating_threshold
 
-    def __call__(self, score: Score) -> EvaluationResult:
-        """score: gives ``[n, V]``."""
+    def __call__(self, score: Score, lists: TopLists | None = None) -> EvaluationResult:
+        """score: gives ``[n, V]``. lists: an empty collector, filled from the same scores, for list metrics too."""
         histogram = RankHistogram(self.num_items)
         chunk = max(1, MAX_SCORES // max(self.num_items, 1))
         for batch in self.loader:
             seen = self._seen(batch)
             for start in range(0, len(batch["target_ids"]), chunk):
                 part = {name: values[start : start + chunk] for name, values in batch.items()}
-                ranks = self._ranks(score(part), part, None if seen is None else seen[start : start + chunk])
-                histogram.add(ranks, self._liked(part))
+                part_seen = None if seen is None else seen[start : start + chunk]
+                scores, missed = score(part), self._missed(part, part_seen)
+                ranks = _ranks(scores, part["target_ids"], part_seen)
+                histogram.add(ranks.masked_fill(missed, self.num_items + 1), self._liked(part))
+                if lists is not None:
+                    self._add_lists(lists, scores, part, part_seen, missed)
         histogram.counts = self.collectives.sum_(histogram.counts)
-        return EvaluationResult(histogram)
+        return EvaluationResult(histogram, {} if lists is None else lists.compute(self.collectives))
 
     def _seen(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
         if self.seen_filter == "none":
@@ -78,19 +85,37 @@ class Evaluator:
             return batch["item_ids"]
         return self.loader.seen_items(batch["user_ids"].numpy() - 1)
 
-    def _ranks(
-        self, scores: torch.Tensor, batch: Mapping[str, torch.Tensor], seen: torch.Tensor | None
-    ) -> torch.Tensor:
-        targets = batch["target_ids"].to(scores.device)
-        ranks = exact_ranks(scores, targets, None if seen is None else seen.to(scores.device)).cpu()
-        miss = torch.zeros_like(ranks, dtype=torch.bool)
+    def _missed(self, batch: Mapping[str, torch.Tensor], seen: torch.Tensor | None) -> torch.Tensor:
+        """``[n]`` bool: targets that count as a miss whatever their score."""
+        missed = torch.zeros(len(batch["target_ids"]), dtype=torch.bool)
         if seen is not None and self.seen_filter == "window":
-            miss |= (seen == batch["target_ids"][:, None]).any(1)
+            missed |= (seen == batch["target_ids"][:, None]).any(1)
         if self.unseen_targets is not None:
-            miss |= self.unseen_targets[batch["user_ids"] - 1]
-        return ranks.masked_fill(miss, self.num_items + 1)
+            missed |= self.unseen_targets[batch["user_ids"] - 1]
+        return missed
+
+    def _add_lists(
+        self,
+        lists: TopLists,
+        scores: torch.Tensor,
+        batch: Mapping[str, torch.Tensor],
+        seen: torch.Tensor | None,
+        missed: torch.Tensor,
+    ) -> None:
+        """As in the ranks, a target stays a candidate unless it is a miss: recall@k of the lists is HR@k."""
+        targets = batch["target_ids"].masked_fill(missed, 0)
+        removed = None if seen is None else seen.masked_fill(seen == targets[:, None], 0)
+        history = seen
+        if history is None or self.seen_filter != "history":
+            history = self.loader.seen_items(batch["user_ids"].numpy() - 1)
+        lists.add(scores, batch["user_ids"], targets, removed, history)
 
     def _liked(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
         if "target_ratings" not in batch:
             return None
         return batch["target_ratings"] >= self.rating_threshold
+
+
+def _ranks(scores: torch.Tensor, target_ids: torch.Tensor, seen: torch.Tensor | None) -> torch.Tensor:
+    seen = None if seen is None else seen.to(scores.device)
+    return exact_ranks(scores, target_ids.to(scores.device), seen).cpu()

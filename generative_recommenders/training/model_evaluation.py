@@ -8,8 +8,10 @@ import torch
 from ..data.batching import EvaluationLoader
 from ..data.sequence_dataset import SequenceDataset
 from ..data.splits import Split
+from ..evaluation.baselines import training_counts
 from ..evaluation.collectives import Collectives
 from ..evaluation.evaluator import EvaluationResult, Evaluator
+from ..evaluation.top_lists import TopLists
 from ..modeling.recommender import SequenceRecommender
 from .assembly import build_inference
 from .scoring_catalogue import CatalogueScores
@@ -43,8 +45,21 @@ class ModelEvaluation:
     def test(self, model: SequenceRecommender, max_batches: int | None = None) -> EvaluationResult:
         return self._ranks(model, self.split.test_targets, self.split.unseen_test_targets, max_batches)
 
+    def final(self, model: SequenceRecommender) -> EvaluationResult:
+        """`test` over everyone, with the metrics of top-k lists where ``train_fn.list_metrics_k`` asks for them."""
+        k, lists = self.settings.train.list_metrics_k, None
+        if k is not None:
+            columns = (self.dataset.items, self.dataset.offsets, self.split.train_stops)
+            lists = TopLists(k, self.dataset.num_items, training_counts(*columns, self.dataset.num_items))
+        return self._ranks(model, self.split.test_targets, self.split.unseen_test_targets, None, lists)
+
     def _ranks(
-        self, model: SequenceRecommender, targets: np.ndarray, unseen: np.ndarray, max_batches: int | None
+        self,
+        model: SequenceRecommender,
+        targets: np.ndarray,
+        unseen: np.ndarray,
+        max_batches: int | None,
+        lists: TopLists | None = None,
     ) -> EvaluationResult:
         t, world = self.settings.train, self.collectives
         training = model.training
@@ -59,6 +74,6 @@ class ModelEvaluation:
         evaluator = Evaluator(
             loader, self.dataset.num_items, t.seen_filter, world, torch.from_numpy(unseen), t.rating_threshold
         )
-        result = evaluator(score)
+        result = evaluator(score, lists)
         model.train(training)
         return result

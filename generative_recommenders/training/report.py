@@ -52,6 +52,13 @@ def results_table(rows: Mapping[str, Mapping[str, float]]) -> str:
     return "\n".join(lines)
 
 
+def list_metrics_lines(lists: Mapping[str, float]) -> list[str]:
+    """Metrics of the model's top-k lists, two lines; none where there are none."""
+    if not lists:
+        return []
+    return ["", "  ".join(lists), "  ".join(f"{value:>{len(name)}.4f}" for name, value in lists.items())]
+
+
 def data_summary(dataset: SequenceDataset, split: Split) -> str:
     counts = "  ".join(f"{name} {value:,}" for name, value in split.counts.items())
     return (
@@ -68,6 +75,7 @@ def final_report(
     best_epoch: int | None,
     folder: Path,
     checkpoint: Path | None,
+    lists: Mapping[str, float],
 ) -> str:
     """The text that ends a run."""
     chosen = "the last epoch" if best_epoch is None else f"epoch {best_epoch + 1}, the best on validation"
@@ -85,6 +93,7 @@ def final_report(
         "",
         f"test, full catalogue, seen filter {seen_filter!r}; model: {chosen}",
         results_table(rows),
+        *list_metrics_lines(lists),
         "",
         data_summary(dataset, split),
         *(f"{name}: {place}" for name, place in places.items()),

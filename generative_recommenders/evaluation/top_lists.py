@@ -1,0 +1,66 @@
+"""The top-k lists behind an exact evaluation, and the list metrics over all of them."""
+
+from __future__ import annotations
+
+import torch
+
+from ..indexing.top_k import fill, largest
+from .collectives import Collectives
+from .list_metrics import ListMetrics, diversity
+
+MAX_DIVERSITY_LISTS = 2**14
+"""Lists whose pairs diversity compares: more users are represented by this many, evenly spaced by user id."""
+
+
+class TopLists:
+    """Collects the k best items of each user of this process; `compute` joins those of all processes.
+
+    k: length of a list, which may exceed the catalogue. num_items: V. item_counts: ``[V]`` training events, for
+    the popularity bias, or None.
+    """
+
+    def __init__(self, k: int, num_items: int, item_counts: torch.Tensor | None = None) -> None:
+        self.k = k
+        self.metrics = ListMetrics([k], num_items, item_counts)
+        self.parts = [torch.zeros(0, k + 1, dtype=torch.int64)]
+
+    def add(
+        self,
+        scores: torch.Tensor,
+        user_ids: torch.Tensor,
+        target_ids: torch.Tensor,
+        removed_ids: torch.Tensor | None,
+        history_ids: torch.Tensor,
+    ) -> None:
+        """Users with their scores ``[n, V]``, each once over all calls and processes.
+
+        user_ids: ``[n]``. target_ids: ``[n]`` the relevant item, 0 for none. removed_ids: ``[n, S]`` items that
+        are no candidates, padded with 0. history_ids: ``[n, G]`` items that are not new to the user, padded
+        with 0. A score of -inf or NaN is no candidate either.
+        """
+        if removed_ids is not None:
+            removed = torch.zeros(len(scores), scores.shape[1] + 1, dtype=torch.bool, device=scores.device)
+            removed.scatter_(1, removed_ids.to(scores.device), True)
+            scores = scores.masked_fill(removed[:, 1:], -torch.inf)
+        values, columns = largest(scores, self.k)
+        ids = fill(values, columns + 1, self.k)[1].cpu()
+        self.metrics.add(ids, target_ids[:, None], history_ids)
+        self.parts.append(torch.cat([user_ids[:, None], ids], dim=1))
+
+    def compute(self, collectives: Collectives) -> dict[str, float]:
+        """``name@k`` as of `ListMetrics.compute`, and ``diversity@k``; equal for any number of processes.
+
+        Call it once: it adds the processes' sums up in place.
+        """
+        for total in (self.metrics.sums, self.metrics.users, self.metrics.recommended):
+            collectives.sum_(total)
+        lists = collectives.gather_variable(torch.cat(self.parts))
+        lists = lists[lists[:, 0].argsort(), 1:]
+        return {**self.metrics.compute(), f"diversity@{self.k}": diversity(evenly_spaced(lists))}
+
+
+def evenly_spaced(lists: torch.Tensor, most: int = MAX_DIVERSITY_LISTS) -> torch.Tensor:
+    """At most ``most`` rows of ``lists [n, k]``, in order; all of them where n allows."""
+    if len(lists) <= most:
+        return lists
+    return lists[torch.arange(most, device=lists.device) * len(lists) // most]

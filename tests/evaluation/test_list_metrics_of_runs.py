@@ -1,0 +1,68 @@
+"""``train_fn.list_metrics_k`` through the program: printed, recorded, equal however many processes score."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_data import ragged_sequences, tiny_dataset
+
+from generative_recommenders.features import UserError
+from generative_recommenders.training.report import list_metrics_lines
+from generative_recommenders.training.settings import TrainSettings
+
+ROOT = Path(__file__).resolve().parents[2]
+NAMES = (
+    "recall", "precision", "ndcg", "map", "mrr", "hr", "novelty", "coverage", "popularity_bias", "diversity",
+)  # fmt: skip
+BINDINGS = {
+    "dataset_name": "'tiny'",
+    "max_sequence_length": 20,
+    "item_embedding_dim": 8,
+    "num_epochs": 1,
+    "eval_batch_size": 8,
+    "num_negatives": 4,
+}
+
+
+def main(data_root: Path, run: Path, *arguments: str, **bindings: object) -> str:
+    """Runs main.py and gives what it prints."""
+    given = [f"--gin_bindings=train_fn.{name} = {value}" for name, value in bindings.items()]
+    command = [sys.executable, "main.py", f"--data_root={data_root}", f"--run_dir={run}", *arguments, *given]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, check=False, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def printed(text: str) -> dict[str, float]:
+    lines = text.splitlines()
+    at = next(number for number, line in enumerate(lines) if line.startswith("recall@10"))
+    return dict(zip(lines[at].split(), map(float, lines[at + 1].split())))
+
+
+def test_printed_and_recorded(tmp_path: Path) -> None:
+    (tmp_path / "prepared").mkdir()
+    tiny_dataset(tmp_path / "prepared", ragged_sequences(57, 30, seed=5))
+    run = tmp_path / "run"
+    trained = main(tmp_path, run, "--num_processes=2", **BINDINGS, list_metrics_k=10)
+    final = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    recorded = final["list_metrics"]
+    assert list(recorded) == [f"{name}@10" for name in NAMES]
+    assert recorded["recall@10"] == pytest.approx(final["results"]["SASRec"]["hr@10"])
+    assert 0 < recorded["diversity@10"] < 1
+    assert printed(trained) == pytest.approx(recorded, abs=1e-4)
+    assert printed(main(tmp_path, run, "--mode=evaluate")) == pytest.approx(recorded, abs=1e-4)
+
+
+def test_a_length_below_one_is_refused() -> None:
+    with pytest.raises(UserError, match="list_metrics_k"):
+        TrainSettings(list_metrics_k=0)
+    assert TrainSettings().list_metrics_k is None
+    assert list_metrics_lines({}) == []

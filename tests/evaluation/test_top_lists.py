@@ -1,0 +1,143 @@
+"""List metrics of the evaluator: from the same scores as its ranks, against plain sets, by any number of processes."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from generative_recommenders.data.batching import EvaluationLoader
+from generative_recommenders.data.sequence_dataset import SequenceDataset
+from generative_recommenders.data.splits import make_split
+from generative_recommenders.evaluation.baselines import training_counts
+from generative_recommenders.evaluation.collectives import Collectives
+from generative_recommenders.evaluation.evaluator import EvaluationResult, Evaluator
+from generative_recommenders.evaluation.list_metrics import diversity
+from generative_recommenders.evaluation.top_lists import TopLists, evenly_spaced
+
+ITEMS, WINDOW = 30, 6
+FILTERS = ["history", "window", "none"]
+
+
+def score(batch) -> torch.Tensor:
+    return ((batch["user_ids"][:, None] * 31 + torch.arange(1, ITEMS + 1) * 17) % 13).float()
+
+
+def evaluate(dataset: SequenceDataset, seen_filter: str, k: int, batch_size: int = 16) -> EvaluationResult:
+    split = make_split(dataset)
+    loader = EvaluationLoader(dataset, split.test_targets, WINDOW, batch_size)
+    unseen = torch.from_numpy(split.unseen_test_targets)
+    counts = training_counts(dataset.items, dataset.offsets, split.train_stops, ITEMS)
+    return Evaluator(loader, ITEMS, seen_filter, Collectives(), unseen)(score, TopLists(k, ITEMS, counts))
+
+
+def plain_lists(dataset: SequenceDataset, seen_filter: str, k: int) -> list[tuple[list[int], int, set[int]]]:
+    """Each test user's list, target (0 for a miss by rule) and history, by sorting."""
+    split, users = make_split(dataset), []
+    for user in np.flatnonzero(split.test_targets >= 0).tolist():
+        events = dataset.items[dataset.offsets[user] :].tolist()
+        history, target = events[: split.test_targets[user]], events[split.test_targets[user]]
+        seen = {"history": set(history), "window": set(history[-WINDOW:]), "none": set()}[seen_filter]
+        if split.unseen_test_targets[user] or (seen_filter == "window" and target in seen):
+            target = 0
+        scores = score({"user_ids": torch.tensor([user + 1])})[0].tolist()
+        candidates = [item for item in range(1, ITEMS + 1) if item == target or item not in seen]
+        best = sorted(candidates, key=lambda item: (-scores[item - 1], item))[:k]
+        users.append((best, target, set(history)))
+    return users
+
+
+@pytest.mark.parametrize("seen_filter", FILTERS)
+@pytest.mark.parametrize("k", [1, 10, 40])
+def test_equals_plain_sets(ragged_dataset: SequenceDataset, seen_filter: str, k: int) -> None:
+    users, actual = (
+        plain_lists(ragged_dataset, seen_filter, k),
+        evaluate(ragged_dataset, seen_filter, k).lists,
+    )
+    split = make_split(ragged_dataset)
+    train = [ragged_dataset.items[a : a + stop] for a, stop in zip(ragged_dataset.offsets, split.train_stops)]
+    counts = np.bincount(np.concatenate(train), minlength=ITEMS + 1)[1:]
+    listed = [item for best, _, _ in users for item in best]
+    pairs = [(set(a), set(b)) for (a, _, _), (b, _, _) in itertools.combinations(users, 2)]
+    expected = {
+        f"recall@{k}": np.mean([target in best for best, target, _ in users]),
+        f"precision@{k}": np.mean([(target in best) / k for best, target, _ in users]),
+        f"map@{k}": np.mean([1 / (best.index(t) + 1) if t in best else 0 for best, t, _ in users]),
+        f"novelty@{k}": np.mean([len(set(best) - history) / k for best, _, history in users]),
+        f"coverage@{k}": len(set(listed)) / ITEMS,
+        f"popularity_bias@{k}": np.mean(counts[np.array(listed) - 1]) / counts.mean(),
+        f"diversity@{k}": np.mean([1 - len(a & b) / len(a | b) for a, b in pairs if a | b]),
+    }
+    assert {name: actual[name] for name in expected} == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("seen_filter", FILTERS)
+def test_agrees_with_the_exact_ranks(ragged_dataset: SequenceDataset, seen_filter: str) -> None:
+    result = evaluate(ragged_dataset, seen_filter, 10)
+    ranks = result.metrics()
+    assert 0 < ranks["hr@10"] < 1
+    assert (result.lists["recall@10"], result.lists["hr@10"]) == pytest.approx((ranks["hr@10"],) * 2)
+    assert result.lists["ndcg@10"] == pytest.approx(ranks["ndcg@10"])
+
+
+def test_batches_change_no_digit_and_ranks_stay(ragged_dataset: SequenceDataset) -> None:
+    one, other = (evaluate(ragged_dataset, "history", 5, size) for size in (3, 1000))
+    assert one.lists == other.lists
+    loader = EvaluationLoader(ragged_dataset, make_split(ragged_dataset).test_targets, WINDOW, 16)
+    alone = Evaluator(loader, ITEMS, "history", Collectives())(score)
+    assert alone.lists == {}
+    assert torch.equal(alone.histogram.counts, one.histogram.counts)
+
+
+class Recorded(Collectives):
+    """A second process, whose users were collected before, answers every call."""
+
+    def __init__(self, other: TopLists) -> None:
+        super().__init__()
+        metrics = other.metrics
+        self.sums = iter([metrics.sums.clone(), metrics.users.clone(), metrics.recommended.clone()])
+        self.lists = torch.cat(other.parts)
+
+    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.add_(next(self.sums))
+
+    def gather_variable(self, tensor: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.lists, tensor])
+
+
+def test_two_processes_equal_one() -> None:
+    generator = torch.Generator().manual_seed(2)
+    scores, users = torch.rand(9, ITEMS, generator=generator), torch.arange(1, 10)
+    targets = torch.randint(1, ITEMS + 1, (9,), generator=generator)
+    whole, mine, other = (TopLists(4, ITEMS, torch.arange(ITEMS)) for _ in range(3))
+    for lists, rows in ((whole, slice(None)), (mine, slice(0, 9, 2)), (other, slice(1, 9, 2))):
+        lists.add(scores[rows], users[rows], targets[rows], None, targets[rows, None])
+    assert mine.compute(Recorded(other)) == whole.compute(Collectives())
+
+
+def test_a_process_without_users() -> None:
+    empty, other = TopLists(3, ITEMS), TopLists(3, ITEMS)
+    other.add(
+        torch.rand(2, ITEMS), torch.tensor([1, 2]), torch.tensor([4, 5]), None, torch.zeros(2, 0).long()
+    )
+    assert empty.compute(Recorded(other))["coverage@3"] > 0
+    assert TopLists(3, ITEMS).compute(Collectives())["recall@3"] == 0
+
+
+def test_scores_that_are_no_number_are_no_candidates() -> None:
+    scores = torch.tensor([[torch.nan, 1.0, -torch.inf, 2.0]])
+    lists = TopLists(3, 4)
+    lists.add(scores, torch.tensor([7]), torch.tensor([1]), torch.tensor([[4, 0]]), torch.tensor([[4]]))
+    assert lists.parts[-1].tolist() == [[7, 2, 0, 0]]
+
+
+def test_many_users_are_represented_evenly() -> None:
+    lists = torch.arange(1, 1001)[:, None]
+    some = evenly_spaced(lists, 10)
+    assert some[:, 0].tolist() == list(range(1, 1001, 100))
+    assert evenly_spaced(lists, 1000) is lists
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(1, 40, (2000, 5), generator=generator)
+    assert diversity(evenly_spaced(drawn, 500)) == pytest.approx(diversity(drawn), abs=0.01)
