@@ -148,6 +148,8 @@ def resume(trainer: Trainer, store: CheckpointStore) -> None:
     checkpoint = store.load_newest()
     if checkpoint is None:
         logging.warning("there is no whole checkpoint in %s: the run starts from its beginning", store.folder)
+        if trainer.run_folder is not None:
+            trainer.run_folder.truncate_after(0)
         return
     saved = RunSettings.from_json(checkpoint.settings())
     for name, before, now in gin_registry.differences(saved, trainer.settings):
@@ -171,7 +173,14 @@ def finish(
         rows[f"{settings.train.main_module}, targets rated {settings.train.rating_threshold:g}+"] = (
             result.liked
         )
-    final = {"part": "final", "seconds": result.progress.seconds, "results": rows, "split_hash": split.hash}
+    final = {
+        "part": "final",
+        "seconds": result.progress.seconds,
+        "model": settings.train.main_module,
+        "results": rows,
+        "split_hash": split.hash,
+        **report.peak_memory(),
+    }
     if result.lists:
         final["list_metrics"] = result.lists
     run.write_metrics(result.progress.step, final)
