@@ -18,6 +18,7 @@ from absl import logging
 from ..features import UserError
 from .distributed import join_group, process_collectives, process_device
 from .failure_watch import FailureWatch
+from .memory_faults import out_of_memory
 from .spawned import run_spawned
 
 TIMEOUT = timedelta(minutes=10)
@@ -54,8 +55,9 @@ def launch(
     one, where None. One process runs right here; more are spawned, so worker and args must be picklable.
 
     device_type: "cpu" or "cuda", None for a GPU where there is one. master_port: 0 for any; one that is in
-    use is replaced. A worker's UserError is printed as its one line and gives the exit code. Any other failure of a
-    spawned worker ends all of them, with its traceback, exit code 1; of this process it is raised.
+    use is replaced. A worker's UserError is printed as its one line and gives the exit code; a failed allocation is
+    one line too, exit code 1. Any other failure of a spawned worker ends all of them, with its traceback, exit code
+    1; of this process it is raised.
     """
     given = given_rendezvous(os.environ, master_port)
     if given is not None:
@@ -143,9 +145,15 @@ def _reported(run: Callable[[], int], prefix: str = "") -> int:
     try:
         return run()
     except UserError as error:
-        logging.flush()
-        print(f"error: {prefix}{error}", file=sys.stderr, flush=True)
-        return error.exit_code
+        line, code = str(error), error.exit_code
+    except (MemoryError, RuntimeError) as error:
+        found = out_of_memory(error)
+        if found is None:
+            raise
+        line, code = found, 1
+    logging.flush()
+    print(f"error: {prefix}{line}", file=sys.stderr, flush=True)
+    return code
 
 
 def _integer(environment: Mapping[str, str], name: str) -> int:

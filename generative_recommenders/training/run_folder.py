@@ -101,13 +101,13 @@ class RunFolder:
 
     def truncate_after(self, step: int) -> None:
         """Forgets what was recorded behind ``step``: lines of metrics.jsonl, and TensorBoard events by its
-        purge step.
+        purge step. Final results are forgotten too: a run that goes on writes them anew.
 
         Call it before anything is written.
         """
         self._metrics.close()
         lines = self.metrics_path.read_text(encoding="utf-8").splitlines(keepends=True)
-        self._write(self.metrics_path.name, "".join(line for line in lines if _step(line) <= step))
+        self._write(self.metrics_path.name, "".join(line for line in lines if _stays(line, step)))
         self._metrics = _open_lines(self.metrics_path)
         self._purge_step = step + 1
 
@@ -229,11 +229,13 @@ def _open_lines(path: Path) -> io.FileIO:
     return open(path, "ab", buffering=0)
 
 
-def _step(line: str) -> float:
+def _stays(line: str, step: int) -> bool:
+    """Whether a line of metrics.jsonl is of a step up to this one, and not the final results."""
     try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+        record = json.loads(line)
+        return int(record["step"]) <= step and record.get("part") != "final"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return False
 
 
 def _finite(value: Any) -> Any:

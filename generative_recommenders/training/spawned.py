@@ -29,6 +29,7 @@ from absl import logging
 
 from ..features import UserError
 from .distributed import join_group
+from .memory_faults import out_of_memory
 from .signals import handled_signals
 
 START_METHOD = "spawn"
@@ -64,7 +65,8 @@ class Member:
 
 @dataclass(frozen=True)
 class Failure:
-    """kind: "user" (a UserError), "error" (text is a traceback), "interrupted", "killed" or "exit"."""
+    """kind: "user" (a UserError), "error" (text: a traceback, or one line for a failed
+    allocation), "interrupted", "killed" or "exit"."""
 
     rank: int
     kind: str
@@ -204,8 +206,8 @@ def _member(plan: Plan, rank: int, reports: Connection) -> None:
         _send_report(reports, "user", str(error))
     except KeyboardInterrupt:
         _send_report(reports, "interrupted", "")
-    except Exception:  # whatever it is, it is reported and ends the run
-        _send_report(reports, "error", traceback.format_exc()[-REPORT_LIMIT:])
+    except Exception as error:  # whatever it is, it is reported and ends the run
+        _send_report(reports, "error", out_of_memory(error) or traceback.format_exc()[-REPORT_LIMIT:])
     finally:
         logging.flush()
         sys.stdout.flush()
