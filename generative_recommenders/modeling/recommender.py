@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
 
-from ..features import SequentialFeatures
+from ..features import SequentialFeatures, UserError
 from .embeddings import ItemEmbedding, ItemRows
-from .input_preprocessors import EncoderInput
+from .incremental import HistoryCache, IncrementalEncoder, append_tokens, check_append, new_layout
+from .input_preprocessors import EncoderInput, InputPreprocessor
 from .layout import Layout, Visibility, jagged_layout, padded_layout
 
 
@@ -21,7 +23,7 @@ class SequenceEncoder(torch.nn.Module):
 
     def __init__(
         self,
-        preprocessor: torch.nn.Module,
+        preprocessor: InputPreprocessor,
         encoder: torch.nn.Module,
         postprocessor: torch.nn.Module,
         context_merger: torch.nn.Module | None = None,
@@ -43,6 +45,31 @@ class SequenceEncoder(torch.nn.Module):
         if self.context_merger is not None:
             states = self.context_merger(states, payloads)
         return layout.mask(self.postprocessor(states))
+
+    def append(
+        self,
+        cache: HistoryCache | None,
+        items: torch.Tensor,
+        layout: Layout,
+        payloads: Mapping[str, torch.Tensor],
+    ) -> tuple[torch.Tensor, HistoryCache]:
+        """The states ``[B, D']`` after `forward` of histories that go on with ``items [T, D]``, and their cache.
+
+        layout: jagged, of the new items alone (see `incremental.new_layout`).
+        """
+        encoder = appendable_encoder(self, layout)
+        inputs: EncoderInput = self.preprocessor(items, layout, payloads)
+        if inputs.layout is not layout:
+            name = type(self.preprocessor).__name__
+            raise UserError(
+                f"encode_incremental: {name} makes other tokens of items, which cannot be appended"
+            )
+        cache = append_tokens(encoder, cache, inputs.x, layout, inputs.payloads)
+        states = cache.last_output
+        if self.context_merger is not None:
+            states = self.context_merger(states, cache.last_payloads)
+        filled = (cache.lengths > 0).to(states.device)
+        return self.postprocessor(states) * filled[:, None], cache
 
 
 class SequenceRecommender(torch.nn.Module):
@@ -103,6 +130,42 @@ class SequenceRecommender(torch.nn.Module):
         items = None if past_embeddings is None else layout.flatten(past_embeddings)
         return layout.at_end(self.encode_tokens(features, layout, rows, items))
 
+    @torch.no_grad()
+    def encode_incremental(
+        self,
+        cache: HistoryCache | None,
+        new_lengths: torch.Tensor,
+        new_ids: torch.Tensor,
+        new_payloads: Mapping[str, torch.Tensor] | None = None,
+    ) -> tuple[torch.Tensor, HistoryCache]:
+        """`encode` of the cached histories with further items behind them, computed on the new items alone.
+
+        cache: what the last call gave, None to begin. new_lengths ``[B]`` (0: none in this row), new_ids ``[B, M]``;
+        new_payloads: `features.SequentialFeatures`'s of the new items, the same names in every call;
+        ``next_timestamps [B]`` where the time of the event to predict is known, 0 otherwise.
+        Returns the states ``[B, D]`` and the cache that a later call goes on from. No gradients.
+
+        HSTU with ``next_time = "given"`` encodes each row's last old item again, as the time of the event after it is
+        known now. UserError: histories that outgrow the window, encoders, preprocessors and objectives that cannot append.
+        """
+        if self.mask_embedding is not None:
+            raise UserError(
+                "encode_incremental: the model was built for a masked objective, whose items see later ones; only causal "
+                "histories can be appended to"
+            )
+        check_append(cache, new_lengths, window=len(self.sequence.preprocessor.position))
+        layout = new_layout(cache, new_lengths, new_ids.device)
+        payloads = dict(new_payloads or {})
+        if "timestamps" in payloads:
+            payloads["timestamps"] = F.pad(payloads["timestamps"], (0, 1))  # a slot behind every row: unknown
+        if cache is not None and "timestamps" in payloads:
+            first, following = payloads["timestamps"][:, 0], payloads.get("next_timestamps")
+            cache = cache.with_next_times(
+                first if following is None else first.where(layout.lengths > 0, following)
+            )
+        items = self.embed_history(layout.flatten(new_ids))
+        return self.sequence.append(cache, items, layout, token_payloads(payloads, new_lengths, layout))
+
     def encode_tokens(
         self,
         features: SequentialFeatures,
@@ -116,6 +179,23 @@ class SequenceRecommender(torch.nn.Module):
             items = rows.lookup(layout.flatten(features.past_ids))
         payloads = token_payloads(features.past_payloads, features.past_lengths, layout)
         return self.sequence(items, layout, payloads)
+
+
+def appendable_encoder(sequence: SequenceEncoder, layout: Layout) -> IncrementalEncoder:
+    """The sequence's encoder; UserError where histories cannot be encoded piece by piece."""
+    encoder: object = sequence.encoder
+    if not isinstance(encoder, IncrementalEncoder):
+        name = type(encoder).__name__
+        raise UserError(f"encode_incremental: {name} keeps nothing of a history; SASRec and HSTU do")
+    if layout.visibility is not None:
+        raise UserError(
+            "encode_incremental: the layout says who sees whom, and only causal histories can be appended to"
+        )
+    if sequence.training:
+        raise UserError(
+            "encode_incremental: the model is in training mode, where dropout acts; call eval() first"
+        )
+    return encoder
 
 
 def token_payloads(

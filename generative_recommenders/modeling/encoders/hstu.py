@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 
+from ...features import UserError
 from ..attention import pointwise_attention
 from ..dropout import Dropout
+from ..incremental import Appended, KeysValues, pointwise_over_cache
 from ..layout import Layout
 from .sasrec import run_block
 
@@ -20,14 +24,20 @@ BUCKET_WIDTH = 0.301
 
 
 def time_buckets(query_times: torch.Tensor, key_times: torch.Tensor) -> torch.Tensor:
-    """``[g, n, n]`` int64: trunc(ln(max(|t_query - t_key|, 1)) / 0.301), limited to 0..128; times ``[g, n]`` int64 seconds."""
+    """``[g, n, c]`` int64: trunc(ln(max(|t_query - t_key|, 1)) / 0.301), limited to 0..128.
+
+    query_times ``[g, n]``, key_times ``[g, c]``: int64 seconds.
+    """
     difference = (query_times[:, :, None] - key_times[:, None, :]).abs_().clamp_(min=1)
     return difference.float().log_().div_(BUCKET_WIDTH).to(torch.int64).clamp_(0, NUM_TIME_BUCKETS)
 
 
 @dataclass(frozen=True)
 class BiasInputs:
-    """What a batch's relative bias is looked up by, for one group: ``distance [n, n]`` and ``buckets [g, n, n]`` or None."""
+    """What a batch's relative bias is looked up by, for one group: ``distance [n, n]`` and ``buckets [g, n, n]`` or None.
+
+    For tokens behind cached ones, both are ``[B, M, C]``.
+    """
 
     distance: torch.Tensor
     buckets: torch.Tensor | None
@@ -48,10 +58,10 @@ class RelativeBias(torch.nn.Module):
 
     def forward(self, inputs: BiasInputs) -> torch.Tensor:
         """``[1, 1, n, n]`` or ``[g, 1, n, n]``."""
-        position = _TableLookup.apply(self.position, inputs.distance)
-        if inputs.buckets is None:
-            return position[None, None]
-        return (_TableLookup.apply(self.time, inputs.buckets) + position)[:, None]
+        bias = _TableLookup.apply(self.position, inputs.distance)
+        if inputs.buckets is not None:
+            bias = _TableLookup.apply(self.time, inputs.buckets) + bias
+        return bias.unsqueeze(-3) if bias.dim() == 3 else bias[None, None]
 
 
 def bias_inputs(
@@ -69,6 +79,17 @@ def bias_inputs(
             buckets = time_buckets(group.gather(queries), group.gather(keys))
         inputs.append(BiasInputs(distance, buckets))
     return inputs
+
+
+def appended_bias_inputs(
+    appended: Appended, max_length: int, payloads: Mapping[str, torch.Tensor], next_time: str
+) -> BiasInputs:
+    """`bias_inputs` of tokens behind cached ones: as many queries as are computed, all tokens as keys."""
+    buckets = None
+    if appended.times is not None:
+        queries = payloads["next_timestamps" if next_time == "given" else "timestamps"]
+        buckets = time_buckets(appended.layout.to_rectangle(queries), appended.times)
+    return BiasInputs(max_length - 1 + appended.distances(), buckets)
 
 
 class HstuBlock(torch.nn.Module):
@@ -109,15 +130,33 @@ class HstuBlock(torch.nn.Module):
 
     def forward(self, x: torch.Tensor, layout: Layout, inputs: list[BiasInputs]) -> torch.Tensor:
         """x: ``[T, D]``; inputs: see `bias_inputs`."""
+        u, q, k, v = self.project(x)
+        biases = None if self.bias is None else [self.bias(each) for each in inputs]
+        return layout.mask(self.combine(x, u, self.attention(q, k, v, layout, biases)))
+
+    def append(
+        self, x: torch.Tensor, appended: Appended, inputs: BiasInputs | None, cached: KeysValues | None
+    ) -> tuple[torch.Tensor, KeysValues]:
+        """`forward` of the tokens ``x [T, D]`` alone, behind the cached ones; "rel_bias" only."""
+        u, q, k, v = self.project(x)
+        block = appended.extend_block(cached, k, v)
+        bias = None if self.bias is None else self.bias(inputs)
+        attended = pointwise_over_cache(q, block, appended, bias, float(self.max_length))
+        return self.combine(x, u, attended), block
+
+    def project(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """u ``[T, H dv]``; q, k ``[T, H, dqk]``; v ``[T, H, dv]``."""
         width, heads = self.num_heads * self.dv, self.num_heads
         projected = self.activation(F.layer_norm(x, x.shape[-1:], eps=1e-6) @ self.uvqk)
         u, v, q, k = projected.split([width, width, heads * self.dqk, heads * self.dqk], dim=-1)
-        q, k, v = (t.unflatten(-1, (heads, -1)) for t in (q, k, v))
-        biases = None if self.bias is None else [self.bias(each) for each in inputs]
-        attended = self.attention(q, k, v, layout, biases).flatten(1)
+        return u, *(t.unflatten(-1, (heads, -1)) for t in (q, k, v))
+
+    def combine(self, x: torch.Tensor, u: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        """x: ``[T, D]``; u: ``[T, H dv]``; attended: ``[T, H, dv]``."""
+        attended = attended.flatten(1)
         a = F.layer_norm(attended, attended.shape[-1:], eps=1e-6)
         gated = torch.cat([u, a, u * a], dim=-1) if self.concat_ua else u * a
-        return layout.mask(self.output(self.dropout(gated)) + x)
+        return self.output(self.dropout(gated)) + x
 
     def attention(self, q, k, v, layout, biases):
         rate = self.attn_dropout_rate if self.training else 0.0
@@ -181,6 +220,36 @@ class HSTU(torch.nn.Module):
         for block in self.blocks:
             x = run_block(block, self.activation_checkpoint and self.training, x, layout, inputs)
         return x
+
+    def revises_last(self, payloads: Mapping[str, torch.Tensor]) -> bool:
+        """The time bias of a token may know the time of the event after it."""
+        return self.next_time == "given" and self.blocks[0].bias is not None and "timestamps" in payloads
+
+    def encode_appended(
+        self,
+        x: torch.Tensor,
+        payloads: Mapping[str, torch.Tensor],
+        appended: Appended,
+        cached: Sequence[KeysValues],
+    ) -> tuple[torch.Tensor, tuple[KeysValues, ...]]:
+        """See `incremental.IncrementalEncoder`; UserError for "softmax_rel_bias", and beyond max_length."""
+        if not self.causal:
+            raise UserError(
+                'encode_incremental: the normaliser of "softmax_rel_bias" runs over later items too, so nothing can be '
+                'kept; choose hstu_encoder.normalization "rel_bias"'
+            )
+        if appended.capacity > self.max_length:
+            raise UserError(
+                f"encode_incremental: {appended.capacity} tokens, and HSTU's max_length is {self.max_length}"
+            )
+        inputs = None
+        if self.blocks[0].bias is not None:
+            inputs = appended_bias_inputs(appended, self.max_length, payloads, self.next_time)
+        blocks = []
+        for block, before in zip(cast(Iterable[HstuBlock], self.blocks), cached or repeat(None)):
+            x, after = block.append(x, appended, inputs, before)
+            blocks.append(after)
+        return x, tuple(blocks)
 
 
 def softmax_over_all_columns(

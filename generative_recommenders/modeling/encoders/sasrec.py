@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import repeat
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ import torch.utils.checkpoint
 
 from ..attention import softmax_attention
 from ..dropout import Dropout
+from ..incremental import Appended, KeysValues, softmax_over_cache
 from ..layout import Layout
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -66,19 +69,31 @@ class SasrecBlock(torch.nn.Module):
 
     def forward(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
         """x: ``[T, D]``; returns the same shape."""
-        query = self.query_norm(x)
-        y = self.ffn_norm(query + self.attention(query, x, layout))
-        hidden = self.dropout(self.activation(self.ffn_in(y)))
-        return layout.mask(self.dropout(self.ffn_out(hidden)) + y)
+        query, q, k, v = self.project(x)
+        rate = self.dropout_rate if self.training else 0.0
+        return layout.mask(self.combine(query, softmax_attention(q, k, v, layout, rate)))
 
-    def attention(self, query: torch.Tensor, x: torch.Tensor, layout: Layout) -> torch.Tensor:
-        dim = x.shape[-1]
+    def append(
+        self, x: torch.Tensor, appended: Appended, cached: KeysValues | None
+    ) -> tuple[torch.Tensor, KeysValues]:
+        """`forward` of the tokens ``x [T, D]`` alone, behind the cached ones."""
+        query, q, k, v = self.project(x)
+        block = appended.extend_block(cached, k, v)
+        return self.combine(query, softmax_over_cache(q, block, appended)), block
+
+    def project(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Normalised query ``[T, D]``; q, k, v ``[T, H, D / H]``."""
+        dim, query = x.shape[-1], self.query_norm(x)
         weight, bias = self.in_proj.weight, self.in_proj.bias
         q = F.linear(query, weight[:dim], bias[:dim])
         k, v = F.linear(x, weight[dim:], bias[dim:]).chunk(2, dim=-1)
-        q, k, v = (t.unflatten(-1, (self.num_heads, -1)) for t in (q, k, v))
-        rate = self.dropout_rate if self.training else 0.0
-        return self.out_proj(softmax_attention(q, k, v, layout, rate).flatten(1))
+        return query, *(t.unflatten(-1, (self.num_heads, -1)) for t in (q, k, v))
+
+    def combine(self, query: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        """query: ``[T, D]``; attended: ``[T, H, D / H]``."""
+        y = self.ffn_norm(query + self.out_proj(attended.flatten(1)))
+        hidden = self.dropout(self.activation(self.ffn_in(y)))
+        return self.dropout(self.ffn_out(hidden)) + y
 
 
 class SASRec(torch.nn.Module):
@@ -115,6 +130,24 @@ class SASRec(torch.nn.Module):
         for block in self.blocks:
             x = run_block(block, self.activation_checkpoint and self.training, x, layout)
         return layout.mask(self.final_norm(x))
+
+    def revises_last(self, payloads: Mapping[str, torch.Tensor]) -> bool:
+        """No state depends on what comes after it."""
+        return False
+
+    def encode_appended(
+        self,
+        x: torch.Tensor,
+        payloads: Mapping[str, torch.Tensor],
+        appended: Appended,
+        cached: Sequence[KeysValues],
+    ) -> tuple[torch.Tensor, tuple[KeysValues, ...]]:
+        """See `incremental.IncrementalEncoder`."""
+        blocks = []
+        for block, before in zip(cast(Iterable[SasrecBlock], self.blocks), cached or repeat(None)):
+            x, after = block.append(x, appended, before)
+            blocks.append(after)
+        return self.final_norm(x), tuple(blocks)
 
 
 def run_block(block: torch.nn.Module, checkpoint: bool, *inputs):
