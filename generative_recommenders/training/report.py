@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -57,6 +58,14 @@ def list_metrics_lines(lists: Mapping[str, float]) -> list[str]:
     if not lists:
         return []
     return ["", "  ".join(lists), "  ".join(f"{value:>{len(name)}.4f}" for name, value in lists.items())]
+
+
+def peak_memory() -> dict[str, int]:
+    """Of this process, MiB: ``peak_rss_mb``, and ``peak_gpu_mb`` of torch's tensors where a GPU was used."""
+    peaks = {"peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)}
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        peaks["peak_gpu_mb"] = round(torch.cuda.max_memory_allocated() / 2**20)
+    return peaks
 
 
 def data_summary(dataset: SequenceDataset, split: Split) -> str:
