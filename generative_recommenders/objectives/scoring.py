@@ -111,6 +111,8 @@ def negative_products(
     """
     granularity = negatives.sharing.granularity
     if granularity == "position":
+        if rows.shape[1] >= weight.shape[0]:  # all products are fewer, and torch samples no more than all
+            return (hidden @ weight.T).gather(1, rows)
         return SampledProducts.apply(hidden, weight, rows)
     if granularity == "batch":
         return hidden @ ItemRows(weight).lookup(rows[0]).T

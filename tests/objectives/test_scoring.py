@@ -45,6 +45,17 @@ def gathered(hidden: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor) -> t
     return torch.einsum("td,trd->tr", hidden, weight[ids])
 
 
+def assert_products_of_gathered_rows(
+    hidden: torch.Tensor, weight: torch.Tensor, negatives: Negatives
+) -> None:
+    actual = negative_products(hidden, weight, negatives.ids, negatives)
+    expected = gathered(hidden, weight, negatives.per_token(negatives.ids, TOKENS))
+    torch.testing.assert_close(actual, expected)
+    cotangent = torch.randn_like(expected)
+    grads = [torch.autograd.grad(x, (hidden, weight), cotangent) for x in (actual, expected)]
+    torch.testing.assert_close(*grads)
+
+
 def test_sampled_products_gradcheck() -> None:
     hidden, weight = hidden_and_weight()
     rows = torch.randint(0, ITEMS + 1, (TOKENS, 3))
@@ -56,13 +67,13 @@ def test_sampled_products_gradcheck() -> None:
 @pytest.mark.parametrize("first_token", [0, 3, 8, 13])
 def test_products_are_those_of_gathered_rows(sharing: Sharing, first_token: int, dtype: torch.dtype) -> None:
     hidden, weight = hidden_and_weight(dtype)
-    negatives = draws(sharing, first_token)
-    actual = negative_products(hidden, weight, negatives.ids, negatives)
-    expected = gathered(hidden, weight, negatives.per_token(negatives.ids, TOKENS))
-    torch.testing.assert_close(actual, expected)
-    cotangent = torch.randn_like(expected)
-    grads = [torch.autograd.grad(x, (hidden, weight), cotangent) for x in (actual, expected)]
-    torch.testing.assert_close(*grads)
+    assert_products_of_gathered_rows(hidden, weight, draws(sharing, first_token))
+
+
+@over_sharings
+def test_more_negatives_than_rows(sharing: Sharing) -> None:
+    hidden, weight = hidden_and_weight()
+    assert_products_of_gathered_rows(hidden, weight, draws(sharing, negatives=3 * ITEMS))
 
 
 @pytest.mark.parametrize("sharing", [Sharing(), Sharing("block", 8), Sharing("batch")])
