@@ -1,0 +1,435 @@
+"""Bad days of whole runs: killed at any moment, out of disk, memory or sense; what was reached is never lost."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_data import ragged_sequences, tiny_dataset
+
+from generative_recommenders.data.sequence_dataset import SequenceDataset
+from generative_recommenders.training import spawned
+from generative_recommenders.training.checkpoint import CheckpointStore
+from generative_recommenders.training.launch import launch
+from main import Options, train_worker
+
+ROOT = Path(__file__).resolve().parents[1]
+SLOW_IMPORTS = ["main", "matplotlib.pyplot", "torch.utils.tensorboard", "pytest", "tensorboard.compat"]
+CONFIG = """
+train_fn.dataset_name = "tiny"
+train_fn.max_sequence_length = 10
+train_fn.local_batch_size = 8
+train_fn.eval_batch_size = 16
+train_fn.item_embedding_dim = 8
+sasrec_encoder.ffn_hidden_dim = 8
+sasrec_encoder.num_blocks = 1
+train_fn.sampling_strategy = "local"
+train_fn.num_negatives = 4
+train_fn.num_epochs = 4
+train_fn.eval_interval = 3
+train_fn.num_warmup_steps = 5
+train_fn.save_ckpt_every_n = 1
+"""
+TRAINING = "generative_recommenders.training."
+MOMENTS = {
+    "checkpoint.CheckpointStore.attach": 1,
+    "checkpoint.write_tensors": 4,
+    "checkpoint.write_manifest": 4,
+    "checkpoint.sync": 9,
+    "checkpoint.os.rename": 9,
+    "model_evaluation.ModelEvaluation.validation": 14,
+    "model_evaluation.ModelEvaluation.final": 1,
+    "train.Trainer.run_step": 32,
+    "train.load_model": 1,
+    "run_folder.RunFolder.write_metrics": 15,
+    "run_folder.RunFolder.write_scalars": 14,
+    "run_folder.os.replace": 1,
+}
+"""Functions that a run calls, and how often about: a kill strikes before or after one of these calls."""
+
+
+def quick_start() -> ForkServerContext:
+    """Processes forked from a server that has the slow imports done."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(SLOW_IMPORTS)
+    return context
+
+
+@dataclasses.dataclass(frozen=True)
+class Kill:
+    """kill -9 of the process of this rank at the call-th call of a function, before or after it."""
+
+    function: str
+    call: int
+    after: bool
+    rank: int = 0
+
+
+@pytest.fixture(scope="module")
+def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("root")
+    (root / "prepared").mkdir()
+    tiny_dataset(root / "prepared", ragged_sequences(57, 30, seed=5))
+    (root / "x.gin").write_text(CONFIG)
+    return root
+
+
+def options_of(data_root: Path, run: Path, *bindings: str) -> Options:
+    """Of a new run, or of one that goes on where its folder exists."""
+    return Options((str(data_root / "x.gin"),), bindings, data_root, str(run), run.exists(), None, False)
+
+
+def arm(kill: Kill) -> None:
+    path, name = (TRAINING + kill.function).rsplit(".", 1)
+    module, *inner = path.removeprefix(TRAINING).split(".")
+    owner: Any = importlib.import_module(TRAINING + module)
+    for each in inner:
+        owner = getattr(owner, each)
+    original, calls = getattr(owner, name), []
+
+    def struck(*args: Any, **named: Any) -> Any:
+        calls.append(1)
+        if len(calls) == kill.call and not kill.after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = original(*args, **named)
+        if len(calls) == kill.call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(owner, name, struck)
+
+
+def armed_worker(rank: int, world_size: int, options: Options, kill: Kill | None) -> int:
+    torch.set_num_threads(1)
+    if kill is not None and rank == kill.rank:
+        arm(kill)
+    return train_worker(rank, world_size, options)
+
+
+def alone(options: Options, kill: Kill | None, log: str) -> None:
+    """A run of one process, in this one."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os._exit(launch(armed_worker, (options, kill), 1, device_type="cpu"))
+
+
+def run_alone(options: Options, kill: Kill | None = None) -> int:
+    """The exit code; what was said is in the file beside the run's folder."""
+    process = quick_start().Process(target=alone, args=(options, kill, f"{options.run_dir}.log"))
+    process.start()
+    process.join(timeout=120)
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def run_two(options: Options, kill: Kill | None = None) -> int:
+    quick_start()
+    before, spawned.START_METHOD = spawned.START_METHOD, "forkserver"
+    try:
+        return launch(armed_worker, (options, kill), 2, 0, device_type="cpu")
+    finally:
+        spawned.START_METHOD = before
+
+
+def said(run: Path) -> str:
+    return Path(f"{run}.log").read_text()
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl without what the machine decides."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {name: value for name, value in line.items() if name != "seconds" and not name.startswith("peak_")}
+        for line in lines
+    ]
+
+
+def scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def assert_same_run(run: Path, expected: Path) -> None:
+    stores = [CheckpointStore(each / "checkpoints", read_only=True) for each in (run, expected)]
+    for mine, other in ([s.load_newest() for s in stores], [s.load_best() for s in stores]):
+        assert mine is not None and other is not None and mine.position == other.position
+        assert mine.tensors.keys() == other.tensors.keys()
+        assert any(name.startswith("optimizer.") for name in mine.tensors)
+        assert all(torch.equal(mine.tensors[name], other.tensors[name]) for name in mine.tensors)
+    assert records(run) == records(expected)
+    assert scalars(run) == scalars(expected)
+    assert (run / "resolved.gin").read_text() == (expected / "resolved.gin").read_text()
+
+
+def assert_nothing_lost(run: Path, reached: int) -> int:
+    """Every checkpoint that shows is whole, and the newest is not before ``reached``; returns its step."""
+    store = CheckpointStore(run / "checkpoints", read_only=True)
+    steps = [store.load(path).position.step for path in store.paths()]
+    assert steps == sorted(steps) and max(steps, default=0) >= reached
+    for line in (
+        (run / "metrics.jsonl").read_text().split("\n")[:-1] if (run / "metrics.jsonl").exists() else []
+    ):
+        json.loads(line)
+    return max(steps, default=0)
+
+
+@pytest.fixture(scope="module")
+def whole(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one process that nothing disturbed."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    assert run_alone(options_of(data_root, run)) == 0, said(run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def whole_of_two(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("two") / "run"
+    assert run_two(options_of(data_root, run)) == 0
+    return run
+
+
+@pytest.fixture(scope="module")
+def killed(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one process that was killed in its last epoch, with three checkpoints behind it."""
+    run = tmp_path_factory.mktemp("killed") / "run"
+    assert run_alone(options_of(data_root, run), Kill("train.Trainer.run_step", 23, True)) == -signal.SIGKILL
+    return run
+
+
+def kills(generator: random.Random, world_size: int) -> Iterator[Kill]:
+    """Each kind of moment in turn, at a random call of it."""
+    while True:
+        for function, calls in generator.sample(list(MOMENTS.items()), len(MOMENTS)):
+            rank = generator.randrange(world_size)
+            yield Kill(function, generator.randint(1, calls), generator.random() < 0.5, rank)
+
+
+def run_with_kills(
+    start: Callable[[Options, Kill | None], int],
+    data_root: Path,
+    folder: Path,
+    expected: Path,
+    count: int,
+    world: int,
+) -> None:
+    """Kills runs ``count`` times in all, at most 4 times each; then each goes on to its end."""
+    moments = kills(random.Random(3), world)
+    struck, number = 0, 0
+    while struck < count:
+        run, reached, number = folder / f"run{number}", 0, number + 1
+        for _ in range(4):
+            code = start(options_of(data_root, run), next(moments))
+            assert code in (0, 1 if world > 1 else -signal.SIGKILL)
+            struck += code != 0
+            reached = assert_nothing_lost(run, reached)
+            if code == 0 or struck == count:
+                break
+        if code != 0:
+            assert start(options_of(data_root, run), None) == 0
+        assert_same_run(run, expected)
+        shutil.rmtree(run)
+
+
+@pytest.mark.parametrize("count", [5, pytest.param(50, marks=pytest.mark.slow)])
+def test_killed_runs_end_as_if_nothing_had_been(
+    data_root: Path, tmp_path: Path, whole: Path, count: int
+) -> None:
+    run_with_kills(run_alone, data_root, tmp_path, whole, count, 1)
+
+
+@pytest.mark.parametrize("count", [1, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_runs_of_two_processes(
+    data_root: Path, tmp_path: Path, whole_of_two: Path, count: int
+) -> None:
+    run_with_kills(run_two, data_root, tmp_path, whole_of_two, count, 2)
+
+
+def test_a_finished_run_that_is_resumed_changes_nothing(data_root: Path, tmp_path: Path, whole: Path) -> None:
+    run = Path(shutil.copytree(whole, tmp_path / "run"))
+    assert run_alone(options_of(data_root, run)) == 0, said(run)
+    assert_same_run(run, whole)
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(
+    data_root: Path, killed: Path, tmp_path: Path, whole: Path
+) -> None:
+    run = Path(shutil.copytree(killed, tmp_path / "run"))
+    newest = CheckpointStore(run / "checkpoints", read_only=True).paths()[-1]
+    with open(newest / "tensors.safetensors", "r+b") as file:
+        file.seek(-5, os.SEEK_END)
+        file.write(b"?")
+    assert run_alone(options_of(data_root, run)) == 0, said(run)
+    assert f"damaged checkpoint {newest}" in said(run) and "the checkpoint before it is used" in said(run)
+    assert_same_run(run, whole)
+
+
+def test_at_another_number_of_processes(data_root: Path, killed: Path, tmp_path: Path, whole: Path) -> None:
+    """Two processes go on with a run of one, at its global batch, from where it was."""
+    run = Path(shutil.copytree(killed, tmp_path / "run"))
+    assert run_two(options_of(data_root, run, "train_fn.local_batch_size = 4")) == 0
+    assert "resuming a run of 1 processes on 2" in (run / "train.log").read_text()
+    steps = [line["step"] for line in records(run)]
+    assert steps == [line["step"] for line in records(whole)]
+
+
+def test_changed_data_are_refused(data_root: Path, killed: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(killed, tmp_path / "run"))
+    other = tmp_path / "other"
+    (other / "prepared").mkdir(parents=True)
+    tiny_dataset(other / "prepared", ragged_sequences(57, 30, seed=6))
+    shutil.copy(data_root / "x.gin", other)
+    before = records(run)
+    assert run_alone(options_of(other, run)) == 2
+    assert "the prepared data changed since this run began" in said(run).splitlines()[-1]
+    assert records(run) == before
+
+
+def test_clocks_that_jump_change_nothing(data_root: Path, killed: Path, tmp_path: Path, whole: Path) -> None:
+    """The wall clock goes back by a day between the parts of a run; the newest stays the newest."""
+    run = Path(shutil.copytree(killed, tmp_path / "run"))
+    for path in (run / "checkpoints").rglob("*"):
+        os.utime(path, (4e9, 4e9))
+    assert run_alone(options_of(data_root, run)) == 0, said(run)
+    assert_same_run(run, whole)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(
+    data_root: Path, killed: Path, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(killed, tmp_path / "run"))
+    store = CheckpointStore(run / "checkpoints", read_only=True)
+    before = store.paths()
+    assert run_alone(options_of(data_root, run, "train_fn.learning_rate = 1e38")) == 3
+    line = said(run).splitlines()[-1]
+    assert line.startswith("error: the loss is nan at step") and "not finite" in line
+    assert store.paths() == before
+    newest = store.load_newest()
+    assert newest is not None and all(
+        x.isfinite().all() for x in newest.tensors.values() if x.is_floating_point()
+    )
+
+
+def limited(rank: int, world_size: int, options: Options) -> int:
+    torch.set_num_threads(1)
+    if rank == 1:
+        in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (in_use + (300 << 20),) * 2)
+    return train_worker(rank, world_size, options)
+
+
+def test_a_worker_out_of_memory_is_one_line(
+    data_root: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick_start()
+    monkeypatch.setattr(spawned, "START_METHOD", "forkserver")
+    options = options_of(data_root, tmp_path / "run", "train_fn.item_embedding_dim = 4000000")
+    assert launch(limited, (options,), 2, 0, device_type="cpu") == 1
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert line.startswith("rank 1 failed") and "out of memory" in line and "local_batch_size" in line
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 256 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting is not permitted")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_disk_that_fills_up_ends_the_run_and_it_goes_on_later(
+    data_root: Path, killed: Path, tmp_path: Path, small_disk: Path, whole: Path
+) -> None:
+    run = Path(shutil.copytree(killed, small_disk / "run"))
+    Path(f"{run}.log").symlink_to(tmp_path / "log")
+    free = os.statvfs(small_disk)
+    (small_disk / "other").write_bytes(bytes(free.f_bavail * free.f_frsize))
+    assert run_alone(options_of(data_root, run)) == 2
+    line = said(run).splitlines()[-1]
+    assert line.startswith("error: ") and "No space left on device" in line and "Traceback" not in said(run)
+    (small_disk / "other").unlink()
+    subprocess.run(["mount", "-o", "remount,size=8m", str(small_disk)], check=True)
+    assert run_alone(options_of(data_root, run)) == 0, said(run)
+    assert_same_run(run, whole)
+
+
+def test_a_read_only_run_folder_is_one_line(data_root: Path, tmp_path: Path, small_disk: Path) -> None:
+    run = small_disk / "run"
+    Path(f"{run}.log").symlink_to(tmp_path / "log")
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    assert run_alone(options_of(data_root, run)) == 2
+    line = said(run).splitlines()[-1]
+    assert line.startswith("error: cannot write to run folder") and "--run_dir" in line
+    assert "Traceback" not in said(run)
+
+
+def prepare_tiny(folder: str) -> None:
+    tiny_dataset(Path(folder), ragged_sequences(57, 30, seed=5))
+
+
+@pytest.mark.parametrize("count", [5, pytest.param(50, marks=pytest.mark.slow)])
+def test_killed_preparation_leaves_a_whole_folder_or_none(
+    tmp_path: Path, data_root: Path, count: int
+) -> None:
+    expected = SequenceDataset.open(data_root / "prepared" / "tiny").manifest.data_hash
+    context, generator = quick_start(), random.Random(0)
+    for _ in range(count):
+        process = context.Process(target=prepare_tiny, args=(str(tmp_path),))
+        process.start()
+        time.sleep(generator.uniform(0.0, 0.4))
+        process.kill()
+        process.join()
+        if (tmp_path / "tiny").exists():
+            dataset = SequenceDataset.open(tmp_path / "tiny")
+            dataset.verify()
+            assert dataset.manifest.data_hash == expected
+    prepare_tiny(str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
+
+
+def test_torchrun_starts_main(data_root: Path, tmp_path: Path, whole_of_two: Path) -> None:
+    run = tmp_path / "run"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [
+        *(
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node=2",
+            "--master_port=0",
+            "--standalone",
+        ),
+        *(
+            "main.py",
+            f"--gin_config_file={data_root / 'x.gin'}",
+            f"--data_root={data_root}",
+            f"--run_dir={run}",
+        ),
+    ]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("epoch 4/4") == 1  # lines are logged once
+    assert_same_run(run, whole_of_two)
