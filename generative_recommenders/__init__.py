@@ -1,0 +1,60 @@
+"""Sequential recommendation: raw ratings in, trained next-item retrievers and honest numbers out.
+
+The names below are where most programs start; each package exports the rest of what it offers. They are read on first
+use, so importing the package costs next to nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+
+def lazy_exports(package: str, exports: Mapping[str, Sequence[str]]) -> Callable[[str], Any]:
+    """A module ``__getattr__`` (PEP 562) that reads each exported name from its module on first use.
+
+    exports: module below the package -> the names it is asked for.
+    """
+    module_of = {name: module for module, names in exports.items() for name in names}
+
+    def read(name: str) -> Any:
+        if name not in module_of:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(import_module(f"{package}.{module_of[name]}"), name)
+
+    return read
+
+
+__all__ = [
+    "HSTU",
+    "DotProductSimilarity",
+    "Evaluator",
+    "RunSettings",
+    "SASRec",
+    "SequenceDataset",
+    "SequenceEncoder",
+    "SequenceRecommender",
+    "SequentialFeatures",
+    "UserError",
+    "__version__",
+    "build_model",
+    "load_model",
+    "make_split",
+    "prepare",
+]
+
+__getattr__ = lazy_exports(
+    __name__,
+    {
+        "features": ["SequentialFeatures", "UserError"],
+        "data": ["SequenceDataset", "make_split", "prepare"],
+        "modeling": ["SequenceEncoder", "SequenceRecommender"],
+        "modeling.encoders": ["HSTU", "SASRec"],
+        "modeling.similarity": ["DotProductSimilarity"],
+        "evaluation": ["Evaluator"],
+        "training": ["RunSettings", "build_model", "load_model"],
+    },
+)
