@@ -77,8 +77,3 @@ def test_contrastive_loss_asks_for_the_margin(margin):
     far = F.cosine_similarity(anchor[:, None], negative, dim=-1)
     expected = F.cross_entropy(torch.cat([close, far], 1) / 0.5, torch.zeros(5, dtype=torch.int64))
     torch.testing.assert_close(ContrastiveLoss(0.5, margin)(anchor, positive, negative), expected)
-
-
-def test_documented_defaults():
-    assert (ContrastiveLoss().temperature, ContrastiveLoss().margin) == (0.1, 0.2)
-    assert (SequenceLoss(5).ignore_index, SequenceLoss(5).label_smoothing) == (-100, 0.0)

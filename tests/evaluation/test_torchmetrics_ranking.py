@@ -82,10 +82,9 @@ def test_column_numbers_equal_one_hot_labels(name):
     assert torch.equal(by_id.compute(), by_label.compute())
 
 
-def test_documented_names_and_defaults():
+def test_default_cutoffs_without_rows():
     assert MeanRecipricolRankAt is MeanReciprocalRankAt
     assert RecallAt().top_ks == [2, 5]
-    assert RecallAt().labels_onehot is False
     empty = RecallAt()
     empty.update(torch.zeros(0, 4), torch.zeros(0, 4))
     assert empty.compute().tolist() == [0.0, 0.0]
