@@ -29,7 +29,7 @@ _DATASET = flags.DEFINE_string(
 )
 _RAW_PATH = flags.DEFINE_string("raw_path", None, "local file, folder or archive instead of a download")
 _DATA_ROOT = flags.DEFINE_string(
-    "data_root", "data", "raw files go to raw/, prepared data to prepared/NAME below it"
+    "data_root", "data", "raw files go to raw/, prepared data to prepared/NAME below it", allow_override=True
 )
 _NAME = flags.DEFINE_string("name", None, "name of the prepared data set; the data set's own by default")
 _COLUMNS = flags.DEFINE_string("columns", None, "csv only: names or order of user,item,rating,timestamp")

@@ -15,6 +15,10 @@ from tiny_data import ragged_sequences, tiny_dataset
 from generative_recommenders.data.sequence_dataset import SequenceDataset
 
 
+LONG_FILES = ("test_main.py", "test_launch.py", "test_faults.py", "test_assembly.py", "test_configs.py")
+"""Files that start whole programs."""
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--run_slow", action="store_true", help="also run the tests marked slow")
 
@@ -33,6 +37,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for marker, reason in reasons.items():
             if marker in item.keywords:
                 item.add_marker(pytest.mark.skip(reason=reason))
+    items.sort(key=lambda item: item.path.name not in LONG_FILES)  # first, so that no worker ends with one alone
 
 
 @pytest.fixture(scope="session")

@@ -65,7 +65,7 @@ def prepare(data_root: Path, name: str, **synthetic: object) -> None:
 @pytest.fixture(scope="module")
 def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("data")
-    prepare(root, "synthetic-books", synthetic_users=1200, synthetic_items=300, predictability=0.9)
+    prepare(root, "synthetic-books", synthetic_users=800, synthetic_items=200, predictability=0.9)
     return root
 
 
@@ -85,10 +85,10 @@ def test_trains_above_the_baselines_and_below_the_oracle(data_root: Path, tmp_pa
         "main.py", f"--data_root={data_root}", f"--run_dir={run}", *bindings("train_fn.num_epochs = 12")
     )
     results = final_results(run)
-    best = oracle(SyntheticBooksSettings(num_users=1200, num_items=300, predictability=0.9))
+    best = oracle(SyntheticBooksSettings(num_users=800, num_items=200, predictability=0.9))
     assert results["SASRec"]["ndcg@10"] > 3 * results["most popular"]["ndcg@10"]
     assert results["SASRec"]["hr@10"] > 0.35
-    assert results["SASRec"]["hr@10"] < best.hit_rate[10] + 3 * best.noise(10, 1200)
+    assert results["SASRec"]["hr@10"] < best.hit_rate[10] + 3 * best.noise(10, 800)
     for name in ("resolved.gin", "metrics.jsonl", "curves.png", "tensorboard", "checkpoints"):
         assert (run / name).exists()
     for shown in ("most popular", "last item's successor", "hr@10", "ndcg@50", "mrr", "split leave_one_out"):
@@ -116,9 +116,9 @@ def test_unpredictable_data_stay_under_the_ceiling(tmp_path: Path) -> None:
 
 
 def test_resumed_equals_uninterrupted_bit_for_bit(data_root: Path, tmp_path: Path) -> None:
-    common = [f"--data_root={data_root}", *bindings("train_fn.num_epochs = 3", "train_fn.eval_interval = 7")]
+    common = [f"--data_root={data_root}", *bindings("train_fn.num_epochs = 2", "train_fn.eval_interval = 7")]
     program("main.py", *common, f"--run_dir={tmp_path / 'whole'}")
-    program("main.py", *common, f"--run_dir={tmp_path / 'parts'}", "--max_steps=25")
+    program("main.py", *common, f"--run_dir={tmp_path / 'parts'}", "--max_steps=17")
     program("main.py", *common, f"--run_dir={tmp_path / 'parts'}", "--resume")
     whole, parts = newest_weights(tmp_path / "whole"), newest_weights(tmp_path / "parts")
     assert whole.keys() == parts.keys()

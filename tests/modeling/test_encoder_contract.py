@@ -155,7 +155,7 @@ def test_masked_objectives_show_encoders_both_sides(encoder: str) -> None:
 def test_overfits_ten_users(name: str) -> None:
     """The items of ten fixed histories come out first again after a few steps."""
     before, after = overfit(name)
-    assert after > 0.75
+    assert after > 0.65
     assert before < 0.45
 
 
