@@ -13,7 +13,7 @@ from ..attention import softmax_attention
 from ..differential_attention import DiffTransformerBlock, lambda_init_of_block
 from ..dropout import Dropout
 from ..layout import Layout
-from .sasrec import check_heads, run_block
+from .sasrec import check_heads, check_positive, run_block
 
 
 class LayoutDiffBlock(DiffTransformerBlock):
@@ -70,6 +70,7 @@ class DiffTransformer(torch.nn.Module):
     ) -> None:
         super().__init__()
         check_heads(embedding_dim, num_heads)
+        check_positive(num_blocks=num_blocks)
         self.output_dim = embedding_dim
         self.activation_checkpoint = activation_checkpoint
         self.layers = torch.nn.ModuleList(

@@ -15,9 +15,10 @@ from ..attention import pointwise_attention
 from ..dropout import Dropout
 from ..incremental import Appended, KeysValues, pointwise_over_cache
 from ..layout import Layout
-from .sasrec import run_block
+from .sasrec import check_positive, run_block
 
 NORMALIZATIONS = ("rel_bias", "softmax_rel_bias")
+NEXT_TIMES = ("given", "hidden")
 LINEAR_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"silu": F.silu, "none": lambda x: x}
 NUM_TIME_BUCKETS = 128
 BUCKET_WIDTH = 0.301
@@ -118,7 +119,7 @@ class HstuBlock(torch.nn.Module):
         self.num_heads, self.dqk, self.dv, self.max_length = num_heads, dqk, dv, max_length
         self.normalization = normalization
         self.activation = LINEAR_ACTIVATIONS[linear_activation]
-        self.attn_dropout_rate = attn_dropout_rate
+        self.attn_dropout_rate = Dropout(attn_dropout_rate).rate
         self.concat_ua = concat_ua
         self.uvqk = torch.nn.Parameter(
             torch.empty(embedding_dim, 2 * num_heads * (dqk + dv)).normal_(std=0.02)
@@ -197,10 +198,8 @@ class HSTU(torch.nn.Module):
         _check_choice("normalization", normalization, NORMALIZATIONS)
         _check_choice("linear_config", linear_config, ("uvqk",))
         _check_choice("linear_activation", linear_activation, tuple(LINEAR_ACTIVATIONS))
-        if min(num_heads, dqk, dv, num_blocks) < 1:
-            raise ValueError(
-                f"num_blocks {num_blocks}, num_heads {num_heads}, dqk {dqk} and dv {dv} must be 1 or more"
-            )
+        _check_choice("next_time", next_time, NEXT_TIMES)
+        check_positive(num_blocks=num_blocks, num_heads=num_heads, dqk=dqk, dv=dv)
         self.causal = normalization == "rel_bias"
         self.output_dim = embedding_dim
         self.max_length, self.next_time = max_length, next_time

@@ -29,6 +29,13 @@ def check_heads(width: int, num_heads: int) -> int:
     return width // num_heads
 
 
+def check_positive(**sizes: int) -> None:
+    """ValueError naming the first size below 1."""
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} {size} must be 1 or more")
+
+
 class SasrecBlock(torch.nn.Module):
     """``Q = LN(x)``, ``y = LN(Q + MHA(Q, x, x))``, ``x = W2 act(W1 y + b1) + b2 + y``; LN eps 1e-8.
 
@@ -115,6 +122,7 @@ class SASRec(torch.nn.Module):
         activation_checkpoint: bool = False,
     ) -> None:
         super().__init__()
+        check_positive(num_blocks=num_blocks, ffn_hidden_dim=ffn_hidden_dim)
         self.output_dim = embedding_dim
         self.activation_checkpoint = activation_checkpoint
         self.blocks = torch.nn.ModuleList(

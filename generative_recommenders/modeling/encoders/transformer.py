@@ -13,7 +13,7 @@ from ..attention import softmax_attention
 from ..dropout import Dropout
 from ..layout import Layout
 from ..transformer import PositionalEncoding, TransformerBlock
-from .sasrec import check_heads, run_block
+from .sasrec import check_heads, check_positive, run_block
 
 
 class Transformer(torch.nn.Module):
@@ -38,6 +38,7 @@ class Transformer(torch.nn.Module):
     ) -> None:
         super().__init__()
         check_heads(embedding_dim, num_heads)
+        check_positive(num_blocks=num_blocks, ffn_hidden_dim=ffn_hidden_dim)
         self.output_dim = embedding_dim
         self.activation_checkpoint = activation_checkpoint
         self.positions = PositionalEncoding(embedding_dim, max_length)

@@ -61,6 +61,8 @@ class ItemTower(nn.Module):
 
     def __init__(self, specs: Sequence[EmbeddingSpec], embedding_dim: int, num_blocks: int) -> None:
         super().__init__()
+        if num_blocks < 1:
+            raise UserError(f"item_tower.num_blocks {num_blocks} must be 1 or more")
         self.embedding_dim = embedding_dim
         self.embedder = SequenceEmbedding(specs)
         self.encoder = nn.Sequential(

@@ -1,0 +1,43 @@
+"""What an encoder cannot be built with is refused before anything runs."""
+
+from __future__ import annotations
+
+import pytest
+
+from generative_recommenders.features import UserError
+from generative_recommenders.modeling.encoders import HSTU, DiffTransformer, ItemTower, SASRec, Transformer
+
+
+@pytest.mark.parametrize(
+    ("encoder", "options", "message"),
+    [
+        (SASRec, {"num_heads": 3}, "num_heads 3 does not divide the width 8"),
+        (SASRec, {"num_blocks": 0}, "num_blocks 0 must be 1 or more"),
+        (SASRec, {"ffn_hidden_dim": 0}, "ffn_hidden_dim 0 must be 1 or more"),
+        (SASRec, {"ffn_dropout_rate": 1.0}, "dropout rate must be in"),
+        (DiffTransformer, {"num_heads": 3}, "num_heads 3 does not divide the width 8"),
+        (DiffTransformer, {"num_blocks": -1}, "num_blocks -1 must be 1 or more"),
+        (Transformer, {"max_length": 6, "num_heads": 0}, "num_heads 0 does not divide the width 8"),
+        (Transformer, {"max_length": 6, "num_blocks": 0}, "num_blocks 0 must be 1 or more"),
+        (Transformer, {"max_length": 6, "ffn_hidden_dim": 0}, "ffn_hidden_dim 0 must be 1 or more"),
+        (HSTU, {"max_length": 6, "num_blocks": 0}, "num_blocks 0 must be 1 or more"),
+        (HSTU, {"max_length": 6, "num_heads": 0}, "num_heads 0 must be 1 or more"),
+        (HSTU, {"max_length": 6, "dv": -1}, "dv -1 must be 1 or more"),
+        (
+            HSTU,
+            {"max_length": 6, "next_time": "unknown"},
+            "unknown next_time 'unknown'; known: given, hidden",
+        ),
+        (HSTU, {"max_length": 6, "attn_dropout_rate": 1.0}, "dropout rate must be in"),
+        (HSTU, {"max_length": 6, "linear_dropout_rate": -0.1}, "dropout rate must be in"),
+    ],
+)
+def test_refused(encoder: type, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as refused:
+        encoder(8, **options)
+    assert "\n" not in str(refused.value)
+
+
+def test_an_item_tower_without_layers() -> None:
+    with pytest.raises(UserError, match=r"item_tower.num_blocks 0 must be 1 or more"):
+        ItemTower([], 8, 0)
