@@ -53,7 +53,10 @@ _MASTER_PORT = flags.DEFINE_integer(
     "master_port", 29500, "TCP port of the rendezvous; a busy one is replaced"
 )
 _NUM_PROCESSES = flags.DEFINE_integer(
-    "num_processes", None, "processes on this host; one a GPU, else one, by default"
+    "num_processes",
+    None,
+    "processes on this host; one a GPU, else one, by default. N of them with local_batch_size b train as one with "
+    "N * b: the learning rate is that of this global batch and is not scaled",
 )
 _MAX_STEPS = flags.DEFINE_integer("max_steps", None, "stop after so many steps of the run", lower_bound=1)
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "build everything, say what it is, and stop")

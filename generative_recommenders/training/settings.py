@@ -30,7 +30,11 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """``train_fn``: the run. Times are in steps or epochs as named; sizes are per process."""
+    """``train_fn``: the run. Times are in steps or epochs as named; sizes are per process.
+
+    learning_rate is that of the global batch: local_batch_size rows on each process, one mean loss over all of them.
+    It is never scaled by the number of processes, so N processes of b rows train as one process of N * b.
+    """
 
     dataset_name: str = "synthetic-books"
     max_sequence_length: int = 200
