@@ -111,7 +111,10 @@ class TrainingStep:
             self.runner = DistributedDataParallel(self.dense, find_unused_parameters=True)
 
     def __call__(self, example: TrainingExample, first_target: int, step: int) -> StepResult:
-        """example on the model's device; first_target: its number in the global batch; step: since the run began."""
+        """example on the model's device; first_target: its number in the global batch; step: since the run began.
+
+        A loss that is not finite updates nothing on a CPU, so that its origin can still be found.
+        """
         self.optimizer.zero_grad()
         forward = self.forward(example, first_target, step)
         total = self.collectives.sum_(forward.weight.detach().clone())
@@ -120,8 +123,10 @@ class TrainingStep:
         loss = forward.loss_sum / total.clamp(min=1e-12) + sum(forward.auxiliary.values()) / world
         (loss * world).backward()
         rows, grads = self._table_gradients(forward.leaf, forward.leaf_ids)
-        rate = self.optimizer.step(step, rows, grads)
-        return StepResult(self.collectives.sum_(loss.detach().clone()), total, rate)
+        mean = self.collectives.sum_(loss.detach().clone())
+        if mean.device.type == "cpu" and not mean.isfinite():  # an accelerator would have to be waited for
+            return StepResult(mean, total, 0.0)
+        return StepResult(mean, total, self.optimizer.step(step, rows, grads))
 
     def forward(self, example: TrainingExample, first_target: int, step: int) -> StepForward:
         """The step's loss, up to the backward pass."""
