@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
+from ..features import UserError
 from ..modeling.embeddings import ItemRows
 from .negative_samplers import Negatives
 
@@ -71,7 +72,7 @@ class ProductScorer(Scorer):
         hidden = hidden.float() / self.temperature
         plain = replace(items, weight=items.weight.float())
         normalized = replace(items, weight=F.normalize(plain.weight, dim=-1, eps=self.eps))
-        targets = positives if positives.dim() == 2 else positives[:, None]
+        targets = checked_targets(positives, items)
         source = normalized if self.normalize_positives else plain
         positive = torch.einsum("td,tpd->tp", hidden, source.lookup(targets))
         source = normalized if self.normalize_negatives else plain
@@ -93,7 +94,7 @@ class LearnedScorer(Scorer):
         weight = items.weight.float()
         if self.item_l2_norm:
             weight = F.normalize(weight, dim=-1, eps=self.eps)
-        targets = positives if positives.dim() == 2 else positives[:, None]
+        targets = checked_targets(positives, items)
         drawn = negatives.per_token(items.index(negatives.ids), hidden.shape[0])
         rows = torch.cat([items.index(targets), drawn], dim=1)
         scores, auxiliary = similarity.score_rows(hidden, weight, rows, user_ids)
@@ -101,6 +102,19 @@ class LearnedScorer(Scorer):
         return SampledScores(
             positive, corrected(negative, negatives), no_collisions(targets, negatives), auxiliary
         )
+
+
+def checked_targets(positives: torch.Tensor, items: ItemRows) -> torch.Tensor:
+    """``[T, P]`` of ``positives [T]`` or ``[T, P]``. UserError for ids that are no items, looked for where all
+    items are held on a CPU: elsewhere a look would wait for the device.
+    """
+    targets = positives if positives.dim() == 2 else positives[:, None]
+    if items.ids is None and targets.device.type == "cpu" and targets.numel():
+        last = len(items.weight if items.row_of_item is None else items.row_of_item) - 1
+        lowest, highest = (int(each) for each in targets.aminmax())
+        if lowest < 0 or highest > last:
+            raise UserError(f"positives: item ids reach from {lowest} to {highest}, outside 0..{last}")
+    return targets
 
 
 def negative_products(

@@ -1,0 +1,95 @@
+"""Whole training steps on input that is wrong: ids that are no items, nothing to predict, no ratings, NaN."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from tiny_models import NUM_ITEMS, catalogue, settings, ten_users, training_step
+
+from generative_recommenders.data.sequence_dataset import SequenceDataset
+from generative_recommenders.data.splits import make_split
+from generative_recommenders.evaluation.collectives import Collectives
+from generative_recommenders.features import UserError
+from generative_recommenders.objectives.catalogue_losses import CATALOGUE_LOSSES
+from generative_recommenders.objectives.losses import SAMPLED_LOSSES
+from generative_recommenders.objectives.training_examples import CausalObjective, TrainingExample
+from generative_recommenders.training.progress import NonFiniteError
+from generative_recommenders.training.settings import RunSettings
+from generative_recommenders.training.step import TrainingStep
+from generative_recommenders.training.train import Trainer
+
+LOSSES = [*CATALOGUE_LOSSES, *SAMPLED_LOSSES, "ScalableCrossEntropyLoss"]
+
+
+def chosen(loss: str) -> RunSettings:
+    sizes = {"sce.n_buckets": 4, "sce.bucket_size_x": 8, "sce.bucket_size_y": 8}
+    return settings(loss_module=loss, num_negatives=4, sampling_strategy="local", **sizes)
+
+
+def step_and_example(loss: str) -> tuple[TrainingStep, TrainingExample]:
+    return training_step(chosen(loss), catalogue()), CausalObjective().example(ten_users(), torch.Generator())
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("wrong", [-1, NUM_ITEMS + 1])
+def test_positives_that_are_no_items(loss: str, wrong: int) -> None:
+    step, example = step_and_example(loss)
+    targets = example.targets.clone()
+    targets[3] = wrong
+    with pytest.raises(UserError, match="positives"):
+        step(dataclasses.replace(example, targets=targets), 0, 0)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_nothing_counts(loss: str) -> None:
+    step, example = step_and_example(loss)
+    before = {name: value.clone() for name, value in step.model.state_dict().items()}
+    result = step(dataclasses.replace(example, weights=torch.zeros_like(example.weights)), 0, 0)
+    assert (float(result.loss), float(result.targets)) == (0.0, 0.0)
+    for name, value in step.model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_no_user_has_two_events(loss: str) -> None:
+    step, _ = step_and_example(loss)
+    columns = ten_users()
+    for values in columns.values():
+        if values.dim() == 2:
+            values[:, 1:] = 0
+    columns["lengths"] = torch.ones_like(columns["lengths"])
+    example = CausalObjective().example(columns, torch.Generator())
+    assert not example.weights.any()
+    assert float(step(example, 0, 0).loss) == 0.0
+    assert all(bool(value.isfinite().all()) for value in step.model.state_dict().values())
+
+
+def test_no_ratings_for_a_loss_that_reads_them() -> None:
+    step, example = step_and_example("BCELossWithRatings")
+    assert float(step(example, 0, 0).loss) > 0
+    with pytest.raises(UserError, match="needs ratings"):
+        step(dataclasses.replace(example, ratings=None), 0, 1)
+
+
+@pytest.mark.parametrize("loss", ["CE", "SampledSoftmaxLoss", "gBCE"])
+@pytest.mark.parametrize(
+    "module", ["sequence.preprocessor.dropout", "sequence.encoder.blocks.1", "sequence.postprocessor"]
+)
+def test_nan_names_the_first_module(
+    monkeypatch: pytest.MonkeyPatch, ragged_dataset: SequenceDataset, loss: str, module: str
+) -> None:
+    trainer = Trainer(chosen(loss), ragged_dataset, make_split(ragged_dataset), Collectives())
+    broken = trainer.step.dense.get_submodule(module)
+    healthy = broken.forward
+
+    def forward(*inputs, **options):
+        output = healthy(*inputs, **options)
+        return torch.full_like(output, torch.nan) if trainer.progress.step >= 1 else output
+
+    monkeypatch.setattr(broken, "forward", forward)
+    with pytest.raises(NonFiniteError, match=rf"nan at step 2: .* not finite is that of {module};") as raised:
+        trainer.train()
+    assert raised.value.exit_code == 3
+    assert all(bool(value.isfinite().all()) for value in trainer.model.state_dict().values())
