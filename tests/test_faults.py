@@ -25,9 +25,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_data import ragged_sequences, tiny_dataset
 
 from generative_recommenders.data.sequence_dataset import SequenceDataset
+from generative_recommenders.data.splits import make_split
+from generative_recommenders.evaluation.collectives import Collectives
+from generative_recommenders.gin_registry import load_settings
 from generative_recommenders.training import spawned
 from generative_recommenders.training.checkpoint import CheckpointStore
 from generative_recommenders.training.launch import launch
+from generative_recommenders.training.progress import NonFiniteError
+from generative_recommenders.training.train import Trainer
 from main import Options, train_worker
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -325,6 +330,25 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(
     assert newest is not None and all(
         x.isfinite().all() for x in newest.tensors.values() if x.is_floating_point()
     )
+
+
+@pytest.mark.parametrize("part", ["items.table", "sequence"])
+def test_weights_that_are_not_finite_are_never_saved(data_root: Path, tmp_path: Path, part: str) -> None:
+    """The last update of an epoch may spoil them after its loss was finite."""
+    dataset = SequenceDataset.open(data_root / "prepared" / "tiny")
+    settings = load_settings([data_root / "x.gin"])[0]
+    trainer = Trainer(settings, dataset, make_split(dataset), Collectives("cpu"))
+    store = CheckpointStore(tmp_path)
+    name, spoilt = next(each for each in trainer.model.named_parameters() if each[0].startswith(part))
+
+    def spoil() -> None:
+        if trainer.progress.step == 2 * len(trainer.loader):
+            spoilt.data.view(-1)[0] = float("inf")
+
+    with pytest.raises(NonFiniteError, match=f"{name} is not finite after step"):
+        trainer.train(store, on_step=spoil)
+    assert [store.load(path).position.epoch for path in store.paths()] == [1]
+    assert len(trainer.progress.history) == 1
 
 
 def limited(rank: int, world_size: int, options: Options) -> int:

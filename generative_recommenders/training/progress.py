@@ -130,7 +130,7 @@ def check_finite(loss: float, step: int, model: torch.nn.Module, rerun: Callable
     """Raises NonFiniteError for a NaN or infinite loss. rerun: computes the step's forward pass again."""
     if math.isfinite(loss):
         return
-    parameter = next((name for name, value in model.named_parameters() if not value.isfinite().all()), None)
+    parameter = _non_finite_parameter(model)
     if parameter is not None:
         origin = f"the parameter {parameter} is not finite: the update before was too large"
     else:
@@ -141,6 +141,19 @@ def check_finite(loss: float, step: int, model: torch.nn.Module, rerun: Callable
     raise NonFiniteError(
         f"the loss is {loss} at step {step}: {origin}; check the data for NaN, or lower learning_rate"
     )
+
+
+def check_finite_parameters(step: int, model: torch.nn.Module) -> None:
+    """Raises NonFiniteError for weights that hold NaN or an infinity, before they are scored or saved."""
+    parameter = _non_finite_parameter(model)
+    if parameter is not None:
+        raise NonFiniteError(
+            f"the parameter {parameter} is not finite after step {step}: the update was too large; lower learning_rate"
+        )
+
+
+def _non_finite_parameter(model: torch.nn.Module) -> str | None:
+    return next((name for name, value in model.named_parameters() if not value.isfinite().all()), None)
 
 
 def first_non_finite_module(model: torch.nn.Module, rerun: Callable[[], object]) -> str | None:

@@ -26,7 +26,7 @@ from .checkpoint import Checkpoint, CheckpointStore
 from .epoch_log import EpochLog
 from .model_evaluation import ModelEvaluation
 from .optimizers import Optimizer
-from .progress import check_finite, with_progress
+from .progress import check_finite, check_finite_parameters, with_progress
 from .run_folder import RunFolder, check_same_data
 from .settings import MAX_PREFETCH, RunSettings
 from .step import StepResult, TrainingStep
@@ -124,7 +124,9 @@ class Trainer:
         store: where the main process keeps checkpoints. on_step: called after each step, for a profiler.
         """
         while self.progress.epoch < self.settings.train.num_epochs and not self._out_of_patience():
-            if not self._steps(max_steps, stop, on_step):
+            went_through = self._steps(max_steps, stop, on_step)
+            check_finite_parameters(self.progress.step, self.model)
+            if not went_through:
                 self._save(store)
                 return TrainResult({}, {}, self.progress, False)
             if self.progress.step_in_epoch >= len(self.loader):
