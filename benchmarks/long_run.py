@@ -1,0 +1,117 @@
+"""Memory of a long training run: resident megabytes at intervals over many steps; the last line is JSON.
+
+    python benchmarks/long_run.py --steps=10000 --result=benchmarks/results/long_run.json
+
+A small SASRec on random sequences, with everything that a real run does between steps: epochs, prefetched batches,
+evaluations, metrics, TensorBoard, checkpoints. The first fifth of the steps is warm-up; growth is what a straight line
+through the rest gains from its beginning to its end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from absl import app, flags, logging
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from generative_recommenders.data.preparation import prepare_batches
+from generative_recommenders.data.ratings_table import RawRatings
+from generative_recommenders.data.sequence_dataset import SequenceDataset
+from generative_recommenders.data.splits import make_split
+from generative_recommenders.evaluation.collectives import Collectives
+from generative_recommenders.training.allocator import keep_freed_memory
+from generative_recommenders.training.checkpoint import CheckpointStore
+from generative_recommenders.training.run_folder import RunFolder
+from generative_recommenders.training.settings import RunSettings, SasrecSettings, TrainSettings
+from generative_recommenders.training.train import Trainer
+
+USERS, ITEMS, EVENTS_EACH = 640, 500, 30
+SETTINGS = RunSettings(
+    train=TrainSettings(
+        dataset_name="random", max_sequence_length=20, local_batch_size=32, item_embedding_dim=16,
+        sampling_strategy="local", num_negatives=16, num_epochs=1_000_000, eval_interval=100, save_ckpt_every_n=25,
+        full_eval_every_n=25, partial_eval_num_iters=2,
+    ),
+    sasrec=SasrecSettings(ffn_hidden_dim=16),
+)  # fmt: skip
+
+_STEPS = flags.DEFINE_integer("steps", 10_000, "optimizer steps", lower_bound=100)
+_SAMPLES = flags.DEFINE_integer("samples", 100, "how often memory is looked at", lower_bound=10)
+_RESULT = flags.DEFINE_string("result", None, "where the JSON line is written too")
+
+
+def resident_mb() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGESIZE") / 2**20
+
+
+def random_dataset(folder: Path) -> SequenceDataset:
+    generator = np.random.default_rng(0)
+    users = np.repeat(np.arange(USERS), EVENTS_EACH)
+    columns = {
+        "user": pa.array([f"u{user}" for user in users], pa.large_string()),
+        "item": pa.array(
+            [f"i{item}" for item in generator.integers(0, ITEMS, users.size)], pa.large_string()
+        ),
+        "timestamp": pa.array(np.arange(users.size), pa.int64()),
+    }
+    source = RawRatings("random", [folder / "random.csv"])
+    prepare_batches(source, [pa.table(columns)], folder / "random", 1 << 30)
+    return SequenceDataset.open(folder / "random")
+
+
+def resident_over_a_run(folder: Path, steps: int, samples: int) -> tuple[list[int], list[float]]:
+    """Steps, and resident megabytes after them."""
+    dataset = random_dataset(folder)
+    at: list[int] = []
+    resident: list[float] = []
+    with RunFolder.create_or_open(folder / "run") as run:
+        trainer = Trainer(SETTINGS, dataset, make_split(dataset), Collectives("cpu"), run)
+
+        def look() -> None:
+            if trainer.progress.step % max(1, steps // samples) == 0:
+                at.append(trainer.progress.step)
+                resident.append(resident_mb())
+
+        trainer.train(CheckpointStore(folder / "run" / "checkpoints"), steps, on_step=look)
+    return at, resident
+
+
+def main(argv: list[str]) -> None:
+    """Print one JSON object."""
+    logging.set_verbosity(logging.ERROR)
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    load, started = os.getloadavg()[0], time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        at, resident = resident_over_a_run(Path(folder), _STEPS.value, _SAMPLES.value)
+    settled = slice(len(at) // 5, None)
+    slope = np.polyfit(at[settled], resident[settled], 1)[0]
+    result = {
+        "benchmark": "long_run",
+        "steps": _STEPS.value,
+        "seconds": round(time.perf_counter() - started, 1),
+        "load_before": round(load, 2),
+        "growth_mb": round(float(slope) * (at[-1] - at[settled][0]), 2),
+        "first_settled_mb": round(resident[settled][0], 1),
+        "last_mb": round(resident[-1], 1),
+        "highest_mb": round(max(resident), 1),
+        "resident_mb": [round(each, 1) for each in resident[:: max(1, len(resident) // 20)]],
+        "torch": torch.__version__,
+    }
+    line = json.dumps(result)
+    if _RESULT.value is not None:
+        Path(_RESULT.value).write_text(line + "\n")
+    print(line)
+
+
+if __name__ == "__main__":
+    app.run(main)
