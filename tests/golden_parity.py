@@ -6,6 +6,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,11 +27,16 @@ class GoldenFile:
     gradients: dict[str, torch.Tensor]
 
 
+def read_golden(case: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The arrays of ``case``.npz by their names in the file, and its ``meta``."""
+    with np.load(FOLDER / f"{case}.npz", allow_pickle=False) as archive:
+        arrays = {key: torch.from_numpy(archive[key]) for key in archive.files if key != "meta"}
+        return arrays, json.loads(str(archive["meta"]))
+
+
 def load_golden(case: str) -> GoldenFile:
     """``case``.npz from the folder of golden files; parameter names translated to this package's."""
-    with np.load(FOLDER / f"{case}.npz") as archive:
-        meta = json.loads(str(archive["meta"]))
-        arrays = {key: torch.from_numpy(archive[key]) for key in archive.files if key != "meta"}
+    arrays, meta = read_golden(case)
 
     def part(prefix: str) -> dict[str, torch.Tensor]:
         return {_renamed(k[len(prefix) + 1 :]): v for k, v in arrays.items() if k.startswith(prefix + "/")}

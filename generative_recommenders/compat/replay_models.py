@@ -30,7 +30,7 @@ from .replay_next_item import (
     QueryTower,
     Tensors,
     TrainOutput,
-    embedded_features,
+    embedded_schema,
 )
 from .replay_schema import TensorSchema
 from .replay_two_tower import FeaturesReader, ItemTower, TwoTower, TwoTowerBody
@@ -109,8 +109,7 @@ class SasRec(NextItemModel):
         """
         from .replay_losses import CE
 
-        excluded = [schema.query_id_feature_name, schema.timestamp_feature_name, *(excluded_features or ())]
-        schema = schema.subset(embedded_features(schema.names, excluded)).with_embedding_dim(embedding_dim)
+        schema = embedded_schema(schema, excluded_features, embedding_dim)
         item = schema.item_id_features.item()
         body = SasRecBody(
             embedder=SequenceEmbedding(schema, None, categorical_list_feature_aggregation_method),

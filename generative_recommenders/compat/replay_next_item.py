@@ -13,6 +13,7 @@ from torch import nn
 
 from ..features import UserError
 from ..modeling.aggregators import Aggregator
+from .replay_schema import TensorSchema
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -182,6 +183,9 @@ def call_with_accepted(function: Callable[..., torch.Tensor], **arguments: objec
     return function(**arguments)
 
 
-def embedded_features(names: Sequence[str], not_embedded: Sequence[str | None]) -> list[str]:
-    """The names without those that are not embedded, in order."""
-    return [name for name in names if name not in not_embedded]
+def embedded_schema(schema: TensorSchema, excluded: Sequence[str] | None, embedding_dim: int) -> TensorSchema:
+    """The features but the excluded ones, the query id and the timestamp, each of ``embedding_dim`` columns."""
+    left_out = [schema.query_id_feature_name, schema.timestamp_feature_name, *(excluded or ())]
+    return schema.subset([name for name in schema.names if name not in left_out]).with_embedding_dim(
+        embedding_dim
+    )

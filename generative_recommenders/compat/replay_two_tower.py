@@ -26,7 +26,7 @@ from .replay_next_item import (
     QueryTower,
     Tensors,
     call_with_accepted,
-    embedded_features,
+    embedded_schema,
 )
 from .replay_schema import TensorFeatureInfo, TensorSchema
 
@@ -205,17 +205,15 @@ class TwoTower(NextItemModel):
         """
         from .replay_losses import CE
 
-        excluded = [schema.query_id_feature_name, schema.timestamp_feature_name, *(excluded_features or ())]
-        names = embedded_features(schema.names, excluded)
-        schema = schema.subset(names).with_embedding_dim(embedding_dim)
+        schema = embedded_schema(schema, excluded_features, embedding_dim)
         item = schema.item_id_features.item()
         aggregator = SumAggregator(embedding_dim)
         body = TwoTowerBody(
             schema=schema,
             embedder=SequenceEmbedding(schema, None, categorical_list_feature_aggregation_method),
             attn_mask_builder=DefaultAttentionMask(item.name, num_heads),
-            query_tower_feature_names=names,
-            item_tower_feature_names=names,
+            query_tower_feature_names=schema.names,
+            item_tower_feature_names=schema.names,
             query_embedding_aggregator=PositionAwareAggregator(aggregator, max_sequence_length, dropout),
             item_embedding_aggregator=aggregator,
             query_encoder=SasRecTransformerLayer(embedding_dim, num_heads, num_blocks, dropout, "relu"),

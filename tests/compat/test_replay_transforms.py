@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from golden_parity import read_golden
 from torch import Tensor, nn
 
 from generative_recommenders.compat.replay_transforms import (
@@ -32,18 +29,10 @@ from generative_recommenders.compat.replay_transforms import (
 )
 from generative_recommenders.features import UserError
 
-GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parents[1] / "golden"))
-
-
-def load(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as file:
-        tensors = {key: torch.from_numpy(file[key]) for key in file.files if key != "meta"}
-        return tensors, json.loads(str(file["meta"]))
-
 
 @pytest.fixture(scope="module")
 def golden() -> tuple[dict[str, Tensor], dict[str, Any]]:
-    return load("replay_transforms")
+    return read_golden("replay_transforms")
 
 
 def batch_of(tensors: dict[str, Tensor], side: str, case: str, leave: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -171,7 +160,7 @@ def test_negative_samplings_match_golden(golden):
 
 
 def test_seen_items_filter_matches_golden():
-    tensors, meta = load("replay_seen_items_filter")
+    tensors, meta = read_golden("replay_seen_items_filter")
     batch = {"seen_ids": tensors["input/seen_ids"]}
     seen_filter = SeenItemsFilter(meta["config"]["V"])
     cases = [(None, "logits", "all"), ("candidates", "candidate_logits", "candidates")]

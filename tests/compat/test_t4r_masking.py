@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from golden_parity import read_golden
 from torch import Tensor
 
 from generative_recommenders.compat.transformers4rec_masking import (
@@ -22,7 +19,6 @@ from generative_recommenders.compat.transformers4rec_masking import (
     ReplacementLanguageModeling,
 )
 
-GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parents[1] / "golden"))
 CLASSES: dict[str, type[MaskSequence]] = {
     "clm": CausalLanguageModeling,
     "mlm": MaskedLanguageModeling,
@@ -33,9 +29,7 @@ CLASSES: dict[str, type[MaskSequence]] = {
 
 @pytest.fixture(scope="module")
 def golden() -> tuple[dict[str, Tensor], dict[str, Any]]:
-    with np.load(GOLDEN / "t4r_masking.npz", allow_pickle=False) as file:
-        tensors = {key: torch.from_numpy(file[key]) for key in file.files if key != "meta"}
-        return tensors, json.loads(str(file["meta"]))
+    return read_golden("t4r_masking")
 
 
 def cases(tensors: dict[str, Tensor]) -> list[str]:

@@ -1,15 +1,13 @@
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections import Counter
 from itertools import combinations
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from golden_parity import read_golden
 
 from generative_recommenders.evaluation.list_metrics import (
     ListMetrics,
@@ -18,8 +16,6 @@ from generative_recommenders.evaluation.list_metrics import (
     diversity,
     novelty,
 )
-
-GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parents[1] / "golden"))
 
 
 def slow_metrics(top: list[int], relevant: list[int], k: int) -> dict[str, float]:
@@ -127,13 +123,10 @@ def test_no_users():
 
 def golden_inputs():
     """The file counts items from 0 and pads with -1 and -2; here ids start at 1."""
-    with np.load(GOLDEN / "replay_metrics.npz") as file:
-        config = json.loads(str(file["meta"]))["config"]
-        inputs = {
-            k: torch.from_numpy(file[f"input/{k}"]) + 1 for k in ("predictions", "ground_truth", "train")
-        }
-        outputs = {k.removeprefix("output/"): file[k] for k in file.files if k.startswith("output/")}
-    return config, {name: ids.clamp(min=0) for name, ids in inputs.items()}, outputs
+    arrays, meta = read_golden("replay_metrics")
+    inputs = {k: (arrays[f"input/{k}"] + 1).clamp(min=0) for k in ("predictions", "ground_truth", "train")}
+    outputs = {k.removeprefix("output/"): v for k, v in arrays.items() if k.startswith("output/")}
+    return meta["config"], inputs, outputs
 
 
 def test_golden_means():

@@ -1,18 +1,14 @@
 from __future__ import annotations
 
-import json
 import math
-import os
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from golden_parity import read_golden
 
 from generative_recommenders.evaluation.metrics import CUTOFFS, RankHistogram
 from generative_recommenders.evaluation.ranks import drop_repeated_targets, exact_ranks
 
-GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parents[1] / "golden"))
 PUBLISHED_CUT = 2500
 
 
@@ -69,12 +65,6 @@ def test_without_targets_every_metric_is_zero():
     assert set(RankHistogram(5).compute().values()) == {0.0}
 
 
-def golden_case():
-    with np.load(GOLDEN / "meta_eval_metrics.npz") as file:
-        arrays = {name: torch.from_numpy(file[name]) for name in file.files if name != "meta"}
-        return arrays, json.loads(str(file["meta"]))
-
-
 def golden_ranks(arrays: dict[str, torch.Tensor]) -> torch.Tensor:
     """Ranks with the published window filter and its cut: candidate i of the file is item i + 1 of the score
     matrix.
@@ -90,7 +80,7 @@ def golden_ranks(arrays: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def test_golden_ranks_and_metrics():
-    arrays, _ = golden_case()
+    arrays, _ = read_golden("meta_eval_metrics")
     ranks = golden_ranks(arrays)
     assert ranks.tolist() == arrays["output/rank"].tolist()
     for name, values in arrays.items():
@@ -111,7 +101,7 @@ def user_values(ranks: torch.Tensor, key: str) -> list[float]:
 
 
 def test_golden_file_has_repeated_targets():
-    arrays, _ = golden_case()
+    arrays, _ = read_golden("meta_eval_metrics")
     repeated = (arrays["input/past_ids"] == arrays["input/target_ids"].reshape(-1, 1)).any(1)
     assert repeated.any()
     assert (golden_ranks(arrays)[repeated] == PUBLISHED_CUT + 1).all()

@@ -1,15 +1,13 @@
 from __future__ import annotations
 
-import json
 import math
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from golden_parity import read_golden
 
 from generative_recommenders.evaluation.torchmetrics_ranking import (
     AvgPrecisionAt,
@@ -23,7 +21,6 @@ from generative_recommenders.evaluation.torchmetrics_ranking import (
 )
 from generative_recommenders.features import UserError
 
-GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parents[1] / "golden"))
 METRICS: dict[str, type[RankingMetric]] = {
     "precision": PrecisionAt,
     "recall": RecallAt,
@@ -113,9 +110,8 @@ def test_cutoffs_below_one_are_refused():
 
 
 def golden_case():
-    with np.load(GOLDEN / "t4r_ranking_metrics.npz") as file:
-        arrays = {name: torch.from_numpy(file[name]) for name in file.files if name != "meta"}
-        return arrays, json.loads(str(file["meta"]))["config"]
+    arrays, meta = read_golden("t4r_ranking_metrics")
+    return arrays, meta["config"]
 
 
 @pytest.mark.parametrize("name", METRICS)
