@@ -25,7 +25,9 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 def check_heads(width: int, num_heads: int) -> int:
     """Width of a head, or ValueError where the heads do not divide the width."""
     if num_heads < 1 or width % num_heads:
-        raise ValueError(f"num_heads {num_heads} does not divide the width {width}: choose one of its divisors")
+        raise ValueError(
+            f"num_heads {num_heads} does not divide the width {width}: choose one of its divisors"
+        )
     return width // num_heads
 
 
