@@ -187,7 +187,10 @@ def finish(
     if result.lists:
         final["list_metrics"] = result.lists
     run.write_metrics(result.progress.step, final)
-    plot_curves(result.progress.history, run.path / "curves.png")
+    try:
+        plot_curves(result.progress.history, run.path / "curves.png")
+    except OSError as error:  # the numbers are written already
+        logging.warning("cannot write %s: %s", run.path / "curves.png", error.strerror)
     best = store.load_best()
     checkpoint = best.path if best is not None else next(iter(store.paths()[::-1]), None)
     print(
