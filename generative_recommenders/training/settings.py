@@ -110,7 +110,14 @@ class TrainSettings:
             self, "num_negatives", "eval_interval", "full_eval_every_n", "save_ckpt_every_n", "temperature"
         )
         check_positive(
-            self, "negatives_block_size", "learning_rate", "keep_checkpoints", "l2_norm_eps", "num_ratings"
+            self,
+            "negatives_block_size",
+            "rating_embedding_dim",
+            "num_ratings",
+            "learning_rate",
+            "keep_checkpoints",
+            "l2_norm_eps",
+            "num_ratings",
         )
         if self.list_metrics_k is not None:
             check_positive(self, "list_metrics_k")
