@@ -113,7 +113,6 @@ class TrainSettings:
             self,
             "negatives_block_size",
             "rating_embedding_dim",
-            "num_ratings",
             "learning_rate",
             "keep_checkpoints",
             "l2_norm_eps",
