@@ -10,10 +10,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from tiny_data import ragged_sequences, tiny_dataset
-
 from generative_recommenders.data.sequence_dataset import SequenceDataset
-
+from tiny_data import ragged_sequences, tiny_dataset
 
 LONG_FILES = ("test_main.py", "test_launch.py", "test_faults.py", "test_assembly.py", "test_configs.py")
 """Files that start whole programs."""
@@ -37,7 +35,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for marker, reason in reasons.items():
             if marker in item.keywords:
                 item.add_marker(pytest.mark.skip(reason=reason))
-    items.sort(key=lambda item: item.path.name not in LONG_FILES)  # first, so that no worker ends with one alone
+    items.sort(
+        key=lambda item: item.path.name not in LONG_FILES
+    )  # first, so that no worker ends with one alone
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from golden_parity import GoldenFile, assert_near
 
 from generative_recommenders.features import SequentialFeatures
 from generative_recommenders.modeling import jagged
@@ -22,6 +21,7 @@ from generative_recommenders.modeling.output_postprocessors import (
 )
 from generative_recommenders.modeling.recommender import SequenceEncoder, SequenceRecommender
 from generative_recommenders.modeling.similarity.dot_product import DotProductSimilarity
+from golden_parity import GoldenFile, assert_near
 
 POSTPROCESSORS = {
     "l2": L2NormEmbeddingPostprocessor,

@@ -13,9 +13,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tiny_data import ragged_sequences
-from tiny_models import catalogue
-
 import main
 from generative_recommenders.data.sequence_dataset import SequenceDataset
 from generative_recommenders.gin_registry import load_settings
@@ -27,6 +24,8 @@ from generative_recommenders.training.assembly import (
     build_objective,
     build_sampler,
 )
+from tiny_data import ragged_sequences
+from tiny_models import catalogue
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.gin"))

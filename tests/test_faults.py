@@ -22,7 +22,6 @@ from typing import Any
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_data import ragged_sequences, tiny_dataset
 
 from generative_recommenders.data.sequence_dataset import SequenceDataset
 from generative_recommenders.data.splits import make_split
@@ -34,6 +33,7 @@ from generative_recommenders.training.launch import launch
 from generative_recommenders.training.progress import NonFiniteError
 from generative_recommenders.training.train import Trainer
 from main import Options, train_worker
+from tiny_data import ragged_sequences, tiny_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
 SLOW_IMPORTS = ["main", "matplotlib.pyplot", "torch.utils.tensorboard", "pytest", "tensorboard.compat"]

@@ -11,8 +11,6 @@ import torch
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from golden_parity import GoldenFile, assert_gradients, assert_near, load_golden
-
 from generative_recommenders.compat import replay_losses
 from generative_recommenders.compat.replay_losses import (
     BCE,
@@ -28,6 +26,7 @@ from generative_recommenders.compat.replay_losses import (
 )
 from generative_recommenders.features import UserError
 from generative_recommenders.objectives import scalable_cross_entropy
+from golden_parity import GoldenFile, assert_gradients, assert_near, load_golden
 
 BY_KIND = {
     "bce": lambda v: BCE(),

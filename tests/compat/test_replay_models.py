@@ -10,8 +10,6 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from golden_parity import assert_gradients, assert_near, load_golden, load_parameters
-
 from generative_recommenders.compat.replay_models import (
     DefaultAttentionMask,
     DiffTransformerLayer,
@@ -38,6 +36,7 @@ from generative_recommenders.compat.replay_schema import (
     TensorSchema,
 )
 from generative_recommenders.features import UserError
+from golden_parity import assert_gradients, assert_near, load_golden, load_parameters
 
 NUM_UNIQUE_ITEMS = 9
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from golden_parity import read_golden
 from torch import Tensor, nn
 
 from generative_recommenders.compat.replay_transforms import (
@@ -28,6 +27,7 @@ from generative_recommenders.compat.replay_transforms import (
     make_default_twotower_transforms,
 )
 from generative_recommenders.features import UserError
+from golden_parity import read_golden
 
 
 @pytest.fixture(scope="module")

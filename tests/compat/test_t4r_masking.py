@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from golden_parity import read_golden
 from torch import Tensor
 
 from generative_recommenders.compat.transformers4rec_masking import (
@@ -18,6 +17,7 @@ from generative_recommenders.compat.transformers4rec_masking import (
     PermutationLanguageModeling,
     ReplacementLanguageModeling,
 )
+from golden_parity import read_golden
 
 CLASSES: dict[str, type[MaskSequence]] = {
     "clm": CausalLanguageModeling,

@@ -11,7 +11,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_data import tiny_dataset
 
 from generative_recommenders.data.batching import (
     EvaluationLoader,
@@ -22,6 +21,7 @@ from generative_recommenders.data.batching import (
 )
 from generative_recommenders.data.sequence_dataset import SequenceDataset
 from generative_recommenders.data.splits import make_split
+from tiny_data import tiny_dataset
 
 COLUMNS = {"item_ids": "items", "ratings": "ratings", "timestamps": "timestamps"}
 

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 import torch
-from tiny_data import tiny_dataset
 
 from generative_recommenders.data.batching import EvaluationLoader
 from generative_recommenders.data.sequence_dataset import SequenceDataset
@@ -16,6 +15,7 @@ from generative_recommenders.data.splits import Split, make_split
 from generative_recommenders.evaluation import evaluator as evaluator_module
 from generative_recommenders.evaluation.collectives import Collectives
 from generative_recommenders.evaluation.evaluator import EvaluationResult, Evaluator
+from tiny_data import tiny_dataset
 
 WINDOW, THRESHOLD = 6, 4.0
 FILTERS = ["history", "window", "none"]

@@ -7,7 +7,6 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
-from golden_parity import read_golden
 
 from generative_recommenders.evaluation.list_metrics import (
     ListMetrics,
@@ -16,6 +15,7 @@ from generative_recommenders.evaluation.list_metrics import (
     diversity,
     novelty,
 )
+from golden_parity import read_golden
 
 
 def slow_metrics(top: list[int], relevant: list[int], k: int) -> dict[str, float]:

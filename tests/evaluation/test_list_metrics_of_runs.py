@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_data import ragged_sequences, tiny_dataset
 
 from generative_recommenders.features import UserError
 from generative_recommenders.training.report import list_metrics_lines
 from generative_recommenders.training.settings import TrainSettings
+from tiny_data import ragged_sequences, tiny_dataset
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = (

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from golden_parity import read_golden
 
 from generative_recommenders.evaluation.metrics import CUTOFFS, RankHistogram
 from generative_recommenders.evaluation.ranks import drop_repeated_targets, exact_ranks
+from golden_parity import read_golden
 
 PUBLISHED_CUT = 2500
 

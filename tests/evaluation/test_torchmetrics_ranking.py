@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from golden_parity import read_golden
 
 from generative_recommenders.evaluation.torchmetrics_ranking import (
     AvgPrecisionAt,
@@ -20,6 +19,7 @@ from generative_recommenders.evaluation.torchmetrics_ranking import (
     RecallAt,
 )
 from generative_recommenders.features import UserError
+from golden_parity import read_golden
 
 METRICS: dict[str, type[RankingMetric]] = {
     "precision": PrecisionAt,

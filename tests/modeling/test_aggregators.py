@@ -7,14 +7,13 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from golden_parity import assert_gradients, assert_near, load_golden, load_parameters
-
 from generative_recommenders.features import UserError
 from generative_recommenders.modeling.aggregators import (
     ConcatAggregator,
     PositionAwareAggregator,
     SumAggregator,
 )
+from golden_parity import assert_gradients, assert_near, load_golden, load_parameters
 
 
 def test_position_aware_parity() -> None:

@@ -7,8 +7,6 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from golden_parity import load_golden
-
 from generative_recommenders.features import UserError
 from generative_recommenders.modeling.attention_masks import (
     DefaultAttentionMask,
@@ -18,6 +16,7 @@ from generative_recommenders.modeling.attention_masks import (
     mask_for,
     mask_per_head,
 )
+from golden_parity import load_golden
 
 
 @pytest.mark.parametrize("mode", ["eval", "train"])

@@ -7,13 +7,12 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from golden_parity import assert_near, load_golden, load_parameters
-
 from generative_recommenders.features import UserError
 from generative_recommenders.modeling.attention_masks import additive_mask, causal_mask
 from generative_recommenders.modeling.differential_attention import DiffTransformerLayer
 from generative_recommenders.modeling.encoders.diff_transformer import DiffTransformer
 from generative_recommenders.modeling.layout import Visibility, jagged_layout, padded_layout
+from golden_parity import assert_near, load_golden, load_parameters
 
 LENGTHS = torch.tensor([5, 1, 0, 3])
 WIDTH, COLUMNS, HEADS = 8, 6, 2

@@ -7,8 +7,6 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from golden_parity import assert_gradients, assert_near, load_golden, load_parameters
-
 from generative_recommenders.features import UserError
 from generative_recommenders.modeling.attention import softmax_attention
 from generative_recommenders.modeling.attention_masks import additive_mask, causal_mask
@@ -19,6 +17,7 @@ from generative_recommenders.modeling.differential_attention import (
     lambda_init_of_block,
 )
 from generative_recommenders.modeling.layout import jagged_layout
+from golden_parity import assert_gradients, assert_near, load_golden, load_parameters
 
 
 def _causal(batch: int, heads: int, length: int) -> torch.Tensor:

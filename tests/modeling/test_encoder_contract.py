@@ -10,14 +10,13 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from tiny_models import EASY, LENGTHS, catalogue, histories, overfit, settings
-
 from generative_recommenders.features import SequentialFeatures, UserError
 from generative_recommenders.modeling.embeddings import ItemRows
 from generative_recommenders.modeling.layout import Visibility, jagged_layout
 from generative_recommenders.modeling.recommender import SequenceRecommender
 from generative_recommenders.training.assembly import build_model
 from generative_recommenders.training.scoring_catalogue import score_function
+from tiny_models import EASY, LENGTHS, catalogue, histories, overfit, settings
 
 ENCODERS = {
     "SASRec": {},

@@ -7,10 +7,9 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from golden_parity import assert_gradients, assert_near, load_golden, load_parameters
-
 from generative_recommenders.features import UserError
 from generative_recommenders.modeling.feed_forward import PointWiseFeedForward, SwiGLU, SwiGLUEncoder
+from golden_parity import assert_gradients, assert_near, load_golden, load_parameters
 
 BUILDERS = {
     "replay_swiglu": lambda c: SwiGLU(c["D"], c["hidden"]),

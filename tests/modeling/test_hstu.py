@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
-from golden_encoders import ENTRANCES, assert_parity, choose_backend, recommender_of
-from golden_parity import assert_near, load_golden
 
 from generative_recommenders.modeling.encoders.hstu import HSTU, RelativeBias, bias_inputs, time_buckets
 from generative_recommenders.modeling.layout import jagged_layout, padded_layout
 from generative_recommenders.modeling.recommender import next_times
+from golden_encoders import ENTRANCES, assert_parity, choose_backend, recommender_of
+from golden_parity import assert_near, load_golden
 
 CASES = ["meta_hstu", "meta_hstu_concat_ua", "meta_hstu_no_bias", "meta_hstu_softmax_no_bias"]
 SMALL = {"num_heads": 2, "dqk": 3, "dv": 5}

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from golden_encoders import ENTRANCES, choose_backend
-from golden_parity import assert_near, load_golden
 
 from generative_recommenders.modeling.input_preprocessors import (
     CombinedItemAndRatingInputFeaturesPreprocessor,
@@ -15,6 +13,8 @@ from generative_recommenders.modeling.input_preprocessors import (
     double_layout,
 )
 from generative_recommenders.modeling.layout import Visibility, jagged_layout, padded_layout
+from golden_encoders import ENTRANCES, choose_backend
+from golden_parity import assert_near, load_golden
 
 LAYOUTS = {"jagged": jagged_layout, "padded": padded_layout}
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from golden_encoders import ENTRANCES, assert_parity, choose_backend, recommender_of
-from golden_parity import GoldenFile, assert_near, load_golden
 
 from generative_recommenders.modeling.encoders.sasrec import SASRec
 from generative_recommenders.modeling.layout import jagged_layout, padded_layout
 from generative_recommenders.modeling.sasrec_layer import SasRecTransformerLayer
+from golden_encoders import ENTRANCES, assert_parity, choose_backend, recommender_of
+from golden_parity import GoldenFile, assert_near, load_golden
 
 
 @pytest.mark.parametrize("backend", ["torch", "fbgemm"])

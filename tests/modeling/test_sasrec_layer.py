@@ -7,11 +7,10 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from golden_parity import assert_gradients, assert_near, load_golden, load_parameters
-
 from generative_recommenders.features import UserError
 from generative_recommenders.modeling.attention_masks import DefaultAttentionMask, additive_mask, causal_mask
 from generative_recommenders.modeling.sasrec_layer import SasRecTransformerLayer
+from golden_parity import assert_gradients, assert_near, load_golden, load_parameters
 
 
 def _layer_of(golden) -> SasRecTransformerLayer:

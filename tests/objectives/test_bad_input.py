@@ -6,7 +6,6 @@ import dataclasses
 
 import pytest
 import torch
-from tiny_models import NUM_ITEMS, catalogue, settings, ten_users, training_step
 
 from generative_recommenders.data.sequence_dataset import SequenceDataset
 from generative_recommenders.data.splits import make_split
@@ -19,6 +18,7 @@ from generative_recommenders.training.progress import NonFiniteError
 from generative_recommenders.training.settings import RunSettings
 from generative_recommenders.training.step import TrainingStep
 from generative_recommenders.training.train import Trainer
+from tiny_models import NUM_ITEMS, catalogue, settings, ten_users, training_step
 
 LOSSES = [*CATALOGUE_LOSSES, *SAMPLED_LOSSES, "ScalableCrossEntropyLoss"]
 

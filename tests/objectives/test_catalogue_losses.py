@@ -11,8 +11,6 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from golden_parity import assert_gradients, assert_near, load_golden
-
 from generative_recommenders.features import UserError
 from generative_recommenders.objectives.catalogue_blocks import Blocks
 from generative_recommenders.objectives.catalogue_losses import (
@@ -25,6 +23,7 @@ from generative_recommenders.objectives.catalogue_losses import (
     LogInCE,
     LogOutCE,
 )
+from golden_parity import assert_gradients, assert_near, load_golden
 
 FAMILY = {**CATALOGUE_LOSSES, "CE smoothed": lambda **kw: CE(label_smoothing=0.1, **kw)}
 SMALL = 40 * 8 * 37  # bytes: 40 float64 tokens of a catalogue of 37 items

@@ -10,8 +10,6 @@ import torch
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from golden_parity import GoldenFile, assert_gradients, assert_near, load_golden
-
 from generative_recommenders.features import UserError
 from generative_recommenders.objectives.losses import (
     SAMPLED_LOSSES,
@@ -23,6 +21,7 @@ from generative_recommenders.objectives.losses import (
     SampledLoss,
     SampledSoftmaxLoss,
 )
+from golden_parity import GoldenFile, assert_gradients, assert_near, load_golden
 
 
 def drawn(seed: int, tokens: int = 7, positives: int = 1, negatives: int = 5):

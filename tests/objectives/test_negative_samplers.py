@@ -6,7 +6,6 @@ import itertools
 
 import pytest
 import torch
-from golden_parity import assert_near, load_golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,6 +20,7 @@ from generative_recommenders.objectives.negative_samplers import (
     Sharing,
     alias_table,
 )
+from golden_parity import assert_near, load_golden
 
 KEY = stream_key(1, 2)
 POOL = torch.tensor([2, 3, 5, 7, 11, 13])

@@ -10,10 +10,9 @@ import torch
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from golden_parity import assert_gradients, assert_near, load_golden
-
 from generative_recommenders.features import UserError
 from generative_recommenders.objectives.scalable_cross_entropy import ScalableCrossEntropyLoss, SCEParams
+from golden_parity import assert_gradients, assert_near, load_golden
 
 
 def drawn(seed: int, tokens: int = 20, items: int = 15):

@@ -5,8 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from golden_encoders import ENTRANCES, choose_backend
-from golden_parity import assert_gradients, assert_near, load_golden
 from torch.utils.flop_counter import FlopCounterMode
 
 from generative_recommenders.modeling.embeddings import ItemRows
@@ -22,6 +20,8 @@ from generative_recommenders.objectives.scoring import (
     negative_products,
     no_collisions,
 )
+from golden_encoders import ENTRANCES, choose_backend
+from golden_parity import assert_gradients, assert_near, load_golden
 
 TOKENS, ITEMS, DIM = 21, 12, 4
 SHARINGS = [Sharing(), Sharing("block", 8), Sharing("block", 1), Sharing("block", 100), Sharing("batch")]

@@ -12,8 +12,6 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from tiny_models import CE, EASY, NUM_ITEMS, catalogue, settings, ten_users, training_step
-
 from generative_recommenders.data.sequence_dataset import SequenceDataset
 from generative_recommenders.features import UserError
 from generative_recommenders.gin_registry import inert
@@ -33,6 +31,7 @@ from generative_recommenders.training.assembly import (
     build_top_k,
 )
 from generative_recommenders.training.settings import RunSettings
+from tiny_models import CE, EASY, NUM_ITEMS, catalogue, settings, ten_users, training_step
 
 MOL = {"interaction_module_type": "MoL", "top_k_method": "MoLBruteForceTopK"}
 TOWER = {"main_module": "TwoTower"}
