@@ -6,6 +6,7 @@ blocks that share a draw. Padding (id 0) is never drawn; collisions with positiv
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -64,7 +65,7 @@ class Negatives:
         return repeated[self.lead : self.lead + num_tokens]
 
 
-class NegativesSampler(torch.nn.Module):
+class NegativesSampler(torch.nn.Module, ABC):
     """Base. num_negatives: R drawn for each unit of sharing. log_q_correction: give `Negatives.log_q`."""
 
     uses_batch_pool = False
@@ -94,11 +95,11 @@ class NegativesSampler(torch.nn.Module):
     def device(self) -> torch.device:
         return next(self.buffers(), torch.empty(0)).device
 
+    @abstractmethod
     def draw(
         self, key: int, units: torch.Tensor, draws: int, pool: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """ids ``[G, draws]`` and their probabilities ``[G, draws]`` (None: uniform over a fixed set)."""
-        raise NotImplementedError
 
 
 class LocalNegativesSampler(NegativesSampler):

@@ -168,9 +168,18 @@ def build_scorer(settings: RunSettings) -> Scorer:
     return ProductScorer(t.temperature, positives, t.item_l2_norm, t.l2_norm_eps)
 
 
+CORRECTED_SAMPLERS = ("in-batch", "popularity")
+"""Samplers whose draws have unequal or batch-dependent probabilities, which log Q correction makes up for."""
+
+
 def build_sampler(settings: RunSettings, catalogue: Catalogue, name: str | None = None) -> NegativesSampler:
     """The negative sampler by ``train_fn.sampling_strategy``."""
     t = settings.train
+    if t.log_q_correction and t.sampling_strategy not in CORRECTED_SAMPLERS:
+        known = ", ".join(CORRECTED_SAMPLERS)
+        raise UserError(
+            f"log_q_correction acts on {known}, not on sampling_strategy {t.sampling_strategy!r}: unset it"
+        )
     try:
         sharing = Sharing(t.negatives_sharing, t.negatives_block_size)
         return look_up(SAMPLERS, name or t.sampling_strategy, "sampling_strategy")(

@@ -66,6 +66,10 @@ def build_all(chosen: RunSettings, data=None) -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "log Q of uniform draws": (
+        {"log_q_correction": True, "sampling_strategy": "local"},
+        "log_q_correction acts on in-batch, popularity",
+    ),
     "encoder": (
         {"main_module": "SASRek"},
         "unknown main_module 'SASRek'; known: SASRec, HSTU, DiffTransformer",
