@@ -1,48 +1,70 @@
 """Attention over the groups of a layout: softmax (arXiv 1706.03762) and pointwise SiLU (HSTU, arXiv 2402.17152).
 
 Queries, keys and values come as tokens ``[T, H, d]`` and go back as tokens. Inside a group they are rectangles
-``[g, H, n, d]``; a row never attends beyond itself, and grouping changes no number. Forward and backward are written out
-so that on a CPU large products are done in place, no gradient is scattered, and a causal group is done in tiles of queries
-that leave out the keys none of them sees. On CUDA, softmax attention goes through
+``[G, n, d]`` with G = g * H, one for each row and head; a row never attends beyond itself, and grouping changes no number.
+Forward and backward are written out: a causal group is done in tiles of queries that leave out the keys none of them
+sees, rectangles are gathered and ungathered by index (a gradient is never scattered), and what a tile's backward pass
+needs is kept from its forward pass. On CUDA, softmax attention goes through
 `torch.nn.functional.scaled_dot_product_attention`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Sequence
+from itertools import repeat
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from .dropout import dropout_multiplier
+from .dropout import KeepMasks
 from .layout import Group, Layout
 
 TILE = 64
-"""Queries of a causal tile."""
+"""Queries of a causal tile, at most."""
 
 
 class Tile(NamedTuple):
     """Queries start..stop of a group against its first ``keys`` keys.
 
-    sees: bool, broadcastable to ``[g, H, stop - start, keys]``.
+    Keys before ``known`` are seen by all of these queries; sees: bool, which of the others, ``[rows, keys - known]`` or
+    ``[g, 1, rows, keys - known]``.
     """
 
     start: int
     stop: int
     keys: int
+    known: int
     sees: torch.Tensor
 
 
-def tiles(group: Group, layout: Layout) -> Iterator[Tile]:
-    """Who sees whom, cut into tiles. Cells behind a row's end are never seen by real ones."""
+class TableBias(NamedTuple):
+    """A bias of logits looked up in tables: the sum over k of ``tables[k][indices[tile][k]]``, shared by the heads.
+
+    tables: 1-d. indices: for each tile of the layout (in the order of its groups), one int64 index a table, of shape
+    ``[stop - start, keys]`` or ``[g, stop - start, keys]``.
+    """
+
+    tables: tuple[torch.Tensor, ...]
+    indices: list[tuple[torch.Tensor, ...]]
+
+
+def tiles(group: Group, layout: Layout) -> list[Tile]:
+    """Who sees whom, cut into tiles of equal height. Cells behind a row's end are never seen by real ones."""
+    width = group.width
     if layout.visibility is not None:
-        yield Tile(0, group.width, group.width, visible(group, layout))
-        return
-    columns = torch.arange(group.width, device=group.tokens.device)
-    for start in range(0, group.width, TILE):
-        stop = min(start + TILE, group.width)
-        yield Tile(start, stop, stop, columns[:stop] <= columns[start:stop, None])
+        return [Tile(0, width, width, 0, visible(group, layout))]
+    height = -(-width // -(-width // TILE))
+    sees = _causal(height, group.tokens.device)
+    starts = range(0, width, height)
+    stops = [min(start + height, width) for start in starts]
+    return [Tile(i, j, j, i, sees[: j - i, : j - i]) for i, j in zip(starts, stops)]
+
+
+@functools.lru_cache(maxsize=2 * TILE)
+def _causal(height: int, device: torch.device) -> torch.Tensor:
+    return torch.ones(height, height, dtype=torch.bool, device=device).tril()
 
 
 def visible(group: Group, layout: Layout) -> torch.Tensor:
@@ -73,8 +95,8 @@ def softmax_attention(
     if q.device.type == "cpu":
         with torch.autocast("cpu", enabled=False):  # in the dtype that q, k and v come in
             return _GroupedSoftmax.apply(q, k, v, layout, dropout_rate, scale)
-    outputs = [_fused_group(q, k, v, group, layout, dropout_rate, scale) for group in layout.groups]
-    return _ungroup(outputs, layout, v)
+    cells = [_fused_group(q, k, v, group, layout, dropout_rate, scale) for group in layout.groups]
+    return _ungroup(torch.cat(cells), layout, q.shape[1]) if cells else torch.zeros_like(v)
 
 
 def pointwise_attention(
@@ -82,167 +104,213 @@ def pointwise_attention(
     k: torch.Tensor,
     v: torch.Tensor,
     layout: Layout,
-    biases: list[torch.Tensor] | None,
+    bias: TableBias | None,
     divisor: float,
     dropout_rate: float = 0.0,
 ) -> torch.Tensor:
     """SiLU(q kᵀ + bias) / divisor · v over what each token sees (arXiv 2402.17152, eq. 2), no softmax.
 
-    q, k: ``[T, H, d]``; v: ``[T, H, dv]``; biases: one per group, broadcastable to ``[g, H, n, n]``, or None.
+    q, k: ``[T, H, d]``; v: ``[T, H, dv]``; returns ``[T, H, dv]``.
     """
+    tables, indices = bias or TableBias((), [])
     with torch.autocast(q.device.type, enabled=False):  # in the dtype that q, k and v come in
-        return _GroupedPointwise.apply(q, k, v, layout, divisor, dropout_rate, *(biases or ()))
+        return _GroupedPointwise.apply(q, k, v, layout, indices, divisor, dropout_rate, *tables)
 
 
-def _heads_first(group: Group, x: torch.Tensor) -> torch.Tensor:
-    """``[T, H, d]`` tokens as ``[g, H, n, d]``."""
-    return group.gather(x).transpose(1, 2)
+def _rectangles(group: Group, *tokens: torch.Tensor) -> Iterator[torch.Tensor]:
+    """``[T, H, d]`` tokens as new tensors ``[g * H, n, d]``, a view only of their own."""
+    for x in tokens:
+        heads, width = x.shape[1:]
+        rows = x.reshape(-1, width) if heads > 1 else x[:, 0]
+        yield rows.index_select(0, group.cells(heads)).view(-1, group.width, width)
 
 
-def _cells(rectangle: torch.Tensor) -> torch.Tensor:
-    """``[g, H, n, d]`` as cells ``[g * n, H, d]``."""
-    return rectangle.transpose(1, 2).flatten(0, 1)
-
-
-def _ungroup(cells: list[torch.Tensor], layout: Layout, like: torch.Tensor) -> torch.Tensor:
-    """The groups' cells as tokens ``[T, H, d]``."""
-    if not cells:
-        return torch.zeros_like(like)
-    return torch.cat(cells).index_select(0, layout.ungroup)
+def _ungroup(cells: torch.Tensor, layout: Layout, heads: int) -> torch.Tensor:
+    """The rectangles of all groups, one behind the other as ``[cells * H, d]``, as tokens ``[T, H, d]``."""
+    return cells.index_select(0, layout.cells(heads)).view(layout.num_tokens, heads, cells.shape[-1])
 
 
 def _fused_group(q, k, v, group, layout, dropout_rate, scale):
-    q_, k_, v_ = (_heads_first(group, x) for x in (q, k, v))
+    q_, k_, v_ = (x.unflatten(0, (-1, q.shape[1])) for x in _rectangles(group, q, k, v))
     causal = layout.visibility is None
     mask = None if causal else visible(group, layout)
     out = F.scaled_dot_product_attention(q_, k_, v_, mask, dropout_rate, is_causal=causal, scale=scale)
-    return _cells(out)
+    return out.reshape(-1, v.shape[-1])
 
 
-def _output_gradient(group: Group, grad: torch.Tensor) -> torch.Tensor:
-    """``[g, H, n, dv]`` with the cells behind a row's end set to 0."""
-    return _heads_first(group, grad) * group.real()[:, None, :, None]
+class _Cells:
+    """Room for the rectangles ``[g * H, n, d]`` of all groups, one behind the other."""
+
+    def __init__(self, layout: Layout, like: torch.Tensor) -> None:
+        self.layout, (self.heads, self.width) = layout, like.shape[1:]
+        count = sum(group.tokens.numel() for group in layout.groups) * self.heads
+        self.cells = like.new_empty(count, self.width)
+        self.used = 0
+
+    def take(self, group: Group) -> torch.Tensor:
+        """The rectangles of the next group, not yet written."""
+        first, self.used = self.used, self.used + group.tokens.numel() * self.heads
+        return self.cells[first : self.used].view(-1, group.width, self.width)
+
+    def tokens(self) -> torch.Tensor:
+        return _ungroup(self.cells, self.layout, self.heads)
 
 
-def _dropped(weights: torch.Tensor, multiplier: torch.Tensor | None) -> torch.Tensor:
-    return weights if multiplier is None else weights * multiplier
+def _hide(logits: torch.Tensor, tile: Tile, heads: int) -> torch.Tensor:
+    """``logits [g * H, rows, keys]`` in place, very low where the tile's queries do not see."""
+    lowest = max(torch.finfo(logits.dtype).min / 2, -1e30)
+    hidden = torch.zeros((), dtype=logits.dtype, device=logits.device).masked_fill(~tile.sees, lowest)
+    logits.unflatten(0, (-1, heads))[..., tile.known :].add_(hidden)
+    return logits
 
 
-def _masked_softmax(logits: torch.Tensor, sees: torch.Tensor, blind: bool) -> torch.Tensor:
-    """Softmax over the columns that are seen; blind: rows that see none are possible, and become 0."""
-    hidden = torch.zeros((), dtype=logits.dtype).masked_fill(~sees, torch.finfo(logits.dtype).min)
-    probabilities = torch.softmax(logits.add_(hidden), -1)
-    return probabilities.mul_(sees.any(-1, keepdim=True)) if blind else probabilities
+def _output_gradient(group: Group, grad: torch.Tensor, scale: float) -> torch.Tensor:
+    """The gradient by tokens ``[T, H, dv]`` as rectangles, times ``scale``; 0 in the cells behind a row's end."""
+    (d_out,) = _rectangles(group, grad)
+    counts = group.real().to(grad.dtype).mul_(scale)
+    d_out.unflatten(0, (-1, grad.shape[1])).mul_(counts[:, None, :, None])
+    return d_out
+
+
+def _set_rows(total: torch.Tensor, tile: Tile, left: torch.Tensor, right: torch.Tensor) -> None:
+    """``left @ right`` into the tile's rows of ``total [G, n, d]``."""
+    if tile.stop - tile.start == total.shape[1]:
+        torch.bmm(left, right, out=total)
+    else:
+        total[:, tile.start : tile.stop] = torch.bmm(left, right)
+
+
+def _add_keys(total: torch.Tensor, tile: Tile, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Adds ``left @ right`` to the tile's keys of ``total [G, n, d]``; the last tile, which comes first, has all and sets
+    them.
+    """
+    if tile.keys == total.shape[1]:
+        torch.bmm(left, right, out=total)
+    else:
+        total[:, : tile.keys].add_(torch.bmm(left, right))
 
 
 class _GroupedSoftmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, layout, dropout_rate, scale):
-        cells, saved = [], []
+        out, saved, heads = _Cells(layout, v), [], q.shape[1]
+        masks = KeepMasks(dropout_rate, q) if dropout_rate > 0.0 else None
         for group in layout.groups:
-            q_, k_, v_ = (_heads_first(group, x) for x in (q * scale, k, v))
-            out = torch.empty_like(v_)
+            q_, k_, v_ = _rectangles(group, q, k, v)
+            q_.mul_(scale)
+            v_.mul_(1.0 / (1.0 - dropout_rate))
+            out_ = out.take(group)
             for tile in tiles(group, layout):
-                logits = torch.matmul(
-                    q_[:, :, tile.start : tile.stop], k_[:, :, : tile.keys].transpose(-1, -2)
-                )
-                probabilities = _masked_softmax(logits, tile.sees, blind=layout.visibility is not None)
-                keep = (
-                    dropout_multiplier(probabilities.shape, dropout_rate, q) if dropout_rate > 0.0 else None
-                )
-                out[:, :, tile.start : tile.stop] = _dropped(probabilities, keep) @ v_[:, :, : tile.keys]
-                saved += [probabilities, keep]
-            cells.append(_cells(out))
-        ctx.save_for_backward(q, k, v, *saved)
-        ctx.settings = (layout, scale)
-        return _ungroup(cells, layout, v)
+                rows, keys = slice(tile.start, tile.stop), slice(tile.keys)
+                logits = _hide(torch.bmm(q_[:, rows], k_[:, keys].mT), tile, heads)
+                p = torch.softmax(logits, -1)
+                if layout.visibility is not None:  # a token may see nothing
+                    p.unflatten(0, (-1, heads)).mul_(tile.sees.any(-1, keepdim=True))
+                dropped = p if masks is None else masks.draw(p.shape).mul_(p)
+                _set_rows(out_, tile, dropped, v_[:, keys])
+                saved += [p, dropped]
+        attended = out.tokens()
+        ctx.save_for_backward(q, k, v, attended, *saved)
+        ctx.settings = (layout, dropout_rate, scale)
+        return attended
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        q, k, v, *saved = ctx.saved_tensors
-        layout, scale = ctx.settings
-        grads: tuple[list, list, list] = ([], [], [])
+        q, k, v, attended, *saved = ctx.saved_tensors
+        layout, dropout_rate, scale = ctx.settings
+        d_q, d_k, d_v = (_Cells(layout, x) for x in (q, k, v))
+        dots = (grad * attended).sum(-1, keepdim=True)  # the rows' sums of dp * p
         pairs = iter(zip(saved[::2], saved[1::2]))
         for group in layout.groups:
-            q_, k_, v_ = (_heads_first(group, x) for x in (q, k, v))
-            d_out = _output_gradient(group, grad)
-            d_q, d_k, d_v = torch.empty_like(q_), torch.zeros_like(k_), torch.zeros_like(v_)
-            for tile in tiles(group, layout):
-                p, keep = next(pairs)
-                rows, keys = slice(tile.start, tile.stop), slice(0, tile.keys)
-                d_v[:, :, keys] += _dropped(p, keep).transpose(-1, -2) @ d_out[:, :, rows]
-                d_p = d_out[:, :, rows] @ v_[:, :, keys].transpose(-1, -2)
-                d_p = d_p if keep is None else d_p.mul_(keep)
-                d_s = torch._softmax_backward_data(d_p, p, -1, p.dtype)
-                d_q[:, :, rows] = d_s @ k_[:, :, keys]
-                d_k[:, :, keys] += d_s.transpose(-1, -2) @ q_[:, :, rows]
-            for collected, d in zip(grads, (d_q.mul_(scale), d_k.mul_(scale), d_v)):
-                collected.append(_cells(d))
-        return (*(_ungroup(g, layout, x) for g, x in zip(grads, (q, k, v))), None, None, None)
+            group_tiles = tiles(group, layout)
+            q_, k_, v_ = _rectangles(group, q, k, v)
+            q_.mul_(scale)
+            d_out = _output_gradient(group, grad, 1.0 / (1.0 - dropout_rate))
+            dots_ = _output_gradient(group, dots, 1.0)
+            d_q_, d_k_, d_v_ = d_q.take(group), d_k.take(group), d_v.take(group)
+            kept = [next(pairs) for _ in group_tiles]
+            for tile, (p, dropped) in zip(reversed(group_tiles), reversed(kept)):
+                rows, keys = slice(tile.start, tile.stop), slice(tile.keys)
+                _add_keys(d_v_, tile, dropped.mT, d_out[:, rows])
+                d_s = torch.bmm(d_out[:, rows], v_[:, keys].mT).mul_(dropped)
+                d_s.addcmul_(p, dots_[:, rows], value=-1.0)
+                _set_rows(d_q_, tile, d_s, k_[:, keys])
+                _add_keys(d_k_, tile, d_s.mT, q_[:, rows])
+            d_q_.mul_(scale)
+        return d_q.tokens(), d_k.tokens(), d_v.tokens(), None, None, None
 
 
 class _GroupedPointwise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, layout, divisor, dropout_rate, *biases):
-        cells, keeps = [], []
-        for index, group in enumerate(layout.groups):
-            q_, k_, v_ = (_heads_first(group, x) for x in (q, k, v / divisor))
-            out = torch.empty_like(v_)
+    def forward(ctx, q, k, v, layout, indices, divisor, dropout_rate, *tables):
+        out, saved, heads = _Cells(layout, v), [], q.shape[1]
+        masks = KeepMasks(dropout_rate, q) if dropout_rate > 0.0 else None
+        remaining = iter(indices)
+        for group in layout.groups:
+            q_, k_, v_ = _rectangles(group, q, k, v)
+            v_.mul_(1.0 / (divisor * (1.0 - dropout_rate)))
+            out_ = out.take(group)
             for tile in tiles(group, layout):
-                logits = _pointwise_logits(q_, k_, tile, biases[index] if biases else None)
-                weights = F.silu(logits, inplace=True).mul_(tile.sees.to(logits.dtype))
-                keep = dropout_multiplier(weights.shape, dropout_rate, q) if dropout_rate > 0.0 else None
-                out[:, :, tile.start : tile.stop] = _dropped(weights, keep) @ v_[:, :, : tile.keys]
-                keeps.append(keep)
-            cells.append(_cells(out))
-        ctx.save_for_backward(q, k, v, *biases, *keeps)
-        ctx.settings = (layout, divisor, len(biases))
-        return _ungroup(cells, layout, v)
+                rows, keys = slice(tile.start, tile.stop), slice(tile.keys)
+                logits = torch.bmm(q_[:, rows], k_[:, keys].mT)
+                if tables:
+                    logits.unflatten(0, (-1, heads)).add_(looked_up(tables, next(remaining)))
+                weights = F.silu(_hide(logits, tile, heads))
+                kept = None if masks is None else masks.draw(weights.shape)
+                _set_rows(out_, tile, weights if kept is None else weights.mul_(kept), v_[:, keys])
+                saved += [logits, kept]
+        ctx.save_for_backward(q, k, v, *tables, *saved)
+        ctx.settings = (layout, indices, divisor * (1.0 - dropout_rate), len(tables))
+        return out.tokens()
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         q, k, v, *rest = ctx.saved_tensors
-        layout, divisor, num_biases = ctx.settings
-        biases, keeps = rest[:num_biases], iter(rest[num_biases:])
-        grads: tuple[list, list, list] = ([], [], [])
-        d_biases = []
-        for index, group in enumerate(layout.groups):
-            rectangles = tuple(_heads_first(group, x) for x in (q, k, v))
-            bias = biases[index] if biases else None
-            d_out = _output_gradient(group, grad / divisor)
-            *d_qkv, d_bias = _pointwise_group_backward(rectangles, d_out, bias, tiles(group, layout), keeps)
-            for collected, d in zip(grads, d_qkv):
-                collected.append(_cells(d))
-            if bias is not None:
-                d_biases.append(d_bias)
-        d_tokens = (_ungroup(g, layout, x) for g, x in zip(grads, (q, k, v)))
-        return (*d_tokens, None, None, None, *d_biases)
+        layout, indices, divisor, num_tables = ctx.settings
+        tables, saved = rest[:num_tables], rest[num_tables:]
+        d_q, d_k, d_v = (_Cells(layout, x) for x in (q, k, v))
+        d_tables = [torch.zeros_like(table) for table in tables]
+        pairs = iter(zip(saved[::2], saved[1::2], indices or repeat(())))
+        for group in layout.groups:
+            group_tiles = tiles(group, layout)
+            q_, k_, v_ = _rectangles(group, q, k, v)
+            d_out = _output_gradient(group, grad, 1.0 / divisor)
+            d_q_, d_k_, d_v_ = d_q.take(group), d_k.take(group), d_v.take(group)
+            kept_of = [next(pairs) for _ in group_tiles]
+            for tile, (logits, kept, index) in zip(reversed(group_tiles), reversed(kept_of)):
+                rows, keys = slice(tile.start, tile.stop), slice(tile.keys)
+                weights = F.silu(logits)
+                weights = weights if kept is None else weights.mul_(kept)
+                _add_keys(d_v_, tile, weights.mT, d_out[:, rows])
+                d_w = torch.bmm(d_out[:, rows], v_[:, keys].mT)
+                d_s = torch.ops.aten.silu_backward(d_w if kept is None else d_w.mul_(kept), logits)
+                _set_rows(d_q_, tile, d_s, k_[:, keys])
+                _add_keys(d_k_, tile, d_s.mT, q_[:, rows])
+                _add_to_tables(d_tables, index, d_s.unflatten(0, (-1, q.shape[1])))
+        return d_q.tokens(), d_k.tokens(), d_v.tokens(), None, None, None, None, *d_tables
 
 
-def _pointwise_logits(
-    q_: torch.Tensor, k_: torch.Tensor, tile: Tile, bias: torch.Tensor | None
-) -> torch.Tensor:
-    logits = torch.matmul(q_[:, :, tile.start : tile.stop], k_[:, :, : tile.keys].transpose(-1, -2))
-    return logits if bias is None else logits.add_(bias[:, :, tile.start : tile.stop, : tile.keys])
+def looked_up(tables: Sequence[torch.Tensor], indices: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The sum of ``table[index]``, with an axis for the heads: ``[1, rows, keys]`` or ``[g, 1, rows, keys]``."""
+    parts = [_gathered(table, index) for table, index in zip(tables, indices)]
+    return sum(parts[1:], parts[0]).unsqueeze(-3)
 
 
-def _pointwise_group_backward(rectangles, d_out, bias, group_tiles, keeps):
-    """Gradients of one group by q, k, v and bias; activations are computed again from the logits."""
-    q_, k_, v_ = rectangles
-    d_q, d_k, d_v = torch.empty_like(q_), torch.zeros_like(k_), torch.zeros_like(v_)
-    d_bias = None if bias is None else torch.zeros_like(bias)
-    for tile in group_tiles:
-        rows, keys, keep = slice(tile.start, tile.stop), slice(0, tile.keys), next(keeps)
-        sees = tile.sees.to(q_.dtype)
-        logits = _pointwise_logits(q_, k_, tile, bias)
-        weights = F.silu(logits).mul_(sees)
-        d_v[:, :, keys] += _dropped(weights, keep).transpose(-1, -2) @ d_out[:, :, rows]
-        d_w = d_out[:, :, rows] @ v_[:, :, keys].transpose(-1, -2)
-        d_w = (d_w if keep is None else d_w.mul_(keep)).mul_(sees)
-        d_s = torch.ops.aten.silu_backward(d_w, logits)
-        d_q[:, :, rows] = d_s @ k_[:, :, keys]
-        d_k[:, :, keys] += d_s.transpose(-1, -2) @ q_[:, :, rows]
-        if d_bias is not None:
-            target = d_bias[:, :, rows, keys]
-            target += d_s.sum_to_size(target.shape)
-    return d_q, d_k, d_v, d_bias
+def _gathered(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    flat = index.flatten(0, -2)
+    return table.expand(flat.shape[0], -1).gather(1, flat).view(index.shape)
+
+
+def _add_to_tables(
+    totals: Sequence[torch.Tensor], indices: Sequence[torch.Tensor], d_logits: torch.Tensor
+) -> None:
+    """Gradients of the tables from those of ``[g, H, rows, keys]`` logits: sums by index."""
+    if not totals:
+        return
+    d_logits = d_logits.sum(1)
+    for total, index in zip(totals, indices):
+        d_part = (d_logits if index.dim() == 3 else d_logits.sum(0)).flatten(0, -2)
+        by_row = d_part.new_zeros(d_part.shape[0], total.numel())
+        total.add_(by_row.scatter_add_(1, index.flatten(0, -2), d_part).sum(0))

@@ -1,28 +1,39 @@
 """Inverted dropout whose masks cost little on a CPU.
 
-torch draws one Bernoulli variable per element; here 64 random bits serve four elements, so the rate is rounded to a
-multiple of 2^-16. Draws come from torch's default generator of the device.
+torch draws one Bernoulli variable per element from a slow serial generator; here 64 bits of SFC64 (numpy's) serve four
+elements, so the rate is rounded to a multiple of 2^-16. Each source of masks is seeded by one draw from torch's default
+generator, so `torch.manual_seed` decides them all.
 """
 
 from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 _LEVELS = 1 << 16
 
 
-def dropout_multiplier(shape: torch.Size | tuple[int, ...], rate: float, like: torch.Tensor) -> torch.Tensor:
-    """0 with probability ``rate``, else 1 / (1 - rate); of the given shape, in the dtype and on the device of ``like``."""
-    if like.device.type != "cpu":
-        return (torch.rand(shape, device=like.device) >= rate).to(like.dtype).div_(1.0 - rate)
-    count = math.prod(shape)
-    bits = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)[:count]
-    threshold = round(rate * _LEVELS) - _LEVELS // 2
-    kept = torch.ge(bits, threshold, out=torch.empty(count, dtype=like.dtype))
-    return kept.mul_(1.0 / (1.0 - rate)).view(shape)
+class KeepMasks:
+    """A source of masks: 0 with probability ``rate``, else 1, in the dtype and on the device of ``like``."""
+
+    def __init__(self, rate: float, like: torch.Tensor) -> None:
+        self.rate, self.dtype, self.device = rate, like.dtype, like.device
+        if self.device.type == "cpu":
+            seed = int(torch.empty((), dtype=torch.int64).random_())
+            self.generator = np.random.Generator(np.random.SFC64(seed))
+
+    def draw(self, shape: torch.Size | tuple[int, ...]) -> torch.Tensor:
+        """A new tensor of the given shape."""
+        if self.device.type != "cpu":
+            return (torch.rand(shape, device=self.device) >= self.rate).to(self.dtype)
+        count = math.prod(shape)
+        words = self.generator.integers(0, 1 << 64, (count + 3) // 4, dtype=np.uint64)
+        bits = torch.from_numpy(words.view(np.int16))[:count]
+        threshold = round(self.rate * _LEVELS) - _LEVELS // 2
+        return torch.ge(bits, threshold, out=torch.empty(count, dtype=self.dtype)).view(shape)
 
 
 def dropout(x: torch.Tensor, rate: float, training: bool) -> torch.Tensor:
@@ -31,7 +42,7 @@ def dropout(x: torch.Tensor, rate: float, training: bool) -> torch.Tensor:
         return x
     if x.device.type != "cpu":
         return F.dropout(x, rate)
-    return x * dropout_multiplier(x.shape, rate, x)
+    return KeepMasks(rate, x).draw(x.shape).mul_(1.0 / (1.0 - rate)) * x
 
 
 class Dropout(torch.nn.Module):

@@ -44,6 +44,13 @@ class Group:
         """``[T, ...]`` tokens as the group's rectangle ``[g, n, ...]``."""
         return x.index_select(0, self.tokens).view(-1, self.width, *x.shape[1:])
 
+    def cells(self, heads: int) -> torch.Tensor:
+        """``[g * H * n]`` int32: which of ``[T * H]`` rows (token-major) each cell of ``[g, H, n]`` holds."""
+        if heads == 1:
+            return self.tokens
+        head = torch.arange(heads, dtype=torch.int32, device=self.tokens.device)
+        return (self.tokens.view(-1, 1, self.width) * heads + head[:, None]).view(-1)
+
     def real(self) -> torch.Tensor:
         """``[g, n]`` bool, False behind a row's end."""
         columns = torch.arange(self.width, device=self.lengths.device)
@@ -68,6 +75,7 @@ class Layout:
     row_of: ``[T]`` int64, the row a token belongs to.
     groups: rectangles for attention; together they cover every token once.
     ungroup: ``[T]`` int32, the cell of each token in the concatenation of all group rectangles.
+    widths: ``[B]`` int32, columns of the group that a row is in.
     valid: ``[T, 1]`` bool for a padded layout, None for a jagged one.
     visibility: None means causal.
     """
@@ -79,6 +87,7 @@ class Layout:
     starts: torch.Tensor
     groups: tuple[Group, ...]
     ungroup: torch.Tensor
+    widths: torch.Tensor
     valid: torch.Tensor | None = None
     visibility: Visibility | None = None
 
@@ -103,6 +112,14 @@ class Layout:
     def last_tokens(self) -> torch.Tensor:
         """``[B]`` int64: the token at the end of each row (the first one for an empty row of a padded layout)."""
         return self.starts + (self.lengths - 1).clamp(min=0)
+
+    def cells(self, heads: int) -> torch.Tensor:
+        """``[T * H]`` int32: where each token and head lies among the cells of all groups' ``[g, H, n]``."""
+        if heads == 1:
+            return self.ungroup
+        first = (self.ungroup - self.positions) * heads + self.positions
+        head = torch.arange(heads, device=self.device)
+        return (first[:, None] + head * self.widths[self.row_of][:, None]).view(-1).to(torch.int32)
 
     def mask(self, x: torch.Tensor) -> torch.Tensor:
         """``[T, ...]`` with padding set to 0 (the same tensor where there is none)."""
@@ -145,7 +162,7 @@ def jagged_layout(lengths: torch.Tensor, max_length: int, device: torch.device |
     starts = np.concatenate(([0], np.cumsum(host)[:-1])) if host.size else host
     row_of = np.repeat(np.arange(host.size), host)
     positions = np.arange(row_of.size) - starts[row_of]
-    groups, ungroup = _group_rows(host, starts, row_of, positions)
+    groups, widths, ungroup = _group_rows(host, starts, row_of, positions)
     to_device = lambda array: torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)  # noqa: E731
     return Layout(
         lengths=to_device(host),
@@ -155,6 +172,7 @@ def jagged_layout(lengths: torch.Tensor, max_length: int, device: torch.device |
         starts=to_device(starts),
         groups=tuple(Group(width, *map(to_device, arrays)) for width, *arrays in groups),
         ungroup=to_device(ungroup),
+        widths=to_device(widths),
     )
 
 
@@ -172,6 +190,7 @@ def padded_layout(lengths: torch.Tensor, max_length: int) -> Layout:
         starts=torch.arange(rows, device=device) * max_length,
         groups=(Group(max_length, tokens, lengths, torch.arange(rows, device=device)),),
         ungroup=tokens,
+        widths=torch.full((rows,), max_length, dtype=torch.int32, device=device),
         valid=(positions < lengths[row_of])[:, None],
     )
 
@@ -189,20 +208,22 @@ def _moved(value, device: torch.device):
 
 def _group_rows(
     lengths: np.ndarray, starts: np.ndarray, row_of: np.ndarray, positions: np.ndarray
-) -> tuple[list[tuple], np.ndarray]:
+) -> tuple[list[tuple], np.ndarray, np.ndarray]:
     order = np.argsort(-lengths, kind="stable")
     order = order[lengths[order] > 0]
     groups, cell_starts, cells, first = [], np.zeros_like(lengths), 0, 0
+    widths = np.zeros(lengths.size, np.int32)
     while first < order.size:
         rows = order[first : first + _rows_of_group(lengths[order[first:]])]
         width = int(lengths[rows[0]])
         columns = np.minimum(np.arange(width)[None, :], lengths[rows][:, None] - 1)
         tokens = (starts[rows][:, None] + columns).reshape(-1)
         groups.append((width, tokens.astype(np.int32), lengths[rows], rows))
+        widths[rows] = width
         cell_starts[rows] = cells + np.arange(rows.size) * width
         cells += tokens.size
         first += rows.size
-    return groups, (cell_starts[row_of] + positions).astype(np.int32)
+    return groups, widths, (cell_starts[row_of] + positions).astype(np.int32)
 
 
 def _rows_of_group(lengths: np.ndarray) -> int:

@@ -305,26 +305,30 @@ def _masked_logsumexp(scores: Tensor, mask: Tensor) -> Tensor:
 
 
 class _MaskedLogSumExp(torch.autograd.Function):
-    """One pass of exponentials for value and gradient; the few False entries are set one by one."""
+    """One softmax for value and gradient, ``ln sum exp(s) = max s - ln max p``; False entries are set one by one."""
 
     @staticmethod
     def forward(ctx, scores, mask):
-        terms = scores.clone()
-        hidden = (~mask).nonzero(as_tuple=True)
-        terms[hidden] = -math.inf
-        largest = terms.amax(1) if terms.shape[1] else terms.new_full((len(terms),), -math.inf)
-        shift = torch.where(largest == -math.inf, 0.0, largest)
-        terms.sub_(shift[:, None]).exp_()
-        total = terms.sum(1)
-        ctx.save_for_backward(terms, total, *hidden)
-        return shift + total.log()
+        hidden = mask.logical_not().nonzero(as_tuple=True)
+        scores = scores.index_put(hidden, scores.new_tensor(-math.inf))
+        if not scores.shape[1]:
+            ctx.save_for_backward(scores)
+            return scores.new_full((len(scores),), -math.inf)
+        p = torch.softmax(scores, 1)
+        largest = scores.amax(1)
+        none = largest == -math.inf  # nothing counts: softmax gives NaN
+        if none.any():
+            p[none] = 0.0
+        ctx.save_for_backward(p, *hidden)
+        return torch.where(none, largest, largest - p.amax(1).log())
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        terms, total, *hidden = ctx.saved_tensors
-        grads = terms * torch.where(total > 0, grad / total, 0.0)[:, None]
-        grads[tuple(hidden)] = 0.0  # also where the gradient of the row is not a number
+        p, *hidden = ctx.saved_tensors
+        grads = p * grad[:, None]
+        if hidden:
+            grads[tuple(hidden)] = 0.0  # also where the gradient of the row is not a number
         return grads, None
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from .counter_random import counter_bits, counter_integers, counter_uniform, stream_key
 
@@ -61,8 +62,16 @@ class Negatives:
             return values
         if self.sharing.granularity == "batch":
             return values.expand(num_tokens, -1)
-        repeated = values[:, None].expand(-1, self.sharing.block_size, -1).flatten(0, 1)
-        return repeated[self.lead : self.lead + num_tokens]
+        return self.tokens(values[:, None].expand(-1, self.sharing.block_size, -1), num_tokens)
+
+    def blocks(self, x: torch.Tensor) -> torch.Tensor:
+        """``[T, D]`` values of tokens as ``[G, block_size, D]``, 0 beyond the tokens of this process."""
+        behind = self.ids.shape[0] * self.sharing.block_size - self.lead - x.shape[0]
+        return F.pad(x, (0, 0, self.lead, behind)).unflatten(0, (-1, self.sharing.block_size))
+
+    def tokens(self, blocks: torch.Tensor, num_tokens: int) -> torch.Tensor:
+        """``[G, block_size, D]`` as ``[T, D]``: the inverse of `blocks`."""
+        return blocks.flatten(0, 1)[self.lead : self.lead + num_tokens]
 
 
 class NegativesSampler(torch.nn.Module, ABC):

@@ -130,11 +130,8 @@ def negative_products(
         return SampledProducts.apply(hidden, weight, rows)
     if granularity == "batch":
         return hidden @ ItemRows(weight).lookup(rows[0]).T
-    size, tokens = negatives.sharing.block_size, hidden.shape[0]
-    behind = rows.shape[0] * size - negatives.lead - tokens
-    blocks = F.pad(hidden, (0, 0, negatives.lead, behind)).view(rows.shape[0], size, hidden.shape[1])
-    scores = torch.bmm(blocks, ItemRows(weight).lookup(rows).transpose(1, 2))
-    return scores.flatten(0, 1)[negatives.lead : negatives.lead + tokens]
+    scores = torch.bmm(negatives.blocks(hidden), ItemRows(weight).lookup(rows).transpose(1, 2))
+    return negatives.tokens(scores, hidden.shape[0])
 
 
 def corrected(scores: torch.Tensor, negatives: Negatives) -> torch.Tensor:
@@ -148,11 +145,13 @@ def corrected(scores: torch.Tensor, negatives: Negatives) -> torch.Tensor:
 
 def no_collisions(targets: torch.Tensor, negatives: Negatives) -> torch.Tensor:
     """``[T, R]`` bool, False where a negative is one of the token's positives ``[T, P]``."""
-    ids = negatives.per_token(negatives.ids, targets.shape[0])
-    mask = ids != targets[:, :1]
-    for column in range(1, targets.shape[1]):
-        mask &= ids != targets[:, column : column + 1]
-    return mask
+    ids, tokens = negatives.ids, targets.shape[0]
+    if negatives.sharing.granularity == "block":
+        ids, targets = ids[:, None], negatives.blocks(targets)
+    mask = ids != targets[..., :1]
+    for column in range(1, targets.shape[-1]):
+        mask &= ids != targets[..., column, None]
+    return negatives.tokens(mask, tokens) if mask.dim() == 3 else mask
 
 
 class SampledProducts(torch.autograd.Function):

@@ -10,7 +10,13 @@ import torch.nn.functional as F
 
 from generative_recommenders.modeling import attention
 from generative_recommenders.modeling import layout as layout_module
-from generative_recommenders.modeling.attention import pointwise_attention, softmax_attention, visible
+from generative_recommenders.modeling.attention import (
+    TableBias,
+    pointwise_attention,
+    softmax_attention,
+    tiles,
+    visible,
+)
 from generative_recommenders.modeling.layout import Layout, Visibility, jagged_layout, padded_layout
 
 DIVISOR = 11.0
@@ -97,14 +103,20 @@ def test_gradcheck(attend: Attend, dense: Attend) -> None:
     assert torch.autograd.gradcheck(lambda q, k, v: attend(q, k, v, layout), tokens(5, 2, 2, 2))
 
 
-def test_gradcheck_of_the_bias(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("heads", [1, 2])
+def test_gradcheck_of_the_bias(monkeypatch: pytest.MonkeyPatch, heads: int) -> None:
     monkeypatch.setattr(attention, "TILE", 2)
     layout = jagged_layout(torch.tensor([2, 4]), 4)
-    for heads, rows in ((1, 1), (2, 2), (1, 2)):
-        bias = torch.randn(rows, heads, 4, 4, dtype=torch.float64, requires_grad=True)
-        assert torch.autograd.gradcheck(
-            lambda q, k, v, b: pointwise_attention(q, k, v, layout, [b], DIVISOR), (*tokens(6, 2, 2, 2), bias)
-        )
+    each = [tile for group in layout.groups for tile in tiles(group, layout)]
+    rows = [len(group.rows) for group in layout.groups for _ in tiles(group, layout)]
+    shared = [torch.randint(3, (tile.stop - tile.start, tile.keys)) for tile in each]
+    own = [torch.randint(5, (g, tile.stop - tile.start, tile.keys)) for g, tile in zip(rows, each)]
+    tables = [torch.randn(size, dtype=torch.float64, requires_grad=True) for size in (3, 5)]
+
+    def attend(q, k, v, *tables):
+        return pointwise_attention(q, k, v, layout, TableBias(tables, list(zip(shared, own))), DIVISOR)
+
+    assert torch.autograd.gradcheck(attend, (*tokens(6, heads, 2, 2), *tables))
 
 
 @both_forms

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from generative_recommenders.modeling.dropout import Dropout, dropout, dropout_multiplier
+from generative_recommenders.modeling.dropout import Dropout, KeepMasks, dropout
 
 RATES = [0.05, 0.2, 0.5, 0.9]
 
@@ -13,17 +13,18 @@ RATES = [0.05, 0.2, 0.5, 0.9]
 @pytest.mark.parametrize("rate", RATES)
 def test_rate_and_scale(rate: float) -> None:
     torch.manual_seed(3)
-    multiplier = dropout_multiplier((400, 1001), rate, torch.empty(0))
+    kept = KeepMasks(rate, torch.empty(0)).draw((400, 1001))
+    assert kept.unique().tolist() == [0.0, 1.0]
+    spread = (rate * (1 - rate) / kept.numel()) ** 0.5
+    assert abs((kept == 0).float().mean().item() - rate) < 5 * spread
     scale = torch.tensor(1.0) * (1.0 / (1.0 - rate))
-    assert multiplier.unique().tolist() == [0.0, scale.item()]
-    spread = (rate * (1 - rate) / multiplier.numel()) ** 0.5
-    assert abs((multiplier == 0).float().mean().item() - rate) < 5 * spread
+    assert dropout(torch.ones(100), rate, training=True).unique().tolist() == [0.0, scale.item()]
 
 
 @pytest.mark.parametrize("rate", RATES)
 def test_every_place_of_a_word_is_dropped_as_often(rate: float) -> None:
     torch.manual_seed(4)
-    zeros = dropout_multiplier((20_000, 4), rate, torch.empty(0)) == 0
+    zeros = KeepMasks(rate, torch.empty(0)).draw((20_000, 4)) == 0
     spread = (rate * (1 - rate) / 20_000) ** 0.5
     assert ((zeros.float().mean(0) - rate).abs() < 5 * spread).all()
     correlations = torch.corrcoef(zeros.T.float()) - torch.eye(4)
@@ -34,18 +35,18 @@ def test_seed_decides() -> None:
     draws = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        draws.append(dropout_multiplier((30, 7), 0.5, torch.empty(0)))
+        draws.append(KeepMasks(0.5, torch.empty(0)).draw((30, 7)))
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2])
-    assert not torch.equal(draws[0], dropout_multiplier((30, 7), 0.5, torch.empty(0)))
+    assert not torch.equal(draws[0], KeepMasks(0.5, torch.empty(0)).draw((30, 7)))
 
 
 @pytest.mark.parametrize("shape", [(), (0, 3), (1,), (5,), (2, 3, 1)])
 def test_shape_and_dtype(shape: tuple[int, ...]) -> None:
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
-        multiplier = dropout_multiplier(shape, 0.5, torch.empty(0, dtype=dtype))
-        assert (multiplier.shape, multiplier.dtype) == (torch.Size(shape), dtype)
-        assert ((multiplier == 0) | (multiplier == 2)).all()
+        kept = KeepMasks(0.5, torch.empty(0, dtype=dtype)).draw(shape)
+        assert (kept.shape, kept.dtype) == (torch.Size(shape), dtype)
+        assert ((kept == 0) | (kept == 1)).all()
 
 
 def test_gradient_passes_through_the_same_mask() -> None:

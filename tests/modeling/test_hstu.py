@@ -47,7 +47,7 @@ def test_parity_of_the_bias(case: str) -> None:
     lengths, times = golden.inputs["past_lengths"].long(), golden.inputs["timestamps"]
     layout, width = padded_layout(lengths, times.shape[1]), times.shape[1]
     payloads = {"timestamps": times.flatten(), "next_timestamps": next_times(times, lengths, None).flatten()}
-    (inputs,) = bias_inputs(layout, width, payloads, "given")
+    (inputs,) = bias_inputs(layout, width, payloads, "given", whole=True)
     for index, block in enumerate(model.sequence.encoder.blocks):
         assert_near(block.bias(inputs)[:, 0], golden.outputs[f"bias_layer{index}"])
 
@@ -94,10 +94,10 @@ def test_causal_with_the_next_time_held_fixed() -> None:
 
 def test_without_times_the_bias_is_by_position() -> None:
     bias = RelativeBias(6)
-    (inputs,) = bias_inputs(jagged_layout(torch.tensor([4]), 6), 6, {}, "given")
+    (inputs,) = bias_inputs(jagged_layout(torch.tensor([4]), 6), 6, {}, "given", whole=True)
     for i in range(4):
         for j in range(4):
-            assert bias(inputs)[0, 0, i, j] == bias.position[5 + j - i]
+            assert bias(inputs)[0, i, j] == bias.position[5 + j - i]
     bias(inputs).sum().backward()
     assert bias.position.grad.tolist() == [0, 0, 1, 2, 3, 4, 3, 2, 1, 0, 0]
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import repeat
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 
 from ...features import UserError
-from ..attention import pointwise_attention
+from ..attention import TableBias, looked_up, pointwise_attention, tiles
 from ..dropout import Dropout
 from ..incremental import Appended, KeysValues, pointwise_over_cache
 from ..layout import Layout
@@ -33,11 +32,10 @@ def time_buckets(query_times: torch.Tensor, key_times: torch.Tensor) -> torch.Te
     return difference.float().log_().div_(BUCKET_WIDTH).to(torch.int64).clamp_(0, NUM_TIME_BUCKETS)
 
 
-@dataclass(frozen=True)
-class BiasInputs:
-    """What a batch's relative bias is looked up by, for one group: ``distance [n, n]`` and ``buckets [g, n, n]`` or None.
+class BiasInputs(NamedTuple):
+    """What relative biases are looked up by: ``distance [n, c]`` and ``buckets [g, n, c]`` int64, or None without times.
 
-    For tokens behind cached ones, both are ``[B, M, C]``.
+    n queries against c keys: those of a tile, or of a whole group. For tokens behind cached ones, both are ``[B, n, c]``.
     """
 
     distance: torch.Tensor
@@ -58,27 +56,34 @@ class RelativeBias(torch.nn.Module):
         self.time = torch.nn.Parameter(torch.empty(NUM_TIME_BUCKETS + 1).normal_(std=0.02))
 
     def forward(self, inputs: BiasInputs) -> torch.Tensor:
-        """``[1, 1, n, n]`` or ``[g, 1, n, n]``."""
-        bias = _TableLookup.apply(self.position, inputs.distance)
-        if inputs.buckets is not None:
-            bias = _TableLookup.apply(self.time, inputs.buckets) + bias
-        return bias.unsqueeze(-3) if bias.dim() == 3 else bias[None, None]
+        """``[1, n, c]`` or ``[g, 1, n, c]``."""
+        known = [index for index in inputs if index is not None]
+        return looked_up((self.position, self.time), known)
+
+    def tables(self, inputs: list[BiasInputs]) -> TableBias:
+        """The same for each tile of a layout, looked up where it is used."""
+        if any(each.buckets is None for each in inputs):
+            return TableBias((self.position,), [(each.distance,) for each in inputs])
+        return TableBias((self.position, self.time), cast(list[tuple[torch.Tensor, ...]], inputs))
 
 
 def bias_inputs(
-    layout: Layout, max_length: int, payloads: Mapping[str, torch.Tensor], next_time: str
+    layout: Layout, max_length: int, payloads: Mapping[str, torch.Tensor], next_time: str, whole: bool = False
 ) -> list[BiasInputs]:
-    """One for each group of the layout; computed once a batch, shared by all blocks."""
+    """One for each tile of the layout, or for each group (whole); computed once a batch, shared by all blocks."""
     keys = payloads.get("timestamps")
     queries = payloads.get("next_timestamps") if next_time == "given" else keys
     inputs = []
     for group in layout.groups:
         columns = torch.arange(group.width, device=layout.device)
-        distance = max_length - 1 + columns[None, :] - columns[:, None]
-        buckets = None
+        times = None
         if keys is not None and queries is not None:
-            buckets = time_buckets(group.gather(queries), group.gather(keys))
-        inputs.append(BiasInputs(distance, buckets))
+            times = group.gather(queries), group.gather(keys)
+        parts = [(0, group.width, group.width)] if whole else [tile[:3] for tile in tiles(group, layout)]
+        for start, stop, seen in parts:
+            distance = max_length - 1 + columns[None, :seen] - columns[start:stop, None]
+            buckets = time_buckets(times[0][:, start:stop], times[1][:, :seen]) if times else None
+            inputs.append(BiasInputs(distance, buckets))
     return inputs
 
 
@@ -132,8 +137,7 @@ class HstuBlock(torch.nn.Module):
     def forward(self, x: torch.Tensor, layout: Layout, inputs: list[BiasInputs]) -> torch.Tensor:
         """x: ``[T, D]``; inputs: see `bias_inputs`."""
         u, q, k, v = self.project(x)
-        biases = None if self.bias is None else [self.bias(each) for each in inputs]
-        return layout.mask(self.combine(x, u, self.attention(q, k, v, layout, biases)))
+        return layout.mask(self.combine(x, u, self.attention(q, k, v, layout, inputs)))
 
     def append(
         self, x: torch.Tensor, appended: Appended, inputs: BiasInputs | None, cached: KeysValues | None
@@ -159,10 +163,12 @@ class HstuBlock(torch.nn.Module):
         gated = torch.cat([u, a, u * a], dim=-1) if self.concat_ua else u * a
         return self.output(self.dropout(gated)) + x
 
-    def attention(self, q, k, v, layout, biases):
+    def attention(self, q, k, v, layout, inputs):
         rate = self.attn_dropout_rate if self.training else 0.0
         if self.normalization == "rel_bias":
-            return pointwise_attention(q, k, v, layout, biases, float(self.max_length), rate)
+            bias = None if self.bias is None else self.bias.tables(inputs)
+            return pointwise_attention(q, k, v, layout, bias, float(self.max_length), rate)
+        biases = None if self.bias is None else [self.bias(each) for each in inputs]
         return softmax_over_all_columns(q, k, v, layout, biases, self.max_length, rate)
 
 
@@ -215,7 +221,9 @@ class HSTU(torch.nn.Module):
     def forward(self, x: torch.Tensor, layout: Layout, payloads: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """``[T, D]`` to ``[T, D]``; payloads may hold ``timestamps`` and ``next_timestamps [T]``."""
         biased = self.blocks[0].bias is not None
-        inputs = bias_inputs(layout, self.max_length, payloads, self.next_time) if biased else []
+        inputs = []
+        if biased:
+            inputs = bias_inputs(layout, self.max_length, payloads, self.next_time, whole=not self.causal)
         for block in self.blocks:
             x = run_block(block, self.activation_checkpoint and self.training, x, layout, inputs)
         return x
@@ -274,23 +282,6 @@ def softmax_over_all_columns(
         weights = torch.exp(logits - total).tril()
         outputs.append((F.dropout(weights, dropout_rate) @ v_).transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs).index_select(0, layout.ungroup) if outputs else torch.zeros_like(v)
-
-
-class _TableLookup(torch.autograd.Function):
-    """``table[index]`` for a 1-d table; the gradient is a weighted histogram instead of a scatter."""
-
-    @staticmethod
-    def forward(ctx, table, index):
-        ctx.save_for_backward(index)
-        ctx.size = table.numel()
-        return table[index]
-
-    @staticmethod
-    def backward(ctx, grad):
-        (index,) = ctx.saved_tensors
-        flat = grad.expand(index.shape).reshape(-1)
-        total = torch.bincount(index.reshape(-1), weights=flat, minlength=ctx.size)
-        return total.to(grad.dtype), None
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
