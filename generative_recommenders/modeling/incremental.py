@@ -30,7 +30,7 @@ class KeysValues:
 class HistoryCache:
     """Encoded histories of B rows; a new one is made by every append, the old one stays as it was.
 
-    lengths: ``[B]`` int64 on the CPU, items so far.
+    lengths: ``[B]`` int64 on the CPU, the encoder's tokens so far.
     blocks: of the encoder, one each.
     times: ``[B, C]`` int64 seconds of all items, or None.
     last_input, last_output: ``[B, E]`` and ``[B, D]``, what the encoder took and gave at each row's last item.
@@ -156,22 +156,21 @@ def append_tokens(
     )
 
 
-def new_layout(cache: HistoryCache | None, new_lengths: torch.Tensor, device: torch.device) -> Layout:
-    """The jagged layout of new items alone, with positions that go on from the cached histories."""
+def new_layout(encoded: torch.Tensor, new_lengths: torch.Tensor, device: torch.device) -> Layout:
+    """The jagged layout of new items alone, with positions that go on from the ``encoded [B]`` items of each history."""
     layout = jagged_layout(new_lengths, int(new_lengths.max()) if new_lengths.numel() else 0, device)
-    return layout if cache is None else _shifted(layout, cache.lengths)
+    return _shifted(layout, encoded)
 
 
-def check_append(cache: HistoryCache | None, new_lengths: torch.Tensor, window: int) -> None:
-    """UserError where the rows are not those of the cache, or one would outgrow the window."""
+def check_append(encoded: torch.Tensor, new_lengths: torch.Tensor, window: int) -> None:
+    """UserError where the rows are not those of the ``encoded [B]`` histories, or one would outgrow the window."""
     lengths = new_lengths.cpu()
-    if cache is not None:
-        if cache.lengths.shape != lengths.shape:
-            raise UserError(
-                f"encode_incremental: the cache holds {cache.lengths.numel()} rows and new_lengths "
-                f"{lengths.numel()}: append to all of them, 0 items where there is none"
-            )
-        lengths = lengths + cache.lengths
+    if encoded.shape != lengths.shape:
+        raise UserError(
+            f"encode_incremental: the cache holds {encoded.numel()} rows and new_lengths "
+            f"{lengths.numel()}: append to all of them, 0 items where there is none"
+        )
+    lengths = lengths + encoded
     if lengths.numel() and int(lengths.max()) > window:
         raise UserError(
             f"encode_incremental: row {int(lengths.argmax())} would hold {int(lengths.max())} items and the window holds "

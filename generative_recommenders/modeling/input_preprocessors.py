@@ -35,8 +35,11 @@ class EncoderInput:
 class InputPreprocessor(torch.nn.Module):
     """Base: item embedding scaled by sqrt(E) plus a learned position, dropout.
 
-    Positions count from 0 at the oldest event; ``max_length`` rows are learned.
+    Positions count from 0 at the oldest event; ``max_length`` rows are learned. tokens_per_item: encoder's tokens for each
+    token of the history.
     """
+
+    tokens_per_item = 1
 
     def __init__(self, max_length: int, embedding_dim: int, dropout_rate: float) -> None:
         super().__init__()
@@ -86,6 +89,8 @@ class CombinedItemAndRatingInputFeaturesPreprocessor(InputPreprocessor):
     The state after rating t predicts item t + 1.
     """
 
+    tokens_per_item = 2
+
     def __init__(
         self, max_length: int, item_embedding_dim: int, dropout_rate: float, num_ratings: int
     ) -> None:
@@ -117,6 +122,8 @@ def double_layout(layout: Layout) -> Layout:
         doubled = padded_layout(layout.lengths * 2, layout.max_length * 2)
     else:
         doubled = jagged_layout(layout.lengths * 2, layout.max_length * 2, layout.device)
+        positions = torch.stack([2 * layout.positions, 2 * layout.positions + 1], dim=1).flatten()
+        doubled = replace(doubled, positions=positions)  # a history that goes on does not begin at 0
     if layout.visibility is None:
         return doubled
     repeated = (x.repeat_interleave(2) for x in (layout.visibility.key, layout.visibility.query))

@@ -117,7 +117,8 @@ class Layout:
         """``[T * H]`` int32: where each token and head lies among the cells of all groups' ``[g, H, n]``."""
         if heads == 1:
             return self.ungroup
-        first = (self.ungroup - self.positions) * heads + self.positions
+        place = torch.arange(self.num_tokens, device=self.device) - self.starts[self.row_of]
+        first = (self.ungroup - place) * heads + place
         head = torch.arange(heads, device=self.device)
         return (first[:, None] + head * self.widths[self.row_of][:, None]).view(-1).to(torch.int32)
 

@@ -7,22 +7,27 @@ import torch.nn.functional as F
 
 
 class L2NormEmbeddingPostprocessor(torch.nn.Module):
-    """``v / max(|v|, eps)`` on ``[..., D]``."""
+    """``v / max(|v|, eps)`` on ``[..., D]``.
 
-    def __init__(self, eps: float = 1e-6) -> None:
+    embedding_dim: D, the first columns of wider states (those of a preprocessor that puts ratings beside the items), as in
+    HSTU's public runs; all columns unless given.
+    """
+
+    def __init__(self, eps: float = 1e-6, embedding_dim: int | None = None) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.embedding_dim = eps, embedding_dim
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.normalize(x, dim=-1, eps=self.eps)
+        return F.normalize(x[..., : self.embedding_dim], dim=-1, eps=self.eps)
 
 
 class LayerNormEmbeddingPostprocessor(torch.nn.Module):
-    """Layer norm without weights over the last axis of ``[..., D]``."""
+    """Layer norm without weights over the last axis of ``[..., D]``; embedding_dim: as above."""
 
-    def __init__(self, eps: float = 1e-6) -> None:
+    def __init__(self, eps: float = 1e-6, embedding_dim: int | None = None) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.embedding_dim = eps, embedding_dim
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x[..., : self.embedding_dim]
         return F.layer_norm(x, x.shape[-1:], eps=self.eps)

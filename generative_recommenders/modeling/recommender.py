@@ -59,12 +59,7 @@ class SequenceEncoder(torch.nn.Module):
         """
         encoder = appendable_encoder(self, layout)
         inputs: EncoderInput = self.preprocessor(items, layout, payloads)
-        if inputs.layout is not layout:
-            name = type(self.preprocessor).__name__
-            raise UserError(
-                f"encode_incremental: {name} makes other tokens of items, which cannot be appended"
-            )
-        cache = append_tokens(encoder, cache, inputs.x, layout, inputs.payloads)
+        cache = append_tokens(encoder, cache, inputs.x, inputs.layout, inputs.payloads)
         states = cache.last_output
         if self.context_merger is not None:
             states = self.context_merger(states, cache.last_payloads)
@@ -146,15 +141,17 @@ class SequenceRecommender(torch.nn.Module):
         Returns the states ``[B, D]`` and the cache that a later call goes on from. No gradients.
 
         HSTU with ``next_time = "given"`` encodes each row's last old item again, as the time of the event after it is
-        known now. UserError: histories that outgrow the window, encoders, preprocessors and objectives that cannot append.
+        known now. UserError: histories that outgrow the window, encoders and objectives that cannot append.
         """
         if self.mask_embedding is not None:
             raise UserError(
                 "encode_incremental: the model was built for a masked objective, whose items see later ones; only causal "
                 "histories can be appended to"
             )
-        check_append(cache, new_lengths, window=len(self.sequence.preprocessor.position))
-        layout = new_layout(cache, new_lengths, new_ids.device)
+        per_item = self.sequence.preprocessor.tokens_per_item
+        encoded = torch.zeros_like(new_lengths, device="cpu") if cache is None else cache.lengths // per_item
+        check_append(encoded, new_lengths, window=len(self.sequence.preprocessor.position) // per_item)
+        layout = new_layout(encoded, new_lengths, new_ids.device)
         payloads = dict(new_payloads or {})
         if "timestamps" in payloads:
             payloads["timestamps"] = F.pad(payloads["timestamps"], (0, 1))  # a slot behind every row: unknown

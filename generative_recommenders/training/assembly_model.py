@@ -33,7 +33,7 @@ from ..objectives.masking import MaskEmbedding
 from .assembly_objectives import MASKING_SCHEMES, auxiliary_weights
 from .catalogue import Catalogue
 from .choices import look_up, short_preprocessor, uses_item_tower
-from .settings import RunSettings
+from .settings import RunSettings, TrainSettings
 
 SimilarityModule: TypeAlias = DotProductSimilarity | MoLSimilarity
 
@@ -47,16 +47,10 @@ def build_model(settings: RunSettings, catalogue: Catalogue) -> SequenceRecommen
         kind = "item_tower" if uses_item_tower(settings) else t.embedding_module_type
         items = look_up(EMBEDDINGS, kind, "embedding_module_type")(settings, catalogue)
         sequence = build_sequence(settings, catalogue)
-        width = cast(int, sequence.encoder.output_dim)
         build_similarity = look_up(SIMILARITIES, t.interaction_module_type, "interaction_module_type")
-        similarity = build_similarity(settings, width, items.embedding_dim)
+        similarity = build_similarity(settings)
     except ValueError as error:
         raise UserError(str(error)) from error
-    if t.interaction_module_type != "MoL" and width != items.embedding_dim:
-        raise UserError(
-            f"states have width {width} and items {items.embedding_dim}: a dot product needs them equal; "
-            "choose MoL or another preprocessor"
-        )
     make_top_k(t.top_k_method, similarity, torch.zeros(1, items.embedding_dim))  # refuses what does not fit
     _check_auxiliary(settings, similarity)
     mask = MaskEmbedding(items.embedding_dim) if t.objective in MASKING_SCHEMES else None
@@ -75,7 +69,7 @@ def build_sequence(settings: RunSettings, catalogue: Catalogue) -> SequenceEncod
             f"objective {t.objective!r} decides who sees whom, which hstu_encoder.normalization "
             f"{settings.hstu.normalization!r} cannot follow; choose 'rel_bias'"
         )
-    postprocessor = look_up(POSTPROCESSORS, t.user_embedding_norm, "user_embedding_norm")(settings)
+    postprocessor = look_up(POSTPROCESSORS, t.user_embedding_norm, "user_embedding_norm")(t)
     return SequenceEncoder(
         preprocessor, encoder, postprocessor, _context_merger(settings, catalogue, encoder)
     )
@@ -228,22 +222,21 @@ QUERY_TOWERS: dict[str, Callable[[RunSettings, int], torch.nn.Module]] = {
 }
 ENCODERS = {**QUERY_TOWERS, "TwoTower": _query_tower}
 
-POSTPROCESSORS: dict[str, Callable[[RunSettings], torch.nn.Module]] = {
-    "l2_norm": lambda settings: L2NormEmbeddingPostprocessor(settings.train.l2_norm_eps),
-    "layer_norm": lambda settings: LayerNormEmbeddingPostprocessor(settings.train.l2_norm_eps),
+POSTPROCESSORS: dict[str, Callable[[TrainSettings], torch.nn.Module]] = {
+    "l2_norm": lambda t: L2NormEmbeddingPostprocessor(t.l2_norm_eps, t.item_embedding_dim),
+    "layer_norm": lambda t: LayerNormEmbeddingPostprocessor(t.l2_norm_eps, t.item_embedding_dim),
 }
 
 
-def _mol(settings: RunSettings, query_dim: int, item_dim: int) -> MoLSimilarity:
+def _mol(settings: RunSettings) -> MoLSimilarity:
     bf16 = settings.mol.bf16_training or settings.similarity.bf16_training
     balanced = "mi_loss" in auxiliary_weights(settings)
-    return MoLSimilarity.from_settings(
-        replace(settings.mol, bf16_training=bf16), query_dim, item_dim, balanced
-    )
+    dim = settings.train.item_embedding_dim
+    return MoLSimilarity.from_settings(replace(settings.mol, bf16_training=bf16), dim, dim, balanced)
 
 
-SIMILARITIES: dict[str, Callable[[RunSettings, int, int], SimilarityModule]] = {
-    "": lambda settings, query_dim, item_dim: DotProductSimilarity(),
-    "DotProduct": lambda settings, query_dim, item_dim: DotProductSimilarity(),
+SIMILARITIES: dict[str, Callable[[RunSettings], SimilarityModule]] = {
+    "": lambda settings: DotProductSimilarity(),
+    "DotProduct": lambda settings: DotProductSimilarity(),
     "MoL": _mol,
 }

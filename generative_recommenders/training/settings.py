@@ -166,6 +166,7 @@ class HstuSettings:
     linear_activation: str = "silu"
     concat_ua: bool = False
     enable_relative_attention_bias: bool = True
+    enable_relative_time_bias: bool = True
 
 
 @dataclass(frozen=True)

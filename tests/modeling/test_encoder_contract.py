@@ -10,7 +10,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from generative_recommenders.features import SequentialFeatures, UserError
+from generative_recommenders.features import SequentialFeatures
 from generative_recommenders.modeling.embeddings import ItemRows
 from generative_recommenders.modeling.layout import Visibility, jagged_layout
 from generative_recommenders.modeling.recommender import SequenceRecommender
@@ -46,15 +46,9 @@ def build(
     return build_model(chosen, catalogue()).eval()
 
 
-def fits(preprocessor: str, mol: bool) -> bool:
-    """States as wide as items, or a similarity that does not need it."""
-    return mol or preprocessor != "LearnablePositionalEmbeddingRated"
-
-
 COMBINATIONS = [
     pytest.param(*choice, id="-".join(map(str, choice)))
     for choice in product(ENCODERS, PREPROCESSORS, POSTPROCESSORS, (False, True))
-    if fits(choice[1], choice[3])
 ]
 
 
@@ -127,10 +121,16 @@ def scores_are_those_of_the_similarity(model, queries) -> None:
     assert items.shape == (20, model.items.embedding_dim)
 
 
-@pytest.mark.parametrize("encoder", ENCODERS)
-def test_rated_states_are_too_wide_for_a_dot_product(encoder: str) -> None:
-    with pytest.raises(UserError, match="a dot product needs them equal; choose MoL or another preprocessor"):
-        build(encoder, "LearnablePositionalEmbeddingRated", "l2_norm", False)
+@pytest.mark.parametrize("postprocessor", POSTPROCESSORS)
+@torch.no_grad()
+def test_rated_states_are_cut_to_the_width_of_items(postprocessor: str) -> None:
+    model = build("SASRec", "LearnablePositionalEmbeddingRated", postprocessor, False)
+    wide = torch.randn(3, model.sequence.encoder.output_dim)
+    assert wide.shape[1] > model.items.embedding_dim
+    states = model.sequence.postprocessor(wide)
+    assert states.shape[1] == model.items.embedding_dim
+    narrow = model.sequence.postprocessor(wide[:, : model.items.embedding_dim])
+    torch.testing.assert_close(states, narrow)
 
 
 @pytest.mark.parametrize("encoder", [name for name in ENCODERS if "softmax" not in name])

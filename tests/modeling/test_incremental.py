@@ -36,6 +36,7 @@ ENCODERS = {
     "HSTU": lambda dim: HSTU(dim, WINDOW, **HSTU_SIZES),
     "HSTU-hidden": lambda dim: HSTU(dim, WINDOW, **HSTU_SIZES, next_time="hidden"),
     "HSTU-concat": lambda dim: HSTU(dim, WINDOW, 3, 1, 4, 4, concat_ua=True),
+    "HSTU-no-time-bias": lambda dim: HSTU(dim, WINDOW, **HSTU_SIZES, enable_relative_time_bias=False),
     "HSTU-no-bias": lambda dim: HSTU(dim, WINDOW, **HSTU_SIZES, enable_relative_attention_bias=False),
 }
 PREPROCESSORS = {
@@ -101,7 +102,7 @@ def compare(model: SequenceRecommender, with_times: bool = True, next_known: boo
         with torch.no_grad():
             expected = model.encode(whole, ids, None, payloads)
         torch.testing.assert_close(states, expected, rtol=1e-4, atol=1e-5)
-        assert cache.lengths.tolist() == so_far.tolist()
+        assert cache.lengths.tolist() == (so_far * model.sequence.preprocessor.tokens_per_item).tolist()
     assert (states[:4].abs().sum(1) > 0).all()
     assert (states[4] == 0).all()
 
@@ -119,6 +120,16 @@ def test_same_as_from_scratch(encoder: str, times: str) -> None:
 @pytest.mark.parametrize("encoder", ["SASRec", "HSTU"])
 def test_with_ratings_and_layer_norm(encoder: str) -> None:
     compare(build(encoder, "rated", postprocessor=LayerNormEmbeddingPostprocessor()))
+
+
+@pytest.mark.parametrize("encoder", ["SASRec", "HSTU"])
+@pytest.mark.parametrize("times", ["next_known", "next_unknown", "without"])
+def test_ratings_between_the_items(encoder: str, times: str) -> None:
+    model = build(encoder, "combined")
+    if encoder == "HSTU":
+        torch.manual_seed(2)
+        model.sequence.encoder = HSTU(DIM, 2 * WINDOW, **HSTU_SIZES).eval()
+    compare(model, times != "without", times == "next_known")
 
 
 @pytest.mark.parametrize("encoder", ["SASRec", "HSTU"])
@@ -228,6 +239,3 @@ def test_what_cannot_append_is_refused() -> None:
         encoded(other)
     with pytest.raises(UserError, match="training mode"):
         encoded(build("SASRec").train())
-    ids = torch.ones(1, 2, dtype=torch.int64)
-    with pytest.raises(UserError, match="makes other tokens of items"):
-        build("SASRec", "combined").encode_incremental(None, torch.tensor([2]), ids, {"ratings": ids})

@@ -95,10 +95,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "known: rel_bias, softmax_rel_bias",
     ),
     "norm": ({"main_module": "DiffTransformer", "diff_transformer.norm": "x"}, "choose 'post' or 'pre'"),
-    "widths": (
-        {"input_preprocessor": "LearnablePositionalEmbeddingRated"},
-        "width 12 and items 8: a dot product",
-    ),
     "tower negatives": (TOWER, 'set train_fn.negatives_sharing to "block" or "batch"'),
     "tower negatives, local encoder": (
         {"embedding_module_type": "item_tower"},
@@ -158,7 +154,7 @@ def test_refused_in_one_line(choices: dict[str, Any], message: str) -> None:
     "choices",
     [
         {"input_preprocessor": "CombinedItemAndRating"},
-        {"input_preprocessor": "LearnablePositionalEmbeddingRatedInputFeaturesPreprocessor", **MOL},
+        {"input_preprocessor": "LearnablePositionalEmbeddingRatedInputFeaturesPreprocessor"},
         {"loss_module": "BCELossWithRatings"},
     ],
 )

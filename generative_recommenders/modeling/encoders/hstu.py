@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import repeat
 from typing import NamedTuple, cast
 
@@ -177,7 +178,7 @@ class HSTU(torch.nn.Module):
 
     max_length: N = max_sequence_length + gr_output_length + 1, the constant divisor and the reach of the position bias.
     next_time: "given": the time bias of a position may use the time of the event it predicts, in training and evaluation;
-    "hidden": it uses the position's own time.
+    "hidden": it uses the position's own time. enable_relative_time_bias: False leaves the bias by position alone.
     """
 
     needs: tuple[str, ...] = ()
@@ -197,6 +198,7 @@ class HSTU(torch.nn.Module):
         attn_dropout_rate: float = 0.0,
         concat_ua: bool = False,
         enable_relative_attention_bias: bool = True,
+        enable_relative_time_bias: bool = True,
         next_time: str = "given",
         activation_checkpoint: bool = False,
     ) -> None:
@@ -209,6 +211,7 @@ class HSTU(torch.nn.Module):
         self.causal = normalization == "rel_bias"
         self.output_dim = embedding_dim
         self.max_length, self.next_time = max_length, next_time
+        self.timed = enable_relative_attention_bias and enable_relative_time_bias
         self.activation_checkpoint = activation_checkpoint
         self.blocks = torch.nn.ModuleList(
             HstuBlock(
@@ -223,14 +226,15 @@ class HSTU(torch.nn.Module):
         biased = self.blocks[0].bias is not None
         inputs = []
         if biased:
-            inputs = bias_inputs(layout, self.max_length, payloads, self.next_time, whole=not self.causal)
+            times = payloads if self.timed else {}
+            inputs = bias_inputs(layout, self.max_length, times, self.next_time, whole=not self.causal)
         for block in self.blocks:
             x = run_block(block, self.activation_checkpoint and self.training, x, layout, inputs)
         return x
 
     def revises_last(self, payloads: Mapping[str, torch.Tensor]) -> bool:
         """The time bias of a token may know the time of the event after it."""
-        return self.next_time == "given" and self.blocks[0].bias is not None and "timestamps" in payloads
+        return self.next_time == "given" and self.timed and "timestamps" in payloads
 
     def encode_appended(
         self,
@@ -251,7 +255,8 @@ class HSTU(torch.nn.Module):
             )
         inputs = None
         if self.blocks[0].bias is not None:
-            inputs = appended_bias_inputs(appended, self.max_length, payloads, self.next_time)
+            timed = appended if self.timed else replace(appended, times=None)
+            inputs = appended_bias_inputs(timed, self.max_length, payloads, self.next_time)
         blocks = []
         for block, before in zip(cast(Iterable[HstuBlock], self.blocks), cached or repeat(None)):
             x, after = block.append(x, appended, inputs, before)
