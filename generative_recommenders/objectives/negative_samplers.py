@@ -64,6 +64,16 @@ class Negatives:
             return values.expand(num_tokens, -1)
         return self.tokens(values[:, None].expand(-1, self.sharing.block_size, -1), num_tokens)
 
+    def spans(self, num_tokens: int) -> list[slice] | None:
+        """The tokens that each row of ids belongs to, or None where every token has a row of its own."""
+        if self.sharing.granularity == "position":
+            return None
+        if self.sharing.granularity == "batch":
+            return [slice(0, num_tokens)]
+        size = self.sharing.block_size
+        starts = range(-self.lead, num_tokens, size)
+        return [slice(max(start, 0), min(start + size, num_tokens)) for start in starts]
+
     def blocks(self, x: torch.Tensor) -> torch.Tensor:
         """``[T, D]`` values of tokens as ``[G, block_size, D]``, 0 beyond the tokens of this process."""
         behind = self.ids.shape[0] * self.sharing.block_size - self.lead - x.shape[0]

@@ -95,9 +95,10 @@ class LearnedScorer(Scorer):
         if self.item_l2_norm:
             weight = F.normalize(weight, dim=-1, eps=self.eps)
         targets = checked_targets(positives, items)
-        drawn = negatives.per_token(items.index(negatives.ids), hidden.shape[0])
-        rows = torch.cat([items.index(targets), drawn], dim=1)
-        scores, auxiliary = similarity.score_rows(hidden, weight, rows, user_ids)
+        rows, drawn, spans = items.index(targets), items.index(negatives.ids), negatives.spans(len(hidden))
+        if spans is None:
+            rows = torch.cat([rows, drawn], dim=1)
+        scores, auxiliary = similarity.score_rows(hidden, weight, rows, user_ids, zip(spans or (), drawn))
         positive, negative = (scores / self.temperature).split([targets.shape[1], drawn.shape[1]], dim=1)
         return SampledScores(
             positive, corrected(negative, negatives), no_collisions(targets, negatives), auxiliary
@@ -130,8 +131,7 @@ def negative_products(
         return SampledProducts.apply(hidden, weight, rows)
     if granularity == "batch":
         return hidden @ ItemRows(weight).lookup(rows[0]).T
-    scores = torch.bmm(negatives.blocks(hidden), ItemRows(weight).lookup(rows).transpose(1, 2))
-    return negatives.tokens(scores, hidden.shape[0])
+    return BlockProducts.apply(hidden, ItemRows(weight).lookup(rows), negatives)
 
 
 def corrected(scores: torch.Tensor, negatives: Negatives) -> torch.Tensor:
@@ -152,6 +152,40 @@ def no_collisions(targets: torch.Tensor, negatives: Negatives) -> torch.Tensor:
     for column in range(1, targets.shape[-1]):
         mask &= ids != targets[..., column, None]
     return negatives.tokens(mask, tokens) if mask.dim() == 3 else mask
+
+
+class BlockProducts(torch.autograd.Function):
+    """``[T, R]`` products of ``hidden [T, D]`` with the ``drawn [G, R, D]`` rows of each token's block.
+
+    Gradients of whole blocks are read where they lie; only those of a block that is cut off are copied.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, drawn, negatives):
+        ctx.save_for_backward(hidden, drawn)
+        ctx.negatives = negatives
+        scores = torch.bmm(negatives.blocks(hidden), drawn.mT)
+        return negatives.tokens(scores, hidden.shape[0])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        hidden, drawn = ctx.saved_tensors
+        d_hidden, d_drawn = torch.empty_like(hidden), torch.empty_like(drawn)
+        spans = ctx.negatives.spans(len(hidden))
+        size = ctx.negatives.sharing.block_size
+        whole = [span.stop - span.start == size for span in spans]
+        first, stop = (whole.index(True), len(whole) - whole[::-1].index(True)) if any(whole) else (0, 0)
+        if stop > first:
+            span, some = slice(spans[first].start, spans[stop - 1].stop), slice(first, stop)
+            blocks = grad[span].unflatten(0, (-1, size))
+            torch.bmm(blocks, drawn[some], out=d_hidden[span].unflatten(0, (-1, size)))
+            torch.bmm(blocks.mT, hidden[span].unflatten(0, (-1, size)), out=d_drawn[some])
+        for index in [*range(first), *range(stop, len(spans))]:
+            span = spans[index]
+            d_hidden[span] = grad[span] @ drawn[index]
+            d_drawn[index] = grad[span].mT @ hidden[span]
+        return d_hidden, d_drawn, None
 
 
 class SampledProducts(torch.autograd.Function):

@@ -59,3 +59,7 @@ def test_rows_of_a_table():
     torch.testing.assert_close(scores, (queries @ items.T).gather(1, rows))
     single, _ = DotProductSimilarity().score_rows(queries[:1], items, rows[:1])
     torch.testing.assert_close(single, scores[:1])
+    shared = [(slice(0, 1), torch.tensor([5, 0])), (slice(1, 4), torch.tensor([2, 2]))]
+    behind, _ = DotProductSimilarity().score_rows(queries, items, rows, shared=shared)
+    expected = (queries @ items.T).gather(1, torch.tensor([[5, 0], [2, 2], [2, 2], [2, 2]]))
+    torch.testing.assert_close(behind, torch.cat([scores, expected], dim=1))

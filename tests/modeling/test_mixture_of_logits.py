@@ -243,6 +243,27 @@ def test_rows_of_a_table_equal_gathered_items():
     torch.testing.assert_close(results[0], results[1], atol=1e-4, rtol=1e-4)
 
 
+def test_shared_items_equal_those_gathered_for_every_query(monkeypatch):
+    model = small_model(uid_embedding_hash_sizes=(4,), uid_dropout_rate=0.0).train()
+    queries, own, users = torch.randn(7, 6), torch.randint(0, 8, (7, 2)), torch.arange(7)
+    table, drawn = torch.randn(8, 5, requires_grad=True), torch.randint(0, 8, (3, 4))
+    spans = [slice(0, 2), slice(2, 5), slice(5, 7)]
+    gathered = torch.cat([own, drawn[torch.tensor([0, 0, 1, 1, 1, 2, 2])]], dim=1)
+    results = []
+    for floats in (1 << 25, 500):
+        monkeypatch.setattr(mixture_of_logits, "_BLOCK_FLOATS", floats)
+        for call in (
+            lambda: model.score_rows(queries, table, gathered, users),
+            lambda: model.score_rows(queries, table, own, users, zip(spans, drawn)),
+        ):
+            table.grad = None
+            scores, losses = call()
+            (scores.square().sum() + sum(losses.values())).backward()
+            results.append([scores.detach(), losses, table.grad])
+    for other in results[1:]:
+        torch.testing.assert_close(results[0], other, atol=1e-4, rtol=1e-4)
+
+
 def test_nonlinearity_names_act_and_are_said_once(caplog):
     mixture_of_logits._say.cache_clear()
     queries, items = torch.randn(2, 6), torch.randn(3, 5)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ...features import UserError
-from .interface import AuxiliaryLosses
+from .interface import AuxiliaryLosses, SharedRows
 
 
 class DotProductSimilarity(torch.nn.Module):
@@ -40,11 +40,12 @@ class DotProductSimilarity(torch.nn.Module):
         items: torch.Tensor,
         rows: torch.Tensor,
         user_ids: torch.Tensor | None = None,
+        shared: SharedRows = (),
     ) -> tuple[torch.Tensor, AuxiliaryLosses]:
-        """``[n, R]`` products of queries ``[n, D]`` with ``items[rows]``; items ``[U, D]``, rows ``[n,
-        R]``.
-        """
-        return self.score(queries, items[rows])
+        """``[n, P + R]`` products of queries ``[n, D]`` with ``items[rows]``, rows ``[n, P]``, and with shared items."""
+        own, _ = self.score(queries, items[rows])
+        behind = [queries[span] @ items[ids].T for span, ids in shared]
+        return torch.cat([own, torch.cat(behind)], dim=1) if behind else own, {}
 
     def forward(
         self, queries: torch.Tensor, items: torch.Tensor, user_ids: torch.Tensor | None = None

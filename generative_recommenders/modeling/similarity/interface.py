@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Protocol, runtime_checkable
 
 import torch
 
 AuxiliaryLosses = dict[str, torch.Tensor]
+
+SharedRows = Iterable[tuple[slice, torch.Tensor]]
+"""Consecutive queries and the items ``[R]`` int64 that all of them score; together all queries, in order."""
 
 
 @runtime_checkable
@@ -34,10 +38,11 @@ class Similarity(Protocol):
         items: torch.Tensor,
         rows: torch.Tensor,
         user_ids: torch.Tensor | None = None,
+        shared: SharedRows = (),
     ) -> tuple[torch.Tensor, AuxiliaryLosses]:
-        """Scores of each query's own items, ``items[rows[i]]`` for query i.
+        """Scores of each query's own items, ``items[rows[i]]`` for query i, and behind them of shared ones.
 
-        items: ``[U, D']``. rows: ``[n, R]`` int64. What depends on an item alone is computed once for each of
+        items: ``[U, D']``. rows: ``[n, P]`` int64. What depends on an item alone is computed once for each of
             the U.
-        Returns as `score`.
+        Returns as `score`, ``[n, P + R]``.
         """

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ...features import UserError
 from ..dropout import dropout
-from .interface import AuxiliaryLosses
+from .interface import AuxiliaryLosses, SharedRows
 from .mol_layers import COMBINATIONS, projection, two_layers
 from .mol_settings import MoLSettings, check
 
@@ -181,16 +181,24 @@ class MoLSimilarity(nn.Module):
         items: torch.Tensor,
         rows: torch.Tensor,
         user_ids: torch.Tensor | None = None,
+        shared: SharedRows = (),
     ) -> tuple[torch.Tensor, AuxiliaryLosses]:
-        """``[n, R]`` scores of ``items[rows]``; items ``[U, D']``, rows ``[n, R]`` int64, else as `score`.
+        """``[n, P + R]`` scores of ``items[rows]`` and of shared items; items ``[U, D']``, rows ``[n, P]`` int64.
 
         An item's components are computed once however often it is scored, which is several times faster than
-        `score` on gathered items; its dropout is then drawn once too, not for every pair.
+        `score` on gathered items; its dropout is then drawn once too, not for every pair. Shared items are
+        scored by one product, without gathering them for every pair.
         """
         with self._autocast(queries):
             query, losses = self.query_components(queries, user_ids)
-            scores, mixing = self.score_components(query, self.item_components(items), rows)
-        return scores, losses | mixing
+            parts = self.item_components(items)
+            every = slice(0, len(queries))
+            scores, mixed = self._mixed(query, every, rows.shape[1], lambda r, c: parts.select(rows[r, c]))
+            behind = [self._mixed(query, span, len(ids), _shared(parts.select(ids))) for span, ids in shared]
+            if behind:
+                scores = torch.cat([scores, torch.cat([each for each, _ in behind])], dim=1)
+                mixed += [block for _, blocks in behind for block in blocks]
+        return scores, losses | self._mutual_information(mixed, scores.numel())
 
     def score_components(
         self, query: QueryComponents, items: ItemComponents, rows: torch.Tensor | None = None
@@ -248,10 +256,16 @@ class MoLSimilarity(nn.Module):
     def _score(
         self, query: QueryComponents, num_items: int, items_of: ItemsOf
     ) -> tuple[torch.Tensor, AuxiliaryLosses]:
-        """``[n, num_items]`` in blocks; ``items_of(rows, columns)`` gives a block's items."""
-        num_queries = len(query.components)
-        row_blocks, column_blocks = self._blocks(num_queries, num_items)
-        again = torch.is_grad_enabled() and len(row_blocks) * len(column_blocks) > 1
+        """``[n, num_items]`` scores of all queries; ``items_of(rows, columns)`` gives a block's items."""
+        scores, mixed = self._mixed(query, slice(0, len(query.components)), num_items, items_of)
+        return scores, self._mutual_information(mixed, scores.numel())
+
+    def _mixed(
+        self, query: QueryComponents, span: slice, num_items: int, items_of: ItemsOf
+    ) -> tuple[torch.Tensor, list[_Mixed]]:
+        """``[m, num_items]`` scores of the m queries of a span, and the blocks in which they were made."""
+        row_blocks, column_blocks = self._blocks(span, num_items)
+        again = torch.is_grad_enabled() and len(query.components) * num_items > self._pairs_of_a_block()
         mixed: list[list[_Mixed]] = [[] for _ in row_blocks]
         for rows, done in zip(row_blocks, mixed):
             for columns in column_blocks:
@@ -260,16 +274,19 @@ class MoLSimilarity(nn.Module):
                 else:
                     done.append(self._mix(query, items_of, rows, columns))
         scores = torch.cat([torch.cat([block.scores for block in done], dim=1) for done in mixed])
-        return scores, self._mutual_information([block for done in mixed for block in done], scores.numel())
+        return scores, [block for done in mixed for block in done]
 
-    def _blocks(self, num_queries: int, num_items: int) -> tuple[list[slice], list[slice]]:
+    def _blocks(self, span: slice, num_items: int) -> tuple[list[slice], list[slice]]:
         """Row and column slices such that the temporaries of a block stay near `_BLOCK_FLOATS`."""
+        pairs = self._pairs_of_a_block()
+        columns = min(max(num_items, 1), pairs)
+        return _slices(span.start, span.stop, max(1, pairs // columns)), _slices(0, num_items, columns)
+
+    def _pairs_of_a_block(self) -> int:
         s = self.settings
         projected = s.item_dot_product_groups * s.dot_product_dimension + 2 * max(s.item_hidden_dim, 0)
         floats_per_pair = 6 * self.num_logits + 2 * max(s.gating_qi_hidden_dim, 0) + projected
-        pairs = max(1, _BLOCK_FLOATS // floats_per_pair)
-        columns = min(max(num_items, 1), pairs)
-        return _slices(num_queries, max(1, pairs // columns)), _slices(num_items, columns)
+        return max(1, _BLOCK_FLOATS // floats_per_pair)
 
     def _mix(self, query: QueryComponents, items_of: ItemsOf, rows: slice, columns: slice) -> _Mixed:
         items = items_of(rows, columns)
@@ -316,9 +333,9 @@ def _shared(items: ItemComponents) -> ItemsOf:
     return lambda rows, columns: items.select(columns)
 
 
-def _slices(length: int, step: int) -> list[slice]:
-    """Slices of ``step`` over 0..length; one empty slice for length 0."""
-    return [slice(start, min(start + step, length)) for start in range(0, max(length, 1), step)]
+def _slices(first: int, stop: int, step: int) -> list[slice]:
+    """Slices of ``step`` over first..stop; one empty slice where there is nothing."""
+    return [slice(start, min(start + step, stop)) for start in range(first, max(stop, first + 1), step)]
 
 
 def _at_least_float32(x: torch.Tensor) -> torch.Tensor:
