@@ -19,7 +19,7 @@ import torch
 from ..features import UserError
 
 FORMAT = "generative_recommenders checkpoint"
-VERSION = 1
+VERSION = 2
 TENSORS, STATE = "tensors.safetensors", "state.json"
 ATTACHED = ("item_ids.parquet", "settings.json", "resolved.gin")
 _KNOWN_FILES = {TENSORS, STATE, *ATTACHED}

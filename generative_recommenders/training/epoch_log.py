@@ -20,6 +20,15 @@ class EpochLog:
         self.run, self.num_epochs, self.part = run, num_epochs, part
         self.divergence, self.plateau = DivergenceMonitor(), PlateauMonitor()
 
+    def state(self) -> dict[str, dict[str, Any]]:
+        """What the warnings remember, for a checkpoint."""
+        return {"divergence": dict(vars(self.divergence)), "plateau": dict(vars(self.plateau))}
+
+    def restore(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        """Goes on from `state`."""
+        vars(self.divergence).update(state["divergence"])
+        vars(self.plateau).update(state["plateau"])
+
     def step(self, step: int, loss: float, learning_rate: float, quick: Mapping[str, float]) -> None:
         """Every eval_interval steps. quick: metrics of a partial evaluation."""
         if self.run is None:

@@ -154,6 +154,8 @@ class Optimizer:
         return tensors
 
     def load_state_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        """UserError where they are not those of these parameters, and then nothing is changed."""
+        self._check_state(tensors)
         for index, parameter in enumerate(self.parameters):
             prefix = f"adamw.{index}."
             state = {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
@@ -165,3 +167,20 @@ class Optimizer:
         if self.sparse is not None:
             for name, value in self.sparse.state.items():
                 value.copy_(tensors[f"table.{name}"])
+
+    def _check_state(self, tensors: dict[str, torch.Tensor]) -> None:
+        """AdamW has no state for a parameter that never had a gradient."""
+        expected: dict[str, torch.Size] = {}
+        for index, parameter in enumerate(self.parameters):
+            if any(name.startswith(f"adamw.{index}.") for name in tensors):
+                moments = {"exp_avg": parameter.shape, "exp_avg_sq": parameter.shape, "step": torch.Size()}
+                expected.update({f"adamw.{index}.{name}": shape for name, shape in moments.items()})
+        if self.sparse is not None:
+            expected.update({f"table.{name}": value.shape for name, value in self.sparse.state.items()})
+        found = {name: value.shape for name, value in tensors.items()}
+        if found != expected:
+            odd = sorted(name for name in expected | found if found.get(name) != expected.get(name))
+            raise UserError(
+                f"the optimizer's state does not fit the configuration: {odd[0]} is "
+                f"{list(found.get(odd[0], ())) if odd[0] in found else 'missing'}"
+            )

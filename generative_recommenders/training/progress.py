@@ -77,12 +77,12 @@ class PlateauMonitor:
     def __init__(self, patience: int = 10, min_change: float = 1e-3) -> None:
         self.patience = patience
         self.min_change = min_change
-        self.best = math.inf
+        self.best: float | None = None
         self.without_gain = 0
 
     def observe(self, loss: float) -> str | None:
         """The warning, or None."""
-        if math.isinf(self.best) or self.best - loss > self.min_change * abs(self.best):
+        if self.best is None or self.best - loss > self.min_change * abs(self.best):
             self.best, self.without_gain = loss, 0
             return None
         self.without_gain += 1
@@ -102,14 +102,14 @@ class DivergenceMonitor:
         self.factor = factor
         self.smoothing = smoothing
         self.average: float | None = None
-        self.lowest = math.inf
+        self.lowest: float | None = None
         self.warned = False
 
     def observe(self, loss: float) -> str | None:
         """The warning, or None."""
         past = loss if self.average is None else self.average
         self.average = self.smoothing * past + (1 - self.smoothing) * loss
-        self.lowest = min(self.lowest, self.average)
+        self.lowest = self.average if self.lowest is None else min(self.lowest, self.average)
         above = self.average - self.lowest > (self.factor - 1) * abs(self.lowest)
         news, self.warned = above and not self.warned, above
         if not news:

@@ -51,6 +51,18 @@ class Progress:
     epoch_targets: float = 0.0
     history: list[dict[str, Any]] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        """ValueError for what no run counts up to: a checkpoint's state may have been written by anybody."""
+        for name in ("epoch", "step_in_epoch", "step", "epochs_without_gain"):
+            value = getattr(self, name)
+            if type(value) is not int or not 0 <= value < 1 << 62:
+                raise ValueError(f"{name} is {value!r}")
+        for name in ("seconds", "epoch_loss", "epoch_targets"):
+            if not isinstance(getattr(self, name), (int, float)):
+                raise ValueError(f"{name} is {getattr(self, name)!r}")
+        if not isinstance(self.history, list) or not all(isinstance(each, dict) for each in self.history):
+            raise ValueError("history is not a list of records")
+
 
 @dataclass(frozen=True)
 class TrainResult:
@@ -238,6 +250,7 @@ class Trainer:
         tensors.update({f"optimizer.{name}": value for name, value in optimizer.items()})
         state = {
             "progress": asdict(self.progress),
+            "warnings": self.log.state(),
             "data_hash": self.dataset.manifest.data_hash,
             "split_hash": self.split.hash,
             "world_size": self.collectives.world_size,
@@ -248,14 +261,19 @@ class Trainer:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Continues from a checkpoint: refused on other data; says what differs at another number of processes."""
-        check_same_data(checkpoint.state["split_hash"], self.split.hash)
+        try:
+            saved_hash, saved = checkpoint.state["split_hash"], int(checkpoint.state["world_size"])
+            progress = Progress(**checkpoint.state["progress"])
+            self.log.restore(checkpoint.state["warnings"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{checkpoint.path} does not hold the state of a run: {error!r}") from error
+        check_same_data(saved_hash, self.split.hash)
         load_model(self.model, checkpoint)
         prefix = "optimizer."
         self.step.optimizer.load_state_tensors(
             {name[len(prefix) :]: x for name, x in checkpoint.tensors.items() if name.startswith(prefix)}
         )
-        self.progress = Progress(**checkpoint.state["progress"])
-        saved, now = checkpoint.state["world_size"], self.collectives.world_size
+        self.progress, now = progress, self.collectives.world_size
         if saved != now:
             self.progress.step_in_epoch = self.progress.step_in_epoch * saved // now
             logging.warning(

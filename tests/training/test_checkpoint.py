@@ -16,7 +16,7 @@ from worker_processes import quick_start
 
 from generative_recommenders.features import UserError
 from generative_recommenders.training.checkpoint import CheckpointStore
-from generative_recommenders.training.checkpoint_files import DamagedCheckpoint
+from generative_recommenders.training.checkpoint_files import VERSION, DamagedCheckpoint
 
 IDS = pa.array(["0306406152", 'comma, "quote"', "книга"])
 
@@ -160,10 +160,12 @@ def test_all_damaged(tmp_path, warnings):
 
 def test_unknown_version_is_refused(tmp_path, monkeypatch):
     store = CheckpointStore(tmp_path)
-    monkeypatch.setattr("generative_recommenders.training.checkpoint_files.VERSION", 2)
+    monkeypatch.setattr("generative_recommenders.training.checkpoint_files.VERSION", VERSION + 1)
     store.save((0, 2), tensors(), {})
     monkeypatch.undo()
-    with pytest.raises(UserError, match="version 2, this program reads version 1") as caught:
+    with pytest.raises(
+        UserError, match=f"version {VERSION + 1}, this program reads version {VERSION}"
+    ) as caught:
         store.load_newest()
     assert not isinstance(caught.value, DamagedCheckpoint)
 

@@ -115,7 +115,6 @@ ACCEPTED = {
     "is_best": [True],
     "epoch": [2**70],
     "step": [2**70],
-    "version": [True],  # equal to 1
 }
 
 

@@ -1,5 +1,6 @@
 import contextlib
 import io
+import json
 import math
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from generative_recommenders.training.epoch_log import EpochLog
 from generative_recommenders.training.progress import (
     DivergenceMonitor,
     NonFiniteError,
@@ -93,6 +95,19 @@ def test_divergence_is_said_once_until_it_is_over():
     losses = [4.0, 2.0, 1.0, 1.0, 8.0, 8.0, 1.0, 1.0, 1.0, 1.0, 1.0, 9.0]
     warned = [monitor.observe(loss) is not None for loss in losses]
     assert warned == [False] * 4 + [True] + [False] * 6 + [True]
+
+
+def test_warnings_survive_a_resumed_run():
+    """A log restored from JSON at any moment says the same as one that was never interrupted."""
+    losses = [4.0, 2.0, 1.0, 1.0, *[30.0] * 8, *[1.0] * 40]
+    for stop in range(len(losses)):
+        whole, first, second = (EpochLog(None, 9, "validation") for _ in range(3))
+        expected = [(whole.divergence.observe(x), whole.plateau.observe(x)) for x in losses]
+        said = [(first.divergence.observe(x), first.plateau.observe(x)) for x in losses[:stop]]
+        second.restore(json.loads(json.dumps(first.state())))
+        said += [(second.divergence.observe(x), second.plateau.observe(x)) for x in losses[stop:]]
+        assert said == expected
+    assert [any(column) for column in zip(*expected)] == [True, True]
 
 
 def test_one_hard_batch_is_no_divergence():
