@@ -4,7 +4,8 @@
 
 pip resolves requirements.txt as this machine would install it, then names for each pinned package the wheel of the
 public index and its hash, for this Python and platform; nothing is installed. Builds with a local version
-("2.13.0+cpu") are not on the public index: they are listed as comments.
+("2.13.0+cpu") are not on the public index: theirs is the hash of the wheel that this machine would install, and
+PyTorch's own index is named beside it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
 
 
 def report(arguments: list[str], environment: dict[str, str]) -> list[dict[str, Any]]:
@@ -34,25 +36,25 @@ def pin(package: dict[str, Any]) -> str:
     return f"{package['metadata']['name'].lower().replace('_', '-')}=={package['metadata']['version']}"
 
 
+def hashes_of(packages: list[dict[str, Any]]) -> dict[str, str]:
+    return {pin(each): each["download_info"]["archive_info"]["hashes"]["sha256"] for each in packages}
+
+
 def main() -> None:
-    resolved = sorted(map(pin, report(["-r", str(ROOT / "requirements.txt")], dict(os.environ))))
-    public = [each for each in resolved if "+" not in each]
+    resolved = report(["-r", str(ROOT / "requirements.txt")], dict(os.environ))
+    local = hashes_of([each for each in resolved if "+" in pin(each)])
+    public = sorted(pin(each) for each in resolved if "+" not in pin(each))
     environment = {name: value for name, value in os.environ.items() if name != "PIP_FIND_LINKS"}
     environment["PIP_CONFIG_FILE"] = os.devnull
     found = report(["--no-deps", "--only-binary=:all:", *public], environment)
-    hashes = {pin(each): each["download_info"]["archive_info"]["hashes"]["sha256"] for each in found}
+    hashes = {**hashes_of(found), **local}
     lines = [
         "# Made by tools/lock_requirements.py from requirements.txt.",
         f"# Wheels of the public index for {platform.system()} {platform.machine()}, CPython "
         f"{sys.version_info.major}.{sys.version_info.minor}.",
-        "# Install the packages named in comments first, then: pip install --no-deps --require-hashes -r "
-        "requirements-lock.txt",
-        *(
-            f"# {each}: not on the public index, no hash of it here; see SECURITY.md"
-            for each in resolved
-            if "+" in each
-        ),
-        *(f"{each} --hash=sha256:{hashes[each]}" for each in public),
+        "# pip install --no-deps --require-hashes -r requirements-lock.txt",
+        f"--extra-index-url {TORCH_INDEX}",
+        *(f"{each} --hash=sha256:{hashes[each]}" for each in sorted(hashes)),
     ]
     (ROOT / "requirements-lock.txt").write_text("\n".join(lines) + "\n")
 
