@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from itertools import repeat
 from typing import NamedTuple
 
 import torch
@@ -141,8 +140,9 @@ def _fused_group(q, k, v, group, layout, dropout_rate, scale):
 class _Cells:
     """Room for the rectangles ``[g * H, n, d]`` of all groups, one behind the other."""
 
-    def __init__(self, layout: Layout, like: torch.Tensor) -> None:
-        self.layout, (self.heads, self.width) = layout, like.shape[1:]
+    def __init__(self, layout: Layout, like: torch.Tensor, shape: torch.Size) -> None:
+        """shape: ``[T, H, d]`` of the tokens."""
+        self.layout, (self.heads, self.width) = layout, shape[1:]
         count = sum(group.tokens.numel() for group in layout.groups) * self.heads
         self.cells = like.new_empty(count, self.width)
         self.used = 0
@@ -164,10 +164,10 @@ def _hide(logits: torch.Tensor, tile: Tile, heads: int) -> torch.Tensor:
     return logits
 
 
-def _output_gradient(group: Group, grad: torch.Tensor, scale: float) -> torch.Tensor:
-    """The gradient by tokens ``[T, H, dv]`` as rectangles, times ``scale``; 0 in the cells behind a row's end."""
+def _output_gradient(group: Group, grad: torch.Tensor) -> torch.Tensor:
+    """The gradient by tokens ``[T, H, dv]`` as rectangles; 0 in the cells behind a row's end."""
     (d_out,) = _rectangles(group, grad)
-    counts = group.real().to(grad.dtype).mul_(scale)
+    counts = group.real().to(grad.dtype)
     d_out.unflatten(0, (-1, grad.shape[1])).mul_(counts[:, None, :, None])
     return d_out
 
@@ -193,13 +193,14 @@ def _add_keys(total: torch.Tensor, tile: Tile, left: torch.Tensor, right: torch.
 class _GroupedSoftmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, layout, dropout_rate, scale):
-        out, saved, heads = _Cells(layout, v), [], q.shape[1]
+        out, saved, heads = _Cells(layout, v, v.shape), [], q.shape[1]
         masks = KeepMasks(dropout_rate, q) if dropout_rate > 0.0 else None
         for group in layout.groups:
             q_, k_, v_ = _rectangles(group, q, k, v)
             q_.mul_(scale)
             v_.mul_(1.0 / (1.0 - dropout_rate))
             out_ = out.take(group)
+            saved += [q_, k_, v_]
             for tile in tiles(group, layout):
                 rows, keys = slice(tile.start, tile.stop), slice(tile.keys)
                 logits = _hide(torch.bmm(q_[:, rows], k_[:, keys].mT), tile, heads)
@@ -210,27 +211,25 @@ class _GroupedSoftmax(torch.autograd.Function):
                 _set_rows(out_, tile, dropped, v_[:, keys])
                 saved += [p, dropped]
         attended = out.tokens()
-        ctx.save_for_backward(q, k, v, attended, *saved)
-        ctx.settings = (layout, dropout_rate, scale)
+        ctx.save_for_backward(attended, *saved)
+        ctx.settings = (layout, dropout_rate, scale, (q.shape, k.shape, v.shape))
         return attended
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        q, k, v, attended, *saved = ctx.saved_tensors
-        layout, dropout_rate, scale = ctx.settings
-        d_q, d_k, d_v = (_Cells(layout, x) for x in (q, k, v))
+        attended, *saved = ctx.saved_tensors
+        layout, dropout_rate, scale, shapes = ctx.settings
+        d_q, d_k, d_v = (_Cells(layout, grad, shape) for shape in shapes)
         dots = (grad * attended).sum(-1, keepdim=True)  # the rows' sums of dp * p
-        pairs = iter(zip(saved[::2], saved[1::2]))
+        remaining = iter(saved)
         for group in layout.groups:
             group_tiles = tiles(group, layout)
-            q_, k_, v_ = _rectangles(group, q, k, v)
-            q_.mul_(scale)
-            d_out = _output_gradient(group, grad, 1.0 / (1.0 - dropout_rate))
-            dots_ = _output_gradient(group, dots, 1.0)
+            q_, k_, v_ = (next(remaining) for _ in range(3))
+            d_out, dots_ = _output_gradient(group, grad), _output_gradient(group, dots)
             d_q_, d_k_, d_v_ = d_q.take(group), d_k.take(group), d_v.take(group)
-            kept = [next(pairs) for _ in group_tiles]
-            for tile, (p, dropped) in zip(reversed(group_tiles), reversed(kept)):
+            pairs = [(next(remaining), next(remaining)) for _ in group_tiles]
+            for tile, (p, dropped) in zip(reversed(group_tiles), reversed(pairs)):
                 rows, keys = slice(tile.start, tile.stop), slice(tile.keys)
                 _add_keys(d_v_, tile, dropped.mT, d_out[:, rows])
                 d_s = torch.bmm(d_out[:, rows], v_[:, keys].mT).mul_(dropped)
@@ -238,19 +237,22 @@ class _GroupedSoftmax(torch.autograd.Function):
                 _set_rows(d_q_, tile, d_s, k_[:, keys])
                 _add_keys(d_k_, tile, d_s.mT, q_[:, rows])
             d_q_.mul_(scale)
+            d_v_.mul_(1.0 / (1.0 - dropout_rate))
         return d_q.tokens(), d_k.tokens(), d_v.tokens(), None, None, None
 
 
 class _GroupedPointwise(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, layout, indices, divisor, dropout_rate, *tables):
-        out, saved, heads = _Cells(layout, v), [], q.shape[1]
+        out, heads = _Cells(layout, v, v.shape), q.shape[1]
+        saved: list[torch.Tensor | None] = []
         masks = KeepMasks(dropout_rate, q) if dropout_rate > 0.0 else None
         remaining = iter(indices)
         for group in layout.groups:
             q_, k_, v_ = _rectangles(group, q, k, v)
             v_.mul_(1.0 / (divisor * (1.0 - dropout_rate)))
             out_ = out.take(group)
+            saved += [q_, k_, v_]
             for tile in tiles(group, layout):
                 rows, keys = slice(tile.start, tile.stop), slice(tile.keys)
                 logits = torch.bmm(q_[:, rows], k_[:, keys].mT)
@@ -260,25 +262,24 @@ class _GroupedPointwise(torch.autograd.Function):
                 kept = None if masks is None else masks.draw(weights.shape)
                 _set_rows(out_, tile, weights if kept is None else weights.mul_(kept), v_[:, keys])
                 saved += [logits, kept]
-        ctx.save_for_backward(q, k, v, *tables, *saved)
-        ctx.settings = (layout, indices, divisor * (1.0 - dropout_rate), len(tables))
+        ctx.save_for_backward(*tables, *saved)
+        shapes = (q.shape, k.shape, v.shape)
+        ctx.settings = (layout, indices, len(tables), divisor * (1.0 - dropout_rate), shapes)
         return out.tokens()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        q, k, v, *rest = ctx.saved_tensors
-        layout, indices, divisor, num_tables = ctx.settings
-        tables, saved = rest[:num_tables], rest[num_tables:]
-        d_q, d_k, d_v = (_Cells(layout, x) for x in (q, k, v))
-        d_tables = [torch.zeros_like(table) for table in tables]
-        pairs = iter(zip(saved[::2], saved[1::2], indices or repeat(())))
+        layout, indices, num_tables, divisor, shapes = ctx.settings
+        remaining, index_of = iter(ctx.saved_tensors), iter(indices)
+        d_tables = [torch.zeros_like(next(remaining)) for _ in range(num_tables)]
+        d_q, d_k, d_v = (_Cells(layout, grad, shape) for shape in shapes)
         for group in layout.groups:
             group_tiles = tiles(group, layout)
-            q_, k_, v_ = _rectangles(group, q, k, v)
-            d_out = _output_gradient(group, grad, 1.0 / divisor)
+            q_, k_, v_ = (next(remaining) for _ in range(3))
+            d_out = _output_gradient(group, grad)
             d_q_, d_k_, d_v_ = d_q.take(group), d_k.take(group), d_v.take(group)
-            kept_of = [next(pairs) for _ in group_tiles]
+            kept_of = [(next(remaining), next(remaining), next(index_of, ())) for _ in group_tiles]
             for tile, (logits, kept, index) in zip(reversed(group_tiles), reversed(kept_of)):
                 rows, keys = slice(tile.start, tile.stop), slice(tile.keys)
                 weights = F.silu(logits)
@@ -288,7 +289,8 @@ class _GroupedPointwise(torch.autograd.Function):
                 d_s = torch.ops.aten.silu_backward(d_w if kept is None else d_w.mul_(kept), logits)
                 _set_rows(d_q_, tile, d_s, k_[:, keys])
                 _add_keys(d_k_, tile, d_s.mT, q_[:, rows])
-                _add_to_tables(d_tables, index, d_s.unflatten(0, (-1, q.shape[1])))
+                _add_to_tables(d_tables, index, d_s.unflatten(0, (-1, grad.shape[1])))
+            d_v_.mul_(1.0 / divisor)
         return d_q.tokens(), d_k.tokens(), d_v.tokens(), None, None, None, None, *d_tables
 
 
