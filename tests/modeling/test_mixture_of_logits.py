@@ -102,9 +102,10 @@ def test_golden_training():
     assert_near(losses["mi_loss"], arrays["output/train_mi_loss"], 1e-4)
 
 
-@pytest.mark.parametrize("block_floats", [2**24, 1])
-def test_golden_gradients(monkeypatch, block_floats):
-    monkeypatch.setattr(mixture_of_logits, "_BLOCK_FLOATS", block_floats)
+@pytest.mark.parametrize("floats", [2**24, 1])
+def test_golden_gradients(monkeypatch, floats):
+    monkeypatch.setattr(mixture_of_logits, "_BLOCK_FLOATS", floats)
+    monkeypatch.setattr(mixture_of_logits, "_KEPT_FLOATS", floats)
     arrays, config = golden_case()
     model = golden_model(arrays, config).eval()
     query = arrays["input/query"].clone().requires_grad_()
@@ -179,8 +180,9 @@ def test_blocks_change_neither_scores_nor_losses_nor_gradients(monkeypatch, shar
     items = torch.randn(9, 5) if shared else torch.randn(7, 9, 5)
     queries = torch.randn(7, 6)
     results = []
-    for floats in (2**24, 900, 1):
+    for floats, kept in ((2**24, 2**24), (900, 2**24), (900, 0), (1, 0)):
         monkeypatch.setattr(mixture_of_logits, "_BLOCK_FLOATS", floats)
+        monkeypatch.setattr(mixture_of_logits, "_KEPT_FLOATS", kept)
         model.zero_grad()
         leaf = items.clone().requires_grad_()
         scores, losses = model.score(queries, leaf, users)
@@ -190,20 +192,22 @@ def test_blocks_change_neither_scores_nor_losses_nor_gradients(monkeypatch, shar
         torch.testing.assert_close(other, results[0], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("block_floats, recomputed", [(2**24, 0), (900, 1)])
-def test_many_pairs_are_computed_again_in_the_backward_pass(monkeypatch, block_floats, recomputed):
-    monkeypatch.setattr(mixture_of_logits, "_BLOCK_FLOATS", block_floats)
+@pytest.mark.parametrize("kept_floats, recomputed", [(2**24, 0), (900, 1)])
+def test_many_pairs_are_computed_again_in_the_backward_pass(monkeypatch, kept_floats, recomputed):
+    monkeypatch.setattr(mixture_of_logits, "_BLOCK_FLOATS", 900)
+    monkeypatch.setattr(mixture_of_logits, "_KEPT_FLOATS", kept_floats)
     model, calls = small_model(), []
     model.cross_gate.register_forward_hook(lambda *_: calls.append(1))
     scores, _ = model(torch.randn(7, 6), torch.randn(7, 9, 5))
     blocks = len(calls)
     scores.sum().backward()
-    assert (blocks > 1) == bool(recomputed)
+    assert blocks > 1
     assert len(calls) == blocks * (1 + recomputed)
 
 
 def test_dropout_inside_blocks_is_drawn_once(monkeypatch):
     monkeypatch.setattr(mixture_of_logits, "_BLOCK_FLOATS", 600)
+    monkeypatch.setattr(mixture_of_logits, "_KEPT_FLOATS", 0)
     model = small_model(softmax_dropout_rate=0.5, gating_qi_dropout_rate=0.3, item_dropout_rate=0.3).double()
     queries, items = torch.randn(3, 6).double(), torch.randn(3, 4, 5).double().requires_grad_()
 
@@ -252,6 +256,7 @@ def test_shared_items_equal_those_gathered_for_every_query(monkeypatch):
     results = []
     for floats in (1 << 25, 500):
         monkeypatch.setattr(mixture_of_logits, "_BLOCK_FLOATS", floats)
+        monkeypatch.setattr(mixture_of_logits, "_KEPT_FLOATS", floats)
         for call in (
             lambda: model.score_rows(queries, table, gathered, users),
             lambda: model.score_rows(queries, table, own, users, zip(spans, drawn)),

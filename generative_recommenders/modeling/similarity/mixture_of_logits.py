@@ -29,6 +29,9 @@ _EPS = 1e-6
 _BLOCK_FLOATS = 2**25
 """Floats of temporaries a block of (query, item) pairs may take; more pairs are scored block by block."""
 
+_KEPT_FLOATS = 2**30
+"""Floats that the blocks of a call may keep for the backward pass; beyond, each block is computed again."""
+
 
 class QueryComponents(NamedTuple):
     """components ``[n, Pq, d]``, already divided by the temperature; gate ``[n, E]`` or None."""
@@ -58,8 +61,8 @@ class MoLSimilarity(nn.Module):
     settings: see `MoLSettings`. query_embedding_dim, item_embedding_dim: widths D and D'.
     mutual_information: whether training returns ``mi_loss``, which balances the load of the mixture.
 
-    Where (query, item) pairs are many, they are scored block by block and a block's activations are computed
-    again in the backward pass, so that memory stays near `_BLOCK_FLOATS`.
+    Where (query, item) pairs are many, they are scored block by block; beyond `_KEPT_FLOATS` a block's activations are
+    computed again in the backward pass, so that memory is bounded.
     """
 
     def __init__(
@@ -265,7 +268,9 @@ class MoLSimilarity(nn.Module):
     ) -> tuple[torch.Tensor, list[_Mixed]]:
         """``[m, num_items]`` scores of the m queries of a span, and the blocks in which they were made."""
         row_blocks, column_blocks = self._blocks(span, num_items)
-        again = torch.is_grad_enabled() and len(query.components) * num_items > self._pairs_of_a_block()
+        pairs = len(query.components) * num_items
+        kept = pairs * (10 * self.num_logits + 2 * max(self.settings.gating_qi_hidden_dim, 0))
+        again = torch.is_grad_enabled() and kept > _KEPT_FLOATS
         mixed: list[list[_Mixed]] = [[] for _ in row_blocks]
         for rows, done in zip(row_blocks, mixed):
             for columns in column_blocks:
@@ -278,15 +283,12 @@ class MoLSimilarity(nn.Module):
 
     def _blocks(self, span: slice, num_items: int) -> tuple[list[slice], list[slice]]:
         """Row and column slices such that the temporaries of a block stay near `_BLOCK_FLOATS`."""
-        pairs = self._pairs_of_a_block()
-        columns = min(max(num_items, 1), pairs)
-        return _slices(span.start, span.stop, max(1, pairs // columns)), _slices(0, num_items, columns)
-
-    def _pairs_of_a_block(self) -> int:
         s = self.settings
         projected = s.item_dot_product_groups * s.dot_product_dimension + 2 * max(s.item_hidden_dim, 0)
         floats_per_pair = 6 * self.num_logits + 2 * max(s.gating_qi_hidden_dim, 0) + projected
-        return max(1, _BLOCK_FLOATS // floats_per_pair)
+        pairs = max(1, _BLOCK_FLOATS // floats_per_pair)
+        columns = min(max(num_items, 1), pairs)
+        return _slices(span.start, span.stop, max(1, pairs // columns)), _slices(0, num_items, columns)
 
     def _mix(self, query: QueryComponents, items_of: ItemsOf, rows: slice, columns: slice) -> _Mixed:
         items = items_of(rows, columns)
