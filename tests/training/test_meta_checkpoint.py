@@ -183,7 +183,7 @@ def test_no_such_file(tmp_path):
         read_meta_checkpoint(tmp_path / "none")
 
 
-@pytest.mark.parametrize("mutants", [300, pytest.param(20_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mutants", [500, pytest.param(50_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("zipped", [True, False])
 def test_mutated_files_are_read_or_refused(tmp_path, mutants, zipped):
     path = tmp_path / "ckpt"
