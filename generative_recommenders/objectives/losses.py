@@ -75,7 +75,6 @@ class SampledLoss(nn.Module, ABC):
     needs_ratings = False
     """True where ``forward`` must be given ``positive_ratings``."""
 
-    @abstractmethod
     def forward(
         self,
         positive_scores: Tensor,
@@ -90,6 +89,12 @@ class SampledLoss(nn.Module, ABC):
         positive_weights: ``[T, P]`` float, 0 = the positive does not count.
         negative_mask: ``[T, R]`` bool, True = the negative counts (no collision, no padding).
         """
+        positive, negative = full_precision(positive_scores), full_precision(negative_scores)
+        return self.loss(positive, negative, positive_weights, negative_mask)
+
+    @abstractmethod
+    def loss(self, positive: Tensor, negative: Tensor, weights: Tensor, mask: Tensor) -> LossOutput:
+        """`forward` of scores in full precision."""
 
 
 class SampledSoftmaxLoss(SampledLoss):
@@ -106,22 +111,15 @@ class SampledSoftmaxLoss(SampledLoss):
         super().__init__()
         self.label_smoothing = check_label_smoothing(label_smoothing)
 
-    def forward(
-        self,
-        positive_scores: Tensor,
-        negative_scores: Tensor,
-        positive_weights: Tensor,
-        negative_mask: Tensor,
-    ) -> LossOutput:
-        positive, negative = full_precision(positive_scores), full_precision(negative_scores)
-        log_total = torch.logaddexp(positive, _masked_logsumexp(negative, negative_mask)[:, None])
+    def loss(self, positive: Tensor, negative: Tensor, weights: Tensor, mask: Tensor) -> LossOutput:
+        log_total = torch.logaddexp(positive, _masked_logsumexp(negative, mask)[:, None])
         target_score = positive
         if self.label_smoothing > 0:
-            kept_sum = torch.where(negative_mask, negative, 0.0).sum(1, keepdim=True)
-            count = 1 + negative_mask.sum(1, keepdim=True)
+            kept_sum = torch.where(mask, negative, 0.0).sum(1, keepdim=True)
+            count = 1 + mask.sum(1, keepdim=True)
             mean_score = (positive + kept_sum) / count
             target_score = torch.lerp(positive, mean_score, self.label_smoothing)
-        return weighted(log_total - target_score, positive_weights)
+        return weighted(log_total - target_score, weights)
 
 
 CESampled = SampledSoftmaxLoss
@@ -136,18 +134,11 @@ class BCELoss(SampledLoss):
     row.
     """
 
-    def forward(
-        self,
-        positive_scores: Tensor,
-        negative_scores: Tensor,
-        positive_weights: Tensor,
-        negative_mask: Tensor,
-    ) -> LossOutput:
-        positive, negative = full_precision(positive_scores), full_precision(negative_scores)
-        count = negative_mask.sum(1, keepdim=True)
-        negative_mean = _masked_softplus_sum(negative, negative_mask)[:, None] / count.clamp(min=1)
+    def loss(self, positive: Tensor, negative: Tensor, weights: Tensor, mask: Tensor) -> LossOutput:
+        count = mask.sum(1, keepdim=True)
+        negative_mean = _masked_softplus_sum(negative, mask)[:, None] / count.clamp(min=1)
         values = (F.softplus(-positive) + negative_mean) / 2
-        return weighted(values, positive_weights * (count > 0))
+        return weighted(values, weights * (count > 0))
 
 
 class BCELossWithRatings(SampledLoss):
@@ -175,12 +166,13 @@ class BCELossWithRatings(SampledLoss):
     ) -> LossOutput:
         """As ``SampledLoss.forward``; ``positive_ratings`` is ``[T, P]``. ``UserError`` without ratings."""
         if positive_ratings is None:
-            raise UserError(
-                "BCELossWithRatings needs ratings, and the data has none: choose another loss_module"
-            )
+            return super().forward(positive_scores, negative_scores, positive_weights, negative_mask)
         positive = full_precision(positive_scores)
         target = self._target(positive_ratings, positive_weights).to(positive.dtype)
         return weighted(F.softplus(positive) - target * positive, positive_weights)
+
+    def loss(self, positive: Tensor, negative: Tensor, weights: Tensor, mask: Tensor) -> LossOutput:
+        raise UserError("BCELossWithRatings needs ratings, and the data has none: choose another loss_module")
 
     def _target(self, ratings: Tensor, weights: Tensor) -> Tensor:
         if self.threshold is not None:
@@ -204,17 +196,11 @@ class BCESampled(SampledLoss):
         self.epsilon = epsilon
         self.clamp_border = clamp_border
 
-    def forward(
-        self,
-        positive_scores: Tensor,
-        negative_scores: Tensor,
-        positive_weights: Tensor,
-        negative_mask: Tensor,
-    ) -> LossOutput:
-        log_positive = self._log(F.logsigmoid(full_precision(positive_scores)))
-        log_negative = self._log(-_masked_softplus(full_precision(negative_scores), negative_mask))
-        kept = torch.where(negative_mask, log_negative, 0.0).sum(1, keepdim=True)
-        return weighted(-(log_positive + kept), positive_weights)
+    def loss(self, positive: Tensor, negative: Tensor, weights: Tensor, mask: Tensor) -> LossOutput:
+        log_positive = self._log(F.logsigmoid(positive))
+        log_negative = self._log(-_masked_softplus(negative, mask))
+        kept = torch.where(mask, log_negative, 0.0).sum(1, keepdim=True)
+        return weighted(-(log_positive + kept), weights)
 
     def _log(self, log_p: Tensor) -> Tensor:
         return log_plus_epsilon(log_p, self.epsilon, self.clamp_border)
@@ -245,18 +231,11 @@ class GBCELoss(SampledLoss):
         alpha = min(1.0, num_negatives / (self.num_items - 1))
         return self.calibration * (alpha - 1) + 1
 
-    def forward(
-        self,
-        positive_scores: Tensor,
-        negative_scores: Tensor,
-        positive_weights: Tensor,
-        negative_mask: Tensor,
-    ) -> LossOutput:
-        positive, negative = full_precision(positive_scores), full_precision(negative_scores)
-        negative_sum = _masked_softplus_sum(negative, negative_mask)[:, None]
-        count = 1 + negative_mask.sum(1, keepdim=True)
+    def loss(self, positive: Tensor, negative: Tensor, weights: Tensor, mask: Tensor) -> LossOutput:
+        negative_sum = _masked_softplus_sum(negative, mask)[:, None]
+        count = 1 + mask.sum(1, keepdim=True)
         values = (self.beta(negative.shape[1]) * F.softplus(-positive) + negative_sum) / count
-        return weighted(values, positive_weights)
+        return weighted(values, weights)
 
 
 class LogInCESampled(SampledLoss):
@@ -274,16 +253,9 @@ class LogInCESampled(SampledLoss):
         self.epsilon = epsilon
         self.clamp_border = clamp_border
 
-    def forward(
-        self,
-        positive_scores: Tensor,
-        negative_scores: Tensor,
-        positive_weights: Tensor,
-        negative_mask: Tensor,
-    ) -> LossOutput:
-        positive, negative = full_precision(positive_scores), full_precision(negative_scores)
-        log_negative = _masked_logsumexp(negative, negative_mask)
-        return log_in_loss(positive, positive_weights, log_negative, self.epsilon, self.clamp_border)
+    def loss(self, positive: Tensor, negative: Tensor, weights: Tensor, mask: Tensor) -> LossOutput:
+        log_negative = _masked_logsumexp(negative, mask)
+        return log_in_loss(positive, weights, log_negative, self.epsilon, self.clamp_border)
 
 
 def log_in_loss(
