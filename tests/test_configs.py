@@ -90,7 +90,7 @@ def test_published_sizes(name: str, sizes: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize(
-    "sweep", [path for path in (ROOT / "configs" / "ablations").iterdir() if path.is_dir()]
+    "sweep", sorted(path for path in (ROOT / "configs" / "ablations").iterdir() if path.is_dir())
 )
 def test_a_sweep_changes_only_what_it_names(sweep: Path) -> None:
     """Data, epochs and learning rate are the same in all files of a folder; no two files say the same."""
