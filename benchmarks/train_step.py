@@ -134,6 +134,7 @@ def run(dataset: SequenceDataset) -> dict[str, object]:
         "profile": _PROFILE.value,
         "prepared": _PREPARED.value or "made",
         "negatives_sharing": _SHARING.value,
+        "negatives_block_size": _BLOCK.value if _SHARING.value == "block" else None,
         "num_negatives": _NEGATIVES.value,
         "steps": len(rows),
         "threads": torch.get_num_threads(),
