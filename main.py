@@ -79,7 +79,9 @@ class Options:
 
 
 def prepared_dataset(name: str, data_root: Path) -> SequenceDataset:
-    """The prepared data set; the embedded one is made on first use, any other must have been prepared."""
+    """The prepared data set, read once against its hash; the embedded one is made on first use, any other must have been
+    prepared.
+    """
     folder = prepared_path(data_root, name)
     if not folder.exists():
         if name != EMBEDDED:
@@ -89,7 +91,9 @@ def prepared_dataset(name: str, data_root: Path) -> SequenceDataset:
         logging.info("making the embedded data set %s in %s", name, folder)
         manifest = prepare(resolve(name, raw_path=None, data_root=data_root), folder)
         logging.info("%s", summary(manifest))
-    return SequenceDataset.open(folder)
+    dataset = SequenceDataset.open(folder)
+    dataset.verify()
+    return dataset
 
 
 def run_settings(options: Options) -> RunSettings:
@@ -219,6 +223,8 @@ def evaluate_worker(rank: int, world_size: int, options: Options) -> int:
         settings = gin_registry.override(settings, options.bindings)
     collectives = process_collectives(process_device())
     dataset = SequenceDataset.open(prepared_path(options.data_root, settings.train.dataset_name))
+    if collectives.is_main:
+        dataset.verify()
     split = make_split(dataset, settings.train.protocol)
     catalogue = Catalogue.of(dataset, split.train_stops, settings.train.category_feature)
     model = build_model(settings, catalogue).to(collectives.device)

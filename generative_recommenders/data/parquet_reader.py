@@ -63,8 +63,10 @@ def read(path: Path, columns: Roles | None) -> Iterator[pa.Table]:
 
 def _open(path: Path) -> pq.ParquetFile:
     try:
-        return pq.ParquetFile(path)
-    except (pa.ArrowException, OSError) as error:
+        file = pq.ParquetFile(path)
+        file.schema_arrow.names  # noqa: B018  names that are no text raise here
+        return file
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a readable Parquet file, or cut short: {_one_line(error)}") from error
 
 
@@ -91,6 +93,7 @@ def _ids(path: Path, role: str, column: pa.Array, first_row: int) -> pa.Array:
     if not (pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)):
         raise UserError(f"{path}: ids must be strings or integers, and the {role} is {column.type}")
     ids = column.cast(pa.large_string())
+    ids.validate(full=True)
     _refuse(path, first_row, pc.equal(pc.binary_length(ids), 0), f"the {role} is empty")
     return ids
 

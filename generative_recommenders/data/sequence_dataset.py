@@ -124,7 +124,7 @@ def _check_offsets(folder: Path, manifest: Manifest, offsets: np.ndarray) -> Non
 def _check_rows(path: Path, expected: int) -> None:
     try:
         rows = pq.read_metadata(path).num_rows
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         raise UserError(f"{path}: missing, damaged or cut short; prepare the data again") from error
     if rows != expected:
         raise UserError(f"{path}: {rows} rows, the manifest says {expected}; prepare the data again")
@@ -133,7 +133,8 @@ def _check_rows(path: Path, expected: int) -> None:
 def _read_table(path: Path, columns: list[str]) -> pa.Table:
     try:
         table = pq.read_table(path, columns=columns)
-    except (OSError, pa.ArrowException) as error:
+        table.validate(full=True)
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         raise UserError(f"{path}: missing, damaged or cut short; prepare the data again") from error
     if table.column_names != columns:
         missing = set(columns) - set(table.column_names)

@@ -140,7 +140,7 @@ def read_item_ids(folder: Path) -> pa.Array:
         with pq.ParquetFile(folder / "item_ids.parquet") as file:
             table = file.read(use_threads=False)
         table.validate(full=True)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DamagedCheckpoint(
             f"damaged checkpoint {folder}: item_ids.parquet: {one_line(error)}"
         ) from error

@@ -258,6 +258,17 @@ def test_truncated_parquet(tmp_path: Path) -> None:
     assert "not a readable Parquet file, or cut short" in error_of(path, ReaderFormat(columns=None))
 
 
+def test_parquet_whose_text_is_no_text(tmp_path: Path) -> None:
+    """Column names and ids that are not UTF-8."""
+    path = write_parquet(tmp_path, {"user": ["a"], "item": ["b"]})
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b"user", b"u\x95er"))
+    assert "not a readable Parquet file" in error_of(path, ReaderFormat(columns=None))
+    wrong = pa.array([b"\xff\xfe"], pa.binary()).view(pa.string())
+    path = write_parquet(tmp_path, {"user": wrong, "item": ["b"]})
+    assert "user" in error_of(path, ReaderFormat(columns=None))
+
+
 fields = st.text(st.sampled_from('ab1.-+e _\t"é漢:,;\x1f\x85\u2028'), max_size=6)
 
 
@@ -301,6 +312,16 @@ def mutate(rng: random.Random, data: bytes) -> bytes:
     return data
 
 
+def parquet_bytes() -> bytes:
+    """Uncompressed, so that edits reach the values."""
+    table = pa.table(
+        {"user": ["u1", "u2"], "item": ["i1", "i2"], "rating": [5.0, 4.0], "timestamp": [100, 200]}
+    )
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="none")
+    return sink.getvalue().to_pybytes()
+
+
 SEEDS = [
     (
         b'u1,i1,5.0,100\nu2,i2,4,200\n"u,3",i3,3,300\n',
@@ -311,6 +332,7 @@ SEEDS = [
     (b"1 10\n1 20\n2 10\n", [PAIRS]),
     (b"user_id,item_id,rating,timestamp\n1,2,3,4\n", [ReaderFormat(",", None, None)]),
     (gzip.compress(b"u1,i1,5.0,100\nu2,i2,4,200\n" * 20), [CSV]),
+    (parquet_bytes(), [ReaderFormat(columns=None)]),
 ]
 
 

@@ -162,6 +162,59 @@ def test_fuzz(folder: Path) -> None:
     assert 300 < fuzz_manifest(folder, 5, 1_000) < 1_000
 
 
+def everything(folder: Path) -> tuple:
+    """All that the folder holds; what is read is what was prepared, or a UserError."""
+    dataset = SequenceDataset.open(folder)
+    dataset.verify()
+    columns = [column.tolist() for column in (dataset.items, dataset.ratings, dataset.timestamps)]
+    ids = dataset.original_user_ids().to_pylist(), dataset.original_item_ids().to_pylist()
+    features = dataset.item_features()
+    return columns, ids, len(features) if features is not None else 0
+
+
+def fuzz_files(folder: Path, seed: int, count: int) -> int:
+    """Read the folder with one of its files damaged, ``count`` times; returns how often it was refused."""
+    rng, whole = random.Random(seed), everything(folder)
+    names = sorted(path.name for path in folder.iterdir() if path.name != "manifest.json")
+    refused = 0
+    for _ in range(count):
+        path = folder / rng.choice(names)
+        before = path.read_bytes()
+        data = bytearray(before)
+        for _ in range(rng.randint(1, 4)):
+            at = rng.randrange(len(data))
+            length = rng.choice([0, 1, 1, 1, 2])
+            data[at : at + length] = bytes(rng.randrange(256) for _ in range(length))
+        path.write_bytes(data[: rng.randrange(len(data))] if rng.random() < 0.1 else data)
+        try:
+            assert everything(folder) == whole
+        except UserError as error:
+            assert "\n" not in str(error)
+            refused += 1
+        path.write_bytes(before)
+    assert everything(folder) == whole
+    return refused
+
+
+def test_fuzz_of_the_files(folder: Path) -> None:
+    assert 200 < fuzz_files(folder, 7, 1_000) < 1_000
+
+
+@pytest.mark.slow
+def test_fuzz_of_the_files_at_length(folder: Path) -> None:
+    fuzz_files(folder, 8, int(os.environ.get("FUZZ_INPUTS", "100000")))
+
+
+@pytest.mark.parametrize("name", ["users.parquet", "items.parquet"])
+def test_columns_whose_names_are_no_text(folder: Path, name: str) -> None:
+    column = name.removesuffix("s.parquet").encode()
+    data = (folder / name).read_bytes()
+    (folder / name).write_bytes(data.replace(column, column[:-1] + b"\x95"))
+    with pytest.raises(UserError, match=f"{name}: missing, damaged or cut short|{name}: column") as refused:
+        everything(folder)
+    assert "\n" not in str(refused.value)
+
+
 @pytest.mark.slow
 def test_fuzz_at_length(folder: Path) -> None:
     fuzz_manifest(folder, 6, int(os.environ.get("FUZZ_INPUTS", "100000")))
