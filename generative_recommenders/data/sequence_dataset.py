@@ -13,6 +13,9 @@ from generative_recommenders.data import digests
 from generative_recommenders.data.manifest import COLUMNS, FeatureSpec, Manifest, column_file, read_manifest
 from generative_recommenders.features import UserError
 
+VERIFY_EVENTS = 1 << 21
+"""Events that are compared with the hash at a time."""
+
 
 @dataclass(frozen=True)
 class SequenceDataset:
@@ -65,27 +68,48 @@ class SequenceDataset:
 
     def original_user_ids(self) -> pa.ChunkedArray:
         """``[U]`` strings; row u is user u."""
-        return _read_table(self.folder / "users.parquet", ["user"])["user"]
+        return self._original_ids("user")
 
     def original_item_ids(self) -> pa.ChunkedArray:
         """``[V]`` strings; row i is internal id i + 1."""
-        return _read_table(self.folder / "items.parquet", ["item"])["item"]
+        return self._original_ids("item")
 
     def item_features(self) -> pa.Table | None:
         """``[V]`` rows, a column a feature, row i for internal id i + 1; None without features."""
-        return self._features("item", "items.parquet")
+        return self._features("item")
 
     def user_features(self) -> pa.Table | None:
         """``[U]`` rows, a column a feature, row u for user u; None without features."""
-        return self._features("user", "users.parquet")
+        return self._features("user")
 
     def feature_specs(self, owner: str) -> list[FeatureSpec]:
         """The features of ``item`` or ``user`` that the manifest lists."""
         return [spec for spec in self.manifest.features if spec.owner == owner]
 
-    def _features(self, owner: str, file: str) -> pa.Table | None:
+    def _features(self, owner: str) -> pa.Table | None:
         names = [spec.name for spec in self.feature_specs(owner)]
-        return _read_table(self.folder / file, names) if names else None
+        return self._read_table(f"{owner}s", names) if names else None
+
+    def _read_table(self, owners: str, columns: list[str]) -> pa.Table:
+        """Columns of ``users`` or ``items``, as many rows as the manifest says."""
+        path = self.folder / f"{owners}.parquet"
+        try:
+            table = pq.read_table(path, columns=columns)
+            table.validate(full=True)
+        except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: missing, damaged or cut short; prepare the data again") from error
+        if table.column_names != columns:
+            missing = set(columns) - set(table.column_names)
+            raise UserError(f"{path}: column {min(missing)!r} is missing; prepare the data again")
+        if len(table) != self.manifest.counts[owners]:
+            raise UserError(f"{path}: damaged; prepare the data again")
+        return table
+
+    def _original_ids(self, owner: str) -> pa.ChunkedArray:
+        ids = self._read_table(f"{owner}s", [owner])[owner]
+        if ids.null_count or not (pa.types.is_string(ids.type) or pa.types.is_large_string(ids.type)):
+            raise UserError(f"{self.folder}: the {owner}s' ids are no text; prepare the data again")
+        return ids
 
     def verify(self) -> None:
         """Read everything and compare with the data hash; UserError if it was changed. Takes seconds."""
@@ -93,12 +117,16 @@ class SequenceDataset:
             raise UserError(f"{self.folder}: item ids outside 1..{self.num_items}; prepare the data again")
         users = digests.id_hashes(_large_strings(self.original_user_ids()))
         items = digests.id_hashes(_large_strings(self.original_item_ids()))
-        lengths = self.lengths
-        positions = np.arange(self.num_events) - np.repeat(self.offsets[:-1], lengths)
-        total = digests.events_digest(
-            np.repeat(users, lengths), items[self.items - 1], self.ratings, self.timestamps, positions
-        )
-        if digests.hex_digest(total) != self.manifest.data_hash:
+        total = 0
+        for first in range(0, self.num_events, VERIFY_EVENTS):
+            part = slice(first, min(first + VERIFY_EVENTS, self.num_events))
+            events = np.arange(part.start, part.stop)
+            rows = np.searchsorted(self.offsets, events, side="right") - 1
+            ratings, timestamps = (None if x is None else x[part] for x in (self.ratings, self.timestamps))
+            total += digests.events_digest(
+                users[rows], items[self.items[part] - 1], ratings, timestamps, events - self.offsets[rows]
+            )
+        if digests.hex_digest(total % (1 << 128)) != self.manifest.data_hash:
             raise UserError(
                 f"{self.folder}: the data does not match its hash; the folder was changed, prepare it again"
             )
@@ -128,15 +156,3 @@ def _check_rows(path: Path, expected: int) -> None:
         raise UserError(f"{path}: missing, damaged or cut short; prepare the data again") from error
     if rows != expected:
         raise UserError(f"{path}: {rows} rows, the manifest says {expected}; prepare the data again")
-
-
-def _read_table(path: Path, columns: list[str]) -> pa.Table:
-    try:
-        table = pq.read_table(path, columns=columns)
-        table.validate(full=True)
-    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: missing, damaged or cut short; prepare the data again") from error
-    if table.column_names != columns:
-        missing = set(columns) - set(table.column_names)
-        raise UserError(f"{path}: column {min(missing)!r} is missing; prepare the data again")
-    return table

@@ -218,3 +218,10 @@ def test_columns_whose_names_are_no_text(folder: Path, name: str) -> None:
 @pytest.mark.slow
 def test_fuzz_at_length(folder: Path) -> None:
     fuzz_manifest(folder, 6, int(os.environ.get("FUZZ_INPUTS", "100000")))
+
+
+def test_verify_in_parts(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    dataset = SequenceDataset.open(folder)
+    for events in (1, 3):
+        monkeypatch.setattr("generative_recommenders.data.sequence_dataset.VERIFY_EVENTS", events)
+        dataset.verify()
