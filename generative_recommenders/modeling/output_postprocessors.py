@@ -6,6 +6,29 @@ import torch
 import torch.nn.functional as F
 
 
+def l2_normalize(x: torch.Tensor, eps: float) -> torch.Tensor:
+    """``x / max(|x|, eps)`` over the last axis: `torch.nn.functional.normalize`, with fewer passes over the gradient."""
+    return _L2Normalize.apply(x, eps)
+
+
+class _L2Normalize(torch.autograd.Function):
+    """``dx = (dy - y (dy · y)) / |x|``; ``dx = dy / eps`` where the norm is below eps."""
+
+    @staticmethod
+    def forward(ctx, x, eps):
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        divisor = norm.clamp_min(eps)
+        y = x / divisor
+        ctx.save_for_backward(y, divisor, norm >= eps)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        y, divisor, normalized = ctx.saved_tensors
+        along = (grad * y).sum(-1, keepdim=True) * normalized
+        return torch.addcmul(grad, y, along, value=-1.0) / divisor, None
+
+
 class L2NormEmbeddingPostprocessor(torch.nn.Module):
     """``v / max(|v|, eps)`` on ``[..., D]``.
 
@@ -18,7 +41,7 @@ class L2NormEmbeddingPostprocessor(torch.nn.Module):
         self.eps, self.embedding_dim = eps, embedding_dim
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.normalize(x[..., : self.embedding_dim], dim=-1, eps=self.eps)
+        return l2_normalize(x[..., : self.embedding_dim], self.eps)
 
 
 class LayerNormEmbeddingPostprocessor(torch.nn.Module):

@@ -13,10 +13,10 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 
 from ..features import UserError
 from ..modeling.embeddings import ItemRows
+from ..modeling.output_postprocessors import l2_normalize
 from .negative_samplers import Negatives
 
 AuxiliaryLosses = dict[str, torch.Tensor]
@@ -71,10 +71,10 @@ class ProductScorer(Scorer):
     def scores(self, hidden, items, positives, negatives, similarity, user_ids):
         hidden = hidden.float() / self.temperature
         plain = replace(items, weight=items.weight.float())
-        normalized = replace(items, weight=F.normalize(plain.weight, dim=-1, eps=self.eps))
+        normalized = replace(items, weight=l2_normalize(plain.weight, self.eps))
         targets = checked_targets(positives, items)
         source = normalized if self.normalize_positives else plain
-        positive = torch.einsum("td,tpd->tp", hidden, source.lookup(targets))
+        positive = (hidden[:, None] * source.lookup(targets)).sum(-1)
         source = normalized if self.normalize_negatives else plain
         negative = negative_products(hidden, source.weight, source.index(negatives.ids), negatives)
         return SampledScores(positive, corrected(negative, negatives), no_collisions(targets, negatives), {})
@@ -93,7 +93,7 @@ class LearnedScorer(Scorer):
     def scores(self, hidden, items, positives, negatives, similarity, user_ids):
         weight = items.weight.float()
         if self.item_l2_norm:
-            weight = F.normalize(weight, dim=-1, eps=self.eps)
+            weight = l2_normalize(weight, self.eps)
         targets = checked_targets(positives, items)
         rows, drawn, spans = items.index(targets), items.index(negatives.ids), negatives.spans(len(hidden))
         if spans is None:

@@ -94,9 +94,10 @@ class SasrecBlock(torch.nn.Module):
         """Normalised query ``[T, D]``; q, k, v ``[T, H, D / H]``."""
         dim, query = x.shape[-1], self.query_norm(x)
         weight, bias = self.in_proj.weight, self.in_proj.bias
-        q = F.linear(query, weight[:dim], bias[:dim])
-        k, v = F.linear(x, weight[dim:], bias[dim:]).chunk(2, dim=-1)
-        return query, *(t.unflatten(-1, (self.num_heads, -1)) for t in (q, k, v))
+        projections = zip(
+            (query, x, x), weight.split(dim), bias.split(dim)
+        )  # apart: nothing is put together later
+        return query, *(F.linear(t, w, b).unflatten(-1, (self.num_heads, -1)) for t, w, b in projections)
 
     def combine(self, query: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         """query: ``[T, D]``; attended: ``[T, H, D / H]``."""
