@@ -2,7 +2,8 @@
 
     python benchmarks/train_step.py --encoder=SASRec --profile=ml-1m --negatives_sharing=block --steps=30
 
-Without ``--prepared=DIR`` it makes sequences with ML-1M's distribution of lengths (mean 165, median 95,
+matmul_gflops is the speed of a plain matrix product on the same device before and after the steps: where two runs differ
+in it, the machine did. Without ``--prepared=DIR`` it makes sequences with ML-1M's distribution of lengths (mean 165, median 95,
 longest 2276) over 3,706 items, with timestamps.
 """
 
@@ -124,8 +125,19 @@ def timed_steps(trainer: Trainer, steps: int, warmup: int = 3) -> list[tuple[flo
     return rows[warmup:]
 
 
+def matmul_gflops(device: torch.device, size: int = 1024, repeats: int = 10) -> float:
+    """Billions of operations a second of a square float32 product, the median of some."""
+    x, seconds = torch.randn(size, size, device=device), []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        float((x @ x)[0, 0])  # waits for an accelerator
+        seconds.append(time.perf_counter() - started)
+    return round(2 * size**3 / statistics.median(seconds) / 1e9, 1)
+
+
 def run(dataset: SequenceDataset) -> dict[str, object]:
     trainer = make_trainer(dataset)
+    before = matmul_gflops(trainer.collectives.device)
     rows = timed_steps(trainer, _STEPS.value)
     seconds, data, tokens = (list(column) for column in zip(*rows))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -144,6 +156,7 @@ def run(dataset: SequenceDataset) -> dict[str, object]:
         "tokens_per_second": round(sum(tokens) / sum(seconds)),
         "data_seconds": round(statistics.median(data), 5),
         "peak_rss_mb": round(peak),
+        "matmul_gflops": [before, matmul_gflops(trainer.collectives.device)],
     }
     if trainer.collectives.device.type == "cuda":
         result["gpu"] = torch.cuda.get_device_name()
