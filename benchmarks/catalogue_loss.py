@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from generative_recommenders.objectives.catalogue_losses import CATALOGUE_LOSSES
 
 _BLOCK, _TILE = 256, 4096  # tokens and items of a product: 4 MB of logits

@@ -9,11 +9,14 @@ import argparse
 import json
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from generative_recommenders.modeling import (
     L2NormEmbeddingPostprocessor,
     LearnablePositionalEmbeddingInputFeaturesPreprocessor,

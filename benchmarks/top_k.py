@@ -13,11 +13,14 @@ import argparse
 import json
 import platform
 import statistics
+import sys
 import time
+from pathlib import Path
 
 import torch
 from torch.nn import functional as F
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from generative_recommenders.indexing.mol_top_k import make_top_k
 from generative_recommenders.modeling.similarity import DotProductSimilarity, MoLSettings, MoLSimilarity
 
