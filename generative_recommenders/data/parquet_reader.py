@@ -59,6 +59,8 @@ def read(path: Path, columns: Roles | None) -> Iterator[pa.Table]:
                 yield pa.table(arrays)
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{path}: damaged after row {row - 1}: {_one_line(error)}") from error
+        if row - 1 != file.metadata.num_rows:
+            raise UserError(f"{path}: damaged: {row - 1} rows where its footer says {file.metadata.num_rows}")
 
 
 def _open(path: Path) -> pq.ParquetFile:
