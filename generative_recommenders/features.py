@@ -34,6 +34,10 @@ class UserError(Exception):
 
     exit_code = 2
 
+    def __str__(self) -> str:
+        """One line, whatever the names in it hold."""
+        return " ".join(super().__str__().splitlines())
+
 
 @dataclass(frozen=True)
 class SequentialFeatures:

@@ -264,6 +264,10 @@ def test_parquet_whose_text_is_no_text(tmp_path: Path) -> None:
     whole = path.read_bytes()
     path.write_bytes(whole.replace(b"user", b"u\x95er"))
     assert "not a readable Parquet file" in error_of(path, ReaderFormat(columns=None))
+    path.write_bytes(whole.replace(b"user", b"u\ner"))
+    assert error_of(path, ReaderFormat(columns=None)).endswith(
+        "no user among: u er, item; name the columns with --columns"
+    )
     wrong = pa.array([b"\xff\xfe"], pa.binary()).view(pa.string())
     path = write_parquet(tmp_path, {"user": wrong, "item": ["b"]})
     assert "user" in error_of(path, ReaderFormat(columns=None))
