@@ -117,7 +117,7 @@ def pointwise_attention(
 
 
 def _rectangles(group: Group, *tokens: torch.Tensor) -> Iterator[torch.Tensor]:
-    """``[T, H, d]`` tokens as new tensors ``[g * H, n, d]``, a view only of their own."""
+    """``[T, H, d]`` tokens as rectangles ``[g * H, n, d]``, copies that may be changed."""
     for x in tokens:
         heads, width = x.shape[1:]
         rows = x.reshape(-1, width) if heads > 1 else x[:, 0]

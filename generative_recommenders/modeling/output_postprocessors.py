@@ -23,6 +23,7 @@ class _L2Normalize(torch.autograd.Function):
         return y
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         y, divisor, normalized = ctx.saved_tensors
         along = (grad * y).sum(-1, keepdim=True) * normalized

@@ -5,11 +5,11 @@ from __future__ import annotations
 from abc import abstractmethod
 
 import torch
-import torch.nn.functional as F
 import torch.utils.checkpoint
 
 from ..features import UserError
 from ..modeling.embeddings import ItemRows
+from ..modeling.output_postprocessors import l2_normalize
 from .catalogue_losses import CatalogueLoss
 from .losses import SampledLoss
 from .negative_samplers import Negatives
@@ -110,7 +110,7 @@ class CatalogueCriterion(Criterion):
     def forward(self, states, items, example, negatives, similarity):
         weight = items.weight.float()
         if self.item_l2_norm:
-            weight = F.normalize(weight, dim=-1, eps=self.eps)
+            weight = l2_normalize(weight, self.eps)
         if items.row_of_item is None:
             weight = weight[1:]
         else:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ..modeling.embeddings import ItemRows
+from ..modeling.output_postprocessors import l2_normalize
 from ..modeling.recommender import SequenceEncoder, token_payloads
 from .criterion import Criterion
 from .replacement import sample_from_catalogue
@@ -58,7 +59,7 @@ class ReplacedDetectionCriterion(Criterion):
         candidates = targets.unique() if self.from_batch else torch.arange(1, last, device=targets.device)
         weight = items.lookup(candidates).float()
         if self.item_l2_norm:
-            weight = F.normalize(weight, dim=-1, eps=self.eps)
+            weight = l2_normalize(weight, self.eps)
         return candidates[sample_from_catalogue(states / self.temperature, weight) - 1]
 
     def detection(self, fakes: torch.Tensor, items: ItemRows, example: TrainingExample) -> torch.Tensor:

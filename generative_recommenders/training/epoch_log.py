@@ -25,9 +25,13 @@ class EpochLog:
         return {"divergence": dict(vars(self.divergence)), "plateau": dict(vars(self.plateau))}
 
     def restore(self, state: Mapping[str, Mapping[str, Any]]) -> None:
-        """Goes on from `state`."""
-        vars(self.divergence).update(state["divergence"])
-        vars(self.plateau).update(state["plateau"])
+        """Goes on from `state`; ValueError where it is none."""
+        for name, monitor in (("divergence", self.divergence), ("plateau", self.plateau)):
+            saved = state[name]
+            numbers = all(value is None or isinstance(value, (int, float)) for value in saved.values())
+            if set(saved) != set(vars(monitor)) or not numbers:
+                raise ValueError(f"{name} is {saved!r}")
+            vars(monitor).update(saved)
 
     def step(self, step: int, loss: float, learning_rate: float, quick: Mapping[str, float]) -> None:
         """Every eval_interval steps. quick: metrics of a partial evaluation."""

@@ -57,8 +57,9 @@ class Progress:
             value = getattr(self, name)
             if type(value) is not int or not 0 <= value < 1 << 62:
                 raise ValueError(f"{name} is {value!r}")
-        for name in ("seconds", "epoch_loss", "epoch_targets"):
-            if not isinstance(getattr(self, name), (int, float)):
+        for name in ("seconds", "epoch_loss", "epoch_targets", "best_metric", "best_epoch"):
+            absent = name.startswith("best_") and getattr(self, name) is None
+            if not absent and not isinstance(getattr(self, name), (int, float)):
                 raise ValueError(f"{name} is {getattr(self, name)!r}")
         if not isinstance(self.history, list) or not all(isinstance(each, dict) for each in self.history):
             raise ValueError("history is not a list of records")
@@ -265,7 +266,7 @@ class Trainer:
             saved_hash, saved = checkpoint.state["split_hash"], int(checkpoint.state["world_size"])
             progress = Progress(**checkpoint.state["progress"])
             self.log.restore(checkpoint.state["warnings"])
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{checkpoint.path} does not hold the state of a run: {error!r}") from error
         check_same_data(saved_hash, self.split.hash)
         load_model(self.model, checkpoint)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
@@ -225,3 +226,7 @@ def test_verify_in_parts(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     for events in (1, 3):
         monkeypatch.setattr("generative_recommenders.data.sequence_dataset.VERIFY_EVENTS", events)
         dataset.verify()
+    times = np.array(dataset.timestamps)
+    times[-1] += 1  # in the last part
+    with pytest.raises(UserError, match="does not match its hash"):
+        dataclasses.replace(dataset, timestamps=times).verify()

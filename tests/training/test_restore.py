@@ -67,6 +67,10 @@ def test_what_was_saved_is_taken_back(ragged_dataset: SequenceDataset, saved: Ch
         ("progress", "seconds", "long"),
         ("progress", "history", [3]),
         ("progress", "surprise", 1),
+        ("progress", "best_epoch", "last"),
+        ("warnings", "plateau", 3),
+        ("warnings", "plateau", {"observe": 1}),
+        ("warnings", "divergence", {"factor": "x", "smoothing": 0, "average": 0, "lowest": 0, "warned": 0}),
     ],
 )
 def test_a_forged_state_is_refused(
