@@ -94,6 +94,7 @@ def softmax_attention(
     if q.device.type == "cpu":
         with torch.autocast("cpu", enabled=False):  # in the dtype that q, k and v come in
             return _GroupedSoftmax.apply(q, k, v, layout, dropout_rate, scale)
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()  # gathered under autograd here
     cells = [_fused_group(q, k, v, group, layout, dropout_rate, scale) for group in layout.groups]
     return _ungroup(torch.cat(cells), layout, q.shape[1]) if cells else torch.zeros_like(v)
 
@@ -120,8 +121,18 @@ def _rectangles(group: Group, *tokens: torch.Tensor) -> Iterator[torch.Tensor]:
     """``[T, H, d]`` tokens as rectangles ``[g * H, n, d]``, copies that may be changed."""
     for x in tokens:
         heads, width = x.shape[1:]
-        rows = x.reshape(-1, width) if heads > 1 else x[:, 0]
-        yield rows.index_select(0, group.cells(heads)).view(-1, group.width, width)
+        rows, pitch = _as_rows(x)
+        yield rows.index_select(0, group.cells(heads, pitch)).view(-1, group.width, width)
+
+
+def _as_rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """``[T, H, d]`` as rows of d and how many of them lie from a token to the next; no copy of a slice of a wider
+    projection.
+    """
+    (count, heads, width), pitch = x.shape, x.stride(0) // max(1, x.shape[2])
+    if x.stride() != (pitch * width, width, 1) or pitch < heads:
+        return x.reshape(-1, width), heads
+    return x.as_strided((max(0, (count - 1) * pitch + heads), width), (width, 1)), pitch
 
 
 def _ungroup(cells: torch.Tensor, layout: Layout, heads: int) -> torch.Tensor:
@@ -260,8 +271,9 @@ class _GroupedPointwise(torch.autograd.Function):
                     logits.unflatten(0, (-1, heads)).add_(looked_up(tables, next(remaining)))
                 weights = F.silu(_hide(logits, tile, heads))
                 kept = None if masks is None else masks.draw(weights.shape)
-                _set_rows(out_, tile, weights if kept is None else weights.mul_(kept), v_[:, keys])
-                saved += [logits, kept]
+                weights = weights if kept is None else weights.mul_(kept)
+                _set_rows(out_, tile, weights, v_[:, keys])
+                saved += [logits, kept, weights]
         ctx.save_for_backward(*tables, *saved)
         shapes = (q.shape, k.shape, v.shape)
         ctx.settings = (layout, indices, len(tables), divisor * (1.0 - dropout_rate), shapes)
@@ -279,11 +291,9 @@ class _GroupedPointwise(torch.autograd.Function):
             q_, k_, v_ = (next(remaining) for _ in range(3))
             d_out = _output_gradient(group, grad)
             d_q_, d_k_, d_v_ = d_q.take(group), d_k.take(group), d_v.take(group)
-            kept_of = [(next(remaining), next(remaining), next(index_of, ())) for _ in group_tiles]
-            for tile, (logits, kept, index) in zip(reversed(group_tiles), reversed(kept_of)):
+            kept_of = [(*(next(remaining) for _ in range(3)), next(index_of, ())) for _ in group_tiles]
+            for tile, (logits, kept, weights, index) in zip(reversed(group_tiles), reversed(kept_of)):
                 rows, keys = slice(tile.start, tile.stop), slice(tile.keys)
-                weights = F.silu(logits)
-                weights = weights if kept is None else weights.mul_(kept)
                 _add_keys(d_v_, tile, weights.mT, d_out[:, rows])
                 d_w = torch.bmm(d_out[:, rows], v_[:, keys].mT)
                 d_s = torch.ops.aten.silu_backward(d_w if kept is None else d_w.mul_(kept), logits)

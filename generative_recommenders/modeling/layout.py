@@ -8,6 +8,7 @@ one group of all rows. Both layouts give the same numbers on real tokens.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -44,12 +45,22 @@ class Group:
         """``[T, ...]`` tokens as the group's rectangle ``[g, n, ...]``."""
         return x.index_select(0, self.tokens).view(-1, self.width, *x.shape[1:])
 
-    def cells(self, heads: int) -> torch.Tensor:
-        """``[g * H * n]`` int32: which of ``[T * H]`` rows (token-major) each cell of ``[g, H, n]`` holds."""
-        if heads == 1:
+    def cells(self, heads: int, pitch: int) -> torch.Tensor:
+        """``[g * H * n]`` int32: the row that each cell of ``[g, H, n]`` holds, where token t's heads are the rows from
+        ``t * pitch`` on.
+        """
+        if pitch == 1:
             return self.tokens
-        head = torch.arange(heads, dtype=torch.int32, device=self.tokens.device)
-        return (self.tokens.view(-1, 1, self.width) * heads + head[:, None]).view(-1)
+        if (heads, pitch) not in self._cells:
+            head = torch.arange(heads, dtype=torch.int32, device=self.tokens.device)
+            first = (self.tokens * pitch).view(-1, 1, self.width)
+            self._cells[heads, pitch] = (first + head[:, None]).view(-1)
+        return self._cells[heads, pitch]
+
+    @functools.cached_property
+    def _cells(self) -> dict[tuple[int, int], torch.Tensor]:
+        """What `cells` found: every block of an encoder asks the same."""
+        return {}
 
     def real(self) -> torch.Tensor:
         """``[g, n]`` bool, False behind a row's end."""
@@ -117,10 +128,18 @@ class Layout:
         """``[T * H]`` int32: where each token and head lies among the cells of all groups' ``[g, H, n]``."""
         if heads == 1:
             return self.ungroup
-        place = torch.arange(self.num_tokens, device=self.device) - self.starts[self.row_of]
-        first = (self.ungroup - place) * heads + place
-        head = torch.arange(heads, device=self.device)
-        return (first[:, None] + head * self.widths[self.row_of][:, None]).view(-1).to(torch.int32)
+        if heads not in self._cells:
+            place = torch.arange(self.num_tokens, device=self.device) - self.starts[self.row_of]
+            first = (self.ungroup - place) * heads + place
+            head = torch.arange(heads, device=self.device)
+            cells = first[:, None] + head * self.widths[self.row_of][:, None]
+            self._cells[heads] = cells.view(-1).to(torch.int32)
+        return self._cells[heads]
+
+    @functools.cached_property
+    def _cells(self) -> dict[int, torch.Tensor]:
+        """What `cells` found: every block of an encoder asks the same."""
+        return {}
 
     def mask(self, x: torch.Tensor) -> torch.Tensor:
         """``[T, ...]`` with padding set to 0 (the same tensor where there is none)."""

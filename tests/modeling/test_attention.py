@@ -77,6 +77,21 @@ def test_causal(monkeypatch, attend: Attend, dense: Attend, heads: int, tile: in
     assert_same(attend, dense, jagged_layout(torch.tensor(LENGTHS), 9), heads)
 
 
+@both_forms
+@pytest.mark.parametrize("extra", [0, 3, 4])
+def test_slices_of_one_projection(attend: Attend, dense: Attend, extra: int) -> None:
+    """Rows of the projection that are a whole number of heads wide are gathered in place, others copied first."""
+    layout, heads, d = jagged_layout(torch.tensor(LENGTHS), 9), 2, 3
+    projection = torch.randn(layout.num_tokens, 3 * heads * d + extra, dtype=torch.float64)
+    projection.requires_grad_()
+    q, k, v = (part.unflatten(1, (heads, d)) for part in projection[:, extra:].split(heads * d, dim=1))
+    actual, expected = attend(q, k, v, layout), reference(dense, layout, q, k, v)
+    torch.testing.assert_close(actual, expected, atol=1e-10, rtol=0)
+    cotangent = torch.randn_like(expected)
+    grads = [torch.autograd.grad(out, projection, cotangent, retain_graph=True) for out in (actual, expected)]
+    torch.testing.assert_close(*grads, atol=1e-10, rtol=0)
+
+
 def bidirectional(layout: Layout) -> Visibility:
     return Visibility(torch.zeros_like(layout.positions), torch.zeros_like(layout.positions))
 

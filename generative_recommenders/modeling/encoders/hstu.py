@@ -154,8 +154,8 @@ class HstuBlock(torch.nn.Module):
         """u ``[T, H dv]``; q, k ``[T, H, dqk]``; v ``[T, H, dv]``."""
         width, heads = self.num_heads * self.dv, self.num_heads
         normed = F.layer_norm(x, x.shape[-1:], eps=1e-6)
-        weights = self.uvqk.split([width, width, heads * self.dqk, heads * self.dqk], dim=-1)
-        u, v, q, k = (self.activation(normed @ weight) for weight in weights)
+        projected = self.activation(normed @ self.uvqk)
+        u, v, q, k = projected.split([width, width, heads * self.dqk, heads * self.dqk], dim=-1)
         return u, *(t.unflatten(-1, (heads, -1)) for t in (q, k, v))
 
     def combine(self, x: torch.Tensor, u: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
