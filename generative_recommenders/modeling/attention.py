@@ -284,7 +284,7 @@ class _GroupedPointwise(torch.autograd.Function):
     def backward(ctx, grad):
         layout, indices, num_tables, divisor, shapes = ctx.settings
         remaining, index_of = iter(ctx.saved_tensors), iter(indices)
-        d_tables = [torch.zeros_like(next(remaining)) for _ in range(num_tables)]
+        d_tables = [_rows_for_sums(next(remaining), [of[i] for of in indices]) for i in range(num_tables)]
         d_q, d_k, d_v = (_Cells(layout, grad, shape) for shape in shapes)
         for group in layout.groups:
             group_tiles = tiles(group, layout)
@@ -301,7 +301,8 @@ class _GroupedPointwise(torch.autograd.Function):
                 _add_keys(d_k_, tile, d_s.mT, q_[:, rows])
                 _add_to_tables(d_tables, index, d_s.unflatten(0, (-1, grad.shape[1])))
             d_v_.mul_(1.0 / divisor)
-        return d_q.tokens(), d_k.tokens(), d_v.tokens(), None, None, None, None, *d_tables
+        summed = (total.sum(0) for total in d_tables)
+        return d_q.tokens(), d_k.tokens(), d_v.tokens(), None, None, None, None, *summed
 
 
 def looked_up(tables: Sequence[torch.Tensor], indices: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -315,14 +316,22 @@ def _gathered(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return table.expand(flat.shape[0], -1).gather(1, flat).view(index.shape)
 
 
+def _rows_for_sums(table: torch.Tensor, indices: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Zeros as wide as the table, a row for each of the tile that has most."""
+    rows = max((index.shape[:-1].numel() for index in indices), default=0)
+    return table.new_zeros(rows, table.numel())
+
+
 def _add_to_tables(
     totals: Sequence[torch.Tensor], indices: Sequence[torch.Tensor], d_logits: torch.Tensor
 ) -> None:
-    """Gradients of the tables from those of ``[g, H, rows, keys]`` logits: sums by index."""
+    """Gradients of the tables from those of ``[g, H, rows, keys]`` logits: sums by index, apart for each row of a tile.
+
+    totals: see `_rows_for_sums`, one for each table.
+    """
     if not totals:
         return
     d_logits = d_logits.sum(1)
     for total, index in zip(totals, indices):
         d_part = (d_logits if index.dim() == 3 else d_logits.sum(0)).flatten(0, -2)
-        by_row = d_part.new_zeros(d_part.shape[0], total.numel())
-        total.add_(by_row.scatter_add_(1, index.flatten(0, -2), d_part).sum(0))
+        total[: d_part.shape[0]].scatter_add_(1, index.flatten(0, -2), d_part.to(total.dtype))
