@@ -201,18 +201,36 @@ def _add_keys(total: torch.Tensor, tile: Tile, left: torch.Tensor, right: torch.
         total[:, : tile.keys].add_(torch.bmm(left, right))
 
 
+Plan = list[tuple[Group, list[Tile]]]
+
+
+def _plan(layout: Layout) -> Plan:
+    return [(group, tiles(group, layout)) for group in layout.groups]
+
+
+def _keep_masks(rate: float, q: torch.Tensor, plan: Plan) -> KeepMasks | None:
+    """The masks of all tiles' weights ``[g * H, rows, keys]``; None without dropout. q: ``[T, H, d]``."""
+    if rate == 0.0:
+        return None
+    cells = sum(
+        group.lengths.numel() * (tile.stop - tile.start) * tile.keys for group, part in plan for tile in part
+    )
+    return KeepMasks(rate, q, cells * q.shape[1])
+
+
 class _GroupedSoftmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, layout, dropout_rate, scale):
         out, saved, heads = _Cells(layout, v, v.shape), [], q.shape[1]
-        masks = KeepMasks(dropout_rate, q) if dropout_rate > 0.0 else None
-        for group in layout.groups:
+        plan = _plan(layout)
+        masks = _keep_masks(dropout_rate, q, plan)
+        for group, group_tiles in plan:
             q_, k_, v_ = _rectangles(group, q, k, v)
             q_.mul_(scale)
             v_.mul_(1.0 / (1.0 - dropout_rate))
             out_ = out.take(group)
             saved += [q_, k_, v_]
-            for tile in tiles(group, layout):
+            for tile in group_tiles:
                 rows, keys = slice(tile.start, tile.stop), slice(tile.keys)
                 logits = _hide(torch.bmm(q_[:, rows], k_[:, keys].mT), tile, heads)
                 p = torch.softmax(logits, -1)
@@ -223,19 +241,18 @@ class _GroupedSoftmax(torch.autograd.Function):
                 saved += [p, dropped]
         attended = out.tokens()
         ctx.save_for_backward(attended, *saved)
-        ctx.settings = (layout, dropout_rate, scale, (q.shape, k.shape, v.shape))
+        ctx.settings = (layout, plan, dropout_rate, scale, (q.shape, k.shape, v.shape))
         return attended
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         attended, *saved = ctx.saved_tensors
-        layout, dropout_rate, scale, shapes = ctx.settings
+        layout, plan, dropout_rate, scale, shapes = ctx.settings
         d_q, d_k, d_v = (_Cells(layout, grad, shape) for shape in shapes)
         dots = (grad * attended).sum(-1, keepdim=True)  # the rows' sums of dp * p
         remaining = iter(saved)
-        for group in layout.groups:
-            group_tiles = tiles(group, layout)
+        for group, group_tiles in plan:
             q_, k_, v_ = (next(remaining) for _ in range(3))
             d_out, dots_ = _output_gradient(group, grad), _output_gradient(group, dots)
             d_q_, d_k_, d_v_ = d_q.take(group), d_k.take(group), d_v.take(group)
@@ -257,14 +274,15 @@ class _GroupedPointwise(torch.autograd.Function):
     def forward(ctx, q, k, v, layout, indices, divisor, dropout_rate, *tables):
         out, heads = _Cells(layout, v, v.shape), q.shape[1]
         saved: list[torch.Tensor | None] = []
-        masks = KeepMasks(dropout_rate, q) if dropout_rate > 0.0 else None
+        plan = _plan(layout)
+        masks = _keep_masks(dropout_rate, q, plan)
         remaining = iter(indices)
-        for group in layout.groups:
+        for group, group_tiles in plan:
             q_, k_, v_ = _rectangles(group, q, k, v)
             v_.mul_(1.0 / (divisor * (1.0 - dropout_rate)))
             out_ = out.take(group)
             saved += [q_, k_, v_]
-            for tile in tiles(group, layout):
+            for tile in group_tiles:
                 rows, keys = slice(tile.start, tile.stop), slice(tile.keys)
                 logits = torch.bmm(q_[:, rows], k_[:, keys].mT)
                 if tables:
@@ -276,18 +294,17 @@ class _GroupedPointwise(torch.autograd.Function):
                 saved += [logits, kept, weights]
         ctx.save_for_backward(*tables, *saved)
         shapes = (q.shape, k.shape, v.shape)
-        ctx.settings = (layout, indices, len(tables), divisor * (1.0 - dropout_rate), shapes)
+        ctx.settings = (layout, plan, indices, len(tables), divisor * (1.0 - dropout_rate), shapes)
         return out.tokens()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        layout, indices, num_tables, divisor, shapes = ctx.settings
+        layout, plan, indices, num_tables, divisor, shapes = ctx.settings
         remaining, index_of = iter(ctx.saved_tensors), iter(indices)
         d_tables = [_rows_for_sums(next(remaining), [of[i] for of in indices]) for i in range(num_tables)]
         d_q, d_k, d_v = (_Cells(layout, grad, shape) for shape in shapes)
-        for group in layout.groups:
-            group_tiles = tiles(group, layout)
+        for group, group_tiles in plan:
             q_, k_, v_ = (next(remaining) for _ in range(3))
             d_out = _output_gradient(group, grad)
             d_q_, d_k_, d_v_ = d_q.take(group), d_k.take(group), d_v.take(group)

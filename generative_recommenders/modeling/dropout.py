@@ -14,24 +14,33 @@ import torch
 import torch.nn.functional as F
 
 _LEVELS = 1 << 16
+_BLOCK = 1 << 23  # elements, 16 MiB of bits
 
 
 class KeepMasks:
     """A source of masks: 0 with probability ``rate``, else 1, in the dtype and on the device of ``like``."""
 
-    def __init__(self, rate: float, like: torch.Tensor) -> None:
+    def __init__(self, rate: float, like: torch.Tensor, elements: int = 0) -> None:
+        """elements: how many will be drawn. Their bits are made together: one wait of torch's other threads, not many."""
         self.rate, self.dtype, self.device = rate, like.dtype, like.device
+        self.elements = elements
         if self.device.type == "cpu":
             seed = int(torch.empty((), dtype=torch.int64).random_())
             self.generator = np.random.Generator(np.random.SFC64(seed))
+            self.bits = torch.empty(0, dtype=torch.int16)
 
     def draw(self, shape: torch.Size | tuple[int, ...]) -> torch.Tensor:
         """A new tensor of the given shape."""
         if self.device.type != "cpu":
             return (torch.rand(shape, device=self.device) >= self.rate).to(self.dtype)
         count = math.prod(shape)
-        words = self.generator.integers(0, 1 << 64, (count + 3) // 4, dtype=np.uint64)
-        bits = torch.from_numpy(words.view(np.int16))[:count]
+        if count > self.bits.numel():
+            words = -(-max(count, min(self.elements, _BLOCK)) // 4)
+            self.bits = torch.from_numpy(
+                self.generator.integers(0, 1 << 64, words, dtype=np.uint64).view(np.int16)
+            )
+        bits, self.bits = self.bits[:count], self.bits[count:]
+        self.elements -= count
         threshold = round(self.rate * _LEVELS) - _LEVELS // 2
         return torch.ge(bits, threshold, out=torch.empty(count, dtype=self.dtype)).view(shape)
 
