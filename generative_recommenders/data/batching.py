@@ -22,8 +22,8 @@ from .sequence_dataset import SequenceDataset
 class LoadedBatch:
     """A process's rows of one global batch.
 
-    columns: ``user_ids [B]``, ``lengths [B]``, ``item_ids [B, W]`` and, where the data have them, ``ratings``,
-        ``timestamps [B, W]``; int64, right-padded with 0. first_row: place of row 0 in the global batch.
+    columns: ``user_ids [B]``, ``lengths [B]``, ``item_ids [B, W]`` and, where the data have them, ``timestamps [B, W]``,
+        int64, and ``ratings [B, W]``, float32; right-padded with 0. first_row: place of row 0 in the global batch.
         first_token: how many next-item targets the rows before have (see `SequenceLoader`). step: place in the epoch.
     """
 
@@ -74,8 +74,9 @@ class SequenceRows:
         for name, source in sources.items():
             if source is not None:
                 columns[name] = np.where(real, source[events], 0)
+        kind = lambda name: np.float32 if name == "ratings" else np.int64  # noqa: E731
         return {
-            name: torch.from_numpy(np.ascontiguousarray(x, dtype=np.int64)) for name, x in columns.items()
+            name: torch.from_numpy(np.ascontiguousarray(x, dtype=kind(name))) for name, x in columns.items()
         }
 
 

@@ -18,7 +18,7 @@ from .initialization import truncated_normal_
 from .layout import Layout, Visibility, jagged_layout, padded_layout
 
 TokenPayloads = Mapping[str, torch.Tensor]
-"""Per token ``[T]`` int64: ``ratings``, ``timestamps``, ``next_timestamps`` (time of the event after it)."""
+"""Per token ``[T]``: ``ratings``, float32; ``timestamps``, ``next_timestamps`` (time of the event after it), int64."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,8 @@ class LearnablePositionalEmbeddingInputFeaturesPreprocessor(InputPreprocessor):
 class LearnablePositionalEmbeddingRatedInputFeaturesPreprocessor(InputPreprocessor):
     """``sqrt(E) [item ; rating] + position`` with E = D_item + D_rating.
 
-    num_ratings: rating values 0..num_ratings-1 have an embedding of width rating_embedding_dim.
+    num_ratings: rating values 0..num_ratings-1 have an embedding of width rating_embedding_dim; half stars have that of the
+    whole star below, as published.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class LearnablePositionalEmbeddingRatedInputFeaturesPreprocessor(InputPreprocess
         self.rating = rating_table(num_ratings, rating_embedding_dim)
 
     def forward(self, items: torch.Tensor, layout: Layout, payloads: TokenPayloads) -> EncoderInput:
-        ratings = lookup_rows(self.rating, required(payloads, "ratings", self))
+        ratings = lookup_rows(self.rating, required(payloads, "ratings", self).long())
         x = torch.cat([items, ratings], dim=-1)
         return EncoderInput(self.add_positions(x, layout), layout, dict(payloads))
 
@@ -98,7 +99,7 @@ class CombinedItemAndRatingInputFeaturesPreprocessor(InputPreprocessor):
         self.rating = rating_table(num_ratings, item_embedding_dim)
 
     def forward(self, items: torch.Tensor, layout: Layout, payloads: TokenPayloads) -> EncoderInput:
-        ratings = lookup_rows(self.rating, required(payloads, "ratings", self))
+        ratings = lookup_rows(self.rating, required(payloads, "ratings", self).long())
         x = torch.stack([items, ratings], dim=1).flatten(0, 1)
         doubled = double_layout(layout)
         read = 2 * torch.arange(layout.num_tokens, device=layout.device) + 1

@@ -72,9 +72,9 @@ class CatalogueLoss(nn.Module, ABC):
         hidden: ``[T, D]`` float. item_weight: ``[V, D]`` float.
         positives: ``[T]`` or ``[T, P]`` int64 rows of ``item_weight``, -1 = none.
         weights: like ``positives``, float or bool; 1 by default.
-        Raises ``UserError`` for positives out of range.
+        Raises ``UserError`` for positives out of range, an empty catalogue, or shapes that do not agree.
         """
-        labels, weights = _labels_and_weights(positives, weights, len(item_weight))
+        labels, weights = _labels_and_weights(positives, weights, len(hidden), len(item_weight))
         with torch.autocast(hidden.device.type, enabled=False):
             hidden, item_weight = full_precision(hidden), full_precision(item_weight)
             weights = weights.to(hidden.dtype)
@@ -95,7 +95,7 @@ class CatalogueLoss(nn.Module, ABC):
 
     def from_logits(self, logits: Tensor, positives: Tensor, weights: Tensor | None = None) -> LossOutput:
         """The loss from logits ``[T, V]`` that are held anyway; the rest as in ``forward``."""
-        labels, weights = _labels_and_weights(positives, weights, logits.shape[1])
+        labels, weights = _labels_and_weights(positives, weights, *logits.shape)
         logits = full_precision(logits)
         weights = weights.to(logits.dtype)
         positive = logits.gather(1, labels.clamp(min=0))
@@ -195,8 +195,15 @@ class LogOutCE(CatalogueLoss):
         return weighted(torch.logaddexp(positive, statistic[:, None]) - positive, weights)
 
 
-def _labels_and_weights(positives: Tensor, weights: Tensor | None, num_items: int) -> tuple[Tensor, Tensor]:
+def _labels_and_weights(
+    positives: Tensor, weights: Tensor | None, num_tokens: int, num_items: int
+) -> tuple[Tensor, Tensor]:
     """Labels ``[T, P]`` and their weights, 0 where there is no label."""
+    if len(positives) != num_tokens or not num_items:
+        raise UserError(
+            f"{len(positives)} positives for {num_tokens} tokens over {num_items} items: give one row for each token, "
+            "and at least one item"
+        )
     if weights is None:
         weights = torch.ones_like(positives, dtype=torch.float32)
     if weights.shape != positives.shape:
@@ -224,5 +231,6 @@ CATALOGUE_LOSSES: dict[str, type[CatalogueLoss]] = {
     "BCE": BCE,
     "LogInCE": LogInCE,
     "LogOutCE": LogOutCE,
+    "SequenceLoss": CE,
 }
-"""Names of ``train_fn.loss_module`` whose losses read the whole catalogue."""
+"""Names of ``train_fn.loss_module`` whose losses read the whole catalogue. genrec's ``SequenceLoss`` is CE."""

@@ -82,9 +82,12 @@ class SampledCriterion(Criterion):
     def _loss(self, states, weight, items, example, negatives, similarity):
         rows = ItemRows(weight, items.ids, items.row_of_item)
         scores = self.scorer.scores(states, rows, example.targets, negatives, similarity, example.users)
-        extra = (example.ratings[:, None],) if self.loss.needs_ratings and example.ratings is not None else ()
+        columns = scores.positive.shape
+        extra = (
+            [example.ratings.view(columns)] if self.loss.needs_ratings and example.ratings is not None else []
+        )
         output = self.loss(
-            scores.positive, scores.negative, example.weights[:, None], scores.negative_mask, *extra
+            scores.positive, scores.negative, example.weights.view(columns), scores.negative_mask, *extra
         )
         return output.sum, output.weight, self.weighted(scores.auxiliary)
 

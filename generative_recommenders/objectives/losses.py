@@ -29,7 +29,7 @@ class LossOutput(NamedTuple):
     """What a loss returns. The trainer divides ``sum`` by ``weight`` summed over all processes.
 
     sum: scalar, differentiable.
-    weight: scalar, no gradient; 0 when nothing counts (``sum`` is then 0 and the trainer refuses the step).
+    weight: scalar, no gradient; 0 when nothing counts (``sum`` is then 0 and the trainer changes nothing).
     """
 
     sum: Tensor
@@ -69,6 +69,14 @@ def check_label_smoothing(value: float) -> float:
     return value
 
 
+def check_shapes(positive: Tensor, negative: Tensor, weights: Tensor, mask: Tensor) -> None:
+    """ValueError unless scores are ``[T, P]`` and ``[T, R]`` with weights and mask of their shapes."""
+    matrices = positive.dim() == 2 and negative.dim() == 2 and len(positive) == len(negative)
+    if not matrices or positive.shape != weights.shape or negative.shape != mask.shape:
+        shapes = ", ".join(str(list(x.shape)) for x in (positive, negative, weights, mask))
+        raise ValueError(f"scores, weights and mask must be [T, P], [T, R], [T, P] and [T, R], got {shapes}")
+
+
 class SampledLoss(nn.Module, ABC):
     """A loss over positive and negative scores."""
 
@@ -88,7 +96,9 @@ class SampledLoss(nn.Module, ABC):
         negative_scores: ``[T, R]`` float.
         positive_weights: ``[T, P]`` float, 0 = the positive does not count.
         negative_mask: ``[T, R]`` bool, True = the negative counts (no collision, no padding).
+        Raises ``ValueError`` for shapes that do not agree.
         """
+        check_shapes(positive_scores, negative_scores, positive_weights, negative_mask)
         positive, negative = full_precision(positive_scores), full_precision(negative_scores)
         return self.loss(positive, negative, positive_weights, negative_mask)
 
@@ -167,6 +177,7 @@ class BCELossWithRatings(SampledLoss):
         """As ``SampledLoss.forward``; ``positive_ratings`` is ``[T, P]``. ``UserError`` without ratings."""
         if positive_ratings is None:
             return super().forward(positive_scores, negative_scores, positive_weights, negative_mask)
+        check_shapes(positive_scores, negative_scores, positive_weights, negative_mask)
         positive = full_precision(positive_scores)
         target = self._target(positive_ratings, positive_weights).to(positive.dtype)
         return weighted(F.softplus(positive) - target * positive, positive_weights)
@@ -321,5 +332,8 @@ SAMPLED_LOSSES: dict[str, type[SampledLoss]] = {
     "BCESampled": BCESampled,
     "gBCE": GBCELoss,
     "LogInCESampled": LogInCESampled,
+    "ContrastiveLoss": SampledSoftmaxLoss,
 }
-"""Names of ``train_fn.loss_module`` whose losses take sampled negatives."""
+"""Names of ``train_fn.loss_module`` whose losses take sampled negatives. InfoNCE, genrec's ``ContrastiveLoss``, is the
+sampled softmax of cosines (``item_l2_norm``, ``user_embedding_norm`` "l2_norm").
+"""

@@ -6,13 +6,16 @@ blocks that share a draw. Padding (id 0) is never drawn; collisions with positiv
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ..features import UserError
 from .counter_random import counter_bits, counter_integers, counter_uniform, stream_key
 
 SHARINGS = ("position", "block", "batch")
@@ -84,10 +87,21 @@ class Negatives:
         return blocks.flatten(0, 1)[self.lead : self.lead + num_tokens]
 
 
+@dataclass(frozen=True)
+class BatchItems:
+    """What a sampler may know of a step. pool: ``[M]`` int64 sorted unique ids of the global batch; targets: ``[T]`` int64,
+    those of this process's tokens.
+    """
+
+    pool: torch.Tensor | None = None
+    targets: torch.Tensor | None = None
+
+
 class NegativesSampler(torch.nn.Module, ABC):
     """Base. num_negatives: R drawn for each unit of sharing. log_q_correction: give `Negatives.log_q`."""
 
     uses_batch_pool = False
+    """Whether ``BatchItems.pool`` must be given."""
 
     def __init__(self, num_negatives: int, sharing: Sharing, log_q_correction: bool = False) -> None:
         super().__init__()
@@ -98,15 +112,11 @@ class NegativesSampler(torch.nn.Module, ABC):
         self.log_q_correction = log_q_correction
 
     def forward(
-        self, key: int, first_token: int, num_tokens: int, pool: torch.Tensor | None = None
+        self, key: int, first_token: int, num_tokens: int, batch: BatchItems | None = None
     ) -> Negatives:
-        """Draws for ``num_tokens`` consecutive tokens, the first of which is number first_token of the global batch.
-
-        pool: ``[M]`` int64 sorted unique ids of the global batch, for samplers that use it.
-        """
-        device = self.device if pool is None else pool.device
-        units = self.sharing.units(first_token, num_tokens, device)
-        ids, q = self.draw(key, units, self.num_negatives, pool)
+        """Draws for ``num_tokens`` consecutive tokens, the first of which is number first_token of the global batch."""
+        units = self.sharing.units(first_token, num_tokens, self.device)
+        ids, q = self.draw(key, units, self.num_negatives, batch or BatchItems())
         log_q = torch.log(q * self.num_negatives) if self.log_q_correction and q is not None else None
         return Negatives(ids, self.sharing, self.sharing.lead(first_token), log_q)
 
@@ -116,7 +126,7 @@ class NegativesSampler(torch.nn.Module, ABC):
 
     @abstractmethod
     def draw(
-        self, key: int, units: torch.Tensor, draws: int, pool: torch.Tensor | None
+        self, key: int, units: torch.Tensor, draws: int, batch: BatchItems
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """ids ``[G, draws]`` and their probabilities ``[G, draws]`` (None: uniform over a fixed set)."""
 
@@ -131,23 +141,59 @@ class LocalNegativesSampler(NegativesSampler):
         self.num_items = num_items
         self.register_buffer("_device", torch.empty(0), persistent=False)
 
-    def draw(self, key, units, draws, pool):
+    def draw(self, key, units, draws, batch):
         return counter_integers(key, units, draws, self.num_items).add_(1), None
 
 
 class InBatchNegativesSampler(NegativesSampler):
     """Uniform over the distinct items of the global batch (published ``"in-batch"``, deduplicated).
 
-    With log_q_correction an id's probability is its share of the batch's pool.
+    With log_q_correction an id's probability is that of being in a pool of M distinct ids, over M. An item of share f
+    of the training events is in a batch of n of them with probability ``1 - (1 - f)^n`` (Yi et al., RecSys 2019, estimate
+    the same from the stream); n is the number that gives M ids on average.
+
+    counts: ``[V]`` occurrences of item id i + 1 in the training data; the correction needs them.
     """
 
     uses_batch_pool = True
+    log_absent: torch.Tensor
 
-    def draw(self, key, units, draws, pool):
+    def __init__(
+        self,
+        num_negatives: int,
+        sharing: Sharing,
+        log_q_correction: bool = False,
+        counts: torch.Tensor | None = None,
+    ) -> None:
+        super().__init__(num_negatives, sharing, log_q_correction)
+        self.register_buffer("_device", torch.empty(0), persistent=False)
+        if log_q_correction:
+            if counts is None or not bool((counts > 0).any()):
+                raise ValueError("in-batch negatives: log_q_correction needs counts of the training events")
+            share = counts.double().clamp(min=0) / counts.clamp(min=0).sum()
+            # ln(1 - f); an item that is all of the data is in every batch
+            self.register_buffer("log_absent", torch.log1p(-share).clamp(min=-1e6), persistent=False)
+            self.events = np.geomspace(1.0, 1e9, 256)
+            self.expected = np.array([float(self._in_batch(n, self.log_absent).sum()) for n in self.events])
+
+    def draw(self, key, units, draws, batch):
+        if not units.numel():
+            return units.new_empty(0, draws), units.new_empty(0, draws, dtype=torch.float32)
+        pool = batch.pool
         if pool is None or pool.numel() == 0:
-            raise ValueError("in-batch negatives: the batch holds no items to draw from")
-        ids = pool[counter_integers(key, units, draws, pool.numel())]
-        return ids, torch.full_like(ids, 1.0 / pool.numel(), dtype=torch.float32)
+            raise UserError("in-batch negatives: the batch holds no items to draw from")
+        chosen = counter_integers(key, units, draws, pool.numel())
+        q = self._probability(pool)[chosen] if self.log_q_correction else None
+        return pool[chosen], q
+
+    def _probability(self, pool: torch.Tensor) -> torch.Tensor:
+        """``[M]`` float32: chance of each id of the pool to be drawn, over batches as large as this one."""
+        events = float(np.exp(np.interp(pool.numel(), self.expected, np.log(self.events))))
+        return (self._in_batch(events, self.log_absent[pool - 1]) / pool.numel()).clamp(min=1e-30).float()
+
+    @staticmethod
+    def _in_batch(events: float, log_absent: torch.Tensor) -> torch.Tensor:
+        return -torch.expm1(events * log_absent)
 
 
 class PopularityNegativesSampler(NegativesSampler):
@@ -169,16 +215,18 @@ class PopularityNegativesSampler(NegativesSampler):
         log_q_correction: bool = False,
     ) -> None:
         super().__init__(num_negatives, sharing, log_q_correction)
-        weights = counts.double().clamp(min=0) ** power * (counts > 0)
-        if float(weights.sum()) <= 0:
-            raise ValueError("popularity negatives: no item occurs in the training data")
-        probability = weights / weights.sum()
+        if not bool((counts > 0).any()) or not math.isfinite(power):
+            raise ValueError(
+                f"popularity negatives: no item occurs in the training data, or the power is {power}"
+            )
+        logs = (power * counts.clamp(min=1).double().log()).masked_fill(counts <= 0, -math.inf)
+        probability = torch.softmax(logs, 0)
         accept, alias = alias_table(probability)
         self.register_buffer("accept", accept, persistent=False)
         self.register_buffer("alias", alias, persistent=False)
         self.register_buffer("probability", probability.float(), persistent=False)
 
-    def draw(self, key, units, draws, pool):
+    def draw(self, key, units, draws, batch):
         cell = counter_integers(key, units, draws, self.alias.numel())
         keep = counter_uniform(stream_key(key, 1), units, draws) < self.accept[cell]
         items = torch.where(keep, cell, self.alias[cell])
@@ -191,7 +239,7 @@ class MixedNegativesSampler(NegativesSampler):
     def __init__(
         self, samplers: Sequence[NegativesSampler], shares: Sequence[float], num_negatives: int
     ) -> None:
-        if not samplers or len(samplers) != len(shares) or min(shares) <= 0:
+        if not samplers or len(samplers) != len(shares) or not min(shares) > 0:
             raise ValueError(f"mixed negatives: {len(samplers)} samplers with shares {list(shares)}")
         super().__init__(num_negatives, samplers[0].sharing)
         self.parts = list(samplers)
@@ -200,17 +248,21 @@ class MixedNegativesSampler(NegativesSampler):
         for index in range(len(shares)):
             stops.append(round(num_negatives * sum(shares[: index + 1]) / total))
         self.draws = [stop - start for start, stop in zip([0, *stops], stops)]
+        if min(self.draws) < 1:
+            raise ValueError(
+                f"mixed negatives: {num_negatives} negatives in shares {list(shares)} are {self.draws} draws; every "
+                "sampler needs at least 1"
+            )
         self.uses_batch_pool = any(sampler.uses_batch_pool for sampler in samplers)
 
     @property
     def device(self) -> torch.device:
         return self.parts[0].device
 
-    def draw(self, key, units, draws, pool):
+    def draw(self, key, units, draws, batch):
         parts = [
-            sampler.draw(stream_key(key, index), units, count, pool)[0]
+            sampler.draw(stream_key(key, index), units, count, batch)[0]
             for index, (sampler, count) in enumerate(zip(self.parts, self.draws))
-            if count > 0
         ]
         return torch.cat(parts, dim=1), None
 
@@ -218,13 +270,16 @@ class MixedNegativesSampler(NegativesSampler):
 class MultiClassNegativesSampler(NegativesSampler):
     """Uniform over the items of one class, chosen per unit by a selector.
 
-    assignment: ``[C, V]`` bool, which items (id i + 1) belong to which class. Each unit's class is drawn with
-    probability ``class_weights [C]`` (uniform when None).
+    assignment: ``[C, V]`` bool, which items (id i + 1) belong to which class. selector: "random", a class with probability
+    ``class_weights [C]`` (uniform when None), or "target", one of the classes of the token's target (at random where it has
+    none); a target's class cannot be shared by tokens.
     """
 
     members: torch.Tensor
     starts: torch.Tensor
     cumulative: torch.Tensor
+    classes: torch.Tensor
+    class_starts: torch.Tensor
 
     def __init__(
         self,
@@ -232,24 +287,46 @@ class MultiClassNegativesSampler(NegativesSampler):
         num_negatives: int,
         sharing: Sharing,
         class_weights: torch.Tensor | None = None,
+        selector: str = "random",
     ) -> None:
         super().__init__(num_negatives, sharing)
         if assignment.dim() != 2 or assignment.numel() == 0 or not bool(assignment.any(1).all()):
             raise ValueError("multi-class negatives: every class needs at least one item")
-        sizes = assignment.sum(1)
-        weights = torch.ones(len(sizes)) if class_weights is None else class_weights.float()
-        self.register_buffer("members", assignment.nonzero()[:, 1] + 1, persistent=False)
-        self.register_buffer("starts", torch.cat([sizes.new_zeros(1), sizes.cumsum(0)]), persistent=False)
+        self.by_target = selector == "target"
+        if self.by_target and sharing.granularity != "position":
+            raise ValueError(
+                'multi-class negatives: class_selector "target" needs negatives_sharing "position", not '
+                f"{sharing.granularity!r}"
+            )
+        weights = torch.ones(len(assignment)) if class_weights is None else class_weights.float()
         self.register_buffer("cumulative", (weights / weights.sum()).cumsum(0), persistent=False)
+        for names, matrix in (
+            (("members", "starts"), assignment),
+            (("classes", "class_starts"), assignment.T),
+        ):
+            sizes = matrix.sum(1)
+            self.register_buffer(names[0], matrix.nonzero()[:, 1], persistent=False)
+            self.register_buffer(names[1], F.pad(sizes.cumsum(0), (1, 0)), persistent=False)
 
-    def draw(self, key, units, draws, pool):
-        choice = counter_uniform(stream_key(key, 1), units, 1)[:, 0]
-        chosen = torch.searchsorted(self.cumulative, choice, right=True).clamp(
-            max=self.cumulative.numel() - 1
-        )
+    def draw(self, key, units, draws, batch):
+        chosen = self._classes(key, units, batch.targets)
         sizes = (self.starts[chosen + 1] - self.starts[chosen])[:, None]
         offsets = (counter_bits(key, units, draws) * sizes) >> 32
-        return self.members[self.starts[chosen][:, None] + offsets], None
+        return self.members[self.starts[chosen][:, None] + offsets] + 1, None
+
+    def _classes(self, key: int, units: torch.Tensor, targets: torch.Tensor | None) -> torch.Tensor:
+        """``[G]`` int64."""
+        choice = counter_uniform(stream_key(key, 1), units, 1)[:, 0]
+        last = self.cumulative.numel() - 1
+        chosen = torch.searchsorted(self.cumulative, choice, right=True).clamp(max=last)
+        if not self.by_target:
+            return chosen
+        assert targets is not None  # the trainer gives them
+        item = (targets - 1).clamp(min=0)
+        count = (self.class_starts[item + 1] - self.class_starts[item]) * (targets > 0)
+        place = self.class_starts[item] + (choice * count).long().clamp(max=(count - 1).clamp(min=0))
+        own = self.classes[place.clamp(max=self.classes.numel() - 1)]
+        return torch.where(count > 0, own, chosen)
 
 
 def alias_table(probability: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

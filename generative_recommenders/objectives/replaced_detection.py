@@ -56,6 +56,8 @@ class ReplacedDetectionCriterion(Criterion):
     def fakes(self, states: torch.Tensor, items: ItemRows, targets: torch.Tensor) -> torch.Tensor:
         """``[M]`` ids sampled from the generator's softmax at the hidden positions."""
         last = items.weight.shape[0] if items.row_of_item is None else items.row_of_item.numel()
+        if not len(targets):
+            return targets
         candidates = targets.unique() if self.from_batch else torch.arange(1, last, device=targets.device)
         weight = items.lookup(candidates).float()
         if self.item_l2_norm:
@@ -72,4 +74,6 @@ class ReplacedDetectionCriterion(Criterion):
         payloads = token_payloads(features.past_payloads, features.past_lengths, example.layout)
         (encoder,) = self._encoder
         logits = self.head(encoder(items.lookup(corrupted), example.layout, payloads))[:, 0]
-        return F.binary_cross_entropy_with_logits(logits, (corrupted != example.past_ids).float())
+        replaced = (corrupted != example.past_ids).float()
+        total = F.binary_cross_entropy_with_logits(logits, replaced, reduction="sum")
+        return total / max(1, len(logits))

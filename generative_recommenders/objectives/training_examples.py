@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 
 import torch
+import torch.nn.functional as F
 
 from ..data.batch_transforms import default_sasrec_transforms
-from ..features import SequentialFeatures
+from ..features import SequentialFeatures, UserError
 from ..modeling.layout import Layout, Visibility, jagged_layout
 from .masking import MaskedSequence, MaskingScheme
 
@@ -20,8 +21,8 @@ class TrainingExample:
     """What a step learns from.
 
     features, layout: the histories and where their T tokens lie. past_ids: ``[T]`` items of those tokens.
-    read: ``[M]`` int64 tokens whose state predicts, or None for all T in order. targets: ``[M]`` item ids.
-    weights: ``[M]`` float32. ratings: ``[M]`` of the targets, or None. users: ``[M]`` user ids.
+    read: ``[M]`` int64 tokens whose state predicts, or None for all T in order. targets: ``[M]`` item ids, or ``[M, P]``
+    where a position predicts several. weights, ratings (or None): float32, of the targets, like them. users: ``[M]`` ids.
     replaced: ``[T]`` bool, tokens whose embedding is the mask embedding, or None.
     """
 
@@ -43,14 +44,17 @@ class TrainingExample:
 class CausalObjective:
     """Every position predicts the next item (CLM); last_only: the last position alone.
 
-    columns, see `data.batching.LoadedBatch`, go through the default training transforms of
-    `data.batch_transforms`.
+    num_positives: P, the next so many items (the dense all-action loss of PinnerFormer, arXiv 2205.04507, over a count
+    instead of a time). weigh_by_rating: a target weighs its rating. columns, see `data.batching.LoadedBatch`, go
+    through the default training transforms of `data.batch_transforms`.
     """
 
     stochastic = False
 
-    def __init__(self, last_only: bool = False) -> None:
-        self.last_only = last_only
+    def __init__(
+        self, last_only: bool = False, num_positives: int = 1, weigh_by_rating: bool = False
+    ) -> None:
+        self.last_only, self.num_positives, self.weigh_by_rating = last_only, num_positives, weigh_by_rating
         self.transform = default_sasrec_transforms()["train"]
 
     def first_target(self, first_row: int, first_token: int) -> int:
@@ -62,9 +66,18 @@ class CausalObjective:
         features = past_features(batch)
         layout = jagged_layout(features.past_lengths, features.past_ids.shape[1])
         read = layout.last_tokens[layout.lengths > 0] if self.last_only else None
-        return make_example(
-            features, layout, batch["target_ids"], batch.get("target_ratings"), batch["user_ids"], read
-        )
+        ids, ratings = batch["target_ids"], batch.get("target_ratings")
+        if self.num_positives > 1:
+            ids = following(ids, features.past_lengths, self.num_positives)
+            ratings = (
+                ratings if ratings is None else following(ratings, features.past_lengths, self.num_positives)
+            )
+        example = make_example(features, layout, ids, ratings, batch["user_ids"], read)
+        if not self.weigh_by_rating:
+            return example
+        if example.ratings is None:
+            raise UserError('train_fn.target_weights "rating": the data have no ratings')
+        return replace(example, weights=example.weights * example.ratings.clamp(min=0))
 
 
 class MaskedObjective:
@@ -96,6 +109,13 @@ def masked_layout(masked: MaskedSequence) -> Layout:
     return layout.with_visibility(Visibility(*(layout.flatten(x) for x in masked.visibility)))
 
 
+def following(values: torch.Tensor, lengths: torch.Tensor, count: int) -> torch.Tensor:
+    """``[B, N, count]``: each place of ``values [B, N]`` and those behind it, 0 beyond a row's length."""
+    width = values.shape[1]
+    values = values * (torch.arange(width, device=values.device) < lengths[:, None])
+    return F.pad(values, (0, count - 1)).unfold(1, count, 1)
+
+
 def past_features(batch: Mapping[str, torch.Tensor]) -> SequentialFeatures:
     """The histories of a transformed batch (``past_*`` columns)."""
     payloads = {name: batch[f"past_{name}"] for name in PAYLOADS if f"past_{name}" in batch}
@@ -111,7 +131,7 @@ def make_example(
     user_ids: torch.Tensor,
     read: torch.Tensor | None,
 ) -> TrainingExample:
-    """target_ids and target_ratings: ``[B, N]`` rectangles beside the positions; user_ids ``[B]``."""
+    """target_ids and target_ratings: ``[B, N]`` or ``[B, N, P]``, beside the positions; user_ids ``[B]``."""
     rows = layout.row_of if read is None else layout.row_of[read]
     pick = layout.flatten if read is None else (lambda x: layout.flatten(x)[read])
     targets = pick(target_ids)

@@ -163,10 +163,16 @@ def _combined(settings: RunSettings, catalogue: Catalogue) -> InputPreprocessor:
 
 
 def _need_ratings(settings: RunSettings, catalogue: Catalogue) -> None:
+    t = settings.train
     if not catalogue.has_ratings:
-        name = settings.train.input_preprocessor
         raise UserError(
-            f"input_preprocessor {name!r} needs ratings, and {settings.train.dataset_name} has none"
+            f"input_preprocessor {t.input_preprocessor!r} needs ratings, and {t.dataset_name} has none"
+        )
+    lowest, highest = catalogue.rating_range or (0.0, 0.0)
+    if lowest < 0 or highest >= t.num_ratings:
+        raise UserError(
+            f"input_preprocessor {t.input_preprocessor!r} has embeddings of the ratings 0 to {t.num_ratings - 1} "
+            f"(train_fn.num_ratings), and those of {t.dataset_name} reach from {lowest:g} to {highest:g}"
         )
 
 

@@ -5,13 +5,18 @@ inference.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
 
 from ..features import UserError
 from ..modeling.recommender import SequenceEncoder
 from ..objectives.catalogue_losses import CATALOGUE_LOSSES, CE, CatalogueLoss
 from ..objectives.criterion import CatalogueCriterion, Criterion, SampledCriterion
-from ..objectives.losses import SAMPLED_LOSSES, GBCELoss, SampledLoss, SampledSoftmaxLoss
+from ..objectives.losses import (
+    SAMPLED_LOSSES,
+    BCELossWithRatings,
+    GBCELoss,
+    SampledLoss,
+    SampledSoftmaxLoss,
+)
 from ..objectives.masking import MaskedItemMasking, MaskingScheme
 from ..objectives.negative_samplers import (
     InBatchNegativesSampler,
@@ -35,25 +40,39 @@ from .inference import InferenceInputs
 from .settings import RunSettings
 
 MASKING_SCHEMES: dict[str, Callable[[RunSettings], MaskingScheme]] = {
-    "masked": lambda s: MaskedItemMasking(s.train.mask_probability),
+    "masked": lambda s: MaskedItemMasking(_probability(s, 0.15)),
     "permuted": lambda s: PermutationMasking(
-        s.train.mask_probability, s.train.max_span_length, s.train.permute_all
+        _probability(s, 1 / 6), s.train.max_span_length, s.train.permute_all
     ),
-    "replaced": lambda s: ReplacementMasking(s.train.mask_probability, s.train.fakes_from == "batch"),
+    "replaced": lambda s: ReplacementMasking(_probability(s, 0.15), s.train.fakes_from == "batch"),
 }
 CAUSAL_OBJECTIVES = {"causal": False, "causal_last": True}
 """Name -> whether the last position alone predicts."""
 
-SCE_NAMES = ("ScalableCrossEntropyLoss", "SCE")
+LOSSES: dict[str, type] = {
+    **SAMPLED_LOSSES,
+    **CATALOGUE_LOSSES,
+    **dict.fromkeys(("ScalableCrossEntropyLoss", "SCE"), ScalableCrossEntropyLoss),
+}
 
 
 def build_objective(settings: RunSettings) -> CausalObjective | MaskedObjective:
-    """What is predicted: every next item, the last one, or hidden positions."""
-    name = settings.train.objective
+    """What is predicted: the next items of every position or of the last one, or hidden positions."""
+    t, name = settings.train, settings.train.objective
+    by_rating = t.target_weights == "rating"
     if name in MASKING_SCHEMES:
+        if t.num_positives > 1 or by_rating:
+            raise UserError(
+                f"num_positives and target_weights are of next items, which objective {name!r} does not predict: unset them"
+            )
         return MaskedObjective(MASKING_SCHEMES[name](settings))
     known = CAUSAL_OBJECTIVES | dict.fromkeys(MASKING_SCHEMES, False)
-    return CausalObjective(last_only=look_up(known, name, "objective"))
+    return CausalObjective(look_up(known, name, "objective"), t.num_positives, by_rating)
+
+
+def _probability(settings: RunSettings, default: float) -> float:
+    given = settings.train.mask_probability
+    return default if given is None else given
 
 
 def build_inference(settings: RunSettings) -> InferenceInputs:
@@ -76,17 +95,19 @@ def build_criterion(
     make_discriminator: the encoder of a discriminator, called if the objective needs one.
     """
     t = settings.train
-    known: dict[str, type] = {
-        **SAMPLED_LOSSES,
-        **CATALOGUE_LOSSES,
-        **dict.fromkeys(SCE_NAMES, ScalableCrossEntropyLoss),
-    }
-    loss_class = look_up(known, t.loss_module, "loss_module")
+    if t.loss_module == "VQVAELoss":
+        raise UserError(
+            "VQVAELoss trains a tokenizer of items, not a retriever: see compat.VQVAELoss, and choose another loss_module"
+        )
+    loss_class = look_up(LOSSES, t.loss_module, "loss_module")
+    look_up(SAMPLERS, t.sampling_strategy, "sampling_strategy")
+    if t.target_weights == "rating" and not catalogue.has_ratings:
+        raise UserError(f'target_weights "rating" needs ratings, and {t.dataset_name} has none')
     if t.label_smoothing and loss_class not in (SampledSoftmaxLoss, CE):
         raise UserError(
             f"label_smoothing acts in SampledSoftmaxLoss and CE, not in {t.loss_module}; leave it at 0"
         )
-    if t.loss_module in SAMPLED_LOSSES:
+    if issubclass(loss_class, SampledLoss):
         criterion: Criterion = _sampled_criterion(settings, catalogue, loss_class)
     else:
         criterion = _catalogue_criterion(settings, loss_class)
@@ -110,6 +131,8 @@ def _sampled_criterion(
         loss: SampledLoss = GBCELoss(catalogue.num_items, t.calibration)
     elif loss_class is SampledSoftmaxLoss:
         loss = SampledSoftmaxLoss(t.label_smoothing)
+    elif loss_class is BCELossWithRatings:
+        loss = BCELossWithRatings(t.rating_threshold)
     else:
         loss = loss_class()
     return SampledCriterion(
@@ -132,6 +155,8 @@ def _catalogue_criterion(settings: RunSettings, loss_class: type) -> Criterion:
             f"{t.loss_module} scores the catalogue by dot product; with MoL choose a sampled loss"
         )
     if loss_class is ScalableCrossEntropyLoss:
+        if t.num_positives > 1:
+            raise UserError(f"{t.loss_module} takes one positive a position: leave num_positives at 1")
         loss: CatalogueLoss | ScalableCrossEntropyLoss = ScalableCrossEntropyLoss(
             SCEParams(**vars(settings.sce))
         )
@@ -152,9 +177,8 @@ def _with_detection(
         raise UserError(
             f'fakes_from "catalogue" needs the whole item table in a step: choose CE, not {t.loss_module}'
         )
-    discriminator = make_discriminator()
     return ReplacedDetectionCriterion(
-        base, discriminator, cast(int, discriminator.encoder.output_dim), t.discriminator_weight,
+        base, make_discriminator(), t.item_embedding_dim, t.discriminator_weight,
         t.temperature, t.item_l2_norm, t.l2_norm_eps, t.tie_discriminator, t.fakes_from == "batch",
     )  # fmt: skip
 
@@ -208,13 +232,14 @@ def _multi_class(settings: RunSettings, catalogue: Catalogue, sharing: Sharing) 
         raise UserError(
             f"train_fn.class_feature {t.class_feature!r} is {feature.spec.kind}: choose one of categories"
         )
-    return MultiClassNegativesSampler(class_assignment(feature), t.num_negatives, sharing)
+    classes = class_assignment(feature)
+    return MultiClassNegativesSampler(classes, t.num_negatives, sharing, selector=t.class_selector)
 
 
 SAMPLERS: dict[str, Callable[[RunSettings, Catalogue, Sharing], NegativesSampler]] = {
     "local": lambda s, c, sharing: LocalNegativesSampler(c.num_items, s.train.num_negatives, sharing),
     "in-batch": lambda s, c, sharing: InBatchNegativesSampler(
-        s.train.num_negatives, sharing, s.train.log_q_correction
+        s.train.num_negatives, sharing, s.train.log_q_correction, c.counts
     ),
     "popularity": lambda s, c, sharing: PopularityNegativesSampler(
         c.counts, s.train.popularity_power, s.train.num_negatives, sharing, s.train.log_q_correction

@@ -17,14 +17,16 @@ from .entity_features import FeatureReader
 class Catalogue:
     """Sizes, training counts, what columns there are, and readers of features.
 
-    counts: ``[V]`` training events of item id i + 1. categories: ``[V]`` int64 of the asked category feature,
-    from 0, or None. items, users: read their features when asked; None where there is no data set behind.
+    counts: ``[V]`` training events of item id i + 1. rating_range: lowest and highest rating, or None.
+    categories: ``[V]`` int64 of the asked category feature, from 0, or None. items, users: read their features when
+    asked; None where there is no data set behind.
     """
 
     num_items: int
     has_ratings: bool
     has_timestamps: bool
     counts: torch.Tensor
+    rating_range: tuple[float, float] | None = None
     categories: torch.Tensor | None = None
     items: FeatureReader | None = None
     users: FeatureReader | None = None
@@ -49,10 +51,15 @@ class Catalogue:
             dataset.ratings is not None,
             dataset.timestamps is not None,
             torch.from_numpy(counts),
+            _range(dataset.ratings),
             categories,
             items,
             FeatureReader(dataset, "user", train_stops > 0),
         )
+
+
+def _range(ratings: np.ndarray | None) -> tuple[float, float] | None:
+    return None if ratings is None or not len(ratings) else (float(ratings.min()), float(ratings.max()))
 
 
 def _check_ids(dataset: SequenceDataset) -> None:

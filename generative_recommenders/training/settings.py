@@ -6,18 +6,26 @@ The gin names of `gin_registry` are these classes; a checkpoint is rebuilt from 
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..features import UserError
 from ..modeling.similarity.mixture_of_logits import MoLSettings
+from ..objectives.negative_samplers import SHARINGS
 
 PROTOCOLS = ("leave_one_out", "paper", "global_time")
 SEEN_FILTERS = ("history", "window", "none")
 NEXT_TIMES = ("given", "hidden")
 FAKES_FROM = ("batch", "catalogue")
+TARGET_WEIGHTS = ("equal", "rating")
+CLASS_SELECTORS = ("random", "target")
+LIST_REDUCTIONS = ("sum", "mean", "max")
 MAX_PREFETCH = 64
 """Batches that a loader makes ahead at most."""
+_POSITIVE_IF_GIVEN = (
+    "eval_user_max_batch_size", "list_metrics_k", "max_grad_norm", "early_stopping_patience",
+)  # fmt: skip
 _TYPES: dict[str, tuple[type, ...]] = {
     "int": (int,),
     "float": (int, float),
@@ -34,6 +42,10 @@ class TrainSettings:
 
     learning_rate is that of the global batch: local_batch_size rows on each process, one mean loss over all of them.
     It is never scaled by the number of processes, so N processes of b rows train as one process of N * b.
+
+    num_positives: a position predicts the next so many events (PinnerFormer, arXiv 2205.04507). target_weights: what a
+    target counts, the same or its rating. class_selector: whose class "multi-class" negatives come from, one at random or
+    the target's. mask_probability: 0.15, permuted 1 / 6, unless given.
     """
 
     dataset_name: str = "synthetic-books"
@@ -79,6 +91,9 @@ class TrainSettings:
     popularity_power: float = 0.75
     mixed_shares: dict[str, float] = field(default_factory=lambda: {"local": 0.5, "popularity": 0.5})
     class_feature: str | None = None
+    class_selector: str = "random"
+    num_positives: int = 1
+    target_weights: str = "equal"
     seen_filter: str = "history"
     input_preprocessor: str = "LearnablePositionalEmbedding"
     rating_embedding_dim: int = 8
@@ -89,7 +104,7 @@ class TrainSettings:
     next_time: str = "given"
     label_smoothing: float = 0.0
     calibration: float = 0.75
-    mask_probability: float = 0.15
+    mask_probability: float | None = None
     max_span_length: int = 5
     permute_all: bool = False
     fakes_from: str = "batch"
@@ -117,11 +132,18 @@ class TrainSettings:
             "keep_checkpoints",
             "l2_norm_eps",
             "num_ratings",
+            "num_positives",
         )
-        if self.list_metrics_k is not None:
-            check_positive(self, "list_metrics_k")
-        check_share(self, "dropout_rate", "label_smoothing", "mask_probability")
+        check_positive(self, *(name for name in _POSITIVE_IF_GIVEN if getattr(self, name) is not None))
+        check_not_negative(self, "num_epochs", "gr_output_length", "num_warmup_steps", "random_seed")
+        check_not_negative(self, "weight_decay", "discriminator_weight")
+        check_share(self, "dropout_rate", "label_smoothing")
+        check_weights(self, "loss_weights")
+        check_weights(self, "mixed_shares")
         check_choice(self, "protocol", PROTOCOLS)
+        check_choice(self, "negatives_sharing", SHARINGS)
+        check_choice(self, "target_weights", TARGET_WEIGHTS)
+        check_choice(self, "class_selector", CLASS_SELECTORS)
         check_choice(self, "seen_filter", SEEN_FILTERS)
         check_choice(self, "next_time", NEXT_TIMES)
         check_choice(self, "fakes_from", FAKES_FROM)
@@ -129,8 +151,12 @@ class TrainSettings:
             raise UserError(
                 f"train_fn.positional_sampling_ratio must be in (0, 1], got {self.positional_sampling_ratio}"
             )
-        if self.num_epochs < 0 or self.gr_output_length < 0 or self.num_warmup_steps < 0:
-            raise UserError("train_fn.num_epochs, gr_output_length and num_warmup_steps must be 0 or more")
+        if self.random_seed >= 1 << 63:
+            raise UserError(f"train_fn.random_seed must be below 2^63, got {self.random_seed}")
+        if self.early_stopping_patience is not None and self.protocol == "paper":
+            raise UserError(
+                'train_fn.early_stopping_patience needs validation targets, and protocol "paper" has none: unset it'
+            )
 
     @property
     def max_tokens(self) -> int:
@@ -205,6 +231,7 @@ class ItemTowerSettings:
     query_features: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        check_choice(self, "list_reduction", LIST_REDUCTIONS, "item_tower")
         object.__setattr__(self, "features", tuple(self.features))
         object.__setattr__(self, "query_features", tuple(self.query_features))
 
@@ -233,12 +260,20 @@ class LoaderSettings:
     prefetch_factor: int = 2
     num_workers: int = 0
 
+    def __post_init__(self) -> None:
+        check_types(self, "create_data_loader")
+        check_not_negative(self, "prefetch_factor", "num_workers", owner="create_data_loader")
+
 
 @dataclass(frozen=True)
 class WeightedLossSettings:
     """``get_weighted_loss``: weights of auxiliary losses, beside ``train_fn.loss_weights``."""
 
     weights: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_types(self, "get_weighted_loss")
+        check_weights(self, "weights", "get_weighted_loss")
 
 
 @dataclass(frozen=True)
@@ -295,6 +330,8 @@ def check_types(settings: Any, owner: str) -> None:
         expected = _TYPES[declared.partition(" | ")[0].partition("[")[0]]
         if not isinstance(value, expected) or (isinstance(value, bool) and bool not in expected):
             raise UserError(f"{owner}.{each.name} must be of type {declared}, got {value!r}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{owner}.{each.name} must be finite, got {value}")
 
 
 def check_positive(settings: Any, *names: str) -> None:
@@ -303,14 +340,26 @@ def check_positive(settings: Any, *names: str) -> None:
             raise UserError(f"train_fn.{name} must be above 0, got {getattr(settings, name)}")
 
 
+def check_not_negative(settings: Any, *names: str, owner: str = "train_fn") -> None:
+    for name in names:
+        if getattr(settings, name) < 0:
+            raise UserError(f"{owner}.{name} must be 0 or more, got {getattr(settings, name)}")
+
+
+def check_weights(settings: Any, name: str, owner: str = "train_fn") -> None:
+    """A dict of finite numbers by name, none of them negative."""
+    for key, value in getattr(settings, name).items():
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not isinstance(key, str) or not number or not 0 <= value < math.inf:
+            raise UserError(f"{owner}.{name} must give numbers of 0 or more by name, got {key!r}: {value!r}")
+
+
 def check_share(settings: Any, *names: str) -> None:
     for name in names:
         if not 0.0 <= getattr(settings, name) < 1.0:
             raise UserError(f"train_fn.{name} must be in [0, 1), got {getattr(settings, name)}")
 
 
-def check_choice(settings: Any, name: str, choices: tuple[str, ...]) -> None:
+def check_choice(settings: Any, name: str, choices: tuple[str, ...], owner: str = "train_fn") -> None:
     if getattr(settings, name) not in choices:
-        raise UserError(
-            f"train_fn.{name} {getattr(settings, name)!r} is unknown; known: {', '.join(choices)}"
-        )
+        raise UserError(f"{owner}.{name} {getattr(settings, name)!r} is unknown; known: {', '.join(choices)}")

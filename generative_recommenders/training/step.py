@@ -13,7 +13,7 @@ from ..modeling.embeddings import ItemEmbedding, ItemRows
 from ..modeling.recommender import SequenceRecommender, token_payloads
 from ..objectives.counter_random import stream_key
 from ..objectives.criterion import Criterion
-from ..objectives.negative_samplers import Negatives, NegativesSampler
+from ..objectives.negative_samplers import BatchItems, Negatives, NegativesSampler
 from ..objectives.training_examples import TrainingExample
 from .optimizers import Optimizer
 
@@ -140,13 +140,14 @@ class TrainingStep:
     def _negatives(self, example: TrainingExample, first_target: int, step: int) -> Negatives | None:
         if self.sampler is None:
             return None
-        pool = None
+        pool, targets = None, example.targets
         if self.sampler.uses_batch_pool:
-            local = torch.unique(torch.cat([example.past_ids, example.targets]))
+            local = torch.unique(torch.cat([example.past_ids, targets.flatten()]))
             pool = torch.unique(self.collectives.gather_variable(local))
             pool = pool[pool > 0]
         key = stream_key(self.seed, step)
-        return self.sampler(key, first_target, example.targets.numel(), pool)
+        batch = BatchItems(pool, targets if targets.dim() == 1 else targets[:, 0])
+        return self.sampler(key, first_target, len(targets), batch)
 
     def _touched(
         self, example: TrainingExample, negatives: Negatives | None
@@ -158,7 +159,7 @@ class TrainingStep:
         touched = negatives.ids.numel() + example.targets.numel() + example.past_ids.numel()
         if touched * DENSE_SHARE > items.table.shape[0] and items.tower is None:
             return None, None
-        scored = torch.unique(torch.cat([example.targets, negatives.ids.flatten()]))
+        scored = torch.unique(torch.cat([example.targets.flatten(), negatives.ids.flatten()]))
         every = torch.unique(torch.cat([scored, example.past_ids]))
         return scored, items.table_rows(every)
 

@@ -29,7 +29,7 @@ COLUMNS = {"item_ids": "items", "ratings": "ratings", "timestamps": "timestamps"
 def events_of(dataset: SequenceDataset, user: int) -> dict[str, list[int]]:
     """The columns of a user's events, oldest first."""
     own = slice(int(dataset.offsets[user]), int(dataset.offsets[user + 1]))
-    return {name: getattr(dataset, source)[own].astype(int).tolist() for name, source in COLUMNS.items()}
+    return {name: getattr(dataset, source)[own].tolist() for name, source in COLUMNS.items()}
 
 
 def assert_rows(
@@ -42,7 +42,8 @@ def assert_rows(
         for name, values in events.items():
             expected = [values[position] for position in positions]
             assert columns[name][row].tolist() == expected + [0] * (width - len(positions))
-    assert all(values.dtype == torch.int64 for values in columns.values())
+    kinds = {name: values.dtype for name, values in columns.items()}
+    assert kinds == {name: torch.float32 if name == "ratings" else torch.int64 for name in kinds}
 
 
 sequences_and_cuts = st.lists(

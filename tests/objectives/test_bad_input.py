@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from generative_recommenders.features import UserError
 from generative_recommenders.objectives.catalogue_losses import CATALOGUE_LOSSES
 from generative_recommenders.objectives.losses import SAMPLED_LOSSES
 from generative_recommenders.objectives.training_examples import CausalObjective, TrainingExample
+from generative_recommenders.training.assembly import build_objective
 from generative_recommenders.training.progress import NonFiniteError
 from generative_recommenders.training.settings import RunSettings
 from generative_recommenders.training.step import TrainingStep
@@ -50,6 +52,31 @@ def test_nothing_counts(loss: str) -> None:
     assert (float(result.loss), float(result.targets)) == (0.0, 0.0)
     for name, value in step.model.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {"sampling_strategy": "in-batch", "num_negatives": 2},
+        {"loss_module": "CE", "objective": "replaced"},
+        {"loss_module": "CE", "objective": "replaced", "fakes_from": "catalogue"},
+        {"sampling_strategy": "local", "num_negatives": 2, "num_positives": 3},
+    ],
+)
+def test_a_batch_without_targets(choices: dict[str, Any]) -> None:
+    """Every user has one event, or the positional sampling left one: there is nothing to learn, and no error."""
+    wanted = settings(**choices)
+    step = training_step(wanted, catalogue())
+    columns = {
+        name: values[:, :2] * (torch.arange(2) < 1) if values.dim() == 2 else values
+        for name, values in ten_users().items()
+    }
+    columns["lengths"] = torch.ones_like(columns["lengths"])
+    example = build_objective(wanted).example(columns, torch.Generator())
+    assert example.targets.numel() == 0
+    result = step(example, 0, 0)
+    assert float(result.targets) == 0.0
+    assert result.loss.isfinite()
 
 
 @pytest.mark.parametrize("loss", LOSSES)

@@ -49,6 +49,7 @@ def slow_row(name: str, x, row, w) -> torch.Tensor:
     pairs = {
         "CE": lambda p: x.logsumexp(0) - x[p],
         "CEWeighted": lambda p: x.logsumexp(0) - x[p],
+        "SequenceLoss": lambda p: x.logsumexp(0) - x[p],
         "CE smoothed": lambda p: F.cross_entropy(x, p, label_smoothing=0.1),
         "LogOutCE": lambda p: -torch.log(x[p].exp() / (x[p].exp() + rest)),
     }

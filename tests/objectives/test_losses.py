@@ -235,3 +235,14 @@ def test_large_scores_stay_finite(name):
 def test_label_smoothing_must_be_a_share():
     with pytest.raises(UserError, match="label_smoothing"):
         SampledSoftmaxLoss(label_smoothing=1.0)
+
+
+@pytest.mark.parametrize("loss", [SampledSoftmaxLoss(), BCELoss(), GBCELoss(9)])
+@pytest.mark.parametrize(
+    "shapes",
+    [((3,), (3, 2), (3,), (3, 2)), ((3, 1), (2, 2), (3, 1), (2, 2)), ((3, 1), (3, 2), (3, 2), (3, 2))],
+)
+def test_shapes_that_do_not_agree(loss: SampledLoss, shapes: tuple[tuple[int, ...], ...]) -> None:
+    positive, negative, weights, mask = (torch.ones(shape) for shape in shapes)
+    with pytest.raises(ValueError, match="scores, weights and mask must be"):
+        loss(positive, negative, weights, mask.bool())

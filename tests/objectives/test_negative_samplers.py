@@ -9,8 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from generative_recommenders.features import UserError
 from generative_recommenders.objectives.counter_random import stream_key
 from generative_recommenders.objectives.negative_samplers import (
+    BatchItems,
     InBatchNegativesSampler,
     LocalNegativesSampler,
     MixedNegativesSampler,
@@ -34,7 +36,7 @@ def local(sharing: Sharing) -> NegativesSampler:
 
 
 def in_batch(sharing: Sharing) -> NegativesSampler:
-    return InBatchNegativesSampler(4, sharing, log_q_correction=True)
+    return InBatchNegativesSampler(4, sharing, log_q_correction=True, counts=torch.arange(1, 14))
 
 
 def popularity(sharing: Sharing) -> NegativesSampler:
@@ -53,8 +55,8 @@ BUILDERS = [local, in_batch, popularity, multi_class, mixed]
 of_every_kind = pytest.mark.parametrize("build", BUILDERS)
 
 
-def pool_of(sampler: NegativesSampler) -> torch.Tensor | None:
-    return POOL if sampler.uses_batch_pool else None
+def pool_of(sampler: NegativesSampler) -> BatchItems | None:
+    return BatchItems(POOL) if sampler.uses_batch_pool else None
 
 
 @of_every_kind
@@ -121,11 +123,34 @@ def test_local_is_uniform() -> None:
 
 
 def test_in_batch_is_uniform_over_the_pool() -> None:
-    negatives = in_batch(PER_POSITION)(KEY, 0, 20_000, POOL)
+    negatives = InBatchNegativesSampler(4, PER_POSITION)(KEY, 0, 20_000, BatchItems(POOL))
     expected = torch.zeros(13)
     expected[POOL - 1] = 1 / 6
     assert_frequencies(negatives.ids, expected)
-    torch.testing.assert_close(negatives.log_q, torch.full((20_000, 4), 4 / 6).log())
+    assert negatives.log_q is None
+
+
+def test_in_batch_correction_is_how_often_an_id_is_drawn() -> None:
+    """Over many batches of events drawn by popularity, the share of draws that are item i is q_i."""
+    generator, counts = torch.Generator().manual_seed(0), torch.tensor([1, 2, 4, 8, 16, 32])
+    sampler = InBatchNegativesSampler(4, PER_POSITION, log_q_correction=True, counts=counts)
+    drawn, corrections = torch.zeros(6), [[] for _ in range(6)]
+    for batch in range(3000):
+        pool = torch.multinomial(counts.float(), 8, replacement=True, generator=generator).unique() + 1
+        negatives = sampler(stream_key(batch), 0, 4, BatchItems(pool))
+        drawn += torch.bincount(negatives.ids.flatten() - 1, minlength=6)
+        for item, value in zip(negatives.ids.flatten().tolist(), negatives.log_q.flatten().tolist()):
+            corrections[item - 1].append(value)
+    claimed = torch.tensor([sum(values) / len(values) for values in corrections]).exp() / 4
+    torch.testing.assert_close(claimed, drawn / drawn.sum(), atol=0.02, rtol=0.15)
+    assert claimed[5] > 3 * claimed[0]
+
+
+def test_in_batch_correction_of_a_single_item_and_of_none() -> None:
+    sampler = InBatchNegativesSampler(2, PER_POSITION, log_q_correction=True, counts=torch.tensor([9]))
+    negatives = sampler(KEY, 0, 3, BatchItems(torch.tensor([1])))
+    torch.testing.assert_close(negatives.log_q, torch.full((3, 2), 2.0).log())
+    assert sampler(KEY, 0, 0, BatchItems(torch.zeros(0, dtype=torch.int64))).ids.shape == (0, 2)
 
 
 def test_in_batch_pool_is_the_golden_one() -> None:
@@ -138,14 +163,14 @@ def test_in_batch_pool_is_the_golden_one() -> None:
     table = golden.parameters["item_emb.weight"]
     normalised = torch.nn.functional.normalize(table[pool], dim=-1, eps=golden.config["l2_eps"])
     assert_near(normalised, golden.outputs["dedup_embeddings"])
-    drawn = InBatchNegativesSampler(8, PER_POSITION)(KEY, 0, 200, pool).ids
+    drawn = InBatchNegativesSampler(8, PER_POSITION)(KEY, 0, 200, BatchItems(pool)).ids
     assert set(drawn.unique().tolist()) == set(golden.outputs["dedup_ids"].tolist())
 
 
 @pytest.mark.parametrize("pool", [None, torch.zeros(0, dtype=torch.int64)])
 def test_in_batch_without_a_pool(pool: torch.Tensor | None) -> None:
-    with pytest.raises(ValueError, match="in-batch"):
-        in_batch(PER_POSITION)(KEY, 0, 3, pool)
+    with pytest.raises(UserError, match="in-batch"):
+        in_batch(PER_POSITION)(KEY, 0, 3, BatchItems(pool))
 
 
 @pytest.mark.parametrize("power", [0.0, 0.75, 1.0])
@@ -156,6 +181,16 @@ def test_popularity_follows_the_counts(power: float) -> None:
     negatives = sampler(KEY, 0, 50_000)
     assert_frequencies(negatives.ids, expected)
     torch.testing.assert_close(negatives.log_q, (4 * expected[negatives.ids - 1]).log())
+
+
+@pytest.mark.parametrize("power", [-0.5, 150.0, 1e6])
+def test_popularity_of_any_power_draws_no_unseen_item(power: float) -> None:
+    sampler = PopularityNegativesSampler(COUNTS, power, 4, PER_POSITION, log_q_correction=True)
+    negatives = sampler(KEY, 0, 5000)
+    assert (COUNTS[negatives.ids - 1] > 0).all()
+    assert negatives.log_q.isfinite().all()
+    rarest, commonest = (negatives.ids == 3).float().mean(), (negatives.ids == 6).float().mean()
+    assert rarest > commonest if power < 0 else commonest == 1
 
 
 @settings(max_examples=50, deadline=None)
@@ -172,8 +207,8 @@ def test_alias_table_holds_the_probabilities(counts: list[int]) -> None:
 
 def test_mixed_shares() -> None:
     samplers = [LocalNegativesSampler(1, 1, PER_POSITION), InBatchNegativesSampler(1, PER_POSITION)]
-    for num_negatives, shares, expected in ((10, [0.3, 0.7], 3), (3, [1, 1], 2), (1, [1, 9], 0)):
-        ids = MixedNegativesSampler(samplers, shares, num_negatives)(KEY, 0, 50, POOL).ids
+    for num_negatives, shares, expected in ((10, [0.3, 0.7], 3), (3, [1, 1], 2), (7, [1, 9], 1)):
+        ids = MixedNegativesSampler(samplers, shares, num_negatives)(KEY, 0, 50, BatchItems(POOL)).ids
         assert ids.shape == (50, num_negatives)
         assert (ids[:, :expected] == 1).all()
         assert (ids[:, expected:] != 1).all()
@@ -196,6 +231,20 @@ def test_classes_are_drawn_by_weight_and_their_items_uniformly(weights: torch.Te
     assert_frequencies(ids[~first] - 2, torch.full((4,), 0.25))
 
 
+def test_the_class_of_the_target_is_chosen() -> None:
+    """Item 3 is in both classes: either is chosen; item 7 is in none: any is."""
+    classes = torch.tensor([[1, 1, 1, 0, 0, 0, 0], [0, 0, 1, 1, 1, 1, 0]]).bool()
+    sampler = MultiClassNegativesSampler(classes, 4, PER_POSITION, selector="target")
+    targets = torch.tensor([1, 2, 3, 4, 5, 6, 7, 0]).repeat(500)
+    ids = sampler(KEY, 0, 4000, BatchItems(targets=targets)).ids
+    assert (ids[(targets == 1) | (targets == 2)] <= 3).all()
+    assert (ids[(targets >= 4) & (targets <= 6)] >= 3).all()
+    for target in (0, 3, 7):
+        rows = ids[targets == target]
+        assert ((rows <= 3).all(1) | (rows >= 3).all(1)).all()
+        assert abs((rows <= 2).any(1).float().mean() - 0.5) < 0.15
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
@@ -204,6 +253,11 @@ def test_classes_are_drawn_by_weight_and_their_items_uniformly(weights: torch.Te
         (lambda: LocalNegativesSampler(5, 0, PER_POSITION), "num_negatives"),
         (lambda: LocalNegativesSampler(0, 5, PER_POSITION), "no items"),
         (lambda: PopularityNegativesSampler(torch.zeros(3), 1.0, 2, PER_POSITION), "no item occurs"),
+        (lambda: PopularityNegativesSampler(COUNTS, float("nan"), 2, PER_POSITION), "power is nan"),
+        (lambda: InBatchNegativesSampler(2, PER_POSITION, log_q_correction=True), "needs counts"),
+        (lambda: MultiClassNegativesSampler(CLASSES, 2, Sharing("block"), selector="target"), "position"),
+        (lambda: MixedNegativesSampler([local(PER_POSITION)] * 2, [0.5, 0.5], 1), r"are \[0, 1\] draws"),
+        (lambda: MixedNegativesSampler([local(PER_POSITION)], [float("nan")], 2), "1 samplers"),
         (lambda: MixedNegativesSampler([], [], 2), "0 samplers"),
         (lambda: MixedNegativesSampler([local(PER_POSITION)], [0.0], 2), "1 samplers"),
         (lambda: MultiClassNegativesSampler(CLASSES & False, 2, PER_POSITION), "every class"),

@@ -88,7 +88,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "objective": ({"objective": "x"}, "known: causal, causal_last, masked, permuted, replaced"),
     "loss": ({"loss_module": "x"}, "unknown loss_module 'x'; known: SampledSoftmaxLoss, .*SCE"),
     "sampler": ({"sampling_strategy": "x"}, "known: local, in-batch, popularity, mixed, multi-class"),
-    "sharing": ({"negatives_sharing": "x"}, "unknown negatives_sharing 'x'; known: position, block, batch"),
+    "sharing": (
+        {"negatives_sharing": "x"},
+        "negatives_sharing 'x' is unknown; known: position, block, batch",
+    ),
     "heads": ({"sasrec.num_heads": 3}, "num_heads 3 does not divide the width 8"),
     "normalization": (
         {"main_module": "HSTU", "hstu.normalization": "x"},
@@ -139,6 +142,42 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "categories": ({"embedding_module_type": "categorical"}, "needs train_fn.category_feature"),
     "mixed in mixed": ({"sampling_strategy": "mixed", "mixed_shares": {"mixed": 1.0}}, "cannot hold 'mixed'"),
+    "tokenizer": ({"loss_module": "VQVAELoss"}, "trains a tokenizer of items"),
+    "sampler of a catalogue loss": ({**CE, "sampling_strategy": "x"}, "unknown sampling_strategy 'x'"),
+    "positives of masked": ({**CE, "objective": "masked", "num_positives": 2}, "does not predict: unset"),
+    "weights of masked": (
+        {**CE, "objective": "masked", "target_weights": "rating"},
+        "does not predict: unset",
+    ),
+    "positives of SCE": ({"loss_module": "SCE", "num_positives": 2}, "one positive a position"),
+    "class of a shared target": (
+        {
+            "sampling_strategy": "multi-class",
+            "class_feature": "genre",
+            "class_selector": "target",
+            "negatives_sharing": "block",
+        },
+        'needs negatives_sharing "position"',
+    ),
+    "seed": ({"random_seed": -1}, "random_seed must be 0 or more"),
+    "large seed": ({"random_seed": 1 << 63}, "below 2"),
+    "decay": ({"weight_decay": -1.0}, "weight_decay must be 0 or more"),
+    "clipping": ({"max_grad_norm": 0.0}, "max_grad_norm must be above 0"),
+    "nobody evaluated": ({"eval_user_max_batch_size": -5}, "eval_user_max_batch_size must be above 0"),
+    "no patience": ({"early_stopping_patience": 0}, "early_stopping_patience must be above 0"),
+    "patience without validation": (
+        {"early_stopping_patience": 2, "protocol": "paper"},
+        'protocol "paper" has none',
+    ),
+    "infinite": ({"learning_rate": float("inf")}, "learning_rate must be finite"),
+    "not a number": ({"popularity_power": float("nan")}, "popularity_power must be finite"),
+    "name of a weight": ({"loss_weights": {1: 2.0}}, "by name, got 1: 2.0"),
+    "value of a weight": ({"loss_weights": {"mi_loss": "x"}}, "got 'mi_loss': 'x'"),
+    "share": ({"mixed_shares": {"local": "a"}}, "got 'local': 'a'"),
+    "weight of get_weighted_loss": ({"weighted_loss.weights": {"x": -1}}, "get_weighted_loss.weights must"),
+    "prefetch": ({"loader.prefetch_factor": -3}, "create_data_loader.prefetch_factor must be 0 or more"),
+    "list reduction": ({"item_tower.list_reduction": "x"}, "item_tower.list_reduction 'x' is unknown"),
+    "discriminator": ({"discriminator_weight": -1.0}, "discriminator_weight must be 0 or more"),
     "SCE sizes": ({"loss_module": "SCE", "sce.n_buckets": 0}, "positive bucket sizes"),
 }
 
@@ -162,6 +201,61 @@ def test_data_without_ratings(choices: dict[str, Any]) -> None:
     build_all(settings(**choices))
     with pytest.raises(UserError, match="needs ratings, and synthetic-books has none"):
         build_all(settings(**choices), catalogue(has_ratings=False))
+
+
+@pytest.mark.parametrize("name", ["CombinedItemAndRating", "LearnablePositionalEmbeddingRated"])
+@pytest.mark.parametrize("reach", [(1.0, 10.0), (-1.0, 5.0)])
+def test_ratings_without_an_embedding(name: str, reach: tuple[float, float]) -> None:
+    chosen = settings(input_preprocessor=name)
+    build_all(chosen, catalogue(rating_range=(0.5, 5.0)))
+    with pytest.raises(
+        UserError, match=r"ratings 0 to 5 \(train_fn.num_ratings\), and those of synthetic-books"
+    ):
+        build_all(chosen, catalogue(rating_range=reach))
+
+
+def test_weights_by_rating_need_ratings() -> None:
+    with pytest.raises(UserError, match='"rating" needs ratings'):
+        build_all(settings(target_weights="rating"), catalogue(has_ratings=False))
+
+
+def test_the_liked_rating_is_a_choice() -> None:
+    chosen = settings(loss_module="BCELossWithRatings", rating_threshold=2.5)
+    assert build_criterion(chosen, catalogue()).loss.threshold == 2.5
+
+
+@pytest.mark.parametrize("loss", [*SAMPLED_LOSSES, *CATALOGUE_LOSSES])
+def test_several_positives_train(loss: str) -> None:
+    chosen = settings(loss_module=loss, num_negatives=4, sampling_strategy="local", temperature=1.0)
+    assert moved(
+        dataclasses.replace(chosen, train=dataclasses.replace(chosen.train, num_positives=3)), steps=6
+    )
+
+
+@pytest.mark.parametrize(
+    "more", [TOWER, MOL, {"sampling_strategy": "in-batch"}, {"objective": "causal_last"}]
+)
+def test_several_positives_train_with(more: dict[str, Any]) -> None:
+    assert moved(
+        settings(
+            **{
+                "num_negatives": 4,
+                "temperature": 1.0,
+                "negatives_sharing": "batch",
+                "num_positives": 3,
+                "target_weights": "rating",
+                **more,
+            }
+        ),
+        steps=6,
+    )
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_discriminator_of_rated_items_trains(tied: bool) -> None:
+    """The states of this preprocessor are wider than items, what the discriminator reads is not."""
+    rated = {"input_preprocessor": "LearnablePositionalEmbeddingRated", "tie_discriminator": tied}
+    assert moved(settings(**{**EASY["replaced"], **rated}), steps=6)
 
 
 def test_features_without_a_data_set() -> None:
