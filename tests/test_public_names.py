@@ -47,12 +47,12 @@ PUBLIC = {
     """,
     "objectives": """
         BCE CATALOGUE_LOSSES CE SAMPLED_LOSSES BCELoss BCELossWithRatings BCESampled CESampled CEWeighted
-        CatalogueCriterion CatalogueLoss CausalMasking CausalObjective Criterion GBCELoss
+        CatalogueCriterion CatalogueLoss CausalObjective Criterion GBCELoss
         InBatchNegativesSampler LearnedScorer LocalNegativesSampler LogInCE LogInCESampled LogOutCE
         LogOutCESampled LossOutput MaskEmbedding MaskedItemMasking MaskedObjective MaskedSequence
         MaskingScheme MixedNegativesSampler MultiClassNegativesSampler Negatives NegativesSampler
         PermutationMasking PopularityNegativesSampler ProductScorer ReplacedDetectionCriterion
-        ReplacementMasking SCEParams SampledCriterion SampledLoss SampledScores SampledSoftmaxLoss
+        SCEParams SampledCriterion SampledLoss SampledScores SampledSoftmaxLoss
         ScalableCrossEntropyLoss Scorer TrainingExample
     """,
     "indexing": """

@@ -15,7 +15,7 @@ from .losses import (
     SampledLoss,
     SampledSoftmaxLoss,
 )
-from .masking import CausalMasking, MaskedItemMasking, MaskedSequence, MaskEmbedding, MaskingScheme
+from .masking import MaskedItemMasking, MaskedSequence, MaskEmbedding, MaskingScheme
 from .negative_samplers import (
     InBatchNegativesSampler,
     LocalNegativesSampler,
@@ -27,7 +27,6 @@ from .negative_samplers import (
 )
 from .permutation import PermutationMasking
 from .replaced_detection import ReplacedDetectionCriterion
-from .replacement import ReplacementMasking
 from .scalable_cross_entropy import ScalableCrossEntropyLoss, SCEParams
 from .scoring import LearnedScorer, ProductScorer, SampledScores, Scorer
 from .training_examples import CausalObjective, MaskedObjective, TrainingExample
@@ -44,7 +43,6 @@ __all__ = [
     "CEWeighted",
     "CatalogueCriterion",
     "CatalogueLoss",
-    "CausalMasking",
     "CausalObjective",
     "Criterion",
     "GBCELoss",
@@ -69,7 +67,6 @@ __all__ = [
     "PopularityNegativesSampler",
     "ProductScorer",
     "ReplacedDetectionCriterion",
-    "ReplacementMasking",
     "SCEParams",
     "SampledCriterion",
     "SampledLoss",

@@ -1,9 +1,9 @@
 """Masking schemes: what a model sees of a history, and which items it has to name.
 
 A scheme turns right-padded histories into a ``MaskedSequence``: ids to look up, positions whose embedding
-is replaced by a learned mask embedding, targets, and who sees whom. Causal and masked schemes are here;
-permutation and replacement are in ``permutation.py`` and ``replacement.py``. Random draws come from a
-``torch.Generator``.
+is replaced by a learned mask embedding, targets, and who sees whom. The masked scheme is here, permutation in
+``permutation.py``; next items need none, see ``training_examples.CausalObjective``, and replaced-token detection is
+the masked scheme with a discriminator, see ``replaced_detection.py``. Random draws come from a ``torch.Generator``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from generative_recommenders.data.batch_transforms import NextToken
 from generative_recommenders.data.token_masks import proper_part, uniform
 from generative_recommenders.features import UserError
 
@@ -53,33 +52,6 @@ class MaskingScheme(ABC):
     @abstractmethod
     def inference(self, item_ids: Tensor, lengths: Tensor) -> tuple[MaskedSequence, Tensor]:
         """Inputs for naming the item after each history, and the position to read, ``[B]`` int64."""
-
-
-class CausalMasking(MaskingScheme):
-    """Each position names the next item and sees only what came before (CLM; SASRec, arXiv 1808.09781).
-
-    Training on ``[B, N + 1]`` events gives ``[B, N]`` inputs: the last event is only a target. Inference
-    reads the last real position (position 0 of an empty row). last_only: only the last item of a history is
-    a target.
-    """
-
-    def __init__(self, last_only: bool = False) -> None:
-        self.last_only = last_only
-        self.shift = NextToken(columns={"item_ids": "ids"})
-
-    def training(
-        self, item_ids: Tensor, lengths: Tensor, generator: torch.Generator | None = None
-    ) -> MaskedSequence:
-        shifted = self.shift({"item_ids": item_ids, "lengths": lengths})
-        past, past_lengths, targets = shifted["past_ids"], shifted["past_lengths"], shifted["target_ids"]
-        if self.last_only:
-            targets = keep_last(targets, past_lengths)
-        return MaskedSequence(past, torch.zeros_like(past, dtype=torch.bool), past_lengths, targets, None)
-
-    def inference(self, item_ids: Tensor, lengths: Tensor) -> tuple[MaskedSequence, Tensor]:
-        nothing = torch.zeros_like(item_ids)
-        sequence = MaskedSequence(item_ids, nothing.bool(), lengths, nothing, None)
-        return sequence, (lengths - 1).clamp(min=0)
 
 
 class MaskedItemMasking(MaskingScheme):

@@ -1,51 +1,9 @@
-"""Replaced-token detection (ELECTRA, arXiv 2003.10555, section 2): a generator fakes items, a discriminator
-finds them."""
+"""Fakes of replaced-token detection (ELECTRA, arXiv 2003.10555, section 2): samples of a generator's softmax."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-
-from generative_recommenders.features import UserError
-from generative_recommenders.objectives.masking import MaskedItemMasking, MaskedSequence
-
-
-class ReplacementMasking(MaskedItemMasking):
-    """The generator learns like ``MaskedItemMasking``; its samples replace the hidden items for the
-    discriminator.
-
-    A step: ``training`` gives the generator's inputs and targets; ``fake_items`` samples an item for every
-    hidden position from the generator's softmax; ``replace`` puts them into the histories and labels each
-    position. sample_from_batch: fakes are drawn among the batch's own hidden items instead of the whole
-    catalogue. block_size: catalogue rows scored at a time. Raises ``UserError`` for options out of range.
-    """
-
-    def __init__(
-        self, probability: float = 0.15, sample_from_batch: bool = False, block_size: int = 65536
-    ) -> None:
-        super().__init__(probability)
-        if block_size < 1:
-            raise UserError(f"block_size must be at least 1, not {block_size}")
-        self.sample_from_batch = sample_from_batch
-        self.block_size = block_size
-
-    def fake_items(
-        self, hidden: Tensor, item_weight: Tensor, targets: Tensor, generator: torch.Generator | None = None
-    ) -> Tensor:
-        """Samples one id per hidden position from softmax(hidden . item), ``[P]`` int64, without gradients.
-
-        hidden: ``[P, D]`` generator states of the hidden positions, row by row; item_weight: ``[V, D]``,
-        row i is item id i + 1; targets: ``[P]`` their true items.
-        """
-        if not self.sample_from_batch:
-            return sample_from_catalogue(hidden, item_weight, generator, self.block_size)
-        candidates = targets.unique()
-        drawn = sample_from_catalogue(hidden, item_weight[candidates - 1], generator, self.block_size)
-        return candidates[drawn - 1]
-
-    def replace(self, sequence: MaskedSequence, fakes: Tensor) -> tuple[Tensor, Tensor]:
-        """The discriminator's inputs ``[B, N]`` int64 and labels ``[B, N]`` bool, see ``replace_items``."""
-        return replace_items(sequence.input_ids, sequence.replaced, fakes)
 
 
 def replace_items(item_ids: Tensor, replaced: Tensor, fakes: Tensor) -> tuple[Tensor, Tensor]:

@@ -29,7 +29,6 @@ from ..objectives.negative_samplers import (
 )
 from ..objectives.permutation import PermutationMasking
 from ..objectives.replaced_detection import ReplacedDetectionCriterion
-from ..objectives.replacement import ReplacementMasking
 from ..objectives.scalable_cross_entropy import ScalableCrossEntropyLoss, SCEParams
 from ..objectives.scoring import LearnedScorer, ProductScorer, Scorer
 from ..objectives.training_examples import CausalObjective, MaskedObjective
@@ -44,7 +43,7 @@ MASKING_SCHEMES: dict[str, Callable[[RunSettings], MaskingScheme]] = {
     "permuted": lambda s: PermutationMasking(
         _probability(s, 1 / 6), s.train.max_span_length, s.train.permute_all
     ),
-    "replaced": lambda s: ReplacementMasking(_probability(s, 0.15), s.train.fakes_from == "batch"),
+    "replaced": lambda s: MaskedItemMasking(_probability(s, 0.15)),
 }
 CAUSAL_OBJECTIVES = {"causal": False, "causal_last": True}
 """Name -> whether the last position alone predicts."""

@@ -8,21 +8,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import tiny_models
 from generative_recommenders.features import UserError
+from generative_recommenders.modeling.embeddings import ItemRows
 from generative_recommenders.objectives.masking import (
-    CausalMasking,
     MaskedItemMasking,
     MaskedSequence,
     MaskEmbedding,
     MaskingScheme,
 )
 from generative_recommenders.objectives.permutation import PermutationMasking
+from generative_recommenders.objectives.replaced_detection import ReplacedDetectionCriterion
 from generative_recommenders.objectives.replacement import (
-    ReplacementMasking,
     replace_items,
     sample_from_catalogue,
     sample_from_softmax,
 )
+from generative_recommenders.objectives.training_examples import CausalObjective
+from generative_recommenders.training.assembly import build_criterion
 
 HIDING: dict[str, MaskingScheme] = {
     "mlm": MaskedItemMasking(),
@@ -31,7 +34,6 @@ HIDING: dict[str, MaskingScheme] = {
     "plm": PermutationMasking(),
     "plm_dense": PermutationMasking(1.0, max_span_length=3),
     "plm_all": PermutationMasking(permute_all=True),
-    "rtd": ReplacementMasking(0.3),
 }
 lengths_drawn = st.lists(st.integers(0, 12), min_size=1, max_size=8)
 
@@ -87,21 +89,16 @@ def test_draws_differ_between_rows_and_seeds(name):
 @given(lengths_drawn, st.booleans())
 def test_causal_targets_are_the_next_items(lengths, last_only):
     item_ids, counts = histories(lengths)
-    sequence = CausalMasking(last_only).training(item_ids, counts)
-    assert sequence.visibility is None and not sequence.replaced.any()
+    columns = {"item_ids": item_ids, "lengths": counts, "user_ids": counts}
+    example = CausalObjective(last_only).example(columns, torch.Generator())
+    assert example.layout.visibility is None and example.replaced is None
+    past, targets = [], []
     for row, length in enumerate(lengths):
-        events, past = item_ids[row, :length].tolist(), max(length - 1, 0)
-        assert sequence.lengths[row] == past
-        assert sequence.input_ids[row].tolist() == events[:past] + [0] * (11 - past)
-        expected = [0] * (past - 1) + events[-1:] if last_only and past else events[1:]
-        assert sequence.targets[row].tolist() == expected + [0] * (11 - len(expected))
-
-
-def test_causal_inference_reads_the_last_item():
-    item_ids, counts = histories([0, 1, 5])
-    sequence, read = CausalMasking().inference(item_ids, counts)
-    assert torch.equal(sequence.input_ids, item_ids) and torch.equal(sequence.lengths, counts)
-    assert read.tolist() == [0, 0, 4] and sequence.visibility is None
+        events = item_ids[row, :length].tolist()
+        past += events[:-1]
+        targets += events[1:][-1:] if last_only else events[1:]
+    assert (example.past_ids.tolist(), example.targets.tolist()) == (past, targets)
+    assert example.features.past_lengths.tolist() == [max(length - 1, 0) for length in lengths]
 
 
 @pytest.mark.parametrize("name", HIDING)
@@ -198,20 +195,17 @@ def test_samples_follow_the_softmax_whatever_the_blocks():
 
 
 @pytest.mark.parametrize("from_batch", [False, True])
-def test_replacement_step(from_batch):
-    scheme = ReplacementMasking(0.4, sample_from_batch=from_batch, block_size=7)
-    item_ids, counts = histories([3, 12, 1])
-    sequence = scheme.training(item_ids, counts, seeded(0))
-    targets = sequence.targets[sequence.replaced]
-    hidden = torch.randn(len(targets), 4, generator=seeded(1), requires_grad=True)
-    fakes = scheme.fake_items(hidden, torch.randn(40, 4, generator=seeded(2)), targets, seeded(3))
+def test_fakes_are_drawn_from_the_batch_or_the_catalogue(from_batch):
+    chosen = tiny_models.settings(
+        loss_module="CE", objective="replaced", fakes_from="batch" if from_batch else "catalogue"
+    )
+    criterion = build_criterion(chosen, tiny_models.catalogue())
+    assert isinstance(criterion, ReplacedDetectionCriterion)
+    targets = torch.tensor([3, 9, 9, 4]).repeat(50)
+    states = torch.randn(200, 4, generator=seeded(1), requires_grad=True)
+    fakes = criterion.fakes(states, ItemRows(torch.randn(41, 4, generator=seeded(2))), targets)
     assert not fakes.requires_grad and (fakes >= 1).all() and (fakes <= 40).all()
-    if from_batch:
-        assert torch.isin(fakes, targets).all()
-    corrupted, labels = scheme.replace(sequence, fakes)
-    assert torch.equal(corrupted[sequence.replaced], fakes)
-    assert torch.equal(corrupted[~sequence.replaced], item_ids[~sequence.replaced])
-    assert torch.equal(labels, corrupted != item_ids)
+    assert (set(fakes.tolist()) == {3, 4, 9}) == from_batch
 
 
 def test_a_fake_that_is_the_true_item_counts_as_original():
@@ -225,8 +219,6 @@ def test_bad_options_are_refused():
         lambda: MaskedItemMasking(1.2),
         lambda: PermutationMasking(0.0),
         lambda: PermutationMasking(max_span_length=0),
-        lambda: ReplacementMasking(-0.1),
-        lambda: ReplacementMasking(block_size=0),
     ):
         with pytest.raises(UserError):
             make()
