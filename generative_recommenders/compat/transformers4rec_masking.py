@@ -2,8 +2,9 @@
 schemes.
 
 Rows are right-padded with ``padding_idx``. Three modes: ``training=True``; ``testing=True``, evaluation
-with labels; neither, inference on all of a history. The schema's polarity is that library's: for causal
-modelling True = input kept, for the others True = input replaced by the learned mask embedding.
+with labels; neither, inference on all of a history. ``apply_mask_to_inputs(inputs, schema)`` without a mode
+follows the last ``compute_masked_targets``. The schema's polarity is that library's: for causal modelling
+True = input kept, for the others True = input replaced by the learned mask embedding.
 
 Not reproduced: a row of one item raises no error and is never hidden; spans of permutation modelling stop
 at the end of a row, so that rows of two or more items always have something hidden and something visible;
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from generative_recommenders.features import UserError
 from generative_recommenders.objectives.masking import (
     MaskedItemMasking,
     apply_mask_to_inputs,
@@ -59,6 +61,7 @@ class MaskSequence(nn.Module):
         self.eval_on_last_item_seq_only = eval_on_last_item_seq_only
         self.mask_schema = None
         self.masked_targets = None
+        self.has_labels = True
         self.masked_item_embedding = nn.Parameter(torch.empty(hidden_size).normal_(std=0.001))
 
     def compute_masked_targets(
@@ -72,6 +75,7 @@ class MaskSequence(nn.Module):
         else:
             info = self.inference_targets(item_ids)
         self.mask_schema, self.masked_targets = info.schema, info.targets
+        self.has_labels = training or testing
         return info
 
     def training_targets(self, item_ids: Tensor) -> MaskingInfo:
@@ -105,13 +109,25 @@ class MaskSequence(nn.Module):
         return MaskingInfo(targets != self.padding_idx, targets)
 
     def apply_mask_to_inputs(
-        self, inputs: Tensor, schema: Tensor, training: bool = False, testing: bool = False
+        self, inputs: Tensor, schema: Tensor, training: bool | None = None, testing: bool | None = None
     ) -> Tensor:
-        """``inputs [B, N, D]`` with the mask embedding at True; at inference one column longer, for the
-        slot."""
-        if not training and not testing:
+        """``inputs [B, N, D]`` with the mask embedding where ``schema`` is True.
+
+        A schema of inference, ``[B, N + 1]``, adds a column for the slot; its width says so, whatever the
+        mode. ``UserError`` for any other width.
+        """
+        width = inputs.shape[1]
+        if schema.shape[1] not in (width, width + 1):
+            raise UserError(f"schema {tuple(schema.shape)} does not fit inputs {tuple(inputs.shape)}")
+        if schema.shape[1] > width:
             inputs = torch.cat([inputs, inputs[:, -1:]], dim=1)
         return apply_mask_to_inputs(inputs, schema, self.masked_item_embedding)
+
+    def labels_of(self, training: bool | None, testing: bool | None) -> bool:
+        """Whether the mode has labels; without a mode, whether the last ``compute_masked_targets`` had."""
+        if training is None and testing is None:
+            return self.has_labels
+        return bool(training or testing)
 
     def forward(
         self, inputs: Tensor, item_ids: Tensor, training: bool = False, testing: bool = False
@@ -174,13 +190,13 @@ class CausalLanguageModeling(MaskSequence):
         return MaskingInfo(item_ids != self.padding_idx, targets)
 
     def apply_mask_to_inputs(
-        self, inputs: Tensor, mask_schema: Tensor, training: bool = False, testing: bool = False
+        self, inputs: Tensor, mask_schema: Tensor, training: bool | None = None, testing: bool | None = None
     ) -> Tensor:
         """``inputs [B, N, D]`` where the schema is True, else the mask embedding.
 
         With labels (training or testing) the last column, which has no next item, is zero first.
         """
-        if training or testing:
+        if self.labels_of(training, testing):
             inputs = nn.functional.pad(inputs[:, :-1], (0, 0, 0, 1))
         return apply_mask_to_inputs(inputs, ~mask_schema, self.masked_item_embedding)
 
@@ -257,10 +273,10 @@ class PermutationLanguageModeling(MaskSequence):
         self.target_mapping = torch.eye(width, dtype=dtype, device=key.device).repeat(rows, 1, 1)
 
     def apply_mask_to_inputs(
-        self, inputs: Tensor, schema: Tensor, training: bool = False, testing: bool = False
+        self, inputs: Tensor, schema: Tensor, training: bool | None = None, testing: bool | None = None
     ) -> Tensor:
         """``inputs [B, N, D]`` with the mask embedding at True; unchanged at inference, as there."""
-        if not training and not testing:
+        if not self.labels_of(training, testing):
             return inputs
         return apply_mask_to_inputs(inputs, schema, self.masked_item_embedding)
 

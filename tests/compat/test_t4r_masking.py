@@ -17,6 +17,7 @@ from generative_recommenders.compat.transformers4rec_masking import (
     PermutationLanguageModeling,
     ReplacementLanguageModeling,
 )
+from generative_recommenders.features import UserError
 from golden_parity import read_golden
 
 CLASSES: dict[str, type[MaskSequence]] = {
@@ -74,6 +75,28 @@ def test_golden_schema_targets_inputs_and_attention(golden):
         assert torch.equal(module(inputs, item_ids, **mode), masked)
         assert module.mask_schema is not None and torch.equal(module.mask_schema, info.schema)
         assert torch.equal(item_ids, before[0]) and torch.equal(inputs, before[1])
+
+
+def test_the_documented_two_arguments_follow_the_last_targets(golden):
+    tensors, _ = golden
+    item_ids, inputs = tensors["input/item_ids"], tensors["input/inputs"]
+    for name in CLASSES:
+        module = build(f"{name}_eval", tensors)[0]
+        for mode in ({"training": True}, {"training": False, "testing": True}, {}):
+            schema = module.compute_masked_targets(item_ids, **mode).schema
+            explicit = {"training": False, "testing": False} | mode
+            expected = module.apply_mask_to_inputs(inputs, schema, **explicit)
+            assert torch.equal(module.apply_mask_to_inputs(inputs, schema), expected), (name, mode)
+        schema = module.compute_masked_targets(item_ids, training=True).schema
+        masked = module.apply_mask_to_inputs(inputs, schema)
+        hidden = ~schema if name == "clm" else schema
+        assert (masked[hidden] == module.masked_item_embedding).all() and hidden.any(), name
+
+
+def test_a_schema_of_another_width_is_refused():
+    module = MaskedLanguageModeling(4)
+    with pytest.raises(UserError, match=r"schema \(2, 5\)"):
+        module.apply_mask_to_inputs(torch.zeros(2, 3, 4), torch.zeros(2, 5, dtype=torch.bool))
 
 
 def test_predict_all_asks_for_every_next_item(golden):
