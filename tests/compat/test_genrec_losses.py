@@ -68,12 +68,57 @@ def test_sequence_loss_refuses_a_batch_without_targets():
         SequenceLoss(4)(torch.zeros(1, 2, 4), torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 2))
 
 
-@pytest.mark.parametrize("margin", [0.0, 0.2])
-def test_contrastive_loss_asks_for_the_margin(margin):
+@pytest.mark.parametrize("label", [-1, 4])
+def test_sequence_loss_refuses_labels_out_of_range_as_cross_entropy_does(label):
+    with pytest.raises(UserError, match=f"SequenceLoss: labels .* {label}"):
+        SequenceLoss(4)(torch.zeros(1, 2, 4), torch.tensor([[1, label]]))
+
+
+@pytest.mark.parametrize("options", [{}, {"ignore_index": -1}, {"label_smoothing": 0.3}])
+def test_sequence_loss_is_the_documented_code(options):
+    logits, labels = torch.randn(3, 4, 6, generator=generator()), torch.arange(12).view(3, 4) % 6
+    labels[0, 1] = options.get("ignore_index", -100)
+    losses = SequenceLoss(6, **options)(logits, labels, torch.ones_like(labels))
+    torch.testing.assert_close(
+        losses["loss"], F.cross_entropy(logits.view(-1, 6), labels.view(-1), **options)
+    )
+    correct = (logits.argmax(-1) == labels).sum() / 11
+    torch.testing.assert_close(losses["accuracy"], correct)
+
+
+def documented_contrastive(anchor, positive, negative, temperature):
+    close = F.cosine_similarity(anchor, positive)[:, None]
+    far = F.cosine_similarity(anchor[:, None], negative, dim=-1)
+    target = torch.zeros(len(anchor), dtype=torch.int64)
+    return F.cross_entropy(torch.cat([close, far], 1) / temperature, target)
+
+
+def triples():
     g = generator()
-    anchor, positive = torch.randn(5, 8, generator=g), torch.randn(5, 8, generator=g)
-    negative = torch.randn(5, 3, 8, generator=g)
+    return (torch.randn(*shape, generator=g) for shape in ((5, 8), (5, 8), (5, 3, 8)))
+
+
+def test_contrastive_loss_is_the_documented_code():
+    anchor, positive, negative = triples()
+    expected = documented_contrastive(anchor, positive, negative, 0.1)
+    torch.testing.assert_close(ContrastiveLoss()(anchor, positive, negative), expected)
+    torch.testing.assert_close(ContrastiveLoss(margin=0.7)(anchor, positive, negative), expected)
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.2])
+def test_contrastive_loss_asks_for_the_margin_where_told_to(margin):
+    anchor, positive, negative = triples()
     close = F.cosine_similarity(anchor, positive)[:, None] - margin
     far = F.cosine_similarity(anchor[:, None], negative, dim=-1)
     expected = F.cross_entropy(torch.cat([close, far], 1) / 0.5, torch.zeros(5, dtype=torch.int64))
-    torch.testing.assert_close(ContrastiveLoss(0.5, margin)(anchor, positive, negative), expected)
+    actual = ContrastiveLoss(0.5, margin, apply_margin=True)(anchor, positive, negative)
+    torch.testing.assert_close(actual, expected)
+
+
+def test_empty_batches_are_refused():
+    with pytest.raises(UserError, match="no position"):
+        SequenceLoss(4)(torch.zeros(0, 2, 4), torch.zeros(0, 2, dtype=torch.int64))
+    with pytest.raises(UserError, match="no anchors"):
+        ContrastiveLoss()(torch.zeros(0, 8), torch.zeros(0, 8), torch.zeros(0, 3, 8))
+    with pytest.raises(UserError, match="empty"):
+        VQVAELoss()(torch.zeros(0, 8), torch.zeros(0, 8), torch.tensor(0.0), torch.tensor(0.0))
