@@ -79,7 +79,7 @@ REPLAY_LOSSES = {
     "LogOutCE.forward": LOSS,
     "SCEParams": "n_buckets, bucket_size_x, bucket_size_y, mix_x=False",
     "ScalableCrossEntropyLoss": "sce_params",
-    "ScalableCrossEntropyLoss.__call__": "embeddings, positive_labels, all_embeddings, padding_mask, tokens_mask=None",
+    "ScalableCrossEntropyLoss.forward": "embeddings, positive_labels, all_embeddings, padding_mask, tokens_mask=None",
 }
 REPLAY_TRANSFORMS = {
     "CopyTransform": "mapping",
