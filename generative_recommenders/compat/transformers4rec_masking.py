@@ -324,4 +324,6 @@ class ReplacementLanguageModeling(MaskedLanguageModeling):
 
     def sample_from_softmax(self, logits: Tensor) -> Tensor:
         """One index per row of ``logits [P, V]``, distributed as their softmax, ``[P]`` int64."""
+        if not len(logits):
+            return logits.new_empty(0, dtype=torch.int64)
         return sample_from_softmax(logits.detach())

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from generative_recommenders.compat import replay_losses
@@ -24,6 +26,7 @@ from generative_recommenders.compat.replay_losses import (
     ScalableCrossEntropyLoss,
     SCEParams,
 )
+from generative_recommenders.compat.replay_next_item import NextItemModel
 from generative_recommenders.compat.replay_sampled_losses import SampledLoss
 from generative_recommenders.features import UserError
 from generative_recommenders.objectives import scalable_cross_entropy
@@ -355,6 +358,106 @@ def test_bad_input_is_refused():
         with_logits(CESampled(), weight)(hidden, labels, torch.zeros(5, 2, dtype=torch.int64), mask)
     with pytest.raises(UserError, match="reduction"):
         CE(reduction="median")
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor that any operation gave, forward and backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in (x for x in tree_leaves(result) if isinstance(x, torch.Tensor)):
+            self.numel = max(self.numel, tensor.untyped_storage().nbytes() // tensor.element_size())
+        return result
+
+
+class Table(NextItemModel):
+    """Item embeddings without a body."""
+
+    def __init__(self, weight: torch.Tensor, loss) -> None:
+        super().__init__(torch.nn.Identity(), loss)
+        self.weight = torch.nn.Parameter(weight)
+
+    def item_embeddings(self, candidates_to_score: torch.Tensor | None = None) -> torch.Tensor:
+        return self.weight if candidates_to_score is None else self.weight[candidates_to_score]
+
+
+@pytest.mark.parametrize("loss", [BCESampled, CESampled, LogInCESampled])
+@pytest.mark.parametrize("of_a_model", [True, False])
+def test_negatives_of_a_row_are_one_product(loss, of_a_model):
+    g = torch.Generator().manual_seed(5)
+    rows, width, dim, count = 3, 20, 8, 16
+    weight = torch.randn(30, dim, generator=g)
+    hidden = torch.randn(rows, width, dim, generator=g).requires_grad_()
+    labels = torch.randint(0, 30, (rows, width, 1), generator=g)
+    mask = torch.rand(rows, width, 1, generator=g) < 0.7
+    mask[1] = False
+    negatives = torch.randint(0, 30, (rows, count), generator=g)
+    negatives[0, 3] = -100
+    scored = loss()
+    scored.logits_callback = Table(weight, scored).get_logits if of_a_model else dot_product(weight)
+    with LargestTensor() as largest:
+        by_row = scored(hidden, labels, negatives, mask)
+        by_row.backward()
+    assert largest.numel <= rows * width * count
+    gradient, hidden.grad = hidden.grad, None
+    by_position = scored(hidden, labels, negatives[:, None].expand(-1, width, -1), mask)
+    by_position.backward()
+    assert_near(by_row, by_position.detach(), 1e-6)
+    assert_near(gradient, hidden.grad, 1e-6)
+
+
+@pytest.mark.parametrize("loss", [BCESampled, CESampled, LogInCESampled])
+def test_ids_outside_of_the_catalogue_are_refused(loss):
+    weight, hidden, labels, mask = scene()
+    scored, negatives = with_logits(loss(), weight), torch.tensor([0, 4])
+    for wrong in (-1, 9):
+        with pytest.raises(UserError, match="label"):
+            scored(hidden, labels.index_fill(1, torch.tensor(1), wrong), negatives, mask)
+        for shape in ((2,), (2, 2), (2, 3, 2)):
+            with pytest.raises(UserError, match="negative"):
+                scored(hidden, labels, torch.full(shape, wrong), mask)
+    hidden_away = labels.masked_fill(~mask, -1)
+    assert scored(hidden, hidden_away, negatives, mask) == scored(hidden, labels, negatives, mask)
+
+
+@pytest.mark.parametrize("loss", [BCESampled, CESampled, LogInCESampled])
+def test_no_negative_left_gives_finite_gradients(loss):
+    weight, hidden, labels, mask = scene()
+    hidden.requires_grad_()
+    with_logits(loss(), weight)(hidden, labels, labels, mask).backward()
+    assert torch.isfinite(hidden.grad).all()
+
+
+def test_sce_is_a_module_and_refuses_to_learn_from_nothing():
+    loss = ScalableCrossEntropyLoss(SCEParams(2, 3, 4))
+    assert isinstance(loss, torch.nn.Module)
+    weight, hidden, labels, mask = scene()
+    rectangle = hidden, labels[..., 0], weight
+    with pytest.raises(UserError, match="masked"):
+        loss(*rectangle, torch.zeros(2, 3, dtype=torch.bool))
+    with pytest.raises(UserError, match="masked"):
+        loss(*rectangle, mask[..., 0], mask[..., 0])
+    with pytest.raises(UserError, match="masked"):
+        loss(hidden[:0], labels[:0, :, 0], weight, mask[:0, :, 0])
+    with pytest.raises(UserError, match="positives"):
+        loss(hidden, labels[..., 0] + 9, weight, mask[..., 0])
+
+
+def test_sce_whose_buckets_miss_what_counts_is_zero():
+    weight, hidden, labels, _ = scene()
+    real = torch.ones(2, 3, dtype=torch.bool)
+    losses = []
+    for place in range(6):
+        ignored = (torch.arange(6) != place).view(2, 3)
+        torch.manual_seed(0)
+        losses.append(
+            ScalableCrossEntropyLoss(SCEParams(1, 1, 4))(hidden, labels[..., 0], weight, real, ignored)
+        )
+    assert sorted(loss == 0 for loss in losses) == [False] + [True] * 5
 
 
 @pytest.mark.parametrize("loss", [BCE, CE, BCESampled, CESampled, LogInCESampled])

@@ -186,6 +186,15 @@ def test_fakes_and_labels():
     assert labels.tolist() == [[0, 1, 0, 0], [1, 0, 0, 0]]
 
 
+@pytest.mark.parametrize("sample_from_batch", [True, False])
+def test_no_fakes_where_nothing_is_hidden(sample_from_batch):
+    module = ReplacementLanguageModeling(4, sample_from_batch=sample_from_batch)
+    item_ids = torch.tensor([[3, 0], [6, 0]])
+    logits = torch.zeros(0, 0 if sample_from_batch else 9)
+    corrupted, labels, updates = module.get_fake_tokens(item_ids, torch.zeros(4, dtype=torch.int64), logits)
+    assert torch.equal(corrupted, item_ids) and not labels.any() and updates.numel() == 0
+
+
 def test_samples_follow_the_softmax():
     torch.manual_seed(1)
     logits = torch.tensor([0.0, 1.0, 2.0, -1.0])
