@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from ..features import UserError
+
 _ONE = 2**39
 """Sums are integers in units of 2^-39: exact in any order, for up to 16 million users."""
 
@@ -111,7 +113,7 @@ def _distances_from(
 class ListMetrics:
     """Sums of the list metrics over users, at several cutoffs, exact and independent of order.
 
-    cutoffs: the k. num_items: V. item_counts: ``[V]`` training events of each item, for the popularity bias,
+    cutoffs: the k, 1 or more. num_items: V. item_counts: ``[V]`` training events of each item, for the popularity bias,
         or None.
     catalogue: ``[V]`` bool, the items that coverage is a share of (None: all).
 
@@ -134,6 +136,8 @@ class ListMetrics:
         device: torch.device | str = "cpu",
     ) -> None:
         self.cutoffs = tuple(cutoffs)
+        if min(self.cutoffs, default=0) < 1:
+            raise UserError(f"ListMetrics: cutoffs must be 1 or more, got {list(self.cutoffs)}")
         self.item_counts = item_counts
         self.catalogue = catalogue
         self.sums = torch.zeros(len(self.cutoffs), len(self.NAMES), dtype=torch.int64, device=device)
@@ -143,7 +147,11 @@ class ListMetrics:
     def add(
         self, top_ids: torch.Tensor, relevant_ids: torch.Tensor, seen_ids: torch.Tensor | None = None
     ) -> None:
-        """Add users: lists ``[n, K]``, relevant ``[n, G]``, seen ``[n, S]`` (None: nothing seen)."""
+        """Add users: lists ``[n, K]``, relevant ``[n, G]``, seen ``[n, S]`` (None: nothing seen).
+
+        ``UserError`` for listed ids outside of 0..V.
+        """
+        self._check_listed(top_ids)
         seen_ids = top_ids[:, :0] if seen_ids is None else seen_ids
         for row, k in enumerate(self.cutoffs):
             values = accuracy_metrics(top_ids, relevant_ids, k) | {"novelty": novelty(top_ids, seen_ids, k)}
@@ -152,6 +160,14 @@ class ListMetrics:
             listed = top_ids[:, :k].flatten()
             self.recommended[row] += torch.bincount(listed, minlength=self.recommended.shape[1])
         self.users += len(top_ids)
+
+    def _check_listed(self, top_ids: torch.Tensor) -> None:
+        num_items = self.recommended.shape[1] - 1
+        if top_ids.numel() and not 0 <= int(top_ids.min()) <= int(top_ids.max()) <= num_items:
+            low, high = int(top_ids.min()), int(top_ids.max())
+            raise UserError(
+                f"ListMetrics: listed ids reach from {low} to {high}, not 1..{num_items} (0: none)"
+            )
 
     def compute(self) -> dict[str, float]:
         """``name@k`` for each name and cutoff, ``coverage@k`` and, with item counts, ``popularity_bias@k``.

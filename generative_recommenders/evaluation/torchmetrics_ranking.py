@@ -11,6 +11,7 @@ precision@r / min(max(n, 1), k); DCG = sum h_r / log2(r + 1); reciprocal rank = 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -36,9 +37,7 @@ class RankingMetric(Metric):
 
     def __init__(self, top_ks: Sequence[int] | None = None, labels_onehot: bool = False) -> None:
         super().__init__()
-        self.top_ks = list(top_ks) if top_ks is not None else [2, 5]
-        if not self.top_ks or min(self.top_ks) < 1:
-            raise UserError(f"top_ks: cutoffs must be 1 or more, got {self.top_ks}")
+        self.top_ks = _cutoffs([2, 5] if top_ks is None else top_ks)
         self.labels_onehot = labels_onehot
         zeros = torch.zeros(len(self.top_ks), dtype=torch.float64)
         self.add_state("total", default=zeros, dist_reduce_fx="sum")
@@ -56,6 +55,8 @@ class RankingMetric(Metric):
 
     def rows(self, preds: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """``[n, len(top_ks)]`` float64: the metric of each row. Arguments as `update`."""
+        if preds.dim() == 0 or preds.shape[-1] == 0:
+            raise UserError(f"preds: {tuple(preds.shape)} has no column to score")
         scores = preds.reshape(-1, preds.shape[-1])
         labels = self._labels(target, scores.shape[1])
         if labels.shape != scores.shape:
@@ -70,7 +71,8 @@ class RankingMetric(Metric):
 
     def _labels(self, target: torch.Tensor, num_columns: int) -> torch.Tensor:
         if not self.labels_onehot:
-            return target.reshape(-1, target.shape[-1]).double()
+            same = target.shape[-1:] == (num_columns,)
+            return (target.reshape(-1, num_columns) if same else target).double()
         columns = target.reshape(-1)
         if columns.numel() and (int(columns.min()) < 0 or int(columns.max()) >= num_columns):
             raise UserError(f"target: column numbers must be in 0..{num_columns - 1}")
@@ -134,6 +136,17 @@ class MeanReciprocalRankAt(RankingMetric):
 
 MeanRecipricolRankAt = MeanReciprocalRankAt
 """The name as Transformers4Rec spells it."""
+
+
+def _cutoffs(top_ks: Sequence[int]) -> list[int]:
+    """The cutoffs as a list; ``UserError`` for anything but one or more whole numbers from 1."""
+    try:
+        listed = [operator.index(k) for k in top_ks]
+    except TypeError:
+        listed = []
+    if min(listed, default=0) < 1:
+        raise UserError(f"top_ks: cutoffs must be a list of whole numbers, 1 or more, got {top_ks!r}")
+    return listed
 
 
 def _ranks(hits: torch.Tensor) -> torch.Tensor:

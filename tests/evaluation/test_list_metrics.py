@@ -15,6 +15,7 @@ from generative_recommenders.evaluation.list_metrics import (
     diversity,
     novelty,
 )
+from generative_recommenders.features import UserError
 from golden_parity import read_golden
 
 
@@ -115,6 +116,20 @@ def test_sums_do_not_depend_on_batches_or_processes():
     first.users += second.users
     first.recommended += second.recommended
     assert first.compute() == whole.compute()
+
+
+@pytest.mark.parametrize("cutoffs", [[0], [5, 0], [-1], []])
+def test_cutoffs_below_one_are_refused(cutoffs):
+    with pytest.raises(UserError, match="ListMetrics: cutoffs"):
+        ListMetrics(cutoffs, 10)
+
+
+@pytest.mark.parametrize("item", [-1, 11])
+def test_listed_ids_outside_of_the_catalogue_are_refused(item):
+    metrics = ListMetrics([2], 10)
+    with pytest.raises(UserError, match=f"listed ids .*{item}"):
+        metrics.add(torch.tensor([[3, item]]), torch.tensor([[3]]))
+    assert int(metrics.users) == 0
 
 
 def test_no_users():

@@ -97,16 +97,33 @@ def test_reset_forgets():
 
 
 @pytest.mark.parametrize(
-    "onehot, target", [(True, torch.tensor([12])), (True, torch.tensor([-1])), (False, torch.tensor([[1.0]]))]
+    "onehot, target",
+    [
+        (True, torch.tensor([12])),
+        (True, torch.tensor([-1])),
+        (False, torch.tensor([[1.0]])),
+        (False, torch.tensor(3)),
+        (False, torch.zeros(1, 0)),
+        (False, torch.zeros(2, 12)),
+    ],
 )
 def test_targets_that_do_not_fit_are_refused(onehot, target):
     with pytest.raises(UserError, match="target"):
         RecallAt([1], labels_onehot=onehot).update(torch.rand(1, 12), target)
 
 
-def test_cutoffs_below_one_are_refused():
+@pytest.mark.parametrize("top_ks", [[0, 5], [], 5, [2.5], ["5"]])
+def test_cutoffs_that_are_no_list_of_whole_numbers_are_refused(top_ks):
     with pytest.raises(UserError, match="top_ks"):
-        RecallAt([0, 5])
+        RecallAt(top_ks=top_ks)
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_scores_without_columns_are_refused(name):
+    with pytest.raises(UserError, match="preds"):
+        METRICS[name]().update(torch.zeros(3, 0), torch.zeros(3, 0))
+    with pytest.raises(UserError, match="preds"):
+        METRICS[name]().update(torch.tensor(1.0), torch.tensor(1.0))
 
 
 def golden_case():
