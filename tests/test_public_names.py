@@ -77,7 +77,7 @@ PUBLIC = {
         LogOutCESampled MaskSequence MaskedLanguageModeling MaskingInfo ModelUtils
         MultiClassNegativeSamplingTransform MultiHeadDifferentialAttention NextItemModel NextTokenTransform
         NumericalEmbedding PermutationLanguageModeling PointWiseFeedForward PositionAwareAggregator
-        QueryTower ReplacementLanguageModeling SCEParams SasRec SasRecBody SasRecTransformerLayer
+        PostprocessorBase QueryTower ReplacementLanguageModeling SCEParams SasRec SasRecBody SasRecTransformerLayer
         ScalableCrossEntropyLoss SeenItemsFilter SequenceEmbedding SequenceLoss SumAggregator SwiGLU
         SwiGLUEncoder TensorFeatureInfo TensorFeatureSource TensorSchema TokenMaskTransform TrainOutput
         TrimTransform TwoTower TwoTowerBody UniformNegativeSamplingTransform VQVAELoss

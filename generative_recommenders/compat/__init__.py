@@ -44,6 +44,7 @@ __all__ = [
     "PermutationLanguageModeling",
     "PointWiseFeedForward",
     "PositionAwareAggregator",
+    "PostprocessorBase",
     "QueryTower",
     "ReplacementLanguageModeling",
     "SCEParams",
@@ -113,6 +114,7 @@ __getattr__ = lazy_exports(
             "QueryTower",
             "TrainOutput",
         ],
+        "replay_postprocessors": ["PostprocessorBase", "SeenItemsFilter"],
         "replay_schema": [
             "FeatureHint",
             "FeatureSource",
@@ -125,7 +127,6 @@ __getattr__ = lazy_exports(
             "GroupTransform",
             "MultiClassNegativeSamplingTransform",
             "NextTokenTransform",
-            "SeenItemsFilter",
             "TokenMaskTransform",
             "TrimTransform",
             "UniformNegativeSamplingTransform",

@@ -1,4 +1,4 @@
-"""RePlay's transforms and its seen-items filter, by their documented names, arguments and defaults.
+"""RePlay's transforms, by their documented names, arguments and defaults.
 
 Conventions here are RePlay's: ids 0..cardinality-1, padding id = cardinality, rows padded on the left,
 masks True = kept. Transforms without ids or padding are the package's own under another name. Differences
@@ -23,7 +23,7 @@ from generative_recommenders.data.batch_transforms import (
     SequenceRoll,
     TensorBatch,
     Unsqueeze,
-    require,
+    require_tensor,
 )
 from generative_recommenders.data.negative_transforms import (
     MultiClassNegativeSampling,
@@ -53,8 +53,8 @@ class NextTokenTransform(nn.Module):
     label_field: the column to predict, ``[B, L + shift]``; its mask is ``label_field + mask_postfix``.
     Every tensor of two or more dimensions, groups included, except ``query_features`` loses its last
     ``shift`` columns; ``out_feature_name`` and ``out_feature_name + mask_postfix`` are added, ``[B, L]``.
-    Raises ``UserError`` for a ``shift`` below 1, missing columns or sequences of no more than ``shift``
-    columns.
+    Raises ``UserError`` for a ``shift`` below 1, missing columns, columns that are no tensors or sequences of
+    no more than ``shift`` columns.
     """
 
     def __init__(
@@ -82,11 +82,13 @@ class NextTokenTransform(nn.Module):
             return value
         if isinstance(value, Mapping):
             return self._shorten(value)
+        if not isinstance(value, Tensor):
+            raise UserError(f"NextTokenTransform: '{name}' must be a tensor, not a {type(value).__name__}")
         return value[:, : -self.shift] if value.dim() > 1 else value
 
     def forward(self, batch: TensorBatch) -> dict[str, Any]:
-        labels = require(batch, self.label_field, "NextTokenTransform")
-        mask = require(batch, self.label_field + self.mask_postfix, "NextTokenTransform")
+        labels = require_tensor(batch, self.label_field, "NextTokenTransform")
+        mask = require_tensor(batch, self.label_field + self.mask_postfix, "NextTokenTransform")
         if labels.dim() < 2 or labels.shape[1] <= self.shift:
             shape = tuple(labels.shape)
             raise UserError(
@@ -129,7 +131,7 @@ class TokenMaskTransform(nn.Module):
         self.shared_mask = shared_mask
 
     def forward(self, batch: TensorBatch) -> dict[str, Any]:
-        real = require(batch, self.token_field, "TokenMaskTransform")
+        real = require_tensor(batch, self.token_field, "TokenMaskTransform")
         shape = real.shape[-1:] if self.shared_mask else real.shape
         kept = uniform(shape, real.device, self.generator) * real >= self.mask_prob
         settle = settle_shared if self.shared_mask else settle_rows
@@ -173,7 +175,7 @@ class TrimTransform(nn.Module):
         self.feature_names = [feature_names] if isinstance(feature_names, str) else list(feature_names)
 
     def _trim(self, batch: TensorBatch, name: str) -> Tensor:
-        feature = require(batch, name, "TrimTransform")
+        feature = require_tensor(batch, name, "TrimTransform")
         if feature.shape[1] < self.seq_len:
             raise UserError(
                 f"TrimTransform: '{name}' has {feature.shape[1]} columns, fewer than {self.seq_len}"
@@ -210,7 +212,7 @@ class MultiClassNegativeSamplingTransform(MultiClassNegativeSampling):
     """Adds ``[B, num_negative_samples]`` ids of 0..cardinality-1, drawn for the class that a row's selector
     names.
 
-    sample_mask: ``[classes, cardinality]`` weights or indicators.
+    sample_mask: ``[classes, cardinality]`` weights or indicators; ``UserError`` without classes.
     """
 
     def __init__(
@@ -222,6 +224,8 @@ class MultiClassNegativeSamplingTransform(MultiClassNegativeSampling):
         out_feature_name: str = "negative_labels",
         generator: torch.Generator | None = None,
     ) -> None:
+        if sample_mask.dim() == 2 and not len(sample_mask):
+            raise UserError("MultiClassNegativeSamplingTransform: sample_mask has no classes")
         super().__init__(
             num_negative_samples, sample_mask, negative_selector_name, generator, out_feature_name
         )
@@ -275,44 +279,3 @@ def make_default_twotower_transforms(
 ) -> dict[str, list[nn.Module]]:
     """The same sets as for SasRec: both models read the same batch."""
     return make_default_sasrec_transforms(tensor_schema, query_column)
-
-
-class SeenItemsFilter:
-    """Sets the scores of items that a user has already seen to -inf, in a copy of the scores.
-
-    item_count: number of items; ids outside 0..item_count-1 in ``seen_items_column`` ``[B, S]`` are
-    padding. candidates: None where column j of the scores is item j; else the item of each column, ``[C]``
-    for all rows or ``[B, C]`` row by row.
-    """
-
-    def __init__(self, item_count: int, seen_items_column: str = "seen_ids") -> None:
-        if item_count < 1:
-            raise UserError(f"SeenItemsFilter: item_count must be positive, not {item_count}")
-        self.item_count = item_count
-        self.seen_items_column = seen_items_column
-        self.candidates: Tensor | None = None
-
-    def on_prediction(self, batch: TensorBatch, logits: Tensor) -> Tensor:
-        """``logits [B, C]`` with the seen items of ``batch`` at -inf. ``UserError`` where the shapes
-        disagree."""
-        seen_ids = require(batch, self.seen_items_column, "SeenItemsFilter").to(logits.device)
-        columns = self._columns(logits)
-        real = (seen_ids >= 0) & (seen_ids < self.item_count)
-        seen = torch.zeros(len(logits), self.item_count + 1, dtype=torch.bool, device=logits.device)
-        seen.scatter_(1, seen_ids.where(real, self.item_count), True)
-        return logits.masked_fill(seen[:, : self.item_count].gather(1, columns), -torch.inf)
-
-    def on_validation(self, batch: TensorBatch, logits: Tensor) -> Tensor:
-        """The same as ``on_prediction``."""
-        return self.on_prediction(batch, logits)
-
-    def _columns(self, logits: Tensor) -> Tensor:
-        """The item of every score, ``[B, C]`` int64."""
-        items = self.candidates
-        if items is None:
-            items = torch.arange(self.item_count)
-        if items.shape[-1] != logits.shape[1]:
-            raise UserError(f"SeenItemsFilter: {logits.shape[1]} scores a row for {items.shape[-1]} items")
-        if items.numel() and not 0 <= int(items.min()) <= int(items.max()) < self.item_count:
-            raise UserError(f"SeenItemsFilter: candidates must be between 0 and {self.item_count - 1}")
-        return items.to(logits.device).expand(len(logits), -1)

@@ -36,10 +36,19 @@ def require(batch: TensorBatch, name: str, who: str) -> Any:
     return batch[name]
 
 
+def require_tensor(batch: TensorBatch, name: str, who: str) -> Tensor:
+    """``batch[name]``; a missing name, a group or anything else that is no tensor is a ``UserError``."""
+    value = require(batch, name, who)
+    if not isinstance(value, Tensor):
+        what = "a group of columns" if isinstance(value, Mapping) else f"a {type(value).__name__}"
+        raise UserError(f"{who}: '{name}' must be a tensor, not {what}")
+    return value
+
+
 class Copy(nn.Module):
     """Adds independent, detached copies of columns under new names.
 
-    mapping: existing name -> name of the copy. Raises ``UserError`` where a name is missing.
+    mapping: existing name -> name of the copy. Raises ``UserError`` where a name is missing or a group.
     """
 
     def __init__(self, mapping: Mapping[str, str]) -> None:
@@ -47,7 +56,9 @@ class Copy(nn.Module):
         self.mapping = dict(mapping)
 
     def forward(self, batch: TensorBatch) -> dict[str, Any]:
-        copies = {new: require(batch, old, "Copy").detach().clone() for old, new in self.mapping.items()}
+        copies = {
+            new: require_tensor(batch, old, "Copy").detach().clone() for old, new in self.mapping.items()
+        }
         return {**batch, **copies}
 
 
@@ -112,7 +123,7 @@ class Unsqueeze(nn.Module):
         self.dim = dim
 
     def forward(self, batch: TensorBatch) -> dict[str, Any]:
-        column = require(batch, self.column_name, "Unsqueeze")
+        column = require_tensor(batch, self.column_name, "Unsqueeze")
         return {**batch, self.column_name: column.unsqueeze(self.dim)}
 
 
@@ -167,8 +178,8 @@ class EqualityMask(nn.Module):
         self.mask_name = mask_name
 
     def forward(self, batch: TensorBatch) -> dict[str, Any]:
-        mask = require(batch, self.mask_name, "EqualityMask")
-        equal = require(batch, self.feature_name, "EqualityMask") == self.equality_value
+        mask = require_tensor(batch, self.mask_name, "EqualityMask")
+        equal = require_tensor(batch, self.feature_name, "EqualityMask") == self.equality_value
         return {**batch, self.mask_name: MASK_OPERATIONS[self.mode](mask, equal)}
 
 
@@ -182,7 +193,7 @@ class SequenceRoll(nn.Module):
         self.padding_value = padding_value
 
     def forward(self, batch: TensorBatch) -> dict[str, Any]:
-        column = require(batch, self.field_name, "SequenceRoll")
+        column = require_tensor(batch, self.field_name, "SequenceRoll")
         rolled = column.roll(self.roll, dims=1)
         freed = slice(0, self.roll) if self.roll > 0 else slice(column.shape[1] + self.roll, None)
         if abs(self.roll) >= column.shape[1]:
@@ -326,7 +337,7 @@ class TokenMask(nn.Module):
         self.shared_mask = shared_mask
 
     def forward(self, batch: TensorBatch) -> dict[str, Any]:
-        real = require(batch, self.column, "TokenMask") != 0
+        real = require_tensor(batch, self.column, "TokenMask") != 0
         return {**batch, self.out: draw_token_mask(real, self.probability, self.generator, self.shared_mask)}
 
 

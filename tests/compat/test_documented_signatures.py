@@ -16,6 +16,7 @@ from generative_recommenders.compat import (
     genrec,
     replay_losses,
     replay_models,
+    replay_postprocessors,
     replay_transforms,
     replay_two_tower,
     transformers4rec_masking,
@@ -103,6 +104,11 @@ REPLAY_TRANSFORMS = {
     ),
     "make_default_sasrec_transforms": "tensor_schema, query_column='query_id'",
     "make_default_twotower_transforms": "tensor_schema, query_column='query_id'",
+}
+REPLAY_POSTPROCESSORS = {
+    "PostprocessorBase": "",
+    "PostprocessorBase.on_prediction": "batch, logits",
+    "PostprocessorBase.on_validation": "batch, logits",
     "SeenItemsFilter": "item_count, seen_items_column='seen_ids'",
     "SeenItemsFilter.on_prediction": "batch, logits",
     "SeenItemsFilter.on_validation": "batch, logits",
@@ -199,6 +205,7 @@ MODULES = [
     (genrec, GENREC),
     (replay_losses, REPLAY_LOSSES),
     (replay_transforms, REPLAY_TRANSFORMS),
+    (replay_postprocessors, REPLAY_POSTPROCESSORS),
     (replay_models, REPLAY_MODELS),
     (replay_two_tower, REPLAY_TWO_TOWER),
     (transformers4rec_masking, T4R_MASKING),

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from generative_recommenders.compat.replay_postprocessors import SeenItemsFilter
 from generative_recommenders.compat.replay_transforms import (
     CopyTransform,
     EqualityMaskTransform,
@@ -16,7 +17,6 @@ from generative_recommenders.compat.replay_transforms import (
     MultiClassNegativeSamplingTransform,
     NextTokenTransform,
     RenameTransform,
-    SeenItemsFilter,
     SelectTransform,
     SequenceRollTransform,
     TokenMaskTransform,
@@ -316,3 +316,24 @@ def test_bad_input_is_named():
         UniformNegativeSamplingTransform(3, 2, sample_distribution=torch.tensor([0.0, 1.0, 0.0]))
     with pytest.raises(UserError, match="2 scores a row for 3 items"):
         SeenItemsFilter(3).on_prediction({"seen_ids": torch.tensor([[0]])}, torch.zeros(1, 2))
+    with pytest.raises(UserError, match="no classes"):
+        MultiClassNegativeSamplingTransform(1, torch.ones(0, 3))
+
+
+@pytest.mark.parametrize("names", [["a"], None])
+def test_next_token_names_a_column_that_is_no_tensor(names):
+    batch = {"item_id": torch.tensor([[1, 2]]), "item_id_mask": torch.ones(1, 2, dtype=torch.bool)}
+    with pytest.raises(UserError, match="NextTokenTransform: 'names' must be a tensor"):
+        NextTokenTransform("item_id")({**batch, "names": names})
+    with pytest.raises(UserError, match="NextTokenTransform: 'names' must be a tensor"):
+        NextTokenTransform("item_id")({**batch, "group": {"names": names}})
+    with pytest.raises(UserError, match="'names' must be a tensor"):
+        NextTokenTransform("names")({**batch, "names": names})
+
+
+@pytest.mark.parametrize(
+    "seen_ids", [torch.tensor([0, 1]), torch.tensor([[0]]), torch.zeros(2, 1, 1), [[0], [1]]]
+)
+def test_seen_ids_of_another_shape_are_refused(seen_ids):
+    with pytest.raises(UserError, match="SeenItemsFilter: 'seen_ids'"):
+        SeenItemsFilter(3).on_prediction({"seen_ids": seen_ids}, torch.zeros(2, 3))

@@ -260,6 +260,24 @@ def test_multi_class_negatives_come_from_the_rows_class():
         assert torch.equal(drawn[0], drawn[3]) and torch.equal(drawn[1], drawn[2])
 
 
+@pytest.mark.parametrize(
+    "transform",
+    [
+        Copy({"g": "h"}),
+        Unsqueeze("g", 0),
+        SequenceRoll("g"),
+        EqualityMask("g", 1, mask_name="m"),
+        TokenMask("g"),
+    ],
+)
+def test_a_group_where_a_tensor_is_needed(transform):
+    batch = {"g": {"a": torch.ones(1, 2)}, "m": torch.ones(1, 2, dtype=torch.bool)}
+    with pytest.raises(UserError, match="'g' must be a tensor, not a group of columns"):
+        transform(batch)
+    with pytest.raises(UserError, match="'g' must be a tensor, not a list"):
+        transform({**batch, "g": ["a"]})
+
+
 def test_user_faults_are_one_clear_line():
     ids = {"item_ids": torch.tensor([[1, 2]]), "lengths": torch.tensor([2])}
     for transform, words in [
