@@ -229,7 +229,7 @@ def evaluate_worker(rank: int, world_size: int, options: Options) -> int:
     catalogue = Catalogue.of(dataset, split.train_stops, settings.train.category_feature)
     model = build_model(settings, catalogue).to(collectives.device)
     load_model(model, checkpoint)
-    test = ModelEvaluation(settings, dataset, split, collectives).final(model)
+    test = ModelEvaluation(settings, dataset, split, collectives).test(model)
     rows = {
         **report.baseline_metrics(dataset, split, settings.train, collectives),
         settings.train.main_module: test.metrics(),

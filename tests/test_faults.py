@@ -60,7 +60,7 @@ MOMENTS = {
     "checkpoint.sync": 9,
     "checkpoint.os.rename": 9,
     "model_evaluation.ModelEvaluation.validation": 14,
-    "model_evaluation.ModelEvaluation.final": 1,
+    "model_evaluation.ModelEvaluation.test": 1,
     "train.Trainer.run_step": 32,
     "train.load_model": 1,
     "run_folder.RunFolder.write_metrics": 15,

@@ -39,6 +39,12 @@ class EvaluationResult:
         """Over the targets rated at or above the threshold alone; empty where the data have no ratings."""
         return self.histogram.compute(subset=True) if self.histogram.total(subset=True) else {}
 
+    def all_metrics(self) -> dict[str, float]:
+        """`metrics`, then ``liked_`` with each name of `liked_metrics`, then of the lists what has no such name yet."""
+        liked = {f"liked_{name}": value for name, value in self.liked_metrics().items()}
+        ranked = {**self.metrics(), **liked}
+        return {**ranked, **{name: value for name, value in self.lists.items() if name not in ranked}}
+
 
 class Evaluator:
     """Ranks the targets of one split.

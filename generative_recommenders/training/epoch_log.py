@@ -56,7 +56,9 @@ class EpochLog:
             record["epoch"] + 1, self.num_epochs, record["train_loss"], part, shown, record["seconds"],
         )  # fmt: skip
         scalars = {
-            f"{self.part}/{name}": value for name, value in record.items() if "@" in name or name == "mrr"
+            f"{self.part}/{name}": value
+            for name, value in record.items()
+            if "@" in name or name in ("mrr", "liked_mrr")
         }
         self.run.write_scalars(step, {**scalars, "train/epoch_loss": record["train_loss"]})
         self.run.write_metrics(step, {"part": self.part, **record})

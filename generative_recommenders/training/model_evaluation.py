@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import numpy as np
 import torch
 
@@ -19,7 +21,10 @@ from .settings import RunSettings
 
 
 class ModelEvaluation:
-    """Scores the validation or test targets of a split by the model as it is."""
+    """Scores the validation or test targets of a split by the model as it is.
+
+    An evaluation of everyone has the metrics of top-k lists too, where ``train_fn.list_metrics_k`` asks for them.
+    """
 
     def __init__(
         self,
@@ -45,21 +50,21 @@ class ModelEvaluation:
     def test(self, model: SequenceRecommender, max_batches: int | None = None) -> EvaluationResult:
         return self._ranks(model, self.split.test_targets, self.split.unseen_test_targets, max_batches)
 
-    def final(self, model: SequenceRecommender) -> EvaluationResult:
-        """`test` over everyone, with the metrics of top-k lists where ``train_fn.list_metrics_k`` asks for them."""
-        k, lists = self.settings.train.list_metrics_k, None
-        if k is not None:
-            columns = (self.dataset.items, self.dataset.offsets, self.split.train_stops)
-            lists = TopLists(k, self.dataset.num_items, training_counts(*columns, self.dataset.num_items))
-        return self._ranks(model, self.split.test_targets, self.split.unseen_test_targets, None, lists)
+    @cached_property
+    def _item_counts(self) -> torch.Tensor:
+        """``[V]`` training events."""
+        columns = (self.dataset.items, self.dataset.offsets, self.split.train_stops)
+        return training_counts(*columns, self.dataset.num_items)
+
+    def _lists(self, max_batches: int | None) -> TopLists | None:
+        """An empty collector of lists for an evaluation of everyone."""
+        k = self.settings.train.list_metrics_k
+        if k is None or max_batches is not None:
+            return None
+        return TopLists(k, self.dataset.num_items, self._item_counts)
 
     def _ranks(
-        self,
-        model: SequenceRecommender,
-        targets: np.ndarray,
-        unseen: np.ndarray,
-        max_batches: int | None,
-        lists: TopLists | None = None,
+        self, model: SequenceRecommender, targets: np.ndarray, unseen: np.ndarray, max_batches: int | None
     ) -> EvaluationResult:
         t, world = self.settings.train, self.collectives
         training = model.training
@@ -74,6 +79,6 @@ class ModelEvaluation:
         evaluator = Evaluator(
             loader, self.dataset.num_items, t.seen_filter, world, torch.from_numpy(unseen), t.rating_threshold
         )
-        result = evaluator(score, lists)
+        result = evaluator(score, self._lists(max_batches))
         model.train(training)
         return result

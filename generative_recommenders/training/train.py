@@ -148,7 +148,7 @@ class Trainer:
                 break
         self._save(store)
         self._load_best(store)
-        result = self.evaluation.final(self.model)
+        result = self.evaluation.test(self.model)
         return TrainResult(result.metrics(), result.liked_metrics(), self.progress, True, result.lists)
 
     def _steps(self, max_steps: int | None, stop: Callable[[], bool], on_step: Callable[[], None]) -> bool:
@@ -217,7 +217,8 @@ class Trainer:
     def _end_of_epoch(self, store: CheckpointStore | None) -> None:
         t, p = self.settings.train, self.progress
         full = p.epoch % t.full_eval_every_n == 0 or p.epoch + 1 >= t.num_epochs
-        metrics = self.evaluation.validation(self.model, None if full else t.partial_eval_num_iters).metrics()
+        result = self.evaluation.validation(self.model, None if full else t.partial_eval_num_iters)
+        metrics = result.all_metrics() if full else result.metrics()
         loss = p.epoch_loss / max(p.epoch_targets, 1.0)
         p.history.append(
             {"epoch": p.epoch, "train_loss": loss, "seconds": p.seconds, "full": full, **metrics}

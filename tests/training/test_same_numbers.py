@@ -20,7 +20,7 @@ from generative_recommenders.training.train import Trainer
 GLOBAL_BATCH, STEPS = 8, 50
 COMMON = TrainSettings(
     dataset_name="tiny", max_sequence_length=12, item_embedding_dim=8, dropout_rate=0.0, num_negatives=6,
-    num_warmup_steps=10, learning_rate=3e-3, eval_batch_size=5,
+    num_warmup_steps=10, learning_rate=3e-3, eval_batch_size=5, list_metrics_k=4,
 )  # fmt: skip
 CASES = {
     "full cross-entropy": {"loss_module": "CE", "sampling_strategy": "none"},
@@ -51,9 +51,9 @@ def losses_and_trainer(dataset: SequenceDataset, case: str) -> tuple[list[float]
 def metrics(trainer: Trainer) -> list[dict[str, float]]:
     model = trainer.model
     return [
-        trainer.evaluation.validation(model).metrics(),
+        trainer.evaluation.validation(model).all_metrics(),
         trainer.evaluation.validation(model, max_batches=3).metrics(),
-        trainer.evaluation.test(model).metrics(),
+        trainer.evaluation.test(model).all_metrics(),
     ]
 
 
@@ -105,4 +105,5 @@ def test_metrics_are_exactly_those_of_one_process(measured: tuple[dict, list[dic
     alone, both = measured
     assert both[0][case]["metrics"] == both[1][case]["metrics"] == alone[case]["metrics"]
     assert both[0][case]["own metrics"] == both[1][case]["own metrics"]
-    assert alone[case]["metrics"][0]["hr@10"] > 0
+    for name in ("hr@10", "liked_hr@10", "recall@4", "diversity@4"):
+        assert alone[case]["metrics"][0][name] > 0

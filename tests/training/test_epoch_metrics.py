@@ -1,0 +1,108 @@
+"""What each epoch's evaluation records: exact ranks, liked targets, metrics of top-k lists."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from generative_recommenders.data.sequence_dataset import SequenceDataset
+from generative_recommenders.data.splits import make_split
+from generative_recommenders.evaluation.collectives import Collectives
+from generative_recommenders.training.checkpoint import CheckpointStore
+from generative_recommenders.training.run_folder import RunFolder
+from generative_recommenders.training.train import Trainer
+from tiny_data import ragged_sequences, tiny_dataset
+from tiny_models import settings
+
+LIKED = [f"liked_{name}@{k}" for k in (1, 10, 50, 100, 200, 500) for name in ("hr", "ndcg")] + ["liked_mrr"]
+LISTS = [f"{name}@7" for name in ("recall", "precision", "map", "novelty", "coverage", "diversity")]
+
+
+def make_trainer(dataset: SequenceDataset, run: RunFolder | None = None, **choices: Any) -> Trainer:
+    chosen = settings(num_epochs=3, local_batch_size=16, eval_batch_size=8, **choices)
+    return Trainer(chosen, dataset, make_split(dataset, chosen.train.protocol), Collectives(), run)
+
+
+def recorded(dataset: SequenceDataset, folder: Path, **choices: Any) -> tuple[list[dict], set[str], Trainer]:
+    """The epochs' lines of metrics.jsonl, TensorBoard's names, and the trainer after its run."""
+    with RunFolder.create_or_open(folder, False) as run:
+        trainer = make_trainer(dataset, run, **choices)
+        trainer.train()
+    lines = [json.loads(line) for line in run.metrics_path.read_text().splitlines()]
+    tags = set(EventAccumulator(str(run.tensorboard)).Reload().Tags()["scalars"])
+    return [line for line in lines if "train_loss" in line], tags, trainer
+
+
+@pytest.mark.parametrize(("protocol", "part"), [("leave_one_out", "validation"), ("paper", "test")])
+def test_full_evaluations_record_liked_targets_and_lists(
+    ragged_dataset: SequenceDataset, tmp_path: Path, protocol: str, part: str
+) -> None:
+    lines, tags, trainer = recorded(ragged_dataset, tmp_path / "run", protocol=protocol, list_metrics_k=7)
+    assert [line["part"] for line in lines] == [part] * 3
+    for line in lines:
+        assert set(LIKED + LISTS) <= set(line)
+    assert {f"{part}/{name}" for name in LIKED + LISTS} <= tags
+    result = trainer.evaluation.validation(trainer.model)
+    last = lines[-1]
+    assert {name: last[f"liked_{name}"] for name in result.liked_metrics()} == result.liked_metrics()
+    assert {name: last[name] for name in result.lists} == result.lists
+    assert {name: last[name] for name in result.metrics()} == result.metrics()
+    assert last["liked_hr@10"] != last["hr@10"]
+
+
+def test_the_threshold_is_the_setting(ragged_dataset: SequenceDataset, tmp_path: Path) -> None:
+    (line, *_), _, _ = recorded(ragged_dataset, tmp_path / "run", rating_threshold=1.0)
+    assert line["liked_ndcg@10"] == line["ndcg@10"]
+
+
+def test_partial_evaluations_record_ranks_alone(ragged_dataset: SequenceDataset, tmp_path: Path) -> None:
+    choices = {"full_eval_every_n": 2, "partial_eval_num_iters": 1, "list_metrics_k": 7}
+    lines, _, _ = recorded(ragged_dataset, tmp_path / "run", **choices)
+    assert [line["full"] for line in lines] == [True, False, True]
+    assert ["liked_mrr" in line and "recall@7" in line for line in lines] == [True, False, True]
+    assert not any(name.startswith("liked_") or "recall" in name for name in lines[1])
+    assert "hr@10" in lines[1]
+
+
+def test_without_ratings_and_lists_nothing_is_added(tmp_path: Path) -> None:
+    dataset = tiny_dataset(tmp_path, ragged_sequences(57, 30, seed=5), ratings=False)
+    lines, tags, _ = recorded(dataset, tmp_path / "run")
+    assert not any("liked" in name or "recall" in name for name in {*lines[0], *tags})
+
+
+def test_lists_at_a_cutoff_of_the_ranks_leave_their_names_alone(ragged_dataset: SequenceDataset) -> None:
+    trainer = make_trainer(ragged_dataset, list_metrics_k=10)
+    result = trainer.evaluation.validation(trainer.model)
+    every, ranks = result.all_metrics(), result.metrics()
+    assert {name: every[name] for name in ranks} == ranks
+    assert every["hr@10"] == pytest.approx(result.lists["hr@10"])
+    assert [*every][: len(ranks)] == [*ranks]
+
+
+def test_the_best_epoch_is_chosen_as_without_them(ragged_dataset: SequenceDataset) -> None:
+    plain, more = (make_trainer(ragged_dataset, list_metrics_k=k) for k in (None, 10))
+    for trainer in (plain, more):
+        trainer.train()
+    assert more.progress.best_epoch == plain.progress.best_epoch
+    assert more.progress.best_metric == plain.progress.best_metric
+
+
+def test_a_resumed_run_records_the_same(ragged_dataset: SequenceDataset, tmp_path: Path) -> None:
+    whole, first, second = (make_trainer(ragged_dataset, list_metrics_k=7) for _ in range(3))
+    whole.train()
+    store = CheckpointStore(tmp_path)
+    first.train(store, max_steps=len(first.loader) + 1)
+    newest = store.load_newest()
+    assert newest is not None
+    second.restore(newest)
+    second.train(store)
+    without_time = [
+        [{name: value for name, value in line.items() if name != "seconds"} for line in each.progress.history]
+        for each in (whole, second)
+    ]
+    assert len(without_time[0]) == 3
+    assert without_time[0] == without_time[1]
