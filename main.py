@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from absl import app, flags, logging
@@ -172,14 +173,10 @@ def finish(
     run: RunFolder,
     store: CheckpointStore,
     result: TrainResult,
-    rows: dict[str, dict[str, float]],
+    rows: Mapping[str, Mapping[str, float]],
 ) -> None:
     """The final record, the curves, and the table."""
-    rows = {**rows, settings.train.main_module: result.test}
-    if result.liked:
-        rows[f"{settings.train.main_module}, targets rated {settings.train.rating_threshold:g}+"] = (
-            result.liked
-        )
+    rows = {**rows, **report.model_rows(settings.train, result.test, result.liked)}
     final = {
         "part": "final",
         "seconds": result.progress.seconds,
@@ -192,7 +189,7 @@ def finish(
         final["list_metrics"] = result.lists
     run.write_metrics(result.progress.step, final)
     try:
-        plot_curves(result.progress.history, run.path / "curves.png")
+        plot_curves(report.curve_rows(result.progress.history), run.path / "curves.png")
     except OSError as error:  # the numbers are written already
         logging.warning("cannot write %s: %s", run.path / "curves.png", error.strerror)
     best = store.load_best()
@@ -232,7 +229,7 @@ def evaluate_worker(rank: int, world_size: int, options: Options) -> int:
     test = ModelEvaluation(settings, dataset, split, collectives).test(model)
     rows = {
         **report.baseline_metrics(dataset, split, settings.train, collectives),
-        settings.train.main_module: test.metrics(),
+        **report.model_rows(settings.train, test.metrics(), test.liked_metrics()),
     }
     if collectives.is_main:
         print(f"{checkpoint.path}, test, full catalogue, seen filter {settings.train.seen_filter!r}")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -51,6 +52,22 @@ def results_table(rows: Mapping[str, Mapping[str, float]]) -> str:
         f"{name:<{width}}" + "".join(f"{values[c]:>10.4f}" for c in COLUMNS) for name, values in rows.items()
     ]
     return "\n".join(lines)
+
+
+def model_rows(
+    settings: TrainSettings, metrics: Mapping[str, float], liked: Mapping[str, float]
+) -> dict[str, Mapping[str, float]]:
+    """The model's rows of the table: all targets, then the highly rated ones where there are any."""
+    rows = {settings.main_module: metrics}
+    if liked:
+        rows[f"{settings.main_module}, targets rated {settings.rating_threshold:g}+"] = liked
+    return rows
+
+
+def curve_rows(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What `visualization.plot_curves` draws of the epochs: the loss, and the metrics of the table."""
+    names = ("epoch", "train_loss", *COLUMNS)
+    return [{name: epoch[name] for name in names if name in epoch} for epoch in history]
 
 
 def list_metrics_lines(lists: Mapping[str, float]) -> list[str]:

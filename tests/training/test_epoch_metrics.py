@@ -13,6 +13,7 @@ from generative_recommenders.data.sequence_dataset import SequenceDataset
 from generative_recommenders.data.splits import make_split
 from generative_recommenders.evaluation.collectives import Collectives
 from generative_recommenders.training.checkpoint import CheckpointStore
+from generative_recommenders.training.report import COLUMNS, curve_rows
 from generative_recommenders.training.run_folder import RunFolder
 from generative_recommenders.training.train import Trainer
 from tiny_data import ragged_sequences, tiny_dataset
@@ -89,6 +90,12 @@ def test_the_best_epoch_is_chosen_as_without_them(ragged_dataset: SequenceDatase
         trainer.train()
     assert more.progress.best_epoch == plain.progress.best_epoch
     assert more.progress.best_metric == plain.progress.best_metric
+
+
+def test_curves_show_the_loss_and_the_columns_of_the_table() -> None:
+    ranks = dict.fromkeys(COLUMNS, 0.5)
+    epoch = {"epoch": 0, "train_loss": 2.0, "seconds": 80.0, "full": True, "popularity_bias@7": 3.0, **ranks}
+    assert curve_rows([epoch, {"epoch": 1}]) == [{"epoch": 0, "train_loss": 2.0, **ranks}, {"epoch": 1}]
 
 
 def test_a_resumed_run_records_the_same(ragged_dataset: SequenceDataset, tmp_path: Path) -> None:
