@@ -34,9 +34,9 @@ class TopLists:
     ) -> None:
         """Users with their scores ``[n, V]``, each once over all calls and processes.
 
-        user_ids: ``[n]``. target_ids: ``[n]`` the relevant item, 0 for none. removed_ids: ``[n, S]`` items that
-        are no candidates, padded with 0. history_ids: ``[n, G]`` items that are not new to the user, padded
-        with 0. A score of -inf or NaN is no candidate either.
+        user_ids: ``[n]``. target_ids: ``[n]`` or ``[n, G]`` the relevant items, 0 for none. removed_ids: ``[n, S]``
+        items that are no candidates, padded with 0. history_ids: ``[n, H]`` items that are not new to the user,
+        padded with 0. A score of -inf or NaN is no candidate either.
         """
         if removed_ids is not None:
             removed = torch.zeros(len(scores), scores.shape[1] + 1, dtype=torch.bool, device=scores.device)
@@ -44,7 +44,8 @@ class TopLists:
             scores = scores.masked_fill(removed[:, 1:], -torch.inf)
         values, columns = largest(scores, self.k)
         ids = fill(values, columns + 1, self.k)[1].cpu()
-        self.metrics.add(ids, target_ids[:, None], history_ids)
+        relevant_ids = target_ids[:, None] if target_ids.ndim == 1 else target_ids
+        self.metrics.add(ids, relevant_ids, history_ids)
         self.parts.append(torch.cat([user_ids[:, None], ids], dim=1))
 
     def compute(self, collectives: Collectives) -> dict[str, float]:

@@ -117,6 +117,65 @@ def test_two_processes_equal_one() -> None:
     assert mine.compute(Recorded(other)) == whole.compute(Collectives())
 
 
+def plain_metrics(best: list[int], relevant: set[int], k: int) -> dict[str, float]:
+    """Of one user, by sets and loops."""
+    hits = [item in relevant for item in best]
+    share = [sum(hits[: rank + 1]) / (rank + 1) for rank in range(len(best))]
+    possible = max(1, min(len(relevant), k))
+    return {
+        f"recall@{k}": sum(hits) / max(1, len(relevant)),
+        f"precision@{k}": sum(hits) / k,
+        f"ndcg@{k}": sum(hit / np.log2(rank + 2) for rank, hit in enumerate(hits))
+        / sum(1 / np.log2(rank + 2) for rank in range(possible)),
+        f"map@{k}": sum(part for part, hit in zip(share, hits) if hit) / possible,
+        f"mrr@{k}": 1 / (hits.index(True) + 1) if any(hits) else 0.0,
+        f"hr@{k}": float(any(hits)),
+    }
+
+
+@pytest.mark.parametrize("k", [1, 5, 40])
+@pytest.mark.parametrize("levels", [3, 1000])
+def test_any_number_of_targets(k: int, levels: int) -> None:
+    """Few levels of scores: ties everywhere. k = 40: more than the catalogue. Some users have no target at all."""
+    generator = torch.Generator().manual_seed(k + levels)
+    users, width = 50, 6
+    scores = torch.randint(0, levels, (users, ITEMS), generator=generator).float()
+    targets = torch.randint(0, ITEMS + 1, (users, width), generator=generator)  # repeats too
+    targets[torch.rand(users, width, generator=generator) < 0.5] = 0
+    targets[::7] = 0
+    removed = torch.randint(0, ITEMS + 1, (users, 4), generator=generator)
+    lists = TopLists(k, ITEMS)
+    for part in (slice(0, 20), slice(20, users)):
+        lists.add(scores[part], torch.arange(users)[part], targets[part], removed[part], removed[part])
+    expected = []
+    for user in range(users):
+        candidates = sorted(set(range(1, ITEMS + 1)) - set(removed[user].tolist()))
+        best = sorted(candidates, key=lambda item: (-float(scores[user, item - 1]), item))[:k]
+        expected.append(plain_metrics(best, set(targets[user].tolist()) - {0}, k))
+    actual = lists.compute(Collectives())
+    for name in expected[0]:
+        assert actual[name] == pytest.approx(np.mean([each[name] for each in expected])), name
+
+
+@pytest.mark.parametrize("width", [0, 3])
+def test_no_targets_at_all(width: int) -> None:
+    lists = TopLists(3, ITEMS)
+    none = torch.zeros(2, width, dtype=torch.int64)
+    lists.add(torch.rand(2, ITEMS), torch.tensor([1, 2]), none, None, none)
+    lists.add(torch.rand(0, ITEMS), torch.arange(0), none[:0], None, none[:0])
+    metrics = lists.compute(Collectives())
+    assert (metrics["recall@3"], metrics["ndcg@3"], metrics["novelty@3"]) == (0, 0, 1)
+
+
+def test_one_target_in_a_column_is_one_target() -> None:
+    scores, users = torch.rand(9, ITEMS, generator=torch.Generator().manual_seed(4)), torch.arange(9)
+    targets = torch.arange(9)
+    flat, wide = TopLists(4, ITEMS), TopLists(4, ITEMS)
+    for lists, given in ((flat, targets), (wide, torch.nn.functional.pad(targets[:, None], (2, 1)))):
+        lists.add(scores, users, given, None, targets[:, None])
+    assert flat.compute(Collectives()) == wide.compute(Collectives())
+
+
 def test_a_process_without_users() -> None:
     empty, other = TopLists(3, ITEMS), TopLists(3, ITEMS)
     other.add(
