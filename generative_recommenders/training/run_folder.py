@@ -28,8 +28,6 @@ from .run_log import add_log_file, remove_log_file
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-_TRACES = ("metrics.jsonl", "checkpoints")  # what a folder has once a run began in it
-
 
 class RunFolder:
     """An open run folder; only the main process of a run has one. Use as a context manager or call `close`.
@@ -164,6 +162,13 @@ class RunFolder:
             raise UserError(f"cannot write to run folder {self.path}: {error.strerror}") from error
 
 
+def holds_run(folder: Path) -> bool:
+    """Whether a run measured or saved anything there; one that was refused before its first step did not."""
+    metrics = folder / "metrics.jsonl"
+    measured = metrics.exists() and metrics.stat().st_size > 0
+    return measured or any((folder / "checkpoints").glob("[0-9]*"))
+
+
 def check_same_data(saved_hash: str, current_hash: str) -> None:
     """Refuses to resume on data other than the run began with."""
     if saved_hash != current_hash:
@@ -190,7 +195,7 @@ def _new_folder(root: Path, name: str) -> Path:
 def _given_folder(folder: Path, resume: bool) -> Path:
     if resume and not folder.is_dir():
         raise UserError(f"no run to resume at {folder}")
-    if not resume and any((folder / trace).exists() for trace in _TRACES):
+    if not resume and holds_run(folder):
         raise UserError(f"{folder} holds a run already: go on with it by --resume, or give another --run_dir")
     folder.mkdir(parents=True, exist_ok=True)
     return folder

@@ -123,6 +123,16 @@ def test_a_finished_run_is_not_written_over(tmp_path):
         RunFolder.create_or_open(tmp_path)
 
 
+def test_a_run_that_did_nothing_leaves_its_folder_free(tmp_path):
+    with RunFolder.create_or_open(tmp_path) as run:
+        run.save_resolved_gin("a = 1\n")
+        run.checkpoints.mkdir()
+    RunFolder.create_or_open(tmp_path).close()
+    (tmp_path / "checkpoints" / "000001-epoch-0-step-3").mkdir()
+    with pytest.raises(UserError, match="--resume"):
+        RunFolder.create_or_open(tmp_path)
+
+
 def test_nothing_to_resume(tmp_path):
     with pytest.raises(UserError, match="no run to resume"):
         RunFolder.create_or_open(tmp_path / "none", resume=True)
