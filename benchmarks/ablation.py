@@ -3,8 +3,9 @@
     python benchmarks/ablation.py --epochs=30 --data_root=data --runs=runs/losses
 
 takes configs/ablations/ml-1m-losses, SASRec under seven losses. Called again it leaves finished runs alone and goes on
-with the one that was interrupted. NDCG@10 and HR@10 are of the test targets, by the epoch that was best on validation;
-seconds are of training alone, the median epoch; memory is the peak of the training process.
+with the one that was interrupted; a run made from another configuration is refused. NDCG@10 and HR@10 are of the test
+targets, by the epoch that was best on validation; seconds are of training alone, the median epoch; memory is the peak of
+the training process.
 """
 
 from __future__ import annotations
@@ -19,6 +20,11 @@ from typing import Any
 
 from absl import app, flags
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from generative_recommenders.features import UserError
+from generative_recommenders.gin_registry import differences, load_settings
+from generative_recommenders.training.run_folder import holds_run
+
 ROOT = Path(__file__).resolve().parents[1]
 INTERRUPTED = 130
 HEADER = (
@@ -30,7 +36,11 @@ _CONFIGS = flags.DEFINE_string(
 )
 _EPOCHS = flags.DEFINE_integer("epochs", 30, "epochs of each run", lower_bound=1)
 _DATA_ROOT = flags.DEFINE_string("data_root", "data", "where raw/ and prepared/ data sets lie")
-_RUNS = flags.DEFINE_string("runs", "runs/ablation", "folder of the run folders, named as the gin files")
+_RUNS = flags.DEFINE_string(
+    "runs",
+    None,
+    "folder of the run folders, named as the gin files; runs/ablation/NAME_OF_CONFIGS by default",
+)
 _ONLY = flags.DEFINE_list("only", [], "names of the gin files to run; all by default")
 _BINDINGS = flags.DEFINE_multi_string("gin_bindings", [], "bindings over every file")
 
@@ -40,10 +50,36 @@ def chosen_configs() -> list[Path]:
     found = {path.stem: path for path in sorted(Path(_CONFIGS.value).glob("*.gin")) if path.stem != "base"}
     unknown = [name for name in _ONLY.value if name not in found]
     if unknown or not found:
-        raise app.UsageError(
+        raise UserError(
             f"{_CONFIGS.value} has no {', '.join(unknown) or 'gin file'}; it has {', '.join(found)}"
         )
     return [path for name, path in found.items() if not _ONLY.value or name in _ONLY.value]
+
+
+def runs_folder() -> Path:
+    """Of this sweep alone by default: sweeps share names of gin files."""
+    return Path(_RUNS.value or Path("runs/ablation") / Path(_CONFIGS.value).resolve().name)
+
+
+def bindings() -> list[str]:
+    """What goes over every gin file."""
+    return [*_BINDINGS.value, f"train_fn.num_epochs = {_EPOCHS.value}"]
+
+
+def check_configuration(config: Path, run: Path) -> None:
+    """UserError where the folder's run was made from other settings than these; more epochs may be asked for."""
+    if not holds_run(run):
+        return
+    resolved = run / "resolved.gin"
+    if not resolved.exists():
+        raise UserError(f"{run} does not say what it was made from: give other --runs")
+    made, asked = (load_settings([path], over)[0] for path, over in ((resolved, []), (config, bindings())))
+    other = [each for each in differences(made, asked) if each[0] != "train_fn.num_epochs"]
+    if other:
+        name, before, now = other[0]
+        raise UserError(
+            f"{run} was made with {name} = {before!r}, {config} asks for {now!r}: give other --runs"
+        )
 
 
 def records(run: Path) -> list[dict[str, Any]]:
@@ -60,7 +96,7 @@ def row_of(run: Path) -> dict[str, Any] | None:
     if not lines or lines[-1].get("part") != "final" or len(epochs) < _EPOCHS.value:
         return None
     if len(epochs) > _EPOCHS.value:
-        raise app.UsageError(f"{run} has {len(epochs)} epochs, not {_EPOCHS.value}: give other --runs")
+        raise UserError(f"{run} has {len(epochs)} epochs, not {_EPOCHS.value}: give other --runs")
     final = lines[-1]
     clock = [0.0, *(line["seconds"] for line in epochs)]
     test = final["results"][final["model"]]
@@ -76,11 +112,10 @@ def row_of(run: Path) -> dict[str, Any] | None:
 
 def train(config: Path, run: Path) -> int:
     """Starts or goes on with a run; its exit code."""
-    bindings = [*_BINDINGS.value, f"train_fn.num_epochs = {_EPOCHS.value}"]
     command = [
         sys.executable, str(ROOT / "main.py"), f"--gin_config_file={config}", f"--run_dir={run}",
         f"--data_root={_DATA_ROOT.value}", "--num_processes=1", f"--resume={run.exists()}",
-        *(f"--gin_bindings={binding}" for binding in bindings),
+        *(f"--gin_bindings={binding}" for binding in bindings()),
     ]  # fmt: skip
     return subprocess.run(command, stdout=sys.stderr, check=False).returncode
 
@@ -95,13 +130,16 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     return "\n".join([HEADER, *lines])
 
 
-def main(argv: list[str]) -> None:
+def sweep() -> int:
+    """Trains what is missing and prints the table; the exit code."""
+    configs = {runs_folder() / path.stem: path for path in chosen_configs()}
+    for run, config in configs.items():
+        check_configuration(config, run)
     rows, failed = [], []
-    for config in chosen_configs():
-        run = Path(_RUNS.value) / config.stem
+    for run, config in configs.items():
         code = 0 if row_of(run) else train(config, run)
         if code == INTERRUPTED:
-            sys.exit(code)
+            return code
         row = row_of(run)
         if row is None:
             failed.append({"run": config.stem, "exit_code": code})
@@ -111,7 +149,15 @@ def main(argv: list[str]) -> None:
     print(
         json.dumps({"epochs": _EPOCHS.value, "gin_bindings": _BINDINGS.value, "rows": rows, "failed": failed})
     )
-    sys.exit(1 if failed else 0)
+    return 1 if failed else 0
+
+
+def main(argv: list[str]) -> None:
+    try:
+        sys.exit(sweep())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

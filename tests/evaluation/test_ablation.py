@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from generative_recommenders.gin_registry import load_settings
 from tiny_data import ragged_sequences, tiny_dataset
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,6 +41,9 @@ def finished(run: Path, epochs: int) -> Path:
     test = {"SASRec": {"ndcg@10": 0.25, "hr@10": 0.5}, "most popular": {"ndcg@10": 0.1, "hr@10": 0.2}}
     final = {"step": epochs, "part": "final", "model": "SASRec", "results": test, "peak_rss_mb": 1234}
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, final]))
+    config = ROOT / "configs" / "ablations" / "ml-1m-losses" / f"{run.name}.gin"
+    resolved = load_settings([config], [*BINDINGS, f"train_fn.num_epochs = {epochs}"])[1]
+    (run / "resolved.gin").write_text(resolved)
     return run
 
 
@@ -69,5 +73,31 @@ def test_trains_what_is_missing_and_tells_all(tmp_path: Path) -> None:
 def test_what_cannot_be_meant_is_refused(tmp_path: Path, arguments: list[str], words: str) -> None:
     finished(tmp_path / "runs" / "ce", 3)
     done = ablation(tmp_path, *arguments)
-    assert done.returncode != 0
-    assert words in done.stdout + done.stderr
+    assert done.returncode == 2
+    assert words in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["finished", "interrupted"])
+def test_the_run_of_another_sweep_is_refused(tmp_path: Path, whole: bool) -> None:
+    """Its folder has the same name and other settings."""
+    run = finished(tmp_path / "runs" / "sce", 1)
+    resolved = (run / "resolved.gin").read_text()
+    (run / "resolved.gin").write_text(
+        resolved.replace("sasrec_encoder.num_blocks = 2", "sasrec_encoder.num_blocks = 3")
+    )
+    if not whole:
+        first = (run / "metrics.jsonl").read_text().splitlines(keepends=True)[0]
+        (run / "metrics.jsonl").write_text(first)
+    before = (run / "metrics.jsonl").read_text()
+    done = ablation(tmp_path, "--epochs=1", "--only=sce")
+    assert done.returncode == 2 and not done.stdout
+    assert "sasrec_encoder.num_blocks = 3" in done.stderr and done.stderr.count("\n") == 1
+    assert (run / "metrics.jsonl").read_text() == before
+
+
+def test_sweeps_have_folders_of_their_own(tmp_path: Path) -> None:
+    program = "import sys; from benchmarks import ablation; ablation.flags.FLAGS(sys.argv); print(ablation.runs_folder())"
+    given = (f"--configs=configs/ablations/{name}" for name in ("ml-1m-losses", "ml-1m-encoders"))
+    command = [sys.executable, "-c", program]
+    made = [subprocess.check_output([*command, each], cwd=ROOT, text=True).strip() for each in given]
+    assert made == ["runs/ablation/ml-1m-losses", "runs/ablation/ml-1m-encoders"]
