@@ -41,7 +41,7 @@ def check_roles(path: Path, roles: Sequence[str | None]) -> Roles:
 
 
 def roles_by_name(path: Path, names: Sequence[str], wanted: Sequence[str] | None = None) -> Roles:
-    """Each column's role: by ``wanted`` (names of user, item, rating, timestamp), else by known names."""
+    """Each column's role: by ``wanted`` (see ``_roles_of_wanted``), else by known names."""
     if wanted is None:
         return _roles_by_known_names(path, names)
     if len(wanted) > len(ROLES):
@@ -49,8 +49,19 @@ def roles_by_name(path: Path, names: Sequence[str], wanted: Sequence[str] | None
     for name in wanted:
         if name not in names:
             raise UserError(f"{path}: no column {name!r}; it has: {', '.join(names)[:200]}")
-    role_of = dict(zip(wanted, ROLES))
+    role_of = _roles_of_wanted(wanted)
     return check_roles(path, [role_of.get(name) for name in names])
+
+
+def _roles_of_wanted(wanted: Sequence[str]) -> dict[str, str]:
+    """A known name has its own role; the others take the roles that are left, in order."""
+    roles: dict[str, str] = {}
+    for name in wanted:
+        role = ROLE_OF_NAME.get(normalise(name))
+        if role is not None and role not in roles.values():
+            roles[name] = role
+    left = [role for role in ROLES if role not in roles.values()]
+    return {**roles, **dict(zip([name for name in wanted if name not in roles], left))}
 
 
 def _roles_by_known_names(path: Path, names: Sequence[str]) -> Roles:

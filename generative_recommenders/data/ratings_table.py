@@ -85,9 +85,9 @@ def read_file(path: Path, layout: ReaderFormat) -> Iterator[pa.Table]:
 def sniff_format(path: Path, columns: tuple[str, ...] | None = None) -> ReaderFormat:
     """The layout of any delimited or Parquet file: delimiter, header or not, the role of each column.
 
-    columns: the file's names for user, item, rating, timestamp, in this order (the last two
-        may be left out); or, for a file without a header, the roles in file order (any other word skips a
-        column).
+    columns: names in the file's header; a known one (``item``, ``movieId``) has its own role, the others are
+        those of user, item, rating, timestamp that are left, in this order. Or, for a file without a header,
+        the roles in file order (any other word skips a column).
     """
     from generative_recommenders.data import delimited_reader, parquet_reader
 

@@ -188,6 +188,16 @@ def test_files_with_different_columns_are_refused(tmp_path: Path) -> None:
         ("user|x|item\na|1|b\n", None, ReaderFormat("|", True, ("user", None, "item"))),
         ("when,who,what\n1,a,b\n", ("who", "what"), ReaderFormat(",", True, (None, "user", "item"))),
         (
+            "item,user,rating,timestamp\nb,a,5,100\n",
+            ("item", "user", "rating", "timestamp"),
+            ReaderFormat(",", True, ("item", "user", "rating", "timestamp")),
+        ),
+        (
+            "asin,who,unixReviewTime\nb,a,100\n",
+            ("asin", "who", "unixReviewTime"),
+            ReaderFormat(",", True, ("item", "user", "timestamp")),
+        ),
+        (
             "1;a;z;b\n",
             ("timestamp", "user", "skip", "item"),
             ReaderFormat(";", None, ("timestamp", "user", None, "item")),
@@ -233,6 +243,12 @@ def test_parquet(tmp_path: Path) -> None:
     expected = {"user": ["b", "a", "b"], "item": ["3", "1", "2"], "timestamp": [5, 6, 7]}
     assert read(path, layout) == expected
     assert read(path, ReaderFormat(columns=None)) == expected
+
+
+def test_columns_that_repeat_the_schema_keep_their_roles(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path, {"item": ["I1"], "user": ["U1"], "time": [7], "stars": [5.0]})
+    layout = sniff_format(path, ("item", "user", "time", "stars"))
+    assert read(path, layout) == {"user": ["U1"], "item": ["I1"], "rating": [5.0], "timestamp": [7]}
 
 
 @pytest.mark.parametrize(
