@@ -33,6 +33,9 @@ _DATA_ROOT = flags.DEFINE_string(
 )
 _NAME = flags.DEFINE_string("name", None, "name of the prepared data set; the data set's own by default")
 _COLUMNS = flags.DEFINE_string("columns", None, "csv only: names or order of user,item,rating,timestamp")
+_DELIMITER = flags.DEFINE_string(
+    "delimiter", None, "csv only: what separates the columns, as ';', tab or space; guessed by default"
+)
 _K_CORE = flags.DEFINE_integer(
     "k_core", None, "keep users and items with this many ratings, iterated, as the filter"
 )
@@ -93,6 +96,7 @@ def _prepare(memory_limit: int) -> tuple[Manifest, Path]:
         raw_path=None if _RAW_PATH.value is None else Path(_RAW_PATH.value),
         data_root=Path(_DATA_ROOT.value),
         columns=_COLUMNS.value,
+        delimiter=_DELIMITER.value,
         k_core=_K_CORE.value,
         result_name=_NAME.value,
         synthetic=SyntheticBooksSettings(

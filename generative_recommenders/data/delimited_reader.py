@@ -109,41 +109,31 @@ def first_bytes(path: Path, count: int = 1 << 16) -> tuple[bytes, bool]:
         return _read_chunk(path, stream, count, 1), isinstance(stream, gzip.GzipFile)
 
 
-def sniff(path: Path, columns: tuple[str, ...] | None) -> ReaderFormat:
-    """Delimiter, header and roles from line 1 (see ``ratings_table.sniff_format``)."""
-    block = next(_without_blank_start(read_blocks(path)), None)
+@dataclass(frozen=True)
+class FirstLines:
+    """Lines that are not blank; the first is line ``number`` of its file."""
+
+    lines: list[str]
+    number: int
+
+
+def first_lines(path: Path, count: int) -> FirstLines:
+    """Up to ``count`` lines as far as they are text; UserError if the first is not, or there is none."""
+    block = next(_without_blank_start(read_blocks(path, block_bytes=MAX_LINE_BYTES)), None)
     if block is None:
         raise UserError(f"{path}: the file is empty: it holds no rating")
-    line = _first_line(path, block)
-    delimiter = _guess_delimiter(line)
-    fields = split_line(line, delimiter)
-    if columns is None:
-        if looks_like_header(fields, ROLES[: len(fields)]):
-            return ReaderFormat(delimiter, True, roles_by_name(path, fields))
-        return ReaderFormat(delimiter, False, _roles_by_position(path, fields))
-    if all(name in fields for name in columns):
-        return ReaderFormat(delimiter, True, roles_by_name(path, fields, columns))
-    roles = check_roles(path, [name if name in ROLES else None for name in columns])
-    if len(columns) != len(fields):
-        raise UserError(
-            f"{path}, line 1: {len(fields)} fields, but --columns names {len(columns)} (any word skips one)"
-        )
-    return ReaderFormat(delimiter, None, roles)
+    lines = [_first_line(path, block)]
+    for line in block.data.split(b"\n", count)[1:count]:
+        try:
+            lines.append(line.decode())
+        except UnicodeDecodeError:
+            break
+    return FirstLines([line for line in lines if line.strip(" \t")], block.first_line)
 
 
-def _roles_by_position(path: Path, fields: list[str]) -> Roles:
-    if not 2 <= len(fields) <= len(ROLES):
-        raise UserError(
-            f"{path}, line 1: {len(fields)} fields and no header; say what they are with --columns"
-        )
-    return ROLES[: len(fields)]
-
-
-def _guess_delimiter(line: str) -> str | None:
-    for delimiter in ("::", "\t", ",", ";", "|"):
-        if delimiter in line:
-            return delimiter
-    return None
+def first_delimiter(line: str) -> str | None:
+    """The likeliest delimiter that the line holds, None for whitespace."""
+    return next((delimiter for delimiter in ("::", "\t", ",", ";", "|") if delimiter in line), None)
 
 
 def _open_bytes(path: Path) -> IO[bytes]:
@@ -222,7 +212,7 @@ def _take_header(path: Path, block: Block, layout: ReaderFormat) -> tuple[Block,
 
 
 def _delimiter_hint(line: str, delimiter: str | None) -> str:
-    guess = _guess_delimiter(line)
+    guess = first_delimiter(line)
     if guess == delimiter:
         return "; a column is missing or --columns is wrong"
     shown = "whitespace" if guess is None else repr(guess)

@@ -19,6 +19,7 @@ import pyarrow.parquet
 from generative_recommenders.data import movielens
 from generative_recommenders.data.archives import extract, is_archive
 from generative_recommenders.data.downloads import RemoteFile, fetch, file_digest
+from generative_recommenders.data.format_guess import WHITESPACE, sniff_pairs
 from generative_recommenders.data.ratings_table import RawRatings, ReaderFormat, sniff_format
 from generative_recommenders.data.synthetic_books import SyntheticBooksSettings, write_synthetic_books
 from generative_recommenders.features import UserError
@@ -46,6 +47,7 @@ class Request:
     folder: Path
     raw_path: Path | None
     columns: str | None
+    delimiter: str | None
     synthetic: SyntheticBooksSettings
     progress: bool
 
@@ -141,6 +143,7 @@ def resolve(
     raw_path: Path | None = None,
     data_root: Path,
     columns: str | None = None,
+    delimiter: str | None = None,
     k_core: int | None = None,
     result_name: str | None = None,
     synthetic: SyntheticBooksSettings | None = None,
@@ -151,6 +154,7 @@ def resolve(
     raw_path: a local file, folder or archive (gzip included) instead of a download.
     data_root: raw files are kept under ``data_root / "raw" / name``.
     columns: comma-separated names or roles of the columns, for ``csv`` only.
+    delimiter: what separates them, for ``csv`` only: a mark, ``tab`` or ``space``; guessed if None.
     k_core: filter iteratively until every user and item has this many ratings, in place of the set's own
     filter.
     result_name: name of the prepared data set, `name` if None.
@@ -164,12 +168,15 @@ def resolve(
         raise UserError(f"--raw_path={raw_path} does not exist")
     if columns is not None and name != "csv":
         raise UserError(f"--columns is for --dataset=csv; {name} has a fixed layout")
+    if delimiter is not None and name != "csv":
+        raise UserError(f"--delimiter is for --dataset=csv; {name} has a fixed layout")
     if k_core is not None and k_core < 1:
         raise UserError(f"--k_core={k_core} must be at least 1")
     if result_name is not None and not re.fullmatch(r"\w[\w.+-]*", result_name):
         raise UserError(f"--name={result_name!r} must consist of letters, digits and . _ + -")
     folder = data_root / "raw" / name
-    request = Request(name, folder, raw_path, columns, synthetic or SyntheticBooksSettings(), progress)
+    synthetic = synthetic or SyntheticBooksSettings()
+    request = Request(name, folder, raw_path, columns, _delimiter(delimiter), synthetic, progress)
     try:
         raw = _SOURCES[name](request)
     except OSError as fault:
@@ -238,7 +245,7 @@ def _sasrec_text(request: Request) -> RawRatings:
     return RawRatings(
         name=request.name,
         files=[interactions],
-        format=ReaderFormat(None, False, ("user", "item")),
+        format=sniff_pairs(interactions),
         item_features=_first_readable([("movies.dat", side["movies.dat"])], files),
         user_features=_first_readable([("users.dat", side["users.dat"])], files),
         source={"dataset": request.name, "input": origin.name},
@@ -261,9 +268,19 @@ def _csv(request: Request) -> RawRatings:
     return RawRatings(
         name=request.name,
         files=files,
-        format=sniff_format(files[0], columns),
+        format=sniff_format(files[0], columns, request.delimiter),
         source={"dataset": request.name, "input": origin.name},
     )
+
+
+def _delimiter(text: str | None) -> str | None:
+    """The delimiter that --delimiter means."""
+    named = {"tab": "\t", "\\t": "\t", "space": WHITESPACE, "whitespace": WHITESPACE, WHITESPACE: WHITESPACE}
+    if text is None or text in named:
+        return None if text is None else named[text]
+    if not re.fullmatch(r"\t|[!-/:-@\[-`{-~]{1,4}", text) or '"' in text:
+        raise UserError(f"--delimiter={text!r} is none; write ';', ',', '|', '::', tab or space")
+    return text
 
 
 def _required_path(request: Request) -> Path:

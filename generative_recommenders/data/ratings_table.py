@@ -82,15 +82,20 @@ def read_file(path: Path, layout: ReaderFormat) -> Iterator[pa.Table]:
     return delimited_reader.read(path, layout)
 
 
-def sniff_format(path: Path, columns: tuple[str, ...] | None = None) -> ReaderFormat:
+def sniff_format(
+    path: Path, columns: tuple[str, ...] | None = None, delimiter: str | None = None
+) -> ReaderFormat:
     """The layout of any delimited or Parquet file: delimiter, header or not, the role of each column.
 
     columns: names in the file's header; a known one (``item``, ``movieId``) has its own role, the others are
         those of user, item, rating, timestamp that are left, in this order. Or, for a file without a header,
         the roles in file order (any other word skips a column).
+    delimiter: the separator of text, a blank for runs of spaces and tabs, None to guess it.
     """
-    from generative_recommenders.data import delimited_reader, parquet_reader
+    from generative_recommenders.data import format_guess, parquet_reader
 
-    if parquet_reader.is_parquet(path):
-        return ReaderFormat(None, True, parquet_reader.roles(path, columns))
-    return delimited_reader.sniff(path, columns)
+    if not parquet_reader.is_parquet(path):
+        return format_guess.sniff(path, columns, delimiter)
+    if delimiter is not None:
+        raise UserError(f"{path}: --delimiter is for text, and this is Parquet")
+    return ReaderFormat(None, True, parquet_reader.roles(path, columns))

@@ -33,6 +33,23 @@ def split_line(line: str, delimiter: str | None) -> list[str]:
         return line.split(delimiter)
 
 
+def is_well_quoted(line: str, delimiter: str | None) -> bool:
+    """Whether the quotes of the line, where they count, are closed and end with their field."""
+    if delimiter is None or len(delimiter) > 1:
+        return True
+    try:
+        list(csv.reader([line], delimiter=delimiter, strict=True))
+    except csv.Error:
+        return False
+    return True
+
+
+def resembles_number(field: str) -> bool:
+    """Whether the field is a number, or a faulty one: missing, not finite, with a decimal comma."""
+    text = field.replace(",", ".", 1)
+    return not text.strip() or bool(_NUMBER.fullmatch(text) or _NOT_FINITE.fullmatch(text))
+
+
 def looks_like_header(fields: Sequence[str], roles: Sequence[str | None]) -> bool:
     """True if no field of a numeric role is a number, or (no such role) a field has a known name."""
     numeric = [field for field, role in zip(fields, roles) if role in ("rating", "timestamp")]

@@ -202,6 +202,31 @@ def test_sasrec_text(tmp_path: Path, as_folder: bool) -> None:
     assert (raw.item_features is not None) == (raw.user_features is not None) == as_folder
 
 
+@pytest.mark.parametrize(
+    ("header", "has_header", "said"),
+    [("user item\n", True, []), ("", False, []), ("customer product\n", False, ["`customer product`"])],
+)
+def test_a_header_of_sasrec_text_is_left_out_or_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, header: str, has_header: bool, said: list[str]
+) -> None:
+    path = tmp_path / "in.txt"
+    path.write_text(header + "1 661\n1 1193\n")
+    assert _resolve("sasrec-text", tmp_path, path).format.has_header == has_header
+    assert [text in message for text, message in zip(said, caplog.messages, strict=True)] == [True] * len(
+        said
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "data", "delimiter"),
+    [(";", "a,b;c\n", ";"), ("tab", "a\tb\n", "\t"), ("space", "a  b,c\n", None), ("::", "a::b,c\n", "::")],
+)
+def test_csv_with_a_given_delimiter(tmp_path: Path, text: str, data: str, delimiter: str | None) -> None:
+    path = tmp_path / "in.csv"
+    path.write_text(data)
+    assert _resolve("csv", tmp_path, path, delimiter=text).format.delimiter == delimiter
+
+
 def test_csv_is_sniffed_and_named(tmp_path: Path) -> None:
     path = tmp_path / "in.csv"
     path.write_text("who;what;stars\na;x;5\nb;y;4\n")
@@ -243,6 +268,8 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path, name: str) -> N
     ("sasrec-text", {}, "needs --raw_path"),
     ("csv", {"raw_path": Path("nowhere.csv")}, "nowhere.csv does not exist"),
     ("ml-1m", {"columns": "user,item"}, "--columns is for --dataset=csv"),
+    ("ml-1m", {"delimiter": ";"}, "--delimiter is for --dataset=csv"),
+    ("csv", {"delimiter": "comma"}, "--delimiter='comma' is none"),
     ("csv", {"k_core": 0}, "--k_core=0 must be at least 1"),
     ("csv", {"result_name": "../up"}, "--name='../up'"),
     ("synthetic-books", {"raw_path": Path()}, "generated"),

@@ -222,6 +222,85 @@ def test_sniffing_refuses(tmp_path: Path) -> None:
             sniff_format(write(tmp_path, data), columns)
 
 
+@pytest.mark.parametrize(
+    ("data", "delimiter"),
+    [
+        ("a,b;i1;5;1\n", ";"),
+        ("a b,i 1,5,1\n", ","),
+        ("a, i, 5, 7\n", ","),
+        ("Jane Doe,b\n", ","),
+        ("u\tHello, world\n", "\t"),
+        ("u\tMovie 5\n", "\t"),
+        ("u\ti\t5\t7\n", "\t"),
+        ('"Smith, J";b1;5\n', ";"),
+        ("u,i;j\nu,i\nv,j\n", ","),
+    ],
+)
+def test_the_delimiter_is_guessed_from_whole_lines(tmp_path: Path, data: str, delimiter: str) -> None:
+    path = write(tmp_path, data)
+    assert sniff_format(path).delimiter == delimiter
+    assert read(path, sniff_format(path))
+
+
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [
+        ("u1;i1;4,5;100\n", "line 1: the rating '4,5' is not a number"),
+        ("u1 i1 4,5 100\n", "line 1: the rating '4,5' is not a number"),
+        ("u;i;5;1\nu;i;nan;100\n", "line 2: the rating is 'nan'"),
+        ("a b,2,3,4,5\n", "5 fields and no header"),
+        ("A B,i,5,1\nA B,i,5,1\nA B,i,5\n", "line 3: 3 fields where 4 are expected"),
+        ("a,1\nb;2\n", "line 2: 1 fields where 2 are expected"),
+        (
+            "Smith, J;b1;5\n",
+            "the delimiter may be ',' (2 fields) or ';' (3 fields); say which with --delimiter",
+        ),
+        ("u1,a;b\nu2,c;d\n", "the delimiter may be ',' (2 fields) or ';' (2 fields)"),
+        ("u,std::vector\n", "the delimiter may be '::' (2 fields) or ',' (2 fields)"),
+    ],
+)
+def test_a_doubtful_delimiter_is_refused(tmp_path: Path, data: str, what: str) -> None:
+    path = write(tmp_path, data)
+    with pytest.raises(UserError) as caught:
+        read(path, sniff_format(path))
+    assert what in str(caught.value)
+
+
+def test_a_given_delimiter_or_number_of_columns_decides(tmp_path: Path) -> None:
+    path = write(tmp_path, "u1,a;b\nu2,c;d;e\n")
+    assert read(path, sniff_format(path, delimiter=","))["item"] == ["a;b", "c;d;e"]
+    path = write(tmp_path, "Smith, J;b1;5\n")
+    assert sniff_format(path, ("user", "item", "rating")).delimiter == ";"
+    assert sniff_format(path, delimiter=";").columns == FOUR[:3]
+    assert sniff_format(write(tmp_path, "a,b  c\n"), delimiter=" ").delimiter is None
+    with pytest.raises(UserError, match="--delimiter is for text"):
+        sniff_format(write_parquet(tmp_path, {"user": ["a"], "item": ["b"]}), delimiter=",")
+
+
+@pytest.mark.parametrize(
+    ("data", "columns", "remedy"),
+    [
+        ("customer,product\nu,i\n", None, "give --columns=customer,product"),
+        ("product,customer\ni,u\n", ("item", "user"), "give --columns=customer,product"),
+        ("7,8\n", None, None),
+        ("user,item\nu,i\n", None, None),
+        ("customer,product\nu,i\n", ("customer", "product"), None),
+        ("customer,product,3\n", None, None),
+    ],
+)
+def test_a_first_line_that_may_be_a_header_is_said(
+    tmp_path: Path,
+    data: str,
+    columns: tuple[str, ...] | None,
+    remedy: str | None,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    sniff_format(write(tmp_path, data), columns)
+    line = data.split("\n", maxsplit=1)[0]
+    said = f"r.csv, line 1: `{line}` is read as data; if it is a header, {remedy}"
+    assert [message.endswith(said) for message in caplog.messages] == ([] if remedy is None else [True])
+
+
 def write_parquet(tmp_path: Path, columns: dict) -> Path:
     pq.write_table(pa.table(columns), tmp_path / "r.parquet", row_group_size=2)
     return tmp_path / "r.parquet"
