@@ -26,12 +26,17 @@ def align(owner: str, ids: pa.Array, raw: pa.Table | None) -> tuple[pa.Table, li
     if rows.null_count:
         logging.warning("%d of %d %ss have no features; theirs are empty", rows.null_count, len(ids), owner)
     features = raw.drop_columns([owner]).take(rows)
+    return features.add_column(0, owner, ids), describe(owner, features)
+
+
+def describe(owner: str, features: pa.Table) -> list[FeatureSpec]:
+    """What the manifest says about feature columns of ``item`` or ``user``; UserError for a type that is no
+    feature's."""
     source = f"{owner}s.parquet"
-    specs = [
+    return [
         _describe(features.schema.field(name), features[name], source, owner)
         for name in features.column_names
     ]
-    return features.add_column(0, owner, ids), specs
 
 
 def _describe(field: pa.Field, column: pa.ChunkedArray, source: str, owner: str) -> FeatureSpec:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from generative_recommenders.features import UserError
 
 VERSION = 1
 FILE_NAME = "manifest.json"
+TABLES = ("items.parquet", "users.parquet")
 KINDS = ("categorical", "categorical_list", "numerical", "text")
 COLUMNS: dict[str, np.dtype] = {
     "items": np.dtype("<i4"),
@@ -44,6 +46,9 @@ class Manifest:
 
     counts_before: events, users, items as read. counts: the same after the filter. lengths: min, median,
     mean, max of the users' sequences. data_hash: see ``digests``. source: where the ratings came from.
+    tables: sha256 of ``items.parquet`` and ``users.parquet``, which hold ids and features; empty in folders of
+    programs that did not write it. The split hash leaves them out: it is of the events alone, whichever engine
+    and Parquet writer made the folder.
     """
 
     name: str
@@ -56,6 +61,7 @@ class Manifest:
     filter: str
     features: list[FeatureSpec] = field(default_factory=list)
     source: dict[str, Any] = field(default_factory=dict)
+    tables: dict[str, str] = field(default_factory=dict)
     version: int = VERSION
 
     @property
@@ -63,6 +69,12 @@ class Manifest:
         """Names of the flat columns that the folder holds."""
         absent = {"ratings": not self.has_ratings, "timestamps": not self.has_timestamps}
         return [name for name in COLUMNS if not absent.get(name, False)]
+
+    @property
+    def features_hash(self) -> str:
+        """Identity of the tables and of what is said about their features: 32 hexadecimal digits."""
+        said = [self.tables, [asdict(spec) for spec in self.features]]
+        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:32]
 
     def column_length(self, column: str) -> int:
         """Entries of a flat column."""
@@ -120,11 +132,13 @@ _FIELD_TYPES = {
     "filter": str,
     "features": list,
     "source": dict,
+    "tables": dict,
     "version": int,
 }
 
 
 def _from_json(path: Path, settings: dict[str, Any]) -> Manifest:
+    settings = {"tables": {}, **settings}
     for name, kind in _FIELD_TYPES.items():
         if not isinstance(settings.get(name), kind):
             raise UserError(f"{path}: field {name!r} is missing or of the wrong type; prepare the data again")
@@ -136,8 +150,14 @@ def _from_json(path: Path, settings: dict[str, Any]) -> Manifest:
             count = counts.get(name)
             if not isinstance(count, int) or isinstance(count, bool) or count < 1:
                 raise UserError(f"{path}: the count of {name} is {str(count)[:40]}; prepare the data again")
+    if settings["tables"] and not _are_checksums(settings["tables"]):
+        raise UserError(f"{path}: damaged checksums of the tables; prepare the data again")
     features = [_feature(path, entry) for entry in settings["features"]]
     return Manifest(**{**settings, "features": features})
+
+
+def _are_checksums(tables: dict[str, Any]) -> bool:
+    return tables.keys() == set(TABLES) and all(isinstance(each, str) for each in tables.values())
 
 
 def _feature(path: Path, entry: Any) -> FeatureSpec:

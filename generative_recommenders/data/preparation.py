@@ -23,6 +23,7 @@ from absl import logging
 
 from generative_recommenders.data import digests
 from generative_recommenders.data.delimited_reader import first_bytes
+from generative_recommenders.data.downloads import file_digest
 from generative_recommenders.data.event_store import (
     BYTES_PER_EVENT,
     CHUNK_EVENTS,
@@ -31,7 +32,7 @@ from generative_recommenders.data.event_store import (
     chunks,
 )
 from generative_recommenders.data.feature_tables import align
-from generative_recommenders.data.manifest import COLUMNS, Manifest, column_file, write_manifest
+from generative_recommenders.data.manifest import COLUMNS, TABLES, Manifest, column_file, write_manifest
 from generative_recommenders.data.parquet_reader import is_parquet, num_rows
 from generative_recommenders.data.prepared_folder import new_folder
 from generative_recommenders.data.rating_filters import apply_filter, parse_filter
@@ -238,8 +239,8 @@ def write_tables(
     """Write the Parquet tables of ids and features and the manifest."""
     users, user_specs = align("user", sequences.user_ids, raw.user_features)
     items, item_specs = align("item", sequences.item_ids, raw.item_features)
-    pq.write_table(users, folder / "users.parquet")
-    pq.write_table(items, folder / "items.parquet")
+    for name, table in zip(TABLES, (items, users)):
+        pq.write_table(table, folder / name)
     lengths = np.diff(sequences.offsets)
     manifest = Manifest(
         name=raw.name,
@@ -257,6 +258,7 @@ def write_tables(
         filter=raw.filter,
         features=item_specs + user_specs,
         source=raw.source,
+        tables={name: file_digest(folder / name, "sha256") for name in TABLES},
     )
     write_manifest(folder, manifest)
     return manifest

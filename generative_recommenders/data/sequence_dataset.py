@@ -10,6 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from generative_recommenders.data import digests
+from generative_recommenders.data.downloads import file_digest
+from generative_recommenders.data.feature_tables import describe
 from generative_recommenders.data.manifest import COLUMNS, FeatureSpec, Manifest, column_file, read_manifest
 from generative_recommenders.features import UserError
 
@@ -112,7 +114,8 @@ class SequenceDataset:
         return ids
 
     def verify(self) -> None:
-        """Read everything and compare with the data hash; UserError if it was changed. Takes seconds."""
+        """Read everything and compare with the hashes; UserError if it was changed. Takes seconds."""
+        self._verify_tables()
         if self.items.min() < 1 or self.items.max() > self.num_items:
             raise UserError(f"{self.folder}: item ids outside 1..{self.num_items}; prepare the data again")
         users = digests.id_hashes(_large_strings(self.original_user_ids()))
@@ -130,6 +133,20 @@ class SequenceDataset:
             raise UserError(
                 f"{self.folder}: the data does not match its hash; the folder was changed, prepare it again"
             )
+
+    def _verify_tables(self) -> None:
+        """Ids and features are those that were written, and the features are as the manifest says."""
+        for name, checksum in self.manifest.tables.items():
+            if file_digest(self.folder / name, "sha256") != checksum:
+                raise UserError(
+                    f"{self.folder / name}: not the file that was prepared; prepare the data again"
+                )
+        for owner in ("item", "user"):
+            features = self._features(owner)
+            if features is not None and describe(owner, features) != self.feature_specs(owner):
+                raise UserError(
+                    f"{self.folder}: the manifest does not describe the {owner}s' features; prepare the data again"
+                )
 
 
 def _large_strings(column: pa.ChunkedArray) -> pa.Array:

@@ -169,11 +169,11 @@ def holds_run(folder: Path) -> bool:
     return measured or any((folder / "checkpoints").glob("[0-9]*"))
 
 
-def check_same_data(saved_hash: str, current_hash: str) -> None:
+def check_same_data(saved_hash: str, current_hash: str, what: str = "the prepared data") -> None:
     """Refuses to resume on data other than the run began with."""
     if saved_hash != current_hash:
         raise UserError(
-            f"the prepared data changed since this run began (hash {saved_hash} then, {current_hash} now): "
+            f"{what} changed since this run began (hash {saved_hash} then, {current_hash} now): "
             "restore that data set or start a new run"
         )
 

@@ -255,6 +255,7 @@ class Trainer:
             "warnings": self.log.state(),
             "data_hash": self.dataset.manifest.data_hash,
             "split_hash": self.split.hash,
+            "features_hash": self.dataset.manifest.features_hash,
             "world_size": self.collectives.world_size,
         }
         if self.run_folder is not None:
@@ -270,6 +271,10 @@ class Trainer:
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{checkpoint.path} does not hold the state of a run: {error!r}") from error
         check_same_data(saved_hash, self.split.hash)
+        features_hash = self.dataset.manifest.features_hash
+        check_same_data(
+            checkpoint.state.get("features_hash", features_hash), features_hash, "features of the data"
+        )
         load_model(self.model, checkpoint)
         prefix = "optimizer."
         self.step.optimizer.load_state_tensors(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from generative_recommenders.data.preparation import prepare_batches
@@ -111,6 +112,52 @@ def test_verify_finds_a_changed_column(folder: Path, name: str, value: int) -> N
     (folder / name).write_bytes(data)
     with pytest.raises(UserError, match="does not match its hash"):
         SequenceDataset.open(folder).verify()
+
+
+def rewrite(folder: Path, **columns: list) -> None:
+    table = pq.read_table(folder / "items.parquet")
+    for name, values in columns.items():
+        place = table.column_names.index(name)
+        table = table.set_column(place, table.schema.field(name), pa.array(values, table[name].type))
+    pq.write_table(table, folder / "items.parquet")
+
+
+def test_verify_finds_changed_features(folder: Path) -> None:
+    rewrite(folder, genre=["h", "g", "g"])
+    with pytest.raises(UserError, match="items.parquet: not the file that was prepared"):
+        SequenceDataset.open(folder).verify()
+
+
+def test_verify_finds_a_changed_description(folder: Path) -> None:
+    path = folder / "manifest.json"
+    path.write_text(path.read_text().replace('"cardinality": 2', '"cardinality": 3'))
+    with pytest.raises(UserError, match="does not describe the items' features"):
+        SequenceDataset.open(folder).verify()
+
+
+def test_the_identity_of_features_is_not_the_splits(folder: Path) -> None:
+    before = SequenceDataset.open(folder).manifest
+    for changed in (
+        dataclasses.replace(before, tables={**before.tables, "items.parquet": "0"}),
+        dataclasses.replace(before, features=[dataclasses.replace(before.features[0], kind="text")]),
+    ):
+        assert changed.features_hash != before.features_hash
+        assert changed.data_hash == before.data_hash
+
+
+def test_a_folder_without_checksums_of_its_tables_is_read(folder: Path) -> None:
+    path = folder / "manifest.json"
+    settings = json.loads(path.read_text())
+    del settings["tables"]
+    path.write_text(json.dumps(settings))
+    SequenceDataset.open(folder).verify()
+
+
+@pytest.mark.parametrize("tables", [{"../outside": "0"}, {"items.parquet": "0", "users.parquet": 3}])
+def test_checksums_of_other_files_are_refused(folder: Path, tables: dict) -> None:
+    path = folder / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tables": tables}))
+    assert "damaged checksums of the tables" in error_of(folder)
 
 
 def test_verify_finds_ids_outside_the_catalogue(folder: Path) -> None:

@@ -53,6 +53,12 @@ def test_what_was_saved_is_taken_back(ragged_dataset: SequenceDataset, saved: Ch
         assert torch.equal(value, saved.tensors[f"model.{name}"])
 
 
+def test_other_features_are_refused(ragged_dataset: SequenceDataset, saved: Checkpoint) -> None:
+    make_trainer(ragged_dataset).restore(changed(saved, "", "features_hash", ...))  # as older programs wrote
+    with pytest.raises(UserError, match="features of the data changed since this run began"):
+        make_trainer(ragged_dataset).restore(changed(saved, "", "features_hash", "0"))
+
+
 @pytest.mark.parametrize(
     ("section", "key", "value"),
     [
