@@ -15,6 +15,7 @@ import io
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -27,6 +28,8 @@ from .run_log import add_log_file, remove_log_file
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
+
+_EVENTS = re.compile(r"(?P<start>events\.out\.tfevents\.)(?P<time>\d{1,20})(?P<end>\..*)")
 
 
 class RunFolder:
@@ -104,9 +107,11 @@ class RunFolder:
         Call it before anything is written.
         """
         self._metrics.close()
-        lines = self.metrics_path.read_text(encoding="utf-8").splitlines(keepends=True)
-        self._write(self.metrics_path.name, "".join(line for line in lines if _stays(line, step)))
+        lines = self.metrics_path.read_bytes().splitlines(keepends=True)
+        self._write(self.metrics_path.name, "".join(line.decode() for line in lines if _stays(line, step)))
         self._metrics = _open_lines(self.metrics_path)
+        with self._writable():
+            _put_before_now(self.tensorboard)
         self._purge_step = step + 1
 
     def flush(self) -> None:
@@ -234,13 +239,22 @@ def _open_lines(path: Path) -> io.FileIO:
     return open(path, "ab", buffering=0)
 
 
-def _stays(line: str, step: int) -> bool:
-    """Whether a line of metrics.jsonl is of a step up to this one, and not the final results."""
+def _stays(line: bytes, step: int) -> bool:
+    """Whether a line of metrics.jsonl is of a step up to this one, and not the final results. A damaged one is not."""
     try:
-        record = json.loads(line)
+        record = json.loads(line.decode())
         return int(record["step"]) <= step and record.get("part") != "final"
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError):
         return False
+
+
+def _put_before_now(folder: Path) -> None:
+    """Numbers event files in their order where one is named by a time that is still to come: TensorBoard reads files
+    by name, and what a file purges must have been read before it."""
+    found = [(match, path) for path in sorted(folder.glob("*")) if (match := _EVENTS.fullmatch(path.name))]
+    if any(int(match["time"]) >= time.time() for match, _ in found):
+        for number, (match, path) in enumerate(found, start=1):
+            path.rename(folder / f"{match['start']}{number:010d}{match['end']}")
 
 
 def _finite(value: Any) -> Any:

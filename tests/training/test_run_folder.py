@@ -2,6 +2,7 @@ import contextlib
 import json
 import os
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,31 @@ def test_tensorboard_hides_the_steps_behind_the_checkpoint(tmp_path):
         run.write_scalars(4, {"train/loss": 2.0})
     events = EventAccumulator(str(run.tensorboard)).Reload().Scalars("train/loss")
     assert [(event.step, event.value) for event in events] == [(1, 1), (2, 1), (3, 1), (4, 2)]
+
+
+@pytest.mark.parametrize("hours_back", [24, 200_000])
+def test_tensorboard_hides_them_where_the_clock_was_put_back(tmp_path, monkeypatch, hours_back):
+    real = time.time
+    for resumed in range(3):
+        seconds = resumed * hours_back * 3600
+        monkeypatch.setattr(time, "time", lambda: real() - seconds)  # noqa: B023
+        with RunFolder.create_or_open(tmp_path, resume=bool(resumed)) as run:
+            if resumed:
+                run.truncate_after(3 * resumed)
+            for step in range(3 * resumed + 1, 3 * resumed + 6):
+                run.write_scalars(step, {"train/loss": float(resumed)})
+    events = EventAccumulator(str(run.tensorboard)).Reload().Scalars("train/loss")
+    assert [event.step for event in events] == list(range(1, 12))
+    assert [event.value for event in events] == [0.0] * 3 + [1.0] * 3 + [2.0] * 5
+
+
+def test_a_line_that_is_no_text_is_dropped(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(
+        b'{"step": 1}\n\xff\xfe{"step": 2}\n{"step": 1e999}\n{"step": 3}\n'
+    )
+    with RunFolder.create_or_open(tmp_path, resume=True) as run:
+        run.truncate_after(3)
+        assert records(run) == [{"step": 1}, {"step": 3}]
 
 
 def test_log_lines_go_to_the_file_while_the_run_is_open(tmp_path):
