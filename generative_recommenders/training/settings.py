@@ -113,6 +113,7 @@ class TrainSettings:
     rating_threshold: float = 4.0
     list_metrics_k: int | None = None
     keep_checkpoints: int = 3
+    checkpoint_minutes: float = 15.0
     early_stopping_patience: int | None = None
     deterministic: bool = False
 
@@ -130,6 +131,7 @@ class TrainSettings:
             "rating_embedding_dim",
             "learning_rate",
             "keep_checkpoints",
+            "checkpoint_minutes",
             "l2_norm_eps",
             "num_ratings",
             "num_positives",

@@ -108,6 +108,7 @@ class Trainer:
         self.evaluation = ModelEvaluation(settings, dataset, split, collectives)
         self.log = EpochLog(run, t.num_epochs, "test" if t.protocol == "paper" else "validation")
         self.progress = Progress()
+        self.saved_at = perf_counter()
 
     def _build_step(self, catalogue: Catalogue) -> TrainingStep:
         t, device = self.settings.train, self.collectives.device
@@ -137,7 +138,7 @@ class Trainer:
         store: where the main process keeps checkpoints. on_step: called after each step, for a profiler.
         """
         while self.progress.epoch < self.settings.train.num_epochs and not self._out_of_patience():
-            went_through = self._steps(max_steps, stop, on_step)
+            went_through = self._steps(store, max_steps, stop, on_step)
             check_finite_parameters(self.progress.step, self.model)
             if not went_through:
                 self._save(store)
@@ -151,8 +152,15 @@ class Trainer:
         result = self.evaluation.test(self.model)
         return TrainResult(result.metrics(), result.liked_metrics(), self.progress, True, result.lists)
 
-    def _steps(self, max_steps: int | None, stop: Callable[[], bool], on_step: Callable[[], None]) -> bool:
-        """Steps to the epoch's end or to max_steps; False where a stop was asked for."""
+    def _steps(
+        self,
+        store: CheckpointStore | None,
+        max_steps: int | None,
+        stop: Callable[[], bool],
+        on_step: Callable[[], None],
+    ) -> bool:
+        """Steps to the epoch's end or to max_steps, with a checkpoint every checkpoint_minutes; False where a stop was
+        asked for."""
         t, p = self.settings.train, self.progress
         self.model.train()
         waiting: list[tuple[LoadedBatch, StepResult]] = []
@@ -167,13 +175,26 @@ class Trainer:
                 self._log_step()
                 started, before = perf_counter(), p.seconds
             on_step()
-            if self.collectives.any(stop()):
+            stopping, saving = self._asked(stop())
+            if stopping or saving:
                 self._account(waiting)
+            if stopping:
                 return False
+            if saving:
+                check_finite_parameters(p.step, self.model)
+                self._save(store)
+                started, before = perf_counter(), p.seconds
             if max_steps is not None and p.step >= max_steps:
                 break
         self._account(waiting)
         return True
+
+    def _asked(self, stop: bool) -> tuple[bool, bool]:
+        """Whether any process is to stop, and whether the main one finds a checkpoint due: in one exchange, so that all
+        processes do the same."""
+        due = perf_counter() - self.saved_at >= 60 * self.settings.train.checkpoint_minutes
+        asked = self.collectives.sum_(torch.tensor([float(stop), float(due and self.collectives.is_main)]))
+        return bool(asked[0] > 0), bool(asked[1] > 0)
 
     def _batches(self) -> Iterator[LoadedBatch]:
         batches = self.loader.epoch(self.progress.epoch, self.progress.step_in_epoch)
@@ -245,6 +266,7 @@ class Trainer:
         self, store: CheckpointStore | None, metric: float | None = None, is_best: bool = False
     ) -> None:
         """Model, optimizer and progress; by the main process alone."""
+        self.saved_at = perf_counter()
         if store is None or not self.collectives.is_main:
             return
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}

@@ -19,8 +19,10 @@ from generative_recommenders.training.train import Trainer
 from tiny_models import settings
 
 
-def make_trainer(dataset: SequenceDataset) -> Trainer:
-    chosen = settings(item_embedding_dim=8, num_epochs=1, local_batch_size=16, max_sequence_length=8)
+def make_trainer(dataset: SequenceDataset, **others: Any) -> Trainer:
+    chosen = settings(
+        item_embedding_dim=8, num_epochs=1, local_batch_size=16, max_sequence_length=8, **others
+    )
     return Trainer(chosen, dataset, make_split(dataset), Collectives())
 
 
@@ -51,6 +53,51 @@ def test_what_was_saved_is_taken_back(ragged_dataset: SequenceDataset, saved: Ch
     assert trainer.log.state() == saved.state["warnings"]
     for name, value in trainer.model.state_dict().items():
         assert torch.equal(value, saved.tensors[f"model.{name}"])
+
+
+def test_a_checkpoint_is_due_by_time_and_changes_no_number(
+    ragged_dataset: SequenceDataset, tmp_path: Path
+) -> None:
+    whole, often = make_trainer(ragged_dataset), make_trainer(ragged_dataset, checkpoint_minutes=1e-9)
+    store = CheckpointStore(tmp_path, keep_last=100)
+    whole.train()
+    often.train(store)
+    assert [int(path.name.split("-")[-1]) for path in store.paths()[:3]] == [1, 2, 3]
+    resumed = make_trainer(ragged_dataset)
+    resumed.restore(store.load(store.paths()[0]))
+    assert resumed.progress.step_in_epoch == 1
+    resumed.train()
+    for trainer in (often, resumed):
+        assert trainer.progress.history[0]["train_loss"] == whole.progress.history[0]["train_loss"]
+        for name, value in trainer.model.state_dict().items():
+            assert torch.equal(value, whole.model.state_dict()[name])
+
+
+def test_no_checkpoint_is_due_by_time_in_a_short_run(ragged_dataset: SequenceDataset, tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep_last=100)
+    make_trainer(ragged_dataset, protocol="paper").train(store)
+    assert len(store.paths()) == 1
+
+
+class OtherProcess(Collectives):
+    """One that is not the main process of two; the main one finds a checkpoint due at the second step."""
+
+    rank = 1
+    asked = 0
+
+    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.shape == (2,) and tensor.is_floating_point():
+            assert tensor.tolist() == [0.0, 0.0]
+            self.asked += 1
+            tensor[1] = float(self.asked == 2)
+        return tensor
+
+
+def test_the_main_process_decides_when_a_checkpoint_is_due(ragged_dataset: SequenceDataset) -> None:
+    trainer = make_trainer(ragged_dataset, checkpoint_minutes=1e-9)
+    trainer.collectives = OtherProcess()
+    assert trainer._asked(False) == (False, False)
+    assert trainer._asked(False) == (False, True)
 
 
 def test_other_features_are_refused(ragged_dataset: SequenceDataset, saved: Checkpoint) -> None:
