@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags, logging
 
@@ -18,13 +19,19 @@ from generative_recommenders.data.preparation import prepare, prepared_path, sum
 from generative_recommenders.data.public_datasets import resolve
 from generative_recommenders.data.sequence_dataset import SequenceDataset
 from generative_recommenders.data.splits import Split, make_split
+from generative_recommenders.evaluation.collectives import Collectives
 from generative_recommenders.features import UserError
 from generative_recommenders.modeling.jagged import log_backend
 from generative_recommenders.training import report
+from generative_recommenders.training.agreement import checkpoint_from_main, from_main, together
 from generative_recommenders.training.allocator import keep_freed_memory
 from generative_recommenders.training.assembly import Catalogue, build_criterion, build_model, build_sampler
 from generative_recommenders.training.checkpoint import CheckpointStore
-from generative_recommenders.training.distributed import process_collectives, process_device
+from generative_recommenders.training.distributed import (
+    is_first_on_host,
+    process_collectives,
+    process_device,
+)
 from generative_recommenders.training.launch import launch
 from generative_recommenders.training.model_evaluation import ModelEvaluation
 from generative_recommenders.training.profiling import step_profiler
@@ -97,16 +104,29 @@ def prepared_dataset(name: str, data_root: Path) -> SequenceDataset:
     return dataset
 
 
-def run_settings(options: Options) -> RunSettings:
+def shared_dataset(name: str, data_root: Path, collectives: Collectives) -> SequenceDataset:
+    """`prepared_dataset` for all processes of a run: made and read against its hash once a host."""
+    together(collectives, lambda: prepared_dataset(name, data_root) if is_first_on_host() else None)
+    return SequenceDataset.open(prepared_path(data_root, name))
+
+
+def run_settings(options: Options, collectives: Collectives) -> RunSettings:
     """The settings of the gin files; of a resumed run without any, those of its newest checkpoint; bindings go over both."""
     if not options.resume or options.gin_files:
-        return gin_registry.load_settings(options.gin_files or [DEFAULT_CONFIG], options.bindings)[0]
+        files = options.gin_files or [DEFAULT_CONFIG]
+        return together(collectives, lambda: gin_registry.load_settings(files, options.bindings)[0])
+    saved = RunSettings.from_json(from_main(collectives, lambda: saved_settings(options)))
+    return together(collectives, lambda: gin_registry.override(saved, options.bindings))
+
+
+def saved_settings(options: Options) -> dict[str, Any]:
+    """The settings of the newest checkpoint in --run_dir."""
     checkpoint = CheckpointStore(checkpoints_of(options), read_only=True).load_newest()
     if checkpoint is None:
         raise UserError(
             f"there is no whole checkpoint in {checkpoints_of(options)}: give --gin_config_file to start over"
         )
-    return gin_registry.override(RunSettings.from_json(checkpoint.settings()), options.bindings)
+    return checkpoint.settings()
 
 
 def checkpoints_of(options: Options) -> Path:
@@ -120,15 +140,20 @@ def train_worker(rank: int, world_size: int, options: Options) -> int:
     """One process of a training run; returns its exit code."""
     logging.set_verbosity(logging.INFO if rank == 0 else logging.ERROR)
     keep_freed_memory()
-    settings = run_settings(options)
+    collectives = process_collectives(process_device())
+    settings = run_settings(options, collectives)
     resolved = gin_registry.resolved_text(settings)
     log_backend()
     gin_registry.log_inert(settings)
-    collectives = process_collectives(process_device())
-    dataset = SequenceDataset.open(prepared_path(options.data_root, settings.train.dataset_name))
+    dataset = shared_dataset(settings.train.dataset_name, options.data_root, collectives)
     split = make_split(dataset, settings.train.protocol)
     name = f"{settings.train.dataset_name}-{settings.train.main_module}"
-    run = RunFolder.create_or_open(options.run_dir, options.resume, name) if collectives.is_main else None
+    run = together(
+        collectives,
+        lambda: (
+            RunFolder.create_or_open(options.run_dir, options.resume, name) if collectives.is_main else None
+        ),
+    )
     folder = Path(collectives.broadcast_object_json(str(run.path) if run else None))
     store = CheckpointStore(folder / "checkpoints", settings.train.keep_checkpoints, read_only=run is None)
     if run is not None:
@@ -153,13 +178,13 @@ def train_worker(rank: int, world_size: int, options: Options) -> int:
 
 
 def resume(trainer: Trainer, store: CheckpointStore) -> None:
-    checkpoint = store.load_newest()
+    checkpoint = checkpoint_from_main(trainer.collectives, store.load_newest)
     if checkpoint is None:
         logging.warning("there is no whole checkpoint in %s: the run starts from its beginning", store.folder)
         if trainer.run_folder is not None:
             trainer.run_folder.truncate_after(0)
         return
-    saved = RunSettings.from_json(checkpoint.settings())
+    saved = RunSettings.from_json(from_main(trainer.collectives, checkpoint.settings))
     for name, before, now in gin_registry.differences(saved, trainer.settings):
         logging.warning("resuming with %s = %r, which was %r", name, now, before)
     trainer.restore(checkpoint)
@@ -211,17 +236,15 @@ def finish(
 def evaluate_worker(rank: int, world_size: int, options: Options) -> int:
     """Scores the best (else the newest) checkpoint of a run on the test targets; the model is rebuilt from its settings."""
     logging.set_verbosity(logging.INFO if rank == 0 else logging.ERROR)
+    collectives = process_collectives(process_device())
     store = CheckpointStore(checkpoints_of(options), read_only=True)
-    checkpoint = store.load_best() or store.load_newest()
+    checkpoint = checkpoint_from_main(collectives, lambda: store.load_best() or store.load_newest())
     if checkpoint is None:
         raise UserError(f"there is no checkpoint in {store.folder}")
-    settings = RunSettings.from_json(checkpoint.settings())
+    settings = RunSettings.from_json(from_main(collectives, checkpoint.settings))
     if options.bindings:
         settings = gin_registry.override(settings, options.bindings)
-    collectives = process_collectives(process_device())
-    dataset = SequenceDataset.open(prepared_path(options.data_root, settings.train.dataset_name))
-    if collectives.is_main:
-        dataset.verify()
+    dataset = shared_dataset(settings.train.dataset_name, options.data_root, collectives)
     split = make_split(dataset, settings.train.protocol)
     catalogue = Catalogue.of(dataset, split.train_stops, settings.train.category_feature)
     model = build_model(settings, catalogue).to(collectives.device)
@@ -240,7 +263,7 @@ def evaluate_worker(rank: int, world_size: int, options: Options) -> int:
 
 def dry_run(options: Options) -> int:
     """Builds everything, prints parts, parameter counts and an estimate of memory."""
-    settings = run_settings(options)
+    settings = run_settings(options, Collectives())
     t = settings.train
     dataset = prepared_dataset(t.dataset_name, options.data_root)
     split = make_split(dataset, t.protocol)
@@ -259,8 +282,6 @@ def run(options: Options) -> int:
         return dry_run(options)
     if _MODE.value == "evaluate":
         return launch(evaluate_worker, (options,), _NUM_PROCESSES.value, _MASTER_PORT.value)
-    settings = run_settings(options)
-    prepared_dataset(settings.train.dataset_name, options.data_root)  # once, before the processes start
     return launch(train_worker, (options,), _NUM_PROCESSES.value, _MASTER_PORT.value)
 
 

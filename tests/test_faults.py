@@ -457,3 +457,26 @@ def test_torchrun_starts_main(data_root: Path, tmp_path: Path, whole_of_two: Pat
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stderr.count("epoch 4/4") == 1  # lines are logged once
     assert_same_run(run, whole_of_two)
+
+
+def on_own_disk(rank: int, world_size: int, options: Options, kill: Kill | None, folder: str) -> int:
+    """A member of a run whose folder is a relative path, so that it is another one for each member."""
+    disk = Path(folder) / f"host{rank}"
+    disk.mkdir(exist_ok=True)
+    os.chdir(disk)
+    return armed_worker(rank, world_size, options, kill)
+
+
+def test_hosts_without_a_shared_disk(
+    data_root: Path, tmp_path: Path, whole_of_two: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The main process reads the checkpoints for all: on resume, and the best one at the end."""
+    quick_start()
+    monkeypatch.setattr(spawned, "START_METHOD", "forkserver")
+    config = (str(data_root / "x.gin"),)
+    for resume, kill in ((False, Kill("train.Trainer.run_step", 10, True)), (True, None)):
+        options = Options(config, (), data_root, "run", resume, None, False)
+        code = launch(on_own_disk, (options, kill, str(tmp_path)), 2, 0, device_type="cpu")
+        assert code == (0 if resume else 1)
+    assert_same_run(tmp_path / "host0" / "run", whole_of_two)
+    assert list((tmp_path / "host1").iterdir()) == []

@@ -13,6 +13,9 @@ import torch.distributed as dist
 from ..evaluation.collectives import Collectives
 from ..features import UserError
 
+BROADCAST_BYTES = 64 << 20
+"""What is sent at once of a tensor that may be larger than a device's free memory."""
+
 
 class ProcessGroup(Collectives):
     """The default process group, which must be initialised.
@@ -54,6 +57,13 @@ class ProcessGroup(Collectives):
         dist.broadcast(sent, src=0)
         return json.loads(bytes(sent.tolist()))
 
+    def broadcast_(self, tensor: torch.Tensor) -> torch.Tensor:
+        for part in _as_bytes(tensor.detach()).split(BROADCAST_BYTES) if tensor.numel() else ():
+            sent = part.to(self.device)
+            dist.broadcast(sent, src=0)
+            part.copy_(sent)
+        return tensor
+
     def barrier(self) -> None:
         self.sum_scalar(0.0)
 
@@ -64,6 +74,11 @@ class ProcessGroup(Collectives):
 def process_collectives(device: torch.device | str) -> Collectives:
     """The collectives of this process: of its group where there is one, else those of a single process."""
     return ProcessGroup(device) if dist.is_initialized() else Collectives(device)
+
+
+def is_first_on_host() -> bool:
+    """Whether this process does what is done once a host."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def process_device(device_type: str | None = None) -> torch.device:

@@ -21,6 +21,7 @@ from ..data.splits import Split
 from ..evaluation.collectives import Collectives
 from ..features import UserError
 from ..objectives.counter_random import stream_key
+from .agreement import checkpoint_from_main
 from .assembly import Catalogue, build_criterion, build_model, build_objective, build_sampler
 from .checkpoint import Checkpoint, CheckpointStore
 from .epoch_log import EpochLog
@@ -313,11 +314,10 @@ class Trainer:
             self.run_folder.truncate_after(self.progress.step)
 
     def _load_best(self, store: CheckpointStore | None) -> None:
-        """The best state on every process: they all read it, so the main one's writing must be done."""
-        self.collectives.barrier()
+        """The best state on every process, as the main one reads it."""
         if store is None or self.progress.best_epoch is None:
             return
-        best = store.load_best()
+        best = checkpoint_from_main(self.collectives, store.load_best)
         if best is not None:
             load_model(self.model, best)
 
