@@ -70,17 +70,21 @@ PUBLIC = {
         build_model build_objective build_sampler build_top_k load_meta_checkpoint load_model
     """,
     "compat": """
-        BCE CE AttentionVisualization BCESampled CESampled CEWeighted CategoricalEmbedding
-        CausalLanguageModeling ConcatAggregator ContrastiveLoss DefaultAttentionMask DiffTransformerBlock
-        DiffTransformerLayer EmbeddingTyingHead FeatureHint FeatureSource FeatureType FeaturesReader
-        GroupTransform IdentityEmbedding InferenceOutput ItemTower LogInCE LogInCESampled LogOutCE
-        LogOutCESampled MaskSequence MaskedLanguageModeling MaskingInfo ModelUtils
-        MultiClassNegativeSamplingTransform MultiHeadDifferentialAttention NextItemModel NextTokenTransform
-        NumericalEmbedding PermutationLanguageModeling PointWiseFeedForward PositionAwareAggregator
-        PostprocessorBase QueryTower ReplacementLanguageModeling SCEParams SasRec SasRecBody SasRecTransformerLayer
-        ScalableCrossEntropyLoss SeenItemsFilter SequenceEmbedding SequenceLoss SumAggregator SwiGLU
-        SwiGLUEncoder TensorFeatureInfo TensorFeatureSource TensorSchema TokenMaskTransform TrainOutput
-        TrimTransform TwoTower TwoTowerBody UniformNegativeSamplingTransform VQVAELoss
+        BCE CE AttentionVisualization AvgPrecisionAt BCESampled CESampled CEWeighted
+        CategoricalEmbedding CausalLanguageModeling ConcatAggregator ContrastiveLoss CopyTransform DCGAt
+        DefaultAttentionMask DiffTransformerBlock DiffTransformerLayer EmbeddingTyingHead
+        EqualityMaskTransform FeatureHint FeatureSource FeatureType FeaturesReader GroupTransform
+        IdentityEmbedding InferenceOutput ItemTower LogInCE LogInCESampled LogOutCE LogOutCESampled
+        MaskSequence MaskedLanguageModeling MaskingInfo MeanRecipricolRankAt MeanReciprocalRankAt
+        ModelUtils MultiClassNegativeSamplingTransform MultiHeadAttention MultiHeadDifferentialAttention
+        NDCGAt NextItemModel NextTokenTransform NumericalEmbedding PermutationLanguageModeling
+        PointWiseFeedForward PositionAwareAggregator PositionalEncoding PostprocessorBase PrecisionAt
+        QueryTower RankingMetric RecallAt RecommendationMetrics RenameTransform
+        ReplacementLanguageModeling SCEParams SasRec SasRecBody SasRecTransformerLayer
+        ScalableCrossEntropyLoss SeenItemsFilter SelectTransform SequenceEmbedding SequenceLoss
+        SequenceRollTransform SumAggregator SwiGLU SwiGLUEncoder TensorFeatureInfo TensorFeatureSource
+        TensorSchema TokenMaskTransform TrainOutput TransformerEncoder TrimTransform TwoTower
+        TwoTowerBody UniformNegativeSamplingTransform UnsqueezeTransform VQVAELoss
         make_default_sasrec_transforms make_default_twotower_transforms
     """,
 }

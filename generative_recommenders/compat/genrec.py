@@ -4,6 +4,7 @@ metrics."""
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from torch import nn
 
 from ..evaluation.list_metrics import RecommendationMetrics
 from ..features import UserError
-from ..modeling.transformer import MultiHeadAttention, PositionalEncoding, TransformerEncoder
+from ..modeling import transformer
+from ..modeling.transformer import PositionalEncoding, TransformerEncoder
 from .genrec_losses import ContrastiveLoss, SequenceLoss, VQVAELoss
 
 __all__ = [
@@ -36,6 +38,25 @@ _INITIALIZERS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "kaiming": nn.init.kaiming_uniform_,
     "normal": lambda weight: nn.init.normal_(weight, mean=0.0, std=0.02),
 }
+
+
+class MultiHeadAttention(transformer.MultiHeadAttention):
+    """Multi-head attention with genrec's documented attributes beside the package's own.
+
+    ``dropout`` is a module; its ``p`` is the rate that acts. ``head_dim`` is D / H, ``scale`` its square root.
+    The weights returned are those before dropout, where genrec's are those after it.
+    """
+
+    def __init__(self, embedding_dim: int, num_heads: int, dropout: float = 0.1) -> None:
+        super().__init__(embedding_dim, num_heads, dropout)
+        self.embedding_dim = embedding_dim
+        self.head_dim = embedding_dim // num_heads
+        self.dropout = nn.Dropout(dropout)
+        self.scale = math.sqrt(self.head_dim)
+
+    @property
+    def active_dropout(self) -> float:
+        return self.dropout.p if self.dropout.training else 0.0
 
 
 class ModelUtils:

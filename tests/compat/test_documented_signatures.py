@@ -5,6 +5,7 @@ We may take more than is documented, behind it or by keyword, and ask for less: 
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Callable
 from types import ModuleType
@@ -212,6 +213,22 @@ MODULES = [
     (torchmetrics_ranking, RANKING),
 ]
 ALL = [(module, name, text) for module, table in MODULES for name, text in table.items()]
+
+
+def test_every_documented_name_is_in_compat() -> None:
+    compat = importlib.import_module("generative_recommenders.compat")
+    documented = {(module, name.split(".")[0]) for module, name, _ in ALL}
+    assert {name for _, name in documented} <= set(compat.__all__)
+    for module, name in documented:
+        assert getattr(compat, name) is getattr(module, name)
+
+
+@pytest.mark.parametrize(
+    "name", ["CEWeighted", "EqualityMaskTransform", "IdentityEmbedding", "LogOutCESampled", "SelectTransform"]
+)
+def test_names_without_a_documented_signature_are_in_compat_too(name: str) -> None:
+    compat = importlib.import_module("generative_recommenders.compat")
+    assert name in compat.__all__ and hasattr(compat, name)
 
 
 def documented(text: str) -> list[inspect.Parameter]:

@@ -13,6 +13,7 @@ from torch import nn
 from generative_recommenders.compat.genrec import (
     AttentionVisualization,
     ModelUtils,
+    MultiHeadAttention,
     RecommendationMetrics,
     SequenceLoss,
     TransformerEncoder,
@@ -132,3 +133,15 @@ def test_attention_heatmap_leaves_no_figure_open(monkeypatch: pytest.MonkeyPatch
     AttentionVisualization.plot_attention_heatmap(torch.ones(1, 1), ["a"], ["b"])
     assert shown == [True]
     assert plt.get_fignums() == []
+
+
+def test_attention_has_the_documented_attributes() -> None:
+    attention = MultiHeadAttention(12, 3, dropout=0.5)
+    assert (attention.embedding_dim, attention.num_heads, attention.head_dim) == (12, 3, 4)
+    assert attention.scale == 2.0 and attention.dropout.p == 0.5
+    x = torch.randn(2, 5, 12)
+    assert not torch.equal(attention(x, x, x)[0], attention(x, x, x)[0])
+    attention.dropout.p = 0.0
+    assert torch.equal(attention(x, x, x)[0], attention(x, x, x)[0])
+    attention.dropout.p = 0.5
+    assert torch.equal(attention.eval()(x, x, x)[0], attention(x, x, x)[0])
