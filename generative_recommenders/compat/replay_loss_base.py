@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from generative_recommenders.features import UserError
-from generative_recommenders.objectives.losses import check_label_smoothing
 
 LogitsCallback = Callable[..., Tensor]
 
@@ -57,7 +56,9 @@ class ReplayLoss(nn.Module):
         self.reduction: str = arguments.get("reduction", "mean")
         if self.reduction not in REDUCTIONS:
             raise self.refusal(f"reduction is {self.reduction!r}: give one of {', '.join(REDUCTIONS)}")
-        self.label_smoothing = check_label_smoothing(arguments.get("label_smoothing", 0.0))
+        self.label_smoothing: float = arguments.get("label_smoothing", 0.0)
+        if not isinstance(self.label_smoothing, (int, float)) or not 0 <= self.label_smoothing <= 1:
+            raise self.refusal(f"label_smoothing is {self.label_smoothing!r}: give a share in [0, 1]")
         for name in ITEM_WEIGHTS:
             self.register_buffer(name, self._item_weights(name, arguments.get(name)))
         self._logits_callback: LogitsCallback | None = None

@@ -162,7 +162,7 @@ ITEM_WEIGHTS = torch.tensor([0.5, 2.0, 1.0, 0.1, 3.0, 0.7, 1.5, 0.2, 1.0])
 CROSS_ENTROPY_ARGUMENTS = [
     {**weight, **smoothing, "reduction": reduction}
     for weight in ({}, {"weight": ITEM_WEIGHTS})
-    for smoothing in ({}, {"label_smoothing": 0.2})
+    for smoothing in ({}, {"label_smoothing": 0.2}, {"label_smoothing": 1.0})
     for reduction in ("mean", "sum", "none")
 ]
 
@@ -245,6 +245,12 @@ def test_arguments_without_a_meaning_are_refused_by_name(loss, takes, name):
         return
     with pytest.raises(UserError, match=f"(CE|BCE).*: the argument '{name}' means nothing here"):
         loss(**{name: value})
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.1, None, "0.1"])
+def test_label_smoothing_that_is_no_share_is_refused(value):
+    with pytest.raises(UserError, match="CESampled: label_smoothing"):
+        CESampled(label_smoothing=value)
 
 
 def test_item_weights_of_another_catalogue_are_refused():
