@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from absl import logging
 from torch.nn.parallel import DistributedDataParallel
 
 from ..evaluation.collectives import Collectives
@@ -23,7 +25,8 @@ DENSE_SHARE = 4
 
 @dataclass(frozen=True)
 class StepResult:
-    """loss: mean over the global batch; targets: how many it is over; both from all processes."""
+    """loss: mean over the global batch; targets: how many it is over; both from all processes.
+    learning_rate: 0.0 where nothing was updated."""
 
     loss: torch.Tensor
     targets: torch.Tensor
@@ -105,6 +108,7 @@ class TrainingStep:
     ) -> None:
         self.model, self.sampler, self.optimizer = model, sampler, optimizer
         self.collectives, self.seed = collectives, seed
+        self.said_empty = False
         self.dense = DensePart(model, criterion, autocast)
         self.runner: torch.nn.Module = self.dense
         if collectives.world_size > 1:
@@ -113,11 +117,13 @@ class TrainingStep:
     def __call__(self, example: TrainingExample, first_target: int, step: int) -> StepResult:
         """example on the model's device; first_target: its number in the global batch; step: since the run began.
 
-        A loss that is not finite updates nothing on a CPU, so that its origin can still be found.
+        A loss that is not finite updates nothing on a CPU, so that its origin can still be found. Nor does a step in
+        which no target of any process counts: momentum and weight decay rest too, and the step has its number all the same.
         """
         self.optimizer.zero_grad()
         forward = self.forward(example, first_target, step)
         total = self.collectives.sum_(forward.weight.detach().clone())
+        read_total = read_later(total)
         # DDP averages gradients over processes; table gradients are summed below, so both start from a sum.
         world = self.collectives.world_size
         loss = forward.loss_sum / total.clamp(min=1e-12) + sum(forward.auxiliary.values()) / world
@@ -126,7 +132,18 @@ class TrainingStep:
         mean = self.collectives.sum_(loss.detach().clone())
         if mean.device.type == "cpu" and not mean.isfinite():  # an accelerator would have to be waited for
             return StepResult(mean, total, 0.0)
+        if read_total() == 0:
+            self._say_empty(step)
+            return StepResult(mean, total, 0.0)
         return StepResult(mean, total, self.optimizer.step(step, rows, grads))
+
+    def _say_empty(self, step: int) -> None:
+        """Once."""
+        if not self.said_empty:
+            logging.warning(
+                "no target of step %d counts: it updates nothing, nor will others like it", step + 1
+            )
+        self.said_empty = True
 
     def forward(self, example: TrainingExample, first_target: int, step: int) -> StepForward:
         """The step's loss, up to the backward pass."""
@@ -179,3 +196,18 @@ class TrainingStep:
         all_ids, place = torch.unique(self.collectives.gather_variable(ids), return_inverse=True)
         gathered = self.collectives.gather_variable(grad)
         return all_ids, gathered.new_zeros(all_ids.numel(), grad.shape[1]).index_add_(0, place, gathered)
+
+
+def read_later(value: torch.Tensor) -> Callable[[], float]:
+    """A scalar that is asked for now and waited for when called: what an accelerator was given since then goes on."""
+    if value.device.type != "cuda":
+        return lambda: float(value)
+    copy = torch.empty((), dtype=value.dtype, pin_memory=True).copy_(value, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+
+    def read() -> float:
+        arrived.synchronize()
+        return float(copy)
+
+    return read

@@ -1,0 +1,113 @@
+"""A step in which no target counts: nothing moves, and the run goes on as if it had not been but for its number."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from absl import logging
+
+from generative_recommenders.evaluation.collectives import Collectives
+from generative_recommenders.objectives.training_examples import TrainingExample
+from generative_recommenders.training.assembly import build_objective
+from generative_recommenders.training.optimizers import Optimizer
+from generative_recommenders.training.step import TrainingStep, read_later
+from tiny_models import EASY, SAMPLED, catalogue, settings, ten_users, training_step
+
+CASES = {
+    "catalogue": EASY["SASRec"],
+    "sampled": {**SAMPLED, "sampling_strategy": "local"},
+    "in-batch": {**SAMPLED, "sampling_strategy": "in-batch"},
+    "masked": EASY["masked"],
+    "replaced": EASY["replaced"],
+}
+
+
+def step_and_example(choices: dict, optimizer: str = "adamw") -> tuple[TrainingStep, TrainingExample]:
+    """A step whose optimizer has weight decay, warm-up and clipping."""
+    chosen = settings(**choices)
+    step = training_step(chosen, catalogue())
+    named = [*step.model.named_parameters()]
+    dense = [parameter for name, parameter in named if name != "items.table"]
+    step.optimizer = Optimizer(
+        [*dense, *step.dense.criterion.parameters()], step.model.items.table, optimizer, 1e-2, 0.1, 5, 1.0
+    )
+    return step, build_objective(chosen).example(ten_users(), torch.Generator().manual_seed(5))
+
+
+def uncounted(example: TrainingExample) -> TrainingExample:
+    return dataclasses.replace(example, targets=example.targets * 0, weights=example.weights * 0)
+
+
+def without_reads(example: TrainingExample) -> TrainingExample:
+    none = torch.zeros(0, dtype=torch.int64)
+    return dataclasses.replace(
+        example, read=none, targets=none, weights=none.float(), users=none, ratings=None
+    )
+
+
+def state_of(step: TrainingStep) -> dict[str, torch.Tensor]:
+    """Copies of all weights and of the optimizer's state."""
+    tensors = {**step.dense.state_dict(), "items.table": step.model.items.table}
+    return {
+        name: value.detach().clone() for name, value in {**tensors, **step.optimizer.state_tensors()}.items()
+    }
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("optimizer", ["adamw", "lazy_adamw", "rowwise_adagrad"])
+@pytest.mark.parametrize("empty", [uncounted, without_reads])
+def test_nothing_moves_after_a_normal_step(case: str, optimizer: str, empty) -> None:
+    step, example = step_and_example(CASES[case], optimizer)
+    before = state_of(step)
+    assert step(example, 0, 0).learning_rate > 0
+    moved = state_of(step)
+    assert any(not torch.equal(moved[name], value) for name, value in before.items())
+    result = step(empty(example), 0, 1)
+    assert (float(result.targets), result.learning_rate) == (0, 0)
+    assert torch.isfinite(result.loss)
+    assert_same(state_of(step), moved)
+
+
+def test_the_schedule_goes_by_the_number_of_the_step() -> None:
+    """Warm-up over five steps: the third step's rate is the same, whether or not the second counted."""
+    step, example = step_and_example(CASES["sampled"])
+    rates = [step(each, 0, n).learning_rate for n, each in enumerate([example, uncounted(example), example])]
+    assert rates == pytest.approx([2e-3, 0.0, 6e-3])
+
+
+class WithAnother(Collectives):
+    """As if another process had three targets."""
+
+    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.add_(3)
+
+
+def test_targets_of_another_process_count() -> None:
+    step, example = step_and_example(CASES["catalogue"])
+    step(example, 0, 0)
+    before, step.collectives = state_of(step), WithAnother()
+    assert step(uncounted(example), 0, 1).learning_rate > 0
+    assert not torch.equal(state_of(step)["items.table"], before["items.table"])
+
+
+def test_it_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(logging, "warning", lambda text, *values: lines.append(text % values))
+    step, example = step_and_example(CASES["catalogue"])
+    for number, each in enumerate([example, uncounted(example), example, uncounted(example)]):
+        step(each, 0, number)
+    assert len(lines) == 1 and "no target of step 2 counts" in lines[0]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_scalar_is_read_later(device: str) -> None:
+    value = torch.tensor(2.5, device=device)
+    read = read_later(value)
+    assert (read(), read()) == (2.5, 2.5)
