@@ -21,6 +21,7 @@ from ..data.splits import Split
 from ..evaluation.collectives import Collectives
 from ..features import UserError
 from ..objectives.counter_random import stream_key
+from ..objectives.training_examples import TrainingExample
 from .agreement import checkpoint_from_main
 from .assembly import Catalogue, build_criterion, build_model, build_objective, build_sampler
 from .checkpoint import Checkpoint, CheckpointStore
@@ -207,30 +208,34 @@ class Trainer:
         return with_progress(batches, len(self.loader), name, p.step_in_epoch, self.run_folder is not None)
 
     def run_step(self, loaded: LoadedBatch) -> StepResult:
-        """One step on a loaded batch; what is random in it depends on the seed, the step and the rank alone."""
-        key = stream_key(self.settings.train.random_seed, self.progress.step, self.collectives.rank)
-        torch.manual_seed(key)
-        example = self.objective.example(loaded.columns, torch.Generator().manual_seed(key))
-        first_target = self.objective.first_target(loaded.first_row, loaded.first_token)
-        result = self.step(example.to(self.collectives.device), first_target, self.progress.step)
+        """One step on a loaded batch."""
+        result = self.step(*self._step_inputs(loaded, self.progress.step))
         self.progress.step += 1
         self.progress.step_in_epoch += 1
         return result
 
+    def _step_inputs(self, loaded: LoadedBatch, step: int) -> tuple[TrainingExample, int, int]:
+        """What `TrainingStep` takes, with torch seeded: all that is random depends on the seed, the step and the rank alone."""
+        key = stream_key(self.settings.train.random_seed, step, self.collectives.rank)
+        torch.manual_seed(key)
+        example = self.objective.example(loaded.columns, torch.Generator().manual_seed(key))
+        first_target = self.objective.first_target(loaded.first_row, loaded.first_token)
+        return example.to(self.collectives.device), first_target, step
+
     def _account(self, waiting: list[tuple[LoadedBatch, StepResult]]) -> None:
-        """Adds finished steps to the epoch's loss; a loss that is not finite ends the run."""
+        """Adds finished steps, the last of them the newest, to the epoch's loss; the first that is not finite ends the run."""
         p = self.progress
-        for back, (loaded, result) in enumerate(reversed(waiting)):
+        for step, (loaded, result) in enumerate(waiting, start=p.step - len(waiting)):
             loss, targets = float(result.loss), float(result.targets)
-            check_finite(loss, p.step - back, self.step.dense, partial(self._rerun, loaded))
+            check_finite(loss, step + 1, self.step.dense, partial(self._rerun, loaded, step))
             p.epoch_loss, p.epoch_targets = p.epoch_loss + loss * targets, p.epoch_targets + targets
         if waiting:
             self.last_result = waiting[-1][1]
         waiting.clear()
 
-    def _rerun(self, loaded: LoadedBatch) -> None:
-        example = self.objective.example(loaded.columns, torch.Generator().manual_seed(0))
-        self.step.forward(example.to(self.collectives.device), 0, self.progress.step)
+    def _rerun(self, loaded: LoadedBatch, step: int) -> None:
+        """The forward pass of a step that was, with the same draws."""
+        self.step.forward(*self._step_inputs(loaded, step))
 
     def _log_step(self) -> None:
         quick = self.evaluation.validation(self.model, max_batches=1).metrics()
