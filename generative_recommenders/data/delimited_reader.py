@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, cast
+from typing import cast
 
 import polars as pl
 import pyarrow as pa
@@ -27,6 +27,7 @@ from generative_recommenders.features import UserError
 
 BLOCK_BYTES = 32 << 20
 MAX_LINE_BYTES = 1 << 20
+_READ_BYTES = 1 << 18
 _BOM = b"\xef\xbb\xbf"
 _UNIT_SEPARATOR = "\x1f"
 _POLARS_TYPES = {"user": pl.String, "item": pl.String, "rating": pl.Float32, "timestamp": pl.Int64}
@@ -136,24 +137,31 @@ def first_delimiter(line: str) -> str | None:
     return next((delimiter for delimiter in ("::", "\t", ",", ";", "|") if delimiter in line), None)
 
 
-def _open_bytes(path: Path) -> IO[bytes]:
+def _open_bytes(path: Path) -> io.BufferedIOBase:
     try:
         with path.open("rb") as probe:
             zipped = probe.read(2) == b"\x1f\x8b"
-        return cast("IO[bytes]", gzip.open(path, "rb")) if zipped else path.open("rb")
+        return gzip.GzipFile(path) if zipped else path.open("rb")
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
-def _read_chunk(path: Path, stream: IO[bytes], size: int, line: int) -> bytes:
+def _read_chunk(path: Path, stream: io.BufferedIOBase, size: int, line: int) -> bytes:
+    """``size`` bytes, fewer at the end; UserError with the last whole line where ``line`` is the next."""
+    parts: list[bytes] = []
     try:
-        return stream.read(size)
+        while size > 0 and (part := stream.read1(min(size, _READ_BYTES))):
+            parts.append(part)
+            size -= len(part)
+        return b"".join(parts)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        last = line - 1 + b"".join(parts).count(b"\n")
         raise UserError(
-            f"{path}: gzip data truncated or damaged after line {line - 1}; fetch the file again"
+            f"{path}: gzip data truncated or damaged after line {last}; fetch the file again"
         ) from error
     except OSError as error:
-        raise UserError(f"{path}: cannot be read after line {line - 1}: {error.strerror or error}") from error
+        last = line - 1 + b"".join(parts).count(b"\n")
+        raise UserError(f"{path}: cannot be read after line {last}: {error.strerror or error}") from error
 
 
 def _unix_line_ends(data: bytes) -> bytes:

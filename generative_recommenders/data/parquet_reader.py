@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -53,7 +55,9 @@ def read(path: Path, columns: Roles | None) -> Iterator[pa.Table]:
         try:
             for batch in file.iter_batches(BATCH_ROWS, columns=list(name_of.values())):
                 arrays = {
-                    role: _typed(path, role, batch[name_of[role]], row) for role in ROLES if role in name_of
+                    role: _Column(path, role, name_of[role], row).typed(batch[name_of[role]])
+                    for role in ROLES
+                    if role in name_of
                 }
                 row += batch.num_rows
                 yield pa.table(arrays)
@@ -76,45 +80,92 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 
 
-def _typed(path: Path, role: str, column: pa.Array, first_row: int) -> pa.Array:
-    _refuse(path, first_row, column.is_null(), f"the {role} is missing")
-    try:
-        if role == "rating":
-            return _ratings(path, column.cast(pa.float32(), safe=False), first_row)
-        return (
-            _timestamps(path, column, first_row)
-            if role == "timestamp"
-            else _ids(path, role, column, first_row)
-        )
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise UserError(f"{path}: column of the {role} has type {column.type}: {_one_line(error)}") from error
+@dataclass(frozen=True)
+class _Column:
+    """A batch of one column, for its faults: ``first_row`` is counted from 1."""
+
+    path: Path
+    role: str
+    name: str
+    first_row: int
+
+    def typed(self, values: pa.Array) -> pa.Array:
+        """The values as ``ratings_table.read_batches`` has them; UserError with the row that is none."""
+        self.refuse(values.is_null(), "is missing")
+        return {"rating": self.ratings, "timestamp": self.timestamps}.get(self.role, self.ids)(values)
+
+    def ids(self, values: pa.Array) -> pa.Array:
+        kind = _value_type(values)
+        if not (pa.types.is_integer(kind) or _is_text(kind)):
+            raise self.wrong_type(values, "ids must be strings or integers")
+        ids = values.cast(pa.large_string())
+        self.convert(ids, lambda part: part.validate(full=True), "is not UTF-8 text", show=False)
+        self.refuse(pc.equal(pc.binary_length(ids), 0), "is empty")
+        return ids
+
+    def ratings(self, values: pa.Array) -> pa.Array:
+        kind = _value_type(values)
+        if not (_is_number(kind) or _is_text(kind) or pa.types.is_boolean(kind)):
+            raise self.wrong_type(values, "ratings must be numbers")
+        ratings = self.convert(values, lambda part: part.cast(pa.float32(), safe=False), "is not a number")
+        self.refuse(pc.invert(pc.is_finite(ratings)), "is not a finite number")
+        return ratings
+
+    def timestamps(self, values: pa.Array) -> pa.Array:
+        kind = _value_type(values)
+        if pa.types.is_timestamp(kind):
+            values = values.cast(pa.timestamp("s", tz=kind.tz), safe=False)
+        elif not (_is_number(kind) or _is_text(kind)):
+            raise self.wrong_type(values, "times must be seconds since 1970 or of a timestamp type")
+        times = self.convert(values, lambda part: part.cast(pa.int64()), "is not a whole number of seconds")
+        bad = pc.or_(pc.less(times, 0), pc.greater(times, MAX_TIMESTAMP))
+        self.refuse(bad, "is negative or after the year 2200 (times are in seconds)")
+        return times
+
+    def convert(
+        self, values: pa.Array, conversion: Callable[[pa.Array], Any], what: str, show: bool = True
+    ) -> Any:
+        """What ``conversion`` makes of the values; UserError with the first row that it refuses."""
+        try:
+            return conversion(values)
+        except pa.ArrowInvalid as error:
+            at = _first_refused(values, conversion)
+            shown = f" {str(values[at].as_py())[:40]!r}" if show else ""
+            raise self.fault(at, shown, what) from error
+
+    def refuse(self, bad: pa.Array, what: str) -> None:
+        at = pc.index(bad, True).as_py()
+        if at >= 0:
+            raise self.fault(at, "", what)
+
+    def fault(self, at: int, shown: str, what: str) -> UserError:
+        column = "" if self.name == self.role else f" (column {self.name!r})"
+        return UserError(f"{self.path}, row {self.first_row + at}: the {self.role}{shown}{column} {what}")
+
+    def wrong_type(self, values: pa.Array, what: str) -> UserError:
+        return UserError(f"{self.path}: column {self.name!r} has type {values.type}; {what}")
 
 
-def _ids(path: Path, role: str, column: pa.Array, first_row: int) -> pa.Array:
-    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-    if not (pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-        raise UserError(f"{path}: ids must be strings or integers, and the {role} is {column.type}")
-    ids = column.cast(pa.large_string())
-    ids.validate(full=True)
-    _refuse(path, first_row, pc.equal(pc.binary_length(ids), 0), f"the {role} is empty")
-    return ids
+def _first_refused(values: pa.Array, conversion: Callable[[pa.Array], Any]) -> int:
+    """The place of the first value that the conversion does not take; there is one."""
+    first, length = 0, len(values)
+    while length > 1:
+        half = length // 2
+        try:
+            conversion(values.slice(first, half))
+            first, length = first + half, length - half
+        except pa.ArrowInvalid:
+            length = half
+    return first
 
 
-def _ratings(path: Path, ratings: pa.Array, first_row: int) -> pa.Array:
-    _refuse(path, first_row, pc.invert(pc.is_finite(ratings)), "the rating is not a finite number")
-    return ratings
+def _value_type(values: pa.Array) -> pa.DataType:
+    return values.type.value_type if pa.types.is_dictionary(values.type) else values.type
 
 
-def _timestamps(path: Path, column: pa.Array, first_row: int) -> pa.Array:
-    if pa.types.is_timestamp(column.type):
-        column = column.cast(pa.timestamp("s", tz=column.type.tz), safe=False)
-    times = column.cast(pa.int64())
-    bad = pc.or_(pc.less(times, 0), pc.greater(times, MAX_TIMESTAMP))
-    _refuse(path, first_row, bad, "the timestamp is negative or after the year 2200 (times are in seconds)")
-    return times
+def _is_number(kind: pa.DataType) -> bool:
+    return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
 
 
-def _refuse(path: Path, first_row: int, bad: pa.Array, what: str) -> None:
-    at = pc.index(bad, True).as_py()
-    if at >= 0:
-        raise UserError(f"{path}, row {first_row + at}: {what}")
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)

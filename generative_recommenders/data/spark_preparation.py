@@ -279,9 +279,12 @@ def _checked_columns(frame: Any) -> Any:
             | F.lit(types["rating"] == "string")
         )
     if "timestamp" in types:
-        seconds = F.floor(F.col("timestamp").cast("double")).cast("long")
+        exact = F.col("timestamp").cast("double")
+        seconds = F.floor(exact).cast("long")
         columns["timestamp"] = seconds
         bad = bad | seconds.isNull() | ~seconds.between(0, MAX_TIMESTAMP)
+        if not types["timestamp"].startswith("timestamp"):
+            bad = bad | (exact != seconds)
     return frame.select(*(column.alias(role) for role, column in columns.items()), *_ORDER, bad.alias("_bad"))
 
 

@@ -6,6 +6,7 @@ import datetime
 import gzip
 import os
 import random
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -142,6 +143,19 @@ def test_truncated_and_damaged_gzip(tmp_path: Path) -> None:
     assert "gzip data truncated or damaged" in error_of(write(tmp_path, data[: len(data) // 2]))
     assert "gzip data truncated or damaged" in error_of(write(tmp_path, data[:-6] + b"abcdef"))
     assert "gzip data truncated or damaged" in error_of(write(tmp_path, b"\x1f\x8bnonsense"))
+
+
+@pytest.mark.parametrize("block_bytes", [32 << 20, 1_000])
+def test_truncated_gzip_says_the_last_whole_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_bytes: int
+) -> None:
+    rng = random.Random(1)
+    lines = "".join(f"u{rng.random()},i,1,2\n" for _ in range(2_000))
+    data = gzip.compress(lines.encode())[:-2_000]
+    whole = zlib.decompressobj(wbits=31).decompress(data).count(b"\n")
+    assert 1_000 < whole < 2_000
+    monkeypatch.setattr(delimited_reader.read_blocks, "__defaults__", (block_bytes, 1 << 20))
+    assert f"truncated or damaged after line {whole};" in error_of(write(tmp_path, data))
 
 
 def test_an_endless_line_is_refused_in_bounded_memory(tmp_path: Path) -> None:
@@ -337,7 +351,21 @@ def test_columns_that_repeat_the_schema_keep_their_roles(tmp_path: Path) -> None
         ({"user": ["a", "b", ""]}, "row 3: the user is empty"),
         ({"user": [1.0, 2.0, 3.0]}, "ids must be strings or integers"),
         ({"rating": [1.0, 2.0, float("nan")]}, "row 3: the rating is not a finite number"),
-        ({"rating": ["a", "b", "c"]}, "column of the rating has type string"),
+        ({"rating": ["1", "b", "c"]}, "row 2: the rating 'b' is not a number"),
+        (
+            {"rating": [datetime.date(2020, 1, 1)] * 3},
+            "column 'rating' has type date32[day]; ratings must be",
+        ),
+        ({"stars": ["1", "2", "x"]}, "row 3: the rating 'x' (column 'stars') is not a number"),
+        ({"timestamp": ["1", "2", "x"]}, "row 3: the timestamp 'x' is not a whole number of seconds"),
+        ({"ts": ["1", "2", ""]}, "row 3: the timestamp '' (column 'ts') is not a whole number of seconds"),
+        ({"timestamp": [1.0, float("nan"), 2.0]}, "row 2: the timestamp 'nan' is not a whole number"),
+        ({"timestamp": [1.0, 2.0, 2.5]}, "row 3: the timestamp '2.5' is not a whole number of seconds"),
+        (
+            {"timestamp": [datetime.date(2020, 1, 1)] * 3},
+            "column 'timestamp' has type date32[day]; times must be seconds since 1970 or of a timestamp type",
+        ),
+        ({"timestamp": [datetime.timedelta(1)] * 3}, "has type duration[us]; times must be"),
         ({"timestamp": [1, -2, 3]}, "row 2: the timestamp is negative or after"),
         ({"timestamp": [1, 2, 1_400_000_000_000]}, "row 3: the timestamp"),
     ],
@@ -365,7 +393,7 @@ def test_parquet_whose_text_is_no_text(tmp_path: Path) -> None:
     )
     wrong = pa.array([b"\xff\xfe"], pa.binary()).view(pa.string())
     path = write_parquet(tmp_path, {"user": wrong, "item": ["b"]})
-    assert "user" in error_of(path, ReaderFormat(columns=None))
+    assert error_of(path, ReaderFormat(columns=None)) == f"{path}, row 1: the user is not UTF-8 text"
 
 
 fields = st.text(st.sampled_from('ab1.-+e _\t"é漢:,;\x1f\x85\u2028'), max_size=6)

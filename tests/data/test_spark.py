@@ -96,3 +96,11 @@ def test_bad_input_names_the_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="line 3: the rating 'x' is not a number"):
         prepare_with_spark(RawRatings("t", [path], ReaderFormat(",", False)), tmp_path / "out", MASTER)
     assert not (tmp_path / "out").exists()
+
+
+def test_bad_parquet_names_the_row(tmp_path: Path) -> None:
+    pytest.importorskip("pyspark")
+    path = tmp_path / "r.parquet"
+    pq.write_table(pa.table({"user": ["u", "u"], "item": ["i", "j"], "timestamp": [1.0, 1.5]}), path)
+    with pytest.raises(UserError, match="row 2: the timestamp '1.5' is not a whole number of seconds"):
+        prepare_with_spark(RawRatings("t", [path], ReaderFormat(columns=None)), tmp_path / "out", MASTER)
