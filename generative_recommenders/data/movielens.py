@@ -25,6 +25,8 @@ GENRES_100K = (
 )  # fmt: skip
 """The 19 flag columns of ``u.item``, in its order."""
 
+MAX_BYTES = 256 << 20
+"""A side file may have so many bytes, unpacked; the largest published one has 1.4 million."""
 _YEAR = re.compile(r"\((\d{4})(?:[-–]\d{0,4})?\)\s*$")
 _NO_GENRES = {"", "(no genres listed)", "unknown"}
 
@@ -164,11 +166,14 @@ def _csv_fields(path: Path, names: tuple[str, ...]) -> Iterator[tuple[int, list[
 def _read_text(path: Path) -> str:
     """The file's text, gzip or not: UTF-8 if it is that, else Latin-1, as the older sets are."""
     try:
-        content = path.read_bytes()
-        if content.startswith(b"\x1f\x8b"):
-            content = gzip.decompress(content)
+        with path.open("rb") as file:
+            packed = file.read(2) == b"\x1f\x8b"
+            file.seek(0)
+            content = (gzip.GzipFile(fileobj=file) if packed else file).read(MAX_BYTES + 1)
     except (OSError, EOFError, zlib.error) as fault:
         raise UserError(f"{path}: cannot be read ({fault})") from None
+    if len(content) > MAX_BYTES:
+        raise UserError(f"{path}: longer than {MAX_BYTES} bytes{' unpacked' * packed}; it is no such file")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError:

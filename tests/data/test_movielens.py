@@ -10,6 +10,7 @@ import pytest
 
 from generative_recommenders.data import movielens
 from generative_recommenders.features import UserError
+from memory import memory_grows_at_most
 
 FLAGS = "|".join("1" if genre in {"Drama", "War"} else "0" for genre in movielens.GENRES_100K)
 
@@ -103,8 +104,23 @@ def test_byte_order_mark_and_windows_line_ends(tmp_path: Path) -> None:
     assert table["item"].to_pylist() == ["1", "2"] and table["genres"].to_pylist() == [["War"], ["Drama"]]
 
 
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_a_file_that_unpacks_without_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pack: Callable[[bytes], bytes]
+) -> None:
+    monkeypatch.setattr(movielens, "MAX_BYTES", 1 << 20)
+    content = pack(b"1::A::" + b"x" * (64 << 20))
+    with (
+        memory_grows_at_most(16),
+        pytest.raises(UserError, match="movies.dat: longer than 1048576 bytes") as caught,
+    ):
+        _read(tmp_path, "movies.dat", content)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("inputs", [200, pytest.param(20_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", GOOD)
+@memory_grows_at_most(256)
 def test_damage_gives_rows_or_one_line(tmp_path: Path, name: str, inputs: int) -> None:
     """Damaged inputs of each format: cut, doubled and overwritten bytes."""
     rng = random.Random(name)

@@ -20,6 +20,7 @@ from generative_recommenders.data import delimited_reader
 from generative_recommenders.data.ratings_table import RawRatings, ReaderFormat, read_batches, sniff_format
 from generative_recommenders.data.strict_lines import parse_lines
 from generative_recommenders.features import UserError
+from memory import memory_grows_at_most
 
 CSV = ReaderFormat(",", False)
 PAIRS = ReaderFormat(None, False, ("user", "item"))
@@ -484,6 +485,7 @@ def fuzz_reader(folder: Path, seed: int, count: int) -> tuple[int, int]:
     return accepted, refused
 
 
+@memory_grows_at_most(256)
 def test_fuzz(tmp_path: Path) -> None:
     accepted, refused = fuzz_reader(tmp_path, 11, 1_000)
     assert accepted > 100

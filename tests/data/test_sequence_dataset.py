@@ -18,6 +18,7 @@ from generative_recommenders.data.preparation import prepare_batches
 from generative_recommenders.data.ratings_table import RawRatings
 from generative_recommenders.data.sequence_dataset import SequenceDataset
 from generative_recommenders.features import UserError
+from memory import memory_grows_at_most
 
 
 @pytest.fixture
@@ -206,6 +207,7 @@ def fuzz_manifest(folder: Path, seed: int, count: int) -> int:
     return refused
 
 
+@memory_grows_at_most(256)
 def test_fuzz(folder: Path) -> None:
     assert 300 < fuzz_manifest(folder, 5, 1_000) < 1_000
 
@@ -244,6 +246,7 @@ def fuzz_files(folder: Path, seed: int, count: int) -> int:
     return refused
 
 
+@memory_grows_at_most(256)
 def test_fuzz_of_the_files(folder: Path) -> None:
     assert 200 < fuzz_files(folder, 7, 1_000) < 1_000
 

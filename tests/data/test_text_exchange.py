@@ -15,6 +15,7 @@ from generative_recommenders.data.ratings_table import RawRatings
 from generative_recommenders.data.sequence_dataset import SequenceDataset
 from generative_recommenders.data.text_exchange import export_text, import_text
 from generative_recommenders.features import UserError
+from memory import memory_grows_at_most
 
 HEADER = "index,user_id,sequence_item_ids,sequence_ratings,sequence_timestamps\n"
 
@@ -120,6 +121,7 @@ def fuzz(folder: Path, seed: int, count: int) -> int:
     return refused
 
 
+@memory_grows_at_most(256)
 def test_fuzz(tmp_path: Path) -> None:
     assert 100 < fuzz(tmp_path, 3, 1_000) < 1_000
 

@@ -12,6 +12,7 @@ import torch
 
 from generative_recommenders.features import UserError
 from generative_recommenders.training.checkpoint import Checkpoint, CheckpointStore
+from memory import memory_grows_at_most
 
 MUTANTS = [1000, pytest.param(100_000, marks=pytest.mark.slow)]
 WORDS = (b"null", b"{", b"]", b'"', b"1e999", b"-1", b"../", b"\xff\xfe", b"9" * 30, b"[" * 3000)
@@ -57,6 +58,7 @@ def outcome(store: CheckpointStore, folder: Path) -> str | None:
 
 
 @pytest.mark.parametrize("mutants", MUTANTS)
+@memory_grows_at_most(256)
 def test_a_mutated_checkpoint_is_never_loaded(tmp_path, whole, mutants):
     generator = random.Random(0)
     store = CheckpointStore(tmp_path / "other", read_only=True)
@@ -92,6 +94,7 @@ def seal(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("mutants", MUTANTS)
+@memory_grows_at_most(256)
 def test_a_forged_checkpoint_is_loaded_or_refused(tmp_path, whole, mutants):
     """With right checksums the files' own parsers are reached."""
     generator = random.Random(1)

@@ -24,6 +24,7 @@ from generative_recommenders.training.meta_checkpoint import (
     rename_parameters,
     reorder_items,
 )
+from memory import memory_grows_at_most
 
 FOLDER = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parents[1] / "golden"))
 CASES = ("meta_sasrec", "meta_hstu", "meta_hstu_concat_ua", "meta_hstu_no_bias")
@@ -185,6 +186,7 @@ def test_no_such_file(tmp_path):
 
 @pytest.mark.parametrize("mutants", [500, pytest.param(50_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("zipped", [True, False])
+@memory_grows_at_most(256)
 def test_mutated_files_are_read_or_refused(tmp_path, mutants, zipped):
     path = tmp_path / "ckpt"
     state = {"model_state_dict": {"w": torch.arange(6.0), "v": torch.ones(2, 2)}}
