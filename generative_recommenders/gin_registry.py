@@ -148,7 +148,7 @@ def resolved_text(settings: s.RunSettings) -> str:
 
 def _build(name: str) -> Any:
     built = _CONFIGURABLES[name]()
-    s.check_types(built, name)
+    s.check_section(built, name)
     return built
 
 
@@ -242,7 +242,7 @@ def override(settings: s.RunSettings, bindings: Sequence[str]) -> s.RunSettings:
                 f.name: value for f in dataclasses.fields(current) for value in _bound(f"{name}.{f.name}")
             }
             changed = dataclasses.replace(current, **bound)
-            s.check_types(changed, name)
+            s.check_section(changed, name)
             settings = dataclasses.replace(settings, **{section: changed})
     except GIN_FAULTS as error:
         raise UserError(explain(error)) from error

@@ -242,8 +242,29 @@ def test_settings_survive_json(write) -> None:
         ({"model": {}}, "model"),
         ({"train": {"epochs": 3}}, "epochs"),
         ({"train": {"num_negatives": 0}}, "num_negatives"),
+        ({"train": 3}, "section 'train' is no object but '3'"),
+        ({"sasrec": None}, "section 'sasrec' is no object"),
+        ({"hstu": [["dqk", 4]]}, "section 'hstu' is no object"),
+        ({"sasrec": {"num_blocks": "x"}}, "sasrec.num_blocks must be of type int, got 'x'"),
+        ({"hstu": {"dqk": -4}}, "hstu.dqk must be above 0, got -4"),
+        ({"mol": {"dot_product_dimension": 0}}, "mol.dot_product_dimension must be above 0"),
+        ({"item_tower": {"features": None}}, "section 'item_tower' has a value of the wrong type"),
+        ({"item_tower": {"features": ["genre", 3]}}, "item_tower.features must be of type"),
+        ({"weighted_loss": {"weights": {"mi_loss": "much"}}}, "weighted_loss.weights must be of type"),
+        ({"train": {"item_embedding_dim": [1]}}, "item_embedding_dim must be of type int"),
     ],
 )
 def test_json_of_another_program(change: dict, expected: str) -> None:
-    with pytest.raises(UserError, match=expected):
+    with pytest.raises(UserError, match=expected) as refused:
         RunSettings.from_json({**RunSettings().to_json(), **change})
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("data", [[1], None, "train", 3])
+def test_json_that_is_no_object(data: object) -> None:
+    with pytest.raises(UserError, match="settings are no object"):
+        RunSettings.from_json(data)
+
+
+def test_sizes_bound_by_gin_are_checked_too(write) -> None:
+    assert "hstu_encoder.dqk must be above 0" in message([write("hstu_encoder.dqk = -4")], [])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -307,20 +308,51 @@ class RunSettings:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> RunSettings:
-        """From `to_json`'s form; UserError names a key that does not exist."""
+        """From `to_json`'s form, which anybody may have written; UserError names a key that does not exist or a value
+        that cannot be."""
+        if not isinstance(data, dict):
+            raise UserError(f"settings are no object but {str(data)[:40]!r}")
         sections = {f.name: f.default_factory for f in dataclasses.fields(cls)}
         unknown = sorted(set(data) - set(sections))
         if unknown:
-            raise UserError(f"settings have unknown sections: {', '.join(unknown)}")
-        return cls(**{name: _section(sections[name], data.get(name, {}), name) for name in sections})
+            raise UserError(f"settings have unknown sections: {', '.join(unknown)[:200]}")
+        try:
+            return cls(**{name: _section(sections[name], data.get(name, {}), name) for name in sections})
+        except UserError as error:
+            raise UserError(str(error)[:300]) from error
 
 
 def _section(kind: Any, values: dict[str, Any], name: str) -> Any:
+    if not isinstance(values, dict):
+        raise UserError(f"settings section {name!r} is no object but {str(values)[:40]!r}")
     known = {f.name: f for f in dataclasses.fields(kind)}
     unknown = sorted(set(values) - set(known))
     if unknown:
         raise UserError(f"settings section {name!r} has unknown keys: {', '.join(unknown)}")
-    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+    try:
+        section = kind(**{key: tuple(x) if isinstance(x, list) else x for key, x in values.items()})
+    except TypeError as error:
+        raise UserError(f"settings section {name!r} has a value of the wrong type: {error}") from error
+    check_section(section, name)
+    return section
+
+
+def check_section(settings: Any, owner: str) -> None:
+    """UserError naming the first field that is not of its declared type, or the first size that is not above 0."""
+    check_types(settings, owner)
+    for name in _SIZES.get(type(settings), ()):
+        if getattr(settings, name) < 1:
+            raise UserError(f"{owner}.{name} must be above 0, got {getattr(settings, name)}")
+
+
+_SIZES: dict[type, tuple[str, ...]] = {
+    SasrecSettings: ("num_blocks", "num_heads", "ffn_hidden_dim"),
+    HstuSettings: ("num_blocks", "num_heads", "dqk", "dv"),
+    DiffTransformerSettings: ("num_blocks", "num_heads"),
+    TransformerSettings: ("num_blocks", "num_heads", "ffn_hidden_dim"),
+    SceSettings: ("n_buckets", "bucket_size_x", "bucket_size_y"),
+    MoLSettings: ("query_dot_product_groups", "item_dot_product_groups", "dot_product_dimension"),
+}
 
 
 def check_types(settings: Any, owner: str) -> None:
@@ -329,11 +361,19 @@ def check_types(settings: Any, owner: str) -> None:
         declared, value = str(each.type), getattr(settings, each.name)
         if value is None and "None" in declared:
             continue
-        expected = _TYPES[declared.partition(" | ")[0].partition("[")[0]]
-        if not isinstance(value, expected) or (isinstance(value, bool) and bool not in expected):
+        if not _is_of(value, declared.partition(" | ")[0]):
             raise UserError(f"{owner}.{each.name} must be of type {declared}, got {value!r}")
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{owner}.{each.name} must be finite, got {value}")
+
+
+def _is_of(value: Any, declared: str) -> bool:
+    """declared: ``int``, ``tuple[str, ...]``, ``dict[str, float]`` and their like; entries are looked at too."""
+    kind, _, inner = declared.partition("[")
+    if not isinstance(value, _TYPES[kind]) or (isinstance(value, bool) and kind != "bool"):
+        return False
+    entries: Any = value.values() if isinstance(value, dict) else value
+    return not inner or all(_is_of(entry, re.findall(r"\w+", inner)[-1]) for entry in entries)
 
 
 def check_positive(settings: Any, *names: str) -> None:

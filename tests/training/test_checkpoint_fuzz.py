@@ -12,6 +12,7 @@ import torch
 
 from generative_recommenders.features import UserError
 from generative_recommenders.training.checkpoint import Checkpoint, CheckpointStore
+from generative_recommenders.training.settings import RunSettings
 from memory import memory_grows_at_most
 
 MUTANTS = [1000, pytest.param(100_000, marks=pytest.mark.slow)]
@@ -21,7 +22,7 @@ WORDS = (b"null", b"{", b"]", b'"', b"1e999", b"-1", b"../", b"\xff\xfe", b"9" *
 @pytest.fixture
 def whole(tmp_path) -> Path:
     store = CheckpointStore(tmp_path / "whole")
-    store.attach(pa.array(["a", "b,c", "книга"]), {"dim": 2, "items": {"name": "x"}}, "a.b = 1\n")
+    store.attach(pa.array(["a", "b,c", "книга"]), RunSettings().to_json(), "a.b = 1\n")
     tensors = {
         "w": torch.arange(6.0).view(2, 3),
         "h": torch.ones(2, dtype=torch.bfloat16),
@@ -45,7 +46,8 @@ def mutate(content: bytes, generator: random.Random) -> bytes:
 def everything(loaded: Checkpoint) -> str:
     tensors = {name: (str(value.dtype), value.tolist()) for name, value in sorted(loaded.tensors.items())}
     rest = (loaded.state, loaded.metric, loaded.is_best, loaded.item_ids().to_pylist())
-    return json.dumps([tensors, loaded.position, *rest, loaded.settings(), loaded.resolved_gin()])
+    settings = RunSettings.from_json(loaded.settings()).to_json()
+    return json.dumps([tensors, loaded.position, *rest, settings, loaded.resolved_gin()])
 
 
 def outcome(store: CheckpointStore, folder: Path) -> str | None:
