@@ -118,7 +118,7 @@ CROSS_ENTROPY = (*ReplayLoss.takes, "weight", "label_smoothing")
 
 
 def weights_of(weight: Tensor | None, ids: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weights of items by id, 1 without weights and for ids below 0 any."""
+    """Each id's weight, 1 without weights; an id below 0 (no item, left out of every sum) has item 0's."""
     if weight is None:
         return torch.ones(ids.shape, dtype=dtype, device=ids.device)
     return weight[ids.clamp(min=0)].to(dtype)

@@ -165,7 +165,7 @@ class CESampled(SampledLoss):
 
     def terms(self, candidates: Candidates, positions: Positions) -> Terms:
         positive, negative, kept = candidates.positive, candidates.negative, candidates.kept
-        own = weights_of(self.weight, positions.labels, positive.dtype)
+        own = weights_of(self.weight, positions.labels.masked_fill(~positions.counts, 0), positive.dtype)
         ids = candidates.ids.masked_fill(candidates.ignored, 0)
         others = None if self.weight is None else weights_of(self.weight, ids, negative.dtype)
         return softmax_terms(positive, negative, kept, self.label_smoothing, own, others)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -428,6 +429,19 @@ def test_ids_outside_of_the_catalogue_are_refused(loss):
                 scored(hidden, labels, torch.full(shape, wrong), mask)
     hidden_away = labels.masked_fill(~mask, -1)
     assert scored(hidden, hidden_away, negatives, mask) == scored(hidden, labels, negatives, mask)
+
+
+@pytest.mark.parametrize(
+    "loss", [BCESampled, CESampled, LogInCESampled, partial(CESampled, weight=ITEM_WEIGHTS)]
+)
+def test_a_masked_label_may_be_anything(loss):
+    weight, hidden, labels, mask = scene(positives=2)
+    mask[:, :, 1] = False
+    scored, negatives = with_logits(loss(), weight), torch.tensor([0, 4])
+    expected = scored(hidden, labels[:, :, :1], negatives, mask[:, :, :1])
+    for anything in (-1, 50):
+        labels[:, :, 1] = anything
+        assert scored(hidden, labels, negatives, mask) == expected
 
 
 @pytest.mark.parametrize("loss", [BCESampled, CESampled, LogInCESampled])
