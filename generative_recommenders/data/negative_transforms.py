@@ -95,9 +95,9 @@ class MultiClassNegativeSampling(nn.Module):
         out: str = "negative_ids",
     ) -> None:
         super().__init__()
-        if class_weights.dim() != 2:
+        if class_weights.dim() != 2 or not len(class_weights):
             raise UserError(
-                f"MultiClassNegativeSampling: weights must be [classes, items], not {class_weights.dim()}-d"
+                f"MultiClassNegativeSampling: weights must be [classes, items], not {list(class_weights.shape)}"
             )
         weights = check_weights(class_weights, num_negatives, "MultiClassNegativeSampling")
         self.register_buffer("class_weights", weights, persistent=False)
