@@ -66,6 +66,26 @@ _PREDICTABILITY = flags.DEFINE_float(
 )
 _SEED = flags.DEFINE_integer("synthetic_seed", _DEFAULTS.seed, "synthetic-books: seed")
 
+_OPTIONS_OF_ONE = {
+    "columns": "csv",
+    "delimiter": "csv",
+    **dict.fromkeys(
+        ("synthetic_users", "synthetic_items", "predictability", "synthetic_seed"), "synthetic-books"
+    ),
+}
+_PREPARE_ONLY = (
+    "dataset",
+    "raw_path",
+    "data_root",
+    "name",
+    "k_core",
+    "engine",
+    "memory_limit",
+    "spark_master",
+    *_OPTIONS_OF_ONE,
+)
+"""Flags that have no meaning where nothing is prepared."""
+
 
 def parse_bytes(text: str) -> int:
     """``4GB``, ``500MB``, ``64kB`` or a number of bytes."""
@@ -85,12 +105,36 @@ def _export(folder: Path) -> None:
             print(f"written: {path}")
 
 
+def _check_flags() -> None:
+    """UserError for a flag that was given and cannot act beside the others."""
+    if _PREPARED.value is not None:
+        surplus = [name for name in _PREPARE_ONLY if flags.FLAGS[name].present]
+        if surplus:
+            raise UserError(f"--{surplus[0]} has no meaning with --prepared, which prepares nothing")
+        if _EXPORT_TEXT.value is None and _EXPORT_PARQUET.value is None:
+            raise UserError("--prepared needs --export_text=FILE or --export_parquet=FILE")
+    for name, dataset in _OPTIONS_OF_ONE.items():
+        if flags.FLAGS[name].present and _DATASET.value != dataset:
+            raise UserError(f"--{name} is for --dataset={dataset}, and this is {_DATASET.value}")
+    spark = _ENGINE.value == "spark"
+    if spark and _DATASET.value == EXCHANGE:
+        raise UserError(f"--engine=spark does not read {EXCHANGE}; leave it out")
+    if spark and _MEMORY_LIMIT.present:
+        raise UserError("--memory_limit has no meaning with --engine=spark")
+    if not spark and _SPARK_MASTER.present:
+        raise UserError("--spark_master needs --engine=spark")
+
+
+def _import(memory_limit: int) -> tuple[Manifest, Path]:
+    if not _RAW_PATH.value or not _NAME.value:
+        raise UserError(f"--dataset={EXCHANGE} needs --raw_path=FILE and --name=NAME")
+    out = prepared_path(_DATA_ROOT.value, _NAME.value)
+    return import_text(_RAW_PATH.value, out, _NAME.value, memory_limit, _K_CORE.value), out
+
+
 def _prepare(memory_limit: int) -> tuple[Manifest, Path]:
     if _DATASET.value == EXCHANGE:
-        if not _RAW_PATH.value or not _NAME.value:
-            raise UserError(f"--dataset={EXCHANGE} needs --raw_path=FILE and --name=NAME")
-        out = prepared_path(_DATA_ROOT.value, _NAME.value)
-        return import_text(_RAW_PATH.value, out, _NAME.value, memory_limit), out
+        return _import(memory_limit)
     raw = resolve(
         _DATASET.value,
         raw_path=None if _RAW_PATH.value is None else Path(_RAW_PATH.value),
@@ -116,9 +160,8 @@ def _prepare(memory_limit: int) -> tuple[Manifest, Path]:
 
 def run() -> None:
     """What the flags ask for; UserError for faults of input or flags."""
+    _check_flags()
     if _PREPARED.value is not None:
-        if _EXPORT_TEXT.value is None and _EXPORT_PARQUET.value is None:
-            raise UserError("--prepared needs --export_text=FILE or --export_parquet=FILE")
         _export(Path(_PREPARED.value))
         return
     manifest, out = _prepare(parse_bytes(_MEMORY_LIMIT.value))

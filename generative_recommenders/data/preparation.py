@@ -59,17 +59,21 @@ def prepare(raw: RawRatings, out_dir: str | Path, memory_limit: int = DEFAULT_ME
     ones.
     """
     parse_filter(raw.filter)
-    return prepare_batches(raw, read_batches(raw), Path(out_dir), memory_limit)
+    num_events = sum(_guess_events(path) for path in raw.files if path.is_file())
+    return prepare_batches(raw, read_batches(raw), Path(out_dir), memory_limit, num_events)
 
 
 def prepare_batches(
-    raw: RawRatings, batches: Iterable[pa.Table], out_dir: Path, memory_limit: int
+    raw: RawRatings, batches: Iterable[pa.Table], out_dir: Path, memory_limit: int, num_events: int = 0
 ) -> Manifest:
-    """``prepare`` with the ratings given as tables (columns of ``ratings_table.read_batches``)."""
+    """``prepare`` with the ratings given as tables (columns of ``ratings_table.read_batches``).
+
+    num_events: about how many there are.
+    """
     with new_folder(out_dir) as folder:
         spill = folder / "spill"
         with phase("read and number the ids"):
-            events = _collect(batches, spill, memory_limit, _may_exceed(raw, memory_limit))
+            events = _collect(batches, spill, memory_limit, num_events)
         with phase("filter"):
             sequences, selection = _select(events, raw.filter)
         check_expected(raw, len(sequences.user_ids), len(sequences.item_ids))
@@ -130,11 +134,6 @@ Bucket = tuple[np.ndarray, np.ndarray, "np.ndarray | None", "np.ndarray | None"]
 """Sorted events of consecutive users: users int32 (0-based), items int32 (0-based), ratings, timestamps."""
 
 
-def _may_exceed(raw: RawRatings, memory_limit: int) -> bool:
-    """Whether the events may not fit, judged by the size of the files."""
-    return sum(_guess_events(path) for path in raw.files if path.is_file()) * BYTES_PER_EVENT > memory_limit
-
-
 def _guess_events(path: Path) -> int:
     """Parquet knows; text has as many lines as its first ones (and gzip's usual factor) suggest."""
     if is_parquet(path):
@@ -144,8 +143,9 @@ def _guess_events(path: Path) -> int:
     return int(path.stat().st_size * (GZIP_FACTOR if zipped else 1) / max(1.0, bytes_per_line))
 
 
-def _collect(batches: Iterable[pa.Table], spill: Path, memory_limit: int, out_of_core: bool) -> Events:
-    if not out_of_core:
+def _collect(batches: Iterable[pa.Table], spill: Path, memory_limit: int, num_events: int) -> Events:
+    """All events; where about ``num_events`` exceed the limit, in files."""
+    if num_events * BYTES_PER_EVENT <= memory_limit:
         return EventCollector(run_events=1 << 62).extend(batches).finish()
     spill.mkdir()
     run_events = max(1, memory_limit // BYTES_PER_EVENT)

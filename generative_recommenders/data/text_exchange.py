@@ -20,9 +20,9 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from generative_recommenders.data.delimited_reader import Block, read_blocks
+from generative_recommenders.data.delimited_reader import Block, first_bytes, read_blocks
 from generative_recommenders.data.manifest import Manifest
-from generative_recommenders.data.preparation import DEFAULT_MEMORY_LIMIT, prepare_batches
+from generative_recommenders.data.preparation import DEFAULT_MEMORY_LIMIT, GZIP_FACTOR, prepare_batches
 from generative_recommenders.data.ratings_table import MAX_TIMESTAMP, RawRatings
 from generative_recommenders.data.sequence_dataset import SequenceDataset
 from generative_recommenders.data.strict_lines import VALUE_OF
@@ -80,23 +80,53 @@ def _joined(offsets: np.ndarray, values: np.ndarray) -> pa.Array:
 
 
 def import_text(
-    path: str | Path, out_dir: str | Path, name: str, memory_limit: int = DEFAULT_MEMORY_LIMIT
+    path: str | Path,
+    out_dir: str | Path,
+    name: str,
+    memory_limit: int = DEFAULT_MEMORY_LIMIT,
+    k_core: int | None = None,
 ) -> Manifest:
     """Prepare the folder ``out_dir`` from an exchange file; its numbers become the original ids.
 
+    memory_limit: see ``prepare``. k_core: filter iteratively until every user and item has this many events.
     Raises UserError with the line of the first fault: a wrong header, lists of unequal length, anything not a
     number.
     """
     path = Path(path)
-    tables = list(read_text(path))
-    if not tables:
+    if k_core is not None and k_core < 1:
+        raise UserError(f"--k_core={k_core} must be at least 1")
+    absent = _unused_columns(path)
+    raw = RawRatings(
+        name,
+        [path],
+        filter="none" if k_core is None else f"k_core:{k_core}",
+        source={"dataset": "exchange text", "input": path.name},
+    )
+    batches = (table.drop_columns(absent) for table in read_text(path))
+    return prepare_batches(raw, batches, Path(out_dir), memory_limit, _guess_events(path))
+
+
+def _unused_columns(path: Path) -> list[str]:
+    """Which of ``rating`` and ``timestamp`` are zero throughout; reads until neither can be."""
+    unused: list[str] | None = None
+    for table in read_text(path):
+        unused = [
+            column
+            for column in (["rating", "timestamp"] if unused is None else unused)
+            if not pc.any(pc.not_equal(table[column], 0)).as_py()
+        ]
+        if not unused:
+            break
+    if unused is None:
         raise UserError(f"{path}: the file is empty: it holds no user")
-    table = pa.concat_tables(tables)
-    absent = [
-        column for column in ("rating", "timestamp") if not pc.any(pc.not_equal(table[column], 0)).as_py()
-    ]
-    raw = RawRatings(name, [path], source={"dataset": "exchange text", "input": path.name})
-    return prepare_batches(raw, [table.drop_columns(absent)], Path(out_dir), memory_limit)
+    return unused
+
+
+def _guess_events(path: Path) -> int:
+    """How many events the file may hold: an event takes three commas, and its first bytes say how far apart."""
+    sample, zipped = first_bytes(path)
+    events = sample.count(b",") // len(_LISTS)
+    return path.stat().st_size * (GZIP_FACTOR if zipped else 1) * events // max(1, len(sample))
 
 
 def read_text(path: Path) -> Iterator[pa.Table]:

@@ -11,7 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
+from absl import flags as absl_flags
+from absl.testing import flagsaver
 
+import preprocess_public_data
 from generative_recommenders.data.sequence_dataset import SequenceDataset
 
 PROGRAM = Path(__file__).resolve().parents[2] / "preprocess_public_data.py"
@@ -68,29 +71,24 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
         (["--dataset=exchange-text"], "needs --raw_path"),
         (["--memory_limit=lots"], "is not a size"),
         (["--prepared=x"], "needs --export_text"),
+        (["--prepared=x", "--export_text=y", "--k_core=5"], "--k_core has no meaning with --prepared"),
         (["--dataset=nothing"], "unknown dataset 'nothing'"),
+        (["--dataset=exchange-text", "--columns=foo"], "--columns is for --dataset=csv"),
+        (["--dataset=exchange-text", "--delimiter=;"], "--delimiter is for --dataset=csv"),
+        (["--dataset=exchange-text", "--engine=spark"], "--engine=spark does not read exchange-text"),
+        (["--dataset=ml-1m", "--synthetic_users=9"], "--synthetic_users is for --dataset=synthetic-books"),
+        (["--dataset=csv", "--predictability=0.5"], "--predictability is for --dataset=synthetic-books"),
+        (["--engine=spark", "--memory_limit=1GB"], "--memory_limit has no meaning with --engine=spark"),
+        (["--spark_master=local"], "--spark_master needs --engine=spark"),
     ],
 )
 def test_bad_flags(
-    tmp_path: Path,
-    flags: list[str],
-    what: str,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    flags: list[str], what: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from absl import flags as absl_flags
-
-    import preprocess_public_data
-
-    saved = absl_flags.FLAGS.flag_values_dict()
     monkeypatch.setattr("signal.signal", lambda *_: None)
-    absl_flags.FLAGS(["program", f"--data_root={tmp_path}", *flags])
-    try:
-        with pytest.raises(SystemExit) as stopped:
-            preprocess_public_data.main(["program"])
-    finally:
-        for name in ("dataset", "memory_limit", "prepared", "data_root"):
-            setattr(absl_flags.FLAGS, name, saved[name])
+    with flagsaver.flagsaver(), pytest.raises(SystemExit) as stopped:
+        absl_flags.FLAGS(["program", *flags])
+        preprocess_public_data.main(["program"])
     assert stopped.value.code == 2
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 1

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 
 from generative_recommenders.data import text_exchange
+from generative_recommenders.data.event_store import EventCollector
 from generative_recommenders.data.preparation import prepare_batches
 from generative_recommenders.data.ratings_table import RawRatings
 from generative_recommenders.data.sequence_dataset import SequenceDataset
@@ -70,6 +71,44 @@ def test_ids_become_original_ids_in_text_order(tmp_path: Path) -> None:
     dataset = SequenceDataset.open(tmp_path / "out")
     assert dataset.original_item_ids().to_pylist() == ["10", "3", "9"]
     assert dataset.items.tolist() == [1, 3, 1, 2]
+
+
+def test_k_core_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "s.csv").write_text(
+        HEADER + '0,7,"1,2,3","1,1,1","1,2,3"\n1,8,"1,2","1,1","1,2"\n2,9,1,1,1\n'
+    )
+    manifest = import_text(tmp_path / "s.csv", tmp_path / "out", "t", k_core=2)
+    assert (manifest.filter, manifest.counts["users"], manifest.counts["events"]) == ("k_core:2", 2, 4)
+    with pytest.raises(UserError, match="--k_core=0 must be at least 1"):
+        import_text(tmp_path / "s.csv", tmp_path / "out", "t", k_core=0)
+
+
+@pytest.mark.parametrize("zeros", ["", "ratings", "timestamps"])
+def test_beyond_the_memory_limit_events_go_to_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zeros: str
+) -> None:
+    """The same folder, whatever the limit; one block of lines at a time is held."""
+    lines = []
+    for user in range(300):
+        items = [str(user * step % 17 + 1) for step in range(1, user % 7 + 2)]
+        ratings = ["0" if zeros == "ratings" else item for item in items]
+        times = ["0" if zeros == "timestamps" else str(step) for step, _ in enumerate(items)]
+        lines.append(f'{user},{user},"{",".join(items)}","{",".join(ratings)}","{",".join(times)}"\n')
+    (tmp_path / "s.csv").write_text(HEADER + "".join(lines))
+    monkeypatch.setattr(text_exchange.read_blocks, "__defaults__", (2_000, 1 << 20))
+    spilled = []
+    init = EventCollector.__init__
+
+    def spy(self: EventCollector, run_events: int, spill: Path | None = None) -> None:
+        spilled.append(spill is not None)
+        init(self, run_events, spill)
+
+    monkeypatch.setattr(EventCollector, "__init__", spy)
+    inside = import_text(tmp_path / "s.csv", tmp_path / "inside", "t")
+    outside = import_text(tmp_path / "s.csv", tmp_path / "outside", "t", memory_limit=60_000)
+    assert inside == outside
+    assert spilled == [False, True]
+    SequenceDataset.open(tmp_path / "outside").verify()
 
 
 @pytest.mark.parametrize(
