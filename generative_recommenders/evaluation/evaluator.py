@@ -6,7 +6,7 @@ of processes gives the same numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -51,7 +51,7 @@ class Evaluator:
 
     seen_filter: "history" (everything the user had before the target, never the target itself), "window" (what the model
     saw; a repeated target is then a miss, as in the published evaluation), "none". rating_threshold: targets rated at
-    or above it are also counted apart.
+    or above it are also counted apart. shown: goes through the loader and shows how far it is.
     """
 
     def __init__(
@@ -62,8 +62,9 @@ class Evaluator:
         collectives: Collectives,
         unseen_targets: torch.Tensor | None = None,
         rating_threshold: float = 4.0,
+        shown: Callable[[EvaluationLoader], Iterable[Mapping[str, torch.Tensor]]] = iter,
     ) -> None:
-        self.loader, self.num_items = loader, num_items
+        self.loader, self.num_items, self.shown = loader, num_items, shown
         self.seen_filter, self.collectives = seen_filter, collectives
         self.unseen_targets, self.rating_threshold = unseen_targets, rating_threshold
 
@@ -71,7 +72,7 @@ class Evaluator:
         """score: gives ``[n, V]``. lists: an empty collector, filled from the same scores, for list metrics too."""
         histogram = RankHistogram(self.num_items)
         chunk = max(1, MAX_SCORES // max(self.num_items, 1))
-        for batch in self.loader:
+        for batch in self.shown(self.loader):
             seen = self._seen(batch)
             for start in range(0, len(batch["target_ids"]), chunk):
                 part = {name: values[start : start + chunk] for name, values in batch.items()}

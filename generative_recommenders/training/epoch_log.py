@@ -7,7 +7,7 @@ from typing import Any
 
 from absl import logging
 
-from .progress import DivergenceMonitor, PlateauMonitor
+from .progress import DivergenceMonitor, PlateauMonitor, duration
 from .run_folder import RunFolder
 
 SHOWN = ("hr@10", "ndcg@10", "hr@50", "ndcg@50", "mrr")
@@ -45,15 +45,16 @@ class EpochLog:
         self.run.write_metrics(step, values)
         self._warn(self.divergence.observe(loss))
 
-    def epoch(self, step: int, record: Mapping[str, Any]) -> None:
-        """record: epoch (from 0), train_loss, seconds, full, and the metrics."""
+    def epoch(self, step: int, record: Mapping[str, Any], seconds_left: float = 0.0) -> None:
+        """record: epoch (from 0), train_loss, seconds, full, and the metrics. seconds_left: of the whole run."""
         if self.run is None:
             return
         shown = " ".join(f"{name} {record[name]:.4f}" for name in SHOWN)
         part = self.part if record["full"] else f"{self.part} (part of the users)"
         logging.info(
-            "epoch %d/%d  loss %.4f  %s %s  %.0f s",
+            "epoch %d/%d  loss %.4f  %s %s  %.0f s, %s left",
             record["epoch"] + 1, self.num_epochs, record["train_loss"], part, shown, record["seconds"],
+            duration(seconds_left),
         )  # fmt: skip
         scalars = {
             f"{self.part}/{name}": value

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from ..evaluation.evaluator import EvaluationResult, Evaluator
 from ..evaluation.top_lists import TopLists
 from ..modeling.recommender import SequenceRecommender
 from .assembly import build_inference
+from .progress import with_progress
 from .scoring_catalogue import CatalogueScores
 from .settings import RunSettings
 
@@ -77,8 +78,9 @@ class ModelEvaluation:
             self.dataset, targets, t.max_sequence_length, batch_size, world.rank, world.world_size, max_users
         )
         evaluator = Evaluator(
-            loader, self.dataset.num_items, t.seen_filter, world, torch.from_numpy(unseen), t.rating_threshold
-        )
+            loader, self.dataset.num_items, t.seen_filter, world, torch.from_numpy(unseen), t.rating_threshold,
+            partial(with_progress, total=len(loader), description="evaluation", enabled=world.is_main),
+        )  # fmt: skip
         result = evaluator(score, self._lists(max_batches))
         model.train(training)
         return result

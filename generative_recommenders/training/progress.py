@@ -63,6 +63,22 @@ def _with_lines(
             stream.flush()
 
 
+class RemainingTime:
+    """How long the rest of a run takes, at the speed since this was made: evaluations and checkpoints included.
+
+    total, done: steps of the whole run, and those that were done before.
+    """
+
+    def __init__(self, total: int, done: int = 0, clock: Callable[[], float] = time.monotonic) -> None:
+        self.total, self.done_before, self.clock = total, done, clock
+        self.started = clock()
+
+    def left(self, done: int) -> float:
+        """Seconds; done: all steps done now, one at least since this was made."""
+        seconds_a_step = (self.clock() - self.started) / max(done - self.done_before, 1)
+        return max(self.total - done, 0) * seconds_a_step
+
+
 def duration(seconds: float) -> str:
     """``1:02:03`` or ``2:03``."""
     minutes, rest = divmod(round(seconds), 60)

@@ -28,7 +28,7 @@ from .checkpoint import Checkpoint, CheckpointStore
 from .epoch_log import EpochLog
 from .model_evaluation import ModelEvaluation
 from .optimizers import Optimizer
-from .progress import check_finite, check_finite_parameters, with_progress
+from .progress import RemainingTime, check_finite, check_finite_parameters, with_progress
 from .run_folder import RunFolder, check_same_data
 from .settings import MAX_PREFETCH, RunSettings
 from .step import StepResult, TrainingStep
@@ -139,6 +139,7 @@ class Trainer:
 
         store: where the main process keeps checkpoints. on_step: called after each step, for a profiler.
         """
+        self.remaining = self._remaining_time(max_steps)
         while self.progress.epoch < self.settings.train.num_epochs and not self._out_of_patience():
             went_through = self._steps(store, max_steps, stop, on_step)
             check_finite_parameters(self.progress.step, self.model)
@@ -153,6 +154,11 @@ class Trainer:
         self._load_best(store)
         result = self.evaluation.test(self.model)
         return TrainResult(result.metrics(), result.liked_metrics(), self.progress, True, result.lists)
+
+    def _remaining_time(self, max_steps: int | None) -> RemainingTime:
+        p, whole = self.progress, self.settings.train.num_epochs * len(self.loader)
+        done = p.epoch * len(self.loader) + p.step_in_epoch
+        return RemainingTime(whole if max_steps is None else min(whole, done + max_steps - p.step), done)
 
     def _steps(
         self,
@@ -257,7 +263,7 @@ class Trainer:
             p.best_metric, p.best_epoch, p.epochs_without_gain = metrics[BEST_BY], p.epoch, 0
         elif full:
             p.epochs_without_gain += 1
-        self.log.epoch(p.step, p.history[-1])
+        self.log.epoch(p.step, p.history[-1], self.remaining.left((p.epoch + 1) * len(self.loader)))
         p.epoch, p.step_in_epoch, p.epoch_loss, p.epoch_targets = p.epoch + 1, 0, 0.0, 0.0
         if better or p.epoch % t.save_ckpt_every_n == 0:
             self._save(store, metrics[BEST_BY], better)

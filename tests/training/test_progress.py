@@ -7,13 +7,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from absl import logging
 from torch import nn
 
-from generative_recommenders.training.epoch_log import EpochLog
+from generative_recommenders.training.epoch_log import SHOWN, EpochLog
 from generative_recommenders.training.progress import (
     DivergenceMonitor,
     NonFiniteError,
     PlateauMonitor,
+    RemainingTime,
     check_finite,
     duration,
     first_non_finite_module,
@@ -53,6 +55,28 @@ def test_lines_with_the_remaining_time():
         done = int(line.split("/")[0].split()[-1])
         seconds = line.split(", ")[2].removesuffix(" left").split(":")
         assert abs(int(seconds[0]) * 60 + int(seconds[1]) - 2 * (100 - done)) <= 6
+
+
+def test_the_remaining_time_of_a_run_counts_all_that_it_does():
+    clock = Clock(2.0)
+    remaining = RemainingTime(100, 10, clock)
+    for _ in clock.items(20):
+        pass
+    clock.now += 5  # an evaluation
+    assert remaining.left(30) == pytest.approx(70 * 45 / 20)
+    assert remaining.left(100) == 0.0
+
+
+def test_the_line_of_an_epoch_says_how_long_the_run_takes(caplog):
+    run = SimpleNamespace(write_scalars=lambda *_: None, write_metrics=lambda *_: None)
+    record = {"epoch": 0, "train_loss": 1.0, "seconds": 60.0, "full": True, **dict.fromkeys(SHOWN, 0.1)}
+    level = logging.get_verbosity()
+    logging.set_verbosity(logging.INFO)
+    try:
+        EpochLog(run, 9, "validation").epoch(7, record, 5025.0)
+    finally:
+        logging.set_verbosity(level)
+    assert "60 s, 1:23:45 left" in caplog.text
 
 
 def test_a_bar_on_a_terminal():

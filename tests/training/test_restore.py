@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from generative_recommenders.data.splits import make_split
 from generative_recommenders.evaluation.collectives import Collectives
 from generative_recommenders.features import UserError
 from generative_recommenders.training.checkpoint import Checkpoint, CheckpointStore
+from generative_recommenders.training.progress import with_progress
 from generative_recommenders.training.train import Trainer
 from tiny_models import settings
 
@@ -98,6 +100,16 @@ def test_the_main_process_decides_when_a_checkpoint_is_due(ragged_dataset: Seque
     trainer.collectives = OtherProcess()
     assert trainer._asked(False) == (False, False)
     assert trainer._asked(False) == (False, True)
+
+
+def test_a_long_evaluation_says_how_long_it_takes(
+    ragged_dataset: SequenceDataset, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = make_trainer(ragged_dataset, eval_batch_size=10)
+    quick = partial(with_progress, line_seconds=0.0)
+    monkeypatch.setattr("generative_recommenders.training.model_evaluation.with_progress", quick)
+    trainer.evaluation.validation(trainer.model)
+    assert "evaluation: 2/6, " in capsys.readouterr().err
 
 
 def test_other_features_are_refused(ragged_dataset: SequenceDataset, saved: Checkpoint) -> None:
