@@ -291,6 +291,7 @@ class Trainer:
             "split_hash": self.split.hash,
             "features_hash": self.dataset.manifest.features_hash,
             "world_size": self.collectives.world_size,
+            "global_batch": self.loader.global_batch,
         }
         if self.run_folder is not None:
             self.run_folder.flush()
@@ -299,7 +300,8 @@ class Trainer:
     def restore(self, checkpoint: Checkpoint) -> None:
         """Continues from a checkpoint: refused on other data; says what differs at another number of processes."""
         try:
-            saved_hash, saved = checkpoint.state["split_hash"], int(checkpoint.state["world_size"])
+            saved_hash = checkpoint.state["split_hash"]
+            processes, batch = _positive(checkpoint, "world_size"), _positive(checkpoint, "global_batch")
             progress = Progress(**checkpoint.state["progress"])
             self.log.restore(checkpoint.state["warnings"])
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -314,15 +316,27 @@ class Trainer:
         self.step.optimizer.load_state_tensors(
             {name[len(prefix) :]: x for name, x in checkpoint.tensors.items() if name.startswith(prefix)}
         )
-        self.progress, now = progress, self.collectives.world_size
-        if saved != now:
-            self.progress.step_in_epoch = self.progress.step_in_epoch * saved // now
+        if processes != self.collectives.world_size:
             logging.warning(
-                "resuming a run of %d processes on %d: the global batch is now %d and dropout draws differ",
-                saved, now, self.loader.global_batch,
+                "resuming a run of %d processes on %d: dropout draws differ",
+                processes, self.collectives.world_size,
             )  # fmt: skip
+        if batch != self.loader.global_batch:
+            progress.step_in_epoch = self._same_place(progress.step_in_epoch, batch)
+        self.progress = progress
         if self.run_folder is not None:
             self.run_folder.truncate_after(self.progress.step)
+
+    def _same_place(self, steps: int, batch: int) -> int:
+        """The steps of an epoch that cover the users of ``steps`` steps of another global batch, and no more."""
+        users, now = self.loader.users.size, self.loader.global_batch
+        done = min(steps * batch, users)
+        same = len(self.loader) if done == users else done // now
+        logging.warning(
+            "resuming with a global batch of %d users, which was %d: after %d users of the epoch, %d of them are seen again",
+            now, batch, done, done - min(same * now, users),
+        )  # fmt: skip
+        return same
 
     def _load_best(self, store: CheckpointStore | None) -> None:
         """The best state on every process, as the main one reads it."""
@@ -331,6 +345,13 @@ class Trainer:
         best = checkpoint_from_main(self.collectives, store.load_best)
         if best is not None:
             load_model(self.model, best)
+
+
+def _positive(checkpoint: Checkpoint, name: str) -> int:
+    value = checkpoint.state[name]
+    if type(value) is not int or not 0 < value < 1 << 31:
+        raise ValueError(f"{name} is {value!r}")
+    return value
 
 
 def load_model(model: torch.nn.Module, checkpoint: Checkpoint) -> None:

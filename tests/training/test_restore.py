@@ -21,9 +21,9 @@ from generative_recommenders.training.train import Trainer
 from tiny_models import settings
 
 
-def make_trainer(dataset: SequenceDataset, **others: Any) -> Trainer:
+def make_trainer(dataset: SequenceDataset, batch: int = 16, **others: Any) -> Trainer:
     chosen = settings(
-        item_embedding_dim=8, num_epochs=1, local_batch_size=16, max_sequence_length=8, **others
+        item_embedding_dim=8, num_epochs=1, local_batch_size=batch, max_sequence_length=8, **others
     )
     return Trainer(chosen, dataset, make_split(dataset), Collectives())
 
@@ -119,12 +119,35 @@ def test_other_features_are_refused(ragged_dataset: SequenceDataset, saved: Chec
 
 
 @pytest.mark.parametrize(
+    ("steps", "batch", "expected"),
+    [(3, 8, 6), (3, 4, 12), (3, 32, 1), (3, 20, 2), (4, 8, 7), (4, 52, 1), (4, 9, 6)],
+)
+def test_the_place_in_the_epoch_is_counted_in_users(
+    ragged_dataset: SequenceDataset, tmp_path: Path, steps: int, batch: int, expected: int
+) -> None:
+    """52 users, 16 a step before; the ones behind the whole steps of the new batch are seen again."""
+    store, trainer = CheckpointStore(tmp_path), make_trainer(ragged_dataset)
+    assert trainer.loader.users.size == 52
+    done = iter(range(1, steps + 1))
+    trainer.train(store, stop=lambda: next(done) == steps)
+    newest, resumed = store.load_newest(), make_trainer(ragged_dataset, batch)
+    assert newest is not None
+    resumed.restore(newest)
+    assert resumed.progress.step_in_epoch == expected
+    users = [u for part in trainer.loader.epoch(0) for u in part.columns["user_ids"].tolist()]
+    left = [u for part in resumed._batches() for u in part.columns["user_ids"].tolist()]
+    assert left == users[expected * batch :]
+
+
+@pytest.mark.parametrize(
     ("section", "key", "value"),
     [
         ("", "progress", ...),
         ("", "progress", []),
         ("", "warnings", ...),
         ("", "world_size", "two"),
+        ("", "global_batch", 0),
+        ("", "global_batch", ...),
         ("progress", "step", -1),
         ("progress", "epoch", 1.5),
         ("progress", "step_in_epoch", True),
