@@ -86,7 +86,8 @@ def process_device(device_type: str | None = None) -> torch.device:
     to choose."""
     if (device_type or ("cuda" if torch.cuda.is_available() else "cpu")) == "cpu":
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    alone = torch.cuda.device_count() == 1  # SLURM may show each task its own GPU alone
+    return torch.device("cuda", 0 if alone else int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def join_group(

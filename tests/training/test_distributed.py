@@ -68,7 +68,10 @@ def test_one_process_is_the_same_without_a_group():
 
 def test_device(monkeypatch):
     monkeypatch.setitem(os.environ, "LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert process_device("cpu") == torch.device("cpu")
     assert process_device("cuda") == torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert process_device("cuda") == torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert process_device() == torch.device("cpu")

@@ -275,9 +275,9 @@ def is_running(pid: int) -> bool:
 
 
 def started_by_slurm(worker, rank: int, port: int, *args) -> None:
-    os.environ.update(SLURM_PROCID=str(rank), SLURM_NTASKS="2", SLURM_LOCALID="0")
+    os.environ.update(SLURM_PROCID=str(rank), SLURM_STEP_NUM_TASKS="2", SLURM_LOCALID="0")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    failure_watch.POLL_SECONDS = failure_watch.GRACE_SECONDS = 0.1
+    failure_watch.POLL_SECONDS, failure_watch.GRACE_SECONDS = 0.3, 0.1
     sys.exit(on_cpu(worker, *args, num_processes=None))
 
 
@@ -299,6 +299,15 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
+def test_a_count_beside_a_rendezvous_is_not_used_and_that_is_said(monkeypatch):
+    lines: list[str] = []
+    monkeypatch.setattr(logging, "warning", lambda text, *values: lines.append(text % values))
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert on_cpu(return_code, num_processes=4) == 0
+    assert lines == ["num_processes = 4 is not used: 1 processes were started already"]
+
+
 def test_joins_under_slurm_variables(tmp_path):
     assert exit_codes_under_slurm(report, str(tmp_path)) == [0, 0]
     assert [each[:3] for each in reported(tmp_path)] == [["2", "3.0", "0"]] * 2
@@ -316,7 +325,12 @@ def fail_while_the_other_hears_nothing(rank: int, world_size: int, failing: int,
 
 @pytest.mark.parametrize(
     ("failing", "how", "codes"),
-    [(0, "raised", [1, 1]), (1, "raised", [1, 1]), (0, "killed", [-signal.SIGKILL, 1])],
+    [
+        (0, "raised", [1, 1]),
+        (1, "raised", [1, 1]),
+        (0, "killed", [-signal.SIGKILL, 1]),
+        (1, "killed", [1, -signal.SIGKILL]),
+    ],
 )
 def test_a_failure_ends_the_peers_that_something_else_started(failing, how, codes):
     assert exit_codes_under_slurm(fail_while_the_other_hears_nothing, failing, how) == codes
@@ -338,14 +352,28 @@ def environment(**variables: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), **variables}
 
 
-def torchrun(folder: Path, failing: int) -> subprocess.CompletedProcess:
-    options = ["--nproc_per_node=2", f"--master_port={free_port()}", PROGRAM, str(folder), str(failing)]
+def torchrun(folder: Path, failing: int, *more: str) -> subprocess.CompletedProcess:
+    options = [
+        "--nproc_per_node=2",
+        f"--master_port={free_port()}",
+        *more,
+        PROGRAM,
+        str(folder),
+        str(failing),
+    ]
     command = [sys.executable, "-m", "torch.distributed.run", *options]
     return subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
 
 
 def test_torchrun(tmp_path):
     finished = torchrun(tmp_path, failing=-1)
+    assert finished.returncode == 0, finished.stderr
+    assert reported(tmp_path) == [["3.0"], ["3.0"]]
+
+
+def test_torchrun_starts_a_failed_run_again(tmp_path):
+    """The store that says which rank failed is torchrun's, and outlives the failure."""
+    finished = torchrun(tmp_path, 1, "--max_restarts=1", "--monitor_interval=0.1")
     assert finished.returncode == 0, finished.stderr
     assert reported(tmp_path) == [["3.0"], ["3.0"]]
 
@@ -395,19 +423,25 @@ def test_two_hosts(tmp_path, two_hosts):
 
 
 def test_the_given_rendezvous():
-    assert given_rendezvous({}, 1) is None
-    assert given_rendezvous({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, 1) is None
+    assert given_rendezvous({}) is None
+    assert given_rendezvous({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}) is None
+    batch_script = {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_NODELIST": "gpu[03-05]"}
+    assert given_rendezvous(batch_script) is None
     given = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "7"}
-    found = given_rendezvous({**given, "SLURM_PROCID": "0", "SLURM_NTASKS": "2"}, 1)
+    found = given_rendezvous({**given, "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2"}, 1)
     assert (found.rank, found.world_size, found.local_rank, found.address, found.port) == (3, 4, 1, "a", 7)
     slurm = {
         "SLURM_PROCID": "1",
-        "SLURM_NTASKS": "2",
+        "SLURM_STEP_NUM_TASKS": "2",
         "SLURM_LOCALID": "0",
         "SLURM_JOB_NODELIST": "gpu[03-05]",
     }
-    found = given_rendezvous(slurm, 29500)
+    found = given_rendezvous(slurm)
     assert (found.rank, found.local_rank, found.address, found.port) == (1, 0, "gpu03", 29500)
+    slurm |= {"SLURM_STEP_NODELIST": "gpu[04-05]", "SLURM_JOB_ID": "7654321", "SLURM_STEP_ID": "3"}
+    found = given_rendezvous(slurm)
+    assert (found.address, found.port) == ("gpu04", 10_000 + (8 * 7654321 + 3) % 20_000)
+    assert given_rendezvous(slurm, 7).port == 7
 
 
 @pytest.mark.parametrize(
