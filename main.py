@@ -58,7 +58,9 @@ _RESUME = flags.DEFINE_bool(
     "resume", False, "go on with the run in --run_dir from its newest whole checkpoint"
 )
 _MASTER_PORT = flags.DEFINE_integer(
-    "master_port", 29500, "TCP port of the rendezvous; a busy one is replaced"
+    "master_port",
+    None,
+    "TCP port of the rendezvous; 29500, or under SLURM one by the job's number, by default",
 )
 _NUM_PROCESSES = flags.DEFINE_integer(
     "num_processes",
@@ -119,6 +121,30 @@ def run_settings(options: Options, collectives: Collectives) -> RunSettings:
     return together(collectives, lambda: gin_registry.override(saved, options.bindings))
 
 
+def check_same_everywhere(
+    settings: RunSettings, split: Split, options: Options, collectives: Collectives
+) -> None:
+    """UserError on every process where one has other data, settings or flags than the main one."""
+    own = {"settings": settings.to_json(), "split": split.hash, "max_steps": options.max_steps}
+    main = collectives.broadcast_object_json(own)
+    mine = f"rank {collectives.rank} of {collectives.world_size}"
+
+    def compare() -> None:
+        for name, there, here in gin_registry.differences(RunSettings.from_json(main["settings"]), settings):
+            raise UserError(
+                f"{mine} has {name} = {here!r}, rank 0 has {there!r}: start all with one configuration"
+            )
+        if main["max_steps"] != options.max_steps:
+            raise UserError(f"{mine} has --max_steps={options.max_steps}, rank 0 has {main['max_steps']}")
+        if main["split"] != split.hash:
+            raise UserError(
+                f"{mine} has other prepared data than rank 0 (split hash {split.hash}, there {main['split']}): "
+                "give every host the same"
+            )
+
+    together(collectives, compare)
+
+
 def saved_settings(options: Options) -> dict[str, Any]:
     """The settings of the newest checkpoint in --run_dir."""
     checkpoint = CheckpointStore(checkpoints_of(options), read_only=True).load_newest()
@@ -147,6 +173,7 @@ def train_worker(rank: int, world_size: int, options: Options) -> int:
     gin_registry.log_inert(settings)
     dataset = shared_dataset(settings.train.dataset_name, options.data_root, collectives)
     split = make_split(dataset, settings.train.protocol)
+    check_same_everywhere(settings, split, options, collectives)
     name = f"{settings.train.dataset_name}-{settings.train.main_module}"
     run = together(
         collectives,
@@ -246,6 +273,7 @@ def evaluate_worker(rank: int, world_size: int, options: Options) -> int:
         settings = gin_registry.override(settings, options.bindings)
     dataset = shared_dataset(settings.train.dataset_name, options.data_root, collectives)
     split = make_split(dataset, settings.train.protocol)
+    check_same_everywhere(settings, split, options, collectives)
     catalogue = Catalogue.of(dataset, split.train_stops, settings.train.category_feature)
     model = build_model(settings, catalogue).to(collectives.device)
     load_model(model, checkpoint)

@@ -480,3 +480,37 @@ def test_hosts_without_a_shared_disk(
         assert code == (0 if resume else 1)
     assert_same_run(tmp_path / "host0" / "run", whole_of_two)
     assert list((tmp_path / "host1").iterdir()) == []
+
+
+def each_its_own(rank: int, world_size: int, options: list[Options]) -> int:
+    return armed_worker(rank, world_size, options[rank], None)
+
+
+@pytest.mark.parametrize("what", ["settings", "data", "max_steps"])
+def test_processes_with_different_input_are_refused(
+    data_root: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    what: str,
+) -> None:
+    quick_start()
+    monkeypatch.setattr(spawned, "START_METHOD", "forkserver")
+    main = options_of(data_root, tmp_path / "run")
+    other, words = main, "rank 1 of 2 has --max_steps=3, rank 0 has None"
+    if what == "settings":
+        other = options_of(data_root, tmp_path / "run", "train_fn.learning_rate = 0.5")
+        words = "rank 1 of 2 has train_fn.learning_rate = 0.5, rank 0 has 0.001"
+    elif what == "data":
+        (tmp_path / "prepared").mkdir()
+        tiny_dataset(tmp_path / "prepared", ragged_sequences(57, 30, seed=6))
+        other, words = (
+            dataclasses.replace(main, data_root=tmp_path),
+            "rank 1 of 2 has other prepared data than rank 0",
+        )
+    else:
+        other = dataclasses.replace(main, max_steps=3)
+    assert launch(each_its_own, ([main, other],), 2, 0, device_type="cpu") == 2
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and words in lines[0]
+    assert not (tmp_path / "run").exists()
