@@ -16,6 +16,7 @@ from absl import app, flags, logging
 
 from generative_recommenders import gin_registry
 from generative_recommenders.data.preparation import prepare, prepared_path, summary
+from generative_recommenders.data.prepared_folder import locked
 from generative_recommenders.data.public_datasets import resolve
 from generative_recommenders.data.sequence_dataset import SequenceDataset
 from generative_recommenders.data.splits import Split, make_split
@@ -57,6 +58,9 @@ _RUN_DIR = flags.DEFINE_string("run_dir", None, "the run's folder; runs/TIME-DAT
 _RESUME = flags.DEFINE_bool(
     "resume", False, "go on with the run in --run_dir from its newest whole checkpoint"
 )
+_AUTO_RESUME = flags.DEFINE_bool(
+    "auto_resume", False, "--resume where --run_dir exists, else start there: for jobs that are started again"
+)
 _MASTER_PORT = flags.DEFINE_integer(
     "master_port",
     None,
@@ -86,6 +90,7 @@ class Options:
     resume: bool
     max_steps: int | None
     profile: bool
+    auto_resume: bool = False
 
 
 def prepared_dataset(name: str, data_root: Path) -> SequenceDataset:
@@ -98,12 +103,19 @@ def prepared_dataset(name: str, data_root: Path) -> SequenceDataset:
             raise UserError(
                 f"{name} is not prepared in {folder}: run python preprocess_public_data.py --dataset={name}"
             )
-        logging.info("making the embedded data set %s in %s", name, folder)
-        manifest = prepare(resolve(name, raw_path=None, data_root=data_root), folder)
-        logging.info("%s", summary(manifest))
+        with locked(folder):
+            if not folder.exists():  # another process may have made it meanwhile
+                logging.info("making the embedded data set %s in %s", name, folder)
+                manifest = prepare(resolve(name, raw_path=None, data_root=data_root), folder)
+                logging.info("%s", summary(manifest))
     dataset = SequenceDataset.open(folder)
     dataset.verify()
     return dataset
+
+
+def goes_on(options: Options) -> bool:
+    """Whether the run began before; the main process looks."""
+    return options.resume or (options.auto_resume and checkpoints_of(options).parent.is_dir())
 
 
 def shared_dataset(name: str, data_root: Path, collectives: Collectives) -> SequenceDataset:
@@ -114,11 +126,15 @@ def shared_dataset(name: str, data_root: Path, collectives: Collectives) -> Sequ
 
 def run_settings(options: Options, collectives: Collectives) -> RunSettings:
     """The settings of the gin files; of a resumed run without any, those of its newest checkpoint; bindings go over both."""
-    if not options.resume or options.gin_files:
+    saved = None
+    if options.resume and not options.gin_files:
+        saved = from_main(collectives, lambda: saved_settings(options))
+    if saved is None:
         files = options.gin_files or [DEFAULT_CONFIG]
         return together(collectives, lambda: gin_registry.load_settings(files, options.bindings)[0])
-    saved = RunSettings.from_json(from_main(collectives, lambda: saved_settings(options)))
-    return together(collectives, lambda: gin_registry.override(saved, options.bindings))
+    return together(
+        collectives, lambda: gin_registry.override(RunSettings.from_json(saved), options.bindings)
+    )
 
 
 def check_same_everywhere(
@@ -145,9 +161,11 @@ def check_same_everywhere(
     together(collectives, compare)
 
 
-def saved_settings(options: Options) -> dict[str, Any]:
-    """The settings of the newest checkpoint in --run_dir."""
+def saved_settings(options: Options) -> dict[str, Any] | None:
+    """The settings of the newest checkpoint in --run_dir; None where there is none and --auto_resume allows that."""
     checkpoint = CheckpointStore(checkpoints_of(options), read_only=True).load_newest()
+    if checkpoint is None and options.auto_resume:
+        return None
     if checkpoint is None:
         raise UserError(
             f"there is no whole checkpoint in {checkpoints_of(options)}: give --gin_config_file to start over"
@@ -158,7 +176,7 @@ def saved_settings(options: Options) -> dict[str, Any]:
 def checkpoints_of(options: Options) -> Path:
     """The checkpoints of --run_dir; UserError without it."""
     if options.run_dir is None:
-        raise UserError("--resume and --mode=evaluate need --run_dir, the folder of the run")
+        raise UserError("--resume, --auto_resume and --mode=evaluate need --run_dir, the folder of the run")
     return Path(options.run_dir) / "checkpoints"
 
 
@@ -167,6 +185,7 @@ def train_worker(rank: int, world_size: int, options: Options) -> int:
     logging.set_verbosity(logging.INFO if rank == 0 else logging.ERROR)
     keep_freed_memory()
     collectives = process_collectives(process_device())
+    options = dataclasses.replace(options, resume=from_main(collectives, lambda: goes_on(options)))
     settings = run_settings(options, collectives)
     resolved = gin_registry.resolved_text(settings)
     log_backend()
@@ -319,7 +338,7 @@ def main(argv: list[str]) -> None:
             raise UserError(f"unexpected arguments: {' '.join(argv[1:])}")
         options = Options(
             tuple(_GIN_FILES.value or []), tuple(_BINDINGS.value), Path(_DATA_ROOT.value),
-            _RUN_DIR.value, _RESUME.value, _MAX_STEPS.value, _PROFILE.value,
+            _RUN_DIR.value, _RESUME.value, _MAX_STEPS.value, _PROFILE.value, _AUTO_RESUME.value,
         )  # fmt: skip
         code = run(options)
     except UserError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import json
 import multiprocessing
@@ -23,8 +24,10 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import main
 from generative_recommenders.data.sequence_dataset import SequenceDataset
 from generative_recommenders.data.splits import make_split
+from generative_recommenders.data.synthetic_books import SyntheticBooksSettings
 from generative_recommenders.evaluation.collectives import Collectives
 from generative_recommenders.gin_registry import load_settings
 from generative_recommenders.training import spawned
@@ -267,6 +270,15 @@ def test_killed_runs_of_two_processes(
     run_with_kills(run_two, data_root, tmp_path, whole_of_two, count, 2)
 
 
+def test_a_run_that_is_started_again_goes_on(data_root: Path, tmp_path: Path, whole: Path) -> None:
+    """By one and the same command: without a folder, without a checkpoint, and from the newest one."""
+    options = dataclasses.replace(options_of(data_root, tmp_path / "run"), auto_resume=True)
+    for call in (3, 14):
+        assert run_alone(options, Kill("train.Trainer.run_step", call, True)) == -signal.SIGKILL
+    assert run_alone(options) == 0, said(tmp_path / "run")
+    assert_same_run(tmp_path / "run", whole)
+
+
 def test_a_finished_run_that_is_resumed_changes_nothing(data_root: Path, tmp_path: Path, whole: Path) -> None:
     run = Path(shutil.copytree(whole, tmp_path / "run"))
     assert run_alone(options_of(data_root, run)) == 0, said(run)
@@ -496,8 +508,8 @@ def test_processes_with_different_input_are_refused(
 ) -> None:
     quick_start()
     monkeypatch.setattr(spawned, "START_METHOD", "forkserver")
-    main = options_of(data_root, tmp_path / "run")
-    other, words = main, "rank 1 of 2 has --max_steps=3, rank 0 has None"
+    own = options_of(data_root, tmp_path / "run")
+    other, words = own, "rank 1 of 2 has --max_steps=3, rank 0 has None"
     if what == "settings":
         other = options_of(data_root, tmp_path / "run", "train_fn.learning_rate = 0.5")
         words = "rank 1 of 2 has train_fn.learning_rate = 0.5, rank 0 has 0.001"
@@ -505,12 +517,35 @@ def test_processes_with_different_input_are_refused(
         (tmp_path / "prepared").mkdir()
         tiny_dataset(tmp_path / "prepared", ragged_sequences(57, 30, seed=6))
         other, words = (
-            dataclasses.replace(main, data_root=tmp_path),
+            dataclasses.replace(own, data_root=tmp_path),
             "rank 1 of 2 has other prepared data than rank 0",
         )
     else:
-        other = dataclasses.replace(main, max_steps=3)
-    assert launch(each_its_own, ([main, other],), 2, 0, device_type="cpu") == 2
+        other = dataclasses.replace(own, max_steps=3)
+    assert launch(each_its_own, ([own, other],), 2, 0, device_type="cpu") == 2
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and words in lines[0]
     assert not (tmp_path / "run").exists()
+
+
+def make_embedded(folder: str) -> None:
+    small = SyntheticBooksSettings(num_users=400, num_items=60)
+    main.resolve = functools.partial(main.resolve, synthetic=small, progress=False)
+    main.prepared_dataset(main.EMBEDDED, Path(folder))
+
+
+def test_processes_that_need_the_embedded_data_at_once_make_them_once(tmp_path: Path) -> None:
+    context = quick_start()
+    processes = [context.Process(target=make_embedded, args=(str(tmp_path),)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 4
+    names = {path.name for path in (tmp_path / "prepared").iterdir()}
+    assert names == {main.EMBEDDED, f".{main.EMBEDDED}.lock"}
+    assert {path.name for path in (tmp_path / "raw" / main.EMBEDDED).iterdir()} == {
+        "ratings.csv",
+        "books.parquet",
+        "settings.json",
+    }

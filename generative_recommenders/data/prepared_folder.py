@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import shutil
+import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from generative_recommenders.data.manifest import FILE_NAME
@@ -24,10 +26,10 @@ def new_folder(target: Path) -> Iterator[Path]:
     prepared folder, or if the disk is full or not writable.
     """
     _check_target(target)
-    scratch = target.parent / f".{target.name}.tmp-{os.getpid()}"
+    scratch = target.parent / f".{target.name}.tmp-{scratch_owner()}"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(target)
+        remove_leftovers(target.parent, f".{target.name}.tmp-")
         scratch.mkdir()
         yield scratch
         _replace(scratch, target)
@@ -37,6 +39,25 @@ def new_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+@contextmanager
+def locked(target: Path) -> Iterator[None]:
+    """One process at a time makes ``target``; the others wait. Where the file system has no locks, none waits."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        file = open(target.parent / f".{target.name}.lock", "w")  # noqa: SIM115, closed below
+    except OSError as error:
+        raise UserError(f"{target}: cannot be written: {error.strerror or error}") from error
+    with file:
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def scratch_owner() -> str:
+    """Names this process among those that share a disk."""
+    return f"{socket.gethostname()}-{os.getpid()}"
+
+
 def _check_target(target: Path) -> None:
     if target.is_dir() and ((target / FILE_NAME).is_file() or not any(target.iterdir())):
         return
@@ -44,12 +65,19 @@ def _check_target(target: Path) -> None:
         raise UserError(f"{target}: exists and is not a prepared folder; name another one or remove it")
 
 
-def _remove_leftovers(target: Path) -> None:
-    """Remove what killed runs left beside the target."""
-    for folder in target.parent.glob(f".{target.name}.tmp-*"):
-        process = folder.name.rpartition("-")[2]
+def remove_leftovers(folder: Path, prefix: str) -> None:
+    """Remove what killed runs of this host left under names of ``prefix`` and `scratch_owner`."""
+    for path in folder.glob(f"{prefix}{socket.gethostname()}-*"):
+        process = path.name.rpartition("-")[2]
         if process.isdecimal() and (int(process) == os.getpid() or not Path(f"/proc/{process}").exists()):
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _replace(scratch: Path, target: Path) -> None:

@@ -27,6 +27,7 @@ import pyarrow.csv
 import pyarrow.parquet
 from tqdm import tqdm
 
+from generative_recommenders.data.prepared_folder import remove_leftovers, scratch_owner
 from generative_recommenders.data.synthetic_catalogue import BookCatalogue, make_catalogue, numerals
 from generative_recommenders.features import UserError
 
@@ -162,19 +163,22 @@ def write_synthetic_books(
         return ratings, books
     folder.mkdir(parents=True, exist_ok=True)
     note.unlink(missing_ok=True)
+    for path in (ratings, books, note):
+        remove_leftovers(folder, f"{path.name}.part-")
+    scratch = {path: path.with_name(f"{path.name}.part-{scratch_owner()}") for path in (ratings, books, note)}
     catalogue = make_catalogue(settings.num_items, settings.seed)
     options = pyarrow.csv.WriteOptions(include_header=False, quoting_style="none")
     with (
-        pyarrow.csv.CSVWriter(folder / "ratings.part", _ROWS, write_options=options) as writer,
+        pyarrow.csv.CSVWriter(scratch[ratings], _ROWS, write_options=options) as writer,
         tqdm(total=settings.num_users, desc="synthetic-books", unit=" users", disable=not progress) as bar,
     ):
         for first, stop, table in _tables(settings, catalogue, chunk_users):
             writer.write_table(table)
             bar.update(stop - first)
-    pyarrow.parquet.write_table(catalogue.features(), folder / "books.part")
-    (folder / "ratings.part").replace(ratings)
-    (folder / "books.part").replace(books)
-    note.write_text(wanted)
+    pyarrow.parquet.write_table(catalogue.features(), scratch[books])
+    scratch[note].write_text(wanted)
+    for path, written in scratch.items():
+        written.replace(path)
     return ratings, books
 
 

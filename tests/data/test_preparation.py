@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import socket
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -322,12 +323,15 @@ def test_a_folder_of_something_else_is_not_replaced(tmp_path: Path) -> None:
 
 
 def test_leftovers_of_a_killed_run_are_removed(tmp_path: Path) -> None:
-    leftover = tmp_path / ".out.tmp-999999999"
+    leftover = tmp_path / f".out.tmp-{socket.gethostname()}-999999999"
     leftover.mkdir()
     (leftover / "items.int32.bin").write_bytes(b"half")
+    elsewhere = tmp_path / ".out.tmp-another.host-999999999"
+    elsewhere.mkdir()
     path = write_csv(tmp_path / "r.csv", [("u", "a", 1.0, 1)])
     prepare(RawRatings("t", [path], ReaderFormat(",", False)), tmp_path / "out")
     assert not leftover.exists()
+    assert elsewhere.exists()  # its process cannot be seen from here
 
 
 @pytest.mark.parametrize(
