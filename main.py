@@ -26,8 +26,8 @@ from generative_recommenders.modeling.jagged import log_backend
 from generative_recommenders.training import report
 from generative_recommenders.training.agreement import checkpoint_from_main, from_main, together
 from generative_recommenders.training.allocator import keep_freed_memory
-from generative_recommenders.training.assembly import Catalogue, build_criterion, build_model, build_sampler
-from generative_recommenders.training.checkpoint import CheckpointStore
+from generative_recommenders.training.assembly import Catalogue, build_model
+from generative_recommenders.training.checkpoint import Checkpoint, CheckpointStore
 from generative_recommenders.training.distributed import (
     is_first_on_host,
     process_collectives,
@@ -36,7 +36,7 @@ from generative_recommenders.training.distributed import (
 from generative_recommenders.training.launch import launch
 from generative_recommenders.training.model_evaluation import ModelEvaluation
 from generative_recommenders.training.profiling import step_profiler
-from generative_recommenders.training.run_folder import RunFolder
+from generative_recommenders.training.run_folder import RunFolder, check_same_data
 from generative_recommenders.training.settings import RunSettings
 from generative_recommenders.training.signals import StopRequest
 from generative_recommenders.training.train import Trainer, TrainResult, load_model
@@ -279,9 +279,23 @@ def finish(
     )
 
 
+def check_evaluated(
+    checkpoint: Checkpoint, settings: RunSettings, dataset: SequenceDataset, split: Split
+) -> None:
+    """Refuses to score a checkpoint on data other than it was trained on; another protocol may be asked for."""
+    trained = RunSettings.from_json(checkpoint.settings())
+    same_split = trained.train.protocol == settings.train.protocol
+    saved = str(checkpoint.state.get("split_hash" if same_split else "data_hash"))
+    check_same_data(saved, split.hash if same_split else dataset.manifest.data_hash)
+    items = dataset.original_item_ids().combine_chunks()
+    if not checkpoint.item_ids().cast(items.type).equals(items):
+        raise UserError(f"{checkpoint.path} was trained on other items than {dataset.folder} holds")
+
+
 def evaluate_worker(rank: int, world_size: int, options: Options) -> int:
     """Scores the best (else the newest) checkpoint of a run on the test targets; the model is rebuilt from its settings."""
     logging.set_verbosity(logging.INFO if rank == 0 else logging.ERROR)
+    log_backend()
     collectives = process_collectives(process_device())
     store = CheckpointStore(checkpoints_of(options), read_only=True)
     checkpoint = checkpoint_from_main(collectives, lambda: store.load_best() or store.load_newest())
@@ -293,6 +307,10 @@ def evaluate_worker(rank: int, world_size: int, options: Options) -> int:
     dataset = shared_dataset(settings.train.dataset_name, options.data_root, collectives)
     split = make_split(dataset, settings.train.protocol)
     check_same_everywhere(settings, split, options, collectives)
+    together(
+        collectives,
+        lambda: check_evaluated(checkpoint, settings, dataset, split) if collectives.is_main else None,
+    )
     catalogue = Catalogue.of(dataset, split.train_stops, settings.train.category_feature)
     model = build_model(settings, catalogue).to(collectives.device)
     load_model(model, checkpoint)
@@ -308,25 +326,39 @@ def evaluate_worker(rank: int, world_size: int, options: Options) -> int:
     return 0
 
 
-def dry_run(options: Options) -> int:
-    """Builds everything, prints parts, parameter counts and an estimate of memory."""
-    settings = run_settings(options, Collectives())
-    t = settings.train
-    dataset = prepared_dataset(t.dataset_name, options.data_root)
-    split = make_split(dataset, t.protocol)
-    catalogue = Catalogue.of(dataset, split.train_stops, t.category_feature)
-    model = build_model(settings, catalogue)
-    if build_criterion(settings, catalogue).needs_negatives:
-        build_sampler(settings, catalogue)
-    tokens = t.local_batch_size * t.max_sequence_length
-    print(report.model_summary(model, t.optimizer, tokens, t.item_embedding_dim))
-    print(report.data_summary(dataset, split))
+def dry_run_worker(rank: int, world_size: int, options: Options) -> int:
+    """Builds all that training builds, and prints parts, parameter counts and an estimate of memory."""
+    collectives = process_collectives(process_device())
+    settings = run_settings(options, collectives)
+    log_backend()
+    gin_registry.log_inert(settings)
+    dataset = shared_dataset(settings.train.dataset_name, options.data_root, collectives)
+    split = make_split(dataset, settings.train.protocol)
+    trainer = Trainer(settings, dataset, split, collectives)
+    summary_of_parts = report.model_summary(trainer)
+    if rank == 0:
+        print(summary_of_parts)
+        print(report.data_summary(dataset, split))
     return 0
 
 
+def check_flags() -> None:
+    """--mode=evaluate takes everything from the run's checkpoint; a flag that could not act there is refused."""
+    if _MODE.value != "evaluate":
+        return
+    idle = (_GIN_FILES, _RESUME, _MAX_STEPS, _DRY_RUN, _PROFILE)
+    given = [f"--{flag.name}" for flag in idle if flag.value]
+    if given:
+        raise UserError(
+            f"{', '.join(given)} cannot go with --mode=evaluate, which rebuilds the run of --run_dir from its "
+            "checkpoint; --gin_bindings change it"
+        )
+
+
 def run(options: Options) -> int:
+    check_flags()
     if _DRY_RUN.value:
-        return dry_run(options)
+        return launch(dry_run_worker, (options,), 1, _MASTER_PORT.value)
     if _MODE.value == "evaluate":
         return launch(evaluate_worker, (options,), _NUM_PROCESSES.value, _MASTER_PORT.value)
     return launch(train_worker, (options,), _NUM_PROCESSES.value, _MASTER_PORT.value)

@@ -9,23 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import main
 from generative_recommenders.data.sequence_dataset import SequenceDataset
 from generative_recommenders.gin_registry import load_settings
-from generative_recommenders.modeling.encoders.two_tower import EntityFeature
-from generative_recommenders.modeling.feature_embeddings import EmbeddingSpec
-from generative_recommenders.training.assembly import (
-    build_criterion,
-    build_model,
-    build_objective,
-    build_sampler,
-)
-from tiny_data import ragged_sequences
-from tiny_models import catalogue
+from tiny_data import ragged_sequences, tiny_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.gin"))
@@ -33,31 +23,36 @@ PUBLISHED = [path for path in CONFIGS if path.name.endswith("-final.gin")]
 by_name = {"ids": lambda path: str(path.relative_to(ROOT / "configs").with_suffix(""))}
 
 
-class MovieFeatures:
-    """The features that shipped configurations read, for any number of items."""
-
-    def read(self, names, embedding_dim, asked_by, list_reduction="mean"):
-        specs = {
-            "genres": EmbeddingSpec(
-                "genres", "categorical_list", embedding_dim, 2, list_reduction=list_reduction
-            ),
-            "year": EmbeddingSpec("year", "numerical", embedding_dim),
-        }
-        values = {"genres": torch.ones(21, 2, dtype=torch.int64), "year": torch.zeros(21)}
-        return [EntityFeature(specs[name], values[name]) for name in names]
+@pytest.fixture(scope="module")
+def all_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny data set with the item features that shipped configurations read, under all of their names."""
+    root = tmp_path_factory.mktemp("all_data")
+    tiny = tiny_dataset(root, ragged_sequences(57, 30, seed=5), item_features=True)
+    for name in ("ml-100k", "ml-1m", "ml-20m", "amzn-books", "synthetic-books"):
+        shutil.copytree(tiny.folder, root / "prepared" / name)
+    return root
 
 
 @pytest.mark.parametrize("path", CONFIGS, **by_name)
-def test_every_configuration_builds(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_configuration_builds(
+    path: Path,
+    all_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """By the dry run, on short histories and few negatives for the sake of time."""
     monkeypatch.chdir(tmp_path)  # includes are found from anywhere
-    settings, resolved = load_settings([path])
-    data = catalogue(items=MovieFeatures())
-    model = build_model(settings, data)
-    criterion = build_criterion(settings, data, model)
-    build_objective(settings)
-    if criterion.needs_negatives:
-        build_sampler(settings, data)
-    assert f"train_fn.dataset_name = '{settings.train.dataset_name}'" in resolved
+    short = (
+        "train_fn.max_sequence_length = 6",
+        "train_fn.num_negatives = 4",
+        "train_fn.negatives_block_size = 4",
+    )
+    options = main.Options((str(path),), short, all_data, None, False, None, False)
+    assert main.dry_run_worker(0, 1, options) == 0
+    shown = capsys.readouterr().out
+    assert "MiB" in shown and "criterion" in shown
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_configurations_are_there() -> None:

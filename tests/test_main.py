@@ -100,6 +100,15 @@ def test_trains_above_the_baselines_and_below_the_oracle(data_root: Path, tmp_pa
     assert [
         f"{results['SASRec'][m]:.4f}" for m in ("hr@10", "ndcg@10", "hr@50", "ndcg@50", "mrr")
     ] == row.split()[1:]
+    other_data_of_the_same_size_are_refused(tmp_path, run)
+
+
+def other_data_of_the_same_size_are_refused(tmp_path: Path, run: Path) -> None:
+    prepare(tmp_path, "synthetic-books", synthetic_users=800, synthetic_items=200, synthetic_seed=9)
+    evaluate = ("main.py", "--mode=evaluate", f"--data_root={tmp_path}", f"--run_dir={run}")
+    for binding in ((), ("--gin_bindings=train_fn.protocol = 'paper'",)):
+        refused = program(*evaluate, *binding, check=2)
+        assert "prepared data changed" in refused.stderr and not refused.stdout
 
 
 def test_unpredictable_data_stay_under_the_ceiling(tmp_path: Path) -> None:
@@ -161,9 +170,16 @@ def wait_for(condition, seconds: float = 90.0) -> None:
         (["--gin_bindings=train_fn.main_module = 'LSTM'"], ["LSTM", "SASRec"]),
         (["--gin_bindings=train_fn.protocol = 'mine'"], ["mine", "leave_one_out"]),
         (["--gin_bindings=sasrec_encoder.num_heads = 5"], ["num_heads", "5"]),
+        (["--gin_bindings=train_fn.optimizer = 'foo'"], ["optimizer", "foo", "lazy_adamw"]),
+        (["--gin_bindings=train_fn.objective = 'foo'"], ["objective", "foo", "causal"]),
         (["--gin_bindings=train_fn.dataset_name = 'nowhere'"], ["nowhere", "preprocess_public_data.py"]),
         (["--gin_config_file=missing.gin"], ["missing.gin"]),
         (["--mode=evaluate"], ["--run_dir"]),
+        (
+            ["--mode=evaluate", "--run_dir=r", "--gin_config_file=missing.gin"],
+            ["--gin_config_file", "--mode"],
+        ),
+        (["--mode=evaluate", "--run_dir=r", "--dry_run", "--resume"], ["--dry_run", "--resume"]),
         (["surplus"], ["surplus"]),
     ],
 )
@@ -179,6 +195,24 @@ def test_dry_run_says_parts_parameters_and_memory(data_root: Path) -> None:
     done = program("main.py", f"--data_root={data_root}", "--dry_run", *bindings())
     for shown in ("SasrecBlock", "parameters", "MiB", "split leave_one_out"):
         assert shown in done.stdout
+    assert "jagged operators" in done.stderr
+
+
+def test_dry_run_counts_what_two_parts_share_once(data_root: Path) -> None:
+    tied = (
+        "train_fn.objective = 'replaced'",
+        "train_fn.loss_module = 'CE'",
+        "train_fn.tie_discriminator = True",
+    )
+    done = program("main.py", f"--data_root={data_root}", "--dry_run", *bindings(*tied))
+    assert "criterion                   33 parameters" in done.stdout  # the head: 32 weights and a bias
+
+
+@pytest.mark.parametrize("width", [10**10, 10**16])
+def test_a_size_that_no_machine_holds_is_one_line(data_root: Path, width: int) -> None:
+    huge = bindings(f"train_fn.item_embedding_dim = {width}")
+    done = program("main.py", f"--data_root={data_root}", "--dry_run", *huge, check=1)
+    assert "error: out of memory" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_two_processes_give_the_metrics_of_one(data_root: Path, tmp_path: Path) -> None:

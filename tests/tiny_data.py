@@ -24,9 +24,14 @@ def ragged_sequences(num_users: int, num_items: int, seed: int) -> list[list[int
 
 
 def tiny_dataset(
-    folder: Path, sequences: list[list[int]], ratings: bool = True, timestamps: bool = True
+    folder: Path,
+    sequences: list[list[int]],
+    ratings: bool = True,
+    timestamps: bool = True,
+    item_features: bool = False,
 ) -> SequenceDataset:
-    """User u has these items in this order; event e of all has rating 1 + e % 5 and time 1000 (e + 1).
+    """User u has these items in this order; event e of all has rating 1 + e % 5 and time 1000 (e + 1). item_features:
+    each item has one or two ``genres`` and a ``year``.
 
     Items must be 1..V without gaps: an item's internal id is then the number given here.
     """
@@ -37,5 +42,13 @@ def tiny_dataset(
         columns["rating"] = pa.array([1 + e % 5 for e in range(len(events))], pa.float32())
     if timestamps:
         columns["timestamp"] = pa.array([SECONDS_BETWEEN * (e + 1) for e in range(len(events))], pa.int64())
-    prepare_batches(RawRatings("tiny", [folder / "tiny.csv"]), [pa.table(columns)], folder / "tiny", 1 << 30)
+    features = genres_and_years(sorted(set(items))) if item_features else None
+    raw = RawRatings("tiny", [folder / "tiny.csv"], item_features=features)
+    prepare_batches(raw, [pa.table(columns)], folder / "tiny", 1 << 30)
     return SequenceDataset.open(folder / "tiny")
+
+
+def genres_and_years(items: list[str]) -> pa.Table:
+    places = range(len(items))
+    genres = [["even" if place % 2 == 0 else "odd"] + ["third"] * (place % 3 == 0) for place in places]
+    return pa.table({"item": items, "genres": genres, "year": [1970.0 + place for place in places]})

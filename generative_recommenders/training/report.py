@@ -15,7 +15,9 @@ from ..data.splits import Split
 from ..evaluation.baselines import MarkovSuccessor, MostPopular
 from ..evaluation.collectives import Collectives
 from ..evaluation.evaluator import Evaluator
+from .memory_estimate import MIB, kept_activations
 from .settings import TrainSettings
+from .train import Trainer
 
 COLUMNS = ("hr@10", "ndcg@10", "hr@50", "ndcg@50", "mrr")
 
@@ -127,22 +129,20 @@ def final_report(
     return "\n".join(lines)
 
 
-def model_summary(model: torch.nn.Module, table_optimizer: str, batch_tokens: int, width: int) -> str:
-    """Parts, parameter counts and an estimate of memory, for --dry_run."""
-    counts = {
-        name: sum(p.numel() for p in part.parameters())
-        for name, part in model.named_children()
-        if part is not None
-    }
+def model_summary(trainer: Trainer) -> str:
+    """Parts, parameter counts and an estimate of memory, for --dry_run. Parameters that two parts share count once."""
+    model, counts = trainer.model, {}
+    seen: set[torch.nn.Parameter] = set()
+    for name, part in [*model.named_children(), ("criterion", trainer.step.dense.criterion)]:
+        own = set(part.parameters()) - seen
+        counts[name], seen = sum(p.numel() for p in own), seen | own
     total = sum(counts.values())
-    copies = 4 if table_optimizer != "rowwise_adagrad" else 2
-    parameters = total * 4 * copies / 2**20
-    activations = batch_tokens * width * 4 * 40 / 2**20
-    lines = [str(model), ""]
+    copies = 4 if trainer.settings.train.optimizer != "rowwise_adagrad" else 2
+    lines = [str(model), str(trainer.step.dense.criterion), ""]
     lines += [f"{name:<16}{count:>14,} parameters" for name, count in counts.items()]
     lines += [
         f"{'total':<16}{total:>14,} parameters",
-        f"memory, estimated: {parameters:,.0f} MiB weights, gradients and optimizer state; "
-        f"{activations:,.0f} MiB activations of a full batch",
+        f"memory, estimated: {total * 4 * copies / MIB:,.0f} MiB weights, gradients and optimizer state; "
+        f"at most {kept_activations(trainer) / MIB:,.0f} MiB that a full batch keeps for its backward pass",
     ]
     return "\n".join(lines)

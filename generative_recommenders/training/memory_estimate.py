@@ -1,0 +1,58 @@
+"""How much memory the activations of a training step will take, measured on one and on two histories."""
+
+from __future__ import annotations
+
+import torch
+
+from ..data.sequence_dataset import SequenceDataset
+from .settings import TrainSettings
+from .train import Trainer
+
+MIB = 2**20
+
+
+def kept_activations(trainer: Trainer) -> float:
+    """Bytes that the forward pass of a full batch keeps for its backward pass.
+
+    What grows with the histories is extrapolated from one and two of full length; what is as long as the touched rows of
+    the item table is counted for all of it. Blocks of MoL that a large batch computes again count as kept: an upper bound.
+    """
+    t = trainer.settings.train
+    (one, one_table), (two, two_table) = (_kept_by(trainer, rows) for rows in (1, 2))
+    return one + (two - one) * (t.local_batch_size - 1) + max(one_table, two_table)
+
+
+def _kept_by(trainer: Trainer, rows: int) -> tuple[float, float]:
+    """Bytes kept by this many histories: what grows with them, and what grows with the item table."""
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    columns = _full_histories(trainer.dataset, trainer.settings.train, rows)
+    example = trainer.objective.example(columns, torch.Generator().manual_seed(0))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        forward = trainer.step.forward(example.to(trainer.collectives.device), 0, 0)
+    for owned in (forward.leaf, *trainer.step.dense.parameters()):
+        kept.pop(owned.untyped_storage().data_ptr(), None)
+    touched, items = forward.leaf.shape[0], trainer.model.items.table.shape[0]
+    sizes = [(tensor.shape[:1] == (touched,), tensor.untyped_storage().nbytes()) for tensor in kept.values()]
+    table = sum(size for is_table, size in sizes if is_table) * items / touched
+    return sum(size for is_table, size in sizes if not is_table), table
+
+
+def _full_histories(dataset: SequenceDataset, t: TrainSettings, rows: int) -> dict[str, torch.Tensor]:
+    """Loader columns of histories as long as they may be."""
+    width = t.max_sequence_length + 1
+    places = torch.arange(rows * width).view(rows, width)
+    columns = {
+        "user_ids": torch.arange(1, rows + 1),
+        "lengths": torch.full((rows,), width),
+        "item_ids": places % dataset.num_items + 1,
+    }
+    if dataset.ratings is not None:
+        columns["ratings"] = torch.ones_like(places)
+    if dataset.timestamps is not None:
+        columns["timestamps"] = places
+    return columns
