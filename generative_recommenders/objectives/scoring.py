@@ -96,6 +96,8 @@ class LearnedScorer(Scorer):
             weight = l2_normalize(weight, self.eps)
         targets = checked_targets(positives, items)
         rows, drawn, spans = items.index(targets), items.index(negatives.ids), negatives.spans(len(hidden))
+        if not len(hidden):  # no pairs, of the shape that the rest expects
+            drawn, spans = drawn[:0], None
         if spans is None:
             rows = torch.cat([rows, drawn], dim=1)
         scores, auxiliary = similarity.score_rows(hidden, weight, rows, user_ids, zip(spans or (), drawn))

@@ -14,6 +14,7 @@ from generative_recommenders.evaluation.collectives import Collectives
 from generative_recommenders.features import UserError
 from generative_recommenders.objectives.catalogue_losses import CATALOGUE_LOSSES
 from generative_recommenders.objectives.losses import SAMPLED_LOSSES
+from generative_recommenders.objectives.negative_samplers import SHARINGS
 from generative_recommenders.objectives.training_examples import CausalObjective, TrainingExample
 from generative_recommenders.training.assembly import build_objective
 from generative_recommenders.training.progress import NonFiniteError
@@ -22,6 +23,7 @@ from generative_recommenders.training.step import TrainingStep
 from generative_recommenders.training.train import Trainer
 from tiny_models import NUM_ITEMS, catalogue, settings, ten_users, training_step
 
+MOL = {"interaction_module_type": "MoL", "top_k_method": "MoLBruteForceTopK", "num_negatives": 2}
 LOSSES = [*CATALOGUE_LOSSES, *SAMPLED_LOSSES, "ScalableCrossEntropyLoss"]
 
 
@@ -61,6 +63,7 @@ def test_nothing_counts(loss: str) -> None:
         {"loss_module": "CE", "objective": "replaced"},
         {"loss_module": "CE", "objective": "replaced", "fakes_from": "catalogue"},
         {"sampling_strategy": "local", "num_negatives": 2, "num_positives": 3},
+        *({**MOL, "sampling_strategy": "local", "negatives_sharing": sharing} for sharing in SHARINGS),
     ],
 )
 def test_a_batch_without_targets(choices: dict[str, Any]) -> None:
