@@ -170,6 +170,15 @@ def run() -> None:
     _export(out)
 
 
+def parse_flags(argv: list[str]) -> list[str]:
+    """The arguments that are no flags; one line and exit code 2 for a value that a flag does not take."""
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        print(f"error: {UserError(error)}", file=sys.stderr)
+        sys.exit(2)
+
+
 def main(argv: list[str]) -> None:
     """Entrance: one line and exit code 2 for the user's faults."""
     logging.set_verbosity(logging.INFO)
@@ -187,4 +196,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

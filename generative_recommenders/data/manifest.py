@@ -147,9 +147,11 @@ def _from_json(path: Path, settings: dict[str, Any]) -> Manifest:
         raise UserError(f"{path}: unknown field {min(unknown)!r}; prepare the data again")
     for counts in (settings["counts"], settings["counts_before"]):
         for name in ("users", "items", "events"):
-            count = counts.get(name)
-            if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-                raise UserError(f"{path}: the count of {name} is {str(count)[:40]}; prepare the data again")
+            _check_number(path, f"the count of {name}", counts.get(name), 1, int)
+    single = settings["counts"].get("users_with_one_event")
+    _check_number(path, "the count of users_with_one_event", single, 0, int)
+    for name in ("min", "median", "mean", "max"):
+        _check_number(path, f"the {name} of the lengths", settings["lengths"].get(name), 1, int, float)
     if settings["tables"] and not _are_checksums(settings["tables"]):
         raise UserError(f"{path}: damaged checksums of the tables; prepare the data again")
     features = [_feature(path, entry) for entry in settings["features"]]
@@ -158,6 +160,12 @@ def _from_json(path: Path, settings: dict[str, Any]) -> Manifest:
 
 def _are_checksums(tables: dict[str, Any]) -> bool:
     return tables.keys() == set(TABLES) and all(isinstance(each, str) for each in tables.values())
+
+
+def _check_number(path: Path, what: str, value: Any, least: int, *kinds: type) -> None:
+    number = isinstance(value, kinds) and not isinstance(value, bool)
+    if not number or not value >= least:
+        raise UserError(f"{path}: {what} is {str(value)[:40]}; prepare the data again")
 
 
 def _feature(path: Path, entry: Any) -> FeatureSpec:

@@ -47,7 +47,7 @@ GZIP_FACTOR = 4
 def prepared_path(data_root: str | Path, name: str) -> Path:
     """Where the data set ``name`` lies below ``data_root`` when prepared; UserError for an odd name."""
     if not re.fullmatch(r"\w[\w.+-]*", name):
-        raise UserError(f"--name={name!r} must consist of letters, digits and . _ + -")
+        raise UserError(f"the name {name!r} of a data set must consist of letters, digits and . _ + -")
     return Path(data_root) / "prepared" / name
 
 

@@ -373,6 +373,11 @@ def test_parquet_out_and_in_again_is_the_same_data(tmp_path: Path, columns: tupl
     assert [p.name for p in (tmp_path / "e").iterdir()] == ["r.parquet"]
 
 
+def test_an_odd_name_is_named_without_a_flag() -> None:
+    with pytest.raises(UserError, match=r"the name '../x' of a data set must consist of letters"):
+        preparation.prepared_path("data", "../x")
+
+
 def test_manifest_is_plain_json(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "r.csv", [("u", "a", 1.0, 1)])
     raw = RawRatings("t", [path], ReaderFormat(",", False), source={"sha256": "ab", "url": "https://x"})

@@ -65,6 +65,15 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
     assert [p.name for p in (tmp_path / "d" / "prepared").iterdir()] == []
 
 
+@pytest.mark.parametrize("flag", ["--k_core=abc", "--engine=flink", "--predictability=x", "--colums=a,b"])
+def test_a_flag_that_cannot_be_read_is_one_line(flag: str) -> None:
+    done = run(flag)
+    assert done.returncode == 2
+    errors = done.stderr.splitlines()
+    assert len(errors) == 1
+    assert errors[0].startswith("error: ") and flag.lstrip("-").split("=", maxsplit=1)[0] in errors[0]
+
+
 @pytest.mark.parametrize(
     ("flags", "what"),
     [

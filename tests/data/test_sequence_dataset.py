@@ -72,6 +72,21 @@ def test_another_version(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("field", "value", "what"),
+    [
+        ("lengths", {}, "the min of the lengths is None"),
+        ("lengths", {"min": 1, "median": "x", "mean": 2.0, "max": 3}, "the median of the lengths is x"),
+        ("counts", {"users": 2, "items": 3, "events": 4}, "the count of users_with_one_event is None"),
+        ("counts", {"users": 0}, "the count of users is 0"),
+    ],
+)
+def test_a_manifest_without_its_numbers(folder: Path, field: str, value: dict, what: str) -> None:
+    path = folder / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
+    assert error_of(folder) == f"{path}: {what}; prepare the data again"
+
+
+@pytest.mark.parametrize(
     "name", ["items.int32.bin", "ratings.float32.bin", "timestamps.int64.bin", "offsets.int64.bin"]
 )
 @pytest.mark.parametrize("change", [-4, 4])
