@@ -61,7 +61,7 @@ def test_configurations_are_there() -> None:
     assert {path.parent.name for path in PUBLISHED} == {"ml-1m", "ml-20m", "amzn-books"}
     for folder in ("ml-1m", "ml-20m", "amzn-books"):
         names = {path.name.partition("-sampled")[0] for path in PUBLISHED if path.parent.name == folder}
-        assert names >= {"hstu", "hstu-mol", "sasrec"}
+        assert names >= {"hstu", "hstu-mol", "sasrec", "sasrec-mol"}
 
 
 SIZES = {  # blocks, heads, width of a head, width of items, negatives, sequence

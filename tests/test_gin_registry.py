@@ -75,6 +75,8 @@ create_mol_interaction_module.item_dot_product_groups = 4
 create_mol_interaction_module.dot_product_dimension = 64
 create_mol_interaction_module.dot_product_l2_norm = True
 create_mol_interaction_module.temperature = 0.05
+create_mol_interaction_module.query_use_identity_fn = False
+create_mol_interaction_module.item_use_identity_fn = True
 create_mol_interaction_module.query_hidden_dim = 512
 create_mol_interaction_module.query_dropout_rate = 0.2
 create_mol_interaction_module.query_nonlinearity = "geglu"
@@ -94,6 +96,7 @@ create_mol_interaction_module.bf16_training = True
 create_mol_interaction_module.uid_dropout_rate = 0.5
 create_mol_interaction_module.uid_embedding_hash_sizes = [6040]
 create_mol_interaction_module.uid_embedding_level_dropout = True
+create_mol_interaction_module.uid_embedding_l2_weight_decay = 0.1
 """
 
 

@@ -81,8 +81,14 @@ def build_inference(settings: RunSettings) -> InferenceInputs:
 
 
 def auxiliary_weights(settings: RunSettings) -> dict[str, float]:
-    """Weights of auxiliary losses by name; those of ``train_fn`` go before ``get_weighted_loss``'s."""
-    return {**settings.weighted_loss.weights, **settings.train.loss_weights}
+    """Weights of auxiliary losses by name; those of ``train_fn`` go before ``get_weighted_loss``'s, and MoL's own
+    decay of user embeddings is added.
+    """
+    weights = {**settings.weighted_loss.weights, **settings.train.loss_weights}
+    decay = settings.mol.uid_embedding_l2_weight_decay
+    if decay and settings.train.interaction_module_type == "MoL":
+        weights["uid_embedding_l2_norm"] = weights.get("uid_embedding_l2_norm", 0.0) + decay
+    return weights
 
 
 def build_criterion(

@@ -368,3 +368,31 @@ def test_is_a_similarity():
 def test_bad_options_are_named(options):
     with pytest.raises(UserError, match=next(iter(options)).split("_fn")[0]):
         small_model(**options)
+
+
+def test_identity_takes_the_embedding_as_its_first_component() -> None:
+    chosen = replace(SMALL, query_use_identity_fn=True, item_use_identity_fn=True, dot_product_l2_norm=False)
+    model = MoLSimilarity(replace(chosen, temperature=1.0), 6, 4).eval()
+    queries, items = torch.randn(3, 6), torch.randn(5, 4)
+    query, _ = model.query_components(queries)
+    item = model.item_components(items)
+    torch.testing.assert_close(query.components[:, 0], queries[:, :4])
+    torch.testing.assert_close(item.components[:, 0], items)
+    assert (query.components.shape, item.components.shape) == ((3, 3, 4), (5, 2, 4))
+    assert sum(p.numel() for p in model.item_projection.parameters()) == 4 * 4 + 4  # of the second component
+    one = MoLSimilarity(replace(chosen, item_dot_product_groups=1), 6, 4)
+    assert list(one.item_projection.parameters()) == []
+
+
+@pytest.mark.parametrize("side", ["query", "item"])
+def test_identity_of_a_narrow_embedding_is_refused(side: str) -> None:
+    with pytest.raises(UserError, match=f"{side}_use_identity_fn takes dot_product_dimension = 4 .* of 3"):
+        MoLSimilarity(replace(SMALL, **{f"{side}_use_identity_fn": True}), 3, 3)
+
+
+@pytest.mark.parametrize("sizes", [(), (7,)])
+def test_decay_of_user_embeddings_needs_them(sizes: tuple[int, ...]) -> None:
+    decay = 0.1 if not sizes else -0.1
+    chosen = replace(SMALL, uid_embedding_hash_sizes=sizes, uid_embedding_l2_weight_decay=decay)
+    with pytest.raises(UserError, match="uid_embedding_l2_weight_decay"):
+        MoLSimilarity(chosen, 6, 4)

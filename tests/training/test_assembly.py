@@ -30,6 +30,7 @@ from generative_recommenders.training.assembly import (
     build_sampler,
     build_top_k,
 )
+from generative_recommenders.training.assembly_objectives import auxiliary_weights
 from generative_recommenders.training.settings import RunSettings
 from tiny_models import CE, EASY, NUM_ITEMS, catalogue, settings, ten_users, training_step
 
@@ -412,3 +413,11 @@ def test_item_ids_out_of_range(ragged_dataset: SequenceDataset, wrong: int) -> N
     items[5] = wrong
     with pytest.raises(UserError, match=r"outside 1..30; prepare the data again"):
         Catalogue.of(dataclasses.replace(ragged_dataset, items=items), ragged_dataset.lengths)
+
+
+def test_decay_of_user_embeddings_is_a_weight_of_their_norm() -> None:
+    decay = {**MOL, "mol.uid_embedding_hash_sizes": (7,), "mol.uid_embedding_l2_weight_decay": 0.5}
+    assert auxiliary_weights(settings(**decay)) == {"uid_embedding_l2_norm": 0.5}
+    build_model(settings(**decay), catalogue())
+    both = settings(**decay, loss_weights={"uid_embedding_l2_norm": 0.25, "mi_loss": 1.0})
+    assert auxiliary_weights(both) == {"uid_embedding_l2_norm": 0.75, "mi_loss": 1.0}

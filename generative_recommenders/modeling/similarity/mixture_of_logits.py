@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from ...features import UserError
 from ..dropout import dropout
 from .interface import AuxiliaryLosses, SharedRows
-from .mol_layers import COMBINATIONS, projection, two_layers
+from .mol_layers import COMBINATIONS, IdentityProjection, projection, two_layers
 from .mol_settings import MoLSettings, check
 
 _EPS = 1e-6
@@ -78,20 +78,10 @@ class MoLSimilarity(nn.Module):
         self.mutual_information = mutual_information
         tables, width = len(s.uid_embedding_hash_sizes), s.dot_product_dimension
         self.num_logits = s.query_dot_product_groups * s.item_dot_product_groups
-        self.query_projection = projection(
-            query_embedding_dim,
-            s.query_hidden_dim,
-            (s.query_dot_product_groups - tables) * width,
-            s.query_dropout_rate,
-            s.query_nonlinearity,
+        self.query_projection = _projection(
+            s, "query", query_embedding_dim, s.query_dot_product_groups - tables
         )
-        self.item_projection = projection(
-            item_embedding_dim,
-            s.item_hidden_dim,
-            s.item_dot_product_groups * width,
-            s.item_dropout_rate,
-            s.item_nonlinearity,
-        )
+        self.item_projection = _projection(s, "item", item_embedding_dim, s.item_dot_product_groups)
         self.user_tables = nn.ModuleList(nn.Embedding(rows, width) for rows in s.uid_embedding_hash_sizes)
         self.query_gate = (
             two_layers(query_embedding_dim, s.gating_query_hidden_dim, self.num_logits, 0.0, bias=False)
@@ -124,7 +114,7 @@ class MoLSimilarity(nn.Module):
         """The module; options that the published code ignored and that act here are said once in the log."""
         for side in ("query", "item"):
             name, hidden = getattr(settings, f"{side}_nonlinearity"), getattr(settings, f"{side}_hidden_dim")
-            if name != "swiglu" and hidden > 0:
+            if name != "swiglu" and hidden > 0 and not getattr(settings, f"{side}_use_identity_fn"):
                 _say(f"MoL {side}_nonlinearity = {name} acts; the published code ignored it (swiglu)")
         if settings.uid_embedding_hash_sizes:
             _say("MoL uid_embedding_hash_sizes acts; the published HSTU code ignored it")
@@ -329,6 +319,20 @@ class _Mixed(NamedTuple):
     scores: torch.Tensor
     used: torch.Tensor | None
     negative_entropy: torch.Tensor | None
+
+
+def _projection(s: MoLSettings, side: str, embedding_dim: int, groups: int) -> nn.Module:
+    """Embeddings ``[..., D]`` to components ``[..., groups * d]`` of the query's or the item's side."""
+    rate, width = getattr(s, f"{side}_dropout_rate"), s.dot_product_dimension
+    if not getattr(s, f"{side}_use_identity_fn"):
+        hidden, name = getattr(s, f"{side}_hidden_dim"), getattr(s, f"{side}_nonlinearity")
+        return projection(embedding_dim, hidden, groups * width, rate, name)
+    if embedding_dim < width:
+        raise UserError(
+            f"MoL {side}_use_identity_fn takes dot_product_dimension = {width} entries of an embedding of "
+            f"{embedding_dim}: lower it or unset {side}_use_identity_fn"
+        )
+    return IdentityProjection(embedding_dim, groups, width, rate)
 
 
 def _shared(items: ItemComponents) -> ItemsOf:

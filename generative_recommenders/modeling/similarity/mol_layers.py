@@ -48,6 +48,19 @@ def projection(in_features: int, hidden: int, out_features: int, rate: float, na
     return nn.Sequential(Dropout(rate), GatedUnit(in_features, hidden, name), _linear(hidden, out_features))
 
 
+class IdentityProjection(nn.Module):
+    """The first ``width`` entries of the input as the first component, one linear layer after dropout for the others."""
+
+    def __init__(self, in_features: int, groups: int, width: int, rate: float) -> None:
+        super().__init__()
+        self.width = width
+        self.others = projection(in_features, 0, (groups - 1) * width, rate, "") if groups > 1 else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first = x[..., : self.width]
+        return first if self.others is None else torch.cat([first, self.others(x)], dim=-1)
+
+
 def two_layers(in_features: int, hidden: int, out_features: int, rate: float, bias: bool) -> nn.Sequential:
     """Dropout, linear layer with silu (none where hidden <= 0), linear layer with or without bias."""
     if hidden <= 0:

@@ -14,8 +14,11 @@ class MoLSettings:
     """Options by the names that published configurations bind on ``create_mol_interaction_module``.
 
     Hidden widths of 0 or below mean no hidden layer (for the query, the item and the gate's cross term).
-    Nonlinearities are gated units: swiglu, geglu, reglu, glu (arXiv 2002.05202). uid_embedding_hash_sizes:
-    rows of each table of hashed user ids; every table takes one of the query's groups.
+    query_use_identity_fn, item_use_identity_fn: the first component is the embedding itself, cut to
+    dot_product_dimension, and the others are one linear layer of it. Nonlinearities are gated units: swiglu, geglu,
+    reglu, glu (arXiv 2002.05202). uid_embedding_hash_sizes: rows of each table of hashed user ids; every table takes
+    one of the query's groups. uid_embedding_l2_weight_decay: weight of the auxiliary loss ``uid_embedding_l2_norm``,
+    added to the one that ``loss_weights`` give it.
     """
 
     query_dot_product_groups: int = 8
@@ -23,9 +26,11 @@ class MoLSettings:
     dot_product_dimension: int = 64
     dot_product_l2_norm: bool = True
     temperature: float = 0.05
+    query_use_identity_fn: bool = False
     query_hidden_dim: int = 512
     query_dropout_rate: float = 0.0
     query_nonlinearity: str = "swiglu"
+    item_use_identity_fn: bool = False
     item_hidden_dim: int = -1
     item_dropout_rate: float = 0.0
     item_nonlinearity: str = "swiglu"
@@ -42,6 +47,7 @@ class MoLSettings:
     uid_dropout_rate: float = 0.5
     uid_embedding_hash_sizes: tuple[int, ...] = ()
     uid_embedding_level_dropout: bool = False
+    uid_embedding_l2_weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "uid_embedding_hash_sizes", tuple(self.uid_embedding_hash_sizes or ()))
@@ -62,6 +68,13 @@ def check(s: MoLSettings) -> None:
         raise UserError(
             f"MoL query_dot_product_groups = {s.query_dot_product_groups}: must exceed the "
             f"{len(s.uid_embedding_hash_sizes)} groups that uid_embedding_hash_sizes take"
+        )
+    if s.uid_embedding_l2_weight_decay < 0 or (
+        s.uid_embedding_l2_weight_decay and not s.uid_embedding_hash_sizes
+    ):
+        raise UserError(
+            f"MoL uid_embedding_l2_weight_decay = {s.uid_embedding_l2_weight_decay}: must be 0 or more, and needs "
+            "the tables of uid_embedding_hash_sizes"
         )
     if any(size < 1 for size in s.uid_embedding_hash_sizes):
         raise UserError(f"MoL uid_embedding_hash_sizes = {s.uid_embedding_hash_sizes}: must be positive")
