@@ -1,4 +1,4 @@
-"""Two processes with half the batch each give the losses of one, and at equal weights exactly its metrics."""
+"""Processes with a part of the batch each give the losses of one, and at equal weights exactly its metrics."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ import torch
 import torch.distributed as dist
 from worker_processes import quick_start
 
+from generative_recommenders.data.batching import SequenceLoader
 from generative_recommenders.data.sequence_dataset import SequenceDataset
 from generative_recommenders.data.splits import make_split
+from generative_recommenders.training.checkpoint import CheckpointStore
 from generative_recommenders.training.distributed import process_collectives
-from generative_recommenders.training.settings import RunSettings, SasrecSettings, TrainSettings
+from generative_recommenders.training.settings import HstuSettings, RunSettings, SasrecSettings, TrainSettings
 from generative_recommenders.training.train import Trainer
 
 GLOBAL_BATCH, STEPS = 8, 50
@@ -26,12 +28,24 @@ CASES = {
     "full cross-entropy": {"loss_module": "CE", "sampling_strategy": "none"},
     "block": {"sampling_strategy": "local", "negatives_sharing": "block", "negatives_block_size": 16},
     "in-batch": {"sampling_strategy": "in-batch", "item_l2_norm": True},
+    "position": {"sampling_strategy": "local"},
+    "hstu": {"sampling_strategy": "local", "main_module": "HSTU"},
+    "clipped": {
+        "sampling_strategy": "popularity",
+        "negatives_sharing": "batch",
+        "optimizer": "lazy_adamw",
+        "max_grad_norm": 0.3,
+    },
 }
+WORLDS = {2: list(CASES), 4: ["position", "clipped"]}
+RESUMED, DONE = "full cross-entropy", 3
+"""A run of one process that stops within an epoch, after so many steps, and goes on as two."""
 
 
 def settings_of(case: str, world_size: int) -> RunSettings:
     train = dataclasses.replace(COMMON, local_batch_size=GLOBAL_BATCH // world_size, **CASES[case])
-    return RunSettings(train=train, sasrec=SasrecSettings(ffn_dropout_rate=0.0, ffn_hidden_dim=8))
+    hstu = HstuSettings(dqk=4, dv=4)
+    return RunSettings(train=train, sasrec=SasrecSettings(ffn_dropout_rate=0.0, ffn_hidden_dim=8), hstu=hstu)
 
 
 def losses_and_trainer(dataset: SequenceDataset, case: str) -> tuple[list[float], Trainer]:
@@ -57,53 +71,94 @@ def metrics(trainer: Trainer) -> list[dict[str, float]]:
     ]
 
 
-def member(rank: int, folder: str, results: str) -> None:
+def rest_of_the_epoch(dataset: SequenceDataset, checkpoints: str) -> dict[str, list]:
+    """Users and losses of the steps behind a checkpoint."""
+    group = process_collectives("cpu")
+    trainer = Trainer(settings_of(RESUMED, group.world_size), dataset, make_split(dataset), group)
+    newest = CheckpointStore(checkpoints, read_only=True).load_newest()
+    assert newest is not None
+    trainer.restore(newest)
+    batches = list(trainer.loader.epoch(0, trainer.progress.step_in_epoch))
+    users = [user for batch in batches for user in batch.columns["user_ids"].tolist()]
+    return {"users": users, "losses": [float(trainer.run_step(batch).loss) for batch in batches]}
+
+
+def member(rank: int, world: int, folder: str, results: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{results}/rendezvous", rank=rank, world_size=2)
-    found = {}
-    for number, case in enumerate(CASES):
-        losses, trainer = losses_and_trainer(SequenceDataset.open(folder), case)
+    rendezvous = f"file://{results}/rendezvous-{world}"
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world)
+    found, dataset = {}, SequenceDataset.open(folder)
+    for case in WORLDS[world]:
+        losses, trainer = losses_and_trainer(dataset, case)
         own = metrics(trainer)
-        trainer.model.load_state_dict(torch.load(f"{results}/weights-{number}.pt"))
+        trainer.model.load_state_dict(torch.load(f"{results}/{case}.pt"))
         found[case] = {"losses": losses, "own metrics": own, "metrics": metrics(trainer)}
-    Path(f"{results}/{rank}.json").write_text(json.dumps(found))
+    if world == 2:
+        found["resumed"] = rest_of_the_epoch(dataset, f"{results}/checkpoints")
+    Path(f"{results}/{world}-{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
+
+
+def stop_within_the_epoch(dataset: SequenceDataset, checkpoints: Path) -> None:
+    trainer = Trainer(settings_of(RESUMED, 1), dataset, make_split(dataset), process_collectives("cpu"))
+    trainer.train(CheckpointStore(checkpoints), stop=lambda: trainer.progress.step == DONE)
 
 
 @pytest.fixture(scope="module")
 def measured(
     ragged_dataset: SequenceDataset, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[dict, list[dict]]:
-    """What one process found, and what each of two did, by case."""
+) -> tuple[dict, dict[int, list[dict]]]:
+    """What one process found, and what each of several did, by their number; by case."""
     folder = tmp_path_factory.mktemp("same")
     alone = {}
-    for number, case in enumerate(CASES):
+    for case in CASES:
         losses, trainer = losses_and_trainer(ragged_dataset, case)
-        torch.save(trainer.model.state_dict(), folder / f"weights-{number}.pt")
+        torch.save(trainer.model.state_dict(), folder / f"{case}.pt")
         alone[case] = {"losses": losses, "metrics": metrics(trainer)}
-    arguments = str(ragged_dataset.folder), str(folder)
-    members = [quick_start().Process(target=member, args=(rank, *arguments)) for rank in range(2)]
-    for each in members:
-        each.start()
-    for each in members:
-        each.join(timeout=120)
-    assert [each.exitcode for each in members] == [0, 0]
-    return alone, [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+    stop_within_the_epoch(ragged_dataset, folder / "checkpoints")
+    found = {}
+    for world in WORLDS:
+        arguments = world, str(ragged_dataset.folder), str(folder)
+        members = [quick_start().Process(target=member, args=(rank, *arguments)) for rank in range(world)]
+        for each in members:
+            each.start()
+        for each in members:
+            each.join(timeout=120)
+        assert [each.exitcode for each in members] == [0] * world
+        found[world] = [json.loads((folder / f"{world}-{rank}.json").read_text()) for rank in range(world)]
+    return alone, found
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_losses_are_those_of_one_process(measured: tuple[dict, list[dict]], case: str) -> None:
-    alone, both = measured
-    assert both[0][case]["losses"] == both[1][case]["losses"]
-    assert both[0][case]["losses"] == pytest.approx(alone[case]["losses"], rel=1e-4, abs=1e-5)
-    assert len(set(alone[case]["losses"])) == STEPS
-    assert alone[case]["losses"][-1] < alone[case]["losses"][0]  # the weights did move
+BY_WORLD = [(world, case) for world, cases in WORLDS.items() for case in cases]
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_metrics_are_exactly_those_of_one_process(measured: tuple[dict, list[dict]], case: str) -> None:
-    alone, both = measured
-    assert both[0][case]["metrics"] == both[1][case]["metrics"] == alone[case]["metrics"]
-    assert both[0][case]["own metrics"] == both[1][case]["own metrics"]
+@pytest.mark.parametrize(("world", "case"), BY_WORLD)
+def test_losses_are_those_of_one_process(measured: tuple[dict, dict], world: int, case: str) -> None:
+    alone, all_of = measured[0][case], [each[case] for each in measured[1][world]]
+    assert all(each["losses"] == all_of[0]["losses"] for each in all_of)
+    assert all_of[0]["losses"] == pytest.approx(alone["losses"], rel=1e-4, abs=1e-5)
+    assert len(set(alone["losses"])) == STEPS
+    assert alone["losses"][-1] < alone["losses"][0]  # the weights did move
+
+
+@pytest.mark.parametrize(("world", "case"), BY_WORLD)
+def test_metrics_are_exactly_those_of_one_process(measured: tuple[dict, dict], world: int, case: str) -> None:
+    alone, all_of = measured[0][case], [each[case] for each in measured[1][world]]
+    assert all(each["metrics"] == alone["metrics"] for each in all_of)
+    assert all(each["own metrics"] == all_of[0]["own metrics"] for each in all_of)
     for name in ("hr@10", "liked_hr@10", "recall@4", "diversity@4"):
-        assert alone[case]["metrics"][0][name] > 0
+        assert alone["metrics"][0][name] > 0
+
+
+def test_two_processes_go_on_within_an_epoch_of_one(
+    measured: tuple[dict, dict], ragged_dataset: SequenceDataset
+) -> None:
+    both = [each["resumed"] for each in measured[1][2]]
+    stops = make_split(ragged_dataset).train_stops
+    loader = SequenceLoader(
+        ragged_dataset, stops, COMMON.max_sequence_length, GLOBAL_BATCH, COMMON.random_seed
+    )
+    behind = [user for batch in loader.epoch(0, DONE) for user in batch.columns["user_ids"].tolist()]
+    assert sorted(both[0]["users"] + both[1]["users"]) == sorted(behind)
+    expected = measured[0][RESUMED]["losses"][DONE : len(loader)]
+    assert both[0]["losses"] == both[1]["losses"] == pytest.approx(expected, rel=1e-4, abs=1e-5)
