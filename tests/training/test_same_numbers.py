@@ -25,7 +25,7 @@ COMMON = TrainSettings(
     num_warmup_steps=10, learning_rate=3e-3, eval_batch_size=5, list_metrics_k=4,
 )  # fmt: skip
 CASES = {
-    "full cross-entropy": {"loss_module": "CE", "sampling_strategy": "none"},
+    "full cross-entropy": {"loss_module": "CE"},
     "block": {"sampling_strategy": "local", "negatives_sharing": "block", "negatives_block_size": 16},
     "in-batch": {"sampling_strategy": "in-batch", "item_l2_norm": True},
     "position": {"sampling_strategy": "local"},
