@@ -17,6 +17,7 @@ from generative_recommenders.training.assembly import (
     build_objective,
     build_sampler,
 )
+from generative_recommenders.training.assembly_model import QUERY_TOWERS
 from generative_recommenders.training.optimizers import Optimizer
 from generative_recommenders.training.scoring_catalogue import CatalogueScores
 from generative_recommenders.training.settings import RunSettings
@@ -80,10 +81,7 @@ def histories() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
 CE = {"loss_module": "CE", "temperature": 0.1, "item_l2_norm": True}
 SAMPLED = {"num_negatives": 16, "negatives_sharing": "block", "temperature": 0.1, "item_l2_norm": True}
 EASY: dict[str, dict[str, Any]] = {
-    "SASRec": CE,
-    "HSTU": {**CE, "main_module": "HSTU"},
-    "DiffTransformer": {**CE, "main_module": "DiffTransformer"},
-    "Transformer": {**CE, "main_module": "Transformer"},
+    **{name: {**CE, "main_module": name} for name in QUERY_TOWERS},
     "TwoTower": {**SAMPLED, "main_module": "TwoTower", "sampling_strategy": "local"},
     "CombinedItemAndRating": {**CE, "input_preprocessor": "CombinedItemAndRating"},
     "MoL": {

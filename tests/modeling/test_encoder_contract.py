@@ -15,23 +15,21 @@ from generative_recommenders.modeling.embeddings import ItemRows
 from generative_recommenders.modeling.layout import Visibility, jagged_layout
 from generative_recommenders.modeling.recommender import SequenceRecommender
 from generative_recommenders.training.assembly import build_model
+from generative_recommenders.training.assembly_model import ENCODERS, QUERY_TOWERS
 from generative_recommenders.training.scoring_catalogue import score_function
 from tiny_models import EASY, LENGTHS, catalogue, histories, overfit, settings
 
-ENCODERS = {
-    "SASRec": {},
-    "HSTU": {},
+CHOICES: dict[str, dict[str, object]] = {
+    **{name: {"main_module": name} for name in ENCODERS},
     "HSTU-softmax": {"main_module": "HSTU", "hstu.normalization": "softmax_rel_bias"},
-    "DiffTransformer": {},
     "DiffTransformer-pre": {"main_module": "DiffTransformer", "diff_transformer.norm": "pre"},
-    "Transformer": {},
-    "TwoTower": {"negatives_sharing": "block"},
-    "TwoTower-HSTU": {
-        "main_module": "TwoTower",
-        "item_tower.query_module": "HSTU",
-        "negatives_sharing": "block",
+    **{
+        f"TwoTower-{name}": {"main_module": "TwoTower", "item_tower.query_module": name}
+        for name in QUERY_TOWERS
+        if name != "SASRec"
     },
 }
+"""Every encoder of the table, and other forms of some."""
 PREPROCESSORS = ("LearnablePositionalEmbedding", "LearnablePositionalEmbeddingRated", "CombinedItemAndRating")
 POSTPROCESSORS = ("l2_norm", "layer_norm")
 MOL = {"interaction_module_type": "MoL", "top_k_method": "MoLBruteForceTopK"}
@@ -40,15 +38,19 @@ MOL = {"interaction_module_type": "MoL", "top_k_method": "MoLBruteForceTopK"}
 def build(
     encoder: str, preprocessor: str, postprocessor: str, mol: bool, seed: int = 0
 ) -> SequenceRecommender:
-    choices = {"main_module": encoder, **ENCODERS[encoder], **(MOL if mol else {})}
-    chosen = settings(**choices, input_preprocessor=preprocessor, user_embedding_norm=postprocessor)
+    chosen = settings(
+        **CHOICES[encoder],
+        **(MOL if mol else {}),
+        input_preprocessor=preprocessor,
+        user_embedding_norm=postprocessor,
+    )
     torch.manual_seed(seed)
     return build_model(chosen, catalogue()).eval()
 
 
 COMBINATIONS = [
     pytest.param(*choice, id="-".join(map(str, choice)))
-    for choice in product(ENCODERS, PREPROCESSORS, POSTPROCESSORS, (False, True))
+    for choice in product(CHOICES, PREPROCESSORS, POSTPROCESSORS, (False, True))
 ]
 
 
@@ -133,7 +135,7 @@ def test_rated_states_are_cut_to_the_width_of_items(postprocessor: str) -> None:
     torch.testing.assert_close(states, narrow)
 
 
-@pytest.mark.parametrize("encoder", [name for name in ENCODERS if "softmax" not in name])
+@pytest.mark.parametrize("encoder", [name for name in CHOICES if "softmax" not in name])
 @torch.no_grad()
 def test_masked_objectives_show_encoders_both_sides(encoder: str) -> None:
     model = build(encoder, "LearnablePositionalEmbedding", "l2_norm", False)
@@ -148,6 +150,10 @@ def test_masked_objectives_show_encoders_both_sides(encoder: str) -> None:
     states = [model.sequence(model.embed_history(x), both, {}) for x in (tokens, other)]
     assert (states[0][:last] - states[1][:last]).abs().amax(1).min() > 0
     torch.testing.assert_close(states[0][last + 1 :], states[1][last + 1 :])
+
+
+def test_every_encoder_is_asked_to_overfit() -> None:
+    assert set(ENCODERS) <= {choice.get("main_module", "SASRec") for choice in EASY.values()}
 
 
 @pytest.mark.parametrize("name", EASY)

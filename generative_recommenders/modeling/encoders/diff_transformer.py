@@ -57,7 +57,6 @@ class DiffTransformer(torch.nn.Module):
     """
 
     causal = True
-    needs: tuple[str, ...] = ()
 
     def __init__(
         self,

@@ -182,8 +182,6 @@ class HSTU(torch.nn.Module):
     "hidden": it uses the position's own time. enable_relative_time_bias: False leaves the bias by position alone.
     """
 
-    needs: tuple[str, ...] = ()
-
     def __init__(
         self,
         embedding_dim: int,

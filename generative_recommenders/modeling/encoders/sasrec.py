@@ -110,7 +110,6 @@ class SASRec(torch.nn.Module):
     """A stack of `SasrecBlock`. final_norm: layer norm with weights behind the last block (RePlay's body)."""
 
     causal = True
-    needs: tuple[str, ...] = ()
 
     def __init__(
         self,

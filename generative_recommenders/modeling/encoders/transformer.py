@@ -24,7 +24,6 @@ class Transformer(torch.nn.Module):
     """
 
     causal = True
-    needs: tuple[str, ...] = ()
 
     def __init__(
         self,
