@@ -64,7 +64,9 @@ _AUTO_RESUME = flags.DEFINE_bool(
 _MASTER_PORT = flags.DEFINE_integer(
     "master_port",
     None,
-    "TCP port of the rendezvous; 29500, or under SLURM one by the job's number, by default",
+    "TCP port of the rendezvous, a busy one is replaced; 29500, or under SLURM one by the job's number, by default",
+    lower_bound=0,
+    upper_bound=65535,
 )
 _NUM_PROCESSES = flags.DEFINE_integer(
     "num_processes",
@@ -270,7 +272,7 @@ def finish(
             rows,
             dataset,
             split,
-            settings.train.seen_filter,
+            report.conditions(settings, dataset),
             result.progress.best_epoch,
             run.path,
             checkpoint,
@@ -320,7 +322,7 @@ def evaluate_worker(rank: int, world_size: int, options: Options) -> int:
         **report.model_rows(settings.train, test.metrics(), test.liked_metrics()),
     }
     if collectives.is_main:
-        print(f"{checkpoint.path}, test, full catalogue, seen filter {settings.train.seen_filter!r}")
+        print(f"{checkpoint.path}, test, full catalogue, {report.conditions(settings, dataset)}")
         lines = [report.results_table(rows), *report.list_metrics_lines(test.lists)]
         print("\n".join([*lines, "", report.data_summary(dataset, split)]))
     return 0
@@ -379,7 +381,16 @@ def main(argv: list[str]) -> None:
     sys.exit(code)
 
 
+def parse_flags(argv: list[str]) -> list[str]:
+    """Flags that absl refuses are one line too."""
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(UserError.exit_code)
+
+
 if __name__ == "__main__":
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     logging.set_verbosity(logging.INFO)
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

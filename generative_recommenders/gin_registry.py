@@ -201,6 +201,11 @@ def inert(settings: s.RunSettings) -> list[str]:
         )
     if settings.similarity.bf16_training and t.interaction_module_type != "MoL":
         lines.append("get_similarity_function.bf16_training: it acts on MoL; dot products stay float32")
+    if "BruteForce" not in t.top_k_method:
+        lines.append(
+            f"train_fn.top_k_method = {t.top_k_method!r}: ranks are counted exactly over the whole catalogue; it acts "
+            "in build_top_k alone"
+        )
     bf16 = {
         "train_fn.main_module_bf16": t.main_module_bf16,
         "train_fn.eval_bf16": t.eval_bf16,

@@ -181,6 +181,10 @@ def wait_for(condition, seconds: float = 90.0) -> None:
         ),
         (["--mode=evaluate", "--run_dir=r", "--dry_run", "--resume"], ["--dry_run", "--resume"]),
         (["surplus"], ["surplus"]),
+        (["--num_processes=abc"], ["--num_processes=abc"]),
+        (["--master_port=70000"], ["--master_port=70000", "65535"]),
+        (["--master_port=-1"], ["--master_port=-1"]),
+        (["--lerning_rate=1"], ["lerning_rate"]),
     ],
 )
 def test_bad_input_gives_one_clear_line(data_root: Path, arguments: list[str], words: list[str]) -> None:
@@ -234,3 +238,36 @@ def test_two_processes_give_the_metrics_of_one(data_root: Path, tmp_path: Path) 
     assert one["last item's successor"] == two["last item's successor"]
     for name, value in one["SASRec"].items():
         assert two["SASRec"][name] == pytest.approx(value, abs=0.01), name
+
+
+TOWER = ("train_fn.main_module = 'TwoTower'", "item_tower.features = ('item_id', 'genres')")
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        ("train_fn.input_preprocessor = 'LearnablePositionalEmbedding'",),
+        ("train_fn.input_preprocessor = 'LearnablePositionalEmbeddingRated'",),
+        ("train_fn.input_preprocessor = 'CombinedItemAndRating'",),
+        TOWER,
+    ],
+    ids=["positions", "rated", "rating tokens", "two towers with genres"],
+)
+def test_two_steps_on_ratings_and_features(data_root: Path, tmp_path: Path, chosen: tuple[str, ...]) -> None:
+    run = tmp_path / "run"
+    end = ("--max_steps=2", f"--run_dir={run}")
+    done = program("main.py", f"--data_root={data_root}", *end, *bindings(*chosen))
+    model = "TwoTower" if chosen is TOWER else "SASRec"
+    assert 0 < final_results(run)[model]["mrr"] < 1
+    assert "TensorBoard log: none" in done.stdout and not (run / "tensorboard").exists()
+    resolved = (run / "resolved.gin").read_text()
+    assert all(binding in resolved for binding in chosen)
+
+
+def test_a_refused_configuration_does_not_take_the_folder(data_root: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    common = ("main.py", f"--data_root={data_root}", f"--run_dir={run}", "--max_steps=1")
+    refused = program(*common, *bindings("train_fn.optimizer = 'foo'"), check=2)
+    assert "unknown optimizer 'foo'" in refused.stderr
+    program(*common, *bindings("train_fn.main_module = 'HSTU'"))
+    assert "main_module = 'HSTU'" in (run / "resolved.gin").read_text()

@@ -16,7 +16,7 @@ from ..evaluation.baselines import MarkovSuccessor, MostPopular
 from ..evaluation.collectives import Collectives
 from ..evaluation.evaluator import Evaluator
 from .memory_estimate import MIB, kept_activations
-from .settings import TrainSettings
+from .settings import RunSettings, TrainSettings
 from .train import Trainer
 
 COLUMNS = ("hr@10", "ndcg@10", "hr@50", "ndcg@50", "mrr")
@@ -95,11 +95,22 @@ def data_summary(dataset: SequenceDataset, split: Split) -> str:
     )
 
 
+def conditions(settings: RunSettings, dataset: SequenceDataset) -> str:
+    """What numbers must be read with: the seen filter, and next_time where a time bias sees times."""
+    t, tower = settings.train, settings.item_tower
+    encoder = tower.query_module if t.main_module == "TwoTower" else t.main_module
+    biased = settings.hstu.enable_relative_attention_bias and settings.hstu.enable_relative_time_bias
+    shown = f"seen filter {t.seen_filter!r}"
+    if encoder != "HSTU" or not biased or dataset.timestamps is None:
+        return shown
+    return f"{shown}, next_time {t.next_time!r}"
+
+
 def final_report(
     rows: Mapping[str, Mapping[str, float]],
     dataset: SequenceDataset,
     split: Split,
-    seen_filter: str,
+    conditions: str,
     best_epoch: int | None,
     folder: Path,
     checkpoint: Path | None,
@@ -111,15 +122,16 @@ def final_report(
         chosen = (
             "the last epoch; protocol paper scores the test item every epoch, as the HSTU authors' code does"
         )
+    tensorboard = folder / "tensorboard"
     places = {
         "checkpoint": checkpoint or "none",
         "resolved config": folder / "resolved.gin",
-        "TensorBoard log": folder / "tensorboard",
+        "TensorBoard log": tensorboard if tensorboard.exists() else "none, the run was too short",
         "curves": folder / "curves.png",
     }
     lines = [
         "",
-        f"test, full catalogue, seen filter {seen_filter!r}; model: {chosen}",
+        f"test, full catalogue, {conditions}; model: {chosen}",
         results_table(rows),
         *list_metrics_lines(lists),
         "",
