@@ -34,9 +34,11 @@ from generative_recommenders.training.distributed import (
     process_device,
 )
 from generative_recommenders.training.launch import launch
+from generative_recommenders.training.meta_checkpoint import are_numbers, load_meta_checkpoint
 from generative_recommenders.training.model_evaluation import ModelEvaluation
 from generative_recommenders.training.profiling import step_profiler
 from generative_recommenders.training.run_folder import RunFolder, check_same_data
+from generative_recommenders.training.run_log import set_log_level
 from generative_recommenders.training.settings import RunSettings
 from generative_recommenders.training.signals import StopRequest
 from generative_recommenders.training.train import Trainer, TrainResult, load_model
@@ -51,7 +53,13 @@ _GIN_FILES = flags.DEFINE_multi_string(
 )
 _BINDINGS = flags.DEFINE_multi_string("gin_bindings", [], "gin bindings, applied over the files")
 _MODE = flags.DEFINE_enum(
-    "mode", "train", ["train", "evaluate"], "train, or score the best checkpoint of --run_dir"
+    "mode",
+    "train",
+    ["train", "evaluate", "import"],
+    "train, or score the best checkpoint of --run_dir, or make one of --meta_checkpoint there",
+)
+_META_CHECKPOINT = flags.DEFINE_string(
+    "meta_checkpoint", None, "a checkpoint of the HSTU authors' program, for --mode=import"
 )
 _DATA_ROOT = flags.DEFINE_string("data_root", "data", "where raw/ and prepared/ data sets lie")
 _RUN_DIR = flags.DEFINE_string("run_dir", None, "the run's folder; runs/TIME-DATASET-ENCODER by default")
@@ -93,6 +101,8 @@ class Options:
     max_steps: int | None
     profile: bool
     auto_resume: bool = False
+    verbosity: int = logging.INFO
+    meta_checkpoint: str | None = None
 
 
 def prepared_dataset(name: str, data_root: Path) -> SequenceDataset:
@@ -184,7 +194,7 @@ def checkpoints_of(options: Options) -> Path:
 
 def train_worker(rank: int, world_size: int, options: Options) -> int:
     """One process of a training run; returns its exit code."""
-    logging.set_verbosity(logging.INFO if rank == 0 else logging.ERROR)
+    set_log_level(rank == 0, options.verbosity)
     keep_freed_memory()
     collectives = process_collectives(process_device())
     options = dataclasses.replace(options, resume=from_main(collectives, lambda: goes_on(options)))
@@ -296,7 +306,7 @@ def check_evaluated(
 
 def evaluate_worker(rank: int, world_size: int, options: Options) -> int:
     """Scores the best (else the newest) checkpoint of a run on the test targets; the model is rebuilt from its settings."""
-    logging.set_verbosity(logging.INFO if rank == 0 else logging.ERROR)
+    set_log_level(rank == 0, options.verbosity)
     log_backend()
     collectives = process_collectives(process_device())
     store = CheckpointStore(checkpoints_of(options), read_only=True)
@@ -328,8 +338,32 @@ def evaluate_worker(rank: int, world_size: int, options: Options) -> int:
     return 0
 
 
+def import_worker(rank: int, world_size: int, options: Options) -> int:
+    """Makes a run whose one checkpoint holds the weights of --meta_checkpoint, under the gin files' settings."""
+    set_log_level(rank == 0, options.verbosity)
+    if options.meta_checkpoint is None:
+        raise UserError("--mode=import needs --meta_checkpoint, a checkpoint of the HSTU authors' program")
+    collectives = process_collectives(process_device())
+    settings = run_settings(options, collectives)
+    dataset = shared_dataset(settings.train.dataset_name, options.data_root, collectives)
+    split = make_split(dataset, settings.train.protocol)
+    trainer = Trainer(settings, dataset, split, collectives)
+    item_ids = dataset.original_item_ids().combine_chunks()
+    load_meta_checkpoint(trainer.model, options.meta_checkpoint, item_ids if are_numbers(item_ids) else None)
+    name = f"{settings.train.dataset_name}-{settings.train.main_module}"
+    with RunFolder.create_or_open(options.run_dir, name=name) as run:
+        resolved = gin_registry.resolved_text(settings)
+        run.save_resolved_gin(resolved)
+        store = CheckpointStore(run.checkpoints)
+        store.attach(item_ids, settings.to_json(), resolved)
+        trainer.save(store)
+        print(f"{run.path}: score it with --mode=evaluate, or train on with --resume")
+    return 0
+
+
 def dry_run_worker(rank: int, world_size: int, options: Options) -> int:
     """Builds all that training builds, and prints parts, parameter counts and an estimate of memory."""
+    set_log_level(rank == 0, options.verbosity)
     collectives = process_collectives(process_device())
     settings = run_settings(options, collectives)
     log_backend()
@@ -363,6 +397,8 @@ def run(options: Options) -> int:
         return launch(dry_run_worker, (options,), 1, _MASTER_PORT.value)
     if _MODE.value == "evaluate":
         return launch(evaluate_worker, (options,), _NUM_PROCESSES.value, _MASTER_PORT.value)
+    if _MODE.value == "import":
+        return launch(import_worker, (options,), 1, _MASTER_PORT.value)
     return launch(train_worker, (options,), _NUM_PROCESSES.value, _MASTER_PORT.value)
 
 
@@ -373,6 +409,7 @@ def main(argv: list[str]) -> None:
         options = Options(
             tuple(_GIN_FILES.value or []), tuple(_BINDINGS.value), Path(_DATA_ROOT.value),
             _RUN_DIR.value, _RESUME.value, _MAX_STEPS.value, _PROFILE.value, _AUTO_RESUME.value,
+            logging.get_verbosity(), _META_CHECKPOINT.value,
         )  # fmt: skip
         code = run(options)
     except UserError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,10 +12,15 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
+from generative_recommenders.data.sequence_dataset import SequenceDataset
+from generative_recommenders.data.splits import make_split
 from generative_recommenders.data.synthetic_books import SyntheticBooksSettings
 from generative_recommenders.data.synthetic_oracle import most_popular_ceiling, oracle
+from generative_recommenders.gin_registry import load_settings
+from generative_recommenders.training.assembly import Catalogue, build_model
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = [
@@ -154,6 +160,48 @@ def test_a_stopped_run_leaves_a_checkpoint_to_go_on_from(data_root: Path, tmp_pa
     assert "--resume" in again.stderr
 
 
+def as_the_authors_save(model: torch.nn.Module, path: Path) -> Path:
+    """The weights of SASRec under the names of the HSTU authors' program, in a file as it writes them."""
+    names = {
+        r"items\.table": "_embedding_module._item_emb.weight",
+        r"sequence\.preprocessor\.position": "_input_features_preproc._pos_emb.weight",
+        r"sequence\.encoder\.blocks\.(\d+)\.in_proj\.(\w+)": r"attention_layers.\1.in_proj_\2",
+        r"sequence\.encoder\.blocks\.(\d+)\.out_proj\.(\w+)": r"attention_layers.\1.out_proj.\2",
+        r"sequence\.encoder\.blocks\.(\d+)\.ffn_in\.(\w+)": r"forward_layers.\1._conv1d.0.\2",
+        r"sequence\.encoder\.blocks\.(\d+)\.ffn_out\.(\w+)": r"forward_layers.\1._conv1d.3.\2",
+    }
+    state = {}
+    for ours, value in model.named_parameters():
+        theirs = next(re.sub(old, new, ours) for old, new in names.items() if re.fullmatch(old, ours))
+        state[f"module.{theirs}"] = value.detach()
+    torch.save({"epoch": 3, "model_state_dict": state, "optimizer_state_dict": {}}, path)
+    return path
+
+
+def test_a_checkpoint_of_the_authors_is_imported_and_scored(data_root: Path, tmp_path: Path) -> None:
+    settings = load_settings([ROOT / "configs" / "synthetic-books" / "sasrec.gin"], SMALL)[0]
+    dataset = SequenceDataset.open(data_root / "prepared" / "synthetic-books")
+    model = build_model(settings, Catalogue.of(dataset, make_split(dataset).train_stops, None))
+    file, run = as_the_authors_save(model, tmp_path / "ckpt"), tmp_path / "run"
+    common = [f"--data_root={data_root}", f"--run_dir={run}"]
+    program("main.py", "--mode=import", f"--meta_checkpoint={file}", *common, *bindings())
+    imported = newest_weights(run)
+    assert all(torch.equal(imported[f"model.{name}"], value) for name, value in model.named_parameters())
+    assert "\nSASRec " in program("main.py", "--mode=evaluate", *common).stdout
+    other = ["--mode=import", f"--meta_checkpoint={file}", common[0], f"--run_dir={tmp_path / 'other'}"]
+    wrong = program("main.py", *other, *bindings("sasrec_encoder.ffn_hidden_dim = 16"), check=2)
+    assert "in the checkpoint and [16" in wrong.stderr and "Traceback" not in wrong.stderr
+    assert not (tmp_path / "other").exists()
+
+
+def test_verbosity_reaches_the_workers(data_root: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    quiet = [f"--data_root={data_root}", f"--run_dir={run}", "--max_steps=1", "--verbosity=-1"]
+    done = program("main.py", *quiet, *bindings())
+    assert " INFO " not in (run / "train.log").read_text()
+    assert not [line for line in done.stderr.splitlines() if line.startswith("I")]
+
+
 def wait_for(condition, seconds: float = 90.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -180,6 +228,8 @@ def wait_for(condition, seconds: float = 90.0) -> None:
             ["--gin_config_file", "--mode"],
         ),
         (["--mode=evaluate", "--run_dir=r", "--dry_run", "--resume"], ["--dry_run", "--resume"]),
+        (["--mode=import"], ["--meta_checkpoint"]),
+        (["--mode=import", "--meta_checkpoint=none.ckpt"], ["none.ckpt"]),
         (["surplus"], ["surplus"]),
         (["--num_processes=abc"], ["--num_processes=abc"]),
         (["--master_port=70000"], ["--master_port=70000", "65535"]),
@@ -188,7 +238,7 @@ def wait_for(condition, seconds: float = 90.0) -> None:
     ],
 )
 def test_bad_input_gives_one_clear_line(data_root: Path, arguments: list[str], words: list[str]) -> None:
-    dry = [] if "--mode=evaluate" in arguments else ["--dry_run"]
+    dry = [] if any(each.startswith("--mode=") for each in arguments) else ["--dry_run"]
     done = program("main.py", f"--data_root={data_root}", *dry, *arguments, check=2)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert len(errors) == 1 and all(word in errors[0] for word in words), done.stderr

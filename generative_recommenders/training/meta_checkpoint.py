@@ -95,6 +95,12 @@ def rename_parameters(values: Mapping[str, torch.Tensor]) -> dict[str, torch.Ten
     return renamed
 
 
+def are_numbers(item_ids: pa.Array) -> bool:
+    """Whether all original ids are numbers from 1 on, as MovieLens's: then they are the rows of the authors' item tables.
+    Amazon's, which begin with zeros or hold letters, are not."""
+    return all(re.fullmatch("[1-9][0-9]*", each) for each in item_ids.to_pylist())
+
+
 def reorder_items(table: torch.Tensor, item_ids: pa.Array) -> torch.Tensor:
     """Rows by original id ``[max id + 1, D]`` to rows by internal id ``[V + 1, D]``; row 0 stays."""
     try:

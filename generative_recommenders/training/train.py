@@ -144,13 +144,13 @@ class Trainer:
             went_through = self._steps(store, max_steps, stop, on_step)
             check_finite_parameters(self.progress.step, self.model)
             if not went_through:
-                self._save(store)
+                self.save(store)
                 return TrainResult({}, {}, self.progress, False)
             if self.progress.step_in_epoch >= len(self.loader):
                 self._end_of_epoch(store)
             if max_steps is not None and self.progress.step >= max_steps:
                 break
-        self._save(store)
+        self.save(store)
         self._load_best(store)
         result = self.evaluation.test(self.model)
         return TrainResult(result.metrics(), result.liked_metrics(), self.progress, True, result.lists)
@@ -190,7 +190,7 @@ class Trainer:
                 return False
             if saving:
                 check_finite_parameters(p.step, self.model)
-                self._save(store)
+                self.save(store)
                 started, before = perf_counter(), p.seconds
             if max_steps is not None and p.step >= max_steps:
                 break
@@ -266,7 +266,7 @@ class Trainer:
         self.log.epoch(p.step, p.history[-1], self.remaining.left((p.epoch + 1) * len(self.loader)))
         p.epoch, p.step_in_epoch, p.epoch_loss, p.epoch_targets = p.epoch + 1, 0, 0.0, 0.0
         if better or p.epoch % t.save_ckpt_every_n == 0:
-            self._save(store, metrics[BEST_BY], better)
+            self.save(store, metrics[BEST_BY], better)
 
     def _out_of_patience(self) -> bool:
         patience = self.settings.train.early_stopping_patience
@@ -274,9 +274,7 @@ class Trainer:
 
     # -- checkpoints --------------------------------------------------------------------------------------------
 
-    def _save(
-        self, store: CheckpointStore | None, metric: float | None = None, is_best: bool = False
-    ) -> None:
+    def save(self, store: CheckpointStore | None, metric: float | None = None, is_best: bool = False) -> None:
         """Model, optimizer and progress; by the main process alone."""
         self.saved_at = perf_counter()
         if store is None or not self.collectives.is_main:

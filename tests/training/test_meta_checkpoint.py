@@ -19,6 +19,7 @@ from generative_recommenders.modeling.input_preprocessors import (
 from generative_recommenders.modeling.output_postprocessors import L2NormEmbeddingPostprocessor
 from generative_recommenders.modeling.recommender import SequenceEncoder, SequenceRecommender
 from generative_recommenders.training.meta_checkpoint import (
+    are_numbers,
     load_meta_checkpoint,
     read_meta_checkpoint,
     rename_parameters,
@@ -98,6 +99,12 @@ def test_items_are_found_by_their_original_ids(tmp_path):
 def test_items_that_the_data_lack_are_left_out():
     table = torch.arange(10.0)[:, None]
     assert reorder_items(table, pa.array(["3", "9"])).squeeze(-1).tolist() == [0, 3, 9]
+
+
+def test_numbers_are_told_from_other_ids():
+    assert are_numbers(pa.array(["10", "3952"]))
+    assert not are_numbers(pa.array(["1", "B000FA5SHK"]))
+    assert not are_numbers(pa.array(["0001713353", "1713353"]))
 
 
 @pytest.mark.parametrize(

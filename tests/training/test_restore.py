@@ -112,6 +112,15 @@ def test_a_long_evaluation_says_how_long_it_takes(
     assert "evaluation: 2/6, " in capsys.readouterr().err
 
 
+def test_a_run_goes_on_from_weights_alone(ragged_dataset: SequenceDataset, tmp_path: Path) -> None:
+    store, trainer = CheckpointStore(tmp_path), make_trainer(ragged_dataset)
+    trainer.save(store)
+    resumed, newest = make_trainer(ragged_dataset), store.load_newest()
+    assert newest is not None
+    resumed.restore(newest)
+    assert resumed.train().test == trainer.train().test
+
+
 def test_other_features_are_refused(ragged_dataset: SequenceDataset, saved: Checkpoint) -> None:
     make_trainer(ragged_dataset).restore(changed(saved, "", "features_hash", ...))  # as older programs wrote
     with pytest.raises(UserError, match="features of the data changed since this run began"):
