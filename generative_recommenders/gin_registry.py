@@ -20,6 +20,7 @@ from gin import config_parser
 
 from .features import UserError
 from .modeling.similarity.mixture_of_logits import MoLSettings
+from .objectives.losses import SAMPLED_LOSSES
 from .training import settings as s
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -47,6 +48,9 @@ SECTIONS: dict[str, tuple[str, type]] = {
     "create_mol_interaction_module": ("mol", MoLSettings),
 }
 """gin name -> (section of `RunSettings`, its class)."""
+
+SAMPLING = ("sampling_strategy", "num_negatives", "negatives_sharing", "log_q_correction", "calibration")
+"""Of ``train_fn``: what acts in losses with sampled negatives alone."""
 
 _CONFIGURABLES = {
     name: gin.external_configurable(kind, name=name, module="generative_recommenders")
@@ -206,6 +210,9 @@ def inert(settings: s.RunSettings) -> list[str]:
             f"train_fn.top_k_method = {t.top_k_method!r}: ranks are counted exactly over the whole catalogue; it acts "
             "in build_top_k alone"
         )
+    drawing = [f"train_fn.{name}" for name in SAMPLING if getattr(t, name) != getattr(s.TrainSettings, name)]
+    if drawing and t.loss_module not in SAMPLED_LOSSES:
+        lines.append(f"{', '.join(drawing)}: {t.loss_module} scores the catalogue and draws no negatives")
     bf16 = {
         "train_fn.main_module_bf16": t.main_module_bf16,
         "train_fn.eval_bf16": t.eval_bf16,

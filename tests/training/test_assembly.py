@@ -391,6 +391,11 @@ def test_names_that_cannot_act_are_said(monkeypatch: pytest.MonkeyPatch) -> None
         "get_similarity_function.bf16_training",
         "train_fn.main_module_bf16, get_similarity_function.bf16_training",
     ]
+    sampling = settings(loss_module="CE", negatives_sharing="block", calibration=0.5)
+    assert inert(sampling) == [
+        "train_fn.negatives_sharing, train_fn.calibration: CE scores the catalogue and draws no negatives"
+    ]
+    assert inert(settings(negatives_sharing="block")) == []
     assert inert(settings()) == []
 
 
