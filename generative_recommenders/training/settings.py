@@ -154,8 +154,6 @@ class TrainSettings:
             raise UserError(
                 f"train_fn.positional_sampling_ratio must be in (0, 1], got {self.positional_sampling_ratio}"
             )
-        if self.random_seed >= 1 << 63:
-            raise UserError(f"train_fn.random_seed must be below 2^63, got {self.random_seed}")
         if self.early_stopping_patience is not None and self.protocol == "paper":
             raise UserError(
                 'train_fn.early_stopping_patience needs validation targets, and protocol "paper" has none: unset it'
@@ -365,6 +363,8 @@ def check_types(settings: Any, owner: str) -> None:
             raise UserError(f"{owner}.{each.name} must be of type {declared}, got {value!r}")
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{owner}.{each.name} must be finite, got {value}")
+        if isinstance(value, int) and abs(value) >= 1 << 63:
+            raise UserError(f"{owner}.{each.name} must be below 2^63, got {value}")
 
 
 def _is_of(value: Any, declared: str) -> bool:
