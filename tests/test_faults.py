@@ -270,6 +270,22 @@ def test_killed_runs_of_two_processes(
     run_with_kills(run_two, data_root, tmp_path, whole_of_two, count, 2)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2])
+def test_killed_behind_a_checkpoint_within_an_epoch(
+    data_root: Path, tmp_path: Path, whole: Path, whole_of_two: Path, world: int
+) -> None:
+    """The checkpoint is of step 5, which ends no epoch; the kill comes two steps later."""
+    start, expected = (run_alone, whole) if world == 1 else (run_two, whole_of_two)
+    run = tmp_path / "run"
+    assert start(dataclasses.replace(options_of(data_root, run), max_steps=5)) == 0
+    newest = CheckpointStore(run / "checkpoints", read_only=True).load_newest()
+    assert newest is not None and newest.state["progress"]["step_in_epoch"] > 0
+    assert start(options_of(data_root, run), Kill("train.Trainer.run_step", 2, True)) != 0
+    assert start(options_of(data_root, run)) == 0
+    assert_same_run(run, expected)
+
+
 def test_a_run_that_is_started_again_goes_on(data_root: Path, tmp_path: Path, whole: Path) -> None:
     """By one and the same command: without a folder, without a checkpoint, and from the newest one."""
     options = dataclasses.replace(options_of(data_root, tmp_path / "run"), auto_resume=True)
@@ -468,6 +484,7 @@ def test_torchrun_starts_main(data_root: Path, tmp_path: Path, whole_of_two: Pat
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stderr.count("epoch 4/4") == 1  # lines are logged once
+    assert "find_unused_parameters" not in done.stderr
     assert_same_run(run, whole_of_two)
 
 

@@ -110,9 +110,7 @@ class TrainingStep:
         self.collectives, self.seed = collectives, seed
         self.said_empty = False
         self.dense = DensePart(model, criterion, autocast)
-        self.runner: torch.nn.Module = self.dense
-        if collectives.world_size > 1:
-            self.runner = DistributedDataParallel(self.dense, find_unused_parameters=True)
+        self._runner: torch.nn.Module | None = self.dense if collectives.world_size == 1 else None
 
     def __call__(self, example: TrainingExample, first_target: int, step: int) -> StepResult:
         """example on the model's device; first_target: its number in the global batch; step: since the run began.
@@ -151,8 +149,22 @@ class TrainingStep:
         scored_ids, leaf_ids = self._touched(example, negatives)
         table = self.model.items.table
         leaf = (table if leaf_ids is None else table[leaf_ids]).detach().requires_grad_()
-        loss_sum, weight, auxiliary = self.runner(leaf, leaf_ids, scored_ids, example, negatives)
+        inputs = (leaf, leaf_ids, scored_ids, example, negatives)
+        if self._runner is None:
+            unused = self.collectives.any(self._leaves_unused(inputs))
+            self._runner = DistributedDataParallel(self.dense, find_unused_parameters=unused)
+        loss_sum, weight, auxiliary = self._runner(*inputs)
         return StepForward(leaf, leaf_ids, loss_sum, weight, auxiliary)
+
+    def _leaves_unused(self, inputs: tuple) -> bool:
+        """Whether parameters get no gradient, like HSTU's bias by time where the data have no times. DDP has to
+        search for them in every step, and warns where it finds none."""
+        device = inputs[0].device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            loss_sum, _, auxiliary = self.dense(*inputs)
+        wanted = [parameter for parameter in self.dense.parameters() if parameter.requires_grad]
+        loss = loss_sum + sum(auxiliary.values())
+        return any(each is None for each in torch.autograd.grad(loss, wanted, allow_unused=True))
 
     def _negatives(self, example: TrainingExample, first_target: int, step: int) -> Negatives | None:
         if self.sampler is None:
