@@ -352,9 +352,9 @@ def environment(**variables: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), **variables}
 
 
-def torchrun(folder: Path, failing: int, *more: str) -> subprocess.CompletedProcess:
+def torchrun(folder: Path, failing: int, *more: str, count: int = 2) -> subprocess.CompletedProcess:
     options = [
-        "--nproc_per_node=2",
+        f"--nproc_per_node={count}",
         f"--master_port={free_port()}",
         *more,
         PROGRAM,
@@ -365,10 +365,11 @@ def torchrun(folder: Path, failing: int, *more: str) -> subprocess.CompletedProc
     return subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
 
 
-def test_torchrun(tmp_path):
-    finished = torchrun(tmp_path, failing=-1)
+@pytest.mark.parametrize(("count", "total"), [(2, "3.0"), (4, "10.0")])
+def test_torchrun(tmp_path, count, total):
+    finished = torchrun(tmp_path, failing=-1, count=count)
     assert finished.returncode == 0, finished.stderr
-    assert reported(tmp_path) == [["3.0"], ["3.0"]]
+    assert reported(tmp_path) == [[total]] * count
 
 
 def test_torchrun_starts_a_failed_run_again(tmp_path):
