@@ -26,7 +26,6 @@ from generative_recommenders.features import UserError
 
 _GROUPLENS = (
     "https://files.grouplens.org/datasets/movielens/{}",
-    "http://files.grouplens.org/datasets/movielens/{}",
     "https://web.archive.org/web/2024id_/https://files.grouplens.org/datasets/movielens/{}",
 )
 _SNAP = (

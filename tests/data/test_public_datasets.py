@@ -98,6 +98,15 @@ def test_layouts_of_the_published_files() -> None:
     assert all(len(each.archive.urls) >= 2 and each.archive.checksum for each in PUBLISHED.values())
 
 
+def test_plain_http_is_for_files_with_a_sha256_alone() -> None:
+    plain = {
+        name
+        for name, each in PUBLISHED.items()
+        if not all(url.startswith("https://") for url in each.archive.urls)
+    }
+    assert {PUBLISHED[name].archive.algorithm for name in plain} == {"sha256"}
+
+
 def test_features_belong_to_the_files(tmp_path: Path) -> None:
     raw = _resolve("ml-100k", tmp_path, _zip(tmp_path / "x.zip", ML_100K))
     assert raw.item_features is not None and raw.user_features is not None
