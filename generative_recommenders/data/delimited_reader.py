@@ -86,11 +86,13 @@ def read_blocks(
 
 @dataclass(frozen=True)
 class Layout:
-    """A file's roles, its header line (or None), and whether it begins with a byte-order mark."""
+    """A file's roles, its header line (or None), whether it begins with a byte-order mark, and its first line that is
+    not blank (1-based)."""
 
     roles: Roles
     header: str | None
     has_bom: bool
+    first_line: int
 
 
 def layout_of(path: Path, layout: ReaderFormat) -> Layout:
@@ -101,7 +103,7 @@ def layout_of(path: Path, layout: ReaderFormat) -> Layout:
     body, roles = _take_header(path, block, layout)
     header = None if body.first_line == block.first_line else _first_line(path, block)
     with _open_bytes(path) as stream:
-        return Layout(roles, header, stream.read(len(_BOM)) == _BOM)
+        return Layout(roles, header, stream.read(len(_BOM)) == _BOM, block.first_line)
 
 
 def first_bytes(path: Path, count: int = 1 << 16) -> tuple[bytes, bool]:

@@ -191,9 +191,10 @@ def _parse(lines: Any, text: delimited_reader.Layout, delimiter: str | None) -> 
     value = F.regexp_replace("value", r"\r$", "")
     if text.has_bom:
         value = F.when(F.col("_block") == 0, F.regexp_replace(value, "^\ufeff", "")).otherwise(value)
-    lines = lines.withColumn("value", value).filter(~F.col("value").rlike(r"^[ \t]*$"))
+    lines = lines.withColumn("value", value)
     if text.header is not None:
-        lines = lines.filter(F.col("value") != F.lit(text.header))
+        lines = lines.filter(~_is_header(text))
+    lines = lines.filter(~F.col("value").rlike(r"^[ \t]*$"))
     names = [role or f"skip{i}" for i, role in enumerate(text.roles)]
     if delimiter is not None and len(delimiter) == 1:
         fields, count = _csv_fields(names, delimiter)
@@ -209,6 +210,15 @@ def _parse(lines: Any, text: delimited_reader.Layout, delimiter: str | None) -> 
     control = F.col("value").rlike("[\\x00\\r\ufffd]")
     wrong = (count != len(names)) | control
     return _checked_text(lines.select(*columns, *_ORDER, wrong.alias("_bad")))
+
+
+def _is_header(text: delimited_reader.Layout) -> Any:
+    """Whether a line is the header: that line alone, and no later one that says the same. A file's first block is the
+    first of partition 0, so there the row is the line, counted from 0."""
+    from pyspark.sql import functions as F
+
+    first = (F.col("_block") == 0) & (F.col("_row") == text.first_line - 1)
+    return first & (F.col("value") == F.lit(text.header))
 
 
 def _csv_fields(names: list[str], delimiter: str) -> tuple[dict[str, Any], Any]:
@@ -283,8 +293,10 @@ def _checked_columns(frame: Any) -> Any:
         seconds = F.floor(exact).cast("long")
         columns["timestamp"] = seconds
         bad = bad | seconds.isNull() | ~seconds.between(0, MAX_TIMESTAMP)
-        if not types["timestamp"].startswith("timestamp"):
+        if not types["timestamp"].startswith("timestamp"):  # as a number it must be whole
             bad = bad | (exact != seconds)
+        if types["timestamp"] == "string":
+            bad = bad | ~F.col("timestamp").rlike("^[0-9]+$")
     return frame.select(*(column.alias(role) for role, column in columns.items()), *_ORDER, bad.alias("_bad"))
 
 

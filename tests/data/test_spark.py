@@ -12,6 +12,7 @@ import pytest
 
 from generative_recommenders.data.preparation import prepare
 from generative_recommenders.data.ratings_table import RawRatings, ReaderFormat
+from generative_recommenders.data.sequence_dataset import SequenceDataset
 from generative_recommenders.data.spark_preparation import prepare_with_spark
 from generative_recommenders.features import UserError
 
@@ -87,6 +88,43 @@ def test_text_and_parquet(tmp_path: Path) -> None:
     columns = table(3, 500)
     pq.write_table(pa.table({**columns, "item": pa.array(range(500))}), parquet, row_group_size=100)
     assert_same(RawRatings("t", [parquet], ReaderFormat(columns=None)), tmp_path)
+
+
+def test_a_line_like_the_header_is_a_rating(tmp_path: Path) -> None:
+    pytest.importorskip("pyspark")
+    files = [tmp_path / f"{number}.csv" for number in range(3)]
+    files[0].write_text("\ufeffuser,item\na,b\nuser,item\n", encoding="utf-8")
+    files[1].write_text("\n \r\nuser,item\nuser,item\n")
+    files[2].write_text("user,item\n" + ("a" * 1000 + ",b\nuser,item\n") * 10_000)  # two blocks
+    raw = RawRatings("t", files, ReaderFormat(",", True, ("user", "item")))
+    assert_same(raw, tmp_path)
+    assert SequenceDataset.open(tmp_path / "one").num_events == 2 + 1 + 20_000
+
+
+@pytest.mark.parametrize(
+    ("times", "good"),
+    [
+        (pa.array([1.5, 2.0]), False),
+        pytest.param(pa.array([1.0, 2.0]), True, marks=pytest.mark.slow),
+        pytest.param(pa.array(["12", "1.5"]), False, marks=pytest.mark.slow),
+        pytest.param(pa.array(["12", "13"]), True, marks=pytest.mark.slow),
+        (pa.array([1500, 2700], pa.timestamp("ms")), True),
+    ],
+)
+def test_times_of_parquet(tmp_path: Path, times: pa.Array, good: bool) -> None:
+    pytest.importorskip("pyspark")
+    path = tmp_path / "r.parquet"
+    pq.write_table(pa.table({"user": ["a", "a"], "item": ["x", "y"], "timestamp": times}), path)
+    raw = RawRatings("t", [path], ReaderFormat(columns=None))
+    if good:
+        return assert_same(raw, tmp_path)
+    said = []
+    for engine in (prepare, lambda *args: prepare_with_spark(*args, MASTER)):
+        with pytest.raises(UserError) as refused:
+            engine(raw, tmp_path / "out")
+        said.append(str(refused.value))
+    assert said[0] == said[1]
+    return None
 
 
 def test_bad_input_names_the_line(tmp_path: Path) -> None:
