@@ -289,12 +289,13 @@ def _checked_columns(frame: Any) -> Any:
             | F.lit(types["rating"] == "string")
         )
     if "timestamp" in types:
-        exact = F.col("timestamp").cast("double")
-        seconds = F.floor(exact).cast("long")
+        a_time = types["timestamp"].startswith("timestamp")  # with or without a zone; the session's is UTC
+        value = (F.col("timestamp").cast("timestamp") if a_time else F.col("timestamp")).cast("double")
+        seconds = value.cast("long")
         columns["timestamp"] = seconds
         bad = bad | seconds.isNull() | ~seconds.between(0, MAX_TIMESTAMP)
-        if not types["timestamp"].startswith("timestamp"):  # as a number it must be whole
-            bad = bad | (exact != seconds)
+        if not a_time:  # a number must be whole
+            bad = bad | (value != seconds)
         if types["timestamp"] == "string":
             bad = bad | ~F.col("timestamp").rlike("^[0-9]+$")
     return frame.select(*(column.alias(role) for role, column in columns.items()), *_ORDER, bad.alias("_bad"))

@@ -109,6 +109,7 @@ def test_a_line_like_the_header_is_a_rating(tmp_path: Path) -> None:
         pytest.param(pa.array(["12", "1.5"]), False, marks=pytest.mark.slow),
         pytest.param(pa.array(["12", "13"]), True, marks=pytest.mark.slow),
         (pa.array([1500, 2700], pa.timestamp("ms")), True),
+        pytest.param(pa.array([1500, 2700], pa.timestamp("us", "UTC")), True, marks=pytest.mark.slow),
     ],
 )
 def test_times_of_parquet(tmp_path: Path, times: pa.Array, good: bool) -> None:
