@@ -182,12 +182,21 @@ def _nearest(name: str, known: Any) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
 
 
-def log_inert(settings: s.RunSettings) -> None:
-    """Says once, in a line each, of accepted names that cannot act on this machine or in this
-    configuration.
-    """
-    for line in inert(settings):
+def log_notices(settings: s.RunSettings) -> None:
+    """Says once, in a line each, what is accepted but cannot act here, or is likely a slip."""
+    for line in [*inert(settings), *likely_slips(settings)]:
         logging.getLogger("absl").info("%s", line)
+
+
+def likely_slips(settings: s.RunSettings) -> list[str]:
+    """One line for each combination that trains as asked but that no published configuration has."""
+    dqk, dv = settings.hstu.dqk, settings.hstu.dv
+    if settings.train.main_module != "HSTU" or dqk == dv:
+        return []
+    return [
+        f"hstu_encoder.dqk = {dqk} and hstu_encoder.dv = {dv} do not match: queries and keys are {dqk} wide, values "
+        f"{dv}; every published configuration has them equal"
+    ]
 
 
 def inert(settings: s.RunSettings) -> list[str]:

@@ -12,7 +12,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import main
+from generative_recommenders import workers
 from generative_recommenders.data.sequence_dataset import SequenceDataset
 from generative_recommenders.gin_registry import load_settings
 from tiny_data import ragged_sequences, tiny_dataset
@@ -48,8 +48,8 @@ def test_every_configuration_builds(
         "train_fn.num_negatives = 4",
         "train_fn.negatives_block_size = 4",
     )
-    options = main.Options((str(path),), short, all_data, None, False, None, False)
-    assert main.dry_run_worker(0, 1, options) == 0
+    options = workers.Options((str(path),), short, all_data, None, False, None, False)
+    assert workers.dry_run_worker(0, 1, options) == 0
     shown = capsys.readouterr().out
     assert "MiB" in shown and "criterion" in shown
     assert list(tmp_path.iterdir()) == []
@@ -118,8 +118,8 @@ def test_published_configurations_train_and_evaluate(
         "train_fn.num_negatives = 4",
         "train_fn.eval_batch_size = 64",
     )
-    options = main.Options((str(path),), bindings, data_root, str(tmp_path / "run"), False, 2, False)
-    assert main.train_worker(0, 1, options) == 0
+    options = workers.Options((str(path),), bindings, data_root, str(tmp_path / "run"), False, 2, False)
+    assert workers.train_worker(0, 1, options) == 0
     report = capsys.readouterr().out
     assert load_settings([path])[0].train.main_module in report
     assert "most popular" in report

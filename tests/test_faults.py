@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import importlib
 import json
-import multiprocessing
 import os
 import random
 import resource
@@ -16,7 +15,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import main
+from generative_recommenders import workers
 from generative_recommenders.data.sequence_dataset import SequenceDataset
 from generative_recommenders.data.splits import make_split
 from generative_recommenders.data.synthetic_books import SyntheticBooksSettings
@@ -35,11 +33,11 @@ from generative_recommenders.training.checkpoint import CheckpointStore
 from generative_recommenders.training.launch import launch
 from generative_recommenders.training.progress import NonFiniteError
 from generative_recommenders.training.train import Trainer
-from main import Options, train_worker
+from generative_recommenders.workers import Options, train_worker
+from programs import quick_start
 from tiny_data import ragged_sequences, tiny_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
-SLOW_IMPORTS = ["main", "matplotlib.pyplot", "torch.utils.tensorboard", "pytest", "tensorboard.compat"]
 CONFIG = """
 train_fn.dataset_name = "tiny"
 train_fn.max_sequence_length = 10
@@ -71,13 +69,6 @@ MOMENTS = {
     "run_folder.os.replace": 1,
 }
 """Functions that a run calls, and how often about: a kill strikes before or after one of these calls."""
-
-
-def quick_start() -> ForkServerContext:
-    """Processes forked from a server that has the slow imports done."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(SLOW_IMPORTS)
-    return context
 
 
 @dataclasses.dataclass(frozen=True)
@@ -547,8 +538,8 @@ def test_processes_with_different_input_are_refused(
 
 def make_embedded(folder: str) -> None:
     small = SyntheticBooksSettings(num_users=400, num_items=60)
-    main.resolve = functools.partial(main.resolve, synthetic=small, progress=False)
-    main.prepared_dataset(main.EMBEDDED, Path(folder))
+    workers.resolve = functools.partial(workers.resolve, synthetic=small, progress=False)
+    workers.prepared_dataset(workers.EMBEDDED, Path(folder))
 
 
 def test_processes_that_need_the_embedded_data_at_once_make_them_once(tmp_path: Path) -> None:
@@ -560,8 +551,8 @@ def test_processes_that_need_the_embedded_data_at_once_make_them_once(tmp_path: 
         process.join()
     assert [process.exitcode for process in processes] == [0] * 4
     names = {path.name for path in (tmp_path / "prepared").iterdir()}
-    assert names == {main.EMBEDDED, f".{main.EMBEDDED}.lock"}
-    assert {path.name for path in (tmp_path / "raw" / main.EMBEDDED).iterdir()} == {
+    assert names == {workers.EMBEDDED, f".{workers.EMBEDDED}.lock"}
+    assert {path.name for path in (tmp_path / "raw" / workers.EMBEDDED).iterdir()} == {
         "ratings.csv",
         "books.parquet",
         "settings.json",

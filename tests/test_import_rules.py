@@ -21,6 +21,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "training": LIBRARY,
     "gin_registry": LIBRARY,
     "visualization": LIBRARY,
+    "workers": LIBRARY | {"visualization", "gin_registry"},
     "compat": LIBRARY | {"visualization", "gin_registry"},
 }
 KNOW_DISTRIBUTED, KNOW_GIN = {"training"}, {"gin_registry"}

@@ -21,8 +21,8 @@ from generative_recommenders.data.synthetic_books import SyntheticBooksSettings
 from generative_recommenders.data.synthetic_oracle import most_popular_ceiling, oracle
 from generative_recommenders.gin_registry import load_settings
 from generative_recommenders.training.assembly import Catalogue, build_model
+from programs import ROOT, run_program
 
-ROOT = Path(__file__).resolve().parents[1]
 SMALL = [
     "train_fn.max_sequence_length = 20",
     "train_fn.item_embedding_dim = 32",
@@ -33,21 +33,8 @@ SMALL = [
 ]
 
 
-def program(
-    script: str, *arguments: str, check: int | None = 0, **options
-) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / script), *arguments]
-    done = subprocess.run(
-        command,
-        check=False,
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=ROOT,
-        timeout=240,
-        **options,
-    )
+def program(script: str, *arguments: str, check: int | None = 0) -> subprocess.CompletedProcess[str]:
+    done = run_program(script, *arguments)
     if check is not None:
         assert done.returncode == check, done.stderr[-3000:]
     return done

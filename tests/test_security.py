@@ -59,9 +59,11 @@ def test_the_rules_see_what_they_are_for(source: str) -> None:
     assert list(faults(source))
 
 
-def test_every_pinned_requirement_has_a_hash() -> None:
-    pinned = set(re.findall(r"^([\w-]+)==([\w.]+)", (ROOT / "requirements.txt").read_text(), re.MULTILINE))
-    lock = (ROOT / "requirements-lock.txt").read_text()
+@pytest.mark.parametrize("name", ["requirements", "requirements-gpu"])
+def test_every_pinned_requirement_has_a_hash(name: str) -> None:
+    pinned = set(re.findall(r"^([\w-]+)==([\w.]+)", (ROOT / f"{name}.txt").read_text(), re.MULTILINE))
+    lock = (ROOT / f"{name}-lock.txt").read_text()
     hashed = re.findall(r"^([\w-]+)==([\w.]+)(?:\+cpu)? --hash=sha256:[0-9a-f]{64}$", lock, re.MULTILINE)
+    assert pinned
     assert pinned <= set(hashed)
     assert len(hashed) == len(re.findall(r"==", lock))

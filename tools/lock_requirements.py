@@ -1,11 +1,11 @@
-"""Writes requirements-lock.txt: every package that requirements.txt brings, with the sha256 of its public wheel.
+"""Writes requirements-lock.txt and requirements-gpu-lock.txt: all packages of a release, with the sha256 of their wheels.
 
     python tools/lock_requirements.py
 
-pip resolves requirements.txt as this machine would install it, then names for each pinned package the wheel of the
-public index and its hash, for this Python and platform; nothing is installed. Builds with a local version
-("2.13.0+cpu") are not on the public index: theirs is the hash of the wheel that this machine would install, and
-PyTorch's own index is named beside it.
+pip resolves requirements.txt as this machine would install it, requirements-gpu.txt as the public index alone has it, then
+names for each pinned package the wheel of the public index and its hash, for this Python and platform; nothing is installed.
+Builds with a local version ("2.13.0+cpu") are not on the public index: theirs is the hash of the wheel that this machine
+would install, and PyTorch's own index is named beside it.
 """
 
 from __future__ import annotations
@@ -40,23 +40,44 @@ def hashes_of(packages: list[dict[str, Any]]) -> dict[str, str]:
     return {pin(each): each["download_info"]["archive_info"]["hashes"]["sha256"] for each in packages}
 
 
-def main() -> None:
+def public_environment() -> dict[str, str]:
+    """pip asks the public index alone, whatever this machine is set to."""
+    own = ("PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL", "PIP_INDEX_URL")
+    return {
+        **{name: value for name, value in os.environ.items() if name not in own},
+        "PIP_CONFIG_FILE": os.devnull,
+    }
+
+
+def cpu_hashes() -> dict[str, str]:
+    """Of requirements.txt, by pinned name."""
     resolved = report(["-r", str(ROOT / "requirements.txt")], dict(os.environ))
     local = hashes_of([each for each in resolved if "+" in pin(each)])
     public = sorted(pin(each) for each in resolved if "+" not in pin(each))
-    environment = {name: value for name, value in os.environ.items() if name != "PIP_FIND_LINKS"}
-    environment["PIP_CONFIG_FILE"] = os.devnull
-    found = report(["--no-deps", "--only-binary=:all:", *public], environment)
-    hashes = {**hashes_of(found), **local}
+    return {**hashes_of(report(["--no-deps", "--only-binary=:all:", *public], public_environment())), **local}
+
+
+def gpu_hashes() -> dict[str, str]:
+    """Of requirements-gpu.txt, by pinned name; the public index has them all."""
+    wanted = ["--only-binary=:all:", "-r", str(ROOT / "requirements-gpu.txt")]
+    return hashes_of(report(wanted, public_environment()))
+
+
+def write(source: str, target: str, hashes: dict[str, str], *options: str) -> None:
     lines = [
-        "# Made by tools/lock_requirements.py from requirements.txt.",
+        f"# Made by tools/lock_requirements.py from {source}.",
         f"# Wheels of the public index for {platform.system()} {platform.machine()}, CPython "
         f"{sys.version_info.major}.{sys.version_info.minor}.",
-        "# pip install --no-deps --require-hashes -r requirements-lock.txt",
-        f"--extra-index-url {TORCH_INDEX}",
+        f"# pip install --no-deps --require-hashes -r {target}",
+        *options,
         *(f"{each} --hash=sha256:{hashes[each]}" for each in sorted(hashes)),
     ]
-    (ROOT / "requirements-lock.txt").write_text("\n".join(lines) + "\n")
+    (ROOT / target).write_text("\n".join(lines) + "\n")
+
+
+def main() -> None:
+    write("requirements.txt", "requirements-lock.txt", cpu_hashes(), f"--extra-index-url {TORCH_INDEX}")
+    write("requirements-gpu.txt", "requirements-gpu-lock.txt", gpu_hashes())
 
 
 if __name__ == "__main__":

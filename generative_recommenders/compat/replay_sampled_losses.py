@@ -120,11 +120,8 @@ class SampledLoss(ReplayLoss, ABC):
         return torch.cat([self.logits_callback(row, own) for row, own in zip(rows, ids) if len(row)])
 
 
-class BCESampled(SampledLoss):
-    """``-[ln sigma(s+) + sum_k ln(1 - sigma(s-_k))]``, mean over (position, positive) pairs.
-
-    A negative that is a label of its position counts with score -inf: it adds ``-ln(1 + log_epsilon)``, as in
-    RePlay.
+class _BoundedLogLoss(SampledLoss, ABC):
+    """A loss of logarithms that are kept finite.
 
     log_epsilon: added inside each logarithm. clamp_border: bound of each logarithm.
     negative_labels_ignore_index: a negative that does not count.
@@ -141,14 +138,25 @@ class BCESampled(SampledLoss):
         self.log_epsilon = log_epsilon
         self.clamp_border = clamp_border
 
+    def _log(self, log_p: Tensor) -> Tensor:
+        return log_plus_epsilon(log_p, self.log_epsilon, self.clamp_border)
+
+
+class BCESampled(_BoundedLogLoss):
+    """``-[ln sigma(s+) + sum_k ln(1 - sigma(s-_k))]``, mean over (position, positive) pairs.
+
+    A negative that is a label of its position counts with score -inf: it adds ``-ln(1 + log_epsilon)``, as in
+    RePlay.
+
+    log_epsilon: added inside each logarithm. clamp_border: bound of each logarithm.
+    negative_labels_ignore_index: a negative that does not count.
+    """
+
     def terms(self, candidates: Candidates, positions: Positions) -> Terms:
         positive = self._log(F.logsigmoid(candidates.positive))
         negative = self._log(-F.softplus(candidates.negative.masked_fill(~candidates.kept, -torch.inf)))
         values = -(positive + negative.masked_fill(candidates.ignored, 0.0).sum(1, keepdim=True))
         return Terms(values, torch.ones_like(values))
-
-    def _log(self, log_p: Tensor) -> Tensor:
-        return log_plus_epsilon(log_p, self.log_epsilon, self.clamp_border)
 
 
 class CESampled(SampledLoss):
@@ -175,25 +183,14 @@ LogOutCESampled = CESampled
 """Sampled negatives that are no labels, a softmax a pair: the same formula. (RePlay's name points at CE.)"""
 
 
-class LogInCESampled(SampledLoss):
+class LogInCESampled(_BoundedLogLoss):
     """``-ln(S+ / (S+ + S-))`` over sampled negatives, mean over positions.
 
     log_epsilon: added inside the logarithm. clamp_border: bound of the logarithm.
     negative_labels_ignore_index: a negative that does not count.
     """
 
-    def __init__(
-        self,
-        log_epsilon: float = 1e-6,
-        clamp_border: float = 100.0,
-        negative_labels_ignore_index: int = -100,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(negative_labels_ignore_index, **kwargs)
-        self.log_epsilon = log_epsilon
-        self.clamp_border = clamp_border
-
     def terms(self, candidates: Candidates, positions: Positions) -> Terms:
         log_p = log_in_ratio(candidates.positive, positions.counts, candidates.negative, candidates.kept)
-        values = -log_plus_epsilon(log_p, self.log_epsilon, self.clamp_border)
+        values = -self._log(log_p)
         return Terms(values, torch.ones_like(values))

@@ -152,7 +152,9 @@ def check_finite(loss: float, step: int, model: torch.nn.Module, rerun: Callable
     else:
         module = first_non_finite_module(model, rerun)
         origin = (
-            f"the first output that is not finite is that of {module}" if module else "all outputs are finite"
+            f"the first output that is not finite is that of {module}"
+            if module
+            else "the outputs of all modules are finite here, so it began in the loss or on another process"
         )
     raise NonFiniteError(
         f"the loss is {loss} at step {step}: {origin}; check the data for NaN, or lower learning_rate"

@@ -16,14 +16,13 @@ from absl.testing import flagsaver
 
 import preprocess_public_data
 from generative_recommenders.data.sequence_dataset import SequenceDataset
+from programs import run_program
 
 PROGRAM = Path(__file__).resolve().parents[2] / "preprocess_public_data.py"
 
 
 def run(*flags: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(PROGRAM), *flags], capture_output=True, text=True, check=False, timeout=120
-    )
+    return run_program(PROGRAM.name, *flags)
 
 
 def test_prepares_exports_and_imports(tmp_path: Path) -> None:

@@ -166,7 +166,10 @@ def test_a_folder_without_checksums_of_its_tables_is_read(folder: Path) -> None:
     settings = json.loads(path.read_text())
     del settings["tables"]
     path.write_text(json.dumps(settings))
-    SequenceDataset.open(folder).verify()
+    dataset = SequenceDataset.open(folder)
+    dataset.verify()
+    assert dataset.manifest.tables == {}
+    assert dataset.original_item_ids().to_pylist() == ["x", "y", "z"]
 
 
 @pytest.mark.parametrize("tables", [{"../outside": "0"}, {"items.parquet": "0", "users.parquet": 3}])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from generative_recommenders.gin_registry import load_settings
+from programs import ROOT, run_program
 from tiny_data import ragged_sequences, tiny_dataset
 
-ROOT = Path(__file__).resolve().parents[2]
 BINDINGS = (
     "train_fn.dataset_name = 'tiny'",
     "train_fn.item_embedding_dim = 8",
@@ -24,11 +23,7 @@ BINDINGS = (
 
 def ablation(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     given = [f"--data_root={folder}", f"--runs={folder / 'runs'}", *(f"--gin_bindings={b}" for b in BINDINGS)]
-    command = [sys.executable, "benchmarks/ablation.py", *given, *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        command, check=False, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=120
-    )
+    return run_program("benchmarks/ablation.py", *given, *arguments)
 
 
 def finished(run: Path, epochs: int) -> Path:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +10,7 @@ import pytest
 from generative_recommenders.features import UserError
 from generative_recommenders.training.report import list_metrics_lines
 from generative_recommenders.training.settings import TrainSettings
+from programs import run_program
 from tiny_data import ragged_sequences, tiny_dataset
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,11 +30,7 @@ BINDINGS = {
 def main(data_root: Path, run: Path, *arguments: str, **bindings: object) -> str:
     """Runs main.py and gives what it prints."""
     given = [f"--gin_bindings=train_fn.{name} = {value}" for name, value in bindings.items()]
-    command = [sys.executable, "main.py", f"--data_root={data_root}", f"--run_dir={run}", *arguments, *given]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, check=False, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=120
-    )
+    done = run_program("main.py", f"--data_root={data_root}", f"--run_dir={run}", *arguments, *given)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 

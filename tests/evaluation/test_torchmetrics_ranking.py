@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from generative_recommenders.evaluation.torchmetrics_ranking import (
     AvgPrecisionAt,
@@ -20,6 +19,7 @@ from generative_recommenders.evaluation.torchmetrics_ranking import (
 )
 from generative_recommenders.features import UserError
 from golden_parity import read_golden
+from programs import quick_start
 
 METRICS: dict[str, type[RankingMetric]] = {
     "precision": PrecisionAt,
@@ -169,7 +169,13 @@ def _one_process(rank: int, store: str, results: str) -> None:
 
 
 def test_two_processes_with_unequal_shares_give_the_mean_over_all_rows(tmp_path):
-    mp.spawn(_one_process, args=(str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    arguments = str(tmp_path / "store"), str(tmp_path)
+    members = [quick_start().Process(target=_one_process, args=(rank, *arguments)) for rank in range(2)]
+    for each in members:
+        each.start()
+    for each in members:
+        each.join(timeout=60)
+    assert [each.exitcode for each in members] == [0, 0]
     scores, labels = random_case(3)
     whole = RecallAt([2, 5])
     whole.update(scores, labels)

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from worker_processes import quick_start
 
 from generative_recommenders.evaluation.collectives import Collectives
 from generative_recommenders.features import UserError
@@ -16,6 +15,7 @@ from generative_recommenders.training import distributed
 from generative_recommenders.training.agreement import checkpoint_from_main, from_main, together
 from generative_recommenders.training.checkpoint import Checkpoint, Position
 from generative_recommenders.training.distributed import process_collectives
+from programs import quick_start
 
 TENSORS = {
     "weights": torch.arange(15.0).view(5, 3),

@@ -14,7 +14,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from generative_recommenders.data.sequence_dataset import SequenceDataset
 from generative_recommenders.features import UserError
-from generative_recommenders.gin_registry import inert
+from generative_recommenders.gin_registry import inert, likely_slips
 from generative_recommenders.indexing.mol_top_k import MoLAvgTopK
 from generative_recommenders.indexing.top_k import MIPSBruteForceTopK
 from generative_recommenders.modeling.encoders.two_tower import EntityFeature, FeatureMerger
@@ -398,6 +398,13 @@ def test_names_that_cannot_act_are_said(monkeypatch: pytest.MonkeyPatch) -> None
     ]
     assert inert(settings(negatives_sharing="block")) == []
     assert inert(settings()) == []
+
+
+def test_unequal_widths_of_hstu_are_said_and_train() -> None:
+    (line,) = likely_slips(settings(main_module="HSTU", **{"hstu.dqk": 4, "hstu.dv": 6}))
+    assert "hstu_encoder.dqk = 4 and hstu_encoder.dv = 6 do not match" in line
+    assert likely_slips(settings(**{"hstu.dqk": 4, "hstu.dv": 6})) == []
+    assert likely_slips(settings(main_module="HSTU", **{"hstu.dqk": 4, "hstu.dv": 4})) == []
 
 
 def test_catalogue_of_a_data_set(ragged_dataset: SequenceDataset) -> None:

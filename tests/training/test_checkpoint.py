@@ -12,11 +12,11 @@ import pyarrow as pa
 import pytest
 import torch
 from absl import logging
-from worker_processes import quick_start
 
 from generative_recommenders.features import UserError
 from generative_recommenders.training.checkpoint import CheckpointStore
 from generative_recommenders.training.checkpoint_files import VERSION, DamagedCheckpoint
+from programs import quick_start
 
 IDS = pa.array(["0306406152", 'comma, "quote"', "книга"])
 

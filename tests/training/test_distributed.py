@@ -3,10 +3,10 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
-from worker_processes import quick_start
 
 from generative_recommenders.evaluation.collectives import Collectives
 from generative_recommenders.training.distributed import process_collectives, process_device
+from programs import quick_start
 
 DTYPES = (torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.uint8)
 

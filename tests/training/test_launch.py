@@ -16,13 +16,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from absl import logging
-from worker_processes import quick_start
 
 from generative_recommenders.features import UserError
 from generative_recommenders.training import failure_watch, spawned
 from generative_recommenders.training.distributed import join_group, process_collectives
 from generative_recommenders.training.launch import first_host, given_rendezvous, launch
 from generative_recommenders.training.signals import StopRequest
+from programs import quick_start
 
 LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from absl import logging
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from worker_processes import quick_start
 
 from generative_recommenders.features import UserError
 from generative_recommenders.training.run_folder import RunFolder, check_same_data
 from generative_recommenders.training.run_log import set_log_level
+from programs import quick_start
 
 
 def records(run: RunFolder) -> list[dict]:

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from worker_processes import quick_start
 
 from generative_recommenders.data.batching import SequenceLoader
 from generative_recommenders.data.sequence_dataset import SequenceDataset
@@ -18,6 +17,7 @@ from generative_recommenders.training.checkpoint import CheckpointStore
 from generative_recommenders.training.distributed import process_collectives
 from generative_recommenders.training.settings import HstuSettings, RunSettings, SasrecSettings, TrainSettings
 from generative_recommenders.training.train import Trainer
+from programs import quick_start
 
 GLOBAL_BATCH, STEPS = 8, 50
 COMMON = TrainSettings(

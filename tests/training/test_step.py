@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from worker_processes import quick_start
 
 from generative_recommenders.data.batching import SequenceLoader
 from generative_recommenders.data.sequence_dataset import SequenceDataset
@@ -40,6 +39,7 @@ from generative_recommenders.training import step as step_module
 from generative_recommenders.training.distributed import process_collectives
 from generative_recommenders.training.optimizers import Optimizer
 from generative_recommenders.training.step import TrainingStep
+from programs import quick_start
 
 LENGTH, DIM, GLOBAL_BATCH, STEPS = 10, 8, 8, 20
 ALWAYS_ROWS, NEVER_ROWS = 0, 10**9
