@@ -15,6 +15,7 @@ from generative_recommenders.features import UserError
 from generative_recommenders.training.launch import launch
 from generative_recommenders.workers import (
     EMBEDDED,
+    INTERRUPTED,
     Options,
     dry_run_worker,
     evaluate_worker,
@@ -57,6 +58,7 @@ _NUM_PROCESSES = flags.DEFINE_integer(
     None,
     "processes on this host; one a GPU, else one, by default. N of them with local_batch_size b train as one with "
     "N * b: the learning rate is that of this global batch and is not scaled",
+    lower_bound=1,
 )
 _MAX_STEPS = flags.DEFINE_integer("max_steps", None, "stop after so many steps of the run", lower_bound=1)
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "build everything, say what it is, and stop")
@@ -66,16 +68,22 @@ _PROFILE = flags.DEFINE_bool(
 
 
 def check_flags() -> None:
-    """--mode=evaluate takes everything from the run's checkpoint; a flag that could not act there is refused."""
-    if _MODE.value != "evaluate":
-        return
-    idle = (_GIN_FILES, _RESUME, _MAX_STEPS, _DRY_RUN, _PROFILE)
+    """A flag that could not act in the mode is refused."""
+    mode = _MODE.value
+    idle, why = {
+        "train": ((_META_CHECKPOINT,), "only --mode=import reads it"),
+        "import": (
+            (_RESUME, _AUTO_RESUME, _MAX_STEPS, _DRY_RUN, _PROFILE),
+            "it makes a run and trains nothing",
+        ),
+        "evaluate": (
+            (_GIN_FILES, _RESUME, _AUTO_RESUME, _MAX_STEPS, _DRY_RUN, _PROFILE, _META_CHECKPOINT),
+            "it rebuilds the run of --run_dir from its checkpoint; --gin_bindings change it",
+        ),
+    }[mode]
     given = [f"--{flag.name}" for flag in idle if flag.value]
     if given:
-        raise UserError(
-            f"{', '.join(given)} cannot go with --mode=evaluate, which rebuilds the run of --run_dir from its "
-            "checkpoint; --gin_bindings change it"
-        )
+        raise UserError(f"{', '.join(given)} cannot go with --mode={mode}: {why}")
 
 
 def run(options: Options) -> int:
@@ -110,6 +118,9 @@ def main(argv: list[str]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         code = error.exit_code
+    except KeyboardInterrupt:  # where no run has begun: one that has writes a checkpoint
+        print("error: interrupted", file=sys.stderr)
+        code = INTERRUPTED
     sys.exit(code)
 
 

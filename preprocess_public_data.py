@@ -15,9 +15,10 @@ from absl import app, flags, logging
 from generative_recommenders.data.manifest import Manifest
 from generative_recommenders.data.parquet_export import export_parquet
 from generative_recommenders.data.preparation import prepare, prepared_path, summary
+from generative_recommenders.data.prepared_folder import check_file
 from generative_recommenders.data.public_datasets import known_datasets, resolve
 from generative_recommenders.data.sequence_dataset import SequenceDataset
-from generative_recommenders.data.synthetic_books import SyntheticBooksSettings
+from generative_recommenders.data.synthetic_books import MAX_LENGTH, SyntheticBooksSettings
 from generative_recommenders.data.text_exchange import export_text, import_text
 from generative_recommenders.features import UserError
 
@@ -32,7 +33,9 @@ _DATA_ROOT = flags.DEFINE_string(
     "data_root", "data", "raw files go to raw/, prepared data to prepared/NAME below it", allow_override=True
 )
 _NAME = flags.DEFINE_string("name", None, "name of the prepared data set; the data set's own by default")
-_COLUMNS = flags.DEFINE_string("columns", None, "csv only: names or order of user,item,rating,timestamp")
+_COLUMNS = flags.DEFINE_string(
+    "columns", None, "csv only: names (also as timestamp=NAME) or order of user,item,rating,timestamp"
+)
 _DELIMITER = flags.DEFINE_string(
     "delimiter", None, "csv only: what separates the columns, as ';', tab or space; guessed by default"
 )
@@ -61,6 +64,14 @@ _USERS = flags.DEFINE_integer(
 _ITEMS = flags.DEFINE_integer(
     "synthetic_items", _DEFAULTS.num_items, "synthetic-books: items before the filter"
 )
+_MIN_LENGTH = flags.DEFINE_integer(
+    "synthetic_min_length", _DEFAULTS.min_length, f"synthetic-books: fewest ratings a user, 1 to {MAX_LENGTH}"
+)
+_MEAN_LENGTH = flags.DEFINE_float(
+    "synthetic_mean_length",
+    _DEFAULTS.mean_length,
+    f"synthetic-books: mean ratings a user before the filter, synthetic_min_length to {MAX_LENGTH}",
+)
 _PREDICTABILITY = flags.DEFINE_float(
     "predictability", _DEFAULTS.predictability, "synthetic-books: predictable share"
 )
@@ -70,7 +81,15 @@ _OPTIONS_OF_ONE = {
     "columns": "csv",
     "delimiter": "csv",
     **dict.fromkeys(
-        ("synthetic_users", "synthetic_items", "predictability", "synthetic_seed"), "synthetic-books"
+        (
+            "synthetic_users",
+            "synthetic_items",
+            "synthetic_min_length",
+            "synthetic_mean_length",
+            "predictability",
+            "synthetic_seed",
+        ),
+        "synthetic-books",
     ),
 }
 _PREPARE_ONLY = (
@@ -106,7 +125,10 @@ def _export(folder: Path) -> None:
 
 
 def _check_flags() -> None:
-    """UserError for a flag that was given and cannot act beside the others."""
+    """UserError for a flag that was given and cannot act, by itself or beside the others."""
+    for flag in (_EXPORT_TEXT, _EXPORT_PARQUET):
+        if flag.value is not None:
+            check_file(flag.value, f"--{flag.name}=")
     if _PREPARED.value is not None:
         surplus = [name for name in _PREPARE_ONLY if flags.FLAGS[name].present]
         if surplus:
@@ -147,6 +169,8 @@ def _prepare(memory_limit: int) -> tuple[Manifest, Path]:
             num_users=_USERS.value,
             num_items=_ITEMS.value,
             predictability=_PREDICTABILITY.value,
+            min_length=_MIN_LENGTH.value,
+            mean_length=_MEAN_LENGTH.value,
             seed=_SEED.value,
         ),
     )

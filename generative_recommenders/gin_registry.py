@@ -4,9 +4,9 @@ names the nearest one.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
-import logging
 import re
 import tokenize
 from collections.abc import Sequence
@@ -15,12 +15,10 @@ from typing import Any
 
 import gin
 import gin.config
-import torch
 from gin import config_parser
 
 from .features import UserError
 from .modeling.similarity.mixture_of_logits import MoLSettings
-from .objectives.losses import SAMPLED_LOSSES
 from .training import settings as s
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -49,9 +47,6 @@ SECTIONS: dict[str, tuple[str, type]] = {
 }
 """gin name -> (section of `RunSettings`, its class)."""
 
-SAMPLING = ("sampling_strategy", "num_negatives", "negatives_sharing", "log_q_correction", "calibration")
-"""Of ``train_fn``: what acts in losses with sampled negatives alone."""
-
 _CONFIGURABLES = {
     name: gin.external_configurable(kind, name=name, module="generative_recommenders")
     for name, (_, kind) in SECTIONS.items()
@@ -65,10 +60,11 @@ def load_settings(gin_files: Sequence[str | Path], bindings: Sequence[str] = ())
     with its place, an unknown name with the nearest one, a value of the wrong type.
     """
     gin.clear_config()
-    opened: list[Path] = []
+    parsed = _Parsed()
     for path in gin_files:
-        _bind_file(Path(path), f"no gin file at {path}", opened)
-    _bind_text("\n".join(bindings), BINDINGS, opened)
+        _bind_file(Path(path), f"no gin file at {path}", parsed)
+    _bind_text("\n".join(bindings), BINDINGS, parsed)
+    parsed.check_macros()
     try:
         built = {section: _build(name) for name, (section, _) in SECTIONS.items()}
     except UserError as error:  # gin adds where it was called from, over several lines
@@ -79,12 +75,40 @@ def load_settings(gin_files: Sequence[str | Path], bindings: Sequence[str] = ())
     return settings, resolved_text(settings)
 
 
-def _bind_file(path: Path, missing: str, opened: list[Path]) -> None:
-    """opened: every file so far; their number ends includes that go in a circle or multiply."""
+class _Parsed(gin.config.ParserDelegate):
+    """What the texts of one configuration hold. files: their number ends includes that go in a circle or multiply."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.files = 0
+        self.macros: dict[str, str] = {}
+        """Name to the place where it is given a value."""
+        self.referred: set[str] = set()
+
+    def macro(self, macro_name: str) -> Any:
+        self.referred.add(macro_name)
+        return super().macro(macro_name)
+
+    def check_macros(self) -> None:
+        """UserError for a value without an owner, which no %name refers to: a setting whose owner was left out."""
+        for name, place in self.macros.items():
+            if name in self.referred:
+                continue
+            known = [
+                f"{owner}.{f.name}" for owner, (_, kind) in SECTIONS.items() for f in dataclasses.fields(kind)
+            ]
+            close = [each for each in known if each.endswith("." + name)] or difflib.get_close_matches(
+                name, known, 1, 0.5
+            )
+            hint = f"; did you mean {close[0]!r}?" if close else ": write it as OWNER.NAME"
+            raise UserError(f"gin: {place}: {name!r} is no setting, and no %{name} refers to it{hint}")
+
+
+def _bind_file(path: Path, missing: str, parsed: _Parsed) -> None:
     if not path.is_file():
         raise UserError(missing)
-    opened.append(path)
-    if len(opened) > MAX_FILES:
+    parsed.files += 1
+    if parsed.files > MAX_FILES:
         raise UserError(f"gin: more than {MAX_FILES} files, {path} the last: do includes go in a circle?")
     with open(path, "rb") as file:
         content = file.read(FILE_LIMIT + 1)
@@ -94,10 +118,10 @@ def _bind_file(path: Path, missing: str, opened: list[Path]) -> None:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"gin: {path} is not UTF-8 text (byte {error.start})") from error
-    _bind_text(text, str(path), opened)
+    _bind_text(text, str(path), parsed)
 
 
-def _bind_text(text: str, place: str, opened: list[Path]) -> None:
+def _bind_text(text: str, place: str, parsed: _Parsed) -> None:
     """Binds what a gin text says, statement by statement. gin's own loop would import modules, also to look for
     included files.
     """
@@ -105,10 +129,10 @@ def _bind_text(text: str, place: str, opened: list[Path]) -> None:
         raise UserError(f"gin: {place} holds a zero byte: it is not a configuration")
     line = 1
     try:
-        parser = config_parser.ConfigParser(text, gin.config.ParserDelegate())
+        parser = config_parser.ConfigParser(text, parsed)
         for statement in parser:
             line = statement.location.line_num
-            _bind(statement, f"{place}, line {line}", opened)
+            _bind(statement, f"{place}, line {line}", parsed)
         if parser.current_token.type != tokenize.ENDMARKER:
             raise UserError(f"gin: the text ends within a statement ({place}, line {line})")
     except SyntaxError as error:
@@ -121,7 +145,7 @@ def _bind_text(text: str, place: str, opened: list[Path]) -> None:
         raise UserError(f"{explain(error)} ({place}, line {line})") from error
 
 
-def _bind(statement: Any, place: str, opened: list[Path]) -> None:
+def _bind(statement: Any, place: str, parsed: _Parsed) -> None:
     if isinstance(statement, config_parser.ImportStatement):
         raise UserError(
             f"gin: {place}: a configuration cannot import; remove {statement.format()!r}, every name is known already"
@@ -131,13 +155,18 @@ def _bind(statement: Any, place: str, opened: list[Path]) -> None:
             (p for root in (PROJECT, Path.cwd()) if (p := root / statement.filename).is_file()), None
         )
         missing = f"gin: {place}: no gin file at {statement.filename!r}, from {PROJECT} or {Path.cwd()}"
-        _bind_file(found or PROJECT / statement.filename, missing, opened)
+        _bind_file(found or PROJECT / statement.filename, missing, parsed)
     elif isinstance(statement, config_parser.BindingStatement):
         scope, selector, argument = statement.scope, statement.selector, statement.arg_name
+        if argument and scope:
+            raise UserError(
+                f"gin: {place}: scopes cannot act here; write {selector}.{argument} without {scope + '/'!r}"
+            )
         if argument:
             gin.bind_parameter((scope, selector, argument), statement.value)
         else:  # a macro
             name = f"{scope}/{selector}" if scope else selector
+            parsed.macros[name] = place
             gin.bind_parameter((name, "gin.macro", "value"), statement.value)
 
 
@@ -182,65 +211,6 @@ def _nearest(name: str, known: Any) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
 
 
-def log_notices(settings: s.RunSettings) -> None:
-    """Says once, in a line each, what is accepted but cannot act here, or is likely a slip."""
-    for line in [*inert(settings), *likely_slips(settings)]:
-        logging.getLogger("absl").info("%s", line)
-
-
-def likely_slips(settings: s.RunSettings) -> list[str]:
-    """One line for each combination that trains as asked but that no published configuration has."""
-    dqk, dv = settings.hstu.dqk, settings.hstu.dv
-    if settings.train.main_module != "HSTU" or dqk == dv:
-        return []
-    return [
-        f"hstu_encoder.dqk = {dqk} and hstu_encoder.dv = {dv} do not match: queries and keys are {dqk} wide, values "
-        f"{dv}; every published configuration has them equal"
-    ]
-
-
-def inert(settings: s.RunSettings) -> list[str]:
-    """One line for each accepted name that cannot act here. (MoL says itself what published runs ignored.)"""
-    t, lines = settings.train, []
-    if settings.loader.num_workers > 0:
-        workers = settings.loader.num_workers
-        lines.append(
-            f"create_data_loader.num_workers = {workers}: batches are cut by one thread and need no workers"
-        )
-    if settings.loader.prefetch_factor > s.MAX_PREFETCH:
-        lines.append(
-            f"create_data_loader.prefetch_factor = {settings.loader.prefetch_factor}: "
-            f"{s.MAX_PREFETCH} batches are made ahead"
-        )
-    if settings.similarity.bf16_training and t.interaction_module_type != "MoL":
-        lines.append("get_similarity_function.bf16_training: it acts on MoL; dot products stay float32")
-    if "BruteForce" not in t.top_k_method:
-        lines.append(
-            f"train_fn.top_k_method = {t.top_k_method!r}: ranks are counted exactly over the whole catalogue; it acts "
-            "in build_top_k alone"
-        )
-    drawing = [f"train_fn.{name}" for name in SAMPLING if getattr(t, name) != getattr(s.TrainSettings, name)]
-    if drawing and t.loss_module not in SAMPLED_LOSSES:
-        lines.append(f"{', '.join(drawing)}: {t.loss_module} scores the catalogue and draws no negatives")
-    bf16 = {
-        "train_fn.main_module_bf16": t.main_module_bf16,
-        "train_fn.eval_bf16": t.eval_bf16,
-        "get_similarity_function.bf16_training": settings.similarity.bf16_training,
-        "create_mol_interaction_module.bf16_training": settings.mol.bf16_training,
-    }
-    if any(bf16.values()) and not has_bfloat16():
-        names = ", ".join(name for name, asked in bf16.items() if asked)
-        lines.append(f"{names}: this machine has no bfloat16 units; it is emulated and slower than float32")
-    return lines
-
-
-def has_bfloat16() -> bool:
-    """Whether the accelerator, or the CPU where there is none, multiplies bfloat16 in hardware."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
 def differences(before: s.RunSettings, now: s.RunSettings) -> list[tuple[str, Any, Any]]:
     """(gin name, value before, value now) of every setting that differs."""
     found = []
@@ -255,7 +225,9 @@ def override(settings: s.RunSettings, bindings: Sequence[str]) -> s.RunSettings:
     filter.
     """
     gin.clear_config()
-    _bind_text("\n".join(bindings), BINDINGS, [])
+    parsed = _Parsed()
+    _bind_text("\n".join(bindings), BINDINGS, parsed)
+    parsed.check_macros()
     try:
         for name, (section, _) in SECTIONS.items():
             current = getattr(settings, section)
@@ -273,6 +245,6 @@ def override(settings: s.RunSettings, bindings: Sequence[str]) -> s.RunSettings:
 def _bound(name: str) -> list[Any]:
     """The value bound to a gin name, or nothing."""
     try:
-        return [gin.query_parameter(name)]
+        return [copy.deepcopy(gin.query_parameter(name))]  # which puts the values of macros in their places
     except ValueError:
         return []

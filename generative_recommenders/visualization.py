@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 Row = Mapping[str, float | int | None]
 
 
-def plot_curves(history: Sequence[Row], path: str | os.PathLike[str]) -> Path:
-    """Training loss and validation metrics by epoch, as a PNG that appears whole or not at all.
+def plot_curves(history: Sequence[Row], path: str | os.PathLike[str], part: str = "validation") -> Path:
+    """Training loss and the metrics of a part of the data by epoch, as a PNG that appears whole or not at all.
 
     history: one mapping an epoch: ``epoch`` (its position where absent), ``train_loss``, and any other
         number, each drawn as a metric under its own name. A name may be absent, None or NaN in some epochs:
@@ -26,7 +26,7 @@ def plot_curves(history: Sequence[Row], path: str | os.PathLike[str]) -> Path:
     loss_axes, metric_axes = figure.subplots(1, 2)
     _draw(loss_axes, history, ["train_loss"], "training loss")
     names = dict.fromkeys(name for row in history for name in row if name not in ("epoch", "train_loss"))
-    _draw(metric_axes, history, list(names), "validation")
+    _draw(metric_axes, history, list(names), part)
     return _save(figure, Path(path))
 
 

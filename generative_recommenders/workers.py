@@ -33,12 +33,13 @@ from .training.distributed import (
 )
 from .training.meta_checkpoint import are_numbers, load_meta_checkpoint
 from .training.model_evaluation import ModelEvaluation
+from .training.notices import log_notices
 from .training.profiling import step_profiler
 from .training.run_folder import RunFolder, check_same_data
 from .training.run_log import set_log_level
 from .training.settings import RunSettings
 from .training.signals import StopRequest
-from .training.train import Trainer, TrainResult, load_model
+from .training.train import Trainer, TrainResult, load_model, set_precision
 from .visualization import plot_curves
 
 EMBEDDED = "synthetic-books"
@@ -158,7 +159,7 @@ def train_worker(rank: int, world_size: int, options: Options) -> int:
     settings = run_settings(options, collectives)
     resolved = gin_registry.resolved_text(settings)
     log_backend()
-    gin_registry.log_notices(settings)
+    log_notices(settings)
     dataset = shared_dataset(settings.train.dataset_name, options.data_root, collectives)
     split = make_split(dataset, settings.train.protocol)
     check_same_everywhere(settings, split, options, collectives)
@@ -173,11 +174,12 @@ def train_worker(rank: int, world_size: int, options: Options) -> int:
     store = CheckpointStore(folder / "checkpoints", settings.train.keep_checkpoints, read_only=run is None)
     if run is not None:
         logging.info("run folder %s\n%s", folder, report.data_summary(dataset, split))
-        run.save_resolved_gin(resolved)
-        store.attach(dataset.original_item_ids().combine_chunks(), settings.to_json(), resolved)
     trainer = Trainer(settings, dataset, split, collectives, run)
     if options.resume:
         resume(trainer, store)
+    if run is not None:  # only now: a resume that is refused leaves the folder's configuration alone
+        run.save_resolved_gin(resolved)
+        store.attach(dataset.original_item_ids().combine_chunks(), settings.to_json(), resolved)
     with StopRequest() as stop, step_profiler(folder if options.profile and run else None) as on_step:
         result = trainer.train(store, options.max_steps, lambda: stop.requested, on_step)
     if not result.finished:
@@ -193,15 +195,20 @@ def train_worker(rank: int, world_size: int, options: Options) -> int:
 
 
 def resume(trainer: Trainer, store: CheckpointStore) -> None:
+    before = from_main(trainer.collectives, lambda: len(store.paths()))
     checkpoint = checkpoint_from_main(trainer.collectives, store.load_newest)
+    if checkpoint is None and before:
+        raise UserError(
+            f"none of the {before} checkpoints in {store.folder} is whole: move the run's folder away to start over"
+        )
     if checkpoint is None:
         logging.warning("there is no whole checkpoint in %s: the run starts from its beginning", store.folder)
         if trainer.run_folder is not None:
             trainer.run_folder.truncate_after(0)
         return
     saved = RunSettings.from_json(from_main(trainer.collectives, checkpoint.settings))
-    for name, before, now in gin_registry.differences(saved, trainer.settings):
-        logging.warning("resuming with %s = %r, which was %r", name, now, before)
+    for name, was, now in gin_registry.differences(saved, trainer.settings):
+        logging.warning("resuming with %s = %r, which was %r", name, now, was)
     trainer.restore(checkpoint)
     logging.info("resumed %s", checkpoint.path)
 
@@ -229,7 +236,8 @@ def finish(
         final["list_metrics"] = result.lists
     run.write_metrics(result.progress.step, final)
     try:
-        plot_curves(report.curve_rows(result.progress.history), run.path / "curves.png")
+        part = "test" if settings.train.protocol == "paper" else "validation"
+        plot_curves(report.curve_rows(result.progress.history), run.path / "curves.png", part)
     except OSError as error:  # the numbers are written already
         logging.warning("cannot write %s: %s", run.path / "curves.png", error.strerror)
     best = store.load_best()
@@ -267,12 +275,16 @@ def evaluate_worker(rank: int, world_size: int, options: Options) -> int:
     log_backend()
     collectives = process_collectives(process_device())
     store = CheckpointStore(checkpoints_of(options), read_only=True)
-    checkpoint = checkpoint_from_main(collectives, lambda: store.load_best() or store.load_newest())
+    checkpoint = checkpoint_from_main(  # twice: a run that goes on may replace its best one meanwhile
+        collectives, lambda: store.load_best() or store.load_best() or store.load_newest()
+    )
     if checkpoint is None:
         raise UserError(f"there is no checkpoint in {store.folder}")
     settings = RunSettings.from_json(from_main(collectives, checkpoint.settings))
     if options.bindings:
         settings = gin_registry.override(settings, options.bindings)
+    log_notices(settings)
+    set_precision(settings, collectives.device)
     dataset = shared_dataset(settings.train.dataset_name, options.data_root, collectives)
     split = make_split(dataset, settings.train.protocol)
     check_same_everywhere(settings, split, options, collectives)
@@ -324,7 +336,7 @@ def dry_run_worker(rank: int, world_size: int, options: Options) -> int:
     collectives = process_collectives(process_device())
     settings = run_settings(options, collectives)
     log_backend()
-    gin_registry.log_notices(settings)
+    log_notices(settings)
     dataset = shared_dataset(settings.train.dataset_name, options.data_root, collectives)
     split = make_split(dataset, settings.train.protocol)
     trainer = Trainer(settings, dataset, split, collectives)

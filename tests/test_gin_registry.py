@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from generative_recommenders.features import UserError
-from generative_recommenders.gin_registry import SECTIONS, load_settings
+from generative_recommenders.gin_registry import SECTIONS, load_settings, override
 from generative_recommenders.training.settings import RunSettings
 
 ROOT = Path(__file__).parents[1]
@@ -271,3 +272,30 @@ def test_json_that_is_no_object(data: object) -> None:
 
 def test_sizes_bound_by_gin_are_checked_too(write) -> None:
     assert "hstu_encoder.dqk must be above 0" in message([write("hstu_encoder.dqk = -4")], [])
+
+
+@pytest.mark.parametrize(
+    ("bindings", "words"),
+    [
+        (
+            ["num_negatives = 7"],
+            "'num_negatives' is no setting, and no %num_negatives refers to it; did you mean 'train_fn.num_negatives'",
+        ),
+        (["learning_rat = 7"], "did you mean"),
+        (["wholly_else = 7"], "write it as OWNER.NAME"),
+        (
+            ["a/train_fn.num_negatives = 7"],
+            "scopes cannot act here; write train_fn.num_negatives without 'a/'",
+        ),
+    ],
+)
+def test_what_would_bind_nothing_is_refused(bindings: list[str], words: str) -> None:
+    assert words in message([], bindings)
+    with pytest.raises(UserError, match=re.escape(words)):
+        override(RunSettings(), bindings)
+
+
+def test_names_for_values_act_over_settings_too() -> None:
+    bindings = ["kept = 'none'", "train_fn.seen_filter = %kept"]
+    assert load_settings([], bindings)[0].train.seen_filter == "none"
+    assert override(RunSettings(), bindings).train.seen_filter == "none"

@@ -44,7 +44,6 @@ class MultiHeadAttention(transformer.MultiHeadAttention):
     """Multi-head attention with genrec's documented attributes beside the package's own.
 
     ``dropout`` is a module; its ``p`` is the rate that acts. ``head_dim`` is D / H, ``scale`` its square root.
-    The weights returned are those before dropout, where genrec's are those after it.
     """
 
     def __init__(self, embedding_dim: int, num_heads: int, dropout: float = 0.1) -> None:

@@ -5,12 +5,14 @@ Tables have cardinality + 1 rows, the row of the padding value among them, and n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
+
+import torch
 
 from ..features import UserError
 from ..modeling import feature_embeddings as core
-from .replay_schema import FeatureHint, TensorFeatureInfo, TensorSchema
+from .replay_schema import FeatureHint, FeatureType, TensorFeatureInfo, TensorSchema
 
 ListReduction = Literal["sum", "mean", "max"]
 
@@ -46,6 +48,17 @@ class SequenceEmbedding(core.SequenceEmbedding):
         if not kept:
             raise UserError(f"SequenceEmbedding: every feature of the schema ({schema.names}) is excluded")
         super().__init__([embedding_spec(f, categorical_list_feature_aggregation_method) for f in kept])
+        self._numbers = {f.name for f in kept if f.feature_type is FeatureType.NUMERICAL}
+
+    def forward(
+        self, feature_tensor: Mapping[str, torch.Tensor], feature_names: Sequence[str] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """As of the core; a number may have a last axis of its own, ``[B, L, 1]`` for ``[B, L]``."""
+        given = {
+            name: x.squeeze(-1) if name in self._numbers and x.dim() > 2 else x
+            for name, x in feature_tensor.items()
+        }
+        return super().forward(given, feature_names)
 
 
 def embedding_spec(feature: TensorFeatureInfo, list_reduction: ListReduction = "sum") -> core.EmbeddingSpec:

@@ -282,6 +282,13 @@ def _feature_tensor(
 ) -> torch.Tensor:
     dtype = torch.int64 if feature.is_cat else torch.float32
     rows = column.to_pylist()
+    if feature.is_list != isinstance(rows[0] if rows else None, list):
+        kind = "lists" if feature.is_list else "single values"
+        raise UserError(
+            f"item feature {feature.name!r}: the schema says {kind}, the column holds {column.type}"
+        )
+    values = [value for row in rows for value in row] if feature.is_list else rows
+    _check_values(feature, np.asarray(values))
     if not feature.is_list:
         return torch.tensor(rows, dtype=dtype)
     width = settings.get("shape", max(map(len, rows), default=0))
@@ -292,3 +299,23 @@ def _feature_tensor(
         )
     padding = settings.get("padding", feature.padding_value)
     return torch.tensor([[padding] * (width - len(row)) + list(row) for row in rows], dtype=dtype)
+
+
+def _check_values(feature: TensorFeatureInfo, values: np.ndarray) -> None:
+    """UserError for categories that are none of the feature's, and for numbers that are not finite."""
+    if not values.size:
+        return
+    if values.dtype.kind not in "iuf":
+        raise UserError(
+            f"item feature {feature.name!r}: {str(values.flat[0])[:40]!r} is no number, encode it first"
+        )
+    if feature.is_cat:
+        size = feature.cardinality or 0
+        wrong = values[((values < 0) | (values >= size)) & (values != feature.padding_value)]
+        allowed = f"categories 0..{size - 1}"
+    else:
+        wrong, allowed = values[~np.isfinite(values)], "finite numbers"
+    if wrong.size:
+        raise UserError(
+            f"item feature {feature.name!r}: {wrong.size} of {values.size} values are not {allowed}, the first is {wrong[0]}"
+        )

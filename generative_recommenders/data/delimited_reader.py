@@ -20,7 +20,15 @@ from typing import cast
 import polars as pl
 import pyarrow as pa
 
-from generative_recommenders.data.column_roles import Roles, check_roles, roles_by_name
+from generative_recommenders.data.column_roles import (
+    Roles,
+    check_header,
+    check_places,
+    check_roles,
+    roles_by_name,
+    roles_like_first,
+    say_header,
+)
 from generative_recommenders.data.ratings_table import MAX_TIMESTAMP, ROLES, ReaderFormat
 from generative_recommenders.data.strict_lines import looks_like_header, parse_lines, split_line
 from generative_recommenders.features import UserError
@@ -204,21 +212,33 @@ def _take_header(path: Path, block: Block, layout: ReaderFormat) -> tuple[Block,
     """The block behind the header (if there is one) and the role of every column."""
     line = _first_line(path, block)
     fields = split_line(line, layout.delimiter)
-    if layout.columns is None:
-        if layout.has_header is False:
-            raise UserError(f"{path}: it has no header, so --columns must say what its columns are")
-        roles, has_header = roles_by_name(path, fields), True
-    else:
-        roles = check_roles(path, layout.columns)
-        has_header = looks_like_header(fields, roles) if layout.has_header is None else layout.has_header
+    if layout.columns is None and layout.has_header is False:
+        raise UserError(f"{path}: it has no header, so --columns must say what its columns are")
+    roles = roles_by_name(path, fields) if layout.columns is None else check_roles(path, layout.columns)
+    where = f"{path}, line {block.first_line}"
     if len(fields) != len(roles):
         hint = _delimiter_hint(line, layout.delimiter)
-        where = f"{path}, line {block.first_line}"
         raise UserError(f"{where}: {len(fields)} fields where {len(roles)} columns are expected{hint}")
-    if not has_header:
+    if layout.names is not None:
+        roles = roles_like_first(where, fields, layout)
+    elif layout.columns is not None and not _has_header(where, line, fields, layout):
         return block, roles
     _, _, body = block.data.partition(b"\n")
     return Block(body, block.first_line + 1), roles
+
+
+def _has_header(where: str, line: str, fields: list[str], layout: ReaderFormat) -> bool:
+    """Whether the line is a header of columns whose places are given; UserError if it says other places."""
+    roles = layout.columns or ()
+    if layout.has_header is None:
+        if not looks_like_header(fields, roles):
+            return False
+        check_places(where, fields, roles)
+        say_header(where, line, fields)
+        return True
+    if layout.has_header:
+        check_header(where, fields, roles)
+    return layout.has_header
 
 
 def _delimiter_hint(line: str, delimiter: str | None) -> str:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import glob
 import gzip
 import hashlib
 import http.client
+import os
 import ssl
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -23,6 +26,8 @@ TIMEOUT_SECONDS = 30.0
 ATTEMPTS = 10
 """Tries that a mirror gets, as long as each of them brings new bytes."""
 
+_SECOND = ".new"
+"""Ends the name of what is written beside a partial download."""
 _NETWORK_FAULTS = (
     urllib.error.URLError,
     http.client.HTTPException,
@@ -54,13 +59,18 @@ class _BrokenTransferError(Exception):
     """This mirror did not deliver the file; another one, or another try, may."""
 
 
+class _MisfitError(_BrokenTransferError):
+    """The partial download does not become the file by what this mirror has."""
+
+
 def fetch(
     remote: RemoteFile, folder: Path, *, progress: bool = True, timeout: float = TIMEOUT_SECONDS
 ) -> Path:
     """Path of the file in `folder`, downloaded unless a file of the right checksum is there already.
 
     A partial download is kept as ``NAME.part`` and taken up again with a Range request; by another mirror or
-    a later call only if there is a checksum to catch a mixture.
+    a later call only if there is a checksum to catch a mixture. A mirror that has something else does not
+    cost it.
 
     Raises:
         UserError: no mirror delivers the file; the line says what to download by hand and where to put it.
@@ -70,6 +80,8 @@ def fetch(
         return target
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / f"{remote.file_name}.part"
+    for left in folder.glob(f"{glob.escape(part.name)}{_SECOND}*"):
+        left.unlink()
     if remote.checksum is None:
         part.unlink(missing_ok=True)
     hosts_of: dict[str, dict[str, None]] = {}
@@ -77,7 +89,7 @@ def fetch(
         try:
             _from_mirror(remote, url, part, progress, timeout)
         except _BrokenTransferError as fault:
-            hosts_of.setdefault(str(fault), {})[urlsplit(url).netloc] = None
+            hosts_of.setdefault(str(fault), {})[_host(url)] = None
             if remote.checksum is None:
                 part.unlink(missing_ok=True)
             continue
@@ -103,69 +115,109 @@ def file_digest(path: Path, algorithm: str = "md5", decompress: bool = False) ->
 
 
 def _from_mirror(remote: RemoteFile, url: str, part: Path, progress: bool, timeout: float) -> None:
-    """Fill `part` from one mirror; if a resumed download has the wrong checksum, once more from zero."""
-    resumed = part.exists() and part.stat().st_size > 0
-    _transfer_with_retries(url, part, progress, timeout)
-    if remote.checksum is None or remote.describes(part):
-        return
-    part.unlink()
-    if resumed:
-        _transfer_with_retries(url, part, progress, timeout)
-        if remote.describes(part):
-            return
-        part.unlink()
-    raise _BrokenTransferError(f"its {remote.algorithm} is not the published {remote.checksum}")
+    """Make `part` the file from one mirror; if the bytes held do not fit what it has, once more from zero.
+
+    The bytes held stay unless the mirror delivers the file, or more bytes than they are before it breaks off.
+    """
+    held = _size(part)
+    try:
+        _transfer_with_retries(remote, url, part, progress, timeout)
+    except _MisfitError:
+        if not held:
+            part.unlink()
+            raise
+        os.truncate(part, held)
+        with _beside(part) as anew:
+            _from_mirror(remote, url, anew, progress, timeout)
+            anew.replace(part)
 
 
-def _transfer_with_retries(url: str, part: Path, progress: bool, timeout: float) -> None:
+def _transfer_with_retries(remote: RemoteFile, url: str, part: Path, progress: bool, timeout: float) -> None:
     for attempt in range(1, ATTEMPTS + 1):
-        before = part.stat().st_size if part.exists() else 0
+        before = _size(part)
         try:
-            return _transfer(url, part, progress, timeout)
+            return _transfer(remote, url, part, progress, timeout)
         except _NETWORK_FAULTS as fault:
-            gained = part.exists() and part.stat().st_size > before
-            if attempt == ATTEMPTS or not gained:
+            if attempt == ATTEMPTS or _size(part) <= before:
                 raise _BrokenTransferError(_reason(fault)) from None
     return None
 
 
-def _transfer(url: str, part: Path, progress: bool, timeout: float) -> None:
+def _transfer(remote: RemoteFile, url: str, part: Path, progress: bool, timeout: float) -> None:
     """One request, for the bytes that `part` lacks; a server that knows no ranges sends all of them."""
-    have = part.stat().st_size if part.exists() else 0
-    headers = {"User-Agent": "generative-recommenders", "Accept-Encoding": "identity"}
-    if have:
-        headers["Range"] = f"bytes={have}-"
+    have = _size(part)
     try:
-        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=timeout)
+        response = _open(url, have, timeout)
     except urllib.error.HTTPError as fault:
         if fault.code == 416 and have:
-            return _after_the_end(fault, url, part, progress, timeout)
+            return _after_the_end(remote, fault, part)
         raise
+    title = remote.file_name if progress else None
     with response:
-        start = have if response.status == 206 and _range_start(response.headers) == have else 0
-        if response.status == 206 and start != have:
+        if response.status == 206 and _range_start(response.headers) != have:
             raise http.client.HTTPException("answered another range than was asked for")
-        length = response.headers.get("Content-Length")
-        total = start + int(length) if length and length.isdigit() else None
-        with part.open("ab" if start else "wb") as sink:
-            _copy(response, sink, start, total, part.stem if progress else None)
-    return None
+        if have and response.status != 206:
+            return _take_all(remote, response, part, title)
+        with part.open("ab") as sink:
+            _copy(response, sink, have, title)
+    return _check(remote, part)
 
 
-def _after_the_end(
-    fault: urllib.error.HTTPError, url: str, part: Path, progress: bool, timeout: float
-) -> None:
+def _open(url: str, start: int, timeout: float) -> http.client.HTTPResponse:
+    headers = {"User-Agent": "generative-recommenders", "Accept-Encoding": "identity"}
+    if start:
+        headers["Range"] = f"bytes={start}-"
+    try:
+        return urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=timeout)
+    except ValueError as fault:
+        raise _BrokenTransferError(f"no valid address of a mirror or proxy: {_reason(fault)}") from None
+
+
+def _take_all(remote: RemoteFile, response: http.client.HTTPResponse, part: Path, title: str | None) -> None:
+    """An answer with all bytes, though some are held: it may as well be a page that says something else."""
+    with _beside(part) as new:
+        with new.open("wb") as sink:
+            _copy(response, sink, 0, title)
+        if remote.checksum is None and _size(new) <= _size(part):
+            raise _BrokenTransferError("answered less than it had sent before")
+        if remote.checksum is not None and not remote.describes(new):
+            new.unlink()
+            raise _BrokenTransferError(_wrong(remote))
+        new.replace(part)
+
+
+@contextmanager
+def _beside(part: Path) -> Iterator[Path]:
+    """Name of a second file; what is there at the end replaces `part` if it is longer and else vanishes."""
+    new = part.with_name(part.name + _SECOND)
+    try:
+        yield new
+    finally:
+        if _size(new) > _size(part):
+            new.replace(part)
+        new.unlink(missing_ok=True)
+
+
+def _after_the_end(remote: RemoteFile, fault: urllib.error.HTTPError, part: Path) -> None:
     """The server has nothing behind our last byte: the part is whole, or it belongs to another file."""
     total = (fault.headers.get("Content-Range") or "").rpartition("/")[2]
-    if total == str(part.stat().st_size):
-        return None
-    part.unlink()
-    return _transfer(url, part, progress, timeout)
+    if total != str(_size(part)):
+        raise _MisfitError(f"its file ends before the {_size(part)} bytes of {part.name}")
+    _check(remote, part)
 
 
-def _copy(
-    response: http.client.HTTPResponse, sink: BinaryIO, start: int, total: int | None, title: str | None
-) -> None:
+def _check(remote: RemoteFile, part: Path) -> None:
+    if remote.checksum is not None and not remote.describes(part):
+        raise _MisfitError(_wrong(remote))
+
+
+def _wrong(remote: RemoteFile) -> str:
+    return f"its {remote.algorithm} is not the published {remote.checksum}"
+
+
+def _copy(response: http.client.HTTPResponse, sink: BinaryIO, start: int, title: str | None) -> None:
+    length = response.headers.get("Content-Length")
+    total = start + int(length) if length and length.isdecimal() else None
     received = start
     with tqdm(
         total=total, initial=start, desc=title, unit="B", unit_scale=True, disable=title is None
@@ -180,7 +232,18 @@ def _copy(
 
 def _range_start(headers: http.client.HTTPMessage) -> int | None:
     start = headers.get("Content-Range", "").removeprefix("bytes ").partition("-")[0]
-    return int(start) if start.isdigit() else None
+    return int(start) if start.isdecimal() else None
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _host(url: str) -> str:
+    try:
+        return urlsplit(url).netloc or url
+    except ValueError:
+        return url
 
 
 def _reason(fault: BaseException) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -38,6 +39,11 @@ def chunks(length: int) -> Iterator[slice]:
     """Slices that cover ``length`` events, a bounded number each."""
     for start in range(0, length, CHUNK_EVENTS):
         yield slice(start, min(start + CHUNK_EVENTS, length))
+
+
+def write_numbers(file: BinaryIO, values: np.ndarray) -> None:
+    """Append the raw numbers; unlike ``ndarray.tofile`` it says why it cannot (the disk is full)."""
+    file.write(np.ascontiguousarray(values).data)
 
 
 class EventCollector:
@@ -93,7 +99,8 @@ class EventCollector:
         runs = self.columns.setdefault(name, [])
         if self.spill is not None:
             path = self.spill / f"run{len(runs)}.{name}.bin"
-            values.tofile(path)
+            with path.open("wb") as out:
+                write_numbers(out, values)
             values = np.memmap(path, values.dtype, mode="r+", shape=values.shape)
         runs.append(values)
 
@@ -118,5 +125,5 @@ class EventCollector:
         path = self.spill / f"{name}.bin"
         with path.open("wb") as out:
             for run in runs:
-                run.tofile(out)
+                write_numbers(out, run)
         return np.memmap(path, runs[0].dtype, mode="r")

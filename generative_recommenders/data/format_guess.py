@@ -8,7 +8,15 @@ from pathlib import Path
 
 from absl import logging
 
-from generative_recommenders.data.column_roles import Roles, check_roles, roles_by_name
+from generative_recommenders.data.column_roles import (
+    Roles,
+    check_places,
+    check_roles,
+    roles_by_name,
+    say_header,
+    say_left_out,
+    split_entry,
+)
 from generative_recommenders.data.delimited_reader import FirstLines, first_delimiter, first_lines
 from generative_recommenders.data.ratings_table import ROLES, ReaderFormat
 from generative_recommenders.data.strict_lines import (
@@ -36,6 +44,10 @@ def sniff(path: Path, columns: Sequence[str] | None, delimiter: str | None = Non
     fields = split_line(sample.lines[0], separator)
     layout = _layout(path, sample.number, fields, separator, columns)
     _warn_of_header(path, sample, fields, layout, f"give --columns={','.join(_named(fields, layout))}")
+    if layout.has_header and (columns is None or _are_names(columns, fields)):
+        say_left_out(path, fields, layout.columns or ())
+    elif layout.has_header:
+        say_header(f"{path}, line {sample.number}", sample.lines[0], fields)
     return layout
 
 
@@ -44,9 +56,19 @@ def sniff_pairs(path: Path) -> ReaderFormat:
     sample = first_lines(path, 1)
     fields = split_line(sample.lines[0], None)
     roles = ("user", "item")
-    layout = ReaderFormat(None, looks_like_header(fields, roles), roles)
+    layout = _layout_by_place(f"{path}, line {sample.number}", fields, None, roles, has_header=False)
     _warn_of_header(path, sample, fields, layout, "remove it")
     return layout
+
+
+def check_headerless(path: Path, layout: ReaderFormat, first: Path) -> None:
+    """UserError if the text file begins with a header where that of ``layout``, ``first``, does not."""
+    sample = first_lines(path, 1)
+    if looks_like_header(split_line(sample.lines[0], layout.delimiter), layout.columns or ()):
+        line = sample.lines[0][:200]
+        raise UserError(
+            f"{path}, line {sample.number}: `{line}` looks like a header, and {first} has none; remove it"
+        )
 
 
 def _layout(
@@ -55,16 +77,40 @@ def _layout(
     """What line ``number`` (the first), split into ``fields``, says of the file."""
     if columns is None:
         if looks_like_header(fields, ROLES[: len(fields)]):
-            return ReaderFormat(delimiter, True, roles_by_name(path, fields))
+            return ReaderFormat(delimiter, True, roles_by_name(path, fields), tuple(fields))
         return ReaderFormat(delimiter, False, _roles_by_position(path, number, fields))
-    if all(name in fields for name in columns):
-        return ReaderFormat(delimiter, True, roles_by_name(path, fields, columns))
+    if _are_names(columns, fields):
+        return ReaderFormat(delimiter, True, roles_by_name(path, fields, columns), tuple(fields))
+    where = f"{path}, line {number}"
+    given = set(columns)
+    if not {"user", "item"} <= given and (given & set(fields) or not given & set(ROLES)):
+        missing = next(name for name in columns if name not in fields)
+        raise UserError(
+            f"{where}: no column {missing!r} among: {', '.join(fields)[:200]}; --columns must give names that are "
+            "there, or user and item in their places"
+        )
     roles = check_roles(path, [name if name in ROLES else None for name in columns])
     if len(columns) != len(fields):
         raise UserError(
-            f"{path}, line {number}: {len(fields)} fields, but --columns names {len(columns)} (any word skips one)"
+            f"{where}: {len(fields)} fields, but --columns names {len(columns)} (any word skips one)"
         )
-    return ReaderFormat(delimiter, None, roles)
+    return _layout_by_place(where, fields, delimiter, roles, has_header=None)
+
+
+def _are_names(columns: Sequence[str], fields: list[str]) -> bool:
+    """Whether --columns gives names of the header, not places."""
+    entries = [split_entry(entry) for entry in columns]
+    return all(name in fields for _, name in entries) or any(role is not None for role, _ in entries)
+
+
+def _layout_by_place(
+    where: str, fields: list[str], delimiter: str | None, roles: Roles, has_header: bool | None
+) -> ReaderFormat:
+    """Line 1 is a header of these roles, or data: then the layout says ``has_header``."""
+    if not looks_like_header(fields, roles):
+        return ReaderFormat(delimiter, has_header, roles)
+    check_places(where, fields, roles)
+    return ReaderFormat(delimiter, True, roles, tuple(fields))
 
 
 def _roles_by_position(path: Path, number: int, fields: list[str]) -> Roles:
@@ -171,8 +217,6 @@ def _warn_of_header(
     """Say that line 1 is data where nothing tells names from ids: no column of numbers, no known name."""
     roles = layout.columns or ()
     if layout.has_header or "rating" in roles or "timestamp" in roles or all(map(resembles_number, fields)):
-        return
-    if layout.has_header is None and looks_like_header(fields, roles):
         return
     logging.warning(
         "%s, line %d: `%s` is read as data; if it is a header, %s",

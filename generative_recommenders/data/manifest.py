@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,8 +48,8 @@ class Manifest:
     counts_before: events, users, items as read. counts: the same after the filter. lengths: min, median,
     mean, max of the users' sequences. data_hash: see ``digests``. source: where the ratings came from.
     tables: sha256 of ``items.parquet`` and ``users.parquet``, which hold ids and features; empty in folders of
-    programs that did not write it. The split hash leaves them out: it is of the events alone, whichever engine
-    and Parquet writer made the folder.
+    programs that did not write it. split_hashes: by protocol, those that fit the columns; empty likewise. They
+    leave the tables out: they are of the events alone, whichever engine and Parquet writer made the folder.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Manifest:
     features: list[FeatureSpec] = field(default_factory=list)
     source: dict[str, Any] = field(default_factory=dict)
     tables: dict[str, str] = field(default_factory=dict)
+    split_hashes: dict[str, str] = field(default_factory=dict)
     version: int = VERSION
 
     @property
@@ -89,7 +91,8 @@ def column_file(folder: Path, column: str) -> Path:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write ``manifest.json``."""
     text = json.dumps(asdict(manifest), indent=2, ensure_ascii=False, allow_nan=False)
-    (folder / FILE_NAME).write_text(text + "\n", encoding="utf-8")
+    # a file name that is not UTF-8 becomes the JSON escapes that read back as the same name
+    (folder / FILE_NAME).write_bytes((text + "\n").encode("utf-8", "backslashreplace"))
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -108,7 +111,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+    if not os.path.isfile(path):  # False for a name that is too long
         raise UserError(
             f"{path.parent}: not a prepared folder (no {path.name}); run preprocess_public_data.py"
         )
@@ -133,12 +136,13 @@ _FIELD_TYPES = {
     "features": list,
     "source": dict,
     "tables": dict,
+    "split_hashes": dict,
     "version": int,
 }
 
 
 def _from_json(path: Path, settings: dict[str, Any]) -> Manifest:
-    settings = {"tables": {}, **settings}
+    settings = {"tables": {}, "split_hashes": {}, **settings}
     for name, kind in _FIELD_TYPES.items():
         if not isinstance(settings.get(name), kind):
             raise UserError(f"{path}: field {name!r} is missing or of the wrong type; prepare the data again")
@@ -154,6 +158,8 @@ def _from_json(path: Path, settings: dict[str, Any]) -> Manifest:
         _check_number(path, f"the {name} of the lengths", settings["lengths"].get(name), 1, int, float)
     if settings["tables"] and not _are_checksums(settings["tables"]):
         raise UserError(f"{path}: damaged checksums of the tables; prepare the data again")
+    if not all(isinstance(each, str) for each in settings["split_hashes"].values()):
+        raise UserError(f"{path}: damaged split hashes; prepare the data again")
     features = [_feature(path, entry) for entry in settings["features"]]
     return Manifest(**{**settings, "features": features})
 

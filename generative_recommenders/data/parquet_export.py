@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from generative_recommenders.data.event_store import chunks
+from generative_recommenders.data.prepared_folder import new_file
 from generative_recommenders.data.sequence_dataset import SequenceDataset
-from generative_recommenders.features import UserError
 
 
 def export_parquet(dataset: SequenceDataset, path: str | Path) -> None:
@@ -19,25 +18,18 @@ def export_parquet(dataset: SequenceDataset, path: str | Path) -> None:
 
     Users follow one another, oldest event first, so that preparing the file gives the same data hash.
     """
-    path = Path(path)
-    scratch = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     schema = _schema(dataset)
     users, items = dataset.original_user_ids(), dataset.original_item_ids()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with pq.ParquetWriter(scratch, schema) as writer:
-            for part in chunks(dataset.num_events):
-                rows = np.searchsorted(dataset.offsets, np.arange(part.start, part.stop), side="right") - 1
-                columns = [users.take(pa.array(rows)), items.take(pa.array(dataset.items[part] - 1))]
-                columns += [pa.chunked_array([pa.array(values[part])]) for values in _values(dataset)]
-                writer.write_table(
-                    pa.table([c.cast(t) for c, t in zip(columns, schema.types)], schema=schema)
-                )
-        scratch.replace(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
-    finally:
-        scratch.unlink(missing_ok=True)
+    with (
+        new_file(Path(path)) as scratch,
+        scratch.open("wb") as out,
+        pq.ParquetWriter(out, schema) as writer,
+    ):
+        for part in chunks(dataset.num_events):
+            rows = np.searchsorted(dataset.offsets, np.arange(part.start, part.stop), side="right") - 1
+            columns = [users.take(pa.array(rows)), items.take(pa.array(dataset.items[part] - 1))]
+            columns += [pa.chunked_array([pa.array(values[part])]) for values in _values(dataset)]
+            writer.write_table(pa.table([c.cast(t) for c, t in zip(columns, schema.types)], schema=schema))
 
 
 def _schema(dataset: SequenceDataset) -> pa.Schema:

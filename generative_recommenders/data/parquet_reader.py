@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,20 +12,39 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from generative_recommenders.data.column_roles import Roles, check_roles, roles_by_name
-from generative_recommenders.data.ratings_table import MAX_TIMESTAMP, ROLES
+from generative_recommenders.data.column_roles import (
+    Roles,
+    check_places,
+    check_roles,
+    roles_by_name,
+    roles_like_first,
+    say_left_out,
+)
+from generative_recommenders.data.ratings_table import MAX_TIMESTAMP, ROLES, ReaderFormat
 from generative_recommenders.features import UserError
 
 BATCH_ROWS = 1 << 20
+_HEAD_BYTES = 1 << 16
 
 
 def is_parquet(path: Path) -> bool:
-    """True if the file begins with Parquet's magic bytes."""
+    """True if the file begins with Parquet's magic bytes; UserError if they are packed by gzip."""
     try:
         with path.open("rb") as stream:
-            return stream.read(4) == b"PAR1"
+            start = stream.read(_HEAD_BYTES)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+    if start.startswith(b"\x1f\x8b") and _unpacked_start(start) == b"PAR1":
+        raise UserError(f"{path}: gzipped Parquet: unpack it first")
+    return start.startswith(b"PAR1")
+
+
+def _unpacked_start(start: bytes) -> bytes:
+    """The first bytes that a gzip file unpacks to; none if it is damaged."""
+    try:
+        return zlib.decompressobj(wbits=31).decompress(start, 4)
+    except zlib.error:
+        return b""
 
 
 def num_rows(path: Path) -> int:
@@ -33,22 +53,47 @@ def num_rows(path: Path) -> int:
         return file.metadata.num_rows
 
 
-def roles(path: Path, columns: tuple[str, ...] | None) -> Roles:
-    """The role of each column of the schema, by the names given or by known names."""
+def sniff(path: Path, columns: tuple[str, ...] | None) -> ReaderFormat:
+    """The role of each column of the schema (see ``ratings_table.sniff_format``)."""
     with _open(path) as file:
-        return roles_by_name(path, file.schema_arrow.names, columns)
+        names = file.schema_arrow.names
+    if columns is None or set(columns) - set(ROLES) or set(columns) & set(names):
+        roles = roles_by_name(path, names, columns)
+        say_left_out(path, names, roles)
+    else:
+        roles = _roles_by_place(path, names, columns)
+    return ReaderFormat(None, True, roles, tuple(names))
 
 
-def read(path: Path, columns: Roles | None) -> Iterator[pa.Table]:
+def roles_of(path: Path, layout: ReaderFormat) -> Roles:
+    """The role of each column of the schema, as ``layout`` has it."""
+    with _open(path) as file:
+        return _roles(path, file.schema_arrow.names, layout)
+
+
+def _roles(path: Path, names: list[str], layout: ReaderFormat) -> Roles:
+    if layout.columns is None:
+        return roles_by_name(path, names)
+    if layout.names is not None:
+        return roles_like_first(str(path), names, layout)
+    return _roles_by_place(path, names, layout.columns)
+
+
+def _roles_by_place(path: Path, names: list[str], columns: Roles) -> Roles:
+    roles = check_roles(path, columns)
+    if len(roles) != len(names):
+        raise UserError(
+            f"{path}: {len(names)} columns where {len(roles)} are expected: {', '.join(names)[:200]}"
+        )
+    check_places(str(path), names, roles)
+    return roles
+
+
+def read(path: Path, layout: ReaderFormat) -> Iterator[pa.Table]:
     """Yield the rows in order (see ``ratings_table.read_batches``); UserError with the row at fault."""
     with _open(path) as file:
         names = file.schema_arrow.names
-        file_roles = roles_by_name(path, names) if columns is None else check_roles(path, columns)
-        if len(file_roles) != len(names):
-            raise UserError(
-                f"{path}: {len(names)} columns where {len(file_roles)} are expected: {', '.join(names)[:200]}"
-            )
-        name_of = {role: name for name, role in zip(names, file_roles) if role is not None}
+        name_of = {role: name for name, role in zip(names, _roles(path, names, layout)) if role is not None}
         if file.metadata.num_rows == 0:
             raise UserError(f"{path}: the file is empty: it holds no rating")
         row = 1
@@ -72,6 +117,8 @@ def _open(path: Path) -> pq.ParquetFile:
         file = pq.ParquetFile(path)
         file.schema_arrow.names  # noqa: B018  names that are no text raise here
         return file
+    except UnicodeEncodeError:
+        raise UserError(f"{path}: the name of a Parquet file must be UTF-8; rename it") from None
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a readable Parquet file, or cut short: {_one_line(error)}") from error
 
@@ -107,6 +154,7 @@ class _Column:
         kind = _value_type(values)
         if not (_is_number(kind) or _is_text(kind) or pa.types.is_boolean(kind)):
             raise self.wrong_type(values, "ratings must be numbers")
+        values = _plain_text(values)
         ratings = self.convert(values, lambda part: part.cast(pa.float32(), safe=False), "is not a number")
         self.refuse(pc.invert(pc.is_finite(ratings)), "is not a finite number")
         return ratings
@@ -115,9 +163,13 @@ class _Column:
         kind = _value_type(values)
         if pa.types.is_timestamp(kind):
             values = values.cast(pa.timestamp("s", tz=kind.tz), safe=False)
+        elif pa.types.is_date(kind):
+            values = values.cast(pa.timestamp("s"))
         elif not (_is_number(kind) or _is_text(kind)):
-            raise self.wrong_type(values, "times must be seconds since 1970 or of a timestamp type")
-        times = self.convert(values, lambda part: part.cast(pa.int64()), "is not a whole number of seconds")
+            raise self.wrong_type(values, "times must be seconds since 1970, dates or of a timestamp type")
+        times = self.convert(
+            _plain_text(values), lambda part: part.cast(pa.int64()), "is not a whole number of seconds"
+        )
         bad = pc.or_(pc.less(times, 0), pc.greater(times, MAX_TIMESTAMP))
         self.refuse(bad, "is negative or after the year 2200 (times are in seconds)")
         return times
@@ -168,4 +220,9 @@ def _is_number(kind: pa.DataType) -> bool:
 
 
 def _is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def _plain_text(values: pa.Array) -> pa.Array:
+    """Text of a type that becomes numbers; other values as they are."""
+    return values.cast(pa.large_string()) if pa.types.is_string_view(values.type) else values

@@ -30,6 +30,7 @@ from generative_recommenders.data.event_store import (
     EventCollector,
     Events,
     chunks,
+    write_numbers,
 )
 from generative_recommenders.data.feature_tables import align
 from generative_recommenders.data.manifest import COLUMNS, TABLES, Manifest, column_file, write_manifest
@@ -37,6 +38,7 @@ from generative_recommenders.data.parquet_reader import is_parquet, num_rows
 from generative_recommenders.data.prepared_folder import new_folder
 from generative_recommenders.data.rating_filters import apply_filter, parse_filter
 from generative_recommenders.data.ratings_table import RawRatings, read_batches
+from generative_recommenders.data.splits import PROTOCOLS
 from generative_recommenders.features import UserError
 
 SORT_BYTES_PER_EVENT = 120
@@ -224,12 +226,13 @@ def write_columns(folder: Path, sequences: Sequences, buckets: Iterable[Bucket])
             )
             for name, values in (("items", items + 1), ("ratings", ratings), ("timestamps", timestamps)):
                 if values is not None:
-                    values.astype(COLUMNS[name], copy=False).tofile(files[name])
+                    write_numbers(files[name], values.astype(COLUMNS[name], copy=False))
             done += len(users)
     finally:
         for file in files.values():
             file.close()
-    sequences.offsets.astype(COLUMNS["offsets"]).tofile(column_file(folder, "offsets"))
+    with column_file(folder, "offsets").open("wb") as file:
+        write_numbers(file, sequences.offsets.astype(COLUMNS["offsets"]))
     return digests.hex_digest(total % (1 << 128))
 
 
@@ -259,9 +262,16 @@ def write_tables(
         features=item_specs + user_specs,
         source=raw.source,
         tables={name: file_digest(folder / name, "sha256") for name in TABLES},
+        split_hashes=_split_hashes(data_hash, sequences.has_timestamps),
     )
     write_manifest(folder, manifest)
     return manifest
+
+
+def _split_hashes(data_hash: str, has_timestamps: bool) -> dict[str, str]:
+    """The hash of every split that the data allows, by its protocol."""
+    protocols = [name for name in PROTOCOLS if name != "global_time" or has_timestamps]
+    return {name: digests.split_hash(data_hash, name) for name in protocols}
 
 
 def length_statistics(lengths: np.ndarray) -> dict[str, float]:
@@ -292,6 +302,6 @@ def summary(manifest: Manifest) -> str:
         f"users with one event (they train only): {manifest.counts['users_with_one_event']:,}",
         "events a user: min {min}, median {median:g}, mean {mean:g}, max {max}".format(**lengths),
         f"data hash:                 {manifest.data_hash}",
-        f"split hash, leave_one_out: {digests.split_hash(manifest.data_hash, 'leave_one_out')}",
     ]
+    rows += [f"{f'split hash, {name}:':26} {text}" for name, text in manifest.split_hashes.items()]
     return "\n".join(rows)

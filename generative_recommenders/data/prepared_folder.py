@@ -25,9 +25,9 @@ def new_folder(target: Path) -> Iterator[Path]:
     An existing target is exchanged in one step where the file system can. UserError if it exists and is not a
     prepared folder, or if the disk is full or not writable.
     """
-    _check_target(target)
     scratch = target.parent / f".{target.name}.tmp-{scratch_owner()}"
     try:
+        _check_target(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(target.parent, f".{target.name}.tmp-")
         scratch.mkdir()
@@ -37,6 +37,43 @@ def new_folder(target: Path) -> Iterator[Path]:
         raise UserError(f"{target}: cannot be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary name beside ``path``, whose file takes its place if the block succeeds, else vanishes."""
+    check_file(path)
+    scratch = _scratch(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield scratch
+        scratch.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
+    finally:
+        with suppress(OSError):
+            scratch.unlink(missing_ok=True)
+
+
+def _scratch(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp-{os.getpid()}")
+
+
+def check_file(path: str | Path, flag: str = "") -> None:
+    """UserError, with the name of the ``flag`` that asks for it, if no file can be written at ``path``."""
+    where, path = f"{flag}{path}", Path(path)
+    try:
+        if not path.name or path.is_dir():
+            raise UserError(f"{where}: not the name of a file; name the file to write")
+        parent = next(folder for folder in path.absolute().parents if folder.exists())
+        if not parent.is_dir():
+            raise UserError(f"{where}: {parent} is not a folder; name a file elsewhere")
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise UserError(f"{where}: {parent} cannot be written to; name a file elsewhere")
+        with suppress(FileNotFoundError):
+            _scratch(path).stat()
+    except OSError as error:
+        raise UserError(f"{where}: cannot be written: {error.strerror or error}") from error
 
 
 @contextmanager

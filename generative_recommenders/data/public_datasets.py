@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
+import os
 import re
 import zlib
 from collections.abc import Callable, Collection
@@ -19,7 +20,8 @@ import pyarrow.parquet
 from generative_recommenders.data import movielens
 from generative_recommenders.data.archives import extract, is_archive
 from generative_recommenders.data.downloads import RemoteFile, fetch, file_digest
-from generative_recommenders.data.format_guess import WHITESPACE, sniff_pairs
+from generative_recommenders.data.format_guess import WHITESPACE, check_headerless, sniff_pairs
+from generative_recommenders.data.parquet_reader import is_parquet
 from generative_recommenders.data.ratings_table import RawRatings, ReaderFormat, sniff_format
 from generative_recommenders.data.synthetic_books import SyntheticBooksSettings, write_synthetic_books
 from generative_recommenders.features import UserError
@@ -163,7 +165,7 @@ def resolve(
     """
     if name not in _SOURCES:
         raise UserError(f"unknown dataset {name!r}: known are {', '.join(known_datasets())}")
-    if raw_path is not None and not raw_path.exists():
+    if raw_path is not None and not os.path.exists(raw_path):  # False for a name that is too long
         raise UserError(f"--raw_path={raw_path} does not exist")
     if columns is not None and name != "csv":
         raise UserError(f"--columns is for --dataset=csv; {name} has a fixed layout")
@@ -267,9 +269,19 @@ def _csv(request: Request) -> RawRatings:
     return RawRatings(
         name=request.name,
         files=files,
-        format=sniff_format(files[0], columns, request.delimiter),
+        format=_common_format(files, columns, request.delimiter),
         source={"dataset": request.name, "input": origin.name},
     )
+
+
+def _common_format(files: list[Path], columns: tuple[str, ...] | None, delimiter: str | None) -> ReaderFormat:
+    """The first file's layout; UserError if it has no header and another one has."""
+    layout = sniff_format(files[0], columns, delimiter)
+    if layout.has_header is False:
+        for path in files[1:]:
+            if not is_parquet(path):
+                check_headerless(path, layout, files[0])
+    return layout
 
 
 def _delimiter(text: str | None) -> str | None:

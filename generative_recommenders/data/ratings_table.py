@@ -25,11 +25,14 @@ class ReaderFormat:
     column, in file order: ``user``, ``item``, ``rating``, ``timestamp``, or None for
         a column that is not needed. None in place of the tuple: roles are found by the names in the header
         (or in the Parquet schema).
+    names: what the header (or the schema) calls these columns, if that is known: every file must have them,
+        each in its own order. None: a header that must be there names the roles in the words that are known.
     """
 
     delimiter: str | None = ","
     has_header: bool | None = None
     columns: tuple[str | None, ...] | None = ("user", "item", "rating", "timestamp")
+    names: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ def read_file(path: Path, layout: ReaderFormat) -> Iterator[pa.Table]:
     from generative_recommenders.data import delimited_reader, parquet_reader
 
     if parquet_reader.is_parquet(path):
-        return parquet_reader.read(path, layout.columns)
+        return parquet_reader.read(path, layout)
     return delimited_reader.read(path, layout)
 
 
@@ -87,9 +90,10 @@ def sniff_format(
 ) -> ReaderFormat:
     """The layout of any delimited or Parquet file: delimiter, header or not, the role of each column.
 
-    columns: names in the file's header; a known one (``item``, ``movieId``) has its own role, the others are
-        those of user, item, rating, timestamp that are left, in this order. Or, for a file without a header,
-        the roles in file order (any other word skips a column).
+    columns: names in the file's header; ``timestamp=when`` says a name's role, a known name (``item``,
+        ``movieId``) has its own, the others are those of user, item, rating, timestamp that are left, in this
+        order. Or, for a file without these names, the roles in file order (any other word skips a column of
+        text).
     delimiter: the separator of text, a blank for runs of spaces and tabs, None to guess it.
     """
     from generative_recommenders.data import format_guess, parquet_reader
@@ -98,4 +102,4 @@ def sniff_format(
         return format_guess.sniff(path, columns, delimiter)
     if delimiter is not None:
         raise UserError(f"{path}: --delimiter is for text, and this is Parquet")
-    return ReaderFormat(None, True, parquet_reader.roles(path, columns))
+    return parquet_reader.sniff(path, columns)

@@ -172,7 +172,7 @@ def _read_file(spark: Any, path: Path, layout: ReaderFormat, number: int) -> Any
         F.monotonically_increasing_id().alias("_row"),
     ]
     if parquet_reader.is_parquet(path):
-        roles = layout.columns or parquet_reader.roles(path, None)
+        roles = parquet_reader.roles_of(path, layout)
         raw = spark.read.parquet(uri)
         if len(roles) != len(raw.columns):
             _name_fault(RawRatings("", [path], layout))
@@ -289,7 +289,8 @@ def _checked_columns(frame: Any) -> Any:
             | F.lit(types["rating"] == "string")
         )
     if "timestamp" in types:
-        a_time = types["timestamp"].startswith("timestamp")  # with or without a zone; the session's is UTC
+        # with or without a zone; the session's is UTC
+        a_time = types["timestamp"].startswith(("timestamp", "date"))
         value = (F.col("timestamp").cast("timestamp") if a_time else F.col("timestamp")).cast("double")
         seconds = value.cast("long")
         columns["timestamp"] = seconds

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from generative_recommenders.data.column_roles import ROLE_OF_NAME, Roles, normalise
+from generative_recommenders.data.column_roles import Roles, is_known
 from generative_recommenders.data.ratings_table import MAX_TIMESTAMP, ROLES
 from generative_recommenders.features import UserError
 
@@ -57,7 +57,7 @@ def looks_like_header(fields: Sequence[str], roles: Sequence[str | None]) -> boo
         return not any(
             _NUMBER.fullmatch(field) or _NOT_FINITE.fullmatch(field) or not field for field in numeric
         )
-    return any(normalise(field) in ROLE_OF_NAME for field in fields)
+    return is_known(fields)
 
 
 def parse_lines(path: Path, data: bytes, first_line: int, delimiter: str | None, roles: Roles) -> pa.Table:

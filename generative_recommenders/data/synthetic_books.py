@@ -63,18 +63,20 @@ class SyntheticBooksSettings:
     seed: int = 1
 
     def __post_init__(self) -> None:
-        checks = {
-            "num_users": self.num_users >= 1,
-            "num_items": 10 <= self.num_items < 2**31,
-            "predictability": 0 <= self.predictability <= 1,
-            "interleaving": 0 <= self.interleaving <= 1,
-            "min_length": 1 <= self.min_length <= MAX_LENGTH,
-            "mean_length": self.min_length <= self.mean_length <= MAX_LENGTH,
-            "seed": 0 <= self.seed < 2**63,
+        bounds = {
+            "num_users": (1, 2**63 - 1),
+            "num_items": (10, 2**31 - 1),
+            "predictability": (0, 1),
+            "interleaving": (0, 1),
+            "min_length": (1, MAX_LENGTH),
+            "mean_length": (self.min_length, MAX_LENGTH),
+            "seed": (0, 2**63 - 1),
         }
-        for name, valid in checks.items():
-            if not valid:
-                raise UserError(f"synthetic-books: {name} = {getattr(self, name)} is out of range")
+        for name, (lowest, highest) in bounds.items():
+            value = getattr(self, name)
+            if not lowest <= value <= highest:
+                least = f"min_length = {lowest}" if name == "mean_length" else lowest
+                raise UserError(f"synthetic-books: {name} = {value} is out of range, {least} to {highest}")
 
 
 @dataclass(frozen=True)
@@ -156,29 +158,27 @@ def write_synthetic_books(
     paths.
 
     Memory is bounded by `chunk_users` readers and the catalogue. Files made with the same settings are kept.
+    Files of other settings stay as they are until the new ones are whole.
     """
     ratings, books, note = folder / "ratings.csv", folder / "books.parquet", folder / "settings.json"
     wanted = json.dumps({"generator": 1, **dataclasses.asdict(settings)}, sort_keys=True)
     if all(path.exists() for path in (ratings, books, note)) and note.read_text() == wanted:
         return ratings, books
     folder.mkdir(parents=True, exist_ok=True)
-    note.unlink(missing_ok=True)
     for path in (ratings, books, note):
         remove_leftovers(folder, f"{path.name}.part-")
     scratch = {path: path.with_name(f"{path.name}.part-{scratch_owner()}") for path in (ratings, books, note)}
     catalogue = make_catalogue(settings.num_items, settings.seed)
-    options = pyarrow.csv.WriteOptions(include_header=False, quoting_style="none")
-    with (
-        pyarrow.csv.CSVWriter(scratch[ratings], _ROWS, write_options=options) as writer,
-        tqdm(total=settings.num_users, desc="synthetic-books", unit=" users", disable=not progress) as bar,
-    ):
-        for first, stop, table in _tables(settings, catalogue, chunk_users):
-            writer.write_table(table)
-            bar.update(stop - first)
-    pyarrow.parquet.write_table(catalogue.features(), scratch[books])
-    scratch[note].write_text(wanted)
-    for path, written in scratch.items():
-        written.replace(path)
+    try:
+        _write_ratings(settings, catalogue, scratch[ratings], progress, chunk_users)
+        pyarrow.parquet.write_table(catalogue.features(), scratch[books])
+        scratch[note].write_text(wanted)
+        note.unlink(missing_ok=True)
+        for path, written in scratch.items():
+            written.replace(path)
+    finally:
+        for written in scratch.values():
+            written.unlink(missing_ok=True)
     return ratings, books
 
 
@@ -200,6 +200,19 @@ def mix64(values: np.ndarray) -> np.ndarray:
 _ROWS = pa.schema([
     ("user", pa.string()), ("item", pa.string()), ("rating", pa.string()), ("timestamp", pa.int64()),
 ])  # fmt: skip
+
+
+def _write_ratings(
+    settings: SyntheticBooksSettings, catalogue: BookCatalogue, path: Path, progress: bool, chunk_users: int
+) -> None:
+    options = pyarrow.csv.WriteOptions(include_header=False, quoting_style="none")
+    with (
+        pyarrow.csv.CSVWriter(path, _ROWS, write_options=options) as writer,
+        tqdm(total=settings.num_users, desc="synthetic-books", unit=" users", disable=not progress) as bar,
+    ):
+        for first, stop, table in _tables(settings, catalogue, chunk_users):
+            writer.write_table(table)
+            bar.update(stop - first)
 
 
 def _tables(

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,13 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
+from absl import logging
 
 from generative_recommenders.data.delimited_reader import Block, first_bytes, read_blocks
+from generative_recommenders.data.event_store import chunks
 from generative_recommenders.data.manifest import Manifest
 from generative_recommenders.data.preparation import DEFAULT_MEMORY_LIMIT, GZIP_FACTOR, prepare_batches
+from generative_recommenders.data.prepared_folder import new_file
 from generative_recommenders.data.ratings_table import MAX_TIMESTAMP, RawRatings
 from generative_recommenders.data.sequence_dataset import SequenceDataset
 from generative_recommenders.data.strict_lines import VALUE_OF
@@ -32,23 +34,30 @@ HEADER = ("index", "user_id", "sequence_item_ids", "sequence_ratings", "sequence
 _LISTS = HEADER[2:]
 USERS_AT_ONCE = 1 << 16
 _MAX_LINE_BYTES = 1 << 28
+_MAX_WHOLE = 1 << 53
+"""Larger ratings are written as 1e+20."""
 
 
 def export_text(dataset: SequenceDataset, path: str | Path) -> None:
     """Write ``dataset`` to the file ``path``, through a temporary name beside it."""
-    path = Path(path)
-    scratch = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with scratch.open("wb") as out:
-            out.write((",".join(HEADER) + "\n").encode())
-            for first in range(0, dataset.num_users, USERS_AT_ONCE):
-                out.write(_export_users(dataset, first, min(first + USERS_AT_ONCE, dataset.num_users)))
-        scratch.replace(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
-    finally:
-        scratch.unlink(missing_ok=True)
+    with new_file(Path(path)) as scratch, scratch.open("wb") as out:
+        out.write((",".join(HEADER) + "\n").encode())
+        for first in range(0, dataset.num_users, USERS_AT_ONCE):
+            out.write(_export_users(dataset, first, min(first + USERS_AT_ONCE, dataset.num_users)))
+    _say_losses(dataset, Path(path))
+
+
+def _say_losses(dataset: SequenceDataset, path: Path) -> None:
+    """Log what the format cannot hold."""
+    for name, values in (("ratings", dataset.ratings), ("timestamps", dataset.timestamps)):
+        if values is not None and not any(values[part].any() for part in chunks(len(values))):
+            logging.warning("%s: all %s are zero; the exchange format reads that as none", path, name)
+    seen = np.zeros(dataset.num_items + 1, bool)
+    for part in chunks(dataset.num_events):
+        seen[dataset.items[part]] = True
+    lost = dataset.num_items - np.count_nonzero(seen)
+    if lost:
+        logging.warning("%s: %d items of the catalogue have no event and are not in it", path, lost)
 
 
 def _export_users(dataset: SequenceDataset, first: int, last: int) -> bytes:
@@ -68,8 +77,8 @@ def _export_users(dataset: SequenceDataset, first: int, last: int) -> bytes:
 
 def _shortest(ratings: np.ndarray) -> np.ndarray:
     """Whole ratings as integers, so that they are written without ``.0``."""
-    whole = ratings.astype(np.int64)
-    return whole if (whole == ratings).all() else np.asarray(ratings)
+    whole = (ratings == np.trunc(ratings)).all() and (np.abs(ratings) < _MAX_WHOLE).all()
+    return ratings.astype(np.int64) if whole else np.asarray(ratings)
 
 
 def _joined(offsets: np.ndarray, values: np.ndarray) -> pa.Array:

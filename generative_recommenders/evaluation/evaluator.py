@@ -21,7 +21,7 @@ MAX_SCORES = 1 << 25
 """Scores held at a time (float32: 128 MiB): users are taken in chunks so that a chunk times V stays below it."""
 
 Score = Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
-"""Scores ``[n, V]`` of a batch of the evaluation loader (``past_lengths``-style columns as it yields them)."""
+"""Scores ``[n, V]`` of a batch of the evaluation loader (columns ``item_ids``, ``lengths`` and so on)."""
 
 
 @dataclass(frozen=True)

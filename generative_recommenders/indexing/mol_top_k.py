@@ -13,7 +13,13 @@ from collections.abc import Callable
 import torch
 
 from ..features import UserError
-from ..modeling.similarity import DotProductSimilarity, MoLSimilarity, QueryComponents, Similarity
+from ..modeling.similarity import (
+    DotProductSimilarity,
+    ItemComponents,
+    MoLSimilarity,
+    QueryComponents,
+    Similarity,
+)
 from .top_k import BruteForceTopK, MIPSBruteForceTopK, fill, largest, scan
 
 _BLOCK_ELEMENTS = 2**22
@@ -52,7 +58,16 @@ class _CandidateTopK(torch.nn.Module):
         super().__init__()
         self.similarity = similarity
         with torch.no_grad():
-            self.items = similarity.item_components(item_embeddings)
+            components, gate = similarity.item_components(item_embeddings)
+        self.register_buffer("item_components", components, persistent=False)
+        self.register_buffer("item_gate", gate, persistent=False)
+        self.item_components: torch.Tensor
+        self.item_gate: torch.Tensor | None
+
+    @property
+    def items(self) -> ItemComponents:
+        """Of all items, ``[V, Pi, d]``, with their gates."""
+        return ItemComponents(self.item_components, self.item_gate)
 
     @torch.no_grad()
     def forward(
@@ -120,7 +135,8 @@ class MoLAvgTopK(_CandidateTopK):
     def __init__(self, similarity: MoLSimilarity, item_embeddings: torch.Tensor, avg_top_k: int) -> None:
         super().__init__(similarity, item_embeddings)
         self.avg_top_k = _positive("avg_top_k", avg_top_k)
-        self.average = self.items.components.mean(1)
+        self.register_buffer("average", self.item_components.mean(1), persistent=False)
+        self.average: torch.Tensor
 
     def candidates(self, query: QueryComponents, seen_ids: torch.Tensor | None) -> torch.Tensor:
         """``[n, avg_top_k]``."""
@@ -136,7 +152,8 @@ class MoLCombTopK(_CandidateTopK):
         super().__init__(similarity, item_embeddings)
         self.avg_top_k = _positive("avg_top_k", avg_top_k)
         self.k_per_group = _positive("k_per_group", k_per_group)
-        self.average = self.items.components.mean(1)
+        self.register_buffer("average", self.item_components.mean(1), persistent=False)
+        self.average: torch.Tensor
 
     def candidates(self, query: QueryComponents, seen_ids: torch.Tensor | None) -> torch.Tensor:
         """``[n, Pq * Pi * k_per_group + avg_top_k]``."""

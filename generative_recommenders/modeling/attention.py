@@ -141,11 +141,17 @@ def _ungroup(cells: torch.Tensor, layout: Layout, heads: int) -> torch.Tensor:
 
 
 def _fused_group(q, k, v, group, layout, dropout_rate, scale):
-    q_, k_, v_ = (x.unflatten(0, (-1, q.shape[1])) for x in _rectangles(group, q, k, v))
+    q_, k_, v_ = (_aligned(x).unflatten(0, (-1, q.shape[1])) for x in _rectangles(group, q, k, v))
     causal = layout.visibility is None
     mask = None if causal else visible(group, layout)
     out = F.scaled_dot_product_attention(q_, k_, v_, mask, dropout_rate, is_causal=causal, scale=scale)
-    return out.reshape(-1, v.shape[-1])
+    return out[..., : v.shape[-1]].reshape(-1, v.shape[-1])
+
+
+def _aligned(x: torch.Tensor) -> torch.Tensor:
+    """``[G, n, d]`` with d filled up by zeros to a multiple of 8: the fused kernels take no other, and would leave the
+    work to one that writes out ``[G, n, n]``."""
+    return F.pad(x, (0, -x.shape[-1] % 8))
 
 
 class _Cells:

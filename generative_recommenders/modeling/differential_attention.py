@@ -62,7 +62,7 @@ class MultiHeadDifferentialAttention(nn.Module):
         super().__init__()
         kdim, vdim = kdim or embedding_dim, vdim or embedding_dim
         for name, width in (("embedding_dim", embedding_dim), ("kdim", kdim), ("vdim", vdim)):
-            if width % num_heads:
+            if num_heads < 1 or width % num_heads:
                 raise UserError(
                     f"differential attention: {name} {width} is not divisible by num_heads {num_heads}"
                 )

@@ -6,11 +6,15 @@ same numbers. Integer, float64 and 1-d data take the plain path.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
+import io
 import logging
 import os
+from collections.abc import Iterator
 
 import torch
 
@@ -27,13 +31,34 @@ def backend() -> tuple[str, str]:
         return "torch", f"{DISABLE_VARIABLE}=1"
     if importlib.util.find_spec("fbgemm_gpu") is None:
         return "torch", "fbgemm_gpu is not installed"
+    versions = f"{_fbgemm_version()} does not fit torch {torch.__version__}"
     try:
-        importlib.import_module("fbgemm_gpu")
-        _probe()
-    except (ImportError, OSError, RuntimeError, AttributeError) as error:
+        with _quiet():
+            importlib.import_module("fbgemm_gpu")
+            _probe()
+    except Exception as error:  # a library of another time may fail in any way
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        return "torch", f"the installed fbgemm_gpu does not fit torch {torch.__version__}: {first_line}"
-    return "fbgemm", f"fbgemm_gpu with torch {torch.__version__}"
+        return "torch", f"the installed {versions}: {first_line}"
+    return "fbgemm", f"{_fbgemm_version()} with torch {torch.__version__}"
+
+
+def _fbgemm_version() -> str:
+    for name in ("fbgemm-gpu-cpu", "fbgemm-gpu"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return f"{name} {importlib.metadata.version(name)}"
+    return "fbgemm_gpu"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """What a library says while it is tried goes nowhere: the log has one line of it."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)
 
 
 def log_backend() -> None:

@@ -94,6 +94,11 @@ class SequenceRecommender(torch.nn.Module):
         """``[..., D]`` as looked up by histories, for ids of any shape."""
         return self.items.embed_history(item_ids)
 
+    @property
+    def constant_width(self) -> int | None:
+        """HSTU's N, the width that it divides by; None for other encoders."""
+        return getattr(self.sequence.encoder, "max_length", None)
+
     def forward(
         self,
         past_lengths: torch.Tensor,
@@ -108,7 +113,7 @@ class SequenceRecommender(torch.nn.Module):
         """
         layout = padded_layout(past_lengths, past_ids.shape[1])
         embeddings = self.embed_history(past_ids) if past_embeddings is None else past_embeddings
-        payloads = token_payloads(past_payloads or {}, past_lengths, layout)
+        payloads = token_payloads(past_payloads or {}, past_lengths, layout, self.constant_width)
         return layout.to_rectangle(self.sequence(layout.flatten(embeddings), layout, payloads))
 
     def encode(
@@ -174,7 +179,7 @@ class SequenceRecommender(torch.nn.Module):
         if items is None:
             rows = rows or self.items.history_rows(ItemRows(self.items.table))
             items = rows.lookup(layout.flatten(features.past_ids))
-        payloads = token_payloads(features.past_payloads, features.past_lengths, layout)
+        payloads = token_payloads(features.past_payloads, features.past_lengths, layout, self.constant_width)
         return self.sequence(items, layout, payloads)
 
 
@@ -196,9 +201,16 @@ def appendable_encoder(sequence: SequenceEncoder, layout: Layout) -> Incremental
 
 
 def token_payloads(
-    payloads: Mapping[str, torch.Tensor], lengths: torch.Tensor, layout: Layout
+    payloads: Mapping[str, torch.Tensor],
+    lengths: torch.Tensor,
+    layout: Layout,
+    constant_width: int | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Rectangular payloads as one value per token, with each token's next time (see `next_times`) and user."""
+    """Rectangular payloads as one value per token, with each token's next time (see `next_times`) and user.
+
+    constant_width: HSTU's N. What follows a full row is unknown, but for rectangles of this width, where the published
+    code repeats the row's last time.
+    """
     tokens = {}
     if "user_ids" in payloads:
         tokens["user_ids"] = payloads["user_ids"].index_select(0, layout.row_of)
@@ -206,8 +218,14 @@ def token_payloads(
         if name in payloads:
             tokens[name] = layout.flatten(payloads[name])
     if "timestamps" in payloads:
-        next_known = payloads.get("next_timestamps")
-        tokens["next_timestamps"] = layout.flatten(next_times(payloads["timestamps"], lengths, next_known))
+        following = payloads.get("next_timestamps")
+        if following is None:
+            times = payloads["timestamps"]
+            times = times if times.shape[1] == constant_width else F.pad(times, (0, 1))
+            following = next_times(times, lengths, None)[:, : payloads["timestamps"].shape[1]]
+        elif following.dim() == 1:
+            following = next_times(payloads["timestamps"], lengths, following)
+        tokens["next_timestamps"] = layout.flatten(following)
     return tokens
 
 

@@ -37,7 +37,7 @@ class SasRecTransformerLayer(nn.Module):
         hidden_dim: int | None = None,
     ) -> None:
         super().__init__()
-        if embedding_dim % num_heads:
+        if num_heads < 1 or embedding_dim % num_heads:
             raise UserError(
                 f"SasRec layer: embedding_dim {embedding_dim} is not divisible by num_heads {num_heads}"
             )

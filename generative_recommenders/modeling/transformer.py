@@ -48,7 +48,7 @@ class MultiHeadAttention(nn.Module):
 
     def __init__(self, embedding_dim: int, num_heads: int, dropout: float = 0.1) -> None:
         super().__init__()
-        if embedding_dim % num_heads:
+        if num_heads < 1 or embedding_dim % num_heads:
             raise UserError(
                 f"attention: embedding_dim {embedding_dim} is not divisible by num_heads {num_heads}"
             )
@@ -70,9 +70,9 @@ class MultiHeadAttention(nn.Module):
         """query ``[B, L, D]``, key and value ``[B, N, D]``; mask ``[B, L, N]``, 0 where a query must not
         look.
 
-        Returns ``[B, L, D]`` and the weights ``[B, H, L, N]``, which sum to 1 over the keys (taken before
-        dropout). With need_weights False the weights are None and the fused kernel runs. A query that may
-        look nowhere averages all.
+        Returns ``[B, L, D]`` and the weights ``[B, H, L, N]``, those that act: after dropout in training mode, summing to 1
+        over the keys in evaluation mode. With need_weights False the weights are None and the fused kernel runs. A query
+        that may look nowhere averages all.
         """
         q, k, v = self.project(query, key, value)
         additive = None if mask is None else additive_mask(mask.bool(), dtype=q.dtype)[:, None]
@@ -81,7 +81,7 @@ class MultiHeadAttention(nn.Module):
         scores = torch.einsum("blhd,bnhd->bhln", q, k) / math.sqrt(q.shape[-1])
         weights = torch.softmax(scores if additive is None else scores + additive, dim=-1)
         kept = F.dropout(weights, self.active_dropout)
-        return self.output(torch.einsum("bhln,bnhd->blhd", kept, v)), weights
+        return self.output(torch.einsum("bhln,bnhd->blhd", kept, v)), kept
 
     @property
     def active_dropout(self) -> float:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from ..data.batch_transforms import default_sasrec_transforms
 from ..features import SequentialFeatures, UserError
 from ..modeling.layout import Layout, Visibility, jagged_layout
+from ..modeling.recommender import next_times
 from .masking import MaskedSequence, MaskingScheme
 
 PAYLOADS = ("ratings", "timestamps")
@@ -148,11 +149,26 @@ def make_example(
 
 
 def _masked_payloads(columns: Mapping[str, torch.Tensor], masked: MaskedSequence) -> dict[str, torch.Tensor]:
-    """Times as they are; the rating of a hidden item is hidden too (0)."""
+    """As at the mask slot of inference: a hidden item has no rating (0) and the time of what is seen before it; its own
+    time, the target's, is its next time alone."""
     payloads = {name: columns[name] for name in (*PAYLOADS, "user_ids") if name in columns}
     if "ratings" in payloads:
         payloads["ratings"] = payloads["ratings"].masked_fill(masked.replaced, 0)
+    if "timestamps" in payloads:
+        times = payloads["timestamps"]
+        payloads["timestamps"] = seen = _times_seen(times, masked)
+        following = next_times(seen, masked.lengths, torch.zeros_like(masked.lengths))
+        payloads["next_timestamps"] = torch.where(masked.replaced, times, following)
     return payloads
+
+
+def _times_seen(times: torch.Tensor, masked: MaskedSequence) -> torch.Tensor:
+    """``[B, N]``: at hidden positions the time of the last one before that is not hidden, else of the first one after."""
+    columns = torch.arange(times.shape[1], device=times.device)
+    shown = ~masked.replaced & (columns < masked.lengths[:, None])
+    before = columns.where(shown, -1).cummax(1).values
+    first = shown.int().argmax(1, keepdim=True)
+    return times.where(~masked.replaced, times.gather(1, before.where(before >= 0, first)))
 
 
 def _move(value, device):

@@ -44,7 +44,7 @@ def build_model(settings: RunSettings, catalogue: Catalogue) -> SequenceRecommen
     """
     t = settings.train
     try:
-        kind = "item_tower" if uses_item_tower(settings) else t.embedding_module_type
+        kind = _embedding_kind(settings)
         items = look_up(EMBEDDINGS, kind, "embedding_module_type")(settings, catalogue)
         sequence = build_sequence(settings, catalogue)
         build_similarity = look_up(SIMILARITIES, t.interaction_module_type, "interaction_module_type")
@@ -55,6 +55,18 @@ def build_model(settings: RunSettings, catalogue: Catalogue) -> SequenceRecommen
     _check_auxiliary(settings, similarity)
     mask = MaskEmbedding(items.embedding_dim) if t.objective in MASKING_SCHEMES else None
     return SequenceRecommender(items, sequence, similarity, mask)
+
+
+def _embedding_kind(settings: RunSettings) -> str:
+    """The entry of `EMBEDDINGS`; TwoTower has its tower, which "local", the default, does not contradict."""
+    kind = settings.train.embedding_module_type
+    if not uses_item_tower(settings):
+        return kind
+    if kind not in ("local", "item_tower"):
+        raise UserError(
+            f"train_fn.embedding_module_type {kind!r} cannot act in TwoTower, which has an item tower: unset it"
+        )
+    return "item_tower"
 
 
 def build_sequence(settings: RunSettings, catalogue: Catalogue) -> SequenceEncoder:
@@ -136,7 +148,8 @@ def _context_merger(
     if catalogue.users is None:
         raise UserError(f"item_tower.query_features: there is no data set to read {', '.join(names)} from")
     width = cast(int, encoder.output_dim)
-    return FeatureMerger(catalogue.users.read(names, width, "item_tower.query_features"), width)
+    reduction = cast(ListReduction, settings.item_tower.list_reduction)
+    return FeatureMerger(catalogue.users.read(names, width, "item_tower.query_features", reduction), width)
 
 
 def _positional(settings: RunSettings, catalogue: Catalogue) -> InputPreprocessor:

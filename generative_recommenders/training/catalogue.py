@@ -45,7 +45,11 @@ class Catalogue:
         categories = None
         if category_feature is not None:
             (feature,) = items.read([category_feature], 1, "train_fn.category_feature")
-            categories = feature.values[1:].long() - 1 if feature.spec.kind == "categorical" else None
+            if feature.spec.kind != "categorical":
+                raise UserError(
+                    f"train_fn.category_feature {category_feature!r} is {feature.spec.kind}: choose one of one category an item"
+                )
+            categories = feature.values[1:].long() - 1
         return cls(
             dataset.num_items,
             dataset.ratings is not None,

@@ -67,9 +67,13 @@ def model_rows(
 
 
 def curve_rows(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """What `visualization.plot_curves` draws of the epochs: the loss, and the metrics of the table."""
-    names = ("epoch", "train_loss", *COLUMNS)
-    return [{name: epoch[name] for name in names if name in epoch} for epoch in history]
+    """What `visualization.plot_curves` draws of the epochs, counted from 1: the loss, and the table's metrics where the
+    evaluation was a full one."""
+    names = {full: ("train_loss", *(COLUMNS if full else ())) for full in (True, False)}
+    return [
+        {"epoch": epoch["epoch"] + 1, **{name: epoch[name] for name in names[epoch["full"]] if name in epoch}}
+        for epoch in history
+    ]
 
 
 def list_metrics_lines(lists: Mapping[str, float]) -> list[str]:
@@ -117,7 +121,9 @@ def final_report(
     lists: Mapping[str, float],
 ) -> str:
     """The text that ends a run."""
-    chosen = "the last epoch" if best_epoch is None else f"epoch {best_epoch + 1}, the best on validation"
+    chosen = (
+        "after the last step" if best_epoch is None else f"epoch {best_epoch + 1}, the best on validation"
+    )
     if split.protocol == "paper":
         chosen = (
             "the last epoch; protocol paper scores the test item every epoch, as the HSTU authors' code does"
@@ -149,12 +155,15 @@ def model_summary(trainer: Trainer) -> str:
         own = set(part.parameters()) - seen
         counts[name], seen = sum(p.numel() for p in own), seen | own
     total = sum(counts.values())
-    copies = 4 if trainer.settings.train.optimizer != "rowwise_adagrad" else 2
+    lean = (
+        trainer.settings.train.optimizer == "rowwise_adagrad"
+    )  # the item table has a number a row beside its gradient
+    held = 4 * total - (2 * counts.get("items", 0) if lean else 0)
     lines = [str(model), str(trainer.step.dense.criterion), ""]
     lines += [f"{name:<16}{count:>14,} parameters" for name, count in counts.items()]
     lines += [
         f"{'total':<16}{total:>14,} parameters",
-        f"memory, estimated: {total * 4 * copies / MIB:,.0f} MiB weights, gradients and optimizer state; "
+        f"memory, estimated: {held * 4 / MIB:,.0f} MiB weights, gradients and optimizer state; "
         f"at most {kept_activations(trainer) / MIB:,.0f} MiB that a full batch keeps for its backward pass",
     ]
     return "\n".join(lines)

@@ -62,10 +62,10 @@ def check_weights(settings: Any, name: str, owner: str = "train_fn") -> None:
             raise UserError(f"{owner}.{name} must give numbers of 0 or more by name, got {key!r}: {value!r}")
 
 
-def check_share(settings: Any, *names: str) -> None:
+def check_share(settings: Any, *names: str, owner: str = "train_fn") -> None:
     for name in names:
         if not 0.0 <= getattr(settings, name) < 1.0:
-            raise UserError(f"train_fn.{name} must be in [0, 1), got {getattr(settings, name)}")
+            raise UserError(f"{owner}.{name} must be in [0, 1), got {getattr(settings, name)}")
 
 
 def check_choice(settings: Any, name: str, choices: tuple[str, ...], owner: str = "train_fn") -> None:

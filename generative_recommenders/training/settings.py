@@ -6,7 +6,7 @@ The gin names of `gin_registry` are these classes; a checkpoint is rebuilt from 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ..features import UserError
@@ -122,7 +122,13 @@ class TrainSettings:
             self, "max_sequence_length", "local_batch_size", "eval_batch_size", "item_embedding_dim"
         )
         check_positive(
-            self, "num_negatives", "eval_interval", "full_eval_every_n", "save_ckpt_every_n", "temperature"
+            self,
+            "num_negatives",
+            "eval_interval",
+            "full_eval_every_n",
+            "partial_eval_num_iters",
+            "save_ckpt_every_n",
+            "temperature",
         )
         check_positive(
             self,
@@ -219,7 +225,7 @@ class ItemTowerSettings:
     """``item_tower``, for ``embedding_module_type = "item_tower"`` and ``main_module = "TwoTower"``.
 
     features: of the prepared items table, by name; "item_id" is the id itself. list_reduction: "sum", "mean"
-    or "max" of a list's categories. query_module: the encoder of TwoTower. query_features: of the users
+    or "max" of a list's categories, of items and users. query_module: the encoder of TwoTower. query_features: of the users
     table, merged into its states.
     """
 
@@ -334,11 +340,16 @@ def _section(kind: Any, values: dict[str, Any], name: str) -> Any:
 
 
 def check_section(settings: Any, owner: str) -> None:
-    """UserError naming the first field that is not of its declared type, or the first size that is not above 0."""
+    """UserError naming the first field that is not of its declared type, the first size that is not above 0, or the first
+    dropout rate that is none."""
     check_types(settings, owner)
     for name in _SIZES.get(type(settings), ()):
         if getattr(settings, name) < 1:
             raise UserError(f"{owner}.{name} must be above 0, got {getattr(settings, name)}")
+    if not isinstance(settings, TrainSettings):
+        check_share(
+            settings, *(f.name for f in fields(settings) if f.name.endswith("dropout_rate")), owner=owner
+        )
 
 
 _SIZES: dict[type, tuple[str, ...]] = {

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from time import perf_counter
-from typing import Any
 
 import torch
 from absl import logging
@@ -30,41 +29,13 @@ from .model_evaluation import ModelEvaluation
 from .optimizers import Optimizer
 from .progress import RemainingTime, check_finite, check_finite_parameters, with_progress
 from .run_folder import RunFolder, check_same_data
+from .run_state import Progress
 from .settings import MAX_PREFETCH, RunSettings
 from .step import StepResult, TrainingStep
 
 BEST_BY = "ndcg@10"
 ACCELERATOR_CHECK = 20
 """Steps between looks at the loss on an accelerator, which each wait for it; on a CPU every step is looked at."""
-
-
-@dataclass
-class Progress:
-    """Where a run stands, as its checkpoints keep it. best_metric: of validation; None where none was measured."""
-
-    epoch: int = 0
-    step_in_epoch: int = 0
-    step: int = 0
-    best_metric: float | None = None
-    best_epoch: int | None = None
-    epochs_without_gain: int = 0
-    seconds: float = 0.0
-    epoch_loss: float = 0.0
-    epoch_targets: float = 0.0
-    history: list[dict[str, Any]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        """ValueError for what no run counts up to: a checkpoint's state may have been written by anybody."""
-        for name in ("epoch", "step_in_epoch", "step", "epochs_without_gain"):
-            value = getattr(self, name)
-            if type(value) is not int or not 0 <= value < 1 << 62:
-                raise ValueError(f"{name} is {value!r}")
-        for name in ("seconds", "epoch_loss", "epoch_targets", "best_metric", "best_epoch"):
-            absent = name.startswith("best_") and getattr(self, name) is None
-            if not absent and not isinstance(getattr(self, name), (int, float)):
-                raise ValueError(f"{name} is {getattr(self, name)!r}")
-        if not isinstance(self.history, list) or not all(isinstance(each, dict) for each in self.history):
-            raise ValueError("history is not a list of records")
 
 
 @dataclass(frozen=True)
@@ -107,10 +78,30 @@ class Trainer:
             raise UserError(
                 f"{t.dataset_name}: no user has 2 training events; there is nothing to learn from"
             )
+        self.picks_best = self._has_validation()
         self.evaluation = ModelEvaluation(settings, dataset, split, collectives)
         self.log = EpochLog(run, t.num_epochs, "test" if t.protocol == "paper" else "validation")
         self.progress = Progress()
         self.saved_at = perf_counter()
+
+    def _has_validation(self) -> bool:
+        """Whether the split has targets to pick an epoch by; said where it should have."""
+        t = self.settings.train
+        if t.protocol == "paper":  # the test targets stand in for them, and pick nothing
+            return False
+        if bool((self.split.validation_targets >= 0).any()):
+            return True
+        if t.early_stopping_patience is not None:
+            raise UserError(
+                f"{t.dataset_name} has no validation targets under protocol {t.protocol!r}, which "
+                "train_fn.early_stopping_patience needs: unset it"
+            )
+        if self.collectives.is_main:
+            logging.warning(
+                "%s has no validation targets under protocol %r: validation metrics are 0, and the last epoch is kept",
+                t.dataset_name, t.protocol,
+            )  # fmt: skip
+        return False
 
     def _build_step(self, catalogue: Catalogue) -> TrainingStep:
         t, device = self.settings.train, self.collectives.device
@@ -140,20 +131,25 @@ class Trainer:
         store: where the main process keeps checkpoints. on_step: called after each step, for a profiler.
         """
         self.remaining = self._remaining_time(max_steps)
-        while self.progress.epoch < self.settings.train.num_epochs and not self._out_of_patience():
+        while not self._done(max_steps):
             went_through = self._steps(store, max_steps, stop, on_step)
             check_finite_parameters(self.progress.step, self.model)
             if not went_through:
                 self.save(store)
+                self.collectives.barrier()  # nobody ends, and so ends the others, before the checkpoint is written
                 return TrainResult({}, {}, self.progress, False)
             if self.progress.step_in_epoch >= len(self.loader):
                 self._end_of_epoch(store)
-            if max_steps is not None and self.progress.step >= max_steps:
-                break
         self.save(store)
         self._load_best(store)
         result = self.evaluation.test(self.model)
         return TrainResult(result.metrics(), result.liked_metrics(), self.progress, True, result.lists)
+
+    def _done(self, max_steps: int | None) -> bool:
+        p, t = self.progress, self.settings.train
+        patience = t.early_stopping_patience
+        tired = patience is not None and p.epochs_without_gain >= patience
+        return p.epoch >= t.num_epochs or tired or (max_steps is not None and p.step >= max_steps)
 
     def _remaining_time(self, max_steps: int | None) -> RemainingTime:
         p, whole = self.progress, self.settings.train.num_epochs * len(self.loader)
@@ -256,9 +252,7 @@ class Trainer:
         p.history.append(
             {"epoch": p.epoch, "train_loss": loss, "seconds": p.seconds, "full": full, **metrics}
         )
-        better = (
-            full and t.protocol != "paper" and (p.best_metric is None or metrics[BEST_BY] > p.best_metric)
-        )
+        better = full and self.picks_best and (p.best_metric is None or metrics[BEST_BY] > p.best_metric)
         if better:
             p.best_metric, p.best_epoch, p.epochs_without_gain = metrics[BEST_BY], p.epoch, 0
         elif full:
@@ -267,10 +261,6 @@ class Trainer:
         p.epoch, p.step_in_epoch, p.epoch_loss, p.epoch_targets = p.epoch + 1, 0, 0.0, 0.0
         if better or p.epoch % t.save_ckpt_every_n == 0:
             self.save(store, metrics[BEST_BY], better)
-
-    def _out_of_patience(self) -> bool:
-        patience = self.settings.train.early_stopping_patience
-        return patience is not None and self.progress.epochs_without_gain >= patience
 
     # -- checkpoints --------------------------------------------------------------------------------------------
 
@@ -337,12 +327,19 @@ class Trainer:
         return same
 
     def _load_best(self, store: CheckpointStore | None) -> None:
-        """The best state on every process, as the main one reads it."""
-        if store is None or self.progress.best_epoch is None:
+        """The best state on every process, as the main one reads it; the last one is kept where that is lost."""
+        epoch = self.progress.best_epoch
+        if store is None or epoch is None:
             return
         best = checkpoint_from_main(self.collectives, store.load_best)
-        if best is not None:
+        if best is not None and best.position.epoch == epoch + 1:
             load_model(self.model, best)
+            return
+        self.progress.best_epoch = None
+        if self.collectives.is_main:
+            logging.warning(
+                "the checkpoint of the best epoch, %d, cannot be read: the last state is scored", epoch + 1
+            )
 
 
 def _positive(checkpoint: Checkpoint, name: str) -> int:

@@ -313,6 +313,11 @@ def test_features_reader_orders_rows_and_pads_lists(tmp_path: Path) -> None:
         ({"item_id": [3, 0, 1, 2, 8, 7, 6, 5, 5]}, r"missing: \[4\]"),
         ({"cat": [0] * 8 + [None]}, "empty"),
         ({"tags": [[0] * 5] * 9}, "metadata allows 4"),
+        ({"cat": [0] * 7 + [7, -1]}, r"'cat': 2 of 9 values are not categories 0..3, the first is 7"),
+        ({"tags": [[9]] * 9}, r"'tags': 9 of 9 values are not categories 0..5"),
+        ({"price": [0.0] * 8 + [float("nan")]}, "'price': 1 of 9 values are not finite numbers"),
+        ({"tags": [0] * 9}, "'tags': the schema says lists, the column holds int64"),
+        ({"cat": ["a"] * 9}, "'cat': 'a' is no number"),
     ],
 )
 def test_bad_item_tables_are_refused(tmp_path: Path, change: dict, words: str) -> None:
@@ -410,3 +415,11 @@ def test_schema_selects_and_refuses() -> None:
         TensorFeatureInfo("x", FeatureType.CATEGORICAL, cardinality=3, tensor_dim=2)
     with pytest.raises(UserError, match="differ"):
         schema + schema
+
+
+def test_numbers_may_have_an_axis_of_their_own() -> None:
+    price = TensorFeatureInfo("price", FeatureType.NUMERICAL, is_seq=True, embedding_dim=4, tensor_dim=1)
+    embedding = SequenceEmbedding(TensorSchema([price]))
+    values = torch.rand(2, 3)
+    plain, wide = (embedding({"price": x})["price"] for x in (values, values[:, :, None]))
+    assert plain.shape == (2, 3, 4) and torch.equal(plain, wide)

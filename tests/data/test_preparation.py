@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import json
-import socket
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -14,6 +11,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ratings_files import Row, write_csv
 
 from generative_recommenders.data import preparation
 from generative_recommenders.data.digests import events_digest, hex_digest, id_hashes
@@ -24,7 +22,6 @@ from generative_recommenders.data.ratings_table import RawRatings, ReaderFormat
 from generative_recommenders.data.sequence_dataset import SequenceDataset
 from generative_recommenders.features import UserError
 
-Row = tuple[str, str, float, int]
 MASK = (1 << 64) - 1
 
 
@@ -83,22 +80,6 @@ def reference_hash(sequences: dict[str, list[Row]]) -> str:
                 words.append(reference_mix(state))
             total += (words[0] << 64) + words[1]
     return f"{total % (1 << 128):032x}"
-
-
-def write_csv(
-    path: Path, rows: list[Row], line_end: str = "\n", bom: bool = False, zipped: bool = False
-) -> Path:
-    quoted = [
-        [f'"{text}"' if set(text) & set(',"') else text for text in map(_double, row[:2])] for row in rows
-    ]
-    lines = [f"{user},{item},{row[2]},{row[3]}" for (user, item), row in zip(quoted, rows)]
-    data = ("\ufeff" * bom + line_end.join(lines) + line_end).encode()
-    path.write_bytes(gzip.compress(data) if zipped else data)
-    return path
-
-
-def _double(text: str) -> str:
-    return str(text).replace('"', '""')
 
 
 def assert_matches(folder: Path, rows: list[Row], filter_name: str) -> None:
@@ -285,55 +266,6 @@ def test_features_are_lined_up_and_described(tmp_path: Path, caplog: pytest.LogC
     assert user_table["age"].to_pylist() == [None, 30]
 
 
-def test_expected_counts_name_both_numbers(tmp_path: Path) -> None:
-    path = write_csv(tmp_path / "r.csv", [("u", "a", 1.0, 1)])
-    raw = RawRatings("ml", [path], ReaderFormat(",", False), expected_items=3706)
-    with pytest.raises(UserError, match="1 items after preparation where 3706 are expected"):
-        prepare(raw, tmp_path / "out")
-    assert [p.name for p in tmp_path.iterdir()] == ["r.csv"]
-
-
-def test_a_failed_run_leaves_the_old_folder_and_nothing_else(tmp_path: Path) -> None:
-    good = write_csv(tmp_path / "good.csv", [("u", "a", 1.0, 1)])
-    bad = tmp_path / "bad.csv"
-    bad.write_text("u,a,1,1\nu,a,x,1\n")
-    prepare(RawRatings("t", [good], ReaderFormat(",", False)), tmp_path / "out")
-    before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
-    with pytest.raises(UserError, match=r"bad.csv, line 2: the rating 'x' is not a number"):
-        prepare(RawRatings("t", [bad], ReaderFormat(",", False)), tmp_path / "out")
-    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.csv", "good.csv", "out"]
-
-
-def test_success_replaces_the_old_folder(tmp_path: Path) -> None:
-    for name in ("one", "two"):
-        path = write_csv(tmp_path / "r.csv", [("u", name, 1.0, 1)])
-        prepare(RawRatings(name, [path], ReaderFormat(",", False)), tmp_path / "out")
-    assert SequenceDataset.open(tmp_path / "out").manifest.name == "two"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "r.csv"]
-
-
-def test_a_folder_of_something_else_is_not_replaced(tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "thesis.tex").write_text("x")
-    path = write_csv(tmp_path / "r.csv", [("u", "a", 1.0, 1)])
-    with pytest.raises(UserError, match="not a prepared folder"):
-        prepare(RawRatings("t", [path], ReaderFormat(",", False)), tmp_path / "out")
-    assert (tmp_path / "out" / "thesis.tex").exists()
-
-
-def test_leftovers_of_a_killed_run_are_removed(tmp_path: Path) -> None:
-    leftover = tmp_path / f".out.tmp-{socket.gethostname()}-999999999"
-    leftover.mkdir()
-    (leftover / "items.int32.bin").write_bytes(b"half")
-    elsewhere = tmp_path / ".out.tmp-another.host-999999999"
-    elsewhere.mkdir()
-    path = write_csv(tmp_path / "r.csv", [("u", "a", 1.0, 1)])
-    prepare(RawRatings("t", [path], ReaderFormat(",", False)), tmp_path / "out")
-    assert not leftover.exists()
-    assert elsewhere.exists()  # its process cannot be seen from here
-
-
 @pytest.mark.parametrize(
     "name", ["k_core", "k_core:0", "k_core:-1", "k_core:x", "five", "none:1", "k_core:²"]
 )
@@ -371,31 +303,6 @@ def test_parquet_out_and_in_again_is_the_same_data(tmp_path: Path, columns: tupl
     )
     assert second == first
     assert [p.name for p in (tmp_path / "e").iterdir()] == ["r.parquet"]
-
-
-def test_an_odd_name_is_named_without_a_flag() -> None:
-    with pytest.raises(UserError, match=r"the name '../x' of a data set must consist of letters"):
-        preparation.prepared_path("data", "../x")
-
-
-def test_manifest_is_plain_json(tmp_path: Path) -> None:
-    path = write_csv(tmp_path / "r.csv", [("u", "a", 1.0, 1)])
-    raw = RawRatings("t", [path], ReaderFormat(",", False), source={"sha256": "ab", "url": "https://x"})
-    prepare(raw, tmp_path / "out")
-    stored = json.loads((tmp_path / "out" / "manifest.json").read_text())
-    assert stored["source"] == {"sha256": "ab", "url": "https://x"}
-    assert stored["version"] == 1
-
-
-def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(preparation, "write_manifest", full)
-    path = write_csv(tmp_path / "r.csv", [("u", "a", 1.0, 1)])
-    with pytest.raises(UserError, match="cannot be written: No space left on device"):
-        prepare(RawRatings("t", [path], ReaderFormat(",", False)), tmp_path / "out")
-    assert [p.name for p in tmp_path.iterdir()] == ["r.csv"]
 
 
 def test_titles_are_kept_but_are_no_feature_to_learn_from(tmp_path: Path) -> None:

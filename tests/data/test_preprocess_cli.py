@@ -39,7 +39,8 @@ def test_prepares_exports_and_imports(tmp_path: Path) -> None:
     dataset = SequenceDataset.open(tmp_path / "prepared" / "mine")
     assert dataset.timestamps is None
     assert dataset.manifest.data_hash in done.stdout
-    assert "split hash, leave_one_out" in done.stdout
+    assert "split hash, leave_one_out:" in done.stdout
+    assert all(text in done.stdout for text in dataset.manifest.split_hashes.values())
     again = run(
         "--dataset=exchange-text",
         f"--raw_path={tmp_path / 'text.csv'}",
@@ -88,6 +89,13 @@ def test_a_flag_that_cannot_be_read_is_one_line(flag: str) -> None:
         (["--dataset=csv", "--predictability=0.5"], "--predictability is for --dataset=synthetic-books"),
         (["--engine=spark", "--memory_limit=1GB"], "--memory_limit has no meaning with --engine=spark"),
         (["--spark_master=local"], "--spark_master needs --engine=spark"),
+        (["--export_text="], "--export_text=: not the name of a file; name the file to write"),
+        (["--export_text=."], "--export_text=.: not the name of a file"),
+        (["--export_parquet=.."], "--export_parquet=..: not the name of a file"),
+        (["--export_text=/etc/passwd/x"], "--export_text=/etc/passwd/x: /etc/passwd is not a folder; name"),
+        (["--export_parquet=" + "n" * 250], ": cannot be written: File name too long"),
+        (["--prepared=x", "--export_parquet=/etc"], "--export_parquet=/etc: not the name of a file"),
+        (["--dataset=csv", "--raw_path=" + "n" * 300], "does not exist"),
     ],
 )
 def test_bad_flags(

@@ -13,7 +13,7 @@ import pytest
 from generative_recommenders.data import public_datasets
 from generative_recommenders.data.downloads import RemoteFile
 from generative_recommenders.data.public_datasets import PUBLISHED, known_datasets, resolve
-from generative_recommenders.data.ratings_table import RawRatings
+from generative_recommenders.data.ratings_table import RawRatings, read_batches
 from generative_recommenders.data.synthetic_books import SyntheticBooksSettings
 from generative_recommenders.features import UserError
 
@@ -290,3 +290,42 @@ def test_faults_are_one_line(tmp_path: Path, name: str, options: dict[str, objec
     with pytest.raises(UserError, match=message) as caught:
         _resolve(name, tmp_path, **{"raw_path": None, **options})  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "what"),
+    [("1,2,3.5,1112486027", "'1'"), ("movieId,userId,rating,timestamp", "'movieId'")],
+)
+def test_the_header_of_ml_20m_must_be_there(tmp_path: Path, line: str, what: str) -> None:
+    members = {**ML_20M, "ml-20m/ratings.csv": f"{line}\n5,6,3.5,1112486027\n".encode()}
+    raw = _resolve("ml-20m", tmp_path, _folder(tmp_path / "in", members))
+    with pytest.raises(
+        UserError, match=f"ratings.csv, line 1: no header: {what} is in the place of the user"
+    ):
+        list(read_batches(raw))
+
+
+def test_a_header_in_one_file_of_several_is_refused(tmp_path: Path) -> None:
+    members = {"a.csv": b"a,x\n", "b.csv": b"user,item\nb,y\n", "c.csv": b"c,z\n"}
+    folder = _folder(tmp_path / "input", members)
+    with pytest.raises(UserError) as caught:
+        _resolve("csv", tmp_path, folder)
+    assert str(caught.value) == (
+        f"{folder / 'b.csv'}, line 1: `user,item` looks like a header, and {folder / 'a.csv'} has none; remove it"
+    )
+
+
+def test_pairs_in_another_order_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "in.txt"
+    path.write_text("item user\n1 661\n")
+    with pytest.raises(UserError, match="column 'item' is in the place of the user"):
+        _resolve("sasrec-text", tmp_path, path)
+
+
+def test_csv_columns_may_say_their_roles(tmp_path: Path) -> None:
+    path = tmp_path / "in.csv"
+    path.write_text("what,who,event_time\nx,a,5\n")
+    raw = _resolve("csv", tmp_path, path, columns="user=who, item=what, timestamp=event_time")
+    assert [table.to_pylist() for table in read_batches(raw)] == [
+        [{"user": "a", "item": "x", "timestamp": 5}]
+    ]

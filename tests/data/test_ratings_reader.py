@@ -1,8 +1,7 @@
-"""Readers of delimited text and Parquet: what they accept, and the line they name when they do not."""
+"""The readers of text: what they accept, and the line they name when they do not."""
 
 from __future__ import annotations
 
-import datetime
 import gzip
 import os
 import random
@@ -15,35 +14,13 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ratings_files import CSV, FOUR, PAIRS, error_of, read, write
 
 from generative_recommenders.data import delimited_reader
 from generative_recommenders.data.ratings_table import RawRatings, ReaderFormat, read_batches, sniff_format
 from generative_recommenders.data.strict_lines import parse_lines
 from generative_recommenders.features import UserError
 from memory import memory_grows_at_most
-
-CSV = ReaderFormat(",", False)
-PAIRS = ReaderFormat(None, False, ("user", "item"))
-FOUR = ("user", "item", "rating", "timestamp")
-
-
-def read(path: Path, layout: ReaderFormat = CSV) -> dict[str, list]:
-    return pa.concat_tables(read_batches(RawRatings("t", [path], layout))).to_pydict()
-
-
-def write(tmp_path: Path, data: str | bytes, name: str = "r.csv") -> Path:
-    path = tmp_path / name
-    path.write_bytes(data.encode() if isinstance(data, str) else data)
-    return path
-
-
-def error_of(path: Path, layout: ReaderFormat = CSV) -> str:
-    with pytest.raises(UserError) as caught:
-        read(path, layout)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
-
 
 ONE_ROW = {"user": ["u"], "item": ["i"], "rating": [4.0], "timestamp": [7]}
 
@@ -61,7 +38,7 @@ ONE_ROW = {"user": ["u"], "item": ["i"], "rating": [4.0], "timestamp": [7]}
         ("u::i::4::7\n", ReaderFormat("::", False)),
         ("u\ti\t4\t7\n", ReaderFormat("\t", False)),
         ("  u \t i 4   7\n", ReaderFormat(None, False)),
-        ("who,what,stars,when\nu,i,4,7\n", ReaderFormat(",", True)),
+        ("userId,asin,stars,ts\nu,i,4,7\n", ReaderFormat(",", True)),
         ("who,what,stars,when\nu,i,4,7\n", ReaderFormat(",", None)),
         ("u,i,4,7\n", ReaderFormat(",", None)),
         ("7,junk,i,4,u\n", ReaderFormat(",", False, ("timestamp", None, "item", "rating", "user"))),
@@ -135,7 +112,9 @@ def test_empty_files(tmp_path: Path, data: str) -> None:
 
 
 def test_a_header_alone_is_empty(tmp_path: Path) -> None:
-    assert "the file is empty" in error_of(write(tmp_path, "u,i,r,t\n"), ReaderFormat(",", True))
+    assert "the file is empty" in error_of(
+        write(tmp_path, "user,item,rating,time\n"), ReaderFormat(",", True)
+    )
 
 
 def test_truncated_and_damaged_gzip(tmp_path: Path) -> None:
@@ -190,211 +169,6 @@ def test_files_with_different_columns_are_refused(tmp_path: Path) -> None:
     ]
     with pytest.raises(UserError, match="2.csv: it has user, item, but"):
         list(read_batches(RawRatings("t", paths, layout)))
-
-
-@pytest.mark.parametrize(
-    ("data", "columns", "expected"),
-    [
-        ("a,b,1,2\n", None, ReaderFormat(",", False, FOUR)),
-        ("a\tb\t1\n", None, ReaderFormat("\t", False, FOUR[:3])),
-        ("a::b::1::2\n", None, ReaderFormat("::", False, FOUR)),
-        ("a b\n", None, ReaderFormat(None, False, ("user", "item"))),
-        ("userId,movieId,rating,timestamp\na,b,1,2\n", None, ReaderFormat(",", True, FOUR)),
-        ("user|x|item\na|1|b\n", None, ReaderFormat("|", True, ("user", None, "item"))),
-        ("when,who,what\n1,a,b\n", ("who", "what"), ReaderFormat(",", True, (None, "user", "item"))),
-        (
-            "item,user,rating,timestamp\nb,a,5,100\n",
-            ("item", "user", "rating", "timestamp"),
-            ReaderFormat(",", True, ("item", "user", "rating", "timestamp")),
-        ),
-        (
-            "asin,who,unixReviewTime\nb,a,100\n",
-            ("asin", "who", "unixReviewTime"),
-            ReaderFormat(",", True, ("item", "user", "timestamp")),
-        ),
-        (
-            "1;a;z;b\n",
-            ("timestamp", "user", "skip", "item"),
-            ReaderFormat(";", None, ("timestamp", "user", None, "item")),
-        ),
-    ],
-)
-def test_sniffing(tmp_path: Path, data: str, columns: tuple[str, ...] | None, expected: ReaderFormat) -> None:
-    path = write(tmp_path, data)
-    assert sniff_format(path, columns) == expected
-    assert read(path, expected)["user"] == ["a"]
-
-
-def test_sniffing_refuses(tmp_path: Path) -> None:
-    for data, columns, what in [
-        ("", None, "empty"),
-        ("1,2,3,4,5\n", None, "5 fields and no header"),
-        ("a,b,c\n", ("user", "item"), "--columns names 2"),
-        ("a,b,1\n", ("user", "rating", "skip"), "no column holds the item"),
-        ("stars,user\n1,a\n", None, "no item among"),
-    ]:
-        with pytest.raises(UserError, match=what):
-            sniff_format(write(tmp_path, data), columns)
-
-
-@pytest.mark.parametrize(
-    ("data", "delimiter"),
-    [
-        ("a,b;i1;5;1\n", ";"),
-        ("a b,i 1,5,1\n", ","),
-        ("a, i, 5, 7\n", ","),
-        ("Jane Doe,b\n", ","),
-        ("u\tHello, world\n", "\t"),
-        ("u\tMovie 5\n", "\t"),
-        ("u\ti\t5\t7\n", "\t"),
-        ('"Smith, J";b1;5\n', ";"),
-        ("u,i;j\nu,i\nv,j\n", ","),
-    ],
-)
-def test_the_delimiter_is_guessed_from_whole_lines(tmp_path: Path, data: str, delimiter: str) -> None:
-    path = write(tmp_path, data)
-    assert sniff_format(path).delimiter == delimiter
-    assert read(path, sniff_format(path))
-
-
-@pytest.mark.parametrize(
-    ("data", "what"),
-    [
-        ("u1;i1;4,5;100\n", "line 1: the rating '4,5' is not a number"),
-        ("u1 i1 4,5 100\n", "line 1: the rating '4,5' is not a number"),
-        ("u;i;5;1\nu;i;nan;100\n", "line 2: the rating is 'nan'"),
-        ("a b,2,3,4,5\n", "5 fields and no header"),
-        ("A B,i,5,1\nA B,i,5,1\nA B,i,5\n", "line 3: 3 fields where 4 are expected"),
-        ("a,1\nb;2\n", "line 2: 1 fields where 2 are expected"),
-        (
-            "Smith, J;b1;5\n",
-            "the delimiter may be ',' (2 fields) or ';' (3 fields); say which with --delimiter",
-        ),
-        ("u1,a;b\nu2,c;d\n", "the delimiter may be ',' (2 fields) or ';' (2 fields)"),
-        ("u,std::vector\n", "the delimiter may be '::' (2 fields) or ',' (2 fields)"),
-    ],
-)
-def test_a_doubtful_delimiter_is_refused(tmp_path: Path, data: str, what: str) -> None:
-    path = write(tmp_path, data)
-    with pytest.raises(UserError) as caught:
-        read(path, sniff_format(path))
-    assert what in str(caught.value)
-
-
-def test_a_given_delimiter_or_number_of_columns_decides(tmp_path: Path) -> None:
-    path = write(tmp_path, "u1,a;b\nu2,c;d;e\n")
-    assert read(path, sniff_format(path, delimiter=","))["item"] == ["a;b", "c;d;e"]
-    path = write(tmp_path, "Smith, J;b1;5\n")
-    assert sniff_format(path, ("user", "item", "rating")).delimiter == ";"
-    assert sniff_format(path, delimiter=";").columns == FOUR[:3]
-    assert sniff_format(write(tmp_path, "a,b  c\n"), delimiter=" ").delimiter is None
-    with pytest.raises(UserError, match="--delimiter is for text"):
-        sniff_format(write_parquet(tmp_path, {"user": ["a"], "item": ["b"]}), delimiter=",")
-
-
-@pytest.mark.parametrize(
-    ("data", "columns", "remedy"),
-    [
-        ("customer,product\nu,i\n", None, "give --columns=customer,product"),
-        ("product,customer\ni,u\n", ("item", "user"), "give --columns=customer,product"),
-        ("7,8\n", None, None),
-        ("user,item\nu,i\n", None, None),
-        ("customer,product\nu,i\n", ("customer", "product"), None),
-        ("customer,product,3\n", None, None),
-    ],
-)
-def test_a_first_line_that_may_be_a_header_is_said(
-    tmp_path: Path,
-    data: str,
-    columns: tuple[str, ...] | None,
-    remedy: str | None,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    sniff_format(write(tmp_path, data), columns)
-    line = data.split("\n", maxsplit=1)[0]
-    said = f"r.csv, line 1: `{line}` is read as data; if it is a header, {remedy}"
-    assert [message.endswith(said) for message in caplog.messages] == ([] if remedy is None else [True])
-
-
-def write_parquet(tmp_path: Path, columns: dict) -> Path:
-    pq.write_table(pa.table(columns), tmp_path / "r.parquet", row_group_size=2)
-    return tmp_path / "r.parquet"
-
-
-def test_parquet(tmp_path: Path) -> None:
-    when = [datetime.datetime.fromtimestamp(s, datetime.timezone.utc) for s in (5, 6, 7)]
-    path = write_parquet(
-        tmp_path,
-        {
-            "movieId": [3, 1, 2],
-            "x": [0, 0, 0],
-            "userId": pa.array(["b", "a", "b"]).dictionary_encode(),
-            "ts": when,
-        },
-    )
-    layout = sniff_format(path)
-    assert layout.columns == ("item", None, "user", "timestamp")
-    expected = {"user": ["b", "a", "b"], "item": ["3", "1", "2"], "timestamp": [5, 6, 7]}
-    assert read(path, layout) == expected
-    assert read(path, ReaderFormat(columns=None)) == expected
-
-
-def test_columns_that_repeat_the_schema_keep_their_roles(tmp_path: Path) -> None:
-    path = write_parquet(tmp_path, {"item": ["I1"], "user": ["U1"], "time": [7], "stars": [5.0]})
-    layout = sniff_format(path, ("item", "user", "time", "stars"))
-    assert read(path, layout) == {"user": ["U1"], "item": ["I1"], "rating": [5.0], "timestamp": [7]}
-
-
-@pytest.mark.parametrize(
-    ("columns", "what"),
-    [
-        ({"user": ["a", None, "b"]}, "row 2: the user is missing"),
-        ({"user": ["a", "b", ""]}, "row 3: the user is empty"),
-        ({"user": [1.0, 2.0, 3.0]}, "ids must be strings or integers"),
-        ({"rating": [1.0, 2.0, float("nan")]}, "row 3: the rating is not a finite number"),
-        ({"rating": ["1", "b", "c"]}, "row 2: the rating 'b' is not a number"),
-        (
-            {"rating": [datetime.date(2020, 1, 1)] * 3},
-            "column 'rating' has type date32[day]; ratings must be",
-        ),
-        ({"stars": ["1", "2", "x"]}, "row 3: the rating 'x' (column 'stars') is not a number"),
-        ({"timestamp": ["1", "2", "x"]}, "row 3: the timestamp 'x' is not a whole number of seconds"),
-        ({"ts": ["1", "2", ""]}, "row 3: the timestamp '' (column 'ts') is not a whole number of seconds"),
-        ({"timestamp": [1.0, float("nan"), 2.0]}, "row 2: the timestamp 'nan' is not a whole number"),
-        ({"timestamp": [1.0, 2.0, 2.5]}, "row 3: the timestamp '2.5' is not a whole number of seconds"),
-        (
-            {"timestamp": [datetime.date(2020, 1, 1)] * 3},
-            "column 'timestamp' has type date32[day]; times must be seconds since 1970 or of a timestamp type",
-        ),
-        ({"timestamp": [datetime.timedelta(1)] * 3}, "has type duration[us]; times must be"),
-        ({"timestamp": [1, -2, 3]}, "row 2: the timestamp is negative or after"),
-        ({"timestamp": [1, 2, 1_400_000_000_000]}, "row 3: the timestamp"),
-    ],
-)
-def test_bad_parquet(tmp_path: Path, columns: dict, what: str) -> None:
-    path = write_parquet(tmp_path, {"user": ["a", "b", "c"], "item": [1, 2, 3], **columns})
-    assert what in error_of(path, ReaderFormat(columns=None))
-
-
-def test_truncated_parquet(tmp_path: Path) -> None:
-    path = write_parquet(tmp_path, {"user": ["a"], "item": ["b"]})
-    path.write_bytes(path.read_bytes()[:-20])
-    assert "not a readable Parquet file, or cut short" in error_of(path, ReaderFormat(columns=None))
-
-
-def test_parquet_whose_text_is_no_text(tmp_path: Path) -> None:
-    """Column names and ids that are not UTF-8."""
-    path = write_parquet(tmp_path, {"user": ["a"], "item": ["b"]})
-    whole = path.read_bytes()
-    path.write_bytes(whole.replace(b"user", b"u\x95er"))
-    assert "not a readable Parquet file" in error_of(path, ReaderFormat(columns=None))
-    path.write_bytes(whole.replace(b"user", b"u\ner"))
-    assert error_of(path, ReaderFormat(columns=None)).endswith(
-        "no user among: u er, item; name the columns with --columns"
-    )
-    wrong = pa.array([b"\xff\xfe"], pa.binary()).view(pa.string())
-    path = write_parquet(tmp_path, {"user": wrong, "item": ["b"]})
-    assert error_of(path, ReaderFormat(columns=None)) == f"{path}, row 1: the user is not UTF-8 text"
 
 
 fields = st.text(st.sampled_from('ab1.-+e _\t"é漢:,;\x1f\x85\u2028'), max_size=6)
@@ -495,3 +269,32 @@ def test_fuzz(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_fuzz_at_length(tmp_path: Path) -> None:
     fuzz_reader(tmp_path, 12, int(os.environ.get("FUZZ_INPUTS", "100000")))
+
+
+@pytest.mark.parametrize(
+    ("line", "what"),
+    [
+        ("1,2,3.5,1112486027", "'1' is in the place of the user's name"),
+        ("movieId,userId,rating,timestamp", "'movieId' is in the place of the user's name"),
+        ("userId,movieId,timestamp,rating", "'timestamp' is in the place of the rating's name"),
+    ],
+)
+def test_a_header_that_must_be_there_names_the_roles(tmp_path: Path, line: str, what: str) -> None:
+    path = write(tmp_path, f"{line}\n3,4,5,6\n")
+    message = error_of(path, ReaderFormat(",", True))
+    assert message.startswith(f"{path}, line 1: no header: {what}; the columns must be user, item, rating, ")
+
+
+def test_a_header_that_is_guessed_is_in_the_order_of_the_roles(tmp_path: Path) -> None:
+    path = write(tmp_path, "movieId,userId,rating,timestamp\n3,4,5,6\n")
+    assert "line 1: column 'movieId' is in the place of the user; write --columns=item=movieId" in error_of(
+        path, ReaderFormat(",", None)
+    )
+
+
+def test_a_header_without_a_known_name_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write(tmp_path, "a,b,five,noon\nc,d,1,2\n")
+    assert read(path, ReaderFormat(",", None))["user"] == ["c"]
+    assert [f"{path}, line 1 `a,b,five,noon` is taken for a header" in text for text in caplog.messages] == [
+        True
+    ]

@@ -65,6 +65,26 @@ def test_missing_folder(tmp_path: Path) -> None:
     assert "not a prepared folder" in error_of(tmp_path / "none")
 
 
+@pytest.mark.parametrize(
+    ("stored", "what"),
+    [
+        (None, None),
+        ({}, None),
+        ([], "field 'split_hashes' is missing or of the wrong type"),
+        ({"paper": 1}, "damaged split hashes; prepare the data again"),
+    ],
+)
+def test_split_hashes_may_be_absent(folder: Path, stored: object, what: str | None) -> None:
+    path = folder / "manifest.json"
+    settings = json.loads(path.read_text())
+    assert set(settings.pop("split_hashes")) == {"leave_one_out", "paper", "global_time"}
+    path.write_text(json.dumps(settings if stored is None else {**settings, "split_hashes": stored}))
+    if what is None:
+        assert SequenceDataset.open(folder).manifest.split_hashes == {}
+    else:
+        assert what in error_of(folder)
+
+
 def test_another_version(folder: Path) -> None:
     path = folder / "manifest.json"
     path.write_text(path.read_text().replace('"version": 1', '"version": 7'))

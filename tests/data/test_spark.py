@@ -106,6 +106,7 @@ def test_a_line_like_the_header_is_a_rating(tmp_path: Path) -> None:
     [
         (pa.array([1.5, 2.0]), False),
         pytest.param(pa.array([1.0, 2.0]), True, marks=pytest.mark.slow),
+        pytest.param(pa.array([1, 20_000], pa.date32()), True, marks=pytest.mark.slow),
         pytest.param(pa.array(["12", "1.5"]), False, marks=pytest.mark.slow),
         pytest.param(pa.array(["12", "13"]), True, marks=pytest.mark.slow),
         (pa.array([1500, 2700], pa.timestamp("ms")), True),

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import csv
+import errno
+import json
+import resource
 from collections import Counter
 from pathlib import Path
 
@@ -8,7 +11,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from absl import flags as absl_flags
+from absl.testing import flagsaver
 
+import preprocess_public_data
+from generative_recommenders.data import synthetic_books
 from generative_recommenders.data.synthetic_books import (
     MAX_LENGTH,
     REDRAWS,
@@ -235,6 +242,84 @@ def test_the_same_settings_are_not_generated_again(tmp_path: Path) -> None:
         "ratings.csv",
         "settings.json",
     ]
+
+
+OTHER = SyntheticBooksSettings(num_users=900, num_items=30)
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), SystemExit(143), OSError(errno.ENOSPC, "disk full")])
+def test_an_interrupted_run_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: BaseException
+) -> None:
+    write_synthetic_books(SMALL, tmp_path)
+    before = _contents(tmp_path)
+
+    def stopped(settings: SyntheticBooksSettings, catalogue: BookCatalogue, first: int, last: int) -> Steps:
+        if first > 0:
+            assert any(".part-" in path.name for path in tmp_path.iterdir())
+            raise stop
+        return make_steps(settings, catalogue, first, last)
+
+    monkeypatch.setattr(synthetic_books, "make_steps", stopped)
+    with pytest.raises(type(stop)):
+        write_synthetic_books(OTHER, tmp_path, chunk_users=100)
+    assert _contents(tmp_path) == before
+
+
+def test_a_full_disk_changes_nothing(tmp_path: Path) -> None:
+    write_synthetic_books(SMALL, tmp_path)
+    before = _contents(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OSError):
+            write_synthetic_books(OTHER, tmp_path, chunk_users=100)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert _contents(tmp_path) == before
+
+
+def test_the_size_of_the_real_data_set() -> None:
+    """8.03 million users with 22.5 million ratings, by a slice of the users."""
+    settings = SyntheticBooksSettings(8_026_324, 2_330_066, min_length=1, mean_length=2.75)
+    catalogue = make_catalogue(100, settings.seed)
+    lengths = np.diff(make_steps(settings, catalogue, 4_000_000, 4_050_000).offsets)
+    assert lengths.min() == 1 and lengths.mean() * settings.num_users == pytest.approx(22.5e6, rel=0.03)
+
+
+def _preprocess(*arguments: str) -> None:
+    with flagsaver.flagsaver():
+        absl_flags.FLAGS(["program", *arguments])
+        preprocess_public_data.run()
+
+
+def test_lengths_are_flags(tmp_path: Path) -> None:
+    lengths = ["--synthetic_min_length=2", "--synthetic_mean_length=4.5"]
+    _preprocess(f"--data_root={tmp_path}", "--synthetic_users=500", "--synthetic_items=50", *lengths)
+    raw = tmp_path / "raw" / "synthetic-books"
+    settings = json.loads((raw / "settings.json").read_text())
+    assert (settings["min_length"], settings["mean_length"]) == (2, 4.5)
+    of_user = Counter(row[0] for row in csv.reader((raw / "ratings.csv").open()))
+    assert min(of_user.values()) == 2 and sum(of_user.values()) / 500 == pytest.approx(4.5, rel=0.15)
+
+
+@pytest.mark.parametrize(("flags", "line"), [
+    (["--synthetic_min_length=0"], "min_length = 0 is out of range, 1 to 200"),
+    (["--synthetic_min_length=201"], "min_length = 201 is out of range, 1 to 200"),
+    (["--synthetic_mean_length=2.75"], "mean_length = 2.75 is out of range, min_length = 6 to 200"),
+    (["--synthetic_mean_length=nan"], "mean_length = nan is out of range"),
+    (["--synthetic_mean_length=1e9"], "mean_length = 1000000000.0 is out of range"),
+    (["--dataset=csv", "--synthetic_min_length=1"], "--synthetic_min_length is for --dataset=synth"),
+    (["--dataset=ml-1m", "--synthetic_mean_length=9"], "--synthetic_mean_length is for --dataset=synth"),
+])  # fmt: skip
+def test_length_flags_that_cannot_act_are_named(tmp_path: Path, flags: list[str], line: str) -> None:
+    with pytest.raises(UserError, match=line) as caught:
+        _preprocess(f"--data_root={tmp_path}", *flags)
+    assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("settings", [

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,6 +13,7 @@ import pytest
 
 from generative_recommenders.data import text_exchange
 from generative_recommenders.data.event_store import EventCollector
+from generative_recommenders.data.parquet_export import export_parquet
 from generative_recommenders.data.preparation import prepare_batches
 from generative_recommenders.data.ratings_table import RawRatings
 from generative_recommenders.data.sequence_dataset import SequenceDataset
@@ -174,3 +177,41 @@ def test_a_line_break_inside_quotes_is_refused(tmp_path: Path) -> None:
     (tmp_path / "s.csv").write_text(HEADER + '0,"a\nb","1","1","1"\n')
     with pytest.raises(UserError, match="line 2: "):
         import_text(tmp_path / "s.csv", tmp_path / "out", "t")
+
+
+def test_what_the_format_cannot_hold_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    dataset = dataset_of(tmp_path, {**IDS, "rating": [0, 0, 0, 0], "timestamp": [3, 2, 1, 2]})
+    export_text(dataset, tmp_path / "s.csv")
+    assert caplog.messages == [
+        f"{tmp_path / 's.csv'}: all ratings are zero; the exchange format reads that as none"
+    ]
+    caplog.clear()
+    counts = {**dataset.manifest.counts, "items": 5}
+    larger = dataclasses.replace(dataset, manifest=dataclasses.replace(dataset.manifest, counts=counts))
+    export_text(dataclasses.replace(larger, ratings=None), tmp_path / "s.csv")
+    assert caplog.messages == [
+        f"{tmp_path / 's.csv'}: 2 items of the catalogue have no event and are not in it"
+    ]
+
+
+@pytest.mark.filterwarnings("error")
+def test_very_large_ratings_come_back(tmp_path: Path) -> None:
+    dataset = dataset_of(tmp_path, {**IDS, "rating": [1e30, -3e38, 2, float(2**53)]})
+    assert dataset.ratings is not None
+    export_text(dataset, tmp_path / "s.csv")
+    import_text(tmp_path / "s.csv", tmp_path / "back", "back")
+    ratings = SequenceDataset.open(tmp_path / "back").ratings
+    assert ratings is not None and ratings.tolist() == dataset.ratings.tolist()
+
+
+@pytest.mark.parametrize("export", [export_text, export_parquet])
+@pytest.mark.parametrize("name", ["", ".", "r.csv/x", "n" * 250])
+def test_a_place_that_cannot_be_written_is_one_line(
+    tmp_path: Path, export: Callable, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "r.csv").touch()
+    with pytest.raises(UserError) as caught:
+        export(dataset_of(tmp_path, IDS), name)
+    assert "\n" not in str(caught.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "r.csv"]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -177,3 +178,12 @@ def test_methods_of_another_similarity_are_refused():
         make_top_k("MIPSBruteForceTopK", similarity, items)
     with pytest.raises(UserError, match="does not fit"):
         make_top_k("MoLAvgTopK5", DotProductSimilarity(), items)
+
+
+@pytest.mark.parametrize("method", ["MoLBruteForceTopK", "MoLNaiveTopK3", "MoLAvgTopK7", "MoLCombTopK3_7"])
+def test_modules_move_whole(method: str) -> None:
+    similarity, queries, items, _ = mol_case()
+    narrow = make_top_k(method, copy.deepcopy(similarity).float(), items.float()).double()
+    scores, ids = narrow(queries, 4)
+    assert scores.dtype == torch.float64 and (ids > 0).all()
+    assert not narrow.state_dict().keys() - {f"similarity.{name}" for name in similarity.state_dict()}

@@ -276,3 +276,26 @@ def test_gpu_gives_the_same(attend: Attend, dense: Attend) -> None:
             (out**2).sum().backward()
         for one, other in zip(inputs, moved):
             torch.testing.assert_close(one.grad, other.grad.cpu())
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_fused_kernel_gets_widths_that_it_takes(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way of CUDA, run here: widths are filled up to multiples of 8, and no number changes."""
+    lengths = torch.tensor(LENGTHS)
+    layout = jagged_layout(lengths, 9)
+    if not causal:
+        everyone = torch.zeros(layout.num_tokens, dtype=torch.int64)
+        layout = layout.with_visibility(Visibility(everyone, everyone))
+    widths: list[int] = []
+    fused = F.scaled_dot_product_attention
+
+    def noted(q, k, v, *arguments, **options):
+        widths.extend(x.shape[-1] for x in (q, k, v))
+        return fused(q, k, v, *arguments, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
+    q, k, v = tokens(layout.num_tokens)
+    parts = [attention._fused_group(q, k, v, g, layout, 0.0, 3**-0.5) for g in layout.groups]
+    out = attention._ungroup(torch.cat(parts), layout, 2)
+    torch.testing.assert_close(out, softmax_attention(q, k, v, layout))
+    assert widths and all(width % 8 == 0 for width in widths)

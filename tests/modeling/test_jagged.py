@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
+import sys
 
 import pytest
 import torch
@@ -93,3 +94,22 @@ def test_mismatched_pair_is_named_in_one_line(
     assert [(record.levelno, why in record.getMessage()) for record in caplog.records] == [
         (logging.WARNING, True)
     ]
+
+
+def test_a_library_that_fails_in_its_own_way_is_passed_over_in_silence(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def broken(name: str) -> None:
+        logging.getLogger().error("could not load the library")
+        print("and more of it", file=sys.stderr)
+        raise TypeError("Tensor has no overload 3")
+
+    monkeypatch.delenv(jagged.DISABLE_VARIABLE, raising=False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(jagged.importlib, "import_module", broken)
+    monkeypatch.setattr(jagged.importlib.metadata, "version", lambda name: "0.1.2")
+    name, why = jagged.backend.__wrapped__()
+    assert name == "torch"
+    assert f"fbgemm-gpu-cpu 0.1.2 does not fit torch {torch.__version__}: Tensor has no overload 3" in why
+    assert capfd.readouterr() == ("", "")
+    assert logging.root.manager.disable == logging.NOTSET

@@ -279,11 +279,13 @@ def test_nonlinearity_names_act_and_are_said_once(caplog):
     assert not torch.allclose(scores["swiglu"], scores["geglu"])
     with caplog.at_level(logging.INFO):
         MoLSimilarity.from_settings(SMALL, 6, 5)
-        MoLSimilarity.from_settings(replace(SMALL, item_nonlinearity="geglu"), 6, 5)
         assert not caplog.records
+        MoLSimilarity.from_settings(replace(SMALL, item_nonlinearity="geglu"), 6, 5)
         for _ in range(2):
             MoLSimilarity.from_settings(replace(SMALL, query_nonlinearity="geglu"), 6, 5)
-    assert [record.getMessage().split()[1] for record in caplog.records] == ["query_nonlinearity"]
+    idle, acting = (record.getMessage() for record in caplog.records)
+    assert "item_nonlinearity = geglu cannot act: item_hidden_dim" in idle
+    assert "query_nonlinearity = geglu acts" in acting
 
 
 def test_user_tables_act_only_when_on():
@@ -396,3 +398,10 @@ def test_decay_of_user_embeddings_needs_them(sizes: tuple[int, ...]) -> None:
     chosen = replace(SMALL, uid_embedding_hash_sizes=sizes, uid_embedding_l2_weight_decay=decay)
     with pytest.raises(UserError, match="uid_embedding_l2_weight_decay"):
         MoLSimilarity(chosen, 6, 4)
+
+
+def test_one_hash_size_is_no_list_of_them() -> None:
+    with pytest.raises(
+        UserError, match=r"uid_embedding_hash_sizes = 5: give a size for each table, as \(5,\)"
+    ):
+        MoLSettings(uid_embedding_hash_sizes=5)  # type: ignore[arg-type]

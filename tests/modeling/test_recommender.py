@@ -219,3 +219,24 @@ def test_postprocessors(postprocessor: str) -> None:
         centred = x - x.mean(-1, keepdim=True)
         torch.testing.assert_close(out, centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt())
     assert (POSTPROCESSORS[postprocessor]()(torch.zeros(2, DIM)) == 0).all()
+
+
+@pytest.mark.parametrize("columns", [5, 6])
+def test_a_full_row_without_a_next_time_is_encoded_the_same_at_any_width(columns: int) -> None:
+    model = build("HSTU", "positions", "l2")
+    ids = torch.zeros(1, columns, dtype=torch.int64)
+    times = torch.zeros(1, columns, dtype=torch.int64)
+    ids[0, :5], times[0, :5] = torch.arange(1, 6), torch.tensor([10, 20, 10**6, 10**6, 10**7])
+    lengths = torch.tensor([5])
+    state, _ = model.encode_incremental(None, lengths, ids, {"timestamps": times})
+    torch.testing.assert_close(model.encode(lengths, ids, None, {"timestamps": times}), state)
+    torch.testing.assert_close(model(lengths, ids, None, {"timestamps": times})[:, 4], state)
+
+
+def test_next_times_may_be_given_for_every_position() -> None:
+    layout = jagged_layout(torch.tensor([2, 1]), 2)
+    payloads = {
+        "timestamps": torch.tensor([[1, 2], [3, 0]]),
+        "next_timestamps": torch.tensor([[7, 8], [9, 0]]),
+    }
+    assert token_payloads(payloads, torch.tensor([2, 1]), layout)["next_timestamps"].tolist() == [7, 8, 9]

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from generative_recommenders.features import UserError
-from generative_recommenders.objectives.training_examples import CausalObjective
+from generative_recommenders.objectives.masking import MaskedSequence
+from generative_recommenders.objectives.training_examples import CausalObjective, MaskedObjective
 
 COLUMNS = {
     "user_ids": torch.tensor([1, 2, 3]),
@@ -50,3 +51,31 @@ def test_weights_by_rating(positives: int) -> None:
 def test_the_last_position_alone() -> None:
     example = CausalObjective(last_only=True, num_positives=2).example(COLUMNS, GENERATOR)
     assert example.targets.tolist() == [[4, 0], [8, 0]]
+
+
+class Hides:
+    """The masking scheme that hides given places."""
+
+    def __init__(self, *places: tuple[int, int]) -> None:
+        self.places = places
+
+    def training(
+        self, item_ids: torch.Tensor, lengths: torch.Tensor, generator: torch.Generator
+    ) -> MaskedSequence:
+        replaced = torch.zeros_like(item_ids, dtype=torch.bool)
+        for place in self.places:
+            replaced[place] = True
+        return MaskedSequence(item_ids, replaced, lengths, item_ids.where(replaced, 0), None)
+
+
+def test_a_hidden_item_has_the_time_of_what_is_seen_before_it() -> None:
+    times = torch.tensor([[10, 20, 30, 40], [50, 0, 0, 0], [60, 70, 80, 0]])
+    columns = {**COLUMNS, "timestamps": times}
+    hidden = Hides((0, 1), (0, 2), (2, 0))
+    payloads = MaskedObjective(hidden).example(columns, GENERATOR).features.past_payloads
+    assert payloads["timestamps"].tolist() == [[10, 10, 10, 40], [50, 0, 0, 0], [70, 70, 80, 0]]
+    # the own time of a hidden item is its next time; elsewhere what the input says, 0 behind the end
+    following = payloads["next_timestamps"]
+    assert following[0].tolist() == [10, 20, 30, 0]
+    assert following[1, 0] == 0 and following[2].tolist()[:3] == [60, 80, 0]
+    assert payloads["ratings"][0].tolist() == [1.0, 0.0, 0.0, 0.5]

@@ -14,7 +14,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from generative_recommenders.data.sequence_dataset import SequenceDataset
 from generative_recommenders.features import UserError
-from generative_recommenders.gin_registry import inert, likely_slips
 from generative_recommenders.indexing.mol_top_k import MoLAvgTopK
 from generative_recommenders.indexing.top_k import MIPSBruteForceTopK
 from generative_recommenders.modeling.encoders.two_tower import EntityFeature, FeatureMerger
@@ -382,31 +381,6 @@ def test_a_tied_discriminator_adds_its_head_alone() -> None:
         build_criterion(tied, catalogue())
 
 
-def test_names_that_cannot_act_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("generative_recommenders.gin_registry.has_bfloat16", lambda: False)
-    loader = {"loader.num_workers": 8, "loader.prefetch_factor": 1024}
-    lines = inert(settings(**loader, main_module_bf16=True, **{"similarity.bf16_training": True}))
-    assert [line.partition(":")[0].partition(" = ")[0] for line in lines] == [
-        "create_data_loader.num_workers",
-        "create_data_loader.prefetch_factor",
-        "get_similarity_function.bf16_training",
-        "train_fn.main_module_bf16, get_similarity_function.bf16_training",
-    ]
-    sampling = settings(loss_module="CE", negatives_sharing="block", calibration=0.5)
-    assert inert(sampling) == [
-        "train_fn.negatives_sharing, train_fn.calibration: CE scores the catalogue and draws no negatives"
-    ]
-    assert inert(settings(negatives_sharing="block")) == []
-    assert inert(settings()) == []
-
-
-def test_unequal_widths_of_hstu_are_said_and_train() -> None:
-    (line,) = likely_slips(settings(main_module="HSTU", **{"hstu.dqk": 4, "hstu.dv": 6}))
-    assert "hstu_encoder.dqk = 4 and hstu_encoder.dv = 6 do not match" in line
-    assert likely_slips(settings(**{"hstu.dqk": 4, "hstu.dv": 6})) == []
-    assert likely_slips(settings(main_module="HSTU", **{"hstu.dqk": 4, "hstu.dv": 4})) == []
-
-
 def test_catalogue_of_a_data_set(ragged_dataset: SequenceDataset) -> None:
     stops = np.minimum(ragged_dataset.lengths, 3)
     found = Catalogue.of(ragged_dataset, stops)
@@ -434,3 +408,9 @@ def test_decay_of_user_embeddings_is_a_weight_of_their_norm() -> None:
     build_model(settings(**decay), catalogue())
     both = settings(**decay, loss_weights={"uid_embedding_l2_norm": 0.25, "mi_loss": 1.0})
     assert auxiliary_weights(both) == {"uid_embedding_l2_norm": 0.75, "mi_loss": 1.0}
+
+
+@pytest.mark.parametrize("kind", ["categorical", "foo"])
+def test_an_embedding_beside_the_item_tower_is_refused(kind: str) -> None:
+    with pytest.raises(UserError, match=f"embedding_module_type '{kind}' cannot act in TwoTower"):
+        build_model(settings(main_module="TwoTower", embedding_module_type=kind), catalogue())

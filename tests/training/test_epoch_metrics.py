@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from generative_recommenders.data.sequence_dataset import SequenceDataset
 from generative_recommenders.data.splits import make_split
 from generative_recommenders.evaluation.collectives import Collectives
+from generative_recommenders.features import UserError
 from generative_recommenders.training.checkpoint import CheckpointStore
 from generative_recommenders.training.report import COLUMNS, curve_rows
 from generative_recommenders.training.run_folder import RunFolder
@@ -95,7 +99,7 @@ def test_the_best_epoch_is_chosen_as_without_them(ragged_dataset: SequenceDatase
 def test_curves_show_the_loss_and_the_columns_of_the_table() -> None:
     ranks = dict.fromkeys(COLUMNS, 0.5)
     epoch = {"epoch": 0, "train_loss": 2.0, "seconds": 80.0, "full": True, "popularity_bias@7": 3.0, **ranks}
-    assert curve_rows([epoch, {"epoch": 1}]) == [{"epoch": 0, "train_loss": 2.0, **ranks}, {"epoch": 1}]
+    assert curve_rows([epoch]) == [{"epoch": 1, "train_loss": 2.0, **ranks}]
 
 
 def test_a_resumed_run_records_the_same(ragged_dataset: SequenceDataset, tmp_path: Path) -> None:
@@ -113,3 +117,35 @@ def test_a_resumed_run_records_the_same(ragged_dataset: SequenceDataset, tmp_pat
     ]
     assert len(without_time[0]) == 3
     assert without_time[0] == without_time[1]
+
+
+def test_curves_leave_out_evaluations_of_a_part() -> None:
+    row = {"epoch": 4, "train_loss": 2.0, "full": False, "hr@10": 0.1}
+    assert curve_rows([row]) == [{"epoch": 5, "train_loss": 2.0}]
+
+
+def test_a_run_that_has_its_steps_takes_no_more(ragged_dataset: SequenceDataset, tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path / "checkpoints")
+    make_trainer(ragged_dataset).train(store, max_steps=2)
+    again = make_trainer(ragged_dataset)
+    again.restore(store.load_newest())
+    result = again.train(store, max_steps=2)
+    assert result.progress.step == 2 and result.finished
+    assert store.load_newest().position.step == 2
+
+
+def test_without_validation_targets_the_last_epoch_is_kept(
+    ragged_dataset: SequenceDataset, caplog: pytest.LogCaptureFixture
+) -> None:
+    split = make_split(ragged_dataset, "leave_one_out")
+    bare = dataclasses.replace(split, validation_targets=np.full_like(split.validation_targets, -1))
+    chosen = settings(num_epochs=2, local_batch_size=16, eval_batch_size=8)
+    with caplog.at_level(logging.WARNING, logger="absl"):
+        trainer = Trainer(chosen, ragged_dataset, bare, Collectives())
+    assert "has no validation targets" in caplog.text
+    result = trainer.train()
+    assert result.progress.best_epoch is None and result.progress.epoch == 2
+    assert result.test["mrr"] > 0
+    patient = dataclasses.replace(chosen, train=dataclasses.replace(chosen.train, early_stopping_patience=1))
+    with pytest.raises(UserError, match="has no validation targets under protocol 'leave_one_out'"):
+        Trainer(patient, ragged_dataset, bare, Collectives())

@@ -7,7 +7,6 @@ import dataclasses
 import pytest
 
 from generative_recommenders.data.sequence_dataset import SequenceDataset
-from generative_recommenders.gin_registry import inert
 from generative_recommenders.training.report import conditions
 from tiny_models import settings
 
@@ -31,10 +30,3 @@ def test_next_time_is_said_where_times_are_seen(
     data = ragged_dataset if times else dataclasses.replace(ragged_dataset, timestamps=None)
     shown = conditions(settings(**choices, next_time="hidden", seen_filter="window"), data)
     assert shown == "seen filter 'window'" + ", next_time 'hidden'" * said
-
-
-def test_an_approximate_top_k_is_said_not_to_act() -> None:
-    mol = {"interaction_module_type": "MoL"}
-    (line,) = inert(settings(**mol, top_k_method="MoLAvgTopK100"))
-    assert "MoLAvgTopK100" in line and "exactly" in line
-    assert inert(settings(**mol, top_k_method="MoLBruteForceTopK")) == []

@@ -114,8 +114,13 @@ class MoLSimilarity(nn.Module):
         """The module; options that the published code ignored and that act here are said once in the log."""
         for side in ("query", "item"):
             name, hidden = getattr(settings, f"{side}_nonlinearity"), getattr(settings, f"{side}_hidden_dim")
-            if name != "swiglu" and hidden > 0 and not getattr(settings, f"{side}_use_identity_fn"):
+            acts = hidden > 0 and not getattr(settings, f"{side}_use_identity_fn")
+            if name != "swiglu" and acts:
                 _say(f"MoL {side}_nonlinearity = {name} acts; the published code ignored it (swiglu)")
+            elif name != "swiglu":
+                _say(
+                    f"MoL {side}_nonlinearity = {name} cannot act: {side}_hidden_dim gives the {side} no hidden layer"
+                )
         if settings.uid_embedding_hash_sizes:
             _say("MoL uid_embedding_hash_sizes acts; the published HSTU code ignored it")
         return cls(settings, query_embedding_dim, item_embedding_dim, mutual_information)

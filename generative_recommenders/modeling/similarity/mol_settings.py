@@ -50,7 +50,12 @@ class MoLSettings:
     uid_embedding_l2_weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "uid_embedding_hash_sizes", tuple(self.uid_embedding_hash_sizes or ()))
+        sizes = self.uid_embedding_hash_sizes
+        if isinstance(sizes, int):
+            raise UserError(
+                f"MoL uid_embedding_hash_sizes = {sizes}: give a size for each table, as ({sizes},)"
+            )
+        object.__setattr__(self, "uid_embedding_hash_sizes", tuple(sizes or ()))
 
 
 def check(s: MoLSettings) -> None:

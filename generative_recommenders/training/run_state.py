@@ -1,0 +1,44 @@
+"""Where a run stands."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class Progress:
+    """Where a run stands, as its checkpoints keep it. best_metric: of validation; None where none was measured."""
+
+    epoch: int = 0
+    step_in_epoch: int = 0
+    step: int = 0
+    best_metric: float | None = None
+    best_epoch: int | None = None
+    epochs_without_gain: int = 0
+    seconds: float = 0.0
+    epoch_loss: float = 0.0
+    epoch_targets: float = 0.0
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """ValueError for what no run counts up to: a checkpoint's state may have been written by anybody."""
+        for name in ("epoch", "step_in_epoch", "step", "epochs_without_gain"):
+            value = getattr(self, name)
+            if type(value) is not int or not 0 <= value < 1 << 62:
+                raise ValueError(f"{name} is {value!r}")
+        for name in ("seconds", "epoch_loss", "epoch_targets", "best_metric", "best_epoch"):
+            absent = name.startswith("best_") and getattr(self, name) is None
+            if not absent and not isinstance(getattr(self, name), (int, float)):
+                raise ValueError(f"{name} is {getattr(self, name)!r}")
+        if not isinstance(self.history, list) or not all(map(_is_record, self.history)):
+            raise ValueError("history is not a list of records")
+
+
+def _is_record(each: object) -> bool:
+    """Of an epoch: numbers by name."""
+    return (
+        isinstance(each, dict)
+        and {"epoch", "full"} <= each.keys()
+        and all(isinstance(value, (int, float)) for value in each.values())
+    )
