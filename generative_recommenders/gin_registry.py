@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
+import io
 import re
 import tokenize
 from collections.abc import Sequence
@@ -26,6 +27,8 @@ PROJECT = Path(__file__).resolve().parents[1]
 BINDINGS = "the bindings"
 FILE_LIMIT = 1 << 20  # bytes
 MAX_FILES = 100
+MAX_ENTRIES = 10_000
+"""Of a value, names for values put in their places; and strings in a row, which gin joins one by one."""
 GIN_FAULTS = (
     ValueError, TypeError, OSError, AttributeError, NameError, LookupError, RecursionError, MemoryError,
 )  # fmt: skip
@@ -64,7 +67,7 @@ def load_settings(gin_files: Sequence[str | Path], bindings: Sequence[str] = ())
     for path in gin_files:
         _bind_file(Path(path), f"no gin file at {path}", parsed)
     _bind_text("\n".join(bindings), BINDINGS, parsed)
-    parsed.check_macros()
+    parsed.check()
     try:
         built = {section: _build(name) for name, (section, _) in SECTIONS.items()}
     except UserError as error:  # gin adds where it was called from, over several lines
@@ -81,18 +84,46 @@ class _Parsed(gin.config.ParserDelegate):
     def __init__(self) -> None:
         super().__init__()
         self.files = 0
-        self.macros: dict[str, str] = {}
-        """Name to the place where it is given a value."""
-        self.referred: set[str] = set()
+        self.macros: dict[str, tuple[str, Any]] = {}
+        """Name to the place where it is given a value, and the value."""
+        self.bound: list[tuple[str, Any]] = []
+        """Place and value of what is bound."""
+        self.references: dict[int, tuple[Any, str]] = {}
+        """By identity: a reference within a value, and the name that it refers to."""
 
     def macro(self, macro_name: str) -> Any:
-        self.referred.add(macro_name)
-        return super().macro(macro_name)
+        reference = super().macro(macro_name)
+        self.references[id(reference)] = reference, macro_name
+        return reference
+
+    def check(self) -> None:
+        """UserError for what no setting is, and for values that grow without measure."""
+        self.check_macros()
+        known: dict[str, int] = {}
+        for place, value in self.bound:
+            if self._entries(value, known) > MAX_ENTRIES:
+                raise UserError(
+                    f"gin: {place}: a value of more than {MAX_ENTRIES} entries, or one that holds itself"
+                )
+
+    def _entries(self, value: Any, known: dict[str, int]) -> int:
+        if id(value) in self.references:
+            name = self.references[id(value)][1]
+            if name not in known:
+                known[name] = MAX_ENTRIES + 1  # what it is within itself
+                known[name] = self._entries(self.macros[name][1], known) if name in self.macros else 1
+            return known[name]
+        if isinstance(value, dict):
+            return 1 + sum(self._entries(x, known) for pair in value.items() for x in pair)
+        if isinstance(value, (list, tuple)):
+            return 1 + sum(self._entries(x, known) for x in value)
+        return 1
 
     def check_macros(self) -> None:
         """UserError for a value without an owner, which no %name refers to: a setting whose owner was left out."""
-        for name, place in self.macros.items():
-            if name in self.referred:
+        referred = {name for _, name in self.references.values()}
+        for name, (place, _) in self.macros.items():
+            if name in referred:
                 continue
             known = [
                 f"{owner}.{f.name}" for owner, (_, kind) in SECTIONS.items() for f in dataclasses.fields(kind)
@@ -127,6 +158,10 @@ def _bind_text(text: str, place: str, parsed: _Parsed) -> None:
     """
     if "\0" in text:
         raise UserError(f"gin: {place} holds a zero byte: it is not a configuration")
+    if _strings_in_a_row(text) > MAX_ENTRIES // 100:
+        raise UserError(
+            f"gin: {place} joins more than {MAX_ENTRIES // 100} strings: it is not a configuration"
+        )
     line = 1
     try:
         parser = config_parser.ConfigParser(text, parsed)
@@ -143,6 +178,21 @@ def _bind_text(text: str, place: str, parsed: _Parsed) -> None:
         raise
     except GIN_FAULTS as error:
         raise UserError(f"{explain(error)} ({place}, line {line})") from error
+
+
+def _strings_in_a_row(text: str) -> int:
+    """The longest run of strings with nothing but line ends and comments between them."""
+    longest = run = 0
+    try:
+        for token in tokenize.generate_tokens(io.StringIO(text).readline):
+            if token.type == tokenize.STRING:
+                run += 1
+                longest = max(longest, run)
+            elif token.type not in (tokenize.NL, tokenize.NEWLINE, tokenize.COMMENT):
+                run = 0
+    except (tokenize.TokenError, SyntaxError):  # the parser says what and where
+        pass
+    return longest
 
 
 def _bind(statement: Any, place: str, parsed: _Parsed) -> None:
@@ -163,10 +213,11 @@ def _bind(statement: Any, place: str, parsed: _Parsed) -> None:
                 f"gin: {place}: scopes cannot act here; write {selector}.{argument} without {scope + '/'!r}"
             )
         if argument:
+            parsed.bound.append((place, statement.value))
             gin.bind_parameter((scope, selector, argument), statement.value)
         else:  # a macro
             name = f"{scope}/{selector}" if scope else selector
-            parsed.macros[name] = place
+            parsed.macros[name] = place, statement.value
             gin.bind_parameter((name, "gin.macro", "value"), statement.value)
 
 
@@ -227,7 +278,7 @@ def override(settings: s.RunSettings, bindings: Sequence[str]) -> s.RunSettings:
     gin.clear_config()
     parsed = _Parsed()
     _bind_text("\n".join(bindings), BINDINGS, parsed)
-    parsed.check_macros()
+    parsed.check()
     try:
         for name, (section, _) in SECTIONS.items():
             current = getattr(settings, section)

@@ -299,3 +299,17 @@ def test_names_for_values_act_over_settings_too() -> None:
     bindings = ["kept = 'none'", "train_fn.seen_filter = %kept"]
     assert load_settings([], bindings)[0].train.seen_filter == "none"
     assert override(RunSettings(), bindings).train.seen_filter == "none"
+
+
+def test_values_that_grow_without_measure_are_refused() -> None:
+    nested = ["m0 = [1]", *(f"m{i + 1} = [{', '.join([f'%m{i}'] * 10)}]" for i in range(12))]
+    assert "more than 10000 entries" in message([], [*nested, "train_fn.loss_weights = %m12"])
+    assert "one that holds itself" in message([], ["a = [%a]", "train_fn.loss_weights = %a"])
+    assert "joins more than 100 strings" in message([], ["train_fn.protocol = (" + "'a' " * 5000 + ")"])
+    joined = "train_fn.protocol = ('leave_' 'one'\n  '_out')"
+    assert load_settings([], [joined])[0].train.protocol == "leave_one_out"
+
+
+@pytest.mark.parametrize("name", ["sasrec_encoder.num_blocks", "hstu_encoder.num_heads"])
+def test_more_parts_than_anybody_means_are_refused(name: str) -> None:
+    assert f"{name} must be at most 1000, got 20000" in message([], [f"{name} = 20000"])

@@ -23,6 +23,10 @@ BLOCK_BYTES = 1 << 20
 _BROKEN = (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, ValueError)
 _FOREIGN = re.compile(r"^[A-Za-z]:|[\\\0]")
 _TOO_LARGE = "unpacks to more than its size allows (a zip bomb?); not unpacked"
+_TAR_HEADERS = (
+    tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE,
+)  # fmt: skip
+HEADER_LIMIT = 1 << 20  # bytes
 _TAR_OPENERS: tuple[tuple[str, Callable[..., Any]], ...] = (
     ("r:", open),
     ("r:gz", gzip.open),
@@ -137,11 +141,20 @@ def _copy_bounded(archive: Path, source: IO[bytes], sink: IO[bytes], allowed: in
 def _members(archive: Path) -> Iterator[Iterator[_Member]]:
     mode = _tar_mode(archive)
     if mode is not None:
-        with tarfile.open(archive, mode) as tar:  # type: ignore[call-overload]
+        with tarfile.open(archive, mode, tarinfo=_ShortNamed) as tar:  # type: ignore[call-overload]
             yield (_tar_member(tar, info) for info in tar)
     else:
         with zipfile.ZipFile(archive) as pack:
             yield (_zip_member(pack, info) for info in pack.infolist())
+
+
+class _ShortNamed(tarfile.TarInfo):
+    """Refuses headers that hold more than any name does: tarfile would read them whole."""
+
+    def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
+        if self.type in _TAR_HEADERS and self.size > HEADER_LIMIT:
+            raise tarfile.ReadError(f"a header of {self.size} bytes")
+        return super()._proc_member(tar)  # type: ignore[misc]
 
 
 def _tar_member(tar: tarfile.TarFile, info: tarfile.TarInfo) -> _Member:

@@ -110,11 +110,17 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
+SIZE_LIMIT = 16 << 20
+"""Bytes of a manifest; a whole one has some thousands."""
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     if not os.path.isfile(path):  # False for a name that is too long
         raise UserError(
             f"{path.parent}: not a prepared folder (no {path.name}); run preprocess_public_data.py"
         )
+    if path.stat().st_size > SIZE_LIMIT:
+        raise UserError(f"{path}: damaged: longer than {SIZE_LIMIT} bytes; prepare the data again")
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -30,6 +30,8 @@ CLASS_SELECTORS = ("random", "target")
 LIST_REDUCTIONS = ("sum", "mean", "max")
 MAX_PREFETCH = 64
 """Batches that a loader makes ahead at most."""
+MAX_PARTS = 1000
+"""Blocks or heads at most: what builds more takes the memory, and means something else."""
 _POSITIVE_IF_GIVEN = (
     "eval_user_max_batch_size", "list_metrics_k", "max_grad_norm", "early_stopping_patience",
 )  # fmt: skip
@@ -346,6 +348,8 @@ def check_section(settings: Any, owner: str) -> None:
     for name in _SIZES.get(type(settings), ()):
         if getattr(settings, name) < 1:
             raise UserError(f"{owner}.{name} must be above 0, got {getattr(settings, name)}")
+        if name in ("num_blocks", "num_heads") and getattr(settings, name) > MAX_PARTS:
+            raise UserError(f"{owner}.{name} must be at most {MAX_PARTS}, got {getattr(settings, name)}")
     if not isinstance(settings, TrainSettings):
         check_share(
             settings, *(f.name for f in fields(settings) if f.name.endswith("dropout_rate")), owner=owner

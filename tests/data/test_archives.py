@@ -170,3 +170,14 @@ def test_damage_never_escapes_as_another_error(tmp_path: Path, name: str) -> Non
         for file in (tmp_path / "out").iterdir():
             file.unlink()
     assert refused > 50
+
+
+@pytest.mark.parametrize("header", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_a_header_without_measure_is_refused_unread(tmp_path: Path, header: int) -> None:
+    path = tmp_path / "a.tar.gz"
+    with tarfile.open(path, "w:gz", format=header) as tar:
+        tar.addfile(tarfile.TarInfo("x" * (64 << 20)), io.BytesIO())
+    assert path.stat().st_size < 1 << 20
+    with pytest.raises(UserError, match=r"a\.tar\.gz.*a header of \d+ bytes"):
+        extract(path, tmp_path / "out", everything)
+    assert files_under(tmp_path / "out") == []

@@ -318,3 +318,10 @@ def test_verify_in_parts(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     times[-1] += 1  # in the last part
     with pytest.raises(UserError, match="does not match its hash"):
         dataclasses.replace(dataset, timestamps=times).verify()
+
+
+def test_a_manifest_without_measure_is_refused_unread(folder: Path) -> None:
+    with open(folder / "manifest.json", "r+b") as file:
+        file.truncate(1 << 30)
+    with memory_grows_at_most(32):
+        assert "longer than" in error_of(folder)
