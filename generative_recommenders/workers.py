@@ -39,11 +39,11 @@ from .training.run_folder import RunFolder, check_same_data
 from .training.run_log import set_log_level
 from .training.settings import RunSettings
 from .training.signals import StopRequest
+from .training.spawned import INTERRUPTED
 from .training.train import Trainer, TrainResult, load_model, set_precision
 from .visualization import plot_curves
 
 EMBEDDED = "synthetic-books"
-INTERRUPTED = 130
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,14 +7,17 @@
       000007-epoch-3-step-1200/          serial number, then the position
         manifest.json                    version, position, metric; bytes and sha256 of the other files
         tensors.safetensors  state.json  the training state
-        item_ids.parquet  settings.json  resolved.gin      hard links to attached/: a folder loads alone
+        item_ids.parquet  settings.json  resolved.gin      copies of attached/: a folder loads alone
+      damaged-000006-epoch-2-step-800/   found damaged and set aside; no longer counted or removed
 
-A checkpoint is written under a hidden temporary name, flushed to the disk and renamed. Serial numbers only
-grow, so "newest" needs no clock. Reading one executes no code: no pickle, no gin.
+A checkpoint is written under a hidden temporary name, flushed to the disk and renamed. Checkpoints share no
+file, so that one damaged file costs one checkpoint. Serial numbers only grow, so "newest" needs no clock.
+Reading one executes no code: no pickle, no gin.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -49,7 +52,7 @@ from .checkpoint_files import (
 )
 
 _NAME = re.compile(r"(\d{6,})-epoch-\d+-step-\d+")
-_WRITING, _REMOVED = ".writing-", ".removed-"
+_WRITING, _REMOVED, _DAMAGED = ".writing-", ".removed-", "damaged-"
 
 
 class Position(NamedTuple):
@@ -87,8 +90,8 @@ class CheckpointStore:
     """The checkpoints of one run.
 
     folder: created if need be. keep_last: how many of the newest are kept; the best one is kept besides.
-    read_only: for evaluation beside a running training: nothing is created or removed. Only one process may
-    write to a folder.
+    read_only: for evaluation beside a running training: nothing is created, renamed or removed. Only one
+    process may write to a folder.
     """
 
     def __init__(self, folder: Path | str, keep_last: int = 3, read_only: bool = False) -> None:
@@ -96,6 +99,7 @@ class CheckpointStore:
             raise UserError(f"keep_last is {keep_last}; at least 1 checkpoint must be kept")
         self.folder = Path(folder)
         self.keep_last = keep_last
+        self.read_only = read_only
         if not read_only:
             self._prepare_folder()
 
@@ -132,8 +136,7 @@ class CheckpointStore:
         tensors: any dtypes and devices, storage may be shared. state: JSON values. Raises UserError where
         the disk is full or not writable; then nothing of it is left and older checkpoints are whole.
         """
-        names = self._names()
-        serial = int(names[-1].split("-")[0]) + 1 if names else 1
+        serial = self._next_serial()
         epoch, step = (int(count) for count in position)
         final = self.folder / f"{serial:06d}-epoch-{epoch}-step-{step}"
         writing = self.folder / f"{_WRITING}{final.name}"
@@ -141,7 +144,7 @@ class CheckpointStore:
             writing.mkdir()
             write_tensors(writing / TENSORS, tensors)
             write_json(writing / STATE, dict(state))
-            self._link_attached(writing)
+            self._copy_attached(writing)
             write_manifest(writing, Manifest(epoch, step, metric, is_best))
             sync(writing)
             os.rename(writing, final)
@@ -165,12 +168,12 @@ class CheckpointStore:
         return Checkpoint(folder, position, tensors, state, manifest.metric, manifest.is_best)
 
     def load_newest(self) -> Checkpoint | None:
-        """The newest whole checkpoint, or None. Damaged ones that are newer are passed over with a warning
+        """The newest whole checkpoint, or None. Damaged ones that are newer are set aside with a warning
         each."""
         return self._first_whole(self._names()[::-1])
 
     def load_best(self) -> Checkpoint | None:
-        """The last checkpoint that was saved as the best, or None; damaged ones are passed over with a
+        """The last checkpoint that was saved as the best, or None; damaged ones are set aside with a
         warning."""
         return self._first_whole([name for name in self._names()[::-1] if self._is_best(name)])
 
@@ -179,18 +182,36 @@ class CheckpointStore:
         return [self.folder / name for name in self._names()]
 
     def _names(self) -> list[str]:
+        return sorted(filter(_NAME.fullmatch, self._folders()), key=_serial)
+
+    def _folders(self) -> list[str]:
         if not self.folder.is_dir():
             return []
-        found = (entry.name for entry in os.scandir(self.folder) if entry.is_dir(follow_symlinks=False))
-        return sorted(filter(_NAME.fullmatch, found), key=lambda name: int(name.split("-")[0]))
+        return [entry.name for entry in os.scandir(self.folder) if entry.is_dir(follow_symlinks=False)]
+
+    def _next_serial(self) -> int:
+        """One more than any checkpoint has, also than those set aside."""
+        names = (name.removeprefix(_DAMAGED) for name in self._folders())
+        return max((_serial(name) for name in names if _NAME.fullmatch(name)), default=0) + 1
 
     def _first_whole(self, names: list[str]) -> Checkpoint | None:
         for name in names:
             try:
                 return self.load(self.folder / name)
             except DamagedCheckpoint as error:
-                logging.warning("%s; the checkpoint before it is used", error)
+                logging.warning("%s%s; the checkpoint before it is used", error, self._set_aside(name))
         return None
+
+    def _set_aside(self, name: str) -> str:
+        """Renames a damaged checkpoint, so that it is neither the best nor one of those kept; returns what to
+        say of it."""
+        aside = self.folder / f"{_DAMAGED}{name}"
+        with contextlib.suppress(OSError):
+            if not self.read_only:
+                os.rename(self.folder / name, aside)
+                sync(self.folder)
+                return f", set aside as {aside.name}"
+        return ""
 
     def _is_best(self, name: str) -> bool:
         try:
@@ -207,15 +228,13 @@ class CheckpointStore:
         except OSError as error:
             raise write_failed(self.folder, error) from error
 
-    def _link_attached(self, writing: Path) -> None:
+    def _copy_attached(self, writing: Path) -> None:
+        """No links: one damaged file would be that of all checkpoints."""
         for name in ATTACHED:
             source = self.folder / "attached" / name
-            if not source.exists():
-                continue
-            try:
-                os.link(source, writing / name)
-            except OSError:  # no hard links on this file system, or too many of them
+            if source.exists():
                 shutil.copyfile(source, writing / name)
+                sync(writing / name)
 
     def _prune(self) -> None:
         names = self._names()
@@ -225,6 +244,10 @@ class CheckpointStore:
                 removed = self.folder / f"{_REMOVED}{name}"
                 os.rename(self.folder / name, removed)
                 _remove(removed)
+
+
+def _serial(name: str) -> int:
+    return int(name.split("-", maxsplit=1)[0])
 
 
 def _remove(folder: Path) -> None:

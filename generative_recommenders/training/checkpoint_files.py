@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import math
 import os
+import stat
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +27,10 @@ TENSORS, STATE = "tensors.safetensors", "state.json"
 ATTACHED = ("item_ids.parquet", "settings.json", "resolved.gin")
 _KNOWN_FILES = {TENSORS, STATE, *ATTACHED}
 _MANIFEST = "manifest.json"
-_MANIFEST_LIMIT = 1 << 20  # bytes
+_LIMITS = {_MANIFEST: 1 << 20, STATE: 16 << 20, "settings.json": 1 << 20, "resolved.gin": 1 << 20}
+"""Bytes of files that are read at once: more is neither written nor read."""
+_PLAIN = {"PLAIN", "RLE", "BIT_PACKED"}
+"""Parquet encodings of strings that take as much space in the file as in memory."""
 
 
 class DamagedCheckpoint(UserError):
@@ -55,8 +61,6 @@ def read_manifest(folder: Path, check_files: bool = True) -> Manifest:
     path = folder / _MANIFEST
     if not folder.is_dir():
         raise DamagedCheckpoint(f"no checkpoint at {folder}")
-    if path.is_file() and path.stat().st_size > _MANIFEST_LIMIT:
-        raise DamagedCheckpoint(f"damaged checkpoint {folder}: {_MANIFEST} is too long")
     content = read_json(path)
     if content.pop("sha256", None) != _checksum(content) or content.get("format") != FORMAT:
         raise DamagedCheckpoint(f"damaged checkpoint {folder}: {_MANIFEST} is not what was written")
@@ -100,6 +104,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    _check_length(path)
     try:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
@@ -112,6 +117,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_text(path: Path) -> str:
+    _check_length(path)
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
@@ -120,9 +126,24 @@ def read_text(path: Path) -> str:
         ) from error
 
 
+def _check_length(path: Path) -> None:
+    """Refuses a file that is longer than any that was written, before it fills the memory. A missing one is
+    said where it is read."""
+    with contextlib.suppress(OSError):
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode) or found.st_size > _LIMITS.get(path.name, math.inf):
+            raise DamagedCheckpoint(f"damaged checkpoint {path.parent}: {path.name} is too long or no file")
+
+
 def write_text(path: Path, text: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
+    content = text.encode()
+    if len(content) > _LIMITS.get(path.name, math.inf):
+        raise UserError(
+            f"{path.name} of a checkpoint would be {len(content)} bytes, more than the {_LIMITS[path.name]} "
+            "that are read back"
+        )
+    with open(path, "wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
 
@@ -136,8 +157,10 @@ def write_item_ids(folder: Path, item_ids: pa.Array) -> None:
 
 def read_item_ids(folder: Path) -> pa.Array:
     """The strings that `write_item_ids` wrote; valid UTF-8, none missing."""
+    path = folder / "item_ids.parquet"
     try:
-        with pq.ParquetFile(folder / "item_ids.parquet") as file:
+        with pq.ParquetFile(path) as file:
+            _check_unpacked(path, file.metadata)
             table = file.read(use_threads=False)
         table.validate(full=True)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
@@ -151,6 +174,27 @@ def read_item_ids(folder: Path) -> pa.Array:
     ):
         raise DamagedCheckpoint(f"damaged checkpoint {folder}: item_ids.parquet holds no column of item ids")
     return table["item_id"].combine_chunks()
+
+
+def _check_unpacked(path: Path, metadata: pq.FileMetaData) -> None:
+    """Refuses a small file that would fill the memory: `write_item_ids` compresses nothing, and each row
+    takes some bytes."""
+    chunks = [
+        metadata.row_group(group).column(column)
+        for group in range(metadata.num_row_groups)
+        for column in range(metadata.num_columns)
+    ]
+    plain = all(
+        chunk.compression == "UNCOMPRESSED"
+        and set(chunk.encodings) <= _PLAIN
+        and not chunk.has_dictionary_page
+        for chunk in chunks
+    )
+    claimed = max(metadata.num_rows, sum(chunk.total_uncompressed_size for chunk in chunks))
+    if not plain or claimed > path.stat().st_size:
+        raise DamagedCheckpoint(
+            f"damaged checkpoint {path.parent}: {path.name} is packed, and was not written so"
+        )
 
 
 def sync(path: Path) -> None:
@@ -200,6 +244,7 @@ def _check_files(folder: Path, files: Any) -> None:
         path = folder / name
         if path.is_symlink() or not path.is_file():
             raise DamagedCheckpoint(f"damaged checkpoint {folder}: {name} is missing")
+        _check_length(path)
         try:
             found = _describe(path)
         except OSError as error:

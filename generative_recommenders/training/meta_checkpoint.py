@@ -78,8 +78,8 @@ def read_meta_checkpoint(path: Path | str) -> dict[str, torch.Tensor]:
 
 
 def rename_parameters(values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Their names to ours; 1x1 convolutions ``[out, in, 1]`` become matrices. An unknown name is a
-    UserError."""
+    """Their names to ours; 1x1 convolutions ``[out, in, 1]`` become matrices. An unknown name and a tensor
+    that is no plain, finite weight are UserErrors."""
     renamed, unknown = {}, []
     for name, value in values.items():
         if _DERIVED.fullmatch(name):
@@ -89,10 +89,33 @@ def rename_parameters(values: Mapping[str, torch.Tensor]) -> dict[str, torch.Ten
         if ours is None:
             unknown.append(name)
         else:
+            _check_weights(name, value, is_table=ours in (ITEM_TABLE, POSITIONS))
             renamed[ours] = value.squeeze(-1) if ".ffn_" in ours and value.dim() == 3 else value
     if unknown:
         raise UserError(f"the checkpoint is not of SASRec or HSTU: unknown parameters {_listed(unknown)}")
     return renamed
+
+
+def _check_weights(name: str, value: torch.Tensor, is_table: bool) -> None:
+    """Refuses what cannot be copied as weights, and what takes more memory than the file has bytes for it."""
+    wrong = _fault(value)
+    if wrong is None and is_table and value.dim() != 2:
+        wrong = f"has {value.dim()} dimensions, not 2"
+    if wrong is not None:
+        raise UserError(f"{name} of the checkpoint {wrong}: give a file of plain, finite weights")
+
+
+def _fault(value: torch.Tensor) -> str | None:
+    """What keeps a tensor from being plain, finite weights; None where nothing does."""
+    if type(value) not in (torch.Tensor, torch.nn.Parameter) or value.is_nested:
+        return "is no plain tensor"
+    if value.layout != torch.strided or value.device.type != "cpu":
+        return f"is no plain tensor ({str(value.layout).removeprefix('torch.')} on {value.device.type})"
+    if value.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        return f"holds {str(value.dtype).removeprefix('torch.')}, not floating-point numbers"
+    if value.untyped_storage().nbytes() < value.numel() * value.element_size():
+        return f"has fewer values in the file than its shape {list(value.shape)}"
+    return None if bool(value.float().isfinite().all()) else "holds NaN or infinite values"
 
 
 def are_numbers(item_ids: pa.Array) -> bool:

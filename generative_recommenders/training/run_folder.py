@@ -24,11 +24,12 @@ from typing import IO, TYPE_CHECKING, Any
 from absl import logging
 
 from ..features import UserError
-from .run_log import add_log_file, remove_log_file
+from .run_log import add_log_file, no_link, remove_log_file
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
+_WRITTEN = ("run.lock", "resolved.gin", "metrics.jsonl", "train.log", "curves.png")
 _EVENTS = re.compile(r"(?P<start>events\.out\.tfevents\.)(?P<time>\d{1,20})(?P<end>\..*)")
 
 
@@ -60,6 +61,7 @@ class RunFolder:
             raise UserError("--resume needs the folder of the run to go on with: give --run_dir")
         try:
             folder = _new_folder(Path(root), name) if path is None else _given_folder(Path(path), resume)
+            _refuse_links(folder)
             return cls(folder, _lock(folder))
         except OSError as error:
             shown = path or Path(root) / name
@@ -100,19 +102,32 @@ class RunFolder:
             for name, value in values.items():
                 writer.add_scalar(name, value, step)
 
-    def truncate_after(self, step: int) -> None:
+    def truncate_after(self, step: int, epoch: int | None = None) -> None:
         """Forgets what was recorded behind ``step``: lines of metrics.jsonl, and TensorBoard events by its
         purge step. Final results are forgotten too: a run that goes on writes them anew.
 
-        Call it before anything is written.
+        epoch: the one (from 0) that the checkpoint is in, whose record is still to come: one that was written
+        at this very step is forgotten too. Call it before anything is written.
         """
         self._metrics.close()
         lines = self.metrics_path.read_bytes().splitlines(keepends=True)
-        self._write(self.metrics_path.name, "".join(line.decode() for line in lines if _stays(line, step)))
+        found = [(line, _kept_record(line, step, epoch)) for line in lines]
+        kept = [(line, record) for line, record in found if record is not None]
+        self._write(self.metrics_path.name, "".join(line.decode() for line, _ in kept))
         self._metrics = _open_lines(self.metrics_path)
         with self._writable():
             _put_before_now(self.tensorboard)
         self._purge_step = step + 1
+        at_step = [record for _, record in kept if record["step"] == step]
+        if epoch is not None and not any("epoch" in record for record in at_step):
+            self._purge_epoch(step, at_step)
+
+    def _purge_epoch(self, step: int, records: list[dict[str, Any]]) -> None:
+        """TensorBoard forgets all of a step, not only its epoch: what stays is written anew."""
+        self._purge_step = step
+        for record in records:
+            values = {name: value for name, value in record.items() if "/" in name}
+            self.write_scalars(step, {name: _number(value) for name, value in values.items()})
 
     def flush(self) -> None:
         """Brings everything to disk, as before a checkpoint."""
@@ -151,7 +166,8 @@ class RunFolder:
         """Replaces a file of the folder, whole or not at all."""
         path, writing = self.path / name, self.path / f".{name}.writing"
         with self._writable():
-            with open(writing, "w", encoding="utf-8") as file:
+            writing.unlink(missing_ok=True)
+            with open(writing, "x", encoding="utf-8") as file:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
@@ -206,10 +222,21 @@ def _given_folder(folder: Path, resume: bool) -> Path:
     return folder
 
 
+def _refuse_links(folder: Path) -> None:
+    """What a run writes stays in its folder."""
+    for name in _WRITTEN:
+        if (folder / name).is_symlink():
+            raise UserError(
+                f"{folder / name} is a symbolic link, and a run writes to no file elsewhere: "
+                "remove the link, or give another --run_dir"
+            )
+
+
 def _lock(folder: Path) -> IO[str]:
     """The locked lock file, which names this process. The system frees the lock when the process ends in
     any way."""
-    file = open(folder / "run.lock", "a+", encoding="utf-8")  # noqa: SIM115, held as long as the run
+    path = folder / "run.lock"
+    file = open(path, "a+", encoding="utf-8", opener=no_link)  # noqa: SIM115, held as long as the run
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -234,18 +261,20 @@ def _open_lines(path: Path) -> io.FileIO:
     off."""
     if path.exists():
         content = path.read_bytes()
-        with open(path, "r+b") as file:
+        with open(path, "r+b", opener=no_link) as file:
             file.truncate(content.rfind(b"\n") + 1)
-    return open(path, "ab", buffering=0)
+    return open(path, "ab", buffering=0, opener=no_link)
 
 
-def _stays(line: bytes, step: int) -> bool:
-    """Whether a line of metrics.jsonl is of a step up to this one, and not the final results. A damaged one is not."""
+def _kept_record(line: bytes, step: int, epoch: int | None) -> dict[str, Any] | None:
+    """A line of metrics.jsonl that is of a step up to this one and of no epoch from this one on, and not the
+    final results; else None, as for a damaged one."""
     try:
         record = json.loads(line.decode())
-        return int(record["step"]) <= step and record.get("part") != "final"
+        late = int(record["step"]) > step or (epoch is not None and int(record.get("epoch", -1)) >= epoch)
+        return None if late or record.get("part") == "final" else record
     except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError):
-        return False
+        return None
 
 
 def _put_before_now(folder: Path) -> None:
@@ -255,6 +284,11 @@ def _put_before_now(folder: Path) -> None:
     if any(int(match["time"]) >= time.time() for match, _ in found):
         for number, (match, path) in enumerate(found, start=1):
             path.rename(folder / f"{match['start']}{number:010d}{match['end']}")
+
+
+def _number(value: Any) -> float:
+    """What `_finite` made null is NaN again."""
+    return float(value) if isinstance(value, (int, float)) else math.nan
 
 
 def _finite(value: Any) -> Any:

@@ -17,7 +17,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnContext
@@ -41,7 +41,10 @@ END_SECONDS = 5.0
 """How long members have between SIGTERM and SIGKILL when one failed."""
 ORPHAN_SECONDS = 15.0
 """How long a member has to write its checkpoint when the process that started it is gone."""
-REPORT_LIMIT = 30_000  # characters of a traceback: a report must fit into a pipe's buffer
+REPORT_LIMIT = 30_000
+"""Bytes of what a failed member says; of a longer text both ends are kept."""
+INTERRUPTED = 130
+"""Exit code of a member that stopped in good order because it was asked to."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +59,14 @@ class Plan:
     timeout: timedelta
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Member:
+    """said: the reports that were read so far."""
+
     rank: int
     process: BaseProcess
     reports: Connection
+    said: list[bytes] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -86,21 +92,46 @@ def run_spawned(
     """Runs ``worker(rank, world_size, *args)`` in world_size processes; returns the exit code of the run."""
     store, port = _serve_store(port)
     plan = Plan(worker, args, world_size, port, device_type, timeout)
-    received: list[int] = []
+    signals = SignalRelay()
     members: list[Member] = []
-
-    def pass_on(number: int) -> None:
-        received.append(number)
-        for member in members:
-            _send(member.process, number)
-
-    with handled_signals(pass_on):
+    with handled_signals(signals.handle):
         try:
-            members.extend(_start(plan, rank) for rank in range(world_size))
-            return _watch(members, received)
+            for rank in range(world_size):
+                members.append(_start(plan, rank))
+            signals.open(members)
+            return _watch(members, signals.received)
         finally:
             _end(members)
             del store
+
+
+class SignalRelay:
+    """Passes each signal on once; one that comes while the members are being started waits for the last.
+
+    ``handle`` may interrupt ``open`` or itself at any point, so that one ``pop`` decides who passes one on.
+    """
+
+    def __init__(self) -> None:
+        self.received: list[int] = []
+        self._waiting: list[int] = []
+        self._members: list[Member] = []
+
+    def handle(self, number: int) -> None:
+        self.received.append(number)
+        self._waiting.append(number)
+        self._pass_on()
+
+    def open(self, members: list[Member]) -> None:
+        """members: all of them."""
+        self._members = members
+        self._pass_on()
+
+    def _pass_on(self) -> None:
+        with contextlib.suppress(IndexError):
+            while self._members:
+                number = self._waiting.pop(0)
+                for member in self._members:
+                    _send(member.process, number)
 
 
 def _serve_store(port: int) -> tuple[dist.TCPStore, int]:
@@ -130,27 +161,68 @@ def _start(plan: Plan, rank: int) -> Member:
 
 
 def _watch(members: list[Member], received: list[int]) -> int:
-    """Waits for all members, or for the first failure; returns the exit code."""
+    """Waits for all members, or for the first failure; returns the exit code.
+
+    received: the signals that were passed on. A member that stops in good order because of one is no failure,
+    and the others may take their time: one of them may be writing the checkpoint.
+    """
     running = list(members)
     while running:
-        wait([member.process.sentinel for member in running])
-        if any(member.process.exitcode for member in running):
-            wait_until = time.monotonic() + SETTLE_SECONDS
-            for member in running:
-                member.process.join(max(0.0, wait_until - time.monotonic()))
-            failures = [_failure(member) for member in running if member.process.exitcode]
-            return _report(min(failures, key=lambda failure: failure.when), received)
-        running = [member for member in running if member.process.is_alive()]
-    return 0
+        ended = _wait(running)
+        running = [member for member in running if member not in ended]
+        failed = [member for member in ended if _has_failed(member, received)]
+        if failed:
+            failed += [member for member in _settle(running) if _has_failed(member, received)]
+            return _report(min(map(_failure, failed), key=lambda failure: failure.when), received)
+    return INTERRUPTED if any(member.process.exitcode for member in members) else 0
+
+
+def _wait(running: list[Member], seconds: float | None = None) -> list[Member]:
+    """Waits until something happens, and reads what members say; returns those that have ended, if any.
+
+    A sentinel is closed a moment before its process can be waited for: until then it has no exit code, so it
+    is joined. Reports are read at once because a member that says more than a pipe holds waits for that.
+    """
+    sentinels = [member.process.sentinel for member in running]
+    ready = wait([*sentinels, *(each.reports for each in running if not each.reports.closed)], seconds)
+    ended = [member for member, sentinel in zip(running, sentinels) if sentinel in ready]
+    for member in ended:
+        member.process.join()
+    for member in running:
+        _read(member)
+    return ended
+
+
+def _read(member: Member) -> None:
+    """Reads what there is; closes the pipe at its end, or where a member was killed within a report."""
+    try:
+        while not member.reports.closed and member.reports.poll():
+            member.said.append(member.reports.recv_bytes())
+    except (EOFError, OSError):
+        member.reports.close()
+
+
+def _settle(running: list[Member]) -> list[Member]:
+    """The members that end within SETTLE_SECONDS."""
+    deadline = time.monotonic() + SETTLE_SECONDS
+    ended: list[Member] = []
+    while len(ended) < len(running) and time.monotonic() < deadline:
+        left = [member for member in running if member not in ended]
+        ended += _wait(left, max(0.0, deadline - time.monotonic()))
+    return ended
+
+
+def _has_failed(member: Member, received: list[int]) -> bool:
+    code = member.process.exitcode
+    return code != 0 and not (received and code == INTERRUPTED)
 
 
 def _failure(member: Member) -> Failure:
     """What a member that ended with an exit code other than 0 died of. One that said nothing died before
     the rest."""
     code = member.process.exitcode or 0
-    with contextlib.suppress(EOFError):
-        if member.reports.poll():
-            return Failure(rank=member.rank, code=code, **json.loads(member.reports.recv_bytes()))
+    if member.said:
+        return Failure(rank=member.rank, code=code, **json.loads(member.said[0]))
     if code < 0:
         return Failure(member.rank, "killed", signal.Signals(-code).name, 0.0, code)
     return Failure(member.rank, "exit", "", 0.0, code)
@@ -177,13 +249,13 @@ def _report(failure: Failure, received: list[int]) -> int:
 def _end(members: list[Member]) -> None:
     """No member is left behind this."""
     for member in members:
+        member.reports.close()  # nobody waits for it to be read
         _send(member.process, signal.SIGTERM)
     deadline = time.monotonic() + END_SECONDS
     for member in members:
         member.process.join(max(0.0, deadline - time.monotonic()))
         member.process.kill()
         member.process.join()
-        member.reports.close()
 
 
 def _send(process: BaseProcess, number: int) -> None:
@@ -207,7 +279,7 @@ def _member(plan: Plan, rank: int, reports: Connection) -> None:
     except KeyboardInterrupt:
         _send_report(reports, "interrupted", "")
     except Exception as error:  # whatever it is, it is reported and ends the run
-        _send_report(reports, "error", out_of_memory(error) or traceback.format_exc()[-REPORT_LIMIT:])
+        _send_report(reports, "error", out_of_memory(error) or traceback.format_exc())
     finally:
         logging.flush()
         sys.stdout.flush()
@@ -232,8 +304,18 @@ def _loopback_interface() -> str:
 
 
 def _send_report(reports: Connection, kind: str, text: str) -> None:
+    report = {"kind": kind, "text": _shortened(text), "when": time.monotonic()}
     with contextlib.suppress(BrokenPipeError):
-        reports.send_bytes(json.dumps({"kind": kind, "text": text, "when": time.monotonic()}).encode())
+        reports.send_bytes(json.dumps(report, ensure_ascii=False).encode())
+
+
+def _shortened(text: str) -> str:
+    """At most about REPORT_LIMIT bytes of UTF-8."""
+    encoded = text.encode(errors="backslashreplace")
+    if len(encoded) > REPORT_LIMIT:
+        half = REPORT_LIMIT // 2
+        encoded = encoded[:half] + b" [...] " + encoded[-half:]
+    return encoded.decode(errors="ignore")
 
 
 def _stop_when_orphaned() -> None:

@@ -313,7 +313,7 @@ class Trainer:
             progress.step_in_epoch = self._same_place(progress.step_in_epoch, batch)
         self.progress = progress
         if self.run_folder is not None:
-            self.run_folder.truncate_after(self.progress.step)
+            self.run_folder.truncate_after(self.progress.step, self.progress.epoch)
 
     def _same_place(self, steps: int, batch: int) -> int:
         """The steps of an epoch that cover the users of ``steps`` steps of another global batch, and no more."""

@@ -73,18 +73,14 @@ def test_a_copied_checkpoint_loads_alone(tmp_path):
     assert not (tmp_path / "empty").exists()
 
 
-def test_attached_files_are_not_stored_twice(tmp_path):
-    store = store_with(tmp_path, 2)
-    inodes = {(path / "item_ids.parquet").stat().st_ino for path in store.paths()}
-    assert len(inodes) == 1
-
-
-def test_attached_files_are_copied_where_links_are_refused(tmp_path, monkeypatch):
-    def refuse(*names):
-        raise OSError(1, "Operation not permitted")
-
-    monkeypatch.setattr(os, "link", refuse)
-    assert store_with(tmp_path, 1).load_newest().item_ids().to_pylist() == IDS.to_pylist()
+def test_a_damaged_attached_file_costs_one_checkpoint(tmp_path, warnings):
+    store = store_with(tmp_path, 3)
+    for name in ("item_ids.parquet", "settings.json", "resolved.gin"):
+        flip_bit(tmp_path / "attached" / name)
+        flip_bit(store.paths()[-1] / name)
+    newest = store.load_newest()
+    assert newest.state == {"seen": 2} and newest.item_ids().to_pylist() == IDS.to_pylist()
+    assert len(warnings) == 1
 
 
 def test_attaching_anew_leaves_older_checkpoints_as_they_were(tmp_path):
@@ -119,14 +115,12 @@ def test_newest_is_the_last_written_whatever_its_position(tmp_path):
 def flip_bit(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 16
-    path.unlink()  # the attached files are hard links: the other checkpoints' must stay whole
     path.write_bytes(content)
 
 
 def cut(path: Path) -> None:
-    content = path.read_bytes()
-    path.unlink()
-    path.write_bytes(content[: len(content) // 2])
+    """In place, as `flip_bit`: a file that checkpoints share would be damaged in all of them."""
+    os.truncate(path, path.stat().st_size // 2)
 
 
 @pytest.mark.parametrize("damage", [flip_bit, cut, Path.unlink])
@@ -143,11 +137,67 @@ def cut(path: Path) -> None:
 )
 def test_a_damaged_newest_is_reported_and_the_one_before_used(tmp_path, warnings, damage, name):
     store = store_with(tmp_path, 3)
-    damage(store.paths()[-1] / name)
-    assert store.load_newest().state == {"seen": 2}
-    assert len(warnings) == 1 and store.paths()[-1].name in warnings[0] and "\n" not in warnings[0]
+    damaged = store.paths()[-1]
+    damage(damaged / name)
     with pytest.raises(DamagedCheckpoint):
-        store.load(store.paths()[-1])
+        store.load(damaged)
+    assert store.load_newest().state == {"seen": 2}
+    assert len(warnings) == 1 and str(damaged) in warnings[0] and "\n" not in warnings[0]
+    assert store.paths()[-1].name == "000002-epoch-0-step-2"
+
+
+def test_a_damaged_best_takes_the_place_of_no_other(tmp_path, warnings):
+    store = CheckpointStore(tmp_path, keep_last=3)
+    for step, best in [(1, True), (2, False), (3, True)]:
+        store.save((0, step), tensors(step), {}, is_best=best)
+    cut(store.paths()[-1] / "tensors.safetensors")
+    assert store.load_newest().position.step == 2
+    assert warnings[0].endswith(
+        "set aside as damaged-000003-epoch-0-step-3; the checkpoint before it is used"
+    )
+    for step in (4, 5, 6):
+        store.save((0, step), tensors(step), {})
+    assert [store.load(path).position.step for path in store.paths()] == [1, 4, 5, 6]
+    assert store.load_best().position.step == 1
+    assert (tmp_path / "damaged-000003-epoch-0-step-3").is_dir() and len(warnings) == 1
+
+
+def test_serial_numbers_of_damaged_checkpoints_are_not_used_again(tmp_path, warnings):
+    store = store_with(tmp_path, 2)
+    for _ in range(2):
+        cut(store.paths()[-1] / "state.json")
+        assert store.load_newest().state == {"seen": 1}
+        store.save((0, 2), tensors(2), {"seen": 2})
+    assert [path.name[:6] for path in store.paths()] == ["000001", "000004"]
+    assert len(list(tmp_path.glob("damaged-*"))) == len(warnings) == 2
+
+
+def test_a_reader_sets_nothing_aside(tmp_path, warnings):
+    store = store_with(tmp_path, 2)
+    cut(store.paths()[-1] / "state.json")
+    before = store.paths()
+    assert CheckpointStore(tmp_path, read_only=True).load_newest().state == {"seen": 1}
+    assert store.paths() == before and "set aside" not in warnings[0]
+
+
+def test_a_damaged_one_that_cannot_be_renamed_is_passed_over(tmp_path, warnings, monkeypatch):
+    store = store_with(tmp_path, 2)
+    cut(store.paths()[-1] / "state.json")
+
+    def refuse(*names):
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "rename", refuse)
+    assert store.load_newest().state == {"seen": 1}
+    assert len(store.paths()) == 2 and "set aside" not in warnings[0]
+
+
+def test_a_state_that_would_not_be_read_back_is_not_written(tmp_path):
+    store = store_with(tmp_path, 1)
+    with pytest.raises(UserError, match=r"state.json of a checkpoint would be \d+ bytes"):
+        store.save((0, 2), tensors(), {"long": "x" * (16 << 20)})
+    assert store.load_newest().state == {"seen": 1}
+    assert list(tmp_path.glob(".*")) == []
 
 
 def test_all_damaged(tmp_path, warnings):

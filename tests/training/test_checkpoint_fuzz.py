@@ -4,9 +4,11 @@ import hashlib
 import json
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -14,6 +16,7 @@ from generative_recommenders.features import UserError
 from generative_recommenders.training.checkpoint import Checkpoint, CheckpointStore
 from generative_recommenders.training.settings import RunSettings
 from memory import memory_grows_at_most
+from programs import quick_start
 
 MUTANTS = [1000, pytest.param(100_000, marks=pytest.mark.slow)]
 WORDS = (b"null", b"{", b"]", b'"', b"1e999", b"-1", b"../", b"\xff\xfe", b"9" * 30, b"[" * 3000)
@@ -112,6 +115,61 @@ def test_a_forged_checkpoint_is_loaded_or_refused(tmp_path, whole, mutants):
         refused += outcome(store, folder) is None
         path.write_bytes(before)
     assert mutants // 5 < refused < mutants
+
+
+def forge_ids(path: Path, how: str) -> None:
+    """A few KB that are 300 MB of item ids when read."""
+    repeated = pa.array(["x" * 1_000_000]).take(pa.array([0] * 300))
+    values = pa.nulls(100_000_000, pa.string()) if how == "nulls" else repeated
+    options = {
+        "compression": "zstd" if how == "compressed" else "none",
+        "use_dictionary": how != "compressed",
+    }
+    if how == "delta":
+        options = {
+            "compression": "none", "use_dictionary": False, "column_encoding": {"item_id": "DELTA_BYTE_ARRAY"}
+        }  # fmt: skip
+    pq.write_table(pa.table({"item_id": values}), path, write_statistics=False, **options)
+    if how == "said plain":
+        content = path.read_bytes()
+        start, found, end = content.rpartition(bytes([0, 6, 16]))  # PLAIN, RLE, RLE_DICTIONARY in the footer
+        assert found
+        path.write_bytes(start + bytes([0, 6, 6]) + end)
+
+
+def read_forged_ids(folder: Path) -> None:
+    with memory_grows_at_most(100), pytest.raises(UserError, match=r"item_ids.parquet is packed"):
+        CheckpointStore(folder.parent, read_only=True).load(folder).item_ids()
+
+
+@pytest.mark.parametrize("how", ["compressed", "dictionary", "said plain", "delta", "nulls"])
+def test_packed_item_ids_are_refused_before_they_fill_the_memory(whole, how):
+    """Made and read by processes of their own: the peak of this one may be high already."""
+    path = whole / "item_ids.parquet"
+    in_process(forge_ids, path, how)
+    assert path.stat().st_size < 2_000_000
+    seal(whole)
+    in_process(read_forged_ids, whole)
+
+
+def in_process(work: Callable[..., None], *arguments: object) -> None:
+    process = quick_start().Process(target=work, args=arguments)
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "mebibytes"),
+    [("state.json", 17), ("settings.json", 2), ("resolved.gin", 2), ("manifest.json", 2)],
+)
+def test_long_files_are_refused_before_they_are_read(tmp_path, whole, name, mebibytes):
+    with open(whole / name, "ab") as file:
+        file.write(b" " * (mebibytes << 20))
+    if name != "manifest.json":
+        seal(whole)
+    with pytest.raises(UserError, match=f"{name} is too long"):
+        CheckpointStore(tmp_path / "other", read_only=True).load(whole)
 
 
 VALUES = (None, -1, 2**70, 1.5, True, "", "x" * 200, [], {}, float("inf"))

@@ -155,6 +155,53 @@ def test_names_without_the_prefix_of_parallel_training(tmp_path):
     ]
 
 
+TABLE = "_embedding_module._item_emb.weight"
+ODD = {
+    "sparse": (lambda: torch.ones(4, 8).to_sparse(), "no plain tensor"),
+    "csr": (lambda: torch.ones(4, 8).to_sparse_csr(), "no plain tensor"),
+    "meta": (lambda: torch.empty(4, 8, device="meta"), "no plain tensor"),
+    "quantized": (lambda: torch.quantize_per_tensor(torch.ones(4, 8), 0.1, 0, torch.qint8), "holds qint8"),
+    "nested": (lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), "no plain tensor"),
+    "0-d": (lambda: torch.tensor(1.0), "has 0 dimensions, not 2"),
+    "1-d": (lambda: torch.ones(4), "has 1 dimensions, not 2"),
+    "complex": (lambda: torch.ones(4, 8, dtype=torch.complex64), "holds complex64"),
+    "whole numbers": (lambda: torch.ones(4, 8, dtype=torch.int64), "holds int64"),
+    "8 bits": (lambda: torch.ones(4, 8).to(torch.float8_e4m3fn), "holds float8_e4m3fn"),
+    "NaN": (lambda: torch.full((4, 8), float("nan")), "holds NaN or infinite values"),
+    "infinite": (lambda: torch.full((4, 8), float("-inf"), dtype=torch.bfloat16), "holds NaN or infinite"),
+    "infinite in float32": (lambda: torch.full((4, 8), 1e300, dtype=torch.float64), "holds NaN or infinite"),
+    "stretched": (lambda: torch.ones(1).expand(100, 4_000_000), r"fewer values .* \[100, 4000000\]"),
+}
+
+
+@pytest.mark.parametrize("item_ids", [None, pa.array(["1", "2", "3"])])
+@pytest.mark.parametrize("odd", ODD)
+@pytest.mark.filterwarnings("ignore")
+@memory_grows_at_most(100)
+def test_tensors_that_are_no_weights_are_refused(tmp_path, odd, item_ids):
+    """Before they are reordered, compared or copied."""
+    make, said = ODD[odd]
+    config, arrays = golden("meta_sasrec")
+    path = save(tmp_path / "ckpt", {**parameters(arrays), TABLE: make()})
+    with pytest.raises(UserError, match=f"{TABLE} of the checkpoint .*{said}") as caught:
+        load_meta_checkpoint(model(config), path, item_ids)
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_of_other_precisions_and_strides_are_read(tmp_path):
+    config, arrays = golden("meta_sasrec")
+    values = {
+        name: value.t().contiguous().t().double()
+        for name, value in parameters(arrays).items()
+        if value.dim() == 2
+    }
+    recommender = model(config)
+    load_meta_checkpoint(recommender, save(tmp_path / "ckpt", {**parameters(arrays), **values}), None)
+    assert torch.allclose(
+        encode(recommender, arrays, arrays["input/past_ids"]), arrays["output/encoded"], atol=1e-5
+    )
+
+
 class Payload:
     def __init__(self, marker: Path) -> None:
         self.marker = marker

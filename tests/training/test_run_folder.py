@@ -66,6 +66,104 @@ def test_tensorboard_hides_the_steps_behind_the_checkpoint(tmp_path):
     assert [(event.step, event.value) for event in events] == [(1, 1), (2, 1), (3, 1), (4, 2)]
 
 
+def record_epoch(run: RunFolder, step: int, loss: float) -> None:
+    """What a run writes at the last step of epoch 1, as its log does."""
+    run.write_scalars(step, {"train/loss": loss})
+    run.write_metrics(step, {"train/loss": loss})
+    record_epoch_end(run, step, loss)
+
+
+def record_epoch_end(run: RunFolder, step: int, loss: float) -> None:
+    run.write_scalars(step, {"validation/mrr": loss, "train/epoch_loss": loss})
+    run.write_metrics(step, {"part": "validation", "epoch": 1, "train_loss": loss, "mrr": loss})
+
+
+def scalars(run: RunFolder) -> dict[str, list[tuple[int, float]]]:
+    events = EventAccumulator(str(run.tensorboard)).Reload()
+    return {
+        tag: [(each.step, each.value) for each in events.Scalars(tag)] for tag in events.Tags()["scalars"]
+    }
+
+
+@pytest.mark.parametrize("killed_between", [False, True])
+def test_an_epoch_is_recorded_once_behind_a_checkpoint_on_its_last_step(tmp_path, killed_between):
+    """The checkpoint is of step 4, before epoch 1 was scored; the kill came while it was recorded, or later."""
+    with RunFolder.create_or_open(tmp_path) as run:
+        run.write_scalars(3, {"train/loss": 3.0})
+        run.write_metrics(3, {"train/loss": 3.0})
+        record_epoch(run, 4, 4.0)
+    if killed_between:
+        lines = run.metrics_path.read_bytes().splitlines(keepends=True)
+        run.metrics_path.write_bytes(b"".join(lines[:-1]))
+    with RunFolder.create_or_open(tmp_path, resume=True) as run:
+        run.truncate_after(4, epoch=1)
+        assert [(each["step"], "epoch" in each) for each in records(run)] == [(3, False), (4, False)]
+        record_epoch_end(run, 4, 5.0)
+        assert [each["mrr"] for each in records(run) if "epoch" in each] == [5.0]
+    assert scalars(run) == {
+        "train/loss": [(3, 3.0), (4, 4.0)],
+        "validation/mrr": [(4, 5.0)],
+        "train/epoch_loss": [(4, 5.0)],
+    }
+
+
+def test_the_record_of_an_epoch_before_the_checkpoint_stays(tmp_path):
+    """The checkpoint is of step 4 and epoch 2, which is to begin."""
+    with RunFolder.create_or_open(tmp_path) as run:
+        record_epoch(run, 4, 4.0)
+        run.write_scalars(5, {"train/loss": 5.0})
+    with RunFolder.create_or_open(tmp_path, resume=True) as run:
+        run.truncate_after(4, epoch=2)
+        assert [each.get("epoch") for each in records(run)] == [None, 1]
+        run.write_scalars(5, {"train/loss": 6.0})
+    found = scalars(run)
+    assert found["validation/mrr"] == [(4, 4.0)] and found["train/loss"] == [(4, 4.0), (5, 6.0)]
+
+
+LINKED = ["run.lock", "metrics.jsonl", "train.log", "resolved.gin", "curves.png"]
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("name", LINKED)
+@pytest.mark.parametrize("exists", [True, False])
+def test_links_to_files_elsewhere_are_refused(tmp_path, name, resume, exists):
+    run, outside = tmp_path / "run", tmp_path / "outside"
+    run.mkdir()
+    (run / name).symlink_to(outside)
+    if exists:
+        outside.write_text("precious" if resume or name != "metrics.jsonl" else "")
+    before = outside.read_text() if exists else None
+    with pytest.raises(UserError, match=f"{name} is a symbolic link") as caught:
+        RunFolder.create_or_open(run, resume=resume)
+    assert "\n" not in str(caught.value)
+    assert (outside.read_text() if outside.exists() else None) == before
+    assert sorted(path.name for path in run.iterdir()) == [name]
+
+
+def test_a_link_made_at_the_last_moment_is_not_followed(tmp_path, monkeypatch):
+    outside = tmp_path / "outside"
+    outside.write_text("precious")
+    monkeypatch.setattr("generative_recommenders.training.run_folder._refuse_links", lambda folder: None)
+    for name in LINKED[:3]:
+        run = tmp_path / f"run {name}"
+        run.mkdir()
+        (run / name).symlink_to(outside)
+        with pytest.raises(UserError, match="cannot write to run folder"):
+            RunFolder.create_or_open(run, resume=True)
+    assert outside.read_text() == "precious"
+
+
+def test_a_link_in_place_of_a_half_written_file_is_not_followed(tmp_path):
+    outside = tmp_path / "outside"
+    outside.write_text("precious")
+    with RunFolder.create_or_open(tmp_path / "run") as run:
+        for name in (".resolved.gin.writing", ".metrics.jsonl.writing"):
+            (run.path / name).symlink_to(outside)
+        assert run.save_resolved_gin("a = 1\n").read_text() == "a = 1\n"
+        run.truncate_after(0)
+    assert outside.read_text() == "precious"
+
+
 @pytest.mark.parametrize("hours_back", [24, 200_000])
 def test_tensorboard_hides_them_where_the_clock_was_put_back(tmp_path, monkeypatch, hours_back):
     real = time.time
