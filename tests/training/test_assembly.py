@@ -7,12 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from generative_recommenders.data.sequence_dataset import SequenceDataset
 from generative_recommenders.features import UserError
 from generative_recommenders.indexing.mol_top_k import MoLAvgTopK
 from generative_recommenders.indexing.top_k import MIPSBruteForceTopK
@@ -22,7 +20,6 @@ from generative_recommenders.objectives.catalogue_losses import CATALOGUE_LOSSES
 from generative_recommenders.objectives.losses import SAMPLED_LOSSES
 from generative_recommenders.objectives.scalable_cross_entropy import ScalableCrossEntropyLoss
 from generative_recommenders.training.assembly import (
-    Catalogue,
     build_criterion,
     build_model,
     build_objective,
@@ -379,27 +376,6 @@ def test_a_tied_discriminator_adds_its_head_alone() -> None:
     assert sum(p.numel() for p in build_criterion(apart, catalogue()).parameters()) == 9 + encoder
     with pytest.raises(UserError, match="tied"):
         build_criterion(tied, catalogue())
-
-
-def test_catalogue_of_a_data_set(ragged_dataset: SequenceDataset) -> None:
-    stops = np.minimum(ragged_dataset.lengths, 3)
-    found = Catalogue.of(ragged_dataset, stops)
-    seen = [ragged_dataset.items[start : start + stop] for start, stop in zip(ragged_dataset.offsets, stops)]
-    expected = np.bincount(np.concatenate(seen), minlength=31)[1:]
-    assert found.counts.tolist() == expected.tolist()
-    assert (found.num_items, found.has_ratings, found.has_timestamps) == (30, True, True)
-    with pytest.raises(
-        UserError, match="train_fn.category_feature: 'genre' is no item feature of tiny; known: none"
-    ):
-        Catalogue.of(ragged_dataset, stops, "genre")
-
-
-@pytest.mark.parametrize("wrong", [0, 31])
-def test_item_ids_out_of_range(ragged_dataset: SequenceDataset, wrong: int) -> None:
-    items = np.array(ragged_dataset.items)
-    items[5] = wrong
-    with pytest.raises(UserError, match=r"outside 1..30; prepare the data again"):
-        Catalogue.of(dataclasses.replace(ragged_dataset, items=items), ragged_dataset.lengths)
 
 
 def test_decay_of_user_embeddings_is_a_weight_of_their_norm() -> None:
