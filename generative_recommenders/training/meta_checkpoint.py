@@ -6,10 +6,12 @@ They are ``torch.save`` files of ``{"epoch", "model_state_dict", "optimizer_stat
 
 from __future__ import annotations
 
+import mmap
 import pickle
 import re
 import struct
 import warnings
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -64,6 +66,7 @@ def load_meta_checkpoint(model: torch.nn.Module, path: Path | str, item_ids: pa.
 def read_meta_checkpoint(path: Path | str) -> dict[str, torch.Tensor]:
     """The model's parameters under the authors' names, on the CPU, without the prefix of data-parallel
     training."""
+    _check_unpacked_size(Path(path))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the pickle protocol of files that are refused anyway
@@ -75,6 +78,35 @@ def read_meta_checkpoint(path: Path | str) -> dict[str, torch.Tensor]:
     if not isinstance(state, Mapping) or not all(isinstance(each, torch.Tensor) for each in state.values()):
         raise UserError(f"{path} holds no model_state_dict of tensors: give a file saved by the HSTU program")
     return {str(name).removeprefix("module."): value for name, value in state.items()}
+
+
+def _check_unpacked_size(path: Path) -> None:
+    """UserError for a file that would fill more memory than it has bytes: torch.save packs nothing, and tensors need no
+    ``bytearray``, which a few bytes of pickle make as long as they like."""
+    try:
+        named = _pickles_name(path, b"bytearray")
+    except UserError:
+        raise
+    except (*_UNREADABLE, zipfile.BadZipFile):  # torch.load says what it is
+        return
+    if named:
+        raise UserError(
+            f"{path} is not a checkpoint that can be read as plain tensors: it builds a bytearray"
+        )
+
+
+def _pickles_name(path: Path, word: bytes) -> bool:
+    if not zipfile.is_zipfile(path):
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return content.find(word) >= 0
+    with zipfile.ZipFile(path) as pack:
+        entries = pack.infolist()
+        packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+        if packed or sum(entry.file_size for entry in entries) > path.stat().st_size:
+            raise UserError(
+                f"{path} is not a checkpoint that can be read as plain tensors: its entries are packed"
+            )
+        return any(word in pack.read(entry) for entry in entries if entry.filename.endswith(".pkl"))
 
 
 def rename_parameters(values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -2,6 +2,7 @@ import json
 import os
 import pickle
 import random
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -261,3 +262,26 @@ def test_mutated_files_are_read_or_refused(tmp_path, mutants, zipped):
             refused += 1
             assert "\n" not in str(error)
     assert refused > mutants // 10
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_file_that_builds_more_than_it_holds_is_refused_unread(tmp_path: Path, zipped: bool) -> None:
+    class Long:
+        def __reduce__(self) -> tuple:
+            return bytearray, (2 << 30,)
+
+    path = tmp_path / "a.ckpt"
+    torch.save(
+        {"model_state_dict": {"a": torch.zeros(1)}, "b": Long()}, path, _use_new_zipfile_serialization=zipped
+    )
+    with memory_grows_at_most(64), pytest.raises(UserError, match="it builds a bytearray"):
+        read_meta_checkpoint(path)
+
+
+def test_packed_entries_are_refused(tmp_path: Path) -> None:
+    plain, packed = save(tmp_path / "plain.ckpt", {"a": torch.zeros(1 << 20)}), tmp_path / "packed.ckpt"
+    with zipfile.ZipFile(plain) as source, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as sink:
+        for entry in source.infolist():
+            sink.writestr(entry.filename, source.read(entry))
+    with pytest.raises(UserError, match="its entries are packed"):
+        read_meta_checkpoint(packed)
