@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 
@@ -38,6 +39,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(
         key=lambda item: item.path.name not in LONG_FILES
     )  # first, so that no worker ends with one alone
+
+
+@pytest.fixture(autouse=True)
+def log_lines_reach_caplog(monkeypatch: pytest.MonkeyPatch) -> None:
+    """absl's logger keeps its lines to itself where an earlier test has run a program in this process."""
+    monkeypatch.setattr(logging.getLogger("absl"), "propagate", True)
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -29,8 +29,8 @@ _KNOWN_FILES = {TENSORS, STATE, *ATTACHED}
 _MANIFEST = "manifest.json"
 _LIMITS = {_MANIFEST: 1 << 20, STATE: 16 << 20, "settings.json": 1 << 20, "resolved.gin": 1 << 20}
 """Bytes of files that are read at once: more is neither written nor read."""
-_PLAIN = {"PLAIN", "RLE", "BIT_PACKED"}
-"""Parquet encodings of strings that take as much space in the file as in memory."""
+_BATCH_ROWS = 32
+"""Item ids read at a time."""
 
 
 class DamagedCheckpoint(UserError):
@@ -160,8 +160,7 @@ def read_item_ids(folder: Path) -> pa.Array:
     path = folder / "item_ids.parquet"
     try:
         with pq.ParquetFile(path) as file:
-            _check_unpacked(path, file.metadata)
-            table = file.read(use_threads=False)
+            table = pa.Table.from_batches(_plain_batches(path, file), file.schema_arrow)
         table.validate(full=True)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DamagedCheckpoint(
@@ -176,25 +175,23 @@ def read_item_ids(folder: Path) -> pa.Array:
     return table["item_id"].combine_chunks()
 
 
-def _check_unpacked(path: Path, metadata: pq.FileMetaData) -> None:
-    """Refuses a small file that would fill the memory: `write_item_ids` compresses nothing, and each row
-    takes some bytes."""
-    chunks = [
-        metadata.row_group(group).column(column)
-        for group in range(metadata.num_row_groups)
-        for column in range(metadata.num_columns)
-    ]
-    plain = all(
-        chunk.compression == "UNCOMPRESSED"
-        and set(chunk.encodings) <= _PLAIN
-        and not chunk.has_dictionary_page
-        for chunk in chunks
+def _plain_batches(path: Path, file: pq.ParquetFile) -> Iterator[pa.RecordBatch]:
+    """The rows, a few at a time; refuses a small file that would fill the memory: `write_item_ids` packs nothing, so what
+    is read is no more than the file holds. (Only numbers of the whole file and of row groups are looked at: pyarrow
+    aborts the process on faulty metadata of columns.)"""
+    held, total = path.stat().st_size, 0
+    metadata = file.metadata
+    claimed = sum(metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups))
+    packed = DamagedCheckpoint(
+        f"damaged checkpoint {path.parent}: {path.name} is packed, and was not written so"
     )
-    claimed = max(metadata.num_rows, sum(chunk.total_uncompressed_size for chunk in chunks))
-    if not plain or claimed > path.stat().st_size:
-        raise DamagedCheckpoint(
-            f"damaged checkpoint {path.parent}: {path.name} is packed, and was not written so"
-        )
+    if max(metadata.num_rows, claimed) > held:
+        raise packed
+    for batch in file.iter_batches(_BATCH_ROWS, use_threads=False):
+        total += batch.get_total_buffer_size()
+        if total > 4 * held + (1 << 20):
+            raise packed
+        yield batch
 
 
 def sync(path: Path) -> None:
