@@ -15,6 +15,10 @@ from generative_recommenders.data.feature_tables import describe
 from generative_recommenders.data.manifest import COLUMNS, FeatureSpec, Manifest, column_file, read_manifest
 from generative_recommenders.features import UserError
 
+TABLE_ROWS = 512
+"""Rows of ids and features read at a time."""
+MOST_UNPACKED = 300
+"""Times its size that a table may take in memory; names that repeat take some ten times."""
 VERIFY_EVENTS = 1 << 21
 """Events that are compared with the hash at a time."""
 
@@ -96,7 +100,7 @@ class SequenceDataset:
         """Columns of ``users`` or ``items``, as many rows as the manifest says."""
         path = self.folder / f"{owners}.parquet"
         try:
-            table = pq.read_table(path, columns=columns)
+            table = _bounded_table(path, columns)
             table.validate(full=True)
         except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
             raise UserError(f"{path}: missing, damaged or cut short; prepare the data again") from error
@@ -173,3 +177,20 @@ def _check_rows(path: Path, expected: int) -> None:
         raise UserError(f"{path}: missing, damaged or cut short; prepare the data again") from error
     if rows != expected:
         raise UserError(f"{path}: {rows} rows, the manifest says {expected}; prepare the data again")
+
+
+def _bounded_table(path: Path, columns: list[str]) -> pa.Table:
+    """Those of the columns that are there, read some rows at a time: a short file that stands for many equal strings is
+    refused before it fills the memory."""
+    held, total, batches = path.stat().st_size, 0, []
+    with pq.ParquetFile(path) as file:
+        names = [name for name in columns if name in file.schema_arrow.names]
+        for batch in file.iter_batches(TABLE_ROWS, columns=names, use_threads=False):
+            total += batch.get_total_buffer_size()
+            if total > MOST_UNPACKED * held + (64 << 20):
+                raise UserError(
+                    f"{path}: it unpacks to more than {MOST_UNPACKED} times its size; prepare the data again"
+                )
+            batches.append(batch)
+        schema = pa.schema([file.schema_arrow.field(name) for name in names])
+    return pa.Table.from_batches(batches, schema if not batches else None).select(names)

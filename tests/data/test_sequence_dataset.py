@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from generative_recommenders.data import sequence_dataset
 from generative_recommenders.data.preparation import prepare_batches
 from generative_recommenders.data.ratings_table import RawRatings
 from generative_recommenders.data.sequence_dataset import SequenceDataset
@@ -325,3 +326,15 @@ def test_a_manifest_without_measure_is_refused_unread(folder: Path) -> None:
         file.truncate(1 << 30)
     with memory_grows_at_most(32):
         assert "longer than" in error_of(folder)
+
+
+def test_a_table_that_unpacks_without_measure_is_refused(folder: Path) -> None:
+    ids = pa.array(["x" * 500_000]).take(pa.array([0] * 4000, pa.int64()))
+    with pq.ParquetWriter(
+        folder / "items.parquet", pa.schema([("item", pa.string())]), compression="zstd"
+    ) as writer:
+        for first in range(0, 4000, 500):
+            writer.write_table(pa.table({"item": ids.slice(first, 500)}))
+    assert (folder / "items.parquet").stat().st_size < 1 << 20
+    with pytest.raises(UserError, match="it unpacks to more than 300 times its size"):
+        sequence_dataset._bounded_table(folder / "items.parquet", ["item"])
