@@ -28,7 +28,9 @@ BINDINGS = "the bindings"
 FILE_LIMIT = 1 << 20  # bytes
 MAX_FILES = 100
 MAX_ENTRIES = 10_000
-"""Of a value, names for values put in their places; and strings in a row, which gin joins one by one."""
+"""Of a value, with names for values put in their places."""
+MAX_STRINGS = 100
+"""In a row: gin joins them one by one, each time copying what it has."""
 GIN_FAULTS = (
     ValueError, TypeError, OSError, AttributeError, NameError, LookupError, RecursionError, MemoryError,
 )  # fmt: skip
@@ -158,10 +160,8 @@ def _bind_text(text: str, place: str, parsed: _Parsed) -> None:
     """
     if "\0" in text:
         raise UserError(f"gin: {place} holds a zero byte: it is not a configuration")
-    if _strings_in_a_row(text) > MAX_ENTRIES // 100:
-        raise UserError(
-            f"gin: {place} joins more than {MAX_ENTRIES // 100} strings: it is not a configuration"
-        )
+    if _strings_in_a_row(text) > MAX_STRINGS:
+        raise UserError(f"gin: {place} joins more than {MAX_STRINGS} strings: it is not a configuration")
     line = 1
     try:
         parser = config_parser.ConfigParser(text, parsed)

@@ -186,7 +186,7 @@ def _bounded_table(path: Path, columns: list[str]) -> pa.Table:
     with pq.ParquetFile(path) as file:
         names = [name for name in columns if name in file.schema_arrow.names]
         for batch in file.iter_batches(TABLE_ROWS, columns=names, use_threads=False):
-            total += batch.get_total_buffer_size()
+            total += batch.nbytes
             if total > MOST_UNPACKED * held + (64 << 20):
                 raise UserError(
                     f"{path}: it unpacks to more than {MOST_UNPACKED} times its size; prepare the data again"

@@ -21,6 +21,10 @@ import torch
 DISABLE_VARIABLE = "GENERATIVE_RECOMMENDERS_NO_FBGEMM"
 """Set to 1 to use the plain torch path although fbgemm is installed."""
 
+_IMPORT_FAULTS = (
+    ImportError, OSError, RuntimeError, AttributeError, LookupError, TypeError, ValueError, AssertionError,
+)  # fmt: skip
+"""What libraries made for another torch raise while they register their operators."""
 _FBGEMM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -36,7 +40,7 @@ def backend() -> tuple[str, str]:
         with _quiet():
             importlib.import_module("fbgemm_gpu")
             _probe()
-    except Exception as error:  # a library of another time may fail in any way
+    except _IMPORT_FAULTS as error:
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         return "torch", f"the installed {versions}: {first_line}"
     return "fbgemm", f"{_fbgemm_version()} with torch {torch.__version__}"

@@ -188,7 +188,7 @@ def _plain_batches(path: Path, file: pq.ParquetFile) -> Iterator[pa.RecordBatch]
     if max(metadata.num_rows, claimed) > held:
         raise packed
     for batch in file.iter_batches(_BATCH_ROWS, use_threads=False):
-        total += batch.get_total_buffer_size()
+        total += batch.nbytes
         if total > 4 * held + (1 << 20):
             raise packed
         yield batch

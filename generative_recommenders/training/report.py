@@ -69,11 +69,11 @@ def model_rows(
 def curve_rows(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """What `visualization.plot_curves` draws of the epochs, counted from 1: the loss, and the table's metrics where the
     evaluation was a full one."""
-    names = {full: ("train_loss", *(COLUMNS if full else ())) for full in (True, False)}
-    return [
-        {"epoch": epoch["epoch"] + 1, **{name: epoch[name] for name in names[epoch["full"]] if name in epoch}}
-        for epoch in history
-    ]
+    rows = []
+    for epoch in history:
+        names = ("train_loss", *COLUMNS) if epoch["full"] else ("train_loss",)
+        rows.append({"epoch": epoch["epoch"] + 1, **{name: epoch[name] for name in names if name in epoch}})
+    return rows
 
 
 def list_metrics_lines(lists: Mapping[str, float]) -> list[str]:
@@ -155,10 +155,9 @@ def model_summary(trainer: Trainer) -> str:
         own = set(part.parameters()) - seen
         counts[name], seen = sum(p.numel() for p in own), seen | own
     total = sum(counts.values())
-    lean = (
-        trainer.settings.train.optimizer == "rowwise_adagrad"
-    )  # the item table has a number a row beside its gradient
-    held = 4 * total - (2 * counts.get("items", 0) if lean else 0)
+    held = 4 * total
+    if trainer.settings.train.optimizer == "rowwise_adagrad":  # it keeps one number a row of the item table
+        held -= 2 * counts["items"]
     lines = [str(model), str(trainer.step.dense.criterion), ""]
     lines += [f"{name:<16}{count:>14,} parameters" for name, count in counts.items()]
     lines += [
