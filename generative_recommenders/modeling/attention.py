@@ -20,17 +20,18 @@ import torch.nn.functional as F
 from .dropout import KeepMasks
 from .layout import Group, Layout
 
-TILE = 64
-"""Queries of a causal tile, at most."""
+_MASK_UNIT = 64
+"""Heights of the causal masks that are kept are multiples of it."""
 
 
 class Tile(NamedTuple):
-    """Queries start..stop of a group against its first ``keys`` keys.
+    """Queries start..stop of a group's first ``rows`` rows against their first ``keys`` keys.
 
     Keys before ``known`` are seen by all of these queries; sees: bool, which of the others, ``[rows, keys - known]`` or
     ``[g, 1, rows, keys - known]``.
     """
 
+    rows: int
     start: int
     stop: int
     keys: int
@@ -50,19 +51,22 @@ class TableBias(NamedTuple):
 
 
 def tiles(group: Group, layout: Layout) -> list[Tile]:
-    """Who sees whom, cut into tiles of equal height. Cells behind a row's end are never seen by real ones."""
+    """Who sees whom, by the steps of a causal group. Cells behind a row's end are never seen by real ones."""
     width = group.width
     if layout.visibility is not None:
-        return [Tile(0, width, width, 0, visible(group, layout))]
-    height = -(-width // -(-width // TILE))
-    sees = _causal(height, group.tokens.device)
-    starts = range(0, width, height)
-    stops = [min(start + height, width) for start in starts]
-    return [Tile(i, j, j, i, sees[: j - i, : j - i]) for i, j in zip(starts, stops)]
+        return [Tile(len(group.lengths), 0, width, width, 0, visible(group, layout))]
+    return [
+        Tile(rows, start, stop, stop, start, _causal(stop - start, group.tokens.device))
+        for start, stop, rows in group.steps
+    ]
 
 
-@functools.lru_cache(maxsize=2 * TILE)
 def _causal(height: int, device: torch.device) -> torch.Tensor:
+    return _causal_mask(-(-height // _MASK_UNIT) * _MASK_UNIT, device)[:height, :height]
+
+
+@functools.lru_cache(maxsize=8)
+def _causal_mask(height: int, device: torch.device) -> torch.Tensor:
     return torch.ones(height, height, dtype=torch.bool, device=device).tril()
 
 
@@ -87,13 +91,13 @@ def softmax_attention(
 ) -> torch.Tensor:
     """softmax(q kᵀ · scale) v over what each token sees, dropout on the probabilities.
 
-    q, k: ``[T, H, d]``; v: ``[T, H, dv]``; returns ``[T, H, dv]``. scale: 1 / sqrt(d) unless given. A token that sees
-    nothing gets 0.
+    q, k: ``[T, H, d]``; v: ``[T, H, dv]``, or k itself, which is then gathered once; returns ``[T, H, dv]``. scale: 1 / sqrt(d)
+    unless given. A token that sees nothing gets 0.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if q.device.type == "cpu":
         with torch.autocast("cpu", enabled=False):  # in the dtype that q, k and v come in
-            return _GroupedSoftmax.apply(q, k, v, layout, dropout_rate, scale)
+            return _GroupedSoftmax.apply(q, k, None if v is k else v, layout, dropout_rate, scale)
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()  # gathered under autograd here
     cells = [_fused_group(q, k, v, group, layout, dropout_rate, scale) for group in layout.groups]
     return _ungroup(torch.cat(cells), layout, q.shape[1]) if cells else torch.zeros_like(v)
@@ -181,30 +185,38 @@ def _hide(logits: torch.Tensor, tile: Tile, heads: int) -> torch.Tensor:
     return logits
 
 
-def _output_gradient(group: Group, grad: torch.Tensor) -> torch.Tensor:
-    """The gradient by tokens ``[T, H, dv]`` as rectangles; 0 in the cells behind a row's end."""
+def _output_gradient(group: Group, grad: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+    """The gradient by tokens ``[T, H, dv]`` as rectangles, times scale; 0 in the cells behind a row's end."""
     (d_out,) = _rectangles(group, grad)
-    counts = group.real().to(grad.dtype)
+    counts = group.real().to(grad.dtype) * scale
     d_out.unflatten(0, (-1, grad.shape[1])).mul_(counts[:, None, :, None])
     return d_out
 
 
-def _set_rows(total: torch.Tensor, tile: Tile, left: torch.Tensor, right: torch.Tensor) -> None:
-    """``left @ right`` into the tile's rows of ``total [G, n, d]``."""
-    if tile.stop - tile.start == total.shape[1]:
-        torch.bmm(left, right, out=total)
-    else:
-        total[:, tile.start : tile.stop] = torch.bmm(left, right)
+def _queries(total: torch.Tensor, tile: Tile, heads: int) -> torch.Tensor:
+    """The tile's queries in ``total [g * H, n, d]``."""
+    return total[: tile.rows * heads, tile.start : tile.stop]
 
 
-def _add_keys(total: torch.Tensor, tile: Tile, left: torch.Tensor, right: torch.Tensor) -> None:
-    """Adds ``left @ right`` to the tile's keys of ``total [G, n, d]``; the last tile, which comes first, has all and sets
-    them.
-    """
-    if tile.keys == total.shape[1]:
-        torch.bmm(left, right, out=total)
+def _keys(total: torch.Tensor, tile: Tile, heads: int) -> torch.Tensor:
+    """The tile's keys in ``total [g * H, n, d]``."""
+    return total[: tile.rows * heads, : tile.keys]
+
+
+def _set(part: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """``left @ right`` into a part of a rectangle."""
+    if part.is_contiguous():
+        torch.bmm(left, right, out=part)
     else:
-        total[:, : tile.keys].add_(torch.bmm(left, right))
+        part.copy_(torch.bmm(left, right))
+
+
+def _add(part: torch.Tensor, written: int, change: torch.Tensor) -> None:
+    """Adds a change to the first ``written`` rows of a part of a rectangle, and sets the others to it."""
+    if written:
+        part[:written].add_(change[:written])
+    if written < len(part):
+        part[written:] = change[written:]
 
 
 Plan = list[tuple[Group, list[Tile]]]
@@ -218,61 +230,73 @@ def _keep_masks(rate: float, q: torch.Tensor, plan: Plan) -> KeepMasks | None:
     """The masks of all tiles' weights ``[g * H, rows, keys]``; None without dropout. q: ``[T, H, d]``."""
     if rate == 0.0:
         return None
-    cells = sum(
-        group.lengths.numel() * (tile.stop - tile.start) * tile.keys for group, part in plan for tile in part
-    )
+    cells = sum(tile.rows * (tile.stop - tile.start) * tile.keys for _, part in plan for tile in part)
     return KeepMasks(rate, q, cells * q.shape[1])
 
 
 class _GroupedSoftmax(torch.autograd.Function):
+    """v: None where the values are the keys; their rectangles and gradients are then one."""
+
     @staticmethod
     def forward(ctx, q, k, v, layout, dropout_rate, scale):
-        out, saved, heads = _Cells(layout, v, v.shape), [], q.shape[1]
+        heads, kept_share = q.shape[1], 1.0 - dropout_rate
+        out, saved = _Cells(layout, q, (k if v is None else v).shape), []
         plan = _plan(layout)
         masks = _keep_masks(dropout_rate, q, plan)
         for group, group_tiles in plan:
-            q_, k_, v_ = _rectangles(group, q, k, v)
-            q_.mul_(scale)
-            v_.mul_(1.0 / (1.0 - dropout_rate))
+            rectangles = list(_rectangles(group, q, k, *([] if v is None else [v])))
+            q_, k_, v_ = rectangles[0], rectangles[1], rectangles[-1]
+            if scale != 1.0:
+                q_.mul_(scale)
             out_ = out.take(group)
-            saved += [q_, k_, v_]
+            saved += rectangles
             for tile in group_tiles:
-                rows, keys = slice(tile.start, tile.stop), slice(tile.keys)
-                logits = _hide(torch.bmm(q_[:, rows], k_[:, keys].mT), tile, heads)
+                logits = _hide(torch.bmm(_queries(q_, tile, heads), _keys(k_, tile, heads).mT), tile, heads)
                 p = torch.softmax(logits, -1)
                 if layout.visibility is not None:  # a token may see nothing
                     p.unflatten(0, (-1, heads)).mul_(tile.sees.any(-1, keepdim=True))
                 dropped = p if masks is None else masks.draw(p.shape).mul_(p)
-                _set_rows(out_, tile, dropped, v_[:, keys])
+                _set(_queries(out_, tile, heads), dropped, _keys(v_, tile, heads))
                 saved += [p, dropped]
+            if dropout_rate:
+                out_.mul_(1.0 / kept_share)
         attended = out.tokens()
         ctx.save_for_backward(attended, *saved)
-        ctx.settings = (layout, plan, dropout_rate, scale, (q.shape, k.shape, v.shape))
+        ctx.settings = (layout, plan, kept_share, scale, (q.shape, k.shape, None if v is None else v.shape))
         return attended
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         attended, *saved = ctx.saved_tensors
-        layout, plan, dropout_rate, scale, shapes = ctx.settings
-        d_q, d_k, d_v = (_Cells(layout, grad, shape) for shape in shapes)
+        layout, plan, kept_share, scale, shapes = ctx.settings
+        d_q, d_k = (_Cells(layout, grad, shape) for shape in shapes[:2])
+        d_v = None if shapes[2] is None else _Cells(layout, grad, shapes[2])
+        heads = grad.shape[1]
         dots = (grad * attended).sum(-1, keepdim=True)  # the rows' sums of dp * p
         remaining = iter(saved)
         for group, group_tiles in plan:
-            q_, k_, v_ = (next(remaining) for _ in range(3))
-            d_out, dots_ = _output_gradient(group, grad), _output_gradient(group, dots)
-            d_q_, d_k_, d_v_ = d_q.take(group), d_k.take(group), d_v.take(group)
+            q_, k_ = next(remaining), next(remaining)
+            v_ = k_ if d_v is None else next(remaining)
+            d_out, dots_ = _output_gradient(group, grad, 1.0 / kept_share), _output_gradient(group, dots)
+            d_q_, d_k_, d_v_ = d_q.take(group), d_k.take(group), None if d_v is None else d_v.take(group)
             pairs = [(next(remaining), next(remaining)) for _ in group_tiles]
+            written = 0
             for tile, (p, dropped) in zip(reversed(group_tiles), reversed(pairs)):
-                rows, keys = slice(tile.start, tile.stop), slice(tile.keys)
-                _add_keys(d_v_, tile, dropped.mT, d_out[:, rows])
-                d_s = torch.bmm(d_out[:, rows], v_[:, keys].mT).mul_(dropped)
-                d_s.addcmul_(p, dots_[:, rows], value=-1.0)
-                _set_rows(d_q_, tile, d_s, k_[:, keys])
-                _add_keys(d_k_, tile, d_s.mT, q_[:, rows])
-            d_q_.mul_(scale)
-            d_v_.mul_(1.0 / (1.0 - dropout_rate))
-        return d_q.tokens(), d_k.tokens(), d_v.tokens(), None, None, None
+                q_t, d_out_t = _queries(q_, tile, heads), _queries(d_out, tile, heads)
+                d_s = torch.bmm(d_out_t, _keys(v_, tile, heads).mT).mul_(dropped)
+                d_s.addcmul_(p, _queries(dots_, tile, heads), value=-1.0)
+                _set(_queries(d_q_, tile, heads), d_s, _keys(k_, tile, heads))
+                d_keys = torch.bmm(d_s.mT, q_t)
+                if d_v_ is None:
+                    d_keys.baddbmm_(dropped.mT, d_out_t)
+                else:
+                    _add(_keys(d_v_, tile, heads), written, torch.bmm(dropped.mT, d_out_t))
+                _add(_keys(d_k_, tile, heads), written, d_keys)
+                written = tile.rows * heads
+            if scale != 1.0:
+                d_q_.mul_(scale)
+        return d_q.tokens(), d_k.tokens(), None if d_v is None else d_v.tokens(), None, None, None
 
 
 class _GroupedPointwise(torch.autograd.Function):
@@ -289,14 +313,13 @@ class _GroupedPointwise(torch.autograd.Function):
             out_ = out.take(group)
             saved += [q_, k_, v_]
             for tile in group_tiles:
-                rows, keys = slice(tile.start, tile.stop), slice(tile.keys)
-                logits = torch.bmm(q_[:, rows], k_[:, keys].mT)
+                logits = torch.bmm(_queries(q_, tile, heads), _keys(k_, tile, heads).mT)
                 if tables:
                     logits.unflatten(0, (-1, heads)).add_(looked_up(tables, next(remaining)))
                 weights = F.silu(_hide(logits, tile, heads))
                 kept = None if masks is None else masks.draw(weights.shape)
                 weights = weights if kept is None else weights.mul_(kept)
-                _set_rows(out_, tile, weights, v_[:, keys])
+                _set(_queries(out_, tile, heads), weights, _keys(v_, tile, heads))
                 saved += [logits, kept, weights]
         ctx.save_for_backward(*tables, *saved)
         shapes = (q.shape, k.shape, v.shape)
@@ -310,19 +333,22 @@ class _GroupedPointwise(torch.autograd.Function):
         remaining, index_of = iter(ctx.saved_tensors), iter(indices)
         d_tables = [_rows_for_sums(next(remaining), [of[i] for of in indices]) for i in range(num_tables)]
         d_q, d_k, d_v = (_Cells(layout, grad, shape) for shape in shapes)
+        heads = grad.shape[1]
         for group, group_tiles in plan:
             q_, k_, v_ = (next(remaining) for _ in range(3))
             d_out = _output_gradient(group, grad)
             d_q_, d_k_, d_v_ = d_q.take(group), d_k.take(group), d_v.take(group)
             kept_of = [(*(next(remaining) for _ in range(3)), next(index_of, ())) for _ in group_tiles]
+            written = 0
             for tile, (logits, kept, weights, index) in zip(reversed(group_tiles), reversed(kept_of)):
-                rows, keys = slice(tile.start, tile.stop), slice(tile.keys)
-                _add_keys(d_v_, tile, weights.mT, d_out[:, rows])
-                d_w = torch.bmm(d_out[:, rows], v_[:, keys].mT)
+                d_out_t = _queries(d_out, tile, heads)
+                _add(_keys(d_v_, tile, heads), written, torch.bmm(weights.mT, d_out_t))
+                d_w = torch.bmm(d_out_t, _keys(v_, tile, heads).mT)
                 d_s = torch.ops.aten.silu_backward(d_w if kept is None else d_w.mul_(kept), logits)
-                _set_rows(d_q_, tile, d_s, k_[:, keys])
-                _add_keys(d_k_, tile, d_s.mT, q_[:, rows])
-                _add_to_tables(d_tables, index, d_s.unflatten(0, (-1, grad.shape[1])))
+                _set(_queries(d_q_, tile, heads), d_s, _keys(k_, tile, heads))
+                _add(_keys(d_k_, tile, heads), written, torch.bmm(d_s.mT, _queries(q_, tile, heads)))
+                _add_to_tables(d_tables, index, d_s.unflatten(0, (-1, heads)))
+                written = tile.rows * heads
             d_v_.mul_(1.0 / divisor)
         summed = (total.sum(0) for total in d_tables)
         return d_q.tokens(), d_k.tokens(), d_v.tokens(), None, None, None, None, *summed

@@ -26,7 +26,7 @@ class KeepMasks:
         self.elements = elements
         if self.device.type == "cpu":
             seed = int(torch.empty((), dtype=torch.int64).random_())
-            self.generator = np.random.Generator(np.random.SFC64(seed))
+            self.generator = np.random.SFC64(seed)
             self.bits = torch.empty(0, dtype=torch.int16)
 
     def draw(self, shape: torch.Size | tuple[int, ...]) -> torch.Tensor:
@@ -36,9 +36,7 @@ class KeepMasks:
         count = math.prod(shape)
         if count > self.bits.numel():
             words = -(-max(count, min(self.elements, _BLOCK)) // 4)
-            self.bits = torch.from_numpy(
-                self.generator.integers(0, 1 << 64, words, dtype=np.uint64).view(np.int16)
-            )
+            self.bits = torch.from_numpy(self.generator.random_raw(words).view(np.int16))
         bits, self.bits = self.bits[:count], self.bits[count:]
         self.elements -= count
         threshold = round(self.rate * _LEVELS) - _LEVELS // 2

@@ -128,7 +128,7 @@ def double_layout(layout: Layout) -> Layout:
     if layout.visibility is None:
         return doubled
     repeated = (x.repeat_interleave(2) for x in (layout.visibility.key, layout.visibility.query))
-    return replace(doubled, visibility=Visibility(*repeated))
+    return doubled.with_visibility(Visibility(*repeated))
 
 
 def _double_payloads(payloads: TokenPayloads) -> dict[str, torch.Tensor]:

@@ -2,28 +2,44 @@
 
 Everything position-wise in an encoder runs on ``[T, D]`` without knowing how the tokens are laid out. A jagged layout
 holds the real tokens only (T = sum of lengths); a padded one holds whole rectangles (T = B * N, padding included).
-Attention asks the layout for groups: rows of similar length, padded to the longest of the group. The padded layout is
-one group of all rows. Both layouts give the same numbers on real tokens.
+Attention asks the layout for groups: rows padded to the longest of the group. Where all is causal a group is cut into steps,
+and a row takes part in those that it reaches; where it is not, the rows of a group have similar lengths. The padded layout
+is one group of all rows. Both layouts give the same numbers on real tokens.
 """
 
 from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from .jagged import jagged_to_padded, padded_to_jagged
 
-GROUP_CELLS = 3_200_000
+GROUP_CELLS = 8_000_000
 """Cells of a group's attention matrix (rows times width squared), at most: a bound on memory."""
 
 MAX_WASTE = 0.15
-"""Share of a group's cells that may be padding, beyond MIN_ROWS rows."""
+"""Share of the cells that may be padding in a group that is not causal, beyond MIN_ROWS rows."""
 
 MIN_ROWS = 4
 """Rows that share a rectangle whatever their lengths."""
+
+STEP_COST = 40_000
+"""What a step of a group costs beside its cells, in cells."""
+
+MAX_CUTS = 25
+"""Places where a group may be cut into steps."""
+
+
+class Step(NamedTuple):
+    """Queries start..stop of a group's first ``rows`` rows, against the keys up to stop; other rows end before start."""
+
+    start: int
+    stop: int
+    rows: int
 
 
 @dataclass(frozen=True)
@@ -33,13 +49,15 @@ class Group:
     width: columns n of the group's rectangle.
     tokens: ``[g * n]`` int32, the token behind each cell; cells behind a row's end repeat its last token.
     lengths: ``[g]`` int64, real cells a row.
-    rows: ``[g]`` int64, which rows of the batch these are.
+    rows: ``[g]`` int64, which rows of the batch these are, longest first.
+    steps: what a causal attention computes, from the first query to the last.
     """
 
     width: int
     tokens: torch.Tensor
     lengths: torch.Tensor
     rows: torch.Tensor
+    steps: tuple[Step, ...]
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         """``[T, ...]`` tokens as the group's rectangle ``[g, n, ...]``."""
@@ -168,8 +186,12 @@ class Layout:
         """The same layout on another device."""
         return _moved(self, device)
 
-    def with_visibility(self, visibility: Visibility | None) -> Layout:
-        return replace(self, visibility=visibility)
+    def with_visibility(self, visibility: Visibility) -> Layout:
+        """The same tokens, not causal; best made before the layout goes to an accelerator."""
+        if self.valid is not None:
+            return replace(self, visibility=visibility)
+        grouped = _grouped(self.lengths.cpu().numpy(), causal=False)
+        return replace(self, visibility=visibility, **_moved(grouped, self.device))
 
 
 def jagged_layout(lengths: torch.Tensor, max_length: int, device: torch.device | None = None) -> Layout:
@@ -182,23 +204,15 @@ def jagged_layout(lengths: torch.Tensor, max_length: int, device: torch.device |
     starts = np.concatenate(([0], np.cumsum(host)[:-1])) if host.size else host
     row_of = np.repeat(np.arange(host.size), host)
     positions = np.arange(row_of.size) - starts[row_of]
-    groups, widths, ungroup = _group_rows(host, starts, row_of, positions)
-    to_device = lambda array: torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)  # noqa: E731
-    return Layout(
-        lengths=to_device(host),
-        max_length=max_length,
-        positions=to_device(positions),
-        row_of=to_device(row_of),
-        starts=to_device(starts),
-        groups=tuple(Group(width, *map(to_device, arrays)) for width, *arrays in groups),
-        ungroup=to_device(ungroup),
-        widths=to_device(widths),
-    )
+    tensors = {"lengths": host, "positions": positions, "row_of": row_of, "starts": starts}
+    fields = {name: torch.from_numpy(array) for name, array in tensors.items()} | _grouped(host, causal=True)
+    return Layout(max_length=max_length, **_moved(fields, device))
 
 
 def padded_layout(lengths: torch.Tensor, max_length: int) -> Layout:
-    """The layout of whole rectangles ``[B, N]``, padding included; without host work, so that it can be exported."""
+    """The layout of whole rectangles ``[B, N]``, padding included; no length is looked at, so that it can be exported."""
     device, rows = lengths.device, lengths.numel()
+    steps = _steps(np.full(rows, max_length))
     positions = torch.arange(max_length, device=device).repeat(rows)
     tokens = torch.arange(rows * max_length, dtype=torch.int32, device=device)
     row_of = torch.arange(rows, device=device).repeat_interleave(max_length)
@@ -208,7 +222,7 @@ def padded_layout(lengths: torch.Tensor, max_length: int) -> Layout:
         positions=positions,
         row_of=row_of,
         starts=torch.arange(rows, device=device) * max_length,
-        groups=(Group(max_length, tokens, lengths, torch.arange(rows, device=device)),),
+        groups=(Group(max_length, tokens, lengths, torch.arange(rows, device=device), steps),),
         ungroup=tokens,
         widths=torch.full((rows,), max_length, dtype=torch.int32, device=device),
         valid=(positions < lengths[row_of])[:, None],
@@ -216,9 +230,13 @@ def padded_layout(lengths: torch.Tensor, max_length: int) -> Layout:
 
 
 def _moved(value, device: torch.device):
-    """Tensors inside frozen dataclasses and tuples, on the device."""
+    """Tensors inside frozen dataclasses, tuples and dictionaries, on the device."""
     if isinstance(value, torch.Tensor):
         return value.to(device, non_blocking=True)
+    if isinstance(value, dict):
+        return {name: _moved(item, device) for name, item in value.items()}
+    if isinstance(value, Step):
+        return value
     if isinstance(value, tuple):
         return tuple(_moved(item, device) for item in value)
     if isinstance(value, (Group, Visibility, Layout)):
@@ -226,30 +244,61 @@ def _moved(value, device: torch.device):
     return value
 
 
-def _group_rows(
-    lengths: np.ndarray, starts: np.ndarray, row_of: np.ndarray, positions: np.ndarray
-) -> tuple[list[tuple], np.ndarray, np.ndarray]:
+def _grouped(lengths: np.ndarray, causal: bool) -> dict[str, object]:
+    """The fields of a jagged layout that say which rows are attended together, on the CPU. lengths: ``[B]`` int64."""
+    starts = np.cumsum(lengths) - lengths
     order = np.argsort(-lengths, kind="stable")
     order = order[lengths[order] > 0]
     groups, cell_starts, cells, first = [], np.zeros_like(lengths), 0, 0
     widths = np.zeros(lengths.size, np.int32)
     while first < order.size:
-        rows = order[first : first + _rows_of_group(lengths[order[first:]])]
+        rows = order[first : first + _rows_of_group(lengths[order[first:]], causal)]
         width = int(lengths[rows[0]])
         columns = np.minimum(np.arange(width)[None, :], lengths[rows][:, None] - 1)
-        tokens = (starts[rows][:, None] + columns).reshape(-1)
-        groups.append((width, tokens.astype(np.int32), lengths[rows], rows))
+        tokens = (starts[rows][:, None] + columns).reshape(-1).astype(np.int32)
+        arrays = {"tokens": tokens, "lengths": lengths[rows], "rows": rows}
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        groups.append(Group(width, steps=_steps(lengths[rows]), **tensors))
         widths[rows] = width
         cell_starts[rows] = cells + np.arange(rows.size) * width
         cells += tokens.size
         first += rows.size
-    return groups, widths, (cell_starts[row_of] + positions).astype(np.int32)
+    ungroup = np.repeat(cell_starts - starts, lengths) + np.arange(lengths.sum())
+    return {
+        "groups": tuple(groups),
+        "ungroup": torch.from_numpy(ungroup.astype(np.int32)),
+        "widths": torch.from_numpy(widths),
+    }
 
 
-def _rows_of_group(lengths: np.ndarray) -> int:
-    """How many rows, from the longest on, share a rectangle: as many as waste little and stay in a core's cache."""
+def _rows_of_group(lengths: np.ndarray, causal: bool) -> int:
+    """How many rows, from the longest on, share a rectangle: as many as memory allows and, where every cell of a rectangle
+    is computed, waste little.
+    """
     width = int(lengths[0])
     fits = max(MIN_ROWS, GROUP_CELLS // width**2)
+    if causal:
+        return min(fits, lengths.size)
     used = np.cumsum(lengths[:fits])
     thrifty = used >= (1.0 - MAX_WASTE) * width * np.arange(1, used.size + 1)
     return max(MIN_ROWS, int(np.flatnonzero(thrifty)[-1]) + 1)
+
+
+def _steps(lengths: np.ndarray) -> tuple[Step, ...]:
+    """Cuts a group whose rows have these lengths, longest first, so that cells and steps cost least (a shortest path)."""
+    if not lengths.size:
+        return ()
+    width = int(lengths[0])
+    cuts = np.append(np.arange(0, width, -(-width // MAX_CUTS)), width)
+    reaching = np.searchsorted(-lengths, -cuts)
+    least, before = np.zeros(cuts.size), np.zeros(cuts.size, np.int64)
+    for i in range(1, cuts.size):
+        costs = least[:i] + reaching[:i] * (cuts[i] - cuts[:i]) * cuts[i] + STEP_COST
+        before[i] = costs.argmin()
+        least[i] = costs[before[i]]
+    steps, i = [], cuts.size - 1
+    while i:
+        start = before[i]
+        steps.append(Step(int(cuts[start]), int(cuts[i]), int(reaching[start])))
+        i = start
+    return tuple(reversed(steps))

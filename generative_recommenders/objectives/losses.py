@@ -292,7 +292,7 @@ class _MaskedLogSumExp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, scores, mask):
-        hidden = mask.logical_not().nonzero(as_tuple=True)
+        hidden = _false_entries(mask)
         scores = scores.index_put(hidden, scores.new_tensor(-math.inf))
         if not scores.shape[1]:
             ctx.save_for_backward(scores)
@@ -313,6 +313,17 @@ class _MaskedLogSumExp(torch.autograd.Function):
         if hidden:
             grads[tuple(hidden)] = 0.0  # also where the gradient of the row is not a number
         return grads, None
+
+
+def _false_entries(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and columns of the False entries of a mask, eight looked at as one where that can be."""
+    hidden = mask.logical_not()
+    if hidden.shape[1] % 8 or not hidden.is_contiguous():
+        row, column = hidden.nonzero(as_tuple=True)
+        return row, column
+    row, word = hidden.view(torch.int64).nonzero(as_tuple=True)
+    found, byte = hidden.unflatten(1, (-1, 8))[row, word].nonzero(as_tuple=True)
+    return row[found], 8 * word[found] + byte
 
 
 def _masked_softplus(scores: Tensor, mask: Tensor) -> Tensor:

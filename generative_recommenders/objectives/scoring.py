@@ -147,7 +147,7 @@ def corrected(scores: torch.Tensor, negatives: Negatives) -> torch.Tensor:
 
 def no_collisions(targets: torch.Tensor, negatives: Negatives) -> torch.Tensor:
     """``[T, R]`` bool, False where a negative is one of the token's positives ``[T, P]``."""
-    ids, tokens = negatives.ids, targets.shape[0]
+    ids, targets, tokens = negatives.ids.int(), targets.int(), len(targets)  # compared in half the time
     if negatives.sharing.granularity == "block":
         ids, targets = ids[:, None], negatives.blocks(targets)
     mask = ids != targets[..., :1]

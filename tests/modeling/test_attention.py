@@ -71,9 +71,9 @@ def assert_same(attend: Attend, dense: Attend, layout: Layout, heads: int = 2) -
 
 @both_forms
 @pytest.mark.parametrize("heads", [1, 3])
-@pytest.mark.parametrize("tile", [1, 4, 64])
-def test_causal(monkeypatch, attend: Attend, dense: Attend, heads: int, tile: int) -> None:
-    monkeypatch.setattr(attention, "TILE", tile)
+@pytest.mark.parametrize("step_cost", [0, 4, 40_000])
+def test_causal(monkeypatch, attend: Attend, dense: Attend, heads: int, step_cost: int) -> None:
+    monkeypatch.setattr(layout_module, "STEP_COST", step_cost)
     assert_same(attend, dense, jagged_layout(torch.tensor(LENGTHS), 9), heads)
 
 
@@ -120,12 +120,12 @@ def test_gradcheck(attend: Attend, dense: Attend) -> None:
 
 @pytest.mark.parametrize("heads", [1, 2])
 def test_gradcheck_of_the_bias(monkeypatch: pytest.MonkeyPatch, heads: int) -> None:
-    monkeypatch.setattr(attention, "TILE", 2)
+    monkeypatch.setattr(layout_module, "STEP_COST", 1)
     layout = jagged_layout(torch.tensor([2, 4]), 4)
     each = [tile for group in layout.groups for tile in tiles(group, layout)]
-    rows = [len(group.rows) for group in layout.groups for _ in tiles(group, layout)]
+    assert {tile.rows for tile in each} == {1, 2}
     shared = [torch.randint(3, (tile.stop - tile.start, tile.keys)) for tile in each]
-    own = [torch.randint(5, (g, tile.stop - tile.start, tile.keys)) for g, tile in zip(rows, each)]
+    own = [torch.randint(5, (tile.rows, tile.stop - tile.start, tile.keys)) for tile in each]
     tables = [torch.randn(size, dtype=torch.float64, requires_grad=True) for size in (3, 5)]
 
     def attend(q, k, v, *tables):
@@ -239,7 +239,7 @@ def test_dropout_is_unbiased_and_its_gradient_uses_the_same_mask(attend: Attend,
 
 @both_forms
 def test_gradcheck_with_dropout(monkeypatch, attend: Attend, dense: Attend) -> None:
-    monkeypatch.setattr(attention, "TILE", 2)
+    monkeypatch.setattr(layout_module, "STEP_COST", 1)
     layout = jagged_layout(torch.tensor([2, 3]), 3)
 
     def seeded(q, k, v):
@@ -247,6 +247,20 @@ def test_gradcheck_with_dropout(monkeypatch, attend: Attend, dense: Attend) -> N
         return attend(q, k, v, layout, dropout_rate=0.4)
 
     assert torch.autograd.gradcheck(seeded, tokens(5, 2, 2, 2))
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.4])
+def test_keys_that_are_the_values(monkeypatch, rate: float) -> None:
+    monkeypatch.setattr(layout_module, "STEP_COST", 1)
+    layout = jagged_layout(torch.tensor(LENGTHS), 9)
+    q, k, _ = tokens(layout.num_tokens, 2, 3, 3)
+    outputs, gradients = [], []
+    for values in (k, k.clone()):
+        torch.manual_seed(7)
+        outputs.append(softmax_attention(q, k, values, layout, rate))
+        gradients += [torch.autograd.grad((outputs[-1] ** 2).sum(), [q, k])]
+    torch.testing.assert_close(*outputs)
+    torch.testing.assert_close(*gradients)
 
 
 def test_scale() -> None:

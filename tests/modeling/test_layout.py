@@ -80,10 +80,40 @@ def test_groups_cover_every_token_once(lengths: list[int], cells: int) -> None:
         assert group.real().sum(1).tolist() == group.lengths.tolist()
 
 
-def test_long_rows_do_not_share_a_rectangle_with_short_ones() -> None:
+def test_long_rows_do_not_share_a_rectangle_with_short_ones_where_all_of_it_counts() -> None:
     layout = jagged_layout(torch.tensor([200] * 10 + [5] * 50), 200)
-    cells = sum(group.tokens.numel() for group in layout.groups)
-    assert cells <= 1.1 * layout.num_tokens
+    everyone = torch.zeros_like(layout.positions)
+    seen = layout.with_visibility(Visibility(everyone, everyone))
+    assert sum(group.tokens.numel() for group in seen.groups) <= 1.1 * layout.num_tokens
+    assert torch.equal(
+        torch.cat([group.tokens for group in seen.groups])[seen.ungroup.long()], every_token(seen)
+    )
+
+
+def every_token(layout: Layout) -> torch.Tensor:
+    return torch.arange(layout.num_tokens, dtype=torch.int32)
+
+
+@settings(max_examples=50, deadline=None)
+@given(lengths_lists, st.sampled_from([0, 1, 10, 40_000]))
+def test_steps_reach_every_token_of_a_group(lengths: list[int], cost: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layout_module, "STEP_COST", cost)
+        layout = jagged_layout(torch.tensor(lengths), 9)
+    for group in layout.groups:
+        assert [step.start for step in group.steps] == [0, *(step.stop for step in group.steps[:-1])]
+        assert group.steps[-1].stop == group.width
+        for step in group.steps:
+            assert step.rows == (group.lengths > step.start).sum()
+
+
+def test_steps_leave_out_most_of_what_nobody_sees() -> None:
+    lengths = torch.tensor([200] * 50 + [120] * 30 + [40] * 48)
+    layout = jagged_layout(lengths, 200)
+    (group,) = layout.groups
+    computed = sum((step.stop - step.start) * step.stop * step.rows for step in group.steps)
+    needed = int((lengths * (lengths + 1) // 2).sum())
+    assert needed <= computed <= 1.5 * needed
 
 
 def test_mask_touches_padding_only() -> None:

@@ -80,10 +80,11 @@ def bias_inputs(
         times = None
         if keys is not None and queries is not None:
             times = group.gather(queries), group.gather(keys)
-        parts = [(0, group.width, group.width)] if whole else [tile[:3] for tile in tiles(group, layout)]
-        for start, stop, seen in parts:
+        everything = (len(group.lengths), 0, group.width, group.width)
+        parts = [everything] if whole else [tile[:4] for tile in tiles(group, layout)]
+        for rows, start, stop, seen in parts:
             distance = max_length - 1 + columns[None, :seen] - columns[start:stop, None]
-            buckets = time_buckets(times[0][:, start:stop], times[1][:, :seen]) if times else None
+            buckets = time_buckets(times[0][:rows, start:stop], times[1][:rows, :seen]) if times else None
             inputs.append(BiasInputs(distance, buckets))
     return inputs
 

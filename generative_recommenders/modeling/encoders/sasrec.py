@@ -78,9 +78,29 @@ class SasrecBlock(torch.nn.Module):
 
     def forward(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
         """x: ``[T, D]``; returns the same shape."""
-        query, q, k, v = self.project(x)
         rate = self.dropout_rate if self.training else 0.0
+        if self.num_heads == 1 and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
+            query = self.query_norm(x)
+            return layout.mask(self.transform(query + self.attend_inputs(query, x, layout, rate)))
+        query, q, k, v = self.project(x)
         return layout.mask(self.combine(query, softmax_attention(q, k, v, layout, rate)))
+
+    def attend_inputs(
+        self, query: torch.Tensor, x: torch.Tensor, layout: Layout, rate: float
+    ) -> torch.Tensor:
+        """The attention of one head with two products fewer: over ``[x, 1]`` itself, keys and values in one.
+
+        ``(Wq a + bq)·(Wk x + bk)`` is ``(Wkᵀ (Wq a + bq))·x`` and what is the same for all keys; and ``sum p (Wv x + bv)`` is
+        ``[Wv, bv] sum p [x, 1]``. So keys' weights go into those of queries, and values' into the output's.
+        """
+        dim, scale = x.shape[1], x.shape[1] ** -0.5
+        (w_q, w_k, w_v), (b_q, _, b_v) = self.in_proj.weight.split(dim), self.in_proj.bias.split(dim)
+        to_query = F.pad(w_k.T @ w_q, (0, 0, 0, 1)) * scale, F.pad(w_k.T @ b_q, (0, 1)) * scale
+        to_output = self.out_proj.weight @ torch.cat([w_v, b_v[:, None]], dim=1)
+        inputs = F.pad(x, (0, 1), value=1.0)[:, None]
+        q = F.linear(query, *to_query)[:, None]
+        attended = softmax_attention(q, inputs, inputs, layout, rate, scale=1.0)
+        return F.linear(attended[:, 0], to_output, self.out_proj.bias)
 
     def append(
         self, x: torch.Tensor, appended: Appended, cached: KeysValues | None
@@ -101,7 +121,11 @@ class SasrecBlock(torch.nn.Module):
 
     def combine(self, query: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         """query: ``[T, D]``; attended: ``[T, H, D / H]``."""
-        y = self.ffn_norm(query + self.out_proj(attended.flatten(1)))
+        return self.transform(query + self.out_proj(attended.flatten(1)))
+
+    def transform(self, attended: torch.Tensor) -> torch.Tensor:
+        """Norm and feed-forward ``[T, D]``."""
+        y = self.ffn_norm(attended)
         hidden = self.dropout(self.activation(self.ffn_in(y)))
         return self.dropout(self.ffn_out(hidden)) + y
 
