@@ -14,7 +14,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 from generative_recommenders.data.sequence_dataset import SequenceDataset
 from tiny_data import ragged_sequences, tiny_dataset
 
-LONG_FILES = ("test_main.py", "test_launch.py", "test_faults.py", "test_assembly.py", "test_configs.py")
+LONG_FILES = (
+    "test_main.py",
+    "test_launch.py",
+    "test_rendezvous.py",
+    "test_faults.py",
+    "test_assembly.py",
+    "test_configs.py",
+)
 """Files that start whole programs."""
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
-import json
 import os
 import random
 import resource
@@ -14,14 +12,25 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from faulty_runs import (
+    CONFIG,
+    ROOT,
+    Kill,
+    armed_worker,
+    assert_same_run,
+    options_of,
+    records,
+    run_alone,
+    run_two,
+    run_with_kills,
+    said,
+)
 from generative_recommenders import workers
 from generative_recommenders.data.sequence_dataset import SequenceDataset
 from generative_recommenders.data.splits import make_split
@@ -37,49 +46,6 @@ from generative_recommenders.workers import Options, train_worker
 from programs import quick_start
 from tiny_data import ragged_sequences, tiny_dataset
 
-ROOT = Path(__file__).resolve().parents[1]
-CONFIG = """
-train_fn.dataset_name = "tiny"
-train_fn.max_sequence_length = 10
-train_fn.local_batch_size = 8
-train_fn.eval_batch_size = 16
-train_fn.item_embedding_dim = 8
-sasrec_encoder.ffn_hidden_dim = 8
-sasrec_encoder.num_blocks = 1
-train_fn.sampling_strategy = "local"
-train_fn.num_negatives = 4
-train_fn.num_epochs = 4
-train_fn.eval_interval = 3
-train_fn.num_warmup_steps = 5
-train_fn.save_ckpt_every_n = 1
-"""
-TRAINING = "generative_recommenders.training."
-MOMENTS = {
-    "checkpoint.CheckpointStore.attach": 1,
-    "checkpoint.write_tensors": 4,
-    "checkpoint.write_manifest": 4,
-    "checkpoint.sync": 9,
-    "checkpoint.os.rename": 9,
-    "model_evaluation.ModelEvaluation.validation": 14,
-    "model_evaluation.ModelEvaluation.test": 1,
-    "train.Trainer.run_step": 32,
-    "train.load_model": 1,
-    "run_folder.RunFolder.write_metrics": 15,
-    "run_folder.RunFolder.write_scalars": 14,
-    "run_folder.os.replace": 1,
-}
-"""Functions that a run calls, and how often about: a kill strikes before or after one of these calls."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Kill:
-    """kill -9 of the process of this rank at the call-th call of a function, before or after it."""
-
-    function: str
-    call: int
-    after: bool
-    rank: int = 0
-
 
 @pytest.fixture(scope="module")
 def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -88,106 +54,6 @@ def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_dataset(root / "prepared", ragged_sequences(57, 30, seed=5))
     (root / "x.gin").write_text(CONFIG)
     return root
-
-
-def options_of(data_root: Path, run: Path, *bindings: str) -> Options:
-    """Of a new run, or of one that goes on where its folder exists."""
-    return Options((str(data_root / "x.gin"),), bindings, data_root, str(run), run.exists(), None, False)
-
-
-def arm(kill: Kill) -> None:
-    path, name = (TRAINING + kill.function).rsplit(".", 1)
-    module, *inner = path.removeprefix(TRAINING).split(".")
-    owner: Any = importlib.import_module(TRAINING + module)
-    for each in inner:
-        owner = getattr(owner, each)
-    original, calls = getattr(owner, name), []
-
-    def struck(*args: Any, **named: Any) -> Any:
-        calls.append(1)
-        if len(calls) == kill.call and not kill.after:
-            os.kill(os.getpid(), signal.SIGKILL)
-        result = original(*args, **named)
-        if len(calls) == kill.call:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
-
-    setattr(owner, name, struck)
-
-
-def armed_worker(rank: int, world_size: int, options: Options, kill: Kill | None) -> int:
-    torch.set_num_threads(1)
-    if kill is not None and rank == kill.rank:
-        arm(kill)
-    return train_worker(rank, world_size, options)
-
-
-def alone(options: Options, kill: Kill | None, log: str) -> None:
-    """A run of one process, in this one."""
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    os._exit(launch(armed_worker, (options, kill), 1, device_type="cpu"))
-
-
-def run_alone(options: Options, kill: Kill | None = None) -> int:
-    """The exit code; what was said is in the file beside the run's folder."""
-    process = quick_start().Process(target=alone, args=(options, kill, f"{options.run_dir}.log"))
-    process.start()
-    process.join(timeout=120)
-    assert process.exitcode is not None
-    return process.exitcode
-
-
-def run_two(options: Options, kill: Kill | None = None) -> int:
-    quick_start()
-    before, spawned.START_METHOD = spawned.START_METHOD, "forkserver"
-    try:
-        return launch(armed_worker, (options, kill), 2, 0, device_type="cpu")
-    finally:
-        spawned.START_METHOD = before
-
-
-def said(run: Path) -> str:
-    return Path(f"{run}.log").read_text()
-
-
-def records(run: Path) -> list[dict[str, Any]]:
-    """Lines of metrics.jsonl without what the machine decides."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {name: value for name, value in line.items() if name != "seconds" and not name.startswith("peak_")}
-        for line in lines
-    ]
-
-
-def scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
-    events = EventAccumulator(str(run / "tensorboard")).Reload()
-    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-
-
-def assert_same_run(run: Path, expected: Path) -> None:
-    stores = [CheckpointStore(each / "checkpoints", read_only=True) for each in (run, expected)]
-    for mine, other in ([s.load_newest() for s in stores], [s.load_best() for s in stores]):
-        assert mine is not None and other is not None and mine.position == other.position
-        assert mine.tensors.keys() == other.tensors.keys()
-        assert any(name.startswith("optimizer.") for name in mine.tensors)
-        assert all(torch.equal(mine.tensors[name], other.tensors[name]) for name in mine.tensors)
-    assert records(run) == records(expected)
-    assert scalars(run) == scalars(expected)
-    assert (run / "resolved.gin").read_text() == (expected / "resolved.gin").read_text()
-
-
-def assert_nothing_lost(run: Path, reached: int) -> int:
-    """Every checkpoint that shows is whole, and the newest is not before ``reached``; returns its step."""
-    store = CheckpointStore(run / "checkpoints", read_only=True)
-    steps = [store.load(path).position.step for path in store.paths()]
-    assert steps == sorted(steps) and max(steps, default=0) >= reached
-    for line in (
-        (run / "metrics.jsonl").read_text().split("\n")[:-1] if (run / "metrics.jsonl").exists() else []
-    ):
-        json.loads(line)
-    return max(steps, default=0)
 
 
 @pytest.fixture(scope="module")
@@ -211,40 +77,6 @@ def killed(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("killed") / "run"
     assert run_alone(options_of(data_root, run), Kill("train.Trainer.run_step", 23, True)) == -signal.SIGKILL
     return run
-
-
-def kills(generator: random.Random, world_size: int) -> Iterator[Kill]:
-    """Each kind of moment in turn, at a random call of it."""
-    while True:
-        for function, calls in generator.sample(list(MOMENTS.items()), len(MOMENTS)):
-            rank = generator.randrange(world_size)
-            yield Kill(function, generator.randint(1, calls), generator.random() < 0.5, rank)
-
-
-def run_with_kills(
-    start: Callable[[Options, Kill | None], int],
-    data_root: Path,
-    folder: Path,
-    expected: Path,
-    count: int,
-    world: int,
-) -> None:
-    """Kills runs ``count`` times in all, at most 4 times each; then each goes on to its end."""
-    moments = kills(random.Random(3), world)
-    struck, number = 0, 0
-    while struck < count:
-        run, reached, number = folder / f"run{number}", 0, number + 1
-        for _ in range(4):
-            code = start(options_of(data_root, run), next(moments))
-            assert code in (0, 1 if world > 1 else -signal.SIGKILL)
-            struck += code != 0
-            reached = assert_nothing_lost(run, reached)
-            if code == 0 or struck == count:
-                break
-        if code != 0:
-            assert start(options_of(data_root, run), None) == 0
-        assert_same_run(run, expected)
-        shutil.rmtree(run)
 
 
 @pytest.mark.parametrize("count", [5, pytest.param(50, marks=pytest.mark.slow)])

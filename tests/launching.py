@@ -1,0 +1,55 @@
+"""Helpers of the tests that launch processes: workers that report, on a CPU, without what the environment says."""
+
+import os
+import socket
+import time
+from pathlib import Path
+
+import pytest
+
+from generative_recommenders.training import spawned
+from generative_recommenders.training.distributed import process_collectives
+from generative_recommenders.training.launch import launch
+from programs import quick_start
+
+LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
+
+
+def launch_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Members are forked from a server that has the imports done, and the environment says nothing of others."""
+    quick_start()
+    monkeypatch.setattr(spawned, "START_METHOD", "forkserver")
+    for name in [*LAUNCH_VARIABLES, *(name for name in os.environ if name.startswith("SLURM_"))]:
+        monkeypatch.delenv(name, raising=False)
+
+
+def on_cpu(worker, *args, num_processes=2, **options) -> int:
+    return launch(worker, args, num_processes, options.pop("port", 0), device_type="cpu", **options)
+
+
+def report(rank: int, world_size: int, folder: str) -> int:
+    group = process_collectives("cpu")
+    total = group.sum_scalar(rank + 1)
+    values = (world_size, total, os.environ["LOCAL_RANK"], os.getpid())
+    (Path(folder) / str(rank)).write_text(" ".join(map(str, values)))
+    return 0
+
+
+def reported(folder: Path) -> list[list[str]]:
+    return [path.read_text().split() for path in sorted(folder.iterdir())]
+
+
+def wait_for_ever(*_) -> int:
+    while True:
+        time.sleep(0.05)
+
+
+def return_code(rank: int, world_size: int) -> int:
+    process_collectives("cpu").barrier()
+    return 3 * rank
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]

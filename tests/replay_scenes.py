@@ -1,0 +1,30 @@
+"""Small inputs of RePlay's losses."""
+
+from __future__ import annotations
+
+import torch
+
+ITEM_WEIGHTS = torch.tensor([0.5, 2.0, 1.0, 0.1, 3.0, 0.7, 1.5, 0.2, 1.0])
+
+
+def dot_product(weight: torch.Tensor):
+    def logits(hidden: torch.Tensor, ids: torch.Tensor | None = None) -> torch.Tensor:
+        if ids is None or ids.dim() == 1:
+            return hidden @ (weight if ids is None else weight[ids]).t()
+        return (hidden[:, None] * weight[ids]).sum(-1)
+
+    return logits
+
+
+def scene(positives: int = 1, items: int = 9):
+    g = torch.Generator().manual_seed(3)
+    weight = torch.randn(items, 4, generator=g)
+    hidden = torch.randn(2, 3, 4, generator=g)
+    labels = torch.randint(0, items, (2, 3, positives), generator=g)
+    mask = torch.tensor([[True, True, False], [True, True, True]])[:, :, None].repeat(1, 1, positives)
+    return weight, hidden, labels, mask
+
+
+def with_logits(loss, weight):
+    loss.logits_callback = dot_product(weight)
+    return loss
