@@ -3,7 +3,8 @@
     python benchmarks/train_step.py --encoder=SASRec --profile=ml-1m --negatives_sharing=block --steps=30
 
 matmul_gflops is the speed of a plain matrix product on the same device before and after the steps: where two runs differ
-in it, the machine did. Without ``--prepared=DIR`` it makes sequences with ML-1M's distribution of lengths (mean 165, median 95,
+in it, the machine did. ``--plain_steps=3`` then times a SASRec written the usual way (`plain_step.py`) on the same
+batches. Without ``--prepared=DIR`` it makes sequences with ML-1M's distribution of lengths (mean 165, median 95,
 longest 2276) over 3,706 items, with timestamps.
 """
 
@@ -24,6 +25,8 @@ import torch
 from absl import app, flags
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import plain_step
+
 from generative_recommenders import gin_registry
 from generative_recommenders.data.preparation import prepare
 from generative_recommenders.data.ratings_table import RawRatings, ReaderFormat
@@ -65,6 +68,7 @@ _NEGATIVES = flags.DEFINE_integer("num_negatives", 128, "negatives a position, b
 _STEPS = flags.DEFINE_integer("steps", 30, "timed steps", lower_bound=1)
 _PREPARED = flags.DEFINE_string("prepared", None, "a prepared data set instead of made sequences")
 _THREADS = flags.DEFINE_integer("threads", 0, "torch threads; 0 for torch's own choice", lower_bound=0)
+_PLAIN_STEPS = flags.DEFINE_integer("plain_steps", 0, "steps of a plain SASRec beside ours", lower_bound=0)
 _BINDINGS = flags.DEFINE_multi_string("gin_bindings", [], "further bindings")
 
 
@@ -125,6 +129,18 @@ def timed_steps(trainer: Trainer, steps: int, warmup: int = 3) -> list[tuple[flo
     return rows[warmup:]
 
 
+def timed_plain_steps(trainer: Trainer, steps: int) -> list[float]:
+    """Seconds of steps of `plain_step.PlainStep` on the trainer's batches; a step before them is not counted."""
+    plain = plain_step.PlainStep(trainer.settings, trainer.dataset.num_items)
+    seconds = []
+    for loaded, _ in zip(trainer.loader.epoch(0), range(steps + 1)):
+        example = trainer.objective.example(loaded.columns, torch.Generator().manual_seed(0))
+        started = time.perf_counter()
+        plain(example)
+        seconds.append(time.perf_counter() - started)
+    return seconds[1:]
+
+
 def matmul_gflops(device: torch.device, size: int = 1024, repeats: int = 10) -> float:
     """Billions of operations a second of a square float32 product, the median of some."""
     x, seconds = torch.randn(size, size, device=device), []
@@ -161,6 +177,9 @@ def run(dataset: SequenceDataset) -> dict[str, object]:
     if trainer.collectives.device.type == "cuda":
         result["gpu"] = torch.cuda.get_device_name()
         result["peak_gpu_mb"] = round(torch.cuda.max_memory_allocated() / 2**20)
+    if _PLAIN_STEPS.value:
+        plain = timed_plain_steps(trainer, _PLAIN_STEPS.value)
+        result["plain_step_seconds"] = round(statistics.median(plain), 5)
     return result
 
 

@@ -211,8 +211,14 @@ def _set(part: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
         part.copy_(torch.bmm(left, right))
 
 
-def _add(part: torch.Tensor, written: int, change: torch.Tensor) -> None:
-    """Adds a change to the first ``written`` rows of a part of a rectangle, and sets the others to it."""
+def _add(part: torch.Tensor, written: int, *factors: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """Adds the sum of ``left @ right`` to the first ``written`` rows of a part of a rectangle, and sets the others to it."""
+    in_place = written == 0 and part.is_contiguous()
+    change = torch.bmm(*factors[0], out=part if in_place else None)
+    for left, right in factors[1:]:
+        change.baddbmm_(left, right)
+    if in_place:
+        return
     if written:
         part[:written].add_(change[:written])
     if written < len(part):
@@ -287,12 +293,12 @@ class _GroupedSoftmax(torch.autograd.Function):
                 d_s = torch.bmm(d_out_t, _keys(v_, tile, heads).mT).mul_(dropped)
                 d_s.addcmul_(p, _queries(dots_, tile, heads), value=-1.0)
                 _set(_queries(d_q_, tile, heads), d_s, _keys(k_, tile, heads))
-                d_keys = torch.bmm(d_s.mT, q_t)
+                for_keys, for_values = (d_s.mT, q_t), (dropped.mT, d_out_t)
                 if d_v_ is None:
-                    d_keys.baddbmm_(dropped.mT, d_out_t)
+                    _add(_keys(d_k_, tile, heads), written, for_keys, for_values)
                 else:
-                    _add(_keys(d_v_, tile, heads), written, torch.bmm(dropped.mT, d_out_t))
-                _add(_keys(d_k_, tile, heads), written, d_keys)
+                    _add(_keys(d_k_, tile, heads), written, for_keys)
+                    _add(_keys(d_v_, tile, heads), written, for_values)
                 written = tile.rows * heads
             if scale != 1.0:
                 d_q_.mul_(scale)
@@ -342,11 +348,11 @@ class _GroupedPointwise(torch.autograd.Function):
             written = 0
             for tile, (logits, kept, weights, index) in zip(reversed(group_tiles), reversed(kept_of)):
                 d_out_t = _queries(d_out, tile, heads)
-                _add(_keys(d_v_, tile, heads), written, torch.bmm(weights.mT, d_out_t))
+                _add(_keys(d_v_, tile, heads), written, (weights.mT, d_out_t))
                 d_w = torch.bmm(d_out_t, _keys(v_, tile, heads).mT)
                 d_s = torch.ops.aten.silu_backward(d_w if kept is None else d_w.mul_(kept), logits)
                 _set(_queries(d_q_, tile, heads), d_s, _keys(k_, tile, heads))
-                _add(_keys(d_k_, tile, heads), written, torch.bmm(d_s.mT, _queries(q_, tile, heads)))
+                _add(_keys(d_k_, tile, heads), written, (d_s.mT, _queries(q_, tile, heads)))
                 _add_to_tables(d_tables, index, d_s.unflatten(0, (-1, heads)))
                 written = tile.rows * heads
             d_v_.mul_(1.0 / divisor)
