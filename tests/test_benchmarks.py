@@ -11,7 +11,14 @@ PROGRAM = Path(__file__).resolve().parents[1] / "benchmarks" / "train_step.py"
 
 
 def test_train_step_prints_json() -> None:
-    command = [sys.executable, PROGRAM, "--encoder=SASRec", "--steps=1", "--num_negatives=4", "--plain_steps=1"]
+    command = [
+        sys.executable,
+        PROGRAM,
+        "--encoder=SASRec",
+        "--steps=1",
+        "--num_negatives=4",
+        "--plain_steps=1",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
