@@ -6,10 +6,14 @@ The same model, loss and batches as `train_step.py` trains, at the sizes of its 
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from generative_recommenders.objectives.training_examples import TrainingExample
 from generative_recommenders.training.settings import RunSettings
 

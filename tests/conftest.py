@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -49,9 +50,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(autouse=True)
-def log_lines_reach_caplog(monkeypatch: pytest.MonkeyPatch) -> None:
-    """absl's logger keeps its lines to itself where an earlier test has run a program in this process."""
-    monkeypatch.setattr(logging.getLogger("absl"), "propagate", True)
+def log_lines_reach_caplog(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """absl's logger keeps its lines to itself, or says more, where an earlier test has run a program in this process."""
+    logger = logging.getLogger("absl")
+    monkeypatch.setattr(logger, "propagate", True)
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    yield
+    logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")
