@@ -1,7 +1,8 @@
 """A SASRec training step as it is usually written, for a ratio in one run: whole rectangles, `torch.nn.MultiheadAttention`,
 an embedding gathered for each negative of each position.
 
-The same model, loss and batches as `train_step.py` trains, at the sizes of its settings.
+The model, loss and batches of `train_step.py --encoder=SASRec --negatives_sharing=position`, whatever it is asked to train, on
+the CPU.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ class PlainBlock(nn.Module):
 
     def __init__(self, width: int, hidden: int, heads: int, rate: float) -> None:
         super().__init__()
-        self.query_norm, self.ffn_norm = nn.LayerNorm(width, eps=1e-8), nn.LayerNorm(width, eps=1e-8)
+        self.query_norm, self.ffn_norm = (
+            nn.LayerNorm(width, eps=1e-8, elementwise_affine=False) for _ in range(2)
+        )
         self.attention = nn.MultiheadAttention(width, heads, rate, batch_first=True)
         self.ffn = nn.Sequential(
             nn.Conv1d(width, hidden, 1),

@@ -68,7 +68,7 @@ _NEGATIVES = flags.DEFINE_integer("num_negatives", 128, "negatives a position, b
 _STEPS = flags.DEFINE_integer("steps", 30, "timed steps", lower_bound=1)
 _PREPARED = flags.DEFINE_string("prepared", None, "a prepared data set instead of made sequences")
 _THREADS = flags.DEFINE_integer("threads", 0, "torch threads; 0 for torch's own choice", lower_bound=0)
-_PLAIN_STEPS = flags.DEFINE_integer("plain_steps", 0, "steps of a plain SASRec beside ours", lower_bound=0)
+_PLAIN_STEPS = flags.DEFINE_integer("plain_steps", 0, "steps of a plain SASRec, on the CPU", lower_bound=0)
 _BINDINGS = flags.DEFINE_multi_string("gin_bindings", [], "further bindings")
 
 

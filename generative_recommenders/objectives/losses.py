@@ -316,9 +316,10 @@ class _MaskedLogSumExp(torch.autograd.Function):
 
 
 def _false_entries(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows and columns of the False entries of a mask, eight looked at as one where that can be."""
+    """Rows and columns of the False entries of a mask; eight are looked at as one on a CPU, which waits for no device."""
     hidden = mask.logical_not()
-    if hidden.shape[1] % 8 or not hidden.is_contiguous():
+    columns = hidden.shape[1]
+    if hidden.device.type != "cpu" or not columns or columns % 8 or not hidden.is_contiguous():
         row, column = hidden.nonzero(as_tuple=True)
         return row, column
     row, word = hidden.view(torch.int64).nonzero(as_tuple=True)

@@ -246,3 +246,15 @@ def test_shapes_that_do_not_agree(loss: SampledLoss, shapes: tuple[tuple[int, ..
     positive, negative, weights, mask = (torch.ones(shape) for shape in shapes)
     with pytest.raises(ValueError, match="scores, weights and mask must be"):
         loss(positive, negative, weights, mask.bool())
+
+
+@pytest.mark.parametrize("negatives", [0, 5, 16])
+def test_what_a_mask_hides_never_counts(negatives):
+    """Widths that are whole words and widths that are not."""
+    positive, negative = torch.randn(7, 1), torch.randn(7, negatives, requires_grad=True)
+    mask = torch.rand(7, negatives, generator=torch.Generator().manual_seed(0)) < 0.6
+    loss = SampledSoftmaxLoss()(positive, negative, torch.ones(7, 1), mask).sum
+    kept = torch.cat([positive, negative.masked_fill(~mask, float("-inf"))], dim=1)
+    torch.testing.assert_close(loss, (kept.logsumexp(1) - positive[:, 0]).sum())
+    (gradient,) = torch.autograd.grad(loss, negative)
+    torch.testing.assert_close(gradient, kept.softmax(1)[:, 1:].detach())
