@@ -1,6 +1,6 @@
 """Attention over the groups of a layout: softmax (arXiv 1706.03762) and pointwise SiLU (HSTU, arXiv 2402.17152).
 
-Queries, keys and values come as tokens ``[T, H, d]`` and go back as tokens. Inside a group they are rectangles
+Queries, keys and values come as tokens ``[T, H, d]`` and go back as tokens. The keys of a group are a rectangle
 ``[G, n, d]`` with G = g * H, one for each row and head; a row never attends beyond itself, and grouping changes no number.
 Forward and backward are written out: a causal group is done in tiles of queries that leave out the keys none of them
 sees, rectangles are gathered and ungathered by index (a gradient is never scattered), and what a tile's backward pass
@@ -11,14 +11,15 @@ needs is kept from its forward pass. On CUDA, softmax attention goes through
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 
 from .dropout import KeepMasks
 from .layout import Group, Layout
+from .rectangles import Places
 
 _MASK_UNIT = 64
 """Heights of the causal masks that are kept are multiples of it."""
@@ -27,8 +28,8 @@ _MASK_UNIT = 64
 class Tile(NamedTuple):
     """Queries start..stop of a group's first ``rows`` rows against their first ``keys`` keys.
 
-    Keys before ``known`` are seen by all of these queries; sees: bool, which of the others, ``[rows, keys - known]`` or
-    ``[g, 1, rows, keys - known]``.
+    Keys before ``known`` are seen by all of these queries. sees: bool ``[g, 1, stop - start, keys - known]``, which of the
+    others; None where that is a triangle.
     """
 
     rows: int
@@ -36,7 +37,7 @@ class Tile(NamedTuple):
     stop: int
     keys: int
     known: int
-    sees: torch.Tensor
+    sees: torch.Tensor | None
 
 
 class TableBias(NamedTuple):
@@ -55,19 +56,7 @@ def tiles(group: Group, layout: Layout) -> list[Tile]:
     width = group.width
     if layout.visibility is not None:
         return [Tile(len(group.lengths), 0, width, width, 0, visible(group, layout))]
-    return [
-        Tile(rows, start, stop, stop, start, _causal(stop - start, group.tokens.device))
-        for start, stop, rows in group.steps
-    ]
-
-
-def _causal(height: int, device: torch.device) -> torch.Tensor:
-    return _causal_mask(-(-height // _MASK_UNIT) * _MASK_UNIT, device)[:height, :height]
-
-
-@functools.lru_cache(maxsize=8)
-def _causal_mask(height: int, device: torch.device) -> torch.Tensor:
-    return torch.ones(height, height, dtype=torch.bool, device=device).tril()
+    return [Tile(rows, start, stop, stop, start, None) for start, stop, rows in group.steps]
 
 
 def visible(group: Group, layout: Layout) -> torch.Tensor:
@@ -100,7 +89,7 @@ def softmax_attention(
             return _GroupedSoftmax.apply(q, k, None if v is k else v, layout, dropout_rate, scale)
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()  # gathered under autograd here
     cells = [_fused_group(q, k, v, group, layout, dropout_rate, scale) for group in layout.groups]
-    return _ungroup(torch.cat(cells), layout, q.shape[1]) if cells else torch.zeros_like(v)
+    return layout.keys.ungather(torch.cat(cells), q.shape[1]) if cells else torch.zeros_like(v)
 
 
 def pointwise_attention(
@@ -121,31 +110,8 @@ def pointwise_attention(
         return _GroupedPointwise.apply(q, k, v, layout, indices, divisor, dropout_rate, *tables)
 
 
-def _rectangles(group: Group, *tokens: torch.Tensor) -> Iterator[torch.Tensor]:
-    """``[T, H, d]`` tokens as rectangles ``[g * H, n, d]``, copies that may be changed."""
-    for x in tokens:
-        heads, width = x.shape[1:]
-        rows, pitch = _as_rows(x)
-        yield rows.index_select(0, group.cells(heads, pitch)).view(-1, group.width, width)
-
-
-def _as_rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """``[T, H, d]`` as rows of d and how many of them lie from a token to the next; no copy of a slice of a wider
-    projection.
-    """
-    (count, heads, width), pitch = x.shape, x.stride(0) // max(1, x.shape[2])
-    if x.stride() != (pitch * width, width, 1) or pitch < heads:
-        return x.reshape(-1, width), heads
-    return x.as_strided((max(0, (count - 1) * pitch + heads), width), (width, 1)), pitch
-
-
-def _ungroup(cells: torch.Tensor, layout: Layout, heads: int) -> torch.Tensor:
-    """The rectangles of all groups, one behind the other as ``[cells * H, d]``, as tokens ``[T, H, d]``."""
-    return cells.index_select(0, layout.cells(heads)).view(layout.num_tokens, heads, cells.shape[-1])
-
-
 def _fused_group(q, k, v, group, layout, dropout_rate, scale):
-    q_, k_, v_ = (_aligned(x).unflatten(0, (-1, q.shape[1])) for x in _rectangles(group, q, k, v))
+    q_, k_, v_ = (_aligned(_keys(group, x)).unflatten(0, (-1, q.shape[1])) for x in (q, k, v))
     causal = layout.visibility is None
     mask = None if causal else visible(group, layout)
     out = F.scaled_dot_product_attention(q_, k_, v_, mask, dropout_rate, is_causal=causal, scale=scale)
@@ -158,57 +124,37 @@ def _aligned(x: torch.Tensor) -> torch.Tensor:
     return F.pad(x, (0, -x.shape[-1] % 8))
 
 
-class _Cells:
-    """Room for the rectangles ``[g * H, n, d]`` of all groups, one behind the other."""
+def _keys(group: Group, x: torch.Tensor) -> torch.Tensor:
+    """``[T, H, d]`` tokens as the rectangle ``[g * H, n, d]`` of a group, a copy."""
+    return group.keys.gather(x).view(-1, group.width, x.shape[2])
 
-    def __init__(self, layout: Layout, like: torch.Tensor, shape: torch.Size) -> None:
-        """shape: ``[T, H, d]`` of the tokens."""
-        self.layout, (self.heads, self.width) = layout, shape[1:]
-        count = sum(group.tokens.numel() for group in layout.groups) * self.heads
-        self.cells = like.new_empty(count, self.width)
-        self.used = 0
 
-    def take(self, group: Group) -> torch.Tensor:
-        """The rectangles of the next group, not yet written."""
-        first, self.used = self.used, self.used + group.tokens.numel() * self.heads
-        return self.cells[first : self.used].view(-1, group.width, self.width)
+def _together(cells: list[torch.Tensor], at: Places, shape: torch.Size, like: torch.Tensor) -> torch.Tensor:
+    """The cells of all groups, ``[cells * H, d]`` each, as tokens of this shape ``[T, H, d]``."""
+    if not cells:
+        return like.new_zeros(shape)
+    return at.ungather(cells[0] if len(cells) == 1 else torch.cat(cells), shape[1])
 
-    def tokens(self) -> torch.Tensor:
-        return _ungroup(self.cells, self.layout, self.heads)
+
+@functools.lru_cache(maxsize=8)
+def _future(height: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """``[height, height]``: very low above the diagonal, 0 elsewhere."""
+    return torch.full((height, height), _lowest(dtype), dtype=dtype, device=device).triu(1)
+
+
+def _lowest(dtype: torch.dtype) -> float:
+    return max(torch.finfo(dtype).min / 2, -1e30)
 
 
 def _hide(logits: torch.Tensor, tile: Tile, heads: int) -> torch.Tensor:
-    """``logits [g * H, rows, keys]`` in place, very low where the tile's queries do not see."""
-    lowest = max(torch.finfo(logits.dtype).min / 2, -1e30)
-    hidden = torch.zeros((), dtype=logits.dtype, device=logits.device).masked_fill(~tile.sees, lowest)
-    logits.unflatten(0, (-1, heads))[..., tile.known :].add_(hidden)
-    return logits
-
-
-def _output_gradient(group: Group, grad: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
-    """The gradient by tokens ``[T, H, dv]`` as rectangles, times scale; 0 in the cells behind a row's end."""
-    (d_out,) = _rectangles(group, grad)
-    counts = group.real().to(grad.dtype) * scale
-    d_out.unflatten(0, (-1, grad.shape[1])).mul_(counts[:, None, :, None])
-    return d_out
-
-
-def _queries(total: torch.Tensor, tile: Tile, heads: int) -> torch.Tensor:
-    """The tile's queries in ``total [g * H, n, d]``."""
-    return total[: tile.rows * heads, tile.start : tile.stop]
-
-
-def _keys(total: torch.Tensor, tile: Tile, heads: int) -> torch.Tensor:
-    """The tile's keys in ``total [g * H, n, d]``."""
-    return total[: tile.rows * heads, : tile.keys]
-
-
-def _set(part: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """``left @ right`` into a part of a rectangle."""
-    if part.is_contiguous():
-        torch.bmm(left, right, out=part)
+    """``logits [rows * H, queries, keys]`` in place, very low where the tile's queries do not see."""
+    if tile.sees is None:
+        height = logits.shape[1]
+        future = _future(-(-height // _MASK_UNIT) * _MASK_UNIT, logits.dtype, logits.device)
+        logits[..., tile.known :].add_(future[:height, :height])
     else:
-        part.copy_(torch.bmm(left, right))
+        logits.unflatten(0, (-1, heads)).masked_fill_(~tile.sees, _lowest(logits.dtype))
+    return logits
 
 
 def _add(part: torch.Tensor, written: int, *factors: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -229,7 +175,10 @@ Plan = list[tuple[Group, list[Tile]]]
 
 
 def _plan(layout: Layout) -> Plan:
-    return [(group, tiles(group, layout)) for group in layout.groups]
+    """The groups and their tiles."""
+    if "plan" not in layout.memo:
+        layout.memo["plan"] = [(group, tiles(group, layout)) for group in layout.groups]
+    return cast(Plan, layout.memo["plan"])
 
 
 def _keep_masks(rate: float, q: torch.Tensor, plan: Plan) -> KeepMasks | None:
@@ -246,118 +195,149 @@ class _GroupedSoftmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, layout, dropout_rate, scale):
         heads, kept_share = q.shape[1], 1.0 - dropout_rate
-        out, saved = _Cells(layout, q, (k if v is None else v).shape), []
         plan = _plan(layout)
         masks = _keep_masks(dropout_rate, q, plan)
+        out, saved = [], []
         for group, group_tiles in plan:
-            rectangles = list(_rectangles(group, q, k, *([] if v is None else [v])))
-            q_, k_, v_ = rectangles[0], rectangles[1], rectangles[-1]
+            q_, k_ = group.queries.gather(q), _keys(group, k)
+            v_ = k_ if v is None else _keys(group, v)
             if scale != 1.0:
                 q_.mul_(scale)
-            out_ = out.take(group)
-            saved += rectangles
-            for tile in group_tiles:
-                logits = _hide(torch.bmm(_queries(q_, tile, heads), _keys(k_, tile, heads).mT), tile, heads)
-                p = torch.softmax(logits, -1)
-                if layout.visibility is not None:  # a token may see nothing
+            out.append(group.queries.empty(v_.view(-1, heads, v_.shape[-1])))
+            saved += [q_, k_] if v is None else [q_, k_, v_]
+            parts = zip(group_tiles, group.queries.split(q_, heads), group.queries.split(out[-1], heads))
+            for tile, q_t, out_t in parts:
+                k_t = k_[: tile.rows * heads, : tile.keys]
+                p = torch.softmax(_hide(torch.bmm(q_t, k_t.mT), tile, heads), -1)
+                if tile.sees is not None:  # a token may see nothing
                     p.unflatten(0, (-1, heads)).mul_(tile.sees.any(-1, keepdim=True))
                 dropped = p if masks is None else masks.draw(p.shape).mul_(p)
-                _set(_queries(out_, tile, heads), dropped, _keys(v_, tile, heads))
+                torch.bmm(dropped, k_t if v is None else v_[: tile.rows * heads, : tile.keys], out=out_t)
                 saved += [p, dropped]
             if dropout_rate:
-                out_.mul_(1.0 / kept_share)
-        attended = out.tokens()
+                out[-1].mul_(1.0 / kept_share)
+        attended = _together(out, layout.queries, (k if v is None else v).shape, q)
         ctx.save_for_backward(attended, *saved)
-        ctx.settings = (layout, plan, kept_share, scale, (q.shape, k.shape, None if v is None else v.shape))
+        ctx.settings = (layout, kept_share, scale, v is None, (q.shape, k.shape))
         return attended
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         attended, *saved = ctx.saved_tensors
-        layout, plan, kept_share, scale, shapes = ctx.settings
-        d_q, d_k = (_Cells(layout, grad, shape) for shape in shapes[:2])
-        d_v = None if shapes[2] is None else _Cells(layout, grad, shapes[2])
+        layout, kept_share, scale, one, shapes = ctx.settings
         heads = grad.shape[1]
         dots = (grad * attended).sum(-1, keepdim=True)  # the rows' sums of dp * p
         remaining = iter(saved)
-        for group, group_tiles in plan:
+        d_q, d_k, d_v = [], [], []
+        for group, group_tiles in _plan(layout):
             q_, k_ = next(remaining), next(remaining)
-            v_ = k_ if d_v is None else next(remaining)
-            d_out, dots_ = _output_gradient(group, grad, 1.0 / kept_share), _output_gradient(group, dots)
-            d_q_, d_k_, d_v_ = d_q.take(group), d_k.take(group), None if d_v is None else d_v.take(group)
-            pairs = [(next(remaining), next(remaining)) for _ in group_tiles]
+            v_ = k_ if one else next(remaining)
+            queries = group.queries
+            d_out, dots_ = (queries.hide_padding(queries.gather(x), heads) for x in (grad, dots))
+            if kept_share < 1.0:
+                d_out.mul_(1.0 / kept_share)
+            d_q_, d_k_, d_v_ = (
+                torch.empty_like(q_),
+                torch.empty_like(k_),
+                None if one else torch.empty_like(v_),
+            )
+            kept_of = [(next(remaining), next(remaining)) for _ in group_tiles]
+            by_tile = zip(group_tiles, *(queries.split(x, heads) for x in (q_, d_q_, d_out, dots_)), kept_of)
             written = 0
-            for tile, (p, dropped) in zip(reversed(group_tiles), reversed(pairs)):
-                q_t, d_out_t = _queries(q_, tile, heads), _queries(d_out, tile, heads)
-                d_s = torch.bmm(d_out_t, _keys(v_, tile, heads).mT).mul_(dropped)
-                d_s.addcmul_(p, _queries(dots_, tile, heads), value=-1.0)
-                _set(_queries(d_q_, tile, heads), d_s, _keys(k_, tile, heads))
+            for tile, q_t, d_q_t, d_out_t, dots_t, (p, dropped) in reversed(list(by_tile)):
+                rows, seen = tile.rows * heads, tile.keys
+                k_t = k_[:rows, :seen]
+                d_s = torch.bmm(d_out_t, (k_t if one else v_[:rows, :seen]).mT).mul_(dropped)
+                d_s.addcmul_(p, dots_t, value=-1.0)
+                torch.bmm(d_s, k_t, out=d_q_t)
                 for_keys, for_values = (d_s.mT, q_t), (dropped.mT, d_out_t)
                 if d_v_ is None:
-                    _add(_keys(d_k_, tile, heads), written, for_keys, for_values)
+                    _add(d_k_[:rows, :seen], written, for_keys, for_values)
                 else:
-                    _add(_keys(d_k_, tile, heads), written, for_keys)
-                    _add(_keys(d_v_, tile, heads), written, for_values)
-                written = tile.rows * heads
-            if scale != 1.0:
-                d_q_.mul_(scale)
-        return d_q.tokens(), d_k.tokens(), None if d_v is None else d_v.tokens(), None, None, None
+                    _add(d_k_[:rows, :seen], written, for_keys)
+                    _add(d_v_[:rows, :seen], written, for_values)
+                written = rows
+            d_q.append(d_q_ if scale == 1.0 else d_q_.mul_(scale))
+            d_k.append(d_k_.flatten(0, 1))
+            if d_v_ is not None:
+                d_v.append(d_v_.flatten(0, 1))
+        d_values = None if one else _together(d_v, layout.keys, grad.shape, grad)
+        d_inputs = (
+            _together(d_q, layout.queries, shapes[0], grad),
+            _together(d_k, layout.keys, shapes[1], grad),
+            d_values,
+        )
+        return *d_inputs, None, None, None
 
 
 class _GroupedPointwise(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, layout, indices, divisor, dropout_rate, *tables):
-        out, heads = _Cells(layout, v, v.shape), q.shape[1]
+        heads = q.shape[1]
         saved: list[torch.Tensor | None] = []
         plan = _plan(layout)
         masks = _keep_masks(dropout_rate, q, plan)
         remaining = iter(indices)
+        out = []
         for group, group_tiles in plan:
-            q_, k_, v_ = _rectangles(group, q, k, v)
+            q_, k_, v_ = group.queries.gather(q), _keys(group, k), _keys(group, v)
             v_.mul_(1.0 / (divisor * (1.0 - dropout_rate)))
-            out_ = out.take(group)
+            out.append(group.queries.empty(v))
             saved += [q_, k_, v_]
-            for tile in group_tiles:
-                logits = torch.bmm(_queries(q_, tile, heads), _keys(k_, tile, heads).mT)
+            parts = zip(group_tiles, group.queries.split(q_, heads), group.queries.split(out[-1], heads))
+            for tile, q_t, out_t in parts:
+                rows, seen = tile.rows * heads, tile.keys
+                logits = torch.bmm(q_t, k_[:rows, :seen].mT)
                 if tables:
                     logits.unflatten(0, (-1, heads)).add_(looked_up(tables, next(remaining)))
                 weights = F.silu(_hide(logits, tile, heads))
                 kept = None if masks is None else masks.draw(weights.shape)
                 weights = weights if kept is None else weights.mul_(kept)
-                _set(_queries(out_, tile, heads), weights, _keys(v_, tile, heads))
+                torch.bmm(weights, v_[:rows, :seen], out=out_t)
                 saved += [logits, kept, weights]
         ctx.save_for_backward(*tables, *saved)
-        shapes = (q.shape, k.shape, v.shape)
-        ctx.settings = (layout, plan, indices, len(tables), divisor * (1.0 - dropout_rate), shapes)
-        return out.tokens()
+        ctx.settings = (
+            layout,
+            indices,
+            len(tables),
+            divisor * (1.0 - dropout_rate),
+            (q.shape, k.shape, v.shape),
+        )
+        return _together(out, layout.queries, v.shape, v)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        layout, plan, indices, num_tables, divisor, shapes = ctx.settings
+        layout, indices, num_tables, divisor, shapes = ctx.settings
         remaining, index_of = iter(ctx.saved_tensors), iter(indices)
         d_tables = [_rows_for_sums(next(remaining), [of[i] for of in indices]) for i in range(num_tables)]
-        d_q, d_k, d_v = (_Cells(layout, grad, shape) for shape in shapes)
         heads = grad.shape[1]
-        for group, group_tiles in plan:
+        d_q, d_k, d_v = [], [], []
+        for group, group_tiles in _plan(layout):
             q_, k_, v_ = (next(remaining) for _ in range(3))
-            d_out = _output_gradient(group, grad)
-            d_q_, d_k_, d_v_ = d_q.take(group), d_k.take(group), d_v.take(group)
+            queries = group.queries
+            d_out = queries.hide_padding(queries.gather(grad), heads)
+            d_q_, d_k_, d_v_ = (torch.empty_like(x) for x in (q_, k_, v_))
             kept_of = [(*(next(remaining) for _ in range(3)), next(index_of, ())) for _ in group_tiles]
+            by_tile = zip(group_tiles, *(queries.split(x, heads) for x in (q_, d_q_, d_out)), kept_of)
             written = 0
-            for tile, (logits, kept, weights, index) in zip(reversed(group_tiles), reversed(kept_of)):
-                d_out_t = _queries(d_out, tile, heads)
-                _add(_keys(d_v_, tile, heads), written, (weights.mT, d_out_t))
-                d_w = torch.bmm(d_out_t, _keys(v_, tile, heads).mT)
+            for tile, q_t, d_q_t, d_out_t, (logits, kept, weights, index) in reversed(list(by_tile)):
+                rows, seen = tile.rows * heads, tile.keys
+                _add(d_v_[:rows, :seen], written, (weights.mT, d_out_t))
+                d_w = torch.bmm(d_out_t, v_[:rows, :seen].mT)
                 d_s = torch.ops.aten.silu_backward(d_w if kept is None else d_w.mul_(kept), logits)
-                _set(_queries(d_q_, tile, heads), d_s, _keys(k_, tile, heads))
-                _add(_keys(d_k_, tile, heads), written, (d_s.mT, _queries(q_, tile, heads)))
+                torch.bmm(d_s, k_[:rows, :seen], out=d_q_t)
+                _add(d_k_[:rows, :seen], written, (d_s.mT, q_t))
                 _add_to_tables(d_tables, index, d_s.unflatten(0, (-1, heads)))
-                written = tile.rows * heads
-            d_v_.mul_(1.0 / divisor)
+                written = rows
+            d_q.append(d_q_)
+            d_k.append(d_k_.flatten(0, 1))
+            d_v.append(d_v_.mul_(1.0 / divisor).flatten(0, 1))
         summed = (total.sum(0) for total in d_tables)
-        return d_q.tokens(), d_k.tokens(), d_v.tokens(), None, None, None, None, *summed
+        places = (layout.queries, layout.keys, layout.keys)
+        d_inputs = (_together(*each, grad) for each in zip((d_q, d_k, d_v), places, shapes))
+        return *d_inputs, None, None, None, None, *summed
 
 
 def looked_up(tables: Sequence[torch.Tensor], indices: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -1,7 +1,8 @@
 """Inverted dropout whose masks cost little on a CPU.
 
-torch draws one Bernoulli variable per element from a slow serial generator; here 64 bits of SFC64 (numpy's) serve four
-elements, so the rate is rounded to a multiple of 2^-16. Each source of masks is seeded by one draw from torch's default
+torch draws one Bernoulli variable per element from a slow serial generator; here 64 bits of SFC64 (numpy's) serve eight
+elements. Eight bits hold a rate to a multiple of 1 / 256, so each source of masks takes one of the two multiples around the
+rate, drawn so that an element is dropped with the rate itself. Each source begins in a state drawn from torch's default
 generator, so `torch.manual_seed` decides them all.
 """
 
@@ -13,8 +14,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-_LEVELS = 1 << 16
-_BLOCK = 1 << 23  # elements, 16 MiB of bits
+_LEVELS = 1 << 8
+_BLOCK = 1 << 24  # elements, 16 MiB of bits
+
+
+class _Drawn(np.random.bit_generator.ISeedSequence):
+    """A generator's first state from torch's default one: random already, so numpy need not mix it, which takes longer."""
+
+    def generate_state(self, n_words, dtype=np.uint32):
+        return torch.empty(n_words, dtype=torch.int64).random_().numpy().astype(dtype)
 
 
 class KeepMasks:
@@ -25,31 +33,65 @@ class KeepMasks:
         self.rate, self.dtype, self.device = rate, like.dtype, like.device
         self.elements = elements
         if self.device.type == "cpu":
-            seed = int(torch.empty((), dtype=torch.int64).random_())
-            self.generator = np.random.SFC64(seed)
-            self.bits = torch.empty(0, dtype=torch.int16)
+            self.generator = np.random.SFC64(int(torch.empty((), dtype=torch.int64).random_()))
+            self.lowest_kept = (
+                math.floor(rate * _LEVELS + self.generator.random_raw() * 2.0**-64) - _LEVELS // 2
+            )
+            self.unused = torch.empty(0, dtype=torch.int8)
 
     def draw(self, shape: torch.Size | tuple[int, ...]) -> torch.Tensor:
         """A new tensor of the given shape."""
         if self.device.type != "cpu":
             return (torch.rand(shape, device=self.device) >= self.rate).to(self.dtype)
-        count = math.prod(shape)
-        if count > self.bits.numel():
-            words = -(-max(count, min(self.elements, _BLOCK)) // 4)
-            self.bits = torch.from_numpy(self.generator.random_raw(words).view(np.int16))
-        bits, self.bits = self.bits[:count], self.bits[count:]
+        return self.kept(self.bits(math.prod(shape))).view(shape)
+
+    def bits(self, count: int) -> torch.Tensor:
+        """``[count]`` int8, on a CPU: what `kept` makes a mask of."""
+        if count > self.unused.numel():
+            words = -(-max(count, min(self.elements, _BLOCK)) // 8)
+            self.unused = torch.from_numpy(self.generator.random_raw(words).view(np.int8))
+        bits, self.unused = self.unused[:count], self.unused[count:]
         self.elements -= count
-        threshold = round(self.rate * _LEVELS) - _LEVELS // 2
-        return torch.ge(bits, threshold, out=torch.empty(count, dtype=self.dtype)).view(shape)
+        return bits
+
+    def kept(self, bits: torch.Tensor) -> torch.Tensor:
+        """The mask of these bits, a new tensor."""
+        return torch.ge(bits, self.lowest_kept, out=torch.empty(bits.shape, dtype=self.dtype))
 
 
-def dropout(x: torch.Tensor, rate: float, training: bool) -> torch.Tensor:
-    """``x`` with a share ``rate`` of elements set to 0 and the rest scaled by 1 / (1 - rate), when training."""
-    if not training or rate == 0.0:
-        return x
-    if x.device.type != "cpu":
-        return F.dropout(x, rate)
-    return KeepMasks(rate, x).draw(x.shape).mul_(1.0 / (1.0 - rate)) * x
+def dropout(
+    x: torch.Tensor, rate: float, training: bool, residual: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``x`` with a share ``rate`` of elements set to 0 and the rest scaled by 1 / (1 - rate), when training; plus the
+    residual."""
+    if training and rate > 0.0 and x.device.type == "cpu":
+        return _Dropout.apply(x, residual, rate)
+    dropped = F.dropout(x, rate, training) if rate > 0.0 else x
+    return dropped if residual is None else dropped + residual
+
+
+class _Dropout(torch.autograd.Function):
+    """Two passes over x, and its bits are kept, not a mask."""
+
+    @staticmethod
+    def forward(ctx, x, residual, rate):
+        added = x.new_zeros(()) if residual is None else residual
+        like = x.new_empty((), dtype=torch.result_type(x, added))  # of the sum, under autocast
+        ctx.masks, ctx.scale = KeepMasks(rate, like), 1.0 / (1.0 - rate)
+        bits = ctx.masks.bits(x.numel())
+        ctx.save_for_backward(bits)
+        return _scaled(x, ctx, bits, added)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        (bits,) = ctx.saved_tensors
+        return _scaled(grad, ctx, bits, grad.new_zeros(())), grad if ctx.needs_input_grad[1] else None, None
+
+
+def _scaled(x: torch.Tensor, ctx, bits: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
+    kept = ctx.masks.kept(bits).view(x.shape)
+    return torch.addcmul(added, x, kept, value=ctx.scale, out=kept)
 
 
 class Dropout(torch.nn.Module):
@@ -61,5 +103,5 @@ class Dropout(torch.nn.Module):
             raise ValueError(f"dropout rate must be in [0, 1), got {rate}")
         self.rate = rate
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return dropout(x, self.rate, self.training)
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        return dropout(x, self.rate, self.training, residual)

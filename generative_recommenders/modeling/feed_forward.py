@@ -50,7 +50,7 @@ class PointWiseFeedForward(nn.Module):
     def forward(self, input_embeddings: torch.Tensor) -> torch.Tensor:
         """``[..., D]`` to ``[..., D]``."""
         hidden = self.dropout(self.activation(self.linear1(input_embeddings)))
-        return input_embeddings + self.dropout(self.linear2(hidden))
+        return self.dropout(self.linear2(hidden), residual=input_embeddings)
 
 
 class SwiGLU(nn.Module):

@@ -49,7 +49,7 @@ class InputPreprocessor(torch.nn.Module):
         self.dropout = Dropout(dropout_rate)
 
     def add_positions(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
-        x = x * self.embedding_dim**0.5 + lookup_rows(self.position, layout.positions)
+        x = torch.add(lookup_rows(self.position, layout.positions), x, alpha=self.embedding_dim**0.5)
         return layout.mask(self.dropout(x))
 
 

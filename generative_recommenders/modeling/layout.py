@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from .jagged import jagged_to_padded, padded_to_jagged
+from .rectangles import Places, Rectangles, places
 
 GROUP_CELLS = 8_000_000
 """Cells of a group's attention matrix (rows times width squared), at most: a bound on memory."""
@@ -47,43 +48,27 @@ class Group:
     """Rows attended together.
 
     width: columns n of the group's rectangle.
-    tokens: ``[g * n]`` int32, the token behind each cell; cells behind a row's end repeat its last token.
+    keys: one rectangle ``[g, n]``.
+    queries: a rectangle for each step, or the same as the keys where not all is causal.
     lengths: ``[g]`` int64, real cells a row.
     rows: ``[g]`` int64, which rows of the batch these are, longest first.
     steps: what a causal attention computes, from the first query to the last.
     """
 
     width: int
-    tokens: torch.Tensor
+    keys: Rectangles
+    queries: Rectangles
     lengths: torch.Tensor
     rows: torch.Tensor
     steps: tuple[Step, ...]
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         """``[T, ...]`` tokens as the group's rectangle ``[g, n, ...]``."""
-        return x.index_select(0, self.tokens).view(-1, self.width, *x.shape[1:])
-
-    def cells(self, heads: int, pitch: int) -> torch.Tensor:
-        """``[g * H * n]`` int32: the row that each cell of ``[g, H, n]`` holds, where token t's heads are the rows from
-        ``t * pitch`` on.
-        """
-        if pitch == 1:
-            return self.tokens
-        if (heads, pitch) not in self._cells:
-            head = torch.arange(heads, dtype=torch.int32, device=self.tokens.device)
-            first = (self.tokens * pitch).view(-1, 1, self.width)
-            self._cells[heads, pitch] = (first + head[:, None]).view(-1)
-        return self._cells[heads, pitch]
-
-    @functools.cached_property
-    def _cells(self) -> dict[tuple[int, int], torch.Tensor]:
-        """What `cells` found: every block of an encoder asks the same."""
-        return {}
+        return x.index_select(0, self.keys.tokens).view(-1, self.width, *x.shape[1:])
 
     def real(self) -> torch.Tensor:
         """``[g, n]`` bool, False behind a row's end."""
-        columns = torch.arange(self.width, device=self.lengths.device)
-        return columns < self.lengths[:, None]
+        return self.keys.real.view(-1, self.width)
 
 
 @dataclass(frozen=True)
@@ -103,8 +88,7 @@ class Layout:
     positions: ``[T]`` int64, place of a token in its sequence, from 0.
     row_of: ``[T]`` int64, the row a token belongs to.
     groups: rectangles for attention; together they cover every token once.
-    ungroup: ``[T]`` int32, the cell of each token in the concatenation of all group rectangles.
-    widths: ``[B]`` int32, columns of the group that a row is in.
+    keys, queries: where the tokens lie among the keys and among the queries of all groups.
     valid: ``[T, 1]`` bool for a padded layout, None for a jagged one.
     visibility: None means causal.
     """
@@ -115,8 +99,8 @@ class Layout:
     row_of: torch.Tensor
     starts: torch.Tensor
     groups: tuple[Group, ...]
-    ungroup: torch.Tensor
-    widths: torch.Tensor
+    keys: Places
+    queries: Places
     valid: torch.Tensor | None = None
     visibility: Visibility | None = None
 
@@ -142,21 +126,9 @@ class Layout:
         """``[B]`` int64: the token at the end of each row (the first one for an empty row of a padded layout)."""
         return self.starts + (self.lengths - 1).clamp(min=0)
 
-    def cells(self, heads: int) -> torch.Tensor:
-        """``[T * H]`` int32: where each token and head lies among the cells of all groups' ``[g, H, n]``."""
-        if heads == 1:
-            return self.ungroup
-        if heads not in self._cells:
-            place = torch.arange(self.num_tokens, device=self.device) - self.starts[self.row_of]
-            first = (self.ungroup - place) * heads + place
-            head = torch.arange(heads, device=self.device)
-            cells = first[:, None] + head * self.widths[self.row_of][:, None]
-            self._cells[heads] = cells.view(-1).to(torch.int32)
-        return self._cells[heads]
-
     @functools.cached_property
-    def _cells(self) -> dict[int, torch.Tensor]:
-        """What `cells` found: every block of an encoder asks the same."""
+    def memo(self) -> dict[str, object]:
+        """What was made of the layout once for all blocks of an encoder."""
         return {}
 
     def mask(self, x: torch.Tensor) -> torch.Tensor:
@@ -189,7 +161,8 @@ class Layout:
     def with_visibility(self, visibility: Visibility) -> Layout:
         """The same tokens, not causal; best made before the layout goes to an accelerator."""
         if self.valid is not None:
-            return replace(self, visibility=visibility)
+            groups = tuple(replace(group, queries=group.keys) for group in self.groups)
+            return replace(self, visibility=visibility, groups=groups, queries=self.keys)
         grouped = _grouped(self.lengths.cpu().numpy(), causal=False)
         return replace(self, visibility=visibility, **_moved(grouped, self.device))
 
@@ -214,18 +187,22 @@ def padded_layout(lengths: torch.Tensor, max_length: int) -> Layout:
     device, rows = lengths.device, lengths.numel()
     steps = _steps(np.full(rows, max_length))
     positions = torch.arange(max_length, device=device).repeat(rows)
-    tokens = torch.arange(rows * max_length, dtype=torch.int32, device=device)
     row_of = torch.arange(rows, device=device).repeat_interleave(max_length)
+    tokens = torch.arange(rows * max_length, dtype=torch.int32).view(rows, max_length)
+    everything = torch.ones_like(tokens, dtype=torch.bool)
+    keys, queries = (_cut(tokens, everything, parts) for parts in (_whole(rows, max_length), steps))
+    valid = positions < lengths[row_of]
+    found = {name: places([each], tokens.numel()) for name, each in (("keys", keys), ("queries", queries))}
+    keys, queries = (replace(each, real=valid[each.tokens]) for each in _moved((keys, queries), device))
     return Layout(
         lengths=lengths,
         max_length=max_length,
         positions=positions,
         row_of=row_of,
         starts=torch.arange(rows, device=device) * max_length,
-        groups=(Group(max_length, tokens, lengths, torch.arange(rows, device=device), steps),),
-        ungroup=tokens,
-        widths=torch.full((rows,), max_length, dtype=torch.int32, device=device),
-        valid=(positions < lengths[row_of])[:, None],
+        groups=(Group(max_length, keys, queries, lengths, torch.arange(rows, device=device), steps),),
+        valid=valid[:, None],
+        **_moved(found, device),
     )
 
 
@@ -239,7 +216,7 @@ def _moved(value, device: torch.device):
         return value
     if isinstance(value, tuple):
         return tuple(_moved(item, device) for item in value)
-    if isinstance(value, (Group, Visibility, Layout)):
+    if isinstance(value, (Rectangles, Places, Group, Visibility, Layout)):
         return replace(value, **{f.name: _moved(getattr(value, f.name), device) for f in fields(value)})
     return value
 
@@ -249,26 +226,31 @@ def _grouped(lengths: np.ndarray, causal: bool) -> dict[str, object]:
     starts = np.cumsum(lengths) - lengths
     order = np.argsort(-lengths, kind="stable")
     order = order[lengths[order] > 0]
-    groups, cell_starts, cells, first = [], np.zeros_like(lengths), 0, 0
-    widths = np.zeros(lengths.size, np.int32)
+    groups: list[Group] = []
+    first = 0
     while first < order.size:
         rows = order[first : first + _rows_of_group(lengths[order[first:]], causal)]
-        width = int(lengths[rows[0]])
-        columns = np.minimum(np.arange(width)[None, :], lengths[rows][:, None] - 1)
-        tokens = (starts[rows][:, None] + columns).reshape(-1).astype(np.int32)
-        arrays = {"tokens": tokens, "lengths": lengths[rows], "rows": rows}
-        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        groups.append(Group(width, steps=_steps(lengths[rows]), **tensors))
-        widths[rows] = width
-        cell_starts[rows] = cells + np.arange(rows.size) * width
-        cells += tokens.size
+        own, width = lengths[rows], int(lengths[rows[0]])
+        columns = np.arange(width)
+        tokens = (starts[rows][:, None] + np.minimum(columns, own[:, None] - 1)).astype(np.int32)
+        cells = torch.from_numpy(tokens), torch.from_numpy(columns < own[:, None])
+        steps, keys = _steps(own), _cut(*cells, _whole(*tokens.shape))
+        queries = _cut(*cells, steps) if causal else keys
+        groups.append(Group(width, keys, queries, torch.from_numpy(own), torch.from_numpy(rows), steps))
         first += rows.size
-    ungroup = np.repeat(cell_starts - starts, lengths) + np.arange(lengths.sum())
-    return {
-        "groups": tuple(groups),
-        "ungroup": torch.from_numpy(ungroup.astype(np.int32)),
-        "widths": torch.from_numpy(widths),
-    }
+    found = places([group.keys for group in groups], int(lengths.sum()))
+    queried = places([group.queries for group in groups], int(lengths.sum())) if causal else found
+    return {"groups": tuple(groups), "keys": found, "queries": queried}
+
+
+def _whole(rows: int, columns: int) -> tuple[Step, ...]:
+    return (Step(0, columns, rows),)
+
+
+def _cut(tokens: torch.Tensor, real: torch.Tensor, steps: tuple[Step, ...]) -> Rectangles:
+    """The parts of a group's ``tokens [g, n]`` that are queries of its steps; real: ``[g, n]``."""
+    cut = [torch.cat([x[:rows, start:stop].flatten() for start, stop, rows in steps]) for x in (tokens, real)]
+    return Rectangles(tuple((rows, stop - start) for start, stop, rows in steps), *cut)
 
 
 def _rows_of_group(lengths: np.ndarray, causal: bool) -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
+
+from .normalization import layer_norm
 
 
 def l2_normalize(x: torch.Tensor, eps: float) -> torch.Tensor:
@@ -27,7 +28,7 @@ class _L2Normalize(torch.autograd.Function):
     def backward(ctx, grad):
         y, divisor, normalized = ctx.saved_tensors
         along = (grad * y).sum(-1, keepdim=True) * normalized
-        return torch.addcmul(grad, y, along, value=-1.0) / divisor, None
+        return torch.addcmul(grad, y, along, value=-1.0).div_(divisor), None
 
 
 class L2NormEmbeddingPostprocessor(torch.nn.Module):
@@ -54,4 +55,4 @@ class LayerNormEmbeddingPostprocessor(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x[..., : self.embedding_dim]
-        return F.layer_norm(x, x.shape[-1:], eps=self.eps)
+        return layer_norm(x, self.eps)

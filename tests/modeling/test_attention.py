@@ -310,6 +310,6 @@ def test_the_fused_kernel_gets_widths_that_it_takes(causal: bool, monkeypatch: p
     monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
     q, k, v = tokens(layout.num_tokens)
     parts = [attention._fused_group(q, k, v, g, layout, 0.0, 3**-0.5) for g in layout.groups]
-    out = attention._ungroup(torch.cat(parts), layout, 2)
+    out = layout.keys.ungather(torch.cat(parts), 2)
     torch.testing.assert_close(out, softmax_attention(q, k, v, layout))
     assert widths and all(width % 8 == 0 for width in widths)

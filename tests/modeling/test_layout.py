@@ -71,7 +71,7 @@ def test_groups_cover_every_token_once(lengths: list[int], cells: int) -> None:
     everything = torch.arange(layout.num_tokens)
     gathered = [group.gather(everything).flatten() for group in layout.groups]
     if gathered:
-        assert torch.equal(torch.cat(gathered)[layout.ungroup.long()], everything)
+        assert torch.equal(torch.cat(gathered)[layout.keys.cells.long()], everything)
     for group in layout.groups:
         assert group.width == max(group.lengths.tolist())
         assert group.lengths.tolist() == [lengths[row] for row in group.rows]
@@ -84,9 +84,9 @@ def test_long_rows_do_not_share_a_rectangle_with_short_ones_where_all_of_it_coun
     layout = jagged_layout(torch.tensor([200] * 10 + [5] * 50), 200)
     everyone = torch.zeros_like(layout.positions)
     seen = layout.with_visibility(Visibility(everyone, everyone))
-    assert sum(group.tokens.numel() for group in seen.groups) <= 1.1 * layout.num_tokens
+    assert sum(group.keys.tokens.numel() for group in seen.groups) <= 1.1 * layout.num_tokens
     assert torch.equal(
-        torch.cat([group.tokens for group in seen.groups])[seen.ungroup.long()], every_token(seen)
+        torch.cat([group.keys.tokens for group in seen.groups])[seen.keys.cells.long()], every_token(seen)
     )
 
 
@@ -135,8 +135,10 @@ def test_to_moves_every_tensor() -> None:
     layout = jagged_layout(torch.tensor([2, 3]), 3)
     layout = layout.with_visibility(Visibility(layout.positions, layout.positions))
     moved = layout.to(torch.device("meta"))
-    tensors = [moved.lengths, moved.positions, moved.row_of, moved.starts, moved.ungroup]
-    tensors += [t for group in moved.groups for t in (group.tokens, group.lengths, group.rows)]
+    tensors = [moved.lengths, moved.positions, moved.row_of, moved.starts]
+    for group in moved.groups:
+        tensors += [group.lengths, group.rows, group.keys.tokens, group.keys.real, group.queries.tokens]
+    tensors += [t for found in (moved.keys, moved.queries) for t in (found.cells, found.first, found.columns)]
     assert moved.visibility is not None
     tensors += [moved.visibility.key, moved.visibility.query]
     assert {t.device.type for t in tensors} == {"meta"}
@@ -150,5 +152,5 @@ def test_layout_made_for_a_gpu_equals_the_one_moved_there() -> None:
     lengths, device = torch.tensor([3, 0, 7]), torch.device("cuda")
     made, moved = jagged_layout(lengths, 7, device), jagged_layout(lengths, 7).to(device)
     assert made.device.type == "cuda"
-    assert torch.equal(made.ungroup, moved.ungroup)
+    assert torch.equal(made.queries.cells, moved.queries.cells)
     assert torch.equal(made.row_of, moved.row_of)

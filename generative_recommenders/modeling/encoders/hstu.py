@@ -15,6 +15,7 @@ from ..attention import TableBias, looked_up, pointwise_attention, tiles
 from ..dropout import Dropout
 from ..incremental import Appended, KeysValues, pointwise_over_cache
 from ..layout import Layout
+from ..normalization import layer_norm
 from .sasrec import check_positive, run_block
 
 NORMALIZATIONS = ("rel_bias", "softmax_rel_bias")
@@ -154,7 +155,7 @@ class HstuBlock(torch.nn.Module):
     def project(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """u ``[T, H dv]``; q, k ``[T, H, dqk]``; v ``[T, H, dv]``."""
         width, heads = self.num_heads * self.dv, self.num_heads
-        normed = F.layer_norm(x, x.shape[-1:], eps=1e-6)
+        normed = layer_norm(x, eps=1e-6)
         projected = self.activation(normed @ self.uvqk)
         u, v, q, k = projected.split([width, width, heads * self.dqk, heads * self.dqk], dim=-1)
         return u, *(t.unflatten(-1, (heads, -1)) for t in (q, k, v))
@@ -162,7 +163,7 @@ class HstuBlock(torch.nn.Module):
     def combine(self, x: torch.Tensor, u: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         """x: ``[T, D]``; u: ``[T, H dv]``; attended: ``[T, H, dv]``."""
         attended = attended.flatten(1)
-        a = F.layer_norm(attended, attended.shape[-1:], eps=1e-6)
+        a = layer_norm(attended, eps=1e-6)
         gated = torch.cat([u, a, u * a], dim=-1) if self.concat_ua else u * a
         return self.output(self.dropout(gated)) + x
 
@@ -286,7 +287,7 @@ def softmax_over_all_columns(
         total = torch.logaddexp(logits.logsumexp(-1, keepdim=True), empty.expand(*logits.shape[:-1], 1))
         weights = torch.exp(logits - total).tril()
         outputs.append((F.dropout(weights, dropout_rate) @ v_).transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs).index_select(0, layout.ungroup) if outputs else torch.zeros_like(v)
+    return torch.cat(outputs).index_select(0, layout.keys.cells) if outputs else torch.zeros_like(v)
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

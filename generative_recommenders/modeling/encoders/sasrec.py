@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from itertools import repeat
 from typing import cast
 
@@ -14,6 +15,7 @@ from ..attention import softmax_attention
 from ..dropout import Dropout
 from ..incremental import Appended, KeysValues, softmax_over_cache
 from ..layout import Layout
+from ..normalization import LayerNorm
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu": torch.relu,
@@ -60,10 +62,11 @@ class SasrecBlock(torch.nn.Module):
         self.num_heads = num_heads
         self.dropout_rate = dropout_rate
         self.activation = ACTIVATIONS[activation]
-        self.query_norm = torch.nn.LayerNorm(embedding_dim, eps=1e-8, elementwise_affine=norm_weights)
+        norm = partial(torch.nn.LayerNorm, embedding_dim) if norm_weights else LayerNorm
+        self.query_norm = norm(eps=1e-8)
         self.in_proj = torch.nn.Linear(embedding_dim, 3 * embedding_dim)
         self.out_proj = torch.nn.Linear(embedding_dim, embedding_dim)
-        self.ffn_norm = torch.nn.LayerNorm(embedding_dim, eps=1e-8, elementwise_affine=norm_weights)
+        self.ffn_norm = norm(eps=1e-8)
         self.ffn_in = torch.nn.Linear(embedding_dim, ffn_hidden_dim)
         self.ffn_out = torch.nn.Linear(ffn_hidden_dim, embedding_dim)
         self.dropout = Dropout(dropout_rate)
@@ -93,14 +96,14 @@ class SasrecBlock(torch.nn.Module):
         ``(Wq a + bq)·(Wk x + bk)`` is ``(Wkᵀ (Wq a + bq))·x`` and what is the same for all keys; and ``sum p (Wv x + bv)`` is
         ``[Wv, bv] sum p [x, 1]``. So keys' weights go into those of queries, and values' into the output's.
         """
-        dim, scale = x.shape[1], x.shape[1] ** -0.5
+        dim = x.shape[1]
         (w_q, w_k, w_v), (b_q, _, b_v) = self.in_proj.weight.split(dim), self.in_proj.bias.split(dim)
-        to_query = F.pad(w_k.T @ w_q, (0, 0, 0, 1)) * scale, F.pad(w_k.T @ b_q, (0, 1)) * scale
+        to_keys = F.pad(w_k * dim**-0.5, (0, 1)).T
         to_output = self.out_proj.weight @ torch.cat([w_v, b_v[:, None]], dim=1)
         inputs = F.pad(x, (0, 1), value=1.0)[:, None]
-        q = F.linear(query, *to_query)[:, None]
+        q = F.linear(query, to_keys @ w_q, to_keys @ b_q)[:, None]
         attended = softmax_attention(q, inputs, inputs, layout, rate, scale=1.0)
-        return F.linear(attended[:, 0], to_output, self.out_proj.bias)
+        return F.linear(attended.flatten(1), to_output, self.out_proj.bias)
 
     def append(
         self, x: torch.Tensor, appended: Appended, cached: KeysValues | None
@@ -127,7 +130,7 @@ class SasrecBlock(torch.nn.Module):
         """Norm and feed-forward ``[T, D]``."""
         y = self.ffn_norm(attended)
         hidden = self.dropout(self.activation(self.ffn_in(y)))
-        return self.dropout(self.ffn_out(hidden)) + y
+        return self.dropout(self.ffn_out(hidden), residual=y)
 
 
 class SASRec(torch.nn.Module):

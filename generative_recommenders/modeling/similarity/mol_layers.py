@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..dropout import Dropout
+from ..normalization import layer_norm
 
 GATED_UNITS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "swiglu": F.silu,
@@ -75,7 +76,7 @@ def _glu_silu(query: torch.Tensor, item: torch.Tensor, cross: torch.Tensor) -> t
 
 def _glu_silu_ln(query: torch.Tensor, item: torch.Tensor, cross: torch.Tensor) -> torch.Tensor:
     gate = query * item + cross
-    return gate * torch.sigmoid(F.layer_norm(gate, gate.shape[-1:]))
+    return gate * torch.sigmoid(layer_norm(gate, eps=1e-5))
 
 
 def _sum_of_present(

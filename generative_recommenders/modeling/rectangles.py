@@ -1,0 +1,127 @@
+"""Tokens as rectangles, and rectangles as tokens: copies by index, so that no gradient is scattered."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True)
+class Rectangles:
+    """Rectangles ``[rows, columns]`` of tokens, one behind the other in memory.
+
+    shapes: rows and columns of each.
+    tokens: ``[cells]`` int32, the token in each cell; cells behind the end of a sequence repeat its last token.
+    real: ``[cells]`` bool, False behind the end of a sequence.
+
+    With H heads a rectangle is ``[rows, H, columns]``.
+    """
+
+    shapes: tuple[tuple[int, int], ...]
+    tokens: torch.Tensor
+    real: torch.Tensor
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        """``[T, H, d]`` tokens as cells ``[cells * H, d]``, a copy."""
+        rows, pitch = _as_rows(x)
+        return rows.index_select(0, self._index(x.shape[1], pitch))
+
+    def split(self, cells: torch.Tensor, heads: int) -> list[torch.Tensor]:
+        """Cells ``[cells * H, d]`` as a view ``[rows * H, columns, d]`` of each rectangle."""
+        parts = cells.split([heads * rows * columns for rows, columns in self.shapes])
+        return [part.view(-1, shape[1], part.shape[1]) for part, shape in zip(parts, self.shapes)]
+
+    def empty(self, x: torch.Tensor) -> torch.Tensor:
+        """Room for the cells of what has the form of ``x [T, H, d]``."""
+        return x.new_empty(self.tokens.numel() * x.shape[1], x.shape[2])
+
+    def hide_padding(self, cells: torch.Tensor, heads: int) -> torch.Tensor:
+        """``[cells * H, d]`` in place: 0 behind the end of a sequence."""
+        if heads not in self._weights:
+            weights = self.real.to(cells.dtype)
+            self._weights[heads] = self._for_heads(weights, weights.new_zeros(heads))[:, None]
+        return cells.mul_(self._weights[heads])
+
+    def _index(self, heads: int, pitch: int) -> torch.Tensor:
+        """``[cells * H]`` int32: the row that each cell holds, where token t's heads are the rows from ``t * pitch`` on."""
+        if pitch == 1:
+            return self.tokens
+        if (heads, pitch) not in self._indices:
+            head = torch.arange(heads, dtype=torch.int32, device=self.tokens.device)
+            self._indices[heads, pitch] = self._for_heads(self.tokens * pitch, head)
+        return self._indices[heads, pitch]
+
+    def _for_heads(self, values: torch.Tensor, by_head: torch.Tensor) -> torch.Tensor:
+        """``[cells * H]``: what each cell of each head gets of ``values [cells]`` and ``by_head [H]``."""
+        parts = self.split(values[:, None], 1)
+        return torch.cat([(part.mT + by_head[:, None]).flatten() for part in parts])
+
+    @functools.cached_property
+    def _indices(self) -> dict[tuple[int, int], torch.Tensor]:
+        """What `_index` found: every block of an encoder asks the same."""
+        return {}
+
+    @functools.cached_property
+    def _weights(self) -> dict[int, torch.Tensor]:
+        """What `hide_padding` made."""
+        return {}
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where tokens lie among the cells of rectangles; all ``[T]`` int32.
+
+    cells: a token's cell. first: the first cell of its row in its rectangle. columns: of that rectangle.
+    """
+
+    cells: torch.Tensor
+    first: torch.Tensor
+    columns: torch.Tensor
+
+    def ungather(self, cells: torch.Tensor, heads: int) -> torch.Tensor:
+        """``[cells * H, d]`` as tokens ``[T, H, d]``, a copy."""
+        return cells.index_select(0, self._index(heads)).view(-1, heads, cells.shape[1])
+
+    def _index(self, heads: int) -> torch.Tensor:
+        """``[T * H]`` int32."""
+        if heads == 1:
+            return self.cells
+        if heads not in self._indices:
+            head = torch.arange(heads, dtype=torch.int32, device=self.cells.device)
+            of_first_head = self.cells + (heads - 1) * self.first
+            self._indices[heads] = (of_first_head[:, None] + head * self.columns[:, None]).flatten()
+        return self._indices[heads]
+
+    @functools.cached_property
+    def _indices(self) -> dict[int, torch.Tensor]:
+        """What `_index` found: every block of an encoder asks the same."""
+        return {}
+
+
+def places(each: Sequence[Rectangles], num_tokens: int, padding_too: bool = False) -> Places:
+    """Where the tokens of these rectangles lie, on the CPU. padding_too: what is not real is a token of its own."""
+    shapes = np.array([shape for rectangles in each for shape in rectangles.shapes], np.int64).reshape(-1, 2)
+    columns = np.repeat(shapes[:, 1], shapes[:, 0])
+    first = np.cumsum(columns) - columns
+    cells = np.stack([np.arange(columns.sum()), np.repeat(first, columns), np.repeat(columns, columns)])
+    tokens = np.concatenate([rectangles.tokens.numpy() for rectangles in each] or [np.zeros(0, np.int32)])
+    if not padding_too:
+        held = np.concatenate([rectangles.real.numpy() for rectangles in each] or [np.zeros(0, bool)])
+        cells, tokens = cells[:, held], tokens[held]
+    found = np.empty((3, num_tokens), np.int32)
+    found[:, tokens] = cells
+    return Places(*torch.from_numpy(found))
+
+
+def _as_rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """``[T, H, d]`` as rows of d and how many of them lie from a token to the next; no copy of a slice of a wider
+    projection.
+    """
+    (count, heads, width), pitch = x.shape, x.stride(0) // max(1, x.shape[2])
+    if x.stride() != (pitch * width, width, 1) or pitch < heads:
+        return x.reshape(-1, width), heads
+    return x.as_strided((max(0, (count - 1) * pitch + heads), width), (width, 1)), pitch
