@@ -56,6 +56,8 @@ class KeepMasks:
 
     def kept(self, bits: torch.Tensor) -> torch.Tensor:
         """The mask of these bits, a new tensor."""
+        if self.lowest_kept > torch.iinfo(torch.int8).max:  # torch would wrap it around
+            return torch.zeros(bits.shape, dtype=self.dtype)
         return torch.ge(bits, self.lowest_kept, out=torch.empty(bits.shape, dtype=self.dtype))
 
 

@@ -288,21 +288,23 @@ def _masked_logsumexp(scores: Tensor, mask: Tensor) -> Tensor:
 
 
 class _MaskedLogSumExp(torch.autograd.Function):
-    """One softmax for value and gradient, ``ln sum exp(s) = max s - ln max p``; False entries are set one by one."""
+    """One softmax for value and gradient, ``ln sum exp(s) = max s - ln max p``; rows with False entries are done again."""
 
     @staticmethod
     def forward(ctx, scores, mask):
-        hidden = _false_entries(mask)
-        scores = scores.index_put(hidden, scores.new_tensor(-math.inf))
-        if not scores.shape[1]:
+        if not scores.numel():
             ctx.save_for_backward(scores)
             return scores.new_full((len(scores),), -math.inf)
-        p = torch.softmax(scores, 1)
-        largest = scores.amax(1)
+        rows = _rows_with_false(mask)
+        hidden = mask[rows].logical_not()
+        shown = scores[rows].masked_fill_(hidden, -math.inf)
+        p, largest = torch.softmax(scores, 1), scores.amax(1)
+        largest[rows] = shown.amax(1)
+        p[rows] = torch.softmax(shown, 1)
         none = largest == -math.inf  # nothing counts: softmax gives NaN
         if none.any():
             p[none] = 0.0
-        ctx.save_for_backward(p, *hidden)
+        ctx.save_for_backward(p, rows, hidden)
         return torch.where(none, largest, largest - p.amax(1).log())
 
     @staticmethod
@@ -311,20 +313,18 @@ class _MaskedLogSumExp(torch.autograd.Function):
         p, *hidden = ctx.saved_tensors
         grads = p * grad[:, None]
         if hidden:
-            grads[tuple(hidden)] = 0.0  # also where the gradient of the row is not a number
+            rows, entries = hidden
+            grads[rows] = grads[rows].masked_fill_(
+                entries, 0.0
+            )  # also where the gradient of the row is not a number
         return grads, None
 
 
-def _false_entries(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows and columns of the False entries of a mask; eight are looked at as one on a CPU, which waits for no device."""
-    hidden = mask.logical_not()
-    columns = hidden.shape[1]
-    if hidden.device.type != "cpu" or not columns or columns % 8 or not hidden.is_contiguous():
-        row, column = hidden.nonzero(as_tuple=True)
-        return row, column
-    row, word = hidden.view(torch.int64).nonzero(as_tuple=True)
-    found, byte = hidden.unflatten(1, (-1, 8))[row, word].nonzero(as_tuple=True)
-    return row[found], 8 * word[found] + byte
+def _rows_with_false(mask: Tensor) -> Tensor:
+    """``[M]``: those of ``mask [T, R]``; all of them on a device that a look would wait for."""
+    if mask.device.type != "cpu":
+        return torch.arange(len(mask), device=mask.device)
+    return mask.view(torch.int8).amin(1).logical_not().nonzero().squeeze(1)
 
 
 def _masked_softplus(scores: Tensor, mask: Tensor) -> Tensor:

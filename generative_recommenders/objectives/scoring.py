@@ -150,10 +150,16 @@ def no_collisions(targets: torch.Tensor, negatives: Negatives) -> torch.Tensor:
     ids, targets, tokens = negatives.ids.int(), targets.int(), len(targets)  # compared in half the time
     if negatives.sharing.granularity == "block":
         ids, targets = ids[:, None], negatives.blocks(targets)
-    mask = ids != targets[..., :1]
+    mask = _differ(ids, targets[..., :1])
     for column in range(1, targets.shape[-1]):
-        mask &= ids != targets[..., column, None]
+        mask &= _differ(ids, targets[..., column, None])
     return negatives.tokens(mask, tokens) if mask.dim() == 3 else mask
+
+
+def _differ(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """``a != b``, bool; by way of integers, as torch's CPU kernel compares eight at a time into its own dtype alone."""
+    shape = torch.broadcast_shapes(a.shape, b.shape)
+    return torch.ne(a, b, out=a.new_empty(shape)).bool()
 
 
 class BlockProducts(torch.autograd.Function):

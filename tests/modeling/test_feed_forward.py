@@ -8,6 +8,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from generative_recommenders.features import UserError
+from generative_recommenders.modeling.dropout import KeepMasks
 from generative_recommenders.modeling.feed_forward import PointWiseFeedForward, SwiGLU, SwiGLUEncoder
 from golden_parity import assert_gradients, assert_near, load_golden, load_parameters
 
@@ -49,6 +50,31 @@ def test_dropout_acts_in_training_only() -> None:
     assert not torch.equal(module(x), module(x))
     module.eval()
     assert torch.equal(module(x), module(x))
+
+
+@pytest.mark.parametrize("shape", [(9, 5), (2, 3, 5), (0, 5)])
+def test_relu_with_dropout_is_its_equation(shape: tuple[int, ...]) -> None:
+    """Values and gradients of the function written out by hand, under masks drawn from the same seed."""
+    rate, dtype = 0.4, torch.float64
+    module = PointWiseFeedForward(5, rate, "relu", hidden_dim=7).to(dtype)
+    for bias in (module.linear1.bias, module.linear2.bias):
+        torch.nn.init.normal_(bias)
+    x = torch.randn(*shape, dtype=dtype, requires_grad=True)
+    torch.manual_seed(6)
+    out = module(x)
+    torch.manual_seed(6)
+    masks = KeepMasks(rate, x, 12 * x[..., 0].numel())
+    inner, outer = (masks.draw((*shape[:-1], width)) / (1 - rate) for width in (7, 5))
+    expected = x + outer * module.linear2(inner * torch.relu(module.linear1(x)))
+    torch.testing.assert_close(out, expected)
+    if x.numel():
+        assert (outer == 0).any() and (inner == 0).any()
+    weights = torch.randn(*shape, dtype=dtype)
+    inputs = [x, *module.parameters()]
+    torch.testing.assert_close(
+        torch.autograd.grad((out * weights).sum(), inputs),
+        torch.autograd.grad((expected * weights).sum(), inputs),
+    )
 
 
 def test_unknown_activation_is_named() -> None:
