@@ -157,6 +157,11 @@ def _hide(logits: torch.Tensor, tile: Tile, heads: int) -> torch.Tensor:
     return logits
 
 
+def _corner(rectangle: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """``rectangle[:rows, :columns]`` in one step."""
+    return rectangle.as_strided((rows, columns, rectangle.shape[2]), rectangle.stride())
+
+
 def _add(part: torch.Tensor, written: int, *factors: tuple[torch.Tensor, torch.Tensor]) -> None:
     """Adds the sum of ``left @ right`` to the first ``written`` rows of a part of a rectangle, and sets the others to it."""
     in_place = written == 0 and part.is_contiguous()
@@ -207,12 +212,13 @@ class _GroupedSoftmax(torch.autograd.Function):
             saved += [q_, k_] if v is None else [q_, k_, v_]
             parts = zip(group_tiles, group.queries.split(q_, heads), group.queries.split(out[-1], heads))
             for tile, q_t, out_t in parts:
-                k_t = k_[: tile.rows * heads, : tile.keys]
+                rows, seen = tile.rows * heads, tile.keys
+                k_t = _corner(k_, rows, seen)
                 p = torch.softmax(_hide(torch.bmm(q_t, k_t.mT), tile, heads), -1)
                 if tile.sees is not None:  # a token may see nothing
                     p.unflatten(0, (-1, heads)).mul_(tile.sees.any(-1, keepdim=True))
                 dropped = p if masks is None else masks.draw(p.shape).mul_(p)
-                torch.bmm(dropped, k_t if v is None else v_[: tile.rows * heads, : tile.keys], out=out_t)
+                torch.bmm(dropped, k_t if v is None else _corner(v_, rows, seen), out=out_t)
                 saved += [p, dropped]
             if dropout_rate:
                 out[-1].mul_(1.0 / kept_share)
@@ -247,16 +253,16 @@ class _GroupedSoftmax(torch.autograd.Function):
             written = 0
             for tile, q_t, d_q_t, d_out_t, dots_t, (p, dropped) in reversed(list(by_tile)):
                 rows, seen = tile.rows * heads, tile.keys
-                k_t = k_[:rows, :seen]
-                d_s = torch.bmm(d_out_t, (k_t if one else v_[:rows, :seen]).mT).mul_(dropped)
+                k_t = _corner(k_, rows, seen)
+                d_s = torch.bmm(d_out_t, (k_t if one else _corner(v_, rows, seen)).mT).mul_(dropped)
                 d_s.addcmul_(p, dots_t, value=-1.0)
                 torch.bmm(d_s, k_t, out=d_q_t)
                 for_keys, for_values = (d_s.mT, q_t), (dropped.mT, d_out_t)
                 if d_v_ is None:
-                    _add(d_k_[:rows, :seen], written, for_keys, for_values)
+                    _add(_corner(d_k_, rows, seen), written, for_keys, for_values)
                 else:
-                    _add(d_k_[:rows, :seen], written, for_keys)
-                    _add(d_v_[:rows, :seen], written, for_values)
+                    _add(_corner(d_k_, rows, seen), written, for_keys)
+                    _add(_corner(d_v_, rows, seen), written, for_values)
                 written = rows
             d_q.append(d_q_ if scale == 1.0 else d_q_.mul_(scale))
             d_k.append(d_k_.flatten(0, 1))
@@ -288,13 +294,13 @@ class _GroupedPointwise(torch.autograd.Function):
             parts = zip(group_tiles, group.queries.split(q_, heads), group.queries.split(out[-1], heads))
             for tile, q_t, out_t in parts:
                 rows, seen = tile.rows * heads, tile.keys
-                logits = torch.bmm(q_t, k_[:rows, :seen].mT)
+                logits = torch.bmm(q_t, _corner(k_, rows, seen).mT)
                 if tables:
                     logits.unflatten(0, (-1, heads)).add_(looked_up(tables, next(remaining)))
                 weights = F.silu(_hide(logits, tile, heads))
                 kept = None if masks is None else masks.draw(weights.shape)
                 weights = weights if kept is None else weights.mul_(kept)
-                torch.bmm(weights, v_[:rows, :seen], out=out_t)
+                torch.bmm(weights, _corner(v_, rows, seen), out=out_t)
                 saved += [logits, kept, weights]
         ctx.save_for_backward(*tables, *saved)
         ctx.settings = (
@@ -324,11 +330,11 @@ class _GroupedPointwise(torch.autograd.Function):
             written = 0
             for tile, q_t, d_q_t, d_out_t, (logits, kept, weights, index) in reversed(list(by_tile)):
                 rows, seen = tile.rows * heads, tile.keys
-                _add(d_v_[:rows, :seen], written, (weights.mT, d_out_t))
-                d_w = torch.bmm(d_out_t, v_[:rows, :seen].mT)
+                _add(_corner(d_v_, rows, seen), written, (weights.mT, d_out_t))
+                d_w = torch.bmm(d_out_t, _corner(v_, rows, seen).mT)
                 d_s = torch.ops.aten.silu_backward(d_w if kept is None else d_w.mul_(kept), logits)
-                torch.bmm(d_s, k_[:rows, :seen], out=d_q_t)
-                _add(d_k_[:rows, :seen], written, (d_s.mT, q_t))
+                torch.bmm(d_s, _corner(k_, rows, seen), out=d_q_t)
+                _add(_corner(d_k_, rows, seen), written, (d_s.mT, q_t))
                 _add_to_tables(d_tables, index, d_s.unflatten(0, (-1, heads)))
                 written = rows
             d_q.append(d_q_)
@@ -342,8 +348,8 @@ class _GroupedPointwise(torch.autograd.Function):
 
 def looked_up(tables: Sequence[torch.Tensor], indices: Sequence[torch.Tensor]) -> torch.Tensor:
     """The sum of ``table[index]``, with an axis for the heads: ``[1, rows, keys]`` or ``[g, 1, rows, keys]``."""
-    parts = [_gathered(table, index) for table, index in zip(tables, indices)]
-    return sum(parts[1:], parts[0]).unsqueeze(-3)
+    shared, *own = sorted((_gathered(*each) for each in zip(tables, indices)), key=torch.Tensor.dim)
+    return functools.reduce(lambda total, part: part.add_(total), own, shared).unsqueeze(-3)
 
 
 def _gathered(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -366,7 +372,7 @@ def _add_to_tables(
     """
     if not totals:
         return
-    d_logits = d_logits.sum(1)
+    d_logits = functools.reduce(torch.add, d_logits.unbind(1))  # faster than a sum, which is of few
     for total, index in zip(totals, indices):
         d_part = (d_logits if index.dim() == 3 else d_logits.sum(0)).flatten(0, -2)
         total[: d_part.shape[0]].scatter_add_(1, index.flatten(0, -2), d_part.to(total.dtype))

@@ -2,8 +2,8 @@
 
 Per position, each of T tokens has R negatives of its own: the ``[T, R]`` scores are the sampled entries of
 ``hidden · weightᵀ``, a sparse pattern, so the forward pass is one sampled dense-dense product and the
-backward pass two sparse-dense ones; no ``[T, R, D]`` tensor exists. Shared by blocks or by the batch they are
-batched products.
+backward pass two sums over weighted bags of rows; no ``[T, R, D]`` tensor exists. Shared by blocks or by the batch
+they are batched products.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 
 from ..features import UserError
 from ..modeling.embeddings import ItemRows
@@ -20,6 +21,9 @@ from ..modeling.output_postprocessors import l2_normalize
 from .negative_samplers import Negatives
 
 AuxiliaryLosses = dict[str, torch.Tensor]
+
+_PART = 1 << 18
+"""Entries of a pattern, at least, that are sorted together: 1 MiB of gradients."""
 
 
 @dataclass(frozen=True)
@@ -204,20 +208,38 @@ class SampledProducts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, rows):
         ctx.save_for_backward(hidden, weight, rows)
-        pattern = _csr(rows, hidden.new_zeros(rows.shape), weight.shape[0])
-        return torch.sparse.sampled_addmm(pattern, hidden, weight.T, beta=0.0).values().view(rows.shape)
+        return _sampled_products(hidden, weight, rows)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         hidden, weight, rows = ctx.saved_tensors
-        d_hidden = _csr(rows, grad, weight.shape[0]) @ weight
-        return d_hidden, _transposed_product(rows, grad, hidden, weight.shape[0]), None
+        d_hidden = F.embedding_bag(rows, weight, per_sample_weights=grad, mode="sum")
+        d_weight = torch.zeros_like(weight)
+        for part, of_part, d_part in zip(
+            *(_parts(x, rows.numel(), len(weight)) for x in (hidden, rows, grad))
+        ):
+            d_weight += _transposed_product(of_part, d_part, part, len(weight))
+        return d_hidden, d_weight, None
 
 
-def _csr(rows: torch.Tensor, values: torch.Tensor, num_columns: int) -> torch.Tensor:
+def _sampled_products(hidden: torch.Tensor, weight: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """``[T, R]``, by a sparse pattern of 0 in CSR form."""
     tokens, draws = rows.shape
     pointers = torch.arange(0, tokens * draws + 1, draws, dtype=torch.int32, device=rows.device)
-    return _make_csr(pointers, rows.reshape(-1).to(torch.int32), values.reshape(-1), (tokens, num_columns))
+    columns, zeros = rows.flatten().to(torch.int32), hidden.new_zeros(tokens * draws)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        pattern = torch.sparse_csr_tensor(
+            pointers, columns, zeros, size=(tokens, len(weight)), check_invariants=False
+        )
+    return torch.sparse.sampled_addmm(pattern, hidden, weight.T, beta=0.0).values().view(tokens, draws)
+
+
+def _parts(x: torch.Tensor, entries: int, num_rows: int) -> tuple[torch.Tensor, ...]:
+    """``x [T, ...]`` in parts whose entries of a pattern stay in a processor's cache; each costs a pass over all rows."""
+    size = max(_PART, 8 * num_rows)
+    return x.chunk(max(1, entries // size if x.device.type == "cpu" else 1))
 
 
 def _transposed_product(
@@ -226,19 +248,11 @@ def _transposed_product(
     """``[U, D]``: sum over (t, r) of grad[t, r] · hidden[t] into row rows[t, r], by sorting the pattern by
     row.
     """
-    flat = rows.reshape(-1)
-    small = flat.to(torch.int16) if num_rows <= torch.iinfo(torch.int16).max else flat.to(torch.int32)
-    order = torch.argsort(small, stable=True)
-    counts = torch.bincount(flat, minlength=num_rows)
-    pointers = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(torch.int32)
-    tokens = torch.div(order, rows.shape[1], rounding_mode="floor").to(torch.int32)
-    transposed = _make_csr(
-        pointers, tokens, grad.reshape(-1).index_select(0, order), (num_rows, hidden.shape[0])
+    dtype = torch.int16 if num_rows <= torch.iinfo(torch.int16).max else torch.int32
+    ordered, order = rows.flatten().to(dtype).sort(stable=True)
+    starts = torch.searchsorted(ordered, torch.arange(num_rows + 1, device=rows.device).to(dtype))
+    tokens = torch.div(order, rows.shape[1], rounding_mode="floor")
+    weights = grad.flatten().index_select(0, order)
+    return F.embedding_bag(
+        tokens, hidden, starts, mode="sum", per_sample_weights=weights, include_last_offset=True
     )
-    return transposed @ hidden
-
-
-def _make_csr(pointers, columns, values, size):
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-        return torch.sparse_csr_tensor(pointers, columns, values, size=size, check_invariants=False)

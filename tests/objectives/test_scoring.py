@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from generative_recommenders.modeling.embeddings import ItemRows
 from generative_recommenders.modeling.layout import jagged_layout
 from generative_recommenders.modeling.similarity.dot_product import DotProductSimilarity
+from generative_recommenders.objectives import scoring
 from generative_recommenders.objectives.counter_random import stream_key
 from generative_recommenders.objectives.losses import BCELoss, SampledLoss, SampledSoftmaxLoss
 from generative_recommenders.objectives.negative_samplers import LocalNegativesSampler, Negatives, Sharing
@@ -84,6 +85,18 @@ def test_no_tokens(sharing: Sharing) -> None:
     assert scores.shape == (0, 5)
     scores.sum().backward()
     assert (weight.grad == 0).all()
+
+
+def test_the_pattern_is_sorted_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weight = hidden_and_weight(tokens=23)
+    rows = torch.randint(len(weight), (23, 5))
+    cotangent = torch.randn(23, 5, dtype=hidden.dtype)
+    expected = torch.autograd.grad(gathered(hidden, weight, rows), (hidden, weight), cotangent)
+    for size in (1, 40, 10**6):
+        monkeypatch.setattr(scoring, "_PART", size)
+        assert len(scoring._parts(hidden, rows.numel(), 1)) == max(1, min(23, 115 // max(size, 8)))
+        out = SampledProducts.apply(hidden, weight, rows)
+        torch.testing.assert_close(torch.autograd.grad(out, (hidden, weight), cotangent), expected)
 
 
 def test_a_row_index_beyond_16_bits() -> None:
