@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from .dropout import KeepMasks
-from .layout import Group, Layout
+from .layout import Group, Layout, Visibility
 from .rectangles import Places
 
 _MASK_UNIT = 64
@@ -55,19 +55,15 @@ def tiles(group: Group, layout: Layout) -> list[Tile]:
     """Who sees whom, by the steps of a causal group. Cells behind a row's end are never seen by real ones."""
     width = group.width
     if layout.visibility is not None:
-        return [Tile(len(group.lengths), 0, width, width, 0, visible(group, layout))]
+        return [Tile(len(group.lengths), 0, width, width, 0, visible(group, layout.visibility))]
     return [Tile(rows, start, stop, stop, start, None) for start, stop, rows in group.steps]
 
 
-def visible(group: Group, layout: Layout) -> torch.Tensor:
-    """Bool ``[n, n]`` (causal) or ``[g, 1, n, n]`` (by the layout's key and query integers)."""
-    if layout.visibility is None:
-        columns = torch.arange(group.width, device=group.tokens.device)
-        return columns[None, :] <= columns[:, None]
+def visible(group: Group, by: Visibility) -> torch.Tensor:
+    """Bool ``[g, 1, n, n]``, False for what lies behind a row's end."""
     out_of_reach = torch.iinfo(torch.int64).max
-    key = group.gather(layout.visibility.key).masked_fill(~group.real(), out_of_reach)
-    query = group.gather(layout.visibility.query)
-    return (key[:, None, :] <= query[:, :, None])[:, None]
+    key = group.gather(by.key).masked_fill(~group.real(), out_of_reach)
+    return (key[:, None, :] <= group.gather(by.query)[:, :, None])[:, None]
 
 
 def softmax_attention(
@@ -112,9 +108,9 @@ def pointwise_attention(
 
 def _fused_group(q, k, v, group, layout, dropout_rate, scale):
     q_, k_, v_ = (_aligned(_keys(group, x)).unflatten(0, (-1, q.shape[1])) for x in (q, k, v))
-    causal = layout.visibility is None
-    mask = None if causal else visible(group, layout)
-    out = F.scaled_dot_product_attention(q_, k_, v_, mask, dropout_rate, is_causal=causal, scale=scale)
+    by = layout.visibility
+    mask = None if by is None else visible(group, by)
+    out = F.scaled_dot_product_attention(q_, k_, v_, mask, dropout_rate, is_causal=by is None, scale=scale)
     return out[..., : v.shape[-1]].reshape(-1, v.shape[-1])
 
 

@@ -273,7 +273,8 @@ def test_scale() -> None:
 def test_visible_hides_cells_behind_a_row() -> None:
     layout = padded_layout(torch.tensor([1, 3]), 3)
     layout = layout.with_visibility(Visibility(*(torch.zeros_like(layout.positions) for _ in range(2))))
-    sees = visible(layout.groups[0], layout)
+    assert layout.visibility is not None
+    sees = visible(layout.groups[0], layout.visibility)
     assert sees[:, 0, 0].tolist() == [[True, False, False], [True, True, True]]
 
 
