@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -127,7 +127,7 @@ class Layout:
         return self.starts + (self.lengths - 1).clamp(min=0)
 
     @functools.cached_property
-    def memo(self) -> dict[str, object]:
+    def memo(self) -> dict[str | int, object]:
         """What was made of the layout once for all blocks of an encoder."""
         return {}
 
@@ -146,7 +146,16 @@ class Layout:
         """``[B, N, ...]`` to the tokens ``[T, ...]`` of this layout."""
         if self.valid is not None:
             return rectangle.reshape(-1, *rectangle.shape[2:])
-        return padded_to_jagged(rectangle, self.offsets, self.num_tokens)
+        if rectangle.dim() > 2:
+            return padded_to_jagged(rectangle, self.offsets, self.num_tokens)
+        return rectangle.flatten().index_select(0, self._cells(rectangle.shape[1]))
+
+    def _cells(self, columns: int) -> torch.Tensor:
+        """``[T]`` int64: where the tokens lie in a rectangle of so many columns."""
+        if columns not in self.memo:
+            before = torch.arange(self.num_rows, device=self.device) * columns - self.starts
+            self.memo[columns] = before[self.row_of] + torch.arange(self.num_tokens, device=self.device)
+        return cast(torch.Tensor, self.memo[columns])
 
     def to_rectangle(self, x: torch.Tensor) -> torch.Tensor:
         """``[T, ...]`` to ``[B, N, ...]``, right-padded with 0."""

@@ -73,14 +73,14 @@ class Rectangles:
 
 @dataclass(frozen=True)
 class Places:
-    """Where tokens lie among the cells of rectangles; all ``[T]`` int32.
+    """Where tokens lie among the cells of rectangles.
 
-    cells: a token's cell. first: the first cell of its row in its rectangle. columns: of that rectangle.
+    cells: ``[T]`` int32, a token's cell. runs: ``[R]`` int32, the first cells of all rows of all rectangles, and the number
+    of cells.
     """
 
     cells: torch.Tensor
-    first: torch.Tensor
-    columns: torch.Tensor
+    runs: torch.Tensor
 
     def ungather(self, cells: torch.Tensor, heads: int) -> torch.Tensor:
         """``[cells * H, d]`` as tokens ``[T, H, d]``, a copy."""
@@ -91,9 +91,12 @@ class Places:
         if heads == 1:
             return self.cells
         if heads not in self._indices:
+            run = torch.searchsorted(self.runs, self.cells, right=True)
+            first = self.runs[run - 1]
+            columns = self.runs[run] - first
             head = torch.arange(heads, dtype=torch.int32, device=self.cells.device)
-            of_first_head = self.cells + (heads - 1) * self.first
-            self._indices[heads] = (of_first_head[:, None] + head * self.columns[:, None]).flatten()
+            of_first_head = self.cells + (heads - 1) * first
+            self._indices[heads] = (of_first_head[:, None] + head * columns[:, None]).flatten()
         return self._indices[heads]
 
     @functools.cached_property
@@ -102,19 +105,16 @@ class Places:
         return {}
 
 
-def places(each: Sequence[Rectangles], num_tokens: int, padding_too: bool = False) -> Places:
-    """Where the tokens of these rectangles lie, on the CPU. padding_too: what is not real is a token of its own."""
+def places(each: Sequence[Rectangles], num_tokens: int) -> Places:
+    """Where the tokens lie that these rectangles hold for real, on the CPU."""
     shapes = np.array([shape for rectangles in each for shape in rectangles.shapes], np.int64).reshape(-1, 2)
-    columns = np.repeat(shapes[:, 1], shapes[:, 0])
-    first = np.cumsum(columns) - columns
-    cells = np.stack([np.arange(columns.sum()), np.repeat(first, columns), np.repeat(columns, columns)])
-    tokens = np.concatenate([rectangles.tokens.numpy() for rectangles in each] or [np.zeros(0, np.int32)])
-    if not padding_too:
-        held = np.concatenate([rectangles.real.numpy() for rectangles in each] or [np.zeros(0, bool)])
-        cells, tokens = cells[:, held], tokens[held]
-    found = np.empty((3, num_tokens), np.int32)
-    found[:, tokens] = cells
-    return Places(*torch.from_numpy(found))
+    runs = np.concatenate(([0], np.repeat(shapes[:, 1], shapes[:, 0]).cumsum()))
+    cells = np.empty(num_tokens, np.int32)
+    if each:
+        tokens = np.concatenate([rectangles.tokens.numpy() for rectangles in each])
+        held = np.flatnonzero(np.concatenate([rectangles.real.numpy() for rectangles in each]))
+        cells[tokens[held]] = held
+    return Places(torch.from_numpy(cells), torch.from_numpy(runs.astype(np.int32)))
 
 
 def _as_rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:

@@ -138,7 +138,7 @@ def test_to_moves_every_tensor() -> None:
     tensors = [moved.lengths, moved.positions, moved.row_of, moved.starts]
     for group in moved.groups:
         tensors += [group.lengths, group.rows, group.keys.tokens, group.keys.real, group.queries.tokens]
-    tensors += [t for found in (moved.keys, moved.queries) for t in (found.cells, found.first, found.columns)]
+    tensors += [t for found in (moved.keys, moved.queries) for t in (found.cells, found.runs)]
     assert moved.visibility is not None
     tensors += [moved.visibility.key, moved.visibility.query]
     assert {t.device.type for t in tensors} == {"meta"}
