@@ -354,15 +354,15 @@ def _gathered(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 
 def _rows_for_sums(table: torch.Tensor, indices: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Zeros as wide as the table, a row for each of the tile that has most."""
-    rows = max((index.shape[:-1].numel() for index in indices), default=0)
+    """Zeros as wide as the table, a row for each first index of the tile that has most."""
+    rows = max((len(index) for index in indices), default=0)
     return table.new_zeros(rows, table.numel())
 
 
 def _add_to_tables(
     totals: Sequence[torch.Tensor], indices: Sequence[torch.Tensor], d_logits: torch.Tensor
 ) -> None:
-    """Gradients of the tables from those of ``[g, H, rows, keys]`` logits: sums by index, apart for each row of a tile.
+    """Gradients of the tables from those of ``[g, H, rows, keys]`` logits: sums by index, apart for each first index.
 
     totals: see `_rows_for_sums`, one for each table.
     """
@@ -370,5 +370,5 @@ def _add_to_tables(
         return
     d_logits = functools.reduce(torch.add, d_logits.unbind(1))  # faster than a sum, which is of few
     for total, index in zip(totals, indices):
-        d_part = (d_logits if index.dim() == 3 else d_logits.sum(0)).flatten(0, -2)
-        total[: d_part.shape[0]].scatter_add_(1, index.flatten(0, -2), d_part.to(total.dtype))
+        d_part = (d_logits if index.dim() == 3 else d_logits.sum(0)).flatten(1)
+        total[: len(d_part)].scatter_add_(1, index.flatten(1), d_part.to(total.dtype))
