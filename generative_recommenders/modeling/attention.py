@@ -143,9 +143,10 @@ def _lowest(dtype: torch.dtype) -> float:
 
 
 def _hide(logits: torch.Tensor, tile: Tile, heads: int) -> torch.Tensor:
-    """``logits [rows * H, queries, keys]`` in place, very low where the tile's queries do not see."""
+    """``logits [rows * H, queries, keys]`` in place, very low where the tile's queries do not see; a triangle also in what
+    all rows share, ``[queries, keys]``."""
     if tile.sees is None:
-        height = logits.shape[1]
+        height = logits.shape[-2]
         future = _future(-(-height // _MASK_UNIT) * _MASK_UNIT, logits.dtype, logits.device)
         logits[..., tile.known :].add_(future[:height, :height])
     else:
@@ -292,8 +293,10 @@ class _GroupedPointwise(torch.autograd.Function):
                 rows, seen = tile.rows * heads, tile.keys
                 logits = torch.bmm(q_t, _corner(k_, rows, seen).mT)
                 if tables:
-                    logits.unflatten(0, (-1, heads)).add_(looked_up(tables, next(remaining)))
-                weights = F.silu(_hide(logits, tile, heads))
+                    logits.unflatten(0, (-1, heads)).add_(looked_up(tables, next(remaining), tile))
+                if not tables or tile.sees is not None:
+                    _hide(logits, tile, heads)
+                weights = F.silu(logits)
                 kept = None if masks is None else masks.draw(weights.shape)
                 weights = weights if kept is None else weights.mul_(kept)
                 torch.bmm(weights, _corner(v_, rows, seen), out=out_t)
@@ -342,9 +345,16 @@ class _GroupedPointwise(torch.autograd.Function):
         return *d_inputs, None, None, None, None, *summed
 
 
-def looked_up(tables: Sequence[torch.Tensor], indices: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The sum of ``table[index]``, with an axis for the heads: ``[1, rows, keys]`` or ``[g, 1, rows, keys]``."""
+def looked_up(
+    tables: Sequence[torch.Tensor], indices: Sequence[torch.Tensor], tile: Tile | None = None
+) -> torch.Tensor:
+    """The sum of ``table[index]``, with an axis for the heads: ``[1, rows, keys]`` or ``[g, 1, rows, keys]``.
+
+    tile: a triangle that its queries do not see is hidden too, where that costs least.
+    """
     shared, *own = sorted((_gathered(*each) for each in zip(tables, indices)), key=torch.Tensor.dim)
+    if tile is not None and tile.sees is None:
+        _hide(shared, tile, heads=1)
     return functools.reduce(lambda total, part: part.add_(total), own, shared).unsqueeze(-3)
 
 

@@ -251,7 +251,9 @@ def _transposed_product(
     dtype = torch.int16 if num_rows <= torch.iinfo(torch.int16).max else torch.int32
     ordered, order = rows.flatten().to(dtype).sort(stable=True)
     starts = torch.searchsorted(ordered, torch.arange(num_rows + 1, device=rows.device).to(dtype))
-    tokens = torch.div(order, rows.shape[1], rounding_mode="floor")
+    draws = rows.shape[1]
+    shift = draws.bit_length() - 1
+    tokens = order >> shift if draws == 1 << shift else order // draws  # a division takes five times as long
     weights = grad.flatten().index_select(0, order)
     return F.embedding_bag(
         tokens, hidden, starts, mode="sum", per_sample_weights=weights, include_last_offset=True

@@ -87,16 +87,19 @@ def test_no_tokens(sharing: Sharing) -> None:
     assert (weight.grad == 0).all()
 
 
-def test_the_pattern_is_sorted_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("size, parts", [(1, 12), (40, 2), (10**6, 1)])
+@pytest.mark.parametrize("draws", [4, 5])
+def test_the_pattern_is_sorted_in_parts(
+    draws: int, size: int, parts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scoring, "_PART", size)
     hidden, weight = hidden_and_weight(tokens=23)
-    rows = torch.randint(len(weight), (23, 5))
-    cotangent = torch.randn(23, 5, dtype=hidden.dtype)
+    rows = torch.randint(len(weight), (23, draws))
+    assert len(scoring._parts(hidden, rows.numel(), 1)) == parts
+    cotangent = torch.randn(23, draws, dtype=hidden.dtype)
     expected = torch.autograd.grad(gathered(hidden, weight, rows), (hidden, weight), cotangent)
-    for size, parts in ((1, 12), (40, 2), (10**6, 1)):
-        monkeypatch.setattr(scoring, "_PART", size)
-        assert len(scoring._parts(hidden, rows.numel(), 1)) == parts
-        out = SampledProducts.apply(hidden, weight, rows)
-        torch.testing.assert_close(torch.autograd.grad(out, (hidden, weight), cotangent), expected)
+    out = SampledProducts.apply(hidden, weight, rows)
+    torch.testing.assert_close(torch.autograd.grad(out, (hidden, weight), cotangent), expected)
 
 
 def test_a_row_index_beyond_16_bits() -> None:
