@@ -87,15 +87,13 @@ def test_no_tokens(sharing: Sharing) -> None:
     assert (weight.grad == 0).all()
 
 
-@pytest.mark.parametrize("size, parts", [(1, 12), (40, 2), (10**6, 1)])
+@pytest.mark.parametrize("size", [1, 40, 10**6])
 @pytest.mark.parametrize("draws", [4, 5])
-def test_the_pattern_is_sorted_in_parts(
-    draws: int, size: int, parts: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_pattern_is_sorted_in_parts(draws: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scoring, "_PART", size)
     hidden, weight = hidden_and_weight(tokens=23)
     rows = torch.randint(len(weight), (23, draws))
-    assert len(scoring._parts(hidden, rows.numel(), 1)) == parts
+    assert (len(scoring._parts(hidden, rows.numel(), 1)) > 1) == (size < rows.numel())
     cotangent = torch.randn(23, draws, dtype=hidden.dtype)
     expected = torch.autograd.grad(gathered(hidden, weight, rows), (hidden, weight), cotangent)
     out = SampledProducts.apply(hidden, weight, rows)
