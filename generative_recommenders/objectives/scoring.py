@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from ..features import UserError
-from ..modeling.embeddings import ItemRows
+from ..modeling.embeddings import ItemRows, bags_of_rows
 from ..modeling.output_postprocessors import l2_normalize
 from .negative_samplers import Negatives
 
@@ -248,9 +248,7 @@ def _transposed_product(
     """``[U, D]``: sum over (t, r) of grad[t, r] · hidden[t] into row rows[t, r], by sorting the pattern by
     row.
     """
-    dtype = torch.int16 if num_rows <= torch.iinfo(torch.int16).max else torch.int32
-    ordered, order = rows.flatten().to(dtype).sort(stable=True)
-    starts = torch.searchsorted(ordered, torch.arange(num_rows + 1, device=rows.device).to(dtype))
+    order, starts = bags_of_rows(rows.flatten(), num_rows)
     draws = rows.shape[1]
     shift = draws.bit_length() - 1
     tokens = order >> shift if draws == 1 << shift else order // draws  # a division takes five times as long
