@@ -215,11 +215,10 @@ class SampledProducts(torch.autograd.Function):
     def backward(ctx, grad):
         hidden, weight, rows = ctx.saved_tensors
         d_hidden = F.embedding_bag(rows, weight, per_sample_weights=grad, mode="sum")
-        d_weight = torch.zeros_like(weight)
-        for part, of_part, d_part in zip(
-            *(_parts(x, rows.numel(), len(weight)) for x in (hidden, rows, grad))
-        ):
-            d_weight += _transposed_product(of_part, d_part, part, len(weight))
+        parts = zip(*(_parts(x, rows.numel(), len(weight)) for x in (rows, grad, hidden)))
+        d_weight, *others = (_transposed_product(of, d, h, len(weight)) for of, d, h in parts)
+        for other in others:
+            d_weight += other
         return d_hidden, d_weight, None
 
 
