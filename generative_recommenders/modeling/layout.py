@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from .jagged import jagged_to_padded, padded_to_jagged
-from .rectangles import Places, Rectangles, places
+from .rectangles import Places, Rectangles, places, places_of_all
 
 GROUP_CELLS = 8_000_000
 """Cells of a group's attention matrix (rows times width squared), at most: a bound on memory."""
@@ -197,12 +197,9 @@ def padded_layout(lengths: torch.Tensor, max_length: int) -> Layout:
     steps = _steps(np.full(rows, max_length))
     positions = torch.arange(max_length, device=device).repeat(rows)
     row_of = torch.arange(rows, device=device).repeat_interleave(max_length)
-    tokens = torch.arange(rows * max_length, dtype=torch.int32).view(rows, max_length)
-    everything = torch.ones_like(tokens, dtype=torch.bool)
-    keys, queries = (_cut(tokens, everything, parts) for parts in (_whole(rows, max_length), steps))
-    valid = positions < lengths[row_of]
-    found = {name: places([each], tokens.numel()) for name, each in (("keys", keys), ("queries", queries))}
-    keys, queries = (replace(each, real=valid[each.tokens]) for each in _moved((keys, queries), device))
+    valid = (positions < lengths[row_of]).view(rows, max_length)
+    tokens = torch.arange(rows * max_length, dtype=torch.int32, device=device).view(rows, max_length)
+    keys, queries = (_cut(tokens, valid, parts) for parts in (_whole(rows, max_length), steps))
     return Layout(
         lengths=lengths,
         max_length=max_length,
@@ -210,8 +207,9 @@ def padded_layout(lengths: torch.Tensor, max_length: int) -> Layout:
         row_of=row_of,
         starts=torch.arange(rows, device=device) * max_length,
         groups=(Group(max_length, keys, queries, lengths, torch.arange(rows, device=device), steps),),
-        valid=valid[:, None],
-        **_moved(found, device),
+        keys=places_of_all(keys),
+        queries=places_of_all(queries),
+        valid=valid.view(-1, 1),
     )
 
 

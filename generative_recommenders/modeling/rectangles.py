@@ -107,14 +107,23 @@ class Places:
 
 def places(each: Sequence[Rectangles], num_tokens: int) -> Places:
     """Where the tokens lie that these rectangles hold for real, on the CPU."""
-    shapes = np.array([shape for rectangles in each for shape in rectangles.shapes], np.int64).reshape(-1, 2)
-    runs = np.concatenate(([0], np.repeat(shapes[:, 1], shapes[:, 0]).cumsum()))
     cells = np.empty(num_tokens, np.int32)
     if each:
         tokens = np.concatenate([rectangles.tokens.numpy() for rectangles in each])
         held = np.flatnonzero(np.concatenate([rectangles.real.numpy() for rectangles in each]))
         cells[tokens[held]] = held
-    return Places(torch.from_numpy(cells), torch.from_numpy(runs.astype(np.int32)))
+    return Places(torch.from_numpy(cells), _runs(each))
+
+
+def places_of_all(rectangles: Rectangles) -> Places:
+    """Where the tokens lie, each of which has one cell, padding among them; no number is looked at."""
+    device = rectangles.tokens.device
+    return Places(rectangles.tokens.argsort().to(torch.int32), _runs([rectangles]).to(device))
+
+
+def _runs(each: Sequence[Rectangles]) -> torch.Tensor:
+    shapes = np.array([shape for rectangles in each for shape in rectangles.shapes], np.int64).reshape(-1, 2)
+    return torch.tensor([0, *np.repeat(shapes[:, 1], shapes[:, 0]).cumsum().tolist()], dtype=torch.int32)
 
 
 def _as_rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:

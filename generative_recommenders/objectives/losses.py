@@ -288,23 +288,24 @@ def _masked_logsumexp(scores: Tensor, mask: Tensor) -> Tensor:
 
 
 class _MaskedLogSumExp(torch.autograd.Function):
-    """One softmax for value and gradient, ``ln sum exp(s) = max s - ln max p``; rows with False entries are done again."""
+    """One softmax for value and gradient, ``ln sum exp(s) = max s - ln max p``; rows with False entries are done apart."""
 
     @staticmethod
     def forward(ctx, scores, mask):
         if not scores.numel():
             ctx.save_for_backward(scores)
             return scores.new_full((len(scores),), -math.inf)
-        rows = _rows_with_false(mask)
+        ctx.rows = rows = _rows_with_false(mask)
         hidden = mask[rows].logical_not()
-        shown = scores[rows].masked_fill_(hidden, -math.inf)
-        p, largest = torch.softmax(scores, 1), scores.amax(1)
-        largest[rows] = shown.amax(1)
-        p[rows] = torch.softmax(shown, 1)
+        shown = scores[rows].masked_fill(hidden, -math.inf)
+        p, largest = torch.softmax(shown, 1), shown.amax(1)
+        if not isinstance(rows, slice):
+            p = torch.softmax(scores, 1).index_copy_(0, rows, p)
+            largest = scores.amax(1).index_copy_(0, rows, largest)
         none = largest == -math.inf  # nothing counts: softmax gives NaN
         if none.any():
             p[none] = 0.0
-        ctx.save_for_backward(p, rows, hidden)
+        ctx.save_for_backward(p, hidden)
         return torch.where(none, largest, largest - p.amax(1).log())
 
     @staticmethod
@@ -312,18 +313,15 @@ class _MaskedLogSumExp(torch.autograd.Function):
     def backward(ctx, grad):
         p, *hidden = ctx.saved_tensors
         grads = p * grad[:, None]
-        if hidden:
-            rows, entries = hidden
-            grads[rows] = grads[rows].masked_fill_(
-                entries, 0.0
-            )  # also where the gradient of the row is not a number
+        for entries in hidden:  # 0 also where the gradient of the row is not a number
+            grads[ctx.rows] = grads[ctx.rows].masked_fill(entries, 0.0)
         return grads, None
 
 
-def _rows_with_false(mask: Tensor) -> Tensor:
+def _rows_with_false(mask: Tensor) -> Tensor | slice:
     """``[M]``: those of ``mask [T, R]``; all of them on a device that a look would wait for."""
     if mask.device.type != "cpu":
-        return torch.arange(len(mask), device=mask.device)
+        return slice(None)
     return mask.view(torch.int8).amin(1).logical_not().nonzero().squeeze(1)
 
 

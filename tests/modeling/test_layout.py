@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from generative_recommenders.modeling import layout as layout_module
+from generative_recommenders.modeling.encoders.sasrec import SASRec
 from generative_recommenders.modeling.layout import Layout, Visibility, jagged_layout, padded_layout
 
 lengths_lists = st.lists(st.integers(0, 9), min_size=1, max_size=12)
@@ -114,6 +115,23 @@ def test_steps_leave_out_most_of_what_nobody_sees() -> None:
     computed = sum((step.stop - step.start) * step.stop * step.rows for step in group.steps)
     needed = int((lengths * (lengths + 1) // 2).sum())
     assert needed <= computed <= 1.5 * needed
+
+
+class Padded(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = SASRec(8)
+
+    def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        return self.encoder(x, padded_layout(lengths, 4), {})
+
+
+def test_a_padded_layout_can_be_exported() -> None:
+    """For other lengths than it was traced with."""
+    model, x = Padded().eval(), torch.randn(8, 8)
+    exported = torch.export.export(model, (x, torch.tensor([2, 4]))).module()
+    for lengths in ([2, 4], [3, 1]):
+        torch.testing.assert_close(exported(x, torch.tensor(lengths)), model(x, torch.tensor(lengths)))
 
 
 def test_mask_touches_padding_only() -> None:
