@@ -1,0 +1,86 @@
+"""What release 0.1.0 wrote still opens, evaluates to the same numbers, and trains on."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from generative_recommenders.data.sequence_dataset import SequenceDataset
+from programs import run_program
+
+RELEASE = Path(__file__).parent / "v0_1_0"
+RUNS = sorted(path.name for path in (RELEASE / "runs").iterdir())
+
+
+@pytest.fixture
+def run_dir(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A copy of a run of 0.1.0, with the prepared data that it was trained on beside it."""
+    shutil.copytree(RELEASE / "prepared", tmp_path / "data" / "prepared")
+    return Path(shutil.copytree(RELEASE / "runs" / request.param, tmp_path / "runs" / request.param))
+
+
+def recorded(run_dir: Path) -> dict[str, dict[str, float]]:
+    """The results that the run wrote last, by row of its table."""
+    return json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])["results"]
+
+
+def table(output: str) -> dict[str, list[float]]:
+    """Rows of a printed table of results."""
+    rows = {}
+    for line in filter(str.strip, output.splitlines()):
+        name, *numbers = line.rsplit(maxsplit=5)
+        if len(numbers) == 5 and all(number.replace(".", "").isdigit() for number in numbers):
+            rows[name.strip()] = [float(number) for number in numbers]
+    return rows
+
+
+@pytest.mark.parametrize("run_dir", RUNS, indirect=True)
+def test_old_run_evaluates_to_its_recorded_numbers(run_dir: Path) -> None:
+    result = run_program(
+        "main.py", "--mode=evaluate", f"--run_dir={run_dir}", f"--data_root={run_dir.parents[1] / 'data'}"
+    )
+    assert result.returncode == 0, result.stderr
+    printed = table(result.stdout)
+    for name, metrics in recorded(run_dir).items():
+        expected = [metrics[key] for key in ("hr@10", "ndcg@10", "hr@50", "ndcg@50", "mrr")]
+        assert printed[name] == pytest.approx(expected, abs=6e-5), name
+
+
+@pytest.mark.parametrize("run_dir", RUNS, indirect=True)
+def test_old_run_trains_on(run_dir: Path) -> None:
+    result = run_program(
+        "main.py",
+        "--resume",
+        f"--run_dir={run_dir}",
+        f"--data_root={run_dir.parents[1] / 'data'}",
+        "--gin_bindings=train_fn.num_epochs = 4",
+    )
+    assert result.returncode == 0, result.stderr
+    epochs = [json.loads(line).get("epoch") for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert 3 in epochs  # counted from 0: the fourth
+    assert "test, full catalogue" in result.stdout
+
+
+def test_old_prepared_folder_opens_and_is_what_its_file_is_prepared_into_today(tmp_path: Path) -> None:
+    old = SequenceDataset.open(RELEASE / "prepared" / "readers")
+    old.verify()
+    raw = tmp_path / "ratings.csv"
+    raw.write_bytes(gzip.decompress((RELEASE / "ratings.csv.gz").read_bytes()))
+    result = run_program(
+        "preprocess_public_data.py",
+        "--dataset=csv",
+        f"--raw_path={raw}",
+        "--name=readers",
+        f"--data_root={tmp_path}",
+    )
+    assert result.returncode == 0, result.stderr
+    new = SequenceDataset.open(tmp_path / "prepared" / "readers")
+    assert new.manifest.data_hash == old.manifest.data_hash
+    assert new.manifest.split_hashes == old.manifest.split_hashes
+    assert new.original_item_ids().to_pylist() == old.original_item_ids().to_pylist()
+    for column in ("items", "ratings", "timestamps", "offsets"):
+        assert getattr(new, column).tolist() == getattr(old, column).tolist()
