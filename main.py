@@ -11,9 +11,7 @@ from pathlib import Path
 
 from absl import app, flags, logging
 
-from generative_recommenders.features import UserError
-from generative_recommenders.training.launch import launch
-from generative_recommenders.workers import (
+from generative_recommenders.commands.workers import (
     EMBEDDED,
     INTERRUPTED,
     Options,
@@ -22,6 +20,8 @@ from generative_recommenders.workers import (
     import_worker,
     train_worker,
 )
+from generative_recommenders.distributed.launch import launch
+from generative_recommenders.errors import UserError
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent / "configs" / EMBEDDED / "sasrec.gin"
 

@@ -14,13 +14,13 @@ from absl import app, flags, logging
 
 from generative_recommenders.data.manifest import Manifest
 from generative_recommenders.data.parquet_export import export_parquet
-from generative_recommenders.data.preparation import prepare, prepared_path, summary
-from generative_recommenders.data.prepared_folder import check_file
-from generative_recommenders.data.public_datasets import known_datasets, resolve
-from generative_recommenders.data.sequence_dataset import SequenceDataset
-from generative_recommenders.data.synthetic_books import MAX_LENGTH, SyntheticBooksSettings
+from generative_recommenders.data.preparation.folder import check_file
+from generative_recommenders.data.preparation.prepare import prepare, prepared_path, summary
+from generative_recommenders.data.sources.public import known_datasets, resolve
+from generative_recommenders.data.sources.synthetic_books import MAX_LENGTH, SyntheticBooksSettings
+from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.data.text_exchange import export_text, import_text
-from generative_recommenders.features import UserError
+from generative_recommenders.errors import UserError
 
 EXCHANGE = "exchange-text"
 _DEFAULTS = SyntheticBooksSettings()
@@ -176,7 +176,7 @@ def _prepare(memory_limit: int) -> tuple[Manifest, Path]:
     )
     out = prepared_path(_DATA_ROOT.value, raw.name)
     if _ENGINE.value == "spark":
-        from generative_recommenders.data.spark_preparation import prepare_with_spark
+        from generative_recommenders.data.preparation.spark import prepare_with_spark
 
         return prepare_with_spark(raw, out, _SPARK_MASTER.value), out
     return prepare(raw, out, memory_limit), out

@@ -21,9 +21,9 @@ from typing import Any
 from absl import app, flags
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from generative_recommenders.features import UserError
-from generative_recommenders.gin_registry import differences, load_settings
-from generative_recommenders.training.run_folder import holds_run
+from generative_recommenders.config.gin import differences, load_settings
+from generative_recommenders.errors import UserError
+from generative_recommenders.run.directory import holds_run
 
 ROOT = Path(__file__).resolve().parents[1]
 INTERRUPTED = 130

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from generative_recommenders.objectives.catalogue_losses import CATALOGUE_LOSSES
+from generative_recommenders.objectives.losses.catalogue import CATALOGUE_LOSSES
 
 _BLOCK, _TILE = 256, 4096  # tokens and items of a product: 4 MB of logits
 

@@ -17,15 +17,15 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from generative_recommenders.modeling import (
-    L2NormEmbeddingPostprocessor,
+from generative_recommenders.modeling.encoders.hstu import HSTU
+from generative_recommenders.modeling.encoders.sasrec import SASRec
+from generative_recommenders.modeling.input_preprocessors import (
     LearnablePositionalEmbeddingInputFeaturesPreprocessor,
-    LocalEmbeddingModule,
-    SequenceEncoder,
-    SequenceRecommender,
 )
-from generative_recommenders.modeling.encoders import HSTU, SASRec
-from generative_recommenders.modeling.similarity import DotProductSimilarity
+from generative_recommenders.modeling.items import LocalEmbeddingModule
+from generative_recommenders.modeling.model import SequenceEncoder, SequenceRecommender
+from generative_recommenders.modeling.output_postprocessors import L2NormEmbeddingPostprocessor
+from generative_recommenders.modeling.similarity.dot_product import DotProductSimilarity
 
 DIM, ITEMS, WINDOW = 50, 3416, 211
 ENCODERS: dict[str, Callable[[], torch.nn.Module]] = {

@@ -22,16 +22,16 @@ import torch
 from absl import app, flags, logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from generative_recommenders.data.preparation import prepare_batches
-from generative_recommenders.data.ratings_table import RawRatings
-from generative_recommenders.data.sequence_dataset import SequenceDataset
+from generative_recommenders.checkpoint.store import CheckpointStore
+from generative_recommenders.config.schema import RunSettings, SasrecSettings, TrainSettings
+from generative_recommenders.data.preparation.prepare import prepare_batches
+from generative_recommenders.data.readers.ratings_table import RawRatings
 from generative_recommenders.data.splits import make_split
-from generative_recommenders.evaluation.collectives import Collectives
+from generative_recommenders.data.store import SequenceDataset
+from generative_recommenders.distributed.collectives import Collectives
+from generative_recommenders.run.directory import RunFolder
 from generative_recommenders.training.allocator import keep_freed_memory
-from generative_recommenders.training.checkpoint import CheckpointStore
-from generative_recommenders.training.run_folder import RunFolder
-from generative_recommenders.training.settings import RunSettings, SasrecSettings, TrainSettings
-from generative_recommenders.training.train import Trainer
+from generative_recommenders.training.trainer import Trainer
 
 USERS, ITEMS, EVENTS_EACH = 640, 500, 30
 SETTINGS = RunSettings(

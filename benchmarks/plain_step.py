@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from generative_recommenders.objectives.training_examples import TrainingExample
-from generative_recommenders.training.settings import RunSettings
+from generative_recommenders.config.schema import RunSettings
+from generative_recommenders.objectives.examples import TrainingExample
 
 
 class PlainBlock(nn.Module):

@@ -24,7 +24,7 @@ from absl import app, flags
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from generative_recommenders.data.digests import mix
+from generative_recommenders.data.preparation.digests import mix
 
 REAL_LINES, REAL_USERS, REAL_ITEMS = 22_507_155, 8_026_324, 2_330_066
 USER_EXPONENT, ITEM_EXPONENT = 0.75, 0.7

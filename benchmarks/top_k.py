@@ -21,8 +21,10 @@ import torch
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from generative_recommenders.indexing.mol_top_k import make_top_k
-from generative_recommenders.modeling.similarity import DotProductSimilarity, MoLSettings, MoLSimilarity
+from generative_recommenders.modeling.similarity.dot_product import DotProductSimilarity
+from generative_recommenders.modeling.similarity.mixture_of_logits import MoLSimilarity
+from generative_recommenders.modeling.similarity.mol_settings import MoLSettings
+from generative_recommenders.retrieval.mol_top_k import make_top_k
 
 APPROXIMATE = (
     "MoLNaiveTopK5",

@@ -27,14 +27,14 @@ from absl import app, flags
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import plain_step
 
-from generative_recommenders import gin_registry
-from generative_recommenders.data.preparation import prepare
-from generative_recommenders.data.ratings_table import RawRatings, ReaderFormat
-from generative_recommenders.data.sequence_dataset import SequenceDataset
+from generative_recommenders.config import gin as gin_registry
+from generative_recommenders.data.preparation.prepare import prepare
+from generative_recommenders.data.readers.ratings_table import RawRatings, ReaderFormat
 from generative_recommenders.data.splits import make_split
-from generative_recommenders.evaluation.collectives import Collectives
+from generative_recommenders.data.store import SequenceDataset
+from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.training.allocator import keep_freed_memory
-from generative_recommenders.training.train import Trainer
+from generative_recommenders.training.trainer import Trainer
 
 ENCODERS = {
     "SASRec": ("SASRec", []),

@@ -12,7 +12,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from generative_recommenders.data.sequence_dataset import SequenceDataset
+from generative_recommenders.data.store import SequenceDataset
 from tiny_data import ragged_sequences, tiny_dataset
 
 LONG_FILES = (

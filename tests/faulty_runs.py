@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from generative_recommenders.training import spawned
-from generative_recommenders.training.checkpoint import CheckpointStore
-from generative_recommenders.training.launch import launch
-from generative_recommenders.workers import Options, train_worker
+from generative_recommenders.checkpoint.store import CheckpointStore
+from generative_recommenders.commands.workers import Options, train_worker
+from generative_recommenders.distributed import spawned
+from generative_recommenders.distributed.launch import launch
 from programs import quick_start
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,20 +38,20 @@ train_fn.eval_interval = 3
 train_fn.num_warmup_steps = 5
 train_fn.save_ckpt_every_n = 1
 """
-TRAINING = "generative_recommenders.training."
+PACKAGE = "generative_recommenders."
 MOMENTS = {
-    "checkpoint.CheckpointStore.attach": 1,
-    "checkpoint.write_tensors": 4,
-    "checkpoint.write_manifest": 4,
-    "checkpoint.sync": 9,
-    "checkpoint.os.rename": 9,
-    "model_evaluation.ModelEvaluation.validation": 14,
-    "model_evaluation.ModelEvaluation.test": 1,
-    "train.Trainer.run_step": 32,
-    "train.load_model": 1,
-    "run_folder.RunFolder.write_metrics": 15,
-    "run_folder.RunFolder.write_scalars": 14,
-    "run_folder.os.replace": 1,
+    "checkpoint.store.CheckpointStore.attach": 1,
+    "checkpoint.store.write_tensors": 4,
+    "checkpoint.store.write_manifest": 4,
+    "checkpoint.store.sync": 9,
+    "checkpoint.store.os.rename": 9,
+    "evaluation.model_evaluation.ModelEvaluation.validation": 14,
+    "evaluation.model_evaluation.ModelEvaluation.test": 1,
+    "training.trainer.Trainer.run_step": 32,
+    "training.trainer.load_model": 1,
+    "run.directory.RunFolder.write_metrics": 15,
+    "run.directory.RunFolder.write_scalars": 14,
+    "run.directory.os.replace": 1,
 }
 """Functions that a run calls, and how often about: a kill strikes before or after one of these calls."""
 
@@ -72,9 +72,8 @@ def options_of(data_root: Path, run: Path, *bindings: str) -> Options:
 
 
 def arm(kill: Kill) -> None:
-    path, name = (TRAINING + kill.function).rsplit(".", 1)
-    module, *inner = path.removeprefix(TRAINING).split(".")
-    owner: Any = importlib.import_module(TRAINING + module)
+    package, module, *inner, name = kill.function.split(".")
+    owner: Any = importlib.import_module(f"{PACKAGE}{package}.{module}")
     for each in inner:
         owner = getattr(owner, each)
     original, calls = getattr(owner, name), []

@@ -7,20 +7,20 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from generative_recommenders.features import SequentialFeatures
-from generative_recommenders.modeling import jagged
-from generative_recommenders.modeling.embeddings import LocalEmbeddingModule
 from generative_recommenders.modeling.encoders.sasrec import SASRec
 from generative_recommenders.modeling.input_preprocessors import (
     LearnablePositionalEmbeddingInputFeaturesPreprocessor,
 )
-from generative_recommenders.modeling.layout import jagged_layout
+from generative_recommenders.modeling.items import LocalEmbeddingModule
+from generative_recommenders.modeling.model import SequenceEncoder, SequenceRecommender
 from generative_recommenders.modeling.output_postprocessors import (
     L2NormEmbeddingPostprocessor,
     LayerNormEmbeddingPostprocessor,
 )
-from generative_recommenders.modeling.recommender import SequenceEncoder, SequenceRecommender
 from generative_recommenders.modeling.similarity.dot_product import DotProductSimilarity
+from generative_recommenders.ops import jagged
+from generative_recommenders.ops.layout import jagged_layout
+from generative_recommenders.types import SequentialFeatures
 from golden_parity import GoldenFile, assert_near
 
 POSTPROCESSORS = {

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from generative_recommenders.training import spawned
-from generative_recommenders.training.distributed import process_collectives
-from generative_recommenders.training.launch import launch
+from generative_recommenders.distributed import spawned
+from generative_recommenders.distributed.launch import launch
+from generative_recommenders.distributed.process_group import process_collectives
 from programs import quick_start
 
 LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")

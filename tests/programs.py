@@ -19,7 +19,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 SLOW_IMPORTS = [
-    "generative_recommenders.workers",
+    "generative_recommenders.commands.workers",
     "generative_recommenders.compat",
     "matplotlib.pyplot",
     "tensorboard.compat",

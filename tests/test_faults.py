@@ -31,18 +31,18 @@ from faulty_runs import (
     run_with_kills,
     said,
 )
-from generative_recommenders import workers
-from generative_recommenders.data.sequence_dataset import SequenceDataset
+from generative_recommenders.checkpoint.store import CheckpointStore
+from generative_recommenders.commands import workers
+from generative_recommenders.commands.workers import Options, train_worker
+from generative_recommenders.config.gin import load_settings
+from generative_recommenders.data.sources.synthetic_books import SyntheticBooksSettings
 from generative_recommenders.data.splits import make_split
-from generative_recommenders.data.synthetic_books import SyntheticBooksSettings
-from generative_recommenders.evaluation.collectives import Collectives
-from generative_recommenders.gin_registry import load_settings
-from generative_recommenders.training import spawned
-from generative_recommenders.training.checkpoint import CheckpointStore
-from generative_recommenders.training.launch import launch
+from generative_recommenders.data.store import SequenceDataset
+from generative_recommenders.distributed import spawned
+from generative_recommenders.distributed.collectives import Collectives
+from generative_recommenders.distributed.launch import launch
 from generative_recommenders.training.progress import NonFiniteError
-from generative_recommenders.training.train import Trainer
-from generative_recommenders.workers import Options, train_worker
+from generative_recommenders.training.trainer import Trainer
 from programs import quick_start
 from tiny_data import ragged_sequences, tiny_dataset
 
@@ -75,7 +75,10 @@ def whole_of_two(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 def killed(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one process that was killed in its last epoch, with three checkpoints behind it."""
     run = tmp_path_factory.mktemp("killed") / "run"
-    assert run_alone(options_of(data_root, run), Kill("train.Trainer.run_step", 23, True)) == -signal.SIGKILL
+    assert (
+        run_alone(options_of(data_root, run), Kill("training.trainer.Trainer.run_step", 23, True))
+        == -signal.SIGKILL
+    )
     return run
 
 
@@ -104,7 +107,7 @@ def test_killed_behind_a_checkpoint_within_an_epoch(
     assert start(dataclasses.replace(options_of(data_root, run), max_steps=5)) == 0
     newest = CheckpointStore(run / "checkpoints", read_only=True).load_newest()
     assert newest is not None and newest.state["progress"]["step_in_epoch"] > 0
-    assert start(options_of(data_root, run), Kill("train.Trainer.run_step", 2, True)) != 0
+    assert start(options_of(data_root, run), Kill("training.trainer.Trainer.run_step", 2, True)) != 0
     assert start(options_of(data_root, run)) == 0
     assert_same_run(run, expected)
 
@@ -113,7 +116,7 @@ def test_a_run_that_is_started_again_goes_on(data_root: Path, tmp_path: Path, wh
     """By one and the same command: without a folder, without a checkpoint, and from the newest one."""
     options = dataclasses.replace(options_of(data_root, tmp_path / "run"), auto_resume=True)
     for call in (3, 14):
-        assert run_alone(options, Kill("train.Trainer.run_step", call, True)) == -signal.SIGKILL
+        assert run_alone(options, Kill("training.trainer.Trainer.run_step", call, True)) == -signal.SIGKILL
     assert run_alone(options) == 0, said(tmp_path / "run")
     assert_same_run(tmp_path / "run", whole)
 
@@ -326,7 +329,7 @@ def test_hosts_without_a_shared_disk(
     quick_start()
     monkeypatch.setattr(spawned, "START_METHOD", "forkserver")
     config = (str(data_root / "x.gin"),)
-    for resume, kill in ((False, Kill("train.Trainer.run_step", 10, True)), (True, None)):
+    for resume, kill in ((False, Kill("training.trainer.Trainer.run_step", 10, True)), (True, None)):
         options = Options(config, (), data_root, "run", resume, None, False)
         code = launch(on_own_disk, (options, kill, str(tmp_path)), 2, 0, device_type="cpu")
         assert code == (0 if resume else 1)

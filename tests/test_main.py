@@ -15,12 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from generative_recommenders.data.sequence_dataset import SequenceDataset
+from generative_recommenders.build.parts import Catalogue, build_model
+from generative_recommenders.config.gin import load_settings
+from generative_recommenders.data.sources.synthetic_books import SyntheticBooksSettings
+from generative_recommenders.data.sources.synthetic_oracle import most_popular_ceiling, oracle
 from generative_recommenders.data.splits import make_split
-from generative_recommenders.data.synthetic_books import SyntheticBooksSettings
-from generative_recommenders.data.synthetic_oracle import most_popular_ceiling, oracle
-from generative_recommenders.gin_registry import load_settings
-from generative_recommenders.training.assembly import Catalogue, build_model
+from generative_recommenders.data.store import SequenceDataset
 from programs import ROOT, run_program
 
 SMALL = [

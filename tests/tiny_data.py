@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from generative_recommenders.data.preparation import prepare_batches
-from generative_recommenders.data.ratings_table import RawRatings
-from generative_recommenders.data.sequence_dataset import SequenceDataset
+from generative_recommenders.data.preparation.prepare import prepare_batches
+from generative_recommenders.data.readers.ratings_table import RawRatings
+from generative_recommenders.data.store import SequenceDataset
 
 SECONDS_BETWEEN = 1000
 

@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 
-from generative_recommenders.data.batch_transforms import default_sasrec_transforms
-from generative_recommenders.evaluation.collectives import Collectives
-from generative_recommenders.training.assembly import (
+from generative_recommenders.build.model import QUERY_TOWERS
+from generative_recommenders.build.parts import (
     Catalogue,
     build_criterion,
     build_inference,
@@ -17,10 +16,11 @@ from generative_recommenders.training.assembly import (
     build_objective,
     build_sampler,
 )
-from generative_recommenders.training.assembly_model import QUERY_TOWERS
+from generative_recommenders.config.schema import RunSettings
+from generative_recommenders.data.batch_transforms import default_sasrec_transforms
+from generative_recommenders.distributed.collectives import Collectives
+from generative_recommenders.evaluation.catalogue_scores import CatalogueScores
 from generative_recommenders.training.optimizers import Optimizer
-from generative_recommenders.training.scoring_catalogue import CatalogueScores
-from generative_recommenders.training.settings import RunSettings
 from generative_recommenders.training.step import TrainingStep
 
 NUM_ITEMS = 20

@@ -3,7 +3,7 @@
 Names are read from their modules on first use.
 """
 
-from .. import lazy_exports
+from generative_recommenders import lazy_exports
 
 __all__ = [
     "BCE",
@@ -93,7 +93,7 @@ __all__ = [
 __getattr__ = lazy_exports(
     __name__,
     {
-        "genrec": [
+        "genrec.modules": [
             "AttentionVisualization",
             "ModelUtils",
             "MultiHeadAttention",
@@ -101,9 +101,9 @@ __getattr__ = lazy_exports(
             "RecommendationMetrics",
             "TransformerEncoder",
         ],
-        "genrec_losses": ["ContrastiveLoss", "SequenceLoss", "VQVAELoss"],
-        "replay_embeddings": ["CategoricalEmbedding", "NumericalEmbedding", "SequenceEmbedding"],
-        "replay_losses": [
+        "genrec.losses": ["ContrastiveLoss", "SequenceLoss", "VQVAELoss"],
+        "replay.embeddings": ["CategoricalEmbedding", "NumericalEmbedding", "SequenceEmbedding"],
+        "replay.losses": [
             "BCE",
             "CE",
             "BCESampled",
@@ -116,7 +116,7 @@ __getattr__ = lazy_exports(
             "SCEParams",
             "ScalableCrossEntropyLoss",
         ],
-        "replay_models": [
+        "replay.models": [
             "ConcatAggregator",
             "DefaultAttentionMask",
             "DiffTransformerBlock",
@@ -132,15 +132,15 @@ __getattr__ = lazy_exports(
             "SwiGLU",
             "SwiGLUEncoder",
         ],
-        "replay_next_item": [
+        "replay.next_item": [
             "EmbeddingTyingHead",
             "InferenceOutput",
             "NextItemModel",
             "QueryTower",
             "TrainOutput",
         ],
-        "replay_postprocessors": ["PostprocessorBase", "SeenItemsFilter"],
-        "replay_schema": [
+        "replay.postprocessors": ["PostprocessorBase", "SeenItemsFilter"],
+        "replay.schema": [
             "FeatureHint",
             "FeatureSource",
             "FeatureType",
@@ -148,7 +148,7 @@ __getattr__ = lazy_exports(
             "TensorFeatureSource",
             "TensorSchema",
         ],
-        "replay_transforms": [
+        "replay.transforms": [
             "CopyTransform",
             "EqualityMaskTransform",
             "GroupTransform",
@@ -164,8 +164,8 @@ __getattr__ = lazy_exports(
             "make_default_sasrec_transforms",
             "make_default_twotower_transforms",
         ],
-        "replay_two_tower": ["FeaturesReader", "ItemTower", "TwoTower", "TwoTowerBody"],
-        "transformers4rec_masking": [
+        "replay.two_tower": ["FeaturesReader", "ItemTower", "TwoTower", "TwoTowerBody"],
+        "transformers4rec.masking": [
             "CausalLanguageModeling",
             "MaskSequence",
             "MaskedLanguageModeling",
@@ -173,7 +173,7 @@ __getattr__ = lazy_exports(
             "PermutationLanguageModeling",
             "ReplacementLanguageModeling",
         ],
-        "transformers4rec_metrics": [
+        "transformers4rec.metrics": [
             "AvgPrecisionAt",
             "DCGAt",
             "MeanRecipricolRankAt",

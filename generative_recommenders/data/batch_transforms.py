@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from generative_recommenders.data.token_masks import draw_token_mask
-from generative_recommenders.features import UserError
+from generative_recommenders.errors import UserError
 
 TensorBatch = Mapping[str, Any]
 """Names to tensors, or to groups (mappings of names to tensors)."""

@@ -7,7 +7,7 @@ import pyarrow.compute as pc
 from absl import logging
 
 from generative_recommenders.data.manifest import FeatureSpec
-from generative_recommenders.features import UserError
+from generative_recommenders.errors import UserError
 
 
 def align(owner: str, ids: pa.Array, raw: pa.Table | None) -> tuple[pa.Table, list[FeatureSpec]]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from generative_recommenders.features import UserError
+from generative_recommenders.errors import UserError
 
 VERSION = 1
 FILE_NAME = "manifest.json"

@@ -8,9 +8,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from generative_recommenders.data.event_store import chunks
-from generative_recommenders.data.prepared_folder import new_file
-from generative_recommenders.data.sequence_dataset import SequenceDataset
+from generative_recommenders.data.preparation.event_store import chunks
+from generative_recommenders.data.preparation.folder import new_file
+from generative_recommenders.data.store import SequenceDataset
 
 
 def export_parquet(dataset: SequenceDataset, path: str | Path) -> None:

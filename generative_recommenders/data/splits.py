@@ -18,9 +18,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from generative_recommenders.data.digests import split_hash
-from generative_recommenders.data.sequence_dataset import SequenceDataset
-from generative_recommenders.features import UserError
+from generative_recommenders.data.preparation.digests import split_hash
+from generative_recommenders.data.store import SequenceDataset
+from generative_recommenders.errors import UserError
 
 PROTOCOLS = ("leave_one_out", "paper", "global_time")
 _CUT_TENTHS = (8, 9)

@@ -20,15 +20,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from absl import logging
 
-from generative_recommenders.data.delimited_reader import Block, first_bytes, read_blocks
-from generative_recommenders.data.event_store import chunks
 from generative_recommenders.data.manifest import Manifest
-from generative_recommenders.data.preparation import DEFAULT_MEMORY_LIMIT, GZIP_FACTOR, prepare_batches
-from generative_recommenders.data.prepared_folder import new_file
-from generative_recommenders.data.ratings_table import MAX_TIMESTAMP, RawRatings
-from generative_recommenders.data.sequence_dataset import SequenceDataset
-from generative_recommenders.data.strict_lines import VALUE_OF
-from generative_recommenders.features import UserError
+from generative_recommenders.data.preparation.event_store import chunks
+from generative_recommenders.data.preparation.folder import new_file
+from generative_recommenders.data.preparation.prepare import (
+    DEFAULT_MEMORY_LIMIT,
+    GZIP_FACTOR,
+    prepare_batches,
+)
+from generative_recommenders.data.readers.delimited import Block, first_bytes, read_blocks
+from generative_recommenders.data.readers.ratings_table import MAX_TIMESTAMP, RawRatings
+from generative_recommenders.data.readers.strict_lines import VALUE_OF
+from generative_recommenders.data.store import SequenceDataset
+from generative_recommenders.errors import UserError
 
 HEADER = ("index", "user_id", "sequence_item_ids", "sequence_ratings", "sequence_timestamps")
 _LISTS = HEADER[2:]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ..features import UserError
+from generative_recommenders.errors import UserError
 
 
 def training_events(offsets: np.ndarray, train_stops: np.ndarray) -> np.ndarray:

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..data.batching import EvaluationLoader
-from .collectives import Collectives
-from .metrics import RankHistogram
-from .ranks import exact_ranks
-from .top_lists import TopLists
+from generative_recommenders.data.loader import EvaluationLoader
+from generative_recommenders.distributed.collectives import Collectives
+from generative_recommenders.evaluation.metrics import RankHistogram
+from generative_recommenders.evaluation.ranks import exact_ranks
+from generative_recommenders.evaluation.top_lists import TopLists
 
 MAX_SCORES = 1 << 25
 """Scores held at a time (float32: 128 MiB): users are taken in chunks so that a chunk times V stays below it."""

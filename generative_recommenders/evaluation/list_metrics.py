@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from ..features import UserError
+from generative_recommenders.errors import UserError
 
 _ONE = 2**39
 """Sums are integers in units of 2^-39: exact in any order, for up to 16 million users."""

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 import torch
 
-from ..features import UserError
-from .metrics import RankHistogram
+from generative_recommenders.errors import UserError
+from generative_recommenders.evaluation.metrics import RankHistogram
 
 
 class NotComparableWarning(UserWarning):

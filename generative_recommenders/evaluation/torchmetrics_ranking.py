@@ -18,8 +18,8 @@ import torch
 from torch.nn import functional as F
 from torchmetrics import Metric
 
-from ..features import UserError
-from ..indexing.top_k import largest
+from generative_recommenders.errors import UserError
+from generative_recommenders.retrieval.top_k import largest
 
 
 class RankingMetric(Metric):

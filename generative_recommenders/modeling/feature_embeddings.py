@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from ..features import UserError
+from generative_recommenders.errors import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .dropout import Dropout
-from .embeddings import lookup_rows
-from .initialization import truncated_normal_
-from .layout import Layout, Visibility, jagged_layout, padded_layout
+from generative_recommenders.modeling.initialization import truncated_normal_
+from generative_recommenders.modeling.items import lookup_rows
+from generative_recommenders.ops.dropout import Dropout
+from generative_recommenders.ops.layout import Layout, Visibility, jagged_layout, padded_layout
 
 TokenPayloads = Mapping[str, torch.Tensor]
 """Per token ``[T]``: ``ratings``, float32; ``timestamps``, ``next_timestamps`` (time of the event after it), int64."""

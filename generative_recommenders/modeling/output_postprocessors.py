@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .normalization import layer_norm
+from generative_recommenders.ops.normalization import layer_norm
 
 
 def l2_normalize(x: torch.Tensor, eps: float) -> torch.Tensor:

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..features import UserError
-from .attention_masks import additive_mask, causal_mask
-from .dropout import Dropout
+from generative_recommenders.compat.replay.attention_masks import additive_mask, causal_mask
+from generative_recommenders.errors import UserError
+from generative_recommenders.ops.dropout import Dropout
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """Queries, keys and values ``[..., H, d]`` to attended values ``[..., H, d]``."""

@@ -7,15 +7,15 @@ from abc import abstractmethod
 import torch
 import torch.utils.checkpoint
 
-from ..features import UserError
-from ..modeling.embeddings import ItemRows
-from ..modeling.output_postprocessors import l2_normalize
-from .catalogue_losses import CatalogueLoss
-from .losses import SampledLoss
-from .negative_samplers import Negatives
-from .scalable_cross_entropy import ScalableCrossEntropyLoss
-from .scoring import Scorer
-from .training_examples import TrainingExample
+from generative_recommenders.errors import UserError
+from generative_recommenders.modeling.items import ItemRows
+from generative_recommenders.modeling.output_postprocessors import l2_normalize
+from generative_recommenders.objectives.examples import TrainingExample
+from generative_recommenders.objectives.losses.catalogue import CatalogueLoss
+from generative_recommenders.objectives.losses.sampled import SampledLoss
+from generative_recommenders.objectives.losses.sce import ScalableCrossEntropyLoss
+from generative_recommenders.objectives.negative_samplers import Negatives
+from generative_recommenders.objectives.scoring import Scorer
 
 CriterionOutput = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
 """Loss sum, its weight, weighted auxiliary losses (means over the step)."""

@@ -15,8 +15,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..features import UserError
-from .counter_random import counter_bits, counter_integers, counter_uniform, stream_key
+from generative_recommenders.errors import UserError
+from generative_recommenders.ops.counter_random import (
+    counter_bits,
+    counter_integers,
+    counter_uniform,
+    stream_key,
+)
 
 SHARINGS = ("position", "block", "batch")
 

@@ -15,10 +15,10 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
-from ..features import UserError
-from ..modeling.embeddings import ItemRows, bags_of_rows
-from ..modeling.output_postprocessors import l2_normalize
-from .negative_samplers import Negatives
+from generative_recommenders.errors import UserError
+from generative_recommenders.modeling.items import ItemRows, bags_of_rows
+from generative_recommenders.modeling.output_postprocessors import l2_normalize
+from generative_recommenders.objectives.negative_samplers import Negatives
 
 AuxiliaryLosses = dict[str, torch.Tensor]
 

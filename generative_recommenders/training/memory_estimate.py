@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from ..data.sequence_dataset import SequenceDataset
-from .settings import TrainSettings
-from .train import Trainer
+from generative_recommenders.config.schema import TrainSettings
+from generative_recommenders.data.store import SequenceDataset
+from generative_recommenders.training.trainer import Trainer
 
 MIB = 2**20
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from ..features import UserError
+from generative_recommenders.errors import UserError
 
 BETAS = (0.9, 0.98)
 

@@ -12,7 +12,7 @@ from typing import IO, TypeVar
 import torch
 from tqdm import tqdm
 
-from ..features import UserError
+from generative_recommenders.errors import UserError
 
 T = TypeVar("T")
 

@@ -10,14 +10,14 @@ import torch
 from absl import logging
 from torch.nn.parallel import DistributedDataParallel
 
-from ..evaluation.collectives import Collectives
-from ..modeling.embeddings import ItemEmbedding, ItemRows
-from ..modeling.recommender import SequenceRecommender, token_payloads
-from ..objectives.counter_random import stream_key
-from ..objectives.criterion import Criterion
-from ..objectives.negative_samplers import BatchItems, Negatives, NegativesSampler
-from ..objectives.training_examples import TrainingExample
-from .optimizers import Optimizer
+from generative_recommenders.distributed.collectives import Collectives
+from generative_recommenders.modeling.items import ItemEmbedding, ItemRows
+from generative_recommenders.modeling.model import SequenceRecommender, token_payloads
+from generative_recommenders.objectives.criterion import Criterion
+from generative_recommenders.objectives.examples import TrainingExample
+from generative_recommenders.objectives.negative_samplers import BatchItems, Negatives, NegativesSampler
+from generative_recommenders.ops.counter_random import stream_key
+from generative_recommenders.training.optimizers import Optimizer
 
 DENSE_SHARE = 4
 """A step that touches more than 1 / DENSE_SHARE of the table works on all of it: no search for unique rows."""

@@ -13,15 +13,13 @@ from typing import Any
 
 import pytest
 
-from generative_recommenders.compat import (
-    genrec,
-    replay_losses,
-    replay_models,
-    replay_postprocessors,
-    replay_transforms,
-    replay_two_tower,
-    transformers4rec_masking,
-)
+from generative_recommenders.compat.genrec import modules as genrec
+from generative_recommenders.compat.replay import losses as replay_losses
+from generative_recommenders.compat.replay import models as replay_models
+from generative_recommenders.compat.replay import postprocessors as replay_postprocessors
+from generative_recommenders.compat.replay import transforms as replay_transforms
+from generative_recommenders.compat.replay import two_tower as replay_two_tower
+from generative_recommenders.compat.transformers4rec import masking as transformers4rec_masking
 from generative_recommenders.evaluation import torchmetrics_ranking
 
 LOSS = "model_embeddings, positive_labels, target_padding_mask"

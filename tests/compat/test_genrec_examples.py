@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from generative_recommenders.compat.genrec import (
+from generative_recommenders.compat.genrec.modules import (
     AttentionVisualization,
     ModelUtils,
     MultiHeadAttention,
@@ -19,7 +19,7 @@ from generative_recommenders.compat.genrec import (
     TransformerEncoder,
     VQVAELoss,
 )
-from generative_recommenders.features import UserError
+from generative_recommenders.errors import UserError
 
 mpl.use("Agg")
 

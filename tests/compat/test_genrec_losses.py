@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from generative_recommenders.compat.genrec_losses import ContrastiveLoss, SequenceLoss, VQVAELoss
-from generative_recommenders.features import UserError
+from generative_recommenders.compat.genrec.losses import ContrastiveLoss, SequenceLoss, VQVAELoss
+from generative_recommenders.errors import UserError
 
 
 def generator() -> torch.Generator:

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from generative_recommenders.compat.replay_models import (
-    EmbeddingTyingHead,
-    SequenceEmbedding,
-)
-from generative_recommenders.compat.replay_schema import (
+from generative_recommenders.compat.replay.models import EmbeddingTyingHead, SequenceEmbedding
+from generative_recommenders.compat.replay.schema import (
     FeatureHint,
     FeatureType,
     TensorFeatureInfo,

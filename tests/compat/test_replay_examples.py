@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from generative_recommenders.compat.replay_losses import CESampled
-from generative_recommenders.compat.replay_models import (
+from generative_recommenders.compat.replay.losses import CESampled
+from generative_recommenders.compat.replay.models import (
     DefaultAttentionMask,
     FeaturesReader,
     PositionAwareAggregator,
@@ -22,7 +22,7 @@ from generative_recommenders.compat.replay_models import (
     TwoTower,
     TwoTowerBody,
 )
-from generative_recommenders.compat.replay_schema import (
+from generative_recommenders.compat.replay.schema import (
     FeatureHint,
     FeatureSource,
     FeatureType,
@@ -30,7 +30,7 @@ from generative_recommenders.compat.replay_schema import (
     TensorFeatureSource,
     TensorSchema,
 )
-from generative_recommenders.compat.replay_transforms import make_default_sasrec_transforms
+from generative_recommenders.compat.replay.transforms import make_default_sasrec_transforms
 
 NUM_UNIQUE_ITEMS = 40
 

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch.nn import functional as F
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from generative_recommenders.compat.replay_losses import (
+from generative_recommenders.compat.replay.losses import (
     BCE,
     CE,
     BCESampled,
@@ -21,8 +17,8 @@ from generative_recommenders.compat.replay_losses import (
     LogOutCE,
     SCEParams,
 )
-from generative_recommenders.compat.replay_sampled_losses import SampledLoss
-from generative_recommenders.features import UserError
+from generative_recommenders.compat.replay.sampled_losses import SampledLoss
+from generative_recommenders.errors import UserError
 from golden_parity import assert_near
 from replay_scenes import ITEM_WEIGHTS, scene, with_logits
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +11,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from generative_recommenders.compat import replay_losses
-from generative_recommenders.compat.replay_losses import (
+from generative_recommenders.compat.replay import losses as replay_losses
+from generative_recommenders.compat.replay.losses import (
     BCE,
     CE,
     BCESampled,
@@ -27,9 +24,9 @@ from generative_recommenders.compat.replay_losses import (
     ScalableCrossEntropyLoss,
     SCEParams,
 )
-from generative_recommenders.compat.replay_next_item import NextItemModel
-from generative_recommenders.features import UserError
-from generative_recommenders.objectives import scalable_cross_entropy
+from generative_recommenders.compat.replay.next_item import NextItemModel
+from generative_recommenders.errors import UserError
+from generative_recommenders.objectives.losses import sce as scalable_cross_entropy
 from golden_parity import GoldenFile, assert_gradients, assert_near, load_golden
 from replay_scenes import ITEM_WEIGHTS, dot_product, scene, with_logits
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -9,8 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from generative_recommenders.compat.replay_models import (
+from generative_recommenders.compat.replay.models import (
     DefaultAttentionMask,
     DiffTransformerLayer,
     FeaturesReader,
@@ -26,7 +24,7 @@ from generative_recommenders.compat.replay_models import (
     TwoTower,
     TwoTowerBody,
 )
-from generative_recommenders.compat.replay_schema import (
+from generative_recommenders.compat.replay.schema import (
     FeatureHint,
     FeatureSource,
     FeatureType,
@@ -34,7 +32,7 @@ from generative_recommenders.compat.replay_schema import (
     TensorFeatureSource,
     TensorSchema,
 )
-from generative_recommenders.features import UserError
+from generative_recommenders.errors import UserError
 from golden_parity import assert_gradients, assert_near, load_golden, load_parameters
 
 NUM_UNIQUE_ITEMS = 9

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from generative_recommenders.compat.replay_postprocessors import SeenItemsFilter
-from generative_recommenders.compat.replay_transforms import (
+from generative_recommenders.compat.replay.postprocessors import SeenItemsFilter
+from generative_recommenders.compat.replay.transforms import (
     CopyTransform,
     EqualityMaskTransform,
     GroupTransform,
@@ -26,7 +26,7 @@ from generative_recommenders.compat.replay_transforms import (
     make_default_sasrec_transforms,
     make_default_twotower_transforms,
 )
-from generative_recommenders.features import UserError
+from generative_recommenders.errors import UserError
 from golden_parity import read_golden
 
 
@@ -93,7 +93,7 @@ def token_mask_cases(tensors: dict[str, Tensor]) -> list[str]:
 def stored_draws(monkeypatch: pytest.MonkeyPatch, draws: Tensor) -> None:
     """Makes the transform use the reference's stored uniform draws (any, where none are stored)."""
     monkeypatch.setattr(
-        "generative_recommenders.compat.replay_transforms.uniform",
+        "generative_recommenders.compat.replay.transforms.uniform",
         lambda shape, device, generator: draws.expand(*shape) if len(draws) else torch.full(shape, 0.5),
     )
 

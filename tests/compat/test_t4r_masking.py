@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from generative_recommenders.compat.transformers4rec_masking import (
+from generative_recommenders.compat.transformers4rec.masking import (
     CausalLanguageModeling,
     MaskedLanguageModeling,
     MaskingInfo,
@@ -17,7 +17,7 @@ from generative_recommenders.compat.transformers4rec_masking import (
     PermutationLanguageModeling,
     ReplacementLanguageModeling,
 )
-from generative_recommenders.features import UserError
+from generative_recommenders.errors import UserError
 from golden_parity import read_golden
 
 CLASSES: dict[str, type[MaskSequence]] = {

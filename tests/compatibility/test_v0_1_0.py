@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from generative_recommenders.data.sequence_dataset import SequenceDataset
+from generative_recommenders.data.store import SequenceDataset
 from programs import run_program
 
 RELEASE = Path(__file__).parent / "v0_1_0"

@@ -10,6 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from generative_recommenders.compat.replay.negative_transforms import (
+    MultiClassNegativeSampling,
+    UniformNegativeSampling,
+)
 from generative_recommenders.data.batch_transforms import (
     Copy,
     EqualityMask,
@@ -25,11 +29,7 @@ from generative_recommenders.data.batch_transforms import (
     default_sasrec_transforms,
     default_two_tower_transforms,
 )
-from generative_recommenders.data.negative_transforms import (
-    MultiClassNegativeSampling,
-    UniformNegativeSampling,
-)
-from generative_recommenders.features import UserError
+from generative_recommenders.errors import UserError
 
 ragged = st.lists(st.integers(0, 9), min_size=1, max_size=8)
 

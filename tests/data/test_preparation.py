@@ -13,14 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ratings_files import Row, write_csv
 
-from generative_recommenders.data import preparation
-from generative_recommenders.data.digests import events_digest, hex_digest, id_hashes
 from generative_recommenders.data.feature_tables import align
 from generative_recommenders.data.parquet_export import export_parquet
-from generative_recommenders.data.preparation import prepare, summary
-from generative_recommenders.data.ratings_table import RawRatings, ReaderFormat
-from generative_recommenders.data.sequence_dataset import SequenceDataset
-from generative_recommenders.features import UserError
+from generative_recommenders.data.preparation import prepare as preparation
+from generative_recommenders.data.preparation.digests import events_digest, hex_digest, id_hashes
+from generative_recommenders.data.preparation.prepare import prepare, summary
+from generative_recommenders.data.readers.ratings_table import RawRatings, ReaderFormat
+from generative_recommenders.data.store import SequenceDataset
+from generative_recommenders.errors import UserError
 
 MASK = (1 << 64) - 1
 

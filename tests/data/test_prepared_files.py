@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 from ratings_files import write_csv
 
-from generative_recommenders.data import preparation
-from generative_recommenders.data.preparation import prepare, summary
-from generative_recommenders.data.public_datasets import resolve
-from generative_recommenders.data.ratings_table import RawRatings, ReaderFormat
-from generative_recommenders.data.sequence_dataset import SequenceDataset
+from generative_recommenders.data.preparation import prepare as preparation
+from generative_recommenders.data.preparation.prepare import prepare, summary
+from generative_recommenders.data.readers.ratings_table import RawRatings, ReaderFormat
+from generative_recommenders.data.sources.public import resolve
 from generative_recommenders.data.splits import make_split
-from generative_recommenders.features import UserError
+from generative_recommenders.data.store import SequenceDataset
+from generative_recommenders.errors import UserError
 
 
 def test_expected_counts_name_both_numbers(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from absl import flags as absl_flags
 from absl.testing import flagsaver
 
 import preprocess_public_data
-from generative_recommenders.data.sequence_dataset import SequenceDataset
+from generative_recommenders.data.store import SequenceDataset
 from programs import run_program
 
 PROGRAM = Path(__file__).resolve().parents[2] / "preprocess_public_data.py"

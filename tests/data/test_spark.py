@@ -10,11 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from generative_recommenders.data.preparation import prepare
-from generative_recommenders.data.ratings_table import RawRatings, ReaderFormat
-from generative_recommenders.data.sequence_dataset import SequenceDataset
-from generative_recommenders.data.spark_preparation import prepare_with_spark
-from generative_recommenders.features import UserError
+from generative_recommenders.data.preparation.prepare import prepare
+from generative_recommenders.data.preparation.spark import prepare_with_spark
+from generative_recommenders.data.readers.ratings_table import RawRatings, ReaderFormat
+from generative_recommenders.data.store import SequenceDataset
+from generative_recommenders.errors import UserError
 
 MASTER = "local[2]"
 

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from generative_recommenders.data.preparation import prepare_batches
-from generative_recommenders.data.ratings_table import RawRatings
-from generative_recommenders.data.sequence_dataset import SequenceDataset
+from generative_recommenders.data.preparation.prepare import prepare_batches
+from generative_recommenders.data.readers.ratings_table import RawRatings
 from generative_recommenders.data.splits import PROTOCOLS, make_split
-from generative_recommenders.features import UserError
+from generative_recommenders.data.store import SequenceDataset
+from generative_recommenders.errors import UserError
 
 
 def dataset_of(folder: Path, sequences: list[list[tuple[int, int]]], timed: bool = True) -> SequenceDataset:

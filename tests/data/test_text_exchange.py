@@ -12,13 +12,13 @@ import pyarrow as pa
 import pytest
 
 from generative_recommenders.data import text_exchange
-from generative_recommenders.data.event_store import EventCollector
 from generative_recommenders.data.parquet_export import export_parquet
-from generative_recommenders.data.preparation import prepare_batches
-from generative_recommenders.data.ratings_table import RawRatings
-from generative_recommenders.data.sequence_dataset import SequenceDataset
+from generative_recommenders.data.preparation.event_store import EventCollector
+from generative_recommenders.data.preparation.prepare import prepare_batches
+from generative_recommenders.data.readers.ratings_table import RawRatings
+from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.data.text_exchange import export_text, import_text
-from generative_recommenders.features import UserError
+from generative_recommenders.errors import UserError
 from memory import memory_grows_at_most
 
 HEADER = "index,user_id,sequence_item_ids,sequence_ratings,sequence_timestamps\n"

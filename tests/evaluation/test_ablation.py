@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from generative_recommenders.gin_registry import load_settings
+from generative_recommenders.config.gin import load_settings
 from programs import ROOT, run_program
 from tiny_data import ragged_sequences, tiny_dataset
 

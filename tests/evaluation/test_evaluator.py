@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from generative_recommenders.data.batching import EvaluationLoader
-from generative_recommenders.data.sequence_dataset import SequenceDataset
+from generative_recommenders.data.loader import EvaluationLoader
 from generative_recommenders.data.splits import Split, make_split
+from generative_recommenders.data.store import SequenceDataset
+from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.evaluation import evaluator as evaluator_module
-from generative_recommenders.evaluation.collectives import Collectives
 from generative_recommenders.evaluation.evaluator import EvaluationResult, Evaluator
 from tiny_data import tiny_dataset
 

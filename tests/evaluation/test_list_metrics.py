@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from generative_recommenders.errors import UserError
 from generative_recommenders.evaluation.list_metrics import (
     ListMetrics,
     RecommendationMetrics,
@@ -15,7 +16,6 @@ from generative_recommenders.evaluation.list_metrics import (
     diversity,
     novelty,
 )
-from generative_recommenders.features import UserError
 from golden_parity import read_golden
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from generative_recommenders.features import UserError
-from generative_recommenders.training.report import list_metrics_lines
-from generative_recommenders.training.settings import TrainSettings
+from generative_recommenders.config.schema import TrainSettings
+from generative_recommenders.errors import UserError
+from generative_recommenders.run.summary import list_metrics_lines
 from programs import run_program
 from tiny_data import ragged_sequences, tiny_dataset
 

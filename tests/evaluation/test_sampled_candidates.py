@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from generative_recommenders.errors import UserError
 from generative_recommenders.evaluation.ranks import exact_ranks
 from generative_recommenders.evaluation.sampled_candidates import (
     NotComparableWarning,
@@ -12,7 +13,6 @@ from generative_recommenders.evaluation.sampled_candidates import (
     sampled_candidate_metrics,
     sampled_ranks,
 )
-from generative_recommenders.features import UserError
 
 
 def test_metrics_say_that_they_are_sampled_and_warn():

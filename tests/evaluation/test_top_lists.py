@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from generative_recommenders.data.batching import EvaluationLoader
-from generative_recommenders.data.sequence_dataset import SequenceDataset
+from generative_recommenders.data.loader import EvaluationLoader
 from generative_recommenders.data.splits import make_split
+from generative_recommenders.data.store import SequenceDataset
+from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.evaluation.baselines import training_counts
-from generative_recommenders.evaluation.collectives import Collectives
 from generative_recommenders.evaluation.evaluator import EvaluationResult, Evaluator
 from generative_recommenders.evaluation.list_metrics import diversity
 from generative_recommenders.evaluation.top_lists import TopLists, evenly_spaced

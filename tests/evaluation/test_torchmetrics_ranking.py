@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from generative_recommenders.errors import UserError
 from generative_recommenders.evaluation.torchmetrics_ranking import (
     AvgPrecisionAt,
     DCGAt,
@@ -17,7 +18,6 @@ from generative_recommenders.evaluation.torchmetrics_ranking import (
     RankingMetric,
     RecallAt,
 )
-from generative_recommenders.features import UserError
 from golden_parity import read_golden
 from programs import quick_start
 

@@ -1,17 +1,13 @@
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from generative_recommenders.features import UserError
-from generative_recommenders.modeling.attention_masks import additive_mask, causal_mask
-from generative_recommenders.modeling.differential_attention import DiffTransformerLayer
+from generative_recommenders.compat.replay.attention_masks import additive_mask, causal_mask
+from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.encoders.diff_transformer import DiffTransformer
-from generative_recommenders.modeling.layout import Visibility, jagged_layout, padded_layout
+from generative_recommenders.modeling.encoders.differential_attention import DiffTransformerLayer
+from generative_recommenders.ops.layout import Visibility, jagged_layout, padded_layout
 from golden_parity import assert_near, load_golden, load_parameters
 
 LENGTHS = torch.tensor([5, 1, 0, 3])

@@ -1,22 +1,18 @@
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from generative_recommenders.features import UserError
-from generative_recommenders.modeling.attention import softmax_attention
-from generative_recommenders.modeling.attention_masks import additive_mask, causal_mask
-from generative_recommenders.modeling.differential_attention import (
+from generative_recommenders.compat.replay.attention_masks import additive_mask, causal_mask
+from generative_recommenders.errors import UserError
+from generative_recommenders.modeling.encoders.differential_attention import (
     DiffTransformerBlock,
     DiffTransformerLayer,
     MultiHeadDifferentialAttention,
     lambda_init_of_block,
 )
-from generative_recommenders.modeling.layout import jagged_layout
+from generative_recommenders.ops.attention import softmax_attention
+from generative_recommenders.ops.layout import jagged_layout
 from golden_parity import assert_gradients, assert_near, load_golden, load_parameters
 
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from generative_recommenders.features import UserError
-from generative_recommenders.modeling.similarity import DotProductSimilarity, Similarity
+from generative_recommenders.errors import UserError
+from generative_recommenders.modeling.similarity.dot_product import DotProductSimilarity
+from generative_recommenders.modeling.similarity.interface import Similarity
 
 GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parents[1] / "golden"))
 

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from generative_recommenders.features import SequentialFeatures
-from generative_recommenders.modeling.embeddings import ItemRows
-from generative_recommenders.modeling.layout import Visibility, jagged_layout
-from generative_recommenders.modeling.recommender import SequenceRecommender
-from generative_recommenders.training.assembly import build_model
-from generative_recommenders.training.assembly_model import ENCODERS, QUERY_TOWERS
-from generative_recommenders.training.scoring_catalogue import score_function
+from generative_recommenders.build.model import ENCODERS, QUERY_TOWERS
+from generative_recommenders.build.parts import build_model
+from generative_recommenders.evaluation.catalogue_scores import score_function
+from generative_recommenders.modeling.items import ItemRows
+from generative_recommenders.modeling.model import SequenceRecommender
+from generative_recommenders.ops.layout import Visibility, jagged_layout
+from generative_recommenders.types import SequentialFeatures
 from tiny_models import EASY, LENGTHS, catalogue, histories, overfit, settings
 
 CHOICES: dict[str, dict[str, object]] = {

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from generative_recommenders.features import UserError
-from generative_recommenders.modeling.encoders import HSTU, DiffTransformer, ItemTower, SASRec, Transformer
+from generative_recommenders.errors import UserError
+from generative_recommenders.modeling.encoders.diff_transformer import DiffTransformer
+from generative_recommenders.modeling.encoders.hstu import HSTU
+from generative_recommenders.modeling.encoders.sasrec import SASRec
+from generative_recommenders.modeling.encoders.transformer import Transformer
+from generative_recommenders.modeling.encoders.two_tower import ItemTower
 
 
 @pytest.mark.parametrize(

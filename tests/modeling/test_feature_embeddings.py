@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from generative_recommenders.features import UserError
+from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.feature_embeddings import (
     CategoricalEmbedding,
     EmbeddingSpec,

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from generative_recommenders.modeling.encoders.hstu import HSTU, RelativeBias, bias_inputs, time_buckets
-from generative_recommenders.modeling.layout import jagged_layout, padded_layout
-from generative_recommenders.modeling.recommender import next_times
+from generative_recommenders.modeling.model import next_times
+from generative_recommenders.ops.layout import jagged_layout, padded_layout
 from golden_encoders import ENTRANCES, assert_parity, choose_backend, recommender_of
 from golden_parity import assert_near, load_golden
 

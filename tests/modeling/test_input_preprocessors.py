@@ -12,7 +12,7 @@ from generative_recommenders.modeling.input_preprocessors import (
     LearnablePositionalEmbeddingRatedInputFeaturesPreprocessor,
     double_layout,
 )
-from generative_recommenders.modeling.layout import Visibility, jagged_layout, padded_layout
+from generative_recommenders.ops.layout import Visibility, jagged_layout, padded_layout
 from golden_encoders import ENTRANCES, choose_backend
 from golden_parity import assert_near, load_golden
 

@@ -7,11 +7,11 @@ import pyarrow as pa
 import pytest
 import torch
 
-from generative_recommenders.data.preparation import prepare_batches
-from generative_recommenders.data.ratings_table import RawRatings
-from generative_recommenders.data.sequence_dataset import SequenceDataset
-from generative_recommenders.features import UserError
-from generative_recommenders.modeling.embeddings import ItemRows
+from generative_recommenders.build.entity_features import FeatureReader, class_assignment
+from generative_recommenders.data.preparation.prepare import prepare_batches
+from generative_recommenders.data.readers.ratings_table import RawRatings
+from generative_recommenders.data.store import SequenceDataset
+from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.encoders import two_tower
 from generative_recommenders.modeling.encoders.two_tower import (
     EntityFeature,
@@ -19,7 +19,7 @@ from generative_recommenders.modeling.encoders.two_tower import (
     ItemTowerEmbedding,
 )
 from generative_recommenders.modeling.feature_embeddings import EmbeddingSpec
-from generative_recommenders.training.entity_features import FeatureReader, class_assignment
+from generative_recommenders.modeling.items import ItemRows
 
 ITEMS, DIM = 6, 4
 GENRES = EntityFeature(

@@ -6,13 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from generative_recommenders.features import UserError
-from generative_recommenders.modeling.similarity import (
-    MoLSettings,
-    MoLSimilarity,
-    Similarity,
-    mixture_of_logits,
-)
+from generative_recommenders.errors import UserError
+from generative_recommenders.modeling.similarity import mixture_of_logits
+from generative_recommenders.modeling.similarity.interface import Similarity
+from generative_recommenders.modeling.similarity.mixture_of_logits import MoLSimilarity
+from generative_recommenders.modeling.similarity.mol_settings import MoLSettings
 
 SMALL = MoLSettings(
     query_dot_product_groups=3,

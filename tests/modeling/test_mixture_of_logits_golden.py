@@ -10,11 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from generative_recommenders.modeling.similarity import (
-    MoLSettings,
-    MoLSimilarity,
-    mixture_of_logits,
-)
+from generative_recommenders.modeling.similarity import mixture_of_logits
+from generative_recommenders.modeling.similarity.mixture_of_logits import MoLSimilarity
+from generative_recommenders.modeling.similarity.mol_settings import MoLSettings
 
 GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parents[1] / "golden"))
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from generative_recommenders.modeling.attention import softmax_attention
+from generative_recommenders.compat.replay.sasrec_layer import SasRecTransformerLayer
 from generative_recommenders.modeling.encoders.sasrec import SASRec, SasrecBlock
-from generative_recommenders.modeling.layout import jagged_layout, padded_layout
-from generative_recommenders.modeling.sasrec_layer import SasRecTransformerLayer
+from generative_recommenders.ops.attention import softmax_attention
+from generative_recommenders.ops.layout import jagged_layout, padded_layout
 from golden_encoders import ENTRANCES, assert_parity, choose_backend, recommender_of
 from golden_parity import GoldenFile, assert_near, load_golden
 

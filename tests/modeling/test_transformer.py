@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from generative_recommenders.features import UserError
-from generative_recommenders.modeling.attention import softmax_attention
-from generative_recommenders.modeling.layout import Visibility, jagged_layout
+from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.transformer import (
     MultiHeadAttention,
     PositionalEncoding,
     TransformerEncoder,
 )
+from generative_recommenders.ops.attention import softmax_attention
+from generative_recommenders.ops.layout import Visibility, jagged_layout
 
 
 def _torch_twin(encoder: TransformerEncoder, heads: int, hidden: int) -> nn.TransformerEncoder:

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from generative_recommenders.modeling.encoders.transformer import Transformer
-from generative_recommenders.modeling.layout import Visibility, jagged_layout, padded_layout
 from generative_recommenders.modeling.transformer import TransformerEncoder
+from generative_recommenders.ops.layout import Visibility, jagged_layout, padded_layout
 
 LENGTHS = torch.tensor([5, 1, 3])
 WIDTH, COLUMNS = 8, 6

@@ -8,19 +8,19 @@ from typing import Any
 import pytest
 import torch
 
-from generative_recommenders.data.sequence_dataset import SequenceDataset
+from generative_recommenders.build.parts import build_objective
+from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.data.splits import make_split
-from generative_recommenders.evaluation.collectives import Collectives
-from generative_recommenders.features import UserError
-from generative_recommenders.objectives.catalogue_losses import CATALOGUE_LOSSES
-from generative_recommenders.objectives.losses import SAMPLED_LOSSES
+from generative_recommenders.data.store import SequenceDataset
+from generative_recommenders.distributed.collectives import Collectives
+from generative_recommenders.errors import UserError
+from generative_recommenders.objectives.examples import CausalObjective, TrainingExample
+from generative_recommenders.objectives.losses.catalogue import CATALOGUE_LOSSES
+from generative_recommenders.objectives.losses.sampled import SAMPLED_LOSSES
 from generative_recommenders.objectives.negative_samplers import SHARINGS
-from generative_recommenders.objectives.training_examples import CausalObjective, TrainingExample
-from generative_recommenders.training.assembly import build_objective
 from generative_recommenders.training.progress import NonFiniteError
-from generative_recommenders.training.settings import RunSettings
 from generative_recommenders.training.step import TrainingStep
-from generative_recommenders.training.train import Trainer
+from generative_recommenders.training.trainer import Trainer
 from tiny_models import NUM_ITEMS, catalogue, settings, ten_users, training_step
 
 MOL = {"interaction_module_type": "MoL", "top_k_method": "MoLBruteForceTopK", "num_negatives": 2}

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from generative_recommenders.features import UserError
-from generative_recommenders.objectives.catalogue_blocks import Blocks
-from generative_recommenders.objectives.catalogue_losses import (
+from generative_recommenders.errors import UserError
+from generative_recommenders.objectives.losses.catalogue import (
     BCE,
     CATALOGUE_LOSSES,
     CE,
@@ -23,6 +18,7 @@ from generative_recommenders.objectives.catalogue_losses import (
     LogInCE,
     LogOutCE,
 )
+from generative_recommenders.ops.catalogue_products import Blocks
 from golden_parity import assert_gradients, assert_near, load_golden
 
 FAMILY = {**CATALOGUE_LOSSES, "CE smoothed": lambda **kw: CE(label_smoothing=0.1, **kw)}

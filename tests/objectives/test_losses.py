@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch.nn import functional as F
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from generative_recommenders.features import UserError
-from generative_recommenders.objectives import losses
-from generative_recommenders.objectives.losses import (
+from generative_recommenders.errors import UserError
+from generative_recommenders.objectives.losses import sampled as losses
+from generative_recommenders.objectives.losses.sampled import (
     SAMPLED_LOSSES,
     BCELoss,
     BCELossWithRatings,

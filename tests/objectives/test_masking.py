@@ -9,23 +9,23 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import tiny_models
-from generative_recommenders.features import UserError
-from generative_recommenders.modeling.embeddings import ItemRows
-from generative_recommenders.objectives.masking import (
+from generative_recommenders.build.parts import build_criterion
+from generative_recommenders.errors import UserError
+from generative_recommenders.modeling.items import ItemRows
+from generative_recommenders.objectives.examples import CausalObjective
+from generative_recommenders.objectives.masked import (
     MaskedItemMasking,
     MaskedSequence,
     MaskEmbedding,
     MaskingScheme,
 )
-from generative_recommenders.objectives.permutation import PermutationMasking
-from generative_recommenders.objectives.replaced_detection import ReplacedDetectionCriterion
+from generative_recommenders.objectives.permuted import PermutationMasking
+from generative_recommenders.objectives.replaced import ReplacedDetectionCriterion
 from generative_recommenders.objectives.replacement import (
     replace_items,
     sample_from_catalogue,
     sample_from_softmax,
 )
-from generative_recommenders.objectives.training_examples import CausalObjective
-from generative_recommenders.training.assembly import build_criterion
 
 HIDING: dict[str, MaskingScheme] = {
     "mlm": MaskedItemMasking(),

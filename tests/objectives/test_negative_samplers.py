@@ -9,8 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from generative_recommenders.features import UserError
-from generative_recommenders.objectives.counter_random import stream_key
+from generative_recommenders.errors import UserError
 from generative_recommenders.objectives.negative_samplers import (
     BatchItems,
     InBatchNegativesSampler,
@@ -22,6 +21,7 @@ from generative_recommenders.objectives.negative_samplers import (
     Sharing,
     alias_table,
 )
+from generative_recommenders.ops.counter_random import stream_key
 from golden_parity import assert_near, load_golden
 
 KEY = stream_key(1, 2)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch.nn import functional as F
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from generative_recommenders.features import UserError
-from generative_recommenders.objectives.scalable_cross_entropy import ScalableCrossEntropyLoss, SCEParams
+from generative_recommenders.errors import UserError
+from generative_recommenders.objectives.losses.sce import ScalableCrossEntropyLoss, SCEParams
 from golden_parity import assert_gradients, assert_near, load_golden
 
 

@@ -7,12 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from generative_recommenders.modeling.embeddings import ItemRows
-from generative_recommenders.modeling.layout import jagged_layout
+from generative_recommenders.modeling.items import ItemRows
 from generative_recommenders.modeling.similarity.dot_product import DotProductSimilarity
 from generative_recommenders.objectives import scoring
-from generative_recommenders.objectives.counter_random import stream_key
-from generative_recommenders.objectives.losses import BCELoss, SampledLoss, SampledSoftmaxLoss
+from generative_recommenders.objectives.losses.sampled import BCELoss, SampledLoss, SampledSoftmaxLoss
 from generative_recommenders.objectives.negative_samplers import LocalNegativesSampler, Negatives, Sharing
 from generative_recommenders.objectives.scoring import (
     LearnedScorer,
@@ -21,6 +19,8 @@ from generative_recommenders.objectives.scoring import (
     negative_products,
     no_collisions,
 )
+from generative_recommenders.ops.counter_random import stream_key
+from generative_recommenders.ops.layout import jagged_layout
 from golden_encoders import ENTRANCES, choose_backend
 from golden_parity import assert_gradients, assert_near, load_golden
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from absl import logging
 
-from generative_recommenders.evaluation.collectives import Collectives
-from generative_recommenders.objectives.training_examples import TrainingExample
-from generative_recommenders.training.assembly import build_objective
+from generative_recommenders.build.parts import build_objective
+from generative_recommenders.distributed.collectives import Collectives
+from generative_recommenders.objectives.examples import TrainingExample
 from generative_recommenders.training.optimizers import Optimizer
 from generative_recommenders.training.step import TrainingStep, read_later
 from tiny_models import EASY, SAMPLED, catalogue, settings, ten_users, training_step

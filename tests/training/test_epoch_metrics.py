@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from generative_recommenders.data.sequence_dataset import SequenceDataset
+from generative_recommenders.checkpoint.store import CheckpointStore
 from generative_recommenders.data.splits import make_split
-from generative_recommenders.evaluation.collectives import Collectives
-from generative_recommenders.features import UserError
-from generative_recommenders.training.checkpoint import CheckpointStore
-from generative_recommenders.training.report import COLUMNS, curve_rows
-from generative_recommenders.training.run_folder import RunFolder
-from generative_recommenders.training.train import Trainer
+from generative_recommenders.data.store import SequenceDataset
+from generative_recommenders.distributed.collectives import Collectives
+from generative_recommenders.errors import UserError
+from generative_recommenders.run.directory import RunFolder
+from generative_recommenders.run.summary import COLUMNS, curve_rows
+from generative_recommenders.training.trainer import Trainer
 from tiny_data import ragged_sequences, tiny_dataset
 from tiny_models import settings
 

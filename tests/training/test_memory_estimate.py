@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from generative_recommenders.data.sequence_dataset import SequenceDataset
 from generative_recommenders.data.splits import make_split
-from generative_recommenders.evaluation.collectives import Collectives
+from generative_recommenders.data.store import SequenceDataset
+from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.training.memory_estimate import kept_activations
-from generative_recommenders.training.train import Trainer
+from generative_recommenders.training.trainer import Trainer
 from tiny_models import settings
 
 HSTU = {"main_module": "HSTU", "sampling_strategy": "local", "num_negatives": 4}

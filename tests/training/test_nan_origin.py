@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from generative_recommenders.data.batching import LoadedBatch
-from generative_recommenders.data.sequence_dataset import SequenceDataset
+from generative_recommenders.data.loader import LoadedBatch
 from generative_recommenders.data.splits import make_split
-from generative_recommenders.evaluation.collectives import Collectives
+from generative_recommenders.data.store import SequenceDataset
+from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.training.progress import NonFiniteError
-from generative_recommenders.training.train import Trainer
+from generative_recommenders.training.trainer import Trainer
 from tiny_models import settings
 
 STEP = 3

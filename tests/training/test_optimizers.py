@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from generative_recommenders.features import UserError
+from generative_recommenders.errors import UserError
 from generative_recommenders.training.optimizers import (
     BETAS,
     TABLE_OPTIMIZERS,

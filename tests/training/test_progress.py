@@ -10,7 +10,7 @@ import torch
 from absl import logging
 from torch import nn
 
-from generative_recommenders.training.epoch_log import SHOWN, EpochLog
+from generative_recommenders.run.epoch_log import SHOWN, EpochLog
 from generative_recommenders.training.progress import (
     DivergenceMonitor,
     NonFiniteError,

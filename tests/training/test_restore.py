@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from generative_recommenders.data.sequence_dataset import SequenceDataset
+from generative_recommenders.checkpoint.store import Checkpoint, CheckpointStore
 from generative_recommenders.data.splits import make_split
-from generative_recommenders.evaluation.collectives import Collectives
-from generative_recommenders.features import UserError
-from generative_recommenders.training.checkpoint import Checkpoint, CheckpointStore
+from generative_recommenders.data.store import SequenceDataset
+from generative_recommenders.distributed.collectives import Collectives
+from generative_recommenders.errors import UserError
 from generative_recommenders.training.progress import with_progress
-from generative_recommenders.training.train import Trainer
+from generative_recommenders.training.trainer import Trainer
 from tiny_models import settings
 
 
@@ -107,7 +107,7 @@ def test_a_long_evaluation_says_how_long_it_takes(
 ) -> None:
     trainer = make_trainer(ragged_dataset, eval_batch_size=10)
     quick = partial(with_progress, line_seconds=0.0)
-    monkeypatch.setattr("generative_recommenders.training.model_evaluation.with_progress", quick)
+    monkeypatch.setattr("generative_recommenders.evaluation.model_evaluation.with_progress", quick)
     trainer.evaluation.validation(trainer.model)
     assert "evaluation: 2/6, " in capsys.readouterr().err
 

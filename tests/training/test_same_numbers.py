@@ -10,13 +10,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from generative_recommenders.data.batching import SequenceLoader
-from generative_recommenders.data.sequence_dataset import SequenceDataset
+from generative_recommenders.checkpoint.store import CheckpointStore
+from generative_recommenders.config.schema import HstuSettings, RunSettings, SasrecSettings, TrainSettings
+from generative_recommenders.data.loader import SequenceLoader
 from generative_recommenders.data.splits import make_split
-from generative_recommenders.training.checkpoint import CheckpointStore
-from generative_recommenders.training.distributed import process_collectives
-from generative_recommenders.training.settings import HstuSettings, RunSettings, SasrecSettings, TrainSettings
-from generative_recommenders.training.train import Trainer
+from generative_recommenders.data.store import SequenceDataset
+from generative_recommenders.distributed.process_group import process_collectives
+from generative_recommenders.training.trainer import Trainer
 from programs import quick_start
 
 GLOBAL_BATCH, STEPS = 8, 50

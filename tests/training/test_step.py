@@ -9,24 +9,26 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from generative_recommenders.data.batching import SequenceLoader
-from generative_recommenders.data.sequence_dataset import SequenceDataset
+from generative_recommenders.data.loader import SequenceLoader
 from generative_recommenders.data.splits import make_split
-from generative_recommenders.modeling.embeddings import (
-    CategoricalEmbeddingModule,
-    ItemEmbedding,
-    LocalEmbeddingModule,
-)
+from generative_recommenders.data.store import SequenceDataset
+from generative_recommenders.distributed.process_group import process_collectives
 from generative_recommenders.modeling.encoders.sasrec import SASRec
 from generative_recommenders.modeling.input_preprocessors import (
     LearnablePositionalEmbeddingInputFeaturesPreprocessor,
 )
+from generative_recommenders.modeling.items import (
+    CategoricalEmbeddingModule,
+    ItemEmbedding,
+    LocalEmbeddingModule,
+)
+from generative_recommenders.modeling.model import SequenceEncoder, SequenceRecommender
 from generative_recommenders.modeling.output_postprocessors import L2NormEmbeddingPostprocessor
-from generative_recommenders.modeling.recommender import SequenceEncoder, SequenceRecommender
 from generative_recommenders.modeling.similarity.dot_product import DotProductSimilarity
-from generative_recommenders.objectives.catalogue_losses import CATALOGUE_LOSSES
 from generative_recommenders.objectives.criterion import CatalogueCriterion, Criterion, SampledCriterion
-from generative_recommenders.objectives.losses import SampledSoftmaxLoss
+from generative_recommenders.objectives.examples import CausalObjective
+from generative_recommenders.objectives.losses.catalogue import CATALOGUE_LOSSES
+from generative_recommenders.objectives.losses.sampled import SampledSoftmaxLoss
 from generative_recommenders.objectives.negative_samplers import (
     InBatchNegativesSampler,
     LocalNegativesSampler,
@@ -34,9 +36,7 @@ from generative_recommenders.objectives.negative_samplers import (
     Sharing,
 )
 from generative_recommenders.objectives.scoring import ProductScorer
-from generative_recommenders.objectives.training_examples import CausalObjective
 from generative_recommenders.training import step as step_module
-from generative_recommenders.training.distributed import process_collectives
 from generative_recommenders.training.optimizers import Optimizer
 from generative_recommenders.training.step import TrainingStep
 from programs import quick_start

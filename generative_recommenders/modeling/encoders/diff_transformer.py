@@ -9,11 +9,14 @@ from typing import Literal
 
 import torch
 
-from ..attention import softmax_attention
-from ..differential_attention import DiffTransformerBlock, lambda_init_of_block
-from ..dropout import Dropout
-from ..layout import Layout
-from .sasrec import check_heads, check_positive, run_block
+from generative_recommenders.modeling.encoders.differential_attention import (
+    DiffTransformerBlock,
+    lambda_init_of_block,
+)
+from generative_recommenders.modeling.encoders.sasrec import check_heads, check_positive, run_block
+from generative_recommenders.ops.attention import softmax_attention
+from generative_recommenders.ops.dropout import Dropout
+from generative_recommenders.ops.layout import Layout
 
 
 class LayoutDiffBlock(DiffTransformerBlock):

@@ -10,13 +10,13 @@ from typing import NamedTuple, cast
 import torch
 import torch.nn.functional as F
 
-from ...features import UserError
-from ..attention import TableBias, looked_up, pointwise_attention, tiles
-from ..dropout import Dropout
-from ..incremental import Appended, KeysValues, pointwise_over_cache
-from ..layout import Layout
-from ..normalization import layer_norm
-from .sasrec import check_positive, run_block
+from generative_recommenders.errors import UserError
+from generative_recommenders.modeling.cache import Appended, KeysValues, pointwise_over_cache
+from generative_recommenders.modeling.encoders.sasrec import check_positive, run_block
+from generative_recommenders.ops.attention import TableBias, looked_up, pointwise_attention, tiles
+from generative_recommenders.ops.dropout import Dropout
+from generative_recommenders.ops.layout import Layout
+from generative_recommenders.ops.normalization import layer_norm
 
 NORMALIZATIONS = ("rel_bias", "softmax_rel_bias")
 NEXT_TIMES = ("given", "hidden")

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 
-from ..attention import softmax_attention
-from ..dropout import Dropout
-from ..feed_forward import feed_forward
-from ..incremental import Appended, KeysValues, softmax_over_cache
-from ..layout import Layout
-from ..normalization import LayerNorm
+from generative_recommenders.modeling.cache import Appended, KeysValues, softmax_over_cache
+from generative_recommenders.ops.attention import softmax_attention
+from generative_recommenders.ops.dropout import Dropout
+from generative_recommenders.ops.feed_forward import feed_forward
+from generative_recommenders.ops.layout import Layout
+from generative_recommenders.ops.normalization import LayerNorm
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu": F.relu,

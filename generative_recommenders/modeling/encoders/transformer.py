@@ -9,11 +9,11 @@ from functools import partial
 
 import torch
 
-from ..attention import softmax_attention
-from ..dropout import Dropout
-from ..layout import Layout
-from ..transformer import PositionalEncoding, TransformerBlock
-from .sasrec import check_heads, check_positive, run_block
+from generative_recommenders.modeling.encoders.sasrec import check_heads, check_positive, run_block
+from generative_recommenders.modeling.transformer import PositionalEncoding, TransformerBlock
+from generative_recommenders.ops.attention import softmax_attention
+from generative_recommenders.ops.dropout import Dropout
+from generative_recommenders.ops.layout import Layout
 
 
 class Transformer(torch.nn.Module):

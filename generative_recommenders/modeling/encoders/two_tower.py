@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ...features import UserError
-from ..embeddings import ItemEmbedding, ItemRows
-from ..feature_embeddings import EmbeddingSpec, SequenceEmbedding
-from ..feed_forward import SwiGLUEncoder
+from generative_recommenders.errors import UserError
+from generative_recommenders.modeling.feature_embeddings import EmbeddingSpec, SequenceEmbedding
+from generative_recommenders.modeling.items import ItemEmbedding, ItemRows
+from generative_recommenders.ops.feed_forward import SwiGLUEncoder
 
 BLOCK_ITEMS = 1 << 15
 """Items that go through the tower at a time when nothing is differentiated."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ...features import UserError
-from .interface import AuxiliaryLosses, SharedRows
+from generative_recommenders.errors import UserError
+from generative_recommenders.modeling.similarity.interface import AuxiliaryLosses, SharedRows
 
 
 class DotProductSimilarity(torch.nn.Module):

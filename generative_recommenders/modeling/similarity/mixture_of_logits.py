@@ -18,11 +18,16 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ...features import UserError
-from ..dropout import dropout
-from .interface import AuxiliaryLosses, SharedRows
-from .mol_layers import COMBINATIONS, IdentityProjection, projection, two_layers
-from .mol_settings import MoLSettings, check
+from generative_recommenders.errors import UserError
+from generative_recommenders.modeling.similarity.interface import AuxiliaryLosses, SharedRows
+from generative_recommenders.modeling.similarity.mol_layers import (
+    COMBINATIONS,
+    IdentityProjection,
+    projection,
+    two_layers,
+)
+from generative_recommenders.modeling.similarity.mol_settings import MoLSettings, check
+from generative_recommenders.ops.dropout import dropout
 
 _EPS = 1e-6
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..dropout import Dropout
-from ..normalization import layer_norm
+from generative_recommenders.ops.dropout import Dropout
+from generative_recommenders.ops.normalization import layer_norm
 
 GATED_UNITS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "swiglu": F.silu,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
-from ...features import UserError
-from .mol_layers import COMBINATIONS, GATED_UNITS
+from generative_recommenders.errors import UserError
+from generative_recommenders.modeling.similarity.mol_layers import COMBINATIONS, GATED_UNITS
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Construction of a run's parts from its settings."""

@@ -1,0 +1,254 @@
+"""From settings to what is learned: objective, loss with its scorer, negative sampler, and the inputs at
+inference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from generative_recommenders.build.catalogue import Catalogue
+from generative_recommenders.build.entity_features import class_assignment
+from generative_recommenders.config.choices import look_up, uses_item_tower
+from generative_recommenders.config.schema import RunSettings
+from generative_recommenders.errors import UserError
+from generative_recommenders.modeling.model import SequenceEncoder
+from generative_recommenders.objectives.criterion import CatalogueCriterion, Criterion, SampledCriterion
+from generative_recommenders.objectives.examples import CausalObjective, MaskedObjective
+from generative_recommenders.objectives.inference import InferenceInputs
+from generative_recommenders.objectives.losses.catalogue import CATALOGUE_LOSSES, CE, CatalogueLoss
+from generative_recommenders.objectives.losses.sampled import (
+    SAMPLED_LOSSES,
+    BCELossWithRatings,
+    GBCELoss,
+    SampledLoss,
+    SampledSoftmaxLoss,
+)
+from generative_recommenders.objectives.losses.sce import ScalableCrossEntropyLoss, SCEParams
+from generative_recommenders.objectives.masked import MaskedItemMasking, MaskingScheme
+from generative_recommenders.objectives.negative_samplers import (
+    InBatchNegativesSampler,
+    LocalNegativesSampler,
+    MixedNegativesSampler,
+    MultiClassNegativesSampler,
+    NegativesSampler,
+    PopularityNegativesSampler,
+    Sharing,
+)
+from generative_recommenders.objectives.permuted import PermutationMasking
+from generative_recommenders.objectives.replaced import ReplacedDetectionCriterion
+from generative_recommenders.objectives.scoring import LearnedScorer, ProductScorer, Scorer
+
+MASKING_SCHEMES: dict[str, Callable[[RunSettings], MaskingScheme]] = {
+    "masked": lambda s: MaskedItemMasking(_probability(s, 0.15)),
+    "permuted": lambda s: PermutationMasking(
+        _probability(s, 1 / 6), s.train.max_span_length, s.train.permute_all
+    ),
+    "replaced": lambda s: MaskedItemMasking(_probability(s, 0.15)),
+}
+CAUSAL_OBJECTIVES = {"causal": False, "causal_last": True}
+"""Name -> whether the last position alone predicts."""
+
+LOSSES: dict[str, type] = {
+    **SAMPLED_LOSSES,
+    **CATALOGUE_LOSSES,
+    **dict.fromkeys(("ScalableCrossEntropyLoss", "SCE"), ScalableCrossEntropyLoss),
+}
+
+
+def build_objective(settings: RunSettings) -> CausalObjective | MaskedObjective:
+    """What is predicted: the next items of every position or of the last one, or hidden positions."""
+    t, name = settings.train, settings.train.objective
+    by_rating = t.target_weights == "rating"
+    if name in MASKING_SCHEMES:
+        if t.num_positives > 1 or by_rating:
+            raise UserError(
+                f"num_positives and target_weights are of next items, which objective {name!r} does not predict: unset them"
+            )
+        return MaskedObjective(MASKING_SCHEMES[name](settings))
+    known = CAUSAL_OBJECTIVES | dict.fromkeys(MASKING_SCHEMES, False)
+    return CausalObjective(look_up(known, name, "objective"), t.num_positives, by_rating)
+
+
+def _probability(settings: RunSettings, default: float) -> float:
+    given = settings.train.mask_probability
+    return default if given is None else given
+
+
+def build_inference(settings: RunSettings) -> InferenceInputs:
+    """How histories become inputs when the next item is scored."""
+    name = settings.train.objective
+    return InferenceInputs(MASKING_SCHEMES[name](settings) if name in MASKING_SCHEMES else None)
+
+
+def auxiliary_weights(settings: RunSettings) -> dict[str, float]:
+    """Weights of auxiliary losses by name; those of ``train_fn`` go before ``get_weighted_loss``'s, and MoL's own
+    decay of user embeddings is added.
+    """
+    weights = {**settings.weighted_loss.weights, **settings.train.loss_weights}
+    decay = settings.mol.uid_embedding_l2_weight_decay
+    if decay and settings.train.interaction_module_type == "MoL":
+        weights["uid_embedding_l2_norm"] = weights.get("uid_embedding_l2_norm", 0.0) + decay
+    return weights
+
+
+def build_criterion(
+    settings: RunSettings, catalogue: Catalogue, make_discriminator: Callable[[], SequenceEncoder]
+) -> Criterion:
+    """The loss with its scorer, by ``train_fn.loss_module``, and the discriminator's beside it where there is
+    one.
+
+    make_discriminator: the encoder of a discriminator, called if the objective needs one.
+    """
+    t = settings.train
+    if t.loss_module == "VQVAELoss":
+        raise UserError(
+            "VQVAELoss trains a tokenizer of items, not a retriever: see compat.VQVAELoss, and choose another loss_module"
+        )
+    loss_class = look_up(LOSSES, t.loss_module, "loss_module")
+    look_up(SAMPLERS, t.sampling_strategy, "sampling_strategy")
+    if t.target_weights == "rating" and not catalogue.has_ratings:
+        raise UserError(f'target_weights "rating" needs ratings, and {t.dataset_name} has none')
+    if t.label_smoothing and loss_class not in (SampledSoftmaxLoss, CE):
+        raise UserError(
+            f"label_smoothing acts in SampledSoftmaxLoss and CE, not in {t.loss_module}; leave it at 0"
+        )
+    if issubclass(loss_class, SampledLoss):
+        criterion: Criterion = _sampled_criterion(settings, catalogue, loss_class)
+    else:
+        criterion = _catalogue_criterion(settings, loss_class)
+    return (
+        criterion if t.objective != "replaced" else _with_detection(settings, criterion, make_discriminator)
+    )
+
+
+def _sampled_criterion(
+    settings: RunSettings, catalogue: Catalogue, loss_class: type[SampledLoss]
+) -> Criterion:
+    t = settings.train
+    _check_tower_negatives(settings)
+    if loss_class.needs_ratings and not catalogue.has_ratings:
+        raise UserError(f"{t.loss_module} needs ratings, and {t.dataset_name} has none")
+    if loss_class.needs_ratings and t.objective in MASKING_SCHEMES:
+        raise UserError(
+            f"{t.loss_module} needs ratings of the next items, which objective {t.objective!r} does not give"
+        )
+    if loss_class is GBCELoss:
+        loss: SampledLoss = GBCELoss(catalogue.num_items, t.calibration)
+    elif loss_class is SampledSoftmaxLoss:
+        loss = SampledSoftmaxLoss(t.label_smoothing)
+    elif loss_class is BCELossWithRatings:
+        loss = BCELossWithRatings(t.rating_threshold)
+    else:
+        loss = loss_class()
+    return SampledCriterion(
+        loss, build_scorer(settings), auxiliary_weights(settings), t.loss_activation_checkpoint
+    )
+
+
+def _check_tower_negatives(settings: RunSettings) -> None:
+    if uses_item_tower(settings) and settings.train.negatives_sharing == "position":
+        raise UserError(
+            "an item tower computes what a step touches, and negatives of each position touch most "
+            'of the catalogue: set train_fn.negatives_sharing to "block" or "batch"'
+        )
+
+
+def _catalogue_criterion(settings: RunSettings, loss_class: type) -> Criterion:
+    t = settings.train
+    if t.interaction_module_type == "MoL":
+        raise UserError(
+            f"{t.loss_module} scores the catalogue by dot product; with MoL choose a sampled loss"
+        )
+    if loss_class is ScalableCrossEntropyLoss:
+        if t.num_positives > 1:
+            raise UserError(f"{t.loss_module} takes one positive a position: leave num_positives at 1")
+        loss: CatalogueLoss | ScalableCrossEntropyLoss = ScalableCrossEntropyLoss(
+            SCEParams(**vars(settings.sce))
+        )
+    else:
+        loss = CE(t.label_smoothing) if loss_class is CE else loss_class()
+    return CatalogueCriterion(loss, t.temperature, t.item_l2_norm, t.l2_norm_eps)
+
+
+def _with_detection(
+    settings: RunSettings, base: Criterion, make_discriminator: Callable[[], SequenceEncoder]
+) -> Criterion:
+    t = settings.train
+    if uses_item_tower(settings) or t.interaction_module_type == "MoL":
+        raise UserError(
+            'objective "replaced" samples and looks up fakes in the item table: no item tower, no MoL'
+        )
+    if t.fakes_from == "catalogue" and base.needs_negatives:
+        raise UserError(
+            f'fakes_from "catalogue" needs the whole item table in a step: choose CE, not {t.loss_module}'
+        )
+    return ReplacedDetectionCriterion(
+        base, make_discriminator(), t.item_embedding_dim, t.discriminator_weight,
+        t.temperature, t.item_l2_norm, t.l2_norm_eps, t.tie_discriminator, t.fakes_from == "batch",
+    )  # fmt: skip
+
+
+def build_scorer(settings: RunSettings) -> Scorer:
+    """How positives and negatives are scored."""
+    t = settings.train
+    if t.interaction_module_type == "MoL":
+        return LearnedScorer(t.temperature, t.item_l2_norm, t.l2_norm_eps)
+    positives = t.item_l2_norm and t.loss_module != "BCELoss"  # published: its positives are not normalised
+    return ProductScorer(t.temperature, positives, t.item_l2_norm, t.l2_norm_eps)
+
+
+CORRECTED_SAMPLERS = ("in-batch", "popularity")
+"""Samplers whose draws have unequal or batch-dependent probabilities, which log Q correction makes up for."""
+
+
+def build_sampler(settings: RunSettings, catalogue: Catalogue, name: str | None = None) -> NegativesSampler:
+    """The negative sampler by ``train_fn.sampling_strategy``."""
+    t = settings.train
+    if t.log_q_correction and t.sampling_strategy not in CORRECTED_SAMPLERS:
+        known = ", ".join(CORRECTED_SAMPLERS)
+        raise UserError(
+            f"log_q_correction acts on {known}, not on sampling_strategy {t.sampling_strategy!r}: unset it"
+        )
+    try:
+        sharing = Sharing(t.negatives_sharing, t.negatives_block_size)
+        return look_up(SAMPLERS, name or t.sampling_strategy, "sampling_strategy")(
+            settings, catalogue, sharing
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _mixed(settings: RunSettings, catalogue: Catalogue, sharing: Sharing) -> NegativesSampler:
+    shares = settings.train.mixed_shares
+    if "mixed" in shares:
+        raise UserError("train_fn.mixed_shares cannot hold 'mixed' itself")
+    samplers = [build_sampler(settings, catalogue, name) for name in shares]
+    return MixedNegativesSampler(samplers, list(shares.values()), settings.train.num_negatives)
+
+
+def _multi_class(settings: RunSettings, catalogue: Catalogue, sharing: Sharing) -> NegativesSampler:
+    t = settings.train
+    if t.class_feature is None or catalogue.items is None:
+        raise UserError(
+            'sampling_strategy "multi-class" needs train_fn.class_feature, an item feature of categories'
+        )
+    (feature,) = catalogue.items.read([t.class_feature], 1, "train_fn.class_feature")
+    if not feature.spec.is_categorical:
+        raise UserError(
+            f"train_fn.class_feature {t.class_feature!r} is {feature.spec.kind}: choose one of categories"
+        )
+    classes = class_assignment(feature)
+    return MultiClassNegativesSampler(classes, t.num_negatives, sharing, selector=t.class_selector)
+
+
+SAMPLERS: dict[str, Callable[[RunSettings, Catalogue, Sharing], NegativesSampler]] = {
+    "local": lambda s, c, sharing: LocalNegativesSampler(c.num_items, s.train.num_negatives, sharing),
+    "in-batch": lambda s, c, sharing: InBatchNegativesSampler(
+        s.train.num_negatives, sharing, s.train.log_q_correction, c.counts
+    ),
+    "popularity": lambda s, c, sharing: PopularityNegativesSampler(
+        c.counts, s.train.popularity_power, s.train.num_negatives, sharing, s.train.log_q_correction
+    ),
+    "mixed": _mixed,
+    "multi-class": _multi_class,
+}

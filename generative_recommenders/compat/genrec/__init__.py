@@ -1,0 +1,1 @@
+"""genrec's documented modules over this package's parts."""

@@ -1,0 +1,1 @@
+"""Checkpoints of the HSTU authors' public program."""

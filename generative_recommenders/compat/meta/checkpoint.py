@@ -1,0 +1,191 @@
+"""Checkpoints of the HSTU authors' public research program, for SASRec and HSTU (arXiv 2402.17152).
+
+They are ``torch.save`` files of ``{"epoch", "model_state_dict", "optimizer_state_dict"}``; they are read with
+``weights_only``, which builds tensors and plain containers and runs no code of the file.
+"""
+
+from __future__ import annotations
+
+import mmap
+import pickle
+import re
+import struct
+import warnings
+import zipfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import pyarrow as pa
+import torch
+
+from generative_recommenders.errors import UserError
+
+ITEM_TABLE = "items.table"
+POSITIONS = "sequence.preprocessor.position"
+_NAMES = (
+    (r"_embedding_module\._item_emb\.weight", ITEM_TABLE),
+    (r"_input_features_preproc\._pos_emb\.weight", POSITIONS),
+    (r"attention_layers\.(\d+)\.in_proj_(weight|bias)", r"sequence.encoder.blocks.\1.in_proj.\2"),
+    (r"attention_layers\.(\d+)\.out_proj\.(weight|bias)", r"sequence.encoder.blocks.\1.out_proj.\2"),
+    (r"forward_layers\.(\d+)\._conv1d\.0\.(weight|bias)", r"sequence.encoder.blocks.\1.ffn_in.\2"),
+    (r"forward_layers\.(\d+)\._conv1d\.3\.(weight|bias)", r"sequence.encoder.blocks.\1.ffn_out.\2"),
+    (r"_hstu\._attention_layers\.(\d+)\._uvqk", r"sequence.encoder.blocks.\1.uvqk"),
+    (r"_hstu\._attention_layers\.(\d+)\._o\.(weight|bias)", r"sequence.encoder.blocks.\1.output.\2"),
+    (r"_hstu\._attention_layers\.(\d+)\._rel_attn_bias\._pos_w", r"sequence.encoder.blocks.\1.bias.position"),
+    (r"_hstu\._attention_layers\.(\d+)\._rel_attn_bias\._ts_w", r"sequence.encoder.blocks.\1.bias.time"),
+)
+_DERIVED = re.compile(r"(_hstu\.)?_attn_mask")  # buffers that follow from sizes
+_UNREADABLE = (
+    pickle.UnpicklingError, struct.error, RuntimeError, OSError, EOFError, ValueError, TypeError, LookupError,
+    AttributeError, ArithmeticError, AssertionError, MemoryError,
+)  # fmt: skip
+"""What ``torch.load`` raises for files that it did not write."""
+
+
+def load_meta_checkpoint(model: torch.nn.Module, path: Path | str, item_ids: pa.Array | None) -> None:
+    """Fills a `SequenceRecommender` of the same sizes from such a file.
+
+    item_ids: the prepared data's original ids ``[V]``, integers as text, where a row of their item table is
+    an original id (MovieLens); None where their rows are numbered as here, from 1 in sorted order of the ids
+    (Amazon). Raises UserError where the file is none, or names or shapes do not fit the model.
+    """
+    values = rename_parameters(read_meta_checkpoint(path))
+    if item_ids is not None and ITEM_TABLE in values:
+        values[ITEM_TABLE] = reorder_items(values[ITEM_TABLE], item_ids)
+    parameters = dict(model.named_parameters())
+    if POSITIONS in values and POSITIONS in parameters:
+        values[POSITIONS] = values[POSITIONS][
+            : parameters[POSITIONS].shape[0]
+        ]  # rows that no history reaches
+    _check_fit(parameters, values)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(values[name])
+
+
+def read_meta_checkpoint(path: Path | str) -> dict[str, torch.Tensor]:
+    """The model's parameters under the authors' names, on the CPU, without the prefix of data-parallel
+    training."""
+    _check_unpacked_size(Path(path))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the pickle protocol of files that are refused anyway
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except _UNREADABLE as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path} is not a checkpoint that can be read as plain tensors: {reason}") from error
+    state = content.get("model_state_dict") if isinstance(content, dict) else None
+    if not isinstance(state, Mapping) or not all(isinstance(each, torch.Tensor) for each in state.values()):
+        raise UserError(f"{path} holds no model_state_dict of tensors: give a file saved by the HSTU program")
+    return {str(name).removeprefix("module."): value for name, value in state.items()}
+
+
+def _check_unpacked_size(path: Path) -> None:
+    """UserError for a file that would fill more memory than it has bytes: torch.save packs nothing, and tensors need no
+    ``bytearray``, which a few bytes of pickle make as long as they like."""
+    try:
+        named = _pickles_name(path, b"bytearray")
+    except UserError:
+        raise
+    except (*_UNREADABLE, zipfile.BadZipFile):  # torch.load says what it is
+        return
+    if named:
+        raise UserError(
+            f"{path} is not a checkpoint that can be read as plain tensors: it builds a bytearray"
+        )
+
+
+def _pickles_name(path: Path, word: bytes) -> bool:
+    if not zipfile.is_zipfile(path):
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return content.find(word) >= 0
+    with zipfile.ZipFile(path) as pack:
+        entries = pack.infolist()
+        packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+        if packed or sum(entry.file_size for entry in entries) > path.stat().st_size:
+            raise UserError(
+                f"{path} is not a checkpoint that can be read as plain tensors: its entries are packed"
+            )
+        return any(word in pack.read(entry) for entry in entries if entry.filename.endswith(".pkl"))
+
+
+def rename_parameters(values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Their names to ours; 1x1 convolutions ``[out, in, 1]`` become matrices. An unknown name and a tensor
+    that is no plain, finite weight are UserErrors."""
+    renamed, unknown = {}, []
+    for name, value in values.items():
+        if _DERIVED.fullmatch(name):
+            continue
+        found = (re.sub(theirs, to, name) for theirs, to in _NAMES if re.fullmatch(theirs, name))
+        ours = next(found, None)
+        if ours is None:
+            unknown.append(name)
+        else:
+            _check_weights(name, value, is_table=ours in (ITEM_TABLE, POSITIONS))
+            renamed[ours] = value.squeeze(-1) if ".ffn_" in ours and value.dim() == 3 else value
+    if unknown:
+        raise UserError(f"the checkpoint is not of SASRec or HSTU: unknown parameters {_listed(unknown)}")
+    return renamed
+
+
+def _check_weights(name: str, value: torch.Tensor, is_table: bool) -> None:
+    """Refuses what cannot be copied as weights, and what takes more memory than the file has bytes for it."""
+    wrong = _fault(value)
+    if wrong is None and is_table and value.dim() != 2:
+        wrong = f"has {value.dim()} dimensions, not 2"
+    if wrong is not None:
+        raise UserError(f"{name} of the checkpoint {wrong}: give a file of plain, finite weights")
+
+
+def _fault(value: torch.Tensor) -> str | None:
+    """What keeps a tensor from being plain, finite weights; None where nothing does."""
+    if type(value) not in (torch.Tensor, torch.nn.Parameter) or value.is_nested:
+        return "is no plain tensor"
+    if value.layout != torch.strided or value.device.type != "cpu":
+        return f"is no plain tensor ({str(value.layout).removeprefix('torch.')} on {value.device.type})"
+    if value.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        return f"holds {str(value.dtype).removeprefix('torch.')}, not floating-point numbers"
+    if value.untyped_storage().nbytes() < value.numel() * value.element_size():
+        return f"has fewer values in the file than its shape {list(value.shape)}"
+    return None if bool(value.float().isfinite().all()) else "holds NaN or infinite values"
+
+
+def are_numbers(item_ids: pa.Array) -> bool:
+    """Whether all original ids are numbers from 1 on, as MovieLens's: then they are the rows of the authors' item tables.
+    Amazon's, which begin with zeros or hold letters, are not."""
+    return all(re.fullmatch("[1-9][0-9]*", each) for each in item_ids.to_pylist())
+
+
+def reorder_items(table: torch.Tensor, item_ids: pa.Array) -> torch.Tensor:
+    """Rows by original id ``[max id + 1, D]`` to rows by internal id ``[V + 1, D]``; row 0 stays."""
+    try:
+        rows = torch.tensor([0, *map(int, item_ids.to_pylist())])
+    except (ValueError, TypeError):
+        raise UserError(
+            "the data set's item ids are not integers, so the rows of the checkpoint's item table "
+            "cannot be told apart"
+        ) from None
+    wrong = rows[1:][(rows[1:] < 1) | (rows[1:] >= table.shape[0])]
+    if wrong.numel():
+        raise UserError(
+            f"item id {int(wrong[0])} of the data set has no row in the checkpoint's item table, "
+            f"which ends at {table.shape[0] - 1}: it was trained on other data"
+        )
+    return table[rows]
+
+
+def _check_fit(parameters: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> None:
+    missing, unused = parameters.keys() - values.keys(), values.keys() - parameters.keys()
+    if missing:
+        raise UserError(f"the checkpoint lacks {_listed(missing)}, which the configured model has")
+    if unused:
+        raise UserError(f"the checkpoint has {_listed(unused)}, which the configured model lacks")
+    for name, parameter in parameters.items():
+        if values[name].shape != parameter.shape:
+            theirs, ours = list(values[name].shape), list(parameter.shape)
+            raise UserError(f"{name} is {theirs} in the checkpoint and {ours} in the configured model")
+
+
+def _listed(names: Iterable[str]) -> str:
+    found = sorted(names)
+    return ", ".join(found[:4]) + (f" and {len(found) - 4} more" if len(found) > 4 else "")

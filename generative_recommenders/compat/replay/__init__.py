@@ -1,0 +1,1 @@
+"""RePlay's documented modules over this package's parts."""

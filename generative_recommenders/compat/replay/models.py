@@ -1,0 +1,136 @@
+"""RePlay's documented sequential models: the same constructors and outputs over this package's blocks.
+
+Change the import line and the documented examples of SasRec and TwoTower run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from generative_recommenders.compat.replay.aggregators import (
+    Aggregator,
+    ConcatAggregator,
+    PositionAwareAggregator,
+    SumAggregator,
+)
+from generative_recommenders.compat.replay.attention_masks import DefaultAttentionMask
+from generative_recommenders.compat.replay.embeddings import (
+    CategoricalEmbedding,
+    ListReduction,
+    NumericalEmbedding,
+    SequenceEmbedding,
+)
+from generative_recommenders.compat.replay.next_item import (
+    EmbeddingTyingHead,
+    InferenceOutput,
+    ItemEmbedderProto,
+    LossProto,
+    NextItemModel,
+    QueryTower,
+    Tensors,
+    TrainOutput,
+    embedded_schema,
+)
+from generative_recommenders.compat.replay.sasrec_layer import SasRecTransformerLayer
+from generative_recommenders.compat.replay.schema import TensorSchema
+from generative_recommenders.compat.replay.two_tower import FeaturesReader, ItemTower, TwoTower, TwoTowerBody
+from generative_recommenders.modeling.encoders.differential_attention import (
+    DiffTransformerBlock,
+    DiffTransformerLayer,
+    MultiHeadDifferentialAttention,
+)
+from generative_recommenders.modeling.feature_embeddings import IdentityEmbedding
+from generative_recommenders.ops.feed_forward import PointWiseFeedForward, SwiGLU, SwiGLUEncoder
+
+__all__ = [
+    "CategoricalEmbedding",
+    "ConcatAggregator",
+    "DefaultAttentionMask",
+    "DiffTransformerBlock",
+    "DiffTransformerLayer",
+    "EmbeddingTyingHead",
+    "FeaturesReader",
+    "IdentityEmbedding",
+    "InferenceOutput",
+    "ItemTower",
+    "MultiHeadDifferentialAttention",
+    "NumericalEmbedding",
+    "PointWiseFeedForward",
+    "PositionAwareAggregator",
+    "QueryTower",
+    "SasRec",
+    "SasRecBody",
+    "SasRecTransformerLayer",
+    "SequenceEmbedding",
+    "SumAggregator",
+    "SwiGLU",
+    "SwiGLUEncoder",
+    "TrainOutput",
+    "TwoTower",
+    "TwoTowerBody",
+]
+
+
+class SasRecBody(QueryTower):
+    """The query tower over all features that the embedder knows; its item table also scores."""
+
+    embedder: ItemEmbedderProto
+
+    def __init__(
+        self,
+        embedder: ItemEmbedderProto,
+        embedding_aggregator: Aggregator,
+        attn_mask_builder: Callable[[Tensors, torch.Tensor], torch.Tensor],
+        encoder: Callable[..., torch.Tensor],
+        output_normalization: Callable[[torch.Tensor], torch.Tensor],
+    ) -> None:
+        super().__init__(
+            None, embedder, embedding_aggregator, attn_mask_builder, encoder, output_normalization
+        )
+
+
+class SasRec(NextItemModel):
+    """A `SasRecBody` (arXiv 1808.09781) scored against the item embeddings that it looks up."""
+
+    body: SasRecBody
+
+    def __init__(self, body: SasRecBody, loss: LossProto) -> None:
+        super().__init__(body, loss)
+
+    @classmethod
+    def from_params(
+        cls,
+        schema: TensorSchema,
+        embedding_dim: int = 192,
+        num_heads: int = 4,
+        num_blocks: int = 2,
+        max_sequence_length: int = 50,
+        dropout: float = 0.3,
+        excluded_features: Sequence[str] | None = None,
+        categorical_list_feature_aggregation_method: ListReduction = "sum",
+    ) -> SasRec:
+        """SASRec layers with relu, features summed, layer norm, full cross-entropy.
+
+        It reads all features of the schema but the excluded ones, the query id and the timestamp, each
+        embedded in ``embedding_dim`` columns.
+        """
+        from generative_recommenders.compat.replay.losses import CE
+
+        schema = embedded_schema(schema, excluded_features, embedding_dim)
+        item = schema.item_id_features.item()
+        body = SasRecBody(
+            embedder=SequenceEmbedding(schema, None, categorical_list_feature_aggregation_method),
+            embedding_aggregator=PositionAwareAggregator(
+                SumAggregator(embedding_dim), max_sequence_length, dropout
+            ),
+            attn_mask_builder=DefaultAttentionMask(item.name, num_heads),
+            encoder=SasRecTransformerLayer(embedding_dim, num_heads, num_blocks, dropout, "relu"),
+            output_normalization=nn.LayerNorm(embedding_dim),
+        )
+        return cls(body, CE(ignore_index=item.padding_value))
+
+    def item_embeddings(self, candidates_to_score: torch.Tensor | None = None) -> torch.Tensor:
+        return self.body.embedder.get_item_weights(candidates_to_score)

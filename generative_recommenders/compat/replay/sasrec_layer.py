@@ -1,0 +1,80 @@
+"""RePlay's form of the SASRec blocks, dense: the public building block for bodies assembled by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import nn
+
+from generative_recommenders.compat.replay.attention_masks import hide_padded_keys, mask_for, mask_per_head
+from generative_recommenders.errors import UserError
+from generative_recommenders.ops.feed_forward import PointWiseFeedForward
+
+LAYER_NORM_EPS = 1e-8
+
+
+class SasRecTransformerLayer(nn.Module):
+    """``num_blocks`` blocks of attention and feed-forward (arXiv 1808.09781).
+
+    Per block q = LN(x), y = LN(q + attention(q, x, x)), x = y + feed-forward(y): the residual is the normed
+    query.
+
+    embedding_dim: width D; must be divisible by num_heads.
+    dropout: rate on attention weights and in the feed-forward.
+    activation: "gelu" or "relu".
+    hidden_dim: width inside the feed-forward, D unless given.
+    """
+
+    def __init__(
+        self,
+        embedding_dim: int,
+        num_heads: int,
+        num_blocks: int,
+        dropout: float,
+        activation: Literal["relu", "gelu"] = "gelu",
+        hidden_dim: int | None = None,
+    ) -> None:
+        super().__init__()
+        if num_heads < 1 or embedding_dim % num_heads:
+            raise UserError(
+                f"SasRec layer: embedding_dim {embedding_dim} is not divisible by num_heads {num_heads}"
+            )
+        self.num_heads = num_heads
+        blocks = range(num_blocks)
+        norm = lambda: nn.LayerNorm(embedding_dim, eps=LAYER_NORM_EPS)  # noqa: E731
+        self.attention_layers = nn.ModuleList(
+            nn.MultiheadAttention(embedding_dim, num_heads, dropout, batch_first=True) for _ in blocks
+        )
+        self.attention_layernorms = nn.ModuleList(norm() for _ in blocks)
+        self.forward_layers = nn.ModuleList(
+            PointWiseFeedForward(embedding_dim, dropout, activation, hidden_dim) for _ in blocks
+        )
+        self.forward_layernorms = nn.ModuleList(norm() for _ in blocks)
+
+    def forward(
+        self,
+        feature_tensors: Mapping[str, torch.Tensor],
+        input_embeddings: torch.Tensor,
+        padding_mask: torch.Tensor,
+        attention_mask: torch.Tensor,
+    ) -> torch.Tensor:
+        """Encode ``[B, N, D]`` to ``[B, N, D]``; padded positions come out finite and without meaning.
+
+        feature_tensors: not read; the argument is part of the protocol of encoders.
+        padding_mask: bool ``[B, N]``, True = real event; padded keys are hidden whatever attention_mask says
+            of them.
+        attention_mask: additive ``[B * H, N, N]`` or ``[B, H, N, N]``.
+        """
+        x = input_embeddings
+        per_head = mask_per_head(attention_mask, x.shape[0], self.num_heads)
+        mask = mask_for(x, hide_padded_keys(per_head, padding_mask).flatten(0, 1))
+        layers = zip(
+            self.attention_layers, self.attention_layernorms, self.forward_layers, self.forward_layernorms
+        )
+        for attention, attention_norm, feed_forward, forward_norm in layers:
+            query = attention_norm(x)
+            attended, _ = attention(query, x, x, attn_mask=mask, need_weights=False)
+            x = feed_forward(forward_norm(query + attended))
+        return x

@@ -1,0 +1,325 @@
+"""RePlay's TwoTower (doi 10.1145/3366424.3386195): a query tower over the history, an item tower over item
+features."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import nn
+
+from generative_recommenders.compat.replay.aggregators import (
+    Aggregator,
+    PositionAwareAggregator,
+    SumAggregator,
+)
+from generative_recommenders.compat.replay.attention_masks import DefaultAttentionMask
+from generative_recommenders.compat.replay.embeddings import ListReduction, SequenceEmbedding
+from generative_recommenders.compat.replay.next_item import (
+    EmbedderProto,
+    LossProto,
+    NextItemModel,
+    QueryTower,
+    Tensors,
+    call_with_accepted,
+    embedded_schema,
+)
+from generative_recommenders.compat.replay.sasrec_layer import SasRecTransformerLayer
+from generative_recommenders.compat.replay.schema import TensorFeatureInfo, TensorSchema
+from generative_recommenders.errors import UserError
+from generative_recommenders.ops.feed_forward import SwiGLUEncoder
+
+
+class FeaturesReaderProtocol(Protocol):
+    """Feature tensors of all items by feature name; row i belongs to item id i."""
+
+    def __getitem__(self, key: str) -> torch.Tensor: ...
+
+
+class ContextMergerProto(Protocol):
+    """Joins what the query tower says with the features of the query; returns the shape it was given."""
+
+    def __call__(self, model_hidden_state: torch.Tensor, feature_tensors: Tensors) -> torch.Tensor: ...
+
+
+class FeaturesReader:
+    """Item features from a Parquet file, as tensors in the order of the item ids.
+
+    schema: names the item id and, by ``feature_sources``, the column of each feature (its own name unless
+        given).
+    metadata: the features to read. A list feature may say how wide it becomes and with what it is filled up
+        on the left:
+        ``{"genres": {"shape": 5, "padding": 20}}``; without, the longest list and the feature's padding
+        value.
+    path: one row an item, ids 0..V-1, already encoded.
+
+    UserError where the file or a column is missing, where ids are not 0..V-1 each once, or values are empty
+    or too many.
+    """
+
+    def __init__(
+        self, schema: TensorSchema, metadata: Mapping[str, Mapping[str, Any]], path: str | Path
+    ) -> None:
+        if schema.item_id_feature_name is None:
+            raise UserError(
+                "FeaturesReader: the schema has no item id feature (feature_hint=FeatureHint.ITEM_ID)"
+            )
+        unknown = [name for name in metadata if name not in schema]
+        if unknown:
+            raise UserError(
+                f"FeaturesReader: metadata names features that the schema does not have: {unknown}"
+            )
+        item = schema[schema.item_id_feature_name]
+        columns = {name: _column_of(schema[name]) for name in {item.name: None, **metadata}}
+        table = _read_columns(Path(path), list(dict.fromkeys(columns.values())))
+        order = _order_of_ids(table[columns[item.name]], path)
+        self._features = {
+            name: _feature_tensor(schema[name], table[columns[name]], settings)[order]
+            for name, settings in metadata.items()
+        }
+
+    @property
+    def feature_names(self) -> list[str]:
+        return list(self._features)
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        """``[V]`` or ``[V, width]``, int64 for categorical features and float32 for numerical ones."""
+        if key not in self._features:
+            raise UserError(f"item feature {key!r} was not read: metadata names {', '.join(self._features)}")
+        return self._features[key]
+
+
+class ItemTower(nn.Module):
+    """Item features to item embeddings. The features of all items are held in memory, as buffers.
+
+    encoder: called with those of feature_tensors and input_embeddings that it accepts.
+    """
+
+    def __init__(
+        self,
+        schema: TensorSchema,
+        item_features_reader: FeaturesReaderProtocol,
+        feature_names: Sequence[str],
+        embedder: EmbedderProto,
+        embedding_aggregator: Aggregator,
+        encoder: Callable[..., torch.Tensor],
+    ) -> None:
+        super().__init__()
+        self.feature_names = list(feature_names)
+        self.embedder = embedder
+        self.embedding_aggregator = embedding_aggregator
+        self.encoder = encoder
+        num_items = item_count(schema.item_id_features.item())
+        for name in self.feature_names:
+            values = item_features_reader[name]
+            if values.shape[0] != num_items:
+                raise UserError(
+                    f"item feature {name!r} has {values.shape[0]} rows, the schema has {num_items} items: "
+                    "give every item one row"
+                )
+            self.register_buffer(_buffer_name(name), values)
+
+    def forward(self, candidates_to_score: torch.Tensor | None = None) -> torch.Tensor:
+        """``[V, D]``, or ``[..., D]`` for item ids ``[...]``."""
+        features = {name: self.get_buffer(_buffer_name(name)) for name in self.feature_names}
+        if candidates_to_score is not None:
+            features = {name: values[candidates_to_score] for name, values in features.items()}
+        embeddings = self.embedding_aggregator(self.embedder(features, self.feature_names))
+        return call_with_accepted(self.encoder, feature_tensors=features, input_embeddings=embeddings)
+
+
+class TwoTowerBody(nn.Module):
+    """A `QueryTower` and an `ItemTower` over one embedder, whose tables they share."""
+
+    def __init__(
+        self,
+        schema: TensorSchema,
+        embedder: EmbedderProto,
+        attn_mask_builder: Callable[[Tensors, torch.Tensor], torch.Tensor],
+        query_tower_feature_names: Sequence[str],
+        item_tower_feature_names: Sequence[str],
+        query_embedding_aggregator: Aggregator,
+        item_embedding_aggregator: Aggregator,
+        query_encoder: Callable[..., torch.Tensor],
+        query_tower_output_normalization: Callable[[torch.Tensor], torch.Tensor],
+        item_encoder: Callable[..., torch.Tensor],
+        item_features_reader: FeaturesReaderProtocol,
+    ) -> None:
+        super().__init__()
+        self.embedder = embedder
+        self.query_tower = QueryTower(
+            query_tower_feature_names,
+            embedder,
+            query_embedding_aggregator,
+            attn_mask_builder,
+            query_encoder,
+            query_tower_output_normalization,
+        )
+        self.item_tower = ItemTower(
+            schema,
+            item_features_reader,
+            item_tower_feature_names,
+            embedder,
+            item_embedding_aggregator,
+            item_encoder,
+        )
+
+    def forward(self, feature_tensors: Tensors, padding_mask: torch.Tensor) -> torch.Tensor:
+        """The query tower's hidden states ``[B, N, D]``."""
+        return self.query_tower(feature_tensors, padding_mask)
+
+
+class TwoTower(NextItemModel):
+    """Scores are dot products of the two towers' outputs.
+
+    context_merger: called as ``(model_hidden_state=[B, N, D], feature_tensors=...)`` on the query tower's
+    output, in training and in evaluation; what it returns is scored.
+    """
+
+    body: TwoTowerBody
+
+    def __init__(
+        self, body: TwoTowerBody, loss: LossProto, context_merger: ContextMergerProto | None = None
+    ) -> None:
+        super().__init__(body, loss)
+        self.context_merger = context_merger
+
+    @classmethod
+    def from_params(
+        cls,
+        schema: TensorSchema,
+        item_features_reader: FeaturesReaderProtocol,
+        embedding_dim: int = 192,
+        num_heads: int = 4,
+        num_blocks: int = 2,
+        max_sequence_length: int = 50,
+        dropout: float = 0.3,
+        excluded_features: Sequence[str] | None = None,
+        categorical_list_feature_aggregation_method: ListReduction = "sum",
+    ) -> TwoTower:
+        """SASRec layers as query tower, SwiGLU as item tower, features summed, full cross-entropy.
+
+        Both towers read all features of the schema but the excluded ones, the query id and the timestamp,
+        each embedded in ``embedding_dim`` columns.
+        """
+        from generative_recommenders.compat.replay.losses import CE
+
+        schema = embedded_schema(schema, excluded_features, embedding_dim)
+        item = schema.item_id_features.item()
+        aggregator = SumAggregator(embedding_dim)
+        body = TwoTowerBody(
+            schema=schema,
+            embedder=SequenceEmbedding(schema, None, categorical_list_feature_aggregation_method),
+            attn_mask_builder=DefaultAttentionMask(item.name, num_heads),
+            query_tower_feature_names=schema.names,
+            item_tower_feature_names=schema.names,
+            query_embedding_aggregator=PositionAwareAggregator(aggregator, max_sequence_length, dropout),
+            item_embedding_aggregator=aggregator,
+            query_encoder=SasRecTransformerLayer(embedding_dim, num_heads, num_blocks, dropout, "relu"),
+            query_tower_output_normalization=nn.LayerNorm(embedding_dim),
+            item_encoder=SwiGLUEncoder(embedding_dim, 2 * embedding_dim),
+            item_features_reader=item_features_reader,
+        )
+        return cls(body, CE(ignore_index=item.padding_value))
+
+    def hidden_states(self, feature_tensors: Tensors, padding_mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        states = super().hidden_states(feature_tensors, padding_mask)
+        if self.context_merger is None:
+            return states
+        return (*states, self.context_merger(model_hidden_state=states[-1], feature_tensors=feature_tensors))
+
+    def item_embeddings(self, candidates_to_score: torch.Tensor | None = None) -> torch.Tensor:
+        return self.body.item_tower(candidates_to_score)
+
+
+def item_count(item: TensorFeatureInfo) -> int:
+    """Items of a schema: ids below the padding value where that ends the range, else the whole
+    cardinality."""
+    if item.cardinality is None:
+        raise UserError(f"item id feature {item.name!r}: give its cardinality")
+    return (
+        item.padding_value
+        if item.padding_value in (item.cardinality - 1, item.cardinality)
+        else item.cardinality
+    )
+
+
+def _buffer_name(feature: str) -> str:
+    return "item_reference_" + feature.replace(".", "_")
+
+
+def _column_of(feature: TensorFeatureInfo) -> str:
+    return feature.feature_source.column if feature.feature_source else feature.name
+
+
+def _read_columns(path: Path, columns: list[str]) -> pa.Table:
+    if not path.is_file():
+        raise UserError(f"item features: there is no file {path}")
+    missing = [column for column in columns if column not in pq.read_schema(path).names]
+    if missing:
+        raise UserError(f"item features in {path}: columns {missing} are missing")
+    table = pq.read_table(path, columns=columns)
+    empty = [column for column in columns if table[column].null_count]
+    if empty:
+        raise UserError(f"item features in {path}: columns {empty} have empty values, encode them first")
+    return table
+
+
+def _order_of_ids(column: pa.ChunkedArray, path: str | Path) -> torch.Tensor:
+    ids = column.to_numpy()
+    order = np.argsort(ids, kind="stable")
+    if not np.array_equal(ids[order], np.arange(ids.size)):
+        missing = np.setdiff1d(np.arange(ids.size), ids)[:5].tolist()
+        raise UserError(
+            f"item features in {path}: ids must be 0..{ids.size - 1}, each once; missing: {missing}"
+        )
+    return torch.from_numpy(order)
+
+
+def _feature_tensor(
+    feature: TensorFeatureInfo, column: pa.ChunkedArray, settings: Mapping[str, Any]
+) -> torch.Tensor:
+    dtype = torch.int64 if feature.is_cat else torch.float32
+    rows = column.to_pylist()
+    if feature.is_list != isinstance(rows[0] if rows else None, list):
+        kind = "lists" if feature.is_list else "single values"
+        raise UserError(
+            f"item feature {feature.name!r}: the schema says {kind}, the column holds {column.type}"
+        )
+    values = [value for row in rows for value in row] if feature.is_list else rows
+    _check_values(feature, np.asarray(values))
+    if not feature.is_list:
+        return torch.tensor(rows, dtype=dtype)
+    width = settings.get("shape", max(map(len, rows), default=0))
+    longest = max(map(len, rows), default=0)
+    if longest > width:
+        raise UserError(
+            f"item feature {feature.name!r}: a list of {longest} entries, metadata allows {width}"
+        )
+    padding = settings.get("padding", feature.padding_value)
+    return torch.tensor([[padding] * (width - len(row)) + list(row) for row in rows], dtype=dtype)
+
+
+def _check_values(feature: TensorFeatureInfo, values: np.ndarray) -> None:
+    """UserError for categories that are none of the feature's, and for numbers that are not finite."""
+    if not values.size:
+        return
+    if values.dtype.kind not in "iuf":
+        raise UserError(
+            f"item feature {feature.name!r}: {str(values.flat[0])[:40]!r} is no number, encode it first"
+        )
+    if feature.is_cat:
+        size = feature.cardinality or 0
+        wrong = values[((values < 0) | (values >= size)) & (values != feature.padding_value)]
+        allowed = f"categories 0..{size - 1}"
+    else:
+        wrong, allowed = values[~np.isfinite(values)], "finite numbers"
+    if wrong.size:
+        raise UserError(
+            f"item feature {feature.name!r}: {wrong.size} of {values.size} values are not {allowed}, the first is {wrong[0]}"
+        )

@@ -1,0 +1,329 @@
+"""Transformers4Rec's masking classes, by their documented names, arguments and defaults, over the package's
+schemes.
+
+Rows are right-padded with ``padding_idx``. Three modes: ``training=True``; ``testing=True``, evaluation
+with labels; neither, inference on all of a history. ``apply_mask_to_inputs(inputs, schema)`` without a mode
+follows the last ``compute_masked_targets``. The schema's polarity is that library's: for causal modelling
+True = input kept, for the others True = input replaced by the learned mask embedding.
+
+Not reproduced: a row of one item raises no error and is never hidden; spans of permutation modelling stop
+at the end of a row, so that rows of two or more items always have something hidden and something visible;
+replacement modelling honours ``mlm_probability``; a fake item is never the padding.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from generative_recommenders.errors import UserError
+from generative_recommenders.objectives.masked import (
+    MaskedItemMasking,
+    apply_mask_to_inputs,
+    keep_last,
+    next_items,
+)
+from generative_recommenders.objectives.permuted import PermutationMasking
+from generative_recommenders.objectives.replacement import replace_items, sample_from_softmax
+
+
+@dataclass
+class MaskingInfo:
+    """schema: ``[B, N]`` bool; targets: ``[B, N]`` int64, ``padding_idx`` where there is none."""
+
+    schema: Tensor
+    targets: Tensor
+
+
+class MaskSequence(nn.Module):
+    """Base of the four classes.
+
+    hidden_size: width of the interaction embeddings. padding_idx: id of padding.
+    eval_on_last_item_seq_only: evaluate the last item only, else every next item. Further keyword arguments
+    do nothing; a warning names them.
+    """
+
+    mask_schema: Tensor | None
+    masked_targets: Tensor | None
+
+    def __init__(
+        self, hidden_size: int, padding_idx: int = 0, eval_on_last_item_seq_only: bool = True, **kwargs: Any
+    ) -> None:
+        super().__init__()
+        if kwargs:
+            warnings.warn(f"{type(self).__name__} ignores {', '.join(sorted(kwargs))}", stacklevel=2)
+        self.hidden_size = hidden_size
+        self.padding_idx = padding_idx
+        self.eval_on_last_item_seq_only = eval_on_last_item_seq_only
+        self.mask_schema = None
+        self.masked_targets = None
+        self.has_labels = True
+        self.masked_item_embedding = nn.Parameter(torch.empty(hidden_size).normal_(std=0.001))
+
+    def compute_masked_targets(
+        self, item_ids: Tensor, training: bool = False, testing: bool = False
+    ) -> MaskingInfo:
+        """Schema and targets for ``item_ids [B, N]``, also kept as ``mask_schema`` and ``masked_targets``."""
+        if training:
+            info = self.training_targets(item_ids)
+        elif testing:
+            info = self.evaluation_targets(item_ids)
+        else:
+            info = self.inference_targets(item_ids)
+        self.mask_schema, self.masked_targets = info.schema, info.targets
+        self.has_labels = training or testing
+        return info
+
+    def training_targets(self, item_ids: Tensor) -> MaskingInfo:
+        """The scheme's own draw of labels."""
+        raise NotImplementedError(
+            f"{type(self).__name__} is a base class; use one of the four masking classes"
+        )
+
+    def evaluation_targets(self, item_ids: Tensor) -> MaskingInfo:
+        """The last item is the target and hidden; or every next item."""
+        if not self.eval_on_last_item_seq_only:
+            return self.predict_all(item_ids)
+        targets = keep_last(item_ids, self.lengths(item_ids), self.padding_idx)
+        return MaskingInfo(targets != self.padding_idx, targets)
+
+    def inference_targets(self, item_ids: Tensor) -> MaskingInfo:
+        """One more column: its schema is True at the slot after each last item, which holds a copy of that
+        item."""
+        lengths = self.lengths(item_ids)
+        wider = nn.functional.pad(item_ids, (0, 1), value=self.padding_idx)
+        slots = keep_last(wider, lengths, self.padding_idx).roll(1, dims=1)
+        return MaskingInfo(slots != self.padding_idx, slots)
+
+    def lengths(self, item_ids: Tensor) -> Tensor:
+        """Items of each row that are not padding, ``[B]`` int64."""
+        return (item_ids != self.padding_idx).sum(1)
+
+    def predict_all(self, item_ids: Tensor) -> MaskingInfo:
+        """Targets: the next item at every position; schema: where there is one."""
+        targets = next_items(item_ids, self.padding_idx)
+        return MaskingInfo(targets != self.padding_idx, targets)
+
+    def apply_mask_to_inputs(
+        self, inputs: Tensor, schema: Tensor, training: bool | None = None, testing: bool | None = None
+    ) -> Tensor:
+        """``inputs [B, N, D]`` with the mask embedding where ``schema`` is True.
+
+        A schema of inference, ``[B, N + 1]``, adds a column for the slot; its width says so, whatever the
+        mode. ``UserError`` for any other width.
+        """
+        width = inputs.shape[1]
+        if schema.shape[1] not in (width, width + 1):
+            raise UserError(f"schema {tuple(schema.shape)} does not fit inputs {tuple(inputs.shape)}")
+        if schema.shape[1] > width:
+            inputs = torch.cat([inputs, inputs[:, -1:]], dim=1)
+        return apply_mask_to_inputs(inputs, schema, self.masked_item_embedding)
+
+    def labels_of(self, training: bool | None, testing: bool | None) -> bool:
+        """Whether the mode has labels; without a mode, whether the last ``compute_masked_targets`` had."""
+        if training is None and testing is None:
+            return self.has_labels
+        return bool(training or testing)
+
+    def forward(
+        self, inputs: Tensor, item_ids: Tensor, training: bool = False, testing: bool = False
+    ) -> Tensor:
+        """``compute_masked_targets`` followed by ``apply_mask_to_inputs``."""
+        info = self.compute_masked_targets(item_ids, training=training, testing=testing)
+        return self.apply_mask_to_inputs(inputs, info.schema, training=training, testing=testing)
+
+    def forward_output_size(self, input_size: torch.Size) -> torch.Size:
+        """Masking keeps the size of its inputs."""
+        return input_size
+
+    def transformer_required_arguments(self) -> dict[str, Any]:
+        """Tensors that the encoder must be given."""
+        return {}
+
+    def transformer_optional_arguments(self) -> dict[str, Any]:
+        """Tensors that the encoder may be given."""
+        return {}
+
+    @property
+    def transformer_arguments(self) -> dict[str, Any]:
+        """Both kinds together."""
+        return {**self.transformer_required_arguments(), **self.transformer_optional_arguments()}
+
+
+class CausalLanguageModeling(MaskSequence):
+    """The next item from the past. The schema is True where the input is kept.
+
+    train_on_last_item_seq_only: only the last item of a history is a target in training. With a single
+    target, the schema covers all real positions; at inference too, and the targets then are the ids
+    themselves.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        padding_idx: int = 0,
+        eval_on_last_item_seq_only: bool = True,
+        train_on_last_item_seq_only: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(hidden_size, padding_idx, eval_on_last_item_seq_only, **kwargs)
+        self.train_on_last_item_seq_only = train_on_last_item_seq_only
+
+    def training_targets(self, item_ids: Tensor) -> MaskingInfo:
+        return self._next(item_ids, self.train_on_last_item_seq_only)
+
+    def evaluation_targets(self, item_ids: Tensor) -> MaskingInfo:
+        return self._next(item_ids, self.eval_on_last_item_seq_only)
+
+    def inference_targets(self, item_ids: Tensor) -> MaskingInfo:
+        return MaskingInfo(item_ids != self.padding_idx, item_ids)
+
+    def _next(self, item_ids: Tensor, last_only: bool) -> MaskingInfo:
+        info = self.predict_all(item_ids)
+        if not last_only:
+            return info
+        targets = keep_last(info.targets, info.schema.sum(1), self.padding_idx)
+        return MaskingInfo(item_ids != self.padding_idx, targets)
+
+    def apply_mask_to_inputs(
+        self, inputs: Tensor, mask_schema: Tensor, training: bool | None = None, testing: bool | None = None
+    ) -> Tensor:
+        """``inputs [B, N, D]`` where the schema is True, else the mask embedding.
+
+        With labels (training or testing) the last column, which has no next item, is zero first.
+        """
+        if self.labels_of(training, testing):
+            inputs = nn.functional.pad(inputs[:, :-1], (0, 0, 0, 1))
+        return apply_mask_to_inputs(inputs, ~mask_schema, self.masked_item_embedding)
+
+
+class MaskedLanguageModeling(MaskSequence):
+    """Random items from both sides. mlm_probability: chance of each item to be hidden, besides one certain
+    per row."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        padding_idx: int = 0,
+        eval_on_last_item_seq_only: bool = True,
+        mlm_probability: float = 0.15,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(hidden_size, padding_idx, eval_on_last_item_seq_only, **kwargs)
+        self.mlm_probability = mlm_probability
+        self.scheme = MaskedItemMasking(mlm_probability)
+
+    def training_targets(self, item_ids: Tensor) -> MaskingInfo:
+        schema = self.scheme.choose(item_ids != self.padding_idx)
+        return MaskingInfo(schema, item_ids.where(schema, self.padding_idx))
+
+
+class PermutationLanguageModeling(MaskSequence):
+    """Spans of items in a random order; the encoder receives ``perm_mask`` and ``target_mapping``.
+
+    plm_probability: span length over the length of its context. max_span_length: longest span. permute_all:
+    hide all items but one. ``perm_mask [B, N, N]`` int64 is 1 where i must not see j; ``target_mapping [B,
+    N, N]`` is the identity. Inference uses the targets of evaluation: the last item is hidden and asked
+    for.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        padding_idx: int = 0,
+        eval_on_last_item_seq_only: bool = True,
+        plm_probability: float = 1 / 6,
+        max_span_length: int = 5,
+        permute_all: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(hidden_size, padding_idx, eval_on_last_item_seq_only, **kwargs)
+        self.plm_probability = plm_probability
+        self.max_span_length = max_span_length
+        self.permute_all = permute_all
+        self.scheme = PermutationMasking(plm_probability, max_span_length, permute_all)
+        self.perm_mask: Tensor | None = None
+        self.target_mapping: Tensor | None = None
+
+    def training_targets(self, item_ids: Tensor) -> MaskingInfo:
+        schema, (key, query) = self.scheme.choose(item_ids != self.padding_idx)
+        self._attend(key, query, torch.float32)
+        return MaskingInfo(schema, item_ids.where(schema, self.padding_idx))
+
+    def evaluation_targets(self, item_ids: Tensor) -> MaskingInfo:
+        """Causal attention; with a single target, nobody sees the last item."""
+        info = super().evaluation_targets(item_ids)
+        rows, width = item_ids.shape
+        place = torch.arange(width, device=item_ids.device).expand(rows, -1)
+        last_only = self.eval_on_last_item_seq_only
+        key = torch.where(info.schema, width, place) if last_only else place
+        self._attend(key, place, torch.float32 if last_only else torch.int64)
+        return info
+
+    def inference_targets(self, item_ids: Tensor) -> MaskingInfo:
+        return self.evaluation_targets(item_ids)
+
+    def _attend(self, key: Tensor, query: Tensor, dtype: torch.dtype) -> None:
+        self.perm_mask = (key[:, None, :] > query[:, :, None]).long()
+        rows, width = key.shape
+        self.target_mapping = torch.eye(width, dtype=dtype, device=key.device).repeat(rows, 1, 1)
+
+    def apply_mask_to_inputs(
+        self, inputs: Tensor, schema: Tensor, training: bool | None = None, testing: bool | None = None
+    ) -> Tensor:
+        """``inputs [B, N, D]`` with the mask embedding at True; unchanged at inference, as there."""
+        if not self.labels_of(training, testing):
+            return inputs
+        return apply_mask_to_inputs(inputs, schema, self.masked_item_embedding)
+
+    def transformer_required_arguments(self) -> dict[str, Any]:
+        return {"target_mapping": self.target_mapping, "perm_mask": self.perm_mask}
+
+
+class ReplacementLanguageModeling(MaskedLanguageModeling):
+    """Masked modelling for a generator, whose samples replace the hidden items for a discriminator.
+
+    sample_from_batch: fakes come from the batch's own hidden items. Also takes ``mlm_probability`` (0.15).
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        padding_idx: int = 0,
+        eval_on_last_item_seq_only: bool = True,
+        sample_from_batch: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(hidden_size, padding_idx, eval_on_last_item_seq_only, **kwargs)
+        self.sample_from_batch = sample_from_batch
+
+    def get_fake_tokens(
+        self, itemid_seq: Tensor, target_flat: Tensor, logits: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Histories with fakes at the hidden positions.
+
+        itemid_seq: ``[B, N]``; target_flat: ``[B * N]`` targets, padding where none; logits: ``[P, V]``
+        over all ids, column = id, or with sample_from_batch ``[P, P]`` over the hidden items. Returns
+        (corrupted ids ``[B, N]``, labels ``[B, N]`` int64, 1 = replaced, sampled indices ``[P]`` within the
+        batch, empty without sample_from_batch).
+        """
+        hidden = (target_flat != self.padding_idx).reshape(itemid_seq.shape)
+        if self.sample_from_batch:
+            batch_updates = self.sample_from_softmax(logits)
+            fakes = target_flat[target_flat != self.padding_idx][batch_updates]
+        else:
+            column = torch.arange(logits.shape[1], device=logits.device)
+            fakes = self.sample_from_softmax(logits.masked_fill(column == self.padding_idx, -torch.inf))
+            batch_updates = fakes.new_empty(0)
+        corrupted, labels = replace_items(itemid_seq, hidden, fakes)
+        return corrupted, labels.long(), batch_updates
+
+    def sample_from_softmax(self, logits: Tensor) -> Tensor:
+        """One index per row of ``logits [P, V]``, distributed as their softmax, ``[P]`` int64."""
+        if not len(logits):
+            return logits.new_empty(0, dtype=torch.int64)
+        return sample_from_softmax(logits.detach())

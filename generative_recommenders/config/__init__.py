@@ -1,0 +1,1 @@
+"""Settings: the schema, gin names, checks and hints."""

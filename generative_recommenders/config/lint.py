@@ -1,0 +1,203 @@
+"""What the log says once of settings that are accepted but cannot act, or are likely a slip."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from absl import logging
+
+from generative_recommenders.config.choices import short_preprocessor, uses_item_tower
+from generative_recommenders.config.schema import MAX_PREFETCH, RunSettings
+from generative_recommenders.objectives.losses.sampled import SAMPLED_LOSSES
+
+
+def encoder_of(settings: RunSettings) -> str:
+    """The encoder of the histories: ``main_module``, or TwoTower's query tower."""
+    name = settings.train.main_module
+    return settings.item_tower.query_module if name == "TwoTower" else name
+
+
+def _samples(settings: RunSettings) -> bool:
+    return settings.train.loss_module in SAMPLED_LOSSES
+
+
+def _draws(settings: RunSettings, *strategies: str) -> bool:
+    return _samples(settings) and settings.train.sampling_strategy in strategies
+
+
+def _timed(settings: RunSettings) -> bool:
+    hstu = settings.hstu
+    return (
+        encoder_of(settings) == "HSTU"
+        and hstu.enable_relative_attention_bias
+        and hstu.enable_relative_time_bias
+    )
+
+
+Acts = Callable[[RunSettings], Any]
+
+TRAIN_SETTINGS: tuple[tuple[tuple[str, ...], Acts, str], ...] = (
+    (
+        ("sampling_strategy", "num_negatives", "negatives_sharing", "log_q_correction", "calibration"),
+        _samples,
+        "{loss_module} scores the catalogue and draws no negatives",
+    ),
+    (("loss_activation_checkpoint",), _samples, "{loss_module} keeps no scores for its backward pass anyway"),
+    (
+        ("negatives_block_size",),
+        lambda s: _samples(s) and s.train.negatives_sharing == "block",
+        "negatives are not shared by blocks",
+    ),
+    (
+        ("class_feature", "class_selector"),
+        lambda s: _draws(s, "multi-class"),
+        "no negatives are drawn by class",
+    ),
+    (("mixed_shares",), lambda s: _draws(s, "mixed"), "sampling_strategy is not mixed"),
+    (
+        ("popularity_power",),
+        lambda s: _draws(s, "popularity", "mixed"),
+        "no negatives are drawn by popularity",
+    ),
+    (
+        ("calibration",),
+        lambda s: not _samples(s) or s.train.loss_module == "gBCE",
+        "{loss_module} has none",
+    ),
+    (
+        ("mask_probability",),
+        lambda s: s.train.objective in ("masked", "permuted", "replaced"),
+        "objective {objective} hides nothing",
+    ),
+    (
+        ("max_span_length", "permute_all"),
+        lambda s: s.train.objective == "permuted",
+        "objective is not permuted",
+    ),
+    (
+        ("fakes_from", "tie_discriminator", "discriminator_weight"),
+        lambda s: s.train.objective == "replaced",
+        "objective is not replaced",
+    ),
+    (
+        ("category_feature",),
+        lambda s: s.train.embedding_module_type == "categorical",
+        "embeddings are not by category",
+    ),
+    (("next_time",), _timed, "no bias by time reads it"),
+    (
+        ("rating_embedding_dim", "num_ratings"),
+        lambda s: short_preprocessor(s) != "LearnablePositionalEmbedding",
+        "{input_preprocessor} reads no ratings",
+    ),
+    (("partial_eval_num_iters",), lambda s: s.train.full_eval_every_n > 1, "every evaluation is a full one"),
+)
+"""(fields of ``train_fn``, when they act, why they do not)."""
+
+SECTIONS: tuple[tuple[str, str, Acts], ...] = (
+    ("sasrec_encoder", "sasrec", lambda s: encoder_of(s) == "SASRec"),
+    ("hstu_encoder", "hstu", lambda s: encoder_of(s) == "HSTU"),
+    ("diff_transformer_encoder", "diff_transformer", lambda s: encoder_of(s) == "DiffTransformer"),
+    ("transformer_encoder", "transformer", lambda s: encoder_of(s) == "Transformer"),
+    ("item_tower", "item_tower", uses_item_tower),
+    ("sce", "sce", lambda s: s.train.loss_module in ("SCE", "ScalableCrossEntropyLoss")),
+    ("create_mol_interaction_module", "mol", lambda s: s.train.interaction_module_type == "MoL"),
+)
+"""(gin name, section of the settings, when it acts)."""
+
+
+def log_notices(settings: RunSettings) -> None:
+    """Says once, in a line each, what is accepted but cannot act here, or is likely a slip."""
+    for line in [*inert(settings), *likely_slips(settings)]:
+        logging.info("%s", line)
+
+
+def likely_slips(settings: RunSettings) -> list[str]:
+    """One line for each combination that trains as asked but that no published configuration has."""
+    t, dqk, dv, lines = settings.train, settings.hstu.dqk, settings.hstu.dv, []
+    if encoder_of(settings) == "HSTU" and dqk != dv:
+        lines.append(
+            f"hstu_encoder.dqk = {dqk} and hstu_encoder.dv = {dv} do not match: queries and keys are {dqk} wide, values "
+            f"{dv}; every published configuration has them equal"
+        )
+    if uses_item_tower(settings) and not _samples(settings):
+        lines.append(
+            f"train_fn.loss_module = {t.loss_module!r} scores the catalogue: every item passes through the item tower in "
+            "every step; with sampled negatives only those that the step touches do"
+        )
+    return lines
+
+
+def inert(settings: RunSettings) -> list[str]:
+    """One line for each accepted name that cannot act here. (MoL says itself what published runs ignored.)"""
+    return [*_idle_train_settings(settings), *_idle_sections(settings), *_beyond_this_machine(settings)]
+
+
+def _idle_train_settings(settings: RunSettings) -> list[str]:
+    t, lines = settings.train, []
+    changed, said = set(_changed(t)), set[str]()
+    for names, acts, why in TRAIN_SETTINGS:
+        idle = [name for name in names if name in changed - said]
+        if idle and not acts(settings):
+            said |= set(idle)
+            reason = why.format(**dataclasses.asdict(t))
+            lines.append(f"{', '.join(f'train_fn.{name}' for name in idle)} cannot act: {reason}")
+    if "BruteForce" not in t.top_k_method:
+        lines.append(
+            f"train_fn.top_k_method = {t.top_k_method!r}: ranks are counted exactly over the whole catalogue; it acts "
+            "in build_top_k alone"
+        )
+    return lines
+
+
+def _idle_sections(settings: RunSettings) -> list[str]:
+    lines = []
+    for owner, section, acts in SECTIONS:
+        idle = _changed(getattr(settings, section))
+        if idle and not acts(settings):
+            lines.append(
+                f"{', '.join(f'{owner}.{name}' for name in idle)} cannot act: this run has no such part"
+            )
+    if settings.similarity.bf16_training and settings.train.interaction_module_type != "MoL":
+        lines.append("get_similarity_function.bf16_training: it acts on MoL; dot products stay float32")
+    return lines
+
+
+def _beyond_this_machine(settings: RunSettings) -> list[str]:
+    t, loader, lines = settings.train, settings.loader, []
+    if loader.num_workers > 0:
+        lines.append(
+            f"create_data_loader.num_workers = {loader.num_workers}: batches are cut by one thread and need no workers"
+        )
+    if loader.prefetch_factor > MAX_PREFETCH:
+        lines.append(
+            f"create_data_loader.prefetch_factor = {loader.prefetch_factor}: {MAX_PREFETCH} batches are made ahead"
+        )
+    bf16 = {
+        "train_fn.main_module_bf16": t.main_module_bf16,
+        "train_fn.eval_bf16": t.eval_bf16,
+        "get_similarity_function.bf16_training": settings.similarity.bf16_training,
+        "create_mol_interaction_module.bf16_training": settings.mol.bf16_training,
+    }
+    if any(bf16.values()) and not has_bfloat16():
+        names = ", ".join(name for name, asked in bf16.items() if asked)
+        lines.append(f"{names}: this machine has no bfloat16 units; it is emulated and slower than float32")
+    return lines
+
+
+def _changed(section: Any) -> list[str]:
+    """Fields that differ from their defaults."""
+    default = type(section)()
+    return [
+        f.name for f in dataclasses.fields(section) if getattr(section, f.name) != getattr(default, f.name)
+    ]
+
+
+def has_bfloat16() -> bool:
+    """Whether the accelerator, or the CPU where there is none, multiplies bfloat16 in hardware."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -1,0 +1,234 @@
+"""Batches from flat columns: vectorised, deterministic, the same whatever the number of processes.
+
+A global batch is a run of consecutive users of the epoch's order; a process takes a run of its rows. Nothing here loops over
+users in Python, and a batch depends on (seed, epoch, step) alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from generative_recommenders.data.store import SequenceDataset
+
+
+@dataclass(frozen=True)
+class LoadedBatch:
+    """A process's rows of one global batch.
+
+    columns: ``user_ids [B]``, ``lengths [B]``, ``item_ids [B, W]`` and, where the data have them, ``timestamps [B, W]``,
+        int64, and ``ratings [B, W]``, float32; right-padded with 0. first_row: place of row 0 in the global batch.
+        first_token: how many next-item targets the rows before have (see `SequenceLoader`). step: place in the epoch.
+    """
+
+    columns: dict[str, torch.Tensor]
+    step: int
+    first_row: int
+    first_token: int
+    global_tokens: int
+
+
+class SequenceRows:
+    """Cuts the last events before a stop out of the users' sequences."""
+
+    def __init__(self, dataset: SequenceDataset, width: int) -> None:
+        self.dataset = dataset
+        self.width = width
+
+    def cut(self, users: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> dict[str, torch.Tensor]:
+        """Events [max(start, stop - width), stop) of each user; all arguments ``[B]``, positions in the user's sequence."""
+        begins = np.maximum(starts, stops - self.width)
+        lengths = np.maximum(stops - begins, 0)
+        events = (self.dataset.offsets[users] + begins)[:, None] + np.arange(self.width)
+        real = np.arange(self.width) < lengths[:, None]
+        return self._columns(users, lengths, np.where(real, events, 0), real)
+
+    def cut_kept(self, users: np.ndarray, stops: np.ndarray, keep: np.ndarray) -> dict[str, torch.Tensor]:
+        """The last ``width`` kept events before each stop; keep: bool for all those users' events, one after the other."""
+        rows = np.repeat(np.arange(users.size), stops)
+        ends = np.cumsum(stops)
+        within = np.arange(rows.size) - (ends - stops)[rows]
+        rows, within = rows[keep], within[keep]
+        counts = np.bincount(rows, minlength=users.size)
+        lengths = np.minimum(counts, self.width)
+        column = np.arange(rows.size) - (np.cumsum(counts) - lengths)[rows]
+        chosen = column >= 0
+        events = np.zeros((users.size, self.width), dtype=np.int64)
+        events[rows[chosen], column[chosen]] = self.dataset.offsets[users[rows[chosen]]] + within[chosen]
+        real = np.arange(self.width) < lengths[:, None]
+        return self._columns(users, lengths, events, real)
+
+    def _columns(self, users, lengths, events, real) -> dict[str, torch.Tensor]:
+        columns = {"user_ids": users + 1, "lengths": lengths}
+        sources = {
+            "item_ids": self.dataset.items,
+            "ratings": self.dataset.ratings,
+            "timestamps": self.dataset.timestamps,
+        }
+        for name, source in sources.items():
+            if source is not None:
+                columns[name] = np.where(real, source[events], 0)
+        kind = lambda name: np.float32 if name == "ratings" else np.int64  # noqa: E731
+        return {
+            name: torch.from_numpy(np.ascontiguousarray(x, dtype=kind(name))) for name, x in columns.items()
+        }
+
+
+class SequenceLoader:
+    """Training batches: of every user the last ``max_length + 1`` training events, so up to max_length targets each.
+
+    batch_size: rows a process. sampling_ratio: share of each history kept, drawn anew each epoch, before truncation.
+    Users with fewer than 2 training events give nothing to learn and are left out.
+    """
+
+    def __init__(
+        self,
+        dataset: SequenceDataset,
+        train_stops: np.ndarray,
+        max_length: int,
+        batch_size: int,
+        seed: int,
+        sampling_ratio: float = 1.0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if not 0.0 < sampling_ratio <= 1.0:
+            raise ValueError(f"positional_sampling_ratio must be in (0, 1], got {sampling_ratio}")
+        self.rows = SequenceRows(dataset, max_length + 1)
+        self.train_stops = train_stops.astype(np.int64)
+        self.users = np.flatnonzero(self.train_stops >= 2)
+        self.global_batch = batch_size * world_size
+        self.seed, self.sampling_ratio = seed, sampling_ratio
+        self.rank, self.world_size = rank, world_size
+
+    def __len__(self) -> int:
+        """Steps an epoch."""
+        return (self.users.size + self.global_batch - 1) // self.global_batch
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[LoadedBatch]:
+        order = self._generator(epoch, 0).permutation(self.users)
+        for step in range(first_step, len(self)):
+            yield self.batch(order[step * self.global_batch : (step + 1) * self.global_batch], epoch, step)
+
+    def batch(self, users: np.ndarray, epoch: int, step: int) -> LoadedBatch:
+        """This process's share of the global batch of ``users``."""
+        if self.sampling_ratio < 1.0:
+            columns = self._sampled(users, epoch, step)
+            lengths = columns["lengths"].numpy()
+        else:
+            columns = {}
+            lengths = np.minimum(self.train_stops[users], self.rows.width)
+        bounds = [users.size * rank // self.world_size for rank in (self.rank, self.rank + 1)]
+        mine = slice(*bounds)
+        if columns:
+            columns = {name: values[mine] for name, values in columns.items()}
+        else:
+            stops = self.train_stops[users[mine]]
+            columns = self.rows.cut(users[mine], np.zeros_like(stops), stops)
+        targets = np.maximum(lengths - 1, 0)
+        return LoadedBatch(columns, step, bounds[0], int(targets[: bounds[0]].sum()), int(targets.sum()))
+
+    def _sampled(self, users: np.ndarray, epoch: int, step: int) -> dict[str, torch.Tensor]:
+        stops = self.train_stops[users]
+        keep = self._generator(epoch, 1 + step).random(int(stops.sum())) < self.sampling_ratio
+        return self.rows.cut_kept(users, stops, keep)
+
+    def _generator(self, epoch: int, purpose: int) -> np.random.Generator:
+        return np.random.Generator(np.random.Philox(np.random.SeedSequence([self.seed, epoch, purpose])))
+
+
+class EvaluationLoader:
+    """Histories and targets of the users that have one, in user order; batches are the same for any number of processes.
+
+    targets: ``[U]`` position of each user's target in the sequence, -1 for none. Process r gets batches r, r + world_size, ...
+    Adds ``target_ids``, ``target_ratings``, ``next_timestamps [B]`` to the columns.
+    """
+
+    def __init__(
+        self,
+        dataset: SequenceDataset,
+        targets: np.ndarray,
+        max_length: int,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        max_users: int | None = None,
+    ) -> None:
+        self.rows = SequenceRows(dataset, max_length)
+        self.targets = targets.astype(np.int64)
+        self.users = np.flatnonzero(self.targets >= 0)[:max_users]
+        self.batch_size = batch_size
+        self.rank, self.world_size = rank, world_size
+
+    def __len__(self) -> int:
+        return len(range(self.rank, -(-self.users.size // self.batch_size), self.world_size))
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        for index in range(self.rank, -(-self.users.size // self.batch_size), self.world_size):
+            users = self.users[index * self.batch_size : (index + 1) * self.batch_size]
+            yield self.batch(users)
+
+    def batch(self, users: np.ndarray) -> dict[str, torch.Tensor]:
+        dataset, stops = self.rows.dataset, self.targets[users]
+        columns = self.rows.cut(users, np.zeros_like(stops), stops)
+        events = dataset.offsets[users] + stops
+        columns["target_ids"] = torch.from_numpy(dataset.items[events].astype(np.int64))
+        if dataset.ratings is not None:
+            columns["target_ratings"] = torch.from_numpy(dataset.ratings[events].astype(np.float32))
+        if dataset.timestamps is not None:
+            columns["next_timestamps"] = torch.from_numpy(dataset.timestamps[events].astype(np.int64))
+        return columns
+
+    def seen_items(self, users: np.ndarray) -> torch.Tensor:
+        """``[B, S]`` int64: everything each user had before the target, right-padded with 0."""
+        stops = self.targets[users]
+        width = max(int(stops.max(initial=0)), 1)
+        everything = SequenceRows(self.rows.dataset, width)
+        return everything.cut(users, np.zeros_like(stops), stops)["item_ids"]
+
+
+def prefetch(batches: Iterator, depth: int) -> Iterator:
+    """The same batches, up to ``depth`` of them made ahead in a thread; errors are raised where they would have been."""
+    if depth < 1:
+        yield from batches
+        return
+    ready: queue.Queue = queue.Queue(maxsize=depth)
+    stop = threading.Event()
+    thread = threading.Thread(target=_fill, args=(batches, ready, stop), daemon=True)
+    thread.start()
+    try:
+        while True:
+            kind, value = ready.get()
+            if kind == "end":
+                return
+            if kind == "error":
+                raise value
+            yield value
+    finally:
+        stop.set()
+        while not ready.empty():
+            ready.get_nowait()
+        thread.join(timeout=5)
+
+
+def _fill(batches: Iterator, ready: queue.Queue, stop: threading.Event) -> None:
+    def put(item) -> None:
+        while not stop.is_set():
+            with contextlib.suppress(queue.Full):
+                ready.put(item, timeout=0.1)
+                return
+
+    try:
+        for batch in batches:
+            put(("batch", batch))
+            if stop.is_set():
+                return
+        put(("end", None))
+    except Exception as error:  # handed to the consumer, which raises it
+        put(("error", error))

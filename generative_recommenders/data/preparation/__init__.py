@@ -1,0 +1,1 @@
+"""Preparation of raw ratings into a folder of memory-mapped columns."""

@@ -1,0 +1,137 @@
+"""Writing a prepared folder: everything into a temporary sibling that takes the target's place."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import shutil
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from generative_recommenders.data.manifest import FILE_NAME
+from generative_recommenders.errors import UserError
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """Yield an empty folder that replaces ``target`` if the block succeeds and vanishes if it does not.
+
+    An existing target is exchanged in one step where the file system can. UserError if it exists and is not a
+    prepared folder, or if the disk is full or not writable.
+    """
+    scratch = target.parent / f".{target.name}.tmp-{scratch_owner()}"
+    try:
+        _check_target(target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(target.parent, f".{target.name}.tmp-")
+        scratch.mkdir()
+        yield scratch
+        _replace(scratch, target)
+    except OSError as error:
+        raise UserError(f"{target}: cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary name beside ``path``, whose file takes its place if the block succeeds, else vanishes."""
+    check_file(path)
+    scratch = _scratch(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield scratch
+        scratch.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
+    finally:
+        with suppress(OSError):
+            scratch.unlink(missing_ok=True)
+
+
+def _scratch(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp-{os.getpid()}")
+
+
+def check_file(path: str | Path, flag: str = "") -> None:
+    """UserError, with the name of the ``flag`` that asks for it, if no file can be written at ``path``."""
+    where, path = f"{flag}{path}", Path(path)
+    try:
+        if not path.name or path.is_dir():
+            raise UserError(f"{where}: not the name of a file; name the file to write")
+        parent = next(folder for folder in path.absolute().parents if folder.exists())
+        if not parent.is_dir():
+            raise UserError(f"{where}: {parent} is not a folder; name a file elsewhere")
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise UserError(f"{where}: {parent} cannot be written to; name a file elsewhere")
+        with suppress(FileNotFoundError):
+            _scratch(path).stat()
+    except OSError as error:
+        raise UserError(f"{where}: cannot be written: {error.strerror or error}") from error
+
+
+@contextmanager
+def locked(target: Path) -> Iterator[None]:
+    """One process at a time makes ``target``; the others wait. Where the file system has no locks, none waits."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        file = open(target.parent / f".{target.name}.lock", "w")  # noqa: SIM115, closed below
+    except OSError as error:
+        raise UserError(f"{target}: cannot be written: {error.strerror or error}") from error
+    with file:
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def scratch_owner() -> str:
+    """Names this process among those that share a disk."""
+    return f"{socket.gethostname()}-{os.getpid()}"
+
+
+def _check_target(target: Path) -> None:
+    if target.is_dir() and ((target / FILE_NAME).is_file() or not any(target.iterdir())):
+        return
+    if target.exists():
+        raise UserError(f"{target}: exists and is not a prepared folder; name another one or remove it")
+
+
+def remove_leftovers(folder: Path, prefix: str) -> None:
+    """Remove what killed runs of this host left under names of ``prefix`` and `scratch_owner`."""
+    for path in folder.glob(f"{prefix}{socket.gethostname()}-*"):
+        process = path.name.rpartition("-")[2]
+        if process.isdecimal() and (int(process) == os.getpid() or not Path(f"/proc/{process}").exists()):
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _replace(scratch: Path, target: Path) -> None:
+    if not target.exists():
+        scratch.rename(target)
+    elif not _exchange(scratch, target):
+        old = scratch.with_name(scratch.name + "-old")
+        target.rename(old)
+        scratch.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two folders in one step (Linux); False where that cannot be done."""
+    if not sys.platform.startswith("linux"):
+        return False
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    if rename is None:
+        return False
+    return rename(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) == 0

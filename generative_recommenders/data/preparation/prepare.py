@@ -1,0 +1,307 @@
+"""Raw ratings to a prepared folder: collect, filter, number the ids, sort by time, write.
+
+Internal ids follow the UTF-8 byte order of the original ids. Each user's ratings are sorted by time; ties,
+and data without times, keep (file, row) order. Duplicates are kept. The result depends on the input alone,
+not on the engine.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from absl import logging
+
+from generative_recommenders.data.feature_tables import align
+from generative_recommenders.data.manifest import COLUMNS, TABLES, Manifest, column_file, write_manifest
+from generative_recommenders.data.preparation import digests
+from generative_recommenders.data.preparation.event_store import (
+    BYTES_PER_EVENT,
+    CHUNK_EVENTS,
+    EventCollector,
+    Events,
+    chunks,
+    write_numbers,
+)
+from generative_recommenders.data.preparation.filters import apply_filter, parse_filter
+from generative_recommenders.data.preparation.folder import new_folder
+from generative_recommenders.data.readers.delimited import first_bytes
+from generative_recommenders.data.readers.parquet import is_parquet, num_rows
+from generative_recommenders.data.readers.ratings_table import RawRatings, read_batches
+from generative_recommenders.data.sources.download import file_digest
+from generative_recommenders.data.splits import PROTOCOLS
+from generative_recommenders.errors import UserError
+
+SORT_BYTES_PER_EVENT = 120
+DEFAULT_MEMORY_LIMIT = 4 << 30
+GZIP_FACTOR = 4
+
+
+def prepared_path(data_root: str | Path, name: str) -> Path:
+    """Where the data set ``name`` lies below ``data_root`` when prepared; UserError for an odd name."""
+    if not re.fullmatch(r"\w[\w.+-]*", name):
+        raise UserError(f"the name {name!r} of a data set must consist of letters, digits and . _ + -")
+    return Path(data_root) / "prepared" / name
+
+
+def prepare(raw: RawRatings, out_dir: str | Path, memory_limit: int = DEFAULT_MEMORY_LIMIT) -> Manifest:
+    """Prepare ``raw`` into the folder ``out_dir`` (replaced only on success) and return its manifest.
+
+    memory_limit: bytes that events may take; beyond it they are kept in files beside the target. The distinct
+    ids must fit in memory in any case. Raises UserError for bad input and for counts other than the expected
+    ones.
+    """
+    parse_filter(raw.filter)
+    num_events = sum(_guess_events(path) for path in raw.files if path.is_file())
+    return prepare_batches(raw, read_batches(raw), Path(out_dir), memory_limit, num_events)
+
+
+def prepare_batches(
+    raw: RawRatings, batches: Iterable[pa.Table], out_dir: Path, memory_limit: int, num_events: int = 0
+) -> Manifest:
+    """``prepare`` with the ratings given as tables (columns of ``ratings_table.read_batches``).
+
+    num_events: about how many there are.
+    """
+    with new_folder(out_dir) as folder:
+        spill = folder / "spill"
+        with phase("read and number the ids"):
+            events = _collect(batches, spill, memory_limit, num_events)
+        with phase("filter"):
+            sequences, selection = _select(events, raw.filter)
+        check_expected(raw, len(sequences.user_ids), len(sequences.item_ids))
+        with phase("sort and write"):
+            bucket_events = max(1, min(memory_limit // SORT_BYTES_PER_EVENT, CHUNK_EVENTS))
+            data_hash = write_columns(
+                folder, sequences, sorted_buckets(events, sequences, selection, bucket_events)
+            )
+        before = {"users": len(events.user_ids), "items": len(events.item_ids), "events": len(events)}
+        manifest = write_tables(folder, raw, sequences, before, data_hash)
+        shutil.rmtree(spill, ignore_errors=True)
+    return manifest
+
+
+@contextmanager
+def phase(name: str) -> Iterator[None]:
+    """Log the name of a phase and the time it took."""
+    start = time.monotonic()
+    logging.info("%s ...", name)
+    yield
+    logging.info("%s: %.1f s", name, time.monotonic() - start)
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """What the prepared folder will hold.
+
+    user_ids ``[U]``, item_ids ``[V]``: large_string, UTF-8 order. offsets: ``[U + 1]`` int64. has_ratings,
+    has_timestamps: which columns exist.
+    """
+
+    user_ids: pa.Array
+    item_ids: pa.Array
+    offsets: np.ndarray
+    has_ratings: bool
+    has_timestamps: bool
+
+    @property
+    def num_events(self) -> int:
+        """Events that are kept."""
+        return int(self.offsets[-1])
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which raw events are kept, and under which numbers.
+
+    kept: ``[raw events]`` bool. user_number, item_number: ``[raw ids]`` int32, from an id's code to its place
+    among the kept ones, -1 for dropped.
+    """
+
+    kept: np.ndarray
+    user_number: np.ndarray
+    item_number: np.ndarray
+
+
+Bucket = tuple[np.ndarray, np.ndarray, "np.ndarray | None", "np.ndarray | None"]
+"""Sorted events of consecutive users: users int32 (0-based), items int32 (0-based), ratings, timestamps."""
+
+
+def _guess_events(path: Path) -> int:
+    """Parquet knows; text has as many lines as its first ones (and gzip's usual factor) suggest."""
+    if is_parquet(path):
+        return num_rows(path)
+    lines, zipped = first_bytes(path)
+    bytes_per_line = len(lines) / max(1, lines.count(b"\n"))
+    return int(path.stat().st_size * (GZIP_FACTOR if zipped else 1) / max(1.0, bytes_per_line))
+
+
+def _collect(batches: Iterable[pa.Table], spill: Path, memory_limit: int, num_events: int) -> Events:
+    """All events; where about ``num_events`` exceed the limit, in files."""
+    if num_events * BYTES_PER_EVENT <= memory_limit:
+        return EventCollector(run_events=1 << 62).extend(batches).finish()
+    spill.mkdir()
+    run_events = max(1, memory_limit // BYTES_PER_EVENT)
+    logging.info(
+        "the input may exceed the memory limit: events are kept in files, %d at a time in memory", run_events
+    )
+    return EventCollector(run_events, spill).extend(batches).finish()
+
+
+def _select(events: Events, filter_text: str) -> tuple[Sequences, Selection]:
+    kept = apply_filter(events, filter_text)
+    lengths = np.zeros(len(events.user_ids), np.int64)
+    for part in chunks(len(events)):
+        lengths += np.bincount(events.users[part][kept.events[part]], minlength=len(lengths))
+    user_ids, user_number = _number_ids(events.user_ids, lengths > 0)
+    item_ids, item_number = _number_ids(events.item_ids, kept.items)
+    ordered = np.zeros(len(user_ids), np.int64)
+    ordered[user_number[user_number >= 0]] = lengths[user_number >= 0]
+    offsets = np.concatenate([[0], np.cumsum(ordered)])
+    has_ratings, has_timestamps = events.ratings is not None, events.timestamps is not None
+    sequences = Sequences(user_ids, item_ids, offsets, has_ratings, has_timestamps)
+    return sequences, Selection(kept.events, user_number, item_number)
+
+
+def _number_ids(ids: pa.Array, keep: np.ndarray) -> tuple[pa.Array, np.ndarray]:
+    """The kept ids in UTF-8 order, and for every code its place among them (-1: not kept)."""
+    codes = np.flatnonzero(keep)
+    kept = ids.take(pa.array(codes))
+    order = pc.sort_indices(kept).to_numpy()
+    number = np.full(len(ids), -1, np.int32)
+    number[codes[order]] = np.arange(len(codes), dtype=np.int32)
+    return kept.take(pa.array(order)), number
+
+
+def sorted_buckets(
+    events: Events, sequences: Sequences, selection: Selection, bucket_events: int
+) -> Iterator[Bucket]:
+    """Yield all kept events by user and time, about ``bucket_events`` at a time (a user is never divided)."""
+    first = 0
+    while first < len(sequences.user_ids):
+        stop = sequences.offsets[first] + bucket_events
+        last = max(first + 1, int(np.searchsorted(sequences.offsets, stop, side="right")) - 1)
+        rows = _rows_of_users(events, selection, first, last)
+        users = selection.user_number[events.users[rows]]
+        times = None if events.timestamps is None else events.timestamps[rows]
+        order = np.argsort(users, kind="stable") if times is None else np.lexsort((times, users))
+        rows = rows[order]
+        items = selection.item_number[events.items[rows]]
+        ratings = None if events.ratings is None else events.ratings[rows]
+        yield users[order], items, ratings, None if times is None else times[order]
+        first = last
+
+
+def _rows_of_users(events: Events, selection: Selection, first: int, last: int) -> np.ndarray:
+    """Rows of the kept events of users ``first`` to ``last`` (exclusive), in input order."""
+    found = []
+    for part in chunks(len(events)):
+        users = selection.user_number[events.users[part]]
+        inside = selection.kept[part] & (users >= first) & (users < last)
+        found.append(np.flatnonzero(inside) + part.start)
+    return np.concatenate(found)
+
+
+def write_columns(folder: Path, sequences: Sequences, buckets: Iterable[Bucket]) -> str:
+    """Write the flat columns and return the data hash."""
+    user_hashes, item_hashes = digests.id_hashes(sequences.user_ids), digests.id_hashes(sequences.item_ids)
+    total = 0
+    names = ["items"] + ["ratings"] * sequences.has_ratings + ["timestamps"] * sequences.has_timestamps
+    files = {name: column_file(folder, name).open("wb") for name in names}
+    try:
+        done = 0
+        for users, items, ratings, timestamps in buckets:
+            positions = np.arange(done, done + len(users)) - sequences.offsets[users]
+            total += digests.events_digest(
+                user_hashes[users], item_hashes[items], ratings, timestamps, positions
+            )
+            for name, values in (("items", items + 1), ("ratings", ratings), ("timestamps", timestamps)):
+                if values is not None:
+                    write_numbers(files[name], values.astype(COLUMNS[name], copy=False))
+            done += len(users)
+    finally:
+        for file in files.values():
+            file.close()
+    with column_file(folder, "offsets").open("wb") as file:
+        write_numbers(file, sequences.offsets.astype(COLUMNS["offsets"]))
+    return digests.hex_digest(total % (1 << 128))
+
+
+def write_tables(
+    folder: Path, raw: RawRatings, sequences: Sequences, before: dict[str, int], data_hash: str
+) -> Manifest:
+    """Write the Parquet tables of ids and features and the manifest."""
+    users, user_specs = align("user", sequences.user_ids, raw.user_features)
+    items, item_specs = align("item", sequences.item_ids, raw.item_features)
+    for name, table in zip(TABLES, (items, users)):
+        pq.write_table(table, folder / name)
+    lengths = np.diff(sequences.offsets)
+    manifest = Manifest(
+        name=raw.name,
+        counts_before=before,
+        counts={
+            "users": len(lengths),
+            "items": len(sequences.item_ids),
+            "events": sequences.num_events,
+            "users_with_one_event": int((lengths == 1).sum()),
+        },
+        lengths=length_statistics(lengths),
+        has_ratings=sequences.has_ratings,
+        has_timestamps=sequences.has_timestamps,
+        data_hash=data_hash,
+        filter=raw.filter,
+        features=item_specs + user_specs,
+        source=raw.source,
+        tables={name: file_digest(folder / name, "sha256") for name in TABLES},
+        split_hashes=_split_hashes(data_hash, sequences.has_timestamps),
+    )
+    write_manifest(folder, manifest)
+    return manifest
+
+
+def _split_hashes(data_hash: str, has_timestamps: bool) -> dict[str, str]:
+    """The hash of every split that the data allows, by its protocol."""
+    protocols = [name for name in PROTOCOLS if name != "global_time" or has_timestamps]
+    return {name: digests.split_hash(data_hash, name) for name in protocols}
+
+
+def length_statistics(lengths: np.ndarray) -> dict[str, float]:
+    """min, median, mean and max of ``lengths [U]``."""
+    return {
+        "min": int(lengths.min()),
+        "median": float(np.median(lengths)),
+        "mean": round(float(lengths.mean()), 4),
+        "max": int(lengths.max()),
+    }
+
+
+def check_expected(raw: RawRatings, users: int, items: int) -> None:
+    """UserError if the counts after preparation are not those that ``raw`` expects."""
+    for what, expected, found in (("items", raw.expected_items, items), ("users", raw.expected_users, users)):
+        if expected is not None and expected != found:
+            counts = f"{found} {what} after preparation where {expected} are expected"
+            raise UserError(f"{raw.name}: {counts}; is {raw.files[0]} the whole file?")
+
+
+def summary(manifest: Manifest) -> str:
+    """The table of counts, lengths and hashes that preparation prints."""
+    rows = [f"{'':10}{'as read':>14}{'prepared':>14}"]
+    for what in ("users", "items", "events"):
+        rows.append(f"{what:10}{manifest.counts_before[what]:>14,}{manifest.counts[what]:>14,}")
+    lengths = manifest.lengths
+    rows += [
+        f"users with one event (they train only): {manifest.counts['users_with_one_event']:,}",
+        "events a user: min {min}, median {median:g}, mean {mean:g}, max {max}".format(**lengths),
+        f"data hash:                 {manifest.data_hash}",
+    ]
+    rows += [f"{f'split hash, {name}:':26} {text}" for name, text in manifest.split_hashes.items()]
+    return "\n".join(rows)

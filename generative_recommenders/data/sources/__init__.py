@@ -1,0 +1,1 @@
+"""Data sources: public data sets, downloads, archives and the synthetic books."""

@@ -1,0 +1,185 @@
+"""Unpacking archives from strangers: nothing leaves the folder, nothing is a link, nothing is endless."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import lzma
+import re
+import shutil
+import tarfile
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+from generative_recommenders.errors import UserError
+
+BLOCK_BYTES = 1 << 20
+_BROKEN = (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, ValueError)
+_FOREIGN = re.compile(r"^[A-Za-z]:|[\\\0]")
+_TOO_LARGE = "unpacks to more than its size allows (a zip bomb?); not unpacked"
+_TAR_HEADERS = (
+    tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE,
+)  # fmt: skip
+HEADER_LIMIT = 1 << 20  # bytes
+_TAR_OPENERS: tuple[tuple[str, Callable[..., Any]], ...] = (
+    ("r:", open),
+    ("r:gz", gzip.open),
+    ("r:bz2", bz2.open),
+    ("r:xz", lzma.open),
+)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds on what an archive may hold.
+
+    total_bytes: unpacked size of all wanted files. members: entries. ratio: unpacked to packed size of the
+    whole archive, looked at beyond `free_bytes` unpacked.
+    """
+
+    total_bytes: int = 64 << 30
+    members: int = 100_000
+    ratio: int = 200
+    free_bytes: int = 64 << 20
+
+
+@dataclass(frozen=True)
+class _Member:
+    name: str
+    size: int
+    is_folder: bool
+    is_plain: bool
+    open: Callable[[], IO[bytes]]
+
+
+def is_archive(path: Path) -> bool:
+    """Whether the file is a zip or a tar (plain, gzip, bzip2 or xz), by content. A lone gzip file is not."""
+    with path.open("rb") as source:
+        if source.read(4) in {b"PK\x03\x04", b"PK\x05\x06"}:
+            return True
+    return _tar_mode(path) is not None
+
+
+def extract(
+    archive: Path, folder: Path, wanted: Callable[[str], bool], limits: Limits | None = None
+) -> list[Path]:
+    """Unpack the files whose base name is `wanted` into `folder` and return their paths, in archive order.
+
+    Folders of the archive are not kept: a file lands at ``folder / base name``, and appears there only when
+    all of the archive was found good. Every member is checked, wanted or not.
+
+    Raises:
+        UserError: not an archive, damaged, or unsafe (a path that is absolute, has ``..``, a drive or a
+            backslash; a link or device; two wanted files of one name; more than `limits` allow).
+    """
+    limits = limits or Limits()
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".unpacking-") as temporary:
+        try:
+            names = _unpack(archive, Path(temporary), wanted, limits)
+        except _BROKEN as fault:
+            raise UserError(f"{archive}: damaged archive ({fault}); download it again") from None
+        except RuntimeError as fault:  # what zipfile raises for encrypted members and unknown methods
+            raise UserError(f"{archive}: {fault}") from None
+        except OSError as fault:  # without a number: what gzip and bzip2 raise for damaged data
+            what = f"cannot unpack it: {fault.strerror}" if fault.errno else f"damaged archive ({fault})"
+            raise UserError(f"{archive}: {what}") from None
+        for name in names:
+            shutil.move(Path(temporary) / name, folder / name)
+    return [folder / name for name in names]
+
+
+def _unpack(archive: Path, folder: Path, wanted: Callable[[str], bool], limits: Limits) -> list[str]:
+    names: list[str] = []
+    allowed = min(limits.total_bytes, max(limits.free_bytes, archive.stat().st_size * limits.ratio))
+    declared = copied = 0
+    with _members(archive) as members:
+        for number, member in enumerate(members, start=1):
+            if number > limits.members:
+                raise UserError(f"{archive}: more than {limits.members} files in the archive")
+            name = _safe_base_name(archive, member)
+            declared += member.size
+            if declared > allowed:
+                raise UserError(f"{archive}: {_TOO_LARGE}")
+            if member.is_folder or not wanted(name):
+                continue
+            if name in names:
+                raise UserError(f"{archive}: holds two files named {name}")
+            names.append(name)
+            with member.open() as source, (folder / name).open("wb") as sink:
+                copied += _copy_bounded(archive, source, sink, allowed - copied)
+    return names
+
+
+def _safe_base_name(archive: Path, member: _Member) -> str:
+    path = PurePosixPath(member.name)
+    unsafe = path.is_absolute() or ".." in path.parts or _FOREIGN.search(member.name) or not path.name
+    if unsafe and not (member.is_folder and not path.parts):
+        raise UserError(f"{archive}: member {member.name!r} would leave the folder; not unpacked")
+    if not member.is_folder and not member.is_plain:
+        raise UserError(f"{archive}: member {member.name!r} is a link or a device; not unpacked")
+    return path.name
+
+
+def _copy_bounded(archive: Path, source: IO[bytes], sink: IO[bytes], allowed: int) -> int:
+    copied = 0
+    while block := source.read(BLOCK_BYTES):
+        copied += len(block)
+        if copied > allowed:
+            raise UserError(f"{archive}: {_TOO_LARGE}")
+        sink.write(block)
+    return copied
+
+
+@contextmanager
+def _members(archive: Path) -> Iterator[Iterator[_Member]]:
+    mode = _tar_mode(archive)
+    if mode is not None:
+        with tarfile.open(archive, mode, tarinfo=_ShortNamed) as tar:  # type: ignore[call-overload]
+            yield (_tar_member(tar, info) for info in tar)
+    else:
+        with zipfile.ZipFile(archive) as pack:
+            yield (_zip_member(pack, info) for info in pack.infolist())
+
+
+class _ShortNamed(tarfile.TarInfo):
+    """Refuses headers that hold more than any name does: tarfile would read them whole."""
+
+    def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
+        if self.type in _TAR_HEADERS and self.size > HEADER_LIMIT:
+            raise tarfile.ReadError(f"a header of {self.size} bytes")
+        return super()._proc_member(tar)  # type: ignore[misc]
+
+
+def _tar_member(tar: tarfile.TarFile, info: tarfile.TarInfo) -> _Member:
+    def open_member() -> IO[bytes]:
+        content = tar.extractfile(info)
+        if content is None:
+            raise tarfile.TarError(f"{info.name} holds no data")
+        return content
+
+    return _Member(info.name, info.size, info.isdir(), info.isreg(), open_member)
+
+
+def _zip_member(pack: zipfile.ZipFile, info: zipfile.ZipInfo) -> _Member:
+    kind = (info.external_attr >> 16) & 0o170000
+    is_plain = kind in {0, 0o100000}
+    return _Member(info.orig_filename, info.file_size, info.is_dir(), is_plain, lambda: pack.open(info))
+
+
+def _tar_mode(path: Path) -> str | None:
+    """``r:``, ``r:gz``, ``r:bz2`` or ``r:xz`` if the file is a tar, by the mark that POSIX tars carry."""
+    for mode, opener in _TAR_OPENERS:
+        try:
+            with opener(path, "rb") as source:
+                if source.read(512)[257:262] == b"ustar":
+                    return mode
+        except (OSError, EOFError, zlib.error, lzma.LZMAError):
+            continue
+    return None

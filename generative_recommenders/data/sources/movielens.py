@@ -1,0 +1,180 @@
+"""The side files of the MovieLens sets: what each knows about films and people.
+
+Films become ``item, title, year, genres`` and people ``user, gender, age, occupation, zip``. Columns are
+categorical (strings), categorical lists (lists of strings) or numerical, except ``title``, whose field
+metadata ``{b"kind": b"text"}`` says that it is to be shown, not learnt.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pyarrow as pa
+
+from generative_recommenders.errors import UserError
+
+GENRES_100K = (
+    "unknown", "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary", "Drama",
+    "Fantasy", "Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi", "Thriller", "War", "Western",
+)  # fmt: skip
+"""The 19 flag columns of ``u.item``, in its order."""
+
+MAX_BYTES = 256 << 20
+"""A side file may have so many bytes, unpacked; the largest published one has 1.4 million."""
+_YEAR = re.compile(r"\((\d{4})(?:[-–]\d{0,4})?\)\s*$")
+_NO_GENRES = {"", "(no genres listed)", "unknown"}
+
+ITEM_SCHEMA = pa.schema([
+    pa.field("item", pa.string(), nullable=False),
+    pa.field("title", pa.string(), metadata={b"kind": b"text"}),
+    pa.field("year", pa.float32()),
+    pa.field("genres", pa.list_(pa.string())),
+])  # fmt: skip
+USER_SCHEMA = pa.schema([
+    pa.field("user", pa.string(), nullable=False),
+    *(pa.field(name, pa.string()) for name in ("gender", "age", "occupation", "zip")),
+])  # fmt: skip
+
+_Row = list[object]
+
+
+def read_movies_dat(path: Path) -> pa.Table:
+    """ML-1M's ``movies.dat``: ``item::title (year)::genre|genre``, Latin-1."""
+    return _table(path, ITEM_SCHEMA, _fields(path, "::", 3), _movie)
+
+
+def read_movies_csv(path: Path) -> pa.Table:
+    """ML-20M's ``movies.csv``: ``movieId,title,genres`` with a header, quoted where needed, UTF-8."""
+    return _table(path, ITEM_SCHEMA, _csv_fields(path, ("movieId", "title", "genres")), _movie)
+
+
+def read_u_item(path: Path) -> pa.Table:
+    """ML-100K's ``u.item``: ``item|title (year)|date|video date|url`` and 19 flags of genres, Latin-1."""
+
+    def film(fields: list[str]) -> _Row:
+        flags = fields[5:]
+        if set(flags) - {"0", "1"}:
+            raise ValueError("a genre flag is neither 0 nor 1")
+        genres = [genre for genre, flag in zip(GENRES_100K, flags) if flag == "1" and genre not in _NO_GENRES]
+        return [fields[0], *_title_and_year(fields[1]), genres]
+
+    return _table(path, ITEM_SCHEMA, _fields(path, "|", 5 + len(GENRES_100K)), film)
+
+
+def read_item_tsv(path: Path) -> pa.Table:
+    """Tab-separated films with the header ``item_id:token, movie_title:token_seq, release_year:token,
+    class:token_seq``; genres are separated by spaces."""
+
+    def film(fields: list[str]) -> _Row:
+        year = float(fields[2]) if fields[2].isdigit() else None
+        return [fields[0], fields[1], year, [genre for genre in fields[3].split() if genre not in _NO_GENRES]]
+
+    return _table(path, ITEM_SCHEMA, _fields(path, "\t", 4, header="item_id:token"), film)
+
+
+def read_users_dat(path: Path) -> pa.Table:
+    """ML-1M's ``users.dat``: ``user::gender::age::occupation::zip``."""
+    return _table(path, USER_SCHEMA, _fields(path, "::", 5), lambda fields: [*fields])
+
+
+def read_u_user(path: Path) -> pa.Table:
+    """ML-100K's ``u.user``: ``user|age|gender|occupation|zip``; ages fall into ML-1M's buckets."""
+
+    def person(fields: list[str]) -> _Row:
+        user, age, gender, occupation, zip_code = fields
+        return [user, gender, _age_bucket(int(age)), occupation, zip_code]
+
+    return _table(path, USER_SCHEMA, _fields(path, "|", 5), person)
+
+
+def _movie(fields: list[str]) -> _Row:
+    item, title, genres = fields
+    return [item, *_title_and_year(title), [genre for genre in genres.split("|") if genre not in _NO_GENRES]]
+
+
+def _title_and_year(text: str) -> tuple[str, float | None]:
+    """``Toy Story (1995)`` is ("Toy Story", 1995.0); a title without a year keeps its text."""
+    found = _YEAR.search(text)
+    return (text[: found.start()].strip(), float(found[1])) if found else (text.strip(), None)
+
+
+def _age_bucket(age: int) -> str:
+    """The lower end of ML-1M's bucket: under 18 is 1, then 18, 25, 35, 45, 50 and 56."""
+    return str(max(low for low in (1, 18, 25, 35, 45, 50, 56) if age >= low or low == 1))
+
+
+def _table(
+    path: Path, schema: pa.Schema, lines: Iterator[tuple[int, list[str]]], parse: Callable[[list[str]], _Row]
+) -> pa.Table:
+    rows: list[_Row] = []
+    seen: set[str] = set()
+    for number, fields in lines:
+        if not fields[0] or fields[0] in seen:
+            what = f"id {fields[0]} appears twice" if fields[0] else "the id is empty"
+            raise UserError(f"{path}, line {number}: {what}")
+        seen.add(fields[0])
+        try:
+            rows.append(parse(fields))
+        except ValueError as fault:
+            raise UserError(f"{path}, line {number}: {fault}") from None
+    if not rows:
+        raise UserError(f"{path}: holds no rows")
+    return pa.table(
+        [pa.array(column, field.type) for column, field in zip(zip(*rows), schema)], schema=schema
+    )
+
+
+def _fields(
+    path: Path, delimiter: str, count: int, header: str | None = None
+) -> Iterator[tuple[int, list[str]]]:
+    """Line number and fields of every line that is not blank; `header`: how line 1 starts, if it is one."""
+    for number, line in enumerate(io.StringIO(_read_text(path)), start=1):
+        text = line.rstrip("\r\n")
+        if not text.strip() or (number == 1 and header is not None and text.startswith(header)):
+            continue
+        fields = text.split(delimiter)
+        if len(fields) != count:
+            raise UserError(
+                f"{path}, line {number}: {len(fields)} fields instead of {count}, separated by {delimiter!r}"
+            )
+        yield number, fields
+
+
+def _csv_fields(path: Path, names: tuple[str, ...]) -> Iterator[tuple[int, list[str]]]:
+    reader = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True)
+    try:
+        if tuple(next(reader, ())) != names:
+            raise UserError(f"{path}, line 1: the header must be {','.join(names)}")
+        for fields in reader:
+            if not fields:
+                continue
+            if len(fields) != len(names):
+                raise UserError(
+                    f"{path}, line {reader.line_num}: {len(fields)} fields instead of {len(names)}"
+                )
+            yield reader.line_num, fields
+    except csv.Error as fault:
+        raise UserError(f"{path}, line {reader.line_num}: {fault}") from None
+
+
+def _read_text(path: Path) -> str:
+    """The file's text, gzip or not: UTF-8 if it is that, else Latin-1, as the older sets are."""
+    try:
+        with path.open("rb") as file:
+            packed = file.read(2) == b"\x1f\x8b"
+            file.seek(0)
+            content = (gzip.GzipFile(fileobj=file) if packed else file).read(MAX_BYTES + 1)
+    except (OSError, EOFError, zlib.error) as fault:
+        raise UserError(f"{path}: cannot be read ({fault})") from None
+    if len(content) > MAX_BYTES:
+        raise UserError(f"{path}: longer than {MAX_BYTES} bytes{' unpacked' * packed}; it is no such file")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return content.decode("latin-1")

@@ -1,0 +1,346 @@
+"""Data sets by name: where their ratings come from, how they are laid out, and what is known about them.
+
+To add a data set, write a function ``Request -> RawRatings`` and name it in `_SOURCES`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import os
+import re
+import zlib
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet
+
+from generative_recommenders.data.readers.format_guess import WHITESPACE, check_headerless, sniff_pairs
+from generative_recommenders.data.readers.parquet import is_parquet
+from generative_recommenders.data.readers.ratings_table import RawRatings, ReaderFormat, sniff_format
+from generative_recommenders.data.sources import movielens
+from generative_recommenders.data.sources.archives import extract, is_archive
+from generative_recommenders.data.sources.download import RemoteFile, fetch, file_digest
+from generative_recommenders.data.sources.synthetic_books import SyntheticBooksSettings, write_synthetic_books
+from generative_recommenders.errors import UserError
+
+_GROUPLENS = (
+    "https://files.grouplens.org/datasets/movielens/{}",
+    "https://web.archive.org/web/2024id_/https://files.grouplens.org/datasets/movielens/{}",
+)
+_SNAP = (
+    "https://snap.stanford.edu/data/amazon/productGraph/categoryFiles/{}",
+    "http://snap.stanford.edu/data/amazon/productGraph/categoryFiles/{}",
+    "https://web.archive.org/web/2020id_/http://snap.stanford.edu/data/amazon/productGraph/categoryFiles/{}",
+)
+_DATA_SUFFIXES = (".csv", ".tsv", ".txt", ".dat", ".data", ".parquet")
+
+_FeatureReader = Callable[[Path], pa.Table]
+
+
+@dataclass(frozen=True)
+class Request:
+    """The arguments of `resolve`, and `folder`, where this data set's raw files are kept."""
+
+    name: str
+    folder: Path
+    raw_path: Path | None
+    columns: str | None
+    delimiter: str | None
+    synthetic: SyntheticBooksSettings
+    progress: bool
+
+
+@dataclass(frozen=True)
+class PublishedRatings:
+    """One published data set.
+
+    archive: what is downloaded. ratings: name of the ratings file, and its size in bytes as published.
+    items, users: side files in order of preference, each with its reader.
+    num_items, num_users: counts after preparation of the published data with their own filter.
+    """
+
+    archive: RemoteFile
+    ratings: str
+    ratings_bytes: int | None
+    format: ReaderFormat
+    num_items: int
+    num_users: int
+    filter: str = "none"
+    items: tuple[tuple[str, _FeatureReader], ...] = ()
+    users: tuple[tuple[str, _FeatureReader], ...] = ()
+
+    def file_names(self) -> set[str]:
+        return {self.ratings, *(name for name, _ in self.items + self.users)}
+
+
+_COLUMNS = ("user", "item", "rating", "timestamp")
+
+PUBLISHED = {
+    "amzn-books": PublishedRatings(
+        archive=RemoteFile(
+            "ratings_Books.csv",
+            [url.format("ratings_Books.csv") for url in _SNAP],
+            "87d923ddac2aacf40c1d0e0e056dbf4bf69c9c7d41852c6b434e781e759c0707",
+            "sha256",
+        ),
+        ratings="ratings_Books.csv",
+        ratings_bytes=None,
+        format=ReaderFormat(",", False, _COLUMNS),
+        num_items=695_762,
+        num_users=694_897,
+        filter="amazon_five",
+    ),
+    "ml-1m": PublishedRatings(
+        archive=RemoteFile(
+            "ml-1m.zip", [url.format("ml-1m.zip") for url in _GROUPLENS], "c4d9eecfca2ab87c1945afe126590906"
+        ),
+        ratings="ratings.dat",
+        ratings_bytes=24_594_131,
+        format=ReaderFormat("::", False, _COLUMNS),
+        num_items=3_706,
+        num_users=6_040,
+        items=(("movies.dat", movielens.read_movies_dat),),
+        users=(("users.dat", movielens.read_users_dat),),
+    ),
+    "ml-20m": PublishedRatings(
+        archive=RemoteFile(
+            "ml-20m.zip", [url.format("ml-20m.zip") for url in _GROUPLENS], "cd245b17a1ae2cc31bb14903e1204af3"
+        ),
+        ratings="ratings.csv",
+        ratings_bytes=533_444_411,
+        format=ReaderFormat(",", True, _COLUMNS),
+        num_items=26_744,
+        num_users=138_493,
+        items=(("movies.csv", movielens.read_movies_csv),),
+    ),
+    "ml-100k": PublishedRatings(
+        archive=RemoteFile(
+            "ml-100k.zip",
+            [url.format("ml-100k.zip") for url in _GROUPLENS],
+            "0e33842e24a9c977be4e0107933c0723",
+        ),
+        ratings="u.data",
+        ratings_bytes=1_979_173,
+        format=ReaderFormat("\t", False, _COLUMNS),
+        num_items=1_682,
+        num_users=943,
+        items=(("u.item", movielens.read_u_item), ("u.item.tsv", movielens.read_item_tsv)),
+        users=(("u.user", movielens.read_u_user),),
+    ),
+}
+
+
+def known_datasets() -> list[str]:
+    """Names that `resolve` takes."""
+    return list(_SOURCES)
+
+
+def resolve(
+    name: str,
+    *,
+    raw_path: Path | None = None,
+    data_root: Path,
+    columns: str | None = None,
+    delimiter: str | None = None,
+    k_core: int | None = None,
+    result_name: str | None = None,
+    synthetic: SyntheticBooksSettings | None = None,
+    progress: bool = True,
+) -> RawRatings:
+    """The raw ratings of a data set, downloaded, unpacked or generated where they are not there yet.
+
+    raw_path: a local file, folder or archive (gzip included) instead of a download.
+    data_root: raw files are kept under ``data_root / "raw" / name``.
+    columns: comma-separated names or roles of the columns, for ``csv`` only.
+    delimiter: what separates them, for ``csv`` only: a mark, ``tab`` or ``space``; guessed if None.
+    k_core: filter iteratively until every user and item has this many ratings, in place of the set's own
+    filter.
+    result_name: name of the prepared data set, `name` if None.
+
+    Raises:
+        UserError: unknown name, missing or unreadable file, unsafe or damaged archive, no network, no place.
+    """
+    if name not in _SOURCES:
+        raise UserError(f"unknown dataset {name!r}: known are {', '.join(known_datasets())}")
+    if raw_path is not None and not os.path.exists(raw_path):  # False for a name that is too long
+        raise UserError(f"--raw_path={raw_path} does not exist")
+    if columns is not None and name != "csv":
+        raise UserError(f"--columns is for --dataset=csv; {name} has a fixed layout")
+    if delimiter is not None and name != "csv":
+        raise UserError(f"--delimiter is for --dataset=csv; {name} has a fixed layout")
+    if k_core is not None and k_core < 1:
+        raise UserError(f"--k_core={k_core} must be at least 1")
+    if result_name is not None and not re.fullmatch(r"\w[\w.+-]*", result_name):
+        raise UserError(f"--name={result_name!r} must consist of letters, digits and . _ + -")
+    folder = data_root / "raw" / name
+    synthetic = synthetic or SyntheticBooksSettings()
+    request = Request(name, folder, raw_path, columns, _delimiter(delimiter), synthetic, progress)
+    try:
+        raw = _SOURCES[name](request)
+    except OSError as fault:
+        raise UserError(f"{fault.filename or folder}: {fault.strerror or fault}") from None
+    if k_core is not None:
+        raw = dataclasses.replace(raw, filter=f"k_core:{k_core}", expected_items=None, expected_users=None)
+    return dataclasses.replace(raw, name=result_name or name)
+
+
+def _synthetic_books(request: Request) -> RawRatings:
+    if request.raw_path is not None:
+        raise UserError("synthetic-books is generated: --raw_path has no meaning for it")
+    ratings, books = write_synthetic_books(request.synthetic, request.folder, request.progress)
+    return RawRatings(
+        name=request.name,
+        files=[ratings],
+        format=ReaderFormat(",", False, _COLUMNS),
+        filter="amazon_five",
+        item_features=pyarrow.parquet.read_table(books),
+        source={"dataset": request.name, "settings": dataclasses.asdict(request.synthetic)},
+    )
+
+
+def _published(request: Request) -> RawRatings:
+    published = PUBLISHED[request.name]
+    origin = request.raw_path or fetch(published.archive, request.folder, progress=request.progress)
+    files = _find(origin, request.folder, published.file_names())
+    if published.ratings not in files and origin.is_file() and not is_archive(origin):
+        files = {**files, published.ratings: origin}
+    if published.ratings not in files:
+        raise UserError(f"{origin}: holds no {published.ratings} (or {published.ratings}.gz)")
+    complete = _is_complete(published, origin, files[published.ratings], downloaded=request.raw_path is None)
+    return RawRatings(
+        name=request.name,
+        files=[files[published.ratings]],
+        format=published.format,
+        filter=published.filter,
+        item_features=_first_readable(published.items, files),
+        user_features=_first_readable(published.users, files),
+        expected_items=published.num_items if complete else None,
+        expected_users=published.num_users if complete else None,
+        source={"dataset": request.name, "input": origin.name, "complete": complete},
+    )
+
+
+def _is_complete(published: PublishedRatings, origin: Path, ratings: Path, downloaded: bool) -> bool:
+    """Whether this is the published data: by the archive's checksum, or the ratings' size or checksum."""
+    if downloaded or (origin.is_file() and is_archive(origin) and published.archive.describes(origin)):
+        return True
+    packed = _is_gzip(ratings)
+    if published.ratings_bytes is not None:
+        return (_unpacked_bytes(ratings) if packed else ratings.stat().st_size) == published.ratings_bytes
+    try:
+        return file_digest(ratings, published.archive.algorithm, packed) == published.archive.checksum
+    except (EOFError, zlib.error, gzip.BadGzipFile):
+        return False  # the reader of the ratings says where it breaks off
+
+
+def _sasrec_text(request: Request) -> RawRatings:
+    origin = _required_path(request)
+    side = {"movies.dat": movielens.read_movies_dat, "users.dat": movielens.read_users_dat}
+    files = _find(origin, request.folder, {"interactions.txt", *side})
+    interactions = origin if origin.is_file() and not is_archive(origin) else files.get("interactions.txt")
+    if interactions is None:
+        raise UserError(f"{origin}: holds no interactions.txt (or interactions.txt.gz)")
+    return RawRatings(
+        name=request.name,
+        files=[interactions],
+        format=sniff_pairs(interactions),
+        item_features=_first_readable([("movies.dat", side["movies.dat"])], files),
+        user_features=_first_readable([("users.dat", side["users.dat"])], files),
+        source={"dataset": request.name, "input": origin.name},
+    )
+
+
+def _csv(request: Request) -> RawRatings:
+    origin = _required_path(request)
+    if origin.is_dir():
+        files = sorted(path for path in origin.iterdir() if _is_data_name(path.name))
+    elif is_archive(origin):
+        files = extract(origin, request.folder, _is_data_name)
+    else:
+        files = [origin]
+    if not files:
+        raise UserError(
+            f"{origin}: holds no file that ends in {', '.join(_DATA_SUFFIXES)} (or these and .gz)"
+        )
+    columns = tuple(part.strip() for part in request.columns.split(",")) if request.columns else None
+    return RawRatings(
+        name=request.name,
+        files=files,
+        format=_common_format(files, columns, request.delimiter),
+        source={"dataset": request.name, "input": origin.name},
+    )
+
+
+def _common_format(files: list[Path], columns: tuple[str, ...] | None, delimiter: str | None) -> ReaderFormat:
+    """The first file's layout; UserError if it has no header and another one has."""
+    layout = sniff_format(files[0], columns, delimiter)
+    if layout.has_header is False:
+        for path in files[1:]:
+            if not is_parquet(path):
+                check_headerless(path, layout, files[0])
+    return layout
+
+
+def _delimiter(text: str | None) -> str | None:
+    """The delimiter that --delimiter means."""
+    named = {"tab": "\t", "\\t": "\t", "space": WHITESPACE, "whitespace": WHITESPACE, WHITESPACE: WHITESPACE}
+    if text is None or text in named:
+        return None if text is None else named[text]
+    if not re.fullmatch(r"\t|[!-/:-@\[-`{-~]{1,4}", text) or '"' in text:
+        raise UserError(f"--delimiter={text!r} is none; write ';', ',', '|', '::', tab or space")
+    return text
+
+
+def _required_path(request: Request) -> Path:
+    if request.raw_path is None:
+        raise UserError(f"--dataset={request.name} needs --raw_path=FILE (a file, folder or archive)")
+    return request.raw_path
+
+
+def _find(origin: Path, folder: Path, names: Collection[str]) -> dict[str, Path]:
+    """Which of `names` (or these and ``.gz``) a folder, file or archive holds; archives go to `folder`."""
+    if origin.is_dir():
+        candidates = [path for path in sorted(origin.rglob("*")) if path.is_file()]
+    elif is_archive(origin):
+        candidates = extract(origin, folder, lambda name: name.removesuffix(".gz") in names)
+    else:
+        candidates = [origin]
+    found: dict[str, Path] = {}
+    for path in sorted(candidates, key=lambda path: len(path.parts)):
+        name = path.name.removesuffix(".gz")
+        if name in names:
+            found.setdefault(name, path)
+    return found
+
+
+def _first_readable(
+    readers: Collection[tuple[str, _FeatureReader]], files: dict[str, Path]
+) -> pa.Table | None:
+    return next((reader(files[name]) for name, reader in readers if name in files), None)
+
+
+def _is_data_name(name: str) -> bool:
+    return name.removesuffix(".gz").lower().endswith(_DATA_SUFFIXES) and not name.startswith((".", "_"))
+
+
+def _is_gzip(path: Path) -> bool:
+    with path.open("rb") as source:
+        return source.read(2) == b"\x1f\x8b"
+
+
+def _unpacked_bytes(path: Path) -> int:
+    """Size that a gzip file says it unpacks to (its last four bytes), modulo 4 GiB."""
+    with path.open("rb") as source:
+        source.seek(max(path.stat().st_size - 4, 0))
+        return int.from_bytes(source.read(4), "little")
+
+
+_SOURCES: dict[str, Callable[[Request], RawRatings]] = {
+    "synthetic-books": _synthetic_books,
+    **dict.fromkeys(PUBLISHED, _published),
+    "sasrec-text": _sasrec_text,
+    "csv": _csv,
+}

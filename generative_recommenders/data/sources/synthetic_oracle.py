@@ -1,0 +1,194 @@
+"""What a recommender scores on the synthetic books if it knows the generator and every reader's taste.
+
+Each step of the generator has a known distribution over the next book, given the reader's two threads,
+taste and books read. Ranking by it is optimal, and the expectation of a metric over it is exact (up to the
+few readers who exhaust `REDRAWS`). So nothing that is measured on these data should beat it by more than
+the noise of drawing the targets, and tests can set floors as a share of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from generative_recommenders.data.sources.synthetic_books import (
+    BACKGROUND,
+    REDRAWS,
+    Steps,
+    SyntheticBooksSettings,
+    make_steps,
+)
+from generative_recommenders.data.sources.synthetic_catalogue import BookCatalogue, make_catalogue
+from generative_recommenders.errors import UserError
+
+_FIVE = 5
+_BLOCK = 256
+
+
+@dataclass(frozen=True)
+class OracleScore:
+    """Expected metrics at the last rating of each user: cut-off to HR and NDCG, and MRR.
+
+    users: how many targets the expectation was averaged over.
+    realised: the same metrics counted on the targets that the generator happened to draw.
+    """
+
+    hit_rate: dict[int, float]
+    ndcg: dict[int, float]
+    mrr: float
+    users: int
+    realised: OracleScore | None = None
+
+    def noise(self, cutoff: int, users: int) -> float:
+        """Standard deviation of a hit rate at `cutoff` that is measured on `users` users."""
+        hits = self.hit_rate[cutoff]
+        return float(np.sqrt(hits * (1 - hits) / users))
+
+
+def oracle(
+    settings: SyntheticBooksSettings,
+    *,
+    cutoffs: Sequence[int] = (1, 10, 50),
+    max_users: int = 2_000,
+    history_filter: bool = True,
+) -> OracleScore:
+    """Expected scores for the last kept rating of `max_users` users, after the five-ratings filter.
+
+    history_filter: whether books the user had before are taken out of the ranking, unless they are the
+    target. A
+        book read again then competes with unseen books only, so that the best ranking puts it first.
+
+    All ratings are generated in memory: meant for settings of up to a few million ratings.
+    """
+    catalogue = make_catalogue(settings.num_items, settings.seed)
+    steps = make_steps(settings, catalogue, 0, settings.num_users)
+    kept = _five_ratings_filter(steps, settings)
+    owner = steps.owners()
+    last_kept = np.unique(owner[kept][::-1], return_index=True)[1]
+    rows = kept[::-1][last_kept]
+    if len(rows) == 0:
+        raise UserError("synthetic-books: no user is left after the five-ratings filter")
+    rows = rows[np.linspace(0, len(rows) - 1, min(max_users, len(rows))).astype(np.int64)]
+    available = np.zeros(settings.num_items, dtype=bool)
+    available[steps.items[kept]] = True
+    weights = _RankWeights(cutoffs, settings.num_items)
+    expected, realised = np.zeros(weights.table.shape[0]), np.zeros(weights.table.shape[0])
+    for block in np.array_split(rows, -(-len(rows) // _BLOCK)):
+        seen = _books_before(steps, owner, block, settings.num_items)
+        probability = _next_book(settings, catalogue, steps, owner, block, seen) * available
+        probability /= probability.sum(axis=1, keepdims=True)
+        ranks = _best_ranks(
+            probability, seen & available if history_filter else np.zeros_like(seen), available
+        )
+        by_rank = np.zeros((len(block), settings.num_items))
+        np.add.at(by_rank, (np.arange(len(block))[:, None], ranks), probability)
+        expected += weights.table @ by_rank.sum(axis=0)
+        drawn = ranks[np.arange(len(block)), steps.items[block]]
+        realised += weights.table[:, drawn].sum(axis=1)
+    return weights.score(expected, len(rows), weights.score(realised, len(rows)))
+
+
+def most_popular_ceiling(
+    settings: SyntheticBooksSettings,
+    *,
+    cutoffs: Sequence[int] = (1, 10, 50),
+    max_users: int = 2_000,
+    history_filter: bool = True,
+) -> OracleScore:
+    """The most that anything can be expected to score where there is nothing to learn but popularity.
+
+    Raises:
+        UserError: `settings.predictability` is not 0.
+    """
+    if settings.predictability != 0:
+        raise UserError("synthetic-books: popularity is the ceiling only at predictability = 0")
+    return oracle(settings, cutoffs=cutoffs, max_users=max_users, history_filter=history_filter)
+
+
+class _RankWeights:
+    """What a target at each rank (from 0) adds to each metric: rows HR@K..., NDCG@K..., MRR."""
+
+    def __init__(self, cutoffs: Sequence[int], num_items: int) -> None:
+        rank = np.arange(num_items)
+        hits = [(rank < cutoff).astype(np.float64) for cutoff in cutoffs]
+        self._cutoffs = list(cutoffs)
+        self.table = np.stack([*hits, *(hit / np.log2(rank + 2) for hit in hits), 1 / (rank + 1)])
+
+    def score(self, sums: np.ndarray, users: int, realised: OracleScore | None = None) -> OracleScore:
+        count = len(self._cutoffs)
+        means = (sums / users).tolist()
+        return OracleScore(
+            hit_rate=dict(zip(self._cutoffs, means[:count])),
+            ndcg=dict(zip(self._cutoffs, means[count : 2 * count])),
+            mrr=means[-1],
+            users=users,
+            realised=realised,
+        )
+
+
+def _five_ratings_filter(steps: Steps, settings: SyntheticBooksSettings) -> np.ndarray:
+    """Rows that the filter of the Amazon sets keeps, in order."""
+    owner = steps.owners()
+    frequent = np.bincount(steps.items, minlength=settings.num_items)[steps.items] >= _FIVE
+    rows = np.flatnonzero(frequent & (np.diff(steps.offsets)[owner] >= _FIVE))
+    return rows[np.bincount(owner[rows], minlength=settings.num_users)[owner[rows]] >= _FIVE]
+
+
+def _books_before(steps: Steps, owner: np.ndarray, rows: np.ndarray, num_items: int) -> np.ndarray:
+    """bool ``[n, V]``: what the readers of these rows had read before them."""
+    starts = steps.offsets[owner[rows]]
+    counts = rows - starts
+    reader = np.repeat(np.arange(len(rows)), counts)
+    place = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    seen = np.zeros((len(rows), num_items), dtype=bool)
+    seen[reader, steps.items[starts[reader] + place]] = True
+    return seen
+
+
+def _next_book(
+    settings: SyntheticBooksSettings,
+    catalogue: BookCatalogue,
+    steps: Steps,
+    owner: np.ndarray,
+    rows: np.ndarray,
+    seen: np.ndarray,
+) -> np.ndarray:
+    """float64 ``[n, V]``: probability of each book at each of these rows, as the generator draws it."""
+    if settings.predictability == 0:
+        return np.broadcast_to(catalogue.popularity, seen.shape)
+    reader = owner[rows]
+    drift = steps.drift[rows][:, None]
+    taste = (1 - drift) * _within_genre(catalogue, steps.start_genre[reader])
+    taste = taste + drift * _within_genre(catalogue, steps.end_genre[reader])
+    fresh = (BACKGROUND * catalogue.popularity + (1 - BACKGROUND) * taste) * ~seen
+    threaded = np.where(steps.last[rows] >= 0, settings.predictability, 0.0)
+    probability = fresh / fresh.sum(axis=1, keepdims=True) * (1 - threaded)[:, None]
+    older = np.where(steps.other[rows] >= 0, settings.interleaving, 0.0)
+    for head, share in ((steps.last[rows], 1 - older), (steps.other[rows], older)):
+        book = _next_unread(catalogue.successor, head, seen)
+        np.add.at(probability, (np.arange(len(rows)), book), threaded * share)
+    return probability
+
+
+def _within_genre(catalogue: BookCatalogue, genre: np.ndarray) -> np.ndarray:
+    of_genre = np.where(catalogue.genre == genre[:, None], catalogue.popularity, 0.0)
+    return of_genre / of_genre.sum(axis=1, keepdims=True)
+
+
+def _next_unread(successor: np.ndarray, head: np.ndarray, seen: np.ndarray) -> np.ndarray:
+    readers = np.arange(len(head))
+    book = successor[head]
+    for _ in range(REDRAWS):
+        book = np.where(seen[readers, book], successor[book], book)
+    return book
+
+
+def _best_ranks(probability: np.ndarray, filtered: np.ndarray, available: np.ndarray) -> np.ndarray:
+    """Ranks from 0, ``[n, V]``: how many competitors stand before a book; filtered books come first."""
+    competes = ~filtered & available
+    order = np.argsort(-np.where(competes, probability, -1.0), axis=1, kind="stable")
+    ranks = np.empty_like(order)
+    np.put_along_axis(ranks, order, np.broadcast_to(np.arange(order.shape[1]), order.shape), axis=1)
+    return np.where(filtered, 0, ranks)

@@ -1,0 +1,196 @@
+"""Prepared sequences, memory-mapped: flat columns of events, and where each user's begin and end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from generative_recommenders.data.feature_tables import describe
+from generative_recommenders.data.manifest import COLUMNS, FeatureSpec, Manifest, column_file, read_manifest
+from generative_recommenders.data.preparation import digests
+from generative_recommenders.data.sources.download import file_digest
+from generative_recommenders.errors import UserError
+
+TABLE_ROWS = 512
+"""Rows of ids and features read at a time."""
+MOST_UNPACKED = 300
+"""Times its size that a table may take in memory; names that repeat take some ten times."""
+VERIFY_EVENTS = 1 << 21
+"""Events that are compared with the hash at a time."""
+
+
+@dataclass(frozen=True)
+class SequenceDataset:
+    """A prepared folder.
+
+    items: ``[E]`` int32, internal ids 1..V. ratings: ``[E]`` float32 or None. timestamps: ``[E]`` int64
+    seconds or None. offsets: ``[U + 1]`` int64; user u (0-based) owns events ``offsets[u]`` to ``offsets[u +
+    1]``, oldest first.
+    """
+
+    folder: Path
+    manifest: Manifest
+    items: np.ndarray
+    ratings: np.ndarray | None
+    timestamps: np.ndarray | None
+    offsets: np.ndarray
+
+    @classmethod
+    def open(cls, folder: str | Path) -> SequenceDataset:
+        """Map the folder's columns; UserError when it is none, of another version, or cut short."""
+        folder = Path(folder)
+        manifest = read_manifest(folder)
+        maps = {name: _map_column(folder, manifest, name) for name in manifest.columns}
+        _check_offsets(folder, manifest, maps["offsets"])
+        for owner in ("items", "users"):
+            _check_rows(folder / f"{owner}.parquet", manifest.counts[owner])
+        return cls(
+            folder, manifest, maps["items"], maps.get("ratings"), maps.get("timestamps"), maps["offsets"]
+        )
+
+    @property
+    def num_users(self) -> int:
+        """Users with at least one event."""
+        return self.manifest.counts["users"]
+
+    @property
+    def num_items(self) -> int:
+        """Items of the catalogue (V); ids are 1..V."""
+        return self.manifest.counts["items"]
+
+    @property
+    def num_events(self) -> int:
+        """Events of all users (E)."""
+        return self.manifest.counts["events"]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """``[U]`` int64, events of each user."""
+        return np.diff(self.offsets)
+
+    def original_user_ids(self) -> pa.ChunkedArray:
+        """``[U]`` strings; row u is user u."""
+        return self._original_ids("user")
+
+    def original_item_ids(self) -> pa.ChunkedArray:
+        """``[V]`` strings; row i is internal id i + 1."""
+        return self._original_ids("item")
+
+    def item_features(self) -> pa.Table | None:
+        """``[V]`` rows, a column a feature, row i for internal id i + 1; None without features."""
+        return self._features("item")
+
+    def user_features(self) -> pa.Table | None:
+        """``[U]`` rows, a column a feature, row u for user u; None without features."""
+        return self._features("user")
+
+    def feature_specs(self, owner: str) -> list[FeatureSpec]:
+        """The features of ``item`` or ``user`` that the manifest lists."""
+        return [spec for spec in self.manifest.features if spec.owner == owner]
+
+    def _features(self, owner: str) -> pa.Table | None:
+        names = [spec.name for spec in self.feature_specs(owner)]
+        return self._read_table(f"{owner}s", names) if names else None
+
+    def _read_table(self, owners: str, columns: list[str]) -> pa.Table:
+        """Columns of ``users`` or ``items``, as many rows as the manifest says."""
+        path = self.folder / f"{owners}.parquet"
+        try:
+            table = _bounded_table(path, columns)
+            table.validate(full=True)
+        except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: missing, damaged or cut short; prepare the data again") from error
+        if table.column_names != columns:
+            missing = set(columns) - set(table.column_names)
+            raise UserError(f"{path}: column {min(missing)!r} is missing; prepare the data again")
+        if len(table) != self.manifest.counts[owners]:
+            raise UserError(f"{path}: damaged; prepare the data again")
+        return table
+
+    def _original_ids(self, owner: str) -> pa.ChunkedArray:
+        ids = self._read_table(f"{owner}s", [owner])[owner]
+        if ids.null_count or not (pa.types.is_string(ids.type) or pa.types.is_large_string(ids.type)):
+            raise UserError(f"{self.folder}: the {owner}s' ids are no text; prepare the data again")
+        return ids
+
+    def verify(self) -> None:
+        """Read everything and compare with the hashes; UserError if it was changed. Takes seconds."""
+        self._verify_tables()
+        if self.items.min() < 1 or self.items.max() > self.num_items:
+            raise UserError(f"{self.folder}: item ids outside 1..{self.num_items}; prepare the data again")
+        users = digests.id_hashes(_large_strings(self.original_user_ids()))
+        items = digests.id_hashes(_large_strings(self.original_item_ids()))
+        total = 0
+        for first in range(0, self.num_events, VERIFY_EVENTS):
+            part = slice(first, min(first + VERIFY_EVENTS, self.num_events))
+            events = np.arange(part.start, part.stop)
+            rows = np.searchsorted(self.offsets, events, side="right") - 1
+            ratings, timestamps = (None if x is None else x[part] for x in (self.ratings, self.timestamps))
+            total += digests.events_digest(
+                users[rows], items[self.items[part] - 1], ratings, timestamps, events - self.offsets[rows]
+            )
+        if digests.hex_digest(total % (1 << 128)) != self.manifest.data_hash:
+            raise UserError(
+                f"{self.folder}: the data does not match its hash; the folder was changed, prepare it again"
+            )
+
+    def _verify_tables(self) -> None:
+        """Ids and features are those that were written, and the features are as the manifest says."""
+        for name, checksum in self.manifest.tables.items():
+            if file_digest(self.folder / name, "sha256") != checksum:
+                raise UserError(
+                    f"{self.folder / name}: not the file that was prepared; prepare the data again"
+                )
+        for owner in ("item", "user"):
+            features = self._features(owner)
+            if features is not None and describe(owner, features) != self.feature_specs(owner):
+                raise UserError(
+                    f"{self.folder}: the manifest does not describe the {owner}s' features; prepare the data again"
+                )
+
+
+def _large_strings(column: pa.ChunkedArray) -> pa.Array:
+    return pa.concat_arrays(column.cast(pa.large_string()).chunks)
+
+
+def _map_column(folder: Path, manifest: Manifest, name: str) -> np.ndarray:
+    return np.memmap(
+        column_file(folder, name), COLUMNS[name], mode="r", shape=(manifest.column_length(name),)
+    )
+
+
+def _check_offsets(folder: Path, manifest: Manifest, offsets: np.ndarray) -> None:
+    if offsets[0] != 0 or offsets[-1] != manifest.counts["events"] or (np.diff(offsets) < 1).any():
+        raise UserError(
+            f"{column_file(folder, 'offsets')}: damaged: it does not rise from 0 to the count of events"
+        )
+
+
+def _check_rows(path: Path, expected: int) -> None:
+    try:
+        rows = pq.read_metadata(path).num_rows
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: missing, damaged or cut short; prepare the data again") from error
+    if rows != expected:
+        raise UserError(f"{path}: {rows} rows, the manifest says {expected}; prepare the data again")
+
+
+def _bounded_table(path: Path, columns: list[str]) -> pa.Table:
+    """Those of the columns that are there, read some rows at a time: a short file that stands for many equal strings is
+    refused before it fills the memory."""
+    held, total, batches = path.stat().st_size, 0, []
+    with pq.ParquetFile(path) as file:
+        names = [name for name in columns if name in file.schema_arrow.names]
+        for batch in file.iter_batches(TABLE_ROWS, columns=names, use_threads=False):
+            total += batch.nbytes
+            if total > MOST_UNPACKED * held + (64 << 20):
+                raise UserError(
+                    f"{path}: it unpacks to more than {MOST_UNPACKED} times its size; prepare the data again"
+                )
+            batches.append(batch)
+        schema = pa.schema([file.schema_arrow.field(name) for name in names])
+    return pa.Table.from_batches(batches, schema if not batches else None).select(names)

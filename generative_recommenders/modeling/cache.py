@@ -1,0 +1,244 @@
+"""Appending items to encoded histories without encoding them again.
+
+A causal encoder's state of a token never changes when later tokens arrive, so what later tokens need of it is kept: keys
+and values of every block. HSTU's time bias makes one exception: the last token of a history is encoded with the time of
+the event after it, which is known only when that event arrives, so this one token is encoded again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+
+from generative_recommenders.errors import UserError
+from generative_recommenders.ops.layout import Layout, jagged_layout
+
+
+@dataclass(frozen=True)
+class KeysValues:
+    """What one block keeps of the tokens so far, right-padded: keys ``[B, C, H, dqk]``, values ``[B, C, H, dv]``."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
+@dataclass(frozen=True)
+class HistoryCache:
+    """Encoded histories of B rows; a new one is made by every append, the old one stays as it was.
+
+    lengths: ``[B]`` int64 on the CPU, the encoder's tokens so far.
+    blocks: of the encoder, one each.
+    times: ``[B, C]`` int64 seconds of all items, or None.
+    last_input, last_output: ``[B, E]`` and ``[B, D]``, what the encoder took and gave at each row's last item.
+    last_payloads: ``[B]`` columns, the payloads of that item.
+    """
+
+    lengths: torch.Tensor
+    blocks: tuple[KeysValues, ...]
+    times: torch.Tensor | None
+    last_input: torch.Tensor
+    last_output: torch.Tensor
+    last_payloads: dict[str, torch.Tensor]
+
+    def with_next_times(self, times: torch.Tensor) -> HistoryCache:
+        """The cache knowing the time ``[B]`` int64 of the event after each row's last item, if it knows times at all."""
+        if "next_timestamps" not in self.last_payloads:
+            return self
+        return replace(self, last_payloads=self.last_payloads | {"next_timestamps": times})
+
+
+@dataclass(frozen=True)
+class Appended:
+    """The tokens that an append computes.
+
+    layout: of these tokens alone; their positions count from the beginning of the history.
+    capacity: C, tokens of the longest history afterwards.
+    times: ``[B, C]`` int64 seconds of all tokens, or None.
+    """
+
+    layout: Layout
+    capacity: int
+    times: torch.Tensor | None = None
+
+    def extend(self, cached: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
+        """``[B, C, ...]``: the cached rectangle with the tokens ``new [T, ...]`` at their positions."""
+        grown = new.new_zeros(self.layout.num_rows, self.capacity, *new.shape[1:])
+        if cached is not None:
+            grown[:, : cached.shape[1]] = cached
+        grown[self.layout.row_of, self.layout.positions] = new
+        return grown
+
+    def extend_block(self, cached: KeysValues | None, k: torch.Tensor, v: torch.Tensor) -> KeysValues:
+        """k: ``[T, H, dqk]``; v: ``[T, H, dv]``."""
+        if cached is None:
+            return KeysValues(self.extend(None, k), self.extend(None, v))
+        return KeysValues(self.extend(cached.keys, k), self.extend(cached.values, v))
+
+    def distances(self) -> torch.Tensor:
+        """``[B, M, C]`` int64: column minus position, above 0 where a token must not look."""
+        columns = torch.arange(self.capacity, device=self.layout.device)
+        return columns - self.layout.to_rectangle(self.layout.positions)[:, :, None]
+
+
+@runtime_checkable
+class IncrementalEncoder(Protocol):
+    """An encoder that can append."""
+
+    output_dim: int
+
+    def revises_last(self, payloads: Mapping[str, torch.Tensor]) -> bool:
+        """Whether the last token of a history changes when the event after it arrives."""
+
+    def encode_appended(
+        self,
+        x: torch.Tensor,
+        payloads: Mapping[str, torch.Tensor],
+        appended: Appended,
+        cached: Sequence[KeysValues],
+    ) -> tuple[torch.Tensor, tuple[KeysValues, ...]]:
+        """``[T, E]`` to ``[T, D]`` and the extended blocks; cached is empty at the beginning. UserError where options of
+        the encoder make every token depend on later ones."""
+
+
+def softmax_over_cache(q: torch.Tensor, block: KeysValues, appended: Appended) -> torch.Tensor:
+    """Causal softmax(q kᵀ / sqrt(d)) v of the computed tokens; q: ``[T, H, d]``; returns ``[T, H, dv]``."""
+    sees = (appended.distances() <= 0)[:, None]
+    keys, values = block.keys.transpose(1, 2), block.values.transpose(1, 2)
+    out = F.scaled_dot_product_attention(_heads_first(q, appended), keys, values, sees)
+    return appended.layout.flatten(out.transpose(1, 2))
+
+
+def pointwise_over_cache(
+    q: torch.Tensor, block: KeysValues, appended: Appended, bias: torch.Tensor | None, divisor: float
+) -> torch.Tensor:
+    """Causal SiLU(q kᵀ + bias) / divisor · v of the computed tokens; bias: ``[B, 1, M, C]`` or None."""
+    scores = _heads_first(q, appended) @ block.keys.permute(0, 2, 3, 1)
+    if bias is not None:
+        scores = scores + bias
+    sees = (appended.distances() <= 0)[:, None]
+    weights = F.silu(scores) * sees / divisor
+    return appended.layout.flatten((weights @ block.values.transpose(1, 2)).transpose(1, 2))
+
+
+def append_tokens(
+    encoder: IncrementalEncoder,
+    cache: HistoryCache | None,
+    x: torch.Tensor,
+    layout: Layout,
+    payloads: Mapping[str, torch.Tensor],
+) -> HistoryCache:
+    """The cache after the tokens ``x [T, E]`` of a jagged layout, with payloads ``[T]``, were appended.
+
+    Rows of the layout may be empty. UserError where the payloads are not those that the cache was made with.
+    """
+    old = _empty_cache(layout, x, encoder.output_dim, payloads) if cache is None else cache
+    _check_payloads(old, payloads)
+    again = (old.lengths > 0) & encoder.revises_last(payloads)
+    place = _places(layout, again)
+    x = place.merge(old.last_input, x)
+    tokens = {name: place.merge(old.last_payloads[name], values) for name, values in payloads.items()}
+    lengths = old.lengths + layout.lengths.cpu()
+    appended = Appended(_shifted(place.layout, old.lengths - again.long()), int(lengths.max()))
+    if "timestamps" in tokens:
+        appended = replace(appended, times=appended.extend(old.times, tokens["timestamps"]))
+    output, blocks = encoder.encode_appended(x, tokens, appended, old.blocks)
+    return HistoryCache(
+        lengths,
+        blocks,
+        appended.times,
+        _at_end(place.layout, x, old.last_input),
+        _at_end(place.layout, output, old.last_output),
+        {name: _at_end(place.layout, v, old.last_payloads[name]) for name, v in tokens.items()},
+    )
+
+
+def new_layout(encoded: torch.Tensor, new_lengths: torch.Tensor, device: torch.device) -> Layout:
+    """The jagged layout of new items alone, with positions that go on from the ``encoded [B]`` items of each history."""
+    layout = jagged_layout(new_lengths, int(new_lengths.max()) if new_lengths.numel() else 0, device)
+    return _shifted(layout, encoded)
+
+
+def check_append(encoded: torch.Tensor, new_lengths: torch.Tensor, window: int) -> None:
+    """UserError where the rows are not those of the ``encoded [B]`` histories, or one would outgrow the window."""
+    lengths = new_lengths.cpu()
+    if encoded.shape != lengths.shape:
+        raise UserError(
+            f"encode_incremental: the cache holds {encoded.numel()} rows and new_lengths "
+            f"{lengths.numel()}: append to all of them, 0 items where there is none"
+        )
+    lengths = lengths + encoded
+    if lengths.numel() and int(lengths.max()) > window:
+        raise UserError(
+            f"encode_incremental: row {int(lengths.argmax())} would hold {int(lengths.max())} items and the window holds "
+            f"{window}: encode its latest {window} items anew"
+        )
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Where each row's last old token (of rows that compute it again) and the new tokens lie among those computed."""
+
+    layout: Layout
+    rows: torch.Tensor
+    old: torch.Tensor
+    new: torch.Tensor
+
+    def merge(self, last: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        """last: ``[B, ...]``; new: ``[T, ...]``."""
+        merged = new.new_empty(self.layout.num_tokens, *new.shape[1:])
+        merged[self.old] = last[self.rows]
+        merged[self.new] = new
+        return merged
+
+
+def _places(layout: Layout, again: torch.Tensor) -> _Places:
+    """again: ``[B]`` bool on the CPU."""
+    again_here = again.to(layout.device)
+    lengths = layout.lengths.cpu() + again
+    both = jagged_layout(lengths, int(lengths.max()), layout.device)
+    rows = again_here.nonzero()[:, 0]
+    before = again_here.long().cumsum(0)
+    new = torch.arange(layout.num_tokens, device=layout.device) + before[layout.row_of]
+    return _Places(both, rows, both.starts[rows], new)
+
+
+def _shifted(layout: Layout, first: torch.Tensor) -> Layout:
+    """Positions that begin at ``first [B]`` in each row."""
+    return replace(layout, positions=layout.positions + first.to(layout.device)[layout.row_of])
+
+
+def _heads_first(q: torch.Tensor, appended: Appended) -> torch.Tensor:
+    return appended.layout.to_rectangle(q).transpose(1, 2)
+
+
+def _at_end(layout: Layout, values: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+    """``[B, ...]``: the value at each row's last computed token, the old one in rows without any."""
+    rows = (layout.lengths > 0).nonzero()[:, 0]
+    return old.index_put((rows,), values[layout.last_tokens[rows]].to(old.dtype))
+
+
+def _empty_cache(
+    layout: Layout, x: torch.Tensor, output_dim: int, payloads: Mapping[str, torch.Tensor]
+) -> HistoryCache:
+    rows = layout.num_rows
+    return HistoryCache(
+        lengths=torch.zeros(rows, dtype=torch.int64),
+        blocks=(),
+        times=None,
+        last_input=x.new_zeros(rows, x.shape[1]),
+        last_output=x.new_zeros(rows, output_dim),
+        last_payloads={name: values.new_zeros(rows) for name, values in payloads.items()},
+    )
+
+
+def _check_payloads(cache: HistoryCache, payloads: Mapping[str, torch.Tensor]) -> None:
+    if set(payloads) != set(cache.last_payloads):
+        names = [", ".join(sorted(each)) or "none" for each in (cache.last_payloads, payloads)]
+        raise UserError(
+            f"encode_incremental: the histories were encoded with payloads {names[0]} and the new items come with "
+            f"{names[1]}: give the same"
+        )

@@ -1,0 +1,155 @@
+"""Item embeddings: the table that histories look up and candidates are scored with.
+
+A step knows the ids it touches before its forward pass. `ItemRows` is what it works on: the table rows of those ids, one
+leaf to differentiate, so that the cost of a step does not grow with the catalogue.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from generative_recommenders.modeling.initialization import truncated_normal_
+
+_SORTED_FROM = 1 << 15
+"""Rows of a lookup, at least, whose gradient is summed sorted."""
+
+
+@dataclass(frozen=True)
+class ItemRows:
+    """Embeddings of some items.
+
+    weight: ``[U, D]``. ids: ``[U]`` int64 sorted ids of those rows, or None when ``weight`` holds 0..V in order.
+    row_of_item: ``[V + 1]`` int64, the id that an item's row goes by, or None where it is the item's own id.
+    """
+
+    weight: torch.Tensor
+    ids: torch.Tensor | None = None
+    row_of_item: torch.Tensor | None = None
+
+    def index(self, item_ids: torch.Tensor) -> torch.Tensor:
+        """Rows of ``weight`` for item ids of any shape; every one must be held."""
+        ids = item_ids if self.row_of_item is None else self.row_of_item[item_ids]
+        return ids if self.ids is None else torch.searchsorted(self.ids, ids)
+
+    def lookup(self, item_ids: torch.Tensor) -> torch.Tensor:
+        """``[..., D]`` embeddings of ``item_ids [...]``."""
+        return lookup_rows(self.weight, self.index(item_ids))
+
+    def catalogue(self, num_items: int) -> torch.Tensor:
+        """``[V, D]``: row i belongs to item id i + 1. Only where all items are held."""
+        if self.row_of_item is not None:
+            return self.weight[self.row_of_item[1:]]
+        if self.weight.shape[0] != num_items + 1:
+            raise ValueError(f"{self.weight.shape[0]} rows are held, the whole catalogue has {num_items + 1}")
+        return self.weight[1:]
+
+
+class ItemEmbedding(torch.nn.Module):
+    """What samplers, losses, index and evaluator know of items. Ids are 1..V; 0 is padding.
+
+    ``embed_history`` is what a history looks up and ``get_item_embeddings`` what is scored; they differ only where an item
+    tower computes the latter. ``table [rows, D]`` is the one large, sparsely touched parameter: a training step
+    differentiates ``history_rows`` and ``scored_rows``, both made from a leaf that holds the touched rows of the table.
+    ``tower`` is the dense network that computes scored embeddings, where there is one.
+    """
+
+    tower: torch.nn.Module | None
+
+    def __init__(self, num_items: int, embedding_dim: int, num_rows: int | None = None) -> None:
+        super().__init__()
+        self.num_items = num_items
+        self.embedding_dim = embedding_dim
+        self.tower = None
+        self.table = torch.nn.Parameter(torch.empty(1 + (num_rows or num_items), embedding_dim))
+        truncated_normal_(self.table.data, std=0.02)
+
+    def table_rows(self, item_ids: torch.Tensor) -> torch.Tensor:
+        """Sorted unique rows of the table that the sorted unique items touch."""
+        return item_ids
+
+    def history_rows(self, leaf: ItemRows) -> ItemRows:
+        """What histories look up, from the touched table rows."""
+        return leaf
+
+    def scored_rows(self, leaf: ItemRows, item_ids: torch.Tensor | None) -> ItemRows:
+        """What is scored for the sorted unique items ``item_ids`` (None: all), from the touched table rows."""
+        return leaf
+
+    def embed_history(self, item_ids: torch.Tensor) -> torch.Tensor:
+        """``[..., D]`` for ids of any shape."""
+        return self.history_rows(ItemRows(self.table)).lookup(item_ids)
+
+    def get_item_embeddings(self, item_ids: torch.Tensor) -> torch.Tensor:
+        """``[..., D]`` for ids of any shape, as scored against queries."""
+        return self.scored_rows(ItemRows(self.table), None).lookup(item_ids)
+
+    def all_item_embeddings(self) -> torch.Tensor:
+        """``[V, D]``: row i belongs to item id i + 1."""
+        return self.scored_rows(ItemRows(self.table), None).catalogue(self.num_items)
+
+
+class LocalEmbeddingModule(ItemEmbedding):
+    """One trained row per item (the published ``embedding_module_type = "local"``)."""
+
+
+class CategoricalEmbeddingModule(ItemEmbedding):
+    """Items share the row of their category (the published ``"categorical"``).
+
+    item_category: ``[V]`` int64, the category 0..C-1 of item id i + 1.
+    """
+
+    row_of_item: torch.Tensor
+
+    def __init__(self, item_category: torch.Tensor, embedding_dim: int) -> None:
+        if item_category.numel() == 0 or int(item_category.min()) < 0:
+            raise ValueError("item_category must hold a category of 0 or more for every item")
+        super().__init__(item_category.numel(), embedding_dim, num_rows=int(item_category.max()) + 1)
+        rows = torch.cat([item_category.new_zeros(1), item_category + 1]).long()
+        self.register_buffer("row_of_item", rows)
+
+    def table_rows(self, item_ids: torch.Tensor) -> torch.Tensor:
+        return torch.unique(self.row_of_item[item_ids])
+
+    def history_rows(self, leaf: ItemRows) -> ItemRows:
+        return ItemRows(leaf.weight, leaf.ids, self.row_of_item)
+
+    def scored_rows(self, leaf: ItemRows, item_ids: torch.Tensor | None) -> ItemRows:
+        return self.history_rows(leaf)
+
+
+def lookup_rows(weight: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """``weight[rows]`` for a table ``[U, D]`` and rows of any shape."""
+    return _Lookup.apply(weight, rows)
+
+
+def bags_of_rows(rows: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The places in ``rows [n]`` sorted by what they hold, in their order, ``[n]`` int64, and where each row's begin,
+    ``[num_rows + 1]`` int64: bags for `torch.nn.functional.embedding_bag`.
+    """
+    dtype = torch.int16 if num_rows <= torch.iinfo(torch.int16).max else torch.int32
+    ordered, order = rows.to(dtype).sort(stable=True)
+    return order, torch.searchsorted(ordered, torch.arange(num_rows + 1, device=rows.device).to(dtype))
+
+
+class _Lookup(torch.autograd.Function):
+    """Row lookup whose gradient is one index_add, or on a CPU one sum over bags where that pays for sorting; both
+    deterministic there."""
+
+    @staticmethod
+    def forward(ctx, weight, rows):
+        ctx.save_for_backward(rows)
+        ctx.num_rows = weight.shape[0]
+        return F.embedding(rows, weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (rows,) = ctx.saved_tensors
+        rows, grad = rows.flatten(), grad.reshape(-1, grad.shape[-1])
+        if len(rows) >= _SORTED_FROM and len(rows) > ctx.num_rows and grad.device.type == "cpu":
+            order, starts = bags_of_rows(rows, ctx.num_rows)
+            return F.embedding_bag(order, grad, starts, mode="sum", include_last_offset=True), None
+        out = grad.new_zeros(ctx.num_rows, grad.shape[-1])
+        return out.index_add_(0, rows, grad), None

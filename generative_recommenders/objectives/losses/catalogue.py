@@ -1,0 +1,231 @@
+"""Losses over the whole catalogue: CE, CEWeighted, BCE, LogInCE, LogOutCE.
+
+``forward(hidden, item_weight, positives, weights)`` never holds all logits
+(``objectives/catalogue_blocks.py``) and forms its gradients in the forward pass; ``from_logits`` is the same
+formula for logits that exist already. Everything is float32 (float64 stays), also under autocast; NaN logits
+give a NaN loss. Gradients can be taken once, second derivatives not. Temperature and L2 norm are applied to
+``hidden`` and ``item_weight`` by the caller.
+
+``positives`` are rows of ``item_weight``, -1 = none. A label of weight 0 adds no term, and yet is no negative
+of its position: RePlay's reading of a partly masked position. Give -1 to drop a label entirely.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from generative_recommenders.errors import UserError
+from generative_recommenders.objectives.losses.sampled import (
+    LossOutput,
+    check_label_smoothing,
+    full_precision,
+    log_in_loss,
+    weighted,
+)
+from generative_recommenders.ops.catalogue_products import LOGSUMEXP, SOFTPLUS_SUM, Statistic, catalogue_sum
+
+MEMORY_BYTES = 512 * 2**20
+"""Default bound of the logits that are held at a time."""
+
+
+class CatalogueLoss(nn.Module, ABC):
+    """A loss of tokens against every item of the catalogue.
+
+    memory_bytes: bound of the logits held at a time; speed, not numbers, depends on it.
+    """
+
+    statistic: Statistic = LOGSUMEXP
+    excludes_labels = False
+
+    def __init__(self, memory_bytes: int = MEMORY_BYTES) -> None:
+        super().__init__()
+        self.memory_bytes = memory_bytes
+
+    @abstractmethod
+    def row_loss(self, positive: Tensor, statistic: Tensor, weights: Tensor) -> LossOutput:
+        """Summed loss of rows from positive logits ``[t, P]``, the row statistic ``[t]`` and weights ``[t,
+        P]``.
+        """
+
+    def linear_term(
+        self, positive: Tensor, labels: Tensor, weights: Tensor, mean_logit: Callable[[], Tensor]
+    ) -> Tensor:
+        """What is added to the sum and is linear in the logits: a scalar. ``mean_logit()`` is ``[T]``."""
+        return positive.new_zeros(())
+
+    def forward(
+        self, hidden: Tensor, item_weight: Tensor, positives: Tensor, weights: Tensor | None = None
+    ) -> LossOutput:
+        """Loss of T tokens over V items.
+
+        hidden: ``[T, D]`` float. item_weight: ``[V, D]`` float.
+        positives: ``[T]`` or ``[T, P]`` int64 rows of ``item_weight``, -1 = none.
+        weights: like ``positives``, float or bool; 1 by default.
+        Raises ``UserError`` for positives out of range, an empty catalogue, or shapes that do not agree.
+        """
+        labels, weights = _labels_and_weights(positives, weights, len(hidden), len(item_weight))
+        with torch.autocast(hidden.device.type, enabled=False):
+            hidden, item_weight = full_precision(hidden), full_precision(item_weight)
+            weights = weights.to(hidden.dtype)
+            positive = (hidden[:, None, :] * item_weight[labels.clamp(min=0)]).sum(-1)
+            excluded = labels if self.excludes_labels else None
+            total, weight = catalogue_sum(
+                hidden,
+                item_weight,
+                positive,
+                weights,
+                excluded,
+                self.statistic,
+                self.row_loss,
+                self.memory_bytes,
+            )
+            extra = self.linear_term(positive, labels, weights, lambda: hidden @ item_weight.mean(0))
+            return LossOutput(total + extra, weight)
+
+    def from_logits(self, logits: Tensor, positives: Tensor, weights: Tensor | None = None) -> LossOutput:
+        """The loss from logits ``[T, V]`` that are held anyway; the rest as in ``forward``."""
+        labels, weights = _labels_and_weights(positives, weights, *logits.shape)
+        logits = full_precision(logits)
+        weights = weights.to(logits.dtype)
+        positive = logits.gather(1, labels.clamp(min=0))
+        total, weight = self.row_loss(positive, self._row_statistic(logits, labels), weights)
+        extra = self.linear_term(positive, labels, weights, lambda: logits.mean(1))
+        return LossOutput(total + extra, weight)
+
+    def _row_statistic(self, logits: Tensor, labels: Tensor) -> Tensor:
+        if self.statistic is SOFTPLUS_SUM:
+            return F.softplus(logits).sum(1)
+        if self.excludes_labels:
+            is_label = torch.zeros(len(logits), logits.shape[1] + 1, dtype=torch.bool, device=logits.device)
+            is_label.scatter_(1, labels + 1, True)
+            logits = logits.masked_fill(is_label[:, 1:], -math.inf)
+        return logits.logsumexp(1)
+
+
+class CE(CatalogueLoss):
+    """Softmax cross-entropy over the catalogue: ``w (ln sum_v exp(x_v) - x_p)`` for each positive p.
+
+    ``weight`` is the sum of the weights. With several positives, each pair is a term of its own and the other
+    positives stay in the denominator. ``CEWeighted`` is the same class: its sample weights are ``weights``.
+
+    label_smoothing: share of the target spread evenly over the catalogue, in [0, 1).
+    """
+
+    def __init__(self, label_smoothing: float = 0.0, memory_bytes: int = MEMORY_BYTES) -> None:
+        super().__init__(memory_bytes)
+        self.label_smoothing = check_label_smoothing(label_smoothing)
+
+    def row_loss(self, positive: Tensor, statistic: Tensor, weights: Tensor) -> LossOutput:
+        return weighted(statistic[:, None] - positive, weights)
+
+    def linear_term(
+        self, positive: Tensor, labels: Tensor, weights: Tensor, mean_logit: Callable[[], Tensor]
+    ) -> Tensor:
+        if self.label_smoothing == 0:
+            return positive.new_zeros(())
+        return self.label_smoothing * weighted(positive - mean_logit()[:, None], weights).sum
+
+
+CEWeighted = CE
+
+
+class BCE(CatalogueLoss):
+    """Binary cross-entropy against all items: ``sum_v softplus(x_v) - sum of x over the distinct labels``.
+
+    ``weight`` counts positions: a position weighs as much as its heaviest positive, and its labels are
+    targets of 1 whatever their own weight, as in RePlay.
+    """
+
+    statistic = SOFTPLUS_SUM
+
+    def row_loss(self, positive: Tensor, statistic: Tensor, weights: Tensor) -> LossOutput:
+        return weighted(statistic, weights.amax(1))
+
+    def linear_term(
+        self, positive: Tensor, labels: Tensor, weights: Tensor, mean_logit: Callable[[], Tensor]
+    ) -> Tensor:
+        distinct = (labels >= 0) & ~_repeated(labels)
+        return -weighted(positive, weights.amax(1, keepdim=True) * distinct).sum
+
+
+class LogInCE(CatalogueLoss):
+    """``-ln(S+ / (S+ + S-))`` a position, the sum over its positives inside the logarithm (arXiv 2205.04507).
+
+    S+ is the sum of exp(x) over the positives of non-zero weight, S- over all items that are no label of the
+    position. A position weighs as much as its heaviest positive.
+
+    epsilon: added inside the logarithm (RePlay: 1e-6); 0 is the exact form.
+    clamp_border: the logarithm is limited to ``[-clamp_border, clamp_border]`` (RePlay: 100).
+    """
+
+    excludes_labels = True
+
+    def __init__(
+        self, epsilon: float = 0.0, clamp_border: float = math.inf, memory_bytes: int = MEMORY_BYTES
+    ) -> None:
+        super().__init__(memory_bytes)
+        self.epsilon = epsilon
+        self.clamp_border = clamp_border
+
+    def row_loss(self, positive: Tensor, statistic: Tensor, weights: Tensor) -> LossOutput:
+        return log_in_loss(positive, weights, statistic, self.epsilon, self.clamp_border)
+
+
+class LogOutCE(CatalogueLoss):
+    """``-ln(exp(x_p) / (exp(x_p) + S-))`` for each positive p, summed outside the logarithm.
+
+    S- is the sum of exp(x) over all items that are no label of the position. ``weight`` is the sum of the
+    weights.
+    """
+
+    excludes_labels = True
+
+    def row_loss(self, positive: Tensor, statistic: Tensor, weights: Tensor) -> LossOutput:
+        return weighted(torch.logaddexp(positive, statistic[:, None]) - positive, weights)
+
+
+def _labels_and_weights(
+    positives: Tensor, weights: Tensor | None, num_tokens: int, num_items: int
+) -> tuple[Tensor, Tensor]:
+    """Labels ``[T, P]`` and their weights, 0 where there is no label."""
+    if len(positives) != num_tokens or not num_items:
+        raise UserError(
+            f"{len(positives)} positives for {num_tokens} tokens over {num_items} items: give one row for each token, "
+            "and at least one item"
+        )
+    if weights is None:
+        weights = torch.ones_like(positives, dtype=torch.float32)
+    if weights.shape != positives.shape:
+        raise UserError(
+            f"weights {tuple(weights.shape)} and positives {tuple(positives.shape)} must have one shape"
+        )
+    if positives.numel() and (positives.min() < -1 or positives.max() >= num_items):
+        low, high = int(positives.min()), int(positives.max())
+        raise UserError(
+            f"positives reach from {low} to {high}: they must be rows 0..{num_items - 1}, or -1 for none"
+        )
+    labels = positives[:, None] if positives.dim() == 1 else positives
+    return labels, weights.reshape(labels.shape) * (labels >= 0)
+
+
+def _repeated(labels: Tensor) -> Tensor:
+    """``[T, P]`` bool: an earlier column of the row holds the same label."""
+    same = labels[:, :, None] == labels[:, None, :]
+    return same.tril(-1).any(2)
+
+
+CATALOGUE_LOSSES: dict[str, type[CatalogueLoss]] = {
+    "CE": CE,
+    "CEWeighted": CEWeighted,
+    "BCE": BCE,
+    "LogInCE": LogInCE,
+    "LogOutCE": LogOutCE,
+    "SequenceLoss": CE,
+}
+"""Names of ``train_fn.loss_module`` whose losses read the whole catalogue. genrec's ``SequenceLoss`` is CE."""

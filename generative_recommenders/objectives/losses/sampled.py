@@ -1,0 +1,349 @@
+"""Losses over score matrices: the positives of a token against sampled negatives.
+
+Products, temperature, L2 norm, log Q and collisions are settled before (``objectives/scoring.py``); a loss
+here only turns scores into ``LossOutput(sum, weight)``. Scores are lifted to float32 (float64 stays), also
+under autocast, and logarithms are taken in their stable forms. NaN scores of entries that count give a NaN
+loss; entries that do not count (weight 0, mask False) never touch the sum.
+
+Two names, one formula:
+
+* ``SampledSoftmaxLoss`` = ``CESampled`` = ``LogOutCESampled``: one softmax for each positive.
+* ``BCELoss`` is the BCE of the HSTU program (means), ``BCESampled`` RePlay's (sums); ``GBCELoss`` has its
+  own weighting.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from generative_recommenders.errors import UserError
+
+
+class LossOutput(NamedTuple):
+    """What a loss returns. The trainer divides ``sum`` by ``weight`` summed over all processes.
+
+    sum: scalar, differentiable.
+    weight: scalar, no gradient; 0 when nothing counts (``sum`` is then 0 and the trainer changes nothing).
+    """
+
+    sum: Tensor
+    weight: Tensor
+
+    def mean(self) -> Tensor:
+        """``sum / weight``, scalar; NaN when nothing counts."""
+        return self.sum / self.weight
+
+
+def full_precision(x: Tensor) -> Tensor:
+    """``x`` in float32, or as it is in float64."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def weighted(values: Tensor, weights: Tensor) -> LossOutput:
+    """``sum(weights * values)`` over the entries of non-zero weight, and the sum of the weights."""
+    weights = weights.to(values.dtype)
+    terms = torch.where(weights != 0, weights * values, torch.zeros_like(values))
+    return LossOutput(terms.sum(), weights.sum().detach())
+
+
+def log_plus_epsilon(log_p: Tensor, epsilon: float, clamp_border: float) -> Tensor:
+    """``ln(p + epsilon)`` limited to ``[-clamp_border, clamp_border]``, from ``ln p``.
+
+    The stable form is epsilon 0 and an infinite border: ``log_p`` itself.
+    """
+    if epsilon > 0:
+        log_p = torch.logaddexp(log_p, torch.full_like(log_p, math.log(epsilon)))
+    return log_p if math.isinf(clamp_border) else log_p.clamp(-clamp_border, clamp_border)
+
+
+def check_label_smoothing(value: float) -> float:
+    """The share itself; ``UserError`` outside ``[0, 1)``."""
+    if not 0 <= value < 1:
+        raise UserError(f"label_smoothing is {value}: give a share in [0, 1)")
+    return value
+
+
+def check_shapes(positive: Tensor, negative: Tensor, weights: Tensor, mask: Tensor) -> None:
+    """ValueError unless scores are ``[T, P]`` and ``[T, R]`` with weights and mask of their shapes."""
+    matrices = positive.dim() == 2 and negative.dim() == 2 and len(positive) == len(negative)
+    if not matrices or positive.shape != weights.shape or negative.shape != mask.shape:
+        shapes = ", ".join(str(list(x.shape)) for x in (positive, negative, weights, mask))
+        raise ValueError(f"scores, weights and mask must be [T, P], [T, R], [T, P] and [T, R], got {shapes}")
+
+
+class SampledLoss(nn.Module, ABC):
+    """A loss over positive and negative scores."""
+
+    needs_ratings = False
+    """True where ``forward`` must be given ``positive_ratings``."""
+
+    def forward(
+        self,
+        positive_scores: Tensor,
+        negative_scores: Tensor,
+        positive_weights: Tensor,
+        negative_mask: Tensor,
+    ) -> LossOutput:
+        """Loss of T tokens.
+
+        positive_scores: ``[T, P]`` float.
+        negative_scores: ``[T, R]`` float.
+        positive_weights: ``[T, P]`` float, 0 = the positive does not count.
+        negative_mask: ``[T, R]`` bool, True = the negative counts (no collision, no padding).
+        Raises ``ValueError`` for shapes that do not agree.
+        """
+        check_shapes(positive_scores, negative_scores, positive_weights, negative_mask)
+        positive, negative = full_precision(positive_scores), full_precision(negative_scores)
+        return self.loss(positive, negative, positive_weights, negative_mask)
+
+    @abstractmethod
+    def loss(self, positive: Tensor, negative: Tensor, weights: Tensor, mask: Tensor) -> LossOutput:
+        """`forward` of scores in full precision."""
+
+
+class SampledSoftmaxLoss(SampledLoss):
+    """``-ln softmax`` of each positive among itself and the negatives that count.
+
+    Sampled cross-entropy; RePlay's ``CESampled``; the loss of the HSTU program (arXiv 2402.17152), which
+    sets the score of a collision to -50,000 where this one leaves it out. Other positives of a position are
+    not in the denominator. ``weight`` is the sum of the positive weights.
+
+    label_smoothing: share in [0, 1) of the target spread evenly over the positive and those negatives.
+    """
+
+    def __init__(self, label_smoothing: float = 0.0) -> None:
+        super().__init__()
+        self.label_smoothing = check_label_smoothing(label_smoothing)
+
+    def loss(self, positive: Tensor, negative: Tensor, weights: Tensor, mask: Tensor) -> LossOutput:
+        log_total = torch.logaddexp(positive, _masked_logsumexp(negative, mask)[:, None])
+        target_score = positive
+        if self.label_smoothing > 0:
+            kept_sum = torch.where(mask, negative, 0.0).sum(1, keepdim=True)
+            count = 1 + mask.sum(1, keepdim=True)
+            mean_score = (positive + kept_sum) / count
+            target_score = torch.lerp(positive, mean_score, self.label_smoothing)
+        return weighted(log_total - target_score, weights)
+
+
+CESampled = SampledSoftmaxLoss
+LogOutCESampled = SampledSoftmaxLoss
+
+
+class BCELoss(SampledLoss):
+    """Binary cross-entropy of the HSTU program: half from the positive, half from the negatives.
+
+    ``w * (softplus(-s+) + mean_k softplus(s-_k)) / 2`` over the negatives that count; a row whose negatives
+    all collided is removed, with its weight. The published form has one negative, and a collision removes the
+    row.
+    """
+
+    def loss(self, positive: Tensor, negative: Tensor, weights: Tensor, mask: Tensor) -> LossOutput:
+        count = mask.sum(1, keepdim=True)
+        negative_mean = _masked_softplus_sum(negative, mask)[:, None] / count.clamp(min=1)
+        values = (F.softplus(-positive) + negative_mean) / 2
+        return weighted(values, weights * (count > 0))
+
+
+class BCELossWithRatings(SampledLoss):
+    """Binary cross-entropy of the positive's score against its rating (the HSTU program's); no negatives.
+
+    The published class takes the rating itself as the target, which suits ratings in [0, 1] only. Here the
+    target is ``rating >= threshold`` (ratings of 1 to 5), or the rating itself with ``threshold=None``.
+
+    threshold: lowest liked rating, in the data's units.
+    """
+
+    needs_ratings = True
+
+    def __init__(self, threshold: float | None = 4.0) -> None:
+        super().__init__()
+        self.threshold = threshold
+
+    def forward(
+        self,
+        positive_scores: Tensor,
+        negative_scores: Tensor,
+        positive_weights: Tensor,
+        negative_mask: Tensor,
+        positive_ratings: Tensor | None = None,
+    ) -> LossOutput:
+        """As ``SampledLoss.forward``; ``positive_ratings`` is ``[T, P]``. ``UserError`` without ratings."""
+        if positive_ratings is None:
+            return super().forward(positive_scores, negative_scores, positive_weights, negative_mask)
+        check_shapes(positive_scores, negative_scores, positive_weights, negative_mask)
+        positive = full_precision(positive_scores)
+        target = self._target(positive_ratings, positive_weights).to(positive.dtype)
+        return weighted(F.softplus(positive) - target * positive, positive_weights)
+
+    def loss(self, positive: Tensor, negative: Tensor, weights: Tensor, mask: Tensor) -> LossOutput:
+        raise UserError("BCELossWithRatings needs ratings, and the data has none: choose another loss_module")
+
+    def _target(self, ratings: Tensor, weights: Tensor) -> Tensor:
+        if self.threshold is not None:
+            return ratings >= self.threshold
+        if (((ratings < 0) | (ratings > 1)) & (weights != 0)).any():
+            raise UserError(
+                "BCELossWithRatings: ratings outside [0, 1] are no probabilities: set a threshold"
+            )
+        return ratings
+
+
+class BCESampled(SampledLoss):
+    """``-[ln sigma(s+) + sum_k ln(1 - sigma(s-_k))]`` for each (position, positive) pair (RePlay's).
+
+    epsilon: added inside each logarithm (RePlay: 1e-6); 0 is the exact softplus form.
+    clamp_border: each logarithm is limited to ``[-clamp_border, clamp_border]`` (RePlay: 100).
+    """
+
+    def __init__(self, epsilon: float = 0.0, clamp_border: float = math.inf) -> None:
+        super().__init__()
+        self.epsilon = epsilon
+        self.clamp_border = clamp_border
+
+    def loss(self, positive: Tensor, negative: Tensor, weights: Tensor, mask: Tensor) -> LossOutput:
+        log_positive = self._log(F.logsigmoid(positive))
+        log_negative = self._log(-_masked_softplus(negative, mask))
+        kept = torch.where(mask, log_negative, 0.0).sum(1, keepdim=True)
+        return weighted(-(log_positive + kept), weights)
+
+    def _log(self, log_p: Tensor) -> Tensor:
+        return log_plus_epsilon(log_p, self.epsilon, self.clamp_border)
+
+
+class GBCELoss(SampledLoss):
+    """Generalised binary cross-entropy, gBCE (arXiv 2308.07192, gSASRec).
+
+    ``-(ln sigma(s+)^beta + sum_k ln(1 - sigma(s-_k))) / (1 + K)`` over the K negatives that count, where
+    ``beta = alpha (t (1 - 1/alpha) + 1/alpha)`` and ``alpha = R / (V - 1)`` is the sampling rate of the R
+    drawn negatives. t = 0 is plain BCE (beta 1); t = 1 undoes the overconfidence of sampling (beta = alpha).
+
+    num_items: V, items of the catalogue.
+    calibration: t, in [0, 1].
+    """
+
+    def __init__(self, num_items: int, calibration: float = 0.75) -> None:
+        super().__init__()
+        if num_items < 2 or not 0 <= calibration <= 1:
+            raise UserError(
+                f"gBCE needs at least 2 items and t in [0, 1], not {num_items} items and t = {calibration}"
+            )
+        self.num_items = num_items
+        self.calibration = calibration
+
+    def beta(self, num_negatives: int) -> float:
+        """The exponent of the positive's probability at R negatives, in (0, 1]."""
+        alpha = min(1.0, num_negatives / (self.num_items - 1))
+        return self.calibration * (alpha - 1) + 1
+
+    def loss(self, positive: Tensor, negative: Tensor, weights: Tensor, mask: Tensor) -> LossOutput:
+        negative_sum = _masked_softplus_sum(negative, mask)[:, None]
+        count = 1 + mask.sum(1, keepdim=True)
+        values = (self.beta(negative.shape[1]) * F.softplus(-positive) + negative_sum) / count
+        return weighted(values, weights)
+
+
+class LogInCESampled(SampledLoss):
+    """``-ln(S+ / (S+ + S-))`` a position: positives are summed inside the logarithm (arXiv 2205.04507).
+
+    S+ is the sum of exp(s) over the positives of non-zero weight, S- over the negatives that count, repeats
+    counted. A position weighs as much as its heaviest positive.
+
+    epsilon: added inside the logarithm (RePlay: 1e-6); 0 is the exact form.
+    clamp_border: the logarithm is limited to ``[-clamp_border, clamp_border]`` (RePlay: 100).
+    """
+
+    def __init__(self, epsilon: float = 0.0, clamp_border: float = math.inf) -> None:
+        super().__init__()
+        self.epsilon = epsilon
+        self.clamp_border = clamp_border
+
+    def loss(self, positive: Tensor, negative: Tensor, weights: Tensor, mask: Tensor) -> LossOutput:
+        log_negative = _masked_logsumexp(negative, mask)
+        return log_in_loss(positive, weights, log_negative, self.epsilon, self.clamp_border)
+
+
+def log_in_loss(
+    positive: Tensor, weights: Tensor, log_negative: Tensor, epsilon: float, clamp_border: float
+) -> LossOutput:
+    """LogInCE from positive scores ``[T, P]``, weights ``[T, P]`` and ``ln S-`` ``[T]``; see
+    ``LogInCESampled``.
+    """
+    position_weights = weights.amax(1)
+    some = (position_weights != 0)[:, None]
+    log_positive = _masked_logsumexp(positive, (weights != 0) | ~some)
+    log_p = log_positive - torch.logaddexp(log_positive, log_negative)
+    return weighted(-log_plus_epsilon(log_p, epsilon, clamp_border), position_weights)
+
+
+def _masked_logsumexp(scores: Tensor, mask: Tensor) -> Tensor:
+    """``ln sum exp`` over the True entries of each row, ``[T]``; -inf where there are none."""
+    return _MaskedLogSumExp.apply(scores, mask)
+
+
+class _MaskedLogSumExp(torch.autograd.Function):
+    """One softmax for value and gradient, ``ln sum exp(s) = max s - ln max p``; rows with False entries are done apart."""
+
+    @staticmethod
+    def forward(ctx, scores, mask):
+        if not scores.numel():
+            ctx.save_for_backward(scores)
+            return scores.new_full((len(scores),), -math.inf)
+        ctx.rows = rows = _rows_with_false(mask)
+        hidden = mask[rows].logical_not()
+        shown = scores[rows].masked_fill(hidden, -math.inf)
+        p, largest = torch.softmax(shown, 1), shown.amax(1)
+        if not isinstance(rows, slice):
+            p = torch.softmax(scores, 1).index_copy_(0, rows, p)
+            largest = scores.amax(1).index_copy_(0, rows, largest)
+        none = largest == -math.inf  # nothing counts: softmax gives NaN
+        if none.any():
+            p[none] = 0.0
+        ctx.save_for_backward(p, hidden)
+        return torch.where(none, largest, largest - p.amax(1).log())
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        p, *hidden = ctx.saved_tensors
+        grads = p * grad[:, None]
+        for entries in hidden:  # 0 also where the gradient of the row is not a number
+            grads[ctx.rows] = grads[ctx.rows].masked_fill(entries, 0.0)
+        return grads, None
+
+
+def _rows_with_false(mask: Tensor) -> Tensor | slice:
+    """``[M]``: those of ``mask [T, R]``; all of them on a device that a look would wait for."""
+    if mask.device.type != "cpu":
+        return slice(None)
+    return mask.view(torch.int8).amin(1).logical_not().nonzero().squeeze(1)
+
+
+def _masked_softplus(scores: Tensor, mask: Tensor) -> Tensor:
+    return F.softplus(scores.masked_fill(~mask, -math.inf))
+
+
+def _masked_softplus_sum(scores: Tensor, mask: Tensor) -> Tensor:
+    return _masked_softplus(scores, mask).sum(1)
+
+
+SAMPLED_LOSSES: dict[str, type[SampledLoss]] = {
+    "SampledSoftmaxLoss": SampledSoftmaxLoss,
+    "CESampled": CESampled,
+    "LogOutCESampled": LogOutCESampled,
+    "BCELoss": BCELoss,
+    "BCELossWithRatings": BCELossWithRatings,
+    "BCESampled": BCESampled,
+    "gBCE": GBCELoss,
+    "LogInCESampled": LogInCESampled,
+    "ContrastiveLoss": SampledSoftmaxLoss,
+}
+"""Names of ``train_fn.loss_module`` whose losses take sampled negatives. InfoNCE, genrec's ``ContrastiveLoss``, is the
+sampled softmax of cosines (``item_l2_norm``, ``user_embedding_norm`` "l2_norm").
+"""

@@ -1,0 +1,128 @@
+"""Scalable cross-entropy, SCE (arXiv 2409.18721): softmax only where tokens and items are close.
+
+Random directions make buckets; a bucket holds the tokens and the items that lie furthest along its direction,
+and a token competes with the items of its buckets only. The draw of buckets depends on the whole batch, so
+this loss is not a sum over tokens: N processes do not give the numbers of one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from generative_recommenders.errors import UserError
+from generative_recommenders.objectives.losses.sampled import LossOutput, full_precision, weighted
+
+_SELECTION_BYTES = 256 * 2**20  # bound of the products of directions with all items held at a time
+
+
+@dataclass(frozen=True)
+class SCEParams:
+    """Sizes of SCE.
+
+    n_buckets: random directions.
+    bucket_size_x: tokens of a bucket (all, if there are fewer).
+    bucket_size_y: items of a bucket (all, if there are fewer).
+    mix_x: take the directions from the span of the tokens, as random mixtures of hidden states.
+    """
+
+    n_buckets: int
+    bucket_size_x: int
+    bucket_size_y: int
+    mix_x: bool = False
+
+    def __post_init__(self) -> None:
+        if min(self.n_buckets, self.bucket_size_x, self.bucket_size_y) < 1:
+            raise UserError(f"SCE needs positive bucket sizes, not {self}")
+
+
+class ScalableCrossEntropyLoss(nn.Module):
+    """SCE: ``-ln softmax`` of a token's label against the items of a bucket, the label among them taken out.
+
+    Directions are ``D^(-1/4) Z`` with normal Z ``[n_buckets, D]``, or ``(D^(-1/4) Z)^T x`` with Z ``[T,
+    n_buckets]`` under mix_x. A token in several buckets keeps its largest loss; tokens of no bucket, or of
+    loss exactly 0, are left out of the sum and of the weight (RePlay's reading). Computed in float32, also
+    under autocast.
+    """
+
+    def __init__(self, params: SCEParams) -> None:
+        super().__init__()
+        self.params = params
+
+    def forward(
+        self,
+        hidden: Tensor,
+        item_weight: Tensor,
+        positives: Tensor,
+        weights: Tensor,
+        generator: torch.Generator | None = None,
+        *,
+        selectable: Tensor | None = None,
+        normals: Tensor | None = None,
+    ) -> LossOutput:
+        """Loss of T tokens over V items.
+
+        hidden: ``[T, D]`` float. item_weight: ``[V, D]`` float.
+        positives: ``[T]`` int64 rows of ``item_weight``, -1 = none. weights: ``[T]`` float or bool.
+        generator: of the normal numbers, on hidden's device.
+        selectable: ``[T]`` bool, tokens that buckets choose first; those of non-zero weight by default.
+        normals: Z itself, instead of drawing it.
+        Raises ``UserError`` for positives out of range.
+        """
+        if positives.numel() and (positives.min() < -1 or positives.max() >= len(item_weight)):
+            raise UserError(f"positives must be rows 0..{len(item_weight) - 1}, or -1 for none")
+        with torch.autocast(hidden.device.type, enabled=False):
+            hidden, item_weight = full_precision(hidden), full_precision(item_weight)
+            weights = weights.to(hidden.dtype) * (positives >= 0)
+            if selectable is None:
+                selectable = weights != 0
+            tokens, items = self._buckets(
+                hidden.detach(), item_weight.detach(), selectable, generator, normals
+            )
+            losses = self._bucket_losses(hidden, item_weight, positives.clamp(min=0), tokens, items)
+            zeros = hidden.new_zeros(len(hidden))
+            largest = zeros.scatter_reduce(0, tokens.flatten(), losses.flatten(), "amax")
+            return weighted(largest, weights * (largest != 0))
+
+    @torch.no_grad()
+    def _buckets(
+        self,
+        hidden: Tensor,
+        item_weight: Tensor,
+        selectable: Tensor,
+        generator: torch.Generator | None,
+        normals: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens ``[n_buckets, X]`` and items ``[n_buckets, Y]`` of the buckets."""
+        directions = self._directions(hidden, generator, normals)
+        reach = (directions @ hidden.t()).masked_fill(~selectable, -torch.inf)
+        tokens = reach.topk(min(self.params.bucket_size_x, len(hidden))).indices
+        size = min(self.params.bucket_size_y, len(item_weight))
+        rows = max(1, _SELECTION_BYTES // (item_weight.shape[0] * item_weight.element_size()))
+        items = [(part @ item_weight.t()).topk(size).indices for part in directions.split(rows)]
+        return tokens, torch.cat(items)
+
+    def _directions(
+        self, hidden: Tensor, generator: torch.Generator | None, normals: Tensor | None
+    ) -> Tensor:
+        """``[n_buckets, D]``."""
+        count, (tokens, width) = self.params.n_buckets, hidden.shape
+        shape = (tokens, count) if self.params.mix_x else (count, width)
+        if normals is None:
+            normals = torch.randn(shape, generator=generator, device=hidden.device, dtype=hidden.dtype)
+        if normals.shape != shape:
+            raise UserError(f"SCE's normal numbers must be {list(shape)}, not {list(normals.shape)}")
+        scaled = normals * width**-0.25
+        return scaled.t() @ hidden if self.params.mix_x else scaled
+
+    @staticmethod
+    def _bucket_losses(
+        hidden: Tensor, item_weight: Tensor, labels: Tensor, tokens: Tensor, items: Tensor
+    ) -> Tensor:
+        """``[n_buckets, X]``."""
+        own = (hidden * item_weight[labels]).sum(1)[tokens]
+        logits = hidden[tokens] @ item_weight[items].transpose(1, 2)
+        logits = logits.masked_fill(items[:, None, :] == labels[tokens][:, :, None], -torch.inf)
+        return torch.logaddexp(own, logits.logsumexp(2)) - own

@@ -1,0 +1,82 @@
+"""Permutation language modelling (XLNet, arXiv 1906.08237, section 2), without a second attention stream."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from generative_recommenders.data.token_masks import proper_part, uniform
+from generative_recommenders.errors import UserError
+from generative_recommenders.objectives.masked import (
+    MaskedSequence,
+    MaskingScheme,
+    Visibility,
+    append_mask_slot,
+    real_positions,
+)
+
+
+class PermutationMasking(MaskingScheme):
+    """Spans of items are hidden and named in a random order.
+
+    Visible items see each other. A hidden position sees the visible items and the hidden positions before
+    it in the order, never itself; its embedding is the mask embedding, so no item is ever shown to its own
+    prediction and one stream is enough. Written as two integers: key 0 and query 0 for visible items, key r
+    + 1 and query r for the hidden position of rank r.
+
+    Spans: walking along a row, a span length is drawn from 1..``max_span_length``, a context of ``int(span
+    / probability)`` items is set aside for it, and the span is put at a random place of that context, cut
+    at the end of the row. Every row of two or more items has some hidden and some visible; a row with one
+    item has no target. permute_all: everything but one random item is hidden. Raises ``UserError`` for a
+    probability outside (0, 1] or a span below 1.
+    """
+
+    def __init__(
+        self, probability: float = 1 / 6, max_span_length: int = 5, permute_all: bool = False
+    ) -> None:
+        if not 0 < probability <= 1:
+            raise UserError(f"permutation probability must be above 0 and at most 1, not {probability}")
+        if max_span_length < 1:
+            raise UserError(f"max_span_length must be at least 1, not {max_span_length}")
+        self.probability = probability
+        self.max_span_length = max_span_length
+        self.permute_all = permute_all
+
+    def choose(self, real: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Visibility]:
+        """Positions to hide among ``real [B, N]`` (right-padded rows), and who sees whom."""
+        order = uniform(real.shape, real.device, generator)
+        hidden = real if self.permute_all else self._spans(real, generator)
+        hidden = proper_part(hidden, real, order)
+        rank = order.argsort(1).argsort(1)
+        return hidden, ((rank + 1).where(hidden, 0), rank.where(hidden, 0))
+
+    def _spans(self, real: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Random spans of real positions, ``[B, N]`` bool, all rows at once."""
+        rows, width = real.shape
+        contexts = torch.tensor(
+            [int(span / self.probability) for span in range(1, self.max_span_length + 1)],
+            device=real.device,
+        )
+        steps = -(-width // int(contexts[0]))
+        lengths = real.sum(1, keepdim=True)
+        span_draw, place_draw = uniform((2, rows, steps), real.device, generator)
+        span = (span_draw * self.max_span_length).long() + 1
+        context = contexts[span - 1]
+        begin = context.cumsum(1) - context + (place_draw * (context - span + 1)).long()
+        edges = real.new_zeros(rows, width + 1, dtype=torch.long)
+        edges.scatter_add_(1, begin.minimum(lengths), torch.ones_like(begin))
+        edges.scatter_add_(1, (begin + span).minimum(lengths), -torch.ones_like(begin))
+        return edges.cumsum(1)[:, :width] > 0
+
+    def training(
+        self, item_ids: Tensor, lengths: Tensor, generator: torch.Generator | None = None
+    ) -> MaskedSequence:
+        hidden, visibility = self.choose(real_positions(lengths, item_ids.shape[1]), generator)
+        return MaskedSequence(item_ids, hidden, lengths, item_ids.where(hidden, 0), visibility)
+
+    def inference(self, item_ids: Tensor, lengths: Tensor) -> tuple[MaskedSequence, Tensor]:
+        """The mask slot after the last item is the only hidden position: it sees all items, they do not see
+        it."""
+        input_ids, slot = append_mask_slot(item_ids, lengths)
+        nothing = torch.zeros_like(input_ids)
+        return MaskedSequence(input_ids, slot, lengths + 1, nothing, (slot.long(), nothing)), lengths

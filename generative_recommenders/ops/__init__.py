@@ -1,0 +1,1 @@
+"""Tensor operations with fast paths, each with its plain reference."""

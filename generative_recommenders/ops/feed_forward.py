@@ -1,0 +1,139 @@
+"""Position-wise feed-forward networks. All of them act on the last axis: ``[T, D]`` and ``[B, N, D]``
+alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from generative_recommenders.errors import UserError
+from generative_recommenders.ops.dropout import Dropout, KeepMasks, dropout
+
+FLOAT32_EPS = torch.finfo(torch.float32).eps
+"""The epsilon of the RMS norms here, whatever the dtype of the activations."""
+
+_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"relu": F.relu, "gelu": F.gelu}
+
+
+def feed_forward(
+    x: torch.Tensor,
+    first: nn.Linear,
+    second: nn.Linear,
+    activation: Callable[[torch.Tensor], torch.Tensor],
+    dropout_rate: float = 0.0,
+) -> torch.Tensor:
+    """``x + D(W2 D(act(W1 x + b1)) + b2)`` on ``[..., D]``, D being dropout."""
+    written_out = activation is F.relu and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+    if written_out and dropout_rate > 0.0:
+        weights = first.weight, first.bias, second.weight, second.bias
+        return _ReluFeedForward.apply(x.flatten(0, -2), *weights, dropout_rate).view(x.shape)
+    hidden = dropout(activation(first(x)), dropout_rate, training=True)
+    return dropout(second(hidden), dropout_rate, training=True, residual=x)
+
+
+class _ReluFeedForward(torch.autograd.Function):
+    """`feed_forward` with relu and dropout on ``[T, D]``, in place where nothing is lost.
+
+    What the first dropout leaves of relu(a) is positive where both let a pass, so it is all that their backward needs.
+    Both scales 1 / (1 - rate) are multiplied into the second weights.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight1, bias1, weight2, bias2, rate):
+        ctx.scale = 1.0 / (1.0 - rate)
+        ctx.masks = KeepMasks(rate, x, elements=len(x) * (len(weight1) + len(weight2)))
+        hidden = F.linear(x, weight1, bias1).relu_()
+        hidden.mul_(ctx.masks.draw(hidden.shape))
+        scaled = weight2 * ctx.scale**2
+        out = F.linear(hidden, scaled, bias2 * ctx.scale)
+        bits = ctx.masks.bits(out.numel())
+        ctx.save_for_backward(x, hidden, bits, weight1, scaled)
+        return torch.addcmul(x, out, ctx.masks.kept(bits).view(out.shape), out=out)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, hidden, bits, weight1, scaled = ctx.saved_tensors
+        d_out = ctx.masks.kept(bits).view(grad.shape).mul_(grad)
+        d_hidden = d_out @ scaled
+        torch.ops.aten.threshold_backward.grad_input(d_hidden, hidden, 0.0, grad_input=d_hidden)
+        d_weights1 = d_hidden.T @ x, _column_sums(d_hidden)
+        d_weights2 = (d_out.T @ hidden).mul_(ctx.scale**2), _column_sums(d_out).mul_(ctx.scale)
+        return torch.mm(d_hidden, weight1, out=d_out).add_(grad), *d_weights1, *d_weights2, None
+
+
+def _column_sums(x: torch.Tensor, parts: int = 8) -> torch.Tensor:
+    """``x.sum(0)`` of ``[T, D]``, in parts that threads share."""
+    whole = len(x) // parts * parts
+    return x[:whole].unflatten(0, (parts, -1)).sum(1).sum(0) + x[whole:].sum(0)
+
+
+class PointWiseFeedForward(nn.Module):
+    """x + W2 act(W1 x + b1) + b2, the feed-forward of SASRec (arXiv 1808.09781, section 3.3) with its
+    residual.
+
+    embedding_dim: width D of input and output.
+    dropout: rate behind the activation and behind the second layer.
+    activation: "gelu" (erf form) or "relu".
+    hidden_dim: width between the layers, D unless given.
+    """
+
+    def __init__(
+        self,
+        embedding_dim: int,
+        dropout: float,
+        activation: Literal["relu", "gelu"] = "gelu",
+        hidden_dim: int | None = None,
+    ) -> None:
+        super().__init__()
+        if activation not in _ACTIVATIONS:
+            raise UserError(
+                f"activation {activation!r} of PointWiseFeedForward: choose one of {sorted(_ACTIVATIONS)}"
+            )
+        hidden_dim = hidden_dim or embedding_dim
+        self.activation = _ACTIVATIONS[activation]
+        self.linear1 = nn.Linear(embedding_dim, hidden_dim)
+        self.linear2 = nn.Linear(hidden_dim, embedding_dim)
+        self.dropout = Dropout(dropout)
+
+    def forward(self, input_embeddings: torch.Tensor) -> torch.Tensor:
+        """``[..., D]`` to ``[..., D]``."""
+        rate = self.dropout.rate if self.training else 0.0
+        return feed_forward(input_embeddings, self.linear1, self.linear2, self.activation, rate)
+
+
+class SwiGLU(nn.Module):
+    """W2 (silu(WG x) * W1 x), biases everywhere, no residual (arXiv 2002.05202, eq. 6).
+
+    embedding_dim: width D of input and output; hidden_dim: width of the gated layer, 2 D in DiffTransformer.
+    """
+
+    def __init__(self, embedding_dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.WG = nn.Linear(embedding_dim, hidden_dim)
+        self.W1 = nn.Linear(embedding_dim, hidden_dim)
+        self.W2 = nn.Linear(hidden_dim, embedding_dim)
+
+    def forward(self, input_embeddings: torch.Tensor) -> torch.Tensor:
+        """``[..., D]`` to ``[..., D]``."""
+        return self.W2(F.silu(self.WG(input_embeddings)) * self.W1(input_embeddings))
+
+
+class SwiGLUEncoder(nn.Module):
+    """Two residual SwiGLU layers, each with an RMS norm behind: y = RMS(S1(x) + x), out = RMS(S2(y) + y)."""
+
+    def __init__(self, embedding_dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.sw1 = SwiGLU(embedding_dim, hidden_dim)
+        self.norm1 = nn.RMSNorm(embedding_dim, eps=FLOAT32_EPS)
+        self.sw2 = SwiGLU(embedding_dim, hidden_dim)
+        self.norm2 = nn.RMSNorm(embedding_dim, eps=FLOAT32_EPS)
+
+    def forward(self, input_embeddings: torch.Tensor) -> torch.Tensor:
+        """``[..., D]`` to ``[..., D]``."""
+        hidden = self.norm1(self.sw1(input_embeddings) + input_embeddings)
+        return self.norm2(self.sw2(hidden) + hidden)

@@ -1,0 +1,1 @@
+"""Retrieval of the best items for a query."""

@@ -1,0 +1,1 @@
+"""Run folders: files, logs, summaries, plots."""

@@ -1,0 +1,295 @@
+"""The folder of one run: its lock, resolved configuration, metrics, TensorBoard events, log and checkpoints.
+
+::
+
+    runs/20260131-120000-ml-1m/
+      run.lock  resolved.gin  metrics.jsonl  train.log  tensorboard/  checkpoints/
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import io
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from absl import logging
+
+from generative_recommenders.errors import UserError
+from generative_recommenders.run.logging import add_log_file, no_link, remove_log_file
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+_WRITTEN = ("run.lock", "resolved.gin", "metrics.jsonl", "train.log", "curves.png")
+_EVENTS = re.compile(r"(?P<start>events\.out\.tfevents\.)(?P<time>\d{1,20})(?P<end>\..*)")
+
+
+class RunFolder:
+    """An open run folder; only the main process of a run has one. Use as a context manager or call `close`.
+
+    While it is open it is locked, and log lines go to ``train.log`` too. On resume call `truncate_after`
+    with the step of the checkpoint, so that no later step is recorded twice.
+    """
+
+    def __init__(self, path: Path, lock: IO[str]) -> None:
+        self.path = path
+        self._lock = lock
+        self._writer: SummaryWriter | None = None
+        self._purge_step: int | None = None
+        self._metrics = _open_lines(self.metrics_path)
+        self._log_handler = add_log_file(path / "train.log")
+
+    @classmethod
+    def create_or_open(
+        cls, path: Path | str | None, resume: bool = False, name: str = "run", root: Path | str = "runs"
+    ) -> RunFolder:
+        """Opens ``path``, or a new ``root/<timestamp>-<name>`` where path is None.
+
+        Raises UserError where there is nothing to resume, where a run would write over another one's
+        results, where another process has the folder open, or where it cannot be written to.
+        """
+        if path is None and resume:
+            raise UserError("--resume needs the folder of the run to go on with: give --run_dir")
+        try:
+            folder = _new_folder(Path(root), name) if path is None else _given_folder(Path(path), resume)
+            _refuse_links(folder)
+            return cls(folder, _lock(folder))
+        except OSError as error:
+            shown = path or Path(root) / name
+            raise UserError(
+                f"cannot write to run folder {shown}: {error.strerror}; choose another with --run_dir"
+            ) from error
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder for a `CheckpointStore`."""
+        return self.path / "checkpoints"
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    def save_resolved_gin(self, text: str) -> Path:
+        """Writes the configuration that the run is made from, complete."""
+        return self._write("resolved.gin", text)
+
+    def write_metrics(self, step: int, values: Mapping[str, Any]) -> None:
+        """Appends one JSON object with ``step`` and the values to metrics.jsonl, at once. Not-finite
+        numbers become null."""
+        record = {"step": step, **{name: _finite(value) for name, value in values.items()}}
+        line = json.dumps(record).encode() + b"\n"
+        with self._writable():
+            if self._metrics.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def write_scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Adds TensorBoard scalars; names with a slash are grouped."""
+        with self._writable():
+            writer = self._summary_writer()
+            for name, value in values.items():
+                writer.add_scalar(name, value, step)
+
+    def truncate_after(self, step: int, epoch: int | None = None) -> None:
+        """Forgets what was recorded behind ``step``: lines of metrics.jsonl, and TensorBoard events by its
+        purge step. Final results are forgotten too: a run that goes on writes them anew.
+
+        epoch: the one (from 0) that the checkpoint is in, whose record is still to come: one that was written
+        at this very step is forgotten too. Call it before anything is written.
+        """
+        self._metrics.close()
+        lines = self.metrics_path.read_bytes().splitlines(keepends=True)
+        found = [(line, _kept_record(line, step, epoch)) for line in lines]
+        kept = [(line, record) for line, record in found if record is not None]
+        self._write(self.metrics_path.name, "".join(line.decode() for line, _ in kept))
+        self._metrics = _open_lines(self.metrics_path)
+        with self._writable():
+            _put_before_now(self.tensorboard)
+        self._purge_step = step + 1
+        at_step = [record for _, record in kept if record["step"] == step]
+        if epoch is not None and not any("epoch" in record for record in at_step):
+            self._purge_epoch(step, at_step)
+
+    def _purge_epoch(self, step: int, records: list[dict[str, Any]]) -> None:
+        """TensorBoard forgets all of a step, not only its epoch: what stays is written anew."""
+        self._purge_step = step
+        for record in records:
+            values = {name: value for name, value in record.items() if "/" in name}
+            self.write_scalars(step, {name: _number(value) for name, value in values.items()})
+
+    def flush(self) -> None:
+        """Brings everything to disk, as before a checkpoint."""
+        with self._writable():
+            os.fsync(self._metrics.fileno())
+            if self._writer is not None:
+                self._writer.flush()
+
+    def close(self) -> None:
+        """Writes out everything and gives up the lock. May be called again."""
+        if self._lock.closed:
+            return
+        try:
+            if self._writer is not None:
+                self._writer.close()
+        except OSError as error:
+            logging.warning("TensorBoard's last events are not written: %s", error.strerror)
+        self._metrics.close()
+        remove_log_file(self._log_handler)
+        self._lock.close()
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _summary_writer(self) -> SummaryWriter:
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(self.tensorboard), purge_step=self._purge_step)
+        return self._writer
+
+    def _write(self, name: str, text: str) -> Path:
+        """Replaces a file of the folder, whole or not at all."""
+        path, writing = self.path / name, self.path / f".{name}.writing"
+        with self._writable():
+            writing.unlink(missing_ok=True)
+            with open(writing, "x", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(writing, path)
+        return path
+
+    @contextlib.contextmanager
+    def _writable(self) -> Iterator[None]:
+        """A full disk is one line."""
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"cannot write to run folder {self.path}: {error.strerror}") from error
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a run measured or saved anything there; one that was refused before its first step did not."""
+    metrics = folder / "metrics.jsonl"
+    measured = metrics.exists() and metrics.stat().st_size > 0
+    return measured or any((folder / "checkpoints").glob("[0-9]*"))
+
+
+def check_same_data(saved_hash: str, current_hash: str, what: str = "the prepared data") -> None:
+    """Refuses to resume on data other than the run began with."""
+    if saved_hash != current_hash:
+        raise UserError(
+            f"{what} changed since this run began (hash {saved_hash} then, {current_hash} now): "
+            "restore that data set or start a new run"
+        )
+
+
+def _new_folder(root: Path, name: str) -> Path:
+    """A folder named by the time, with a number behind it where that one exists."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    root.mkdir(parents=True, exist_ok=True)
+    attempt = 1
+    while True:
+        folder = root / (f"{stamp}-{name}" + (f"-{attempt}" if attempt > 1 else ""))
+        try:
+            folder.mkdir()
+            return folder
+        except FileExistsError:
+            attempt += 1
+
+
+def _given_folder(folder: Path, resume: bool) -> Path:
+    if resume and not folder.is_dir():
+        raise UserError(f"no run to resume at {folder}")
+    if not resume and holds_run(folder):
+        raise UserError(f"{folder} holds a run already: go on with it by --resume, or give another --run_dir")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _refuse_links(folder: Path) -> None:
+    """What a run writes stays in its folder."""
+    for name in _WRITTEN:
+        if (folder / name).is_symlink():
+            raise UserError(
+                f"{folder / name} is a symbolic link, and a run writes to no file elsewhere: "
+                "remove the link, or give another --run_dir"
+            )
+
+
+def _lock(folder: Path) -> IO[str]:
+    """The locked lock file, which names this process. The system frees the lock when the process ends in
+    any way."""
+    path = folder / "run.lock"
+    file = open(path, "a+", encoding="utf-8", opener=no_link)  # noqa: SIM115, held as long as the run
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        owner = file.read(32).strip() or "unknown"
+        file.close()
+        raise UserError(
+            f"run folder {folder} is in use by process {owner}; wait for it or choose another"
+        ) from None
+    except OSError as error:
+        logging.warning(
+            "run folder %s cannot be locked (%s): start no second run in it", folder, error.strerror
+        )
+    file.truncate(0)
+    file.write(f"{os.getpid()}\n")
+    file.flush()
+    return file
+
+
+def _open_lines(path: Path) -> io.FileIO:
+    """A JSON-lines file for appending, unbuffered; a last line that a killed process left unfinished is cut
+    off."""
+    if path.exists():
+        content = path.read_bytes()
+        with open(path, "r+b", opener=no_link) as file:
+            file.truncate(content.rfind(b"\n") + 1)
+    return open(path, "ab", buffering=0, opener=no_link)
+
+
+def _kept_record(line: bytes, step: int, epoch: int | None) -> dict[str, Any] | None:
+    """A line of metrics.jsonl that is of a step up to this one and of no epoch from this one on, and not the
+    final results; else None, as for a damaged one."""
+    try:
+        record = json.loads(line.decode())
+        late = int(record["step"]) > step or (epoch is not None and int(record.get("epoch", -1)) >= epoch)
+        return None if late or record.get("part") == "final" else record
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError):
+        return None
+
+
+def _put_before_now(folder: Path) -> None:
+    """Numbers event files in their order where one is named by a time that is still to come: TensorBoard reads files
+    by name, and what a file purges must have been read before it."""
+    found = [(match, path) for path in sorted(folder.glob("*")) if (match := _EVENTS.fullmatch(path.name))]
+    if any(int(match["time"]) >= time.time() for match, _ in found):
+        for number, (match, path) in enumerate(found, start=1):
+            path.rename(folder / f"{match['start']}{number:010d}{match['end']}")
+
+
+def _number(value: Any) -> float:
+    """What `_finite` made null is NaN again."""
+    return float(value) if isinstance(value, (int, float)) else math.nan
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,168 @@
+"""What a run says at its end: the model beside two baselines, the data, and where everything is."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from generative_recommenders.config.schema import RunSettings, TrainSettings
+from generative_recommenders.data.loader import EvaluationLoader
+from generative_recommenders.data.splits import Split
+from generative_recommenders.data.store import SequenceDataset
+from generative_recommenders.distributed.collectives import Collectives
+from generative_recommenders.evaluation.baselines import MarkovSuccessor, MostPopular
+from generative_recommenders.evaluation.evaluator import Evaluator
+from generative_recommenders.training.memory_estimate import MIB, kept_activations
+from generative_recommenders.training.trainer import Trainer
+
+COLUMNS = ("hr@10", "ndcg@10", "hr@50", "ndcg@50", "mrr")
+
+
+def baseline_metrics(
+    dataset: SequenceDataset, split: Split, settings: TrainSettings, collectives: Collectives
+) -> dict[str, dict[str, float]]:
+    """Test metrics of the most popular items and of the last item's most frequent successor, fitted on training events."""
+    columns = (dataset.items, dataset.offsets, split.train_stops, dataset.num_items)
+    baselines: dict[str, MostPopular | MarkovSuccessor] = {
+        "most popular": MostPopular.fit(*columns),
+        "last item's successor": MarkovSuccessor.fit(*columns),
+    }
+    loader = EvaluationLoader(
+        dataset, split.test_targets, settings.max_sequence_length, settings.eval_batch_size,
+        collectives.rank, collectives.world_size,
+    )  # fmt: skip
+    unseen = torch.from_numpy(split.unseen_test_targets)
+    evaluate = Evaluator(loader, dataset.num_items, settings.seen_filter, collectives, unseen)
+    return {name: evaluate(_score_by(baseline)).metrics() for name, baseline in baselines.items()}
+
+
+def _score_by(
+    baseline: MostPopular | MarkovSuccessor,
+) -> Callable[[Mapping[str, torch.Tensor]], torch.Tensor]:
+    return lambda batch: baseline.score(batch["item_ids"], batch["lengths"])
+
+
+def results_table(rows: Mapping[str, Mapping[str, float]]) -> str:
+    """One line a method, one column a metric."""
+    width = max(len(name) for name in rows)
+    lines = [" " * width + "".join(f"{name:>10}" for name in COLUMNS)]
+    lines += [
+        f"{name:<{width}}" + "".join(f"{values[c]:>10.4f}" for c in COLUMNS) for name, values in rows.items()
+    ]
+    return "\n".join(lines)
+
+
+def model_rows(
+    settings: TrainSettings, metrics: Mapping[str, float], liked: Mapping[str, float]
+) -> dict[str, Mapping[str, float]]:
+    """The model's rows of the table: all targets, then the highly rated ones where there are any."""
+    rows = {settings.main_module: metrics}
+    if liked:
+        rows[f"{settings.main_module}, targets rated {settings.rating_threshold:g}+"] = liked
+    return rows
+
+
+def curve_rows(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What `visualization.plot_curves` draws of the epochs, counted from 1: the loss, and the table's metrics where the
+    evaluation was a full one."""
+    rows = []
+    for epoch in history:
+        names = ("train_loss", *COLUMNS) if epoch["full"] else ("train_loss",)
+        rows.append({"epoch": epoch["epoch"] + 1, **{name: epoch[name] for name in names if name in epoch}})
+    return rows
+
+
+def list_metrics_lines(lists: Mapping[str, float]) -> list[str]:
+    """Metrics of the model's top-k lists, two lines; none where there are none."""
+    if not lists:
+        return []
+    return ["", "  ".join(lists), "  ".join(f"{value:>{len(name)}.4f}" for name, value in lists.items())]
+
+
+def peak_memory() -> dict[str, int]:
+    """Of this process, MiB: ``peak_rss_mb``, and ``peak_gpu_mb`` of torch's tensors where a GPU was used."""
+    peaks = {"peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)}
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        peaks["peak_gpu_mb"] = round(torch.cuda.max_memory_allocated() / 2**20)
+    return peaks
+
+
+def data_summary(dataset: SequenceDataset, split: Split) -> str:
+    counts = "  ".join(f"{name} {value:,}" for name, value in split.counts.items())
+    return (
+        f"data {dataset.manifest.name}: {dataset.num_users:,} users  {dataset.num_items:,} items  "
+        f"{dataset.num_events:,} events\nsplit {split.protocol} {split.hash}: {counts}"
+    )
+
+
+def conditions(settings: RunSettings, dataset: SequenceDataset) -> str:
+    """What numbers must be read with: the seen filter, and next_time where a time bias sees times."""
+    t, tower = settings.train, settings.item_tower
+    encoder = tower.query_module if t.main_module == "TwoTower" else t.main_module
+    biased = settings.hstu.enable_relative_attention_bias and settings.hstu.enable_relative_time_bias
+    shown = f"seen filter {t.seen_filter!r}"
+    if encoder != "HSTU" or not biased or dataset.timestamps is None:
+        return shown
+    return f"{shown}, next_time {t.next_time!r}"
+
+
+def final_report(
+    rows: Mapping[str, Mapping[str, float]],
+    dataset: SequenceDataset,
+    split: Split,
+    conditions: str,
+    best_epoch: int | None,
+    folder: Path,
+    checkpoint: Path | None,
+    lists: Mapping[str, float],
+) -> str:
+    """The text that ends a run."""
+    chosen = (
+        "after the last step" if best_epoch is None else f"epoch {best_epoch + 1}, the best on validation"
+    )
+    if split.protocol == "paper":
+        chosen = (
+            "the last epoch; protocol paper scores the test item every epoch, as the HSTU authors' code does"
+        )
+    tensorboard = folder / "tensorboard"
+    places = {
+        "checkpoint": checkpoint or "none",
+        "resolved config": folder / "resolved.gin",
+        "TensorBoard log": tensorboard if tensorboard.exists() else "none, the run was too short",
+        "curves": folder / "curves.png",
+    }
+    lines = [
+        "",
+        f"test, full catalogue, {conditions}; model: {chosen}",
+        results_table(rows),
+        *list_metrics_lines(lists),
+        "",
+        data_summary(dataset, split),
+        *(f"{name}: {place}" for name, place in places.items()),
+    ]
+    return "\n".join(lines)
+
+
+def model_summary(trainer: Trainer) -> str:
+    """Parts, parameter counts and an estimate of memory, for --dry_run. Parameters that two parts share count once."""
+    model, counts = trainer.model, {}
+    seen: set[torch.nn.Parameter] = set()
+    for name, part in [*model.named_children(), ("criterion", trainer.step.dense.criterion)]:
+        own = set(part.parameters()) - seen
+        counts[name], seen = sum(p.numel() for p in own), seen | own
+    total = sum(counts.values())
+    held = 4 * total
+    if trainer.settings.train.optimizer == "rowwise_adagrad":  # it keeps one number a row of the item table
+        held -= 2 * counts["items"]
+    lines = [str(model), str(trainer.step.dense.criterion), ""]
+    lines += [f"{name:<16}{count:>14,} parameters" for name, count in counts.items()]
+    lines += [
+        f"{'total':<16}{total:>14,} parameters",
+        f"memory, estimated: {held * 4 / MIB:,.0f} MiB weights, gradients and optimizer state; "
+        f"at most {kept_activations(trainer) / MIB:,.0f} MiB that a full batch keeps for its backward pass",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,387 @@
+"""The training run: epochs of steps, validation, the best checkpoint, the test at the end.
+
+A run's position is (epoch, step). Everything random in a step is keyed by the seed, the step and the rank, so a resumed run
+continues bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from time import perf_counter
+
+import torch
+from absl import logging
+
+from generative_recommenders.build.parts import (
+    Catalogue,
+    build_criterion,
+    build_model,
+    build_objective,
+    build_sampler,
+)
+from generative_recommenders.checkpoint.store import Checkpoint, CheckpointStore
+from generative_recommenders.config.schema import MAX_PREFETCH, RunSettings
+from generative_recommenders.data.loader import LoadedBatch, SequenceLoader, prefetch
+from generative_recommenders.data.splits import Split
+from generative_recommenders.data.store import SequenceDataset
+from generative_recommenders.distributed.collectives import Collectives
+from generative_recommenders.distributed.sync import checkpoint_from_main
+from generative_recommenders.errors import UserError
+from generative_recommenders.evaluation.model_evaluation import ModelEvaluation
+from generative_recommenders.objectives.examples import TrainingExample
+from generative_recommenders.ops.counter_random import stream_key
+from generative_recommenders.run.directory import RunFolder, check_same_data
+from generative_recommenders.run.epoch_log import EpochLog
+from generative_recommenders.training.optimizers import Optimizer
+from generative_recommenders.training.progress import (
+    RemainingTime,
+    check_finite,
+    check_finite_parameters,
+    with_progress,
+)
+from generative_recommenders.training.state import Progress
+from generative_recommenders.training.step import StepResult, TrainingStep
+
+BEST_BY = "ndcg@10"
+ACCELERATOR_CHECK = 20
+"""Steps between looks at the loss on an accelerator, which each wait for it; on a CPU every step is looked at."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """test: metrics of the best (in protocol "paper", the last) state; liked: over highly rated targets alone;
+    finished: False after a stop request, and then there are no metrics; lists: of the top-k lists, where asked for."""
+
+    test: dict[str, float]
+    liked: dict[str, float]
+    progress: Progress
+    finished: bool
+    lists: dict[str, float] = field(default_factory=dict)
+
+
+class Trainer:
+    """One process's part of a run. run: its folder, on the main process alone."""
+
+    def __init__(
+        self,
+        settings: RunSettings,
+        dataset: SequenceDataset,
+        split: Split,
+        collectives: Collectives,
+        run: RunFolder | None = None,
+    ) -> None:
+        self.settings, self.dataset, self.split = settings, dataset, split
+        self.collectives, self.run_folder = collectives, run
+        t = settings.train
+        set_precision(settings, collectives.device)
+        torch.manual_seed(t.random_seed)
+        catalogue = Catalogue.of(dataset, split.train_stops, t.category_feature)
+        self.model = build_model(settings, catalogue).to(collectives.device)
+        self.objective = build_objective(settings)
+        self.step = self._build_step(catalogue)
+        self.loader = SequenceLoader(
+            dataset, split.train_stops, t.max_sequence_length, t.local_batch_size, t.random_seed,
+            t.positional_sampling_ratio, collectives.rank, collectives.world_size,
+        )  # fmt: skip
+        if len(self.loader) == 0:
+            raise UserError(
+                f"{t.dataset_name}: no user has 2 training events; there is nothing to learn from"
+            )
+        self.picks_best = self._has_validation()
+        self.evaluation = ModelEvaluation(settings, dataset, split, collectives)
+        self.log = EpochLog(run, t.num_epochs, "test" if t.protocol == "paper" else "validation")
+        self.progress = Progress()
+        self.saved_at = perf_counter()
+
+    def _has_validation(self) -> bool:
+        """Whether the split has targets to pick an epoch by; said where it should have."""
+        t = self.settings.train
+        if t.protocol == "paper":  # the test targets stand in for them, and pick nothing
+            return False
+        if bool((self.split.validation_targets >= 0).any()):
+            return True
+        if t.early_stopping_patience is not None:
+            raise UserError(
+                f"{t.dataset_name} has no validation targets under protocol {t.protocol!r}, which "
+                "train_fn.early_stopping_patience needs: unset it"
+            )
+        if self.collectives.is_main:
+            logging.warning(
+                "%s has no validation targets under protocol %r: validation metrics are 0, and the last epoch is kept",
+                t.dataset_name, t.protocol,
+            )  # fmt: skip
+        return False
+
+    def _build_step(self, catalogue: Catalogue) -> TrainingStep:
+        t, device = self.settings.train, self.collectives.device
+        criterion = build_criterion(self.settings, catalogue, self.model).to(device)
+        sampler = build_sampler(self.settings, catalogue).to(device) if criterion.needs_negatives else None
+        dense = [p for name, p in self.model.named_parameters() if name != "items.table"]
+        optimizer = Optimizer(
+            [*dense, *criterion.parameters()], self.model.items.table, t.optimizer,
+            t.learning_rate, t.weight_decay, t.num_warmup_steps, t.max_grad_norm,
+        )  # fmt: skip
+        autocast = torch.bfloat16 if t.main_module_bf16 else None
+        return TrainingStep(
+            self.model, criterion, sampler, optimizer, self.collectives, t.random_seed, autocast
+        )
+
+    # -- running ------------------------------------------------------------------------------------------------
+
+    def train(
+        self,
+        store: CheckpointStore | None = None,
+        max_steps: int | None = None,
+        stop: Callable[[], bool] = lambda: False,
+        on_step: Callable[[], None] = lambda: None,
+    ) -> TrainResult:
+        """Trains to the end (or to max_steps, or until stop() on any process), then scores the test targets.
+
+        store: where the main process keeps checkpoints. on_step: called after each step, for a profiler.
+        """
+        self.remaining = self._remaining_time(max_steps)
+        while not self._done(max_steps):
+            went_through = self._steps(store, max_steps, stop, on_step)
+            check_finite_parameters(self.progress.step, self.model)
+            if not went_through:
+                self.save(store)
+                self.collectives.barrier()  # nobody ends, and so ends the others, before the checkpoint is written
+                return TrainResult({}, {}, self.progress, False)
+            if self.progress.step_in_epoch >= len(self.loader):
+                self._end_of_epoch(store)
+        self.save(store)
+        self._load_best(store)
+        result = self.evaluation.test(self.model)
+        return TrainResult(result.metrics(), result.liked_metrics(), self.progress, True, result.lists)
+
+    def _done(self, max_steps: int | None) -> bool:
+        p, t = self.progress, self.settings.train
+        patience = t.early_stopping_patience
+        tired = patience is not None and p.epochs_without_gain >= patience
+        return p.epoch >= t.num_epochs or tired or (max_steps is not None and p.step >= max_steps)
+
+    def _remaining_time(self, max_steps: int | None) -> RemainingTime:
+        p, whole = self.progress, self.settings.train.num_epochs * len(self.loader)
+        done = p.epoch * len(self.loader) + p.step_in_epoch
+        return RemainingTime(whole if max_steps is None else min(whole, done + max_steps - p.step), done)
+
+    def _steps(
+        self,
+        store: CheckpointStore | None,
+        max_steps: int | None,
+        stop: Callable[[], bool],
+        on_step: Callable[[], None],
+    ) -> bool:
+        """Steps to the epoch's end or to max_steps, with a checkpoint every checkpoint_minutes; False where a stop was
+        asked for."""
+        t, p = self.settings.train, self.progress
+        self.model.train()
+        waiting: list[tuple[LoadedBatch, StepResult]] = []
+        check_every = 1 if self.collectives.device.type == "cpu" else ACCELERATOR_CHECK
+        started, before = perf_counter(), p.seconds
+        for loaded in self._progress_bar(self._batches()):
+            waiting.append((loaded, self.run_step(loaded)))
+            if len(waiting) >= check_every or p.step % t.eval_interval == 0:
+                self._account(waiting)
+            p.seconds = before + perf_counter() - started
+            if p.step % t.eval_interval == 0:
+                self._log_step()
+                started, before = perf_counter(), p.seconds
+            on_step()
+            stopping, saving = self._asked(stop())
+            if stopping or saving:
+                self._account(waiting)
+            if stopping:
+                return False
+            if saving:
+                check_finite_parameters(p.step, self.model)
+                self.save(store)
+                started, before = perf_counter(), p.seconds
+            if max_steps is not None and p.step >= max_steps:
+                break
+        self._account(waiting)
+        return True
+
+    def _asked(self, stop: bool) -> tuple[bool, bool]:
+        """Whether any process is to stop, and whether the main one finds a checkpoint due: in one exchange, so that all
+        processes do the same."""
+        due = perf_counter() - self.saved_at >= 60 * self.settings.train.checkpoint_minutes
+        asked = self.collectives.sum_(torch.tensor([float(stop), float(due and self.collectives.is_main)]))
+        return bool(asked[0] > 0), bool(asked[1] > 0)
+
+    def _batches(self) -> Iterator[LoadedBatch]:
+        batches = self.loader.epoch(self.progress.epoch, self.progress.step_in_epoch)
+        return prefetch(batches, min(self.settings.loader.prefetch_factor, MAX_PREFETCH))
+
+    def _progress_bar(self, batches: Iterator[LoadedBatch]) -> Iterator[LoadedBatch]:
+        p = self.progress
+        name = f"epoch {p.epoch + 1}/{self.settings.train.num_epochs}"
+        return with_progress(batches, len(self.loader), name, p.step_in_epoch, self.run_folder is not None)
+
+    def run_step(self, loaded: LoadedBatch) -> StepResult:
+        """One step on a loaded batch."""
+        result = self.step(*self._step_inputs(loaded, self.progress.step))
+        self.progress.step += 1
+        self.progress.step_in_epoch += 1
+        return result
+
+    def _step_inputs(self, loaded: LoadedBatch, step: int) -> tuple[TrainingExample, int, int]:
+        """What `TrainingStep` takes, with torch seeded: all that is random depends on the seed, the step and the rank alone."""
+        key = stream_key(self.settings.train.random_seed, step, self.collectives.rank)
+        seed_generators(key, self.collectives.device)
+        example = self.objective.example(loaded.columns, torch.Generator().manual_seed(key))
+        first_target = self.objective.first_target(loaded.first_row, loaded.first_token)
+        return example.to(self.collectives.device), first_target, step
+
+    def _account(self, waiting: list[tuple[LoadedBatch, StepResult]]) -> None:
+        """Adds finished steps, the last of them the newest, to the epoch's loss; the first that is not finite ends the run."""
+        p = self.progress
+        for step, (loaded, result) in enumerate(waiting, start=p.step - len(waiting)):
+            loss, targets = float(result.loss), float(result.targets)
+            check_finite(loss, step + 1, self.step.dense, partial(self._rerun, loaded, step))
+            p.epoch_loss, p.epoch_targets = p.epoch_loss + loss * targets, p.epoch_targets + targets
+        if waiting:
+            self.last_result = waiting[-1][1]
+        waiting.clear()
+
+    def _rerun(self, loaded: LoadedBatch, step: int) -> None:
+        """The forward pass of a step that was, with the same draws."""
+        self.step.forward(*self._step_inputs(loaded, step))
+
+    def _log_step(self) -> None:
+        quick = self.evaluation.validation(self.model, max_batches=1).metrics()
+        self.log.step(self.progress.step, float(self.last_result.loss), self.last_result.learning_rate, quick)
+
+    def _end_of_epoch(self, store: CheckpointStore | None) -> None:
+        t, p = self.settings.train, self.progress
+        full = p.epoch % t.full_eval_every_n == 0 or p.epoch + 1 >= t.num_epochs
+        result = self.evaluation.validation(self.model, None if full else t.partial_eval_num_iters)
+        metrics = result.all_metrics() if full else result.metrics()
+        loss = p.epoch_loss / max(p.epoch_targets, 1.0)
+        p.history.append(
+            {"epoch": p.epoch, "train_loss": loss, "seconds": p.seconds, "full": full, **metrics}
+        )
+        better = full and self.picks_best and (p.best_metric is None or metrics[BEST_BY] > p.best_metric)
+        if better:
+            p.best_metric, p.best_epoch, p.epochs_without_gain = metrics[BEST_BY], p.epoch, 0
+        elif full:
+            p.epochs_without_gain += 1
+        self.log.epoch(p.step, p.history[-1], self.remaining.left((p.epoch + 1) * len(self.loader)))
+        p.epoch, p.step_in_epoch, p.epoch_loss, p.epoch_targets = p.epoch + 1, 0, 0.0, 0.0
+        if better or p.epoch % t.save_ckpt_every_n == 0:
+            self.save(store, metrics[BEST_BY], better)
+
+    # -- checkpoints --------------------------------------------------------------------------------------------
+
+    def save(self, store: CheckpointStore | None, metric: float | None = None, is_best: bool = False) -> None:
+        """Model, optimizer and progress; by the main process alone."""
+        self.saved_at = perf_counter()
+        if store is None or not self.collectives.is_main:
+            return
+        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        optimizer = self.step.optimizer.state_tensors()
+        tensors.update({f"optimizer.{name}": value for name, value in optimizer.items()})
+        state = {
+            "progress": asdict(self.progress),
+            "warnings": self.log.state(),
+            "data_hash": self.dataset.manifest.data_hash,
+            "split_hash": self.split.hash,
+            "features_hash": self.dataset.manifest.features_hash,
+            "world_size": self.collectives.world_size,
+            "global_batch": self.loader.global_batch,
+        }
+        if self.run_folder is not None:
+            self.run_folder.flush()
+        store.save((self.progress.epoch, self.progress.step), tensors, state, metric, is_best)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Continues from a checkpoint: refused on other data; says what differs at another number of processes."""
+        try:
+            saved_hash = checkpoint.state["split_hash"]
+            processes, batch = _positive(checkpoint, "world_size"), _positive(checkpoint, "global_batch")
+            progress = Progress(**checkpoint.state["progress"])
+            self.log.restore(checkpoint.state["warnings"])
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{checkpoint.path} does not hold the state of a run: {error!r}") from error
+        check_same_data(saved_hash, self.split.hash)
+        features_hash = self.dataset.manifest.features_hash
+        check_same_data(
+            checkpoint.state.get("features_hash", features_hash), features_hash, "features of the data"
+        )
+        load_model(self.model, checkpoint)
+        prefix = "optimizer."
+        self.step.optimizer.load_state_tensors(
+            {name[len(prefix) :]: x for name, x in checkpoint.tensors.items() if name.startswith(prefix)}
+        )
+        if processes != self.collectives.world_size:
+            logging.warning(
+                "resuming a run of %d processes on %d: dropout draws differ",
+                processes, self.collectives.world_size,
+            )  # fmt: skip
+        if batch != self.loader.global_batch:
+            progress.step_in_epoch = self._same_place(progress.step_in_epoch, batch)
+        self.progress = progress
+        if self.run_folder is not None:
+            self.run_folder.truncate_after(self.progress.step, self.progress.epoch)
+
+    def _same_place(self, steps: int, batch: int) -> int:
+        """The steps of an epoch that cover the users of ``steps`` steps of another global batch, and no more."""
+        users, now = self.loader.users.size, self.loader.global_batch
+        done = min(steps * batch, users)
+        same = len(self.loader) if done == users else done // now
+        logging.warning(
+            "resuming with a global batch of %d users, which was %d: after %d users of the epoch, %d of them are seen again",
+            now, batch, done, done - min(same * now, users),
+        )  # fmt: skip
+        return same
+
+    def _load_best(self, store: CheckpointStore | None) -> None:
+        """The best state on every process, as the main one reads it; the last one is kept where that is lost."""
+        epoch = self.progress.best_epoch
+        if store is None or epoch is None:
+            return
+        best = checkpoint_from_main(self.collectives, store.load_best)
+        if best is not None and best.position.epoch == epoch + 1:
+            load_model(self.model, best)
+            return
+        self.progress.best_epoch = None
+        if self.collectives.is_main:
+            logging.warning(
+                "the checkpoint of the best epoch, %d, cannot be read: the last state is scored", epoch + 1
+            )
+
+
+def _positive(checkpoint: Checkpoint, name: str) -> int:
+    value = checkpoint.state[name]
+    if type(value) is not int or not 0 < value < 1 << 31:
+        raise ValueError(f"{name} is {value!r}")
+    return value
+
+
+def seed_generators(seed: int, device: torch.device) -> None:
+    """Of the CPU and the device in use, in a hundredth of the time of `torch.manual_seed`, which looks for all kinds."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+
+
+def load_model(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
+    """The checkpoint's weights; UserError where they do not fit the model."""
+    prefix = "model."
+    state = {name[len(prefix) :]: x for name, x in checkpoint.tensors.items() if name.startswith(prefix)}
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        first = " ".join(str(error).split())[:300]
+        raise UserError(f"{checkpoint.path} does not fit the configuration: {first}") from error
+
+
+def set_precision(settings: RunSettings, device: torch.device) -> None:
+    """TF32 and determinism."""
+    torch.backends.cuda.matmul.allow_tf32 = settings.train.enable_tf32
+    torch.backends.cudnn.allow_tf32 = settings.train.enable_tf32
+    torch.use_deterministic_algorithms(settings.train.deterministic)
+    if settings.train.enable_tf32 and device.type == "cpu":
+        logging.info("train_fn.enable_tf32: a CPU has no TF32; float32 is used")

@@ -1,0 +1,45 @@
+"""What a batch of histories is, and the letters that shapes are written in.
+
+Shape legend, used in every docstring of the package:
+
+====  =======================================================
+B     users (rows) of a batch
+N     padded length: columns of a rectangle
+T     tokens: the sum of the real lengths of a batch
+D     embedding width
+V     items of the catalogue; ids are 1..V, 0 is padding
+R     negatives
+P     positives of one position
+H     attention heads
+U     unique items that a step touches
+====  =======================================================
+
+Rectangles ``[B, N]`` hold small integers and are right-padded (oldest event first, 0 behind the last).
+Jagged tensors ``[T, ...]`` hold one row per real token, users one after the other, with ``offsets [B + 1]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+Batch = Mapping[str, torch.Tensor]
+"""What a loader yields: names to small integer tensors (``[B, N]`` ids, ratings, timestamps; ``[B]`` lengths)."""
+
+
+@dataclass(frozen=True)
+class SequentialFeatures:
+    """Histories to encode.
+
+    past_lengths: ``[B]`` int64, real events a row.
+    past_ids: ``[B, N]`` int64, right-padded with 0.
+    past_payloads: further ``[B, N]`` columns: ``ratings`` float32, ``timestamps`` int64 (seconds), and per-row
+        ``[B]`` columns: ``next_timestamps`` int64 (time of the event to predict, 0 where unknown; or ``[B, N]``, of every
+        position), ``user_ids``.
+    """
+
+    past_lengths: torch.Tensor
+    past_ids: torch.Tensor
+    past_payloads: dict[str, torch.Tensor] = field(default_factory=dict)

@@ -1,0 +1,389 @@
+"""Names become objects; combinations that cannot work are refused in one line."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from generative_recommenders.build.objectives import auxiliary_weights
+from generative_recommenders.build.parts import (
+    build_criterion,
+    build_model,
+    build_objective,
+    build_sampler,
+    build_top_k,
+)
+from generative_recommenders.config.schema import RunSettings
+from generative_recommenders.errors import UserError
+from generative_recommenders.modeling.encoders.two_tower import EntityFeature, FeatureMerger
+from generative_recommenders.modeling.feature_embeddings import EmbeddingSpec
+from generative_recommenders.objectives.losses.catalogue import CATALOGUE_LOSSES
+from generative_recommenders.objectives.losses.sampled import SAMPLED_LOSSES
+from generative_recommenders.objectives.losses.sce import ScalableCrossEntropyLoss
+from generative_recommenders.retrieval.mol_top_k import MoLAvgTopK
+from generative_recommenders.retrieval.top_k import MIPSBruteForceTopK
+from tiny_models import CE, EASY, NUM_ITEMS, catalogue, settings, ten_users, training_step
+
+MOL = {"interaction_module_type": "MoL", "top_k_method": "MoLBruteForceTopK"}
+TOWER = {"main_module": "TwoTower"}
+FEATURES = {
+    "genre": EntityFeature(EmbeddingSpec("genre", "categorical", 8, 3), torch.arange(NUM_ITEMS + 1) % 4),
+    "year": EntityFeature(EmbeddingSpec("year", "numerical", 8), torch.zeros(NUM_ITEMS + 1)),
+}
+
+
+class FeaturesInMemory:
+    """Stands for the reader of a data set."""
+
+    def read(self, names, embedding_dim, asked_by, list_reduction="mean"):
+        return [
+            EntityFeature(
+                dataclasses.replace(FEATURES[name].spec, embedding_dim=embedding_dim), FEATURES[name].values
+            )
+            for name in names
+        ]
+
+
+def featured():
+    return catalogue(items=FeaturesInMemory(), users=FeaturesInMemory())
+
+
+def build_all(chosen: RunSettings, data=None) -> None:
+    data = data or featured()
+    model = build_model(chosen, data)
+    build_objective(chosen)
+    if build_criterion(chosen, data, model).needs_negatives:
+        build_sampler(chosen, data)
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "log Q of uniform draws": (
+        {"log_q_correction": True, "sampling_strategy": "local"},
+        "log_q_correction acts on in-batch, popularity",
+    ),
+    "encoder": (
+        {"main_module": "SASRek"},
+        "unknown main_module 'SASRek'; known: SASRec, HSTU, DiffTransformer",
+    ),
+    "query tower": (
+        {**TOWER, "item_tower.query_module": "TwoTower"},
+        "unknown item_tower.query_module 'TwoTower'",
+    ),
+    "preprocessor": ({"input_preprocessor": "x"}, "unknown input_preprocessor 'x'; known: LearnablePos"),
+    "postprocessor": (
+        {"user_embedding_norm": "x"},
+        "unknown user_embedding_norm 'x'; known: l2_norm, layer_norm",
+    ),
+    "interaction": ({"interaction_module_type": "x"}, "unknown interaction_module_type 'x'"),
+    "embedding": ({"embedding_module_type": "x"}, "known: local, categorical, item_tower"),
+    "objective": ({"objective": "x"}, "known: causal, causal_last, masked, permuted, replaced"),
+    "loss": ({"loss_module": "x"}, "unknown loss_module 'x'; known: SampledSoftmaxLoss, .*SCE"),
+    "sampler": ({"sampling_strategy": "x"}, "known: local, in-batch, popularity, mixed, multi-class"),
+    "sharing": (
+        {"negatives_sharing": "x"},
+        "negatives_sharing 'x' is unknown; known: position, block, batch",
+    ),
+    "heads": ({"sasrec.num_heads": 3}, "num_heads 3 does not divide the width 8"),
+    "normalization": (
+        {"main_module": "HSTU", "hstu.normalization": "x"},
+        "known: rel_bias, softmax_rel_bias",
+    ),
+    "norm": ({"main_module": "DiffTransformer", "diff_transformer.norm": "x"}, "choose 'post' or 'pre'"),
+    "tower negatives": (TOWER, 'set train_fn.negatives_sharing to "block" or "batch"'),
+    "tower negatives, local encoder": (
+        {"embedding_module_type": "item_tower"},
+        "an item tower computes what",
+    ),
+    "MoL and a catalogue loss": (
+        {**MOL, "loss_module": "CE"},
+        "CE scores the catalogue by dot product; with MoL",
+    ),
+    "MoL searched by MIPS": ({**MOL, "top_k_method": "MIPSBruteForceTopK"}, "does not fit MoLSimilarity"),
+    "dot product searched by MoL": ({"top_k_method": "MoLAvgTopK100"}, "does not fit DotProductSimilarity"),
+    "top-k": ({"top_k_method": "MoLAvgTopK"}, "top_k_method 'MoLAvgTopK' is unknown: use one of"),
+    "auxiliary loss": (
+        {"loss_weights": {"mi_loss": 1.0}},
+        r"name mi_loss, which this configuration does not produce",
+    ),
+    "auxiliary loss without user ids": (
+        {**MOL, "loss_weights": {"uid_embedding_l2_norm": 0.1, "mi_loss": 0.1}},
+        r"name uid_embedding_l2_norm, which this configuration does not produce \(mi_loss\)",
+    ),
+    "auxiliary loss by get_weighted_loss": ({"weighted_loss.weights": {"x": 1.0}}, "loss_weights name x"),
+    "who sees whom": (
+        {**CE, "main_module": "HSTU", "hstu.normalization": "softmax_rel_bias", "objective": "masked"},
+        "objective 'masked' decides who sees whom",
+    ),
+    "fakes in a tower": ({**TOWER, **CE, "objective": "replaced"}, "no item tower, no MoL"),
+    "fakes with MoL": ({**MOL, "objective": "replaced"}, "no item tower, no MoL"),
+    "fakes of the catalogue": ({"objective": "replaced", "fakes_from": "catalogue"}, "choose CE"),
+    "ratings of masked": (
+        {"objective": "masked", "loss_module": "BCELossWithRatings"},
+        "needs ratings of the next",
+    ),
+    "label smoothing": (
+        {"loss_module": "BCELoss", "label_smoothing": 0.1},
+        "label_smoothing acts in Sampled",
+    ),
+    "permuted without spans": ({**CE, "objective": "permuted", "max_span_length": 0}, "at least 1"),
+    "class feature": ({"sampling_strategy": "multi-class"}, "needs train_fn.class_feature"),
+    "class of a number": (
+        {"sampling_strategy": "multi-class", "class_feature": "year"},
+        "'year' is numerical: choose one of categories",
+    ),
+    "categories": ({"embedding_module_type": "categorical"}, "needs train_fn.category_feature"),
+    "mixed in mixed": ({"sampling_strategy": "mixed", "mixed_shares": {"mixed": 1.0}}, "cannot hold 'mixed'"),
+    "tokenizer": ({"loss_module": "VQVAELoss"}, "trains a tokenizer of items"),
+    "sampler of a catalogue loss": ({**CE, "sampling_strategy": "x"}, "unknown sampling_strategy 'x'"),
+    "positives of masked": ({**CE, "objective": "masked", "num_positives": 2}, "does not predict: unset"),
+    "weights of masked": (
+        {**CE, "objective": "masked", "target_weights": "rating"},
+        "does not predict: unset",
+    ),
+    "positives of SCE": ({"loss_module": "SCE", "num_positives": 2}, "one positive a position"),
+    "class of a shared target": (
+        {
+            "sampling_strategy": "multi-class",
+            "class_feature": "genre",
+            "class_selector": "target",
+            "negatives_sharing": "block",
+        },
+        'needs negatives_sharing "position"',
+    ),
+    "seed": ({"random_seed": -1}, "random_seed must be 0 or more"),
+    "large seed": ({"random_seed": 1 << 63}, "random_seed must be below 2"),
+    "large width": ({"item_embedding_dim": 10**20}, "item_embedding_dim must be below 2"),
+    "decay": ({"weight_decay": -1.0}, "weight_decay must be 0 or more"),
+    "clipping": ({"max_grad_norm": 0.0}, "max_grad_norm must be above 0"),
+    "nobody evaluated": ({"eval_user_max_batch_size": -5}, "eval_user_max_batch_size must be above 0"),
+    "no patience": ({"early_stopping_patience": 0}, "early_stopping_patience must be above 0"),
+    "patience without validation": (
+        {"early_stopping_patience": 2, "protocol": "paper"},
+        'protocol "paper" has none',
+    ),
+    "infinite": ({"learning_rate": float("inf")}, "learning_rate must be finite"),
+    "not a number": ({"popularity_power": float("nan")}, "popularity_power must be finite"),
+    "name of a weight": ({"loss_weights": {1: 2.0}}, "by name, got 1: 2.0"),
+    "value of a weight": ({"loss_weights": {"mi_loss": "x"}}, "must be of type dict"),
+    "share": ({"mixed_shares": {"local": "a"}}, "must be of type dict"),
+    "weight of get_weighted_loss": ({"weighted_loss.weights": {"x": -1}}, "get_weighted_loss.weights must"),
+    "prefetch": ({"loader.prefetch_factor": -3}, "create_data_loader.prefetch_factor must be 0 or more"),
+    "list reduction": ({"item_tower.list_reduction": "x"}, "item_tower.list_reduction 'x' is unknown"),
+    "discriminator": ({"discriminator_weight": -1.0}, "discriminator_weight must be 0 or more"),
+    "SCE sizes": ({"loss_module": "SCE", "sce.n_buckets": 0}, "positive bucket sizes"),
+}
+
+
+@pytest.mark.parametrize(("choices", "message"), REFUSED.values(), ids=REFUSED)
+def test_refused_in_one_line(choices: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message) as refused:
+        build_all(settings(**choices))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {"input_preprocessor": "CombinedItemAndRating"},
+        {"input_preprocessor": "LearnablePositionalEmbeddingRatedInputFeaturesPreprocessor"},
+        {"loss_module": "BCELossWithRatings"},
+    ],
+)
+def test_data_without_ratings(choices: dict[str, Any]) -> None:
+    build_all(settings(**choices))
+    with pytest.raises(UserError, match="needs ratings, and synthetic-books has none"):
+        build_all(settings(**choices), catalogue(has_ratings=False))
+
+
+@pytest.mark.parametrize("name", ["CombinedItemAndRating", "LearnablePositionalEmbeddingRated"])
+@pytest.mark.parametrize("reach", [(1.0, 10.0), (-1.0, 5.0)])
+def test_ratings_without_an_embedding(name: str, reach: tuple[float, float]) -> None:
+    chosen = settings(input_preprocessor=name)
+    build_all(chosen, catalogue(rating_range=(0.5, 5.0)))
+    with pytest.raises(
+        UserError, match=r"ratings 0 to 5 \(train_fn.num_ratings\), and those of synthetic-books"
+    ):
+        build_all(chosen, catalogue(rating_range=reach))
+
+
+def test_weights_by_rating_need_ratings() -> None:
+    with pytest.raises(UserError, match='"rating" needs ratings'):
+        build_all(settings(target_weights="rating"), catalogue(has_ratings=False))
+
+
+def test_the_liked_rating_is_a_choice() -> None:
+    chosen = settings(loss_module="BCELossWithRatings", rating_threshold=2.5)
+    assert build_criterion(chosen, catalogue()).loss.threshold == 2.5
+
+
+@pytest.mark.parametrize("loss", [*SAMPLED_LOSSES, *CATALOGUE_LOSSES])
+def test_several_positives_train(loss: str) -> None:
+    chosen = settings(loss_module=loss, num_negatives=4, sampling_strategy="local", temperature=1.0)
+    assert moved(
+        dataclasses.replace(chosen, train=dataclasses.replace(chosen.train, num_positives=3)), steps=6
+    )
+
+
+@pytest.mark.parametrize(
+    "more", [TOWER, MOL, {"sampling_strategy": "in-batch"}, {"objective": "causal_last"}]
+)
+def test_several_positives_train_with(more: dict[str, Any]) -> None:
+    assert moved(
+        settings(
+            **{
+                "num_negatives": 4,
+                "temperature": 1.0,
+                "negatives_sharing": "batch",
+                "num_positives": 3,
+                "target_weights": "rating",
+                **more,
+            }
+        ),
+        steps=6,
+    )
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_discriminator_of_rated_items_trains(tied: bool) -> None:
+    """The states of this preprocessor are wider than items, what the discriminator reads is not."""
+    rated = {"input_preprocessor": "LearnablePositionalEmbeddingRated", "tie_discriminator": tied}
+    assert moved(settings(**{**EASY["replaced"], **rated}), steps=6)
+
+
+def test_features_without_a_data_set() -> None:
+    for choices in ({**TOWER, "item_tower.features": ("genre",)}, {"item_tower.query_features": ("age",)}):
+        with pytest.raises(UserError, match="there is no data set to read"):
+            build_model(settings(**choices), catalogue())
+
+
+def test_settings_survive_json() -> None:
+    import json
+
+    chosen = settings(**TOWER, **{"item_tower.features": ("item_id", "genre"), "sce.mix_x": True})
+    assert RunSettings.from_json(json.loads(json.dumps(chosen.to_json()))) == chosen
+
+
+@pytest.mark.parametrize("loss", [*SAMPLED_LOSSES, *CATALOGUE_LOSSES, "ScalableCrossEntropyLoss"])
+def test_every_loss_trains_by_its_name(loss: str) -> None:
+    chosen = settings(loss_module=loss, num_negatives=4, sampling_strategy="local", temperature=1.0)
+    assert moved(chosen, steps=6)
+
+
+@pytest.mark.parametrize("sampler", ["local", "in-batch", "popularity", "mixed", "multi-class"])
+@pytest.mark.parametrize("sharing", ["position", "block", "batch"])
+def test_every_sampler_trains_by_its_name(sampler: str, sharing: str) -> None:
+    more = {"num_negatives": 4, "class_feature": "genre", "temperature": 1.0}
+    assert moved(settings(sampling_strategy=sampler, negatives_sharing=sharing, **more), steps=6)
+
+
+def moved(chosen: RunSettings, steps: int) -> bool:
+    """Whether the loss falls over a few steps on one batch."""
+    step, objective = training_step(chosen, featured()), build_objective(chosen)
+    example = objective.example(ten_users(), torch.Generator().manual_seed(0))
+    losses = [float(step(example, 0, 0).loss) for _ in range(steps)]
+    return losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("sharing", ["block", "batch"])
+def test_towers_of_features_and_users_train(sharing: str) -> None:
+    features = {"item_tower.features": ("item_id", "genre", "year"), "item_tower.query_features": ("genre",)}
+    chosen = settings(**TOWER, **features, negatives_sharing=sharing, num_negatives=4, temperature=1.0)
+    assert moved(chosen, steps=6)
+    assert isinstance(build_model(chosen, featured()).sequence.context_merger, FeatureMerger)
+
+
+def test_label_smoothing_reaches_cross_entropy() -> None:
+    criterion = build_criterion(settings(loss_module="CE", label_smoothing=0.1), catalogue())
+    assert criterion.loss.label_smoothing == 0.1
+
+
+def test_sce_takes_its_sizes() -> None:
+    choices = {"sce.n_buckets": 3, "sce.bucket_size_x": 4, "sce.bucket_size_y": 5, "sce.mix_x": True}
+    for name in ("SCE", "ScalableCrossEntropyLoss"):
+        loss = build_criterion(settings(loss_module=name, **choices), catalogue()).loss
+        assert isinstance(loss, ScalableCrossEntropyLoss)
+        assert dataclasses.astuple(loss.params) == (3, 4, 5, True)
+
+
+def test_classes_give_each_unit_negatives_of_one_class() -> None:
+    chosen = settings(sampling_strategy="multi-class", class_feature="genre", num_negatives=12)
+    negatives = build_sampler(chosen, featured())(7, 0, 30)
+    genres = FEATURES["genre"].values[negatives.ids]
+    assert (genres == genres[:, :1]).all()
+    assert len(genres[:, 0].unique()) > 2
+
+
+def test_top_k_searches_the_items_as_they_are_scored() -> None:
+    plain = settings(item_l2_norm=True)
+    model = build_model(plain, catalogue()).eval()
+    search = build_top_k(plain, model)
+    assert isinstance(search, MIPSBruteForceTopK)
+    items = torch.nn.functional.normalize(model.items.all_item_embeddings(), dim=-1)
+    scores, ids = search(items[[4, 9]], 1)
+    assert ids[:, 0].tolist() == [5, 10]
+    torch.testing.assert_close(scores[:, 0], torch.ones(2))
+    mixed = settings(**{**MOL, "top_k_method": "MoLAvgTopK5"})
+    assert isinstance(build_top_k(mixed, build_model(mixed, catalogue()).eval()), MoLAvgTopK)
+
+
+def test_bf16_training_of_the_similarity_acts_on_mol() -> None:
+    chosen = settings(**MOL, **{"similarity.bf16_training": True})
+    similarity = build_model(chosen, catalogue()).similarity
+    assert similarity.settings.bf16_training
+    seen = []
+    similarity.item_projection.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    queries, items = torch.randn(2, 8), torch.randn(3, 8)
+    similarity.score(queries, items)
+    similarity.eval().score(queries, items)
+    assert seen == [torch.bfloat16, torch.float32]
+
+
+def test_auxiliary_losses_are_weighted_and_made_only_when_asked() -> None:
+    weights = {"mi_loss": 0.5, "uid_embedding_l2_norm": 0.25}
+    chosen = settings(
+        **MOL, **{"loss_weights": weights, "mol.uid_embedding_hash_sizes": (10,)}, num_negatives=4
+    )
+    step, data = training_step(chosen, catalogue()), ten_users()
+    example = build_objective(chosen).example(data, torch.Generator())
+    forward = step.forward(example, 0, 0)
+    assert set(forward.auxiliary) == set(weights)
+    silent = training_step(settings(**MOL, num_negatives=4), catalogue())
+    assert silent.model.similarity.auxiliary_loss_names == frozenset()
+
+
+def test_replaced_detection_learns_what_was_replaced() -> None:
+    chosen = settings(**EASY["replaced"])
+    step, objective = training_step(chosen, catalogue()), build_objective(chosen)
+    generator, values = torch.Generator().manual_seed(1), []
+    for number in range(60):
+        forward = step.forward(objective.example(ten_users(), generator), 0, number)
+        values.append(forward.auxiliary["replaced_detection"].item())
+        step(objective.example(ten_users(), generator), 0, number)
+    assert sum(values[-10:]) < 0.9 * sum(values[:10])
+
+
+def test_a_tied_discriminator_adds_its_head_alone() -> None:
+    tied, apart = (settings(**{**EASY[name]}) for name in ("replaced, tied", "replaced"))
+    model = build_model(tied, catalogue())
+    assert sum(p.numel() for p in build_criterion(tied, catalogue(), model).parameters()) == 9
+    encoder = sum(p.numel() for p in model.sequence.parameters())
+    assert sum(p.numel() for p in build_criterion(apart, catalogue()).parameters()) == 9 + encoder
+    with pytest.raises(UserError, match="tied"):
+        build_criterion(tied, catalogue())
+
+
+def test_decay_of_user_embeddings_is_a_weight_of_their_norm() -> None:
+    decay = {**MOL, "mol.uid_embedding_hash_sizes": (7,), "mol.uid_embedding_l2_weight_decay": 0.5}
+    assert auxiliary_weights(settings(**decay)) == {"uid_embedding_l2_norm": 0.5}
+    build_model(settings(**decay), catalogue())
+    both = settings(**decay, loss_weights={"uid_embedding_l2_norm": 0.25, "mi_loss": 1.0})
+    assert auxiliary_weights(both) == {"uid_embedding_l2_norm": 0.75, "mi_loss": 1.0}
+
+
+@pytest.mark.parametrize("kind", ["categorical", "foo"])
+def test_an_embedding_beside_the_item_tower_is_refused(kind: str) -> None:
+    with pytest.raises(UserError, match=f"embedding_module_type '{kind}' cannot act in TwoTower"):
+        build_model(settings(main_module="TwoTower", embedding_module_type=kind), catalogue())

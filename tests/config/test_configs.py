@@ -1,0 +1,123 @@
+"""Every configuration that is shipped builds; the published ones run on tiny data through the real program."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from generative_recommenders.commands import workers
+from generative_recommenders.config.gin import load_settings
+from generative_recommenders.data.store import SequenceDataset
+from tiny_data import ragged_sequences, tiny_dataset
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = sorted((ROOT / "configs").rglob("*.gin"))
+PUBLISHED = [path for path in CONFIGS if path.name.endswith("-final.gin")]
+by_name = {"ids": lambda path: str(path.relative_to(ROOT / "configs").with_suffix(""))}
+
+
+@pytest.fixture(scope="module")
+def all_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny data set with the item features that shipped configurations read, under all of their names."""
+    root = tmp_path_factory.mktemp("all_data")
+    tiny = tiny_dataset(root, ragged_sequences(57, 30, seed=5), item_features=True)
+    for name in ("ml-100k", "ml-1m", "ml-20m", "amzn-books", "synthetic-books"):
+        shutil.copytree(tiny.folder, root / "prepared" / name)
+    return root
+
+
+@pytest.mark.parametrize("path", CONFIGS, **by_name)
+def test_every_configuration_builds(
+    path: Path,
+    all_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """By the dry run, on short histories and few negatives for the sake of time."""
+    monkeypatch.chdir(tmp_path)  # includes are found from anywhere
+    short = (
+        "train_fn.max_sequence_length = 6",
+        "train_fn.num_negatives = 4",
+        "train_fn.negatives_block_size = 4",
+    )
+    options = workers.Options((str(path),), short, all_data, None, False, None, False)
+    assert workers.dry_run_worker(0, 1, options) == 0
+    shown = capsys.readouterr().out
+    assert "MiB" in shown and "criterion" in shown
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_configurations_are_there() -> None:
+    folders = {path.parent.name for path in CONFIGS}
+    assert folders >= {"ml-1m", "ml-20m", "amzn-books", "synthetic-books", "models", "datasets", "runs"}
+    assert {path.parent.name for path in PUBLISHED} == {"ml-1m", "ml-20m", "amzn-books"}
+    for folder in ("ml-1m", "ml-20m", "amzn-books"):
+        names = {path.name.partition("-sampled")[0] for path in PUBLISHED if path.parent.name == folder}
+        assert names >= {"hstu", "hstu-mol", "sasrec", "sasrec-mol"}
+
+
+SIZES = {  # blocks, heads, width of a head, width of items, negatives, sequence
+    "ml-1m/hstu-sampled-softmax-n128-final": (2, 1, 50, 50, 128, 200),
+    "ml-1m/hstu-sampled-softmax-n128-large-final": (8, 2, 25, 50, 128, 200),
+    "ml-20m/hstu-sampled-softmax-n128-final": (4, 4, 64, 256, 128, 200),
+    "ml-20m/hstu-sampled-softmax-n128-large-final": (16, 8, 32, 256, 128, 200),
+    "amzn-books/hstu-sampled-softmax-n512-final": (4, 4, 16, 64, 512, 50),
+    "amzn-books/hstu-sampled-softmax-n512-large-final": (16, 8, 8, 64, 512, 50),
+}
+
+
+@pytest.mark.parametrize(("name", "sizes"), SIZES.items(), ids=SIZES)
+def test_published_sizes(name: str, sizes: tuple[int, ...]) -> None:
+    settings, _ = load_settings([ROOT / "configs" / f"{name}.gin"])
+    h, t = settings.hstu, settings.train
+    found = (h.num_blocks, h.num_heads, h.dqk, t.item_embedding_dim, t.num_negatives, t.max_sequence_length)
+    assert found == sizes
+    assert (h.dv, h.linear_dropout_rate) == (h.dqk, t.dropout_rate)
+    assert (t.temperature, t.item_l2_norm, t.user_embedding_norm) == (0.05, True, "l2_norm")
+
+
+@pytest.mark.parametrize(
+    "sweep", sorted(path for path in (ROOT / "configs" / "ablations").iterdir() if path.is_dir())
+)
+def test_a_sweep_changes_only_what_it_names(sweep: Path) -> None:
+    """Data, epochs and learning rate are the same in all files of a folder; no two files say the same."""
+    runs = [load_settings([path])[0] for path in sorted(sweep.glob("*.gin")) if path.stem != "base"]
+    shared = {
+        (t.dataset_name, t.max_sequence_length, t.num_epochs, t.learning_rate)
+        for t in (r.train for r in runs)
+    }
+    assert len(shared) == 1
+    assert len({str(dataclasses.asdict(run)) for run in runs}) == len(runs) > 3
+
+
+@pytest.fixture(scope="module")
+def data_root(ragged_dataset: SequenceDataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny data set under the names of the published configurations."""
+    root = tmp_path_factory.mktemp("data")
+    for name in ("ml-1m", "ml-20m", "amzn-books"):
+        shutil.copytree(ragged_dataset.folder, root / "prepared" / name)
+    assert ragged_dataset.num_users == len(ragged_sequences(57, 30, seed=5))
+    return root
+
+
+@pytest.mark.parametrize("path", PUBLISHED, **by_name)
+def test_published_configurations_train_and_evaluate(
+    path: Path, data_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two steps, a full evaluation and the report; batches and negatives are fewer, for the sake of time."""
+    bindings = (
+        "train_fn.local_batch_size = 6",
+        "train_fn.num_negatives = 4",
+        "train_fn.eval_batch_size = 64",
+    )
+    options = workers.Options((str(path),), bindings, data_root, str(tmp_path / "run"), False, 2, False)
+    assert workers.train_worker(0, 1, options) == 0
+    report = capsys.readouterr().out
+    assert load_settings([path])[0].train.main_module in report
+    assert "most popular" in report
+    assert os.listdir(tmp_path / "run" / "checkpoints")

@@ -1,0 +1,125 @@
+"""What the log says of settings that cannot act, or are likely a slip."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from generative_recommenders.config import lint as notices
+from generative_recommenders.config.gin import SECTIONS, load_settings
+from generative_recommenders.config.lint import inert, likely_slips
+from generative_recommenders.config.schema import RunSettings, TrainSettings
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+
+def chosen(**choices: Any) -> RunSettings:
+    """``section__name`` or a name of ``train_fn``; all else as by default."""
+    settings = RunSettings()
+    for name, value in choices.items():
+        section, _, field = name.rpartition("__")
+        section = section or "train"
+        settings = replace(settings, **{section: replace(getattr(settings, section), **{field: value})})
+    return settings
+
+
+def test_all_acts_by_default() -> None:
+    assert inert(RunSettings()) == likely_slips(RunSettings()) == []
+
+
+@pytest.mark.parametrize(
+    ("idle", "acting", "line"),
+    [
+        (
+            {"negatives_block_size": 7},
+            {"negatives_sharing": "block"},
+            "train_fn.negatives_block_size cannot act",
+        ),
+        ({"class_feature": "genre"}, {"sampling_strategy": "multi-class"}, "no negatives are drawn by class"),
+        ({"mixed_shares": {"local": 1.0}}, {"sampling_strategy": "mixed"}, "sampling_strategy is not mixed"),
+        (
+            {"popularity_power": 0.5},
+            {"sampling_strategy": "popularity"},
+            "no negatives are drawn by popularity",
+        ),
+        ({"calibration": 0.5}, {"loss_module": "gBCE"}, "SampledSoftmaxLoss has none"),
+        ({"mask_probability": 0.5}, {"objective": "masked"}, "objective causal hides nothing"),
+        ({"permute_all": True}, {"objective": "permuted"}, "objective is not permuted"),
+        ({"tie_discriminator": True}, {"objective": "replaced"}, "objective is not replaced"),
+        (
+            {"category_feature": "genre"},
+            {"embedding_module_type": "categorical"},
+            "embeddings are not by category",
+        ),
+        ({"next_time": "hidden"}, {"main_module": "HSTU"}, "no bias by time reads it"),
+        ({"num_ratings": 11}, {"input_preprocessor": "CombinedItemAndRating"}, "reads no ratings"),
+        ({"partial_eval_num_iters": 3}, {"full_eval_every_n": 2}, "every evaluation is a full one"),
+        ({"hstu__num_blocks": 8}, {"main_module": "HSTU"}, "hstu_encoder.num_blocks cannot act"),
+        ({"sce__n_buckets": 8}, {"loss_module": "ScalableCrossEntropyLoss"}, "sce.n_buckets cannot act"),
+        ({"item_tower__num_blocks": 2}, {"main_module": "TwoTower"}, "item_tower.num_blocks cannot act"),
+        ({"mol__dot_product_dimension": 8}, {"interaction_module_type": "MoL"}, "this run has no such part"),
+        ({"similarity__bf16_training": True}, {"interaction_module_type": "MoL"}, "it acts on MoL"),
+    ],
+)
+def test_what_cannot_act_is_said(
+    idle: dict, acting: dict, line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(notices, "has_bfloat16", lambda: True)
+    (said,) = inert(chosen(**idle))
+    assert line in said
+    assert inert(chosen(**idle, **acting)) == []
+
+
+def test_losses_over_the_catalogue_draw_nothing() -> None:
+    settings = chosen(
+        loss_module="CE", negatives_sharing="block", calibration=0.5, loss_activation_checkpoint=True
+    )
+    assert inert(settings) == [
+        "train_fn.negatives_sharing, train_fn.calibration cannot act: CE scores the catalogue and draws no negatives",
+        "train_fn.loss_activation_checkpoint cannot act: CE keeps no scores for its backward pass anyway",
+    ]
+
+
+def test_what_this_machine_lacks_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(notices, "has_bfloat16", lambda: False)
+    lines = inert(chosen(loader__num_workers=8, loader__prefetch_factor=1024, main_module_bf16=True))
+    assert [line.partition(":")[0].partition(" = ")[0] for line in lines] == [
+        "create_data_loader.num_workers", "create_data_loader.prefetch_factor", "train_fn.main_module_bf16",
+    ]  # fmt: skip
+
+
+def test_an_approximate_top_k_is_said_not_to_act() -> None:
+    (line,) = inert(chosen(interaction_module_type="MoL", top_k_method="MoLAvgTopK100"))
+    assert "MoLAvgTopK100" in line and "exactly" in line
+
+
+@pytest.mark.parametrize(
+    "encoder", [{"main_module": "HSTU"}, {"main_module": "TwoTower", "item_tower__query_module": "HSTU"}]
+)
+def test_unequal_widths_of_hstu_are_said(encoder: dict) -> None:
+    (line,) = likely_slips(chosen(**encoder, hstu__dqk=4, hstu__dv=6))
+    assert "hstu_encoder.dqk = 4 and hstu_encoder.dv = 6 do not match" in line
+    assert likely_slips(chosen(hstu__dqk=4, hstu__dv=6)) == []
+    assert likely_slips(chosen(**encoder, hstu__dqk=4, hstu__dv=4)) == []
+
+
+def test_a_tower_under_a_loss_over_the_catalogue_is_said() -> None:
+    (line,) = likely_slips(chosen(main_module="TwoTower", loss_module="CE"))
+    assert "every item passes through the item tower" in line
+
+
+def test_the_tables_name_what_exists() -> None:
+    train = {f.name for f in fields(TrainSettings)}
+    assert {name for names, _, _ in notices.TRAIN_SETTINGS for name in names} <= train
+    assert all(SECTIONS[owner][0] == section for owner, section, _ in notices.SECTIONS)
+
+
+@pytest.mark.parametrize(
+    "path", sorted(CONFIGS.glob("*/*.gin")), ids=lambda path: f"{path.parent.name}/{path.stem}"
+)
+def test_shipped_configurations_hold_nothing_idle(path: Path) -> None:
+    lines = inert(load_settings([path])[0])
+    assert [line for line in lines if "cannot act" in line] == []

@@ -1,0 +1,340 @@
+"""Opening prepared folders, whole and damaged."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from generative_recommenders.data import store as sequence_dataset
+from generative_recommenders.data.preparation.prepare import prepare_batches
+from generative_recommenders.data.readers.ratings_table import RawRatings
+from generative_recommenders.data.store import SequenceDataset
+from generative_recommenders.errors import UserError
+from memory import memory_grows_at_most
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    table = pa.table(
+        {
+            "user": pa.array(["b", "a", "b", "b"], pa.large_string()),
+            "item": pa.array(["y", "x", "x", "z"], pa.large_string()),
+            "rating": pa.array([1, 2, 3, 4], pa.float32()),
+            "timestamp": pa.array([30, 20, 10, 40], pa.int64()),
+        }
+    )
+    features = pa.table({"item": ["x", "y", "z"], "genre": ["g", "h", "g"]})
+    raw = RawRatings("t", [tmp_path / "t.csv"], item_features=features)
+    prepare_batches(raw, [table], tmp_path / "out", 1 << 30)
+    return tmp_path / "out"
+
+
+def error_of(folder: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        SequenceDataset.open(folder)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_columns(folder: Path) -> None:
+    dataset = SequenceDataset.open(str(folder))
+    assert (dataset.num_users, dataset.num_items, dataset.num_events) == (2, 3, 4)
+    assert dataset.offsets.tolist() == [0, 1, 4]
+    assert dataset.items.tolist() == [1, 1, 2, 3]
+    assert dataset.ratings is not None
+    assert dataset.timestamps is not None
+    assert dataset.ratings.tolist() == [2, 3, 1, 4]
+    assert dataset.timestamps.tolist() == [20, 10, 30, 40]
+    types = [column.dtype for column in (dataset.items, dataset.ratings, dataset.timestamps, dataset.offsets)]
+    assert types == [np.int32, np.float32, np.int64, np.int64]
+    assert isinstance(dataset.items, np.memmap)
+    with pytest.raises(ValueError, match="read-only"):
+        dataset.items[0] = 2
+
+
+def test_missing_folder(tmp_path: Path) -> None:
+    assert "not a prepared folder" in error_of(tmp_path)
+    assert "not a prepared folder" in error_of(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("stored", "what"),
+    [
+        (None, None),
+        ({}, None),
+        ([], "field 'split_hashes' is missing or of the wrong type"),
+        ({"paper": 1}, "damaged split hashes; prepare the data again"),
+    ],
+)
+def test_split_hashes_may_be_absent(folder: Path, stored: object, what: str | None) -> None:
+    path = folder / "manifest.json"
+    settings = json.loads(path.read_text())
+    assert set(settings.pop("split_hashes")) == {"leave_one_out", "paper", "global_time"}
+    path.write_text(json.dumps(settings if stored is None else {**settings, "split_hashes": stored}))
+    if what is None:
+        assert SequenceDataset.open(folder).manifest.split_hashes == {}
+    else:
+        assert what in error_of(folder)
+
+
+def test_another_version(folder: Path) -> None:
+    path = folder / "manifest.json"
+    path.write_text(path.read_text().replace('"version": 1', '"version": 7'))
+    assert "prepared by version 7, this program reads 1; prepare the data again" in error_of(folder)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "what"),
+    [
+        ("lengths", {}, "the min of the lengths is None"),
+        ("lengths", {"min": 1, "median": "x", "mean": 2.0, "max": 3}, "the median of the lengths is x"),
+        ("counts", {"users": 2, "items": 3, "events": 4}, "the count of users_with_one_event is None"),
+        ("counts", {"users": 0}, "the count of users is 0"),
+    ],
+)
+def test_a_manifest_without_its_numbers(folder: Path, field: str, value: dict, what: str) -> None:
+    path = folder / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
+    assert error_of(folder) == f"{path}: {what}; prepare the data again"
+
+
+@pytest.mark.parametrize(
+    "name", ["items.int32.bin", "ratings.float32.bin", "timestamps.int64.bin", "offsets.int64.bin"]
+)
+@pytest.mark.parametrize("change", [-4, 4])
+def test_a_column_of_the_wrong_size(folder: Path, name: str, change: int) -> None:
+    data = (folder / name).read_bytes()
+    (folder / name).write_bytes(data[:change] if change < 0 else data + b"0000")
+    assert f"{name}: has {len(data) + change} bytes, the manifest says {len(data)}" in error_of(folder)
+
+
+@pytest.mark.parametrize("name", ["items.int32.bin", "users.parquet", "items.parquet"])
+def test_a_missing_file(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    assert name in error_of(folder)
+
+
+@pytest.mark.parametrize("name", ["users.parquet", "items.parquet", "manifest.json"])
+def test_a_file_cut_short(folder: Path, name: str) -> None:
+    (folder / name).write_bytes((folder / name).read_bytes()[:-15])
+    assert name in error_of(folder)
+
+
+def test_tables_that_do_not_fit_the_counts(folder: Path) -> None:
+    shutil.copy(folder / "users.parquet", folder / "items.parquet")
+    assert "items.parquet: 2 rows, the manifest says 3" in error_of(folder)
+
+
+def test_offsets_that_do_not_rise(folder: Path) -> None:
+    np.array([0, 5, 4]).tofile(folder / "offsets.int64.bin")
+    assert "offsets.int64.bin: damaged" in error_of(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("items.int32.bin", 2), ("ratings.float32.bin", 2), ("timestamps.int64.bin", 2)]
+)
+def test_verify_finds_a_changed_column(folder: Path, name: str, value: int) -> None:
+    SequenceDataset.open(folder).verify()
+    data = bytearray((folder / name).read_bytes())
+    data[0] = 2 if data[0] != 2 else 3
+    (folder / name).write_bytes(data)
+    with pytest.raises(UserError, match="does not match its hash"):
+        SequenceDataset.open(folder).verify()
+
+
+def rewrite(folder: Path, **columns: list) -> None:
+    table = pq.read_table(folder / "items.parquet")
+    for name, values in columns.items():
+        place = table.column_names.index(name)
+        table = table.set_column(place, table.schema.field(name), pa.array(values, table[name].type))
+    pq.write_table(table, folder / "items.parquet")
+
+
+def test_verify_finds_changed_features(folder: Path) -> None:
+    rewrite(folder, genre=["h", "g", "g"])
+    with pytest.raises(UserError, match="items.parquet: not the file that was prepared"):
+        SequenceDataset.open(folder).verify()
+
+
+def test_verify_finds_a_changed_description(folder: Path) -> None:
+    path = folder / "manifest.json"
+    path.write_text(path.read_text().replace('"cardinality": 2', '"cardinality": 3'))
+    with pytest.raises(UserError, match="does not describe the items' features"):
+        SequenceDataset.open(folder).verify()
+
+
+def test_the_identity_of_features_is_not_the_splits(folder: Path) -> None:
+    before = SequenceDataset.open(folder).manifest
+    for changed in (
+        dataclasses.replace(before, tables={**before.tables, "items.parquet": "0"}),
+        dataclasses.replace(before, features=[dataclasses.replace(before.features[0], kind="text")]),
+    ):
+        assert changed.features_hash != before.features_hash
+        assert changed.data_hash == before.data_hash
+
+
+def test_a_folder_without_checksums_of_its_tables_is_read(folder: Path) -> None:
+    path = folder / "manifest.json"
+    settings = json.loads(path.read_text())
+    del settings["tables"]
+    path.write_text(json.dumps(settings))
+    dataset = SequenceDataset.open(folder)
+    dataset.verify()
+    assert dataset.manifest.tables == {}
+    assert dataset.original_item_ids().to_pylist() == ["x", "y", "z"]
+
+
+@pytest.mark.parametrize("tables", [{"../outside": "0"}, {"items.parquet": "0", "users.parquet": 3}])
+def test_checksums_of_other_files_are_refused(folder: Path, tables: dict) -> None:
+    path = folder / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tables": tables}))
+    assert "damaged checksums of the tables" in error_of(folder)
+
+
+def test_verify_finds_ids_outside_the_catalogue(folder: Path) -> None:
+    np.array([1, 1, 2, 4], np.int32).tofile(folder / "items.int32.bin")
+    with pytest.raises(UserError, match="item ids outside 1..3"):
+        SequenceDataset.open(folder).verify()
+
+
+VALUES: list = [None, -1, 0, 10**30, 1.5, "x", [], {}, True, [{}], {"users": 1}, [{"name": 1}]]
+
+
+def damage(rng: random.Random, text: str) -> bytes:
+    """The manifest with a field replaced, or with bytes cut or changed."""
+    if rng.random() < 0.5:
+        settings = json.loads(text)
+        target = (
+            settings
+            if rng.random() < 0.6
+            else rng.choice([v for v in settings.values() if isinstance(v, dict) and v])
+        )
+        key = rng.choice(list(target))
+        target[key] = rng.choice(VALUES)
+        return json.dumps(settings).encode()
+    data = bytearray(text.encode())
+    at = rng.randrange(len(data))
+    data[at : at + rng.randint(0, 3)] = rng.choice([b"", b"\xff", b"9", b'"', b"{", b"[" * 3000])
+    return bytes(data)
+
+
+def fuzz_manifest(folder: Path, seed: int, count: int) -> int:
+    """Open the folder with ``count`` damaged manifests; errors other than UserError escape. Returns those
+    refused."""
+    rng = random.Random(seed)
+    path = folder / "manifest.json"
+    text = path.read_text()
+    refused = 0
+    for _ in range(count):
+        path.write_bytes(damage(rng, text))
+        try:
+            dataset = SequenceDataset.open(folder)
+            assert len(dataset.items) == 4
+            dataset.item_features()
+        except UserError as error:
+            assert "\n" not in str(error)
+            refused += 1
+    return refused
+
+
+@memory_grows_at_most(256)
+def test_fuzz(folder: Path) -> None:
+    assert 300 < fuzz_manifest(folder, 5, 1_000) < 1_000
+
+
+def everything(folder: Path) -> tuple:
+    """All that the folder holds; what is read is what was prepared, or a UserError."""
+    dataset = SequenceDataset.open(folder)
+    dataset.verify()
+    columns = [column.tolist() for column in (dataset.items, dataset.ratings, dataset.timestamps)]
+    ids = dataset.original_user_ids().to_pylist(), dataset.original_item_ids().to_pylist()
+    features = dataset.item_features()
+    return columns, ids, len(features) if features is not None else 0
+
+
+def fuzz_files(folder: Path, seed: int, count: int) -> int:
+    """Read the folder with one of its files damaged, ``count`` times; returns how often it was refused."""
+    rng, whole = random.Random(seed), everything(folder)
+    names = sorted(path.name for path in folder.iterdir() if path.name != "manifest.json")
+    refused = 0
+    for _ in range(count):
+        path = folder / rng.choice(names)
+        before = path.read_bytes()
+        data = bytearray(before)
+        for _ in range(rng.randint(1, 4)):
+            at = rng.randrange(len(data))
+            length = rng.choice([0, 1, 1, 1, 2])
+            data[at : at + length] = bytes(rng.randrange(256) for _ in range(length))
+        path.write_bytes(data[: rng.randrange(len(data))] if rng.random() < 0.1 else data)
+        try:
+            assert everything(folder) == whole
+        except UserError as error:
+            assert "\n" not in str(error)
+            refused += 1
+        path.write_bytes(before)
+    assert everything(folder) == whole
+    return refused
+
+
+@memory_grows_at_most(256)
+def test_fuzz_of_the_files(folder: Path) -> None:
+    assert 200 < fuzz_files(folder, 7, 1_000) < 1_000
+
+
+@pytest.mark.slow
+def test_fuzz_of_the_files_at_length(folder: Path) -> None:
+    fuzz_files(folder, 8, int(os.environ.get("FUZZ_INPUTS", "100000")))
+
+
+@pytest.mark.parametrize("name", ["users.parquet", "items.parquet"])
+def test_columns_whose_names_are_no_text(folder: Path, name: str) -> None:
+    column = name.removesuffix("s.parquet").encode()
+    data = (folder / name).read_bytes()
+    (folder / name).write_bytes(data.replace(column, column[:-1] + b"\x95"))
+    with pytest.raises(UserError, match=f"{name}: missing, damaged or cut short|{name}: column") as refused:
+        everything(folder)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.slow
+def test_fuzz_at_length(folder: Path) -> None:
+    fuzz_manifest(folder, 6, int(os.environ.get("FUZZ_INPUTS", "100000")))
+
+
+def test_verify_in_parts(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    dataset = SequenceDataset.open(folder)
+    for events in (1, 3):
+        monkeypatch.setattr("generative_recommenders.data.store.VERIFY_EVENTS", events)
+        dataset.verify()
+    times = np.array(dataset.timestamps)
+    times[-1] += 1  # in the last part
+    with pytest.raises(UserError, match="does not match its hash"):
+        dataclasses.replace(dataset, timestamps=times).verify()
+
+
+def test_a_manifest_without_measure_is_refused_unread(folder: Path) -> None:
+    with open(folder / "manifest.json", "r+b") as file:
+        file.truncate(1 << 30)
+    with memory_grows_at_most(32):
+        assert "longer than" in error_of(folder)
+
+
+def test_a_table_that_unpacks_without_measure_is_refused(folder: Path) -> None:
+    ids = pa.array(["x" * 500_000]).take(pa.array([0] * 4000, pa.int64()))
+    with pq.ParquetWriter(
+        folder / "items.parquet", pa.schema([("item", pa.string())]), compression="zstd"
+    ) as writer:
+        for first in range(0, 4000, 500):
+            writer.write_table(pa.table({"item": ids.slice(first, 500)}))
+    assert (folder / "items.parquet").stat().st_size < 1 << 20
+    with pytest.raises(UserError, match="it unpacks to more than 300 times its size"):
+        sequence_dataset._bounded_table(folder / "items.parquet", ["item"])

@@ -1,0 +1,95 @@
+"""Item embeddings: lookups, touched rows against the whole table, categories, gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from generative_recommenders.modeling import items as embeddings
+from generative_recommenders.modeling.initialization import truncated_normal_
+from generative_recommenders.modeling.items import (
+    CategoricalEmbeddingModule,
+    ItemEmbedding,
+    ItemRows,
+    LocalEmbeddingModule,
+    lookup_rows,
+)
+
+CATEGORIES = torch.tensor([2, 0, 2, 1, 0, 0])
+
+
+@pytest.fixture(params=["local", "categorical"])
+def items(request: pytest.FixtureRequest) -> ItemEmbedding:
+    return (
+        LocalEmbeddingModule(6, 3) if request.param == "local" else CategoricalEmbeddingModule(CATEGORIES, 3)
+    )
+
+
+def test_the_two_calls_and_the_catalogue_agree(items: ItemEmbedding) -> None:
+    ids = torch.tensor([[1, 6], [3, 3]])
+    assert items.all_item_embeddings().shape == (6, 3)
+    assert torch.equal(items.get_item_embeddings(ids), items.all_item_embeddings()[ids - 1])
+    assert torch.equal(items.embed_history(ids), items.get_item_embeddings(ids))
+
+
+def test_touched_rows_give_what_the_whole_table_gives(items: ItemEmbedding) -> None:
+    ids = torch.tensor([2, 3, 6])
+    rows = items.table_rows(ids)
+    assert torch.equal(rows, rows.unique())
+    leaf = items.table.detach()[rows].requires_grad_()
+    wanted = torch.tensor([6, 3, 3])
+    for part in (items.history_rows(ItemRows(leaf, rows)), items.scored_rows(ItemRows(leaf, rows), ids)):
+        assert torch.equal(part.lookup(wanted), items.get_item_embeddings(wanted))
+    items.scored_rows(ItemRows(leaf, rows), ids).lookup(wanted).square().sum().backward()
+    items.get_item_embeddings(wanted).square().sum().backward()
+    assert torch.equal(torch.zeros_like(items.table).index_copy(0, rows, leaf.grad), items.table.grad)
+
+
+def test_items_of_a_category_share_a_row() -> None:
+    items = CategoricalEmbeddingModule(CATEGORIES, 3)
+    everything = items.all_item_embeddings()
+    assert items.table.shape == (4, 3)
+    for i, one in enumerate(CATEGORIES):
+        for j, other in enumerate(CATEGORIES):
+            assert torch.equal(everything[i], everything[j]) == bool(one == other)
+    assert items.table_rows(torch.tensor([1, 2, 3])).tolist() == [1, 3]
+
+
+def test_catalogue_of_a_part_is_refused() -> None:
+    with pytest.raises(ValueError, match="3 rows are held"):
+        ItemRows(torch.zeros(3, 2), torch.tensor([1, 2, 3])).catalogue(6)
+
+
+@pytest.mark.parametrize("categories", [torch.tensor([], dtype=torch.int64), torch.tensor([0, -1])])
+def test_bad_categories(categories: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="item_category"):
+        CategoricalEmbeddingModule(categories, 3)
+
+
+def test_lookup_gradient_adds_repeated_rows() -> None:
+    weight = torch.randn(4, 2, dtype=torch.float64, requires_grad=True)
+    for rows in (torch.tensor([[1, 3], [1, 1]]), torch.zeros(0, dtype=torch.int64), torch.tensor(2)):
+        assert torch.autograd.gradcheck(lambda w, rows=rows: lookup_rows(w, rows), weight)
+
+
+@pytest.mark.parametrize("sorted_from", [1, 10**9])
+@pytest.mark.parametrize("num_rows", [5, 40_000])
+def test_lookup_gradient_sorted_or_not(
+    sorted_from: int, num_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that nothing looks up have a gradient of 0, the last one among them."""
+    monkeypatch.setattr(embeddings, "_SORTED_FROM", sorted_from)
+    weight = torch.randn(num_rows, 3, dtype=torch.float64, requires_grad=True)
+    rows = torch.randint(num_rows - 1, (7, num_rows // 5 + 4))
+    cotangent = torch.randn(*rows.shape, 3, dtype=torch.float64)
+    (grad,) = torch.autograd.grad(lookup_rows(weight, rows), weight, cotangent)
+    torch.testing.assert_close(grad, torch.autograd.grad(weight[rows], weight, cotangent)[0])
+
+
+def test_truncated_normal() -> None:
+    torch.manual_seed(0)
+    x = truncated_normal_(torch.empty(70_000, 2), std=0.5)
+    assert x.abs().max() <= 1.0
+    assert abs(x.mean()) < 0.01
+    assert x.std().item() == pytest.approx(0.5 * 0.8796, rel=0.02)  # of a normal cut at two deviations
+    assert not torch.equal(x[:100], x[-100:])

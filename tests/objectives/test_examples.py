@@ -1,0 +1,81 @@
+"""What a batch is turned into: several positives a position, weights by rating, half stars."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from generative_recommenders.errors import UserError
+from generative_recommenders.objectives.examples import CausalObjective, MaskedObjective
+from generative_recommenders.objectives.masked import MaskedSequence
+
+COLUMNS = {
+    "user_ids": torch.tensor([1, 2, 3]),
+    "lengths": torch.tensor([4, 1, 3]),
+    "item_ids": torch.tensor([[1, 2, 3, 4], [5, 0, 0, 0], [6, 7, 8, 0]]),
+    "ratings": torch.tensor([[1.0, 4.5, 3.0, 0.5], [5.0, 0, 0, 0], [2.0, -1.0, 2.5, 0]]),
+}
+GENERATOR = torch.Generator()
+
+
+def test_the_next_items_are_the_positives() -> None:
+    example = CausalObjective(num_positives=3).example(COLUMNS, GENERATOR)
+    assert example.past_ids.tolist() == [1, 2, 3, 6, 7]
+    assert example.targets.tolist() == [[2, 3, 4], [3, 4, 0], [4, 0, 0], [7, 8, 0], [8, 0, 0]]
+    assert torch.equal(example.weights, (example.targets > 0).float())
+    assert example.ratings.tolist() == [[4.5, 3, 0.5], [3, 0.5, 0], [0.5, 0, 0], [-1, 2.5, 0], [2.5, 0, 0]]
+
+
+def test_more_positives_than_events() -> None:
+    example = CausalObjective(num_positives=9).example(COLUMNS, GENERATOR)
+    assert example.targets.shape == (5, 9)
+    assert (example.targets > 0).sum(1).tolist() == [3, 2, 1, 2, 1]
+
+
+def test_one_positive_is_a_vector_and_half_stars_stay() -> None:
+    example = CausalObjective().example(COLUMNS, GENERATOR)
+    assert example.targets.tolist() == [2, 3, 4, 7, 8]
+    assert example.ratings.tolist() == [4.5, 3.0, 0.5, -1.0, 2.5]
+
+
+@pytest.mark.parametrize("positives", [1, 2])
+def test_weights_by_rating(positives: int) -> None:
+    plain = CausalObjective(num_positives=positives).example(COLUMNS, GENERATOR)
+    example = CausalObjective(num_positives=positives, weigh_by_rating=True).example(COLUMNS, GENERATOR)
+    assert torch.equal(example.weights, plain.weights * plain.ratings.clamp(min=0))
+    without = {name: values for name, values in COLUMNS.items() if name != "ratings"}
+    with pytest.raises(UserError, match="no ratings"):
+        CausalObjective(weigh_by_rating=True).example(without, GENERATOR)
+
+
+def test_the_last_position_alone() -> None:
+    example = CausalObjective(last_only=True, num_positives=2).example(COLUMNS, GENERATOR)
+    assert example.targets.tolist() == [[4, 0], [8, 0]]
+
+
+class Hides:
+    """The masking scheme that hides given places."""
+
+    def __init__(self, *places: tuple[int, int]) -> None:
+        self.places = places
+
+    def training(
+        self, item_ids: torch.Tensor, lengths: torch.Tensor, generator: torch.Generator
+    ) -> MaskedSequence:
+        replaced = torch.zeros_like(item_ids, dtype=torch.bool)
+        for place in self.places:
+            replaced[place] = True
+        return MaskedSequence(item_ids, replaced, lengths, item_ids.where(replaced, 0), None)
+
+
+def test_a_hidden_item_has_the_time_of_what_is_seen_before_it() -> None:
+    times = torch.tensor([[10, 20, 30, 40], [50, 0, 0, 0], [60, 70, 80, 0]])
+    columns = {**COLUMNS, "timestamps": times}
+    hidden = Hides((0, 1), (0, 2), (2, 0))
+    payloads = MaskedObjective(hidden).example(columns, GENERATOR).features.past_payloads
+    assert payloads["timestamps"].tolist() == [[10, 10, 10, 40], [50, 0, 0, 0], [70, 70, 80, 0]]
+    # the own time of a hidden item is its next time; elsewhere what the input says, 0 behind the end
+    following = payloads["next_timestamps"]
+    assert following[0].tolist() == [10, 20, 30, 0]
+    assert following[1, 0] == 0 and following[2].tolist()[:3] == [60, 80, 0]
+    assert payloads["ratings"][0].tolist() == [1.0, 0.0, 0.0, 0.5]

@@ -1,0 +1,59 @@
+"""Small files of ratings for the tests of their readers."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from generative_recommenders.data.readers.ratings_table import RawRatings, ReaderFormat, read_batches
+from generative_recommenders.errors import UserError
+
+CSV = ReaderFormat(",", False)
+PAIRS = ReaderFormat(None, False, ("user", "item"))
+FOUR = ("user", "item", "rating", "timestamp")
+
+
+def read(path: Path, layout: ReaderFormat = CSV) -> dict[str, list]:
+    return pa.concat_tables(read_batches(RawRatings("t", [path], layout))).to_pydict()
+
+
+def write(tmp_path: Path, data: str | bytes, name: str = "r.csv") -> Path:
+    path = tmp_path / name
+    path.write_bytes(data.encode() if isinstance(data, str) else data)
+    return path
+
+
+def error_of(path: Path, layout: ReaderFormat = CSV) -> str:
+    with pytest.raises(UserError) as caught:
+        read(path, layout)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def write_parquet(tmp_path: Path, columns: dict, name: str = "r.parquet") -> Path:
+    pq.write_table(pa.table(columns), tmp_path / name, row_group_size=2)
+    return tmp_path / name
+
+
+Row = tuple[str, str, float, int]
+
+
+def write_csv(
+    path: Path, rows: list[Row], line_end: str = "\n", bom: bool = False, zipped: bool = False
+) -> Path:
+    quoted = [
+        [f'"{text}"' if set(text) & set(',"') else text for text in map(_double, row[:2])] for row in rows
+    ]
+    lines = [f"{user},{item},{row[2]},{row[3]}" for (user, item), row in zip(quoted, rows)]
+    data = ("\ufeff" * bom + line_end.join(lines) + line_end).encode()
+    path.write_bytes(gzip.compress(data) if zipped else data)
+    return path
+
+
+def _double(text: str) -> str:
+    return str(text).replace('"', '""')
