@@ -22,6 +22,7 @@ from generative_recommenders.commands.workers import (
 )
 from generative_recommenders.distributed.launch import launch
 from generative_recommenders.errors import UserError
+from generative_recommenders.run.logging import set_up_logging
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent / "configs" / EMBEDDED / "sasrec.gin"
 
@@ -98,6 +99,7 @@ def run(options: Options) -> int:
 
 
 def main(argv: list[str]) -> None:
+    set_up_logging(level=logging.get_verbosity())
     try:
         if len(argv) > 1:
             raise UserError(f"unexpected arguments: {' '.join(argv[1:])}")

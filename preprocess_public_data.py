@@ -10,7 +10,7 @@ import signal
 import sys
 from pathlib import Path
 
-from absl import app, flags, logging
+from absl import app, flags
 
 from generative_recommenders.data.manifest import Manifest
 from generative_recommenders.data.parquet_export import export_parquet
@@ -21,6 +21,7 @@ from generative_recommenders.data.sources.synthetic_books import MAX_LENGTH, Syn
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.data.text_exchange import export_text, import_text
 from generative_recommenders.errors import UserError
+from generative_recommenders.run.logging import set_up_logging
 
 EXCHANGE = "exchange-text"
 _DEFAULTS = SyntheticBooksSettings()
@@ -205,7 +206,7 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 def main(argv: list[str]) -> None:
     """Entrance: one line and exit code 2 for the user's faults."""
-    logging.set_verbosity(logging.INFO)
+    set_up_logging()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         if argv[1:]:

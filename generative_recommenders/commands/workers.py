@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,7 +38,7 @@ from generative_recommenders.evaluation.model_evaluation import ModelEvaluation
 from generative_recommenders.ops.jagged import log_backend
 from generative_recommenders.run import summary as report
 from generative_recommenders.run.directory import RunFolder, check_same_data
-from generative_recommenders.run.logging import set_log_level
+from generative_recommenders.run.logging import set_up_logging, show
 from generative_recommenders.run.plots import plot_curves
 from generative_recommenders.training.allocator import keep_freed_memory
 from generative_recommenders.training.profiling import step_profiler
@@ -152,7 +153,7 @@ def checkpoints_of(options: Options) -> Path:
 
 def train_worker(rank: int, world_size: int, options: Options) -> int:
     """One process of a training run; returns its exit code."""
-    set_log_level(rank == 0, options.verbosity)
+    set_up_logging(rank == 0, options.verbosity)
     keep_freed_memory()
     collectives = process_collectives(process_device())
     options = dataclasses.replace(options, resume=from_main(collectives, lambda: goes_on(options)))
@@ -170,28 +171,32 @@ def train_worker(rank: int, world_size: int, options: Options) -> int:
             RunFolder.create_or_open(options.run_dir, options.resume, name) if collectives.is_main else None
         ),
     )
-    folder = Path(collectives.broadcast_object_json(str(run.path) if run else None))
-    store = CheckpointStore(folder / "checkpoints", settings.train.keep_checkpoints, read_only=run is None)
-    if run is not None:
-        logging.info("run folder %s\n%s", folder, report.data_summary(dataset, split))
-    trainer = Trainer(settings, dataset, split, collectives, run)
-    if options.resume:
-        resume(trainer, store)
-    if run is not None:  # only now: a resume that is refused leaves the folder's configuration alone
-        run.save_resolved_gin(resolved)
-        store.attach(dataset.original_item_ids().combine_chunks(), settings.to_json(), resolved)
-    with StopRequest() as stop, step_profiler(folder if options.profile and run else None) as on_step:
-        result = trainer.train(store, options.max_steps, lambda: stop.requested, on_step)
-    if not result.finished:
-        logging.info(
-            "stopped on request after step %d; go on with --resume --run_dir=%s", result.progress.step, folder
+    with run or contextlib.nullcontext():
+        folder = Path(collectives.broadcast_object_json(str(run.path) if run else None))
+        store = CheckpointStore(
+            folder / "checkpoints", settings.train.keep_checkpoints, read_only=run is None
         )
-        return INTERRUPTED
-    rows = report.baseline_metrics(dataset, split, settings.train, collectives)
-    if run is not None:
-        finish(settings, dataset, split, run, store, result, rows)
-        run.close()
-    return 0
+        if run is not None:
+            logging.info("run folder %s\n%s", folder, report.data_summary(dataset, split))
+        trainer = Trainer(settings, dataset, split, collectives, run)
+        if options.resume:
+            resume(trainer, store)
+        if run is not None:  # only now: a resume that is refused leaves the folder's configuration alone
+            run.save_resolved_gin(resolved)
+            store.attach(dataset.original_item_ids().combine_chunks(), settings.to_json(), resolved)
+        with StopRequest() as stop, step_profiler(folder if options.profile and run else None) as on_step:
+            result = trainer.train(store, options.max_steps, lambda: stop.requested, on_step)
+        if not result.finished:
+            logging.info(
+                "stopped on request after step %d; go on with --resume --run_dir=%s",
+                result.progress.step,
+                folder,
+            )
+            return INTERRUPTED
+        rows = report.baseline_metrics(dataset, split, settings.train, collectives)
+        if run is not None:
+            finish(settings, dataset, split, run, store, result, rows)
+        return 0
 
 
 def resume(trainer: Trainer, store: CheckpointStore) -> None:
@@ -242,7 +247,7 @@ def finish(
         logging.warning("cannot write %s: %s", run.path / "curves.png", error.strerror)
     best = store.load_best()
     checkpoint = best.path if best is not None else next(iter(store.paths()[::-1]), None)
-    print(
+    show(
         report.final_report(
             rows,
             dataset,
@@ -271,7 +276,7 @@ def check_evaluated(
 
 def evaluate_worker(rank: int, world_size: int, options: Options) -> int:
     """Scores the best (else the newest) checkpoint of a run on the test targets; the model is rebuilt from its settings."""
-    set_log_level(rank == 0, options.verbosity)
+    set_up_logging(rank == 0, options.verbosity)
     log_backend()
     collectives = process_collectives(process_device())
     store = CheckpointStore(checkpoints_of(options), read_only=True)
@@ -309,7 +314,7 @@ def evaluate_worker(rank: int, world_size: int, options: Options) -> int:
 
 def import_worker(rank: int, world_size: int, options: Options) -> int:
     """Makes a run whose one checkpoint holds the weights of --meta_checkpoint, under the gin files' settings."""
-    set_log_level(rank == 0, options.verbosity)
+    set_up_logging(rank == 0, options.verbosity)
     if options.meta_checkpoint is None:
         raise UserError("--mode=import needs --meta_checkpoint, a checkpoint of the HSTU authors' program")
     collectives = process_collectives(process_device())
@@ -326,13 +331,13 @@ def import_worker(rank: int, world_size: int, options: Options) -> int:
         store = CheckpointStore(run.checkpoints)
         store.attach(item_ids, settings.to_json(), resolved)
         trainer.save(store)
-        print(f"{run.path}: score it with --mode=evaluate, or train on with --resume")
+        show(f"{run.path}: score it with --mode=evaluate, or train on with --resume")
     return 0
 
 
 def dry_run_worker(rank: int, world_size: int, options: Options) -> int:
     """Builds all that training builds, and prints parts, parameter counts and an estimate of memory."""
-    set_log_level(rank == 0, options.verbosity)
+    set_up_logging(rank == 0, options.verbosity)
     collectives = process_collectives(process_device())
     settings = run_settings(options, collectives)
     log_backend()

@@ -6,17 +6,15 @@ never seen. A feature whose padding id is its cardinality (ids 0..C-1) says so w
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from absl import logging
 from torch import nn
 
 from generative_recommenders.errors import UserError
-
-logger = logging.getLogger(__name__)
 
 FeatureKind = Literal["categorical", "categorical_list", "numerical", "numerical_list"]
 ListReduction = Literal["sum", "mean", "max"]
@@ -243,7 +241,7 @@ def category_ids(
     ids = torch.tensor([0 if v is None else vocabulary.get(v, unknown) for v in values], dtype=torch.int64)
     unseen = int((ids == unknown).sum())
     if unseen:
-        logger.warning("feature %s: %d values were never seen and share the unknown bucket", feature, unseen)
+        logging.warning("feature %s: %d values were never seen and share the unknown bucket", feature, unseen)
     return ids
 
 

@@ -12,11 +12,12 @@ import importlib
 import importlib.metadata
 import importlib.util
 import io
-import logging
+import logging as python_logging
 import os
 from collections.abc import Iterator
 
 import torch
+from absl import logging
 
 DISABLE_VARIABLE = "GENERATIVE_RECOMMENDERS_NO_FBGEMM"
 """Set to 1 to use the plain torch path although fbgemm is installed."""
@@ -56,20 +57,20 @@ def _fbgemm_version() -> str:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """What a library says while it is tried goes nowhere: the log has one line of it."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
+    before = python_logging.root.manager.disable
+    python_logging.disable(python_logging.CRITICAL)
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
-        logging.disable(before)
+        python_logging.disable(before)
 
 
 def log_backend() -> None:
     """Says once which backend runs, and names a mismatched fbgemm/torch pair in one line."""
     name, why = backend()
-    level = logging.WARNING if "does not fit" in why else logging.INFO
-    logging.getLogger("absl").log(level, "jagged operators: %s (%s)", name, why)
+    log = logging.warning if "does not fit" in why else logging.info
+    log("jagged operators: %s (%s)", name, why)
 
 
 def jagged_to_padded(values: torch.Tensor, offsets: torch.Tensor, max_length: int) -> torch.Tensor:

@@ -13,6 +13,7 @@ import errno
 import fcntl
 import io
 import json
+import logging as python_logging
 import math
 import os
 import re
@@ -24,7 +25,7 @@ from typing import IO, TYPE_CHECKING, Any
 from absl import logging
 
 from generative_recommenders.errors import UserError
-from generative_recommenders.run.logging import add_log_file, no_link, remove_log_file
+from generative_recommenders.run.logging import add_log_file, no_link, remove_log_file, to_log_file
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -152,7 +153,9 @@ class RunFolder:
     def __enter__(self) -> RunFolder:
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if error is not None and not isinstance(error, SystemExit):
+            to_log_file(python_logging.ERROR, f"{type(error).__name__}: {error}")
         self.close()
 
     def _summary_writer(self) -> SummaryWriter:

@@ -1,40 +1,22 @@
-"""Log lines: once (from the main process), with levels, on the screen and in the run folder."""
+"""Log lines of a program: one format, once (from the main process), on the screen and in the run's train.log.
+
+Every module logs with ``from absl import logging``. The handlers sit at Python's root logger, so that lines of other
+libraries, and warnings, go the same two ways.
+"""
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import io
 import logging as python_logging
 import os
+import warnings
 from pathlib import Path
 
 from absl import logging
 
-
-def set_log_level(is_main: bool, level: int = logging.INFO) -> None:
-    """The main process logs from ``level`` on (absl's numbers); the others only say what went wrong."""
-    logging.use_absl_handler()
-    logging.set_verbosity(level if is_main else logging.ERROR)
-
-
-def add_log_file(path: Path) -> python_logging.Handler:
-    """Sends log lines to the file too, which is added to; returns the handler for `remove_log_file`. A link
-    is not followed: OSError."""
-    handler = _LogFile(path, encoding="utf-8")
-    handler.setFormatter(python_logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logging.get_absl_logger().addHandler(handler)
-    return handler
-
-
-def remove_log_file(handler: python_logging.Handler) -> None:
-    logging.get_absl_logger().removeHandler(handler)
-    with contextlib.suppress(OSError):
-        handler.close()
-
-
-def no_link(path: str, flags: int) -> int:
-    """An opener for `open` that follows no symbolic link to a file elsewhere."""
-    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+FORMATTER = python_logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S")
 
 
 class _LogFile(python_logging.FileHandler):
@@ -44,4 +26,75 @@ class _LogFile(python_logging.FileHandler):
         return open(self.baseFilename, "a", encoding=self.encoding, opener=no_link)
 
     def handleError(self, record: python_logging.LogRecord) -> None:
-        """Says nothing: the next checkpoint or metric will."""
+        """Nothing is logged here: the next checkpoint or metric reports the disk."""
+
+
+class _EarlyLines(python_logging.Handler):
+    """Keeps the lines from before the run has a folder, for its log file."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: collections.deque[python_logging.LogRecord] = collections.deque(maxlen=1000)
+
+    def emit(self, record: python_logging.LogRecord) -> None:
+        self.records.append(record)
+
+
+_early_lines = _EarlyLines()
+
+
+def set_up_logging(is_main: bool = True, level: int = logging.INFO) -> None:
+    """The main process logs from ``level`` on (absl's numbers); the others log errors alone."""
+    logging.use_absl_handler()
+    logging.get_absl_handler().setFormatter(FORMATTER)
+    logging.set_verbosity(level if is_main else logging.ERROR)
+    warnings.formatwarning = _one_line
+    python_logging.captureWarnings(True)
+    root = python_logging.getLogger()
+    if not any(isinstance(handler, _LogFile) for handler in root.handlers):
+        root.addHandler(_early_lines)
+
+
+def _one_line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    return f"{category.__name__}: {message} ({filename}:{lineno})"
+
+
+def add_log_file(path: Path) -> python_logging.Handler:
+    """Appends log lines to the file too, those since `set_up_logging` first; returns the handler for `remove_log_file`.
+    A link is not followed: OSError."""
+    handler = _LogFile(path, encoding="utf-8")
+    handler.setFormatter(FORMATTER)
+    root = python_logging.getLogger()
+    root.removeHandler(_early_lines)
+    for record in _early_lines.records:
+        handler.handle(record)
+    _early_lines.records.clear()
+    root.addHandler(handler)
+    return handler
+
+
+def remove_log_file(handler: python_logging.Handler) -> None:
+    python_logging.getLogger().removeHandler(handler)
+    with contextlib.suppress(OSError):
+        handler.close()
+
+
+def show(text: str) -> None:
+    """Prints results on stdout, and keeps them in the log file of an open run."""
+    print(text)
+    to_log_file(python_logging.INFO, text.strip())
+
+
+def to_log_file(level: int, text: str) -> None:
+    """Writes what the screen shows otherwise, as the line of an error, to the log file of an open run alone."""
+    record = python_logging.LogRecord("absl", level, __file__, 0, text, None, None)
+    for handler in python_logging.getLogger().handlers:
+        if isinstance(handler, _LogFile):
+            handler.handle(record)
+
+
+def no_link(path: str, flags: int) -> int:
+    """An opener for `open` that follows no symbolic link to a file elsewhere."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)

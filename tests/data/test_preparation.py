@@ -11,7 +11,6 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ratings_files import Row, write_csv
 
 from generative_recommenders.data.feature_tables import align
 from generative_recommenders.data.parquet_export import export_parquet
@@ -21,6 +20,7 @@ from generative_recommenders.data.preparation.prepare import prepare, summary
 from generative_recommenders.data.readers.ratings_table import RawRatings, ReaderFormat
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.errors import UserError
+from ratings_files import Row, write_csv
 
 MASK = (1 << 64) - 1
 

@@ -8,7 +8,6 @@ import socket
 from pathlib import Path
 
 import pytest
-from ratings_files import write_csv
 
 from generative_recommenders.data.preparation import prepare as preparation
 from generative_recommenders.data.preparation.prepare import prepare, summary
@@ -17,6 +16,7 @@ from generative_recommenders.data.sources.public import resolve
 from generative_recommenders.data.splits import make_split
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.errors import UserError
+from ratings_files import write_csv
 
 
 def test_expected_counts_name_both_numbers(tmp_path: Path) -> None:

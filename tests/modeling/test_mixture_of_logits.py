@@ -180,7 +180,7 @@ def test_nonlinearity_names_act_and_are_said_once(caplog):
         for name in ("swiglu", "geglu")
     }
     assert not torch.allclose(scores["swiglu"], scores["geglu"])
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="absl"):
         MoLSimilarity.from_settings(SMALL, 6, 5)
         assert not caplog.records
         MoLSimilarity.from_settings(replace(SMALL, item_nonlinearity="geglu"), 6, 5)

@@ -11,7 +11,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from generative_recommenders.errors import UserError
 from generative_recommenders.run.directory import RunFolder, check_same_data
-from generative_recommenders.run.logging import set_log_level
 from programs import quick_start
 
 
@@ -187,22 +186,6 @@ def test_a_line_that_is_no_text_is_dropped(tmp_path):
     with RunFolder.create_or_open(tmp_path, resume=True) as run:
         run.truncate_after(3)
         assert records(run) == [{"step": 1}, {"step": 3}]
-
-
-def test_log_lines_go_to_the_file_while_the_run_is_open(tmp_path):
-    level = logging.get_verbosity()
-    try:
-        with RunFolder.create_or_open(tmp_path) as run:
-            set_log_level(is_main=True)
-            logging.info("first %d", 1)
-            logging.warning("second")
-            set_log_level(is_main=False)
-            logging.warning("said by the main process already")
-        logging.error("after the run")
-    finally:
-        logging.set_verbosity(level)
-    lines = (run.path / "train.log").read_text().splitlines()
-    assert [line.split(maxsplit=2)[2] for line in lines] == ["INFO first 1", "WARNING second"]
 
 
 def test_resolved_gin_is_replaced_whole(tmp_path):

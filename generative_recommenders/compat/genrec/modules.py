@@ -3,12 +3,12 @@ metrics."""
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from absl import logging
 from torch import nn
 
 from generative_recommenders.compat.genrec.losses import ContrastiveLoss, SequenceLoss, VQVAELoss
@@ -28,8 +28,6 @@ __all__ = [
     "TransformerEncoder",
     "VQVAELoss",
 ]
-
-logger = logging.getLogger(__name__)
 
 MAX_ANNOTATED_CELLS = 400
 
@@ -145,7 +143,7 @@ class AttentionVisualization:
 def _set_trained(model: nn.Module, layer_names: Sequence[str], trained: bool) -> None:
     names = [name for name, _ in model.named_parameters()]
     for unmatched in (wanted for wanted in layer_names if not any(wanted in name for name in names)):
-        logger.warning("no parameter's name contains %r", unmatched)
+        logging.warning("no parameter's name contains %r", unmatched)
     for name, parameter in model.named_parameters():
         if any(wanted in name for wanted in layer_names):
             parameter.requires_grad_(trained)

@@ -7,13 +7,13 @@ l_e``.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import NamedTuple
 
 import torch
+from absl import logging
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -360,4 +360,4 @@ def _at_least_float32(x: torch.Tensor) -> torch.Tensor:
 
 @cache
 def _say(line: str) -> None:
-    logging.getLogger(__name__).info(line)
+    logging.info(line)

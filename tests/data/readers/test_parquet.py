@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from ratings_files import error_of, read, write_parquet
 
 from generative_recommenders.data.readers.ratings_table import (
     RawRatings,
@@ -18,6 +17,7 @@ from generative_recommenders.data.readers.ratings_table import (
     sniff_format,
 )
 from generative_recommenders.errors import UserError
+from ratings_files import error_of, read, write_parquet
 
 
 def test_parquet(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ import logging
 from pathlib import Path
 
 import pytest
-from ratings_files import FOUR, read, write, write_parquet
 
 from generative_recommenders.data.readers.ratings_table import (
     RawRatings,
@@ -16,6 +15,7 @@ from generative_recommenders.data.readers.ratings_table import (
     sniff_format,
 )
 from generative_recommenders.errors import UserError
+from ratings_files import FOUR, read, write, write_parquet
 
 
 @pytest.mark.parametrize(

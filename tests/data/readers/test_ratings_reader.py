@@ -14,7 +14,6 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ratings_files import CSV, FOUR, PAIRS, error_of, read, write
 
 from generative_recommenders.data.readers import delimited as delimited_reader
 from generative_recommenders.data.readers.ratings_table import (
@@ -26,6 +25,7 @@ from generative_recommenders.data.readers.ratings_table import (
 from generative_recommenders.data.readers.strict_lines import parse_lines
 from generative_recommenders.errors import UserError
 from memory import memory_grows_at_most
+from ratings_files import CSV, FOUR, PAIRS, error_of, read, write
 
 ONE_ROW = {"user": ["u"], "item": ["i"], "rating": [4.0], "timestamp": [7]}
 

@@ -1,0 +1,85 @@
+"""Log lines: one format, on the screen and in train.log alike."""
+
+from __future__ import annotations
+
+import logging as python_logging
+import re
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from absl import logging
+
+from generative_recommenders.modeling.feature_embeddings import category_ids
+from generative_recommenders.run.directory import RunFolder
+from generative_recommenders.run.logging import set_up_logging, show
+
+LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (DEBUG|INFO|WARNING|ERROR) .*")
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before() -> Iterator[None]:
+    root, level, shown = python_logging.getLogger(), logging.get_verbosity(), warnings.formatwarning
+    handlers, root_level = list(root.handlers), root.level
+    yield
+    python_logging.captureWarnings(False)
+    warnings.formatwarning, root.handlers[:] = shown, handlers
+    logging.set_verbosity(level)
+    root.setLevel(root_level)
+
+
+def messages(run: Path) -> list[str]:
+    """The lines of train.log, each checked, without their times."""
+    lines = (run / "train.log").read_text().splitlines()
+    assert all(LINE.fullmatch(line) for line in lines), lines
+    return [line.split(maxsplit=2)[2] for line in lines]
+
+
+def test_lines_of_the_main_process_go_to_the_file_while_the_run_is_open(tmp_path: Path) -> None:
+    with RunFolder.create_or_open(tmp_path):
+        set_up_logging(is_main=True)
+        logging.info("first %d", 1)
+        logging.warning("second")
+        set_up_logging(is_main=False)
+        logging.warning("the main process logs this")
+    logging.error("after the run")
+    assert messages(tmp_path) == ["INFO first 1", "WARNING second"]
+
+
+def test_the_screen_and_the_file_show_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Lines from before the run has a folder, of this program, of another library, and warnings."""
+    set_up_logging()
+    logging.info("early")
+    with RunFolder.create_or_open(tmp_path):
+        category_ids(["new"], {"known": 1}, "genre")
+        python_logging.getLogger("some.library").warning("library")
+        warnings.warn("beware", UserWarning, stacklevel=1)
+    first, unseen, library, warned = messages(tmp_path)
+    assert (first, library) == ("INFO early", "WARNING library")
+    assert unseen.startswith("WARNING feature genre: 1 values") and warned.startswith(
+        "WARNING UserWarning: beware ("
+    )
+    assert capsys.readouterr().err == (tmp_path / "train.log").read_text()
+
+
+def test_results_and_the_error_that_ends_a_run_are_in_the_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ValueError, match="wrong"), RunFolder.create_or_open(tmp_path):
+        show("hr@10 0.5")
+        raise ValueError("wrong")
+    assert messages(tmp_path) == ["INFO hr@10 0.5", "ERROR ValueError: wrong"]
+    assert capsys.readouterr() == ("hr@10 0.5\n", "")
+
+
+def test_lines_of_a_program_carry_no_thread_id(tmp_path: Path) -> None:
+    program = (
+        "from absl import app, logging\n"
+        "from generative_recommenders.run.logging import set_up_logging\n"
+        "app.run(lambda argv: set_up_logging() or logging.info('hello'))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert LINE.fullmatch(done.stderr.strip()) and done.stderr.endswith(" INFO hello\n")
