@@ -1,0 +1,218 @@
+"""Events of raw files: what is read as what, said before the work begins, and typed batches of the columns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, cast
+
+import polars as pl
+import pyarrow as pa
+from absl import logging
+
+from generative_recommenders.data.readers import layout as layouts
+from generative_recommenders.data.readers import times, values
+from generative_recommenders.data.readers.layout import Column, ColumnRequest, Layout
+from generative_recommenders.data.readers.sources import TableSource, TextOptions, TextSource, open_source
+from generative_recommenders.data.readers.times import TimeFormat
+from generative_recommenders.errors import UserError
+
+SHOWN_EVENTS = 3
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """What the user says of raw files. columns: ``--columns``, None to find them by the header.
+
+    time_unit: of numeric times ("s", "ms", "us", "ns"), None to recognise it by their size. drop_missing: events without a
+    user or an item are left out and counted; otherwise they are a fault.
+    """
+
+    columns: str | None = None
+    text: TextOptions = field(default_factory=TextOptions)
+    time_unit: str | None = None
+    drop_missing: bool = False
+
+
+@dataclass(frozen=True)
+class RawRatings:
+    """Events before preparation, with what is known about them.
+
+    files: delimited text, JSON lines, Parquet or Arrow IPC; several are read in order and have the same columns.
+    filter: ``amazon_five``, ``none`` or ``k_core:K``.
+    item_features: column ``item`` (original ids, string) and feature columns: string = categorical, list of
+        strings = categorical list, float or integer = numerical. user_features likewise with ``user``.
+    expected_items, expected_users: counts after preparation; checked when given.
+    source: description that the manifest keeps (JSON-able; checksums).
+    """
+
+    name: str
+    files: list[Path]
+    options: ReadOptions = field(default_factory=ReadOptions)
+    filter: str = "none"
+    item_features: pa.Table | None = None
+    user_features: pa.Table | None = None
+    expected_items: int | None = None
+    expected_users: int | None = None
+    source: dict[str, Any] = field(default_factory=dict)
+
+
+class EventReader:
+    """The events of raw files. Layout and formats of time are those of the first file; the others must have the same.
+
+    columns: what is read, user and item first. UserError: no header and no ``--columns``, no user or item, a column that may be
+    the time and is not used, times of no known format.
+    """
+
+    def __init__(self, files: list[Path], options: ReadOptions) -> None:
+        self.files, self.options = files, options
+        self.requests = None if options.columns is None else layouts.parse_columns(options.columns)
+        first = open_source(files[0], options.text, self.requests)
+        self.layout = self._layout(first)
+        order = {name: place for place, name in enumerate(layouts.KNOWN)}
+        self.columns = sorted(self.layout.columns, key=lambda each: order.get(each.name, len(order)))
+        self.time_formats = {
+            column.name: self._time_format(first, column) for column in self.columns if column.kind == "time"
+        }
+        self.dropped = 0
+        self._first_missing = ""
+        self._log(first)
+
+    def _layout(self, source: TableSource) -> Layout:
+        """The columns of a file; UserError that shows line 1 where nothing says what it is."""
+        path, header = source.path, source.header
+        if self.requests is None:
+            if header is None:
+                fields = source.first_fields if isinstance(source, TextSource) else []
+                shown = "  ".join(f"{place}: {text[:40]!r}" for place, text in enumerate(fields, 1))
+                raise UserError(
+                    f"{path}: line 1 is no header with known names; it splits into {shown}; say what the columns are, as "
+                    "--columns=user,item,rating,timestamp with _ for one to skip, or --header=yes"
+                )
+            return layouts.by_header(path, header, source.sample, None)
+        known_only = all(each is None or each == ColumnRequest(each.name) for each in self.requests)
+        if header is not None:
+            found = layouts.is_named(self.requests, header)
+            if found and not (
+                known_only and len(self.requests) == source.num_fields and None in self.requests
+            ):
+                return layouts.by_header(path, header, source.sample, self.requests)
+            layouts.check_places(path, self.requests, header)
+        return layouts.by_place(path, self.requests, source.num_fields, header)
+
+    def _time_format(self, source: TableSource, column: Column) -> TimeFormat:
+        sample = source.sample[str(column.place)]
+        form = times.recognise(sample, self.options.time_unit)
+        if form is None:
+            at, value = next(
+                (row, value)
+                for row, value in enumerate(sample)
+                if times.recognise(pl.Series([value])) is None
+            )
+            raise UserError(
+                f"{source.path}: the {column.name} {str(value)[:40]!r} (row {at + 1}) is no time; times are numbers since "
+                "1970, ISO 8601 or dates; is this the right column of --columns?"
+            )
+        return form
+
+    def _log(self, source: TableSource) -> None:
+        shown = [
+            str(column) + (f" ({self.time_formats[column.name]})" if column.kind == "time" else "")
+            for column in self.columns
+        ]
+        logging.info("%s: %s", source.path, ", ".join(shown))
+        if self.layout.left_out:
+            logging.info("%s: columns left out: %s", source.path, ", ".join(self.layout.left_out)[:200])
+        for row in range(min(SHOWN_EVENTS, len(source.sample))):
+            cells = [
+                f"{column.name} {self._shown(source.sample[str(column.place)], column, row)}"
+                for column in self.columns
+            ]
+            logging.info("event %d: %s", row + 1, ", ".join(cells))
+
+    def _shown(self, sample: pl.Series, column: Column, row: int) -> str:
+        """A value as it is understood."""
+        if column.kind == "time":
+            stamp = times.to_nanoseconds(sample.slice(row, 1), self.time_formats[column.name])[0]
+            if stamp is not None:
+                return datetime.fromtimestamp(stamp / 10**9, UTC).isoformat(sep=" ", timespec="milliseconds")
+        return repr(str(sample[row])[:40])
+
+    def batches(self) -> Iterator[pa.Table]:
+        """The events in (file, row) order, a bounded number at a time.
+
+        Columns: ``user``, ``item`` large_string, ``rating`` float32, ``timestamp`` int64 nanoseconds since 1970; further
+        ones by kind, null where missing: large_string for categories, float32 for numbers, int64 nanoseconds for times.
+        UserError: the first value that is none, with file and line; missing ids, with their number, at the end.
+        """
+        for path in self.files:
+            source = open_source(path, self.options.text, self.requests)
+            columns = self._columns_of(source)
+            read = 0
+            for rows, frame in source.batches([column.place for column in columns]):
+                read += len(frame)
+                yield self._typed(rows, frame, columns)
+            if not read:
+                raise UserError(f"{path}: the file is empty: it holds no event")
+        if self.dropped and not self.options.drop_missing:
+            raise UserError(
+                f"{self._first_missing}, and {self.dropped} events in all lack a user or an item; --drop_missing leaves "
+                "them out"
+            )
+        if self.dropped:
+            logging.warning("%d events without a user or an item are left out", self.dropped)
+
+    def _columns_of(self, source: TableSource) -> list[Column]:
+        """The columns in the order of ``self.columns``; UserError if the file has others than the first one."""
+        if source.path == self.files[0]:
+            return self.columns
+        mine = {column.name: column for column in self._layout(source).columns}
+        headers = [mine[column.name].header if column.name in mine else None for column in self.columns]
+        if set(mine) != {column.name for column in self.columns} or headers != [
+            each.header for each in self.columns
+        ]:
+            found, first = (", ".join(map(str, each)) for each in (mine.values(), self.columns))
+            raise UserError(
+                f"{source.path}: it has {found}; {self.files[0]} has {first}; all files must have the same"
+            )
+        return [mine[column.name] for column in self.columns]
+
+    def _typed(self, rows: values.Rows, frame: pl.DataFrame, columns: list[Column]) -> pa.Table:
+        typed: dict[str, pl.Series] = {}
+        missing = pl.repeat(False, len(frame), eager=True)
+        for column in columns:
+            raw = frame[str(column.place)]
+            if column.kind == "id":
+                typed[column.name], absent = values.ids(raw, column.name, rows)
+                missing |= absent
+                if absent.any() and not self._first_missing:
+                    at = cast(int, absent.arg_max())
+                    self._first_missing = str(rows.fault(at, column.name, raw[at], "is missing"))
+            elif column.kind == "numerical":
+                typed[column.name] = values.numbers(raw, column.name, rows, optional=column.name != "rating")
+            elif column.kind == "time":
+                form = self.time_formats[column.name]
+                typed[column.name] = values.times(
+                    raw, column.name, form, rows, optional=column.name != "timestamp"
+                )
+            else:
+                typed[column.name] = values.categories(raw, column.name, rows)
+        table = pl.DataFrame([each.alias(name) for name, each in typed.items()])
+        count = int(missing.sum())
+        if count:
+            self.dropped += count
+            table = table.filter(~missing)
+        return table.to_arrow().cast(self.schema)
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Of the batches."""
+        kinds = {
+            "id": pa.large_string(),
+            "categorical": pa.large_string(),
+            "numerical": pa.float32(),
+            "time": pa.int64(),
+        }
+        return pa.schema([(column.name, kinds[column.kind]) for column in self.columns])

@@ -1,0 +1,103 @@
+"""Raw files: what kind each is by its content, the data files of a folder, and the plain bytes of packed ones."""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from pathlib import Path
+from typing import BinaryIO, cast
+
+import pyarrow as pa
+
+from generative_recommenders.errors import UserError
+
+TEXT_SUFFIXES = (".csv", ".tsv", ".txt", ".dat", ".data", ".inter")
+JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
+TABLE_SUFFIXES = (".parquet", ".arrow", ".feather", ".ipc")
+PACKED_SUFFIXES = (".gz", ".zst", ".zstd")
+_GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+READ_FAULTS = (EOFError, OSError, zlib.error, gzip.BadGzipFile, pa.ArrowException)
+"""What a damaged or unreadable file raises while it is read."""
+
+
+def data_suffix(path: Path) -> str | None:
+    """The suffix that says what a file holds, without that of its compression; None for a file that is no data."""
+    name = path.name.lower()
+    packed = next((each for each in PACKED_SUFFIXES if name.endswith(each)), "")
+    suffix = Path(name.removesuffix(packed)).suffix
+    known = (*TEXT_SUFFIXES, *JSON_SUFFIXES, *TABLE_SUFFIXES)
+    return suffix if suffix in known and not name.startswith((".", "_")) else None
+
+
+def data_files(folder: Path, files: list[Path]) -> list[Path]:
+    """The parts of a data set among the files of a folder, in the order of their names.
+
+    Only files of one kind are read. A text file such as README.txt beside a ratings.csv is another kind and left out; which
+    of two kinds is meant when neither is ``.txt`` is not guessed. UserError: no data file, or several kinds.
+    """
+    by_suffix: dict[str, list[Path]] = {}
+    for path in sorted(files):
+        suffix = data_suffix(path)
+        if suffix is not None:
+            by_suffix.setdefault(suffix, []).append(path)
+    kinds = [each for each in by_suffix if each != ".txt"] or list(by_suffix)
+    if not kinds:
+        known = ", ".join((*TEXT_SUFFIXES, *JSON_SUFFIXES, *TABLE_SUFFIXES))
+        raise UserError(f"{folder}: holds no file that ends in {known} (or these and .gz or .zst)")
+    if len(kinds) > 1:
+        names = ", ".join(by_suffix[each][0].name for each in kinds)
+        raise UserError(
+            f"{folder}: holds data files of several kinds ({names}); give one file with --raw_path"
+        )
+    return by_suffix[kinds[0]]
+
+
+def kind_of(path: Path) -> str:
+    """ "parquet", "arrow" (IPC file or stream), "json" (a JSON object a line) or "text" (delimited), by the first bytes."""
+    start = first_bytes(path, 1 << 12)
+    if start.startswith(b"PAR1"):
+        if is_packed(path):
+            raise UserError(f"{path}: Parquet that is packed once more: unpack it first")
+        return "parquet"
+    if start.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
+        return "arrow"
+    return "json" if start.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{") else "text"
+
+
+def is_packed(path: Path) -> bool:
+    """Whether a file is gzip or zstd by its first bytes."""
+    with open_raw(path) as stream:
+        return stream.read(4).startswith((_GZIP, _ZSTD))
+
+
+def open_raw(path: Path) -> BinaryIO:
+    """The file as it is; UserError if it cannot be read, or is no regular file (a pipe would block)."""
+    try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: not a regular file")
+        return path.open("rb")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def open_unpacked(path: Path) -> BinaryIO:
+    """The bytes of a plain, gzip or zstd file."""
+    stream = open_raw(path)
+    start = stream.read(4)
+    stream.seek(0)
+    if start.startswith(_GZIP):
+        return cast(BinaryIO, gzip.GzipFile(fileobj=stream))
+    if start.startswith(_ZSTD):
+        return cast(BinaryIO, pa.CompressedInputStream(pa.PythonFile(stream), "zstd"))
+    return stream
+
+
+def first_bytes(path: Path, count: int) -> bytes:
+    """Up to ``count`` unpacked bytes; UserError if the file is damaged so early that there are none."""
+    try:
+        with open_unpacked(path) as stream:
+            return stream.read(count)
+    except READ_FAULTS as error:
+        raise UserError(
+            f"{path}: damaged or cut short at its beginning; fetch the file again ({error})"
+        ) from error

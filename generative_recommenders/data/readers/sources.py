@@ -1,0 +1,355 @@
+"""Raw files as tables of text or typed columns: delimited text, JSON lines, Parquet and Arrow IPC."""
+
+from __future__ import annotations
+
+import io
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.ipc
+import pyarrow.parquet as pq
+
+from generative_recommenders.data.readers import text
+from generative_recommenders.data.readers.files import kind_of, open_unpacked
+from generative_recommenders.data.readers.layout import ColumnRequest, has_known_names, is_named
+from generative_recommenders.data.readers.values import MAX_ID_BYTES, Rows
+from generative_recommenders.errors import UserError
+
+SAMPLE_ROWS = 100
+_BATCH_BYTES = 64 << 20
+"""Values of a Parquet batch are read within about so many bytes."""
+
+
+class TableSource(ABC):
+    """One raw file. header: names of its columns, or None where line 1 is data. sample: its first rows, all columns."""
+
+    header: list[str] | None
+    num_fields: int
+    sample: pl.DataFrame
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @abstractmethod
+    def batches(self, places: Sequence[int]) -> Iterator[tuple[Rows, pl.DataFrame]]:
+        """All rows in order, of the columns at ``places`` (named "0", "1", ...), a bounded number at a time."""
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """What the user says of delimited text; None is found out. header: whether line 1 names the columns."""
+
+    delimiter: str | None = None
+    header: bool | None = None
+    quoting: str = "auto"
+
+
+def open_source(
+    path: Path, options: TextOptions, requests: Sequence[ColumnRequest | None] | None
+) -> TableSource:
+    """The file by its kind. requests: ``--columns``, which help to find the delimiter and the header of text."""
+    kind = kind_of(path)
+    if kind == "text":
+        return TextSource(path, options, requests)
+    if options.delimiter is not None:
+        raise UserError(f"{path}: --delimiter is for delimited text, and this is {kind}")
+    if kind == "json":
+        return JsonSource(path)
+    return ParquetSource(path) if kind == "parquet" else ArrowSource(path)
+
+
+class TextSource(TableSource):
+    """Delimited text, gzip and zstd included."""
+
+    def __init__(
+        self, path: Path, options: TextOptions, requests: Sequence[ColumnRequest | None] | None
+    ) -> None:
+        super().__init__(path)
+        lines, self.first_line = text.first_lines(path)
+        self.dialect = find_dialect(path, lines, options, requests)
+        rows = [self.dialect.split(line) for line in lines]
+        self.first_fields = rows[0]
+        self.num_fields = len(rows[0])
+        body = [row for row in rows[1:] if len(row) == self.num_fields]
+        self.header = rows[0] if self._is_header(rows[0], body, options, requests) else None
+        if self.header is None:
+            body = [rows[0], *body]
+        self.sample = pl.DataFrame(
+            [
+                pl.Series(str(place), [row[place] for row in body], pl.String)
+                for place in range(self.num_fields)
+            ]
+        )
+
+    def _is_header(
+        self,
+        fields: list[str],
+        body: list[list[str]],
+        options: TextOptions,
+        requests: Sequence[ColumnRequest | None] | None,
+    ) -> bool:
+        """Whether line 1 names the columns: as the user says, or because it has names that are known or asked for."""
+        if options.header is not None:
+            return options.header
+        if requests is None:
+            return has_known_names(fields)
+        if is_named(requests, fields):
+            return True
+        places = [
+            place
+            for place, each in enumerate(requests[: len(fields)])
+            if each and (each.name in ("rating", "timestamp") or each.kind in ("numerical", "time"))
+        ]
+        named = all(fields[place] and not _has_digit(fields[place]) for place in places)
+        numbered = any(_has_digit(row[place]) for place in places for row in body[:1])
+        return bool(places) and named and numbered  # words above numbers
+
+    def batches(self, places):
+        skip = self.first_line if self.header is not None else self.first_line - 1
+        for whole in text.read_blocks(self.path, self.dialect.quoting):
+            block = whole.after_line(skip)
+            if not block.data.strip(b" \t\n"):
+                continue
+            table = text.parse(self.path, block, self.dialect, self.num_fields, list(places))
+
+            def place_of(row: int, block: text.Block = block) -> str:
+                return f"line {text.line_of_row(block, row, self.dialect)}"
+
+            yield Rows(str(self.path), place_of), pl.DataFrame(pl.from_arrow(table))
+
+
+def find_dialect(
+    path: Path, lines: list[str], options: TextOptions, requests: Sequence[ColumnRequest | None] | None
+) -> text.Dialect:
+    """The delimiter as given, or the only one that divides all first lines alike; UserError where several may be meant."""
+    if options.delimiter is not None:
+        return text.Dialect(
+            None if options.delimiter == " " else options.delimiter, _quotes(options, options.delimiter)
+        )
+    fitting: list[tuple[text.Dialect, list[str]]] = []
+    for delimiter in text.DELIMITERS:
+        dialect = text.Dialect(delimiter, _quotes(options, delimiter))
+        rows = [dialect.split(line) for line in lines]
+        if len(rows[0]) > 1 and all(len(row) == len(rows[0]) for row in rows):
+            fitting.append((dialect, rows[0]))
+    if not fitting:  # a faulty line: read by the delimiter of line 1, its fault is named later
+        first = next((each for each in text.DELIMITERS[:-1] if each and each in lines[0]), None)
+        return text.Dialect(first, _quotes(options, first))
+    if (
+        len(fitting) > 1
+    ):  # one that finds the columns, or as many as are asked for, or a mark rather than blanks
+        if requests is None:
+            better = [each for each in fitting if has_known_names(each[1])]
+        else:
+            better = [each for each in fitting if is_named(requests, each[1])]
+            better = better or [each for each in fitting if len(each[1]) == len(requests)]
+        fitting = better or fitting
+        fitting = [each for each in fitting if each[0].delimiter is not None] or fitting
+    if len(fitting) > 1:
+        shown = " or ".join(f"{dialect} ({len(fields)} fields)" for dialect, fields in fitting)
+        raise UserError(f"{path}: the delimiter may be {shown}; say which with --delimiter")
+    return fitting[0][0]
+
+
+def _quotes(options: TextOptions, delimiter: str | None) -> bool:
+    """RFC 4180 quotes are of CSV: one mark that is no tab or blank between the fields."""
+    if options.quoting != "auto":
+        return options.quoting == "csv"
+    return delimiter is not None and len(delimiter) == 1 and delimiter not in "\t "
+
+
+class JsonSource(TableSource):
+    """JSON lines, gzip and zstd included. A key that a line lacks is missing there."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        lines, self.first_line = text.first_lines(path)
+        block = text.Block("\n".join(lines).encode(), self.first_line)
+        self.sample = _read_json(path, block, None)
+        self.header = self.sample.columns
+        self.num_fields = len(self.header)
+        scalar = [name for name in self.header if not self.sample[name].dtype.is_nested()]
+        self.sample = self.sample.with_columns(
+            pl.lit(None).alias(name) for name in self.header if name not in scalar
+        ).rename({name: str(place) for place, name in enumerate(self.header)})
+
+    def batches(self, places):
+        assert self.header is not None
+        names = [self.header[place] for place in places]
+        for block in text.read_blocks(self.path, quoting=False):
+            if not block.data.strip():
+                continue
+            frame = _read_json(self.path, block, names)
+
+            def place_of(row: int, block: text.Block = block) -> str:
+                return f"line {text.line_of_row(block, row, text.Dialect(None, False))}"
+
+            yield Rows(str(self.path), place_of), frame.rename(dict(zip(names, map(str, places))))
+
+
+def _read_json(path: Path, block: text.Block, names: list[str] | None) -> pl.DataFrame:
+    """The lines' values of ``names`` as text; all values with their own types where it is None."""
+    schema = None if names is None else dict.fromkeys(names, pl.String())
+    try:
+        return pl.read_ndjson(io.BytesIO(block.data), schema=schema, infer_schema_length=SAMPLE_ROWS)
+    except pl.exceptions.PolarsError as error:
+        for number, line in enumerate(block.data.split(b"\n"), block.first_line):
+            try:
+                if line.strip():
+                    pl.read_ndjson(io.BytesIO(line), schema=schema)
+            except pl.exceptions.PolarsError as fault:
+                raise UserError(f"{path}, line {number}: not a JSON object: {_one_line(fault)}") from error
+        raise UserError(f"{path}, near line {block.first_line}: {_one_line(error)}") from error
+
+
+class ParquetSource(TableSource):
+    """A Parquet file, read some rows of a row group at a time."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        try:
+            with self._open() as file:
+                self.header = file.schema_arrow.names
+                batch = next(file.iter_batches(SAMPLE_ROWS), None) if self._is_small(file) else None
+                self.num_rows = file.metadata.num_rows
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(
+                f"{path}: not a readable Parquet file, or cut short: {_one_line(error)}"
+            ) from error
+        if self.num_rows == 0:
+            raise UserError(f"{path}: the file is empty: it holds no event")
+        self.num_fields = len(self.header)
+        self.sample = (
+            _numbered(batch)
+            if batch is not None
+            else pl.DataFrame(
+                {str(place): pl.Series([], dtype=pl.String) for place in range(self.num_fields)}
+            )
+        )
+
+    @staticmethod
+    def _is_small(file: pq.ParquetFile) -> bool:
+        return file.metadata.num_row_groups > 0
+
+    def _open(self, columns: Sequence[str] = ()) -> pq.ParquetFile:
+        """columns: read as dictionaries, so that a long value that every row repeats is held once."""
+        try:
+            file = pq.ParquetFile(self.path, read_dictionary=list(columns))
+            file.schema_arrow.names  # noqa: B018  names that are no text raise here
+            return file
+        except UnicodeEncodeError:
+            raise UserError(f"{self.path}: the name of a Parquet file must be UTF-8; rename it") from None
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"{self.path}: not a readable Parquet file, or cut short: {_one_line(error)}"
+            ) from error
+
+    def batches(self, places):
+        assert self.header is not None
+        names = [self.header[place] for place in places]
+        done = 0
+        try:
+            with self._open() as plain:
+                kinds = {name: plain.schema_arrow.field(name).type for name in names}
+            strings = [
+                name
+                for name, kind in kinds.items()
+                if pa.types.is_string(kind) or pa.types.is_large_string(kind)
+            ]
+            with self._open(strings) as file:
+                for batch in file.iter_batches(_BATCH_BYTES // (64 * max(1, len(names))), columns=names):
+                    first = done
+                    done += batch.num_rows
+
+                    def place_of(row: int, first: int = first) -> str:
+                        return f"row {first + row + 1}"
+
+                    rows = Rows(str(self.path), place_of)
+                    yield rows, _from_arrow(rows, batch, names, places)
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{self.path}: damaged after row {done}: {_one_line(error)}") from error
+        if done != self.num_rows:
+            raise UserError(f"{self.path}: damaged: {done} rows where its footer says {self.num_rows}")
+
+
+class ArrowSource(TableSource):
+    """An Arrow IPC file or stream."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.sample = pl.DataFrame()
+        for batch in self._record_batches():
+            self.header = batch.schema.names
+            self.sample = _numbered(batch.slice(0, SAMPLE_ROWS))
+            if batch.num_rows:
+                break
+        if not len(self.sample):
+            raise UserError(f"{path}: the file is empty: it holds no event")
+        self.num_fields = len(self.header or [])
+
+    def _record_batches(self) -> Iterator[pa.RecordBatch]:
+        try:
+            with open_unpacked(self.path) as stream:
+                if stream.read(6) == b"ARROW1":
+                    with pa.memory_map(str(self.path)) as mapped:
+                        reader = pyarrow.ipc.open_file(mapped)
+                        for number in range(reader.num_record_batches):
+                            yield reader.get_batch(number)
+                    return
+                stream.seek(0)
+                yield from pyarrow.ipc.open_stream(stream)
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{self.path}: damaged or cut short: {_one_line(error)}") from error
+
+    def batches(self, places):
+        assert self.header is not None
+        names = [self.header[place] for place in places]
+        done = 0
+        for batch in self._record_batches():
+            first = done
+            done += batch.num_rows
+
+            def place_of(row: int, first: int = first) -> str:
+                return f"row {first + row + 1}"
+
+            rows = Rows(str(self.path), place_of)
+            yield rows, _from_arrow(rows, batch.select(names), names, places)
+
+
+def _from_arrow(rows: Rows, batch: pa.RecordBatch, names: list[str], places: Sequence[int]) -> pl.DataFrame:
+    """Columns of a batch by place. UserError for text longer than an id, seen before it is copied into every row."""
+    columns: dict[str, Any] = {}
+    for name, place in zip(names, places):
+        column = batch.column(names.index(name)) if batch.schema.names == names else batch.column(name)
+        if pa.types.is_dictionary(column.type):
+            longest = pa.compute.max(pa.compute.binary_length(column.dictionary)).as_py() or 0
+            if longest > 64 * MAX_ID_BYTES:
+                raise UserError(
+                    f"{rows.file}: column {name!r} has values of {longest} bytes; an id has at most {MAX_ID_BYTES}"
+                )
+            column = column.cast(column.type.value_type)
+        columns[str(place)] = pl.Series(str(place), pl.from_arrow(column))
+    return pl.DataFrame(columns)
+
+
+def _numbered(batch: pa.RecordBatch) -> pl.DataFrame:
+    """The first rows of a table; nested columns are left empty."""
+    columns = []
+    for place, column in enumerate(batch.columns):
+        nested = pa.types.is_nested(column.type)
+        values = [None] * len(column) if nested else pl.Series(pl.from_arrow(column))
+        columns.append(pl.Series(str(place), values))
+    return pl.DataFrame(columns)
+
+
+def _has_digit(field: str) -> bool:
+    return any(character.isdigit() for character in field)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

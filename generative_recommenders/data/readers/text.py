@@ -1,0 +1,231 @@
+"""Delimited text: blocks of whole lines, their fields as columns of text, and the line of the first fault."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.csv
+
+from generative_recommenders.data.readers.files import READ_FAULTS, open_unpacked
+from generative_recommenders.errors import UserError
+
+BLOCK_BYTES = 32 << 20
+MAX_LINE_BYTES = 1 << 20
+SAMPLE_LINES = 100
+_READ_BYTES = 1 << 20
+_BOM = b"\xef\xbb\xbf"
+_UNIT_SEPARATOR = b"\x1f"
+DELIMITERS = ("::", "\t", ",", ";", "|", None)
+"""What is tried where none is given; None is runs of spaces and tabs."""
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How lines are divided: delimiter (None: runs of spaces and tabs), and whether ``"`` quotes a field (RFC 4180)."""
+
+    delimiter: str | None
+    quoting: bool
+
+    def __str__(self) -> str:
+        return "spaces" if self.delimiter is None else repr(self.delimiter)
+
+    def split(self, line: str) -> list[str]:
+        """The fields of one line."""
+        if self.delimiter is None:
+            return re.split(r"[ \t]+", line.strip(" \t"))
+        if not self.quoting:
+            return line.split(self.delimiter)
+        try:
+            return next(csv.reader([line], delimiter=self.delimiter, strict=True), [])
+        except csv.Error:
+            return line.split(self.delimiter)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Whole lines with ``\\n`` line ends; the first is line ``first_line`` of its file, counted from 1."""
+
+    data: bytes
+    first_line: int
+
+    def after_line(self, number: int) -> Block:
+        """The lines behind line ``number`` of the file."""
+        count = number - self.first_line + 1
+        if count <= 0:
+            return self
+        parts = self.data.split(b"\n", count)
+        return Block(parts[count] if len(parts) > count else b"", number + 1)
+
+
+def read_blocks(path: Path, quoting: bool, block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
+    """Blocks of whole lines of a plain or packed file, without byte-order mark and ``\\r`` of line ends.
+
+    quoting: a line end between two quotes is part of a field, so no block ends there. UserError: damaged files, lines longer
+    than a text file has.
+    """
+    rest, line = b"", 1
+    with open_unpacked(path) as stream:
+        while True:
+            chunk = _read_chunk(path, stream, block_bytes, line)
+            data = rest + chunk
+            if line == 1:
+                data = data.removeprefix(_BOM)
+            end = len(data) if not chunk else data.rfind(b"\n") + 1
+            while chunk and quoting and end and data.count(b'"', 0, end) % 2:
+                end = data.rfind(b"\n", 0, end - 1) + 1
+            data, rest = data[:end], data[end:]
+            if len(rest) > (MAX_LINE_BYTES if not quoting else 2 * block_bytes):
+                at = line + data.count(b"\n")
+                what = (
+                    f"longer than {MAX_LINE_BYTES} bytes" if b"\n" not in rest else "a quote is never closed"
+                )
+                raise UserError(f"{path}, line {at}: {what}; is this a text file of events?")
+            if data:
+                yield Block(data.replace(b"\r\n", b"\n").removesuffix(b"\r"), line)
+                line += data.count(b"\n")
+            if not chunk:
+                return
+
+
+def _read_chunk(path: Path, stream, size: int, line: int) -> bytes:
+    """``size`` bytes, fewer at the end; UserError with the last whole line where ``line`` is the next."""
+    parts: list[bytes] = []
+    try:
+        while size > 0 and (part := stream.read(min(size, _READ_BYTES))):
+            parts.append(part)
+            size -= len(part)
+        return b"".join(parts)
+    except READ_FAULTS as error:
+        last = line - 1 + b"".join(parts).count(b"\n")
+        reason = getattr(error, "strerror", None) or "packed data are damaged or cut short"
+        raise UserError(
+            f"{path}: cannot be read after line {last}: {reason}; fetch the file again"
+        ) from error
+
+
+def first_lines(path: Path, quoting: bool = False, count: int = SAMPLE_LINES) -> tuple[list[str], int]:
+    """Up to ``count`` lines that are not blank, and the number of the first; UserError if there is none, or it is no text."""
+    block = next(read_blocks(path, quoting, MAX_LINE_BYTES), None)
+    lines: list[str] = []
+    first = 1
+    for number, line in enumerate(block.data.split(b"\n") if block else [], 1):
+        if not line.strip(b" \t"):
+            continue
+        try:
+            lines.append(line.decode())
+        except UnicodeDecodeError as error:
+            if not lines:
+                raise UserError(
+                    f"{path}, line {number}: not UTF-8 text; convert the file to UTF-8"
+                ) from error
+            break
+        first = number if len(lines) == 1 else first
+        if len(lines) == count:
+            break
+    if not lines:
+        raise UserError(f"{path}: the file is empty: it holds no event")
+    return lines, first
+
+
+def parse(path: Path, block: Block, dialect: Dialect, num_fields: int, wanted: list[int]) -> pa.Table:
+    """The ``wanted`` fields (places from 0) of every line that is not blank, as columns "0", "1", ... of large_string.
+
+    UserError: the line that has another number of fields, is no UTF-8 or has a NUL byte.
+    """
+    data = block.data
+    if b"\0" in data:
+        line = _line_at(block, data.index(b"\0"))
+        raise UserError(f"{path}, line {line}: a NUL byte; is this a text file?")
+    if b"\r" in data and not dialect.quoting:
+        line = _line_at(block, data.index(b"\r"))
+        raise UserError(f"{path}, line {line}: a carriage return inside the line")
+    data, separator = _single_byte_separator(path, block, dialect)
+    names = [str(place) for place in range(num_fields)]
+    columns = [str(place) for place in wanted]
+    for threads in (True, False):  # once more without threads, for the number of the row at fault
+        try:
+            return pyarrow.csv.read_csv(
+                pa.py_buffer(data),
+                pyarrow.csv.ReadOptions(column_names=names, use_threads=threads, block_size=max(len(data), 1)),
+                pyarrow.csv.ParseOptions(
+                    delimiter=separator,
+                    quote_char='"' if dialect.quoting else False,
+                    newlines_in_values=dialect.quoting,
+                ),
+                pyarrow.csv.ConvertOptions(
+                    column_types=dict.fromkeys(names, pa.large_string()), include_columns=columns,
+                    strings_can_be_null=False, null_values=[], check_utf8=True,
+                ),
+            )  # fmt: skip
+        except pa.ArrowInvalid as error:
+            fault = str(error)
+    raise UserError(_fault(path, Block(data, block.first_line), dialect, separator, num_fields, fault))
+
+
+def _single_byte_separator(path: Path, block: Block, dialect: Dialect) -> tuple[bytes, str]:
+    """The lines with one byte between fields, and that byte."""
+    data, delimiter = block.data, dialect.delimiter
+    if delimiter is None:
+        data = data.replace(b"\t", b" ")
+        if b"  " in data:
+            data = re.sub(rb" +", b" ", data)
+        if b"\n " in data or b" \n" in data or data[:1] == b" " or data[-1:] == b" ":
+            data = re.sub(rb"(?m)^ | $", b"", data)
+        return data, " "
+    if len(delimiter) == 1 and delimiter.isascii():
+        return data, delimiter
+    if _UNIT_SEPARATOR in data:
+        at = _line_at(block, data.index(_UNIT_SEPARATOR))
+        raise UserError(f"{path}, line {at}: a control character (0x1f) inside the line")
+    return data.replace(delimiter.encode(), _UNIT_SEPARATOR), _UNIT_SEPARATOR.decode()
+
+
+def _line_at(block: Block, position: int) -> int:
+    return block.first_line + block.data.count(b"\n", 0, position)
+
+
+def _fault(path: Path, block: Block, dialect: Dialect, separator: str, num_fields: int, fault: str) -> str:
+    """What is wrong with a block that cannot be parsed, with the line: looked for one line at a time, as it is told once."""
+    try:
+        text = block.data.decode()
+    except UnicodeDecodeError as error:
+        return f"{path}, line {_line_at(block, error.start)}: not UTF-8 text; convert the file to UTF-8"
+    if not dialect.quoting:
+        for number, line in enumerate(text.split("\n"), block.first_line):
+            found = line.count(separator) + 1
+            if line.strip(" \t") and found != num_fields:
+                return (
+                    f"{path}, line {number}: {found} fields where {num_fields} are expected: {line[:100]!r}"
+                )
+        return f"{path}, near line {block.first_line}: {fault[:200]}"
+    reader = csv.reader(text.splitlines(keepends=True), delimiter=separator, strict=True)
+    start = 0
+    try:
+        for fields in reader:
+            if fields and len(fields) != num_fields:
+                at = block.first_line + start
+                return f"{path}, line {at}: {len(fields)} fields where {num_fields} are expected"
+            start = reader.line_num
+    except csv.Error as error:
+        return f"{path}, line {block.first_line + start}: {error}; --quoting=none reads quotes as text"
+    return f"{path}, near line {block.first_line}: {fault[:200]}"
+
+
+def line_of_row(block: Block, row: int, dialect: Dialect) -> int:
+    """The line that row ``row`` (from 0, blank lines not counted) of a parsed block begins on."""
+    if not dialect.quoting or b'"' not in block.data:
+        lines = (number for number, line in enumerate(block.data.split(b"\n")) if line.strip(b" \t"))
+        return block.first_line + next((number for seen, number in enumerate(lines) if seen == row), 0)
+    reader = csv.reader(block.data.decode().splitlines(keepends=True), delimiter=dialect.delimiter or " ")
+    seen, start = -1, 0
+    for fields in reader:
+        seen += bool(fields)
+        if seen == row:
+            break
+        start = reader.line_num
+    return block.first_line + start

@@ -1,0 +1,116 @@
+"""Times of events: recognition of their unit or format, and exact conversion to nanoseconds since 1970.
+
+A file has one format for all of its times. It is recognised from the first rows, unless the user names a unit, and every
+later value that does not fit it is a fault of the file. Order is kept to the precision given; models see whole seconds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import polars as pl
+
+NANOSECONDS = {"s": 10**9, "ms": 10**6, "us": 10**3, "ns": 1}
+"""Length of each unit of time in nanoseconds."""
+UNIT_NAMES = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds"}
+MAX_SECONDS = 7_258_118_400
+"""2200-01-01 in seconds since 1970: a later time is a fault, most often a unit that was recognised wrongly."""
+_SMALLEST = {"ns": 10**17, "us": 10**14, "ms": 10**11}
+"""Numbers from here on have this unit: as a coarser one they would lie after the year 4000."""
+_NUMBER = r"^\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?\s*$"
+_ZONE = r"([+-]\d{2}:?\d{2}|[+-]\d{2})$"
+_ISO_FORMATS = ("%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%d %H:%M", "%Y-%m-%d", "%Y/%m/%d %H:%M:%S%.f", "%Y/%m/%d")
+_OTHER_FORMATS = ("%a %b %d %H:%M:%S %z %Y",)  # Goodreads: Tue Sep 26 09:43:46 -0700 2017
+
+
+@dataclass(frozen=True)
+class TimeFormat:
+    """What the times of a file are: numbers of a unit ("s", "ms", "us", "ns"), or text of a format (`strptime`)."""
+
+    unit: str | None = None
+    text: str | None = None
+
+    def __str__(self) -> str:
+        if self.unit is not None:
+            return UNIT_NAMES[self.unit]
+        return "ISO 8601" if self.text in _ISO_FORMATS else f"dates like {self.text!r}"
+
+
+def recognise(values: pl.Series, unit: str | None = None) -> TimeFormat | None:
+    """The format of a file's first times; None where they have none that is known.
+
+    values: text, numbers, dates or datetimes; empty and null ones are passed over. unit: the unit of numbers, if the user
+    names it.
+    """
+    values = values.drop_nulls()
+    if values.dtype.is_temporal():
+        return TimeFormat(unit="ns")
+    if values.dtype == pl.String:
+        values = values.filter(values.str.strip_chars() != "")
+        if not values.str.contains(_NUMBER).all():
+            fits = (
+                each
+                for each in (*_ISO_FORMATS, *_OTHER_FORMATS)
+                if _parse_text(values, each).null_count() == 0
+            )
+            text = next(fits, None)
+            return None if text is None else TimeFormat(text=text)
+        values = values.str.strip_chars().cast(pl.Float64, strict=False)
+    elif not values.dtype.is_numeric():
+        return None
+    if unit is not None:
+        return TimeFormat(unit=unit)
+    typical = cast(float, values.median()) if len(values) else 0.0  # one wrong value does not decide
+    return TimeFormat(unit=next((each for each, least in _SMALLEST.items() if typical >= least), "s"))
+
+
+def to_nanoseconds(values: pl.Series, form: TimeFormat) -> pl.Series:
+    """``[n]`` int64 nanoseconds since 1970, null where a value is not a time of this format from 1970 to 2200."""
+    if values.dtype.is_temporal():
+        times = values.cast(pl.Datetime("ns"), strict=False).cast(pl.Int64)
+    elif form.text is not None:
+        times = _parse_text(values.cast(pl.String), form.text)
+    else:
+        times = _scale(values, NANOSECONDS[form.unit or "s"])
+    return times.set(times.is_between(0, MAX_SECONDS * 10**9).not_().fill_null(False), None)
+
+
+def _scale(values: pl.Series, factor: int) -> pl.Series:
+    """Numbers times ``factor`` as int64: whole ones exactly, others to a float64's precision; null for the rest."""
+    if values.dtype == pl.String:
+        values = values.str.strip_chars()
+        values = values.set(values.str.contains(_NUMBER).not_(), None)
+    limit = MAX_SECONDS * 10**9 // factor + 1  # beyond it the product may not fit into 64 bits
+    whole = values.cast(pl.Int64, strict=False) if not values.dtype.is_float() else None
+    if whole is not None and whole.null_count() == values.null_count():
+        return whole.set((whole > limit) | (whole < -1), None) * factor
+    real = values.cast(pl.Float64, strict=False)
+    real = real.set((real > limit) | (real < -1) | real.is_nan(), None)
+    rounded = (real * factor).round().cast(pl.Int64, strict=False)
+    if whole is None:
+        return rounded
+    exact = whole.set((whole > limit) | (whole < -1), None) * factor
+    return exact.zip_with(whole.is_not_null(), rounded)
+
+
+def _parse_text(values: pl.Series, form: str) -> pl.Series:
+    """Text of a `strptime` format as int64 nanoseconds; an ISO time without a zone is in UTC."""
+    if form in _OTHER_FORMATS:
+        return values.str.to_datetime(form, time_unit="ns", strict=False).cast(pl.Int64)
+    text = values.str.strip_chars().str.replace("T", " ", literal=True).str.replace(r"\s*(Z|UTC)$", "")
+    zone = pl.Series([None] * len(text), dtype=pl.String)
+    if ":" in (values.drop_nulls().head(1).item() if len(values.drop_nulls()) else ""):
+        zone = text.str.slice(10).str.extract(_ZONE)  # behind the date, whose own dashes are no zone
+        text = text.set(zone.is_not_null(), None).fill_null(text.str.replace(r"\s*" + _ZONE, ""))
+    date_only = form in ("%Y-%m-%d", "%Y/%m/%d")
+    parsed = (
+        text.str.to_datetime(form, time_unit="ns", strict=False, exact=True)
+        if not date_only
+        else (text.str.to_date(form, strict=False).cast(pl.Datetime("ns")))
+    )
+    digits = zone.str.replace(":", "", literal=True)
+    hours = digits.str.slice(1, 2).cast(pl.Int64, strict=False).fill_null(0)
+    minutes = digits.str.slice(3, 2).cast(pl.Int64, strict=False).fill_null(0)
+    sign = 1 - 2 * digits.str.starts_with("-").fill_null(False).cast(pl.Int64)
+    return parsed.cast(pl.Int64) - sign * (hours * 60 + minutes) * 60 * 10**9

@@ -1,0 +1,127 @@
+"""Typed values of raw columns, and the first value of each that is none."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import cast
+
+import polars as pl
+
+from generative_recommenders.data.readers.times import MAX_SECONDS, UNIT_NAMES, TimeFormat, to_nanoseconds
+from generative_recommenders.errors import UserError
+
+MAX_ID_BYTES = 1024
+MISSING = ("", "NA", "N/A", "<NA>", "NaN", "nan", "NULL", "null", "None")
+"""Text that stands for a missing id in files that people export."""
+_MAX_FLOAT32 = 3.4028234663852886e38
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of one file that were read together. file: its path. place_of: row from 0 -> "line 7" or "row 7"."""
+
+    file: str
+    place_of: Callable[[int], str]
+
+    def fault(self, row: int, name: str, value: object, reason: str) -> UserError:
+        """The error of one value: file, line or row, value, reason, remedy."""
+        shown = "" if value is None else f" {str(value)[:40]!r}"
+        return UserError(f"{self.file}, {self.place_of(row)}: the {name}{shown} {reason}")
+
+    def refuse(self, bad: pl.Series, values: pl.Series, name: str, reason: str) -> None:
+        """UserError for the first row where ``bad`` is true."""
+        at = bad.fill_null(True).arg_max()
+        if at is not None and bad.fill_null(True)[at]:
+            raise self.fault(at, name, values[at], reason)
+
+
+def ids(values: pl.Series, name: str, rows: Rows) -> tuple[pl.Series, pl.Series]:
+    """Ids as text, and which are missing (bool). UserError: ids that are neither text nor integers, or too long."""
+    if values.dtype.is_integer() or values.dtype in (pl.Categorical, pl.Enum, pl.Null):
+        values = values.cast(pl.String)
+    if values.dtype != pl.String:
+        raise UserError(f"{rows.file}: the {name}s are of type {values.dtype}; ids must be text or integers")
+    rows.refuse(
+        (values.str.len_bytes() > MAX_ID_BYTES).fill_null(False), values, name,
+        f"is longer than {MAX_ID_BYTES} bytes; is this column the {name}?",
+    )  # fmt: skip
+    return values, values.is_null() | values.is_in(MISSING)
+
+
+def numbers(values: pl.Series, name: str, rows: Rows, optional: bool = False) -> pl.Series:
+    """Finite float32 numbers; null for missing ones where they are ``optional``."""
+    if values.dtype == pl.String:
+        text = values.str.strip_chars()
+        missing = text.is_null() | text.is_in(MISSING)
+        found = text.cast(pl.Float64, strict=False)
+    elif values.dtype.is_numeric() or values.dtype in (pl.Boolean, pl.Null):
+        found = values.cast(pl.Float64)
+        missing = found.is_null() | (found.is_nan() if optional else pl.Series([False]))
+    else:
+        raise UserError(f"{rows.file}: the {name}s are of type {values.dtype}; they must be numbers")
+    if optional:
+        found = found.set(missing, None)
+    else:
+        rows.refuse(
+            missing, values, name, "is missing; remove the row, or leave the column out with --columns"
+        )
+    rows.refuse(found.is_null() & ~missing, values, name, "is not a number")
+    rows.refuse((~found.is_finite()).fill_null(False), values, name, "is not a finite number")
+    rows.refuse((found.abs() > _MAX_FLOAT32).fill_null(False), values, name, "is too large")
+    return found.cast(pl.Float32)
+
+
+def times(values: pl.Series, name: str, form: TimeFormat, rows: Rows, optional: bool = False) -> pl.Series:
+    """int64 nanoseconds since 1970; null for missing ones where they are ``optional``."""
+    found = to_nanoseconds(values, form)
+    missing = values.is_null()
+    if values.dtype == pl.String:
+        missing |= values.str.strip_chars().is_in(MISSING).fill_null(True)
+    if not optional:
+        rows.refuse(
+            missing, values, name, "is missing; remove the row, or leave the column out with --columns"
+        )
+    bad = found.is_null() & ~missing
+    if bad.any():
+        row = cast(int, bad.arg_max())
+        raise rows.fault(row, name, values[row], _why_not(values, row, form))
+    return found
+
+
+def _why_not(values: pl.Series, row: int, form: TimeFormat) -> str:
+    """Why a value is not a time of the format."""
+    if form.text is not None:
+        return f"is not written like the times before it ({form})"
+    try:
+        number = float(values[row])
+    except (TypeError, ValueError):
+        return f"is not a number, as the times before it ({form})"
+    if number < 0:
+        return "is before 1970"
+    if (
+        math.isfinite(number)
+        and number * 10 ** -{"s": 0, "ms": 3, "us": 6, "ns": 9}[form.unit or "s"] > MAX_SECONDS
+    ):
+        units = ", ".join(UNIT_NAMES)
+        return f"lies after the year 2200 in {form}; give its unit with --time_unit ({units})"
+    return "is not a time"
+
+
+def categories(values: pl.Series, name: str, rows: Rows) -> pl.Series:
+    """Categories as text, null for missing ones."""
+    if (
+        values.dtype.is_integer()
+        or values.dtype in (pl.Categorical, pl.Enum, pl.Null, pl.Boolean)
+        or values.dtype.is_float()
+    ):
+        values = values.cast(pl.String)
+    if values.dtype != pl.String:
+        raise UserError(
+            f"{rows.file}: column {name!r} is of type {values.dtype}; categories must be text or numbers"
+        )
+    text = values.str.strip_chars()
+    long = (text.str.len_bytes() > MAX_ID_BYTES).fill_null(False)
+    rows.refuse(long, values, name, f"is longer than {MAX_ID_BYTES} bytes; is it a category?")
+    return text.set(text.is_in(MISSING).fill_null(True), None)

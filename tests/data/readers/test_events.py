@@ -1,0 +1,208 @@
+"""Raw files of the kinds that people have: what is read, what is refused, and in which words."""
+
+from __future__ import annotations
+
+import gzip
+import logging
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from generative_recommenders.data.readers.events import EventReader, ReadOptions, TextOptions
+from generative_recommenders.errors import UserError
+
+SECOND = 10**9
+
+
+def read(
+    path: Path, columns: str | None = None, text: TextOptions | None = None, **options: Any
+) -> dict[str, list]:
+    """The events of one file as lists by column."""
+    reader = EventReader([path], ReadOptions(columns, text or TextOptions(), **options))
+    return pa.concat_tables(reader.batches()).to_pydict()
+
+
+def write(folder: Path, name: str, text: str) -> Path:
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def refused(path: Path, columns: str | None = None, **options: Any) -> str:
+    with pytest.raises(UserError) as error:
+        read(path, columns, **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def seconds(values: list[int]) -> list[float]:
+    return [value / SECOND for value in values]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "columns", "expected"),
+    [
+        ("header.csv", "user_id,item_id,datetime\nu,b,1600000300\nu,a,1600000100\n", None, [1600000300, 1600000100]),
+        ("ms.csv", "user_id,parent_asin,rating,timestamp\nA,B,5.0,1588687728923\n", None, [1588687728.923]),
+        ("us.csv", "user,item,time\nA,B,1588687728923456\n", None, [1588687728.923456]),
+        ("ns.csv", "user,item,time\nA,B,1588687728923456789\n", None, [1588687728.923456789]),
+        ("fraction.csv", "user,item,time\nA,B,1600000000.5\n", None, [1600000000.5]),
+        ("iso.tsv", "0\t2010-10-19T23:55:27Z\t30.23\t-97.79\t22\n", "user,timestamp,_,_,item", [1287532527]),
+        ("zone.csv", "user,item,time\nA,B,2010-10-19T23:55:27+02:00\n", None, [1287525327]),
+        ("date.csv", "customer_id,article_id,date\nA,B,2010-10-19\n", None, [1287446400]),
+        ("blanks.txt", "1  17   1502254774\n1 29 1502251833\n", "user,item,timestamp", [1502254774, 1502251833]),
+        ("colons.dat", "1::17::4::978300760\n", "user,item,rating,timestamp", [978300760]),
+        ("atomic.inter", "user_id:token\titem_id:token\ttimestamp:float\n1\t2\t8.9e8\n", None, [890000000]),
+        ("goodreads.csv", "user_id,book_id,date_added\n1,2,Tue Sep 26 09:43:46 -0700 2017\n", None, [1506444226]),
+        ("reviews.jsonl", '{"user_id": "A", "asin": 7, "timestamp": 1588687728923, "x": [1]}\n', None, [1588687728.923]),
+    ],
+)  # fmt: skip
+def test_times_of_many_forms(
+    tmp_path: Path, name: str, text: str, columns: str | None, expected: list[float]
+) -> None:
+    assert seconds(read(write(tmp_path, name, text), columns)["timestamp"]) == pytest.approx(
+        expected, abs=1e-6
+    )
+
+
+def test_milliseconds_keep_their_order(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.csv", "user,item,timestamp\nu,x,1588687728923\nu,y,1588687728922\n")
+    late, early = read(path)["timestamp"]
+    assert late - early == 10**6
+
+
+@pytest.mark.parametrize("unit", ["s", "ms", "us", "ns"])
+def test_datetime_columns_of_any_precision(tmp_path: Path, unit: str) -> None:
+    path = tmp_path / "a.parquet"
+    times = pa.array(
+        [1_600_000_000 * {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}[unit]], pa.timestamp(unit)
+    )
+    pa.parquet.write_table(pa.table({"user": ["u"], "item": ["i"], "timestamp": times}), path)
+    assert read(path)["timestamp"] == [1_600_000_000 * SECOND]
+
+
+def test_arrow_and_packed_files_hold_the_same_events(tmp_path: Path) -> None:
+    frame = pl.DataFrame({"user": ["u", "v"], "item": [1, 2], "rating": [4.0, 3.5], "timestamp": [5, 6]})
+    frame.write_csv(tmp_path / "a.csv")
+    frame.write_ipc(tmp_path / "a.arrow")
+    frame.write_parquet(tmp_path / "a.parquet")
+    frame.write_ndjson(tmp_path / "a.jsonl")
+    plain = (tmp_path / "a.csv").read_bytes()
+    (tmp_path / "a.csv.gz").write_bytes(gzip.compress(plain))
+    (tmp_path / "a.csv.zst").write_bytes(pa.compress(plain, "zstd", asbytes=True))
+    expected = read(tmp_path / "a.csv")
+    assert expected["item"] == ["1", "2"] and expected["rating"] == [4.0, 3.5]
+    for name in ("a.arrow", "a.parquet", "a.jsonl", "a.csv.gz", "a.csv.zst"):
+        assert read(tmp_path / name) == expected, name
+
+
+def test_no_header_is_refused_and_the_fields_are_shown(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.dat", "11,2014-04-07T10:51:09.277Z,214536502,0\n")
+    message = refused(path)
+    assert "--columns" in message and "3: '214536502'" in message
+    assert read(path, "user,timestamp,item,_")["item"] == ["214536502"]
+
+
+def test_quotes(tmp_path: Path) -> None:
+    csv = write(tmp_path, "a.csv", 'user,item,title\nu,"x, ""y""","two\nlines"\nv,z,t\n')
+    assert read(csv)["item"] == ['x, "y"', "z"]
+    tsv = write(tmp_path, "a.tsv", 'u\t1241100000\tm1\t"Weird Al" Yankovic\nu\t1241100100\tm2\tOther\n')
+    assert read(tsv, "user,timestamp,item,_")["item"] == ["m1", "m2"]
+    text = write(tmp_path, "b.csv", 'user,item\nu,"Heroes"\nu,Heroes\n')
+    assert read(text, text=TextOptions(quoting="none"))["item"] == ['"Heroes"', "Heroes"]
+    assert read(text)["item"] == ["Heroes", "Heroes"]
+
+
+def test_missing_ids_are_refused_with_their_number_or_dropped(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write(tmp_path, "a.csv", "userId;itemId;time\nNA;i1;5\n7;i2;9\n;i3;3\n")
+    message = refused(path)
+    assert "line 2" in message and "2 events" in message and "--drop_missing" in message
+    with caplog.at_level(logging.WARNING, logger="absl"):
+        assert read(path, drop_missing=True)["user"] == ["7"]
+    assert "2 events" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("user,item,when\nu,i,2014-04-07\n", "'when' may be the time"),
+        ("user,item,t\nu,i,1600000000\n", "'t' may be the time"),
+        ("user,item,time,date\nu,i,5,2014-04-07\n", "may each be the timestamp"),
+    ],
+)
+def test_a_possible_time_is_never_left_out_in_silence(tmp_path: Path, text: str, named: str) -> None:
+    path = write(tmp_path, "a.csv", text)
+    assert named in refused(path)
+    assert "timestamp" not in read(path, "user,item")
+
+
+def test_further_columns_are_typed(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.csv", "user,item,timestamp,genre,progress\nu,i,5,sf,0.5\nu,j,6,,\n")
+    events = read(path, "user,item,timestamp,category=genre:categorical,progress:numerical")
+    assert events["category"] == ["sf", None] and events["progress"] == [0.5, None]
+    assert "is 'genre'" in refused(path, "user,item,timestamp,genre,progress:numerical")
+
+
+@pytest.mark.parametrize(
+    ("text", "columns", "words"),
+    [
+        ("user,item,rating\nu,i,5\nu,i,x\n", None, ["line 3", "'x'", "not a number"]),
+        ("user,item,rating\nu,i,inf\n", None, ["line 2", "finite"]),
+        ("user,item,rating\nu,i,\n", None, ["line 2", "is missing"]),
+        ("user,item,timestamp\nu,i,5\nu,i,-1\n", None, ["line 3", "before 1970"]),
+        ("user,item,timestamp\nu,i,5\nu,i,7\nu,i,1588687728923\n", None, ["line 4", "after the year 2200", "--time_unit"]),
+        ("user,item,timestamp\nu,i,soon\n", None, ["'soon'", "no time"]),
+        ("user,item,rating\nu,i,5\nu,i\n", None, ["line 3", "2 fields where 3"]),
+        ("user,item\nu,i\n", "user,thing=itm", ["no column 'itm'", "'item'"]),
+        ("user,item\nu," + "x" * 2000 + "\n", None, ["line 2", "1024 bytes"]),
+        ("", None, ["empty"]),
+        ("user,item\n", None, ["empty"]),
+        ('{"user": 1, "item": 2}\n{"user": \n', None, ["line 2", "not a JSON object"]),
+    ],
+)  # fmt: skip
+def test_faults_name_file_line_value_and_reason(
+    tmp_path: Path, text: str, columns: str | None, words: list[str]
+) -> None:
+    path = write(tmp_path, "a.csv", text)
+    message = refused(path, columns)
+    assert str(path) in message
+    for word in words:
+        assert word in message
+
+
+def test_what_is_read_is_logged_with_the_first_events(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write(tmp_path, "a.csv", "user_id,item,when,timestamp\nu,i,?,1588687728923\n")
+    with caplog.at_level(logging.INFO, logger="absl"):
+        read(path)
+    assert (
+        "user = column 1 'user_id'" in caplog.text
+        and "time = column 4 'timestamp' (milliseconds)" in caplog.text
+    )
+    assert "left out: when" in caplog.text and "2020-05-05 14:08:48.923" in caplog.text
+
+
+def test_parts_of_other_columns_are_refused(tmp_path: Path) -> None:
+    first = write(tmp_path, "a.csv", "user,item,rating\nu,i,4\n")
+    other_order = write(tmp_path, "b.csv", "rating,item,user\n3,j,v\n")
+    fewer = write(tmp_path, "c.csv", "user,item\nu,i\n")
+    table = pa.concat_tables(EventReader([first, other_order], ReadOptions()).batches())
+    assert table.to_pydict() == {"user": ["u", "v"], "item": ["i", "j"], "rating": [4.0, 3.0]}
+    with pytest.raises(UserError, match="all files must have the same"):
+        list(EventReader([first, fewer], ReadOptions()).batches())
+
+
+def test_a_value_of_a_hundred_megabytes_costs_neither_time_nor_memory(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    users = pa.DictionaryArray.from_arrays(pa.array([0] * 100_000, pa.int32()), pa.array(["x" * 10_000_000]))
+    pa.parquet.write_table(pa.table({"user": users, "item": ["i"] * 100_000}), path)
+    assert "an id has at most 1024" in refused(path)
+    text = write(tmp_path, "a.csv", "user,item\n" + "y" * 30_000_000 + ",i\n")
+    assert "1024 bytes" in refused(text) or "longer than" in refused(text)
