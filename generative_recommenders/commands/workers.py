@@ -228,7 +228,7 @@ def finish(
     rows: Mapping[str, Mapping[str, float]],
 ) -> None:
     """The final record, the curves, and the table."""
-    rows = {**rows, **report.model_rows(settings.train, result.test, result.liked)}
+    rows = {**rows, **report.model_rows(settings.train, result.test, result.high_rated)}
     final = {
         "part": "final",
         "seconds": result.progress.seconds,
@@ -303,7 +303,7 @@ def evaluate_worker(rank: int, world_size: int, options: Options) -> int:
     test = ModelEvaluation(settings, dataset, split, collectives).test(model)
     rows = {
         **report.baseline_metrics(dataset, split, settings.train, collectives),
-        **report.model_rows(settings.train, test.metrics(), test.liked_metrics()),
+        **report.model_rows(settings.train, test.metrics(), test.high_rated_metrics()),
     }
     if collectives.is_main:
         print(f"{checkpoint.path}, test, full catalogue, {report.conditions(settings, dataset)}")

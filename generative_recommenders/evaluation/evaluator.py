@@ -35,14 +35,14 @@ class EvaluationResult:
     def metrics(self) -> dict[str, float]:
         return self.histogram.compute()
 
-    def liked_metrics(self) -> dict[str, float]:
+    def high_rated_metrics(self) -> dict[str, float]:
         """Over the targets rated at or above the threshold alone; empty where the data have no ratings."""
         return self.histogram.compute(subset=True) if self.histogram.total(subset=True) else {}
 
     def all_metrics(self) -> dict[str, float]:
-        """`metrics`, then ``liked_`` with each name of `liked_metrics`, then of the lists what has no such name yet."""
-        liked = {f"liked_{name}": value for name, value in self.liked_metrics().items()}
-        ranked = {**self.metrics(), **liked}
+        """`metrics`, `high_rated_metrics` as ``high_rated_...``, then the list metrics that have no such name yet."""
+        high_rated = {f"high_rated_{name}": value for name, value in self.high_rated_metrics().items()}
+        ranked = {**self.metrics(), **high_rated}
         return {**ranked, **{name: value for name, value in self.lists.items() if name not in ranked}}
 
 
@@ -79,7 +79,7 @@ class Evaluator:
                 part_seen = None if seen is None else seen[start : start + chunk]
                 scores, missed = score(part), self._missed(part, part_seen)
                 ranks = _ranks(scores, part["target_ids"], part_seen)
-                histogram.add(ranks.masked_fill(missed, self.num_items + 1), self._liked(part))
+                histogram.add(ranks.masked_fill(missed, self.num_items + 1), self._high_rated(part))
                 if lists is not None:
                     self._add_lists(lists, scores, part, part_seen, missed)
         histogram.counts = self.collectives.sum_(histogram.counts)
@@ -117,7 +117,7 @@ class Evaluator:
             history = self.loader.seen_items(batch["user_ids"].numpy() - 1)
         lists.add(scores, batch["user_ids"], targets, removed, history)
 
-    def _liked(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+    def _high_rated(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
         if "target_ratings" not in batch:
             return None
         return batch["target_ratings"] >= self.rating_threshold

@@ -13,6 +13,11 @@ CUTOFFS = (1, 10, 50, 100, 200, 500)
 """The K of HR@K and NDCG@K that are reported by default."""
 
 
+def current_name(metric: str) -> str:
+    """Today's name of a metric in the records of an old run: release 0.1.0 wrote ``liked_hr@10``."""
+    return metric.replace("liked_", "high_rated_", 1) if metric.startswith("liked_") else metric
+
+
 class RankHistogram:
     """How many targets had each rank, for all targets and for a subset of them (say, those rated 4 and
     above).

@@ -114,7 +114,9 @@ class RunFolder:
         lines = self.metrics_path.read_bytes().splitlines(keepends=True)
         found = [(line, _kept_record(line, step, epoch)) for line in lines]
         kept = [(line, record) for line, record in found if record is not None]
-        self._write(self.metrics_path.name, "".join(line.decode() for line, _ in kept))
+        # A run of release 0.1.0 goes on under today's names of its metrics.
+        text = "".join(line.decode() for line, _ in kept).replace('"liked_', '"high_rated_')
+        self._write(self.metrics_path.name, text)
         self._metrics = _open_lines(self.metrics_path)
         with self._writable():
             _put_before_now(self.tensorboard)

@@ -59,7 +59,7 @@ class EpochLog:
         scalars = {
             f"{self.part}/{name}": value
             for name, value in record.items()
-            if "@" in name or name in ("mrr", "liked_mrr")
+            if "@" in name or name in ("mrr", "high_rated_mrr")
         }
         self.run.write_scalars(step, {**scalars, "train/epoch_loss": record["train_loss"]})
         self.run.write_metrics(step, {"part": self.part, **record})

@@ -57,12 +57,12 @@ def results_table(rows: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def model_rows(
-    settings: TrainSettings, metrics: Mapping[str, float], liked: Mapping[str, float]
+    settings: TrainSettings, metrics: Mapping[str, float], high_rated: Mapping[str, float]
 ) -> dict[str, Mapping[str, float]]:
     """The model's rows of the table: all targets, then the highly rated ones where there are any."""
     rows = {settings.main_module: metrics}
-    if liked:
-        rows[f"{settings.main_module}, targets rated {settings.rating_threshold:g}+"] = liked
+    if high_rated:
+        rows[f"{settings.main_module}, targets rated {settings.rating_threshold:g}+"] = high_rated
     return rows
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from generative_recommenders.evaluation.metrics import current_name
+
 
 @dataclass
 class Progress:
@@ -33,6 +35,7 @@ class Progress:
                 raise ValueError(f"{name} is {getattr(self, name)!r}")
         if not isinstance(self.history, list) or not all(map(_is_record, self.history)):
             raise ValueError("history is not a list of records")
+        self.history = [{current_name(name): value for name, value in each.items()} for each in self.history]
 
 
 def _is_record(each: object) -> bool:

@@ -51,11 +51,11 @@ ACCELERATOR_CHECK = 20
 
 @dataclass(frozen=True)
 class TrainResult:
-    """test: metrics of the best (in protocol "paper", the last) state; liked: over highly rated targets alone;
+    """test: metrics of the best (in protocol "paper", the last) state; high_rated: over highly rated targets alone;
     finished: False after a stop request, and then there are no metrics; lists: of the top-k lists, where asked for."""
 
     test: dict[str, float]
-    liked: dict[str, float]
+    high_rated: dict[str, float]
     progress: Progress
     finished: bool
     lists: dict[str, float] = field(default_factory=dict)
@@ -154,7 +154,7 @@ class Trainer:
         self.save(store)
         self._load_best(store)
         result = self.evaluation.test(self.model)
-        return TrainResult(result.metrics(), result.liked_metrics(), self.progress, True, result.lists)
+        return TrainResult(result.metrics(), result.high_rated_metrics(), self.progress, True, result.lists)
 
     def _done(self, max_steps: int | None) -> bool:
         p, t = self.progress, self.settings.train

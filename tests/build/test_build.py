@@ -214,7 +214,7 @@ def test_weights_by_rating_need_ratings() -> None:
         build_all(settings(target_weights="rating"), catalogue(has_ratings=False))
 
 
-def test_the_liked_rating_is_a_choice() -> None:
+def test_the_rating_threshold_is_a_choice() -> None:
     chosen = settings(loss_module="BCELossWithRatings", rating_threshold=2.5)
     assert build_criterion(chosen, catalogue()).loss.threshold == 2.5
 

@@ -60,8 +60,13 @@ def test_old_run_trains_on(run_dir: Path) -> None:
         "--gin_bindings=train_fn.num_epochs = 4",
     )
     assert result.returncode == 0, result.stderr
-    epochs = [json.loads(line).get("epoch") for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    assert 3 in epochs  # counted from 0: the fourth
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    epochs = [record for record in records if "epoch" in record]
+    assert epochs[-1]["epoch"] == 3  # counted from 0: the fourth
+    assert all("high_rated_mrr" in epoch and "liked_mrr" not in epoch for epoch in epochs)
+    newest = max((run_dir / "checkpoints").glob("*/state.json"))
+    history = json.loads(newest.read_text())["progress"]["history"]
+    assert all("high_rated_mrr" in epoch and "liked_mrr" not in epoch for epoch in history)
     assert "test, full catalogue" in result.stdout
 
 

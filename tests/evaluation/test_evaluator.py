@@ -75,10 +75,10 @@ def test_equals_brute_force(ragged_dataset: SequenceDataset, seen_filter: str) -
     for name, value in metrics_of([*ranks.values()]).items():
         assert result.metrics()[name] == pytest.approx(value)
     at = ragged_dataset.offsets[:-1] + split.test_targets
-    liked = [rank for user, rank in ranks.items() if ragged_dataset.ratings[at[user]] >= THRESHOLD]
-    assert 0 < len(liked) < len(ranks)
-    for name, value in metrics_of(liked).items():
-        assert result.liked_metrics()[name] == pytest.approx(value)
+    high_rated = [rank for user, rank in ranks.items() if ragged_dataset.ratings[at[user]] >= THRESHOLD]
+    assert 0 < len(high_rated) < len(ranks)
+    for name, value in metrics_of(high_rated).items():
+        assert result.high_rated_metrics()[name] == pytest.approx(value)
 
 
 def test_filters_differ_and_window_misses_repeated_targets(ragged_dataset: SequenceDataset) -> None:
@@ -147,8 +147,8 @@ def test_unseen_targets_are_misses(ragged_dataset: SequenceDataset) -> None:
     assert result.metrics()["hr@500"] == 0
 
 
-def test_without_ratings_nothing_is_liked(tmp_path) -> None:
+def test_without_ratings_nothing_is_highly_rated(tmp_path) -> None:
     dataset = tiny_dataset(tmp_path, [[1, 2, 3], [3, 1, 2]], ratings=False)
     loader = EvaluationLoader(dataset, make_split(dataset).test_targets, WINDOW, 16)
     evaluator = Evaluator(loader, 3, "none", Collectives())
-    assert evaluator(lambda batch: scores_of(batch["user_ids"], 3)).liked_metrics() == {}
+    assert evaluator(lambda batch: scores_of(batch["user_ids"], 3)).high_rated_metrics() == {}

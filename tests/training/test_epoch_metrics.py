@@ -1,4 +1,4 @@
-"""What each epoch's evaluation records: exact ranks, liked targets, metrics of top-k lists."""
+"""What each epoch's evaluation records: exact ranks, highly rated targets, metrics of top-k lists."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ from generative_recommenders.training.trainer import Trainer
 from tiny_data import ragged_sequences, tiny_dataset
 from tiny_models import settings
 
-LIKED = [f"liked_{name}@{k}" for k in (1, 10, 50, 100, 200, 500) for name in ("hr", "ndcg")] + ["liked_mrr"]
+HIGH_RATED = [f"high_rated_{name}@{k}" for k in (1, 10, 50, 100, 200, 500) for name in ("hr", "ndcg")] + [
+    "high_rated_mrr"
+]
 LISTS = [f"{name}@7" for name in ("recall", "precision", "map", "novelty", "coverage", "diversity")]
 
 
@@ -43,40 +45,42 @@ def recorded(dataset: SequenceDataset, folder: Path, **choices: Any) -> tuple[li
 
 
 @pytest.mark.parametrize(("protocol", "part"), [("leave_one_out", "validation"), ("paper", "test")])
-def test_full_evaluations_record_liked_targets_and_lists(
+def test_full_evaluations_record_high_rated_targets_and_lists(
     ragged_dataset: SequenceDataset, tmp_path: Path, protocol: str, part: str
 ) -> None:
     lines, tags, trainer = recorded(ragged_dataset, tmp_path / "run", protocol=protocol, list_metrics_k=7)
     assert [line["part"] for line in lines] == [part] * 3
     for line in lines:
-        assert set(LIKED + LISTS) <= set(line)
-    assert {f"{part}/{name}" for name in LIKED + LISTS} <= tags
+        assert set(HIGH_RATED + LISTS) <= set(line)
+    assert {f"{part}/{name}" for name in HIGH_RATED + LISTS} <= tags
     result = trainer.evaluation.validation(trainer.model)
     last = lines[-1]
-    assert {name: last[f"liked_{name}"] for name in result.liked_metrics()} == result.liked_metrics()
+    assert {
+        name: last[f"high_rated_{name}"] for name in result.high_rated_metrics()
+    } == result.high_rated_metrics()
     assert {name: last[name] for name in result.lists} == result.lists
     assert {name: last[name] for name in result.metrics()} == result.metrics()
-    assert last["liked_hr@10"] != last["hr@10"]
+    assert last["high_rated_hr@10"] != last["hr@10"]
 
 
 def test_the_threshold_is_the_setting(ragged_dataset: SequenceDataset, tmp_path: Path) -> None:
     (line, *_), _, _ = recorded(ragged_dataset, tmp_path / "run", rating_threshold=1.0)
-    assert line["liked_ndcg@10"] == line["ndcg@10"]
+    assert line["high_rated_ndcg@10"] == line["ndcg@10"]
 
 
 def test_partial_evaluations_record_ranks_alone(ragged_dataset: SequenceDataset, tmp_path: Path) -> None:
     choices = {"full_eval_every_n": 2, "partial_eval_num_iters": 1, "list_metrics_k": 7}
     lines, _, _ = recorded(ragged_dataset, tmp_path / "run", **choices)
     assert [line["full"] for line in lines] == [True, False, True]
-    assert ["liked_mrr" in line and "recall@7" in line for line in lines] == [True, False, True]
-    assert not any(name.startswith("liked_") or "recall" in name for name in lines[1])
+    assert ["high_rated_mrr" in line and "recall@7" in line for line in lines] == [True, False, True]
+    assert not any(name.startswith("high_rated_") or "recall" in name for name in lines[1])
     assert "hr@10" in lines[1]
 
 
 def test_without_ratings_and_lists_nothing_is_added(tmp_path: Path) -> None:
     dataset = tiny_dataset(tmp_path, ragged_sequences(57, 30, seed=5), ratings=False)
     lines, tags, _ = recorded(dataset, tmp_path / "run")
-    assert not any("liked" in name or "recall" in name for name in {*lines[0], *tags})
+    assert not any("high_rated" in name or "recall" in name for name in {*lines[0], *tags})
 
 
 def test_lists_at_a_cutoff_of_the_ranks_leave_their_names_alone(ragged_dataset: SequenceDataset) -> None:

@@ -146,7 +146,7 @@ def test_metrics_are_exactly_those_of_one_process(measured: tuple[dict, dict], w
     alone, all_of = measured[0][case], [each[case] for each in measured[1][world]]
     assert all(each["metrics"] == alone["metrics"] for each in all_of)
     assert all(each["own metrics"] == all_of[0]["own metrics"] for each in all_of)
-    for name in ("hr@10", "liked_hr@10", "recall@4", "diversity@4"):
+    for name in ("hr@10", "high_rated_hr@10", "recall@4", "diversity@4"):
         assert alone["metrics"][0][name] > 0
 
 

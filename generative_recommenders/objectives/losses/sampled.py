@@ -157,7 +157,7 @@ class BCELossWithRatings(SampledLoss):
     The published class takes the rating itself as the target, which suits ratings in [0, 1] only. Here the
     target is ``rating >= threshold`` (ratings of 1 to 5), or the rating itself with ``threshold=None``.
 
-    threshold: lowest liked rating, in the data's units.
+    threshold: lowest high rating, in the data's units.
     """
 
     needs_ratings = True
