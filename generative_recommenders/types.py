@@ -35,11 +35,11 @@ class SequentialFeatures:
 
     past_lengths: ``[B]`` int64, real events a row.
     past_ids: ``[B, N]`` int64, right-padded with 0.
-    past_payloads: further ``[B, N]`` columns: ``ratings`` float32, ``timestamps`` int64 (seconds), and per-row
+    past_events: further ``[B, N]`` columns: ``ratings`` float32, ``timestamps`` int64 (seconds), and per-row
         ``[B]`` columns: ``next_timestamps`` int64 (time of the event to predict, 0 where unknown; or ``[B, N]``, of every
         position), ``user_ids``.
     """
 
     past_lengths: torch.Tensor
     past_ids: torch.Tensor
-    past_payloads: dict[str, torch.Tensor] = field(default_factory=dict)
+    past_events: dict[str, torch.Tensor] = field(default_factory=dict)

@@ -85,14 +85,14 @@ def _hstu_block(index: int, block: torch.nn.Module) -> Iterator[tuple[str, torch
 def assert_parity(model: SequenceRecommender, golden: GoldenFile, entrance: str) -> None:
     """Outputs, the last states and the gradients of all parameters, through one of the two entrances."""
     lengths, ids = golden.inputs["past_lengths"].long(), golden.inputs["past_ids"].long()
-    payloads = {name: golden.inputs[name] for name in ("timestamps",) if name in golden.inputs}
+    events = {name: golden.inputs[name] for name in ("timestamps",) if name in golden.inputs}
     if entrance == "padded":
-        encoded = model(lengths, ids, None, payloads)
+        encoded = model(lengths, ids, None, events)
     else:
         layout = jagged_layout(lengths, ids.shape[1])
-        encoded = layout.to_rectangle(model.encode_tokens(SequentialFeatures(lengths, ids, payloads), layout))
+        encoded = layout.to_rectangle(model.encode_tokens(SequentialFeatures(lengths, ids, events), layout))
     assert_near(encoded, golden.outputs["encoded"])
-    assert_near(model.encode(lengths, ids, None, payloads), golden.outputs["encode"])
+    assert_near(model.encode(lengths, ids, None, events), golden.outputs["encode"])
     (encoded * golden.inputs["cotangent"]).sum().backward()
     gradients = {name: parameter.grad for name, parameter in named(model)}
     assert set(golden.gradients) == set(gradients)

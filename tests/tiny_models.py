@@ -69,7 +69,7 @@ def catalogue(**changes: Any) -> Catalogue:
 
 
 def histories() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """ids ``[4, 7]`` of `LENGTHS` and payloads; one row is empty, none fills its columns."""
+    """ids ``[4, 7]`` of `LENGTHS` and events; one row is empty, none fills its columns."""
     generator = torch.Generator().manual_seed(3)
     real = torch.arange(7) < LENGTHS[:, None]
     ids = torch.randint(1, NUM_ITEMS + 1, (4, 7), generator=generator) * real

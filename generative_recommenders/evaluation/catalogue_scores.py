@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from generative_recommenders.data.batch_transforms import default_sasrec_transforms
+from generative_recommenders.modeling.events import past_features
 from generative_recommenders.modeling.model import SequenceRecommender
 from generative_recommenders.modeling.similarity.mixture_of_logits import MoLSimilarity
-from generative_recommenders.objectives.examples import past_features
 from generative_recommenders.objectives.inference import InferenceInputs
 
 

@@ -34,7 +34,7 @@ class HistoryCache:
     blocks: of the encoder, one each.
     times: ``[B, C]`` int64 seconds of all items, or None.
     last_input, last_output: ``[B, E]`` and ``[B, D]``, what the encoder took and gave at each row's last item.
-    last_payloads: ``[B]`` columns, the payloads of that item.
+    last_events: ``[B]`` columns, the events of that item.
     """
 
     lengths: torch.Tensor
@@ -42,13 +42,13 @@ class HistoryCache:
     times: torch.Tensor | None
     last_input: torch.Tensor
     last_output: torch.Tensor
-    last_payloads: dict[str, torch.Tensor]
+    last_events: dict[str, torch.Tensor]
 
     def with_next_times(self, times: torch.Tensor) -> HistoryCache:
         """The cache knowing the time ``[B]`` int64 of the event after each row's last item, if it knows times at all."""
-        if "next_timestamps" not in self.last_payloads:
+        if "next_timestamps" not in self.last_events:
             return self
-        return replace(self, last_payloads=self.last_payloads | {"next_timestamps": times})
+        return replace(self, last_events=self.last_events | {"next_timestamps": times})
 
 
 @dataclass(frozen=True)
@@ -90,13 +90,13 @@ class IncrementalEncoder(Protocol):
 
     output_dim: int
 
-    def revises_last(self, payloads: Mapping[str, torch.Tensor]) -> bool:
+    def revises_last(self, events: Mapping[str, torch.Tensor]) -> bool:
         """Whether the last token of a history changes when the event after it arrives."""
 
     def encode_appended(
         self,
         x: torch.Tensor,
-        payloads: Mapping[str, torch.Tensor],
+        events: Mapping[str, torch.Tensor],
         appended: Appended,
         cached: Sequence[KeysValues],
     ) -> tuple[torch.Tensor, tuple[KeysValues, ...]]:
@@ -129,18 +129,18 @@ def append_tokens(
     cache: HistoryCache | None,
     x: torch.Tensor,
     layout: Layout,
-    payloads: Mapping[str, torch.Tensor],
+    events: Mapping[str, torch.Tensor],
 ) -> HistoryCache:
-    """The cache after the tokens ``x [T, E]`` of a jagged layout, with payloads ``[T]``, were appended.
+    """The cache after the tokens ``x [T, E]`` of a jagged layout, with events ``[T]``, were appended.
 
-    Rows of the layout may be empty. UserError where the payloads are not those that the cache was made with.
+    Rows of the layout may be empty. UserError where the events are not those that the cache was made with.
     """
-    old = _empty_cache(layout, x, encoder.output_dim, payloads) if cache is None else cache
-    _check_payloads(old, payloads)
-    again = (old.lengths > 0) & encoder.revises_last(payloads)
+    old = _empty_cache(layout, x, encoder.output_dim, events) if cache is None else cache
+    _check_events(old, events)
+    again = (old.lengths > 0) & encoder.revises_last(events)
     place = _places(layout, again)
     x = place.merge(old.last_input, x)
-    tokens = {name: place.merge(old.last_payloads[name], values) for name, values in payloads.items()}
+    tokens = {name: place.merge(old.last_events[name], values) for name, values in events.items()}
     lengths = old.lengths + layout.lengths.cpu()
     appended = Appended(_shifted(place.layout, old.lengths - again.long()), int(lengths.max()))
     if "timestamps" in tokens:
@@ -152,7 +152,7 @@ def append_tokens(
         appended.times,
         _at_end(place.layout, x, old.last_input),
         _at_end(place.layout, output, old.last_output),
-        {name: _at_end(place.layout, v, old.last_payloads[name]) for name, v in tokens.items()},
+        {name: _at_end(place.layout, v, old.last_events[name]) for name, v in tokens.items()},
     )
 
 
@@ -222,7 +222,7 @@ def _at_end(layout: Layout, values: torch.Tensor, old: torch.Tensor) -> torch.Te
 
 
 def _empty_cache(
-    layout: Layout, x: torch.Tensor, output_dim: int, payloads: Mapping[str, torch.Tensor]
+    layout: Layout, x: torch.Tensor, output_dim: int, events: Mapping[str, torch.Tensor]
 ) -> HistoryCache:
     rows = layout.num_rows
     return HistoryCache(
@@ -231,14 +231,14 @@ def _empty_cache(
         times=None,
         last_input=x.new_zeros(rows, x.shape[1]),
         last_output=x.new_zeros(rows, output_dim),
-        last_payloads={name: values.new_zeros(rows) for name, values in payloads.items()},
+        last_events={name: values.new_zeros(rows) for name, values in events.items()},
     )
 
 
-def _check_payloads(cache: HistoryCache, payloads: Mapping[str, torch.Tensor]) -> None:
-    if set(payloads) != set(cache.last_payloads):
-        names = [", ".join(sorted(each)) or "none" for each in (cache.last_payloads, payloads)]
+def _check_events(cache: HistoryCache, events: Mapping[str, torch.Tensor]) -> None:
+    if set(events) != set(cache.last_events):
+        names = [", ".join(sorted(each)) or "none" for each in (cache.last_events, events)]
         raise UserError(
-            f"encode_incremental: the histories were encoded with payloads {names[0]} and the new items come with "
+            f"encode_incremental: the histories were encoded with events {names[0]} and the new items come with "
             f"{names[1]}: give the same"
         )

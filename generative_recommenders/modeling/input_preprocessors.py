@@ -1,6 +1,6 @@
 """From item embeddings to encoder inputs: positions, ratings, and what a token stands for.
 
-A preprocessor takes the tokens of a batch (``[T, D]`` item embeddings in a layout, and payloads, one value per
+A preprocessor takes the tokens of a batch (``[T, D]`` item embeddings in a layout, and events, one value per
 token) and gives the encoder's tokens: ``EncoderInput``. It may change the layout (items and ratings interleaved
 double it), so it also says at which of its tokens the state after input token t is read.
 """
@@ -17,18 +17,18 @@ from generative_recommenders.modeling.items import lookup_rows
 from generative_recommenders.ops.dropout import Dropout
 from generative_recommenders.ops.layout import Layout, Visibility, jagged_layout, padded_layout
 
-TokenPayloads = Mapping[str, torch.Tensor]
+TokenEvents = Mapping[str, torch.Tensor]
 """Per token ``[T]``: ``ratings``, float32; ``timestamps``, ``next_timestamps`` (time of the event after it), int64."""
 
 
 @dataclass(frozen=True)
 class EncoderInput:
-    """x: ``[T', E]``; layout and payloads of those tokens; read: ``[T]`` token of x whose state predicts what follows
+    """x: ``[T', E]``; layout and events of those tokens; read: ``[T]`` token of x whose state predicts what follows
     input token t, or None where that is token t itself."""
 
     x: torch.Tensor
     layout: Layout
-    payloads: dict[str, torch.Tensor]
+    events: dict[str, torch.Tensor]
     read: torch.Tensor | None = None
 
 
@@ -56,8 +56,8 @@ class InputPreprocessor(torch.nn.Module):
 class LearnablePositionalEmbeddingInputFeaturesPreprocessor(InputPreprocessor):
     """``sqrt(D) item + position`` (SASRec, arXiv 1808.09781, section III-A, scaled as in HSTU's public runs)."""
 
-    def forward(self, items: torch.Tensor, layout: Layout, payloads: TokenPayloads) -> EncoderInput:
-        return EncoderInput(self.add_positions(items, layout), layout, dict(payloads))
+    def forward(self, items: torch.Tensor, layout: Layout, events: TokenEvents) -> EncoderInput:
+        return EncoderInput(self.add_positions(items, layout), layout, dict(events))
 
 
 class LearnablePositionalEmbeddingRatedInputFeaturesPreprocessor(InputPreprocessor):
@@ -78,10 +78,10 @@ class LearnablePositionalEmbeddingRatedInputFeaturesPreprocessor(InputPreprocess
         super().__init__(max_length, item_embedding_dim + rating_embedding_dim, dropout_rate)
         self.rating = rating_table(num_ratings, rating_embedding_dim)
 
-    def forward(self, items: torch.Tensor, layout: Layout, payloads: TokenPayloads) -> EncoderInput:
-        ratings = lookup_rows(self.rating, required(payloads, "ratings", self).long())
+    def forward(self, items: torch.Tensor, layout: Layout, events: TokenEvents) -> EncoderInput:
+        ratings = lookup_rows(self.rating, required(events, "ratings", self).long())
         x = torch.cat([items, ratings], dim=-1)
-        return EncoderInput(self.add_positions(x, layout), layout, dict(payloads))
+        return EncoderInput(self.add_positions(x, layout), layout, dict(events))
 
 
 class CombinedItemAndRatingInputFeaturesPreprocessor(InputPreprocessor):
@@ -98,23 +98,23 @@ class CombinedItemAndRatingInputFeaturesPreprocessor(InputPreprocessor):
         super().__init__(2 * max_length, item_embedding_dim, dropout_rate)
         self.rating = rating_table(num_ratings, item_embedding_dim)
 
-    def forward(self, items: torch.Tensor, layout: Layout, payloads: TokenPayloads) -> EncoderInput:
-        ratings = lookup_rows(self.rating, required(payloads, "ratings", self).long())
+    def forward(self, items: torch.Tensor, layout: Layout, events: TokenEvents) -> EncoderInput:
+        ratings = lookup_rows(self.rating, required(events, "ratings", self).long())
         x = torch.stack([items, ratings], dim=1).flatten(0, 1)
         doubled = double_layout(layout)
         read = 2 * torch.arange(layout.num_tokens, device=layout.device) + 1
-        return EncoderInput(self.add_positions(x, doubled), doubled, _double_payloads(payloads), read)
+        return EncoderInput(self.add_positions(x, doubled), doubled, _double_events(events), read)
 
 
 def rating_table(num_ratings: int, embedding_dim: int) -> torch.nn.Parameter:
     return torch.nn.Parameter(truncated_normal_(torch.empty(num_ratings, embedding_dim), std=0.02))
 
 
-def required(payloads: TokenPayloads, name: str, needed_by: torch.nn.Module) -> torch.Tensor:
-    """The payload, or ValueError naming it and the module that needs it."""
-    if name not in payloads:
+def required(events: TokenEvents, name: str, needed_by: torch.nn.Module) -> torch.Tensor:
+    """The column, or ValueError naming it and the module that needs it."""
+    if name not in events:
         raise ValueError(f"{type(needed_by).__name__} needs {name}, and the data have none")
-    return payloads[name]
+    return events[name]
 
 
 def double_layout(layout: Layout) -> Layout:
@@ -131,10 +131,10 @@ def double_layout(layout: Layout) -> Layout:
     return doubled.with_visibility(Visibility(*repeated))
 
 
-def _double_payloads(payloads: TokenPayloads) -> dict[str, torch.Tensor]:
+def _double_events(events: TokenEvents) -> dict[str, torch.Tensor]:
     """An item's next event is its own rating, at the same time; a rating's is the next item."""
-    doubled = {name: values.repeat_interleave(2) for name, values in payloads.items()}
-    if "next_timestamps" in payloads:
-        pairs = [payloads["timestamps"], payloads["next_timestamps"]]
+    doubled = {name: values.repeat_interleave(2) for name, values in events.items()}
+    if "next_timestamps" in events:
+        pairs = [events["timestamps"], events["next_timestamps"]]
         doubled["next_timestamps"] = torch.stack(pairs, dim=1).flatten()
     return doubled

@@ -15,6 +15,7 @@ from generative_recommenders.modeling.cache import (
     check_append,
     new_layout,
 )
+from generative_recommenders.modeling.events import token_events
 from generative_recommenders.modeling.input_preprocessors import EncoderInput, InputPreprocessor
 from generative_recommenders.modeling.items import ItemEmbedding, ItemRows
 from generative_recommenders.ops.layout import Layout, Visibility, jagged_layout, padded_layout
@@ -24,7 +25,7 @@ from generative_recommenders.types import SequentialFeatures
 class SequenceEncoder(torch.nn.Module):
     """Preprocessor, encoder and postprocessor: the dense part of a retriever, from item embeddings to query states.
 
-    context_merger: called as ``(states [T, D], payloads) -> [T, D]`` before the postprocessor, to bring in what is known
+    context_merger: called as ``(states [T, D], events) -> [T, D]`` before the postprocessor, to bring in what is known
     of the query beside its history.
     """
 
@@ -42,15 +43,15 @@ class SequenceEncoder(torch.nn.Module):
         self.context_merger = context_merger
 
     def forward(
-        self, items: torch.Tensor, layout: Layout, payloads: Mapping[str, torch.Tensor]
+        self, items: torch.Tensor, layout: Layout, events: Mapping[str, torch.Tensor]
     ) -> torch.Tensor:
         """items: ``[T, D]`` embeddings of the history's tokens. Returns ``[T, D']``: the state after each input token."""
-        inputs: EncoderInput = self.preprocessor(items, layout, payloads)
-        states = self.encoder(inputs.x, inputs.layout, inputs.payloads)
+        inputs: EncoderInput = self.preprocessor(items, layout, events)
+        states = self.encoder(inputs.x, inputs.layout, inputs.events)
         if inputs.read is not None:
             states = states.index_select(0, inputs.read)
         if self.context_merger is not None:
-            states = self.context_merger(states, payloads)
+            states = self.context_merger(states, events)
         return layout.mask(self.postprocessor(states))
 
     def append(
@@ -58,18 +59,18 @@ class SequenceEncoder(torch.nn.Module):
         cache: HistoryCache | None,
         items: torch.Tensor,
         layout: Layout,
-        payloads: Mapping[str, torch.Tensor],
+        events: Mapping[str, torch.Tensor],
     ) -> tuple[torch.Tensor, HistoryCache]:
         """The states ``[B, D']`` after `forward` of histories that go on with ``items [T, D]``, and their cache.
 
         layout: jagged, of the new items alone (see `incremental.new_layout`).
         """
         encoder = appendable_encoder(self, layout)
-        inputs: EncoderInput = self.preprocessor(items, layout, payloads)
-        cache = append_tokens(encoder, cache, inputs.x, inputs.layout, inputs.payloads)
+        inputs: EncoderInput = self.preprocessor(items, layout, events)
+        cache = append_tokens(encoder, cache, inputs.x, inputs.layout, inputs.events)
         states = cache.last_output
         if self.context_merger is not None:
-            states = self.context_merger(states, cache.last_payloads)
+            states = self.context_merger(states, cache.last_events)
         filled = (cache.lengths > 0).to(states.device)
         return self.postprocessor(states) * filled[:, None], cache
 
@@ -111,27 +112,27 @@ class SequenceRecommender(torch.nn.Module):
         past_lengths: torch.Tensor,
         past_ids: torch.Tensor,
         past_embeddings: torch.Tensor | None = None,
-        past_payloads: Mapping[str, torch.Tensor] | None = None,
+        past_events: Mapping[str, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Encodes whole rectangles.
 
-        past_lengths ``[B]``, past_ids ``[B, N]``, past_embeddings ``[B, N, D]`` (looked up when None), past_payloads: see
+        past_lengths ``[B]``, past_ids ``[B, N]``, past_embeddings ``[B, N, D]`` (looked up when None), past_events: see
         `features.SequentialFeatures`. Returns ``[B, N, D]``: the state after each position, 0 at padding.
         """
         layout = padded_layout(past_lengths, past_ids.shape[1])
         embeddings = self.embed_history(past_ids) if past_embeddings is None else past_embeddings
-        payloads = token_payloads(past_payloads or {}, past_lengths, layout, self.constant_width)
-        return layout.to_rectangle(self.sequence(layout.flatten(embeddings), layout, payloads))
+        events = token_events(past_events or {}, past_lengths, layout, self.constant_width)
+        return layout.to_rectangle(self.sequence(layout.flatten(embeddings), layout, events))
 
     def encode(
         self,
         past_lengths: torch.Tensor,
         past_ids: torch.Tensor,
         past_embeddings: torch.Tensor | None = None,
-        past_payloads: Mapping[str, torch.Tensor] | None = None,
+        past_events: Mapping[str, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """``[B, D]``: the state after each row's last real position, computed on the real tokens alone."""
-        features = SequentialFeatures(past_lengths, past_ids, dict(past_payloads or {}))
+        features = SequentialFeatures(past_lengths, past_ids, dict(past_events or {}))
         layout = jagged_layout(past_lengths, past_ids.shape[1], past_ids.device)
         rows = self.items.history_rows(ItemRows(self.items.table)) if past_embeddings is None else None
         items = None if past_embeddings is None else layout.flatten(past_embeddings)
@@ -143,12 +144,12 @@ class SequenceRecommender(torch.nn.Module):
         cache: HistoryCache | None,
         new_lengths: torch.Tensor,
         new_ids: torch.Tensor,
-        new_payloads: Mapping[str, torch.Tensor] | None = None,
+        new_events: Mapping[str, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, HistoryCache]:
         """`encode` of the cached histories with further items behind them, computed on the new items alone.
 
         cache: what the last call gave, None to begin. new_lengths ``[B]`` (0: none in this row), new_ids ``[B, M]``;
-        new_payloads: `features.SequentialFeatures`'s of the new items, the same names in every call;
+        new_events: `features.SequentialFeatures`'s of the new items, the same names in every call;
         ``next_timestamps [B]`` where the time of the event to predict is known, 0 otherwise.
         Returns the states ``[B, D]`` and the cache that a later call goes on from. No gradients.
 
@@ -164,16 +165,16 @@ class SequenceRecommender(torch.nn.Module):
         encoded = torch.zeros_like(new_lengths, device="cpu") if cache is None else cache.lengths // per_item
         check_append(encoded, new_lengths, window=len(self.sequence.preprocessor.position) // per_item)
         layout = new_layout(encoded, new_lengths, new_ids.device)
-        payloads = dict(new_payloads or {})
-        if "timestamps" in payloads:
-            payloads["timestamps"] = F.pad(payloads["timestamps"], (0, 1))  # a slot behind every row: unknown
-        if cache is not None and "timestamps" in payloads:
-            first, following = payloads["timestamps"][:, 0], payloads.get("next_timestamps")
+        events = dict(new_events or {})
+        if "timestamps" in events:
+            events["timestamps"] = F.pad(events["timestamps"], (0, 1))  # a slot behind every row: unknown
+        if cache is not None and "timestamps" in events:
+            first, following = events["timestamps"][:, 0], events.get("next_timestamps")
             cache = cache.with_next_times(
                 first if following is None else first.where(layout.lengths > 0, following)
             )
         items = self.embed_history(layout.flatten(new_ids))
-        return self.sequence.append(cache, items, layout, token_payloads(payloads, new_lengths, layout))
+        return self.sequence.append(cache, items, layout, token_events(events, new_lengths, layout))
 
     def encode_tokens(
         self,
@@ -186,8 +187,8 @@ class SequenceRecommender(torch.nn.Module):
         if items is None:
             rows = rows or self.items.history_rows(ItemRows(self.items.table))
             items = rows.lookup(layout.flatten(features.past_ids))
-        payloads = token_payloads(features.past_payloads, features.past_lengths, layout, self.constant_width)
-        return self.sequence(items, layout, payloads)
+        events = token_events(features.past_events, features.past_lengths, layout, self.constant_width)
+        return self.sequence(items, layout, events)
 
 
 def appendable_encoder(sequence: SequenceEncoder, layout: Layout) -> IncrementalEncoder:
@@ -205,54 +206,6 @@ def appendable_encoder(sequence: SequenceEncoder, layout: Layout) -> Incremental
             "encode_incremental: the model is in training mode, where dropout acts; call eval() first"
         )
     return encoder
-
-
-def token_payloads(
-    payloads: Mapping[str, torch.Tensor],
-    lengths: torch.Tensor,
-    layout: Layout,
-    constant_width: int | None = None,
-) -> dict[str, torch.Tensor]:
-    """Rectangular payloads as one value per token, with each token's next time (see `next_times`) and user.
-
-    constant_width: HSTU's N. What follows a full row is unknown, but for rectangles of this width, where the published
-    code repeats the row's last time.
-    """
-    tokens = {}
-    if "user_ids" in payloads:
-        tokens["user_ids"] = payloads["user_ids"].index_select(0, layout.row_of)
-    for name in ("ratings", "timestamps"):
-        if name in payloads:
-            tokens[name] = layout.flatten(payloads[name])
-    if "timestamps" in payloads:
-        following = payloads.get("next_timestamps")
-        if following is None:
-            times = payloads["timestamps"]
-            times = times if times.shape[1] == constant_width else F.pad(times, (0, 1))
-            following = next_times(times, lengths, None)[:, : payloads["timestamps"].shape[1]]
-        elif following.dim() == 1:
-            following = next_times(payloads["timestamps"], lengths, following)
-        tokens["next_timestamps"] = layout.flatten(following)
-    return tokens
-
-
-def next_times(
-    timestamps: torch.Tensor, lengths: torch.Tensor, next_known: torch.Tensor | None
-) -> torch.Tensor:
-    """Time of the event after each position, ``[B, N]``.
-
-    timestamps ``[B, N]``; the slot behind a row's end may hold the next event's time, 0 if unknown. next_known ``[B]``
-    replaces that slot. A full row without next_known repeats its own last time.
-    """
-    last = timestamps[:, -1:] if next_known is None else next_known[:, None]
-    shifted = torch.cat([timestamps[:, 1:], last], dim=1)
-    if next_known is None:
-        return shifted
-    ends = (
-        torch.arange(timestamps.shape[1], device=timestamps.device)
-        == (lengths.to(timestamps.device) - 1)[:, None]
-    )
-    return torch.where(ends, next_known[:, None], shifted)
 
 
 def visibility_tokens(key: torch.Tensor, query: torch.Tensor, layout: Layout) -> Visibility:

@@ -10,12 +10,10 @@ import torch.nn.functional as F
 
 from generative_recommenders.data.batch_transforms import default_sasrec_transforms
 from generative_recommenders.errors import UserError
-from generative_recommenders.modeling.model import next_times
+from generative_recommenders.modeling.events import hidden_events, past_features
 from generative_recommenders.objectives.masked import MaskedSequence, MaskingScheme
 from generative_recommenders.ops.layout import Layout, Visibility, jagged_layout
 from generative_recommenders.types import SequentialFeatures
-
-PAYLOADS = ("ratings", "timestamps")
 
 
 @dataclass(frozen=True)
@@ -96,7 +94,8 @@ class MaskedObjective:
 
     def example(self, columns: Mapping[str, torch.Tensor], generator: torch.Generator) -> TrainingExample:
         masked = self.scheme.training(columns["item_ids"], columns["lengths"], generator)
-        features = SequentialFeatures(masked.lengths, masked.input_ids, _masked_payloads(columns, masked))
+        events = hidden_events(columns, masked.replaced, masked.lengths)
+        features = SequentialFeatures(masked.lengths, masked.input_ids, events)
         layout = masked_layout(masked)
         read = layout.flatten(masked.targets).nonzero()[:, 0]
         example = make_example(features, layout, masked.targets, None, columns["user_ids"], read)
@@ -116,13 +115,6 @@ def following(values: torch.Tensor, lengths: torch.Tensor, count: int) -> torch.
     width = values.shape[1]
     values = values * (torch.arange(width, device=values.device) < lengths[:, None])
     return F.pad(values, (0, count - 1)).unfold(1, count, 1)
-
-
-def past_features(batch: Mapping[str, torch.Tensor]) -> SequentialFeatures:
-    """The histories of a transformed batch (``past_*`` columns)."""
-    payloads = {name: batch[f"past_{name}"] for name in PAYLOADS if f"past_{name}" in batch}
-    payloads.update({name: batch[name] for name in ("next_timestamps", "user_ids") if name in batch})
-    return SequentialFeatures(batch["past_lengths"], batch["past_ids"], payloads)
 
 
 def make_example(
@@ -147,29 +139,6 @@ def make_example(
         read=read,
         ratings=None if target_ratings is None else pick(target_ratings),
     )
-
-
-def _masked_payloads(columns: Mapping[str, torch.Tensor], masked: MaskedSequence) -> dict[str, torch.Tensor]:
-    """As at the mask slot of inference: a hidden item has no rating (0) and the time of what is seen before it; its own
-    time, the target's, is its next time alone."""
-    payloads = {name: columns[name] for name in (*PAYLOADS, "user_ids") if name in columns}
-    if "ratings" in payloads:
-        payloads["ratings"] = payloads["ratings"].masked_fill(masked.replaced, 0)
-    if "timestamps" in payloads:
-        times = payloads["timestamps"]
-        payloads["timestamps"] = seen = _times_seen(times, masked)
-        following = next_times(seen, masked.lengths, torch.zeros_like(masked.lengths))
-        payloads["next_timestamps"] = torch.where(masked.replaced, times, following)
-    return payloads
-
-
-def _times_seen(times: torch.Tensor, masked: MaskedSequence) -> torch.Tensor:
-    """``[B, N]``: at hidden positions the time of the last one before that is not hidden, else of the first one after."""
-    columns = torch.arange(times.shape[1], device=times.device)
-    shown = ~masked.replaced & (columns < masked.lengths[:, None])
-    before = columns.where(shown, -1).cummax(1).values
-    first = shown.int().argmax(1, keepdim=True)
-    return times.where(~masked.replaced, times.gather(1, before.where(before >= 0, first)))
 
 
 def _move(value, device):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 
+from generative_recommenders.modeling.events import events_with_slot
 from generative_recommenders.modeling.model import SequenceRecommender
 from generative_recommenders.objectives.examples import masked_layout
 from generative_recommenders.objectives.masked import MaskingScheme
@@ -44,10 +44,8 @@ class InferenceInputs:
         tokens = (layout.starts + read).to(device)
         past_ids = layout.flatten(masked.input_ids).to(device)
         width = masked.input_ids.shape[1]
-        payloads = {name: _widened(values, width) for name, values in features.past_payloads.items()}
-        if "timestamps" in payloads:
-            payloads["timestamps"] = _with_slot_time(payloads["timestamps"], features.past_lengths)
-        features = SequentialFeatures(masked.lengths, masked.input_ids, payloads)
+        events = events_with_slot(features.past_events, features.past_lengths, width)
+        features = SequentialFeatures(masked.lengths, masked.input_ids, events)
         layout = layout.to(device)
         items = model.mask_embedding(model.embed_history(past_ids), replaced)
         states = model.encode_tokens(move_features(features, device), layout, items=items)
@@ -55,16 +53,5 @@ class InferenceInputs:
 
 
 def move_features(features: SequentialFeatures, device: torch.device) -> SequentialFeatures:
-    payloads = {name: values.to(device) for name, values in features.past_payloads.items()}
-    return replace(features, past_ids=features.past_ids.to(device), past_payloads=payloads)
-
-
-def _widened(values: torch.Tensor, width: int) -> torch.Tensor:
-    """Payload rectangles with room for the mask slot; ``[B]`` payloads as they are."""
-    return values if values.dim() == 1 else F.pad(values, (0, width - values.shape[1]))
-
-
-def _with_slot_time(timestamps: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """``[B, N + 1]`` with the last event's time at the mask slot behind it."""
-    last = timestamps.gather(1, (lengths - 1).clamp(min=0)[:, None])
-    return timestamps.scatter(1, lengths[:, None], last)
+    events = {name: values.to(device) for name, values in features.past_events.items()}
+    return replace(features, past_ids=features.past_ids.to(device), past_events=events)

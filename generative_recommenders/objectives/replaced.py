@@ -7,8 +7,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from generative_recommenders.modeling.events import token_events
 from generative_recommenders.modeling.items import ItemRows
-from generative_recommenders.modeling.model import SequenceEncoder, token_payloads
+from generative_recommenders.modeling.model import SequenceEncoder
 from generative_recommenders.modeling.output_postprocessors import l2_normalize
 from generative_recommenders.objectives.criterion import Criterion
 from generative_recommenders.objectives.examples import TrainingExample
@@ -71,9 +72,9 @@ class ReplacedDetectionCriterion(Criterion):
         assert example.read is not None  # masked objectives say what they read
         corrupted = example.past_ids.index_copy(0, example.read, fakes)
         features = example.features
-        payloads = token_payloads(features.past_payloads, features.past_lengths, example.layout)
+        events = token_events(features.past_events, features.past_lengths, example.layout)
         (encoder,) = self._encoder
-        logits = self.head(encoder(items.lookup(corrupted), example.layout, payloads))[:, 0]
+        logits = self.head(encoder(items.lookup(corrupted), example.layout, events))[:, 0]
         replaced = (corrupted != example.past_ids).float()
         total = F.binary_cross_entropy_with_logits(logits, replaced, reduction="sum")
         return total / max(1, len(logits))

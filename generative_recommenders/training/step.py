@@ -11,8 +11,9 @@ from absl import logging
 from torch.nn.parallel import DistributedDataParallel
 
 from generative_recommenders.distributed.collectives import Collectives
+from generative_recommenders.modeling.events import token_events
 from generative_recommenders.modeling.items import ItemEmbedding, ItemRows
-from generative_recommenders.modeling.model import SequenceRecommender, token_payloads
+from generative_recommenders.modeling.model import SequenceRecommender
 from generative_recommenders.objectives.criterion import Criterion
 from generative_recommenders.objectives.examples import TrainingExample
 from generative_recommenders.objectives.negative_samplers import BatchItems, Negatives, NegativesSampler
@@ -76,7 +77,7 @@ class DensePart(torch.nn.Module):
         if example.replaced is not None and self.mask_embedding is not None:
             embeddings = self.mask_embedding(embeddings, example.replaced)
         with self._autocast(leaf.device):
-            states = self.sequence(embeddings, example.layout, model_payloads(example))
+            states = self.sequence(embeddings, example.layout, model_events(example))
         if example.read is not None:
             states = states.index_select(0, example.read)
         scored = items.scored_rows(table, scored_ids)
@@ -88,9 +89,9 @@ class DensePart(torch.nn.Module):
         return torch.autocast(device.type, self.autocast)
 
 
-def model_payloads(example: TrainingExample) -> dict[str, torch.Tensor]:
-    """Per-token payloads of the example's histories."""
-    return token_payloads(example.features.past_payloads, example.features.past_lengths, example.layout)
+def model_events(example: TrainingExample) -> dict[str, torch.Tensor]:
+    """Per-token events of the example's histories."""
+    return token_events(example.features.past_events, example.features.past_lengths, example.layout)
 
 
 class TrainingStep:

@@ -71,9 +71,9 @@ def model(c: dict) -> SequenceRecommender:
 def encode(
     recommender: SequenceRecommender, arrays: dict[str, torch.Tensor], ids: torch.Tensor
 ) -> torch.Tensor:
-    payloads = {"timestamps": arrays["input/timestamps"]} if "input/timestamps" in arrays else None
+    events = {"timestamps": arrays["input/timestamps"]} if "input/timestamps" in arrays else None
     with torch.no_grad():
-        return recommender(arrays["input/past_lengths"], ids, None, payloads)
+        return recommender(arrays["input/past_lengths"], ids, None, events)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -60,13 +60,13 @@ def build(encoder: str, preprocessor: str = "positions", **parts: torch.nn.Modul
 
 
 def histories(with_times: bool = True) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """ids ``[5, 14]`` and payloads of the same shape, longer than any row becomes."""
+    """ids ``[5, 14]`` and events of the same shape, longer than any row becomes."""
     generator = torch.Generator().manual_seed(1)
     shape = (ROWS, WINDOW + 2)
-    payloads = {"ratings": torch.randint(1, 6, shape, generator=generator)}
+    events = {"ratings": torch.randint(1, 6, shape, generator=generator)}
     if with_times:
-        payloads["timestamps"] = torch.randint(1, 10**6, shape, generator=generator).cumsum(1)
-    return torch.randint(1, ITEMS + 1, shape, generator=generator), payloads
+        events["timestamps"] = torch.randint(1, 10**6, shape, generator=generator).cumsum(1)
+    return torch.randint(1, ITEMS + 1, shape, generator=generator), events
 
 
 def part(rectangle: torch.Tensor, first: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
@@ -79,10 +79,10 @@ def part(rectangle: torch.Tensor, first: torch.Tensor, lengths: torch.Tensor) ->
 def inputs_of(
     first: torch.Tensor, lengths: torch.Tensor, with_times: bool, next_known: bool
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    ids, payloads = histories(with_times)
-    cut = {name: part(values, first, lengths) for name, values in payloads.items()}
+    ids, events = histories(with_times)
+    cut = {name: part(values, first, lengths) for name, values in events.items()}
     if next_known:
-        last = payloads["timestamps"].gather(1, (first + lengths)[:, None])[:, 0]
+        last = events["timestamps"].gather(1, (first + lengths)[:, None])[:, 0]
         cut["next_timestamps"] = last + 1000  # of a target that need not be what arrives next
     return lengths, part(ids, first, lengths), cut
 
@@ -94,13 +94,13 @@ def compare(model: SequenceRecommender, with_times: bool = True, next_known: boo
         lengths = torch.tensor(step)
         states, cache = model.encode_incremental(cache, *inputs_of(so_far, lengths, with_times, next_known))
         so_far = so_far + lengths
-        whole, ids, payloads = inputs_of(so_far * 0, so_far, with_times, next_known)
+        whole, ids, events = inputs_of(so_far * 0, so_far, with_times, next_known)
         if (
             not next_known
         ):  # a free slot behind every row, as the incremental entrance takes the time for unknown
-            ids, payloads = widen(ids), {name: widen(values) for name, values in payloads.items()}
+            ids, events = widen(ids), {name: widen(values) for name, values in events.items()}
         with torch.no_grad():
-            expected = model.encode(whole, ids, None, payloads)
+            expected = model.encode(whole, ids, None, events)
         torch.testing.assert_close(states, expected, rtol=1e-4, atol=1e-5)
         assert cache.lengths.tolist() == (so_far * model.sequence.preprocessor.tokens_per_item).tolist()
     assert (states[:4].abs().sum(1) > 0).all()
@@ -205,12 +205,12 @@ def test_overflow_of_the_window(encoder: str) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_rows_and_payloads_of_the_cache() -> None:
+def test_rows_and_events_of_the_cache() -> None:
     model = build("HSTU")
     cache, ids = encoded(model), torch.ones(2, 1, dtype=torch.int64)
     with pytest.raises(UserError, match="the cache holds 1 rows and new_lengths 2"):
         model.encode_incremental(cache, torch.tensor([1, 1]), ids)
-    with pytest.raises(UserError, match=r"payloads none and the new items come with .*timestamps"):
+    with pytest.raises(UserError, match=r"events none and the new items come with .*timestamps"):
         model.encode_incremental(cache, torch.tensor([1]), ids[:1], {"timestamps": ids[:1]})
 
 

@@ -55,60 +55,60 @@ COMBINATIONS = [
 @torch.no_grad()
 def test_contract(encoder: str, preprocessor: str, postprocessor: str, mol: bool) -> None:
     model = build(encoder, preprocessor, postprocessor, mol)
-    ids, payloads = histories()
-    states = model(LENGTHS, ids, past_payloads=payloads)
+    ids, events = histories()
+    states = model(LENGTHS, ids, past_events=events)
     real = torch.arange(ids.shape[1]) < LENGTHS[:, None]
     assert states[real].isfinite().all()
     assert (states[~real] == 0).all()
-    padded_equals_jagged(model, ids, payloads, states, real)
-    padding_changes_nothing(model, ids, payloads, states)
+    padded_equals_jagged(model, ids, events, states, real)
+    padding_changes_nothing(model, ids, events, states)
     if model.sequence.encoder.causal:
-        the_future_changes_nothing(model, ids, payloads, states)
-    the_past_matters(model, ids, payloads, states)
+        the_future_changes_nothing(model, ids, events, states)
+    the_past_matters(model, ids, events, states)
     reloaded = build(encoder, preprocessor, postprocessor, mol, seed=1)
-    assert not torch.allclose(reloaded(LENGTHS, ids, past_payloads=payloads), states)
+    assert not torch.allclose(reloaded(LENGTHS, ids, past_events=events), states)
     reloaded.load_state_dict(model.state_dict())
-    assert torch.equal(reloaded(LENGTHS, ids, past_payloads=payloads), states)
+    assert torch.equal(reloaded(LENGTHS, ids, past_events=events), states)
     scores_are_those_of_the_similarity(model, states[0, : int(LENGTHS[0])])
 
 
-def padded_equals_jagged(model, ids, payloads, states, real) -> None:
+def padded_equals_jagged(model, ids, events, states, real) -> None:
     layout = jagged_layout(LENGTHS, ids.shape[1])
-    tokens = model.encode_tokens(SequentialFeatures(LENGTHS, ids, payloads), layout)
+    tokens = model.encode_tokens(SequentialFeatures(LENGTHS, ids, events), layout)
     torch.testing.assert_close(tokens, states[real], rtol=1e-4, atol=1e-5)
-    last = model.encode(LENGTHS, ids, past_payloads=payloads)
+    last = model.encode(LENGTHS, ids, past_events=events)
     for row, length in enumerate(LENGTHS.tolist()):
         expected = states[row, length - 1] if length else torch.zeros_like(last[row])
         torch.testing.assert_close(last[row], expected, rtol=1e-4, atol=1e-5)
 
 
-def padding_changes_nothing(model, ids, payloads, states) -> None:
+def padding_changes_nothing(model, ids, events, states) -> None:
     """Further columns of padding, and other rows, leave a row's states as they were."""
     row = slice(3, 4)
     wider = torch.nn.functional.pad(ids[row], (0, 2))
     more = {
         name: x[row] if x.dim() == 1 else torch.nn.functional.pad(x[row], (0, 2))
-        for name, x in payloads.items()
+        for name, x in events.items()
     }
-    alone = model(LENGTHS[row], wider, past_payloads=more)
+    alone = model(LENGTHS[row], wider, past_events=more)
     torch.testing.assert_close(alone[:, : ids.shape[1]], states[row], rtol=1e-4, atol=1e-5)
 
 
-def the_future_changes_nothing(model, ids, payloads, states) -> None:
+def the_future_changes_nothing(model, ids, events, states) -> None:
     """Another item and rating at the last position of a row; times stay, as HSTU may know the next one."""
     last = int(LENGTHS[0]) - 1
-    ids, payloads = ids.clone(), {name: x.clone() for name, x in payloads.items()}
+    ids, events = ids.clone(), {name: x.clone() for name, x in events.items()}
     ids[0, last] = ids[0, last] % 20 + 1
-    payloads["ratings"][0, last] = payloads["ratings"][0, last] % 5 + 1
-    changed = model(LENGTHS, ids, past_payloads=payloads)
+    events["ratings"][0, last] = events["ratings"][0, last] % 5 + 1
+    changed = model(LENGTHS, ids, past_events=events)
     torch.testing.assert_close(changed[0, :last], states[0, :last], rtol=1e-5, atol=1e-6)
     assert not torch.allclose(changed[0, last], states[0, last], atol=1e-4)
 
 
-def the_past_matters(model, ids, payloads, states) -> None:
+def the_past_matters(model, ids, events, states) -> None:
     ids = ids.clone()
     ids[0, 0] = ids[0, 0] % 20 + 1
-    changed = model(LENGTHS, ids, past_payloads=payloads)
+    changed = model(LENGTHS, ids, past_events=events)
     assert (changed[0, : int(LENGTHS[0])] - states[0, : int(LENGTHS[0])]).abs().amax(1).min() > 0
     torch.testing.assert_close(changed[1:], states[1:])
 

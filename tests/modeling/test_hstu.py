@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from generative_recommenders.modeling.encoders.hstu import HSTU, RelativeBias, bias_inputs, time_buckets
-from generative_recommenders.modeling.model import next_times
+from generative_recommenders.modeling.events import next_times
 from generative_recommenders.ops.layout import jagged_layout, padded_layout
 from golden_encoders import ENTRANCES, assert_parity, choose_backend, recommender_of
 from golden_parity import assert_near, load_golden
@@ -46,8 +46,8 @@ def test_parity_of_the_bias(case: str) -> None:
     model = recommender_of(golden, encoder_of(golden.config))
     lengths, times = golden.inputs["past_lengths"].long(), golden.inputs["timestamps"]
     layout, width = padded_layout(lengths, times.shape[1]), times.shape[1]
-    payloads = {"timestamps": times.flatten(), "next_timestamps": next_times(times, lengths, None).flatten()}
-    (inputs,) = bias_inputs(layout, width, payloads, "given", whole=True)
+    events = {"timestamps": times.flatten(), "next_timestamps": next_times(times, lengths, None).flatten()}
+    (inputs,) = bias_inputs(layout, width, events, "given", whole=True)
     for index, block in enumerate(model.sequence.encoder.blocks):
         assert_near(block.bias(inputs)[:, 0], golden.outputs[f"bias_layer{index}"])
 
@@ -64,8 +64,8 @@ def test_time_buckets() -> None:
 def small_input(lengths: list[int]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     generator, count = torch.Generator().manual_seed(1), sum(lengths)
     times = torch.randint(1, 10**6, (count,), generator=generator)
-    payloads = {"timestamps": times, "next_timestamps": times + 500}
-    return torch.randn(count, 8, generator=generator), payloads
+    events = {"timestamps": times, "next_timestamps": times + 500}
+    return torch.randn(count, 8, generator=generator), events
 
 
 @pytest.mark.parametrize("next_time", ["given", "hidden"])
@@ -74,20 +74,20 @@ def test_whether_the_next_time_is_used(next_time: str) -> None:
     with torch.no_grad():
         for block in encoder.blocks:
             block.bias.time.normal_()
-    x, payloads = small_input([4, 2])
-    later = {**payloads, "next_timestamps": payloads["next_timestamps"] + 10**6}
-    same = torch.equal(encoder(x, layout, payloads), encoder(x, layout, later))
+    x, events = small_input([4, 2])
+    later = {**events, "next_timestamps": events["next_timestamps"] + 10**6}
+    same = torch.equal(encoder(x, layout, events), encoder(x, layout, later))
     assert same == (next_time == "hidden")
 
 
 def test_causal_with_the_next_time_held_fixed() -> None:
     encoder, layout = HSTU(8, 9, **SMALL).eval(), jagged_layout(torch.tensor([7]), 9)
-    x, payloads = small_input([7])
-    changed, times = x.clone(), {name: values.clone() for name, values in payloads.items()}
+    x, events = small_input([7])
+    changed, times = x.clone(), {name: values.clone() for name, values in events.items()}
     changed[4:] += 1
     times["timestamps"][4:] += 1000
     times["next_timestamps"][4:] += 1000
-    outputs = encoder(x, layout, payloads), encoder(changed, layout, times)
+    outputs = encoder(x, layout, events), encoder(changed, layout, times)
     torch.testing.assert_close(outputs[0][:4], outputs[1][:4])
     assert (outputs[0][4:] != outputs[1][4:]).all(0).any()
 
@@ -105,8 +105,8 @@ def test_without_times_the_bias_is_by_position() -> None:
 def test_gradcheck_of_the_bias() -> None:
     bias = RelativeBias(4).double()
     layout = jagged_layout(torch.tensor([3, 2, 3]), 4)
-    _, payloads = small_input([3, 2, 3])
-    inputs = bias_inputs(layout, 4, payloads, "given")
+    _, events = small_input([3, 2, 3])
+    inputs = bias_inputs(layout, 4, events, "given")
 
     def total(position, time):
         tables = {"position": position, "time": time}
@@ -119,12 +119,12 @@ def test_gradcheck_of_the_bias() -> None:
 def test_grouping_changes_nothing(normalization: str) -> None:
     encoder = HSTU(8, 9, **SMALL, normalization=normalization).eval()
     lengths = [9, 3, 0, 1]
-    x, payloads = small_input(lengths)
-    together = encoder(x, jagged_layout(torch.tensor(lengths), 9), payloads)
+    x, events = small_input(lengths)
+    together = encoder(x, jagged_layout(torch.tensor(lengths), 9), events)
     alone, start = [], 0
     for length in lengths:
         rows = slice(start, start + length)
-        own = {name: values[rows] for name, values in payloads.items()}
+        own = {name: values[rows] for name, values in events.items()}
         alone.append(encoder(x[rows], jagged_layout(torch.tensor([length]), 9), own))
         start += length
     torch.testing.assert_close(together, torch.cat(alone))
@@ -132,31 +132,31 @@ def test_grouping_changes_nothing(normalization: str) -> None:
 
 @pytest.mark.parametrize("normalization", ["rel_bias", "softmax_rel_bias"])
 def test_dropout_options_act(normalization: str) -> None:
-    x, payloads = small_input([4, 2])
+    x, events = small_input([4, 2])
     layout = jagged_layout(torch.tensor([4, 2]), 6)
     for option in ("attn_dropout_rate", "linear_dropout_rate"):
         encoder = HSTU(8, 6, **SMALL, normalization=normalization, **{option: 0.5})
-        assert not torch.equal(encoder(x, layout, payloads), encoder(x, layout, payloads))
+        assert not torch.equal(encoder(x, layout, events), encoder(x, layout, events))
         encoder.eval()
-        assert torch.equal(encoder(x, layout, payloads), encoder(x, layout, payloads))
+        assert torch.equal(encoder(x, layout, events), encoder(x, layout, events))
 
 
 def test_linear_activation_acts() -> None:
-    x, payloads = small_input([4, 2])
+    x, events = small_input([4, 2])
     layout = jagged_layout(torch.tensor([4, 2]), 6)
     silu, none = (HSTU(8, 6, **SMALL, linear_activation=each) for each in ("silu", "none"))
     none.load_state_dict(silu.state_dict())
-    assert not torch.allclose(silu(x, layout, payloads), none(x, layout, payloads))
+    assert not torch.allclose(silu(x, layout, events), none(x, layout, events))
 
 
 @pytest.mark.parametrize("normalization", ["rel_bias", "softmax_rel_bias"])
 def test_bfloat16_autocast(normalization: str) -> None:
     encoder = HSTU(8, 6, **SMALL, normalization=normalization).train()
-    x, payloads = small_input([4, 2])
+    x, events = small_input([4, 2])
     layout = jagged_layout(torch.tensor([4, 2]), 6)
     with torch.autocast("cpu", torch.bfloat16):
-        out = encoder(x, layout, payloads)
-    torch.testing.assert_close(out.float(), encoder(x, layout, payloads), atol=0.1, rtol=0.1)
+        out = encoder(x, layout, events)
+    torch.testing.assert_close(out.float(), encoder(x, layout, events), atol=0.1, rtol=0.1)
     out.float().sum().backward()
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in encoder.parameters())
 

@@ -44,8 +44,8 @@ def test_parity(monkeypatch: pytest.MonkeyPatch, case: str, build, entrance: str
     preprocessor.load_state_dict({names[name]: value for name, value in golden.parameters.items()})
     embeddings = golden.inputs["past_embeddings"].requires_grad_()
     layout = LAYOUTS[entrance](golden.inputs["past_lengths"], embeddings.shape[1])
-    payloads = {"ratings": layout.flatten(golden.inputs["ratings"])}
-    out = preprocessor(layout.flatten(embeddings), layout, payloads)
+    events = {"ratings": layout.flatten(golden.inputs["ratings"])}
+    out = preprocessor(layout.flatten(embeddings), layout, events)
     assert torch.equal(out.layout.lengths, golden.outputs["past_lengths"])
     rectangle = out.layout.to_rectangle(out.x)
     assert_near(rectangle, golden.outputs["user_embeddings"])
@@ -79,9 +79,9 @@ def test_dropout_acts_in_training_only() -> None:
 @pytest.mark.parametrize("entrance", ENTRANCES)
 def test_combined_reads_the_state_behind_each_rating(entrance: str) -> None:
     layout = LAYOUTS[entrance](torch.tensor([2, 1]), 2)
-    payloads = {"ratings": torch.ones(layout.num_tokens, dtype=torch.int64)}
+    events = {"ratings": torch.ones(layout.num_tokens, dtype=torch.int64)}
     out = CombinedItemAndRatingInputFeaturesPreprocessor(2, 4, 0.0, 6)(
-        torch.zeros(layout.num_tokens, 4), layout, payloads
+        torch.zeros(layout.num_tokens, 4), layout, events
     )
     assert out.layout.row_of[out.read].equal(layout.row_of)
     assert out.layout.positions[out.read].equal(2 * layout.positions + 1)
@@ -89,14 +89,14 @@ def test_combined_reads_the_state_behind_each_rating(entrance: str) -> None:
 
 def test_times_of_a_doubled_sequence() -> None:
     layout = jagged_layout(torch.tensor([2]), 2)
-    payloads = {
+    events = {
         "ratings": torch.tensor([3, 4]),
         "timestamps": torch.tensor([10, 20]),
         "next_timestamps": torch.tensor([20, 35]),
     }
-    out = CombinedItemAndRatingInputFeaturesPreprocessor(2, 4, 0.0, 6)(torch.zeros(2, 4), layout, payloads)
-    assert out.payloads["timestamps"].tolist() == [10, 10, 20, 20]
-    assert out.payloads["next_timestamps"].tolist() == [10, 20, 20, 35]
+    out = CombinedItemAndRatingInputFeaturesPreprocessor(2, 4, 0.0, 6)(torch.zeros(2, 4), layout, events)
+    assert out.events["timestamps"].tolist() == [10, 10, 20, 20]
+    assert out.events["next_timestamps"].tolist() == [10, 20, 20, 35]
 
 
 @pytest.mark.parametrize("entrance", ENTRANCES)

@@ -7,6 +7,7 @@ import torch
 
 from generative_recommenders.modeling.encoders.hstu import HSTU
 from generative_recommenders.modeling.encoders.sasrec import SASRec
+from generative_recommenders.modeling.events import next_times, token_events
 from generative_recommenders.modeling.input_preprocessors import (
     CombinedItemAndRatingInputFeaturesPreprocessor,
     LearnablePositionalEmbeddingInputFeaturesPreprocessor,
@@ -16,8 +17,6 @@ from generative_recommenders.modeling.items import LocalEmbeddingModule
 from generative_recommenders.modeling.model import (
     SequenceEncoder,
     SequenceRecommender,
-    next_times,
-    token_payloads,
     visibility_tokens,
 )
 from generative_recommenders.modeling.output_postprocessors import (
@@ -76,9 +75,9 @@ def model(request: pytest.FixtureRequest) -> SequenceRecommender:
 
 
 def test_contract(model: SequenceRecommender) -> None:
-    lengths, ids, payloads = history()
+    lengths, ids, events = history()
     with torch.no_grad():
-        padded = model(lengths, ids, None, payloads)
+        padded = model(lengths, ids, None, events)
         check_padding(model, padded)
         check_jagged(model, padded)
         check_causality(model, padded)
@@ -86,36 +85,36 @@ def test_contract(model: SequenceRecommender) -> None:
 
 def check_padding(model: SequenceRecommender, padded: torch.Tensor) -> None:
     """Padding is 0 and without influence; a wider rectangle changes nothing."""
-    lengths, ids, payloads = history()
+    lengths, ids, events = history()
     real = torch.arange(WIDTH) < lengths[:, None]
     assert (padded[~real] == 0).all()
     assert (padded[real] != 0).any(1).all()
-    garbage = {name: x.where(real, 3) if x.dim() == 2 else x for name, x in payloads.items()}
+    garbage = {name: x.where(real, 3) if x.dim() == 2 else x for name, x in events.items()}
     torch.testing.assert_close(model(lengths, ids.where(real, 9), None, garbage), padded)
-    cut = {name: x[:2, :3] if x.dim() == 2 else x[:2] for name, x in payloads.items()}
+    cut = {name: x[:2, :3] if x.dim() == 2 else x[:2] for name, x in events.items()}
     torch.testing.assert_close(model(lengths[:2], ids[:2, :3], None, cut), padded[:2, :3])
 
 
 def check_jagged(model: SequenceRecommender, padded: torch.Tensor) -> None:
     """The jagged entrance, the last states and the given embeddings are the same numbers."""
-    lengths, ids, payloads = history()
+    lengths, ids, events = history()
     layout = jagged_layout(lengths, WIDTH)
-    states = model.encode_tokens(SequentialFeatures(lengths, ids, payloads), layout)
+    states = model.encode_tokens(SequentialFeatures(lengths, ids, events), layout)
     torch.testing.assert_close(layout.to_rectangle(states), padded)
     last = padded[torch.arange(len(lengths)), (lengths - 1).clamp(min=0)]
-    torch.testing.assert_close(model.encode(lengths, ids, None, payloads), last)
+    torch.testing.assert_close(model.encode(lengths, ids, None, events), last)
     embeddings = model.embed_history(ids)
-    torch.testing.assert_close(model(lengths, ids, embeddings, payloads), padded)
-    torch.testing.assert_close(model.encode(lengths, ids, embeddings, payloads), last)
+    torch.testing.assert_close(model(lengths, ids, embeddings, events), padded)
+    torch.testing.assert_close(model.encode(lengths, ids, embeddings, events), last)
 
 
 def check_causality(model: SequenceRecommender, padded: torch.Tensor) -> None:
     """A changed event changes its own state and none before; times are fixed, HSTU may use the next."""
-    lengths, ids, payloads = history()
+    lengths, ids, events = history()
     row, place = 3, 4
     ids[row, place] = ids[row, place] % ITEMS + 1
-    payloads["ratings"][row, place] = payloads["ratings"][row, place] % 5 + 1
-    changed = model(lengths, ids, None, payloads)
+    events["ratings"][row, place] = events["ratings"][row, place] % 5 + 1
+    changed = model(lengths, ids, None, events)
     torch.testing.assert_close(changed[row, :place], padded[row, :place])
     assert not torch.allclose(changed[row, place], padded[row, place])
     others = torch.arange(len(lengths)) != row
@@ -123,15 +122,15 @@ def check_causality(model: SequenceRecommender, padded: torch.Tensor) -> None:
 
 
 def test_gradients_of_the_two_entrances_agree(model: SequenceRecommender) -> None:
-    lengths, ids, payloads = history()
+    lengths, ids, events = history()
     layout = jagged_layout(lengths, WIDTH)
-    features = SequentialFeatures(lengths, ids, payloads)
+    features = SequentialFeatures(lengths, ids, events)
     gradients = []
     cotangent = None
     for entrance in ("padded", "jagged"):
         model.zero_grad()
         if entrance == "padded":
-            out = model(lengths, ids, None, payloads)
+            out = model(lengths, ids, None, events)
         else:
             out = layout.to_rectangle(model.encode_tokens(features, layout))
         cotangent = torch.randn_like(out) if cotangent is None else cotangent
@@ -149,8 +148,8 @@ def test_saved_and_loaded_it_gives_the_same(encoder: str) -> None:
         for parameter in other.parameters():
             parameter.add_(1.0)
     other.load_state_dict(one.state_dict())
-    lengths, ids, payloads = history()
-    assert torch.equal(one.encode(lengths, ids, None, payloads), other.encode(lengths, ids, None, payloads))
+    lengths, ids, events = history()
+    assert torch.equal(one.encode(lengths, ids, None, events), other.encode(lengths, ids, None, events))
 
 
 @pytest.mark.parametrize("encoder", ["SASRec", "HSTU"])
@@ -190,15 +189,15 @@ def test_next_times() -> None:
     assert [known[0].tolist(), known[1, :2].tolist(), known[2, 0].item()] == [[20, 35, 50], [9, 60], 70]
 
 
-def test_token_payloads_follow_the_layout() -> None:
-    _, _, payloads = history()
+def test_token_events_follow_the_layout() -> None:
+    _, _, events = history()
     layout = jagged_layout(LENGTHS, WIDTH)
-    tokens = token_payloads({**payloads, "other": payloads["ratings"]}, LENGTHS, layout)
+    tokens = token_events({**events, "other": events["ratings"]}, LENGTHS, layout)
     assert set(tokens) == {"ratings", "timestamps", "next_timestamps"}
-    assert torch.equal(layout.to_rectangle(tokens["ratings"]), payloads["ratings"])
+    assert torch.equal(layout.to_rectangle(tokens["ratings"]), events["ratings"])
     last = tokens["next_timestamps"][layout.last_tokens[LENGTHS > 0]]
-    assert torch.equal(last, payloads["next_timestamps"][LENGTHS > 0])
-    assert token_payloads({}, LENGTHS, layout) == {}
+    assert torch.equal(last, events["next_timestamps"][LENGTHS > 0])
+    assert token_events({}, LENGTHS, layout) == {}
 
 
 def test_visibility_tokens() -> None:
@@ -235,8 +234,8 @@ def test_a_full_row_without_a_next_time_is_encoded_the_same_at_any_width(columns
 
 def test_next_times_may_be_given_for_every_position() -> None:
     layout = jagged_layout(torch.tensor([2, 1]), 2)
-    payloads = {
+    events = {
         "timestamps": torch.tensor([[1, 2], [3, 0]]),
         "next_timestamps": torch.tensor([[7, 8], [9, 0]]),
     }
-    assert token_payloads(payloads, torch.tensor([2, 1]), layout)["next_timestamps"].tolist() == [7, 8, 9]
+    assert token_events(events, torch.tensor([2, 1]), layout)["next_timestamps"].tolist() == [7, 8, 9]

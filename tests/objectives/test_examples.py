@@ -72,10 +72,10 @@ def test_a_hidden_item_has_the_time_of_what_is_seen_before_it() -> None:
     times = torch.tensor([[10, 20, 30, 40], [50, 0, 0, 0], [60, 70, 80, 0]])
     columns = {**COLUMNS, "timestamps": times}
     hidden = Hides((0, 1), (0, 2), (2, 0))
-    payloads = MaskedObjective(hidden).example(columns, GENERATOR).features.past_payloads
-    assert payloads["timestamps"].tolist() == [[10, 10, 10, 40], [50, 0, 0, 0], [70, 70, 80, 0]]
+    events = MaskedObjective(hidden).example(columns, GENERATOR).features.past_events
+    assert events["timestamps"].tolist() == [[10, 10, 10, 40], [50, 0, 0, 0], [70, 70, 80, 0]]
     # the own time of a hidden item is its next time; elsewhere what the input says, 0 behind the end
-    following = payloads["next_timestamps"]
+    following = events["next_timestamps"]
     assert following[0].tolist() == [10, 20, 30, 0]
     assert following[1, 0] == 0 and following[2].tolist()[:3] == [60, 80, 0]
-    assert payloads["ratings"][0].tolist() == [1.0, 0.0, 0.0, 0.5]
+    assert events["ratings"][0].tolist() == [1.0, 0.0, 0.0, 0.5]

@@ -80,8 +80,8 @@ class DiffTransformer(torch.nn.Module):
             for block in range(num_blocks)
         )
 
-    def forward(self, x: torch.Tensor, layout: Layout, payloads: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """``[T, D]`` to ``[T, D]``; payloads are not used."""
+    def forward(self, x: torch.Tensor, layout: Layout, events: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """``[T, D]`` to ``[T, D]``; events are not used."""
         for block in self.layers:
             x = run_block(block, self.activation_checkpoint and self.training, x, layout)
         return x

@@ -70,11 +70,11 @@ class RelativeBias(torch.nn.Module):
 
 
 def bias_inputs(
-    layout: Layout, max_length: int, payloads: Mapping[str, torch.Tensor], next_time: str, whole: bool = False
+    layout: Layout, max_length: int, events: Mapping[str, torch.Tensor], next_time: str, whole: bool = False
 ) -> list[BiasInputs]:
     """One for each tile of the layout, or for each group (whole); computed once a batch, shared by all blocks."""
-    keys = payloads.get("timestamps")
-    queries = payloads.get("next_timestamps") if next_time == "given" else keys
+    keys = events.get("timestamps")
+    queries = events.get("next_timestamps") if next_time == "given" else keys
     inputs = []
     for group in layout.groups:
         columns = torch.arange(group.width, device=layout.device)
@@ -91,12 +91,12 @@ def bias_inputs(
 
 
 def appended_bias_inputs(
-    appended: Appended, max_length: int, payloads: Mapping[str, torch.Tensor], next_time: str
+    appended: Appended, max_length: int, events: Mapping[str, torch.Tensor], next_time: str
 ) -> BiasInputs:
     """`bias_inputs` of tokens behind cached ones: as many queries as are computed, all tokens as keys."""
     buckets = None
     if appended.times is not None:
-        queries = payloads["next_timestamps" if next_time == "given" else "timestamps"]
+        queries = events["next_timestamps" if next_time == "given" else "timestamps"]
         buckets = time_buckets(appended.layout.to_rectangle(queries), appended.times)
     return BiasInputs(max_length - 1 + appended.distances(), buckets)
 
@@ -222,25 +222,25 @@ class HSTU(torch.nn.Module):
             for _ in range(num_blocks)
         )  # fmt: skip
 
-    def forward(self, x: torch.Tensor, layout: Layout, payloads: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """``[T, D]`` to ``[T, D]``; payloads may hold ``timestamps`` and ``next_timestamps [T]``."""
+    def forward(self, x: torch.Tensor, layout: Layout, events: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """``[T, D]`` to ``[T, D]``; events may hold ``timestamps`` and ``next_timestamps [T]``."""
         biased = self.blocks[0].bias is not None
         inputs = []
         if biased:
-            times = payloads if self.timed else {}
+            times = events if self.timed else {}
             inputs = bias_inputs(layout, self.max_length, times, self.next_time, whole=not self.causal)
         for block in self.blocks:
             x = run_block(block, self.activation_checkpoint and self.training, x, layout, inputs)
         return x
 
-    def revises_last(self, payloads: Mapping[str, torch.Tensor]) -> bool:
+    def revises_last(self, events: Mapping[str, torch.Tensor]) -> bool:
         """The time bias of a token may know the time of the event after it."""
-        return self.next_time == "given" and self.timed and "timestamps" in payloads
+        return self.next_time == "given" and self.timed and "timestamps" in events
 
     def encode_appended(
         self,
         x: torch.Tensor,
-        payloads: Mapping[str, torch.Tensor],
+        events: Mapping[str, torch.Tensor],
         appended: Appended,
         cached: Sequence[KeysValues],
     ) -> tuple[torch.Tensor, tuple[KeysValues, ...]]:
@@ -257,7 +257,7 @@ class HSTU(torch.nn.Module):
         inputs = None
         if self.blocks[0].bias is not None:
             timed = appended if self.timed else replace(appended, times=None)
-            inputs = appended_bias_inputs(timed, self.max_length, payloads, self.next_time)
+            inputs = appended_bias_inputs(timed, self.max_length, events, self.next_time)
         blocks = []
         for block, before in zip(cast(Iterable[HstuBlock], self.blocks), cached or repeat(None)):
             x, after = block.append(x, appended, inputs, before)

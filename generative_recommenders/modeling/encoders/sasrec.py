@@ -163,20 +163,20 @@ class SASRec(torch.nn.Module):
         )
         self.final_norm = torch.nn.LayerNorm(embedding_dim) if final_norm else torch.nn.Identity()
 
-    def forward(self, x: torch.Tensor, layout: Layout, payloads: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """``[T, D]`` to ``[T, D]``; payloads are not used."""
+    def forward(self, x: torch.Tensor, layout: Layout, events: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """``[T, D]`` to ``[T, D]``; events are not used."""
         for block in self.blocks:
             x = run_block(block, self.activation_checkpoint and self.training, x, layout)
         return layout.mask(self.final_norm(x))
 
-    def revises_last(self, payloads: Mapping[str, torch.Tensor]) -> bool:
+    def revises_last(self, events: Mapping[str, torch.Tensor]) -> bool:
         """No state depends on what comes after it."""
         return False
 
     def encode_appended(
         self,
         x: torch.Tensor,
-        payloads: Mapping[str, torch.Tensor],
+        events: Mapping[str, torch.Tensor],
         appended: Appended,
         cached: Sequence[KeysValues],
     ) -> tuple[torch.Tensor, tuple[KeysValues, ...]]:

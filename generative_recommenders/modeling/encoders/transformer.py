@@ -47,8 +47,8 @@ class Transformer(torch.nn.Module):
             for _ in range(num_blocks)
         )
 
-    def forward(self, x: torch.Tensor, layout: Layout, payloads: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """``[T, D]`` to ``[T, D]``; payloads are not used."""
+    def forward(self, x: torch.Tensor, layout: Layout, events: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """``[T, D]`` to ``[T, D]``; events are not used."""
         x = self.dropout(x + self.positions.pe[0].index_select(0, layout.positions))
         rate = self.dropout.rate if self.training else 0.0
         attend = partial(softmax_attention, layout=layout, dropout_rate=rate)

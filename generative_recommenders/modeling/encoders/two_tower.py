@@ -141,9 +141,9 @@ class FeatureMerger(nn.Module):
         self.embedder = SequenceEmbedding([feature.spec for feature in features])
         self.embedding_dim = embedding_dim
 
-    def forward(self, states: torch.Tensor, payloads: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """states ``[T, D]``; payloads: ``user_ids [T]`` int64, all users unknown without them."""
-        users = payloads.get("user_ids")
+    def forward(self, states: torch.Tensor, events: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """states ``[T, D]``; events: ``user_ids [T]`` int64, all users unknown without them."""
+        users = events.get("user_ids")
         if users is None:
             users = torch.zeros(len(states), dtype=torch.int64, device=states.device)
         embedded = self.embedder(self.features(users))

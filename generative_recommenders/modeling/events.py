@@ -1,0 +1,106 @@
+"""Event columns of a history: from rectangles to one value per token, and what the model may see of a hidden event."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+
+from generative_recommenders.ops.layout import Layout
+from generative_recommenders.types import SequentialFeatures
+
+EVENT_COLUMNS = ("ratings", "timestamps")
+"""Rectangular columns that describe a history's events, beside the items."""
+Events = Mapping[str, torch.Tensor]
+
+
+def past_features(batch: Events) -> SequentialFeatures:
+    """The histories of a transformed batch (``past_*`` columns)."""
+    events = {name: batch[f"past_{name}"] for name in EVENT_COLUMNS if f"past_{name}" in batch}
+    events.update({name: batch[name] for name in ("next_timestamps", "user_ids") if name in batch})
+    return SequentialFeatures(batch["past_lengths"], batch["past_ids"], events)
+
+
+def token_events(
+    events: Events, lengths: torch.Tensor, layout: Layout, constant_width: int | None = None
+) -> dict[str, torch.Tensor]:
+    """Rectangular events as one value per token, with each token's next time (see `next_times`) and user.
+
+    constant_width: HSTU's N. What follows a full row is unknown, but for rectangles of this width, where the published
+    code repeats the row's last time.
+    """
+    tokens = {}
+    if "user_ids" in events:
+        tokens["user_ids"] = events["user_ids"].index_select(0, layout.row_of)
+    for name in EVENT_COLUMNS:
+        if name in events:
+            tokens[name] = layout.flatten(events[name])
+    if "timestamps" in events:
+        following = events.get("next_timestamps")
+        if following is None:
+            times = events["timestamps"]
+            times = times if times.shape[1] == constant_width else F.pad(times, (0, 1))
+            following = next_times(times, lengths, None)[:, : events["timestamps"].shape[1]]
+        elif following.dim() == 1:
+            following = next_times(events["timestamps"], lengths, following)
+        tokens["next_timestamps"] = layout.flatten(following)
+    return tokens
+
+
+def next_times(
+    timestamps: torch.Tensor, lengths: torch.Tensor, next_known: torch.Tensor | None
+) -> torch.Tensor:
+    """Time of the event after each position, ``[B, N]``.
+
+    timestamps ``[B, N]``; the slot behind a row's end may hold the next event's time, 0 if unknown. next_known ``[B]``
+    replaces that slot. A full row without next_known repeats its own last time.
+    """
+    last = timestamps[:, -1:] if next_known is None else next_known[:, None]
+    shifted = torch.cat([timestamps[:, 1:], last], dim=1)
+    if next_known is None:
+        return shifted
+    ends = (
+        torch.arange(timestamps.shape[1], device=timestamps.device)
+        == (lengths.to(timestamps.device) - 1)[:, None]
+    )
+    return torch.where(ends, next_known[:, None], shifted)
+
+
+def hidden_events(columns: Events, hidden: torch.Tensor, lengths: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Events of training histories ``[B, N]`` some of whose positions are hidden (``[B, N]`` bool).
+
+    As at the mask slot of inference: a hidden item has no rating (0) and the time of the last shown item before it (else
+    of the first one after it); its own time, the target's, is its next time alone.
+    """
+    events = {name: columns[name] for name in (*EVENT_COLUMNS, "user_ids") if name in columns}
+    if "ratings" in events:
+        events["ratings"] = events["ratings"].masked_fill(hidden, 0)
+    if "timestamps" in events:
+        times = events["timestamps"]
+        places = torch.arange(times.shape[1], device=times.device)
+        shown = ~hidden & (places < lengths[:, None])
+        before = places.where(shown, -1).cummax(1).values
+        first = shown.int().argmax(1, keepdim=True)
+        seen = times.where(~hidden, times.gather(1, before.where(before >= 0, first)))
+        events["timestamps"] = seen
+        events["next_timestamps"] = torch.where(
+            hidden, times, next_times(seen, lengths, torch.zeros_like(lengths))
+        )
+    return events
+
+
+def events_with_slot(events: Events, lengths: torch.Tensor, width: int) -> dict[str, torch.Tensor]:
+    """Events ``[B, N]`` in rectangles of ``width`` > N, where a mask slot follows each row's ``lengths [B]`` events.
+
+    The slot takes each column's fill and the time of the last event; columns ``[B]`` stay as they are.
+    """
+    widened = {
+        name: values if values.dim() == 1 else F.pad(values, (0, width - values.shape[1]))
+        for name, values in events.items()
+    }
+    if "timestamps" in widened:
+        times = widened["timestamps"]
+        last = times.gather(1, (lengths - 1).clamp(min=0)[:, None])
+        widened["timestamps"] = times.scatter(1, lengths[:, None], last)
+    return widened
