@@ -67,7 +67,7 @@ class PlainStep:
         loss = self.loss(example.features.past_ids, example.features.past_lengths, example.targets)
         loss.backward()
         self.optimizer.step()
-        return float(loss)
+        return float(loss.detach())
 
     def loss(self, ids: torch.Tensor, lengths: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """ids ``[B, N]``, lengths ``[B]``, targets ``[T]`` of all real positions, row by row."""

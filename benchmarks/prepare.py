@@ -1,4 +1,4 @@
-"""How long preparing Amazon Books takes, on a file of its shape; prints one JSON object as the last line.
+"""Time and memory of preparing Amazon Books, on a file of its shape; the last line is JSON.
 
     python benchmarks/prepare.py                    # 22.5 million lines, 8.0 M users, 2.3 M items
     python benchmarks/prepare.py --lines=1000000    # the same shape, smaller
@@ -11,10 +11,13 @@ its own, whose wall-clock time and peak resident memory are reported, with the m
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
-import subprocess
+import resource
 import sys
 import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -40,24 +43,6 @@ _MEMORY_LIMIT = flags.DEFINE_integer(
     "memory_limit", 4 << 30, "bytes for events, as in preprocess_public_data.py"
 )
 _RESULT = flags.DEFINE_string("result", None, "also write the JSON line to this file")
-
-_CHILD = """
-import json, resource, sys, time
-start = time.monotonic()
-from pathlib import Path
-from generative_recommenders.data.preparation import prepare
-from generative_recommenders.data.ratings_table import RawRatings, ReaderFormat
-raw = RawRatings("bench", [Path(sys.argv[1])], ReaderFormat(",", False), "amazon_five")
-manifest = prepare(raw, sys.argv[2], int(sys.argv[3]))
-print(json.dumps({
-    "seconds": round(time.monotonic() - start, 2),
-    "cpu_seconds": round(time.process_time(), 2),
-    "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
-    "data_hash": manifest.data_hash,
-    "counts_before": manifest.counts_before,
-    "counts": manifest.counts,
-}))
-"""
 
 
 def zipf_ranks(rng: np.random.Generator, exponent: float, names: int, lines: int) -> np.ndarray:
@@ -111,18 +96,33 @@ def write_ratings(path: Path, lines: int, seed: int = 1) -> None:
             writer.write_table(pa.Table.from_arrays(columns, schema=schema))
 
 
+def prepare_measured(ratings: Path, out: Path, memory_limit: int) -> dict[str, object]:
+    """What preparation takes in this process, from its first import on."""
+    start = time.monotonic()
+    from generative_recommenders.data.preparation.prepare import prepare
+    from generative_recommenders.data.readers.ratings_table import RawRatings, ReaderFormat
+
+    manifest = prepare(
+        RawRatings("bench", [ratings], ReaderFormat(",", False), "amazon_five"), out, memory_limit
+    )
+    return {
+        "seconds": round(time.monotonic() - start, 2),
+        "cpu_seconds": round(time.process_time(), 2),
+        "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        "data_hash": manifest.data_hash,
+        "counts_before": manifest.counts_before,
+        "counts": manifest.counts,
+    }
+
+
 def measure(folder: Path, lines: int, memory_limit: int) -> dict[str, object]:
     """Make the file, prepare it in a process of its own, and return what that process measured."""
     ratings = folder / "ratings.csv"
     if not ratings.exists():
         write_ratings(ratings, lines)
     load = round(os.getloadavg()[0], 2)
-    command = [sys.executable, "-c", _CHILD, str(ratings), str(folder / "prepared"), str(memory_limit)]
-    root = str(Path(__file__).resolve().parents[1])
-    done = subprocess.run(
-        command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, "PYTHONPATH": root}
-    )
-    result = json.loads(done.stdout.splitlines()[-1])
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        result = process.submit(prepare_measured, ratings, folder / "prepared", memory_limit).result()
     head = {
         "lines": lines,
         "file_mb": round(ratings.stat().st_size / 1e6),
