@@ -1,9 +1,10 @@
-"""What all tests share: options, paths, one thread, and tiny prepared data sets."""
+"""Options, paths, logging, one thread and tiny prepared data sets, for all tests."""
 
 from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -50,14 +51,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(autouse=True)
-def log_lines_reach_caplog(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """absl's logger keeps its lines to itself, or says more, where an earlier test has run a program in this process."""
-    logger = logging.getLogger("absl")
+def logging_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A test that runs a program in this process sets up logging: the next test finds it as it was, warnings on, and
+    absl's lines reach caplog."""
+    root, logger = logging.getLogger(), logging.getLogger("absl")
     monkeypatch.setattr(logger, "propagate", True)
-    level = logger.level
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    handlers, levels = list(root.handlers), (root.level, logger.level)
     logger.setLevel(logging.WARNING)
     yield
-    logger.setLevel(level)
+    logging.captureWarnings(False)
+    root.handlers[:] = handlers
+    root.setLevel(levels[0])
+    logger.setLevel(levels[1])
 
 
 @pytest.fixture(scope="session")

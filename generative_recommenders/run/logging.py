@@ -51,7 +51,8 @@ def set_up_logging(is_main: bool = True, level: int = logging.INFO) -> None:
     warnings.formatwarning = _one_line
     python_logging.captureWarnings(True)
     root = python_logging.getLogger()
-    if not any(isinstance(handler, _LogFile) for handler in root.handlers):
+    if not any(isinstance(handler, (_LogFile, _EarlyLines)) for handler in root.handlers):
+        _early_lines.records.clear()
         root.addHandler(_early_lines)
 
 

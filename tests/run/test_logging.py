@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,17 +17,6 @@ from generative_recommenders.run.directory import RunFolder
 from generative_recommenders.run.logging import set_up_logging, show
 
 LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (DEBUG|INFO|WARNING|ERROR) .*")
-
-
-@pytest.fixture(autouse=True)
-def logging_as_before() -> Iterator[None]:
-    root, level, shown = python_logging.getLogger(), logging.get_verbosity(), warnings.formatwarning
-    handlers, root_level = list(root.handlers), root.level
-    yield
-    python_logging.captureWarnings(False)
-    warnings.formatwarning, root.handlers[:] = shown, handlers
-    logging.set_verbosity(level)
-    root.setLevel(root_level)
 
 
 def messages(run: Path) -> list[str]:
