@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -43,3 +44,18 @@ class SequentialFeatures:
     past_lengths: torch.Tensor
     past_ids: torch.Tensor
     past_events: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+class LossOutput(NamedTuple):
+    """What a loss returns. The trainer divides ``sum`` by ``weight`` summed over all processes.
+
+    sum: scalar, differentiable.
+    weight: scalar, no gradient; 0 when nothing counts (``sum`` is then 0 and the trainer changes nothing).
+    """
+
+    sum: torch.Tensor
+    weight: torch.Tensor
+
+    def mean(self) -> torch.Tensor:
+        """``sum / weight``, scalar; NaN when nothing counts."""
+        return self.sum / self.weight

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from generative_recommenders.build.entity_features import FeatureReader
+from generative_recommenders.data.splits import training_events
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.errors import UserError
-from generative_recommenders.evaluation.baselines import training_events
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import Any
 from absl import logging
 
 from generative_recommenders.build.parts import Catalogue, build_model
+from generative_recommenders.checkpoint.broadcast import checkpoint_from_main
 from generative_recommenders.checkpoint.store import Checkpoint, CheckpointStore
 from generative_recommenders.compat.meta.checkpoint import are_numbers, load_meta_checkpoint
 from generative_recommenders.config import gin as gin_registry
@@ -32,16 +33,17 @@ from generative_recommenders.distributed.process_group import (
 )
 from generative_recommenders.distributed.signals import StopRequest
 from generative_recommenders.distributed.spawned import INTERRUPTED
-from generative_recommenders.distributed.sync import checkpoint_from_main, from_main, together
+from generative_recommenders.distributed.sync import from_main, together
 from generative_recommenders.errors import UserError
 from generative_recommenders.evaluation.model_evaluation import ModelEvaluation
 from generative_recommenders.ops.jagged import log_backend
 from generative_recommenders.run import summary as report
-from generative_recommenders.run.directory import RunFolder, check_same_data
+from generative_recommenders.run.directory import RunFolder
 from generative_recommenders.run.logging import set_up_logging, show
 from generative_recommenders.run.plots import plot_curves
 from generative_recommenders.training.allocator import keep_freed_memory
 from generative_recommenders.training.profiling import step_profiler
+from generative_recommenders.training.state import check_same_data
 from generative_recommenders.training.trainer import Trainer, TrainResult, load_model, set_precision
 
 EMBEDDED = "synthetic-books"

@@ -142,3 +142,16 @@ def _unseen(dataset: SequenceDataset, targets: np.ndarray, seen: np.ndarray) -> 
     """``[U]`` bool: there is a target and its item is not ``seen``."""
     at = dataset.offsets[:-1] + np.maximum(targets, 0)
     return (targets >= 0) & ~seen[dataset.items[at]]
+
+
+def training_events(offsets: np.ndarray, train_stops: np.ndarray) -> np.ndarray:
+    """``[E]`` bool: events ``[offsets[u], offsets[u] + train_stops[u])`` of each user u.
+
+    offsets: int64 ``[U + 1]``; train_stops: int ``[U]``, at most the user's number of events.
+    """
+    lengths = np.diff(offsets)
+    if len(train_stops) != len(lengths) or (train_stops > lengths).any():
+        raise UserError(
+            "train_stops: needs one value a user, at most the user's number of events; remake the split"
+        )
+    return np.arange(offsets[-1]) < np.repeat(offsets[:-1] + train_stops, lengths)

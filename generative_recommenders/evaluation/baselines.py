@@ -10,20 +10,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from generative_recommenders.errors import UserError
-
-
-def training_events(offsets: np.ndarray, train_stops: np.ndarray) -> np.ndarray:
-    """``[E]`` bool: events ``[offsets[u], offsets[u] + train_stops[u])`` of each user u.
-
-    offsets: int64 ``[U + 1]``; train_stops: int ``[U]``, at most the user's number of events.
-    """
-    lengths = np.diff(offsets)
-    if len(train_stops) != len(lengths) or (train_stops > lengths).any():
-        raise UserError(
-            "train_stops: needs one value a user, at most the user's number of events; remake the split"
-        )
-    return np.arange(offsets[-1]) < np.repeat(offsets[:-1] + train_stops, lengths)
+from generative_recommenders.data.splits import training_events
 
 
 def training_counts(

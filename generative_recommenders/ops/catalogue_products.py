@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from generative_recommenders.objectives.losses.sampled import LossOutput
+from generative_recommenders.types import LossOutput
 
 _FEWEST_TOKENS = 32  # products over fewer rows are slow: logits are computed twice instead
 

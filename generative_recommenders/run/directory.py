@@ -195,15 +195,6 @@ def holds_run(folder: Path) -> bool:
     return measured or any((folder / "checkpoints").glob("[0-9]*"))
 
 
-def check_same_data(saved_hash: str, current_hash: str, what: str = "the prepared data") -> None:
-    """Refuses to resume on data other than the run began with."""
-    if saved_hash != current_hash:
-        raise UserError(
-            f"{what} changed since this run began (hash {saved_hash} then, {current_hash} now): "
-            "restore that data set or start a new run"
-        )
-
-
 def _new_folder(root: Path, name: str) -> Path:
     """A folder named by the time, with a number behind it where that one exists."""
     stamp = time.strftime("%Y%m%d-%H%M%S")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from generative_recommenders.errors import UserError
 from generative_recommenders.evaluation.metrics import current_name
 
 
@@ -45,3 +46,12 @@ def _is_record(each: object) -> bool:
         and {"epoch", "full"} <= each.keys()
         and all(isinstance(value, (int, float)) for value in each.values())
     )
+
+
+def check_same_data(saved_hash: str, current_hash: str, what: str = "the prepared data") -> None:
+    """Refuses to resume on data other than the run began with."""
+    if saved_hash != current_hash:
+        raise UserError(
+            f"{what} changed since this run began (hash {saved_hash} then, {current_hash} now): "
+            "restore that data set or start a new run"
+        )

@@ -21,18 +21,18 @@ from generative_recommenders.build.parts import (
     build_objective,
     build_sampler,
 )
+from generative_recommenders.checkpoint.broadcast import checkpoint_from_main
 from generative_recommenders.checkpoint.store import Checkpoint, CheckpointStore
 from generative_recommenders.config.schema import MAX_PREFETCH, RunSettings
 from generative_recommenders.data.loader import LoadedBatch, SequenceLoader, prefetch
 from generative_recommenders.data.splits import Split
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.distributed.collectives import Collectives
-from generative_recommenders.distributed.sync import checkpoint_from_main
 from generative_recommenders.errors import UserError
 from generative_recommenders.evaluation.model_evaluation import ModelEvaluation
 from generative_recommenders.objectives.examples import TrainingExample
 from generative_recommenders.ops.counter_random import stream_key
-from generative_recommenders.run.directory import RunFolder, check_same_data
+from generative_recommenders.run.directory import RunFolder
 from generative_recommenders.run.epoch_log import EpochLog
 from generative_recommenders.training.optimizers import Optimizer
 from generative_recommenders.training.progress import (
@@ -41,7 +41,7 @@ from generative_recommenders.training.progress import (
     check_finite_parameters,
     with_progress,
 )
-from generative_recommenders.training.state import Progress
+from generative_recommenders.training.state import Progress, check_same_data
 from generative_recommenders.training.step import StepResult, TrainingStep
 
 BEST_BY = "ndcg@10"

@@ -9,11 +9,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from generative_recommenders.checkpoint.broadcast import checkpoint_from_main
 from generative_recommenders.checkpoint.store import Checkpoint, Position
 from generative_recommenders.distributed import process_group as distributed
 from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.distributed.process_group import process_collectives
-from generative_recommenders.distributed.sync import checkpoint_from_main, from_main, together
+from generative_recommenders.distributed.sync import from_main, together
 from generative_recommenders.errors import UserError
 from programs import quick_start
 

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from generative_recommenders.data.splits import training_events
 from generative_recommenders.errors import UserError
-from generative_recommenders.evaluation.baselines import MarkovSuccessor, MostPopular, training_events
+from generative_recommenders.evaluation.baselines import MarkovSuccessor, MostPopular
 
 
 def random_columns(seed: int, users: int = 30, items: int = 12):

@@ -10,7 +10,8 @@ from absl import logging
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from generative_recommenders.errors import UserError
-from generative_recommenders.run.directory import RunFolder, check_same_data
+from generative_recommenders.run.directory import RunFolder
+from generative_recommenders.training.state import check_same_data
 from programs import quick_start
 
 

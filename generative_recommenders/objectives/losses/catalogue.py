@@ -22,13 +22,13 @@ from torch.nn import functional as F
 
 from generative_recommenders.errors import UserError
 from generative_recommenders.objectives.losses.sampled import (
-    LossOutput,
     check_label_smoothing,
     full_precision,
     log_in_loss,
     weighted,
 )
 from generative_recommenders.ops.catalogue_products import LOGSUMEXP, SOFTPLUS_SUM, Statistic, catalogue_sum
+from generative_recommenders.types import LossOutput
 
 MEMORY_BYTES = 512 * 2**20
 """Default bound of the logits that are held at a time."""

@@ -16,28 +16,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from generative_recommenders.errors import UserError
-
-
-class LossOutput(NamedTuple):
-    """What a loss returns. The trainer divides ``sum`` by ``weight`` summed over all processes.
-
-    sum: scalar, differentiable.
-    weight: scalar, no gradient; 0 when nothing counts (``sum`` is then 0 and the trainer changes nothing).
-    """
-
-    sum: Tensor
-    weight: Tensor
-
-    def mean(self) -> Tensor:
-        """``sum / weight``, scalar; NaN when nothing counts."""
-        return self.sum / self.weight
+from generative_recommenders.types import LossOutput
 
 
 def full_precision(x: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from generative_recommenders.errors import UserError
-from generative_recommenders.objectives.losses.sampled import LossOutput, full_precision, weighted
+from generative_recommenders.objectives.losses.sampled import full_precision, weighted
+from generative_recommenders.types import LossOutput
 
 _SELECTION_BYTES = 256 * 2**20  # bound of the products of directions with all items held at a time
 
