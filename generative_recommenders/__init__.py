@@ -44,12 +44,25 @@ __all__ = [
     "load_model",
     "make_split",
     "prepare",
+    "register_data_source",
+    "register_encoder",
+    "register_input_preprocessor",
+    "register_item_embedding",
+    "register_loss",
+    "register_negative_sampler",
+    "register_objective",
+    "register_optimizer",
+    "register_output_postprocessor",
+    "register_seen_filter",
+    "register_similarity",
+    "register_top_k_module",
 ]
 
 __getattr__ = lazy_exports(
     __name__,
     {
         "build.parts": ["build_model"],
+        "config.registry": [name for name in __all__ if name.startswith("register_")],
         "config.schema": ["RunSettings"],
         "data.preparation.prepare": ["prepare"],
         "data.splits": ["make_split"],

@@ -1,0 +1,157 @@
+"""Strict pydantic models for settings and options, and one-line errors from them."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import types
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
+
+from generative_recommenders.errors import UserError
+
+Count = Annotated[int, Ge(0)]
+Size = Annotated[int, Ge(1), Le(1 << 31)]
+Width = Annotated[int, Ge(1), Le(1 << 16)]
+"""Columns of a weight."""
+Layers = Annotated[int, Ge(1), Le(1000)]
+"""Blocks or heads."""
+Positive = Annotated[float, Gt(0.0)]
+NonNegative = Annotated[float, Ge(0.0)]
+Share = Annotated[float, Ge(0.0), Lt(1.0)]
+"""A dropout rate, or a part of a whole."""
+
+SMALLEST, LARGEST = 1e-30, 1e30
+"""Sizes of numbers that float32 holds with room for squares of sums."""
+
+Model = TypeVar("Model", bound="StrictModel")
+
+
+class StrictModel(BaseModel):
+    """A frozen model without conversions: unknown names, NaN, infinity, "10", 1.0 or True for an int are refused.
+
+    An int counts as a float, a list as a tuple; the same values pass from gin and from JSON.
+    """
+
+    model_config = ConfigDict(
+        strict=True,
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+        validate_default=False,
+        protected_namespaces=(),
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _sequences_and_sizes(cls, value: Any, info: ValidationInfo) -> Any:
+        check_numbers(value)
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        origins = {get_origin(each) or each for each in (annotation, *get_args(annotation))}
+        if isinstance(value, list) and tuple in origins:
+            return tuple(value)
+        if isinstance(value, tuple) and list in origins:
+            return list(value)
+        return value
+
+
+def check_numbers(value: Any) -> None:
+    """Refuses, anywhere in a value, numbers that neither int64 nor float32 hold."""
+    if isinstance(value, Mapping):
+        value = [*value.keys(), *value.values()]
+    if isinstance(value, (list, tuple)):
+        for each in value:
+            check_numbers(each)
+    elif isinstance(value, int) and abs(value) >= 1 << 63:
+        raise PydanticCustomError("size", "must be below 2^63")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise PydanticCustomError("size", "must be finite")
+    elif isinstance(value, float) and value and not SMALLEST <= abs(value) <= LARGEST:
+        raise PydanticCustomError("size", f"must be 0 or of a size from {SMALLEST:g} to {LARGEST:g}")
+
+
+def validated(model: type[Model], values: Mapping[str, Any], owner: str) -> Model:
+    """The model of the values, or UserError naming ``owner.NAME``, what it must be and what it is."""
+    try:
+        return model.model_validate(dict(values))
+    except ValidationError as error:
+        raise UserError(_one_line(error, model, owner)) from None
+    except RecursionError:
+        raise UserError(f"{owner}: a value is nested too deeply") from None
+
+
+def _one_line(error: ValidationError, model: type[BaseModel], owner: str) -> str:
+    first = error.errors()[0]
+    location, context = first["loc"], first.get("ctx", {})
+    if not location:  # of several fields: a check of the whole model, which names them
+        return str(first["msg"]).removeprefix("Value error, ")
+    name = str(location[0])
+    if first["type"] == "extra_forbidden":
+        return f"{owner} has no parameter {name!r}{nearest(name, model.model_fields)}"
+    if first["type"] == "missing":
+        return f"{owner}.{name} has no default: give it a value"
+    kind, where, got = first["type"], f"{owner}.{name}", shortened(first["input"])
+    declared = type_name(model.model_fields[name].annotation)
+    if kind == "literal_error":
+        return f"{where} {got} is unknown; known: {declared}"
+    if kind in _RANGES:
+        must = _RANGES[kind].format(**context)
+    elif kind in ("size", "value_error"):
+        must = str(first["msg"]).removeprefix("Value error, ")
+    else:
+        must = f"must be of type {declared}"
+    return f"{where} {must}, got {got}"
+
+
+_RANGES = {
+    "greater_than": "must be above {gt:g}",
+    "greater_than_equal": "must be {ge:g} or more",
+    "less_than": "must be below {lt:g}",
+    "less_than_equal": "must be at most {le:g}",
+}
+
+
+def shortened(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of an error about an unknown name: the nearest one, and all."""
+    names = list(known)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+    return (f"; did you mean {close[0]!r}?" if close else "") + f"; known: {', '.join(names) or 'none'}"
+
+
+def type_name(annotation: Any) -> str:
+    """A type as people write it: ``int``, ``float | None``, ``tuple[str, ...]``; a Literal as its choices."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return type_name(get_args(annotation)[0])
+    if origin is Literal:
+        return ", ".join(repr(each) for each in get_args(annotation))
+    if origin in (Union, types.UnionType):
+        return " | ".join(type_name(each) for each in get_args(annotation))
+    if origin is not None:
+        return f"{origin.__name__}[{', '.join(type_name(each) for each in get_args(annotation))}]"
+    if annotation in (None, type(None), Ellipsis):
+        return "..." if annotation is Ellipsis else "None"
+    return getattr(annotation, "__name__", str(annotation))
+
+
+def describe_field(name: str, field: FieldInfo) -> str:
+    """``num_blocks: int = 2 (>= 1, <= 1000)``."""
+    text = f"{name}: {type_name(field.annotation)}"
+    if not field.is_required():
+        text += f" = {field.get_default(call_default_factory=True)!r}"
+    signs = {Ge: (">=", "ge"), Gt: (">", "gt"), Le: ("<=", "le"), Lt: ("<", "lt")}
+    bounds = field.metadata or [
+        bound for each in get_args(field.annotation) for bound in getattr(each, "__metadata__", ())
+    ]
+    limits = [f"{signs[type(b)][0]} {getattr(b, signs[type(b)][1]):g}" for b in bounds if type(b) in signs]
+    return f"{text} ({', '.join(limits)})" if limits else text

@@ -1,0 +1,216 @@
+"""Registries of parts: a part is a class, and its constructor's keyword arguments are its options.
+
+A base class (or the registry) names in ``SUPPLIED`` what the program passes where a signature asks for it: widths, counts, and
+their like. Everything else in the signature is an option, with the type, range (``Annotated[int, Ge(1)]``) and default that
+stand there; gin binds it as ``GIN_NAME.OPTION``.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeVar, get_type_hints
+
+from pydantic import create_model
+
+from generative_recommenders.config.fields import StrictModel, describe_field, nearest, validated
+from generative_recommenders.config.plugins import Plugin, plugin_of
+from generative_recommenders.errors import UserError
+
+Made = TypeVar("Made", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Part:
+    """One entry of a registry. make: the class, or a function that makes the part; name: the first it was registered by."""
+
+    name: str
+    gin_name: str
+    make: Callable[..., Any]
+    registry_supplied: frozenset[str] = frozenset()
+
+    @property
+    def plugin(self) -> Plugin | None:
+        """The plug-in that the part comes from; None for a built-in one."""
+        return plugin_of(self.make.__module__)
+
+    @cached_property
+    def _parameters(self) -> dict[str, inspect.Parameter]:
+        found = dict(inspect.signature(self.make).parameters)
+        open_ended = (
+            inspect.Parameter.VAR_KEYWORD,
+            inspect.Parameter.VAR_POSITIONAL,
+            inspect.Parameter.POSITIONAL_ONLY,
+        )
+        for parameter in found.values():
+            if parameter.kind in open_ended:
+                raise UserError(f"{self.gin_name}: write its options out by name instead of {parameter}")
+        return found
+
+    @cached_property
+    def supplied(self) -> frozenset[str]:
+        """What the constructor asks for of what the program supplies."""
+        offered = self.registry_supplied | set(getattr(self.make, "SUPPLIED", ()))
+        return frozenset(self._parameters) & offered
+
+    @cached_property
+    def options(self) -> type[StrictModel]:
+        """The model of the options, from the constructor's signature."""
+        function = self.make.__init__ if isinstance(self.make, type) else self.make  # type: ignore[misc]
+        try:
+            hints = get_type_hints(function, include_extras=True)
+            fields: dict[str, Any] = {
+                name: (
+                    hints[name],
+                    ... if parameter.default is inspect.Parameter.empty else parameter.default,
+                )
+                for name, parameter in self._parameters.items()
+                if name not in self.supplied
+            }
+            return create_model(self.gin_name, __base__=StrictModel, **fields)
+        except KeyError as error:
+            raise UserError(
+                f"{self.gin_name}: option {error.args[0]!r} needs a type in the signature"
+            ) from None
+        except Exception as error:  # whatever a plug-in's annotations raise
+            line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise UserError(f"{self.gin_name}: the types in its signature cannot be used: {line}") from error
+
+    def option_values(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """All options with their values, those of ``given`` over the defaults; UserError for what cannot be."""
+        model = validated(self.options, given, self.gin_name)
+        return {name: getattr(model, name) for name in self.options.model_fields}
+
+    def build(self, given: Mapping[str, Any], supplies: Mapping[str, Any]) -> Any:
+        """The part, from options and from what the program supplies. A callable supply is called when it is asked for,
+        with the options.
+        """
+        options = self.option_values(given)
+        missing = sorted(self.supplied - set(supplies) - self._defaulted)
+        if missing:
+            raise UserError(
+                f"{self.gin_name} needs {', '.join(missing)}, which this program has no value for"
+            )
+        passed = {name: supplies[name] for name in sorted(self.supplied & set(supplies))}
+        passed = {
+            name: value(options) if inspect.isfunction(value) else value for name, value in passed.items()
+        }
+        try:
+            return self.make(**options, **passed)
+        except (ValueError, OverflowError) as error:
+            raise UserError(f"{self.gin_name}: {error}") from error
+
+    @property
+    def _defaulted(self) -> set[str]:
+        return {n for n, p in self._parameters.items() if p.default is not inspect.Parameter.empty}
+
+    def describe(self) -> str:
+        """One line: name, gin name, and options with types, defaults and ranges."""
+        options = "; ".join(describe_field(name, field) for name, field in self.options.model_fields.items())
+        origin = f" [{self.plugin.source}]" if self.plugin else ""
+        return f"{self.name} ({self.gin_name}){origin}: {options or 'no options'}"
+
+
+class Registry:
+    """The parts of one kind, by name. kind: as in "unknown KIND"; setting: the gin name that chooses one.
+
+    supplied: what the program passes, for kinds without a base class that names it.
+    """
+
+    def __init__(self, kind: str, setting: str, supplied: tuple[str, ...] = ()) -> None:
+        self.kind, self.setting, self.supplied = kind, setting, frozenset(supplied)
+        self._parts: dict[str, Part] = {}
+
+    def register(self, name: str, *aliases: str, gin_name: str | None = None) -> Callable[[Made], Made]:
+        """A class decorator: makes the class known by its names.
+
+        gin_name: what gin binds its options on; the class's own name by default. UserError for a name that is taken.
+        """
+
+        def add(make: Made) -> Made:
+            part = Part(name, gin_name or make.__name__, make, self.supplied)
+            self._check_free(part, (name, *aliases))
+            self._parts.update(dict.fromkeys((name, *aliases), part))
+            return make
+
+        return add
+
+    def _check_free(self, part: Part, names: tuple[str, ...]) -> None:
+        for name in names:
+            if name in self._parts and not _same(self._parts[name].make, part.make):
+                taken = self._parts[name].make
+                raise UserError(
+                    f"{self.kind} {name!r} is registered already, by {taken.__module__}.{taken.__qualname__}: "
+                    "choose another name"
+                )
+        for registry in REGISTRIES.values():
+            for other in registry.parts():
+                if other.gin_name == part.gin_name and not _same(other.make, part.make):
+                    raise UserError(
+                        f"gin name {part.gin_name!r} of {self.kind} {part.name!r} is taken by {registry.kind} {other.name!r}"
+                    )
+
+    def __getitem__(self, name: str) -> Part:
+        """UserError with the nearest and all known names where there is no such part."""
+        if name not in self._parts:
+            raise UserError(f"unknown {self.kind} {name!r} ({self.setting}){nearest(name, self._parts)}")
+        return self._parts[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._parts
+
+    def names(self) -> list[str]:
+        """Every name, aliases too, in the order of registration."""
+        return list(self._parts)
+
+    def parts(self) -> list[Part]:
+        """Every part once."""
+        return list({id(part): part for part in self._parts.values()}.values())
+
+    def describe(self) -> list[str]:
+        """A line a part, for ``--list``."""
+        return [part.describe() for part in self.parts()]
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether the two are one definition, perhaps of a module that was imported again."""
+    return (one.__module__, one.__qualname__) == (other.__module__, other.__qualname__)
+
+
+REGISTRIES: dict[str, Registry] = {}
+"""By the name that ``--list`` takes."""
+
+
+def _registry(key: str, kind: str, setting: str, supplied: tuple[str, ...] = ()) -> Registry:
+    return REGISTRIES.setdefault(key, Registry(kind, setting, supplied))
+
+
+ENCODERS = _registry("encoders", "encoder", "train_fn.main_module", ("embedding_dim", "max_length"))
+INPUT_PREPROCESSORS = _registry("input_preprocessors", "input preprocessor", "train_fn.input_preprocessor")
+OUTPUT_POSTPROCESSORS = _registry(
+    "output_postprocessors", "output postprocessor", "train_fn.user_embedding_norm"
+)
+ITEM_EMBEDDINGS = _registry("item_embeddings", "item embedding", "train_fn.embedding_module_type")
+SIMILARITIES = _registry("similarities", "similarity", "train_fn.interaction_module_type")
+NEGATIVE_SAMPLERS = _registry("negative_samplers", "negative sampler", "train_fn.sampling_strategy")
+LOSSES = _registry("losses", "loss", "train_fn.loss_module")
+OBJECTIVES = _registry("objectives", "objective", "train_fn.objective")
+OPTIMIZERS = _registry("optimizers", "optimizer", "train_fn.optimizer")
+SEEN_FILTERS = _registry("seen_filters", "seen filter", "train_fn.seen_filter")
+TOP_K_MODULES = _registry("top_k_modules", "top-k module", "train_fn.top_k_method")
+DATA_SOURCES = _registry("data_sources", "data source", "--dataset")
+
+register_encoder = ENCODERS.register
+register_input_preprocessor = INPUT_PREPROCESSORS.register
+register_output_postprocessor = OUTPUT_POSTPROCESSORS.register
+register_item_embedding = ITEM_EMBEDDINGS.register
+register_similarity = SIMILARITIES.register
+register_negative_sampler = NEGATIVE_SAMPLERS.register
+register_loss = LOSSES.register
+register_objective = OBJECTIVES.register
+register_optimizer = OPTIMIZERS.register
+register_seen_filter = SEEN_FILTERS.register
+register_top_k_module = TOP_K_MODULES.register
+register_data_source = DATA_SOURCES.register

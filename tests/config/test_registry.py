@@ -1,0 +1,123 @@
+"""Registries: options from signatures, one line for what cannot be."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from typing import Annotated, Literal
+
+import pytest
+from annotated_types import Ge, Le
+
+from generative_recommenders.config.fields import Share
+from generative_recommenders.config.registry import Registry
+from generative_recommenders.errors import UserError
+
+
+class Base:
+    SUPPLIED = frozenset({"width", "num_items"})
+
+
+def registry_with_part() -> Registry:
+    registry = Registry("toy", "train_fn.toy")
+
+    @registry.register("Toy", "Other", gin_name="toy_part")
+    class Toy(Base):
+        def __init__(
+            self,
+            width: int,
+            layers: Annotated[int, Ge(1), Le(9)] = 2,
+            rate: Share = 0.1,
+            kind: Literal["a", "b"] = "a",
+            sizes: tuple[int, ...] = (),
+            limit: float | None = None,
+        ) -> None:
+            self.width, self.layers, self.rate = width, layers, rate
+            self.kind, self.sizes, self.limit = kind, sizes, limit
+
+    return registry
+
+
+def test_options_are_the_arguments_that_are_not_supplied() -> None:
+    part = registry_with_part()["Other"]
+    assert part.name == "Toy"
+    assert part.supplied == {"width"}
+    assert list(part.options.model_fields) == ["layers", "rate", "kind", "sizes", "limit"]
+    toy = part.build({"rate": 0, "sizes": [3, 4]}, {"width": 7, "num_items": 5})
+    assert (toy.width, toy.layers, toy.rate, toy.sizes) == (7, 2, 0, (3, 4))
+
+
+def test_a_supply_may_be_computed_when_it_is_asked_for() -> None:
+    toy = registry_with_part()["Toy"].build({"layers": 3}, {"width": lambda options: 10 * options["layers"]})
+    assert toy.width == 30
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"layers": "10"}, "toy_part.layers must be of type int, got '10'"),
+        ({"layers": 1.0}, "toy_part.layers must be of type int, got 1.0"),
+        ({"layers": True}, "toy_part.layers must be of type int, got True"),
+        ({"layers": 10}, "toy_part.layers must be at most 9, got 10"),
+        ({"layers": 0}, "toy_part.layers must be 1 or more, got 0"),
+        ({"layers": 10**30}, "toy_part.layers must be below 2\\^63"),
+        ({"rate": 1.0}, "toy_part.rate must be below 1, got 1.0"),
+        ({"rate": True}, "toy_part.rate must be of type float, got True"),
+        ({"rate": math.nan}, "toy_part.rate must be finite"),
+        ({"limit": math.inf}, "toy_part.limit must be finite"),
+        ({"limit": 1e39}, "toy_part.limit must be 0 or of a size from 1e-30 to 1e\\+30"),
+        ({"limit": 1e-308}, "toy_part.limit must be 0 or of a size"),
+        ({"kind": "c"}, "toy_part.kind 'c' is unknown; known: 'a', 'b'"),
+        ({"sizes": (1, "2")}, r"toy_part.sizes must be of type tuple\[int, ...\]"),
+        ({"layer": 3}, "toy_part has no parameter 'layer'; did you mean 'layers'"),
+        ({"width": 3}, "toy_part has no parameter 'width'"),
+    ],
+)
+def test_an_option_that_cannot_be_is_one_line(given: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message) as raised:
+        registry_with_part()["Toy"].option_values(given)
+    assert "\n" not in str(raised.value)
+
+
+def test_an_unknown_name_lists_all_and_the_nearest() -> None:
+    with pytest.raises(UserError, match="unknown toy 'Toi'.*did you mean 'Toy'.*known: Toy, Other"):
+        _ = registry_with_part()["Toi"]
+
+
+def test_a_name_is_registered_once() -> None:
+    registry = registry_with_part()
+    with pytest.raises(UserError, match="'Toy' is registered already"):
+        registry.register("Toy")(Base)
+
+
+def test_options_are_written_out_by_name_and_typed() -> None:
+    registry = Registry("toy", "train_fn.toy")
+
+    @registry.register("open")
+    def open_ended(**options: int) -> None: ...
+
+    @registry.register("untyped")
+    def untyped(x=1) -> None: ...
+
+    for name, message in (("open", "by name"), ("untyped", "'x' needs a type")):
+        with pytest.raises(UserError, match=message):
+            _ = registry[name].options
+
+
+def test_the_description_is_one_line_with_types_ranges_and_defaults() -> None:
+    (line,) = registry_with_part().describe()
+    assert line.startswith(
+        "Toy (toy_part): layers: int = 2 (>= 1, <= 9); rate: float = 0.1 (>= 0, < 1); kind: 'a', 'b' = 'a'"
+    )
+
+
+def test_what_the_program_has_no_value_for() -> None:
+    with pytest.raises(UserError, match="toy_part needs width"):
+        registry_with_part()["Toy"].build({}, {})
+
+
+def test_registering_needs_no_torch() -> None:
+    code = "import sys, generative_recommenders as g; g.register_loss; print('torch' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "False"
