@@ -1,4 +1,4 @@
-"""The folder of one run: its lock, resolved configuration, metrics, TensorBoard events, log and checkpoints.
+"""Folder of one run: its lock, resolved configuration, metrics, TensorBoard events, log and checkpoints.
 
 ::
 
@@ -60,9 +60,23 @@ class RunFolder:
         """
         if path is None and resume:
             raise UserError("--resume needs the folder of the run to go on with: give --run_dir")
+        folder = Path(path) if path is not None else None
         try:
-            folder = _new_folder(Path(root), name) if path is None else _given_folder(Path(path), resume)
-            _refuse_links(folder)
+            if folder is None:
+                folder = _new_folder(Path(root), name)
+            elif resume and not folder.is_dir():
+                raise UserError(f"no run to resume at {folder}")
+            elif not resume and holds_run(folder):
+                raise UserError(
+                    f"{folder} holds a run already: go on with it by --resume, or give another --run_dir"
+                )
+            folder.mkdir(parents=True, exist_ok=True)
+            for file in _WRITTEN:
+                if (folder / file).is_symlink():
+                    raise UserError(
+                        f"{folder / file} is a symbolic link, and a run writes to no file elsewhere: "
+                        "remove the link, or give another --run_dir"
+                    )
             return cls(folder, _lock(folder))
         except OSError as error:
             shown = path or Path(root) / name
@@ -88,10 +102,13 @@ class RunFolder:
         return self._write("resolved.gin", text)
 
     def write_metrics(self, step: int, values: Mapping[str, Any]) -> None:
-        """Appends one JSON object with ``step`` and the values to metrics.jsonl, at once. Not-finite
-        numbers become null."""
-        record = {"step": step, **{name: _finite(value) for name, value in values.items()}}
-        line = json.dumps(record).encode() + b"\n"
+        """Appends one JSON object with ``step`` and the values to metrics.jsonl, at once; NaN and infinities
+        become null."""
+        finite = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in values.items()
+        }
+        line = json.dumps({"step": step, **finite}).encode() + b"\n"
         with self._writable():
             if self._metrics.write(line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -99,16 +116,19 @@ class RunFolder:
     def write_scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Adds TensorBoard scalars; names with a slash are grouped."""
         with self._writable():
-            writer = self._summary_writer()
+            if self._writer is None:
+                from torch.utils.tensorboard import SummaryWriter  # takes a second, and evaluation needs none
+
+                self._writer = SummaryWriter(str(self.tensorboard), purge_step=self._purge_step)
             for name, value in values.items():
-                writer.add_scalar(name, value, step)
+                self._writer.add_scalar(name, value, step)
 
     def truncate_after(self, step: int, epoch: int | None = None) -> None:
-        """Forgets what was recorded behind ``step``: lines of metrics.jsonl, and TensorBoard events by its
-        purge step. Final results are forgotten too: a run that goes on writes them anew.
+        """Removes what was recorded after ``step``: lines of metrics.jsonl, and TensorBoard events by its
+        purge step. Final results are removed too: a run that goes on writes them anew.
 
         epoch: the one (from 0) that the checkpoint is in, whose record is still to come: one that was written
-        at this very step is forgotten too. Call it before anything is written.
+        at this very step is removed too. Call it before anything is written.
         """
         self._metrics.close()
         lines = self.metrics_path.read_bytes().splitlines(keepends=True)
@@ -119,28 +139,28 @@ class RunFolder:
         self._write(self.metrics_path.name, text)
         self._metrics = _open_lines(self.metrics_path)
         with self._writable():
-            _put_before_now(self.tensorboard)
+            _number_event_files(self.tensorboard)
         self._purge_step = step + 1
         at_step = [record for _, record in kept if record["step"] == step]
-        if epoch is not None and not any("epoch" in record for record in at_step):
-            self._purge_epoch(step, at_step)
-
-    def _purge_epoch(self, step: int, records: list[dict[str, Any]]) -> None:
-        """TensorBoard forgets all of a step, not only its epoch: what stays is written anew."""
+        if epoch is None or any("epoch" in record for record in at_step):
+            return
+        # TensorBoard can only purge whole steps, so that the scalars of this step, but not of its epoch, are written again.
         self._purge_step = step
-        for record in records:
-            values = {name: value for name, value in record.items() if "/" in name}
-            self.write_scalars(step, {name: _number(value) for name, value in values.items()})
+        for record in at_step:
+            scalars = {name: value for name, value in record.items() if "/" in name}
+            self.write_scalars(
+                step, {name: v if isinstance(v, (int, float)) else math.nan for name, v in scalars.items()}
+            )
 
     def flush(self) -> None:
-        """Brings everything to disk, as before a checkpoint."""
+        """Brings everything to disk: a checkpoint must not be ahead of the metrics."""
         with self._writable():
             os.fsync(self._metrics.fileno())
             if self._writer is not None:
                 self._writer.flush()
 
     def close(self) -> None:
-        """Writes out everything and gives up the lock. May be called again."""
+        """Writes out everything and releases the lock. May be called again."""
         if self._lock.closed:
             return
         try:
@@ -160,13 +180,6 @@ class RunFolder:
             to_log_file(python_logging.ERROR, f"{type(error).__name__}: {error}")
         self.close()
 
-    def _summary_writer(self) -> SummaryWriter:
-        if self._writer is None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(self.tensorboard), purge_step=self._purge_step)
-        return self._writer
-
     def _write(self, name: str, text: str) -> Path:
         """Replaces a file of the folder, whole or not at all."""
         path, writing = self.path / name, self.path / f".{name}.writing"
@@ -181,7 +194,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def _writable(self) -> Iterator[None]:
-        """A full disk is one line."""
+        """Turns a full disk into one line."""
         try:
             yield
         except OSError as error:
@@ -209,28 +222,8 @@ def _new_folder(root: Path, name: str) -> Path:
             attempt += 1
 
 
-def _given_folder(folder: Path, resume: bool) -> Path:
-    if resume and not folder.is_dir():
-        raise UserError(f"no run to resume at {folder}")
-    if not resume and holds_run(folder):
-        raise UserError(f"{folder} holds a run already: go on with it by --resume, or give another --run_dir")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def _refuse_links(folder: Path) -> None:
-    """What a run writes stays in its folder."""
-    for name in _WRITTEN:
-        if (folder / name).is_symlink():
-            raise UserError(
-                f"{folder / name} is a symbolic link, and a run writes to no file elsewhere: "
-                "remove the link, or give another --run_dir"
-            )
-
-
 def _lock(folder: Path) -> IO[str]:
-    """The locked lock file, which names this process. The system frees the lock when the process ends in
-    any way."""
+    """The locked lock file, which names this process. The operating system releases the lock however the process ends."""
     path = folder / "run.lock"
     file = open(path, "a+", encoding="utf-8", opener=no_link)  # noqa: SIM115, held as long as the run
     try:
@@ -253,8 +246,7 @@ def _lock(folder: Path) -> IO[str]:
 
 
 def _open_lines(path: Path) -> io.FileIO:
-    """A JSON-lines file for appending, unbuffered; a last line that a killed process left unfinished is cut
-    off."""
+    """A JSON-lines file for appending, unbuffered; an unfinished last line, of a killed process, is cut off."""
     if path.exists():
         content = path.read_bytes()
         with open(path, "r+b", opener=no_link) as file:
@@ -263,8 +255,8 @@ def _open_lines(path: Path) -> io.FileIO:
 
 
 def _kept_record(line: bytes, step: int, epoch: int | None) -> dict[str, Any] | None:
-    """A line of metrics.jsonl that is of a step up to this one and of no epoch from this one on, and not the
-    final results; else None, as for a damaged one."""
+    """The record of a line of metrics.jsonl up to this step and before this epoch; None for a later one, for the final
+    results and for a damaged line."""
     try:
         record = json.loads(line.decode())
         late = int(record["step"]) > step or (epoch is not None and int(record.get("epoch", -1)) >= epoch)
@@ -273,19 +265,10 @@ def _kept_record(line: bytes, step: int, epoch: int | None) -> dict[str, Any] | 
         return None
 
 
-def _put_before_now(folder: Path) -> None:
-    """Numbers event files in their order where one is named by a time that is still to come: TensorBoard reads files
-    by name, and what a file purges must have been read before it."""
+def _number_event_files(folder: Path) -> None:
+    """Renames event files to small numbers in their order where the clock was put back and one is named by a later time:
+    TensorBoard reads files in the order of their names, and a file must be read before the one that purges it."""
     found = [(match, path) for path in sorted(folder.glob("*")) if (match := _EVENTS.fullmatch(path.name))]
     if any(int(match["time"]) >= time.time() for match, _ in found):
         for number, (match, path) in enumerate(found, start=1):
             path.rename(folder / f"{match['start']}{number:010d}{match['end']}")
-
-
-def _number(value: Any) -> float:
-    """What `_finite` made null is NaN again."""
-    return float(value) if isinstance(value, (int, float)) else math.nan
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value

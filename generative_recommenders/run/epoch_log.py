@@ -1,4 +1,4 @@
-"""What a run says while it trains: a line an epoch, TensorBoard scalars, metrics.jsonl, warnings."""
+"""Records of a run while it trains: a log line an epoch, TensorBoard scalars, metrics.jsonl, warnings."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ SHOWN = ("hr@10", "ndcg@10", "hr@50", "ndcg@50", "mrr")
 
 
 class EpochLog:
-    """Writes to the run folder, which the main process alone has; without one it does nothing."""
+    """Writes to the run folder; does nothing on the other processes, which have none."""
 
     def __init__(self, run: RunFolder | None, num_epochs: int, part: str) -> None:
         self.run, self.num_epochs, self.part = run, num_epochs, part
         self.divergence, self.plateau = DivergenceMonitor(), PlateauMonitor()
 
     def state(self) -> dict[str, dict[str, Any]]:
-        """What the warnings remember, for a checkpoint."""
+        """State of the divergence and plateau monitors, for a checkpoint."""
         return {"divergence": dict(vars(self.divergence)), "plateau": dict(vars(self.plateau))}
 
     def restore(self, state: Mapping[str, Mapping[str, Any]]) -> None:
-        """Goes on from `state`; ValueError where it is none."""
+        """Restores `state`; ValueError for anything else."""
         for name, monitor in (("divergence", self.divergence), ("plateau", self.plateau)):
             saved = state[name]
             numbers = all(value is None or isinstance(value, (int, float)) for value in saved.values())

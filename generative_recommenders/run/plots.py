@@ -1,4 +1,4 @@
-"""Pictures of a run."""
+"""Curves of a run as a PNG."""
 
 from __future__ import annotations
 
@@ -27,7 +27,14 @@ def plot_curves(history: Sequence[Row], path: str | os.PathLike[str], part: str 
     _draw(loss_axes, history, ["train_loss"], "training loss")
     names = dict.fromkeys(name for row in history for name in row if name not in ("epoch", "train_loss"))
     _draw(metric_axes, history, list(names), part)
-    return _save(figure, Path(path))
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        figure.savefig(temporary, format="png", dpi=120)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
 
 
 def _draw(axes: Axes, history: Sequence[Row], names: Sequence[str], title: str) -> None:
@@ -41,13 +48,3 @@ def _draw(axes: Axes, history: Sequence[Row], names: Sequence[str], title: str) 
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend(fontsize="small")
-
-
-def _save(figure: Figure, path: Path) -> Path:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        figure.savefig(temporary, format="png", dpi=120)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path

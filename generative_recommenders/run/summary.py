@@ -1,9 +1,9 @@
-"""What a run says at its end: the model beside two baselines, the data, and where everything is."""
+"""Final report of a run: the model beside two baselines, the data, and where everything is."""
 
 from __future__ import annotations
 
 import resource
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,17 +37,18 @@ def baseline_metrics(
     )  # fmt: skip
     unseen = torch.from_numpy(split.unseen_test_targets)
     evaluate = Evaluator(loader, dataset.num_items, settings.seen_filter, collectives, unseen)
-    return {name: evaluate(_score_by(baseline)).metrics() for name, baseline in baselines.items()}
+    rows = {}
+    for name, baseline in baselines.items():
 
+        def score(batch: Mapping[str, torch.Tensor], score_by: Any = baseline) -> torch.Tensor:
+            return score_by.score(batch["item_ids"], batch["lengths"])
 
-def _score_by(
-    baseline: MostPopular | MarkovSuccessor,
-) -> Callable[[Mapping[str, torch.Tensor]], torch.Tensor]:
-    return lambda batch: baseline.score(batch["item_ids"], batch["lengths"])
+        rows[name] = evaluate(score).metrics()
+    return rows
 
 
 def results_table(rows: Mapping[str, Mapping[str, float]]) -> str:
-    """One line a method, one column a metric."""
+    """Text table: one line a method, one column a metric."""
     width = max(len(name) for name in rows)
     lines = [" " * width + "".join(f"{name:>10}" for name in COLUMNS)]
     lines += [
@@ -67,8 +68,7 @@ def model_rows(
 
 
 def curve_rows(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """What `visualization.plot_curves` draws of the epochs, counted from 1: the loss, and the table's metrics where the
-    evaluation was a full one."""
+    """Rows for `plot_curves`, epochs counted from 1: the loss, and the table's metrics where the evaluation was a full one."""
     rows = []
     for epoch in history:
         names = ("train_loss", *COLUMNS) if epoch["full"] else ("train_loss",)
@@ -77,14 +77,14 @@ def curve_rows(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def list_metrics_lines(lists: Mapping[str, float]) -> list[str]:
-    """Metrics of the model's top-k lists, two lines; none where there are none."""
+    """Names and values of the metrics of top-k lists, one line each; no lines where no lists were made."""
     if not lists:
         return []
     return ["", "  ".join(lists), "  ".join(f"{value:>{len(name)}.4f}" for name, value in lists.items())]
 
 
 def peak_memory() -> dict[str, int]:
-    """Of this process, MiB: ``peak_rss_mb``, and ``peak_gpu_mb`` of torch's tensors where a GPU was used."""
+    """Peak memory of this process in MiB: ``peak_rss_mb``, and ``peak_gpu_mb`` of torch's tensors where a GPU was used."""
     peaks = {"peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)}
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         peaks["peak_gpu_mb"] = round(torch.cuda.max_memory_allocated() / 2**20)
@@ -100,7 +100,7 @@ def data_summary(dataset: SequenceDataset, split: Split) -> str:
 
 
 def conditions(settings: RunSettings, dataset: SequenceDataset) -> str:
-    """What numbers must be read with: the seen filter, and next_time where a time bias sees times."""
+    """Conditions to read the numbers with: the seen filter, and next_time where the encoder has a time bias."""
     t, tower = settings.train, settings.item_tower
     encoder = tower.query_module if t.main_module == "TwoTower" else t.main_module
     biased = settings.hstu.enable_relative_attention_bias and settings.hstu.enable_relative_time_bias
@@ -120,7 +120,7 @@ def final_report(
     checkpoint: Path | None,
     lists: Mapping[str, float],
 ) -> str:
-    """The text that ends a run."""
+    """Text that a run prints at its end: table, metrics of lists, data, and the places of its files."""
     chosen = (
         "after the last step" if best_epoch is None else f"epoch {best_epoch + 1}, the best on validation"
     )
@@ -156,7 +156,7 @@ def model_summary(trainer: Trainer) -> str:
         counts[name], seen = sum(p.numel() for p in own), seen | own
     total = sum(counts.values())
     held = 4 * total
-    if trainer.settings.train.optimizer == "rowwise_adagrad":  # it keeps one number a row of the item table
+    if trainer.settings.train.optimizer == "rowwise_adagrad":  # one number a row of the item table
         held -= 2 * counts["items"]
     lines = [str(model), str(trainer.step.dense.criterion), ""]
     lines += [f"{name:<16}{count:>14,} parameters" for name, count in counts.items()]

@@ -1,4 +1,4 @@
-"""What stands beside the numbers."""
+"""Conditions and tables of the final report."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TOWER = {"main_module": "TwoTower", "item_tower.query_module": "HSTU"}
 
 
 @pytest.mark.parametrize(
-    ("choices", "times", "said"),
+    ("choices", "times", "shown_time"),
     [
         ({"main_module": "SASRec"}, True, False),
         ({"main_module": "HSTU"}, True, True),
@@ -24,9 +24,9 @@ TOWER = {"main_module": "TwoTower", "item_tower.query_module": "HSTU"}
         (TOWER, True, True),
     ],
 )
-def test_next_time_is_said_where_times_are_seen(
-    ragged_dataset: SequenceDataset, choices: dict[str, object], times: bool, said: bool
+def test_next_time_is_shown_where_the_encoder_sees_times(
+    ragged_dataset: SequenceDataset, choices: dict[str, object], times: bool, shown_time: bool
 ) -> None:
     data = ragged_dataset if times else dataclasses.replace(ragged_dataset, timestamps=None)
     shown = conditions(settings(**choices, next_time="hidden", seen_filter="window"), data)
-    assert shown == "seen filter 'window'" + ", next_time 'hidden'" * said
+    assert shown == "seen filter 'window'" + ", next_time 'hidden'" * shown_time
