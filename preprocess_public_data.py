@@ -1,7 +1,9 @@
-"""Prepares a data set: raw ratings in, one folder of memory-mapped sequences out.
+"""Preparation of a data set: raw ratings in, one folder of memory-mapped sequences out.
 
-python preprocess_public_data.py --dataset=synthetic-books python preprocess_public_data.py --dataset=csv
---raw_path=ratings.csv --name=mine --columns=user,item,rating,timestamp
+::
+
+    python preprocess_public_data.py --dataset=synthetic-books
+    python preprocess_public_data.py --dataset=csv --raw_path=ratings.csv --name=mine --columns=user,item,rating,timestamp
 """
 
 from __future__ import annotations
@@ -118,7 +120,7 @@ def parse_bytes(text: str) -> int:
 
 
 def _export(folder: Path) -> None:
-    """Write what the export flags ask for."""
+    """Writes the files that the export flags name."""
     for path, export in ((_EXPORT_TEXT.value, export_text), (_EXPORT_PARQUET.value, export_parquet)):
         if path is not None:
             export(SequenceDataset.open(folder), path)
@@ -126,7 +128,7 @@ def _export(folder: Path) -> None:
 
 
 def _check_flags() -> None:
-    """UserError for a flag that was given and cannot act, by itself or beside the others."""
+    """UserError for a flag that is given but cannot act, by itself or beside the others."""
     for flag in (_EXPORT_TEXT, _EXPORT_PARQUET):
         if flag.value is not None:
             check_file(flag.value, f"--{flag.name}=")
@@ -184,7 +186,7 @@ def _prepare(memory_limit: int) -> tuple[Manifest, Path]:
 
 
 def run() -> None:
-    """What the flags ask for; UserError for faults of input or flags."""
+    """Prepares or exports, by the flags; UserError for faults of input or flags."""
     _check_flags()
     if _PREPARED.value is not None:
         _export(Path(_PREPARED.value))
@@ -196,7 +198,7 @@ def run() -> None:
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """The arguments that are no flags; one line and exit code 2 for a value that a flag does not take."""
+    """Parses flags, returns the other arguments; one line and exit code 2 for a value that a flag does not take."""
     try:
         return flags.FLAGS(argv)
     except flags.Error as error:
@@ -205,7 +207,7 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 def main(argv: list[str]) -> None:
-    """Entrance: one line and exit code 2 for the user's faults."""
+    """Runs the program: one line and exit code 2 for the user's faults."""
     set_up_logging()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:

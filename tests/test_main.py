@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 from generative_recommenders.build.parts import Catalogue, build_model
 from generative_recommenders.config.gin import load_settings
 from generative_recommenders.data.sources.synthetic_books import SyntheticBooksSettings
-from generative_recommenders.data.sources.synthetic_oracle import most_popular_ceiling, oracle
 from generative_recommenders.data.splits import make_split
 from generative_recommenders.data.store import SequenceDataset
 from programs import ROOT, run_program
+from synthetic_oracle import most_popular_ceiling, oracle
 
 SMALL = [
     "train_fn.max_sequence_length = 20",

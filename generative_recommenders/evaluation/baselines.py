@@ -1,8 +1,7 @@
-"""Two baselines that every table shows, because a model that does not beat them has learned nothing of
-sequences.
+"""Baselines beside every result: most popular items, and successors of the last item.
 
-Both are fitted from the flat columns of a prepared dataset, on the training events alone, and score as models
-do.
+A model that does not beat them has learned nothing from sequences. Both are fitted on the training events alone, from the
+flat columns of a prepared data set, and score as models do.
 """
 
 from __future__ import annotations
@@ -95,8 +94,7 @@ class MarkovSuccessor:
 def _ordered_pairs(
     items: np.ndarray, offsets: np.ndarray, train_stops: np.ndarray, popularity: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Distinct (item, successor) pairs of training, sorted by item, and each pair's place among the item's
-    pairs.
+    """Distinct (item, successor) pairs of training, sorted by item, and each pair's place among the item's pairs.
 
     The place counts distinct (count, popularity) from 1 upwards, so it stays exact in float32.
     """

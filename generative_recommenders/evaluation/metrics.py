@@ -1,6 +1,6 @@
-"""Metrics of exact ranks as sums and counts: HR@K, NDCG@K and MRR from a histogram of integers.
+"""HR@K, NDCG@K and MRR from an integer histogram of exact ranks.
 
-A histogram is added, not averaged: batches, processes and their order change no digit of a metric.
+Histograms are added, metrics computed once: batches, processes and their order change no digit.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ def current_name(metric: str) -> str:
 
 
 class RankHistogram:
-    """How many targets had each rank, for all targets and for a subset of them (say, those rated 4 and
-    above).
+    """Number of targets at each rank, for all targets and for a subset (those rated 4 and above, say).
 
     num_items: V. Ranks are 1..V; V + 1 stands for a miss (`ranks.exact_ranks`) and is no hit at any cutoff.
 

@@ -1,7 +1,7 @@
-"""Exact ranks by counting: no sort and no top-k over the catalogue.
+"""Exact ranks by counting, without a sort or a top-k over the catalogue.
 
 The rank of a target is 1 + the candidates scored strictly better + those scored the same with a smaller id.
-Seen items are no candidates. The result is an integer that does not depend on how users are batched.
+Seen items are not candidates. A rank is an integer that does not depend on how users are batched.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from collections.abc import Callable
 import torch
 
 _WORDS = 255
-"""Words of 8 booleans that may be added before one of their bytes overflows."""
+"""8-byte words of 8 booleans that can be added before one of their bytes overflows."""
 
 _CHUNK = 8 * _WORDS * 8
 """Columns compared at a time: temporaries are ``[n, 16320]`` booleans, whatever the size of the catalogue."""
 
 _TIE_ELEMENTS = 2**24
-"""Scores compared at a time in rows that have ties."""
+"""Scores compared at a time in rows with ties: bounds a temporary of booleans."""
 
 
 def exact_ranks(
@@ -32,7 +32,7 @@ def exact_ranks(
         `drop_repeated_targets`).
 
     Returns ``[n]`` int64. A NaN never counts as better than a target; a target scored NaN is placed behind
-    every other candidate, so that a model that broke down does not look good.
+    every other candidate, so that a diverged model does not look good.
     """
     target_scores = scores_of(scores, target_ids)
     ahead = count_ahead(scores, 1, target_scores, target_ids, seen_ids)
@@ -59,7 +59,7 @@ def count_ahead(
     target_ids: torch.Tensor,
     seen_ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """How many candidates of one block of the catalogue stand before the target.
+    """Number of candidates in one block of the catalogue that rank before the target.
 
     scores: ``[n, C]`` scores of the items ``first_id .. first_id + C - 1``.
     target_scores: ``[n]``, the same numbers that some block holds for the target (`scores_of`); target_ids:
@@ -78,11 +78,10 @@ def count_ahead(
 
 
 def drop_repeated_targets(target_ids: torch.Tensor, seen_ids: torch.Tensor) -> torch.Tensor:
-    """Targets ``[n]``, with 0 (a miss in every rank) where the target is among the seen ids ``[n, S]``.
+    """Targets ``[n]``, with 0 (always a miss) where the target is among the seen ids ``[n, S]``.
 
-    The published evaluation removes all that the model saw, the target too if it is repeated; its rank is
-    then one past the 2,500 candidates it keeps (2501). Here it is one past the catalogue (V + 1). This is the
-    ``window`` seen filter.
+    This is the ``window`` seen filter. The published evaluation removes every item of the model's input, a repeated
+    target too, whose rank is then one past the 2,500 candidates it keeps (2501); here it is V + 1.
     """
     return target_ids.masked_fill((seen_ids == target_ids[:, None]).any(1), 0)
 
@@ -90,9 +89,7 @@ def drop_repeated_targets(target_ids: torch.Tensor, seen_ids: torch.Tensor) -> t
 def _count_ties(
     scores: torch.Tensor, column: torch.Tensor, target_scores: torch.Tensor, inside: torch.Tensor
 ) -> torch.Tensor:
-    """Equal scores before the target's column; a row without ties, which is nearly every row, costs one
-    compare.
-    """
+    """Equal scores in columns before the target's; a row without ties, as nearly every row is, costs one comparison."""
     equal = _count_where(scores, target_scores, torch.eq) - inside.long()
     ties = torch.zeros_like(equal)
     columns = torch.arange(scores.shape[1], device=scores.device)
@@ -109,7 +106,7 @@ def _count_seen_ahead(
     target_ids: torch.Tensor,
     seen_ids: torch.Tensor,
 ) -> torch.Tensor:
-    seen = seen_ids.sort(dim=1).values
+    seen = seen_ids.sort(dim=1).values  # so that repeats are neighbours and count once
     columns = seen - first_id
     counts = (columns >= 0) & (columns < scores.shape[1]) & (seen > 0) & (seen != target_ids[:, None])
     counts[:, 1:] &= seen[:, 1:] != seen[:, :-1]

@@ -1,8 +1,8 @@
 """Metrics against a few sampled candidates, for comparison with papers that report nothing else.
 
 They are far above the same metrics over the whole catalogue and may order models differently (Krichene and
-Rendle, "On Sampled Metrics for Item Recommendation", KDD 2020). Everything here says "sampled", and computing
-them warns.
+Rendle, "On Sampled Metrics for Item Recommendation", KDD 2020). Every name here has
+"sampled" in it, and computing them warns.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The top-k lists behind an exact evaluation, and the list metrics over all of them."""
+"""Top-k lists of an exact evaluation, and their list metrics over all processes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MAX_DIVERSITY_LISTS = 2**14
 
 
 class TopLists:
-    """Collects the k best items of each user of this process; `compute` joins those of all processes.
+    """Collector of the k best items of each user; `compute` joins the lists of all processes.
 
     k: length of a list, which may exceed the catalogue. num_items: V. item_counts: ``[V]`` training events, for
     the popularity bias, or None.

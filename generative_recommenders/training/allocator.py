@@ -1,9 +1,9 @@
-"""Keeps freed memory in the process, in huge pages, so that a step neither asks the system for the same large tensors again
-nor spends its time on the translation of addresses.
+"""Settings of glibc's allocator for training on a CPU: freed memory stays in the process, in huge pages.
 
-glibc gives blocks above a threshold back at once and gets them zeroed, page by page, at the next request; keeping them took an
-eighth to a quarter off a training step on a CPU. Where Linux gives huge pages to those who ask (the usual setting, "madvise" in
-/sys/kernel/mm/transparent_hugepage/enabled), asking took another twenty-fifth off (ML-1M, SASRec, 128 negatives a block).
+By default glibc returns blocks above a threshold to the system at once and gets them back zeroed, page by page, at the next
+request; keeping them took an eighth to a quarter off a training step on a CPU. Huge pages save the translation of addresses:
+where Linux gives them to those who ask (the usual setting, "madvise" in /sys/kernel/mm/transparent_hugepage/enabled), asking
+took another twenty-fifth off (ML-1M, SASRec, 128 negatives a block).
 """
 
 from __future__ import annotations
@@ -15,10 +15,8 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 _MMAP_BYTES = 1 << 30
 _TRIM_BYTES = -1  # never
 _HUGE_PAGE, _MADV_HUGEPAGE = 1 << 21, 14  # of madvise(2)
-_HEAP_BLOCKS, _HEAP_BLOCK_BYTES = (
-    4,
-    _MMAP_BYTES - (1 << 16),
-)  # below the threshold, so that malloc takes them from its heap
+_HEAP_BLOCKS = 4
+_HEAP_BLOCK_BYTES = _MMAP_BYTES - (1 << 16)  # below the threshold, so that malloc takes them from its heap
 
 
 def keep_freed_memory() -> bool:
@@ -32,12 +30,8 @@ def keep_freed_memory() -> bool:
         return False
     if not (mallopt(_MMAP_THRESHOLD, _MMAP_BYTES) and mallopt(_TRIM_THRESHOLD, _TRIM_BYTES)):
         return False
-    _ask_for_huge_pages(libc)
-    return True
-
-
-def _ask_for_huge_pages(libc: ctypes.CDLL) -> None:
-    """For the next addresses of the heap: they are reserved and given back to malloc untouched."""
+    # Huge pages are asked for by address, before there are tensors: the next blocks of the heap are reserved, marked and
+    # freed again, so that malloc serves later requests from them.
     libc.malloc.restype = ctypes.c_void_p
     libc.malloc.argtypes = [ctypes.c_size_t]
     libc.free.argtypes = [ctypes.c_void_p]
@@ -49,3 +43,4 @@ def _ask_for_huge_pages(libc: ctypes.CDLL) -> None:
         libc.madvise(start, stop - start, _MADV_HUGEPAGE)
     for block in reversed(blocks):
         libc.free(block)
+    return True

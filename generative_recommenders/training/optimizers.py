@@ -1,8 +1,8 @@
-"""Optimizers: AdamW for everything (the published runs), or with a row-wise one for the item table.
+"""Optimizers: AdamW for all parameters (the published runs), or a row-wise one for the item table.
 
-A step hands over the item table's gradient as (rows, gradients of those rows); see `ItemTable`. Dense AdamW spreads it over the
-whole table, as the published programs do; ``lazy_adamw`` and ``rowwise_adagrad`` touch those rows alone, so the cost of a
-step does not grow with the catalogue.
+A step hands over the gradient of the item table as (rows, gradients of those rows); see `ItemTable`. Dense AdamW updates the
+whole table, as the published programs do; ``lazy_adamw`` and ``rowwise_adagrad`` update the gathered rows alone, so that the
+cost of a step does not grow with the catalogue.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ BETAS = (0.9, 0.98)
 
 
 class TableOptimizer(ABC):
-    """Updates some rows of one table. State tensors are named, so that a checkpoint can hold them."""
+    """Optimizer of single rows of one table. State tensors are named, so that a checkpoint can hold them."""
 
     def __init__(self, table: torch.nn.Parameter, learning_rate: float, weight_decay: float) -> None:
         self.table = table
@@ -32,7 +32,7 @@ class TableOptimizer(ABC):
 
 
 class LazyAdamW(TableOptimizer):
-    """AdamW (arXiv 1711.05101) whose moments and decay move only when a row is touched; one step count for all rows."""
+    """AdamW (arXiv 1711.05101) whose moments and decay change only for rows with a gradient; one step count for all rows."""
 
     def __init__(self, table: torch.nn.Parameter, learning_rate: float, weight_decay: float) -> None:
         super().__init__(table, learning_rate, weight_decay)
@@ -120,7 +120,9 @@ class Optimizer:
             grads = self._clip(grads)
         if self.sparse is not None:
             self.sparse.learning_rate = rate
-            self._step_rows(self.sparse, rows, grads)
+            # A row whose gradient is zero keeps its moments, whether it was gathered or the step took the whole table.
+            changed = grads.any(1).nonzero()[:, 0]
+            self.sparse.step(changed if rows is None else rows[changed], grads[changed])
         else:
             self.table.grad = (
                 grads if rows is None else torch.zeros_like(self.table).index_copy_(0, rows, grads)
@@ -129,11 +131,6 @@ class Optimizer:
             group["lr"] = rate
         self.adamw.step()
         return rate
-
-    def _step_rows(self, sparse: TableOptimizer, rows: torch.Tensor | None, grads: torch.Tensor) -> None:
-        """A row without a gradient is not touched, whether or not the step worked on all of the table."""
-        touched = grads.any(1).nonzero()[:, 0]
-        sparse.step(touched if rows is None else rows[touched], grads[touched])
 
     def _clip(self, table_grads: torch.Tensor) -> torch.Tensor:
         grads = [p.grad for p in self.parameters if p.grad is not None]
@@ -144,7 +141,7 @@ class Optimizer:
         return table_grads * scale
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
-        """All state by name; `load_state_tensors` takes it back."""
+        """All state by name, for `load_state_tensors`."""
         tensors = {}
         for index, parameter in enumerate(self.parameters):
             for name, value in self.adamw.state.get(parameter, {}).items():
@@ -154,7 +151,7 @@ class Optimizer:
         return tensors
 
     def load_state_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
-        """UserError where they are not those of these parameters, and then nothing is changed."""
+        """Restores `state_tensors`; UserError, before anything is changed, where they do not fit these parameters."""
         self._check_state(tensors)
         for index, parameter in enumerate(self.parameters):
             prefix = f"adamw.{index}."
@@ -169,7 +166,7 @@ class Optimizer:
                 value.copy_(tensors[f"table.{name}"])
 
     def _check_state(self, tensors: dict[str, torch.Tensor]) -> None:
-        """AdamW has no state for a parameter that never had a gradient."""
+        """UserError for names or shapes that do not fit. AdamW has no state for a parameter that never had a gradient."""
         expected: dict[str, torch.Size] = {}
         for index, parameter in enumerate(self.parameters):
             if any(name.startswith(f"adamw.{index}.") for name in tensors):

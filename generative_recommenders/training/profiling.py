@@ -1,4 +1,4 @@
-"""``--profile``: a torch profiler trace of a few steps."""
+"""Trace of a few training steps by torch's profiler, for ``--profile``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ WAIT, WARMUP, ACTIVE = 3, 2, 5
 
 @contextlib.contextmanager
 def step_profiler(folder: Path | None) -> Iterator[Callable[[], None]]:
-    """Yields what to call after each step; with a folder, steps 6 to 10 go to ``profile.json`` (a Chrome trace) in it."""
+    """Yields a function to call after each step; with a folder, steps 6 to 10 go to ``profile.json`` (a Chrome trace) in it."""
     if folder is None:
         yield lambda: None
         return

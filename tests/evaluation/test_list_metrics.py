@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from generative_recommenders.compat.genrec.metrics import RecommendationMetrics
 from generative_recommenders.errors import UserError
 from generative_recommenders.evaluation.list_metrics import (
     ListMetrics,
-    RecommendationMetrics,
     accuracy_metrics,
     diversity,
     novelty,

@@ -12,8 +12,8 @@ from absl import logging
 from torch import nn
 
 from generative_recommenders.compat.genrec.losses import ContrastiveLoss, SequenceLoss, VQVAELoss
+from generative_recommenders.compat.genrec.metrics import RecommendationMetrics
 from generative_recommenders.errors import UserError
-from generative_recommenders.evaluation.list_metrics import RecommendationMetrics
 from generative_recommenders.modeling import transformer
 from generative_recommenders.modeling.transformer import PositionalEncoding, TransformerEncoder
 

@@ -1,8 +1,8 @@
-"""The side files of the MovieLens sets: what each knows about films and people.
+"""Readers of the side files of the MovieLens sets: features of films and users.
 
-Films become ``item, title, year, genres`` and people ``user, gender, age, occupation, zip``. Columns are
-categorical (strings), categorical lists (lists of strings) or numerical, except ``title``, whose field
-metadata ``{b"kind": b"text"}`` says that it is to be shown, not learnt.
+Films have the columns ``item, title, year, genres`` and users ``user, gender, age, occupation, zip``. Columns are
+categorical (strings), categorical lists (lists of strings) or numerical, except ``title``: its field metadata
+``{b"kind": b"text"}`` marks it as text to show, not to learn from.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ GENRES_100K = (
 """The 19 flag columns of ``u.item``, in its order."""
 
 MAX_BYTES = 256 << 20
-"""A side file may have so many bytes, unpacked; the largest published one has 1.4 million."""
+"""Bound on the unpacked bytes of a side file; the largest published one has 1.4 million."""
 _YEAR = re.compile(r"\((\d{4})(?:[-–]\d{0,4})?\)\s*$")
 _NO_GENRES = {"", "(no genres listed)", "unknown"}
 
@@ -88,7 +88,9 @@ def read_u_user(path: Path) -> pa.Table:
 
     def person(fields: list[str]) -> _Row:
         user, age, gender, occupation, zip_code = fields
-        return [user, gender, _age_bucket(int(age)), occupation, zip_code]
+        # ML-1M names a bucket by its lower end, except that everybody under 18 is "1".
+        bucket = max((low for low in (18, 25, 35, 45, 50, 56) if int(age) >= low), default=1)
+        return [user, gender, str(bucket), occupation, zip_code]
 
     return _table(path, USER_SCHEMA, _fields(path, "|", 5), person)
 
@@ -102,11 +104,6 @@ def _title_and_year(text: str) -> tuple[str, float | None]:
     """``Toy Story (1995)`` is ("Toy Story", 1995.0); a title without a year keeps its text."""
     found = _YEAR.search(text)
     return (text[: found.start()].strip(), float(found[1])) if found else (text.strip(), None)
-
-
-def _age_bucket(age: int) -> str:
-    """The lower end of ML-1M's bucket: under 18 is 1, then 18, 25, 35, 45, 50 and 56."""
-    return str(max(low for low in (1, 18, 25, 35, 45, 50, 56) if age >= low or low == 1))
 
 
 def _table(
@@ -164,7 +161,7 @@ def _csv_fields(path: Path, names: tuple[str, ...]) -> Iterator[tuple[int, list[
 
 
 def _read_text(path: Path) -> str:
-    """The file's text, gzip or not: UTF-8 if it is that, else Latin-1, as the older sets are."""
+    """Text of a file, gzip or not: UTF-8, else Latin-1, which the older sets are in."""
     try:
         with path.open("rb") as file:
             packed = file.read(2) == b"\x1f\x8b"
@@ -173,7 +170,9 @@ def _read_text(path: Path) -> str:
     except (OSError, EOFError, zlib.error) as fault:
         raise UserError(f"{path}: cannot be read ({fault})") from None
     if len(content) > MAX_BYTES:
-        raise UserError(f"{path}: longer than {MAX_BYTES} bytes{' unpacked' * packed}; it is no such file")
+        raise UserError(
+            f"{path}: longer than {MAX_BYTES} bytes{' unpacked' * packed}; not a MovieLens side file"
+        )
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError:

@@ -1,4 +1,4 @@
-"""Data sets by name: where their ratings come from, how they are laid out, and what is known about them.
+"""Data sources by name: where the ratings come from, how they are laid out, and what is known about them.
 
 To add a data set, write a function ``Request -> RawRatings`` and name it in `_SOURCES`.
 """
@@ -42,7 +42,7 @@ _FeatureReader = Callable[[Path], pa.Table]
 
 @dataclass(frozen=True)
 class Request:
-    """The arguments of `resolve`, and `folder`, where this data set's raw files are kept."""
+    """Arguments of `resolve`, and the `folder` that keeps the raw files of this data set."""
 
     name: str
     folder: Path
@@ -55,7 +55,7 @@ class Request:
 
 @dataclass(frozen=True)
 class PublishedRatings:
-    """One published data set.
+    """Published data set.
 
     archive: what is downloaded. ratings: name of the ratings file, and its size in bytes as published.
     items, users: side files in order of preference, each with its reader.
@@ -224,7 +224,8 @@ def _published(request: Request) -> RawRatings:
 
 
 def _is_complete(published: PublishedRatings, origin: Path, ratings: Path, downloaded: bool) -> bool:
-    """Whether this is the published data: by the archive's checksum, or the ratings' size or checksum."""
+    """Whether this is the published data, by the archive's checksum or the size or checksum of the ratings: only then do
+    the counts after preparation have to be the published ones."""
     if downloaded or (origin.is_file() and is_archive(origin) and published.archive.describes(origin)):
         return True
     packed = _is_gzip(ratings)
@@ -233,7 +234,7 @@ def _is_complete(published: PublishedRatings, origin: Path, ratings: Path, downl
     try:
         return file_digest(ratings, published.archive.algorithm, packed) == published.archive.checksum
     except (EOFError, zlib.error, gzip.BadGzipFile):
-        return False  # the reader of the ratings says where it breaks off
+        return False  # the reader of the ratings names the place of the damage
 
 
 def _sasrec_text(request: Request) -> RawRatings:
@@ -290,7 +291,7 @@ def _delimiter(text: str | None) -> str | None:
     if text is None or text in named:
         return None if text is None else named[text]
     if not re.fullmatch(r"\t|[!-/:-@\[-`{-~]{1,4}", text) or '"' in text:
-        raise UserError(f"--delimiter={text!r} is none; write ';', ',', '|', '::', tab or space")
+        raise UserError(f"--delimiter={text!r} is not a delimiter; write ';', ',', '|', '::', tab or space")
     return text
 
 
@@ -332,7 +333,7 @@ def _is_gzip(path: Path) -> bool:
 
 
 def _unpacked_bytes(path: Path) -> int:
-    """Size that a gzip file says it unpacks to (its last four bytes), modulo 4 GiB."""
+    """Unpacked size that a gzip file ends with (its last four bytes), modulo 4 GiB."""
     with path.open("rb") as source:
         source.seek(max(path.stat().st_size - 4, 0))
         return int.from_bytes(source.read(4), "little")

@@ -1,4 +1,4 @@
-"""Synthetic book ratings in the Amazon format whose sequences are worth learning.
+"""Synthetic book ratings in the Amazon format, with sequences that a model can learn to a known degree.
 
 A reader keeps two threads of reading: the book read last, and the last book of the thread before it. A step
 is *predictable* with probability ``predictability``: the reader takes the next volume of one of the two
@@ -9,15 +9,15 @@ before are passed over. At ``predictability = 0`` there are neither threads nor 
 is an independent Zipf draw.
 
 Every random number is a hash of (seed, reader, step, purpose), so the data do not depend on how readers are
-cut into chunks, and any slice of readers is made without those before it. `synthetic_oracle` computes the
-score of a recommender that knows all this.
+cut into chunks, and any slice of readers is made without those before it. ``tests/synthetic_oracle.py`` computes
+the best possible score, that of a recommender which knows all this.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,7 +45,7 @@ SECONDS_A_DAY = 86_400
 
 @dataclass(frozen=True)
 class SyntheticBooksSettings:
-    """What to generate. Counts are the raw file's: the filter leaves about 6,000 users and 3,000 books.
+    """Settings of the generator. Counts are those of the raw file: the filter leaves about 6,000 users and 3,000 books.
 
     predictability: probability in [0, 1] that a step goes on with one of the reader's two threads.
     interleaving: probability in [0, 1] that such a step goes on with the older of the two.
@@ -81,7 +81,7 @@ class SyntheticBooksSettings:
 
 @dataclass(frozen=True)
 class Steps:
-    """What the readers of a slice read, one reader after the other; arrays ``[T]`` unless said otherwise.
+    """Events of a slice of readers, one reader after the other; arrays are ``[T]`` where no other shape is given.
 
     offsets: int64 ``[n + 1]``. items: int64, the books' ranks. predictable: bool. ratings: int8, 1..5 stars.
     days: int64, since 1970, never falling. last, other: int64, heads of the two threads before the step
@@ -109,7 +109,12 @@ def make_steps(settings: SyntheticBooksSettings, catalogue: BookCatalogue, first
     """Readers ``first .. stop - 1``; the same numbers whatever slice they are asked for in."""
     users = np.arange(first, stop, dtype=np.uint64)
     uniform = _Uniform(settings.seed)
-    lengths = _lengths(settings, uniform(users, 0, "length"))
+    # Ratings beyond the minimum are Lomax distributed, by the inverse of its cumulative distribution; rounding down costs
+    # half a rating in the mean, which the scale gives back.
+    excess = settings.mean_length - settings.min_length
+    scale = (excess + 0.5) * (LENGTH_TAIL - 1) if excess > 0 else 0.0
+    tail = np.floor(scale * ((1 - uniform(users, 0, "length")) ** (-1 / LENGTH_TAIL) - 1))
+    lengths = np.minimum(settings.min_length + tail, MAX_LENGTH).astype(np.int64)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     owner = np.repeat(np.arange(len(users)), lengths)
     step = np.arange(offsets[-1]) - offsets[owner]
@@ -136,12 +141,14 @@ def make_steps(settings: SyntheticBooksSettings, catalogue: BookCatalogue, first
     items, last, other = walk.run(offsets)
     genre = catalogue.genre[items]
     match = (genre == start_genre[owner]) * (1 - drift) + (genre == end_genre[owner]) * drift
+    # Stars rise with how well the book's genre fits the taste; the sum of two uniform numbers is triangular noise.
     noise = uniform(keys, step, "stars a") + uniform(keys, step, "stars b") - 1
+    stars = np.rint(3.2 + 1.5 * (match if has_taste else 0.5) + 1.8 * noise)
     return Steps(
         offsets=offsets,
         items=items,
         predictable=predictable,
-        ratings=_stars(match if has_taste else np.full(len(items), 0.5), noise),
+        ratings=np.clip(stars, 1, 5).astype(np.int8),
         days=_days(uniform, users, owner, step, predictable),
         last=last,
         other=other,
@@ -183,7 +190,7 @@ def write_synthetic_books(
 
 
 def user_ids(seed: int, first: int, stop: int) -> pa.Array:
-    """Fourteen characters each: ``A`` and 13 digits of base 36; no two readers share one."""
+    """Distinct ids of fourteen characters: ``A`` and 13 digits of base 36."""
     numbers = mix64(np.arange(first, stop, dtype=np.uint64) ^ mix64(np.asarray(seed, dtype=np.uint64)))
     return numerals(numbers, 36, 13, prefix="A")
 
@@ -205,34 +212,27 @@ _ROWS = pa.schema([
 def _write_ratings(
     settings: SyntheticBooksSettings, catalogue: BookCatalogue, path: Path, progress: bool, chunk_users: int
 ) -> None:
+    stars = pa.array([f"{star}.0" for star in range(6)])
     options = pyarrow.csv.WriteOptions(include_header=False, quoting_style="none")
     with (
         pyarrow.csv.CSVWriter(path, _ROWS, write_options=options) as writer,
         tqdm(total=settings.num_users, desc="synthetic-books", unit=" users", disable=not progress) as bar,
     ):
-        for first, stop, table in _tables(settings, catalogue, chunk_users):
-            writer.write_table(table)
+        for first in range(0, settings.num_users, chunk_users):
+            stop = min(first + chunk_users, settings.num_users)
+            steps = make_steps(settings, catalogue, first, stop)
+            columns = [
+                user_ids(settings.seed, first, stop).take(pa.array(steps.owners())),
+                catalogue.ids.take(pa.array(steps.items)),
+                stars.take(pa.array(steps.ratings)),
+                pa.array(steps.days * SECONDS_A_DAY),
+            ]
+            writer.write_table(pa.table(columns, schema=_ROWS))
             bar.update(stop - first)
 
 
-def _tables(
-    settings: SyntheticBooksSettings, catalogue: BookCatalogue, chunk_users: int
-) -> Iterator[tuple[int, int, pa.Table]]:
-    stars = pa.array([f"{star}.0" for star in range(6)])
-    for first in range(0, settings.num_users, chunk_users):
-        stop = min(first + chunk_users, settings.num_users)
-        steps = make_steps(settings, catalogue, first, stop)
-        columns = [
-            user_ids(settings.seed, first, stop).take(pa.array(steps.owners())),
-            catalogue.ids.take(pa.array(steps.items)),
-            stars.take(pa.array(steps.ratings)),
-            pa.array(steps.days * SECONDS_A_DAY),
-        ]
-        yield first, stop, pa.table(columns, schema=_ROWS)
-
-
 class _Uniform:
-    """float64 in [0, 1): a hash of (seed, reader, place, purpose)."""
+    """Uniform float64 in [0, 1) as a hash of (seed, reader, place, purpose)."""
 
     _purposes = (
         "length", "start genre", "end genre", "predictable", "thread", "favourite", "background", "book",
@@ -250,7 +250,7 @@ class _Uniform:
 
 @dataclass(frozen=True)
 class _Walk:
-    """All readers of a slice step by step; arrays ``[T]`` as in `Steps`, `older`: which thread goes on."""
+    """Random walk of all readers of a slice; arrays ``[T]`` as in `Steps`; older: whether the older thread goes on."""
 
     successor: np.ndarray
     predictable: np.ndarray
@@ -259,7 +259,8 @@ class _Walk:
     rereads: bool
 
     def run(self, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Books read and both heads before each step. Readers still reading are a prefix, longest first."""
+        """Items of all steps, and the heads of both threads before each. Readers are sorted, longest first, so that those
+        who still read at a step are a prefix."""
         lengths = np.diff(offsets)
         longest_first = np.argsort(-lengths, kind="stable")
         starts = offsets[:-1][longest_first]
@@ -293,22 +294,10 @@ class _Walk:
         return book, np.where(goes_on & ~from_older, other, last)
 
 
-def _lengths(settings: SyntheticBooksSettings, uniform: np.ndarray) -> np.ndarray:
-    excess = settings.mean_length - settings.min_length
-    scale = (excess + 0.5) * (LENGTH_TAIL - 1) if excess > 0 else 0.0
-    tail = np.floor(scale * ((1 - uniform) ** (-1 / LENGTH_TAIL) - 1))
-    return np.minimum(settings.min_length + tail, MAX_LENGTH).astype(np.int64)
-
-
-def _stars(match: np.ndarray, noise: np.ndarray) -> np.ndarray:
-    """Stars rise with how well the book's genre fits the taste (`match` in [0, 1]); `noise` in [-1, 1]."""
-    return np.clip(np.rint(3.2 + 1.5 * match + 1.8 * noise), 1, 5).astype(np.int8)
-
-
 def _days(
     uniform: _Uniform, users: np.ndarray, owner: np.ndarray, step: np.ndarray, predictable: np.ndarray
 ) -> np.ndarray:
-    """Never falling within a reader; next volumes often come on the same day, other gaps are exponential."""
+    """Days of all steps, never falling within a reader: next volumes often come on the same day, other gaps are exponential."""
     keys = users[owner]
     start = FIRST_DAY + (uniform(users, 0, "first day") * (LAST_DAY - FIRST_DAY)).astype(np.int64)
     same_day = uniform(keys, step, "same day") < np.where(predictable, 0.4, 0.1)

@@ -1,4 +1,4 @@
-"""The books of the synthetic data set: works, authors, genres, popularity, and what follows what."""
+"""Catalogue of the synthetic books: works, authors, genres, popularity, and the book that follows each."""
 
 from __future__ import annotations
 

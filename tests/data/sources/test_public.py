@@ -278,7 +278,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path, name: str) -> N
     ("csv", {"raw_path": Path("nowhere.csv")}, "nowhere.csv does not exist"),
     ("ml-1m", {"columns": "user,item"}, "--columns is for --dataset=csv"),
     ("ml-1m", {"delimiter": ";"}, "--delimiter is for --dataset=csv"),
-    ("csv", {"delimiter": "comma"}, "--delimiter='comma' is none"),
+    ("csv", {"delimiter": "comma"}, "--delimiter='comma' is not a delimiter"),
     ("csv", {"k_core": 0}, "--k_core=0 must be at least 1"),
     ("csv", {"result_name": "../up"}, "--name='../up'"),
     ("synthetic-books", {"raw_path": Path()}, "generated"),

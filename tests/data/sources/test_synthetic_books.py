@@ -28,8 +28,8 @@ from generative_recommenders.data.sources.synthetic_catalogue import (
     BookCatalogue,
     make_catalogue,
 )
-from generative_recommenders.data.sources.synthetic_oracle import most_popular_ceiling, oracle
 from generative_recommenders.errors import UserError
+from synthetic_oracle import most_popular_ceiling, oracle
 
 DEFAULT = SyntheticBooksSettings()
 SMALL = SyntheticBooksSettings(num_users=700, num_items=300)

@@ -1,4 +1,4 @@
-"""What a recommender scores on the synthetic books if it knows the generator and every reader's taste.
+"""Best possible scores on the synthetic books: those of a recommender that knows the generator and every reader's taste.
 
 Each step of the generator has a known distribution over the next book, given the reader's two threads,
 taste and books read. Ranking by it is optimal, and the expectation of a metric over it is exact (up to the
