@@ -1,4 +1,4 @@
-"""An ablation: one run of main.py for each gin file of a folder, and one table; the last line is JSON.
+"""Ablations: one run of main.py for each gin file of a folder, and one table; the last line is JSON.
 
     python benchmarks/ablation.py --epochs=30 --data_root=data --runs=runs/losses
 

@@ -1,4 +1,4 @@
-"""Appending one item to encoded histories against encoding them from scratch, in milliseconds a batch.
+"""Incremental encoding of one more item against encoding from scratch, in milliseconds a batch.
 
 The last line is one JSON object: for every encoder the median time of both, and the largest difference of their states.
 """

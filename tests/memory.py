@@ -1,4 +1,4 @@
-"""How much memory a piece of code may take."""
+"""Bound on the memory that a piece of code takes."""
 
 from __future__ import annotations
 

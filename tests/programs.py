@@ -1,4 +1,4 @@
-"""Runs the programs as their users do, from processes that have the slow imports behind them.
+"""Programs run as by their users, in processes forked after the slow imports.
 
 A server that has imported torch and its like is forked for each run, and the script is then executed as ``__main__`` with
 its own arguments, folder and output: what a shell starts, but for some seconds of imports.

@@ -103,11 +103,3 @@ def test_the_rules_see_every_form_of_import(tmp_path: Path) -> None:
         "torch.distributed", f"{PACKAGE}.modeling.layout", f"{PACKAGE}.data.batching",
         f"{PACKAGE}.training.step.TrainingStep", "gin",
     } <= names  # fmt: skip
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
-def test_benchmarks_run_from_a_checkout(path: Path) -> None:
-    """None needs the package to be installed."""
-    text = path.read_text(encoding="utf-8")
-    if "from generative_recommenders" in text:
-        assert text.index("sys.path.insert") < text.index("from generative_recommenders")

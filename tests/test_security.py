@@ -1,4 +1,4 @@
-"""SECURITY.md, kept: what the shipped code never calls, and hashes for what it stands on."""
+"""Promises of SECURITY.md: calls that the shipped code never makes, and hashes of its dependencies."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def faults(source: str) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_nothing_of_strangers_is_executed(path: Path) -> None:
+def test_untrusted_input_is_never_executed(path: Path) -> None:
     assert list(faults(path.read_text())) == []
 
 

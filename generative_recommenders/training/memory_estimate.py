@@ -1,4 +1,4 @@
-"""How much memory the activations of a training step will take, measured on one and on two histories."""
+"""Estimate of the memory of a training step's activations, from one and two histories."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a run stands."""
+"""Progress of a run."""
 
 from __future__ import annotations
 

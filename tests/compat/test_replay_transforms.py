@@ -124,7 +124,7 @@ def test_token_mask_default_matches_golden_rows_except_kept_padding(golden, monk
         assert torch.equal(after["token_mask"], tensors[f"output/{case}/token_mask"] & real), case
 
 
-def test_token_mask_draws_are_per_user_and_never_touch_padding():
+def test_token_mask_draws_are_per_user_and_never_hide_padding():
     real = torch.arange(8) >= torch.tensor([[0], [3], [6], [7], [8]] * 40)
     masks = TokenMaskTransform("m", generator=torch.Generator().manual_seed(3))({"m": real})["token_mask"]
     assert not (masks & ~real).any()

@@ -1,4 +1,4 @@
-"""What release 0.1.0 wrote still opens, evaluates to the same numbers, and trains on."""
+"""Runs and prepared data of release 0.1.0: each still opens, evaluates to the same numbers, and trains on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What preparation leaves on disk, when it succeeds and when it fails."""
+"""Files that preparation leaves on disk, when it succeeds and when it fails."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypatch:
     assert [p.name for p in tmp_path.iterdir()] == ["r.csv"]
 
 
-def test_a_disk_that_fills_with_columns_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_fills_with_columns_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preparation, "column_file", lambda *_: Path("/dev/full"))
     path = write_csv(tmp_path / "r.csv", [(f"u{i}", "a", 1.0, 1) for i in range(9_000)])
     with pytest.raises(UserError, match="out: cannot be written: No space left on device"):

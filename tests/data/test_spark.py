@@ -1,4 +1,4 @@
-"""Both engines make the same folder."""
+"""Preparation on Spark: the same folder as by the default engine."""
 
 from __future__ import annotations
 

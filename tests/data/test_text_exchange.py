@@ -179,7 +179,7 @@ def test_a_line_break_inside_quotes_is_refused(tmp_path: Path) -> None:
         import_text(tmp_path / "s.csv", tmp_path / "out", "t")
 
 
-def test_what_the_format_cannot_hold_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_the_format_cannot_hold_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     dataset = dataset_of(tmp_path, {**IDS, "rating": [0, 0, 0, 0], "timestamp": [3, 2, 1, 2]})
     export_text(dataset, tmp_path / "s.csv")
     assert caplog.messages == [

@@ -1,4 +1,4 @@
-"""What every retriever keeps, whatever it is put together from."""
+"""Contract of every encoder, loss and objective: causality, padding, save and reload, learning by heart."""
 
 from __future__ import annotations
 

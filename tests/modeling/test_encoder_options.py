@@ -1,4 +1,4 @@
-"""What an encoder cannot be built with is refused before anything runs."""
+"""Options that an encoder cannot be built with: refused before anything runs."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def tower(features=FEATURES, uses_item_id: bool = True) -> ItemTowerEmbedding:
 
 
 @pytest.mark.parametrize(("features", "uses_item_id"), [(FEATURES, True), (FEATURES, False), ((), True)])
-def test_touched_items_are_those_of_the_whole_catalogue(features, uses_item_id: bool) -> None:
+def test_gathered_items_are_those_of_the_whole_catalogue(features, uses_item_id: bool) -> None:
     items = tower(features, uses_item_id)
     every = items.all_item_embeddings()
     assert every.shape == (ITEMS, DIM)
@@ -70,7 +70,7 @@ def test_evaluation_in_blocks_gives_the_same_numbers(monkeypatch: pytest.MonkeyP
     assert calls == [4, 2]
 
 
-def test_gradients_reach_touched_rows_and_the_tower() -> None:
+def test_gradients_reach_gathered_rows_and_the_tower() -> None:
     items = tower()
     leaf = items.table[torch.tensor([2, 5])].detach().requires_grad_()
     ids = torch.tensor([2, 5])

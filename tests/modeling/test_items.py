@@ -1,4 +1,4 @@
-"""Item embeddings: lookups, touched rows against the whole table, categories, gradients."""
+"""Item embeddings: lookups, gathered rows against the whole table, categories, gradients."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_the_two_calls_and_the_catalogue_agree(items: ItemEmbedding) -> None:
     assert torch.equal(items.embed_history(ids), items.get_item_embeddings(ids))
 
 
-def test_touched_rows_give_what_the_whole_table_gives(items: ItemEmbedding) -> None:
+def test_gathered_rows_give_what_the_whole_table_gives(items: ItemEmbedding) -> None:
     ids = torch.tensor([2, 3, 6])
     rows = items.table_rows(ids)
     assert torch.equal(rows, rows.unique())

@@ -172,7 +172,7 @@ def test_shared_items_equal_those_gathered_for_every_query(monkeypatch):
         torch.testing.assert_close(results[0], other, atol=1e-4, rtol=1e-4)
 
 
-def test_nonlinearity_names_act_and_are_said_once(caplog):
+def test_nonlinearity_names_act_and_are_logged_once(caplog):
     mixture_of_logits._say.cache_clear()
     queries, items = torch.randn(2, 6), torch.randn(3, 5)
     scores = {

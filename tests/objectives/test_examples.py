@@ -1,4 +1,4 @@
-"""What a batch is turned into: several positives a position, weights by rating, half stars."""
+"""Training examples of a batch: several positives a position, weights by rating, half stars."""
 
 from __future__ import annotations
 

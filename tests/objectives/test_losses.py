@@ -1,4 +1,4 @@
-"""Sampled losses: against plain formulas, against recorded numbers, and in bad weather."""
+"""Sampled losses: against plain formulas, against recorded numbers, and on extreme input."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ def test_nothing_to_count_gives_zero_and_finite_gradients(name):
 
 
 @pytest.mark.parametrize("name", SAMPLED_LOSSES)
-def test_masked_entries_do_not_touch_the_numbers(name):
+def test_masked_entries_do_not_change_the_numbers(name):
     positive, negative, weights, mask = drawn(7)
     mask[0] = False
     weights[1] = 0

@@ -1,4 +1,4 @@
-"""Masking schemes: what they hide, what they ask for, who sees whom, and determinism."""
+"""Masking schemes: hidden positions, targets, attention masks, and determinism."""
 
 from __future__ import annotations
 

@@ -170,7 +170,7 @@ def test_log_q_is_subtracted_from_negatives_alone(sharing: Sharing) -> None:
         assert torch.equal(after.positive, before.positive)
 
 
-def test_touched_rows_score_like_the_whole_table() -> None:
+def test_gathered_rows_score_like_the_whole_table() -> None:
     hidden, weight = hidden_and_weight(torch.float32)
     negatives, targets = draws(Sharing("block", 8)), torch.tensor([3, 9, 9] * 7)
     ids = torch.unique(torch.cat([targets, negatives.ids.flatten()]))

@@ -135,7 +135,7 @@ def test_a_padded_layout_can_be_exported() -> None:
         torch.testing.assert_close(exported(x, torch.tensor(lengths)), model(x, torch.tensor(lengths)))
 
 
-def test_mask_touches_padding_only() -> None:
+def test_mask_changes_padding_only() -> None:
     jagged, padded = layouts([2, 0, 1], 3)
     x = torch.ones(9, 2)
     assert jagged.mask(x[:3]) is not None

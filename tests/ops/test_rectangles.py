@@ -1,4 +1,4 @@
-"""Tokens as rectangles and back, with heads, and padding hidden."""
+"""Gather and scatter between tokens and padded tiles, with heads and hidden padding."""
 
 from __future__ import annotations
 

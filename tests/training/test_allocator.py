@@ -1,4 +1,4 @@
-"""The C library's allocator: what a process frees it gets again without asking the system."""
+"""Settings of the C library's allocator: freed memory is reused without asking the system."""
 
 from __future__ import annotations
 

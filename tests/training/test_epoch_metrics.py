@@ -1,4 +1,4 @@
-"""What each epoch's evaluation records: exact ranks, highly rated targets, metrics of top-k lists."""
+"""Metrics that each epoch records: exact ranks, highly rated targets, metrics of top-k lists."""
 
 from __future__ import annotations
 

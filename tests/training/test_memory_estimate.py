@@ -1,4 +1,4 @@
-"""What a step keeps for its backward pass, measured on little."""
+"""Estimate of the activations that a step keeps for its backward pass."""
 
 from __future__ import annotations
 

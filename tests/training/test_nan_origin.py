@@ -1,4 +1,4 @@
-"""The module that is named for a NaN, where the NaN depends on what was drawn in that step: dropout, negatives, masks."""
+"""Origin of a NaN that depends on the random draws of a step: dropout, negatives, masks."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def torch_adamw(
 
 @pytest.mark.parametrize("touched", ["all", "every row by number"])
 @pytest.mark.parametrize("name", ["adamw", "lazy_adamw"])
-def test_with_all_rows_touched_it_is_torchs_adamw(name: str, touched: str) -> None:
+def test_with_all_rows_gathered_it_is_torchs_adamw(name: str, touched: str) -> None:
     optimizer, ours = optimizer_of(name)
     for step in range(5):
         take(optimizer, ours, step, None if touched == "all" else torch.arange(ROWS))
@@ -157,7 +157,7 @@ def test_clipping_by_the_norm_of_everything(name: str, max_norm: float) -> None:
     torch.testing.assert_close(ours, torch_adamw(4, scale=scale), rtol=1e-4, atol=1e-5)
 
 
-def test_clipping_counts_touched_rows_alone_the_same() -> None:
+def test_clipping_counts_gathered_rows_alone_the_same() -> None:
     results = []
     for rows in (None, torch.tensor([1, 4])):
         optimizer, ours = optimizer_of("adamw", max_grad_norm=0.5)

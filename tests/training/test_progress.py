@@ -100,7 +100,7 @@ def test_duration(seconds, text):
     assert duration(seconds) == text
 
 
-def test_a_plateau_is_said_once():
+def test_a_plateau_is_logged_once():
     monitor = PlateauMonitor(patience=3, min_change=0.01)
     warnings = [monitor.observe(loss) for loss in (5.0, 4.0, 3.99, 3.98, 3.97, 3.97, 3.97)]
     assert [warning is not None for warning in warnings] == [False] * 4 + [True, False, False]
@@ -114,7 +114,7 @@ def test_a_falling_loss_is_no_plateau():
     assert all(monitor.observe(10 * 0.98**step) is None for step in range(200))
 
 
-def test_divergence_is_said_once_until_it_is_over():
+def test_divergence_is_logged_once_until_it_is_over():
     monitor = DivergenceMonitor(factor=2.0, smoothing=0.5)
     losses = [4.0, 2.0, 1.0, 1.0, 8.0, 8.0, 1.0, 1.0, 1.0, 1.0, 1.0, 9.0]
     warned = [monitor.observe(loss) is not None for loss in losses]

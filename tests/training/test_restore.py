@@ -1,4 +1,4 @@
-"""Restoring a run from a checkpoint that anybody may have written: all of it fits, or one line says what does not."""
+"""Restoring a run from an untrusted checkpoint: all of it fits, or one line names what does not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training steps: touched rows against the whole table, and two processes against one with the doubled batch."""
+"""Training steps: gathered rows against the whole table, and two processes against one with the doubled batch."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def with_rows(monkeypatch: pytest.MonkeyPatch, dataset: SequenceDataset, case: C
 @pytest.mark.parametrize("negatives", ["block", "position", "in-batch"])
 @pytest.mark.parametrize("optimizer", ["adamw", "lazy_adamw", "rowwise_adagrad"])
 @pytest.mark.parametrize("categories", [False, True])
-def test_touched_rows_equal_the_whole_table(
+def test_gathered_rows_equal_the_whole_table(
     monkeypatch, ragged_dataset, negatives, optimizer, categories
 ) -> None:
     case = Case(negatives, optimizer, categories=categories, max_grad_norm=1.0)

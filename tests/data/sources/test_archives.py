@@ -133,7 +133,7 @@ def test_too_many_members_and_doubled_names(tmp_path: Path) -> None:
         extract(archive, tmp_path / "out", everything)
 
 
-def test_an_encrypted_member_is_said(tmp_path: Path) -> None:
+def test_an_encrypted_member_is_reported(tmp_path: Path) -> None:
     archive = write_zip(tmp_path / "a.zip", {"x.csv": b"1,2"})
     content = bytearray(archive.read_bytes())
     content[6] |= 1

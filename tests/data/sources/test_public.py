@@ -215,7 +215,7 @@ def test_sasrec_text(tmp_path: Path, as_folder: bool) -> None:
     ("header", "has_header", "said"),
     [("user item\n", True, []), ("", False, []), ("customer product\n", False, ["`customer product`"])],
 )
-def test_a_header_of_sasrec_text_is_left_out_or_said(
+def test_a_header_of_sasrec_text_is_left_out_or_reported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, header: str, has_header: bool, said: list[str]
 ) -> None:
     path = tmp_path / "in.txt"
