@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import logging as python_logging
 import re
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
 from absl import logging
 
-from generative_recommenders.modeling.feature_embeddings import category_ids
 from generative_recommenders.run.directory import RunFolder
 from generative_recommenders.run.logging import set_up_logging, show
 
@@ -37,20 +34,41 @@ def test_lines_of_the_main_process_go_to_the_file_while_the_run_is_open(tmp_path
     assert messages(tmp_path) == ["INFO first 1", "WARNING second"]
 
 
-def test_the_screen_and_the_file_show_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Lines from before the run has a folder, of this program, of another library, and warnings."""
+PROGRAM = """
+import logging as python_logging
+import sys
+import warnings
+
+from absl import app, logging
+
+from generative_recommenders.modeling.feature_embeddings import category_ids
+from generative_recommenders.run.directory import RunFolder
+from generative_recommenders.run.logging import set_up_logging
+
+
+def main(argv):
     set_up_logging()
     logging.info("early")
-    with RunFolder.create_or_open(tmp_path):
+    with RunFolder.create_or_open(argv[1]):
         category_ids(["new"], {"known": 1}, "genre")
         python_logging.getLogger("some.library").warning("library")
-        warnings.warn("beware", UserWarning, stacklevel=1)
+        warnings.warn("beware")
+
+
+app.run(main)
+"""
+
+
+def test_the_screen_and_the_file_show_the_same(tmp_path: Path) -> None:
+    """Lines from before the run has a folder, of this program, of another library, and warnings."""
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     first, unseen, library, warned = messages(tmp_path)
     assert (first, library) == ("INFO early", "WARNING library")
     assert unseen.startswith("WARNING feature genre: 1 values") and warned.startswith(
         "WARNING UserWarning: beware ("
     )
-    assert capsys.readouterr().err == (tmp_path / "train.log").read_text()
+    assert done.stderr == (tmp_path / "train.log").read_text()
 
 
 def test_results_and_the_error_that_ends_a_run_are_in_the_file(
@@ -61,13 +79,3 @@ def test_results_and_the_error_that_ends_a_run_are_in_the_file(
         raise ValueError("wrong")
     assert messages(tmp_path) == ["INFO hr@10 0.5", "ERROR ValueError: wrong"]
     assert capsys.readouterr() == ("hr@10 0.5\n", "")
-
-
-def test_lines_of_a_program_carry_no_thread_id(tmp_path: Path) -> None:
-    program = (
-        "from absl import app, logging\n"
-        "from generative_recommenders.run.logging import set_up_logging\n"
-        "app.run(lambda argv: set_up_logging() or logging.info('hello'))"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert LINE.fullmatch(done.stderr.strip()) and done.stderr.endswith(" INFO hello\n")
