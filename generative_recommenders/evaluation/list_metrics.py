@@ -84,29 +84,16 @@ def diversity(top_ids: torch.Tensor) -> float:
     block = max(1, min(1024, _BLOCK_ELEMENTS // max(table_rows, len(codes))))
     total, pairs = 0.0, 0
     for start in range(0, len(codes), block):
-        some = slice(start, start + block)
-        distance, counted = _distances_from(start, codes[some], sizes[some], codes, sizes, table_rows)
-        total, pairs = total + distance, pairs + counted
+        some = codes[start : start + block]
+        table = torch.zeros(table_rows, len(some), device=codes.device)
+        table[some, torch.arange(len(some), device=codes.device)[:, None]] = 1
+        table[0] = 0  # padding
+        overlap = F.embedding_bag(codes[start:], table, mode="sum")
+        union = sizes[start:, None] + sizes[start : start + block] - overlap
+        counted = torch.ones_like(overlap, dtype=torch.bool).tril(-1) & (union > 0)  # every pair once
+        distance = 1 - overlap.double() / union.clamp(min=1)
+        total, pairs = total + float(distance[counted].sum()), pairs + int(counted.sum())
     return total / pairs if pairs else 0.0
-
-
-def _distances_from(
-    start: int,
-    block: torch.Tensor,
-    block_sizes: torch.Tensor,
-    codes: torch.Tensor,
-    sizes: torch.Tensor,
-    table_rows: int,
-) -> tuple[float, int]:
-    """Sum and number of the distances between a block's lists (first row ``start``) and those behind them."""
-    table = torch.zeros(table_rows, len(block), device=codes.device)
-    table[block, torch.arange(len(block), device=codes.device)[:, None]] = 1
-    table[0] = 0
-    overlap = F.embedding_bag(codes[start:], table, mode="sum")
-    union = sizes[start:, None] + block_sizes - overlap
-    later = torch.ones_like(overlap, dtype=torch.bool).tril(-1) & (union > 0)
-    distance = 1 - overlap.double() / union.clamp(min=1)
-    return float(distance[later].sum()), int(later.sum())
 
 
 class ListMetrics:
@@ -150,7 +137,12 @@ class ListMetrics:
 
         ``UserError`` for listed ids outside of 0..V.
         """
-        self._check_listed(top_ids)
+        num_items = self.recommended.shape[1] - 1
+        if top_ids.numel() and not 0 <= int(top_ids.min()) <= int(top_ids.max()) <= num_items:
+            low, high = int(top_ids.min()), int(top_ids.max())
+            raise UserError(
+                f"ListMetrics: listed ids reach from {low} to {high}, not 1..{num_items} (0: none)"
+            )
         seen_ids = top_ids[:, :0] if seen_ids is None else seen_ids
         for row, k in enumerate(self.cutoffs):
             values = accuracy_metrics(top_ids, relevant_ids, k) | {"novelty": novelty(top_ids, seen_ids, k)}
@@ -159,14 +151,6 @@ class ListMetrics:
             listed = top_ids[:, :k].flatten()
             self.recommended[row] += torch.bincount(listed, minlength=self.recommended.shape[1])
         self.users += len(top_ids)
-
-    def _check_listed(self, top_ids: torch.Tensor) -> None:
-        num_items = self.recommended.shape[1] - 1
-        if top_ids.numel() and not 0 <= int(top_ids.min()) <= int(top_ids.max()) <= num_items:
-            low, high = int(top_ids.min()), int(top_ids.max())
-            raise UserError(
-                f"ListMetrics: listed ids reach from {low} to {high}, not 1..{num_items} (0: none)"
-            )
 
     def compute(self) -> dict[str, float]:
         """``name@k`` for each name and cutoff, ``coverage@k`` and, with item counts, ``popularity_bias@k``.
