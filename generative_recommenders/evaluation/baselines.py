@@ -70,7 +70,7 @@ class MarkovSuccessor:
     ) -> MarkovSuccessor:
         """Arguments as in `MostPopular.fit`."""
         counts = training_counts(items, offsets, train_stops, num_items).numpy().astype(np.float64)
-        popularity = counts / (counts.max(initial=0) + 1)
+        popularity = counts / (counts.max(initial=0) + 1)  # below 1: it orders equal counts and no others
         items, successors, values = _ordered_pairs(items, offsets, train_stops, popularity)
         starts = np.searchsorted(items, np.arange(num_items + 2))
         columns = (popularity.astype(np.float32), starts, successors, values.astype(np.float32))
@@ -99,9 +99,9 @@ def _ordered_pairs(
     The place counts distinct (count, popularity) from 1 upwards, so it stays exact in float32.
     """
     follows = training_events(offsets, train_stops)
-    follows[offsets[:-1][offsets[:-1] < len(follows)]] = False
+    follows[offsets[:-1][offsets[:-1] < len(follows)]] = False  # the first event of a user follows nothing
     position = np.flatnonzero(follows)
-    base = len(popularity) + 1
+    base = len(popularity) + 1  # a pair as one integer, so that distinct pairs are distinct numbers
     keys, counts = np.unique(
         items[position - 1].astype(np.int64) * base + items[position], return_counts=True
     )

@@ -147,6 +147,7 @@ class ListMetrics:
         for row, k in enumerate(self.cutoffs):
             values = accuracy_metrics(top_ids, relevant_ids, k) | {"novelty": novelty(top_ids, seen_ids, k)}
             stacked = torch.stack([values[name] for name in self.NAMES])
+            # Fixed-point numbers: sums of floats would depend on the order of users and on the number of processes.
             self.sums[row] += (stacked * _ONE).round().long().sum(1)
             listed = top_ids[:, :k].flatten()
             self.recommended[row] += torch.bincount(listed, minlength=self.recommended.shape[1])

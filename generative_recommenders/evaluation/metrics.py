@@ -56,6 +56,7 @@ class RankHistogram:
         ranks = torch.arange(1, num_items + 2, dtype=torch.float64)
         gains = counts / torch.log2(ranks + 1)
         metrics: dict[str, float] = {}
+        # Counts are summed as integers and divided last, so that the digits do not depend on the order of users.
         for k in cutoffs:
             metrics[f"hr@{k}"] = int(counts[: min(k, num_items)].sum()) / total
             metrics[f"ndcg@{k}"] = float(gains[: min(k, num_items)].sum()) / total

@@ -71,6 +71,7 @@ def count_ahead(
     column = target_ids - first_id
     inside = (column >= 0) & (column < scores.shape[1])
     ahead = _count_where(scores, target_scores, torch.gt) + _count_ties(scores, column, target_scores, inside)
+    # NaN compares as neither greater nor equal: without this a diverged model would rank every target first.
     ahead = torch.where(target_scores.isnan(), scores.shape[1] - inside.long(), ahead)
     if seen_ids is not None and seen_ids.shape[1] > 0 and scores.shape[1] > 0:
         ahead -= _count_seen_ahead(scores, first_id, target_scores, target_ids, seen_ids)
@@ -129,7 +130,7 @@ def _count_where(scores: torch.Tensor, target_scores: torch.Tensor, compare: Cal
     hits = torch.zeros(len(scores), groups * 8 * _WORDS, dtype=torch.bool, device=scores.device)
     for chunk in scores.split(hits.shape[1], dim=1):
         compare(chunk, target_scores[:, None], out=hits[:, : chunk.shape[1]])
-        hits[:, chunk.shape[1] :] = False
+        hits[:, chunk.shape[1] :] = False  # left over from the chunk before, which was longer
         words = hits.view(torch.int64).view(len(scores), groups, _WORDS).sum(2)
         total += words.view(torch.uint8).view(len(scores), groups * 8).sum(1)
     return total

@@ -40,6 +40,7 @@ class TopLists:
         """
         if removed_ids is not None:
             removed = torch.zeros(len(scores), scores.shape[1] + 1, dtype=torch.bool, device=scores.device)
+            # Column 0 takes the padding of removed_ids and is cut off.
             removed.scatter_(1, removed_ids.to(scores.device), True)
             scores = scores.masked_fill(removed[:, 1:], -torch.inf)
         values, columns = largest(scores, self.k)

@@ -110,7 +110,9 @@ class RunFolder:
         }
         line = json.dumps({"step": step, **finite}).encode() + b"\n"
         with self._writable():
-            if self._metrics.write(line) != len(line):
+            if self._metrics.write(line) != len(
+                line
+            ):  # an unbuffered write to a nearly full disk is cut short
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def write_scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -239,6 +241,7 @@ def _lock(folder: Path) -> IO[str]:
         logging.warning(
             "run folder %s cannot be locked (%s): start no second run in it", folder, error.strerror
         )
+    # Truncated only now: a process that did not get the lock has read the owner's id from it.
     file.truncate(0)
     file.write(f"{os.getpid()}\n")
     file.flush()

@@ -101,6 +101,7 @@ class Optimizer:
         self.sparse = (
             make_table_optimizer(table, learning_rate, weight_decay) if make_table_optimizer else None
         )
+        # A row-wise optimizer takes the table out of AdamW, whose dense moments would move every row at every step.
         self.parameters = list(dense) + ([] if self.sparse else [table])
         self.adamw = torch.optim.AdamW(
             self.parameters, lr=learning_rate, betas=BETAS, weight_decay=weight_decay, fused=True
@@ -134,6 +135,7 @@ class Optimizer:
 
     def _clip(self, table_grads: torch.Tensor) -> torch.Tensor:
         grads = [p.grad for p in self.parameters if p.grad is not None]
+        # One norm over dense and table gradients together, as if the table were an ordinary parameter.
         norms = torch.stack([g.norm() for g in [*grads, table_grads]])
         scale = (self.max_grad_norm / norms.norm().clamp(min=1e-6)).clamp(max=1.0)
         for grad in grads:

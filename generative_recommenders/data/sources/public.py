@@ -310,6 +310,7 @@ def _find(origin: Path, folder: Path, names: Collection[str]) -> dict[str, Path]
     else:
         candidates = [origin]
     found: dict[str, Path] = {}
+    # The file nearest to the top counts: archives and folders also hold copies and samples further down.
     for path in sorted(candidates, key=lambda path: len(path.parts)):
         name = path.name.removesuffix(".gz")
         if name in names:

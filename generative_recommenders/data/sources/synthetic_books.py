@@ -180,6 +180,7 @@ def write_synthetic_books(
         _write_ratings(settings, catalogue, scratch[ratings], progress, chunk_users)
         pyarrow.parquet.write_table(catalogue.features(), scratch[books])
         scratch[note].write_text(wanted)
+        # The note goes first and comes last: whole files without it are made again, never mistaken for these settings.
         note.unlink(missing_ok=True)
         for path, written in scratch.items():
             written.replace(path)
@@ -243,8 +244,10 @@ class _Uniform:
         self._seed = mix64(np.asarray(seed, dtype=np.uint64))
 
     def __call__(self, users: np.ndarray, place: np.ndarray | int, purpose: str) -> np.ndarray:
+        # 64 slots a place leave room for new purposes, which change no number that is drawn today.
         slot = np.asarray(place).astype(np.uint64) * np.uint64(64) + np.uint64(self._purposes.index(purpose))
         bits = mix64(mix64(users ^ self._seed) + slot)
+        # The upper 53 bits: as many as a float64 holds exactly.
         return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 

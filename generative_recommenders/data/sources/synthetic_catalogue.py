@@ -85,6 +85,7 @@ def make_catalogue(num_items: int, seed: int) -> BookCatalogue:
     popularity = (np.arange(num_items) + ZIPF_OFFSET) ** -ZIPF_EXPONENT
     popularity /= popularity.sum()
     by_genre = np.argsort(genre, kind="stable")
+    # Ids are multiples of a number coprime to 10^10: distinct, and in an order that does not tell the popularity.
     return BookCatalogue(
         ids=numerals(
             np.arange(num_items, dtype=np.uint64) * np.uint64(618_033_989) % np.uint64(10**10), 10, 10
