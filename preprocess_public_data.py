@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 from pathlib import Path
@@ -18,6 +19,8 @@ from generative_recommenders.data.manifest import Manifest
 from generative_recommenders.data.parquet_export import export_parquet
 from generative_recommenders.data.preparation.folder import check_file
 from generative_recommenders.data.preparation.prepare import prepare, prepared_path, summary
+from generative_recommenders.data.readers.events import ReadOptions
+from generative_recommenders.data.readers.sources import TextOptions
 from generative_recommenders.data.sources.public import known_datasets, resolve
 from generative_recommenders.data.sources.synthetic_books import MAX_LENGTH, SyntheticBooksSettings
 from generative_recommenders.data.store import SequenceDataset
@@ -37,10 +40,33 @@ _DATA_ROOT = flags.DEFINE_string(
 )
 _NAME = flags.DEFINE_string("name", None, "name of the prepared data set; the data set's own by default")
 _COLUMNS = flags.DEFINE_string(
-    "columns", None, "csv only: names (also as timestamp=NAME) or order of user,item,rating,timestamp"
+    "columns",
+    None,
+    "csv only: the columns to read, NAME, NAME=COLUMN or NAME:KIND (user, item, rating, timestamp, or an event column of kind "
+    "categorical, numerical or time); in file order with _ for one to skip where the file has no header",
 )
 _DELIMITER = flags.DEFINE_string(
-    "delimiter", None, "csv only: what separates the columns, as ';', tab or space; guessed by default"
+    "delimiter",
+    None,
+    "csv only: what separates the columns, as ';', '::', tab or space; found out by default",
+)
+_HEADER = flags.DEFINE_enum(
+    "header", "auto", ["auto", "yes", "no"], "csv only: whether line 1 names the columns"
+)
+_QUOTING = flags.DEFINE_enum(
+    "quoting",
+    "auto",
+    ["auto", "csv", "none"],
+    'csv only: whether " quotes a field (RFC 4180); auto: not in TSV',
+)
+_TIME_UNIT = flags.DEFINE_enum(
+    "time_unit",
+    "auto",
+    ["auto", "s", "ms", "us", "ns"],
+    "csv only: unit of numeric times; auto: by their size",
+)
+_DROP_MISSING = flags.DEFINE_bool(
+    "drop_missing", False, "csv only: leave out events without a user or an item instead of refusing them"
 )
 _K_CORE = flags.DEFINE_integer(
     "k_core", None, "keep users and items with this many ratings, iterated, as the filter"
@@ -81,8 +107,7 @@ _PREDICTABILITY = flags.DEFINE_float(
 _SEED = flags.DEFINE_integer("synthetic_seed", _DEFAULTS.seed, "synthetic-books: seed")
 
 _OPTIONS_OF_ONE = {
-    "columns": "csv",
-    "delimiter": "csv",
+    **dict.fromkeys(("columns", "delimiter", "header", "quoting", "time_unit", "drop_missing"), "csv"),
     **dict.fromkeys(
         (
             "synthetic_users",
@@ -117,6 +142,24 @@ def parse_bytes(text: str) -> int:
     if unit is None or not number.isascii() or not number.isdecimal() or int(number) == 0:
         raise UserError(f"--memory_limit={text!r} is not a size; write 4GB or 500MB")
     return int(number) * unit
+
+
+def read_options() -> ReadOptions:
+    """How the flags say that raw files are laid out."""
+    delimiter = _DELIMITER.value
+    named = {"tab": "\t", "\\t": "\t", "space": " ", "whitespace": " ", " ": " "}
+    delimiter = None if delimiter is None else named.get(delimiter, delimiter)
+    if delimiter not in (None, "\t", " ") and not re.fullmatch(r"[!#-/:-@\[-`{-~]{1,2}", delimiter):
+        raise UserError(
+            f"--delimiter={_DELIMITER.value!r} is not a delimiter; write ';', ',', '|', '::', tab or space"
+        )
+    text = TextOptions(
+        delimiter,
+        {"auto": None, "yes": True, "no": False}[_HEADER.value],
+        _QUOTING.value,
+    )
+    unit = None if _TIME_UNIT.value == "auto" else _TIME_UNIT.value
+    return ReadOptions(_COLUMNS.value, text, unit, _DROP_MISSING.value)
 
 
 def _export(folder: Path) -> None:
@@ -164,8 +207,7 @@ def _prepare(memory_limit: int) -> tuple[Manifest, Path]:
         _DATASET.value,
         raw_path=None if _RAW_PATH.value is None else Path(_RAW_PATH.value),
         data_root=Path(_DATA_ROOT.value),
-        columns=_COLUMNS.value,
-        delimiter=_DELIMITER.value,
+        options=read_options(),
         k_core=_K_CORE.value,
         result_name=_NAME.value,
         synthetic=SyntheticBooksSettings(

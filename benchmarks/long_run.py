@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from generative_recommenders.checkpoint.store import CheckpointStore
 from generative_recommenders.config.schema import RunSettings, SasrecSettings, TrainSettings
 from generative_recommenders.data.preparation.prepare import prepare_batches
-from generative_recommenders.data.readers.ratings_table import RawRatings
+from generative_recommenders.data.readers.events import RawRatings
 from generative_recommenders.data.splits import make_split
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.distributed.collectives import Collectives

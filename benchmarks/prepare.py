@@ -100,10 +100,11 @@ def prepare_measured(ratings: Path, out: Path, memory_limit: int) -> dict[str, o
     """What preparation takes in this process, from its first import on."""
     start = time.monotonic()
     from generative_recommenders.data.preparation.prepare import prepare
-    from generative_recommenders.data.readers.ratings_table import RawRatings, ReaderFormat
+    from generative_recommenders.data.readers.events import RawRatings, ReadOptions
+from generative_recommenders.data.readers.sources import TextOptions
 
     manifest = prepare(
-        RawRatings("bench", [ratings], ReaderFormat(",", False), "amazon_five"), out, memory_limit
+        RawRatings("bench", [ratings], ReadOptions("user,item,rating,timestamp", TextOptions(",", header=False)), "amazon_five"), out, memory_limit
     )
     return {
         "seconds": round(time.monotonic() - start, 2),

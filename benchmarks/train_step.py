@@ -29,7 +29,8 @@ import plain_step
 
 from generative_recommenders.config import gin as gin_registry
 from generative_recommenders.data.preparation.prepare import prepare
-from generative_recommenders.data.readers.ratings_table import RawRatings, ReaderFormat
+from generative_recommenders.data.readers.events import RawRatings, ReadOptions
+from generative_recommenders.data.readers.sources import TextOptions
 from generative_recommenders.data.splits import make_split
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.distributed.collectives import Collectives
@@ -87,10 +88,8 @@ def made_dataset(folder: Path, num_users: int = 6040, num_items: int = 3706) -> 
     times = 10**9 + np.cumsum(generator.integers(1, 3600, users.size))
     table = pa.table({"user": users, "item": items, "timestamp": times})
     pa.csv.write_csv(table, folder / "events.csv", pa.csv.WriteOptions(include_header=False))
-    columns = ("user", "item", "timestamp")
-    raw = RawRatings(
-        name="made", files=[folder / "events.csv"], format=ReaderFormat(",", False, columns), filter="none"
-    )
+    options = ReadOptions("user,item,timestamp", TextOptions(",", header=False))
+    raw = RawRatings(name="made", files=[folder / "events.csv"], options=options)
     prepare(raw, folder / "prepared")
     return SequenceDataset.open(folder / "prepared")
 

@@ -9,16 +9,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from generative_recommenders.data.readers.ratings_table import RawRatings, ReaderFormat, read_batches
+from generative_recommenders.data.readers.events import EventReader, ReadOptions
+from generative_recommenders.data.readers.sources import TextOptions
+from generative_recommenders.data.readers.times import NANOSECONDS
 from generative_recommenders.errors import UserError
 
-CSV = ReaderFormat(",", False)
-PAIRS = ReaderFormat(None, False, ("user", "item"))
-FOUR = ("user", "item", "rating", "timestamp")
+COMMAS = ReadOptions("user,item,rating,timestamp", TextOptions(",", header=False))
+PAIRS = ReadOptions("user,item", TextOptions(" ", header=False))
 
 
-def read(path: Path, layout: ReaderFormat = CSV) -> dict[str, list]:
-    return pa.concat_tables(read_batches(RawRatings("t", [path], layout))).to_pydict()
+def read(path: Path, options: ReadOptions = COMMAS) -> dict[str, list]:
+    """The events of a file as lists by column, times in seconds."""
+    events = pa.concat_tables(EventReader([path], options).batches()).to_pydict()
+    if "timestamp" in events:
+        events["timestamp"] = [time / NANOSECONDS["s"] for time in events["timestamp"]]
+    return events
 
 
 def write(tmp_path: Path, data: str | bytes, name: str = "r.csv") -> Path:
@@ -27,9 +32,9 @@ def write(tmp_path: Path, data: str | bytes, name: str = "r.csv") -> Path:
     return path
 
 
-def error_of(path: Path, layout: ReaderFormat = CSV) -> str:
+def error_of(path: Path, options: ReadOptions = COMMAS) -> str:
     with pytest.raises(UserError) as caught:
-        read(path, layout)
+        read(path, options)
     message = str(caught.value)
     assert "\n" not in message
     return message

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from generative_recommenders.data.preparation.prepare import prepare_batches
-from generative_recommenders.data.readers.ratings_table import RawRatings
+from generative_recommenders.data.readers.events import RawRatings
 from generative_recommenders.data.store import SequenceDataset
 
 SECONDS_BETWEEN = 1000

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,14 +24,12 @@ from absl import logging
 from generative_recommenders.data.manifest import Manifest
 from generative_recommenders.data.preparation.event_store import chunks
 from generative_recommenders.data.preparation.folder import new_file
-from generative_recommenders.data.preparation.prepare import (
-    DEFAULT_MEMORY_LIMIT,
-    GZIP_FACTOR,
-    prepare_batches,
-)
-from generative_recommenders.data.readers.delimited import Block, first_bytes, read_blocks
-from generative_recommenders.data.readers.ratings_table import MAX_TIMESTAMP, RawRatings
-from generative_recommenders.data.readers.strict_lines import VALUE_OF
+from generative_recommenders.data.preparation.prepare import DEFAULT_MEMORY_LIMIT, prepare_batches
+from generative_recommenders.data.readers.events import RawRatings
+from generative_recommenders.data.readers.files import first_bytes, is_packed
+from generative_recommenders.data.readers.sources import GZIP_FACTOR
+from generative_recommenders.data.readers.text import Block, read_blocks
+from generative_recommenders.data.readers.times import MAX_SECONDS
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.errors import UserError
 
@@ -137,7 +136,7 @@ def _unused_columns(path: Path) -> list[str]:
 
 def _guess_events(path: Path) -> int:
     """How many events the file may hold: an event takes three commas, and its first bytes say how far apart."""
-    sample, zipped = first_bytes(path)
+    sample, zipped = first_bytes(path, 1 << 16), is_packed(path)
     events = sample.count(b",") // len(_LISTS)
     return path.stat().st_size * (GZIP_FACTOR if zipped else 1) * events // max(1, len(sample))
 
@@ -145,7 +144,7 @@ def _guess_events(path: Path) -> int:
 def read_text(path: Path) -> Iterator[pa.Table]:
     """Yield the events of an exchange file: ``user``, ``item``, ``rating``, ``timestamp``; UserError for
     bad lines."""
-    for block in read_blocks(path, max_line_bytes=_MAX_LINE_BYTES):
+    for block in read_blocks(path, quoting=False, max_line_bytes=_MAX_LINE_BYTES):
         body = _without_header(path, block) if block.first_line == 1 else block
         if body.data.strip():
             yield _parse_block(path, body)
@@ -201,9 +200,7 @@ def _explode(users: pl.Series, lists: pl.DataFrame) -> pl.DataFrame | None:
         }
     )
     good = (
-        (pl.col("item") >= 0)
-        & pl.col("rating").is_finite()
-        & pl.col("timestamp").is_between(0, MAX_TIMESTAMP)
+        (pl.col("item") >= 0) & pl.col("rating").is_finite() & pl.col("timestamp").is_between(0, MAX_SECONDS)
     )
     if not events.select(good.fill_null(False).all()).item():
         return None
@@ -232,16 +229,17 @@ def _parse_line(line: str) -> list[dict[str, Any]]:
     fields = next(csv.reader([line], strict=True))
     if len(fields) != len(HEADER):
         raise ValueError(f"{len(fields)} fields where {len(HEADER)} are expected")
-    user = VALUE_OF["user"](fields[1])
+    if not fields[1]:
+        raise ValueError("the user is empty")
     items, ratings, times = (field.split(",") for field in fields[2:])
     if not len(items) == len(ratings) == len(times):
         raise ValueError(f"the lists have {len(items)}, {len(ratings)} and {len(times)} entries")
     return [
         {
-            "user": user,
+            "user": fields[1],
             "item": _item(item),
-            "rating": VALUE_OF["rating"](rating),
-            "timestamp": VALUE_OF["timestamp"](time),
+            "rating": _number("rating", rating),
+            "timestamp": _seconds(time),
         }
         for item, rating, time in zip(items, ratings, times)
     ]
@@ -251,3 +249,20 @@ def _item(text: str) -> str:
     if not (text.strip().isascii() and text.strip().isdecimal()):
         raise ValueError(f"the item id {text[:40]!r} is not a whole number")
     return str(int(text))
+
+
+def _number(what: str, text: str) -> float:
+    try:
+        value = float(text) if text.isascii() and "_" not in text else math.nan
+    except ValueError:
+        value = math.nan
+    if not abs(value) <= float(np.finfo(np.float32).max):
+        raise ValueError(f"the {what} {text[:40]!r} is not a finite number")
+    return value
+
+
+def _seconds(text: str) -> int:
+    value = _number("timestamp", text)
+    if not 0 <= value <= MAX_SECONDS or value != int(value):
+        raise ValueError(f"the timestamp {text[:40]!r} is not a whole number of seconds from 1970 to 2200")
+    return int(value)

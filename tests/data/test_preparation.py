@@ -17,10 +17,11 @@ from generative_recommenders.data.parquet_export import export_parquet
 from generative_recommenders.data.preparation import prepare as preparation
 from generative_recommenders.data.preparation.digests import events_digest, hex_digest, id_hashes
 from generative_recommenders.data.preparation.prepare import prepare, summary
-from generative_recommenders.data.readers.ratings_table import RawRatings, ReaderFormat
+from generative_recommenders.data.readers.events import RawRatings, ReadOptions
+from generative_recommenders.data.readers.sources import TextOptions
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.errors import UserError
-from ratings_files import Row, write_csv
+from ratings_files import COMMAS, Row, write_csv
 
 MASK = (1 << 64) - 1
 
@@ -114,7 +115,7 @@ ODD_IDS = [
     "0010",
     "\uffff",
     "#x",
-    "null",
+    "Null",
 ]
 row_strategy = st.tuples(
     st.sampled_from(ODD_IDS),
@@ -136,7 +137,7 @@ row_strategy = st.tuples(
 def test_equals_the_reference(rows, filter_name, line_end, bom, zipped, memory_limit) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = write_csv(Path(folder) / "r.csv", rows, line_end, bom, zipped)
-        raw = RawRatings("t", [path], ReaderFormat(",", False), filter_name)
+        raw = RawRatings("t", [path], COMMAS, filter_name)
         out = Path(folder) / "out"
         if not reference_filter(rows, filter_name)[0]:
             with pytest.raises(UserError, match="no rating is left after the filter"):
@@ -174,7 +175,7 @@ def random_rows(seed: int, count: int, users: int, items: int) -> list[Row]:
 def test_larger_table_in_and_out_of_memory(tmp_path: Path, filter_name: str) -> None:
     rows = random_rows(3, 6_000, 400, 200)
     path = write_csv(tmp_path / "r.csv", rows)
-    raw = RawRatings("t", [path], ReaderFormat(",", False), filter_name)
+    raw = RawRatings("t", [path], COMMAS, filter_name)
     inside = prepare(raw, tmp_path / "inside")
     outside = prepare(raw, tmp_path / "outside", memory_limit=20_000)
     assert_matches(tmp_path / "inside", rows, filter_name)
@@ -191,7 +192,7 @@ def test_amazon_rule_fixes_the_catalogue_before_it_drops_short_users(tmp_path: P
         (f"s{u}", f"x{u}{i}", 2.0, 1) for u in range(5) for i in range(4)
     ]
     path = write_csv(tmp_path / "r.csv", rows)
-    manifest = prepare(RawRatings("t", [path], ReaderFormat(",", False), "amazon_five"), tmp_path / "out")
+    manifest = prepare(RawRatings("t", [path], COMMAS, "amazon_five"), tmp_path / "out")
     assert manifest.counts["users"] == 5
     assert SequenceDataset.open(tmp_path / "out").original_item_ids().to_pylist() == [
         "i0",
@@ -208,7 +209,7 @@ def test_several_files_are_read_in_order_and_ties_keep_it(tmp_path: Path) -> Non
     second = write_csv(
         tmp_path / "2.csv", [("u", "c", 1.0, 5), ("u", "d", 1.0, 4), ("u", "b", 1.0, 5)], zipped=True
     )
-    prepare(RawRatings("t", [first, second], ReaderFormat(",", False)), tmp_path / "out")
+    prepare(RawRatings("t", [first, second], COMMAS), tmp_path / "out")
     dataset = SequenceDataset.open(tmp_path / "out")
     ids = dataset.original_item_ids().to_pylist()
     assert [ids[i - 1] for i in dataset.items] == ["d", "b", "a", "c", "b"]
@@ -217,7 +218,9 @@ def test_several_files_are_read_in_order_and_ties_keep_it(tmp_path: Path) -> Non
 def test_without_ratings_and_times_the_file_order_is_the_order(tmp_path: Path) -> None:
     path = tmp_path / "r.txt"
     path.write_text("u2 x\nu1 y\nu1 x\nu2 y\nu1 y\n")
-    manifest = prepare(RawRatings("t", [path], ReaderFormat(None, False, ("user", "item"))), tmp_path / "out")
+    manifest = prepare(
+        RawRatings("t", [path], ReadOptions("user,item", TextOptions(" ", header=False))), tmp_path / "out"
+    )
     dataset = SequenceDataset.open(tmp_path / "out")
     assert dataset.ratings is None
     assert dataset.timestamps is None
@@ -228,7 +231,7 @@ def test_without_ratings_and_times_the_file_order_is_the_order(tmp_path: Path) -
 
 def test_users_with_one_event_stay_and_are_counted(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "r.csv", [("u", "a", 1.0, 1), ("v", "a", 1.0, 1), ("v", "a", 1.0, 1)])
-    manifest = prepare(RawRatings("t", [path], ReaderFormat(",", False)), tmp_path / "out")
+    manifest = prepare(RawRatings("t", [path], COMMAS), tmp_path / "out")
     assert manifest.counts == {"users": 2, "items": 1, "events": 3, "users_with_one_event": 1}
     assert "users with one event (they train only): 1" in summary(manifest)
 
@@ -244,7 +247,7 @@ def test_features_are_lined_up_and_described(tmp_path: Path, caplog: pytest.LogC
         }
     )
     users = pa.table({"user": ["v", "u"], "age": pa.array([30, None], pa.int64())})
-    raw = RawRatings("t", [path], ReaderFormat(",", False), item_features=features, user_features=users)
+    raw = RawRatings("t", [path], COMMAS, item_features=features, user_features=users)
     prepare(raw, tmp_path / "out")
     dataset = SequenceDataset.open(tmp_path / "out")
     table = dataset.item_features()
@@ -295,12 +298,11 @@ def test_the_hash_does_not_depend_on_the_order_of_users_but_on_everything_else()
 @pytest.mark.parametrize("columns", [("user", "item"), ("user", "item", "rating", "timestamp")])
 def test_parquet_out_and_in_again_is_the_same_data(tmp_path: Path, columns: tuple[str, ...]) -> None:
     path = write_csv(tmp_path / "r.csv", [*random_rows(4, 300, 30, 20), ("ü,1", "漢", 1.0, 3)])
-    roles = tuple(name if name in columns else None for name in ("user", "item", "rating", "timestamp"))
-    first = prepare(RawRatings("t", [path], ReaderFormat(",", False, roles)), tmp_path / "out")
+    names = ",".join(name if name in columns else "_" for name in ("user", "item", "rating", "timestamp"))
+    options = ReadOptions(names, TextOptions(",", header=False))
+    first = prepare(RawRatings("t", [path], options), tmp_path / "out")
     export_parquet(SequenceDataset.open(tmp_path / "out"), tmp_path / "e" / "r.parquet")
-    second = prepare(
-        RawRatings("t", [tmp_path / "e" / "r.parquet"], ReaderFormat(columns=None)), tmp_path / "again"
-    )
+    second = prepare(RawRatings("t", [tmp_path / "e" / "r.parquet"], ReadOptions()), tmp_path / "again")
     assert second == first
     assert [p.name for p in (tmp_path / "e").iterdir()] == ["r.parquet"]
 

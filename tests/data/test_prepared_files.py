@@ -11,17 +11,18 @@ import pytest
 
 from generative_recommenders.data.preparation import prepare as preparation
 from generative_recommenders.data.preparation.prepare import prepare, summary
-from generative_recommenders.data.readers.ratings_table import RawRatings, ReaderFormat
+from generative_recommenders.data.readers.events import RawRatings, ReadOptions
+from generative_recommenders.data.readers.sources import TextOptions
 from generative_recommenders.data.sources.public import resolve
 from generative_recommenders.data.splits import make_split
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.errors import UserError
-from ratings_files import write_csv
+from ratings_files import COMMAS, write_csv
 
 
 def test_expected_counts_name_both_numbers(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "r.csv", [("u", "a", 1.0, 1)])
-    raw = RawRatings("ml", [path], ReaderFormat(",", False), expected_items=3706)
+    raw = RawRatings("ml", [path], COMMAS, expected_items=3706)
     with pytest.raises(UserError, match="1 items after preparation where 3706 are expected"):
         prepare(raw, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["r.csv"]
@@ -31,10 +32,10 @@ def test_a_failed_run_leaves_the_old_folder_and_nothing_else(tmp_path: Path) -> 
     good = write_csv(tmp_path / "good.csv", [("u", "a", 1.0, 1)])
     bad = tmp_path / "bad.csv"
     bad.write_text("u,a,1,1\nu,a,x,1\n")
-    prepare(RawRatings("t", [good], ReaderFormat(",", False)), tmp_path / "out")
+    prepare(RawRatings("t", [good], COMMAS), tmp_path / "out")
     before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
     with pytest.raises(UserError, match=r"bad.csv, line 2: the rating 'x' is not a number"):
-        prepare(RawRatings("t", [bad], ReaderFormat(",", False)), tmp_path / "out")
+        prepare(RawRatings("t", [bad], COMMAS), tmp_path / "out")
     assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.csv", "good.csv", "out"]
 
@@ -42,7 +43,7 @@ def test_a_failed_run_leaves_the_old_folder_and_nothing_else(tmp_path: Path) -> 
 def test_success_replaces_the_old_folder(tmp_path: Path) -> None:
     for name in ("one", "two"):
         path = write_csv(tmp_path / "r.csv", [("u", name, 1.0, 1)])
-        prepare(RawRatings(name, [path], ReaderFormat(",", False)), tmp_path / "out")
+        prepare(RawRatings(name, [path], COMMAS), tmp_path / "out")
     assert SequenceDataset.open(tmp_path / "out").manifest.name == "two"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "r.csv"]
 
@@ -52,7 +53,7 @@ def test_a_folder_of_something_else_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "out" / "thesis.tex").write_text("x")
     path = write_csv(tmp_path / "r.csv", [("u", "a", 1.0, 1)])
     with pytest.raises(UserError, match="not a prepared folder"):
-        prepare(RawRatings("t", [path], ReaderFormat(",", False)), tmp_path / "out")
+        prepare(RawRatings("t", [path], COMMAS), tmp_path / "out")
     assert (tmp_path / "out" / "thesis.tex").exists()
 
 
@@ -63,7 +64,7 @@ def test_leftovers_of_a_killed_run_are_removed(tmp_path: Path) -> None:
     elsewhere = tmp_path / ".out.tmp-another.host-999999999"
     elsewhere.mkdir()
     path = write_csv(tmp_path / "r.csv", [("u", "a", 1.0, 1)])
-    prepare(RawRatings("t", [path], ReaderFormat(",", False)), tmp_path / "out")
+    prepare(RawRatings("t", [path], COMMAS), tmp_path / "out")
     assert not leftover.exists()
     assert elsewhere.exists()  # its process cannot be seen from here
 
@@ -75,7 +76,7 @@ def test_an_odd_name_is_named_without_a_flag() -> None:
 
 def test_manifest_is_plain_json(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "r.csv", [("u", "a", 1.0, 1)])
-    raw = RawRatings("t", [path], ReaderFormat(",", False), source={"sha256": "ab", "url": "https://x"})
+    raw = RawRatings("t", [path], COMMAS, source={"sha256": "ab", "url": "https://x"})
     prepare(raw, tmp_path / "out")
     stored = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert stored["source"] == {"sha256": "ab", "url": "https://x"}
@@ -89,7 +90,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(preparation, "write_manifest", full)
     path = write_csv(tmp_path / "r.csv", [("u", "a", 1.0, 1)])
     with pytest.raises(UserError, match="cannot be written: No space left on device"):
-        prepare(RawRatings("t", [path], ReaderFormat(",", False)), tmp_path / "out")
+        prepare(RawRatings("t", [path], COMMAS), tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["r.csv"]
 
 
@@ -97,15 +98,16 @@ def test_a_disk_that_fills_with_columns_is_reported(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(preparation, "column_file", lambda *_: Path("/dev/full"))
     path = write_csv(tmp_path / "r.csv", [(f"u{i}", "a", 1.0, 1) for i in range(9_000)])
     with pytest.raises(UserError, match="out: cannot be written: No space left on device"):
-        prepare(RawRatings("t", [path], ReaderFormat(",", False)), tmp_path / "out")
+        prepare(RawRatings("t", [path], COMMAS), tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["r.csv"]
 
 
 @pytest.mark.parametrize("timed", [True, False])
 def test_the_hash_of_every_split_is_stored_and_printed(tmp_path: Path, timed: bool) -> None:
     path = write_csv(tmp_path / "r.csv", [("u", item, 1.0, 1) for item in "abcd"])
-    columns = ("user", "item", "rating", "timestamp" if timed else None)
-    manifest = prepare(RawRatings("t", [path], ReaderFormat(",", False, columns)), tmp_path / "out")
+    columns = "user,item,rating," + ("timestamp" if timed else "_")
+    options = ReadOptions(columns, TextOptions(",", header=False))
+    manifest = prepare(RawRatings("t", [path], options), tmp_path / "out")
     dataset = SequenceDataset.open(tmp_path / "out")
     protocols = ["leave_one_out", "paper", *["global_time"] * timed]
     assert dataset.manifest.split_hashes == {name: make_split(dataset, name).hash for name in protocols}
@@ -123,6 +125,6 @@ def test_a_name_that_is_not_utf8_is_kept(tmp_path: Path) -> None:
 def test_a_target_that_is_too_long_is_one_line(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "r.csv", [("u", "a", 1.0, 1)])
     with pytest.raises(UserError, match="cannot be written: File name too long"):
-        prepare(RawRatings("t", [path], ReaderFormat(",", False)), tmp_path / ("n" * 300))
+        prepare(RawRatings("t", [path], COMMAS), tmp_path / ("n" * 300))
     with pytest.raises(UserError, match="not a prepared folder"):
         SequenceDataset.open(tmp_path / ("n" * 300))

@@ -30,7 +30,7 @@ def test_prepares_exports_and_imports(tmp_path: Path) -> None:
     csv = [
         "--dataset=csv",
         f"--raw_path={tmp_path / 'r.csv'}",
-        "--columns=who,what",
+        "--columns=user=who,item=what",
         "--name=mine",
         f"--data_root={tmp_path}",
     ]
@@ -54,12 +54,17 @@ def test_prepares_exports_and_imports(tmp_path: Path) -> None:
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
     (tmp_path / "r.csv").write_text("u,a,1,1\nu,a,1,-5\n")
     done = run(
-        "--dataset=csv", f"--raw_path={tmp_path / 'r.csv'}", "--name=mine", f"--data_root={tmp_path / 'd'}"
+        "--dataset=csv",
+        f"--raw_path={tmp_path / 'r.csv'}",
+        "--columns=user,item,rating,timestamp",
+        "--name=mine",
+        f"--data_root={tmp_path / 'd'}",
     )
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert (
-        done.stderr.splitlines()[-1] == f"error: {tmp_path / 'r.csv'}, line 2: the timestamp '-5' is negative"
+        done.stderr.splitlines()[-1]
+        == f"error: {tmp_path / 'r.csv'}, line 2: the timestamp '-5' is before 1970"
     )
     assert not list((tmp_path / "d").rglob("*.bin"))
     assert [p.name for p in (tmp_path / "d" / "prepared").iterdir()] == []
@@ -84,6 +89,7 @@ def test_a_flag_that_cannot_be_read_is_one_line(flag: str) -> None:
         (["--dataset=nothing"], "unknown dataset 'nothing'"),
         (["--dataset=exchange-text", "--columns=foo"], "--columns is for --dataset=csv"),
         (["--dataset=exchange-text", "--delimiter=;"], "--delimiter is for --dataset=csv"),
+        (["--dataset=csv", "--raw_path=.", "--delimiter=comma"], "--delimiter='comma' is not a delimiter"),
         (["--dataset=exchange-text", "--engine=spark"], "--engine=spark does not read exchange-text"),
         (["--dataset=ml-1m", "--synthetic_users=9"], "--synthetic_users is for --dataset=synthetic-books"),
         (["--dataset=csv", "--predictability=0.5"], "--predictability is for --dataset=synthetic-books"),

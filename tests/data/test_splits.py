@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from generative_recommenders.data.preparation.prepare import prepare_batches
-from generative_recommenders.data.readers.ratings_table import RawRatings
+from generative_recommenders.data.readers.events import RawRatings
 from generative_recommenders.data.splits import PROTOCOLS, make_split
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.errors import UserError

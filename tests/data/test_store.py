@@ -16,7 +16,7 @@ import pytest
 
 from generative_recommenders.data import store as sequence_dataset
 from generative_recommenders.data.preparation.prepare import prepare_batches
-from generative_recommenders.data.readers.ratings_table import RawRatings
+from generative_recommenders.data.readers.events import RawRatings
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.errors import UserError
 from memory import memory_grows_at_most

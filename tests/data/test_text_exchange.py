@@ -15,7 +15,7 @@ from generative_recommenders.data import text_exchange
 from generative_recommenders.data.parquet_export import export_parquet
 from generative_recommenders.data.preparation.event_store import EventCollector
 from generative_recommenders.data.preparation.prepare import prepare_batches
-from generative_recommenders.data.readers.ratings_table import RawRatings
+from generative_recommenders.data.readers.events import RawRatings
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.data.text_exchange import export_text, import_text
 from generative_recommenders.errors import UserError
@@ -120,9 +120,9 @@ def test_beyond_the_memory_limit_events_go_to_files(
         ('1,1,"1,2","1","1,2"', "the lists have 2, 1 and 2 entries"),
         ('1,1,"1,x","1,2","1,2"', "the item id 'x' is not a whole number"),
         ('1,1,"1,-2","1,2","1,2"', "the item id '-2'"),
-        ('1,1,"1,2","1,nan","1,2"', "the rating is 'nan'"),
-        ('1,1,"1,2","1,2","1,-2"', "the timestamp '-2' is negative"),
-        ('1,1,"1,2","1,2","1,1400000000000"', "after the year 2200"),
+        ('1,1,"1,2","1,nan","1,2"', "the rating 'nan' is not a finite number"),
+        ('1,1,"1,2","1,2","1,-2"', "the timestamp '-2' is not a whole number of seconds"),
+        ('1,1,"1,2","1,2","1,1400000000000"', "seconds from 1970 to 2200"),
         ('1,1,"","",""', "the item id '' is not a whole number"),
         ("1,1,2", "3 fields where 5 are expected"),
         ('1,,"1","1","1"', "the user is empty"),

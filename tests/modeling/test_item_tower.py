@@ -9,7 +9,7 @@ import torch
 
 from generative_recommenders.build.entity_features import FeatureReader, class_assignment
 from generative_recommenders.data.preparation.prepare import prepare_batches
-from generative_recommenders.data.readers.ratings_table import RawRatings
+from generative_recommenders.data.readers.events import RawRatings
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.encoders import two_tower

@@ -63,7 +63,7 @@ class EventCollector:
         self.dictionaries: dict[str, list[pa.Array]] = {"user": [], "item": []}
 
     def extend(self, batches: Iterable[pa.Table]) -> EventCollector:
-        """Add all batches (columns as ``ratings_table.read_batches`` yields them)."""
+        """Add all batches (columns as ``EventReader.batches`` yields them)."""
         for batch in batches:
             self.pending.append(batch)
             self.pending_events += batch.num_rows

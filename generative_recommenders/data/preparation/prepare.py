@@ -34,16 +34,14 @@ from generative_recommenders.data.preparation.event_store import (
 )
 from generative_recommenders.data.preparation.filters import apply_filter, parse_filter
 from generative_recommenders.data.preparation.folder import new_folder
-from generative_recommenders.data.readers.delimited import first_bytes
-from generative_recommenders.data.readers.parquet import is_parquet, num_rows
-from generative_recommenders.data.readers.ratings_table import RawRatings, read_batches
+from generative_recommenders.data.readers.events import EventReader, RawRatings
+from generative_recommenders.data.readers.times import NANOSECONDS
 from generative_recommenders.data.sources.download import file_digest
 from generative_recommenders.data.splits import PROTOCOLS
 from generative_recommenders.errors import UserError
 
 SORT_BYTES_PER_EVENT = 120
 DEFAULT_MEMORY_LIMIT = 4 << 30
-GZIP_FACTOR = 4
 
 
 def prepared_path(data_root: str | Path, name: str) -> Path:
@@ -61,16 +59,22 @@ def prepare(raw: RawRatings, out_dir: str | Path, memory_limit: int = DEFAULT_ME
     ones.
     """
     parse_filter(raw.filter)
-    num_events = sum(_guess_events(path) for path in raw.files if path.is_file())
-    return prepare_batches(raw, read_batches(raw), Path(out_dir), memory_limit, num_events)
+    reader = EventReader(raw.files, raw.options)
+    num_events = reader.estimated_events()
+    return prepare_batches(raw, reader.batches(), Path(out_dir), memory_limit, num_events, NANOSECONDS["s"])
 
 
 def prepare_batches(
-    raw: RawRatings, batches: Iterable[pa.Table], out_dir: Path, memory_limit: int, num_events: int = 0
+    raw: RawRatings,
+    batches: Iterable[pa.Table],
+    out_dir: Path,
+    memory_limit: int,
+    num_events: int = 0,
+    ticks_per_second: int = 1,
 ) -> Manifest:
-    """``prepare`` with the ratings given as tables (columns of ``ratings_table.read_batches``).
+    """``prepare`` with the events given as tables (columns of ``EventReader.batches``).
 
-    num_events: about how many there are.
+    num_events: about how many there are. ticks_per_second: of their ``timestamp``; events are sorted by ticks and keep seconds.
     """
     with new_folder(out_dir) as folder:
         spill = folder / "spill"
@@ -82,7 +86,9 @@ def prepare_batches(
         with phase("sort and write"):
             bucket_events = max(1, min(memory_limit // SORT_BYTES_PER_EVENT, CHUNK_EVENTS))
             data_hash = write_columns(
-                folder, sequences, sorted_buckets(events, sequences, selection, bucket_events)
+                folder,
+                sequences,
+                sorted_buckets(events, sequences, selection, bucket_events, ticks_per_second),
             )
         before = {"users": len(events.user_ids), "items": len(events.item_ids), "events": len(events)}
         manifest = write_tables(folder, raw, sequences, before, data_hash)
@@ -136,15 +142,6 @@ Bucket = tuple[np.ndarray, np.ndarray, "np.ndarray | None", "np.ndarray | None"]
 """Sorted events of consecutive users: users int32 (0-based), items int32 (0-based), ratings, timestamps."""
 
 
-def _guess_events(path: Path) -> int:
-    """Parquet knows; text has as many lines as its first ones (and gzip's usual factor) suggest."""
-    if is_parquet(path):
-        return num_rows(path)
-    lines, zipped = first_bytes(path)
-    bytes_per_line = len(lines) / max(1, lines.count(b"\n"))
-    return int(path.stat().st_size * (GZIP_FACTOR if zipped else 1) / max(1.0, bytes_per_line))
-
-
 def _collect(batches: Iterable[pa.Table], spill: Path, memory_limit: int, num_events: int) -> Events:
     """All events; where about ``num_events`` exceed the limit, in files."""
     if num_events * BYTES_PER_EVENT <= memory_limit:
@@ -183,9 +180,12 @@ def _number_ids(ids: pa.Array, keep: np.ndarray) -> tuple[pa.Array, np.ndarray]:
 
 
 def sorted_buckets(
-    events: Events, sequences: Sequences, selection: Selection, bucket_events: int
+    events: Events, sequences: Sequences, selection: Selection, bucket_events: int, ticks_per_second: int = 1
 ) -> Iterator[Bucket]:
-    """Yield all kept events by user and time, about ``bucket_events`` at a time (a user is never divided)."""
+    """Yield all kept events by user and time, about ``bucket_events`` at a time (a user is never divided).
+
+    Order keeps the full precision of the times; what is yielded is in seconds.
+    """
     first = 0
     while first < len(sequences.user_ids):
         stop = sequences.offsets[first] + bucket_events
@@ -197,7 +197,7 @@ def sorted_buckets(
         rows = rows[order]
         items = selection.item_number[events.items[rows]]
         ratings = None if events.ratings is None else events.ratings[rows]
-        yield users[order], items, ratings, None if times is None else times[order]
+        yield users[order], items, ratings, None if times is None else times[order] // ticks_per_second
         first = last
 
 

@@ -70,6 +70,8 @@ class EventReader:
         self.files, self.options = files, options
         self.requests = None if options.columns is None else layouts.parse_columns(options.columns)
         first = open_source(files[0], options.text, self.requests)
+        if not len(first.sample):
+            raise UserError(f"{files[0]}: the file is empty: it holds no event")
         self.layout = self._layout(first)
         order = {name: place for place, name in enumerate(layouts.KNOWN)}
         self.columns = sorted(self.layout.columns, key=lambda each: order.get(each.name, len(order)))
@@ -106,11 +108,7 @@ class EventReader:
         sample = source.sample[str(column.place)]
         form = times.recognise(sample, self.options.time_unit)
         if form is None:
-            at, value = next(
-                (row, value)
-                for row, value in enumerate(sample)
-                if times.recognise(pl.Series([value])) is None
-            )
+            at, value = next(((row, value) for row, value in enumerate(sample) if value is not None), (0, ""))
             raise UserError(
                 f"{source.path}: the {column.name} {str(value)[:40]!r} (row {at + 1}) is no time; times are numbers since "
                 "1970, ISO 8601 or dates; is this the right column of --columns?"
@@ -148,14 +146,22 @@ class EventReader:
         UserError: the first value that is none, with file and line; missing ids, with their number, at the end.
         """
         for path in self.files:
-            source = open_source(path, self.options.text, self.requests)
-            columns = self._columns_of(source)
-            read = 0
-            for rows, frame in source.batches([column.place for column in columns]):
-                read += len(frame)
-                yield self._typed(rows, frame, columns)
-            if not read:
-                raise UserError(f"{path}: the file is empty: it holds no event")
+            yield from self.file_batches(path)
+        self.check_missing()
+
+    def file_batches(self, path: Path) -> Iterator[pa.Table]:
+        """The events of one of the files, see `batches`."""
+        source = open_source(path, self.options.text, self.requests)
+        columns = self._columns_of(source)
+        read = 0
+        for rows, frame in source.batches([column.place for column in columns]):
+            read += len(frame)
+            yield self._typed(rows, frame, columns)
+        if not read:
+            raise UserError(f"{path}: the file is empty: it holds no event")
+
+    def check_missing(self) -> None:
+        """UserError if the files read so far have events without a user or an item, unless these are to be dropped."""
         if self.dropped and not self.options.drop_missing:
             raise UserError(
                 f"{self._first_missing}, and {self.dropped} events in all lack a user or an item; --drop_missing leaves "
@@ -205,6 +211,12 @@ class EventReader:
             self.dropped += count
             table = table.filter(~missing)
         return table.to_arrow().cast(self.schema)
+
+    def estimated_events(self) -> int:
+        """About how many events the files hold: what a table says, or as many lines as the first ones suggest."""
+        return sum(
+            open_source(path, self.options.text, self.requests).estimated_rows() for path in self.files
+        )
 
     @property
     def schema(self) -> pa.Schema:

@@ -181,6 +181,11 @@ def _column(path: Path, request: ColumnRequest, place: int, header: str | None) 
         return Column(request.name, "numerical", place, header)
     kind = request.kind or ("time" if request.name == "timestamp" else None)
     if kind is None:
+        role = next(
+            (role for role, names in KNOWN_NAMES.items() if normalise(request.name) in names.split()), None
+        )
+        if role is not None and header is not None and request.file_column is None:
+            return _column(path, ColumnRequest(role), place, header)
         known = ", ".join(f"{request.name}:{each}" for each in KINDS)
         raise UserError(
             f"{path}: --columns: what is {request.name!r}? Write user, item, rating or timestamp={request.name}, or a kind "

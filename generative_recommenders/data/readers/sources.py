@@ -7,22 +7,25 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import polars as pl
 import pyarrow as pa
+import pyarrow.compute
 import pyarrow.ipc
 import pyarrow.parquet as pq
 
 from generative_recommenders.data.readers import text
-from generative_recommenders.data.readers.files import kind_of, open_unpacked
+from generative_recommenders.data.readers.files import first_bytes, is_packed, kind_of, open_unpacked
 from generative_recommenders.data.readers.layout import ColumnRequest, has_known_names, is_named
 from generative_recommenders.data.readers.values import MAX_ID_BYTES, Rows
 from generative_recommenders.errors import UserError
 
 SAMPLE_ROWS = 100
+GZIP_FACTOR = 4
 _BATCH_BYTES = 64 << 20
 """Values of a Parquet batch are read within about so many bytes."""
+MAX_TEXT_BYTES = 1 << 16
+"""Of a value of a text column in a table; titles and reviews may be longer than ids."""
 
 
 class TableSource(ABC):
@@ -34,6 +37,12 @@ class TableSource(ABC):
 
     def __init__(self, path: Path) -> None:
         self.path = path
+
+    def estimated_rows(self) -> int:
+        """About how many rows the file has: lines of text as long as its first ones, unpacked by gzip's usual factor."""
+        start = first_bytes(self.path, 1 << 16)
+        size = self.path.stat().st_size * (GZIP_FACTOR if is_packed(self.path) else 1)
+        return size * max(1, start.count(b"\n")) // max(1, len(start))
 
     @abstractmethod
     def batches(self, places: Sequence[int]) -> Iterator[tuple[Rows, pl.DataFrame]]:
@@ -212,34 +221,25 @@ class ParquetSource(TableSource):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        try:
-            with self._open() as file:
-                self.header = file.schema_arrow.names
-                batch = next(file.iter_batches(SAMPLE_ROWS), None) if self._is_small(file) else None
-                self.num_rows = file.metadata.num_rows
-        except (pa.ArrowException, OSError) as error:
-            raise UserError(
-                f"{path}: not a readable Parquet file, or cut short: {_one_line(error)}"
-            ) from error
+        with self._open([]) as file:
+            schema = file.schema_arrow
+            self.num_rows = file.metadata.num_rows
         if self.num_rows == 0:
             raise UserError(f"{path}: the file is empty: it holds no event")
+        self.header = schema.names
         self.num_fields = len(self.header)
-        self.sample = (
-            _numbered(batch)
-            if batch is not None
-            else pl.DataFrame(
-                {str(place): pl.Series([], dtype=pl.String) for place in range(self.num_fields)}
-            )
-        )
+        # text is read as dictionaries, so that a long value that every row repeats is held once
+        self.text_columns = [
+            field.name for field in schema if _is_text(field.type) and not pa.types.is_string_view(field.type)
+        ]
+        _, self.sample = next(self._read(range(self.num_fields), SAMPLE_ROWS))
 
-    @staticmethod
-    def _is_small(file: pq.ParquetFile) -> bool:
-        return file.metadata.num_row_groups > 0
+    def estimated_rows(self) -> int:
+        return self.num_rows
 
-    def _open(self, columns: Sequence[str] = ()) -> pq.ParquetFile:
-        """columns: read as dictionaries, so that a long value that every row repeats is held once."""
+    def _open(self, dictionaries: list[str]) -> pq.ParquetFile:
         try:
-            file = pq.ParquetFile(self.path, read_dictionary=list(columns))
+            file = pq.ParquetFile(self.path, read_dictionary=dictionaries)
             file.schema_arrow.names  # noqa: B018  names that are no text raise here
             return file
         except UnicodeEncodeError:
@@ -250,19 +250,15 @@ class ParquetSource(TableSource):
             ) from error
 
     def batches(self, places):
+        return self._read(places, _BATCH_BYTES // (64 * max(1, len(places))))
+
+    def _read(self, places: Sequence[int], batch_rows: int) -> Iterator[tuple[Rows, pl.DataFrame]]:
         assert self.header is not None
         names = [self.header[place] for place in places]
         done = 0
         try:
-            with self._open() as plain:
-                kinds = {name: plain.schema_arrow.field(name).type for name in names}
-            strings = [
-                name
-                for name, kind in kinds.items()
-                if pa.types.is_string(kind) or pa.types.is_large_string(kind)
-            ]
-            with self._open(strings) as file:
-                for batch in file.iter_batches(_BATCH_BYTES // (64 * max(1, len(names))), columns=names):
+            with self._open([name for name in names if name in self.text_columns]) as file:
+                for batch in file.iter_batches(batch_rows, columns=names):
                     first = done
                     done += batch.num_rows
 
@@ -285,7 +281,10 @@ class ArrowSource(TableSource):
         self.sample = pl.DataFrame()
         for batch in self._record_batches():
             self.header = batch.schema.names
-            self.sample = _numbered(batch.slice(0, SAMPLE_ROWS))
+            names = batch.schema.names
+            self.sample = _from_arrow(
+                Rows(str(path), str), batch.slice(0, SAMPLE_ROWS), names, range(len(names))
+            )
             if batch.num_rows:
                 break
         if not len(self.sample):
@@ -318,32 +317,41 @@ class ArrowSource(TableSource):
                 return f"row {first + row + 1}"
 
             rows = Rows(str(self.path), place_of)
-            yield rows, _from_arrow(rows, batch.select(names), names, places)
+            yield rows, _from_arrow(rows, batch, names, places)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
 def _from_arrow(rows: Rows, batch: pa.RecordBatch, names: list[str], places: Sequence[int]) -> pl.DataFrame:
-    """Columns of a batch by place. UserError for text longer than an id, seen before it is copied into every row."""
-    columns: dict[str, Any] = {}
+    """Columns of a batch by place; nested ones are left empty.
+
+    UserError for text far longer than an id, before it is copied into every row.
+    """
+    columns = []
     for name, place in zip(names, places):
-        column = batch.column(names.index(name)) if batch.schema.names == names else batch.column(name)
-        if pa.types.is_dictionary(column.type):
-            longest = pa.compute.max(pa.compute.binary_length(column.dictionary)).as_py() or 0
-            if longest > 64 * MAX_ID_BYTES:
+        column = batch.column(name)
+        if pa.types.is_nested(column.type):
+            column = pa.nulls(len(column))
+        if pa.types.is_string_view(column.type):
+            column = column.cast(pa.large_string())
+        text = column.dictionary if pa.types.is_dictionary(column.type) else column
+        if _is_text(text.type):
+            try:
+                text.validate(full=True)
+            except pa.ArrowInvalid as error:
+                raise UserError(
+                    f"{rows.file}, {rows.place_of(0)} or later: column {name!r} is not UTF-8 text"
+                ) from error
+            longest = pyarrow.compute.max(pyarrow.compute.binary_length(text)).as_py() or 0
+            if longest > MAX_TEXT_BYTES:
                 raise UserError(
                     f"{rows.file}: column {name!r} has values of {longest} bytes; an id has at most {MAX_ID_BYTES}"
                 )
+        if pa.types.is_dictionary(column.type):
             column = column.cast(column.type.value_type)
-        columns[str(place)] = pl.Series(str(place), pl.from_arrow(column))
-    return pl.DataFrame(columns)
-
-
-def _numbered(batch: pa.RecordBatch) -> pl.DataFrame:
-    """The first rows of a table; nested columns are left empty."""
-    columns = []
-    for place, column in enumerate(batch.columns):
-        nested = pa.types.is_nested(column.type)
-        values = [None] * len(column) if nested else pl.Series(pl.from_arrow(column))
-        columns.append(pl.Series(str(place), values))
+        columns.append(pl.Series(str(place), pl.from_arrow(column)))
     return pl.DataFrame(columns)
 
 

@@ -17,7 +17,7 @@ from generative_recommenders.errors import UserError
 BLOCK_BYTES = 32 << 20
 MAX_LINE_BYTES = 1 << 20
 SAMPLE_LINES = 100
-_READ_BYTES = 1 << 20
+_READ_BYTES = 1 << 18
 _BOM = b"\xef\xbb\xbf"
 _UNIT_SEPARATOR = b"\x1f"
 DELIMITERS = ("::", "\t", ",", ";", "|", None)
@@ -62,7 +62,9 @@ class Block:
         return Block(parts[count] if len(parts) > count else b"", number + 1)
 
 
-def read_blocks(path: Path, quoting: bool, block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
+def read_blocks(
+    path: Path, quoting: bool, block_bytes: int = BLOCK_BYTES, max_line_bytes: int = MAX_LINE_BYTES
+) -> Iterator[Block]:
     """Blocks of whole lines of a plain or packed file, without byte-order mark and ``\\r`` of line ends.
 
     quoting: a line end between two quotes is part of a field, so no block ends there. UserError: damaged files, lines longer
@@ -79,10 +81,10 @@ def read_blocks(path: Path, quoting: bool, block_bytes: int = BLOCK_BYTES) -> It
             while chunk and quoting and end and data.count(b'"', 0, end) % 2:
                 end = data.rfind(b"\n", 0, end - 1) + 1
             data, rest = data[:end], data[end:]
-            if len(rest) > (MAX_LINE_BYTES if not quoting else 2 * block_bytes):
+            if len(rest) > (max_line_bytes if not quoting else 2 * block_bytes):
                 at = line + data.count(b"\n")
                 what = (
-                    f"longer than {MAX_LINE_BYTES} bytes" if b"\n" not in rest else "a quote is never closed"
+                    f"longer than {max_line_bytes} bytes" if b"\n" not in rest else "a quote is never closed"
                 )
                 raise UserError(f"{path}, line {at}: {what}; is this a text file of events?")
             if data:
@@ -96,7 +98,8 @@ def _read_chunk(path: Path, stream, size: int, line: int) -> bytes:
     """``size`` bytes, fewer at the end; UserError with the last whole line where ``line`` is the next."""
     parts: list[bytes] = []
     try:
-        while size > 0 and (part := stream.read(min(size, _READ_BYTES))):
+        read = getattr(stream, "read1", stream.read)  # which gives what there is before a fault
+        while size > 0 and (part := read(min(size, _READ_BYTES))):
             parts.append(part)
             size -= len(part)
         return b"".join(parts)
@@ -110,22 +113,22 @@ def _read_chunk(path: Path, stream, size: int, line: int) -> bytes:
 
 def first_lines(path: Path, quoting: bool = False, count: int = SAMPLE_LINES) -> tuple[list[str], int]:
     """Up to ``count`` lines that are not blank, and the number of the first; UserError if there is none, or it is no text."""
-    block = next(read_blocks(path, quoting, MAX_LINE_BYTES), None)
     lines: list[str] = []
     first = 1
-    for number, line in enumerate(block.data.split(b"\n") if block else [], 1):
-        if not line.strip(b" \t"):
-            continue
-        try:
-            lines.append(line.decode())
-        except UnicodeDecodeError as error:
-            if not lines:
-                raise UserError(
-                    f"{path}, line {number}: not UTF-8 text; convert the file to UTF-8"
-                ) from error
-            break
-        first = number if len(lines) == 1 else first
-        if len(lines) == count:
+    for block in read_blocks(path, quoting, MAX_LINE_BYTES):
+        for number, line in enumerate(block.data.split(b"\n"), block.first_line):
+            if len(lines) == count or not line.strip(b" \t"):
+                continue
+            try:
+                lines.append(line.decode())
+            except UnicodeDecodeError as error:
+                if not lines:
+                    raise UserError(
+                        f"{path}, line {number}: not UTF-8 text; convert the file to UTF-8"
+                    ) from error
+                return lines, first
+            first = number if len(lines) == 1 else first
+        if len(lines) > 1:  # a header and an event
             break
     if not lines:
         raise UserError(f"{path}: the file is empty: it holds no event")
@@ -141,7 +144,7 @@ def parse(path: Path, block: Block, dialect: Dialect, num_fields: int, wanted: l
     if b"\0" in data:
         line = _line_at(block, data.index(b"\0"))
         raise UserError(f"{path}, line {line}: a NUL byte; is this a text file?")
-    if b"\r" in data and not dialect.quoting:
+    if b"\r" in data:
         line = _line_at(block, data.index(b"\r"))
         raise UserError(f"{path}, line {line}: a carriage return inside the line")
     data, separator = _single_byte_separator(path, block, dialect)

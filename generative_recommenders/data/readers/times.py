@@ -16,6 +16,8 @@ NANOSECONDS = {"s": 10**9, "ms": 10**6, "us": 10**3, "ns": 1}
 UNIT_NAMES = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds"}
 MAX_SECONDS = 7_258_118_400
 """2200-01-01 in seconds since 1970: a later time is a fault, most often a unit that was recognised wrongly."""
+MISSING = ("", "NA", "N/A", "<NA>", "NaN", "nan", "NULL", "null", "None")
+"""Text that stands for a missing value in files that people export."""
 _SMALLEST = {"ns": 10**17, "us": 10**14, "ms": 10**11}
 """Numbers from here on have this unit: as a coarser one they would lie after the year 4000."""
 _NUMBER = r"^\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?\s*$"
@@ -47,16 +49,19 @@ def recognise(values: pl.Series, unit: str | None = None) -> TimeFormat | None:
     if values.dtype.is_temporal():
         return TimeFormat(unit="ns")
     if values.dtype == pl.String:
-        values = values.filter(values.str.strip_chars() != "")
-        if not values.str.contains(_NUMBER).all():
-            fits = (
-                each
+        values = values.str.strip_chars()
+        values = values.filter(~values.is_in(MISSING))
+        number = values.str.contains(_NUMBER)
+        if 2 * int(number.sum()) < len(values) or not len(
+            values
+        ):  # a faulty value is named later, with its line
+            fits = {
+                each: _parse_text(values, each).is_not_null().sum()
                 for each in (*_ISO_FORMATS, *_OTHER_FORMATS)
-                if _parse_text(values, each).null_count() == 0
-            )
-            text = next(fits, None)
-            return None if text is None else TimeFormat(text=text)
-        values = values.str.strip_chars().cast(pl.Float64, strict=False)
+            }
+            best = max(fits, key=lambda each: fits[each])
+            return TimeFormat(text=best) if 2 * fits[best] > len(values) else None
+        values = values.filter(number).cast(pl.Float64, strict=False)
     elif not values.dtype.is_numeric():
         return None
     if unit is not None:

@@ -9,12 +9,16 @@ from typing import cast
 
 import polars as pl
 
-from generative_recommenders.data.readers.times import MAX_SECONDS, UNIT_NAMES, TimeFormat, to_nanoseconds
+from generative_recommenders.data.readers.times import (
+    MAX_SECONDS,
+    MISSING,
+    UNIT_NAMES,
+    TimeFormat,
+    to_nanoseconds,
+)
 from generative_recommenders.errors import UserError
 
 MAX_ID_BYTES = 1024
-MISSING = ("", "NA", "N/A", "<NA>", "NaN", "nan", "NULL", "null", "None")
-"""Text that stands for a missing id in files that people export."""
 _MAX_FLOAT32 = 3.4028234663852886e38
 
 

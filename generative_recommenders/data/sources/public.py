@@ -17,9 +17,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet
 
-from generative_recommenders.data.readers.format_guess import WHITESPACE, check_headerless, sniff_pairs
-from generative_recommenders.data.readers.parquet import is_parquet
-from generative_recommenders.data.readers.ratings_table import RawRatings, ReaderFormat, sniff_format
+from generative_recommenders.data.readers.events import RawRatings, ReadOptions
+from generative_recommenders.data.readers.files import data_files, data_suffix
+from generative_recommenders.data.readers.sources import TextOptions
 from generative_recommenders.data.sources import movielens
 from generative_recommenders.data.sources.archives import extract, is_archive
 from generative_recommenders.data.sources.download import RemoteFile, fetch, file_digest
@@ -35,8 +35,6 @@ _SNAP = (
     "http://snap.stanford.edu/data/amazon/productGraph/categoryFiles/{}",
     "https://web.archive.org/web/2020id_/http://snap.stanford.edu/data/amazon/productGraph/categoryFiles/{}",
 )
-_DATA_SUFFIXES = (".csv", ".tsv", ".txt", ".dat", ".data", ".parquet")
-
 _FeatureReader = Callable[[Path], pa.Table]
 
 
@@ -47,8 +45,7 @@ class Request:
     name: str
     folder: Path
     raw_path: Path | None
-    columns: str | None
-    delimiter: str | None
+    options: ReadOptions
     synthetic: SyntheticBooksSettings
     progress: bool
 
@@ -65,7 +62,7 @@ class PublishedRatings:
     archive: RemoteFile
     ratings: str
     ratings_bytes: int | None
-    format: ReaderFormat
+    options: ReadOptions
     num_items: int
     num_users: int
     filter: str = "none"
@@ -76,7 +73,10 @@ class PublishedRatings:
         return {self.ratings, *(name for name, _ in self.items + self.users)}
 
 
-_COLUMNS = ("user", "item", "rating", "timestamp")
+def _without_header(delimiter: str, columns: str = "user,item,rating,timestamp") -> ReadOptions:
+    """Text as published: columns in this order, no header and no quotes."""
+    return ReadOptions(columns, TextOptions(delimiter, header=False, quoting="none"), time_unit="s")
+
 
 PUBLISHED = {
     "amzn-books": PublishedRatings(
@@ -88,7 +88,7 @@ PUBLISHED = {
         ),
         ratings="ratings_Books.csv",
         ratings_bytes=None,
-        format=ReaderFormat(",", False, _COLUMNS),
+        options=_without_header(","),
         num_items=695_762,
         num_users=694_897,
         filter="amazon_five",
@@ -99,7 +99,7 @@ PUBLISHED = {
         ),
         ratings="ratings.dat",
         ratings_bytes=24_594_131,
-        format=ReaderFormat("::", False, _COLUMNS),
+        options=_without_header("::"),
         num_items=3_706,
         num_users=6_040,
         items=(("movies.dat", movielens.read_movies_dat),),
@@ -111,7 +111,9 @@ PUBLISHED = {
         ),
         ratings="ratings.csv",
         ratings_bytes=533_444_411,
-        format=ReaderFormat(",", True, _COLUMNS),
+        options=ReadOptions(
+            "user=userId,item=movieId,rating,timestamp", TextOptions(",", header=True), time_unit="s"
+        ),
         num_items=26_744,
         num_users=138_493,
         items=(("movies.csv", movielens.read_movies_csv),),
@@ -124,7 +126,7 @@ PUBLISHED = {
         ),
         ratings="u.data",
         ratings_bytes=1_979_173,
-        format=ReaderFormat("\t", False, _COLUMNS),
+        options=_without_header("\t"),
         num_items=1_682,
         num_users=943,
         items=(("u.item", movielens.read_u_item), ("u.item.tsv", movielens.read_item_tsv)),
@@ -143,8 +145,7 @@ def resolve(
     *,
     raw_path: Path | None = None,
     data_root: Path,
-    columns: str | None = None,
-    delimiter: str | None = None,
+    options: ReadOptions | None = None,
     k_core: int | None = None,
     result_name: str | None = None,
     synthetic: SyntheticBooksSettings | None = None,
@@ -154,8 +155,7 @@ def resolve(
 
     raw_path: a local file, folder or archive (gzip included) instead of a download.
     data_root: raw files are kept under ``data_root / "raw" / name``.
-    columns: comma-separated names or roles of the columns, for ``csv`` only.
-    delimiter: what separates them, for ``csv`` only: a mark, ``tab`` or ``space``; guessed if None.
+    options: how the raw files are laid out, for ``csv`` only.
     k_core: filter iteratively until every user and item has this many ratings, in place of the set's own
     filter.
     result_name: name of the prepared data set, `name` if None.
@@ -167,17 +167,17 @@ def resolve(
         raise UserError(f"unknown dataset {name!r}: known are {', '.join(known_datasets())}")
     if raw_path is not None and not os.path.exists(raw_path):  # False for a name that is too long
         raise UserError(f"--raw_path={raw_path} does not exist")
-    if columns is not None and name != "csv":
-        raise UserError(f"--columns is for --dataset=csv; {name} has a fixed layout")
-    if delimiter is not None and name != "csv":
-        raise UserError(f"--delimiter is for --dataset=csv; {name} has a fixed layout")
+    if options is not None and options != ReadOptions() and name != "csv":
+        raise UserError(
+            f"columns, delimiter, header, quotes and times of {name} are known; leave their flags out"
+        )
     if k_core is not None and k_core < 1:
         raise UserError(f"--k_core={k_core} must be at least 1")
     if result_name is not None and not re.fullmatch(r"\w[\w.+-]*", result_name):
         raise UserError(f"--name={result_name!r} must consist of letters, digits and . _ + -")
     folder = data_root / "raw" / name
     synthetic = synthetic or SyntheticBooksSettings()
-    request = Request(name, folder, raw_path, columns, _delimiter(delimiter), synthetic, progress)
+    request = Request(name, folder, raw_path, options or ReadOptions(), synthetic, progress)
     try:
         raw = _SOURCES[name](request)
     except OSError as fault:
@@ -194,7 +194,7 @@ def _synthetic_books(request: Request) -> RawRatings:
     return RawRatings(
         name=request.name,
         files=[ratings],
-        format=ReaderFormat(",", False, _COLUMNS),
+        options=_without_header(","),
         filter="amazon_five",
         item_features=pyarrow.parquet.read_table(books),
         source={"dataset": request.name, "settings": dataclasses.asdict(request.synthetic)},
@@ -213,7 +213,7 @@ def _published(request: Request) -> RawRatings:
     return RawRatings(
         name=request.name,
         files=[files[published.ratings]],
-        format=published.format,
+        options=published.options,
         filter=published.filter,
         item_features=_first_readable(published.items, files),
         user_features=_first_readable(published.users, files),
@@ -247,7 +247,7 @@ def _sasrec_text(request: Request) -> RawRatings:
     return RawRatings(
         name=request.name,
         files=[interactions],
-        format=sniff_pairs(interactions),
+        options=ReadOptions("user,item", TextOptions(" ")),
         item_features=_first_readable([("movies.dat", side["movies.dat"])], files),
         user_features=_first_readable([("users.dat", side["users.dat"])], files),
         source={"dataset": request.name, "input": origin.name},
@@ -257,42 +257,18 @@ def _sasrec_text(request: Request) -> RawRatings:
 def _csv(request: Request) -> RawRatings:
     origin = _required_path(request)
     if origin.is_dir():
-        files = sorted(path for path in origin.iterdir() if _is_data_name(path.name))
+        files = data_files(origin, [path for path in origin.iterdir() if path.is_file()])
     elif is_archive(origin):
-        files = extract(origin, request.folder, _is_data_name)
+        extracted = extract(origin, request.folder, lambda name: data_suffix(Path(name)) is not None)
+        files = data_files(origin, extracted)
     else:
         files = [origin]
-    if not files:
-        raise UserError(
-            f"{origin}: holds no file that ends in {', '.join(_DATA_SUFFIXES)} (or these and .gz)"
-        )
-    columns = tuple(part.strip() for part in request.columns.split(",")) if request.columns else None
     return RawRatings(
         name=request.name,
         files=files,
-        format=_common_format(files, columns, request.delimiter),
+        options=request.options,
         source={"dataset": request.name, "input": origin.name},
     )
-
-
-def _common_format(files: list[Path], columns: tuple[str, ...] | None, delimiter: str | None) -> ReaderFormat:
-    """The first file's layout; UserError if it has no header and another one has."""
-    layout = sniff_format(files[0], columns, delimiter)
-    if layout.has_header is False:
-        for path in files[1:]:
-            if not is_parquet(path):
-                check_headerless(path, layout, files[0])
-    return layout
-
-
-def _delimiter(text: str | None) -> str | None:
-    """The delimiter that --delimiter means."""
-    named = {"tab": "\t", "\\t": "\t", "space": WHITESPACE, "whitespace": WHITESPACE, WHITESPACE: WHITESPACE}
-    if text is None or text in named:
-        return None if text is None else named[text]
-    if not re.fullmatch(r"\t|[!-/:-@\[-`{-~]{1,4}", text) or '"' in text:
-        raise UserError(f"--delimiter={text!r} is not a delimiter; write ';', ',', '|', '::', tab or space")
-    return text
 
 
 def _required_path(request: Request) -> Path:
@@ -322,10 +298,6 @@ def _first_readable(
     readers: Collection[tuple[str, _FeatureReader]], files: dict[str, Path]
 ) -> pa.Table | None:
     return next((reader(files[name]) for name, reader in readers if name in files), None)
-
-
-def _is_data_name(name: str) -> bool:
-    return name.removesuffix(".gz").lower().endswith(_DATA_SUFFIXES) and not name.startswith((".", "_"))
 
 
 def _is_gzip(path: Path) -> bool:
