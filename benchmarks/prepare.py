@@ -101,11 +101,10 @@ def prepare_measured(ratings: Path, out: Path, memory_limit: int) -> dict[str, o
     start = time.monotonic()
     from generative_recommenders.data.preparation.prepare import prepare
     from generative_recommenders.data.readers.events import RawRatings, ReadOptions
-from generative_recommenders.data.readers.sources import TextOptions
+    from generative_recommenders.data.readers.sources import TextOptions
 
-    manifest = prepare(
-        RawRatings("bench", [ratings], ReadOptions("user,item,rating,timestamp", TextOptions(",", header=False)), "amazon_five"), out, memory_limit
-    )
+    options = ReadOptions("user,item,rating,timestamp", TextOptions(",", header=False))
+    manifest = prepare(RawRatings("bench", [ratings], options, "amazon_five"), out, memory_limit)
     return {
         "seconds": round(time.monotonic() - start, 2),
         "cpu_seconds": round(time.process_time(), 2),
