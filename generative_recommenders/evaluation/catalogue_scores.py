@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping
 
 import torch
@@ -13,6 +12,7 @@ from generative_recommenders.modeling.events import past_features
 from generative_recommenders.modeling.model import SequenceRecommender
 from generative_recommenders.modeling.similarity.mixture_of_logits import MoLSimilarity
 from generative_recommenders.objectives.inference import InferenceInputs
+from generative_recommenders.ops import dispatch
 
 
 class CatalogueScores:
@@ -42,10 +42,7 @@ class CatalogueScores:
     def queries(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """``[n, D]`` states that score the next item."""
         features = past_features(self.transform(batch))
-        context = (
-            torch.autocast(self.device.type, self.autocast) if self.autocast else contextlib.nullcontext()
-        )
-        with context:
+        with dispatch.autocast(self.device, self.autocast):
             return self.inference.states(self.model, features, self.device).float()
 
     @torch.inference_mode()

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from generative_recommenders.modeling.initialization import truncated_normal_
-from generative_recommenders.modeling.items import lookup_rows
 from generative_recommenders.ops.dropout import Dropout
+from generative_recommenders.ops.embedding import lookup_rows
 from generative_recommenders.ops.layout import Layout, Visibility, jagged_layout, padded_layout
 
 TokenEvents = Mapping[str, torch.Tensor]

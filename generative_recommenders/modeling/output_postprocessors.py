@@ -4,31 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from generative_recommenders.ops.normalization import layer_norm
-
-
-def l2_normalize(x: torch.Tensor, eps: float) -> torch.Tensor:
-    """``x / max(|x|, eps)`` over the last axis: `torch.nn.functional.normalize`, with fewer passes over the gradient."""
-    return _L2Normalize.apply(x, eps)
-
-
-class _L2Normalize(torch.autograd.Function):
-    """``dx = (dy - y (dy · y)) / |x|``; ``dx = dy / eps`` where the norm is below eps."""
-
-    @staticmethod
-    def forward(ctx, x, eps):
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        divisor = norm.clamp_min(eps)
-        y = x / divisor
-        ctx.save_for_backward(y, divisor, norm >= eps)
-        return y
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        y, divisor, normalized = ctx.saved_tensors
-        along = (grad * y).sum(-1, keepdim=True) * normalized
-        return torch.addcmul(grad, y, along, value=-1.0).div_(divisor), None
+from generative_recommenders.ops.normalization import l2_normalize, layer_norm
 
 
 class L2NormEmbeddingPostprocessor(torch.nn.Module):

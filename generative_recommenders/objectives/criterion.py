@@ -9,13 +9,13 @@ import torch.utils.checkpoint
 
 from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.items import ItemRows
-from generative_recommenders.modeling.output_postprocessors import l2_normalize
 from generative_recommenders.objectives.examples import TrainingExample
 from generative_recommenders.objectives.losses.catalogue import CatalogueLoss
 from generative_recommenders.objectives.losses.sampled import SampledLoss
 from generative_recommenders.objectives.losses.sce import ScalableCrossEntropyLoss
 from generative_recommenders.objectives.negative_samplers import Negatives
 from generative_recommenders.objectives.scoring import Scorer
+from generative_recommenders.ops.normalization import l2_normalize
 
 CriterionOutput = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
 """Loss sum, its weight, weighted auxiliary losses (means over the step)."""

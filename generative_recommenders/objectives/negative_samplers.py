@@ -22,6 +22,7 @@ from generative_recommenders.ops.counter_random import (
     counter_uniform,
     stream_key,
 )
+from generative_recommenders.ops.sampled_products import join_blocks, split_blocks
 
 SHARINGS = ("position", "block", "batch")
 
@@ -84,12 +85,11 @@ class Negatives:
 
     def blocks(self, x: torch.Tensor) -> torch.Tensor:
         """``[T, D]`` values of tokens as ``[G, block_size, D]``, 0 beyond the tokens of this process."""
-        behind = self.ids.shape[0] * self.sharing.block_size - self.lead - x.shape[0]
-        return F.pad(x, (0, 0, self.lead, behind)).unflatten(0, (-1, self.sharing.block_size))
+        return split_blocks(x, len(self.ids), self.sharing.block_size, self.lead)
 
     def tokens(self, blocks: torch.Tensor, num_tokens: int) -> torch.Tensor:
         """``[G, block_size, D]`` as ``[T, D]``: the inverse of `blocks`."""
-        return blocks.flatten(0, 1)[self.lead : self.lead + num_tokens]
+        return join_blocks(blocks, num_tokens, self.lead)
 
 
 @dataclass(frozen=True)

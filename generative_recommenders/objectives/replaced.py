@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from generative_recommenders.modeling.events import token_events
 from generative_recommenders.modeling.items import ItemRows
 from generative_recommenders.modeling.model import SequenceEncoder
-from generative_recommenders.modeling.output_postprocessors import l2_normalize
 from generative_recommenders.objectives.criterion import Criterion
 from generative_recommenders.objectives.examples import TrainingExample
 from generative_recommenders.objectives.replacement import sample_from_catalogue
+from generative_recommenders.ops.normalization import l2_normalize
 
 
 class ReplacedDetectionCriterion(Criterion):

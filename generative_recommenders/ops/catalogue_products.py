@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from generative_recommenders.ops import dispatch
 from generative_recommenders.types import LossOutput
 
 _FEWEST_TOKENS = 32  # products over fewer rows are slow: logits are computed twice instead
@@ -76,7 +77,7 @@ class Blocks(NamedTuple):
     @classmethod
     def plan(cls, hidden: Tensor, num_items: int, memory_bytes: int) -> Blocks:
         """The largest blocks within ``memory_bytes``; one tile of memory where too few tokens would fit."""
-        most, tile = (256, 4096) if hidden.device.type == "cpu" else (8192, 65536)
+        most, tile = (256, 4096) if dispatch.fast_on_cpu(hidden) else (8192, 65536)
         most, tile = min(most, len(hidden)), min(tile, num_items)
         fitting = memory_bytes // (num_items * hidden.element_size())
         if fitting >= min(_FEWEST_TOKENS, most):

@@ -1,18 +1,25 @@
-"""Layer norm without weights (arXiv 1607.06450)."""
+"""Layer norm without weights (arXiv 1607.06450) and L2 norm."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 
+from generative_recommenders.ops import dispatch
+
 
 def layer_norm(x: torch.Tensor, eps: float) -> torch.Tensor:
-    """``(x - mean) / sqrt(variance + eps)`` over the last axis; variance of the population.
-
-    The weights that change nothing are given all the same: without any torch's CPU kernel takes twice as long.
-    """
-    width = x.shape[-1:]
+    """``(x - mean) / sqrt(variance + eps)`` over the last axis; variance of the population."""
+    if not dispatch.fast(x):
+        return layer_norm_reference(x, eps)
+    width = x.shape[-1:]  # without the weights that change nothing torch's CPU kernel takes twice as long
     return F.layer_norm(x, width, x.new_ones(width), x.new_zeros(width), eps)
+
+
+def layer_norm_reference(x: torch.Tensor, eps: float) -> torch.Tensor:
+    """`layer_norm` as its equation."""
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
 
 
 class LayerNorm(torch.nn.Module):
@@ -24,3 +31,32 @@ class LayerNorm(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return layer_norm(x, self.eps)
+
+
+def l2_normalize(x: torch.Tensor, eps: float) -> torch.Tensor:
+    """``x / max(|x|, eps)`` over the last axis."""
+    return _L2Normalize.apply(x, eps) if dispatch.fast(x) else l2_normalize_reference(x, eps)
+
+
+def l2_normalize_reference(x: torch.Tensor, eps: float) -> torch.Tensor:
+    """`l2_normalize` in plain torch."""
+    return F.normalize(x, dim=-1, eps=eps)
+
+
+class _L2Normalize(torch.autograd.Function):
+    """``dx = (dy - y (dy · y)) / |x|``; ``dx = dy / eps`` where the norm is below eps: fewer passes than torch's."""
+
+    @staticmethod
+    def forward(ctx, x, eps):
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        divisor = norm.clamp_min(eps)
+        y = x / divisor
+        ctx.save_for_backward(y, divisor, norm >= eps)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        y, divisor, normalized = ctx.saved_tensors
+        along = (grad * y).sum(-1, keepdim=True) * normalized
+        return torch.addcmul(grad, y, along, value=-1.0).div_(divisor), None

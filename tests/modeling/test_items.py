@@ -5,14 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from generative_recommenders.modeling import items as embeddings
 from generative_recommenders.modeling.initialization import truncated_normal_
 from generative_recommenders.modeling.items import (
     CategoricalEmbeddingModule,
     ItemEmbedding,
     ItemRows,
     LocalEmbeddingModule,
-    lookup_rows,
 )
 
 CATEGORIES = torch.tensor([2, 0, 2, 1, 0, 0])
@@ -64,26 +62,6 @@ def test_catalogue_of_a_part_is_refused() -> None:
 def test_bad_categories(categories: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="item_category"):
         CategoricalEmbeddingModule(categories, 3)
-
-
-def test_lookup_gradient_adds_repeated_rows() -> None:
-    weight = torch.randn(4, 2, dtype=torch.float64, requires_grad=True)
-    for rows in (torch.tensor([[1, 3], [1, 1]]), torch.zeros(0, dtype=torch.int64), torch.tensor(2)):
-        assert torch.autograd.gradcheck(lambda w, rows=rows: lookup_rows(w, rows), weight)
-
-
-@pytest.mark.parametrize("sorted_from", [1, 10**9])
-@pytest.mark.parametrize("num_rows", [5, 40_000])
-def test_lookup_gradient_sorted_or_not(
-    sorted_from: int, num_rows: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Rows that nothing looks up have a gradient of 0, the last one among them."""
-    monkeypatch.setattr(embeddings, "_SORTED_FROM", sorted_from)
-    weight = torch.randn(num_rows, 3, dtype=torch.float64, requires_grad=True)
-    rows = torch.randint(num_rows - 1, (7, num_rows // 5 + 4))
-    cotangent = torch.randn(*rows.shape, 3, dtype=torch.float64)
-    (grad,) = torch.autograd.grad(lookup_rows(weight, rows), weight, cotangent)
-    torch.testing.assert_close(grad, torch.autograd.grad(weight[rows], weight, cotangent)[0])
 
 
 def test_truncated_normal() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from generative_recommenders.modeling.output_postprocessors import l2_normalize
+from generative_recommenders.ops.normalization import l2_normalize
 
 
 def test_l2_normalize_is_torchs() -> None:

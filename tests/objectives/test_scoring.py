@@ -9,13 +9,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from generative_recommenders.modeling.items import ItemRows
 from generative_recommenders.modeling.similarity.dot_product import DotProductSimilarity
-from generative_recommenders.objectives import scoring
 from generative_recommenders.objectives.losses.sampled import BCELoss, SampledLoss, SampledSoftmaxLoss
 from generative_recommenders.objectives.negative_samplers import LocalNegativesSampler, Negatives, Sharing
 from generative_recommenders.objectives.scoring import (
     LearnedScorer,
     ProductScorer,
-    SampledProducts,
     negative_products,
     no_collisions,
 )
@@ -57,12 +55,6 @@ def assert_products_of_gathered_rows(
     torch.testing.assert_close(*grads)
 
 
-def test_sampled_products_gradcheck() -> None:
-    hidden, weight = hidden_and_weight()
-    rows = torch.randint(0, ITEMS + 1, (TOKENS, 3))
-    assert torch.autograd.gradcheck(lambda h, w: SampledProducts.apply(h, w, rows), (hidden, weight))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @over_sharings
 @pytest.mark.parametrize("first_token", [0, 3, 8, 13])
@@ -85,34 +77,6 @@ def test_no_tokens(sharing: Sharing) -> None:
     assert scores.shape == (0, 5)
     scores.sum().backward()
     assert (weight.grad == 0).all()
-
-
-@pytest.mark.parametrize("size", [1, 40, 10**6])
-@pytest.mark.parametrize("draws", [4, 5])
-def test_the_pattern_is_sorted_in_parts(draws: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scoring, "_PART", size)
-    hidden, weight = hidden_and_weight(tokens=23)
-    rows = torch.randint(len(weight), (23, draws))
-    assert (len(scoring._parts(hidden, rows.numel(), 1)) > 1) == (size < rows.numel())
-    cotangent = torch.randn(23, draws, dtype=hidden.dtype)
-    expected = torch.autograd.grad(gathered(hidden, weight, rows), (hidden, weight), cotangent)
-    out = SampledProducts.apply(hidden, weight, rows)
-    torch.testing.assert_close(torch.autograd.grad(out, (hidden, weight), cotangent), expected)
-
-
-def test_a_row_index_beyond_16_bits() -> None:
-    weight = torch.randn(40_000, 2, dtype=torch.float64, requires_grad=True)
-    hidden, rows = (
-        torch.randn(3, 2, dtype=torch.float64),
-        torch.tensor([[39_999, 1], [33_000, 1], [0, 32_768]]),
-    )
-    torch.testing.assert_close(SampledProducts.apply(hidden, weight, rows), gathered(hidden, weight, rows))
-    cotangent = torch.randn(3, 2, dtype=torch.float64)
-    grads = [
-        torch.autograd.grad(x, weight, cotangent)[0]
-        for x in (SampledProducts.apply(hidden, weight, rows), gathered(hidden, weight, rows))
-    ]
-    torch.testing.assert_close(*grads)
 
 
 @pytest.mark.parametrize("normalize_positives", [True, False])

@@ -141,8 +141,8 @@ def _fault(value: torch.Tensor) -> str | None:
     """What keeps a tensor from being plain, finite weights; None where nothing does."""
     if type(value) not in (torch.Tensor, torch.nn.Parameter) or value.is_nested:
         return "is no plain tensor"
-    if value.layout != torch.strided or value.device.type != "cpu":
-        return f"is no plain tensor ({str(value.layout).removeprefix('torch.')} on {value.device.type})"
+    if value.layout != torch.strided or value.device != torch.device("cpu"):
+        return f"is no plain tensor ({str(value.layout).removeprefix('torch.')} on {value.device})"
     if value.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         return f"holds {str(value.dtype).removeprefix('torch.')}, not floating-point numbers"
     if value.untyped_storage().nbytes() < value.numel() * value.element_size():

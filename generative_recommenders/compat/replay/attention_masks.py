@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from generative_recommenders.errors import UserError
+from generative_recommenders.ops import dispatch
 
 
 def causal_mask(length: int, device: torch.device | None = None) -> torch.Tensor:
@@ -59,8 +60,7 @@ def mask_for(x: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
     In a dtype of smaller range -inf and float32's minimum both become that dtype's minimum: a row that is
     closed altogether stays finite in every kernel.
     """
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    dtype = dispatch.computed_dtype(x)
     lowest = torch.finfo(dtype).min
     if lowest > torch.finfo(attention_mask.dtype).min:
         attention_mask = attention_mask.clamp(min=lowest)

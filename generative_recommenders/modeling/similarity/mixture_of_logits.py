@@ -27,6 +27,7 @@ from generative_recommenders.modeling.similarity.mol_layers import (
     two_layers,
 )
 from generative_recommenders.modeling.similarity.mol_settings import MoLSettings, check
+from generative_recommenders.ops import dispatch
 from generative_recommenders.ops.dropout import dropout
 
 _EPS = 1e-6
@@ -254,7 +255,7 @@ class MoLSimilarity(nn.Module):
     def _autocast(self, like: torch.Tensor) -> AbstractContextManager:
         if not (self.settings.bf16_training and self.training):
             return nullcontext()
-        return torch.autocast(like.device.type, dtype=torch.bfloat16)
+        return dispatch.autocast(like, torch.bfloat16)
 
     def _score(
         self, query: QueryComponents, num_items: int, items_of: ItemsOf

@@ -27,6 +27,7 @@ from generative_recommenders.objectives.losses.sampled import (
     log_in_loss,
     weighted,
 )
+from generative_recommenders.ops import dispatch
 from generative_recommenders.ops.catalogue_products import LOGSUMEXP, SOFTPLUS_SUM, Statistic, catalogue_sum
 from generative_recommenders.types import LossOutput
 
@@ -70,7 +71,7 @@ class CatalogueLoss(nn.Module, ABC):
         Raises ``UserError`` for positives out of range, an empty catalogue, or shapes that do not agree.
         """
         labels, weights = _labels_and_weights(positives, weights, len(hidden), len(item_weight))
-        with torch.autocast(hidden.device.type, enabled=False):
+        with dispatch.autocast(hidden, None):
             hidden, item_weight = full_precision(hidden), full_precision(item_weight)
             weights = weights.to(hidden.dtype)
             positive = (hidden[:, None, :] * item_weight[labels.clamp(min=0)]).sum(-1)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from generative_recommenders.errors import UserError
+from generative_recommenders.ops.masked_logsumexp import masked_logsumexp
 from generative_recommenders.types import LossOutput
 
 
@@ -107,7 +108,7 @@ class SampledSoftmaxLoss(SampledLoss):
         self.label_smoothing = check_label_smoothing(label_smoothing)
 
     def loss(self, positive: Tensor, negative: Tensor, weights: Tensor, mask: Tensor) -> LossOutput:
-        log_total = torch.logaddexp(positive, _masked_logsumexp(negative, mask)[:, None])
+        log_total = torch.logaddexp(positive, masked_logsumexp(negative, mask)[:, None])
         target_score = positive
         if self.label_smoothing > 0:
             kept_sum = torch.where(mask, negative, 0.0).sum(1, keepdim=True)
@@ -250,7 +251,7 @@ class LogInCESampled(SampledLoss):
         self.clamp_border = clamp_border
 
     def loss(self, positive: Tensor, negative: Tensor, weights: Tensor, mask: Tensor) -> LossOutput:
-        log_negative = _masked_logsumexp(negative, mask)
+        log_negative = masked_logsumexp(negative, mask)
         return log_in_loss(positive, weights, log_negative, self.epsilon, self.clamp_border)
 
 
@@ -262,52 +263,9 @@ def log_in_loss(
     """
     position_weights = weights.amax(1)
     some = (position_weights != 0)[:, None]
-    log_positive = _masked_logsumexp(positive, (weights != 0) | ~some)
+    log_positive = masked_logsumexp(positive, (weights != 0) | ~some)
     log_p = log_positive - torch.logaddexp(log_positive, log_negative)
     return weighted(-log_plus_epsilon(log_p, epsilon, clamp_border), position_weights)
-
-
-def _masked_logsumexp(scores: Tensor, mask: Tensor) -> Tensor:
-    """``ln sum exp`` over the True entries of each row, ``[T]``; -inf where there are none."""
-    return _MaskedLogSumExp.apply(scores, mask)
-
-
-class _MaskedLogSumExp(torch.autograd.Function):
-    """One softmax for value and gradient, ``ln sum exp(s) = max s - ln max p``; rows with False entries are done apart."""
-
-    @staticmethod
-    def forward(ctx, scores, mask):
-        if not scores.numel():
-            ctx.save_for_backward(scores)
-            return scores.new_full((len(scores),), -math.inf)
-        ctx.rows = rows = _rows_with_false(mask)
-        hidden = mask[rows].logical_not()
-        shown = scores[rows].masked_fill(hidden, -math.inf)
-        p, largest = torch.softmax(shown, 1), shown.amax(1)
-        if not isinstance(rows, slice):
-            p = torch.softmax(scores, 1).index_copy_(0, rows, p)
-            largest = scores.amax(1).index_copy_(0, rows, largest)
-        none = largest == -math.inf  # nothing counts: softmax gives NaN
-        if none.any():
-            p[none] = 0.0
-        ctx.save_for_backward(p, hidden)
-        return torch.where(none, largest, largest - p.amax(1).log())
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        p, *hidden = ctx.saved_tensors
-        grads = p * grad[:, None]
-        for entries in hidden:  # 0 also where the gradient of the row is not a number
-            grads[ctx.rows] = grads[ctx.rows].masked_fill(entries, 0.0)
-        return grads, None
-
-
-def _rows_with_false(mask: Tensor) -> Tensor | slice:
-    """``[M]``: those of ``mask [T, R]``; all of them on a device that a look would wait for."""
-    if mask.device.type != "cpu":
-        return slice(None)
-    return mask.view(torch.int8).amin(1).logical_not().nonzero().squeeze(1)
 
 
 def _masked_softplus(scores: Tensor, mask: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from generative_recommenders.errors import UserError
 from generative_recommenders.objectives.losses.sampled import full_precision, weighted
+from generative_recommenders.ops import dispatch
 from generative_recommenders.types import LossOutput
 
 _SELECTION_BYTES = 256 * 2**20  # bound of the products of directions with all items held at a time
@@ -74,7 +75,7 @@ class ScalableCrossEntropyLoss(nn.Module):
         """
         if positives.numel() and (positives.min() < -1 or positives.max() >= len(item_weight)):
             raise UserError(f"positives must be rows 0..{len(item_weight) - 1}, or -1 for none")
-        with torch.autocast(hidden.device.type, enabled=False):
+        with dispatch.autocast(hidden, None):
             hidden, item_weight = full_precision(hidden), full_precision(item_weight)
             weights = weights.to(hidden.dtype) * (positives >= 0)
             if selectable is None:

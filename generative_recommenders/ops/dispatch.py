@@ -1,0 +1,53 @@
+"""Choice between fast operations and their plain references, by device and installed libraries."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+_references_wanted: list[bool] = []
+"""One entry for each `references` that is open."""
+
+
+@contextlib.contextmanager
+def references() -> Iterator[None]:
+    """Every operation takes its plain reference here, whatever the device; for tests and comparisons."""
+    _references_wanted.append(True)
+    try:
+        yield
+    finally:
+        _references_wanted.pop()
+
+
+def fast(x: torch.Tensor) -> bool:
+    """Whether operations that are fast on every device are taken for ``x``."""
+    return not _references_wanted
+
+
+def fast_on_cpu(x: torch.Tensor) -> bool:
+    """Whether operations written for a CPU are taken for ``x``."""
+    return fast(x) and x.device.type == "cpu"
+
+
+def fast_on_cpu_in_one_dtype(x: torch.Tensor) -> bool:
+    """As `fast_on_cpu`, for operations whose products autocast would not reach: not under autocast."""
+    return fast_on_cpu(x) and not torch.is_autocast_enabled("cpu")
+
+
+def waits(x: torch.Tensor) -> bool:
+    """Whether reading a number of ``x`` waits for an accelerator."""
+    return x.device.type != "cpu"
+
+
+def autocast(at: torch.Tensor | torch.device, dtype: torch.dtype | None) -> torch.autocast:
+    """Autocast to dtype on a tensor's device; None switches autocast off."""
+    device = at if isinstance(at, torch.device) else at.device
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
+
+
+def computed_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype that products of ``x`` are computed in: autocast's where it is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

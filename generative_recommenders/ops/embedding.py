@@ -1,0 +1,51 @@
+"""Rows of a table looked up by number, and sums back into the table."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from generative_recommenders.ops import dispatch
+
+_SORTED_FROM = 1 << 15
+"""Rows of a lookup, at least, whose gradient is summed sorted."""
+
+
+def lookup_rows(weight: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """``weight[rows]`` for a table ``[U, D]`` and int64 rows of any shape."""
+    return _Lookup.apply(weight, rows) if dispatch.fast(weight) else lookup_rows_reference(weight, rows)
+
+
+def lookup_rows_reference(weight: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """`lookup_rows` in plain torch."""
+    return F.embedding(rows, weight)
+
+
+def bags_of_rows(rows: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The places in ``rows [n]`` sorted by what they hold, in their order, ``[n]`` int64, and where each row's begin,
+    ``[num_rows + 1]`` int64: bags for `torch.nn.functional.embedding_bag`.
+    """
+    dtype = torch.int16 if num_rows <= torch.iinfo(torch.int16).max else torch.int32
+    ordered, order = rows.to(dtype).sort(stable=True)
+    return order, torch.searchsorted(ordered, torch.arange(num_rows + 1, device=rows.device).to(dtype))
+
+
+class _Lookup(torch.autograd.Function):
+    """Row lookup whose gradient is one index_add, or on a CPU one sum over bags where that pays for sorting; both
+    deterministic there."""
+
+    @staticmethod
+    def forward(ctx, weight, rows):
+        ctx.save_for_backward(rows)
+        ctx.num_rows = weight.shape[0]
+        return F.embedding(rows, weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (rows,) = ctx.saved_tensors
+        rows, grad = rows.flatten(), grad.reshape(-1, grad.shape[-1])
+        if len(rows) >= _SORTED_FROM and len(rows) > ctx.num_rows and dispatch.fast_on_cpu(grad):
+            order, starts = bags_of_rows(rows, ctx.num_rows)
+            return F.embedding_bag(order, grad, starts, mode="sum", include_last_offset=True), None
+        out = grad.new_zeros(ctx.num_rows, grad.shape[-1])
+        return out.index_add_(0, rows, grad), None

@@ -1,0 +1,149 @@
+"""Products of tokens with sampled rows of a table, the rows never gathered for each token.
+
+Per position, each of T tokens has R rows of its own: the ``[T, R]`` products are the sampled entries of
+``hidden · weightᵀ``, a sparse pattern, so the forward pass is one sampled dense-dense product and the backward pass two
+sums over weighted bags of rows; no ``[T, R, D]`` tensor exists. Where blocks of tokens share their rows they are batched
+products.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+import torch.nn.functional as F
+
+from generative_recommenders.ops import dispatch
+from generative_recommenders.ops.embedding import bags_of_rows
+
+_PART = 1 << 18
+"""Entries of a pattern, at least, that are sorted together: 1 MiB of gradients."""
+
+
+def sampled_products(hidden: torch.Tensor, weight: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """``out[t, r] = hidden[t] · weight[rows[t, r]]``.
+
+    hidden: ``[T, D]``. weight: ``[U, D]``. rows: ``[T, R]`` int64. Returns ``[T, R]``.
+    """
+    if not dispatch.fast(hidden):
+        return sampled_products_reference(hidden, weight, rows)
+    if rows.shape[1] >= weight.shape[0]:  # all products are fewer, and torch samples no more than all
+        return (hidden @ weight.T).gather(1, rows)
+    return _SampledProducts.apply(hidden, weight, rows)
+
+
+def sampled_products_reference(
+    hidden: torch.Tensor, weight: torch.Tensor, rows: torch.Tensor
+) -> torch.Tensor:
+    """`sampled_products` in plain torch, by gathered rows."""
+    return (hidden[:, None] * weight[rows]).sum(-1)
+
+
+def block_products(hidden: torch.Tensor, drawn: torch.Tensor, block_size: int, lead: int) -> torch.Tensor:
+    """``out[t, r] = hidden[t] · drawn[block of t, r]``.
+
+    hidden: ``[T, D]``. drawn: ``[G, R, D]``, the rows of each block of block_size tokens; the first ``lead`` tokens of the
+    first block are not among the T, nor need the last block be full. Returns ``[T, R]``.
+    """
+    if not dispatch.fast(hidden):
+        return block_products_reference(hidden, drawn, block_size, lead)
+    return _BlockProducts.apply(hidden, drawn, block_size, lead)
+
+
+def block_products_reference(
+    hidden: torch.Tensor, drawn: torch.Tensor, block_size: int, lead: int
+) -> torch.Tensor:
+    """`block_products` in plain torch, by gathered rows."""
+    block_of = (torch.arange(len(hidden), device=hidden.device) + lead) // block_size
+    return (hidden[:, None] * drawn[block_of]).sum(-1)
+
+
+def split_blocks(x: torch.Tensor, num_blocks: int, block_size: int, lead: int) -> torch.Tensor:
+    """``[T, D]`` values of tokens as ``[G, block_size, D]``, 0 in front of the first token and behind the last."""
+    behind = num_blocks * block_size - lead - x.shape[0]
+    return F.pad(x, (0, 0, lead, behind)).unflatten(0, (-1, block_size))
+
+
+def join_blocks(blocks: torch.Tensor, num_tokens: int, lead: int) -> torch.Tensor:
+    """``[G, block_size, D]`` as ``[T, D]``: the inverse of `split_blocks`."""
+    return blocks.flatten(0, 1)[lead : lead + num_tokens]
+
+
+class _BlockProducts(torch.autograd.Function):
+    """Gradients of whole blocks are read where they lie; only those of a block that is cut off are copied."""
+
+    @staticmethod
+    def forward(ctx, hidden, drawn, block_size, lead):
+        ctx.save_for_backward(hidden, drawn)
+        ctx.block_size, ctx.lead = block_size, lead
+        scores = torch.bmm(split_blocks(hidden, len(drawn), block_size, lead), drawn.mT)
+        return join_blocks(scores, len(hidden), lead)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        hidden, drawn = ctx.saved_tensors
+        d_hidden, d_drawn = torch.empty_like(hidden), torch.empty_like(drawn)
+        size, tokens = ctx.block_size, len(hidden)
+        starts = range(-ctx.lead, tokens, size)
+        spans = [slice(max(start, 0), min(start + size, tokens)) for start in starts]
+        whole = [span.stop - span.start == size for span in spans]
+        first, stop = (whole.index(True), len(whole) - whole[::-1].index(True)) if any(whole) else (0, 0)
+        if stop > first:
+            span, some = slice(spans[first].start, spans[stop - 1].stop), slice(first, stop)
+            blocks = grad[span].unflatten(0, (-1, size))
+            torch.bmm(blocks, drawn[some], out=d_hidden[span].unflatten(0, (-1, size)))
+            torch.bmm(blocks.mT, hidden[span].unflatten(0, (-1, size)), out=d_drawn[some])
+        for index in [*range(first), *range(stop, len(spans))]:
+            span = spans[index]
+            d_hidden[span] = grad[span] @ drawn[index]
+            d_drawn[index] = grad[span].mT @ hidden[span]
+        return d_hidden, d_drawn, None, None
+
+
+class _SampledProducts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, rows):
+        ctx.save_for_backward(hidden, weight, rows)
+        return _products_of_pattern(hidden, weight, rows)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        hidden, weight, rows = ctx.saved_tensors
+        d_hidden = F.embedding_bag(rows, weight, per_sample_weights=grad, mode="sum")
+        # entries of a part stay in a processor's cache; each part costs a pass over all rows
+        size = max(_PART, 8 * len(weight))
+        count = max(1, rows.numel() // size) if dispatch.fast_on_cpu(rows) else 1
+        parts = zip(*(x.chunk(count) for x in (rows, grad, hidden)))
+        d_weight, *others = (_transposed_product(of, d, h, len(weight)) for of, d, h in parts)
+        for other in others:
+            d_weight += other
+        return d_hidden, d_weight, None
+
+
+def _products_of_pattern(hidden: torch.Tensor, weight: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """``[T, R]``, by a sparse pattern of 0 in CSR form."""
+    tokens, draws = rows.shape
+    pointers = torch.arange(0, tokens * draws + 1, draws, dtype=torch.int32, device=rows.device)
+    columns, zeros = rows.flatten().to(torch.int32), hidden.new_zeros(tokens * draws)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        pattern = torch.sparse_csr_tensor(
+            pointers, columns, zeros, size=(tokens, len(weight)), check_invariants=False
+        )
+    return torch.sparse.sampled_addmm(pattern, hidden, weight.T, beta=0.0).values().view(tokens, draws)
+
+
+def _transposed_product(
+    rows: torch.Tensor, grad: torch.Tensor, hidden: torch.Tensor, num_rows: int
+) -> torch.Tensor:
+    """``[U, D]``: sum over (t, r) of grad[t, r] · hidden[t] into row rows[t, r], by sorting the pattern by row."""
+    order, starts = bags_of_rows(rows.flatten(), num_rows)
+    draws = rows.shape[1]
+    shift = draws.bit_length() - 1
+    tokens = order >> shift if draws == 1 << shift else order // draws  # a division takes five times as long
+    weights = grad.flatten().index_select(0, order)
+    return F.embedding_bag(
+        tokens, hidden, starts, mode="sum", per_sample_weights=weights, include_last_offset=True
+    )

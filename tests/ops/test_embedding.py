@@ -1,0 +1,35 @@
+"""Row lookups against plain torch: values and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from generative_recommenders.ops import dispatch, embedding
+from generative_recommenders.ops.embedding import lookup_rows, lookup_rows_reference
+
+
+def test_gradient_adds_repeated_rows() -> None:
+    weight = torch.randn(4, 2, dtype=torch.float64, requires_grad=True)
+    for rows in (torch.tensor([[1, 3], [1, 1]]), torch.zeros(0, dtype=torch.int64), torch.tensor(2)):
+        assert torch.autograd.gradcheck(lambda w, rows=rows: lookup_rows(w, rows), weight)
+
+
+@pytest.mark.parametrize("sorted_from", [1, 10**9])
+@pytest.mark.parametrize("num_rows", [5, 40_000])
+def test_equals_the_reference(sorted_from: int, num_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that nothing looks up have a gradient of 0, the last one among them."""
+    monkeypatch.setattr(embedding, "_SORTED_FROM", sorted_from)
+    weight = torch.randn(num_rows, 3, dtype=torch.float64, requires_grad=True)
+    rows = torch.randint(num_rows - 1, (7, num_rows // 5 + 4))
+    cotangent = torch.randn(*rows.shape, 3, dtype=torch.float64)
+    values = lookup_rows(weight, rows), lookup_rows_reference(weight, rows)
+    torch.testing.assert_close(*values)
+    torch.testing.assert_close(*(torch.autograd.grad(each, weight, cotangent)[0] for each in values))
+
+
+def test_references_are_taken_on_request() -> None:
+    weight, rows = torch.randn(3, 2, requires_grad=True), torch.tensor([0, 2])
+    with dispatch.references():
+        assert lookup_rows(weight, rows).grad_fn.name() == lookup_rows_reference(weight, rows).grad_fn.name()
+    assert lookup_rows(weight, rows).grad_fn.name() != lookup_rows_reference(weight, rows).grad_fn.name()

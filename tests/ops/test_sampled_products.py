@@ -1,0 +1,61 @@
+"""Products with sampled rows against gathered rows: values and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from generative_recommenders.ops import sampled_products as module
+from generative_recommenders.ops.sampled_products import (
+    block_products,
+    block_products_reference,
+    join_blocks,
+    sampled_products,
+    sampled_products_reference,
+    split_blocks,
+)
+
+
+def assert_same(actual: torch.Tensor, expected: torch.Tensor, leaves: tuple[torch.Tensor, ...]) -> None:
+    torch.testing.assert_close(actual, expected)
+    cotangent = torch.randn_like(expected)
+    grads = [torch.autograd.grad(each, leaves, cotangent) for each in (actual, expected)]
+    torch.testing.assert_close(*grads)
+
+
+def leaf(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+def test_gradcheck() -> None:
+    rows = torch.randint(0, 13, (21, 3))
+    assert torch.autograd.gradcheck(lambda h, w: sampled_products(h, w, rows), (leaf(21, 4), leaf(13, 4)))
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 23])
+@pytest.mark.parametrize("draws", [4, 5, 40])
+@pytest.mark.parametrize("size", [1, 40, 10**6])
+def test_sampled_products(draws: int, tokens: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the pattern is sorted in parts, and where more rows are drawn than there are."""
+    monkeypatch.setattr(module, "_PART", size)
+    leaves = leaf(tokens, 4), leaf(13, 4)
+    rows = torch.randint(13, (tokens, draws))
+    assert_same(sampled_products(*leaves, rows), sampled_products_reference(*leaves, rows), leaves)
+
+
+def test_a_row_index_beyond_16_bits() -> None:
+    leaves = leaf(3, 2), leaf(40_000, 2)
+    rows = torch.tensor([[39_999, 1], [33_000, 1], [0, 32_768]])
+    assert_same(sampled_products(*leaves, rows), sampled_products_reference(*leaves, rows), leaves)
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 16, 21])
+@pytest.mark.parametrize("lead", [0, 3, 7])
+@pytest.mark.parametrize("size", [8, 100])
+def test_block_products(tokens: int, lead: int, size: int) -> None:
+    blocks = -(-(lead + tokens) // size)
+    leaves = leaf(tokens, 4), leaf(blocks, 5, 4)
+    actual, expected = block_products(*leaves, size, lead), block_products_reference(*leaves, size, lead)
+    assert_same(actual, expected, leaves)
+    split = split_blocks(leaves[0], blocks, size, lead)
+    assert torch.equal(join_blocks(split, tokens, lead), leaves[0])
