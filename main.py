@@ -1,4 +1,4 @@
-"""Trains, evaluates and reports.
+"""Training, evaluation and reports from the command line.
 
 ``python main.py`` runs the embedded example; ``--gin_config_file`` names another experiment.
 """

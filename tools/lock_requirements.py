@@ -1,4 +1,4 @@
-"""Writes requirements-lock.txt and requirements-gpu-lock.txt: all packages of a release, with the sha256 of their wheels.
+"""Writer of requirements-lock.txt and requirements-gpu-lock.txt: all packages of a release, with the sha256 of their wheels.
 
     python tools/lock_requirements.py
 

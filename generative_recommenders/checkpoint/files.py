@@ -1,4 +1,4 @@
-"""The files inside a checkpoint: written through to the disk, and read back without trust."""
+"""Files of a checkpoint: synced to the disk when written, checked as untrusted input when read."""
 
 from __future__ import annotations
 

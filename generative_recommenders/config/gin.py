@@ -1,5 +1,6 @@
-"""Every gin name, once. Published configurations parse unchanged; a name that does not exist is an error that
-names the nearest one.
+"""Gin names and their settings, each written once.
+
+Published configurations parse unchanged; a name that does not exist is an error that names the nearest one.
 """
 
 from __future__ import annotations

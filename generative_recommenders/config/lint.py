@@ -1,4 +1,4 @@
-"""What the log says once of settings that are accepted but cannot act, or are likely a slip."""
+"""Hints, logged once, about settings that are accepted but have no effect, or are likely a slip."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every choice of a run, as closed, JSON-able dataclasses. The defaults are those of the published programs.
+"""Settings of a run as closed dataclasses that go to JSON and back. The defaults are those of the published programs.
 
 The gin names of `gin_registry` are these classes; a checkpoint is rebuilt from their JSON form alone.
 """

@@ -1,4 +1,4 @@
-"""A prepared data set back as Parquet, by original ids, for other tools or another preparation."""
+"""Export of a prepared data set as Parquet with original ids, for other tools or another preparation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a computation needs from the other processes of its run, and its form on a single process.
+"""Collective operations over the processes of a run, and their form on a single process.
 
 Objectives and evaluation take a `Collectives` object and so stay free of torch.distributed; the form that
 talks to other processes is `training.distributed.ProcessGroup`.

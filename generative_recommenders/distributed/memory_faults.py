@@ -1,4 +1,4 @@
-"""A failed allocation as one line that says what to change."""
+"""Failed allocations as one line that names the settings to change."""
 
 from __future__ import annotations
 

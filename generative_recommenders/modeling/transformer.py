@@ -124,7 +124,7 @@ class TransformerBlock(nn.Module):
         self.dropout = Dropout(dropout)
 
     def forward(self, x: torch.Tensor, attend: Attend) -> torch.Tensor:
-        """``[..., D]`` to ``[..., D]``; attend knows how the tokens lie and who sees whom."""
+        """``[..., D]`` to ``[..., D]``; attend knows the layout and its attention mask."""
         attended = self.attention.output(attend(*self.attention.project(x, x, x)))
         x = self.norm1(x + self.dropout(attended))
         hidden = self.dropout(F.relu(self.linear1(x)))

@@ -52,7 +52,7 @@ class TableBias(NamedTuple):
 
 
 def tiles(group: Group, layout: Layout) -> list[Tile]:
-    """Who sees whom, by the steps of a causal group. Cells behind a row's end are never seen by real ones."""
+    """Attention mask, by the steps of a causal group. Cells behind a row's end are never seen by real ones."""
     width = group.width
     if layout.visibility is not None:
         return [Tile(len(group.lengths), 0, width, width, 0, visible(group, layout.visibility))]

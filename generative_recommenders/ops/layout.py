@@ -1,4 +1,4 @@
-"""Where a batch's tokens lie in memory, and who sees whom.
+"""Layouts of a batch: the order of its tokens in memory, and its attention mask.
 
 Everything position-wise in an encoder runs on ``[T, D]`` without knowing how the tokens are laid out. A jagged layout
 holds the real tokens only (T = sum of lengths); a padded one holds whole rectangles (T = B * N, padding included).

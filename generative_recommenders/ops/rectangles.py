@@ -1,4 +1,4 @@
-"""Tokens as rectangles, and rectangles as tokens: copies by index, so that no gradient is scattered."""
+"""Gather and scatter between jagged tokens and padded attention tiles, as copies by index in both passes."""
 
 from __future__ import annotations
 

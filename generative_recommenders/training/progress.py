@@ -1,4 +1,4 @@
-"""What a long run shows and notices: remaining time, plateaus, divergence, and where a NaN came from."""
+"""Progress of a run: remaining time, plateaus, divergence, and the module in which a NaN began."""
 
 from __future__ import annotations
 

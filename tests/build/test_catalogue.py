@@ -1,4 +1,4 @@
-"""What a model is told of the catalogue."""
+"""Facts of the catalogue that a model is built from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the log says of settings that cannot act, or are likely a slip."""
+"""Hints about settings that have no effect, or are likely a slip."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_all_acts_by_default() -> None:
         ({"similarity__bf16_training": True}, {"interaction_module_type": "MoL"}, "it acts on MoL"),
     ],
 )
-def test_what_cannot_act_is_said(
+def test_settings_without_effect_are_reported(
     idle: dict, acting: dict, line: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(notices, "has_bfloat16", lambda: True)
@@ -83,7 +83,7 @@ def test_losses_over_the_catalogue_draw_nothing() -> None:
     ]
 
 
-def test_what_this_machine_lacks_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_this_machine_lacks_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(notices, "has_bfloat16", lambda: False)
     lines = inert(chosen(loader__num_workers=8, loader__prefetch_factor=1024, main_module_bf16=True))
     assert [line.partition(":")[0].partition(" = ")[0] for line in lines] == [
@@ -91,7 +91,7 @@ def test_what_this_machine_lacks_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
     ]  # fmt: skip
 
 
-def test_an_approximate_top_k_is_said_not_to_act() -> None:
+def test_an_approximate_top_k_is_reported_to_have_no_effect() -> None:
     (line,) = inert(chosen(interaction_module_type="MoL", top_k_method="MoLAvgTopK100"))
     assert "MoLAvgTopK100" in line and "exactly" in line
 
@@ -99,14 +99,14 @@ def test_an_approximate_top_k_is_said_not_to_act() -> None:
 @pytest.mark.parametrize(
     "encoder", [{"main_module": "HSTU"}, {"main_module": "TwoTower", "item_tower__query_module": "HSTU"}]
 )
-def test_unequal_widths_of_hstu_are_said(encoder: dict) -> None:
+def test_unequal_widths_of_hstu_are_reported(encoder: dict) -> None:
     (line,) = likely_slips(chosen(**encoder, hstu__dqk=4, hstu__dv=6))
     assert "hstu_encoder.dqk = 4 and hstu_encoder.dv = 6 do not match" in line
     assert likely_slips(chosen(hstu__dqk=4, hstu__dv=6)) == []
     assert likely_slips(chosen(**encoder, hstu__dqk=4, hstu__dv=4)) == []
 
 
-def test_a_tower_under_a_loss_over_the_catalogue_is_said() -> None:
+def test_a_tower_under_a_loss_over_the_catalogue_is_reported() -> None:
     (line,) = likely_slips(chosen(main_module="TwoTower", loss_module="CE"))
     assert "every item passes through the item tower" in line
 

@@ -1,4 +1,4 @@
-"""Batch transforms: what each does, and that none of them touches the caller's batch."""
+"""Batch transforms: what each does, and that none of them changes the caller's batch."""
 
 from __future__ import annotations
 

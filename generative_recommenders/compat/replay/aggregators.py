@@ -1,4 +1,4 @@
-"""Many feature embeddings of a position to one."""
+"""Aggregators of the feature embeddings of a position into one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What RePlay's losses share: arguments, the callback that scores, the choice of positions, the reduction.
+"""Base class of RePlay's losses: arguments, the callback that scores, the choice of positions, the reduction.
 
 A loss gives its terms, one a target or one a position; how they are summed is said here, once.
 """

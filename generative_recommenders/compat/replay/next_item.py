@@ -1,4 +1,4 @@
-"""What RePlay's SasRec and TwoTower share: the query tower, the head, the two forms of a forward pass."""
+"""Base of RePlay's SasRec and TwoTower: the query tower, the head, the two forms of a forward pass."""
 
 from __future__ import annotations
 

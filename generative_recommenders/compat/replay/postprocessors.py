@@ -1,4 +1,4 @@
-"""RePlay's postprocessors: what changes a model's scores before they are ranked or shown."""
+"""RePlay's postprocessors of scores, before these are ranked or shown."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A hash of prepared data that any engine computes alike, in any order of users.
+"""Hash of prepared data that every engine computes alike, in any order of users.
 
 The data hash is the sum, mod 2^128, of the digests of all users; a user's digest is the sum, mod 2^128, of
 the digests of their events; an event's digest is two 64-bit words, each a chain of mixes over the user's and

@@ -1,4 +1,4 @@
-"""Which ratings stay: all, Amazon's rule of five, or a k-core."""
+"""Filters of ratings: none, Amazon's rule of five, or a k-core."""
 
 from __future__ import annotations
 

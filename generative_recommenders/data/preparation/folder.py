@@ -1,4 +1,4 @@
-"""Writing a prepared folder: everything into a temporary sibling that takes the target's place."""
+"""Atomic writing of a prepared folder: into a temporary sibling that takes the target's place."""
 
 from __future__ import annotations
 

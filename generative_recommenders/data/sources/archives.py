@@ -1,4 +1,4 @@
-"""Unpacking archives from strangers: nothing leaves the folder, nothing is a link, nothing is endless."""
+"""Unpacking of untrusted archives: below one folder, without links, within bounds of size."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Downloads that survive bad mirrors and cut connections, and that are only believed by their checksum."""
+"""Downloads over several mirrors, resumed after cut connections and verified by checksum."""
 
 from __future__ import annotations
 
