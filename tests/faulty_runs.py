@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from generative_recommenders.checkpoint.store import CheckpointStore
 from generative_recommenders.commands.workers import Options, train_worker
-from generative_recommenders.distributed import spawned
+from generative_recommenders.distributed import launch as launching
 from generative_recommenders.distributed.launch import launch
 from programs import quick_start
 
@@ -116,11 +116,11 @@ def run_alone(options: Options, kill: Kill | None = None) -> int:
 
 def run_two(options: Options, kill: Kill | None = None) -> int:
     quick_start()
-    before, spawned.START_METHOD = spawned.START_METHOD, "forkserver"
+    before, launching.START_METHOD = launching.START_METHOD, "forkserver"
     try:
         return launch(armed_worker, (options, kill), 2, 0, device_type="cpu")
     finally:
-        spawned.START_METHOD = before
+        launching.START_METHOD = before
 
 
 def said(run: Path) -> str:

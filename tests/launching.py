@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from generative_recommenders.distributed import spawned
+from generative_recommenders.distributed import launch as launching
 from generative_recommenders.distributed.launch import launch
 from generative_recommenders.distributed.process_group import process_collectives
 from programs import quick_start
@@ -16,9 +16,9 @@ LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_P
 
 
 def launch_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Members are forked from a server that has the imports done, and the environment says nothing of others."""
+    """Processes are forked from a server that has the imports done, and the environment names no others."""
     quick_start()
-    monkeypatch.setattr(spawned, "START_METHOD", "forkserver")
+    monkeypatch.setattr(launching, "START_METHOD", "forkserver")
     for name in [*LAUNCH_VARIABLES, *(name for name in os.environ if name.startswith("SLURM_"))]:
         monkeypatch.delenv(name, raising=False)
 

@@ -38,7 +38,7 @@ from generative_recommenders.config.gin import load_settings
 from generative_recommenders.data.sources.synthetic_books import SyntheticBooksSettings
 from generative_recommenders.data.splits import make_split
 from generative_recommenders.data.store import SequenceDataset
-from generative_recommenders.distributed import spawned
+from generative_recommenders.distributed import launch as launching
 from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.distributed.launch import launch
 from generative_recommenders.training.progress import NonFiniteError
@@ -217,7 +217,7 @@ def test_a_worker_out_of_memory_is_one_line(
     data_root: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     quick_start()
-    monkeypatch.setattr(spawned, "START_METHOD", "forkserver")
+    monkeypatch.setattr(launching, "START_METHOD", "forkserver")
     options = options_of(data_root, tmp_path / "run", "train_fn.item_embedding_dim = 4000000")
     assert launch(limited, (options,), 2, 0, device_type="cpu") == 1
     line = capfd.readouterr().err.splitlines()[-1]
@@ -327,7 +327,7 @@ def test_hosts_without_a_shared_disk(
 ) -> None:
     """The main process reads the checkpoints for all: on resume, and the best one at the end."""
     quick_start()
-    monkeypatch.setattr(spawned, "START_METHOD", "forkserver")
+    monkeypatch.setattr(launching, "START_METHOD", "forkserver")
     config = (str(data_root / "x.gin"),)
     for resume, kill in ((False, Kill("training.trainer.Trainer.run_step", 10, True)), (True, None)):
         options = Options(config, (), data_root, "run", resume, None, False)
@@ -350,7 +350,7 @@ def test_processes_with_different_input_are_refused(
     what: str,
 ) -> None:
     quick_start()
-    monkeypatch.setattr(spawned, "START_METHOD", "forkserver")
+    monkeypatch.setattr(launching, "START_METHOD", "forkserver")
     own = options_of(data_root, tmp_path / "run")
     other, words = own, "rank 1 of 2 has --max_steps=3, rank 0 has None"
     if what == "settings":

@@ -31,8 +31,7 @@ from generative_recommenders.distributed.process_group import (
     process_collectives,
     process_device,
 )
-from generative_recommenders.distributed.signals import StopRequest
-from generative_recommenders.distributed.spawned import INTERRUPTED
+from generative_recommenders.distributed.signals import INTERRUPTED, StopRequest
 from generative_recommenders.distributed.sync import from_main, together
 from generative_recommenders.errors import UserError
 from generative_recommenders.evaluation.model_evaluation import ModelEvaluation

@@ -1,45 +1,46 @@
-"""Starts the processes of a run: in this process, one a GPU on this host, or as a member of a given
-rendezvous."""
+"""Launch of a run's processes: this one, several on this host by torch.multiprocessing, or those of torchrun or SLURM."""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
-import re
+import socket
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import time
+import traceback
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from absl import logging
+from torch.multiprocessing import ProcessContext, ProcessExitedException, start_processes
 
-from generative_recommenders.distributed.heartbeat import FailureWatch, attempt
+from generative_recommenders.distributed.heartbeat import Heartbeat
 from generative_recommenders.distributed.memory_faults import out_of_memory
 from generative_recommenders.distributed.process_group import join_group, process_collectives, process_device
-from generative_recommenders.distributed.spawned import run_spawned
+from generative_recommenders.distributed.rendezvous import DEFAULT_PORT, Rendezvous, given_rendezvous
+from generative_recommenders.distributed.signals import INTERRUPTED, handled_signals
 from generative_recommenders.errors import UserError
 
 TIMEOUT = timedelta(minutes=10)
 """How long a process waits for the others in one exchange before it takes them for lost."""
-
-DEFAULT_PORT = 29500
+START_METHOD = "spawn"
+LOOPBACK = "127.0.0.1"
+GRACE_SECONDS = 5.0
+"""What the other processes have after a failure to end by themselves, and again between SIGTERM and SIGKILL."""
+POLL_SECONDS = 0.2
+"""How long a signal may wait until it is relayed."""
+SETTLE_SECONDS = 0.5
+"""How much later a process ends that raised: one that was killed, whose loss may be the cause, is then seen first."""
+REPORT_BYTES = 30_000
+"""Of a longer error message both ends are shown."""
 
 Worker = Callable[..., int]
 """``worker(rank, world_size, *args) -> exit code``. Sees its peers through
 `distributed.process_collectives`."""
-
-
-@dataclass(frozen=True)
-class Rendezvous:
-    """Where a process that something else started meets its peers."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-    address: str
-    port: int
 
 
 def launch(
@@ -62,103 +63,32 @@ def launch(
     as its one line and gives the exit code; a failed allocation is one line too, exit code 1. Any other failure of a
     spawned worker ends all of them, with its traceback, exit code 1; of this process it is raised.
     """
-    given = given_rendezvous(os.environ, master_port)
-    if given is not None:
-        if num_processes not in (None, given.world_size) and given.rank == 0:
-            logging.warning(
-                "num_processes = %d is not used: %d processes were started already",
-                num_processes, given.world_size,
-            )  # fmt: skip
-        return _reported(
-            lambda: _join_given(given, worker, args, device_type, timeout), f"rank {given.rank}: "
-        )
-    port = DEFAULT_PORT if master_port is None else master_port
-    return _reported(lambda: _run_here(worker, args, num_processes, port, device_type, timeout))
-
-
-def given_rendezvous(environment: Mapping[str, str], port: int | None = None) -> Rendezvous | None:
-    """The rendezvous that torchrun's or srun's variables name; None where nothing started several processes, as
-    in the batch script of a SLURM job, which has a rank and a number of tasks but no peers.
-
-    Raises UserError where a variable that is needed is missing or makes no sense.
-    """
-    if "RANK" in environment and "WORLD_SIZE" in environment:
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    elif "SLURM_PROCID" in environment and environment.get("SLURM_STEP_NUM_TASKS", "1") != "1":
-        names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
-    else:
-        return None
-    rank, world_size = (_integer(environment, name) for name in names[:2])
-    local_rank = _integer(environment, names[2]) if names[2] in environment else rank
-    if not 0 <= rank < world_size:
-        raise UserError(
-            f"{names[0]}={rank} does not fit {names[1]}={world_size}: ranks are 0 to {world_size - 1}"
-        )
-    nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "")
-    address = environment.get("MASTER_ADDR") or first_host(nodes)
-    if not address and world_size > 1:
-        raise UserError(
-            f"{names[1]} is {world_size} but MASTER_ADDR is not set: name the host of rank 0 in it"
-        )
-    if "MASTER_PORT" in environment:
-        port = _integer(environment, "MASTER_PORT")
-    elif port is None:
-        port = default_port(environment)
-    return Rendezvous(rank, world_size, local_rank, address, port)
-
-
-def default_port(environment: Mapping[str, str]) -> int:
-    """A port that jobs and steps on one host share seldom."""
-    if "SLURM_JOB_ID" not in environment or "SLURM_STEP_ID" not in environment:
-        return DEFAULT_PORT
-    return (
-        10_000 + (8 * _integer(environment, "SLURM_JOB_ID") + _integer(environment, "SLURM_STEP_ID")) % 20_000
-    )
-
-
-def first_host(node_list: str) -> str:
-    """First host of a list as SLURM writes it: ``node[03-05,9],other`` is node03."""
-    found = re.match(r"([^,\[]*)(?:\[([^,\-\]]+)[^\]]*\]([^,]*))?", node_list)
-    return "".join(part or "" for part in found.groups()) if found else ""
-
-
-def _join_given(
-    given: Rendezvous, worker: Worker, args: Sequence[Any], device_type: str | None, timeout: timedelta
-) -> int:
-    os.environ["LOCAL_RANK"] = str(given.local_rank)
-    if given.world_size == 1:
-        return worker(0, 1, *args)
-    os.environ.update(MASTER_ADDR=given.address, MASTER_PORT=str(given.port))
-    neighbours = os.environ.get("LOCAL_WORLD_SIZE")  # SLURM binds each task to its own cores
-    store = _store_of_torchrun(given, timeout)
-    join_group(given.rank, given.world_size, int(neighbours or 1), device_type, timeout, store)
-    with FailureWatch(given.rank, given.world_size, given.address, given.port, timeout):
-        code = worker(given.rank, given.world_size, *args)
-        process_collectives(process_device(device_type)).barrier()
-    dist.destroy_process_group()
+    prefix = ""
+    try:
+        given = given_rendezvous(os.environ, master_port)
+        if given is not None:
+            prefix = f"rank {given.rank}: "
+            if num_processes not in (None, given.world_size) and given.rank == 0:
+                logging.warning(
+                    "num_processes = %d is not used: %d processes were started already",
+                    num_processes, given.world_size,
+                )  # fmt: skip
+            return _join_given(given, worker, args, device_type, timeout)
+        count = _process_count(num_processes, device_type)
+        if count == 1:
+            return worker(0, 1, *args)
+        port = DEFAULT_PORT if master_port is None else master_port
+        return _spawn(worker, tuple(args), count, port, device_type, timeout)
+    except UserError as error:
+        line, code = str(error), error.exit_code
+    except (MemoryError, RuntimeError) as error:
+        found = out_of_memory(error)
+        if found is None:
+            raise
+        line, code = found, 1
+    logging.flush()
+    print(f"error: {prefix}{line}", file=sys.stderr, flush=True)
     return code
-
-
-def _store_of_torchrun(given: Rendezvous, timeout: timedelta) -> dist.Store | None:
-    """Where torchrun serves the store: the part of it for this start of the run. None: rank 0 serves one."""
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return None
-    store = dist.TCPStore(given.address, given.port, None, False, timeout=timeout)
-    return dist.PrefixStore(f"group/{attempt(os.environ)}", store)
-
-
-def _run_here(
-    worker: Worker,
-    args: Sequence[Any],
-    num_processes: int | None,
-    master_port: int,
-    device_type: str | None,
-    timeout: timedelta,
-) -> int:
-    count = _process_count(num_processes, device_type)
-    if count == 1:
-        return worker(0, 1, *args)
-    return run_spawned(worker, tuple(args), count, master_port, device_type, timeout)
 
 
 def _process_count(requested: int | None, device_type: str | None) -> int:
@@ -173,23 +103,141 @@ def _process_count(requested: int | None, device_type: str | None) -> int:
     return requested
 
 
-def _reported(run: Callable[[], int], prefix: str = "") -> int:
-    try:
-        return run()
-    except UserError as error:
-        line, code = str(error), error.exit_code
-    except (MemoryError, RuntimeError) as error:
-        found = out_of_memory(error)
-        if found is None:
-            raise
-        line, code = found, 1
-    logging.flush()
-    print(f"error: {prefix}{line}", file=sys.stderr, flush=True)
+def _join_given(
+    given: Rendezvous, worker: Worker, args: Sequence[Any], device_type: str | None, timeout: timedelta
+) -> int:
+    os.environ["LOCAL_RANK"] = str(given.local_rank)
+    if given.world_size == 1:
+        return worker(0, 1, *args)
+    os.environ.update(MASTER_ADDR=given.address, MASTER_PORT=str(given.port))
+    neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # SLURM binds each task to its own cores
+    store: dist.Store | None = None
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # torchrun's store may outlive a failed start, whose addresses must not be met again
+        agent = dist.TCPStore(given.address, given.port, None, is_master=False, timeout=timeout)
+        store = dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT')}", agent)
+    join_group(given.rank, given.world_size, neighbours, device_type, timeout, store)
+    peers: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+    if not given.is_supervised:
+        peers = Heartbeat(given.rank, given.world_size, given.address, given.port, timeout)
+    with peers:
+        return _work(worker, given.rank, given.world_size, args, device_type)
+
+
+def _work(worker: Worker, rank: int, world_size: int, args: Sequence[Any], device_type: str | None) -> int:
+    """The worker's exit code, behind the last process: the end of one would be the loss of a peer to the others, of
+    which one may still be writing the checkpoint."""
+    code = worker(rank, world_size, *args)
+    if code in (0, INTERRUPTED):
+        process_collectives(process_device(device_type)).barrier()
+        dist.destroy_process_group()
     return code
 
 
-def _integer(environment: Mapping[str, str], name: str) -> int:
+def _spawn(
+    worker: Worker, args: tuple[Any, ...], count: int, port: int, device_type: str | None, timeout: timedelta
+) -> int:
+    """Runs the worker in ``count`` processes on this host, relays SIGTERM and Ctrl-C to them, and ends all when one fails."""
+    store, port = _serve_store(port)
+    received: list[int] = []
+    with handled_signals(received.append):
+        plan = (worker, args, count, port, device_type, timeout)
+        context = start_processes(_spawned, plan, count, join=False, start_method=START_METHOD)
+        relayed = 0
+        try:
+            while not context.join(POLL_SECONDS, grace_period=GRACE_SECONDS):
+                for number in received[relayed:]:
+                    _relay(context, number)
+                    relayed += 1
+            return 0
+        except ProcessExitedException as error:
+            return _report(error, received, store)
+
+
+def _serve_store(port: int) -> tuple[dist.TCPStore, int]:
+    """The store at which the processes meet, and its port: the given one, or any free one where that is in use."""
     try:
-        return int(environment[name])
-    except ValueError:
-        raise UserError(f"{name}={environment[name]!r} in the environment is not a number") from None
+        listener = socket.create_server((LOOPBACK, port))
+    except OSError:
+        listener = socket.create_server((LOOPBACK, 0))
+        logging.warning("port %d is in use; the processes meet at port %d", port, listener.getsockname()[1])
+    port = listener.getsockname()[1]
+    descriptor = listener.detach()  # the store closes it; without one it would listen on all interfaces
+    store = dist.TCPStore(
+        LOOPBACK, port, None, is_master=True, wait_for_workers=False, master_listen_fd=descriptor
+    )
+    return store, port
+
+
+def _relay(context: ProcessContext, number: int) -> None:
+    for process in context.processes:
+        if process.is_alive():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, number)
+
+
+def _report(error: ProcessExitedException, received: list[int], store: dist.Store) -> int:
+    """Prints why the run ended; returns its exit code."""
+    logging.flush()
+    rank, code = error.error_index, error.exit_code
+    if code < 0 and received:
+        return 128 + received[0]
+    if code < 0:
+        text = f"it was killed by {error.signal_name}; SIGKILL is often the system running out of memory"
+    elif not store.check(["failure"]):
+        return code
+    else:
+        rank, code, text = json.loads(store.get("failure"))
+        if text and code is not None:
+            print(f"error: {text}", file=sys.stderr, flush=True)
+        if code is not None:
+            return int(code)
+    print(f"rank {rank} failed, the other processes are ended: {text}", file=sys.stderr, flush=True)
+    return 1
+
+
+def _spawned(
+    rank: int,
+    worker: Worker,
+    args: tuple[Any, ...],
+    world_size: int,
+    port: int,
+    device_type: str | None,
+    timeout: timedelta,
+) -> None:
+    """One spawned process: it leaves the first failure of the run in the store, and its exit code to the launcher."""
+    os.setpgrp()  # the terminal's Ctrl-C reaches the launcher alone, which relays it once
+    os.environ["LOCAL_RANK"] = str(rank)
+    loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
+    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        os.environ.setdefault(variable, loopback)
+    store = dist.TCPStore(LOOPBACK, port, None, is_master=False, timeout=timeout)
+    code = 1
+    try:
+        join_group(rank, world_size, world_size, device_type, timeout, store)
+        code = _work(worker, rank, world_size, args, device_type)
+        if code not in (0, INTERRUPTED):
+            _leave_failure(store, rank, code, "")
+    except UserError as error:
+        code = error.exit_code
+        _leave_failure(store, rank, code, str(error))
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    except Exception as error:  # whatever it is, it is reported and ends the run
+        _leave_failure(store, rank, None, out_of_memory(error) or traceback.format_exc())
+        time.sleep(SETTLE_SECONDS)
+    logging.flush()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code:
+        os._exit(code)  # without waiting for peers that may never answer
+
+
+def _leave_failure(store: dist.Store, rank: int, code: int | None, text: str) -> None:
+    """code: None for an unexpected error; of a UserError, whose text is printed as it is, or the worker's own."""
+    encoded = text.encode(errors="backslashreplace")
+    if len(encoded) > REPORT_BYTES:
+        encoded = encoded[: REPORT_BYTES // 2] + b" [...] " + encoded[-REPORT_BYTES // 2 :]
+    failure = json.dumps([rank, code, encoded.decode(errors="ignore")])
+    with contextlib.suppress(dist.DistError):  # the launcher is gone
+        store.compare_set("failure", "", failure)

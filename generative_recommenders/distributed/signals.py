@@ -8,6 +8,8 @@ import threading
 from collections.abc import Callable, Iterator
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+INTERRUPTED = 130
+"""Exit code of a run that stopped in good order because it was asked to."""
 
 
 class StopRequest:
@@ -37,7 +39,7 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def handled_signals(handle: Callable[[int], None]) -> Iterator[None]:
+def handled_signals(handle: Callable[[int], object]) -> Iterator[None]:
     """Calls ``handle(signal number)`` on SIGTERM and SIGINT; restores the handlers before it at the end.
 
     Python lets the main thread alone set handlers; in any other thread this does nothing.

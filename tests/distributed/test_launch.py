@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from absl import logging
 
-from generative_recommenders.distributed import spawned
+from generative_recommenders.distributed import launch as launching
 from generative_recommenders.distributed.process_group import join_group, process_collectives
 from generative_recommenders.distributed.signals import StopRequest
 from generative_recommenders.errors import UserError
@@ -31,7 +31,7 @@ def quick(monkeypatch):
 
 @pytest.mark.parametrize(("method", "count"), [("spawn", 2), ("forkserver", 2), ("forkserver", 4)])
 def test_spawn(tmp_path, monkeypatch, method, count):
-    monkeypatch.setattr(spawned, "START_METHOD", method)
+    monkeypatch.setattr(launching, "START_METHOD", method)
     assert on_cpu(report, str(tmp_path), num_processes=count) == 0
     found = reported(tmp_path)
     total = str(count * (count + 1) / 2)
@@ -98,7 +98,7 @@ def fault(rank: int, world_size: int, how: str) -> int:
 
 @pytest.mark.parametrize("how", ["raised", "deaf"])
 def test_the_first_failure_ends_all_with_its_own_traceback(capfd, monkeypatch, how):
-    monkeypatch.setattr(spawned, "END_SECONDS", 0.2)
+    monkeypatch.setattr(launching, "GRACE_SECONDS", 0.2)
     assert on_cpu(fault, how) == 1
     text = capfd.readouterr().err
     assert text.startswith("rank 1 failed") and "ValueError: the fault of this rank" in text
@@ -197,7 +197,7 @@ def until_stopped(rank: int, world_size: int, folder: str) -> int:
 
 
 def as_user(folder: str) -> None:
-    spawned.START_METHOD = "fork"  # this process is a fresh one, and small
+    launching.START_METHOD = "fork"  # this process is a fresh one, and small
     sys.exit(on_cpu(until_stopped, folder))
 
 

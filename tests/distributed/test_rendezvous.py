@@ -14,9 +14,10 @@ import pytest
 import torch
 from absl import logging
 
-from generative_recommenders.distributed import heartbeat as failure_watch
-from generative_recommenders.distributed.launch import first_host, given_rendezvous, launch
+from generative_recommenders.distributed import heartbeat
+from generative_recommenders.distributed.launch import launch
 from generative_recommenders.distributed.process_group import process_collectives
+from generative_recommenders.distributed.rendezvous import first_host, given_rendezvous
 from generative_recommenders.errors import UserError
 from launching import free_port, launch_quickly, on_cpu, report, reported, return_code, wait_for_ever
 from programs import quick_start
@@ -30,7 +31,7 @@ def quick(monkeypatch):
 def started_by_slurm(worker, rank: int, port: int, *args) -> None:
     os.environ.update(SLURM_PROCID=str(rank), SLURM_STEP_NUM_TASKS="2", SLURM_LOCALID="0")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    failure_watch.POLL_SECONDS, failure_watch.GRACE_SECONDS = 0.3, 0.1
+    heartbeat.POLL_SECONDS, heartbeat.GRACE_SECONDS = 0.3, 0.1
     sys.exit(on_cpu(worker, *args, num_processes=None))
 
 
@@ -120,7 +121,7 @@ def test_torchrun(tmp_path, count, total):
 
 
 def test_torchrun_starts_a_failed_run_again(tmp_path):
-    """The store that says which rank failed is torchrun's, and outlives the failure."""
+    """Torchrun's store outlives the failure of a start."""
     finished = torchrun(tmp_path, 1, "--max_restarts=1", "--monitor_interval=0.1")
     assert finished.returncode == 0, finished.stderr
     assert reported(tmp_path) == [["3.0"], ["3.0"]]

@@ -1,30 +1,25 @@
+"""Failures and signals of processes that were spawned on this host."""
+
 import os
 import signal
 import time
-from multiprocessing import popen_forkserver
-from multiprocessing.connection import wait
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
-from generative_recommenders.distributed import spawned
-from generative_recommenders.distributed.launch import launch
+from generative_recommenders.distributed import launch as launching
 from generative_recommenders.distributed.process_group import process_collectives
-from generative_recommenders.distributed.signals import StopRequest
+from generative_recommenders.distributed.signals import StopRequest, handled_signals
 from generative_recommenders.errors import UserError
-from programs import quick_start
-
-LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
+from launching import launch_quickly, on_cpu, wait_for_ever
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    quick_start()
-    monkeypatch.setattr(spawned, "START_METHOD", "forkserver")
-    monkeypatch.setattr(spawned, "SETTLE_SECONDS", 0.3)
-    monkeypatch.setattr(spawned, "END_SECONDS", 0.3)
-    for name in [*LAUNCH_VARIABLES, *(name for name in os.environ if name.startswith("SLURM_"))]:
-        monkeypatch.delenv(name, raising=False)
+    launch_quickly(monkeypatch)
+    monkeypatch.setattr(launching, "GRACE_SECONDS", 0.5)
+    monkeypatch.setattr(launching, "SETTLE_SECONDS", 0.1)
 
 
 @pytest.fixture(autouse=True)
@@ -41,41 +36,6 @@ def no_hang():
     signal.signal(signal.SIGALRM, before)
 
 
-def on_cpu(worker, *args) -> int:
-    return launch(worker, args, 2, 0, device_type="cpu")
-
-
-def wait_for_ever() -> int:
-    while True:
-        time.sleep(0.05)
-
-
-@pytest.fixture
-def late_exit_codes(monkeypatch):
-    """The first look behind the end of a process finds no exit code: its sentinel is closed, and the kernel
-    is not yet done with it."""
-    poll, seen = popen_forkserver.Popen.poll, set()
-
-    def late(self, flag=os.WNOHANG):
-        early = flag == os.WNOHANG and self.returncode is None and self.pid not in seen
-        if early and wait([self.sentinel], 0):
-            seen.add(self.pid)
-            return None
-        return poll(self, flag)
-
-    monkeypatch.setattr(popen_forkserver.Popen, "poll", late)
-
-
-def return_code(rank: int, world_size: int, code: int) -> int:
-    process_collectives("cpu").barrier()
-    return code * rank
-
-
-@pytest.mark.parametrize("code", [3, 130])
-def test_an_exit_code_that_comes_late_is_not_lost(late_exit_codes, code):
-    assert on_cpu(return_code, code) == code
-
-
 def fail_one_by_one(rank: int, world_size: int) -> int:
     process_collectives("cpu").barrier()
     if rank == 1:
@@ -84,7 +44,7 @@ def fail_one_by_one(rank: int, world_size: int) -> int:
     raise RuntimeError("lost a peer")
 
 
-def test_the_first_failure_is_named_though_its_exit_code_comes_late(late_exit_codes, capfd):
+def test_the_first_failure_is_named(capfd):
     assert on_cpu(fail_one_by_one) == 1
     text = capfd.readouterr().err
     assert text.startswith("rank 1 failed") and text.endswith("ValueError: the fault of rank 1\n\n")
@@ -106,52 +66,38 @@ def test_a_failure_may_say_more_than_a_pipe_holds(capfd, character, kind, code, 
 
 
 def idle(rank: int, world_size: int) -> int:
-    time.sleep(1)
+    time.sleep(10)
     return 0
 
 
-def test_a_signal_while_the_members_are_started_is_passed_on(monkeypatch):
-    start = spawned._start
+def test_a_signal_while_the_processes_are_started_is_relayed(monkeypatch):
+    start = launching.start_processes
 
-    def interrupted_start(plan, rank):
-        member = start(plan, rank)
-        if rank == 0:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return member
+    def interrupted_start(*args, **options):
+        context = start(*args, **options)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return context
 
-    monkeypatch.setattr(spawned, "_start", interrupted_start)
+    monkeypatch.setattr(launching, "start_processes", interrupted_start)
     assert on_cpu(idle) == 128 + signal.SIGTERM
 
 
-class Recorder:
-    """A process that notes the signals it gets."""
+def count_signals(rank: int, world_size: int, parent: int, folder: str) -> int:
+    received: list[int] = []
+    with handled_signals(received.append):
+        process_collectives("cpu").barrier()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGINT):
+            if rank == 0:
+                os.kill(parent, number)
+            time.sleep(0.7)
+    (Path(folder) / str(rank)).write_text(" ".join(str(int(number)) for number in received))
+    return 0
 
-    pid = 0
 
-    def __init__(self):
-        self.got: list[int] = []
-
-    def is_alive(self) -> bool:
-        return True
-
-
-def test_each_signal_is_passed_on_once(monkeypatch):
-    relay, processes = spawned.SignalRelay(), [Recorder(), Recorder()]
-    members = [spawned.Member(rank, process, None) for rank, process in enumerate(processes)]
-
-    def send(process, number):
-        process.got.append(number)
-        if number == signal.SIGTERM and len(relay.received) < 3:
-            relay.handle(signal.SIGINT)  # comes while another one is passed on
-
-    monkeypatch.setattr(spawned, "_send", send)
-    relay.handle(signal.SIGTERM)
-    assert [process.got for process in processes] == [[], []]
-    relay.open(members)
-    assert [sorted(process.got) for process in processes] == [
-        [signal.SIGINT, signal.SIGINT, signal.SIGTERM]
-    ] * 2
-    assert len(relay.received) == 3
+def test_each_signal_is_relayed_once(tmp_path):
+    assert on_cpu(count_signals, os.getpid(), str(tmp_path)) == 0
+    expected = f"{int(signal.SIGTERM)} {int(signal.SIGINT)} {int(signal.SIGINT)}"
+    assert [path.read_text() for path in tmp_path.iterdir()] == [expected] * 2
 
 
 def stop_on_request(rank: int, world_size: int, parent: int, folder: str, how: str) -> int:
@@ -185,8 +131,10 @@ def test_a_failure_after_the_request_is_one(tmp_path, capfd):
 
 def stop_unasked(rank: int, world_size: int) -> int:
     process_collectives("cpu").barrier()
-    return 130 if rank == 1 else wait_for_ever()
+    return 130 if rank == 1 else wait_for_ever(rank)
 
 
-def test_a_member_that_stops_unasked_ends_all():
-    assert on_cpu(stop_unasked) == 130
+def test_a_process_that_stops_alone_ends_all(capfd):
+    """It waits for the others, which may be writing the checkpoint, until the timeout."""
+    assert on_cpu(stop_unasked, timeout=timedelta(seconds=2)) == 1
+    assert capfd.readouterr().err.startswith("rank 1 failed")
