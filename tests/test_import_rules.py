@@ -103,3 +103,13 @@ def test_the_rules_see_every_form_of_import(tmp_path: Path) -> None:
         "torch.distributed", f"{PACKAGE}.modeling.layout", f"{PACKAGE}.data.batching",
         f"{PACKAGE}.training.step.TrainingStep", "gin",
     } <= names  # fmt: skip
+
+
+def test_kernels_and_devices_stay_where_they_belong() -> None:
+    """Models and losses read as equations: what depends on a device is chosen in ops (and by the trainer)."""
+    for path in FILES:
+        code = "\n".join(ast.unparse(node) for node in ast.parse(path.read_text()).body)
+        if part_of(path) != "ops":
+            assert "autograd.Function" not in code, path
+        if part_of(path) not in {"ops", "distributed", "training"}:
+            assert "device.type" not in code, path

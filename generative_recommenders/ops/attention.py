@@ -17,6 +17,7 @@ from typing import NamedTuple, cast
 import torch
 import torch.nn.functional as F
 
+from generative_recommenders.ops import dispatch
 from generative_recommenders.ops.dropout import KeepMasks
 from generative_recommenders.ops.layout import Group, Layout, Visibility
 from generative_recommenders.ops.rectangles import Places
@@ -80,8 +81,8 @@ def softmax_attention(
     unless given. A token that sees nothing gets 0.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if q.device.type == "cpu":
-        with torch.autocast("cpu", enabled=False):  # in the dtype that q, k and v come in
+    if dispatch.fast_on_cpu(q):
+        with dispatch.autocast(q, None):  # in the dtype that q, k and v come in
             return _GroupedSoftmax.apply(q, k, None if v is k else v, layout, dropout_rate, scale)
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()  # gathered under autograd here
     cells = [_fused_group(q, k, v, group, layout, dropout_rate, scale) for group in layout.groups]
@@ -102,7 +103,7 @@ def pointwise_attention(
     q, k: ``[T, H, d]``; v: ``[T, H, dv]``; returns ``[T, H, dv]``.
     """
     tables, indices = bias or TableBias((), [])
-    with torch.autocast(q.device.type, enabled=False):  # in the dtype that q, k and v come in
+    with dispatch.autocast(q, None):  # in the dtype that q, k and v come in
         return _GroupedPointwise.apply(q, k, v, layout, indices, divisor, dropout_rate, *tables)
 
 
@@ -132,10 +133,18 @@ def _together(cells: list[torch.Tensor], at: Places, shape: torch.Size, like: to
     return at.ungather(cells[0] if len(cells) == 1 else torch.cat(cells), shape[1])
 
 
-@functools.lru_cache(maxsize=8)
 def _future(height: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """``[height, height]``: very low above the diagonal, 0 elsewhere."""
+    if torch.compiler.is_compiling():  # a tensor of the trace must not be kept: it holds no numbers
+        return _new_future(height, dtype, device)
+    return _kept_future(height, dtype, device)
+
+
+def _new_future(height: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     return torch.full((height, height), _lowest(dtype), dtype=dtype, device=device).triu(1)
+
+
+_kept_future = functools.lru_cache(maxsize=8)(_new_future)
 
 
 def _lowest(dtype: torch.dtype) -> float:

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from generative_recommenders.ops import dispatch
+
 _LEVELS = 1 << 8
 _BLOCK = 1 << 24  # elements, 16 MiB of bits
 
@@ -32,7 +34,7 @@ class KeepMasks:
         """elements: how many will be drawn. Their bits are made together: one wait of torch's other threads, not many."""
         self.rate, self.dtype, self.device = rate, like.dtype, like.device
         self.elements = elements
-        if self.device.type == "cpu":
+        if not dispatch.waits(like):
             self.generator = np.random.SFC64(int(torch.empty((), dtype=torch.int64).random_()))
             self.lowest_kept = (
                 math.floor(rate * _LEVELS + self.generator.random_raw() * 2.0**-64) - _LEVELS // 2
@@ -66,7 +68,7 @@ def dropout(
 ) -> torch.Tensor:
     """``x`` with a share ``rate`` of elements set to 0 and the rest scaled by 1 / (1 - rate), when training; plus the
     residual."""
-    if training and rate > 0.0 and x.device.type == "cpu":
+    if training and rate > 0.0 and dispatch.fast_on_cpu(x):
         return _Dropout.apply(x, residual, rate)
     dropped = F.dropout(x, rate, training) if rate > 0.0 else x
     return dropped if residual is None else dropped + residual

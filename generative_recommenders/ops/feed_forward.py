@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from generative_recommenders.errors import UserError
+from generative_recommenders.ops import dispatch
 from generative_recommenders.ops.dropout import Dropout, KeepMasks, dropout
 
 FLOAT32_EPS = torch.finfo(torch.float32).eps
@@ -27,7 +28,7 @@ def feed_forward(
     dropout_rate: float = 0.0,
 ) -> torch.Tensor:
     """``x + D(W2 D(act(W1 x + b1)) + b2)`` on ``[..., D]``, D being dropout."""
-    written_out = activation is F.relu and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+    written_out = activation is F.relu and dispatch.fast_on_cpu_in_one_dtype(x)
     if written_out and dropout_rate > 0.0:
         weights = first.weight, first.bias, second.weight, second.bias
         return _ReluFeedForward.apply(x.flatten(0, -2), *weights, dropout_rate).view(x.shape)

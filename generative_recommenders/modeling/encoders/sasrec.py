@@ -12,6 +12,7 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 
 from generative_recommenders.modeling.cache import Appended, KeysValues, softmax_over_cache
+from generative_recommenders.ops import dispatch
 from generative_recommenders.ops.attention import softmax_attention
 from generative_recommenders.ops.dropout import Dropout
 from generative_recommenders.ops.feed_forward import feed_forward
@@ -82,7 +83,7 @@ class SasrecBlock(torch.nn.Module):
     def forward(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
         """x: ``[T, D]``; returns the same shape."""
         rate = self.dropout_rate if self.training else 0.0
-        if self.num_heads == 1 and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
+        if self.num_heads == 1 and dispatch.fast_on_cpu_in_one_dtype(x):
             query = self.query_norm(x)
             return layout.mask(self.transform(query + self.attend_inputs(query, x, layout, rate)))
         query, q, k, v = self.project(x)
