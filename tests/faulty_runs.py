@@ -106,7 +106,7 @@ def alone(options: Options, kill: Kill | None, log: str) -> None:
 
 
 def run_alone(options: Options, kill: Kill | None = None) -> int:
-    """The exit code; what was said is in the file beside the run's folder."""
+    """The exit code; the output is in the file beside the run's folder."""
     process = quick_start().Process(target=alone, args=(options, kill, f"{options.run_dir}.log"))
     process.start()
     process.join(timeout=120)
@@ -123,7 +123,7 @@ def run_two(options: Options, kill: Kill | None = None) -> int:
         launching.START_METHOD = before
 
 
-def said(run: Path) -> str:
+def log_of(run: Path) -> str:
     return Path(f"{run}.log").read_text()
 
 

@@ -1,4 +1,4 @@
-"""Helpers of the tests that launch processes: workers that report, on a CPU, without what the environment says."""
+"""Helpers of the tests that launch processes: workers that report, on a CPU, without inherited launch variables."""
 
 import os
 import socket

@@ -1,4 +1,4 @@
-"""Bad days of whole runs: killed at any moment, out of disk, memory or sense; what was reached is never lost."""
+"""Faults of whole runs: killed at any moment, disk or memory full, input wrong; progress is never lost."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from faulty_runs import (
     Kill,
     armed_worker,
     assert_same_run,
+    log_of,
     options_of,
     records,
     run_alone,
     run_two,
     run_with_kills,
-    said,
 )
 from generative_recommenders.checkpoint.store import CheckpointStore
 from generative_recommenders.commands import workers
@@ -60,7 +60,7 @@ def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one process that nothing disturbed."""
     run = tmp_path_factory.mktemp("whole") / "run"
-    assert run_alone(options_of(data_root, run)) == 0, said(run)
+    assert run_alone(options_of(data_root, run)) == 0, log_of(run)
     return run
 
 
@@ -117,13 +117,13 @@ def test_a_run_that_is_started_again_goes_on(data_root: Path, tmp_path: Path, wh
     options = dataclasses.replace(options_of(data_root, tmp_path / "run"), auto_resume=True)
     for call in (3, 14):
         assert run_alone(options, Kill("training.trainer.Trainer.run_step", call, True)) == -signal.SIGKILL
-    assert run_alone(options) == 0, said(tmp_path / "run")
+    assert run_alone(options) == 0, log_of(tmp_path / "run")
     assert_same_run(tmp_path / "run", whole)
 
 
 def test_a_finished_run_that_is_resumed_changes_nothing(data_root: Path, tmp_path: Path, whole: Path) -> None:
     run = Path(shutil.copytree(whole, tmp_path / "run"))
-    assert run_alone(options_of(data_root, run)) == 0, said(run)
+    assert run_alone(options_of(data_root, run)) == 0, log_of(run)
     assert_same_run(run, whole)
 
 
@@ -135,8 +135,8 @@ def test_a_damaged_newest_checkpoint_is_passed_over(
     with open(newest / "tensors.safetensors", "r+b") as file:
         file.seek(-5, os.SEEK_END)
         file.write(b"?")
-    assert run_alone(options_of(data_root, run)) == 0, said(run)
-    assert f"damaged checkpoint {newest}" in said(run) and "the checkpoint before it is used" in said(run)
+    assert run_alone(options_of(data_root, run)) == 0, log_of(run)
+    assert f"damaged checkpoint {newest}" in log_of(run) and "the checkpoint before it is used" in log_of(run)
     assert_same_run(run, whole)
 
 
@@ -157,7 +157,7 @@ def test_changed_data_are_refused(data_root: Path, killed: Path, tmp_path: Path)
     shutil.copy(data_root / "x.gin", other)
     before = records(run)
     assert run_alone(options_of(other, run)) == 2
-    assert "the prepared data changed since this run began" in said(run).splitlines()[-1]
+    assert "the prepared data changed since this run began" in log_of(run).splitlines()[-1]
     assert records(run) == before
 
 
@@ -166,7 +166,7 @@ def test_clocks_that_jump_change_nothing(data_root: Path, killed: Path, tmp_path
     run = Path(shutil.copytree(killed, tmp_path / "run"))
     for path in (run / "checkpoints").rglob("*"):
         os.utime(path, (4e9, 4e9))
-    assert run_alone(options_of(data_root, run)) == 0, said(run)
+    assert run_alone(options_of(data_root, run)) == 0, log_of(run)
     assert_same_run(run, whole)
 
 
@@ -177,7 +177,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(
     store = CheckpointStore(run / "checkpoints", read_only=True)
     before = store.paths()
     assert run_alone(options_of(data_root, run, "train_fn.learning_rate = 1e38")) == 3
-    line = said(run).splitlines()[-1]
+    line = log_of(run).splitlines()[-1]
     assert line.startswith("error: the loss is nan at step") and "not finite" in line
     assert store.paths() == before
     newest = store.load_newest()
@@ -244,11 +244,11 @@ def test_a_disk_that_fills_up_ends_the_run_and_it_goes_on_later(
     free = os.statvfs(small_disk)
     (small_disk / "other").write_bytes(bytes(free.f_bavail * free.f_frsize))
     assert run_alone(options_of(data_root, run)) == 2
-    line = said(run).splitlines()[-1]
-    assert line.startswith("error: ") and "No space left on device" in line and "Traceback" not in said(run)
+    line = log_of(run).splitlines()[-1]
+    assert line.startswith("error: ") and "No space left on device" in line and "Traceback" not in log_of(run)
     (small_disk / "other").unlink()
     subprocess.run(["mount", "-o", "remount,size=8m", str(small_disk)], check=True)
-    assert run_alone(options_of(data_root, run)) == 0, said(run)
+    assert run_alone(options_of(data_root, run)) == 0, log_of(run)
     assert_same_run(run, whole)
 
 
@@ -257,9 +257,9 @@ def test_a_read_only_run_folder_is_one_line(data_root: Path, tmp_path: Path, sma
     Path(f"{run}.log").symlink_to(tmp_path / "log")
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     assert run_alone(options_of(data_root, run)) == 2
-    line = said(run).splitlines()[-1]
+    line = log_of(run).splitlines()[-1]
     assert line.startswith("error: cannot write to run folder") and "--run_dir" in line
-    assert "Traceback" not in said(run)
+    assert "Traceback" not in log_of(run)
 
 
 def prepare_tiny(folder: str) -> None:

@@ -1,4 +1,4 @@
-"""A checkpoint read by the main process alone, and sent to the others: hosts need not share a disk."""
+"""Checkpoints read by the main process alone and sent to the others, since hosts need not share a disk."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who trains on what, and which event of each user is scored: the three evaluation protocols.
+"""Evaluation protocols: which events of a user are for training, and which are validation and test targets.
 
 ``leave_one_out``  the last event is the test target, the one before it the validation target, the rest
                    trains; users with fewer than three events train only.

@@ -1,4 +1,4 @@
-"""Exact evaluation: every target's rank over the whole catalogue, counted.
+"""Evaluator of exact ranks over the whole catalogue.
 
 Batches are fixed by user order and dealt to the processes; ranks are integers and histograms of ranks are summed, so any number
 of processes gives the same numbers.

@@ -1,4 +1,4 @@
-"""Appending items to encoded histories without encoding them again.
+"""Incremental encoding: items appended to encoded histories, without encoding these again.
 
 A causal encoder's state of a token never changes when later tokens arrive, so what later tokens need of it is kept: keys
 and values of every block. HSTU's time bias makes one exception: the last token of a history is encoded with the time of

@@ -1,4 +1,4 @@
-"""From item embeddings to encoder inputs: positions, ratings, and what a token stands for.
+"""Input preprocessors: item embeddings, positions and event columns to the inputs of an encoder.
 
 A preprocessor takes the tokens of a batch (``[T, D]`` item embeddings in a layout, and events, one value per
 token) and gives the encoder's tokens: ``EncoderInput``. It may change the layout (items and ratings interleaved

@@ -1,4 +1,4 @@
-"""What happens to the encoder's output before it is scored."""
+"""Output postprocessors: normalisation of the encoder's states before they are scored."""
 
 from __future__ import annotations
 

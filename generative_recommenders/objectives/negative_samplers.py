@@ -1,4 +1,4 @@
-"""Who the positives compete with: negatives from the catalogue, from the batch, by popularity, or mixtures.
+"""Negative samplers: from the catalogue, from the batch, by popularity, or mixtures.
 
 Draws are counter-based (see `counter_random`): a sampler is given a key for the step and the global numbers of the positions or
 blocks that share a draw. Padding (id 0) is never drawn; collisions with positives are masked later, in `scoring`.

@@ -138,7 +138,7 @@ def test_own_exit_code():
     assert on_cpu(return_code) == 3
 
 
-def test_a_busy_port_is_replaced_and_said(tmp_path, monkeypatch):
+def test_a_busy_port_is_replaced_and_reported(tmp_path, monkeypatch):
     lines: list[str] = []
     monkeypatch.setattr(logging, "warning", lambda text, *values: lines.append(text % values))
     with socket.socket() as other:

@@ -1,4 +1,4 @@
-"""Processes that something else started: SLURM, torchrun, hosts that meet at an address."""
+"""Processes started by others than main.py: SLURM, torchrun, hosts that meet at an address."""
 
 import os
 import re
@@ -47,7 +47,7 @@ def exit_codes_under_slurm(worker, *args) -> list[int | None]:
     return [task.exitcode for task in tasks]
 
 
-def test_a_count_beside_a_rendezvous_is_not_used_and_that_is_said(monkeypatch):
+def test_a_count_beside_a_rendezvous_is_ignored_and_reported(monkeypatch):
     lines: list[str] = []
     monkeypatch.setattr(logging, "warning", lambda text, *values: lines.append(text % values))
     for name, value in {"RANK": "0", "WORLD_SIZE": "1"}.items():

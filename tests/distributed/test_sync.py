@@ -1,4 +1,4 @@
-"""What processes agree on: results and faults of one reach all, and one alone reads checkpoints."""
+"""Collective helpers: results and errors of one process reach all, and one alone reads checkpoints."""
 
 from __future__ import annotations
 
