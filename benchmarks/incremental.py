@@ -26,6 +26,7 @@ from generative_recommenders.modeling.items import LocalEmbeddingModule
 from generative_recommenders.modeling.model import SequenceEncoder, SequenceRecommender
 from generative_recommenders.modeling.output_postprocessors import L2NormEmbeddingPostprocessor
 from generative_recommenders.modeling.similarity.dot_product import DotProductSimilarity
+from generative_recommenders.types import SequentialFeatures
 
 DIM, ITEMS, WINDOW = 50, 3416, 211
 ENCODERS: dict[str, Callable[[], torch.nn.Module]] = {
@@ -66,7 +67,7 @@ def measure(encoder: str, args: argparse.Namespace) -> dict[str, float]:
     last = {"timestamps": times[:, -1:], "next_timestamps": following}
     before = {"timestamps": times[:, :-1], "next_timestamps": times[:, -1]}
     _, cache = model.encode_incremental(None, old, ids[:, :-1], before)
-    scratch = lambda: model.encode(old + 1, ids, None, whole)  # noqa: E731
+    scratch = lambda: model.encode_query(SequentialFeatures(old + 1, ids, whole)).states  # noqa: E731
     append = lambda: model.encode_incremental(cache, one, ids[:, -1:], last)  # noqa: E731
     slow, quick = milliseconds(scratch, args.repeats, device), milliseconds(append, args.repeats, device)
     difference = float((scratch() - append()[0]).abs().max())

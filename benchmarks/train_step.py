@@ -133,7 +133,7 @@ def timed_plain_steps(trainer: Trainer, steps: int) -> list[float]:
     plain = plain_step.PlainStep(trainer.settings, trainer.dataset.num_items)
     seconds = []
     for loaded, _ in zip(trainer.loader.epoch(0), range(steps + 1)):
-        example = trainer.objective.example(loaded.columns, torch.Generator().manual_seed(0))
+        example = trainer.task.objective.example(loaded.columns)
         started = time.perf_counter()
         plain(example)
         seconds.append(time.perf_counter() - started)

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -47,15 +48,17 @@ class SequentialFeatures:
 
 
 class LossOutput(NamedTuple):
-    """What a loss returns. The trainer divides ``sum`` by ``weight`` summed over all processes.
+    """What a loss returns. A trainer divides ``sum`` by ``weight``, each summed over all processes.
 
     sum: scalar, differentiable.
     weight: scalar, no gradient; 0 when nothing counts (``sum`` is then 0 and the trainer changes nothing).
+    auxiliary: weighted scalars by name, of the batch of all processes; each process has its part of their gradient.
     """
 
     sum: torch.Tensor
     weight: torch.Tensor
+    auxiliary: Mapping[str, torch.Tensor] = MappingProxyType({})
 
     def mean(self) -> torch.Tensor:
-        """``sum / weight``, scalar; NaN when nothing counts."""
-        return self.sum / self.weight
+        """``sum / weight`` and the auxiliary losses, scalar; NaN when nothing counts."""
+        return self.sum / self.weight + sum(self.auxiliary.values())

@@ -11,6 +11,7 @@ from generative_recommenders.modeling.encoders.sasrec import SASRec
 from generative_recommenders.modeling.input_preprocessors import (
     LearnablePositionalEmbeddingInputFeaturesPreprocessor,
 )
+from generative_recommenders.modeling.inputs import history_inputs
 from generative_recommenders.modeling.items import LocalEmbeddingModule
 from generative_recommenders.modeling.model import SequenceEncoder, SequenceRecommender
 from generative_recommenders.modeling.output_postprocessors import (
@@ -90,9 +91,9 @@ def assert_parity(model: SequenceRecommender, golden: GoldenFile, entrance: str)
         encoded = model(lengths, ids, None, events)
     else:
         layout = jagged_layout(lengths, ids.shape[1])
-        encoded = layout.to_rectangle(model.encode_tokens(SequentialFeatures(lengths, ids, events), layout))
+        encoded = layout.to_rectangle(model.states(history_inputs(SequentialFeatures(lengths, ids, events))))
     assert_near(encoded, golden.outputs["encoded"])
-    assert_near(model.encode(lengths, ids, None, events), golden.outputs["encode"])
+    assert_near(model.encode_query(SequentialFeatures(lengths, ids, events)).states, golden.outputs["encode"])
     (encoded * golden.inputs["cotangent"]).sum().backward()
     gradients = {name: parameter.grad for name, parameter in named(model)}
     assert set(golden.gradients) == set(gradients)

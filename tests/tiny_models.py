@@ -10,16 +10,13 @@ import torch
 from generative_recommenders.build.model import QUERY_TOWERS
 from generative_recommenders.build.parts import (
     Catalogue,
-    build_criterion,
-    build_inference,
-    build_model,
-    build_objective,
-    build_sampler,
+    build_task,
 )
 from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.data.batch_transforms import default_sasrec_transforms
+from generative_recommenders.data.loader import LoadedBatch
 from generative_recommenders.distributed.collectives import Collectives
-from generative_recommenders.evaluation.catalogue_scores import CatalogueScores
+from generative_recommenders.modeling.model import SequenceRecommender
 from generative_recommenders.training.optimizers import Optimizer
 from generative_recommenders.training.step import TrainingStep
 
@@ -131,31 +128,30 @@ def ten_users() -> dict[str, torch.Tensor]:
 
 def training_step(chosen: RunSettings, data: Catalogue, seed: int = 0) -> TrainingStep:
     torch.manual_seed(seed)
-    model = build_model(chosen, data)
-    criterion = build_criterion(chosen, data, model)
-    sampler = build_sampler(chosen, data) if criterion.needs_negatives else None
-    dense = [p for name, p in model.named_parameters() if name != "items.table"]
-    optimizer = Optimizer([*dense, *criterion.parameters()], model.items.table, "adamw", 1e-2, 0.0)
-    return TrainingStep(model, criterion, sampler, optimizer, Collectives(torch.device("cpu")), seed)
+    task = build_task(chosen, data)
+    task.seed = seed
+    table = task.model.items.table
+    dense = [parameter for parameter in task.parameters() if parameter is not table]
+    return TrainingStep(task, Optimizer(dense, table, "adamw", 1e-2, 0.0), Collectives())
+
+
+def loaded(columns: dict[str, torch.Tensor], first_row: int = 0, first_token: int = 0) -> LoadedBatch:
+    """Columns as a loader's batch."""
+    return LoadedBatch(columns, 0, first_row, first_token, int((columns["lengths"] - 1).sum()))
 
 
 def overfit(name: str, steps: int = 80) -> tuple[float, float]:
     """Share of the ten users whose last item comes first, before and after training on all of their events."""
     chosen = settings(**{"item_embedding_dim": 16, "sasrec.ffn_hidden_dim": 16, **EASY[name]})
-    step, columns, objective = training_step(chosen, catalogue()), ten_users(), build_objective(chosen)
-    before = last_item_first(chosen, step.model, columns)
-    generator = torch.Generator().manual_seed(5)
+    step, columns = training_step(chosen, catalogue()), ten_users()
+    before = last_item_first(step.task.model, columns)
     for number in range(steps):
-        step(objective.example(columns, generator), 0, number)
-    return before, last_item_first(chosen, step.model, columns)
+        step(loaded(columns), number)
+    return before, last_item_first(step.task.model, columns)
 
 
-def last_item_first(chosen: RunSettings, model: torch.nn.Module, columns: dict[str, torch.Tensor]) -> float:
+def last_item_first(model: SequenceRecommender, columns: dict[str, torch.Tensor]) -> float:
     model.eval()
-    t = chosen.train
-    scores = CatalogueScores(
-        model, build_inference(chosen), t.item_l2_norm, t.l2_norm_eps, torch.device("cpu")
-    )
     batch = default_sasrec_transforms()["train"](columns)
     lengths = batch["past_lengths"]
     history = {
@@ -165,7 +161,8 @@ def last_item_first(chosen: RunSettings, model: torch.nn.Module, columns: dict[s
         **{name: batch[f"past_{stem}"] for name, stem in (("item_ids", "ids"), ("ratings", "ratings"))},
         "timestamps": batch["past_timestamps"],
     }
-    best = scores(history).argmax(1) + 1
+    with torch.no_grad():
+        best = model.score(model.encode_query(history), model.catalogue()).argmax(1) + 1
     model.train()
     last = columns["item_ids"].gather(1, columns["lengths"][:, None] - 1)[:, 0]
     return (best == last).float().mean().item()

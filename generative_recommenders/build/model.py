@@ -6,12 +6,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 
 from generative_recommenders.build.catalogue import Catalogue
-from generative_recommenders.build.objectives import MASKING_SCHEMES, auxiliary_weights
+from generative_recommenders.build.objectives import MASKING_SCHEMES, auxiliary_weights, build_objective
 from generative_recommenders.config.choices import look_up, short_preprocessor, uses_item_tower
 from generative_recommenders.config.schema import RunSettings, TrainSettings
 from generative_recommenders.errors import UserError
@@ -39,7 +39,6 @@ from generative_recommenders.modeling.output_postprocessors import (
 )
 from generative_recommenders.modeling.similarity.dot_product import DotProductSimilarity
 from generative_recommenders.modeling.similarity.mixture_of_logits import MoLSimilarity
-from generative_recommenders.objectives.masked import MaskEmbedding
 from generative_recommenders.retrieval.mol_top_k import TopK, make_top_k
 
 SimilarityModule: TypeAlias = DotProductSimilarity | MoLSimilarity
@@ -60,8 +59,7 @@ def build_model(settings: RunSettings, catalogue: Catalogue) -> SequenceRecommen
         raise UserError(str(error)) from error
     make_top_k(t.top_k_method, similarity, torch.zeros(1, items.embedding_dim))  # refuses what does not fit
     _check_auxiliary(settings, similarity)
-    mask = MaskEmbedding(items.embedding_dim) if t.objective in MASKING_SCHEMES else None
-    return SequenceRecommender(items, sequence, similarity, mask)
+    return SequenceRecommender(items, sequence, similarity, build_objective(settings))
 
 
 def _embedding_kind(settings: RunSettings) -> str:
@@ -96,12 +94,8 @@ def build_sequence(settings: RunSettings, catalogue: Catalogue) -> SequenceEncod
 
 def build_top_k(settings: RunSettings, model: SequenceRecommender) -> TopK:
     """The top-k module of ``train_fn.top_k_method`` over the model's items as they are now."""
-    t = settings.train
-    with torch.no_grad():
-        items = model.items.all_item_embeddings()
-    if t.item_l2_norm:
-        items = torch.nn.functional.normalize(items, dim=-1, eps=t.l2_norm_eps)
-    return make_top_k(t.top_k_method, cast(SimilarityModule, model.similarity), items)
+    items = model.catalogue().embeddings
+    return make_top_k(settings.train.top_k_method, cast(SimilarityModule, model.similarity), items)
 
 
 def _check_auxiliary(settings: RunSettings, similarity: SimilarityModule) -> None:
@@ -114,8 +108,14 @@ def _check_auxiliary(settings: RunSettings, similarity: SimilarityModule) -> Non
         )
 
 
+def _item_norm(t: TrainSettings) -> dict[str, Any]:
+    return {"item_l2_norm": t.item_l2_norm, "l2_norm_eps": t.l2_norm_eps}
+
+
 def _local(settings: RunSettings, catalogue: Catalogue) -> ItemEmbedding:
-    return LocalEmbeddingModule(catalogue.num_items, settings.train.item_embedding_dim)
+    return LocalEmbeddingModule(
+        catalogue.num_items, settings.train.item_embedding_dim, **_item_norm(settings.train)
+    )
 
 
 def _categorical(settings: RunSettings, catalogue: Catalogue) -> ItemEmbedding:
@@ -123,7 +123,9 @@ def _categorical(settings: RunSettings, catalogue: Catalogue) -> ItemEmbedding:
         raise UserError(
             'embedding_module_type "categorical" needs train_fn.category_feature, one category for each item'
         )
-    return CategoricalEmbeddingModule(catalogue.categories, settings.train.item_embedding_dim)
+    return CategoricalEmbeddingModule(
+        catalogue.categories, settings.train.item_embedding_dim, **_item_norm(settings.train)
+    )
 
 
 def _item_tower(settings: RunSettings, catalogue: Catalogue) -> ItemEmbedding:
@@ -136,7 +138,10 @@ def _item_tower(settings: RunSettings, catalogue: Catalogue) -> ItemEmbedding:
         features = catalogue.items.read(
             names, dim, "item_tower.features", cast(ListReduction, tower.list_reduction)
         )
-    return ItemTowerEmbedding(catalogue.num_items, dim, features, ITEM_ID in tower.features, tower.num_blocks)
+    return ItemTowerEmbedding(
+        catalogue.num_items, dim, features, ITEM_ID in tower.features, tower.num_blocks,
+        **_item_norm(settings.train),
+    )  # fmt: skip
 
 
 EMBEDDINGS: dict[str, Callable[[RunSettings, Catalogue], ItemEmbedding]] = {
@@ -258,11 +263,12 @@ def _mol(settings: RunSettings) -> MoLSimilarity:
     bf16 = settings.mol.bf16_training or settings.similarity.bf16_training
     balanced = "mi_loss" in auxiliary_weights(settings)
     dim = settings.train.item_embedding_dim
-    return MoLSimilarity.from_settings(replace(settings.mol, bf16_training=bf16), dim, dim, balanced)
+    mol = replace(settings.mol, bf16_training=bf16)
+    return MoLSimilarity.from_settings(mol, dim, dim, balanced, settings.train.temperature)
 
 
 SIMILARITIES: dict[str, Callable[[RunSettings], SimilarityModule]] = {
-    "": lambda settings: DotProductSimilarity(),
-    "DotProduct": lambda settings: DotProductSimilarity(),
+    "": lambda settings: DotProductSimilarity(settings.train.temperature),
+    "DotProduct": lambda settings: DotProductSimilarity(settings.train.temperature),
     "MoL": _mol,
 }

@@ -1,6 +1,4 @@
-"""From settings to what is learned: objective, loss with its scorer, negative sampler, and the inputs at
-inference.
-"""
+"""From settings to what is learned: objective, criterion, negative sampler."""
 
 from __future__ import annotations
 
@@ -12,9 +10,8 @@ from generative_recommenders.config.choices import look_up, uses_item_tower
 from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.model import SequenceEncoder
+from generative_recommenders.objectives.causal import CausalObjective
 from generative_recommenders.objectives.criterion import CatalogueCriterion, Criterion, SampledCriterion
-from generative_recommenders.objectives.examples import CausalObjective, MaskedObjective
-from generative_recommenders.objectives.inference import InferenceInputs
 from generative_recommenders.objectives.losses.catalogue import CATALOGUE_LOSSES, CE, CatalogueLoss
 from generative_recommenders.objectives.losses.sampled import (
     SAMPLED_LOSSES,
@@ -24,7 +21,7 @@ from generative_recommenders.objectives.losses.sampled import (
     SampledSoftmaxLoss,
 )
 from generative_recommenders.objectives.losses.sce import ScalableCrossEntropyLoss, SCEParams
-from generative_recommenders.objectives.masked import MaskedItemMasking, MaskingScheme
+from generative_recommenders.objectives.masked import MaskedItemMasking, MaskedObjective, MaskingScheme
 from generative_recommenders.objectives.negative_samplers import (
     InBatchNegativesSampler,
     LocalNegativesSampler,
@@ -36,7 +33,6 @@ from generative_recommenders.objectives.negative_samplers import (
 )
 from generative_recommenders.objectives.permuted import PermutationMasking
 from generative_recommenders.objectives.replaced import ReplacedDetectionCriterion
-from generative_recommenders.objectives.scoring import LearnedScorer, ProductScorer, Scorer
 
 MASKING_SCHEMES: dict[str, Callable[[RunSettings], MaskingScheme]] = {
     "masked": lambda s: MaskedItemMasking(_probability(s, 0.15)),
@@ -74,12 +70,6 @@ def _probability(settings: RunSettings, default: float) -> float:
     return default if given is None else given
 
 
-def build_inference(settings: RunSettings) -> InferenceInputs:
-    """How histories become inputs when the next item is scored."""
-    name = settings.train.objective
-    return InferenceInputs(MASKING_SCHEMES[name](settings) if name in MASKING_SCHEMES else None)
-
-
 def auxiliary_weights(settings: RunSettings) -> dict[str, float]:
     """Weights of auxiliary losses by name; those of ``train_fn`` go before ``get_weighted_loss``'s, and MoL's own
     decay of user embeddings is added.
@@ -94,7 +84,7 @@ def auxiliary_weights(settings: RunSettings) -> dict[str, float]:
 def build_criterion(
     settings: RunSettings, catalogue: Catalogue, make_discriminator: Callable[[], SequenceEncoder]
 ) -> Criterion:
-    """The loss with its scorer, by ``train_fn.loss_module``, and the discriminator's beside it where there is
+    """The criterion by ``train_fn.loss_module``, and the discriminator's beside it where there is
     one.
 
     make_discriminator: the encoder of a discriminator, called if the objective needs one.
@@ -140,9 +130,7 @@ def _sampled_criterion(
         loss = BCELossWithRatings(t.rating_threshold)
     else:
         loss = loss_class()
-    return SampledCriterion(
-        loss, build_scorer(settings), auxiliary_weights(settings), t.loss_activation_checkpoint
-    )
+    return SampledCriterion(loss, auxiliary_weights(settings), t.loss_activation_checkpoint)
 
 
 def _check_tower_negatives(settings: RunSettings) -> None:
@@ -167,7 +155,7 @@ def _catalogue_criterion(settings: RunSettings, loss_class: type) -> Criterion:
         )
     else:
         loss = CE(t.label_smoothing) if loss_class is CE else loss_class()
-    return CatalogueCriterion(loss, t.temperature, t.item_l2_norm, t.l2_norm_eps)
+    return CatalogueCriterion(loss)
 
 
 def _with_detection(
@@ -184,17 +172,8 @@ def _with_detection(
         )
     return ReplacedDetectionCriterion(
         base, make_discriminator(), t.item_embedding_dim, t.discriminator_weight,
-        t.temperature, t.item_l2_norm, t.l2_norm_eps, t.tie_discriminator, t.fakes_from == "batch",
+        t.tie_discriminator, t.fakes_from == "batch",
     )  # fmt: skip
-
-
-def build_scorer(settings: RunSettings) -> Scorer:
-    """How positives and negatives are scored."""
-    t = settings.train
-    if t.interaction_module_type == "MoL":
-        return LearnedScorer(t.temperature, t.item_l2_norm, t.l2_norm_eps)
-    positives = t.item_l2_norm and t.loss_module != "BCELoss"  # published: its positives are not normalised
-    return ProductScorer(t.temperature, positives, t.item_l2_norm, t.l2_norm_eps)
 
 
 CORRECTED_SAMPLERS = ("in-batch", "popularity")

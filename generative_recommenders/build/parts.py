@@ -4,30 +4,48 @@ from __future__ import annotations
 
 from functools import partial
 
+import torch
+
 from generative_recommenders.build.catalogue import Catalogue
 from generative_recommenders.build.model import build_model, build_sequence, build_top_k
 from generative_recommenders.build.objectives import (
     MASKING_SCHEMES,
-    build_inference,
     build_objective,
     build_sampler,
 )
 from generative_recommenders.build.objectives import build_criterion as _build_criterion
 from generative_recommenders.config.schema import RunSettings
+from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.model import SequenceEncoder, SequenceRecommender
 from generative_recommenders.objectives.criterion import Criterion
+from generative_recommenders.objectives.task import TrainingTask
 
 __all__ = [
     "MASKING_SCHEMES",
     "Catalogue",
     "build_criterion",
-    "build_inference",
     "build_model",
     "build_objective",
     "build_sampler",
+    "build_task",
     "build_top_k",
 ]
+
+
+def build_task(
+    settings: RunSettings, catalogue: Catalogue, collectives: Collectives | None = None
+) -> TrainingTask:
+    """Model, objective, criterion and sampler, on the processes' device."""
+    collectives = collectives or Collectives()
+    model = build_model(settings, catalogue).to(collectives.device)
+    criterion = build_criterion(settings, catalogue, model).to(collectives.device)
+    sampler = build_sampler(settings, catalogue).to(collectives.device) if criterion.needs_negatives else None
+    autocast = torch.bfloat16 if settings.train.main_module_bf16 else None
+    objective = build_objective(settings)
+    return TrainingTask(
+        model, objective, criterion, sampler, settings.train.random_seed, collectives, autocast
+    )
 
 
 def build_criterion(

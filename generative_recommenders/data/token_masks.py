@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from generative_recommenders.ops.counter_random import CounterDraws
 
-def uniform(shape: Sequence[int], device: torch.device, generator: torch.Generator | None) -> Tensor:
-    """Uniform draws in [0, 1), float32, drawn on the generator's device and moved to ``device``."""
-    source = device if generator is None else generator.device
-    return torch.rand(*shape, generator=generator, device=source).to(device)
+Draws: TypeAlias = torch.Generator | CounterDraws | None
+"""Where random choices come from: a generator, numbered rows (the same whatever else is drawn), or torch's own generator."""
+
+
+def uniform(shape: Sequence[int], device: torch.device, draws: Draws) -> Tensor:
+    """Uniform draws in [0, 1), float32; the last two axes are rows and columns. Drawn where ``draws`` is, and moved."""
+    if isinstance(draws, CounterDraws):
+        *several, rows, width = shape
+        parts = [draws.uniform(width) for _ in range(math.prod(several))]
+        return torch.stack(parts).view(*several, rows, width).to(device)
+    source = device if draws is None else draws.device
+    return torch.rand(*shape, generator=draws, device=source).to(device)
 
 
 def proper_part(chosen: Tensor, real: Tensor, order: Tensor) -> Tensor:

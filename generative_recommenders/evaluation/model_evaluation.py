@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 from functools import cached_property, partial
 
 import numpy as np
 import torch
 
-from generative_recommenders.build.parts import build_inference
 from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.data.loader import EvaluationLoader
 from generative_recommenders.data.splits import Split
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.evaluation.baselines import training_counts
-from generative_recommenders.evaluation.catalogue_scores import CatalogueScores
-from generative_recommenders.evaluation.evaluator import EvaluationResult, Evaluator
+from generative_recommenders.evaluation.evaluator import EvaluationResult, Evaluator, Score
 from generative_recommenders.evaluation.top_lists import TopLists
 from generative_recommenders.modeling.model import SequenceRecommender
 from generative_recommenders.training.progress import with_progress
+from generative_recommenders.types import Batch
 
 
 class ModelEvaluation:
@@ -35,7 +35,6 @@ class ModelEvaluation:
         collectives: Collectives,
     ) -> None:
         self.settings, self.dataset, self.split, self.collectives = settings, dataset, split, collectives
-        self.inference = build_inference(settings)
 
     def validation(self, model: SequenceRecommender, max_batches: int | None = None) -> EvaluationResult:
         """The split's validation targets; in protocol "paper" there are none and the test targets are taken.
@@ -70,8 +69,7 @@ class ModelEvaluation:
         t, world = self.settings.train, self.collectives
         training = model.training
         model.eval()
-        autocast = torch.bfloat16 if t.eval_bf16 else None
-        score = CatalogueScores(model, self.inference, t.item_l2_norm, t.l2_norm_eps, world.device, autocast)
+        score = catalogue_scores(model, torch.bfloat16 if t.eval_bf16 else None)
         batch_size = min(t.eval_batch_size, t.eval_user_max_batch_size or t.eval_batch_size)
         max_users = None if max_batches is None else max_batches * batch_size
         loader = EvaluationLoader(
@@ -84,3 +82,18 @@ class ModelEvaluation:
         result = evaluator(score, self._lists(max_batches))
         model.train(training)
         return result
+
+
+@torch.inference_mode()
+def catalogue_scores(model: SequenceRecommender, autocast: torch.dtype | None = None) -> Score:
+    """Scores ``[n, V]`` of evaluation batches by the model as it is now. autocast: the dtype of its encoder's products."""
+    snapshot = model.catalogue()
+
+    @torch.inference_mode()
+    def score(batch: Batch) -> torch.Tensor:
+        device = snapshot.embeddings.device.type
+        with torch.autocast(device, autocast) if autocast else contextlib.nullcontext():
+            queries = model.encode_query(batch)
+        return model.score(queries, snapshot)
+
+    return score

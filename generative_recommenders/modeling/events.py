@@ -22,6 +22,13 @@ def past_features(batch: Events) -> SequentialFeatures:
     return SequentialFeatures(batch["past_lengths"], batch["past_ids"], events)
 
 
+def history_features(batch: Events) -> SequentialFeatures:
+    """The histories ``item_ids [B, N]`` of a loader's evaluation batch, with what is known of their events and users."""
+    names = (*EVENT_COLUMNS, "next_timestamps", "user_ids")
+    events = {name: batch[name] for name in names if name in batch}
+    return SequentialFeatures(batch["lengths"], batch["item_ids"], events)
+
+
 def token_events(
     events: Events, lengths: torch.Tensor, layout: Layout, constant_width: int | None = None
 ) -> dict[str, torch.Tensor]:

@@ -6,12 +6,13 @@ leaf to differentiate, so that the cost of a step does not grow with the catalog
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from generative_recommenders.modeling.initialization import truncated_normal_
 from generative_recommenders.ops.embedding import lookup_rows
+from generative_recommenders.ops.normalization import l2_normalize
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,11 @@ class ItemRows:
         """``[..., D]`` embeddings of ``item_ids [...]``."""
         return lookup_rows(self.weight, self.index(item_ids))
 
-    def catalogue(self, num_items: int) -> torch.Tensor:
+    def catalogue(self, num_items: int | None = None) -> torch.Tensor:
         """``[V, D]``: row i belongs to item id i + 1. Only where all items are held."""
         if self.row_of_item is not None:
             return self.weight[self.row_of_item[1:]]
-        if self.weight.shape[0] != num_items + 1:
+        if num_items is not None and self.weight.shape[0] != num_items + 1:
             raise ValueError(f"{self.weight.shape[0]} rows are held, the whole catalogue has {num_items + 1}")
         return self.weight[1:]
 
@@ -51,12 +52,23 @@ class ItemEmbedding(torch.nn.Module):
     tower computes the latter. ``table [rows, D]`` is the one large, sparsely touched parameter: a training step
     differentiates ``history_rows`` and ``scored_rows``, both made from a leaf that holds the touched rows of the table.
     ``tower`` is the dense network that computes scored embeddings, where there is one.
+
+    item_l2_norm: scored embeddings are divided by max(norm, l2_norm_eps).
     """
 
     tower: torch.nn.Module | None
 
-    def __init__(self, num_items: int, embedding_dim: int, num_rows: int | None = None) -> None:
+    def __init__(
+        self,
+        num_items: int,
+        embedding_dim: int,
+        num_rows: int | None = None,
+        *,
+        item_l2_norm: bool = False,
+        l2_norm_eps: float = 1e-6,
+    ) -> None:
         super().__init__()
+        self.item_l2_norm, self.l2_norm_eps = item_l2_norm, l2_norm_eps
         self.num_items = num_items
         self.embedding_dim = embedding_dim
         self.tower = None
@@ -71,9 +83,19 @@ class ItemEmbedding(torch.nn.Module):
         """What histories look up, from the touched table rows."""
         return leaf
 
+    def raw_rows(self, leaf: ItemRows, item_ids: torch.Tensor | None) -> ItemRows:
+        """`scored_rows` before their normalisation."""
+        return leaf
+
     def scored_rows(self, leaf: ItemRows, item_ids: torch.Tensor | None) -> ItemRows:
         """What is scored for the sorted unique items ``item_ids`` (None: all), from the touched table rows."""
-        return leaf
+        return self.normalized(self.raw_rows(leaf, item_ids))
+
+    def normalized(self, rows: ItemRows) -> ItemRows:
+        """Rows of norm 1, in full precision, where the items are scored so; else the rows themselves."""
+        if not self.item_l2_norm:
+            return rows
+        return replace(rows, weight=l2_normalize(rows.weight.float(), self.l2_norm_eps))
 
     def embed_history(self, item_ids: torch.Tensor) -> torch.Tensor:
         """``[..., D]`` for ids of any shape."""
@@ -100,10 +122,20 @@ class CategoricalEmbeddingModule(ItemEmbedding):
 
     row_of_item: torch.Tensor
 
-    def __init__(self, item_category: torch.Tensor, embedding_dim: int) -> None:
+    def __init__(
+        self,
+        item_category: torch.Tensor,
+        embedding_dim: int,
+        *,
+        item_l2_norm: bool = False,
+        l2_norm_eps: float = 1e-6,
+    ) -> None:
         if item_category.numel() == 0 or int(item_category.min()) < 0:
             raise ValueError("item_category must hold a category of 0 or more for every item")
-        super().__init__(item_category.numel(), embedding_dim, num_rows=int(item_category.max()) + 1)
+        super().__init__(
+            item_category.numel(), embedding_dim, int(item_category.max()) + 1,
+            item_l2_norm=item_l2_norm, l2_norm_eps=l2_norm_eps,
+        )  # fmt: skip
         rows = torch.cat([item_category.new_zeros(1), item_category + 1]).long()
         self.register_buffer("row_of_item", rows)
 
@@ -113,5 +145,5 @@ class CategoricalEmbeddingModule(ItemEmbedding):
     def history_rows(self, leaf: ItemRows) -> ItemRows:
         return ItemRows(leaf.weight, leaf.ids, self.row_of_item)
 
-    def scored_rows(self, leaf: ItemRows, item_ids: torch.Tensor | None) -> ItemRows:
+    def raw_rows(self, leaf: ItemRows, item_ids: torch.Tensor | None) -> ItemRows:
         return self.history_rows(leaf)

@@ -15,11 +15,13 @@ from generative_recommenders.modeling.cache import (
     check_append,
     new_layout,
 )
-from generative_recommenders.modeling.events import token_events
+from generative_recommenders.modeling.events import history_features, token_events
 from generative_recommenders.modeling.input_preprocessors import EncoderInput, InputPreprocessor
+from generative_recommenders.modeling.inputs import LastEventReader, ModelInputs, Queries, QueryReader
 from generative_recommenders.modeling.items import ItemEmbedding, ItemRows
-from generative_recommenders.ops.layout import Layout, Visibility, jagged_layout, padded_layout
-from generative_recommenders.types import SequentialFeatures
+from generative_recommenders.modeling.similarity.interface import Similarity, Snapshot
+from generative_recommenders.ops.layout import Layout, Visibility, padded_layout
+from generative_recommenders.types import Batch, SequentialFeatures
 
 
 class SequenceEncoder(torch.nn.Module):
@@ -75,24 +77,41 @@ class SequenceEncoder(torch.nn.Module):
         return self.postprocessor(states) * filled[:, None], cache
 
 
+class MaskEmbedding(torch.nn.Module):
+    """The learned vector that stands for a hidden item, ``weight [D]``, drawn from a normal of ``std``."""
+
+    def __init__(self, embedding_dim: int, std: float = 0.02) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.empty(embedding_dim).normal_(std=std))
+
+    def forward(self, embeddings: torch.Tensor, replaced: torch.Tensor) -> torch.Tensor:
+        """``embeddings [..., D]`` (rectangles or jagged) with those at ``replaced [...]`` exchanged."""
+        return torch.where(replaced[..., None], self.weight.to(embeddings.dtype), embeddings)
+
+
 class SequenceRecommender(torch.nn.Module):
     """A sequence encoder over item embeddings, with a similarity to score items by.
 
     Item ids are 1..V, 0 is padding; rectangles are right-padded, oldest event first.
+
+    objective: makes the inputs of queries, see `QueryReader`; the state after the last event unless given.
     """
+
+    similarity: Similarity
 
     def __init__(
         self,
         items: ItemEmbedding,
         sequence: SequenceEncoder,
-        similarity: torch.nn.Module,
-        mask_embedding: torch.nn.Module | None = None,
+        similarity: Similarity,
+        objective: QueryReader | None = None,
     ) -> None:
         super().__init__()
         self.items = items
         self.sequence = sequence
         self.similarity = similarity
-        self.mask_embedding = mask_embedding
+        self.objective = objective or LastEventReader()
+        self.mask_embedding = MaskEmbedding(items.embedding_dim) if self.objective.uses_mask else None
 
     def get_item_embeddings(self, item_ids: torch.Tensor) -> torch.Tensor:
         """``[..., D]`` as scored, for ids of any shape."""
@@ -107,6 +126,49 @@ class SequenceRecommender(torch.nn.Module):
         """HSTU's N, the width that it divides by; None for other encoders."""
         return getattr(self.sequence.encoder, "max_length", None)
 
+    def encode_query(self, batch: Batch | SequentialFeatures) -> Queries:
+        """What names the next item after each history.
+
+        batch: the columns of an evaluation loader (``item_ids [B, N]``, ``lengths [B]``, event columns), or features. A
+        row without events gets the state 0, or in a masked model that of its mask slot alone.
+        """
+        features = batch if isinstance(batch, SequentialFeatures) else history_features(batch)
+        inputs = self.objective.query(features).to(self.items.table.device)
+        states = self.states(inputs).float()
+        return Queries(
+            inputs.layout.at_end(states) if inputs.read is None else states,
+            inputs.features.past_events.get("user_ids"),
+        )
+
+    @torch.no_grad()
+    def catalogue(self) -> Snapshot:
+        """All items as scored: through the tower, normalised, with MoL's components. It does not follow later updates."""
+        return self.similarity.snapshot(self.items.all_item_embeddings())
+
+    def score(self, queries: Queries, items: Snapshot | torch.Tensor) -> torch.Tensor:
+        """``[B, V]`` scores of the catalogue, or ``[B, R]`` of item ids ``[R]`` or ``[B, R]`` (-inf for padding, 0)."""
+        if not isinstance(items, torch.Tensor):
+            return self.similarity.scores(queries.states, items, queries.user_ids)
+        ids = items.to(queries.states.device)
+        scores, _ = self.similarity.score(queries.states, self.get_item_embeddings(ids), queries.user_ids)
+        return scores.masked_fill(ids == 0, -torch.inf)
+
+    def states(self, inputs: ModelInputs, rows: ItemRows | None = None) -> torch.Tensor:
+        """``[M, D]`` states at the positions to read. rows: of the item table, all of it unless given.
+
+        UserError where a masked model is given no masked position: its states at shown items name nothing.
+        """
+        items = self.items.history_rows(ItemRows(self.items.table) if rows is None else rows)
+        x = items.lookup(inputs.past_ids)
+        if self.mask_embedding is not None:
+            if inputs.replaced is None:
+                raise UserError(_NEEDS_MASK_SLOT)
+            x = self.mask_embedding(x, inputs.replaced)
+        features = inputs.features
+        events = token_events(features.past_events, features.past_lengths, inputs.layout, self.constant_width)
+        states = self.sequence(x, inputs.layout, events)
+        return states if inputs.read is None else states.index_select(0, inputs.read)
+
     def forward(
         self,
         past_lengths: torch.Tensor,
@@ -114,29 +176,17 @@ class SequenceRecommender(torch.nn.Module):
         past_embeddings: torch.Tensor | None = None,
         past_events: Mapping[str, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """Encodes whole rectangles.
+        """Encodes whole rectangles of causal models.
 
         past_lengths ``[B]``, past_ids ``[B, N]``, past_embeddings ``[B, N, D]`` (looked up when None), past_events: see
-        `features.SequentialFeatures`. Returns ``[B, N, D]``: the state after each position, 0 at padding.
+        `types.SequentialFeatures`. Returns ``[B, N, D]``: the state after each position, 0 at padding.
         """
+        if self.mask_embedding is not None:
+            raise UserError(_NEEDS_MASK_SLOT)
         layout = padded_layout(past_lengths, past_ids.shape[1])
         embeddings = self.embed_history(past_ids) if past_embeddings is None else past_embeddings
         events = token_events(past_events or {}, past_lengths, layout, self.constant_width)
         return layout.to_rectangle(self.sequence(layout.flatten(embeddings), layout, events))
-
-    def encode(
-        self,
-        past_lengths: torch.Tensor,
-        past_ids: torch.Tensor,
-        past_embeddings: torch.Tensor | None = None,
-        past_events: Mapping[str, torch.Tensor] | None = None,
-    ) -> torch.Tensor:
-        """``[B, D]``: the state after each row's last real position, computed on the real tokens alone."""
-        features = SequentialFeatures(past_lengths, past_ids, dict(past_events or {}))
-        layout = jagged_layout(past_lengths, past_ids.shape[1], past_ids.device)
-        rows = self.items.history_rows(ItemRows(self.items.table)) if past_embeddings is None else None
-        items = None if past_embeddings is None else layout.flatten(past_embeddings)
-        return layout.at_end(self.encode_tokens(features, layout, rows, items))
 
     @torch.no_grad()
     def encode_incremental(
@@ -146,7 +196,7 @@ class SequenceRecommender(torch.nn.Module):
         new_ids: torch.Tensor,
         new_events: Mapping[str, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, HistoryCache]:
-        """`encode` of the cached histories with further items behind them, computed on the new items alone.
+        """`encode_query` of the cached histories with further items behind them, computed on the new items alone.
 
         cache: what the last call gave, None to begin. new_lengths ``[B]`` (0: none in this row), new_ids ``[B, M]``;
         new_events: `features.SequentialFeatures`'s of the new items, the same names in every call;
@@ -176,19 +226,8 @@ class SequenceRecommender(torch.nn.Module):
         items = self.embed_history(layout.flatten(new_ids))
         return self.sequence.append(cache, items, layout, token_events(events, new_lengths, layout))
 
-    def encode_tokens(
-        self,
-        features: SequentialFeatures,
-        layout: Layout,
-        rows: ItemRows | None = None,
-        items: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """``[T, D]``: the state after every token. rows: what the history looks up; or its embeddings ``items [T, D]``."""
-        if items is None:
-            rows = rows or self.items.history_rows(ItemRows(self.items.table))
-            items = rows.lookup(layout.flatten(features.past_ids))
-        events = token_events(features.past_events, features.past_lengths, layout, self.constant_width)
-        return self.sequence(items, layout, events)
+
+_NEEDS_MASK_SLOT = "the model was trained to name masked items: its states come from encode_query, which appends the mask slot"
 
 
 def appendable_encoder(sequence: SequenceEncoder, layout: Layout) -> IncrementalEncoder:

@@ -1,24 +1,51 @@
-"""Scores and loss of a step: one object per family, so that the trainer does not know which it runs."""
+"""Criteria: from the states at the read positions to a loss, over sampled negatives or the whole catalogue."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import dataclass, replace
 
 import torch
 import torch.utils.checkpoint
 
 from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.items import ItemRows
+from generative_recommenders.modeling.similarity.interface import Similarity
 from generative_recommenders.objectives.examples import TrainingExample
 from generative_recommenders.objectives.losses.catalogue import CatalogueLoss
 from generative_recommenders.objectives.losses.sampled import SampledLoss
 from generative_recommenders.objectives.losses.sce import ScalableCrossEntropyLoss
 from generative_recommenders.objectives.negative_samplers import Negatives
-from generative_recommenders.objectives.scoring import Scorer
-from generative_recommenders.ops.normalization import l2_normalize
+from generative_recommenders.objectives.scoring import sampled_scores
+from generative_recommenders.ops.counter_random import CounterDraws, stream_key
+from generative_recommenders.types import LossOutput
 
-CriterionOutput = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
-"""Loss sum, its weight, weighted auxiliary losses (means over the step)."""
+Sums = dict[str, torch.Tensor]
+"""Of auxiliary losses by name: what is added up over processes before the losses are made from it."""
+
+
+@dataclass(frozen=True)
+class PreparedBatch:
+    """An example and everything that is drawn and gathered for it.
+
+    negatives: or None for losses over the catalogue. target_pool: ``[M]`` sorted unique targets of the global batch, where
+    the criterion asks for them. scored_ids, row_ids: sorted unique items that are scored and table rows that are read; None
+    for all. key: of the step's draws; first_target: the example's first target in the global batch.
+    """
+
+    example: TrainingExample
+    negatives: Negatives | None
+    target_pool: torch.Tensor | None
+    scored_ids: torch.Tensor | None
+    row_ids: torch.Tensor | None
+    key: int
+    first_target: int
+
+    def target_draws(self, purpose: int) -> CounterDraws:
+        """Draws for every target, by its number."""
+        targets = self.example.targets
+        numbers = torch.arange(len(targets), device=targets.device) + self.first_target
+        return CounterDraws(stream_key(self.key, purpose), numbers)
 
 
 class Criterion(torch.nn.Module):
@@ -29,6 +56,9 @@ class Criterion(torch.nn.Module):
     """
 
     needs_negatives = True
+    needs_target_pool = False
+    sums_over_tokens = True
+    """False where the loss of a token depends on the others, so that processes do not give the numbers of one."""
 
     def __init__(self, auxiliary_weights: dict[str, float] | None = None) -> None:
         super().__init__()
@@ -38,85 +68,74 @@ class Criterion(torch.nn.Module):
     def forward(
         self,
         states: torch.Tensor,
-        items: ItemRows,
-        example: TrainingExample,
-        negatives: Negatives | None,
-        similarity: torch.nn.Module,
-    ) -> CriterionOutput:
-        """states ``[M, D]`` float32."""
+        scored: ItemRows,
+        raw: ItemRows,
+        batch: PreparedBatch,
+        similarity: Similarity,
+    ) -> tuple[torch.Tensor, torch.Tensor, Sums]:
+        """Loss sum, its weight, and the sums of auxiliary losses. states ``[M, D]`` float32; scored, raw: items with and
+        without their normalisation."""
 
-    def weighted(self, auxiliary: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        missing = sorted(set(self.auxiliary_weights) - set(auxiliary))
+    def auxiliary(self, sums: Sums, similarity: Similarity) -> dict[str, torch.Tensor]:
+        """Weighted auxiliary losses of all processes' sums."""
+        losses = similarity.auxiliary_losses(sums)
+        missing = sorted(set(self.auxiliary_weights) - set(losses))
         if missing:
-            known = ", ".join(sorted(auxiliary)) or "none"
+            known = ", ".join(sorted(losses)) or "none"
             raise UserError(
                 f"loss_weights name {', '.join(missing)}, which this configuration does not produce ({known})"
             )
-        return {name: weight * auxiliary[name] for name, weight in self.auxiliary_weights.items()}
+        return {name: weight * losses[name] for name, weight in self.auxiliary_weights.items()}
 
 
 class SampledCriterion(Criterion):
-    """A sampled loss over a scorer's score matrices. checkpoint: scores are computed again in the backward
-    pass.
-    """
+    """A sampled loss. checkpoint: scores are computed again in the backward pass."""
 
     def __init__(
         self,
         loss: SampledLoss,
-        scorer: Scorer,
         auxiliary_weights: dict[str, float] | None = None,
         checkpoint: bool = False,
     ) -> None:
         super().__init__(auxiliary_weights)
         self.loss = loss
-        self.scorer = scorer
         self.checkpoint = checkpoint
 
-    def forward(self, states, items, example, negatives, similarity):
+    def forward(self, states, scored, raw, batch, similarity):
+        arguments = states, scored.weight, raw.weight, scored, raw, batch, similarity
         if not self.checkpoint:
-            return self._loss(states, items.weight, items, example, negatives, similarity)
-        return torch.utils.checkpoint.checkpoint(
-            self._loss, states, items.weight, items, example, negatives, similarity, use_reentrant=False
-        )
+            return self._loss(*arguments)
+        return torch.utils.checkpoint.checkpoint(self._loss, *arguments, use_reentrant=False)
 
-    def _loss(self, states, weight, items, example, negatives, similarity):
-        rows = ItemRows(weight, items.ids, items.row_of_item)
-        scores = self.scorer.scores(states, rows, example.targets, negatives, similarity, example.users)
+    def _loss(self, states, scored_weight, raw_weight, scored, raw, batch, similarity):
+        example = batch.example
+        items = replace(scored, weight=scored_weight)
+        positive_items = replace(raw, weight=raw_weight) if self.loss.raw_positives else None
+        scores = sampled_scores(
+            states, items, example.targets, batch.negatives, similarity, example.users, positive_items
+        )
         columns = scores.positive.shape
-        extra = (
-            [example.ratings.view(columns)] if self.loss.needs_ratings and example.ratings is not None else []
+        ratings = []
+        if self.loss.needs_ratings and example.ratings is not None:
+            ratings = [example.ratings.view(columns)]
+        output: LossOutput = self.loss(
+            scores.positive, scores.negative, example.weights.view(columns), scores.negative_mask, *ratings
         )
-        output = self.loss(
-            scores.positive, scores.negative, example.weights.view(columns), scores.negative_mask, *extra
-        )
-        return output.sum, output.weight, self.weighted(scores.auxiliary)
+        return output.sum, output.weight, scores.sums
 
 
 class CatalogueCriterion(Criterion):
-    """A loss over the whole catalogue by dot product: ``states · item / temperature``."""
+    """A loss over the whole catalogue, for similarities that are products."""
 
     needs_negatives = False
 
-    def __init__(
-        self,
-        loss: CatalogueLoss | ScalableCrossEntropyLoss,
-        temperature: float,
-        item_l2_norm: bool,
-        eps: float,
-    ) -> None:
+    def __init__(self, loss: CatalogueLoss | ScalableCrossEntropyLoss) -> None:
         super().__init__()
         self.loss = loss
-        self.temperature = temperature
-        self.item_l2_norm = item_l2_norm
-        self.eps = eps
+        self.sums_over_tokens = not isinstance(loss, ScalableCrossEntropyLoss)
 
-    def forward(self, states, items, example, negatives, similarity):
-        weight = items.weight.float()
-        if self.item_l2_norm:
-            weight = l2_normalize(weight, self.eps)
-        if items.row_of_item is None:
-            weight = weight[1:]
-        else:
-            weight = weight[items.row_of_item[1:]]
-        output = self.loss(states / self.temperature, weight, example.targets - 1, example.weights)
+    def forward(self, states, scored, raw, batch, similarity):
+        query, weight = similarity.operands(states, scored.weight)
+        catalogue = replace(scored, weight=weight).catalogue()
+        output = self.loss(query, catalogue, batch.example.targets - 1, batch.example.weights)
         return output.sum, output.weight, {}

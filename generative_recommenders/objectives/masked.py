@@ -1,21 +1,28 @@
-"""Masking schemes: what a model sees of a history, and which items it has to name.
+"""Masked-item prediction: what a model sees of a history, and which hidden items it has to name.
 
-A scheme turns right-padded histories into a ``MaskedSequence``: ids to look up, positions whose embedding
-is replaced by a learned mask embedding, targets, and who sees whom. The masked scheme is here, permutation in
-``permutation.py``; next items need none, see ``training_examples.CausalObjective``, and replaced-token detection is
-the masked scheme with a discriminator, see ``replaced_detection.py``. Random draws come from a ``torch.Generator``.
+A scheme turns right-padded histories into a ``MaskedSequence``: ids to look up, positions whose embedding is replaced by the
+mask embedding, targets, and the attention mask. Permutation is in `permuted`, the discriminator of replaced items in
+`replaced`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from generative_recommenders.data.token_masks import proper_part, uniform
+from generative_recommenders.data.loader import LoadedBatch
+from generative_recommenders.data.token_masks import Draws, proper_part, uniform
 from generative_recommenders.errors import UserError
+from generative_recommenders.modeling.events import events_with_slot, hidden_events
+from generative_recommenders.modeling.inputs import ModelInputs
+from generative_recommenders.objectives.examples import TrainingExample, make_example
+from generative_recommenders.ops.layout import Layout, jagged_layout
+from generative_recommenders.ops.layout import Visibility as TokenVisibility
+from generative_recommenders.types import SequentialFeatures
 
 Visibility = tuple[Tensor, Tensor]
 """(key ``[B, N]``, query ``[B, N]``) int64: position i sees j of its own sequence where ``key[j] <=
@@ -44,9 +51,7 @@ class MaskingScheme(ABC):
     """A training objective: how histories become inputs and targets."""
 
     @abstractmethod
-    def training(
-        self, item_ids: Tensor, lengths: Tensor, generator: torch.Generator | None = None
-    ) -> MaskedSequence:
+    def training(self, item_ids: Tensor, lengths: Tensor, draws: Draws = None) -> MaskedSequence:
         """One training pass over histories ``item_ids [B, N]``, ``lengths [B]`` int64."""
 
     @abstractmethod
@@ -69,16 +74,14 @@ class MaskedItemMasking(MaskingScheme):
             raise UserError(f"masking probability must be between 0 and 1, not {probability}")
         self.probability = probability
 
-    def choose(self, real: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def choose(self, real: Tensor, draws: Draws = None) -> Tensor:
         """Positions to hide, ``[B, N]`` bool, among the ``real [B, N]`` ones."""
-        draws, certain = uniform((2, *real.shape), real.device, generator)
-        hidden = (draws < self.probability) | proper_part(torch.zeros_like(real), real, certain)
-        return proper_part(hidden, real, draws)
+        order, certain = uniform((2, *real.shape), real.device, draws)
+        hidden = (order < self.probability) | proper_part(torch.zeros_like(real), real, certain)
+        return proper_part(hidden, real, order)
 
-    def training(
-        self, item_ids: Tensor, lengths: Tensor, generator: torch.Generator | None = None
-    ) -> MaskedSequence:
-        replaced = self.choose(real_positions(lengths, item_ids.shape[1]), generator)
+    def training(self, item_ids: Tensor, lengths: Tensor, draws: Draws = None) -> MaskedSequence:
+        replaced = self.choose(real_positions(lengths, item_ids.shape[1]), draws)
         everyone = torch.zeros_like(item_ids)
         return MaskedSequence(item_ids, replaced, lengths, item_ids.where(replaced, 0), (everyone, everyone))
 
@@ -89,16 +92,51 @@ class MaskedItemMasking(MaskingScheme):
         return sequence, lengths
 
 
-class MaskEmbedding(nn.Module):
-    """The learned vector that stands for a hidden item, ``weight [D]``, drawn from a normal of ``std``."""
+class MaskedObjective:
+    """A masking scheme over whole histories: hidden, permuted or replaced positions are predicted.
 
-    def __init__(self, embedding_dim: int, std: float = 0.02) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(embedding_dim).normal_(std=std))
+    Queries read a mask slot behind the history.
+    """
 
-    def forward(self, embeddings: Tensor, replaced: Tensor) -> Tensor:
-        """``embeddings [..., D]`` (rectangles or jagged) with those at ``replaced [...]`` exchanged."""
-        return apply_mask_to_inputs(embeddings, replaced, self.weight)
+    uses_mask = True
+
+    def __init__(self, scheme: MaskingScheme) -> None:
+        self.scheme = scheme
+
+    def first_target(self, batch: LoadedBatch) -> None:
+        """None: how many targets other processes have depends on what is hidden there."""
+        return
+
+    def example(self, columns: Mapping[str, Tensor], draws: Draws = None) -> TrainingExample:
+        masked = self.scheme.training(columns["item_ids"], columns["lengths"], draws)
+        events = hidden_events(columns, masked.replaced, masked.lengths)
+        features = SequentialFeatures(masked.lengths, masked.input_ids, events)
+        layout = masked_layout(masked)
+        read = layout.flatten(masked.targets).nonzero()[:, 0]
+        example = make_example(features, layout, masked.targets, None, columns["user_ids"], read)
+        return replace(example, replaced=layout.flatten(masked.replaced))
+
+    def query(self, features: SequentialFeatures) -> ModelInputs:
+        """The history with a mask slot behind its last event, which is read."""
+        masked, read = self.scheme.inference(features.past_ids, features.past_lengths)
+        layout = masked_layout(masked)
+        width = masked.input_ids.shape[1]
+        events = events_with_slot(features.past_events, features.past_lengths, width)
+        return ModelInputs(
+            features=SequentialFeatures(masked.lengths, masked.input_ids, events),
+            layout=layout,
+            past_ids=layout.flatten(masked.input_ids),
+            read=layout.starts + read.to(layout.device),
+            replaced=layout.flatten(masked.replaced),
+        )
+
+
+def masked_layout(masked: MaskedSequence) -> Layout:
+    """The jagged layout of a masked sequence, with its own visibility."""
+    layout = jagged_layout(masked.lengths, masked.input_ids.shape[1], masked.input_ids.device)
+    if masked.visibility is None:
+        return layout
+    return layout.with_visibility(TokenVisibility(*(layout.flatten(x) for x in masked.visibility)))
 
 
 def apply_mask_to_inputs(embeddings: Tensor, replaced: Tensor, mask_embedding: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from generative_recommenders.data.token_masks import proper_part, uniform
+from generative_recommenders.data.token_masks import Draws, proper_part, uniform
 from generative_recommenders.errors import UserError
 from generative_recommenders.objectives.masked import (
     MaskedSequence,
@@ -42,15 +42,15 @@ class PermutationMasking(MaskingScheme):
         self.max_span_length = max_span_length
         self.permute_all = permute_all
 
-    def choose(self, real: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Visibility]:
+    def choose(self, real: Tensor, draws: Draws = None) -> tuple[Tensor, Visibility]:
         """Positions to hide among ``real [B, N]`` (right-padded rows), and who sees whom."""
-        order = uniform(real.shape, real.device, generator)
-        hidden = real if self.permute_all else self._spans(real, generator)
+        order = uniform(real.shape, real.device, draws)
+        hidden = real if self.permute_all else self._spans(real, draws)
         hidden = proper_part(hidden, real, order)
         rank = order.argsort(1).argsort(1)
         return hidden, ((rank + 1).where(hidden, 0), rank.where(hidden, 0))
 
-    def _spans(self, real: Tensor, generator: torch.Generator | None) -> Tensor:
+    def _spans(self, real: Tensor, draws: Draws) -> Tensor:
         """Random spans of real positions, ``[B, N]`` bool, all rows at once."""
         rows, width = real.shape
         contexts = torch.tensor(
@@ -59,7 +59,7 @@ class PermutationMasking(MaskingScheme):
         )
         steps = -(-width // int(contexts[0]))
         lengths = real.sum(1, keepdim=True)
-        span_draw, place_draw = uniform((2, rows, steps), real.device, generator)
+        span_draw, place_draw = uniform((2, rows, steps), real.device, draws)
         span = (span_draw * self.max_span_length).long() + 1
         context = contexts[span - 1]
         begin = context.cumsum(1) - context + (place_draw * (context - span + 1)).long()
@@ -68,10 +68,8 @@ class PermutationMasking(MaskingScheme):
         edges.scatter_add_(1, (begin + span).minimum(lengths), -torch.ones_like(begin))
         return edges.cumsum(1)[:, :width] > 0
 
-    def training(
-        self, item_ids: Tensor, lengths: Tensor, generator: torch.Generator | None = None
-    ) -> MaskedSequence:
-        hidden, visibility = self.choose(real_positions(lengths, item_ids.shape[1]), generator)
+    def training(self, item_ids: Tensor, lengths: Tensor, draws: Draws = None) -> MaskedSequence:
+        hidden, visibility = self.choose(real_positions(lengths, item_ids.shape[1]), draws)
         return MaskedSequence(item_ids, hidden, lengths, item_ids.where(hidden, 0), visibility)
 
     def inference(self, item_ids: Tensor, lengths: Tensor) -> tuple[MaskedSequence, Tensor]:

@@ -1,31 +1,33 @@
-"""The joint loss of replaced-item detection: a masked model, and a discriminator that finds what it made
-up.
-"""
+"""Replaced-item detection: a masked model, and a discriminator that finds what it made up (ELECTRA, arXiv 2003.10555)."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
+from generative_recommenders.data.token_masks import Draws
 from generative_recommenders.modeling.events import token_events
 from generative_recommenders.modeling.items import ItemRows
 from generative_recommenders.modeling.model import SequenceEncoder
-from generative_recommenders.objectives.criterion import Criterion
+from generative_recommenders.modeling.similarity.interface import Similarity
+from generative_recommenders.objectives.criterion import Criterion, PreparedBatch, Sums
 from generative_recommenders.objectives.examples import TrainingExample
-from generative_recommenders.objectives.replacement import sample_from_catalogue
-from generative_recommenders.ops.normalization import l2_normalize
+from generative_recommenders.ops.counter_random import CounterDraws
+
+_FAKES = 2
+"""Purpose of the draws of fakes, see `PreparedBatch.target_draws`."""
 
 
 class ReplacedDetectionCriterion(Criterion):
-    """``L_MLM + weight · BCE(discriminator)`` (ELECTRA, arXiv 2003.10555, section 2).
+    """``L_MLM + weight · BCE(discriminator)`` (ELECTRA, section 2).
 
     The generator is the model under a masked objective; it keeps its loss ``base``. An item sampled from its
     softmax takes the place of every hidden one, and the discriminator says of each token whether it was
     replaced. Both share the item table. Only the generator is used afterwards.
 
-    discriminator: its encoder. tied: it is the generator's own, whose weights are registered there.
-    from_batch: fakes come from the batch's hidden items instead of the catalogue, which must then be held
-    whole. temperature, item_l2_norm, eps: of the softmax, as in base.
+    discriminator: its encoder. width: of its states. tied: it is the generator's own, whose weights are registered there.
+    from_batch: fakes come from the global batch's hidden items instead of the catalogue, which must then be held whole.
     """
 
     def __init__(
@@ -34,41 +36,44 @@ class ReplacedDetectionCriterion(Criterion):
         discriminator: SequenceEncoder,
         width: int,
         weight: float,
-        temperature: float,
-        item_l2_norm: bool,
-        eps: float,
         tied: bool = False,
         from_batch: bool = True,
     ) -> None:
         super().__init__()
-        self.base, self.needs_negatives = base, base.needs_negatives
+        self.base = base
+        self.needs_negatives, self.sums_over_tokens = base.needs_negatives, base.sums_over_tokens
+        self.needs_target_pool = from_batch
         self.discriminator = None if tied else discriminator
         self._encoder = (discriminator,)  # in a tuple: registered above, or in the model
         self.head = torch.nn.Linear(width, 1)
-        self.weight, self.from_batch = weight, from_batch
-        self.temperature, self.item_l2_norm, self.eps = temperature, item_l2_norm, eps
+        self.weight = weight
 
-    def forward(self, states, items, example, negatives, similarity):
-        total, weight, auxiliary = self.base(states, items, example, negatives, similarity)
-        detection = self.detection(self.fakes(states, items, example.targets), items, example)
-        return total, weight, {**auxiliary, "replaced_detection": self.weight * detection}
+    def forward(self, states, scored, raw, batch, similarity):
+        total, weight, sums = self.base(states, scored, raw, batch, similarity)
+        fakes = self.fakes(states, scored, batch, similarity)
+        return total, weight, {**sums, "replaced_detection": self.detection(fakes, raw, batch.example)}
+
+    def auxiliary(self, sums: Sums, similarity: Similarity) -> dict[str, Tensor]:
+        cross_entropy, tokens = sums["replaced_detection"].unbind()
+        own = self.weight * cross_entropy / tokens.clamp(min=1)
+        return {**self.base.auxiliary(sums, similarity), "replaced_detection": own}
 
     @torch.no_grad()
-    def fakes(self, states: torch.Tensor, items: ItemRows, targets: torch.Tensor) -> torch.Tensor:
+    def fakes(self, states: Tensor, scored: ItemRows, batch: PreparedBatch, similarity: Similarity) -> Tensor:
         """``[M]`` ids sampled from the generator's softmax at the hidden positions."""
-        last = items.weight.shape[0] if items.row_of_item is None else items.row_of_item.numel()
-        if not len(targets):
-            return targets
-        candidates = targets.unique() if self.from_batch else torch.arange(1, last, device=targets.device)
-        weight = items.lookup(candidates).float()
-        if self.item_l2_norm:
-            weight = l2_normalize(weight, self.eps)
-        return candidates[sample_from_catalogue(states / self.temperature, weight) - 1]
+        operands = similarity.operands(states, scored.weight)
+        assert operands is not None  # build refuses other similarities
+        query, weight = operands
+        if not len(query):
+            return batch.example.targets
+        items = ItemRows(weight, scored.ids, scored.row_of_item)
+        draws = batch.target_draws(_FAKES)
+        if batch.target_pool is None:
+            return sample_from_catalogue(query, items.catalogue(), draws)
+        return batch.target_pool[sample_from_catalogue(query, items.lookup(batch.target_pool), draws) - 1]
 
-    def detection(self, fakes: torch.Tensor, items: ItemRows, example: TrainingExample) -> torch.Tensor:
-        """Mean binary cross-entropy over all tokens; a fake that happens to be the true item counts as
-        original.
-        """
+    def detection(self, fakes: Tensor, items: ItemRows, example: TrainingExample) -> Tensor:
+        """``[2]``: binary cross-entropy over all tokens, and their number; a fake that is the true item counts as original."""
         assert example.read is not None  # masked objectives say what they read
         corrupted = example.past_ids.index_copy(0, example.read, fakes)
         features = example.features
@@ -77,4 +82,50 @@ class ReplacedDetectionCriterion(Criterion):
         logits = self.head(encoder(items.lookup(corrupted), example.layout, events))[:, 0]
         replaced = (corrupted != example.past_ids).float()
         total = F.binary_cross_entropy_with_logits(logits, replaced, reduction="sum")
-        return total / max(1, len(logits))
+        return torch.stack([total, total.new_tensor(float(len(logits)))])
+
+
+def replace_items(item_ids: Tensor, replaced: Tensor, fakes: Tensor) -> tuple[Tensor, Tensor]:
+    """Puts ``fakes [P]`` at the True places of ``replaced [B, N]``, in row-major order.
+
+    Returns (ids ``[B, N]``, labels ``[B, N]`` bool): True where the item is no longer the original one. A
+    fake that happens to be the true item counts as original.
+    """
+    corrupted = item_ids.masked_scatter(replaced, fakes)
+    return corrupted, corrupted != item_ids
+
+
+def gumbel_like(logits: Tensor, draws: Draws) -> Tensor:
+    """Standard Gumbel noise of the shape of ``logits [P, V]``, float32: -ln of an exponential draw."""
+    if isinstance(draws, CounterDraws):
+        exponential = -torch.log1p(-draws.uniform(logits.shape[1]))
+    else:
+        device = logits.device if draws is None else draws.device
+        exponential = torch.empty(logits.shape, dtype=torch.float32, device=device).exponential_(
+            generator=draws
+        )
+    return -exponential.clamp(min=torch.finfo(torch.float32).tiny).log().to(logits.device)
+
+
+def sample_from_softmax(logits: Tensor, draws: Draws = None) -> Tensor:
+    """One index per row of ``logits [P, V]``, distributed as their softmax (Gumbel-max), ``[P]`` int64."""
+    return (logits + gumbel_like(logits, draws)).argmax(-1)
+
+
+@torch.no_grad()
+def sample_from_catalogue(
+    hidden: Tensor, item_weight: Tensor, draws: Draws = None, block_size: int = 65536
+) -> Tensor:
+    """One item id (1..V) per row, distributed as softmax(hidden . item); at most ``[P, block_size]`` is held.
+
+    hidden: ``[P, D]``; item_weight: ``[V, D]``, row i is item id i + 1. The maximum of logits plus Gumbel
+    noise is kept while walking over blocks of the catalogue.
+    """
+    best = torch.full((len(hidden),), -torch.inf, device=hidden.device)
+    items = torch.ones(len(hidden), dtype=torch.long, device=hidden.device)
+    for start in range(0, len(item_weight), block_size):
+        logits = hidden @ item_weight[start : start + block_size].T
+        score, index = (logits + gumbel_like(logits, draws)).max(-1)
+        items = torch.where(score > best, index + start + 1, items)
+        best = torch.maximum(best, score)
+    return items

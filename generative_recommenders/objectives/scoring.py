@@ -2,104 +2,66 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 
 import torch
 
 from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.items import ItemRows
+from generative_recommenders.modeling.similarity.interface import Similarity
 from generative_recommenders.objectives.negative_samplers import Negatives
 from generative_recommenders.ops import dispatch
-from generative_recommenders.ops.normalization import l2_normalize
 from generative_recommenders.ops.sampled_products import block_products, sampled_products
-
-AuxiliaryLosses = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class SampledScores:
-    """positive ``[T, P]``, negative ``[T, R]``, negative_mask ``[T, R]`` bool (True counts), auxiliary
-    losses.
+    """positive ``[T, P]``, negative ``[T, R]``, negative_mask ``[T, R]`` bool (True counts). sums: what the similarity makes
+    its auxiliary losses from.
     """
 
     positive: torch.Tensor
     negative: torch.Tensor
     negative_mask: torch.Tensor
-    auxiliary: AuxiliaryLosses
+    sums: dict[str, torch.Tensor]
 
 
-class Scorer(ABC):
-    """Scores the positives and negatives of a step's positions."""
+def sampled_scores(
+    states: torch.Tensor,
+    items: ItemRows,
+    positives: torch.Tensor,
+    negatives: Negatives,
+    similarity: Similarity,
+    user_ids: torch.Tensor,
+    positive_items: ItemRows | None = None,
+) -> SampledScores:
+    """Scores of a step's positives and negatives.
 
-    @abstractmethod
-    def scores(
-        self,
-        hidden: torch.Tensor,
-        items: ItemRows,
-        positives: torch.Tensor,
-        negatives: Negatives,
-        similarity: torch.nn.Module,
-        user_ids: torch.Tensor,
-    ) -> SampledScores:
-        """hidden ``[T, D]``, positives ``[T]`` or ``[T, P]`` item ids, user_ids ``[T]``."""
+    states: ``[T, D]``. items: as scored. positives: ``[T]`` or ``[T, P]`` item ids. user_ids: ``[T]``. positive_items: rows
+    that the positives are looked up in instead, for losses that ask for other ones.
 
-
-class ProductScorer(Scorer):
-    """Dot products: ``hidden · item / temperature``.
-
-    normalize_positives, normalize_negatives: divide item embeddings by max(norm, eps).
+    A similarity that is no product scores each position with its own positives and negatives: what depends on an item
+    alone is computed once for each item held, and the similarity keeps memory within bounds.
     """
-
-    def __init__(
-        self,
-        temperature: float = 1.0,
-        normalize_positives: bool = True,
-        normalize_negatives: bool = True,
-        eps: float = 1e-6,
-    ) -> None:
-        self.temperature = temperature
-        self.normalize_positives = normalize_positives
-        self.normalize_negatives = normalize_negatives
-        self.eps = eps
-
-    def scores(self, hidden, items, positives, negatives, similarity, user_ids):
-        hidden = hidden.float() / self.temperature
-        plain = replace(items, weight=items.weight.float())
-        normalized = replace(items, weight=l2_normalize(plain.weight, self.eps))
-        targets = checked_targets(positives, items)
-        source = normalized if self.normalize_positives else plain
-        positive = (hidden[:, None] * source.lookup(targets)).sum(-1)
-        source = normalized if self.normalize_negatives else plain
-        negative = negative_products(hidden, source.weight, source.index(negatives.ids), negatives)
-        return SampledScores(positive, corrected(negative, negatives), no_collisions(targets, negatives), {})
-
-
-class LearnedScorer(Scorer):
-    """Any similarity, each position with its own positives and negatives by `Similarity.score_rows`.
-
-    What depends on an item alone is computed once for each item held; the similarity keeps memory within
-    bounds. Auxiliary losses are over all (position, item) pairs of the step.
-    """
-
-    def __init__(self, temperature: float, item_l2_norm: bool, eps: float) -> None:
-        self.temperature, self.item_l2_norm, self.eps = temperature, item_l2_norm, eps
-
-    def scores(self, hidden, items, positives, negatives, similarity, user_ids):
-        weight = items.weight.float()
-        if self.item_l2_norm:
-            weight = l2_normalize(weight, self.eps)
-        targets = checked_targets(positives, items)
-        rows, drawn, spans = items.index(targets), items.index(negatives.ids), negatives.spans(len(hidden))
-        if not len(hidden):  # no pairs, of the shape that the rest expects
-            drawn, spans = drawn[:0], None
-        if spans is None:
-            rows = torch.cat([rows, drawn], dim=1)
-        scores, auxiliary = similarity.score_rows(hidden, weight, rows, user_ids, zip(spans or (), drawn))
-        positive, negative = (scores / self.temperature).split([targets.shape[1], drawn.shape[1]], dim=1)
-        return SampledScores(
-            positive, corrected(negative, negatives), no_collisions(targets, negatives), auxiliary
-        )
+    targets = checked_targets(positives, items)
+    mask = no_collisions(targets, negatives)
+    operands = similarity.operands(states, items.weight)
+    if operands is not None:
+        query, weight = operands
+        source = replace(items, weight=weight) if positive_items is None else positive_items
+        positive = (query[:, None] * source.lookup(targets).float()).sum(-1)
+        negative = negative_products(query, weight, items.index(negatives.ids), negatives)
+        return SampledScores(positive, corrected(negative, negatives), mask, {})
+    rows, drawn, spans = items.index(targets), items.index(negatives.ids), negatives.spans(len(states))
+    if not len(states):  # no pairs, of the shape that the rest expects
+        drawn, spans = drawn[:0], None
+    if spans is None:
+        rows = torch.cat([rows, drawn], dim=1)
+    scores, sums = similarity.score_rows(
+        states, items.weight.float(), rows, user_ids, zip(spans or (), drawn)
+    )
+    positive, negative = scores.split([targets.shape[1], drawn.shape[1]], dim=1)
+    return SampledScores(positive, corrected(negative, negatives), mask, sums)
 
 
 def checked_targets(positives: torch.Tensor, items: ItemRows) -> torch.Tensor:

@@ -38,6 +38,21 @@ def counter_uniform(key: int, counters: torch.Tensor, draws: int) -> torch.Tenso
     return counter_bits(key, counters, draws).bitwise_right_shift_(8).to(torch.float32).mul_(2.0**-24)
 
 
+class CounterDraws:
+    """Uniform draws of numbered rows: what a row gets depends on the key, its number and the number of the call alone.
+
+    numbers: ``[n]`` int64, places in the global batch.
+    """
+
+    def __init__(self, key: int, numbers: torch.Tensor) -> None:
+        self.key, self.numbers, self.calls = key, numbers, 0
+
+    def uniform(self, count: int) -> torch.Tensor:
+        """``[n, count]`` float32 in [0, 1)."""
+        self.calls += 1
+        return counter_uniform(stream_key(self.key, self.calls), self.numbers, count)
+
+
 def _mix64_int(z: int) -> int:
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK64

@@ -185,7 +185,11 @@ def make_top_k(method: str, similarity: Similarity, item_embeddings: torch.Tenso
 
 
 _METHODS: tuple[tuple[str, type, Callable[..., TopK]], ...] = (
-    ("MIPSBruteForceTopK", DotProductSimilarity, lambda similarity, items: MIPSBruteForceTopK(items)),
+    (
+        "MIPSBruteForceTopK",
+        DotProductSimilarity,
+        lambda similarity, items: MIPSBruteForceTopK(items, similarity.temperature),
+    ),
     ("MoLBruteForceTopK", MoLSimilarity, MoLBruteForceTopK),
     (r"MoLNaiveTopK(\d+)", MoLSimilarity, MoLNaiveTopK),
     (r"MoLAvgTopK(\d+)", MoLSimilarity, MoLAvgTopK),

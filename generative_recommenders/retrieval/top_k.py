@@ -124,10 +124,11 @@ class BruteForceTopK(torch.nn.Module):
 
 
 class MIPSBruteForceTopK(BruteForceTopK):
-    """Exact top-k by dot product. item_embeddings: ``[V, D]``; row i belongs to id i + 1."""
+    """Exact top-k by dot product. item_embeddings: ``[V, D]``; row i belongs to id i + 1. temperature: divides scores."""
 
-    def __init__(self, item_embeddings: torch.Tensor) -> None:
+    def __init__(self, item_embeddings: torch.Tensor, temperature: float = 1.0) -> None:
         super().__init__(len(item_embeddings))
+        self.temperature = temperature
         self.register_buffer("item_embeddings", item_embeddings.detach(), persistent=False)
         self.item_embeddings: torch.Tensor
 
@@ -135,4 +136,5 @@ class MIPSBruteForceTopK(BruteForceTopK):
         self, queries: torch.Tensor, user_ids: torch.Tensor | None
     ) -> Callable[[int, int], torch.Tensor]:
         """Dot products; user ids are not read."""
+        queries = queries if self.temperature == 1 else queries / self.temperature
         return lambda start, stop: queries @ self.item_embeddings[start:stop].T

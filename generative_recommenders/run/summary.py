@@ -151,14 +151,14 @@ def model_summary(trainer: Trainer) -> str:
     """Parts, parameter counts and an estimate of memory, for --dry_run. Parameters that two parts share count once."""
     model, counts = trainer.model, {}
     seen: set[torch.nn.Parameter] = set()
-    for name, part in [*model.named_children(), ("criterion", trainer.step.dense.criterion)]:
+    for name, part in [*model.named_children(), ("criterion", trainer.task.criterion)]:
         own = set(part.parameters()) - seen
         counts[name], seen = sum(p.numel() for p in own), seen | own
     total = sum(counts.values())
     held = 4 * total
     if trainer.settings.train.optimizer == "rowwise_adagrad":  # one number a row of the item table
         held -= 2 * counts["items"]
-    lines = [str(model), str(trainer.step.dense.criterion), ""]
+    lines = [str(model), str(trainer.task.criterion), ""]
     lines += [f"{name:<16}{count:>14,} parameters" for name, count in counts.items()]
     lines += [
         f"{'total':<16}{total:>14,} parameters",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from generative_recommenders.config.schema import TrainSettings
+from generative_recommenders.data.loader import LoadedBatch
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.training.trainer import Trainer
 
@@ -31,12 +32,12 @@ def _kept_by(trainer: Trainer, rows: int) -> tuple[float, float]:
         return tensor
 
     columns = _full_histories(trainer.dataset, trainer.settings.train, rows)
-    example = trainer.objective.example(columns, torch.Generator().manual_seed(0))
+    batch = trainer.task.prepare(LoadedBatch(columns, 0, 0, 0, 0), 0)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        forward = trainer.step.forward(example.to(trainer.collectives.device), 0, 0)
-    for owned in (forward.leaf, *trainer.step.dense.parameters()):
+        leaf = trainer.step.forward(batch)[0].weight
+    for owned in (leaf, *trainer.task.parameters()):
         kept.pop(owned.untyped_storage().data_ptr(), None)
-    touched, items = forward.leaf.shape[0], trainer.model.items.table.shape[0]
+    touched, items = leaf.shape[0], trainer.model.items.table.shape[0]
     sizes = [(tensor.shape[:1] == (touched,), tensor.untyped_storage().nbytes()) for tensor in kept.values()]
     table = sum(size for is_table, size in sizes if is_table) * items / touched
     return sum(size for is_table, size in sizes if not is_table), table

@@ -1,8 +1,7 @@
-"""One training step: touched rows, scores, loss, gradients, update."""
+"""One training step: gathered rows, loss, gradients over processes, update."""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,18 +9,13 @@ import torch
 from absl import logging
 from torch.nn.parallel import DistributedDataParallel
 
+from generative_recommenders.data.loader import LoadedBatch
 from generative_recommenders.distributed.collectives import Collectives
-from generative_recommenders.modeling.events import token_events
-from generative_recommenders.modeling.items import ItemEmbedding, ItemRows
-from generative_recommenders.modeling.model import SequenceRecommender
-from generative_recommenders.objectives.criterion import Criterion
-from generative_recommenders.objectives.examples import TrainingExample
-from generative_recommenders.objectives.negative_samplers import BatchItems, Negatives, NegativesSampler
-from generative_recommenders.ops.counter_random import stream_key
+from generative_recommenders.modeling.items import ItemRows
+from generative_recommenders.objectives.criterion import PreparedBatch
+from generative_recommenders.objectives.task import TrainingTask
 from generative_recommenders.training.optimizers import Optimizer
-
-DENSE_SHARE = 4
-"""A step that touches more than 1 / DENSE_SHARE of the table works on all of it: no search for unique rows."""
+from generative_recommenders.types import LossOutput
 
 
 @dataclass(frozen=True)
@@ -34,181 +28,89 @@ class StepResult:
     learning_rate: float
 
 
-@dataclass(frozen=True)
-class StepForward:
-    """leaf ``[U, D]``: rows leaf_ids (None: all) of the item table, which the backward pass differentiates."""
-
-    leaf: torch.Tensor
-    leaf_ids: torch.Tensor | None
-    loss_sum: torch.Tensor
-    weight: torch.Tensor
-    auxiliary: dict[str, torch.Tensor]
-
-
-class DensePart(torch.nn.Module):
-    """What data-parallel training synchronises: everything but the item table, whose touched rows are an input."""
-
-    def __init__(
-        self, model: SequenceRecommender, criterion: Criterion, autocast: torch.dtype | None
-    ) -> None:
-        super().__init__()
-        self.sequence = model.sequence
-        self.similarity = model.similarity
-        self.tower = model.items.tower
-        self.mask_embedding = model.mask_embedding
-        self.criterion = criterion
-        self.autocast = autocast
-        self._items: tuple[ItemEmbedding] = (
-            model.items,
-        )  # in a tuple: its table is not a parameter of this part
-
-    def forward(
-        self,
-        leaf: torch.Tensor,
-        leaf_ids: torch.Tensor | None,
-        scored_ids: torch.Tensor | None,
-        example: TrainingExample,
-        negatives: Negatives | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        """Loss sum, its weight, and auxiliary losses (means)."""
-        (items,) = self._items
-        table = ItemRows(leaf, leaf_ids)
-        embeddings = items.history_rows(table).lookup(example.past_ids)
-        if example.replaced is not None and self.mask_embedding is not None:
-            embeddings = self.mask_embedding(embeddings, example.replaced)
-        with self._autocast(leaf.device):
-            states = self.sequence(embeddings, example.layout, model_events(example))
-        if example.read is not None:
-            states = states.index_select(0, example.read)
-        scored = items.scored_rows(table, scored_ids)
-        return self.criterion(states.float(), scored, example, negatives, self.similarity)
-
-    def _autocast(self, device: torch.device):
-        if self.autocast is None:
-            return contextlib.nullcontext()
-        return torch.autocast(device.type, self.autocast)
-
-
-def model_events(example: TrainingExample) -> dict[str, torch.Tensor]:
-    """Per-token events of the example's histories."""
-    return token_events(example.features.past_events, example.features.past_lengths, example.layout)
-
-
 class TrainingStep:
-    """Runs steps of a model; the same for one process and for many."""
+    """Runs steps of a task; the same for one process and for many."""
 
-    def __init__(
-        self,
-        model: SequenceRecommender,
-        criterion: Criterion,
-        sampler: NegativesSampler | None,
-        optimizer: Optimizer,
-        collectives: Collectives,
-        seed: int,
-        autocast: torch.dtype | None = None,
-    ) -> None:
-        self.model, self.sampler, self.optimizer = model, sampler, optimizer
-        self.collectives, self.seed = collectives, seed
-        self.said_empty = False
-        self.dense = DensePart(model, criterion, autocast)
-        self._runner: torch.nn.Module | None = self.dense if collectives.world_size == 1 else None
+    def __init__(self, task: TrainingTask, optimizer: Optimizer, collectives: Collectives) -> None:
+        self.task, self.optimizer, self.collectives = task, optimizer, collectives
+        self.warned_empty = False
+        self._runner: torch.nn.Module | None = task if collectives.world_size == 1 else None
 
-    def __call__(self, example: TrainingExample, first_target: int, step: int) -> StepResult:
-        """example on the model's device; first_target: its number in the global batch; step: since the run began.
+    def __call__(self, batch: LoadedBatch, step: int) -> StepResult:
+        """One step on this process's part of a batch. step: since the run began."""
+        return self.update(self.task.prepare(batch, step), step)
+
+    def update(self, batch: PreparedBatch, step: int) -> StepResult:
+        """Forward, backward, sums over processes, update.
 
         A loss that is not finite updates nothing on a CPU, so that its origin can still be found. Nor does a step in
         which no target of any process counts: momentum and weight decay rest too, and the step has its number all the same.
         """
         self.optimizer.zero_grad()
-        forward = self.forward(example, first_target, step)
-        total = self.collectives.sum_(forward.weight.detach().clone())
+        rows, output = self.forward(batch)
+        total = self.collectives.sum_(output.weight.detach().clone())
         read_total = read_later(total)
+        loss = output.sum / total.clamp(min=1e-12)
+        auxiliary = torch.zeros_like(loss) + sum(output.auxiliary.values())  # of all processes already
         # DDP averages gradients over processes; table gradients are summed below, so both start from a sum.
-        world = self.collectives.world_size
-        loss = forward.loss_sum / total.clamp(min=1e-12) + sum(forward.auxiliary.values()) / world
-        (loss * world).backward()
-        rows, grads = self._table_gradients(forward.leaf, forward.leaf_ids)
-        mean = self.collectives.sum_(loss.detach().clone())
+        ((loss + auxiliary) * self.collectives.world_size).backward()
+        row_ids, gradients = self._table_gradients(rows)
+        mean = self.collectives.sum_(loss.detach().clone()) + auxiliary.detach()
         if mean.device.type == "cpu" and not mean.isfinite():  # an accelerator would have to be waited for
             return StepResult(mean, total, 0.0)
         if read_total() == 0:
-            self._say_empty(step)
+            if not self.warned_empty:
+                logging.warning(
+                    "no target of step %d counts: it updates nothing, nor will others like it", step + 1
+                )
+            self.warned_empty = True
             return StepResult(mean, total, 0.0)
-        return StepResult(mean, total, self.optimizer.step(step, rows, grads))
+        return StepResult(mean, total, self.optimizer.step(step, row_ids, gradients))
 
-    def _say_empty(self, step: int) -> None:
-        """Once."""
-        if not self.said_empty:
-            logging.warning(
-                "no target of step %d counts: it updates nothing, nor will others like it", step + 1
-            )
-        self.said_empty = True
-
-    def forward(self, example: TrainingExample, first_target: int, step: int) -> StepForward:
-        """The step's loss, up to the backward pass."""
-        negatives = self._negatives(example, first_target, step)
-        scored_ids, leaf_ids = self._touched(example, negatives)
-        table = self.model.items.table
-        leaf = (table if leaf_ids is None else table[leaf_ids]).detach().requires_grad_()
-        inputs = (leaf, leaf_ids, scored_ids, example, negatives)
+    def forward(self, batch: PreparedBatch) -> tuple[ItemRows, LossOutput]:
+        """The gathered rows of the item table, which the backward pass differentiates, and the loss."""
+        table = self.task.model.items.table
+        leaf = (table if batch.row_ids is None else table[batch.row_ids]).detach().requires_grad_()
+        rows = ItemRows(leaf, batch.row_ids)
         if self._runner is None:
-            unused = self.collectives.any(self._leaves_unused(inputs))
-            self._runner = DistributedDataParallel(self.dense, find_unused_parameters=unused)
-        loss_sum, weight, auxiliary = self._runner(*inputs)
-        return StepForward(leaf, leaf_ids, loss_sum, weight, auxiliary)
+            self._runner = self._data_parallel(batch, rows)
+        return rows, self._runner(batch, rows)
 
-    def _leaves_unused(self, inputs: tuple) -> bool:
-        """Whether parameters get no gradient, like HSTU's bias by time where the data have no times. DDP has to
-        search for them in every step, and warns where it finds none."""
-        device = inputs[0].device
+    def _data_parallel(self, batch: PreparedBatch, rows: ItemRows) -> DistributedDataParallel:
+        """The task with synchronised gradients of all parameters but the item table, which has `_table_gradients`.
+
+        Where parameters get no gradient, like HSTU's bias by time where the data have no times, DDP has to search for
+        them in every step, and warns where it finds none.
+        """
+        device = rows.weight.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            loss_sum, _, auxiliary = self.dense(*inputs)
-        wanted = [parameter for parameter in self.dense.parameters() if parameter.requires_grad]
-        loss = loss_sum + sum(auxiliary.values())
-        return any(each is None for each in torch.autograd.grad(loss, wanted, allow_unused=True))
+            output = self.task(batch, rows)
+        named = dict(self.task.named_parameters())
+        wanted = [p for name, p in named.items() if name != TABLE and p.requires_grad]
+        loss = output.sum + sum(output.auxiliary.values())
+        gradients = torch.autograd.grad(loss, wanted, allow_unused=True)
+        unused = self.collectives.any(any(each is None for each in gradients))
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.task, [TABLE])
+        return DistributedDataParallel(self.task, find_unused_parameters=unused, broadcast_buffers=False)
 
-    def _negatives(self, example: TrainingExample, first_target: int, step: int) -> Negatives | None:
-        if self.sampler is None:
-            return None
-        pool, targets = None, example.targets
-        if self.sampler.uses_batch_pool:
-            local = torch.unique(torch.cat([example.past_ids, targets.flatten()]))
-            pool = torch.unique(self.collectives.gather_variable(local))
-            pool = pool[pool > 0]
-        key = stream_key(self.seed, step)
-        batch = BatchItems(pool, targets if targets.dim() == 1 else targets[:, 0])
-        return self.sampler(key, first_target, len(targets), batch)
-
-    def _touched(
-        self, example: TrainingExample, negatives: Negatives | None
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Sorted unique item ids that are scored, and table rows that are read; None for all."""
-        items = self.model.items
-        if negatives is None:
-            return None, None
-        touched = negatives.ids.numel() + example.targets.numel() + example.past_ids.numel()
-        if touched * DENSE_SHARE > items.table.shape[0] and items.tower is None:
-            return None, None
-        scored = torch.unique(torch.cat([example.targets.flatten(), negatives.ids.flatten()]))
-        every = torch.unique(torch.cat([scored, example.past_ids]))
-        return scored, items.table_rows(every)
-
-    def _table_gradients(
-        self, leaf: torch.Tensor, leaf_ids: torch.Tensor | None
-    ) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """Summed over processes: rows (None for all) and their gradients."""
-        world = self.collectives.world_size
+    def _table_gradients(self, rows: ItemRows) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Summed over processes: row ids (None for all) and their gradients."""
+        world, leaf = self.collectives.world_size, rows.weight
         assert leaf.grad is not None  # the backward pass has run
-        grad = leaf.grad / world if world > 1 else leaf.grad
         if world == 1:
-            return leaf_ids, grad
-        everywhere_dense = not self.collectives.any(leaf_ids is not None)
+            return rows.ids, leaf.grad
+        gradients = leaf.grad / world
+        everywhere_dense = not self.collectives.any(rows.ids is not None)
         if everywhere_dense:
-            return None, self.collectives.sum_(grad)
-        ids = torch.arange(leaf.shape[0], device=leaf.device) if leaf_ids is None else leaf_ids
+            return None, self.collectives.sum_(gradients)
+        ids = torch.arange(leaf.shape[0], device=leaf.device) if rows.ids is None else rows.ids
         all_ids, place = torch.unique(self.collectives.gather_variable(ids), return_inverse=True)
-        gathered = self.collectives.gather_variable(grad)
-        return all_ids, gathered.new_zeros(all_ids.numel(), grad.shape[1]).index_add_(0, place, gathered)
+        gathered = self.collectives.gather_variable(gradients)
+        return all_ids, gathered.new_zeros(all_ids.numel(), leaf.shape[1]).index_add_(0, place, gathered)
+
+
+TABLE = "model.items.table"
+"""The task's name of the item table."""
 
 
 def read_later(value: torch.Tensor) -> Callable[[], float]:

@@ -14,13 +14,7 @@ from time import perf_counter
 import torch
 from absl import logging
 
-from generative_recommenders.build.parts import (
-    Catalogue,
-    build_criterion,
-    build_model,
-    build_objective,
-    build_sampler,
-)
+from generative_recommenders.build.parts import Catalogue, build_task
 from generative_recommenders.checkpoint.broadcast import checkpoint_from_main
 from generative_recommenders.checkpoint.store import Checkpoint, CheckpointStore
 from generative_recommenders.config.schema import MAX_PREFETCH, RunSettings
@@ -30,7 +24,6 @@ from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.errors import UserError
 from generative_recommenders.evaluation.model_evaluation import ModelEvaluation
-from generative_recommenders.objectives.examples import TrainingExample
 from generative_recommenders.ops.counter_random import stream_key
 from generative_recommenders.run.directory import RunFolder
 from generative_recommenders.run.epoch_log import EpochLog
@@ -78,9 +71,14 @@ class Trainer:
         set_precision(settings, collectives.device)
         torch.manual_seed(t.random_seed)
         catalogue = Catalogue.of(dataset, split.train_stops, t.category_feature)
-        self.model = build_model(settings, catalogue).to(collectives.device)
-        self.objective = build_objective(settings)
-        self.step = self._build_step(catalogue)
+        self.task = build_task(settings, catalogue, collectives)
+        self.model = self.task.model
+        table = self.model.items.table
+        optimizer = Optimizer(
+            [p for p in self.task.parameters() if p is not table], table, t.optimizer,
+            t.learning_rate, t.weight_decay, t.num_warmup_steps, t.max_grad_norm,
+        )  # fmt: skip
+        self.step = TrainingStep(self.task, optimizer, collectives)
         self.loader = SequenceLoader(
             dataset, split.train_stops, t.max_sequence_length, t.local_batch_size, t.random_seed,
             t.positional_sampling_ratio, collectives.rank, collectives.world_size,
@@ -114,20 +112,6 @@ class Trainer:
             )  # fmt: skip
         return False
 
-    def _build_step(self, catalogue: Catalogue) -> TrainingStep:
-        t, device = self.settings.train, self.collectives.device
-        criterion = build_criterion(self.settings, catalogue, self.model).to(device)
-        sampler = build_sampler(self.settings, catalogue).to(device) if criterion.needs_negatives else None
-        dense = [p for name, p in self.model.named_parameters() if name != "items.table"]
-        optimizer = Optimizer(
-            [*dense, *criterion.parameters()], self.model.items.table, t.optimizer,
-            t.learning_rate, t.weight_decay, t.num_warmup_steps, t.max_grad_norm,
-        )  # fmt: skip
-        autocast = torch.bfloat16 if t.main_module_bf16 else None
-        return TrainingStep(
-            self.model, criterion, sampler, optimizer, self.collectives, t.random_seed, autocast
-        )
-
     # -- running ------------------------------------------------------------------------------------------------
 
     def train(
@@ -144,7 +128,7 @@ class Trainer:
         self.remaining = self._remaining_time(max_steps)
         while not self._done(max_steps):
             went_through = self._steps(store, max_steps, stop, on_step)
-            check_finite_parameters(self.progress.step, self.model)
+            check_finite_parameters(self.progress.step, self.task)
             if not went_through:
                 self.save(store)
                 self.collectives.barrier()  # nobody ends, and so ends the others, before the checkpoint is written
@@ -196,7 +180,7 @@ class Trainer:
             if stopping:
                 return False
             if saving:
-                check_finite_parameters(p.step, self.model)
+                check_finite_parameters(p.step, self.task)
                 self.save(store)
                 started, before = perf_counter(), p.seconds
             if max_steps is not None and p.step >= max_steps:
@@ -222,25 +206,23 @@ class Trainer:
 
     def run_step(self, loaded: LoadedBatch) -> StepResult:
         """One step on a loaded batch."""
-        result = self.step(*self._step_inputs(loaded, self.progress.step))
+        self._seed(self.progress.step)
+        result = self.step(loaded, self.progress.step)
         self.progress.step += 1
         self.progress.step_in_epoch += 1
         return result
 
-    def _step_inputs(self, loaded: LoadedBatch, step: int) -> tuple[TrainingExample, int, int]:
-        """What `TrainingStep` takes, with torch seeded: all that is random depends on the seed, the step and the rank alone."""
+    def _seed(self, step: int) -> None:
+        """torch's generators, which dropout draws from: what it draws depends on the seed, the step and the rank alone."""
         key = stream_key(self.settings.train.random_seed, step, self.collectives.rank)
         seed_generators(key, self.collectives.device)
-        example = self.objective.example(loaded.columns, torch.Generator().manual_seed(key))
-        first_target = self.objective.first_target(loaded.first_row, loaded.first_token)
-        return example.to(self.collectives.device), first_target, step
 
     def _account(self, waiting: list[tuple[LoadedBatch, StepResult]]) -> None:
         """Adds finished steps, the last of them the newest, to the epoch's loss; the first that is not finite ends the run."""
         p = self.progress
         for step, (loaded, result) in enumerate(waiting, start=p.step - len(waiting)):
             loss, targets = float(result.loss), float(result.targets)
-            check_finite(loss, step + 1, self.step.dense, partial(self._rerun, loaded, step))
+            check_finite(loss, step + 1, self.task, partial(self._rerun, loaded, step))
             p.epoch_loss, p.epoch_targets = p.epoch_loss + loss * targets, p.epoch_targets + targets
         if waiting:
             self.last_result = waiting[-1][1]
@@ -248,7 +230,8 @@ class Trainer:
 
     def _rerun(self, loaded: LoadedBatch, step: int) -> None:
         """The forward pass of a step that was, with the same draws."""
-        self.step.forward(*self._step_inputs(loaded, step))
+        self._seed(step)
+        self.step.forward(self.task.prepare(loaded, step))
 
     def _log_step(self) -> None:
         quick = self.evaluation.validation(self.model, max_batches=1).metrics()
@@ -281,6 +264,9 @@ class Trainer:
         if store is None or not self.collectives.is_main:
             return
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        tensors.update(
+            {f"criterion.{name}": value for name, value in self.task.criterion.state_dict().items()}
+        )
         optimizer = self.step.optimizer.state_tensors()
         tensors.update({f"optimizer.{name}": value for name, value in optimizer.items()})
         state = {
@@ -311,6 +297,7 @@ class Trainer:
             checkpoint.state.get("features_hash", features_hash), features_hash, "features of the data"
         )
         load_model(self.model, checkpoint)
+        load_criterion(self.task.criterion, checkpoint)
         prefix = "optimizer."
         self.step.optimizer.load_state_tensors(
             {name[len(prefix) :]: x for name, x in checkpoint.tensors.items() if name.startswith(prefix)}
@@ -373,6 +360,23 @@ def load_model(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
     state = {name[len(prefix) :]: x for name, x in checkpoint.tensors.items() if name.startswith(prefix)}
     try:
         model.load_state_dict(state)
+    except RuntimeError as error:
+        first = " ".join(str(error).split())[:300]
+        raise UserError(f"{checkpoint.path} does not fit the configuration: {first}") from error
+
+
+def load_criterion(criterion: torch.nn.Module, checkpoint: Checkpoint) -> None:
+    """The checkpoint's weights of a loss that has some; one warning where it was written by a release that kept none."""
+    prefix = "criterion."
+    state = {name[len(prefix) :]: x for name, x in checkpoint.tensors.items() if name.startswith(prefix)}
+    if criterion.state_dict() and not state:
+        logging.warning(
+            "%s holds no weights of the loss (a discriminator's), as older releases wrote: they start anew",
+            checkpoint.path,
+        )
+        return
+    try:
+        criterion.load_state_dict(state)
     except RuntimeError as error:
         first = " ".join(str(error).split())[:300]
         raise UserError(f"{checkpoint.path} does not fit the configuration: {first}") from error

@@ -25,7 +25,7 @@ from generative_recommenders.objectives.losses.sampled import SAMPLED_LOSSES
 from generative_recommenders.objectives.losses.sce import ScalableCrossEntropyLoss
 from generative_recommenders.retrieval.mol_top_k import MoLAvgTopK
 from generative_recommenders.retrieval.top_k import MIPSBruteForceTopK
-from tiny_models import CE, EASY, NUM_ITEMS, catalogue, settings, ten_users, training_step
+from tiny_models import CE, EASY, NUM_ITEMS, catalogue, loaded, settings, ten_users, training_step
 
 MOL = {"interaction_module_type": "MoL", "top_k_method": "MoLBruteForceTopK"}
 TOWER = {"main_module": "TwoTower"}
@@ -281,9 +281,8 @@ def test_every_sampler_trains_by_its_name(sampler: str, sharing: str) -> None:
 
 def moved(chosen: RunSettings, steps: int) -> bool:
     """Whether the loss falls over a few steps on one batch."""
-    step, objective = training_step(chosen, featured()), build_objective(chosen)
-    example = objective.example(ten_users(), torch.Generator().manual_seed(0))
-    losses = [float(step(example, 0, 0).loss) for _ in range(steps)]
+    step = training_step(chosen, featured())
+    losses = [float(step(loaded(ten_users()), 0).loss) for _ in range(steps)]
     return losses[-1] < losses[0]
 
 
@@ -324,7 +323,7 @@ def test_top_k_searches_the_items_as_they_are_scored() -> None:
     items = torch.nn.functional.normalize(model.items.all_item_embeddings(), dim=-1)
     scores, ids = search(items[[4, 9]], 1)
     assert ids[:, 0].tolist() == [5, 10]
-    torch.testing.assert_close(scores[:, 0], torch.ones(2))
+    torch.testing.assert_close(scores[:, 0], torch.full((2,), 1 / plain.train.temperature))
     mixed = settings(**{**MOL, "top_k_method": "MoLAvgTopK5"})
     assert isinstance(build_top_k(mixed, build_model(mixed, catalogue()).eval()), MoLAvgTopK)
 
@@ -346,22 +345,19 @@ def test_auxiliary_losses_are_weighted_and_made_only_when_asked() -> None:
     chosen = settings(
         **MOL, **{"loss_weights": weights, "mol.uid_embedding_hash_sizes": (10,)}, num_negatives=4
     )
-    step, data = training_step(chosen, catalogue()), ten_users()
-    example = build_objective(chosen).example(data, torch.Generator())
-    forward = step.forward(example, 0, 0)
-    assert set(forward.auxiliary) == set(weights)
+    output = training_step(chosen, catalogue()).task.loss(loaded(ten_users()), 0)
+    assert set(output.auxiliary) == set(weights)
     silent = training_step(settings(**MOL, num_negatives=4), catalogue())
-    assert silent.model.similarity.auxiliary_loss_names == frozenset()
+    assert silent.task.model.similarity.auxiliary_loss_names == frozenset()
 
 
 def test_replaced_detection_learns_what_was_replaced() -> None:
     chosen = settings(**EASY["replaced"])
-    step, objective = training_step(chosen, catalogue()), build_objective(chosen)
-    generator, values = torch.Generator().manual_seed(1), []
+    step, values = training_step(chosen, catalogue()), []
     for number in range(60):
-        forward = step.forward(objective.example(ten_users(), generator), 0, number)
-        values.append(forward.auxiliary["replaced_detection"].item())
-        step(objective.example(ten_users(), generator), 0, number)
+        output = step.task.loss(loaded(ten_users()), number)
+        values.append(output.auxiliary["replaced_detection"].item())
+        step(loaded(ten_users()), number)
     assert sum(values[-10:]) < 0.9 * sum(values[:10])
 
 

@@ -24,7 +24,9 @@ from generative_recommenders.modeling.output_postprocessors import (
     LayerNormEmbeddingPostprocessor,
 )
 from generative_recommenders.modeling.similarity.dot_product import DotProductSimilarity
+from generative_recommenders.objectives.masked import MaskedItemMasking, MaskedObjective
 from generative_recommenders.ops.layout import Visibility, jagged_layout
+from generative_recommenders.types import SequentialFeatures
 
 WINDOW, DIM, ITEMS, ROWS = 12, 8, 20, 5
 STEPS = ([4, 1, 0, 7, 0], [1, 3, 2, 0, 0], [2, 0, 1, 5, 0], [1, 1, 1, 0, 0])
@@ -100,7 +102,7 @@ def compare(model: SequenceRecommender, with_times: bool = True, next_known: boo
         ):  # a free slot behind every row, as the incremental entrance takes the time for unknown
             ids, events = widen(ids), {name: widen(values) for name, values in events.items()}
         with torch.no_grad():
-            expected = model.encode(whole, ids, None, events)
+            expected = model.encode_query(SequentialFeatures(whole, ids, events)).states
         torch.testing.assert_close(states, expected, rtol=1e-4, atol=1e-5)
         assert cache.lengths.tolist() == (so_far * model.sequence.preprocessor.tokens_per_item).tolist()
     assert (states[:4].abs().sum(1) > 0).all()
@@ -141,7 +143,9 @@ def test_a_context_merger_is_given_the_users(encoder: str) -> None:
     for first, stop in ((0, 4), (4, 5)):
         lengths = torch.full((ROWS,), stop - first)
         states, cache = model.encode_incremental(cache, lengths, ids[:, first:stop], {"user_ids": users})
-        expected = model.encode(torch.full((ROWS,), stop), ids[:, :stop], None, {"user_ids": users})
+        expected = model.encode_query(
+            SequentialFeatures(torch.full((ROWS,), stop), ids[:, :stop], {"user_ids": users})
+        ).states
         torch.testing.assert_close(states, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -185,7 +189,7 @@ def test_a_batch_without_events() -> None:
         states, cache = model.encode_incremental(None, none, ids)
         assert torch.equal(states, torch.zeros(2, DIM))
         states, cache = model.encode_incremental(cache, none + 1, torch.tensor([[3], [4]]))
-        expected = model.encode(none + 1, torch.tensor([[3], [4]]))
+        expected = model.encode_query(SequentialFeatures(none + 1, torch.tensor([[3], [4]]), {})).states
         torch.testing.assert_close(states, expected)
         torch.testing.assert_close(model.encode_incremental(cache, none, ids)[0], expected)
 
@@ -215,7 +219,7 @@ def test_rows_and_events_of_the_cache() -> None:
 
 
 def test_masked_objectives_and_visibility_are_refused() -> None:
-    masked = build("SASRec", mask_embedding=torch.nn.Identity())
+    masked = build("SASRec", objective=MaskedObjective(MaskedItemMasking()))
     with pytest.raises(UserError, match="built for a masked objective"):
         encoded(masked)
     layout = jagged_layout(torch.tensor([2]), 2)

@@ -9,7 +9,7 @@ import torch
 
 from generative_recommenders.build.model import ENCODERS, QUERY_TOWERS
 from generative_recommenders.build.parts import build_model
-from generative_recommenders.evaluation.catalogue_scores import score_function
+from generative_recommenders.modeling.inputs import Queries, history_inputs
 from generative_recommenders.modeling.items import ItemRows
 from generative_recommenders.modeling.model import SequenceRecommender
 from generative_recommenders.ops.layout import Visibility, jagged_layout
@@ -73,10 +73,9 @@ def test_contract(encoder: str, preprocessor: str, postprocessor: str, mol: bool
 
 
 def padded_equals_jagged(model, ids, events, states, real) -> None:
-    layout = jagged_layout(LENGTHS, ids.shape[1])
-    tokens = model.encode_tokens(SequentialFeatures(LENGTHS, ids, events), layout)
+    tokens = model.states(history_inputs(SequentialFeatures(LENGTHS, ids, events)))
     torch.testing.assert_close(tokens, states[real], rtol=1e-4, atol=1e-5)
-    last = model.encode(LENGTHS, ids, past_events=events)
+    last = model.encode_query(SequentialFeatures(LENGTHS, ids, events)).states
     for row, length in enumerate(LENGTHS.tolist()):
         expected = states[row, length - 1] if length else torch.zeros_like(last[row])
         torch.testing.assert_close(last[row], expected, rtol=1e-4, atol=1e-5)
@@ -116,7 +115,7 @@ def the_past_matters(model, ids, events, states) -> None:
 def scores_are_those_of_the_similarity(model, queries) -> None:
     items, users = model.items.all_item_embeddings(), torch.ones(len(queries), dtype=torch.int64)
     expected, _ = model.similarity.score(queries, items, users)
-    torch.testing.assert_close(score_function(model.similarity, items)(queries, users), expected)
+    torch.testing.assert_close(model.score(Queries(queries, users), model.catalogue()), expected)
     assert items.shape == (20, model.items.embedding_dim)
 
 

@@ -13,6 +13,7 @@ from generative_recommenders.modeling.input_preprocessors import (
     LearnablePositionalEmbeddingInputFeaturesPreprocessor,
     LearnablePositionalEmbeddingRatedInputFeaturesPreprocessor,
 )
+from generative_recommenders.modeling.inputs import history_inputs
 from generative_recommenders.modeling.items import LocalEmbeddingModule
 from generative_recommenders.modeling.model import (
     SequenceEncoder,
@@ -99,13 +100,12 @@ def check_jagged(model: SequenceRecommender, padded: torch.Tensor) -> None:
     """The jagged entrance, the last states and the given embeddings are the same numbers."""
     lengths, ids, events = history()
     layout = jagged_layout(lengths, WIDTH)
-    states = model.encode_tokens(SequentialFeatures(lengths, ids, events), layout)
+    states = model.states(history_inputs(SequentialFeatures(lengths, ids, events)))
     torch.testing.assert_close(layout.to_rectangle(states), padded)
     last = padded[torch.arange(len(lengths)), (lengths - 1).clamp(min=0)]
-    torch.testing.assert_close(model.encode(lengths, ids, None, events), last)
+    torch.testing.assert_close(model.encode_query(SequentialFeatures(lengths, ids, events)).states, last)
     embeddings = model.embed_history(ids)
     torch.testing.assert_close(model(lengths, ids, embeddings, events), padded)
-    torch.testing.assert_close(model.encode(lengths, ids, embeddings, events), last)
 
 
 def check_causality(model: SequenceRecommender, padded: torch.Tensor) -> None:
@@ -132,7 +132,7 @@ def test_gradients_of_the_two_entrances_agree(model: SequenceRecommender) -> Non
         if entrance == "padded":
             out = model(lengths, ids, None, events)
         else:
-            out = layout.to_rectangle(model.encode_tokens(features, layout))
+            out = layout.to_rectangle(model.states(history_inputs(features)))
         cotangent = torch.randn_like(out) if cotangent is None else cotangent
         (out * cotangent).sum().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
@@ -149,7 +149,10 @@ def test_saved_and_loaded_it_gives_the_same(encoder: str) -> None:
             parameter.add_(1.0)
     other.load_state_dict(one.state_dict())
     lengths, ids, events = history()
-    assert torch.equal(one.encode(lengths, ids, None, events), other.encode(lengths, ids, None, events))
+    assert torch.equal(
+        one.encode_query(SequentialFeatures(lengths, ids, events)).states,
+        other.encode_query(SequentialFeatures(lengths, ids, events)).states,
+    )
 
 
 @pytest.mark.parametrize("encoder", ["SASRec", "HSTU"])
@@ -166,7 +169,7 @@ def test_overfits_ten_users(encoder: str) -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    queries = model.encode(lengths, ids[:, :-1])
+    queries = model.encode_query(SequentialFeatures(lengths, ids[:, :-1], {})).states
     items = torch.nn.functional.normalize(model.items.all_item_embeddings(), dim=-1)
     best = (queries @ items.T).argmax(1) + 1
     assert (best == ids[:, -1]).all()
@@ -178,7 +181,9 @@ def test_a_batch_without_events(encoder: str, preprocessor: str) -> None:
     model = build(encoder, preprocessor, "l2")
     lengths, ids = torch.tensor([0, 0]), torch.zeros(2, 3, dtype=torch.int64)
     assert (model(lengths, ids, None, {"ratings": ids}) == 0).all()
-    assert torch.equal(model.encode(lengths, ids, None, {"ratings": ids}), torch.zeros(2, DIM))
+    assert torch.equal(
+        model.encode_query(SequentialFeatures(lengths, ids, {"ratings": ids})).states, torch.zeros(2, DIM)
+    )
 
 
 def test_next_times() -> None:
@@ -228,7 +233,9 @@ def test_a_full_row_without_a_next_time_is_encoded_the_same_at_any_width(columns
     ids[0, :5], times[0, :5] = torch.arange(1, 6), torch.tensor([10, 20, 10**6, 10**6, 10**7])
     lengths = torch.tensor([5])
     state, _ = model.encode_incremental(None, lengths, ids, {"timestamps": times})
-    torch.testing.assert_close(model.encode(lengths, ids, None, {"timestamps": times}), state)
+    torch.testing.assert_close(
+        model.encode_query(SequentialFeatures(lengths, ids, {"timestamps": times})).states, state
+    )
     torch.testing.assert_close(model(lengths, ids, None, {"timestamps": times})[:, 4], state)
 
 

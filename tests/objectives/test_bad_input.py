@@ -8,20 +8,20 @@ from typing import Any
 import pytest
 import torch
 
-from generative_recommenders.build.parts import build_objective
 from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.data.splits import make_split
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.errors import UserError
-from generative_recommenders.objectives.examples import CausalObjective, TrainingExample
+from generative_recommenders.objectives.causal import CausalObjective
+from generative_recommenders.objectives.examples import TrainingExample
 from generative_recommenders.objectives.losses.catalogue import CATALOGUE_LOSSES
 from generative_recommenders.objectives.losses.sampled import SAMPLED_LOSSES
 from generative_recommenders.objectives.negative_samplers import SHARINGS
 from generative_recommenders.training.progress import NonFiniteError
-from generative_recommenders.training.step import TrainingStep
+from generative_recommenders.training.step import StepResult, TrainingStep
 from generative_recommenders.training.trainer import Trainer
-from tiny_models import NUM_ITEMS, catalogue, settings, ten_users, training_step
+from tiny_models import NUM_ITEMS, catalogue, loaded, settings, ten_users, training_step
 
 MOL = {"interaction_module_type": "MoL", "top_k_method": "MoLBruteForceTopK", "num_negatives": 2}
 LOSSES = [*CATALOGUE_LOSSES, *SAMPLED_LOSSES, "ScalableCrossEntropyLoss"]
@@ -33,7 +33,11 @@ def chosen(loss: str) -> RunSettings:
 
 
 def step_and_example(loss: str) -> tuple[TrainingStep, TrainingExample]:
-    return training_step(chosen(loss), catalogue()), CausalObjective().example(ten_users(), torch.Generator())
+    return training_step(chosen(loss), catalogue()), CausalObjective().example(ten_users())
+
+
+def run(step: TrainingStep, example: TrainingExample, number: int = 0) -> StepResult:
+    return step.update(step.task.draw(example, 0, number), number)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -43,16 +47,16 @@ def test_positives_that_are_no_items(loss: str, wrong: int) -> None:
     targets = example.targets.clone()
     targets[3] = wrong
     with pytest.raises(UserError, match="positives"):
-        step(dataclasses.replace(example, targets=targets), 0, 0)
+        run(step, dataclasses.replace(example, targets=targets))
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_nothing_counts(loss: str) -> None:
     step, example = step_and_example(loss)
-    before = {name: value.clone() for name, value in step.model.state_dict().items()}
-    result = step(dataclasses.replace(example, weights=torch.zeros_like(example.weights)), 0, 0)
+    before = {name: value.clone() for name, value in step.task.model.state_dict().items()}
+    result = run(step, dataclasses.replace(example, weights=torch.zeros_like(example.weights)))
     assert (float(result.loss), float(result.targets)) == (0.0, 0.0)
-    for name, value in step.model.state_dict().items():
+    for name, value in step.task.model.state_dict().items():
         assert torch.equal(value, before[name]), name
 
 
@@ -75,9 +79,8 @@ def test_a_batch_without_targets(choices: dict[str, Any]) -> None:
         for name, values in ten_users().items()
     }
     columns["lengths"] = torch.ones_like(columns["lengths"])
-    example = build_objective(wanted).example(columns, torch.Generator())
-    assert example.targets.numel() == 0
-    result = step(example, 0, 0)
+    assert step.task.prepare(loaded(columns), 0).example.targets.numel() == 0
+    result = step(loaded(columns), 0)
     assert float(result.targets) == 0.0
     assert result.loss.isfinite()
 
@@ -90,28 +93,26 @@ def test_no_user_has_two_events(loss: str) -> None:
         if values.dim() == 2:
             values[:, 1:] = 0
     columns["lengths"] = torch.ones_like(columns["lengths"])
-    example = CausalObjective().example(columns, torch.Generator())
-    assert not example.weights.any()
-    assert float(step(example, 0, 0).loss) == 0.0
-    assert all(bool(value.isfinite().all()) for value in step.model.state_dict().values())
+    assert not step.task.prepare(loaded(columns), 0).example.weights.any()
+    assert float(step(loaded(columns), 0).loss) == 0.0
+    assert all(bool(value.isfinite().all()) for value in step.task.model.state_dict().values())
 
 
 def test_no_ratings_for_a_loss_that_reads_them() -> None:
     step, example = step_and_example("BCELossWithRatings")
-    assert float(step(example, 0, 0).loss) > 0
+    assert float(run(step, example).loss) > 0
     with pytest.raises(UserError, match="needs ratings"):
-        step(dataclasses.replace(example, ratings=None), 0, 1)
+        run(step, dataclasses.replace(example, ratings=None), 1)
 
 
 @pytest.mark.parametrize("loss", ["CE", "SampledSoftmaxLoss", "gBCE"])
-@pytest.mark.parametrize(
-    "module", ["sequence.preprocessor.dropout", "sequence.encoder.blocks.1", "sequence.postprocessor"]
-)
+@pytest.mark.parametrize("module", ["preprocessor.dropout", "encoder.blocks.1", "postprocessor"])
 def test_nan_names_the_first_module(
     monkeypatch: pytest.MonkeyPatch, ragged_dataset: SequenceDataset, loss: str, module: str
 ) -> None:
+    module = f"model.sequence.{module}"
     trainer = Trainer(chosen(loss), ragged_dataset, make_split(ragged_dataset), Collectives())
-    broken = trainer.step.dense.get_submodule(module)
+    broken = trainer.task.get_submodule(module)
     healthy = broken.forward
 
     def forward(*inputs, **options):

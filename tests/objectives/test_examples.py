@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from generative_recommenders.errors import UserError
-from generative_recommenders.objectives.examples import CausalObjective, MaskedObjective
-from generative_recommenders.objectives.masked import MaskedSequence
+from generative_recommenders.objectives.causal import CausalObjective
+from generative_recommenders.objectives.masked import MaskedObjective, MaskedSequence
 
 COLUMNS = {
     "user_ids": torch.tensor([1, 2, 3]),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,19 +11,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import tiny_models
-from generative_recommenders.build.parts import build_criterion
+from generative_recommenders.build.parts import build_task
 from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.items import ItemRows
-from generative_recommenders.objectives.examples import CausalObjective
+from generative_recommenders.modeling.model import MaskEmbedding
+from generative_recommenders.objectives.causal import CausalObjective
 from generative_recommenders.objectives.masked import (
     MaskedItemMasking,
     MaskedSequence,
-    MaskEmbedding,
     MaskingScheme,
 )
 from generative_recommenders.objectives.permuted import PermutationMasking
-from generative_recommenders.objectives.replaced import ReplacedDetectionCriterion
-from generative_recommenders.objectives.replacement import (
+from generative_recommenders.objectives.replaced import (
+    ReplacedDetectionCriterion,
     replace_items,
     sample_from_catalogue,
     sample_from_softmax,
@@ -199,11 +201,16 @@ def test_fakes_are_drawn_from_the_batch_or_the_catalogue(from_batch):
     chosen = tiny_models.settings(
         loss_module="CE", objective="replaced", fakes_from="batch" if from_batch else "catalogue"
     )
-    criterion = build_criterion(chosen, tiny_models.catalogue())
+    task = build_task(chosen, tiny_models.catalogue(num_items=40))
+    criterion = task.criterion
     assert isinstance(criterion, ReplacedDetectionCriterion)
     targets = torch.tensor([3, 9, 9, 4]).repeat(50)
+    users = torch.ones_like(targets)
+    example = task.prepare(tiny_models.loaded(tiny_models.ten_users()), 0).example
+    example = dataclasses.replace(example, targets=targets, weights=users.float(), users=users)
     states = torch.randn(200, 4, generator=seeded(1), requires_grad=True)
-    fakes = criterion.fakes(states, ItemRows(torch.randn(41, 4, generator=seeded(2))), targets)
+    rows = ItemRows(torch.randn(41, 4, generator=seeded(2)))
+    fakes = criterion.fakes(states, rows, task.draw(example, 0, 0), task.model.similarity)
     assert not fakes.requires_grad and (fakes >= 1).all() and (fakes <= 40).all()
     assert (set(fakes.tolist()) == {3, 4, 9}) == from_batch
 

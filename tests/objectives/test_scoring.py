@@ -12,10 +12,9 @@ from generative_recommenders.modeling.similarity.dot_product import DotProductSi
 from generative_recommenders.objectives.losses.sampled import BCELoss, SampledLoss, SampledSoftmaxLoss
 from generative_recommenders.objectives.negative_samplers import LocalNegativesSampler, Negatives, Sharing
 from generative_recommenders.objectives.scoring import (
-    LearnedScorer,
-    ProductScorer,
     negative_products,
     no_collisions,
+    sampled_scores,
 )
 from generative_recommenders.ops.counter_random import stream_key
 from generative_recommenders.ops.layout import jagged_layout
@@ -25,7 +24,6 @@ from golden_parity import assert_gradients, assert_near, load_golden
 TOKENS, ITEMS, DIM = 21, 12, 4
 SHARINGS = [Sharing(), Sharing("block", 8), Sharing("block", 1), Sharing("block", 100), Sharing("batch")]
 over_sharings = pytest.mark.parametrize("sharing", SHARINGS, ids=lambda s: f"{s.granularity}-{s.block_size}")
-SIMILARITY = DotProductSimilarity()
 USERS = torch.arange(1, TOKENS + 1)
 
 
@@ -79,31 +77,39 @@ def test_no_tokens(sharing: Sharing) -> None:
     assert (weight.grad == 0).all()
 
 
-@pytest.mark.parametrize("normalize_positives", [True, False])
-@pytest.mark.parametrize("normalize_negatives", [True, False])
+@pytest.mark.parametrize("raw_positives", [True, False])
 @over_sharings
-def test_product_scorer(sharing: Sharing, normalize_positives: bool, normalize_negatives: bool) -> None:
+def test_scores_of_a_product(sharing: Sharing, raw_positives: bool) -> None:
     hidden, weight = hidden_and_weight(torch.float32)
     negatives, targets = draws(sharing), torch.randint(1, ITEMS + 1, (TOKENS, 2))
-    scorer = ProductScorer(0.05, normalize_positives, normalize_negatives)
-    scores = scorer.scores(hidden, ItemRows(weight), targets, negatives, SIMILARITY, USERS)
-    normed = F.normalize(weight, dim=-1)
+    normed, similarity = F.normalize(weight, dim=-1), DotProductSimilarity(0.05)
+    of_positives = ItemRows(weight) if raw_positives else None
+    scores = sampled_scores(hidden, ItemRows(normed), targets, negatives, similarity, USERS, of_positives)
     ids = negatives.per_token(negatives.ids, TOKENS)
-    positive = gathered(hidden, normed if normalize_positives else weight, targets) / 0.05
-    negative = gathered(hidden, normed if normalize_negatives else weight, ids) / 0.05
+    positive = gathered(hidden, weight if raw_positives else normed, targets) / 0.05
     torch.testing.assert_close(scores.positive, positive, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(scores.negative, negative, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(scores.negative, gathered(hidden, normed, ids) / 0.05, rtol=1e-4, atol=1e-4)
     assert torch.equal(scores.negative_mask, (ids[:, :, None] != targets[:, None, :]).all(2))
-    assert scores.auxiliary == {}
+    assert scores.sums == {}
+
+
+class NoProduct(DotProductSimilarity):
+    """A dot product that is asked for rows of items, as learned similarities are."""
+
+    def operands(self, states: torch.Tensor, weight: torch.Tensor) -> None:
+        return None
+
+
+SIMILARITIES = (DotProductSimilarity(0.1), NoProduct(0.1))
 
 
 @over_sharings
-def test_learned_scorer_with_a_dot_product_is_the_product_scorer(sharing: Sharing) -> None:
+def test_scores_by_rows_are_those_of_products(sharing: Sharing) -> None:
     targets, negatives = torch.randint(1, ITEMS + 1, (TOKENS,)), draws(sharing, 5)
     results = []
-    for scorer in (ProductScorer(0.1), LearnedScorer(0.1, True, 1e-6)):
+    for similarity in SIMILARITIES:
         hidden, weight = hidden_and_weight(torch.float32)
-        scores = scorer.scores(hidden, ItemRows(weight), targets, negatives, SIMILARITY, USERS)
+        scores = sampled_scores(hidden, ItemRows(weight), targets, negatives, similarity, USERS)
         (scores.positive.sum() + scores.negative.square().sum()).backward()
         results.append([scores.positive, scores.negative, scores.negative_mask, hidden.grad, weight.grad])
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
@@ -126,9 +132,10 @@ def test_log_q_is_subtracted_from_negatives_alone(sharing: Sharing) -> None:
     plain, targets = draws(sharing, 5), torch.ones(TOKENS, dtype=torch.int64)
     log_q = torch.randn(plain.ids.shape)
     corrected = Negatives(plain.ids, plain.sharing, plain.lead, log_q)
-    for scorer in (ProductScorer(0.1), LearnedScorer(0.1, True, 1e-6)):
+    for similarity in SIMILARITIES:
         before, after = (
-            scorer.scores(hidden, ItemRows(weight), targets, n, SIMILARITY, USERS) for n in (plain, corrected)
+            sampled_scores(hidden, ItemRows(weight), targets, n, similarity, USERS)
+            for n in (plain, corrected)
         )
         torch.testing.assert_close(after.negative, before.negative - plain.per_token(log_q, TOKENS))
         assert torch.equal(after.positive, before.positive)
@@ -140,33 +147,32 @@ def test_gathered_rows_score_like_the_whole_table() -> None:
     ids = torch.unique(torch.cat([targets, negatives.ids.flatten()]))
     part = ItemRows(weight.detach()[ids].requires_grad_(), ids)
     whole = ItemRows(weight)
-    outputs = [
-        ProductScorer(0.1).scores(hidden, x, targets, negatives, SIMILARITY, USERS) for x in (part, whole)
-    ]
+    outputs = [sampled_scores(hidden, x, targets, negatives, SIMILARITIES[0], USERS) for x in (part, whole)]
     torch.testing.assert_close(outputs[0].negative, outputs[1].negative)
     for out in outputs:
         (out.positive.sum() + out.negative.square().sum()).backward()
     torch.testing.assert_close(part.weight.grad, weight.grad[ids])
 
 
-LOSSES: dict[str, tuple[SampledLoss, bool]] = {
-    "meta_sampled_softmax": (SampledSoftmaxLoss(), True),
-    "meta_bce": (BCELoss(), False),  # its positives are not normalised
-}
+LOSSES: dict[str, SampledLoss] = {"meta_sampled_softmax": SampledSoftmaxLoss(), "meta_bce": BCELoss()}
 
 
 @pytest.mark.parametrize("backend", ["torch", "fbgemm"])
 @pytest.mark.parametrize("entrance", ENTRANCES)
-@pytest.mark.parametrize("scorer", ["products", "learned"])
+@pytest.mark.parametrize("scorer", [DotProductSimilarity, NoProduct])
 @pytest.mark.parametrize("case", LOSSES)
 def test_golden_losses(
-    monkeypatch: pytest.MonkeyPatch, case: str, scorer: str, entrance: str, backend: str
+    monkeypatch: pytest.MonkeyPatch,
+    case: str,
+    scorer: type[DotProductSimilarity],
+    entrance: str,
+    backend: str,
 ) -> None:
     choose_backend(monkeypatch, backend)
-    golden, (loss, normalize_positives) = load_golden(case), LOSSES[case]
+    golden, loss = load_golden(case), LOSSES[case]
     c = golden.config
-    if scorer == "learned" and not normalize_positives:
-        pytest.skip("a learned similarity normalises all items alike")
+    if scorer is NoProduct and loss.raw_positives:
+        pytest.skip("a learned similarity scores all items alike")
     hidden = golden.inputs["output_embeddings"].requires_grad_()
     states = hidden
     if entrance == "padded":  # there and back through the rectangle
@@ -174,11 +180,13 @@ def test_golden_losses(
         states = layout.flatten(layout.to_rectangle(hidden))
     table = golden.parameters["item_emb.weight"].requires_grad_()
     negatives = Negatives(golden.inputs["sampled_ids"].long(), Sharing())
-    products = ProductScorer(c["temperature"], normalize_positives, True, c["l2_eps"])
-    chosen = products if scorer == "products" else LearnedScorer(c["temperature"], True, c["l2_eps"])
     targets, weights = golden.inputs["supervision_ids"].long(), golden.inputs["supervision_weights"]
-    scores = chosen.scores(states, ItemRows(table), targets, negatives, SIMILARITY, torch.zeros_like(targets))
-    total, weight = loss(scores.positive, scores.negative, weights[:, None], scores.negative_mask)
+    rows = ItemRows(F.normalize(table, dim=-1, eps=c["l2_eps"]))
+    scores = sampled_scores(
+        states, rows, targets, negatives, scorer(c["temperature"]), torch.zeros_like(targets),
+        ItemRows(table) if loss.raw_positives else None,
+    )  # fmt: skip
+    total, weight, _ = loss(scores.positive, scores.negative, weights[:, None], scores.negative_mask)
     value = total / weight
     assert_near(value, golden.outputs["loss"])
     assert_near(value, golden.outputs["loss_from_padded_forward"])

@@ -8,12 +8,11 @@ import pytest
 import torch
 from absl import logging
 
-from generative_recommenders.build.parts import build_objective
 from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.objectives.examples import TrainingExample
 from generative_recommenders.training.optimizers import Optimizer
-from generative_recommenders.training.step import TrainingStep, read_later
-from tiny_models import EASY, SAMPLED, catalogue, settings, ten_users, training_step
+from generative_recommenders.training.step import StepResult, TrainingStep, read_later
+from tiny_models import EASY, SAMPLED, catalogue, loaded, settings, ten_users, training_step
 
 CASES = {
     "catalogue": EASY["SASRec"],
@@ -28,12 +27,14 @@ def step_and_example(choices: dict, optimizer: str = "adamw") -> tuple[TrainingS
     """A step whose optimizer has weight decay, warm-up and clipping."""
     chosen = settings(**choices)
     step = training_step(chosen, catalogue())
-    named = [*step.model.named_parameters()]
-    dense = [parameter for name, parameter in named if name != "items.table"]
-    step.optimizer = Optimizer(
-        [*dense, *step.dense.criterion.parameters()], step.model.items.table, optimizer, 1e-2, 0.1, 5, 1.0
-    )
-    return step, build_objective(chosen).example(ten_users(), torch.Generator().manual_seed(5))
+    table = step.task.model.items.table
+    dense = [parameter for parameter in step.task.parameters() if parameter is not table]
+    step.optimizer = Optimizer(dense, table, optimizer, 1e-2, 0.1, 5, 1.0)
+    return step, step.task.prepare(loaded(ten_users()), 0).example
+
+
+def run(step: TrainingStep, example: TrainingExample, number: int) -> StepResult:
+    return step.update(step.task.draw(example, 0, number), number)
 
 
 def uncounted(example: TrainingExample) -> TrainingExample:
@@ -49,7 +50,7 @@ def without_reads(example: TrainingExample) -> TrainingExample:
 
 def state_of(step: TrainingStep) -> dict[str, torch.Tensor]:
     """Copies of all weights and of the optimizer's state."""
-    tensors = {**step.dense.state_dict(), "items.table": step.model.items.table}
+    tensors = step.task.state_dict()
     return {
         name: value.detach().clone() for name, value in {**tensors, **step.optimizer.state_tensors()}.items()
     }
@@ -66,10 +67,10 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
 def test_nothing_moves_after_a_normal_step(case: str, optimizer: str, empty) -> None:
     step, example = step_and_example(CASES[case], optimizer)
     before = state_of(step)
-    assert step(example, 0, 0).learning_rate > 0
+    assert run(step, example, 0).learning_rate > 0
     moved = state_of(step)
     assert any(not torch.equal(moved[name], value) for name, value in before.items())
-    result = step(empty(example), 0, 1)
+    result = run(step, empty(example), 1)
     assert (float(result.targets), result.learning_rate) == (0, 0)
     assert torch.isfinite(result.loss)
     assert_same(state_of(step), moved)
@@ -78,7 +79,9 @@ def test_nothing_moves_after_a_normal_step(case: str, optimizer: str, empty) -> 
 def test_the_schedule_goes_by_the_number_of_the_step() -> None:
     """Warm-up over five steps: the third step's rate is the same, whether or not the second counted."""
     step, example = step_and_example(CASES["sampled"])
-    rates = [step(each, 0, n).learning_rate for n, each in enumerate([example, uncounted(example), example])]
+    rates = [
+        run(step, each, n).learning_rate for n, each in enumerate([example, uncounted(example), example])
+    ]
     assert rates == pytest.approx([2e-3, 0.0, 6e-3])
 
 
@@ -91,10 +94,10 @@ class WithAnother(Collectives):
 
 def test_targets_of_another_process_count() -> None:
     step, example = step_and_example(CASES["catalogue"])
-    step(example, 0, 0)
+    run(step, example, 0)
     before, step.collectives = state_of(step), WithAnother()
-    assert step(uncounted(example), 0, 1).learning_rate > 0
-    assert not torch.equal(state_of(step)["items.table"], before["items.table"])
+    assert run(step, uncounted(example), 1).learning_rate > 0
+    assert not torch.equal(state_of(step)["model.items.table"], before["model.items.table"])
 
 
 def test_it_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,7 +105,7 @@ def test_it_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logging, "warning", lambda text, *values: lines.append(text % values))
     step, example = step_and_example(CASES["catalogue"])
     for number, each in enumerate([example, uncounted(example), example, uncounted(example)]):
-        step(each, 0, number)
+        run(step, each, number)
     assert len(lines) == 1 and "no target of step 2 counts" in lines[0]
 
 

@@ -20,14 +20,14 @@ from tiny_models import settings
 STEP = 3
 SAMPLED = {"sampling_strategy": "local", "num_negatives": 4, "item_l2_norm": True}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "dropout": ("sequence.postprocessor", {"dropout_rate": 0.5, "loss_module": "CE"}),
+    "dropout": ("model.sequence.postprocessor", {"dropout_rate": 0.5, "loss_module": "CE"}),
     "dropout of the encoder": (
-        "sequence.postprocessor",
+        "model.sequence.postprocessor",
         {"sasrec.ffn_dropout_rate": 0.5, "loss_module": "CE"},
     ),
     "negatives of a block": ("criterion.loss", {**SAMPLED, "negatives_sharing": "block"}),
     "negatives of a position": ("criterion.loss", {**SAMPLED, "negatives_sharing": "position"}),
-    "masks": ("mask_embedding", {"objective": "masked", "mask_probability": 0.3, "loss_module": "CE"}),
+    "masks": ("model.mask_embedding", {"objective": "masked", "mask_probability": 0.3, "loss_module": "CE"}),
 }
 
 
@@ -58,7 +58,7 @@ def test_the_step_is_run_again_with_its_own_draws(ragged_dataset: SequenceDatase
     name, choices = CASES[case]
     seen: list[list[torch.Tensor]] = []
     healthy, broken = (make_trainer(ragged_dataset, choices) for _ in range(2))
-    module = healthy.step.dense.get_submodule(name)
+    module = healthy.task.get_submodule(name)
     module.register_forward_hook(lambda _, inputs, output: seen.append(tensors(inputs)))
     healthy.train(max_steps=STEP)
     fatal = seen[STEP - 1]
@@ -72,7 +72,7 @@ def test_the_step_is_run_again_with_its_own_draws(ragged_dataset: SequenceDatase
             return output * torch.nan
         return output._replace(sum=output.sum * torch.nan)
 
-    broken.step.dense.get_submodule(name).register_forward_hook(fail)
+    broken.task.get_submodule(name).register_forward_hook(fail)
     with pytest.raises(NonFiniteError, match=rf"nan at step {STEP}: .* not finite is that of {name};"):
         broken.train()
 

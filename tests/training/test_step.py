@@ -25,8 +25,9 @@ from generative_recommenders.modeling.items import (
 from generative_recommenders.modeling.model import SequenceEncoder, SequenceRecommender
 from generative_recommenders.modeling.output_postprocessors import L2NormEmbeddingPostprocessor
 from generative_recommenders.modeling.similarity.dot_product import DotProductSimilarity
+from generative_recommenders.objectives import task as task_module
+from generative_recommenders.objectives.causal import CausalObjective
 from generative_recommenders.objectives.criterion import CatalogueCriterion, Criterion, SampledCriterion
-from generative_recommenders.objectives.examples import CausalObjective
 from generative_recommenders.objectives.losses.catalogue import CATALOGUE_LOSSES
 from generative_recommenders.objectives.losses.sampled import SampledSoftmaxLoss
 from generative_recommenders.objectives.negative_samplers import (
@@ -35,8 +36,7 @@ from generative_recommenders.objectives.negative_samplers import (
     NegativesSampler,
     Sharing,
 )
-from generative_recommenders.objectives.scoring import ProductScorer
-from generative_recommenders.training import step as step_module
+from generative_recommenders.objectives.task import TrainingTask
 from generative_recommenders.training.optimizers import Optimizer
 from generative_recommenders.training.step import TrainingStep
 from programs import quick_start
@@ -67,14 +67,14 @@ def sampler_of(case: Case, num_items: int) -> NegativesSampler | None:
 
 def criterion_of(case: Case) -> Criterion:
     if case.negatives == "catalogue":
-        return CatalogueCriterion(CATALOGUE_LOSSES["CE"](), 0.1, True, 1e-6)
-    return SampledCriterion(SampledSoftmaxLoss(), ProductScorer(0.1))
+        return CatalogueCriterion(CATALOGUE_LOSSES["CE"]())
+    return SampledCriterion(SampledSoftmaxLoss())
 
 
 def items_of(case: Case, num_items: int) -> ItemEmbedding:
     if case.categories:
-        return CategoricalEmbeddingModule(torch.arange(num_items) // 3, DIM)
-    return LocalEmbeddingModule(num_items, DIM)
+        return CategoricalEmbeddingModule(torch.arange(num_items) // 3, DIM, item_l2_norm=True)
+    return LocalEmbeddingModule(num_items, DIM, item_l2_norm=True)
 
 
 def train(dataset: SequenceDataset, case: Case, steps: int = STEPS) -> dict[str, torch.Tensor]:
@@ -85,26 +85,25 @@ def train(dataset: SequenceDataset, case: Case, steps: int = STEPS) -> dict[str,
     sequence = SequenceEncoder(
         preprocessor, SASRec(DIM, ffn_dropout_rate=0.0), L2NormEmbeddingPostprocessor()
     )
-    model = SequenceRecommender(items_of(case, dataset.num_items), sequence, DotProductSimilarity())
+    model = SequenceRecommender(items_of(case, dataset.num_items), sequence, DotProductSimilarity(0.1))
     dense = [parameter for name, parameter in model.named_parameters() if name != "items.table"]
     optimizer = Optimizer(dense, model.items.table, case.optimizer, 3e-3, 0.01, 5, case.max_grad_norm)
     sampler = sampler_of(case, dataset.num_items)
-    step = TrainingStep(model, criterion_of(case), sampler, optimizer, group, seed=9)
+    task = TrainingTask(model, CausalObjective(case.last_only), criterion_of(case), sampler, 9, group)
+    step = TrainingStep(task, optimizer, group)
     loader = SequenceLoader(
         dataset, make_split(dataset).train_stops, LENGTH, GLOBAL_BATCH // group.world_size, 5,
         rank=group.rank, world_size=group.world_size,
     )  # fmt: skip
-    objective, losses = CausalObjective(case.last_only), []
+    losses = []
     batches = [batch for epoch in range(-(-steps // len(loader))) for batch in loader.epoch(epoch)]
     for number, batch in enumerate(batches[:steps]):
-        example = objective.example(batch.columns, torch.Generator())
-        first = objective.first_target(batch.first_row, batch.first_token)
-        losses.append(step(example, first, number).loss)
+        losses.append(step(batch, number).loss)
     return {**model.state_dict(), "losses": torch.stack(losses)}
 
 
 def with_rows(monkeypatch: pytest.MonkeyPatch, dataset: SequenceDataset, case: Case, share: int) -> dict:
-    monkeypatch.setattr(step_module, "DENSE_SHARE", share)
+    monkeypatch.setattr(task_module, "DENSE_SHARE", share)
     return train(dataset, case, steps=3)
 
 
@@ -116,13 +115,13 @@ def test_gathered_rows_equal_the_whole_table(
 ) -> None:
     case = Case(negatives, optimizer, categories=categories, max_grad_norm=1.0)
     looked_up = []
-    original = step_module.TrainingStep._touched
+    original = TrainingTask._touched
 
     def touched(self, *arguments):
         looked_up.append(original(self, *arguments)[1] is not None)
         return original(self, *arguments)
 
-    monkeypatch.setattr(step_module.TrainingStep, "_touched", touched)
+    monkeypatch.setattr(TrainingTask, "_touched", touched)
     rows = with_rows(monkeypatch, ragged_dataset, case, ALWAYS_ROWS)
     whole = with_rows(monkeypatch, ragged_dataset, case, NEVER_ROWS)
     assert looked_up == [True] * 3 + [False] * 3
@@ -154,7 +153,7 @@ def process(rank: int, folder: str, rendezvous: str, results: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
     dataset = SequenceDataset.open(folder)
     for number, case in enumerate(CASES):
-        step_module.DENSE_SHARE = case.dense_share
+        task_module.DENSE_SHARE = case.dense_share
         torch.save(train(dataset, case), f"{results}/{number}-{rank}.pt")
     dist.destroy_process_group()
 
@@ -178,7 +177,7 @@ def two_processes(ragged_dataset: SequenceDataset, tmp_path_factory: pytest.Temp
 def test_two_processes_equal_one_with_the_doubled_batch(
     monkeypatch, ragged_dataset: SequenceDataset, two_processes: Path, number: int
 ) -> None:
-    monkeypatch.setattr(step_module, "DENSE_SHARE", CASES[number].dense_share)
+    monkeypatch.setattr(task_module, "DENSE_SHARE", CASES[number].dense_share)
     first, second = (torch.load(two_processes / f"{number}-{rank}.pt") for rank in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
     alone = train(ragged_dataset, CASES[number])

@@ -28,7 +28,7 @@ from generative_recommenders.objectives.masked import (
     next_items,
 )
 from generative_recommenders.objectives.permuted import PermutationMasking
-from generative_recommenders.objectives.replacement import replace_items, sample_from_softmax
+from generative_recommenders.objectives.replaced import replace_items, sample_from_softmax
 
 
 @dataclass

@@ -97,8 +97,11 @@ class ItemTowerEmbedding(ItemEmbedding):
         features: Sequence[EntityFeature],
         uses_item_id: bool = True,
         num_blocks: int = 1,
+        *,
+        item_l2_norm: bool = False,
+        l2_norm_eps: float = 1e-6,
     ) -> None:
-        super().__init__(num_items, embedding_dim)
+        super().__init__(num_items, embedding_dim, item_l2_norm=item_l2_norm, l2_norm_eps=l2_norm_eps)
         if not features and not uses_item_id:
             raise UserError("item_tower.features names no feature: give at least one, or 'item_id'")
         for feature in features:
@@ -109,7 +112,7 @@ class ItemTowerEmbedding(ItemEmbedding):
         self.uses_item_id = uses_item_id
         self.tower = ItemTower([feature.spec for feature in features], embedding_dim, num_blocks)
 
-    def scored_rows(self, leaf: ItemRows, item_ids: torch.Tensor | None) -> ItemRows:
+    def raw_rows(self, leaf: ItemRows, item_ids: torch.Tensor | None) -> ItemRows:
         """The tower's output for the items; for all of them, in blocks unless it is differentiated, row 0 is
         0.
         """

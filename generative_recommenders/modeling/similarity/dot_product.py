@@ -5,16 +5,24 @@ from __future__ import annotations
 import torch
 
 from generative_recommenders.errors import UserError
-from generative_recommenders.modeling.similarity.interface import AuxiliaryLosses, SharedRows
+from generative_recommenders.modeling.similarity.interface import AuxiliaryLosses, SharedRows, Snapshot
 
 
 class DotProductSimilarity(torch.nn.Module):
-    """Unscaled dot products; no parameters."""
+    """Dot products divided by a temperature; no parameters."""
+
+    def __init__(self, temperature: float = 1.0) -> None:
+        super().__init__()
+        self.temperature = temperature
 
     @property
     def auxiliary_loss_names(self) -> frozenset[str]:
         """None."""
         return frozenset()
+
+    def operands(self, states: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """``states / temperature`` and the items, both in full precision."""
+        return self._scaled(states.float()), weight.float()
 
     def score(
         self, queries: torch.Tensor, items: torch.Tensor, user_ids: torch.Tensor | None = None
@@ -24,6 +32,7 @@ class DotProductSimilarity(torch.nn.Module):
         ``[R, D]`` or ``[1, R, D]``: the same items for all rows. ``[B, R, D]``: row b has items b where rows
         = B; where rows = B * r, rows b * r .. b * r + r - 1 share items b.
         """
+        queries = self._scaled(queries)
         if items.dim() == 3 and items.shape[0] == 1:
             items = items[0]
         if items.dim() == 2:
@@ -41,14 +50,31 @@ class DotProductSimilarity(torch.nn.Module):
         rows: torch.Tensor,
         user_ids: torch.Tensor | None = None,
         shared: SharedRows = (),
-    ) -> tuple[torch.Tensor, AuxiliaryLosses]:
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """``[n, P + R]`` products of queries ``[n, D]`` with ``items[rows]``, rows ``[n, P]``, and with shared items."""
         own, _ = self.score(queries, items[rows])
-        behind = [queries[span] @ items[ids].T for span, ids in shared]
+        behind = [self._scaled(queries[span]) @ items[ids].T for span, ids in shared]
         return torch.cat([own, torch.cat(behind)], dim=1) if behind else own, {}
+
+    def auxiliary_losses(self, sums: dict[str, torch.Tensor]) -> AuxiliaryLosses:
+        """None."""
+        return {}
+
+    def snapshot(self, embeddings: torch.Tensor) -> Snapshot:
+        """The embeddings alone."""
+        return Snapshot(embeddings)
+
+    def scores(
+        self, queries: torch.Tensor, snapshot: Snapshot, user_ids: torch.Tensor | None
+    ) -> torch.Tensor:
+        """``[n, V]`` products; user ids are not read."""
+        return self._scaled(queries) @ snapshot.embeddings.T
 
     def forward(
         self, queries: torch.Tensor, items: torch.Tensor, user_ids: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, AuxiliaryLosses]:
         """The same as `score`."""
         return self.score(queries, items, user_ids)
+
+    def _scaled(self, queries: torch.Tensor) -> torch.Tensor:
+        return queries if self.temperature == 1 else queries / self.temperature

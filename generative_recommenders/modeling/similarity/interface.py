@@ -1,9 +1,9 @@
-"""What every similarity offers."""
+"""Interface of similarities: the score of an item by a query, in training and afterwards."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 
@@ -13,13 +13,30 @@ SharedRows = Iterable[tuple[slice, torch.Tensor]]
 """Consecutive queries and the items ``[R]`` int64 that all of them score; together all queries, in order."""
 
 
+class Snapshot(NamedTuple):
+    """The catalogue as scored. embeddings: ``[V, D']``, row i belongs to id i + 1. components: what a similarity computes of
+    the items alone, or None."""
+
+    embeddings: torch.Tensor
+    components: Any = None
+
+
 @runtime_checkable
 class Similarity(Protocol):
     """A learned or fixed score of (query, item)."""
 
+    temperature: float
+    """What scores are divided by."""
+
     @property
     def auxiliary_loss_names(self) -> frozenset[str]:
-        """Names of the auxiliary losses that `score` returns in training mode."""
+        """Names of the auxiliary losses of training mode."""
+
+    def operands(
+        self, states: torch.Tensor, weight: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Q and W, such that the scores of items ``weight [U, D']`` by ``states [n, D]`` are ``Q Wᵀ``; None where they are no
+        product."""
 
     def score(
         self, queries: torch.Tensor, items: torch.Tensor, user_ids: torch.Tensor | None = None
@@ -39,10 +56,21 @@ class Similarity(Protocol):
         rows: torch.Tensor,
         user_ids: torch.Tensor | None = None,
         shared: SharedRows = (),
-    ) -> tuple[torch.Tensor, AuxiliaryLosses]:
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Scores of each query's own items, ``items[rows[i]]`` for query i, and behind them of shared ones.
 
         items: ``[U, D']``. rows: ``[n, P]`` int64. What depends on an item alone is computed once for each of
             the U.
-        Returns as `score`, ``[n, P + R]``.
+        Returns ``[n, P + R]``, and the sums that `auxiliary_losses` are made from.
         """
+
+    def auxiliary_losses(self, sums: dict[str, torch.Tensor]) -> AuxiliaryLosses:
+        """Scalars by name, from sums over the pairs of one process or of several."""
+
+    def snapshot(self, embeddings: torch.Tensor) -> Snapshot:
+        """The catalogue's items ``[V, D']`` with what depends on them alone."""
+
+    def scores(
+        self, queries: torch.Tensor, snapshot: Snapshot, user_ids: torch.Tensor | None
+    ) -> torch.Tensor:
+        """``[n, V]`` scores of the whole catalogue by queries ``[n, D]``."""

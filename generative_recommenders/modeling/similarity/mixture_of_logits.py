@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from generative_recommenders.errors import UserError
-from generative_recommenders.modeling.similarity.interface import AuxiliaryLosses, SharedRows
+from generative_recommenders.modeling.similarity.interface import AuxiliaryLosses, SharedRows, Snapshot
 from generative_recommenders.modeling.similarity.mol_layers import (
     COMBINATIONS,
     IdentityProjection,
@@ -65,7 +65,8 @@ class MoLSimilarity(nn.Module):
     """Mixture of logits over query and item embeddings.
 
     settings: see `MoLSettings`. query_embedding_dim, item_embedding_dim: widths D and D'.
-    mutual_information: whether training returns ``mi_loss``, which balances the load of the mixture.
+    mutual_information: whether training returns ``mi_loss``, which balances the load of the mixture. temperature: what the
+    mixture's score is divided by, beside the settings' own, which divides its logits.
 
     Where (query, item) pairs are many, they are scored block by block; beyond `_KEPT_FLOATS` a block's activations are
     computed again in the backward pass, so that memory is bounded.
@@ -77,8 +78,10 @@ class MoLSimilarity(nn.Module):
         query_embedding_dim: int,
         item_embedding_dim: int,
         mutual_information: bool = True,
+        temperature: float = 1.0,
     ) -> None:
         super().__init__()
+        self.temperature = temperature
         check(settings)
         self.settings = s = settings
         self.mutual_information = mutual_information
@@ -116,6 +119,7 @@ class MoLSimilarity(nn.Module):
         query_embedding_dim: int,
         item_embedding_dim: int,
         mutual_information: bool = True,
+        temperature: float = 1.0,
     ) -> MoLSimilarity:
         """The module; options that the published code ignored and that act here are said once in the log."""
         for side in ("query", "item"):
@@ -129,7 +133,7 @@ class MoLSimilarity(nn.Module):
                 )
         if settings.uid_embedding_hash_sizes:
             _say("MoL uid_embedding_hash_sizes acts; the published HSTU code ignored it")
-        return cls(settings, query_embedding_dim, item_embedding_dim, mutual_information)
+        return cls(settings, query_embedding_dim, item_embedding_dim, mutual_information, temperature)
 
     @property
     def auxiliary_loss_names(self) -> frozenset[str]:
@@ -139,8 +143,8 @@ class MoLSimilarity(nn.Module):
 
     def query_components(
         self, queries: torch.Tensor, user_ids: torch.Tensor | None = None
-    ) -> tuple[QueryComponents, AuxiliaryLosses]:
-        """Components and gate input of queries ``[n, D]`` of users ``[n]``, and ``uid_embedding_l2_norm``."""
+    ) -> tuple[QueryComponents, dict[str, torch.Tensor]]:
+        """Components and gate input of queries ``[n, D]`` of users ``[n]``, and the sums of ``uid_embedding_l2_norm``."""
         components = self._split(self.query_projection(queries))
         users, losses = self._user_components(user_ids)
         components = torch.cat([components, *users], dim=-2) / self.settings.temperature
@@ -171,7 +175,36 @@ class MoLSimilarity(nn.Module):
                 scores, mixing = self._score(
                     query, items.shape[1], lambda rows, columns: self.item_components(items[rows, columns])
                 )
-        return scores, losses | mixing
+        return scores, self.auxiliary_losses(losses | mixing)
+
+    def operands(self, states: torch.Tensor, weight: torch.Tensor) -> None:
+        """None: a mixture of products is no product."""
+        return
+
+    def snapshot(self, embeddings: torch.Tensor) -> Snapshot:
+        """The embeddings ``[V, D']`` and their components."""
+        return Snapshot(embeddings, self.item_components(embeddings))
+
+    def scores(
+        self, queries: torch.Tensor, snapshot: Snapshot, user_ids: torch.Tensor | None
+    ) -> torch.Tensor:
+        """``[n, V]`` scores of the snapshot's items."""
+        query, _ = self.query_components(queries, user_ids)
+        return self.score_components(query, snapshot.components)[0]
+
+    def auxiliary_losses(self, sums: dict[str, torch.Tensor]) -> AuxiliaryLosses:
+        """The means of what `score_rows` summed up; see `score`."""
+        losses = {}
+        if "mi_loss" in sums:
+            used, negative_entropy, pairs = sums["mi_loss"].tensor_split((-2, -1))
+            mean = used / pairs.clamp(min=1)
+            losses["mi_loss"] = (mean * torch.log(mean + _EPS)).sum() - (
+                negative_entropy / pairs.clamp(min=1)
+            ).sum()
+        if "uid_embedding_l2_norm" in sums:
+            squares, users = sums["uid_embedding_l2_norm"].unbind()
+            losses["uid_embedding_l2_norm"] = squares / users.clamp(min=1)
+        return losses
 
     def forward(
         self, queries: torch.Tensor, items: torch.Tensor, user_ids: torch.Tensor | None = None
@@ -186,7 +219,7 @@ class MoLSimilarity(nn.Module):
         rows: torch.Tensor,
         user_ids: torch.Tensor | None = None,
         shared: SharedRows = (),
-    ) -> tuple[torch.Tensor, AuxiliaryLosses]:
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """``[n, P + R]`` scores of ``items[rows]`` and of shared items; items ``[U, D']``, rows ``[n, P]`` int64.
 
         An item's components are computed once however often it is scored, which is several times faster than
@@ -202,25 +235,27 @@ class MoLSimilarity(nn.Module):
             if behind:
                 scores = torch.cat([scores, torch.cat([each for each, _ in behind])], dim=1)
                 mixed += [block for _, blocks in behind for block in blocks]
-        return scores, losses | self._mutual_information(mixed, scores.numel())
+        return scores, losses | self._mixture_sums(mixed, scores.numel())
 
     def score_components(
         self, query: QueryComponents, items: ItemComponents, rows: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, AuxiliaryLosses]:
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Scores from components made before.
 
         items: of R shared items; or, with rows ``[n, R']`` int64, of any number of items, of which query i
             scores ``rows[i]``. Gathering and scoring run block by block. Returns ``[n, R]`` or ``[n, R']``,
-            and ``mi_loss``.
+            and the sums of ``mi_loss``.
         """
         with self._autocast(query.components):
             if rows is None:
                 return self._score(query, len(items.components), _shared(items))
             return self._score(query, rows.shape[1], lambda r, c: items.select(rows[r, c]))
 
-    def _user_components(self, user_ids: torch.Tensor | None) -> tuple[list[torch.Tensor], AuxiliaryLosses]:
-        """``[n, 1, d]`` of each table, and the mean squared norm of what was looked up, summed over
-        tables.
+    def _user_components(
+        self, user_ids: torch.Tensor | None
+    ) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+        """``[n, 1, d]`` of each table, and the squared norms of what was looked up, summed over tables and users, beside
+        the number of users.
         """
         if not len(self.user_tables):
             return [], {}
@@ -232,7 +267,8 @@ class MoLSimilarity(nn.Module):
         found = [table(user_ids % size) for table, size in zip(self.user_tables, sizes)]
         losses = {}
         if self.training:
-            losses["uid_embedding_l2_norm"] = torch.stack([v.square().sum(-1).mean() for v in found]).sum()
+            squares = torch.stack([v.square().sum() for v in found]).sum()
+            losses["uid_embedding_l2_norm"] = torch.stack([squares, squares.new_tensor(len(user_ids))])
         return [self._normalised(self._drop_user(v))[:, None] for v in found], losses
 
     def _drop_user(self, vectors: torch.Tensor) -> torch.Tensor:
@@ -259,10 +295,10 @@ class MoLSimilarity(nn.Module):
 
     def _score(
         self, query: QueryComponents, num_items: int, items_of: ItemsOf
-    ) -> tuple[torch.Tensor, AuxiliaryLosses]:
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """``[n, num_items]`` scores of all queries; ``items_of(rows, columns)`` gives a block's items."""
         scores, mixed = self._mixed(query, slice(0, len(query.components)), num_items, items_of)
-        return scores, self._mutual_information(mixed, scores.numel())
+        return scores, self._mixture_sums(mixed, scores.numel())
 
     def _mixed(
         self, query: QueryComponents, span: slice, num_items: int, items_of: ItemsOf
@@ -301,6 +337,8 @@ class MoLSimilarity(nn.Module):
         )
         p = self._drop_mixture(_at_least_float32(gate).softmax(-1))
         scores = _at_least_float32((p * logits).sum(-1))
+        if self.temperature != 1:
+            scores = scores / self.temperature
         if not (self.training and self.mutual_information):
             return _Mixed(scores, None, None)
         return _Mixed(scores, p.sum((0, 1)), (p * torch.log(p + _EPS)).sum())
@@ -312,14 +350,16 @@ class MoLSimilarity(nn.Module):
         p = dropout(p, self.settings.softmax_dropout_rate, self.training)
         return p / p.sum(-1, keepdim=True).clamp(min=_EPS)
 
-    def _mutual_information(self, blocks: list[_Mixed], num_pairs: int) -> AuxiliaryLosses:
+    def _mixture_sums(self, blocks: list[_Mixed], num_pairs: int) -> dict[str, torch.Tensor]:
+        """Of ``mi_loss``: ``[E + 2]``, the sums of p and of p ln p over the blocks' pairs, and the number of pairs."""
         used = [block.used for block in blocks if block.used is not None]
         negative_entropy = [block.negative_entropy for block in blocks if block.negative_entropy is not None]
         if not used:
             return {}
-        mean = torch.stack(used).sum(0) / max(num_pairs, 1)
-        of_mean = (mean * torch.log(mean + _EPS)).sum()
-        return {"mi_loss": of_mean - torch.stack(negative_entropy).sum() / max(num_pairs, 1)}
+        pairs = used[0].new_full((1,), num_pairs)
+        return {
+            "mi_loss": torch.cat([torch.stack(used).sum(0), torch.stack(negative_entropy).sum()[None], pairs])
+        }
 
 
 class _Mixed(NamedTuple):

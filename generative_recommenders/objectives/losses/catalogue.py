@@ -76,7 +76,7 @@ class CatalogueLoss(nn.Module, ABC):
             weights = weights.to(hidden.dtype)
             positive = (hidden[:, None, :] * item_weight[labels.clamp(min=0)]).sum(-1)
             excluded = labels if self.excludes_labels else None
-            total, weight = catalogue_sum(
+            total, weight, _ = catalogue_sum(
                 hidden,
                 item_weight,
                 positive,
@@ -95,7 +95,7 @@ class CatalogueLoss(nn.Module, ABC):
         logits = full_precision(logits)
         weights = weights.to(logits.dtype)
         positive = logits.gather(1, labels.clamp(min=0))
-        total, weight = self.row_loss(positive, self._row_statistic(logits, labels), weights)
+        total, weight, _ = self.row_loss(positive, self._row_statistic(logits, labels), weights)
         extra = self.linear_term(positive, labels, weights, lambda: logits.mean(1))
         return LossOutput(total + extra, weight)
 

@@ -68,6 +68,8 @@ class SampledLoss(nn.Module, ABC):
 
     needs_ratings = False
     """True where ``forward`` must be given ``positive_ratings``."""
+    raw_positives = False
+    """True where positives are scored without the items' normalisation."""
 
     def forward(
         self,
@@ -127,8 +129,10 @@ class BCELoss(SampledLoss):
 
     ``w * (softplus(-s+) + mean_k softplus(s-_k)) / 2`` over the negatives that count; a row whose negatives
     all collided is removed, with its weight. The published form has one negative, and a collision removes the
-    row.
+    row; its positives are not normalised.
     """
+
+    raw_positives = True
 
     def loss(self, positive: Tensor, negative: Tensor, weights: Tensor, mask: Tensor) -> LossOutput:
         count = mask.sum(1, keepdim=True)

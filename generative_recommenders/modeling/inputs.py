@@ -1,0 +1,79 @@
+"""Inputs of a retriever: histories as tokens, the positions to read, and the protocol by which an objective makes them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple, Protocol, Self
+
+import torch
+
+from generative_recommenders.ops.layout import Layout, jagged_layout
+from generative_recommenders.types import SequentialFeatures
+
+
+class Queries(NamedTuple):
+    """What items are scored against. states: ``[B, D]`` float32. user_ids: ``[B]`` int64, or None where unknown."""
+
+    states: torch.Tensor
+    user_ids: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelInputs:
+    """Histories as a model reads them.
+
+    features, layout: the histories and where their T tokens lie. past_ids: ``[T]`` items of those tokens. read: ``[M]`` int64
+    tokens whose state is wanted, or None for all T in order. replaced: ``[T]`` bool, tokens that receive the mask
+    embedding instead of their item's, or None where there are none.
+    """
+
+    features: SequentialFeatures
+    layout: Layout
+    past_ids: torch.Tensor
+    read: torch.Tensor | None = None
+    replaced: torch.Tensor | None = None
+
+    def to(self, device: torch.device) -> Self:
+        """The same on another device; copies from pinned memory do not wait."""
+        return _moved(self, device)
+
+
+class QueryReader(Protocol):
+    """The side of an objective that a model needs to encode queries."""
+
+    uses_mask: bool
+    """Whether predicted positions hold the mask embedding, so that a query needs a mask slot."""
+
+    def query(self, features: SequentialFeatures) -> ModelInputs:
+        """Inputs whose read positions, one a row, name the next item; each row's last token where ``read`` is None."""
+
+
+class LastEventReader:
+    """Queries of causal models: the state after each row's last event."""
+
+    uses_mask = False
+
+    def query(self, features: SequentialFeatures) -> ModelInputs:
+        """The history as it is."""
+        return history_inputs(features)
+
+
+def history_inputs(features: SequentialFeatures) -> ModelInputs:
+    """All real tokens of the histories, each seeing those before it."""
+    layout = jagged_layout(features.past_lengths, features.past_ids.shape[1], features.past_ids.device)
+    return ModelInputs(features=features, layout=layout, past_ids=layout.flatten(features.past_ids))
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """Tensors inside (nested) frozen dataclasses, dicts and tuples, moved."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, Layout):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {name: _moved(item, device) for name, item in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_moved(item, device) for item in value)
+    if hasattr(value, "__dataclass_fields__"):
+        return replace(value, **{f.name: _moved(getattr(value, f.name), device) for f in fields(value)})
+    return value

@@ -1,0 +1,121 @@
+"""A training task: the loss of a batch, for this program's trainer and for any other."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from absl import logging
+
+from generative_recommenders.data.loader import LoadedBatch
+from generative_recommenders.distributed.collectives import Collectives
+from generative_recommenders.modeling.items import ItemRows
+from generative_recommenders.modeling.model import SequenceRecommender
+from generative_recommenders.objectives.criterion import Criterion, PreparedBatch
+from generative_recommenders.objectives.examples import Objective, TrainingExample
+from generative_recommenders.objectives.negative_samplers import BatchItems, Negatives, NegativesSampler
+from generative_recommenders.ops.counter_random import CounterDraws, stream_key
+from generative_recommenders.types import LossOutput
+
+DENSE_SHARE = 4
+"""A step that touches more than 1 / DENSE_SHARE of the table works on all of it: no search for unique rows."""
+_MASKS = 1 << 32
+"""Purpose of the draws of masks."""
+
+
+class TrainingTask(torch.nn.Module):
+    """What a model learns: inputs and targets by an objective, negatives by a sampler, a loss by a criterion.
+
+    sampler: None for losses over the catalogue. seed: of masks and negatives; both are drawn by (seed, step, place in the
+    global batch), so that the number of processes changes no draw. collectives: the processes that share a batch. autocast:
+    the dtype of the encoder's products, or None.
+    """
+
+    def __init__(
+        self,
+        model: SequenceRecommender,
+        objective: Objective,
+        criterion: Criterion,
+        sampler: NegativesSampler | None,
+        seed: int,
+        collectives: Collectives | None = None,
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.model, self.objective, self.criterion, self.sampler = model, objective, criterion, sampler
+        self.seed, self.autocast = seed, autocast
+        self.collectives = collectives or Collectives(model.items.table.device)
+        if self.collectives.world_size > 1 and self.collectives.is_main and not criterion.sums_over_tokens:
+            logging.warning(
+                "the loss draws its buckets from each process's tokens: its numbers depend on the number of processes"
+            )
+
+    def loss(self, batch: LoadedBatch, step: int, rows: ItemRows | None = None) -> LossOutput:
+        """The loss of a loaded batch. step: since training began. rows: gathered rows of the item table, the leaf that is
+        differentiated instead of the table; without them the table gets a dense gradient.
+        """
+        return self(self.prepare(batch, step), rows)
+
+    def prepare(self, batch: LoadedBatch, step: int) -> PreparedBatch:
+        """The batch's example, on the model's device, with its draws. Every process makes the same calls."""
+        numbers = torch.arange(len(batch.columns["lengths"])) + batch.first_row
+        draws = CounterDraws(stream_key(self.seed, step, _MASKS), numbers)
+        example = self.objective.example(batch.columns, draws)
+        first = self.objective.first_target(batch)
+        if first is None:  # as many as the processes before have
+            counts = self.collectives.gather_variable(torch.tensor([len(example.targets)]))
+            first = int(counts[: self.collectives.rank].sum())
+        return self.draw(example.to(self.model.items.table.device), first, step)
+
+    def draw(self, example: TrainingExample, first_target: int, step: int) -> PreparedBatch:
+        """Negatives of an example whose first target has this number, and the items and rows it touches."""
+        key, targets, pool = stream_key(self.seed, step), example.targets, None
+        if self.criterion.needs_target_pool:
+            pool = torch.unique(self.collectives.gather_variable(torch.unique(targets)))
+        negatives = None
+        if self.sampler is not None:
+            items = BatchItems(targets=targets if targets.dim() == 1 else targets[:, 0])
+            if self.sampler.uses_batch_pool:
+                local = torch.unique(torch.cat([example.past_ids, targets.flatten()]))
+                everywhere = torch.unique(self.collectives.gather_variable(local))
+                items = BatchItems(everywhere[everywhere > 0], items.targets)
+            negatives = self.sampler(key, first_target, len(targets), items)
+        scored, rows = self._touched(example, negatives, pool)
+        return PreparedBatch(example, negatives, pool, scored, rows, key, first_target)
+
+    def _touched(
+        self, example: TrainingExample, negatives: Negatives | None, pool: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Sorted unique item ids that are scored, and table rows that are read; None for all."""
+        items = self.model.items
+        if negatives is None:
+            return None, None
+        touched = negatives.ids.numel() + example.targets.numel() + example.past_ids.numel()
+        if touched * DENSE_SHARE > items.table.shape[0] and items.tower is None:
+            return None, None
+        ids = [example.targets.flatten(), negatives.ids.flatten(), *([] if pool is None else [pool])]
+        scored = torch.unique(torch.cat(ids))
+        return scored, items.table_rows(torch.unique(torch.cat([scored, example.past_ids])))
+
+    def forward(self, batch: PreparedBatch, rows: ItemRows | None = None) -> LossOutput:
+        """The differentiable part of `loss`."""
+        items, similarity = self.model.items, self.model.similarity
+        rows = ItemRows(items.table) if rows is None else rows
+        with self._autocast():
+            states = self.model.states(batch.example, rows)
+        raw = items.raw_rows(rows, batch.scored_ids)
+        total, weight, sums = self.criterion(states.float(), items.normalized(raw), raw, batch, similarity)
+        sums = {name: self._over_processes(value) for name, value in sums.items()}
+        return LossOutput(total, weight, self.criterion.auxiliary(sums, similarity))
+
+    def _autocast(self):
+        if self.autocast is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.model.items.table.device.type, self.autocast)
+
+    def _over_processes(self, value: torch.Tensor) -> torch.Tensor:
+        """The sum over processes, with the gradient of this one's part."""
+        if self.collectives.world_size == 1:
+            return value
+        own = value.detach()
+        return value + (self.collectives.sum_(own.clone()) - own)
