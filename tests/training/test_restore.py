@@ -16,7 +16,8 @@ from generative_recommenders.data.splits import make_split
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.errors import UserError
-from generative_recommenders.training.progress import with_progress
+from generative_recommenders.training import trainer as trainer_module
+from generative_recommenders.training.progress import NonFiniteError, with_progress
 from generative_recommenders.training.trainer import Trainer
 from tiny_models import settings
 
@@ -195,3 +196,53 @@ def test_a_forged_optimizer_state_is_refused(
         tensors["optimizer.adamw.999.exp_avg"] = torch.zeros(2)
     with pytest.raises(UserError, match="optimizer's state does not fit the configuration: "):
         make_trainer(ragged_dataset).restore(dataclasses.replace(saved, tensors=tensors))
+
+
+REPLACED = {"objective": "replaced", "loss_module": "CE"}
+
+
+def stopped_after(dataset: SequenceDataset, store: CheckpointStore, steps: int, **choices: Any) -> None:
+    trainer = make_trainer(dataset, **choices)
+    trainer.train(store, stop=lambda: trainer.progress.step == steps)
+
+
+@pytest.mark.parametrize("objective", ["causal_last", "masked", "permuted", "replaced"])
+def test_a_resumed_run_ends_bit_for_bit_as_an_uninterrupted_one(
+    ragged_dataset: SequenceDataset, tmp_path: Path, objective: str
+) -> None:
+    choices = {"objective": objective, "loss_module": "CE", "dropout_rate": 0.2}
+    whole, store = make_trainer(ragged_dataset, **choices), CheckpointStore(tmp_path)
+    whole.train()
+    stopped_after(ragged_dataset, store, 2, **choices)
+    resumed, newest = make_trainer(ragged_dataset, **choices), store.load_newest()
+    assert newest is not None
+    resumed.restore(newest)
+    resumed.train()
+    expected = whole.task.state_dict()
+    assert [n for n, x in resumed.task.state_dict().items() if not torch.equal(x, expected[n])] == []
+
+
+def test_a_discriminator_that_an_older_release_did_not_save_starts_anew(
+    ragged_dataset: SequenceDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = CheckpointStore(tmp_path)
+    stopped_after(ragged_dataset, store, 2, **REPLACED)
+    newest = store.load_newest()
+    assert newest is not None
+    assert "criterion.head.weight" in newest.tensors
+    old = {name: x for name, x in newest.tensors.items() if not name.startswith("criterion.")}
+    lines: list[str] = []
+    monkeypatch.setattr(trainer_module.logging, "warning", lambda text, *values: lines.append(text % values))
+    make_trainer(ragged_dataset, **REPLACED).restore(dataclasses.replace(newest, tensors=old))
+    assert len(lines) == 1 and "holds no weights of the loss" in lines[0]
+    part = {name: x for name, x in newest.tensors.items() if name != "criterion.head.bias"}
+    with pytest.raises(UserError, match=r"does not fit the configuration: .*head.bias"):
+        make_trainer(ragged_dataset, **REPLACED).restore(dataclasses.replace(newest, tensors=part))
+
+
+def test_weights_of_the_loss_that_are_not_finite_end_the_run(ragged_dataset: SequenceDataset) -> None:
+    trainer = make_trainer(ragged_dataset, **REPLACED)
+    with torch.no_grad():
+        trainer.task.criterion.head.bias.fill_(torch.nan)
+    with pytest.raises(NonFiniteError, match="the parameter criterion.head.bias is not finite"):
+        trainer.train()

@@ -16,6 +16,7 @@ from generative_recommenders.data.loader import SequenceLoader
 from generative_recommenders.data.splits import make_split
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.distributed.process_group import process_collectives
+from generative_recommenders.modeling.similarity.mol_settings import MoLSettings
 from generative_recommenders.training.trainer import Trainer
 from programs import quick_start
 
@@ -24,6 +25,7 @@ COMMON = TrainSettings(
     dataset_name="tiny", max_sequence_length=12, item_embedding_dim=8, dropout_rate=0.0, num_negatives=6,
     num_warmup_steps=10, learning_rate=3e-3, eval_batch_size=5, list_metrics_k=4,
 )  # fmt: skip
+LOCAL = {"sampling_strategy": "local"}
 CASES = {
     "full cross-entropy": {"loss_module": "CE"},
     "block": {"sampling_strategy": "local", "negatives_sharing": "block", "negatives_block_size": 16},
@@ -36,6 +38,18 @@ CASES = {
         "optimizer": "lazy_adamw",
         "max_grad_norm": 0.3,
     },
+    "masked": {"objective": "masked", "loss_module": "CE"},
+    "permuted, sampled": {"objective": "permuted", **LOCAL, "negatives_sharing": "block"},
+    "replaced": {"objective": "replaced", "loss_module": "CE"},
+    "replaced, sampled": {"objective": "replaced", **LOCAL},
+    "mixture": {
+        **LOCAL,
+        "interaction_module_type": "MoL",
+        "top_k_method": "MoLBruteForceTopK",
+        "user_embedding_norm": "layer_norm",
+        "temperature": 1.0,
+        "loss_weights": {"mi_loss": 0.1, "uid_embedding_l2_norm": 0.1},
+    },
 }
 WORLDS = {2: list(CASES), 4: ["position", "clipped"]}
 RESUMED, DONE = "full cross-entropy", 3
@@ -45,7 +59,12 @@ RESUMED, DONE = "full cross-entropy", 3
 def settings_of(case: str, world_size: int) -> RunSettings:
     train = dataclasses.replace(COMMON, local_batch_size=GLOBAL_BATCH // world_size, **CASES[case])
     hstu = HstuSettings(dqk=4, dv=4)
-    return RunSettings(train=train, sasrec=SasrecSettings(ffn_dropout_rate=0.0, ffn_hidden_dim=8), hstu=hstu)
+    mol = MoLSettings(
+        2, 2, 4, query_hidden_dim=8, gating_query_hidden_dim=8, gating_item_hidden_dim=8, gating_qi_hidden_dim=8,
+        uid_embedding_hash_sizes=(7,), uid_dropout_rate=0.0,
+    )  # fmt: skip
+    sasrec = SasrecSettings(ffn_dropout_rate=0.0, ffn_hidden_dim=8)
+    return RunSettings(train=train, sasrec=sasrec, hstu=hstu, mol=mol)
 
 
 def losses_and_trainer(dataset: SequenceDataset, case: str) -> tuple[list[float], Trainer]:
@@ -138,7 +157,7 @@ def test_losses_are_those_of_one_process(measured: tuple[dict, dict], world: int
     assert all(each["losses"] == all_of[0]["losses"] for each in all_of)
     assert all_of[0]["losses"] == pytest.approx(alone["losses"], rel=1e-4, abs=1e-5)
     assert len(set(alone["losses"])) == STEPS
-    assert alone["losses"][-1] < alone["losses"][0]  # the weights did move
+    assert sum(alone["losses"][-10:]) < sum(alone["losses"][:10])  # the weights did move
 
 
 @pytest.mark.parametrize(("world", "case"), BY_WORLD)
