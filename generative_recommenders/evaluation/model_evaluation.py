@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from functools import cached_property, partial
 
 import numpy as np
@@ -17,6 +16,7 @@ from generative_recommenders.evaluation.baselines import training_counts
 from generative_recommenders.evaluation.evaluator import EvaluationResult, Evaluator, Score
 from generative_recommenders.evaluation.top_lists import TopLists
 from generative_recommenders.modeling.model import SequenceRecommender
+from generative_recommenders.ops import dispatch
 from generative_recommenders.training.progress import with_progress
 from generative_recommenders.types import Batch
 
@@ -91,8 +91,7 @@ def catalogue_scores(model: SequenceRecommender, autocast: torch.dtype | None = 
 
     @torch.inference_mode()
     def score(batch: Batch) -> torch.Tensor:
-        device = snapshot.embeddings.device.type
-        with torch.autocast(device, autocast) if autocast else contextlib.nullcontext():
+        with dispatch.autocast(snapshot.embeddings.device, autocast):
             queries = model.encode_query(batch)
         return model.score(queries, snapshot)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 from absl import logging
 
@@ -14,6 +12,7 @@ from generative_recommenders.modeling.model import SequenceRecommender
 from generative_recommenders.objectives.criterion import Criterion, PreparedBatch
 from generative_recommenders.objectives.examples import Objective, TrainingExample
 from generative_recommenders.objectives.negative_samplers import BatchItems, Negatives, NegativesSampler
+from generative_recommenders.ops import dispatch
 from generative_recommenders.ops.counter_random import CounterDraws, stream_key
 from generative_recommenders.types import LossOutput
 
@@ -101,17 +100,12 @@ class TrainingTask(torch.nn.Module):
         """The differentiable part of `loss`."""
         items, similarity = self.model.items, self.model.similarity
         rows = ItemRows(items.table) if rows is None else rows
-        with self._autocast():
+        with dispatch.autocast(items.table.device, self.autocast):
             states = self.model.states(batch.example, rows)
         raw = items.raw_rows(rows, batch.scored_ids)
         total, weight, sums = self.criterion(states.float(), items.normalized(raw), raw, batch, similarity)
         sums = {name: self._over_processes(value) for name, value in sums.items()}
         return LossOutput(total, weight, self.criterion.auxiliary(sums, similarity))
-
-    def _autocast(self):
-        if self.autocast is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.model.items.table.device.type, self.autocast)
 
     def _over_processes(self, value: torch.Tensor) -> torch.Tensor:
         """The sum over processes, with the gradient of this one's part."""

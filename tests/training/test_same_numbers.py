@@ -157,7 +157,8 @@ def test_losses_are_those_of_one_process(measured: tuple[dict, dict], world: int
     assert all(each["losses"] == all_of[0]["losses"] for each in all_of)
     assert all_of[0]["losses"] == pytest.approx(alone["losses"], rel=1e-4, abs=1e-5)
     assert len(set(alone["losses"])) == STEPS
-    assert sum(alone["losses"][-10:]) < sum(alone["losses"][:10])  # the weights did move
+    if "objective" not in CASES[case]:  # what is hidden differs from step to step, and so does the loss
+        assert sum(alone["losses"][-10:]) < sum(alone["losses"][:10])  # the weights did move
 
 
 @pytest.mark.parametrize(("world", "case"), BY_WORLD)
