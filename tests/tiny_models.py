@@ -13,7 +13,7 @@ from generative_recommenders.build.parts import (
     build_task,
 )
 from generative_recommenders.config.schema import RunSettings
-from generative_recommenders.data.batch_transforms import default_sasrec_transforms
+from generative_recommenders.data.batch_transforms import next_token_batch
 from generative_recommenders.data.loader import LoadedBatch
 from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.modeling.model import SequenceRecommender
@@ -152,7 +152,7 @@ def overfit(name: str, steps: int = 80) -> tuple[float, float]:
 
 def last_item_first(model: SequenceRecommender, columns: dict[str, torch.Tensor]) -> float:
     model.eval()
-    batch = default_sasrec_transforms()["train"](columns)
+    batch = next_token_batch(columns)
     lengths = batch["past_lengths"]
     history = {
         "user_ids": columns["user_ids"],

@@ -1,4 +1,4 @@
-"""Random choices of positions to hide, shared by the batch transforms and the masking objectives."""
+"""Random choices of positions to hide."""
 
 from __future__ import annotations
 
@@ -40,14 +40,3 @@ def proper_part(chosen: Tensor, real: Tensor, order: Tensor) -> Tensor:
     chosen = chosen.scatter(-1, lowest, chosen.gather(-1, lowest) | ~chosen.any(-1, keepdim=True)) & real
     everything = (chosen == real).all(-1, keepdim=True)
     return chosen.scatter(-1, highest, chosen.gather(-1, highest) & ~everything)
-
-
-def draw_token_mask(
-    real: Tensor, probability: float, generator: torch.Generator | None = None, shared_mask: bool = False
-) -> Tensor:
-    """True at positions to hide: each real one with ``probability``, some but not all of a row.
-
-    real: ``[B, N]`` or ``[N]`` bool. shared_mask: all rows use the same draws.
-    """
-    draws = uniform(real.shape[-1:] if shared_mask else real.shape, real.device, generator).expand(real.shape)
-    return proper_part(draws < probability, real, draws)

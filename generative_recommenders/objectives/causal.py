@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from generative_recommenders.data.batch_transforms import default_sasrec_transforms
+from generative_recommenders.data.batch_transforms import next_token_batch
 from generative_recommenders.data.loader import LoadedBatch
 from generative_recommenders.data.token_masks import Draws
 from generative_recommenders.errors import UserError
@@ -22,22 +22,21 @@ class CausalObjective(LastEventReader):
     """Every position predicts the next item (CLM); last_only: the last position alone.
 
     num_positives: P, the next so many items (the dense all-action loss of PinnerFormer, arXiv 2205.04507, over a count
-    instead of a time). weigh_by_rating: a target weighs its rating. columns, see `data.loader.LoadedBatch`, go
-    through the default training transforms of `data.batch_transforms`.
+    instead of a time). weigh_by_rating: a target weighs its rating. columns, see `data.loader.LoadedBatch`, are
+    split by `data.batch_transforms.next_token_batch`.
     """
 
     def __init__(
         self, last_only: bool = False, num_positives: int = 1, weigh_by_rating: bool = False
     ) -> None:
         self.last_only, self.num_positives, self.weigh_by_rating = last_only, num_positives, weigh_by_rating
-        self.transform = default_sasrec_transforms()["train"]
 
     def first_target(self, batch: LoadedBatch) -> int:
         """Targets are numbered by row, or by token."""
         return batch.first_row if self.last_only else batch.first_token
 
     def example(self, columns: Mapping[str, torch.Tensor], draws: Draws = None) -> TrainingExample:
-        batch = self.transform(columns)
+        batch = next_token_batch(columns)
         features = past_features(batch)
         layout = jagged_layout(features.past_lengths, features.past_ids.shape[1])
         read = layout.last_tokens[layout.lengths > 0] if self.last_only else None

@@ -20,7 +20,7 @@ from generative_recommenders.compat.replay import postprocessors as replay_postp
 from generative_recommenders.compat.replay import transforms as replay_transforms
 from generative_recommenders.compat.replay import two_tower as replay_two_tower
 from generative_recommenders.compat.transformers4rec import masking as transformers4rec_masking
-from generative_recommenders.evaluation import torchmetrics_ranking
+from generative_recommenders.compat.transformers4rec import metrics as transformers4rec_metrics
 
 LOSS = "model_embeddings, positive_labels, target_padding_mask"
 SAMPLED = "model_embeddings, positive_labels, negative_labels, target_padding_mask"
@@ -208,7 +208,7 @@ MODULES = [
     (replay_models, REPLAY_MODELS),
     (replay_two_tower, REPLAY_TWO_TOWER),
     (transformers4rec_masking, T4R_MASKING),
-    (torchmetrics_ranking, RANKING),
+    (transformers4rec_metrics, RANKING),
 ]
 ALL = [(module, name, text) for module, table in MODULES for name, text in table.items()]
 

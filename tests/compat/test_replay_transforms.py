@@ -337,3 +337,120 @@ def test_next_token_names_a_column_that_is_no_tensor(names):
 def test_seen_ids_of_another_shape_are_refused(seen_ids):
     with pytest.raises(UserError, match="SeenItemsFilter: 'seen_ids'"):
         SeenItemsFilter(3).on_prediction({"seen_ids": seen_ids}, torch.zeros(2, 3))
+
+
+def test_columns_move_as_told():
+    a, b = torch.tensor([[1, 2, 3]], dtype=torch.float).requires_grad_(), torch.tensor([[4, 5, 6]])
+    batch: dict[str, Any] = {"a": a, "b": b}
+    copied = CopyTransform({"a": "c"})(batch)
+    assert torch.equal(copied["c"], a) and not copied["c"].requires_grad
+    assert copied["c"].data_ptr() != a.data_ptr() and copied["a"] is a
+    assert list(RenameTransform({"a": "x"})(batch)) == ["x", "b"]
+    swapped = RenameTransform({"a": "b", "b": "a"})(batch)
+    assert swapped["a"] is b and swapped["b"] is a
+    grouped = GroupTransform({"g": ["a"], "h": ["a", "b"]})(batch)
+    assert grouped == {"g": {"a": a}, "h": {"a": a, "b": b}}
+    assert SelectTransform([("h", "b"), ("h", "a")])(grouped) == {"h": {"b": b, "a": a}}
+    assert UnsqueezeTransform("b", 1)(batch)["b"].shape == (1, 1, 3)
+
+
+@pytest.mark.parametrize(
+    ("roll", "expected"),
+    [(-1, [2, 3, 9]), (1, [9, 1, 2]), (0, [1, 2, 3]), (-3, [9, 9, 9]), (5, [9, 9, 9])],
+)
+def test_sequence_roll(roll, expected):
+    rolled = SequenceRollTransform("x", roll, padding_value=9)({"x": torch.tensor([[1, 2, 3]])})
+    assert rolled["x"].tolist() == [expected]
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [("and", [False, True, False]), ("or", [True, True, True]), ("xor", [True, False, True])],
+)
+def test_equality_mask(mode, expected):
+    batch = {"target_padding_mask": torch.tensor([True, True, False]), "kind": torch.tensor([0, 2, 2])}
+    assert EqualityMaskTransform("kind", 2, mode)(batch)["target_padding_mask"].tolist() == expected
+
+
+def test_uniform_negatives_are_distinct_real_items():
+    transform = UniformNegativeSamplingTransform(20, 20, generator=torch.Generator().manual_seed(0))
+    assert transform({})["negative_labels"].sort().values.tolist() == list(range(20))
+    weights = torch.zeros(20)
+    weights[[2, 5, 11]] = torch.tensor([1.0, 1.0, 8.0])
+    generator = torch.Generator().manual_seed(0)
+    weighted = UniformNegativeSamplingTransform(20, 1, sample_distribution=weights, generator=generator)
+    draws = torch.cat([weighted({})["negative_labels"] for _ in range(2000)])
+    assert set(draws.tolist()) == {2, 5, 11}
+    assert abs((draws == 11).float().mean() - 0.8) < 0.04
+    repeated = [
+        UniformNegativeSamplingTransform(99, 5, generator=torch.Generator().manual_seed(7))({})
+        for _ in range(2)
+    ]
+    assert torch.equal(repeated[0]["negative_labels"], repeated[1]["negative_labels"])
+
+
+def test_multi_class_negatives_come_from_the_rows_class():
+    classes = torch.tensor([[1, 1, 1, 0, 0, 0], [0, 0, 0, 1, 1, 1]])
+    selector = torch.tensor([1, 0, 0, 1])
+    transform = MultiClassNegativeSamplingTransform(2, classes, generator=torch.Generator().manual_seed(0))
+    for _ in range(20):
+        drawn = transform({"negative_selector": selector})["negative_labels"]
+        assert drawn.shape == (4, 2)
+        assert ((drawn >= 3) == selector.bool()[:, None]).all() and (drawn >= 0).all() and (drawn < 6).all()
+        assert (drawn[:, 0] != drawn[:, 1]).all()
+        assert torch.equal(drawn[0], drawn[3]) and torch.equal(drawn[1], drawn[2])
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        CopyTransform({"g": "h"}),
+        UnsqueezeTransform("g", 0),
+        SequenceRollTransform("g"),
+        EqualityMaskTransform("g", 1, mask_name="m"),
+        TokenMaskTransform("g"),
+    ],
+)
+def test_a_group_where_a_tensor_is_needed(transform):
+    batch = {"g": {"a": torch.ones(1, 2)}, "m": torch.ones(1, 2, dtype=torch.bool)}
+    with pytest.raises(UserError, match="'g' must be a tensor, not a group of columns"):
+        transform(batch)
+    with pytest.raises(UserError, match="'g' must be a tensor, not a list"):
+        transform({**batch, "g": ["a"]})
+
+
+def test_faults_of_columns_and_weights_are_one_clear_line():
+    ids = {"item_ids": torch.tensor([[1, 2]]), "lengths": torch.tensor([2])}
+    for transform, words in [
+        (
+            CopyTransform({"x": "y"}),
+            "CopyTransform: the batch has no column 'x'; its columns: item_ids, lengths",
+        ),
+        (RenameTransform({"x": "y"}), "no column 'x'"),
+        (RenameTransform({"item_ids": "lengths"}), "would overwrite"),
+        (GroupTransform({"lengths": ["item_ids"]}), "already a column"),
+        (SelectTransform([("item_ids",), "x"]), "no column 'x'"),
+        (
+            MultiClassNegativeSamplingTransform(1, torch.ones(2, 3), negative_selector_name="lengths"),
+            "between 0 and 1",
+        ),
+    ]:
+        with pytest.raises(UserError, match=words):
+            transform(ids)
+    for make, words in [
+        (lambda: NextTokenTransform("x", shift=0), "at least 1"),
+        (lambda: TrimTransform(0, "x"), "must be positive"),
+        (lambda: EqualityMaskTransform("x", 1, "nand"), "known: and, or, xor"),  # type: ignore[arg-type]
+        (lambda: SelectTransform([("a", "b", "c")]), "pair"),
+        (lambda: UniformNegativeSamplingTransform(3, 4), "pool of 3"),
+        (lambda: UniformNegativeSamplingTransform(3, 0), "at least 1"),
+        (lambda: UniformNegativeSamplingTransform(3, 1, sample_distribution=torch.ones(4)), "one per item"),
+        (
+            lambda: UniformNegativeSamplingTransform(2, 1, sample_distribution=torch.tensor([-1.0, 2.0])),
+            "not negative",
+        ),
+        (lambda: MultiClassNegativeSamplingTransform(2, torch.tensor([[1, 1], [1, 0]])), "pool of 1"),
+        (lambda: MultiClassNegativeSamplingTransform(1, torch.ones(3)), "classes, items"),
+    ]:
+        with pytest.raises(UserError, match=words):
+            make()

@@ -3,7 +3,7 @@
 A loss scores through its ``logits_callback``, which the model sets: ``callback(h)`` gives logits ``[M, V]``
 of hidden states ``[M, D]``; ``callback(h, ids)`` gives ``[M, K]`` for ids ``[K]`` (shared) or ``[M, K]``.
 Only positions with a target are scored. Because the callback hands over logits, the full-catalogue losses
-hold ``[M, V]`` here; ``objectives.catalogue_losses`` do not.
+hold ``[M, V]`` here; ``objectives.losses.catalogue`` do not.
 
 Forward takes ``model_embeddings [B, L, D]``, ``positive_labels [B, L, P]`` int64, for sampled losses
 ``negative_labels`` (``[K]``, ``[B, K]`` or ``[B, L, K]``), and ``target_padding_mask [B, L, P]`` bool, True =

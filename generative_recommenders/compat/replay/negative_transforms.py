@@ -1,7 +1,4 @@
-"""Negatives drawn as a batch transform: uniform or weighted over the catalogue, or by class.
-
-Ids here are the package's own, 1..V; 0, the padding, is never drawn.
-"""
+"""Negatives drawn as a batch transform: uniform or weighted over ids 0..cardinality-1, or by class."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from generative_recommenders.data.batch_transforms import TensorBatch, require
+from generative_recommenders.compat.replay.batch import TensorBatch, require
 from generative_recommenders.errors import UserError
 
 MULTINOMIAL_LIMIT = 2**24
@@ -36,13 +33,13 @@ def check_weights(weights: Tensor, num_negatives: int, who: str) -> Tensor:
     return weights
 
 
-class UniformNegativeSampling(nn.Module):
-    """Adds ``out [R]`` int64: ``num_negatives`` distinct item ids, one set for the whole batch.
+class UniformNegativeSamplingTransform(nn.Module):
+    """Adds ``num_negative_samples`` distinct ids ``[R]`` int64 of 0..cardinality-1, one vector for the batch.
 
-    num_items: V. weights: ``[V]``, weight of ids 1..V, equal if None; items of weight 0 are never drawn.
-    generator: on the weights' device; None is torch's default one. Draws are not compared with the
-    positives: losses mask collisions. Raises ``UserError`` for weights of another size, negative ones, or a
-    pool that is too small.
+    sample_distribution: ``[cardinality]`` weights, equal if None; items of weight 0 are never drawn.
+    generator: on the weights' device; None is torch's default one. Draws are not compared with the positives: losses mask
+        collisions.
+    Raises ``UserError`` for weights of another size, negative ones, or a pool that is too small.
     """
 
     weights: Tensor
@@ -50,68 +47,76 @@ class UniformNegativeSampling(nn.Module):
 
     def __init__(
         self,
-        num_items: int,
-        num_negatives: int,
-        weights: Tensor | None = None,
+        cardinality: int,
+        num_negative_samples: int,
+        *,
+        out_feature_name: str = "negative_labels",
+        sample_distribution: Tensor | None = None,
         generator: torch.Generator | None = None,
-        out: str = "negative_ids",
     ) -> None:
         super().__init__()
-        weights = torch.ones(num_items) if weights is None else weights
-        if weights.shape != (num_items,):
-            shape = tuple(weights.shape)
+        weights = torch.ones(cardinality) if sample_distribution is None else sample_distribution
+        if weights.shape != (cardinality,):
             raise UserError(
-                f"UniformNegativeSampling: weights have shape {shape}, expected one per item: ({num_items},)"
+                f"UniformNegativeSamplingTransform: weights have shape {tuple(weights.shape)}, expected one per item: "
+                f"({cardinality},)"
             )
-        weights = check_weights(weights, num_negatives, "UniformNegativeSampling")
+        weights = check_weights(weights, num_negative_samples, "UniformNegativeSamplingTransform")
         pool = weights.nonzero()[:, 0]
         self.register_buffer("weights", weights[pool], persistent=False)
-        self.register_buffer("pool", pool + 1, persistent=False)
-        self.num_negatives = num_negatives
+        self.register_buffer("pool", pool, persistent=False)
+        self.num_negatives = num_negative_samples
         self.generator = generator
-        self.out = out
+        self.out = out_feature_name
 
     def forward(self, batch: TensorBatch) -> dict[str, Any]:
         drawn = torch.multinomial(self.weights, self.num_negatives, generator=self.generator)
         return {**batch, self.out: self.pool[drawn]}
 
 
-class MultiClassNegativeSampling(nn.Module):
-    """Adds ``out [B, R]`` int64: distinct negatives of the class that each row's selector names.
+class MultiClassNegativeSamplingTransform(nn.Module):
+    """Adds ``[B, num_negative_samples]`` distinct ids of 0..cardinality-1, drawn for the class that a row's selector names.
 
-    class_weights: ``[C, V]``, weight (or 0/1) of item id i + 1 in class c at ``[c, i]``. One set of R ids
-    is drawn per class and batch; row b receives the set of class ``batch[selector][b]``. Raises
-    ``UserError`` for a class with fewer than ``num_negatives`` items or a selector outside 0..C-1.
+    sample_mask: ``[classes, cardinality]`` weights or indicators. One set of ids is drawn per class and batch; row b receives
+    that of class ``batch[negative_selector_name][b]``. Raises ``UserError`` for a class with fewer items than negatives or a
+    selector outside of the classes.
     """
 
     class_weights: Tensor
 
     def __init__(
         self,
-        num_negatives: int,
-        class_weights: Tensor,
-        selector: str = "negative_selector",
+        num_negative_samples: int,
+        sample_mask: Tensor,
+        *,
+        negative_selector_name: str = "negative_selector",
+        out_feature_name: str = "negative_labels",
         generator: torch.Generator | None = None,
-        out: str = "negative_ids",
     ) -> None:
         super().__init__()
-        if class_weights.dim() != 2 or not len(class_weights):
+        if sample_mask.dim() != 2:
             raise UserError(
-                f"MultiClassNegativeSampling: weights must be [classes, items], not {list(class_weights.shape)}"
+                f"MultiClassNegativeSamplingTransform: weights must be [classes, items], not {list(sample_mask.shape)}"
             )
-        weights = check_weights(class_weights, num_negatives, "MultiClassNegativeSampling")
+        if not len(sample_mask):
+            raise UserError("MultiClassNegativeSamplingTransform: sample_mask has no classes")
+        weights = check_weights(sample_mask, num_negative_samples, "MultiClassNegativeSamplingTransform")
         self.register_buffer("class_weights", weights, persistent=False)
-        self.num_negatives = num_negatives
-        self.selector = selector
+        self.num_negatives = num_negative_samples
+        self.selector = negative_selector_name
         self.generator = generator
-        self.out = out
+        self.out = out_feature_name
 
     def forward(self, batch: TensorBatch) -> dict[str, Any]:
-        selector = require(batch, self.selector, "MultiClassNegativeSampling")
+        selector = require(batch, self.selector, "MultiClassNegativeSamplingTransform")
         classes = len(self.class_weights)
         if selector.numel() and not 0 <= int(selector.min()) <= int(selector.max()) < classes:
             raise UserError(
-                f"MultiClassNegativeSampling: '{self.selector}' must be between 0 and {classes - 1}"
+                f"MultiClassNegativeSamplingTransform: '{self.selector}' must be between 0 and {classes - 1}"
             )
-        drawn = torch.multinomial(self.class_weights, self.num_negatives, generator=self.generator)
-        return {**batch, self.out: drawn[selector] + 1}
+        return {
+            **batch,
+            self.out: torch.multinomial(self.class_weights, self.num_negatives, generator=self.generator)[
+                selector
+            ],
+        }

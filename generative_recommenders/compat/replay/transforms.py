@@ -1,50 +1,202 @@
-"""RePlay's transforms, by their documented names, arguments and defaults.
+"""RePlay's transforms, by their documented names, arguments and defaults: modules from one batch to a new one.
 
-Conventions here are RePlay's: ids 0..cardinality-1, padding id = cardinality, rows padded on the left,
-masks True = kept. Transforms without ids or padding are the package's own under another name. Differences
-on purpose: a batch is never changed in place, a missing column is one clear ``UserError``, and masks are
-drawn per user.
+Conventions here are RePlay's: ids 0..cardinality-1, padding id = cardinality, rows padded on the left, masks True = kept.
+Differences on purpose: a batch is never changed in place (the result may share storage with it), a missing column is one
+clear ``UserError``, and masks are drawn per user. Columns that a transform does not name pass through.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from generative_recommenders.compat.replay.batch import TensorBatch, require, require_tensor
 from generative_recommenders.compat.replay.negative_transforms import (
-    MultiClassNegativeSampling,
-    UniformNegativeSampling,
+    MultiClassNegativeSamplingTransform,
+    UniformNegativeSamplingTransform,
 )
-from generative_recommenders.data.batch_transforms import (
-    Copy,
-    EqualityMask,
-    Group,
-    Rename,
-    Select,
-    SequenceRoll,
-    TensorBatch,
-    Unsqueeze,
-    require_tensor,
-)
+from generative_recommenders.compat.replay.schema import TensorSchema
 from generative_recommenders.data.token_masks import uniform
 from generative_recommenders.errors import UserError
 
-CopyTransform = Copy
-EqualityMaskTransform = EqualityMask
-RenameTransform = Rename
-SelectTransform = Select
-SequenceRollTransform = SequenceRoll
-UnsqueezeTransform = Unsqueeze
+__all__ = [
+    "CopyTransform",
+    "EqualityMaskTransform",
+    "GroupTransform",
+    "MultiClassNegativeSamplingTransform",
+    "NextTokenTransform",
+    "RenameTransform",
+    "SelectTransform",
+    "SequenceRollTransform",
+    "TokenMaskTransform",
+    "TrimTransform",
+    "UniformNegativeSamplingTransform",
+    "UnsqueezeTransform",
+    "make_default_sasrec_transforms",
+    "make_default_twotower_transforms",
+]
+
+MASK_OPERATIONS = {"and": torch.logical_and, "or": torch.logical_or, "xor": torch.logical_xor}
 
 
-class GroupTransform(Group):
-    """Moves columns into groups; names that the batch lacks are skipped, as RePlay does."""
+class CopyTransform(nn.Module):
+    """Adds independent, detached copies of columns under new names.
+
+    mapping: existing name -> name of the copy. Raises ``UserError`` where a name is missing or a group.
+    """
+
+    def __init__(self, mapping: Mapping[str, str]) -> None:
+        super().__init__()
+        self.mapping = dict(mapping)
+
+    def forward(self, batch: TensorBatch) -> dict[str, Any]:
+        copies = {
+            new: require_tensor(batch, old, "CopyTransform").detach().clone()
+            for old, new in self.mapping.items()
+        }
+        return {**batch, **copies}
+
+
+class RenameTransform(nn.Module):
+    """Renames columns; every other column stays, in its place.
+
+    mapping: existing name -> new name.
+    Raises ``UserError`` where a name is missing or a new name would overwrite another column.
+    """
+
+    def __init__(self, mapping: Mapping[str, str]) -> None:
+        super().__init__()
+        self.mapping = dict(mapping)
+
+    def forward(self, batch: TensorBatch) -> dict[str, Any]:
+        for name in self.mapping:
+            require(batch, name, "RenameTransform")
+        renamed = {self.mapping.get(name, name): value for name, value in batch.items()}
+        if len(renamed) < len(batch):
+            raise UserError(
+                f"RenameTransform: {self.mapping} would overwrite a column of the batch ({', '.join(batch)})"
+            )
+        return renamed
+
+
+class GroupTransform(nn.Module):
+    """Moves columns into groups: ``{"features": ["a", "b"]}`` puts a and b into ``batch["features"]``.
+
+    A column may be in several groups; names that the batch lacks are skipped. ``UserError`` where a group has the name of a
+    column that stays.
+    """
 
     def __init__(self, mapping: Mapping[str, Sequence[str]]) -> None:
-        super().__init__(mapping, missing_ok=True)
+        super().__init__()
+        self.mapping = {group: list(names) for group, names in mapping.items()}
+
+    def forward(self, batch: TensorBatch) -> dict[str, Any]:
+        groups = {
+            group: {name: batch[name] for name in names if name in batch}
+            for group, names in self.mapping.items()
+        }
+        moved = {name for names in self.mapping.values() for name in names}
+        kept = {name: value for name, value in batch.items() if name not in moved}
+        clash = sorted(set(groups) & set(kept))
+        if clash:
+            raise UserError(
+                f"GroupTransform: '{clash[0]}' is already a column of the batch; choose another group name"
+            )
+        return {**kept, **groups}
+
+
+class UnsqueezeTransform(nn.Module):
+    """Inserts a dimension of size one at ``dim`` of one column (a view). Missing column: ``UserError``."""
+
+    def __init__(self, column_name: str, dim: int) -> None:
+        super().__init__()
+        self.column_name = column_name
+        self.dim = dim
+
+    def forward(self, batch: TensorBatch) -> dict[str, Any]:
+        column = require_tensor(batch, self.column_name, "UnsqueezeTransform")
+        return {**batch, self.column_name: column.unsqueeze(self.dim)}
+
+
+class SelectTransform(nn.Module):
+    """Keeps only the named columns; ``("group", "name")`` names a column inside a group, which stays a group.
+
+    Missing names are refused (``UserError``).
+    """
+
+    def __init__(self, feature_names: Sequence[str | tuple[str, ...]]) -> None:
+        super().__init__()
+        self.paths = [(name,) if isinstance(name, str) else tuple(name) for name in feature_names]
+        for path in self.paths:
+            if len(path) not in (1, 2):
+                raise UserError(f"SelectTransform: {path} must be a name or a pair (group, name)")
+
+    def forward(self, batch: TensorBatch) -> dict[str, Any]:
+        selected: dict[str, Any] = {}
+        for name, *inner in self.paths:
+            column = require(batch, name, "SelectTransform")
+            if inner:
+                selected[name] = {
+                    **selected.get(name, {}),
+                    inner[0]: require(column, inner[0], f"SelectTransform in '{name}'"),
+                }
+            else:
+                selected[name] = column
+        return selected
+
+
+class EqualityMaskTransform(nn.Module):
+    """Combines a bool mask with "this feature has this value": ``mask <- mask op (feature == value)``.
+
+    feature_name: column of the mask's shape. equality_value: the value looked for. mode: "and", "or" or
+    "xor". mask_name: bool column that is replaced by the result. Raises ``UserError`` for an unknown mode
+    or missing columns.
+    """
+
+    def __init__(
+        self,
+        feature_name: str,
+        equality_value: float | bool,
+        mode: Literal["and", "or", "xor"] = "and",
+        mask_name: str = "target_padding_mask",
+    ) -> None:
+        super().__init__()
+        if mode not in MASK_OPERATIONS:
+            raise UserError(
+                f"EqualityMaskTransform: unknown mode '{mode}'; known: {', '.join(MASK_OPERATIONS)}"
+            )
+        self.feature_name = feature_name
+        self.equality_value = equality_value
+        self.mode = mode
+        self.mask_name = mask_name
+
+    def forward(self, batch: TensorBatch) -> dict[str, Any]:
+        mask = require_tensor(batch, self.mask_name, "EqualityMaskTransform")
+        equal = require_tensor(batch, self.feature_name, "EqualityMaskTransform") == self.equality_value
+        return {**batch, self.mask_name: MASK_OPERATIONS[self.mode](mask, equal)}
+
+
+class SequenceRollTransform(nn.Module):
+    """Rolls one column along axis 1 by ``roll`` and fills the freed places with ``padding_value``."""
+
+    def __init__(self, field_name: str, roll: int = -1, padding_value: int = 0) -> None:
+        super().__init__()
+        self.field_name = field_name
+        self.roll = roll
+        self.padding_value = padding_value
+
+    def forward(self, batch: TensorBatch) -> dict[str, Any]:
+        column = require_tensor(batch, self.field_name, "SequenceRollTransform")
+        rolled = column.roll(self.roll, dims=1)
+        freed = slice(0, self.roll) if self.roll > 0 else slice(column.shape[1] + self.roll, None)
+        if abs(self.roll) >= column.shape[1]:
+            freed = slice(None)
+        if self.roll != 0:
+            rolled[:, freed] = self.padding_value
+        return {**batch, self.field_name: rolled}
 
 
 class NextTokenTransform(nn.Module):
@@ -186,67 +338,8 @@ class TrimTransform(nn.Module):
         return {**batch, **{name: self._trim(batch, name) for name in self.feature_names}}
 
 
-class UniformNegativeSamplingTransform(UniformNegativeSampling):
-    """Adds ``num_negative_samples`` distinct ids of 0..cardinality-1, one vector for the batch.
-
-    sample_distribution: ``[cardinality]`` weights, equal if None; items of weight 0 are never drawn.
-    """
-
-    def __init__(
-        self,
-        cardinality: int,
-        num_negative_samples: int,
-        *,
-        out_feature_name: str = "negative_labels",
-        sample_distribution: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> None:
-        super().__init__(cardinality, num_negative_samples, sample_distribution, generator, out_feature_name)
-
-    def forward(self, batch: TensorBatch) -> dict[str, Any]:
-        sampled = super().forward(batch)
-        return {**sampled, self.out: sampled[self.out] - 1}
-
-
-class MultiClassNegativeSamplingTransform(MultiClassNegativeSampling):
-    """Adds ``[B, num_negative_samples]`` ids of 0..cardinality-1, drawn for the class that a row's selector
-    names.
-
-    sample_mask: ``[classes, cardinality]`` weights or indicators; ``UserError`` without classes.
-    """
-
-    def __init__(
-        self,
-        num_negative_samples: int,
-        sample_mask: Tensor,
-        *,
-        negative_selector_name: str = "negative_selector",
-        out_feature_name: str = "negative_labels",
-        generator: torch.Generator | None = None,
-    ) -> None:
-        if sample_mask.dim() == 2 and not len(sample_mask):
-            raise UserError("MultiClassNegativeSamplingTransform: sample_mask has no classes")
-        super().__init__(
-            num_negative_samples, sample_mask, negative_selector_name, generator, out_feature_name
-        )
-
-    def forward(self, batch: TensorBatch) -> dict[str, Any]:
-        sampled = super().forward(batch)
-        return {**sampled, self.out: sampled[self.out] - 1}
-
-
-class FeatureNames(Protocol):
-    """What the default sets read of a tensor schema."""
-
-    @property
-    def names(self) -> Sequence[str]: ...
-
-    @property
-    def item_id_feature_name(self) -> str | None: ...
-
-
 def make_default_sasrec_transforms(
-    tensor_schema: FeatureNames, query_column: str = "query_id"
+    tensor_schema: TensorSchema, query_column: str = "query_id"
 ) -> dict[str, list[nn.Module]]:
     """Transforms for ``{"train", "validation", "test", "predict"}`` batches of a RePlay-style SasRec.
 
@@ -275,7 +368,7 @@ def make_default_sasrec_transforms(
 
 
 def make_default_twotower_transforms(
-    tensor_schema: FeatureNames, query_column: str = "query_id"
+    tensor_schema: TensorSchema, query_column: str = "query_id"
 ) -> dict[str, list[nn.Module]]:
     """The same sets as for SasRec: both models read the same batch."""
     return make_default_sasrec_transforms(tensor_schema, query_column)

@@ -7,8 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from generative_recommenders.errors import UserError
-from generative_recommenders.evaluation.torchmetrics_ranking import (
+from generative_recommenders.compat.transformers4rec.metrics import (
     AvgPrecisionAt,
     DCGAt,
     MeanRecipricolRankAt,
@@ -18,6 +17,7 @@ from generative_recommenders.evaluation.torchmetrics_ranking import (
     RankingMetric,
     RecallAt,
 )
+from generative_recommenders.errors import UserError
 from golden_parity import read_golden
 from programs import quick_start
 
