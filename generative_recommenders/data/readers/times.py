@@ -83,10 +83,13 @@ def to_nanoseconds(values: pl.Series, form: TimeFormat) -> pl.Series:
 
 def _scale(values: pl.Series, factor: int) -> pl.Series:
     """Numbers times ``factor`` as int64: whole ones exactly, others to a float64's precision; null for the rest."""
+    limit = MAX_SECONDS * 10**9 // factor + 1  # beyond it the product may not fit into 64 bits
     if values.dtype == pl.String:
+        plain = values.cast(pl.Int64, strict=False)
+        if not plain.null_count():
+            return plain.set((plain > limit) | (plain < -1), None) * factor
         values = values.str.strip_chars()
         values = values.set(values.str.contains(_NUMBER).not_(), None)
-    limit = MAX_SECONDS * 10**9 // factor + 1  # beyond it the product may not fit into 64 bits
     whole = values.cast(pl.Int64, strict=False) if not values.dtype.is_float() else None
     if whole is not None and whole.null_count() == values.null_count():
         return whole.set((whole > limit) | (whole < -1), None) * factor
@@ -106,7 +109,9 @@ def _parse_text(values: pl.Series, form: str) -> pl.Series:
     text = values.str.strip_chars().str.replace("T", " ", literal=True).str.replace(r"\s*(Z|UTC)$", "")
     zone = pl.Series([None] * len(text), dtype=pl.String)
     if ":" in (values.drop_nulls().head(1).item() if len(values.drop_nulls()) else ""):
-        zone = text.str.slice(10).str.extract(_ZONE)  # behind the date, whose own dashes are no zone
+        zone = (
+            text.str.slice(10).str.extract_groups(_ZONE).struct[0]
+        )  # behind the date, whose own dashes are no zone
         text = text.set(zone.is_not_null(), None).fill_null(text.str.replace(r"\s*" + _ZONE, ""))
     date_only = form in ("%Y-%m-%d", "%Y/%m/%d")
     parsed = (

@@ -19,6 +19,7 @@ from generative_recommenders.data.readers.times import (
 from generative_recommenders.errors import UserError
 
 MAX_ID_BYTES = 1024
+_LONGEST_MISSING = max(map(len, MISSING))
 _MAX_FLOAT32 = 3.4028234663852886e38
 
 
@@ -47,16 +48,23 @@ def ids(values: pl.Series, name: str, rows: Rows) -> tuple[pl.Series, pl.Series]
         values = values.cast(pl.String)
     if values.dtype != pl.String:
         raise UserError(f"{rows.file}: the {name}s are of type {values.dtype}; ids must be text or integers")
+    lengths = values.str.len_bytes()
     rows.refuse(
-        (values.str.len_bytes() > MAX_ID_BYTES).fill_null(False), values, name,
+        (lengths > MAX_ID_BYTES).fill_null(False), values, name,
         f"is longer than {MAX_ID_BYTES} bytes; is this column the {name}?",
     )  # fmt: skip
-    return values, values.is_null() | values.is_in(MISSING)
+    missing = values.is_null()
+    if (lengths <= _LONGEST_MISSING).any():  # comparing text costs more than its length
+        missing |= values.is_in(MISSING)
+    return values, missing
 
 
 def numbers(values: pl.Series, name: str, rows: Rows, optional: bool = False) -> pl.Series:
     """Finite float32 numbers; null for missing ones where they are ``optional``."""
     if values.dtype == pl.String:
+        found = values.cast(pl.Float64, strict=False)
+        if not found.null_count() and (found.abs() <= _MAX_FLOAT32).all() and not found.is_nan().any():
+            return found.cast(pl.Float32)
         text = values.str.strip_chars()
         missing = text.is_null() | text.is_in(MISSING)
         found = text.cast(pl.Float64, strict=False)
