@@ -20,6 +20,8 @@ from generative_recommenders.commands.workers import (
     import_worker,
     train_worker,
 )
+from generative_recommenders.config.plugins import load_plugins
+from generative_recommenders.config.registry import REGISTRIES
 from generative_recommenders.distributed.launch import launch
 from generative_recommenders.errors import UserError
 from generative_recommenders.run.logging import set_up_logging
@@ -62,6 +64,12 @@ _NUM_PROCESSES = flags.DEFINE_integer(
     lower_bound=1,
 )
 _MAX_STEPS = flags.DEFINE_integer("max_steps", None, "stop after so many steps of the run", lower_bound=1)
+_PLUGINS = flags.DEFINE_multi_string(
+    "plugin", [], "a Python file or module that registers encoders, losses or other parts of your own"
+)
+_LIST = flags.DEFINE_enum(
+    "list", None, sorted(REGISTRIES), "print the parts of a kind with their options, and stop"
+)
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "build everything, say what it is, and stop")
 _PROFILE = flags.DEFINE_bool(
     "profile", False, "write a torch profiler trace of a few steps to the run's folder"
@@ -89,6 +97,10 @@ def check_flags() -> None:
 
 def run(options: Options) -> int:
     check_flags()
+    if _LIST.value:
+        load_plugins(options.plugins)
+        print("\n".join(REGISTRIES[_LIST.value].describe()))
+        return 0
     if _DRY_RUN.value:
         return launch(dry_run_worker, (options,), 1, _MASTER_PORT.value)
     if _MODE.value == "evaluate":
@@ -115,6 +127,7 @@ def main(argv: list[str]) -> None:
             verbosity=logging.get_verbosity(),
             meta_checkpoint=_META_CHECKPOINT.value,
             default_gin_files=(str(DEFAULT_CONFIG),),
+            plugins=tuple(_PLUGINS.value),
         )
         code = run(options)
     except UserError as error:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from generative_recommenders.build.model import QUERY_TOWERS
 from generative_recommenders.build.parts import (
     Catalogue,
     build_task,
 )
+from generative_recommenders.config.plugins import load_plugins
+from generative_recommenders.config.registry import ENCODERS
 from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.data.batch_transforms import next_token_batch
 from generative_recommenders.data.loader import LoadedBatch
@@ -20,6 +22,8 @@ from generative_recommenders.modeling.model import SequenceRecommender
 from generative_recommenders.training.optimizers import Optimizer
 from generative_recommenders.training.step import TrainingStep
 
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples" / "plugins"
+load_plugins([str(EXAMPLES / "gru4rec.py"), str(EXAMPLES / "bpr.py")])  # tested as the built-in parts are
 NUM_ITEMS = 20
 LENGTHS = torch.tensor([6, 1, 0, 4])
 
@@ -78,7 +82,7 @@ def histories() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
 CE = {"loss_module": "CE", "temperature": 0.1, "item_l2_norm": True}
 SAMPLED = {"num_negatives": 16, "negatives_sharing": "block", "temperature": 0.1, "item_l2_norm": True}
 EASY: dict[str, dict[str, Any]] = {
-    **{name: {**CE, "main_module": name} for name in QUERY_TOWERS},
+    **{name: {**CE, "main_module": name} for name in ENCODERS.names()},
     "TwoTower": {**SAMPLED, "main_module": "TwoTower", "sampling_strategy": "local"},
     "CombinedItemAndRating": {**CE, "input_preprocessor": "CombinedItemAndRating"},
     "MoL": {

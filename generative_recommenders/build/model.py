@@ -15,10 +15,7 @@ from generative_recommenders.build.objectives import MASKING_SCHEMES, auxiliary_
 from generative_recommenders.config.choices import look_up, short_preprocessor, uses_item_tower
 from generative_recommenders.config.schema import RunSettings, TrainSettings
 from generative_recommenders.errors import UserError
-from generative_recommenders.modeling.encoders.diff_transformer import DiffTransformer
-from generative_recommenders.modeling.encoders.hstu import HSTU
-from generative_recommenders.modeling.encoders.sasrec import SASRec
-from generative_recommenders.modeling.encoders.transformer import Transformer
+from generative_recommenders.modeling.encoders import diff_transformer, hstu, sasrec, transformer  # noqa: F401  (register)
 from generative_recommenders.modeling.encoders.two_tower import ITEM_ID, FeatureMerger, ItemTowerEmbedding
 from generative_recommenders.modeling.feature_embeddings import ListReduction
 from generative_recommenders.modeling.input_preprocessors import (
@@ -80,11 +77,15 @@ def build_sequence(settings: RunSettings, catalogue: Catalogue) -> SequenceEncod
     preprocessor = look_up(PREPROCESSORS, short_preprocessor(settings), "input_preprocessor")(
         settings, catalogue
     )
-    encoder = look_up(ENCODERS, t.main_module, "main_module")(settings, preprocessor.embedding_dim)
+    encoder = _encoder(settings, preprocessor.embedding_dim)
     if t.objective in MASKING_SCHEMES and not encoder.causal:
         raise UserError(
             f"objective {t.objective!r} decides who sees whom, which hstu_encoder.normalization "
             f"{settings.hstu.normalization!r} cannot follow; choose 'rel_bias'"
+        )
+    if t.objective in MASKING_SCHEMES and not getattr(encoder, "follows_visibility", True):
+        raise UserError(
+            f"objective {t.objective!r} shows both sides of a hidden item, which encoder {t.main_module!r} cannot read"
         )
     postprocessor = look_up(POSTPROCESSORS, t.user_embedding_norm, "user_embedding_norm")(t)
     return SequenceEncoder(
@@ -213,45 +214,12 @@ def _max_tokens(settings: RunSettings) -> int:
     return settings.train.max_tokens * (2 if short_preprocessor(settings) == "CombinedItemAndRating" else 1)
 
 
-def _sasrec(settings: RunSettings, width: int) -> SASRec:
-    return SASRec(
-        width, **vars(settings.sasrec), activation_checkpoint=settings.encoder.activation_checkpoint
-    )
+def _encoder(settings: RunSettings, width: int) -> torch.nn.Module:
+    """The encoder by ``train_fn.main_module``, or TwoTower's by ``item_tower.query_module``."""
+    registry, name = settings.chosen_parts()[0]
+    supplies = {"embedding_dim": width, "max_length": _max_tokens(settings)}
+    return registry[name].build(settings.part_options(registry, name), supplies)
 
-
-def _hstu(settings: RunSettings, width: int) -> HSTU:
-    return HSTU(
-        width,
-        _max_tokens(settings),
-        **vars(settings.hstu),
-        next_time=settings.train.next_time,
-        activation_checkpoint=settings.encoder.activation_checkpoint,
-    )
-
-
-def _diff_transformer(settings: RunSettings, width: int) -> DiffTransformer:
-    checkpoint = settings.encoder.activation_checkpoint
-    return DiffTransformer(width, **vars(settings.diff_transformer), activation_checkpoint=checkpoint)
-
-
-def _transformer(settings: RunSettings, width: int) -> Transformer:
-    checkpoint = settings.encoder.activation_checkpoint
-    return Transformer(
-        width, _max_tokens(settings), **vars(settings.transformer), activation_checkpoint=checkpoint
-    )
-
-
-def _query_tower(settings: RunSettings, width: int) -> torch.nn.Module:
-    return look_up(QUERY_TOWERS, settings.item_tower.query_module, "item_tower.query_module")(settings, width)
-
-
-QUERY_TOWERS: dict[str, Callable[[RunSettings, int], torch.nn.Module]] = {
-    "SASRec": _sasrec,
-    "HSTU": _hstu,
-    "DiffTransformer": _diff_transformer,
-    "Transformer": _transformer,
-}
-ENCODERS = {**QUERY_TOWERS, "TwoTower": _query_tower}
 
 POSTPROCESSORS: dict[str, Callable[[TrainSettings], torch.nn.Module]] = {
     "l2_norm": lambda t: L2NormEmbeddingPostprocessor(t.l2_norm_eps, t.item_embedding_dim),

@@ -7,20 +7,15 @@ from collections.abc import Callable
 from generative_recommenders.build.catalogue import Catalogue
 from generative_recommenders.build.entity_features import class_assignment
 from generative_recommenders.config.choices import look_up, uses_item_tower
+from generative_recommenders.config.registry import LOSSES
 from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.model import SequenceEncoder
 from generative_recommenders.objectives.causal import CausalObjective
 from generative_recommenders.objectives.criterion import CatalogueCriterion, Criterion, SampledCriterion
-from generative_recommenders.objectives.losses.catalogue import CATALOGUE_LOSSES, CE, CatalogueLoss
-from generative_recommenders.objectives.losses.sampled import (
-    SAMPLED_LOSSES,
-    BCELossWithRatings,
-    GBCELoss,
-    SampledLoss,
-    SampledSoftmaxLoss,
-)
-from generative_recommenders.objectives.losses.sce import ScalableCrossEntropyLoss, SCEParams
+from generative_recommenders.objectives.losses.catalogue import CatalogueLoss
+from generative_recommenders.objectives.losses.sampled import SampledLoss
+from generative_recommenders.objectives.losses.sce import ScalableCrossEntropyLoss
 from generative_recommenders.objectives.masked import MaskedItemMasking, MaskedObjective, MaskingScheme
 from generative_recommenders.objectives.negative_samplers import (
     InBatchNegativesSampler,
@@ -43,12 +38,6 @@ MASKING_SCHEMES: dict[str, Callable[[RunSettings], MaskingScheme]] = {
 }
 CAUSAL_OBJECTIVES = {"causal": False, "causal_last": True}
 """Name -> whether the last position alone predicts."""
-
-LOSSES: dict[str, type] = {
-    **SAMPLED_LOSSES,
-    **CATALOGUE_LOSSES,
-    **dict.fromkeys(("ScalableCrossEntropyLoss", "SCE"), ScalableCrossEntropyLoss),
-}
 
 
 def build_objective(settings: RunSettings) -> CausalObjective | MaskedObjective:
@@ -94,42 +83,32 @@ def build_criterion(
         raise UserError(
             "VQVAELoss trains a tokenizer of items, not a retriever: see compat.VQVAELoss, and choose another loss_module"
         )
-    loss_class = look_up(LOSSES, t.loss_module, "loss_module")
+    part = LOSSES[t.loss_module]
     look_up(SAMPLERS, t.sampling_strategy, "sampling_strategy")
     if t.target_weights == "rating" and not catalogue.has_ratings:
         raise UserError(f'target_weights "rating" needs ratings, and {t.dataset_name} has none')
-    if t.label_smoothing and loss_class not in (SampledSoftmaxLoss, CE):
-        raise UserError(
-            f"label_smoothing acts in SampledSoftmaxLoss and CE, not in {t.loss_module}; leave it at 0"
-        )
-    if issubclass(loss_class, SampledLoss):
-        criterion: Criterion = _sampled_criterion(settings, catalogue, loss_class)
+    if t.label_smoothing and "label_smoothing" not in part.options.model_fields:
+        smooth = ", ".join(p.name for p in LOSSES.parts() if "label_smoothing" in p.options.model_fields)
+        raise UserError(f"label_smoothing acts in {smooth}, not in {t.loss_module}; leave it at 0")
+    loss = part.build(settings.part_options(LOSSES, t.loss_module), {"num_items": catalogue.num_items})
+    if isinstance(loss, SampledLoss):
+        criterion: Criterion = _sampled_criterion(settings, catalogue, loss)
     else:
-        criterion = _catalogue_criterion(settings, loss_class)
+        criterion = _catalogue_criterion(settings, loss)
     return (
         criterion if t.objective != "replaced" else _with_detection(settings, criterion, make_discriminator)
     )
 
 
-def _sampled_criterion(
-    settings: RunSettings, catalogue: Catalogue, loss_class: type[SampledLoss]
-) -> Criterion:
+def _sampled_criterion(settings: RunSettings, catalogue: Catalogue, loss: SampledLoss) -> Criterion:
     t = settings.train
     _check_tower_negatives(settings)
-    if loss_class.needs_ratings and not catalogue.has_ratings:
+    if loss.needs_ratings and not catalogue.has_ratings:
         raise UserError(f"{t.loss_module} needs ratings, and {t.dataset_name} has none")
-    if loss_class.needs_ratings and t.objective in MASKING_SCHEMES:
+    if loss.needs_ratings and t.objective in MASKING_SCHEMES:
         raise UserError(
             f"{t.loss_module} needs ratings of the next items, which objective {t.objective!r} does not give"
         )
-    if loss_class is GBCELoss:
-        loss: SampledLoss = GBCELoss(catalogue.num_items, t.calibration)
-    elif loss_class is SampledSoftmaxLoss:
-        loss = SampledSoftmaxLoss(t.label_smoothing)
-    elif loss_class is BCELossWithRatings:
-        loss = BCELossWithRatings(t.rating_threshold)
-    else:
-        loss = loss_class()
     return SampledCriterion(loss, auxiliary_weights(settings), t.loss_activation_checkpoint)
 
 
@@ -141,20 +120,14 @@ def _check_tower_negatives(settings: RunSettings) -> None:
         )
 
 
-def _catalogue_criterion(settings: RunSettings, loss_class: type) -> Criterion:
+def _catalogue_criterion(settings: RunSettings, loss: CatalogueLoss | ScalableCrossEntropyLoss) -> Criterion:
     t = settings.train
     if t.interaction_module_type == "MoL":
         raise UserError(
             f"{t.loss_module} scores the catalogue by dot product; with MoL choose a sampled loss"
         )
-    if loss_class is ScalableCrossEntropyLoss:
-        if t.num_positives > 1:
-            raise UserError(f"{t.loss_module} takes one positive a position: leave num_positives at 1")
-        loss: CatalogueLoss | ScalableCrossEntropyLoss = ScalableCrossEntropyLoss(
-            SCEParams(**vars(settings.sce))
-        )
-    else:
-        loss = CE(t.label_smoothing) if loss_class is CE else loss_class()
+    if isinstance(loss, ScalableCrossEntropyLoss) and t.num_positives > 1:
+        raise UserError(f"{t.loss_module} takes one positive a position: leave num_positives at 1")
     return CatalogueCriterion(loss)
 
 

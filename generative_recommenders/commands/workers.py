@@ -19,6 +19,7 @@ from generative_recommenders.checkpoint.store import Checkpoint, CheckpointStore
 from generative_recommenders.compat.meta.checkpoint import are_numbers, load_meta_checkpoint
 from generative_recommenders.config import gin as gin_registry
 from generative_recommenders.config.lint import log_notices
+from generative_recommenders.config.plugins import load_plugins
 from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.data.preparation.folder import locked
 from generative_recommenders.data.preparation.prepare import prepare, prepared_path, summary
@@ -63,6 +64,7 @@ class Options:
     verbosity: int = logging.INFO
     meta_checkpoint: str | None = None
     default_gin_files: tuple[str, ...] = ()
+    plugins: tuple[str, ...] = ()
 
 
 def prepared_dataset(name: str, data_root: Path) -> SequenceDataset:
@@ -155,6 +157,7 @@ def checkpoints_of(options: Options) -> Path:
 def train_worker(rank: int, world_size: int, options: Options) -> int:
     """One process of a training run; returns its exit code."""
     set_up_logging(rank == 0, options.verbosity)
+    load_plugins(options.plugins)
     keep_freed_memory()
     collectives = process_collectives(process_device())
     options = dataclasses.replace(options, resume=from_main(collectives, lambda: goes_on(options)))
@@ -278,6 +281,7 @@ def check_evaluated(
 def evaluate_worker(rank: int, world_size: int, options: Options) -> int:
     """Scores the best (else the newest) checkpoint of a run on the test targets; the model is rebuilt from its settings."""
     set_up_logging(rank == 0, options.verbosity)
+    load_plugins(options.plugins)
     log_backend()
     collectives = process_collectives(process_device())
     store = CheckpointStore(checkpoints_of(options), read_only=True)
@@ -316,6 +320,7 @@ def evaluate_worker(rank: int, world_size: int, options: Options) -> int:
 def import_worker(rank: int, world_size: int, options: Options) -> int:
     """Makes a run whose one checkpoint holds the weights of --meta_checkpoint, under the gin files' settings."""
     set_up_logging(rank == 0, options.verbosity)
+    load_plugins(options.plugins)
     if options.meta_checkpoint is None:
         raise UserError("--mode=import needs --meta_checkpoint, a checkpoint of the HSTU authors' program")
     collectives = process_collectives(process_device())
@@ -339,6 +344,7 @@ def import_worker(rank: int, world_size: int, options: Options) -> int:
 def dry_run_worker(rank: int, world_size: int, options: Options) -> int:
     """Builds all that training builds, and prints parts, parameter counts and an estimate of memory."""
     set_up_logging(rank == 0, options.verbosity)
+    load_plugins(options.plugins)
     collectives = process_collectives(process_device())
     settings = run_settings(options, collectives)
     log_backend()

@@ -9,9 +9,11 @@ import copy
 import dataclasses
 import difflib
 import io
+import math
 import re
 import tokenize
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,8 @@ import gin.config
 from gin import config_parser
 
 from generative_recommenders.config import schema as s
+from generative_recommenders.config.registry import parts_by_gin_name
 from generative_recommenders.errors import UserError
-from generative_recommenders.modeling.similarity.mixture_of_logits import MoLSettings
 
 PROJECT = Path(__file__).resolve().parents[2]
 """Includes in gin files are looked up from here, then from the working directory."""
@@ -37,25 +39,9 @@ GIN_FAULTS = (
 )  # fmt: skip
 """What gin raises for texts that it cannot make sense of."""
 
-SECTIONS: dict[str, tuple[str, type]] = {
-    "train_fn": ("train", s.TrainSettings),
-    "sasrec_encoder": ("sasrec", s.SasrecSettings),
-    "hstu_encoder": ("hstu", s.HstuSettings),
-    "diff_transformer_encoder": ("diff_transformer", s.DiffTransformerSettings),
-    "transformer_encoder": ("transformer", s.TransformerSettings),
-    "item_tower": ("item_tower", s.ItemTowerSettings),
-    "sce": ("sce", s.SceSettings),
-    "get_sequential_encoder": ("encoder", s.EncoderSettings),
-    "create_data_loader": ("loader", s.LoaderSettings),
-    "get_weighted_loss": ("weighted_loss", s.WeightedLossSettings),
-    "get_similarity_function": ("similarity", s.SimilaritySettings),
-    "create_mol_interaction_module": ("mol", MoLSettings),
-}
-"""gin name -> (section of `RunSettings`, its class)."""
-
 _CONFIGURABLES = {
     name: gin.external_configurable(kind, name=name, module="generative_recommenders")
-    for name, (_, kind) in SECTIONS.items()
+    for name, (_, kind) in s.SECTIONS.items()
 }
 
 
@@ -72,12 +58,13 @@ def load_settings(gin_files: Sequence[str | Path], bindings: Sequence[str] = ())
     _bind_text("\n".join(bindings), BINDINGS, parsed)
     parsed.check()
     try:
-        built = {section: _build(name) for name, (section, _) in SECTIONS.items()}
+        built = {section: _build(name) for name, (section, _) in s.SECTIONS.items()}
     except UserError as error:  # gin adds where it was called from, over several lines
         raise UserError(str(error).splitlines()[0]) from error
     except GIN_FAULTS as error:
         raise UserError(explain(error)) from error
-    settings = s.RunSettings(**built)
+    settings = s.RunSettings(**built, options=_part_options(parsed, {}))
+    _check_not_twice(parsed, settings)
     return settings, resolved_text(settings)
 
 
@@ -89,6 +76,9 @@ class _Parsed(gin.config.ParserDelegate):
         self.files = 0
         self.macros: dict[str, tuple[str, Any]] = {}
         """Name to the place where it is given a value, and the value."""
+        self.part_names: set[str] = set()
+        """gin names of the registered parts that options are bound on."""
+        self.bound_names: set[str] = set()
         self.bound: list[tuple[str, Any]] = []
         """Place and value of what is bound."""
         self.references: dict[int, tuple[Any, str]] = {}
@@ -129,7 +119,9 @@ class _Parsed(gin.config.ParserDelegate):
             if name in referred:
                 continue
             known = [
-                f"{owner}.{f.name}" for owner, (_, kind) in SECTIONS.items() for f in dataclasses.fields(kind)
+                f"{owner}.{f.name}"
+                for owner, (_, kind) in s.SECTIONS.items()
+                for f in dataclasses.fields(kind)
             ]
             close = [each for each in known if each.endswith("." + name)] or difflib.get_close_matches(
                 name, known, 1, 0.5
@@ -215,6 +207,10 @@ def _bind(statement: Any, place: str, parsed: _Parsed) -> None:
             )
         if argument:
             parsed.bound.append((place, statement.value))
+            parsed.bound_names.add(f"{selector}.{argument}")
+            if selector not in s.SECTIONS and selector in parts_by_gin_name():
+                _part_configurable(selector)
+                parsed.part_names.add(selector)
             gin.bind_parameter((scope, selector, argument), statement.value)
         else:  # a macro
             name = f"{scope}/{selector}" if scope else selector
@@ -222,13 +218,61 @@ def _bind(statement: Any, place: str, parsed: _Parsed) -> None:
             gin.bind_parameter((name, "gin.macro", "value"), statement.value)
 
 
+@cache
+def _part_configurable(gin_name: str) -> Any:
+    """What gin calls to give the options bound on a registered part."""
+    return gin.external_configurable(
+        lambda **options: options, name=gin_name, module="generative_recommenders.parts"
+    )
+
+
+def _part_options(parsed: _Parsed, before: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Bound options of registered parts over those of before, checked."""
+    options = {name: dict(values) for name, values in before.items()}
+    for name in sorted(parsed.part_names):
+        bound = copy.deepcopy(_part_configurable(name)())
+        options[name] = {**options.get(name, {}), **bound}
+        parts_by_gin_name()[name].option_values(options[name])
+    return options
+
+
+def _check_not_twice(parsed: _Parsed, settings: s.RunSettings) -> None:
+    """UserError where a published name and the chosen part's own name are bound to different values."""
+    for registry, name in settings.chosen_parts():
+        gin_name = registry[name].gin_name if name in registry else ""
+        for option, published in s.PUBLISHED_OPTIONS.get(registry.kind, {}).items():
+            own = f"{gin_name}.{option}"
+            if gin_name not in s.SECTIONS and {own, published} <= parsed.bound_names:
+                here, there = settings.options[gin_name][option], settings.published(published)
+                if here != there:
+                    raise UserError(
+                        f"gin: {own} = {here!r} and {published} = {there!r} are one option: bind one of them"
+                    )
+
+
 def resolved_text(settings: s.RunSettings) -> str:
     """Every gin name with its value, defaults included, as a gin file that gives the same settings."""
     lines = []
-    for name, (section, _) in SECTIONS.items():
+    for name, (section, _) in s.SECTIONS.items():
         values = dataclasses.asdict(getattr(settings, section))
         lines += [f"{name}.{key} = {value!r}" for key, value in sorted(values.items())] + [""]
-    return "\n".join(lines)
+    chosen = {r[name].gin_name: (r, name) for r, name in settings.chosen_parts() if name in r}
+    published: set[str] = set()
+    for name in sorted({*settings.options, *chosen} - set(s.SECTIONS)):
+        values = dict(settings.options.get(name, {}))
+        if name in chosen:
+            registry, part = chosen[name]
+            filled = s.PUBLISHED_OPTIONS.get(registry.kind, {})
+            published |= {filled[option] for option in values if option in filled}
+            every = registry[part].option_values(settings.part_options(registry, part))
+            values.update({k: v for k, v in every.items() if k not in filled and _is_gin_value(v)})
+        lines += [f"{name}.{key} = {value!r}" for key, value in sorted(values.items())] + [""]
+    return "\n".join(line for line in lines if line.partition(" = ")[0] not in published)
+
+
+def _is_gin_value(value: Any) -> bool:
+    """Infinity, the default of a limit that does not act, has no form in gin."""
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _build(name: str) -> Any:
@@ -245,11 +289,11 @@ def explain(error: BaseException) -> str:
     unknown = re.search(r"No configurable matching '([^']+)'", text)
     if unknown:
         name = unknown.group(1)
-        return f"gin: there is no configurable {name!r}{_nearest(name, SECTIONS)}"
+        return f"gin: there is no configurable {name!r}{_nearest(name, [*s.SECTIONS, *parts_by_gin_name()])}"
     parameter = re.search(r"Configurable '([^']+)' doesn't have a parameter (?:named )?'([^']+)'", text)
     if parameter:
         owner, name = (each.split(".")[-1] for each in parameter.groups())
-        known = [f.name for f in dataclasses.fields(SECTIONS[owner][1])] if owner in SECTIONS else []
+        known = [f.name for f in dataclasses.fields(s.SECTIONS[owner][1])] if owner in s.SECTIONS else []
         return f"gin: {owner} has no parameter {name!r}{_nearest(name, known)}"
     return f"gin: {text}"
 
@@ -266,9 +310,16 @@ def _nearest(name: str, known: Any) -> str:
 def differences(before: s.RunSettings, now: s.RunSettings) -> list[tuple[str, Any, Any]]:
     """(gin name, value before, value now) of every setting that differs."""
     found = []
-    for name, (section, _) in SECTIONS.items():
+    for name, (section, _) in s.SECTIONS.items():
         old, new = dataclasses.asdict(getattr(before, section)), dataclasses.asdict(getattr(now, section))
         found += [(f"{name}.{key}", old[key], new[key]) for key in new if old[key] != new[key]]
+    keys = sorted(
+        {(name, key) for side in (before, now) for name, values in side.options.items() for key in values}
+    )
+    for name, key in keys:
+        was, is_now = (side.options.get(name, {}).get(key) for side in (before, now))
+        if was != is_now:
+            found.append((f"{name}.{key}", was, is_now))
     return found
 
 
@@ -281,7 +332,7 @@ def override(settings: s.RunSettings, bindings: Sequence[str]) -> s.RunSettings:
     _bind_text("\n".join(bindings), BINDINGS, parsed)
     parsed.check()
     try:
-        for name, (section, _) in SECTIONS.items():
+        for name, (section, _) in s.SECTIONS.items():
             current = getattr(settings, section)
             bound = {
                 f.name: value for f in dataclasses.fields(current) for value in _bound(f"{name}.{f.name}")
@@ -291,6 +342,8 @@ def override(settings: s.RunSettings, bindings: Sequence[str]) -> s.RunSettings:
             settings = dataclasses.replace(settings, **{section: changed})
     except GIN_FAULTS as error:
         raise UserError(explain(error)) from error
+    settings = dataclasses.replace(settings, options=_part_options(parsed, settings.options))
+    _check_not_twice(parsed, settings)
     return settings
 
 

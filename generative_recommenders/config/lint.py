@@ -10,8 +10,8 @@ import torch
 from absl import logging
 
 from generative_recommenders.config.choices import short_preprocessor, uses_item_tower
+from generative_recommenders.config.registry import LOSSES
 from generative_recommenders.config.schema import MAX_PREFETCH, RunSettings
-from generative_recommenders.objectives.losses.sampled import SAMPLED_LOSSES
 
 
 def encoder_of(settings: RunSettings) -> str:
@@ -21,7 +21,8 @@ def encoder_of(settings: RunSettings) -> str:
 
 
 def _samples(settings: RunSettings) -> bool:
-    return settings.train.loss_module in SAMPLED_LOSSES
+    name = settings.train.loss_module
+    return name in LOSSES and getattr(LOSSES[name].make, "needs_negatives", False)
 
 
 def _draws(settings: RunSettings, *strategies: str) -> bool:

@@ -38,6 +38,12 @@ class Part:
 
     @cached_property
     def _parameters(self) -> dict[str, inspect.Parameter]:
+        if isinstance(
+            self.make, type
+        ):  # a class without a constructor of its own has that of torch.nn.Module or object
+            owner = next(each for each in self.make.__mro__ if "__init__" in vars(each))
+            if owner.__module__.partition(".")[0] in ("torch", "builtins"):
+                return {}
         found = dict(inspect.signature(self.make).parameters)
         open_ended = (
             inspect.Parameter.VAR_KEYWORD,
@@ -201,6 +207,12 @@ OPTIMIZERS = _registry("optimizers", "optimizer", "train_fn.optimizer")
 SEEN_FILTERS = _registry("seen_filters", "seen filter", "train_fn.seen_filter")
 TOP_K_MODULES = _registry("top_k_modules", "top-k module", "train_fn.top_k_method")
 DATA_SOURCES = _registry("data_sources", "data source", "--dataset")
+
+
+def parts_by_gin_name() -> dict[str, Part]:
+    """Every registered part by the name that gin binds its options on."""
+    return {part.gin_name: part for registry in REGISTRIES.values() for part in registry.parts()}
+
 
 register_encoder = ENCODERS.register
 register_input_preprocessor = INPUT_PREPROCESSORS.register

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field, fields
+from functools import cache
 from typing import Any
+
+from absl import logging
 
 from generative_recommenders.config.checks import (
     check_choice,
@@ -17,6 +20,7 @@ from generative_recommenders.config.checks import (
     check_types,
     check_weights,
 )
+from generative_recommenders.config.registry import ENCODERS, LOSSES, REGISTRIES, Registry, parts_by_gin_name
 from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.similarity.mixture_of_logits import MoLSettings
 from generative_recommenders.objectives.negative_samplers import SHARINGS
@@ -306,9 +310,46 @@ class RunSettings:
     weighted_loss: WeightedLossSettings = field(default_factory=WeightedLossSettings)
     similarity: SimilaritySettings = field(default_factory=SimilaritySettings)
     mol: MoLSettings = field(default_factory=MoLSettings)
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Options of further parts, plug-ins among them, by gin name; what is not given has its default."""
+
+    def part_options(self, registry: Registry, name: str) -> dict[str, Any]:
+        """What a part is given: its own options, and those that published names fill where its own are not given."""
+        part = registry[name]
+        own = dict(self.options.get(part.gin_name, {}))
+        if part.gin_name in SECTIONS:
+            own = {**vars(getattr(self, SECTIONS[part.gin_name][0])), **own}
+        for option, published in PUBLISHED_OPTIONS.get(registry.kind, {}).items():
+            if option in part.options.model_fields:
+                own.setdefault(option, self.published(published))
+        return own
+
+    def published(self, gin_name: str) -> Any:
+        """The value of a published name, as ``train_fn.label_smoothing``."""
+        owner, _, name = gin_name.partition(".")
+        return getattr(getattr(self, SECTIONS[owner][0]), name)
+
+    def chosen_parts(self) -> list[tuple[Registry, str]]:
+        """The parts of this run that come from registries."""
+        encoder = self.train.main_module
+        if encoder == "TwoTower":
+            encoder = self.item_tower.query_module
+        return [(ENCODERS, encoder), (LOSSES, self.train.loss_module)]
+
+    def plugin_parts(self) -> list[dict[str, Any]]:
+        """What a checkpoint says of each part that comes from a plug-in."""
+        found = []
+        for registry, name in self.chosen_parts():
+            plugin = registry[name].plugin if name in registry else None
+            if plugin is not None:
+                options = registry[name].option_values(self.part_options(registry, name))
+                record = {"kind": registry.kind, "name": name, "options": options}
+                found.append({**record, "plugin": plugin.source, "sha256": plugin.sha256})
+        return found
 
     def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        data = dataclasses.asdict(self)
+        return {**data, "plugins": self.plugin_parts()}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> RunSettings:
@@ -316,14 +357,53 @@ class RunSettings:
         that cannot be."""
         if not isinstance(data, dict):
             raise UserError(f"settings are no object but {str(data)[:40]!r}")
-        sections = {f.name: f.default_factory for f in dataclasses.fields(cls)}
+        data = dict(data)
+        check_plugins(data.pop("plugins", []))
+        options = _saved_options(data.pop("options", {}))
+        sections = {f.name: f.default_factory for f in dataclasses.fields(cls) if f.name != "options"}
         unknown = sorted(set(data) - set(sections))
         if unknown:
             raise UserError(f"settings have unknown sections: {', '.join(unknown)[:200]}")
         try:
-            return cls(**{name: _section(sections[name], data.get(name, {}), name) for name in sections})
+            read = {name: _section(sections[name], data.get(name, {}), name) for name in sections}
+            return cls(**read, options=options)
         except UserError as error:
             raise UserError(str(error)[:300]) from error
+
+
+def _saved_options(options: Any) -> dict[str, dict[str, Any]]:
+    """Options by gin name, checked where the part is known."""
+    if not isinstance(options, dict) or not all(isinstance(each, dict) for each in options.values()):
+        raise UserError(f"settings section 'options' is no object of objects but {str(options)[:40]!r}")
+    known = parts_by_gin_name()
+    for name, values in options.items():
+        if name in known:
+            known[name].option_values(values)
+    return options
+
+
+def check_plugins(records: Any) -> None:
+    """UserError naming the plug-in of a part that is not registered; a warning where the plug-in's file has changed.
+
+    records: what `RunSettings.plugin_parts` wrote; nothing in them is imported.
+    """
+    if not isinstance(records, list) or not all(isinstance(each, dict) for each in records):
+        raise UserError(f"settings section 'plugins' is no list of objects but {str(records)[:40]!r}")
+    registries = {registry.kind: registry for registry in REGISTRIES.values()}
+    for record in records:
+        kind, name, source = (str(record.get(key))[:200] for key in ("kind", "name", "plugin"))
+        if kind not in registries or name not in registries[kind]:
+            raise UserError(f"{kind} {name!r} comes from a plug-in: give --plugin={source}")
+        plugin = registries[kind][name].plugin
+        found = plugin.sha256 if plugin else None
+        if found != record.get("sha256"):
+            warn_changed_plugin(kind, name, source)
+
+
+@cache
+def warn_changed_plugin(kind: str, name: str, source: str) -> None:
+    """Once for each part."""
+    logging.warning("%s %r was saved with another version of %s than is loaded now", kind, name, source)
 
 
 def _section(kind: Any, values: dict[str, Any], name: str) -> Any:
@@ -364,3 +444,32 @@ _SIZES: dict[type, tuple[str, ...]] = {
     SceSettings: ("n_buckets", "bucket_size_x", "bucket_size_y"),
     MoLSettings: ("query_dot_product_groups", "item_dot_product_groups", "dot_product_dimension"),
 }
+
+SECTIONS: dict[str, tuple[str, type]] = {
+    "train_fn": ("train", TrainSettings),
+    "sasrec_encoder": ("sasrec", SasrecSettings),
+    "hstu_encoder": ("hstu", HstuSettings),
+    "diff_transformer_encoder": ("diff_transformer", DiffTransformerSettings),
+    "transformer_encoder": ("transformer", TransformerSettings),
+    "item_tower": ("item_tower", ItemTowerSettings),
+    "sce": ("sce", SceSettings),
+    "get_sequential_encoder": ("encoder", EncoderSettings),
+    "create_data_loader": ("loader", LoaderSettings),
+    "get_weighted_loss": ("weighted_loss", WeightedLossSettings),
+    "get_similarity_function": ("similarity", SimilaritySettings),
+    "create_mol_interaction_module": ("mol", MoLSettings),
+}
+"""gin name -> (section of `RunSettings`, its class)."""
+
+PUBLISHED_OPTIONS: dict[str, dict[str, str]] = {
+    "encoder": {
+        "activation_checkpoint": "get_sequential_encoder.activation_checkpoint",
+        "next_time": "train_fn.next_time",
+    },
+    "loss": {
+        "label_smoothing": "train_fn.label_smoothing",
+        "calibration": "train_fn.calibration",
+        "threshold": "train_fn.rating_threshold",
+    },
+}
+"""Kind of part -> option -> the published name that fills it in the chosen part."""

@@ -16,12 +16,11 @@ from generative_recommenders.build.parts import (
     build_sampler,
     build_top_k,
 )
+from generative_recommenders.config.registry import LOSSES
 from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.encoders.two_tower import EntityFeature, FeatureMerger
 from generative_recommenders.modeling.feature_embeddings import EmbeddingSpec
-from generative_recommenders.objectives.losses.catalogue import CATALOGUE_LOSSES
-from generative_recommenders.objectives.losses.sampled import SAMPLED_LOSSES
 from generative_recommenders.objectives.losses.sce import ScalableCrossEntropyLoss
 from generative_recommenders.retrieval.mol_top_k import MoLAvgTopK
 from generative_recommenders.retrieval.top_k import MIPSBruteForceTopK
@@ -66,11 +65,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "encoder": (
         {"main_module": "SASRek"},
-        "unknown main_module 'SASRek'; known: SASRec, HSTU, DiffTransformer",
+        r"unknown encoder 'SASRek' \(train_fn.main_module\); did you mean 'SASRec'",
     ),
     "query tower": (
         {**TOWER, "item_tower.query_module": "TwoTower"},
-        "unknown item_tower.query_module 'TwoTower'",
+        "unknown encoder 'TwoTower'.*known: .*SASRec",
     ),
     "preprocessor": ({"input_preprocessor": "x"}, "unknown input_preprocessor 'x'; known: LearnablePos"),
     "postprocessor": (
@@ -80,7 +79,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "interaction": ({"interaction_module_type": "x"}, "unknown interaction_module_type 'x'"),
     "embedding": ({"embedding_module_type": "x"}, "known: local, categorical, item_tower"),
     "objective": ({"objective": "x"}, "known: causal, causal_last, masked, permuted, replaced"),
-    "loss": ({"loss_module": "x"}, "unknown loss_module 'x'; known: SampledSoftmaxLoss, .*SCE"),
+    "loss": ({"loss_module": "x"}, "unknown loss 'x' .*; known: SampledSoftmaxLoss, .*SCE"),
     "sampler": ({"sampling_strategy": "x"}, "known: local, in-batch, popularity, mixed, multi-class"),
     "sharing": (
         {"negatives_sharing": "x"},
@@ -91,7 +90,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"main_module": "HSTU", "hstu.normalization": "x"},
         "known: rel_bias, softmax_rel_bias",
     ),
-    "norm": ({"main_module": "DiffTransformer", "diff_transformer.norm": "x"}, "choose 'post' or 'pre'"),
+    "norm": ({"main_module": "DiffTransformer", "diff_transformer.norm": "x"}, "known: 'post', 'pre'"),
     "tower negatives": (TOWER, 'set train_fn.negatives_sharing to "block" or "batch"'),
     "tower negatives, local encoder": (
         {"embedding_module_type": "item_tower"},
@@ -126,7 +125,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "label smoothing": (
         {"loss_module": "BCELoss", "label_smoothing": 0.1},
-        "label_smoothing acts in Sampled",
+        "label_smoothing acts in Sampled.*, not in BCELoss",
     ),
     "permuted without spans": ({**CE, "objective": "permuted", "max_span_length": 0}, "at least 1"),
     "class feature": ({"sampling_strategy": "multi-class"}, "needs train_fn.class_feature"),
@@ -219,7 +218,9 @@ def test_the_rating_threshold_is_a_choice() -> None:
     assert build_criterion(chosen, catalogue()).loss.threshold == 2.5
 
 
-@pytest.mark.parametrize("loss", [*SAMPLED_LOSSES, *CATALOGUE_LOSSES])
+@pytest.mark.parametrize(
+    "loss", [name for name in LOSSES.names() if "SCE" not in name and "Scalable" not in name]
+)
 def test_several_positives_train(loss: str) -> None:
     chosen = settings(loss_module=loss, num_negatives=4, sampling_strategy="local", temperature=1.0)
     assert moved(
@@ -266,7 +267,7 @@ def test_settings_survive_json() -> None:
     assert RunSettings.from_json(json.loads(json.dumps(chosen.to_json()))) == chosen
 
 
-@pytest.mark.parametrize("loss", [*SAMPLED_LOSSES, *CATALOGUE_LOSSES, "ScalableCrossEntropyLoss"])
+@pytest.mark.parametrize("loss", LOSSES.names())
 def test_every_loss_trains_by_its_name(loss: str) -> None:
     chosen = settings(loss_module=loss, num_negatives=4, sampling_strategy="local", temperature=1.0)
     assert moved(chosen, steps=6)
@@ -383,3 +384,10 @@ def test_decay_of_user_embeddings_is_a_weight_of_their_norm() -> None:
 def test_an_embedding_beside_the_item_tower_is_refused(kind: str) -> None:
     with pytest.raises(UserError, match=f"embedding_module_type '{kind}' cannot act in TwoTower"):
         build_model(settings(main_module="TwoTower", embedding_module_type=kind), catalogue())
+
+
+def test_a_recurrent_plugin_cannot_read_both_sides() -> None:
+    with pytest.raises(
+        UserError, match="'masked' shows both sides of a hidden item, which encoder 'GRU4Rec'"
+    ):
+        build_model(settings(main_module="GRU4Rec", objective="masked"), catalogue())

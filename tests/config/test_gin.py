@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from generative_recommenders.config.gin import SECTIONS, load_settings, override
-from generative_recommenders.config.schema import RunSettings
+from generative_recommenders.config.gin import load_settings, override
+from generative_recommenders.config.schema import SECTIONS, RunSettings
 from generative_recommenders.errors import UserError
 
 ROOT = Path(__file__).parents[2]

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from generative_recommenders.config.gin import FILE_LIMIT, MAX_FILES, SECTIONS, load_settings, override
-from generative_recommenders.config.schema import RunSettings
+from generative_recommenders.config.gin import FILE_LIMIT, MAX_FILES, load_settings, override
+from generative_recommenders.config.schema import SECTIONS, RunSettings
 from generative_recommenders.errors import UserError
 
 INPUTS = [1000, pytest.param(100_000, marks=pytest.mark.slow)]

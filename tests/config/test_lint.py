@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
+import generative_recommenders.build.parts  # noqa: F401  (registers the built-in parts)
 from generative_recommenders.config import lint as notices
-from generative_recommenders.config.gin import SECTIONS, load_settings
+from generative_recommenders.config.gin import load_settings
 from generative_recommenders.config.lint import inert, likely_slips
-from generative_recommenders.config.schema import RunSettings, TrainSettings
+from generative_recommenders.config.schema import SECTIONS, RunSettings, TrainSettings
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 

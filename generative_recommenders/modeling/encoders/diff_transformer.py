@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 
+from generative_recommenders.config.registry import register_encoder
 from generative_recommenders.modeling.encoders.differential_attention import (
     DiffTransformerBlock,
     lambda_init_of_block,
@@ -53,6 +54,7 @@ class LayoutDiffBlock(DiffTransformerBlock):
         return self.dropout(self.attn.combine(first, second))
 
 
+@register_encoder("DiffTransformer", gin_name="diff_transformer_encoder")
 class DiffTransformer(torch.nn.Module):
     """A stack of `LayoutDiffBlock` with lambda_init = 0.8 - 0.6 exp(-0.3 block); no norm behind the last.
 

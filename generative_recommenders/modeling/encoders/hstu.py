@@ -10,6 +10,7 @@ from typing import NamedTuple, cast
 import torch
 import torch.nn.functional as F
 
+from generative_recommenders.config.registry import register_encoder
 from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.cache import Appended, KeysValues, pointwise_over_cache
 from generative_recommenders.modeling.encoders.sasrec import check_positive, run_block
@@ -176,6 +177,7 @@ class HstuBlock(torch.nn.Module):
         return softmax_over_all_columns(q, k, v, layout, biases, self.max_length, rate)
 
 
+@register_encoder("HSTU", gin_name="hstu_encoder")
 class HSTU(torch.nn.Module):
     """A stack of `HstuBlock`.
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 
+from generative_recommenders.config.registry import register_encoder
 from generative_recommenders.modeling.cache import Appended, KeysValues, softmax_over_cache
 from generative_recommenders.ops import dispatch
 from generative_recommenders.ops.attention import softmax_attention
@@ -135,6 +136,7 @@ class SasrecBlock(torch.nn.Module):
         return feed_forward(y, self.ffn_in, self.ffn_out, self.activation, rate)
 
 
+@register_encoder("SASRec", gin_name="sasrec_encoder")
 class SASRec(torch.nn.Module):
     """A stack of `SasrecBlock`. final_norm: layer norm with weights behind the last block (RePlay's body)."""
 

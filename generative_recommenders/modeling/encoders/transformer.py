@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 
+from generative_recommenders.config.registry import register_encoder
 from generative_recommenders.modeling.encoders.sasrec import check_heads, check_positive, run_block
 from generative_recommenders.modeling.transformer import PositionalEncoding, TransformerBlock
 from generative_recommenders.ops.attention import softmax_attention
@@ -16,6 +17,7 @@ from generative_recommenders.ops.dropout import Dropout
 from generative_recommenders.ops.layout import Layout
 
 
+@register_encoder("Transformer", gin_name="transformer_encoder")
 class Transformer(torch.nn.Module):
     """Sinusoidal positions and post-norm `TransformerBlock`s. The preprocessor's learned positions come on
     top.

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from generative_recommenders.config.registry import LOSSES, register_loss
 from generative_recommenders.errors import UserError
 from generative_recommenders.objectives.losses.sampled import (
     check_label_smoothing,
@@ -109,6 +110,7 @@ class CatalogueLoss(nn.Module, ABC):
         return logits.logsumexp(1)
 
 
+@register_loss("CE", "CEWeighted", "SequenceLoss")
 class CE(CatalogueLoss):
     """Softmax cross-entropy over the catalogue: ``w (ln sum_v exp(x_v) - x_p)`` for each positive p.
 
@@ -136,6 +138,7 @@ class CE(CatalogueLoss):
 CEWeighted = CE
 
 
+@register_loss("BCE")
 class BCE(CatalogueLoss):
     """Binary cross-entropy against all items: ``sum_v softplus(x_v) - sum of x over the distinct labels``.
 
@@ -155,6 +158,7 @@ class BCE(CatalogueLoss):
         return -weighted(positive, weights.amax(1, keepdim=True) * distinct).sum
 
 
+@register_loss("LogInCE")
 class LogInCE(CatalogueLoss):
     """``-ln(S+ / (S+ + S-))`` a position, the sum over its positives inside the logarithm (arXiv 2205.04507).
 
@@ -178,6 +182,7 @@ class LogInCE(CatalogueLoss):
         return log_in_loss(positive, weights, statistic, self.epsilon, self.clamp_border)
 
 
+@register_loss("LogOutCE")
 class LogOutCE(CatalogueLoss):
     """``-ln(exp(x_p) / (exp(x_p) + S-))`` for each positive p, summed outside the logarithm.
 
@@ -222,11 +227,8 @@ def _repeated(labels: Tensor) -> Tensor:
 
 
 CATALOGUE_LOSSES: dict[str, type[CatalogueLoss]] = {
-    "CE": CE,
-    "CEWeighted": CEWeighted,
-    "BCE": BCE,
-    "LogInCE": LogInCE,
-    "LogOutCE": LogOutCE,
-    "SequenceLoss": CE,
+    name: kind
+    for name in LOSSES.names()
+    if isinstance(kind := LOSSES[name].make, type) and issubclass(kind, CatalogueLoss)
 }
-"""Names of ``train_fn.loss_module`` whose losses read the whole catalogue. genrec's ``SequenceLoss`` is CE."""
+"""The built-in losses that read the whole catalogue. genrec's ``SequenceLoss`` is CE."""

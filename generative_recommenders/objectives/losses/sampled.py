@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from generative_recommenders.config.registry import LOSSES, register_loss
 from generative_recommenders.errors import UserError
 from generative_recommenders.ops.masked_logsumexp import masked_logsumexp
 from generative_recommenders.types import LossOutput
@@ -66,6 +67,8 @@ def check_shapes(positive: Tensor, negative: Tensor, weights: Tensor, mask: Tens
 class SampledLoss(nn.Module, ABC):
     """A loss over positive and negative scores."""
 
+    SUPPLIED = frozenset({"num_items"})
+    needs_negatives = True
     needs_ratings = False
     """True where ``forward`` must be given ``positive_ratings``."""
     raw_positives = False
@@ -95,6 +98,7 @@ class SampledLoss(nn.Module, ABC):
         """`forward` of scores in full precision."""
 
 
+@register_loss("SampledSoftmaxLoss", "CESampled", "LogOutCESampled", "ContrastiveLoss")
 class SampledSoftmaxLoss(SampledLoss):
     """``-ln softmax`` of each positive among itself and the negatives that count.
 
@@ -124,6 +128,7 @@ CESampled = SampledSoftmaxLoss
 LogOutCESampled = SampledSoftmaxLoss
 
 
+@register_loss("BCELoss")
 class BCELoss(SampledLoss):
     """Binary cross-entropy of the HSTU program: half from the positive, half from the negatives.
 
@@ -141,6 +146,7 @@ class BCELoss(SampledLoss):
         return weighted(values, weights * (count > 0))
 
 
+@register_loss("BCELossWithRatings")
 class BCELossWithRatings(SampledLoss):
     """Binary cross-entropy of the positive's score against its rating (the HSTU program's); no negatives.
 
@@ -185,6 +191,7 @@ class BCELossWithRatings(SampledLoss):
         return ratings
 
 
+@register_loss("BCESampled")
 class BCESampled(SampledLoss):
     """``-[ln sigma(s+) + sum_k ln(1 - sigma(s-_k))]`` for each (position, positive) pair (RePlay's).
 
@@ -207,6 +214,7 @@ class BCESampled(SampledLoss):
         return log_plus_epsilon(log_p, self.epsilon, self.clamp_border)
 
 
+@register_loss("gBCE")
 class GBCELoss(SampledLoss):
     """Generalised binary cross-entropy, gBCE (arXiv 2308.07192, gSASRec).
 
@@ -239,6 +247,7 @@ class GBCELoss(SampledLoss):
         return weighted(values, weights)
 
 
+@register_loss("LogInCESampled")
 class LogInCESampled(SampledLoss):
     """``-ln(S+ / (S+ + S-))`` a position: positives are summed inside the logarithm (arXiv 2205.04507).
 
@@ -281,16 +290,10 @@ def _masked_softplus_sum(scores: Tensor, mask: Tensor) -> Tensor:
 
 
 SAMPLED_LOSSES: dict[str, type[SampledLoss]] = {
-    "SampledSoftmaxLoss": SampledSoftmaxLoss,
-    "CESampled": CESampled,
-    "LogOutCESampled": LogOutCESampled,
-    "BCELoss": BCELoss,
-    "BCELossWithRatings": BCELossWithRatings,
-    "BCESampled": BCESampled,
-    "gBCE": GBCELoss,
-    "LogInCESampled": LogInCESampled,
-    "ContrastiveLoss": SampledSoftmaxLoss,
+    name: kind
+    for name in LOSSES.names()
+    if isinstance(kind := LOSSES[name].make, type) and issubclass(kind, SampledLoss)
 }
-"""Names of ``train_fn.loss_module`` whose losses take sampled negatives. InfoNCE, genrec's ``ContrastiveLoss``, is the
-sampled softmax of cosines (``item_l2_norm``, ``user_embedding_norm`` "l2_norm").
+"""The built-in losses that take sampled negatives. InfoNCE, genrec's ``ContrastiveLoss``, is the sampled softmax of cosines
+(``item_l2_norm``, ``user_embedding_norm`` "l2_norm").
 """

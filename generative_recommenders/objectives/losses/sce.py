@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from generative_recommenders.config.registry import register_loss
 from generative_recommenders.errors import UserError
 from generative_recommenders.objectives.losses.sampled import full_precision, weighted
 from generative_recommenders.ops import dispatch
@@ -128,3 +129,11 @@ class ScalableCrossEntropyLoss(nn.Module):
         logits = hidden[tokens] @ item_weight[items].transpose(1, 2)
         logits = logits.masked_fill(items[:, None, :] == labels[tokens][:, :, None], -torch.inf)
         return torch.logaddexp(own, logits.logsumexp(2)) - own
+
+
+@register_loss("ScalableCrossEntropyLoss", "SCE", gin_name="sce")
+def scalable_cross_entropy(
+    n_buckets: int = 256, bucket_size_x: int = 256, bucket_size_y: int = 256, mix_x: bool = False
+) -> ScalableCrossEntropyLoss:
+    """`ScalableCrossEntropyLoss` from its sizes one by one; see `SCEParams`."""
+    return ScalableCrossEntropyLoss(SCEParams(n_buckets, bucket_size_x, bucket_size_y, mix_x))
