@@ -30,6 +30,7 @@ from generative_recommenders.data.splits import make_split
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.run.directory import RunFolder
+from generative_recommenders.run.epoch_log import EpochLog
 from generative_recommenders.training.allocator import keep_freed_memory
 from generative_recommenders.training.trainer import Trainer
 
@@ -74,7 +75,9 @@ def resident_over_a_run(folder: Path, steps: int, samples: int) -> tuple[list[in
     at: list[int] = []
     resident: list[float] = []
     with RunFolder.create_or_open(folder / "run") as run:
-        trainer = Trainer(SETTINGS, dataset, make_split(dataset), Collectives("cpu"), run)
+        trainer = Trainer(
+            SETTINGS, dataset, make_split(dataset), Collectives("cpu"), EpochLog.of(run, SETTINGS.train)
+        )
 
         def look() -> None:
             if trainer.progress.step % max(1, steps // samples) == 0:

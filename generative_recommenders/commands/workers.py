@@ -39,6 +39,7 @@ from generative_recommenders.evaluation.model_evaluation import ModelEvaluation
 from generative_recommenders.ops.jagged import log_backend
 from generative_recommenders.run import summary as report
 from generative_recommenders.run.directory import RunFolder
+from generative_recommenders.run.epoch_log import EpochLog
 from generative_recommenders.run.logging import set_up_logging, show
 from generative_recommenders.run.plots import plot_curves
 from generative_recommenders.training.allocator import keep_freed_memory
@@ -182,7 +183,7 @@ def train_worker(rank: int, world_size: int, options: Options) -> int:
         )
         if run is not None:
             logging.info("run folder %s\n%s", folder, report.data_summary(dataset, split))
-        trainer = Trainer(settings, dataset, split, collectives, run)
+        trainer = Trainer(settings, dataset, split, collectives, EpochLog.of(run, settings.train))
         if options.resume:
             resume(trainer, store)
         if run is not None:  # only now: a resume that is refused leaves the folder's configuration alone
@@ -212,8 +213,7 @@ def resume(trainer: Trainer, store: CheckpointStore) -> None:
         )
     if checkpoint is None:
         logging.warning("there is no whole checkpoint in %s: the run starts from its beginning", store.folder)
-        if trainer.run_folder is not None:
-            trainer.run_folder.truncate_after(0)
+        trainer.log.truncate_after(0)
         return
     saved = RunSettings.from_json(from_main(trainer.collectives, checkpoint.settings))
     for name, was, now in gin_registry.differences(saved, trainer.settings):

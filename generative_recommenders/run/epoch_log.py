@@ -7,36 +7,38 @@ from typing import Any
 
 from absl import logging
 
+from generative_recommenders.config.schema import TrainSettings
 from generative_recommenders.run.directory import RunFolder
-from generative_recommenders.training.progress import DivergenceMonitor, PlateauMonitor, duration
+from generative_recommenders.training.callbacks import Recorder
+from generative_recommenders.training.progress import duration
 
 SHOWN = ("hr@10", "ndcg@10", "hr@50", "ndcg@50", "mrr")
 
 
-class EpochLog:
-    """Writes to the run folder; does nothing on the other processes, which have none."""
+class EpochLog(Recorder):
+    """Writes to the run folder."""
 
-    def __init__(self, run: RunFolder | None, num_epochs: int, part: str) -> None:
+    shows_progress = True
+
+    def __init__(self, run: RunFolder, num_epochs: int, part: str) -> None:
+        super().__init__()
         self.run, self.num_epochs, self.part = run, num_epochs, part
-        self.divergence, self.plateau = DivergenceMonitor(), PlateauMonitor()
 
-    def state(self) -> dict[str, dict[str, Any]]:
-        """State of the divergence and plateau monitors, for a checkpoint."""
-        return {"divergence": dict(vars(self.divergence)), "plateau": dict(vars(self.plateau))}
+    @classmethod
+    def of(cls, run: RunFolder | None, settings: TrainSettings) -> Recorder:
+        """A recorder that writes nothing on the processes that have no folder."""
+        if run is None:
+            return Recorder()
+        return cls(run, settings.num_epochs, "test" if settings.protocol == "paper" else "validation")
 
-    def restore(self, state: Mapping[str, Mapping[str, Any]]) -> None:
-        """Restores `state`; ValueError for anything else."""
-        for name, monitor in (("divergence", self.divergence), ("plateau", self.plateau)):
-            saved = state[name]
-            numbers = all(value is None or isinstance(value, (int, float)) for value in saved.values())
-            if set(saved) != set(vars(monitor)) or not numbers:
-                raise ValueError(f"{name} is {saved!r}")
-            vars(monitor).update(saved)
+    def flush(self) -> None:
+        self.run.flush()
+
+    def truncate_after(self, step: int, epoch: int = 0) -> None:
+        self.run.truncate_after(step, epoch)
 
     def step(self, step: int, loss: float, learning_rate: float, quick: Mapping[str, float]) -> None:
         """Every eval_interval steps. quick: metrics of a partial evaluation."""
-        if self.run is None:
-            return
         values = {"train/loss": loss, "train/learning_rate": learning_rate}
         values.update(
             {f"{self.part}_partial/{name}": quick[name] for name in ("hr@10", "ndcg@10") if name in quick}
@@ -47,8 +49,6 @@ class EpochLog:
 
     def epoch(self, step: int, record: Mapping[str, Any], seconds_left: float = 0.0) -> None:
         """record: epoch (from 0), train_loss, seconds, full, and the metrics. seconds_left: of the whole run."""
-        if self.run is None:
-            return
         shown = " ".join(f"{name} {record[name]:.4f}" for name in SHOWN)
         part = self.part if record["full"] else f"{self.part} (part of the users)"
         logging.info(

@@ -25,8 +25,7 @@ from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.errors import UserError
 from generative_recommenders.evaluation.model_evaluation import ModelEvaluation
 from generative_recommenders.ops.counter_random import stream_key
-from generative_recommenders.run.directory import RunFolder
-from generative_recommenders.run.epoch_log import EpochLog
+from generative_recommenders.training.callbacks import Recorder
 from generative_recommenders.training.optimizers import Optimizer
 from generative_recommenders.training.progress import (
     RemainingTime,
@@ -55,7 +54,7 @@ class TrainResult:
 
 
 class Trainer:
-    """One process's part of a run. run: its folder, on the main process alone."""
+    """One process's part of a run. recorder: what keeps its records; nothing does unless given."""
 
     def __init__(
         self,
@@ -63,10 +62,10 @@ class Trainer:
         dataset: SequenceDataset,
         split: Split,
         collectives: Collectives,
-        run: RunFolder | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
         self.settings, self.dataset, self.split = settings, dataset, split
-        self.collectives, self.run_folder = collectives, run
+        self.collectives, self.log = collectives, recorder or Recorder()
         t = settings.train
         set_precision(settings, collectives.device)
         torch.manual_seed(t.random_seed)
@@ -89,7 +88,6 @@ class Trainer:
             )
         self.picks_best = self._has_validation()
         self.evaluation = ModelEvaluation(settings, dataset, split, collectives)
-        self.log = EpochLog(run, t.num_epochs, "test" if t.protocol == "paper" else "validation")
         self.progress = Progress()
         self.saved_at = perf_counter()
 
@@ -202,7 +200,7 @@ class Trainer:
     def _progress_bar(self, batches: Iterator[LoadedBatch]) -> Iterator[LoadedBatch]:
         p = self.progress
         name = f"epoch {p.epoch + 1}/{self.settings.train.num_epochs}"
-        return with_progress(batches, len(self.loader), name, p.step_in_epoch, self.run_folder is not None)
+        return with_progress(batches, len(self.loader), name, p.step_in_epoch, self.log.shows_progress)
 
     def run_step(self, loaded: LoadedBatch) -> StepResult:
         """One step on a loaded batch."""
@@ -278,8 +276,7 @@ class Trainer:
             "world_size": self.collectives.world_size,
             "global_batch": self.loader.global_batch,
         }
-        if self.run_folder is not None:
-            self.run_folder.flush()
+        self.log.flush()
         store.save((self.progress.epoch, self.progress.step), tensors, state, metric, is_best)
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -310,8 +307,7 @@ class Trainer:
         if batch != self.loader.global_batch:
             progress.step_in_epoch = self._same_place(progress.step_in_epoch, batch)
         self.progress = progress
-        if self.run_folder is not None:
-            self.run_folder.truncate_after(self.progress.step, self.progress.epoch)
+        self.log.truncate_after(self.progress.step, self.progress.epoch)
 
     def _same_place(self, steps: int, batch: int) -> int:
         """The steps of an epoch that cover the users of ``steps`` steps of another global batch, and no more."""

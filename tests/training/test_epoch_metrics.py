@@ -18,6 +18,7 @@ from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.errors import UserError
 from generative_recommenders.run.directory import RunFolder
+from generative_recommenders.run.epoch_log import EpochLog
 from generative_recommenders.run.summary import COLUMNS, curve_rows
 from generative_recommenders.training.trainer import Trainer
 from tiny_data import ragged_sequences, tiny_dataset
@@ -31,7 +32,13 @@ LISTS = [f"{name}@7" for name in ("recall", "precision", "map", "novelty", "cove
 
 def make_trainer(dataset: SequenceDataset, run: RunFolder | None = None, **choices: Any) -> Trainer:
     chosen = settings(num_epochs=3, local_batch_size=16, eval_batch_size=8, **choices)
-    return Trainer(chosen, dataset, make_split(dataset, chosen.train.protocol), Collectives(), run)
+    return Trainer(
+        chosen,
+        dataset,
+        make_split(dataset, chosen.train.protocol),
+        Collectives(),
+        EpochLog.of(run, chosen.train),
+    )
 
 
 def recorded(dataset: SequenceDataset, folder: Path, **choices: Any) -> tuple[list[dict], set[str], Trainer]:

@@ -11,6 +11,7 @@ from absl import logging
 from torch import nn
 
 from generative_recommenders.run.epoch_log import SHOWN, EpochLog
+from generative_recommenders.training.callbacks import Recorder
 from generative_recommenders.training.progress import (
     DivergenceMonitor,
     NonFiniteError,
@@ -125,7 +126,7 @@ def test_warnings_survive_a_resumed_run():
     """A log restored from JSON at any moment says the same as one that was never interrupted."""
     losses = [4.0, 2.0, 1.0, 1.0, *[30.0] * 8, *[1.0] * 40]
     for stop in range(len(losses)):
-        whole, first, second = (EpochLog(None, 9, "validation") for _ in range(3))
+        whole, first, second = (Recorder() for _ in range(3))
         expected = [(whole.divergence.observe(x), whole.plateau.observe(x)) for x in losses]
         said = [(first.divergence.observe(x), first.plateau.observe(x)) for x in losses[:stop]]
         second.restore(json.loads(json.dumps(first.state())))
