@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from generative_recommenders.build.entity_features import FeatureReader
 from generative_recommenders.data.splits import training_events
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.errors import UserError
+from generative_recommenders.modeling.event_features import EventFeature
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Catalogue:
 
     counts: ``[V]`` training events of item id i + 1. rating_range: lowest and highest rating, or None.
     categories: ``[V]`` int64 of the asked category feature, from 0, or None. items, users: read their features when
-    asked; None where there is no data set behind.
+    asked; None where there is no data set behind. event_features: columns that histories can be read with, by name.
     """
 
     num_items: int
@@ -30,6 +31,7 @@ class Catalogue:
     categories: torch.Tensor | None = None
     items: FeatureReader | None = None
     users: FeatureReader | None = None
+    event_features: dict[str, EventFeature] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -59,7 +61,32 @@ class Catalogue:
             categories,
             items,
             FeatureReader(dataset, "user", train_stops > 0),
+            _event_features(dataset),
         )
+
+
+def _event_features(dataset: SequenceDataset) -> dict[str, EventFeature]:
+    """UserError for ids of categories out of range."""
+    features = {}
+    for name, values in (("rating", dataset.ratings), ("timestamp", dataset.timestamps)):
+        if values is not None:
+            column = f"{name}s"
+            features[name] = EventFeature(
+                column, None, float(values.mean(dtype=np.float64)), float(values.std(dtype=np.float64)) or 1.0
+            )
+    for each in dataset.manifest.event_columns:
+        if each.kind == "categorical":
+            ids = dataset.extra[each.name]
+            if ids.min() < 0 or ids.max() > each.cardinality:
+                raise UserError(
+                    f"{dataset.folder}: ids of {each.name} outside 0..{each.cardinality}; prepare the data again"
+                )
+            features[each.name] = EventFeature(each.name, each.cardinality)
+        else:  # numbers come standardised
+            features[each.name] = EventFeature(
+                each.name, None, *((each.mean, each.std) if each.kind == "time" else ())
+            )
+    return features
 
 
 def _range(ratings: np.ndarray | None) -> tuple[float, float] | None:

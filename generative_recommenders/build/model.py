@@ -17,6 +17,7 @@ from generative_recommenders.config.schema import RunSettings, TrainSettings
 from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.encoders import diff_transformer, hstu, sasrec, transformer  # noqa: F401  (register)
 from generative_recommenders.modeling.encoders.two_tower import ITEM_ID, FeatureMerger, ItemTowerEmbedding
+from generative_recommenders.modeling.event_features import EventFeatures
 from generative_recommenders.modeling.feature_embeddings import ListReduction
 from generative_recommenders.modeling.input_preprocessors import (
     CombinedItemAndRatingInputFeaturesPreprocessor,
@@ -88,9 +89,25 @@ def build_sequence(settings: RunSettings, catalogue: Catalogue) -> SequenceEncod
             f"objective {t.objective!r} shows both sides of a hidden item, which encoder {t.main_module!r} cannot read"
         )
     postprocessor = look_up(POSTPROCESSORS, t.user_embedding_norm, "user_embedding_norm")(t)
-    return SequenceEncoder(
-        preprocessor, encoder, postprocessor, _context_merger(settings, catalogue, encoder)
-    )
+    merger = _context_merger(settings, catalogue, encoder)
+    return SequenceEncoder(preprocessor, encoder, postprocessor, merger, _event_features(settings, catalogue))
+
+
+def _event_features(settings: RunSettings, catalogue: Catalogue) -> EventFeatures | None:
+    """``train_fn.event_features``: further columns by name, the rating and the time."""
+    t = settings.train
+    names = t.event_features
+    for number, name in enumerate(names):
+        if name not in catalogue.event_features:
+            known = ", ".join(catalogue.event_features) or "no event columns"
+            raise UserError(
+                f"train_fn.event_features: {t.dataset_name} has no {name!r}; it has {known}; --columns of "
+                "preprocess_public_data.py keeps more"
+            )
+        if name in names[:number]:
+            raise UserError(f"train_fn.event_features names {name!r} twice")
+    features = [catalogue.event_features[name] for name in names]
+    return EventFeatures(features, t.item_embedding_dim) if features else None
 
 
 def build_top_k(settings: RunSettings, model: SequenceRecommender) -> TopK:

@@ -50,7 +50,8 @@ class TrainSettings:
 
     num_positives: a position predicts the next so many events (PinnerFormer, arXiv 2205.04507). target_weights: what a
     target counts, the same or its rating. class_selector: whose class "multi-class" negatives come from, one at random or
-    the target's. mask_probability: 0.15, permuted 1 / 6, unless given.
+    the target's. event_features: event columns that histories are read with.
+    mask_probability: 0.15, permuted 1 / 6, unless given.
     """
 
     dataset_name: str = "synthetic-books"
@@ -107,6 +108,7 @@ class TrainSettings:
     optimizer: str = "adamw"
     max_grad_norm: float | None = None
     next_time: str = "given"
+    event_features: tuple[str, ...] = ()
     label_smoothing: float = 0.0
     calibration: float = 0.75
     mask_probability: float | None = None
@@ -123,6 +125,11 @@ class TrainSettings:
     deterministic: bool = False
 
     def __post_init__(self) -> None:
+        object.__setattr__(
+            self,
+            "event_features",
+            tuple(self.event_features) if isinstance(self.event_features, list) else self.event_features,
+        )
         check_types(self, "train_fn")
         check_positive(
             self, "max_sequence_length", "local_batch_size", "eval_batch_size", "item_embedding_dim"

@@ -11,20 +11,24 @@ from torch import Tensor, arange
 
 from generative_recommenders.errors import UserError
 
-EVENT_COLUMNS: dict[str, str] = {"item_ids": "ids", "ratings": "ratings", "timestamps": "timestamps"}
-"""The loader's ``[B, N]`` columns, each with the stem of its later names (``past_ids``, ``target_ids``)."""
+
+def event_stems(batch: Mapping[str, Tensor]) -> dict[str, str]:
+    """The loader's ``[B, N]`` columns, each with the stem of its later names (``past_ids``, ``target_ids``)."""
+    shape = batch["item_ids"].shape if "item_ids" in batch else None
+    return {name: "ids" if name == "item_ids" else name for name, x in batch.items() if x.shape == shape}
 
 
 def next_token_batch(
-    batch: Mapping[str, Tensor], columns: Mapping[str, str] = EVENT_COLUMNS
+    batch: Mapping[str, Tensor], columns: Mapping[str, str] | None = None
 ) -> dict[str, Tensor]:
     """Histories ``[B, N + 1]`` split into what training sees and what it predicts.
 
-    For every column of stem ``s`` that the batch has: ``past_s [B, N]``, the events before the last one (0 behind them), and
+    For every column of stem ``s`` that the batch has (those of the shape of ``item_ids`` unless given): ``past_s [B, N]``, the events before the last one (0 behind them), and
     ``target_s [B, N]``, the event after each of them (0 where there is none). ``lengths`` becomes ``past_lengths [B]`` =
     lengths - 1, at least 0; ``next_timestamps [B]`` is the time of the last target, 0 for an empty row. Every other column
     stays. ``UserError`` for a rectangle of one column.
     """
+    columns = event_stems(batch) if columns is None else columns
     past_lengths = (batch["lengths"] - 1).clamp(min=0)
     split = [name for name in columns if name in batch]
     out = {name: value for name, value in batch.items() if name not in columns and name != "lengths"}

@@ -23,7 +23,8 @@ class LoadedBatch:
     """A process's rows of one global batch.
 
     columns: ``user_ids [B]``, ``lengths [B]``, ``item_ids [B, W]`` and, where the data have them, ``timestamps [B, W]``,
-        int64, and ``ratings [B, W]``, float32; right-padded with 0. first_row: place of row 0 in the global batch.
+        int64, ``ratings [B, W]``, float32, and further event columns by name (see
+        `schema.EventColumn.scaled`); right-padded with 0. first_row: place of row 0 in the global batch.
         first_token: how many next-item targets the rows before have (see `SequenceLoader`). step: place in the epoch.
     """
 
@@ -65,19 +66,22 @@ class SequenceRows:
         return self._columns(users, lengths, events, real)
 
     def _columns(self, users, lengths, events, real) -> dict[str, torch.Tensor]:
-        columns = {"user_ids": users + 1, "lengths": lengths}
-        sources = {
-            "item_ids": self.dataset.items,
-            "ratings": self.dataset.ratings,
-            "timestamps": self.dataset.timestamps,
-        }
-        for name, source in sources.items():
-            if source is not None:
-                columns[name] = np.where(real, source[events], 0)
-        kind = lambda name: np.float32 if name == "ratings" else np.int64  # noqa: E731
-        return {
-            name: torch.from_numpy(np.ascontiguousarray(x, dtype=kind(name))) for name, x in columns.items()
-        }
+        columns = {"user_ids": users.astype(np.int64) + 1, "lengths": lengths.astype(np.int64)}
+        for name, values in event_values(self.dataset, events).items():
+            columns[name] = np.where(real, values, values.dtype.type(0))
+        return {name: torch.from_numpy(np.ascontiguousarray(x)) for name, x in columns.items()}
+
+
+def event_values(dataset: SequenceDataset, events: np.ndarray) -> dict[str, np.ndarray]:
+    """All columns of the events at these places, as batches hold them."""
+    columns = {"item_ids": dataset.items[events].astype(np.int64)}
+    if dataset.ratings is not None:
+        columns["ratings"] = dataset.ratings[events].astype(np.float32)
+    if dataset.timestamps is not None:
+        columns["timestamps"] = dataset.timestamps[events].astype(np.int64)
+    for each in dataset.manifest.event_columns:
+        columns[each.name] = each.scaled(dataset.extra[each.name][events])
+    return columns
 
 
 class SequenceLoader:
@@ -147,7 +151,8 @@ class EvaluationLoader:
     """Histories and targets of the users that have one, in user order; batches are the same for any number of processes.
 
     targets: ``[U]`` position of each user's target in the sequence, -1 for none. Process r gets batches r, r + world_size, ...
-    Adds ``target_ids``, ``target_ratings``, ``next_timestamps [B]`` to the columns.
+    Adds ``target_ids``, ``next_timestamps`` and, for losses and metrics alone, the target's other columns
+    as ``target_*``, all ``[B]``.
     """
 
     def __init__(
@@ -178,11 +183,9 @@ class EvaluationLoader:
         dataset, stops = self.rows.dataset, self.targets[users]
         columns = self.rows.cut(users, np.zeros_like(stops), stops)
         events = dataset.offsets[users] + stops
-        columns["target_ids"] = torch.from_numpy(dataset.items[events].astype(np.int64))
-        if dataset.ratings is not None:
-            columns["target_ratings"] = torch.from_numpy(dataset.ratings[events].astype(np.float32))
-        if dataset.timestamps is not None:
-            columns["next_timestamps"] = torch.from_numpy(dataset.timestamps[events].astype(np.int64))
+        names = {"item_ids": "target_ids", "timestamps": "next_timestamps"}
+        for name, values in event_values(dataset, events).items():
+            columns[names.get(name, f"target_{name}")] = torch.from_numpy(values)
         return columns
 
     def seen_items(self, users: np.ndarray) -> torch.Tensor:

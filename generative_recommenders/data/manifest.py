@@ -5,15 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from generative_recommenders.data.schema import STORED, EventColumn
 from generative_recommenders.errors import UserError
 
-VERSION = 1
+VERSION = 2
+"""1 knew no further event columns, statistics or order; such folders are read as they are."""
+_READABLE = (1, 2)
 FILE_NAME = "manifest.json"
 TABLES = ("items.parquet", "users.parquet")
 KINDS = ("categorical", "categorical_list", "numerical", "text")
@@ -50,6 +54,9 @@ class Manifest:
     tables: sha256 of ``items.parquet`` and ``users.parquet``, which hold ids and features; empty in folders of
     programs that did not write it. split_hashes: by protocol, those that fit the columns; empty likewise. They
     leave the tables out: they are of the events alone, whichever engine and Parquet writer made the folder.
+    event_columns: further columns of the events. columns_hash: of their values; "" without any. statistics: numbers that a
+    summary shows (duplicates, ties, repeated and unseen targets), by name. choices: how events were ordered and kept
+    (``tie_order``, ``duplicates``, and what makes them reproducible), by name.
     """
 
     name: str
@@ -64,6 +71,10 @@ class Manifest:
     source: dict[str, Any] = field(default_factory=dict)
     tables: dict[str, str] = field(default_factory=dict)
     split_hashes: dict[str, str] = field(default_factory=dict)
+    event_columns: list[EventColumn] = field(default_factory=list)
+    columns_hash: str = ""
+    statistics: dict[str, float] = field(default_factory=dict)
+    choices: dict[str, str] = field(default_factory=dict)
     version: int = VERSION
 
     @property
@@ -88,6 +99,16 @@ def column_file(folder: Path, column: str) -> Path:
     return folder / f"{column}.{COLUMNS[column].name}.bin"
 
 
+def event_file(folder: Path, name: str, kind: str) -> Path:
+    """The file of a further column of the events, like `column_file`."""
+    return folder / f"event.{name}.{STORED[kind].name}.bin"
+
+
+def vocabulary_file(folder: Path, name: str) -> Path:
+    """The table of a categorical column's values: row i is id i + 1."""
+    return folder / f"event.{name}.parquet"
+
+
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write ``manifest.json``."""
     text = json.dumps(asdict(manifest), indent=2, ensure_ascii=False, allow_nan=False)
@@ -100,13 +121,16 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / FILE_NAME
     settings = _read_json(path)
     version = settings.get("version")
-    if version != VERSION:
+    if version not in _READABLE:
         raise UserError(
             f"{path}: prepared by version {version!r}, this program reads {VERSION}; prepare the data again"
         )
     manifest = _from_json(path, settings)
     for column in manifest.columns:
         _check_size(column_file(folder, column), manifest.column_length(column) * COLUMNS[column].itemsize)
+    for each in manifest.event_columns:
+        size = manifest.counts["events"] * STORED[each.kind].itemsize
+        _check_size(event_file(folder, each.name, each.kind), size)
     return manifest
 
 
@@ -143,12 +167,17 @@ _FIELD_TYPES = {
     "source": dict,
     "tables": dict,
     "split_hashes": dict,
+    "event_columns": list,
+    "columns_hash": str,
+    "statistics": dict,
+    "choices": dict,
     "version": int,
 }
 
 
 def _from_json(path: Path, settings: dict[str, Any]) -> Manifest:
-    settings = {"tables": {}, "split_hashes": {}, **settings}
+    added = {"event_columns": [], "columns_hash": "", "statistics": {}, "choices": {}}
+    settings = {"tables": {}, "split_hashes": {}, **added, **settings}
     for name, kind in _FIELD_TYPES.items():
         if not isinstance(settings.get(name), kind):
             raise UserError(f"{path}: field {name!r} is missing or of the wrong type; prepare the data again")
@@ -167,7 +196,12 @@ def _from_json(path: Path, settings: dict[str, Any]) -> Manifest:
     if not all(isinstance(each, str) for each in settings["split_hashes"].values()):
         raise UserError(f"{path}: damaged split hashes; prepare the data again")
     features = [_feature(path, entry) for entry in settings["features"]]
-    return Manifest(**{**settings, "features": features})
+    for name, value in settings["statistics"].items():
+        _check_number(path, f"the statistic {name}", value, 0, int, float)
+    if not all(isinstance(each, str) for each in settings["choices"].values()):
+        raise UserError(f"{path}: damaged choices; prepare the data again")
+    columns = [_event_column(path, entry) for entry in settings["event_columns"]]
+    return Manifest(**{**settings, "features": features, "event_columns": columns})
 
 
 def _are_checksums(tables: dict[str, Any]) -> bool:
@@ -192,6 +226,28 @@ def _feature(path: Path, entry: Any) -> FeatureSpec:
             f"{path}: damaged description of a feature: {str(entry)[:80]!r}; prepare the data again"
         )
     return FeatureSpec(**entry)
+
+
+def _event_column(path: Path, entry: Any) -> EventColumn:
+    types: dict[str, Any] = {
+        "name": str,
+        "kind": str,
+        "cardinality": int,
+        "mean": (int, float),
+        "std": (int, float),
+    }
+    good = isinstance(entry, dict) and entry.keys() == types.keys()
+    good = good and all(isinstance(entry[name], kind) for name, kind in types.items())
+    if (
+        not good
+        or entry["kind"] not in STORED
+        or not re.fullmatch(r"[A-Za-z]\w*", entry["name"])
+        or not (entry["cardinality"] >= 0 and entry["std"] > 0 and abs(entry["mean"]) < float("inf"))
+    ):
+        raise UserError(
+            f"{path}: damaged description of a column: {str(entry)[:80]!r}; prepare the data again"
+        )
+    return EventColumn(**entry)
 
 
 def _check_size(path: Path, expected: int) -> None:

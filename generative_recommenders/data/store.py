@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +10,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from generative_recommenders.data.feature_tables import describe
-from generative_recommenders.data.manifest import COLUMNS, FeatureSpec, Manifest, column_file, read_manifest
+from generative_recommenders.data.manifest import (
+    COLUMNS,
+    FeatureSpec,
+    Manifest,
+    column_file,
+    event_file,
+    read_manifest,
+    vocabulary_file,
+)
 from generative_recommenders.data.preparation import digests
+from generative_recommenders.data.schema import STORED, EventColumn
 from generative_recommenders.data.sources.download import file_digest
 from generative_recommenders.errors import UserError
 
@@ -29,7 +38,7 @@ class SequenceDataset:
 
     items: ``[E]`` int32, internal ids 1..V. ratings: ``[E]`` float32 or None. timestamps: ``[E]`` int64
     seconds or None. offsets: ``[U + 1]`` int64; user u (0-based) owns events ``offsets[u]`` to ``offsets[u +
-    1]``, oldest first.
+    1]``, oldest first. extra: further columns of the events, ``[E]``, by name, see `schema.STORED`.
     """
 
     folder: Path
@@ -38,6 +47,7 @@ class SequenceDataset:
     ratings: np.ndarray | None
     timestamps: np.ndarray | None
     offsets: np.ndarray
+    extra: dict[str, np.ndarray] = field(default_factory=dict)
 
     @classmethod
     def open(cls, folder: str | Path) -> SequenceDataset:
@@ -48,8 +58,18 @@ class SequenceDataset:
         _check_offsets(folder, manifest, maps["offsets"])
         for owner in ("items", "users"):
             _check_rows(folder / f"{owner}.parquet", manifest.counts[owner])
+        extra: dict[str, np.ndarray] = {
+            each.name: np.memmap(event_file(folder, each.name, each.kind), STORED[each.kind], mode="r")
+            for each in manifest.event_columns
+        }
         return cls(
-            folder, manifest, maps["items"], maps.get("ratings"), maps.get("timestamps"), maps["offsets"]
+            folder,
+            manifest,
+            maps["items"],
+            maps.get("ratings"),
+            maps.get("timestamps"),
+            maps["offsets"],
+            extra,
         )
 
     @property
@@ -98,7 +118,14 @@ class SequenceDataset:
 
     def _read_table(self, owners: str, columns: list[str]) -> pa.Table:
         """Columns of ``users`` or ``items``, as many rows as the manifest says."""
-        path = self.folder / f"{owners}.parquet"
+        return self._read_rows(self.folder / f"{owners}.parquet", columns, self.manifest.counts[owners])
+
+    def vocabulary(self, name: str) -> pa.ChunkedArray:
+        """``[C]`` strings of a categorical event column; row i is id i + 1."""
+        (column,) = (each for each in self.manifest.event_columns if each.name == name)
+        return self._read_rows(vocabulary_file(self.folder, name), [name], column.cardinality)[name]
+
+    def _read_rows(self, path: Path, columns: list[str], rows: int) -> pa.Table:
         try:
             table = _bounded_table(path, columns)
             table.validate(full=True)
@@ -107,7 +134,7 @@ class SequenceDataset:
         if table.column_names != columns:
             missing = set(columns) - set(table.column_names)
             raise UserError(f"{path}: column {min(missing)!r} is missing; prepare the data again")
-        if len(table) != self.manifest.counts[owners]:
+        if len(table) != rows:
             raise UserError(f"{path}: damaged; prepare the data again")
         return table
 
@@ -124,7 +151,8 @@ class SequenceDataset:
             raise UserError(f"{self.folder}: item ids outside 1..{self.num_items}; prepare the data again")
         users = digests.id_hashes(_large_strings(self.original_user_ids()))
         items = digests.id_hashes(_large_strings(self.original_item_ids()))
-        total = 0
+        words = {each.name: self._vocabulary_hashes(each) for each in self.manifest.event_columns}
+        total = extra = 0
         for first in range(0, self.num_events, VERIFY_EVENTS):
             part = slice(first, min(first + VERIFY_EVENTS, self.num_events))
             events = np.arange(part.start, part.stop)
@@ -133,10 +161,26 @@ class SequenceDataset:
             total += digests.events_digest(
                 users[rows], items[self.items[part] - 1], ratings, timestamps, events - self.offsets[rows]
             )
-        if digests.hex_digest(total % (1 << 128)) != self.manifest.data_hash:
+            for each in self.manifest.event_columns:
+                values = digests.value_words(self.extra[each.name][part], words[each.name])
+                positions = events - self.offsets[rows]
+                extra += digests.column_digest(each.name, each.kind, users[rows], positions, values)
+        columns_hash = digests.hex_digest(extra % (1 << 128)) if self.extra else ""
+        found = (digests.hex_digest(total % (1 << 128)), columns_hash)
+        if found != (self.manifest.data_hash, self.manifest.columns_hash):
             raise UserError(
                 f"{self.folder}: the data does not match its hash; the folder was changed, prepare it again"
             )
+
+    def _vocabulary_hashes(self, column: EventColumn) -> np.ndarray | None:
+        if column.kind != "categorical":
+            return None
+        codes = self.extra[column.name]
+        if codes.min() < 0 or codes.max() > column.cardinality:
+            raise UserError(
+                f"{self.folder}: ids of {column.name} outside 0..{column.cardinality}; prepare the data again"
+            )
+        return digests.id_hashes(_large_strings(self.vocabulary(column.name)))
 
     def _verify_tables(self) -> None:
         """Ids and features are those that were written, and the features are as the manifest says."""
@@ -154,7 +198,7 @@ class SequenceDataset:
 
 
 def _large_strings(column: pa.ChunkedArray) -> pa.Array:
-    return pa.concat_arrays(column.cast(pa.large_string()).chunks)
+    return column.cast(pa.large_string()).combine_chunks()
 
 
 def _map_column(folder: Path, manifest: Manifest, name: str) -> np.ndarray:

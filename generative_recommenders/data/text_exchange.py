@@ -55,6 +55,8 @@ def _say_losses(dataset: SequenceDataset, path: Path) -> None:
     for name, values in (("ratings", dataset.ratings), ("timestamps", dataset.timestamps)):
         if values is not None and not any(values[part].any() for part in chunks(len(values))):
             logging.warning("%s: all %s are zero; the exchange format reads that as none", path, name)
+    if dataset.extra:
+        logging.warning("%s: the exchange format leaves out %s", path, ", ".join(dataset.extra))
     seen = np.zeros(dataset.num_items + 1, bool)
     for part in chunks(dataset.num_events):
         seen[dataset.items[part]] = True

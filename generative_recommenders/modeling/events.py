@@ -10,23 +10,28 @@ import torch.nn.functional as F
 from generative_recommenders.ops.layout import Layout
 from generative_recommenders.types import SequentialFeatures
 
-EVENT_COLUMNS = ("ratings", "timestamps")
-"""Rectangular columns that describe a history's events, beside the items."""
 Events = Mapping[str, torch.Tensor]
+"""Columns by name: ``[B, N]`` of a history's events, whatever the data hold, and ``[B]`` of the row. The fill of a column, for
+what is padded, hidden or unknown, is 0."""
 
 
-def past_features(batch: Events) -> SequentialFeatures:
-    """The histories of a transformed batch (``past_*`` columns)."""
-    events = {name: batch[f"past_{name}"] for name in EVENT_COLUMNS if f"past_{name}" in batch}
-    events.update({name: batch[name] for name in ("next_timestamps", "user_ids") if name in batch})
-    return SequentialFeatures(batch["past_lengths"], batch["past_ids"], events)
+def columns_of(batch: Events) -> dict[str, torch.Tensor]:
+    """The event columns of a loader's batch and its users, without items and lengths."""
+    events = {name: x for name, x in batch.items() if x.dim() == 2 and name != "item_ids"}
+    return events | {name: batch[name] for name in ("next_timestamps", "user_ids") if name in batch}
 
 
 def history_features(batch: Events) -> SequentialFeatures:
     """The histories ``item_ids [B, N]`` of a loader's evaluation batch, with what is known of their events and users."""
-    names = (*EVENT_COLUMNS, "next_timestamps", "user_ids")
-    events = {name: batch[name] for name in names if name in batch}
-    return SequentialFeatures(batch["lengths"], batch["item_ids"], events)
+    return SequentialFeatures(batch["lengths"], batch["item_ids"], columns_of(batch))
+
+
+def past_features(batch: Events) -> SequentialFeatures:
+    """The histories of a transformed batch (``past_*`` columns)."""
+    stems = (name.removeprefix("past_") for name in batch if name.startswith("past_"))
+    events = {stem: batch[f"past_{stem}"] for stem in stems if stem not in ("ids", "lengths")}
+    events.update({name: batch[name] for name in ("next_timestamps", "user_ids") if name in batch})
+    return SequentialFeatures(batch["past_lengths"], batch["past_ids"], events)
 
 
 def token_events(
@@ -40,9 +45,9 @@ def token_events(
     tokens = {}
     if "user_ids" in events:
         tokens["user_ids"] = events["user_ids"].index_select(0, layout.row_of)
-    for name in EVENT_COLUMNS:
-        if name in events:
-            tokens[name] = layout.flatten(events[name])
+    for name, values in events.items():
+        if values.dim() == 2 and name != "next_timestamps":
+            tokens[name] = layout.flatten(values)
     if "timestamps" in events:
         following = events.get("next_timestamps")
         if following is None:
@@ -77,14 +82,14 @@ def next_times(
 def hidden_events(columns: Events, hidden: torch.Tensor, lengths: torch.Tensor) -> dict[str, torch.Tensor]:
     """Events of training histories ``[B, N]`` some of whose positions are hidden (``[B, N]`` bool).
 
-    As at the mask slot of inference: a hidden item has no rating (0) and the time of the last shown item before it (else
+    As at the mask slot of inference: a hidden item has each column's fill and the time of the last shown item before it (else
     of the first one after it); its own time, the target's, is its next time alone.
     """
-    events = {name: columns[name] for name in (*EVENT_COLUMNS, "user_ids") if name in columns}
-    if "ratings" in events:
-        events["ratings"] = events["ratings"].masked_fill(hidden, 0)
-    if "timestamps" in events:
-        times = events["timestamps"]
+    events = {
+        name: x.masked_fill(hidden, 0) if x.dim() == 2 else x for name, x in columns_of(columns).items()
+    }
+    if "timestamps" in columns:
+        times = columns["timestamps"]
         places = torch.arange(times.shape[1], device=times.device)
         shown = ~hidden & (places < lengths[:, None])
         before = places.where(shown, -1).cummax(1).values

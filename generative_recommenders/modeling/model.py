@@ -15,6 +15,7 @@ from generative_recommenders.modeling.cache import (
     check_append,
     new_layout,
 )
+from generative_recommenders.modeling.event_features import EventFeatures
 from generative_recommenders.modeling.events import history_features, token_events
 from generative_recommenders.modeling.input_preprocessors import EncoderInput, InputPreprocessor
 from generative_recommenders.modeling.inputs import LastEventReader, ModelInputs, Queries, QueryReader
@@ -28,7 +29,7 @@ class SequenceEncoder(torch.nn.Module):
     """Preprocessor, encoder and postprocessor: the dense part of a retriever, from item embeddings to query states.
 
     context_merger: called as ``(states [T, D], events) -> [T, D]`` before the postprocessor, to bring in what is known
-    of the query beside its history.
+    of the query beside its history. event_features: adds event columns to the items, before any preprocessor.
     """
 
     def __init__(
@@ -37,17 +38,21 @@ class SequenceEncoder(torch.nn.Module):
         encoder: torch.nn.Module,
         postprocessor: torch.nn.Module,
         context_merger: torch.nn.Module | None = None,
+        event_features: EventFeatures | None = None,
     ) -> None:
         super().__init__()
         self.preprocessor = preprocessor
         self.encoder = encoder
         self.postprocessor = postprocessor
         self.context_merger = context_merger
+        self.event_features = event_features
 
     def forward(
         self, items: torch.Tensor, layout: Layout, events: Mapping[str, torch.Tensor]
     ) -> torch.Tensor:
         """items: ``[T, D]`` embeddings of the history's tokens. Returns ``[T, D']``: the state after each input token."""
+        if self.event_features is not None:
+            items = self.event_features(items, events)
         inputs: EncoderInput = self.preprocessor(items, layout, events)
         states = self.encoder(inputs.x, inputs.layout, inputs.events)
         if inputs.read is not None:
@@ -68,6 +73,8 @@ class SequenceEncoder(torch.nn.Module):
         layout: jagged, of the new items alone (see `incremental.new_layout`).
         """
         encoder = appendable_encoder(self, layout)
+        if self.event_features is not None:
+            items = self.event_features(items, events)
         inputs: EncoderInput = self.preprocessor(items, layout, events)
         cache = append_tokens(encoder, cache, inputs.x, inputs.layout, inputs.events)
         states = cache.last_output

@@ -56,4 +56,6 @@ def _full_histories(dataset: SequenceDataset, t: TrainSettings, rows: int) -> di
         columns["ratings"] = torch.ones_like(places)
     if dataset.timestamps is not None:
         columns["timestamps"] = places
+    for each in dataset.manifest.event_columns:
+        columns[each.name] = places.float() if each.kind == "numerical" else torch.ones_like(places)
     return columns

@@ -273,6 +273,7 @@ class Trainer:
             "data_hash": self.dataset.manifest.data_hash,
             "split_hash": self.split.hash,
             "features_hash": self.dataset.manifest.features_hash,
+            "columns_hash": self.dataset.manifest.columns_hash,
             "world_size": self.collectives.world_size,
             "global_batch": self.loader.global_batch,
         }
@@ -292,6 +293,10 @@ class Trainer:
         features_hash = self.dataset.manifest.features_hash
         check_same_data(
             checkpoint.state.get("features_hash", features_hash), features_hash, "features of the data"
+        )
+        columns_hash = self.dataset.manifest.columns_hash
+        check_same_data(
+            checkpoint.state.get("columns_hash", columns_hash), columns_hash, "event columns of the data"
         )
         load_model(self.model, checkpoint)
         load_criterion(self.task.criterion, checkpoint)

@@ -80,7 +80,7 @@ def test_manifest_is_plain_json(tmp_path: Path) -> None:
     prepare(raw, tmp_path / "out")
     stored = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert stored["source"] == {"sha256": "ab", "url": "https://x"}
-    assert stored["version"] == 1
+    assert stored["version"] == 2
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,8 +88,8 @@ def test_split_hashes_may_be_absent(folder: Path, stored: object, what: str | No
 
 def test_another_version(folder: Path) -> None:
     path = folder / "manifest.json"
-    path.write_text(path.read_text().replace('"version": 1', '"version": 7'))
-    assert "prepared by version 7, this program reads 1; prepare the data again" in error_of(folder)
+    path.write_text(path.read_text().replace('"version": 2', '"version": 7'))
+    assert "prepared by version 7, this program reads 2; prepare the data again" in error_of(folder)
 
 
 @pytest.mark.parametrize(

@@ -197,8 +197,9 @@ def test_next_times() -> None:
 def test_token_events_follow_the_layout() -> None:
     _, _, events = history()
     layout = jagged_layout(LENGTHS, WIDTH)
-    tokens = token_events({**events, "other": events["ratings"]}, LENGTHS, layout)
-    assert set(tokens) == {"ratings", "timestamps", "next_timestamps"}
+    tokens = token_events({**events, "other": events["ratings"] + 1}, LENGTHS, layout)
+    assert set(tokens) == {"ratings", "timestamps", "next_timestamps", "other"}
+    assert torch.equal(tokens["other"], tokens["ratings"] + 1)
     assert torch.equal(layout.to_rectangle(tokens["ratings"]), events["ratings"])
     last = tokens["next_timestamps"][layout.last_tokens[LENGTHS > 0]]
     assert torch.equal(last, events["next_timestamps"][LENGTHS > 0])

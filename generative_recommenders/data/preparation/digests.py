@@ -66,6 +66,34 @@ def events_digest(
     return total % (1 << 128)
 
 
+def column_digest(name: str, kind: str, users: np.ndarray, positions: np.ndarray, values: np.ndarray) -> int:
+    """Sum of the digests of a further column's values, mod 2^128; columns add up in any order.
+
+    users: ``[E]`` uint64, ``id_hashes`` of the events' users. positions: see `events_digest`. values: ``[E]`` uint64, hashes of
+    the texts of a categorical column, bits of numbers and times.
+    """
+    column = id_hashes(pa.array([f"{name}:{kind}"], pa.large_string()))[0]
+    total = 0
+    for start in range(0, len(users), _CHUNK):
+        part = slice(start, start + _CHUNK)
+        words = [users[part], positions[part].astype(np.uint64), column, values[part]]
+        high, low = (_chain(seed, words) for seed in _SEEDS)
+        total += (_exact_sum(high) << 64) + _exact_sum(low)
+    return total % (1 << 128)
+
+
+def value_words(values: np.ndarray, vocabulary: np.ndarray | None) -> np.ndarray:
+    """``[E]`` uint64 of stored values: the hash of a text (``vocabulary [C]``, ids from 1), the bits of a number."""
+    if vocabulary is not None:
+        return np.append(vocabulary, _ABSENT)[
+            np.asarray(values) - 1
+        ]  # the id 0, missing, takes the last place
+    if values.dtype.kind == "i":
+        return np.asarray(values).view(np.uint64)
+    plain = np.where(np.isnan(values), np.float32("nan"), values + np.float32(0))  # one NaN, one zero
+    return plain.astype(np.float32).view(np.uint32).astype(np.uint64)
+
+
 def _chain(seed: np.uint64, words: list[np.ndarray | np.uint64]) -> np.ndarray:
     state = np.asarray(words[0]) ^ seed
     for word in words[1:]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
+
+from generative_recommenders.data import schema
 
 BYTES_PER_EVENT = 100
 """Memory that one event takes at most while ids are collected: strings, codes and the dictionary's share."""
@@ -21,7 +23,8 @@ class Events:
     """Columns of all raw events in input order.
 
     users, items: ``[E]`` int32 codes into ``user_ids`` and ``item_ids`` (large_string, in order of first
-    sight). ratings: ``[E]`` float32 or None. timestamps: ``[E]`` int64 or None. Arrays may be memory-mapped.
+    sight). ratings: ``[E]`` float32 or None. timestamps: ``[E]`` int64 or None. extra: further columns, ``[E]``: int32 codes
+    into ``vocabularies`` (-1 where missing), float32 (NaN) or int64 (0). Arrays may be memory-mapped.
     """
 
     users: np.ndarray
@@ -30,6 +33,8 @@ class Events:
     timestamps: np.ndarray | None
     user_ids: pa.Array
     item_ids: pa.Array
+    extra: dict[str, np.ndarray] = field(default_factory=dict)
+    vocabularies: dict[str, pa.Array] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.users)
@@ -61,6 +66,7 @@ class EventCollector:
         self.pending_events = 0
         self.columns: dict[str, list[np.ndarray]] = {}
         self.dictionaries: dict[str, list[pa.Array]] = {"user": [], "item": []}
+        self.kinds: dict[str, str] = {}
 
     def extend(self, batches: Iterable[pa.Table]) -> EventCollector:
         """Add all batches (columns as ``EventReader.batches`` yields them)."""
@@ -79,21 +85,31 @@ class EventCollector:
         ratings, timestamps = (
             self._join(name) if name in self.columns else None for name in ("rating", "timestamp")
         )
-        return Events(user_codes, item_codes, ratings, timestamps, user_ids, item_ids)
+        extra, vocabularies = {}, {}
+        for name, kind in self.kinds.items():
+            if kind == "categorical":
+                vocabularies[name], extra[name] = self._merge(name)
+            else:
+                extra[name] = self._join(name)
+        return Events(user_codes, item_codes, ratings, timestamps, user_ids, item_ids, extra, vocabularies)
 
     def _encode_run(self) -> None:
         if not self.pending:
             return
         table = pa.concat_tables(self.pending)
         self.pending, self.pending_events = [], 0
+        self.kinds = schema.extra_kinds(table.schema)
+        texts = ["user", "item", *(name for name, kind in self.kinds.items() if kind == "categorical")]
         with ThreadPoolExecutor(2) as pool:
-            encoded = list(pool.map(lambda role: table[role].dictionary_encode(), ("user", "item")))
-        for role, column in zip(("user", "item"), encoded):
-            self.dictionaries[role].append(column.chunk(0).dictionary)
-            self._keep(role, np.concatenate([chunk.indices.to_numpy() for chunk in column.chunks]))
-        for role in ("rating", "timestamp"):
-            if role in table.column_names:
-                self._keep(role, table[role].to_numpy())
+            encoded = list(pool.map(lambda name: table[name].dictionary_encode(), texts))
+        for name, column in zip(texts, encoded):
+            self.dictionaries.setdefault(name, []).append(column.chunk(0).dictionary)
+            codes = [chunk.indices.fill_null(-1).to_numpy() for chunk in column.chunks]
+            self._keep(name, np.concatenate(codes))
+        for name in table.column_names:
+            if name not in texts:
+                missing = 0 if pa.types.is_integer(table[name].type) else float("nan")
+                self._keep(name, table[name].fill_null(missing).to_numpy())
 
     def _keep(self, name: str, values: np.ndarray) -> None:
         runs = self.columns.setdefault(name, [])
@@ -111,7 +127,7 @@ class EventCollector:
             return runs[0], self._join(role)
         merged = pa.chunked_array(runs).dictionary_encode()
         for codes, run in zip(self.columns[role], merged.chunks):
-            new_code = run.indices.to_numpy()
+            new_code = np.append(run.indices.to_numpy(), np.int32(-1))  # a missing value stays -1
             for part in chunks(len(codes)):
                 codes[part] = new_code[codes[part]]
         return merged.chunk(0).dictionary, self._join(role)

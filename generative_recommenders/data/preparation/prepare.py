@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,15 @@ import pyarrow.parquet as pq
 from absl import logging
 
 from generative_recommenders.data.feature_tables import align
-from generative_recommenders.data.manifest import COLUMNS, TABLES, Manifest, column_file, write_manifest
+from generative_recommenders.data.manifest import (
+    COLUMNS,
+    TABLES,
+    Manifest,
+    column_file,
+    event_file,
+    vocabulary_file,
+    write_manifest,
+)
 from generative_recommenders.data.preparation import digests
 from generative_recommenders.data.preparation.event_store import (
     BYTES_PER_EVENT,
@@ -36,6 +44,7 @@ from generative_recommenders.data.preparation.filters import apply_filter, parse
 from generative_recommenders.data.preparation.folder import new_folder
 from generative_recommenders.data.readers.events import EventReader, RawRatings
 from generative_recommenders.data.readers.times import NANOSECONDS
+from generative_recommenders.data.schema import STORED, EventColumn
 from generative_recommenders.data.sources.download import file_digest
 from generative_recommenders.data.splits import PROTOCOLS
 from generative_recommenders.errors import UserError
@@ -85,13 +94,10 @@ def prepare_batches(
         check_expected(raw, len(sequences.user_ids), len(sequences.item_ids))
         with phase("sort and write"):
             bucket_events = max(1, min(memory_limit // SORT_BYTES_PER_EVENT, CHUNK_EVENTS))
-            data_hash = write_columns(
-                folder,
-                sequences,
-                sorted_buckets(events, sequences, selection, bucket_events, ticks_per_second),
-            )
+            buckets = sorted_buckets(events, sequences, selection, bucket_events, ticks_per_second)
+            hashes = write_columns(folder, sequences, buckets)
         before = {"users": len(events.user_ids), "items": len(events.item_ids), "events": len(events)}
-        manifest = write_tables(folder, raw, sequences, before, data_hash)
+        manifest = write_tables(folder, raw, sequences, before, hashes)
         shutil.rmtree(spill, ignore_errors=True)
     return manifest
 
@@ -110,7 +116,8 @@ class Sequences:
     """What the prepared folder will hold.
 
     user_ids ``[U]``, item_ids ``[V]``: large_string, UTF-8 order. offsets: ``[U + 1]`` int64. has_ratings,
-    has_timestamps: which columns exist.
+    has_timestamps: which columns exist. kinds: of the further columns. vocabularies: of the categorical ones, large_string in
+    UTF-8 order, the values that kept events have.
     """
 
     user_ids: pa.Array
@@ -118,6 +125,8 @@ class Sequences:
     offsets: np.ndarray
     has_ratings: bool
     has_timestamps: bool
+    kinds: dict[str, str] = field(default_factory=dict)
+    vocabularies: dict[str, pa.Array] = field(default_factory=dict)
 
     @property
     def num_events(self) -> int:
@@ -130,16 +139,18 @@ class Selection:
     """Which raw events are kept, and under which numbers.
 
     kept: ``[raw events]`` bool. user_number, item_number: ``[raw ids]`` int32, from an id's code to its place
-    among the kept ones, -1 for dropped.
+    among the kept ones, -1 for dropped. value_number: likewise of the values of categorical columns, by name.
     """
 
     kept: np.ndarray
     user_number: np.ndarray
     item_number: np.ndarray
+    value_number: dict[str, np.ndarray]
 
 
-Bucket = tuple[np.ndarray, np.ndarray, "np.ndarray | None", "np.ndarray | None"]
-"""Sorted events of consecutive users: users int32 (0-based), items int32 (0-based), ratings, timestamps."""
+Bucket = tuple[np.ndarray, np.ndarray, "np.ndarray | None", "np.ndarray | None", dict[str, np.ndarray]]
+"""Sorted events of consecutive users: users int32 (0-based), items int32 (0-based), ratings, timestamps, further columns as
+stored."""
 
 
 def _collect(batches: Iterable[pa.Table], spill: Path, memory_limit: int, num_events: int) -> Events:
@@ -165,8 +176,22 @@ def _select(events: Events, filter_text: str) -> tuple[Sequences, Selection]:
     ordered[user_number[user_number >= 0]] = lengths[user_number >= 0]
     offsets = np.concatenate([[0], np.cumsum(ordered)])
     has_ratings, has_timestamps = events.ratings is not None, events.timestamps is not None
-    sequences = Sequences(user_ids, item_ids, offsets, has_ratings, has_timestamps)
-    return sequences, Selection(kept.events, user_number, item_number)
+    kinds = {name: _kind(values) for name, values in events.extra.items()}
+    vocabularies, value_number = {}, {}
+    for name, vocabulary in events.vocabularies.items():
+        kinds[name] = "categorical"
+        occurs = np.zeros(len(vocabulary) + 1, bool)
+        for part in chunks(len(events)):
+            occurs[events.extra[name][part][kept.events[part]]] = (
+                True  # a missing value, -1, takes the last place
+            )
+        vocabularies[name], value_number[name] = _number_ids(vocabulary, occurs[:-1])
+    sequences = Sequences(user_ids, item_ids, offsets, has_ratings, has_timestamps, kinds, vocabularies)
+    return sequences, Selection(kept.events, user_number, item_number, value_number)
+
+
+def _kind(values: np.ndarray) -> str:
+    return "numerical" if values.dtype.kind == "f" else "time"
 
 
 def _number_ids(ids: pa.Array, keep: np.ndarray) -> tuple[pa.Array, np.ndarray]:
@@ -197,7 +222,14 @@ def sorted_buckets(
         rows = rows[order]
         items = selection.item_number[events.items[rows]]
         ratings = None if events.ratings is None else events.ratings[rows]
-        yield users[order], items, ratings, None if times is None else times[order] // ticks_per_second
+        extra = {}
+        for name, kind in sequences.kinds.items():
+            values = events.extra[name][rows]
+            if kind == "categorical":
+                values = np.append(selection.value_number[name], np.int32(-1))[values] + 1
+            extra[name] = values // ticks_per_second if kind == "time" else values
+        seconds = None if times is None else times[order] // ticks_per_second
+        yield users[order], items, ratings, seconds, extra
         first = last
 
 
@@ -211,15 +243,17 @@ def _rows_of_users(events: Events, selection: Selection, first: int, last: int) 
     return np.concatenate(found)
 
 
-def write_columns(folder: Path, sequences: Sequences, buckets: Iterable[Bucket]) -> str:
-    """Write the flat columns and return the data hash."""
+def write_columns(folder: Path, sequences: Sequences, buckets: Iterable[Bucket]) -> tuple[str, str]:
+    """Write the flat columns and return the data hash and the hash of the further columns ("" without any)."""
     user_hashes, item_hashes = digests.id_hashes(sequences.user_ids), digests.id_hashes(sequences.item_ids)
-    total = 0
+    value_hashes = {name: digests.id_hashes(values) for name, values in sequences.vocabularies.items()}
+    total = extra_total = 0
     names = ["items"] + ["ratings"] * sequences.has_ratings + ["timestamps"] * sequences.has_timestamps
     files = {name: column_file(folder, name).open("wb") for name in names}
+    files |= {name: event_file(folder, name, kind).open("wb") for name, kind in sequences.kinds.items()}
     try:
         done = 0
-        for users, items, ratings, timestamps in buckets:
+        for users, items, ratings, timestamps, extra in buckets:
             positions = np.arange(done, done + len(users)) - sequences.offsets[users]
             total += digests.events_digest(
                 user_hashes[users], item_hashes[items], ratings, timestamps, positions
@@ -227,23 +261,32 @@ def write_columns(folder: Path, sequences: Sequences, buckets: Iterable[Bucket])
             for name, values in (("items", items + 1), ("ratings", ratings), ("timestamps", timestamps)):
                 if values is not None:
                     write_numbers(files[name], values.astype(COLUMNS[name], copy=False))
+            for name, kind in sequences.kinds.items():
+                values = np.asarray(extra[name], STORED[kind])
+                words = digests.value_words(values, value_hashes.get(name))
+                extra_total += digests.column_digest(name, kind, user_hashes[users], positions, words)
+                write_numbers(files[name], values)
             done += len(users)
     finally:
         for file in files.values():
             file.close()
     with column_file(folder, "offsets").open("wb") as file:
         write_numbers(file, sequences.offsets.astype(COLUMNS["offsets"]))
-    return digests.hex_digest(total % (1 << 128))
+    columns_hash = digests.hex_digest(extra_total % (1 << 128)) if sequences.kinds else ""
+    return digests.hex_digest(total % (1 << 128)), columns_hash
 
 
 def write_tables(
-    folder: Path, raw: RawRatings, sequences: Sequences, before: dict[str, int], data_hash: str
+    folder: Path, raw: RawRatings, sequences: Sequences, before: dict[str, int], hashes: tuple[str, str]
 ) -> Manifest:
-    """Write the Parquet tables of ids and features and the manifest."""
+    """Write the Parquet tables of ids, features and vocabularies, and the manifest. hashes: of `write_columns`."""
+    data_hash, columns_hash = hashes
     users, user_specs = align("user", sequences.user_ids, raw.user_features)
     items, item_specs = align("item", sequences.item_ids, raw.item_features)
     for name, table in zip(TABLES, (items, users)):
         pq.write_table(table, folder / name)
+    for name, values in sequences.vocabularies.items():
+        pq.write_table(pa.table({name: values}), vocabulary_file(folder, name))
     lengths = np.diff(sequences.offsets)
     manifest = Manifest(
         name=raw.name,
@@ -261,11 +304,34 @@ def write_tables(
         filter=raw.filter,
         features=item_specs + user_specs,
         source=raw.source,
+        event_columns=[_describe(folder, sequences, name) for name in sequences.kinds],
+        columns_hash=columns_hash,
         tables={name: file_digest(folder / name, "sha256") for name in TABLES},
         split_hashes=_split_hashes(data_hash, sequences.has_timestamps),
     )
     write_manifest(folder, manifest)
     return manifest
+
+
+def _describe(folder: Path, sequences: Sequences, name: str) -> EventColumn:
+    """A further column as the manifest has it. Its mean and deviation are taken from the file, in parts that no engine or limit
+    of memory changes."""
+    kind = sequences.kinds[name]
+    if kind == "categorical":
+        return EventColumn(name, kind, len(sequences.vocabularies[name]))
+    stored = np.memmap(event_file(folder, name, kind), STORED[kind], mode="r")
+    count, total, squares = 0, 0.0, 0.0
+    for step in ("mean", "std"):
+        mean = total / max(count, 1)
+        for part in chunks(len(stored)):
+            values = stored[part][stored[part] != 0 if kind == "time" else ~np.isnan(stored[part])].astype(
+                np.float64
+            )
+            if step == "mean":
+                count, total = count + len(values), total + float(values.sum())
+            else:
+                squares += float(np.square(values - mean).sum())
+    return EventColumn(name, kind, 0, total / max(count, 1), (squares / max(count, 1)) ** 0.5 or 1.0)
 
 
 def _split_hashes(data_hash: str, has_timestamps: bool) -> dict[str, str]:

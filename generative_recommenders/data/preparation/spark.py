@@ -32,6 +32,7 @@ from generative_recommenders.data.preparation.prepare import (
 )
 from generative_recommenders.data.readers.events import EventReader, RawRatings
 from generative_recommenders.data.readers.times import NANOSECONDS
+from generative_recommenders.data.schema import extra_kinds
 from generative_recommenders.errors import UserError
 
 _ORDER = ["_file", "_row"]
@@ -44,6 +45,7 @@ def prepare_with_spark(raw: RawRatings, out_dir: str | Path, master: str = "loca
     """``preparation.prepare`` on the Spark cluster ``master``; UserError where pyspark or Java is missing."""
     parse_filter(raw.filter)
     reader = EventReader(raw.files, raw.options)
+    kinds = extra_kinds(reader.schema)
     with new_folder(Path(out_dir)) as folder, spark_session(master) as spark:
         scratch = folder / "spark"
         with phase("read"), _spark_faults(raw):
@@ -51,12 +53,12 @@ def prepare_with_spark(raw: RawRatings, out_dir: str | Path, master: str = "loca
             before = _counts(events)
         with phase("filter and sort"), _spark_faults(raw):
             kept, catalogue = _FILTERS[parse_filter(raw.filter)[0]](events, parse_filter(raw.filter)[1])
-            _write_sorted(kept, catalogue, scratch)
+            _write_sorted(kept, catalogue, scratch, kinds)
         with phase("write"):
-            sequences = _sequences(raw, scratch)
+            sequences = _sequences(raw, scratch, kinds)
             check_expected(raw, len(sequences.user_ids), len(sequences.item_ids))
-            data_hash = write_columns(folder, sequences, _buckets(scratch, sequences))
-            manifest = write_tables(folder, raw, sequences, before, data_hash)
+            hashes = write_columns(folder, sequences, _buckets(scratch, sequences))
+            manifest = write_tables(folder, raw, sequences, before, hashes)
         shutil.rmtree(scratch)
     return manifest
 
@@ -195,11 +197,14 @@ def _k_core(events: Any, least: int) -> tuple[Any, Any]:
 _FILTERS = {"none": _keep_all, "amazon_five": _amazon, "k_core": _k_core}
 
 
-def _write_sorted(kept: Any, catalogue: Any, scratch: Path) -> None:
-    """Items, users with their lengths, and events, each sorted, as Parquet parts named in order."""
+def _write_sorted(kept: Any, catalogue: Any, scratch: Path, kinds: dict[str, str]) -> None:
+    """Items, users with their lengths, values of categorical columns, and events, each sorted, as parts named in order."""
     uri = f"file://{scratch.resolve()}"
     catalogue.orderBy("item").write.parquet(f"{uri}/items")
     kept.groupBy("user").count().orderBy("user").write.parquet(f"{uri}/users")
+    for name, kind in kinds.items():
+        if kind == "categorical":
+            kept.select(name).distinct().dropna().orderBy(name).write.parquet(f"{uri}/values-{name}")
     time = ["timestamp"] if "timestamp" in kept.columns else []
     kept.orderBy("user", *time, *_ORDER).drop(*_ORDER).write.parquet(f"{uri}/events")
 
@@ -212,7 +217,7 @@ def _read_parts(folder: Path) -> pa.Table:
     return pa.concat_tables([pq.read_table(part) for part in _parts(folder)])
 
 
-def _sequences(raw: RawRatings, scratch: Path) -> Sequences:
+def _sequences(raw: RawRatings, scratch: Path, kinds: dict[str, str]) -> Sequences:
     users, items = _read_parts(scratch / "users"), _read_parts(scratch / "items")
     if not users.num_rows:
         raise UserError(f"no rating is left after the filter {raw.filter}")
@@ -222,7 +227,12 @@ def _sequences(raw: RawRatings, scratch: Path) -> Sequences:
         table[role].cast(pa.large_string()).combine_chunks()
         for table, role in ((users, "user"), (items, "item"))
     ]
-    return Sequences(ids[0], ids[1], offsets, "rating" in names, "timestamp" in names)
+    vocabularies = {
+        name: _read_parts(scratch / f"values-{name}")[name].cast(pa.large_string()).combine_chunks()
+        for name, kind in kinds.items()
+        if kind == "categorical"
+    }
+    return Sequences(ids[0], ids[1], offsets, "rating" in names, "timestamp" in names, kinds, vocabularies)
 
 
 def _buckets(scratch: Path, sequences: Sequences) -> Iterator[Bucket]:
@@ -237,5 +247,17 @@ def _buckets(scratch: Path, sequences: Sequences) -> Iterator[Bucket]:
                 for name in ("rating", "timestamp")
             )
             seconds = None if times is None else times // NANOSECONDS["s"]
-            yield users.astype(np.int32), items.to_numpy(), ratings, seconds
+            extra = {name: _stored(batch[name], sequences, name) for name in sequences.kinds}
+            yield users.astype(np.int32), items.to_numpy(), ratings, seconds, extra
             done += batch.num_rows
+
+
+def _stored(values: pa.Array, sequences: Sequences, name: str) -> np.ndarray:
+    """Values of a further column as the prepared folder holds them."""
+    kind = sequences.kinds[name]
+    if kind == "categorical":
+        codes = pc.index_in(values.cast(pa.large_string()), value_set=sequences.vocabularies[name])
+        return codes.fill_null(-1).to_numpy() + 1
+    if kind == "time":
+        return values.fill_null(0).to_numpy() // NANOSECONDS["s"]
+    return values.fill_null(float("nan")).to_numpy()

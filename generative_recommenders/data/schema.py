@@ -1,0 +1,67 @@
+"""Columns of events: the four that every data set knows by name, and further ones by their kind.
+
+The one place that says how a kind is read, stored, hashed and given to models. A column of any name needs no other code.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from generative_recommenders.errors import UserError
+
+KNOWN = ("user", "item", "rating", "timestamp")
+KINDS = {"categorical": pa.large_string(), "numerical": pa.float32(), "time": pa.int64()}
+"""Kinds of further columns, with the type in which readers give their values (null where missing)."""
+STORED: dict[str, np.dtype[Any]] = {
+    "categorical": np.dtype("<i4"),
+    "numerical": np.dtype("<f4"),
+    "time": np.dtype("<i8"),
+}
+"""The type in a prepared folder: ids 1..C of the vocabulary, numbers, seconds; 0, NaN and 0 where missing."""
+_RESERVED = {
+    *KNOWN, "ratings", "timestamps", "next_timestamps", "user_ids", "item_ids", "ids", "lengths", "events", "users", "items",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class EventColumn:
+    """A further column of a prepared data set.
+
+    cardinality: C, values of its vocabulary (0 unless categorical). mean, std: of the values that are there, by which models
+    see a number or time; over all prepared events, whatever the split.
+    """
+
+    name: str
+    kind: str
+    cardinality: int = 0
+    mean: float = 0.0
+    std: float = 1.0
+
+    def scaled(self, values: np.ndarray) -> np.ndarray:
+        """Stored values as batches hold them: ids int64, numbers float32 with mean 0 and variance 1, seconds int64; the fill,
+        which stands where a value is missing, padded or hidden, is 0."""
+        if self.kind != "numerical":
+            return values.astype(np.int64)
+        return np.nan_to_num((values - np.float32(self.mean)) / np.float32(self.std), nan=0.0)
+
+
+def extra_kinds(schema: pa.Schema) -> dict[str, str]:
+    """The further columns of a table of events, with their kinds; UserError for a name that batches use otherwise."""
+    kind_of = {each: kind for kind, each in KINDS.items()}
+    extra = {field.name: kind_of[field.type] for field in schema if field.name not in KNOWN}
+    for name, kind in extra.items():
+        if (
+            name in _RESERVED
+            or not re.fullmatch(r"[A-Za-z]\w*", name)
+            or name.startswith(("past_", "target_"))
+        ):
+            raise UserError(
+                f"--columns: an event column cannot be called {name!r}; choose a word of letters, digits and _ that is none "
+                f"of {', '.join(sorted(_RESERVED))} and begins with neither past_ nor target_, as NAME={name}:{kind}"
+            )
+    return extra
