@@ -30,19 +30,23 @@ class EventFeatures(torch.nn.Module):
     def __init__(self, features: Sequence[EventFeature], embedding_dim: int) -> None:
         super().__init__()
         self.features = tuple(features)
-        self.weights = torch.nn.ParameterDict()
+        self.weights = (
+            torch.nn.ParameterDict()
+        )  # keys begin with of_: a bare name may be a method of modules, as "half"
         for feature in self.features:
             shape = (
                 (embedding_dim,)
                 if feature.num_categories is None
                 else (feature.num_categories + 1, embedding_dim)
             )
-            self.weights[feature.name] = torch.nn.Parameter(truncated_normal_(torch.empty(shape), std=0.02))
+            self.weights[f"of_{feature.name}"] = torch.nn.Parameter(
+                truncated_normal_(torch.empty(shape), std=0.02)
+            )
 
     def forward(self, items: torch.Tensor, events: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """``items [T, D]`` with the features of their events (``[T]`` columns) added."""
         for feature in self.features:
-            values, weight = events[feature.name], self.weights[feature.name]
+            values, weight = events[feature.name], self.weights[f"of_{feature.name}"]
             if feature.num_categories is not None:
                 items = items + lookup_rows(weight, values)
             else:
