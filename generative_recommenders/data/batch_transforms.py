@@ -23,9 +23,10 @@ def next_token_batch(
 ) -> dict[str, Tensor]:
     """Histories ``[B, N + 1]`` split into what training sees and what it predicts.
 
-    For every column of stem ``s`` that the batch has (those of the shape of ``item_ids`` unless given): ``past_s [B, N]``, the events before the last one (0 behind them), and
-    ``target_s [B, N]``, the event after each of them (0 where there is none). ``lengths`` becomes ``past_lengths [B]`` =
-    lengths - 1, at least 0; ``next_timestamps [B]`` is the time of the last target, 0 for an empty row. Every other column
+    For every column of stem ``s`` that the batch has (those of the shape of ``item_ids`` unless given): ``past_s [B, N]``, the
+    events before the last one (0 behind them), and ``target_s [B, N]``, the event after each of them (0 where there is none).
+    ``lengths`` becomes ``past_lengths [B]`` = lengths - 1, at least 0; ``next_timestamps [B]`` is the time of the last target,
+    0 for an empty row. Every other column
     stays. ``UserError`` for a rectangle of one column.
     """
     columns = event_stems(batch) if columns is None else columns
