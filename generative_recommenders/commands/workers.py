@@ -36,7 +36,6 @@ from generative_recommenders.distributed.signals import INTERRUPTED, StopRequest
 from generative_recommenders.distributed.sync import from_main, together
 from generative_recommenders.errors import UserError
 from generative_recommenders.evaluation.model_evaluation import ModelEvaluation
-from generative_recommenders.ops.jagged import log_backend
 from generative_recommenders.run import summary as report
 from generative_recommenders.run.directory import RunFolder
 from generative_recommenders.run.epoch_log import EpochLog
@@ -164,7 +163,6 @@ def train_worker(rank: int, world_size: int, options: Options) -> int:
     options = dataclasses.replace(options, resume=from_main(collectives, lambda: goes_on(options)))
     settings = run_settings(options, collectives)
     resolved = gin_registry.resolved_text(settings)
-    log_backend()
     log_notices(settings)
     dataset = shared_dataset(settings.train.dataset_name, options.data_root, collectives)
     split = make_split(dataset, settings.train.protocol)
@@ -282,7 +280,6 @@ def evaluate_worker(rank: int, world_size: int, options: Options) -> int:
     """Scores the best (else the newest) checkpoint of a run on the test targets; the model is rebuilt from its settings."""
     set_up_logging(rank == 0, options.verbosity)
     load_plugins(options.plugins)
-    log_backend()
     collectives = process_collectives(process_device())
     store = CheckpointStore(checkpoints_of(options), read_only=True)
     checkpoint = checkpoint_from_main(  # twice: a run that goes on may replace its best one meanwhile
@@ -347,7 +344,6 @@ def dry_run_worker(rank: int, world_size: int, options: Options) -> int:
     load_plugins(options.plugins)
     collectives = process_collectives(process_device())
     settings = run_settings(options, collectives)
-    log_backend()
     log_notices(settings)
     dataset = shared_dataset(settings.train.dataset_name, options.data_root, collectives)
     split = make_split(dataset, settings.train.protocol)

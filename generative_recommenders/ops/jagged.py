@@ -1,7 +1,7 @@
-"""Jagged <-> padded conversions: fbgemm's operators where a working fbgemm is installed, plain torch elsewhere.
+"""Conversions between jagged tokens and padded rectangles: fbgemm's operators where they run, plain torch elsewhere.
 
-``values [T, D]`` with ``offsets [B + 1]`` int64 is the jagged form, ``[B, N, D]`` the padded one. Both backends give the
-same numbers. Integer, float64 and 1-d data take the plain path.
+``values [T, ...]`` with ``offsets [B + 1]`` int64 is the jagged form, ``[B, N, ...]``, right-padded with 0, the padded one.
+Both ways give the same numbers and gradients. Times of both: benchmarks/jagged.py.
 """
 
 from __future__ import annotations
@@ -9,103 +9,98 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import importlib.metadata
 import importlib.util
 import io
 import logging as python_logging
-import os
-from collections.abc import Iterator
 
 import torch
 from absl import logging
 
-DISABLE_VARIABLE = "GENERATIVE_RECOMMENDERS_NO_FBGEMM"
-"""Set to 1 to use the plain torch path although fbgemm is installed."""
+from generative_recommenders.ops import dispatch
 
 _IMPORT_FAULTS = (
     ImportError, OSError, RuntimeError, AttributeError, LookupError, TypeError, ValueError, AssertionError,
 )  # fmt: skip
-"""What libraries made for another torch raise while they register their operators."""
-_FBGEMM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""What libraries built for another torch raise while they register their operators, or at the first call."""
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_CPU_DTYPES = (*_DTYPES, torch.int64, torch.int32)
 
 
 @functools.cache
-def backend() -> tuple[str, str]:
-    """(name, why): ``("fbgemm", ...)`` or ``("torch", ...)``, decided once a process."""
-    if os.environ.get(DISABLE_VARIABLE) == "1":
-        return "torch", f"{DISABLE_VARIABLE}=1"
+def fbgemm_runs_on(device_type: str) -> bool:
+    """Whether fbgemm is installed and works on such a device; a broken installation is named in one warning."""
     if importlib.util.find_spec("fbgemm_gpu") is None:
-        return "torch", "fbgemm_gpu is not installed"
-    versions = f"{_fbgemm_version()} does not fit torch {torch.__version__}"
-    try:
-        with _quiet():
-            importlib.import_module("fbgemm_gpu")
-            _probe()
-    except _IMPORT_FAULTS as error:
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        return "torch", f"the installed {versions}: {first_line}"
-    return "fbgemm", f"{_fbgemm_version()} with torch {torch.__version__}"
-
-
-def _fbgemm_version() -> str:
-    for name in ("fbgemm-gpu-cpu", "fbgemm-gpu"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            return f"{name} {importlib.metadata.version(name)}"
-    return "fbgemm_gpu"
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """What a library says while it is tried goes nowhere: the log has one line of it."""
+        return False
     before = python_logging.root.manager.disable
-    python_logging.disable(python_logging.CRITICAL)
+    python_logging.disable(python_logging.CRITICAL)  # an import that fails prints and logs pages
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            yield
+            importlib.import_module("fbgemm_gpu")
+            one = torch.ones(1, 1, 1, device=device_type)  # a mismatched pair may fail at its first call only
+            torch.ops.fbgemm.dense_to_jagged(one, [torch.tensor([0, 1], device=device_type)], 1)
+    except _IMPORT_FAULTS as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+    else:
+        return True
     finally:
         python_logging.disable(before)
+    logging.warning(
+        "fbgemm_gpu does not work with torch %s on %s, plain torch takes its place: %s",
+        torch.__version__,
+        device_type,
+        reason,
+    )
+    return False
 
 
-def log_backend() -> None:
-    """Says once which backend runs, and names a mismatched fbgemm/torch pair in one line."""
-    name, why = backend()
-    log = logging.warning if "does not fit" in why else logging.info
-    log("jagged operators: %s (%s)", name, why)
+def _takes_fbgemm(x: torch.Tensor) -> bool:
+    dtypes = _CPU_DTYPES if x.device.type == "cpu" else _DTYPES
+    return dispatch.fast(x) and x.dtype in dtypes and x.numel() > 0 and fbgemm_runs_on(x.device.type)
 
 
 def jagged_to_padded(values: torch.Tensor, offsets: torch.Tensor, max_length: int) -> torch.Tensor:
-    """``[T, ...]`` to ``[B, N, ...]``, right-padded with 0; rows longer than N are cut at the end."""
-    if values.dim() == 2 and _fits_fbgemm(values):
-        return torch.ops.fbgemm.jagged_to_padded_dense(values, [offsets], [max_length], 0.0)
-    lengths = (offsets[1:] - offsets[:-1]).clamp(max=max_length)
+    """``[T, ...]`` to ``[B, N, ...]``; rows longer than N are cut at the end."""
+    if not _takes_fbgemm(values):
+        return jagged_to_padded_reference(values, offsets, max_length)
+    rows = values.reshape(len(values), -1)
+    dense = torch.ops.fbgemm.jagged_to_padded_dense(rows, [offsets], [max_length], 0.0)
+    return dense.view(len(offsets) - 1, max_length, *values.shape[1:])
+
+
+def jagged_to_padded_reference(values: torch.Tensor, offsets: torch.Tensor, max_length: int) -> torch.Tensor:
+    """`jagged_to_padded` in plain torch."""
     columns = torch.arange(max_length, device=values.device)
-    real = columns < lengths[:, None]
-    out = values.new_zeros(lengths.numel(), max_length, *values.shape[1:])
+    real = columns < (offsets[1:] - offsets[:-1])[:, None]
+    out = values.new_zeros(*real.shape, *values.shape[1:])
     out[real] = values[(offsets[:-1, None] + columns)[real]]
     return out
 
 
 def padded_to_jagged(dense: torch.Tensor, offsets: torch.Tensor, num_tokens: int) -> torch.Tensor:
     """``[B, N, ...]`` to ``[T, ...]``; num_tokens is T, known to the caller so that no device has to be asked."""
-    if dense.dim() == 3 and _fits_fbgemm(dense):
-        return torch.ops.fbgemm.dense_to_jagged(dense, [offsets], num_tokens)[0]
-    lengths = offsets[1:] - offsets[:-1]
-    rows = torch.repeat_interleave(
-        torch.arange(lengths.numel(), device=dense.device), lengths, output_size=num_tokens
-    )
-    columns = torch.arange(num_tokens, device=dense.device) - offsets[rows]
-    return dense.flatten(0, 1).index_select(0, rows * dense.shape[1] + columns)
+    if not _takes_fbgemm(dense):
+        return padded_to_jagged_reference(dense, offsets, num_tokens)
+    cells = dense.reshape(*dense.shape[:2], -1)
+    values, _ = torch.ops.fbgemm.dense_to_jagged(cells, [offsets], num_tokens)
+    return values.view(num_tokens, *dense.shape[2:])
 
 
-def _fits_fbgemm(x: torch.Tensor) -> bool:
-    return x.dtype in _FBGEMM_DTYPES and x.numel() > 0 and backend()[0] == "fbgemm"
+def padded_to_jagged_reference(dense: torch.Tensor, offsets: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """`padded_to_jagged` in plain torch."""
+    first_cells = torch.arange(len(dense), device=dense.device) * dense.shape[1]
+    of_rows = torch.repeat_interleave(first_cells - offsets[:-1], offsets.diff(), output_size=num_tokens)
+    cells = of_rows + torch.arange(num_tokens, device=dense.device)
+    return dense.flatten(0, 1).index_select(0, cells)
 
 
-def _probe() -> None:
-    """One tiny round trip: a mismatched pair imports, then fails on its first operator."""
-    offsets = torch.tensor([0, 1, 3])
-    values = torch.arange(6.0).view(3, 2)
-    dense = torch.ops.fbgemm.jagged_to_padded_dense(values, [offsets], [2], 0.0)
-    back = torch.ops.fbgemm.dense_to_jagged(dense, [offsets], 3)[0]
-    if not torch.equal(values, back):
-        raise RuntimeError("jagged round trip gave other numbers")
+def row_positions(offsets: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """``[T]`` int64: place of each token in its row, from 0."""
+    if not _takes_fbgemm(offsets) or num_tokens == 0:
+        return row_positions_reference(offsets, num_tokens)
+    return torch.ops.fbgemm.offsets_range(offsets[:-1], num_tokens)
+
+
+def row_positions_reference(offsets: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """`row_positions` in plain torch."""
+    starts = torch.repeat_interleave(offsets[:-1], offsets.diff(), output_size=num_tokens)
+    return torch.arange(num_tokens, device=offsets.device) - starts

@@ -16,7 +16,7 @@ from typing import NamedTuple, cast
 import numpy as np
 import torch
 
-from generative_recommenders.ops.jagged import jagged_to_padded, padded_to_jagged
+from generative_recommenders.ops.jagged import jagged_to_padded, padded_to_jagged, row_positions
 from generative_recommenders.ops.rectangles import Places, Rectangles, places, places_of_all
 
 GROUP_CELLS = 8_000_000
@@ -116,7 +116,7 @@ class Layout:
     def device(self) -> torch.device:
         return self.positions.device
 
-    @property
+    @functools.cached_property
     def offsets(self) -> torch.Tensor:
         """``[B + 1]`` int64: where each row's tokens begin, and T."""
         return torch.cat([self.starts, self.starts.new_full((1,), self.num_tokens)])
@@ -152,9 +152,11 @@ class Layout:
 
     def _cells(self, columns: int) -> torch.Tensor:
         """``[T]`` int64: where the tokens lie in a rectangle of so many columns."""
-        if columns not in self.memo:
-            before = torch.arange(self.num_rows, device=self.device) * columns - self.starts
-            self.memo[columns] = before[self.row_of] + torch.arange(self.num_tokens, device=self.device)
+        if (
+            columns not in self.memo
+        ):  # one conversion, of the cells' numbers; every column of events is then a plain gather
+            cells = torch.arange(self.num_rows * columns, device=self.device).view(self.num_rows, columns)
+            self.memo[columns] = padded_to_jagged(cells, self.offsets, self.num_tokens)
         return cast(torch.Tensor, self.memo[columns])
 
     def to_rectangle(self, x: torch.Tensor) -> torch.Tensor:
@@ -183,11 +185,14 @@ def jagged_layout(lengths: torch.Tensor, max_length: int, device: torch.device |
     """
     device = device or lengths.device
     host = lengths.cpu().numpy().astype(np.int64)
-    starts = np.concatenate(([0], np.cumsum(host)[:-1])) if host.size else host
-    row_of = np.repeat(np.arange(host.size), host)
-    positions = np.arange(row_of.size) - starts[row_of]
-    tensors = {"lengths": host, "positions": positions, "row_of": row_of, "starts": starts}
-    fields = {name: torch.from_numpy(array) for name, array in tensors.items()} | _grouped(host, causal=True)
+    offsets = torch.from_numpy(np.concatenate(([0], np.cumsum(host))))
+    fields = {
+        "lengths": torch.from_numpy(host),
+        "positions": row_positions(offsets, int(offsets[-1])),
+        "row_of": torch.from_numpy(np.repeat(np.arange(host.size), host)),
+        "starts": offsets[:-1],
+        **_grouped(host, causal=True),
+    }
     return Layout(max_length=max_length, **_moved(fields, device))
 
 

@@ -1,115 +1,143 @@
-"""Jagged <-> padded by fbgemm and by torch: equal numbers and gradients, and why a backend was chosen."""
+"""Jagged <-> padded: fbgemm against the plain references, values and gradients, and the choice between them."""
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import logging
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
 
-from generative_recommenders.ops import jagged
-from generative_recommenders.ops.jagged import jagged_to_padded, padded_to_jagged
+from generative_recommenders.ops import dispatch, jagged
+from generative_recommenders.ops.jagged import jagged_to_padded, padded_to_jagged, row_positions
+from generative_recommenders.ops.layout import jagged_layout
 
-BACKENDS = ["torch", "fbgemm"]
+LENGTHS = [2, 0, 5, 1, 0]
+OFFSETS = torch.tensor([0, 2, 2, 7, 8, 8])
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Runs the test with each backend that works here."""
-    if request.param == "fbgemm" and jagged.backend()[0] != "fbgemm":
-        pytest.skip(jagged.backend()[1])
-    monkeypatch.setattr(jagged, "backend", lambda: (request.param, "chosen by the test"))
-    return request.param
+@pytest.fixture(params=["reference", "fbgemm"])
+def way(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test with the plain references, and with fbgemm where it works here."""
+    if request.param == "fbgemm":
+        if not jagged.fbgemm_runs_on("cpu"):
+            pytest.skip("no working fbgemm")
+        yield request.param
+    else:
+        with dispatch.references():
+            yield request.param
 
 
 @pytest.mark.parametrize("trailing", [(), (1,), (4,), (2, 3)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64])
-def test_both_directions(backend: str, trailing: tuple[int, ...], dtype: torch.dtype) -> None:
-    lengths = [2, 0, 5, 1, 0]
-    offsets = torch.tensor([0, 2, 2, 7, 8, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64, torch.bool])
+def test_both_directions(way: str, trailing: tuple[int, ...], dtype: torch.dtype) -> None:
     values = torch.arange(1, 1 + 8 * max(1, torch.Size(trailing).numel())).view(8, *trailing).to(dtype)
-    dense = jagged_to_padded(values, offsets, 6)
+    dense = jagged_to_padded(values, OFFSETS, 6)
     assert dense.dtype == dtype
-    for row, length in enumerate(lengths):
-        assert torch.equal(dense[row, :length], values[offsets[row] : offsets[row + 1]])
+    for row, length in enumerate(LENGTHS):
+        assert torch.equal(dense[row, :length], values[OFFSETS[row] : OFFSETS[row + 1]])
         assert not dense[row, length:].any()
-    assert torch.equal(padded_to_jagged(dense, offsets, 8), values)
+    assert torch.equal(padded_to_jagged(dense, OFFSETS, 8), values)
 
 
-def test_rows_longer_than_the_rectangle_are_cut_at_the_end(backend: str) -> None:
+def test_integers_beyond_a_floats_precision(way: str) -> None:
+    values = torch.tensor([2**62 + 1, 2**53 + 1, -(2**63)])
+    dense = jagged_to_padded(values, torch.tensor([0, 1, 3]), 2)
+    assert dense.tolist() == [[2**62 + 1, 0], [2**53 + 1, -(2**63)]]
+    assert torch.equal(padded_to_jagged(dense, torch.tensor([0, 1, 3]), 3), values)
+
+
+def test_rows_longer_than_the_rectangle_are_cut_at_the_end(way: str) -> None:
     values, offsets = torch.arange(10.0).view(5, 2), torch.tensor([0, 4, 5])
     assert torch.equal(jagged_to_padded(values, offsets, 3)[0], values[:3])
     assert torch.equal(jagged_to_padded(values, offsets, 3)[1, 0], values[4])
 
 
-def test_gradients(backend: str) -> None:
-    offsets = torch.tensor([0, 2, 2, 5])
-    values = torch.rand(5, 3, dtype=torch.float64, requires_grad=True)
-    dense = torch.rand(3, 4, 3, dtype=torch.float64, requires_grad=True)
-    to_padded = functools.partial(jagged_to_padded, offsets=offsets, max_length=4)
-    to_jagged = functools.partial(padded_to_jagged, offsets=offsets, num_tokens=5)
-    assert torch.autograd.gradcheck(to_padded, values)
-    assert torch.autograd.gradcheck(to_jagged, dense)
+@pytest.mark.parametrize("width", [6, 3])
+def test_padding_equals_its_reference_with_gradients(width: int) -> None:
+    values = torch.randn(8, 2, 3, requires_grad=True)
+    upstream = torch.randn(5, width, 2, 3)
+    padded = jagged_to_padded(values, OFFSETS, width)
+    reference = jagged.jagged_to_padded_reference(values, OFFSETS, width)
+    assert torch.equal(padded, reference)
+    gradients = [torch.autograd.grad(x, values, upstream)[0] for x in (padded, reference)]
+    assert torch.equal(*gradients)
 
 
-def test_no_tokens(backend: str) -> None:
+def test_taking_tokens_out_equals_its_reference_with_gradients() -> None:
+    dense = torch.randn(5, 6, 3, requires_grad=True)
+    upstream = torch.randn(8, 3)
+    values = padded_to_jagged(dense, OFFSETS, 8)
+    reference = jagged.padded_to_jagged_reference(dense, OFFSETS, 8)
+    assert torch.equal(values, reference)
+    gradients = [torch.autograd.grad(x, dense, upstream)[0] for x in (values, reference)]
+    assert torch.equal(*gradients)
+
+
+def test_references_have_the_gradients_of_differences() -> None:
+    values = torch.rand(8, 3, dtype=torch.float64, requires_grad=True)
+    dense = torch.rand(5, 6, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: jagged.jagged_to_padded_reference(x, OFFSETS, 6), values)
+    assert torch.autograd.gradcheck(lambda x: jagged.padded_to_jagged_reference(x, OFFSETS, 8), dense)
+
+
+def test_row_positions(way: str) -> None:
+    assert row_positions(OFFSETS, 8).tolist() == [0, 1, 0, 1, 2, 3, 4, 0]
+    assert row_positions(torch.tensor([0]), 0).tolist() == []
+
+
+def test_no_tokens(way: str) -> None:
     offsets = torch.zeros(3, dtype=torch.int64)
     assert jagged_to_padded(torch.zeros(0, 2), offsets, 3).tolist() == torch.zeros(2, 3, 2).tolist()
     assert padded_to_jagged(torch.zeros(2, 3, 2), offsets, 0).shape == (0, 2)
+    assert row_positions(offsets, 0).shape == (0,)
 
 
-def test_variable_turns_fbgemm_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(jagged.DISABLE_VARIABLE, "1")
-    assert jagged.backend.__wrapped__() == ("torch", f"{jagged.DISABLE_VARIABLE}=1")
+def test_layouts_convert_by_fbgemm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rectangles of ids and events that every training and evaluation batch begins with."""
+    if not jagged.fbgemm_runs_on("cpu"):
+        pytest.skip("no working fbgemm")
+    called = []
+    real = torch.ops.fbgemm.dense_to_jagged
+    monkeypatch.setattr(torch.ops.fbgemm, "dense_to_jagged", lambda *args: called.append(1) or real(*args))
+    layout = jagged_layout(torch.tensor(LENGTHS), 6)
+    ids = torch.arange(1, 31).view(5, 6)
+    tokens = layout.flatten(ids)
+    assert called
+    assert tokens.tolist() == [1, 2, 13, 14, 15, 16, 17, 19]
+    with dispatch.references():
+        assert torch.equal(jagged_layout(torch.tensor(LENGTHS), 6).flatten(ids), tokens)
 
 
 def test_without_fbgemm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(jagged.DISABLE_VARIABLE, raising=False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert jagged.backend.__wrapped__() == ("torch", "fbgemm_gpu is not installed")
+    assert not jagged.fbgemm_runs_on.__wrapped__("cpu")
 
 
-def test_mismatched_pair_is_named_in_one_line(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def broken(name: str) -> None:
-        raise OSError("undefined symbol: _ZN3c10\nin file x.so")
-
-    monkeypatch.delenv(jagged.DISABLE_VARIABLE, raising=False)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(jagged.importlib, "import_module", broken)
-    name, why = jagged.backend.__wrapped__()
-    assert name == "torch"
-    assert torch.__version__ in why
-    assert "_ZN3c10" in why
-    assert "\n" not in why
-    monkeypatch.setattr(jagged, "backend", lambda: (name, why))
-    absl_logger = logging.getLogger("absl")
-    monkeypatch.setattr(absl_logger, "propagate", True)
-    with caplog.at_level(logging.INFO, logger="absl"):
-        jagged.log_backend()
-    assert [(record.levelno, why in record.getMessage()) for record in caplog.records] == [
-        (logging.WARNING, True)
-    ]
-
-
-def test_a_library_that_fails_in_its_own_way_is_passed_over_in_silence(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    "fault", [OSError("undefined symbol: _ZN3c10\nin file x.so"), TypeError("overload 3")]
+)
+def test_a_broken_fbgemm_is_named_in_one_warning(
+    fault: Exception,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     def broken(name: str) -> None:
         logging.getLogger().error("could not load the library")
         print("and more of it", file=sys.stderr)
-        raise TypeError("Tensor has no overload 3")
+        raise fault
 
-    monkeypatch.delenv(jagged.DISABLE_VARIABLE, raising=False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(jagged.importlib, "import_module", broken)
-    monkeypatch.setattr(jagged.importlib.metadata, "version", lambda name: "0.1.2")
-    name, why = jagged.backend.__wrapped__()
-    assert name == "torch"
-    assert f"fbgemm-gpu-cpu 0.1.2 does not fit torch {torch.__version__}: Tensor has no overload 3" in why
-    assert capfd.readouterr() == ("", "")
+    monkeypatch.setattr(logging.getLogger("absl"), "propagate", True)
+    with caplog.at_level(logging.INFO):
+        assert not jagged.fbgemm_runs_on.__wrapped__("cpu")
+    (record,) = caplog.records
+    message = record.getMessage()
+    assert record.levelno == logging.WARNING
+    assert torch.__version__ in message and str(fault).splitlines()[0] in message and "\n" not in message
+    assert "more of it" not in capfd.readouterr().err
     assert logging.root.manager.disable == logging.NOTSET
