@@ -1,4 +1,4 @@
-"""Promises of SECURITY.md: calls that the shipped code never makes, and hashes of its dependencies."""
+"""Promises of SECURITY.md: calls that the shipped code never makes, hashes of its dependencies, tests that it names."""
 
 from __future__ import annotations
 
@@ -63,7 +63,15 @@ def test_the_rules_see_what_they_are_for(source: str) -> None:
 def test_every_pinned_requirement_has_a_hash(name: str) -> None:
     pinned = set(re.findall(r"^([\w-]+)==([\w.]+)", (ROOT / f"{name}.txt").read_text(), re.MULTILINE))
     lock = (ROOT / f"{name}-lock.txt").read_text()
-    hashed = re.findall(r"^([\w-]+)==([\w.]+)(?:\+cpu)? --hash=sha256:[0-9a-f]{64}$", lock, re.MULTILINE)
+    hashed = re.findall(
+        r"^([\w-]+)==([\w.]+)(?:\+cpu)?(?: \\\n +--hash=sha256:[0-9a-f]{64})+$", lock, re.MULTILINE
+    )
     assert pinned
     assert pinned <= set(hashed)
     assert len(hashed) == len(re.findall(r"==", lock))
+
+
+def test_the_tests_named_in_the_document_exist() -> None:
+    named = re.findall(r"`(tests/[\w/]+(?:\.py)?)`", (ROOT / "SECURITY.md").read_text())
+    assert named
+    assert [path for path in named if not (ROOT / path).exists()] == []
