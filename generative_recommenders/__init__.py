@@ -32,6 +32,7 @@ __all__ = [
     "HSTU",
     "DotProductSimilarity",
     "Evaluator",
+    "Recommender",
     "RunSettings",
     "SASRec",
     "SequenceDataset",
@@ -73,7 +74,8 @@ __getattr__ = lazy_exports(
         "modeling.encoders.sasrec": ["SASRec"],
         "modeling.model": ["SequenceEncoder", "SequenceRecommender"],
         "modeling.similarity.dot_product": ["DotProductSimilarity"],
-        "training.trainer": ["load_model"],
+        "checkpoint.weights": ["load_model"],
+        "retrieval.recommender": ["Recommender"],
         "types": ["SequentialFeatures"],
     },
 )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +13,10 @@ from generative_recommenders.build.entity_features import FeatureReader
 from generative_recommenders.data.splits import training_events
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.errors import UserError
+from generative_recommenders.modeling.encoders.two_tower import EntityFeature
 from generative_recommenders.modeling.event_features import EventFeature
+from generative_recommenders.modeling.feature_embeddings import EmbeddingSpec, ListReduction
+from generative_recommenders.modeling.model import SequenceRecommender
 
 
 @dataclass(frozen=True)
@@ -29,8 +34,8 @@ class Catalogue:
     counts: torch.Tensor
     rating_range: tuple[float, float] | None = None
     categories: torch.Tensor | None = None
-    items: FeatureReader | None = None
-    users: FeatureReader | None = None
+    items: FeatureReader | SavedFeatures | None = None
+    users: FeatureReader | SavedFeatures | None = None
     event_features: dict[str, EventFeature] = field(default_factory=dict)
 
     @classmethod
@@ -63,6 +68,85 @@ class Catalogue:
             FeatureReader(dataset, "user", train_stops > 0),
             _event_features(dataset),
         )
+
+    def facts(self, model: SequenceRecommender, dataset: SequenceDataset) -> dict[str, Any]:
+        """What a checkpoint keeps of the data, as JSON, so that `of_facts` builds the model again without them."""
+        tower: Any = model.items.tower
+        merger: Any = model.sequence.context_merger
+        read = model.sequence.event_features
+        used = {feature.name for feature in read.features} if read is not None else set()
+        return {
+            "has_ratings": self.has_ratings,
+            "has_timestamps": self.has_timestamps,
+            "rating_range": self.rating_range,
+            "item_features": [asdict(spec) for spec in tower.embedder.schema] if tower is not None else [],
+            "user_features": [asdict(spec) for spec in merger.embedder.schema] if merger is not None else [],
+            "event_features": {
+                name: asdict(feature) for name, feature in self.event_features.items() if feature.name in used
+            },
+            "event_columns": [
+                {
+                    **asdict(each),
+                    "categories": dataset.vocabulary(each.name).to_pylist()
+                    if each.kind == "categorical"
+                    else None,
+                }
+                for each in dataset.manifest.event_columns
+                if each.name in used
+            ],
+        }
+
+    @classmethod
+    def of_facts(
+        cls, facts: Mapping[str, Any], num_items: int, tensors: Mapping[str, torch.Tensor]
+    ) -> Catalogue:
+        """The data as a checkpoint knows them. facts: of `facts`, or empty; tensors: of the checkpoint."""
+        rows, bounds = tensors.get("model.items.row_of_item"), facts.get("rating_range")
+        return cls(
+            num_items,
+            bool(facts.get("has_ratings", True)),
+            bool(facts.get("has_timestamps", True)),
+            torch.ones(num_items, dtype=torch.int64),
+            None if bounds is None else (float(bounds[0]), float(bounds[1])),
+            None if rows is None else rows[1:] - 1,
+            SavedFeatures(facts.get("item_features", ()), tensors, "model.items.features."),
+            SavedFeatures(facts.get("user_features", ()), tensors, "model.sequence.context_merger.features."),
+            {name: EventFeature(**each) for name, each in facts.get("event_features", {}).items()},
+        )
+
+
+def reads_users(model: SequenceRecommender) -> bool:
+    """Whether scores depend on who the user is, beside the history: MoL's user tables, features of users."""
+    return (
+        bool(len(getattr(model.similarity, "user_tables", ()))) or model.sequence.context_merger is not None
+    )
+
+
+@dataclass(frozen=True)
+class SavedFeatures:
+    """Features of items or users as a checkpoint holds them. specs: their `EmbeddingSpec`s as JSON."""
+
+    specs: Sequence[Mapping[str, Any]]
+    tensors: Mapping[str, torch.Tensor]
+    prefix: str
+
+    def read(
+        self, names: Sequence[str], embedding_dim: int, asked_by: str, list_reduction: ListReduction = "mean"
+    ) -> list[EntityFeature]:
+        """The named features, see `FeatureReader.read`."""
+        saved = {spec["name"]: (number, spec) for number, spec in enumerate(self.specs)}
+        missing = [name for name in names if name not in saved]
+        if missing:
+            raise UserError(
+                f"{asked_by}: the checkpoint does not say what feature {missing[0]!r} is; train on with this release "
+                "to have it written"
+            )
+        return [
+            EntityFeature(
+                EmbeddingSpec(**saved[name][1]), self.tensors[f"{self.prefix}feature{saved[name][0]}"]
+            )
+            for name in names
+        ]
 
 
 def _event_features(dataset: SequenceDataset) -> dict[str, EventFeature]:

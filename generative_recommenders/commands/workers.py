@@ -16,6 +16,7 @@ from absl import logging
 from generative_recommenders.build.parts import Catalogue, build_model
 from generative_recommenders.checkpoint.broadcast import checkpoint_from_main
 from generative_recommenders.checkpoint.store import Checkpoint, CheckpointStore
+from generative_recommenders.checkpoint.weights import load_model
 from generative_recommenders.compat.meta.checkpoint import are_numbers, load_meta_checkpoint
 from generative_recommenders.config import gin as gin_registry
 from generative_recommenders.config.lint import log_notices
@@ -44,7 +45,7 @@ from generative_recommenders.run.plots import plot_curves
 from generative_recommenders.training.allocator import keep_freed_memory
 from generative_recommenders.training.profiling import step_profiler
 from generative_recommenders.training.state import check_same_data
-from generative_recommenders.training.trainer import Trainer, TrainResult, load_model, set_precision
+from generative_recommenders.training.trainer import Trainer, TrainResult, set_precision
 
 EMBEDDED = "synthetic-books"
 

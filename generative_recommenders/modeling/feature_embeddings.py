@@ -183,6 +183,7 @@ class SequenceEmbedding(nn.Module):
         names = [spec.name for spec in schema]
         if len(set(names)) != len(names):
             raise UserError(f"features of a schema must have different names, got {', '.join(names)}")
+        self.schema = tuple(schema)
         self._keys = {spec.name: _module_key(spec.name, number) for number, spec in enumerate(schema)}
         self._item_feature = next((spec.name for spec in schema if spec.is_item_id), None)
         self.feature_embedders = nn.ModuleDict(

@@ -17,6 +17,7 @@ from absl import logging
 from generative_recommenders.build.parts import Catalogue, build_task
 from generative_recommenders.checkpoint.broadcast import checkpoint_from_main
 from generative_recommenders.checkpoint.store import Checkpoint, CheckpointStore
+from generative_recommenders.checkpoint.weights import load_model
 from generative_recommenders.config.schema import MAX_PREFETCH, RunSettings
 from generative_recommenders.data.loader import LoadedBatch, SequenceLoader, prefetch
 from generative_recommenders.data.splits import Split
@@ -69,8 +70,8 @@ class Trainer:
         t = settings.train
         set_precision(settings, collectives.device)
         torch.manual_seed(t.random_seed)
-        catalogue = Catalogue.of(dataset, split.train_stops, t.category_feature)
-        self.task = build_task(settings, catalogue, collectives)
+        self.catalogue = Catalogue.of(dataset, split.train_stops, t.category_feature)
+        self.task = build_task(settings, self.catalogue, collectives)
         self.model = self.task.model
         table = self.model.items.table
         optimizer = Optimizer(
@@ -274,6 +275,7 @@ class Trainer:
             "split_hash": self.split.hash,
             "features_hash": self.dataset.manifest.features_hash,
             "columns_hash": self.dataset.manifest.columns_hash,
+            "data": self.catalogue.facts(self.model, self.dataset),
             "world_size": self.collectives.world_size,
             "global_batch": self.loader.global_batch,
         }
@@ -353,17 +355,6 @@ def seed_generators(seed: int, device: torch.device) -> None:
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)
-
-
-def load_model(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
-    """The checkpoint's weights; UserError where they do not fit the model."""
-    prefix = "model."
-    state = {name[len(prefix) :]: x for name, x in checkpoint.tensors.items() if name.startswith(prefix)}
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        first = " ".join(str(error).split())[:300]
-        raise UserError(f"{checkpoint.path} does not fit the configuration: {first}") from error
 
 
 def load_criterion(criterion: torch.nn.Module, checkpoint: Checkpoint) -> None:

@@ -264,7 +264,8 @@ class MoLSimilarity(nn.Module):
                 "MoL uid_embedding_hash_sizes needs user ids, but none were given: pass them or unset it"
             )
         sizes = self.settings.uid_embedding_hash_sizes
-        found = [table(user_ids % size) for table, size in zip(self.user_tables, sizes)]
+        known = (user_ids > 0)[:, None]  # id 0 is a user whom training did not have: its vector is zero
+        found = [table(user_ids % size) * known for table, size in zip(self.user_tables, sizes)]
         losses = {}
         if self.training:
             squares = torch.stack([v.square().sum() for v in found]).sum()

@@ -1,0 +1,60 @@
+"""Weights of a checkpoint, and what it keeps of the data so that its model answers without them."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from generative_recommenders.checkpoint.store import Checkpoint
+from generative_recommenders.errors import UserError
+
+_COUNTS, _USER_BYTES, _USER_OFFSETS = "data.item_counts", "data.user_ids.bytes", "data.user_ids.offsets"
+
+
+def load_model(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
+    """The checkpoint's weights; UserError where they do not fit the model."""
+    prefix = "model."
+    state = {name[len(prefix) :]: x for name, x in checkpoint.tensors.items() if name.startswith(prefix)}
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        first = " ".join(str(error).split())[:300]
+        raise UserError(f"{checkpoint.path} does not fit the configuration: {first}") from error
+
+
+def data_tensors(item_counts: torch.Tensor, user_ids: pa.ChunkedArray | None) -> dict[str, torch.Tensor]:
+    """Tensors of a checkpoint. item_counts: ``[V]`` training events. user_ids: original ids, of models that read users."""
+    tensors = {_COUNTS: item_counts}
+    if user_ids is not None:
+        text = user_ids.cast(pa.large_string()).combine_chunks()
+        texts = [each.encode() for each in text.to_pylist()]
+        offsets = np.concatenate([[0], np.cumsum([len(each) for each in texts])]).astype(np.int64)
+        joined = np.frombuffer(b"".join(texts) or b"\0", np.uint8).copy()
+        tensors |= {_USER_BYTES: torch.from_numpy(joined), _USER_OFFSETS: torch.from_numpy(offsets)}
+    return tensors
+
+
+def item_counts(checkpoint: Checkpoint) -> torch.Tensor | None:
+    """``[V]`` training events of each item; None in checkpoints of releases before 0.2.0."""
+    return checkpoint.tensors.get(_COUNTS)
+
+
+def user_ids(checkpoint: Checkpoint) -> pa.Array | None:
+    """Original ids of the users that the model was trained on, where it reads users; row i is internal id i + 1."""
+    if _USER_OFFSETS not in checkpoint.tensors:
+        return None
+    data = checkpoint.tensors[_USER_BYTES].numpy().tobytes()
+    bounds = checkpoint.tensors[_USER_OFFSETS].tolist()
+    return pa.array([data[a:b].decode() for a, b in pairwise(bounds)], pa.large_string())
+
+
+def data_facts(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What the trainer recorded of the data (`Catalogue.facts`); empty in checkpoints of releases before 0.2.0."""
+    facts = checkpoint.state.get("data", {})
+    if not isinstance(facts, dict):
+        raise UserError(f"{checkpoint.path}: its record of the data is no object")
+    return facts

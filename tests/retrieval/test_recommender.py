@@ -1,0 +1,184 @@
+"""A trained run answers for users in their own ids, from its folder alone."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pandas as pd
+import polars as pl
+import pytest
+import torch
+
+from generative_recommenders import Recommender
+from generative_recommenders.build.catalogue import reads_users
+from generative_recommenders.build.model import build_model
+from generative_recommenders.build.parts import Catalogue
+from generative_recommenders.checkpoint.store import CheckpointStore
+from generative_recommenders.checkpoint.weights import data_tensors
+from generative_recommenders.config.registry import ENCODERS
+from generative_recommenders.data.loader import EvaluationLoader
+from generative_recommenders.data.splits import make_split
+from generative_recommenders.data.store import SequenceDataset
+from generative_recommenders.errors import UserError
+from generative_recommenders.evaluation.model_evaluation import catalogue_scores
+from generative_recommenders.retrieval.top_k import largest
+from tiny_data import ragged_sequences, tiny_dataset
+from tiny_models import settings
+
+MOL = {
+    "interaction_module_type": "MoL", "top_k_method": "MoLBruteForceTopK", "user_embedding_norm": "layer_norm",
+    "mol.query_dot_product_groups": 3, "mol.uid_embedding_hash_sizes": (57,),
+}  # fmt: skip
+CHOICES: dict[str, dict] = {
+    **{name: {"main_module": name} for name in ENCODERS.names() if name != "GRU4Rec"},
+    "TwoTower": {"main_module": "TwoTower", "item_tower.features": ("item_id", "genres", "year")},
+    "MoL with users": MOL,
+    "masked": {"objective": "masked"},
+    "permuted": {"objective": "permuted"},
+    "ratings": {"input_preprocessor": "CombinedItemAndRating"},
+    "event features": {"event_features": ("rating", "timestamp")},
+    "item norm": {"item_l2_norm": True},
+}
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> SequenceDataset:
+    return tiny_dataset(tmp_path_factory.mktemp("data"), ragged_sequences(57, 30, seed=5), item_features=True)
+
+
+def make_run(folder: Path, dataset: SequenceDataset, choice: dict) -> tuple[Path, torch.nn.Module, object]:
+    """A run's folder with one checkpoint of an untrained model."""
+    chosen = settings(seen_filter="history", **choice)
+    data = Catalogue.of(dataset, make_split(dataset, "leave_one_out").train_stops)
+    torch.manual_seed(0)
+    model = build_model(chosen, data).eval()
+    store = CheckpointStore(folder / "run" / "checkpoints") if (folder / "run").mkdir() is None else None
+    assert store is not None
+    store.attach(dataset.original_item_ids().combine_chunks(), chosen.to_json(), "")
+    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    users = dataset.original_user_ids() if reads_users(model) else None
+    tensors.update(data_tensors(data.counts, users))
+    store.save((0, 0), tensors, {"data": data.facts(model, dataset)})
+    return folder / "run", model, chosen
+
+
+def histories(dataset: SequenceDataset, targets) -> pd.DataFrame:
+    """Everything before each user's target, in original ids."""
+    users, items = dataset.original_user_ids().to_pylist(), dataset.original_item_ids().to_pylist()
+    rows = []
+    for user, stop in enumerate(targets):
+        first = int(dataset.offsets[user])
+        for event in range(first, first + max(int(stop), 0)):
+            rows.append(
+                (
+                    users[user],
+                    items[dataset.items[event] - 1],
+                    dataset.ratings[event],
+                    dataset.timestamps[event],
+                )
+            )
+    return pd.DataFrame(rows, columns=["user_id", "item_id", "rating", "timestamp"])
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_recommend_is_the_evaluators_ranking(tmp_path: Path, dataset: SequenceDataset, name: str) -> None:
+    run, model, _ = make_run(tmp_path, dataset, {"next_time": "hidden", **CHOICES[name]})
+    targets = make_split(dataset, "leave_one_out").test_targets
+    loader = EvaluationLoader(dataset, targets, 7, 512)
+    (batch,) = list(loader)
+    scores = catalogue_scores(model)(batch).float().clone()
+    seen = loader.seen_items(loader.users)
+    for row in range(len(scores)):
+        scores[row, seen[row][seen[row] > 0] - 1] = -torch.inf
+    best, columns = largest(scores, 5)
+    frame = histories(dataset, targets).sample(frac=1, random_state=1)  # in any order: the times say which
+    answer = Recommender.load(run).recommend(frame, k=5)
+    users, items = dataset.original_user_ids().to_pylist(), dataset.original_item_ids().to_pylist()
+    for row, user in enumerate(loader.users):
+        own = answer[answer["user_id"] == users[user]].sort_values("rank")
+        real = best[row] > -torch.inf
+        assert own["item_id"].tolist() == [items[column] for column in columns[row][real]]
+        torch.testing.assert_close(
+            torch.tensor(own["score"].to_numpy()), best[row][real], atol=1e-5, rtol=1e-4
+        )
+
+
+@pytest.fixture(scope="module")
+def rec(tmp_path_factory: pytest.TempPathFactory, dataset: SequenceDataset) -> Recommender:
+    return Recommender.load(
+        make_run(tmp_path_factory.mktemp("sasrec"), dataset, {"main_module": "SASRec"})[0]
+    )
+
+
+def test_histories_as_a_mapping_and_as_frames(rec: Recommender) -> None:
+    mapping = {"new": ["i00003", "i00004"], "u00001": ["i00005"]}
+    rows = [(user, item) for user, items in mapping.items() for item in items]
+    expected = rec.recommend(mapping, k=3)
+    pd.testing.assert_frame_equal(
+        rec.recommend(pd.DataFrame(rows, columns=["user_id", "item_id"]), k=3), expected
+    )
+    frame = rec.recommend(
+        pl.DataFrame(rows, schema=["user_id", "item_id"], orient="row"), k=3, output="polars"
+    )
+    assert frame.rows() == [tuple(row) for row in expected.itertuples(index=False)]
+    assert expected["user_id"].unique().tolist() == ["new", "u00001"]
+    assert expected["rank"].tolist() == [1, 2, 3] * 2
+    assert not set(expected[expected["user_id"] == "new"]["item_id"]) & set(mapping["new"])
+
+
+def test_seen_items_candidates_and_a_large_k(rec: Recommender) -> None:
+    history = {"a": ["i00001", "i00002"]}
+    assert len(rec.recommend(history, k=1000)) == 28
+    assert len(rec.recommend(history, k=1000, exclude_seen=False)) == 30
+    few = rec.recommend(history, k=5, candidates=["i00002", "i00007", "i00009", "nothing"])
+    assert set(few["item_id"]) == {"i00007", "i00009"}
+    by_user = rec.recommend({"a": ["i00001"], "b": ["i00001"]}, candidates={"a": ["i00004"], "b": ["i00005"]})
+    assert by_user["item_id"].tolist() == ["i00004", "i00005"]
+    scores = rec.score(history, ["i00007", "i00009"]).loc["a"]
+    ranked = few.set_index("item_id")["score"]
+    assert scores["i00007"] == pytest.approx(ranked["i00007"], abs=1e-5)
+
+
+def test_unknown_items_and_users(rec: Recommender, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="absl"):
+        answer = rec.recommend({"a": ["i00001", "what"], "b": ["who"], "c": []}, k=2)
+    assert answer["user_id"].unique().tolist() == ["a"]
+    assert "1 users have no item" in caplog.text or "2 users have no item" in caplog.text
+    assert "2 events of items" in caplog.text or "3 events of items" in caplog.text
+    popular = rec.recommend({"a": ["i00001"], "b": ["who"]}, k=2, fallback="popular")
+    counts = pd.Series(rec.counts.tolist(), index=rec.item_ids.to_pylist())
+    assert counts[popular[popular["user_id"] == "b"]["item_id"].iloc[0]] == counts.max()
+
+
+def test_long_histories_are_cut_to_the_window_and_stay_seen(rec: Recommender) -> None:
+    items = [f"i{number:05}" for number in range(1, 21)]
+    answer = rec.recommend({"long": items}, k=30)
+    assert not set(answer["item_id"]) & set(items)
+    window = rec.recommend({"long": items[-7:]}, k=30)
+    kept = window[~window["item_id"].isin(items)]
+    assert kept["item_id"].tolist() == answer["item_id"].tolist()
+
+
+def test_similar_items_and_embeddings(rec: Recommender) -> None:
+    near = rec.similar_items(["i00001"], k=4)
+    assert near["rank"].tolist() == [1, 2, 3, 4] and "i00001" not in near["similar_id"].tolist()
+    table = rec.item_embeddings()
+    assert table.index.tolist() == rec.item_ids.to_pylist() and table.shape[1] == 8
+    assert rec.embed({"a": ["i00001"]}).shape == (1, 8)
+
+
+def test_faults_are_one_line(rec: Recommender, tmp_path: Path, dataset: SequenceDataset) -> None:
+    for call in (
+        lambda: rec.recommend({"a": ["i00001"]}, k=0),
+        lambda: rec.recommend(pd.DataFrame({"user": [1]})),
+        lambda: rec.score({"a": ["i00001"]}, ["what"]),
+        lambda: rec.similar_items(["what"]),
+        lambda: Recommender.load(tmp_path),
+    ):
+        with pytest.raises(UserError) as error:
+            call()
+        assert "\n" not in str(error.value)
+    timed = Recommender.load(make_run(tmp_path, dataset, {"main_module": "HSTU"})[0])
+    with pytest.raises(UserError, match="timestamp"):
+        timed.recommend({"a": ["i00001"]})
