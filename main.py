@@ -11,6 +11,7 @@ from pathlib import Path
 
 from absl import app, flags, logging
 
+from generative_recommenders.commands.predict import PredictOptions, predict
 from generative_recommenders.commands.workers import (
     EMBEDDED,
     INTERRUPTED,
@@ -35,8 +36,8 @@ _BINDINGS = flags.DEFINE_multi_string("gin_bindings", [], "gin bindings, applied
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "evaluate", "import"],
-    "train, or score the best checkpoint of --run_dir, or make one of --meta_checkpoint there",
+    ["train", "evaluate", "predict", "import"],
+    "train; score the best checkpoint of --run_dir; write its recommendations; or make a run of --meta_checkpoint there",
 )
 _META_CHECKPOINT = flags.DEFINE_string(
     "meta_checkpoint", None, "a checkpoint of the HSTU authors' program, for --mode=import"
@@ -70,6 +71,23 @@ _PLUGINS = flags.DEFINE_multi_string(
 _LIST = flags.DEFINE_enum(
     "list", None, sorted(REGISTRIES), "print the parts of a kind with their options, and stop"
 )
+_USERS = flags.DEFINE_string(
+    "users", "all", "predict: all users of the data, or a file of their ids, one a line"
+)
+_HISTORY = flags.DEFINE_enum(
+    "history",
+    "all",
+    ["all", "test"],
+    "predict: from all of a user's events, or from those before the test target",
+)
+_TOP_K = flags.DEFINE_integer("top_k", 10, "predict: items a user", lower_bound=1)
+_EXCLUDE_SEEN = flags.DEFINE_bool("exclude_seen", True, "predict: recommend no item of the history")
+_CANDIDATES = flags.DEFINE_string(
+    "candidates", None, "predict: a file of the only items that may be recommended, one a line"
+)
+_OUTPUT = flags.DEFINE_string(
+    "output", "recommendations.parquet", "predict: the file to write, .parquet, .csv or .jsonl"
+)
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "build everything, say what it is, and stop")
 _PROFILE = flags.DEFINE_bool(
     "profile", False, "write a torch profiler trace of a few steps to the run's folder"
@@ -84,6 +102,20 @@ def check_flags() -> None:
         "import": (
             (_RESUME, _AUTO_RESUME, _MAX_STEPS, _DRY_RUN, _PROFILE),
             "it makes a run and trains nothing",
+        ),
+        "predict": (
+            (
+                _GIN_FILES,
+                _BINDINGS,
+                _RESUME,
+                _AUTO_RESUME,
+                _MAX_STEPS,
+                _DRY_RUN,
+                _PROFILE,
+                _META_CHECKPOINT,
+                _NUM_PROCESSES,
+            ),
+            "it answers with the run of --run_dir as it is, in one process",
         ),
         "evaluate": (
             (_GIN_FILES, _RESUME, _AUTO_RESUME, _MAX_STEPS, _DRY_RUN, _PROFILE, _META_CHECKPOINT),
@@ -101,6 +133,16 @@ def run(options: Options) -> int:
         load_plugins(options.plugins)
         print("\n".join(REGISTRIES[_LIST.value].describe()))
         return 0
+    if _MODE.value == "predict":
+        wanted = PredictOptions(
+            _USERS.value,
+            _HISTORY.value,
+            _TOP_K.value,
+            _EXCLUDE_SEEN.value,
+            _CANDIDATES.value,
+            Path(_OUTPUT.value),
+        )
+        return predict(options, wanted)
     if _DRY_RUN.value:
         return launch(dry_run_worker, (options,), 1, _MASTER_PORT.value)
     if _MODE.value == "evaluate":

@@ -126,30 +126,44 @@ class Recommender:
         if k < 1:
             raise UserError(f"k must be 1 or more, got {k}")
         users, values, ids = [], [], []
-        allowed = None if candidates is None or isinstance(candidates, Mapping) else self._mask(candidates)
+        allowed = None if candidates is None or isinstance(candidates, Mapping) else self.mask(candidates)
         for rows in self._rows(histories, at, keep_empty=fallback == "popular"):
-            with torch.no_grad():
-                scores = self.model.score(self.model.encode_query(rows.batch), self.snapshot).float().cpu()
-            empty = rows.batch["lengths"] == 0
-            if empty.any():
-                scores[empty] = self._popularity()
-            if exclude_seen:
-                for row, seen in enumerate(rows.seen):
-                    scores[row, torch.from_numpy(seen - 1)] = -torch.inf
+            mask = allowed
             if isinstance(candidates, Mapping):
-                by_user = [self._mask(candidates.get(user, ())) for user in rows.users]
-                scores.masked_fill_(~torch.stack(by_user), -torch.inf)
-            elif allowed is not None:
-                scores.masked_fill_(~allowed, -torch.inf)
-            best, columns = largest(scores, k)
+                mask = torch.stack([self.mask(candidates.get(user, ())) for user in rows.users])
+            best, found = self.best(rows.batch, k, rows.seen if exclude_seen else None, mask)
             users += rows.users
             values.append(best)
-            ids.append((columns + 1).masked_fill(best == -torch.inf, 0))
+            ids.append(found)
         scores = torch.cat(values) if values else torch.empty(0, k)
         items = torch.cat(ids) if ids else torch.empty(0, k, dtype=torch.int64)
         if output == "torch":
             return scores, items
         return self._frame(users, items, scores, output)
+
+    def best(
+        self,
+        batch: dict[str, torch.Tensor],
+        k: int,
+        seen: Sequence[np.ndarray] | None = None,
+        allowed: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scores and internal ids ``[B, k]`` of the best items for a batch of an evaluation loader's columns.
+
+        seen: internal ids that are left out, by row. allowed: ``[V]`` or ``[B, V]`` bool, the candidates. An empty history gets
+        the most popular items. Places without an item have minus infinity and id 0.
+        """
+        with torch.no_grad():
+            scores = self.model.score(self.model.encode_query(batch), self.snapshot).float().cpu()
+        empty = batch["lengths"] == 0
+        if empty.any():
+            scores[empty] = self._popularity()
+        for row, left_out in enumerate(seen or ()):
+            scores[row, torch.from_numpy(left_out - 1)] = -torch.inf
+        if allowed is not None:
+            scores.masked_fill_(~allowed, -torch.inf)
+        values, columns = largest(scores, k)
+        return values, (columns + 1).masked_fill(values == -torch.inf, 0)
 
     def score(self, histories: Any, candidates: Sequence[Any], *, at: Any = None) -> pd.DataFrame:
         """Scores of the candidates for each user: a frame with a row a user and a column an item; unknown items are refused."""
@@ -197,6 +211,11 @@ class Recommender:
         frame = self._frame(list(items), (columns + 1).masked_fill(best == -torch.inf, 0), best, "pandas")
         return frame.rename(columns={"user_id": "item_id", "item_id": "similar_id"})
 
+    @property
+    def batch_size(self) -> int:
+        """Users whose scores of the whole catalogue fit the memory that is set aside for them."""
+        return max(1, min(MAX_USERS, MAX_SCORES // max(1, len(self.item_ids))))
+
     # -- histories ----------------------------------------------------------------------------------------------
 
     def _rows(self, histories: Any, at: Any, keep_empty: bool = False) -> Iterator[_Rows]:
@@ -231,9 +250,8 @@ class Recommender:
             for key, part in known.partition_by("user_id", as_dict=True, maintain_order=True).items()
         }
         users = [user for user in order.to_list() if keep_empty or user in groups]
-        size = max(1, min(MAX_USERS, MAX_SCORES // max(1, len(self.item_ids))))
-        for start in range(0, len(users), size):
-            some = users[start : start + size]
+        for start in range(0, len(users), self.batch_size):
+            some = users[start : start + self.batch_size]
             yield self._batch(some, [groups.get(user) for user in some], at)
 
     def _batch(self, users: list[Any], parts: list[pl.DataFrame | None], at: Any) -> _Rows:
@@ -281,7 +299,7 @@ class Recommender:
             np.nan_to_num(ids.to_numpy(zero_copy_only=False).astype(np.float64), nan=-1).astype(np.int64) + 1
         )
 
-    def _mask(self, candidates: Sequence[Any]) -> torch.Tensor:
+    def mask(self, candidates: Sequence[Any]) -> torch.Tensor:
         """``[V]`` bool: the items that may be recommended."""
         ids = self._internal(list(candidates))[0] if len(candidates) else np.empty(0, np.int64)
         mask = torch.zeros(len(self.item_ids) + 1, dtype=torch.bool)

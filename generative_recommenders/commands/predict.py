@@ -1,0 +1,155 @@
+"""Recommendations for users of a prepared data set, written to a file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+import torch
+from absl import logging
+from tqdm import tqdm
+
+from generative_recommenders.commands.workers import Options, prepared_dataset
+from generative_recommenders.data.loader import EvaluationLoader, SequenceRows
+from generative_recommenders.data.preparation.folder import new_file
+from generative_recommenders.data.splits import make_split
+from generative_recommenders.data.store import SequenceDataset
+from generative_recommenders.errors import UserError
+from generative_recommenders.retrieval.recommender import Recommender
+
+SCHEMA = pa.schema(
+    [
+        ("user_id", pa.large_string()),
+        ("item_id", pa.large_string()),
+        ("rank", pa.int32()),
+        ("score", pa.float32()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class PredictOptions:
+    """Flags of ``--mode=predict``. users: "all" or a file of user ids, one a line. history: "all" events of a user, or "test",
+    those before the test target. candidates: a file of item ids, one a line. output: .parquet, .csv or .jsonl."""
+
+    users: str
+    history: str
+    top_k: int
+    exclude_seen: bool
+    candidates: str | None
+    output: Path
+
+
+def predict(options: Options, wanted: PredictOptions) -> int:
+    """Writes the top_k items of each user; the file appears whole or not at all."""
+    if options.run_dir is None:
+        raise UserError("--mode=predict needs --run_dir, the folder of a trained run")
+    if wanted.output.suffix not in _WRITERS:
+        raise UserError(f"--output={wanted.output}: the name must end in {', '.join(_WRITERS)}")
+    recommender = Recommender.load(options.run_dir, plugins=options.plugins)
+    t = recommender.settings.train
+    dataset = prepared_dataset(t.dataset_name, options.data_root)
+    if not dataset.original_item_ids().combine_chunks().cast(pa.large_string()).equals(recommender.item_ids):
+        raise UserError(f"{options.run_dir} was trained on other items than {dataset.folder} holds")
+    allowed = None
+    if wanted.candidates is not None:
+        allowed = recommender.mask(_lines(wanted.candidates, "--candidates"))
+    stops = dataset.lengths if wanted.history == "all" else make_split(dataset, t.protocol).test_targets
+    users = _users(dataset, wanted.users)
+    users = users[stops[users] > 0]
+    names = dataset.original_user_ids().combine_chunks()
+    with new_file(wanted.output) as scratch, _WRITERS[wanted.output.suffix](scratch) as write:
+        for start in tqdm(
+            range(0, len(users), recommender.batch_size), desc="users", unit="batch", disable=None
+        ):
+            some = users[start : start + recommender.batch_size]
+            batch = _batch(dataset, stops, some, t.max_sequence_length, wanted.history)
+            seen = None
+            if wanted.exclude_seen:
+                bounds = zip(dataset.offsets[some], stops[some])
+                seen = [
+                    np.unique(dataset.items[first : first + stop]).astype(np.int64) for first, stop in bounds
+                ]
+            scores, items = recommender.best(batch, wanted.top_k, seen, allowed)
+            row, column = (items > 0).nonzero(as_tuple=True)
+            write(
+                pa.table(
+                    [
+                        names.take(pa.array(some[row.numpy()])).cast(pa.large_string()),
+                        recommender.item_ids.take(pa.array((items[row, column] - 1).numpy())),
+                        pa.array((column + 1).numpy(), pa.int32()),
+                        pa.array(scores[row, column].numpy(), pa.float32()),
+                    ],
+                    schema=SCHEMA,
+                )
+            )
+    logging.info("recommendations for %d users in %s", len(users), wanted.output)
+    return 0
+
+
+def _batch(
+    dataset: SequenceDataset, stops: np.ndarray, users: np.ndarray, width: int, history: str
+) -> dict[str, torch.Tensor]:
+    """Histories as the evaluation cuts them; the time of a request is that of the test target, else of the last event."""
+    if history == "test":
+        return EvaluationLoader(dataset, stops, width, len(users)).batch(users)
+    batch = SequenceRows(dataset, width).cut(users, np.zeros_like(stops[users]), stops[users])
+    if "timestamps" in batch:
+        last = (batch["lengths"] - 1).clamp(min=0)[:, None]
+        batch["next_timestamps"] = batch["timestamps"].gather(1, last)[:, 0]
+    return batch
+
+
+def _users(dataset: SequenceDataset, wanted: str) -> np.ndarray:
+    """Users from 0; ids that the data do not have are counted in a warning."""
+    if wanted == "all":
+        return np.arange(dataset.num_users)
+    asked = pa.array(_lines(wanted, "--users"), pa.large_string())
+    known = dataset.original_user_ids().combine_chunks().cast(pa.large_string())
+    places = pa.compute.index_in(asked, value_set=known)
+    if places.null_count:
+        logging.warning("%d users of %s are not in the data and are left out", places.null_count, wanted)
+    return places.drop_null().to_numpy().astype(np.int64)
+
+
+def _lines(path: str, flag: str) -> list[str]:
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{flag}={path}: cannot be read as text: {getattr(error, 'strerror', None) or error}"
+        ) from error
+    return [line.strip() for line in lines if line.strip()]
+
+
+Write = Callable[[pa.Table], None]
+
+
+@contextmanager
+def _parquet(path: Path) -> Iterator[Write]:
+    with pq.ParquetWriter(path, SCHEMA) as writer:
+        yield writer.write_table
+
+
+@contextmanager
+def _csv(path: Path) -> Iterator[Write]:
+    with pyarrow.csv.CSVWriter(path, SCHEMA) as writer:
+        yield writer.write_table
+
+
+@contextmanager
+def _jsonl(path: Path) -> Iterator[Write]:
+    with path.open("w", encoding="utf-8") as file:
+        yield lambda table: file.writelines(
+            json.dumps(row, ensure_ascii=False) + "\n" for row in table.to_pylist()
+        )
+
+
+_WRITERS = {".parquet": _parquet, ".csv": _csv, ".jsonl": _jsonl}

@@ -1,0 +1,82 @@
+"""main.py --mode=predict on a run of release 0.1.0 and the data that it was trained on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from generative_recommenders import Recommender
+from programs import run_program
+
+RELEASE = Path(__file__).parents[1] / "compatibility" / "v0_1_0"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    shutil.copytree(RELEASE / "prepared", tmp_path / "data" / "prepared")
+    shutil.copytree(RELEASE / "runs" / "sasrec", tmp_path / "run")
+    return tmp_path
+
+
+def run(folder: Path, output: str, *flags: str):
+    return run_program(
+        "main.py", "--mode=predict", f"--run_dir={folder / 'run'}", f"--data_root={folder / 'data'}",
+        f"--output={folder / output}", *flags,
+    )  # fmt: skip
+
+
+def test_every_user_is_answered_as_by_the_recommender(folder: Path) -> None:
+    done = run(folder, "recs.parquet", "--top_k=5")
+    assert done.returncode == 0, done.stderr
+    written = pd.read_parquet(folder / "recs.parquet")
+    assert written.groupby("user_id").size().tolist() == [5] * 80
+    events = pd.read_csv(RELEASE / "ratings.csv.gz").rename(columns={"user": "user_id", "item": "item_id"})
+    own = Recommender.load(folder / "run").recommend(events[events["user_id"] == "reader-007"], k=5)
+    theirs = written[written["user_id"] == "reader-007"]
+    assert theirs["item_id"].tolist() == own["item_id"].tolist()
+    assert theirs["score"].tolist() == pytest.approx(own["score"].tolist(), abs=1e-5)
+    history = set(events[events["user_id"] == "reader-007"]["item_id"])
+    assert not history & set(theirs["item_id"])
+
+
+def test_some_users_candidates_and_text(folder: Path) -> None:
+    (folder / "users.txt").write_text("reader-003\nnobody\n")
+    (folder / "items.txt").write_text("book-001\nbook-002\n")
+    flags = (
+        f"--users={folder / 'users.txt'}",
+        f"--candidates={folder / 'items.txt'}",
+        "--noexclude_seen",
+        "--history=test",
+    )
+    done = run(folder, "recs.jsonl", *flags)
+    assert done.returncode == 0, done.stderr
+    assert "1 users" in done.stderr
+    rows = [json.loads(line) for line in (folder / "recs.jsonl").read_text().splitlines()]
+    assert {row["user_id"] for row in rows} == {"reader-003"}
+    assert {row["item_id"] for row in rows} == {"book-001", "book-002"} and [row["rank"] for row in rows] == [
+        1,
+        2,
+    ]
+    assert run(folder, "recs.csv", *flags).returncode == 0
+    assert pd.read_csv(folder / "recs.csv")["item_id"].tolist() == [row["item_id"] for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("output", "flags", "words"),
+    [
+        ("recs.txt", (), "must end in .parquet, .csv, .jsonl"),
+        ("recs.csv", ("--users=/nowhere",), "--users=/nowhere: cannot be read"),
+        ("recs.csv", ("--resume",), "--resume cannot go with --mode=predict"),
+    ],
+)
+def test_faults_are_one_line_and_nothing_is_written(
+    folder: Path, output: str, flags: tuple[str, ...], words: str
+) -> None:
+    done = run(folder, output, *flags)
+    assert done.returncode == 2
+    assert words in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    assert not (folder / output).exists()
