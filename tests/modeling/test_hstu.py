@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 
-from generative_recommenders.modeling.encoders.hstu import HSTU, RelativeBias, bias_inputs, time_buckets
+from generative_recommenders.modeling.encoders.hstu import HSTU
 from generative_recommenders.modeling.events import next_times
 from generative_recommenders.ops.layout import jagged_layout, padded_layout
+from generative_recommenders.ops.relative_bias import bias_inputs
 from golden_encoders import ENTRANCES, assert_parity, choose_backend, recommender_of
 from golden_parity import assert_near, load_golden
 
@@ -46,19 +45,10 @@ def test_parity_of_the_bias(case: str) -> None:
     model = recommender_of(golden, encoder_of(golden.config))
     lengths, times = golden.inputs["past_lengths"].long(), golden.inputs["timestamps"]
     layout, width = padded_layout(lengths, times.shape[1]), times.shape[1]
-    events = {"timestamps": times.flatten(), "next_timestamps": next_times(times, lengths, None).flatten()}
-    (inputs,) = bias_inputs(layout, width, events, "given", whole=True)
+    queries = next_times(times, lengths, None).flatten()
+    (inputs,) = bias_inputs(layout, width, (queries, times.flatten()), whole=True)
     for index, block in enumerate(model.sequence.encoder.blocks):
         assert_near(block.bias(inputs)[:, 0], golden.outputs[f"bias_layer{index}"])
-
-
-def test_time_buckets() -> None:
-    seconds = [0, 1, 2, 60, 86_400, 31_536_000, 10**12]
-    times = torch.tensor([seconds])
-    buckets = time_buckets(torch.zeros_like(times), times)[0, 0].tolist()
-    assert buckets == [min(int(math.log(max(s, 1)) / 0.301), 128) for s in seconds]
-    assert time_buckets(times, torch.zeros_like(times))[0, :, 0].tolist() == buckets
-    assert time_buckets(torch.full((1, 1), 2**62), torch.zeros(1, 1, dtype=torch.int64)).item() == 128
 
 
 def small_input(lengths: list[int]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -90,29 +80,6 @@ def test_causal_with_the_next_time_held_fixed() -> None:
     outputs = encoder(x, layout, events), encoder(changed, layout, times)
     torch.testing.assert_close(outputs[0][:4], outputs[1][:4])
     assert (outputs[0][4:] != outputs[1][4:]).all(0).any()
-
-
-def test_without_times_the_bias_is_by_position() -> None:
-    bias = RelativeBias(6)
-    (inputs,) = bias_inputs(jagged_layout(torch.tensor([4]), 6), 6, {}, "given", whole=True)
-    for i in range(4):
-        for j in range(4):
-            assert bias(inputs)[0, i, j] == bias.position[5 + j - i]
-    bias(inputs).sum().backward()
-    assert bias.position.grad.tolist() == [0, 0, 1, 2, 3, 4, 3, 2, 1, 0, 0]
-
-
-def test_gradcheck_of_the_bias() -> None:
-    bias = RelativeBias(4).double()
-    layout = jagged_layout(torch.tensor([3, 2, 3]), 4)
-    _, events = small_input([3, 2, 3])
-    inputs = bias_inputs(layout, 4, events, "given")
-
-    def total(position, time):
-        tables = {"position": position, "time": time}
-        return torch.cat([torch.func.functional_call(bias, tables, (x,)).flatten() for x in inputs])
-
-    assert torch.autograd.gradcheck(total, (bias.position, bias.time))
 
 
 @pytest.mark.parametrize("normalization", ["rel_bias", "softmax_rel_bias"])

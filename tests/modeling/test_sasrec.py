@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from generative_recommenders.compat.replay.sasrec_layer import SasRecTransformerLayer
-from generative_recommenders.modeling.encoders.sasrec import SASRec, SasrecBlock
-from generative_recommenders.ops.attention import softmax_attention
+from generative_recommenders.modeling.encoders.sasrec import SASRec
 from generative_recommenders.ops.layout import jagged_layout, padded_layout
 from golden_encoders import ENTRANCES, assert_parity, choose_backend, recommender_of
 from golden_parity import GoldenFile, assert_near, load_golden
@@ -88,26 +87,6 @@ def test_gradients_equal_those_of_replays_layer() -> None:
     theirs = dict(layer.named_parameters())
     for name, parameter in replay_names(encoder).items():
         assert_near(parameter.grad, theirs[name].grad, 1e-4)
-
-
-@pytest.mark.parametrize("rate", [0.0, 0.4])
-def test_one_head_over_the_inputs_equals_queries_keys_and_values(rate: float) -> None:
-    block, layout = SasrecBlock(8, 1, 8, dropout_rate=rate), jagged_layout(torch.tensor([3, 0, 5]), 5)
-    for bias in (block.in_proj.bias, block.out_proj.bias):
-        torch.nn.init.normal_(bias)
-    x = torch.randn(8, 8, requires_grad=True)
-
-    def by_projections(x: torch.Tensor) -> torch.Tensor:
-        query, q, k, v = block.project(x)
-        return block.combine(query, softmax_attention(q, k, v, layout, rate))
-
-    outputs, gradients = [], []
-    for forward in (lambda x: block(x, layout), by_projections):
-        torch.manual_seed(0)
-        outputs.append(forward(x))
-        gradients.append(torch.autograd.grad(outputs[-1].square().sum(), [x, *block.parameters()]))
-    torch.testing.assert_close(*outputs)
-    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-4)
 
 
 def test_final_norm() -> None:

@@ -10,14 +10,15 @@ from typing import Literal
 import torch
 
 from generative_recommenders.config.registry import register_encoder
+from generative_recommenders.modeling.encoders.checks import check_heads, check_positive
 from generative_recommenders.modeling.encoders.differential_attention import (
     DiffTransformerBlock,
     lambda_init_of_block,
 )
-from generative_recommenders.modeling.encoders.sasrec import check_heads, check_positive, run_block
 from generative_recommenders.ops.attention import softmax_attention
 from generative_recommenders.ops.dropout import Dropout
 from generative_recommenders.ops.layout import Layout
+from generative_recommenders.ops.recomputation import run_block
 
 
 class LayoutDiffBlock(DiffTransformerBlock):

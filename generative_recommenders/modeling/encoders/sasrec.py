@@ -1,4 +1,12 @@
-"""SASRec (arXiv 1808.09781), in the form of HSTU's public runs and, by options, of RePlay's layer."""
+"""SASRec (arXiv 1808.09781, section III-B and C), in the form of HSTU's public runs and, by options, of RePlay's layer.
+
+A block, over the tokens x of a batch; LN has eps 1e-8, and D is dropout:
+
+    Q = LN(x)                                        the queries are normalised, and so is their residual (III-C)
+    S = Q + softmax(Q Wq (x Wk)ᵀ / sqrt(d)) x Wv Wo          self-attention over the past (eq. 2 and 3)
+    y = LN(S)
+    F = y + D(D(act(y W1 + b1)) W2 + b2)                     point-wise feed-forward (eq. 4)
+"""
 
 from __future__ import annotations
 
@@ -9,16 +17,16 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-import torch.utils.checkpoint
 
 from generative_recommenders.config.registry import register_encoder
 from generative_recommenders.modeling.cache import Appended, KeysValues, softmax_over_cache
-from generative_recommenders.ops import dispatch
-from generative_recommenders.ops.attention import softmax_attention
+from generative_recommenders.modeling.encoders.checks import check_choice, check_heads, check_positive
 from generative_recommenders.ops.dropout import Dropout
 from generative_recommenders.ops.feed_forward import feed_forward
 from generative_recommenders.ops.layout import Layout
+from generative_recommenders.ops.multi_head_attention import multi_head_attention, project_heads
 from generative_recommenders.ops.normalization import LayerNorm
+from generative_recommenders.ops.recomputation import run_block
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu": F.relu,
@@ -27,27 +35,8 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-def check_heads(width: int, num_heads: int) -> int:
-    """Width of a head, or ValueError where the heads do not divide the width."""
-    if num_heads < 1 or width % num_heads:
-        raise ValueError(
-            f"num_heads {num_heads} does not divide the width {width}: choose one of its divisors"
-        )
-    return width // num_heads
-
-
-def check_positive(**sizes: int) -> None:
-    """ValueError naming the first size below 1."""
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} {size} must be 1 or more")
-
-
 class SasrecBlock(torch.nn.Module):
-    """``Q = LN(x)``, ``y = LN(Q + MHA(Q, x, x))``, ``x = W2 act(W1 y + b1) + b2 + y``; LN eps 1e-8.
-
-    The residual of the attention is the normalised query. norm_weights: layer norms carry weights and biases.
-    """
+    """One block of the equations above. norm_weights: layer norms carry weights and biases."""
 
     def __init__(
         self,
@@ -60,8 +49,7 @@ class SasrecBlock(torch.nn.Module):
     ) -> None:
         super().__init__()
         check_heads(embedding_dim, num_heads)
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
+        check_choice("activation", activation, ACTIVATIONS)
         self.num_heads = num_heads
         self.dropout_rate = Dropout(dropout_rate).rate
         self.activation = ACTIVATIONS[activation]
@@ -72,73 +60,43 @@ class SasrecBlock(torch.nn.Module):
         self.ffn_norm = norm(eps=1e-8)
         self.ffn_in = torch.nn.Linear(embedding_dim, ffn_hidden_dim)
         self.ffn_out = torch.nn.Linear(ffn_hidden_dim, embedding_dim)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Xavier normal for matrices, as in the published runs; attention biases 0."""
         for linear in (self.in_proj, self.out_proj, self.ffn_in, self.ffn_out):
-            torch.nn.init.xavier_normal_(linear.weight)
+            torch.nn.init.xavier_normal_(linear.weight)  # as in the published runs
         torch.nn.init.zeros_(self.in_proj.bias)
         torch.nn.init.zeros_(self.out_proj.bias)
 
     def forward(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
         """x: ``[T, D]``; returns the same shape."""
-        rate = self.dropout_rate if self.training else 0.0
-        if self.num_heads == 1 and dispatch.fast_on_cpu_in_one_dtype(x):
-            query = self.query_norm(x)
-            return layout.mask(self.transform(query + self.attend_inputs(query, x, layout, rate)))
-        query, q, k, v = self.project(x)
-        return layout.mask(self.combine(query, softmax_attention(q, k, v, layout, rate)))
-
-    def attend_inputs(
-        self, query: torch.Tensor, x: torch.Tensor, layout: Layout, rate: float
-    ) -> torch.Tensor:
-        """The attention of one head with two products fewer: over ``[x, 1]`` itself, keys and values in one.
-
-        ``(Wq a + bq)·(Wk x + bk)`` is ``(Wkᵀ (Wq a + bq))·x`` and what is the same for all keys; and ``sum p (Wv x + bv)`` is
-        ``[Wv, bv] sum p [x, 1]``. So keys' weights go into those of queries, and values' into the output's.
-        """
-        dim = x.shape[1]
-        spare = 1 + -(dim + 1) % 8  # one for the constant; products of full widths are faster
-        (w_q, w_k, w_v), (b_q, _, b_v) = self.in_proj.weight.split(dim), self.in_proj.bias.split(dim)
-        to_keys = F.pad(w_k * dim**-0.5, (0, spare)).T
-        to_output = F.pad(self.out_proj.weight @ torch.cat([w_v, b_v[:, None]], dim=1), (0, spare - 1))
-        inputs = F.pad(x, (0, spare), value=1.0)[:, None]
-        q = F.linear(query, to_keys @ w_q, to_keys @ b_q)[:, None]
-        attended = softmax_attention(q, inputs, inputs, layout, rate, scale=1.0)
-        return F.linear(attended.flatten(1), to_output, self.out_proj.bias)
+        query = self.query_norm(x)
+        attended = multi_head_attention(
+            query, x, self.in_proj, self.out_proj, self.num_heads, layout, self.active_dropout
+        )
+        return layout.mask(self.transform(query + attended))
 
     def append(
         self, x: torch.Tensor, appended: Appended, cached: KeysValues | None
     ) -> tuple[torch.Tensor, KeysValues]:
         """`forward` of the tokens ``x [T, D]`` alone, behind the cached ones."""
-        query, q, k, v = self.project(x)
+        query = self.query_norm(x)
+        q, k, v = project_heads(query, x, self.in_proj, self.num_heads)
         block = appended.extend_block(cached, k, v)
-        return self.combine(query, softmax_over_cache(q, block, appended)), block
-
-    def project(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Normalised query ``[T, D]``; q, k, v ``[T, H, D / H]``."""
-        dim, query = x.shape[-1], self.query_norm(x)
-        weight, bias = self.in_proj.weight, self.in_proj.bias
-        projections = zip(
-            (query, x, x), weight.split(dim), bias.split(dim)
-        )  # apart: nothing is put together later
-        return query, *(F.linear(t, w, b).unflatten(-1, (self.num_heads, -1)) for t, w, b in projections)
-
-    def combine(self, query: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-        """query: ``[T, D]``; attended: ``[T, H, D / H]``."""
-        return self.transform(query + self.out_proj(attended.flatten(1)))
+        attended = softmax_over_cache(q, block, appended).flatten(1)
+        return self.transform(query + self.out_proj(attended)), block
 
     def transform(self, attended: torch.Tensor) -> torch.Tensor:
-        """Norm and feed-forward ``[T, D]``."""
+        """F of ``S [T, D]``."""
         y = self.ffn_norm(attended)
-        rate = self.dropout_rate if self.training else 0.0
-        return feed_forward(y, self.ffn_in, self.ffn_out, self.activation, rate)
+        return feed_forward(y, self.ffn_in, self.ffn_out, self.activation, self.active_dropout)
+
+    @property
+    def active_dropout(self) -> float:
+        """The rate now: 0 in evaluation mode."""
+        return self.dropout_rate if self.training else 0.0
 
 
 @register_encoder("SASRec", gin_name="sasrec_encoder")
 class SASRec(torch.nn.Module):
-    """A stack of `SasrecBlock`. final_norm: layer norm with weights behind the last block (RePlay's body)."""
+    """A stack of `SasrecBlock` (eq. 5). final_norm: layer norm with weights behind the last block (RePlay's body)."""
 
     causal = True
 
@@ -183,16 +141,9 @@ class SASRec(torch.nn.Module):
         appended: Appended,
         cached: Sequence[KeysValues],
     ) -> tuple[torch.Tensor, tuple[KeysValues, ...]]:
-        """See `incremental.IncrementalEncoder`."""
+        """See `modeling.cache.IncrementalEncoder`."""
         blocks = []
         for block, before in zip(cast(Iterable[SasrecBlock], self.blocks), cached or repeat(None)):
             x, after = block.append(x, appended, before)
             blocks.append(after)
         return self.final_norm(x), tuple(blocks)
-
-
-def run_block(block: torch.nn.Module, checkpoint: bool, *inputs):
-    """The block's output; with checkpoint, its activations are computed again in the backward pass."""
-    if not checkpoint:
-        return block(*inputs)
-    return torch.utils.checkpoint.checkpoint(block, *inputs, use_reentrant=False)

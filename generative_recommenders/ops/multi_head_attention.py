@@ -1,0 +1,76 @@
+"""Multi-head attention with its projections (arXiv 1706.03762, section 3.2.2) over the tokens of a layout."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from generative_recommenders.ops import dispatch
+from generative_recommenders.ops.attention import softmax_attention
+from generative_recommenders.ops.layout import Layout
+
+
+def multi_head_attention(
+    query: torch.Tensor,
+    x: torch.Tensor,
+    in_proj: torch.nn.Linear,
+    out_proj: torch.nn.Linear,
+    num_heads: int,
+    layout: Layout,
+    dropout_rate: float = 0.0,
+) -> torch.Tensor:
+    """``Concat_h(softmax(q_h k_hᵀ / sqrt(d)) v_h) Wo + bo`` with q from ``query [T, D]``, k and v from ``x [T, D]``.
+
+    in_proj: weights of q, k and v, ``[3 D, D]``. dropout_rate: on the probabilities.
+    """
+    if num_heads == 1 and dispatch.fast_on_cpu_in_one_dtype(x):
+        return _one_head(query, x, in_proj, out_proj, layout, dropout_rate)
+    return multi_head_attention_reference(query, x, in_proj, out_proj, num_heads, layout, dropout_rate)
+
+
+def multi_head_attention_reference(
+    query: torch.Tensor,
+    x: torch.Tensor,
+    in_proj: torch.nn.Linear,
+    out_proj: torch.nn.Linear,
+    num_heads: int,
+    layout: Layout,
+    dropout_rate: float = 0.0,
+) -> torch.Tensor:
+    """`multi_head_attention` as its equation, for any number of heads."""
+    q, k, v = project_heads(query, x, in_proj, num_heads)
+    return out_proj(softmax_attention(q, k, v, layout, dropout_rate).flatten(1))
+
+
+def project_heads(
+    query: torch.Tensor, x: torch.Tensor, in_proj: torch.nn.Linear, num_heads: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q of ``query [T, D]``, k and v of ``x [T, D]``, ``[T, H, D / H]`` each."""
+    weights, biases = in_proj.weight.chunk(3), in_proj.bias.chunk(3)
+    projections = zip((query, x, x), weights, biases)  # apart: nothing is put together later
+    q, k, v = (F.linear(t, w, b).unflatten(-1, (num_heads, -1)) for t, w, b in projections)
+    return q, k, v
+
+
+def _one_head(
+    query: torch.Tensor,
+    x: torch.Tensor,
+    in_proj: torch.nn.Linear,
+    out_proj: torch.nn.Linear,
+    layout: Layout,
+    dropout_rate: float,
+) -> torch.Tensor:
+    """The attention of one head with two products fewer: over ``[x, 1]`` itself, keys and values in one.
+
+    ``(Wq a + bq)·(Wk x + bk)`` is ``(Wkᵀ (Wq a + bq))·x`` and what is the same for all keys; and ``sum p (Wv x + bv)`` is
+    ``[Wv, bv] sum p [x, 1]``. So keys' weights go into those of queries, and values' into the output's.
+    """
+    dim = x.shape[1]
+    spare = 1 + -(dim + 1) % 8  # one for the constant; products of full widths are faster
+    (w_q, w_k, w_v), (b_q, _, b_v) = in_proj.weight.chunk(3), in_proj.bias.chunk(3)
+    to_keys = F.pad(w_k * dim**-0.5, (0, spare)).T
+    to_output = F.pad(out_proj.weight @ torch.cat([w_v, b_v[:, None]], dim=1), (0, spare - 1))
+    inputs = F.pad(x, (0, spare), value=1.0)[:, None]
+    q = F.linear(query, to_keys @ w_q, to_keys @ b_q)[:, None]
+    attended = softmax_attention(q, inputs, inputs, layout, dropout_rate, scale=1.0)
+    return F.linear(attended.flatten(1), to_output, out_proj.bias)

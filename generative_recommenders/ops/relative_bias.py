@@ -1,0 +1,108 @@
+"""HSTU's relative attention bias by position and time (arXiv 2402.17152, eq. 2), and the softmax over all columns that goes
+with it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+
+from generative_recommenders.ops.attention import TableBias, looked_up, tiles
+from generative_recommenders.ops.layout import Layout
+
+NUM_TIME_BUCKETS = 128
+BUCKET_WIDTH = 0.301
+
+
+def time_buckets(query_times: torch.Tensor, key_times: torch.Tensor) -> torch.Tensor:
+    """``[g, n, c]`` int64: trunc(ln(max(|t_query - t_key|, 1)) / 0.301), limited to 0..128.
+
+    query_times ``[g, n]``, key_times ``[g, c]``: int64 seconds.
+    """
+    difference = (query_times[:, :, None] - key_times[:, None, :]).abs_().clamp_(min=1)
+    return difference.float().log_().div_(BUCKET_WIDTH).to(torch.int64).clamp_(0, NUM_TIME_BUCKETS)
+
+
+class BiasInputs(NamedTuple):
+    """What relative biases are looked up by: ``distance [n, c]`` and ``buckets [g, n, c]`` int64, or None without times.
+
+    n queries against c keys: those of a tile, or of a whole group. For tokens behind cached ones, both are ``[B, n, c]``.
+    """
+
+    distance: torch.Tensor
+    buckets: torch.Tensor | None
+
+
+Times = tuple[torch.Tensor, torch.Tensor]
+"""Of tokens as queries and as keys, ``[T]`` int64 seconds each."""
+
+
+def bias_inputs(
+    layout: Layout, max_length: int, times: Times | None = None, whole: bool = False
+) -> list[BiasInputs]:
+    """One for each tile of the layout, or for each group (whole); computed once a batch, shared by all blocks."""
+    inputs = []
+    for group in layout.groups:
+        columns = torch.arange(group.width, device=layout.device)
+        own = None if times is None else [group.gather(each) for each in times]
+        everything = (len(group.lengths), 0, group.width, group.width)
+        parts = [everything] if whole else [tile[:4] for tile in tiles(group, layout)]
+        for rows, start, stop, seen in parts:
+            distance = max_length - 1 + columns[None, :seen] - columns[start:stop, None]
+            buckets = time_buckets(own[0][:rows, start:stop], own[1][:rows, :seen]) if own else None
+            inputs.append(BiasInputs(distance, buckets))
+    return inputs
+
+
+class RelativeBias(torch.nn.Module):
+    """``w_pos[N - 1 + j - i] + w_time[bucket(t_query(i) - t_key(j))]``, shared by the heads.
+
+    max_length: N. Without times the bias is by position alone.
+    """
+
+    def __init__(self, max_length: int) -> None:
+        super().__init__()
+        self.position = torch.nn.Parameter(torch.empty(2 * max_length - 1).normal_(std=0.02))
+        self.time = torch.nn.Parameter(torch.empty(NUM_TIME_BUCKETS + 1).normal_(std=0.02))
+
+    def forward(self, inputs: BiasInputs) -> torch.Tensor:
+        """``[1, n, c]`` or ``[g, 1, n, c]``."""
+        known = [index for index in inputs if index is not None]
+        return looked_up((self.position, self.time), known)
+
+    def tables(self, inputs: list[BiasInputs]) -> TableBias:
+        """The same for each tile of a layout, looked up where it is used."""
+        if any(each.buckets is None for each in inputs):
+            return TableBias((self.position,), [(each.distance,) for each in inputs])
+        return TableBias((self.position, self.time), cast(list[tuple[torch.Tensor, ...]], inputs))
+
+
+def softmax_over_all_columns(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: Layout,
+    biases: list[torch.Tensor] | None,
+    max_length: int,
+    dropout_rate: float,
+) -> torch.Tensor:
+    """The published "softmax_rel_bias": softmax((q kᵀ + bias) / sqrt(dqk)) over all N columns, the future then set to 0.
+
+    q, k ``[T, H, dqk]``, v ``[T, H, dv]``; biases: one a group, `RelativeBias`. Columns without a token have score 0 (+ bias 0)
+    and count in the normaliser, as future ones do, so that this is not causal.
+    """
+    outputs = []
+    for index, group in enumerate(layout.groups):
+        q_, k_, v_ = (group.gather(t).transpose(1, 2) for t in (q, k, v))
+        logits = q_ @ k_.transpose(-1, -2)
+        if biases is not None:
+            logits = logits + biases[index]
+        real = group.real()[:, None, None, :]
+        logits = (logits * q.shape[-1] ** -0.5).masked_fill(~real, -torch.inf)
+        empty = (max_length - group.lengths).clamp(min=0).float().log()[:, None, None, None]
+        total = torch.logaddexp(logits.logsumexp(-1, keepdim=True), empty.expand(*logits.shape[:-1], 1))
+        weights = torch.exp(logits - total).tril()
+        outputs.append((F.dropout(weights, dropout_rate) @ v_).transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs).index_select(0, layout.keys.cells) if outputs else torch.zeros_like(v)
