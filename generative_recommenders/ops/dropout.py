@@ -68,9 +68,18 @@ def dropout(
 ) -> torch.Tensor:
     """``x`` with a share ``rate`` of elements set to 0 and the rest scaled by 1 / (1 - rate), when training; plus the
     residual."""
-    if training and rate > 0.0 and dispatch.fast_on_cpu(x):
-        return _Dropout.apply(x, residual, rate)
+    if training and rate > 0.0:
+        if not dispatch.fast(x):
+            return dropout_reference(x, rate, residual)
+        if dispatch.fast_on_cpu(x):
+            return _Dropout.apply(x, residual, rate)
     dropped = F.dropout(x, rate, training) if rate > 0.0 else x
+    return dropped if residual is None else dropped + residual
+
+
+def dropout_reference(x: torch.Tensor, rate: float, residual: torch.Tensor | None = None) -> torch.Tensor:
+    """`dropout` in training as its equation, ``x * mask / (1 - rate)``, under the mask that a CPU draws from the same seed."""
+    dropped = x * KeepMasks(rate, x).draw(x.shape) / (1.0 - rate)
     return dropped if residual is None else dropped + residual
 
 

@@ -28,12 +28,30 @@ def feed_forward(
     dropout_rate: float = 0.0,
 ) -> torch.Tensor:
     """``x + D(W2 D(act(W1 x + b1)) + b2)`` on ``[..., D]``, D being dropout."""
+    if not dispatch.fast(x):
+        return feed_forward_reference(x, first, second, activation, dropout_rate)
     written_out = activation is F.relu and dispatch.fast_on_cpu_in_one_dtype(x)
     if written_out and dropout_rate > 0.0:
         weights = first.weight, first.bias, second.weight, second.bias
         return _ReluFeedForward.apply(x.flatten(0, -2), *weights, dropout_rate).view(x.shape)
     hidden = dropout(activation(first(x)), dropout_rate, training=True)
     return dropout(second(hidden), dropout_rate, training=True, residual=x)
+
+
+def feed_forward_reference(
+    x: torch.Tensor,
+    first: nn.Linear,
+    second: nn.Linear,
+    activation: Callable[[torch.Tensor], torch.Tensor],
+    dropout_rate: float = 0.0,
+) -> torch.Tensor:
+    """`feed_forward` as its equation; with relu, under the masks that a CPU draws from the same seed."""
+    hidden = activation(first(x))
+    if dropout_rate == 0.0:
+        return x + second(hidden)
+    masks = KeepMasks(dropout_rate, x, elements=hidden.numel() + x.numel())  # one source for both
+    hidden = hidden * masks.draw(hidden.shape) / (1.0 - dropout_rate)
+    return x + second(hidden) * masks.draw(x.shape) / (1.0 - dropout_rate)
 
 
 class _ReluFeedForward(torch.autograd.Function):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from generative_recommenders.errors import UserError
+from generative_recommenders.ops import dispatch
 from generative_recommenders.ops.dropout import KeepMasks
 from generative_recommenders.ops.feed_forward import PointWiseFeedForward, SwiGLU, SwiGLUEncoder
 from golden_parity import assert_gradients, assert_near, load_golden, load_parameters
@@ -50,7 +51,7 @@ def test_dropout_acts_in_training_only() -> None:
 
 @pytest.mark.parametrize("shape", [(9, 5), (2, 3, 5), (0, 5)])
 def test_relu_with_dropout_is_its_equation(shape: tuple[int, ...]) -> None:
-    """Values and gradients of the function written out by hand, under masks drawn from the same seed."""
+    """Values and gradients of the function written out by hand and of its reference, under masks from one seed."""
     rate, dtype = 0.4, torch.float64
     module = PointWiseFeedForward(5, rate, "relu", hidden_dim=7).to(dtype)
     for bias in (module.linear1.bias, module.linear2.bias):
@@ -63,14 +64,17 @@ def test_relu_with_dropout_is_its_equation(shape: tuple[int, ...]) -> None:
     inner, outer = (masks.draw((*shape[:-1], width)) / (1 - rate) for width in (7, 5))
     expected = x + outer * module.linear2(inner * torch.relu(module.linear1(x)))
     torch.testing.assert_close(out, expected)
+    torch.manual_seed(6)
+    with dispatch.references():
+        reference = module(x)
+    torch.testing.assert_close(reference, expected)
     if x.numel():
         assert (outer == 0).any() and (inner == 0).any()
     weights = torch.randn(*shape, dtype=dtype)
     inputs = [x, *module.parameters()]
-    torch.testing.assert_close(
-        torch.autograd.grad((out * weights).sum(), inputs),
-        torch.autograd.grad((expected * weights).sum(), inputs),
-    )
+    gradients = [torch.autograd.grad(each, inputs, weights) for each in (expected, out, reference)]
+    torch.testing.assert_close(gradients[1], gradients[0])
+    torch.testing.assert_close(gradients[2], gradients[0])
 
 
 def test_unknown_activation_is_named() -> None:
