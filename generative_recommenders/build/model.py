@@ -1,45 +1,32 @@
-"""From settings to the retriever: one table for each choice that a name makes. An unknown name lists the
-known ones.
-"""
+"""From settings to the retriever, each choice that a name makes from its registry."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, TypeAlias, cast
+from typing import cast
 
 import torch
 
 from generative_recommenders.build.catalogue import Catalogue
 from generative_recommenders.build.objectives import MASKING_SCHEMES, auxiliary_weights, build_objective
-from generative_recommenders.config.choices import look_up, short_preprocessor, uses_item_tower
-from generative_recommenders.config.schema import RunSettings, TrainSettings
+from generative_recommenders.build.registered import build_part
+from generative_recommenders.config.choices import uses_item_tower
+from generative_recommenders.config.registry import (
+    INPUT_PREPROCESSORS,
+    ITEM_EMBEDDINGS,
+    OUTPUT_POSTPROCESSORS,
+    SIMILARITIES,
+)
+from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.errors import UserError
+from generative_recommenders.modeling import input_preprocessors, output_postprocessors  # noqa: F401  (register)
 from generative_recommenders.modeling.encoders import diff_transformer, hstu, sasrec, transformer  # noqa: F401  (register)
-from generative_recommenders.modeling.encoders.two_tower import ITEM_ID, FeatureMerger, ItemTowerEmbedding
+from generative_recommenders.modeling.encoders.two_tower import ITEM_ID, EntityFeature, FeatureMerger
 from generative_recommenders.modeling.event_features import EventFeatures
 from generative_recommenders.modeling.feature_embeddings import ListReduction
-from generative_recommenders.modeling.input_preprocessors import (
-    CombinedItemAndRatingInputFeaturesPreprocessor,
-    InputPreprocessor,
-    LearnablePositionalEmbeddingInputFeaturesPreprocessor,
-    LearnablePositionalEmbeddingRatedInputFeaturesPreprocessor,
-)
-from generative_recommenders.modeling.items import (
-    CategoricalEmbeddingModule,
-    ItemEmbedding,
-    LocalEmbeddingModule,
-)
 from generative_recommenders.modeling.model import SequenceEncoder, SequenceRecommender
-from generative_recommenders.modeling.output_postprocessors import (
-    L2NormEmbeddingPostprocessor,
-    LayerNormEmbeddingPostprocessor,
-)
-from generative_recommenders.modeling.similarity.dot_product import DotProductSimilarity
-from generative_recommenders.modeling.similarity.mixture_of_logits import MoLSimilarity
+from generative_recommenders.modeling.similarity.interface import Similarity
 from generative_recommenders.retrieval.mol_top_k import TopK, make_top_k
-
-SimilarityModule: TypeAlias = DotProductSimilarity | MoLSimilarity
 
 
 def build_model(settings: RunSettings, catalogue: Catalogue) -> SequenceRecommender:
@@ -47,12 +34,23 @@ def build_model(settings: RunSettings, catalogue: Catalogue) -> SequenceRecommen
     needs.
     """
     t = settings.train
+    tower, balanced = settings.item_tower, "mi_loss" in auxiliary_weights(settings)
+    bf16 = settings.mol.bf16_training or settings.similarity.bf16_training
+    supplies = {
+        "num_items": catalogue.num_items,
+        "embedding_dim": t.item_embedding_dim,
+        "query_embedding_dim": t.item_embedding_dim,
+        "item_embedding_dim": t.item_embedding_dim,
+        "item_category": lambda options: _categories(catalogue),
+        "features": lambda options: _tower_features(settings, catalogue),
+        "uses_item_id": ITEM_ID in tower.features,
+        "settings": replace(settings.mol, bf16_training=bf16),
+        "mutual_information": balanced,
+    }
     try:
-        kind = _embedding_kind(settings)
-        items = look_up(EMBEDDINGS, kind, "embedding_module_type")(settings, catalogue)
+        items = build_part(settings, ITEM_EMBEDDINGS, _embedding_kind(settings), supplies)
         sequence = build_sequence(settings, catalogue)
-        build_similarity = look_up(SIMILARITIES, t.interaction_module_type, "interaction_module_type")
-        similarity = build_similarity(settings)
+        similarity = build_part(settings, SIMILARITIES, t.interaction_module_type or "DotProduct", supplies)
     except ValueError as error:
         raise UserError(str(error)) from error
     make_top_k(t.top_k_method, similarity, torch.zeros(1, items.embedding_dim))  # refuses what does not fit
@@ -61,7 +59,7 @@ def build_model(settings: RunSettings, catalogue: Catalogue) -> SequenceRecommen
 
 
 def _embedding_kind(settings: RunSettings) -> str:
-    """The entry of `EMBEDDINGS`; TwoTower has its tower, which "local", the default, does not contradict."""
+    """The item embedding's name; TwoTower has its tower, which "local", the default, does not contradict."""
     kind = settings.train.embedding_module_type
     if not uses_item_tower(settings):
         return kind
@@ -75,10 +73,19 @@ def _embedding_kind(settings: RunSettings) -> str:
 def build_sequence(settings: RunSettings, catalogue: Catalogue) -> SequenceEncoder:
     """The dense part: preprocessor, encoder, context merger, postprocessor."""
     t = settings.train
-    preprocessor = look_up(PREPROCESSORS, short_preprocessor(settings), "input_preprocessor")(
-        settings, catalogue
-    )
-    encoder = _encoder(settings, preprocessor.embedding_dim)
+    supplies = {
+        "max_length": t.max_tokens,
+        "embedding_dim": t.item_embedding_dim,
+        "item_embedding_dim": t.item_embedding_dim,
+    }
+    preprocessor = build_part(settings, INPUT_PREPROCESSORS, t.input_preprocessor, supplies)
+    if preprocessor.needs_ratings:
+        _check_ratings(settings, catalogue)
+    seen_by_encoder = {
+        "embedding_dim": preprocessor.embedding_dim,
+        "max_length": t.max_tokens * preprocessor.tokens_per_item,
+    }
+    encoder = build_part(settings, *settings.chosen_parts()[0], seen_by_encoder)
     if t.objective in MASKING_SCHEMES and not encoder.causal:
         raise UserError(
             f"objective {t.objective!r} decides who sees whom, which hstu_encoder.normalization "
@@ -88,7 +95,7 @@ def build_sequence(settings: RunSettings, catalogue: Catalogue) -> SequenceEncod
         raise UserError(
             f"objective {t.objective!r} shows both sides of a hidden item, which encoder {t.main_module!r} cannot read"
         )
-    postprocessor = look_up(POSTPROCESSORS, t.user_embedding_norm, "user_embedding_norm")(t)
+    postprocessor = build_part(settings, OUTPUT_POSTPROCESSORS, t.user_embedding_norm, supplies)
     merger = _context_merger(settings, catalogue, encoder)
     return SequenceEncoder(preprocessor, encoder, postprocessor, merger, _event_features(settings, catalogue))
 
@@ -113,10 +120,10 @@ def _event_features(settings: RunSettings, catalogue: Catalogue) -> EventFeature
 def build_top_k(settings: RunSettings, model: SequenceRecommender) -> TopK:
     """The top-k module of ``train_fn.top_k_method`` over the model's items as they are now."""
     items = model.catalogue().embeddings
-    return make_top_k(settings.train.top_k_method, cast(SimilarityModule, model.similarity), items)
+    return make_top_k(settings.train.top_k_method, model.similarity, items)
 
 
-def _check_auxiliary(settings: RunSettings, similarity: SimilarityModule) -> None:
+def _check_auxiliary(settings: RunSettings, similarity: Similarity) -> None:
     produced = similarity.auxiliary_loss_names
     missing = sorted(set(auxiliary_weights(settings)) - produced)
     if missing:
@@ -126,47 +133,24 @@ def _check_auxiliary(settings: RunSettings, similarity: SimilarityModule) -> Non
         )
 
 
-def _item_norm(t: TrainSettings) -> dict[str, Any]:
-    return {"item_l2_norm": t.item_l2_norm, "l2_norm_eps": t.l2_norm_eps}
-
-
-def _local(settings: RunSettings, catalogue: Catalogue) -> ItemEmbedding:
-    return LocalEmbeddingModule(
-        catalogue.num_items, settings.train.item_embedding_dim, **_item_norm(settings.train)
-    )
-
-
-def _categorical(settings: RunSettings, catalogue: Catalogue) -> ItemEmbedding:
+def _categories(catalogue: Catalogue) -> torch.Tensor:
     if catalogue.categories is None:
         raise UserError(
             'embedding_module_type "categorical" needs train_fn.category_feature, one category for each item'
         )
-    return CategoricalEmbeddingModule(
-        catalogue.categories, settings.train.item_embedding_dim, **_item_norm(settings.train)
-    )
+    return catalogue.categories
 
 
-def _item_tower(settings: RunSettings, catalogue: Catalogue) -> ItemEmbedding:
+def _tower_features(settings: RunSettings, catalogue: Catalogue) -> list[EntityFeature]:
+    """Those of ``item_tower.features`` beside the id."""
     tower, dim = settings.item_tower, settings.train.item_embedding_dim
     names = [name for name in tower.features if name != ITEM_ID]
-    features = []
-    if names:
-        if catalogue.items is None:
-            raise UserError(f"item_tower.features: there is no data set to read {', '.join(names)} from")
-        features = catalogue.items.read(
-            names, dim, "item_tower.features", cast(ListReduction, tower.list_reduction)
-        )
-    return ItemTowerEmbedding(
-        catalogue.num_items, dim, features, ITEM_ID in tower.features, tower.num_blocks,
-        **_item_norm(settings.train),
-    )  # fmt: skip
-
-
-EMBEDDINGS: dict[str, Callable[[RunSettings, Catalogue], ItemEmbedding]] = {
-    "local": _local,
-    "categorical": _categorical,
-    "item_tower": _item_tower,
-}
+    if not names:
+        return []
+    if catalogue.items is None:
+        raise UserError(f"item_tower.features: there is no data set to read {', '.join(names)} from")
+    reduction = cast(ListReduction, tower.list_reduction)
+    return list(catalogue.items.read(names, dim, "item_tower.features", reduction))
 
 
 def _context_merger(
@@ -182,78 +166,17 @@ def _context_merger(
     return FeatureMerger(catalogue.users.read(names, width, "item_tower.query_features", reduction), width)
 
 
-def _positional(settings: RunSettings, catalogue: Catalogue) -> InputPreprocessor:
-    t = settings.train
-    return LearnablePositionalEmbeddingInputFeaturesPreprocessor(
-        t.max_tokens, t.item_embedding_dim, t.dropout_rate
-    )
-
-
-def _rated(settings: RunSettings, catalogue: Catalogue) -> InputPreprocessor:
-    _need_ratings(settings, catalogue)
-    t = settings.train
-    return LearnablePositionalEmbeddingRatedInputFeaturesPreprocessor(
-        t.max_tokens, t.item_embedding_dim, t.dropout_rate, t.rating_embedding_dim, t.num_ratings
-    )
-
-
-def _combined(settings: RunSettings, catalogue: Catalogue) -> InputPreprocessor:
-    _need_ratings(settings, catalogue)
-    t = settings.train
-    return CombinedItemAndRatingInputFeaturesPreprocessor(
-        t.max_tokens, t.item_embedding_dim, t.dropout_rate, t.num_ratings
-    )
-
-
-def _need_ratings(settings: RunSettings, catalogue: Catalogue) -> None:
-    t = settings.train
+def _check_ratings(settings: RunSettings, catalogue: Catalogue) -> None:
+    """UserError where the chosen preprocessor reads ratings and the data have none, or others than it has embeddings of."""
+    t, part = settings.train, INPUT_PREPROCESSORS[settings.train.input_preprocessor]
     if not catalogue.has_ratings:
         raise UserError(
             f"input_preprocessor {t.input_preprocessor!r} needs ratings, and {t.dataset_name} has none"
         )
     lowest, highest = catalogue.rating_range or (0.0, 0.0)
-    if lowest < 0 or highest >= t.num_ratings:
+    known = part.option_values(settings.part_options(INPUT_PREPROCESSORS, part.name)).get("num_ratings")
+    if known is not None and (lowest < 0 or highest >= known):
         raise UserError(
-            f"input_preprocessor {t.input_preprocessor!r} has embeddings of the ratings 0 to {t.num_ratings - 1} "
+            f"input_preprocessor {t.input_preprocessor!r} has embeddings of the ratings 0 to {known - 1} "
             f"(train_fn.num_ratings), and those of {t.dataset_name} reach from {lowest:g} to {highest:g}"
         )
-
-
-PREPROCESSORS: dict[str, Callable[[RunSettings, Catalogue], InputPreprocessor]] = {
-    "LearnablePositionalEmbedding": _positional,
-    "LearnablePositionalEmbeddingRated": _rated,
-    "CombinedItemAndRating": _combined,
-}
-
-
-def _max_tokens(settings: RunSettings) -> int:
-    """Positions that the encoder may see: interleaved ratings double them."""
-    return settings.train.max_tokens * (2 if short_preprocessor(settings) == "CombinedItemAndRating" else 1)
-
-
-def _encoder(settings: RunSettings, width: int) -> torch.nn.Module:
-    """The encoder by ``train_fn.main_module``, or TwoTower's by ``item_tower.query_module``."""
-    registry, name = settings.chosen_parts()[0]
-    supplies = {"embedding_dim": width, "max_length": _max_tokens(settings)}
-    return registry[name].build(settings.part_options(registry, name), supplies)
-
-
-POSTPROCESSORS: dict[str, Callable[[TrainSettings], torch.nn.Module]] = {
-    "l2_norm": lambda t: L2NormEmbeddingPostprocessor(t.l2_norm_eps, t.item_embedding_dim),
-    "layer_norm": lambda t: LayerNormEmbeddingPostprocessor(t.l2_norm_eps, t.item_embedding_dim),
-}
-
-
-def _mol(settings: RunSettings) -> MoLSimilarity:
-    bf16 = settings.mol.bf16_training or settings.similarity.bf16_training
-    balanced = "mi_loss" in auxiliary_weights(settings)
-    dim = settings.train.item_embedding_dim
-    mol = replace(settings.mol, bf16_training=bf16)
-    return MoLSimilarity.from_settings(mol, dim, dim, balanced, settings.train.temperature)
-
-
-SIMILARITIES: dict[str, Callable[[RunSettings], SimilarityModule]] = {
-    "": lambda settings: DotProductSimilarity(settings.train.temperature),
-    "DotProduct": lambda settings: DotProductSimilarity(settings.train.temperature),
-    "MoL": _mol,
-}

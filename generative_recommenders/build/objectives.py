@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
+
+import torch
 
 from generative_recommenders.build.catalogue import Catalogue
 from generative_recommenders.build.entity_features import class_assignment
+from generative_recommenders.build.registered import build_part
 from generative_recommenders.config.choices import look_up, uses_item_tower
-from generative_recommenders.config.registry import LOSSES
+from generative_recommenders.config.registry import LOSSES, NEGATIVE_SAMPLERS
 from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.model import SequenceEncoder
@@ -17,15 +21,7 @@ from generative_recommenders.objectives.losses.catalogue import CatalogueLoss
 from generative_recommenders.objectives.losses.sampled import SampledLoss
 from generative_recommenders.objectives.losses.sce import ScalableCrossEntropyLoss
 from generative_recommenders.objectives.masked import MaskedItemMasking, MaskedObjective, MaskingScheme
-from generative_recommenders.objectives.negative_samplers import (
-    InBatchNegativesSampler,
-    LocalNegativesSampler,
-    MixedNegativesSampler,
-    MultiClassNegativesSampler,
-    NegativesSampler,
-    PopularityNegativesSampler,
-    Sharing,
-)
+from generative_recommenders.objectives.negative_samplers import NegativesSampler, Sharing
 from generative_recommenders.objectives.permuted import PermutationMasking
 from generative_recommenders.objectives.replaced import ReplacedDetectionCriterion
 
@@ -84,13 +80,15 @@ def build_criterion(
             "VQVAELoss trains a tokenizer of items, not a retriever: see compat.VQVAELoss, and choose another loss_module"
         )
     part = LOSSES[t.loss_module]
-    look_up(SAMPLERS, t.sampling_strategy, "sampling_strategy")
+    _ = NEGATIVE_SAMPLERS[
+        t.sampling_strategy
+    ]  # an unknown name is refused beside a loss that draws none, too
     if t.target_weights == "rating" and not catalogue.has_ratings:
         raise UserError(f'target_weights "rating" needs ratings, and {t.dataset_name} has none')
     if t.label_smoothing and "label_smoothing" not in part.options.model_fields:
         smooth = ", ".join(p.name for p in LOSSES.parts() if "label_smoothing" in p.options.model_fields)
         raise UserError(f"label_smoothing acts in {smooth}, not in {t.loss_module}; leave it at 0")
-    loss = part.build(settings.part_options(LOSSES, t.loss_module), {"num_items": catalogue.num_items})
+    loss = build_part(settings, LOSSES, t.loss_module, {"num_items": catalogue.num_items})
     if isinstance(loss, SampledLoss):
         criterion: Criterion = _sampled_criterion(settings, catalogue, loss)
     else:
@@ -149,58 +147,44 @@ def _with_detection(
     )  # fmt: skip
 
 
-CORRECTED_SAMPLERS = ("in-batch", "popularity")
-"""Samplers whose draws have unequal or batch-dependent probabilities, which log Q correction makes up for."""
-
-
 def build_sampler(settings: RunSettings, catalogue: Catalogue, name: str | None = None) -> NegativesSampler:
-    """The negative sampler by ``train_fn.sampling_strategy``."""
+    """The negative sampler by ``train_fn.sampling_strategy``, or one of a mixture by its name."""
     t = settings.train
-    if t.log_q_correction and t.sampling_strategy not in CORRECTED_SAMPLERS:
-        known = ", ".join(CORRECTED_SAMPLERS)
+    corrected = [
+        p.name for p in NEGATIVE_SAMPLERS.parts() if "log_q_correction" in p.options.model_fields
+    ]  # their draws have unequal or batch-dependent probabilities
+    if t.log_q_correction and t.sampling_strategy not in corrected:
         raise UserError(
-            f"log_q_correction acts on {known}, not on sampling_strategy {t.sampling_strategy!r}: unset it"
+            f"log_q_correction acts on {', '.join(corrected)}, not on sampling_strategy {t.sampling_strategy!r}: unset it"
         )
-    try:
-        sharing = Sharing(t.negatives_sharing, t.negatives_block_size)
-        return look_up(SAMPLERS, name or t.sampling_strategy, "sampling_strategy")(
-            settings, catalogue, sharing
-        )
-    except ValueError as error:
-        raise UserError(str(error)) from error
+
+    def mixed(options: dict[str, Any]) -> list[NegativesSampler]:
+        if t.sampling_strategy in options["shares"]:
+            raise UserError(f"train_fn.mixed_shares cannot hold {t.sampling_strategy!r} itself")
+        return [build_sampler(settings, catalogue, each) for each in options["shares"]]
+
+    supplies = {
+        "num_items": catalogue.num_items,
+        "num_negatives": t.num_negatives,
+        "sharing": Sharing(t.negatives_sharing, t.negatives_block_size),
+        "counts": catalogue.counts,
+        "samplers": mixed,
+        "assignment": lambda options: _classes(settings, catalogue),
+    }
+    sampler: NegativesSampler = build_part(settings, NEGATIVE_SAMPLERS, name or t.sampling_strategy, supplies)
+    return sampler
 
 
-def _mixed(settings: RunSettings, catalogue: Catalogue, sharing: Sharing) -> NegativesSampler:
-    shares = settings.train.mixed_shares
-    if "mixed" in shares:
-        raise UserError("train_fn.mixed_shares cannot hold 'mixed' itself")
-    samplers = [build_sampler(settings, catalogue, name) for name in shares]
-    return MixedNegativesSampler(samplers, list(shares.values()), settings.train.num_negatives)
-
-
-def _multi_class(settings: RunSettings, catalogue: Catalogue, sharing: Sharing) -> NegativesSampler:
+def _classes(settings: RunSettings, catalogue: Catalogue) -> torch.Tensor:
+    """``[C, V]`` bool by ``train_fn.class_feature``."""
     t = settings.train
     if t.class_feature is None or catalogue.items is None:
         raise UserError(
-            'sampling_strategy "multi-class" needs train_fn.class_feature, an item feature of categories'
+            f"sampling_strategy {t.sampling_strategy!r} needs train_fn.class_feature, an item feature of categories"
         )
     (feature,) = catalogue.items.read([t.class_feature], 1, "train_fn.class_feature")
     if not feature.spec.is_categorical:
         raise UserError(
             f"train_fn.class_feature {t.class_feature!r} is {feature.spec.kind}: choose one of categories"
         )
-    classes = class_assignment(feature)
-    return MultiClassNegativesSampler(classes, t.num_negatives, sharing, selector=t.class_selector)
-
-
-SAMPLERS: dict[str, Callable[[RunSettings, Catalogue, Sharing], NegativesSampler]] = {
-    "local": lambda s, c, sharing: LocalNegativesSampler(c.num_items, s.train.num_negatives, sharing),
-    "in-batch": lambda s, c, sharing: InBatchNegativesSampler(
-        s.train.num_negatives, sharing, s.train.log_q_correction, c.counts
-    ),
-    "popularity": lambda s, c, sharing: PopularityNegativesSampler(
-        c.counts, s.train.popularity_power, s.train.num_negatives, sharing, s.train.log_q_correction
-    ),
-    "mixed": _mixed,
-    "multi-class": _multi_class,
-}
+    return class_assignment(feature)

@@ -21,8 +21,3 @@ def look_up(table: Mapping[str, Built], name: str, what: str) -> Built:
 def uses_item_tower(settings: RunSettings) -> bool:
     """Whether candidates are scored through an item tower."""
     return settings.train.main_module == "TwoTower" or settings.train.embedding_module_type == "item_tower"
-
-
-def short_preprocessor(settings: RunSettings) -> str:
-    """``input_preprocessor`` without the suffix of the class names."""
-    return settings.train.input_preprocessor.removesuffix("InputFeaturesPreprocessor")

@@ -266,7 +266,8 @@ def resolved_text(settings: s.RunSettings) -> str:
             published |= {filled[option] for option in values if option in filled}
             every = registry[part].option_values(settings.part_options(registry, part))
             values.update({k: v for k, v in every.items() if k not in filled and _is_gin_value(v)})
-        lines += [f"{name}.{key} = {value!r}" for key, value in sorted(values.items())] + [""]
+        if values:
+            lines += [f"{name}.{key} = {value!r}" for key, value in sorted(values.items())] + [""]
     return "\n".join(line for line in lines if line.partition(" = ")[0] not in published)
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from absl import logging
 
-from generative_recommenders.config.choices import short_preprocessor, uses_item_tower
-from generative_recommenders.config.registry import LOSSES
+from generative_recommenders.config.choices import uses_item_tower
+from generative_recommenders.config.registry import INPUT_PREPROCESSORS, LOSSES
 from generative_recommenders.config.schema import MAX_PREFETCH, RunSettings
 
 
@@ -27,6 +27,11 @@ def _samples(settings: RunSettings) -> bool:
 
 def _draws(settings: RunSettings, *strategies: str) -> bool:
     return _samples(settings) and settings.train.sampling_strategy in strategies
+
+
+def _reads_ratings(settings: RunSettings) -> bool:
+    name = settings.train.input_preprocessor
+    return name in INPUT_PREPROCESSORS and getattr(INPUT_PREPROCESSORS[name].make, "needs_ratings", False)
 
 
 def _timed(settings: RunSettings) -> bool:
@@ -91,7 +96,7 @@ TRAIN_SETTINGS: tuple[tuple[tuple[str, ...], Acts, str], ...] = (
     (("next_time",), _timed, "no bias by time reads it"),
     (
         ("rating_embedding_dim", "num_ratings"),
-        lambda s: short_preprocessor(s) != "LearnablePositionalEmbedding",
+        _reads_ratings,
         "{input_preprocessor} reads no ratings",
     ),
     (("partial_eval_num_iters",), lambda s: s.train.full_eval_every_n > 1, "every evaluation is a full one"),

@@ -196,10 +196,15 @@ def _registry(key: str, kind: str, setting: str, supplied: tuple[str, ...] = ())
 ENCODERS = _registry("encoders", "encoder", "train_fn.main_module", ("embedding_dim", "max_length"))
 INPUT_PREPROCESSORS = _registry("input_preprocessors", "input preprocessor", "train_fn.input_preprocessor")
 OUTPUT_POSTPROCESSORS = _registry(
-    "output_postprocessors", "output postprocessor", "train_fn.user_embedding_norm"
+    "output_postprocessors", "output postprocessor", "train_fn.user_embedding_norm", ("embedding_dim",)
 )
 ITEM_EMBEDDINGS = _registry("item_embeddings", "item embedding", "train_fn.embedding_module_type")
-SIMILARITIES = _registry("similarities", "similarity", "train_fn.interaction_module_type")
+SIMILARITIES = _registry(
+    "similarities",
+    "similarity",
+    "train_fn.interaction_module_type",
+    ("query_embedding_dim", "item_embedding_dim", "settings", "mutual_information"),
+)
 NEGATIVE_SAMPLERS = _registry("negative_samplers", "negative sampler", "train_fn.sampling_strategy")
 LOSSES = _registry("losses", "loss", "train_fn.loss_module")
 OBJECTIVES = _registry("objectives", "objective", "train_fn.objective")

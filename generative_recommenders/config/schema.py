@@ -20,7 +20,18 @@ from generative_recommenders.config.checks import (
     check_types,
     check_weights,
 )
-from generative_recommenders.config.registry import ENCODERS, LOSSES, REGISTRIES, Registry, parts_by_gin_name
+from generative_recommenders.config.registry import (
+    ENCODERS,
+    INPUT_PREPROCESSORS,
+    ITEM_EMBEDDINGS,
+    LOSSES,
+    NEGATIVE_SAMPLERS,
+    OUTPUT_POSTPROCESSORS,
+    REGISTRIES,
+    SIMILARITIES,
+    Registry,
+    parts_by_gin_name,
+)
 from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.similarity.mixture_of_logits import MoLSettings
 from generative_recommenders.objectives.negative_samplers import SHARINGS
@@ -325,7 +336,8 @@ class RunSettings:
         part = registry[name]
         own = dict(self.options.get(part.gin_name, {}))
         if part.gin_name in SECTIONS:
-            own = {**vars(getattr(self, SECTIONS[part.gin_name][0])), **own}
+            section = vars(getattr(self, SECTIONS[part.gin_name][0]))
+            own = {**{k: v for k, v in section.items() if k in part.options.model_fields}, **own}
         for option, published in PUBLISHED_OPTIONS.get(registry.kind, {}).items():
             if option in part.options.model_fields:
                 own.setdefault(option, self.published(published))
@@ -338,10 +350,20 @@ class RunSettings:
 
     def chosen_parts(self) -> list[tuple[Registry, str]]:
         """The parts of this run that come from registries."""
-        encoder = self.train.main_module
-        if encoder == "TwoTower":
-            encoder = self.item_tower.query_module
-        return [(ENCODERS, encoder), (LOSSES, self.train.loss_module)]
+        t, tower = self.train, self.train.main_module == "TwoTower"
+        chosen = [
+            (ENCODERS, self.item_tower.query_module if tower else t.main_module),
+            (LOSSES, t.loss_module),
+            (INPUT_PREPROCESSORS, t.input_preprocessor),
+            (OUTPUT_POSTPROCESSORS, t.user_embedding_norm),
+            (ITEM_EMBEDDINGS, "item_tower" if tower else t.embedding_module_type),
+            (SIMILARITIES, t.interaction_module_type or "DotProduct"),
+            (NEGATIVE_SAMPLERS, t.sampling_strategy),
+        ]
+        shares = (
+            self.part_options(*chosen[-1]).get("shares", {}) if chosen[-1][1] in NEGATIVE_SAMPLERS else {}
+        )
+        return chosen + [(NEGATIVE_SAMPLERS, name) for name in shares]
 
     def plugin_parts(self) -> list[dict[str, Any]]:
         """What a checkpoint says of each part that comes from a plug-in."""
@@ -478,5 +500,19 @@ PUBLISHED_OPTIONS: dict[str, dict[str, str]] = {
         "calibration": "train_fn.calibration",
         "threshold": "train_fn.rating_threshold",
     },
+    "negative sampler": {
+        "log_q_correction": "train_fn.log_q_correction",
+        "power": "train_fn.popularity_power",
+        "shares": "train_fn.mixed_shares",
+        "selector": "train_fn.class_selector",
+    },
+    "input preprocessor": {
+        "dropout_rate": "train_fn.dropout_rate",
+        "rating_embedding_dim": "train_fn.rating_embedding_dim",
+        "num_ratings": "train_fn.num_ratings",
+    },
+    "output postprocessor": {"eps": "train_fn.l2_norm_eps"},
+    "item embedding": {"item_l2_norm": "train_fn.item_l2_norm", "l2_norm_eps": "train_fn.l2_norm_eps"},
+    "similarity": {"temperature": "train_fn.temperature"},
 }
 """Kind of part -> option -> the published name that fills it in the chosen part."""

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from generative_recommenders.config.fields import Share, Size, Width
+from generative_recommenders.config.registry import register_input_preprocessor
 from generative_recommenders.modeling.initialization import truncated_normal_
 from generative_recommenders.ops.dropout import Dropout
 from generative_recommenders.ops.embedding import lookup_rows
@@ -39,9 +41,12 @@ class InputPreprocessor(torch.nn.Module):
     token of the history.
     """
 
+    SUPPLIED = frozenset({"max_length", "embedding_dim", "item_embedding_dim"})
+    """Passed by the program; the latter two are both the width of the items."""
     tokens_per_item = 1
+    needs_ratings = False
 
-    def __init__(self, max_length: int, embedding_dim: int, dropout_rate: float) -> None:
+    def __init__(self, max_length: int, embedding_dim: int, dropout_rate: Share = 0.2) -> None:
         super().__init__()
         self.embedding_dim = embedding_dim
         self.position = torch.nn.Parameter(torch.empty(max_length, embedding_dim))
@@ -53,6 +58,9 @@ class InputPreprocessor(torch.nn.Module):
         return layout.mask(self.dropout(x))
 
 
+@register_input_preprocessor(
+    "LearnablePositionalEmbedding", "LearnablePositionalEmbeddingInputFeaturesPreprocessor"
+)
 class LearnablePositionalEmbeddingInputFeaturesPreprocessor(InputPreprocessor):
     """``sqrt(D) item + position`` (SASRec, arXiv 1808.09781, section III-A, scaled as in HSTU's public runs)."""
 
@@ -60,6 +68,9 @@ class LearnablePositionalEmbeddingInputFeaturesPreprocessor(InputPreprocessor):
         return EncoderInput(self.add_positions(items, layout), layout, dict(events))
 
 
+@register_input_preprocessor(
+    "LearnablePositionalEmbeddingRated", "LearnablePositionalEmbeddingRatedInputFeaturesPreprocessor"
+)
 class LearnablePositionalEmbeddingRatedInputFeaturesPreprocessor(InputPreprocessor):
     """``sqrt(E) [item ; rating] + position`` with E = D_item + D_rating.
 
@@ -67,13 +78,15 @@ class LearnablePositionalEmbeddingRatedInputFeaturesPreprocessor(InputPreprocess
     whole star below, as published.
     """
 
+    needs_ratings = True
+
     def __init__(
         self,
         max_length: int,
         item_embedding_dim: int,
-        dropout_rate: float,
-        rating_embedding_dim: int,
-        num_ratings: int,
+        dropout_rate: Share = 0.2,
+        rating_embedding_dim: Width = 8,
+        num_ratings: Size = 6,
     ) -> None:
         super().__init__(max_length, item_embedding_dim + rating_embedding_dim, dropout_rate)
         self.rating = rating_table(num_ratings, rating_embedding_dim)
@@ -84,6 +97,7 @@ class LearnablePositionalEmbeddingRatedInputFeaturesPreprocessor(InputPreprocess
         return EncoderInput(self.add_positions(x, layout), layout, dict(events))
 
 
+@register_input_preprocessor("CombinedItemAndRating", "CombinedItemAndRatingInputFeaturesPreprocessor")
 class CombinedItemAndRatingInputFeaturesPreprocessor(InputPreprocessor):
     """item_0, rating_0, item_1, rating_1, ...: twice the tokens, positions over 2N.
 
@@ -91,9 +105,10 @@ class CombinedItemAndRatingInputFeaturesPreprocessor(InputPreprocessor):
     """
 
     tokens_per_item = 2
+    needs_ratings = True
 
     def __init__(
-        self, max_length: int, item_embedding_dim: int, dropout_rate: float, num_ratings: int
+        self, max_length: int, item_embedding_dim: int, dropout_rate: Share = 0.2, num_ratings: Size = 6
     ) -> None:
         super().__init__(2 * max_length, item_embedding_dim, dropout_rate)
         self.rating = rating_table(num_ratings, item_embedding_dim)

@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from generative_recommenders.config.fields import Positive
+from generative_recommenders.config.registry import register_item_embedding
 from generative_recommenders.modeling.initialization import truncated_normal_
 from generative_recommenders.ops.embedding import lookup_rows
 from generative_recommenders.ops.normalization import l2_normalize
@@ -56,6 +58,10 @@ class ItemEmbedding(torch.nn.Module):
     item_l2_norm: scored embeddings are divided by max(norm, l2_norm_eps).
     """
 
+    SUPPLIED = frozenset(
+        {"num_items", "embedding_dim", "num_rows", "item_category", "features", "uses_item_id"}
+    )
+    """Passed by the program where a constructor asks for it; what else it takes are options."""
     tower: torch.nn.Module | None
 
     def __init__(
@@ -65,7 +71,7 @@ class ItemEmbedding(torch.nn.Module):
         num_rows: int | None = None,
         *,
         item_l2_norm: bool = False,
-        l2_norm_eps: float = 1e-6,
+        l2_norm_eps: Positive = 1e-6,
     ) -> None:
         super().__init__()
         self.item_l2_norm, self.l2_norm_eps = item_l2_norm, l2_norm_eps
@@ -110,10 +116,12 @@ class ItemEmbedding(torch.nn.Module):
         return self.scored_rows(ItemRows(self.table), None).catalogue(self.num_items)
 
 
+@register_item_embedding("local")
 class LocalEmbeddingModule(ItemEmbedding):
     """One trained row per item (the published ``embedding_module_type = "local"``)."""
 
 
+@register_item_embedding("categorical")
 class CategoricalEmbeddingModule(ItemEmbedding):
     """Items share the row of their category (the published ``"categorical"``).
 
@@ -128,7 +136,7 @@ class CategoricalEmbeddingModule(ItemEmbedding):
         embedding_dim: int,
         *,
         item_l2_norm: bool = False,
-        l2_norm_eps: float = 1e-6,
+        l2_norm_eps: Positive = 1e-6,
     ) -> None:
         if item_category.numel() == 0 or int(item_category.min()) < 0:
             raise ValueError("item_category must hold a category of 0 or more for every item")

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from generative_recommenders.config.fields import Positive
+from generative_recommenders.config.registry import register_output_postprocessor
 from generative_recommenders.ops.normalization import l2_normalize, layer_norm
 
 
+@register_output_postprocessor("l2_norm")
 class L2NormEmbeddingPostprocessor(torch.nn.Module):
     """``v / max(|v|, eps)`` on ``[..., D]``.
 
@@ -14,7 +17,7 @@ class L2NormEmbeddingPostprocessor(torch.nn.Module):
     HSTU's public runs; all columns unless given.
     """
 
-    def __init__(self, eps: float = 1e-6, embedding_dim: int | None = None) -> None:
+    def __init__(self, eps: Positive = 1e-6, embedding_dim: int | None = None) -> None:
         super().__init__()
         self.eps, self.embedding_dim = eps, embedding_dim
 
@@ -22,10 +25,11 @@ class L2NormEmbeddingPostprocessor(torch.nn.Module):
         return l2_normalize(x[..., : self.embedding_dim], self.eps)
 
 
+@register_output_postprocessor("layer_norm")
 class LayerNormEmbeddingPostprocessor(torch.nn.Module):
     """Layer norm without weights over the last axis of ``[..., D]``; embedding_dim: as above."""
 
-    def __init__(self, eps: float = 1e-6, embedding_dim: int | None = None) -> None:
+    def __init__(self, eps: Positive = 1e-6, embedding_dim: int | None = None) -> None:
         super().__init__()
         self.eps, self.embedding_dim = eps, embedding_dim
 

@@ -10,11 +10,13 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from generative_recommenders.config.registry import register_negative_sampler
 from generative_recommenders.errors import UserError
 from generative_recommenders.ops.counter_random import (
     counter_bits,
@@ -105,6 +107,13 @@ class BatchItems:
 class NegativesSampler(torch.nn.Module, ABC):
     """Base. num_negatives: R drawn for each unit of sharing. log_q_correction: give `Negatives.log_q`."""
 
+    SUPPLIED = frozenset(
+        {"num_items", "num_negatives", "sharing", "counts", "samplers", "assignment", "class_weights"}
+    )
+    """Passed by the program where a constructor asks for it; what else it takes are options.
+
+    counts: ``[V]`` training events of each item; samplers: those of a mixture; assignment: ``[C, V]`` bool, items of classes.
+    """
     uses_batch_pool = False
     """Whether ``BatchItems.pool`` must be given."""
 
@@ -136,6 +145,7 @@ class NegativesSampler(torch.nn.Module, ABC):
         """ids ``[G, draws]`` and their probabilities ``[G, draws]`` (None: uniform over a fixed set)."""
 
 
+@register_negative_sampler("local")
 class LocalNegativesSampler(NegativesSampler):
     """Uniform over the catalogue 1..num_items, with replacement (published ``"local"``)."""
 
@@ -150,6 +160,7 @@ class LocalNegativesSampler(NegativesSampler):
         return counter_integers(key, units, draws, self.num_items).add_(1), None
 
 
+@register_negative_sampler("in-batch")
 class InBatchNegativesSampler(NegativesSampler):
     """Uniform over the distinct items of the global batch (published ``"in-batch"``, deduplicated).
 
@@ -201,6 +212,7 @@ class InBatchNegativesSampler(NegativesSampler):
         return -torch.expm1(events * log_absent)
 
 
+@register_negative_sampler("popularity")
 class PopularityNegativesSampler(NegativesSampler):
     """Item i with probability proportional to count(i)^power, by the alias method (Walker 1977; Vose 1991).
 
@@ -214,9 +226,9 @@ class PopularityNegativesSampler(NegativesSampler):
     def __init__(
         self,
         counts: torch.Tensor,
-        power: float,
         num_negatives: int,
         sharing: Sharing,
+        power: float = 0.75,
         log_q_correction: bool = False,
     ) -> None:
         super().__init__(num_negatives, sharing, log_q_correction)
@@ -238,24 +250,29 @@ class PopularityNegativesSampler(NegativesSampler):
         return items + 1, self.probability[items]
 
 
+@register_negative_sampler("mixed")
 class MixedNegativesSampler(NegativesSampler):
-    """Fixed shares of the draws come from each of several samplers, in their order."""
+    """Fixed shares of the draws come from each of several samplers, in their order.
+
+    shares: by the samplers' names; only their ratios count.
+    """
 
     def __init__(
-        self, samplers: Sequence[NegativesSampler], shares: Sequence[float], num_negatives: int
+        self, samplers: Sequence[NegativesSampler], shares: dict[str, float], num_negatives: int
     ) -> None:
-        if not samplers or len(samplers) != len(shares) or not min(shares) > 0:
-            raise ValueError(f"mixed negatives: {len(samplers)} samplers with shares {list(shares)}")
+        sizes = list(shares.values())
+        if not samplers or len(samplers) != len(sizes) or not min(sizes) > 0:
+            raise ValueError(f"mixed negatives: {len(samplers)} samplers with shares {sizes}")
         super().__init__(num_negatives, samplers[0].sharing)
         self.parts = list(samplers)
         self.samplers = torch.nn.ModuleList(samplers)  # registered, so that they move with this one
-        total, stops = sum(shares), []
-        for index in range(len(shares)):
-            stops.append(round(num_negatives * sum(shares[: index + 1]) / total))
+        total, stops = sum(sizes), []
+        for index in range(len(sizes)):
+            stops.append(round(num_negatives * sum(sizes[: index + 1]) / total))
         self.draws = [stop - start for start, stop in zip([0, *stops], stops)]
         if min(self.draws) < 1:
             raise ValueError(
-                f"mixed negatives: {num_negatives} negatives in shares {list(shares)} are {self.draws} draws; every "
+                f"mixed negatives: {num_negatives} negatives in shares {sizes} are {self.draws} draws; every "
                 "sampler needs at least 1"
             )
         self.uses_batch_pool = any(sampler.uses_batch_pool for sampler in samplers)
@@ -272,6 +289,7 @@ class MixedNegativesSampler(NegativesSampler):
         return torch.cat(parts, dim=1), None
 
 
+@register_negative_sampler("multi-class")
 class MultiClassNegativesSampler(NegativesSampler):
     """Uniform over the items of one class, chosen per unit by a selector.
 
@@ -292,7 +310,7 @@ class MultiClassNegativesSampler(NegativesSampler):
         num_negatives: int,
         sharing: Sharing,
         class_weights: torch.Tensor | None = None,
-        selector: str = "random",
+        selector: Literal["random", "target"] = "random",
     ) -> None:
         super().__init__(num_negatives, sharing)
         if assignment.dim() != 2 or assignment.numel() == 0 or not bool(assignment.any(1).all()):

@@ -162,7 +162,30 @@ class MoLCombTopK(_CandidateTopK):
         return torch.cat([by_component, by_average], dim=1)
 
 
+class ScoredBruteForceTopK(BruteForceTopK):
+    """Exact, for any similarity: scores every item by `Similarity.scores`. item_embeddings: ``[V, D]``."""
+
+    def __init__(self, similarity: Similarity, item_embeddings: torch.Tensor) -> None:
+        super().__init__(len(item_embeddings))
+        self.similarity = similarity
+        self.register_buffer("item_embeddings", item_embeddings.detach(), persistent=False)
+        self.item_embeddings: torch.Tensor
+
+    def block_scores(
+        self, queries: torch.Tensor, user_ids: torch.Tensor | None
+    ) -> Callable[[int, int], torch.Tensor]:
+        """Scores by the similarity's own snapshot of each block."""
+
+        def scores(start: int, stop: int) -> torch.Tensor:
+            snapshot = self.similarity.snapshot(self.item_embeddings[start:stop])
+            return self.similarity.scores(queries, snapshot, user_ids)
+
+        return scores
+
+
 TopK = BruteForceTopK | _CandidateTopK
+_BUILT_IN = (DotProductSimilarity, MoLSimilarity)
+"""Similarities that have top-k modules of their own."""
 
 
 def make_top_k(method: str, similarity: Similarity, item_embeddings: torch.Tensor) -> TopK:
@@ -173,6 +196,8 @@ def make_top_k(method: str, similarity: Similarity, item_embeddings: torch.Tenso
     similarity: what the model was trained with; a method for another kind of similarity is refused.
     item_embeddings: ``[V, D]``, as scored; row i belongs to id i + 1.
     """
+    if method == MIPSBruteForceTopK.__name__ and not isinstance(similarity, _BUILT_IN):
+        return ScoredBruteForceTopK(similarity, item_embeddings)
     for pattern, fitting, builder in _METHODS:
         match = re.fullmatch(pattern, method)
         if match is None:

@@ -31,6 +31,10 @@ CLASSES = torch.tensor([[1, 1, 0, 0, 0, 0], [0, 0, 1, 1, 1, 1]]).bool()
 PER_POSITION = Sharing()
 
 
+def in_shares(samplers: list[NegativesSampler], shares: list[float], draws: int) -> MixedNegativesSampler:
+    return MixedNegativesSampler(samplers, {str(place): each for place, each in enumerate(shares)}, draws)
+
+
 def local(sharing: Sharing) -> NegativesSampler:
     return LocalNegativesSampler(6, 4, sharing)
 
@@ -40,7 +44,7 @@ def in_batch(sharing: Sharing) -> NegativesSampler:
 
 
 def popularity(sharing: Sharing) -> NegativesSampler:
-    return PopularityNegativesSampler(COUNTS, 0.75, 4, sharing, log_q_correction=True)
+    return PopularityNegativesSampler(COUNTS, 4, sharing, 0.75, log_q_correction=True)
 
 
 def multi_class(sharing: Sharing) -> NegativesSampler:
@@ -48,7 +52,7 @@ def multi_class(sharing: Sharing) -> NegativesSampler:
 
 
 def mixed(sharing: Sharing) -> NegativesSampler:
-    return MixedNegativesSampler([local(sharing), popularity(sharing), in_batch(sharing)], [2, 1, 1], 4)
+    return in_shares([local(sharing), popularity(sharing), in_batch(sharing)], [2, 1, 1], 4)
 
 
 BUILDERS = [local, in_batch, popularity, multi_class, mixed]
@@ -175,7 +179,7 @@ def test_in_batch_without_a_pool(pool: torch.Tensor | None) -> None:
 
 @pytest.mark.parametrize("power", [0.0, 0.75, 1.0])
 def test_popularity_follows_the_counts(power: float) -> None:
-    sampler = PopularityNegativesSampler(COUNTS, power, 4, PER_POSITION, log_q_correction=True)
+    sampler = PopularityNegativesSampler(COUNTS, 4, PER_POSITION, power, log_q_correction=True)
     weights = COUNTS.double() ** power * (COUNTS > 0)
     expected = (weights / weights.sum()).float()
     negatives = sampler(KEY, 0, 50_000)
@@ -185,7 +189,7 @@ def test_popularity_follows_the_counts(power: float) -> None:
 
 @pytest.mark.parametrize("power", [-0.5, 150.0, 1e6])
 def test_popularity_of_any_power_draws_no_unseen_item(power: float) -> None:
-    sampler = PopularityNegativesSampler(COUNTS, power, 4, PER_POSITION, log_q_correction=True)
+    sampler = PopularityNegativesSampler(COUNTS, 4, PER_POSITION, power, log_q_correction=True)
     negatives = sampler(KEY, 0, 5000)
     assert (COUNTS[negatives.ids - 1] > 0).all()
     assert negatives.log_q.isfinite().all()
@@ -208,14 +212,14 @@ def test_alias_table_holds_the_probabilities(counts: list[int]) -> None:
 def test_mixed_shares() -> None:
     samplers = [LocalNegativesSampler(1, 1, PER_POSITION), InBatchNegativesSampler(1, PER_POSITION)]
     for num_negatives, shares, expected in ((10, [0.3, 0.7], 3), (3, [1, 1], 2), (7, [1, 9], 1)):
-        ids = MixedNegativesSampler(samplers, shares, num_negatives)(KEY, 0, 50, BatchItems(POOL)).ids
+        ids = in_shares(samplers, shares, num_negatives)(KEY, 0, 50, BatchItems(POOL)).ids
         assert ids.shape == (50, num_negatives)
         assert (ids[:, :expected] == 1).all()
         assert (ids[:, expected:] != 1).all()
 
 
 def test_parts_of_a_mixture_differ() -> None:
-    sampler = MixedNegativesSampler([local(PER_POSITION), local(PER_POSITION)], [1, 1], 8)
+    sampler = in_shares([local(PER_POSITION), local(PER_POSITION)], [1, 1], 8)
     ids = sampler(KEY, 0, 100).ids
     assert not torch.equal(ids[:, :4], ids[:, 4:])
 
@@ -252,14 +256,14 @@ def test_the_class_of_the_target_is_chosen() -> None:
         (lambda: Sharing("block", 0), "negatives_block_size"),
         (lambda: LocalNegativesSampler(5, 0, PER_POSITION), "num_negatives"),
         (lambda: LocalNegativesSampler(0, 5, PER_POSITION), "no items"),
-        (lambda: PopularityNegativesSampler(torch.zeros(3), 1.0, 2, PER_POSITION), "no item occurs"),
-        (lambda: PopularityNegativesSampler(COUNTS, float("nan"), 2, PER_POSITION), "power is nan"),
+        (lambda: PopularityNegativesSampler(torch.zeros(3), 2, PER_POSITION, 1.0), "no item occurs"),
+        (lambda: PopularityNegativesSampler(COUNTS, 2, PER_POSITION, float("nan")), "power is nan"),
         (lambda: InBatchNegativesSampler(2, PER_POSITION, log_q_correction=True), "needs counts"),
         (lambda: MultiClassNegativesSampler(CLASSES, 2, Sharing("block"), selector="target"), "position"),
-        (lambda: MixedNegativesSampler([local(PER_POSITION)] * 2, [0.5, 0.5], 1), r"are \[0, 1\] draws"),
-        (lambda: MixedNegativesSampler([local(PER_POSITION)], [float("nan")], 2), "1 samplers"),
-        (lambda: MixedNegativesSampler([], [], 2), "0 samplers"),
-        (lambda: MixedNegativesSampler([local(PER_POSITION)], [0.0], 2), "1 samplers"),
+        (lambda: in_shares([local(PER_POSITION)] * 2, [0.5, 0.5], 1), r"are \[0, 1\] draws"),
+        (lambda: in_shares([local(PER_POSITION)], [float("nan")], 2), "1 samplers"),
+        (lambda: in_shares([], [], 2), "0 samplers"),
+        (lambda: in_shares([local(PER_POSITION)], [0.0], 2), "1 samplers"),
         (lambda: MultiClassNegativesSampler(CLASSES & False, 2, PER_POSITION), "every class"),
         (lambda: MultiClassNegativesSampler(CLASSES[:0], 2, PER_POSITION), "every class"),
         (lambda: MultiClassNegativesSampler(CLASSES[0], 2, PER_POSITION), "every class"),

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from generative_recommenders.config.fields import Positive
+from generative_recommenders.config.registry import register_item_embedding
 from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.feature_embeddings import EmbeddingSpec, SequenceEmbedding
 from generative_recommenders.modeling.items import ItemEmbedding, ItemRows
@@ -81,6 +83,7 @@ class ItemTower(nn.Module):
         return self.encoder(torch.stack(parts).sum(0))
 
 
+@register_item_embedding("item_tower", gin_name="item_tower")
 class ItemTowerEmbedding(ItemEmbedding):
     """Histories look up the id table; what is scored comes out of an `ItemTower`.
 
@@ -99,7 +102,7 @@ class ItemTowerEmbedding(ItemEmbedding):
         num_blocks: int = 1,
         *,
         item_l2_norm: bool = False,
-        l2_norm_eps: float = 1e-6,
+        l2_norm_eps: Positive = 1e-6,
     ) -> None:
         super().__init__(num_items, embedding_dim, item_l2_norm=item_l2_norm, l2_norm_eps=l2_norm_eps)
         if not features and not uses_item_id:

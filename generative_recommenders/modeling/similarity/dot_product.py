@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import torch
 
+from generative_recommenders.config.fields import Positive
+from generative_recommenders.config.registry import register_similarity
 from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.similarity.interface import AuxiliaryLosses, SharedRows, Snapshot
 
 
+@register_similarity("DotProduct")
 class DotProductSimilarity(torch.nn.Module):
     """Dot products divided by a temperature; no parameters."""
 
-    def __init__(self, temperature: float = 1.0) -> None:
+    def __init__(self, temperature: Positive = 1.0) -> None:
         super().__init__()
         self.temperature = temperature
 

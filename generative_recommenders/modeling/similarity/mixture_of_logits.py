@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from generative_recommenders.config.registry import register_similarity
 from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.similarity.interface import AuxiliaryLosses, SharedRows, Snapshot
 from generative_recommenders.modeling.similarity.mol_layers import (
@@ -361,6 +362,9 @@ class MoLSimilarity(nn.Module):
         return {
             "mi_loss": torch.cat([torch.stack(used).sum(0), torch.stack(negative_entropy).sum()[None], pairs])
         }
+
+
+register_similarity("MoL", gin_name="MoLSimilarity")(MoLSimilarity.from_settings)
 
 
 class _Mixed(NamedTuple):

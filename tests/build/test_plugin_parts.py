@@ -1,0 +1,102 @@
+"""Plug-in parts of every kind of a model: built with their options, trained, written down and asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from generative_recommenders.build.parts import build_model, build_sampler
+from generative_recommenders.config.gin import load_settings
+from generative_recommenders.config.plugins import load_plugins
+from generative_recommenders.config.registry import NEGATIVE_SAMPLERS, REGISTRIES
+from generative_recommenders.config.schema import RunSettings
+from generative_recommenders.errors import UserError
+from tiny_models import catalogue, loaded, settings, ten_users, training_step
+
+PLUGIN = Path(__file__).parent / "plugin_parts.py"
+load_plugins([str(PLUGIN)])
+CHOICES = {
+    "sampling_strategy": "newest",
+    "user_embedding_norm": "scaled",
+    "input_preprocessor": "ItemsAlone",
+    "embedding_module_type": "halved",
+    "interaction_module_type": "Cosine",
+}
+OPTIONS = {
+    "newest_negatives": {"newest": 3}, "scaled": {"factor": 0.25}, "items_alone": {"gain": 3.0},
+    "halved": {"part": 0.1}, "cosine": {"sharpness": 4.0},
+}  # fmt: skip
+
+
+def chosen() -> RunSettings:
+    return dataclasses.replace(settings(**CHOICES, num_negatives=8), options=OPTIONS)
+
+
+def test_each_part_is_built_with_its_options() -> None:
+    model, sampler = build_model(chosen(), catalogue()), build_sampler(chosen(), catalogue())
+    sequence = model.sequence
+    assert (sequence.preprocessor.gain, sequence.postprocessor.factor) == (3.0, 0.25)
+    assert model.similarity.temperature == 0.25
+    assert set(sampler(7, 0, 50).ids.flatten().tolist()) == {18, 19, 20}
+    assert model.items.table.abs().max() < 0.02
+
+
+@pytest.mark.parametrize("setting", CHOICES)
+def test_each_part_trains_by_itself(setting: str) -> None:
+    chosen = settings(**{"num_negatives": 8, "sampling_strategy": "local", setting: CHOICES[setting]})
+    step = training_step(chosen, catalogue())
+    losses = [float(step(loaded(ten_users()), 0).loss) for _ in range(4)]
+    assert losses[-1] < losses[0]
+
+
+def test_a_mixture_takes_a_plugin_sampler() -> None:
+    mixed = settings(sampling_strategy="mixed", mixed_shares={"newest": 1.0, "local": 3.0}, num_negatives=8)
+    ids = build_sampler(mixed, catalogue())(7, 0, 50).ids
+    assert ids[:, :2].min() >= 16 and ids.min() < 16
+    assert [each["name"] for each in mixed.plugin_parts()] == ["newest"]
+
+
+def test_checkpoints_say_where_each_part_comes_from() -> None:
+    written = chosen().to_json()
+    assert {each["name"]: each["options"] for each in written["plugins"]} == dict(
+        zip(("ItemsAlone", "scaled", "halved", "Cosine", "newest"),
+            (OPTIONS[name] for name in ("items_alone", "scaled", "halved", "cosine", "newest_negatives")))
+    )  # fmt: skip
+    assert {each["plugin"] for each in written["plugins"]} == {str(PLUGIN)}
+    assert RunSettings.from_json(written) == chosen()
+
+
+def test_gin_binds_their_options_and_resolved_text_gives_them_back() -> None:
+    bindings = [f"train_fn.{name} = {value!r}" for name, value in CHOICES.items()]
+    read, resolved = load_settings([], [*bindings, "newest_negatives.newest = 3"])
+    assert read.options == {"newest_negatives": {"newest": 3}}
+    assert "newest_negatives.newest = 3" in resolved and "cosine.sharpness = 10.0" in resolved
+    with pytest.raises(UserError, match="newest_negatives.newest must be 1 or more, got 0"):
+        load_settings([], [*bindings, "newest_negatives.newest = 0"])
+    with pytest.raises(UserError, match="popularity_power = 0.5 are one option"):
+        load_settings([], ["train_fn.sampling_strategy = 'popularity'", "train_fn.popularity_power = 0.5",
+                           "PopularityNegativesSampler.power = 0.25"])  # fmt: skip
+
+
+def test_an_unknown_name_lists_all_and_the_nearest() -> None:
+    with pytest.raises(
+        UserError, match="unknown negative sampler 'populariti' .*did you mean 'popularity'.*newest"
+    ):
+        build_sampler(settings(sampling_strategy="populariti"), catalogue())
+
+
+@pytest.mark.parametrize(
+    ("kind", "line"),
+    [
+        ("negative_samplers", "popularity (PopularityNegativesSampler): power: float = 0.75; log_q_correction: bool"),
+        ("input_preprocessors", "num_ratings: int = 6 (>= 1"),
+        ("output_postprocessors", "l2_norm (L2NormEmbeddingPostprocessor): eps: float = 1e-06 (> 0)"),
+        ("item_embeddings", "local (LocalEmbeddingModule): item_l2_norm: bool = False; l2_norm_eps: float"),
+        ("similarities", "DotProduct (DotProductSimilarity): temperature: float = 1.0 (> 0)"),
+    ],
+)  # fmt: skip
+def test_parts_are_described_with_their_options(kind: str, line: str) -> None:
+    assert line in "\n".join(REGISTRIES[kind].describe())
+    assert NEGATIVE_SAMPLERS["newest"].plugin is not None
