@@ -12,7 +12,7 @@ import torch
 
 from generative_recommenders.data.loader import EvaluationLoader, SequenceLoader
 from generative_recommenders.data.parquet_export import export_parquet
-from generative_recommenders.data.preparation.prepare import prepare
+from generative_recommenders.data.preparation.prepare import prepare, summary
 from generative_recommenders.data.readers.events import RawRatings, ReadOptions
 from generative_recommenders.data.splits import make_split
 from generative_recommenders.data.store import SequenceDataset
@@ -48,6 +48,7 @@ def test_columns_follow_their_events(tmp_path: Path, memory: int) -> None:
     assert dataset.extra["seen_at"].tolist() == [0, 172_800, 86_400, 604_800, 86_400]
     shelf, progress, _ = dataset.manifest.event_columns
     assert (shelf.cardinality, progress.mean) == (3, 1.25)
+    assert "shelf (categorical of 3), progress (numerical), seen_at (time)" in summary(dataset.manifest)
 
 
 def test_data_hash_knows_known_columns_alone(tmp_path: Path) -> None:

@@ -146,3 +146,17 @@ def test_bad_parquet_names_the_row(tmp_path: Path) -> None:
     pq.write_table(pa.table({"user": ["u", "u"], "item": ["i", "j"], "timestamp": [1.0, -1.5]}), path)
     with pytest.raises(UserError, match="row 2: the timestamp '-1.5' is before 1970"):
         prepare_with_spark(RawRatings("t", [path], ReadOptions()), tmp_path / "out", MASTER)
+
+
+@pytest.mark.slow
+def test_further_columns_of_every_kind(tmp_path: Path) -> None:
+    pytest.importorskip("pyspark")
+    rng = np.random.default_rng(3)
+    columns = table(5, 2000)
+    columns["genre"] = [None if i == 3 else f"é{i}" for i in rng.integers(0, 9, 2000)]
+    columns["progress"] = [None if x < 0.1 else x for x in rng.random(2000)]
+    columns["seen_at"] = [None if x % 7 == 0 else int(x) for x in rng.integers(10**9, 2 * 10**9, 2000)]
+    path = tmp_path / "r.parquet"
+    pq.write_table(pa.table(columns), path)
+    names = "user,item,rating,timestamp,genre:categorical,progress:numerical,seen_at:time"
+    assert_same(RawRatings("t", [path], ReadOptions(names), filter="k_core:3"), tmp_path)

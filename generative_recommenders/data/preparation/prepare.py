@@ -370,4 +370,10 @@ def summary(manifest: Manifest) -> str:
         f"data hash:                 {manifest.data_hash}",
     ]
     rows += [f"{f'split hash, {name}:':26} {text}" for name, text in manifest.split_hashes.items()]
+    if manifest.event_columns:
+        kinds = (
+            f"{each.name} ({each.kind}{f' of {each.cardinality:,}' * (each.kind == 'categorical')})"
+            for each in manifest.event_columns
+        )
+        rows += [f"event columns: {', '.join(kinds)}", f"columns hash:              {manifest.columns_hash}"]
     return "\n".join(rows)
