@@ -7,6 +7,7 @@ import gzip
 import lzma
 import re
 import shutil
+import stat
 import tarfile
 import tempfile
 import zipfile
@@ -14,8 +15,9 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import Any
 
 from generative_recommenders.errors import UserError
 
@@ -55,7 +57,7 @@ class _Member:
     size: int
     is_folder: bool
     is_plain: bool
-    open: Callable[[], IO[bytes]]
+    open: Callable[[], Any]
 
 
 def is_archive(path: Path) -> bool:
@@ -98,12 +100,14 @@ def extract(
 def _unpack(archive: Path, folder: Path, wanted: Callable[[str], bool], limits: Limits) -> list[str]:
     names: list[str] = []
     allowed = min(limits.total_bytes, max(limits.free_bytes, archive.stat().st_size * limits.ratio))
-    declared = copied = 0
+    declared = 0
     with _members(archive) as members:
         for number, member in enumerate(members, start=1):
             if number > limits.members:
                 raise UserError(f"{archive}: more than {limits.members} files in the archive")
             name = _safe_base_name(archive, member)
+            if member.size < 0:  # tarfile believes it, and the sum would then allow any other member
+                raise UserError(f"{archive}: damaged archive (member {name!r} of {member.size} bytes)")
             declared += member.size
             if declared > allowed:
                 raise UserError(f"{archive}: {_TOO_LARGE}")
@@ -112,8 +116,9 @@ def _unpack(archive: Path, folder: Path, wanted: Callable[[str], bool], limits: 
             if name in names:
                 raise UserError(f"{archive}: holds two files named {name}")
             names.append(name)
+            # Neither module reads a member beyond its declared size, which is within bounds.
             with member.open() as source, (folder / name).open("wb") as sink:
-                copied += _copy_bounded(archive, source, sink, allowed - copied)
+                shutil.copyfileobj(source, sink, BLOCK_BYTES)
     return names
 
 
@@ -127,25 +132,27 @@ def _safe_base_name(archive: Path, member: _Member) -> str:
     return path.name
 
 
-def _copy_bounded(archive: Path, source: IO[bytes], sink: IO[bytes], allowed: int) -> int:
-    copied = 0
-    while block := source.read(BLOCK_BYTES):
-        copied += len(block)
-        if copied > allowed:
-            raise UserError(f"{archive}: {_TOO_LARGE}")
-        sink.write(block)
-    return copied
-
-
 @contextmanager
 def _members(archive: Path) -> Iterator[Iterator[_Member]]:
     mode = _tar_mode(archive)
     if mode is not None:
         with tarfile.open(archive, mode, tarinfo=_ShortNamed) as tar:  # type: ignore[call-overload]
-            yield (_tar_member(tar, info) for info in tar)
+            yield (
+                _Member(info.name, info.size, info.isdir(), info.isreg(), partial(tar.extractfile, info))
+                for info in tar
+            )
     else:
         with zipfile.ZipFile(archive) as pack:
-            yield (_zip_member(pack, info) for info in pack.infolist())
+            yield (
+                _Member(
+                    info.orig_filename,
+                    info.file_size,
+                    info.is_dir(),
+                    _is_plain(info),
+                    partial(pack.open, info),
+                )
+                for info in pack.infolist()
+            )
 
 
 class _ShortNamed(tarfile.TarInfo):
@@ -157,20 +164,9 @@ class _ShortNamed(tarfile.TarInfo):
         return super()._proc_member(tar)  # type: ignore[misc]
 
 
-def _tar_member(tar: tarfile.TarFile, info: tarfile.TarInfo) -> _Member:
-    def open_member() -> IO[bytes]:
-        content = tar.extractfile(info)
-        if content is None:
-            raise tarfile.TarError(f"{info.name} holds no data")
-        return content
-
-    return _Member(info.name, info.size, info.isdir(), info.isreg(), open_member)
-
-
-def _zip_member(pack: zipfile.ZipFile, info: zipfile.ZipInfo) -> _Member:
-    kind = (info.external_attr >> 16) & 0o170000
-    is_plain = kind in {0, 0o100000}
-    return _Member(info.orig_filename, info.file_size, info.is_dir(), is_plain, lambda: pack.open(info))
+def _is_plain(info: zipfile.ZipInfo) -> bool:
+    """Whether a member is no link or device; many zips record no kind at all."""
+    return stat.S_IFMT(info.external_attr >> 16) in {0, stat.S_IFREG}
 
 
 def _tar_mode(path: Path) -> str | None:

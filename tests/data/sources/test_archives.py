@@ -125,6 +125,25 @@ def test_a_zip_that_lies_about_its_size_is_refused(tmp_path: Path) -> None:
     assert files_under(tmp_path / "out") == []
 
 
+@pytest.mark.parametrize("in_header", [True, False])
+def test_a_negative_size_does_not_pay_for_another_member(tmp_path: Path, in_header: bool) -> None:
+    with tarfile.open(
+        tmp_path / "a.tar", "w", format=tarfile.GNU_FORMAT if in_header else tarfile.PAX_FORMAT
+    ) as tar:
+        debt = tarfile.TarInfo("README")
+        if in_header:
+            debt.size = -512
+        else:
+            debt.pax_headers = {"size": "-512"}
+        tar.addfile(debt)
+        big = tarfile.TarInfo("big.csv")
+        big.size = 3_000
+        tar.addfile(big, io.BytesIO(bytes(big.size)))
+    with pytest.raises(UserError, match="damaged archive"):
+        extract(tmp_path / "a.tar", tmp_path / "out", everything, Limits(total_bytes=2_900))
+    assert files_under(tmp_path / "out") == []
+
+
 def test_too_many_members_and_doubled_names(tmp_path: Path) -> None:
     archive = write_zip(tmp_path / "a.zip", {"a/x.csv": b"1", "b/x.csv": b"2", "c/y.csv": b"3"})
     with pytest.raises(UserError, match="more than 2 files"):
