@@ -12,59 +12,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 
 from generative_recommenders.ops import dispatch
-from generative_recommenders.ops.dropout import KeepMasks
-from generative_recommenders.ops.layout import Group, Layout, Visibility
+from generative_recommenders.ops.attention_reference import (
+    pointwise_attention_reference,
+    softmax_attention_reference,
+)
+from generative_recommenders.ops.layout import Group, Layout
 from generative_recommenders.ops.rectangles import Places
-
-_MASK_UNIT = 64
-"""Heights of the causal masks that are kept are multiples of it."""
-
-
-class Tile(NamedTuple):
-    """Queries start..stop of a group's first ``rows`` rows against their first ``keys`` keys.
-
-    Keys before ``known`` are seen by all of these queries. sees: bool ``[g, 1, stop - start, keys - known]``, which of the
-    others; None where that is a triangle.
-    """
-
-    rows: int
-    start: int
-    stop: int
-    keys: int
-    known: int
-    sees: torch.Tensor | None
-
-
-class TableBias(NamedTuple):
-    """A bias of logits looked up in tables: the sum over k of ``tables[k][indices[tile][k]]``, shared by the heads.
-
-    tables: 1-d. indices: for each tile of the layout (in the order of its groups), one int64 index a table, of shape
-    ``[stop - start, keys]`` or ``[g, stop - start, keys]``.
-    """
-
-    tables: tuple[torch.Tensor, ...]
-    indices: list[tuple[torch.Tensor, ...]]
-
-
-def tiles(group: Group, layout: Layout) -> list[Tile]:
-    """Attention mask, by the steps of a causal group. Cells behind a row's end are never seen by real ones."""
-    width = group.width
-    if layout.visibility is not None:
-        return [Tile(len(group.lengths), 0, width, width, 0, visible(group, layout.visibility))]
-    return [Tile(rows, start, stop, stop, start, None) for start, stop, rows in group.steps]
-
-
-def visible(group: Group, by: Visibility) -> torch.Tensor:
-    """Bool ``[g, 1, n, n]``, False for what lies behind a row's end."""
-    out_of_reach = torch.iinfo(torch.int64).max
-    key = group.gather(by.key).masked_fill(~group.real(), out_of_reach)
-    return (key[:, None, :] <= group.gather(by.query)[:, :, None])[:, None]
+from generative_recommenders.ops.tiles import TableBias, hide, keep_masks, looked_up, plan_of, visible
 
 
 def softmax_attention(
@@ -81,6 +40,8 @@ def softmax_attention(
     unless given. A token that sees nothing gets 0.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if not dispatch.fast(q):
+        return softmax_attention_reference(q, k, v, layout, dropout_rate, scale)
     if dispatch.fast_on_cpu(q):
         with dispatch.autocast(q, None):  # in the dtype that q, k and v come in
             return _GroupedSoftmax.apply(q, k, None if v is k else v, layout, dropout_rate, scale)
@@ -102,6 +63,8 @@ def pointwise_attention(
 
     q, k: ``[T, H, d]``; v: ``[T, H, dv]``; returns ``[T, H, dv]``.
     """
+    if not dispatch.fast(q):
+        return pointwise_attention_reference(q, k, v, layout, bias, divisor, dropout_rate)
     tables, indices = bias or TableBias((), [])
     with dispatch.autocast(q, None):  # in the dtype that q, k and v come in
         return _GroupedPointwise.apply(q, k, v, layout, indices, divisor, dropout_rate, *tables)
@@ -133,36 +96,6 @@ def _together(cells: list[torch.Tensor], at: Places, shape: torch.Size, like: to
     return at.ungather(cells[0] if len(cells) == 1 else torch.cat(cells), shape[1])
 
 
-def _future(height: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """``[height, height]``: very low above the diagonal, 0 elsewhere."""
-    if torch.compiler.is_compiling():  # a tensor of the trace must not be kept: it holds no numbers
-        return _new_future(height, dtype, device)
-    return _kept_future(height, dtype, device)
-
-
-def _new_future(height: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    return torch.full((height, height), _lowest(dtype), dtype=dtype, device=device).triu(1)
-
-
-_kept_future = functools.lru_cache(maxsize=8)(_new_future)
-
-
-def _lowest(dtype: torch.dtype) -> float:
-    return max(torch.finfo(dtype).min / 2, -1e30)
-
-
-def _hide(logits: torch.Tensor, tile: Tile, heads: int) -> torch.Tensor:
-    """``logits [rows * H, queries, keys]`` in place, very low where the tile's queries do not see; a triangle also in what
-    all rows share, ``[queries, keys]``."""
-    if tile.sees is None:
-        height = logits.shape[-2]
-        future = _future(-(-height // _MASK_UNIT) * _MASK_UNIT, logits.dtype, logits.device)
-        logits[..., tile.known :].add_(future[:height, :height])
-    else:
-        logits.unflatten(0, (-1, heads)).masked_fill_(~tile.sees, _lowest(logits.dtype))
-    return logits
-
-
 def _corner(rectangle: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     """``rectangle[:rows, :columns]`` in one step."""
     return rectangle.as_strided((rows, columns, rectangle.shape[2]), rectangle.stride())
@@ -182,32 +115,14 @@ def _add(part: torch.Tensor, written: int, *factors: tuple[torch.Tensor, torch.T
         part[written:] = change[written:]
 
 
-Plan = list[tuple[Group, list[Tile]]]
-
-
-def _plan(layout: Layout) -> Plan:
-    """The groups and their tiles."""
-    if "plan" not in layout.memo:
-        layout.memo["plan"] = [(group, tiles(group, layout)) for group in layout.groups]
-    return cast(Plan, layout.memo["plan"])
-
-
-def _keep_masks(rate: float, q: torch.Tensor, plan: Plan) -> KeepMasks | None:
-    """The masks of all tiles' weights ``[g * H, rows, keys]``; None without dropout. q: ``[T, H, d]``."""
-    if rate == 0.0:
-        return None
-    cells = sum(tile.rows * (tile.stop - tile.start) * tile.keys for _, part in plan for tile in part)
-    return KeepMasks(rate, q, cells * q.shape[1])
-
-
 class _GroupedSoftmax(torch.autograd.Function):
     """v: None where the values are the keys; their rectangles and gradients are then one."""
 
     @staticmethod
     def forward(ctx, q, k, v, layout, dropout_rate, scale):
         heads, kept_share = q.shape[1], 1.0 - dropout_rate
-        plan = _plan(layout)
-        masks = _keep_masks(dropout_rate, q, plan)
+        plan = plan_of(layout)
+        masks = keep_masks(dropout_rate, q, plan)
         out, saved = [], []
         for group, group_tiles in plan:
             q_, k_ = group.queries.gather(q), _keys(group, k)
@@ -220,7 +135,7 @@ class _GroupedSoftmax(torch.autograd.Function):
             for tile, q_t, out_t in parts:
                 rows, seen = tile.rows * heads, tile.keys
                 k_t = _corner(k_, rows, seen)
-                p = torch.softmax(_hide(torch.bmm(q_t, k_t.mT), tile, heads), -1)
+                p = torch.softmax(hide(torch.bmm(q_t, k_t.mT), tile, heads), -1)
                 if tile.sees is not None:  # a token may see nothing
                     p.unflatten(0, (-1, heads)).mul_(tile.sees.any(-1, keepdim=True))
                 dropped = p if masks is None else masks.draw(p.shape).mul_(p)
@@ -242,7 +157,7 @@ class _GroupedSoftmax(torch.autograd.Function):
         dots = (grad * attended).sum(-1, keepdim=True)  # the rows' sums of dp * p
         remaining = iter(saved)
         d_q, d_k, d_v = [], [], []
-        for group, group_tiles in _plan(layout):
+        for group, group_tiles in plan_of(layout):
             q_, k_ = next(remaining), next(remaining)
             v_ = k_ if one else next(remaining)
             queries = group.queries
@@ -288,8 +203,8 @@ class _GroupedPointwise(torch.autograd.Function):
     def forward(ctx, q, k, v, layout, indices, divisor, dropout_rate, *tables):
         heads = q.shape[1]
         saved: list[torch.Tensor | None] = []
-        plan = _plan(layout)
-        masks = _keep_masks(dropout_rate, q, plan)
+        plan = plan_of(layout)
+        masks = keep_masks(dropout_rate, q, plan)
         remaining = iter(indices)
         out = []
         for group, group_tiles in plan:
@@ -304,7 +219,7 @@ class _GroupedPointwise(torch.autograd.Function):
                 if tables:
                     logits.unflatten(0, (-1, heads)).add_(looked_up(tables, next(remaining), tile))
                 if not tables or tile.sees is not None:
-                    _hide(logits, tile, heads)
+                    hide(logits, tile, heads)
                 weights = F.silu(logits)
                 kept = None if masks is None else masks.draw(weights.shape)
                 weights = weights if kept is None else weights.mul_(kept)
@@ -328,7 +243,7 @@ class _GroupedPointwise(torch.autograd.Function):
         d_tables = [_rows_for_sums(next(remaining), [of[i] for of in indices]) for i in range(num_tables)]
         heads = grad.shape[1]
         d_q, d_k, d_v = [], [], []
-        for group, group_tiles in _plan(layout):
+        for group, group_tiles in plan_of(layout):
             q_, k_, v_ = (next(remaining) for _ in range(3))
             queries = group.queries
             d_out = queries.hide_padding(queries.gather(grad), heads)
@@ -352,24 +267,6 @@ class _GroupedPointwise(torch.autograd.Function):
         places = (layout.queries, layout.keys, layout.keys)
         d_inputs = (_together(*each, grad) for each in zip((d_q, d_k, d_v), places, shapes))
         return *d_inputs, None, None, None, None, *summed
-
-
-def looked_up(
-    tables: Sequence[torch.Tensor], indices: Sequence[torch.Tensor], tile: Tile | None = None
-) -> torch.Tensor:
-    """The sum of ``table[index]``, with an axis for the heads: ``[1, rows, keys]`` or ``[g, 1, rows, keys]``.
-
-    tile: a triangle that its queries do not see is hidden too, where that costs least.
-    """
-    shared, *own = sorted((_gathered(*each) for each in zip(tables, indices)), key=torch.Tensor.dim)
-    if tile is not None and tile.sees is None:
-        _hide(shared, tile, heads=1)
-    return functools.reduce(lambda total, part: part.add_(total), own, shared).unsqueeze(-3)
-
-
-def _gathered(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    flat = index.flatten(0, -2)
-    return table.expand(flat.shape[0], -1).gather(1, flat).view(index.shape)
 
 
 def _rows_for_sums(table: torch.Tensor, indices: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from generative_recommenders.ops import attention
+from generative_recommenders.ops import attention, dispatch
 from generative_recommenders.ops import layout as layout_module
-from generative_recommenders.ops.attention import (
-    TableBias,
-    pointwise_attention,
-    softmax_attention,
-    tiles,
-    visible,
-)
+from generative_recommenders.ops.attention import pointwise_attention, softmax_attention
 from generative_recommenders.ops.layout import Layout, Visibility, jagged_layout, padded_layout
+from generative_recommenders.ops.tiles import TableBias, tiles, visible
 
 DIVISOR = 11.0
 LENGTHS = [3, 0, 9, 1, 9, 6, 2]
@@ -110,6 +106,44 @@ def test_visibility(monkeypatch, attend: Attend, dense: Attend, see, cells: int)
     monkeypatch.setattr(layout_module, "GROUP_CELLS", cells)
     layout = jagged_layout(torch.tensor(LENGTHS), 9)
     assert_same(attend, dense, layout.with_visibility(see(layout)))
+
+
+@both_forms
+@pytest.mark.parametrize("rate", [0.0, 0.4])
+@pytest.mark.parametrize("see", [None, bidirectional, permuted])
+def test_equals_its_reference_with_gradients_under_one_mask(
+    monkeypatch, attend: Attend, dense: Attend, see, rate: float
+) -> None:
+    monkeypatch.setattr(layout_module, "STEP_COST", 4)
+    layout = jagged_layout(torch.tensor(LENGTHS), 9)
+    layout = layout if see is None else layout.with_visibility(see(layout))
+    inputs, outputs = tokens(layout.num_tokens), []
+    for context in (contextlib.nullcontext(), dispatch.references()):
+        torch.manual_seed(7)
+        with context:
+            outputs.append(attend(*inputs, layout, rate))
+    torch.testing.assert_close(*outputs)
+    upstream = torch.randn_like(outputs[0])
+    torch.testing.assert_close(*(torch.autograd.grad(each, inputs, upstream) for each in outputs))
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.4])
+def test_a_bias_in_the_reference(monkeypatch: pytest.MonkeyPatch, rate: float) -> None:
+    monkeypatch.setattr(layout_module, "STEP_COST", 4)
+    layout = jagged_layout(torch.tensor(LENGTHS), 9)
+    each = [tile for group in layout.groups for tile in tiles(group, layout)]
+    shared = [torch.randint(3, (tile.stop - tile.start, tile.keys)) for tile in each]
+    own = [torch.randint(5, (tile.rows, tile.stop - tile.start, tile.keys)) for tile in each]
+    tables = tuple(torch.randn(size, dtype=torch.float64, requires_grad=True) for size in (3, 5))
+    bias = TableBias(tables, list(zip(shared, own)))
+    inputs, outputs = tokens(layout.num_tokens), []
+    for context in (contextlib.nullcontext(), dispatch.references()):
+        torch.manual_seed(7)
+        with context:
+            outputs.append(pointwise_attention(*inputs, layout, bias, DIVISOR, rate))
+    torch.testing.assert_close(*outputs)
+    upstream = torch.randn_like(outputs[0])
+    torch.testing.assert_close(*(torch.autograd.grad(x, [*inputs, *tables], upstream) for x in outputs))
 
 
 @both_forms

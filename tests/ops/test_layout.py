@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from generative_recommenders.modeling.encoders.sasrec import SASRec
-from generative_recommenders.ops import attention
 from generative_recommenders.ops import layout as layout_module
+from generative_recommenders.ops import tiles
 from generative_recommenders.ops.layout import Layout, Visibility, jagged_layout, padded_layout
 
 lengths_lists = st.lists(st.integers(0, 9), min_size=1, max_size=12)
@@ -131,7 +131,7 @@ class Padded(torch.nn.Module):
 def test_a_padded_layout_can_be_exported() -> None:
     """For other lengths than it was traced with; what is exported runs without gradients."""
     model, x = Padded().eval(), torch.randn(8, 8)
-    attention._kept_future.cache_clear()  # as in a process that has attended to nothing yet
+    tiles._kept_future.cache_clear()  # as in a process that has attended to nothing yet
     exported = torch.export.export(model, (x, torch.tensor([2, 4]))).module()
     for lengths in ([2, 4], [3, 1]):
         torch.testing.assert_close(exported(x, torch.tensor(lengths)), model(x, torch.tensor(lengths)))

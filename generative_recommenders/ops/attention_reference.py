@@ -1,0 +1,80 @@
+"""References of attention as its equations: one dense matrix ``[H, T, T]`` for all tokens of a layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+
+from generative_recommenders.ops import dispatch
+from generative_recommenders.ops.layout import Layout
+from generative_recommenders.ops.tiles import TableBias, keep_masks, looked_up, lowest, plan_of
+
+
+def softmax_attention_reference(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout, dropout_rate: float, scale: float
+) -> torch.Tensor:
+    """`ops.attention.softmax_attention`, under the dropout masks that it draws on a CPU from the same seed."""
+    with dispatch.autocast(q, None):
+        sees = seen(layout)
+        logits = torch.einsum("ihd,jhd->hij", q, k) * scale
+        weights = logits.masked_fill(~sees, lowest(q.dtype)).softmax(-1)
+        weights = weights * sees.any(-1, keepdim=True)  # a token may see nothing
+        return torch.einsum("hij,jhd->ihd", dropped(weights, q, layout, dropout_rate), v)
+
+
+def pointwise_attention_reference(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: Layout,
+    bias: TableBias | None,
+    divisor: float,
+    dropout_rate: float,
+) -> torch.Tensor:
+    """`ops.attention.pointwise_attention`, under the dropout masks that it draws on a CPU from the same seed."""
+    with dispatch.autocast(q, None):
+        logits = torch.einsum("ihd,jhd->hij", q, k)
+        if bias is not None:
+            parts = (looked_up(bias.tables, index) for index in bias.indices)
+            logits = logits + dense(parts, layout, torch.zeros_like(logits))
+        weights = F.silu(logits) * seen(layout) / divisor
+        return torch.einsum("hij,jhd->ihd", dropped(weights, q, layout, dropout_rate), v)
+
+
+def seen(layout: Layout) -> torch.Tensor:
+    """``[T, T]`` bool: which tokens (columns) each token attends to."""
+    places = torch.arange(layout.num_tokens, device=layout.device)
+    one_row = layout.row_of[:, None] == layout.row_of
+    if layout.visibility is None:
+        return one_row & (places <= places[:, None])
+    sees = one_row & (layout.visibility.key <= layout.visibility.query[:, None])
+    return sees if layout.valid is None else sees & layout.valid.T
+
+
+def dropped(weights: torch.Tensor, q: torch.Tensor, layout: Layout, rate: float) -> torch.Tensor:
+    """``weights [H, T, T]`` after inverted dropout. q: ``[T, H, d]``, whose dtype and device masks have."""
+    heads, plan = q.shape[1], plan_of(layout)
+    masks = keep_masks(rate, q, plan)
+    if masks is None:
+        return weights
+    tiles = (tile for _, group_tiles in plan for tile in group_tiles)
+    shapes = ((tile.rows * heads, tile.stop - tile.start, tile.keys) for tile in tiles)
+    kept = (masks.draw(shape).unflatten(0, (-1, heads)) for shape in shapes)
+    return weights * dense(kept, layout, torch.zeros_like(weights)) / (1.0 - rate)
+
+
+def dense(parts: Iterable[torch.Tensor], layout: Layout, into: torch.Tensor) -> torch.Tensor:
+    """``into [H, T, T]`` with the cells of all tiles written in: parts ``[rows, H, queries, keys]``, one a tile."""
+    remaining = iter(parts)
+    for group, tiles in plan_of(layout):
+        tokens = group.keys.tokens.view(-1, group.width).long()
+        for tile in tiles:
+            part = next(remaining)
+            part = part.expand(tile.rows, len(into), *part.shape[-2:])
+            for row, length in enumerate(group.lengths[: tile.rows].tolist()):
+                queries = tokens[row, tile.start : min(tile.stop, length)]
+                keys = tokens[row, : min(tile.keys, length)]
+                into[:, queries[:, None], keys] = part[row, :, : len(queries), : len(keys)]
+    return into

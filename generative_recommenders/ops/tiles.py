@@ -1,0 +1,122 @@
+"""Tiles of attention: which queries of a group meet which keys, with the biases and dropout masks of the tiles."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple, cast
+
+import torch
+
+from generative_recommenders.ops.dropout import KeepMasks
+from generative_recommenders.ops.layout import Group, Layout, Visibility
+
+_MASK_UNIT = 64
+"""Heights of the causal masks that are kept are multiples of it."""
+
+
+class Tile(NamedTuple):
+    """Queries start..stop of a group's first ``rows`` rows against their first ``keys`` keys.
+
+    Keys before ``known`` are seen by all of these queries. sees: bool ``[g, 1, stop - start, keys - known]``, which of the
+    others; None where that is a triangle.
+    """
+
+    rows: int
+    start: int
+    stop: int
+    keys: int
+    known: int
+    sees: torch.Tensor | None
+
+
+class TableBias(NamedTuple):
+    """A bias of logits looked up in tables: the sum over k of ``tables[k][indices[tile][k]]``, shared by the heads.
+
+    tables: 1-d. indices: for each tile of the layout (in the order of its groups), one int64 index a table, of shape
+    ``[stop - start, keys]`` or ``[g, stop - start, keys]``.
+    """
+
+    tables: tuple[torch.Tensor, ...]
+    indices: list[tuple[torch.Tensor, ...]]
+
+
+def tiles(group: Group, layout: Layout) -> list[Tile]:
+    """Attention mask, by the steps of a causal group. Cells behind a row's end are never seen by real ones."""
+    width = group.width
+    if layout.visibility is not None:
+        return [Tile(len(group.lengths), 0, width, width, 0, visible(group, layout.visibility))]
+    return [Tile(rows, start, stop, stop, start, None) for start, stop, rows in group.steps]
+
+
+def visible(group: Group, by: Visibility) -> torch.Tensor:
+    """Bool ``[g, 1, n, n]``, False for what lies behind a row's end."""
+    out_of_reach = torch.iinfo(torch.int64).max
+    key = group.gather(by.key).masked_fill(~group.real(), out_of_reach)
+    return (key[:, None, :] <= group.gather(by.query)[:, :, None])[:, None]
+
+
+def _future(height: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """``[height, height]``: very low above the diagonal, 0 elsewhere."""
+    if torch.compiler.is_compiling():  # a tensor of the trace must not be kept: it holds no numbers
+        return _new_future(height, dtype, device)
+    return _kept_future(height, dtype, device)
+
+
+def _new_future(height: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.full((height, height), lowest(dtype), dtype=dtype, device=device).triu(1)
+
+
+_kept_future = functools.lru_cache(maxsize=8)(_new_future)
+
+
+def lowest(dtype: torch.dtype) -> float:
+    return max(torch.finfo(dtype).min / 2, -1e30)
+
+
+def hide(logits: torch.Tensor, tile: Tile, heads: int) -> torch.Tensor:
+    """``logits [rows * H, queries, keys]`` in place, very low where the tile's queries do not see; a triangle also in what
+    all rows share, ``[queries, keys]``."""
+    if tile.sees is None:
+        height = logits.shape[-2]
+        future = _future(-(-height // _MASK_UNIT) * _MASK_UNIT, logits.dtype, logits.device)
+        logits[..., tile.known :].add_(future[:height, :height])
+    else:
+        logits.unflatten(0, (-1, heads)).masked_fill_(~tile.sees, lowest(logits.dtype))
+    return logits
+
+
+Plan = list[tuple[Group, list[Tile]]]
+
+
+def plan_of(layout: Layout) -> Plan:
+    """The groups and their tiles."""
+    if "plan" not in layout.memo:
+        layout.memo["plan"] = [(group, tiles(group, layout)) for group in layout.groups]
+    return cast(Plan, layout.memo["plan"])
+
+
+def keep_masks(rate: float, q: torch.Tensor, plan: Plan) -> KeepMasks | None:
+    """The masks of all tiles' weights ``[g * H, rows, keys]``; None without dropout. q: ``[T, H, d]``."""
+    if rate == 0.0:
+        return None
+    cells = sum(tile.rows * (tile.stop - tile.start) * tile.keys for _, part in plan for tile in part)
+    return KeepMasks(rate, q, cells * q.shape[1])
+
+
+def looked_up(
+    tables: Sequence[torch.Tensor], indices: Sequence[torch.Tensor], tile: Tile | None = None
+) -> torch.Tensor:
+    """The sum of ``table[index]``, with an axis for the heads: ``[1, rows, keys]`` or ``[g, 1, rows, keys]``.
+
+    tile: a triangle that its queries do not see is hidden too, where that costs least.
+    """
+    shared, *own = sorted((_gathered(*each) for each in zip(tables, indices)), key=torch.Tensor.dim)
+    if tile is not None and tile.sees is None:
+        hide(shared, tile, heads=1)
+    return functools.reduce(lambda total, part: part.add_(total), own, shared).unsqueeze(-3)
+
+
+def _gathered(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    flat = index.flatten(0, -2)
+    return table.expand(flat.shape[0], -1).gather(1, flat).view(index.shape)
