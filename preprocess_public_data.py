@@ -15,6 +15,7 @@ from pathlib import Path
 
 from absl import app, flags
 
+from generative_recommenders.config.plugins import load_plugins
 from generative_recommenders.data.manifest import Manifest
 from generative_recommenders.data.parquet_export import export_parquet
 from generative_recommenders.data.preparation.folder import check_file
@@ -34,6 +35,10 @@ _DEFAULTS = SyntheticBooksSettings()
 _DATASET = flags.DEFINE_string(
     "dataset", "synthetic-books", f"one of: {', '.join([*known_datasets(), EXCHANGE])}"
 )
+_PLUGINS = flags.DEFINE_multi_string(
+    "plugin", [], "a Python file or module that registers data sources of your own"
+)
+_LIST = flags.DEFINE_bool("list", False, "print the data sets by name, those of plug-ins too, and stop")
 _RAW_PATH = flags.DEFINE_string("raw_path", None, "local file, folder or archive instead of a download")
 _DATA_ROOT = flags.DEFINE_string(
     "data_root", "data", "raw files go to raw/, prepared data to prepared/NAME below it", allow_override=True
@@ -229,6 +234,10 @@ def _prepare(memory_limit: int) -> tuple[Manifest, Path]:
 
 def run() -> None:
     """Prepares or exports, by the flags; UserError for faults of input or flags."""
+    load_plugins(_PLUGINS.value)
+    if _LIST.value:
+        print("\n".join([*known_datasets(), EXCHANGE]))
+        return
     _check_flags()
     if _PREPARED.value is not None:
         _export(Path(_PREPARED.value))

@@ -211,7 +211,7 @@ OBJECTIVES = _registry("objectives", "objective", "train_fn.objective")
 OPTIMIZERS = _registry("optimizers", "optimizer", "train_fn.optimizer")
 SEEN_FILTERS = _registry("seen_filters", "seen filter", "train_fn.seen_filter")
 TOP_K_MODULES = _registry("top_k_modules", "top-k module", "train_fn.top_k_method")
-DATA_SOURCES = _registry("data_sources", "data source", "--dataset")
+DATA_SOURCES = _registry("data_sources", "data source", "--dataset", ("request",))
 
 
 def parts_by_gin_name() -> dict[str, Part]:

@@ -86,7 +86,7 @@ def test_a_flag_that_cannot_be_read_is_one_line(flag: str) -> None:
         (["--memory_limit=lots"], "is not a size"),
         (["--prepared=x"], "needs --export_text"),
         (["--prepared=x", "--export_text=y", "--k_core=5"], "--k_core has no meaning with --prepared"),
-        (["--dataset=nothing"], "unknown dataset 'nothing'"),
+        (["--dataset=nothing"], "unknown data source 'nothing'"),
         (["--dataset=exchange-text", "--columns=foo"], "--columns is for --dataset=csv"),
         (["--dataset=exchange-text", "--delimiter=;"], "--delimiter is for --dataset=csv"),
         (["--dataset=csv", "--raw_path=.", "--delimiter=comma"], "--delimiter='comma' is not a delimiter"),

@@ -1,6 +1,6 @@
 """Data sources by name: where the ratings come from, how they are laid out, and what is known about them.
 
-To add a data set, write a function ``Request -> RawRatings`` and name it in `_SOURCES`.
+A data source is a function ``Request -> RawRatings``, registered by the name that ``--dataset`` takes.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet
 
+from generative_recommenders.config.registry import DATA_SOURCES, register_data_source
 from generative_recommenders.data.readers.events import RawRatings, ReadOptions
 from generative_recommenders.data.readers.files import data_files, data_suffix
 from generative_recommenders.data.readers.sources import TextOptions
@@ -137,7 +138,7 @@ PUBLISHED = {
 
 def known_datasets() -> list[str]:
     """Names that `resolve` takes."""
-    return list(_SOURCES)
+    return DATA_SOURCES.names()
 
 
 def resolve(
@@ -163,8 +164,7 @@ def resolve(
     Raises:
         UserError: unknown name, missing or unreadable file, unsafe or damaged archive, no network, no place.
     """
-    if name not in _SOURCES:
-        raise UserError(f"unknown dataset {name!r}: known are {', '.join(known_datasets())}")
+    source = DATA_SOURCES[name]
     if raw_path is not None and not os.path.exists(raw_path):  # False for a name that is too long
         raise UserError(f"--raw_path={raw_path} does not exist")
     if options is not None and options != ReadOptions() and name != "csv":
@@ -179,7 +179,7 @@ def resolve(
     synthetic = synthetic or SyntheticBooksSettings()
     request = Request(name, folder, raw_path, options or ReadOptions(), synthetic, progress)
     try:
-        raw = _SOURCES[name](request)
+        raw = source.build({}, {"request": request})
     except OSError as fault:
         raise UserError(f"{fault.filename or folder}: {fault.strerror or fault}") from None
     if k_core is not None:
@@ -187,6 +187,7 @@ def resolve(
     return dataclasses.replace(raw, name=result_name or name)
 
 
+@register_data_source("synthetic-books")
 def _synthetic_books(request: Request) -> RawRatings:
     if request.raw_path is not None:
         raise UserError("synthetic-books is generated: --raw_path has no meaning for it")
@@ -201,6 +202,7 @@ def _synthetic_books(request: Request) -> RawRatings:
     )
 
 
+@register_data_source(*PUBLISHED, gin_name="published")
 def _published(request: Request) -> RawRatings:
     published = PUBLISHED[request.name]
     origin = request.raw_path or fetch(published.archive, request.folder, progress=request.progress)
@@ -237,6 +239,7 @@ def _is_complete(published: PublishedRatings, origin: Path, ratings: Path, downl
         return False  # the reader of the ratings names the place of the damage
 
 
+@register_data_source("sasrec-text")
 def _sasrec_text(request: Request) -> RawRatings:
     origin = _required_path(request)
     side = {"movies.dat": movielens.read_movies_dat, "users.dat": movielens.read_users_dat}
@@ -254,6 +257,7 @@ def _sasrec_text(request: Request) -> RawRatings:
     )
 
 
+@register_data_source("csv")
 def _csv(request: Request) -> RawRatings:
     origin = _required_path(request)
     if origin.is_dir():
@@ -310,11 +314,3 @@ def _unpacked_bytes(path: Path) -> int:
     with path.open("rb") as source:
         source.seek(max(path.stat().st_size - 4, 0))
         return int.from_bytes(source.read(4), "little")
-
-
-_SOURCES: dict[str, Callable[[Request], RawRatings]] = {
-    "synthetic-books": _synthetic_books,
-    **dict.fromkeys(PUBLISHED, _published),
-    "sasrec-text": _sasrec_text,
-    "csv": _csv,
-}

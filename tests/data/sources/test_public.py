@@ -77,7 +77,10 @@ def test_known_names_and_unknown_ones(tmp_path: Path) -> None:
         "sasrec-text",
         "csv",
     ]
-    with pytest.raises(UserError, match=r"unknown dataset 'ml-2m': known are synthetic-books, .*csv"):
+    with pytest.raises(
+        UserError,
+        match=r"unknown data source 'ml-2m' .*did you mean 'ml-20m'\?; known: synthetic-books, .*csv",
+    ):
         _resolve("ml-2m", tmp_path, None)
 
 
