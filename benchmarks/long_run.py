@@ -23,7 +23,8 @@ from absl import app, flags, logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from generative_recommenders.checkpoint.store import CheckpointStore
-from generative_recommenders.config.schema import RunSettings, SasrecSettings, TrainSettings
+from generative_recommenders.config.schema import RunSettings
+from generative_recommenders.config.sections import SasrecSettings, TrainSettings
 from generative_recommenders.data.preparation.prepare import prepare_batches
 from generative_recommenders.data.readers.events import RawRatings
 from generative_recommenders.data.splits import make_split

@@ -21,9 +21,9 @@ import torch
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from generative_recommenders.config.sections import MoLSettings
 from generative_recommenders.modeling.similarity.dot_product import DotProductSimilarity
 from generative_recommenders.modeling.similarity.mixture_of_logits import MoLSimilarity
-from generative_recommenders.modeling.similarity.mol_settings import MoLSettings
 from generative_recommenders.retrieval.mol_top_k import make_top_k
 
 APPROXIMATE = (
@@ -89,7 +89,11 @@ def recall(found: torch.Tensor, exact: torch.Tensor) -> float:
 def main() -> None:
     args = _arguments()
     torch.manual_seed(args.seed)
-    settings = MoLSettings(args.query_groups, args.item_groups, args.component_dim)
+    settings = MoLSettings(
+        query_dot_product_groups=args.query_groups,
+        item_dot_product_groups=args.item_groups,
+        dot_product_dimension=args.component_dim,
+    )
     similarity = fitted(settings, args.dim, args.clusters, args.fit_steps)
     items, _ = clustered(args.items, args.dim, args.clusters)
     mips, _ = measure("MIPSBruteForceTopK", DotProductSimilarity(), items, args)

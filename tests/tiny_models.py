@@ -60,8 +60,8 @@ def settings(**choices: Any) -> RunSettings:
         section, _, field = name.rpartition(".")
         sections.setdefault(section or "train", {})[field] = value
     defaults = RunSettings()
-    return dataclasses.replace(
-        defaults, **{name: dataclasses.replace(getattr(defaults, name), **v) for name, v in sections.items()}
+    return defaults.changed(
+        **{name: getattr(defaults, name).changed(**values) for name, values in sections.items()}
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import cast
 
 import torch
@@ -10,7 +9,6 @@ import torch
 from generative_recommenders.build.catalogue import Catalogue
 from generative_recommenders.build.objectives import MASKING_SCHEMES, auxiliary_weights, build_objective
 from generative_recommenders.build.registered import build_part
-from generative_recommenders.config.choices import uses_item_tower
 from generative_recommenders.config.registry import (
     INPUT_PREPROCESSORS,
     ITEM_EMBEDDINGS,
@@ -23,7 +21,6 @@ from generative_recommenders.modeling import input_preprocessors, output_postpro
 from generative_recommenders.modeling.encoders import diff_transformer, hstu, sasrec, transformer  # noqa: F401  (register)
 from generative_recommenders.modeling.encoders.two_tower import ITEM_ID, EntityFeature, FeatureMerger
 from generative_recommenders.modeling.event_features import EventFeatures
-from generative_recommenders.modeling.feature_embeddings import ListReduction
 from generative_recommenders.modeling.model import SequenceEncoder, SequenceRecommender
 from generative_recommenders.modeling.similarity.interface import Similarity
 from generative_recommenders.retrieval.mol_top_k import TopK, make_top_k
@@ -44,7 +41,7 @@ def build_model(settings: RunSettings, catalogue: Catalogue) -> SequenceRecommen
         "item_category": lambda options: _categories(catalogue),
         "features": lambda options: _tower_features(settings, catalogue),
         "uses_item_id": ITEM_ID in tower.features,
-        "settings": replace(settings.mol, bf16_training=bf16),
+        "settings": settings.mol.changed(bf16_training=bf16),
         "mutual_information": balanced,
     }
     try:
@@ -61,7 +58,7 @@ def build_model(settings: RunSettings, catalogue: Catalogue) -> SequenceRecommen
 def _embedding_kind(settings: RunSettings) -> str:
     """The item embedding's name; TwoTower has its tower, which "local", the default, does not contradict."""
     kind = settings.train.embedding_module_type
-    if not uses_item_tower(settings):
+    if not settings.uses_item_tower:
         return kind
     if kind not in ("local", "item_tower"):
         raise UserError(
@@ -149,7 +146,7 @@ def _tower_features(settings: RunSettings, catalogue: Catalogue) -> list[EntityF
         return []
     if catalogue.items is None:
         raise UserError(f"item_tower.features: there is no data set to read {', '.join(names)} from")
-    reduction = cast(ListReduction, tower.list_reduction)
+    reduction = tower.list_reduction
     return list(catalogue.items.read(names, dim, "item_tower.features", reduction))
 
 
@@ -162,7 +159,7 @@ def _context_merger(
     if catalogue.users is None:
         raise UserError(f"item_tower.query_features: there is no data set to read {', '.join(names)} from")
     width = cast(int, encoder.output_dim)
-    reduction = cast(ListReduction, settings.item_tower.list_reduction)
+    reduction = settings.item_tower.list_reduction
     return FeatureMerger(catalogue.users.read(names, width, "item_tower.query_features", reduction), width)
 
 

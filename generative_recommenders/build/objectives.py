@@ -10,7 +10,7 @@ import torch
 from generative_recommenders.build.catalogue import Catalogue
 from generative_recommenders.build.entity_features import class_assignment
 from generative_recommenders.build.registered import build_part
-from generative_recommenders.config.choices import look_up, uses_item_tower
+from generative_recommenders.config.fields import look_up
 from generative_recommenders.config.registry import LOSSES, NEGATIVE_SAMPLERS
 from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.errors import UserError
@@ -111,7 +111,7 @@ def _sampled_criterion(settings: RunSettings, catalogue: Catalogue, loss: Sample
 
 
 def _check_tower_negatives(settings: RunSettings) -> None:
-    if uses_item_tower(settings) and settings.train.negatives_sharing == "position":
+    if settings.uses_item_tower and settings.train.negatives_sharing == "position":
         raise UserError(
             "an item tower computes what a step touches, and negatives of each position touch most "
             'of the catalogue: set train_fn.negatives_sharing to "block" or "batch"'
@@ -133,7 +133,7 @@ def _with_detection(
     settings: RunSettings, base: Criterion, make_discriminator: Callable[[], SequenceEncoder]
 ) -> Criterion:
     t = settings.train
-    if uses_item_tower(settings) or t.interaction_module_type == "MoL":
+    if settings.uses_item_tower or t.interaction_module_type == "MoL":
         raise UserError(
             'objective "replaced" samples and looks up fakes in the item table: no item tower, no MoL'
         )

@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 import math
 import types
-from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
@@ -16,11 +17,17 @@ from pydantic_core import PydanticCustomError
 from generative_recommenders.errors import UserError
 
 Count = Annotated[int, Ge(0)]
-Size = Annotated[int, Ge(1), Le(1 << 31)]
-Width = Annotated[int, Ge(1), Le(1 << 16)]
+Period = Annotated[int, Gt(0)]
+"""Steps, batches, epochs or files from one time to the next."""
+Size = Annotated[int, Gt(0), Le(1 << 31)]
+Length = Annotated[int, Gt(0), Le(1 << 20)]
+"""Events of a history."""
+Width = Annotated[int, Gt(0), Le(1 << 16)]
 """Columns of a weight."""
-Layers = Annotated[int, Ge(1), Le(1000)]
-"""Blocks or heads."""
+HiddenWidth = Annotated[int, Le(1 << 16)]
+"""Columns of a hidden layer; 0 or below for none."""
+Layers = Annotated[int, Gt(0), Le(1000)]
+"""Blocks, heads or groups."""
 Positive = Annotated[float, Gt(0.0)]
 NonNegative = Annotated[float, Ge(0.0)]
 Share = Annotated[float, Ge(0.0), Lt(1.0)]
@@ -30,6 +37,7 @@ SMALLEST, LARGEST = 1e-30, 1e30
 """Sizes of numbers that float32 holds with room for squares of sums."""
 
 Model = TypeVar("Model", bound="StrictModel")
+Built = TypeVar("Built")
 
 
 class StrictModel(BaseModel):
@@ -59,6 +67,10 @@ class StrictModel(BaseModel):
             return list(value)
         return value
 
+    def changed(self, **changes: Any) -> Self:
+        """The same with other values for some fields, checked as at construction."""
+        return type(self)(**{**dict(self), **changes})
+
 
 def check_numbers(value: Any) -> None:
     """Refuses, anywhere in a value, numbers that neither int64 nor float32 hold."""
@@ -75,10 +87,27 @@ def check_numbers(value: Any) -> None:
         raise PydanticCustomError("size", f"must be 0 or of a size from {SMALLEST:g} to {LARGEST:g}")
 
 
+class Section(StrictModel):
+    """Settings of one owner in gin; what cannot be is a UserError that names ``GIN_NAME.FIELD``, also in a constructor call."""
+
+    gin_name: ClassVar[str]
+
+    def __init__(self, /, **values: Any) -> None:
+        with one_line_errors(type(self), self.gin_name):
+            super().__init__(**values)
+
+
 def validated(model: type[Model], values: Mapping[str, Any], owner: str) -> Model:
     """The model of the values, or UserError naming ``owner.NAME``, what it must be and what it is."""
-    try:
+    with one_line_errors(model, owner):
         return model.model_validate(dict(values))
+
+
+@contextmanager
+def one_line_errors(model: type[BaseModel], owner: str) -> Iterator[None]:
+    """Turns pydantic's errors into UserError."""
+    try:
+        yield
     except ValidationError as error:
         raise UserError(_one_line(error, model, owner)) from None
     except RecursionError:
@@ -117,7 +146,10 @@ _RANGES = {
 
 
 def shortened(value: Any) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes integers of up to 4300 digits
+        return f"a value of type {type(value).__name__} that is too long to show"
     return text if len(text) <= 80 else text[:77] + "..."
 
 
@@ -126,6 +158,13 @@ def nearest(name: str, known: Iterable[str]) -> str:
     names = list(known)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
     return (f"; did you mean {close[0]!r}?" if close else "") + f"; known: {', '.join(names) or 'none'}"
+
+
+def look_up(table: Mapping[str, Built], name: str, what: str) -> Built:
+    """``table[name]``, or UserError with the known names."""
+    if name not in table:
+        raise UserError(f"unknown {what} {name!r}; known: {', '.join(table)}")
+    return table[name]
 
 
 def type_name(annotation: Any) -> str:

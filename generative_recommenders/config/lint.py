@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from absl import logging
 
-from generative_recommenders.config.choices import uses_item_tower
 from generative_recommenders.config.registry import INPUT_PREPROCESSORS, LOSSES
-from generative_recommenders.config.schema import MAX_PREFETCH, RunSettings
-
-
-def encoder_of(settings: RunSettings) -> str:
-    """The encoder of the histories: ``main_module``, or TwoTower's query tower."""
-    name = settings.train.main_module
-    return settings.item_tower.query_module if name == "TwoTower" else name
+from generative_recommenders.config.schema import RunSettings
+from generative_recommenders.config.sections import MAX_PREFETCH
 
 
 def _samples(settings: RunSettings) -> bool:
@@ -37,7 +30,7 @@ def _reads_ratings(settings: RunSettings) -> bool:
 def _timed(settings: RunSettings) -> bool:
     hstu = settings.hstu
     return (
-        encoder_of(settings) == "HSTU"
+        settings.encoder_name == "HSTU"
         and hstu.enable_relative_attention_bias
         and hstu.enable_relative_time_bias
     )
@@ -104,11 +97,11 @@ TRAIN_SETTINGS: tuple[tuple[tuple[str, ...], Acts, str], ...] = (
 """(fields of ``train_fn``, when they act, why they do not)."""
 
 SECTIONS: tuple[tuple[str, str, Acts], ...] = (
-    ("sasrec_encoder", "sasrec", lambda s: encoder_of(s) == "SASRec"),
-    ("hstu_encoder", "hstu", lambda s: encoder_of(s) == "HSTU"),
-    ("diff_transformer_encoder", "diff_transformer", lambda s: encoder_of(s) == "DiffTransformer"),
-    ("transformer_encoder", "transformer", lambda s: encoder_of(s) == "Transformer"),
-    ("item_tower", "item_tower", uses_item_tower),
+    ("sasrec_encoder", "sasrec", lambda s: s.encoder_name == "SASRec"),
+    ("hstu_encoder", "hstu", lambda s: s.encoder_name == "HSTU"),
+    ("diff_transformer_encoder", "diff_transformer", lambda s: s.encoder_name == "DiffTransformer"),
+    ("transformer_encoder", "transformer", lambda s: s.encoder_name == "Transformer"),
+    ("item_tower", "item_tower", lambda s: s.uses_item_tower),
     ("sce", "sce", lambda s: s.train.loss_module in ("SCE", "ScalableCrossEntropyLoss")),
     ("create_mol_interaction_module", "mol", lambda s: s.train.interaction_module_type == "MoL"),
 )
@@ -124,12 +117,12 @@ def log_notices(settings: RunSettings) -> None:
 def likely_slips(settings: RunSettings) -> list[str]:
     """One line for each combination that trains as asked but that no published configuration has."""
     t, dqk, dv, lines = settings.train, settings.hstu.dqk, settings.hstu.dv, []
-    if encoder_of(settings) == "HSTU" and dqk != dv:
+    if settings.encoder_name == "HSTU" and dqk != dv:
         lines.append(
             f"hstu_encoder.dqk = {dqk} and hstu_encoder.dv = {dv} do not match: queries and keys are {dqk} wide, values "
             f"{dv}; every published configuration has them equal"
         )
-    if uses_item_tower(settings) and not _samples(settings):
+    if settings.uses_item_tower and not _samples(settings):
         lines.append(
             f"train_fn.loss_module = {t.loss_module!r} scores the catalogue: every item passes through the item tower in "
             "every step; with sampled negatives only those that the step touches do"
@@ -149,7 +142,7 @@ def _idle_train_settings(settings: RunSettings) -> list[str]:
         idle = [name for name in names if name in changed - said]
         if idle and not acts(settings):
             said |= set(idle)
-            reason = why.format(**dataclasses.asdict(t))
+            reason = why.format(**dict(t))
             lines.append(f"{', '.join(f'train_fn.{name}' for name in idle)} cannot act: {reason}")
     if "BruteForce" not in t.top_k_method:
         lines.append(
@@ -197,9 +190,7 @@ def _beyond_this_machine(settings: RunSettings) -> list[str]:
 def _changed(section: Any) -> list[str]:
     """Fields that differ from their defaults."""
     default = type(section)()
-    return [
-        f.name for f in dataclasses.fields(section) if getattr(section, f.name) != getattr(default, f.name)
-    ]
+    return [name for name, value in section if value != getattr(default, name)]
 
 
 def has_bfloat16() -> bool:

@@ -15,14 +15,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 
+from generative_recommenders.config.sections import Protocol
 from generative_recommenders.data.preparation.digests import split_hash
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.errors import UserError
 
-PROTOCOLS = ("leave_one_out", "paper", "global_time")
+PROTOCOLS: tuple[str, ...] = get_args(Protocol)
 _CUT_TENTHS = (8, 9)
 
 

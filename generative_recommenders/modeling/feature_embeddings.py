@@ -14,10 +14,10 @@ import torch
 from absl import logging
 from torch import nn
 
+from generative_recommenders.config.sections import ListReduction
 from generative_recommenders.errors import UserError
 
 FeatureKind = Literal["categorical", "categorical_list", "numerical", "numerical_list"]
-ListReduction = Literal["sum", "mean", "max"]
 
 _KINDS = ("categorical", "categorical_list", "numerical", "numerical_list")
 

@@ -10,13 +10,14 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import get_args
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from generative_recommenders.config.registry import register_negative_sampler
+from generative_recommenders.config.sections import ClassSelector, NegativesSharing
 from generative_recommenders.errors import UserError
 from generative_recommenders.ops.counter_random import (
     counter_bits,
@@ -26,7 +27,7 @@ from generative_recommenders.ops.counter_random import (
 )
 from generative_recommenders.ops.sampled_products import join_blocks, split_blocks
 
-SHARINGS = ("position", "block", "batch")
+SHARINGS: tuple[str, ...] = get_args(NegativesSharing)
 
 
 @dataclass(frozen=True)
@@ -310,7 +311,7 @@ class MultiClassNegativesSampler(NegativesSampler):
         num_negatives: int,
         sharing: Sharing,
         class_weights: torch.Tensor | None = None,
-        selector: Literal["random", "target"] = "random",
+        selector: ClassSelector = "random",
     ) -> None:
         super().__init__(num_negatives, sharing)
         if assignment.dim() != 2 or assignment.numel() == 0 or not bool(assignment.any(1).all()):

@@ -7,7 +7,7 @@ from typing import Any
 
 from absl import logging
 
-from generative_recommenders.config.schema import TrainSettings
+from generative_recommenders.config.sections import TrainSettings
 from generative_recommenders.run.directory import RunFolder
 from generative_recommenders.training.callbacks import Recorder
 from generative_recommenders.training.progress import duration

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from generative_recommenders.config.schema import RunSettings, TrainSettings
+from generative_recommenders.config.schema import RunSettings
+from generative_recommenders.config.sections import TrainSettings
 from generative_recommenders.data.loader import EvaluationLoader
 from generative_recommenders.data.splits import Split
 from generative_recommenders.data.store import SequenceDataset

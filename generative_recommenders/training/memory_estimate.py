@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from generative_recommenders.config.schema import TrainSettings
+from generative_recommenders.config.sections import TrainSettings
 from generative_recommenders.data.loader import LoadedBatch
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.training.trainer import Trainer

@@ -18,7 +18,8 @@ from generative_recommenders.build.parts import Catalogue, build_task
 from generative_recommenders.checkpoint.broadcast import checkpoint_from_main
 from generative_recommenders.checkpoint.store import Checkpoint, CheckpointStore
 from generative_recommenders.checkpoint.weights import load_model
-from generative_recommenders.config.schema import MAX_PREFETCH, RunSettings
+from generative_recommenders.config.schema import RunSettings
+from generative_recommenders.config.sections import MAX_PREFETCH
 from generative_recommenders.data.loader import LoadedBatch, SequenceLoader, prefetch
 from generative_recommenders.data.splits import Split
 from generative_recommenders.data.store import SequenceDataset

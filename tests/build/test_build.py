@@ -83,7 +83,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "sampler": ({"sampling_strategy": "x"}, "known: local, in-batch, popularity, mixed, multi-class"),
     "sharing": (
         {"negatives_sharing": "x"},
-        "negatives_sharing 'x' is unknown; known: position, block, batch",
+        "negatives_sharing 'x' is unknown; known: 'position', 'block', 'batch'",
     ),
     "heads": ({"sasrec.num_heads": 3}, "num_heads 3 does not divide the width 8"),
     "normalization": (
@@ -127,7 +127,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"loss_module": "BCELoss", "label_smoothing": 0.1},
         "label_smoothing acts in Sampled.*, not in BCELoss",
     ),
-    "permuted without spans": ({**CE, "objective": "permuted", "max_span_length": 0}, "at least 1"),
+    "permuted without spans": (
+        {**CE, "objective": "permuted", "max_span_length": 0},
+        "max_span_length must be above 0",
+    ),
     "class feature": ({"sampling_strategy": "multi-class"}, "needs train_fn.class_feature"),
     "class of a number": (
         {"sampling_strategy": "multi-class", "class_feature": "year"},
@@ -165,14 +168,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "infinite": ({"learning_rate": float("inf")}, "learning_rate must be finite"),
     "not a number": ({"popularity_power": float("nan")}, "popularity_power must be finite"),
-    "name of a weight": ({"loss_weights": {1: 2.0}}, "by name, got 1: 2.0"),
+    "name of a weight": ({"loss_weights": {1: 2.0}}, r"must be of type dict\[str, float\], got 1"),
     "value of a weight": ({"loss_weights": {"mi_loss": "x"}}, "must be of type dict"),
     "share": ({"mixed_shares": {"local": "a"}}, "must be of type dict"),
     "weight of get_weighted_loss": ({"weighted_loss.weights": {"x": -1}}, "get_weighted_loss.weights must"),
     "prefetch": ({"loader.prefetch_factor": -3}, "create_data_loader.prefetch_factor must be 0 or more"),
     "list reduction": ({"item_tower.list_reduction": "x"}, "item_tower.list_reduction 'x' is unknown"),
     "discriminator": ({"discriminator_weight": -1.0}, "discriminator_weight must be 0 or more"),
-    "SCE sizes": ({"loss_module": "SCE", "sce.n_buckets": 0}, "positive bucket sizes"),
+    "SCE sizes": ({"loss_module": "SCE", "sce.n_buckets": 0}, "sce.n_buckets must be above 0"),
 }
 
 
@@ -223,9 +226,7 @@ def test_the_rating_threshold_is_a_choice() -> None:
 )
 def test_several_positives_train(loss: str) -> None:
     chosen = settings(loss_module=loss, num_negatives=4, sampling_strategy="local", temperature=1.0)
-    assert moved(
-        dataclasses.replace(chosen, train=dataclasses.replace(chosen.train, num_positives=3)), steps=6
-    )
+    assert moved(chosen.changed(train=chosen.train.changed(num_positives=3)), steps=6)
 
 
 @pytest.mark.parametrize(

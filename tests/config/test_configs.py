@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import shutil
 from pathlib import Path
@@ -92,7 +91,7 @@ def test_a_sweep_changes_only_what_it_names(sweep: Path) -> None:
         for t in (r.train for r in runs)
     }
     assert len(shared) == 1
-    assert len({str(dataclasses.asdict(run)) for run in runs}) == len(runs) > 3
+    assert len({str(run.model_dump()) for run in runs}) == len(runs) > 3
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 from pathlib import Path
@@ -135,9 +134,7 @@ def test_resolved_configuration_is_complete_and_gives_the_same_settings(write) -
         [], ["train_fn.num_epochs = 3", "train_fn.mixed_shares = {'local': 1.0}"]
     )
     for owner, (_, kind) in SECTIONS.items():
-        for field in dataclasses.fields(kind):
-            made = field.default_factory is not dataclasses.MISSING  # gin does not write these
-            assert made or f"{owner}.{field.name} =" in resolved
+        assert all(f"{owner}.{name} =" in resolved for name in kind.model_fields)
     assert load_settings([write(resolved)])[0] == settings
 
 
@@ -249,12 +246,18 @@ def test_settings_survive_json(write) -> None:
         ({"train": 3}, "section 'train' is no object but '3'"),
         ({"sasrec": None}, "section 'sasrec' is no object"),
         ({"hstu": [["dqk", 4]]}, "section 'hstu' is no object"),
-        ({"sasrec": {"num_blocks": "x"}}, "sasrec.num_blocks must be of type int, got 'x'"),
-        ({"hstu": {"dqk": -4}}, "hstu.dqk must be above 0, got -4"),
-        ({"mol": {"dot_product_dimension": 0}}, "mol.dot_product_dimension must be above 0"),
-        ({"item_tower": {"features": None}}, "section 'item_tower' has a value of the wrong type"),
+        ({"sasrec": {"num_blocks": "x"}}, "sasrec_encoder.num_blocks must be of type int, got 'x'"),
+        ({"hstu": {"dqk": -4}}, "hstu_encoder.dqk must be above 0, got -4"),
+        (
+            {"mol": {"dot_product_dimension": 0}},
+            "create_mol_interaction_module.dot_product_dimension must be above 0",
+        ),
+        (
+            {"item_tower": {"features": None}},
+            r"item_tower.features must be of type tuple\[str, ...\], got None",
+        ),
         ({"item_tower": {"features": ["genre", 3]}}, "item_tower.features must be of type"),
-        ({"weighted_loss": {"weights": {"mi_loss": "much"}}}, "weighted_loss.weights must be of type"),
+        ({"weighted_loss": {"weights": {"mi_loss": "much"}}}, "get_weighted_loss.weights must be of type"),
         ({"train": {"item_embedding_dim": [1]}}, "item_embedding_dim must be of type int"),
     ],
 )

@@ -15,7 +15,7 @@ from generative_recommenders.errors import UserError
 
 INPUTS = [1000, pytest.param(100_000, marks=pytest.mark.slow)]
 MEMORY_LIMIT = 64 << 20  # bytes that the process's peak may grow by
-PARAMETERS = {owner: list(kind.__dataclass_fields__) for owner, (_, kind) in SECTIONS.items()}
+PARAMETERS = {owner: list(kind.model_fields) for owner, (_, kind) in SECTIONS.items()}
 STRANGE = [
     "@train_fn", "@train_fn()", "@a/train_fn()", "%macro", "%a.b", "@gin.singleton()", "@gin.macro", "@nothing()",
     "@gin.constant", "9" * 5000, "1e999", "-1", "0x10", "None", "True", "...", "'" + "x" * 3000 + "'", "b'raw'",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,8 @@ import generative_recommenders.build.parts  # noqa: F401  (registers the built-i
 from generative_recommenders.config import lint as notices
 from generative_recommenders.config.gin import load_settings
 from generative_recommenders.config.lint import inert, likely_slips
-from generative_recommenders.config.schema import SECTIONS, RunSettings, TrainSettings
+from generative_recommenders.config.schema import SECTIONS, RunSettings
+from generative_recommenders.config.sections import TrainSettings
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -23,7 +23,7 @@ def chosen(**choices: Any) -> RunSettings:
     for name, value in choices.items():
         section, _, field = name.rpartition("__")
         section = section or "train"
-        settings = replace(settings, **{section: replace(getattr(settings, section), **{field: value})})
+        settings = settings.changed(**{section: getattr(settings, section).changed(**{field: value})})
     return settings
 
 
@@ -113,7 +113,7 @@ def test_a_tower_under_a_loss_over_the_catalogue_is_reported() -> None:
 
 
 def test_the_tables_name_what_exists() -> None:
-    train = {f.name for f in fields(TrainSettings)}
+    train = set(TrainSettings.model_fields)
     assert {name for names, _, _ in notices.TRAIN_SETTINGS for name in names} <= train
     assert all(SECTIONS[owner][0] == section for owner, section, _ in notices.SECTIONS)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from generative_recommenders.config.schema import TrainSettings
+from generative_recommenders.config.sections import TrainSettings
 from generative_recommenders.errors import UserError
 from generative_recommenders.run.summary import list_metrics_lines
 from programs import run_program

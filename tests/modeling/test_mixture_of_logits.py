@@ -1,16 +1,15 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 
 import pytest
 import torch
 
+from generative_recommenders.config.sections import MoLSettings
 from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.similarity import mixture_of_logits
 from generative_recommenders.modeling.similarity.interface import Similarity
 from generative_recommenders.modeling.similarity.mixture_of_logits import MoLSimilarity
-from generative_recommenders.modeling.similarity.mol_settings import MoLSettings
 
 SMALL = MoLSettings(
     query_dot_product_groups=3,
@@ -25,7 +24,7 @@ SMALL = MoLSettings(
 
 def small_model(seed: int = 0, **options) -> MoLSimilarity:
     torch.manual_seed(seed)
-    return MoLSimilarity(replace(SMALL, **options), 6, 5)
+    return MoLSimilarity(SMALL.changed(**options), 6, 5)
 
 
 def finished(model: MoLSimilarity, result: tuple) -> tuple:
@@ -188,9 +187,9 @@ def test_nonlinearity_names_act_and_are_logged_once(caplog):
     with caplog.at_level(logging.INFO, logger="absl"):
         MoLSimilarity.from_settings(SMALL, 6, 5)
         assert not caplog.records
-        MoLSimilarity.from_settings(replace(SMALL, item_nonlinearity="geglu"), 6, 5)
+        MoLSimilarity.from_settings(SMALL.changed(item_nonlinearity="geglu"), 6, 5)
         for _ in range(2):
-            MoLSimilarity.from_settings(replace(SMALL, query_nonlinearity="geglu"), 6, 5)
+            MoLSimilarity.from_settings(SMALL.changed(query_nonlinearity="geglu"), 6, 5)
     idle, acting = (record.getMessage() for record in caplog.records)
     assert "item_nonlinearity = geglu cannot act: item_hidden_dim" in idle
     assert "query_nonlinearity = geglu acts" in acting
@@ -281,8 +280,8 @@ def test_bad_options_are_named(options):
 
 
 def test_identity_takes_the_embedding_as_its_first_component() -> None:
-    chosen = replace(SMALL, query_use_identity_fn=True, item_use_identity_fn=True, dot_product_l2_norm=False)
-    model = MoLSimilarity(replace(chosen, temperature=1.0), 6, 4).eval()
+    chosen = SMALL.changed(query_use_identity_fn=True, item_use_identity_fn=True, dot_product_l2_norm=False)
+    model = MoLSimilarity(chosen.changed(temperature=1.0), 6, 4).eval()
     queries, items = torch.randn(3, 6), torch.randn(5, 4)
     query, _ = model.query_components(queries)
     item = model.item_components(items)
@@ -290,26 +289,23 @@ def test_identity_takes_the_embedding_as_its_first_component() -> None:
     torch.testing.assert_close(item.components[:, 0], items)
     assert (query.components.shape, item.components.shape) == ((3, 3, 4), (5, 2, 4))
     assert sum(p.numel() for p in model.item_projection.parameters()) == 4 * 4 + 4  # of the second component
-    one = MoLSimilarity(replace(chosen, item_dot_product_groups=1), 6, 4)
+    one = MoLSimilarity(chosen.changed(item_dot_product_groups=1), 6, 4)
     assert list(one.item_projection.parameters()) == []
 
 
 @pytest.mark.parametrize("side", ["query", "item"])
 def test_identity_of_a_narrow_embedding_is_refused(side: str) -> None:
     with pytest.raises(UserError, match=f"{side}_use_identity_fn takes dot_product_dimension = 4 .* of 3"):
-        MoLSimilarity(replace(SMALL, **{f"{side}_use_identity_fn": True}), 3, 3)
+        MoLSimilarity(SMALL.changed(**{f"{side}_use_identity_fn": True}), 3, 3)
 
 
 @pytest.mark.parametrize("sizes", [(), (7,)])
 def test_decay_of_user_embeddings_needs_them(sizes: tuple[int, ...]) -> None:
     decay = 0.1 if not sizes else -0.1
-    chosen = replace(SMALL, uid_embedding_hash_sizes=sizes, uid_embedding_l2_weight_decay=decay)
     with pytest.raises(UserError, match="uid_embedding_l2_weight_decay"):
-        MoLSimilarity(chosen, 6, 4)
+        SMALL.changed(uid_embedding_hash_sizes=sizes, uid_embedding_l2_weight_decay=decay)
 
 
 def test_one_hash_size_is_no_list_of_them() -> None:
-    with pytest.raises(
-        UserError, match=r"uid_embedding_hash_sizes = 5: give a size for each table, as \(5,\)"
-    ):
+    with pytest.raises(UserError, match=r"uid_embedding_hash_sizes needs a size for each table, as \(5,\)"):
         MoLSettings(uid_embedding_hash_sizes=5)  # type: ignore[arg-type]

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from generative_recommenders.config.sections import MoLSettings
 from generative_recommenders.modeling.similarity import mixture_of_logits
 from generative_recommenders.modeling.similarity.mixture_of_logits import MoLSimilarity
-from generative_recommenders.modeling.similarity.mol_settings import MoLSettings
 
 GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parents[1] / "golden"))
 

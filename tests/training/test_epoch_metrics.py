@@ -157,6 +157,6 @@ def test_without_validation_targets_the_last_epoch_is_kept(
     result = trainer.train()
     assert result.progress.best_epoch is None and result.progress.epoch == 2
     assert result.test["mrr"] > 0
-    patient = dataclasses.replace(chosen, train=dataclasses.replace(chosen.train, early_stopping_patience=1))
+    patient = chosen.changed(train=chosen.train.changed(early_stopping_patience=1))
     with pytest.raises(UserError, match="has no validation targets under protocol 'leave_one_out'"):
         Trainer(patient, ragged_dataset, bare, Collectives())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -11,12 +10,12 @@ import torch
 import torch.distributed as dist
 
 from generative_recommenders.checkpoint.store import CheckpointStore
-from generative_recommenders.config.schema import HstuSettings, RunSettings, SasrecSettings, TrainSettings
+from generative_recommenders.config.schema import RunSettings
+from generative_recommenders.config.sections import HstuSettings, MoLSettings, SasrecSettings, TrainSettings
 from generative_recommenders.data.loader import SequenceLoader
 from generative_recommenders.data.splits import make_split
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.distributed.process_group import process_collectives
-from generative_recommenders.modeling.similarity.mol_settings import MoLSettings
 from generative_recommenders.training.trainer import Trainer
 from programs import quick_start
 
@@ -57,10 +56,11 @@ RESUMED, DONE = "full cross-entropy", 3
 
 
 def settings_of(case: str, world_size: int) -> RunSettings:
-    train = dataclasses.replace(COMMON, local_batch_size=GLOBAL_BATCH // world_size, **CASES[case])
+    train = COMMON.changed(local_batch_size=GLOBAL_BATCH // world_size, **CASES[case])
     hstu = HstuSettings(dqk=4, dv=4)
     mol = MoLSettings(
-        2, 2, 4, query_hidden_dim=8, gating_query_hidden_dim=8, gating_item_hidden_dim=8, gating_qi_hidden_dim=8,
+        query_dot_product_groups=2, item_dot_product_groups=2, dot_product_dimension=4,
+        query_hidden_dim=8, gating_query_hidden_dim=8, gating_item_hidden_dim=8, gating_qi_hidden_dim=8,
         uid_embedding_hash_sizes=(7,), uid_dropout_rate=0.0,
     )  # fmt: skip
     sasrec = SasrecSettings(ffn_dropout_rate=0.0, ffn_hidden_dim=8)

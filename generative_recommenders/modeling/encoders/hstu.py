@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import repeat
-from typing import cast
+from typing import cast, get_args
 
 import torch
 import torch.nn.functional as F
 
 from generative_recommenders.config.registry import register_encoder
+from generative_recommenders.config.sections import NextTime
 from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.cache import Appended, KeysValues, pointwise_over_cache
 from generative_recommenders.modeling.encoders.checks import check_choice, check_positive
@@ -144,7 +145,7 @@ class HSTU(torch.nn.Module):
         check_choice("normalization", normalization, ("rel_bias", "softmax_rel_bias"))
         check_choice("linear_config", linear_config, ("uvqk",))
         check_choice("linear_activation", linear_activation, LINEAR_ACTIVATIONS)
-        check_choice("next_time", next_time, ("given", "hidden"))
+        check_choice("next_time", next_time, get_args(NextTime))
         check_positive(num_blocks=num_blocks, num_heads=num_heads, dqk=dqk, dv=dv)
         self.causal = normalization == "rel_bias"
         self.output_dim = embedding_dim

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from generative_recommenders.config.registry import register_similarity
+from generative_recommenders.config.sections import MoLSettings
 from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.similarity.interface import AuxiliaryLosses, SharedRows, Snapshot
 from generative_recommenders.modeling.similarity.mol_layers import (
@@ -27,7 +28,6 @@ from generative_recommenders.modeling.similarity.mol_layers import (
     projection,
     two_layers,
 )
-from generative_recommenders.modeling.similarity.mol_settings import MoLSettings, check
 from generative_recommenders.ops import dispatch
 from generative_recommenders.ops.dropout import dropout
 
@@ -83,7 +83,6 @@ class MoLSimilarity(nn.Module):
     ) -> None:
         super().__init__()
         self.temperature = temperature
-        check(settings)
         self.settings = s = settings
         self.mutual_information = mutual_information
         tables, width = len(s.uid_embedding_hash_sizes), s.dot_product_dimension

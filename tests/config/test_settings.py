@@ -1,0 +1,107 @@
+"""Every setting under extreme values: settings, or one line that names it; never more."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+from functools import partial
+from typing import Any, get_args
+
+import pytest
+
+from generative_recommenders.config.gin import load_settings, override
+from generative_recommenders.config.schema import SECTIONS, RunSettings
+from generative_recommenders.config.sections import GatedUnitName, MoLSettings, TrainSettings
+from generative_recommenders.errors import UserError
+from generative_recommenders.modeling.similarity.mol_layers import COMBINATIONS, GATED_UNITS
+
+NAMES = [(owner, name) for owner, (_, kind) in SECTIONS.items() for name in kind.model_fields]
+EXTREME: list[Any] = [
+    2**63 - 1, 2**63, -(2**63), 10**5000, -1, 0, 1e39, -1e39, 1e-308, math.nan, math.inf, -math.inf, "x", "", "x" * 10**5,
+    True, False, [], [2**63 - 1], [None], [[1]], {}, {"x": 1e39}, {"x": math.nan}, {"x": []}, {1: 1}, None, 0.5, 1.0, b"x",
+]  # fmt: skip
+REFUSED_ALWAYS = (2**63, -(2**63), 10**5000, 1e39, -1e39, 1e-308, math.inf, -math.inf, b"x")
+
+
+@pytest.mark.parametrize(("owner", "name"), NAMES, ids=[f"{owner}.{name}" for owner, name in NAMES])
+def test_extreme_values_give_settings_or_one_line(owner: str, name: str) -> None:
+    section, kind = SECTIONS[owner]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for value in EXTREME:
+        try:
+            built = kind(**{name: value})
+        except UserError as error:
+            text = str(error)
+            assert "\n" not in text and len(text) < 400
+            assert name in text
+        else:
+            assert not any(value is each for each in REFUSED_ALWAYS)
+            settings = RunSettings(**{section: built})
+            assert RunSettings.from_json(json.loads(json.dumps(settings.to_json()))) == settings
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 32 << 10  # KiB
+
+
+@pytest.mark.parametrize(
+    "text", ["9223372036854775807", "9223372036854775808", "1e39", "1e-308", "1e999", "None"]
+)
+def test_extreme_values_by_gin_json_and_override_agree(text: str) -> None:
+    for owner, name in NAMES:
+        value = float("inf") if text == "1e999" else eval(text)
+        binding, section = f"{owner}.{name} = {text}", SECTIONS[owner][0]
+        makers = (
+            partial(lambda bindings: load_settings([], bindings)[0], [binding]),
+            partial(override, RunSettings(), [binding]),
+            partial(RunSettings.from_json, {section: {name: value}}),
+        )
+        results = []
+        for make in makers:
+            try:
+                results.append(make())
+            except UserError as error:
+                results.append(str(error))
+        assert results[0] == results[1] == results[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kept"),
+    [
+        ("weight_decay", 0, 0.0),
+        ("event_features", ["shelf"], ("shelf",)),
+        ("loss_weights", {"mi_loss": 1}, {"mi_loss": 1.0}),
+        ("max_grad_norm", None, None),
+    ],
+)
+def test_ints_are_floats_and_lists_are_tuples(name: str, value: object, kept: object) -> None:
+    assert getattr(TrainSettings(**{name: value}), name) == kept  # type: ignore[arg-type]
+
+
+def test_settings_are_frozen_and_changed_by_copies() -> None:
+    train = TrainSettings()
+    with pytest.raises(ValueError, match="frozen"):
+        train.num_epochs = 3  # type: ignore[misc]
+    assert (train.changed(num_epochs=3).num_epochs, train.num_epochs) == (3, 101)
+    with pytest.raises(UserError, match="train_fn.num_epochs must be 0 or more, got -1"):
+        train.changed(num_epochs=-1)
+    with pytest.raises(UserError, match="train_fn has no parameter 'num_epoch'; did you mean 'num_epochs'"):
+        train.changed(num_epoch=3)
+
+
+def test_the_mixtures_choices_have_implementations() -> None:
+    assert get_args(GatedUnitName) == tuple(GATED_UNITS)
+    combinations = MoLSettings.model_fields["gating_combination_type"].annotation
+    assert get_args(combinations) == tuple(COMBINATIONS)
+
+
+@pytest.mark.parametrize(
+    ("binding", "words"),
+    [
+        ("train_fn.num_epochs = %nothing", "nothing gives %nothing a value"),
+        ("train_fn.num_epochs = @train_fn()", "cannot refer to @train_fn"),
+        ("a = %b\nb = %a\ntrain_fn.num_epochs = %a", "one that holds itself"),
+        ("a = [1]\ntrain_fn.loss_weights = {%a: 1.0}", "keys are names or numbers"),
+    ],
+)
+def test_macros_and_references_that_have_no_value(binding: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        load_settings([], [binding])
