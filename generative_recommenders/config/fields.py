@@ -17,16 +17,16 @@ from pydantic_core import PydanticCustomError
 from generative_recommenders.errors import UserError
 
 Count = Annotated[int, Ge(0)]
-Period = Annotated[int, Gt(0)]
+Period = Annotated[int, Ge(1)]
 """Steps, batches, epochs or files from one time to the next."""
-Size = Annotated[int, Gt(0), Le(1 << 31)]
-Length = Annotated[int, Gt(0), Le(1 << 20)]
+Size = Annotated[int, Ge(1), Le(1 << 31)]
+Length = Annotated[int, Ge(1), Le(1 << 20)]
 """Events of a history."""
-Width = Annotated[int, Gt(0), Le(1 << 16)]
+Width = Annotated[int, Ge(1), Le(1 << 16)]
 """Columns of a weight."""
 HiddenWidth = Annotated[int, Le(1 << 16)]
 """Columns of a hidden layer; 0 or below for none."""
-Layers = Annotated[int, Gt(0), Le(1000)]
+Layers = Annotated[int, Ge(1), Le(1000)]
 """Blocks, heads or groups."""
 Positive = Annotated[float, Gt(0.0)]
 NonNegative = Annotated[float, Ge(0.0)]

@@ -129,7 +129,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "permuted without spans": (
         {**CE, "objective": "permuted", "max_span_length": 0},
-        "max_span_length must be above 0",
+        "max_span_length must be 1 or more",
     ),
     "class feature": ({"sampling_strategy": "multi-class"}, "needs train_fn.class_feature"),
     "class of a number": (
@@ -160,8 +160,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "large width": ({"item_embedding_dim": 10**20}, "item_embedding_dim must be below 2"),
     "decay": ({"weight_decay": -1.0}, "weight_decay must be 0 or more"),
     "clipping": ({"max_grad_norm": 0.0}, "max_grad_norm must be above 0"),
-    "nobody evaluated": ({"eval_user_max_batch_size": -5}, "eval_user_max_batch_size must be above 0"),
-    "no patience": ({"early_stopping_patience": 0}, "early_stopping_patience must be above 0"),
+    "nobody evaluated": ({"eval_user_max_batch_size": -5}, "eval_user_max_batch_size must be 1 or more"),
+    "no patience": ({"early_stopping_patience": 0}, "early_stopping_patience must be 1 or more"),
     "patience without validation": (
         {"early_stopping_patience": 2, "protocol": "paper"},
         'protocol "paper" has none',
@@ -175,7 +175,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "prefetch": ({"loader.prefetch_factor": -3}, "create_data_loader.prefetch_factor must be 0 or more"),
     "list reduction": ({"item_tower.list_reduction": "x"}, "item_tower.list_reduction 'x' is unknown"),
     "discriminator": ({"discriminator_weight": -1.0}, "discriminator_weight must be 0 or more"),
-    "SCE sizes": ({"loss_module": "SCE", "sce.n_buckets": 0}, "sce.n_buckets must be above 0"),
+    "SCE sizes": ({"loss_module": "SCE", "sce.n_buckets": 0}, "sce.n_buckets must be 1 or more"),
 }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import pytest
@@ -31,7 +30,7 @@ OPTIONS = {
 
 
 def chosen() -> RunSettings:
-    return dataclasses.replace(settings(**CHOICES, num_negatives=8), options=OPTIONS)
+    return settings(**CHOICES, num_negatives=8).changed(options=OPTIONS)
 
 
 def test_each_part_is_built_with_its_options() -> None:

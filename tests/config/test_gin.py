@@ -247,10 +247,10 @@ def test_settings_survive_json(write) -> None:
         ({"sasrec": None}, "section 'sasrec' is no object"),
         ({"hstu": [["dqk", 4]]}, "section 'hstu' is no object"),
         ({"sasrec": {"num_blocks": "x"}}, "sasrec_encoder.num_blocks must be of type int, got 'x'"),
-        ({"hstu": {"dqk": -4}}, "hstu_encoder.dqk must be above 0, got -4"),
+        ({"hstu": {"dqk": -4}}, "hstu_encoder.dqk must be 1 or more, got -4"),
         (
             {"mol": {"dot_product_dimension": 0}},
-            "create_mol_interaction_module.dot_product_dimension must be above 0",
+            "create_mol_interaction_module.dot_product_dimension must be 1 or more",
         ),
         (
             {"item_tower": {"features": None}},
@@ -274,7 +274,7 @@ def test_json_that_is_no_object(data: object) -> None:
 
 
 def test_sizes_bound_by_gin_are_checked_too(write) -> None:
-    assert "hstu_encoder.dqk must be above 0" in message([write("hstu_encoder.dqk = -4")], [])
+    assert "hstu_encoder.dqk must be 1 or more" in message([write("hstu_encoder.dqk = -4")], [])
 
 
 @pytest.mark.parametrize(
