@@ -59,7 +59,7 @@ FORMATS = {
     ),
     "LastFM-1K": (
         "userid-timestamp-artid-artname-traid-traname.tsv",
-        'user_000001\t2009-05-04T23:08:57Z\tf1b1cf71\tDeep "Dish"\tt1\tFuck Me Im Famous\n',
+        'user_000001\t2009-05-04T23:08:57Z\tf1b1cf71\tDeep "Dish"\tt1\tSome Title\n',
         ReadOptions("user,timestamp,_,_,item,_"), ("user_000001", "t1", None, 1241478537),
     ),
     "Steam": (
