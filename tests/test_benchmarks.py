@@ -13,6 +13,7 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 TINY = {
     "catalogue_loss": ["--tokens=300", "--items=500", "--dim=8"],
     "incremental": ["--rows=2", "--length=8", "--repeats=1"],
+    "jagged": ["--repeats=4"],
     "long_run": ["--steps=100", "--samples=10"],
     "prepare": ["--lines=2000"],
     "top_k": ["--items=300", "--queries=4", "--k=5", "--dim=16", "--fit_steps=2", "--repeats=1"],
@@ -21,6 +22,7 @@ TINY = {
 POSITIVE = {
     "catalogue_loss": ("seconds", "products_seconds", "ratio"),
     "incremental": ("results.SASRec.scratch_ms", "results.HSTU.append_ms"),
+    "jagged": ("setup.repeats",),
     "long_run": ("first_settled_mb", "highest_mb"),
     "prepare": ("seconds", "peak_rss_mb", "counts.users"),
     "top_k": ("results.MoLBruteForceTopK.search_seconds", "results.MoLNaiveTopK50.recall"),

@@ -18,7 +18,7 @@ from gin import config_parser
 
 from generative_recommenders.config import schema as s
 from generative_recommenders.config.fields import nearest
-from generative_recommenders.config.registry import parts_by_gin_name
+from generative_recommenders.config.registry import REGISTRIES, parts_by_gin_name
 from generative_recommenders.errors import UserError
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -301,7 +301,16 @@ def differences(before: s.RunSettings, now: s.RunSettings) -> list[tuple[str, An
         {(name, key) for side in (before, now) for name, values in side.options.items() for key in values}
     )
     for name, key in keys:
-        was, is_now = (side.options.get(name, {}).get(key) for side in (before, now))
+        was, is_now = (_option(side, name, key) for side in (before, now))
         if was != is_now:
             found.append((f"{name}.{key}", was, is_now))
     return found
+
+
+def _option(settings: s.RunSettings, owner: str, key: str) -> Any:
+    """The value of a part's option, its default where it is not given; None for parts that are not registered here."""
+    for registry in REGISTRIES.values():
+        for name in registry.names():
+            if registry[name].gin_name == owner and key in registry[name].options.model_fields:
+                return registry[name].option_values(settings.part_options(registry, name)).get(key)
+    return settings.options.get(owner, {}).get(key)

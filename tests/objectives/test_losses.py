@@ -7,7 +7,6 @@ import torch
 from torch.nn import functional as F
 
 from generative_recommenders.errors import UserError
-from generative_recommenders.objectives.losses import sampled as losses
 from generative_recommenders.objectives.losses.sampled import (
     SAMPLED_LOSSES,
     BCELoss,
@@ -255,17 +254,3 @@ def test_what_a_mask_hides_never_counts(negatives):
     torch.testing.assert_close(loss, (kept.logsumexp(1) - positive[:, 0]).sum())
     (gradient,) = torch.autograd.grad(loss, negative)
     torch.testing.assert_close(gradient, kept.softmax(1)[:, 1:].detach())
-
-
-def test_rows_that_no_device_is_asked_for_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An accelerator does all rows alike; a CPU those with False entries apart."""
-    scores = torch.randn(9, 5, dtype=torch.float64, requires_grad=True)
-    mask = torch.rand(9, 5) > 0.3
-    mask[0], mask[1] = True, False
-    found = []
-    for rows in (losses._rows_with_false, lambda mask: slice(None)):
-        monkeypatch.setattr(losses, "_rows_with_false", rows)
-        out = losses._masked_logsumexp(scores, mask)
-        found.append((out, torch.autograd.grad(out.exp().sum(), scores)[0]))
-    torch.testing.assert_close(*found)
-    torch.testing.assert_close(found[0][0], scores.masked_fill(~mask, -torch.inf).logsumexp(1))

@@ -264,13 +264,13 @@ class MoLSimilarity(nn.Module):
                 "MoL uid_embedding_hash_sizes needs user ids, but none were given: pass them or unset it"
             )
         sizes = self.settings.uid_embedding_hash_sizes
-        known = (user_ids > 0)[:, None]  # id 0 is a user whom training did not have: its vector is zero
-        found = [table(user_ids % size) * known for table, size in zip(self.user_tables, sizes)]
+        found = [table(user_ids % size) for table, size in zip(self.user_tables, sizes)]
         losses = {}
         if self.training:
             squares = torch.stack([v.square().sum() for v in found]).sum()
             losses["uid_embedding_l2_norm"] = torch.stack([squares, squares.new_tensor(len(user_ids))])
-        return [self._normalised(self._drop_user(v))[:, None] for v in found], losses
+        known = (user_ids > 0)[:, None, None]  # id 0 is a user whom training did not have: its vector is zero
+        return [self._normalised(self._drop_user(v))[:, None] * known for v in found], losses
 
     def _drop_user(self, vectors: torch.Tensor) -> torch.Tensor:
         """Drops whole vectors of ``[n, d]`` or single elements, as set."""
