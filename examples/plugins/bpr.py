@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from annotated_types import Ge
 
 from generative_recommenders import register_loss
-from generative_recommenders.objectives.losses.sampled import SampledLoss, weighted
-from generative_recommenders.types import LossOutput
+from generative_recommenders.objectives.losses.sampled import SampledLoss, Terms
 
 
 @register_loss("BPR", gin_name="bpr")
@@ -27,11 +26,11 @@ class BPR(SampledLoss):
         super().__init__()
         self.margin = margin
 
-    def loss(
+    def terms(
         self, positive: torch.Tensor, negative: torch.Tensor, weights: torch.Tensor, mask: torch.Tensor
-    ) -> LossOutput:
+    ) -> Terms:
         """positive ``[T, P]``, negative ``[T, R]``."""
         gaps = F.softplus(self.margin + negative[:, None, :] - positive[:, :, None])
         count = mask.sum(1, keepdim=True)
         means = torch.where(mask[:, None, :], gaps, 0.0).sum(2) / count.clamp(min=1)
-        return weighted(means, weights * (count > 0))
+        return Terms(means, weights * (count > 0))

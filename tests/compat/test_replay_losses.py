@@ -26,6 +26,7 @@ from generative_recommenders.compat.replay.losses import (
 )
 from generative_recommenders.compat.replay.next_item import NextItemModel
 from generative_recommenders.errors import UserError
+from generative_recommenders.objectives.losses import catalogue
 from generative_recommenders.objectives.losses import sce as scalable_cross_entropy
 from golden_parity import GoldenFile, assert_gradients, assert_near, load_golden
 from replay_scenes import ITEM_WEIGHTS, dot_product, scene, with_logits
@@ -96,6 +97,24 @@ def test_recorded_sce_draws_from_the_global_generator():
             normals=normals,
         )
         assert_near(actual, expected.mean(), 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        (LogInCE(9), catalogue.LogInCE(1e-6, 100.0)),
+        (LogInCE(9, log_epsilon=0.1, clamp_border=1.5), catalogue.LogInCE(0.1, 1.5)),
+        (LogOutCE(9), catalogue.LogOutCE()),
+        (CE(), catalogue.CE()),
+        (BCE(), catalogue.BCE()),
+    ],
+)
+def test_a_loss_is_the_one_of_training(theirs, ours):
+    """By RePlay's name, from logits of a callback; by gin's, in blocks of the catalogue."""
+    weight, hidden, labels, mask = scene(positives=1 if isinstance(theirs, CE) else 2)
+    mask[1, 0, 1:] = False
+    expected = ours(hidden.flatten(0, 1), weight, labels.flatten(0, 1), mask.flatten(0, 1)).mean()
+    assert_near(with_logits(theirs, weight)(hidden, labels, mask), expected, 1e-6)
 
 
 @pytest.mark.parametrize("name", ["ignore_index", "padding_idx"])

@@ -17,6 +17,8 @@ from generative_recommenders.objectives.losses.sampled import (
     SampledLoss,
     SampledSoftmaxLoss,
 )
+from generative_recommenders.ops import dispatch
+from generative_recommenders.ops.masked_logsumexp import masked_logsumexp
 from golden_parity import GoldenFile, assert_gradients, assert_near, load_golden
 
 
@@ -254,3 +256,17 @@ def test_what_a_mask_hides_never_counts(negatives):
     torch.testing.assert_close(loss, (kept.logsumexp(1) - positive[:, 0]).sum())
     (gradient,) = torch.autograd.grad(loss, negative)
     torch.testing.assert_close(gradient, kept.softmax(1)[:, 1:].detach())
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_rows_of_true_entries_alone_change_nothing(monkeypatch: pytest.MonkeyPatch, waits: bool) -> None:
+    """A device that a look would wait for does all rows alike; a CPU those with False entries apart."""
+    monkeypatch.setattr(dispatch, "waits", lambda *_: waits)
+    scores = torch.randn(9, 5, dtype=torch.float64, requires_grad=True)
+    mask = torch.rand(9, 5) > 0.3
+    mask[0], mask[1] = True, False
+    out = masked_logsumexp(scores, mask)
+    expected = scores.masked_fill(~mask, -torch.inf).logsumexp(1)
+    torch.testing.assert_close(out, expected)
+    (gradient,) = torch.autograd.grad(out.exp().sum(), scores)
+    torch.testing.assert_close(gradient, scores.detach().exp() * mask)

@@ -10,8 +10,10 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from generative_recommenders.errors import UserError
+from generative_recommenders.objectives.losses.sampled import Terms
 
 LogitsCallback = Callable[..., Tensor]
 
@@ -27,12 +29,12 @@ class Positions(NamedTuple):
     labels: Tensor  # [M, P], -1 where ignored
     counts: Tensor  # [M, P] bool
 
-
-class Terms(NamedTuple):
-    """A loss before its reduction: ``[M]``, one a position, or ``[M, P]``, one a target."""
-
-    values: Tensor
-    weights: Tensor  # the mean divides by their sum
+    def excluding(self, item: int, num_items: int) -> tuple[Tensor, Tensor]:
+        """Labels and their weights with ``item`` beside them, at weight 0: no target, and no negative of any position."""
+        weights = self.counts.float()
+        if not 0 <= item < num_items:
+            return self.labels, weights
+        return F.pad(self.labels, (0, 1), value=item), F.pad(weights, (0, 1))
 
 
 class ReplayLoss(nn.Module):
@@ -102,7 +104,10 @@ class ReplayLoss(nn.Module):
                 raise self.refusal(f"{name} has {len(given)} numbers for {num_items} items")
 
     def reduced(self, terms: Terms, positions: Positions) -> Tensor:
-        """The result: a scalar, or the terms at their places. Targets that do not count are left out."""
+        """The result: a scalar, or the terms at their places. Targets that do not count are left out.
+
+        terms: the values are multiplied by their weights already; the mean divides by the sum of the weights.
+        """
         values, weights = terms
         if values.dim() == 2:
             values = values.where(positions.counts, 0.0)
@@ -124,36 +129,27 @@ def weights_of(weight: Tensor | None, ids: Tensor, dtype: torch.dtype) -> Tensor
     return weight[ids.clamp(min=0)].to(dtype)
 
 
-def softmax_terms(
+def weighted_terms(
+    own: Tensor,
+    own_weights: Tensor,
+    label_smoothing: float,
     positive: Tensor,
     negative: Tensor,
     kept: Tensor,
-    label_smoothing: float,
-    positive_weights: Tensor,
-    negative_weights: Tensor | None = None,
+    negative_weights: Tensor | None,
 ) -> Terms:
-    """``-ln softmax`` of each positive ``[M, P]`` among itself and the kept negatives ``[M, R]``.
+    """torch's weights by item and label smoothing on ``own [M, P]``, the ``-ln softmax`` of each positive ``[M, P]``.
 
-    Weights by item as in torch's cross-entropy: of the label for its own term, of every class for its share
-    of the smoothing, which is spread over the positive and the kept negatives.
+    As in torch's cross-entropy: the label's weight for its own term, every class's for its share of the smoothing, which is
+    spread over the positive and the kept negatives ``[M, R]`` (negative_weights broadcast to them, 1 by default).
     """
-    log_total = torch.logaddexp(positive, _masked(negative, kept).logsumexp(1)[:, None])
-    own = positive_weights * (log_total - positive)
+    weighted = own_weights * own
     if label_smoothing == 0:
-        return Terms(own, positive_weights)
+        return Terms(weighted, own_weights)
+    log_total = own + positive
     shares = kept.to(negative.dtype) if negative_weights is None else negative_weights * kept
-    scored = (shares * negative.where(kept, 0.0)).sum(1, keepdim=True)
-    others = log_total * shares.sum(1, keepdim=True) - scored
-    smooth = (own + others) / (1 + kept.sum(1, keepdim=True))
-    return Terms(torch.lerp(own, smooth, label_smoothing), positive_weights)
-
-
-def log_in_ratio(positive: Tensor, counts: Tensor, negative: Tensor, kept: Tensor) -> Tensor:
-    """``ln(S+ / (S+ + S-))`` a position, ``[M]``: sums of exp over what counts ``[M, P]`` and is kept ``[M,
-    R]``."""
-    log_positive = _masked(positive, counts).logsumexp(1)
-    return log_positive - torch.logaddexp(log_positive, _masked(negative, kept).logsumexp(1))
-
-
-def _masked(scores: Tensor, kept: Tensor) -> Tensor:
-    return scores.masked_fill(~kept, -torch.inf)
+    others = log_total * shares.sum(1, keepdim=True) - (shares * negative.where(kept, 0.0)).sum(
+        1, keepdim=True
+    )
+    smooth = (weighted + others) / (1 + kept.sum(1, keepdim=True))
+    return Terms(torch.lerp(weighted, smooth, label_smoothing), own_weights)

@@ -34,9 +34,7 @@ from generative_recommenders.compat.replay.loss_base import (
     CROSS_ENTROPY,
     Positions,
     ReplayLoss,
-    Terms,
-    log_in_ratio,
-    softmax_terms,
+    weighted_terms,
     weights_of,
 )
 from generative_recommenders.compat.replay.sampled_losses import (
@@ -46,8 +44,10 @@ from generative_recommenders.compat.replay.sampled_losses import (
     LogOutCESampled,
 )
 from generative_recommenders.errors import UserError
+from generative_recommenders.objectives.losses import catalogue
 from generative_recommenders.objectives.losses import sce as scalable_cross_entropy
-from generative_recommenders.objectives.losses.sampled import full_precision, log_plus_epsilon
+from generative_recommenders.objectives.losses.catalogue import is_label
+from generative_recommenders.objectives.losses.sampled import Terms, full_precision
 from generative_recommenders.objectives.losses.sce import SCEParams
 
 __all__ = [
@@ -111,24 +111,39 @@ class BCE(_CatalogueLoss):
         super().__init__(**kwargs)
 
     def terms(self, logits: Tensor, positions: Positions) -> Terms:
-        target = _is_label(positions.labels, logits.shape[1]).to(logits.dtype)
+        target = is_label(positions.labels, logits.shape[1]).to(logits.dtype)
         values = F.binary_cross_entropy_with_logits(
             logits, target, self.weight, reduction="none", pos_weight=self.pos_weight
         ).sum(1)
         return Terms(values, torch.ones_like(values))
 
 
-class CE(_CatalogueLoss):
+class _SoftmaxLoss(_CatalogueLoss):
+    """``-ln softmax`` of each positive, with torch's ``weight`` by item and ``label_smoothing``."""
+
+    takes = CROSS_ENTROPY
+    core: catalogue.CatalogueLoss
+    negative_labels_ignore_index = -100
+
+    def terms(self, logits: Tensor, positions: Positions) -> Terms:
+        labels, weights = positions.excluding(self.negative_labels_ignore_index, logits.shape[1])
+        own = self.core.terms_of_logits(logits, labels, weights).values[:, : positions.labels.shape[1]]
+        positive = logits.gather(1, positions.labels.clamp(min=0))
+        own_weights = weights_of(self.weight, positions.labels, logits.dtype)
+        kept = ~is_label(labels, logits.shape[1])
+        return weighted_terms(own, own_weights, self.label_smoothing, positive, logits, kept, self.weight)
+
+
+class CE(_SoftmaxLoss):
     """Softmax cross-entropy over all items, one positive a position, mean over positions.
 
     kwargs: of ``torch.nn.CrossEntropyLoss``, see the module; ``weight`` ``[V]`` weighs the items, and the
         mean divides by the sum of the labels' weights.
     """
 
-    takes = CROSS_ENTROPY
-
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self.core = catalogue.CE()
 
     def positions(self, hidden: Tensor, labels: Tensor, target_padding_mask: Tensor) -> Positions:
         if labels.shape[-1] != 1:
@@ -136,13 +151,6 @@ class CE(_CatalogueLoss):
                 f"takes one positive a position, not {labels.shape[-1]}: use LogInCE or LogOutCE"
             )
         return super().positions(hidden, labels, target_padding_mask)
-
-    def terms(self, logits: Tensor, positions: Positions) -> Terms:
-        weight = None if self.weight is None else self.weight.to(logits.dtype)
-        values = F.cross_entropy(
-            logits, positions.labels[:, 0], weight, reduction="none", label_smoothing=self.label_smoothing
-        )
-        return Terms(values[:, None], weights_of(self.weight, positions.labels, logits.dtype))
 
 
 class CEWeighted(CE):
@@ -193,16 +201,14 @@ class LogInCE(_CatalogueLoss):
         self.log_epsilon = log_epsilon
         self.clamp_border = clamp_border
         self.negative_labels_ignore_index = negative_labels_ignore_index
+        self.core = catalogue.LogInCE(log_epsilon, clamp_border)
 
     def terms(self, logits: Tensor, positions: Positions) -> Terms:
-        positive = logits.gather(1, positions.labels.clamp(min=0))
-        kept = _negatives_among_all(logits, positions.labels, self.negative_labels_ignore_index)
-        log_p = log_in_ratio(positive, positions.counts, logits, kept)
-        values = -log_plus_epsilon(log_p, self.log_epsilon, self.clamp_border)
-        return Terms(values, torch.ones_like(values))
+        labels, weights = positions.excluding(self.negative_labels_ignore_index, logits.shape[1])
+        return self.core.terms_of_logits(logits, labels, weights)
 
 
-class LogOutCE(_CatalogueLoss):
+class LogOutCE(_SoftmaxLoss):
     """``-ln(exp(s+) / (exp(s+) + S-))`` over all items, mean over (position, positive) pairs.
 
     cardinality: items of the catalogue, padding not counted.
@@ -210,31 +216,10 @@ class LogOutCE(_CatalogueLoss):
     kwargs: of ``torch.nn.CrossEntropyLoss``, see the module.
     """
 
-    takes = CROSS_ENTROPY
-
     def __init__(self, cardinality: int, negative_labels_ignore_index: int = -100, **kwargs: Any) -> None:
         super().__init__(cardinality, **kwargs)
         self.negative_labels_ignore_index = negative_labels_ignore_index
-
-    def terms(self, logits: Tensor, positions: Positions) -> Terms:
-        positive = logits.gather(1, positions.labels.clamp(min=0))
-        kept = _negatives_among_all(logits, positions.labels, self.negative_labels_ignore_index)
-        own = weights_of(self.weight, positions.labels, logits.dtype)
-        return softmax_terms(positive, logits, kept, self.label_smoothing, own, self.weight)
-
-
-def _is_label(labels: Tensor, num_items: int) -> Tensor:
-    """``[M, V]`` bool from labels ``[M, P]``, -1 = none."""
-    marked = torch.zeros(len(labels), num_items + 1, dtype=torch.bool, device=labels.device)
-    return marked.scatter_(1, labels + 1, True)[:, 1:]
-
-
-def _negatives_among_all(logits: Tensor, labels: Tensor, ignored: int) -> Tensor:
-    """``[M, V]`` bool: all items but the position's labels and ``ignored``."""
-    kept = ~_is_label(labels, logits.shape[1])
-    if 0 <= ignored < logits.shape[1]:
-        kept[:, ignored] = False
-    return kept
+        self.core = catalogue.LogOutCE()
 
 
 class ScalableCrossEntropyLoss(nn.Module):

@@ -11,19 +11,17 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from generative_recommenders.compat.replay.loss_base import (
     CROSS_ENTROPY,
     Positions,
     ReplayLoss,
-    Terms,
-    log_in_ratio,
-    softmax_terms,
+    weighted_terms,
     weights_of,
 )
 from generative_recommenders.compat.replay.next_item import NextItemModel
-from generative_recommenders.objectives.losses.sampled import full_precision, log_plus_epsilon
+from generative_recommenders.objectives.losses import sampled
+from generative_recommenders.objectives.losses.sampled import Terms, full_precision
 
 
 class Candidates(NamedTuple):
@@ -137,9 +135,6 @@ class _BoundedLogLoss(SampledLoss, ABC):
         self.log_epsilon = log_epsilon
         self.clamp_border = clamp_border
 
-    def _log(self, log_p: Tensor) -> Tensor:
-        return log_plus_epsilon(log_p, self.log_epsilon, self.clamp_border)
-
 
 class BCESampled(_BoundedLogLoss):
     """``-[ln sigma(s+) + sum_k ln(1 - sigma(s-_k))]``, mean over (position, positive) pairs.
@@ -152,10 +147,9 @@ class BCESampled(_BoundedLogLoss):
     """
 
     def terms(self, candidates: Candidates, positions: Positions) -> Terms:
-        positive = self._log(F.logsigmoid(candidates.positive))
-        negative = self._log(-F.softplus(candidates.negative.masked_fill(~candidates.kept, -torch.inf)))
-        values = -(positive + negative.masked_fill(candidates.ignored, 0.0).sum(1, keepdim=True))
-        return Terms(values, torch.ones_like(values))
+        core = sampled.BCESampled(self.log_epsilon, self.clamp_border)
+        negative = candidates.negative.masked_fill(candidates.collided, -torch.inf)
+        return core.terms(candidates.positive, negative, positions.counts.float(), ~candidates.ignored)
 
 
 class CESampled(SampledLoss):
@@ -172,10 +166,13 @@ class CESampled(SampledLoss):
 
     def terms(self, candidates: Candidates, positions: Positions) -> Terms:
         positive, negative, kept = candidates.positive, candidates.negative, candidates.kept
-        own = weights_of(self.weight, positions.labels.masked_fill(~positions.counts, 0), positive.dtype)
+        own = sampled.CESampled().terms(positive, negative, positions.counts.float(), kept).values
+        own_weights = weights_of(
+            self.weight, positions.labels.masked_fill(~positions.counts, 0), positive.dtype
+        )
         ids = candidates.ids.masked_fill(candidates.ignored, 0)
         others = None if self.weight is None else weights_of(self.weight, ids, negative.dtype)
-        return softmax_terms(positive, negative, kept, self.label_smoothing, own, others)
+        return weighted_terms(own, own_weights, self.label_smoothing, positive, negative, kept, others)
 
 
 LogOutCESampled = CESampled
@@ -190,6 +187,5 @@ class LogInCESampled(_BoundedLogLoss):
     """
 
     def terms(self, candidates: Candidates, positions: Positions) -> Terms:
-        log_p = log_in_ratio(candidates.positive, positions.counts, candidates.negative, candidates.kept)
-        values = -self._log(log_p)
-        return Terms(values, torch.ones_like(values))
+        core = sampled.LogInCESampled(self.log_epsilon, self.clamp_border)
+        return core.terms(candidates.positive, candidates.negative, positions.counts.float(), candidates.kept)

@@ -23,9 +23,10 @@ from torch.nn import functional as F
 from generative_recommenders.config.registry import LOSSES, register_loss
 from generative_recommenders.errors import UserError
 from generative_recommenders.objectives.losses.sampled import (
+    Terms,
     check_label_smoothing,
     full_precision,
-    log_in_loss,
+    log_in_terms,
     weighted,
 )
 from generative_recommenders.ops import dispatch
@@ -50,10 +51,12 @@ class CatalogueLoss(nn.Module, ABC):
         self.memory_bytes = memory_bytes
 
     @abstractmethod
+    def row_terms(self, positive: Tensor, statistic: Tensor, weights: Tensor) -> Terms:
+        """Loss of rows before it is summed, from positive logits ``[t, P]``, the row statistic ``[t]``, weights ``[t, P]``."""
+
     def row_loss(self, positive: Tensor, statistic: Tensor, weights: Tensor) -> LossOutput:
-        """Summed loss of rows from positive logits ``[t, P]``, the row statistic ``[t]`` and weights ``[t,
-        P]``.
-        """
+        """Summed loss of rows; arguments as of `row_terms`."""
+        return weighted(*self.row_terms(positive, statistic, weights))
 
     def linear_term(
         self, positive: Tensor, labels: Tensor, weights: Tensor, mean_logit: Callable[[], Tensor]
@@ -95,19 +98,19 @@ class CatalogueLoss(nn.Module, ABC):
         labels, weights = _labels_and_weights(positives, weights, *logits.shape)
         logits = full_precision(logits)
         weights = weights.to(logits.dtype)
+        total, weight, _ = weighted(*self.terms_of_logits(logits, labels, weights))
         positive = logits.gather(1, labels.clamp(min=0))
-        total, weight, _ = self.row_loss(positive, self._row_statistic(logits, labels), weights)
         extra = self.linear_term(positive, labels, weights, lambda: logits.mean(1))
         return LossOutput(total + extra, weight)
 
-    def _row_statistic(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def terms_of_logits(self, logits: Tensor, labels: Tensor, weights: Tensor) -> Terms:
+        """`row_terms` from all logits ``[T, V]`` in full precision and labels ``[T, P]``, without the linear term."""
+        positive = logits.gather(1, labels.clamp(min=0))
         if self.statistic is SOFTPLUS_SUM:
-            return F.softplus(logits).sum(1)
+            return self.row_terms(positive, F.softplus(logits).sum(1), weights)
         if self.excludes_labels:
-            is_label = torch.zeros(len(logits), logits.shape[1] + 1, dtype=torch.bool, device=logits.device)
-            is_label.scatter_(1, labels + 1, True)
-            logits = logits.masked_fill(is_label[:, 1:], -math.inf)
-        return logits.logsumexp(1)
+            logits = logits.masked_fill(is_label(labels, logits.shape[1]), -math.inf)
+        return self.row_terms(positive, logits.logsumexp(1), weights)
 
 
 @register_loss("CE", "CEWeighted", "SequenceLoss")
@@ -124,8 +127,8 @@ class CE(CatalogueLoss):
         super().__init__(memory_bytes)
         self.label_smoothing = check_label_smoothing(label_smoothing)
 
-    def row_loss(self, positive: Tensor, statistic: Tensor, weights: Tensor) -> LossOutput:
-        return weighted(statistic[:, None] - positive, weights)
+    def row_terms(self, positive: Tensor, statistic: Tensor, weights: Tensor) -> Terms:
+        return Terms(statistic[:, None] - positive, weights)
 
     def linear_term(
         self, positive: Tensor, labels: Tensor, weights: Tensor, mean_logit: Callable[[], Tensor]
@@ -148,8 +151,8 @@ class BCE(CatalogueLoss):
 
     statistic = SOFTPLUS_SUM
 
-    def row_loss(self, positive: Tensor, statistic: Tensor, weights: Tensor) -> LossOutput:
-        return weighted(statistic, weights.amax(1))
+    def row_terms(self, positive: Tensor, statistic: Tensor, weights: Tensor) -> Terms:
+        return Terms(statistic, weights.amax(1))
 
     def linear_term(
         self, positive: Tensor, labels: Tensor, weights: Tensor, mean_logit: Callable[[], Tensor]
@@ -178,8 +181,8 @@ class LogInCE(CatalogueLoss):
         self.epsilon = epsilon
         self.clamp_border = clamp_border
 
-    def row_loss(self, positive: Tensor, statistic: Tensor, weights: Tensor) -> LossOutput:
-        return log_in_loss(positive, weights, statistic, self.epsilon, self.clamp_border)
+    def row_terms(self, positive: Tensor, statistic: Tensor, weights: Tensor) -> Terms:
+        return log_in_terms(positive, weights, statistic, self.epsilon, self.clamp_border)
 
 
 @register_loss("LogOutCE")
@@ -192,8 +195,14 @@ class LogOutCE(CatalogueLoss):
 
     excludes_labels = True
 
-    def row_loss(self, positive: Tensor, statistic: Tensor, weights: Tensor) -> LossOutput:
-        return weighted(torch.logaddexp(positive, statistic[:, None]) - positive, weights)
+    def row_terms(self, positive: Tensor, statistic: Tensor, weights: Tensor) -> Terms:
+        return Terms(torch.logaddexp(positive, statistic[:, None]) - positive, weights)
+
+
+def is_label(labels: Tensor, num_items: int) -> Tensor:
+    """``[T, V]`` bool: the items that are among a row's labels ``[T, P]``, -1 = none."""
+    marked = torch.zeros(len(labels), num_items + 1, dtype=torch.bool, device=labels.device)
+    return marked.scatter_(1, labels + 1, True)[:, 1:]
 
 
 def _labels_and_weights(

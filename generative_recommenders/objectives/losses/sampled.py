@@ -1,9 +1,9 @@
 """Losses over score matrices: the positives of a token against sampled negatives.
 
 Products, temperature, L2 norm, log Q and collisions are settled before (``objectives/scoring.py``); a loss
-here only turns scores into ``LossOutput(sum, weight)``. Scores are lifted to float32 (float64 stays), also
-under autocast, and logarithms are taken in their stable forms. NaN scores of entries that count give a NaN
-loss; entries that do not count (weight 0, mask False) never touch the sum.
+here only turns scores into ``Terms(values, weights)``, whose weighted sum is the ``LossOutput``. Scores are lifted to
+float32 (float64 stays), also under autocast, and logarithms are taken in their stable forms. NaN scores of entries that
+count give a NaN loss; entries that do not count (weight 0, mask False) never change the sum.
 
 Two names, one formula:
 
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,13 @@ from generative_recommenders.config.registry import LOSSES, register_loss
 from generative_recommenders.errors import UserError
 from generative_recommenders.ops.masked_logsumexp import masked_logsumexp
 from generative_recommenders.types import LossOutput
+
+
+class Terms(NamedTuple):
+    """A loss before it is summed: values and their weights, ``[T]`` (a position) or ``[T, P]`` (a target)."""
+
+    values: Tensor
+    weights: Tensor
 
 
 def full_precision(x: Tensor) -> Tensor:
@@ -91,11 +99,11 @@ class SampledLoss(nn.Module, ABC):
         """
         check_shapes(positive_scores, negative_scores, positive_weights, negative_mask)
         positive, negative = full_precision(positive_scores), full_precision(negative_scores)
-        return self.loss(positive, negative, positive_weights, negative_mask)
+        return weighted(*self.terms(positive, negative, positive_weights, negative_mask))
 
     @abstractmethod
-    def loss(self, positive: Tensor, negative: Tensor, weights: Tensor, mask: Tensor) -> LossOutput:
-        """`forward` of scores in full precision."""
+    def terms(self, positive: Tensor, negative: Tensor, weights: Tensor, mask: Tensor) -> Terms:
+        """The loss of scores in full precision, before it is summed; arguments as of `forward`."""
 
 
 @register_loss("SampledSoftmaxLoss", "CESampled", "LogOutCESampled", "ContrastiveLoss")
@@ -113,7 +121,7 @@ class SampledSoftmaxLoss(SampledLoss):
         super().__init__()
         self.label_smoothing = check_label_smoothing(label_smoothing)
 
-    def loss(self, positive: Tensor, negative: Tensor, weights: Tensor, mask: Tensor) -> LossOutput:
+    def terms(self, positive: Tensor, negative: Tensor, weights: Tensor, mask: Tensor) -> Terms:
         log_total = torch.logaddexp(positive, masked_logsumexp(negative, mask)[:, None])
         target_score = positive
         if self.label_smoothing > 0:
@@ -121,7 +129,7 @@ class SampledSoftmaxLoss(SampledLoss):
             count = 1 + mask.sum(1, keepdim=True)
             mean_score = (positive + kept_sum) / count
             target_score = torch.lerp(positive, mean_score, self.label_smoothing)
-        return weighted(log_total - target_score, weights)
+        return Terms(log_total - target_score, weights)
 
 
 CESampled = SampledSoftmaxLoss
@@ -139,11 +147,11 @@ class BCELoss(SampledLoss):
 
     raw_positives = True
 
-    def loss(self, positive: Tensor, negative: Tensor, weights: Tensor, mask: Tensor) -> LossOutput:
+    def terms(self, positive: Tensor, negative: Tensor, weights: Tensor, mask: Tensor) -> Terms:
         count = mask.sum(1, keepdim=True)
         negative_mean = _masked_softplus_sum(negative, mask)[:, None] / count.clamp(min=1)
         values = (F.softplus(-positive) + negative_mean) / 2
-        return weighted(values, weights * (count > 0))
+        return Terms(values, weights * (count > 0))
 
 
 @register_loss("BCELossWithRatings")
@@ -178,7 +186,7 @@ class BCELossWithRatings(SampledLoss):
         target = self._target(positive_ratings, positive_weights).to(positive.dtype)
         return weighted(F.softplus(positive) - target * positive, positive_weights)
 
-    def loss(self, positive: Tensor, negative: Tensor, weights: Tensor, mask: Tensor) -> LossOutput:
+    def terms(self, positive: Tensor, negative: Tensor, weights: Tensor, mask: Tensor) -> Terms:
         raise UserError("BCELossWithRatings needs ratings, and the data has none: choose another loss_module")
 
     def _target(self, ratings: Tensor, weights: Tensor) -> Tensor:
@@ -204,11 +212,11 @@ class BCESampled(SampledLoss):
         self.epsilon = epsilon
         self.clamp_border = clamp_border
 
-    def loss(self, positive: Tensor, negative: Tensor, weights: Tensor, mask: Tensor) -> LossOutput:
+    def terms(self, positive: Tensor, negative: Tensor, weights: Tensor, mask: Tensor) -> Terms:
         log_positive = self._log(F.logsigmoid(positive))
         log_negative = self._log(-_masked_softplus(negative, mask))
         kept = torch.where(mask, log_negative, 0.0).sum(1, keepdim=True)
-        return weighted(-(log_positive + kept), weights)
+        return Terms(-(log_positive + kept), weights)
 
     def _log(self, log_p: Tensor) -> Tensor:
         return log_plus_epsilon(log_p, self.epsilon, self.clamp_border)
@@ -240,11 +248,11 @@ class GBCELoss(SampledLoss):
         alpha = min(1.0, num_negatives / (self.num_items - 1))
         return self.calibration * (alpha - 1) + 1
 
-    def loss(self, positive: Tensor, negative: Tensor, weights: Tensor, mask: Tensor) -> LossOutput:
+    def terms(self, positive: Tensor, negative: Tensor, weights: Tensor, mask: Tensor) -> Terms:
         negative_sum = _masked_softplus_sum(negative, mask)[:, None]
         count = 1 + mask.sum(1, keepdim=True)
         values = (self.beta(negative.shape[1]) * F.softplus(-positive) + negative_sum) / count
-        return weighted(values, weights)
+        return Terms(values, weights)
 
 
 @register_loss("LogInCESampled")
@@ -263,14 +271,14 @@ class LogInCESampled(SampledLoss):
         self.epsilon = epsilon
         self.clamp_border = clamp_border
 
-    def loss(self, positive: Tensor, negative: Tensor, weights: Tensor, mask: Tensor) -> LossOutput:
+    def terms(self, positive: Tensor, negative: Tensor, weights: Tensor, mask: Tensor) -> Terms:
         log_negative = masked_logsumexp(negative, mask)
-        return log_in_loss(positive, weights, log_negative, self.epsilon, self.clamp_border)
+        return log_in_terms(positive, weights, log_negative, self.epsilon, self.clamp_border)
 
 
-def log_in_loss(
+def log_in_terms(
     positive: Tensor, weights: Tensor, log_negative: Tensor, epsilon: float, clamp_border: float
-) -> LossOutput:
+) -> Terms:
     """LogInCE from positive scores ``[T, P]``, weights ``[T, P]`` and ``ln S-`` ``[T]``; see
     ``LogInCESampled``.
     """
@@ -278,7 +286,7 @@ def log_in_loss(
     some = (position_weights != 0)[:, None]
     log_positive = masked_logsumexp(positive, (weights != 0) | ~some)
     log_p = log_positive - torch.logaddexp(log_positive, log_negative)
-    return weighted(-log_plus_epsilon(log_p, epsilon, clamp_border), position_weights)
+    return Terms(-log_plus_epsilon(log_p, epsilon, clamp_border), position_weights)
 
 
 def _masked_softplus(scores: Tensor, mask: Tensor) -> Tensor:
