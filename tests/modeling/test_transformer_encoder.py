@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from generative_recommenders.compat.genrec.transformer import TransformerEncoder
 from generative_recommenders.modeling.encoders.transformer import Transformer
-from generative_recommenders.modeling.transformer import TransformerEncoder
 from generative_recommenders.ops.layout import Visibility, jagged_layout, padded_layout
 
 LENGTHS = torch.tensor([5, 1, 3])

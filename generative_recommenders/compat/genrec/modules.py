@@ -3,7 +3,6 @@ metrics."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,9 +12,9 @@ from torch import nn
 
 from generative_recommenders.compat.genrec.losses import ContrastiveLoss, SequenceLoss, VQVAELoss
 from generative_recommenders.compat.genrec.metrics import RecommendationMetrics
+from generative_recommenders.compat.genrec.transformer import MultiHeadAttention, TransformerEncoder
 from generative_recommenders.errors import UserError
-from generative_recommenders.modeling import transformer
-from generative_recommenders.modeling.transformer import PositionalEncoding, TransformerEncoder
+from generative_recommenders.modeling.encoders.transformer import PositionalEncoding
 
 __all__ = [
     "AttentionVisualization",
@@ -36,24 +35,6 @@ _INITIALIZERS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "kaiming": nn.init.kaiming_uniform_,
     "normal": lambda weight: nn.init.normal_(weight, mean=0.0, std=0.02),
 }
-
-
-class MultiHeadAttention(transformer.MultiHeadAttention):
-    """Multi-head attention with genrec's documented attributes beside the package's own.
-
-    ``dropout`` is a module; its ``p`` is the rate that acts. ``head_dim`` is D / H, ``scale`` its square root.
-    """
-
-    def __init__(self, embedding_dim: int, num_heads: int, dropout: float = 0.1) -> None:
-        super().__init__(embedding_dim, num_heads, dropout)
-        self.embedding_dim = embedding_dim
-        self.head_dim = embedding_dim // num_heads
-        self.dropout = nn.Dropout(dropout)
-        self.scale = math.sqrt(self.head_dim)
-
-    @property
-    def active_dropout(self) -> float:
-        return self.dropout.p if self.dropout.training else 0.0
 
 
 class ModelUtils:

@@ -17,6 +17,11 @@ from generative_recommenders.compat.replay.aggregators import (
     SumAggregator,
 )
 from generative_recommenders.compat.replay.attention_masks import DefaultAttentionMask
+from generative_recommenders.compat.replay.diff_transformer import (
+    DiffTransformerBlock,
+    DiffTransformerLayer,
+    MultiHeadDifferentialAttention,
+)
 from generative_recommenders.compat.replay.embeddings import (
     CategoricalEmbedding,
     ListReduction,
@@ -37,11 +42,6 @@ from generative_recommenders.compat.replay.next_item import (
 from generative_recommenders.compat.replay.sasrec_layer import SasRecTransformerLayer
 from generative_recommenders.compat.replay.schema import TensorSchema
 from generative_recommenders.compat.replay.two_tower import FeaturesReader, ItemTower, TwoTower, TwoTowerBody
-from generative_recommenders.modeling.encoders.differential_attention import (
-    DiffTransformerBlock,
-    DiffTransformerLayer,
-    MultiHeadDifferentialAttention,
-)
 from generative_recommenders.modeling.feature_embeddings import IdentityEmbedding
 from generative_recommenders.ops.feed_forward import PointWiseFeedForward, SwiGLU, SwiGLUEncoder
 

@@ -1,31 +1,117 @@
-"""DiffTransformer over a layout (arXiv 2410.05258): two softmax attentions over shared values, one taken off
-the other.
-"""
+"""DiffTransformer (arXiv 2410.05258): two softmax attentions over shared values, one subtracted from the other."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from generative_recommenders.config.registry import register_encoder
+from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.encoders.checks import check_heads, check_positive
-from generative_recommenders.modeling.encoders.differential_attention import (
-    DiffTransformerBlock,
-    lambda_init_of_block,
-)
 from generative_recommenders.ops.attention import softmax_attention
 from generative_recommenders.ops.dropout import Dropout
+from generative_recommenders.ops.feed_forward import FLOAT32_EPS, SwiGLU
 from generative_recommenders.ops.layout import Layout
 from generative_recommenders.ops.recomputation import run_block
 
+HEAD_NORM_EPS = 1e-5
+_LAMBDA_STD = 0.1  # of the lambda vectors at the start, as in the public code of the paper's authors
 
-class LayoutDiffBlock(DiffTransformerBlock):
-    """`DiffTransformerBlock` with the same weights and numbers over the tokens of a layout.
 
+class DifferentialHeads(NamedTuple):
+    """Two pairs of queries and keys ``[..., H, dq]`` over shared values ``[..., H, dv]``."""
+
+    q1: torch.Tensor
+    k1: torch.Tensor
+    q2: torch.Tensor
+    k2: torch.Tensor
+    v: torch.Tensor
+
+
+def lambda_init_of_block(block: int) -> float:
+    """0.8 - 0.6 exp(-0.3 block), blocks counted from 0 (arXiv 2410.05258, section 2.1)."""
+    return 0.8 - 0.6 * math.exp(-0.3 * block)
+
+
+class DifferentialAttention(nn.Module):
+    """All of (softmax(q1 k1ᵀ / sqrt(dq)) - lambda softmax(q2 k2ᵀ / sqrt(dq))) v per head but the two attentions.
+
+    Equations 1 to 3: lambda = exp(lq1·lk1) - exp(lq2·lk2) + lambda_init per head. Each head's output is
+    RMS-normed, scaled by a weight that the heads share and by (1 - lambda_init); the heads are concatenated
+    and projected back to D.
+
+    embedding_dim: width D; must be divisible by num_heads.
+    lambda_init: the constant part of lambda.
+    bias: biases in the four projections.
+    kdim: width of q1, q2, k1, k2 over all heads (dq = kdim / H), D unless given.
+    vdim: width of the values over all heads (dv = vdim / H), D unless given.
+    """
+
+    def __init__(
+        self,
+        embedding_dim: int,
+        num_heads: int,
+        lambda_init: float,
+        bias: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+    ) -> None:
+        super().__init__()
+        kdim, vdim = kdim or embedding_dim, vdim or embedding_dim
+        for name, width in (("embedding_dim", embedding_dim), ("kdim", kdim), ("vdim", vdim)):
+            if num_heads < 1 or width % num_heads:
+                raise UserError(
+                    f"differential attention: {name} {width} is not divisible by num_heads {num_heads}"
+                )
+        self.num_heads = num_heads
+        self.lambda_init = lambda_init
+        head_width = kdim // num_heads
+        self.W_q = nn.Linear(embedding_dim, 2 * kdim, bias=bias)
+        self.W_k = nn.Linear(embedding_dim, 2 * kdim, bias=bias)
+        self.W_v = nn.Linear(embedding_dim, vdim, bias=bias)
+        self.W_o = nn.Linear(vdim, embedding_dim, bias=bias)
+        self.lambda_q1 = _lambda_vectors(num_heads, head_width)
+        self.lambda_k1 = _lambda_vectors(num_heads, head_width)
+        self.lambda_q2 = _lambda_vectors(num_heads, head_width)
+        self.lambda_k2 = _lambda_vectors(num_heads, head_width)
+        self.rms_scale = nn.Parameter(torch.ones(vdim // num_heads))
+
+    def project(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> DifferentialHeads:
+        """``[..., D]`` each to heads; every head's 2 dq columns hold its first half, then its second."""
+        q1, q2 = self.W_q(query).unflatten(-1, (self.num_heads, -1)).chunk(2, dim=-1)
+        k1, k2 = self.W_k(key).unflatten(-1, (self.num_heads, -1)).chunk(2, dim=-1)
+        v = self.W_v(value).unflatten(-1, (self.num_heads, -1))
+        return DifferentialHeads(q1, k1, q2, k2, v)
+
+    def combine(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        """The two attended values ``[..., H, dv]`` to ``[..., D]``: difference, norm per head, output
+        projection."""
+        difference = first - self.lambdas().unsqueeze(-1) * second
+        normed = F.rms_norm(difference, difference.shape[-1:], eps=HEAD_NORM_EPS) * self.rms_scale
+        return self.W_o((normed * (1.0 - self.lambda_init)).flatten(-2))
+
+    def lambdas(self) -> torch.Tensor:
+        """``[H]``: how much of the second attention is taken off (eq. 2)."""
+        first = (self.lambda_q1 * self.lambda_k1).sum(-1).exp()
+        second = (self.lambda_q2 * self.lambda_k2).sum(-1).exp()
+        return first - second + self.lambda_init
+
+
+class DiffTransformerBlock(nn.Module):
+    """Differential attention, then SwiGLU, each with a residual and an RMS norm; vdim and SwiGLU's width are
+    2 D.
+
+    norm: "post" norms behind the residual, y = RMS(A(x) + x), out = RMS(S(y) + y) (RePlay's form); "pre"
+    norms each branch's input, y = x + A(RMS(x)), out = y + S(RMS(y)) (arXiv 2410.05258, eq. 4 and 5).
     dropout_rate: on the probabilities of both attentions and on what each branch adds to its residual.
     """
+
+    attention_class: type[DifferentialAttention] = DifferentialAttention
 
     def __init__(
         self,
@@ -35,10 +121,17 @@ class LayoutDiffBlock(DiffTransformerBlock):
         norm: Literal["post", "pre"] = "post",
         dropout_rate: float = 0.0,
     ) -> None:
-        super().__init__(embedding_dim, num_heads, lambda_init, norm)
+        super().__init__()
+        if norm not in ("post", "pre"):
+            raise UserError(f"norm {norm!r} of DiffTransformerBlock: choose 'post' or 'pre'")
+        self.norm = norm
+        self.attn_norm = nn.RMSNorm(embedding_dim, eps=FLOAT32_EPS)
+        self.attn = self.attention_class(embedding_dim, num_heads, lambda_init, vdim=2 * embedding_dim)
+        self.ff_norm = nn.RMSNorm(embedding_dim, eps=FLOAT32_EPS)
+        self.ff = SwiGLU(embedding_dim, 2 * embedding_dim)
         self.dropout = Dropout(dropout_rate)
 
-    def forward(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:  # type: ignore[override]
+    def forward(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
         """x: ``[T, D]``; returns the same shape."""
         if self.norm == "pre":
             x = x + self.attend(self.attn_norm(x), layout)
@@ -57,7 +150,7 @@ class LayoutDiffBlock(DiffTransformerBlock):
 
 @register_encoder("DiffTransformer", gin_name="diff_transformer_encoder")
 class DiffTransformer(torch.nn.Module):
-    """A stack of `LayoutDiffBlock` with lambda_init = 0.8 - 0.6 exp(-0.3 block); no norm behind the last.
+    """A stack of `DiffTransformerBlock` with lambda_init = 0.8 - 0.6 exp(-0.3 block); no norm behind the last.
 
     norm: "post" (RePlay's form) or "pre" (the paper's).
     """
@@ -79,7 +172,7 @@ class DiffTransformer(torch.nn.Module):
         self.output_dim = embedding_dim
         self.activation_checkpoint = activation_checkpoint
         self.layers = torch.nn.ModuleList(
-            LayoutDiffBlock(embedding_dim, num_heads, lambda_init_of_block(block), norm, dropout_rate)
+            DiffTransformerBlock(embedding_dim, num_heads, lambda_init_of_block(block), norm, dropout_rate)
             for block in range(num_blocks)
         )
 
@@ -88,3 +181,7 @@ class DiffTransformer(torch.nn.Module):
         for block in self.layers:
             x = run_block(block, self.activation_checkpoint and self.training, x, layout)
         return x
+
+
+def _lambda_vectors(num_heads: int, width: int) -> nn.Parameter:
+    return nn.Parameter(torch.randn(num_heads, width) * _LAMBDA_STD)

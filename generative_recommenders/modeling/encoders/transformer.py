@@ -4,18 +4,94 @@ says.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from generative_recommenders.config.registry import register_encoder
+from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.encoders.checks import check_heads, check_positive
-from generative_recommenders.modeling.transformer import PositionalEncoding, TransformerBlock
 from generative_recommenders.ops.attention import softmax_attention
 from generative_recommenders.ops.dropout import Dropout
 from generative_recommenders.ops.layout import Layout
 from generative_recommenders.ops.recomputation import run_block
+
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""Queries, keys and values ``[..., H, d]`` to attended values ``[..., H, d]``."""
+
+
+class PositionalEncoding(nn.Module):
+    """Add sin(t / 10000^(2i/D)) to even and cos(t / 10000^(2i/D)) to odd columns (section 3.5); any D."""
+
+    pe: torch.Tensor
+
+    def __init__(self, embedding_dim: int, max_seq_length: int = 5000) -> None:
+        super().__init__()
+        positions = torch.arange(max_seq_length, dtype=torch.float32)[:, None]
+        angles = positions * torch.exp(
+            torch.arange(0, embedding_dim, 2) * (-math.log(10000.0) / embedding_dim)
+        )
+        table = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, :embedding_dim]
+        self.register_buffer("pe", table[None].contiguous())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[B, N, D]`` to ``[B, N, D]``; UserError where N exceeds max_seq_length."""
+        if x.shape[1] > self.pe.shape[1]:
+            raise UserError(f"sequence of {x.shape[1]} positions: max_seq_length is {self.pe.shape[1]}")
+        return x + self.pe[:, : x.shape[1]]
+
+
+class MultiHeadAttention(nn.Module):
+    """The biased projections around attention over H heads (section 3.2.2), on any leading axes."""
+
+    def __init__(self, embedding_dim: int, num_heads: int) -> None:
+        super().__init__()
+        if num_heads < 1 or embedding_dim % num_heads:
+            raise UserError(
+                f"attention: embedding_dim {embedding_dim} is not divisible by num_heads {num_heads}"
+            )
+        self.num_heads = num_heads
+        self.w_q = nn.Linear(embedding_dim, embedding_dim)
+        self.w_k = nn.Linear(embedding_dim, embedding_dim)
+        self.w_v = nn.Linear(embedding_dim, embedding_dim)
+        self.w_o = nn.Linear(embedding_dim, embedding_dim)
+
+    def project(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """``[..., D]`` each to heads ``[..., H, d]``."""
+        projected = self.w_q(query), self.w_k(key), self.w_v(value)
+        q, k, v = (x.unflatten(-1, (self.num_heads, -1)) for x in projected)
+        return q, k, v
+
+    def output(self, attended: torch.Tensor) -> torch.Tensor:
+        """Heads ``[..., H, d]`` to ``[..., D]``."""
+        return self.w_o(attended.flatten(-2))
+
+
+class TransformerBlock(nn.Module):
+    """y = LN(x + attention(x)), LN(y + W2 relu(W1 y)), dropout on attention weights, branches and the hidden
+    layer."""
+
+    def __init__(self, embedding_dim: int, num_heads: int, hidden_dim: int, dropout: float) -> None:
+        super().__init__()
+        self.attention = MultiHeadAttention(embedding_dim, num_heads)
+        self.norm1 = nn.LayerNorm(embedding_dim)
+        self.linear1 = nn.Linear(embedding_dim, hidden_dim)
+        self.linear2 = nn.Linear(hidden_dim, embedding_dim)
+        self.norm2 = nn.LayerNorm(embedding_dim)
+        self.dropout = Dropout(dropout)
+
+    def forward(self, x: torch.Tensor, attend: Attend) -> torch.Tensor:
+        """``[..., D]`` to ``[..., D]``; attend knows the layout and its attention mask."""
+        attended = self.attention.output(attend(*self.attention.project(x, x, x)))
+        x = self.norm1(x + self.dropout(attended))
+        hidden = self.dropout(F.relu(self.linear1(x)))
+        return self.norm2(x + self.dropout(self.linear2(hidden)))
 
 
 @register_encoder("Transformer", gin_name="transformer_encoder")

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from generative_recommenders.compat.replay.attention_masks import additive_mask, causal_mask
-from generative_recommenders.errors import UserError
-from generative_recommenders.modeling.encoders.differential_attention import (
+from generative_recommenders.compat.replay.diff_transformer import (
     DiffTransformerBlock,
     DiffTransformerLayer,
     MultiHeadDifferentialAttention,
-    lambda_init_of_block,
 )
+from generative_recommenders.errors import UserError
+from generative_recommenders.modeling.encoders.diff_transformer import lambda_init_of_block
 from generative_recommenders.ops.attention import softmax_attention
 from generative_recommenders.ops.layout import jagged_layout
 from golden_parity import assert_gradients, assert_near, load_golden, load_parameters

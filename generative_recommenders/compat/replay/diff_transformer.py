@@ -1,0 +1,95 @@
+"""RePlay's differential attention and Transformer (arXiv 2410.05258) over padded rectangles, with dense masks."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from generative_recommenders.compat.replay.attention_masks import (
+    additive_mask,
+    causal_mask,
+    mask_for,
+    mask_per_head,
+)
+from generative_recommenders.errors import UserError
+from generative_recommenders.modeling.encoders import diff_transformer as core
+
+
+class MultiHeadDifferentialAttention(core.DifferentialAttention):
+    """Differential attention of queries, keys and values ``[B, N, D]`` under a dense mask."""
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """query, key, value: ``[B, N, D]``; attn_mask: additive ``[B * H, N, N]`` or ``[B, H, N, N]``, causal
+        unless given.
+
+        Returns ``[B, N, D]``.
+        """
+        q1, k1, q2, k2, v = (x.transpose(-2, -3) for x in self.project(query, key, value))
+        mask = mask_for(q1, self._mask(attn_mask, query, key))
+        first = F.scaled_dot_product_attention(q1, k1, v, mask)
+        second = F.scaled_dot_product_attention(q2, k2, v, mask)
+        return self.combine(first.transpose(-2, -3), second.transpose(-2, -3))
+
+    def _mask(self, attn_mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        if attn_mask is not None:
+            return mask_per_head(attn_mask, query.shape[0], self.num_heads)
+        if query.shape[1] != key.shape[1]:
+            raise UserError(
+                f"{query.shape[1]} queries and {key.shape[1]} keys in MultiHeadDifferentialAttention: "
+                "the causal mask needs equal lengths, pass attn_mask"
+            )
+        return additive_mask(causal_mask(query.shape[1], query.device))
+
+
+class DiffTransformerBlock(core.DiffTransformerBlock):
+    """The block of the DiffTransformer encoder over rectangles: the same weights and numbers, without dropout."""
+
+    attention_class = MultiHeadDifferentialAttention
+
+    def __init__(
+        self, embedding_dim: int, num_heads: int, lambda_init: float, norm: Literal["post", "pre"] = "post"
+    ) -> None:
+        super().__init__(embedding_dim, num_heads, lambda_init, norm)
+
+    def forward(  # type: ignore[override]
+        self, input_embeddings: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """input_embeddings: ``[B, N, D]``; attention_mask as for the attention. Returns ``[B, N, D]``."""
+        x = input_embeddings
+        if self.norm == "pre":
+            normed = self.attn_norm(x)
+            x = x + self.attn(normed, normed, normed, attention_mask)
+            return x + self.ff(self.ff_norm(x))
+        x = self.attn_norm(self.attn(x, x, x, attention_mask) + x)
+        return self.ff_norm(self.ff(x) + x)
+
+
+class DiffTransformerLayer(nn.Module):
+    """A stack of `DiffTransformerBlock` with lambda_init = 0.8 - 0.6 exp(-0.3 block); no norm behind the
+    last."""
+
+    def __init__(
+        self, embedding_dim: int, num_heads: int, num_blocks: int, norm: Literal["post", "pre"] = "post"
+    ) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            DiffTransformerBlock(embedding_dim, num_heads, core.lambda_init_of_block(block), norm)
+            for block in range(num_blocks)
+        )
+
+    def forward(
+        self, input_embeddings: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """``[B, N, D]`` to ``[B, N, D]``."""
+        for layer in self.layers:
+            input_embeddings = layer(input_embeddings, attention_mask)
+        return input_embeddings
