@@ -85,7 +85,7 @@ def build_sequence(settings: RunSettings, catalogue: Catalogue) -> SequenceEncod
     encoder = build_part(settings, *settings.chosen_parts()[0], seen_by_encoder)
     if t.objective in MASKING_SCHEMES and not encoder.causal:
         raise UserError(
-            f"objective {t.objective!r} decides who sees whom, which hstu_encoder.normalization "
+            f"objective {t.objective!r} sets the attention mask, which hstu_encoder.normalization "
             f"{settings.hstu.normalization!r} cannot follow; choose 'rel_bias'"
         )
     if t.objective in MASKING_SCHEMES and not getattr(encoder, "follows_visibility", True):

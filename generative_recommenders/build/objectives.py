@@ -113,7 +113,7 @@ def _sampled_criterion(settings: RunSettings, catalogue: Catalogue, loss: Sample
 def _check_tower_negatives(settings: RunSettings) -> None:
     if settings.uses_item_tower and settings.train.negatives_sharing == "position":
         raise UserError(
-            "an item tower computes what a step touches, and negatives of each position touch most "
+            "an item tower computes the items that a step gathers, and negatives of each position gather most "
             'of the catalogue: set train_fn.negatives_sharing to "block" or "batch"'
         )
 

@@ -245,7 +245,7 @@ def appendable_encoder(sequence: SequenceEncoder, layout: Layout) -> Incremental
         raise UserError(f"encode_incremental: {name} keeps nothing of a history; SASRec and HSTU do")
     if layout.visibility is not None:
         raise UserError(
-            "encode_incremental: the layout says who sees whom, and only causal histories can be appended to"
+            "encode_incremental: the layout has an attention mask of its own, and only causal histories can be appended to"
         )
     if sequence.training:
         raise UserError(

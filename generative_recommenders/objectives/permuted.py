@@ -43,7 +43,7 @@ class PermutationMasking(MaskingScheme):
         self.permute_all = permute_all
 
     def choose(self, real: Tensor, draws: Draws = None) -> tuple[Tensor, Visibility]:
-        """Positions to hide among ``real [B, N]`` (right-padded rows), and who sees whom."""
+        """Positions to hide among ``real [B, N]`` (right-padded rows), and the terms of the attention mask."""
         order = uniform(real.shape, real.device, draws)
         hidden = real if self.permute_all else self._spans(real, draws)
         hidden = proper_part(hidden, real, order)

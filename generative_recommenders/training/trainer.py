@@ -143,8 +143,10 @@ class Trainer:
     def _done(self, max_steps: int | None) -> bool:
         p, t = self.progress, self.settings.train
         patience = t.early_stopping_patience
-        tired = patience is not None and p.epochs_without_gain >= patience
-        return p.epoch >= t.num_epochs or tired or (max_steps is not None and p.step >= max_steps)
+        patience_exhausted = patience is not None and p.epochs_without_gain >= patience
+        return (
+            p.epoch >= t.num_epochs or patience_exhausted or (max_steps is not None and p.step >= max_steps)
+        )
 
     def _remaining_time(self, max_steps: int | None) -> RemainingTime:
         p, whole = self.progress, self.settings.train.num_epochs * len(self.loader)

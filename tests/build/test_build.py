@@ -112,9 +112,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         r"name uid_embedding_l2_norm, which this configuration does not produce \(mi_loss\)",
     ),
     "auxiliary loss by get_weighted_loss": ({"weighted_loss.weights": {"x": 1.0}}, "loss_weights name x"),
-    "who sees whom": (
+    "attention mask": (
         {**CE, "main_module": "HSTU", "hstu.normalization": "softmax_rel_bias", "objective": "masked"},
-        "objective 'masked' decides who sees whom",
+        "objective 'masked' sets the attention mask",
     ),
     "fakes in a tower": ({**TOWER, **CE, "objective": "replaced"}, "no item tower, no MoL"),
     "fakes with MoL": ({**MOL, "objective": "replaced"}, "no item tower, no MoL"),
