@@ -218,7 +218,12 @@ def test_a_worker_out_of_memory_is_one_line(
 ) -> None:
     quick_start()
     monkeypatch.setattr(launching, "START_METHOD", "forkserver")
-    options = options_of(data_root, tmp_path / "run", "train_fn.item_embedding_dim = 4000000")
+    options = options_of(
+        data_root,
+        tmp_path / "run",
+        "sasrec_encoder.ffn_hidden_dim = 65536",
+        "sasrec_encoder.num_blocks = 200",
+    )
     assert launch(limited, (options,), 2, 0, device_type="cpu") == 1
     line = capfd.readouterr().err.splitlines()[-1]
     assert line.startswith("rank 1 failed") and "out of memory" in line and "local_batch_size" in line

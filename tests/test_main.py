@@ -261,7 +261,16 @@ def test_dry_run_counts_what_two_parts_share_once(data_root: Path) -> None:
 @pytest.mark.parametrize("width", [10**10, 10**16])
 def test_a_size_that_no_machine_holds_is_one_line(data_root: Path, width: int) -> None:
     huge = bindings(f"train_fn.item_embedding_dim = {width}")
-    done = program("main.py", f"--data_root={data_root}", "--dry_run", *huge, check=1)
+    done = program("main.py", f"--data_root={data_root}", "--dry_run", *huge, check=2)
+    assert done.stderr.splitlines()[-1].startswith("error: train_fn.item_embedding_dim must be at most")
+    assert "Traceback" not in done.stderr
+
+
+def test_memory_that_the_machine_has_not_is_one_line(data_root: Path) -> None:
+    positions = bindings(
+        "train_fn.max_sequence_length = 1048576", "train_fn.item_embedding_dim = 65536"
+    )  # 275 GB
+    done = program("main.py", f"--data_root={data_root}", "--dry_run", *positions, check=1)
     assert "error: out of memory" in done.stderr and "Traceback" not in done.stderr
 
 
