@@ -51,12 +51,8 @@ __all__ = [
     "register_item_embedding",
     "register_loss",
     "register_negative_sampler",
-    "register_objective",
-    "register_optimizer",
     "register_output_postprocessor",
-    "register_seen_filter",
     "register_similarity",
-    "register_top_k_module",
 ]
 
 __getattr__ = lazy_exports(

@@ -207,10 +207,6 @@ SIMILARITIES = _registry(
 )
 NEGATIVE_SAMPLERS = _registry("negative_samplers", "negative sampler", "train_fn.sampling_strategy")
 LOSSES = _registry("losses", "loss", "train_fn.loss_module")
-OBJECTIVES = _registry("objectives", "objective", "train_fn.objective")
-OPTIMIZERS = _registry("optimizers", "optimizer", "train_fn.optimizer")
-SEEN_FILTERS = _registry("seen_filters", "seen filter", "train_fn.seen_filter")
-TOP_K_MODULES = _registry("top_k_modules", "top-k module", "train_fn.top_k_method")
 DATA_SOURCES = _registry("data_sources", "data source", "--dataset", ("request",))
 
 
@@ -226,8 +222,4 @@ register_item_embedding = ITEM_EMBEDDINGS.register
 register_similarity = SIMILARITIES.register
 register_negative_sampler = NEGATIVE_SAMPLERS.register
 register_loss = LOSSES.register
-register_objective = OBJECTIVES.register
-register_optimizer = OPTIMIZERS.register
-register_seen_filter = SEEN_FILTERS.register
-register_top_k_module = TOP_K_MODULES.register
 register_data_source = DATA_SOURCES.register

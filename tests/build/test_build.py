@@ -94,7 +94,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "tower negatives": (TOWER, 'set train_fn.negatives_sharing to "block" or "batch"'),
     "tower negatives, local encoder": (
         {"embedding_module_type": "item_tower"},
-        "an item tower computes what",
+        "an item tower computes the items that a step gathers",
     ),
     "MoL and a catalogue loss": (
         {**MOL, "loss_module": "CE"},

@@ -145,9 +145,16 @@ class EventReader:
         ones by kind, null where missing: large_string for categories, float32 for numbers, int64 nanoseconds for times.
         UserError: the first value that is none, with file and line; missing ids, with their number, at the end.
         """
+        kept = 0
         for path in self.files:
-            yield from self.file_batches(path)
+            for table in self.file_batches(path):
+                kept += table.num_rows
+                yield table
         self.check_missing()
+        if not kept:
+            raise UserError(
+                f"{self.files[0]}: every event lacks a user or an item: nothing is left to prepare"
+            )
 
     def file_batches(self, path: Path) -> Iterator[pa.Table]:
         """The events of one of the files, see `batches`."""

@@ -128,6 +128,11 @@ def test_missing_ids_are_refused_with_their_number_or_dropped(
     assert "2 events" in caplog.text
 
 
+def test_nothing_left_after_dropping_is_one_line(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.csv", "user,item\nNA,i\n,j\n")
+    assert "nothing is left" in refused(path, drop_missing=True)
+
+
 @pytest.mark.parametrize(
     ("text", "named"),
     [
