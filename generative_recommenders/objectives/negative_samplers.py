@@ -25,7 +25,7 @@ from generative_recommenders.ops.counter_random import (
     counter_uniform,
     stream_key,
 )
-from generative_recommenders.ops.sampled_products import join_blocks, split_blocks
+from generative_recommenders.ops.products.sampled import join_blocks, split_blocks
 
 SHARINGS: tuple[str, ...] = get_args(NegativesSharing)
 

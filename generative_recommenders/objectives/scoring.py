@@ -11,7 +11,7 @@ from generative_recommenders.modeling.items import ItemRows
 from generative_recommenders.modeling.similarity.interface import Similarity
 from generative_recommenders.objectives.negative_samplers import Negatives
 from generative_recommenders.ops import dispatch
-from generative_recommenders.ops.sampled_products import block_products, sampled_products
+from generative_recommenders.ops.products.sampled import block_products, sampled_products
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import nn
 from generative_recommenders.compat.genrec.transformer import MultiHeadAttention, TransformerEncoder
 from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.encoders.transformer import PositionalEncoding
-from generative_recommenders.ops.attention import softmax_attention
+from generative_recommenders.ops.attention.softmax import softmax_attention
 from generative_recommenders.ops.layout import Visibility, jagged_layout
 
 

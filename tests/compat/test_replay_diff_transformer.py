@@ -11,7 +11,7 @@ from generative_recommenders.compat.replay.diff_transformer import (
 )
 from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.encoders.diff_transformer import lambda_init_of_block
-from generative_recommenders.ops.attention import softmax_attention
+from generative_recommenders.ops.attention.softmax import softmax_attention
 from generative_recommenders.ops.layout import jagged_layout
 from golden_parity import assert_gradients, assert_near, load_golden, load_parameters
 

@@ -7,8 +7,8 @@ import torch
 
 from generative_recommenders.modeling.encoders.hstu import HSTU
 from generative_recommenders.modeling.events import next_times
+from generative_recommenders.ops.attention.relative_bias import bias_inputs
 from generative_recommenders.ops.layout import jagged_layout, padded_layout
-from generative_recommenders.ops.relative_bias import bias_inputs
 from golden_encoders import ENTRANCES, assert_parity, choose_backend, recommender_of
 from golden_parity import assert_near, load_golden
 

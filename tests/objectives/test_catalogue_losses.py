@@ -18,7 +18,7 @@ from generative_recommenders.objectives.losses.catalogue import (
     LogInCE,
     LogOutCE,
 )
-from generative_recommenders.ops.catalogue_products import Blocks
+from generative_recommenders.ops.products.catalogue import Blocks
 from golden_parity import assert_gradients, assert_near, load_golden
 
 FAMILY = {**CATALOGUE_LOSSES, "CE smoothed": lambda **kw: CE(label_smoothing=0.1, **kw)}

@@ -18,7 +18,7 @@ from generative_recommenders.objectives.losses.sampled import (
     SampledSoftmaxLoss,
 )
 from generative_recommenders.ops import dispatch
-from generative_recommenders.ops.masked_logsumexp import masked_logsumexp
+from generative_recommenders.ops.products.masked_logsumexp import masked_logsumexp
 from golden_parity import GoldenFile, assert_gradients, assert_near, load_golden
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from generative_recommenders.modeling.encoders.sasrec import SASRec
 from generative_recommenders.ops import layout as layout_module
-from generative_recommenders.ops import tiles
+from generative_recommenders.ops.attention import tiles
 from generative_recommenders.ops.layout import Layout, Visibility, jagged_layout, padded_layout
 
 lengths_lists = st.lists(st.integers(0, 9), min_size=1, max_size=12)

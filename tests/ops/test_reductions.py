@@ -7,13 +7,13 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from generative_recommenders.ops.masked_logsumexp import masked_logsumexp, masked_logsumexp_reference
 from generative_recommenders.ops.normalization import (
     l2_normalize,
     l2_normalize_reference,
     layer_norm,
     layer_norm_reference,
 )
+from generative_recommenders.ops.products.masked_logsumexp import masked_logsumexp, masked_logsumexp_reference
 
 Op = Callable[..., torch.Tensor]
 

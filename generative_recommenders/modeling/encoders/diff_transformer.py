@@ -13,7 +13,7 @@ from torch import nn
 from generative_recommenders.config.registry import register_encoder
 from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.encoders.checks import check_heads, check_positive
-from generative_recommenders.ops.attention import softmax_attention
+from generative_recommenders.ops.attention.softmax import softmax_attention
 from generative_recommenders.ops.dropout import Dropout
 from generative_recommenders.ops.feed_forward import FLOAT32_EPS, SwiGLU
 from generative_recommenders.ops.layout import Layout

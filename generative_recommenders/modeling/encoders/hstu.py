@@ -3,7 +3,7 @@
 A block, over the tokens x of a batch; act is SiLU, LN has eps 1e-6, and N is the constant max_length:
 
     U, V, Q, K = split(act(LN(x) W))                          (eq. 1)
-    A V = SiLU(Q Kᵀ + bias) / N V                             (eq. 2), over the past; bias: see `ops.relative_bias`
+    A V = SiLU(Q Kᵀ + bias) / N V                             (eq. 2), over the past; bias: see `ops.attention.relative_bias`
     x = x + W_o dropout(LN(A V) * U) + b_o                    (eq. 3)
 """
 
@@ -21,12 +21,8 @@ from generative_recommenders.config.sections import NextTime
 from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.cache import Appended, KeysValues, pointwise_over_cache
 from generative_recommenders.modeling.encoders.checks import check_choice, check_positive
-from generative_recommenders.ops.attention import pointwise_attention
-from generative_recommenders.ops.dropout import Dropout
-from generative_recommenders.ops.layout import Layout
-from generative_recommenders.ops.normalization import layer_norm
-from generative_recommenders.ops.recomputation import run_block
-from generative_recommenders.ops.relative_bias import (
+from generative_recommenders.ops.attention.pointwise import pointwise_attention
+from generative_recommenders.ops.attention.relative_bias import (
     BiasInputs,
     RelativeBias,
     Times,
@@ -34,6 +30,10 @@ from generative_recommenders.ops.relative_bias import (
     softmax_over_all_columns,
     time_buckets,
 )
+from generative_recommenders.ops.dropout import Dropout
+from generative_recommenders.ops.layout import Layout
+from generative_recommenders.ops.normalization import layer_norm
+from generative_recommenders.ops.recomputation import run_block
 
 LINEAR_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"silu": F.silu, "none": lambda x: x}
 

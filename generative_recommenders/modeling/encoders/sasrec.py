@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from generative_recommenders.config.registry import register_encoder
 from generative_recommenders.modeling.cache import Appended, KeysValues, softmax_over_cache
 from generative_recommenders.modeling.encoders.checks import check_choice, check_heads, check_positive
+from generative_recommenders.ops.attention.multi_head import multi_head_attention, project_heads
 from generative_recommenders.ops.dropout import Dropout
 from generative_recommenders.ops.feed_forward import feed_forward
 from generative_recommenders.ops.layout import Layout
-from generative_recommenders.ops.multi_head_attention import multi_head_attention, project_heads
 from generative_recommenders.ops.normalization import LayerNorm
 from generative_recommenders.ops.recomputation import run_block
 

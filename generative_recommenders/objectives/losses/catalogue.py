@@ -1,7 +1,7 @@
 """Losses over the whole catalogue: CE, CEWeighted, BCE, LogInCE, LogOutCE.
 
 ``forward(hidden, item_weight, positives, weights)`` never holds all logits
-(``objectives/catalogue_blocks.py``) and forms its gradients in the forward pass; ``from_logits`` is the same
+(``ops/products/catalogue.py``) and forms its gradients in the forward pass; ``from_logits`` is the same
 formula for logits that exist already. Everything is float32 (float64 stays), also under autocast; NaN logits
 give a NaN loss. Gradients can be taken once, second derivatives not. Temperature and L2 norm are applied to
 ``hidden`` and ``item_weight`` by the caller.
@@ -30,7 +30,7 @@ from generative_recommenders.objectives.losses.sampled import (
     weighted,
 )
 from generative_recommenders.ops import dispatch
-from generative_recommenders.ops.catalogue_products import LOGSUMEXP, SOFTPLUS_SUM, Statistic, catalogue_sum
+from generative_recommenders.ops.products.catalogue import LOGSUMEXP, SOFTPLUS_SUM, Statistic, catalogue_sum
 from generative_recommenders.types import LossOutput
 
 MEMORY_BYTES = 512 * 2**20

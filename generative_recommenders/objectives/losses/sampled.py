@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from generative_recommenders.config.registry import LOSSES, register_loss
 from generative_recommenders.errors import UserError
-from generative_recommenders.ops.masked_logsumexp import masked_logsumexp
+from generative_recommenders.ops.products.masked_logsumexp import masked_logsumexp
 from generative_recommenders.types import LossOutput
 
 

@@ -9,8 +9,8 @@ from typing import NamedTuple, cast
 import torch
 import torch.nn.functional as F
 
+from generative_recommenders.ops.attention.tiles import TableBias, looked_up, tiles
 from generative_recommenders.ops.layout import Layout
-from generative_recommenders.ops.tiles import TableBias, looked_up, tiles
 
 NUM_TIME_BUCKETS = 128
 BUCKET_WIDTH = 0.301

@@ -9,11 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from generative_recommenders.ops import attention, dispatch
+from generative_recommenders.ops import dispatch
 from generative_recommenders.ops import layout as layout_module
-from generative_recommenders.ops.attention import pointwise_attention, softmax_attention
+from generative_recommenders.ops.attention import softmax
+from generative_recommenders.ops.attention.pointwise import pointwise_attention
+from generative_recommenders.ops.attention.softmax import softmax_attention
+from generative_recommenders.ops.attention.tiles import TableBias, tiles, visible
 from generative_recommenders.ops.layout import Layout, Visibility, jagged_layout, padded_layout
-from generative_recommenders.ops.tiles import TableBias, tiles, visible
 
 DIVISOR = 11.0
 LENGTHS = [3, 0, 9, 1, 9, 6, 2]
@@ -344,7 +346,7 @@ def test_the_fused_kernel_gets_widths_that_it_takes(causal: bool, monkeypatch: p
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
     q, k, v = tokens(layout.num_tokens)
-    parts = [attention._fused_group(q, k, v, g, layout, 0.0, 3**-0.5) for g in layout.groups]
+    parts = [softmax._fused_group(q, k, v, g, layout, 0.0, 3**-0.5) for g in layout.groups]
     out = layout.keys.ungather(torch.cat(parts), 2)
     torch.testing.assert_close(out, softmax_attention(q, k, v, layout))
     assert widths and all(width % 8 == 0 for width in widths)

@@ -6,13 +6,13 @@ import math
 
 import torch
 
-from generative_recommenders.ops.layout import jagged_layout
-from generative_recommenders.ops.relative_bias import (
+from generative_recommenders.ops.attention.relative_bias import (
     RelativeBias,
     bias_inputs,
     softmax_over_all_columns,
     time_buckets,
 )
+from generative_recommenders.ops.layout import jagged_layout
 
 
 def test_time_buckets() -> None:

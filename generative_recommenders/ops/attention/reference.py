@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 
 from generative_recommenders.ops import dispatch
+from generative_recommenders.ops.attention.tiles import TableBias, keep_masks, looked_up, lowest, plan_of
 from generative_recommenders.ops.layout import Layout
-from generative_recommenders.ops.tiles import TableBias, keep_masks, looked_up, lowest, plan_of
 
 
 def softmax_attention_reference(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout, dropout_rate: float, scale: float
 ) -> torch.Tensor:
-    """`ops.attention.softmax_attention`, under the dropout masks that it draws on a CPU from the same seed."""
+    """`ops.attention.softmax.softmax_attention`, under the dropout masks that it draws on a CPU from the same seed."""
     with dispatch.autocast(q, None):
         sees = seen(layout)
         logits = torch.einsum("ihd,jhd->hij", q, k) * scale
@@ -33,7 +33,7 @@ def pointwise_attention_reference(
     divisor: float,
     dropout_rate: float,
 ) -> torch.Tensor:
-    """`ops.attention.pointwise_attention`, under the dropout masks that it draws on a CPU from the same seed."""
+    """`ops.attention.pointwise.pointwise_attention`, under the dropout masks that it draws on a CPU from the same seed."""
     with dispatch.autocast(q, None):
         logits = torch.einsum("ihd,jhd->hij", q, k)
         if bias is not None:

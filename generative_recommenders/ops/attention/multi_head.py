@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from generative_recommenders.ops import dispatch
-from generative_recommenders.ops.attention import softmax_attention
+from generative_recommenders.ops.attention.softmax import softmax_attention
 from generative_recommenders.ops.layout import Layout
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from generative_recommenders.ops import sampled_products as module
-from generative_recommenders.ops.sampled_products import (
+from generative_recommenders.ops.products import sampled as module
+from generative_recommenders.ops.products.sampled import (
     block_products,
     block_products_reference,
     join_blocks,

@@ -1,4 +1,10 @@
-"""Tiles of attention: which queries of a group meet which keys, with the biases and dropout masks of the tiles."""
+"""Tiles of attention: which queries of a group meet which keys, with the biases and dropout masks of the tiles.
+
+The keys of a group are a rectangle ``[G, n, d]`` with G = g * H, one for each row and head; a row never attends beyond itself,
+and grouping changes no number. A causal group is done in tiles of queries that leave out the keys none of them sees, rectangles
+are gathered and ungathered by index (a gradient is never scattered), and what a tile's backward pass needs is kept from its
+forward pass.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +16,7 @@ import torch
 
 from generative_recommenders.ops.dropout import KeepMasks
 from generative_recommenders.ops.layout import Group, Layout, Visibility
+from generative_recommenders.ops.rectangles import Places
 
 _MASK_UNIT = 64
 """Heights of the causal masks that are kept are multiples of it."""
@@ -120,3 +127,34 @@ def looked_up(
 def _gathered(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     flat = index.flatten(0, -2)
     return table.expand(flat.shape[0], -1).gather(1, flat).view(index.shape)
+
+
+def keys_of(group: Group, x: torch.Tensor) -> torch.Tensor:
+    """``[T, H, d]`` tokens as the rectangle ``[g * H, n, d]`` of a group, a copy."""
+    return group.keys.gather(x).view(-1, group.width, x.shape[2])
+
+
+def join_groups(cells: list[torch.Tensor], at: Places, shape: torch.Size, like: torch.Tensor) -> torch.Tensor:
+    """The cells of all groups, ``[cells * H, d]`` each, as tokens of this shape ``[T, H, d]``."""
+    if not cells:
+        return like.new_zeros(shape)
+    return at.ungather(cells[0] if len(cells) == 1 else torch.cat(cells), shape[1])
+
+
+def corner(rectangle: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """``rectangle[:rows, :columns]`` in one step."""
+    return rectangle.as_strided((rows, columns, rectangle.shape[2]), rectangle.stride())
+
+
+def add_products(part: torch.Tensor, written: int, *factors: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """Adds the sum of ``left @ right`` to the first ``written`` rows of a part of a rectangle, and sets the others to it."""
+    in_place = written == 0 and part.is_contiguous()
+    change = torch.bmm(*factors[0], out=part if in_place else None)
+    for left, right in factors[1:]:
+        change.baddbmm_(left, right)
+    if in_place:
+        return
+    if written:
+        part[:written].add_(change[:written])
+    if written < len(part):
+        part[written:] = change[written:]

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from generative_recommenders.ops import dispatch
-from generative_recommenders.ops.layout import jagged_layout
-from generative_recommenders.ops.multi_head_attention import (
+from generative_recommenders.ops.attention.multi_head import (
     multi_head_attention,
     multi_head_attention_reference,
 )
+from generative_recommenders.ops.layout import jagged_layout
 
 
 def projections(width: int) -> tuple[torch.nn.Linear, torch.nn.Linear]:

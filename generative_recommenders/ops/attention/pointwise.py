@@ -1,0 +1,139 @@
+"""Pointwise SiLU attention (HSTU, arXiv 2402.17152) over the groups of a layout.
+
+Forward and backward are written out over the tiles of `ops.attention.tiles`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from generative_recommenders.ops import dispatch
+from generative_recommenders.ops.attention.reference import pointwise_attention_reference
+from generative_recommenders.ops.attention.tiles import (
+    TableBias,
+    add_products,
+    corner,
+    hide,
+    join_groups,
+    keep_masks,
+    keys_of,
+    looked_up,
+    plan_of,
+)
+from generative_recommenders.ops.layout import Layout
+
+
+def pointwise_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: Layout,
+    bias: TableBias | None,
+    divisor: float,
+    dropout_rate: float = 0.0,
+) -> torch.Tensor:
+    """SiLU(q kᵀ + bias) / divisor · v over what each token sees (arXiv 2402.17152, eq. 2), no softmax.
+
+    q, k: ``[T, H, d]``; v: ``[T, H, dv]``; returns ``[T, H, dv]``.
+    """
+    if not dispatch.fast(q):
+        return pointwise_attention_reference(q, k, v, layout, bias, divisor, dropout_rate)
+    tables, indices = bias or TableBias((), [])
+    with dispatch.autocast(q, None):  # in the dtype that q, k and v come in
+        return _GroupedPointwise.apply(q, k, v, layout, indices, divisor, dropout_rate, *tables)
+
+
+class _GroupedPointwise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, layout, indices, divisor, dropout_rate, *tables):
+        heads = q.shape[1]
+        saved: list[torch.Tensor | None] = []
+        plan = plan_of(layout)
+        masks = keep_masks(dropout_rate, q, plan)
+        remaining = iter(indices)
+        out = []
+        for group, group_tiles in plan:
+            q_, k_, v_ = group.queries.gather(q), keys_of(group, k), keys_of(group, v)
+            v_.mul_(1.0 / (divisor * (1.0 - dropout_rate)))
+            out.append(group.queries.empty(v))
+            saved += [q_, k_, v_]
+            parts = zip(group_tiles, group.queries.split(q_, heads), group.queries.split(out[-1], heads))
+            for tile, q_t, out_t in parts:
+                rows, seen = tile.rows * heads, tile.keys
+                logits = torch.bmm(q_t, corner(k_, rows, seen).mT)
+                if tables:
+                    logits.unflatten(0, (-1, heads)).add_(looked_up(tables, next(remaining), tile))
+                if not tables or tile.sees is not None:
+                    hide(logits, tile, heads)
+                weights = F.silu(logits)
+                kept = None if masks is None else masks.draw(weights.shape)
+                weights = weights if kept is None else weights.mul_(kept)
+                torch.bmm(weights, corner(v_, rows, seen), out=out_t)
+                saved += [logits, kept, weights]
+        ctx.save_for_backward(*tables, *saved)
+        ctx.settings = (
+            layout,
+            indices,
+            len(tables),
+            divisor * (1.0 - dropout_rate),
+            (q.shape, k.shape, v.shape),
+        )
+        return join_groups(out, layout.queries, v.shape, v)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        layout, indices, num_tables, divisor, shapes = ctx.settings
+        remaining, index_of = iter(ctx.saved_tensors), iter(indices)
+        d_tables = [_rows_for_sums(next(remaining), [of[i] for of in indices]) for i in range(num_tables)]
+        heads = grad.shape[1]
+        d_q, d_k, d_v = [], [], []
+        for group, group_tiles in plan_of(layout):
+            q_, k_, v_ = (next(remaining) for _ in range(3))
+            queries = group.queries
+            d_out = queries.hide_padding(queries.gather(grad), heads)
+            d_q_, d_k_, d_v_ = (torch.empty_like(x) for x in (q_, k_, v_))
+            kept_of = [(*(next(remaining) for _ in range(3)), next(index_of, ())) for _ in group_tiles]
+            by_tile = zip(group_tiles, *(queries.split(x, heads) for x in (q_, d_q_, d_out)), kept_of)
+            written = 0
+            for tile, q_t, d_q_t, d_out_t, (logits, kept, weights, index) in reversed(list(by_tile)):
+                rows, seen = tile.rows * heads, tile.keys
+                add_products(corner(d_v_, rows, seen), written, (weights.mT, d_out_t))
+                d_w = torch.bmm(d_out_t, corner(v_, rows, seen).mT)
+                d_s = torch.ops.aten.silu_backward(d_w if kept is None else d_w.mul_(kept), logits)
+                torch.bmm(d_s, corner(k_, rows, seen), out=d_q_t)
+                add_products(corner(d_k_, rows, seen), written, (d_s.mT, q_t))
+                _add_to_tables(d_tables, index, d_s.unflatten(0, (-1, heads)))
+                written = rows
+            d_q.append(d_q_)
+            d_k.append(d_k_.flatten(0, 1))
+            d_v.append(d_v_.mul_(1.0 / divisor).flatten(0, 1))
+        summed = (total.sum(0) for total in d_tables)
+        places = (layout.queries, layout.keys, layout.keys)
+        d_inputs = (join_groups(*each, grad) for each in zip((d_q, d_k, d_v), places, shapes))
+        return *d_inputs, None, None, None, None, *summed
+
+
+def _rows_for_sums(table: torch.Tensor, indices: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Zeros as wide as the table, a row for each first index of the tile that has most."""
+    rows = max((len(index) for index in indices), default=0)
+    return table.new_zeros(rows, table.numel())
+
+
+def _add_to_tables(
+    totals: Sequence[torch.Tensor], indices: Sequence[torch.Tensor], d_logits: torch.Tensor
+) -> None:
+    """Gradients of the tables from those of ``[g, H, rows, keys]`` logits: sums by index, apart for each first index.
+
+    totals: see `_rows_for_sums`, one for each table.
+    """
+    if not totals:
+        return
+    d_logits = functools.reduce(torch.add, d_logits.unbind(1))  # faster than a sum, which is of few
+    for total, index in zip(totals, indices):
+        d_part = (d_logits if index.dim() == 3 else d_logits.sum(0)).flatten(1)
+        total[: len(d_part)].scatter_add_(1, index.flatten(1), d_part.to(total.dtype))

@@ -1,0 +1,145 @@
+"""Softmax attention (arXiv 1706.03762) over the groups of a layout.
+
+On a CPU forward and backward are written out over the tiles of `ops.attention.tiles`. On CUDA, softmax attention goes through
+`torch.nn.functional.scaled_dot_product_attention`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from generative_recommenders.ops import dispatch
+from generative_recommenders.ops.attention.reference import softmax_attention_reference
+from generative_recommenders.ops.attention.tiles import (
+    add_products,
+    corner,
+    hide,
+    join_groups,
+    keep_masks,
+    keys_of,
+    plan_of,
+    visible,
+)
+from generative_recommenders.ops.layout import Layout
+
+
+def softmax_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: Layout,
+    dropout_rate: float = 0.0,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """softmax(q kᵀ · scale) v over what each token sees, dropout on the probabilities.
+
+    q, k: ``[T, H, d]``; v: ``[T, H, dv]``, or k itself, which is then gathered once; returns ``[T, H, dv]``. scale: 1 / sqrt(d)
+    unless given. A token that sees nothing gets 0.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if not dispatch.fast(q):
+        return softmax_attention_reference(q, k, v, layout, dropout_rate, scale)
+    if dispatch.fast_on_cpu(q):
+        with dispatch.autocast(q, None):  # in the dtype that q, k and v come in
+            return _GroupedSoftmax.apply(q, k, None if v is k else v, layout, dropout_rate, scale)
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()  # gathered under autograd here
+    cells = [_fused_group(q, k, v, group, layout, dropout_rate, scale) for group in layout.groups]
+    return layout.keys.ungather(torch.cat(cells), q.shape[1]) if cells else torch.zeros_like(v)
+
+
+def _fused_group(q, k, v, group, layout, dropout_rate, scale):
+    q_, k_, v_ = (_aligned(keys_of(group, x)).unflatten(0, (-1, q.shape[1])) for x in (q, k, v))
+    by = layout.visibility
+    mask = None if by is None else visible(group, by)
+    out = F.scaled_dot_product_attention(q_, k_, v_, mask, dropout_rate, is_causal=by is None, scale=scale)
+    return out[..., : v.shape[-1]].reshape(-1, v.shape[-1])
+
+
+def _aligned(x: torch.Tensor) -> torch.Tensor:
+    """``[G, n, d]`` with d filled up by zeros to a multiple of 8: the fused kernels take no other, and would leave the
+    work to one that writes out ``[G, n, n]``."""
+    return F.pad(x, (0, -x.shape[-1] % 8))
+
+
+class _GroupedSoftmax(torch.autograd.Function):
+    """v: None where the values are the keys; their rectangles and gradients are then one."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, layout, dropout_rate, scale):
+        heads, kept_share = q.shape[1], 1.0 - dropout_rate
+        plan = plan_of(layout)
+        masks = keep_masks(dropout_rate, q, plan)
+        out, saved = [], []
+        for group, group_tiles in plan:
+            q_, k_ = group.queries.gather(q), keys_of(group, k)
+            v_ = k_ if v is None else keys_of(group, v)
+            if scale != 1.0:
+                q_.mul_(scale)
+            out.append(group.queries.empty(v_.view(-1, heads, v_.shape[-1])))
+            saved += [q_, k_] if v is None else [q_, k_, v_]
+            parts = zip(group_tiles, group.queries.split(q_, heads), group.queries.split(out[-1], heads))
+            for tile, q_t, out_t in parts:
+                rows, seen = tile.rows * heads, tile.keys
+                k_t = corner(k_, rows, seen)
+                p = torch.softmax(hide(torch.bmm(q_t, k_t.mT), tile, heads), -1)
+                if tile.sees is not None:  # a token may see nothing
+                    p.unflatten(0, (-1, heads)).mul_(tile.sees.any(-1, keepdim=True))
+                dropped = p if masks is None else masks.draw(p.shape).mul_(p)
+                torch.bmm(dropped, k_t if v is None else corner(v_, rows, seen), out=out_t)
+                saved += [p, dropped]
+            if dropout_rate:
+                out[-1].mul_(1.0 / kept_share)
+        attended = join_groups(out, layout.queries, (k if v is None else v).shape, q)
+        ctx.save_for_backward(attended, *saved)
+        ctx.settings = (layout, kept_share, scale, v is None, (q.shape, k.shape))
+        return attended
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        attended, *saved = ctx.saved_tensors
+        layout, kept_share, scale, one, shapes = ctx.settings
+        heads = grad.shape[1]
+        dots = (grad * attended).sum(-1, keepdim=True)  # the rows' sums of dp * p
+        remaining = iter(saved)
+        d_q, d_k, d_v = [], [], []
+        for group, group_tiles in plan_of(layout):
+            q_, k_ = next(remaining), next(remaining)
+            v_ = k_ if one else next(remaining)
+            queries = group.queries
+            d_out, dots_ = (queries.hide_padding(queries.gather(x), heads) for x in (grad, dots))
+            if kept_share < 1.0:
+                d_out.mul_(1.0 / kept_share)
+            d_q_, d_k_, d_v_ = (
+                torch.empty_like(q_),
+                torch.empty_like(k_),
+                None if one else torch.empty_like(v_),
+            )
+            kept_of = [(next(remaining), next(remaining)) for _ in group_tiles]
+            by_tile = zip(group_tiles, *(queries.split(x, heads) for x in (q_, d_q_, d_out, dots_)), kept_of)
+            written = 0
+            for tile, q_t, d_q_t, d_out_t, dots_t, (p, dropped) in reversed(list(by_tile)):
+                rows, seen = tile.rows * heads, tile.keys
+                k_t = corner(k_, rows, seen)
+                d_s = torch.bmm(d_out_t, (k_t if one else corner(v_, rows, seen)).mT).mul_(dropped)
+                d_s.addcmul_(p, dots_t, value=-1.0)
+                torch.bmm(d_s, k_t, out=d_q_t)
+                for_keys, for_values = (d_s.mT, q_t), (dropped.mT, d_out_t)
+                if d_v_ is None:
+                    add_products(corner(d_k_, rows, seen), written, for_keys, for_values)
+                else:
+                    add_products(corner(d_k_, rows, seen), written, for_keys)
+                    add_products(corner(d_v_, rows, seen), written, for_values)
+                written = rows
+            d_q.append(d_q_ if scale == 1.0 else d_q_.mul_(scale))
+            d_k.append(d_k_.flatten(0, 1))
+            if d_v_ is not None:
+                d_v.append(d_v_.flatten(0, 1))
+        d_values = None if one else join_groups(d_v, layout.keys, grad.shape, grad)
+        d_inputs = (
+            join_groups(d_q, layout.queries, shapes[0], grad),
+            join_groups(d_k, layout.keys, shapes[1], grad),
+            d_values,
+        )
+        return *d_inputs, None, None, None

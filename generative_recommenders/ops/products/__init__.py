@@ -1,0 +1,1 @@
+"""Products of states with rows of the item table, and sums over them."""
