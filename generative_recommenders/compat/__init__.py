@@ -102,8 +102,8 @@ __getattr__ = lazy_exports(
             "TransformerEncoder",
         ],
         "genrec.losses": ["ContrastiveLoss", "SequenceLoss", "VQVAELoss"],
-        "replay.embeddings": ["CategoricalEmbedding", "NumericalEmbedding", "SequenceEmbedding"],
-        "replay.losses": [
+        "replay.nn.embedding": ["CategoricalEmbedding", "NumericalEmbedding", "SequenceEmbedding"],
+        "replay.nn.loss.catalogue": [
             "BCE",
             "CE",
             "BCESampled",
@@ -116,7 +116,7 @@ __getattr__ = lazy_exports(
             "SCEParams",
             "ScalableCrossEntropyLoss",
         ],
-        "replay.models": [
+        "replay.nn.sequential.sasrec": [
             "ConcatAggregator",
             "DefaultAttentionMask",
             "DiffTransformerBlock",
@@ -132,15 +132,15 @@ __getattr__ = lazy_exports(
             "SwiGLU",
             "SwiGLUEncoder",
         ],
-        "replay.next_item": [
+        "replay.nn.sequential.next_item": [
             "EmbeddingTyingHead",
             "InferenceOutput",
             "NextItemModel",
             "QueryTower",
             "TrainOutput",
         ],
-        "replay.postprocessors": ["PostprocessorBase", "SeenItemsFilter"],
-        "replay.schema": [
+        "replay.nn.lightning.postprocessor": ["PostprocessorBase", "SeenItemsFilter"],
+        "replay.data.schema": [
             "FeatureHint",
             "FeatureSource",
             "FeatureType",
@@ -148,7 +148,7 @@ __getattr__ = lazy_exports(
             "TensorFeatureSource",
             "TensorSchema",
         ],
-        "replay.transforms": [
+        "replay.nn.transform.columns": [
             "CopyTransform",
             "EqualityMaskTransform",
             "GroupTransform",
@@ -164,7 +164,7 @@ __getattr__ = lazy_exports(
             "make_default_sasrec_transforms",
             "make_default_twotower_transforms",
         ],
-        "replay.two_tower": ["FeaturesReader", "ItemTower", "TwoTower", "TwoTowerBody"],
+        "replay.nn.sequential.twotower": ["FeaturesReader", "ItemTower", "TwoTower", "TwoTowerBody"],
         "transformers4rec.masking": [
             "CausalLanguageModeling",
             "MaskSequence",

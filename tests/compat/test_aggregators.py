@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from generative_recommenders.compat.replay.aggregators import (
+from generative_recommenders.compat.replay.nn.agg import (
     ConcatAggregator,
     PositionAwareAggregator,
     SumAggregator,

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from generative_recommenders.compat.replay.attention_masks import (
+from generative_recommenders.compat.replay.nn.mask import (
     DefaultAttentionMask,
     additive_mask,
     causal_mask,

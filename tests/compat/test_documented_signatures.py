@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 
 from generative_recommenders.compat.genrec import modules as genrec
-from generative_recommenders.compat.replay import losses as replay_losses
-from generative_recommenders.compat.replay import models as replay_models
-from generative_recommenders.compat.replay import postprocessors as replay_postprocessors
-from generative_recommenders.compat.replay import transforms as replay_transforms
-from generative_recommenders.compat.replay import two_tower as replay_two_tower
+from generative_recommenders.compat.replay.nn.lightning import postprocessor as replay_postprocessors
+from generative_recommenders.compat.replay.nn.loss import catalogue as replay_losses
+from generative_recommenders.compat.replay.nn.sequential import sasrec as replay_models
+from generative_recommenders.compat.replay.nn.sequential import twotower as replay_two_tower
+from generative_recommenders.compat.replay.nn.transform import columns as replay_transforms
 from generative_recommenders.compat.transformers4rec import masking as transformers4rec_masking
 from generative_recommenders.compat.transformers4rec import metrics as transformers4rec_metrics
 

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from generative_recommenders.compat.replay.attention_masks import additive_mask, causal_mask
-from generative_recommenders.compat.replay.diff_transformer import (
+from generative_recommenders.compat.replay.nn.mask import additive_mask, causal_mask
+from generative_recommenders.compat.replay.nn.sequential.diff_transformer import (
     DiffTransformerBlock,
     DiffTransformerLayer,
     MultiHeadDifferentialAttention,

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from generative_recommenders.compat.replay.models import EmbeddingTyingHead, SequenceEmbedding
-from generative_recommenders.compat.replay.schema import (
+from generative_recommenders.compat.replay.data.schema import (
     FeatureHint,
     FeatureType,
     TensorFeatureInfo,
     TensorSchema,
 )
+from generative_recommenders.compat.replay.nn.sequential.sasrec import EmbeddingTyingHead, SequenceEmbedding
 from golden_parity import assert_gradients, assert_near, load_golden, load_parameters
 
 

@@ -8,8 +8,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from generative_recommenders.compat.replay.losses import CESampled
-from generative_recommenders.compat.replay.models import (
+from generative_recommenders.compat.replay.data.schema import (
+    FeatureHint,
+    FeatureSource,
+    FeatureType,
+    TensorFeatureInfo,
+    TensorFeatureSource,
+    TensorSchema,
+)
+from generative_recommenders.compat.replay.nn.loss.catalogue import CESampled
+from generative_recommenders.compat.replay.nn.sequential.sasrec import (
     DefaultAttentionMask,
     FeaturesReader,
     PositionAwareAggregator,
@@ -22,15 +30,7 @@ from generative_recommenders.compat.replay.models import (
     TwoTower,
     TwoTowerBody,
 )
-from generative_recommenders.compat.replay.schema import (
-    FeatureHint,
-    FeatureSource,
-    FeatureType,
-    TensorFeatureInfo,
-    TensorFeatureSource,
-    TensorSchema,
-)
-from generative_recommenders.compat.replay.transforms import make_default_sasrec_transforms
+from generative_recommenders.compat.replay.nn.transform.columns import make_default_sasrec_transforms
 
 NUM_UNIQUE_ITEMS = 40
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from generative_recommenders.compat.replay.losses import (
+from generative_recommenders.compat.replay.nn.loss.catalogue import (
     BCE,
     CE,
     BCESampled,
@@ -17,7 +17,7 @@ from generative_recommenders.compat.replay.losses import (
     LogOutCE,
     SCEParams,
 )
-from generative_recommenders.compat.replay.sampled_losses import SampledLoss
+from generative_recommenders.compat.replay.nn.loss.sampled import SampledLoss
 from generative_recommenders.errors import UserError
 from golden_parity import assert_near
 from replay_scenes import ITEM_WEIGHTS, scene, with_logits

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from generative_recommenders.compat.replay import losses as replay_losses
-from generative_recommenders.compat.replay.losses import (
+from generative_recommenders.compat.replay.nn.loss import catalogue as replay_losses
+from generative_recommenders.compat.replay.nn.loss.catalogue import (
     BCE,
     CE,
     BCESampled,
@@ -24,7 +24,7 @@ from generative_recommenders.compat.replay.losses import (
     ScalableCrossEntropyLoss,
     SCEParams,
 )
-from generative_recommenders.compat.replay.next_item import NextItemModel
+from generative_recommenders.compat.replay.nn.sequential.next_item import NextItemModel
 from generative_recommenders.errors import UserError
 from generative_recommenders.objectives.losses import catalogue
 from generative_recommenders.objectives.losses import sce as scalable_cross_entropy

@@ -8,7 +8,15 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from generative_recommenders.compat.replay.models import (
+from generative_recommenders.compat.replay.data.schema import (
+    FeatureHint,
+    FeatureSource,
+    FeatureType,
+    TensorFeatureInfo,
+    TensorFeatureSource,
+    TensorSchema,
+)
+from generative_recommenders.compat.replay.nn.sequential.sasrec import (
     DefaultAttentionMask,
     DiffTransformerLayer,
     FeaturesReader,
@@ -23,14 +31,6 @@ from generative_recommenders.compat.replay.models import (
     TrainOutput,
     TwoTower,
     TwoTowerBody,
-)
-from generative_recommenders.compat.replay.schema import (
-    FeatureHint,
-    FeatureSource,
-    FeatureType,
-    TensorFeatureInfo,
-    TensorFeatureSource,
-    TensorSchema,
 )
 from generative_recommenders.errors import UserError
 from golden_parity import assert_gradients, assert_near, load_golden, load_parameters

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from generative_recommenders.compat.replay.postprocessors import SeenItemsFilter
-from generative_recommenders.compat.replay.transforms import (
+from generative_recommenders.compat.replay.nn.lightning.postprocessor import SeenItemsFilter
+from generative_recommenders.compat.replay.nn.transform.columns import (
     CopyTransform,
     EqualityMaskTransform,
     GroupTransform,
@@ -93,7 +93,7 @@ def token_mask_cases(tensors: dict[str, Tensor]) -> list[str]:
 def stored_draws(monkeypatch: pytest.MonkeyPatch, draws: Tensor) -> None:
     """Makes the transform use the reference's stored uniform draws (any, where none are stored)."""
     monkeypatch.setattr(
-        "generative_recommenders.compat.replay.transforms.uniform",
+        "generative_recommenders.compat.replay.nn.transform.columns.uniform",
         lambda shape, device, generator: draws.expand(*shape) if len(draws) else torch.full(shape, 0.5),
     )
 

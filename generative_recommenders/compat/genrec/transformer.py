@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from generative_recommenders.compat.replay.attention_masks import additive_mask, causal_mask
+from generative_recommenders.compat.replay.nn.mask import additive_mask, causal_mask
 from generative_recommenders.modeling.encoders import transformer
 from generative_recommenders.modeling.encoders.transformer import PositionalEncoding, TransformerBlock
 from generative_recommenders.ops.dropout import Dropout

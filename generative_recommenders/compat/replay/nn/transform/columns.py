@@ -13,12 +13,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from generative_recommenders.compat.replay.batch import TensorBatch, require, require_tensor
-from generative_recommenders.compat.replay.negative_transforms import (
+from generative_recommenders.compat.replay.data.schema import TensorSchema
+from generative_recommenders.compat.replay.nn.transform.batch import TensorBatch, require, require_tensor
+from generative_recommenders.compat.replay.nn.transform.negative_sampling import (
     MultiClassNegativeSamplingTransform,
     UniformNegativeSamplingTransform,
 )
-from generative_recommenders.compat.replay.schema import TensorSchema
 from generative_recommenders.data.token_masks import uniform
 from generative_recommenders.errors import UserError
 

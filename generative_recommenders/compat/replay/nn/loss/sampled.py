@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from generative_recommenders.compat.replay.loss_base import (
+from generative_recommenders.compat.replay.nn.loss.base import (
     CROSS_ENTROPY,
     Positions,
     ReplayLoss,
     weighted_terms,
     weights_of,
 )
-from generative_recommenders.compat.replay.next_item import NextItemModel
+from generative_recommenders.compat.replay.nn.sequential.next_item import NextItemModel
 from generative_recommenders.objectives.losses import sampled
 from generative_recommenders.objectives.losses.sampled import Terms, full_precision
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from generative_recommenders.compat.replay.batch import TensorBatch, require
+from generative_recommenders.compat.replay.nn.transform.batch import TensorBatch, require
 from generative_recommenders.errors import UserError
 
 MULTINOMIAL_LIMIT = 2**24

@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from generative_recommenders.compat.replay.schema import (
+from generative_recommenders.compat.replay.data.schema import (
     FeatureHint,
     FeatureType,
     TensorFeatureInfo,

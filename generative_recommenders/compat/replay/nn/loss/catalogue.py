@@ -30,14 +30,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from generative_recommenders.compat.replay.loss_base import (
+from generative_recommenders.compat.replay.nn.loss.base import (
     CROSS_ENTROPY,
     Positions,
     ReplayLoss,
     weighted_terms,
     weights_of,
 )
-from generative_recommenders.compat.replay.sampled_losses import (
+from generative_recommenders.compat.replay.nn.loss.sampled import (
     BCESampled,
     CESampled,
     LogInCESampled,

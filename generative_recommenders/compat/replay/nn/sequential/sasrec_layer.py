@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from generative_recommenders.compat.replay.attention_masks import hide_padded_keys, mask_for, mask_per_head
+from generative_recommenders.compat.replay.nn.mask import hide_padded_keys, mask_for, mask_per_head
 from generative_recommenders.errors import UserError
 from generative_recommenders.ops.feed_forward import PointWiseFeedForward
 

@@ -13,14 +13,15 @@ import pyarrow.parquet as pq
 import torch
 from torch import nn
 
-from generative_recommenders.compat.replay.aggregators import (
+from generative_recommenders.compat.replay.data.schema import TensorFeatureInfo, TensorSchema
+from generative_recommenders.compat.replay.nn.agg import (
     Aggregator,
     PositionAwareAggregator,
     SumAggregator,
 )
-from generative_recommenders.compat.replay.attention_masks import DefaultAttentionMask
-from generative_recommenders.compat.replay.embeddings import ListReduction, SequenceEmbedding
-from generative_recommenders.compat.replay.next_item import (
+from generative_recommenders.compat.replay.nn.embedding import ListReduction, SequenceEmbedding
+from generative_recommenders.compat.replay.nn.mask import DefaultAttentionMask
+from generative_recommenders.compat.replay.nn.sequential.next_item import (
     EmbedderProto,
     LossProto,
     NextItemModel,
@@ -29,8 +30,7 @@ from generative_recommenders.compat.replay.next_item import (
     call_with_accepted,
     embedded_schema,
 )
-from generative_recommenders.compat.replay.sasrec_layer import SasRecTransformerLayer
-from generative_recommenders.compat.replay.schema import TensorFeatureInfo, TensorSchema
+from generative_recommenders.compat.replay.nn.sequential.sasrec_layer import SasRecTransformerLayer
 from generative_recommenders.errors import UserError
 from generative_recommenders.ops.feed_forward import SwiGLUEncoder
 
@@ -207,7 +207,7 @@ class TwoTower(NextItemModel):
         Both towers read all features of the schema but the excluded ones, the query id and the timestamp,
         each embedded in ``embedding_dim`` columns.
         """
-        from generative_recommenders.compat.replay.losses import CE
+        from generative_recommenders.compat.replay.nn.loss.catalogue import CE
 
         schema = embedded_schema(schema, excluded_features, embedding_dim)
         item = schema.item_id_features.item()

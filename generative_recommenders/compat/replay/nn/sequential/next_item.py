@@ -11,8 +11,8 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from generative_recommenders.compat.replay.aggregators import Aggregator
-from generative_recommenders.compat.replay.schema import TensorSchema
+from generative_recommenders.compat.replay.data.schema import TensorSchema
+from generative_recommenders.compat.replay.nn.agg import Aggregator
 from generative_recommenders.errors import UserError
 
 Tensors = Mapping[str, torch.Tensor]

@@ -10,25 +10,26 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from generative_recommenders.compat.replay.aggregators import (
+from generative_recommenders.compat.replay.data.schema import TensorSchema
+from generative_recommenders.compat.replay.nn.agg import (
     Aggregator,
     ConcatAggregator,
     PositionAwareAggregator,
     SumAggregator,
 )
-from generative_recommenders.compat.replay.attention_masks import DefaultAttentionMask
-from generative_recommenders.compat.replay.diff_transformer import (
-    DiffTransformerBlock,
-    DiffTransformerLayer,
-    MultiHeadDifferentialAttention,
-)
-from generative_recommenders.compat.replay.embeddings import (
+from generative_recommenders.compat.replay.nn.embedding import (
     CategoricalEmbedding,
     ListReduction,
     NumericalEmbedding,
     SequenceEmbedding,
 )
-from generative_recommenders.compat.replay.next_item import (
+from generative_recommenders.compat.replay.nn.mask import DefaultAttentionMask
+from generative_recommenders.compat.replay.nn.sequential.diff_transformer import (
+    DiffTransformerBlock,
+    DiffTransformerLayer,
+    MultiHeadDifferentialAttention,
+)
+from generative_recommenders.compat.replay.nn.sequential.next_item import (
     EmbeddingTyingHead,
     InferenceOutput,
     ItemEmbedderProto,
@@ -39,9 +40,13 @@ from generative_recommenders.compat.replay.next_item import (
     TrainOutput,
     embedded_schema,
 )
-from generative_recommenders.compat.replay.sasrec_layer import SasRecTransformerLayer
-from generative_recommenders.compat.replay.schema import TensorSchema
-from generative_recommenders.compat.replay.two_tower import FeaturesReader, ItemTower, TwoTower, TwoTowerBody
+from generative_recommenders.compat.replay.nn.sequential.sasrec_layer import SasRecTransformerLayer
+from generative_recommenders.compat.replay.nn.sequential.twotower import (
+    FeaturesReader,
+    ItemTower,
+    TwoTower,
+    TwoTowerBody,
+)
 from generative_recommenders.modeling.feature_embeddings import IdentityEmbedding
 from generative_recommenders.ops.feed_forward import PointWiseFeedForward, SwiGLU, SwiGLUEncoder
 
@@ -117,7 +122,7 @@ class SasRec(NextItemModel):
         It reads all features of the schema but the excluded ones, the query id and the timestamp, each
         embedded in ``embedding_dim`` columns.
         """
-        from generative_recommenders.compat.replay.losses import CE
+        from generative_recommenders.compat.replay.nn.loss.catalogue import CE
 
         schema = embedded_schema(schema, excluded_features, embedding_dim)
         item = schema.item_id_features.item()

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from generative_recommenders.compat.replay.attention_masks import (
+from generative_recommenders.compat.replay.nn.mask import (
     additive_mask,
     causal_mask,
     mask_for,

@@ -1,0 +1,1 @@
+"""RePlay's ``replay.nn`` by its module paths."""

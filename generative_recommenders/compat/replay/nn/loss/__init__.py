@@ -1,0 +1,1 @@
+"""RePlay's losses."""
