@@ -51,6 +51,8 @@ __all__ = [
     "register_item_embedding",
     "register_loss",
     "register_negative_sampler",
+    "register_objective",
+    "register_optimizer",
     "register_output_postprocessor",
     "register_similarity",
 ]

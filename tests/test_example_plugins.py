@@ -13,6 +13,7 @@ from programs import ROOT, run_program
 PREPARED = Path(__file__).parent / "compatibility" / "v0_1_0" / "prepared"
 CASES = {
     "gru4rec": ("GRU4Rec", ["train_fn.main_module = 'GRU4Rec'", "gru4rec_encoder.hidden_dim = 12"]),
+    "future": ("future", ["train_fn.objective = 'future'", "future_objective.horizon = 3"]),
     "bpr": ("BPR", ["train_fn.loss_module = 'BPR'", "bpr.margin = 0.5"]),
 }
 SHORT = [
@@ -49,6 +50,20 @@ def test_a_plugin_trains_resumes_and_is_asked_for(stem: str, tmp_path: Path) -> 
     assert evaluated.returncode == 0, evaluated.stderr
 
 
+def test_a_changed_plugin_file_warns_on_resume(tmp_path: Path) -> None:
+    plugin = Path(shutil.copy(ROOT / "examples" / "plugins" / "future.py", tmp_path / "future.py"))
+    shutil.copytree(PREPARED, tmp_path / "data" / "prepared")
+    place = [f"--plugin={plugin}", f"--data_root={tmp_path / 'data'}", f"--run_dir={tmp_path / 'run'}"]
+    bindings = [f"--gin_bindings={each}" for each in [*SHORT, "train_fn.objective = 'future'"]]
+    started = main("--max_steps=2", *bindings, *place)
+    assert started.returncode == 0, started.stderr
+    assert "another version" not in started.stderr
+    plugin.write_text(plugin.read_text() + "# changed\n")
+    resumed = main("--resume", "--max_steps=3", *place)
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"objective 'future' was saved with another version of {plugin}" in resumed.stderr
+
+
 def test_parts_are_listed_a_line_each() -> None:
     listed = main("--list=encoders", "--plugin=examples/plugins/gru4rec.py")
     assert listed.returncode == 0, listed.stderr
@@ -57,6 +72,10 @@ def test_parts_are_listed_a_line_each() -> None:
     assert "hidden_dim: int = 64 (>= 1, <= 4096)" in next(
         line for line in lines if line.startswith("GRU4Rec")
     )
+    objectives = main("--list=objectives", "--plugin=examples/plugins/future.py").stdout
+    assert "permuted (permuted_objective): mask_probability: float = 0.16" in objectives
+    assert "horizon: int = 10 (>= 1, <= 1000)" in objectives
+    assert "lazy_adamw (lazy_adamw): no options" in main("--list=optimizers").stdout
     losses = main("--list=losses", "--plugin=examples/plugins/bpr.py")
     assert "BPR (bpr)" in losses.stdout and "margin: float = 0.0 (>= 0)" in losses.stdout
 

@@ -19,7 +19,7 @@ from generative_recommenders.data.batch_transforms import next_token_batch
 from generative_recommenders.data.loader import LoadedBatch
 from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.modeling.model import SequenceRecommender
-from generative_recommenders.training.optimizers import Optimizer
+from generative_recommenders.training.optimizers import AdamW, Optimizer
 from generative_recommenders.training.step import TrainingStep
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples" / "plugins"
@@ -136,7 +136,7 @@ def training_step(chosen: RunSettings, data: Catalogue, seed: int = 0) -> Traini
     task.seed = seed
     table = task.model.items.table
     dense = [parameter for parameter in task.parameters() if parameter is not table]
-    return TrainingStep(task, Optimizer(dense, table, "adamw", 1e-2, 0.0), Collectives())
+    return TrainingStep(task, Optimizer(dense, table, AdamW(1e-2, 0.0)), Collectives())
 
 
 def loaded(columns: dict[str, torch.Tensor], first_row: int = 0, first_token: int = 0) -> LoadedBatch:

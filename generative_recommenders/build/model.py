@@ -7,7 +7,7 @@ from typing import cast
 import torch
 
 from generative_recommenders.build.catalogue import Catalogue
-from generative_recommenders.build.objectives import MASKING_SCHEMES, auxiliary_weights, build_objective
+from generative_recommenders.build.objectives import auxiliary_weights, build_objective
 from generative_recommenders.build.registered import build_part
 from generative_recommenders.config.registry import (
     INPUT_PREPROCESSORS,
@@ -83,12 +83,13 @@ def build_sequence(settings: RunSettings, catalogue: Catalogue) -> SequenceEncod
         "max_length": t.max_tokens * preprocessor.tokens_per_item,
     }
     encoder = build_part(settings, *settings.chosen_parts()[0], seen_by_encoder)
-    if t.objective in MASKING_SCHEMES and not encoder.causal:
+    objective = build_objective(settings)
+    if objective.uses_mask and not encoder.causal:
         raise UserError(
             f"objective {t.objective!r} sets the attention mask, which hstu_encoder.normalization "
             f"{settings.hstu.normalization!r} cannot follow; choose 'rel_bias'"
         )
-    if t.objective in MASKING_SCHEMES and not getattr(encoder, "follows_visibility", True):
+    if objective.uses_mask and not getattr(encoder, "follows_visibility", True):
         raise UserError(
             f"objective {t.objective!r} shows both sides of a hidden item, which encoder {t.main_module!r} cannot read"
         )

@@ -10,49 +10,32 @@ import torch
 from generative_recommenders.build.catalogue import Catalogue
 from generative_recommenders.build.entity_features import class_assignment
 from generative_recommenders.build.registered import build_part
-from generative_recommenders.config.fields import look_up
-from generative_recommenders.config.registry import LOSSES, NEGATIVE_SAMPLERS
+from generative_recommenders.config.registry import LOSSES, NEGATIVE_SAMPLERS, OBJECTIVES
 from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.model import SequenceEncoder
-from generative_recommenders.objectives.causal import CausalObjective
+from generative_recommenders.objectives import causal, masked, permuted, replaced  # noqa: F401  (register)
 from generative_recommenders.objectives.criterion import CatalogueCriterion, Criterion, SampledCriterion
-from generative_recommenders.objectives.losses.catalogue import CatalogueLoss
+from generative_recommenders.objectives.losses import catalogue as catalogue_losses  # noqa: F401  (registers)
 from generative_recommenders.objectives.losses.sampled import SampledLoss
 from generative_recommenders.objectives.losses.sce import ScalableCrossEntropyLoss
-from generative_recommenders.objectives.masked import MaskedItemMasking, MaskedObjective, MaskingScheme
 from generative_recommenders.objectives.negative_samplers import NegativesSampler, Sharing
-from generative_recommenders.objectives.permuted import PermutationMasking
-from generative_recommenders.objectives.replaced import ReplacedDetectionCriterion
-
-MASKING_SCHEMES: dict[str, Callable[[RunSettings], MaskingScheme]] = {
-    "masked": lambda s: MaskedItemMasking(_probability(s, 0.15)),
-    "permuted": lambda s: PermutationMasking(
-        _probability(s, 1 / 6), s.train.max_span_length, s.train.permute_all
-    ),
-    "replaced": lambda s: MaskedItemMasking(_probability(s, 0.15)),
-}
-CAUSAL_OBJECTIVES = {"causal": False, "causal_last": True}
-"""Name -> whether the last position alone predicts."""
+from generative_recommenders.objectives.objective import Objective
 
 
-def build_objective(settings: RunSettings) -> CausalObjective | MaskedObjective:
+def build_objective(settings: RunSettings) -> Objective:
     """What is predicted: the next items of every position or of the last one, or hidden positions."""
-    t, name = settings.train, settings.train.objective
-    by_rating = t.target_weights == "rating"
-    if name in MASKING_SCHEMES:
-        if t.num_positives > 1 or by_rating:
-            raise UserError(
-                f"num_positives and target_weights are of next items, which objective {name!r} does not predict: unset them"
-            )
-        return MaskedObjective(MASKING_SCHEMES[name](settings))
-    known = CAUSAL_OBJECTIVES | dict.fromkeys(MASKING_SCHEMES, False)
-    return CausalObjective(look_up(known, name, "objective"), t.num_positives, by_rating)
-
-
-def _probability(settings: RunSettings, default: float) -> float:
-    given = settings.train.mask_probability
-    return default if given is None else given
+    t = settings.train
+    if "num_positives" not in OBJECTIVES[t.objective].options.model_fields and (
+        t.num_positives > 1 or t.target_weights == "rating"
+    ):
+        raise UserError(
+            f"num_positives and target_weights are of next items, which objective {t.objective!r} does not predict: unset them"
+        )
+    objective: Objective = build_part(
+        settings, OBJECTIVES, t.objective, {"embedding_dim": t.item_embedding_dim}
+    )
+    return objective
 
 
 def auxiliary_weights(settings: RunSettings) -> dict[str, float]:
@@ -67,14 +50,10 @@ def auxiliary_weights(settings: RunSettings) -> dict[str, float]:
 
 
 def build_criterion(
-    settings: RunSettings, catalogue: Catalogue, make_discriminator: Callable[[], SequenceEncoder]
+    settings: RunSettings, catalogue: Catalogue, encoder: Callable[[bool], SequenceEncoder]
 ) -> Criterion:
-    """The criterion by ``train_fn.loss_module``, and the discriminator's beside it where there is
-    one.
-
-    make_discriminator: the encoder of a discriminator, called if the objective needs one.
-    """
-    t = settings.train
+    """The criterion by ``train_fn.loss_module``, with what the objective adds. encoder: see `Objective.criterion`."""
+    t, objective = settings.train, build_objective(settings)
     if t.loss_module == "VQVAELoss":
         raise UserError(
             "VQVAELoss trains a tokenizer of items, not a retriever: see compat.VQVAELoss, and choose another loss_module"
@@ -90,61 +69,32 @@ def build_criterion(
         raise UserError(f"label_smoothing acts in {smooth}, not in {t.loss_module}; leave it at 0")
     loss = build_part(settings, LOSSES, t.loss_module, {"num_items": catalogue.num_items})
     if isinstance(loss, SampledLoss):
-        criterion: Criterion = _sampled_criterion(settings, catalogue, loss)
+        if settings.uses_item_tower and t.negatives_sharing == "position":
+            raise UserError(
+                "an item tower computes the items that a step gathers, and negatives of each position gather most "
+                'of the catalogue: set train_fn.negatives_sharing to "block" or "batch"'
+            )
+        if loss.needs_ratings and not catalogue.has_ratings:
+            raise UserError(f"{t.loss_module} needs ratings, and {t.dataset_name} has none")
+        if loss.needs_ratings and objective.uses_mask:
+            raise UserError(
+                f"{t.loss_module} needs ratings of the next items, which objective {t.objective!r} does not give"
+            )
+        weights = auxiliary_weights(settings)
+        criterion: Criterion = SampledCriterion(loss, weights, t.loss_activation_checkpoint)
     else:
-        criterion = _catalogue_criterion(settings, loss)
-    return (
-        criterion if t.objective != "replaced" else _with_detection(settings, criterion, make_discriminator)
-    )
-
-
-def _sampled_criterion(settings: RunSettings, catalogue: Catalogue, loss: SampledLoss) -> Criterion:
-    t = settings.train
-    _check_tower_negatives(settings)
-    if loss.needs_ratings and not catalogue.has_ratings:
-        raise UserError(f"{t.loss_module} needs ratings, and {t.dataset_name} has none")
-    if loss.needs_ratings and t.objective in MASKING_SCHEMES:
+        if t.interaction_module_type == "MoL":
+            raise UserError(
+                f"{t.loss_module} scores the catalogue by dot product; with MoL choose a sampled loss"
+            )
+        if isinstance(loss, ScalableCrossEntropyLoss) and t.num_positives > 1:
+            raise UserError(f"{t.loss_module} takes one positive a position: leave num_positives at 1")
+        criterion = CatalogueCriterion(loss)
+    if objective.needs_item_table and (settings.uses_item_tower or t.interaction_module_type == "MoL"):
         raise UserError(
-            f"{t.loss_module} needs ratings of the next items, which objective {t.objective!r} does not give"
+            f"objective {t.objective!r} samples and looks up fakes in the item table: no item tower, no MoL"
         )
-    return SampledCriterion(loss, auxiliary_weights(settings), t.loss_activation_checkpoint)
-
-
-def _check_tower_negatives(settings: RunSettings) -> None:
-    if settings.uses_item_tower and settings.train.negatives_sharing == "position":
-        raise UserError(
-            "an item tower computes the items that a step gathers, and negatives of each position gather most "
-            'of the catalogue: set train_fn.negatives_sharing to "block" or "batch"'
-        )
-
-
-def _catalogue_criterion(settings: RunSettings, loss: CatalogueLoss | ScalableCrossEntropyLoss) -> Criterion:
-    t = settings.train
-    if t.interaction_module_type == "MoL":
-        raise UserError(
-            f"{t.loss_module} scores the catalogue by dot product; with MoL choose a sampled loss"
-        )
-    if isinstance(loss, ScalableCrossEntropyLoss) and t.num_positives > 1:
-        raise UserError(f"{t.loss_module} takes one positive a position: leave num_positives at 1")
-    return CatalogueCriterion(loss)
-
-
-def _with_detection(
-    settings: RunSettings, base: Criterion, make_discriminator: Callable[[], SequenceEncoder]
-) -> Criterion:
-    t = settings.train
-    if settings.uses_item_tower or t.interaction_module_type == "MoL":
-        raise UserError(
-            'objective "replaced" samples and looks up fakes in the item table: no item tower, no MoL'
-        )
-    if t.fakes_from == "catalogue" and base.needs_negatives:
-        raise UserError(
-            f'fakes_from "catalogue" needs the whole item table in a step: choose CE, not {t.loss_module}'
-        )
-    return ReplacedDetectionCriterion(
-        base, make_discriminator(), t.item_embedding_dim, t.discriminator_weight,
-        t.tie_discriminator, t.fakes_from == "batch",
-    )  # fmt: skip
+    return objective.criterion(criterion, encoder)
 
 
 def build_sampler(settings: RunSettings, catalogue: Catalogue, name: str | None = None) -> NegativesSampler:

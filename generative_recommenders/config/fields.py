@@ -33,6 +33,8 @@ NonNegative = Annotated[float, Ge(0.0)]
 Share = Annotated[float, Ge(0.0), Lt(1.0)]
 """A dropout rate, or a part of a whole."""
 
+Probability = Annotated[float, Ge(0.0), Le(1.0)]
+
 SMALLEST, LARGEST = 1e-30, 1e30
 """Sizes of numbers that float32 holds with room for squares of sums."""
 

@@ -207,6 +207,8 @@ SIMILARITIES = _registry(
 )
 NEGATIVE_SAMPLERS = _registry("negative_samplers", "negative sampler", "train_fn.sampling_strategy")
 LOSSES = _registry("losses", "loss", "train_fn.loss_module")
+OBJECTIVES = _registry("objectives", "objective", "train_fn.objective", ("embedding_dim",))
+OPTIMIZERS = _registry("optimizers", "optimizer", "train_fn.optimizer", ("learning_rate", "weight_decay"))
 DATA_SOURCES = _registry("data_sources", "data source", "--dataset", ("request",))
 
 
@@ -222,4 +224,6 @@ register_item_embedding = ITEM_EMBEDDINGS.register
 register_similarity = SIMILARITIES.register
 register_negative_sampler = NEGATIVE_SAMPLERS.register
 register_loss = LOSSES.register
+register_objective = OBJECTIVES.register
+register_optimizer = OPTIMIZERS.register
 register_data_source = DATA_SOURCES.register

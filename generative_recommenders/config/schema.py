@@ -15,6 +15,8 @@ from generative_recommenders.config.registry import (
     ITEM_EMBEDDINGS,
     LOSSES,
     NEGATIVE_SAMPLERS,
+    OBJECTIVES,
+    OPTIMIZERS,
     OUTPUT_POSTPROCESSORS,
     REGISTRIES,
     SIMILARITIES,
@@ -75,8 +77,8 @@ class RunSettings(StrictModel):
             section = dict(getattr(self, SECTIONS[part.gin_name][0]))
             own = {**{k: v for k, v in section.items() if k in part.options.model_fields}, **own}
         for option, published in PUBLISHED_OPTIONS.get(registry.kind, {}).items():
-            if option in part.options.model_fields:
-                own.setdefault(option, self.published(published))
+            if option in part.options.model_fields and (value := self.published(published)) is not None:
+                own.setdefault(option, value)  # None leaves the part's own default
         return own
 
     def published(self, gin_name: str) -> Any:
@@ -94,6 +96,8 @@ class RunSettings(StrictModel):
             (OUTPUT_POSTPROCESSORS, t.user_embedding_norm),
             (ITEM_EMBEDDINGS, "item_tower" if t.main_module == "TwoTower" else t.embedding_module_type),
             (SIMILARITIES, t.interaction_module_type or "DotProduct"),
+            (OBJECTIVES, t.objective),
+            (OPTIMIZERS, t.optimizer),
             (NEGATIVE_SAMPLERS, t.sampling_strategy),
         ]
         shares = (
@@ -189,6 +193,16 @@ PUBLISHED_OPTIONS: dict[str, dict[str, str]] = {
         "label_smoothing": "train_fn.label_smoothing",
         "calibration": "train_fn.calibration",
         "threshold": "train_fn.rating_threshold",
+    },
+    "objective": {
+        "num_positives": "train_fn.num_positives",
+        "target_weights": "train_fn.target_weights",
+        "mask_probability": "train_fn.mask_probability",
+        "max_span_length": "train_fn.max_span_length",
+        "permute_all": "train_fn.permute_all",
+        "fakes_from": "train_fn.fakes_from",
+        "tie_discriminator": "train_fn.tie_discriminator",
+        "discriminator_weight": "train_fn.discriminator_weight",
     },
     "negative sampler": {
         "log_q_correction": "train_fn.log_q_correction",

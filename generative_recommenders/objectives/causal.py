@@ -4,32 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 
+from generative_recommenders.config.fields import Size
+from generative_recommenders.config.registry import register_objective
 from generative_recommenders.data.batch_transforms import next_token_batch
 from generative_recommenders.data.loader import LoadedBatch
 from generative_recommenders.data.token_masks import Draws
 from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.events import past_features
-from generative_recommenders.modeling.inputs import LastEventReader
+from generative_recommenders.modeling.inputs import ModelInputs, history_inputs
 from generative_recommenders.objectives.examples import TrainingExample, make_example
+from generative_recommenders.objectives.objective import Objective
 from generative_recommenders.ops.layout import jagged_layout
+from generative_recommenders.types import SequentialFeatures
 
 
-class CausalObjective(LastEventReader):
-    """Every position predicts the next item (CLM); last_only: the last position alone.
+@register_objective("causal", gin_name="causal_objective")
+class CausalObjective(Objective):
+    """Every position predicts the next item (CLM).
 
     num_positives: P, the next so many items (the dense all-action loss of PinnerFormer, arXiv 2205.04507, over a count
-    instead of a time). weigh_by_rating: a target weighs its rating. columns, see `data.loader.LoadedBatch`, are
-    split by `data.batch_transforms.next_token_batch`.
+    instead of a time). target_weights: what a target counts, "equal" or its "rating".
     """
 
-    def __init__(
-        self, last_only: bool = False, num_positives: int = 1, weigh_by_rating: bool = False
-    ) -> None:
-        self.last_only, self.num_positives, self.weigh_by_rating = last_only, num_positives, weigh_by_rating
+    last_only = False
+
+    def __init__(self, num_positives: Size = 1, target_weights: Literal["equal", "rating"] = "equal") -> None:
+        self.num_positives, self.target_weights = num_positives, target_weights
 
     def first_target(self, batch: LoadedBatch) -> int:
         """Targets are numbered by row, or by token."""
@@ -47,11 +52,22 @@ class CausalObjective(LastEventReader):
                 ratings if ratings is None else following(ratings, features.past_lengths, self.num_positives)
             )
         example = make_example(features, layout, ids, ratings, batch["user_ids"], read)
-        if not self.weigh_by_rating:
+        if self.target_weights == "equal":
             return example
         if example.ratings is None:
             raise UserError('train_fn.target_weights "rating": the data have no ratings')
         return replace(example, weights=example.weights * example.ratings.clamp(min=0))
+
+    def query(self, features: SequentialFeatures) -> ModelInputs:
+        """The history as it is, read after its last event."""
+        return history_inputs(features)
+
+
+@register_objective("causal_last", gin_name="causal_last_objective")
+class CausalLastObjective(CausalObjective):
+    """The last position alone predicts the next item."""
+
+    last_only = True
 
 
 def following(values: torch.Tensor, lengths: torch.Tensor, count: int) -> torch.Tensor:

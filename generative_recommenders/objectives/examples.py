@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
-from generative_recommenders.data.loader import LoadedBatch
-from generative_recommenders.data.token_masks import Draws
-from generative_recommenders.modeling.inputs import ModelInputs, QueryReader
+from generative_recommenders.modeling.inputs import ModelInputs
 from generative_recommenders.ops.layout import Layout
 from generative_recommenders.types import SequentialFeatures
 
@@ -27,16 +23,6 @@ class TrainingExample(ModelInputs):
     weights: torch.Tensor
     users: torch.Tensor
     ratings: torch.Tensor | None = None
-
-
-class Objective(QueryReader, Protocol):
-    """What a model learns to predict, and how it is asked for the next item afterwards."""
-
-    def example(self, columns: Mapping[str, torch.Tensor], draws: Draws) -> TrainingExample:
-        """columns: of `data.loader.LoadedBatch`. draws: what random choices come from."""
-
-    def first_target(self, batch: LoadedBatch) -> int | None:
-        """Number of the process's first target in the global batch; None where only counting targets tells."""
 
 
 def make_example(

@@ -14,12 +14,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from generative_recommenders.config.fields import Probability
+from generative_recommenders.config.registry import register_objective
 from generative_recommenders.data.loader import LoadedBatch
 from generative_recommenders.data.token_masks import Draws, proper_part, uniform
 from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.events import events_with_slot, hidden_events
 from generative_recommenders.modeling.inputs import ModelInputs
 from generative_recommenders.objectives.examples import TrainingExample, make_example
+from generative_recommenders.objectives.objective import Objective
 from generative_recommenders.ops.layout import Layout, jagged_layout
 from generative_recommenders.ops.layout import Visibility as TokenVisibility
 from generative_recommenders.types import SequentialFeatures
@@ -92,7 +95,7 @@ class MaskedItemMasking(MaskingScheme):
         return sequence, lengths
 
 
-class MaskedObjective:
+class MaskedObjective(Objective):
     """A masking scheme over whole histories: hidden, permuted or replaced positions are predicted.
 
     Queries read a mask slot behind the history.
@@ -129,6 +132,14 @@ class MaskedObjective:
             read=layout.starts + read.to(layout.device),
             replaced=layout.flatten(masked.replaced),
         )
+
+
+@register_objective("masked", gin_name="masked_objective")
+class MaskedItemObjective(MaskedObjective):
+    """Hidden items are named from both sides, see `MaskedItemMasking`."""
+
+    def __init__(self, mask_probability: Probability = 0.15) -> None:
+        super().__init__(MaskedItemMasking(mask_probability))
 
 
 def masked_layout(masked: MaskedSequence) -> Layout:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
+from annotated_types import Gt, Le
 from torch import Tensor
 
+from generative_recommenders.config.fields import Size
+from generative_recommenders.config.registry import register_objective
 from generative_recommenders.data.token_masks import Draws, proper_part, uniform
 from generative_recommenders.errors import UserError
 from generative_recommenders.objectives.masked import (
+    MaskedObjective,
     MaskedSequence,
     MaskingScheme,
     Visibility,
@@ -78,3 +84,16 @@ class PermutationMasking(MaskingScheme):
         input_ids, slot = append_mask_slot(item_ids, lengths)
         nothing = torch.zeros_like(input_ids)
         return MaskedSequence(input_ids, slot, lengths + 1, nothing, (slot.long(), nothing)), lengths
+
+
+@register_objective("permuted", gin_name="permuted_objective")
+class PermutedObjective(MaskedObjective):
+    """Spans of items are named in a random order, see `PermutationMasking`."""
+
+    def __init__(
+        self,
+        mask_probability: Annotated[float, Gt(0.0), Le(1.0)] = 1 / 6,
+        max_span_length: Size = 5,
+        permute_all: bool = False,
+    ) -> None:
+        super().__init__(PermutationMasking(mask_probability, max_span_length, permute_all))

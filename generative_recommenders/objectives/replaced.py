@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from generative_recommenders.config.fields import NonNegative, Probability
+from generative_recommenders.config.registry import register_objective
 from generative_recommenders.data.token_masks import Draws
+from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.events import token_events
 from generative_recommenders.modeling.items import ItemRows
 from generative_recommenders.modeling.model import SequenceEncoder
 from generative_recommenders.modeling.similarity.interface import Similarity
 from generative_recommenders.objectives.criterion import Criterion, PreparedBatch, Sums
 from generative_recommenders.objectives.examples import TrainingExample
+from generative_recommenders.objectives.masked import MaskedItemObjective
 from generative_recommenders.ops.counter_random import CounterDraws
 
 _FAKES = 2
@@ -83,6 +90,39 @@ class ReplacedDetectionCriterion(Criterion):
         replaced = (corrupted != example.past_ids).float()
         total = F.binary_cross_entropy_with_logits(logits, replaced, reduction="sum")
         return torch.stack([total, total.new_tensor(float(len(logits)))])
+
+
+@register_objective("replaced", gin_name="replaced_objective")
+class ReplacedObjective(MaskedItemObjective):
+    """A masked model, and a discriminator that finds what it made up, see `ReplacedDetectionCriterion`.
+
+    fakes_from: hidden items of the "batch", or the "catalogue". tie_discriminator: it is the model's own encoder.
+    discriminator_weight: of its loss beside the model's.
+    """
+
+    needs_item_table = True
+
+    def __init__(
+        self,
+        embedding_dim: int,
+        mask_probability: Probability = 0.15,
+        fakes_from: Literal["batch", "catalogue"] = "batch",
+        tie_discriminator: bool = False,
+        discriminator_weight: NonNegative = 50.0,
+    ) -> None:
+        super().__init__(mask_probability)
+        self.embedding_dim, self.from_batch = embedding_dim, fakes_from == "batch"
+        self.tied, self.weight = tie_discriminator, discriminator_weight
+
+    def criterion(self, base: Criterion, encoder: Callable[[bool], SequenceEncoder]) -> Criterion:
+        """The loss with the discriminator's beside it; UserError where the fakes' items are not all in a step."""
+        if not self.from_batch and base.needs_negatives:
+            raise UserError(
+                'fakes_from "catalogue" needs the whole item table in a step: choose CE, not a loss of sampled negatives'
+            )
+        return ReplacedDetectionCriterion(
+            base, encoder(self.tied), self.embedding_dim, self.weight, self.tied, self.from_batch
+        )
 
 
 def replace_items(item_ids: Tensor, replaced: Tensor, fakes: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,8 +10,9 @@ from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.modeling.items import ItemRows
 from generative_recommenders.modeling.model import SequenceRecommender
 from generative_recommenders.objectives.criterion import Criterion, PreparedBatch
-from generative_recommenders.objectives.examples import Objective, TrainingExample
+from generative_recommenders.objectives.examples import TrainingExample
 from generative_recommenders.objectives.negative_samplers import BatchItems, Negatives, NegativesSampler
+from generative_recommenders.objectives.objective import Objective
 from generative_recommenders.ops import dispatch
 from generative_recommenders.ops.counter_random import CounterDraws, stream_key
 from generative_recommenders.types import LossOutput

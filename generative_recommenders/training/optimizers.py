@@ -8,13 +8,16 @@ cost of a step does not grow with the catalogue.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 
+from generative_recommenders.config.registry import register_optimizer
 from generative_recommenders.errors import UserError
 
 BETAS = (0.9, 0.98)
+DENSE = "adamw."
+"""Before the names of the dense optimizer's state; the name that checkpoints have had since the first release."""
 
 
 class TableOptimizer(ABC):
@@ -71,52 +74,68 @@ class RowwiseAdagrad(TableOptimizer):
         self.table[rows] = weights - self.learning_rate * grads / (total.sqrt() + 1e-10)[:, None]
 
 
-TABLE_OPTIMIZERS: dict[str, Callable[..., TableOptimizer] | None] = {
-    "adamw": None,
-    "lazy_adamw": LazyAdamW,
-    "rowwise_adagrad": RowwiseAdagrad,
-}
+@register_optimizer("adamw", gin_name="adamw")
+class AdamW:
+    """AdamW (0.9, 0.98) for all parameters, the item table among them, as in the published runs."""
+
+    def __init__(self, learning_rate: float, weight_decay: float) -> None:
+        self.learning_rate, self.weight_decay = learning_rate, weight_decay
+
+    def dense(self, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        """torch's optimizer of the dense parameters, and of the table where `rows` gives it none."""
+        return torch.optim.AdamW(
+            parameters, lr=self.learning_rate, betas=BETAS, weight_decay=self.weight_decay, fused=True
+        )
+
+    def rows(self, table: torch.nn.Parameter) -> TableOptimizer | None:
+        """The optimizer of the table's gathered rows; None: the table is one of the dense parameters."""
+        return None
+
+
+@register_optimizer("lazy_adamw", gin_name="lazy_adamw")
+class LazyRows(AdamW):
+    """AdamW; the item table by `LazyAdamW`."""
+
+    def rows(self, table: torch.nn.Parameter) -> TableOptimizer | None:
+        return LazyAdamW(table, self.learning_rate, self.weight_decay)
+
+
+@register_optimizer("rowwise_adagrad", gin_name="rowwise_adagrad")
+class AdagradRows(AdamW):
+    """AdamW; the item table by `RowwiseAdagrad`."""
+
+    def rows(self, table: torch.nn.Parameter) -> TableOptimizer | None:
+        return RowwiseAdagrad(table, self.learning_rate, self.weight_decay)
 
 
 class Optimizer:
-    """The dense parameters' AdamW (0.9, 0.98) and the item table's optimizer, with linear warm-up and clipping.
+    """A run's updates: the chosen rule for dense parameters and the item table, with linear warm-up and clipping.
 
-    name: see ``TABLE_OPTIMIZERS``. max_grad_norm: total L2 norm over dense and table gradients, None for no clipping.
+    rule: the part by ``train_fn.optimizer``. max_grad_norm: total L2 norm over dense and table gradients, None for no clipping.
     """
 
     def __init__(
         self,
         dense: Iterable[torch.nn.Parameter],
         table: torch.nn.Parameter,
-        name: str,
-        learning_rate: float,
-        weight_decay: float,
+        rule: AdamW,
         num_warmup_steps: int = 0,
         max_grad_norm: float | None = None,
     ) -> None:
-        if name not in TABLE_OPTIMIZERS:
-            raise UserError(f"unknown optimizer {name!r}; known: {', '.join(TABLE_OPTIMIZERS)}")
-        make_table_optimizer = TABLE_OPTIMIZERS[name]
-        self.table = table
-        self.sparse = (
-            make_table_optimizer(table, learning_rate, weight_decay) if make_table_optimizer else None
-        )
-        # A row-wise optimizer takes the table out of AdamW, whose dense moments would move every row at every step.
+        self.rule, self.table, self.sparse = rule, table, rule.rows(table)
+        # A row-wise optimizer takes the table out of the dense one, whose moments would move every row at every step.
         self.parameters = list(dense) + ([] if self.sparse else [table])
-        self.adamw = torch.optim.AdamW(
-            self.parameters, lr=learning_rate, betas=BETAS, weight_decay=weight_decay, fused=True
-        )
-        self.learning_rate = learning_rate
+        self.dense = rule.dense(self.parameters)
         self.num_warmup_steps = num_warmup_steps
         self.max_grad_norm = max_grad_norm
 
     def zero_grad(self) -> None:
-        self.adamw.zero_grad(set_to_none=True)
+        self.dense.zero_grad(set_to_none=True)
         self.table.grad = None
 
     def step(self, step: int, rows: torch.Tensor | None, grads: torch.Tensor) -> float:
         """One update; returns the learning rate. step: from 0. rows ``[U]`` (None: all) and grads ``[U, D]`` of the table."""
-        rate = self.learning_rate * min(1.0, (step + 1) / max(self.num_warmup_steps, 1))
+        rate = self.rule.learning_rate * min(1.0, (step + 1) / max(self.num_warmup_steps, 1))
         if self.max_grad_norm is not None:
             grads = self._clip(grads)
         if self.sparse is not None:
@@ -128,9 +147,9 @@ class Optimizer:
             self.table.grad = (
                 grads if rows is None else torch.zeros_like(self.table).index_copy_(0, rows, grads)
             )
-        for group in self.adamw.param_groups:
+        for group in self.dense.param_groups:
             group["lr"] = rate
-        self.adamw.step()
+        self.dense.step()
         return rate
 
     def _clip(self, table_grads: torch.Tensor) -> torch.Tensor:
@@ -146,8 +165,8 @@ class Optimizer:
         """All state by name, for `load_state_tensors`."""
         tensors = {}
         for index, parameter in enumerate(self.parameters):
-            for name, value in self.adamw.state.get(parameter, {}).items():
-                tensors[f"adamw.{index}.{name}"] = torch.as_tensor(value)
+            for name, value in self.dense.state.get(parameter, {}).items():
+                tensors[f"{DENSE}{index}.{name}"] = torch.as_tensor(value)
         if self.sparse is not None:
             tensors.update({f"table.{name}": value for name, value in self.sparse.state.items()})
         return tensors
@@ -156,10 +175,10 @@ class Optimizer:
         """Restores `state_tensors`; UserError, before anything is changed, where they do not fit these parameters."""
         self._check_state(tensors)
         for index, parameter in enumerate(self.parameters):
-            prefix = f"adamw.{index}."
+            prefix = f"{DENSE}{index}."
             state = {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
             if state:
-                self.adamw.state[parameter] = {
+                self.dense.state[parameter] = {
                     name: value.clone() if name == "step" else value.to(parameter.device).clone()
                     for name, value in state.items()
                 }
@@ -167,13 +186,22 @@ class Optimizer:
             for name, value in self.sparse.state.items():
                 value.copy_(tensors[f"table.{name}"])
 
+    def _state_form(self) -> dict[str, bool]:
+        """What the dense optimizer keeps of a parameter, by name: True for a tensor of its shape, False for a number."""
+        probe = torch.nn.Parameter(torch.zeros(2, 3))
+        probe.grad = torch.zeros_like(probe)
+        optimizer = self.rule.dense([probe])
+        optimizer.step()  # torch's optimizers make their state in the first step
+        return {name: torch.as_tensor(value).dim() > 0 for name, value in optimizer.state[probe].items()}
+
     def _check_state(self, tensors: dict[str, torch.Tensor]) -> None:
-        """UserError for names or shapes that do not fit. AdamW has no state for a parameter that never had a gradient."""
+        """UserError for names or shapes that do not fit. A parameter that never had a gradient has no state."""
         expected: dict[str, torch.Size] = {}
+        form = self._state_form()
         for index, parameter in enumerate(self.parameters):
-            if any(name.startswith(f"adamw.{index}.") for name in tensors):
-                moments = {"exp_avg": parameter.shape, "exp_avg_sq": parameter.shape, "step": torch.Size()}
-                expected.update({f"adamw.{index}.{name}": shape for name, shape in moments.items()})
+            if any(name.startswith(f"{DENSE}{index}.") for name in tensors):
+                shapes = {name: parameter.shape if whole else torch.Size() for name, whole in form.items()}
+                expected.update({f"{DENSE}{index}.{name}": shape for name, shape in shapes.items()})
         if self.sparse is not None:
             expected.update({f"table.{name}": value.shape for name, value in self.sparse.state.items()})
         found = {name: value.shape for name, value in tensors.items()}

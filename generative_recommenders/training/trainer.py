@@ -15,9 +15,11 @@ import torch
 from absl import logging
 
 from generative_recommenders.build.parts import Catalogue, build_task
+from generative_recommenders.build.registered import build_part
 from generative_recommenders.checkpoint.broadcast import checkpoint_from_main
 from generative_recommenders.checkpoint.store import Checkpoint, CheckpointStore
 from generative_recommenders.checkpoint.weights import load_model
+from generative_recommenders.config.registry import OPTIMIZERS
 from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.config.sections import MAX_PREFETCH
 from generative_recommenders.data.loader import LoadedBatch, SequenceLoader, prefetch
@@ -75,9 +77,10 @@ class Trainer:
         self.task = build_task(settings, self.catalogue, collectives)
         self.model = self.task.model
         table = self.model.items.table
+        rates = {"learning_rate": t.learning_rate, "weight_decay": t.weight_decay}
         optimizer = Optimizer(
-            [p for p in self.task.parameters() if p is not table], table, t.optimizer,
-            t.learning_rate, t.weight_decay, t.num_warmup_steps, t.max_grad_norm,
+            [p for p in self.task.parameters() if p is not table], table,
+            build_part(settings, OPTIMIZERS, t.optimizer, rates), t.num_warmup_steps, t.max_grad_norm,
         )  # fmt: skip
         self.step = TrainingStep(self.task, optimizer, collectives)
         self.loader = SequenceLoader(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from generative_recommenders.errors import UserError
-from generative_recommenders.objectives.causal import CausalObjective
+from generative_recommenders.objectives.causal import CausalLastObjective, CausalObjective
 from generative_recommenders.objectives.masked import MaskedObjective, MaskedSequence
 
 COLUMNS = {
@@ -41,15 +41,15 @@ def test_one_positive_is_a_vector_and_half_stars_stay() -> None:
 @pytest.mark.parametrize("positives", [1, 2])
 def test_weights_by_rating(positives: int) -> None:
     plain = CausalObjective(num_positives=positives).example(COLUMNS, GENERATOR)
-    example = CausalObjective(num_positives=positives, weigh_by_rating=True).example(COLUMNS, GENERATOR)
+    example = CausalObjective(positives, "rating").example(COLUMNS, GENERATOR)
     assert torch.equal(example.weights, plain.weights * plain.ratings.clamp(min=0))
     without = {name: values for name, values in COLUMNS.items() if name != "ratings"}
     with pytest.raises(UserError, match="no ratings"):
-        CausalObjective(weigh_by_rating=True).example(without, GENERATOR)
+        CausalObjective(target_weights="rating").example(without, GENERATOR)
 
 
 def test_the_last_position_alone() -> None:
-    example = CausalObjective(last_only=True, num_positives=2).example(COLUMNS, GENERATOR)
+    example = CausalLastObjective(2).example(COLUMNS, GENERATOR)
     assert example.targets.tolist() == [[4, 0], [8, 0]]
 
 

@@ -15,7 +15,7 @@ from generative_recommenders.build.parts import build_task
 from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.items import ItemRows
 from generative_recommenders.modeling.model import MaskEmbedding
-from generative_recommenders.objectives.causal import CausalObjective
+from generative_recommenders.objectives.causal import CausalLastObjective, CausalObjective
 from generative_recommenders.objectives.masked import (
     MaskedItemMasking,
     MaskedSequence,
@@ -92,7 +92,7 @@ def test_draws_differ_between_rows_and_seeds(name):
 def test_causal_targets_are_the_next_items(lengths, last_only):
     item_ids, counts = histories(lengths)
     columns = {"item_ids": item_ids, "lengths": counts, "user_ids": counts}
-    example = CausalObjective(last_only).example(columns, torch.Generator())
+    example = (CausalLastObjective if last_only else CausalObjective)().example(columns, torch.Generator())
     assert example.layout.visibility is None and example.replaced is None
     past, targets = [], []
     for row, length in enumerate(lengths):

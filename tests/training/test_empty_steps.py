@@ -8,6 +8,7 @@ import pytest
 import torch
 from absl import logging
 
+from generative_recommenders.config.registry import OPTIMIZERS
 from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.objectives.examples import TrainingExample
 from generative_recommenders.training.optimizers import Optimizer
@@ -29,7 +30,7 @@ def step_and_example(choices: dict, optimizer: str = "adamw") -> tuple[TrainingS
     step = training_step(chosen, catalogue())
     table = step.task.model.items.table
     dense = [parameter for parameter in step.task.parameters() if parameter is not table]
-    step.optimizer = Optimizer(dense, table, optimizer, 1e-2, 0.1, 5, 1.0)
+    step.optimizer = Optimizer(dense, table, OPTIMIZERS[optimizer].make(1e-2, 0.1), 5, 1.0)
     return step, step.task.prepare(loaded(ten_users()), 0).example
 
 

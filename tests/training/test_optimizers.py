@@ -5,17 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
+from generative_recommenders.config.registry import OPTIMIZERS
 from generative_recommenders.errors import UserError
 from generative_recommenders.training.optimizers import (
     BETAS,
-    TABLE_OPTIMIZERS,
+    AdamW,
     LazyAdamW,
     Optimizer,
     RowwiseAdagrad,
 )
 
 ROWS, DIM, RATE, DECAY = 7, 3, 0.01, 0.1
-NAMES = [*TABLE_OPTIMIZERS]
+NAMES = ["adamw", "lazy_adamw", "rowwise_adagrad"]
 
 
 def parameters() -> tuple[torch.nn.Parameter, torch.nn.Parameter, torch.nn.Parameter]:
@@ -32,7 +33,8 @@ def gradients(step: int) -> list[torch.Tensor]:
 
 def optimizer_of(name: str, **options) -> tuple[Optimizer, list[torch.nn.Parameter]]:
     a, b, table = parameters()
-    return Optimizer([a, b], table, name, RATE, DECAY, **options), [a, b, table]
+    rule = OPTIMIZERS[name].build({}, {"learning_rate": RATE, "weight_decay": DECAY})
+    return Optimizer([a, b], table, rule, **options), [a, b, table]
 
 
 def take(
@@ -213,5 +215,27 @@ def test_dense_parameters_without_a_gradient_stay() -> None:
 
 
 def test_unknown_name() -> None:
-    with pytest.raises(UserError, match="unknown optimizer 'sgd'; known: adamw, lazy_adamw, rowwise_adagrad"):
+    with pytest.raises(
+        UserError, match="unknown optimizer 'sgd' .*known: adamw, lazy_adamw, rowwise_adagrad"
+    ):
         optimizer_of("sgd")
+
+
+class Momentum(AdamW):
+    """As a plug-in would: torch's SGD with momentum for everything."""
+
+    def dense(self, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.SGD(parameters, lr=self.learning_rate, momentum=0.9)
+
+
+def test_a_rule_of_ones_own_trains_and_its_state_is_checked() -> None:
+    a, b, table = parameters()
+    optimizer = Optimizer([a, b], table, Momentum(RATE, DECAY), num_warmup_steps=2)
+    take(optimizer, [a, b, table], 0)
+    torch.testing.assert_close(table, parameters()[2] - RATE / 2 * gradients(0)[2])
+    saved = optimizer.state_tensors()
+    optimizer.load_state_tensors(saved)
+    del saved["adamw.1.momentum_buffer"]
+    saved["adamw.1.exp_avg"] = torch.zeros(5)
+    with pytest.raises(UserError, match="does not fit the configuration: adamw.1.exp_avg"):
+        optimizer.load_state_tensors(saved)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from generative_recommenders.config.registry import OPTIMIZERS
 from generative_recommenders.data.loader import SequenceLoader
 from generative_recommenders.data.splits import make_split
 from generative_recommenders.data.store import SequenceDataset
@@ -26,7 +27,7 @@ from generative_recommenders.modeling.model import SequenceEncoder, SequenceReco
 from generative_recommenders.modeling.output_postprocessors import L2NormEmbeddingPostprocessor
 from generative_recommenders.modeling.similarity.dot_product import DotProductSimilarity
 from generative_recommenders.objectives import task as task_module
-from generative_recommenders.objectives.causal import CausalObjective
+from generative_recommenders.objectives.causal import CausalLastObjective, CausalObjective
 from generative_recommenders.objectives.criterion import CatalogueCriterion, Criterion, SampledCriterion
 from generative_recommenders.objectives.losses.catalogue import CATALOGUE_LOSSES
 from generative_recommenders.objectives.losses.sampled import SampledSoftmaxLoss
@@ -87,9 +88,18 @@ def train(dataset: SequenceDataset, case: Case, steps: int = STEPS) -> dict[str,
     )
     model = SequenceRecommender(items_of(case, dataset.num_items), sequence, DotProductSimilarity(0.1))
     dense = [parameter for name, parameter in model.named_parameters() if name != "items.table"]
-    optimizer = Optimizer(dense, model.items.table, case.optimizer, 3e-3, 0.01, 5, case.max_grad_norm)
+    optimizer = Optimizer(
+        dense, model.items.table, OPTIMIZERS[case.optimizer].make(3e-3, 0.01), 5, case.max_grad_norm
+    )
     sampler = sampler_of(case, dataset.num_items)
-    task = TrainingTask(model, CausalObjective(case.last_only), criterion_of(case), sampler, 9, group)
+    task = TrainingTask(
+        model,
+        (CausalLastObjective if case.last_only else CausalObjective)(),
+        criterion_of(case),
+        sampler,
+        9,
+        group,
+    )
     step = TrainingStep(task, optimizer, group)
     loader = SequenceLoader(
         dataset, make_split(dataset).train_stops, LENGTH, GLOBAL_BATCH // group.world_size, 5,

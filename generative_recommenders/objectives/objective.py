@@ -1,0 +1,46 @@
+"""Base of objectives: what a model learns to predict, and how it is asked for the next item afterwards."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+
+import torch
+
+from generative_recommenders.data.loader import LoadedBatch
+from generative_recommenders.data.token_masks import Draws
+from generative_recommenders.modeling.inputs import ModelInputs
+from generative_recommenders.modeling.model import SequenceEncoder
+from generative_recommenders.objectives.criterion import Criterion
+from generative_recommenders.objectives.examples import TrainingExample
+from generative_recommenders.types import SequentialFeatures
+
+
+class Objective(ABC):
+    """An objective by ``train_fn.objective``; its constructor's keyword arguments are its options.
+
+    The program supplies ``embedding_dim`` where the constructor asks for it.
+    """
+
+    uses_mask = False
+    """Whether predicted positions hold the mask embedding and the objective sets the attention mask."""
+    needs_item_table = False
+    """Whether it multiplies states with the item table itself, which an item tower and MoL do not score by."""
+
+    @abstractmethod
+    def example(self, columns: Mapping[str, torch.Tensor], draws: Draws = None) -> TrainingExample:
+        """Inputs and targets of a batch. columns: of `data.loader.LoadedBatch`. draws: what random choices come from."""
+
+    @abstractmethod
+    def first_target(self, batch: LoadedBatch) -> int | None:
+        """Number of the process's first target in the global batch; None where only counting targets tells."""
+
+    @abstractmethod
+    def query(self, features: SequentialFeatures) -> ModelInputs:
+        """Inputs whose read positions, one a row, name the next item; each row's last token where ``read`` is None."""
+
+    def criterion(self, base: Criterion, encoder: Callable[[bool], SequenceEncoder]) -> Criterion:
+        """The chosen loss, with what the objective adds to it. encoder: another sequence encoder of the same settings, or,
+        called with True, the model's own.
+        """
+        return base
