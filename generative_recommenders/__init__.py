@@ -54,6 +54,7 @@ __all__ = [
     "register_objective",
     "register_optimizer",
     "register_output_postprocessor",
+    "register_seen_filter",
     "register_similarity",
 ]
 

@@ -15,6 +15,7 @@ CASES = {
     "gru4rec": ("GRU4Rec", ["train_fn.main_module = 'GRU4Rec'", "gru4rec_encoder.hidden_dim = 12"]),
     "future": ("future", ["train_fn.objective = 'future'", "future_objective.horizon = 3"]),
     "bpr": ("BPR", ["train_fn.loss_module = 'BPR'", "bpr.margin = 0.5"]),
+    "cooldown": ("cooldown", ["train_fn.seen_filter = 'cooldown'", "cooldown.days = 2.5"]),
 }
 SHORT = [
     "train_fn.dataset_name = 'readers'", "train_fn.max_sequence_length = 12", "train_fn.num_epochs = 2",
@@ -48,6 +49,8 @@ def test_a_plugin_trains_resumes_and_is_asked_for(stem: str, tmp_path: Path) -> 
     assert resumed.returncode == 0, resumed.stderr
     evaluated = main(plugin, "--mode=evaluate", *place)
     assert evaluated.returncode == 0, evaluated.stderr
+    shown = "seen filter 'cooldown' (" if stem == "cooldown" else "seen filter 'history' ("
+    assert shown in resumed.stdout and shown in evaluated.stdout
 
 
 def test_a_changed_plugin_file_warns_on_resume(tmp_path: Path) -> None:
@@ -78,6 +81,9 @@ def test_parts_are_listed_a_line_each() -> None:
     assert "lazy_adamw (lazy_adamw): no options" in main("--list=optimizers").stdout
     losses = main("--list=losses", "--plugin=examples/plugins/bpr.py")
     assert "BPR (bpr)" in losses.stdout and "margin: float = 0.0 (>= 0)" in losses.stdout
+    filters = main("--list=seen_filters", "--plugin=examples/plugins/cooldown.py").stdout.splitlines()
+    assert [line.split(" ")[0] for line in filters] == ["history", "window", "none", "cooldown"]
+    assert "days: float = 30.0 (> 0)" in filters[-1]
 
 
 def test_published_and_own_name_of_one_option() -> None:

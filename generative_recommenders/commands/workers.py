@@ -197,7 +197,7 @@ def train_worker(rank: int, world_size: int, options: Options) -> int:
                 folder,
             )
             return INTERRUPTED
-        rows = report.baseline_metrics(dataset, split, settings.train, collectives)
+        rows = trainer.evaluation.baselines()
         if run is not None:
             finish(settings, dataset, split, run, store, result, rows)
         return 0
@@ -237,6 +237,7 @@ def finish(
         "seconds": result.progress.seconds,
         "model": settings.train.main_module,
         "results": rows,
+        "conditions": result.conditions,
         "split_hash": split.hash,
         **report.peak_memory(),
     }
@@ -255,7 +256,7 @@ def finish(
             rows,
             dataset,
             split,
-            report.conditions(settings, dataset),
+            result.conditions,
             result.progress.best_epoch,
             run.path,
             checkpoint,
@@ -303,13 +304,14 @@ def evaluate_worker(rank: int, world_size: int, options: Options) -> int:
     catalogue = Catalogue.of(dataset, split.train_stops, settings.train.category_feature)
     model = build_model(settings, catalogue).to(collectives.device)
     load_model(model, checkpoint)
-    test = ModelEvaluation(settings, dataset, split, collectives).test(model)
+    evaluation = ModelEvaluation(settings, dataset, split, collectives)
+    test = evaluation.test(model)
     rows = {
-        **report.baseline_metrics(dataset, split, settings.train, collectives),
+        **evaluation.baselines(),
         **report.model_rows(settings.train, test.metrics(), test.high_rated_metrics()),
     }
     if collectives.is_main:
-        print(f"{checkpoint.path}, test, full catalogue, {report.conditions(settings, dataset)}")
+        print(f"{checkpoint.path}, test, full catalogue, {evaluation.conditions(test)}")
         lines = [report.results_table(rows), *report.list_metrics_lines(test.lists)]
         print("\n".join([*lines, "", report.data_summary(dataset, split)]))
     return 0

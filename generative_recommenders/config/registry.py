@@ -209,6 +209,7 @@ NEGATIVE_SAMPLERS = _registry("negative_samplers", "negative sampler", "train_fn
 LOSSES = _registry("losses", "loss", "train_fn.loss_module")
 OBJECTIVES = _registry("objectives", "objective", "train_fn.objective", ("embedding_dim",))
 OPTIMIZERS = _registry("optimizers", "optimizer", "train_fn.optimizer", ("learning_rate", "weight_decay"))
+SEEN_FILTERS = _registry("seen_filters", "seen filter", "train_fn.seen_filter")
 DATA_SOURCES = _registry("data_sources", "data source", "--dataset", ("request",))
 
 
@@ -226,4 +227,5 @@ register_negative_sampler = NEGATIVE_SAMPLERS.register
 register_loss = LOSSES.register
 register_objective = OBJECTIVES.register
 register_optimizer = OPTIMIZERS.register
+register_seen_filter = SEEN_FILTERS.register
 register_data_source = DATA_SOURCES.register

@@ -19,6 +19,7 @@ from generative_recommenders.config.registry import (
     OPTIMIZERS,
     OUTPUT_POSTPROCESSORS,
     REGISTRIES,
+    SEEN_FILTERS,
     SIMILARITIES,
     Registry,
     parts_by_gin_name,
@@ -98,6 +99,7 @@ class RunSettings(StrictModel):
             (SIMILARITIES, t.interaction_module_type or "DotProduct"),
             (OBJECTIVES, t.objective),
             (OPTIMIZERS, t.optimizer),
+            (SEEN_FILTERS, t.seen_filter),
             (NEGATIVE_SAMPLERS, t.sampling_strategy),
         ]
         shares = (

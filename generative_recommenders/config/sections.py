@@ -91,7 +91,7 @@ class TrainSettings(Section):
     class_selector: ClassSelector = "random"
     num_positives: Size = 1
     target_weights: Literal["equal", "rating"] = "equal"
-    seen_filter: Literal["history", "window", "none"] = "history"
+    seen_filter: str = "history"
     input_preprocessor: str = "LearnablePositionalEmbedding"
     rating_embedding_dim: Width = 8
     num_ratings: Size = 6

@@ -11,6 +11,7 @@ import queue
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -188,12 +189,33 @@ class EvaluationLoader:
             columns[names.get(name, f"target_{name}")] = torch.from_numpy(values)
         return columns
 
-    def seen_items(self, users: np.ndarray) -> torch.Tensor:
-        """``[B, S]`` int64: everything each user had before the target, right-padded with 0."""
-        stops = self.targets[users]
-        width = max(int(stops.max(initial=0)), 1)
-        everything = SequenceRows(self.rows.dataset, width)
-        return everything.cut(users, np.zeros_like(stops), stops)["item_ids"]
+    def histories(self, users: np.ndarray) -> Histories:
+        """Everything that each of the users ``[B]`` (from 0) had before the target."""
+        return Histories(self.rows.dataset, users, self.targets[users])
+
+
+class Histories:
+    """Whole histories of a batch of users, event after event, read when asked for: ``histories["item_ids"]`` and the other
+    columns of a batch are ``[T]``, without padding, so that one long history costs its own events alone.
+    """
+
+    def __init__(self, dataset: SequenceDataset, users: np.ndarray, stops: np.ndarray) -> None:
+        self.dataset, self.users, self.stops = dataset, users, stops
+
+    @cached_property
+    def rows(self) -> torch.Tensor:
+        """``[T]`` int64: the row of the batch that each event belongs to, rising."""
+        return torch.from_numpy(np.repeat(np.arange(len(self.users)), self.stops))
+
+    @cached_property
+    def _columns(self) -> dict[str, np.ndarray]:
+        ends = np.cumsum(self.stops)
+        places = np.arange(ends[-1] if len(ends) else 0)
+        firsts = self.dataset.offsets[self.users] - (ends - self.stops)
+        return event_values(self.dataset, places + np.repeat(firsts, self.stops))
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return torch.from_numpy(self._columns[name])
 
 
 def prefetch(batches: Iterator, depth: int) -> Iterator:

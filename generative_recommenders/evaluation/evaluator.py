@@ -15,6 +15,8 @@ from generative_recommenders.data.loader import EvaluationLoader
 from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.evaluation.metrics import RankHistogram
 from generative_recommenders.evaluation.ranks import exact_ranks
+from generative_recommenders.evaluation.seen_filters import SeenFilter
+from generative_recommenders.evaluation.seen_items import SeenItems
 from generative_recommenders.evaluation.top_lists import TopLists
 
 MAX_SCORES = 1 << 25
@@ -27,10 +29,17 @@ Score = Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
 @dataclass(frozen=True)
 class EvaluationResult:
     """histogram: ranks over all users of all processes; see `RankHistogram.compute`. lists: metrics of the
-    top-k lists, see `TopLists.compute`; empty where none were asked for."""
+    top-k lists, see `TopLists.compute`; empty where none were asked for. removed_targets: targets that the seen filter took
+    out, which are misses."""
 
     histogram: RankHistogram
     lists: dict[str, float] = field(default_factory=dict)
+    removed_targets: int = 0
+
+    @property
+    def targets(self) -> int:
+        """Number of targets."""
+        return self.histogram.total()
 
     def metrics(self) -> dict[str, float]:
         return self.histogram.compute()
@@ -49,8 +58,7 @@ class EvaluationResult:
 class Evaluator:
     """Ranks the targets of one split.
 
-    seen_filter: "history" (everything the user had before the target, never the target itself), "window" (what the model
-    saw; a repeated target is then a miss, as in the published evaluation), "none". rating_threshold: targets rated at
+    missed_targets: ``[U]`` bool, users whose target is a miss whatever its score. rating_threshold: targets rated at
     or above it are also counted apart. shown: goes through the loader and shows how far it is.
     """
 
@@ -58,71 +66,53 @@ class Evaluator:
         self,
         loader: EvaluationLoader,
         num_items: int,
-        seen_filter: str,
+        seen_filter: SeenFilter,
         collectives: Collectives,
-        unseen_targets: torch.Tensor | None = None,
+        missed_targets: torch.Tensor | None = None,
         rating_threshold: float = 4.0,
         shown: Callable[[EvaluationLoader], Iterable[Mapping[str, torch.Tensor]]] = iter,
     ) -> None:
         self.loader, self.num_items, self.shown = loader, num_items, shown
         self.seen_filter, self.collectives = seen_filter, collectives
-        self.unseen_targets, self.rating_threshold = unseen_targets, rating_threshold
+        self.missed_targets, self.rating_threshold = missed_targets, rating_threshold
 
     def __call__(self, score: Score, lists: TopLists | None = None) -> EvaluationResult:
         """score: gives ``[n, V]``. lists: an empty collector, filled from the same scores, for list metrics too."""
         histogram = RankHistogram(self.num_items)
+        removed_targets = torch.zeros(1, dtype=torch.int64)
         chunk = max(1, MAX_SCORES // max(self.num_items, 1))
         for batch in self.shown(self.loader):
-            seen = self._seen(batch)
-            for start in range(0, len(batch["target_ids"]), chunk):
-                part = {name: values[start : start + chunk] for name, values in batch.items()}
-                part_seen = None if seen is None else seen[start : start + chunk]
-                scores, missed = score(part), self._missed(part, part_seen)
-                ranks = _ranks(scores, part["target_ids"], part_seen)
-                histogram.add(ranks.masked_fill(missed, self.num_items + 1), self._high_rated(part))
-                if lists is not None:
-                    self._add_lists(lists, scores, part, part_seen, missed)
+            histories = self.loader.histories(batch["user_ids"].numpy() - 1)
+            pairs = self.seen_filter.removed(batch, histories)
+            removed = None if pairs is None else SeenItems.of(*pairs, self.num_items)
+            targets = self._targets(batch)
+            if removed is not None:
+                removed_targets += removed.contains(batch["target_ids"]).sum()
+            if lists is not None:
+                had = SeenItems.of(histories.rows, histories["item_ids"], self.num_items)
+            for start in range(0, len(targets), chunk):
+                rows = slice(start, start + chunk)
+                part = {name: values[rows] for name, values in batch.items()}
+                scores = score(part)
+                seen = (
+                    None if removed is None else removed.rows_between(start, start + chunk).to(scores.device)
+                )
+                ranks = exact_ranks(scores, targets[rows].to(scores.device), seen).cpu()
+                histogram.add(ranks, self._high_rated(part))
+                if lists is not None:  # a target that is removed or missed is in no list: recall@k is HR@k
+                    own = had.rows_between(start, start + chunk)
+                    lists.add(scores, part["user_ids"], targets[rows], seen, own)
         histogram.counts = self.collectives.sum_(histogram.counts)
-        return EvaluationResult(histogram, {} if lists is None else lists.compute(self.collectives))
+        count = int(self.collectives.sum_(removed_targets))
+        return EvaluationResult(histogram, {} if lists is None else lists.compute(self.collectives), count)
 
-    def _seen(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
-        if self.seen_filter == "none":
-            return None
-        if self.seen_filter == "window":
-            return batch["item_ids"]
-        return self.loader.seen_items(batch["user_ids"].numpy() - 1)
-
-    def _missed(self, batch: Mapping[str, torch.Tensor], seen: torch.Tensor | None) -> torch.Tensor:
-        """``[n]`` bool: targets that count as a miss whatever their score."""
-        missed = torch.zeros(len(batch["target_ids"]), dtype=torch.bool)
-        if seen is not None and self.seen_filter == "window":
-            missed |= (seen == batch["target_ids"][:, None]).any(1)
-        if self.unseen_targets is not None:
-            missed |= self.unseen_targets[batch["user_ids"] - 1]
-        return missed
-
-    def _add_lists(
-        self,
-        lists: TopLists,
-        scores: torch.Tensor,
-        batch: Mapping[str, torch.Tensor],
-        seen: torch.Tensor | None,
-        missed: torch.Tensor,
-    ) -> None:
-        """As in the ranks, a target stays a candidate unless it is a miss: recall@k of the lists is HR@k."""
-        targets = batch["target_ids"].masked_fill(missed, 0)
-        removed = None if seen is None else seen.masked_fill(seen == targets[:, None], 0)
-        history = seen
-        if history is None or self.seen_filter != "history":
-            history = self.loader.seen_items(batch["user_ids"].numpy() - 1)
-        lists.add(scores, batch["user_ids"], targets, removed, history)
+    def _targets(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """``[B]`` target ids, 0 (no item, so a miss) for the missed ones."""
+        if self.missed_targets is None:
+            return batch["target_ids"]
+        return batch["target_ids"].masked_fill(self.missed_targets[batch["user_ids"] - 1], 0)
 
     def _high_rated(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
         if "target_ratings" not in batch:
             return None
         return batch["target_ratings"] >= self.rating_threshold
-
-
-def _ranks(scores: torch.Tensor, target_ids: torch.Tensor, seen: torch.Tensor | None) -> torch.Tensor:
-    seen = None if seen is None else seen.to(scores.device)
-    return exact_ranks(scores, target_ids.to(scores.device), seen).cpu()

@@ -1,18 +1,23 @@
-"""Exact evaluation of a model under a run's settings."""
+"""Exact evaluation of models and baselines under a run's settings, and the conditions to read its numbers with."""
 
 from __future__ import annotations
 
-from functools import cached_property, partial
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
 
-import numpy as np
 import torch
+from absl import logging
 
+from generative_recommenders.build.registered import build_part
+from generative_recommenders.config.registry import SEEN_FILTERS
 from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.data.loader import EvaluationLoader
 from generative_recommenders.data.splits import Split
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.distributed.collectives import Collectives
-from generative_recommenders.evaluation.baselines import training_counts
+from generative_recommenders.errors import UserError
+from generative_recommenders.evaluation.baselines import MarkovSuccessor, MostPopular, training_counts
 from generative_recommenders.evaluation.evaluator import EvaluationResult, Evaluator, Score
 from generative_recommenders.evaluation.top_lists import TopLists
 from generative_recommenders.modeling.model import SequenceRecommender
@@ -20,11 +25,15 @@ from generative_recommenders.ops import dispatch
 from generative_recommenders.training.progress import with_progress
 from generative_recommenders.types import Batch
 
+TOLERATED_REMOVED = 0.01
+"""Share of targets that a seen filter may take out without a warning."""
+
 
 class ModelEvaluation:
-    """Scores the validation or test targets of a split by the model as it is.
+    """Scores the validation or test targets of a split by a model as it is; UserError where there are no test targets.
 
-    An evaluation of everyone has the metrics of top-k lists too, where ``train_fn.list_metrics_k`` asks for them.
+    An evaluation of everyone has the metrics of top-k lists too, where ``train_fn.list_metrics_k`` asks for them. Targets that
+    training never saw are misses; in protocol "paper" they rank as they are scored, as in the published program.
     """
 
     def __init__(
@@ -35,53 +44,100 @@ class ModelEvaluation:
         collectives: Collectives,
     ) -> None:
         self.settings, self.dataset, self.split, self.collectives = settings, dataset, split, collectives
+        t = settings.train
+        self.seen_filter = build_part(settings, SEEN_FILTERS, t.seen_filter, {})
+        self.warned_removed = False
+        if not (split.test_targets >= 0).any():
+            raise UserError(
+                f"{t.dataset_name} has no test targets under protocol {t.protocol!r}: its longest history has "
+                f"{max(dataset.lengths, default=0)} events; there is nothing to measure a model by"
+            )
 
     def validation(self, model: SequenceRecommender, max_batches: int | None = None) -> EvaluationResult:
         """The split's validation targets; in protocol "paper" there are none and the test targets are taken.
 
         max_batches: of all processes together, for a partial evaluation.
         """
-        if self.settings.train.protocol == "paper":
-            return self.test(model, max_batches)
-        return self._ranks(
-            model, self.split.validation_targets, self.split.unseen_validation_targets, max_batches
+        return self._of_model(
+            model, "test" if self.settings.train.protocol == "paper" else "validation", max_batches
         )
 
-    def test(self, model: SequenceRecommender, max_batches: int | None = None) -> EvaluationResult:
-        return self._ranks(model, self.split.test_targets, self.split.unseen_test_targets, max_batches)
+    def test(self, model: SequenceRecommender) -> EvaluationResult:
+        return self._of_model(model, "test", None)
 
-    @cached_property
-    def _item_counts(self) -> torch.Tensor:
-        """``[V]`` training events."""
-        columns = (self.dataset.items, self.dataset.offsets, self.split.train_stops)
-        return training_counts(*columns, self.dataset.num_items)
+    def baselines(self) -> dict[str, dict[str, float]]:
+        """Test metrics of the most popular items and of the last item's most frequent successor, fitted on training events."""
+        columns = (self.dataset.items, self.dataset.offsets, self.split.train_stops, self.dataset.num_items)
+        evaluate, rows = self._evaluator("test", None), {}
+        for name, kind in (("most popular", MostPopular), ("last item's successor", MarkovSuccessor)):
+            baseline = kind.fit(*columns)
 
-    def _lists(self, max_batches: int | None) -> TopLists | None:
-        """An empty collector of lists for an evaluation of everyone."""
-        k = self.settings.train.list_metrics_k
-        if k is None or max_batches is not None:
-            return None
-        return TopLists(k, self.dataset.num_items, self._item_counts)
+            def score(batch: Mapping[str, torch.Tensor], score_by: Any = baseline) -> torch.Tensor:
+                return score_by.score(batch["item_ids"], batch["lengths"])
 
-    def _ranks(
-        self, model: SequenceRecommender, targets: np.ndarray, unseen: np.ndarray, max_batches: int | None
-    ) -> EvaluationResult:
-        t, world = self.settings.train, self.collectives
-        training = model.training
-        model.eval()
-        score = catalogue_scores(model, torch.bfloat16 if t.eval_bf16 else None)
+            rows[name] = evaluate(score).metrics()
+        return rows
+
+    def conditions(self, result: EvaluationResult) -> str:
+        """The conditions of test numbers: what became of targets that repeat or that training never saw, and next_time
+        where the encoder has a time bias."""
+        t, unseen = self.settings.train, int(self.split.unseen_test_targets.sum())
+        shown = f"seen filter {t.seen_filter!r}"
+        if t.seen_filter != "none":
+            shown += (
+                f" (targets among the seen items, misses: {result.removed_targets:,} of {result.targets:,})"
+            )
+        shown += (
+            f", targets unseen in training, {'as scored' if t.protocol == 'paper' else 'misses'}: {unseen:,}"
+        )
+        hstu = self.settings.hstu
+        timed = hstu.enable_relative_attention_bias and hstu.enable_relative_time_bias
+        if self.settings.encoder_name == "HSTU" and timed and self.dataset.timestamps is not None:
+            shown += f", next_time {t.next_time!r}"
+        return shown
+
+    def _evaluator(self, part: str, max_batches: int | None) -> Evaluator:
+        """part: "validation" or "test"."""
+        t, world, split = self.settings.train, self.collectives, self.split
+        targets, unseen = split.test_targets, split.unseen_test_targets
+        if part == "validation":
+            targets, unseen = split.validation_targets, split.unseen_validation_targets
         batch_size = min(t.eval_batch_size, t.eval_user_max_batch_size or t.eval_batch_size)
         max_users = None if max_batches is None else max_batches * batch_size
         loader = EvaluationLoader(
             self.dataset, targets, t.max_sequence_length, batch_size, world.rank, world.world_size, max_users
         )
-        evaluator = Evaluator(
-            loader, self.dataset.num_items, t.seen_filter, world, torch.from_numpy(unseen), t.rating_threshold,
+        return Evaluator(
+            loader, self.dataset.num_items, self.seen_filter, world,
+            None if t.protocol == "paper" else torch.from_numpy(unseen), t.rating_threshold,
             partial(with_progress, total=len(loader), description="evaluation", enabled=world.is_main),
         )  # fmt: skip
-        result = evaluator(score, self._lists(max_batches))
+
+    def _of_model(self, model: SequenceRecommender, part: str, max_batches: int | None) -> EvaluationResult:
+        t, lists = self.settings.train, None
+        if t.list_metrics_k is not None and max_batches is None:
+            columns = (self.dataset.items, self.dataset.offsets, self.split.train_stops)
+            counts = training_counts(*columns, self.dataset.num_items)
+            lists = TopLists(t.list_metrics_k, self.dataset.num_items, counts)
+        training = model.training
+        model.eval()
+        score = catalogue_scores(model, torch.bfloat16 if t.eval_bf16 else None)
+        result = self._evaluator(part, max_batches)(score, lists)
         model.train(training)
+        if max_batches is None:
+            self._warn_of_removed(result)
         return result
+
+    def _warn_of_removed(self, result: EvaluationResult) -> None:
+        """Once a run: data whose users come back to items are measured by a filter that leaves items in."""
+        share = result.removed_targets / max(result.targets, 1)
+        if share > TOLERATED_REMOVED and not self.warned_removed and self.collectives.is_main:
+            logging.warning(
+                "%.1f %% of the targets are items that seen filter %r takes out, and count as misses: where such repeats are "
+                'to be predicted, set train_fn.seen_filter = "none"',
+                100 * share, self.settings.train.seen_filter,
+            )  # fmt: skip
+            self.warned_removed = True
 
 
 @torch.inference_mode()

@@ -1,7 +1,8 @@
 """Exact ranks by counting, without a sort or a top-k over the catalogue.
 
 The rank of a target is 1 + the candidates scored strictly better + those scored the same with a smaller id.
-Seen items are not candidates. A rank is an integer that does not depend on how users are batched.
+Seen items are not candidates, and a target among them is a miss. A rank is an integer that does not depend on how users are
+batched.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+
+from generative_recommenders.evaluation.seen_items import SeenItems
 
 _WORDS = 255
 """8-byte words of 8 booleans that can be added before one of their bytes overflows."""
@@ -21,23 +24,22 @@ _TIE_ELEMENTS = 2**24
 
 
 def exact_ranks(
-    scores: torch.Tensor, target_ids: torch.Tensor, seen_ids: torch.Tensor | None = None
+    scores: torch.Tensor, target_ids: torch.Tensor, seen: SeenItems | None = None
 ) -> torch.Tensor:
-    """Ranks of the targets among all items.
+    """Ranks of the targets among all items that are not seen.
 
     scores: ``[n, V]`` float; column i belongs to item i + 1.
-    target_ids: ``[n]`` int64. An id outside 1..V (an item that training never saw) gets rank V + 1, a miss.
-    seen_ids: ``[n, S]`` int64, padded with 0, or None. They do not count as candidates, in any order and
-        however often they are repeated; the target itself always stays a candidate (see
-        `drop_repeated_targets`).
+    target_ids: ``[n]`` int64. An id outside 1..V or among the row's seen items gets rank V + 1, a miss.
 
     Returns ``[n]`` int64. A NaN never counts as better than a target; a target scored NaN is placed behind
     every other candidate, so that a diverged model does not look good.
     """
     target_scores = scores_of(scores, target_ids)
-    ahead = count_ahead(scores, 1, target_scores, target_ids, seen_ids)
-    known = (target_ids >= 1) & (target_ids <= scores.shape[1])
-    return torch.where(known, 1 + ahead, scores.shape[1] + 1)
+    ahead = count_ahead(scores, 1, target_scores, target_ids, seen)
+    candidate = (target_ids >= 1) & (target_ids <= scores.shape[1])
+    if seen is not None:
+        candidate &= ~seen.contains(target_ids)
+    return torch.where(candidate, 1 + ahead, scores.shape[1] + 1)
 
 
 def scores_of(scores: torch.Tensor, target_ids: torch.Tensor) -> torch.Tensor:
@@ -57,14 +59,14 @@ def count_ahead(
     first_id: int,
     target_scores: torch.Tensor,
     target_ids: torch.Tensor,
-    seen_ids: torch.Tensor | None = None,
+    seen: SeenItems | None = None,
 ) -> torch.Tensor:
     """Number of candidates in one block of the catalogue that rank before the target.
 
     scores: ``[n, C]`` scores of the items ``first_id .. first_id + C - 1``.
     target_scores: ``[n]``, the same numbers that some block holds for the target (`scores_of`); target_ids:
         ``[n]``.
-    seen_ids: as in `exact_ranks`; those outside the block are ignored.
+    seen: of the whole catalogue; those outside the block are passed over.
 
     Returns ``[n]`` int64; summed over the blocks of a catalogue, plus 1, it is the exact rank.
     """
@@ -73,18 +75,14 @@ def count_ahead(
     ahead = _count_where(scores, target_scores, torch.gt) + _count_ties(scores, column, target_scores, inside)
     # NaN compares as neither greater nor equal: without this a diverged model would rank every target first.
     ahead = torch.where(target_scores.isnan(), scores.shape[1] - inside.long(), ahead)
-    if seen_ids is not None and seen_ids.shape[1] > 0 and scores.shape[1] > 0:
-        ahead -= _count_seen_ahead(scores, first_id, target_scores, target_ids, seen_ids)
+    if seen is not None:
+        here = (seen.ids >= first_id) & (seen.ids < first_id + scores.shape[1])
+        rows, ids = seen.rows[here], seen.ids[here]
+        own, targets = target_scores[rows], target_ids[rows]
+        theirs = scores[rows, ids - first_id]
+        counted = (theirs > own) | ((theirs == own) & (ids < targets)) | (own.isnan() & (ids != targets))
+        ahead -= torch.bincount(rows[counted], minlength=len(scores))
     return ahead
-
-
-def drop_repeated_targets(target_ids: torch.Tensor, seen_ids: torch.Tensor) -> torch.Tensor:
-    """Targets ``[n]``, with 0 (always a miss) where the target is among the seen ids ``[n, S]``.
-
-    This is the ``window`` seen filter. The published evaluation removes every item of the model's input, a repeated
-    target too, whose rank is then one past the 2,500 candidates it keeps (2501); here it is V + 1.
-    """
-    return target_ids.masked_fill((seen_ids == target_ids[:, None]).any(1), 0)
 
 
 def _count_ties(
@@ -98,23 +96,6 @@ def _count_ties(
         same = scores[rows] == target_scores[rows, None]
         ties[rows] = (same & (columns < column[rows, None])).sum(1)
     return ties
-
-
-def _count_seen_ahead(
-    scores: torch.Tensor,
-    first_id: int,
-    target_scores: torch.Tensor,
-    target_ids: torch.Tensor,
-    seen_ids: torch.Tensor,
-) -> torch.Tensor:
-    seen = seen_ids.sort(dim=1).values  # so that repeats are neighbours and count once
-    columns = seen - first_id
-    counts = (columns >= 0) & (columns < scores.shape[1]) & (seen > 0) & (seen != target_ids[:, None])
-    counts[:, 1:] &= seen[:, 1:] != seen[:, :-1]
-    seen_scores = scores.gather(1, columns.clamp(0, scores.shape[1] - 1))
-    target = target_scores[:, None]
-    ahead = (seen_scores > target) | ((seen_scores == target) & (seen < target_ids[:, None])) | target.isnan()
-    return (ahead & counts).sum(1)
 
 
 def _count_where(scores: torch.Tensor, target_scores: torch.Tensor, compare: Callable) -> torch.Tensor:

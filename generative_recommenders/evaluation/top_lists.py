@@ -6,6 +6,7 @@ import torch
 
 from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.evaluation.list_metrics import ListMetrics, diversity
+from generative_recommenders.evaluation.seen_items import SeenItems
 from generative_recommenders.retrieval.top_k import fill, largest
 
 MAX_DIVERSITY_LISTS = 2**14
@@ -29,24 +30,21 @@ class TopLists:
         scores: torch.Tensor,
         user_ids: torch.Tensor,
         target_ids: torch.Tensor,
-        removed_ids: torch.Tensor | None,
-        history_ids: torch.Tensor,
+        removed: SeenItems | None,
+        history: SeenItems,
     ) -> None:
         """Users with their scores ``[n, V]``, each once over all calls and processes.
 
-        user_ids: ``[n]``. target_ids: ``[n]`` or ``[n, G]`` the relevant items, 0 for none. removed_ids: ``[n, S]``
-        items that are no candidates, padded with 0. history_ids: ``[n, H]`` items that are not new to the user,
-        padded with 0. A score of -inf or NaN is no candidate either.
+        user_ids: ``[n]``. target_ids: ``[n]`` or ``[n, G]`` the relevant items, 0 for none. removed: items that are no
+        candidates. history: items that are not new to the user. A score of -inf or NaN is no candidate either.
         """
-        if removed_ids is not None:
-            removed = torch.zeros(len(scores), scores.shape[1] + 1, dtype=torch.bool, device=scores.device)
-            # Column 0 takes the padding of removed_ids and is cut off.
-            removed.scatter_(1, removed_ids.to(scores.device), True)
-            scores = scores.masked_fill(removed[:, 1:], -torch.inf)
+        if removed is not None:
+            scores = scores.clone()
+            scores[removed.rows, removed.ids - 1] = -torch.inf
         values, columns = largest(scores, self.k)
         ids = fill(values, columns + 1, self.k)[1].cpu()
         relevant_ids = target_ids[:, None] if target_ids.ndim == 1 else target_ids
-        self.metrics.add(ids, relevant_ids, history_ids)
+        self.metrics.add(ids, relevant_ids, ids * history.contains(ids))
         self.parts.append(torch.cat([user_ids[:, None], ids], dim=1))
 
     def compute(self, collectives: Collectives) -> dict[str, float]:

@@ -9,43 +9,13 @@ from typing import Any
 
 import torch
 
-from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.config.sections import TrainSettings
-from generative_recommenders.data.loader import EvaluationLoader
 from generative_recommenders.data.splits import Split
 from generative_recommenders.data.store import SequenceDataset
-from generative_recommenders.distributed.collectives import Collectives
-from generative_recommenders.evaluation.baselines import MarkovSuccessor, MostPopular
-from generative_recommenders.evaluation.evaluator import Evaluator
 from generative_recommenders.training.memory_estimate import MIB, kept_activations
 from generative_recommenders.training.trainer import Trainer
 
 COLUMNS = ("hr@10", "ndcg@10", "hr@50", "ndcg@50", "mrr")
-
-
-def baseline_metrics(
-    dataset: SequenceDataset, split: Split, settings: TrainSettings, collectives: Collectives
-) -> dict[str, dict[str, float]]:
-    """Test metrics of the most popular items and of the last item's most frequent successor, fitted on training events."""
-    columns = (dataset.items, dataset.offsets, split.train_stops, dataset.num_items)
-    baselines: dict[str, MostPopular | MarkovSuccessor] = {
-        "most popular": MostPopular.fit(*columns),
-        "last item's successor": MarkovSuccessor.fit(*columns),
-    }
-    loader = EvaluationLoader(
-        dataset, split.test_targets, settings.max_sequence_length, settings.eval_batch_size,
-        collectives.rank, collectives.world_size,
-    )  # fmt: skip
-    unseen = torch.from_numpy(split.unseen_test_targets)
-    evaluate = Evaluator(loader, dataset.num_items, settings.seen_filter, collectives, unseen)
-    rows = {}
-    for name, baseline in baselines.items():
-
-        def score(batch: Mapping[str, torch.Tensor], score_by: Any = baseline) -> torch.Tensor:
-            return score_by.score(batch["item_ids"], batch["lengths"])
-
-        rows[name] = evaluate(score).metrics()
-    return rows
 
 
 def results_table(rows: Mapping[str, Mapping[str, float]]) -> str:
@@ -98,17 +68,6 @@ def data_summary(dataset: SequenceDataset, split: Split) -> str:
         f"data {dataset.manifest.name}: {dataset.num_users:,} users  {dataset.num_items:,} items  "
         f"{dataset.num_events:,} events\nsplit {split.protocol} {split.hash}: {counts}"
     )
-
-
-def conditions(settings: RunSettings, dataset: SequenceDataset) -> str:
-    """Conditions to read the numbers with: the seen filter, and next_time where the encoder has a time bias."""
-    t, tower = settings.train, settings.item_tower
-    encoder = tower.query_module if t.main_module == "TwoTower" else t.main_module
-    biased = settings.hstu.enable_relative_attention_bias and settings.hstu.enable_relative_time_bias
-    shown = f"seen filter {t.seen_filter!r}"
-    if encoder != "HSTU" or not biased or dataset.timestamps is None:
-        return shown
-    return f"{shown}, next_time {t.next_time!r}"
 
 
 def final_report(

@@ -48,13 +48,15 @@ ACCELERATOR_CHECK = 20
 @dataclass(frozen=True)
 class TrainResult:
     """test: metrics of the best (in protocol "paper", the last) state; high_rated: over highly rated targets alone;
-    finished: False after a stop request, and then there are no metrics; lists: of the top-k lists, where asked for."""
+    finished: False after a stop request, and then there are no metrics; lists: of the top-k lists, where asked for;
+    conditions: see `ModelEvaluation.conditions`."""
 
     test: dict[str, float]
     high_rated: dict[str, float]
     progress: Progress
     finished: bool
     lists: dict[str, float] = field(default_factory=dict)
+    conditions: str = ""
 
 
 class Trainer:
@@ -91,8 +93,8 @@ class Trainer:
             raise UserError(
                 f"{t.dataset_name}: no user has 2 training events; there is nothing to learn from"
             )
-        self.picks_best = self._has_validation()
         self.evaluation = ModelEvaluation(settings, dataset, split, collectives)
+        self.picks_best = self._has_validation()
         self.progress = Progress()
         self.saved_at = perf_counter()
 
@@ -141,7 +143,10 @@ class Trainer:
         self.save(store)
         self._load_best(store)
         result = self.evaluation.test(self.model)
-        return TrainResult(result.metrics(), result.high_rated_metrics(), self.progress, True, result.lists)
+        return TrainResult(
+            result.metrics(), result.high_rated_metrics(), self.progress, True, result.lists,
+            self.evaluation.conditions(result),
+        )  # fmt: skip
 
     def _done(self, max_steps: int | None) -> bool:
         p, t = self.progress, self.settings.train

@@ -203,7 +203,6 @@ def test_wrong_types(binding: str, expected: str) -> None:
         "train_fn.learning_rate = 0.0",
         "train_fn.temperature = 0.0",
         "train_fn.protocol = 'leave_two_out'",
-        "train_fn.seen_filter = 'all'",
         "train_fn.next_time = 'maybe'",
     ],
 )

@@ -233,14 +233,16 @@ def test_evaluation_batches_by_a_plain_walk(ragged_dataset: SequenceDataset) -> 
         assert batch["next_timestamps"].tolist() == [e["timestamps"][p] for e, p in zip(events, places)]
 
 
-def test_seen_items_are_the_whole_history(ragged_dataset: SequenceDataset) -> None:
+def test_histories_are_whole_and_jagged(ragged_dataset: SequenceDataset) -> None:
     targets = make_split(ragged_dataset).test_targets
     loader = EvaluationLoader(ragged_dataset, targets, 3, 16)
     users = np.flatnonzero(targets >= 0)[[5, 0, 9]]
-    for row, user in zip(loader.seen_items(users), users):
-        seen = events_of(ragged_dataset, user)["item_ids"][: targets[user]]
-        assert row.tolist() == seen + [0] * (len(row) - len(seen))
-    assert loader.seen_items(users[:0]).shape[0] == 0
+    histories = loader.histories(users)
+    for row, user in enumerate(users):
+        for name in COLUMNS:
+            expected = events_of(ragged_dataset, user)[name][: targets[user]]
+            assert histories[name][histories.rows == row].tolist() == expected
+    assert len(loader.histories(users[:0])["item_ids"]) == 0
 
 
 def test_max_users(ragged_dataset: SequenceDataset) -> None:

@@ -15,10 +15,11 @@ from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.evaluation import evaluator as evaluator_module
 from generative_recommenders.evaluation.evaluator import EvaluationResult, Evaluator
+from generative_recommenders.evaluation.seen_filters import HistoryFilter, NoFilter, WindowFilter
 from tiny_data import tiny_dataset
 
 WINDOW, THRESHOLD = 6, 4.0
-FILTERS = ["history", "window", "none"]
+FILTERS = {"history": HistoryFilter(), "window": WindowFilter(), "none": NoFilter()}
 
 
 def scores_of(users: torch.Tensor, num_items: int) -> torch.Tensor:
@@ -38,9 +39,9 @@ def brute_force_ranks(dataset: SequenceDataset, split: Split, seen_filter: str) 
         history = dataset.items[dataset.offsets[user] :][: split.test_targets[user]].tolist()
         target = int(dataset.items[dataset.offsets[user] + split.test_targets[user]])
         seen = {"history": set(history), "window": set(history[-WINDOW:]), "none": set()}[seen_filter]
-        missed = split.unseen_test_targets[user] or (seen_filter == "window" and target in seen)
+        missed = split.unseen_test_targets[user] or target in seen
         scores = scores_of(torch.tensor([user + 1]), dataset.num_items)[0].tolist()
-        items = [i for i in range(1, dataset.num_items + 1) if i == target or i not in seen]
+        items = [i for i in range(1, dataset.num_items + 1) if i not in seen]
         order = sorted(items, key=lambda item: (-scores[item - 1], item))
         ranks[user] = dataset.num_items + 1 if missed else order.index(target) + 1
     return ranks
@@ -50,7 +51,7 @@ def evaluate(dataset: SequenceDataset, seen_filter: str, batch_size: int = 16, *
     split = make_split(dataset)
     loader = EvaluationLoader(dataset, split.test_targets, WINDOW, batch_size, **options)
     unseen = torch.from_numpy(split.unseen_test_targets)
-    evaluator = Evaluator(loader, dataset.num_items, seen_filter, Collectives(), unseen, THRESHOLD)
+    evaluator = Evaluator(loader, dataset.num_items, FILTERS[seen_filter], Collectives(), unseen, THRESHOLD)
     return evaluator(score)
 
 
@@ -81,10 +82,19 @@ def test_equals_brute_force(ragged_dataset: SequenceDataset, seen_filter: str) -
         assert result.high_rated_metrics()[name] == pytest.approx(value)
 
 
-def test_filters_differ_and_window_misses_repeated_targets(ragged_dataset: SequenceDataset) -> None:
-    counts = {each: evaluate(ragged_dataset, each).histogram.counts for each in FILTERS}
-    assert not torch.equal(counts["history"], counts["none"])
-    assert counts["window"][0, 30] > counts["history"][0, 30]
+def test_a_target_that_the_filter_takes_out_is_a_counted_miss(ragged_dataset: SequenceDataset) -> None:
+    split = make_split(ragged_dataset)
+    results = {each: evaluate(ragged_dataset, each) for each in FILTERS}
+    repeated, in_window = 0, 0
+    for user in np.flatnonzero(split.test_targets >= 0).tolist():
+        events = ragged_dataset.items[ragged_dataset.offsets[user] :][: split.test_targets[user] + 1].tolist()
+        repeated += events[-1] in events[:-1]
+        in_window += events[-1] in events[-1 - WINDOW : -1]
+    assert repeated > in_window > 0
+    assert [results[each].removed_targets for each in FILTERS] == [repeated, in_window, 0]
+    misses = [int(results[each].histogram.counts[0, 30]) for each in FILTERS]
+    unseen = int(split.unseen_test_targets.sum())
+    assert misses == [repeated + unseen, in_window + unseen, unseen]
 
 
 @pytest.mark.parametrize("seen_filter", FILTERS)
@@ -107,7 +117,7 @@ def test_memory_stays_bounded(monkeypatch: pytest.MonkeyPatch, ragged_dataset: S
 
     targets = make_split(ragged_dataset).test_targets
     loader = EvaluationLoader(ragged_dataset, targets, WINDOW, 32)
-    Evaluator(loader, 30, "history", Collectives())(counting)
+    Evaluator(loader, 30, HistoryFilter(), Collectives())(counting)
     assert max(sizes) == 5
     assert sum(sizes) == (targets >= 0).sum()
 
@@ -127,7 +137,7 @@ def test_histograms_are_summed_over_processes(ragged_dataset: SequenceDataset) -
             return tensor.mul_(2)
 
     loader = EvaluationLoader(ragged_dataset, make_split(ragged_dataset).test_targets, WINDOW, 16)
-    one, two = (Evaluator(loader, 30, "history", each)(score) for each in (Collectives(), Doubling()))
+    one, two = (Evaluator(loader, 30, HistoryFilter(), each)(score) for each in (Collectives(), Doubling()))
     assert torch.equal(two.histogram.counts, 2 * one.histogram.counts)
     assert two.metrics() == pytest.approx(one.metrics())
 
@@ -142,7 +152,7 @@ def test_partial_evaluation_takes_the_first_users(ragged_dataset: SequenceDatase
 def test_unseen_targets_are_misses(ragged_dataset: SequenceDataset) -> None:
     loader = EvaluationLoader(ragged_dataset, make_split(ragged_dataset).test_targets, WINDOW, 16)
     everyone = torch.ones(ragged_dataset.num_users, dtype=torch.bool)
-    result = Evaluator(loader, 30, "history", Collectives(), everyone)(score)
+    result = Evaluator(loader, 30, HistoryFilter(), Collectives(), everyone)(score)
     assert result.histogram.counts[0, 30] == result.histogram.total()
     assert result.metrics()["hr@500"] == 0
 
@@ -150,5 +160,5 @@ def test_unseen_targets_are_misses(ragged_dataset: SequenceDataset) -> None:
 def test_without_ratings_nothing_is_highly_rated(tmp_path) -> None:
     dataset = tiny_dataset(tmp_path, [[1, 2, 3], [3, 1, 2]], ratings=False)
     loader = EvaluationLoader(dataset, make_split(dataset).test_targets, WINDOW, 16)
-    evaluator = Evaluator(loader, 3, "none", Collectives())
+    evaluator = Evaluator(loader, 3, NoFilter(), Collectives())
     assert evaluator(lambda batch: scores_of(batch["user_ids"], 3)).high_rated_metrics() == {}

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from generative_recommenders.evaluation.metrics import CUTOFFS, RankHistogram
-from generative_recommenders.evaluation.ranks import drop_repeated_targets, exact_ranks
+from generative_recommenders.evaluation.ranks import exact_ranks
+from generative_recommenders.evaluation.seen_items import SeenItems
 from golden_parity import read_golden
 
 PUBLISHED_CUT = 2500
@@ -74,8 +75,8 @@ def golden_ranks(arrays: dict[str, torch.Tensor]) -> torch.Tensor:
     column_of[ids] = torch.arange(1, len(ids) + 1)
     items = arrays["input/candidate_embeddings"].reshape(len(ids), -1)
     items = items / items.norm(dim=-1, keepdim=True).clamp(min=1e-6)
-    seen = column_of[arrays["input/past_ids"]]
-    targets = drop_repeated_targets(column_of[arrays["input/target_ids"].flatten()], seen)
+    seen = SeenItems.padded(column_of[arrays["input/past_ids"]], len(ids))
+    targets = column_of[arrays["input/target_ids"].flatten()]
     return exact_ranks(arrays["input/query"] @ items.T, targets, seen).clamp(max=PUBLISHED_CUT + 1)
 
 

@@ -15,10 +15,16 @@ from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.evaluation.baselines import training_counts
 from generative_recommenders.evaluation.evaluator import EvaluationResult, Evaluator
 from generative_recommenders.evaluation.list_metrics import diversity
+from generative_recommenders.evaluation.seen_filters import HistoryFilter, NoFilter, WindowFilter
+from generative_recommenders.evaluation.seen_items import SeenItems
 from generative_recommenders.evaluation.top_lists import TopLists, evenly_spaced
 
 ITEMS, WINDOW = 30, 6
-FILTERS = ["history", "window", "none"]
+FILTERS = {"history": HistoryFilter(), "window": WindowFilter(), "none": NoFilter()}
+
+
+def padded(ids: torch.Tensor) -> SeenItems:
+    return SeenItems.padded(ids, ITEMS)
 
 
 def score(batch) -> torch.Tensor:
@@ -30,7 +36,9 @@ def evaluate(dataset: SequenceDataset, seen_filter: str, k: int, batch_size: int
     loader = EvaluationLoader(dataset, split.test_targets, WINDOW, batch_size)
     unseen = torch.from_numpy(split.unseen_test_targets)
     counts = training_counts(dataset.items, dataset.offsets, split.train_stops, ITEMS)
-    return Evaluator(loader, ITEMS, seen_filter, Collectives(), unseen)(score, TopLists(k, ITEMS, counts))
+    return Evaluator(loader, ITEMS, FILTERS[seen_filter], Collectives(), unseen)(
+        score, TopLists(k, ITEMS, counts)
+    )
 
 
 def plain_lists(dataset: SequenceDataset, seen_filter: str, k: int) -> list[tuple[list[int], int, set[int]]]:
@@ -40,10 +48,10 @@ def plain_lists(dataset: SequenceDataset, seen_filter: str, k: int) -> list[tupl
         events = dataset.items[dataset.offsets[user] :].tolist()
         history, target = events[: split.test_targets[user]], events[split.test_targets[user]]
         seen = {"history": set(history), "window": set(history[-WINDOW:]), "none": set()}[seen_filter]
-        if split.unseen_test_targets[user] or (seen_filter == "window" and target in seen):
+        if split.unseen_test_targets[user] or target in seen:
             target = 0
         scores = score({"user_ids": torch.tensor([user + 1])})[0].tolist()
-        candidates = [item for item in range(1, ITEMS + 1) if item == target or item not in seen]
+        candidates = [item for item in range(1, ITEMS + 1) if item not in seen]
         best = sorted(candidates, key=lambda item: (-scores[item - 1], item))[:k]
         users.append((best, target, set(history)))
     return users
@@ -86,7 +94,7 @@ def test_batches_change_no_digit_and_ranks_stay(ragged_dataset: SequenceDataset)
     one, other = (evaluate(ragged_dataset, "history", 5, size) for size in (3, 1000))
     assert one.lists == other.lists
     loader = EvaluationLoader(ragged_dataset, make_split(ragged_dataset).test_targets, WINDOW, 16)
-    alone = Evaluator(loader, ITEMS, "history", Collectives())(score)
+    alone = Evaluator(loader, ITEMS, HistoryFilter(), Collectives())(score)
     assert alone.lists == {}
     assert torch.equal(alone.histogram.counts, one.histogram.counts)
 
@@ -113,7 +121,7 @@ def test_two_processes_equal_one() -> None:
     targets = torch.randint(1, ITEMS + 1, (9,), generator=generator)
     whole, mine, other = (TopLists(4, ITEMS, torch.arange(ITEMS)) for _ in range(3))
     for lists, rows in ((whole, slice(None)), (mine, slice(0, 9, 2)), (other, slice(1, 9, 2))):
-        lists.add(scores[rows], users[rows], targets[rows], None, targets[rows, None])
+        lists.add(scores[rows], users[rows], targets[rows], None, padded(targets[rows, None]))
     assert mine.compute(Recorded(other)) == whole.compute(Collectives())
 
 
@@ -146,7 +154,13 @@ def test_any_number_of_targets(k: int, levels: int) -> None:
     removed = torch.randint(0, ITEMS + 1, (users, 4), generator=generator)
     lists = TopLists(k, ITEMS)
     for part in (slice(0, 20), slice(20, users)):
-        lists.add(scores[part], torch.arange(users)[part], targets[part], removed[part], removed[part])
+        lists.add(
+            scores[part],
+            torch.arange(users)[part],
+            targets[part],
+            padded(removed[part]),
+            padded(removed[part]),
+        )
     expected = []
     for user in range(users):
         candidates = sorted(set(range(1, ITEMS + 1)) - set(removed[user].tolist()))
@@ -161,8 +175,8 @@ def test_any_number_of_targets(k: int, levels: int) -> None:
 def test_no_targets_at_all(width: int) -> None:
     lists = TopLists(3, ITEMS)
     none = torch.zeros(2, width, dtype=torch.int64)
-    lists.add(torch.rand(2, ITEMS), torch.tensor([1, 2]), none, None, none)
-    lists.add(torch.rand(0, ITEMS), torch.arange(0), none[:0], None, none[:0])
+    lists.add(torch.rand(2, ITEMS), torch.tensor([1, 2]), none, None, padded(none))
+    lists.add(torch.rand(0, ITEMS), torch.arange(0), none[:0], None, padded(none[:0]))
     metrics = lists.compute(Collectives())
     assert (metrics["recall@3"], metrics["ndcg@3"], metrics["novelty@3"]) == (0, 0, 1)
 
@@ -172,14 +186,18 @@ def test_one_target_in_a_column_is_one_target() -> None:
     targets = torch.arange(9)
     flat, wide = TopLists(4, ITEMS), TopLists(4, ITEMS)
     for lists, given in ((flat, targets), (wide, torch.nn.functional.pad(targets[:, None], (2, 1)))):
-        lists.add(scores, users, given, None, targets[:, None])
+        lists.add(scores, users, given, None, padded(targets[:, None]))
     assert flat.compute(Collectives()) == wide.compute(Collectives())
 
 
 def test_a_process_without_users() -> None:
     empty, other = TopLists(3, ITEMS), TopLists(3, ITEMS)
     other.add(
-        torch.rand(2, ITEMS), torch.tensor([1, 2]), torch.tensor([4, 5]), None, torch.zeros(2, 0).long()
+        torch.rand(2, ITEMS),
+        torch.tensor([1, 2]),
+        torch.tensor([4, 5]),
+        None,
+        padded(torch.zeros(2, 0).long()),
     )
     assert empty.compute(Recorded(other))["coverage@3"] > 0
     assert TopLists(3, ITEMS).compute(Collectives())["recall@3"] == 0
@@ -188,7 +206,13 @@ def test_a_process_without_users() -> None:
 def test_scores_that_are_no_number_are_no_candidates() -> None:
     scores = torch.tensor([[torch.nan, 1.0, -torch.inf, 2.0]])
     lists = TopLists(3, 4)
-    lists.add(scores, torch.tensor([7]), torch.tensor([1]), torch.tensor([[4, 0]]), torch.tensor([[4]]))
+    lists.add(
+        scores,
+        torch.tensor([7]),
+        torch.tensor([1]),
+        padded(torch.tensor([[4, 0]])),
+        padded(torch.tensor([[4]])),
+    )
     assert lists.parts[-1].tolist() == [[7, 2, 0, 0]]
 
 
