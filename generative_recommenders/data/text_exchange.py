@@ -37,8 +37,6 @@ HEADER = ("index", "user_id", "sequence_item_ids", "sequence_ratings", "sequence
 _LISTS = HEADER[2:]
 USERS_AT_ONCE = 1 << 16
 _MAX_LINE_BYTES = 1 << 28
-_MAX_WHOLE = 1 << 53
-"""Larger ratings are written as 1e+20."""
 
 
 def export_text(dataset: SequenceDataset, path: str | Path) -> None:
@@ -71,7 +69,7 @@ def _export_users(dataset: SequenceDataset, first: int, last: int) -> bytes:
     zeros = np.zeros(events.stop - events.start, np.int8)
     columns = [
         dataset.items[events],
-        zeros if dataset.ratings is None else _shortest(dataset.ratings[events]),
+        zeros if dataset.ratings is None else _as_floats(dataset.ratings[events]),
         zeros if dataset.timestamps is None else dataset.timestamps[events],
     ]
     lists = [_joined(bounds - bounds[0], values) for values in columns]
@@ -80,15 +78,16 @@ def _export_users(dataset: SequenceDataset, first: int, last: int) -> bytes:
     return ("\n".join(lines.to_pylist()) + "\n").encode()
 
 
-def _shortest(ratings: np.ndarray) -> np.ndarray:
-    """Whole ratings as integers, so that they are written without ``.0``."""
-    whole = (ratings == np.trunc(ratings)).all() and (np.abs(ratings) < _MAX_WHOLE).all()
-    return ratings.astype(np.int64) if whole else np.asarray(ratings)
-
-
-def _joined(offsets: np.ndarray, values: np.ndarray) -> pa.Array:
-    """Per user, the quoted and comma-joined values."""
+def _as_floats(values: np.ndarray) -> pa.Array:
+    """Ratings as text, whole ones with ``.0`` as the published files have them."""
     texts = pa.array(np.asarray(values)).cast(pa.string())
+    whole = pc.match_substring_regex(texts, r"^-?\d+$")
+    return pc.if_else(whole, pc.binary_join_element_wise(texts, ".0", ""), texts)
+
+
+def _joined(offsets: np.ndarray, values: np.ndarray | pa.Array) -> pa.Array:
+    """Per user, the quoted and comma-joined values."""
+    texts = values if isinstance(values, pa.Array) else pa.array(np.asarray(values)).cast(pa.string())
     joined = pc.binary_join(pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), texts), ",")
     return pc.binary_join_element_wise('"', joined, '"', "")
 

@@ -1,14 +1,13 @@
 """Feature columns to embeddings: one module a feature, and `SequenceEmbedding` over all of a schema.
 
-Ids of a categorical feature are 1..C with 0 for padding, and one more row C + 1 for categories that were
-never seen. A feature whose padding id is its cardinality (ids 0..C-1) says so with ``padding_index``.
+Ids of a categorical feature are 1..C with 0 for padding, and one more row C + 1 for categories that were never seen.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from absl import logging
@@ -17,9 +16,7 @@ from torch import nn
 from generative_recommenders.config.sections import ListReduction
 from generative_recommenders.errors import UserError
 
-FeatureKind = Literal["categorical", "categorical_list", "numerical", "numerical_list"]
-
-_KINDS = ("categorical", "categorical_list", "numerical", "numerical_list")
+FeatureKind = Literal["categorical", "categorical_list", "numerical"]
 
 
 @dataclass(frozen=True)
@@ -27,189 +24,107 @@ class EmbeddingSpec:
     """What one feature is, and how it becomes an embedding.
 
     name: its key in the batch.
-    kind: "categorical" ids ``[...]``, "categorical_list" ids ``[..., K]``, "numerical" values ``[...]`` or
-        "numerical_list" values ``[..., width]``.
+    kind: "categorical" ids ``[...]``, "categorical_list" ids ``[..., K]`` or "numerical" values ``[...]``.
     embedding_dim: width D of its embedding.
     cardinality: categories C, padding and unknown not counted (categorical kinds).
-    width: values a numerical list holds.
-    padding_index: the id of padding.
-    unknown_bucket: whether ids outside 0..C share one more row; without it such an id is an IndexError.
     list_reduction: how the entries of a categorical list become one embedding.
-    is_item_id: the feature is the item itself.
     """
 
     name: str
     kind: FeatureKind
     embedding_dim: int
     cardinality: int = 0
-    width: int = 1
-    padding_index: int = 0
-    unknown_bucket: bool = True
     list_reduction: ListReduction = "sum"
-    is_item_id: bool = False
 
     def __post_init__(self) -> None:
-        if self.kind not in _KINDS:
-            raise UserError(f"feature {self.name!r}: kind {self.kind!r} is none of {', '.join(_KINDS)}")
-        if self.list_reduction not in ("sum", "mean", "max"):
-            raise UserError(
-                f"feature {self.name!r}: list reduction {self.list_reduction!r} is none of sum, mean, max"
-            )
+        if self.kind not in get_args(FeatureKind):
+            known = ", ".join(get_args(FeatureKind))
+            raise UserError(f"feature {self.name!r}: kind {self.kind!r} is none of {known}")
         if self.is_categorical and self.cardinality < 1:
             raise UserError(f"feature {self.name!r}: a {self.kind} feature needs a cardinality of at least 1")
-        if self.is_categorical and not 0 <= self.padding_index <= self.cardinality:
-            raise UserError(
-                f"feature {self.name!r}: padding id {self.padding_index} lies outside 0..{self.cardinality}"
-            )
 
     @property
     def is_categorical(self) -> bool:
         return self.kind in ("categorical", "categorical_list")
 
-    @property
-    def is_list(self) -> bool:
-        return self.kind in ("categorical_list", "numerical_list")
 
+class EmbeddingRows(nn.Module):
+    """A table of which one row is padding and stays 0; lists are reduced without their padding.
 
-class CategoricalEmbedding(nn.Module):
-    """A table of ``cardinality + 1`` rows (one is padding and stays 0), plus the unknown bucket where there
-    is one."""
+    list_reduction: "sum", "mean" or "max" for lists of ids, None for single ones.
+    """
 
-    def __init__(self, spec: EmbeddingSpec) -> None:
+    def __init__(
+        self, rows: int, embedding_dim: int, padding_index: int, list_reduction: ListReduction | None
+    ) -> None:
         super().__init__()
-        self.spec = spec
-        rows = spec.cardinality + 1 + spec.unknown_bucket
-        if spec.is_list:
-            self.emb: nn.Embedding | nn.EmbeddingBag = nn.EmbeddingBag(
-                rows, spec.embedding_dim, mode=spec.list_reduction, padding_idx=spec.padding_index
-            )
+        if list_reduction not in (None, "sum", "mean", "max"):
+            raise UserError(f"list reduction {list_reduction!r} is none of sum, mean, max")
+        self.list_reduction = list_reduction
+        if list_reduction is None:
+            self.emb: nn.Embedding | nn.EmbeddingBag = nn.Embedding(rows, embedding_dim, padding_index)
         else:
-            self.emb = nn.Embedding(rows, spec.embedding_dim, padding_idx=spec.padding_index)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Xavier-normal rows, padding 0."""
+            self.emb = nn.EmbeddingBag(rows, embedding_dim, mode=list_reduction, padding_idx=padding_index)
         nn.init.xavier_normal_(self.emb.weight)
         with torch.no_grad():
-            self.emb.weight[self.spec.padding_index].zero_()
+            self.emb.weight[padding_index].zero_()
 
     @property
     def embedding_dim(self) -> int:
-        return self.spec.embedding_dim
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """``[cardinality, D]``: the rows of the categories in the order of their ids, without padding and
-        unknown."""
-        table, padding = self.emb.weight[: self.spec.cardinality + 1], self.spec.padding_index
-        if padding == 0:
-            return table[1:]
-        if padding == self.spec.cardinality:
-            return table[:-1]
-        return torch.cat([table[:padding], table[padding + 1 :]])
+        return self.emb.embedding_dim
 
     def forward(self, indices: torch.Tensor) -> torch.Tensor:
-        """int64 ``[...]`` to ``[..., D]``; a list's ``[..., K]`` to ``[..., D]``.
-
-        Padding entries of a list do not count, in the mean neither; a list of padding alone gives 0.
-        """
-        indices = self.known(indices)
-        if not self.spec.is_list:
+        """int64 ``[...]`` to ``[..., D]``; a list's ``[..., K]`` to ``[..., D]``, 0 for a list of padding alone."""
+        if self.list_reduction is None:
             return self.emb(indices)
         return self.emb(indices.reshape(-1, indices.shape[-1])).unflatten(0, indices.shape[:-1])
 
-    def known(self, indices: torch.Tensor) -> torch.Tensor:
-        """The ids with those outside 0..C replaced by the unknown bucket's, where there is one."""
-        if not self.spec.unknown_bucket:
-            return indices
-        return indices.masked_fill(self._unknown(indices), self.spec.cardinality + 1)
 
-    def count_unknown(self, indices: torch.Tensor) -> int:
-        """How many ids fall into the unknown bucket."""
-        return int(self._unknown(indices).sum())
+class CategoricalEmbedding(EmbeddingRows):
+    """Rows of padding, of C categories and of those never seen: ids outside 0..C share the last one."""
 
-    def _unknown(self, indices: torch.Tensor) -> torch.Tensor:
-        return (indices < 0) | (indices > self.spec.cardinality)
+    def __init__(self, spec: EmbeddingSpec) -> None:
+        reduction = spec.list_reduction if spec.kind == "categorical_list" else None
+        super().__init__(spec.cardinality + 2, spec.embedding_dim, 0, reduction)
+        self.cardinality = spec.cardinality
+
+    def forward(self, indices: torch.Tensor) -> torch.Tensor:
+        unseen = (indices < 0) | (indices > self.cardinality)
+        return super().forward(indices.masked_fill(unseen, self.cardinality + 1))
 
 
-class IdentityEmbedding(nn.Module):
-    """Values that already are an embedding: ``[..., D]`` comes out unchanged. ``weight`` is the identity
-    ``[D, D]``."""
-
-    weight: torch.Tensor
+class NumericalEmbedding(nn.Module):
+    """A linear layer with bias over a number; an embedding of width 1 is the number itself."""
 
     def __init__(self, embedding_dim: int) -> None:
         super().__init__()
         self.embedding_dim = embedding_dim
-        self.register_buffer("weight", torch.eye(embedding_dim), persistent=False)
+        self.linear = nn.Identity() if embedding_dim == 1 else nn.Linear(1, embedding_dim)
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
-        return values
+        """float ``[...]`` to ``[..., D]``."""
+        return self.linear(values.unsqueeze(-1))
 
 
-class NumericalEmbedding(nn.Module):
-    """A linear layer with bias over a value or a list of values; a list as wide as the embedding passes
-    unchanged."""
+class NamedEmbeddings(nn.Module):
+    """Embedding modules by the names of their features."""
 
-    def __init__(self, spec: EmbeddingSpec) -> None:
+    def __init__(self, embedders: Mapping[str, nn.Module]) -> None:
         super().__init__()
-        self.spec = spec
-        width = spec.width if spec.is_list else 1
-        passes = width == spec.embedding_dim
-        self.linear = IdentityEmbedding(width) if passes else nn.Linear(width, spec.embedding_dim)
+        self._keys = {name: _module_key(name, number) for number, name in enumerate(embedders)}
+        self.feature_embedders = nn.ModuleDict({self._keys[name]: each for name, each in embedders.items()})
 
-    @property
-    def embedding_dim(self) -> int:
-        return self.spec.embedding_dim
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """``[D, width]``, the identity matrix where nothing is learned."""
-        return self.linear.weight
-
-    def forward(self, values: torch.Tensor) -> torch.Tensor:
-        """float ``[...]`` (one value) or ``[..., width]`` (a list) to ``[..., D]``."""
-        return self.linear(values if self.spec.is_list else values.unsqueeze(-1))
-
-
-class SequenceEmbedding(nn.Module):
-    """An embedding module for every feature of a schema, by name.
-
-    schema: the features; their names must differ.
-    """
-
-    def __init__(self, schema: Sequence[EmbeddingSpec]) -> None:
-        super().__init__()
-        names = [spec.name for spec in schema]
-        if len(set(names)) != len(names):
-            raise UserError(f"features of a schema must have different names, got {', '.join(names)}")
-        self.schema = tuple(schema)
-        self._keys = {spec.name: _module_key(spec.name, number) for number, spec in enumerate(schema)}
-        self._item_feature = next((spec.name for spec in schema if spec.is_item_id), None)
-        self.feature_embedders = nn.ModuleDict(
-            {self._keys[spec.name]: build_embedding(spec) for spec in schema}
-        )
-
-    @property
-    def names(self) -> list[str]:
-        return list(self._keys)
-
-    @property
-    def embeddings_dim(self) -> dict[str, int]:
-        """The width of every feature's embedding."""
-        return {name: self.embedder(name).embedding_dim for name in self._keys}
-
-    def embedder(self, name: str) -> CategoricalEmbedding | NumericalEmbedding:
-        """The module of one feature; UserError for a name that the schema does not have."""
+    def embedder(self, name: str) -> nn.Module:
+        """The module of one feature; UserError for a name that has none."""
         if name not in self._keys:
             raise UserError(f"feature {name!r} has no embedding: the schema has {', '.join(self._keys)}")
-        return self.feature_embedders[self._keys[name]]  # type: ignore[return-value]
+        return self.feature_embedders[self._keys[name]]
 
     def forward(
         self, feature_tensor: Mapping[str, torch.Tensor], feature_names: Sequence[str] | None = None
     ) -> dict[str, torch.Tensor]:
-        """Embed the named features (all of the schema unless given): name to ``[..., D]``."""
-        names = self.names if feature_names is None else feature_names
+        """The named features (all unless given) as embeddings: name to ``[..., D]``."""
+        names = list(self._keys) if feature_names is None else feature_names
         missing = [name for name in names if name not in feature_tensor]
         if missing:
             raise UserError(
@@ -217,18 +132,23 @@ class SequenceEmbedding(nn.Module):
             )
         return {name: self.embedder(name)(feature_tensor[name]) for name in names}
 
-    def get_item_weights(self, indices: torch.Tensor | None = None) -> torch.Tensor:
-        """The embeddings of items: ``[..., D]`` for ids ``[...]``, or the whole table without its padding
-        row."""
-        if self._item_feature is None:
-            raise UserError("the schema names no item id feature, so there are no item embeddings to read")
-        item_embedder = self.embedder(self._item_feature)
-        return item_embedder.weight if indices is None else item_embedder(indices)
 
+class SequenceEmbedding(NamedEmbeddings):
+    """An embedding module for every feature of a schema, whose names must differ."""
 
-def build_embedding(spec: EmbeddingSpec) -> CategoricalEmbedding | NumericalEmbedding:
-    """The embedding module that a feature's kind asks for."""
-    return CategoricalEmbedding(spec) if spec.is_categorical else NumericalEmbedding(spec)
+    def __init__(self, schema: Sequence[EmbeddingSpec]) -> None:
+        names = [spec.name for spec in schema]
+        if len(set(names)) != len(names):
+            raise UserError(f"features of a schema must have different names, got {', '.join(names)}")
+        super().__init__(
+            {
+                spec.name: CategoricalEmbedding(spec)
+                if spec.is_categorical
+                else NumericalEmbedding(spec.embedding_dim)
+                for spec in schema
+            }
+        )
+        self.schema = tuple(schema)
 
 
 def category_ids(
@@ -250,6 +170,5 @@ _RESERVED_KEYS = frozenset(dir(nn.ModuleDict()))
 
 
 def _module_key(name: str, number: int) -> str:
-    """A key that torch takes: the name itself unless it holds a dot or is an attribute of modules
-    ("type")."""
+    """A key that torch takes: the name itself unless it holds a dot or is an attribute of modules ("type")."""
     return f"feature{number}" if not name or "." in name or name in _RESERVED_KEYS else name

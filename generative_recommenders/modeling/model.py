@@ -182,8 +182,9 @@ class SequenceRecommender(torch.nn.Module):
         past_ids: torch.Tensor,
         past_embeddings: torch.Tensor | None = None,
         past_events: Mapping[str, torch.Tensor] | None = None,
+        batch_id: int | None = None,
     ) -> torch.Tensor:
-        """Encodes whole rectangles of causal models.
+        """Encodes whole rectangles of causal models. batch_id: of the published signature, and not read, as there.
 
         past_lengths ``[B]``, past_ids ``[B, N]``, past_embeddings ``[B, N, D]`` (looked up when None), past_events: see
         `types.SequentialFeatures`. Returns ``[B, N, D]``: the state after each position, 0 at padding.

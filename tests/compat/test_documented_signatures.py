@@ -8,20 +8,11 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import pytest
 
-from generative_recommenders.compat.genrec import modules as genrec
-from generative_recommenders.compat.replay.nn.lightning import postprocessor as replay_postprocessors
-from generative_recommenders.compat.replay.nn.loss import catalogue as replay_losses
-from generative_recommenders.compat.replay.nn.sequential import sasrec as replay_models
-from generative_recommenders.compat.replay.nn.sequential import twotower as replay_two_tower
-from generative_recommenders.compat.replay.nn.transform import columns as replay_transforms
-from generative_recommenders.compat.transformers4rec import masking as transformers4rec_masking
-from generative_recommenders.compat.transformers4rec import metrics as transformers4rec_metrics
-
+COMPAT = "generative_recommenders.compat"
 LOSS = "model_embeddings, positive_labels, target_padding_mask"
 SAMPLED = "model_embeddings, positive_labels, negative_labels, target_padding_mask"
 LOG_IN = "log_epsilon=1e-06, clamp_border=100.0, negative_labels_ignore_index=-100"
@@ -77,6 +68,8 @@ REPLAY_LOSSES = {
     "LogInCESampled.forward": SAMPLED,
     "LogOutCE": "cardinality, negative_labels_ignore_index=-100, **kwargs",
     "LogOutCE.forward": LOSS,
+}
+REPLAY_SCE = {
     "SCEParams": "n_buckets, bucket_size_x, bucket_size_y, mix_x=False",
     "ScalableCrossEntropyLoss": "sce_params",
     "ScalableCrossEntropyLoss.forward": "embeddings, positive_labels, all_embeddings, padding_mask, tokens_mask=None",
@@ -101,8 +94,6 @@ REPLAY_TRANSFORMS = {
         "num_negative_samples, sample_mask, *, negative_selector_name='negative_selector', "
         "out_feature_name='negative_labels', generator=None"
     ),
-    "make_default_sasrec_transforms": "tensor_schema, query_column='query_id'",
-    "make_default_twotower_transforms": "tensor_schema, query_column='query_id'",
 }
 REPLAY_POSTPROCESSORS = {
     "PostprocessorBase": "",
@@ -112,62 +103,87 @@ REPLAY_POSTPROCESSORS = {
     "SeenItemsFilter.on_prediction": "batch, logits",
     "SeenItemsFilter.on_validation": "batch, logits",
 }
-REPLAY_MODELS = {
-    "SasRec": "body, loss",
-    "SasRec.forward": NEXT_ITEM,
-    "SasRecBody": "embedder, embedding_aggregator, attn_mask_builder, encoder, output_normalization",
-    "SasRecBody.forward": "feature_tensors, padding_mask",
-    "SasRecTransformerLayer": "embedding_dim, num_heads, num_blocks, dropout, activation='gelu'",
-    "SasRecTransformerLayer.forward": "feature_tensors, input_embeddings, padding_mask, attention_mask",
-    "PositionAwareAggregator": "embedding_aggregator, max_sequence_length, dropout",
-    "PositionAwareAggregator.forward": "feature_tensors",
-    "MultiHeadDifferentialAttention": "embedding_dim, num_heads, lambda_init, bias=False, kdim=None, vdim=None",
-    "MultiHeadDifferentialAttention.forward": "query, key, value, attn_mask",
-    "DiffTransformerBlock": "embedding_dim, num_heads, lambda_init",
-    "DiffTransformerBlock.forward": "input_embeddings, attention_mask",
-    "DiffTransformerLayer": "embedding_dim, num_heads, num_blocks",
-    "DiffTransformerLayer.forward": "input_embeddings, attention_mask",
-    "TwoTower": "body, loss, context_merger=None",
-    "TwoTower.forward": NEXT_ITEM,
-    "TwoTower.from_params": f"schema, item_features_reader, {TOWERS}",
-    "TwoTowerBody": (
-        "schema, embedder, attn_mask_builder, query_tower_feature_names, item_tower_feature_names, "
-        "query_embedding_aggregator, item_embedding_aggregator, query_encoder, query_tower_output_normalization, "
-        "item_encoder, item_features_reader"
+REPLAY: dict[str, dict[str, str]] = {
+    "replay.nn.sequential": {
+        "SasRec": "body, loss",
+        "SasRec.forward": NEXT_ITEM,
+        "SasRecBody": "embedder, embedding_aggregator, attn_mask_builder, encoder, output_normalization",
+        "SasRecBody.forward": "feature_tensors, padding_mask",
+        "SasRecTransformerLayer": "embedding_dim, num_heads, num_blocks, dropout, activation='gelu'",
+        "SasRecTransformerLayer.forward": "feature_tensors, input_embeddings, padding_mask, attention_mask",
+        "PositionAwareAggregator": "embedding_aggregator, max_sequence_length, dropout",
+        "PositionAwareAggregator.forward": "feature_tensors",
+        "DiffTransformerBlock": "embedding_dim, num_heads, lambda_init",
+        "DiffTransformerBlock.forward": "input_embeddings, attention_mask",
+        "DiffTransformerLayer": "embedding_dim, num_heads, num_blocks",
+        "DiffTransformerLayer.forward": "input_embeddings, attention_mask",
+        "TwoTower": "body, loss, context_merger=None",
+        "TwoTower.forward": NEXT_ITEM,
+        "TwoTower.from_params": f"schema, item_features_reader, {TOWERS}",
+        "TwoTowerBody": (
+            "schema, embedder, attn_mask_builder, query_tower_feature_names, item_tower_feature_names, "
+            "query_embedding_aggregator, item_embedding_aggregator, query_encoder, query_tower_output_normalization, "
+            "item_encoder, item_features_reader"
+        ),
+        "QueryTower": (
+            "feature_names, embedder, embedding_aggregator, attn_mask_builder, encoder, output_normalization"
+        ),
+        "QueryTower.forward": "feature_tensors, padding_mask",
+        "ItemTower": "schema, item_features_reader, feature_names, embedder, embedding_aggregator, encoder",
+        "ItemTower.forward": "candidates_to_score=None",
+    },
+    "replay.nn.attention": {
+        "MultiHeadDifferentialAttention": "embedding_dim, num_heads, lambda_init, bias=False, kdim=None, vdim=None",
+        "MultiHeadDifferentialAttention.forward": "query, key, value, attn_mask",
+    },
+    "replay.nn.embedding": {
+        "SequenceEmbedding": (
+            "schema, excluded_features=None, categorical_list_feature_aggregation_method='sum'"
+        ),
+        "SequenceEmbedding.forward": "feature_tensor, feature_names=None",
+        "SequenceEmbedding.get_item_weights": "indices=None",
+        "CategoricalEmbedding": "feature_info, categorical_list_feature_aggregation_method='sum'",
+        "CategoricalEmbedding.forward": "indices",
+        "NumericalEmbedding": "feature_info",
+        "NumericalEmbedding.forward": "values",
+    },
+    "replay.nn.agg": {
+        "SumAggregator": "embedding_dim",
+        "SumAggregator.forward": "feature_tensors",
+        "ConcatAggregator": "input_embedding_dims, output_embedding_dim",
+        "ConcatAggregator.forward": "feature_tensors",
+    },
+    "replay.nn.ffn": {
+        "PointWiseFeedForward": "embedding_dim, dropout, activation='gelu'",
+        "PointWiseFeedForward.forward": "input_embeddings",
+        "SwiGLU": "embedding_dim, hidden_dim",
+        "SwiGLU.forward": "input_embeddings",
+        "SwiGLUEncoder": "embedding_dim, hidden_dim",
+        "SwiGLUEncoder.forward": "input_embeddings",
+    },
+    "replay.nn.mask": {
+        "DefaultAttentionMask": "reference_feature_name, num_heads",
+        "DefaultAttentionMask.forward": "feature_tensor, padding_mask",
+    },
+    "replay.nn.head": {
+        "EmbeddingTyingHead": "",
+        "EmbeddingTyingHead.forward": "hidden_states, item_embeddings",
+    },
+    "replay.nn.output": {
+        "TrainOutput": "loss, hidden_states=None",
+        "InferenceOutput": "logits, hidden_states=None",
+    },
+    "replay.nn.sequential.twotower": {"FeaturesReader": "schema, metadata, path"},
+    "replay.nn.loss": REPLAY_LOSSES,
+    "replay.models.nn.loss": REPLAY_SCE,
+    "replay.nn.transform": REPLAY_TRANSFORMS,
+    "replay.nn.transform.template": dict.fromkeys(
+        ("make_default_sasrec_transforms", "make_default_twotower_transforms"),
+        "tensor_schema, query_column='query_id'",
     ),
-    "QueryTower": (
-        "feature_names, embedder, embedding_aggregator, attn_mask_builder, encoder, output_normalization"
-    ),
-    "QueryTower.forward": "feature_tensors, padding_mask",
-    "ItemTower": "schema, item_features_reader, feature_names, embedder, embedding_aggregator, encoder",
-    "ItemTower.forward": "candidates_to_score=None",
-    "SequenceEmbedding": (
-        "schema, excluded_features=None, categorical_list_feature_aggregation_method='sum'"
-    ),
-    "SequenceEmbedding.forward": "feature_tensor, feature_names=None",
-    "SequenceEmbedding.get_item_weights": "indices=None",
-    "CategoricalEmbedding": "feature_info, categorical_list_feature_aggregation_method='sum'",
-    "CategoricalEmbedding.forward": "indices",
-    "NumericalEmbedding": "feature_info",
-    "NumericalEmbedding.forward": "values",
-    "SumAggregator": "embedding_dim",
-    "SumAggregator.forward": "feature_tensors",
-    "ConcatAggregator": "input_embedding_dims, output_embedding_dim",
-    "ConcatAggregator.forward": "feature_tensors",
-    "PointWiseFeedForward": "embedding_dim, dropout, activation='gelu'",
-    "PointWiseFeedForward.forward": "input_embeddings",
-    "SwiGLU": "embedding_dim, hidden_dim",
-    "SwiGLU.forward": "input_embeddings",
-    "SwiGLUEncoder": "embedding_dim, hidden_dim",
-    "SwiGLUEncoder.forward": "input_embeddings",
-    "DefaultAttentionMask": "reference_feature_name, num_heads",
-    "DefaultAttentionMask.forward": "feature_tensor, padding_mask",
-    "EmbeddingTyingHead": "",
-    "EmbeddingTyingHead.forward": "hidden_states, item_embeddings",
-    "TrainOutput": "loss, hidden_states=None",
-    "InferenceOutput": "logits, hidden_states=None",
+    "replay.nn.lightning.postprocessor": REPLAY_POSTPROCESSORS,
 }
-REPLAY_TWO_TOWER = {"FeaturesReader": "schema, metadata, path"}
+"""By RePlay's module paths."""
 T4R_MASKING = {
     "MaskingInfo": "schema, targets",
     "MaskSequence": f"{MASKING}, **kwargs",
@@ -200,33 +216,87 @@ RANKING = {
     "RankingMetric.compute": "",
 }
 
-MODULES = [
-    (genrec, GENREC),
-    (replay_losses, REPLAY_LOSSES),
-    (replay_transforms, REPLAY_TRANSFORMS),
-    (replay_postprocessors, REPLAY_POSTPROCESSORS),
-    (replay_models, REPLAY_MODELS),
-    (replay_two_tower, REPLAY_TWO_TOWER),
-    (transformers4rec_masking, T4R_MASKING),
-    (transformers4rec_metrics, RANKING),
-]
-ALL = [(module, name, text) for module, table in MODULES for name, text in table.items()]
+LIGHTNING = {
+    "replay.nn.lightning": {
+        "LightningModule": "model, optimizer_factory=None, lr_scheduler_factory=None",
+        "LightningModule.forward": "batch",
+    },
+    "replay.nn.lightning.callback": {
+        "ComputeMetricsCallback": (
+            "metrics=None, ks=None, postprocessors=None, item_count=None, ground_truth_column='ground_truth', "
+            "train_column='train'"
+        ),
+        **dict.fromkeys(
+            ("PandasTopItemsCallback", "PolarsTopItemsCallback"),
+            "top_k, query_column, item_column, rating_column='rating', postprocessors=None",
+        ),
+        "SparkTopItemsCallback": (
+            "top_k, query_column, item_column, rating_column, spark_session, postprocessors=None"
+        ),
+        "TorchTopItemsCallback": "top_k, postprocessors=None",
+        "HiddenStatesCallback": "hidden_state_index",
+        **{
+            f"{kind}Callback.get_result": ""
+            for kind in ("PandasTopItems", "PolarsTopItems", "SparkTopItems", "TorchTopItems", "HiddenStates")
+        },
+    },
+}
+"""Needs the extra ``lightning``."""
+DOCUMENTED = {
+    **REPLAY,
+    "genrec.modules": GENREC,
+    "transformers4rec.masking": T4R_MASKING,
+    "transformers4rec.metrics": RANKING,
+    "meta.modules": {"truncated_normal": "x, mean, std"},
+}
+ALL = [(path, name, text) for path, table in (DOCUMENTED | LIGHTNING).items() for name, text in table.items()]
+PROTOCOLS = {
+    "replay.nn.agg": "AggregatorProto",
+    "replay.nn.embedding": "EmbedderProto",
+    "replay.nn.mask": "AttentionMaskProto",
+    "replay.nn.normalization": "NormalizerProto",
+    "replay.nn.loss": "LossProto",
+    "replay.nn.sequential.twotower": "FeaturesReaderProtocol",
+}
+
+
+def module_of(path: str) -> Any:
+    if path in LIGHTNING:
+        pytest.importorskip("lightning")
+    return importlib.import_module(f"{COMPAT}.{path}")
 
 
 def test_every_documented_name_is_in_compat() -> None:
-    compat = importlib.import_module("generative_recommenders.compat")
-    documented = {(module, name.split(".")[0]) for module, name, _ in ALL}
+    compat = importlib.import_module(COMPAT)
+    documented = {(path, name.split(".")[0]) for path, table in DOCUMENTED.items() for name in table}
     assert {name for _, name in documented} <= set(compat.__all__)
-    for module, name in documented:
-        assert getattr(compat, name) is getattr(module, name)
+    for path, name in documented:
+        assert getattr(compat, name) is getattr(module_of(path), name)
 
 
 @pytest.mark.parametrize(
-    "name", ["CEWeighted", "EqualityMaskTransform", "IdentityEmbedding", "LogOutCESampled", "SelectTransform"]
+    "name",
+    [
+        "CEWeighted",
+        "EqualityMaskTransform",
+        "GeneralizedInteractionModule",
+        "IdentityEmbedding",
+        "LogOutCESampled",
+        "ContextMergerProto",
+        "EncoderProto",
+        "ItemEncoderProto",
+        "QueryEncoderProto",
+        "SelectTransform",
+    ],
 )
 def test_names_without_a_documented_signature_are_in_compat_too(name: str) -> None:
-    compat = importlib.import_module("generative_recommenders.compat")
+    compat = importlib.import_module(COMPAT)
     assert name in compat.__all__ and hasattr(compat, name)
+
+
+@pytest.mark.parametrize(("path", "name"), [*PROTOCOLS.items()])
+def test_protocols_are_where_their_blocks_are(path: str, name: str) -> None:
+    assert getattr(module_of(path), name) is getattr(importlib.import_module(COMPAT), name)
 
 
 def documented(text: str) -> list[inspect.Parameter]:
@@ -236,9 +306,9 @@ def documented(text: str) -> list[inspect.Parameter]:
     return [*inspect.signature(scope["documented"]).parameters.values()]
 
 
-def ours(module: ModuleType, name: str) -> list[inspect.Parameter]:
+def ours(path: str, name: str) -> list[inspect.Parameter]:
     """The parameters of a class, function or method here, without self."""
-    value: Any = module
+    value: Any = module_of(path)
     for part in name.split("."):
         owner, value = value, getattr(value, part)
     parameters = [*inspect.signature(value).parameters.values()]
@@ -253,11 +323,9 @@ def default(parameter: inspect.Parameter) -> Any:
     return list(parameter.default) if isinstance(parameter.default, (tuple, list)) else parameter.default
 
 
-@pytest.mark.parametrize(
-    ("module", "name", "text"), ALL, ids=[f"{m.__name__.split('.')[-1]}.{n}" for m, n, _ in ALL]
-)
-def test_signature(module: ModuleType, name: str, text: str) -> None:
-    expected, actual = documented(text), ours(module, name)
+@pytest.mark.parametrize(("path", "name", "text"), ALL, ids=[f"{path}.{name}" for path, name, _ in ALL])
+def test_signature(path: str, name: str, text: str) -> None:
+    expected, actual = documented(text), ours(path, name)
     by_name = {parameter.name: parameter for parameter in actual}
     for place, parameter in enumerate(expected):
         if parameter.kind is parameter.VAR_KEYWORD:
@@ -275,17 +343,18 @@ def test_signature(module: ModuleType, name: str, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("owner", "name"),
+    ("path", "owner", "name"),
     [
-        (replay_models.SequenceEmbedding, "embeddings_dim"),
-        (replay_models.CategoricalEmbedding, "embedding_dim"),
-        (replay_models.CategoricalEmbedding, "weight"),
-        (replay_models.NumericalEmbedding, "embedding_dim"),
-        (replay_models.NumericalEmbedding, "weight"),
-        (replay_models.SumAggregator, "embedding_dim"),
-        (replay_models.ConcatAggregator, "embedding_dim"),
-        (transformers4rec_masking.MaskSequence, "transformer_arguments"),
+        ("replay.nn.embedding", "SequenceEmbedding", "embeddings_dim"),
+        ("replay.nn.embedding", "CategoricalEmbedding", "embedding_dim"),
+        ("replay.nn.embedding", "CategoricalEmbedding", "weight"),
+        ("replay.nn.embedding", "NumericalEmbedding", "embedding_dim"),
+        ("replay.nn.embedding", "NumericalEmbedding", "weight"),
+        ("replay.nn.agg", "SumAggregator", "embedding_dim"),
+        ("replay.nn.agg", "ConcatAggregator", "embedding_dim"),
+        ("replay.nn.lightning", "LightningModule", "candidates_to_score"),
+        ("transformers4rec.masking", "MaskSequence", "transformer_arguments"),
     ],
 )
-def test_documented_properties(owner: type, name: str) -> None:
-    assert isinstance(inspect.getattr_static(owner, name), property)
+def test_documented_properties(path: str, owner: str, name: str) -> None:
+    assert isinstance(inspect.getattr_static(getattr(module_of(path), owner), name), property)

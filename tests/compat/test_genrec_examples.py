@@ -111,6 +111,19 @@ def test_unknown_names_are_reported(caplog: pytest.LogCaptureFixture) -> None:
     assert "'decoder'" in caplog.text
 
 
+def test_attention_heatmap_has_the_documented_title(monkeypatch: pytest.MonkeyPatch) -> None:
+    import matplotlib.pyplot as plt
+
+    figures = []
+    monkeypatch.setattr(plt, "close", figures.append)
+    AttentionVisualization.plot_attention_heatmap(torch.ones(1, 2), ["a", "b"], ["c"])
+    axes = figures[0].axes[0]
+    titles = axes.get_title(), axes.get_xlabel(), axes.get_ylabel()
+    monkeypatch.undo()
+    plt.close(figures[0])
+    assert titles == ("Attention Weights", "Input Tokens", "Output Tokens")
+
+
 @pytest.mark.parametrize("width", [3, 40])
 def test_attention_heatmap_is_written(tmp_path: Path, width: int) -> None:
     weights = torch.rand(2 * width, width, dtype=torch.bfloat16, requires_grad=True)

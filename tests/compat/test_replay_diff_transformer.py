@@ -3,12 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from generative_recommenders.compat.replay.nn.attention import MultiHeadDifferentialAttention
 from generative_recommenders.compat.replay.nn.mask import additive_mask, causal_mask
-from generative_recommenders.compat.replay.nn.sequential.diff_transformer import (
-    DiffTransformerBlock,
-    DiffTransformerLayer,
-    MultiHeadDifferentialAttention,
-)
+from generative_recommenders.compat.replay.nn.sequential import DiffTransformerBlock, DiffTransformerLayer
 from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.encoders.diff_transformer import lambda_init_of_block
 from generative_recommenders.ops.attention.softmax import softmax_attention

@@ -5,13 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from generative_recommenders.compat.replay.data.schema import (
-    FeatureHint,
-    FeatureType,
-    TensorFeatureInfo,
-    TensorSchema,
+from generative_recommenders.compat.replay.data import FeatureHint, FeatureType
+from generative_recommenders.compat.replay.data.nn import TensorFeatureInfo, TensorSchema
+from generative_recommenders.compat.replay.nn.embedding import (
+    CategoricalEmbedding,
+    IdentityEmbedding,
+    NumericalEmbedding,
+    SequenceEmbedding,
 )
-from generative_recommenders.compat.replay.nn.sequential.sasrec import EmbeddingTyingHead, SequenceEmbedding
+from generative_recommenders.compat.replay.nn.head import EmbeddingTyingHead
+from generative_recommenders.errors import UserError
 from golden_parity import assert_gradients, assert_near, load_golden, load_parameters
 
 
@@ -65,3 +68,57 @@ def test_numbers_may_have_an_axis_of_their_own() -> None:
     values = torch.rand(2, 3)
     plain, wide = (embedding({"price": x})["price"] for x in (values, values[:, :, None]))
     assert plain.shape == (2, 3, 4) and torch.equal(plain, wide)
+
+
+def categorical(padding: int, cardinality: int = 4) -> CategoricalEmbedding:
+    kind, hint = FeatureType.CATEGORICAL, FeatureHint.ITEM_ID
+    return CategoricalEmbedding(TensorFeatureInfo("item", kind, True, hint, None, cardinality, padding, 3))
+
+
+@pytest.mark.parametrize("padding", [0, 2, 4])
+def test_weight_leaves_out_padding(padding: int) -> None:
+    module = categorical(padding)
+    ids = [i for i in range(5) if i != padding]
+    assert module.emb.weight.shape == (5, 3) and module.embedding_dim == 3
+    assert torch.equal(module.weight, module(torch.tensor(ids)))
+    assert torch.equal(module(torch.tensor([padding])), torch.zeros(1, 3))
+    with pytest.raises(IndexError):
+        module(torch.tensor([5]))
+
+
+def test_bad_categories_are_refused() -> None:
+    with pytest.raises(UserError, match=r"padding id 5 lies outside 0\.\.4"):
+        categorical(5)
+    with pytest.raises(UserError, match="cardinality"):
+        categorical(0, cardinality=0)
+
+
+def test_lists_of_numbers_are_linear_or_pass() -> None:
+    vectors = torch.randn(2, 5, 3)
+    listed, same = (
+        NumericalEmbedding(TensorFeatureInfo("v", FeatureType.NUMERICAL_LIST, embedding_dim=d, tensor_dim=3))
+        for d in (4, 3)
+    )
+    assert torch.allclose(listed(vectors), vectors @ listed.weight.T + listed.linear.bias, atol=1e-6)
+    assert torch.equal(same(vectors), vectors) and torch.equal(same.weight, torch.eye(3))
+    assert list(same.parameters()) == []
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"tensor_dim": 3, "embedding_dim": 3}, {"tensor_dim": 3}, {"embedding_dim": 3}]
+)
+def test_identity_takes_a_feature_and_passes_values_on(sizes: dict) -> None:
+    module = IdentityEmbedding(TensorFeatureInfo("v", FeatureType.NUMERICAL_LIST, **sizes))
+    values = torch.randn(2, 3)
+    assert module(values) is values and module.embedding_dim == 3
+    assert torch.equal(values @ module.weight, values)
+
+
+def test_sequence_embedding_names_what_is_missing() -> None:
+    genre = TensorFeatureInfo("genre", FeatureType.CATEGORICAL, True, cardinality=3, padding_value=3)
+    module = SequenceEmbedding(TensorSchema([genre]))
+    assert module.embeddings_dim == {"genre": 64}
+    with pytest.raises(UserError, match="no item id"):
+        module.get_item_weights()
+    with pytest.raises(UserError, match="excluded"):
+        SequenceEmbedding(TensorSchema([genre]), excluded_features=["genre"])

@@ -8,29 +8,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from generative_recommenders.compat.replay.data.schema import (
-    FeatureHint,
-    FeatureSource,
-    FeatureType,
-    TensorFeatureInfo,
-    TensorFeatureSource,
-    TensorSchema,
-)
-from generative_recommenders.compat.replay.nn.loss.catalogue import CESampled
-from generative_recommenders.compat.replay.nn.sequential.sasrec import (
-    DefaultAttentionMask,
-    FeaturesReader,
-    PositionAwareAggregator,
+from generative_recommenders.compat.replay.data import FeatureHint, FeatureSource, FeatureType
+from generative_recommenders.compat.replay.data.nn import TensorFeatureInfo, TensorFeatureSource, TensorSchema
+from generative_recommenders.compat.replay.nn.agg import PositionAwareAggregator, SumAggregator
+from generative_recommenders.compat.replay.nn.embedding import SequenceEmbedding
+from generative_recommenders.compat.replay.nn.ffn import SwiGLUEncoder
+from generative_recommenders.compat.replay.nn.loss import CESampled
+from generative_recommenders.compat.replay.nn.mask import DefaultAttentionMask
+from generative_recommenders.compat.replay.nn.sequential import (
     SasRec,
     SasRecBody,
     SasRecTransformerLayer,
-    SequenceEmbedding,
-    SumAggregator,
-    SwiGLUEncoder,
     TwoTower,
     TwoTowerBody,
 )
-from generative_recommenders.compat.replay.nn.transform.columns import make_default_sasrec_transforms
+from generative_recommenders.compat.replay.nn.sequential.twotower import FeaturesReader
+from generative_recommenders.compat.replay.nn.transform.template import make_default_sasrec_transforms
 
 NUM_UNIQUE_ITEMS = 40
 

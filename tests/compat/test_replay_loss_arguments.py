@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from generative_recommenders.compat.replay.nn.loss.catalogue import (
+from generative_recommenders.compat.replay.models.nn.loss import SCEParams
+from generative_recommenders.compat.replay.nn.loss import (
     BCE,
     CE,
     BCESampled,
@@ -15,7 +16,6 @@ from generative_recommenders.compat.replay.nn.loss.catalogue import (
     LogInCE,
     LogInCESampled,
     LogOutCE,
-    SCEParams,
 )
 from generative_recommenders.compat.replay.nn.loss.sampled import SampledLoss
 from generative_recommenders.errors import UserError

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from generative_recommenders.compat.replay.nn.loss import catalogue as replay_losses
-from generative_recommenders.compat.replay.nn.loss.catalogue import (
+from generative_recommenders.compat.replay.models.nn.loss import ScalableCrossEntropyLoss, SCEParams
+from generative_recommenders.compat.replay.nn.loss import (
     BCE,
     CE,
     BCESampled,
@@ -21,10 +21,9 @@ from generative_recommenders.compat.replay.nn.loss.catalogue import (
     LogInCE,
     LogInCESampled,
     LogOutCE,
-    ScalableCrossEntropyLoss,
-    SCEParams,
+    LogOutCESampled,
 )
-from generative_recommenders.compat.replay.nn.sequential.next_item import NextItemModel
+from generative_recommenders.compat.replay.nn.sequential import NextItemModel
 from generative_recommenders.errors import UserError
 from generative_recommenders.objectives.losses import catalogue
 from generative_recommenders.objectives.losses import sce as scalable_cross_entropy
@@ -66,7 +65,8 @@ def test_recorded_numbers(case):
     tolerance = 3e-5 if kind == "bce_sampled" else 1e-5
     loss = BY_KIND[kind](len(weight))
     if "partial_loss" in golden.outputs:
-        partial = value(loss, golden, weight, embeddings, "partial_target_padding_mask")
+        recorded = BCE(masked_labels="targets") if kind == "bce" else loss
+        partial = value(recorded, golden, weight, embeddings, "partial_target_padding_mask")
         assert_near(partial, golden.outputs["partial_loss"], tolerance)
     whole = value(loss, golden, weight, embeddings, "target_padding_mask")
     assert_near(whole, golden.outputs["loss"], tolerance)
@@ -106,7 +106,7 @@ def test_recorded_sce_draws_from_the_global_generator():
         (LogInCE(9, log_epsilon=0.1, clamp_border=1.5), catalogue.LogInCE(0.1, 1.5)),
         (LogOutCE(9), catalogue.LogOutCE()),
         (CE(), catalogue.CE()),
-        (BCE(), catalogue.BCE()),
+        (BCE(masked_labels="targets"), catalogue.BCE()),
     ],
 )
 def test_a_loss_is_the_one_of_training(theirs, ours):
@@ -141,6 +141,17 @@ def test_an_ignored_label_beside_others_is_no_label(loss):
     actual = wide(hidden, beside, target_padding_mask=mask.repeat(1, 1, 2), **negatives)
     expected = with_logits(loss(), weight)(hidden, labels, target_padding_mask=mask, **negatives)
     assert_near(actual, expected, 1e-6)
+
+
+def test_bce_ignores_masked_labels_beside_others():
+    weight, hidden, labels, mask = scene(positives=2)
+    mask[:, :, 1] = False
+    actual = with_logits(BCE(), weight)(hidden, labels, mask)
+    assert_near(actual, with_logits(BCE(), weight)(hidden, labels[..., :1], mask[..., :1]), 1e-6)
+    other = with_logits(BCE(masked_labels="targets"), weight)(hidden, labels, mask)
+    assert (actual - other).abs() > 0.01
+    with pytest.raises(UserError, match="masked_labels"):
+        BCE(masked_labels="targets?")
 
 
 def test_weighted_ce_weighs_samples():
@@ -200,7 +211,7 @@ def test_the_callers_mask_keeps_its_shape():
 
 
 def test_log_out_sampled_is_the_sampled_softmax():
-    assert replay_losses.LogOutCESampled is CESampled
+    assert LogOutCESampled is CESampled
 
 
 def test_bad_input_is_refused():

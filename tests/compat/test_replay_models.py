@@ -8,30 +8,22 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from generative_recommenders.compat.replay.data.schema import (
-    FeatureHint,
-    FeatureSource,
-    FeatureType,
-    TensorFeatureInfo,
-    TensorFeatureSource,
-    TensorSchema,
-)
-from generative_recommenders.compat.replay.nn.sequential.sasrec import (
-    DefaultAttentionMask,
+from generative_recommenders.compat.replay.data import FeatureHint, FeatureSource, FeatureType
+from generative_recommenders.compat.replay.data.nn import TensorFeatureInfo, TensorFeatureSource, TensorSchema
+from generative_recommenders.compat.replay.nn.agg import PositionAwareAggregator, SumAggregator
+from generative_recommenders.compat.replay.nn.embedding import SequenceEmbedding
+from generative_recommenders.compat.replay.nn.ffn import SwiGLUEncoder
+from generative_recommenders.compat.replay.nn.mask import DefaultAttentionMask
+from generative_recommenders.compat.replay.nn.output import InferenceOutput, TrainOutput
+from generative_recommenders.compat.replay.nn.sequential import (
     DiffTransformerLayer,
-    FeaturesReader,
-    InferenceOutput,
-    PositionAwareAggregator,
     SasRec,
     SasRecBody,
     SasRecTransformerLayer,
-    SequenceEmbedding,
-    SumAggregator,
-    SwiGLUEncoder,
-    TrainOutput,
     TwoTower,
     TwoTowerBody,
 )
+from generative_recommenders.compat.replay.nn.sequential.twotower import FeaturesReader
 from generative_recommenders.errors import UserError
 from golden_parity import assert_gradients, assert_near, load_golden, load_parameters
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from generative_recommenders.compat.replay.nn.lightning.postprocessor import SeenItemsFilter
-from generative_recommenders.compat.replay.nn.transform.columns import (
+from generative_recommenders.compat.replay.nn.transform import (
     CopyTransform,
     EqualityMaskTransform,
     GroupTransform,
@@ -23,6 +23,8 @@ from generative_recommenders.compat.replay.nn.transform.columns import (
     TrimTransform,
     UniformNegativeSamplingTransform,
     UnsqueezeTransform,
+)
+from generative_recommenders.compat.replay.nn.transform.template import (
     make_default_sasrec_transforms,
     make_default_twotower_transforms,
 )
@@ -278,7 +280,8 @@ def test_documented_example_of_the_filter():
 def test_default_sets(make):
     schema = SimpleNamespace(names=["item_id", "price"], item_id_feature_name="item_id")
     sets = make(schema, query_column="user")
-    assert set(sets) == {"train", "validation", "test", "predict"}
+    assert set(sets) == {"train", "validate", "test", "predict"}
+    assert sets["validation"] is sets["validate"]
     batch = {
         "user": torch.tensor([[7], [8]]),
         "item_id": torch.tensor([[3, 1, 2], [0, 1, 2]]),
@@ -295,7 +298,7 @@ def test_default_sets(make):
     assert torch.equal(after["target_padding_mask"], batch["item_id_mask"][:, 1:, None])
     assert torch.equal(after["padding_mask"], batch["item_id_mask"][:, :-1])
     assert_same(after["feature_tensors"], {name: batch[name][:, :-1] for name in schema.names})
-    for stage in ("validation", "test", "predict"):
+    for stage in ("validate", "test", "predict"):
         kept = nn.Sequential(*sets[stage])(batch)
         assert_same(kept["feature_tensors"], {name: batch[name] for name in schema.names})
         assert set(kept) == {"user", "seen_ids", "padding_mask", "feature_tensors"}

@@ -3,12 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from generative_recommenders.compat.replay.nn.mask import (
-    DefaultAttentionMask,
-    additive_mask,
-    causal_mask,
-)
-from generative_recommenders.compat.replay.nn.sequential.sasrec_layer import SasRecTransformerLayer
+from generative_recommenders.compat.replay.nn.mask import DefaultAttentionMask, additive_mask, causal_mask
+from generative_recommenders.compat.replay.nn.sequential import SasRecTransformerLayer
 from generative_recommenders.errors import UserError
 from golden_parity import assert_gradients, assert_near, load_golden, load_parameters
 

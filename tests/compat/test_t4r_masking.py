@@ -46,7 +46,7 @@ def build(case: str, tensors: dict[str, Tensor]) -> tuple[MaskSequence, dict[str
     embedding = tensors["param/masked_item_embedding"]
     module = CLASSES[name](len(embedding), **options)
     module.load_state_dict({"masked_item_embedding": embedding})
-    return module, {"training": mode == "train", "testing": mode == "eval"}
+    return module, {"training": mode == "train", "inference": mode not in ("train", "eval")}
 
 
 def test_golden_schema_targets_inputs_and_attention(golden):
@@ -58,7 +58,7 @@ def test_golden_schema_targets_inputs_and_attention(golden):
         before = item_ids.clone(), inputs.clone()
         info = module.compute_masked_targets(item_ids, **mode)
         assert isinstance(info, MaskingInfo)
-        masked = module.apply_mask_to_inputs(inputs, info.schema, **mode)
+        masked = module.apply_mask_to_inputs(inputs, info.schema)
         results = {
             "schema": info.schema,
             "targets": info.targets,
@@ -77,20 +77,33 @@ def test_golden_schema_targets_inputs_and_attention(golden):
         assert torch.equal(item_ids, before[0]) and torch.equal(inputs, before[1])
 
 
-def test_the_documented_two_arguments_follow_the_last_targets(golden):
-    tensors, _ = golden
-    item_ids, inputs = tensors["input/item_ids"], tensors["input/inputs"]
+def test_without_training_the_last_item_is_evaluated(golden):
+    """As documented; inference has an argument of its own."""
+    item_ids = golden[0]["input/item_ids"]
+    lengths = (item_ids != 0).sum(1)
+    last = item_ids.gather(1, (lengths - 1).clamp(min=0)[:, None])[:, 0]
     for name in CLASSES:
-        module = build(f"{name}_eval", tensors)[0]
-        for mode in ({"training": True}, {"training": False, "testing": True}, {}):
-            schema = module.compute_masked_targets(item_ids, **mode).schema
-            explicit = {"training": False, "testing": False} | mode
-            expected = module.apply_mask_to_inputs(inputs, schema, **explicit)
-            assert torch.equal(module.apply_mask_to_inputs(inputs, schema), expected), (name, mode)
-        schema = module.compute_masked_targets(item_ids, training=True).schema
-        masked = module.apply_mask_to_inputs(inputs, schema)
-        hidden = ~schema if name == "clm" else schema
-        assert (masked[hidden] == module.masked_item_embedding).all() and hidden.any(), name
+        module = build(f"{name}_eval", golden[0])[0]
+        for info in (module.compute_masked_targets(item_ids), module.compute_masked_targets(item_ids, False)):
+            assert torch.equal(info.targets.sum(1), last)
+            assert ((info.targets != 0).sum(1) == (lengths > 0)).all()
+
+
+def test_a_subclass_may_take_the_documented_two_arguments(golden):
+    item_ids, inputs = golden[0]["input/item_ids"], golden[0]["input/inputs"]
+
+    class FirstItem(MaskSequence):
+        def compute_masked_targets(self, item_ids, training=False):
+            schema = torch.zeros_like(item_ids, dtype=torch.bool)
+            schema[:, 0] = True
+            return MaskingInfo(schema, item_ids.where(schema, 0))
+
+    module = FirstItem(inputs.shape[2])
+    for training in (True, False):
+        masked = module(inputs, item_ids, training=training)
+        assert (masked[:, 0] == module.masked_item_embedding).all()
+        assert torch.equal(masked[:, 1:], inputs[:, 1:])
+        assert torch.equal(module.masked_targets[:, 0], item_ids[:, 0])
 
 
 def test_a_schema_of_another_width_is_refused():
@@ -228,7 +241,7 @@ def test_rows_of_one_or_no_item_and_another_padding():
     item_ids = torch.tensor([[9, 9, 9], [4, 9, 9], [5, 6, 9]])
     for name, kind in CLASSES.items():
         module = kind(2, padding_idx=9)
-        for mode in ({"training": True}, {"testing": True}, {}):
+        for mode in ({"training": True}, {}, {"inference": True}):
             info = module.compute_masked_targets(item_ids, **mode)
             assert (info.targets[0] == 9).all() and not info.schema[0].any(), (name, mode)
         trained = module.compute_masked_targets(item_ids, training=True)

@@ -38,7 +38,7 @@ def test_export_is_what_hstu_users_read(tmp_path: Path) -> None:
     dataset = dataset_of(tmp_path, {**IDS, "rating": [5, 4, 3, 2], "timestamp": [30, 20, 10, 25]})
     export_text(dataset, tmp_path / "text" / "s.csv")
     assert (tmp_path / "text" / "s.csv").read_text() == (
-        HEADER + '0,0,"1,3,2","4,2,5","20,25,30"\n' + '1,1,"2","3","10"\n'
+        HEADER + '0,0,"1,3,2","4.0,2.0,5.0","20,25,30"\n' + '1,1,"2","3.0","10"\n'
     )
     assert [p.name for p in (tmp_path / "text").iterdir()] == ["s.csv"]
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from generative_recommenders.compat.replay.nn.mask import additive_mask, causal_mask
-from generative_recommenders.compat.replay.nn.sequential.diff_transformer import DiffTransformerLayer
+from generative_recommenders.compat.replay.nn.sequential import DiffTransformerLayer
 from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.encoders.diff_transformer import DiffTransformer
 from generative_recommenders.ops.layout import Visibility, jagged_layout, padded_layout

@@ -9,7 +9,6 @@ from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.feature_embeddings import (
     CategoricalEmbedding,
     EmbeddingSpec,
-    IdentityEmbedding,
     NumericalEmbedding,
     SequenceEmbedding,
     category_ids,
@@ -41,26 +40,9 @@ def test_unseen_categories_share_one_trained_row(kind: str) -> None:
     assert torch.equal(out[1], out[2]) and torch.equal(out[1], out[3])
     assert out[1].abs().sum() > 0
     assert torch.equal(out[4], torch.zeros(4))
-    assert module.count_unknown(ids) == 3
     out[2].sum().backward()
     assert torch.equal(module.emb.weight.grad[4], torch.ones(4))
     assert module.emb.weight.grad[:4].abs().sum() == 0
-
-
-@pytest.mark.parametrize("padding", [0, 2, 4])
-def test_weight_leaves_out_padding_and_unknown(padding: int) -> None:
-    module = CategoricalEmbedding(EmbeddingSpec("item", "categorical", 3, 4, padding_index=padding))
-    ids = [i for i in range(5) if i != padding]
-    assert torch.equal(module.weight, module(torch.tensor(ids)))
-    assert torch.equal(module(torch.tensor([padding])), torch.zeros(1, 3))
-
-
-def test_without_unknown_bucket_a_foreign_id_is_an_error() -> None:
-    spec = EmbeddingSpec("item", "categorical", 3, 4, padding_index=4, unknown_bucket=False)
-    module = CategoricalEmbedding(spec)
-    assert module.emb.weight.shape == (5, 3)
-    with pytest.raises(IndexError):
-        module(torch.tensor([5]))
 
 
 def test_padding_row_gets_no_gradient() -> None:
@@ -70,30 +52,16 @@ def test_padding_row_gets_no_gradient() -> None:
     assert module.emb.weight.grad[1].abs().sum() > 0
 
 
-def test_numbers_are_linear_and_wide_lists_pass() -> None:
-    price = NumericalEmbedding(EmbeddingSpec("price", "numerical", 4))
+def test_numbers_are_linear() -> None:
+    price = NumericalEmbedding(4)
     values = torch.randn(2, 3)
-    assert torch.allclose(price(values), values[..., None] * price.weight[:, 0] + price.linear.bias)
-    listed = NumericalEmbedding(EmbeddingSpec("vector", "numerical_list", 4, width=3))
-    vectors = torch.randn(2, 5, 3)
-    assert torch.allclose(listed(vectors), vectors @ listed.weight.T + listed.linear.bias, atol=1e-6)
-    same = NumericalEmbedding(EmbeddingSpec("same", "numerical_list", 3, width=3))
-    assert torch.equal(same(vectors), vectors)
-    assert torch.equal(same.weight, torch.eye(3))
-    assert list(same.parameters()) == []
-
-
-def test_identity_passes_values_on() -> None:
-    module = IdentityEmbedding(3)
-    values = torch.randn(2, 3)
-    assert module(values) is values
-    assert module.embedding_dim == 3
-    assert torch.equal(values @ module.weight, values)
+    assert torch.allclose(price(values), values[..., None] * price.linear.weight[:, 0] + price.linear.bias)
+    assert torch.equal(NumericalEmbedding(1)(values), values[..., None])
 
 
 def _schema() -> list[EmbeddingSpec]:
     return [
-        EmbeddingSpec("item_id", "categorical", 4, 6, is_item_id=True),
+        EmbeddingSpec("item_id", "categorical", 4, 6),
         EmbeddingSpec("type", "categorical_list", 4, 3),
         EmbeddingSpec("a.b", "numerical", 2),
     ]
@@ -113,10 +81,8 @@ def test_sequence_embedding_embeds_by_name() -> None:
         "type": (2, 5, 4),
         "a.b": (2, 5, 2),
     }
-    assert module.embeddings_dim == {"item_id": 4, "type": 4, "a.b": 2}
     assert list(module(batch, ["type"])) == ["type"]
     assert torch.equal(module(batch, ["type"])["type"], module.embedder("type")(batch["type"]))
-    assert torch.equal(module.get_item_weights(torch.tensor([2])), module.get_item_weights()[1:2])
 
 
 def test_sequence_embedding_names_what_is_missing() -> None:
@@ -125,8 +91,6 @@ def test_sequence_embedding_names_what_is_missing() -> None:
         module({"type": torch.zeros(1, 1, 1, dtype=torch.int64)})
     with pytest.raises(UserError, match="'colour'"):
         module({"colour": torch.zeros(1)}, ["colour"])
-    with pytest.raises(UserError, match="no item id"):
-        module.get_item_weights()
     with pytest.raises(UserError, match="different names"):
         SequenceEmbedding([*_schema(), _schema()[0]])
 
@@ -146,10 +110,13 @@ def test_category_ids_count_the_unseen(caplog: pytest.LogCaptureFixture) -> None
     [
         ({"kind": "colour"}, "colour"),
         ({"kind": "categorical"}, "cardinality"),
-        ({"kind": "categorical_list", "cardinality": 3, "list_reduction": "min"}, "min"),
-        ({"kind": "categorical", "cardinality": 3, "padding_index": 4}, r"0\.\.3"),
     ],
 )
 def test_bad_specs_are_refused(settings: dict, words: str) -> None:
     with pytest.raises(UserError, match=words):
         EmbeddingSpec("x", embedding_dim=4, **settings)
+
+
+def test_an_unknown_reduction_is_refused() -> None:
+    with pytest.raises(UserError, match="min"):
+        CategoricalEmbedding(EmbeddingSpec("x", "categorical_list", 4, 3, list_reduction="min"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from generative_recommenders.compat.replay.nn.sequential.sasrec_layer import SasRecTransformerLayer
+from generative_recommenders.compat.replay.nn.sequential import SasRecTransformerLayer
 from generative_recommenders.modeling.encoders.sasrec import SASRec
 from generative_recommenders.ops.layout import jagged_layout, padded_layout
 from golden_encoders import ENTRANCES, assert_parity, choose_backend, recommender_of

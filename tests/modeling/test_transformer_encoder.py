@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
-from generative_recommenders.compat.genrec.transformer import TransformerEncoder
-from generative_recommenders.modeling.encoders.transformer import Transformer
+from generative_recommenders.modeling.encoders.transformer import PositionalEncoding, Transformer
 from generative_recommenders.ops.layout import Visibility, jagged_layout, padded_layout
 
 LENGTHS = torch.tensor([5, 1, 3])
@@ -16,14 +16,31 @@ def everyone(layout):
     return layout.with_visibility(Visibility(zeros, zeros))
 
 
+def torchs_encoder(encoder: Transformer) -> nn.TransformerEncoder:
+    """torch's own layers with the same weights."""
+    layer = nn.TransformerEncoderLayer(WIDTH, 2, 16, 0.0, batch_first=True)
+    twin = nn.TransformerEncoder(layer, len(encoder.blocks), enable_nested_tensor=False)
+    for block, theirs in zip(encoder.blocks, twin.layers):
+        a = block.attention
+        packed = {
+            "self_attn.in_proj_weight": torch.cat([a.w_q.weight, a.w_k.weight, a.w_v.weight]),
+            "self_attn.in_proj_bias": torch.cat([a.w_q.bias, a.w_k.bias, a.w_v.bias]),
+            "self_attn.out_proj.weight": a.w_o.weight,
+            "self_attn.out_proj.bias": a.w_o.bias,
+        }
+        own = {k: v for k, v in block.state_dict().items() if not k.startswith("attention.")}
+        theirs.load_state_dict(packed | own)
+    return twin
+
+
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("make_layout", [jagged_layout, padded_layout])
-def test_equals_the_dense_encoder(causal: bool, make_layout) -> None:
-    dense = TransformerEncoder(10, WIDTH, 2, 2, 16, dropout=0.0, max_seq_length=COLUMNS, causal=causal)
+def test_equals_torchs_encoder(causal: bool, make_layout) -> None:
     encoder = Transformer(WIDTH, COLUMNS, 2, 2, 16, dropout_rate=0.0)
-    encoder.blocks.load_state_dict(dense.transformer.state_dict())
     x, real = torch.randn(len(LENGTHS), COLUMNS, WIDTH), torch.arange(COLUMNS) < LENGTHS[:, None]
-    expected = dense.encode_embeddings(x, real)
+    mask = ~torch.ones(COLUMNS, COLUMNS).tril().bool() if causal else None
+    positions = PositionalEncoding(WIDTH, COLUMNS)
+    expected = torchs_encoder(encoder)(positions(x), mask=mask, src_key_padding_mask=~real)
     layout = make_layout(LENGTHS, COLUMNS)
     states = encoder(layout.flatten(x), layout if causal else everyone(layout), {})
     torch.testing.assert_close(layout.to_rectangle(states)[real], expected[real])

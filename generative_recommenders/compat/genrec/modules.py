@@ -107,7 +107,7 @@ class AttentionVisualization:
         figure.colorbar(axes.imshow(weights, cmap="Blues", aspect="auto"), ax=axes)
         axes.set_xticks(range(len(input_tokens)), input_tokens, rotation=45)
         axes.set_yticks(range(len(output_tokens)), output_tokens)
-        axes.set(title="Attention weights", xlabel="Input tokens", ylabel="Output tokens")
+        axes.set(title="Attention Weights", xlabel="Input Tokens", ylabel="Output Tokens")
         if weights.size <= MAX_ANNOTATED_CELLS:
             middle = weights.max(initial=0.0) / 2
             for row, column in ((r, c) for r in range(expected[0]) for c in range(expected[1])):

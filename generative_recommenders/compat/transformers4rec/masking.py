@@ -1,14 +1,13 @@
-"""Transformers4Rec's masking classes, by their documented names, arguments and defaults, over the package's
-schemes.
+"""Transformers4Rec's masking classes, by their documented names, arguments and defaults, over the package's schemes.
 
-Rows are right-padded with ``padding_idx``. Three modes: ``training=True``; ``testing=True``, evaluation
-with labels; neither, inference on all of a history. ``apply_mask_to_inputs(inputs, schema)`` without a mode
-follows the last ``compute_masked_targets``. The schema's polarity is that library's: for causal modelling
-True = input kept, for the others True = input replaced by the learned mask embedding.
+Rows are right-padded with ``padding_idx``. Three modes: ``training=True``; evaluation of the last item, the default; and
+``inference=True``, which asks for the item after all of a history. ``apply_mask_to_inputs`` follows the last targets. The
+schema's polarity is that library's: for causal modelling True = input kept, for the others True = input replaced by the
+learned mask embedding.
 
-Not reproduced: a row of one item raises no error and is never hidden; spans of permutation modelling stop
-at the end of a row, so that rows of two or more items always have something hidden and something visible;
-replacement modelling honours ``mlm_probability``; a fake item is never the padding.
+Not reproduced: a row of one item raises no error and is never hidden; spans of permutation modelling stop at the end of a
+row, so that rows of two or more items always have something hidden and something visible; replacement modelling honours
+``mlm_probability``; a fake item is never the padding.
 """
 
 from __future__ import annotations
@@ -65,17 +64,21 @@ class MaskSequence(nn.Module):
         self.masked_item_embedding = nn.Parameter(torch.empty(hidden_size).normal_(std=0.001))
 
     def compute_masked_targets(
-        self, item_ids: Tensor, training: bool = False, testing: bool = False
+        self, item_ids: Tensor, training: bool = False, inference: bool = False
     ) -> MaskingInfo:
-        """Schema and targets for ``item_ids [B, N]``, also kept as ``mask_schema`` and ``masked_targets``."""
+        """Schema and targets for ``item_ids [B, N]``, also kept as ``mask_schema`` and ``masked_targets``.
+
+        Without training the last item is the target; with inference alone nothing is, and the item after the history is
+        asked for.
+        """
         if training:
-            info = self.training_targets(item_ids)
-        elif testing:
-            info = self.evaluation_targets(item_ids)
-        else:
-            info = self.inference_targets(item_ids)
-        self.mask_schema, self.masked_targets = info.schema, info.targets
-        self.has_labels = training or testing
+            return self._kept(self.training_targets(item_ids), has_labels=True)
+        if inference:
+            return self._kept(self.inference_targets(item_ids), has_labels=False)
+        return self._kept(self.evaluation_targets(item_ids), has_labels=True)
+
+    def _kept(self, info: MaskingInfo, has_labels: bool) -> MaskingInfo:
+        self.mask_schema, self.masked_targets, self.has_labels = info.schema, info.targets, has_labels
         return info
 
     def training_targets(self, item_ids: Tensor) -> MaskingInfo:
@@ -108,13 +111,10 @@ class MaskSequence(nn.Module):
         targets = next_items(item_ids, self.padding_idx)
         return MaskingInfo(targets != self.padding_idx, targets)
 
-    def apply_mask_to_inputs(
-        self, inputs: Tensor, schema: Tensor, training: bool | None = None, testing: bool | None = None
-    ) -> Tensor:
+    def apply_mask_to_inputs(self, inputs: Tensor, schema: Tensor) -> Tensor:
         """``inputs [B, N, D]`` with the mask embedding where ``schema`` is True.
 
-        A schema of inference, ``[B, N + 1]``, adds a column for the slot; its width says so, whatever the
-        mode. ``UserError`` for any other width.
+        A schema of inference, ``[B, N + 1]``, adds a column for the slot. ``UserError`` for any other width.
         """
         width = inputs.shape[1]
         if schema.shape[1] not in (width, width + 1):
@@ -123,18 +123,16 @@ class MaskSequence(nn.Module):
             inputs = torch.cat([inputs, inputs[:, -1:]], dim=1)
         return apply_mask_to_inputs(inputs, schema, self.masked_item_embedding)
 
-    def labels_of(self, training: bool | None, testing: bool | None) -> bool:
-        """Whether the mode has labels; without a mode, whether the last ``compute_masked_targets`` had."""
-        if training is None and testing is None:
-            return self.has_labels
-        return bool(training or testing)
-
     def forward(
-        self, inputs: Tensor, item_ids: Tensor, training: bool = False, testing: bool = False
+        self, inputs: Tensor, item_ids: Tensor, training: bool = False, inference: bool = False
     ) -> Tensor:
         """``compute_masked_targets`` followed by ``apply_mask_to_inputs``."""
-        info = self.compute_masked_targets(item_ids, training=training, testing=testing)
-        return self.apply_mask_to_inputs(inputs, info.schema, training=training, testing=testing)
+        inference = inference and not training
+        # Only where it is asked for: a subclass may take the documented two arguments alone, and keep nothing.
+        further = {"inference": True} if inference else {}
+        info = self.compute_masked_targets(item_ids, training=training, **further)
+        self._kept(info, has_labels=not inference)
+        return self.apply_mask_to_inputs(inputs, info.schema)
 
     def forward_output_size(self, input_size: torch.Size) -> torch.Size:
         """Masking keeps the size of its inputs."""
@@ -189,14 +187,12 @@ class CausalLanguageModeling(MaskSequence):
         targets = keep_last(info.targets, info.schema.sum(1), self.padding_idx)
         return MaskingInfo(item_ids != self.padding_idx, targets)
 
-    def apply_mask_to_inputs(
-        self, inputs: Tensor, mask_schema: Tensor, training: bool | None = None, testing: bool | None = None
-    ) -> Tensor:
+    def apply_mask_to_inputs(self, inputs: Tensor, mask_schema: Tensor) -> Tensor:
         """``inputs [B, N, D]`` where the schema is True, else the mask embedding.
 
-        With labels (training or testing) the last column, which has no next item, is zero first.
+        Where the last targets were labels, the last column, which has no next item, is zero first.
         """
-        if self.labels_of(training, testing):
+        if self.has_labels:
             inputs = nn.functional.pad(inputs[:, :-1], (0, 0, 0, 1))
         return apply_mask_to_inputs(inputs, ~mask_schema, self.masked_item_embedding)
 
@@ -272,11 +268,9 @@ class PermutationLanguageModeling(MaskSequence):
         rows, width = key.shape
         self.target_mapping = torch.eye(width, dtype=dtype, device=key.device).repeat(rows, 1, 1)
 
-    def apply_mask_to_inputs(
-        self, inputs: Tensor, schema: Tensor, training: bool | None = None, testing: bool | None = None
-    ) -> Tensor:
+    def apply_mask_to_inputs(self, inputs: Tensor, schema: Tensor) -> Tensor:
         """``inputs [B, N, D]`` with the mask embedding at True; unchanged at inference, as there."""
-        if not self.labels_of(training, testing):
+        if not self.has_labels:
             return inputs
         return apply_mask_to_inputs(inputs, schema, self.masked_item_embedding)
 

@@ -64,7 +64,7 @@ class TensorFeatureInfo:
     feature_sources: Sequence[TensorFeatureSource] | None = None
     cardinality: int | None = None
     padding_value: int = 0
-    embedding_dim: int | None = None
+    embedding_dim: int = DEFAULT_EMBEDDING_DIM
     tensor_dim: int | None = None
 
     def __post_init__(self) -> None:

@@ -4,22 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Protocol
 
 import torch
 from torch import nn
 
+from generative_recommenders.compat.replay.nn.protocols import AggregatorProto
 from generative_recommenders.errors import UserError
 from generative_recommenders.ops.dropout import Dropout
 
-
-class Aggregator(Protocol):
-    """Name to ``[..., D_name]`` in, ``[..., embedding_dim]`` out."""
-
-    @property
-    def embedding_dim(self) -> int: ...
-
-    def __call__(self, feature_tensors: Mapping[str, torch.Tensor]) -> torch.Tensor: ...
+__all__ = ["AggregatorProto", "ConcatAggregator", "PositionAwareAggregator", "SumAggregator"]
 
 
 class SumAggregator(nn.Module):
@@ -81,7 +74,9 @@ class PositionAwareAggregator(nn.Module):
     max_sequence_length: rows of the table.
     """
 
-    def __init__(self, embedding_aggregator: Aggregator, max_sequence_length: int, dropout: float) -> None:
+    def __init__(
+        self, embedding_aggregator: AggregatorProto, max_sequence_length: int, dropout: float
+    ) -> None:
         super().__init__()
         self.embedding_aggregator = embedding_aggregator
         self.pe = nn.Embedding(max_sequence_length, embedding_aggregator.embedding_dim)

@@ -1,46 +1,97 @@
-"""The embedding modules of `modeling.feature_embeddings` under RePlay's documented signatures.
-
-Tables have cardinality + 1 rows, the row of the padding value among them, and no bucket for unknown ids.
-"""
+"""RePlay's embedding modules: tables of cardinality + 1 rows, that of the padding value among them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Literal
+from collections.abc import Sequence
 
 import torch
+from torch import nn
 
 from generative_recommenders.compat.replay.data.schema import (
     FeatureHint,
-    FeatureType,
     TensorFeatureInfo,
     TensorSchema,
 )
+from generative_recommenders.compat.replay.nn.protocols import EmbedderProto
+from generative_recommenders.config.sections import ListReduction
 from generative_recommenders.errors import UserError
-from generative_recommenders.modeling import feature_embeddings as core
+from generative_recommenders.modeling.feature_embeddings import EmbeddingRows, NamedEmbeddings
 
-ListReduction = Literal["sum", "mean", "max"]
+__all__ = [
+    "CategoricalEmbedding",
+    "EmbedderProto",
+    "IdentityEmbedding",
+    "NumericalEmbedding",
+    "SequenceEmbedding",
+]
 
 
-class CategoricalEmbedding(core.CategoricalEmbedding):
-    """Embedding of a categorical feature, single or list."""
+class CategoricalEmbedding(EmbeddingRows):
+    """Embedding of a categorical feature; the entries of a list are summed, averaged or their maximum is taken."""
 
     def __init__(
         self,
         feature_info: TensorFeatureInfo,
         categorical_list_feature_aggregation_method: ListReduction = "sum",
     ) -> None:
-        super().__init__(embedding_spec(feature_info, categorical_list_feature_aggregation_method))
+        name, padding = feature_info.name, feature_info.padding_value
+        categories = feature_info.cardinality or 0
+        if categories < 1:
+            raise UserError(f"feature {name!r}: a categorical feature needs a cardinality of at least 1")
+        if not 0 <= padding <= categories:
+            raise UserError(f"feature {name!r}: padding id {padding} lies outside 0..{categories}")
+        reduction = categorical_list_feature_aggregation_method if feature_info.is_list else None
+        super().__init__(categories + 1, feature_info.embedding_dim, padding, reduction)
+        self.padding_value = padding
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """``[cardinality, D]``: the rows in the order of their ids, without that of padding."""
+        table, padding = self.emb.weight, self.padding_value
+        if padding == len(table) - 1:  # RePlay's usual one: a view, not a copy of the table
+            return table[:-1]
+        return torch.cat([table[:padding], table[padding + 1 :]])
 
 
-class NumericalEmbedding(core.NumericalEmbedding):
-    """Embedding of a numerical feature, single or list."""
+class NumericalEmbedding(nn.Module):
+    """A linear layer with bias over a value or a list of values; a list as wide as the embedding passes unchanged."""
 
     def __init__(self, feature_info: TensorFeatureInfo) -> None:
-        super().__init__(embedding_spec(feature_info))
+        super().__init__()
+        self.is_list, self._width = feature_info.is_list, feature_info.embedding_dim
+        width = (feature_info.tensor_dim or 1) if self.is_list else 1
+        passes = width == self._width
+        self.linear = IdentityEmbedding(feature_info) if passes else nn.Linear(width, self._width)
+
+    @property
+    def embedding_dim(self) -> int:
+        return self._width
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """``[D, width]``, the identity matrix where nothing is learned."""
+        return self.linear.weight
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        """float ``[...]`` (one value; ``[B, N, 1]`` too) or ``[..., width]`` (a list) to ``[..., D]``."""
+        return self.linear(values if self.is_list or values.dim() > 2 else values.unsqueeze(-1))
 
 
-class SequenceEmbedding(core.SequenceEmbedding):
+class IdentityEmbedding(nn.Module):
+    """Values ``[..., D]`` that already are an embedding come out unchanged; ``weight`` is the identity ``[D, D]``."""
+
+    weight: torch.Tensor
+
+    def __init__(self, feature_info: TensorFeatureInfo) -> None:
+        super().__init__()
+        self.embedding_dim = feature_info.tensor_dim or feature_info.embedding_dim
+        self.register_buffer("weight", torch.eye(self.embedding_dim), persistent=False)
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        return values
+
+
+class SequenceEmbedding(NamedEmbeddings):
     """An embedding for every feature of the schema but the excluded ones."""
 
     def __init__(
@@ -52,30 +103,24 @@ class SequenceEmbedding(core.SequenceEmbedding):
         kept = [f for f in schema.all_features if f.name not in (excluded_features or ())]
         if not kept:
             raise UserError(f"SequenceEmbedding: every feature of the schema ({schema.names}) is excluded")
-        super().__init__([embedding_spec(f, categorical_list_feature_aggregation_method) for f in kept])
-        self._numbers = {f.name for f in kept if f.feature_type is FeatureType.NUMERICAL}
+        super().__init__(
+            {
+                f.name: CategoricalEmbedding(f, categorical_list_feature_aggregation_method)
+                if f.is_cat
+                else NumericalEmbedding(f)
+                for f in kept
+            }
+        )
+        self._item = next((f.name for f in kept if f.feature_hint is FeatureHint.ITEM_ID), None)
 
-    def forward(
-        self, feature_tensor: Mapping[str, torch.Tensor], feature_names: Sequence[str] | None = None
-    ) -> dict[str, torch.Tensor]:
-        """As of the core; a number may have a last axis of its own, ``[B, L, 1]`` for ``[B, L]``."""
-        given = {
-            name: x.squeeze(-1) if name in self._numbers and x.dim() > 2 else x
-            for name, x in feature_tensor.items()
-        }
-        return super().forward(given, feature_names)
+    @property
+    def embeddings_dim(self) -> dict[str, int]:
+        """The width of every feature's embedding."""
+        return {name: self.embedder(name).embedding_dim for name in self._keys}  # type: ignore[misc]
 
-
-def embedding_spec(feature: TensorFeatureInfo, list_reduction: ListReduction = "sum") -> core.EmbeddingSpec:
-    """What the core needs to know of a RePlay feature."""
-    return core.EmbeddingSpec(
-        name=feature.name,
-        kind=feature.feature_type.value,
-        embedding_dim=feature.embedding_dim or 0,
-        cardinality=feature.cardinality or 0,
-        width=feature.tensor_dim or 1,
-        padding_index=feature.padding_value if feature.is_cat else 0,
-        unknown_bucket=False,
-        list_reduction=list_reduction,
-        is_item_id=feature.feature_hint is FeatureHint.ITEM_ID,
-    )
+    def get_item_weights(self, indices: torch.Tensor | None = None) -> torch.Tensor:
+        """The embeddings of items: ``[..., D]`` for ids ``[...]``, or the whole table without its padding row."""
+        if self._item is None:
+            raise UserError("the schema names no item id feature, so there are no item embeddings to read")
+        items = self.embedder(self._item)
+        return items.weight if indices is None else items(indices)  # type: ignore[return-value]

@@ -12,8 +12,19 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from generative_recommenders.compat.replay.nn.protocols import AttentionMaskProto
 from generative_recommenders.errors import UserError
 from generative_recommenders.ops import dispatch
+
+__all__ = [
+    "AttentionMaskProto",
+    "DefaultAttentionMask",
+    "additive_mask",
+    "causal_mask",
+    "hide_padded_keys",
+    "mask_for",
+    "mask_per_head",
+]
 
 
 def causal_mask(length: int, device: torch.device | None = None) -> torch.Tensor:

@@ -5,17 +5,15 @@ A loss gives its terms, one a target or one a position; how they are summed is s
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from generative_recommenders.compat.replay.nn.protocols import LogitsCallback
 from generative_recommenders.errors import UserError
 from generative_recommenders.objectives.losses.sampled import Terms
-
-LogitsCallback = Callable[..., Tensor]
 
 REDUCTIONS = ("mean", "sum", "none")
 ITEM_WEIGHTS = ("weight", "pos_weight")

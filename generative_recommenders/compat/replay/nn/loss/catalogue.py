@@ -8,7 +8,7 @@ hold ``[M, V]`` here; ``objectives.losses.catalogue`` do not.
 Forward takes ``model_embeddings [B, L, D]``, ``positive_labels [B, L, P]`` int64, for sampled losses
 ``negative_labels`` (``[K]``, ``[B, K]`` or ``[B, L, K]``), and ``target_padding_mask [B, L, P]`` bool, True =
 counts. The result is a scalar; no target at all, and a label or negative outside of the catalogue, is a
-``UserError``. A masked label adds no term, and still is no negative of its position.
+``UserError``. A masked label adds no term, and in the softmax losses it still is no negative of its position.
 
 Every loss takes ``reduction``, ``ignore_index`` and ``padding_idx`` (`ReplayLoss`). Of the arguments of
 ``torch.nn.CrossEntropyLoss`` and ``BCEWithLogitsLoss`` further take: CE, CEWeighted, CESampled and LogOutCE
@@ -24,10 +24,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from generative_recommenders.compat.replay.nn.loss.base import (
@@ -37,32 +37,9 @@ from generative_recommenders.compat.replay.nn.loss.base import (
     weighted_terms,
     weights_of,
 )
-from generative_recommenders.compat.replay.nn.loss.sampled import (
-    BCESampled,
-    CESampled,
-    LogInCESampled,
-    LogOutCESampled,
-)
-from generative_recommenders.errors import UserError
 from generative_recommenders.objectives.losses import catalogue
-from generative_recommenders.objectives.losses import sce as scalable_cross_entropy
 from generative_recommenders.objectives.losses.catalogue import is_label
 from generative_recommenders.objectives.losses.sampled import Terms, full_precision
-from generative_recommenders.objectives.losses.sce import SCEParams
-
-__all__ = [
-    "BCE",
-    "CE",
-    "BCESampled",
-    "CESampled",
-    "CEWeighted",
-    "LogInCE",
-    "LogInCESampled",
-    "LogOutCE",
-    "LogOutCESampled",
-    "SCEParams",
-    "ScalableCrossEntropyLoss",
-]
 
 
 class _CatalogueLoss(ReplayLoss, ABC):
@@ -103,15 +80,23 @@ class BCE(_CatalogueLoss):
 
     kwargs: of ``torch.nn.BCEWithLogitsLoss``, see the module; ``weight`` ``[V]`` weighs the items,
         ``pos_weight`` ``[V]`` those that are labels besides.
+    masked_labels: "ignored", as documented: a masked label beside one that counts is an item like any other;
+        "targets": it is a target of 1 all the same, what RePlay's code computes.
     """
 
     takes = (*ReplayLoss.takes, "weight", "pos_weight")
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, *, masked_labels: Literal["ignored", "targets"] = "ignored", **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        if masked_labels not in ("ignored", "targets"):
+            raise self.refusal(f"masked_labels is {masked_labels!r}: give 'ignored' or 'targets'")
+        self.masked_labels = masked_labels
 
     def terms(self, logits: Tensor, positions: Positions) -> Terms:
-        target = is_label(positions.labels, logits.shape[1]).to(logits.dtype)
+        labels = positions.labels
+        if self.masked_labels == "ignored":
+            labels = labels.masked_fill(~positions.counts, -1)
+        target = is_label(labels, logits.shape[1]).to(logits.dtype)
         values = F.binary_cross_entropy_with_logits(
             logits, target, self.weight, reduction="none", pos_weight=self.pos_weight
         ).sum(1)
@@ -220,41 +205,3 @@ class LogOutCE(_SoftmaxLoss):
         super().__init__(cardinality, **kwargs)
         self.negative_labels_ignore_index = negative_labels_ignore_index
         self.core = catalogue.LogOutCE()
-
-
-class ScalableCrossEntropyLoss(nn.Module):
-    """SCE over rectangles (``objectives.scalable_cross_entropy``), drawing from torch's global generator.
-
-    sce_params: ``SCEParams``.
-    """
-
-    def __init__(self, sce_params: SCEParams) -> None:
-        super().__init__()
-        self.core = scalable_cross_entropy.ScalableCrossEntropyLoss(sce_params)
-
-    def forward(
-        self,
-        embeddings: Tensor,
-        positive_labels: Tensor,
-        all_embeddings: Tensor,
-        padding_mask: Tensor,
-        tokens_mask: Tensor | None = None,
-    ) -> Tensor:
-        """Mean loss, scalar; 0 where no bucket holds a position that counts.
-
-        embeddings: ``[B, L, D]``. positive_labels: ``[B, L]`` int64. all_embeddings: ``[V, D]``.
-        padding_mask: ``[B, L]`` bool, True = real. tokens_mask: ``[B, L]`` bool, True = does not count in the
-            mean.
-        Raises ``UserError`` where every position is masked, or a label is no row of ``all_embeddings``.
-        """
-        counted = padding_mask if tokens_mask is None else padding_mask & ~tokens_mask
-        if not counted.any():
-            raise UserError("ScalableCrossEntropyLoss: every position is masked, there is nothing to learn")
-        output = self.core(
-            embeddings.flatten(0, 1),
-            all_embeddings,
-            positive_labels.masked_fill(~padding_mask, 0).flatten(),
-            counted.flatten(),
-            selectable=padding_mask.flatten(),
-        )
-        return output.sum / output.weight.clamp(min=1)

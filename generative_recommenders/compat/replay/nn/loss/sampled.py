@@ -19,7 +19,6 @@ from generative_recommenders.compat.replay.nn.loss.base import (
     weighted_terms,
     weights_of,
 )
-from generative_recommenders.compat.replay.nn.sequential.next_item import NextItemModel
 from generative_recommenders.objectives.losses import sampled
 from generative_recommenders.objectives.losses.sampled import Terms, full_precision
 
@@ -110,7 +109,8 @@ class SampledLoss(ReplayLoss, ABC):
     def _row_scores(self, model_embeddings: Tensor, ids: Tensor, positions: Positions) -> Tensor:
         """``[M, K]`` scores with the ``ids [B, K]`` of each position's row; ``[M, K, D]`` is never made."""
         chosen = positions.chosen
-        if isinstance(getattr(self.logits_callback, "__self__", None), NextItemModel):
+        owner = getattr(self.logits_callback, "__self__", None)
+        if getattr(owner, "scores_rectangles", False):
             hidden = model_embeddings.masked_fill(~chosen[:, :, None], 0.0)
             return self.logits_callback(hidden, ids)[chosen]
         rows = positions.hidden.split(chosen.sum(1).tolist())

@@ -1,91 +1,43 @@
-"""Base of RePlay's SasRec and TwoTower: the query tower, the head, the two forms of a forward pass."""
+"""Base of RePlay's SasRec and TwoTower: the query tower, the two forms of a forward pass."""
 
 from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 
 from generative_recommenders.compat.replay.data.schema import TensorSchema
-from generative_recommenders.compat.replay.nn.agg import Aggregator
+from generative_recommenders.compat.replay.nn.head import EmbeddingTyingHead
+from generative_recommenders.compat.replay.nn.output import InferenceOutput, TrainOutput
+from generative_recommenders.compat.replay.nn.protocols import (
+    AggregatorProto,
+    AttentionMaskProto,
+    EmbedderProto,
+    EncoderProto,
+    LossProto,
+    NormalizerProto,
+    Tensors,
+)
 from generative_recommenders.errors import UserError
-
-Tensors = Mapping[str, torch.Tensor]
-
-
-@dataclass
-class TrainOutput:
-    """loss: scalar with a graph. hidden_states: ``[B, N, D]`` each, the encoder's and those made from it."""
-
-    loss: torch.Tensor
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-
-
-@dataclass
-class InferenceOutput:
-    """logits: ``[B, V]`` or ``[B, candidates]``. hidden_states: as in `TrainOutput`."""
-
-    logits: torch.Tensor
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-
-
-class LossProto(Protocol):
-    """A loss: called with those of the keyword arguments below that it accepts.
-
-    model_embeddings ``[B, N, D]``, feature_tensors, positive_labels ``[B, N, P]``, negative_labels,
-    padding_mask ``[B, N]``, target_padding_mask ``[B, N, P]``. The model sets
-    ``logits_callback(model_embeddings, item ids or None)``.
-    """
-
-    logits_callback: Callable[..., torch.Tensor]
-
-    def __call__(self, **arguments: object) -> torch.Tensor: ...
-
-
-class EmbedderProto(Protocol):
-    def __call__(
-        self, feature_tensor: Tensors, feature_names: Sequence[str] | None = None
-    ) -> Mapping[str, torch.Tensor]: ...
-
-
-class ItemEmbedderProto(EmbedderProto, Protocol):
-    def get_item_weights(self, indices: torch.Tensor | None = None) -> torch.Tensor: ...
-
-
-class EmbeddingTyingHead(nn.Module):
-    """Logits as dot products of hidden states and item embeddings."""
-
-    def forward(self, hidden_states: torch.Tensor, item_embeddings: torch.Tensor) -> torch.Tensor:
-        """hidden_states ``[B, D]`` or ``[B, N, D]``; item_embeddings ``[V, D]`` or ``[B, V, D]``.
-
-        Returns ``[B, V]`` or ``[B, N, V]``.
-        """
-        if hidden_states.dim() == 2 and item_embeddings.dim() == 3:
-            return torch.matmul(item_embeddings, hidden_states.unsqueeze(-1)).squeeze(-1)
-        return torch.matmul(hidden_states, item_embeddings.transpose(-1, -2))
 
 
 class QueryTower(nn.Module):
     """Features to embeddings, aggregated, encoded under an attention mask, normed.
 
     feature_names: the features it reads; None for all that the embedder knows.
-    encoder: called with those of feature_tensors, input_embeddings, padding_mask and attention_mask that it
-        accepts.
     """
 
     def __init__(
         self,
         feature_names: Sequence[str] | None,
         embedder: EmbedderProto,
-        embedding_aggregator: Aggregator,
-        attn_mask_builder: Callable[[Tensors, torch.Tensor], torch.Tensor],
-        encoder: Callable[..., torch.Tensor],
-        output_normalization: Callable[[torch.Tensor], torch.Tensor],
+        embedding_aggregator: AggregatorProto,
+        attn_mask_builder: AttentionMaskProto,
+        encoder: EncoderProto,
+        output_normalization: NormalizerProto,
     ) -> None:
         super().__init__()
         self.feature_names = feature_names
@@ -96,8 +48,7 @@ class QueryTower(nn.Module):
         self.output_normalization = output_normalization
 
     def forward(self, feature_tensors: Tensors, padding_mask: torch.Tensor) -> torch.Tensor:
-        """feature_tensors: name to ``[B, N, ...]``; padding_mask: bool ``[B, N]``, True = real. Returns ``[B,
-        N, D]``."""
+        """feature_tensors: name to ``[B, N, ...]``; padding_mask: bool ``[B, N]``, True = real. Returns ``[B, N, D]``."""
         embeddings = self.embedding_aggregator(self.embedder(feature_tensors, self.feature_names))
         hidden = call_with_accepted(
             self.encoder,
@@ -110,8 +61,10 @@ class QueryTower(nn.Module):
 
 
 class NextItemModel(nn.Module, ABC):
-    """A query tower, item embeddings and a loss: a loss in training mode, logits of the next item in
-    evaluation mode."""
+    """A query tower, item embeddings and a loss: a loss in training mode, logits of the next item in evaluation mode."""
+
+    scores_rectangles = True
+    """`get_logits` takes hidden states ``[B, N, D]`` with ids ``[B, K]``."""
 
     def __init__(self, body: nn.Module, loss: LossProto) -> None:
         super().__init__()
@@ -129,21 +82,17 @@ class NextItemModel(nn.Module, ABC):
         negative_labels: torch.Tensor | None = None,
         target_padding_mask: torch.Tensor | None = None,
     ) -> TrainOutput | InferenceOutput:
-        """In training mode a `TrainOutput`, in evaluation mode an `InferenceOutput` for each row's last
-        position.
+        """In training mode a `TrainOutput`, in evaluation mode an `InferenceOutput` for each row's last position.
 
-        feature_tensors: name to ``[B, N, ...]``, left-padded.
-        padding_mask: bool ``[B, N]``, True = real.
-        candidates_to_score: item ids ``[C]`` or ``[B, C]`` to score instead of the catalogue (evaluation
-            only).
-        positive_labels: ``[B, N, P]``; negative_labels: as the loss takes them; target_padding_mask: bool
-            ``[B, N, P]``, False = ignored (training only).
+        feature_tensors: name to ``[B, N, ...]``, left-padded. padding_mask: bool ``[B, N]``, True = real.
+        candidates_to_score: item ids ``[C]`` or ``[B, C]`` to score instead of the catalogue (evaluation only).
+        positive_labels: ``[B, N, P]``; negative_labels: as the loss takes them; target_padding_mask: bool ``[B, N, P]``,
+            False = ignored (training only).
         """
         hidden_states = self.hidden_states(feature_tensors, padding_mask)
         if not self.training:
-            return InferenceOutput(
-                self.get_logits(hidden_states[-1][:, -1], candidates_to_score), hidden_states
-            )
+            logits = self.get_logits(hidden_states[-1][:, -1], candidates_to_score)
+            return InferenceOutput(logits, hidden_states)
         if positive_labels is None:
             raise UserError(
                 "positive_labels are missing: in training mode the model computes its loss from them"

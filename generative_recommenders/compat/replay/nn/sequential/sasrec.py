@@ -1,96 +1,46 @@
-"""RePlay's documented sequential models: the same constructors and outputs over this package's blocks.
-
-Change the import line and the documented examples of SasRec and TwoTower run.
-"""
+"""RePlay's SasRec over the blocks of this package."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from generative_recommenders.compat.replay.data.schema import TensorSchema
-from generative_recommenders.compat.replay.nn.agg import (
-    Aggregator,
-    ConcatAggregator,
-    PositionAwareAggregator,
-    SumAggregator,
-)
-from generative_recommenders.compat.replay.nn.embedding import (
-    CategoricalEmbedding,
-    ListReduction,
-    NumericalEmbedding,
-    SequenceEmbedding,
-)
+from generative_recommenders.compat.replay.nn.agg import PositionAwareAggregator, SumAggregator
+from generative_recommenders.compat.replay.nn.embedding import SequenceEmbedding
+from generative_recommenders.compat.replay.nn.loss import CE
 from generative_recommenders.compat.replay.nn.mask import DefaultAttentionMask
-from generative_recommenders.compat.replay.nn.sequential.diff_transformer import (
-    DiffTransformerBlock,
-    DiffTransformerLayer,
-    MultiHeadDifferentialAttention,
+from generative_recommenders.compat.replay.nn.protocols import (
+    AggregatorProto,
+    AttentionMaskProto,
+    EmbedderProto,
+    EncoderProto,
+    LossProto,
+    NormalizerProto,
 )
 from generative_recommenders.compat.replay.nn.sequential.next_item import (
-    EmbeddingTyingHead,
-    InferenceOutput,
-    ItemEmbedderProto,
-    LossProto,
     NextItemModel,
     QueryTower,
-    Tensors,
-    TrainOutput,
     embedded_schema,
 )
 from generative_recommenders.compat.replay.nn.sequential.sasrec_layer import SasRecTransformerLayer
-from generative_recommenders.compat.replay.nn.sequential.twotower import (
-    FeaturesReader,
-    ItemTower,
-    TwoTower,
-    TwoTowerBody,
-)
-from generative_recommenders.modeling.feature_embeddings import IdentityEmbedding
-from generative_recommenders.ops.feed_forward import PointWiseFeedForward, SwiGLU, SwiGLUEncoder
-
-__all__ = [
-    "CategoricalEmbedding",
-    "ConcatAggregator",
-    "DefaultAttentionMask",
-    "DiffTransformerBlock",
-    "DiffTransformerLayer",
-    "EmbeddingTyingHead",
-    "FeaturesReader",
-    "IdentityEmbedding",
-    "InferenceOutput",
-    "ItemTower",
-    "MultiHeadDifferentialAttention",
-    "NumericalEmbedding",
-    "PointWiseFeedForward",
-    "PositionAwareAggregator",
-    "QueryTower",
-    "SasRec",
-    "SasRecBody",
-    "SasRecTransformerLayer",
-    "SequenceEmbedding",
-    "SumAggregator",
-    "SwiGLU",
-    "SwiGLUEncoder",
-    "TrainOutput",
-    "TwoTower",
-    "TwoTowerBody",
-]
+from generative_recommenders.config.sections import ListReduction
 
 
 class SasRecBody(QueryTower):
     """The query tower over all features that the embedder knows; its item table also scores."""
 
-    embedder: ItemEmbedderProto
+    embedder: EmbedderProto
 
     def __init__(
         self,
-        embedder: ItemEmbedderProto,
-        embedding_aggregator: Aggregator,
-        attn_mask_builder: Callable[[Tensors, torch.Tensor], torch.Tensor],
-        encoder: Callable[..., torch.Tensor],
-        output_normalization: Callable[[torch.Tensor], torch.Tensor],
+        embedder: EmbedderProto,
+        embedding_aggregator: AggregatorProto,
+        attn_mask_builder: AttentionMaskProto,
+        encoder: EncoderProto,
+        output_normalization: NormalizerProto,
     ) -> None:
         super().__init__(
             None, embedder, embedding_aggregator, attn_mask_builder, encoder, output_normalization
@@ -122,8 +72,6 @@ class SasRec(NextItemModel):
         It reads all features of the schema but the excluded ones, the query id and the timestamp, each
         embedded in ``embedding_dim`` columns.
         """
-        from generative_recommenders.compat.replay.nn.loss.catalogue import CE
-
         schema = embedded_schema(schema, excluded_features, embedding_dim)
         item = schema.item_id_features.item()
         body = SasRecBody(

@@ -3,9 +3,9 @@ features."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,37 +14,32 @@ import torch
 from torch import nn
 
 from generative_recommenders.compat.replay.data.schema import TensorFeatureInfo, TensorSchema
-from generative_recommenders.compat.replay.nn.agg import (
-    Aggregator,
-    PositionAwareAggregator,
-    SumAggregator,
-)
-from generative_recommenders.compat.replay.nn.embedding import ListReduction, SequenceEmbedding
+from generative_recommenders.compat.replay.nn.agg import PositionAwareAggregator, SumAggregator
+from generative_recommenders.compat.replay.nn.embedding import SequenceEmbedding
+from generative_recommenders.compat.replay.nn.loss import CE
 from generative_recommenders.compat.replay.nn.mask import DefaultAttentionMask
-from generative_recommenders.compat.replay.nn.sequential.next_item import (
+from generative_recommenders.compat.replay.nn.protocols import (
+    AggregatorProto,
+    AttentionMaskProto,
+    ContextMergerProto,
     EmbedderProto,
+    FeaturesReaderProtocol,
+    ItemEncoderProto,
     LossProto,
+    NormalizerProto,
+    QueryEncoderProto,
+    Tensors,
+)
+from generative_recommenders.compat.replay.nn.sequential.next_item import (
     NextItemModel,
     QueryTower,
-    Tensors,
     call_with_accepted,
     embedded_schema,
 )
 from generative_recommenders.compat.replay.nn.sequential.sasrec_layer import SasRecTransformerLayer
+from generative_recommenders.config.sections import ListReduction
 from generative_recommenders.errors import UserError
 from generative_recommenders.ops.feed_forward import SwiGLUEncoder
-
-
-class FeaturesReaderProtocol(Protocol):
-    """Feature tensors of all items by feature name; row i belongs to item id i."""
-
-    def __getitem__(self, key: str) -> torch.Tensor: ...
-
-
-class ContextMergerProto(Protocol):
-    """Joins what the query tower says with the features of the query; returns the shape it was given."""
-
-    def __call__(self, model_hidden_state: torch.Tensor, feature_tensors: Tensors) -> torch.Tensor: ...
 
 
 class FeaturesReader:
@@ -106,8 +101,8 @@ class ItemTower(nn.Module):
         item_features_reader: FeaturesReaderProtocol,
         feature_names: Sequence[str],
         embedder: EmbedderProto,
-        embedding_aggregator: Aggregator,
-        encoder: Callable[..., torch.Tensor],
+        embedding_aggregator: AggregatorProto,
+        encoder: ItemEncoderProto,
     ) -> None:
         super().__init__()
         self.feature_names = list(feature_names)
@@ -140,14 +135,14 @@ class TwoTowerBody(nn.Module):
         self,
         schema: TensorSchema,
         embedder: EmbedderProto,
-        attn_mask_builder: Callable[[Tensors, torch.Tensor], torch.Tensor],
+        attn_mask_builder: AttentionMaskProto,
         query_tower_feature_names: Sequence[str],
         item_tower_feature_names: Sequence[str],
-        query_embedding_aggregator: Aggregator,
-        item_embedding_aggregator: Aggregator,
-        query_encoder: Callable[..., torch.Tensor],
-        query_tower_output_normalization: Callable[[torch.Tensor], torch.Tensor],
-        item_encoder: Callable[..., torch.Tensor],
+        query_embedding_aggregator: AggregatorProto,
+        item_embedding_aggregator: AggregatorProto,
+        query_encoder: QueryEncoderProto,
+        query_tower_output_normalization: NormalizerProto,
+        item_encoder: ItemEncoderProto,
         item_features_reader: FeaturesReaderProtocol,
     ) -> None:
         super().__init__()
@@ -207,8 +202,6 @@ class TwoTower(NextItemModel):
         Both towers read all features of the schema but the excluded ones, the query id and the timestamp,
         each embedded in ``embedding_dim`` columns.
         """
-        from generative_recommenders.compat.replay.nn.loss.catalogue import CE
-
         schema = embedded_schema(schema, excluded_features, embedding_dim)
         item = schema.item_id_features.item()
         aggregator = SumAggregator(embedding_dim)

@@ -13,31 +13,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from generative_recommenders.compat.replay.data.schema import TensorSchema
 from generative_recommenders.compat.replay.nn.transform.batch import TensorBatch, require, require_tensor
-from generative_recommenders.compat.replay.nn.transform.negative_sampling import (
-    MultiClassNegativeSamplingTransform,
-    UniformNegativeSamplingTransform,
-)
 from generative_recommenders.data.token_masks import uniform
 from generative_recommenders.errors import UserError
-
-__all__ = [
-    "CopyTransform",
-    "EqualityMaskTransform",
-    "GroupTransform",
-    "MultiClassNegativeSamplingTransform",
-    "NextTokenTransform",
-    "RenameTransform",
-    "SelectTransform",
-    "SequenceRollTransform",
-    "TokenMaskTransform",
-    "TrimTransform",
-    "UniformNegativeSamplingTransform",
-    "UnsqueezeTransform",
-    "make_default_sasrec_transforms",
-    "make_default_twotower_transforms",
-]
 
 MASK_OPERATIONS = {"and": torch.logical_and, "or": torch.logical_or, "xor": torch.logical_xor}
 
@@ -336,39 +314,3 @@ class TrimTransform(nn.Module):
 
     def forward(self, batch: TensorBatch) -> dict[str, Any]:
         return {**batch, **{name: self._trim(batch, name) for name in self.feature_names}}
-
-
-def make_default_sasrec_transforms(
-    tensor_schema: TensorSchema, query_column: str = "query_id"
-) -> dict[str, list[nn.Module]]:
-    """Transforms for ``{"train", "validation", "test", "predict"}`` batches of a RePlay-style SasRec.
-
-    Train: next-item labels with a trailing axis, ``padding_mask``, ``target_padding_mask``, and the
-    schema's features grouped as ``feature_tensors``. The others: ``padding_mask`` and ``feature_tensors``.
-    All other columns stay.
-    """
-    item = tensor_schema.item_id_feature_name
-    if item is None:
-        raise UserError("make_default_sasrec_transforms: the tensor schema has no item id feature")
-
-    def group() -> nn.Module:
-        return GroupTransform({"feature_tensors": list(tensor_schema.names)})
-
-    def evaluation() -> list[nn.Module]:
-        return [RenameTransform({f"{item}_mask": "padding_mask"}), group()]
-
-    train = [
-        NextTokenTransform(label_field=item, query_features=[query_column, f"{query_column}_mask"]),
-        RenameTransform({f"{item}_mask": "padding_mask", "positive_labels_mask": "target_padding_mask"}),
-        UnsqueezeTransform("target_padding_mask", -1),
-        UnsqueezeTransform("positive_labels", -1),
-        group(),
-    ]
-    return {"train": train, "validation": evaluation(), "test": evaluation(), "predict": evaluation()}
-
-
-def make_default_twotower_transforms(
-    tensor_schema: TensorSchema, query_column: str = "query_id"
-) -> dict[str, list[nn.Module]]:
-    """The same sets as for SasRec: both models read the same batch."""
-    return make_default_sasrec_transforms(tensor_schema, query_column)

@@ -1,0 +1,1 @@
+"""RePlay's ``replay.models`` by its module path."""

@@ -1,0 +1,1 @@
+"""RePlay's ``replay.models.nn`` by its module path."""

@@ -1,0 +1,90 @@
+"""Protocols of the blocks that RePlay's bodies are assembled from.
+
+Shapes: feature tensors ``[B, N, ...]`` by name, padding masks ``[B, N]`` bool (True = real), embeddings ``[B, N, D]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import torch
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+class AggregatorProto(Protocol):
+    """Name to ``[..., D_name]`` in, ``[..., embedding_dim]`` out."""
+
+    @property
+    def embedding_dim(self) -> int: ...
+
+    def __call__(self, feature_tensors: Tensors) -> torch.Tensor: ...
+
+
+class EmbedderProto(Protocol):
+    """The named features, all unless given, as embeddings; the item table, or the rows of ids, to score with."""
+
+    def __call__(self, feature_tensor: Tensors, feature_names: Sequence[str] | None = None) -> Tensors: ...
+
+    def get_item_weights(self, indices: torch.Tensor | None = None) -> torch.Tensor: ...
+
+
+class AttentionMaskProto(Protocol):
+    """The additive mask ``[B * H, N, N]`` or ``[B, H, N, N]`` of a batch."""
+
+    def __call__(self, feature_tensor: Tensors, padding_mask: torch.Tensor) -> torch.Tensor: ...
+
+
+class EncoderProto(Protocol):
+    """Hidden states ``[B, N, D]``: called with those of feature_tensors, input_embeddings, padding_mask and attention_mask
+    that its signature has."""
+
+    def __call__(self, **arguments: object) -> torch.Tensor: ...
+
+
+QueryEncoderProto = EncoderProto
+
+
+class ItemEncoderProto(Protocol):
+    """Item embeddings ``[..., D]``: called with those of feature_tensors and input_embeddings that its signature has."""
+
+    def __call__(self, **arguments: object) -> torch.Tensor: ...
+
+
+class NormalizerProto(Protocol):
+    """The normalisation of hidden states, of their shape."""
+
+    def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor: ...
+
+
+class LogitsCallback(Protocol):
+    """Scores of hidden states with all items, or with those of the ids."""
+
+    def __call__(
+        self, model_embeddings: torch.Tensor, candidates_to_score: torch.Tensor | None = None
+    ) -> torch.Tensor: ...
+
+
+class LossProto(Protocol):
+    """A loss: called with those of the keyword arguments below that it accepts.
+
+    model_embeddings ``[B, N, D]``, feature_tensors, positive_labels ``[B, N, P]``, negative_labels, padding_mask, and
+    target_padding_mask ``[B, N, P]``. The model sets ``logits_callback``.
+    """
+
+    logits_callback: LogitsCallback
+
+    def __call__(self, **arguments: object) -> torch.Tensor: ...
+
+
+class ContextMergerProto(Protocol):
+    """What the query tower says joined with features of the query, in the shape that it was given."""
+
+    def __call__(self, model_hidden_state: torch.Tensor, feature_tensors: Tensors) -> torch.Tensor: ...
+
+
+class FeaturesReaderProtocol(Protocol):
+    """Feature tensors of all items by feature name; row i belongs to item id i."""
+
+    def __getitem__(self, key: str) -> torch.Tensor: ...

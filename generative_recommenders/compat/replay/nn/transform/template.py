@@ -1,0 +1,53 @@
+"""RePlay's default transforms of SasRec and TwoTower, for each split of a data module."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from generative_recommenders.compat.replay.data.schema import TensorSchema
+from generative_recommenders.compat.replay.nn.transform.columns import (
+    GroupTransform,
+    NextTokenTransform,
+    RenameTransform,
+    UnsqueezeTransform,
+)
+from generative_recommenders.errors import UserError
+
+
+class SplitTransforms(dict[str, list[nn.Module]]):
+    """Transforms by split; "validation" is read as "validate", Lightning's name."""
+
+    def __missing__(self, split: str) -> list[nn.Module]:
+        if split == "validation" and "validate" in self:
+            return self["validate"]
+        raise KeyError(split)
+
+
+def make_default_sasrec_transforms(
+    tensor_schema: TensorSchema, query_column: str = "query_id"
+) -> dict[str, list[nn.Module]]:
+    """Transforms for "train", "validate", "test" and "predict" batches of a SasRec.
+
+    Train: next-item labels with a trailing axis, ``padding_mask``, ``target_padding_mask``, and the schema's features grouped
+    as ``feature_tensors``. The others: ``padding_mask`` and ``feature_tensors``. All other columns stay.
+    """
+    item = tensor_schema.item_id_feature_name
+    if item is None:
+        raise UserError("make_default_sasrec_transforms: the tensor schema has no item id feature")
+    group = {"feature_tensors": list(tensor_schema.names)}
+    train = [
+        NextTokenTransform(label_field=item, query_features=[query_column, f"{query_column}_mask"]),
+        RenameTransform({f"{item}_mask": "padding_mask", "positive_labels_mask": "target_padding_mask"}),
+        UnsqueezeTransform("target_padding_mask", -1),
+        UnsqueezeTransform("positive_labels", -1),
+        GroupTransform(group),
+    ]
+    others: dict[str, list[nn.Module]] = {
+        split: [RenameTransform({f"{item}_mask": "padding_mask"}), GroupTransform(group)]
+        for split in ("validate", "test", "predict")
+    }
+    return SplitTransforms(train=train, **others)
+
+
+make_default_twotower_transforms = make_default_sasrec_transforms
+"""Both models read the same batch."""
