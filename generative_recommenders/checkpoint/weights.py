@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from absl import logging
 
 from generative_recommenders.checkpoint.store import Checkpoint
 from generative_recommenders.errors import UserError
@@ -16,11 +17,34 @@ _COUNTS, _USER_BYTES, _USER_OFFSETS = "data.item_counts", "data.user_ids.bytes",
 
 
 def load_model(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
-    """The checkpoint's weights; UserError where they do not fit the model."""
-    prefix = "model."
+    """The checkpoint's weights; UserError where they do not fit the model or are not finite."""
+    _load(model, checkpoint, "model.")
+
+
+def load_criterion(criterion: torch.nn.Module, checkpoint: Checkpoint) -> None:
+    """The checkpoint's weights of a loss that has some; one warning where it was written by a release that kept none."""
+    if criterion.state_dict() and not any(name.startswith("criterion.") for name in checkpoint.tensors):
+        logging.warning(
+            "%s holds no weights of the loss (a discriminator's), as older releases wrote: they start anew",
+            checkpoint.path,
+        )
+        return
+    _load(criterion, checkpoint, "criterion.")
+
+
+def _load(module: torch.nn.Module, checkpoint: Checkpoint, prefix: str) -> None:
+    own = module.state_dict()
     state = {name[len(prefix) :]: x for name, x in checkpoint.tensors.items() if name.startswith(prefix)}
+    for name, value in state.items():
+        # torch converts other dtypes without a word, and a NaN would show in the numbers alone.
+        if name in own and value.dtype != own[name].dtype:
+            raise UserError(
+                f"{checkpoint.path} does not fit the configuration: {prefix}{name} is {value.dtype}, not {own[name].dtype}"
+            )
+        if value.is_floating_point() and not value.isfinite().all():
+            raise UserError(f"{checkpoint.path}: {prefix}{name} holds numbers that are not finite")
     try:
-        model.load_state_dict(state)
+        module.load_state_dict(state)
     except RuntimeError as error:
         first = " ".join(str(error).split())[:300]
         raise UserError(f"{checkpoint.path} does not fit the configuration: {first}") from error

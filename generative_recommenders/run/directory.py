@@ -30,7 +30,9 @@ from generative_recommenders.run.logging import add_log_file, no_link, remove_lo
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-_WRITTEN = ("run.lock", "resolved.gin", "metrics.jsonl", "train.log", "curves.png")
+_WRITTEN = (
+    "run.lock", "resolved.gin", "metrics.jsonl", "train.log", "curves.png", "checkpoints", "tensorboard"
+)  # fmt: skip
 _EVENTS = re.compile(r"(?P<start>events\.out\.tfevents\.)(?P<time>\d{1,20})(?P<end>\..*)")
 
 
@@ -74,7 +76,7 @@ class RunFolder:
             for file in _WRITTEN:
                 if (folder / file).is_symlink():
                     raise UserError(
-                        f"{folder / file} is a symbolic link, and a run writes to no file elsewhere: "
+                        f"{folder / file} is a symbolic link, and a run writes to no place elsewhere: "
                         "remove the link, or give another --run_dir"
                     )
             return cls(folder, _lock(folder))

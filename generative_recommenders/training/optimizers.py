@@ -186,28 +186,28 @@ class Optimizer:
             for name, value in self.sparse.state.items():
                 value.copy_(tensors[f"table.{name}"])
 
-    def _state_form(self) -> dict[str, bool]:
-        """What the dense optimizer keeps of a parameter, by name: True for a tensor of its shape, False for a number."""
+    def _state_form(self) -> dict[str, torch.Tensor]:
+        """What the dense optimizer keeps of a parameter of shape ``[2, 3]``, by name."""
         probe = torch.nn.Parameter(torch.zeros(2, 3))
         probe.grad = torch.zeros_like(probe)
         optimizer = self.rule.dense([probe])
         optimizer.step()  # torch's optimizers make their state in the first step
-        return {name: torch.as_tensor(value).dim() > 0 for name, value in optimizer.state[probe].items()}
+        return {name: torch.as_tensor(value) for name, value in optimizer.state[probe].items()}
 
     def _check_state(self, tensors: dict[str, torch.Tensor]) -> None:
-        """UserError for names or shapes that do not fit. A parameter that never had a gradient has no state."""
-        expected: dict[str, torch.Size] = {}
+        """UserError for names, shapes or dtypes that do not fit. A parameter that never had a gradient has no state."""
+        expected: dict[str, tuple[torch.Size, torch.dtype]] = {}
         form = self._state_form()
         for index, parameter in enumerate(self.parameters):
             if any(name.startswith(f"{DENSE}{index}.") for name in tensors):
-                shapes = {name: parameter.shape if whole else torch.Size() for name, whole in form.items()}
-                expected.update({f"{DENSE}{index}.{name}": shape for name, shape in shapes.items()})
+                for name, value in form.items():
+                    whole = value.dim() > 0  # a tensor of the parameter's shape; else a number, as the step
+                    shape, dtype = (parameter.shape, parameter.dtype) if whole else (value.shape, value.dtype)
+                    expected[f"{DENSE}{index}.{name}"] = shape, dtype
         if self.sparse is not None:
-            expected.update({f"table.{name}": value.shape for name, value in self.sparse.state.items()})
-        found = {name: value.shape for name, value in tensors.items()}
+            expected.update({f"table.{name}": (x.shape, x.dtype) for name, x in self.sparse.state.items()})
+        found = {name: (value.shape, value.dtype) for name, value in tensors.items()}
         if found != expected:
-            odd = sorted(name for name in expected | found if found.get(name) != expected.get(name))
-            raise UserError(
-                f"the optimizer's state does not fit the configuration: {odd[0]} is "
-                f"{list(found.get(odd[0], ())) if odd[0] in found else 'missing'}"
-            )
+            odd = min(name for name in expected | found if found.get(name) != expected.get(name))
+            shown = f"{found[odd][0]} of {found[odd][1]}" if odd in found else "missing"
+            raise UserError(f"the optimizer's state does not fit the configuration: {odd} is {shown}")

@@ -18,7 +18,7 @@ from generative_recommenders.build.parts import Catalogue, build_task
 from generative_recommenders.build.registered import build_part
 from generative_recommenders.checkpoint.broadcast import checkpoint_from_main
 from generative_recommenders.checkpoint.store import Checkpoint, CheckpointStore
-from generative_recommenders.checkpoint.weights import load_model
+from generative_recommenders.checkpoint.weights import load_criterion, load_model
 from generative_recommenders.config.registry import OPTIMIZERS
 from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.config.sections import MAX_PREFETCH
@@ -287,6 +287,7 @@ class Trainer:
             "features_hash": self.dataset.manifest.features_hash,
             "columns_hash": self.dataset.manifest.columns_hash,
             "data": self.catalogue.facts(self.model, self.dataset),
+            "optimizer_tensors": len(optimizer),
             "world_size": self.collectives.world_size,
             "global_batch": self.loader.global_batch,
         }
@@ -314,9 +315,15 @@ class Trainer:
         load_model(self.model, checkpoint)
         load_criterion(self.task.criterion, checkpoint)
         prefix = "optimizer."
-        self.step.optimizer.load_state_tensors(
-            {name[len(prefix) :]: x for name, x in checkpoint.tensors.items() if name.startswith(prefix)}
-        )
+        moments = {
+            name[len(prefix) :]: x for name, x in checkpoint.tensors.items() if name.startswith(prefix)
+        }
+        written = checkpoint.state.get(
+            "optimizer_tensors", len(moments)
+        )  # releases before 0.2.0 did not count them
+        if len(moments) != written or (progress.step and not moments):
+            raise UserError(f"{checkpoint.path} lacks optimizer state: it can be evaluated, not resumed")
+        self.step.optimizer.load_state_tensors(moments)
         if processes != self.collectives.world_size:
             logging.warning(
                 "resuming a run of %d processes on %d: dropout draws differ",
@@ -366,23 +373,6 @@ def seed_generators(seed: int, device: torch.device) -> None:
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)
-
-
-def load_criterion(criterion: torch.nn.Module, checkpoint: Checkpoint) -> None:
-    """The checkpoint's weights of a loss that has some; one warning where it was written by a release that kept none."""
-    prefix = "criterion."
-    state = {name[len(prefix) :]: x for name, x in checkpoint.tensors.items() if name.startswith(prefix)}
-    if criterion.state_dict() and not state:
-        logging.warning(
-            "%s holds no weights of the loss (a discriminator's), as older releases wrote: they start anew",
-            checkpoint.path,
-        )
-        return
-    try:
-        criterion.load_state_dict(state)
-    except RuntimeError as error:
-        first = " ".join(str(error).split())[:300]
-        raise UserError(f"{checkpoint.path} does not fit the configuration: {first}") from error
 
 
 def set_precision(settings: RunSettings, device: torch.device) -> None:

@@ -1,4 +1,5 @@
 import contextlib
+import errno
 import os
 import random
 import resource
@@ -13,7 +14,7 @@ import pytest
 import torch
 from absl import logging
 
-from generative_recommenders.checkpoint.files import VERSION, DamagedCheckpoint
+from generative_recommenders.checkpoint.files import VERSION, DamagedCheckpoint, Manifest, write_manifest
 from generative_recommenders.checkpoint.store import CheckpointStore
 from generative_recommenders.errors import UserError
 from programs import quick_start
@@ -69,18 +70,8 @@ def test_a_copied_checkpoint_loads_alone(tmp_path):
     loaded = CheckpointStore(tmp_path / "empty", read_only=True).load(moved)
     assert loaded.item_ids().to_pylist() == IDS.to_pylist()
     assert loaded.settings() == {"dim": 4}
-    assert loaded.resolved_gin() == "train_fn.num_epochs = 3\n"
+    assert (moved / "resolved.gin").read_text() == "train_fn.num_epochs = 3\n"
     assert not (tmp_path / "empty").exists()
-
-
-def test_a_damaged_attached_file_costs_one_checkpoint(tmp_path, warnings):
-    store = store_with(tmp_path, 3)
-    for name in ("item_ids.parquet", "settings.json", "resolved.gin"):
-        flip_bit(tmp_path / "attached" / name)
-        flip_bit(store.paths()[-1] / name)
-    newest = store.load_newest()
-    assert newest.state == {"seen": 2} and newest.item_ids().to_pylist() == IDS.to_pylist()
-    assert len(warnings) == 1
 
 
 def test_attaching_anew_leaves_older_checkpoints_as_they_were(tmp_path):
@@ -153,7 +144,7 @@ def test_a_damaged_best_takes_the_place_of_no_other(tmp_path, warnings):
     cut(store.paths()[-1] / "tensors.safetensors")
     assert store.load_newest().position.step == 2
     assert warnings[0].endswith(
-        "set aside as damaged-000003-epoch-0-step-3; the checkpoint before it is used"
+        "the checkpoint before it is used, it is set aside as damaged-000003-epoch-0-step-3"
     )
     for step in (4, 5, 6):
         store.save((0, step), tensors(step), {})
@@ -192,12 +183,66 @@ def test_a_damaged_one_that_cannot_be_renamed_is_passed_over(tmp_path, warnings,
     assert len(store.paths()) == 2 and "set aside" not in warnings[0]
 
 
-def test_a_state_that_would_not_be_read_back_is_not_written(tmp_path):
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.EMFILE])
+def test_a_file_that_cannot_be_read_is_no_damage(tmp_path, warnings, monkeypatch, number):
+    """The run stops with one line: nothing is renamed, and no older checkpoint is taken instead."""
+    store = store_with(tmp_path, 2)
+    before = sorted(tmp_path.rglob("*"))
+    whole = open
+
+    def refuse(path, *arguments, **named):
+        if str(path).endswith("000002-epoch-0-step-2/tensors.safetensors"):
+            raise OSError(number, os.strerror(number), str(path))
+        return whole(path, *arguments, **named)
+
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(
+        UserError, match=f"tensors.safetensors cannot be read: {os.strerror(number)}"
+    ) as caught:
+        store.load_newest()
+    assert not isinstance(caught.value, DamagedCheckpoint)
+    assert sorted(tmp_path.rglob("*")) == before and not warnings
+
+
+def test_too_many_open_files_is_no_damage(tmp_path, warnings):
     store = store_with(tmp_path, 1)
-    with pytest.raises(UserError, match=r"state.json of a checkpoint would be \d+ bytes"):
-        store.save((0, 2), tensors(), {"long": "x" * (16 << 20)})
-    assert store.load_newest().state == {"seen": 1}
-    assert list(tmp_path.glob(".*")) == []
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+    try:
+        with pytest.raises(UserError, match="Too many open files"):
+            store.load_newest()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert store.load_newest().state == {"seen": 1} and not warnings
+
+
+def test_right_checksums_of_what_no_program_of_ours_wrote_set_nothing_aside(tmp_path, warnings):
+    store = store_with(tmp_path, 2)
+    newest = store.paths()[-1]
+    (newest / "tensors.safetensors").write_bytes(b"of another library")
+    (newest / "manifest.json").unlink()
+    write_manifest(newest, Manifest(epoch=0, step=2, metric=None, is_best=False))
+    with pytest.raises(UserError, match="tensors.safetensors: "):
+        store.load_newest()
+    assert len(store.paths()) == 2 and not warnings
+
+
+def test_a_pipe_among_the_files_keeps_nobody_waiting(tmp_path, warnings):
+    store = store_with(tmp_path, 2)
+    for name in ("manifest.json", "state.json"):
+        (store.paths()[-1] / name).unlink()
+        os.mkfifo(store.paths()[-1] / name)
+        assert store.load_newest().state == {"seen": 1}
+        store.save((0, 2), tensors(2), {"seen": 2})
+
+
+def test_a_linked_folder_is_refused_before_anything_in_it_is_removed(tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / ".writing-000009-epoch-0-step-9").mkdir(parents=True)
+    (tmp_path / "checkpoints").symlink_to(elsewhere)
+    with pytest.raises(UserError, match="is a symbolic link"):
+        CheckpointStore(tmp_path / "checkpoints")
+    assert [path.name for path in elsewhere.iterdir()] == [".writing-000009-epoch-0-step-9"]
 
 
 def test_all_damaged(tmp_path, warnings):

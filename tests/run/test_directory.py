@@ -120,7 +120,15 @@ def test_the_record_of_an_epoch_before_the_checkpoint_stays(tmp_path):
     assert found["validation/mrr"] == [(4, 4.0)] and found["train/loss"] == [(4, 4.0), (5, 6.0)]
 
 
-LINKED = ["run.lock", "metrics.jsonl", "train.log", "resolved.gin", "curves.png"]
+LINKED = [
+    "run.lock",
+    "metrics.jsonl",
+    "train.log",
+    "resolved.gin",
+    "curves.png",
+    "checkpoints",
+    "tensorboard",
+]
 
 
 @pytest.mark.parametrize("resume", [False, True])

@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from absl import logging
 
 from generative_recommenders.checkpoint.store import Checkpoint, CheckpointStore
+from generative_recommenders.checkpoint.weights import load_model
 from generative_recommenders.data.splits import make_split
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.errors import UserError
-from generative_recommenders.training import trainer as trainer_module
 from generative_recommenders.training.progress import NonFiniteError, with_progress
 from generative_recommenders.training.trainer import Trainer
 from tiny_models import settings
@@ -182,20 +183,49 @@ def test_a_forged_state_is_refused(
     assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
 
 
-@pytest.mark.parametrize("damage", ["shape", "missing", "surplus"])
-def test_a_forged_optimizer_state_is_refused(
-    ragged_dataset: SequenceDataset, saved: Checkpoint, damage: str
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        ("shape", "the optimizer's state does not fit the configuration: "),
+        ("dtype", r"exp_avg is torch.Size\(.*\) of torch.float16"),
+        ("missing", "lacks optimizer state: it can be evaluated, not resumed"),
+        ("all missing", "lacks optimizer state: it can be evaluated, not resumed"),
+        ("another", "does not fit the configuration: adamw.0.exp_avg is missing"),
+    ],
+)
+def test_an_optimizer_state_that_does_not_fit_is_refused_by_a_resume_alone(
+    ragged_dataset: SequenceDataset, saved: Checkpoint, damage: str, said: str
 ) -> None:
     tensors = dict(saved.tensors)
     name = next(name for name in tensors if name.startswith("optimizer.") and name.endswith("exp_avg"))
     if damage == "shape":
         tensors[name] = tensors[name].flatten()[:1]
+    elif damage == "dtype":
+        tensors[name] = tensors[name].half()
     elif damage == "missing":
         del tensors[name]
+    elif damage == "all missing":
+        tensors = {name: x for name, x in tensors.items() if not name.startswith("optimizer.")}
     else:
-        tensors["optimizer.adamw.999.exp_avg"] = torch.zeros(2)
-    with pytest.raises(UserError, match="optimizer's state does not fit the configuration: "):
-        make_trainer(ragged_dataset).restore(dataclasses.replace(saved, tensors=tensors))
+        tensors["optimizer.adamw.999.exp_avg"] = tensors.pop(name)
+    changed = dataclasses.replace(saved, tensors=tensors)
+    load_model(make_trainer(ragged_dataset).model, changed)
+    with pytest.raises(UserError, match=said):
+        make_trainer(ragged_dataset).restore(changed)
+
+
+@pytest.mark.parametrize("damage", ["dtype", "nan", "inf"])
+def test_weights_of_another_dtype_or_that_are_not_finite_are_refused(
+    ragged_dataset: SequenceDataset, saved: Checkpoint, damage: str
+) -> None:
+    name = "model.items.table"
+    table = saved.tensors[name].double() if damage == "dtype" else saved.tensors[name].clone()
+    if damage != "dtype":
+        table[3, 1] = float(damage)
+    forged = dataclasses.replace(saved, tensors={**saved.tensors, name: table})
+    said = "is torch.float64, not torch.float32" if damage == "dtype" else "holds numbers that are not finite"
+    with pytest.raises(UserError, match=f"{name} {said}"):
+        load_model(make_trainer(ragged_dataset).model, forged)
 
 
 REPLACED = {"objective": "replaced", "loss_module": "CE"}
@@ -232,7 +262,7 @@ def test_a_discriminator_that_an_older_release_did_not_save_starts_anew(
     assert "criterion.head.weight" in newest.tensors
     old = {name: x for name, x in newest.tensors.items() if not name.startswith("criterion.")}
     lines: list[str] = []
-    monkeypatch.setattr(trainer_module.logging, "warning", lambda text, *values: lines.append(text % values))
+    monkeypatch.setattr(logging, "warning", lambda text, *values: lines.append(text % values))
     make_trainer(ragged_dataset, **REPLACED).restore(dataclasses.replace(newest, tensors=old))
     assert len(lines) == 1 and "holds no weights of the loss" in lines[0]
     part = {name: x for name, x in newest.tensors.items() if name != "criterion.head.bias"}
