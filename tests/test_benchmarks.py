@@ -12,6 +12,7 @@ import pytest
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 TINY = {
     "catalogue_loss": ["--tokens=300", "--items=500", "--dim=8"],
+    "gpu": ["--device=cpu", "--quick"],
     "incremental": ["--rows=2", "--length=8", "--repeats=1"],
     "jagged": ["--repeats=4"],
     "long_run": ["--steps=100", "--samples=10"],
@@ -21,6 +22,7 @@ TINY = {
 }
 POSITIVE = {
     "catalogue_loss": ("seconds", "products_seconds", "ratio"),
+    "gpu": ("parity.tolerance", "steps.HSTU-large.step_ms", "epochs.epochs_measured"),
     "incremental": ("results.SASRec.scratch_ms", "results.HSTU.append_ms"),
     "jagged": ("setup.repeats",),
     "long_run": ("first_settled_mb", "highest_mb"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib.util
 from collections.abc import Iterator
 
 import torch
@@ -34,6 +36,16 @@ def fast_on_cpu(x: torch.Tensor) -> bool:
 def fast_on_cpu_in_one_dtype(x: torch.Tensor) -> bool:
     """As `fast_on_cpu`, for operations whose products autocast would not reach: not under autocast."""
     return fast_on_cpu(x) and not torch.is_autocast_enabled("cpu")
+
+
+def takes_kernels(x: torch.Tensor) -> bool:
+    """Whether Triton's kernels are taken for ``x``."""
+    return fast(x) and x.device.type == "cuda" and _has_triton()
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def waits(x: torch.Tensor) -> bool:

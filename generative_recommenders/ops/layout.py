@@ -79,6 +79,15 @@ class Visibility:
     query: torch.Tensor
 
 
+class Grouping(NamedTuple):
+    """Rectangles for attention, which together cover every token once, and where the tokens lie among the keys and among the
+    queries of all groups."""
+
+    groups: tuple[Group, ...]
+    keys: Places
+    queries: Places
+
+
 @dataclass(frozen=True)
 class Layout:
     """The tokens of a batch of B rows.
@@ -87,8 +96,8 @@ class Layout:
     max_length: columns N of the padded rectangle.
     positions: ``[T]`` int64, place of a token in its sequence, from 0.
     row_of: ``[T]`` int64, the row a token belongs to.
-    groups: rectangles for attention; together they cover every token once.
-    keys, queries: where the tokens lie among the keys and among the queries of all groups.
+    starts: ``[B]`` int64, each row's first token.
+    host_lengths: the lengths on the CPU; None for a padded layout and one made on a device.
     valid: ``[T, 1]`` bool for a padded layout, None for a jagged one.
     visibility: None means causal.
     """
@@ -98,11 +107,35 @@ class Layout:
     positions: torch.Tensor
     row_of: torch.Tensor
     starts: torch.Tensor
-    groups: tuple[Group, ...]
-    keys: Places
-    queries: Places
+    host_lengths: np.ndarray | None = None
     valid: torch.Tensor | None = None
     visibility: Visibility | None = None
+
+    @functools.cached_property
+    def grouping(self) -> Grouping:
+        """Made when it is first asked for: the kernels of a GPU need none."""
+        if self.valid is not None:
+            return _one_group(self)
+        if self.host_lengths is None:
+            raise RuntimeError("a layout made on a device has no groups: its lengths are not known here")
+        return _moved(_grouped(self.host_lengths, causal=self.visibility is None), self.device)
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        return self.grouping.groups
+
+    @property
+    def keys(self) -> Places:
+        return self.grouping.keys
+
+    @property
+    def queries(self) -> Places:
+        return self.grouping.queries
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row, or a number that is no less."""
+        return self.max_length if self.host_lengths is None else int(self.host_lengths.max(initial=0))
 
     @property
     def num_rows(self) -> int:
@@ -170,12 +203,8 @@ class Layout:
         return _moved(self, device)
 
     def with_visibility(self, visibility: Visibility) -> Layout:
-        """The same tokens, not causal; best made before the layout goes to an accelerator."""
-        if self.valid is not None:
-            groups = tuple(replace(group, queries=group.keys) for group in self.groups)
-            return replace(self, visibility=visibility, groups=groups, queries=self.keys)
-        grouped = _grouped(self.lengths.cpu().numpy(), causal=False)
-        return replace(self, visibility=visibility, **_moved(grouped, self.device))
+        """The same tokens, not causal."""
+        return replace(self, visibility=visibility)
 
 
 def jagged_layout(lengths: torch.Tensor, max_length: int, device: torch.device | None = None) -> Layout:
@@ -191,31 +220,43 @@ def jagged_layout(lengths: torch.Tensor, max_length: int, device: torch.device |
         "positions": row_positions(offsets, int(offsets[-1])),
         "row_of": torch.from_numpy(np.repeat(np.arange(host.size), host)),
         "starts": offsets[:-1],
-        **_grouped(host, causal=True),
     }
-    return Layout(max_length=max_length, **_moved(fields, device))
+    return Layout(max_length=max_length, host_lengths=host, **_moved(fields, device))
+
+
+def device_layout(lengths: torch.Tensor, max_length: int, num_tokens: int) -> Layout:
+    """`jagged_layout` of lengths on an accelerator whose sum is known: nothing waits for it. It has no groups."""
+    ends = lengths.cumsum(0)
+    starts = ends - lengths
+    rows = torch.arange(len(lengths), device=lengths.device)
+    row_of = rows.repeat_interleave(lengths, output_size=num_tokens)
+    positions = torch.arange(num_tokens, device=lengths.device) - starts[row_of]
+    return Layout(lengths, max_length, positions, row_of, starts)
 
 
 def padded_layout(lengths: torch.Tensor, max_length: int) -> Layout:
     """The layout of whole rectangles ``[B, N]``, padding included; no length is looked at, so that it can be exported."""
     device, rows = lengths.device, lengths.numel()
-    steps = _steps(np.full(rows, max_length))
     positions = torch.arange(max_length, device=device).repeat(rows)
     row_of = torch.arange(rows, device=device).repeat_interleave(max_length)
-    valid = (positions < lengths[row_of]).view(rows, max_length)
-    tokens = torch.arange(rows * max_length, dtype=torch.int32, device=device).view(rows, max_length)
-    keys, queries = (_cut(tokens, valid, parts) for parts in (_whole(rows, max_length), steps))
+    valid = (positions < lengths[row_of]).view(-1, 1)
     return Layout(
-        lengths=lengths,
-        max_length=max_length,
-        positions=positions,
-        row_of=row_of,
-        starts=torch.arange(rows, device=device) * max_length,
-        groups=(Group(max_length, keys, queries, lengths, torch.arange(rows, device=device), steps),),
-        keys=places_of_all(keys),
-        queries=places_of_all(queries),
-        valid=valid.view(-1, 1),
+        lengths, max_length, positions, row_of, torch.arange(rows, device=device) * max_length, valid=valid
     )
+
+
+def _one_group(layout: Layout) -> Grouping:
+    """The rectangle of a padded layout, cut into steps where all is causal."""
+    assert layout.valid is not None
+    rows, width, device = layout.num_rows, layout.max_length, layout.device
+    steps = _steps(np.full(rows, width))
+    tokens = torch.arange(rows * width, dtype=torch.int32, device=device).view(rows, width)
+    valid = layout.valid.view(rows, width)
+    keys = _cut(tokens, valid, _whole(rows, width))
+    queries = keys if layout.visibility is not None else _cut(tokens, valid, steps)
+    group = Group(width, keys, queries, layout.lengths, torch.arange(rows, device=device), steps)
+    key_places = places_of_all(keys)
+    return Grouping((group,), key_places, key_places if queries is keys else places_of_all(queries))
 
 
 def _moved(value, device: torch.device):
@@ -224,17 +265,17 @@ def _moved(value, device: torch.device):
         return value.to(device, non_blocking=True)
     if isinstance(value, dict):
         return {name: _moved(item, device) for name, item in value.items()}
-    if isinstance(value, Step):
-        return value
-    if isinstance(value, tuple):
+    if isinstance(value, Grouping):
+        return Grouping(*(_moved(item, device) for item in value))
+    if isinstance(value, tuple) and not isinstance(value, Step):
         return tuple(_moved(item, device) for item in value)
     if isinstance(value, (Rectangles, Places, Group, Visibility, Layout)):
         return replace(value, **{f.name: _moved(getattr(value, f.name), device) for f in fields(value)})
     return value
 
 
-def _grouped(lengths: np.ndarray, causal: bool) -> dict[str, object]:
-    """The fields of a jagged layout that say which rows are attended together, on the CPU. lengths: ``[B]`` int64."""
+def _grouped(lengths: np.ndarray, causal: bool) -> Grouping:
+    """Which rows of a jagged layout are attended together, on the CPU. lengths: ``[B]`` int64."""
     starts = np.cumsum(lengths) - lengths
     order = np.argsort(-lengths, kind="stable")
     order = order[lengths[order] > 0]
@@ -252,7 +293,7 @@ def _grouped(lengths: np.ndarray, causal: bool) -> dict[str, object]:
         first += rows.size
     found = places([group.keys for group in groups], int(lengths.sum()))
     queried = places([group.queries for group in groups], int(lengths.sum())) if causal else found
-    return {"groups": tuple(groups), "keys": found, "queries": queried}
+    return Grouping(tuple(groups), found, queried)
 
 
 def _whole(rows: int, columns: int) -> tuple[Step, ...]:

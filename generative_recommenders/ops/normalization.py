@@ -12,6 +12,11 @@ def layer_norm(x: torch.Tensor, eps: float) -> torch.Tensor:
     """``(x - mean) / sqrt(variance + eps)`` over the last axis; variance of the population."""
     if not dispatch.fast(x):
         return layer_norm_reference(x, eps)
+    if dispatch.takes_kernels(x) and x.dtype != torch.float64:
+        from generative_recommenders.ops.normalization_kernels import MAX_WIDTH, FusedLayerNorm
+
+        if x.shape[-1] <= MAX_WIDTH:
+            return FusedLayerNorm.apply(x.float() if torch.is_autocast_enabled("cuda") else x, eps)
     width = x.shape[-1:]  # without the weights that change nothing torch's CPU kernel takes twice as long
     return F.layer_norm(x, width, x.new_ones(width), x.new_zeros(width), eps)
 

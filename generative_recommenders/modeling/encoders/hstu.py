@@ -23,6 +23,7 @@ from generative_recommenders.modeling.cache import Appended, KeysValues, pointwi
 from generative_recommenders.modeling.encoders.checks import check_choice, check_positive
 from generative_recommenders.ops.attention.pointwise import pointwise_attention
 from generative_recommenders.ops.attention.relative_bias import (
+    BatchInputs,
     BiasInputs,
     RelativeBias,
     Times,
@@ -73,7 +74,7 @@ class HstuBlock(torch.nn.Module):
         torch.nn.init.xavier_uniform_(self.output.weight)
         self.dropout = Dropout(linear_dropout_rate)
 
-    def forward(self, x: torch.Tensor, layout: Layout, inputs: list[BiasInputs]) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, layout: Layout, inputs: BatchInputs) -> torch.Tensor:
         """x: ``[T, D]``; inputs: see `bias_inputs`."""
         u, q, k, v = self.project(x)
         return layout.mask(self.combine(x, u, self.attention(q, k, v, layout, inputs)))
@@ -96,7 +97,7 @@ class HstuBlock(torch.nn.Module):
         return u, *(t.unflatten(-1, (heads, -1)) for t in (q, k, v))
 
     def attention(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout, inputs: list[BiasInputs]
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout, inputs: BatchInputs
     ) -> torch.Tensor:
         """Eq. 2, ``[T, H, dv]``."""
         rate = self.attn_dropout_rate if self.training else 0.0
@@ -162,7 +163,7 @@ class HSTU(torch.nn.Module):
 
     def forward(self, x: torch.Tensor, layout: Layout, events: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """``[T, D]`` to ``[T, D]``; events may hold ``timestamps`` and ``next_timestamps [T]``."""
-        inputs = []
+        inputs: BatchInputs = []
         if self.blocks[0].bias is not None:
             inputs = bias_inputs(layout, self.max_length, self.times(events), whole=not self.causal)
         for block in self.blocks:

@@ -268,7 +268,7 @@ class MoLSimilarity(nn.Module):
         losses = {}
         if self.training:
             squares = torch.stack([v.square().sum() for v in found]).sum()
-            losses["uid_embedding_l2_norm"] = torch.stack([squares, squares.new_tensor(len(user_ids))])
+            losses["uid_embedding_l2_norm"] = torch.stack([squares, squares.new_full((), len(user_ids))])
         known = (user_ids > 0)[:, None, None]  # id 0 is a user whom training did not have: its vector is zero
         return [self._normalised(self._drop_user(v))[:, None] * known for v in found], losses
 

@@ -220,7 +220,11 @@ def _labels_and_weights(
         raise UserError(
             f"weights {tuple(weights.shape)} and positives {tuple(positives.shape)} must have one shape"
         )
-    if positives.numel() and (positives.min() < -1 or positives.max() >= num_items):
+    if (
+        not dispatch.waits(positives)
+        and positives.numel()
+        and (positives.min() < -1 or positives.max() >= num_items)
+    ):
         low, high = int(positives.min()), int(positives.max())
         raise UserError(
             f"positives reach from {low} to {high}: they must be rows 0..{num_items - 1}, or -1 for none"

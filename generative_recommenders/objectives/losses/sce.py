@@ -74,7 +74,11 @@ class ScalableCrossEntropyLoss(nn.Module):
         normals: Z itself, instead of drawing it.
         Raises ``UserError`` for positives out of range.
         """
-        if positives.numel() and (positives.min() < -1 or positives.max() >= len(item_weight)):
+        if (
+            not dispatch.waits(positives)
+            and positives.numel()
+            and (positives.min() < -1 or positives.max() >= len(item_weight))
+        ):
             raise UserError(f"positives must be rows 0..{len(item_weight) - 1}, or -1 for none")
         with dispatch.autocast(hidden, None):
             hidden, item_weight = full_precision(hidden), full_precision(item_weight)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from generative_recommenders.ops import dispatch
 from generative_recommenders.ops.attention.reference import pointwise_attention_reference
 from generative_recommenders.ops.attention.tiles import (
+    PairBias,
     TableBias,
     add_products,
     corner,
@@ -23,6 +24,7 @@ from generative_recommenders.ops.attention.tiles import (
     keys_of,
     looked_up,
     plan_of,
+    takes_kernel,
 )
 from generative_recommenders.ops.layout import Layout
 
@@ -32,7 +34,7 @@ def pointwise_attention(
     k: torch.Tensor,
     v: torch.Tensor,
     layout: Layout,
-    bias: TableBias | None,
+    bias: TableBias | PairBias | None,
     divisor: float,
     dropout_rate: float = 0.0,
 ) -> torch.Tensor:
@@ -41,7 +43,14 @@ def pointwise_attention(
     q, k: ``[T, H, d]``; v: ``[T, H, dv]``; returns ``[T, H, dv]``.
     """
     if not dispatch.fast(q):
+        assert not isinstance(bias, PairBias)
         return pointwise_attention_reference(q, k, v, layout, bias, divisor, dropout_rate)
+    if takes_kernel(layout) and not isinstance(bias, TableBias):
+        from generative_recommenders.ops.attention.fused import Weights, fused_attention
+
+        weights = Weights(softmax=False, divisor=divisor, dropout_rate=dropout_rate)
+        return fused_attention(q, k, v, layout, weights, bias)
+    assert not isinstance(bias, PairBias)
     tables, indices = bias or TableBias((), [])
     with dispatch.autocast(q, None):  # in the dtype that q, k and v come in
         return _GroupedPointwise.apply(q, k, v, layout, indices, divisor, dropout_rate, *tables)

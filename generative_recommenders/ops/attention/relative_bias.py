@@ -4,12 +4,12 @@ with it.
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from typing import NamedTuple, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
 
-from generative_recommenders.ops.attention.tiles import TableBias, looked_up, tiles
+from generative_recommenders.ops.attention.tiles import PairBias, TableBias, looked_up, takes_kernel, tiles
 from generative_recommenders.ops.layout import Layout
 
 NUM_TIME_BUCKETS = 128
@@ -35,14 +35,25 @@ class BiasInputs(NamedTuple):
     buckets: torch.Tensor | None
 
 
+class PairInputs(NamedTuple):
+    """The same for all pairs of a batch at once, as the kernels of a GPU read it: ``buckets [B, n, n]`` uint8 of rows padded
+    to the longest, or None without times."""
+
+    buckets: torch.Tensor | None
+
+
+BatchInputs: TypeAlias = list[BiasInputs] | PairInputs
+"""Of a batch: one for each tile of its layout or for each group; or of all pairs."""
 Times = tuple[torch.Tensor, torch.Tensor]
 """Of tokens as queries and as keys, ``[T]`` int64 seconds each."""
 
 
 def bias_inputs(
     layout: Layout, max_length: int, times: Times | None = None, whole: bool = False
-) -> list[BiasInputs]:
-    """One for each tile of the layout, or for each group (whole); computed once a batch, shared by all blocks."""
+) -> BatchInputs:
+    """Computed once a batch, shared by all blocks. whole: one for each group, whatever the device."""
+    if not whole and takes_kernel(layout):
+        return PairInputs(None if times is None else _pair_buckets(layout, times))
     inputs = []
     for group in layout.groups:
         columns = torch.arange(group.width, device=layout.device)
@@ -54,6 +65,13 @@ def bias_inputs(
             buckets = time_buckets(own[0][:rows, start:stop], own[1][:rows, :seen]) if own else None
             inputs.append(BiasInputs(distance, buckets))
     return inputs
+
+
+def _pair_buckets(layout: Layout, times: Times) -> torch.Tensor:
+    """``[B, n, n]`` uint8 time buckets; what lies behind a row's end holds anything."""
+    cells = layout.starts[:, None] + torch.arange(layout.longest, device=layout.device)
+    cells = cells.clamp(max=max(layout.num_tokens - 1, 0))
+    return time_buckets(*(each[cells] for each in times)).to(torch.uint8)
 
 
 class RelativeBias(torch.nn.Module):
@@ -72,8 +90,10 @@ class RelativeBias(torch.nn.Module):
         known = [index for index in inputs if index is not None]
         return looked_up((self.position, self.time), known)
 
-    def tables(self, inputs: list[BiasInputs]) -> TableBias:
-        """The same for each tile of a layout, looked up where it is used."""
+    def tables(self, inputs: BatchInputs) -> TableBias | PairBias:
+        """The same for each tile of a layout, or for all pairs, looked up where it is used."""
+        if isinstance(inputs, PairInputs):
+            return PairBias(self.position, None if inputs.buckets is None else self.time, inputs.buckets)
         if any(each.buckets is None for each in inputs):
             return TableBias((self.position,), [(each.distance,) for each in inputs])
         return TableBias((self.position, self.time), cast(list[tuple[torch.Tensor, ...]], inputs))

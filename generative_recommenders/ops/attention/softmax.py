@@ -1,6 +1,7 @@
 """Softmax attention (arXiv 1706.03762) over the groups of a layout.
 
-On a CPU forward and backward are written out over the tiles of `ops.attention.tiles`. On CUDA, softmax attention goes through
+On a CPU forward and backward are written out over the tiles of `ops.attention.tiles`. On CUDA causal attention is a kernel of
+`ops.attention.kernels`; any other, and all of it without Triton, goes through
 `torch.nn.functional.scaled_dot_product_attention`.
 """
 
@@ -19,6 +20,7 @@ from generative_recommenders.ops.attention.tiles import (
     keep_masks,
     keys_of,
     plan_of,
+    takes_kernel,
     visible,
 )
 from generative_recommenders.ops.layout import Layout
@@ -43,6 +45,12 @@ def softmax_attention(
     if dispatch.fast_on_cpu(q):
         with dispatch.autocast(q, None):  # in the dtype that q, k and v come in
             return _GroupedSoftmax.apply(q, k, None if v is k else v, layout, dropout_rate, scale)
+    if takes_kernel(layout):
+        from generative_recommenders.ops.attention.fused import Weights, fused_attention
+
+        return fused_attention(
+            q, k, v, layout, Weights(softmax=True, logit_scale=scale, dropout_rate=dropout_rate)
+        )
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()  # gathered under autograd here
     cells = [_fused_group(q, k, v, group, layout, dropout_rate, scale) for group in layout.groups]
     return layout.keys.ungather(torch.cat(cells), q.shape[1]) if cells else torch.zeros_like(v)

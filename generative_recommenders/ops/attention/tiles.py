@@ -14,6 +14,7 @@ from typing import NamedTuple, cast
 
 import torch
 
+from generative_recommenders.ops import dispatch
 from generative_recommenders.ops.dropout import KeepMasks
 from generative_recommenders.ops.layout import Group, Layout, Visibility
 from generative_recommenders.ops.rectangles import Places
@@ -46,6 +47,22 @@ class TableBias(NamedTuple):
 
     tables: tuple[torch.Tensor, ...]
     indices: list[tuple[torch.Tensor, ...]]
+
+
+class PairBias(NamedTuple):
+    """A relative bias as the kernels of a GPU read it: ``position[N - 1 + j - i] + time[buckets[row, i, j]]``.
+
+    position: ``[2 N - 1]``. time: ``[129]``, or None. buckets: ``[B, n, n]`` uint8, None without times; n is the longest row.
+    """
+
+    position: torch.Tensor
+    time: torch.Tensor | None
+    buckets: torch.Tensor | None
+
+
+def takes_kernel(layout: Layout) -> bool:
+    """Whether a kernel computes the attention of all tokens at once, without tiles."""
+    return layout.visibility is None and dispatch.takes_kernels(layout.positions)
 
 
 def tiles(group: Group, layout: Layout) -> list[Tile]:

@@ -42,7 +42,9 @@ class _MaskedLogSumExp(torch.autograd.Function):
             p = torch.softmax(scores, 1).index_copy_(0, rows, p)
             largest = scores.amax(1).index_copy_(0, rows, largest)
         none = largest == -math.inf  # nothing counts: softmax gives NaN
-        if none.any():
+        if dispatch.waits(scores):
+            p = p.masked_fill(none[:, None], 0.0)
+        elif none.any():
             p[none] = 0.0
         ctx.save_for_backward(p, hidden)
         return torch.where(none, largest, largest - p.amax(1).log())

@@ -1,0 +1,450 @@
+"""What a GPU makes of training: numbers equal to a CPU's, no waiting in a step, times, memory; the last line is JSON.
+
+    python benchmarks/gpu.py --output=benchmarks/results/gpu.json
+    python benchmarks/gpu.py --device=cpu --quick         # does it run at all
+
+One call measures everything, some six minutes on an H100. A part that fails is reported and the rest goes on; parts that find
+no time left in ``--seconds`` are left out. Data are made in memory, with the lengths of ML-1M and of Amazon Books, so that
+nothing but the program, torch and numpy is needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from generative_recommenders.build.parts import Catalogue, build_task
+from generative_recommenders.config import gin as gin_registry
+from generative_recommenders.config.schema import RunSettings
+from generative_recommenders.data.loader import SequenceLoader, prefetch
+from generative_recommenders.data.manifest import Manifest
+from generative_recommenders.data.splits import make_split
+from generative_recommenders.data.store import SequenceDataset
+from generative_recommenders.distributed.collectives import Collectives
+from generative_recommenders.objectives.losses import catalogue, sampled
+from generative_recommenders.training.trainer import Trainer, set_precision
+
+ROOT = Path(__file__).resolve().parents[1]
+ENCODERS = {
+    "SASRec": ("sasrec-sampled-softmax-n128-final", []),
+    "HSTU": ("hstu-sampled-softmax-n128-final", []),
+    "HSTU-large": ("hstu-sampled-softmax-n128-large-final", []),
+    "DiffTransformer": ("sasrec-sampled-softmax-n128-final", ["train_fn.main_module = 'DiffTransformer'"]),
+    "TwoTower": (
+        "sasrec-sampled-softmax-n128-final",
+        ["train_fn.main_module = 'TwoTower'", "train_fn.negatives_sharing = 'block'"],
+    ),
+    "Transformer": ("sasrec-sampled-softmax-n128-final", ["train_fn.main_module = 'Transformer'"]),
+    "SASRec-MoL": ("sasrec-mol-sampled-softmax-n128-8x4x64-rails-final", []),
+}
+"""Published configurations of ML-1M, with the bindings that make another encoder of one."""
+BOOKS_ITEMS, BOOKS_CONFIG = 801_350, "configs/amzn-books/sasrec-sampled-softmax-n512-final.gin"
+PARITY_TOLERANCE = 1e-3
+EPOCHS = 100
+"""Epochs of a published run."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """device: what is measured. quick: tiny sizes. until: `time.perf_counter` of the end. profiles: folder of the tables of
+    the slowest kernels, or None."""
+
+    device: torch.device
+    quick: bool
+    until: float
+    profiles: Path | None
+
+    def wait(self) -> None:
+        """Until the device has done what it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def seconds(self, work: Callable[[], object], repeats: int) -> float:
+        """Of one call, the mean of some after one that is not counted."""
+        work()
+        self.wait()
+        started = time.perf_counter()
+        for _ in range(repeats):
+            work()
+        self.wait()
+        return (time.perf_counter() - started) / repeats
+
+    def peak_mb(self) -> float | None:
+        """Most memory of the device in use since the last call."""
+        if self.device.type != "cuda":
+            return None
+        peak = torch.cuda.max_memory_allocated() / 2**20
+        torch.cuda.reset_peak_memory_stats()
+        return round(peak, 1)
+
+    def left(self) -> float:
+        """Seconds."""
+        return self.until - time.perf_counter()
+
+    def collectives(self) -> Collectives:
+        return Collectives(self.device)
+
+
+def made_dataset(lengths: np.ndarray, num_items: int) -> SequenceDataset:
+    """Zipf items, seconds between events, ratings from 1 to 5. lengths: ``[U]``."""
+    generator = np.random.default_rng(0)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    weights = np.cumsum(1.0 / np.arange(1, num_items + 1) ** 0.8)
+    items = 1 + np.searchsorted(weights, generator.random(offsets[-1]) * weights[-1])
+    counts = {"users": len(lengths), "items": num_items, "events": int(offsets[-1])}
+    statistics = {"min": float(lengths.min()), "mean": float(lengths.mean()), "max": float(lengths.max())}
+    manifest = Manifest("made", counts, counts, statistics, True, True, data_hash="0" * 32, filter="")
+    return SequenceDataset(
+        Path("made"),
+        manifest,
+        items.astype(np.int32),
+        generator.integers(1, 6, offsets[-1]).astype(np.float32),
+        10**9 + np.cumsum(generator.integers(1, 3600, offsets[-1])),
+        offsets.astype(np.int64),
+    )
+
+
+def movies(bench: Bench) -> SequenceDataset:
+    """ML-1M's users and items, and its shape of lengths: log-normal around the median 95 from 18 on, longest 2276, mean 165."""
+    users, items = (200, 300) if bench.quick else (6040, 3706)
+    drawn = np.exp(np.random.default_rng(0).normal(np.log(95 - 17), 1.16, users)) + 17
+    return made_dataset(np.minimum(drawn, 60 if bench.quick else 2276).astype(np.int64), items)
+
+
+def books(bench: Bench) -> SequenceDataset:
+    """Amazon Books' items and lengths: 5 to 50 events, mean about 8, of which two are held out."""
+    users, items = (300, 2000) if bench.quick else (20_000, BOOKS_ITEMS)
+    drawn = 5 + np.random.default_rng(0).exponential(4.0, users)
+    return made_dataset(np.minimum(drawn, 52).astype(np.int64), items)
+
+
+def settings_of(config: str, bindings: list[str], bench: Bench) -> RunSettings:
+    quick = ["train_fn.local_batch_size = 16", "train_fn.max_sequence_length = 20"] if bench.quick else []
+    settings, _ = gin_registry.load_settings([ROOT / config], [*bindings, *quick])
+    return settings
+
+
+def movie_settings(encoder: str, bench: Bench, *bindings: str) -> RunSettings:
+    config, own = ENCODERS[encoder]
+    return settings_of(f"configs/ml-1m/{config}.gin", [*own, *bindings], bench)
+
+
+def make_trainer(settings: RunSettings, dataset: SequenceDataset, bench: Bench) -> Trainer:
+    split = make_split(dataset, settings.train.protocol)
+    return Trainer(settings, dataset, split, bench.collectives())
+
+
+# -- parts: each takes the bench and gives figures by name --------------------------------------------------------
+
+
+def device_rates(bench: Bench) -> dict[str, Any]:
+    """Rates that the others are held against: copies count bytes read and written."""
+    size, count = (256, 1 << 18) if bench.quick else (8192, 1 << 29)
+    source = torch.randn(count, device=bench.device)
+    target = torch.empty_like(source)
+    rates = {"copy_gb_s": 8 * count / bench.seconds(lambda: target.copy_(source), 10) / 1e9}
+    for name, dtype, tf32 in (
+        ("float32", torch.float32, False), ("tf32", torch.float32, True), ("bfloat16", torch.bfloat16, False),
+    ):  # fmt: skip
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+        x = torch.randn(size, size, device=bench.device, dtype=dtype)
+        rates[f"{name}_tflops"] = 2 * size**3 / bench.seconds(lambda x=x: x @ x, 5) / 1e12
+    return {name: round(value, 3) for name, value in rates.items()}
+
+
+def parity(bench: Bench) -> dict[str, Any]:
+    """Every encoder and loss, without dropout and TF32: relative differences from a CPU of the loss and of the worst
+    gradient."""
+    dataset = made_dataset(np.array([3, 40, 1, 17, 60, 25, 9, 33] * 2), 500)
+    losses = {kind: name for name, kind in {**sampled.SAMPLED_LOSSES, **catalogue.CATALOGUE_LOSSES}.items()}
+    cases: dict[str, tuple[str, list[str]]] = {encoder: (encoder, []) for encoder in ENCODERS}
+    cases |= {f"SASRec, {name}": ("SASRec", [f"train_fn.loss_module = '{name}'"]) for name in losses.values()}
+    cases |= {
+        f"SASRec, {sharing}": ("SASRec", [f"train_fn.negatives_sharing = '{sharing}'"])
+        for sharing in ("block", "batch")
+    }
+    found: dict[str, Any] = {}
+    for name, (encoder, bindings) in cases.items():
+        settings = movie_settings(encoder, bench, "train_fn.max_sequence_length = 48", *bindings)
+        found[name] = guarded(lambda s=settings: differences_from_cpu(s, dataset, bench))
+    bad = [
+        name for name, value in found.items() if isinstance(value, str) or not max(value) < PARITY_TOLERANCE
+    ]
+    return {"tolerance": PARITY_TOLERANCE, "failed": bad, "differences": found}
+
+
+def differences_from_cpu(settings: RunSettings, dataset: SequenceDataset, bench: Bench) -> list[float]:
+    """Relative differences of the loss, and of the gradient that differs most."""
+    split = make_split(dataset, "leave_one_out")
+    facts = Catalogue.of(dataset, split.train_stops)
+    length = settings.train.max_sequence_length
+    batch = next(SequenceLoader(dataset, split.train_stops, length, len(dataset.lengths), seed=1).epoch(0))
+    set_precision(settings, bench.device)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    results = []
+    for device in (torch.device("cpu"), bench.device):
+        torch.manual_seed(0)  # parameters are drawn on the CPU
+        task = build_task(settings, facts, Collectives(device))
+        task.eval()  # no dropout
+        output = task.loss(batch, step=0)
+        loss = output.sum / output.weight + sum(output.auxiliary.values())
+        loss.backward()
+        gradients = {n: p.grad.double().cpu() for n, p in task.named_parameters() if p.grad is not None}
+        results.append({"loss": loss.detach().double().cpu(), **gradients})
+    reference, found = results
+    assert reference.keys() == found.keys()
+    scale = max(float(x.norm()) for x in reference.values())
+    relative = {
+        name: float((found[name] - x).norm() / x.norm().clamp(min=1e-4 * scale))
+        for name, x in reference.items()
+    }
+    return [float(f"{value:.2e}") for value in (relative.pop("loss"), max(relative.values()))]
+
+
+def no_waiting(bench: Bench) -> dict[str, Any]:
+    """Whether a step of each encoder waits for the device: "no", or the operation that does."""
+    dataset = movies(bench)
+
+    def step(encoder: str) -> str:
+        trainer = make_trainer(movie_settings(encoder, bench), dataset, bench)
+        batches = trainer.loader.epoch(0)
+        trainer.model.train()
+        trainer.run_step(next(batches))
+        bench.wait()
+        try:
+            if bench.device.type == "cuda":
+                torch.cuda.set_sync_debug_mode("error")
+            trainer.run_step(next(batches))
+        finally:
+            if bench.device.type == "cuda":
+                torch.cuda.set_sync_debug_mode("default")
+        return "no"
+
+    return {encoder: guarded(lambda e=encoder: step(e)) for encoder in ENCODERS}
+
+
+def training_steps(bench: Bench) -> dict[str, Any]:
+    """Milliseconds of a step of each encoder at ML-1M's shape, published configuration (TF32), batches made in a thread."""
+    dataset = movies(bench)
+    return {
+        encoder: guarded(
+            lambda e=encoder: timed_steps(make_trainer(movie_settings(e, bench), dataset, bench), e, bench)
+        )
+        for encoder in ENCODERS
+    }
+
+
+def timed_steps(
+    trainer: Trainer, name: str, bench: Bench, warmup: int = 10, steps: int = 60
+) -> dict[str, Any]:
+    """Time of steps that follow each other, memory, and, where asked for, a table of the slowest kernels."""
+    if bench.quick:
+        warmup, steps = 1, 2
+    trainer.model.train()
+    batches = prefetch((each for epoch in range(1000) for each in trainer.loader.epoch(epoch)), 8)
+    for _ in range(warmup):
+        trainer.run_step(next(batches))
+    bench.wait()
+    bench.peak_mb()
+    tokens, started = 0, time.perf_counter()
+    for _ in range(steps):
+        loaded = next(batches)
+        trainer.run_step(loaded)
+        tokens += loaded.global_tokens
+    bench.wait()
+    seconds = time.perf_counter() - started
+    result = {
+        "step_ms": round(1e3 * seconds / steps, 3),
+        "tokens_per_second": round(tokens / seconds),
+        "peak_mb": bench.peak_mb(),
+    }
+    if bench.profiles is not None:
+        result |= profiled(trainer, batches, bench.profiles / f"{name}.txt", bench)
+    batches.close()
+    return result
+
+
+def profiled(trainer: Trainer, batches: Any, path: Path, bench: Bench, steps: int = 5) -> dict[str, Any]:
+    """Kernels and device time of a step; the slowest ones go to a file."""
+    from torch.profiler import ProfilerActivity, profile
+
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if bench.device.type == "cuda" else [])]
+    with profile(activities=activities) as profiler:
+        for _ in range(steps):
+            trainer.run_step(next(batches))
+        bench.wait()
+    events = profiler.key_averages()
+    columns = ["self_device_time_total", "self_cpu_time_total"]
+    path.write_text(
+        "\n".join(events.table(sort_by=c, row_limit=40, max_name_column_width=70) for c in columns)
+    )
+    kernels = [
+        e for e in events if e.self_device_time_total > 0 and e.device_type != torch.autograd.DeviceType.CPU
+    ]
+    return {
+        "kernels_a_step": round(sum(e.count for e in kernels) / steps),
+        "device_ms_a_step": round(sum(e.self_device_time_total for e in kernels) / steps / 1e3, 3),
+    }
+
+
+def exact_evaluation(bench: Bench) -> dict[str, Any]:
+    """Exact ranks of all users of ML-1M's size, by HSTU-large and by SASRec."""
+    dataset, found = movies(bench), {}
+    for encoder in ("SASRec", "HSTU-large"):
+        trainer = make_trainer(
+            movie_settings(encoder, bench, "train_fn.eval_batch_size = 512"), dataset, bench
+        )
+        seconds = bench.seconds(lambda t=trainer: t.evaluation.validation(t.model), 2)
+        found[encoder] = {
+            "seconds": round(seconds, 3),
+            "users": dataset.num_users,
+            "peak_mb": bench.peak_mb(),
+        }
+    return found
+
+
+def epochs(bench: Bench) -> dict[str, Any]:
+    """HSTU-large, published configuration, exact evaluation after every epoch: 100 epochs, or as many as fit."""
+    dataset = movies(bench)
+
+    def train(count: int) -> tuple[Any, float]:
+        bindings = [
+            f"train_fn.num_epochs = {count}",
+            "train_fn.eval_batch_size = 512",
+            "train_fn.full_eval_every_n = 1",
+        ]
+        trainer = make_trainer(movie_settings("HSTU-large", bench, *bindings), dataset, bench)
+        started = time.perf_counter()
+        trainer.train()
+        bench.wait()
+        return trainer, time.perf_counter() - started
+
+    _, one = train(1)  # kernels are compiled here
+    count = 2 if bench.quick else int(min(EPOCHS, max(1, (0.9 * bench.left() - 60) / one)))
+    trainer, seconds = train(count)
+    history = trainer.progress.history
+    result = {
+        "epochs_measured": count,
+        "seconds": round(seconds, 2),
+        "training_seconds": round(trainer.progress.seconds, 2),
+        "first_and_last_train_loss": [round(history[i]["train_loss"], 4) for i in (0, -1)],
+        "peak_mb": bench.peak_mb(),
+    }
+    if count < EPOCHS:
+        result[f"extrapolated_to_{EPOCHS}_epochs_seconds"] = round(seconds * EPOCHS / count, 1)
+    return result
+
+
+def books_steps(bench: Bench) -> dict[str, Any]:
+    """A step over 801,350 items of width 64, 128 users: published negatives (512 a position) and 512 a block of 64."""
+    dataset, found = books(bench), {}
+    shared = ["train_fn.negatives_sharing = 'block'", "train_fn.negatives_block_size = 64"]
+    for name, bindings in (
+        ("block, rowwise_adagrad", [*shared, "train_fn.optimizer = 'rowwise_adagrad'"]),
+        ("block, lazy_adamw", [*shared, "train_fn.optimizer = 'lazy_adamw'"]),
+        ("block, adamw", shared),
+        ("position, rowwise_adagrad", ["train_fn.optimizer = 'rowwise_adagrad'"]),
+        ("position, adamw", []),
+    ):
+        settings = settings_of(BOOKS_CONFIG, bindings, bench)
+        file = f"books-{name.replace(', ', '-')}"
+        found[name] = guarded(
+            lambda s=settings, f=file: timed_steps(make_trainer(s, dataset, bench), f, bench, steps=40)
+        )
+    return found
+
+
+PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
+    "rates": device_rates,
+    "parity": parity,
+    "waiting": no_waiting,
+    "steps": training_steps,
+    "books": books_steps,
+    "evaluation": exact_evaluation,
+    "epochs": epochs,
+}
+
+
+def described(error: Exception) -> str:
+    """One line: the error, and the innermost place of the program that it came through."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "generative_recommenders" in f.filename]
+    place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{place}"
+
+
+def guarded(work: Callable[[], Any]) -> Any:
+    """What the work gives, or its error in one line."""
+    try:
+        return work()
+    except Exception as error:
+        traceback.print_exc()
+        return described(error)
+
+
+def machine(bench: Bench) -> dict[str, Any]:
+    commit = subprocess.run(
+        ["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    card = torch.cuda.get_device_name() if bench.device.type == "cuda" else "CPU"
+    return {
+        "card": card,
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": commit or None,
+    }
+
+
+def table(results: dict[str, Any]) -> str:
+    """The figures, a line each."""
+
+    def lines(value: Any, name: str) -> list[str]:
+        if isinstance(value, dict):
+            return [line for key, each in value.items() for line in lines(each, f"{name} {key}".strip())]
+        return [f"{name:<58} {value}"]
+
+    return "\n".join(lines(results, ""))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--quick", action="store_true", help="tiny sizes")
+    parser.add_argument("--seconds", type=float, default=360.0, help="no part begins after so many")
+    parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=PARTS, help="what to measure")
+    parser.add_argument("--profiles", type=Path, help="folder for tables of the slowest kernels")
+    parser.add_argument("--output", type=Path, help="file for the JSON")
+    return parser.parse_args()
+
+
+def main() -> None:
+    flags = parse()
+    bench = Bench(
+        torch.device(flags.device), flags.quick, time.perf_counter() + flags.seconds, flags.profiles
+    )
+    results: dict[str, Any] = {"machine": machine(bench)}
+    for name in flags.parts:
+        started = time.perf_counter()
+        results[name] = guarded(lambda n=name: PARTS[n](bench)) if bench.left() > 0 else "no time left"
+        print(f"{name}: {time.perf_counter() - started:.1f} s\n{table({name: results[name]})}", flush=True)
+        if flags.output:
+            flags.output.write_text(json.dumps(results, indent=1) + "\n")
+    print(table(results))
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
