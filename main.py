@@ -24,6 +24,7 @@ from generative_recommenders.commands.workers import (
 from generative_recommenders.config.plugins import load_plugins
 from generative_recommenders.config.registry import REGISTRIES
 from generative_recommenders.distributed.launch import launch
+from generative_recommenders.distributed.signals import interrupts
 from generative_recommenders.errors import UserError
 from generative_recommenders.run.logging import set_up_logging
 
@@ -171,7 +172,8 @@ def main(argv: list[str]) -> None:
             default_gin_files=(str(DEFAULT_CONFIG),),
             plugins=tuple(_PLUGINS.value),
         )
-        code = run(options)
+        with interrupts():
+            code = run(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         code = error.exit_code

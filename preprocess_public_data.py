@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import re
-import signal
 import sys
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from generative_recommenders.data.sources.public import known_datasets, resolve
 from generative_recommenders.data.sources.synthetic_books import MAX_LENGTH, SyntheticBooksSettings
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.data.text_exchange import export_text, import_text
+from generative_recommenders.distributed.signals import INTERRUPTED, interrupts
 from generative_recommenders.errors import UserError
 from generative_recommenders.run.logging import set_up_logging
 
@@ -260,17 +260,17 @@ def parse_flags(argv: list[str]) -> list[str]:
 def main(argv: list[str]) -> None:
     """Runs the program: one line and exit code 2 for the user's faults."""
     set_up_logging()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         if argv[1:]:
             raise UserError(f"unexpected argument {argv[1]!r}; options are written --name=value")
-        run()
+        with interrupts():
+            run()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted: nothing was changed", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
 
 
 if __name__ == "__main__":

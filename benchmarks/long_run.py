@@ -30,9 +30,9 @@ from generative_recommenders.data.readers.events import RawRatings
 from generative_recommenders.data.splits import make_split
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.distributed.collectives import Collectives
+from generative_recommenders.distributed.memory import keep_freed_memory
 from generative_recommenders.run.directory import RunFolder
 from generative_recommenders.run.epoch_log import EpochLog
-from generative_recommenders.training.allocator import keep_freed_memory
 from generative_recommenders.training.trainer import Trainer
 
 USERS, ITEMS, EVENTS_EACH = 640, 500, 30

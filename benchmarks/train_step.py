@@ -34,7 +34,7 @@ from generative_recommenders.data.readers.sources import TextOptions
 from generative_recommenders.data.splits import make_split
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.distributed.collectives import Collectives
-from generative_recommenders.training.allocator import keep_freed_memory
+from generative_recommenders.distributed.memory import keep_freed_memory
 from generative_recommenders.training.trainer import Trainer
 
 ENCODERS = {

@@ -41,7 +41,7 @@ from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.distributed import launch as launching
 from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.distributed.launch import launch
-from generative_recommenders.training.progress import NonFiniteError
+from generative_recommenders.training.debug import NonFiniteError
 from generative_recommenders.training.trainer import Trainer
 from programs import quick_start
 from tiny_data import ragged_sequences, tiny_dataset

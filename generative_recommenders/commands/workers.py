@@ -28,6 +28,7 @@ from generative_recommenders.data.sources.public import resolve
 from generative_recommenders.data.splits import Split, make_split
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.distributed.collectives import Collectives
+from generative_recommenders.distributed.memory import keep_freed_memory
 from generative_recommenders.distributed.process_group import (
     is_first_on_host,
     process_collectives,
@@ -41,9 +42,9 @@ from generative_recommenders.run import summary as report
 from generative_recommenders.run.directory import RunFolder
 from generative_recommenders.run.epoch_log import EpochLog
 from generative_recommenders.run.logging import set_up_logging, show
+from generative_recommenders.run.model_summary import model_summary
 from generative_recommenders.run.plots import plot_curves
-from generative_recommenders.training.allocator import keep_freed_memory
-from generative_recommenders.training.profiling import step_profiler
+from generative_recommenders.training.debug import step_profiler
 from generative_recommenders.training.state import check_same_data
 from generative_recommenders.training.trainer import Trainer, TrainResult, set_precision
 
@@ -190,16 +191,17 @@ def train_worker(rank: int, world_size: int, options: Options) -> int:
             store.attach(dataset.original_item_ids().combine_chunks(), settings.to_json(), resolved)
         with StopRequest() as stop, step_profiler(folder if options.profile and run else None) as on_step:
             result = trainer.train(store, options.max_steps, lambda: stop.requested, on_step)
+        go_on = f"go on with --resume --run_dir={folder}"
         if not result.finished:
-            logging.info(
-                "stopped on request after step %d; go on with --resume --run_dir=%s",
-                result.progress.step,
-                folder,
-            )
+            logging.info("stopped on request after step %d; %s", result.progress.step, go_on)
             return INTERRUPTED
-        rows = trainer.evaluation.baselines()
-        if run is not None:
-            finish(settings, dataset, split, run, store, result, rows)
+        try:
+            rows = trainer.evaluation.baselines()
+            if run is not None:
+                finish(settings, dataset, split, run, store, result, rows)
+        except KeyboardInterrupt:
+            logging.info("interrupted before the final report, which the checkpoint is kept for; %s", go_on)
+            raise
         return 0
 
 
@@ -351,7 +353,7 @@ def dry_run_worker(rank: int, world_size: int, options: Options) -> int:
     dataset = shared_dataset(settings.train.dataset_name, options.data_root, collectives)
     split = make_split(dataset, settings.train.protocol)
     trainer = Trainer(settings, dataset, split, collectives)
-    summary_of_parts = report.model_summary(trainer)
+    summary_of_parts = model_summary(trainer)
     if rank == 0:
         print(summary_of_parts)
         print(report.data_summary(dataset, split))

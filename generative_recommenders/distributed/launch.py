@@ -19,10 +19,10 @@ from absl import logging
 from torch.multiprocessing import ProcessContext, ProcessExitedException, start_processes
 
 from generative_recommenders.distributed.heartbeat import Heartbeat
-from generative_recommenders.distributed.memory_faults import out_of_memory
+from generative_recommenders.distributed.memory import out_of_memory
 from generative_recommenders.distributed.process_group import join_group, process_collectives, process_device
 from generative_recommenders.distributed.rendezvous import DEFAULT_PORT, Rendezvous, given_rendezvous
-from generative_recommenders.distributed.signals import INTERRUPTED, handled_signals
+from generative_recommenders.distributed.signals import INTERRUPTED, handled_signals, interrupts
 from generative_recommenders.errors import UserError
 
 TIMEOUT = timedelta(minutes=10)
@@ -180,8 +180,8 @@ def _report(error: ProcessExitedException, received: list[int], store: dist.Stor
     """Prints why the run ended; returns its exit code."""
     logging.flush()
     rank, code = error.error_index, error.exit_code
-    if code < 0 and received:
-        return 128 + received[0]
+    if received and (code < 0 or code == INTERRUPTED):
+        return INTERRUPTED
     if code < 0:
         text = f"it was killed by {error.signal_name}; SIGKILL is often the system running out of memory"
     elif not store.check(["failure"]):
@@ -212,25 +212,41 @@ def _spawned(
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         os.environ.setdefault(variable, loopback)
     store = dist.TCPStore(LOOPBACK, port, None, is_master=False, timeout=timeout)
-    code = 1
-    try:
-        join_group(rank, world_size, world_size, device_type, timeout, store)
-        code = _work(worker, rank, world_size, args, device_type)
-        if code not in (0, INTERRUPTED):
-            _leave_failure(store, rank, code, "")
-    except UserError as error:
-        code = error.exit_code
-        _leave_failure(store, rank, code, str(error))
-    except KeyboardInterrupt:
-        code = INTERRUPTED
-    except Exception as error:  # whatever it is, it is reported and ends the run
-        _leave_failure(store, rank, None, out_of_memory(error) or traceback.format_exc())
-        time.sleep(SETTLE_SECONDS)
+    code = INTERRUPTED
+    # An interrupted process ends while its peers still talk to it: their error is then seen together with their own
+    # signal, which comes first here.
+    with contextlib.suppress(KeyboardInterrupt), interrupts():
+        code = _reported(rank, worker, args, world_size, device_type, timeout, store)
     logging.flush()
     sys.stdout.flush()
     sys.stderr.flush()
     if code:
         os._exit(code)  # without waiting for peers that may never answer
+
+
+def _reported(
+    rank: int,
+    worker: Worker,
+    args: tuple[Any, ...],
+    world_size: int,
+    device_type: str | None,
+    timeout: timedelta,
+    store: dist.Store,
+) -> int:
+    """The worker's exit code; what it raises is left in the store."""
+    try:
+        join_group(rank, world_size, world_size, device_type, timeout, store)
+        code = _work(worker, rank, world_size, args, device_type)
+        if code not in (0, INTERRUPTED):
+            _leave_failure(store, rank, code, "")
+        return code
+    except UserError as error:
+        _leave_failure(store, rank, error.exit_code, str(error))
+        return error.exit_code
+    except Exception as error:  # whatever it is, it is reported and ends the run
+        _leave_failure(store, rank, None, out_of_memory(error) or traceback.format_exc())
+        time.sleep(SETTLE_SECONDS)
+        return 1
 
 
 def _leave_failure(store: dist.Store, rank: int, code: int | None, text: str) -> None:

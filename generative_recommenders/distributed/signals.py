@@ -1,15 +1,23 @@
-"""SIGTERM and Ctrl-C as a request that the training loop sees between two steps."""
+"""SIGTERM and Ctrl-C: as a request that a training run sees between two steps, or as an interrupt of anything else."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from types import FrameType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 INTERRUPTED = 130
 """Exit code of a run that stopped in good order because it was asked to."""
+GRACE_SECONDS = 4.0
+"""How long a call into a library, which no signal interrupts, may hold up the end of a program."""
+
+
+class StopRequested(KeyboardInterrupt):
+    """All processes of a run have agreed to stop here; what was done before may be saved."""
 
 
 class StopRequest:
@@ -53,3 +61,45 @@ def handled_signals(handle: Callable[[int], object]) -> Iterator[None]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def interrupts(grace_seconds: float = GRACE_SECONDS) -> Iterator[None]:
+    """While the context is open, SIGTERM raises KeyboardInterrupt as Ctrl-C does, and each ends the process in time.
+
+    For work that leaves nothing half done when it ends anywhere. Python raises only when the library's call that the main
+    thread is in returns; where that takes longer than grace_seconds, the process ends with exit code `INTERRUPTED`. A
+    `StopRequest` that is opened within takes the signals over.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    raised = threading.Event()
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raised.set()
+        raise KeyboardInterrupt
+
+    def end_what_is_held_up() -> None:
+        while received := os.read(reader, 1):  # nothing more once the writer is closed
+            ours = received[0] in STOP_SIGNALS and signal.getsignal(received[0]) is interrupt
+            if ours and not raised.wait(grace_seconds):
+                os.write(2, b"error: interrupted\n")
+                os._exit(INTERRUPTED)
+
+    # Python writes the number of a signal into this pipe at once, whatever the main thread is in.
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    before = signal.set_wakeup_fd(writer)
+    previous = {number: signal.signal(number, interrupt) for number in STOP_SIGNALS}
+    watcher = threading.Thread(target=end_what_is_held_up, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(before)
+        os.close(writer)
+        watcher.join()
+        os.close(reader)

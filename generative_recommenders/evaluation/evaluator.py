@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import takewhile
 
 import torch
 
 from generative_recommenders.data.loader import EvaluationLoader
 from generative_recommenders.distributed.collectives import Collectives
+from generative_recommenders.distributed.signals import StopRequested
 from generative_recommenders.evaluation.metrics import RankHistogram
 from generative_recommenders.evaluation.ranks import exact_ranks
 from generative_recommenders.evaluation.seen_filters import SeenFilter
@@ -24,6 +27,11 @@ MAX_SCORES = 1 << 25
 
 Score = Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
 """Scores ``[n, V]`` of a batch of the evaluation loader (columns ``item_ids``, ``lengths`` and so on)."""
+
+
+def never() -> bool:
+    """The stop request of what nothing stops."""
+    return False
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,7 @@ class Evaluator:
 
     missed_targets: ``[U]`` bool, users whose target is a miss whatever its score. rating_threshold: targets rated at
     or above it are also counted apart. shown: goes through the loader and shows how far it is.
+    stop: asked between chunks of users whether to leave off, which raises StopRequested on all processes.
     """
 
     def __init__(
@@ -71,8 +80,9 @@ class Evaluator:
         missed_targets: torch.Tensor | None = None,
         rating_threshold: float = 4.0,
         shown: Callable[[EvaluationLoader], Iterable[Mapping[str, torch.Tensor]]] = iter,
+        stop: Callable[[], bool] = never,
     ) -> None:
-        self.loader, self.num_items, self.shown = loader, num_items, shown
+        self.loader, self.num_items, self.shown, self.stop = loader, num_items, shown, stop
         self.seen_filter, self.collectives = seen_filter, collectives
         self.missed_targets, self.rating_threshold = missed_targets, rating_threshold
 
@@ -81,7 +91,8 @@ class Evaluator:
         histogram = RankHistogram(self.num_items)
         removed_targets = torch.zeros(1, dtype=torch.int64)
         chunk = max(1, MAX_SCORES // max(self.num_items, 1))
-        for batch in self.shown(self.loader):
+        until_stopped = partial(takewhile, lambda _: not self.stop())
+        for batch in until_stopped(self.shown(self.loader)):
             histories = self.loader.histories(batch["user_ids"].numpy() - 1)
             pairs = self.seen_filter.removed(batch, histories)
             removed = None if pairs is None else SeenItems.of(*pairs, self.num_items)
@@ -90,7 +101,7 @@ class Evaluator:
                 removed_targets += removed.contains(batch["target_ids"]).sum()
             if lists is not None:
                 had = SeenItems.of(histories.rows, histories["item_ids"], self.num_items)
-            for start in range(0, len(targets), chunk):
+            for start in until_stopped(range(0, len(targets), chunk)):
                 rows = slice(start, start + chunk)
                 part = {name: values[rows] for name, values in batch.items()}
                 scores = score(part)
@@ -102,6 +113,8 @@ class Evaluator:
                 if lists is not None:  # a target that is removed or missed is in no list: recall@k is HR@k
                     own = had.rows_between(start, start + chunk)
                     lists.add(scores, part["user_ids"], targets[rows], seen, own)
+        if self.collectives.any(self.stop()):
+            raise StopRequested
         histogram.counts = self.collectives.sum_(histogram.counts)
         count = int(self.collectives.sum_(removed_targets))
         return EvaluationResult(histogram, {} if lists is None else lists.compute(self.collectives), count)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -16,13 +16,13 @@ from generative_recommenders.data.loader import EvaluationLoader
 from generative_recommenders.data.splits import Split
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.distributed.collectives import Collectives
+from generative_recommenders.distributed.progress import progress_bar
 from generative_recommenders.errors import UserError
 from generative_recommenders.evaluation.baselines import MarkovSuccessor, MostPopular, training_counts
-from generative_recommenders.evaluation.evaluator import EvaluationResult, Evaluator, Score
+from generative_recommenders.evaluation.evaluator import EvaluationResult, Evaluator, Score, never
 from generative_recommenders.evaluation.top_lists import TopLists
 from generative_recommenders.modeling.model import SequenceRecommender
 from generative_recommenders.ops import dispatch
-from generative_recommenders.training.progress import with_progress
 from generative_recommenders.types import Batch
 
 TOLERATED_REMOVED = 0.01
@@ -53,17 +53,18 @@ class ModelEvaluation:
                 f"{max(dataset.lengths, default=0)} events; there is nothing to measure a model by"
             )
 
-    def validation(self, model: SequenceRecommender, max_batches: int | None = None) -> EvaluationResult:
+    def validation(
+        self, model: SequenceRecommender, max_batches: int | None = None, stop: Callable[[], bool] = never
+    ) -> EvaluationResult:
         """The split's validation targets; in protocol "paper" there are none and the test targets are taken.
 
-        max_batches: of all processes together, for a partial evaluation.
+        max_batches: of all processes together, for a partial evaluation. stop: see `Evaluator`.
         """
-        return self._of_model(
-            model, "test" if self.settings.train.protocol == "paper" else "validation", max_batches
-        )
+        part = "test" if self.settings.train.protocol == "paper" else "validation"
+        return self._of_model(model, part, max_batches, stop)
 
-    def test(self, model: SequenceRecommender) -> EvaluationResult:
-        return self._of_model(model, "test", None)
+    def test(self, model: SequenceRecommender, stop: Callable[[], bool] = never) -> EvaluationResult:
+        return self._of_model(model, "test", None, stop)
 
     def baselines(self) -> dict[str, dict[str, float]]:
         """Test metrics of the most popular items and of the last item's most frequent successor, fitted on training events."""
@@ -96,7 +97,7 @@ class ModelEvaluation:
             shown += f", next_time {t.next_time!r}"
         return shown
 
-    def _evaluator(self, part: str, max_batches: int | None) -> Evaluator:
+    def _evaluator(self, part: str, max_batches: int | None, stop: Callable[[], bool] = never) -> Evaluator:
         """part: "validation" or "test"."""
         t, world, split = self.settings.train, self.collectives, self.split
         targets, unseen = split.test_targets, split.unseen_test_targets
@@ -110,10 +111,12 @@ class ModelEvaluation:
         return Evaluator(
             loader, self.dataset.num_items, self.seen_filter, world,
             None if t.protocol == "paper" else torch.from_numpy(unseen), t.rating_threshold,
-            partial(with_progress, total=len(loader), description="evaluation", enabled=world.is_main),
+            partial(progress_bar, total=len(loader), description="evaluation", shown=world.is_main), stop,
         )  # fmt: skip
 
-    def _of_model(self, model: SequenceRecommender, part: str, max_batches: int | None) -> EvaluationResult:
+    def _of_model(
+        self, model: SequenceRecommender, part: str, max_batches: int | None, stop: Callable[[], bool]
+    ) -> EvaluationResult:
         t, lists = self.settings.train, None
         if t.list_metrics_k is not None and max_batches is None:
             columns = (self.dataset.items, self.dataset.offsets, self.split.train_stops)
@@ -122,7 +125,7 @@ class ModelEvaluation:
         training = model.training
         model.eval()
         score = catalogue_scores(model, torch.bfloat16 if t.eval_bf16 else None)
-        result = self._evaluator(part, max_batches)(score, lists)
+        result = self._evaluator(part, max_batches, stop)(score, lists)
         model.train(training)
         if max_batches is None:
             self._warn_of_removed(result)

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from time import perf_counter
 from typing import Any
 
 from absl import logging
+from tqdm import tqdm
 
 from generative_recommenders.config.sections import TrainSettings
+from generative_recommenders.distributed.progress import progress_bar
 from generative_recommenders.run.directory import RunFolder
-from generative_recommenders.training.callbacks import Recorder
-from generative_recommenders.training.progress import duration
+from generative_recommenders.training.callbacks import Recorder, T
 
 SHOWN = ("hr@10", "ndcg@10", "hr@50", "ndcg@50", "mrr")
 
 
 class EpochLog(Recorder):
     """Writes to the run folder."""
-
-    shows_progress = True
 
     def __init__(self, run: RunFolder, num_epochs: int, part: str) -> None:
         super().__init__()
@@ -30,6 +30,12 @@ class EpochLog(Recorder):
         if run is None:
             return Recorder()
         return cls(run, settings.num_epochs, "test" if settings.protocol == "paper" else "validation")
+
+    def begin(self, step: int, last_step: int) -> None:
+        self.began, self.first_step, self.last_step = perf_counter(), step, last_step
+
+    def watch(self, batches: Iterable[T], total: int, done: int, epoch: int) -> Iterable[T]:
+        return progress_bar(batches, total, f"epoch {epoch + 1}/{self.num_epochs}", done)
 
     def flush(self) -> None:
         self.run.flush()
@@ -47,14 +53,16 @@ class EpochLog(Recorder):
         self.run.write_metrics(step, values)
         self._warn(self.divergence.observe(loss))
 
-    def epoch(self, step: int, record: Mapping[str, Any], seconds_left: float = 0.0) -> None:
-        """record: epoch (from 0), train_loss, seconds, full, and the metrics. seconds_left: of the whole run."""
+    def epoch(self, step: int, record: Mapping[str, Any]) -> None:
+        """record: epoch (from 0), train_loss, seconds, full, and the metrics."""
+        # The whole run's time, at the speed since it began: evaluations and checkpoints included.
+        seconds_a_step = (perf_counter() - self.began) / max(step - self.first_step, 1)
+        left = tqdm.format_interval(seconds_a_step * max(self.last_step - step, 0))
         shown = " ".join(f"{name} {record[name]:.4f}" for name in SHOWN)
         part = self.part if record["full"] else f"{self.part} (part of the users)"
         logging.info(
             "epoch %d/%d  loss %.4f  %s %s  %.0f s, %s left",
-            record["epoch"] + 1, self.num_epochs, record["train_loss"], part, shown, record["seconds"],
-            duration(seconds_left),
+            record["epoch"] + 1, self.num_epochs, record["train_loss"], part, shown, record["seconds"], left,
         )  # fmt: skip
         scalars = {
             f"{self.part}/{name}": value

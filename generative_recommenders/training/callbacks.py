@@ -2,19 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
 
-from generative_recommenders.training.progress import DivergenceMonitor, PlateauMonitor
+T = TypeVar("T")
+
+
+class PlateauMonitor:
+    """A warning when a loss has not fallen by ``min_change`` of its best value ``patience`` times in a row; once a plateau."""
+
+    def __init__(self, patience: int = 10, min_change: float = 1e-3) -> None:
+        self.patience = patience
+        self.min_change = min_change
+        self.best: float | None = None
+        self.without_gain = 0
+
+    def observe(self, loss: float) -> str | None:
+        """The warning, or None."""
+        if self.best is None or self.best - loss > self.min_change * abs(self.best):
+            self.best, self.without_gain = loss, 0
+            return None
+        self.without_gain += 1
+        if self.without_gain != self.patience:
+            return None
+        return f"the loss has not fallen below {self.best:.5g} for {self.patience} observations: a plateau"
+
+
+class DivergenceMonitor:
+    """A warning when the smoothed loss has risen to ``factor`` times its lowest value; once until it has come down again.
+
+    smoothing: weight of the past in the moving average, so that one hard batch is not taken for divergence.
+    """
+
+    def __init__(self, factor: float = 2.0, smoothing: float = 0.95) -> None:
+        self.factor = factor
+        self.smoothing = smoothing
+        self.average: float | None = None
+        self.lowest: float | None = None
+        self.warned = False
+
+    def observe(self, loss: float) -> str | None:
+        """The warning, or None."""
+        past = loss if self.average is None else self.average
+        self.average = self.smoothing * past + (1 - self.smoothing) * loss
+        self.lowest = self.average if self.lowest is None else min(self.lowest, self.average)
+        above = self.average - self.lowest > (self.factor - 1) * abs(self.lowest)
+        news, self.warned = above and not self.warned, above
+        if not news:
+            return None
+        return (
+            f"the loss is up to {self.average:.5g} from {self.lowest:.5g}: it diverges; "
+            "a lower learning_rate, a longer warm-up or clipping (max_grad_norm) may help"
+        )
 
 
 class Recorder:
-    """Keeps the monitors that a checkpoint holds, and records nothing; subclasses write.
-
-    shows_progress: whether the process shows how far an epoch is.
-    """
-
-    shows_progress = False
+    """Keeps the monitors that a checkpoint holds, and records nothing; subclasses write."""
 
     def __init__(self) -> None:
         self.divergence, self.plateau = DivergenceMonitor(), PlateauMonitor()
@@ -32,11 +75,18 @@ class Recorder:
                 raise ValueError(f"{name} is {saved!r}")
             vars(monitor).update(saved)
 
+    def begin(self, step: int, last_step: int) -> None:
+        """The run goes on behind this step, at most to the last one."""
+
+    def watch(self, batches: Iterable[T], total: int, done: int, epoch: int) -> Iterable[T]:
+        """The batches as they are; a recorder may show how many of the epoch's ``total`` are done."""
+        return batches
+
     def step(self, step: int, loss: float, learning_rate: float, quick: Mapping[str, float]) -> None:
         """Every eval_interval steps. quick: metrics of a partial evaluation."""
 
-    def epoch(self, step: int, record: Mapping[str, Any], seconds_left: float = 0.0) -> None:
-        """record: epoch (from 0), train_loss, seconds, full, and the metrics. seconds_left: of the whole run."""
+    def epoch(self, step: int, record: Mapping[str, Any]) -> None:
+        """record: epoch (from 0), train_loss, seconds, full, and the metrics."""
 
     def flush(self) -> None:
         """Before a checkpoint is written."""

@@ -1,4 +1,4 @@
-"""Progress of a run."""
+"""State of a run beside its model: progress, and the data it began with."""
 
 from __future__ import annotations
 

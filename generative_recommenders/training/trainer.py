@@ -6,7 +6,7 @@ continues bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from time import perf_counter
@@ -26,17 +26,13 @@ from generative_recommenders.data.loader import LoadedBatch, SequenceLoader, pre
 from generative_recommenders.data.splits import Split
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.distributed.collectives import Collectives
+from generative_recommenders.distributed.signals import StopRequested
 from generative_recommenders.errors import UserError
 from generative_recommenders.evaluation.model_evaluation import ModelEvaluation
 from generative_recommenders.ops.counter_random import stream_key
 from generative_recommenders.training.callbacks import Recorder
+from generative_recommenders.training.debug import check_finite, check_finite_parameters
 from generative_recommenders.training.optimizers import Optimizer
-from generative_recommenders.training.progress import (
-    RemainingTime,
-    check_finite,
-    check_finite_parameters,
-    with_progress,
-)
 from generative_recommenders.training.state import Progress, check_same_data
 from generative_recommenders.training.step import StepResult, TrainingStep
 
@@ -130,89 +126,83 @@ class Trainer:
 
         store: where the main process keeps checkpoints. on_step: called after each step, for a profiler.
         """
-        self.remaining = self._remaining_time(max_steps)
-        while not self._done(max_steps):
-            went_through = self._steps(store, max_steps, stop, on_step)
-            check_finite_parameters(self.progress.step, self.task)
-            if not went_through:
-                self.save(store)
-                self.collectives.barrier()  # nobody ends, and so ends the others, before the checkpoint is written
-                return TrainResult({}, {}, self.progress, False)
-            if self.progress.step_in_epoch >= len(self.loader):
-                self._end_of_epoch(store)
+        t, p, epoch_length = self.settings.train, self.progress, len(self.loader)
+        last_step = p.step + (t.num_epochs - p.epoch) * epoch_length - p.step_in_epoch
+        if max_steps is not None:
+            last_step = min(last_step, max_steps)
+        self.log.begin(p.step, last_step)
+        try:
+            while p.epoch < t.num_epochs and not self._patience_exhausted():
+                # A run that stopped in an evaluation resumes behind the last step of its epoch.
+                if p.step_in_epoch < epoch_length:
+                    if p.step >= last_step:
+                        break
+                    self._steps(store, last_step, stop, on_step)
+                if p.step_in_epoch == epoch_length:
+                    self._end_of_epoch(store, stop)
+        except StopRequested:
+            self.save(store)
+            self.collectives.barrier()  # nobody ends, and so ends the others, before the checkpoint is written
+            return TrainResult({}, {}, p, False)
         self.save(store)
         self._load_best(store)
-        result = self.evaluation.test(self.model)
+        try:
+            result = self.evaluation.test(self.model, stop)
+        except StopRequested:
+            return TrainResult({}, {}, p, False)
         return TrainResult(
-            result.metrics(), result.high_rated_metrics(), self.progress, True, result.lists,
+            result.metrics(), result.high_rated_metrics(), p, True, result.lists,
             self.evaluation.conditions(result),
         )  # fmt: skip
 
-    def _done(self, max_steps: int | None) -> bool:
-        p, t = self.progress, self.settings.train
-        patience = t.early_stopping_patience
-        patience_exhausted = patience is not None and p.epochs_without_gain >= patience
-        return (
-            p.epoch >= t.num_epochs or patience_exhausted or (max_steps is not None and p.step >= max_steps)
-        )
-
-    def _remaining_time(self, max_steps: int | None) -> RemainingTime:
-        p, whole = self.progress, self.settings.train.num_epochs * len(self.loader)
-        done = p.epoch * len(self.loader) + p.step_in_epoch
-        return RemainingTime(whole if max_steps is None else min(whole, done + max_steps - p.step), done)
+    def _patience_exhausted(self) -> bool:
+        patience = self.settings.train.early_stopping_patience
+        return patience is not None and self.progress.epochs_without_gain >= patience
 
     def _steps(
         self,
         store: CheckpointStore | None,
-        max_steps: int | None,
+        last_step: int,
         stop: Callable[[], bool],
         on_step: Callable[[], None],
-    ) -> bool:
-        """Steps to the epoch's end or to max_steps, with a checkpoint every checkpoint_minutes; False where a stop was
-        asked for."""
+    ) -> None:
+        """Steps to the epoch's end or to the last one, with a checkpoint every checkpoint_minutes; StopRequested where any
+        process is asked to stop."""
         t, p = self.settings.train, self.progress
         self.model.train()
         waiting: list[tuple[LoadedBatch, StepResult]] = []
         check_every = 1 if self.collectives.device.type == "cpu" else ACCELERATOR_CHECK
+        batches = self.loader.epoch(p.epoch, p.step_in_epoch)
+        ready = prefetch(batches, min(self.settings.loader.prefetch_factor, MAX_PREFETCH))
         started, before = perf_counter(), p.seconds
-        for loaded in self._progress_bar(self._batches()):
+        for loaded in self.log.watch(ready, len(self.loader), p.step_in_epoch, p.epoch):
             waiting.append((loaded, self.run_step(loaded)))
             if len(waiting) >= check_every or p.step % t.eval_interval == 0:
-                self._account(waiting)
+                self.account(waiting)
             p.seconds = before + perf_counter() - started
             if p.step % t.eval_interval == 0:
-                self._log_step()
-                started, before = perf_counter(), p.seconds
+                quick = self.evaluation.validation(self.model, max_batches=1).metrics()
+                self.log.step(p.step, float(self.last.loss), self.last.learning_rate, quick)
+                started, before = perf_counter(), p.seconds  # evaluations do not count
             on_step()
-            stopping, saving = self._asked(stop())
+            stopping, saving = self.agreed(stop())
             if stopping or saving:
-                self._account(waiting)
+                self.account(waiting)
             if stopping:
-                return False
+                raise StopRequested
             if saving:
-                check_finite_parameters(p.step, self.task)
                 self.save(store)
                 started, before = perf_counter(), p.seconds
-            if max_steps is not None and p.step >= max_steps:
+            if p.step >= last_step:
                 break
-        self._account(waiting)
-        return True
+        self.account(waiting)
 
-    def _asked(self, stop: bool) -> tuple[bool, bool]:
+    def agreed(self, stop: bool) -> tuple[bool, bool]:
         """Whether any process is to stop, and whether the main one finds a checkpoint due: in one exchange, so that all
         processes do the same."""
         due = perf_counter() - self.saved_at >= 60 * self.settings.train.checkpoint_minutes
         asked = self.collectives.sum_(torch.tensor([float(stop), float(due and self.collectives.is_main)]))
         return bool(asked[0] > 0), bool(asked[1] > 0)
-
-    def _batches(self) -> Iterator[LoadedBatch]:
-        batches = self.loader.epoch(self.progress.epoch, self.progress.step_in_epoch)
-        return prefetch(batches, min(self.settings.loader.prefetch_factor, MAX_PREFETCH))
-
-    def _progress_bar(self, batches: Iterator[LoadedBatch]) -> Iterator[LoadedBatch]:
-        p = self.progress
-        name = f"epoch {p.epoch + 1}/{self.settings.train.num_epochs}"
-        return with_progress(batches, len(self.loader), name, p.step_in_epoch, self.log.shows_progress)
 
     def run_step(self, loaded: LoadedBatch) -> StepResult:
         """One step on a loaded batch."""
@@ -225,32 +215,31 @@ class Trainer:
     def _seed(self, step: int) -> None:
         """torch's generators, which dropout draws from: what it draws depends on the seed, the step and the rank alone."""
         key = stream_key(self.settings.train.random_seed, step, self.collectives.rank)
-        seed_generators(key, self.collectives.device)
+        # In a hundredth of the time of `torch.manual_seed`, which looks for devices of all kinds.
+        torch.default_generator.manual_seed(key)
+        if self.collectives.device.type == "cuda":
+            torch.cuda.manual_seed(key)
 
-    def _account(self, waiting: list[tuple[LoadedBatch, StepResult]]) -> None:
+    def account(self, waiting: list[tuple[LoadedBatch, StepResult]]) -> None:
         """Adds finished steps, the last of them the newest, to the epoch's loss; the first that is not finite ends the run."""
         p = self.progress
+
+        def rerun(loaded: LoadedBatch, step: int) -> None:
+            self._seed(step)  # the same draws again
+            self.step.forward(self.task.prepare(loaded, step))
+
         for step, (loaded, result) in enumerate(waiting, start=p.step - len(waiting)):
             loss, targets = float(result.loss), float(result.targets)
-            check_finite(loss, step + 1, self.task, partial(self._rerun, loaded, step))
+            check_finite(loss, step + 1, self.task, partial(rerun, loaded, step))
             p.epoch_loss, p.epoch_targets = p.epoch_loss + loss * targets, p.epoch_targets + targets
-        if waiting:
-            self.last_result = waiting[-1][1]
+            self.last = result
         waiting.clear()
 
-    def _rerun(self, loaded: LoadedBatch, step: int) -> None:
-        """The forward pass of a step that was, with the same draws."""
-        self._seed(step)
-        self.step.forward(self.task.prepare(loaded, step))
-
-    def _log_step(self) -> None:
-        quick = self.evaluation.validation(self.model, max_batches=1).metrics()
-        self.log.step(self.progress.step, float(self.last_result.loss), self.last_result.learning_rate, quick)
-
-    def _end_of_epoch(self, store: CheckpointStore | None) -> None:
+    def _end_of_epoch(self, store: CheckpointStore | None, stop: Callable[[], bool]) -> None:
         t, p = self.settings.train, self.progress
+        check_finite_parameters(p.step, self.task)
         full = p.epoch % t.full_eval_every_n == 0 or p.epoch + 1 >= t.num_epochs
-        result = self.evaluation.validation(self.model, None if full else t.partial_eval_num_iters)
+        result = self.evaluation.validation(self.model, None if full else t.partial_eval_num_iters, stop)
         metrics = result.all_metrics() if full else result.metrics()
         loss = p.epoch_loss / max(p.epoch_targets, 1.0)
         p.history.append(
@@ -261,7 +250,7 @@ class Trainer:
             p.best_metric, p.best_epoch, p.epochs_without_gain = metrics[BEST_BY], p.epoch, 0
         elif full:
             p.epochs_without_gain += 1
-        self.log.epoch(p.step, p.history[-1], self.remaining.left((p.epoch + 1) * len(self.loader)))
+        self.log.epoch(p.step, p.history[-1])
         p.epoch, p.step_in_epoch, p.epoch_loss, p.epoch_targets = p.epoch + 1, 0, 0.0, 0.0
         if better or p.epoch % t.save_ckpt_every_n == 0:
             self.save(store, metrics[BEST_BY], better)
@@ -269,25 +258,27 @@ class Trainer:
     # -- checkpoints --------------------------------------------------------------------------------------------
 
     def save(self, store: CheckpointStore | None, metric: float | None = None, is_best: bool = False) -> None:
-        """Model, optimizer and progress; by the main process alone."""
+        """Model, loss, optimizer and progress, by the main process alone; NonFiniteError, on all, before they are spoilt."""
         self.saved_at = perf_counter()
+        check_finite_parameters(self.progress.step, self.task)
         if store is None or not self.collectives.is_main:
             return
-        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
-        tensors.update(
-            {f"criterion.{name}": value for name, value in self.task.criterion.state_dict().items()}
-        )
-        optimizer = self.step.optimizer.state_tensors()
-        tensors.update({f"optimizer.{name}": value for name, value in optimizer.items()})
+        parts = {
+            "model": self.model.state_dict(),
+            "criterion": self.task.criterion.state_dict(),
+            "optimizer": self.step.optimizer.state_tensors(),
+        }
+        tensors = {f"{part}.{name}": x for part, named in parts.items() for name, x in named.items()}
+        manifest = self.dataset.manifest
         state = {
             "progress": asdict(self.progress),
             "warnings": self.log.state(),
-            "data_hash": self.dataset.manifest.data_hash,
+            "data_hash": manifest.data_hash,
             "split_hash": self.split.hash,
-            "features_hash": self.dataset.manifest.features_hash,
-            "columns_hash": self.dataset.manifest.columns_hash,
+            "features_hash": manifest.features_hash,
+            "columns_hash": manifest.columns_hash,
             "data": self.catalogue.facts(self.model, self.dataset),
-            "optimizer_tensors": len(optimizer),
+            "optimizer_tensors": len(parts["optimizer"]),
             "world_size": self.collectives.world_size,
             "global_batch": self.loader.global_batch,
         }
@@ -297,30 +288,25 @@ class Trainer:
     def restore(self, checkpoint: Checkpoint) -> None:
         """Continues from a checkpoint: refused on other data; says what differs at another number of processes."""
         try:
-            saved_hash = checkpoint.state["split_hash"]
+            split_hash = checkpoint.state["split_hash"]
             processes, batch = _positive(checkpoint, "world_size"), _positive(checkpoint, "global_batch")
             progress = Progress(**checkpoint.state["progress"])
             self.log.restore(checkpoint.state["warnings"])
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{checkpoint.path} does not hold the state of a run: {error!r}") from error
-        check_same_data(saved_hash, self.split.hash)
-        features_hash = self.dataset.manifest.features_hash
-        check_same_data(
-            checkpoint.state.get("features_hash", features_hash), features_hash, "features of the data"
-        )
-        columns_hash = self.dataset.manifest.columns_hash
-        check_same_data(
-            checkpoint.state.get("columns_hash", columns_hash), columns_hash, "event columns of the data"
-        )
+        check_same_data(split_hash, self.split.hash)
+        for what in ("features", "columns"):  # whose hashes older releases did not save
+            now = getattr(self.dataset.manifest, f"{what}_hash")
+            named = {"features": "features of the data", "columns": "event columns of the data"}[what]
+            check_same_data(checkpoint.state.get(f"{what}_hash", now), now, named)
         load_model(self.model, checkpoint)
         load_criterion(self.task.criterion, checkpoint)
         prefix = "optimizer."
         moments = {
             name[len(prefix) :]: x for name, x in checkpoint.tensors.items() if name.startswith(prefix)
         }
-        written = checkpoint.state.get(
-            "optimizer_tensors", len(moments)
-        )  # releases before 0.2.0 did not count them
+        # Releases before 0.2.0 did not count them.
+        written = checkpoint.state.get("optimizer_tensors", len(moments))
         if len(moments) != written or (progress.step and not moments):
             raise UserError(f"{checkpoint.path} lacks optimizer state: it can be evaluated, not resumed")
         self.step.optimizer.load_state_tensors(moments)
@@ -366,13 +352,6 @@ def _positive(checkpoint: Checkpoint, name: str) -> int:
     if type(value) is not int or not 0 < value < 1 << 31:
         raise ValueError(f"{name} is {value!r}")
     return value
-
-
-def seed_generators(seed: int, device: torch.device) -> None:
-    """Of the CPU and the device in use, in a hundredth of the time of `torch.manual_seed`, which looks for all kinds."""
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        torch.cuda.manual_seed(seed)
 
 
 def set_precision(settings: RunSettings, device: torch.device) -> None:

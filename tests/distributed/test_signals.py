@@ -1,10 +1,18 @@
+"""SIGTERM and Ctrl-C: a request within `StopRequest`, an interrupt within `interrupts`."""
+
+from __future__ import annotations
+
+import ctypes
 import os
 import signal
 import threading
+import time
+from pathlib import Path
 
 import pytest
 
-from generative_recommenders.distributed.signals import StopRequest
+from generative_recommenders.distributed.signals import INTERRUPTED, StopRequest, interrupts
+from programs import quick_start
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -51,3 +59,42 @@ def test_other_threads_have_no_signals_to_handle():
     thread.start()
     thread.join()
     assert seen == [False]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_both_interrupt_what_keeps_no_state(number):
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt), interrupts():
+        os.kill(os.getpid(), number)
+        time.sleep(5)
+    assert signal.getsignal(number) is before
+
+
+def test_a_request_within_takes_the_signals_over():
+    with interrupts(grace_seconds=0.05):
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.2)
+        assert stop.requested
+
+
+def held_up(folder: str) -> None:
+    """In a library's call that no signal interrupts: a lock's wait, without Python's."""
+    libc = ctypes.CDLL(None)
+    mutex = ctypes.create_string_buffer(64)
+    libc.pthread_mutex_lock(mutex)
+    with interrupts(grace_seconds=0.5):
+        (Path(folder) / "ready").touch()
+        libc.pthread_mutex_lock(mutex)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_what_a_library_holds_up_ends_in_time(tmp_path, number):
+    process = quick_start().Process(target=held_up, args=(str(tmp_path),))
+    process.start()
+    while not (tmp_path / "ready").exists():
+        time.sleep(0.01)
+    time.sleep(0.1)
+    os.kill(process.pid, number)
+    process.join(10)
+    assert process.exitcode == INTERRUPTED

@@ -18,7 +18,7 @@ from generative_recommenders.objectives.examples import TrainingExample
 from generative_recommenders.objectives.losses.catalogue import CATALOGUE_LOSSES
 from generative_recommenders.objectives.losses.sampled import SAMPLED_LOSSES
 from generative_recommenders.objectives.negative_samplers import SHARINGS
-from generative_recommenders.training.progress import NonFiniteError
+from generative_recommenders.training.debug import NonFiniteError
 from generative_recommenders.training.step import StepResult, TrainingStep
 from generative_recommenders.training.trainer import Trainer
 from tiny_models import NUM_ITEMS, catalogue, loaded, settings, ten_users, training_step

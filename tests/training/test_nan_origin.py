@@ -13,7 +13,7 @@ from generative_recommenders.data.loader import LoadedBatch
 from generative_recommenders.data.splits import make_split
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.distributed.collectives import Collectives
-from generative_recommenders.training.progress import NonFiniteError
+from generative_recommenders.training.debug import NonFiniteError
 from generative_recommenders.training.trainer import Trainer
 from tiny_models import settings
 
@@ -85,4 +85,4 @@ def test_of_several_steps_the_first_is_named(ragged_dataset: SequenceDataset) ->
     for place in (1, 3):
         results[place] = dataclasses.replace(results[place], loss=torch.tensor(torch.nan))
     with pytest.raises(NonFiniteError, match="nan at step 2: the outputs of all modules are finite here"):
-        trainer._account([*zip(batches, results)])
+        trainer.account([*zip(batches, results)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from functools import partial
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from generative_recommenders.data.splits import make_split
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.errors import UserError
-from generative_recommenders.training.progress import NonFiniteError, with_progress
+from generative_recommenders.training.debug import NonFiniteError
 from generative_recommenders.training.trainer import Trainer
 from tiny_models import settings
 
@@ -100,18 +100,17 @@ class OtherProcess(Collectives):
 def test_the_main_process_decides_when_a_checkpoint_is_due(ragged_dataset: SequenceDataset) -> None:
     trainer = make_trainer(ragged_dataset, checkpoint_minutes=1e-9)
     trainer.collectives = OtherProcess()
-    assert trainer._asked(False) == (False, False)
-    assert trainer._asked(False) == (False, True)
+    assert trainer.agreed(False) == (False, False)
+    assert trainer.agreed(False) == (False, True)
 
 
 def test_a_long_evaluation_says_how_long_it_takes(
     ragged_dataset: SequenceDataset, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trainer = make_trainer(ragged_dataset, eval_batch_size=10)
-    quick = partial(with_progress, line_seconds=0.0)
-    monkeypatch.setattr("generative_recommenders.evaluation.model_evaluation.with_progress", quick)
+    monkeypatch.setattr("generative_recommenders.distributed.progress.LOG_SECONDS", 0.0)
     trainer.evaluation.validation(trainer.model)
-    assert "evaluation: 2/6, " in capsys.readouterr().err
+    assert re.search(r"evaluation: .* 2/6 \[.*<.*\]", capsys.readouterr().err)
 
 
 def test_a_run_goes_on_from_weights_alone(ragged_dataset: SequenceDataset, tmp_path: Path) -> None:
@@ -146,7 +145,7 @@ def test_the_place_in_the_epoch_is_counted_in_users(
     resumed.restore(newest)
     assert resumed.progress.step_in_epoch == expected
     users = [u for part in trainer.loader.epoch(0) for u in part.columns["user_ids"].tolist()]
-    left = [u for part in resumed._batches() for u in part.columns["user_ids"].tolist()]
+    left = [u for part in resumed.loader.epoch(0, expected) for u in part.columns["user_ids"].tolist()]
     assert left == users[expected * batch :]
 
 

@@ -1,4 +1,4 @@
-"""Estimate of the memory of a training step's activations, from one and two histories."""
+"""Parts, parameters and memory of what would be trained, for ``--dry_run``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,27 @@ from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.training.trainer import Trainer
 
 MIB = 2**20
+
+
+def model_summary(trainer: Trainer) -> str:
+    """Parts, parameter counts and an estimate of memory. Parameters that two parts share count once."""
+    model, counts = trainer.model, {}
+    seen: set[torch.nn.Parameter] = set()
+    for name, part in [*model.named_children(), ("criterion", trainer.task.criterion)]:
+        own = set(part.parameters()) - seen
+        counts[name], seen = sum(p.numel() for p in own), seen | own
+    total = sum(counts.values())
+    held = 4 * total
+    if trainer.settings.train.optimizer == "rowwise_adagrad":  # one number a row of the item table
+        held -= 2 * counts["items"]
+    lines = [str(model), str(trainer.task.criterion), ""]
+    lines += [f"{name:<16}{count:>14,} parameters" for name, count in counts.items()]
+    lines += [
+        f"{'total':<16}{total:>14,} parameters",
+        f"memory, estimated: {held * 4 / MIB:,.0f} MiB weights, gradients and optimizer state; "
+        f"at most {kept_activations(trainer) / MIB:,.0f} MiB that a full batch keeps for its backward pass",
+    ]
+    return "\n".join(lines)
 
 
 def kept_activations(trainer: Trainer) -> float:

@@ -8,7 +8,7 @@ import torch
 from generative_recommenders.data.splits import make_split
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.distributed.collectives import Collectives
-from generative_recommenders.training.memory_estimate import kept_activations
+from generative_recommenders.run.model_summary import kept_activations
 from generative_recommenders.training.trainer import Trainer
 from tiny_models import settings
 

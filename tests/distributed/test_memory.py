@@ -8,7 +8,7 @@ import sys
 PROGRAM = """
 import resource
 import torch
-from generative_recommenders.training.allocator import keep_freed_memory
+from generative_recommenders.distributed.memory import keep_freed_memory
 
 def new_pages():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
