@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from generative_recommenders.config.sections import MoLSettings
 from generative_recommenders.modeling.similarity.dot_product import DotProductSimilarity
 from generative_recommenders.modeling.similarity.mixture_of_logits import MoLSimilarity
-from generative_recommenders.retrieval.mol_top_k import make_top_k
+from generative_recommenders.retrieval.methods import make_top_k
 
 APPROXIMATE = (
     "MoLNaiveTopK5",

@@ -56,6 +56,7 @@ __all__ = [
     "register_output_postprocessor",
     "register_seen_filter",
     "register_similarity",
+    "register_top_k",
 ]
 
 __getattr__ = lazy_exports(

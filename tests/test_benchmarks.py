@@ -17,6 +17,14 @@ TINY = {
     "jagged": ["--repeats=4"],
     "long_run": ["--steps=100", "--samples=10"],
     "prepare": ["--lines=2000"],
+    "recommend": [
+        "--users=4",
+        "--items=300",
+        "--one_user_items=300",
+        "--dim=8",
+        "--repeats=1",
+        "--one_user_repeats=1",
+    ],
     "top_k": ["--items=300", "--queries=4", "--k=5", "--dim=16", "--fit_steps=2", "--repeats=1"],
     "train_step": ["--steps=1", "--num_negatives=4", "--plain_steps=1"],
 }
@@ -27,6 +35,10 @@ POSITIVE = {
     "jagged": ("setup.repeats",),
     "long_run": ("first_settled_mb", "highest_mb"),
     "prepare": ("seconds", "peak_rss_mb", "counts.users"),
+    "recommend": (
+        "results.many_users.milliseconds.search.median",
+        "results.one_user.search_to_products.median",
+    ),
     "top_k": ("results.MoLBruteForceTopK.search_seconds", "results.MoLNaiveTopK50.recall"),
     "train_step": ("step_seconds", "tokens_per_second", "data_seconds", "peak_rss_mb", "plain_step_seconds"),
 }

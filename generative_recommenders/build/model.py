@@ -22,8 +22,8 @@ from generative_recommenders.modeling.encoders import diff_transformer, hstu, sa
 from generative_recommenders.modeling.encoders.two_tower import ITEM_ID, EntityFeature, FeatureMerger
 from generative_recommenders.modeling.event_features import EventFeatures
 from generative_recommenders.modeling.model import SequenceEncoder, SequenceRecommender
+from generative_recommenders.modeling.similarity import dot_product, mixture_of_logits  # noqa: F401  (register)
 from generative_recommenders.modeling.similarity.interface import Similarity
-from generative_recommenders.retrieval.mol_top_k import TopK, make_top_k
 
 
 def build_model(settings: RunSettings, catalogue: Catalogue) -> SequenceRecommender:
@@ -50,7 +50,6 @@ def build_model(settings: RunSettings, catalogue: Catalogue) -> SequenceRecommen
         similarity = build_part(settings, SIMILARITIES, t.interaction_module_type or "DotProduct", supplies)
     except ValueError as error:
         raise UserError(str(error)) from error
-    make_top_k(t.top_k_method, similarity, torch.zeros(1, items.embedding_dim))  # refuses what does not fit
     _check_auxiliary(settings, similarity)
     return SequenceRecommender(items, sequence, similarity, build_objective(settings))
 
@@ -113,12 +112,6 @@ def _event_features(settings: RunSettings, catalogue: Catalogue) -> EventFeature
             raise UserError(f"train_fn.event_features names {name!r} twice")
     features = [catalogue.event_features[name] for name in names]
     return EventFeatures(features, t.item_embedding_dim) if features else None
-
-
-def build_top_k(settings: RunSettings, model: SequenceRecommender) -> TopK:
-    """The top-k module of ``train_fn.top_k_method`` over the model's items as they are now."""
-    items = model.catalogue().embeddings
-    return make_top_k(settings.train.top_k_method, model.similarity, items)
 
 
 def _check_auxiliary(settings: RunSettings, similarity: Similarity) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from generative_recommenders.build.catalogue import Catalogue
-from generative_recommenders.build.model import build_model, build_sequence, build_top_k
+from generative_recommenders.build.model import build_model, build_sequence
 from generative_recommenders.build.objectives import build_criterion as _build_criterion
 from generative_recommenders.build.objectives import build_objective, build_sampler
 from generative_recommenders.config.schema import RunSettings
@@ -22,7 +22,6 @@ __all__ = [
     "build_objective",
     "build_sampler",
     "build_task",
-    "build_top_k",
 ]
 
 

@@ -147,7 +147,7 @@ def _idle_train_settings(settings: RunSettings) -> list[str]:
     if "BruteForce" not in t.top_k_method:
         lines.append(
             f"train_fn.top_k_method = {t.top_k_method!r}: ranks are counted exactly over the whole catalogue; it acts "
-            "in build_top_k alone"
+            "in retrieval.methods.build_top_k alone"
         )
     return lines
 

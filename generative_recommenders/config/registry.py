@@ -210,6 +210,7 @@ LOSSES = _registry("losses", "loss", "train_fn.loss_module")
 OBJECTIVES = _registry("objectives", "objective", "train_fn.objective", ("embedding_dim",))
 OPTIMIZERS = _registry("optimizers", "optimizer", "train_fn.optimizer", ("learning_rate", "weight_decay"))
 SEEN_FILTERS = _registry("seen_filters", "seen filter", "train_fn.seen_filter")
+TOP_K_MODULES = _registry("top_k_modules", "top-k module", "train_fn.top_k_method")
 DATA_SOURCES = _registry("data_sources", "data source", "--dataset", ("request",))
 
 
@@ -228,4 +229,5 @@ register_loss = LOSSES.register
 register_objective = OBJECTIVES.register
 register_optimizer = OPTIMIZERS.register
 register_seen_filter = SEEN_FILTERS.register
+register_top_k = TOP_K_MODULES.register
 register_data_source = DATA_SOURCES.register

@@ -7,7 +7,7 @@ import torch
 from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.evaluation.list_metrics import ListMetrics, diversity
 from generative_recommenders.evaluation.seen_items import SeenItems
-from generative_recommenders.retrieval.top_k import fill, largest
+from generative_recommenders.retrieval.selection import fill, largest
 
 MAX_DIVERSITY_LISTS = 2**14
 """Lists whose pairs diversity compares: more users are represented by this many, evenly spaced by user id."""

@@ -23,7 +23,7 @@ from generative_recommenders.config.plugins import load_plugins
 from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.model import SequenceRecommender
-from generative_recommenders.retrieval.top_k import largest
+from generative_recommenders.retrieval.selection import largest
 
 Output = Literal["pandas", "polars", "torch"]
 MAX_USERS = 512

@@ -1,97 +1,41 @@
-"""Top-k over a catalogue by blocks: the k best items of each query, with seen items left out."""
+"""Top-k modules: the k best items of each query out of a catalogue, with seen items left out."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
-_BLOCK_ELEMENTS = 2**23
+from generative_recommenders.config.registry import register_top_k
+from generative_recommenders.modeling.similarity.interface import Similarity
+from generative_recommenders.retrieval.product_search import search_products
+from generative_recommenders.retrieval.selection import scan
+
+BLOCK_SCORES = 2**23
 """Scores held at a time."""
 
 
-def largest(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k largest entries of each row, best first, the smaller column first among equals.
+class TopKModule(torch.nn.Module):
+    """Base of the searches over a catalogue as it is now.
 
-    scores: ``[n, C]`` float; a NaN counts as minus infinity. Returns values ``[n, min(k, C)]`` and columns,
-        int64.
-
-    ``torch.topk`` picks any of several equal entries at the cut; only rows where that matters are sorted
-    whole.
-    """
-    width = scores.shape[1]
-    k = min(k, width)
-    if k == 0:
-        return scores[:, :0], torch.zeros(len(scores), 0, dtype=torch.int64, device=scores.device)
-    more, columns = scores.topk(min(k + 1, width), dim=1)
-    if more[:, 0].isnan().any():
-        return largest(scores.masked_fill(scores.isnan(), -torch.inf), k)
-    columns, order = columns[:, :k].sort(dim=1)
-    values, best = more[:, :k].gather(1, order).sort(dim=1, descending=True, stable=True)
-    columns = columns.gather(1, best)
-    if k < width:
-        tied = (more[:, k] == more[:, k - 1]).nonzero()[:, 0]
-        columns[tied] = scores[tied].sort(dim=1, descending=True, stable=True).indices[:, :k]
-    return values, columns
-
-
-def scan(
-    score_items: Callable[[int, int], torch.Tensor],
-    num_items: int,
-    k: int,
-    block: int,
-    seen_ids: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k best of items 1..num_items, of which ``block`` are scored at a time.
-
-    score_items: ``(start, stop)`` to ``[n, stop - start]`` scores of the items ``start + 1 .. stop``; may be
-        written to.
-    seen_ids: ``[n, S]`` int64, padded with 0: items left out of a row.
-
-    Returns scores ``[n, k]`` and ids ``[n, k]`` int64, best first, the smaller id first among equals; where a
-    row has fewer than k items, minus infinity and id 0.
-    """
-    values, ids = None, None
-    for start in range(0, max(num_items, 1), block):
-        scores = score_items(start, min(start + block, num_items))
-        if seen_ids is not None:
-            _leave_out(scores, start, seen_ids)
-        best, columns = largest(scores, k)
-        if values is None or ids is None:
-            values, ids = best, columns + 1
-            continue
-        candidates = torch.cat([ids, columns + (start + 1)], dim=1)
-        values, order = largest(torch.cat([values, best], dim=1), k)
-        ids = candidates.gather(1, order)
-    assert values is not None and ids is not None
-    return fill(values, ids, k)
-
-
-def fill(values: torch.Tensor, ids: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Widens both to k columns; places without an item (minus infinity) get id 0."""
-    missing = k - values.shape[1]
-    values = torch.nn.functional.pad(values, (0, missing), value=-torch.inf)
-    ids = torch.nn.functional.pad(ids, (0, missing))
-    return values, ids.masked_fill(values == -torch.inf, 0)
-
-
-def _leave_out(scores: torch.Tensor, start: int, seen_ids: torch.Tensor) -> None:
-    columns = seen_ids - (start + 1)
-    rows, places = ((columns >= 0) & (columns < scores.shape[1]) & (seen_ids > 0)).nonzero(as_tuple=True)
-    scores[rows, columns[rows, places]] = -torch.inf
-
-
-class BruteForceTopK(torch.nn.Module):
-    """Scores every item for every query, in blocks of queries and items.
-
-    Subclasses give `block_scores`. num_items: V; floats_per_score: temporaries that one score takes, which
-    sets the size of the blocks.
+    similarity: what the model was trained with, in evaluation mode (in training mode its dropout acts here too).
+    item_embeddings: ``[V, D]`` as scored; row i belongs to id i + 1.
     """
 
-    def __init__(self, num_items: int, floats_per_score: int = 1) -> None:
+    SUPPLIED = frozenset({"similarity", "item_embeddings"})
+    """Passed by the program where a constructor asks for it; what else it takes are options."""
+    similarity_type: type = object
+    """Similarities that the search works with."""
+    rows_at_a_time = 512
+    """Queries searched together."""
+
+    def __init__(self, similarity: Similarity, item_embeddings: torch.Tensor) -> None:
         super().__init__()
-        self.num_items = num_items
-        self.floats_per_score = floats_per_score
+        self.similarity = similarity
+        self.register_buffer("item_embeddings", item_embeddings.detach(), persistent=False)
+        self.item_embeddings: torch.Tensor
+
+    @property
+    def num_items(self) -> int:
+        return len(self.item_embeddings)
 
     @torch.no_grad()
     def forward(
@@ -106,35 +50,43 @@ class BruteForceTopK(torch.nn.Module):
         queries: ``[n, D]``. seen_ids: ``[n, S]`` int64 padded with 0, left out. user_ids: ``[n]`` int64, for
             similarities that read them. A row with fewer than k items left ends with minus infinity and id 0.
         """
-        budget = max(1, _BLOCK_ELEMENTS // self.floats_per_score)
-        rows = max(1, min(256, budget))
         parts = []
-        for start in range(0, max(len(queries), 1), rows):
-            some = slice(start, start + rows)
-            scorer = self.block_scores(queries[some], None if user_ids is None else user_ids[some])
-            seen = None if seen_ids is None else seen_ids[some]
-            parts.append(scan(scorer, self.num_items, k, max(1, budget // rows), seen))
+        for some in torch.arange(max(len(queries), 1)).split(self.rows_at_a_time):
+            rows = slice(int(some[0]), int(some[-1]) + 1)
+            of_rows = (None if each is None else each[rows] for each in (seen_ids, user_ids))
+            parts.append(self.search(queries[rows], k, *of_rows))
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
-    def block_scores(
-        self, queries: torch.Tensor, user_ids: torch.Tensor | None
-    ) -> Callable[[int, int], torch.Tensor]:
-        """A function of ``(start, stop)``: the scores of items ``start + 1 .. stop`` by these queries."""
+    def search(
+        self, queries: torch.Tensor, k: int, seen_ids: torch.Tensor | None, user_ids: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`forward` of at most ``rows_at_a_time`` queries."""
         raise NotImplementedError
 
 
+@register_top_k("BruteForceTopK")
+class BruteForceTopK(TopKModule):
+    """Exact, for any similarity: scores every item, a block at a time."""
+
+    def search(
+        self, queries: torch.Tensor, k: int, seen_ids: torch.Tensor | None, user_ids: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        def scores(start: int, stop: int) -> torch.Tensor:
+            snapshot = self.similarity.snapshot(self.item_embeddings[start:stop])
+            return self.similarity.scores(queries, snapshot, user_ids)
+
+        floats = max(1, len(queries)) * getattr(self.similarity, "num_logits", 1)
+        return scan(scores, self.num_items, k, max(1, BLOCK_SCORES // floats), seen_ids)
+
+
+@register_top_k("MIPSBruteForceTopK")
 class MIPSBruteForceTopK(BruteForceTopK):
-    """Exact top-k by dot product. item_embeddings: ``[V, D]``; row i belongs to id i + 1. temperature: divides scores."""
+    """Exact top-k of scores that are products; a plug-in's scores that are none are searched as by `BruteForceTopK`."""
 
-    def __init__(self, item_embeddings: torch.Tensor, temperature: float = 1.0) -> None:
-        super().__init__(len(item_embeddings))
-        self.temperature = temperature
-        self.register_buffer("item_embeddings", item_embeddings.detach(), persistent=False)
-        self.item_embeddings: torch.Tensor
-
-    def block_scores(
-        self, queries: torch.Tensor, user_ids: torch.Tensor | None
-    ) -> Callable[[int, int], torch.Tensor]:
-        """Dot products; user ids are not read."""
-        queries = queries if self.temperature == 1 else queries / self.temperature
-        return lambda start, stop: queries @ self.item_embeddings[start:stop].T
+    def search(
+        self, queries: torch.Tensor, k: int, seen_ids: torch.Tensor | None, user_ids: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        operands = self.similarity.operands(queries, self.item_embeddings)
+        if operands is None:
+            return super().search(queries, k, seen_ids, user_ids)
+        return search_products(*operands, k, seen_ids)

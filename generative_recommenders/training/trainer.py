@@ -30,6 +30,7 @@ from generative_recommenders.distributed.signals import StopRequested
 from generative_recommenders.errors import UserError
 from generative_recommenders.evaluation.model_evaluation import ModelEvaluation
 from generative_recommenders.ops.counter_random import stream_key
+from generative_recommenders.retrieval.methods import check_top_k
 from generative_recommenders.training.callbacks import Recorder
 from generative_recommenders.training.debug import check_finite, check_finite_parameters
 from generative_recommenders.training.optimizers import Optimizer
@@ -74,6 +75,7 @@ class Trainer:
         self.catalogue = Catalogue.of(dataset, split.train_stops, t.category_feature)
         self.task = build_task(settings, self.catalogue, collectives)
         self.model = self.task.model
+        check_top_k(settings, self.model)
         table = self.model.items.table
         rates = {"learning_rate": t.learning_rate, "weight_decay": t.weight_decay}
         optimizer = Optimizer(

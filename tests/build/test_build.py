@@ -14,7 +14,6 @@ from generative_recommenders.build.parts import (
     build_model,
     build_objective,
     build_sampler,
-    build_top_k,
 )
 from generative_recommenders.config.registry import LOSSES
 from generative_recommenders.config.schema import RunSettings
@@ -22,6 +21,7 @@ from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.encoders.two_tower import EntityFeature, FeatureMerger
 from generative_recommenders.modeling.feature_embeddings import EmbeddingSpec
 from generative_recommenders.objectives.losses.sce import ScalableCrossEntropyLoss
+from generative_recommenders.retrieval.methods import build_top_k, check_top_k
 from generative_recommenders.retrieval.mol_top_k import MoLAvgTopK
 from generative_recommenders.retrieval.top_k import MIPSBruteForceTopK
 from tiny_models import CE, EASY, NUM_ITEMS, catalogue, loaded, settings, ten_users, training_step
@@ -53,6 +53,7 @@ def featured():
 def build_all(chosen: RunSettings, data=None) -> None:
     data = data or featured()
     model = build_model(chosen, data)
+    check_top_k(chosen, model)
     build_objective(chosen)
     if build_criterion(chosen, data, model).needs_negatives:
         build_sampler(chosen, data)
@@ -102,7 +103,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "MoL searched by MIPS": ({**MOL, "top_k_method": "MIPSBruteForceTopK"}, "does not fit MoLSimilarity"),
     "dot product searched by MoL": ({"top_k_method": "MoLAvgTopK100"}, "does not fit DotProductSimilarity"),
-    "top-k": ({"top_k_method": "MoLAvgTopK"}, "top_k_method 'MoLAvgTopK' is unknown: use one of"),
+    "top-k": ({"top_k_method": "TopK5"}, r"unknown top-k module 'TopK5' \(train_fn.top_k_method\).*known: "),
+    "top-k without its number": ({**MOL, "top_k_method": "MoLAvgTopK"}, "MoLAvgTopK.*avg_top_k"),
     "auxiliary loss": (
         {"loss_weights": {"mi_loss": 1.0}},
         r"name mi_loss, which this configuration does not produce",

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from generative_recommenders.build.model import build_model
-from generative_recommenders.build.parts import build_top_k
 from generative_recommenders.config.registry import ENCODERS
 from generative_recommenders.data.splits import make_split
 from generative_recommenders.data.store import SequenceDataset
@@ -18,6 +17,7 @@ from generative_recommenders.evaluation import model_evaluation
 from generative_recommenders.evaluation.evaluator import Evaluator
 from generative_recommenders.evaluation.model_evaluation import ModelEvaluation
 from generative_recommenders.modeling.inputs import Queries, history_inputs
+from generative_recommenders.retrieval.methods import build_top_k
 from generative_recommenders.types import SequentialFeatures
 from tiny_models import LENGTHS, catalogue, histories, settings
 

@@ -22,7 +22,7 @@ from generative_recommenders.data.splits import make_split
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.errors import UserError
 from generative_recommenders.evaluation.model_evaluation import catalogue_scores
-from generative_recommenders.retrieval.top_k import largest
+from generative_recommenders.retrieval.selection import largest
 from tiny_data import ragged_sequences, tiny_dataset
 from tiny_models import settings
 

@@ -10,15 +10,16 @@ from generative_recommenders.config.sections import MoLSettings
 from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.similarity.dot_product import DotProductSimilarity
 from generative_recommenders.modeling.similarity.mixture_of_logits import MoLSimilarity
-from generative_recommenders.retrieval import mol_top_k, top_k
+from generative_recommenders.retrieval import product_search, top_k
+from generative_recommenders.retrieval.methods import make_top_k
 from generative_recommenders.retrieval.mol_top_k import (
     MoLAvgTopK,
     MoLBruteForceTopK,
     MoLCombTopK,
     MoLNaiveTopK,
-    make_top_k,
 )
-from generative_recommenders.retrieval.top_k import MIPSBruteForceTopK, largest
+from generative_recommenders.retrieval.selection import largest
+from generative_recommenders.retrieval.top_k import MIPSBruteForceTopK
 
 V = 40
 
@@ -55,8 +56,10 @@ def mol_case(seed: int = 0, n: int = 6):
 
 @pytest.fixture(params=[2**23, 50, 1])
 def small_blocks(request, monkeypatch):
-    monkeypatch.setattr(top_k, "_BLOCK_ELEMENTS", request.param)
-    monkeypatch.setattr(mol_top_k, "_BLOCK_ELEMENTS", request.param)
+    for module in (top_k, product_search):
+        monkeypatch.setattr(module, "BLOCK_SCORES", request.param)
+    for name in ("BLOCK_ROWS", "LANES"):
+        monkeypatch.setattr(product_search, name, min(getattr(product_search, name), request.param))
 
 
 @pytest.mark.parametrize("k", [1, 5, 20, 40, 60])
@@ -75,13 +78,13 @@ def test_largest_equals_a_sort(k):
 @pytest.mark.parametrize("k", [1, 7, 38, 60])
 def test_dot_product_search_equals_a_sort_with_ties_and_seen_items(small_blocks, k):
     queries, items, seen = tied_case(k)
-    scores, ids = MIPSBruteForceTopK(items)(queries, k, seen)
+    scores, ids = MIPSBruteForceTopK(DotProductSimilarity(), items)(queries, k, seen)
     all_scores = queries @ items.T
     assert ids.tolist() == [slow_top_k(s, x, k) for s, x in zip(all_scores.tolist(), seen.tolist())]
     found = ids > 0
     assert torch.equal(scores[found], all_scores.gather(1, (ids - 1).clamp(min=0))[found])
     assert (scores[~found] == -torch.inf).all()
-    unfiltered = MIPSBruteForceTopK(items)(queries, k)[1]
+    unfiltered = MIPSBruteForceTopK(DotProductSimilarity(), items)(queries, k)[1]
     assert unfiltered.tolist() == [slow_top_k(s, [], k) for s in all_scores.tolist()]
 
 
@@ -100,7 +103,7 @@ def test_mol_search_equals_a_sort_of_all_scores(small_blocks, k):
 @pytest.mark.parametrize("build", [
     lambda s, x: MoLNaiveTopK(s, x, V),
     lambda s, x: MoLAvgTopK(s, x, V),
-    lambda s, x: MoLCombTopK(s, x, V, 1),
+    lambda s, x: MoLCombTopK(s, x, 1, V),
 ])  # fmt: skip
 def test_approximate_search_with_all_items_as_candidates_is_exact(small_blocks, build):
     similarity, queries, items, seen = mol_case(1)
@@ -158,7 +161,10 @@ def test_user_ids_reach_the_similarity():
 
 
 def test_no_queries():
-    assert MIPSBruteForceTopK(torch.randn(5, 3))(torch.zeros(0, 3), 2)[1].shape == (0, 2)
+    assert MIPSBruteForceTopK(DotProductSimilarity(), torch.randn(5, 3))(torch.zeros(0, 3), 2)[1].shape == (
+        0,
+        2,
+    )
     similarity, _, items, _ = mol_case()
     assert MoLNaiveTopK(similarity, items, 2)(torch.zeros(0, 5).double(), 3)[1].shape == (0, 3)
 

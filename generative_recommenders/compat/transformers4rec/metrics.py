@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torchmetrics import Metric
 
 from generative_recommenders.errors import UserError
-from generative_recommenders.retrieval.top_k import largest
+from generative_recommenders.retrieval.selection import largest
 
 
 class RankingMetric(Metric):

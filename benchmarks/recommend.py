@@ -1,0 +1,99 @@
+"""Time of exact answers beside the bare products and faiss's exact index; the last line is one JSON object.
+
+    python benchmarks/recommend.py --users=1000 --items=700000 --one_user_items=1000000
+
+Items and users are random and of the same width. "products" are the scores alone, in blocks of the same size, kept by
+nobody; "search" finds the k best of each user without what the user has seen. faiss is measured where it is installed, without
+seen items, which its index does not filter. Every time is the median of the repeats, taken by turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from generative_recommenders.retrieval import product_search
+from generative_recommenders.retrieval.product_search import search_products
+
+
+def bare_products(queries: torch.Tensor, items: torch.Tensor) -> None:
+    rows = min(product_search.BLOCK_ROWS, len(queries))
+    width = product_search.BLOCK_SCORES // rows
+    scores = torch.empty(rows, width)
+    for some in queries.split(rows):
+        for block in items.split(width):
+            torch.mm(some, block.T, out=scores[: len(some), : len(block)])
+
+
+def faiss_search(items: torch.Tensor, queries: torch.Tensor, k: int) -> Callable[[], object] | None:
+    try:
+        import faiss
+    except ImportError:
+        return None
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    index = faiss.IndexFlatIP(items.shape[1])
+    index.add(items.numpy())
+    return lambda: index.search(queries.numpy(), k)
+
+
+def milliseconds(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, dict[str, float]]:
+    """Of each call, by turns; one round before does not count."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(repeats + 1):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if number:
+                times[name].append(1000 * (time.perf_counter() - start))
+    return {
+        name: {"median": round(statistics.median(each), 3), "least": round(min(each), 3)}
+        for name, each in times.items()
+    }
+
+
+def measure(users: int, num_items: int, args: argparse.Namespace, repeats: int) -> dict[str, object]:
+    items, queries = torch.randn(num_items, args.dim), torch.randn(users, args.dim)
+    seen = torch.randint(1, num_items + 1, (users, args.seen))
+    calls = {
+        "products": lambda: bare_products(queries, items),
+        "search": lambda: search_products(queries, items, args.k, seen),
+    }
+    indexed = faiss_search(items, queries, args.k)
+    if indexed is not None:
+        calls["faiss"] = indexed
+    found = milliseconds(calls, repeats)
+    ratio = {kind: round(found["search"][kind] / found["products"][kind], 3) for kind in ("median", "least")}
+    return {"milliseconds": found, "search_to_products": ratio}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    sizes = {
+        "users": 1000, "items": 700_000, "one_user_items": 1_000_000, "dim": 64, "k": 10, "seen": 50,
+        "repeats": 3, "one_user_repeats": 31, "seed": 0,
+    }  # fmt: skip
+    for name, default in sizes.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    args = parser.parse_args()
+    torch.manual_seed(args.seed)
+    results = {
+        "many_users": measure(args.users, args.items, args, args.repeats),
+        "one_user": measure(1, args.one_user_items, args, args.one_user_repeats),
+    }
+    for name, result in results.items():
+        print(name, result)
+    setup = vars(args) | {"threads": torch.get_num_threads(), "machine": platform.machine()}
+    print(json.dumps({"benchmark": "recommend", "setup": setup, "results": results}))
+
+
+if __name__ == "__main__":
+    main()
