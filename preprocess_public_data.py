@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import sys
 from pathlib import Path
@@ -18,11 +19,13 @@ from generative_recommenders.config.plugins import load_plugins
 from generative_recommenders.data.manifest import Manifest
 from generative_recommenders.data.parquet_export import export_parquet
 from generative_recommenders.data.preparation.folder import check_file
-from generative_recommenders.data.preparation.prepare import prepare, prepared_path, summary
+from generative_recommenders.data.preparation.order import DUPLICATES, TIE_ORDERS
+from generative_recommenders.data.preparation.prepare import prepare, prepared_path
 from generative_recommenders.data.readers.events import ReadOptions
 from generative_recommenders.data.readers.sources import TextOptions
 from generative_recommenders.data.sources.public import known_datasets, resolve
 from generative_recommenders.data.sources.synthetic_books import MAX_LENGTH, SyntheticBooksSettings
+from generative_recommenders.data.statistics import summary
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.data.text_exchange import export_text, import_text
 from generative_recommenders.distributed.signals import INTERRUPTED, interrupts
@@ -75,6 +78,19 @@ _DROP_MISSING = flags.DEFINE_bool(
 )
 _K_CORE = flags.DEFINE_integer(
     "k_core", None, "keep users and items with this many ratings, iterated, as the filter"
+)
+_TIE_ORDER = flags.DEFINE_enum(
+    "tie_order",
+    "file",
+    list(TIE_ORDERS),
+    "order of a user's events of one time: as in the file; as the HSTU authors' pandas sort leaves them on this machine; or "
+    "random, by a hash of user, item, time and occurrence",
+)
+_DUPLICATES = flags.DEFINE_enum(
+    "duplicates",
+    "keep",
+    list(DUPLICATES),
+    "before the filter, drop: leave out repeats of the same user, item and time; consecutive: items that follow themselves",
 )
 _ENGINE = flags.DEFINE_enum(
     "engine", "polars", ["polars", "spark"], "polars: this machine; spark: needs the extra"
@@ -131,6 +147,8 @@ _PREPARE_ONLY = (
     "data_root",
     "name",
     "k_core",
+    "tie_order",
+    "duplicates",
     "engine",
     "memory_limit",
     "spark_master",
@@ -202,7 +220,10 @@ def _import(memory_limit: int) -> tuple[Manifest, Path]:
     if not _RAW_PATH.value or not _NAME.value:
         raise UserError(f"--dataset={EXCHANGE} needs --raw_path=FILE and --name=NAME")
     out = prepared_path(_DATA_ROOT.value, _NAME.value)
-    return import_text(_RAW_PATH.value, out, _NAME.value, memory_limit, _K_CORE.value), out
+    manifest = import_text(
+        _RAW_PATH.value, out, _NAME.value, memory_limit, _K_CORE.value, _TIE_ORDER.value, _DUPLICATES.value
+    )
+    return manifest, out
 
 
 def _prepare(memory_limit: int) -> tuple[Manifest, Path]:
@@ -224,6 +245,7 @@ def _prepare(memory_limit: int) -> tuple[Manifest, Path]:
             seed=_SEED.value,
         ),
     )
+    raw = dataclasses.replace(raw, tie_order=_TIE_ORDER.value, duplicates=_DUPLICATES.value)
     out = prepared_path(_DATA_ROOT.value, raw.name)
     if _ENGINE.value == "spark":
         from generative_recommenders.data.preparation.spark import prepare_with_spark

@@ -23,9 +23,10 @@ from generative_recommenders.config.lint import log_notices
 from generative_recommenders.config.plugins import load_plugins
 from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.data.preparation.folder import locked
-from generative_recommenders.data.preparation.prepare import prepare, prepared_path, summary
+from generative_recommenders.data.preparation.prepare import prepare, prepared_path
 from generative_recommenders.data.sources.public import resolve
 from generative_recommenders.data.splits import Split, make_split
+from generative_recommenders.data.statistics import summary
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.distributed.memory import keep_freed_memory

@@ -36,7 +36,7 @@ class Split:
     target, -1 for none; the history is what lies before it. unseen_validation_targets, unseen_test_targets:
     bool, the target's item occurs in no user's training events (it is scored, and counts as a miss). counts:
     users and events in each part; ``short_users`` have no target (they train only); ``users_without_history``
-    lost one for want of a history.
+    lost one for want of a history; ``repeated_test_targets`` are in their user's history.
     """
 
     protocol: str
@@ -75,6 +75,7 @@ def make_split(dataset: SequenceDataset, protocol: str = "leave_one_out") -> Spl
             "users_without_history": int(without_history.sum()),
             "unseen_validation_targets": int(unseen_validation.sum()),
             "unseen_test_targets": int(unseen_test.sum()),
+            "repeated_test_targets": _count_repeated(dataset, test),
         },
     )
 
@@ -144,6 +145,19 @@ def _unseen(dataset: SequenceDataset, targets: np.ndarray, seen: np.ndarray) -> 
     """``[U]`` bool: there is a target and its item is not ``seen``."""
     at = dataset.offsets[:-1] + np.maximum(targets, 0)
     return (targets >= 0) & ~seen[dataset.items[at]]
+
+
+def _count_repeated(dataset: SequenceDataset, targets: np.ndarray) -> int:
+    """Targets whose item the user had before."""
+    repeated = 0
+    for first, last in dataset.user_blocks():
+        offsets = dataset.offsets[first : last + 1]
+        items, lengths = dataset.items[offsets[0] : offsets[-1]], np.diff(offsets)
+        starts, places = offsets[:-1] - offsets[0], np.maximum(targets[first:last], 0)
+        same = items == np.repeat(items[starts + places], lengths)
+        same &= np.arange(len(items)) < np.repeat(starts + places, lengths)
+        repeated += int(np.logical_or.reduceat(same, starts).sum())
+    return repeated
 
 
 def training_events(offsets: np.ndarray, train_stops: np.ndarray) -> np.ndarray:

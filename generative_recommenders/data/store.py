@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -91,6 +92,15 @@ class SequenceDataset:
     def lengths(self) -> np.ndarray:
         """``[U]`` int64, events of each user."""
         return np.diff(self.offsets)
+
+    def user_blocks(self, events: int = 1 << 22) -> Iterator[tuple[int, int]]:
+        """First and last (exclusive) of consecutive users who have about so many events together."""
+        first = 0
+        while first < self.num_users:
+            stop = self.offsets[first] + events
+            last = max(first + 1, int(np.searchsorted(self.offsets, stop, side="right")) - 1)
+            yield first, last
+            first = last
 
     def original_user_ids(self) -> pa.ChunkedArray:
         """``[U]`` strings; row u is user u."""

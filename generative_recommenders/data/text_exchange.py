@@ -98,10 +98,13 @@ def import_text(
     name: str,
     memory_limit: int = DEFAULT_MEMORY_LIMIT,
     k_core: int | None = None,
+    tie_order: str = "file",
+    duplicates: str = "keep",
 ) -> Manifest:
     """Prepare the folder ``out_dir`` from an exchange file; its numbers become the original ids.
 
-    memory_limit: see ``prepare``. k_core: filter iteratively until every user and item has this many events.
+    memory_limit: see ``prepare``. k_core: filter iteratively until every user and item has this many events. tie_order,
+    duplicates: see `preparation.order`.
     Raises UserError with the line of the first fault: a wrong header, lists of unequal length, anything not a
     number.
     """
@@ -113,6 +116,8 @@ def import_text(
         name,
         [path],
         filter="none" if k_core is None else f"k_core:{k_core}",
+        tie_order=tie_order,
+        duplicates=duplicates,
         source={"dataset": "exchange text", "input": path.name},
     )
     batches = (table.drop_columns(absent) for table in read_text(path))

@@ -11,6 +11,7 @@ import torch
 
 from generative_recommenders.config.sections import TrainSettings
 from generative_recommenders.data.splits import Split
+from generative_recommenders.data.statistics import tie_lines
 from generative_recommenders.data.store import SequenceDataset
 
 COLUMNS = ("hr@10", "ndcg@10", "hr@50", "ndcg@50", "mrr")
@@ -62,10 +63,13 @@ def peak_memory() -> dict[str, int]:
 
 def data_summary(dataset: SequenceDataset, split: Split) -> str:
     counts = "  ".join(f"{name} {value:,}" for name, value in split.counts.items())
-    return (
+    lines = [
         f"data {dataset.manifest.name}: {dataset.num_users:,} users  {dataset.num_items:,} items  "
-        f"{dataset.num_events:,} events\nsplit {split.protocol} {split.hash}: {counts}"
-    )
+        f"{dataset.num_events:,} events",
+        f"split {split.protocol} {split.hash}: {counts}",
+        *tie_lines(dataset.manifest),
+    ]
+    return "\n".join(lines)
 
 
 def final_report(

@@ -12,9 +12,10 @@ import torch
 
 from generative_recommenders.data.loader import EvaluationLoader, SequenceLoader
 from generative_recommenders.data.parquet_export import export_parquet
-from generative_recommenders.data.preparation.prepare import prepare, summary
+from generative_recommenders.data.preparation.prepare import prepare
 from generative_recommenders.data.readers.events import RawRatings, ReadOptions
 from generative_recommenders.data.splits import make_split
+from generative_recommenders.data.statistics import summary
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.errors import UserError
 

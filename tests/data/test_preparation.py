@@ -16,9 +16,10 @@ from generative_recommenders.data.feature_tables import align
 from generative_recommenders.data.parquet_export import export_parquet
 from generative_recommenders.data.preparation import prepare as preparation
 from generative_recommenders.data.preparation.digests import events_digest, hex_digest, id_hashes
-from generative_recommenders.data.preparation.prepare import prepare, summary
+from generative_recommenders.data.preparation.prepare import prepare
 from generative_recommenders.data.readers.events import RawRatings, ReadOptions
 from generative_recommenders.data.readers.sources import TextOptions
+from generative_recommenders.data.statistics import summary
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.errors import UserError
 from ratings_files import COMMAS, Row, write_csv

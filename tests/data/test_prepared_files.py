@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from generative_recommenders.data.preparation import columns
 from generative_recommenders.data.preparation import prepare as preparation
-from generative_recommenders.data.preparation.prepare import prepare, summary
+from generative_recommenders.data.preparation.prepare import prepare
 from generative_recommenders.data.readers.events import RawRatings, ReadOptions
 from generative_recommenders.data.readers.sources import TextOptions
 from generative_recommenders.data.sources.public import resolve
 from generative_recommenders.data.splits import make_split
+from generative_recommenders.data.statistics import summary
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.errors import UserError
 from ratings_files import COMMAS, write_csv
@@ -87,7 +89,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypatch:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(preparation, "write_manifest", full)
+    monkeypatch.setattr(columns, "write_manifest", full)
     path = write_csv(tmp_path / "r.csv", [("u", "a", 1.0, 1)])
     with pytest.raises(UserError, match="cannot be written: No space left on device"):
         prepare(RawRatings("t", [path], COMMAS), tmp_path / "out")
@@ -95,7 +97,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypatch:
 
 
 def test_a_disk_that_fills_with_columns_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preparation, "column_file", lambda *_: Path("/dev/full"))
+    monkeypatch.setattr(columns, "column_file", lambda *_: Path("/dev/full"))
     path = write_csv(tmp_path / "r.csv", [(f"u{i}", "a", 1.0, 1) for i in range(9_000)])
     with pytest.raises(UserError, match="out: cannot be written: No space left on device"):
         prepare(RawRatings("t", [path], COMMAS), tmp_path / "out")

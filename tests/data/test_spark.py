@@ -160,3 +160,28 @@ def test_further_columns_of_every_kind(tmp_path: Path) -> None:
     pq.write_table(pa.table(columns), path)
     names = "user,item,rating,timestamp,genre:categorical,progress:numerical,seen_at:time"
     assert_same(RawRatings("t", [path], ReadOptions(names), filter="k_core:3"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("tie_order", "duplicates"),
+    [
+        ("random", "consecutive"),
+        pytest.param("random", "drop", marks=pytest.mark.slow),
+        pytest.param("random", "keep", marks=pytest.mark.slow),
+        pytest.param("file", "drop", marks=pytest.mark.slow),
+        pytest.param("file", "consecutive", marks=pytest.mark.slow),
+    ],
+)
+def test_tie_order_and_duplicates(tmp_path: Path, tie_order: str, duplicates: str) -> None:
+    pytest.importorskip("pyspark")
+    files = [tmp_path / f"{number}.csv" for number in range(2)]
+    for number, path in enumerate(files):
+        path.write_text(csv_text(table(number, 600)), encoding="utf-8")
+    raw = RawRatings("t", files, COMMAS, "k_core:3", tie_order=tie_order, duplicates=duplicates)
+    assert_same(raw, tmp_path)
+
+
+def test_the_published_order_is_of_this_machine_alone(tmp_path: Path) -> None:
+    raw = RawRatings("t", [tmp_path / "r.csv"], COMMAS, tie_order="published")
+    with pytest.raises(UserError, match="--tie_order=published is pandas' order on this machine alone"):
+        prepare_with_spark(raw, tmp_path / "out", MASTER)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,7 +13,8 @@ import pytest
 
 from generative_recommenders.data import text_exchange
 from generative_recommenders.data.parquet_export import export_parquet
-from generative_recommenders.data.preparation.event_store import EventCollector
+from generative_recommenders.data.preparation import prepare as preparation
+from generative_recommenders.data.preparation.event_store import Events, collect_events
 from generative_recommenders.data.preparation.prepare import prepare_batches
 from generative_recommenders.data.readers.events import RawRatings
 from generative_recommenders.data.store import SequenceDataset
@@ -100,13 +101,12 @@ def test_beyond_the_memory_limit_events_go_to_files(
     (tmp_path / "s.csv").write_text(HEADER + "".join(lines))
     monkeypatch.setattr(text_exchange.read_blocks, "__defaults__", (2_000, 1 << 20))
     spilled = []
-    init = EventCollector.__init__
 
-    def spy(self: EventCollector, run_events: int, spill: Path | None = None) -> None:
+    def spy(batches: Iterable[pa.Table], run_events: int, spill: Path | None) -> Events:
         spilled.append(spill is not None)
-        init(self, run_events, spill)
+        return collect_events(batches, run_events, spill)
 
-    monkeypatch.setattr(EventCollector, "__init__", spy)
+    monkeypatch.setattr(preparation, "collect_events", spy)
     inside = import_text(tmp_path / "s.csv", tmp_path / "inside", "t")
     outside = import_text(tmp_path / "s.csv", tmp_path / "outside", "t", memory_limit=60_000)
     assert inside == outside

@@ -9,6 +9,7 @@ and the position in the user's sequence. ``mix`` is the finaliser of splitmix64 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -61,7 +62,7 @@ def events_digest(
         part = slice(start, start + _CHUNK)
         words = [users[part], items[part], _rating_words(ratings, part), _time_words(timestamps, part)]
         words.append(positions[part].astype(np.uint64))
-        high, low = (_chain(seed, words) for seed in _SEEDS)
+        high, low = (chain(seed, words) for seed in _SEEDS)
         total += (_exact_sum(high) << 64) + _exact_sum(low)
     return total % (1 << 128)
 
@@ -77,7 +78,7 @@ def column_digest(name: str, kind: str, users: np.ndarray, positions: np.ndarray
     for start in range(0, len(users), _CHUNK):
         part = slice(start, start + _CHUNK)
         words = [users[part], positions[part].astype(np.uint64), column, values[part]]
-        high, low = (_chain(seed, words) for seed in _SEEDS)
+        high, low = (chain(seed, words) for seed in _SEEDS)
         total += (_exact_sum(high) << 64) + _exact_sum(low)
     return total % (1 << 128)
 
@@ -94,7 +95,8 @@ def value_words(values: np.ndarray, vocabulary: np.ndarray | None) -> np.ndarray
     return plain.astype(np.float32).view(np.uint32).astype(np.uint64)
 
 
-def _chain(seed: np.uint64, words: list[np.ndarray | np.uint64]) -> np.ndarray:
+def chain(seed: np.uint64, words: Sequence[np.ndarray | np.uint64]) -> np.ndarray:
+    """``[n]`` uint64: a mix over all words, one after the other."""
     state = np.asarray(words[0]) ^ seed
     for word in words[1:]:
         state = mix(state) + word

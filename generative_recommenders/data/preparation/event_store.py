@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -23,8 +23,8 @@ class Events:
     """Columns of all raw events in input order.
 
     users, items: ``[E]`` int32 codes into ``user_ids`` and ``item_ids`` (large_string, in order of first
-    sight). ratings: ``[E]`` float32 or None. timestamps: ``[E]`` int64 or None. extra: further columns, ``[E]``: int32 codes
-    into ``vocabularies`` (-1 where missing), float32 (NaN) or int64 (0). Arrays may be memory-mapped.
+    sight). ratings: ``[E]`` float32 or None. timestamps: ``[E]`` int64 ticks or None. extra: further columns, ``[E]``: int32
+    codes into ``vocabularies`` (-1 where missing), float32 (NaN) or int64 ticks (0). Arrays may be memory-mapped.
     """
 
     users: np.ndarray
@@ -51,95 +51,95 @@ def write_numbers(file: BinaryIO, values: np.ndarray) -> None:
     file.write(np.ascontiguousarray(values).data)
 
 
-class EventCollector:
-    """Turns batches of ratings into ``Events``.
+def collect_events(batches: Iterable[pa.Table], run_events: int, spill: Path | None = None) -> Events:
+    """All events of the batches (columns as ``EventReader.batches`` yields them), of which there must be one.
 
-    Strings are kept until ``run_events`` of them are there, then dictionary-encoded as one run. With
-    ``spill`` (a folder) every run's columns go to files and only the dictionaries stay in memory; at the end
-    the dictionaries of the runs are merged and the codes rewritten.
+    Texts are kept until ``run_events`` of them are there and then dictionary-encoded as one run, in threads while the next run
+    is read; at the end the dictionaries of the runs are merged. spill: a folder for the columns; only the dictionaries stay
+    in memory then.
     """
-
-    def __init__(self, run_events: int, spill: Path | None = None) -> None:
-        self.run_events = run_events
-        self.spill = spill
-        self.pending: list[pa.Table] = []
-        self.pending_events = 0
-        self.columns: dict[str, list[np.ndarray]] = {}
-        self.dictionaries: dict[str, list[pa.Array]] = {"user": [], "item": []}
-        self.kinds: dict[str, str] = {}
-
-    def extend(self, batches: Iterable[pa.Table]) -> EventCollector:
-        """Add all batches (columns as ``EventReader.batches`` yields them)."""
+    runs = _Runs(spill)
+    pending: list[pa.Table] = []
+    with ThreadPoolExecutor(2) as pool:
+        encoding: dict[str, Future] = {}
         for batch in batches:
-            self.pending.append(batch)
-            self.pending_events += batch.num_rows
-            if self.pending_events >= self.run_events:
-                self._encode_run()
-        return self
+            pending.append(batch)
+            if sum(table.num_rows for table in pending) >= run_events:
+                runs.add(encoding)
+                encoding, pending = runs.encode(pool, pa.concat_tables(pending)), []
+        runs.add(encoding)
+        if pending:
+            runs.add(runs.encode(pool, pa.concat_tables(pending)))
+        return runs.merged(pool)
 
-    def finish(self) -> Events:
-        """All events; at least one must have been added."""
-        self._encode_run()
-        user_ids, user_codes = self._merge("user")
-        item_ids, item_codes = self._merge("item")
-        ratings, timestamps = (
-            self._join(name) if name in self.columns else None for name in ("rating", "timestamp")
-        )
-        extra, vocabularies = {}, {}
-        for name, kind in self.kinds.items():
-            if kind == "categorical":
-                vocabularies[name], extra[name] = self._merge(name)
-            else:
-                extra[name] = self._join(name)
-        return Events(user_codes, item_codes, ratings, timestamps, user_ids, item_ids, extra, vocabularies)
 
-    def _encode_run(self) -> None:
-        if not self.pending:
-            return
-        table = pa.concat_tables(self.pending)
-        self.pending, self.pending_events = [], 0
+class _Runs:
+    """Encoded runs of events: dictionaries of the text columns, and the numbers of all columns."""
+
+    def __init__(self, spill: Path | None) -> None:
+        self.spill = spill
+        self.kinds: dict[str, str] = {}
+        self.dictionaries: dict[str, list[pa.Array]] = {}
+        self.columns: dict[str, list[np.ndarray]] = {}
+        self.bounds = [0]
+
+    def encode(self, pool: ThreadPoolExecutor, table: pa.Table) -> dict[str, Future]:
         self.kinds = schema.extra_kinds(table.schema)
-        texts = ["user", "item", *(name for name, kind in self.kinds.items() if kind == "categorical")]
-        with ThreadPoolExecutor(2) as pool:
-            encoded = list(pool.map(lambda name: table[name].dictionary_encode(), texts))
-        for name, column in zip(texts, encoded):
-            self.dictionaries.setdefault(name, []).append(column.chunk(0).dictionary)
-            codes = [chunk.indices.fill_null(-1).to_numpy() for chunk in column.chunks]
-            self._keep(name, np.concatenate(codes))
-        for name in table.column_names:
-            if name not in texts:
-                missing = 0 if pa.types.is_integer(table[name].type) else float("nan")
-                self._keep(name, table[name].fill_null(missing).to_numpy())
+        return {name: pool.submit(_encode, table[name]) for name in table.column_names}
 
-    def _keep(self, name: str, values: np.ndarray) -> None:
-        runs = self.columns.setdefault(name, [])
-        if self.spill is not None:
-            path = self.spill / f"run{len(runs)}.{name}.bin"
-            with path.open("wb") as out:
-                write_numbers(out, values)
-            values = np.memmap(path, values.dtype, mode="r+", shape=values.shape)
-        runs.append(values)
+    def add(self, encoding: dict[str, Future]) -> None:
+        for name, job in encoding.items():
+            dictionary, values = job.result()
+            if dictionary is not None:
+                self.dictionaries.setdefault(name, []).append(dictionary)
+            if self.spill is not None:
+                first, path = self.bounds[-1], self.spill / f"{name}.bin"
+                with path.open("ab") as out:
+                    write_numbers(out, values)
+                values = np.memmap(path, values.dtype, "r+", first * values.itemsize, values.shape)
+            self.columns.setdefault(name, []).append(values)
+        if encoding:
+            self.bounds.append(self.bounds[-1] + len(values))
 
-    def _merge(self, role: str) -> tuple[pa.Array, np.ndarray]:
-        """The ids of all runs, each once, and every event's code into them."""
-        runs = self.dictionaries.pop(role)
-        if len(runs) == 1:
-            return runs[0], self._join(role)
-        merged = pa.chunked_array(runs).dictionary_encode()
-        for codes, run in zip(self.columns[role], merged.chunks):
+    def merged(self, pool: ThreadPoolExecutor) -> Events:
+        dictionaries = dict(zip(self.dictionaries, pool.map(self._merge, self.dictionaries)))
+        columns = {name: self._join(name) for name in self.columns}
+        return Events(
+            columns.pop("user"),
+            columns.pop("item"),
+            columns.pop("rating", None),
+            columns.pop("timestamp", None),
+            dictionaries.pop("user"),
+            dictionaries.pop("item"),
+            columns,
+            dictionaries,
+        )
+
+    def _merge(self, name: str) -> pa.Array:
+        """The texts of all runs, each once; the codes of the runs become codes into them."""
+        if len(self.dictionaries[name]) == 1:
+            return self.dictionaries[name][0]
+        merged = pa.chunked_array(self.dictionaries[name]).dictionary_encode()
+        for codes, run in zip(self.columns[name], merged.chunks):
             new_code = np.append(run.indices.to_numpy(), np.int32(-1))  # a missing value stays -1
             for part in chunks(len(codes)):
                 codes[part] = new_code[codes[part]]
-        return merged.chunk(0).dictionary, self._join(role)
+        return merged.chunk(0).dictionary
 
     def _join(self, name: str) -> np.ndarray:
-        runs = self.columns.pop(name)
-        if len(runs) == 1:
-            return runs[0]
-        if self.spill is None:
-            return np.concatenate(runs)
-        path = self.spill / f"{name}.bin"
-        with path.open("wb") as out:
-            for run in runs:
-                write_numbers(out, run)
-        return np.memmap(path, runs[0].dtype, mode="r")
+        runs = self.columns[name]
+        if self.spill is not None:
+            return np.memmap(self.spill / f"{name}.bin", runs[0].dtype, "r")
+        self.columns[name] = []  # so that parts and whole are both held for one column alone
+        return runs[0] if len(runs) == 1 else np.concatenate(runs)
+
+
+def _encode(column: pa.ChunkedArray) -> tuple[pa.Array | None, np.ndarray]:
+    """The dictionary of a text column, and the numbers of the column; a missing value is -1, NaN or 0."""
+    if not pa.types.is_large_string(column.type):
+        missing = 0 if pa.types.is_integer(column.type) else float("nan")
+        values = column.fill_null(missing).to_numpy() if column.null_count else column.to_numpy()
+        return None, values
+    encoded = column.dictionary_encode()
+    codes = [chunk.indices.fill_null(-1).to_numpy() for chunk in encoded.chunks]
+    return encoded.chunk(0).dictionary, np.concatenate(codes)

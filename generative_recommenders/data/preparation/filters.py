@@ -15,10 +15,12 @@ AMAZON_LEAST = 5
 
 @dataclass(frozen=True)
 class Kept:
-    """``events [E]`` bool: the rating stays. ``items [raw items]`` bool: the item is in the catalogue."""
+    """``events [E]`` bool: the rating stays. ``items [raw items]`` bool: the item is in the catalogue. ``table [E]`` bool: the
+    ratings that the published preparation sorts, before it drops short users."""
 
     events: np.ndarray
     items: np.ndarray
+    table: np.ndarray
 
 
 def parse_filter(text: str) -> tuple[str, int]:
@@ -33,58 +35,58 @@ def parse_filter(text: str) -> tuple[str, int]:
     raise UserError(f"unknown filter {text!r}; known: none, amazon_five, k_core:K with K at least 1")
 
 
-def apply_filter(events: Events, text: str) -> Kept:
-    """The ratings and items that ``text`` (see ``parse_filter``) keeps; UserError if none is left."""
+def apply_filter(events: Events, text: str, keep: np.ndarray | None = None) -> Kept:
+    """The ratings and items that ``text`` (see ``parse_filter``) keeps; UserError if none is left.
+
+    keep: ``[E]`` bool, the ratings that there are after duplicates were dropped; None for all.
+    """
     name, least = parse_filter(text)
-    kept = _FILTERS[name](events, least)
+    keep = np.ones(len(events), bool) if keep is None else keep
+    kept = _FILTERS[name](events, keep, least)
     if not kept.events.any():
         raise UserError(f"no rating is left after the filter {text}; the data has {len(events)} ratings")
     return kept
 
 
-def _keep_all(events: Events, least: int) -> Kept:
-    return Kept(np.ones(len(events), bool), np.ones(len(events.item_ids), bool))
+def _keep_all(events: Events, keep: np.ndarray, least: int) -> Kept:
+    return Kept(keep, np.ones(len(events.item_ids), bool), keep)
 
 
-def _amazon(events: Events, least: int) -> Kept:
+def _amazon(events: Events, keep: np.ndarray, least: int) -> Kept:
     """Ratings whose item and user have ``least`` ratings, both counted once; then users with ``least`` left.
 
     The catalogue is fixed before short users are dropped, as in the published preparation (695,762 books).
     """
-    frequent_users, frequent_items = _frequent(events, None, least)
-    keep = _select(events, np.ones(len(events), bool), frequent_users, frequent_items)
-    catalogue = _count(events.items, keep, len(events.item_ids)) > 0
-    long_users, _ = _frequent(events, keep, least)
-    return Kept(_select(events, keep, long_users, catalogue), catalogue)
+    table = _select(events, keep, *_frequent(events, keep, least))
+    catalogue = _count(events.items, table, len(events.item_ids)) > 0
+    long_users, _ = _frequent(events, table, least)
+    return Kept(_select(events, table, long_users, catalogue), catalogue, table)
 
 
-def _k_core(events: Events, least: int) -> Kept:
+def _k_core(events: Events, keep: np.ndarray, least: int) -> Kept:
     """Drop users and items with fewer than ``least`` ratings until none is left."""
-    keep = np.ones(len(events), bool)
-    remaining = len(events)
     while True:
-        keep = _select(events, keep, *_frequent(events, keep, least))
-        before, remaining = remaining, int(keep.sum())
-        if remaining == before:
-            return Kept(keep, _count(events.items, keep, len(events.item_ids)) > 0)
+        before, keep = keep, _select(events, keep, *_frequent(events, keep, least))
+        if before.sum() == keep.sum():
+            break
+    return Kept(keep, _count(events.items, keep, len(events.item_ids)) > 0, keep)
 
 
-_FILTERS: dict[str, Callable[[Events, int], Kept]] = {
+_FILTERS: dict[str, Callable[[Events, np.ndarray, int], Kept]] = {
     "none": _keep_all,
     "amazon_five": _amazon,
     "k_core": _k_core,
 }
 
 
-def _count(codes: np.ndarray, keep: np.ndarray | None, size: int) -> np.ndarray:
+def _count(codes: np.ndarray, keep: np.ndarray, size: int) -> np.ndarray:
     counts = np.zeros(size, np.int64)
     for part in chunks(len(codes)):
-        kept = codes[part] if keep is None else codes[part][keep[part]]
-        counts += np.bincount(kept, minlength=size)
+        counts += np.bincount(codes[part][keep[part]], minlength=size)
     return counts
 
 
-def _frequent(events: Events, keep: np.ndarray | None, least: int) -> tuple[np.ndarray, np.ndarray]:
+def _frequent(events: Events, keep: np.ndarray, least: int) -> tuple[np.ndarray, np.ndarray]:
     users = _count(events.users, keep, len(events.user_ids)) >= least
     return users, _count(events.items, keep, len(events.item_ids)) >= least
 

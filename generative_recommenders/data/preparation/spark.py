@@ -20,16 +20,18 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from generative_recommenders.data.manifest import Manifest
-from generative_recommenders.data.preparation.filters import parse_filter
-from generative_recommenders.data.preparation.folder import new_folder
-from generative_recommenders.data.preparation.prepare import (
+from generative_recommenders.data.preparation import digests
+from generative_recommenders.data.preparation.columns import (
     Bucket,
     Sequences,
     check_expected,
-    phase,
     write_columns,
     write_tables,
 )
+from generative_recommenders.data.preparation.filters import parse_filter
+from generative_recommenders.data.preparation.folder import new_folder
+from generative_recommenders.data.preparation.order import check_choices, tie_hashes
+from generative_recommenders.data.preparation.prepare import phase
 from generative_recommenders.data.readers.events import EventReader, RawRatings
 from generative_recommenders.data.readers.times import NANOSECONDS
 from generative_recommenders.data.schema import extra_kinds
@@ -37,6 +39,7 @@ from generative_recommenders.errors import UserError
 
 _ORDER = ["_file", "_row"]
 _ORDER_FIELDS = [("_file", pa.int32()), ("_row", pa.int64())]
+_SCRATCH = [*_ORDER, "_occurrence", "_tie", "_previous"]
 _PLAIN = {pa.large_string(): pa.string()}
 """Spark's form of the reader's types."""
 
@@ -44,7 +47,12 @@ _PLAIN = {pa.large_string(): pa.string()}
 def prepare_with_spark(raw: RawRatings, out_dir: str | Path, master: str = "local[*]") -> Manifest:
     """``preparation.prepare`` on the Spark cluster ``master``; UserError where pyspark or Java is missing."""
     parse_filter(raw.filter)
+    if raw.tie_order == "published":
+        raise UserError(
+            "--tie_order=published is pandas' order on this machine alone: leave out --engine=spark"
+        )
     reader = EventReader(raw.files, raw.options)
+    check_choices(raw.tie_order, raw.duplicates, "timestamp" in reader.schema.names)
     kinds = extra_kinds(reader.schema)
     with new_folder(Path(out_dir)) as folder, spark_session(master) as spark:
         scratch = folder / "spark"
@@ -52,13 +60,18 @@ def prepare_with_spark(raw: RawRatings, out_dir: str | Path, master: str = "loca
             events = _read(spark, reader).persist()
             before = _counts(events)
         with phase("filter and sort"), _spark_faults(raw):
-            kept, catalogue = _FILTERS[parse_filter(raw.filter)[0]](events, parse_filter(raw.filter)[1])
-            _write_sorted(kept, catalogue, scratch, kinds)
+            ordered, order = _order(events, raw)
+            dropped = 0 if raw.duplicates == "keep" else before["events"] - ordered.count()
+            name, least = parse_filter(raw.filter)
+            kept, catalogue = _FILTERS[name](ordered, least)
+            _write_sorted(kept.orderBy("user", *order).drop(*_SCRATCH), kept, catalogue, scratch, kinds)
         with phase("write"):
             sequences = _sequences(raw, scratch, kinds)
-            check_expected(raw, len(sequences.user_ids), len(sequences.item_ids))
-            hashes = write_columns(folder, sequences, _buckets(scratch, sequences))
-            manifest = write_tables(folder, raw, sequences, before, hashes)
+            if raw.duplicates == "keep":
+                check_expected(raw, len(sequences.user_ids), len(sequences.item_ids))
+            hashes = write_columns(folder, sequences, _buckets(scratch, sequences), NANOSECONDS["s"])
+            choices = {"tie_order": raw.tie_order, "duplicates": raw.duplicates}
+            manifest = write_tables(folder, raw, sequences, before, dropped, hashes, choices)
         shutil.rmtree(scratch)
     return manifest
 
@@ -169,6 +182,36 @@ def _counts(events: Any) -> dict[str, int]:
     return {"users": users, "items": items, "events": events.count()}
 
 
+def _order(events: Any, raw: RawRatings) -> tuple[Any, list[str]]:
+    """The events without the duplicates that are not to stay, and the columns that order each user's: see `order.order_raw`."""
+    from pyspark.sql import Window
+    from pyspark.sql.functions import lag, row_number
+    from pyspark.sql.types import LongType, StructField, StructType
+
+    order = [*(["timestamp"] if "timestamp" in events.columns else []), *_ORDER]
+    if raw.tie_order == "random" or raw.duplicates == "drop":
+        same = Window.partitionBy("user", "item", "timestamp").orderBy(*_ORDER)
+        events = events.withColumn("_occurrence", row_number().over(same) - 1)
+    if raw.duplicates == "drop":
+        events = events.filter("_occurrence = 0")
+    if raw.tie_order == "random":
+        with_tie = StructType([*events.schema.fields, StructField("_tie", LongType())])
+        events = events.mapInArrow(_with_tie_hashes, with_tie)
+        order = ["timestamp", "_tie", *_ORDER]
+    if raw.duplicates == "consecutive":
+        previous = lag("item").over(Window.partitionBy("user").orderBy(*order))
+        events = events.withColumn("_previous", previous).filter("_previous is null or _previous <> item")
+    return events.persist(), order
+
+
+def _with_tie_hashes(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    for batch in batches:
+        users, items = (digests.id_hashes(batch[role].cast(pa.large_string())) for role in ("user", "item"))
+        seconds = batch["timestamp"].to_numpy() // NANOSECONDS["s"]
+        keys = tie_hashes(users, items, seconds, batch["_occurrence"].to_numpy())
+        yield pa.RecordBatch.from_arrays([*batch.columns, pa.array(keys)], [*batch.schema.names, "_tie"])
+
+
 def _at_least(events: Any, role: str, least: int) -> Any:
     return events.groupBy(role).count().filter(f"count >= {least}").select(role)
 
@@ -178,7 +221,7 @@ def _keep_all(events: Any, least: int) -> tuple[Any, Any]:
 
 
 def _amazon(events: Any, least: int) -> tuple[Any, Any]:
-    """See ``rating_filters``: both counted once, the catalogue fixed, then short users are dropped."""
+    """See `filters`: both counted once, the catalogue fixed, then short users are dropped."""
     users, items = _at_least(events, "user", least), _at_least(events, "item", least)
     kept = events.join(users, "user", "left_semi").join(items, "item", "left_semi").persist()
     return kept.join(_at_least(kept, "user", least), "user", "left_semi"), kept.select("item").distinct()
@@ -197,7 +240,7 @@ def _k_core(events: Any, least: int) -> tuple[Any, Any]:
 _FILTERS = {"none": _keep_all, "amazon_five": _amazon, "k_core": _k_core}
 
 
-def _write_sorted(kept: Any, catalogue: Any, scratch: Path, kinds: dict[str, str]) -> None:
+def _write_sorted(events: Any, kept: Any, catalogue: Any, scratch: Path, kinds: dict[str, str]) -> None:
     """Items, users with their lengths, values of categorical columns, and events, each sorted, as parts named in order."""
     uri = f"file://{scratch.resolve()}"
     catalogue.orderBy("item").write.parquet(f"{uri}/items")
@@ -205,8 +248,7 @@ def _write_sorted(kept: Any, catalogue: Any, scratch: Path, kinds: dict[str, str
     for name, kind in kinds.items():
         if kind == "categorical":
             kept.select(name).distinct().dropna().orderBy(name).write.parquet(f"{uri}/values-{name}")
-    time = ["timestamp"] if "timestamp" in kept.columns else []
-    kept.orderBy("user", *time, *_ORDER).drop(*_ORDER).write.parquet(f"{uri}/events")
+    events.write.parquet(f"{uri}/events")
 
 
 def _parts(folder: Path) -> list[Path]:
@@ -246,18 +288,14 @@ def _buckets(scratch: Path, sequences: Sequences) -> Iterator[Bucket]:
                 batch[name].to_numpy() if name in batch.schema.names else None
                 for name in ("rating", "timestamp")
             )
-            seconds = None if times is None else times // NANOSECONDS["s"]
-            extra = {name: _stored(batch[name], sequences, name) for name in sequences.kinds}
-            yield users.astype(np.int32), items.to_numpy(), ratings, seconds, extra
+            extra = {name: _values(batch[name], sequences, name) for name in sequences.kinds}
+            yield Bucket(users.astype(np.int32), items.to_numpy(), ratings, times, extra)
             done += batch.num_rows
 
 
-def _stored(values: pa.Array, sequences: Sequences, name: str) -> np.ndarray:
-    """Values of a further column as the prepared folder holds them."""
-    kind = sequences.kinds[name]
-    if kind == "categorical":
+def _values(values: pa.Array, sequences: Sequences, name: str) -> np.ndarray:
+    """Values of a further column as a `Bucket` has them."""
+    if name in sequences.vocabularies:
         codes = pc.index_in(values.cast(pa.large_string()), value_set=sequences.vocabularies[name])
         return codes.fill_null(-1).to_numpy() + 1
-    if kind == "time":
-        return values.fill_null(0).to_numpy() // NANOSECONDS["s"]
-    return values.fill_null(float("nan")).to_numpy()
+    return values.fill_null(0 if sequences.kinds[name] == "time" else float("nan")).to_numpy()

@@ -17,6 +17,7 @@ from generative_recommenders.data.readers import times, values
 from generative_recommenders.data.readers.layout import Column, ColumnRequest, Layout
 from generative_recommenders.data.readers.sources import TableSource, TextOptions, TextSource, open_source
 from generative_recommenders.data.readers.times import TimeFormat
+from generative_recommenders.data.schema import KINDS, KNOWN
 from generative_recommenders.errors import UserError
 
 SHOWN_EVENTS = 3
@@ -41,7 +42,7 @@ class RawRatings:
     """Events before preparation, with what is known about them.
 
     files: delimited text, JSON lines, Parquet or Arrow IPC; several are read in order and have the same columns.
-    filter: ``amazon_five``, ``none`` or ``k_core:K``.
+    filter: ``amazon_five``, ``none`` or ``k_core:K``. tie_order, duplicates: see `preparation.order`.
     item_features: column ``item`` (original ids, string) and feature columns: string = categorical, list of
         strings = categorical list, float or integer = numerical. user_features likewise with ``user``.
     expected_items, expected_users: counts after preparation; checked when given.
@@ -52,6 +53,8 @@ class RawRatings:
     files: list[Path]
     options: ReadOptions = field(default_factory=ReadOptions)
     filter: str = "none"
+    tie_order: str = "file"
+    duplicates: str = "keep"
     item_features: pa.Table | None = None
     user_features: pa.Table | None = None
     expected_items: int | None = None
@@ -73,7 +76,7 @@ class EventReader:
         if not len(first.sample):
             raise UserError(f"{files[0]}: the file is empty: it holds no event")
         self.layout = self._layout(first)
-        order = {name: place for place, name in enumerate(layouts.KNOWN)}
+        order = {name: place for place, name in enumerate(KNOWN)}
         self.columns = sorted(self.layout.columns, key=lambda each: order.get(each.name, len(order)))
         self.time_formats = {
             column.name: self._time_format(first, column) for column in self.columns if column.kind == "time"
@@ -228,10 +231,5 @@ class EventReader:
     @property
     def schema(self) -> pa.Schema:
         """Of the batches."""
-        kinds = {
-            "id": pa.large_string(),
-            "categorical": pa.large_string(),
-            "numerical": pa.float32(),
-            "time": pa.int64(),
-        }
+        kinds = {"id": pa.large_string(), **KINDS}
         return pa.schema([(column.name, kinds[column.kind]) for column in self.columns])

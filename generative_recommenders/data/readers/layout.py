@@ -15,10 +15,9 @@ from pathlib import Path
 import polars as pl
 
 from generative_recommenders.data.readers import times
+from generative_recommenders.data.schema import KINDS, KNOWN
 from generative_recommenders.errors import UserError
 
-KNOWN = ("user", "item", "rating", "timestamp")
-KINDS = ("categorical", "numerical", "time")
 SKIP = "_"
 KNOWN_NAMES = {
     "user": "user userid user_id uid reviewerid reviewer_id customer_id customerid visitorid visitor_id sessionid session_id",

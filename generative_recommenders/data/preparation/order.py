@@ -1,0 +1,154 @@
+"""Order of events within a user, and duplicates: who comes first among events of one time, and which repeats stay.
+
+``file``       events of one time keep the order of the files.
+``random``     by a hash of user, item, time and occurrence (how often the same three came before): the same on every engine.
+``published``  the HSTU authors' (Zhai et al., ICML 2024): the table sorted by time with pandas' default sort, which is not
+               stable, and then grouped. numpy's sort orders ties by what the CPU can do, so it holds for this machine alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from generative_recommenders.data.preparation import digests
+from generative_recommenders.data.preparation.event_store import Events, chunks
+from generative_recommenders.errors import UserError
+
+TIE_ORDERS = ("file", "published", "random")
+DUPLICATES = ("keep", "drop", "consecutive")
+
+
+def check_choices(tie_order: str, duplicates: str, has_timestamps: bool) -> None:
+    """UserError for choices that are unknown or do not act on such data."""
+    for flag, value, known in (("tie_order", tie_order, TIE_ORDERS), ("duplicates", duplicates, DUPLICATES)):
+        if value not in known:
+            raise UserError(f"unknown --{flag}={value}; known: {', '.join(known)}")
+    if tie_order == "published" and duplicates != "keep":
+        raise UserError(
+            "--tie_order=published is the authors' preparation, which keeps duplicates: leave out "
+            f"--duplicates={duplicates}"
+        )
+    if not has_timestamps and tie_order != "file":
+        raise UserError(
+            f"--tie_order={tie_order} orders events of one time, and these events have no times: leave it out"
+        )
+    if not has_timestamps and duplicates == "drop":
+        raise UserError(
+            "--duplicates=drop looks for the same user, item and time, and these events have no times; "
+            "--duplicates=consecutive leaves out an item that follows itself"
+        )
+
+
+@dataclass(frozen=True)
+class UserRows:
+    """Rows of events by user, some users at a time.
+
+    users: ``[E]`` codes. place: ``[codes]`` the user's place in the wanted order, -1 for none, or None for the code itself.
+    kept: ``[E]`` bool or None for all. offsets: ``[U + 1]`` of the places.
+    """
+
+    users: np.ndarray
+    offsets: np.ndarray
+    place: np.ndarray | None = None
+    kept: np.ndarray | None = None
+
+    @classmethod
+    def of_all(cls, events: Events) -> UserRows:
+        lengths = np.zeros(len(events.user_ids), np.int64)
+        for part in chunks(len(events)):
+            lengths += np.bincount(events.users[part], minlength=len(lengths))
+        return cls(events.users, np.concatenate([[0], np.cumsum(lengths)]))
+
+    def buckets(self, bucket_events: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Rows in input order, and their users' places: about ``bucket_events`` at a time, a user is never divided."""
+        first, num_users = 0, len(self.offsets) - 1
+        while first < num_users:
+            stop = self.offsets[first] + bucket_events
+            last = max(first + 1, int(np.searchsorted(self.offsets, stop, side="right")) - 1)
+            rows, places = [], []
+            for part in chunks(len(self.users)):
+                place = self.users[part] if self.place is None else self.place[self.users[part]]
+                wanted = None if self.kept is None else self.kept[part]
+                if first > 0 or last < num_users:
+                    inside = (place >= first) & (place < last)
+                    wanted = inside if wanted is None else inside & wanted
+                chosen = np.arange(len(place)) if wanted is None else np.flatnonzero(wanted)
+                rows.append(chosen + part.start)
+                places.append(place[chosen])
+            yield np.concatenate(rows), np.concatenate(places)
+            first = last
+
+
+def chronological(
+    users: np.ndarray, times: np.ndarray | None, ties: np.ndarray | None, items: np.ndarray | None = None
+) -> np.ndarray:
+    """The order of events by user, time, ``ties`` or ``items``, and their present place; all ``[n]``, None is passed over."""
+    keys = [key for key in (ties, items, times) if key is not None]
+    return np.lexsort((*keys, users)) if keys else np.argsort(users, kind="stable")
+
+
+def tie_hashes(
+    users: np.ndarray, items: np.ndarray, seconds: np.ndarray, occurrence: np.ndarray
+) -> np.ndarray:
+    """``[n]`` int64 keys of random order. users, items: uint64 `digests.id_hashes`; occurrence: from 0, among events of the
+    same user, item and time."""
+    words = [users, items, seconds.astype(np.int64).view(np.uint64), occurrence.astype(np.uint64)]
+    return digests.chain(np.uint64(0x8CB92BA72F3D8DD7), words).view(np.int64)
+
+
+def order_raw(
+    events: Events, tie_order: str, duplicates: str, ticks_per_second: int, bucket_events: int
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """What ``random`` order and the duplicates say of the raw events: ``ties [E]`` int64 keys, and ``kept [E]`` bool; None
+    where the order is the file's and where all stay."""
+    check_choices(tie_order, duplicates, events.timestamps is not None)
+    random = tie_order == "random"
+    if not random and duplicates == "keep":
+        return None, None
+    ties = np.zeros(len(events), np.int64) if random else None
+    kept = np.ones(len(events), bool)
+    user_hashes, item_hashes = (
+        digests.id_hashes(ids) if random else np.empty(0, np.uint64)
+        for ids in (events.user_ids, events.item_ids)
+    )
+    for rows, users in UserRows.of_all(events).buckets(bucket_events):
+        items = events.items[rows]
+        times = None if events.timestamps is None else events.timestamps[rows]
+        if times is not None and (random or duplicates == "drop"):
+            order = chronological(users, times, None, items)
+            new = _differs(users[order]) | _differs(items[order]) | _differs(times[order])
+            place = np.arange(len(rows))
+            occurrence = np.empty(len(rows), np.int64)
+            occurrence[order] = place - np.maximum.accumulate(np.where(new, place, 0))
+            if duplicates == "drop":
+                kept[rows] = occurrence == 0
+            if ties is not None:
+                seconds = times // ticks_per_second
+                ties[rows] = tie_hashes(user_hashes[users], item_hashes[items], seconds, occurrence)
+        if duplicates == "consecutive":
+            order = chronological(users, times, None if ties is None else ties[rows])
+            kept[rows[order]] = _differs(users[order]) | _differs(items[order])
+    return ties, kept
+
+
+def published_ranks(events: Events, table: np.ndarray) -> tuple[np.ndarray, dict[str, str]]:
+    """The place ``[E]`` int64 of every event of the ``table [E]`` (bool) in pandas' sort by time, and what the manifest records
+    of it: versions, and a hash of the order."""
+    import pandas as pd
+
+    rows = np.flatnonzero(table)
+    frame = pd.DataFrame({"timestamp": np.asarray(events.timestamps)[rows]})
+    order = frame.sort_values("timestamp").index.to_numpy()
+    ranks = np.full(len(events), -1, np.int64)
+    ranks[rows[order]] = np.arange(len(rows))
+    digest = hashlib.sha256(np.ascontiguousarray(order, "<i8").data).hexdigest()[:32]
+    return ranks, {"numpy": np.__version__, "pandas": pd.__version__, "tie_order_hash": digest}
+
+
+def _differs(values: np.ndarray) -> np.ndarray:
+    """``[n]`` bool: the value is not the one before it; the first one is."""
+    return np.concatenate([[True], values[1:] != values[:-1]])

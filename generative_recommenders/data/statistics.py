@@ -1,0 +1,154 @@
+"""Statistics of a prepared data set that say how far its numbers can be trusted: duplicates, ties in time, repeated targets."""
+
+from __future__ import annotations
+
+import numpy as np
+import polars as pl
+
+from generative_recommenders.data.manifest import Manifest
+from generative_recommenders.data.splits import make_split
+from generative_recommenders.data.store import SequenceDataset
+
+IN_ORDER = 0.95
+"""Share of tied neighbours in the order of their items from which on the file counts as sorted by item."""
+_FEWEST_PAIRS = 10
+MANY_REPEATS = 0.01
+
+
+def sequence_statistics(dataset: SequenceDataset, tied: np.ndarray | None) -> dict[str, float]:
+    """Counts for the manifest; targets are those of leave-one-out.
+
+    tied: ``[E]`` bool, the event has the time of its user's previous one, to the precision of the raw file; None without times.
+    """
+    found = dict.fromkeys(("consecutive_repeats", *("duplicates", "tied_events") * (tied is not None)), 0)
+    rankings = [] if tied is None else _item_rankings(dataset)
+    pairs, rising = 0, [0] * len(rankings)
+    for first, last in dataset.user_blocks():
+        events = slice(int(dataset.offsets[first]), int(dataset.offsets[last]))
+        items = dataset.items[events]
+        follows = np.ones(len(items), bool)
+        follows[dataset.offsets[first:last] - events.start] = False
+        found["consecutive_repeats"] += int((follows[1:] & (items[1:] == items[:-1])).sum())
+        if tied is None:
+            continue
+        ties = tied[events]
+        found["tied_events"] += int(ties.sum())
+        # only events of a tie can be duplicates: they are compared as numbers of (time, item)
+        of_tie = ties | np.append(ties[1:], False)
+        keys = np.cumsum(~ties)[of_tie] * (dataset.num_items + 1) + items[of_tie]
+        found["duplicates"] += len(keys) - len(np.unique(keys))
+        second = np.flatnonzero(ties[1:] & (items[1:] != items[:-1])) + 1
+        pairs += len(second)
+        for number, rank in enumerate(rankings):
+            rising[number] += int((rank[items[second]] > rank[items[second - 1]]).sum())
+    split = make_split(dataset, "leave_one_out")
+    names = ("test_users", "repeated_test_targets", "unseen_test_targets")
+    targets = {name: split.counts[name] for name in names}
+    targets["users_without_validation"] = dataset.num_users - split.counts["validation_users"]
+    targets["users_without_test"] = dataset.num_users - split.counts["test_users"]
+    if tied is not None:
+        scored = split.test_targets >= 0
+        places = dataset.offsets[:-1][scored] + split.test_targets[scored]
+        targets["tied_test_targets"] = int(tied[places].sum())
+    shares = [max(count, pairs - count) / pairs for count in rising if pairs >= _FEWEST_PAIRS]
+    in_order = {"tied_pairs_in_item_order": round(max(shares), 4)} if shares else {}
+    return {**found, **in_order, **targets}
+
+
+def _item_rankings(dataset: SequenceDataset) -> list[np.ndarray]:
+    """Orders of items that a file may be sorted by, ``[V + 1]`` each: of the ids as texts, and by the numbers they end in."""
+    rankings = [np.arange(dataset.num_items + 1)]
+    ids = pl.Series("id", dataset.original_item_ids())
+    parts = ids.to_frame().select(
+        prefix=pl.col("id").str.replace(r"\d{1,18}$", ""), number=pl.col("id").str.extract(r"(\d{1,18})$")
+    )
+    if not parts["number"].null_count():
+        parts = parts.with_columns(pl.col("number").cast(pl.Int64))
+        rank = np.zeros(dataset.num_items + 1, np.int64)
+        rank[1 + parts.select(pl.arg_sort_by("prefix", "number")).to_series().to_numpy()] = np.arange(
+            dataset.num_items
+        )
+        rankings.append(rank)
+    return rankings
+
+
+def summary(manifest: Manifest) -> str:
+    """The table of counts, lengths, hashes and statistics that preparation prints."""
+    rows = [f"{'':10}{'as read':>14}{'prepared':>14}"]
+    for what in ("users", "items", "events"):
+        rows.append(f"{what:10}{manifest.counts_before[what]:>14,}{manifest.counts[what]:>14,}")
+    lengths = manifest.lengths
+    rows += [
+        f"users with one event (they train only): {manifest.counts['users_with_one_event']:,}",
+        "events a user: min {min}, median {median:g}, mean {mean:g}, max {max}".format(**lengths),
+        *statistics_lines(manifest),
+        f"data hash:                 {manifest.data_hash}",
+    ]
+    rows += [f"{f'split hash, {name}:':26} {text}" for name, text in manifest.split_hashes.items()]
+    if manifest.event_columns:
+        kinds = (
+            f"{each.name} ({each.kind}{f' of {each.cardinality:,}' * (each.kind == 'categorical')})"
+            for each in manifest.event_columns
+        )
+        rows += [f"event columns: {', '.join(kinds)}", f"columns hash:              {manifest.columns_hash}"]
+    return "\n".join(rows)
+
+
+def statistics_lines(manifest: Manifest) -> list[str]:
+    """What the statistics say, a line each; none for folders that have none."""
+    found, events = manifest.statistics, manifest.counts["events"]
+    lines: list[str] = []
+    if not found:
+        return lines
+    dropped, choice = found["dropped_duplicates"], manifest.choices["duplicates"]
+    if choice != "keep":
+        lines.append(f"duplicates left out before the filter: {dropped:,} (--duplicates={choice})")
+    if found.get("duplicates"):
+        lines.append(
+            f"duplicates (same user, item and time): {_share(found['duplicates'], events)} of the events are "
+            "kept; --duplicates=drop leaves them out"
+        )
+    if found["consecutive_repeats"]:
+        lines.append(
+            f"items that follow themselves: {_share(found['consecutive_repeats'], events)} of the events; "
+            "--duplicates=consecutive leaves them out"
+        )
+    lines += tie_lines(manifest)
+    lines.append(
+        f"test targets of leave_one_out: {found['test_users']:,}; "
+        f"{_share(found['repeated_test_targets'], found['test_users'])} are in their user's history, "
+        f"{_share(found['unseen_test_targets'], found['test_users'])} in no training sequence"
+    )
+    lines.append(
+        f"users without a validation target {found['users_without_validation']:,}, without a test target "
+        f"{found['users_without_test']:,}"
+    )
+    if found["repeated_test_targets"] > MANY_REPEATS * found["test_users"]:
+        lines.append(
+            "warning: repeated targets count as misses under the seen filters history and window; where repeats are to be "
+            'predicted, train and evaluate with train_fn.seen_filter = "none"'
+        )
+    return lines
+
+
+def tie_lines(manifest: Manifest) -> list[str]:
+    """What is to be known of ties in time; none where there are none."""
+    found = manifest.statistics
+    if not found.get("tied_events"):
+        return []
+    following = manifest.counts["events"] - manifest.counts["users"]
+    lines = [
+        f"ties: {_share(found['tied_events'], following)} of the events share the time of their user's previous event, and "
+        f"{_share(found['tied_test_targets'], found['test_users'])} of the test targets; "
+        f"--tie_order={manifest.choices['tie_order']}"
+    ]
+    if found.get("tied_pairs_in_item_order", 0) >= IN_ORDER:
+        lines.append(
+            "warning: the file is sorted by item inside ties, so that the order of items gives targets away: prepare it with "
+            "--tie_order=random"
+        )
+    return lines
+
+
+def _share(count: float, total: float) -> str:
+    return f"{count:,.0f} ({100 * count / max(total, 1):.1f} %)"

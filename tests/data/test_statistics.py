@@ -1,0 +1,106 @@
+"""Statistics of a prepared data set, and the summary that names them."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from generative_recommenders.data.preparation.prepare import prepare
+from generative_recommenders.data.readers.events import RawRatings, ReadOptions
+from generative_recommenders.data.readers.sources import TextOptions
+from generative_recommenders.data.statistics import summary
+from ratings_files import COMMAS, PAIRS, write_csv
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.lists(
+        st.tuples(st.sampled_from("uvw"), st.sampled_from("abcde"), st.just(1.0), st.integers(0, 4)),
+        min_size=1,
+        max_size=40,
+    )
+)
+def test_counts_are_those_of_a_slow_reference(rows, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("reference")
+    found = prepare(RawRatings("t", [write_csv(folder / "r.csv", rows)], COMMAS), folder / "out").statistics
+    users: dict[str, list] = {}
+    for row in rows:
+        users.setdefault(row[0], []).append(row)
+    sequences = [sorted(events, key=lambda row: row[3]) for events in users.values()]
+    pairs = [pair for events in sequences for pair in pairwise(events)]
+    scored = [[row[1] for row in events] for events in sequences if len(events) > 2]
+    trained = {row[1] for events in sequences for row in (events[:-2] if len(events) > 2 else events)}
+    assert found["duplicates"] == len(rows) - len({(row[0], row[1], row[3]) for row in rows})
+    assert found["consecutive_repeats"] == sum(a[1] == b[1] for a, b in pairs)
+    assert found["tied_events"] == sum(a[3] == b[3] for a, b in pairs)
+    assert found["tied_test_targets"] == sum(
+        events[-1][3] == events[-2][3] for events in sequences if len(events) > 2
+    )
+    assert found["test_users"] == len(scored)
+    assert found["repeated_test_targets"] == sum(items[-1] in items[:-1] for items in scored)
+    assert found["unseen_test_targets"] == sum(items[-1] not in trained for items in scored)
+    assert found["users_without_test"] == found["users_without_validation"] == len(users) - len(scored)
+
+
+def test_duplicates_are_counted_and_kept(tmp_path: Path) -> None:
+    (tmp_path / "r.csv").write_text("user_id,item_id,rating,timestamp\n" + "u1,i1,5,100\n" * 6)
+    text = summary(prepare(RawRatings("t", [tmp_path / "r.csv"]), tmp_path / "out"))
+    assert (
+        "duplicates (same user, item and time): 5 (83.3 %) of the events are kept; --duplicates=drop" in text
+    )
+    assert "items that follow themselves: 5 (83.3 %) of the events; --duplicates=consecutive" in text
+    dropped = prepare(RawRatings("t", [tmp_path / "r.csv"], duplicates="drop"), tmp_path / "out")
+    assert dropped.counts["events"] == 1
+    assert "duplicates left out before the filter: 5 (--duplicates=drop)" in summary(dropped)
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_a_file_sorted_by_item_inside_ties_is_told(tmp_path: Path, padded: bool) -> None:
+    """As in Amazon's files, where an item's ratings stand together: as text, or as numbers without leading zeros."""
+    ids = [f"{i:06}" if padded else str(i * 7) for i in range(30)]
+    rows = [(f"u{u}", ids[i], 1.0, u + 1) for i in range(30) for u in range(9) if (u + i) % 3]
+    text = summary(prepare(RawRatings("t", [write_csv(tmp_path / "r.csv", rows)], COMMAS), tmp_path / "out"))
+    assert "(100.0 %) of the events share the time of their user's previous event" in text
+    assert "and 9 (100.0 %) of the test targets" in text
+    assert "sorted by item inside ties" in text and "--tie_order=random" in text
+    raw = RawRatings("t", [tmp_path / "r.csv"], COMMAS, tie_order="random")
+    text = summary(prepare(raw, tmp_path / "out"))
+    assert "(100.0 %) of the events share" in text and "--tie_order=random" in text
+    assert "sorted by item" not in text
+
+
+def test_repeated_targets_name_the_seen_filter(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    rows = [
+        (f"u{u}", f"i{u * 5 + i}", 1.0, t) for u in range(20) for t, i in enumerate(rng.integers(0, 4, 12))
+    ]
+    path = write_csv(tmp_path / "r.csv", [(u, i, r, int(t)) for u, i, r, t in rows])
+    text = summary(prepare(RawRatings("t", [path], COMMAS), tmp_path / "out"))
+    assert "test targets of leave_one_out: 20;" in text
+    assert 'seen_filter = "none"' in text
+    fresh = write_csv(tmp_path / "f.csv", [("u", f"i{i}", 1.0, i) for i in range(5)] + [("v", "i1", 1.0, 1)])
+    text = summary(prepare(RawRatings("t", [fresh], COMMAS), tmp_path / "out"))
+    assert "users without a validation target 1, without a test target 1" in text
+    assert "0 (0.0 %) are in their user's history, 1 (100.0 %) in no training sequence" in text
+    assert "seen_filter" not in text and "ties:" not in text and "duplicates" not in text
+
+
+def test_without_times_nothing_is_said_of_ties(tmp_path: Path) -> None:
+    (tmp_path / "r.txt").write_text("u a\nu a\nu b\nu c\n")
+    manifest = prepare(RawRatings("t", [tmp_path / "r.txt"], PAIRS), tmp_path / "out")
+    assert "duplicates" not in manifest.statistics and "tied_events" not in manifest.statistics
+    assert manifest.statistics["consecutive_repeats"] == 1
+    assert "ties" not in summary(manifest)
+
+
+def test_a_numbered_file_of_one_column_of_ties(tmp_path: Path) -> None:
+    (tmp_path / "r.csv").write_text("".join(f"u{n % 3},{n},7\n" for n in range(90)))
+    options = ReadOptions("user,item,timestamp", TextOptions(",", header=False))
+    found = prepare(RawRatings("t", [tmp_path / "r.csv"], options), tmp_path / "out").statistics
+    assert found["tied_pairs_in_item_order"] == 1.0
+    assert found["tied_events"] == 87
