@@ -142,7 +142,7 @@ def movie_settings(encoder: str, bench: Bench, *bindings: str) -> RunSettings:
 
 
 def make_trainer(settings: RunSettings, dataset: SequenceDataset, bench: Bench) -> Trainer:
-    split = make_split(dataset, settings.train.protocol)
+    split = make_split(dataset, settings.data.protocol)
     return Trainer(settings, dataset, split, bench.collectives())
 
 
@@ -189,7 +189,7 @@ def differences_from_cpu(settings: RunSettings, dataset: SequenceDataset, bench:
     """Relative differences of the loss, and of the gradient that differs most."""
     split = make_split(dataset, "leave_one_out")
     facts = Catalogue.of(dataset, split.train_stops)
-    length = settings.train.max_sequence_length
+    length = settings.data.max_sequence_length
     batch = next(SequenceLoader(dataset, split.train_stops, length, len(dataset.lengths), seed=1).epoch(0))
     set_precision(settings, bench.device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False

@@ -24,7 +24,6 @@ from absl import app, flags, logging
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from generative_recommenders.checkpoint.store import CheckpointStore
 from generative_recommenders.config.schema import RunSettings
-from generative_recommenders.config.sections import SasrecSettings, TrainSettings
 from generative_recommenders.data.preparation.prepare import prepare_batches
 from generative_recommenders.data.readers.events import RawRatings
 from generative_recommenders.data.splits import make_split
@@ -36,14 +35,12 @@ from generative_recommenders.run.epoch_log import EpochLog
 from generative_recommenders.training.trainer import Trainer
 
 USERS, ITEMS, EVENTS_EACH = 640, 500, 30
-SETTINGS = RunSettings(
-    train=TrainSettings(
-        dataset_name="random", max_sequence_length=20, local_batch_size=32, item_embedding_dim=16,
-        sampling_strategy="local", num_negatives=16, num_epochs=1_000_000, eval_interval=100, save_ckpt_every_n=25,
-        full_eval_every_n=25, partial_eval_num_iters=2,
-    ),
-    sasrec=SasrecSettings(ffn_hidden_dim=16),
-)  # fmt: skip
+SETTINGS = RunSettings().bind({
+    "train_fn.dataset_name": "random", "train_fn.max_sequence_length": 20, "train_fn.local_batch_size": 32,
+    "train_fn.item_embedding_dim": 16, "train_fn.sampling_strategy": "local", "train_fn.num_negatives": 16,
+    "train_fn.num_epochs": 1_000_000, "train_fn.eval_interval": 100, "train_fn.save_ckpt_every_n": 25,
+    "train_fn.full_eval_every_n": 25, "train_fn.partial_eval_num_iters": 2, "sasrec_encoder.ffn_hidden_dim": 16,
+})  # fmt: skip
 
 _STEPS = flags.DEFINE_integer("steps", 10_000, "optimizer steps", lower_bound=100)
 _SAMPLES = flags.DEFINE_integer("samples", 100, "how often memory is looked at", lower_bound=10)
@@ -77,7 +74,7 @@ def resident_over_a_run(folder: Path, steps: int, samples: int) -> tuple[list[in
     resident: list[float] = []
     with RunFolder.create_or_open(folder / "run") as run:
         trainer = Trainer(
-            SETTINGS, dataset, make_split(dataset), Collectives("cpu"), EpochLog.of(run, SETTINGS.train)
+            SETTINGS, dataset, make_split(dataset), Collectives("cpu"), EpochLog.of(run, SETTINGS)
         )
 
         def look() -> None:

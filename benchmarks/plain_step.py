@@ -48,17 +48,19 @@ class PlainStep:
     """Trains a plain SASRec; calling it does one step on an example."""
 
     def __init__(self, settings: RunSettings, num_items: int) -> None:
-        train, encoder = settings.train, settings.sasrec
-        width, length = train.item_embedding_dim, train.max_sequence_length
+        encoder = settings.sasrec
+        width, length = settings.items.item_embedding_dim, settings.data.max_sequence_length
         sizes = (width, encoder.ffn_hidden_dim, encoder.num_heads, encoder.ffn_dropout_rate)
         self.items = nn.Embedding(num_items + 1, width, padding_idx=0)
         self.positions = nn.Embedding(length, width)
         self.blocks = nn.ModuleList(PlainBlock(*sizes) for _ in range(encoder.num_blocks))
-        self.dropout = nn.Dropout(train.dropout_rate)
+        self.dropout = nn.Dropout(settings.model.dropout_rate)
         modules = nn.ModuleList([self.items, self.positions, self.blocks])
-        self.optimizer = torch.optim.AdamW(modules.parameters(), train.learning_rate, (0.9, 0.98))
-        self.num_items, self.num_negatives = num_items, train.num_negatives
-        self.temperature = train.temperature
+        self.optimizer = torch.optim.AdamW(
+            modules.parameters(), settings.optimizer.learning_rate, (0.9, 0.98)
+        )
+        self.num_items, self.num_negatives = num_items, settings.negatives.num_negatives
+        self.temperature = settings.model.temperature
         self.future = torch.ones(length, length, dtype=torch.bool).triu(1)
 
     def __call__(self, example: TrainingExample) -> float:

@@ -21,8 +21,7 @@ def train(folder: Path, steps: int = 150, make=lambda p: torch.optim.Adam(p, lr=
     if not folder.exists():
         prepare(resolve("synthetic-books", raw_path=None, data_root=folder.parent), folder)
     dataset = SequenceDataset.open(folder)
-    settings = RunSettings()
-    settings = settings.changed(train=settings.train.changed(loss_module="CE"))
+    settings = RunSettings().bind({"train_fn.loss_module": "CE"})
     stops = make_split(dataset).train_stops
     task = build_task(settings, Catalogue.of(dataset, stops))
     loader, optimizer, losses = SequenceLoader(dataset, stops, 50, 64, seed=0), make(task.parameters()), []

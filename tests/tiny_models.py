@@ -28,8 +28,17 @@ NUM_ITEMS = 20
 LENGTHS = torch.tensor([6, 1, 0, 4])
 
 
+OWNERS = {
+    "": "train_fn", "sasrec": "sasrec_encoder", "hstu": "hstu_encoder", "transformer": "transformer_encoder",
+    "diff_transformer": "diff_transformer_encoder", "item_tower": "item_tower", "sce": "sce",
+    "mol": "create_mol_interaction_module", "similarity": "get_similarity_function", "loader": "create_data_loader",
+    "weighted_loss": "get_weighted_loss",
+}  # fmt: skip
+"""Short names of gin's owners."""
+
+
 def settings(**choices: Any) -> RunSettings:
-    """Width 8, two blocks, two heads, no dropout, seven positions; ``section.name`` or a name of ``train_fn``."""
+    """Width 8, two blocks, two heads, no dropout, seven positions; ``owner.name``, see `OWNERS`, or a name of ``train_fn``."""
     values = {
         "max_sequence_length": 7,
         "gr_output_length": 2,
@@ -55,14 +64,8 @@ def settings(**choices: Any) -> RunSettings:
         "mol.gating_qi_hidden_dim": 8,
         **choices,
     }
-    sections: dict[str, dict[str, Any]] = {}
-    for name, value in values.items():
-        section, _, field = name.rpartition(".")
-        sections.setdefault(section or "train", {})[field] = value
-    defaults = RunSettings()
-    return defaults.changed(
-        **{name: getattr(defaults, name).changed(**values) for name, values in sections.items()}
-    )
+    owned = {name.rpartition(".")[::2]: value for name, value in values.items()}
+    return RunSettings().bind({f"{OWNERS[owner]}.{name}": value for (owner, name), value in owned.items()})
 
 
 def catalogue(**changes: Any) -> Catalogue:

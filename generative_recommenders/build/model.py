@@ -10,6 +10,7 @@ from generative_recommenders.build.catalogue import Catalogue
 from generative_recommenders.build.objectives import auxiliary_weights, build_objective
 from generative_recommenders.build.registered import build_part
 from generative_recommenders.config.registry import (
+    ENCODERS,
     INPUT_PREPROCESSORS,
     ITEM_EMBEDDINGS,
     OUTPUT_POSTPROCESSORS,
@@ -30,14 +31,13 @@ def build_model(settings: RunSettings, catalogue: Catalogue) -> SequenceRecommen
     """The retriever of the settings; UserError where choices do not go together or the data lack what one
     needs.
     """
-    t = settings.train
     tower, balanced = settings.item_tower, "mi_loss" in auxiliary_weights(settings)
     bf16 = settings.mol.bf16_training or settings.similarity.bf16_training
     supplies = {
         "num_items": catalogue.num_items,
-        "embedding_dim": t.item_embedding_dim,
-        "query_embedding_dim": t.item_embedding_dim,
-        "item_embedding_dim": t.item_embedding_dim,
+        "embedding_dim": settings.items.item_embedding_dim,
+        "query_embedding_dim": settings.items.item_embedding_dim,
+        "item_embedding_dim": settings.items.item_embedding_dim,
         "item_category": lambda options: _categories(catalogue),
         "features": lambda options: _tower_features(settings, catalogue),
         "uses_item_id": ITEM_ID in tower.features,
@@ -47,7 +47,9 @@ def build_model(settings: RunSettings, catalogue: Catalogue) -> SequenceRecommen
     try:
         items = build_part(settings, ITEM_EMBEDDINGS, _embedding_kind(settings), supplies)
         sequence = build_sequence(settings, catalogue)
-        similarity = build_part(settings, SIMILARITIES, t.interaction_module_type or "DotProduct", supplies)
+        similarity = build_part(
+            settings, SIMILARITIES, settings.model.interaction_module_type or "DotProduct", supplies
+        )
     except ValueError as error:
         raise UserError(str(error)) from error
     _check_auxiliary(settings, similarity)
@@ -56,7 +58,7 @@ def build_model(settings: RunSettings, catalogue: Catalogue) -> SequenceRecommen
 
 def _embedding_kind(settings: RunSettings) -> str:
     """The item embedding's name; TwoTower has its tower, which "local", the default, does not contradict."""
-    kind = settings.train.embedding_module_type
+    kind = settings.items.embedding_module_type
     if not settings.uses_item_tower:
         return kind
     if kind not in ("local", "item_tower"):
@@ -68,50 +70,50 @@ def _embedding_kind(settings: RunSettings) -> str:
 
 def build_sequence(settings: RunSettings, catalogue: Catalogue) -> SequenceEncoder:
     """The dense part: preprocessor, encoder, context merger, postprocessor."""
-    t = settings.train
     supplies = {
-        "max_length": t.max_tokens,
-        "embedding_dim": t.item_embedding_dim,
-        "item_embedding_dim": t.item_embedding_dim,
+        "max_length": settings.data.max_tokens,
+        "embedding_dim": settings.items.item_embedding_dim,
+        "item_embedding_dim": settings.items.item_embedding_dim,
     }
-    preprocessor = build_part(settings, INPUT_PREPROCESSORS, t.input_preprocessor, supplies)
+    preprocessor = build_part(settings, INPUT_PREPROCESSORS, settings.model.input_preprocessor, supplies)
     if preprocessor.needs_ratings:
         _check_ratings(settings, catalogue)
     seen_by_encoder = {
         "embedding_dim": preprocessor.embedding_dim,
-        "max_length": t.max_tokens * preprocessor.tokens_per_item,
+        "max_length": settings.data.max_tokens * preprocessor.tokens_per_item,
     }
-    encoder = build_part(settings, *settings.chosen_parts()[0], seen_by_encoder)
+    encoder_name = settings.encoder_name
+    encoder = build_part(settings, ENCODERS, encoder_name, seen_by_encoder)
     objective = build_objective(settings)
     if objective.uses_mask and not encoder.causal:
         raise UserError(
-            f"objective {t.objective!r} sets the attention mask, which hstu_encoder.normalization "
+            f"objective {settings.loss.objective!r} sets the attention mask, which hstu_encoder.normalization "
             f"{settings.hstu.normalization!r} cannot follow; choose 'rel_bias'"
         )
     if objective.uses_mask and not getattr(encoder, "follows_visibility", True):
         raise UserError(
-            f"objective {t.objective!r} shows both sides of a hidden item, which encoder {t.main_module!r} cannot read"
+            f"objective {settings.loss.objective!r} shows both sides of a hidden item, which encoder "
+            f"{encoder_name!r} cannot read"
         )
-    postprocessor = build_part(settings, OUTPUT_POSTPROCESSORS, t.user_embedding_norm, supplies)
+    postprocessor = build_part(settings, OUTPUT_POSTPROCESSORS, settings.model.user_embedding_norm, supplies)
     merger = _context_merger(settings, catalogue, encoder)
     return SequenceEncoder(preprocessor, encoder, postprocessor, merger, _event_features(settings, catalogue))
 
 
 def _event_features(settings: RunSettings, catalogue: Catalogue) -> EventFeatures | None:
     """``train_fn.event_features``: further columns by name, the rating and the time."""
-    t = settings.train
-    names = t.event_features
+    names = settings.data.event_features
     for number, name in enumerate(names):
         if name not in catalogue.event_features:
             known = ", ".join(catalogue.event_features) or "no event columns"
             raise UserError(
-                f"train_fn.event_features: {t.dataset_name} has no {name!r}; it has {known}; --columns of "
+                f"train_fn.event_features: {settings.data.dataset_name} has no {name!r}; it has {known}; --columns of "
                 "preprocess_public_data.py keeps more"
             )
         if name in names[:number]:
             raise UserError(f"train_fn.event_features names {name!r} twice")
     features = [catalogue.event_features[name] for name in names]
-    return EventFeatures(features, t.item_embedding_dim) if features else None
+    return EventFeatures(features, settings.items.item_embedding_dim) if features else None
 
 
 def _check_auxiliary(settings: RunSettings, similarity: Similarity) -> None:
@@ -134,7 +136,7 @@ def _categories(catalogue: Catalogue) -> torch.Tensor:
 
 def _tower_features(settings: RunSettings, catalogue: Catalogue) -> list[EntityFeature]:
     """Those of ``item_tower.features`` beside the id."""
-    tower, dim = settings.item_tower, settings.train.item_embedding_dim
+    tower, dim = settings.item_tower, settings.items.item_embedding_dim
     names = [name for name in tower.features if name != ITEM_ID]
     if not names:
         return []
@@ -159,15 +161,15 @@ def _context_merger(
 
 def _check_ratings(settings: RunSettings, catalogue: Catalogue) -> None:
     """UserError where the chosen preprocessor reads ratings and the data have none, or others than it has embeddings of."""
-    t, part = settings.train, INPUT_PREPROCESSORS[settings.train.input_preprocessor]
+    part = INPUT_PREPROCESSORS[settings.model.input_preprocessor]
     if not catalogue.has_ratings:
         raise UserError(
-            f"input_preprocessor {t.input_preprocessor!r} needs ratings, and {t.dataset_name} has none"
+            f"input_preprocessor {settings.model.input_preprocessor!r} needs ratings, and {settings.data.dataset_name} has none"
         )
     lowest, highest = catalogue.rating_range or (0.0, 0.0)
     known = part.option_values(settings.part_options(INPUT_PREPROCESSORS, part.name)).get("num_ratings")
     if known is not None and (lowest < 0 or highest >= known):
         raise UserError(
-            f"input_preprocessor {t.input_preprocessor!r} has embeddings of the ratings 0 to {known - 1} "
-            f"(train_fn.num_ratings), and those of {t.dataset_name} reach from {lowest:g} to {highest:g}"
+            f"input_preprocessor {settings.model.input_preprocessor!r} has embeddings of the ratings 0 to {known - 1} "
+            f"(train_fn.num_ratings), and those of {settings.data.dataset_name} reach from {lowest:g} to {highest:g}"
         )

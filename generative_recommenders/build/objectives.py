@@ -25,15 +25,15 @@ from generative_recommenders.objectives.objective import Objective
 
 def build_objective(settings: RunSettings) -> Objective:
     """What is predicted: the next items of every position or of the last one, or hidden positions."""
-    t = settings.train
-    if "num_positives" not in OBJECTIVES[t.objective].options.model_fields and (
-        t.num_positives > 1 or t.target_weights == "rating"
+    name = settings.loss.objective
+    if "num_positives" not in OBJECTIVES[name].options.model_fields and (
+        settings.loss.num_positives > 1 or settings.loss.target_weights == "rating"
     ):
         raise UserError(
-            f"num_positives and target_weights are of next items, which objective {t.objective!r} does not predict: unset them"
+            f"num_positives and target_weights are of next items, which objective {name!r} does not predict: unset them"
         )
     objective: Objective = build_part(
-        settings, OBJECTIVES, t.objective, {"embedding_dim": t.item_embedding_dim}
+        settings, OBJECTIVES, name, {"embedding_dim": settings.items.item_embedding_dim}
     )
     return objective
 
@@ -42,9 +42,9 @@ def auxiliary_weights(settings: RunSettings) -> dict[str, float]:
     """Weights of auxiliary losses by name; those of ``train_fn`` go before ``get_weighted_loss``'s, and MoL's own
     decay of user embeddings is added.
     """
-    weights = {**settings.weighted_loss.weights, **settings.train.loss_weights}
+    weights = {**settings.weighted_loss.weights, **settings.loss.loss_weights}
     decay = settings.mol.uid_embedding_l2_weight_decay
-    if decay and settings.train.interaction_module_type == "MoL":
+    if decay and settings.model.interaction_module_type == "MoL":
         weights["uid_embedding_l2_norm"] = weights.get("uid_embedding_l2_norm", 0.0) + decay
     return weights
 
@@ -53,88 +53,89 @@ def build_criterion(
     settings: RunSettings, catalogue: Catalogue, encoder: Callable[[bool], SequenceEncoder]
 ) -> Criterion:
     """The criterion by ``train_fn.loss_module``, with what the objective adds. encoder: see `Objective.criterion`."""
-    t, objective = settings.train, build_objective(settings)
-    if t.loss_module == "VQVAELoss":
+    objective, learned = build_objective(settings), settings.loss.objective
+    name, data = settings.loss.loss_module, settings.data.dataset_name
+    if name == "VQVAELoss":
         raise UserError(
             "VQVAELoss trains a tokenizer of items, not a retriever: see compat.VQVAELoss, and choose another loss_module"
         )
-    part = LOSSES[t.loss_module]
+    part = LOSSES[name]
     _ = NEGATIVE_SAMPLERS[
-        t.sampling_strategy
+        settings.negatives.sampling_strategy
     ]  # an unknown name is refused beside a loss that draws none, too
-    if t.target_weights == "rating" and not catalogue.has_ratings:
-        raise UserError(f'target_weights "rating" needs ratings, and {t.dataset_name} has none')
-    if t.label_smoothing and "label_smoothing" not in part.options.model_fields:
+    if settings.loss.target_weights == "rating" and not catalogue.has_ratings:
+        raise UserError(f'target_weights "rating" needs ratings, and {data} has none')
+    if settings.loss.label_smoothing and "label_smoothing" not in part.options.model_fields:
         smooth = ", ".join(p.name for p in LOSSES.parts() if "label_smoothing" in p.options.model_fields)
-        raise UserError(f"label_smoothing acts in {smooth}, not in {t.loss_module}; leave it at 0")
-    loss = build_part(settings, LOSSES, t.loss_module, {"num_items": catalogue.num_items})
+        raise UserError(f"label_smoothing acts in {smooth}, not in {name}; leave it at 0")
+    loss = build_part(settings, LOSSES, name, {"num_items": catalogue.num_items})
     if isinstance(loss, SampledLoss):
-        if settings.uses_item_tower and t.negatives_sharing == "position":
+        if settings.uses_item_tower and settings.negatives.negatives_sharing == "position":
             raise UserError(
                 "an item tower computes the items that a step gathers, and negatives of each position gather most "
                 'of the catalogue: set train_fn.negatives_sharing to "block" or "batch"'
             )
         if loss.needs_ratings and not catalogue.has_ratings:
-            raise UserError(f"{t.loss_module} needs ratings, and {t.dataset_name} has none")
+            raise UserError(f"{name} needs ratings, and {data} has none")
         if loss.needs_ratings and objective.uses_mask:
             raise UserError(
-                f"{t.loss_module} needs ratings of the next items, which objective {t.objective!r} does not give"
+                f"{name} needs ratings of the next items, which objective {learned!r} does not give"
             )
         weights = auxiliary_weights(settings)
-        criterion: Criterion = SampledCriterion(loss, weights, t.loss_activation_checkpoint)
+        criterion: Criterion = SampledCriterion(loss, weights, settings.loss.loss_activation_checkpoint)
     else:
-        if t.interaction_module_type == "MoL":
-            raise UserError(
-                f"{t.loss_module} scores the catalogue by dot product; with MoL choose a sampled loss"
-            )
-        if isinstance(loss, ScalableCrossEntropyLoss) and t.num_positives > 1:
-            raise UserError(f"{t.loss_module} takes one positive a position: leave num_positives at 1")
+        if settings.model.interaction_module_type == "MoL":
+            raise UserError(f"{name} scores the catalogue by dot product; with MoL choose a sampled loss")
+        if isinstance(loss, ScalableCrossEntropyLoss) and settings.loss.num_positives > 1:
+            raise UserError(f"{name} takes one positive a position: leave num_positives at 1")
         criterion = CatalogueCriterion(loss)
-    if objective.needs_item_table and (settings.uses_item_tower or t.interaction_module_type == "MoL"):
+    if objective.needs_item_table and (
+        settings.uses_item_tower or settings.model.interaction_module_type == "MoL"
+    ):
         raise UserError(
-            f"objective {t.objective!r} samples and looks up fakes in the item table: no item tower, no MoL"
+            f"objective {learned!r} samples and looks up fakes in the item table: no item tower, no MoL"
         )
     return objective.criterion(criterion, encoder)
 
 
 def build_sampler(settings: RunSettings, catalogue: Catalogue, name: str | None = None) -> NegativesSampler:
     """The negative sampler by ``train_fn.sampling_strategy``, or one of a mixture by its name."""
-    t = settings.train
+    n = settings.negatives
     corrected = [
         p.name for p in NEGATIVE_SAMPLERS.parts() if "log_q_correction" in p.options.model_fields
     ]  # their draws have unequal or batch-dependent probabilities
-    if t.log_q_correction and t.sampling_strategy not in corrected:
+    if n.log_q_correction and n.sampling_strategy not in corrected:
         raise UserError(
-            f"log_q_correction acts on {', '.join(corrected)}, not on sampling_strategy {t.sampling_strategy!r}: unset it"
+            f"log_q_correction acts on {', '.join(corrected)}, not on sampling_strategy {n.sampling_strategy!r}: unset it"
         )
 
     def mixed(options: dict[str, Any]) -> list[NegativesSampler]:
-        if t.sampling_strategy in options["shares"]:
-            raise UserError(f"train_fn.mixed_shares cannot hold {t.sampling_strategy!r} itself")
+        if n.sampling_strategy in options["shares"]:
+            raise UserError(f"train_fn.mixed_shares cannot hold {n.sampling_strategy!r} itself")
         return [build_sampler(settings, catalogue, each) for each in options["shares"]]
 
     supplies = {
         "num_items": catalogue.num_items,
-        "num_negatives": t.num_negatives,
-        "sharing": Sharing(t.negatives_sharing, t.negatives_block_size),
+        "num_negatives": n.num_negatives,
+        "sharing": Sharing(n.negatives_sharing, n.negatives_block_size),
         "counts": catalogue.counts,
         "samplers": mixed,
         "assignment": lambda options: _classes(settings, catalogue),
     }
-    sampler: NegativesSampler = build_part(settings, NEGATIVE_SAMPLERS, name or t.sampling_strategy, supplies)
+    sampler: NegativesSampler = build_part(settings, NEGATIVE_SAMPLERS, name or n.sampling_strategy, supplies)
     return sampler
 
 
 def _classes(settings: RunSettings, catalogue: Catalogue) -> torch.Tensor:
     """``[C, V]`` bool by ``train_fn.class_feature``."""
-    t = settings.train
-    if t.class_feature is None or catalogue.items is None:
+    n = settings.negatives
+    if n.class_feature is None or catalogue.items is None:
         raise UserError(
-            f"sampling_strategy {t.sampling_strategy!r} needs train_fn.class_feature, an item feature of categories"
+            f"sampling_strategy {n.sampling_strategy!r} needs train_fn.class_feature, an item feature of categories"
         )
-    (feature,) = catalogue.items.read([t.class_feature], 1, "train_fn.class_feature")
+    (feature,) = catalogue.items.read([n.class_feature], 1, "train_fn.class_feature")
     if not feature.spec.is_categorical:
         raise UserError(
-            f"train_fn.class_feature {t.class_feature!r} is {feature.spec.kind}: choose one of categories"
+            f"train_fn.class_feature {n.class_feature!r} is {feature.spec.kind}: choose one of categories"
         )
     return class_assignment(feature)

@@ -33,10 +33,10 @@ def build_task(
     model = build_model(settings, catalogue).to(collectives.device)
     criterion = build_criterion(settings, catalogue, model).to(collectives.device)
     sampler = build_sampler(settings, catalogue).to(collectives.device) if criterion.needs_negatives else None
-    autocast = torch.bfloat16 if settings.train.main_module_bf16 else None
+    autocast = torch.bfloat16 if settings.model.main_module_bf16 else None
     objective = build_objective(settings)
     return TrainingTask(
-        model, objective, criterion, sampler, settings.train.random_seed, collectives, autocast
+        model, objective, criterion, sampler, settings.schedule.random_seed, collectives, autocast
     )
 
 

@@ -54,14 +54,17 @@ def predict(options: Options, wanted: PredictOptions) -> int:
     if wanted.output.suffix not in _WRITERS:
         raise UserError(f"--output={wanted.output}: the name must end in {', '.join(_WRITERS)}")
     recommender = Recommender.load(options.run_dir, plugins=options.plugins)
-    t = recommender.settings.train
-    dataset = prepared_dataset(t.dataset_name, options.data_root)
+    dataset = prepared_dataset(recommender.settings.data.dataset_name, options.data_root)
     if not dataset.original_item_ids().combine_chunks().cast(pa.large_string()).equals(recommender.item_ids):
         raise UserError(f"{options.run_dir} was trained on other items than {dataset.folder} holds")
     allowed = None
     if wanted.candidates is not None:
         allowed = recommender.mask(_lines(wanted.candidates, "--candidates"))
-    stops = dataset.lengths if wanted.history == "all" else make_split(dataset, t.protocol).test_targets
+    stops = (
+        dataset.lengths
+        if wanted.history == "all"
+        else make_split(dataset, recommender.settings.data.protocol).test_targets
+    )
     users = _users(dataset, wanted.users)
     users = users[stops[users] > 0]
     names = dataset.original_user_ids().combine_chunks()
@@ -70,7 +73,9 @@ def predict(options: Options, wanted: PredictOptions) -> int:
             range(0, len(users), recommender.batch_size), desc="users", unit="batch", disable=None
         ):
             some = users[start : start + recommender.batch_size]
-            batch = _batch(dataset, stops, some, t.max_sequence_length, wanted.history)
+            batch = _batch(
+                dataset, stops, some, recommender.settings.data.max_sequence_length, wanted.history
+            )
             seen = None
             if wanted.exclude_seen:
                 bounds = zip(dataset.offsets[some], stops[some])

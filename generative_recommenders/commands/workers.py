@@ -167,10 +167,10 @@ def train_worker(rank: int, world_size: int, options: Options) -> int:
     settings = run_settings(options, collectives)
     resolved = gin_registry.resolved_text(settings)
     log_notices(settings)
-    dataset = shared_dataset(settings.train.dataset_name, options.data_root, collectives)
-    split = make_split(dataset, settings.train.protocol)
+    dataset = shared_dataset(settings.data.dataset_name, options.data_root, collectives)
+    split = make_split(dataset, settings.data.protocol)
     check_same_everywhere(settings, split, options, collectives)
-    name = f"{settings.train.dataset_name}-{settings.train.main_module}"
+    name = f"{settings.data.dataset_name}-{settings.model.main_module}"
     run = together(
         collectives,
         lambda: (
@@ -180,11 +180,11 @@ def train_worker(rank: int, world_size: int, options: Options) -> int:
     with run or contextlib.nullcontext():
         folder = Path(collectives.broadcast_object_json(str(run.path) if run else None))
         store = CheckpointStore(
-            folder / "checkpoints", settings.train.keep_checkpoints, read_only=run is None
+            folder / "checkpoints", settings.checkpoints.keep_checkpoints, read_only=run is None
         )
         if run is not None:
             logging.info("run folder %s\n%s", folder, report.data_summary(dataset, split))
-        trainer = Trainer(settings, dataset, split, collectives, EpochLog.of(run, settings.train))
+        trainer = Trainer(settings, dataset, split, collectives, EpochLog.of(run, settings))
         if options.resume:
             resume(trainer, store)
         if run is not None:  # only now: a resume that is refused leaves the folder's configuration alone
@@ -234,11 +234,11 @@ def finish(
     rows: Mapping[str, Mapping[str, float]],
 ) -> None:
     """The final record, the curves, and the table."""
-    rows = {**rows, **report.model_rows(settings.train, result.test, result.high_rated)}
+    rows = {**rows, **report.model_rows(settings, result.test, result.high_rated)}
     final = {
         "part": "final",
         "seconds": result.progress.seconds,
-        "model": settings.train.main_module,
+        "model": settings.model.main_module,
         "results": rows,
         "conditions": result.conditions,
         "split_hash": split.hash,
@@ -248,7 +248,7 @@ def finish(
         final["list_metrics"] = result.lists
     run.write_metrics(result.progress.step, final)
     try:
-        part = "test" if settings.train.protocol == "paper" else "validation"
+        part = "test" if settings.data.protocol == "paper" else "validation"
         plot_curves(report.curve_rows(result.progress.history), run.path / "curves.png", part)
     except OSError as error:  # the numbers are written already
         logging.warning("cannot write %s: %s", run.path / "curves.png", error.strerror)
@@ -273,7 +273,7 @@ def check_evaluated(
 ) -> None:
     """Refuses to score a checkpoint on data other than it was trained on; another protocol may be asked for."""
     trained = RunSettings.from_json(checkpoint.settings())
-    same_split = trained.train.protocol == settings.train.protocol
+    same_split = trained.data.protocol == settings.data.protocol
     saved = str(checkpoint.state.get("split_hash" if same_split else "data_hash"))
     check_same_data(saved, split.hash if same_split else dataset.manifest.data_hash)
     items = dataset.original_item_ids().combine_chunks()
@@ -297,21 +297,21 @@ def evaluate_worker(rank: int, world_size: int, options: Options) -> int:
         settings = gin_registry.override(settings, options.bindings)
     log_notices(settings)
     set_precision(settings, collectives.device)
-    dataset = shared_dataset(settings.train.dataset_name, options.data_root, collectives)
-    split = make_split(dataset, settings.train.protocol)
+    dataset = shared_dataset(settings.data.dataset_name, options.data_root, collectives)
+    split = make_split(dataset, settings.data.protocol)
     check_same_everywhere(settings, split, options, collectives)
     together(
         collectives,
         lambda: check_evaluated(checkpoint, settings, dataset, split) if collectives.is_main else None,
     )
-    catalogue = Catalogue.of(dataset, split.train_stops, settings.train.category_feature)
+    catalogue = Catalogue.of(dataset, split.train_stops, settings.items.category_feature)
     model = build_model(settings, catalogue).to(collectives.device)
     load_model(model, checkpoint)
     evaluation = ModelEvaluation(settings, dataset, split, collectives)
     test = evaluation.test(model)
     rows = {
         **evaluation.baselines(),
-        **report.model_rows(settings.train, test.metrics(), test.high_rated_metrics()),
+        **report.model_rows(settings, test.metrics(), test.high_rated_metrics()),
     }
     if collectives.is_main:
         print(f"{checkpoint.path}, test, full catalogue, {evaluation.conditions(test)}")
@@ -328,12 +328,12 @@ def import_worker(rank: int, world_size: int, options: Options) -> int:
         raise UserError("--mode=import needs --meta_checkpoint, a checkpoint of the HSTU authors' program")
     collectives = process_collectives(process_device())
     settings = run_settings(options, collectives)
-    dataset = shared_dataset(settings.train.dataset_name, options.data_root, collectives)
-    split = make_split(dataset, settings.train.protocol)
+    dataset = shared_dataset(settings.data.dataset_name, options.data_root, collectives)
+    split = make_split(dataset, settings.data.protocol)
     trainer = Trainer(settings, dataset, split, collectives)
     item_ids = dataset.original_item_ids().combine_chunks()
     load_meta_checkpoint(trainer.model, options.meta_checkpoint, item_ids if are_numbers(item_ids) else None)
-    name = f"{settings.train.dataset_name}-{settings.train.main_module}"
+    name = f"{settings.data.dataset_name}-{settings.model.main_module}"
     with RunFolder.create_or_open(options.run_dir, name=name) as run:
         resolved = gin_registry.resolved_text(settings)
         run.save_resolved_gin(resolved)
@@ -351,8 +351,8 @@ def dry_run_worker(rank: int, world_size: int, options: Options) -> int:
     collectives = process_collectives(process_device())
     settings = run_settings(options, collectives)
     log_notices(settings)
-    dataset = shared_dataset(settings.train.dataset_name, options.data_root, collectives)
-    split = make_split(dataset, settings.train.protocol)
+    dataset = shared_dataset(settings.data.dataset_name, options.data_root, collectives)
+    split = make_split(dataset, settings.data.protocol)
     trainer = Trainer(settings, dataset, split, collectives)
     summary_of_parts = model_summary(trainer)
     if rank == 0:

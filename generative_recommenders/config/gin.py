@@ -91,24 +91,15 @@ class _Parsed(config_parser.ParserDelegate):  # type: ignore[misc]
         """
         self._check_macros()
         known: dict[str, int] = {}
-        values: dict[str, dict[str, Any]] = {}
+        values: dict[str, Any] = {}
         for owner, bound in self.bound.items():
             for name, (place, value) in bound.items():
                 if self._entries(value, known) > MAX_ENTRIES:
                     raise UserError(
                         f"gin: {place}: a value of more than {MAX_ENTRIES} entries, or one that holds itself"
                     )
-                values.setdefault(owner, {})[name] = self._resolved(value, place)
-        options = {name: dict(given) for name, given in settings.options.items()}
-        sections: dict[str, Any] = {}
-        for owner, given in values.items():
-            if owner in s.SECTIONS:
-                section = s.SECTIONS[owner][0]
-                sections[section] = getattr(settings, section).changed(**given)
-            else:
-                options[owner] = {**options.get(owner, {}), **given}
-                parts_by_gin_name()[owner].option_values(options[owner])
-        settings = settings.changed(**sections, options=options)
+                values[f"{owner}.{name}"] = self._resolved(value, place)
+        settings = settings.bind(values)
         self._check_not_twice(settings)
         return settings
 
@@ -145,9 +136,8 @@ class _Parsed(config_parser.ParserDelegate):  # type: ignore[misc]
         for name, (place, _) in self.macros.items():
             if name in self.used:
                 continue
-            known = [f"{owner}.{field}" for owner in s.SECTIONS for field in _parameters(owner)]
-            close = [each for each in known if each.endswith("." + name)] or difflib.get_close_matches(
-                name, known, 1, 0.5
+            close = [each for each in s.FIELDS if each.endswith("." + name)] or difflib.get_close_matches(
+                name, s.FIELDS, 1, 0.5
             )
             hint = f"; did you mean {close[0]!r}?" if close else ": write it as OWNER.NAME"
             raise UserError(f"gin: {place}: {name!r} is no setting, and no %{name} refers to it{hint}")
@@ -159,7 +149,7 @@ class _Parsed(config_parser.ParserDelegate):  # type: ignore[misc]
             for option, published in s.PUBLISHED_OPTIONS.get(registry.kind, {}).items():
                 owner, _, parameter = published.partition(".")
                 both = option in self.bound.get(gin_name, {}) and parameter in self.bound.get(owner, {})
-                if gin_name not in s.SECTIONS and both:
+                if both and f"{gin_name}.{option}" not in s.FIELDS:
                     here, there = settings.options[gin_name][option], settings.published(published)
                     if here != there:
                         raise UserError(
@@ -169,8 +159,12 @@ class _Parsed(config_parser.ParserDelegate):  # type: ignore[misc]
 
 def _parameters(owner: str) -> list[str]:
     """The names that can be bound on an owner."""
-    kind = s.SECTIONS[owner][1] if owner in s.SECTIONS else parts_by_gin_name()[owner].options
-    return list(kind.model_fields)
+    fields = [name.partition(".")[2] for name in s.FIELDS if name.startswith(f"{owner}.")]
+    return fields or list(parts_by_gin_name()[owner].options.model_fields)
+
+
+def _owners() -> list[str]:
+    return list(dict.fromkeys([*(name.partition(".")[0] for name in s.FIELDS), *parts_by_gin_name()]))
 
 
 def _bind_file(path: Path, missing: str, parsed: _Parsed) -> None:
@@ -251,7 +245,7 @@ def _bind(statement: Any, place: str, parsed: _Parsed) -> None:
             raise UserError(
                 f"gin: {place}: scopes cannot act here; write {owner}.{argument} without {scope + '/'!r}"
             )
-        owner, owners = owner.removeprefix(MODULE), [*s.SECTIONS, *parts_by_gin_name()]
+        owner, owners = owner.removeprefix(MODULE), _owners()
         if owner not in owners:
             raise UserError(f"gin: {place}: there is no configurable {owner!r}{nearest(owner, owners)}")
         if argument not in _parameters(owner):
@@ -263,23 +257,28 @@ def _bind(statement: Any, place: str, parsed: _Parsed) -> None:
 
 def resolved_text(settings: s.RunSettings) -> str:
     """Every gin name with its value, defaults included, as a gin file that gives the same settings."""
-    lines = []
-    for name, (section, _) in s.SECTIONS.items():
-        values = getattr(settings, section).model_dump()
-        lines += [f"{name}.{key} = {value!r}" for key, value in sorted(values.items())] + [""]
+    values: dict[str, dict[str, Any]] = {}
+    for published in sorted(s.FIELDS):
+        owner, _, parameter = published.partition(".")
+        values.setdefault(owner, {})[parameter] = settings.published(published)
+    lines = [
+        line
+        for owner, given in values.items()
+        for line in [*(f"{owner}.{name} = {value!r}" for name, value in given.items()), ""]
+    ]
     chosen = {r[name].gin_name: (r, name) for r, name in settings.chosen_parts() if name in r}
-    published: set[str] = set()
-    for name in sorted({*settings.options, *chosen} - set(s.SECTIONS)):
-        values = dict(settings.options.get(name, {}))
+    taken: set[str] = set()
+    for name in sorted({*settings.options, *chosen} - set(values)):
+        own = dict(settings.options.get(name, {}))
         if name in chosen:
             registry, part = chosen[name]
             filled = s.PUBLISHED_OPTIONS.get(registry.kind, {})
-            published |= {filled[option] for option in values if option in filled}
+            taken |= {filled[option] for option in own if option in filled}
             every = registry[part].option_values(settings.part_options(registry, part))
-            values.update({k: v for k, v in every.items() if k not in filled and _is_gin_value(v)})
-        if values:
-            lines += [f"{name}.{key} = {value!r}" for key, value in sorted(values.items())] + [""]
-    return "\n".join(line for line in lines if line.partition(" = ")[0] not in published)
+            own.update({k: v for k, v in every.items() if k not in filled and _is_gin_value(v)})
+        if own:
+            lines += [f"{name}.{key} = {value!r}" for key, value in sorted(own.items())] + [""]
+    return "\n".join(line for line in lines if line.partition(" = ")[0] not in taken)
 
 
 def _is_gin_value(value: Any) -> bool:
@@ -294,9 +293,10 @@ def _one_line(text: str) -> str:
 def differences(before: s.RunSettings, now: s.RunSettings) -> list[tuple[str, Any, Any]]:
     """(gin name, value before, value now) of every setting that differs."""
     found = []
-    for name, (section, _) in s.SECTIONS.items():
-        old, new = dict(getattr(before, section)), dict(getattr(now, section))
-        found += [(f"{name}.{key}", old[key], new[key]) for key in new if old[key] != new[key]]
+    for name in s.FIELDS:
+        old, new = before.published(name), now.published(name)
+        if old != new:
+            found.append((name, old, new))
     keys = sorted(
         {(name, key) for side in (before, now) for name, values in side.options.items() for key in values}
     )

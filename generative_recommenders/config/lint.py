@@ -9,21 +9,21 @@ import torch
 from absl import logging
 
 from generative_recommenders.config.registry import INPUT_PREPROCESSORS, LOSSES
-from generative_recommenders.config.schema import RunSettings
+from generative_recommenders.config.schema import FIELDS, RunSettings
 from generative_recommenders.config.sections import MAX_PREFETCH
 
 
 def _samples(settings: RunSettings) -> bool:
-    name = settings.train.loss_module
+    name = settings.loss.loss_module
     return name in LOSSES and getattr(LOSSES[name].make, "needs_negatives", False)
 
 
 def _draws(settings: RunSettings, *strategies: str) -> bool:
-    return _samples(settings) and settings.train.sampling_strategy in strategies
+    return _samples(settings) and settings.negatives.sampling_strategy in strategies
 
 
 def _reads_ratings(settings: RunSettings) -> bool:
-    name = settings.train.input_preprocessor
+    name = settings.model.input_preprocessor
     return name in INPUT_PREPROCESSORS and getattr(INPUT_PREPROCESSORS[name].make, "needs_ratings", False)
 
 
@@ -47,7 +47,7 @@ TRAIN_SETTINGS: tuple[tuple[tuple[str, ...], Acts, str], ...] = (
     (("loss_activation_checkpoint",), _samples, "{loss_module} keeps no scores for its backward pass anyway"),
     (
         ("negatives_block_size",),
-        lambda s: _samples(s) and s.train.negatives_sharing == "block",
+        lambda s: _samples(s) and s.negatives.negatives_sharing == "block",
         "negatives are not shared by blocks",
     ),
     (
@@ -63,27 +63,27 @@ TRAIN_SETTINGS: tuple[tuple[tuple[str, ...], Acts, str], ...] = (
     ),
     (
         ("calibration",),
-        lambda s: not _samples(s) or s.train.loss_module == "gBCE",
+        lambda s: not _samples(s) or s.loss.loss_module == "gBCE",
         "{loss_module} has none",
     ),
     (
         ("mask_probability",),
-        lambda s: s.train.objective in ("masked", "permuted", "replaced"),
+        lambda s: s.loss.objective in ("masked", "permuted", "replaced"),
         "objective {objective} hides nothing",
     ),
     (
         ("max_span_length", "permute_all"),
-        lambda s: s.train.objective == "permuted",
+        lambda s: s.loss.objective == "permuted",
         "objective is not permuted",
     ),
     (
         ("fakes_from", "tie_discriminator", "discriminator_weight"),
-        lambda s: s.train.objective == "replaced",
+        lambda s: s.loss.objective == "replaced",
         "objective is not replaced",
     ),
     (
         ("category_feature",),
-        lambda s: s.train.embedding_module_type == "categorical",
+        lambda s: s.items.embedding_module_type == "categorical",
         "embeddings are not by category",
     ),
     (("next_time",), _timed, "no bias by time reads it"),
@@ -92,7 +92,11 @@ TRAIN_SETTINGS: tuple[tuple[tuple[str, ...], Acts, str], ...] = (
         _reads_ratings,
         "{input_preprocessor} reads no ratings",
     ),
-    (("partial_eval_num_iters",), lambda s: s.train.full_eval_every_n > 1, "every evaluation is a full one"),
+    (
+        ("partial_eval_num_iters",),
+        lambda s: s.evaluation.full_eval_every_n > 1,
+        "every evaluation is a full one",
+    ),
 )
 """(fields of ``train_fn``, when they act, why they do not)."""
 
@@ -102,8 +106,8 @@ SECTIONS: tuple[tuple[str, str, Acts], ...] = (
     ("diff_transformer_encoder", "diff_transformer", lambda s: s.encoder_name == "DiffTransformer"),
     ("transformer_encoder", "transformer", lambda s: s.encoder_name == "Transformer"),
     ("item_tower", "item_tower", lambda s: s.uses_item_tower),
-    ("sce", "sce", lambda s: s.train.loss_module in ("SCE", "ScalableCrossEntropyLoss")),
-    ("create_mol_interaction_module", "mol", lambda s: s.train.interaction_module_type == "MoL"),
+    ("sce", "sce", lambda s: s.loss.loss_module in ("SCE", "ScalableCrossEntropyLoss")),
+    ("create_mol_interaction_module", "mol", lambda s: s.model.interaction_module_type == "MoL"),
 )
 """(gin name, section of the settings, when it acts)."""
 
@@ -116,7 +120,7 @@ def log_notices(settings: RunSettings) -> None:
 
 def likely_slips(settings: RunSettings) -> list[str]:
     """One line for each combination that trains as asked but that no published configuration has."""
-    t, dqk, dv, lines = settings.train, settings.hstu.dqk, settings.hstu.dv, []
+    dqk, dv, lines = settings.hstu.dqk, settings.hstu.dv, []
     if settings.encoder_name == "HSTU" and dqk != dv:
         lines.append(
             f"hstu_encoder.dqk = {dqk} and hstu_encoder.dv = {dv} do not match: queries and keys are {dqk} wide, values "
@@ -124,8 +128,8 @@ def likely_slips(settings: RunSettings) -> list[str]:
         )
     if settings.uses_item_tower and not _samples(settings):
         lines.append(
-            f"train_fn.loss_module = {t.loss_module!r} scores the catalogue: every item passes through the item tower in "
-            "every step; with sampled negatives only those that the step touches do"
+            f"train_fn.loss_module = {settings.loss.loss_module!r} scores the catalogue: every item passes through the "
+            "item tower in every step; with sampled negatives only those that the step touches do"
         )
     return lines
 
@@ -136,18 +140,21 @@ def inert(settings: RunSettings) -> list[str]:
 
 
 def _idle_train_settings(settings: RunSettings) -> list[str]:
-    t, lines = settings.train, []
-    changed, said = set(_changed(t)), set[str]()
+    lines, default = [], RunSettings()
+    values = {name: settings.published(name) for name in FIELDS if name.startswith("train_fn.")}
+    changed = {name.removeprefix("train_fn.") for name in values if values[name] != default.published(name)}
+    by_field = {name.removeprefix("train_fn."): value for name, value in values.items()}
+    said = set[str]()
     for names, acts, why in TRAIN_SETTINGS:
         idle = [name for name in names if name in changed - said]
         if idle and not acts(settings):
             said |= set(idle)
-            reason = why.format(**dict(t))
+            reason = why.format(**by_field)
             lines.append(f"{', '.join(f'train_fn.{name}' for name in idle)} cannot act: {reason}")
-    if "BruteForce" not in t.top_k_method:
+    if "BruteForce" not in settings.model.top_k_method:
         lines.append(
-            f"train_fn.top_k_method = {t.top_k_method!r}: ranks are counted exactly over the whole catalogue; it acts "
-            "in retrieval.methods.build_top_k alone"
+            f"train_fn.top_k_method = {settings.model.top_k_method!r}: ranks are counted exactly over the whole "
+            "catalogue; it acts in retrieval.methods.build_top_k alone"
         )
     return lines
 
@@ -160,13 +167,13 @@ def _idle_sections(settings: RunSettings) -> list[str]:
             lines.append(
                 f"{', '.join(f'{owner}.{name}' for name in idle)} cannot act: this run has no such part"
             )
-    if settings.similarity.bf16_training and settings.train.interaction_module_type != "MoL":
+    if settings.similarity.bf16_training and settings.model.interaction_module_type != "MoL":
         lines.append("get_similarity_function.bf16_training: it acts on MoL; dot products stay float32")
     return lines
 
 
 def _beyond_this_machine(settings: RunSettings) -> list[str]:
-    t, loader, lines = settings.train, settings.loader, []
+    loader, lines = settings.loader, []
     if loader.num_workers > 0:
         lines.append(
             f"create_data_loader.num_workers = {loader.num_workers}: batches are cut by one thread and need no workers"
@@ -176,8 +183,8 @@ def _beyond_this_machine(settings: RunSettings) -> list[str]:
             f"create_data_loader.prefetch_factor = {loader.prefetch_factor}: {MAX_PREFETCH} batches are made ahead"
         )
     bf16 = {
-        "train_fn.main_module_bf16": t.main_module_bf16,
-        "train_fn.eval_bf16": t.eval_bf16,
+        "train_fn.main_module_bf16": settings.model.main_module_bf16,
+        "train_fn.eval_bf16": settings.evaluation.eval_bf16,
         "get_similarity_function.bf16_training": settings.similarity.bf16_training,
         "create_mol_interaction_module.bf16_training": settings.mol.bf16_training,
     }

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from absl import logging
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from generative_recommenders.config.fields import Section, StrictModel, validated
+from generative_recommenders.config.fields import Section, nearest, validated
+from generative_recommenders.config.migrations import grouped
 from generative_recommenders.config.registry import (
     ENCODERS,
     INPUT_PREPROCESSORS,
@@ -25,26 +27,44 @@ from generative_recommenders.config.registry import (
     parts_by_gin_name,
 )
 from generative_recommenders.config.sections import (
+    CheckpointSettings,
+    DataSettings,
     DiffTransformerSettings,
     EncoderSettings,
+    EvaluationSettings,
     HstuSettings,
+    ItemSettings,
     ItemTowerSettings,
     LoaderSettings,
+    LossSettings,
+    ModelSettings,
     MoLSettings,
+    NegativesSettings,
+    OptimizerSettings,
     SasrecSettings,
     SceSettings,
+    ScheduleSettings,
     SimilaritySettings,
-    TrainSettings,
     TransformerSettings,
     WeightedLossSettings,
 )
 from generative_recommenders.errors import UserError
 
 
-class RunSettings(StrictModel):
-    """All of a run's choices."""
+class RunSettings(Section):
+    """All of a run's choices, in groups; `bind` takes them by the names that gin files write."""
 
-    train: TrainSettings = Field(default_factory=TrainSettings)
+    gin_name: ClassVar[str] = "settings"
+
+    data: DataSettings = Field(default_factory=DataSettings)
+    model: ModelSettings = Field(default_factory=ModelSettings)
+    items: ItemSettings = Field(default_factory=ItemSettings)
+    loss: LossSettings = Field(default_factory=LossSettings)
+    negatives: NegativesSettings = Field(default_factory=NegativesSettings)
+    optimizer: OptimizerSettings = Field(default_factory=OptimizerSettings)
+    schedule: ScheduleSettings = Field(default_factory=ScheduleSettings)
+    evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
+    checkpoints: CheckpointSettings = Field(default_factory=CheckpointSettings)
     sasrec: SasrecSettings = Field(default_factory=SasrecSettings)
     hstu: HstuSettings = Field(default_factory=HstuSettings)
     diff_transformer: DiffTransformerSettings = Field(default_factory=DiffTransformerSettings)
@@ -59,24 +79,53 @@ class RunSettings(StrictModel):
     options: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Options of further parts, plug-ins among them, by gin name; what is not given has its default."""
 
+    @model_validator(mode="after")
+    def _patience_needs_validation(self) -> Self:
+        if self.schedule.early_stopping_patience is not None and self.data.protocol == "paper":
+            raise ValueError(
+                'train_fn.early_stopping_patience needs validation targets, and protocol "paper" has none: unset it'
+            )
+        return self
+
+    def bind(self, values: Mapping[str, Any]) -> RunSettings:
+        """The settings with other values, by the names that gin files write: ``{"train_fn.loss_module": "CE"}``.
+
+        UserError for a name that is none, and for a value that cannot be.
+        """
+        groups: dict[str, dict[str, Any]] = {}
+        options = {owner: dict(given) for owner, given in self.options.items()}
+        parts = parts_by_gin_name()
+        for name, value in values.items():
+            owner, _, option = name.partition(".")
+            if name in FIELDS:
+                group, field = FIELDS[name]
+                groups.setdefault(group, {})[field] = value
+            elif owner in parts:
+                options.setdefault(owner, {})[option] = value
+                parts[owner].option_values(options[owner])
+            else:
+                raise UserError(f"there is no setting {name!r}{nearest(name, FIELDS)}")
+        changed = {group: getattr(self, group).changed(**given) for group, given in groups.items()}
+        return self.changed(**changed, options=options)
+
     @property
     def encoder_name(self) -> str:
         """The encoder of the histories: ``main_module``, or TwoTower's query tower."""
-        name = self.train.main_module
+        name = self.model.main_module
         return self.item_tower.query_module if name == "TwoTower" else name
 
     @property
     def uses_item_tower(self) -> bool:
         """Whether candidates are scored through an item tower."""
-        return self.train.main_module == "TwoTower" or self.train.embedding_module_type == "item_tower"
+        return self.model.main_module == "TwoTower" or self.items.embedding_module_type == "item_tower"
 
     def part_options(self, registry: Registry, name: str) -> dict[str, Any]:
         """What a part is given: its own options, and those that published names fill where its own are not given."""
         part = registry[name]
         own = dict(self.options.get(part.gin_name, {}))
-        if part.gin_name in SECTIONS:
-            section = dict(getattr(self, SECTIONS[part.gin_name][0]))
-            own = {**{k: v for k, v in section.items() if k in part.options.model_fields}, **own}
+        for option in part.options.model_fields:
+            if f"{part.gin_name}.{option}" in FIELDS:
+                own.setdefault(option, self.published(f"{part.gin_name}.{option}"))
         for option, published in PUBLISHED_OPTIONS.get(registry.kind, {}).items():
             if option in part.options.model_fields and (value := self.published(published)) is not None:
                 own.setdefault(option, value)  # None leaves the part's own default
@@ -84,23 +133,25 @@ class RunSettings(StrictModel):
 
     def published(self, gin_name: str) -> Any:
         """The value of a published name, as ``train_fn.label_smoothing``."""
-        owner, _, name = gin_name.partition(".")
-        return getattr(getattr(self, SECTIONS[owner][0]), name)
+        group, field = FIELDS[gin_name]
+        return getattr(getattr(self, group), field)
 
     def chosen_parts(self) -> list[tuple[Registry, str]]:
         """The parts of this run that come from registries."""
-        t = self.train
         chosen = [
             (ENCODERS, self.encoder_name),
-            (LOSSES, t.loss_module),
-            (INPUT_PREPROCESSORS, t.input_preprocessor),
-            (OUTPUT_POSTPROCESSORS, t.user_embedding_norm),
-            (ITEM_EMBEDDINGS, "item_tower" if t.main_module == "TwoTower" else t.embedding_module_type),
-            (SIMILARITIES, t.interaction_module_type or "DotProduct"),
-            (OBJECTIVES, t.objective),
-            (OPTIMIZERS, t.optimizer),
-            (SEEN_FILTERS, t.seen_filter),
-            (NEGATIVE_SAMPLERS, t.sampling_strategy),
+            (LOSSES, self.loss.loss_module),
+            (INPUT_PREPROCESSORS, self.model.input_preprocessor),
+            (OUTPUT_POSTPROCESSORS, self.model.user_embedding_norm),
+            (
+                ITEM_EMBEDDINGS,
+                "item_tower" if self.model.main_module == "TwoTower" else self.items.embedding_module_type,
+            ),
+            (SIMILARITIES, self.model.interaction_module_type or "DotProduct"),
+            (OBJECTIVES, self.loss.objective),
+            (OPTIMIZERS, self.optimizer.optimizer),
+            (SEEN_FILTERS, self.evaluation.seen_filter),
+            (NEGATIVE_SAMPLERS, self.negatives.sampling_strategy),
         ]
         shares = (
             self.part_options(*chosen[-1]).get("shares", {}) if chosen[-1][1] in NEGATIVE_SAMPLERS else {}
@@ -127,18 +178,17 @@ class RunSettings(StrictModel):
         that cannot be."""
         if not isinstance(data, dict):
             raise UserError(f"settings are no object but {str(data)[:40]!r}")
-        data = dict(data)
+        data = grouped(dict(data), FIELDS)
         check_plugins(data.pop("plugins", []))
         options = _saved_options(data.pop("options", {}))
-        sections = dict(SECTIONS.values())
-        unknown = sorted(set(data) - set(sections))
+        unknown = sorted(set(data) - set(GROUPS))
         if unknown:
             raise UserError(f"settings have unknown sections: {', '.join(unknown)[:200]}")
         for name, values in data.items():
             if not isinstance(values, dict):
                 raise UserError(f"settings section {name!r} is no object but {str(values)[:40]!r}")
         try:
-            read = {name: sections[name](**values) for name, values in data.items()}
+            read = {name: GROUPS[name](**values) for name, values in data.items()}
             return validated(cls, {**read, "options": options}, "settings")
         except UserError as error:
             raise UserError(str(error)[:300]) from error
@@ -179,12 +229,19 @@ def warn_changed_plugin(kind: str, name: str, source: str) -> None:
     logging.warning("%s %r was saved with another version of %s than is loaded now", kind, name, source)
 
 
-SECTIONS: dict[str, tuple[str, type[Section]]] = {
-    kind.gin_name: (name, kind)
+GROUPS: dict[str, type[Section]] = {
+    name: kind
     for name, field in RunSettings.model_fields.items()
     if isinstance(kind := field.annotation, type) and issubclass(kind, Section)
 }
-"""gin name -> (section of `RunSettings`, its class)."""
+"""Groups of `RunSettings` and their classes."""
+
+FIELDS: dict[str, tuple[str, str]] = {
+    f"{kind.gin_name}.{field}": (group, field)
+    for group, kind in GROUPS.items()
+    for field in kind.model_fields
+}
+"""The published flat names, as ``train_fn.num_epochs``, and the group and field that each of them fills."""
 
 PUBLISHED_OPTIONS: dict[str, dict[str, str]] = {
     "encoder": {

@@ -1,4 +1,7 @@
-"""Sections of the settings: types, ranges and choices of their fields. The defaults are those of the published programs."""
+"""Groups of settings: types, ranges and choices of their fields. The defaults are those of the published programs.
+
+A field has its published name; ``gin_name`` says before what. Several groups make up ``train_fn``.
+"""
 
 from __future__ import annotations
 
@@ -31,57 +34,86 @@ MAX_PREFETCH = 64
 """Batches that a loader makes ahead at most."""
 
 
-class TrainSettings(Section):
-    """``train_fn``: the run. Times are in steps or epochs as named; sizes are per process.
-
-    learning_rate is that of the global batch: local_batch_size rows on each process, one mean loss over all of them.
-    It is never scaled by the number of processes, so N processes of b rows train as one process of N * b.
-
-    num_positives: a position predicts the next so many events (PinnerFormer, arXiv 2205.04507). target_weights: what a
-    target counts, the same or its rating. class_selector: whose class "multi-class" negatives come from, one at random or
-    the target's. event_features: event columns that histories are read with.
-    mask_probability: 0.15, permuted 1 / 6, unless given.
-    """
+class DataSettings(Section):
+    """The data and how histories are cut. event_features: event columns that histories are read with."""
 
     gin_name: ClassVar[str] = "train_fn"
 
     dataset_name: str = "synthetic-books"
+    protocol: Protocol = "leave_one_out"
     max_sequence_length: Length = 200
+    gr_output_length: Annotated[int, Ge(0), Le(1 << 20)] = 10
     positional_sampling_ratio: Annotated[float, Gt(0.0), Le(1.0)] = 1.0
-    local_batch_size: Size = 128
-    eval_batch_size: Size = 128
-    eval_user_max_batch_size: Size | None = None
+    event_features: tuple[str, ...] = ()
+
+    @property
+    def max_tokens(self) -> int:
+        """Rows of the position table: max_sequence_length + gr_output_length + 1, HSTU's constant divisor."""
+        return self.max_sequence_length + self.gr_output_length + 1
+
+
+class ModelSettings(Section):
+    """The parts of the model."""
+
+    gin_name: ClassVar[str] = "train_fn"
+
     main_module: str = "SASRec"
     main_module_bf16: bool = False
+    input_preprocessor: str = "LearnablePositionalEmbedding"
     dropout_rate: Share = 0.2
+    rating_embedding_dim: Width = 8
+    num_ratings: Size = 6
     user_embedding_norm: str = "l2_norm"
-    sampling_strategy: str = "in-batch"
-    num_negatives: Size = 1
+    next_time: NextTime = "given"
+    interaction_module_type: str = "DotProduct"
+    temperature: Positive = 0.05
+    top_k_method: str = "MIPSBruteForceTopK"
+
+
+class ItemSettings(Section):
+    """Item embeddings. category_feature: what ``embedding_module_type = "categorical"`` groups items by."""
+
+    gin_name: ClassVar[str] = "train_fn"
+
+    embedding_module_type: str = "local"
+    item_embedding_dim: Width = 240
+    item_l2_norm: bool = False
+    l2_norm_eps: Positive = 1e-6
+    category_feature: str | None = None
+
+
+class LossSettings(Section):
+    """What is learned.
+
+    num_positives: a position predicts the next so many events (PinnerFormer, arXiv 2205.04507). target_weights: what a
+    target counts, the same or its rating. mask_probability: the objective's own unless given.
+    """
+
+    gin_name: ClassVar[str] = "train_fn"
+
+    objective: str = "causal"
     loss_module: str = "SampledSoftmaxLoss"
     loss_weights: dict[str, NonNegative] = Field(default_factory=dict)
     loss_activation_checkpoint: bool = False
-    temperature: Positive = 0.05
-    item_l2_norm: bool = False
-    l2_norm_eps: Positive = 1e-6
-    num_epochs: Count = 101
-    learning_rate: Positive = 1e-3
-    num_warmup_steps: Count = 0
-    weight_decay: NonNegative = 1e-3
-    interaction_module_type: str = "DotProduct"
-    top_k_method: str = "MIPSBruteForceTopK"
-    embedding_module_type: str = "local"
-    item_embedding_dim: Width = 240
-    gr_output_length: Annotated[int, Ge(0), Le(1 << 20)] = 10
-    eval_interval: Period = 100
-    full_eval_every_n: Period = 1
-    partial_eval_num_iters: Period = 32
-    save_ckpt_every_n: Period = 1000
-    enable_tf32: bool = False
-    eval_bf16: bool = False
-    random_seed: Count = 42
-    # Ours, beside the published names.
-    protocol: Protocol = "leave_one_out"
-    objective: str = "causal"
+    label_smoothing: Share = 0.0
+    calibration: float = 0.75
+    num_positives: Size = 1
+    target_weights: Literal["equal", "rating"] = "equal"
+    mask_probability: float | None = None
+    max_span_length: Size = 5
+    permute_all: bool = False
+    fakes_from: Literal["batch", "catalogue"] = "batch"
+    tie_discriminator: bool = False
+    discriminator_weight: NonNegative = 50.0
+
+
+class NegativesSettings(Section):
+    """Sampled negatives. class_selector: whose class "multi-class" negatives come from, one at random or the target's."""
+
+    gin_name: ClassVar[str] = "train_fn"
+
+    sampling_strategy: str = "in-batch"
+    num_negatives: Size = 1
     negatives_sharing: NegativesSharing = "position"
     negatives_block_size: Size = 256
     log_q_correction: bool = False
@@ -89,44 +121,61 @@ class TrainSettings(Section):
     mixed_shares: dict[str, NonNegative] = Field(default_factory=lambda: {"local": 0.5, "popularity": 0.5})
     class_feature: str | None = None
     class_selector: ClassSelector = "random"
-    num_positives: Size = 1
-    target_weights: Literal["equal", "rating"] = "equal"
-    seen_filter: str = "history"
-    input_preprocessor: str = "LearnablePositionalEmbedding"
-    rating_embedding_dim: Width = 8
-    num_ratings: Size = 6
-    category_feature: str | None = None
+
+
+class OptimizerSettings(Section):
+    """Updates.
+
+    learning_rate is that of the global batch: local_batch_size rows on each process, one mean loss over all of them.
+    It is never scaled by the number of processes, so N processes of b rows train as one process of N * b.
+    """
+
+    gin_name: ClassVar[str] = "train_fn"
+
     optimizer: str = "adamw"
+    learning_rate: Positive = 1e-3
+    weight_decay: NonNegative = 1e-3
+    num_warmup_steps: Count = 0
     max_grad_norm: Positive | None = None
-    next_time: NextTime = "given"
-    event_features: tuple[str, ...] = ()
-    label_smoothing: Share = 0.0
-    calibration: float = 0.75
-    mask_probability: float | None = None
-    max_span_length: Size = 5
-    permute_all: bool = False
-    fakes_from: Literal["batch", "catalogue"] = "batch"
-    tie_discriminator: bool = False
-    discriminator_weight: NonNegative = 50.0
-    rating_threshold: float = 4.0
+
+
+class ScheduleSettings(Section):
+    """The course of a run, in epochs; local_batch_size is per process."""
+
+    gin_name: ClassVar[str] = "train_fn"
+
+    num_epochs: Count = 101
+    local_batch_size: Size = 128
+    early_stopping_patience: Period | None = None
+    random_seed: Count = 42
+    deterministic: bool = False
+    enable_tf32: bool = False
+
+
+class EvaluationSettings(Section):
+    """Evaluation. eval_interval is in steps, full_eval_every_n in epochs; sizes are per process."""
+
+    gin_name: ClassVar[str] = "train_fn"
+
+    eval_batch_size: Size = 128
+    eval_user_max_batch_size: Size | None = None
+    eval_bf16: bool = False
+    eval_interval: Period = 100
+    full_eval_every_n: Period = 1
+    partial_eval_num_iters: Period = 32
+    seen_filter: str = "history"
     list_metrics_k: Size | None = None
+    rating_threshold: float = 4.0
+
+
+class CheckpointSettings(Section):
+    """Checkpoints: every so many epochs and minutes."""
+
+    gin_name: ClassVar[str] = "train_fn"
+
+    save_ckpt_every_n: Period = 1000
     keep_checkpoints: Period = 3
     checkpoint_minutes: Positive = 15.0
-    early_stopping_patience: Period | None = None
-    deterministic: bool = False
-
-    @model_validator(mode="after")
-    def _patience_needs_validation(self) -> Self:
-        if self.early_stopping_patience is not None and self.protocol == "paper":
-            raise ValueError(
-                'train_fn.early_stopping_patience needs validation targets, and protocol "paper" has none: unset it'
-            )
-        return self
-
-    @property
-    def max_tokens(self) -> int:
-        """Rows of the position table: max_sequence_length + gr_output_length + 1, HSTU's constant divisor."""
-        return self.max_sequence_length + self.gr_output_length + 1
 
 
 class SasrecSettings(Section):

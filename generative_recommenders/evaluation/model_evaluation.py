@@ -44,13 +44,12 @@ class ModelEvaluation:
         collectives: Collectives,
     ) -> None:
         self.settings, self.dataset, self.split, self.collectives = settings, dataset, split, collectives
-        t = settings.train
-        self.seen_filter = build_part(settings, SEEN_FILTERS, t.seen_filter, {})
+        self.seen_filter = build_part(settings, SEEN_FILTERS, settings.evaluation.seen_filter, {})
         self.warned_removed = False
         if not (split.test_targets >= 0).any():
             raise UserError(
-                f"{t.dataset_name} has no test targets under protocol {t.protocol!r}: its longest history has "
-                f"{max(dataset.lengths, default=0)} events; there is nothing to measure a model by"
+                f"{settings.data.dataset_name} has no test targets under protocol {settings.data.protocol!r}: its longest "
+                f"history has {max(dataset.lengths, default=0)} events; there is nothing to measure a model by"
             )
 
     def validation(
@@ -60,7 +59,7 @@ class ModelEvaluation:
 
         max_batches: of all processes together, for a partial evaluation. stop: see `Evaluator`.
         """
-        part = "test" if self.settings.train.protocol == "paper" else "validation"
+        part = "test" if self.settings.data.protocol == "paper" else "validation"
         return self._of_model(model, part, max_batches, stop)
 
     def test(self, model: SequenceRecommender, stop: Callable[[], bool] = never) -> EvaluationResult:
@@ -82,49 +81,57 @@ class ModelEvaluation:
     def conditions(self, result: EvaluationResult) -> str:
         """The conditions of test numbers: what became of targets that repeat or that training never saw, and next_time
         where the encoder has a time bias."""
-        t, unseen = self.settings.train, int(self.split.unseen_test_targets.sum())
-        shown = f"seen filter {t.seen_filter!r}"
-        if t.seen_filter != "none":
+        unseen = int(self.split.unseen_test_targets.sum())
+        shown = f"seen filter {self.settings.evaluation.seen_filter!r}"
+        if self.settings.evaluation.seen_filter != "none":
             shown += (
                 f" (targets among the seen items, misses: {result.removed_targets:,} of {result.targets:,})"
             )
-        shown += (
-            f", targets unseen in training, {'as scored' if t.protocol == 'paper' else 'misses'}: {unseen:,}"
-        )
+        rank = "as scored" if self.settings.data.protocol == "paper" else "misses"
+        shown += f", targets unseen in training, {rank}: {unseen:,}"
         hstu = self.settings.hstu
         timed = hstu.enable_relative_attention_bias and hstu.enable_relative_time_bias
         if self.settings.encoder_name == "HSTU" and timed and self.dataset.timestamps is not None:
-            shown += f", next_time {t.next_time!r}"
+            shown += f", next_time {self.settings.model.next_time!r}"
         return shown
 
     def _evaluator(self, part: str, max_batches: int | None, stop: Callable[[], bool] = never) -> Evaluator:
         """part: "validation" or "test"."""
-        t, world, split = self.settings.train, self.collectives, self.split
+        world, split = self.collectives, self.split
         targets, unseen = split.test_targets, split.unseen_test_targets
         if part == "validation":
             targets, unseen = split.validation_targets, split.unseen_validation_targets
-        batch_size = min(t.eval_batch_size, t.eval_user_max_batch_size or t.eval_batch_size)
+        evaluation, data = self.settings.evaluation, self.settings.data
+        batch_size = min(
+            evaluation.eval_batch_size, evaluation.eval_user_max_batch_size or evaluation.eval_batch_size
+        )
         max_users = None if max_batches is None else max_batches * batch_size
         loader = EvaluationLoader(
-            self.dataset, targets, t.max_sequence_length, batch_size, world.rank, world.world_size, max_users
+            self.dataset,
+            targets,
+            data.max_sequence_length,
+            batch_size,
+            world.rank,
+            world.world_size,
+            max_users,
         )
         return Evaluator(
             loader, self.dataset.num_items, self.seen_filter, world,
-            None if t.protocol == "paper" else torch.from_numpy(unseen), t.rating_threshold,
+            None if data.protocol == "paper" else torch.from_numpy(unseen), evaluation.rating_threshold,
             partial(progress_bar, total=len(loader), description="evaluation", shown=world.is_main), stop,
         )  # fmt: skip
 
     def _of_model(
         self, model: SequenceRecommender, part: str, max_batches: int | None, stop: Callable[[], bool]
     ) -> EvaluationResult:
-        t, lists = self.settings.train, None
-        if t.list_metrics_k is not None and max_batches is None:
+        lists = None
+        if self.settings.evaluation.list_metrics_k is not None and max_batches is None:
             columns = (self.dataset.items, self.dataset.offsets, self.split.train_stops)
             counts = training_counts(*columns, self.dataset.num_items)
-            lists = TopLists(t.list_metrics_k, self.dataset.num_items, counts)
+            lists = TopLists(self.settings.evaluation.list_metrics_k, self.dataset.num_items, counts)
         training = model.training
         model.eval()
-        score = catalogue_scores(model, torch.bfloat16 if t.eval_bf16 else None)
+        score = catalogue_scores(model, torch.bfloat16 if self.settings.evaluation.eval_bf16 else None)
         result = self._evaluator(part, max_batches, stop)(score, lists)
         model.train(training)
         if max_batches is None:
@@ -138,7 +145,7 @@ class ModelEvaluation:
             logging.warning(
                 "%.1f %% of the targets are items that seen filter %r takes out, and count as misses: where such repeats are "
                 'to be predicted, set train_fn.seen_filter = "none"',
-                100 * share, self.settings.train.seen_filter,
+                100 * share, self.settings.evaluation.seen_filter,
             )  # fmt: skip
             self.warned_removed = True
 

@@ -63,7 +63,7 @@ def check_top_k(settings: RunSettings, model: SequenceRecommender) -> None:
 
 
 def _of_settings(settings: RunSettings, similarity: Similarity, items: torch.Tensor) -> TopKModule:
-    method = settings.train.top_k_method
+    method = settings.model.top_k_method
     part, _ = _named(method)
     return make_top_k(method, similarity, items, settings.options.get(part.gin_name))
 

@@ -59,7 +59,7 @@ class Recommender:
     ) -> None:
         self.settings, self.model = settings, model.eval().requires_grad_(False)
         self.item_ids, self.known_users, self.counts = item_ids.cast(pa.large_string()), known_users, counts
-        self.max_length = settings.train.max_sequence_length
+        self.max_length = settings.data.max_sequence_length
         encoder = model.sequence.encoder
         facts = facts or {}
         read = {each["name"] for each in facts.get("event_features", {}).values()}

@@ -9,7 +9,7 @@ from typing import Any
 from absl import logging
 from tqdm import tqdm
 
-from generative_recommenders.config.sections import TrainSettings
+from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.distributed.progress import progress_bar
 from generative_recommenders.run.directory import RunFolder
 from generative_recommenders.training.callbacks import Recorder, T
@@ -25,11 +25,13 @@ class EpochLog(Recorder):
         self.run, self.num_epochs, self.part = run, num_epochs, part
 
     @classmethod
-    def of(cls, run: RunFolder | None, settings: TrainSettings) -> Recorder:
+    def of(cls, run: RunFolder | None, settings: RunSettings) -> Recorder:
         """A recorder that writes nothing on the processes that have no folder."""
         if run is None:
             return Recorder()
-        return cls(run, settings.num_epochs, "test" if settings.protocol == "paper" else "validation")
+        return cls(
+            run, settings.schedule.num_epochs, "test" if settings.data.protocol == "paper" else "validation"
+        )
 
     def begin(self, step: int, last_step: int) -> None:
         self.began, self.first_step, self.last_step = perf_counter(), step, last_step

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from generative_recommenders.config.sections import TrainSettings
 from generative_recommenders.data.loader import LoadedBatch
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.training.trainer import Trainer
@@ -21,7 +20,7 @@ def model_summary(trainer: Trainer) -> str:
         counts[name], seen = sum(p.numel() for p in own), seen | own
     total = sum(counts.values())
     held = 4 * total
-    if trainer.settings.train.optimizer == "rowwise_adagrad":  # one number a row of the item table
+    if trainer.settings.optimizer.optimizer == "rowwise_adagrad":  # one number a row of the item table
         held -= 2 * counts["items"]
     lines = [str(model), str(trainer.task.criterion), ""]
     lines += [f"{name:<16}{count:>14,} parameters" for name, count in counts.items()]
@@ -39,9 +38,8 @@ def kept_activations(trainer: Trainer) -> float:
     What grows with the histories is extrapolated from one and two of full length; what is as long as the touched rows of
     the item table is counted for all of it. Blocks of MoL that a large batch computes again count as kept: an upper bound.
     """
-    t = trainer.settings.train
     (one, one_table), (two, two_table) = (_kept_by(trainer, rows) for rows in (1, 2))
-    return one + (two - one) * (t.local_batch_size - 1) + max(one_table, two_table)
+    return one + (two - one) * (trainer.settings.schedule.local_batch_size - 1) + max(one_table, two_table)
 
 
 def _kept_by(trainer: Trainer, rows: int) -> tuple[float, float]:
@@ -52,7 +50,7 @@ def _kept_by(trainer: Trainer, rows: int) -> tuple[float, float]:
         kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    columns = _full_histories(trainer.dataset, trainer.settings.train, rows)
+    columns = _full_histories(trainer.dataset, trainer.settings.data.max_sequence_length + 1, rows)
     batch = trainer.task.prepare(LoadedBatch(columns, 0, 0, 0, 0), 0)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         leaf = trainer.step.forward(batch)[0].weight
@@ -64,9 +62,8 @@ def _kept_by(trainer: Trainer, rows: int) -> tuple[float, float]:
     return sum(size for is_table, size in sizes if not is_table), table
 
 
-def _full_histories(dataset: SequenceDataset, t: TrainSettings, rows: int) -> dict[str, torch.Tensor]:
+def _full_histories(dataset: SequenceDataset, width: int, rows: int) -> dict[str, torch.Tensor]:
     """Loader columns of histories as long as they may be."""
-    width = t.max_sequence_length + 1
     places = torch.arange(rows * width).view(rows, width)
     columns = {
         "user_ids": torch.arange(1, rows + 1),

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from generative_recommenders.config.sections import TrainSettings
+from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.data.splits import Split
 from generative_recommenders.data.statistics import tie_lines
 from generative_recommenders.data.store import SequenceDataset
@@ -28,12 +28,14 @@ def results_table(rows: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def model_rows(
-    settings: TrainSettings, metrics: Mapping[str, float], high_rated: Mapping[str, float]
+    settings: RunSettings, metrics: Mapping[str, float], high_rated: Mapping[str, float]
 ) -> dict[str, Mapping[str, float]]:
     """The model's rows of the table: all targets, then the highly rated ones where there are any."""
-    rows = {settings.main_module: metrics}
+    rows = {settings.model.main_module: metrics}
     if high_rated:
-        rows[f"{settings.main_module}, targets rated {settings.rating_threshold:g}+"] = high_rated
+        rows[f"{settings.model.main_module}, targets rated {settings.evaluation.rating_threshold:g}+"] = (
+            high_rated
+        )
     return rows
 
 

@@ -69,27 +69,27 @@ class Trainer:
     ) -> None:
         self.settings, self.dataset, self.split = settings, dataset, split
         self.collectives, self.log = collectives, recorder or Recorder()
-        t = settings.train
+        data, schedule, updates = settings.data, settings.schedule, settings.optimizer
         set_precision(settings, collectives.device)
-        torch.manual_seed(t.random_seed)
-        self.catalogue = Catalogue.of(dataset, split.train_stops, t.category_feature)
+        torch.manual_seed(schedule.random_seed)
+        self.catalogue = Catalogue.of(dataset, split.train_stops, settings.items.category_feature)
         self.task = build_task(settings, self.catalogue, collectives)
         self.model = self.task.model
         check_top_k(settings, self.model)
         table = self.model.items.table
-        rates = {"learning_rate": t.learning_rate, "weight_decay": t.weight_decay}
+        rates = {"learning_rate": updates.learning_rate, "weight_decay": updates.weight_decay}
         optimizer = Optimizer(
             [p for p in self.task.parameters() if p is not table], table,
-            build_part(settings, OPTIMIZERS, t.optimizer, rates), t.num_warmup_steps, t.max_grad_norm,
+            build_part(settings, OPTIMIZERS, updates.optimizer, rates), updates.num_warmup_steps, updates.max_grad_norm,
         )  # fmt: skip
         self.step = TrainingStep(self.task, optimizer, collectives)
         self.loader = SequenceLoader(
-            dataset, split.train_stops, t.max_sequence_length, t.local_batch_size, t.random_seed,
-            t.positional_sampling_ratio, collectives.rank, collectives.world_size,
+            dataset, split.train_stops, data.max_sequence_length, schedule.local_batch_size, schedule.random_seed,
+            data.positional_sampling_ratio, collectives.rank, collectives.world_size,
         )  # fmt: skip
         if len(self.loader) == 0:
             raise UserError(
-                f"{t.dataset_name}: no user has 2 training events; there is nothing to learn from"
+                f"{settings.data.dataset_name}: no user has 2 training events; there is nothing to learn from"
             )
         self.evaluation = ModelEvaluation(settings, dataset, split, collectives)
         self.picks_best = self._has_validation()
@@ -98,20 +98,20 @@ class Trainer:
 
     def _has_validation(self) -> bool:
         """Whether the split has targets to pick an epoch by; said where it should have."""
-        t = self.settings.train
-        if t.protocol == "paper":  # the test targets stand in for them, and pick nothing
+        data = self.settings.data
+        if data.protocol == "paper":  # the test targets stand in for them, and pick nothing
             return False
         if bool((self.split.validation_targets >= 0).any()):
             return True
-        if t.early_stopping_patience is not None:
+        if self.settings.schedule.early_stopping_patience is not None:
             raise UserError(
-                f"{t.dataset_name} has no validation targets under protocol {t.protocol!r}, which "
+                f"{data.dataset_name} has no validation targets under protocol {data.protocol!r}, which "
                 "train_fn.early_stopping_patience needs: unset it"
             )
         if self.collectives.is_main:
             logging.warning(
                 "%s has no validation targets under protocol %r: validation metrics are 0, and the last epoch is kept",
-                t.dataset_name, t.protocol,
+                data.dataset_name, data.protocol,
             )  # fmt: skip
         return False
 
@@ -128,13 +128,13 @@ class Trainer:
 
         store: where the main process keeps checkpoints. on_step: called after each step, for a profiler.
         """
-        t, p, epoch_length = self.settings.train, self.progress, len(self.loader)
-        last_step = p.step + (t.num_epochs - p.epoch) * epoch_length - p.step_in_epoch
+        p, epoch_length = self.progress, len(self.loader)
+        last_step = p.step + (self.settings.schedule.num_epochs - p.epoch) * epoch_length - p.step_in_epoch
         if max_steps is not None:
             last_step = min(last_step, max_steps)
         self.log.begin(p.step, last_step)
         try:
-            while p.epoch < t.num_epochs and not self._patience_exhausted():
+            while p.epoch < self.settings.schedule.num_epochs and not self._patience_exhausted():
                 # A run that stopped in an evaluation resumes behind the last step of its epoch.
                 if p.step_in_epoch < epoch_length:
                     if p.step >= last_step:
@@ -158,7 +158,7 @@ class Trainer:
         )  # fmt: skip
 
     def _patience_exhausted(self) -> bool:
-        patience = self.settings.train.early_stopping_patience
+        patience = self.settings.schedule.early_stopping_patience
         return patience is not None and self.progress.epochs_without_gain >= patience
 
     def _steps(
@@ -170,7 +170,7 @@ class Trainer:
     ) -> None:
         """Steps to the epoch's end or to the last one, with a checkpoint every checkpoint_minutes; StopRequested where any
         process is asked to stop."""
-        t, p = self.settings.train, self.progress
+        p = self.progress
         self.model.train()
         waiting: list[tuple[LoadedBatch, StepResult]] = []
         check_every = 1 if self.collectives.device.type == "cpu" else ACCELERATOR_CHECK
@@ -179,10 +179,10 @@ class Trainer:
         started, before = perf_counter(), p.seconds
         for loaded in self.log.watch(ready, len(self.loader), p.step_in_epoch, p.epoch):
             waiting.append((loaded, self.run_step(loaded)))
-            if len(waiting) >= check_every or p.step % t.eval_interval == 0:
+            if len(waiting) >= check_every or p.step % self.settings.evaluation.eval_interval == 0:
                 self.account(waiting)
             p.seconds = before + perf_counter() - started
-            if p.step % t.eval_interval == 0:
+            if p.step % self.settings.evaluation.eval_interval == 0:
                 quick = self.evaluation.validation(self.model, max_batches=1).metrics()
                 self.log.step(p.step, float(self.last.loss), self.last.learning_rate, quick)
                 started, before = perf_counter(), p.seconds  # evaluations do not count
@@ -202,7 +202,7 @@ class Trainer:
     def agreed(self, stop: bool) -> tuple[bool, bool]:
         """Whether any process is to stop, and whether the main one finds a checkpoint due: in one exchange, so that all
         processes do the same."""
-        due = perf_counter() - self.saved_at >= 60 * self.settings.train.checkpoint_minutes
+        due = perf_counter() - self.saved_at >= 60 * self.settings.checkpoints.checkpoint_minutes
         asked = self.collectives.sum_(torch.tensor([float(stop), float(due and self.collectives.is_main)]))
         return bool(asked[0] > 0), bool(asked[1] > 0)
 
@@ -216,7 +216,7 @@ class Trainer:
 
     def _seed(self, step: int) -> None:
         """torch's generators, which dropout draws from: what it draws depends on the seed, the step and the rank alone."""
-        key = stream_key(self.settings.train.random_seed, step, self.collectives.rank)
+        key = stream_key(self.settings.schedule.random_seed, step, self.collectives.rank)
         # In a hundredth of the time of `torch.manual_seed`, which looks for devices of all kinds.
         torch.default_generator.manual_seed(key)
         if self.collectives.device.type == "cuda":
@@ -238,10 +238,15 @@ class Trainer:
         waiting.clear()
 
     def _end_of_epoch(self, store: CheckpointStore | None, stop: Callable[[], bool]) -> None:
-        t, p = self.settings.train, self.progress
+        p = self.progress
         check_finite_parameters(p.step, self.task)
-        full = p.epoch % t.full_eval_every_n == 0 or p.epoch + 1 >= t.num_epochs
-        result = self.evaluation.validation(self.model, None if full else t.partial_eval_num_iters, stop)
+        full = (
+            p.epoch % self.settings.evaluation.full_eval_every_n == 0
+            or p.epoch + 1 >= self.settings.schedule.num_epochs
+        )
+        result = self.evaluation.validation(
+            self.model, None if full else self.settings.evaluation.partial_eval_num_iters, stop
+        )
         metrics = result.all_metrics() if full else result.metrics()
         loss = p.epoch_loss / max(p.epoch_targets, 1.0)
         p.history.append(
@@ -254,7 +259,7 @@ class Trainer:
             p.epochs_without_gain += 1
         self.log.epoch(p.step, p.history[-1])
         p.epoch, p.step_in_epoch, p.epoch_loss, p.epoch_targets = p.epoch + 1, 0, 0.0, 0.0
-        if better or p.epoch % t.save_ckpt_every_n == 0:
+        if better or p.epoch % self.settings.checkpoints.save_ckpt_every_n == 0:
             self.save(store, metrics[BEST_BY], better)
 
     # -- checkpoints --------------------------------------------------------------------------------------------
@@ -358,8 +363,8 @@ def _positive(checkpoint: Checkpoint, name: str) -> int:
 
 def set_precision(settings: RunSettings, device: torch.device) -> None:
     """TF32 and determinism."""
-    torch.backends.cuda.matmul.allow_tf32 = settings.train.enable_tf32
-    torch.backends.cudnn.allow_tf32 = settings.train.enable_tf32
-    torch.use_deterministic_algorithms(settings.train.deterministic)
-    if settings.train.enable_tf32 and device.type == "cpu":
+    torch.backends.cuda.matmul.allow_tf32 = settings.schedule.enable_tf32
+    torch.backends.cudnn.allow_tf32 = settings.schedule.enable_tf32
+    torch.use_deterministic_algorithms(settings.schedule.deterministic)
+    if settings.schedule.enable_tf32 and device.type == "cpu":
         logging.info("train_fn.enable_tf32: a CPU has no TF32; float32 is used")

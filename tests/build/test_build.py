@@ -228,7 +228,7 @@ def test_the_rating_threshold_is_a_choice() -> None:
 )
 def test_several_positives_train(loss: str) -> None:
     chosen = settings(loss_module=loss, num_negatives=4, sampling_strategy="local", temperature=1.0)
-    assert moved(chosen.changed(train=chosen.train.changed(num_positives=3)), steps=6)
+    assert moved(chosen.bind({"train_fn.num_positives": 3}), steps=6)
 
 
 @pytest.mark.parametrize(
@@ -327,7 +327,7 @@ def test_top_k_searches_the_items_as_they_are_scored() -> None:
     items = torch.nn.functional.normalize(model.items.all_item_embeddings(), dim=-1)
     scores, ids = search(items[[4, 9]], 1)
     assert ids[:, 0].tolist() == [5, 10]
-    torch.testing.assert_close(scores[:, 0], torch.full((2,), 1 / plain.train.temperature))
+    torch.testing.assert_close(scores[:, 0], torch.full((2,), 1 / plain.model.temperature))
     mixed = settings(**{**MOL, "top_k_method": "MoLAvgTopK5"})
     assert isinstance(build_top_k(mixed, build_model(mixed, catalogue()).eval()), MoLAvgTopK)
 

@@ -73,11 +73,15 @@ SIZES = {  # blocks, heads, width of a head, width of items, negatives, sequence
 @pytest.mark.parametrize(("name", "sizes"), SIZES.items(), ids=SIZES)
 def test_published_sizes(name: str, sizes: tuple[int, ...]) -> None:
     settings, _ = load_settings([ROOT / "configs" / f"{name}.gin"])
-    h, t = settings.hstu, settings.train
-    found = (h.num_blocks, h.num_heads, h.dqk, t.item_embedding_dim, t.num_negatives, t.max_sequence_length)
+    h = settings.hstu
+    found = (
+        h.num_blocks, h.num_heads, h.dqk, settings.items.item_embedding_dim, settings.negatives.num_negatives,
+        settings.data.max_sequence_length,
+    )  # fmt: skip
     assert found == sizes
-    assert (h.dv, h.linear_dropout_rate) == (h.dqk, t.dropout_rate)
-    assert (t.temperature, t.item_l2_norm, t.user_embedding_norm) == (0.05, True, "l2_norm")
+    assert (h.dv, h.linear_dropout_rate) == (h.dqk, settings.model.dropout_rate)
+    names = ("temperature", "item_l2_norm", "user_embedding_norm")
+    assert [settings.published(f"train_fn.{name}") for name in names] == [0.05, True, "l2_norm"]
 
 
 @pytest.mark.parametrize(
@@ -87,8 +91,8 @@ def test_a_sweep_changes_only_what_it_names(sweep: Path) -> None:
     """Data, epochs and learning rate are the same in all files of a folder; no two files say the same."""
     runs = [load_settings([path])[0] for path in sorted(sweep.glob("*.gin")) if path.stem != "base"]
     shared = {
-        (t.dataset_name, t.max_sequence_length, t.num_epochs, t.learning_rate)
-        for t in (r.train for r in runs)
+        (r.data.dataset_name, r.data.max_sequence_length, r.schedule.num_epochs, r.optimizer.learning_rate)
+        for r in runs
     }
     assert len(shared) == 1
     assert len({str(run.model_dump()) for run in runs}) == len(runs) > 3
@@ -117,6 +121,6 @@ def test_published_configurations_train_and_evaluate(
     options = workers.Options((str(path),), bindings, data_root, str(tmp_path / "run"), False, 2, False)
     assert workers.train_worker(0, 1, options) == 0
     report = capsys.readouterr().out
-    assert load_settings([path])[0].train.main_module in report
+    assert load_settings([path])[0].model.main_module in report
     assert "most popular" in report
     assert os.listdir(tmp_path / "run" / "checkpoints")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from generative_recommenders.config.gin import load_settings, override
-from generative_recommenders.config.schema import SECTIONS, RunSettings
+from generative_recommenders.config.schema import FIELDS, RunSettings
 from generative_recommenders.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -122,8 +122,7 @@ def test_published_names_arrive(write) -> None:
     settings, resolved = load_settings([write(PUBLISHED)])
     for line in PUBLISHED.strip().splitlines():
         name, _, text = line.partition(" = ")
-        owner, parameter = name.split(".")
-        value = getattr(getattr(settings, SECTIONS[owner][0]), parameter)
+        value = settings.published(name)
         expected = eval(text)
         assert (list(value) if isinstance(value, tuple) else value) == expected, name
         assert f"{name} =" in resolved
@@ -133,15 +132,14 @@ def test_resolved_configuration_is_complete_and_gives_the_same_settings(write) -
     settings, resolved = load_settings(
         [], ["train_fn.num_epochs = 3", "train_fn.mixed_shares = {'local': 1.0}"]
     )
-    for owner, (_, kind) in SECTIONS.items():
-        assert all(f"{owner}.{name} =" in resolved for name in kind.model_fields)
+    assert all(f"{name} =" in resolved for name in FIELDS)
     assert load_settings([write(resolved)])[0] == settings
 
 
 def test_bindings_come_after_files_and_runs_do_not_mix(write) -> None:
     path = write("train_fn.num_epochs = 3\ntrain_fn.item_embedding_dim = 16")
     settings, _ = load_settings([path], ["train_fn.num_epochs = 7"])
-    assert (settings.train.num_epochs, settings.train.item_embedding_dim) == (7, 16)
+    assert (settings.schedule.num_epochs, settings.items.item_embedding_dim) == (7, 16)
     assert load_settings([], [])[0] == RunSettings()
 
 
@@ -239,7 +237,7 @@ def test_settings_survive_json(write) -> None:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"model": {}}, "model"),
+        ({"modle": {}}, "modle"),
         ({"train": {"epochs": 3}}, "epochs"),
         ({"train": {"num_negatives": 0}}, "num_negatives"),
         ({"train": 3}, "section 'train' is no object but '3'"),
@@ -299,8 +297,8 @@ def test_what_would_bind_nothing_is_refused(bindings: list[str], words: str) -> 
 
 def test_names_for_values_act_over_settings_too() -> None:
     bindings = ["kept = 'none'", "train_fn.seen_filter = %kept"]
-    assert load_settings([], bindings)[0].train.seen_filter == "none"
-    assert override(RunSettings(), bindings).train.seen_filter == "none"
+    assert load_settings([], bindings)[0].evaluation.seen_filter == "none"
+    assert override(RunSettings(), bindings).evaluation.seen_filter == "none"
 
 
 def test_values_that_grow_without_measure_are_refused() -> None:
@@ -309,7 +307,7 @@ def test_values_that_grow_without_measure_are_refused() -> None:
     assert "one that holds itself" in message([], ["a = [%a]", "train_fn.loss_weights = %a"])
     assert "joins more than 100 strings" in message([], ["train_fn.protocol = (" + "'a' " * 5000 + ")"])
     joined = "train_fn.protocol = ('leave_' 'one'\n  '_out')"
-    assert load_settings([], [joined])[0].train.protocol == "leave_one_out"
+    assert load_settings([], [joined])[0].data.protocol == "leave_one_out"
 
 
 @pytest.mark.parametrize("name", ["sasrec_encoder.num_blocks", "hstu_encoder.num_heads"])

@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 
 from generative_recommenders.config.gin import FILE_LIMIT, MAX_FILES, load_settings, override
-from generative_recommenders.config.schema import SECTIONS, RunSettings
+from generative_recommenders.config.schema import FIELDS, RunSettings
 from generative_recommenders.errors import UserError
 
 INPUTS = [1000, pytest.param(100_000, marks=pytest.mark.slow)]
 MEMORY_LIMIT = 64 << 20  # bytes that the process's peak may grow by
-PARAMETERS = {owner: list(kind.model_fields) for owner, (_, kind) in SECTIONS.items()}
+PARAMETERS: dict[str, list[str]] = {}
+for _name in FIELDS:
+    PARAMETERS.setdefault(_name.partition(".")[0], []).append(_name.partition(".")[2])
 STRANGE = [
     "@train_fn", "@train_fn()", "@a/train_fn()", "%macro", "%a.b", "@gin.singleton()", "@gin.macro", "@nothing()",
     "@gin.constant", "9" * 5000, "1e999", "-1", "0x10", "None", "True", "...", "'" + "x" * 3000 + "'", "b'raw'",

@@ -11,20 +11,16 @@ import generative_recommenders.build.parts  # noqa: F401  (registers the built-i
 from generative_recommenders.config import lint as notices
 from generative_recommenders.config.gin import load_settings
 from generative_recommenders.config.lint import inert, likely_slips
-from generative_recommenders.config.schema import SECTIONS, RunSettings
-from generative_recommenders.config.sections import TrainSettings
+from generative_recommenders.config.schema import RunSettings
+from tiny_models import OWNERS
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 def chosen(**choices: Any) -> RunSettings:
-    """``section__name`` or a name of ``train_fn``; all else as by default."""
-    settings = RunSettings()
-    for name, value in choices.items():
-        section, _, field = name.rpartition("__")
-        section = section or "train"
-        settings = settings.changed(**{section: getattr(settings, section).changed(**{field: value})})
-    return settings
+    """``owner__name`` or a name of ``train_fn``; all else as by default."""
+    owned = {name.rpartition("__")[::2]: value for name, value in choices.items()}
+    return RunSettings().bind({f"{OWNERS[owner]}.{name}": value for (owner, name), value in owned.items()})
 
 
 def test_all_acts_by_default() -> None:
@@ -110,12 +106,6 @@ def test_unequal_widths_of_hstu_are_reported(encoder: dict) -> None:
 def test_a_tower_under_a_loss_over_the_catalogue_is_reported() -> None:
     (line,) = likely_slips(chosen(main_module="TwoTower", loss_module="CE"))
     assert "every item passes through the item tower" in line
-
-
-def test_the_tables_name_what_exists() -> None:
-    train = set(TrainSettings.model_fields)
-    assert {name for names, _, _ in notices.TRAIN_SETTINGS for name in names} <= train
-    assert all(SECTIONS[owner][0] == section for owner, section, _ in notices.SECTIONS)
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ TOWER = {"main_module": "TwoTower", "item_tower.query_module": "HSTU"}
 
 def evaluation(dataset: SequenceDataset, **choices: object) -> ModelEvaluation:
     chosen = settings(**choices)
-    return ModelEvaluation(chosen, dataset, make_split(dataset, chosen.train.protocol), Collectives())
+    return ModelEvaluation(chosen, dataset, make_split(dataset, chosen.data.protocol), Collectives())
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from generative_recommenders.config.sections import TrainSettings
+from generative_recommenders.config.sections import EvaluationSettings
 from generative_recommenders.errors import UserError
 from generative_recommenders.run.summary import list_metrics_lines
 from programs import run_program
@@ -67,6 +67,6 @@ def test_printed_and_recorded(tmp_path: Path) -> None:
 
 def test_a_length_below_one_is_refused() -> None:
     with pytest.raises(UserError, match="list_metrics_k"):
-        TrainSettings(list_metrics_k=0)
-    assert TrainSettings().list_metrics_k is None
+        EvaluationSettings(list_metrics_k=0)
+    assert EvaluationSettings().list_metrics_k is None
     assert list_metrics_lines({}) == []

@@ -35,9 +35,9 @@ def make_trainer(dataset: SequenceDataset, run: RunFolder | None = None, **choic
     return Trainer(
         chosen,
         dataset,
-        make_split(dataset, chosen.train.protocol),
+        make_split(dataset, chosen.data.protocol),
         Collectives(),
-        EpochLog.of(run, chosen.train),
+        EpochLog.of(run, chosen),
     )
 
 
@@ -157,6 +157,6 @@ def test_without_validation_targets_the_last_epoch_is_kept(
     result = trainer.train()
     assert result.progress.best_epoch is None and result.progress.epoch == 2
     assert result.test["mrr"] > 0
-    patient = chosen.changed(train=chosen.train.changed(early_stopping_patience=1))
+    patient = chosen.bind({"train_fn.early_stopping_patience": 1})
     with pytest.raises(UserError, match="has no validation targets under protocol 'leave_one_out'"):
         Trainer(patient, ragged_dataset, bare, Collectives())

@@ -11,7 +11,6 @@ import torch.distributed as dist
 
 from generative_recommenders.checkpoint.store import CheckpointStore
 from generative_recommenders.config.schema import RunSettings
-from generative_recommenders.config.sections import HstuSettings, MoLSettings, SasrecSettings, TrainSettings
 from generative_recommenders.data.loader import SequenceLoader
 from generative_recommenders.data.splits import make_split
 from generative_recommenders.data.store import SequenceDataset
@@ -20,10 +19,19 @@ from generative_recommenders.training.trainer import Trainer
 from programs import quick_start
 
 GLOBAL_BATCH, STEPS = 8, 50
-COMMON = TrainSettings(
-    dataset_name="tiny", max_sequence_length=12, item_embedding_dim=8, dropout_rate=0.0, num_negatives=6,
-    num_warmup_steps=10, learning_rate=3e-3, eval_batch_size=5, list_metrics_k=4,
-)  # fmt: skip
+COMMON = {
+    "dataset_name": "tiny", "max_sequence_length": 12, "item_embedding_dim": 8, "dropout_rate": 0.0, "num_negatives": 6,
+    "num_warmup_steps": 10, "learning_rate": 3e-3, "eval_batch_size": 5, "list_metrics_k": 4,
+}  # fmt: skip
+SIZES = {
+    "hstu_encoder": {"dqk": 4, "dv": 4},
+    "sasrec_encoder": {"ffn_dropout_rate": 0.0, "ffn_hidden_dim": 8},
+    "create_mol_interaction_module": {
+        "query_dot_product_groups": 2, "item_dot_product_groups": 2, "dot_product_dimension": 4,
+        "query_hidden_dim": 8, "gating_query_hidden_dim": 8, "gating_item_hidden_dim": 8, "gating_qi_hidden_dim": 8,
+        "uid_embedding_hash_sizes": (7,), "uid_dropout_rate": 0.0,
+    },
+}  # fmt: skip
 LOCAL = {"sampling_strategy": "local"}
 CASES = {
     "full cross-entropy": {"loss_module": "CE"},
@@ -56,15 +64,11 @@ RESUMED, DONE = "full cross-entropy", 3
 
 
 def settings_of(case: str, world_size: int) -> RunSettings:
-    train = COMMON.changed(local_batch_size=GLOBAL_BATCH // world_size, **CASES[case])
-    hstu = HstuSettings(dqk=4, dv=4)
-    mol = MoLSettings(
-        query_dot_product_groups=2, item_dot_product_groups=2, dot_product_dimension=4,
-        query_hidden_dim=8, gating_query_hidden_dim=8, gating_item_hidden_dim=8, gating_qi_hidden_dim=8,
-        uid_embedding_hash_sizes=(7,), uid_dropout_rate=0.0,
-    )  # fmt: skip
-    sasrec = SasrecSettings(ffn_dropout_rate=0.0, ffn_hidden_dim=8)
-    return RunSettings(train=train, sasrec=sasrec, hstu=hstu, mol=mol)
+    train = {**COMMON, "local_batch_size": GLOBAL_BATCH // world_size, **CASES[case]}
+    owners = {"train_fn": train, **SIZES}
+    return RunSettings().bind(
+        {f"{o}.{name}": value for o, given in owners.items() for name, value in given.items()}
+    )
 
 
 def losses_and_trainer(dataset: SequenceDataset, case: str) -> tuple[list[float], Trainer]:
@@ -175,9 +179,7 @@ def test_two_processes_go_on_within_an_epoch_of_one(
 ) -> None:
     both = [each["resumed"] for each in measured[1][2]]
     stops = make_split(ragged_dataset).train_stops
-    loader = SequenceLoader(
-        ragged_dataset, stops, COMMON.max_sequence_length, GLOBAL_BATCH, COMMON.random_seed
-    )
+    loader = SequenceLoader(ragged_dataset, stops, COMMON["max_sequence_length"], GLOBAL_BATCH, 42)
     behind = [user for batch in loader.epoch(0, DONE) for user in batch.columns["user_ids"].tolist()]
     assert sorted(both[0]["users"] + both[1]["users"]) == sorted(behind)
     expected = measured[0][RESUMED]["losses"][DONE : len(loader)]
