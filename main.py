@@ -12,9 +12,9 @@ from pathlib import Path
 from absl import app, flags, logging
 
 from generative_recommenders.commands.predict import PredictOptions, predict
+from generative_recommenders.commands.program import exit_code, parse_flags
 from generative_recommenders.commands.workers import (
     EMBEDDED,
-    INTERRUPTED,
     Options,
     dry_run_worker,
     evaluate_worker,
@@ -24,9 +24,8 @@ from generative_recommenders.commands.workers import (
 from generative_recommenders.config.plugins import load_plugins
 from generative_recommenders.config.registry import REGISTRIES
 from generative_recommenders.distributed.launch import launch
-from generative_recommenders.distributed.signals import interrupts
 from generative_recommenders.errors import UserError
-from generative_recommenders.run.logging import set_up_logging
+from generative_recommenders.run.logging import set_up_logging, show
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent / "configs" / EMBEDDED / "sasrec.gin"
 
@@ -128,11 +127,27 @@ def check_flags() -> None:
         raise UserError(f"{', '.join(given)} cannot go with --mode={mode}: {why}")
 
 
-def run(options: Options) -> int:
+def run(arguments: list[str]) -> int:
+    if arguments:
+        raise UserError(f"unexpected arguments: {' '.join(arguments)}")
     check_flags()
+    options = Options(
+        gin_files=tuple(_GIN_FILES.value or []),
+        bindings=tuple(_BINDINGS.value),
+        data_root=Path(_DATA_ROOT.value),
+        run_dir=_RUN_DIR.value,
+        resume=_RESUME.value,
+        auto_resume=_AUTO_RESUME.value,
+        max_steps=_MAX_STEPS.value,
+        profile=_PROFILE.value,
+        verbosity=logging.get_verbosity(),
+        meta_checkpoint=_META_CHECKPOINT.value,
+        default_gin_files=(str(DEFAULT_CONFIG),),
+        plugins=tuple(_PLUGINS.value),
+    )
     if _LIST.value:
         load_plugins(options.plugins)
-        print("\n".join(REGISTRIES[_LIST.value].describe()))
+        show("\n".join(REGISTRIES[_LIST.value].describe()))
         return 0
     if _MODE.value == "predict":
         wanted = PredictOptions(
@@ -155,41 +170,7 @@ def run(options: Options) -> int:
 
 def main(argv: list[str]) -> None:
     set_up_logging(level=logging.get_verbosity())
-    try:
-        if len(argv) > 1:
-            raise UserError(f"unexpected arguments: {' '.join(argv[1:])}")
-        options = Options(
-            gin_files=tuple(_GIN_FILES.value or []),
-            bindings=tuple(_BINDINGS.value),
-            data_root=Path(_DATA_ROOT.value),
-            run_dir=_RUN_DIR.value,
-            resume=_RESUME.value,
-            auto_resume=_AUTO_RESUME.value,
-            max_steps=_MAX_STEPS.value,
-            profile=_PROFILE.value,
-            verbosity=logging.get_verbosity(),
-            meta_checkpoint=_META_CHECKPOINT.value,
-            default_gin_files=(str(DEFAULT_CONFIG),),
-            plugins=tuple(_PLUGINS.value),
-        )
-        with interrupts():
-            code = run(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = error.exit_code
-    except KeyboardInterrupt:  # where no run has begun: one that has writes a checkpoint
-        print("error: interrupted", file=sys.stderr)
-        code = INTERRUPTED
-    sys.exit(code)
-
-
-def parse_flags(argv: list[str]) -> list[str]:
-    """Flags that absl refuses are one line too."""
-    try:
-        return flags.FLAGS(argv)
-    except flags.Error as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(UserError.exit_code)
+    sys.exit(exit_code(lambda: run(argv[1:])))
 
 
 if __name__ == "__main__":

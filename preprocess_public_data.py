@@ -15,6 +15,7 @@ from pathlib import Path
 
 from absl import app, flags
 
+from generative_recommenders.commands.program import exit_code, parse_flags
 from generative_recommenders.config.plugins import load_plugins
 from generative_recommenders.data.manifest import Manifest
 from generative_recommenders.data.parquet_export import export_parquet
@@ -28,9 +29,8 @@ from generative_recommenders.data.sources.synthetic_books import MAX_LENGTH, Syn
 from generative_recommenders.data.statistics import summary
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.data.text_exchange import export_text, import_text
-from generative_recommenders.distributed.signals import INTERRUPTED, interrupts
 from generative_recommenders.errors import UserError
-from generative_recommenders.run.logging import set_up_logging
+from generative_recommenders.run.logging import set_up_logging, show
 
 EXCHANGE = "exchange-text"
 _DEFAULTS = SyntheticBooksSettings()
@@ -190,7 +190,7 @@ def _export(folder: Path) -> None:
     for path, export in ((_EXPORT_TEXT.value, export_text), (_EXPORT_PARQUET.value, export_parquet)):
         if path is not None:
             export(SequenceDataset.open(folder), path)
-            print(f"written: {path}")
+            show(f"written: {path}")
 
 
 def _check_flags() -> None:
@@ -254,45 +254,29 @@ def _prepare(memory_limit: int) -> tuple[Manifest, Path]:
     return prepare(raw, out, memory_limit), out
 
 
-def run() -> None:
+def run(arguments: list[str]) -> int:
     """Prepares or exports, by the flags; UserError for faults of input or flags."""
+    if arguments:
+        raise UserError(f"unexpected argument {arguments[0]!r}; options are written --name=value")
     load_plugins(_PLUGINS.value)
     if _LIST.value:
-        print("\n".join([*known_datasets(), EXCHANGE]))
-        return
+        show("\n".join([*known_datasets(), EXCHANGE]))
+        return 0
     _check_flags()
     if _PREPARED.value is not None:
         _export(Path(_PREPARED.value))
-        return
+        return 0
     manifest, out = _prepare(parse_bytes(_MEMORY_LIMIT.value))
-    print(summary(manifest))
-    print(f"prepared: {out}")
+    show(summary(manifest))
+    show(f"prepared: {out}")
     _export(out)
-
-
-def parse_flags(argv: list[str]) -> list[str]:
-    """Parses flags, returns the other arguments; one line and exit code 2 for a value that a flag does not take."""
-    try:
-        return flags.FLAGS(argv)
-    except flags.Error as error:
-        print(f"error: {UserError(error)}", file=sys.stderr)
-        sys.exit(2)
+    return 0
 
 
 def main(argv: list[str]) -> None:
-    """Runs the program: one line and exit code 2 for the user's faults."""
+    """Runs the program: one line and exit code 2 for faults of the input."""
     set_up_logging()
-    try:
-        if argv[1:]:
-            raise UserError(f"unexpected argument {argv[1]!r}; options are written --name=value")
-        with interrupts():
-            run()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted: nothing was changed", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+    sys.exit(exit_code(lambda: run(argv[1:])))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""Errors of the user's input."""
+"""Errors of the user's input and of the system that the program runs on."""
 
 from __future__ import annotations
+
+import os
 
 
 class UserError(Exception):
@@ -10,4 +12,23 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         """One line, whatever the names in it hold."""
-        return " ".join(super().__str__().splitlines())
+        line = " ".join(super().__str__().splitlines())
+        return line.encode(errors="backslashreplace").decode()
+
+
+def fault_of(error: BaseException) -> UserError | None:
+    """The one line of an error that the program's code is not to blame for, or None.
+
+    Beside UserError these are faults of the system (a file that cannot be read or written, too many open files) and names
+    that are no UTF-8 text. A lost connection to another process is none: that process says what happened.
+    """
+    if isinstance(error, UserError):
+        return error
+    if isinstance(error, UnicodeEncodeError):
+        return UserError(f"{error.object[:200]!r} is not UTF-8 text; rename the file or folder")
+    if isinstance(error, OSError) and not isinstance(error, ConnectionError):
+        names = [
+            os.fsdecode(each) for each in (error.filename, error.filename2) if isinstance(each, (str, bytes))
+        ]
+        return UserError(": ".join([*names, error.strerror or str(error) or type(error).__name__]))
+    return None

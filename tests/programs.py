@@ -11,6 +11,7 @@ import os
 import runpy
 import sys
 import tempfile
+from collections.abc import Callable
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -38,12 +39,15 @@ def quick_start() -> ForkServerContext:
     return context
 
 
-def run_program(script: str, *arguments: str, timeout: float = 240) -> CompletedProcess[str]:
-    """``python script arguments`` in the project's folder, with one thread; script: below it."""
+def run_program(
+    script: str, *arguments: str, timeout: float = 240, before: Callable[[], None] | None = None
+) -> CompletedProcess[str]:
+    """``python script arguments`` in the project's folder, with one thread; script: below it. before: called in its process,
+    to change what it may do."""
     command = [str(ROOT / script), *arguments]
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder) / "out", Path(folder) / "err"
-        process = quick_start().Process(target=_execute, args=(command, str(out), str(err)))
+        process = quick_start().Process(target=_execute, args=(command, str(out), str(err), before))
         process.start()
         process.join(timeout)
         if process.is_alive():
@@ -54,7 +58,7 @@ def run_program(script: str, *arguments: str, timeout: float = 240) -> Completed
         return CompletedProcess(command, process.exitcode, out.read_text(), err.read_text())
 
 
-def _execute(command: list[str], out: str, err: str) -> None:
+def _execute(command: list[str], out: str, err: str, before: Callable[[], None] | None) -> None:
     for path, descriptor in ((out, 1), (err, 2)):
         with open(path, "wb") as file:
             os.dup2(file.fileno(), descriptor)
@@ -63,4 +67,6 @@ def _execute(command: list[str], out: str, err: str) -> None:
     os.chdir(ROOT)
     sys.argv = command
     sys.path[0] = str(ROOT)
+    if before is not None:
+        before()
     runpy.run_path(command[0], run_name="__main__")

@@ -314,9 +314,9 @@ def evaluate_worker(rank: int, world_size: int, options: Options) -> int:
         **report.model_rows(settings, test.metrics(), test.high_rated_metrics()),
     }
     if collectives.is_main:
-        print(f"{checkpoint.path}, test, full catalogue, {evaluation.conditions(test)}")
+        show(f"{checkpoint.path}, test, full catalogue, {evaluation.conditions(test)}")
         lines = [report.results_table(rows), *report.list_metrics_lines(test.lists)]
-        print("\n".join([*lines, "", report.data_summary(dataset, split)]))
+        show("\n".join([*lines, "", report.data_summary(dataset, split)]))
     return 0
 
 
@@ -356,6 +356,6 @@ def dry_run_worker(rank: int, world_size: int, options: Options) -> int:
     trainer = Trainer(settings, dataset, split, collectives)
     summary_of_parts = model_summary(trainer)
     if rank == 0:
-        print(summary_of_parts)
-        print(report.data_summary(dataset, split))
+        show(summary_of_parts)
+        show(report.data_summary(dataset, split))
     return 0

@@ -23,7 +23,7 @@ from generative_recommenders.distributed.memory import out_of_memory
 from generative_recommenders.distributed.process_group import join_group, process_collectives, process_device
 from generative_recommenders.distributed.rendezvous import DEFAULT_PORT, Rendezvous, given_rendezvous
 from generative_recommenders.distributed.signals import INTERRUPTED, handled_signals, interrupts
-from generative_recommenders.errors import UserError
+from generative_recommenders.errors import UserError, fault_of
 
 TIMEOUT = timedelta(minutes=10)
 """How long a process waits for the others in one exchange before it takes them for lost."""
@@ -240,10 +240,11 @@ def _reported(
         if code not in (0, INTERRUPTED):
             _leave_failure(store, rank, code, "")
         return code
-    except UserError as error:
-        _leave_failure(store, rank, error.exit_code, str(error))
-        return error.exit_code
     except Exception as error:  # whatever it is, it is reported and ends the run
+        fault = fault_of(error)
+        if fault is not None:
+            _leave_failure(store, rank, fault.exit_code, str(fault))
+            return fault.exit_code
         _leave_failure(store, rank, None, out_of_memory(error) or traceback.format_exc())
         time.sleep(SETTLE_SECONDS)
         return 1

@@ -79,6 +79,9 @@ class RunFolder:
                         f"{folder / file} is a symbolic link, and a run writes to no place elsewhere: "
                         "remove the link, or give another --run_dir"
                     )
+                fits = Path.is_dir if file in ("checkpoints", "tensorboard") else Path.is_file
+                if (folder / file).exists() and not fits(folder / file):  # a pipe would keep the run waiting
+                    raise UserError(f"{folder / file} is in the way of a run: give another --run_dir")
             return cls(folder, _lock(folder))
         except OSError as error:
             shown = path or Path(root) / name

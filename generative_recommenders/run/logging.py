@@ -11,8 +11,10 @@ import contextlib
 import io
 import logging as python_logging
 import os
+import sys
 import warnings
 from pathlib import Path
+from typing import TextIO
 
 from absl import logging
 
@@ -83,9 +85,21 @@ def remove_log_file(handler: python_logging.Handler) -> None:
 
 
 def show(text: str) -> None:
-    """Prints results on stdout, and keeps them in the log file of an open run."""
-    print(text)
+    """Prints results on stdout, and keeps them in the log file of an open run.
+
+    A reader that has seen enough, such as ``head``, stops neither the work nor its exit code.
+    """
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        to_nowhere(sys.stdout)
     to_log_file(python_logging.INFO, text.strip())
+
+
+def to_nowhere(stream: TextIO) -> None:
+    """What is written to the stream from now on vanishes."""
+    with open(os.devnull, "w") as nowhere, contextlib.suppress(OSError, ValueError):
+        os.dup2(nowhere.fileno(), stream.fileno())
 
 
 def to_log_file(level: int, text: str) -> None:

@@ -49,6 +49,9 @@ def data_files(folder: Path, files: list[Path]) -> list[Path]:
         raise UserError(
             f"{folder}: holds data files of several kinds ({names}); give one file with --raw_path"
         )
+    for path in by_suffix[kinds[0]]:
+        if path.name != path.name.encode(errors="replace").decode():
+            raise UserError(f"{path}: the name is not UTF-8 text; rename the file")
     return by_suffix[kinds[0]]
 
 

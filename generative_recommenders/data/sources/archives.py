@@ -62,6 +62,8 @@ class _Member:
 
 def is_archive(path: Path) -> bool:
     """Whether the file is a zip or a tar (plain, gzip, bzip2 or xz), by content. A lone gzip file is not."""
+    if not path.is_file():  # a pipe would keep the program waiting
+        return False
     with path.open("rb") as source:
         if source.read(4) in {b"PK\x03\x04", b"PK\x05\x06"}:
             return True
