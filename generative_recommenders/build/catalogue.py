@@ -80,6 +80,9 @@ class Catalogue:
             "has_timestamps": self.has_timestamps,
             "rating_range": self.rating_range,
             "item_features": [asdict(spec) for spec in tower.embedder.schema] if tower is not None else [],
+            "item_encodings": self.items.encodings([spec.name for spec in tower.embedder.schema])
+            if tower is not None and isinstance(self.items, FeatureReader)
+            else {},
             "user_features": [asdict(spec) for spec in merger.embedder.schema] if merger is not None else [],
             "event_features": {
                 name: asdict(feature) for name, feature in self.event_features.items() if feature.name in used

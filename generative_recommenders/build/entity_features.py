@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -42,6 +43,32 @@ class FeatureReader:
         """
         return [self._read(name, embedding_dim, asked_by, list_reduction) for name in names]
 
+    def encodings(self, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """How values become what `read` gives, as JSON: categories in the order of their ids, or mean and deviation."""
+        kinds = {spec.name: spec.kind for spec in self.dataset.feature_specs(self.owner)}
+        found: dict[str, dict[str, Any]] = {}
+        for name in names:
+            column = self._table().column(name).combine_chunks()
+            if kinds[name] == "numerical":
+                mean, std = self._scale(name, column.cast(pa.float64()).to_numpy(zero_copy_only=False))
+                found[name] = {"mean": mean, "std": std}
+            else:
+                found[name] = {"categories": list(self._vocabulary(name, self._lists(name, kinds[name])))}
+        return found
+
+    def _lists(self, name: str, kind: str) -> list[list[Hashable] | None]:
+        entries = self._table().column(name).to_pylist()
+        return entries if kind == "categorical_list" else [[value] for value in entries]
+
+    def _scale(self, name: str, values: np.ndarray) -> tuple[float, float]:
+        """Mean and standard deviation over what occurs in training."""
+        reference = values[np.isfinite(values) & self.seen]
+        if reference.size == 0:
+            raise UserError(
+                f"{self.owner} feature {name!r} is empty for everything that occurs in training; leave it out"
+            )
+        return float(reference.mean()), max(float(reference.std()), 1e-12)
+
     def _read(self, name: str, dim: int, asked_by: str, reduction: ListReduction) -> EntityFeature:
         specs = {
             spec.name: spec.kind for spec in self.dataset.feature_specs(self.owner) if spec.kind in KINDS
@@ -54,8 +81,7 @@ class FeatureReader:
         column = self._table().column(name).combine_chunks()
         if kind == "numerical":
             return EntityFeature(EmbeddingSpec(name, "numerical", dim), self._numbers(name, column))
-        entries = column.to_pylist()
-        lists = entries if kind == "categorical_list" else [[value] for value in entries]
+        lists = self._lists(name, kind)
         vocabulary = self._vocabulary(name, lists)
         ids = self._ids(name, lists, vocabulary)
         if kind == "categorical":
@@ -98,12 +124,8 @@ class FeatureReader:
         values = column.cast(pa.float64()).to_numpy(zero_copy_only=False)
         known = np.isfinite(values)
         self._warn_missing(name, int((~known).sum()), "count as the mean")
-        reference = values[known & self.seen]
-        if reference.size == 0:
-            raise UserError(
-                f"{self.owner} feature {name!r} is empty for everything that occurs in training; leave it out"
-            )
-        scaled = (values - reference.mean()) / max(reference.std(), 1e-12)
+        mean, std = self._scale(name, values)
+        scaled = (values - mean) / std
         return torch.from_numpy(np.concatenate([[0.0], np.where(known, scaled, 0.0)])).float()
 
     def _warn_missing(self, name: str, count: int, consequence: str) -> None:

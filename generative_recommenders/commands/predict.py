@@ -22,6 +22,7 @@ from generative_recommenders.data.preparation.folder import new_file
 from generative_recommenders.data.splits import make_split
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.errors import UserError
+from generative_recommenders.retrieval.histories import Histories
 from generative_recommenders.retrieval.recommender import Recommender
 
 SCHEMA = pa.schema(
@@ -59,7 +60,7 @@ def predict(options: Options, wanted: PredictOptions) -> int:
         raise UserError(f"{options.run_dir} was trained on other items than {dataset.folder} holds")
     allowed = None
     if wanted.candidates is not None:
-        allowed = recommender.mask(_lines(wanted.candidates, "--candidates"))
+        allowed = recommender.allowed(_lines(wanted.candidates, "--candidates"))
     stops = (
         dataset.lengths
         if wanted.history == "all"
@@ -73,16 +74,12 @@ def predict(options: Options, wanted: PredictOptions) -> int:
             range(0, len(users), recommender.batch_size), desc="users", unit="batch", disable=None
         ):
             some = users[start : start + recommender.batch_size]
-            batch = _batch(
-                dataset, stops, some, recommender.settings.data.max_sequence_length, wanted.history
-            )
-            seen = None
-            if wanted.exclude_seen:
-                bounds = zip(dataset.offsets[some], stops[some])
-                seen = [
-                    np.unique(dataset.items[first : first + stop]).astype(np.int64) for first, stop in bounds
-                ]
-            scores, items = recommender.best(batch, wanted.top_k, seen, allowed)
+            batch = _batch(dataset, stops, some, recommender.reader.max_length, wanted.history)
+            bounds = zip(dataset.offsets[some], stops[some])
+            seen = [np.unique(dataset.items[first : first + stop]).astype(np.int64) for first, stop in bounds]
+            histories = Histories(some.tolist(), batch, seen)
+            queries = recommender.queries(histories)
+            scores, items = recommender.best(histories, queries, wanted.top_k, wanted.exclude_seen, allowed)
             row, column = (items > 0).nonzero(as_tuple=True)
             write(
                 pa.table(

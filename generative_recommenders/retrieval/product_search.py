@@ -17,7 +17,7 @@ from generative_recommenders.retrieval.selection import largest, scan
 BLOCK_SCORES = 1 << 20
 """Scores held at a time: 4 MiB, which second-level caches hold."""
 BLOCK_ROWS = 512
-LANES = 512
+LANES = 64
 """Lanes of a block: items ``c, c + LANES, c + 2 LANES, ...`` are lane c."""
 
 
@@ -37,13 +37,13 @@ def search_products(
     if not len(items):
         return values, ids
     rows = min(BLOCK_ROWS, max(1, len(queries)))
-    lanes = min(LANES * max(1, BLOCK_ROWS // (8 * rows)), len(items))
+    lanes = min(LANES * max(1, BLOCK_ROWS // (8 * rows)), len(items))  # few rows: more, shorter lanes
     width = max(1, BLOCK_SCORES // (rows * lanes)) * lanes
     buffer = queries.new_empty(rows, min(width, -(-len(items) // lanes) * lanes))
     for start in range(0, len(queries), rows):
         some = slice(start, start + rows)
         seen = None if seen_ids is None else seen_ids[some]
-        _search(queries[some], items, lanes, buffer, seen, values[some], ids[some])
+        _search(queries[some], items, lanes, buffer, seen, _Best(values[some], ids[some]))
     return values, ids.masked_fill_(values == -torch.inf, 0)
 
 
@@ -53,10 +53,8 @@ def _search(
     lanes: int,
     buffer: torch.Tensor,
     seen_ids: torch.Tensor | None,
-    values: torch.Tensor,
-    ids: torch.Tensor,
+    best: _Best,
 ) -> None:
-    """Fills values and ids ``[r, k]``, which hold no item yet."""
     width = buffer.shape[1]
     seen = _seen_by_block(seen_ids, len(items), width)
     for start in range(0, len(items), width):
@@ -70,38 +68,61 @@ def _search(
         if maxima.isnan().any():
             scores.masked_fill_(scores.isnan(), -torch.inf)
             maxima = scores.unflatten(1, (-1, lanes)).amax(1)
-        _take_best(scores, maxima, start, values, ids)
+        best.add(scores, maxima, start)
+    best.merge()
 
 
-def _take_best(
-    scores: torch.Tensor, maxima: torch.Tensor, start: int, values: torch.Tensor, ids: torch.Tensor
-) -> None:
-    """Brings the best of a block (``scores [r, c]`` with their lanes' ``maxima``) into values and ids ``[r, k]``."""
-    k, lanes = values.shape[1], maxima.shape[1]
-    worst = values[:, -1]
-    if start == 0 and k <= lanes:  # k lanes reach this: so do k items
-        bound = maxima.topk(k, dim=1).values[:, -1]
-        found = maxima >= bound[:, None]
-    else:  # an equal score of a larger id comes after those that are held
-        bound = worst
-        found = maxima > worst[:, None]
-    row, lane = found.nonzero(as_tuple=True)
-    if not len(row):
-        return
-    cells = scores.unflatten(1, (-1, lanes))[row, :, lane]
-    which, place = (cells >= bound[row, None]).nonzero(as_tuple=True)
-    found_row, column = row[which], place * lanes + lane[which]
-    order = (found_row * scores.shape[1] + column).argsort()
-    found_row, column, score = found_row[order], column[order], cells[which, place][order]
-    rows, counts = found_row.unique_consecutive(return_counts=True)
-    most = int(counts.max())
-    first = torch.arange(len(rows)) * most - (counts.cumsum(0) - counts)
-    cell = torch.arange(len(found_row)) + first.repeat_interleave(counts)
-    new_values = values.new_full((len(rows) * most,), -torch.inf).scatter_(0, cell, score).view(-1, most)
-    new_ids = ids.new_zeros(len(rows) * most).scatter_(0, cell, column + (start + 1)).view(-1, most)
-    best, place = largest(torch.cat([values[rows], new_values], dim=1), k)
-    values[rows] = best
-    ids[rows] = torch.cat([ids[rows], new_ids], dim=1).gather(1, place)
+class _Best:
+    """The best of the blocks so far, ``values`` and ``ids [r, k]``, best first, which are written to.
+
+    What beats a row's worst is collected, and merged when it has become much: late blocks bring little.
+    """
+
+    def __init__(self, values: torch.Tensor, ids: torch.Tensor) -> None:
+        self.values, self.ids = values, ids
+        self.pending: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        self.num_pending = 0
+
+    def add(self, scores: torch.Tensor, maxima: torch.Tensor, start: int) -> None:
+        """A block of ``scores [r, c]``, whose lanes have ``maxima [r, lanes]``."""
+        k, lanes = self.values.shape[1], maxima.shape[1]
+        if start == 0 and k > lanes:
+            best, columns = largest(scores, k)
+            self.values[:, : best.shape[1]], self.ids[:, : best.shape[1]] = best, columns + 1
+            return
+        if start == 0:  # k lanes reach this: so do k items
+            bound = maxima.topk(k, dim=1).values[:, -1:]
+            row, lane = (maxima >= bound).nonzero(as_tuple=True)
+            cells = scores.unflatten(1, (-1, lanes))[row, :, lane]
+            which, place = (cells >= bound[row]).nonzero(as_tuple=True)
+        else:  # an equal score of a larger id comes after those that are held
+            bound = self.values[:, -1:]
+            row, lane = (maxima > bound).nonzero(as_tuple=True)
+            cells = scores.unflatten(1, (-1, lanes))[row, :, lane]
+            which, place = (cells > bound[row]).nonzero(as_tuple=True)
+        if len(which):
+            self.pending.append((row[which], place * lanes + lane[which] + (start + 1), cells[which, place]))
+            self.num_pending += len(which)
+        if start == 0 or self.num_pending > self.values.numel() // 4:
+            self.merge()
+
+    def merge(self) -> None:
+        if not self.pending:
+            return
+        row, item, score = (torch.cat(parts) for parts in zip(*self.pending))
+        self.pending, self.num_pending = [], 0
+        order = item.argsort()
+        order = order[row[order].argsort(stable=True)]
+        row, item, score = row[order], item[order], score[order]
+        rows, counts = row.unique_consecutive(return_counts=True)
+        most = int(counts.max())
+        first = torch.arange(len(rows)) * most - (counts.cumsum(0) - counts)
+        cell = torch.arange(len(row)) + first.repeat_interleave(counts)
+        scores = self.values.new_full((len(rows) * most,), -torch.inf).scatter_(0, cell, score).view(-1, most)
+        items = self.ids.new_zeros(len(rows) * most).scatter_(0, cell, item).view(-1, most)
+        best, place = largest(torch.cat([self.values[rows], scores], dim=1), self.values.shape[1])
+        self.values[rows] = best
+        self.ids[rows] = torch.cat([self.ids[rows], items], dim=1).gather(1, place)
 
 
 def _seen_by_block(

@@ -181,3 +181,109 @@ def test_faults_are_one_line(rec: Recommender, tmp_path: Path, dataset: Sequence
     timed = Recommender.load(make_run(tmp_path, dataset, {"main_module": "HSTU"})[0])
     with pytest.raises(UserError, match="timestamp"):
         timed.recommend({"a": ["i00001"]})
+
+
+@pytest.mark.parametrize("output", ["pandas", "polars", "torch"])
+def test_output_has_the_form_that_is_asked_for(rec: Recommender, output: str) -> None:
+    history = {"a": ["i00003", "i00004"]}
+    expected = rec.recommend(history, k=3)
+    answer = rec.recommend(history, k=3, output=output)
+    if output == "torch":
+        scores, ids = answer
+        assert scores.shape == ids.shape == (1, 3)
+        assert [rec.item_ids[i - 1].as_py() for i in ids[0].tolist()] == expected["item_id"].tolist()
+    else:
+        assert isinstance(answer, pd.DataFrame if output == "pandas" else pl.DataFrame)
+        assert [tuple(row) for row in answer.to_numpy()] == [tuple(row) for row in expected.to_numpy()]
+    with pytest.raises(UserError, match="output 'arrow' is unknown; known: pandas, polars, spark, torch"):
+        rec.recommend(history, output="arrow")
+
+
+def test_output_as_a_spark_frame(rec: Recommender) -> None:
+    sql = pytest.importorskip("pyspark.sql")
+    spark = sql.SparkSession.builder.master("local[1]").getOrCreate()
+    answer = rec.recommend(
+        spark.createDataFrame([("a", "i00003")], ["user_id", "item_id"]), k=2, output="spark"
+    )
+    assert [row["rank"] for row in answer.collect()] == [1, 2]
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["hidden", "given"])
+@pytest.mark.parametrize("name", CHOICES)
+def test_a_session_answers_as_its_whole_history(
+    tmp_path: Path, dataset: SequenceDataset, name: str, given: bool
+) -> None:
+    chosen = {**CHOICES[name], "next_time": "given" if given else "hidden"}
+    rec = Recommender.load(make_run(tmp_path, dataset, chosen)[0])
+    frame = histories(dataset, make_split(dataset, "leave_one_out").test_targets)
+    own = frame[frame["user_id"] == "u00000"].head(10)  # three more than the window
+    session = rec.session("u00000", own.head(2))
+    for number in range(2, len(own) + 1):
+        if number > 2:
+            event = own.iloc[number - 1]
+            columns = {"rating": float(event["rating"]), "timestamp": int(event["timestamp"])}
+            assert rec.append(session, event["item_id"], **columns) is session
+        for at in (None, 10**6) if given else (None,):
+            whole = rec.recommend(own.head(number), k=5, at=at)
+            answer = rec.recommend(session, k=5, at=at)
+            assert answer["item_id"].tolist() == whole["item_id"].tolist(), (number, at)
+            torch.testing.assert_close(
+                torch.tensor(answer["score"].to_numpy()),
+                torch.tensor(whole["score"].to_numpy()),
+                atol=1e-5,
+                rtol=1e-4,
+            )
+
+
+def test_a_session_that_begins_empty_or_with_unknown_items(rec: Recommender) -> None:
+    session = rec.session("someone")
+    assert rec.recommend(session).empty
+    assert len(rec.recommend(session, k=2, fallback="popular")) == 2
+    rec.append(session, "what")
+    assert rec.recommend(session).empty
+    rec.append(session, "i00003")
+    pd.testing.assert_frame_equal(rec.recommend(session), rec.recommend({"someone": ["what", "i00003"]}))
+
+
+def test_new_items_are_known_by_their_features(
+    tmp_path: Path, dataset: SequenceDataset, caplog: pytest.LogCaptureFixture
+) -> None:
+    tower = {"main_module": "TwoTower", "item_tower.features": ("genres", "year")}
+    rec = Recommender.load(make_run(tmp_path, dataset, tower)[0])
+    before = rec.item_embeddings()
+    features = dataset.item_features().to_pandas().set_index(dataset.original_item_ids().to_pandas())
+    frame = pd.DataFrame(
+        {"item_id": ["n1", "n2"], "genres": [list(features.loc["i00007", "genres"]), ["new", "odd"]],
+         "year": [features.loc["i00007", "year"], None]}
+    )  # fmt: skip
+    with caplog.at_level(logging.WARNING, logger="absl"):
+        rec.add_items(frame)
+    assert "1 values of genres were not in training and add nothing" in caplog.text
+    after = rec.item_embeddings()
+    pd.testing.assert_frame_equal(after.head(len(before)), before)
+    assert after.index[-2:].tolist() == ["n1", "n2"]
+    torch.testing.assert_close(
+        torch.tensor(after.loc["n1"].to_numpy()), torch.tensor(before.loc["i00007"].to_numpy())
+    )
+    assert len(rec.recommend({"a": ["i00001"]}, k=100)) == 31
+    alone = rec.recommend({"a": ["i00001"]}, k=100, candidates=["n1", "i00002"])
+    assert set(alone["item_id"]) == {"n1", "i00002"}
+    read = rec.recommend({"a": ["i00001", "n1"]}, k=100)
+    expected = rec.recommend({"a": ["i00001"]}, k=100)
+    assert read["item_id"].tolist() == [item for item in expected["item_id"] if item != "n1"]
+    rec.save(tmp_path / "grown")
+    again = Recommender.load(tmp_path / "grown")
+    pd.testing.assert_frame_equal(again.item_embeddings(), after)
+    pd.testing.assert_frame_equal(again.recommend({"a": ["i00001", "n1"]}, k=100), read)
+    again.add_items(frame.assign(item_id=["n3", "n4"]))
+    assert len(again.recommend({"a": ["i00001", "n1"]}, k=100)) == 32
+    for faulty, words in (
+        (frame, "known already"), (frame[["item_id"]].assign(item_id=["x", "y"]), "reads genres"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=words):
+            again.add_items(faulty)
+
+
+def test_new_items_are_refused_where_the_model_knows_ids(rec: Recommender) -> None:
+    with pytest.raises(UserError, match="without 'item_id'"):
+        rec.add_items(pd.DataFrame({"item_id": ["n1"]}))

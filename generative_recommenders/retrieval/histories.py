@@ -1,0 +1,189 @@
+"""Histories in the users' own ids as the batches that a model reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import polars as pl
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from absl import logging
+
+from generative_recommenders.errors import UserError
+
+
+@dataclass(frozen=True)
+class Histories:
+    """Some users' histories. users: as given, ``[B]``. batch: columns of an evaluation loader. seen: for each user, internal
+    ids of everything in the history, also what is older than the window. numeric: whether items were given as numbers."""
+
+    users: list[Any]
+    batch: dict[str, torch.Tensor]
+    seen: list[np.ndarray]
+    numeric: bool = False
+
+
+@dataclass
+class HistoryReader:
+    """Reads histories for one model.
+
+    item_ids: ``[V]`` original ids as text, row i is internal id i + 1. known_users: likewise, of models that read users.
+    max_length: events of the window. readable: items 1..readable can be in a window; later ones were added after training
+    and are seen, but not encoded. needs_ratings, needs_timestamps: columns that the model reads; event_columns: further ones,
+    as `Catalogue.facts` describes them. uses_next_time: the model reads the time of the request.
+    """
+
+    item_ids: pa.Array
+    known_users: pa.Array | None
+    max_length: int
+    readable: int
+    needs_ratings: bool = False
+    needs_timestamps: bool = False
+    uses_next_time: bool = False
+    event_columns: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
+
+    @cached_property
+    def _items(self) -> pd.Index:
+        return pd.Index(self.item_ids.to_pylist(), dtype=object)
+
+    @cached_property
+    def _users(self) -> pd.Index | None:
+        return None if self.known_users is None else pd.Index(self.known_users.to_pylist(), dtype=object)
+
+    def internal(self, items: Any) -> np.ndarray:
+        """Internal ids ``[n]`` int64 of original ones, 0 for unknown ones."""
+        text = pl.Series("items", items, strict=False).cast(pl.String)
+        return self._items.get_indexer(pd.Index(text.to_list(), dtype=object)).astype(np.int64) + 1
+
+    def known(self, items: Sequence[Any], what: str = "item") -> torch.Tensor:
+        """`internal` as a tensor; UserError for an unknown item."""
+        ids = self.internal(list(items)) if len(items) else np.empty(0, np.int64)
+        if (ids == 0).any():
+            unknown = items[int(np.flatnonzero(ids == 0)[0])]
+            raise UserError(f"{what} {unknown!r} is no item that the model was trained on")
+        return torch.from_numpy(ids)
+
+    def read(self, histories: Any, at: Any, batch_size: int, keep_empty: bool = False) -> Iterator[Histories]:
+        """Some users at a time; those with no known item are counted and left out unless kept.
+
+        histories, at: see `Recommender.recommend`. UserError where columns are missing or ids are empty.
+        """
+        frame = _as_frame(histories)
+        needed = ["rating"] * self.needs_ratings + ["timestamp"] * self.needs_timestamps
+        needed += [each["name"] for each in self.event_columns]
+        missing = [name for name in needed if name not in frame.columns]
+        if missing:
+            raise UserError(
+                f"the model reads {' and '.join(missing)} of each event, and the histories have no such column"
+            )
+        numeric = frame["item_id"].dtype.is_integer()
+        ids = self.internal(frame["item_id"])
+        frame = frame.with_columns(pl.Series("_item", ids), pl.int_range(pl.len()).alias("_place"))
+        frame = frame.with_columns(_event_column(frame[each["name"]], each) for each in self.event_columns)
+        if "timestamp" in frame.columns:
+            frame = frame.sort("timestamp", maintain_order=True)
+        order = frame.sort("_place")["user_id"].unique(maintain_order=True)
+        known = frame.filter(pl.col("_item") > 0)
+        self._warn(frame, known, order, at, keep_empty)
+        groups = {
+            key[0]: part
+            for key, part in known.partition_by("user_id", as_dict=True, maintain_order=True).items()
+        }
+        users = [user for user in order.to_list() if keep_empty or user in groups]
+        for start in range(0, len(users), batch_size):
+            some = users[start : start + batch_size]
+            yield self._batch(some, [groups.get(user) for user in some], at, numeric)
+
+    def _warn(
+        self, frame: pl.DataFrame, known: pl.DataFrame, users: pl.Series, at: Any, keep_empty: bool
+    ) -> None:
+        unknown = len(frame) - len(known) - frame["item_id"].null_count()
+        if unknown:
+            logging.warning("%d events of items that the model does not know are dropped", unknown)
+        lost = len(users) - known["user_id"].n_unique()
+        if lost and not keep_empty:
+            logging.warning("%d users have no item that the model knows and are left out", lost)
+        unread = int((known["_item"] > self.readable).sum())
+        if unread:
+            logging.warning("%d events of items that were added after training are seen, not read", unread)
+        if self.uses_next_time and at is None and len(known):
+            logging.warning(
+                "the time of the request is not given (at=): the time of each user's last event is taken"
+            )
+
+    def _batch(self, users: list[Any], parts: list[pl.DataFrame | None], at: Any, numeric: bool) -> Histories:
+        """Columns of the last events of each user, right-padded to the longest of them."""
+        kept = [
+            part.filter(pl.col("_item") <= self.readable).tail(self.max_length) if part is not None else None
+            for part in parts
+        ]
+        lengths = torch.tensor([0 if part is None else len(part) for part in kept])
+        shape = (len(users), self.max_length)
+        sources: dict[str, tuple[str, type]] = {"item_ids": ("_item", np.int64)}
+        if self.needs_ratings:
+            sources["ratings"] = ("rating", np.float32)
+        if self.needs_timestamps:
+            sources["timestamps"] = ("timestamp", np.int64)
+        for each in self.event_columns:
+            sources[each["name"]] = (each["name"], np.int64 if each["kind"] != "numerical" else np.float32)
+        batch = {"lengths": lengths, "user_ids": torch.from_numpy(self._known_users(users))}
+        for name, (column, kind) in sources.items():
+            values: np.ndarray = np.zeros(shape, kind)
+            for row, part in enumerate(kept):
+                if part is not None:
+                    values[row, : len(part)] = part[column].to_numpy()
+            batch[name] = torch.from_numpy(values)
+        if self.needs_timestamps:
+            last = batch["timestamps"].gather(1, (lengths - 1).clamp(min=0)[:, None])[:, 0]
+            batch["next_timestamps"] = last if at is None else torch.full_like(last, int(at))
+        seen = [
+            np.empty(0, np.int64) if part is None else np.unique(part["_item"].to_numpy()) for part in parts
+        ]
+        return Histories(users, batch, seen, numeric)
+
+    def _known_users(self, users: list[Any]) -> np.ndarray:
+        """``[B]`` internal ids of users that the model was trained on, 0 for new ones."""
+        if self._users is None:
+            return np.zeros(len(users), np.int64)
+        return (
+            self._users.get_indexer(pd.Index([str(user) for user in users], dtype=object)).astype(np.int64)
+            + 1
+        )
+
+
+def _as_frame(histories: Any) -> pl.DataFrame:
+    """Histories as one row an event; UserError where columns are missing."""
+    if isinstance(histories, Mapping):
+        users = [user for user, items in histories.items() for _ in items]
+        items = [item for each in histories.values() for item in each]
+        # a user without events is still a user
+        empty = [user for user, each in histories.items() if not len(each)]
+        columns = {"user_id": [*users, *empty], "item_id": [*items, *([None] * len(empty))]}
+        frame = pl.DataFrame(columns, strict=False)
+        return frame if items else frame.cast({"item_id": pl.String})
+    if hasattr(histories, "toPandas"):  # of Spark
+        histories = histories.toPandas()
+    frame = histories if isinstance(histories, pl.DataFrame) else pl.from_pandas(pd.DataFrame(histories))
+    for name in ("user_id", "item_id"):
+        if name not in frame.columns:
+            raise UserError(f"histories have no column {name!r}; they have: {', '.join(frame.columns)}")
+    if "timestamp" in frame.columns and frame["timestamp"].dtype.is_temporal():
+        frame = frame.with_columns(pl.col("timestamp").cast(pl.Datetime("us")).dt.epoch("s"))
+    return frame
+
+
+def _event_column(values: pl.Series, column: Mapping[str, Any]) -> pl.Series:
+    """An event column as the model reads it: ids of categories, standardised numbers, seconds; 0 where missing."""
+    if column["kind"] == "categorical":
+        known = pa.array(column["categories"], pa.large_string())
+        ids = pc.index_in(values.cast(pl.String).to_arrow().cast(pa.large_string()), value_set=known)
+        return (pl.Series(values.name, pl.from_arrow(ids)).cast(pl.Int64) + 1).fill_null(0)
+    if column["kind"] == "numerical":
+        return ((values.cast(pl.Float64) - column["mean"]) / (column["std"] or 1.0)).fill_null(0.0)
+    return values.cast(pl.Int64).fill_null(0)

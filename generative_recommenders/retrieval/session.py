@@ -1,0 +1,95 @@
+"""Sessions: histories that go on event by event, encoded on their new events alone where the encoder allows it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from generative_recommenders.modeling.cache import HistoryCache, IncrementalEncoder
+from generative_recommenders.modeling.inputs import Queries
+from generative_recommenders.modeling.model import SequenceRecommender
+from generative_recommenders.retrieval.histories import Histories
+
+
+class Session:
+    """One user's history so far; `Recommender.append` adds to it.
+
+    window: events that the model reads.
+    """
+
+    def __init__(self, user: Any, window: int) -> None:
+        self.user, self.window = user, window
+        self.seen: set[int] = set()
+        self.numeric = False
+        self._columns: dict[str, torch.Tensor] = {}
+        self._of_user: dict[str, torch.Tensor] = {}
+        self._cache: HistoryCache | None = None
+        self._state: torch.Tensor | None = None
+        self._encoded = 0
+        self._asked_at: int | None = None
+
+    def __len__(self) -> int:
+        """Events that the model can read, those before the window too."""
+        return self._total
+
+    _total = 0
+
+    def add(self, histories: Histories) -> None:
+        """Further events of this user, oldest first, as a reader gives them."""
+        batch, length = histories.batch, int(histories.batch["lengths"][0])
+        self.seen |= set(histories.seen[0].tolist())
+        self.numeric = histories.numeric
+        self._of_user = {name: x for name, x in batch.items() if x.dim() == 1 and name != "lengths"}
+        new = {name: x[:, :length] for name, x in batch.items() if x.dim() == 2}
+        columns = (
+            {name: torch.cat([self._columns[name], x], dim=1) for name, x in new.items()}
+            if self._columns
+            else new
+        )
+        self._columns = {name: x[:, -self.window :] for name, x in columns.items()}
+        self._total += length
+        if length:
+            self._state = None
+
+    def histories(self) -> Histories:
+        """The window, as a reader gives it."""
+        length = min(self._total, self.window)
+        batch = {"lengths": torch.tensor([length]), **self._of_user, **self._columns}
+        return Histories(
+            [self.user], batch, [torch.tensor(sorted(self.seen), dtype=torch.int64).numpy()], self.numeric
+        )
+
+    @torch.no_grad()
+    def encode(self, model: SequenceRecommender, at: int | None) -> Queries:
+        """What `SequenceRecommender.encode_query` gives for the window. at: the time of the request."""
+        batch = self.histories().batch
+        if at is not None and "next_timestamps" in batch:
+            batch["next_timestamps"] = torch.full_like(batch["next_timestamps"], at)
+        if self._state is None or at != self._asked_at:
+            self._state, self._asked_at = self._encode(model, batch), at
+        return Queries(self._state, batch["user_ids"])
+
+    def _encode(self, model: SequenceRecommender, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        encoder: Any = model.sequence.encoder
+        appends = encoder.causal and isinstance(encoder, IncrementalEncoder) and model.mask_embedding is None
+        # behind the window every position moves, and a time that is asked again has no new event: both encode the window
+        if not appends or self._total > self.window or self._encoded == self._total:
+            self._cache = None if self._total > self.window else self._cache
+            return model.encode_query(batch).states
+        if self._cache is None:
+            self._encoded = 0
+        ids = batch["item_ids"][:, self._encoded :]
+        events = {
+            name: x[:, self._encoded :] for name, x in batch.items() if x.dim() == 2 and name != "item_ids"
+        }
+        events |= {name: batch[name] for name in ("next_timestamps", "user_ids") if name in batch}
+        device = model.items.table.device
+        states, self._cache = model.encode_incremental(
+            self._cache,
+            torch.tensor([ids.shape[1]]),
+            ids.to(device),
+            {name: x.to(device) for name, x in events.items()},
+        )
+        self._encoded = self._total
+        return states
