@@ -36,8 +36,9 @@ def build_task(
     autocast = torch.bfloat16 if settings.model.main_module_bf16 else None
     objective = build_objective(settings)
     return TrainingTask(
-        model, objective, criterion, sampler, settings.schedule.random_seed, collectives, autocast
-    )
+        model, objective, criterion, sampler, settings.schedule.random_seed, collectives, autocast,
+        numbers_rows=settings.schedule.deterministic,
+    )  # fmt: skip
 
 
 def build_criterion(

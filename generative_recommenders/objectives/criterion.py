@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
-import torch.utils.checkpoint
 
 from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.items import ItemRows
@@ -17,9 +17,14 @@ from generative_recommenders.objectives.losses.sampled import SampledLoss
 from generative_recommenders.objectives.losses.sce import ScalableCrossEntropyLoss
 from generative_recommenders.objectives.negative_samplers import Negatives
 from generative_recommenders.objectives.scoring import sampled_scores
+from generative_recommenders.ops import numbered_rows
 from generative_recommenders.ops.counter_random import CounterDraws, stream_key
+from generative_recommenders.ops.numbered_rows import NumberedRows
+from generative_recommenders.ops.recomputation import recomputed
 from generative_recommenders.types import LossOutput
 
+MAX_POSITIONS = 1 << 20
+"""More than a history has, so that row and position make one number."""
 Sums = dict[str, torch.Tensor]
 """Of auxiliary losses by name: what is added up over processes before the losses are made from it."""
 
@@ -30,7 +35,8 @@ class PreparedBatch:
 
     negatives: or None for losses over the catalogue. target_pool: ``[M]`` sorted unique targets of the global batch, where
     the criterion asks for them. scored_ids, row_ids: sorted unique items that are scored and table rows that are read; None
-    for all. key: of the step's draws; first_target: the example's first target in the global batch.
+    for all. key: of the step's draws; first_row, first_target: numbers in the global batch of the example's first row and
+    target. numbers_rows: whether dropout masks are drawn by the rows' numbers, so that N processes drop what one would.
     """
 
     example: TrainingExample
@@ -40,6 +46,27 @@ class PreparedBatch:
     row_ids: torch.Tensor | None
     key: int
     first_target: int
+    first_row: int = 0
+    numbers_rows: bool = False
+
+    def token_rows(self, purpose: int) -> AbstractContextManager[None]:
+        """Rows of dropout are the example's tokens, by their row and position in the global batch; see `numbers_rows`."""
+        if not self.numbers_rows:
+            return nullcontext()
+        return numbered_rows.opened(NumberedRows(stream_key(self.key, purpose), self._token_numbers()))
+
+    def target_rows(self, purpose: int, items: ItemRows) -> AbstractContextManager[None]:
+        """Rows of dropout are the positions that are read, and for what is computed for each item, the items by their ids."""
+        if not self.numbers_rows:
+            return nullcontext()
+        tokens, read = self._token_numbers(), self.example.read
+        ids = torch.arange(len(items.weight), device=tokens.device) if items.ids is None else items.ids
+        key = stream_key(self.key, purpose)
+        return numbered_rows.opened(NumberedRows(key, tokens if read is None else tokens[read], ids))
+
+    def _token_numbers(self) -> torch.Tensor:
+        layout = self.example.layout
+        return (layout.row_of + self.first_row) * MAX_POSITIONS + layout.positions
 
     def target_draws(self, purpose: int) -> CounterDraws:
         """Draws for every target, by its number."""
@@ -105,7 +132,7 @@ class SampledCriterion(Criterion):
         arguments = states, scored.weight, raw.weight, scored, raw, batch, similarity
         if not self.checkpoint:
             return self._loss(*arguments)
-        return torch.utils.checkpoint.checkpoint(self._loss, *arguments, use_reentrant=False)
+        return recomputed(self._loss, *arguments)
 
     def _loss(self, states, scored_weight, raw_weight, scored, raw, batch, similarity):
         example = batch.example

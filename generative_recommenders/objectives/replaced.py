@@ -18,12 +18,11 @@ from generative_recommenders.modeling.items import ItemRows
 from generative_recommenders.modeling.model import SequenceEncoder
 from generative_recommenders.modeling.similarity.interface import Similarity
 from generative_recommenders.objectives.criterion import Criterion, PreparedBatch, Sums
-from generative_recommenders.objectives.examples import TrainingExample
 from generative_recommenders.objectives.masked import MaskedItemObjective
 from generative_recommenders.ops.counter_random import CounterDraws
 
-_FAKES = 2
-"""Purpose of the draws of fakes, see `PreparedBatch.target_draws`."""
+_FAKES, _DETECTION = 2, 3 << 32
+"""Purposes of draws: of fakes, see `PreparedBatch.target_draws`, and of the discriminator's dropout masks."""
 
 
 class ReplacedDetectionCriterion(Criterion):
@@ -58,7 +57,7 @@ class ReplacedDetectionCriterion(Criterion):
     def forward(self, states, scored, raw, batch, similarity):
         total, weight, sums = self.base(states, scored, raw, batch, similarity)
         fakes = self.fakes(states, scored, batch, similarity)
-        return total, weight, {**sums, "replaced_detection": self.detection(fakes, raw, batch.example)}
+        return total, weight, {**sums, "replaced_detection": self.detection(fakes, raw, batch)}
 
     def auxiliary(self, sums: Sums, similarity: Similarity) -> dict[str, Tensor]:
         cross_entropy, tokens = sums["replaced_detection"].unbind()
@@ -79,14 +78,16 @@ class ReplacedDetectionCriterion(Criterion):
             return sample_from_catalogue(query, items.catalogue(), draws)
         return batch.target_pool[sample_from_catalogue(query, items.lookup(batch.target_pool), draws) - 1]
 
-    def detection(self, fakes: Tensor, items: ItemRows, example: TrainingExample) -> Tensor:
+    def detection(self, fakes: Tensor, items: ItemRows, batch: PreparedBatch) -> Tensor:
         """``[2]``: binary cross-entropy over all tokens, and their number; a fake that is the true item counts as original."""
+        example = batch.example
         assert example.read is not None  # masked objectives say what they read
         corrupted = example.past_ids.index_copy(0, example.read, fakes)
         features = example.features
         events = token_events(features.past_events, features.past_lengths, example.layout)
         (encoder,) = self._encoder
-        logits = self.head(encoder(items.lookup(corrupted), example.layout, events))[:, 0]
+        with batch.token_rows(_DETECTION):
+            logits = self.head(encoder(items.lookup(corrupted), example.layout, events))[:, 0]
         replaced = (corrupted != example.past_ids).float()
         total = F.binary_cross_entropy_with_logits(logits, replaced, reduction="sum")
         return torch.stack([total, total.new_tensor(float(len(logits)))])

@@ -19,8 +19,8 @@ from generative_recommenders.types import LossOutput
 
 DENSE_SHARE = 4
 """A step that touches more than 1 / DENSE_SHARE of the table works on all of it: no search for unique rows."""
-_MASKS = 1 << 32
-"""Purpose of the draws of masks."""
+_MASKS, _ENCODER, _SCORING = 1 << 32, 1 << 33, 1 << 34
+"""Purposes of draws: of masked positions, of dropout masks in the encoder, and of those where items are scored."""
 
 
 class TrainingTask(torch.nn.Module):
@@ -28,7 +28,7 @@ class TrainingTask(torch.nn.Module):
 
     sampler: None for losses over the catalogue. seed: of masks and negatives; both are drawn by (seed, step, place in the
     global batch), so that the number of processes changes no draw. collectives: the processes that share a batch. autocast:
-    the dtype of the encoder's products, or None.
+    the dtype of the encoder's products, or None. numbers_rows: see `PreparedBatch`.
     """
 
     def __init__(
@@ -40,10 +40,11 @@ class TrainingTask(torch.nn.Module):
         seed: int,
         collectives: Collectives | None = None,
         autocast: torch.dtype | None = None,
+        numbers_rows: bool = False,
     ) -> None:
         super().__init__()
         self.model, self.objective, self.criterion, self.sampler = model, objective, criterion, sampler
-        self.seed, self.autocast = seed, autocast
+        self.seed, self.autocast, self.numbers_rows = seed, autocast, numbers_rows
         self.collectives = collectives or Collectives(model.items.table.device)
         if self.collectives.world_size > 1 and self.collectives.is_main and not criterion.sums_over_tokens:
             logging.warning(
@@ -65,9 +66,11 @@ class TrainingTask(torch.nn.Module):
         if first is None:  # as many as the processes before have
             counts = self.collectives.gather_variable(torch.tensor([len(example.targets)]))
             first = int(counts[: self.collectives.rank].sum())
-        return self.draw(example.to(self.model.items.table.device), first, step)
+        return self.draw(example.to(self.model.items.table.device), first, step, batch.first_row)
 
-    def draw(self, example: TrainingExample, first_target: int, step: int) -> PreparedBatch:
+    def draw(
+        self, example: TrainingExample, first_target: int, step: int, first_row: int = 0
+    ) -> PreparedBatch:
         """Negatives of an example whose first target has this number, and the items and rows it touches."""
         key, targets, pool = stream_key(self.seed, step), example.targets, None
         if self.criterion.needs_target_pool:
@@ -81,7 +84,9 @@ class TrainingTask(torch.nn.Module):
                 items = BatchItems(everywhere[everywhere > 0], items.targets)
             negatives = self.sampler(key, first_target, len(targets), items)
         scored, rows = self._touched(example, negatives, pool)
-        return PreparedBatch(example, negatives, pool, scored, rows, key, first_target)
+        return PreparedBatch(
+            example, negatives, pool, scored, rows, key, first_target, first_row, self.numbers_rows
+        )
 
     def _touched(
         self, example: TrainingExample, negatives: Negatives | None, pool: torch.Tensor | None
@@ -101,10 +106,13 @@ class TrainingTask(torch.nn.Module):
         """The differentiable part of `loss`."""
         items, similarity = self.model.items, self.model.similarity
         rows = ItemRows(items.table) if rows is None else rows
-        with dispatch.autocast(items.table.device, self.autocast):
+        with dispatch.autocast(items.table.device, self.autocast), batch.token_rows(_ENCODER):
             states = self.model.states(batch.example, rows)
         raw = items.raw_rows(rows, batch.scored_ids)
-        total, weight, sums = self.criterion(states.float(), items.normalized(raw), raw, batch, similarity)
+        with batch.target_rows(_SCORING, raw):
+            total, weight, sums = self.criterion(
+                states.float(), items.normalized(raw), raw, batch, similarity
+            )
         sums = {name: self._over_processes(value) for name, value in sums.items()}
         return LossOutput(total, weight, self.criterion.auxiliary(sums, similarity))
 

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 
 import torch
 
+from generative_recommenders.ops import numbered_rows
+
 _references_wanted: list[bool] = []
 """One entry for each `references` that is open."""
 
@@ -39,8 +41,8 @@ def fast_on_cpu_in_one_dtype(x: torch.Tensor) -> bool:
 
 
 def takes_kernels(x: torch.Tensor) -> bool:
-    """Whether Triton's kernels are taken for ``x``."""
-    return fast(x) and x.device.type == "cuda" and _has_triton()
+    """Whether Triton's kernels are taken for ``x``: they draw masks of their own, so not where rows are numbered."""
+    return fast(x) and numbered_rows.current() is None and x.device.type == "cuda" and _has_triton()
 
 
 @functools.cache

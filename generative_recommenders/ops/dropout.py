@@ -3,7 +3,7 @@
 torch draws one Bernoulli variable per element from a slow serial generator; here 64 bits of SFC64 (numpy's) serve eight
 elements. Eight bits hold a rate to a multiple of 1 / 256, so each source of masks takes one of the two multiples around the
 rate, drawn so that an element is dropped with the rate itself. Each source begins in a state drawn from torch's default
-generator, so `torch.manual_seed` decides them all.
+generator, so `torch.manual_seed` decides them all. Within `ops.numbered_rows` masks are drawn by the rows' numbers instead.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from generative_recommenders.ops import dispatch
+from generative_recommenders.ops import dispatch, numbered_rows
+from generative_recommenders.ops.counter_random import counter_bits, stream_key
 
 _LEVELS = 1 << 8
 _BLOCK = 1 << 24  # elements, 16 MiB of bits
@@ -33,22 +34,37 @@ class KeepMasks:
     def __init__(self, rate: float, like: torch.Tensor, elements: int = 0) -> None:
         """elements: how many will be drawn. Their bits are made together: one wait of torch's other threads, not many."""
         self.rate, self.dtype, self.device = rate, like.dtype, like.device
-        self.elements = elements
-        if not dispatch.waits(like):
+        self.elements, self.numbered = elements, numbered_rows.current()
+        if self.numbered is not None:
+            self.key, self.calls = self.numbered.next_key(), 0
+            self.lowest_kept = round(rate * (1 << 16)) - (
+                1 << 15
+            )  # of the 16 bits that a number gives each element
+        elif not dispatch.waits(like):
             self.generator = np.random.SFC64(int(torch.empty((), dtype=torch.int64).random_()))
             self.lowest_kept = (
                 math.floor(rate * _LEVELS + self.generator.random_raw() * 2.0**-64) - _LEVELS // 2
             )
             self.unused = torch.empty(0, dtype=torch.int8)
 
-    def draw(self, shape: torch.Size | tuple[int, ...]) -> torch.Tensor:
-        """A new tensor of the given shape."""
-        if self.device.type != "cpu":
+    def draw(self, shape: torch.Size | tuple[int, ...], numbers: torch.Tensor | None = None) -> torch.Tensor:
+        """A new tensor of the given shape. numbers: see `bits`."""
+        if self.numbered is None and self.device.type != "cpu":
             return (torch.rand(shape, device=self.device) >= self.rate).to(self.dtype)
-        return self.kept(self.bits(math.prod(shape))).view(shape)
+        return self.kept(self.bits(math.prod(shape), numbers)).view(shape)
 
-    def bits(self, count: int) -> torch.Tensor:
-        """``[count]`` int8, on a CPU: what `kept` makes a mask of."""
+    def bits(self, count: int, numbers: torch.Tensor | None = None) -> torch.Tensor:
+        """``[count]`` int8 (int16 of numbered rows), on a CPU or of numbered rows: what `kept` makes a mask of.
+
+        numbers: ``[n]`` int64 of the rows that the elements belong to, count / n each, of which a part may be drawn here and
+        others in other calls; all current rows unless given.
+        """
+        if self.numbered is not None:
+            self.calls += numbers is None
+            rows = self.numbered.numbers if numbers is None else numbers
+            each = count // max(len(rows), 1)
+            drawn = counter_bits(stream_key(self.key, self.calls), rows, (each + 1) // 2)
+            return drawn.to(torch.int32).view(torch.int16)[:, :each].flatten()
         if count > self.unused.numel():
             words = -(-max(count, min(self.elements, _BLOCK)) // 8)
             self.unused = torch.from_numpy(self.generator.random_raw(words).view(np.int8))
@@ -58,9 +74,10 @@ class KeepMasks:
 
     def kept(self, bits: torch.Tensor) -> torch.Tensor:
         """The mask of these bits, a new tensor."""
-        if self.lowest_kept > torch.iinfo(torch.int8).max:  # torch would wrap it around
-            return torch.zeros(bits.shape, dtype=self.dtype)
-        return torch.ge(bits, self.lowest_kept, out=torch.empty(bits.shape, dtype=self.dtype))
+        if self.lowest_kept > torch.iinfo(bits.dtype).max:  # torch would wrap it around
+            return torch.zeros(bits.shape, dtype=self.dtype, device=self.device)
+        out = torch.empty(bits.shape, dtype=self.dtype, device=self.device)
+        return torch.ge(bits, self.lowest_kept, out=out)
 
 
 def dropout(
@@ -69,7 +86,7 @@ def dropout(
     """``x`` with a share ``rate`` of elements set to 0 and the rest scaled by 1 / (1 - rate), when training; plus the
     residual."""
     if training and rate > 0.0:
-        if not dispatch.fast(x):
+        if not dispatch.fast(x) or (dispatch.waits(x) and numbered_rows.current() is not None):
             return dropout_reference(x, rate, residual)
         if dispatch.fast_on_cpu(x):
             return _Dropout.apply(x, residual, rate)

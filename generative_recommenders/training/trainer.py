@@ -91,6 +91,12 @@ class Trainer:
             raise UserError(
                 f"{settings.data.dataset_name}: no user has 2 training events; there is nothing to learn from"
             )
+        if collectives.world_size > 1 and collectives.is_main:
+            logging.info(
+                "%d processes evaluate exactly as one does, and train as one to float rounding where nothing is dropped out or "
+                "train_fn.deterministic is set (bf16 and losses that warn of it excepted)",
+                collectives.world_size,
+            )
         self.evaluation = ModelEvaluation(settings, dataset, split, collectives)
         self.picks_best = self._has_validation()
         self.progress = Progress()
@@ -317,7 +323,7 @@ class Trainer:
         if len(moments) != written or (progress.step and not moments):
             raise UserError(f"{checkpoint.path} lacks optimizer state: it can be evaluated, not resumed")
         self.step.optimizer.load_state_tensors(moments)
-        if processes != self.collectives.world_size:
+        if processes != self.collectives.world_size and not self.settings.schedule.deterministic:
             logging.warning(
                 "resuming a run of %d processes on %d: dropout draws differ",
                 processes, self.collectives.world_size,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from generative_recommenders.distributed.process_group import process_collective
 from generative_recommenders.training.trainer import Trainer
 from programs import quick_start
 
-GLOBAL_BATCH, STEPS = 8, 50
+GLOBAL_BATCH, STEPS = 12, 24
 COMMON = {
     "dataset_name": "tiny", "max_sequence_length": 12, "item_embedding_dim": 8, "dropout_rate": 0.0, "num_negatives": 6,
     "num_warmup_steps": 10, "learning_rate": 3e-3, "eval_batch_size": 5, "list_metrics_k": 4,
@@ -58,17 +59,62 @@ CASES = {
         "loss_weights": {"mi_loss": 0.1, "uid_embedding_l2_norm": 0.1},
     },
 }
-WORLDS = {2: list(CASES), 4: ["position", "clipped"]}
+
+
+def mol_rates(**rates: float) -> dict[str, float]:
+    return {f"create_mol_interaction_module.{name}_dropout_rate": rate for name, rate in rates.items()}
+
+
+DROPPED = {
+    "position": {},
+    "block, recomputed": {
+        **CASES["block"], "main_module": "HSTU", "get_sequential_encoder.activation_checkpoint": True,
+        "hstu_encoder.attn_dropout_rate": 0.2,
+        "input_preprocessor": "CombinedItemAndRating",
+    },
+    "hstu": {"hstu_encoder.attn_dropout_rate": 0.2, "hstu_encoder.linear_dropout_rate": 0.3},
+    "hstu, softmax": {
+        **CASES["hstu"], "hstu_encoder.normalization": "softmax_rel_bias", "hstu_encoder.attn_dropout_rate": 0.2,
+    },
+    "masked": {"main_module": "Transformer"},
+    "replaced": {},
+    "mixture": {
+        "learning_rate": 1e-3, **mol_rates(
+            uid=0.5, softmax=0.2, query=0.1, item=0.1, gating_qi=0.1, gating_item=0.1
+        ),
+    },
+    "mixture, shared": {
+        **CASES["mixture"], "negatives_sharing": "block", "negatives_block_size": 16,
+        **mol_rates(uid=0.5, softmax=0.2),
+    },
+}  # fmt: skip
+"""With dropout, in deterministic runs: what is set beside the case of that name, or instead."""
+CASES |= {
+    f"{name}, dropout": {
+        **CASES.get(name, {}), "dropout_rate": 0.2, "sasrec_encoder.ffn_dropout_rate": 0.3, "deterministic": True, **changes,
+    }
+    for name, changes in DROPPED.items()
+}  # fmt: skip
+QUICK = {
+    2: list(CASES),
+    3: [
+        "block", "masked", "permuted, sampled", "replaced", "mixture",
+        "position, dropout", "masked, dropout", "mixture, shared, dropout",
+    ],
+    4: ["position", "clipped"],
+}  # fmt: skip
+SLOW = {3: [case for case in CASES if case not in QUICK[3]]}
+"""Cases by number of processes."""
 RESUMED, DONE = "full cross-entropy", 3
 """A run of one process that stops within an epoch, after so many steps, and goes on as two."""
 
 
 def settings_of(case: str, world_size: int) -> RunSettings:
-    train = {**COMMON, "local_batch_size": GLOBAL_BATCH // world_size, **CASES[case]}
+    top = {name: value for name, value in CASES[case].items() if "." not in name}
+    train = {**COMMON, "local_batch_size": GLOBAL_BATCH // world_size, **top}
     owners = {"train_fn": train, **SIZES}
-    return RunSettings().bind(
-        {f"{o}.{name}": value for o, given in owners.items() for name, value in given.items()}
-    )
+    names = {f"{owner}.{name}": value for owner, given in owners.items() for name, value in given.items()}
+    return RunSettings().bind(names | {name: value for name, value in CASES[case].items() if "." in name})
 
 
 def losses_and_trainer(dataset: SequenceDataset, case: str) -> tuple[list[float], Trainer]:
@@ -106,12 +152,12 @@ def rest_of_the_epoch(dataset: SequenceDataset, checkpoints: str) -> dict[str, l
     return {"users": users, "losses": [float(trainer.run_step(batch).loss) for batch in batches]}
 
 
-def member(rank: int, world: int, folder: str, results: str) -> None:
+def member(rank: int, world: int, cases: list[str], folder: str, results: str) -> None:
     torch.set_num_threads(1)
-    rendezvous = f"file://{results}/rendezvous-{world}"
+    rendezvous = f"file://{results}/rendezvous-{world}-{len(cases)}"
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world)
     found, dataset = {}, SequenceDataset.open(folder)
-    for case in WORLDS[world]:
+    for case in cases:
         losses, trainer = losses_and_trainer(dataset, case)
         own = metrics(trainer)
         trainer.model.load_state_dict(torch.load(f"{results}/{case}.pt"))
@@ -127,37 +173,48 @@ def stop_within_the_epoch(dataset: SequenceDataset, checkpoints: Path) -> None:
     trainer.train(CheckpointStore(checkpoints), stop=lambda: trainer.progress.step == DONE)
 
 
-@pytest.fixture(scope="module")
-def measured(
-    ragged_dataset: SequenceDataset, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[dict, dict[int, list[dict]]]:
-    """What one process found, and what each of several did, by their number; by case."""
-    folder = tmp_path_factory.mktemp("same")
-    alone = {}
-    for case in CASES:
-        losses, trainer = losses_and_trainer(ragged_dataset, case)
-        torch.save(trainer.model.state_dict(), folder / f"{case}.pt")
-        alone[case] = {"losses": losses, "metrics": metrics(trainer)}
-    stop_within_the_epoch(ragged_dataset, folder / "checkpoints")
-    found = {}
-    for world in WORLDS:
-        arguments = world, str(ragged_dataset.folder), str(folder)
+class Measured:
+    """What one process finds, by case, and what each of several does."""
+
+    def __init__(self, dataset: SequenceDataset, folder: Path) -> None:
+        self.dataset, self.folder = dataset, folder
+        stop_within_the_epoch(dataset, folder / "checkpoints")
+
+    @functools.cache  # noqa: B019, there is one for all tests
+    def alone(self, case: str) -> dict:
+        losses, trainer = losses_and_trainer(self.dataset, case)
+        torch.save(trainer.model.state_dict(), self.folder / f"{case}.pt")
+        return {"losses": losses, "metrics": metrics(trainer)}
+
+    @functools.cache  # noqa: B019
+    def several(self, world: int, slow: bool) -> list[dict]:
+        cases = (SLOW if slow else QUICK)[world]
+        for case in cases:
+            self.alone(case)
+        arguments = world, cases, str(self.dataset.folder), str(self.folder)
         members = [quick_start().Process(target=member, args=(rank, *arguments)) for rank in range(world)]
         for each in members:
             each.start()
         for each in members:
-            each.join(timeout=120)
+            each.join(timeout=240)
         assert [each.exitcode for each in members] == [0] * world
-        found[world] = [json.loads((folder / f"{world}-{rank}.json").read_text()) for rank in range(world)]
-    return alone, found
+        return [json.loads((self.folder / f"{world}-{rank}.json").read_text()) for rank in range(world)]
 
 
-BY_WORLD = [(world, case) for world, cases in WORLDS.items() for case in cases]
+@pytest.fixture(scope="module")
+def measured(ragged_dataset: SequenceDataset, tmp_path_factory: pytest.TempPathFactory) -> Measured:
+    return Measured(ragged_dataset, tmp_path_factory.mktemp("same"))
 
 
-@pytest.mark.parametrize(("world", "case"), BY_WORLD)
-def test_losses_are_those_of_one_process(measured: tuple[dict, dict], world: int, case: str) -> None:
-    alone, all_of = measured[0][case], [each[case] for each in measured[1][world]]
+BY_WORLD = [
+    *((world, case, False) for world, cases in QUICK.items() for case in cases),
+    *(pytest.param(world, case, True, marks=pytest.mark.slow) for world in SLOW for case in SLOW[world]),
+]
+
+
+@pytest.mark.parametrize(("world", "case", "slow"), BY_WORLD)
+def test_losses_are_those_of_one_process(measured: Measured, world: int, case: str, slow: bool) -> None:
+    alone, all_of = measured.alone(case), [each[case] for each in measured.several(world, slow)]
     assert all(each["losses"] == all_of[0]["losses"] for each in all_of)
     assert all_of[0]["losses"] == pytest.approx(alone["losses"], rel=1e-4, abs=1e-5)
     assert len(set(alone["losses"])) == STEPS
@@ -165,9 +222,11 @@ def test_losses_are_those_of_one_process(measured: tuple[dict, dict], world: int
         assert sum(alone["losses"][-10:]) < sum(alone["losses"][:10])  # the weights did move
 
 
-@pytest.mark.parametrize(("world", "case"), BY_WORLD)
-def test_metrics_are_exactly_those_of_one_process(measured: tuple[dict, dict], world: int, case: str) -> None:
-    alone, all_of = measured[0][case], [each[case] for each in measured[1][world]]
+@pytest.mark.parametrize(("world", "case", "slow"), BY_WORLD)
+def test_metrics_are_exactly_those_of_one_process(
+    measured: Measured, world: int, case: str, slow: bool
+) -> None:
+    alone, all_of = measured.alone(case), [each[case] for each in measured.several(world, slow)]
     assert all(each["metrics"] == alone["metrics"] for each in all_of)
     assert all(each["own metrics"] == all_of[0]["own metrics"] for each in all_of)
     for name in ("hr@10", "high_rated_hr@10", "recall@4", "diversity@4"):
@@ -175,12 +234,12 @@ def test_metrics_are_exactly_those_of_one_process(measured: tuple[dict, dict], w
 
 
 def test_two_processes_go_on_within_an_epoch_of_one(
-    measured: tuple[dict, dict], ragged_dataset: SequenceDataset
+    measured: Measured, ragged_dataset: SequenceDataset
 ) -> None:
-    both = [each["resumed"] for each in measured[1][2]]
+    both = [each["resumed"] for each in measured.several(2, False)]
     stops = make_split(ragged_dataset).train_stops
     loader = SequenceLoader(ragged_dataset, stops, COMMON["max_sequence_length"], GLOBAL_BATCH, 42)
     behind = [user for batch in loader.epoch(0, DONE) for user in batch.columns["user_ids"].tolist()]
     assert sorted(both[0]["users"] + both[1]["users"]) == sorted(behind)
-    expected = measured[0][RESUMED]["losses"][DONE : len(loader)]
+    expected = measured.alone(RESUMED)["losses"][DONE : len(loader)]
     assert both[0]["losses"] == both[1]["losses"] == pytest.approx(expected, rel=1e-4, abs=1e-5)

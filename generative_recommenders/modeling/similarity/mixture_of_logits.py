@@ -16,7 +16,6 @@ import torch
 from absl import logging
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from generative_recommenders.config.registry import register_similarity
 from generative_recommenders.config.sections import MoLSettings
@@ -28,8 +27,9 @@ from generative_recommenders.modeling.similarity.mol_layers import (
     projection,
     two_layers,
 )
-from generative_recommenders.ops import dispatch
+from generative_recommenders.ops import dispatch, numbered_rows
 from generative_recommenders.ops.dropout import dropout
+from generative_recommenders.ops.recomputation import recomputed
 
 _EPS = 1e-6
 
@@ -228,10 +228,14 @@ class MoLSimilarity(nn.Module):
         """
         with self._autocast(queries):
             query, losses = self.query_components(queries, user_ids)
-            parts = self.item_components(items)
+            with numbered_rows.of_items():
+                parts = self.item_components(items)
             every = slice(0, len(queries))
             scores, mixed = self._mixed(query, every, rows.shape[1], lambda r, c: parts.select(rows[r, c]))
-            behind = [self._mixed(query, span, len(ids), _shared(parts.select(ids))) for span, ids in shared]
+            behind = [
+                self._mixed(query, span, len(ids), _shared(parts.select(ids)), purpose=1)
+                for span, ids in shared
+            ]
             if behind:
                 scores = torch.cat([scores, torch.cat([each for each, _ in behind])], dim=1)
                 mixed += [block for _, blocks in behind for block in blocks]
@@ -302,9 +306,11 @@ class MoLSimilarity(nn.Module):
         return scores, self._mixture_sums(mixed, scores.numel())
 
     def _mixed(
-        self, query: QueryComponents, span: slice, num_items: int, items_of: ItemsOf
+        self, query: QueryComponents, span: slice, num_items: int, items_of: ItemsOf, purpose: int = 0
     ) -> tuple[torch.Tensor, list[_Mixed]]:
-        """``[m, num_items]`` scores of the m queries of a span, and the blocks in which they were made."""
+        """``[m, num_items]`` scores of the m queries of a span, and the blocks in which they were made. purpose: of the items,
+        for dropout: 1 for shared ones.
+        """
         row_blocks, column_blocks = self._blocks(span, num_items)
         pairs = len(query.components) * num_items
         kept = pairs * (10 * self.num_logits + 2 * max(self.settings.gating_qi_hidden_dim, 0))
@@ -313,9 +319,9 @@ class MoLSimilarity(nn.Module):
         for rows, done in zip(row_blocks, mixed):
             for columns in column_blocks:
                 if again:
-                    done.append(checkpoint(self._mix, query, items_of, rows, columns, use_reentrant=False))
+                    done.append(recomputed(self._mix, query, items_of, rows, columns, purpose))
                 else:
-                    done.append(self._mix(query, items_of, rows, columns))
+                    done.append(self._mix(query, items_of, rows, columns, purpose))
         scores = torch.cat([torch.cat([block.scores for block in done], dim=1) for done in mixed])
         return scores, [block for done in mixed for block in done]
 
@@ -328,15 +334,17 @@ class MoLSimilarity(nn.Module):
         columns = min(max(num_items, 1), pairs)
         return _slices(span.start, span.stop, max(1, pairs // columns)), _slices(0, num_items, columns)
 
-    def _mix(self, query: QueryComponents, items_of: ItemsOf, rows: slice, columns: slice) -> _Mixed:
+    def _mix(
+        self, query: QueryComponents, items_of: ItemsOf, rows: slice, columns: slice, purpose: int
+    ) -> _Mixed:
         items = items_of(rows, columns)
         pairing = "bnd,xmd->bxnm" if items.components.dim() == 3 else "bnd,bxmd->bxnm"
         logits = torch.einsum(pairing, query.components[rows], items.components).flatten(2)
         query_gate = None if query.gate is None else query.gate[rows][:, None]
-        gate = COMBINATIONS[self.settings.gating_combination_type](
-            query_gate, items.gate, self.cross_gate(logits)
-        )
-        p = self._drop_mixture(_at_least_float32(gate).softmax(-1))
+        with numbered_rows.of_block(rows, 2 * columns.start + purpose):
+            combine = COMBINATIONS[self.settings.gating_combination_type]
+            gate = combine(query_gate, items.gate, self.cross_gate(logits))
+            p = self._drop_mixture(_at_least_float32(gate).softmax(-1))
         scores = _at_least_float32((p * logits).sum(-1))
         if self.temperature != 1:
             scores = scores / self.temperature

@@ -18,6 +18,7 @@ from generative_recommenders.ops.attention.tiles import (
     TableBias,
     add_products,
     corner,
+    drawn,
     hide,
     join_groups,
     keep_masks,
@@ -79,7 +80,7 @@ class _GroupedPointwise(torch.autograd.Function):
                 if not tables or tile.sees is not None:
                     hide(logits, tile, heads)
                 weights = F.silu(logits)
-                kept = None if masks is None else masks.draw(weights.shape)
+                kept = None if masks is None else drawn(masks, weights.shape, layout, group, tile)
                 weights = weights if kept is None else weights.mul_(kept)
                 torch.bmm(weights, corner(v_, rows, seen), out=out_t)
                 saved += [logits, kept, weights]

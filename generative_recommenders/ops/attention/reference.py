@@ -8,7 +8,14 @@ import torch
 import torch.nn.functional as F
 
 from generative_recommenders.ops import dispatch
-from generative_recommenders.ops.attention.tiles import TableBias, keep_masks, looked_up, lowest, plan_of
+from generative_recommenders.ops.attention.tiles import (
+    TableBias,
+    drawn,
+    keep_masks,
+    looked_up,
+    lowest,
+    plan_of,
+)
 from generative_recommenders.ops.layout import Layout
 
 
@@ -59,9 +66,9 @@ def dropped(weights: torch.Tensor, q: torch.Tensor, layout: Layout, rate: float)
     masks = keep_masks(rate, q, plan)
     if masks is None:
         return weights
-    tiles = (tile for _, group_tiles in plan for tile in group_tiles)
-    shapes = ((tile.rows * heads, tile.stop - tile.start, tile.keys) for tile in tiles)
-    kept = (masks.draw(shape).unflatten(0, (-1, heads)) for shape in shapes)
+    tiles = ((group, tile) for group, group_tiles in plan for tile in group_tiles)
+    shapes = (((t.rows * heads, t.stop - t.start, t.keys), group, t) for group, t in tiles)
+    kept = (drawn(masks, shape, layout, group, t).unflatten(0, (-1, heads)) for shape, group, t in shapes)
     return weights * dense(kept, layout, torch.zeros_like(weights)) / (1.0 - rate)
 
 

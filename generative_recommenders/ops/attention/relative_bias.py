@@ -9,7 +9,16 @@ from typing import NamedTuple, TypeAlias, cast
 import torch
 import torch.nn.functional as F
 
-from generative_recommenders.ops.attention.tiles import PairBias, TableBias, looked_up, takes_kernel, tiles
+from generative_recommenders.ops.attention.tiles import (
+    PairBias,
+    TableBias,
+    Tile,
+    drawn,
+    keep_masks,
+    looked_up,
+    takes_kernel,
+    tiles,
+)
 from generative_recommenders.ops.layout import Layout
 
 NUM_TIME_BUCKETS = 128
@@ -114,6 +123,7 @@ def softmax_over_all_columns(
     and count in the normaliser, as future ones do, so that this is not causal.
     """
     outputs = []
+    masks = keep_masks(dropout_rate, q, [])
     for index, group in enumerate(layout.groups):
         q_, k_, v_ = (group.gather(t).transpose(1, 2) for t in (q, k, v))
         logits = q_ @ k_.transpose(-1, -2)
@@ -124,5 +134,12 @@ def softmax_over_all_columns(
         empty = (max_length - group.lengths).clamp(min=0).float().log()[:, None, None, None]
         total = torch.logaddexp(logits.logsumexp(-1, keepdim=True), empty.expand(*logits.shape[:-1], 1))
         weights = torch.exp(logits - total).tril()
-        outputs.append((F.dropout(weights, dropout_rate) @ v_).transpose(1, 2).flatten(0, 1))
+        if masks is not None and masks.numbered is not None:
+            everything = Tile(len(group.lengths), 0, group.width, group.width, 0, None)
+            shape = weights.flatten(0, 1).shape
+            kept = drawn(masks, shape, layout, group, everything).view_as(weights)
+            weights = weights * kept / (1.0 - dropout_rate)
+        else:
+            weights = F.dropout(weights, dropout_rate)
+        outputs.append((weights @ v_).transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs).index_select(0, layout.keys.cells) if outputs else torch.zeros_like(v)

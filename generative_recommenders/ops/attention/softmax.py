@@ -10,11 +10,12 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from generative_recommenders.ops import dispatch
+from generative_recommenders.ops import dispatch, numbered_rows
 from generative_recommenders.ops.attention.reference import softmax_attention_reference
 from generative_recommenders.ops.attention.tiles import (
     add_products,
     corner,
+    drawn,
     hide,
     join_groups,
     keep_masks,
@@ -42,7 +43,7 @@ def softmax_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if not dispatch.fast(q):
         return softmax_attention_reference(q, k, v, layout, dropout_rate, scale)
-    if dispatch.fast_on_cpu(q):
+    if dispatch.fast_on_cpu(q) or numbered_rows.current() is not None:
         with dispatch.autocast(q, None):  # in the dtype that q, k and v come in
             return _GroupedSoftmax.apply(q, k, None if v is k else v, layout, dropout_rate, scale)
     if takes_kernel(layout):
@@ -93,7 +94,7 @@ class _GroupedSoftmax(torch.autograd.Function):
                 p = torch.softmax(hide(torch.bmm(q_t, k_t.mT), tile, heads), -1)
                 if tile.sees is not None:  # a token may see nothing
                     p.unflatten(0, (-1, heads)).mul_(tile.sees.any(-1, keepdim=True))
-                dropped = p if masks is None else masks.draw(p.shape).mul_(p)
+                dropped = p if masks is None else drawn(masks, p.shape, layout, group, tile).mul_(p)
                 torch.bmm(dropped, k_t if v is None else corner(v_, rows, seen), out=out_t)
                 saved += [p, dropped]
             if dropout_rate:

@@ -128,6 +128,20 @@ def keep_masks(rate: float, q: torch.Tensor, plan: Plan) -> KeepMasks | None:
     return KeepMasks(rate, q, cells * q.shape[1])
 
 
+def drawn(
+    masks: KeepMasks, shape: torch.Size | tuple[int, ...], layout: Layout, group: Group, tile: Tile
+) -> torch.Tensor:
+    """The mask of one tile's weights ``[rows * H, queries, keys]``."""
+    if masks.numbered is None:
+        return masks.draw(shape)
+    tokens = group.keys.tokens.view(-1, group.width)[: tile.rows, tile.start : tile.stop].long()
+    heads = shape[0] // tile.rows
+    # A number for each row of the weights: of its token, and of its head.
+    numbers = masks.numbered.of(layout.num_tokens)[tokens][:, None] * heads
+    numbers = numbers + torch.arange(heads, device=tokens.device)[:, None]
+    return masks.draw(shape, numbers.flatten())
+
+
 def looked_up(
     tables: Sequence[torch.Tensor], indices: Sequence[torch.Tensor], tile: Tile | None = None
 ) -> torch.Tensor:
