@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "generative_recommenders"
 LEVELS = (
     {"errors", "types"}, {"config"}, {"ops", "distributed"}, {"data", "modeling"}, {"objectives"}, {"build", "checkpoint"},
-    {"retrieval"}, {"evaluation"}, {"training"}, {"run"}, {"compat"}, {"commands"},
+    {"retrieval"}, {"evaluation"}, {"training"}, {"run"}, {"lightning"}, {"compat"}, {"commands"},
 )  # fmt: skip
 """Lowest first. A package imports from itself and from lower levels; not from others of its own level."""
 KNOW_DISTRIBUTED, KNOW_GIN = {"distributed", "training"}, {"config"}
@@ -71,6 +71,11 @@ def test_who_knows_torch_distributed() -> None:
 def test_who_knows_gin() -> None:
     knowing = {part_of(path) for path in FILES if knows(path, "gin")}
     assert knowing == KNOW_GIN
+
+
+def test_who_knows_lightning() -> None:
+    """An extra: nothing else may need it."""
+    assert {part_of(path) for path in FILES if knows(path, "lightning")} == {"lightning"}
 
 
 def test_nothing_imports_the_programs() -> None:

@@ -45,6 +45,8 @@ class InputPreprocessor(torch.nn.Module):
     """Passed by the program; the latter two are both the width of the items."""
     tokens_per_item = 1
     needs_ratings = False
+    appendable = True
+    """Whether what a token is given does not depend on those after it."""
 
     def __init__(self, max_length: int, embedding_dim: int, dropout_rate: Share = 0.2) -> None:
         super().__init__()
@@ -66,6 +68,23 @@ class LearnablePositionalEmbeddingInputFeaturesPreprocessor(InputPreprocessor):
 
     def forward(self, items: torch.Tensor, layout: Layout, events: TokenEvents) -> EncoderInput:
         return EncoderInput(self.add_positions(items, layout), layout, dict(events))
+
+
+@register_input_preprocessor("LearnablePositionalEmbeddingFromEnd")
+class LearnablePositionalEmbeddingFromEnd(InputPreprocessor):
+    """``sqrt(D) item + position``, the newest event at the last row, as in programs that pad on the left (RePlay, RecTools).
+
+    A further event moves all others by one, so histories cannot be encoded piece by piece.
+    """
+
+    appendable = False
+
+    def forward(self, items: torch.Tensor, layout: Layout, events: TokenEvents) -> EncoderInput:
+        to_end = layout.lengths.index_select(0, layout.row_of) - layout.positions
+        # Behind a padded row's end the count goes below 0; those tokens are masked afterwards.
+        places = (len(self.position) - to_end).clamp(max=len(self.position) - 1)
+        x = torch.add(lookup_rows(self.position, places), items, alpha=self.embedding_dim**0.5)
+        return EncoderInput(layout.mask(self.dropout(x)), layout, dict(events))
 
 
 @register_input_preprocessor(

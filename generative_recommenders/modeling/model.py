@@ -241,6 +241,9 @@ _NEEDS_MASK_SLOT = "the model was trained to name masked items: its states come 
 def appendable_encoder(sequence: SequenceEncoder, layout: Layout) -> IncrementalEncoder:
     """The sequence's encoder; UserError where histories cannot be encoded piece by piece."""
     encoder: object = sequence.encoder
+    if not sequence.preprocessor.appendable:
+        name = type(sequence.preprocessor).__name__
+        raise UserError(f"encode_incremental: {name} gives every event another position when one is appended")
     if not isinstance(encoder, IncrementalEncoder):
         name = type(encoder).__name__
         raise UserError(f"encode_incremental: {name} keeps nothing of a history; SASRec and HSTU do")

@@ -36,3 +36,11 @@ class LayerNormEmbeddingPostprocessor(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x[..., : self.embedding_dim]
         return layer_norm(x, self.eps)
+
+
+@register_output_postprocessor("none")
+class NoPostprocessor(torch.nn.Identity):
+    """The states as they are, for encoders that end in a norm of their own (``sasrec_encoder.final_norm``)."""
+
+    def __init__(self) -> None:
+        super().__init__()

@@ -64,8 +64,13 @@ def load_meta_checkpoint(model: torch.nn.Module, path: Path | str, item_ids: pa.
 
 
 def read_meta_checkpoint(path: Path | str) -> dict[str, torch.Tensor]:
-    """The model's parameters under the authors' names, on the CPU, without the prefix of data-parallel
-    training."""
+    """The model's parameters under the authors' names, on the CPU, without the prefix of data-parallel training."""
+    state = read_state(path, "model_state_dict", "a file saved by the HSTU program")
+    return {name.removeprefix("module."): value for name, value in state.items()}
+
+
+def read_state(path: Path | str, key: str, wanted: str) -> dict[str, torch.Tensor]:
+    """The tensors below ``key`` of a file by ``torch.save``, on the CPU. wanted: what to give instead, for errors."""
     _check_unpacked_size(Path(path))
     try:
         with warnings.catch_warnings():
@@ -74,10 +79,10 @@ def read_meta_checkpoint(path: Path | str) -> dict[str, torch.Tensor]:
     except _UNREADABLE as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path} is not a checkpoint that can be read as plain tensors: {reason}") from error
-    state = content.get("model_state_dict") if isinstance(content, dict) else None
+    state = content.get(key) if isinstance(content, dict) else None
     if not isinstance(state, Mapping) or not all(isinstance(each, torch.Tensor) for each in state.values()):
-        raise UserError(f"{path} holds no model_state_dict of tensors: give a file saved by the HSTU program")
-    return {str(name).removeprefix("module."): value for name, value in state.items()}
+        raise UserError(f"{path} holds no {key} of tensors: give {wanted}")
+    return {str(name): value for name, value in state.items()}
 
 
 def _check_unpacked_size(path: Path) -> None:

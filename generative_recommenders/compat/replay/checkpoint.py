@@ -1,0 +1,159 @@
+"""RePlay's checkpoints, and runs of this program made of RePlay's models."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from generative_recommenders.checkpoint.store import CheckpointStore
+from generative_recommenders.compat.meta.checkpoint import read_state
+from generative_recommenders.compat.replay.nn.agg import PositionAwareAggregator, SumAggregator
+from generative_recommenders.compat.replay.nn.embedding import SequenceEmbedding
+from generative_recommenders.compat.replay.nn.mask import DefaultAttentionMask
+from generative_recommenders.compat.replay.nn.sequential.sasrec import SasRec
+from generative_recommenders.compat.replay.nn.sequential.sasrec_layer import SasRecTransformerLayer
+from generative_recommenders.config.gin import resolved_text
+from generative_recommenders.config.schema import RunSettings
+from generative_recommenders.data.splits import make_split
+from generative_recommenders.data.store import SequenceDataset
+from generative_recommenders.distributed.collectives import Collectives
+from generative_recommenders.errors import UserError
+from generative_recommenders.ops.feed_forward import PointWiseFeedForward
+from generative_recommenders.run.directory import RunFolder
+from generative_recommenders.training.trainer import Trainer
+
+_DERIVED = re.compile(r".*\.(scaling|_weight)")
+"""Buffers there that follow from sizes."""
+_CONVOLUTION = re.compile(r"(.*\.)conv([12])\.(weight|bias)")
+
+
+def load_replay_checkpoint(model: nn.Module, path: str | Path) -> None:
+    """Fills a model of RePlay's form from a checkpoint of RePlay's Lightning module, or of ours.
+
+    Its 1x1 convolutions become linear layers. UserError where the file is none, or names or shapes do not fit the model.
+    """
+    state = read_state(path, "state_dict", "a checkpoint that Lightning saved")
+    renamed = {}
+    for key, value in state.items():
+        name = re.sub(r"^_?model\.", "", key)
+        found = _CONVOLUTION.fullmatch(name)
+        if found:
+            linear = f"{found[1]}linear{found[2]}.{found[3]}"
+            renamed[linear] = value.squeeze(-1) if value.dim() == 3 else value
+        elif not _DERIVED.fullmatch(name):
+            renamed[name] = value
+    try:
+        model.load_state_dict(renamed)
+    except RuntimeError as error:
+        raise UserError(f"{path} does not fit the model: {' '.join(str(error).split())[:300]}") from error
+
+
+def save_as_run(
+    model: SasRec,
+    folder: str | Path,
+    run_dir: str | Path,
+    item_ids: Sequence[str] | None = None,
+    settings: RunSettings | None = None,
+) -> Path:
+    """A run folder that main.py evaluates, predicts from and trains on, with the model's weights; returns its path.
+
+    folder: the prepared data. item_ids: the original id of the model's item 0, 1, ...; in the prepared order unless given,
+    which is that of ``ParquetModule(prepared_folder=...)``. settings: of everything but the model. UserError for a model
+    other than `SasRec` over item ids alone, whose features and losses have no counterpart.
+    """
+    dataset = SequenceDataset.open(Path(folder))
+    body, table = model.body, model.item_embeddings()
+    aggregator, layer, norm = body.embedding_aggregator, body.encoder, body.output_normalization
+    if not (
+        isinstance(body.embedder, SequenceEmbedding)
+        and len(body.embedder.feature_embedders) == 1
+        and isinstance(aggregator, PositionAwareAggregator)
+        and isinstance(aggregator.embedding_aggregator, SumAggregator)
+        and isinstance(body.attn_mask_builder, DefaultAttentionMask)
+        and isinstance(layer, SasRecTransformerLayer)
+        and isinstance(norm, nn.LayerNorm)
+        and norm.eps == nn.LayerNorm(1).eps
+    ):
+        raise UserError(
+            "only a SasRec over item ids alone, of SumAggregator, PositionAwareAggregator, DefaultAttentionMask, "
+            "SasRecTransformerLayer and LayerNorm, can become a run"
+        )
+    rows = _rows_of_items(dataset, table, item_ids)
+    feed_forward: PointWiseFeedForward = layer.forward_layers[0]  # type: ignore[assignment]
+    settings = settings or RunSettings()
+    settings = settings.changed(
+        train=settings.train.changed(
+            dataset_name=dataset.manifest.name,
+            main_module="SASRec",
+            objective="causal",
+            item_embedding_dim=table.shape[1],
+            max_sequence_length=len(aggregator.pe.weight),
+            gr_output_length=0,
+            dropout_rate=aggregator.dropout.rate,
+            input_preprocessor="LearnablePositionalEmbeddingFromEnd",
+            user_embedding_norm="none",
+            item_l2_norm=False,
+            interaction_module_type="DotProduct",
+            temperature=1.0,
+        ),
+        sasrec=settings.sasrec.changed(
+            num_blocks=len(layer.forward_layers),
+            num_heads=layer.num_heads,
+            ffn_hidden_dim=feed_forward.linear1.out_features,
+            ffn_activation_fn=feed_forward.activation.__name__,
+            ffn_dropout_rate=feed_forward.dropout.rate,
+            norm_weights=True,
+            final_norm=True,
+        ),
+    )
+    trainer = Trainer(settings, dataset, make_split(dataset, settings.train.protocol), Collectives())
+    own = trainer.model.state_dict()
+    own["items.table"][1:] = table[rows]
+    # One row more than events: the table has room for the event to predict, which causal models do not read.
+    own["sequence.preprocessor.position"][-len(aggregator.pe.weight) :] = aggregator.pe.weight
+    own["sequence.encoder.final_norm.weight"].copy_(norm.weight)
+    own["sequence.encoder.final_norm.bias"].copy_(norm.bias)
+    for name, value in layer.state_dict().items():
+        own[f"sequence.encoder.{_block_name(name)}"].copy_(value)
+    with RunFolder.create_or_open(str(run_dir), name=f"{dataset.manifest.name}-SasRec") as run:
+        resolved = resolved_text(settings)
+        run.save_resolved_gin(resolved)
+        store = CheckpointStore(run.checkpoints)
+        store.attach(dataset.original_item_ids().combine_chunks(), settings.to_json(), resolved)
+        trainer.save(store)
+        return run.path
+
+
+def _rows_of_items(
+    dataset: SequenceDataset, table: torch.Tensor, item_ids: Sequence[str] | None
+) -> torch.Tensor:
+    """``[V]``: the row of each prepared item; UserError where the model does not have it."""
+    if item_ids is None:
+        if len(table) < dataset.num_items:
+            raise UserError(
+                f"the model has {len(table)} items, {dataset.folder} {dataset.num_items}: give item_ids"
+            )
+        return torch.arange(dataset.num_items)
+    places = {str(name): row for row, name in enumerate(item_ids)}
+    wanted = dataset.original_item_ids().to_pylist()
+    missing = [name for name in wanted if name not in places]
+    if missing:
+        raise UserError(f"item_ids lack {missing[0]!r} and {len(missing) - 1} more items of {dataset.folder}")
+    return torch.tensor([places[name] for name in wanted])
+
+
+def _block_name(name: str) -> str:
+    """A parameter of `SasRecTransformerLayer` under the encoder's name of it."""
+    kind, block, rest = name.split(".", 2)
+    part = {
+        "attention_layers": {"in_proj_": "in_proj.", "out_proj.": "out_proj."},
+        "attention_layernorms": {"": "query_norm."},
+        "forward_layers": {"linear1.": "ffn_in.", "linear2.": "ffn_out."},
+        "forward_layernorms": {"": "ffn_norm."},
+    }[kind]
+    theirs, ours = next((a, b) for a, b in part.items() if rest.startswith(a))
+    return f"blocks.{block}.{ours}{rest.removeprefix(theirs)}"

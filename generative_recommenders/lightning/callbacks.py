@@ -1,0 +1,293 @@
+"""Callbacks that measure a model's lists and collect what it recommends, with RePlay's arguments.
+
+Postprocessors change scores before they are ranked: ``on_validation(batch, logits)`` and ``on_prediction(batch, logits)``
+return new ones; an attribute ``candidates`` tells them which item a column is, None where column j is item j. An item
+whose score is -inf is in no list.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import lightning
+import pandas as pd
+import polars as pl
+import torch
+
+from generative_recommenders.errors import UserError
+from generative_recommenders.evaluation.list_metrics import ListMetrics
+from generative_recommenders.retrieval.top_k import largest
+
+METRICS = ("recall", "precision", "ndcg", "map", "mrr", "novelty", "coverage")
+Batch = Mapping[str, Any]
+
+
+class Postprocessor(Protocol):
+    """See the module."""
+
+    def on_validation(self, batch: Batch, logits: torch.Tensor) -> torch.Tensor: ...
+
+    def on_prediction(self, batch: Batch, logits: torch.Tensor) -> torch.Tensor: ...
+
+
+class ComputeMetricsCallback(lightning.Callback):
+    """Logs metrics of the k best items under names like "ndcg@10", for ModelCheckpoint's ``monitor`` too.
+
+    With several loaders the names end in "/dataloader_idx_0", "/dataloader_idx_1" and so on.
+
+    metrics: of recall, precision, ndcg, map, mrr, novelty and coverage; map, ndcg and recall unless given.
+    ks: cutoffs, [1, 5, 10, 20] unless given. item_count: items of the catalogue, for coverage alone.
+    ground_truth_column: relevant items of each row ``[B, G]``; train_column: items that are not new, for novelty
+        ``[B, S]``. Ids that are no items (below 0, or from the number of scores on) are padding.
+    """
+
+    def __init__(
+        self,
+        metrics: Sequence[str] | None = None,
+        ks: Sequence[int] | None = None,
+        postprocessors: Sequence[Postprocessor] | None = None,
+        item_count: int | None = None,
+        ground_truth_column: str = "ground_truth",
+        train_column: str = "train",
+    ) -> None:
+        super().__init__()
+        self.metrics = list(metrics or ("map", "ndcg", "recall"))
+        self.ks = sorted(ks or (1, 5, 10, 20))
+        unknown = [name for name in self.metrics if name not in METRICS]
+        if unknown:
+            raise UserError(f"ComputeMetricsCallback: {unknown[0]!r} is none of {', '.join(METRICS)}")
+        if "coverage" in self.metrics and item_count is None:
+            raise UserError("ComputeMetricsCallback: coverage is a share of item_count: give it")
+        self.postprocessors, self.item_count = list(postprocessors or ()), item_count
+        self.ground_truth_column, self.train_column = ground_truth_column, train_column
+        self._totals: dict[int, ListMetrics] = {}
+
+    def on_validation_epoch_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        self._totals = {}
+        _tell_candidates(self.postprocessors, pl_module)
+
+    def on_validation_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Mapping[str, Any],
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        logits = outputs["logits"]
+        for each in self.postprocessors:
+            logits = each.on_validation(batch, logits)
+        scores, items = top_items(logits, max(self.ks), pl_module)
+        num_items = 1 + max(logits.shape[1] - 1, int(items.max()), (self.item_count or 1) - 1)
+        if dataloader_idx not in self._totals:
+            self._totals[dataloader_idx] = ListMetrics(self.ks, num_items, device=logits.device)
+        listed = (items + 1).masked_fill(scores == -torch.inf, 0)  # the metrics' ids begin at 1
+        relevant = self._ids(batch, self.ground_truth_column, num_items)
+        seen = self._ids(batch, self.train_column, num_items) if "novelty" in self.metrics else None
+        self._totals[dataloader_idx].add(listed, relevant, seen)
+
+    def _ids(self, batch: Batch, column: str, num_items: int) -> torch.Tensor:
+        if column not in batch:
+            raise UserError(
+                f"ComputeMetricsCallback: the batch has no {column!r}; it has {', '.join(map(str, batch))}"
+            )
+        ids = batch[column]
+        return (ids + 1).masked_fill((ids < 0) | (ids >= num_items), 0)
+
+    def on_validation_epoch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        for number, total in sorted(self._totals.items()):
+            for name in ("sums", "users", "recommended"):
+                setattr(total, name, trainer.strategy.reduce(getattr(total, name), reduce_op="sum"))
+            suffix = f"/dataloader_idx_{number}" if len(self._totals) > 1 else ""
+            values = total.compute()
+            for row, k in enumerate(self.ks):  # a share of the catalogue's items, not of the scores' columns
+                listed = int((total.recommended[row, 1:] > 0).sum())
+                values[f"coverage@{k}"] = listed / (self.item_count or 1)
+            wanted = {f"{name}@{k}{suffix}": values[f"{name}@{k}"] for name in self.metrics for k in self.ks}
+            pl_module.log_dict(wanted, add_dataloader_idx=False, batch_size=1)
+
+    on_test_epoch_start = on_validation_epoch_start
+    on_test_batch_end = on_validation_batch_end
+    on_test_epoch_end = on_validation_epoch_end
+
+
+class TopItemsCallback(lightning.Callback):
+    """Collects the top_k items of each row of a prediction, best first.
+
+    query_column: the batch's key of the query ids ``[B]``, and their column in the result. item_column, rating_column: of the
+    items and their scores.
+    """
+
+    def __init__(
+        self,
+        top_k: int,
+        query_column: str,
+        item_column: str,
+        rating_column: str = "rating",
+        postprocessors: Sequence[Postprocessor] | None = None,
+    ) -> None:
+        super().__init__()
+        if top_k < 1:
+            raise UserError(f"{type(self).__name__}: top_k must be 1 or more, not {top_k}")
+        self.top_k, self.query_column, self.item_column = top_k, query_column, item_column
+        self.rating_column, self.postprocessors = rating_column, list(postprocessors or ())
+        self._parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+
+    def on_predict_epoch_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        self._parts = []
+        _tell_candidates(self.postprocessors, pl_module)
+
+    def on_predict_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Mapping[str, Any],
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        logits = outputs["logits"]
+        for each in self.postprocessors:
+            logits = each.on_prediction(batch, logits)
+        scores, items = top_items(logits, self.top_k, pl_module)
+        self._parts.append((self._queries(batch).cpu(), items.cpu(), scores.cpu()))
+
+    def _queries(self, batch: Batch) -> torch.Tensor:
+        if self.query_column not in batch:
+            raise UserError(
+                f"{type(self).__name__}: the batch has no {self.query_column!r}; it has {', '.join(map(str, batch))}"
+            )
+        return batch[self.query_column].flatten()
+
+    def collected(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Query ids ``[n]``, items ``[n, k]``, scores ``[n, k]``; UserError before the first prediction."""
+        if not self._parts:
+            raise UserError(f"{type(self).__name__}: nothing was predicted yet: call Trainer.predict first")
+        queries, items, scores = (torch.cat(each) for each in zip(*self._parts))
+        return queries, items, scores
+
+    def columns(self) -> dict[str, Any]:
+        """One row a recommended item, as numpy arrays by name."""
+        queries, items, scores = self.collected()
+        kept = scores.flatten() != -torch.inf
+        flat = (queries.repeat_interleave(items.shape[1]), items.flatten(), scores.flatten())
+        names = (self.query_column, self.item_column, self.rating_column)
+        return {name: values[kept].numpy() for name, values in zip(names, flat)}
+
+    @abstractmethod
+    def get_result(self) -> Any:
+        """What was recommended in the last prediction."""
+
+
+class PandasTopItemsCallback(TopItemsCallback):
+    """Recommendations as a pandas DataFrame, one row an item."""
+
+    def get_result(self) -> pd.DataFrame:
+        return pd.DataFrame(self.columns())
+
+
+class PolarsTopItemsCallback(TopItemsCallback):
+    """Recommendations as a polars DataFrame, one row an item."""
+
+    def get_result(self) -> pl.DataFrame:
+        return pl.DataFrame(self.columns())
+
+
+class SparkTopItemsCallback(TopItemsCallback):
+    """Recommendations as a Spark DataFrame, one row an item. spark_session: that makes it."""
+
+    def __init__(
+        self,
+        top_k: int,
+        query_column: str,
+        item_column: str,
+        rating_column: str,
+        spark_session: Any,
+        postprocessors: Sequence[Postprocessor] | None = None,
+    ) -> None:
+        super().__init__(top_k, query_column, item_column, rating_column, postprocessors)
+        self.spark_session = spark_session
+
+    def get_result(self) -> Any:
+        columns = self.columns()
+        kinds = ("bigint", "bigint", "double")
+        schema = ", ".join(f"`{name}` {kind}" for name, kind in zip(columns, kinds))
+        rows = list(zip(*(values.tolist() for values in columns.values())))
+        return self.spark_session.createDataFrame(rows, schema)
+
+
+class TorchTopItemsCallback(TopItemsCallback):
+    """Recommendations as tensors: items ``[n, k]`` and scores ``[n, k]``, behind the query ids ``[n]`` where query_column
+    is given."""
+
+    def __init__(
+        self,
+        top_k: int,
+        postprocessors: Sequence[Postprocessor] | None = None,
+        query_column: str | None = None,
+    ) -> None:
+        super().__init__(top_k, query_column or "", "item_id", postprocessors=postprocessors)
+
+    def _queries(self, batch: Batch) -> torch.Tensor:
+        return super()._queries(batch) if self.query_column else torch.empty(0, dtype=torch.int64)
+
+    def get_result(self) -> tuple[torch.Tensor, ...]:
+        queries, items, scores = self.collected()
+        return (queries, items, scores) if self.query_column else (items, scores)
+
+
+class HiddenStatesCallback(lightning.Callback):
+    """Collects one of the model's hidden states over a prediction. hidden_state_index: its place among "hidden_states"."""
+
+    def __init__(self, hidden_state_index: int) -> None:
+        super().__init__()
+        self.hidden_state_index = hidden_state_index
+        self._parts: list[torch.Tensor] = []
+
+    def on_predict_epoch_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        self._parts = []
+
+    def on_predict_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Mapping[str, Any],
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        states = outputs["hidden_states"]
+        if not -len(states) <= self.hidden_state_index < len(states):
+            raise UserError(
+                f"HiddenStatesCallback: the model gives {len(states)} hidden states, none at {self.hidden_state_index}"
+            )
+        self._parts.append(states[self.hidden_state_index].detach().cpu())
+
+    def get_result(self) -> torch.Tensor:
+        """``[n, ...]`` over all batches of the last prediction."""
+        return torch.cat(self._parts)
+
+
+def top_items(
+    logits: torch.Tensor, k: int, pl_module: lightning.LightningModule
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores and item ids ``[n, min(k, C)]``, best first, the smaller column first among equals."""
+    scores, columns = largest(logits, k)
+    candidates = getattr(pl_module, "candidates_to_score", None)
+    return scores, columns if candidates is None else candidates.to(columns.device)[columns]
+
+
+def _tell_candidates(postprocessors: Sequence[Postprocessor], pl_module: lightning.LightningModule) -> None:
+    for each in postprocessors:
+        each.candidates = getattr(pl_module, "candidates_to_score", None)  # type: ignore[attr-defined]

@@ -1,0 +1,167 @@
+"""Lightning module over this program's training tasks and over models of RePlay's form."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import lightning
+import torch
+
+from generative_recommenders.data.loader import LoadedBatch
+from generative_recommenders.distributed.process_group import process_collectives
+from generative_recommenders.errors import UserError
+from generative_recommenders.lightning.optimization import (
+    BaseLRSchedulerFactory,
+    BaseOptimizerFactory,
+    OptimizerFactory,
+)
+from generative_recommenders.modeling.model import SequenceRecommender
+from generative_recommenders.modeling.similarity.interface import Snapshot
+from generative_recommenders.objectives.task import TrainingTask
+from generative_recommenders.ops.counter_random import stream_key
+
+CANDIDATES = "candidates_to_score"
+
+
+class LightningModule(lightning.LightningModule):
+    """A model under Lightning's trainer.
+
+    model: one of three kinds.
+        A module of RePlay's form (compat's ``SasRec`` and ``TwoTower``): called with those keys of the batch that its forward
+            takes; it returns a mapping with "loss" in training mode, with "logits" and "hidden_states" in evaluation mode.
+        A `TrainingTask`: trains on the batches of `DataModule` as main.py does, draws and loss alike.
+        A `SequenceRecommender` alone: answers, and cannot be trained.
+    The scores of the latter two are ``[B, V + 1]``: column i is item id i, and column 0, padding, is -inf.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        optimizer_factory: BaseOptimizerFactory | None = None,
+        lr_scheduler_factory: BaseLRSchedulerFactory | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self._optimizer_factory = optimizer_factory or OptimizerFactory()
+        self._lr_scheduler_factory = lr_scheduler_factory
+        self._candidates: torch.Tensor | None = None
+        self._snapshot: Snapshot | None = None
+        parameters = inspect.signature(model.forward).parameters.values()
+        self._takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        self._takes = {p.name for p in parameters}
+        self._needs = [p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
+
+    @property
+    def candidates_to_score(self) -> torch.Tensor | None:
+        """int64 ``[C]`` distinct item ids that are scored instead of the catalogue, None for all; not read in training."""
+        return self._candidates
+
+    @candidates_to_score.setter
+    def candidates_to_score(self, candidates: torch.Tensor | None) -> None:
+        if candidates is not None and (
+            candidates.dim() != 1
+            or candidates.dtype != torch.int64
+            or len(candidates.unique()) != len(candidates)
+        ):
+            raise UserError(
+                "candidates_to_score must be distinct item ids, int64 [C], "
+                f"not {candidates.dtype} {list(candidates.shape)}"
+                + (" with repeats" if candidates.dim() == 1 else "")
+            )
+        self._candidates = candidates
+
+    def forward(self, batch: Any) -> Mapping[str, Any]:
+        """The model's output for a batch, which stays as it is: keys that the model does not take are for callbacks.
+
+        UserError where the model needs a key that the batch lacks.
+        """
+        if isinstance(self.model, TrainingTask | SequenceRecommender):
+            return self._trained(batch) if self.training else self._answered(batch)
+        given = {name: x for name, x in batch.items() if self._takes_all or name in self._takes}
+        if not self.training and self._candidates is not None and CANDIDATES in self._takes:
+            given.setdefault(CANDIDATES, self._candidates.to(self.device))
+        missing = [name for name in self._needs if name not in given]
+        if missing:
+            raise UserError(
+                f"{type(self.model).__name__} needs {', '.join(missing)}, and the batch has {', '.join(map(str, batch))}: "
+                "see the transforms of the data module"
+            )
+        return self.model(**given)
+
+    def _trained(self, batch: LoadedBatch) -> Mapping[str, Any]:
+        """The loss of a loaded batch, under main.py's draws."""
+        task = self.model
+        if not isinstance(task, TrainingTask):
+            raise UserError("a model alone has no loss: give LightningModule the task of build_task(...)")
+        step, world = self.global_step, task.collectives.world_size
+        torch.manual_seed(
+            stream_key(task.seed, step, task.collectives.rank)
+        )  # dropout, as the trainer seeds it
+        output = task.loss(batch, step)
+        total = task.collectives.sum_(output.weight.detach().clone())
+        loss = output.sum / total.clamp(min=1e-12)
+        auxiliary = torch.zeros_like(loss) + sum(output.auxiliary.values())  # of all processes already
+        # DDP averages gradients over processes, and the logger values; the sum over processes is wanted of both.
+        return {"loss": (loss + auxiliary) * world - auxiliary.detach() * (world - 1)}
+
+    def _answered(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Scores of the batch's histories: its group "history", or its columns themselves."""
+        model: SequenceRecommender = self.model.model if isinstance(self.model, TrainingTask) else self.model  # type: ignore[assignment]
+        queries = model.encode_query(batch.get("history", batch))
+        if self._candidates is not None:
+            logits = model.score(queries, self._candidates.to(self.device))
+        else:
+            snapshot = self._snapshot if self._snapshot is not None else model.catalogue()
+            logits = torch.nn.functional.pad(model.score(queries, snapshot), (1, 0), value=-torch.inf)
+        return {"logits": logits, "hidden_states": (queries.states,)}
+
+    def setup(self, stage: str) -> None:
+        """Lets the task know the processes that Lightning has started."""
+        if isinstance(self.model, TrainingTask):
+            self.model.collectives = process_collectives(self.device)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        loss: torch.Tensor = self(batch)["loss"]
+        rows = _rows(batch)
+        rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+        self.log("learning_rate", rate, on_step=True, on_epoch=True, batch_size=rows)
+        self.log(
+            "train_loss", loss, on_step=True, on_epoch=True, prog_bar=True, sync_dist=True, batch_size=rows
+        )
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Mapping[str, Any]:
+        return self(batch)
+
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Mapping[str, Any]:
+        return self(batch)
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Mapping[str, Any]:
+        return self(batch)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self._optimizer_factory.create([p for p in self.model.parameters() if p.requires_grad])
+        if self._lr_scheduler_factory is None:
+            return optimizer
+        return [optimizer], [self._lr_scheduler_factory.create(optimizer)]
+
+    def _hold_catalogue(self) -> None:
+        """The items as scored, once for all batches of an evaluation."""
+        model = self.model.model if isinstance(self.model, TrainingTask) else self.model
+        if isinstance(model, SequenceRecommender):
+            self._snapshot = model.catalogue()
+
+    def _drop_catalogue(self) -> None:
+        self._snapshot = None
+
+    on_validation_epoch_start = on_test_epoch_start = on_predict_epoch_start = _hold_catalogue
+    on_validation_epoch_end = on_test_epoch_end = on_predict_epoch_end = _drop_catalogue
+
+
+def _rows(batch: Any) -> int:
+    """Rows of a batch, or of the first tensor in it."""
+    columns = batch.columns if isinstance(batch, LoadedBatch) else batch
+    first = next(iter(columns.values()))
+    return _rows(first) if isinstance(first, Mapping) else len(first)

@@ -1,0 +1,264 @@
+"""Data module over Parquet tables: columns as left-padded tensors with masks, transformed batch by batch on the device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import lightning
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from generative_recommenders.data.splits import make_split
+from generative_recommenders.data.store import SequenceDataset
+from generative_recommenders.errors import UserError
+
+SPLITS = ("train", "validate", "test", "predict")
+Source: TypeAlias = "str | Path | pa.Table"
+Metadata = Mapping[str, Mapping[str, Any]]
+
+
+class ParquetModule(lightning.LightningDataModule):
+    """Batches of Parquet tables whose columns hold numbers or lists of numbers, one row a query.
+
+    A batch has each column of the metadata and, beside it, ``NAME_mask``, True where a value is real: a number gives ``[B]``, a
+    list ``[B, shape]`` with its last entries on the right and padding on their left. Training rows are shuffled anew each
+    epoch, by torch's seed.
+
+    metadata: by split, then by column: ``{"shape": 50, "padding": 0}`` for lists (``[50, 3]`` for lists of lists;
+        ``padding_value`` is read too), ``{}`` for numbers. A split that is missing takes that of "train".
+    transforms: by split, modules from one batch to the next; they are moved to the device and applied there.
+    config: ``{"train": {"generator": ...}}`` shuffles by a torch generator instead.
+    *_path: a file or a folder of files; a list of them for validation, test and prediction gives several loaders.
+    prepared_folder: a prepared data set that the splits without a path are read from, as columns ``query_id``,
+        ``item_id`` (ids from 0), ``timestamp`` and ``rating`` where it has them, ``train`` (what the user had) and, for
+        validation and test, ``ground_truth``. protocol: its split.
+    "validation" is read as "validate" in metadata and transforms.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        metadata: Mapping[str, Metadata],
+        transforms: Mapping[str, Sequence[torch.nn.Module]],
+        config: Mapping[str, Mapping[str, Any]] | None = None,
+        *,
+        train_path: str | Path | None = None,
+        validate_path: str | Path | Sequence[str | Path] | None = None,
+        test_path: str | Path | Sequence[str | Path] | None = None,
+        predict_path: str | Path | Sequence[str | Path] | None = None,
+        prepared_folder: str | Path | None = None,
+        protocol: str = "leave_one_out",
+    ) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise UserError(f"ParquetModule: batch_size must be 1 or more, not {batch_size}")
+        self.batch_size, self.config = batch_size, dict(config or {})
+        self.metadata, self.transforms = _by_split(metadata, "metadata"), {}
+        for split, modules in _by_split(transforms, "transforms").items():
+            self.transforms[split] = torch.nn.Sequential(*modules)
+        given: dict[str, Any] = dict(zip(SPLITS, (train_path, validate_path, test_path, predict_path)))
+        self._sources: dict[str, list[Source]] = {
+            split: [path] if isinstance(path, str | Path) else list(path)
+            for split, path in given.items()
+            if path is not None
+        }
+        self.prepared_folder, self.protocol = prepared_folder, protocol
+        if not self._sources and prepared_folder is None:
+            raise UserError("ParquetModule: give at least one of the paths, or prepared_folder")
+
+    def setup(self, stage: str) -> None:
+        """Opens the prepared folder, where there is one."""
+        if self.prepared_folder is not None and not set(SPLITS) <= set(self._sources):
+            tables = prepared_tables(SequenceDataset.open(self.prepared_folder), self.protocol)
+            self._sources = {**{split: [table] for split, table in tables.items()}, **self._sources}
+
+    def train_dataloader(self) -> Any:
+        return self._loaders("train")[0]
+
+    def val_dataloader(self) -> Any:
+        return self._loaders("validate")
+
+    def test_dataloader(self) -> Any:
+        return self._loaders("test")
+
+    def predict_dataloader(self) -> Any:
+        return self._loaders("predict")
+
+    def _loaders(self, split: str) -> list[ParquetBatches]:
+        metadata = self.metadata.get(split) or self.metadata.get("train")
+        if metadata is None:
+            raise UserError(f"ParquetModule: metadata has no columns for {split!r}")
+        generator = self.config.get(split, {}).get("generator")
+        return [
+            ParquetBatches(source, metadata, self.batch_size, split == "train", generator, self.trainer)
+            for source in self._sources.get(split, [])
+        ]
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """The transforms of the stage, on the batch's device."""
+        assert self.trainer is not None  # called by it
+        stage = str(getattr(self.trainer.state.stage, "value", ""))
+        split = "validate" if stage == "sanity_check" else stage
+        if split not in self.transforms:
+            return batch
+        device = next((x.device for x in batch.values() if isinstance(x, torch.Tensor)), None)
+        return self.transforms[split].to(device)(batch)
+
+
+class ParquetBatches:
+    """The batches of one table; a new pass over it is a new epoch. trainer: tells the epoch and this process's place."""
+
+    def __init__(
+        self,
+        source: Source,
+        metadata: Metadata,
+        batch_size: int,
+        shuffle: bool,
+        generator: torch.Generator | None = None,
+        trainer: lightning.Trainer | None = None,
+    ) -> None:
+        self.metadata, self.batch_size, self.shuffle = metadata, batch_size, shuffle
+        self.generator, self.trainer = generator, trainer
+        self.name = source if isinstance(source, str | Path) else "the prepared folder"
+        self.table = source if isinstance(source, pa.Table) else _read(Path(source), list(metadata))
+        self.table = self.table.select(_present(self.table.column_names, list(metadata), self.name))
+
+    def __len__(self) -> int:
+        return math.ceil(len(self._rows(0)) / self.batch_size)
+
+    def _rows(self, epoch: int) -> np.ndarray:
+        """This process's rows, in the order of the epoch; all processes have equally many to train on."""
+        rows = np.arange(self.table.num_rows)
+        rank, world = 0, 1
+        if self.trainer is not None:
+            rank, world = self.trainer.global_rank, self.trainer.world_size
+        if self.shuffle:
+            generator = self.generator or torch.Generator().manual_seed(
+                (torch.initial_seed() + epoch) % 2**63
+            )
+            rows = torch.randperm(len(rows), generator=generator).numpy()
+            rows = rows[: len(rows) // world * world]
+        return rows[rank::world]
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        rows = self._rows(self.trainer.current_epoch if self.trainer is not None else 0)
+        for start in range(0, len(rows), self.batch_size):
+            part = self.table.take(pa.array(rows[start : start + self.batch_size]))
+            batch: dict[str, torch.Tensor] = {}
+            for name, settings in self.metadata.items():
+                values, mask = self._column(part[name].combine_chunks(), name, settings)
+                batch[name], batch[f"{name}_mask"] = torch.from_numpy(values), torch.from_numpy(mask)
+            yield batch
+
+    def _column(
+        self, column: pa.Array, name: str, settings: Mapping[str, Any]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        shape = settings.get("shape", ())
+        shape = tuple(shape) if isinstance(shape, Sequence) else (shape,)
+        padding = settings.get("padding", settings.get("padding_value", 0))
+        try:
+            return padded(column, shape, padding)
+        except (TypeError, ValueError, pa.ArrowException) as error:
+            raise UserError(f"column {name!r} of {self.name}: {error}") from error
+
+
+def padded(column: pa.Array, shape: tuple[int, ...], padding: float) -> tuple[np.ndarray, np.ndarray]:
+    """Values ``[n, *shape]`` and a mask like them, True = real; lists keep their last entries, to the right.
+
+    int64, float32 or bool. ValueError where there are more or fewer levels of lists than the shape has, or empty values.
+    """
+    lists = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
+    if lists != bool(shape):
+        raise ValueError(
+            f"it holds {column.type}, and its metadata "
+            + (f"say shape {list(shape)}" if shape else "name no shape")
+        )
+    if column.null_count:
+        raise ValueError(f"{column.null_count} values are empty")
+    if not lists:
+        values = column.to_numpy(zero_copy_only=False)
+        if values.dtype.kind not in "biuf":
+            raise ValueError(f"it holds {column.type}, no numbers: encode it first")
+        kind = {"b": np.bool_, "f": np.float32}.get(values.dtype.kind, np.int64)
+        return values.astype(kind), np.ones(len(values), bool)
+    bounds = column.offsets.to_numpy()
+    inner, real = padded(column.values[bounds[0] : bounds[-1]], shape[1:], padding)
+    bounds = bounds - bounds[0]
+    places = bounds[1:, None] - shape[0] + np.arange(shape[0])
+    mask = places >= bounds[:-1, None]
+    blank = np.full((1, *inner.shape[1:]), padding, inner.dtype)
+    places = np.where(mask, places, len(inner))  # the last row of what follows is padding
+    return np.concatenate([inner, blank])[places], np.concatenate(
+        [real, np.zeros_like(real, shape=blank.shape)]
+    )[places]
+
+
+def prepared_tables(dataset: SequenceDataset, protocol: str) -> dict[str, pa.Table]:
+    """A prepared data set by split, as `ParquetModule` reads tables."""
+    split = make_split(dataset, protocol)
+    everyone, lengths = np.arange(dataset.num_users), np.asarray(dataset.lengths)
+
+    def events(users: np.ndarray, stops: np.ndarray, values: np.ndarray) -> pa.Array:
+        counts = stops.astype(np.int64)
+        ends = np.cumsum(counts)
+        places = np.arange(ends[-1] if len(ends) else 0) + np.repeat(
+            dataset.offsets[users] - (ends - counts), counts
+        )
+        return pa.LargeListArray.from_arrays(
+            np.concatenate([[0], ends]).astype(np.int64), pa.array(values[places])
+        )
+
+    def table(users: np.ndarray, stops: np.ndarray, targets: np.ndarray | None = None) -> pa.Table:
+        items = np.asarray(dataset.items).astype(np.int64) - 1
+        columns = {"query_id": pa.array(users.astype(np.int64)), "item_id": events(users, stops, items)}
+        for name, values in (("timestamp", dataset.timestamps), ("rating", dataset.ratings)):
+            if values is not None:
+                columns[name] = events(users, stops, np.asarray(values))
+        columns["train"] = columns["item_id"]
+        if targets is not None:
+            wanted = items[dataset.offsets[users] + targets]
+            columns["ground_truth"] = pa.LargeListArray.from_arrays(
+                np.arange(len(users) + 1), pa.array(wanted)
+            )
+        return pa.table(columns)
+
+    tables = {"predict": table(everyone, lengths)}
+    learning = np.flatnonzero(split.train_stops >= 2)
+    tables["train"] = table(learning, split.train_stops[learning])
+    for name, targets in (("validate", split.validation_targets), ("test", split.test_targets)):
+        users = np.flatnonzero(targets >= 0)
+        tables[name] = table(users, targets[users], targets[users])
+    return tables
+
+
+def _by_split(given: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """By Lightning's names of the splits; UserError for others."""
+    renamed = {"validate" if split == "validation" else split: value for split, value in given.items()}
+    unknown = [split for split in renamed if split not in SPLITS]
+    if unknown:
+        raise UserError(f"ParquetModule: {what} of {unknown[0]!r}: the splits are {', '.join(SPLITS)}")
+    return renamed
+
+
+def _read(path: Path, columns: list[str]) -> pa.Table:
+    """The columns of a file, or of all .parquet files of a folder, memory-mapped."""
+    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    if not files or not files[0].is_file():
+        raise UserError(f"ParquetModule: there is no Parquet file at {path}")
+    try:
+        _present(pq.read_schema(files[0]).names, columns, path)
+        return pa.concat_tables([pq.read_table(file, columns=columns, memory_map=True) for file in files])
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"ParquetModule: {path} cannot be read as Parquet: {error}") from error
+
+
+def _present(names: Sequence[str], columns: list[str], where: object) -> list[str]:
+    missing = [column for column in columns if column not in names]
+    if missing:
+        raise UserError(f"ParquetModule: {where} has no column {missing[0]!r}; it has {', '.join(names)}")
+    return columns

@@ -1,0 +1,119 @@
+"""RePlay's checkpoints load, and RePlay's models become runs of this program."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from generative_recommenders.compat.replay.checkpoint import load_replay_checkpoint, save_as_run
+from generative_recommenders.compat.replay.data import FeatureHint, FeatureType
+from generative_recommenders.compat.replay.data.nn import TensorFeatureInfo, TensorSchema
+from generative_recommenders.compat.replay.nn.sequential import SasRec, SasRecTransformerLayer
+from generative_recommenders.data.store import SequenceDataset
+from generative_recommenders.errors import UserError
+from generative_recommenders.retrieval.recommender import Recommender
+from golden_parity import assert_near, load_golden, read_golden
+from programs import run_program
+from tiny_data import ragged_sequences, tiny_dataset
+
+NUM_ITEMS = 30
+
+
+def sasrec(extra: tuple[TensorFeatureInfo, ...] = ()) -> SasRec:
+    item = TensorFeatureInfo(
+        "item_id", FeatureType.CATEGORICAL, True, FeatureHint.ITEM_ID, None, NUM_ITEMS, NUM_ITEMS, 16
+    )
+    return SasRec.from_params(TensorSchema([item, *extra]), 16, 2, 2, max_sequence_length=12)
+
+
+@pytest.mark.parametrize("prefix", ["", "model.", "_model."])
+def test_convolutions_of_a_checkpoint_become_linear_layers(tmp_path: Path, prefix: str) -> None:
+    arrays, _ = read_golden("replay_sasrec_layer")
+    golden = load_golden("replay_sasrec_layer")
+    c = golden.config
+    state = {
+        prefix + key.removeprefix("param/"): value
+        for key, value in arrays.items()
+        if key.startswith("param/")
+    }
+    assert any("conv1" in name for name in state)
+    torch.save({"epoch": 3, "state_dict": state}, tmp_path / "last.ckpt")
+    widths = c["D"], c["heads"], c["num_blocks"]
+    layer = SasRecTransformerLayer(*widths, 0.0, c["activation"], c.get("hidden"))
+    load_replay_checkpoint(layer, tmp_path / "last.ckpt")
+    for name, value in golden.parameters.items():
+        assert torch.equal(layer.state_dict()[name], value.reshape(layer.state_dict()[name].shape))
+    torch.save({"state_dict": {f"{prefix}other": torch.ones(1)}}, tmp_path / "other.ckpt")
+    with pytest.raises(UserError, match="does not fit the model"):
+        load_replay_checkpoint(layer, tmp_path / "other.ckpt")
+    torch.save({"weights": {}}, tmp_path / "none.ckpt")
+    with pytest.raises(UserError, match="state_dict"):
+        load_replay_checkpoint(layer, tmp_path / "none.ckpt")
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> SequenceDataset:
+    folder = tmp_path_factory.mktemp("data") / "prepared"
+    folder.mkdir()
+    return tiny_dataset(folder, ragged_sequences(57, NUM_ITEMS, seed=5))
+
+
+def scores_of(model: SasRec, dataset: SequenceDataset, user: int) -> torch.Tensor:
+    items = (
+        torch.from_numpy(np.asarray(dataset.items[dataset.offsets[user] : dataset.offsets[user + 1]])).long()
+        - 1
+    )
+    window = items[None, -12:]
+    return model({"item_id": window}, torch.ones_like(window, dtype=torch.bool)).logits[0]
+
+
+@pytest.mark.parametrize("order", ["prepared", "reversed"])
+def test_a_sasrec_becomes_a_run_with_the_same_scores(
+    tmp_path: Path, dataset: SequenceDataset, order: str
+) -> None:
+    torch.manual_seed(1)
+    model = sasrec().eval()
+    names = dataset.original_item_ids().to_pylist()
+    given = None
+    if order == "reversed":
+        given = names[::-1]
+    run = save_as_run(model, dataset.folder, tmp_path / "run", given)
+    answer = Recommender.load(run)
+    users = dataset.original_user_ids().to_pylist()
+    for user in (0, 3, 11):
+        items = dataset.items[dataset.offsets[user] : dataset.offsets[user + 1]]
+        history = {users[user]: [names[item - 1] for item in items]}
+        scores = answer.recommend(history, k=NUM_ITEMS, exclude_seen=False)
+        ids = torch.tensor([names.index(name) for name in scores["item_id"]])
+        if given is not None:  # the model's own numbering
+            history_ids = torch.tensor([[given.index(names[item - 1]) for item in items]])[:, -12:]
+            expected = model({"item_id": history_ids}, torch.ones_like(history_ids, dtype=torch.bool)).logits[
+                0
+            ]
+            expected = expected.flip(0)
+        else:
+            expected = scores_of(model, dataset, user)
+        assert_near(torch.tensor(scores["score"].to_numpy()), expected[ids].detach(), 1e-5)
+
+
+def test_main_scores_such_a_run(tmp_path: Path, dataset: SequenceDataset) -> None:
+    run = save_as_run(sasrec(), dataset.folder, tmp_path / "run")
+    prepared = tmp_path / "data" / "prepared"
+    prepared.mkdir(parents=True)
+    (prepared / dataset.manifest.name).symlink_to(dataset.folder)
+    done = run_program("main.py", "--mode=evaluate", f"--run_dir={run}", f"--data_root={tmp_path / 'data'}")
+    assert done.returncode == 0, done.stderr
+    assert "ndcg@10" in done.stdout.lower()
+
+
+def test_models_without_a_counterpart_are_refused(tmp_path: Path, dataset: SequenceDataset) -> None:
+    genre = TensorFeatureInfo(
+        "genre", FeatureType.CATEGORICAL, True, cardinality=3, padding_value=3, embedding_dim=16
+    )
+    with pytest.raises(UserError, match="only a SasRec over item ids alone"):
+        save_as_run(sasrec((genre,)), dataset.folder, tmp_path / "run")
+    with pytest.raises(UserError, match="item_ids lack 'i00001'"):
+        save_as_run(sasrec(), dataset.folder, tmp_path / "run", ["a", "b"])
