@@ -18,7 +18,7 @@ import torch
 
 from generative_recommenders.errors import UserError
 from generative_recommenders.evaluation.list_metrics import ListMetrics
-from generative_recommenders.retrieval.top_k import largest
+from generative_recommenders.retrieval.selection import largest
 
 METRICS = ("recall", "precision", "ndcg", "map", "mrr", "novelty", "coverage")
 Batch = Mapping[str, Any]
