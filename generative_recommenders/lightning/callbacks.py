@@ -8,7 +8,7 @@ whose score is -inf is in no list.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import lightning
@@ -102,16 +102,36 @@ class ComputeMetricsCallback(lightning.Callback):
     def on_validation_epoch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
-        for number, total in sorted(self._totals.items()):
-            for name in ("sums", "users", "recommended"):
-                setattr(total, name, trainer.strategy.reduce(getattr(total, name), reduce_op="sum"))
-            suffix = f"/dataloader_idx_{number}" if len(self._totals) > 1 else ""
+        totals = dict(self._over_processes(trainer, pl_module.device))
+        for number, total in totals.items():
+            suffix = f"/dataloader_idx_{number}" if len(totals) > 1 else ""
             values = total.compute()
             for row, k in enumerate(self.ks):  # a share of the catalogue's items, not of the scores' columns
                 listed = int((total.recommended[row, 1:] > 0).sum())
                 values[f"coverage@{k}"] = listed / (self.item_count or 1)
             wanted = {f"{name}@{k}{suffix}": values[f"{name}@{k}"] for name in self.metrics for k in self.ks}
             pl_module.log_dict(wanted, add_dataloader_idx=False, batch_size=1)
+
+    def _over_processes(
+        self, trainer: lightning.Trainer, device: torch.device
+    ) -> Iterator[tuple[int, ListMetrics]]:
+        """Sums by loader. Every process makes the same calls, also one that had no batch of a loader."""
+
+        def most(number: int) -> int:
+            return int(trainer.strategy.reduce(torch.tensor(number, device=device), reduce_op="max"))
+
+        for number in range(most(1 + max(self._totals, default=-1))):
+            own = self._totals.get(number)
+            total = ListMetrics(
+                self.ks, most(0 if own is None else own.recommended.shape[1] - 1), device=device
+            )
+            if own is not None:
+                total.sums, total.users = own.sums, own.users
+                total.recommended[:, : own.recommended.shape[1]] = own.recommended
+            for name in ("sums", "users", "recommended"):
+                setattr(total, name, trainer.strategy.reduce(getattr(total, name), reduce_op="sum"))
+            if int(total.users):
+                yield number, total
 
     on_test_epoch_start = on_validation_epoch_start
     on_test_batch_end = on_validation_batch_end
