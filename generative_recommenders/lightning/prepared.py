@@ -43,24 +43,24 @@ class DataModule(lightning.LightningDataModule):
 
     @cached_property
     def split(self) -> Split:
-        return make_split(self.dataset, self.settings.train.protocol)
+        return make_split(self.dataset, self.settings.data.protocol)
 
     def catalogue(self) -> Catalogue:
         """What ``build_task(settings, catalogue)`` asks for."""
-        return Catalogue.of(self.dataset, self.split.train_stops, self.settings.train.category_feature)
+        return Catalogue.of(self.dataset, self.split.train_stops, self.settings.items.category_feature)
 
     def train_dataloader(self) -> Any:
-        t, trainer = self.settings.train, self.trainer
+        data, schedule, trainer = self.settings.data, self.settings.schedule, self.trainer
         rank, world = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
         loader = SequenceLoader(
-            self.dataset, self.split.train_stops, t.max_sequence_length, t.local_batch_size, t.random_seed,
-            t.positional_sampling_ratio, rank, world,
+            self.dataset, self.split.train_stops, data.max_sequence_length, schedule.local_batch_size,
+            schedule.random_seed, data.positional_sampling_ratio, rank, world,
         )  # fmt: skip
         return _Epochs(loader, trainer)
 
     def val_dataloader(self) -> Any:
         """The validation targets; in protocol "paper" there are none and the test targets are taken."""
-        if self.settings.train.protocol == "paper":
+        if self.settings.data.protocol == "paper":
             return self.test_dataloader()
         return _Targets(self, self.split.validation_targets, self.split.unseen_validation_targets)
 
@@ -107,15 +107,17 @@ class _Targets:
     """Histories before a target, with it and with what is removed from the ranking."""
 
     def __init__(self, module: DataModule, targets: np.ndarray, unseen: np.ndarray) -> None:
-        t, trainer = module.settings.train, module.trainer
+        data, evaluation, trainer = module.settings.data, module.settings.evaluation, module.trainer
         rank, world = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
-        batch_size = min(t.eval_batch_size, t.eval_user_max_batch_size or t.eval_batch_size)
-        self.loader = EvaluationLoader(
-            module.dataset, targets, t.max_sequence_length, batch_size, rank, world
+        batch_size = min(
+            evaluation.eval_batch_size, evaluation.eval_user_max_batch_size or evaluation.eval_batch_size
         )
-        self.filter = build_part(module.settings, SEEN_FILTERS, t.seen_filter, {})
+        self.loader = EvaluationLoader(module.dataset, targets, data.max_sequence_length, batch_size)
+        # Users, not batches, are dealt to the processes: Lightning's hooks wait for one that had no batch.
+        self.loader.users = self.loader.users[rank::world]
+        self.filter = build_part(module.settings, SEEN_FILTERS, evaluation.seen_filter, {})
         # In protocol "paper" targets that training never saw rank as they are scored.
-        self.missed = np.zeros_like(unseen) if t.protocol == "paper" else unseen
+        self.missed = np.zeros_like(unseen) if data.protocol == "paper" else unseen
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -140,10 +142,10 @@ class _WholeHistories:
     """All events of every user, for recommendations of what comes next."""
 
     def __init__(self, module: DataModule) -> None:
-        t, trainer = module.settings.train, module.trainer
+        settings, trainer = module.settings, module.trainer
         rank, world = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
-        self.dataset, self.batch_size = module.dataset, t.eval_batch_size
-        self.rows = SequenceRows(module.dataset, t.max_sequence_length)
+        self.dataset, self.batch_size = module.dataset, settings.evaluation.eval_batch_size
+        self.rows = SequenceRows(module.dataset, settings.data.max_sequence_length)
         self.users = np.arange(module.dataset.num_users)[rank::world]
 
     def __len__(self) -> int:

@@ -92,22 +92,22 @@ def test_the_losses_and_metrics_are_those_of_main(
     tmp_path: Path, dataset: SequenceDataset, options: dict
 ) -> None:
     run = chosen(**options)
-    t = run.train
     own, losses = DataModule(dataset.folder, run), Losses()
     main = Trainer(run, dataset, own.split, Collectives())
     expected = []
     main.model.train()
-    for epoch in range(t.num_epochs):
+    for epoch in range(run.schedule.num_epochs):
         expected += [float(main.run_step(batch).loss) for batch in main.loader.epoch(epoch)]
 
-    lightning.seed_everything(t.random_seed, verbose=False)
+    lightning.seed_everything(run.schedule.random_seed, verbose=False)
     module = LightningModule(
-        build_task(run, own.catalogue()), OptimizerFactory("adamw", t.learning_rate, t.weight_decay)
+        build_task(run, own.catalogue()),
+        OptimizerFactory("adamw", run.optimizer.learning_rate, run.optimizer.weight_decay),
     )
     metrics = ComputeMetricsCallback(
         ["ndcg", "recall", "mrr"], [1, 10], [SeenItemsFilter(NUM_ITEMS + 1)], NUM_ITEMS
     )
-    fit = trainer(tmp_path, losses, metrics, max_epochs=t.num_epochs)
+    fit = trainer(tmp_path, losses, metrics, max_epochs=run.schedule.num_epochs)
     fit.fit(module, own)
     np.testing.assert_allclose(losses.values, expected, rtol=1e-4)
     ranked = ModelEvaluation(run, dataset, own.split, Collectives()).validation(main.model).metrics()

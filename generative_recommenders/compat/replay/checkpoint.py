@@ -84,33 +84,29 @@ def save_as_run(
         )
     rows = _rows_of_items(dataset, table, item_ids)
     feed_forward: PointWiseFeedForward = layer.forward_layers[0]  # type: ignore[assignment]
-    settings = settings or RunSettings()
-    settings = settings.changed(
-        train=settings.train.changed(
-            dataset_name=dataset.manifest.name,
-            main_module="SASRec",
-            objective="causal",
-            item_embedding_dim=table.shape[1],
-            max_sequence_length=len(aggregator.pe.weight),
-            gr_output_length=0,
-            dropout_rate=aggregator.dropout.rate,
-            input_preprocessor="LearnablePositionalEmbeddingFromEnd",
-            user_embedding_norm="none",
-            item_l2_norm=False,
-            interaction_module_type="DotProduct",
-            temperature=1.0,
-        ),
-        sasrec=settings.sasrec.changed(
-            num_blocks=len(layer.forward_layers),
-            num_heads=layer.num_heads,
-            ffn_hidden_dim=feed_forward.linear1.out_features,
-            ffn_activation_fn=feed_forward.activation.__name__,
-            ffn_dropout_rate=feed_forward.dropout.rate,
-            norm_weights=True,
-            final_norm=True,
-        ),
-    )
-    trainer = Trainer(settings, dataset, make_split(dataset, settings.train.protocol), Collectives())
+    bound = {
+        "train_fn.dataset_name": dataset.manifest.name,
+        "train_fn.main_module": "SASRec",
+        "train_fn.objective": "causal",
+        "train_fn.item_embedding_dim": table.shape[1],
+        "train_fn.max_sequence_length": len(aggregator.pe.weight),
+        "train_fn.gr_output_length": 0,
+        "train_fn.dropout_rate": aggregator.dropout.rate,
+        "train_fn.input_preprocessor": "LearnablePositionalEmbeddingFromEnd",
+        "train_fn.user_embedding_norm": "none",
+        "train_fn.item_l2_norm": False,
+        "train_fn.interaction_module_type": "DotProduct",
+        "train_fn.temperature": 1.0,
+        "sasrec_encoder.num_blocks": len(layer.forward_layers),
+        "sasrec_encoder.num_heads": layer.num_heads,
+        "sasrec_encoder.ffn_hidden_dim": feed_forward.linear1.out_features,
+        "sasrec_encoder.ffn_activation_fn": feed_forward.activation.__name__,
+        "sasrec_encoder.ffn_dropout_rate": feed_forward.dropout.rate,
+        "sasrec_encoder.norm_weights": True,
+        "sasrec_encoder.final_norm": True,
+    }
+    settings = (settings or RunSettings()).bind(bound)
+    trainer = Trainer(settings, dataset, make_split(dataset, settings.data.protocol), Collectives())
     own = trainer.model.state_dict()
     own["items.table"][1:] = table[rows]
     # One row more than events: the table has room for the event to predict, which causal models do not read.
