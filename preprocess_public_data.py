@@ -17,7 +17,7 @@ from absl import app, flags
 
 from generative_recommenders.commands.program import exit_code, parse_flags
 from generative_recommenders.config.plugins import load_plugins
-from generative_recommenders.data.manifest import Manifest
+from generative_recommenders.data.manifest import FILE_NAME, Manifest
 from generative_recommenders.data.parquet_export import export_parquet
 from generative_recommenders.data.preparation.folder import check_file
 from generative_recommenders.data.preparation.order import DUPLICATES, TIE_ORDERS
@@ -106,7 +106,18 @@ _EXPORT_PARQUET = flags.DEFINE_string(
     "export_parquet", None, "also write the events to this file, by original ids"
 )
 _PREPARED = flags.DEFINE_string(
-    "prepared", None, "with an export flag: export this folder and prepare nothing"
+    "prepared",
+    None,
+    "with an export flag or --audit: this folder, or the data set of this name; nothing is prepared",
+)
+_AUDIT = flags.DEFINE_bool(
+    "audit",
+    False,
+    "with --prepared: report lengths, popularity, times of training and test, event columns and whether order matters, as "
+    "text, JSON and PNG",
+)
+_OUTPUT = flags.DEFINE_string(
+    "output", None, "with --audit: folder of the reports; beside the prepared folder by default"
 )
 _USERS = flags.DEFINE_integer(
     "synthetic_users", _DEFAULTS.num_users, "synthetic-books: users before the filter"
@@ -144,7 +155,6 @@ _OPTIONS_OF_ONE = {
 _PREPARE_ONLY = (
     "dataset",
     "raw_path",
-    "data_root",
     "name",
     "k_core",
     "tie_order",
@@ -202,8 +212,12 @@ def _check_flags() -> None:
         surplus = [name for name in _PREPARE_ONLY if flags.FLAGS[name].present]
         if surplus:
             raise UserError(f"--{surplus[0]} has no meaning with --prepared, which prepares nothing")
-        if _EXPORT_TEXT.value is None and _EXPORT_PARQUET.value is None:
-            raise UserError("--prepared needs --export_text=FILE or --export_parquet=FILE")
+        if _EXPORT_TEXT.value is None and _EXPORT_PARQUET.value is None and not _AUDIT.value:
+            raise UserError("--prepared needs --export_text=FILE, --export_parquet=FILE or --audit")
+    elif _AUDIT.value:
+        raise UserError("--audit needs --prepared=NAME, a prepared data set or its folder")
+    if _OUTPUT.present and not _AUDIT.value:
+        raise UserError("--output needs --audit")
     for name, dataset in _OPTIONS_OF_ONE.items():
         if flags.FLAGS[name].present and _DATASET.value != dataset:
             raise UserError(f"--{name} is for --dataset={dataset}, and this is {_DATASET.value}")
@@ -264,7 +278,14 @@ def run(arguments: list[str]) -> int:
         return 0
     _check_flags()
     if _PREPARED.value is not None:
-        _export(Path(_PREPARED.value))
+        folder = Path(_PREPARED.value)
+        if not (folder / FILE_NAME).is_file() and folder.name == _PREPARED.value:
+            folder = prepared_path(_DATA_ROOT.value, _PREPARED.value)
+        _export(folder)
+        if _AUDIT.value:
+            from generative_recommenders.commands.audit import write_audit  # brings torch and matplotlib
+
+            show(write_audit(folder, None if _OUTPUT.value is None else Path(_OUTPUT.value)))
         return 0
     manifest, out = _prepare(parse_bytes(_MEMORY_LIMIT.value))
     show(summary(manifest))

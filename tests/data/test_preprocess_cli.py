@@ -84,7 +84,11 @@ def test_a_flag_that_cannot_be_read_is_one_line(flag: str) -> None:
     [
         (["--dataset=exchange-text"], "needs --raw_path"),
         (["--memory_limit=lots"], "is not a size"),
-        (["--prepared=x"], "needs --export_text"),
+        (["--prepared=x"], "needs --export_text=FILE, --export_parquet=FILE or --audit"),
+        (["--audit"], "--audit needs --prepared=NAME"),
+        (["--prepared=x", "--export_text=y", "--output=z"], "--output needs --audit"),
+        (["--prepared=nothing", "--audit"], "prepared/nothing: not a prepared folder"),
+        (["--dataset=csv", "--tie_order=random", "--prepared=x"], "--dataset has no meaning with --prepared"),
         (["--prepared=x", "--export_text=y", "--k_core=5"], "--k_core has no meaning with --prepared"),
         (["--dataset=nothing"], "unknown data source 'nothing'"),
         (["--dataset=exchange-text", "--columns=foo"], "--columns is for --dataset=csv"),

@@ -1,0 +1,140 @@
+"""Dependence of a data set's scores on the order of events: is it sequential at all?
+
+A baseline and a small model learn the true order and predict the last item from histories in true and in shuffled order. Where
+both do as well, the order of events says nothing about what comes next (Klenitskiy et al., "Does It Look Sequential?",
+arXiv 2408.12008).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from generative_recommenders.build.parts import Catalogue, build_task
+from generative_recommenders.config.schema import RunSettings
+from generative_recommenders.data.loader import EvaluationLoader, SequenceLoader
+from generative_recommenders.data.splits import Split, make_split
+from generative_recommenders.data.store import SequenceDataset
+from generative_recommenders.distributed.collectives import Collectives
+from generative_recommenders.distributed.progress import progress_bar
+from generative_recommenders.errors import UserError
+from generative_recommenders.evaluation.baselines import MarkovSuccessor, MostPopular
+from generative_recommenders.evaluation.evaluator import Evaluator, Score
+from generative_recommenders.evaluation.model_evaluation import catalogue_scores
+from generative_recommenders.evaluation.seen_filters import HistoryFilter, NoFilter
+
+MOST_USERS, MOST_EVENTS, STEPS, SHUFFLES = 10_000, 200, 1_000, 3
+METRIC = "ndcg@10"
+
+
+@dataclasses.dataclass(frozen=True)
+class OrderDependence:
+    """users: how many were asked, ``sampled`` of all where fewer. seen_filter: "history", or "none" where targets repeat.
+    scores: NDCG@10 by method, ``true`` and ``shuffled`` order, the latter the mean of `SHUFFLES` shuffles."""
+
+    users: int
+    sampled: bool
+    steps: int
+    seen_filter: str
+    scores: dict[str, dict[str, float]]
+
+
+def order_dependence(dataset: SequenceDataset, seed: int = 0, steps: int = STEPS) -> OrderDependence:
+    """NDCG@10 on true and on shuffled histories; UserError where no user has three events.
+
+    At most `MOST_USERS` users, drawn at random, with their last `MOST_EVENTS` events, so that neither time nor memory grows
+    with the data set; the catalogue is what these users have.
+    """
+    rng = np.random.default_rng(seed)
+    scored = np.flatnonzero(dataset.lengths >= 3)
+    if not len(scored):
+        raise UserError(f"{dataset.folder}: no user has three events: there is nothing to predict")
+    users = np.sort(rng.choice(scored, min(len(scored), MOST_USERS), replace=False))
+    data = of_users(dataset, users)
+    split = make_split(data)
+    repeats = split.counts["repeated_test_targets"] > 0.01 * split.counts["test_users"]
+    columns = (data.items, data.offsets, split.train_stops, data.num_items)
+    methods = {
+        "most popular": _baseline_scores(MostPopular.fit(*columns)),
+        "last item's successor": _baseline_scores(MarkovSuccessor.fit(*columns)),
+        "SASRec": _trained_scores(data, split, steps, seed),
+    }
+    histories = {"true": [data], "shuffled": [shuffled(data, split, rng) for _ in range(SHUFFLES)]}
+    scores: dict[str, dict[str, float]] = {name: {} for name in methods}
+    for order, variants in histories.items():
+        for name, score in methods.items():
+            values = [_ndcg(each, split, score, repeats) for each in variants]
+            scores[name][order] = float(np.mean(values))
+    sampled = len(users) < len(scored)
+    return OrderDependence(len(users), sampled, steps, "none" if repeats else "history", scores)
+
+
+def of_users(dataset: SequenceDataset, users: np.ndarray) -> SequenceDataset:
+    """The items of some users ``[n]``, numbered anew, in memory: at most the last `MOST_EVENTS` of each, no other column."""
+    lengths = np.minimum(dataset.lengths[users], MOST_EVENTS)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    first = dataset.offsets[users + 1] - lengths
+    places = np.arange(offsets[-1]) + np.repeat(first - offsets[:-1], lengths)
+    known, items = np.unique(dataset.items[places], return_inverse=True)
+    counts = {"users": len(users), "items": len(known), "events": len(items)}
+    manifest = dataclasses.replace(
+        dataset.manifest,
+        counts={**dataset.manifest.counts, **counts},
+        has_ratings=False,
+        has_timestamps=False,
+        event_columns=[],
+        features=[],
+    )
+    return SequenceDataset(Path(), manifest, (items + 1).astype(np.int32), None, None, offsets)
+
+
+def shuffled(dataset: SequenceDataset, split: Split, rng: np.random.Generator) -> SequenceDataset:
+    """The same users with the events before each test target in random order."""
+    owners = np.repeat(np.arange(dataset.num_users), dataset.lengths)
+    keys = rng.random(dataset.num_events)
+    scored = split.test_targets >= 0
+    keys[(dataset.offsets[:-1] + split.test_targets)[scored]] = 1.0  # stays the last
+    return dataclasses.replace(dataset, items=dataset.items[np.lexsort((keys, owners))])
+
+
+def _baseline_scores(baseline: MostPopular | MarkovSuccessor) -> Score:
+    def score(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return baseline.score(batch["item_ids"], batch["lengths"])
+
+    return score
+
+
+_LENGTH, _BATCH_SIZE, _LEARNING_RATE = 50, 128, 1e-3
+
+
+def _trained_scores(dataset: SequenceDataset, split: Split, steps: int, seed: int) -> Score:
+    """A SASRec of width 64 after some steps of Adam."""
+    settings = RunSettings()
+    settings = settings.changed(
+        train=settings.train.changed(
+            max_sequence_length=_LENGTH, random_seed=seed, item_embedding_dim=64, item_l2_norm=True,
+            sampling_strategy="local", negatives_sharing="block", num_negatives=512,
+        )
+    )  # fmt: skip
+    task = build_task(settings, Catalogue.of(dataset, split.train_stops))
+    optimizer = torch.optim.Adam(task.parameters(), lr=_LEARNING_RATE)
+    loader = SequenceLoader(dataset, split.train_stops, _LENGTH, _BATCH_SIZE, seed)
+    batches = (batch for epoch in range(steps) for batch in loader.epoch(epoch))
+    for step, batch in progress_bar(zip(range(steps), batches), steps, "a small model"):
+        loss = task.loss(batch, step).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    task.model.eval()
+    return catalogue_scores(task.model)
+
+
+def _ndcg(dataset: SequenceDataset, split: Split, score: Score, repeats: bool) -> float:
+    loader = EvaluationLoader(dataset, split.test_targets, _LENGTH, 512)
+    seen = NoFilter() if repeats else HistoryFilter()
+    missed = torch.from_numpy(split.unseen_test_targets)
+    return Evaluator(loader, dataset.num_items, seen, Collectives(), missed)(score).metrics()[METRIC]
