@@ -113,13 +113,17 @@ _LENGTH, _BATCH_SIZE, _LEARNING_RATE = 50, 128, 1e-3
 
 def _trained_scores(dataset: SequenceDataset, split: Split, steps: int, seed: int) -> Score:
     """A SASRec of width 64 after some steps of Adam."""
-    settings = RunSettings()
-    settings = settings.changed(
-        train=settings.train.changed(
-            max_sequence_length=_LENGTH, random_seed=seed, item_embedding_dim=64, item_l2_norm=True,
-            sampling_strategy="local", negatives_sharing="block", num_negatives=512,
-        )
-    )  # fmt: skip
+    settings = RunSettings().bind(
+        {
+            "train_fn.max_sequence_length": _LENGTH,
+            "train_fn.random_seed": seed,
+            "train_fn.item_embedding_dim": 64,
+            "train_fn.item_l2_norm": True,
+            "train_fn.sampling_strategy": "local",
+            "train_fn.negatives_sharing": "block",
+            "train_fn.num_negatives": 512,
+        }
+    )
     task = build_task(settings, Catalogue.of(dataset, split.train_stops))
     optimizer = torch.optim.Adam(task.parameters(), lr=_LEARNING_RATE)
     loader = SequenceLoader(dataset, split.train_stops, _LENGTH, _BATCH_SIZE, seed)
