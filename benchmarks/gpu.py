@@ -34,6 +34,7 @@ from generative_recommenders.data.splits import make_split
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.objectives.losses import catalogue, sampled
+from generative_recommenders.training.step import TrainingStep
 from generative_recommenders.training.trainer import Trainer, set_precision
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,11 +59,15 @@ EPOCHS = 100
 
 @dataclass(frozen=True)
 class Bench:
-    """device: what is measured. quick: tiny sizes. until: `time.perf_counter` of the end. profiles: folder of the tables of
-    the slowest kernels, or None."""
+    """What is measured and how much of it.
+
+    quick: tiny sizes. epochs: to train, at most. until: `time.perf_counter` of the end. profiles: folder of the tables of the
+    slowest kernels, or None.
+    """
 
     device: torch.device
     quick: bool
+    epochs: int
     until: float
     profiles: Path | None
 
@@ -221,12 +226,17 @@ def no_waiting(bench: Bench) -> dict[str, Any]:
         trainer = make_trainer(movie_settings(encoder, bench), dataset, bench)
         batches = trainer.loader.epoch(0)
         trainer.model.train()
-        trainer.run_step(next(batches))
+        for _ in range(2):  # kernels are compiled, steps captured
+            batch = next(batches)
+            trainer.run_step(batch)
+            trainer.run_step(batch)
         bench.wait()
         try:
             if bench.device.type == "cuda":
                 torch.cuda.set_sync_debug_mode("error")
-            trainer.run_step(next(batches))
+            trainer.run_step(batch)
+            launch_by_launch(trainer)
+            trainer.run_step(batch)
         finally:
             if bench.device.type == "cuda":
                 torch.cuda.set_sync_debug_mode("default")
@@ -235,26 +245,60 @@ def no_waiting(bench: Bench) -> dict[str, Any]:
     return {encoder: guarded(lambda e=encoder: step(e)) for encoder in ENCODERS}
 
 
-def training_steps(bench: Bench) -> dict[str, Any]:
-    """Milliseconds of a step of each encoder at ML-1M's shape, published configuration (TF32), batches made in a thread."""
+def without_dropout(encoder: str, bench: Bench) -> RunSettings:
+    rates = {"SASRec": "sasrec_encoder.ffn_dropout_rate", "HSTU-large": "hstu_encoder.linear_dropout_rate"}
+    return movie_settings(encoder, bench, "train_fn.dropout_rate = 0.0", f"{rates[encoder]} = 0.0")
+
+
+def captured_steps(bench: Bench) -> dict[str, Any]:
+    """Steps by CUDA graphs and the same kernel by kernel, without dropout: the greatest relative difference of the losses."""
     dataset = movies(bench)
-    return {
-        encoder: guarded(
-            lambda e=encoder: timed_steps(make_trainer(movie_settings(e, bench), dataset, bench), e, bench)
-        )
-        for encoder in ENCODERS
-    }
+
+    def difference(encoder: str) -> float:
+        settings = without_dropout(encoder, bench)
+        captured, plain = (make_trainer(settings, dataset, bench) for _ in range(2))
+        launch_by_launch(plain)
+        found = []
+        for batch, _ in zip(plain.loader.epoch(0), range(30)):
+            ours, theirs = (float(each.run_step(batch).loss) for each in (captured, plain))
+            found.append(abs(ours - theirs) / theirs)
+        return float(f"{max(found):.2e}")
+
+    return {encoder: guarded(lambda e=encoder: difference(e)) for encoder in ("SASRec", "HSTU-large")}
+
+
+def launch_by_launch(trainer: Trainer) -> None:
+    """No CUDA graphs in its steps."""
+    trainer.step = TrainingStep(trainer.task, trainer.step.optimizer, trainer.collectives)
+
+
+def training_steps(bench: Bench) -> dict[str, Any]:
+    """Milliseconds of a step of each encoder at ML-1M's shape, published configuration (TF32), batches made in a thread: kernel
+    by kernel, and as the trainer does it, by CUDA graphs where it can."""
+    dataset, found = movies(bench), {}
+
+    def measured(encoder: str, plain: bool) -> dict[str, Any]:
+        trainer = make_trainer(movie_settings(encoder, bench), dataset, bench)
+        if plain:
+            launch_by_launch(trainer)
+        return timed_steps(trainer, f"{encoder}{'-plain' * plain}", bench)
+
+    for encoder in ENCODERS:
+        found[encoder] = guarded(lambda e=encoder: measured(e, False))
+        found[f"{encoder}, no graphs"] = guarded(lambda e=encoder: measured(e, True))
+    return found
 
 
 def timed_steps(
     trainer: Trainer, name: str, bench: Bench, warmup: int = 10, steps: int = 60
 ) -> dict[str, Any]:
     """Time of steps that follow each other, memory, and, where asked for, a table of the slowest kernels."""
-    if bench.quick:
-        warmup, steps = 1, 2
     trainer.model.train()
     batches = prefetch((each for epoch in range(1000) for each in trainer.loader.epoch(epoch)), 8)
-    for _ in range(warmup):
+    trainer.run_step(next(batches))  # kernels are compiled
+    one = bench.seconds(lambda: trainer.run_step(next(batches)), 2)
+    steps = 2 if bench.quick else max(5, min(steps, int(3.0 / one)))
+    for _ in range(steps):  # every number of tokens is met twice, and captured
         trainer.run_step(next(batches))
     bench.wait()
     bench.peak_mb()
@@ -332,7 +376,7 @@ def epochs(bench: Bench) -> dict[str, Any]:
         return trainer, time.perf_counter() - started
 
     _, one = train(1)  # kernels are compiled here
-    count = 2 if bench.quick else int(min(EPOCHS, max(1, (0.9 * bench.left() - 60) / one)))
+    count = 2 if bench.quick else int(min(bench.epochs, max(1, (bench.left() - 20) / one)))
     trainer, seconds = train(count)
     history = trainer.progress.history
     result = {
@@ -370,6 +414,7 @@ PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "rates": device_rates,
     "parity": parity,
     "waiting": no_waiting,
+    "graphs": captured_steps,
     "steps": training_steps,
     "books": books_steps,
     "evaluation": exact_evaluation,
@@ -423,6 +468,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--quick", action="store_true", help="tiny sizes")
+    parser.add_argument("--epochs", type=int, default=EPOCHS, help="epochs of HSTU-large, at most")
     parser.add_argument("--seconds", type=float, default=360.0, help="no part begins after so many")
     parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=PARTS, help="what to measure")
     parser.add_argument("--profiles", type=Path, help="folder for tables of the slowest kernels")
@@ -433,11 +479,16 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     flags = parse()
     bench = Bench(
-        torch.device(flags.device), flags.quick, time.perf_counter() + flags.seconds, flags.profiles
+        torch.device(flags.device),
+        flags.quick,
+        flags.epochs,
+        time.perf_counter() + flags.seconds,
+        flags.profiles,
     )
     results: dict[str, Any] = {"machine": machine(bench)}
     for name in flags.parts:
         started = time.perf_counter()
+        bench.peak_mb()
         results[name] = guarded(lambda n=name: PARTS[n](bench)) if bench.left() > 0 else "no time left"
         print(f"{name}: {time.perf_counter() - started:.1f} s\n{table({name: results[name]})}", flush=True)
         if flags.output:

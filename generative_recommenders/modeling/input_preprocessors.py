@@ -17,7 +17,7 @@ from generative_recommenders.config.registry import register_input_preprocessor
 from generative_recommenders.modeling.initialization import truncated_normal_
 from generative_recommenders.ops.dropout import Dropout
 from generative_recommenders.ops.embedding import lookup_rows
-from generative_recommenders.ops.layout import Layout, Visibility, jagged_layout, padded_layout
+from generative_recommenders.ops.layout import Layout, Visibility, device_layout, jagged_layout, padded_layout
 
 TokenEvents = Mapping[str, torch.Tensor]
 """Per token ``[T]``: ``ratings``, float32; ``timestamps``, ``next_timestamps`` (time of the event after it), int64."""
@@ -156,7 +156,11 @@ def double_layout(layout: Layout) -> Layout:
     if layout.valid is not None:
         doubled = padded_layout(layout.lengths * 2, layout.max_length * 2)
     else:
-        doubled = jagged_layout(layout.lengths * 2, layout.max_length * 2, layout.device)
+        if layout.host_lengths is None:
+            doubled = device_layout(layout.lengths * 2, layout.max_length * 2, layout.num_tokens * 2)
+        else:
+            lengths = torch.from_numpy(layout.host_lengths * 2)
+            doubled = jagged_layout(lengths, layout.max_length * 2, layout.device)
         positions = torch.stack([2 * layout.positions, 2 * layout.positions + 1], dim=1).flatten()
         doubled = replace(doubled, positions=positions)  # a history that goes on does not begin at 0
     if layout.visibility is None:

@@ -19,7 +19,7 @@ from generative_recommenders.modeling.events import past_features
 from generative_recommenders.modeling.inputs import ModelInputs, history_inputs
 from generative_recommenders.objectives.examples import TrainingExample, make_example
 from generative_recommenders.objectives.objective import Objective
-from generative_recommenders.ops.layout import jagged_layout
+from generative_recommenders.ops.layout import Layout, device_layout, jagged_layout
 from generative_recommenders.types import SequentialFeatures
 
 
@@ -36,14 +36,25 @@ class CausalObjective(Objective):
     def __init__(self, num_positives: Size = 1, target_weights: Literal["equal", "rating"] = "equal") -> None:
         self.num_positives, self.target_weights = num_positives, target_weights
 
+    @property
+    def fixed_shapes(self) -> bool:  # type: ignore[override]
+        return not self.last_only and self.target_weights == "equal"
+
     def first_target(self, batch: LoadedBatch) -> int:
         """Targets are numbered by row, or by token."""
         return batch.first_row if self.last_only else batch.first_token
 
     def example(self, columns: Mapping[str, torch.Tensor], draws: Draws = None) -> TrainingExample:
         batch = next_token_batch(columns)
+        return self._example(batch, jagged_layout(batch["past_lengths"], batch["past_ids"].shape[1]))
+
+    def device_example(self, columns: Mapping[str, torch.Tensor], num_tokens: int) -> TrainingExample:
+        batch = next_token_batch(columns)
+        width = batch["past_ids"].shape[1]
+        return self._example(batch, device_layout(batch["past_lengths"], width, num_tokens))
+
+    def _example(self, batch: Mapping[str, torch.Tensor], layout: Layout) -> TrainingExample:
         features = past_features(batch)
-        layout = jagged_layout(features.past_lengths, features.past_ids.shape[1])
         read = layout.last_tokens[layout.lengths > 0] if self.last_only else None
         ids, ratings = batch["target_ids"], batch.get("target_ratings")
         if self.num_positives > 1:

@@ -18,7 +18,7 @@ from generative_recommenders.objectives.losses.sce import ScalableCrossEntropyLo
 from generative_recommenders.objectives.negative_samplers import Negatives
 from generative_recommenders.objectives.scoring import sampled_scores
 from generative_recommenders.ops import numbered_rows
-from generative_recommenders.ops.counter_random import CounterDraws, stream_key
+from generative_recommenders.ops.counter_random import CounterDraws, Key, stream_key
 from generative_recommenders.ops.numbered_rows import NumberedRows
 from generative_recommenders.ops.recomputation import recomputed
 from generative_recommenders.types import LossOutput
@@ -44,7 +44,7 @@ class PreparedBatch:
     target_pool: torch.Tensor | None
     scored_ids: torch.Tensor | None
     row_ids: torch.Tensor | None
-    key: int
+    key: Key
     first_target: int
     first_row: int = 0
     numbers_rows: bool = False

@@ -20,6 +20,7 @@ from generative_recommenders.config.registry import register_negative_sampler
 from generative_recommenders.config.sections import ClassSelector, NegativesSharing
 from generative_recommenders.errors import UserError
 from generative_recommenders.ops.counter_random import (
+    Key,
     counter_bits,
     counter_integers,
     counter_uniform,
@@ -127,7 +128,7 @@ class NegativesSampler(torch.nn.Module, ABC):
         self.log_q_correction = log_q_correction
 
     def forward(
-        self, key: int, first_token: int, num_tokens: int, batch: BatchItems | None = None
+        self, key: Key, first_token: int, num_tokens: int, batch: BatchItems | None = None
     ) -> Negatives:
         """Draws for ``num_tokens`` consecutive tokens, the first of which is number first_token of the global batch."""
         units = self.sharing.units(first_token, num_tokens, self.device)
@@ -141,7 +142,7 @@ class NegativesSampler(torch.nn.Module, ABC):
 
     @abstractmethod
     def draw(
-        self, key: int, units: torch.Tensor, draws: int, batch: BatchItems
+        self, key: Key, units: torch.Tensor, draws: int, batch: BatchItems
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """ids ``[G, draws]`` and their probabilities ``[G, draws]`` (None: uniform over a fixed set)."""
 
@@ -338,7 +339,7 @@ class MultiClassNegativesSampler(NegativesSampler):
         offsets = (counter_bits(key, units, draws) * sizes) >> 32
         return self.members[self.starts[chosen][:, None] + offsets] + 1, None
 
-    def _classes(self, key: int, units: torch.Tensor, targets: torch.Tensor | None) -> torch.Tensor:
+    def _classes(self, key: Key, units: torch.Tensor, targets: torch.Tensor | None) -> torch.Tensor:
         """``[G]`` int64."""
         choice = counter_uniform(stream_key(key, 1), units, 1)[:, 0]
         last = self.cumulative.numel() - 1

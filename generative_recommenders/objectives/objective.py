@@ -24,12 +24,18 @@ class Objective(ABC):
 
     uses_mask = False
     """Whether predicted positions hold the mask embedding and the objective sets the attention mask."""
+    fixed_shapes = False
+    """Whether an example's shapes follow from the number of its tokens; `device_example` is then there."""
     needs_item_table = False
     """Whether it multiplies states with the item table itself, which an item tower and MoL do not score by."""
 
     @abstractmethod
     def example(self, columns: Mapping[str, torch.Tensor], draws: Draws = None) -> TrainingExample:
         """Inputs and targets of a batch. columns: of `data.loader.LoadedBatch`. draws: what random choices come from."""
+
+    def device_example(self, columns: Mapping[str, torch.Tensor], num_tokens: int) -> TrainingExample:
+        """`example` of columns that are on a device, which is not waited for. num_tokens: T."""
+        raise NotImplementedError
 
     @abstractmethod
     def first_target(self, batch: LoadedBatch) -> int | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from absl import logging
 
@@ -14,11 +16,13 @@ from generative_recommenders.objectives.examples import TrainingExample
 from generative_recommenders.objectives.negative_samplers import BatchItems, Negatives, NegativesSampler
 from generative_recommenders.objectives.objective import Objective
 from generative_recommenders.ops import dispatch
-from generative_recommenders.ops.counter_random import CounterDraws, stream_key
+from generative_recommenders.ops.counter_random import CounterDraws, Key, stream_key
 from generative_recommenders.types import LossOutput
 
 DENSE_SHARE = 4
 """A step that touches more than 1 / DENSE_SHARE of the table works on all of it: no search for unique rows."""
+WHOLE_BYTES = 1 << 30
+"""A table that an accelerator reads in less time than the host would wait for the number of unique rows."""
 _MASKS, _ENCODER, _SCORING = 1 << 32, 1 << 33, 1 << 34
 """Purposes of draws: of masked positions, of dropout masks in the encoder, and of those where items are scored."""
 
@@ -66,13 +70,32 @@ class TrainingTask(torch.nn.Module):
         if first is None:  # as many as the processes before have
             counts = self.collectives.gather_variable(torch.tensor([len(example.targets)]))
             first = int(counts[: self.collectives.rank].sum())
-        return self.draw(example.to(self.model.items.table.device), first, step, batch.first_row)
+        key = stream_key(self.seed, step)
+        return self.draw(example.to(self.model.items.table.device), first, key, batch.first_row)
+
+    @property
+    def fixed_shapes(self) -> bool:
+        """Whether all shapes of a step follow from the number of its tokens, but for those of rows that it reads, and tokens
+        whose targets do not count change no number; see `prepare_on_device`."""
+        drawn_from_batch = self.sampler is not None and self.sampler.uses_batch_pool
+        from_batch = self.criterion.needs_target_pool or drawn_from_batch
+        counts_all = bool(self.criterion.auxiliary_weights)  # sums over all tokens
+        return self.objective.fixed_shapes and not (from_batch or counts_all or self.numbers_rows)
+
+    def prepare_on_device(
+        self, columns: Mapping[str, torch.Tensor], key: torch.Tensor, num_tokens: int
+    ) -> PreparedBatch:
+        """`prepare` of columns that are on the model's device, which is not waited for; on a single process.
+
+        key: int64 scalar, ``stream_key(seed, step)``. num_tokens: T.
+        """
+        return self.draw(self.objective.device_example(columns, num_tokens), 0, key)
 
     def draw(
-        self, example: TrainingExample, first_target: int, step: int, first_row: int = 0
+        self, example: TrainingExample, first_target: int, key: Key, first_row: int = 0
     ) -> PreparedBatch:
         """Negatives of an example whose first target has this number, and the items and rows it touches."""
-        key, targets, pool = stream_key(self.seed, step), example.targets, None
+        targets, pool = example.targets, None
         if self.criterion.needs_target_pool:
             pool = torch.unique(self.collectives.gather_variable(torch.unique(targets)))
         negatives = None
@@ -97,6 +120,8 @@ class TrainingTask(torch.nn.Module):
             return None, None
         touched = negatives.ids.numel() + example.targets.numel() + example.past_ids.numel()
         if touched * DENSE_SHARE > items.table.shape[0] and items.tower is None:
+            return None, None
+        if dispatch.waits(items.table) and items.table.nbytes <= WHOLE_BYTES:
             return None, None
         ids = [example.targets.flatten(), negatives.ids.flatten(), *([] if pool is None else [pool])]
         scored = torch.unique(torch.cat(ids))

@@ -6,21 +6,32 @@ SplitMix64 (Steele et al., OOPSLA 2014), the 32-bit one a multiply-xorshift hash
 
 from __future__ import annotations
 
+from typing import Any, TypeAlias
+
 import torch
 
 _MASK64 = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 
 
-def stream_key(*parts: int) -> int:
-    """One 64-bit key from integers (seed, purpose, step, ...), as a signed Python int."""
-    key = 0
-    for part in parts:
-        key = _mix64_int((key + _GOLDEN + (part & _MASK64)) & _MASK64)
-    return key - (1 << 64) if key >= 1 << 63 else key
+Key: TypeAlias = int | torch.Tensor
+"""A signed 64-bit integer, or an int64 scalar that holds one on a device."""
 
 
-def counter_bits(key: int, counters: torch.Tensor, draws: int) -> torch.Tensor:
+def stream_key(first: Key, *parts: int) -> Any:
+    """One 64-bit `Key` from integers (seed, purpose, step, ...), a Python int unless the first is a tensor."""
+    if isinstance(first, torch.Tensor):
+        key = _mix64(first + _signed(_GOLDEN))
+        for part in parts:
+            key = _mix64(key + _signed((_GOLDEN + part) & _MASK64))
+        return key
+    number = 0
+    for part in (first, *parts):
+        number = _mix64_int((number + _GOLDEN + (part & _MASK64)) & _MASK64)
+    return _signed(number)
+
+
+def counter_bits(key: Key, counters: torch.Tensor, draws: int) -> torch.Tensor:
     """``[n, draws]`` int64 holding uniform 32-bit integers (0 .. 2^32 - 1) for ``counters [n]`` int64."""
     keys = _mix64(counters * _signed(_GOLDEN) + key).to(torch.int32)
     steps = torch.arange(draws, device=counters.device, dtype=torch.int32) * _signed32(0x9E3779B9)
@@ -28,12 +39,12 @@ def counter_bits(key: int, counters: torch.Tensor, draws: int) -> torch.Tensor:
     return bits.to(torch.int64).bitwise_and_(0xFFFFFFFF)
 
 
-def counter_integers(key: int, counters: torch.Tensor, draws: int, high: int) -> torch.Tensor:
+def counter_integers(key: Key, counters: torch.Tensor, draws: int, high: int) -> torch.Tensor:
     """``[n, draws]`` int64, uniform in [0, high) for high up to 2^31 (bias below high / 2^32)."""
     return counter_bits(key, counters, draws).mul_(high).bitwise_right_shift_(32)
 
 
-def counter_uniform(key: int, counters: torch.Tensor, draws: int) -> torch.Tensor:
+def counter_uniform(key: Key, counters: torch.Tensor, draws: int) -> torch.Tensor:
     """``[n, draws]`` float32 in [0, 1), 24 random bits each."""
     return counter_bits(key, counters, draws).bitwise_right_shift_(8).to(torch.float32).mul_(2.0**-24)
 
@@ -44,7 +55,7 @@ class CounterDraws:
     numbers: ``[n]`` int64, places in the global batch.
     """
 
-    def __init__(self, key: int, numbers: torch.Tensor) -> None:
+    def __init__(self, key: Key, numbers: torch.Tensor) -> None:
         self.key, self.numbers, self.calls = key, numbers, 0
 
     def uniform(self, count: int) -> torch.Tensor:

@@ -116,9 +116,8 @@ class Layout:
         """Made when it is first asked for: the kernels of a GPU need none."""
         if self.valid is not None:
             return _one_group(self)
-        if self.host_lengths is None:
-            raise RuntimeError("a layout made on a device has no groups: its lengths are not known here")
-        return _moved(_grouped(self.host_lengths, causal=self.visibility is None), self.device)
+        host = self.lengths.cpu().numpy() if self.host_lengths is None else self.host_lengths
+        return _moved(_grouped(host, causal=self.visibility is None), self.device)
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -225,7 +224,7 @@ def jagged_layout(lengths: torch.Tensor, max_length: int, device: torch.device |
 
 
 def device_layout(lengths: torch.Tensor, max_length: int, num_tokens: int) -> Layout:
-    """`jagged_layout` of lengths on an accelerator whose sum is known: nothing waits for it. It has no groups."""
+    """`jagged_layout` of lengths on an accelerator whose sum is known: nothing waits for it, but for groups."""
     ends = lengths.cumsum(0)
     starts = ends - lengths
     rows = torch.arange(len(lengths), device=lengths.device)

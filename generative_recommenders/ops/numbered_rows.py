@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from generative_recommenders.ops.counter_random import stream_key
+from generative_recommenders.ops.counter_random import Key, stream_key
 
 
 @dataclass
@@ -22,12 +22,12 @@ class NumberedRows:
     """numbers: ``[n]`` int64, of the rows that are dropped from. items: ``[U]`` int64 ids of the scored items, or None.
     sources: how many sources were made so far."""
 
-    key: int
+    key: Key
     numbers: torch.Tensor
     items: torch.Tensor | None = None
     sources: int = 0
 
-    def next_key(self) -> int:
+    def next_key(self) -> Key:
         """The key of one more source."""
         self.sources += 1
         return stream_key(self.key, self.sources)

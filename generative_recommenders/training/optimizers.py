@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
 from generative_recommenders.config.registry import register_optimizer
 from generative_recommenders.errors import UserError
+from generative_recommenders.ops import dispatch
 
 BETAS = (0.9, 0.98)
 DENSE = "adamw."
@@ -25,13 +27,20 @@ class TableOptimizer(ABC):
 
     def __init__(self, table: torch.nn.Parameter, learning_rate: float, weight_decay: float) -> None:
         self.table = table
-        self.learning_rate = learning_rate
+        self.learning_rate: Any = learning_rate  # a scalar of the device where the update is captured
         self.weight_decay = weight_decay
         self.state: dict[str, torch.Tensor] = {}
+
+    capturable = False
+    """Whether `step_all` is there: updates of all rows, without a look at any number."""
 
     @abstractmethod
     def step(self, rows: torch.Tensor, grads: torch.Tensor) -> None:
         """rows ``[U]`` int64, unique; grads ``[U, D]``."""
+
+    def step_all(self, grads: torch.Tensor) -> None:
+        """grads ``[rows, D]`` of the whole table; rows whose gradient is 0 stay as they are."""
+        raise NotImplementedError
 
 
 class LazyAdamW(TableOptimizer):
@@ -62,6 +71,8 @@ class LazyAdamW(TableOptimizer):
 class RowwiseAdagrad(TableOptimizer):
     """Adagrad with one accumulator a row, the mean squared gradient of the row (as in fbgemm's embedding tables)."""
 
+    capturable = True
+
     def __init__(self, table: torch.nn.Parameter, learning_rate: float, weight_decay: float) -> None:
         super().__init__(table, learning_rate, weight_decay)
         self.state = {"sum_of_squares": torch.zeros(table.shape[0], device=table.device)}
@@ -72,6 +83,14 @@ class RowwiseAdagrad(TableOptimizer):
         self.state["sum_of_squares"][rows] = total
         weights = self.table[rows].mul_(1 - self.learning_rate * self.weight_decay)
         self.table[rows] = weights - self.learning_rate * grads / (total.sqrt() + 1e-10)[:, None]
+
+    @torch.no_grad()
+    def step_all(self, grads: torch.Tensor) -> None:
+        total = self.state["sum_of_squares"].add_(grads.square().mean(1))
+        if self.weight_decay:
+            kept = torch.where(grads.any(1), 1 - self.learning_rate * self.weight_decay, 1.0)
+            self.table.mul_(kept[:, None])
+        self.table.sub_(self.learning_rate * grads / (total.sqrt() + 1e-10)[:, None])
 
 
 @register_optimizer("adamw", gin_name="adamw")
@@ -84,8 +103,9 @@ class AdamW:
     def dense(self, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
         """torch's optimizer of the dense parameters, and of the table where `rows` gives it none."""
         return torch.optim.AdamW(
-            parameters, lr=self.learning_rate, betas=BETAS, weight_decay=self.weight_decay, fused=True
-        )
+            parameters, lr=self.learning_rate, betas=BETAS, weight_decay=self.weight_decay, fused=True,
+            capturable=parameters[0].device.type == "cuda",
+        )  # fmt: skip
 
     def rows(self, table: torch.nn.Parameter) -> TableOptimizer | None:
         """The optimizer of the table's gathered rows; None: the table is one of the dense parameters."""
@@ -133,16 +153,34 @@ class Optimizer:
         self.dense.zero_grad(set_to_none=True)
         self.table.grad = None
 
+    @property
+    def capturable(self) -> bool:
+        """Whether `update` of all rows can be captured as a CUDA graph."""
+        rule_is = all(group.get("capturable", False) for group in self.dense.param_groups)
+        return rule_is and (self.sparse is None or self.sparse.capturable)
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        return self.rule.learning_rate * min(1.0, (step + 1) / max(self.num_warmup_steps, 1))
+
     def step(self, step: int, rows: torch.Tensor | None, grads: torch.Tensor) -> float:
         """One update; returns the learning rate. step: from 0. rows ``[U]`` (None: all) and grads ``[U, D]`` of the table."""
-        rate = self.rule.learning_rate * min(1.0, (step + 1) / max(self.num_warmup_steps, 1))
+        rate = self.rate(step)
+        self.update(rate, rows, grads)
+        return rate
+
+    def update(self, rate: float | torch.Tensor, rows: torch.Tensor | None, grads: torch.Tensor) -> None:
+        """One update by a learning rate, which may be a scalar on the device."""
         if self.max_grad_norm is not None:
             grads = self._clip(grads)
         if self.sparse is not None:
             self.sparse.learning_rate = rate
             # A row whose gradient is zero keeps its moments, whether it was gathered or the step took the whole table.
-            changed = grads.any(1).nonzero()[:, 0]
-            self.sparse.step(changed if rows is None else rows[changed], grads[changed])
+            if rows is None and self.sparse.capturable and dispatch.waits(grads):
+                self.sparse.step_all(grads)
+            else:
+                changed = grads.any(1).nonzero()[:, 0]
+                self.sparse.step(changed if rows is None else rows[changed], grads[changed])
         else:
             self.table.grad = (
                 grads if rows is None else torch.zeros_like(self.table).index_copy_(0, rows, grads)
@@ -150,7 +188,6 @@ class Optimizer:
         for group in self.dense.param_groups:
             group["lr"] = rate
         self.dense.step()
-        return rate
 
     def _clip(self, table_grads: torch.Tensor) -> torch.Tensor:
         grads = [p.grad for p in self.parameters if p.grad is not None]
@@ -178,10 +215,8 @@ class Optimizer:
             prefix = f"{DENSE}{index}."
             state = {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
             if state:
-                self.dense.state[parameter] = {
-                    name: value.clone() if name == "step" else value.to(parameter.device).clone()
-                    for name, value in state.items()
-                }
+                on_device = {name: value.to(parameter.device).clone() for name, value in state.items()}
+                self.dense.state[parameter] = on_device
         if self.sparse is not None:
             for name, value in self.sparse.state.items():
                 value.copy_(tensors[f"table.{name}"])

@@ -32,6 +32,7 @@ from generative_recommenders.evaluation.model_evaluation import ModelEvaluation
 from generative_recommenders.ops.counter_random import stream_key
 from generative_recommenders.retrieval.methods import check_top_k
 from generative_recommenders.training.callbacks import Recorder
+from generative_recommenders.training.captured_step import CapturedStep, can_capture
 from generative_recommenders.training.debug import check_finite, check_finite_parameters
 from generative_recommenders.training.optimizers import Optimizer
 from generative_recommenders.training.state import Progress, check_same_data
@@ -82,7 +83,10 @@ class Trainer:
             [p for p in self.task.parameters() if p is not table], table,
             build_part(settings, OPTIMIZERS, updates.optimizer, rates), updates.num_warmup_steps, updates.max_grad_norm,
         )  # fmt: skip
-        self.step = TrainingStep(self.task, optimizer, collectives)
+        parts = self.task, optimizer, collectives
+        self.step = (
+            CapturedStep(*parts, schedule.local_batch_size) if can_capture(*parts) else TrainingStep(*parts)
+        )
         self.loader = SequenceLoader(
             dataset, split.train_stops, data.max_sequence_length, schedule.local_batch_size, schedule.random_seed,
             data.positional_sampling_ratio, collectives.rank, collectives.world_size,

@@ -11,10 +11,10 @@ from generative_recommenders.ops.attention import kernels
 from generative_recommenders.ops.attention.tiles import PairBias
 from generative_recommenders.ops.layout import Layout
 
-BLOCK = 32
-"""Queries, and keys, of a program. Larger ones leave too few of them on a multiprocessor: its shared memory is the limit."""
-OPTIONS = {"num_warps": 4, "num_stages": 2}
-_DIAGONALS, _QUERIES = 32, 32
+_NARROW, _WIDE = (16, {"num_warps": 2, "num_stages": 2}), (32, {"num_warps": 4, "num_stages": 2})
+"""Queries, and keys, of a program, for heads up to 32 wide and for others; the fastest of those tried on an H200, where larger
+ones leave too few programs on a multiprocessor."""
+_DIAGONALS, _QUERIES = 16, 16
 """Of a program that sums gradients of a bias."""
 
 
@@ -28,11 +28,11 @@ class Weights(NamedTuple):
 
 
 class _Launch(NamedTuple):
-    """Programs of a launch, numbers that the kernels are given, and those they are compiled for."""
+    """Programs of a launch, numbers that the kernels are given, and what they are compiled for."""
 
     grid: tuple[int, int]
     numbers: tuple[float, ...]
-    constants: dict[str, Any]
+    options: dict[str, Any]
 
 
 def fused_attention(
@@ -60,7 +60,7 @@ class _FusedAttention(torch.autograd.Function):
         tables = (layout.starts, layout.lengths, position, time, buckets, seed)
         if v.numel():
             kernels.forward[launch.grid](
-                q, k, v, out, normalisers, *tables, *launch.numbers, **launch.constants, **OPTIONS
+                q, k, v, out, normalisers, *tables, *launch.numbers, **launch.options
             )
         ctx.save_for_backward(q, k, v, out if weights.softmax else None, normalisers, *tables)
         ctx.settings = layout, launch
@@ -80,11 +80,12 @@ class _FusedAttention(torch.autograd.Function):
         d_logits = q.new_empty(cells, dtype=torch.float32)
         if v.numel():
             rest = *tables, *launch.numbers
-            options = launch.constants | OPTIONS
             kernels.backward_queries[launch.grid](
-                q, k, v, out, normalisers, d_out, d_q, d_logits, *rest, **options
+                q, k, v, out, normalisers, d_out, d_q, d_logits, *rest, **launch.options
             )
-            kernels.backward_keys[launch.grid](q, k, v, out, normalisers, d_out, d_k, d_v, *rest, **options)
+            kernels.backward_keys[launch.grid](
+                q, k, v, out, normalisers, d_out, d_k, d_v, *rest, **launch.options
+            )
         d_position = d_time = None
         if position is not None:
             chunks, parts = triton.cdiv(width, _QUERIES), triton.cdiv(width, _DIAGONALS)
@@ -93,7 +94,7 @@ class _FusedAttention(torch.autograd.Function):
             if rows * width:
                 kernels.sum_bias[(parts, chunks, rows)](
                     d_logits, buckets, layout.lengths, by_diagonal, by_bucket, width,
-                    H=heads, HAS_TIME=time is not None, DIAGONALS=_DIAGONALS, QUERIES=_QUERIES, num_warps=4,
+                    H=heads, HAS_TIME=time is not None, DIAGONALS=_DIAGONALS, QUERIES=_QUERIES, num_warps=1,
                 )  # fmt: skip
             reach = (len(position) + 1) // 2
             d_position = torch.zeros_like(position)
@@ -108,18 +109,22 @@ def _launch(q, k, v, layout: Layout, weights: Weights, position, time) -> _Launc
     reach = 0 if position is None else (len(position) + 1) // 2
     kept_share = 1.0 - weights.dropout_rate
     scales = weights.logit_scale, 1.0 / (weights.divisor * kept_share), weights.dropout_rate
-    constants = {
+    block_qk, block_v = (
+        max(16, triton.next_power_of_2(x)) for x in (dqk, dv)
+    )  # 16: the least of a product of tiles
+    block, options = _NARROW if max(block_qk, block_v) <= 32 else _WIDE
+    options = options | {
         "H": heads,
         "DQK": dqk,
         "DV": dv,
-        "BQK": max(16, triton.next_power_of_2(dqk)),  # the least that a product of tiles takes
-        "BV": max(16, triton.next_power_of_2(dv)),
+        "BQK": block_qk,
+        "BV": block_v,
         "SOFTMAX": weights.softmax,
         "HAS_POSITION": position is not None,
         "HAS_TIME": time is not None,
         "DROPOUT": weights.dropout_rate > 0.0,
         "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
-        "BLOCK": BLOCK,
+        "BLOCK": block,
     }
-    grid = triton.cdiv(layout.longest, BLOCK), layout.num_rows * heads
-    return _Launch(grid, (*strides, layout.longest, reach, *scales), constants)
+    grid = triton.cdiv(layout.longest, block), layout.num_rows * heads
+    return _Launch(grid, (*strides, layout.longest, reach, *scales), options)

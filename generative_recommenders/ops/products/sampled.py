@@ -2,8 +2,8 @@
 
 Per position, each of T tokens has R rows of its own: the ``[T, R]`` products are the sampled entries of
 ``hidden · weightᵀ``, a sparse pattern, so the forward pass is one sampled dense-dense product and the backward pass two
-sums over weighted bags of rows; no ``[T, R, D]`` tensor exists. Where blocks of tokens share their rows they are batched
-products.
+sums over weighted bags of rows, all three by kernels of our own on a GPU; no ``[T, R, D]`` tensor exists. Where blocks of
+tokens share their rows they are batched products.
 """
 
 from __future__ import annotations
@@ -104,6 +104,13 @@ class _BlockProducts(torch.autograd.Function):
 class _SampledProducts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, rows):
+        ctx.by_kernels = dispatch.takes_kernels(hidden) and hidden.dtype == weight.dtype == torch.float32
+        if ctx.by_kernels:
+            from generative_recommenders.ops.products import kernels
+
+            hidden, weight, rows = hidden.contiguous(), weight.contiguous(), rows.contiguous()
+            ctx.save_for_backward(hidden, weight, rows)
+            return kernels.products(hidden, weight, rows)
         ctx.save_for_backward(hidden, weight, rows)
         return _products_of_pattern(hidden, weight, rows)
 
@@ -111,6 +118,12 @@ class _SampledProducts(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         hidden, weight, rows = ctx.saved_tensors
+        if ctx.by_kernels:
+            from generative_recommenders.ops.products import kernels
+
+            grad = grad.contiguous()
+            bags = bags_of_rows(rows.flatten(), len(weight))
+            return kernels.sums_of_rows(weight, rows, grad), kernels.sums_of_tokens(hidden, grad, *bags), None
         d_hidden = F.embedding_bag(rows, weight, per_sample_weights=grad, mode="sum")
         # entries of a part stay in a processor's cache; each part costs a pass over all rows
         size = max(_PART, 8 * len(weight))

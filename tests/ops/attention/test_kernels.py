@@ -58,8 +58,9 @@ def same(ours: torch.Tensor, theirs: torch.Tensor, layout: Layout, leaves: list[
 
 
 @every_layout
-def test_softmax(layout: Layout) -> None:
-    q, k, v = heads(layout, 5, 5, 7)
+@pytest.mark.parametrize("width", [5, 40])
+def test_softmax(layout: Layout, width: int) -> None:
+    q, k, v = heads(layout, width, width, 7)
     theirs = softmax_attention_reference(q, k, v, layout, 0.0, 0.3)
     same(fused_attention(q, k, v, layout, Weights(True, logit_scale=0.3)), theirs, layout, [q, k, v])
 
