@@ -348,7 +348,7 @@ def exact_evaluation(bench: Bench) -> dict[str, Any]:
     dataset, found = movies(bench), {}
     for encoder in ("SASRec", "HSTU-large"):
         trainer = make_trainer(
-            movie_settings(encoder, bench, "train_fn.eval_batch_size = 512"), dataset, bench
+            movie_settings(encoder, bench, "train_fn.eval_batch_size = 2048"), dataset, bench
         )
         seconds = bench.seconds(lambda t=trainer: t.evaluation.validation(t.model), 2)
         found[encoder] = {
@@ -366,7 +366,7 @@ def epochs(bench: Bench) -> dict[str, Any]:
     def train(count: int) -> tuple[Any, float]:
         bindings = [
             f"train_fn.num_epochs = {count}",
-            "train_fn.eval_batch_size = 512",
+            "train_fn.eval_batch_size = 2048",
             "train_fn.full_eval_every_n = 1",
         ]
         trainer = make_trainer(movie_settings("HSTU-large", bench, *bindings), dataset, bench)

@@ -6,8 +6,8 @@ of processes gives the same numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import takewhile
 
@@ -63,6 +63,27 @@ class EvaluationResult:
         return {**ranked, **{name: value for name, value in self.lists.items() if name not in ranked}}
 
 
+@dataclass(frozen=True)
+class RankedUsers:
+    """A batch of the loader with what its ranks need beside scores.
+
+    targets: ``[B]`` ids, 0 (no item, so a miss) for the missed ones. removed: what the seen filter takes out; removed_targets:
+    how many of the targets are among that. high_rated: ``[B]`` bool, or None without ratings.
+    """
+
+    batch: Mapping[str, torch.Tensor]
+    targets: torch.Tensor
+    removed: SeenItems | None
+    removed_targets: int
+    high_rated: torch.Tensor | None
+
+    def to(self, device: torch.device) -> RankedUsers:
+        """The same with all that a model reads on a device, but for the lengths, which lay out its tokens."""
+        batch = {name: x if name == "lengths" else x.to(device) for name, x in self.batch.items()}
+        removed = None if self.removed is None else self.removed.to(device)
+        return replace(self, batch=batch, targets=self.targets.to(device), removed=removed)
+
+
 class Evaluator:
     """Ranks the targets of one split.
 
@@ -85,39 +106,44 @@ class Evaluator:
         self.loader, self.num_items, self.shown, self.stop = loader, num_items, shown, stop
         self.seen_filter, self.collectives = seen_filter, collectives
         self.missed_targets, self.rating_threshold = missed_targets, rating_threshold
+        self.kept: Iterable[RankedUsers] | None = None
+        """What `prepared` gave in an evaluation before, to be taken again."""
 
     def __call__(self, score: Score, lists: TopLists | None = None) -> EvaluationResult:
         """score: gives ``[n, V]``. lists: an empty collector, filled from the same scores, for list metrics too."""
         histogram = RankHistogram(self.num_items)
-        removed_targets = torch.zeros(1, dtype=torch.int64)
+        removed_targets = 0
         chunk = max(1, MAX_SCORES // max(self.num_items, 1))
         until_stopped = partial(takewhile, lambda _: not self.stop())
-        for batch in until_stopped(self.shown(self.loader)):
-            histories = self.loader.histories(batch["user_ids"].numpy() - 1)
-            pairs = self.seen_filter.removed(batch, histories)
-            removed = None if pairs is None else SeenItems.of(*pairs, self.num_items)
-            targets = self._targets(batch)
-            if removed is not None:
-                removed_targets += removed.contains(batch["target_ids"]).sum()
+        for users in until_stopped(self.prepared() if self.kept is None else self.kept):
+            removed_targets += users.removed_targets
             if lists is not None:
+                histories = self.loader.histories(users.batch["user_ids"].numpy() - 1)
                 had = SeenItems.of(histories.rows, histories["item_ids"], self.num_items)
-            for start in until_stopped(range(0, len(targets), chunk)):
+            for start in until_stopped(range(0, len(users.targets), chunk)):
                 rows = slice(start, start + chunk)
-                part = {name: values[rows] for name, values in batch.items()}
-                scores = score(part)
-                seen = (
-                    None if removed is None else removed.rows_between(start, start + chunk).to(scores.device)
-                )
-                ranks = exact_ranks(scores, targets[rows].to(scores.device), seen).cpu()
-                histogram.add(ranks, self._high_rated(part))
+                part = {name: values[rows] for name, values in users.batch.items()}
+                scores, seen = score(part), users.removed
+                if seen is not None:
+                    seen = seen.rows_between(start, start + chunk).to(scores.device)
+                ranks = exact_ranks(scores, users.targets[rows].to(scores.device), seen).cpu()
+                histogram.add(ranks, None if users.high_rated is None else users.high_rated[rows])
                 if lists is not None:  # a target that is removed or missed is in no list: recall@k is HR@k
                     own = had.rows_between(start, start + chunk)
-                    lists.add(scores, part["user_ids"], targets[rows], seen, own)
+                    lists.add(scores, part["user_ids"], users.targets[rows], seen, own)
         if self.collectives.any(self.stop()):
             raise StopRequested
         histogram.counts = self.collectives.sum_(histogram.counts)
-        count = int(self.collectives.sum_(removed_targets))
+        count = int(self.collectives.sum_(torch.tensor([removed_targets])))
         return EvaluationResult(histogram, {} if lists is None else lists.compute(self.collectives), count)
+
+    def prepared(self) -> Iterator[RankedUsers]:
+        """The loader's batches, each with what its ranks need beside scores."""
+        for batch in self.shown(self.loader):
+            pairs = self.seen_filter.removed(batch, self.loader.histories(batch["user_ids"].numpy() - 1))
+            removed = None if pairs is None else SeenItems.of(*pairs, self.num_items)
+            count = 0 if removed is None else int(removed.contains(batch["target_ids"]).sum())
+            yield RankedUsers(batch, self._targets(batch), removed, count, self._high_rated(batch))
 
     def _targets(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """``[B]`` target ids, 0 (no item, so a miss) for the missed ones."""

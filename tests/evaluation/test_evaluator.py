@@ -47,11 +47,15 @@ def brute_force_ranks(dataset: SequenceDataset, split: Split, seen_filter: str) 
     return ranks
 
 
-def evaluate(dataset: SequenceDataset, seen_filter: str, batch_size: int = 16, **options) -> EvaluationResult:
+def evaluate(
+    dataset: SequenceDataset, seen_filter: str, batch_size: int = 16, keep: bool = False, **options
+) -> EvaluationResult:
     split = make_split(dataset)
     loader = EvaluationLoader(dataset, split.test_targets, WINDOW, batch_size, **options)
     unseen = torch.from_numpy(split.unseen_test_targets)
     evaluator = Evaluator(loader, dataset.num_items, FILTERS[seen_filter], Collectives(), unseen, THRESHOLD)
+    if keep:
+        evaluator.kept = [users.to(torch.device("cpu")) for users in evaluator.prepared()]
     return evaluator(score)
 
 
@@ -66,11 +70,12 @@ def metrics_of(ranks: list[int]) -> dict[str, float]:
     }
 
 
+@pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("seen_filter", FILTERS)
-def test_equals_brute_force(ragged_dataset: SequenceDataset, seen_filter: str) -> None:
+def test_equals_brute_force(ragged_dataset: SequenceDataset, seen_filter: str, keep: bool) -> None:
     split = make_split(ragged_dataset)
     ranks = brute_force_ranks(ragged_dataset, split, seen_filter)
-    result = evaluate(ragged_dataset, seen_filter)
+    result = evaluate(ragged_dataset, seen_filter, keep=keep)
     counts = np.bincount([rank - 1 for rank in ranks.values()], minlength=31)
     assert result.histogram.counts[0].tolist() == counts.tolist()
     for name, value in metrics_of([*ranks.values()]).items():

@@ -91,4 +91,10 @@ def sums_of_tokens(
 
 def _constants(x: torch.Tensor, rows: torch.Tensor) -> dict[str, int]:
     width = x.shape[1]
-    return {"R": rows.shape[1], "D": width, "COLUMNS": triton.next_power_of_2(width), "ROWS": _ROWS}
+    return {
+        "R": rows.shape[1],
+        "D": width,
+        "COLUMNS": triton.next_power_of_2(width),
+        "ROWS": _ROWS,
+        "num_warps": 2,
+    }
