@@ -48,12 +48,14 @@ class PlainStep:
     """Trains a plain SASRec; calling it does one step on an example."""
 
     def __init__(self, settings: RunSettings, num_items: int) -> None:
-        encoder = settings.sasrec
         width, length = settings.items.item_embedding_dim, settings.data.max_sequence_length
-        sizes = (width, encoder.ffn_hidden_dim, encoder.num_heads, encoder.ffn_dropout_rate)
+        names = ("ffn_hidden_dim", "num_heads", "ffn_dropout_rate")
+        sizes = [settings.option(f"sasrec_encoder.{name}") for name in names]
         self.items = nn.Embedding(num_items + 1, width, padding_idx=0)
         self.positions = nn.Embedding(length, width)
-        self.blocks = nn.ModuleList(PlainBlock(*sizes) for _ in range(encoder.num_blocks))
+        self.blocks = nn.ModuleList(
+            PlainBlock(width, *sizes) for _ in range(settings.option("sasrec_encoder.num_blocks"))
+        )
         self.dropout = nn.Dropout(settings.model.dropout_rate)
         modules = nn.ModuleList([self.items, self.positions, self.blocks])
         self.optimizer = torch.optim.AdamW(

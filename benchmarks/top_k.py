@@ -21,7 +21,6 @@ import torch
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from generative_recommenders.config.sections import MoLSettings
 from generative_recommenders.modeling.similarity.dot_product import DotProductSimilarity
 from generative_recommenders.modeling.similarity.mixture_of_logits import MoLSimilarity
 from generative_recommenders.retrieval.methods import make_top_k
@@ -43,9 +42,9 @@ def clustered(count: int, dim: int, clusters: int) -> tuple[torch.Tensor, torch.
     return centres[labels] + 0.7 * torch.randn(count, dim), labels
 
 
-def fitted(settings: MoLSettings, dim: int, clusters: int, steps: int) -> MoLSimilarity:
+def fitted(options: dict[str, int], dim: int, clusters: int, steps: int) -> MoLSimilarity:
     """A mixture trained by in-batch softmax on pairs of a query and an item of one cluster."""
-    similarity = MoLSimilarity(settings, dim, dim, mutual_information=True).train()
+    similarity = MoLSimilarity(dim, dim, mutual_information=True, **options).train()
     optimizer = torch.optim.AdamW(similarity.parameters(), lr=1e-3)
     for _ in range(steps):
         queries, labels = clustered(64, dim, clusters)
@@ -89,12 +88,12 @@ def recall(found: torch.Tensor, exact: torch.Tensor) -> float:
 def main() -> None:
     args = _arguments()
     torch.manual_seed(args.seed)
-    settings = MoLSettings(
-        query_dot_product_groups=args.query_groups,
-        item_dot_product_groups=args.item_groups,
-        dot_product_dimension=args.component_dim,
-    )
-    similarity = fitted(settings, args.dim, args.clusters, args.fit_steps)
+    options = {
+        "query_dot_product_groups": args.query_groups,
+        "item_dot_product_groups": args.item_groups,
+        "dot_product_dimension": args.component_dim,
+    }
+    similarity = fitted(options, args.dim, args.clusters, args.fit_steps)
     items, _ = clustered(args.items, args.dim, args.clusters)
     mips, _ = measure("MIPSBruteForceTopK", DotProductSimilarity(), items, args)
     brute, exact = measure("MoLBruteForceTopK", similarity, items, args)

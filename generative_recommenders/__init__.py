@@ -42,6 +42,12 @@ __all__ = [
     "UserError",
     "__version__",
     "build_model",
+    "create_mol_interaction_module",
+    "get_input_preprocessor",
+    "get_negatives_sampler",
+    "get_output_postprocessor",
+    "get_sequential_encoder",
+    "get_similarity_function",
     "load_model",
     "make_split",
     "prepare",
@@ -62,6 +68,7 @@ __all__ = [
 __getattr__ = lazy_exports(
     __name__,
     {
+        "build.factories": [name for name in __all__ if name.startswith(("get_", "create_"))],
         "build.parts": ["build_model"],
         "config.registry": [name for name in __all__ if name.startswith("register_")],
         "config.schema": ["RunSettings"],

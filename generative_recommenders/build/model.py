@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import cast
 
 import torch
 
 from generative_recommenders.build.catalogue import Catalogue
+from generative_recommenders.build.factories import (
+    get_input_preprocessor,
+    get_output_postprocessor,
+    get_sequential_encoder,
+    get_similarity_function,
+)
 from generative_recommenders.build.objectives import auxiliary_weights, build_objective
 from generative_recommenders.build.registered import build_part
 from generative_recommenders.config.registry import (
@@ -17,13 +25,11 @@ from generative_recommenders.config.registry import (
     SIMILARITIES,
 )
 from generative_recommenders.config.schema import RunSettings
+from generative_recommenders.config.sections import ListReduction
 from generative_recommenders.errors import UserError
-from generative_recommenders.modeling import input_preprocessors, output_postprocessors  # noqa: F401  (register)
-from generative_recommenders.modeling.encoders import diff_transformer, hstu, sasrec, transformer  # noqa: F401  (register)
-from generative_recommenders.modeling.encoders.two_tower import ITEM_ID, EntityFeature, FeatureMerger
+from generative_recommenders.modeling.encoders.two_tower import EntityFeature, FeatureMerger
 from generative_recommenders.modeling.event_features import EventFeatures
 from generative_recommenders.modeling.model import SequenceEncoder, SequenceRecommender
-from generative_recommenders.modeling.similarity import dot_product, mixture_of_logits  # noqa: F401  (register)
 from generative_recommenders.modeling.similarity.interface import Similarity
 
 
@@ -31,71 +37,67 @@ def build_model(settings: RunSettings, catalogue: Catalogue) -> SequenceRecommen
     """The retriever of the settings; UserError where choices do not go together or the data lack what one
     needs.
     """
-    tower, balanced = settings.item_tower, "mi_loss" in auxiliary_weights(settings)
-    bf16 = settings.mol.bf16_training or settings.similarity.bf16_training
+    own = settings.items.embedding_module_type
+    if own not in (settings.item_embedding, "local"):  # the default contradicts nothing
+        raise UserError(
+            f"train_fn.embedding_module_type {own!r} cannot act in {settings.model.main_module}, which has an item "
+            "tower: unset it"
+        )
+    width = settings.items.item_embedding_dim
     supplies = {
         "num_items": catalogue.num_items,
-        "embedding_dim": settings.items.item_embedding_dim,
-        "query_embedding_dim": settings.items.item_embedding_dim,
-        "item_embedding_dim": settings.items.item_embedding_dim,
+        "embedding_dim": width,
         "item_category": lambda options: _categories(catalogue),
-        "features": lambda options: _tower_features(settings, catalogue),
-        "uses_item_id": ITEM_ID in tower.features,
-        "settings": settings.mol.changed(bf16_training=bf16),
-        "mutual_information": balanced,
+        "read_features": lambda options: partial(_item_features, catalogue, width),
     }
+    similarity_name = settings.model.interaction_module_type or "DotProduct"
     try:
-        items = build_part(settings, ITEM_EMBEDDINGS, _embedding_kind(settings), supplies)
+        items = build_part(settings, ITEM_EMBEDDINGS, settings.item_embedding, supplies)
         sequence = build_sequence(settings, catalogue)
-        similarity = build_part(
-            settings, SIMILARITIES, settings.model.interaction_module_type or "DotProduct", supplies
-        )
+        similarity = get_similarity_function(
+            similarity_name, width, width, mutual_information="mi_loss" in auxiliary_weights(settings),
+            **{**settings.part_options(SIMILARITIES, similarity_name), **_switched_on(settings)},
+        )  # fmt: skip
     except ValueError as error:
         raise UserError(str(error)) from error
     _check_auxiliary(settings, similarity)
     return SequenceRecommender(items, sequence, similarity, build_objective(settings))
 
 
-def _embedding_kind(settings: RunSettings) -> str:
-    """The item embedding's name; TwoTower has its tower, which "local", the default, does not contradict."""
-    kind = settings.items.embedding_module_type
-    if not settings.uses_item_tower:
-        return kind
-    if kind not in ("local", "item_tower"):
-        raise UserError(
-            f"train_fn.embedding_module_type {kind!r} cannot act in TwoTower, which has an item tower: unset it"
-        )
-    return "item_tower"
+def _switched_on(settings: RunSettings) -> dict[str, bool]:
+    """``get_similarity_function``'s own switches; False leaves what the similarity's options say."""
+    return {name: True for name, on in dict(settings.similarity).items() if on}
 
 
 def build_sequence(settings: RunSettings, catalogue: Catalogue) -> SequenceEncoder:
     """The dense part: preprocessor, encoder, context merger, postprocessor."""
-    supplies = {
-        "max_length": settings.data.max_tokens,
-        "embedding_dim": settings.items.item_embedding_dim,
-        "item_embedding_dim": settings.items.item_embedding_dim,
-    }
-    preprocessor = build_part(settings, INPUT_PREPROCESSORS, settings.model.input_preprocessor, supplies)
+    width, name = settings.items.item_embedding_dim, settings.model.input_preprocessor
+    options = settings.part_options(INPUT_PREPROCESSORS, name)
+    preprocessor = get_input_preprocessor(name, settings.data.max_tokens, width, **options)
     if preprocessor.needs_ratings:
         _check_ratings(settings, catalogue)
-    seen_by_encoder = {
-        "embedding_dim": preprocessor.embedding_dim,
-        "max_length": settings.data.max_tokens * preprocessor.tokens_per_item,
-    }
-    encoder_name = settings.encoder_name
-    encoder = build_part(settings, ENCODERS, encoder_name, seen_by_encoder)
-    objective = build_objective(settings)
+
+    def encoder_of(name: str) -> torch.nn.Module:
+        return get_sequential_encoder(
+            name, preprocessor.embedding_dim, settings.data.max_tokens * preprocessor.tokens_per_item,
+            query_encoder=encoder_of, **settings.part_options(ENCODERS, name),
+        )  # fmt: skip
+
+    encoder, objective = encoder_of(settings.model.main_module), build_objective(settings)
     if objective.uses_mask and not encoder.causal:
         raise UserError(
             f"objective {settings.loss.objective!r} sets the attention mask, which hstu_encoder.normalization "
-            f"{settings.hstu.normalization!r} cannot follow; choose 'rel_bias'"
+            f"{settings.option('hstu_encoder.normalization')!r} cannot follow; choose 'rel_bias'"
         )
     if objective.uses_mask and not getattr(encoder, "follows_visibility", True):
         raise UserError(
             f"objective {settings.loss.objective!r} shows both sides of a hidden item, which encoder "
-            f"{encoder_name!r} cannot read"
+            f"{settings.encoder_name!r} cannot read"
         )
-    postprocessor = build_part(settings, OUTPUT_POSTPROCESSORS, settings.model.user_embedding_norm, supplies)
+    name = settings.model.user_embedding_norm
+    postprocessor = get_output_postprocessor(
+        name, width, **settings.part_options(OUTPUT_POSTPROCESSORS, name)
+    )
     merger = _context_merger(settings, catalogue, encoder)
     return SequenceEncoder(preprocessor, encoder, postprocessor, merger, _event_features(settings, catalogue))
 
@@ -134,28 +136,27 @@ def _categories(catalogue: Catalogue) -> torch.Tensor:
     return catalogue.categories
 
 
-def _tower_features(settings: RunSettings, catalogue: Catalogue) -> list[EntityFeature]:
+def _item_features(
+    catalogue: Catalogue, width: int, names: Sequence[str], list_reduction: ListReduction
+) -> list[EntityFeature]:
     """Those of ``item_tower.features`` beside the id."""
-    tower, dim = settings.item_tower, settings.items.item_embedding_dim
-    names = [name for name in tower.features if name != ITEM_ID]
     if not names:
         return []
     if catalogue.items is None:
         raise UserError(f"item_tower.features: there is no data set to read {', '.join(names)} from")
-    reduction = tower.list_reduction
-    return list(catalogue.items.read(names, dim, "item_tower.features", reduction))
+    return list(catalogue.items.read(names, width, "item_tower.features", list_reduction))
 
 
 def _context_merger(
     settings: RunSettings, catalogue: Catalogue, encoder: torch.nn.Module
 ) -> FeatureMerger | None:
-    names = settings.item_tower.query_features
+    names = settings.queries.query_features
     if not names:
         return None
     if catalogue.users is None:
         raise UserError(f"item_tower.query_features: there is no data set to read {', '.join(names)} from")
     width = cast(int, encoder.output_dim)
-    reduction = settings.item_tower.list_reduction
+    reduction = settings.option("item_tower.list_reduction")
     return FeatureMerger(catalogue.users.read(names, width, "item_tower.query_features", reduction), width)
 
 

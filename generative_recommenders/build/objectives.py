@@ -9,6 +9,7 @@ import torch
 
 from generative_recommenders.build.catalogue import Catalogue
 from generative_recommenders.build.entity_features import class_assignment
+from generative_recommenders.build.factories import get_negatives_sampler
 from generative_recommenders.build.registered import build_part
 from generative_recommenders.config.registry import LOSSES, NEGATIVE_SAMPLERS, OBJECTIVES
 from generative_recommenders.config.schema import RunSettings
@@ -43,7 +44,7 @@ def auxiliary_weights(settings: RunSettings) -> dict[str, float]:
     decay of user embeddings is added.
     """
     weights = {**settings.weighted_loss.weights, **settings.loss.loss_weights}
-    decay = settings.mol.uid_embedding_l2_weight_decay
+    decay = settings.option("create_mol_interaction_module.uid_embedding_l2_weight_decay")
     if decay and settings.model.interaction_module_type == "MoL":
         weights["uid_embedding_l2_norm"] = weights.get("uid_embedding_l2_norm", 0.0) + decay
     return weights
@@ -114,16 +115,12 @@ def build_sampler(settings: RunSettings, catalogue: Catalogue, name: str | None 
             raise UserError(f"train_fn.mixed_shares cannot hold {n.sampling_strategy!r} itself")
         return [build_sampler(settings, catalogue, each) for each in options["shares"]]
 
-    supplies = {
-        "num_items": catalogue.num_items,
-        "num_negatives": n.num_negatives,
-        "sharing": Sharing(n.negatives_sharing, n.negatives_block_size),
-        "counts": catalogue.counts,
-        "samplers": mixed,
-        "assignment": lambda options: _classes(settings, catalogue),
-    }
-    sampler: NegativesSampler = build_part(settings, NEGATIVE_SAMPLERS, name or n.sampling_strategy, supplies)
-    return sampler
+    chosen = name or n.sampling_strategy
+    return get_negatives_sampler(
+        chosen, catalogue.num_items, n.num_negatives, Sharing(n.negatives_sharing, n.negatives_block_size),
+        catalogue.counts, mixed, lambda options: _classes(settings, catalogue),
+        **settings.part_options(NEGATIVE_SAMPLERS, chosen),
+    )  # fmt: skip
 
 
 def _classes(settings: RunSettings, catalogue: Catalogue) -> torch.Tensor:

@@ -18,7 +18,7 @@ from gin import config_parser
 
 from generative_recommenders.config import schema as s
 from generative_recommenders.config.fields import nearest
-from generative_recommenders.config.registry import REGISTRIES, parts_by_gin_name
+from generative_recommenders.config.registry import parts_by_gin_name
 from generative_recommenders.errors import UserError
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -146,10 +146,10 @@ class _Parsed(config_parser.ParserDelegate):  # type: ignore[misc]
         """UserError where a published name and the chosen part's own name are bound to different values."""
         for registry, name in settings.chosen_parts():
             gin_name = registry[name].gin_name if name in registry else ""
-            for option, published in s.PUBLISHED_OPTIONS.get(registry.kind, {}).items():
+            for option, published in s.published_options(registry.kind, gin_name).items():
                 owner, _, parameter = published.partition(".")
                 both = option in self.bound.get(gin_name, {}) and parameter in self.bound.get(owner, {})
-                if both and f"{gin_name}.{option}" not in s.FIELDS:
+                if both:
                     here, there = settings.options[gin_name][option], settings.published(published)
                     if here != there:
                         raise UserError(
@@ -160,7 +160,8 @@ class _Parsed(config_parser.ParserDelegate):  # type: ignore[misc]
 def _parameters(owner: str) -> list[str]:
     """The names that can be bound on an owner."""
     fields = [name.partition(".")[2] for name in s.FIELDS if name.startswith(f"{owner}.")]
-    return fields or list(parts_by_gin_name()[owner].options.model_fields)
+    part = parts_by_gin_name().get(owner)
+    return fields + (list(part.options.model_fields) if part else [])
 
 
 def _owners() -> list[str]:
@@ -268,11 +269,11 @@ def resolved_text(settings: s.RunSettings) -> str:
     ]
     chosen = {r[name].gin_name: (r, name) for r, name in settings.chosen_parts() if name in r}
     taken: set[str] = set()
-    for name in sorted({*settings.options, *chosen} - set(values)):
+    for name in sorted({*settings.options, *chosen}):
         own = dict(settings.options.get(name, {}))
         if name in chosen:
             registry, part = chosen[name]
-            filled = s.PUBLISHED_OPTIONS.get(registry.kind, {})
+            filled = s.published_options(registry.kind, name)
             taken |= {filled[option] for option in own if option in filled}
             every = registry[part].option_values(settings.part_options(registry, part))
             own.update({k: v for k, v in every.items() if k not in filled and _is_gin_value(v)})
@@ -301,16 +302,7 @@ def differences(before: s.RunSettings, now: s.RunSettings) -> list[tuple[str, An
         {(name, key) for side in (before, now) for name, values in side.options.items() for key in values}
     )
     for name, key in keys:
-        was, is_now = (_option(side, name, key) for side in (before, now))
+        was, is_now = (side.option(f"{name}.{key}") for side in (before, now))
         if was != is_now:
             found.append((f"{name}.{key}", was, is_now))
     return found
-
-
-def _option(settings: s.RunSettings, owner: str, key: str) -> Any:
-    """The value of a part's option, its default where it is not given; None for parts that are not registered here."""
-    for registry in REGISTRIES.values():
-        for name in registry.names():
-            if registry[name].gin_name == owner and key in registry[name].options.model_fields:
-                return registry[name].option_values(settings.part_options(registry, name)).get(key)
-    return settings.options.get(owner, {}).get(key)

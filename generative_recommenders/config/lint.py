@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from absl import logging
 
-from generative_recommenders.config.registry import INPUT_PREPROCESSORS, LOSSES
+from generative_recommenders.config.registry import INPUT_PREPROCESSORS, LOSSES, parts_by_gin_name
 from generative_recommenders.config.schema import FIELDS, RunSettings
 from generative_recommenders.config.sections import MAX_PREFETCH
 
@@ -25,15 +25,6 @@ def _draws(settings: RunSettings, *strategies: str) -> bool:
 def _reads_ratings(settings: RunSettings) -> bool:
     name = settings.model.input_preprocessor
     return name in INPUT_PREPROCESSORS and getattr(INPUT_PREPROCESSORS[name].make, "needs_ratings", False)
-
-
-def _timed(settings: RunSettings) -> bool:
-    hstu = settings.hstu
-    return (
-        settings.encoder_name == "HSTU"
-        and hstu.enable_relative_attention_bias
-        and hstu.enable_relative_time_bias
-    )
 
 
 Acts = Callable[[RunSettings], Any]
@@ -86,7 +77,7 @@ TRAIN_SETTINGS: tuple[tuple[tuple[str, ...], Acts, str], ...] = (
         lambda s: s.items.embedding_module_type == "categorical",
         "embeddings are not by category",
     ),
-    (("next_time",), _timed, "no bias by time reads it"),
+    (("next_time",), lambda s: s.uses_times, "no bias by time reads it"),
     (
         ("rating_embedding_dim", "num_ratings"),
         _reads_ratings,
@@ -100,17 +91,6 @@ TRAIN_SETTINGS: tuple[tuple[tuple[str, ...], Acts, str], ...] = (
 )
 """(fields of ``train_fn``, when they act, why they do not)."""
 
-SECTIONS: tuple[tuple[str, str, Acts], ...] = (
-    ("sasrec_encoder", "sasrec", lambda s: s.encoder_name == "SASRec"),
-    ("hstu_encoder", "hstu", lambda s: s.encoder_name == "HSTU"),
-    ("diff_transformer_encoder", "diff_transformer", lambda s: s.encoder_name == "DiffTransformer"),
-    ("transformer_encoder", "transformer", lambda s: s.encoder_name == "Transformer"),
-    ("item_tower", "item_tower", lambda s: s.uses_item_tower),
-    ("sce", "sce", lambda s: s.loss.loss_module in ("SCE", "ScalableCrossEntropyLoss")),
-    ("create_mol_interaction_module", "mol", lambda s: s.model.interaction_module_type == "MoL"),
-)
-"""(gin name, section of the settings, when it acts)."""
-
 
 def log_notices(settings: RunSettings) -> None:
     """Says once, in a line each, what is accepted but cannot act here, or is likely a slip."""
@@ -120,7 +100,8 @@ def log_notices(settings: RunSettings) -> None:
 
 def likely_slips(settings: RunSettings) -> list[str]:
     """One line for each combination that trains as asked but that no published configuration has."""
-    dqk, dv, lines = settings.hstu.dqk, settings.hstu.dv, []
+    dqk, dv = settings.option("hstu_encoder.dqk"), settings.option("hstu_encoder.dv")
+    lines = []
     if settings.encoder_name == "HSTU" and dqk != dv:
         lines.append(
             f"hstu_encoder.dqk = {dqk} and hstu_encoder.dv = {dv} do not match: queries and keys are {dqk} wide, values "
@@ -160,15 +141,29 @@ def _idle_train_settings(settings: RunSettings) -> list[str]:
 
 
 def _idle_sections(settings: RunSettings) -> list[str]:
-    lines = []
-    for owner, section, acts in SECTIONS:
-        idle = _changed(getattr(settings, section))
-        if idle and not acts(settings):
+    """Options of parts that the run does not have, where they are not the defaults."""
+    lines, parts = [], parts_by_gin_name()
+    chosen = {registry[name].gin_name for registry, name in settings.chosen_parts() if name in registry}
+    for owner, given in settings.options.items():
+        if owner in chosen or owner not in parts:
+            continue
+        options = parts[owner].options.model_fields
+        values = parts[owner].option_values(given)
+        idle = [
+            name for name in given if values[name] != options[name].get_default(call_default_factory=True)
+        ]
+        if idle:
             lines.append(
                 f"{', '.join(f'{owner}.{name}' for name in idle)} cannot act: this run has no such part"
             )
+    if settings.queries.query_module not in ("SASRec", settings.encoder_name):
+        lines.append("item_tower.query_module cannot act: this run has no such part")
     if settings.similarity.bf16_training and settings.model.interaction_module_type != "MoL":
         lines.append("get_similarity_function.bf16_training: it acts on MoL; dot products stay float32")
+    if settings.similarity.activation_checkpoint and settings.model.interaction_module_type != "MoL":
+        lines.append(
+            "get_similarity_function.activation_checkpoint: it acts on MoL; dot products keep nothing"
+        )
     return lines
 
 
@@ -186,18 +181,14 @@ def _beyond_this_machine(settings: RunSettings) -> list[str]:
         "train_fn.main_module_bf16": settings.model.main_module_bf16,
         "train_fn.eval_bf16": settings.evaluation.eval_bf16,
         "get_similarity_function.bf16_training": settings.similarity.bf16_training,
-        "create_mol_interaction_module.bf16_training": settings.mol.bf16_training,
+        "create_mol_interaction_module.bf16_training": settings.option(
+            "create_mol_interaction_module.bf16_training"
+        ),
     }
     if any(bf16.values()) and not has_bfloat16():
         names = ", ".join(name for name, asked in bf16.items() if asked)
         lines.append(f"{names}: this machine has no bfloat16 units; it is emulated and slower than float32")
     return lines
-
-
-def _changed(section: Any) -> list[str]:
-    """Fields that differ from their defaults."""
-    default = type(section)()
-    return [name for name, value in section if value != getattr(default, name)]
 
 
 def has_bfloat16() -> bool:

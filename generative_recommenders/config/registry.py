@@ -89,6 +89,14 @@ class Part:
         model = validated(self.options, given, self.gin_name)
         return {name: getattr(model, name) for name in self.options.model_fields}
 
+    def checked(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Some options with their values as `option_values` has them; others may be missing yet."""
+        fields = {name: (f.annotation, f) for name, f in self.options.model_fields.items() if name in given}
+        if len(fields) < len(given):
+            return self.option_values(given)  # names the option that there is not
+        some: Any = create_model(self.gin_name, __base__=StrictModel, **fields)  # type: ignore[call-overload]
+        return dict(validated(some, given, self.gin_name))
+
     def build(self, given: Mapping[str, Any], supplies: Mapping[str, Any]) -> Any:
         """The part, from options and from what the program supplies. A callable supply is called when it is asked for,
         with the options.
@@ -193,17 +201,24 @@ def _registry(key: str, kind: str, setting: str, supplied: tuple[str, ...] = ())
     return REGISTRIES.setdefault(key, Registry(kind, setting, supplied))
 
 
-ENCODERS = _registry("encoders", "encoder", "train_fn.main_module", ("embedding_dim", "max_length"))
+ENCODERS = _registry(
+    "encoders", "encoder", "train_fn.main_module", ("embedding_dim", "max_length", "query_encoder")
+)
 INPUT_PREPROCESSORS = _registry("input_preprocessors", "input preprocessor", "train_fn.input_preprocessor")
 OUTPUT_POSTPROCESSORS = _registry(
     "output_postprocessors", "output postprocessor", "train_fn.user_embedding_norm", ("embedding_dim",)
 )
-ITEM_EMBEDDINGS = _registry("item_embeddings", "item embedding", "train_fn.embedding_module_type")
+ITEM_EMBEDDINGS = _registry(
+    "item_embeddings",
+    "item embedding",
+    "train_fn.embedding_module_type",
+    ("num_items", "embedding_dim", "read_features"),
+)
 SIMILARITIES = _registry(
     "similarities",
     "similarity",
     "train_fn.interaction_module_type",
-    ("query_embedding_dim", "item_embedding_dim", "settings", "mutual_information"),
+    ("query_embedding_dim", "item_embedding_dim", "mutual_information"),
 )
 NEGATIVE_SAMPLERS = _registry("negative_samplers", "negative sampler", "train_fn.sampling_strategy")
 LOSSES = _registry("losses", "loss", "train_fn.loss_module")

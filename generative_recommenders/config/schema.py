@@ -29,23 +29,17 @@ from generative_recommenders.config.registry import (
 from generative_recommenders.config.sections import (
     CheckpointSettings,
     DataSettings,
-    DiffTransformerSettings,
     EncoderSettings,
     EvaluationSettings,
-    HstuSettings,
     ItemSettings,
-    ItemTowerSettings,
     LoaderSettings,
     LossSettings,
     ModelSettings,
-    MoLSettings,
     NegativesSettings,
     OptimizerSettings,
-    SasrecSettings,
-    SceSettings,
+    QuerySettings,
     ScheduleSettings,
     SimilaritySettings,
-    TransformerSettings,
     WeightedLossSettings,
 )
 from generative_recommenders.errors import UserError
@@ -65,17 +59,11 @@ class RunSettings(Section):
     schedule: ScheduleSettings = Field(default_factory=ScheduleSettings)
     evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
     checkpoints: CheckpointSettings = Field(default_factory=CheckpointSettings)
-    sasrec: SasrecSettings = Field(default_factory=SasrecSettings)
-    hstu: HstuSettings = Field(default_factory=HstuSettings)
-    diff_transformer: DiffTransformerSettings = Field(default_factory=DiffTransformerSettings)
-    transformer: TransformerSettings = Field(default_factory=TransformerSettings)
-    item_tower: ItemTowerSettings = Field(default_factory=ItemTowerSettings)
-    sce: SceSettings = Field(default_factory=SceSettings)
+    queries: QuerySettings = Field(default_factory=QuerySettings)
     encoder: EncoderSettings = Field(default_factory=EncoderSettings)
     loader: LoaderSettings = Field(default_factory=LoaderSettings)
     weighted_loss: WeightedLossSettings = Field(default_factory=WeightedLossSettings)
     similarity: SimilaritySettings = Field(default_factory=SimilaritySettings)
-    mol: MoLSettings = Field(default_factory=MoLSettings)
     options: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Options of further parts, plug-ins among them, by gin name; what is not given has its default."""
 
@@ -101,8 +89,7 @@ class RunSettings(Section):
                 group, field = FIELDS[name]
                 groups.setdefault(group, {})[field] = value
             elif owner in parts:
-                options.setdefault(owner, {})[option] = value
-                parts[owner].option_values(options[owner])
+                options.setdefault(owner, {}).update(parts[owner].checked({option: value}))
             else:
                 raise UserError(f"there is no setting {name!r}{nearest(name, FIELDS)}")
         changed = {group: getattr(self, group).changed(**given) for group, given in groups.items()}
@@ -110,23 +97,46 @@ class RunSettings(Section):
 
     @property
     def encoder_name(self) -> str:
-        """The encoder of the histories: ``main_module``, or TwoTower's query tower."""
+        """The encoder of the histories: ``main_module``, or its query tower's where it has one."""
         name = self.model.main_module
-        return self.item_tower.query_module if name == "TwoTower" else name
+        query = self.part_options(ENCODERS, name).get("query_module") if name in ENCODERS else None
+        return name if query is None else str(query)
+
+    @property
+    def item_embedding(self) -> str:
+        """The item embedding: the encoder's own where it brings one, as TwoTower does, or that of the settings."""
+        name = self.model.main_module
+        own = getattr(ENCODERS[name].make, "item_embedding", None) if name in ENCODERS else None
+        return own or self.items.embedding_module_type
 
     @property
     def uses_item_tower(self) -> bool:
         """Whether candidates are scored through an item tower."""
-        return self.model.main_module == "TwoTower" or self.items.embedding_module_type == "item_tower"
+        return self.item_embedding == "item_tower"
+
+    @property
+    def uses_times(self) -> bool:
+        """Whether the encoder has a bias by time."""
+        names = ("enable_relative_attention_bias", "enable_relative_time_bias")
+        return self.encoder_name == "HSTU" and all(self.option(f"hstu_encoder.{name}") for name in names)
+
+    def option(self, gin_name: str) -> Any:
+        """The value of a part's option, as ``hstu_encoder.dqk``; its default where it is not given.
+
+        None for a part that is not registered and an option that is not given.
+        """
+        owner, _, name = gin_name.partition(".")
+        for registry in REGISTRIES.values():
+            for part in registry.parts():
+                if part.gin_name == owner and name in part.options.model_fields:
+                    return part.option_values(self.part_options(registry, part.name)).get(name)
+        return self.options.get(owner, {}).get(name)
 
     def part_options(self, registry: Registry, name: str) -> dict[str, Any]:
         """What a part is given: its own options, and those that published names fill where its own are not given."""
         part = registry[name]
         own = dict(self.options.get(part.gin_name, {}))
-        for option in part.options.model_fields:
-            if f"{part.gin_name}.{option}" in FIELDS:
-                own.setdefault(option, self.published(f"{part.gin_name}.{option}"))
-        for option, published in PUBLISHED_OPTIONS.get(registry.kind, {}).items():
+        for option, published in published_options(registry.kind, part.gin_name).items():
             if option in part.options.model_fields and (value := self.published(published)) is not None:
                 own.setdefault(option, value)  # None leaves the part's own default
         return own
@@ -143,10 +153,7 @@ class RunSettings(Section):
             (LOSSES, self.loss.loss_module),
             (INPUT_PREPROCESSORS, self.model.input_preprocessor),
             (OUTPUT_POSTPROCESSORS, self.model.user_embedding_norm),
-            (
-                ITEM_EMBEDDINGS,
-                "item_tower" if self.model.main_module == "TwoTower" else self.items.embedding_module_type,
-            ),
+            (ITEM_EMBEDDINGS, self.item_embedding),
             (SIMILARITIES, self.model.interaction_module_type or "DotProduct"),
             (OBJECTIVES, self.loss.objective),
             (OPTIMIZERS, self.optimizer.optimizer),
@@ -156,6 +163,8 @@ class RunSettings(Section):
         shares = (
             self.part_options(*chosen[-1]).get("shares", {}) if chosen[-1][1] in NEGATIVE_SAMPLERS else {}
         )
+        if self.encoder_name != self.model.main_module:
+            chosen.append((ENCODERS, self.model.main_module))
         return chosen + [(NEGATIVE_SAMPLERS, name) for name in shares]
 
     def plugin_parts(self) -> list[dict[str, Any]]:
@@ -198,11 +207,10 @@ def _saved_options(options: Any) -> dict[str, dict[str, Any]]:
     """Options by gin name, checked where the part is known."""
     if not isinstance(options, dict) or not all(isinstance(each, dict) for each in options.values()):
         raise UserError(f"settings section 'options' is no object of objects but {str(options)[:40]!r}")
-    known = parts_by_gin_name()
-    for name, values in options.items():
-        if name in known:
-            known[name].option_values(values)
-    return options
+    parts = parts_by_gin_name()
+    return {
+        name: parts[name].checked(values) if name in parts else values for name, values in options.items()
+    }
 
 
 def check_plugins(records: Any) -> None:
@@ -277,5 +285,12 @@ PUBLISHED_OPTIONS: dict[str, dict[str, str]] = {
     "output postprocessor": {"eps": "train_fn.l2_norm_eps"},
     "item embedding": {"item_l2_norm": "train_fn.item_l2_norm", "l2_norm_eps": "train_fn.l2_norm_eps"},
     "similarity": {"temperature": "train_fn.temperature"},
+    "create_mol_interaction_module": {"score_temperature": "train_fn.temperature"},
+    "two_tower": {"query_module": "item_tower.query_module"},
 }
-"""Kind of part -> option -> the published name that fills it in the chosen part."""
+"""Kind of part, or gin name of one part, -> option -> the published name that fills it in the chosen part."""
+
+
+def published_options(kind: str, gin_name: str) -> dict[str, str]:
+    """Options of a part and the published names that fill them; what one part has goes before what its kind has."""
+    return PUBLISHED_OPTIONS.get(gin_name, PUBLISHED_OPTIONS.get(kind, {}))

@@ -5,15 +5,13 @@ A field has its published name; ``gin_name`` says before what. Several groups ma
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field
 
 from generative_recommenders.config.fields import (
     Count,
-    HiddenWidth,
-    Layers,
     Length,
     NonNegative,
     Period,
@@ -29,7 +27,6 @@ NegativesSharing = Literal["position", "block", "batch"]
 ClassSelector = Literal["random", "target"]
 NextTime = Literal["given", "hidden"]
 ListReduction = Literal["sum", "mean", "max"]
-GatedUnitName = Literal["swiglu", "geglu", "reglu", "glu"]
 MAX_PREFETCH = 64
 """Batches that a loader makes ahead at most."""
 
@@ -178,87 +175,13 @@ class CheckpointSettings(Section):
     checkpoint_minutes: Positive = 15.0
 
 
-class SasrecSettings(Section):
-    """``sasrec_encoder``. norm_weights and final_norm give RePlay's form of the layer."""
-
-    gin_name: ClassVar[str] = "sasrec_encoder"
-
-    num_blocks: Layers = 2
-    num_heads: Layers = 1
-    ffn_hidden_dim: Width = 64
-    ffn_activation_fn: str = "relu"
-    ffn_dropout_rate: Share = 0.2
-    norm_weights: bool = False
-    final_norm: bool = False
-
-
-class HstuSettings(Section):
-    """``hstu_encoder``. dqk, dv: width of a head's queries and keys, and of its values; they may differ."""
-
-    gin_name: ClassVar[str] = "hstu_encoder"
-
-    num_blocks: Layers = 2
-    num_heads: Layers = 1
-    dqk: Width = 64
-    dv: Width = 64
-    linear_dropout_rate: Share = 0.0
-    attn_dropout_rate: Share = 0.0
-    normalization: str = "rel_bias"
-    linear_config: str = "uvqk"
-    linear_activation: str = "silu"
-    concat_ua: bool = False
-    enable_relative_attention_bias: bool = True
-    enable_relative_time_bias: bool = True
-
-
-class DiffTransformerSettings(Section):
-    """``diff_transformer_encoder``. norm: "pre" (the paper) or "post" (RePlay)."""
-
-    gin_name: ClassVar[str] = "diff_transformer_encoder"
-
-    num_blocks: Layers = 2
-    num_heads: Layers = 1
-    norm: str = "post"
-    dropout_rate: Share = 0.0
-
-
-class TransformerSettings(Section):
-    """``transformer_encoder``: plain post-norm blocks with sinusoidal positions."""
-
-    gin_name: ClassVar[str] = "transformer_encoder"
-
-    num_blocks: Layers = 2
-    num_heads: Layers = 1
-    ffn_hidden_dim: Width = 64
-    dropout_rate: Share = 0.1
-
-
-class ItemTowerSettings(Section):
-    """``item_tower``, for ``embedding_module_type = "item_tower"`` and ``main_module = "TwoTower"``.
-
-    features: of the prepared items table, by name; "item_id" is the id itself. list_reduction: "sum", "mean"
-    or "max" of a list's categories, of items and users. query_module: the encoder of TwoTower. query_features: of the users
-    table, merged into its states.
-    """
+class QuerySettings(Section):
+    """The side of the query. query_module: the encoder of TwoTower. query_features: of the users table, merged into states."""
 
     gin_name: ClassVar[str] = "item_tower"
 
-    features: tuple[str, ...] = ("item_id",)
-    list_reduction: ListReduction = "mean"
-    num_blocks: Layers = 1
     query_module: str = "SASRec"
     query_features: tuple[str, ...] = ()
-
-
-class SceSettings(Section):
-    """``sce``, the sizes of ScalableCrossEntropyLoss; see `objectives.scalable_cross_entropy.SCEParams`."""
-
-    gin_name: ClassVar[str] = "sce"
-
-    n_buckets: Size = 256
-    bucket_size_x: Size = 256
-    bucket_size_y: Size = 256
-    mix_x: bool = False
 
 
 class EncoderSettings(Section):
@@ -292,71 +215,4 @@ class SimilaritySettings(Section):
     gin_name: ClassVar[str] = "get_similarity_function"
 
     bf16_training: bool = False
-
-
-class MoLSettings(Section):
-    """Options by the names that published configurations bind on ``create_mol_interaction_module``.
-
-    Hidden widths of 0 or below mean no hidden layer (for the query, the item and the gate's cross term).
-    query_use_identity_fn, item_use_identity_fn: the first component is the embedding itself, cut to
-    dot_product_dimension, and the others are one linear layer of it. Nonlinearities are gated units: swiglu, geglu,
-    reglu, glu (arXiv 2002.05202). uid_embedding_hash_sizes: rows of each table of hashed user ids; every table takes
-    one of the query's groups. uid_embedding_l2_weight_decay: weight of the auxiliary loss ``uid_embedding_l2_norm``,
-    added to the one that ``loss_weights`` give it.
-    """
-
-    gin_name: ClassVar[str] = "create_mol_interaction_module"
-
-    query_dot_product_groups: Layers = 8
-    item_dot_product_groups: Layers = 4
-    dot_product_dimension: Width = 64
-    dot_product_l2_norm: bool = True
-    temperature: Positive = 0.05
-    query_use_identity_fn: bool = False
-    query_hidden_dim: HiddenWidth = 512
-    query_dropout_rate: Share = 0.0
-    query_nonlinearity: GatedUnitName = "swiglu"
-    item_use_identity_fn: bool = False
-    item_hidden_dim: HiddenWidth = -1
-    item_dropout_rate: Share = 0.0
-    item_nonlinearity: GatedUnitName = "swiglu"
-    gating_query_hidden_dim: HiddenWidth = 128
-    gating_query_fn: bool = True
-    gating_item_hidden_dim: HiddenWidth = 128
-    gating_item_fn: bool = True
-    gating_item_dropout_rate: Share = 0.0
-    gating_qi_hidden_dim: HiddenWidth = 128
-    gating_qi_dropout_rate: Share = 0.0
-    gating_combination_type: Literal["glu_silu", "glu_silu_ln", "none"] = "glu_silu"
-    softmax_dropout_rate: Share = 0.0
-    bf16_training: bool = False
-    uid_dropout_rate: Share = 0.5
-    uid_embedding_hash_sizes: tuple[Size, ...] = ()
-    uid_embedding_level_dropout: bool = False
-    uid_embedding_l2_weight_decay: NonNegative = 0.0
-
-    @field_validator("uid_embedding_hash_sizes", mode="before")
-    @classmethod
-    def _a_size_for_each_table(cls, value: Any) -> Any:
-        if isinstance(value, int) and not isinstance(value, bool):
-            raise ValueError(f"needs a size for each table, as ({value},)")
-        return () if value is None else value
-
-    @model_validator(mode="after")
-    def _groups_and_gates(self) -> Self:
-        tables, groups = len(self.uid_embedding_hash_sizes), self.query_dot_product_groups
-        if groups <= tables:
-            raise ValueError(
-                f"MoL query_dot_product_groups = {groups}: must exceed the {tables} groups that uid_embedding_hash_sizes take"
-            )
-        if self.uid_embedding_l2_weight_decay and not tables:
-            raise ValueError(
-                f"MoL uid_embedding_l2_weight_decay = {self.uid_embedding_l2_weight_decay}: needs the tables of "
-                "uid_embedding_hash_sizes"
-            )
-        if self.gating_combination_type != "none" and not (self.gating_query_fn and self.gating_item_fn):
-            raise ValueError(
-                f"MoL gating_combination_type = {self.gating_combination_type} multiplies two gates: "
-                "set gating_query_fn and gating_item_fn, or use none"
-            )
-        return self
+    activation_checkpoint: bool = False

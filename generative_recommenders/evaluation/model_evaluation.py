@@ -99,9 +99,7 @@ class ModelEvaluation:
             )
         rank = "as scored" if self.settings.data.protocol == "paper" else "misses"
         shown += f", targets unseen in training, {rank}: {unseen:,}"
-        hstu = self.settings.hstu
-        timed = hstu.enable_relative_attention_bias and hstu.enable_relative_time_bias
-        if self.settings.encoder_name == "HSTU" and timed and self.dataset.timestamps is not None:
+        if self.settings.uses_times and self.dataset.timestamps is not None:
             shown += f", next_time {self.settings.model.next_time!r}"
         return shown
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from generative_recommenders.config.fields import NonNegative
 from generative_recommenders.config.registry import register_negative_sampler
 from generative_recommenders.config.sections import ClassSelector, NegativesSharing
 from generative_recommenders.errors import UserError
@@ -260,7 +261,7 @@ class MixedNegativesSampler(NegativesSampler):
     """
 
     def __init__(
-        self, samplers: Sequence[NegativesSampler], shares: dict[str, float], num_negatives: int
+        self, samplers: Sequence[NegativesSampler], shares: dict[str, NonNegative], num_negatives: int
     ) -> None:
         sizes = list(shares.values())
         if not samplers or len(samplers) != len(sizes) or not min(sizes) > 0:

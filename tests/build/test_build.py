@@ -70,7 +70,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "query tower": (
         {**TOWER, "item_tower.query_module": "TwoTower"},
-        "unknown encoder 'TwoTower'.*known: .*SASRec",
+        "'TwoTower' has a query tower itself",
     ),
     "preprocessor": ({"input_preprocessor": "x"}, "unknown input preprocessor 'x' .*; known: LearnablePos"),
     "postprocessor": (
@@ -89,7 +89,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "heads": ({"sasrec.num_heads": 3}, "num_heads 3 does not divide the width 8"),
     "normalization": (
         {"main_module": "HSTU", "hstu.normalization": "x"},
-        "known: rel_bias, softmax_rel_bias",
+        "known: 'rel_bias', 'softmax_rel_bias'",
     ),
     "norm": ({"main_module": "DiffTransformer", "diff_transformer.norm": "x"}, "known: 'post', 'pre'"),
     "tower negatives": (TOWER, 'set train_fn.negatives_sharing to "block" or "batch"'),
@@ -335,7 +335,7 @@ def test_top_k_searches_the_items_as_they_are_scored() -> None:
 def test_bf16_training_of_the_similarity_acts_on_mol() -> None:
     chosen = settings(**MOL, **{"similarity.bf16_training": True})
     similarity = build_model(chosen, catalogue()).similarity
-    assert similarity.settings.bf16_training
+    assert similarity.bf16_training
     seen = []
     similarity.item_projection.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
     queries, items = torch.randn(2, 8), torch.randn(3, 8)

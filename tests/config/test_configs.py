@@ -70,16 +70,20 @@ SIZES = {  # blocks, heads, width of a head, width of items, negatives, sequence
 }
 
 
+HSTU = ("num_blocks", "num_heads", "dqk", "dv", "linear_dropout_rate")
+
+
 @pytest.mark.parametrize(("name", "sizes"), SIZES.items(), ids=SIZES)
 def test_published_sizes(name: str, sizes: tuple[int, ...]) -> None:
     settings, _ = load_settings([ROOT / "configs" / f"{name}.gin"])
-    h = settings.hstu
+    sizes_of = {name: settings.option(f"hstu_encoder.{name}") for name in HSTU}
     found = (
-        h.num_blocks, h.num_heads, h.dqk, settings.items.item_embedding_dim, settings.negatives.num_negatives,
+        *list(sizes_of.values())[:3], settings.items.item_embedding_dim, settings.negatives.num_negatives,
         settings.data.max_sequence_length,
     )  # fmt: skip
     assert found == sizes
-    assert (h.dv, h.linear_dropout_rate) == (h.dqk, settings.model.dropout_rate)
+    assert sizes_of["dv"] == sizes_of["dqk"]
+    assert sizes_of["linear_dropout_rate"] == settings.model.dropout_rate
     names = ("temperature", "item_l2_norm", "user_embedding_norm")
     assert [settings.published(f"train_fn.{name}") for name in names] == [0.05, True, "l2_norm"]
 

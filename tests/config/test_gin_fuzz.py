@@ -9,14 +9,19 @@ from pathlib import Path
 
 import pytest
 
+import generative_recommenders.build.parts  # noqa: F401  (registers the built-in parts)
 from generative_recommenders.config.gin import FILE_LIMIT, MAX_FILES, load_settings, override
+from generative_recommenders.config.registry import parts_by_gin_name
 from generative_recommenders.config.schema import FIELDS, RunSettings
 from generative_recommenders.errors import UserError
 
 INPUTS = [1000, pytest.param(100_000, marks=pytest.mark.slow)]
 MEMORY_LIMIT = 64 << 20  # bytes that the process's peak may grow by
 PARAMETERS: dict[str, list[str]] = {}
-for _name in FIELDS:
+for _name in [
+    *FIELDS,
+    *(f"{o}.{n}" for o, part in parts_by_gin_name().items() for n in part.options.model_fields),
+]:
     PARAMETERS.setdefault(_name.partition(".")[0], []).append(_name.partition(".")[2])
 STRANGE = [
     "@train_fn", "@train_fn()", "@a/train_fn()", "%macro", "%a.b", "@gin.singleton()", "@gin.macro", "@nothing()",

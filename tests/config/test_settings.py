@@ -10,11 +10,17 @@ from typing import Any, get_args
 
 import pytest
 
+import generative_recommenders.build.parts  # noqa: F401  (registers the built-in parts)
 from generative_recommenders.config.gin import load_settings, override
+from generative_recommenders.config.registry import parts_by_gin_name
 from generative_recommenders.config.schema import FIELDS, RunSettings
-from generative_recommenders.config.sections import GatedUnitName, MoLSettings
 from generative_recommenders.errors import UserError
-from generative_recommenders.modeling.similarity.mol_layers import COMBINATIONS, GATED_UNITS
+from generative_recommenders.modeling.similarity.mol_layers import (
+    COMBINATIONS,
+    GATED_UNITS,
+    CombinationName,
+    GatedUnitName,
+)
 
 EXTREME: list[Any] = [
     2**63 - 1, 2**63, -(2**63), 10**5000, -1, 0, 1e39, -1e39, 1e-308, math.nan, math.inf, -math.inf, "x", "", "x" * 10**5,
@@ -23,7 +29,14 @@ EXTREME: list[Any] = [
 REFUSED_ALWAYS = (2**63, -(2**63), 10**5000, 1e39, -1e39, 1e-308, math.inf, -math.inf, b"x")
 
 
-@pytest.mark.parametrize("name", FIELDS)
+OPTIONS = {
+    f"{gin_name}.{option}": part
+    for gin_name, part in parts_by_gin_name().items()
+    for option in part.options.model_fields
+}
+
+
+@pytest.mark.parametrize("name", [*FIELDS, *OPTIONS])
 def test_extreme_values_give_settings_or_one_line(name: str) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for value in EXTREME:
@@ -90,8 +103,7 @@ def test_settings_are_frozen_and_changed_by_copies() -> None:
 
 def test_the_mixtures_choices_have_implementations() -> None:
     assert get_args(GatedUnitName) == tuple(GATED_UNITS)
-    combinations = MoLSettings.model_fields["gating_combination_type"].annotation
-    assert get_args(combinations) == tuple(COMBINATIONS)
+    assert get_args(CombinationName) == tuple(COMBINATIONS)
 
 
 @pytest.mark.parametrize(

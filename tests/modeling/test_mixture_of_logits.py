@@ -1,30 +1,31 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import pytest
 import torch
 
-from generative_recommenders.config.sections import MoLSettings
+from generative_recommenders.build.factories import create_mol_interaction_module
 from generative_recommenders.errors import UserError
-from generative_recommenders.modeling.similarity import mixture_of_logits
+from generative_recommenders.modeling.similarity import mixture_of_logits, mol_components
 from generative_recommenders.modeling.similarity.interface import Similarity
 from generative_recommenders.modeling.similarity.mixture_of_logits import MoLSimilarity
 
-SMALL = MoLSettings(
-    query_dot_product_groups=3,
-    item_dot_product_groups=2,
-    dot_product_dimension=4,
-    query_hidden_dim=5,
-    gating_query_hidden_dim=6,
-    gating_item_hidden_dim=7,
-    gating_qi_hidden_dim=8,
-)
+SMALL: dict[str, Any] = {
+    "query_dot_product_groups": 3,
+    "item_dot_product_groups": 2,
+    "dot_product_dimension": 4,
+    "query_hidden_dim": 5,
+    "gating_query_hidden_dim": 6,
+    "gating_item_hidden_dim": 7,
+    "gating_qi_hidden_dim": 8,
+}
 
 
 def small_model(seed: int = 0, **options) -> MoLSimilarity:
     torch.manual_seed(seed)
-    return MoLSimilarity(SMALL.changed(**options), 6, 5)
+    return create_mol_interaction_module(6, 5, **{**SMALL, **options})
 
 
 def finished(model: MoLSimilarity, result: tuple) -> tuple:
@@ -32,19 +33,24 @@ def finished(model: MoLSimilarity, result: tuple) -> tuple:
     return result[0], model.auxiliary_losses(result[1])
 
 
-def slow_scores(model: MoLSimilarity, queries: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
+def slow_scores(
+    model: MoLSimilarity, combination: str, queries: torch.Tensor, items: torch.Tensor
+) -> torch.Tensor:
     """One pair at a time from the formulas of the papers."""
-    s = model.settings
     rows = []
     for q in queries:
         row = []
         for x in items:
-            f_q = torch.nn.functional.normalize(model.query_projection(q).view(-1, s.dot_product_dimension))
-            f_x = torch.nn.functional.normalize(model.item_projection(x).view(-1, s.dot_product_dimension))
-            logits = torch.stack([a @ b / s.temperature for a in f_q for b in f_x])
+            f_q = torch.nn.functional.normalize(
+                model.query_projection(q).view(-1, model.dot_product_dimension)
+            )
+            f_x = torch.nn.functional.normalize(
+                model.item_projection(x).view(-1, model.dot_product_dimension)
+            )
+            logits = torch.stack([a @ b / model.logit_temperature for a in f_q for b in f_x])
             gate = model.query_gate(q) * model.item_gate(x) + model.cross_gate(logits)
-            inner = gate if s.gating_combination_type == "glu_silu" else (gate - gate.mean())
-            if s.gating_combination_type == "glu_silu_ln":
+            inner = gate if combination == "glu_silu" else (gate - gate.mean())
+            if combination == "glu_silu_ln":
                 inner = inner / (gate.var(unbiased=False) + 1e-5).sqrt()
             weights = (gate * torch.sigmoid(inner)).softmax(0)
             row.append((weights * logits).sum())
@@ -58,7 +64,7 @@ def test_scores_equal_the_formulas(combination, item_hidden_dim):
     model = small_model(gating_combination_type=combination, item_hidden_dim=item_hidden_dim).eval()
     queries, items = torch.randn(3, 6), torch.randn(4, 5)
     torch.testing.assert_close(
-        model(queries, items)[0], slow_scores(model, queries, items), atol=1e-4, rtol=1e-4
+        model(queries, items)[0], slow_scores(model, combination, queries, items), atol=1e-4, rtol=1e-4
     )
 
 
@@ -178,19 +184,20 @@ def test_shared_items_equal_those_gathered_for_every_query(monkeypatch):
 
 
 def test_nonlinearity_names_act_and_are_logged_once(caplog):
-    mixture_of_logits._say.cache_clear()
+    mol_components.say_once.cache_clear()
     queries, items = torch.randn(2, 6), torch.randn(3, 5)
     scores = {
         name: small_model(1, query_nonlinearity=name).eval()(queries, items)[0]
         for name in ("swiglu", "geglu")
     }
     assert not torch.allclose(scores["swiglu"], scores["geglu"])
+    mol_components.say_once.cache_clear()
     with caplog.at_level(logging.INFO, logger="absl"):
-        MoLSimilarity.from_settings(SMALL, 6, 5)
+        small_model()
         assert not caplog.records
-        MoLSimilarity.from_settings(SMALL.changed(item_nonlinearity="geglu"), 6, 5)
+        small_model(item_nonlinearity="geglu")
         for _ in range(2):
-            MoLSimilarity.from_settings(SMALL.changed(query_nonlinearity="geglu"), 6, 5)
+            small_model(query_nonlinearity="geglu")
     idle, acting = (record.getMessage() for record in caplog.records)
     assert "item_nonlinearity = geglu cannot act: item_hidden_dim" in idle
     assert "query_nonlinearity = geglu acts" in acting
@@ -209,7 +216,7 @@ def test_user_tables_act_only_when_on():
     assert model.auxiliary_loss_names == losses.keys() == {"mi_loss", "uid_embedding_l2_norm"}
     assert model.eval()(queries, items, torch.tensor([2, 17, 3]))[1] == {}
     assert small_model().auxiliary_loss_names == {"mi_loss"}
-    assert MoLSimilarity(SMALL, 6, 5, mutual_information=False)(queries, items)[1] == {}
+    assert MoLSimilarity(6, 5, False, **SMALL)(queries, items)[1] == {}
 
 
 def test_user_ids_that_are_missing_are_asked_for():
@@ -240,7 +247,7 @@ def test_softmax_dropout_keeps_a_mixture():
 def test_bf16_acts_in_training_and_keeps_float32_scores():
     model = small_model(bf16_training=True).train()
     queries, items = torch.randn(4, 6), torch.randn(5, 5)
-    exact = MoLSimilarity(SMALL, 6, 5)
+    exact = MoLSimilarity(6, 5, **SMALL)
     exact.load_state_dict(model.state_dict())
     scores = model(queries, items)[0]
     assert scores.dtype == torch.float32
@@ -281,8 +288,13 @@ def test_bad_options_are_named(options):
 
 
 def test_identity_takes_the_embedding_as_its_first_component() -> None:
-    chosen = SMALL.changed(query_use_identity_fn=True, item_use_identity_fn=True, dot_product_l2_norm=False)
-    model = MoLSimilarity(chosen.changed(temperature=1.0), 6, 4).eval()
+    chosen = {
+        **SMALL,
+        "query_use_identity_fn": True,
+        "item_use_identity_fn": True,
+        "dot_product_l2_norm": False,
+    }
+    model = MoLSimilarity(6, 4, **{**chosen, "temperature": 1.0}).eval()
     queries, items = torch.randn(3, 6), torch.randn(5, 4)
     query, _ = model.query_components(queries)
     item = model.item_components(items)
@@ -290,23 +302,39 @@ def test_identity_takes_the_embedding_as_its_first_component() -> None:
     torch.testing.assert_close(item.components[:, 0], items)
     assert (query.components.shape, item.components.shape) == ((3, 3, 4), (5, 2, 4))
     assert sum(p.numel() for p in model.item_projection.parameters()) == 4 * 4 + 4  # of the second component
-    one = MoLSimilarity(chosen.changed(item_dot_product_groups=1), 6, 4)
+    one = MoLSimilarity(6, 4, **{**chosen, "item_dot_product_groups": 1})
     assert list(one.item_projection.parameters()) == []
 
 
 @pytest.mark.parametrize("side", ["query", "item"])
 def test_identity_of_a_narrow_embedding_is_refused(side: str) -> None:
     with pytest.raises(UserError, match=f"{side}_use_identity_fn takes dot_product_dimension = 4 .* of 3"):
-        MoLSimilarity(SMALL.changed(**{f"{side}_use_identity_fn": True}), 3, 3)
+        MoLSimilarity(3, 3, **{**SMALL, f"{side}_use_identity_fn": True})
 
 
 @pytest.mark.parametrize("sizes", [(), (7,)])
 def test_decay_of_user_embeddings_needs_them(sizes: tuple[int, ...]) -> None:
     decay = 0.1 if not sizes else -0.1
     with pytest.raises(UserError, match="uid_embedding_l2_weight_decay"):
-        SMALL.changed(uid_embedding_hash_sizes=sizes, uid_embedding_l2_weight_decay=decay)
+        small_model(uid_embedding_hash_sizes=sizes, uid_embedding_l2_weight_decay=decay)
 
 
 def test_one_hash_size_is_no_list_of_them() -> None:
-    with pytest.raises(UserError, match=r"uid_embedding_hash_sizes needs a size for each table, as \(5,\)"):
-        MoLSettings(uid_embedding_hash_sizes=5)  # type: ignore[arg-type]
+    with pytest.raises(
+        UserError, match=r"uid_embedding_hash_sizes must be of type tuple\[int, ...\] \| None, got 5"
+    ):
+        small_model(uid_embedding_hash_sizes=5)
+
+
+def test_activation_checkpoint_computes_all_blocks_again() -> None:
+    model, calls = small_model(activation_checkpoint=True), []
+    model.cross_gate.register_forward_hook(lambda *_: calls.append(1))
+    model(torch.randn(2, 6), torch.randn(3, 5))[0].sum().backward()
+    assert len(calls) == 2
+
+
+def test_eps_bounds_the_norm_that_components_are_divided_by() -> None:
+    items = torch.randn(3, 5)
+    near, far = (small_model(eps=eps).eval().item_components(items).components for eps in (1e-6, 1e3))
+    torch.testing.assert_close(near.norm(dim=-1), torch.ones(3, 2))
+    assert far.norm(dim=-1).max() < 0.1

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from generative_recommenders.config.sections import MoLSettings
 from generative_recommenders.modeling.similarity import mixture_of_logits
 from generative_recommenders.modeling.similarity.mixture_of_logits import MoLSimilarity
 
@@ -48,7 +47,9 @@ def golden_case():
 
 
 def golden_model(arrays: dict[str, torch.Tensor], config: dict) -> MoLSimilarity:
-    settings = MoLSettings(
+    model = MoLSimilarity(
+        config["query_dim"],
+        config["item_dim"],
         query_dot_product_groups=config["groups_q"],
         item_dot_product_groups=config["groups_i"],
         dot_product_dimension=config["dp_dim"],
@@ -59,7 +60,6 @@ def golden_model(arrays: dict[str, torch.Tensor], config: dict) -> MoLSimilarity
         gating_qi_hidden_dim=config["gqi"],
         gating_item_hidden_dim=config["gi"],
     )
-    model = MoLSimilarity.from_settings(settings, config["query_dim"], config["item_dim"])
     parameters = {n.removeprefix("param/"): v for n, v in arrays.items() if n.startswith("param/")}
     model.load_state_dict({our_name(n): our_layout(n, v) for n, v in parameters.items()})
     return model

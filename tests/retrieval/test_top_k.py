@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 
-from generative_recommenders.config.sections import MoLSettings
 from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.similarity.dot_product import DotProductSimilarity
 from generative_recommenders.modeling.similarity.mixture_of_logits import MoLSimilarity
@@ -42,14 +41,19 @@ def tied_case(seed: int = 0, n: int = 12):
 
 def mol_case(seed: int = 0, n: int = 6):
     torch.manual_seed(seed)
-    settings = MoLSettings(
-        query_dot_product_groups=2,
-        item_dot_product_groups=3,
-        dot_product_dimension=4,
-        query_hidden_dim=8,
-        gating_qi_hidden_dim=8,
+    similarity = (
+        MoLSimilarity(
+            5,
+            6,
+            query_dot_product_groups=2,
+            item_dot_product_groups=3,
+            dot_product_dimension=4,
+            query_hidden_dim=8,
+            gating_qi_hidden_dim=8,
+        )
+        .eval()
+        .double()
     )
-    similarity = MoLSimilarity(settings, 5, 6).eval().double()
     queries, items = torch.randn(n, 5).double(), torch.randn(V, 6).double()
     return similarity, queries, items, torch.randint(0, V + 1, (n, 9))
 
@@ -146,13 +150,14 @@ def test_approximate_results_are_distinct_unseen_and_scored_by_the_mixture():
 
 def test_user_ids_reach_the_similarity():
     torch.manual_seed(0)
-    settings = MoLSettings(
+    similarity = MoLSimilarity(
+        5,
+        6,
         query_dot_product_groups=3,
         item_dot_product_groups=2,
         dot_product_dimension=4,
         uid_embedding_hash_sizes=(7,),
-    )
-    similarity = MoLSimilarity(settings, 5, 6).eval()
+    ).eval()
     queries, items, users = torch.randn(3, 5), torch.randn(V, 6), torch.tensor([1, 4, 8])
     with torch.no_grad():
         expected = similarity.score(queries, items, users)[0].argmax(1) + 1

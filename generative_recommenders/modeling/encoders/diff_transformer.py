@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from generative_recommenders.config.fields import Layers, Share
 from generative_recommenders.config.registry import register_encoder
 from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.encoders.checks import check_heads, check_positive
@@ -160,10 +161,10 @@ class DiffTransformer(torch.nn.Module):
     def __init__(
         self,
         embedding_dim: int,
-        num_blocks: int = 2,
-        num_heads: int = 1,
+        num_blocks: Layers = 2,
+        num_heads: Layers = 1,
         norm: Literal["post", "pre"] = "post",
-        dropout_rate: float = 0.0,
+        dropout_rate: Share = 0.0,
         activation_checkpoint: bool = False,
     ) -> None:
         super().__init__()

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import repeat
-from typing import cast, get_args
+from typing import Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
 
+from generative_recommenders.config.fields import Layers, Share, Width
 from generative_recommenders.config.registry import register_encoder
 from generative_recommenders.config.sections import NextTime
 from generative_recommenders.errors import UserError
@@ -127,19 +128,19 @@ class HSTU(torch.nn.Module):
         self,
         embedding_dim: int,
         max_length: int,
-        num_blocks: int = 2,
-        num_heads: int = 1,
-        dqk: int = 64,
-        dv: int = 64,
-        normalization: str = "rel_bias",
-        linear_config: str = "uvqk",
-        linear_activation: str = "silu",
-        linear_dropout_rate: float = 0.0,
-        attn_dropout_rate: float = 0.0,
+        num_blocks: Layers = 2,
+        num_heads: Layers = 1,
+        dqk: Width = 64,
+        dv: Width = 64,
+        normalization: Literal["rel_bias", "softmax_rel_bias"] = "rel_bias",
+        linear_config: Literal["uvqk"] = "uvqk",
+        linear_activation: Literal["silu", "none"] = "silu",
+        linear_dropout_rate: Share = 0.0,
+        attn_dropout_rate: Share = 0.0,
         concat_ua: bool = False,
         enable_relative_attention_bias: bool = True,
         enable_relative_time_bias: bool = True,
-        next_time: str = "given",
+        next_time: NextTime = "given",
         activation_checkpoint: bool = False,
     ) -> None:
         super().__init__()

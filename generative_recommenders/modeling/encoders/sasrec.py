@@ -13,11 +13,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import repeat
-from typing import cast
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
 
+from generative_recommenders.config.fields import Layers, Share, Width
 from generative_recommenders.config.registry import register_encoder
 from generative_recommenders.modeling.cache import Appended, KeysValues, softmax_over_cache
 from generative_recommenders.modeling.encoders.checks import check_choice, check_heads, check_positive
@@ -103,11 +104,11 @@ class SASRec(torch.nn.Module):
     def __init__(
         self,
         embedding_dim: int,
-        num_blocks: int = 2,
-        num_heads: int = 1,
-        ffn_hidden_dim: int = 64,
-        ffn_activation_fn: str = "relu",
-        ffn_dropout_rate: float = 0.2,
+        num_blocks: Layers = 2,
+        num_heads: Layers = 1,
+        ffn_hidden_dim: Width = 64,
+        ffn_activation_fn: Literal["relu", "gelu", "silu"] = "relu",
+        ffn_dropout_rate: Share = 0.2,
         norm_weights: bool = False,
         final_norm: bool = False,
         activation_checkpoint: bool = False,

@@ -8,14 +8,15 @@ any encoder, and a `FeatureMerger` may bring features of the user into its state
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from generative_recommenders.config.fields import Positive
-from generative_recommenders.config.registry import register_item_embedding
+from generative_recommenders.config.fields import Layers, Positive
+from generative_recommenders.config.registry import register_encoder, register_item_embedding
+from generative_recommenders.config.sections import ListReduction
 from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.feature_embeddings import EmbeddingSpec, SequenceEmbedding
 from generative_recommenders.modeling.items import ItemEmbedding, ItemRows
@@ -83,7 +84,6 @@ class ItemTower(nn.Module):
         return self.encoder(torch.stack(parts).sum(0))
 
 
-@register_item_embedding("item_tower", gin_name="item_tower")
 class ItemTowerEmbedding(ItemEmbedding):
     """Histories look up the id table; what is scored comes out of an `ItemTower`.
 
@@ -133,6 +133,39 @@ class ItemTowerEmbedding(ItemEmbedding):
     def _tower(self, leaf: ItemRows, item_ids: torch.Tensor) -> torch.Tensor:
         id_rows = leaf.lookup(item_ids) if self.uses_item_id else None
         return self.tower(self.features(item_ids), id_rows)
+
+
+ReadFeatures = Callable[[Sequence[str], ListReduction], Sequence[EntityFeature]]
+"""Features of all items by name."""
+
+
+@register_item_embedding("item_tower", gin_name="item_tower")
+def item_tower(
+    num_items: int,
+    embedding_dim: int,
+    read_features: ReadFeatures,
+    features: tuple[str, ...] = (ITEM_ID,),
+    list_reduction: ListReduction = "mean",
+    num_blocks: Layers = 1,
+    item_l2_norm: bool = False,
+    l2_norm_eps: Positive = 1e-6,
+) -> ItemTowerEmbedding:
+    """`ItemTowerEmbedding` by names. features: of the prepared items table; "item_id" is the id itself. list_reduction:
+    "sum", "mean" or "max" of a list's categories.
+    """
+    read = read_features([name for name in features if name != ITEM_ID], list_reduction)
+    return ItemTowerEmbedding(
+        num_items, embedding_dim, read, ITEM_ID in features, num_blocks, item_l2_norm=item_l2_norm, l2_norm_eps=l2_norm_eps
+    )  # fmt: skip
+
+
+@register_encoder("TwoTower", gin_name="two_tower")
+def two_tower(query_encoder: nn.Module, query_module: str = "SASRec") -> nn.Module:
+    """The query tower of a two-tower retriever; it brings its item embedding along. query_module: its encoder, by name."""
+    return query_encoder
+
+
+two_tower.item_embedding = "item_tower"  # type: ignore[attr-defined]  # candidates go through the other tower
 
 
 class FeatureMerger(nn.Module):

@@ -9,22 +9,32 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
 from typing import NamedTuple
 
 import torch
-from absl import logging
-from torch import nn
-from torch.nn import functional as F
 
+from generative_recommenders.config.fields import (
+    HiddenWidth,
+    Layers,
+    NonNegative,
+    Positive,
+    Share,
+    Size,
+    Width,
+)
 from generative_recommenders.config.registry import register_similarity
-from generative_recommenders.config.sections import MoLSettings
 from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.similarity.interface import AuxiliaryLosses, SharedRows, Snapshot
+from generative_recommenders.modeling.similarity.mol_components import (
+    ItemComponents,
+    MoLComponents,
+    QueryComponents,
+    Side,
+)
 from generative_recommenders.modeling.similarity.mol_layers import (
     COMBINATIONS,
-    IdentityProjection,
-    projection,
+    CombinationName,
+    GatedUnitName,
     two_layers,
 )
 from generative_recommenders.ops import dispatch, numbered_rows
@@ -32,6 +42,7 @@ from generative_recommenders.ops.dropout import dropout
 from generative_recommenders.ops.recomputation import recomputed
 
 _EPS = 1e-6
+"""Within logarithms of the mixture's entropy."""
 
 _BLOCK_FLOATS = 2**25
 """Floats of temporaries a block of (query, item) pairs may take; more pairs are scored block by block."""
@@ -40,34 +51,23 @@ _KEPT_FLOATS = 2**30
 """Floats that the blocks of a call may keep for the backward pass; beyond, each block is computed again."""
 
 
-class QueryComponents(NamedTuple):
-    """components ``[n, Pq, d]``, already divided by the temperature; gate ``[n, E]`` or None."""
-
-    components: torch.Tensor
-    gate: torch.Tensor | None
-
-
-class ItemComponents(NamedTuple):
-    """components ``[R, Pi, d]`` or ``[n, R, Pi, d]``; gate ``[R, E]`` or ``[n, R, E]``, or None."""
-
-    components: torch.Tensor
-    gate: torch.Tensor | None
-
-    def select(self, index: slice | torch.Tensor) -> ItemComponents:
-        """Those of some items, by a slice or an index tensor of any shape over the first axis."""
-        return ItemComponents(self.components[index], None if self.gate is None else self.gate[index])
-
-
 ItemsOf = Callable[[slice, slice], ItemComponents]
 """The items of a block of rows and columns: ``[c, ...]`` shared by the rows, or ``[r, c, ...]``."""
 
 
-class MoLSimilarity(nn.Module):
-    """Mixture of logits over query and item embeddings.
+@register_similarity("MoL", gin_name="create_mol_interaction_module")
+class MoLSimilarity(MoLComponents):
+    """Mixture of logits over query embeddings ``[n, D]`` and item embeddings ``[R, D']``, with the published options.
 
-    settings: see `MoLSettings`. query_embedding_dim, item_embedding_dim: widths D and D'.
-    mutual_information: whether training returns ``mi_loss``, which balances the load of the mixture. temperature: what the
-    mixture's score is divided by, beside the settings' own, which divides its logits.
+    Hidden widths of 0 or below mean no hidden layer (for the query, the item and the gate's cross term).
+    query_use_identity_fn, item_use_identity_fn: the first component is the embedding itself, cut to
+    dot_product_dimension, and the others are one linear layer of it. Nonlinearities are gated units (arXiv 2002.05202).
+    uid_embedding_hash_sizes: rows of each table of hashed user ids; every table takes one of the query's groups.
+    uid_embedding_l2_weight_decay: weight of the auxiliary loss ``uid_embedding_l2_norm``, added to the one that
+    ``loss_weights`` give it. eps: least norm and least sum that is divided by. bf16_training: products of training in
+    bfloat16. activation_checkpoint: activations are computed again in the backward pass, always and not only where pairs are
+    very many. mutual_information: whether training returns ``mi_loss``, which balances the load of the mixture. temperature
+    divides the logits; score_temperature (``train_fn.temperature``) what comes out of the mixture.
 
     Where (query, item) pairs are many, they are scored block by block; beyond `_KEPT_FLOATS` a block's activations are
     computed again in the backward pass, so that memory is bounded.
@@ -75,85 +75,98 @@ class MoLSimilarity(nn.Module):
 
     def __init__(
         self,
-        settings: MoLSettings,
         query_embedding_dim: int,
         item_embedding_dim: int,
         mutual_information: bool = True,
-        temperature: float = 1.0,
+        query_dot_product_groups: Layers = 8,
+        item_dot_product_groups: Layers = 4,
+        dot_product_dimension: Width = 64,
+        dot_product_l2_norm: bool = True,
+        temperature: Positive = 0.05,
+        query_use_identity_fn: bool = False,
+        query_hidden_dim: HiddenWidth = 512,
+        query_dropout_rate: Share = 0.0,
+        query_nonlinearity: GatedUnitName = "swiglu",
+        item_use_identity_fn: bool = False,
+        item_hidden_dim: HiddenWidth = -1,
+        item_dropout_rate: Share = 0.0,
+        item_nonlinearity: GatedUnitName = "swiglu",
+        gating_query_hidden_dim: HiddenWidth = 128,
+        gating_query_fn: bool = True,
+        gating_item_hidden_dim: HiddenWidth = 128,
+        gating_item_fn: bool = True,
+        gating_item_dropout_rate: Share = 0.0,
+        gating_qi_hidden_dim: HiddenWidth = 128,
+        gating_qi_dropout_rate: Share = 0.0,
+        gating_combination_type: CombinationName = "glu_silu",
+        softmax_dropout_rate: Share = 0.0,
+        bf16_training: bool = False,
+        uid_dropout_rate: Share = 0.5,
+        uid_embedding_hash_sizes: tuple[Size, ...] | None = None,
+        uid_embedding_level_dropout: bool = False,
+        uid_embedding_l2_weight_decay: NonNegative = 0.0,
+        eps: Positive = 1e-6,
+        activation_checkpoint: bool = False,
+        score_temperature: Positive = 1.0,
     ) -> None:
-        super().__init__()
-        self.temperature = temperature
-        self.settings = s = settings
-        self.mutual_information = mutual_information
-        tables, width = len(s.uid_embedding_hash_sizes), s.dot_product_dimension
-        self.num_logits = s.query_dot_product_groups * s.item_dot_product_groups
-        self.query_projection = _projection(
-            s, "query", query_embedding_dim, s.query_dot_product_groups - tables
-        )
-        self.item_projection = _projection(s, "item", item_embedding_dim, s.item_dot_product_groups)
-        self.user_tables = nn.ModuleList(nn.Embedding(rows, width) for rows in s.uid_embedding_hash_sizes)
-        self.query_gate = (
-            two_layers(query_embedding_dim, s.gating_query_hidden_dim, self.num_logits, 0.0, bias=False)
-            if s.gating_query_fn
-            else None
-        )
-        self.item_gate = (
-            two_layers(
+        sizes = tuple(uid_embedding_hash_sizes or ())
+        if query_dot_product_groups <= len(sizes):
+            raise UserError(
+                f"MoL query_dot_product_groups = {query_dot_product_groups}: must exceed the {len(sizes)} groups that "
+                "uid_embedding_hash_sizes take"
+            )
+        if uid_embedding_l2_weight_decay and not sizes:
+            raise UserError(
+                f"MoL uid_embedding_l2_weight_decay = {uid_embedding_l2_weight_decay}: needs the tables of "
+                "uid_embedding_hash_sizes"
+            )
+        if gating_combination_type != "none" and not (gating_query_fn and gating_item_fn):
+            raise UserError(
+                f"MoL gating_combination_type = {gating_combination_type} multiplies two gates: "
+                "set gating_query_fn and gating_item_fn, or use none"
+            )
+        query = Side(
+            "query", query_dot_product_groups - len(sizes), query_use_identity_fn, query_hidden_dim,
+            query_dropout_rate, query_nonlinearity,
+        )  # fmt: skip
+        item = Side(
+            "item", item_dot_product_groups, item_use_identity_fn, item_hidden_dim, item_dropout_rate, item_nonlinearity
+        )  # fmt: skip
+        super().__init__(
+            query, item, query_embedding_dim, item_embedding_dim, dot_product_dimension, dot_product_l2_norm,
+            temperature, eps, sizes, uid_dropout_rate, uid_embedding_level_dropout,
+        )  # fmt: skip
+        self.temperature = score_temperature
+        self.mutual_information, self.activation_checkpoint = mutual_information, activation_checkpoint
+        self.bf16_training, self.softmax_dropout_rate = bf16_training, softmax_dropout_rate
+        self.combine_gates = COMBINATIONS[gating_combination_type]
+        self.num_logits = query_dot_product_groups * item_dot_product_groups
+        self.query_gate = self.item_gate = None
+        if gating_query_fn:
+            self.query_gate = two_layers(
+                query_embedding_dim, gating_query_hidden_dim, self.num_logits, 0.0, bias=False
+            )
+        if gating_item_fn:
+            self.item_gate = two_layers(
                 item_embedding_dim,
-                s.gating_item_hidden_dim,
+                gating_item_hidden_dim,
                 self.num_logits,
-                s.gating_item_dropout_rate,
+                gating_item_dropout_rate,
                 bias=False,
             )
-            if s.gating_item_fn
-            else None
-        )
         self.cross_gate = two_layers(
-            self.num_logits, s.gating_qi_hidden_dim, self.num_logits, s.gating_qi_dropout_rate, bias=True
+            self.num_logits, gating_qi_hidden_dim, self.num_logits, gating_qi_dropout_rate, bias=True
         )
-
-    @classmethod
-    def from_settings(
-        cls,
-        settings: MoLSettings,
-        query_embedding_dim: int,
-        item_embedding_dim: int,
-        mutual_information: bool = True,
-        temperature: float = 1.0,
-    ) -> MoLSimilarity:
-        """The module; options that the published code ignored and that act here are said once in the log."""
-        for side in ("query", "item"):
-            name, hidden = getattr(settings, f"{side}_nonlinearity"), getattr(settings, f"{side}_hidden_dim")
-            acts = hidden > 0 and not getattr(settings, f"{side}_use_identity_fn")
-            if name != "swiglu" and acts:
-                _say(f"MoL {side}_nonlinearity = {name} acts; the published code ignored it (swiglu)")
-            elif name != "swiglu":
-                _say(
-                    f"MoL {side}_nonlinearity = {name} cannot act: {side}_hidden_dim gives the {side} no hidden layer"
-                )
-        if settings.uid_embedding_hash_sizes:
-            _say("MoL uid_embedding_hash_sizes acts; the published HSTU code ignored it")
-        return cls(settings, query_embedding_dim, item_embedding_dim, mutual_information, temperature)
+        # Of a pair: what its temporaries take, and what its backward pass keeps.
+        cross, projected = 2 * max(gating_qi_hidden_dim, 0), item_dot_product_groups * dot_product_dimension
+        self.floats_per_pair = 6 * self.num_logits + cross + projected + 2 * max(item_hidden_dim, 0)
+        self.kept_per_pair = 10 * self.num_logits + cross
 
     @property
     def auxiliary_loss_names(self) -> frozenset[str]:
         """``mi_loss`` where asked for; ``uid_embedding_l2_norm`` where there are user-id tables."""
         names = {"mi_loss"} if self.mutual_information else set()
         return frozenset(names | ({"uid_embedding_l2_norm"} if len(self.user_tables) else set()))
-
-    def query_components(
-        self, queries: torch.Tensor, user_ids: torch.Tensor | None = None
-    ) -> tuple[QueryComponents, dict[str, torch.Tensor]]:
-        """Components and gate input of queries ``[n, D]`` of users ``[n]``, and the sums of ``uid_embedding_l2_norm``."""
-        components = self._split(self.query_projection(queries))
-        users, losses = self._user_components(user_ids)
-        components = torch.cat([components, *users], dim=-2) / self.settings.temperature
-        return QueryComponents(components, self.query_gate(queries) if self.query_gate else None), losses
-
-    def item_components(self, items: torch.Tensor) -> ItemComponents:
-        """What the mixture needs of items ``[..., D']``; may be computed once for evaluation."""
-        components = self._split(self.item_projection(items))
-        return ItemComponents(components, self.item_gate(items) if self.item_gate else None)
 
     def score(
         self, queries: torch.Tensor, items: torch.Tensor, user_ids: torch.Tensor | None = None
@@ -255,46 +268,8 @@ class MoLSimilarity(nn.Module):
                 return self._score(query, len(items.components), _shared(items))
             return self._score(query, rows.shape[1], lambda r, c: items.select(rows[r, c]))
 
-    def _user_components(
-        self, user_ids: torch.Tensor | None
-    ) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
-        """``[n, 1, d]`` of each table, and the squared norms of what was looked up, summed over tables and users, beside
-        the number of users.
-        """
-        if not len(self.user_tables):
-            return [], {}
-        if user_ids is None:
-            raise UserError(
-                "MoL uid_embedding_hash_sizes needs user ids, but none were given: pass them or unset it"
-            )
-        sizes = self.settings.uid_embedding_hash_sizes
-        found = [table(user_ids % size) for table, size in zip(self.user_tables, sizes)]
-        losses = {}
-        if self.training:
-            squares = torch.stack([v.square().sum() for v in found]).sum()
-            losses["uid_embedding_l2_norm"] = torch.stack([squares, squares.new_full((), len(user_ids))])
-        known = (user_ids > 0)[:, None, None]  # id 0 is a user whom training did not have: its vector is zero
-        return [self._normalised(self._drop_user(v))[:, None] * known for v in found], losses
-
-    def _drop_user(self, vectors: torch.Tensor) -> torch.Tensor:
-        """Drops whole vectors of ``[n, d]`` or single elements, as set."""
-        rate = self.settings.uid_dropout_rate
-        if not self.settings.uid_embedding_level_dropout:
-            return dropout(vectors, rate, self.training)
-        return vectors * dropout(torch.ones_like(vectors[:, :1]), rate, self.training)
-
-    def _split(self, projected: torch.Tensor) -> torch.Tensor:
-        """``[..., P * d]`` as components ``[..., P, d]``, of norm 1 where asked for."""
-        components = projected.unflatten(-1, (-1, self.settings.dot_product_dimension))
-        return self._normalised(components)
-
-    def _normalised(self, components: torch.Tensor) -> torch.Tensor:
-        if not self.settings.dot_product_l2_norm:
-            return components
-        return F.normalize(components, dim=-1, eps=_EPS)
-
     def _autocast(self, like: torch.Tensor) -> AbstractContextManager:
-        if not (self.settings.bf16_training and self.training):
+        if not (self.bf16_training and self.training):
             return nullcontext()
         return dispatch.autocast(like, torch.bfloat16)
 
@@ -312,9 +287,8 @@ class MoLSimilarity(nn.Module):
         for dropout: 1 for shared ones.
         """
         row_blocks, column_blocks = self._blocks(span, num_items)
-        pairs = len(query.components) * num_items
-        kept = pairs * (10 * self.num_logits + 2 * max(self.settings.gating_qi_hidden_dim, 0))
-        again = torch.is_grad_enabled() and kept > _KEPT_FLOATS
+        kept = len(query.components) * num_items * self.kept_per_pair
+        again = torch.is_grad_enabled() and (self.activation_checkpoint or kept > _KEPT_FLOATS)
         mixed: list[list[_Mixed]] = [[] for _ in row_blocks]
         for rows, done in zip(row_blocks, mixed):
             for columns in column_blocks:
@@ -327,10 +301,7 @@ class MoLSimilarity(nn.Module):
 
     def _blocks(self, span: slice, num_items: int) -> tuple[list[slice], list[slice]]:
         """Row and column slices such that the temporaries of a block stay near `_BLOCK_FLOATS`."""
-        s = self.settings
-        projected = s.item_dot_product_groups * s.dot_product_dimension + 2 * max(s.item_hidden_dim, 0)
-        floats_per_pair = 6 * self.num_logits + 2 * max(s.gating_qi_hidden_dim, 0) + projected
-        pairs = max(1, _BLOCK_FLOATS // floats_per_pair)
+        pairs = max(1, _BLOCK_FLOATS // self.floats_per_pair)
         columns = min(max(num_items, 1), pairs)
         return _slices(span.start, span.stop, max(1, pairs // columns)), _slices(0, num_items, columns)
 
@@ -342,8 +313,7 @@ class MoLSimilarity(nn.Module):
         logits = torch.einsum(pairing, query.components[rows], items.components).flatten(2)
         query_gate = None if query.gate is None else query.gate[rows][:, None]
         with numbered_rows.of_block(rows, 2 * columns.start + purpose):
-            combine = COMBINATIONS[self.settings.gating_combination_type]
-            gate = combine(query_gate, items.gate, self.cross_gate(logits))
+            gate = self.combine_gates(query_gate, items.gate, self.cross_gate(logits))
             p = self._drop_mixture(_at_least_float32(gate).softmax(-1))
         scores = _at_least_float32((p * logits).sum(-1))
         if self.temperature != 1:
@@ -354,10 +324,10 @@ class MoLSimilarity(nn.Module):
 
     def _drop_mixture(self, p: torch.Tensor) -> torch.Tensor:
         """Drops entries of the mixture and brings the rest back to a sum of 1."""
-        if self.settings.softmax_dropout_rate == 0 or not self.training:
+        if self.softmax_dropout_rate == 0 or not self.training:
             return p
-        p = dropout(p, self.settings.softmax_dropout_rate, self.training)
-        return p / p.sum(-1, keepdim=True).clamp(min=_EPS)
+        p = dropout(p, self.softmax_dropout_rate, self.training)
+        return p / p.sum(-1, keepdim=True).clamp(min=self.eps)
 
     def _mixture_sums(self, blocks: list[_Mixed], num_pairs: int) -> dict[str, torch.Tensor]:
         """Of ``mi_loss``: ``[E + 2]``, the sums of p and of p ln p over the blocks' pairs, and the number of pairs."""
@@ -371,9 +341,6 @@ class MoLSimilarity(nn.Module):
         }
 
 
-register_similarity("MoL", gin_name="MoLSimilarity")(MoLSimilarity.from_settings)
-
-
 class _Mixed(NamedTuple):
     """scores ``[r, c]`` float32; over the block's pairs the sums of p ``[E]`` and of p ln p, where they are
     needed.
@@ -382,20 +349,6 @@ class _Mixed(NamedTuple):
     scores: torch.Tensor
     used: torch.Tensor | None
     negative_entropy: torch.Tensor | None
-
-
-def _projection(s: MoLSettings, side: str, embedding_dim: int, groups: int) -> nn.Module:
-    """Embeddings ``[..., D]`` to components ``[..., groups * d]`` of the query's or the item's side."""
-    rate, width = getattr(s, f"{side}_dropout_rate"), s.dot_product_dimension
-    if not getattr(s, f"{side}_use_identity_fn"):
-        hidden, name = getattr(s, f"{side}_hidden_dim"), getattr(s, f"{side}_nonlinearity")
-        return projection(embedding_dim, hidden, groups * width, rate, name)
-    if embedding_dim < width:
-        raise UserError(
-            f"MoL {side}_use_identity_fn takes dot_product_dimension = {width} entries of an embedding of "
-            f"{embedding_dim}: lower it or unset {side}_use_identity_fn"
-        )
-    return IdentityProjection(embedding_dim, groups, width, rate)
 
 
 def _shared(items: ItemComponents) -> ItemsOf:
@@ -409,8 +362,3 @@ def _slices(first: int, stop: int, step: int) -> list[slice]:
 
 def _at_least_float32(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-@cache
-def _say(line: str) -> None:
-    logging.info(line)

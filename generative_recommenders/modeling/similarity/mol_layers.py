@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import nn
@@ -10,6 +11,9 @@ from torch.nn import functional as F
 
 from generative_recommenders.ops.dropout import Dropout
 from generative_recommenders.ops.normalization import layer_norm
+
+GatedUnitName = Literal["swiglu", "geglu", "reglu", "glu"]
+CombinationName = Literal["glu_silu", "glu_silu_ln", "none"]
 
 GATED_UNITS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "swiglu": F.silu,

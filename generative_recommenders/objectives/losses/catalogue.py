@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from generative_recommenders.config.fields import NonNegative, Period, Positive, Share
 from generative_recommenders.config.registry import LOSSES, register_loss
 from generative_recommenders.errors import UserError
 from generative_recommenders.objectives.losses.sampled import (
@@ -46,7 +47,7 @@ class CatalogueLoss(nn.Module, ABC):
     statistic: Statistic = LOGSUMEXP
     excludes_labels = False
 
-    def __init__(self, memory_bytes: int = MEMORY_BYTES) -> None:
+    def __init__(self, memory_bytes: Period = MEMORY_BYTES) -> None:
         super().__init__()
         self.memory_bytes = memory_bytes
 
@@ -123,7 +124,7 @@ class CE(CatalogueLoss):
     label_smoothing: share of the target spread evenly over the catalogue, in [0, 1).
     """
 
-    def __init__(self, label_smoothing: float = 0.0, memory_bytes: int = MEMORY_BYTES) -> None:
+    def __init__(self, label_smoothing: Share = 0.0, memory_bytes: Period = MEMORY_BYTES) -> None:
         super().__init__(memory_bytes)
         self.label_smoothing = check_label_smoothing(label_smoothing)
 
@@ -175,7 +176,10 @@ class LogInCE(CatalogueLoss):
     excludes_labels = True
 
     def __init__(
-        self, epsilon: float = 0.0, clamp_border: float = math.inf, memory_bytes: int = MEMORY_BYTES
+        self,
+        epsilon: NonNegative = 0.0,
+        clamp_border: Positive = math.inf,
+        memory_bytes: Period = MEMORY_BYTES,
     ) -> None:
         super().__init__(memory_bytes)
         self.epsilon = epsilon

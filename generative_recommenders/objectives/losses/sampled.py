@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from generative_recommenders.config.fields import NonNegative, Positive, Probability, Share
 from generative_recommenders.config.registry import LOSSES, register_loss
 from generative_recommenders.errors import UserError
 from generative_recommenders.ops.products.masked_logsumexp import masked_logsumexp
@@ -117,7 +118,7 @@ class SampledSoftmaxLoss(SampledLoss):
     label_smoothing: share in [0, 1) of the target spread evenly over the positive and those negatives.
     """
 
-    def __init__(self, label_smoothing: float = 0.0) -> None:
+    def __init__(self, label_smoothing: Share = 0.0) -> None:
         super().__init__()
         self.label_smoothing = check_label_smoothing(label_smoothing)
 
@@ -207,7 +208,7 @@ class BCESampled(SampledLoss):
     clamp_border: each logarithm is limited to ``[-clamp_border, clamp_border]`` (RePlay: 100).
     """
 
-    def __init__(self, epsilon: float = 0.0, clamp_border: float = math.inf) -> None:
+    def __init__(self, epsilon: NonNegative = 0.0, clamp_border: Positive = math.inf) -> None:
         super().__init__()
         self.epsilon = epsilon
         self.clamp_border = clamp_border
@@ -234,7 +235,7 @@ class GBCELoss(SampledLoss):
     calibration: t, in [0, 1].
     """
 
-    def __init__(self, num_items: int, calibration: float = 0.75) -> None:
+    def __init__(self, num_items: int, calibration: Probability = 0.75) -> None:
         super().__init__()
         if num_items < 2 or not 0 <= calibration <= 1:
             raise UserError(
@@ -266,7 +267,7 @@ class LogInCESampled(SampledLoss):
     clamp_border: the logarithm is limited to ``[-clamp_border, clamp_border]`` (RePlay: 100).
     """
 
-    def __init__(self, epsilon: float = 0.0, clamp_border: float = math.inf) -> None:
+    def __init__(self, epsilon: NonNegative = 0.0, clamp_border: Positive = math.inf) -> None:
         super().__init__()
         self.epsilon = epsilon
         self.clamp_border = clamp_border

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from generative_recommenders.config.fields import Size
 from generative_recommenders.config.registry import register_loss
 from generative_recommenders.errors import UserError
 from generative_recommenders.objectives.losses.sampled import full_precision, weighted
@@ -137,7 +138,7 @@ class ScalableCrossEntropyLoss(nn.Module):
 
 @register_loss("ScalableCrossEntropyLoss", "SCE", gin_name="sce")
 def scalable_cross_entropy(
-    n_buckets: int = 256, bucket_size_x: int = 256, bucket_size_y: int = 256, mix_x: bool = False
+    n_buckets: Size = 256, bucket_size_x: Size = 256, bucket_size_y: Size = 256, mix_x: bool = False
 ) -> ScalableCrossEntropyLoss:
     """`ScalableCrossEntropyLoss` from its sizes one by one; see `SCEParams`."""
     return ScalableCrossEntropyLoss(SCEParams(n_buckets, bucket_size_x, bucket_size_y, mix_x))
