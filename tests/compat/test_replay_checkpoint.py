@@ -11,7 +11,7 @@ import torch
 from generative_recommenders.compat.replay.checkpoint import load_replay_checkpoint, save_as_run
 from generative_recommenders.compat.replay.data import FeatureHint, FeatureType
 from generative_recommenders.compat.replay.data.nn import TensorFeatureInfo, TensorSchema
-from generative_recommenders.compat.replay.nn.sequential import SasRec, SasRecTransformerLayer
+from generative_recommenders.compat.replay.nn.sequential import SasRec, SasRecTransformerLayer, TwoTower
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.errors import UserError
 from generative_recommenders.retrieval.recommender import Recommender
@@ -22,11 +22,15 @@ from tiny_data import ragged_sequences, tiny_dataset
 NUM_ITEMS = 30
 
 
-def sasrec(extra: tuple[TensorFeatureInfo, ...] = ()) -> SasRec:
+def schema(extra: tuple[TensorFeatureInfo, ...] = ()) -> TensorSchema:
     item = TensorFeatureInfo(
         "item_id", FeatureType.CATEGORICAL, True, FeatureHint.ITEM_ID, None, NUM_ITEMS, NUM_ITEMS, 16
     )
-    return SasRec.from_params(TensorSchema([item, *extra]), 16, 2, 2, max_sequence_length=12)
+    return TensorSchema([item, *extra])
+
+
+def sasrec(extra: tuple[TensorFeatureInfo, ...] = ()) -> SasRec:
+    return SasRec.from_params(schema(extra), 16, 2, 2, max_sequence_length=12)
 
 
 @pytest.mark.parametrize("prefix", ["", "model.", "_model."])
@@ -61,7 +65,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> SequenceDataset:
     return tiny_dataset(folder, ragged_sequences(57, NUM_ITEMS, seed=5))
 
 
-def scores_of(model: SasRec, dataset: SequenceDataset, user: int) -> torch.Tensor:
+def scores_of(model: SasRec | TwoTower, dataset: SequenceDataset, user: int) -> torch.Tensor:
     items = (
         torch.from_numpy(np.asarray(dataset.items[dataset.offsets[user] : dataset.offsets[user + 1]])).long()
         - 1
@@ -99,6 +103,23 @@ def test_a_sasrec_becomes_a_run_with_the_same_scores(
         assert_near(torch.tensor(scores["score"].to_numpy()), expected[ids].detach(), 1e-5)
 
 
+def test_a_two_tower_over_ids_becomes_a_run_with_the_same_scores(
+    tmp_path: Path, dataset: SequenceDataset
+) -> None:
+    torch.manual_seed(1)
+    reader = {"item_id": torch.arange(NUM_ITEMS)}
+    model = TwoTower.from_params(schema(), reader, 16, 2, 2, max_sequence_length=12).eval()
+    answer = Recommender.load(save_as_run(model, dataset.folder, tmp_path / "run"))
+    names, users = dataset.original_item_ids().to_pylist(), dataset.original_user_ids().to_pylist()
+    for user in (0, 3, 11):
+        items = dataset.items[dataset.offsets[user] : dataset.offsets[user + 1]]
+        history = {users[user]: [names[item - 1] for item in items]}
+        scores = answer.recommend(history, k=NUM_ITEMS, exclude_seen=False)
+        ids = torch.tensor([names.index(name) for name in scores["item_id"]])
+        expected = scores_of(model, dataset, user)[ids].detach()
+        assert_near(torch.tensor(scores["score"].to_numpy()), expected, 1e-4)
+
+
 def test_main_scores_such_a_run(tmp_path: Path, dataset: SequenceDataset) -> None:
     run = save_as_run(sasrec(), dataset.folder, tmp_path / "run")
     prepared = tmp_path / "data" / "prepared"
@@ -113,7 +134,7 @@ def test_models_without_a_counterpart_are_refused(tmp_path: Path, dataset: Seque
     genre = TensorFeatureInfo(
         "genre", FeatureType.CATEGORICAL, True, cardinality=3, padding_value=3, embedding_dim=16
     )
-    with pytest.raises(UserError, match="only a SasRec over item ids alone"):
+    with pytest.raises(UserError, match="only a SasRec or TwoTower over item ids alone"):
         save_as_run(sasrec((genre,)), dataset.folder, tmp_path / "run")
     with pytest.raises(UserError, match="item_ids lack 'i00001'"):
         save_as_run(sasrec(), dataset.folder, tmp_path / "run", ["a", "b"])

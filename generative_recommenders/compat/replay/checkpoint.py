@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,15 +15,17 @@ from generative_recommenders.compat.meta.checkpoint import read_state
 from generative_recommenders.compat.replay.nn.agg import PositionAwareAggregator, SumAggregator
 from generative_recommenders.compat.replay.nn.embedding import SequenceEmbedding
 from generative_recommenders.compat.replay.nn.mask import DefaultAttentionMask
+from generative_recommenders.compat.replay.nn.sequential.next_item import QueryTower
 from generative_recommenders.compat.replay.nn.sequential.sasrec import SasRec
 from generative_recommenders.compat.replay.nn.sequential.sasrec_layer import SasRecTransformerLayer
+from generative_recommenders.compat.replay.nn.sequential.twotower import TwoTower
 from generative_recommenders.config.gin import resolved_text
 from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.data.splits import make_split
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.errors import UserError
-from generative_recommenders.ops.feed_forward import PointWiseFeedForward
+from generative_recommenders.ops.feed_forward import PointWiseFeedForward, SwiGLUEncoder
 from generative_recommenders.run.directory import RunFolder
 from generative_recommenders.training.trainer import Trainer
 
@@ -53,7 +56,7 @@ def load_replay_checkpoint(model: nn.Module, path: str | Path) -> None:
 
 
 def save_as_run(
-    model: SasRec,
+    model: SasRec | TwoTower,
     folder: str | Path,
     run_dir: str | Path,
     item_ids: Sequence[str] | None = None,
@@ -63,32 +66,73 @@ def save_as_run(
 
     folder: the prepared data. item_ids: the original id of the model's item 0, 1, ...; in the prepared order unless given,
     which is that of ``ParquetModule(prepared_folder=...)``. settings: of everything but the model. UserError for a model
-    other than `SasRec` over item ids alone, whose features and losses have no counterpart.
+    with further features or blocks of one's own, which have no counterpart.
     """
     dataset = SequenceDataset.open(Path(folder))
-    body, table = model.body, model.item_embeddings()
-    aggregator, layer, norm = body.embedding_aggregator, body.encoder, body.output_normalization
-    if not (
-        isinstance(body.embedder, SequenceEmbedding)
+    body = model.body.query_tower if isinstance(model, TwoTower) else model.body
+    if not _has_counterpart(model, body):
+        raise UserError(
+            "only a SasRec or TwoTower over item ids alone, of SumAggregator, PositionAwareAggregator, DefaultAttentionMask, "
+            "SasRecTransformerLayer, LayerNorm and SwiGLUEncoder, can become a run"
+        )
+    embedder: Any = body.embedder
+    aggregator: Any = body.embedding_aggregator
+    layer: Any = body.encoder
+    table = embedder.get_item_weights()
+    rows = _rows_of_items(dataset, table, item_ids)
+    bound = {"train_fn.dataset_name": dataset.manifest.name, "train_fn.item_embedding_dim": table.shape[1]}
+    settings = (settings or RunSettings()).bind(bound | _bindings(model, aggregator, layer))
+    trainer = Trainer(settings, dataset, make_split(dataset, settings.data.protocol), Collectives())
+    own = trainer.model.state_dict()
+    own["items.table"][1:] = table[rows]
+    # One row more than events: the table has room for the event to predict, which causal models do not read.
+    own["sequence.preprocessor.position"][-len(aggregator.pe.weight) :] = aggregator.pe.weight
+    for name, value in body.output_normalization.state_dict().items():  # type: ignore[attr-defined]
+        own[f"sequence.encoder.final_norm.{name}"].copy_(value)
+    for name, value in layer.state_dict().items():
+        own[f"sequence.encoder.{_block_name(name)}"].copy_(value)
+    if isinstance(model, TwoTower):
+        _copy_item_tower(model.body.item_tower.encoder, own, table.shape[1] ** 0.5)  # type: ignore[arg-type]
+    with RunFolder.create_or_open(
+        str(run_dir), name=f"{dataset.manifest.name}-{type(model).__name__}"
+    ) as run:
+        resolved = resolved_text(settings)
+        run.save_resolved_gin(resolved)
+        store = CheckpointStore(run.checkpoints)
+        store.attach(dataset.original_item_ids().combine_chunks(), settings.to_json(), resolved)
+        trainer.save(store)
+        return run.path
+
+
+def _has_counterpart(model: SasRec | TwoTower, body: QueryTower) -> bool:
+    """Whether the program's encoder computes what the model does."""
+    aggregator, norm = body.embedding_aggregator, body.output_normalization
+    own_items = not isinstance(model, TwoTower) or (
+        isinstance(model.body.item_tower.encoder, SwiGLUEncoder)
+        and isinstance(model.body.item_tower.embedding_aggregator, SumAggregator)
+        and model.context_merger is None
+    )
+    return (
+        own_items
+        and isinstance(body.embedder, SequenceEmbedding)
         and len(body.embedder.feature_embedders) == 1
         and isinstance(aggregator, PositionAwareAggregator)
         and isinstance(aggregator.embedding_aggregator, SumAggregator)
         and isinstance(body.attn_mask_builder, DefaultAttentionMask)
-        and isinstance(layer, SasRecTransformerLayer)
+        and isinstance(body.encoder, SasRecTransformerLayer)
         and isinstance(norm, nn.LayerNorm)
         and norm.eps == nn.LayerNorm(1).eps
-    ):
-        raise UserError(
-            "only a SasRec over item ids alone, of SumAggregator, PositionAwareAggregator, DefaultAttentionMask, "
-            "SasRecTransformerLayer and LayerNorm, can become a run"
-        )
-    rows = _rows_of_items(dataset, table, item_ids)
+    )
+
+
+def _bindings(
+    model: SasRec | TwoTower, aggregator: PositionAwareAggregator, layer: SasRecTransformerLayer
+) -> dict[str, Any]:
+    """The model as settings."""
     feed_forward: PointWiseFeedForward = layer.forward_layers[0]  # type: ignore[assignment]
     bound = {
-        "train_fn.dataset_name": dataset.manifest.name,
         "train_fn.main_module": "SASRec",
         "train_fn.objective": "causal",
-        "train_fn.item_embedding_dim": table.shape[1],
         "train_fn.max_sequence_length": len(aggregator.pe.weight),
         "train_fn.gr_output_length": 0,
         "train_fn.dropout_rate": aggregator.dropout.rate,
@@ -105,23 +149,23 @@ def save_as_run(
         "sasrec_encoder.norm_weights": True,
         "sasrec_encoder.final_norm": True,
     }
-    settings = (settings or RunSettings()).bind(bound)
-    trainer = Trainer(settings, dataset, make_split(dataset, settings.data.protocol), Collectives())
-    own = trainer.model.state_dict()
-    own["items.table"][1:] = table[rows]
-    # One row more than events: the table has room for the event to predict, which causal models do not read.
-    own["sequence.preprocessor.position"][-len(aggregator.pe.weight) :] = aggregator.pe.weight
-    own["sequence.encoder.final_norm.weight"].copy_(norm.weight)
-    own["sequence.encoder.final_norm.bias"].copy_(norm.bias)
-    for name, value in layer.state_dict().items():
-        own[f"sequence.encoder.{_block_name(name)}"].copy_(value)
-    with RunFolder.create_or_open(str(run_dir), name=f"{dataset.manifest.name}-SasRec") as run:
-        resolved = resolved_text(settings)
-        run.save_resolved_gin(resolved)
-        store = CheckpointStore(run.checkpoints)
-        store.attach(dataset.original_item_ids().combine_chunks(), settings.to_json(), resolved)
-        trainer.save(store)
-        return run.path
+    if isinstance(model, TwoTower):
+        bound |= {"train_fn.main_module": "TwoTower", "train_fn.negatives_sharing": "block"}
+        bound |= {"item_tower.features": ("item_id",), "item_tower.num_blocks": 1}
+    return bound
+
+
+def _copy_item_tower(encoder: SwiGLUEncoder, own: dict[str, torch.Tensor], scale: float) -> None:
+    """The item tower's weights. Ours reads ids scaled by ``scale`` = sqrt(D), RePlay's as they are: its first layer is
+    scaled with its input, which the RMS norm behind it takes out again."""
+    scales = {
+        "sw1.WG.weight": 1 / scale,
+        "sw1.W1.weight": 1 / scale,
+        "sw1.W2.weight": scale,
+        "sw1.W2.bias": scale,
+    }
+    for name, value in encoder.state_dict().items():
+        own[f"items.tower.encoder.0.{name}"].copy_(value * scales.get(name, 1.0))
 
 
 def _rows_of_items(
