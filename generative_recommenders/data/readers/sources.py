@@ -10,7 +10,7 @@ from pathlib import Path
 
 import polars as pl
 import pyarrow as pa
-import pyarrow.compute
+import pyarrow.compute as pc
 import pyarrow.ipc
 import pyarrow.parquet as pq
 
@@ -24,8 +24,8 @@ SAMPLE_ROWS = 100
 GZIP_FACTOR = 4
 _BATCH_BYTES = 64 << 20
 """Values of a Parquet batch are read within about so many bytes."""
-MAX_TEXT_BYTES = 1 << 16
-"""Of a value of a text column in a table; titles and reviews may be longer than ids."""
+MOST_UNPACKED, SMALL_BYTES = 100, 256 << 20
+"""A table that unpacks to more than so many times its own size, and is not small, is no table of events."""
 
 
 class TableSource(ABC):
@@ -222,8 +222,16 @@ class ParquetSource(TableSource):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         with self._open([]) as file:
-            schema = file.schema_arrow
-            self.num_rows = file.metadata.num_rows
+            schema, metadata = file.schema_arrow, file.metadata
+            self.num_rows = metadata.num_rows
+            # Of row groups alone: pyarrow ends the process on faulty metadata of columns.
+            groups = range(metadata.num_row_groups)
+            unpacked = max(self.num_rows, sum(metadata.row_group(each).total_byte_size for each in groups))
+            held = path.stat().st_size
+        if unpacked > max(SMALL_BYTES, MOST_UNPACKED * held):
+            raise UserError(
+                f"{path}: {held} bytes that unpack to {unpacked} or more; is this a table of events?"
+            )
         if self.num_rows == 0:
             raise UserError(f"{path}: the file is empty: it holds no event")
         self.header = schema.names
@@ -232,7 +240,8 @@ class ParquetSource(TableSource):
         self.text_columns = [
             field.name for field in schema if _is_text(field.type) and not pa.types.is_string_view(field.type)
         ]
-        _, self.sample = next(self._read(range(self.num_fields), SAMPLE_ROWS))
+        _, batch = next(self._read(self.header, SAMPLE_ROWS))
+        self.sample = _sample(batch)
 
     def estimated_rows(self) -> int:
         return self.num_rows
@@ -250,23 +259,19 @@ class ParquetSource(TableSource):
             ) from error
 
     def batches(self, places):
-        return self._read(places, _BATCH_BYTES // (64 * max(1, len(places))))
-
-    def _read(self, places: Sequence[int], batch_rows: int) -> Iterator[tuple[Rows, pl.DataFrame]]:
         assert self.header is not None
         names = [self.header[place] for place in places]
+        for first, batch in self._read(names, _BATCH_BYTES // (64 * max(1, len(places)))):
+            yield _rows_and_frame(self.path, first, batch, names, places)
+
+    def _read(self, names: list[str], batch_rows: int) -> Iterator[tuple[int, pa.RecordBatch]]:
+        """Batches with the number of rows before each."""
         done = 0
         try:
             with self._open([name for name in names if name in self.text_columns]) as file:
                 for batch in file.iter_batches(batch_rows, columns=names):
-                    first = done
+                    yield done, batch
                     done += batch.num_rows
-
-                    def place_of(row: int, first: int = first) -> str:
-                        return f"row {first + row + 1}"
-
-                    rows = Rows(str(self.path), place_of)
-                    yield rows, _from_arrow(rows, batch, names, places)
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{self.path}: damaged after row {done}: {_one_line(error)}") from error
         if done != self.num_rows:
@@ -280,11 +285,7 @@ class ArrowSource(TableSource):
         super().__init__(path)
         self.sample = pl.DataFrame()
         for batch in self._record_batches():
-            self.header = batch.schema.names
-            names = batch.schema.names
-            self.sample = _from_arrow(
-                Rows(str(path), str), batch.slice(0, SAMPLE_ROWS), names, range(len(names))
-            )
+            self.header, self.sample = batch.schema.names, _sample(batch.slice(0, SAMPLE_ROWS))
             if batch.num_rows:
                 break
         if not len(self.sample):
@@ -310,49 +311,70 @@ class ArrowSource(TableSource):
         names = [self.header[place] for place in places]
         done = 0
         for batch in self._record_batches():
-            first = done
+            yield _rows_and_frame(self.path, done, batch, names, places)
             done += batch.num_rows
-
-            def place_of(row: int, first: int = first) -> str:
-                return f"row {first + row + 1}"
-
-            rows = Rows(str(self.path), place_of)
-            yield rows, _from_arrow(rows, batch, names, places)
 
 
 def _is_text(kind: pa.DataType) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
-def _from_arrow(rows: Rows, batch: pa.RecordBatch, names: list[str], places: Sequence[int]) -> pl.DataFrame:
-    """Columns of a batch by place; nested ones are left empty.
+def _sample(batch: pa.RecordBatch) -> pl.DataFrame:
+    """All columns of a batch by place; those that hold no value of an event, nested or long ones, are empty."""
+    columns = []
+    for place, column in enumerate(batch.columns):
+        kept = not pa.types.is_nested(column.type) and _first_long(_text_of(column)) is None
+        columns.append(pl.Series(str(place), pl.from_arrow(_plain(column)) if kept else [None] * len(column)))
+    return pl.DataFrame(columns)
 
-    UserError for text far longer than an id, before it is copied into every row.
-    """
+
+def _rows_and_frame(
+    path: Path, first: int, batch: pa.RecordBatch, names: list[str], places: Sequence[int]
+) -> tuple[Rows, pl.DataFrame]:
+    """Columns of a batch by place. UserError for text that is longer than an id, before it is copied into every row, or that
+    is no UTF-8."""
+    rows = Rows(str(path), lambda row: f"row {first + row + 1}")
     columns = []
     for name, place in zip(names, places):
         column = batch.column(name)
-        if pa.types.is_nested(column.type):
-            column = pa.nulls(len(column))
-        if pa.types.is_string_view(column.type):
-            column = column.cast(pa.large_string())
-        text = column.dictionary if pa.types.is_dictionary(column.type) else column
-        if _is_text(text.type):
-            try:
-                text.validate(full=True)
-            except pa.ArrowInvalid as error:
-                raise UserError(
-                    f"{rows.file}, {rows.place_of(0)} or later: column {name!r} is not UTF-8 text"
-                ) from error
-            longest = pyarrow.compute.max(pyarrow.compute.binary_length(text)).as_py() or 0
-            if longest > MAX_TEXT_BYTES:
-                raise UserError(
-                    f"{rows.file}: column {name!r} has values of {longest} bytes; an id has at most {MAX_ID_BYTES}"
-                )
-        if pa.types.is_dictionary(column.type):
-            column = column.cast(column.type.value_type)
-        columns.append(pl.Series(str(place), pl.from_arrow(column)))
-    return pl.DataFrame(columns)
+        text = _text_of(column)
+        try:
+            at = _first_long(text)
+        except pa.ArrowInvalid as error:
+            raise UserError(
+                f"{path}, {rows.place_of(0)} or later: column {name!r} is not UTF-8 text"
+            ) from error
+        if text is not None and at is not None:
+            row = pc.index(column.indices, at).as_py() if pa.types.is_dictionary(column.type) else at
+            size = pc.binary_length(text[at]).as_py()
+            raise rows.fault(row, name, None, f"has {size} bytes; an id has at most {MAX_ID_BYTES}")
+        plain = pa.nulls(len(column)) if pa.types.is_nested(column.type) else _plain(column)
+        columns.append(pl.Series(str(place), pl.from_arrow(plain)))
+    return rows, pl.DataFrame(columns)
+
+
+def _text_of(column: pa.Array) -> pa.Array | None:
+    """The texts of a column, of a dictionary each once; None where it holds none."""
+    text = column.dictionary if pa.types.is_dictionary(column.type) else column
+    if pa.types.is_string_view(text.type):
+        text = text.cast(pa.large_string())
+    return text if _is_text(text.type) else None
+
+
+def _first_long(text: pa.Array | None) -> int | None:
+    """Where the first text lies that is longer than an id may be; ArrowInvalid for text that is not UTF-8."""
+    if text is None:
+        return None
+    text.validate(full=True)
+    at = pc.index(pc.greater(pc.binary_length(text), MAX_ID_BYTES), True).as_py()
+    return None if at < 0 else at
+
+
+def _plain(column: pa.Array) -> pa.Array:
+    """Without dictionaries and string views, which polars would read as types of their own."""
+    if pa.types.is_string_view(column.type):
+        return column.cast(pa.large_string())
+    return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
 
 
 def _has_digit(field: str) -> bool:

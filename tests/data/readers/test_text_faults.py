@@ -148,6 +148,63 @@ def test_an_endless_line_is_refused_in_bounded_memory(tmp_path: Path) -> None:
     assert "longer than" in error_of(write(tmp_path, bomb))
 
 
+HUGE = "x" * (3 << 20)
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("r.csv", f"user,item\nu,i\n{HUGE},j\n"),
+        ("quoted.csv", f'user,item\nu,i\n"{HUGE}",j\n'),
+        ("r.csv.gz", gzip.compress(f"user,item\nu,i\n{HUGE},j\n".encode())),
+        ("r.jsonl", f'{{"user": "u", "item": "i"}}\n\n{{"user": "{HUGE}", "item": "i"}}\n'),
+    ],
+)
+def test_a_huge_id_names_its_line(tmp_path: Path, name: str, data: str | bytes) -> None:
+    path = write(tmp_path, data, name)
+    with memory_grows_at_most(128):
+        assert f"{path}, line 3: longer than 1048576 bytes" in error_of(path, FOUND)
+
+
+def test_a_long_quoted_id_names_its_line(tmp_path: Path) -> None:
+    path = write(tmp_path, f'user,item\nu,i\n"{HUGE[:500_000]}",j\n')
+    assert f"{path}, line 3: the user 'xxx" in error_of(path, FOUND)
+    unclosed = write(tmp_path, 'user,item\nu,i\n"v,j\n' + "w,k\n" * 500_000)
+    assert f"{unclosed}, line 3: a quote is not closed" in error_of(unclosed, FOUND)
+
+
+@pytest.mark.parametrize("dictionary", [True, False])
+def test_a_huge_id_in_a_table_names_its_row(tmp_path: Path, dictionary: bool) -> None:
+    table = pa.table({"user": ["u"] * 200 + [HUGE], "item": ["i"] * 201})
+    pq.write_table(table, tmp_path / "r.parquet", use_dictionary=dictionary)
+    assert f"row 201: the user has {len(HUGE)} bytes; an id has at most 1024" in error_of(
+        tmp_path / "r.parquet", FOUND
+    )
+
+
+def test_long_texts_beside_the_events_are_passed_over(tmp_path: Path) -> None:
+    table = pa.table({"user": ["u", "v"], "item": ["i", "j"], "review": [HUGE, "short"]})
+    pq.write_table(table, tmp_path / "r.parquet")
+    assert read(tmp_path / "r.parquet", FOUND)["item"] == ["i", "j"]
+
+
+def test_a_table_that_unpacks_to_much_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    values = pa.array(["x" * 1_000_000]).take(pa.array([0] * 300))
+    table = pa.table({"user": values, "item": ["i"] * 300})
+    pq.write_table(
+        table, tmp_path / "long.parquet", compression="zstd", use_dictionary=False, write_statistics=False
+    )
+    with pq.ParquetWriter(
+        tmp_path / "rows.parquet", pa.schema([("user", pa.int8()), ("item", pa.int8())])
+    ) as writer:
+        part = pa.table({name: pa.array(np.zeros(10_000_000, np.int8)) for name in ("user", "item")})
+        for _ in range(27):
+            writer.write_table(part, row_group_size=10_000_000)
+    for name in ("long.parquet", "rows.parquet"):
+        with memory_grows_at_most(64):
+            assert "bytes that unpack to" in error_of(tmp_path / name, FOUND)
+
+
 def test_a_wrong_delimiter_shows_the_number_of_fields(tmp_path: Path) -> None:
     message = error_of(write(tmp_path, "u\ti\t4\t7\n"))
     assert "1 fields a line, but --columns names 4" in message
