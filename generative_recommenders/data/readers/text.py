@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 
@@ -20,9 +21,7 @@ SAMPLE_LINES = 100
 _READ_BYTES = 1 << 18
 _BOM = b"\xef\xbb\xbf"
 _UNIT_SEPARATOR = b"\x1f"
-csv.field_size_limit(
-    MAX_LINE_BYTES
-)  # a longer field is a fault of its own; 128 KiB hides the line of one below
+csv.field_size_limit(4 * BLOCK_BYTES)  # whatever a block holds: its faults are told with their line
 DELIMITERS = ("::", "\t", ",", ";", "|", None)
 """What is tried where none is given; None is runs of spaces and tabs."""
 
@@ -81,8 +80,11 @@ def read_blocks(
             if line == 1:
                 data = data.removeprefix(_BOM)
             end = len(data) if not chunk else data.rfind(b"\n") + 1
-            while chunk and quoting and end and data.count(b'"', 0, end) % 2:
-                end = data.rfind(b"\n", 0, end - 1) + 1
+            if chunk and quoting and data.count(b'"', 0, end) % 2:  # end at the last line end outside quotes
+                read = np.frombuffer(data, np.uint8, end)
+                outside = (np.cumsum(read == ord('"'), dtype=np.uint8) & 1) == 0
+                ends = np.flatnonzero((read == ord("\n")) & outside)
+                end = int(ends[-1]) + 1 if len(ends) else 0
             data, rest = data[:end], data[end:]
             if len(rest) > max_line_bytes:
                 at = line + data.count(b"\n")

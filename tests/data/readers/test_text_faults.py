@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from generative_recommenders.data.readers import sources
 from generative_recommenders.data.readers import text as delimited_text
 from generative_recommenders.data.readers.events import EventReader, ReadOptions
 from generative_recommenders.data.readers.sources import TextOptions
@@ -163,7 +164,8 @@ HUGE = "x" * (3 << 20)
 def test_a_huge_id_names_its_line(tmp_path: Path, name: str, data: str | bytes) -> None:
     path = write(tmp_path, data, name)
     with memory_grows_at_most(128):
-        assert f"{path}, line 3: longer than 1048576 bytes" in error_of(path, FOUND)
+        message = error_of(path, FOUND)
+    assert message.startswith(f"{path}, line 3: ") and "longer than" in message and len(message) < 300
 
 
 def test_a_long_quoted_id_names_its_line(tmp_path: Path) -> None:
@@ -188,18 +190,17 @@ def test_long_texts_beside_the_events_are_passed_over(tmp_path: Path) -> None:
     assert read(tmp_path / "r.parquet", FOUND)["item"] == ["i", "j"]
 
 
-def test_a_table_that_unpacks_to_much_is_refused_before_it_is_read(tmp_path: Path) -> None:
+def test_a_table_that_unpacks_to_much_is_refused_before_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "SMALL_BYTES", 1 << 20)
     values = pa.array(["x" * 1_000_000]).take(pa.array([0] * 300))
     table = pa.table({"user": values, "item": ["i"] * 300})
     pq.write_table(
         table, tmp_path / "long.parquet", compression="zstd", use_dictionary=False, write_statistics=False
     )
-    with pq.ParquetWriter(
-        tmp_path / "rows.parquet", pa.schema([("user", pa.int8()), ("item", pa.int8())])
-    ) as writer:
-        part = pa.table({name: pa.array(np.zeros(10_000_000, np.int8)) for name in ("user", "item")})
-        for _ in range(27):
-            writer.write_table(part, row_group_size=10_000_000)
+    zeros = pa.array(np.zeros(2_000_000, np.int8))
+    pq.write_table(pa.table({"user": zeros, "item": zeros}), tmp_path / "rows.parquet", compression="zstd")
     for name in ("long.parquet", "rows.parquet"):
         with memory_grows_at_most(64):
             assert "bytes that unpack to" in error_of(tmp_path / name, FOUND)
