@@ -21,7 +21,7 @@ from generative_recommenders.errors import UserError
 def _preprocess(*arguments: str) -> None:
     with flagsaver.flagsaver():
         absl_flags.FLAGS(["program", *arguments])
-        preprocess_public_data.run()
+        preprocess_public_data.run([])
 
 
 def test_lengths_are_flags(tmp_path: Path) -> None:
