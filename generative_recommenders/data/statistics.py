@@ -59,9 +59,8 @@ def _item_rankings(dataset: SequenceDataset) -> list[np.ndarray]:
     """Orders of items that a file may be sorted by, ``[V + 1]`` each: of the ids as texts, and by the numbers they end in."""
     rankings = [np.arange(dataset.num_items + 1)]
     ids = pl.Series("id", dataset.original_item_ids())
-    parts = ids.to_frame().select(
-        prefix=pl.col("id").str.replace(r"\d{1,18}$", ""), number=pl.col("id").str.extract(r"(\d{1,18})$")
-    )
+    number = pl.col("id").str.extract_groups(r"(\d{1,18})$").struct[0]
+    parts = ids.to_frame().select(prefix=pl.col("id").str.replace(r"\d{1,18}$", ""), number=number)
     if not parts["number"].null_count():
         parts = parts.with_columns(pl.col("number").cast(pl.Int64))
         rank = np.zeros(dataset.num_items + 1, np.int64)
