@@ -38,6 +38,7 @@ from generative_recommenders.compat.replay.nn.sequential.next_item import (
 )
 from generative_recommenders.compat.replay.nn.sequential.sasrec_layer import SasRecTransformerLayer
 from generative_recommenders.config.sections import ListReduction
+from generative_recommenders.data.list_columns import padded
 from generative_recommenders.errors import UserError
 from generative_recommenders.ops.feed_forward import SwiGLUEncoder
 
@@ -277,25 +278,24 @@ def _order_of_ids(column: pa.ChunkedArray, path: str | Path) -> torch.Tensor:
 def _feature_tensor(
     feature: TensorFeatureInfo, column: pa.ChunkedArray, settings: Mapping[str, Any]
 ) -> torch.Tensor:
-    dtype = torch.int64 if feature.is_cat else torch.float32
-    rows = column.to_pylist()
-    if feature.is_list != isinstance(rows[0] if rows else None, list):
+    joined = column.combine_chunks()
+    if feature.is_list != (pa.types.is_list(joined.type) or pa.types.is_large_list(joined.type)):
         kind = "lists" if feature.is_list else "single values"
         raise UserError(
             f"item feature {feature.name!r}: the schema says {kind}, the column holds {column.type}"
         )
-    values = [value for row in rows for value in row] if feature.is_list else rows
-    _check_values(feature, np.asarray(values))
-    if not feature.is_list:
-        return torch.tensor(rows, dtype=dtype)
-    width = settings.get("shape", max(map(len, rows), default=0))
-    longest = max(map(len, rows), default=0)
-    if longest > width:
-        raise UserError(
-            f"item feature {feature.name!r}: a list of {longest} entries, metadata allows {width}"
-        )
-    padding = settings.get("padding", feature.padding_value)
-    return torch.tensor([[padding] * (width - len(row)) + list(row) for row in rows], dtype=dtype)
+    entries = joined.flatten() if feature.is_list else joined
+    _check_values(feature, entries.to_numpy(zero_copy_only=False))
+    shape: tuple[int, ...] = ()
+    if feature.is_list:
+        longest = max(np.diff(joined.offsets.to_numpy()), default=0)
+        shape = (settings.get("shape", int(longest)),)
+        if longest > shape[0]:
+            raise UserError(
+                f"item feature {feature.name!r}: a list of {longest} entries, metadata allows {shape[0]}"
+            )
+    values, _ = padded(joined, shape, settings.get("padding", feature.padding_value))
+    return torch.from_numpy(values).to(torch.int64 if feature.is_cat else torch.float32)
 
 
 def _check_values(feature: TensorFeatureInfo, values: np.ndarray) -> None:
