@@ -11,16 +11,12 @@ from pathlib import Path
 
 from absl import app, flags, logging
 
+from generative_recommenders.commands.evaluate import evaluate_worker
+from generative_recommenders.commands.import_checkpoint import import_worker
 from generative_recommenders.commands.predict import PredictOptions, predict
 from generative_recommenders.commands.program import exit_code, parse_flags
-from generative_recommenders.commands.workers import (
-    EMBEDDED,
-    Options,
-    dry_run_worker,
-    evaluate_worker,
-    import_worker,
-    train_worker,
-)
+from generative_recommenders.commands.setup import EMBEDDED, Options
+from generative_recommenders.commands.train import dry_run_worker, train_worker
 from generative_recommenders.config.plugins import load_plugins
 from generative_recommenders.config.registry import REGISTRIES
 from generative_recommenders.distributed.launch import launch
@@ -88,6 +84,11 @@ _CANDIDATES = flags.DEFINE_string(
 _OUTPUT = flags.DEFINE_string(
     "output", "recommendations.parquet", "predict: the file to write, .parquet, .csv or .jsonl"
 )
+_USERS_METRICS = flags.DEFINE_string(
+    "users_metrics",
+    None,
+    "evaluate: a file for each user's rank of the test target, .parquet, .csv or .jsonl",
+)
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "build everything, say what it is, and stop")
 _PROFILE = flags.DEFINE_bool(
     "profile", False, "write a torch profiler trace of a few steps to the run's folder"
@@ -98,9 +99,9 @@ def check_flags() -> None:
     """A flag that could not act in the mode is refused."""
     mode = _MODE.value
     idle, why = {
-        "train": ((_META_CHECKPOINT,), "only --mode=import reads it"),
+        "train": ((_META_CHECKPOINT, _USERS_METRICS), "only --mode=import and --mode=evaluate read them"),
         "import": (
-            (_RESUME, _AUTO_RESUME, _MAX_STEPS, _DRY_RUN, _PROFILE),
+            (_RESUME, _AUTO_RESUME, _MAX_STEPS, _DRY_RUN, _PROFILE, _USERS_METRICS),
             "it makes a run and trains nothing",
         ),
         "predict": (
@@ -114,6 +115,7 @@ def check_flags() -> None:
                 _PROFILE,
                 _META_CHECKPOINT,
                 _NUM_PROCESSES,
+                _USERS_METRICS,
             ),
             "it answers with the run of --run_dir as it is, in one process",
         ),
@@ -144,6 +146,7 @@ def run(arguments: list[str]) -> int:
         meta_checkpoint=_META_CHECKPOINT.value,
         default_gin_files=(str(DEFAULT_CONFIG),),
         plugins=tuple(_PLUGINS.value),
+        users_metrics=_USERS_METRICS.value,
     )
     if _LIST.value:
         load_plugins(options.plugins)

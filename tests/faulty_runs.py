@@ -17,7 +17,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from generative_recommenders.checkpoint.store import CheckpointStore
-from generative_recommenders.commands.workers import Options, train_worker
+from generative_recommenders.commands.setup import Options
+from generative_recommenders.commands.train import train_worker
 from generative_recommenders.distributed import launch as launching
 from generative_recommenders.distributed.launch import launch
 from programs import quick_start

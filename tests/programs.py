@@ -20,7 +20,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 SLOW_IMPORTS = [
-    "generative_recommenders.commands.workers",
+    "generative_recommenders.commands.train",
     "generative_recommenders.compat",
     "matplotlib.pyplot",
     "tensorboard.compat",

@@ -32,8 +32,9 @@ from faulty_runs import (
     run_with_kills,
 )
 from generative_recommenders.checkpoint.store import CheckpointStore
-from generative_recommenders.commands import workers
-from generative_recommenders.commands.workers import Options, train_worker
+from generative_recommenders.commands import setup
+from generative_recommenders.commands.setup import Options
+from generative_recommenders.commands.train import train_worker
 from generative_recommenders.config.gin import load_settings
 from generative_recommenders.data.sources.synthetic_books import SyntheticBooksSettings
 from generative_recommenders.data.splits import make_split
@@ -378,8 +379,8 @@ def test_processes_with_different_input_are_refused(
 
 def make_embedded(folder: str) -> None:
     small = SyntheticBooksSettings(num_users=400, num_items=60)
-    workers.resolve = functools.partial(workers.resolve, synthetic=small, progress=False)
-    workers.prepared_dataset(workers.EMBEDDED, Path(folder))
+    setup.resolve = functools.partial(setup.resolve, synthetic=small, progress=False)
+    setup.prepared_dataset(setup.EMBEDDED, Path(folder))
 
 
 def test_processes_that_need_the_embedded_data_at_once_make_them_once(tmp_path: Path) -> None:
@@ -391,8 +392,8 @@ def test_processes_that_need_the_embedded_data_at_once_make_them_once(tmp_path: 
         process.join()
     assert [process.exitcode for process in processes] == [0] * 4
     names = {path.name for path in (tmp_path / "prepared").iterdir()}
-    assert names == {workers.EMBEDDED, f".{workers.EMBEDDED}.lock"}
-    assert {path.name for path in (tmp_path / "raw" / workers.EMBEDDED).iterdir()} == {
+    assert names == {setup.EMBEDDED, f".{setup.EMBEDDED}.lock"}
+    assert {path.name for path in (tmp_path / "raw" / setup.EMBEDDED).iterdir()} == {
         "ratings.csv",
         "books.parquet",
         "settings.json",

@@ -17,8 +17,10 @@ import pytest
 
 from faulty_runs import CONFIG, ROOT, assert_same_run, options_of, run_alone, run_two
 from generative_recommenders.checkpoint.store import CheckpointStore
-from generative_recommenders.commands import workers
-from generative_recommenders.commands.workers import Options, evaluate_worker, train_worker
+from generative_recommenders.commands import train
+from generative_recommenders.commands.evaluate import evaluate_worker
+from generative_recommenders.commands.setup import Options
+from generative_recommenders.commands.train import train_worker
 from generative_recommenders.data.preparation import prepare
 from generative_recommenders.distributed import launch as launching
 from generative_recommenders.distributed.launch import launch
@@ -77,13 +79,13 @@ def slow_worker(rank: int, world_size: int, options: Options, mode: str, mark: s
     if mode == "validation":
         slow_from(evaluator, "exact_ranks", 35, mark)  # behind the two partial evaluations of 16 users
     elif mode == "test":
-        original = workers.Trainer._load_best
+        original = train.Trainer._load_best
 
         def then_slow(*args: Any) -> None:
             original(*args)
             slow_from(evaluator, "exact_ranks", 1, mark)
 
-        workers.Trainer._load_best = then_slow  # type: ignore[method-assign]
+        train.Trainer._load_best = then_slow  # type: ignore[method-assign]
     elif mode == "baselines":
         endless(model_evaluation.ModelEvaluation, "baselines", mark)
     elif mode == "evaluate":

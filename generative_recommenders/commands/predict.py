@@ -16,7 +16,7 @@ import torch
 from absl import logging
 from tqdm import tqdm
 
-from generative_recommenders.commands.workers import Options, prepared_dataset
+from generative_recommenders.commands.setup import Options, prepared_dataset
 from generative_recommenders.data.loader import EvaluationLoader, SequenceRows
 from generative_recommenders.data.preparation.folder import new_file
 from generative_recommenders.data.splits import make_split

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import io
 import math
+import re
 import tokenize
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any
 from gin import config_parser
 
 from generative_recommenders.config import schema as s
+from generative_recommenders.config.elsewhere import ELSEWHERE
 from generative_recommenders.config.fields import nearest
 from generative_recommenders.config.registry import parts_by_gin_name
 from generative_recommenders.errors import UserError
@@ -200,7 +202,9 @@ def _bind_text(text: str, place: str, parsed: _Parsed) -> None:
         if parser.current_token.type != tokenize.ENDMARKER:
             raise UserError(f"gin: the text ends within a statement ({place}, line {line})")
     except SyntaxError as error:
-        raise UserError(f"gin: {_one_line(error.msg)} ({place}, line {error.lineno or line})") from error
+        number = error.lineno or line
+        fault = _without_quotes(error.msg, text, number) or _one_line(error.msg)
+        raise UserError(f"gin: {fault} ({place}, line {number})") from error
     except tokenize.TokenError as error:  # a bracket or a string that is not closed
         raise UserError(f"gin: {error.args[0]} ({place}, line {error.args[1][0]})") from error
     except UserError:
@@ -209,6 +213,25 @@ def _bind_text(text: str, place: str, parsed: _Parsed) -> None:
         raise UserError(f"gin: a value is nested too deeply ({place}, line {line})") from error
     except PARSER_FAULTS as error:
         raise UserError(f"gin: {_one_line(str(error))} ({place}, line {line})") from error
+
+
+def _without_quotes(message: str, text: str, line: int) -> str | None:
+    """What to say of a word where a value should be, most often a string whose quotes a shell took."""
+    token = re.search(r"Failed to parse token '(.+?)'", message)
+    if token is None:
+        return None
+    word, statement = token[1], text.splitlines()[line - 1] if line <= len(text.splitlines()) else ""
+    whole = re.fullmatch(r"\s*([\w./]+)\s*=\s*([\w./-]+)\s*", statement)
+    known = {"true": "True", "false": "False", "none": "None", "null": "None"}
+    if word.lower() in known:
+        return f"{word} is no value: write {known[word.lower()]}"
+    if whole is None:
+        return f"{word} is no value; a string needs quotes, as '{word}'"
+    name, value = whole[1], whole[2]
+    return (
+        f"{name} = {value}: a string needs quotes, as {name} = '{value}'; in a shell "
+        f"--gin_bindings=\"{name} = '{value}'\" keeps them"
+    )
 
 
 def _strings_in_a_row(text: str) -> int:
@@ -249,6 +272,11 @@ def _bind(statement: Any, place: str, parsed: _Parsed) -> None:
         owner, owners = owner.removeprefix(MODULE), _owners()
         if owner not in owners:
             raise UserError(f"gin: {place}: there is no configurable {owner!r}{nearest(owner, owners)}")
+        instead = ELSEWHERE.get(f"{owner}.{argument}")
+        if instead is not None:
+            if statement.value in (None, "", False):
+                return
+            raise UserError(f"gin: {place}: {owner}.{argument} is no setting here: {instead}")
         if argument not in _parameters(owner):
             raise UserError(
                 f"gin: {place}: {owner} has no parameter {argument!r}{nearest(argument, _parameters(owner))}"
@@ -288,7 +316,8 @@ def _is_gin_value(value: Any) -> bool:
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split())[:300]
+    without_addresses = re.sub(r"<([\w.]+) object at 0x[0-9a-f]+>", r"\1", text)
+    return " ".join(without_addresses.split())[:300]
 
 
 def differences(before: s.RunSettings, now: s.RunSettings) -> list[tuple[str, Any, Any]]:

@@ -28,6 +28,9 @@ MAX_SCORES = 1 << 25
 Score = Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
 """Scores ``[n, V]`` of a batch of the evaluation loader (columns ``item_ids``, ``lengths`` and so on)."""
 
+Record = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
+"""Takes users, their targets and the ranks of these, ``[n]`` int64 each; V + 1 for a miss."""
+
 
 def never() -> bool:
     """The stop request of what nothing stops."""
@@ -109,8 +112,12 @@ class Evaluator:
         self.kept: Iterable[RankedUsers] | None = None
         """What `prepared` gave in an evaluation before, to be taken again."""
 
-    def __call__(self, score: Score, lists: TopLists | None = None) -> EvaluationResult:
-        """score: gives ``[n, V]``. lists: an empty collector, filled from the same scores, for list metrics too."""
+    def __call__(
+        self, score: Score, lists: TopLists | None = None, record: Record | None = None
+    ) -> EvaluationResult:
+        """score: gives ``[n, V]``. lists: an empty collector, filled from the same scores, for list metrics too.
+        record: called with this process's users, targets and ranks as they are measured.
+        """
         histogram = RankHistogram(self.num_items)
         removed_targets = 0
         chunk = max(1, MAX_SCORES // max(self.num_items, 1))
@@ -128,6 +135,8 @@ class Evaluator:
                     seen = seen.rows_between(start, start + chunk).to(scores.device)
                 ranks = exact_ranks(scores, users.targets[rows].to(scores.device), seen).cpu()
                 histogram.add(ranks, None if users.high_rated is None else users.high_rated[rows])
+                if record is not None:
+                    record(part["user_ids"].cpu(), part["target_ids"].cpu(), ranks)
                 if lists is not None:  # a target that is removed or missed is in no list: recall@k is HR@k
                     own = had.rows_between(start, start + chunk)
                     lists.add(scores, part["user_ids"], users.targets[rows], seen, own)

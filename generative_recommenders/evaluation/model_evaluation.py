@@ -23,6 +23,7 @@ from generative_recommenders.evaluation.evaluator import (
     EvaluationResult,
     Evaluator,
     RankedUsers,
+    Record,
     Score,
     never,
 )
@@ -72,8 +73,11 @@ class ModelEvaluation:
         part = "test" if self.settings.data.protocol == "paper" else "validation"
         return self._of_model(model, part, max_batches, stop)
 
-    def test(self, model: SequenceRecommender, stop: Callable[[], bool] = never) -> EvaluationResult:
-        return self._of_model(model, "test", None, stop)
+    def test(
+        self, model: SequenceRecommender, stop: Callable[[], bool] = never, record: Record | None = None
+    ) -> EvaluationResult:
+        """The split's test targets. stop, record: see `Evaluator`."""
+        return self._of_model(model, "test", None, stop, record)
 
     def baselines(self) -> dict[str, dict[str, float]]:
         """Test metrics of the most popular items and of the last item's most frequent successor, fitted on training events."""
@@ -130,7 +134,12 @@ class ModelEvaluation:
         )  # fmt: skip
 
     def _of_model(
-        self, model: SequenceRecommender, part: str, max_batches: int | None, stop: Callable[[], bool]
+        self,
+        model: SequenceRecommender,
+        part: str,
+        max_batches: int | None,
+        stop: Callable[[], bool],
+        record: Record | None = None,
     ) -> EvaluationResult:
         lists = None
         if self.settings.evaluation.list_metrics_k is not None and max_batches is None:
@@ -145,7 +154,7 @@ class ModelEvaluation:
             if part not in self.kept:
                 self.kept[part] = [users.to(self.collectives.device) for users in evaluator.prepared()]
             evaluator.kept = self.kept[part]
-        result = evaluator(score, lists)
+        result = evaluator(score, lists, record)
         model.train(training)
         if max_batches is None:
             self._warn_of_removed(result)

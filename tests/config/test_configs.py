@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from generative_recommenders.commands import workers
+from generative_recommenders.commands import setup, train
 from generative_recommenders.config.gin import load_settings
 from generative_recommenders.data.store import SequenceDataset
 from tiny_data import ragged_sequences, tiny_dataset
@@ -44,8 +44,8 @@ def test_every_configuration_builds(
         "train_fn.num_negatives = 4",
         "train_fn.negatives_block_size = 4",
     )
-    options = workers.Options((str(path),), short, all_data, None, False, None, False)
-    assert workers.dry_run_worker(0, 1, options) == 0
+    options = setup.Options((str(path),), short, all_data, None, False, None, False)
+    assert train.dry_run_worker(0, 1, options) == 0
     shown = capsys.readouterr().out
     assert "MiB" in shown and "criterion" in shown
     assert list(tmp_path.iterdir()) == []
@@ -122,8 +122,8 @@ def test_published_configurations_train_and_evaluate(
         "train_fn.num_negatives = 4",
         "train_fn.eval_batch_size = 64",
     )
-    options = workers.Options((str(path),), bindings, data_root, str(tmp_path / "run"), False, 2, False)
-    assert workers.train_worker(0, 1, options) == 0
+    options = setup.Options((str(path),), bindings, data_root, str(tmp_path / "run"), False, 2, False)
+    assert train.train_worker(0, 1, options) == 0
     report = capsys.readouterr().out
     assert load_settings([path])[0].model.main_module in report
     assert "most popular" in report

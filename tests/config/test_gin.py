@@ -225,6 +225,45 @@ def test_syntax_errors_name_the_place(write, text: str) -> None:
     assert "experiment.gin" in told or "line 2" in told
 
 
+@pytest.mark.parametrize(
+    ("binding", "expected"),
+    [
+        ("train_fn.dataset_name=music", "= music: a string needs quotes, as train_fn.dataset_name = 'music'"),
+        ("train_fn.dataset_name = ml-1m", "train_fn.dataset_name = 'ml-1m'"),
+        ("train_fn.item_l2_norm = true", "true is no value: write True"),
+        ("train_fn.event_features = [shelf]", "shelf is no value; a string needs quotes, as 'shelf'"),
+        ("train_fn.num_epochs = open('x')", "open is no value"),
+    ],
+)  # fmt: skip
+def test_words_without_quotes(write, binding: str, expected: str) -> None:
+    for text in (message([], [binding]), message([write(f"# comment\n{binding}\n")], [])):
+        assert expected in text and "0x" not in text
+    assert "line 2" in text
+
+
+@pytest.mark.parametrize(
+    ("binding", "instead"),
+    [
+        ("train_fn.restore_from_ckpt = 'x'", "train_fn.restore_from_ckpt is no setting here: give --resume"),
+        ("get_sequential_encoder.module_type = 'HSTU'", "bind train_fn.main_module"),
+        ("get_sequential_encoder.max_output_length = 11", "bind train_fn.gr_output_length"),
+        ("create_mol_interaction_module.item_embedding_dim = 8", "bind train_fn.item_embedding_dim"),
+    ],
+)
+def test_published_parameters_that_act_elsewhere_say_where(binding: str, instead: str) -> None:
+    assert instead in message([], [binding])
+    name = binding.partition(" = ")[0]
+    assert load_settings([], [f"{name} = None"])[0] == RunSettings()
+
+
+def test_published_parameters_that_act() -> None:
+    settings, _ = load_settings([], [
+        "create_mol_interaction_module.eps = 1e-5", "get_similarity_function.activation_checkpoint = True",
+    ])  # fmt: skip
+    assert settings.option("create_mol_interaction_module.eps") == 1e-5
+    assert settings.similarity.activation_checkpoint
+
+
 def test_missing_files(tmp_path: Path, write) -> None:
     assert str(tmp_path / "none.gin") in message([tmp_path / "none.gin"], [])
     assert "other.gin" in message([write("include 'other.gin'")], [])

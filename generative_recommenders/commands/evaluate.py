@@ -1,0 +1,157 @@
+"""Evaluation of a run's checkpoint: what one process does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pyarrow as pa
+import torch
+from absl import logging
+
+from generative_recommenders.build.parts import Catalogue, build_model
+from generative_recommenders.checkpoint.broadcast import checkpoint_from_main
+from generative_recommenders.checkpoint.store import Checkpoint, CheckpointStore
+from generative_recommenders.checkpoint.weights import load_model
+from generative_recommenders.commands.setup import (
+    Options,
+    check_same_everywhere,
+    checkpoints_of,
+    shared_dataset,
+)
+from generative_recommenders.config import gin as gin_registry
+from generative_recommenders.config.lint import log_notices
+from generative_recommenders.config.plugins import load_plugins
+from generative_recommenders.config.schema import RunSettings
+from generative_recommenders.data.preparation.folder import new_file
+from generative_recommenders.data.splits import Split, make_split
+from generative_recommenders.data.store import SequenceDataset
+from generative_recommenders.distributed.collectives import Collectives
+from generative_recommenders.distributed.process_group import (
+    process_collectives,
+    process_device,
+)
+from generative_recommenders.distributed.sync import from_main, together
+from generative_recommenders.errors import UserError
+from generative_recommenders.evaluation.model_evaluation import ModelEvaluation
+from generative_recommenders.run import summary as report
+from generative_recommenders.run.logging import set_up_logging, show
+from generative_recommenders.training.state import check_same_data
+from generative_recommenders.training.trainer import set_precision
+
+
+def check_evaluated(
+    checkpoint: Checkpoint, settings: RunSettings, dataset: SequenceDataset, split: Split
+) -> None:
+    """Refuses to score a checkpoint on data other than it was trained on; another protocol may be asked for."""
+    trained = RunSettings.from_json(checkpoint.settings())
+    same_split = trained.data.protocol == settings.data.protocol
+    saved = str(checkpoint.state.get("split_hash" if same_split else "data_hash"))
+    check_same_data(saved, split.hash if same_split else dataset.manifest.data_hash)
+    items = dataset.original_item_ids().combine_chunks()
+    if not checkpoint.item_ids().cast(items.type).equals(items):
+        raise UserError(f"{checkpoint.path} was trained on other items than {dataset.folder} holds")
+
+
+def evaluate_worker(rank: int, world_size: int, options: Options) -> int:
+    """Scores the best (else the newest) checkpoint of a run on the test targets; the model is rebuilt from its settings.
+
+    The numbers are shown and go into the run's ``evaluation.json``; each user's rank into ``--users_metrics``.
+    """
+    if options.users_metrics and Path(options.users_metrics).suffix not in _WRITERS:
+        raise UserError(
+            f"--users_metrics={options.users_metrics}: the name must end in {', '.join(_WRITERS)}"
+        )
+    set_up_logging(rank == 0, options.verbosity)
+    load_plugins(options.plugins)
+    collectives = process_collectives(process_device())
+    store = CheckpointStore(checkpoints_of(options), read_only=True)
+    checkpoint = checkpoint_from_main(  # twice: a run that goes on may replace its best one meanwhile
+        collectives, lambda: store.load_best() or store.load_best() or store.load_newest()
+    )
+    if checkpoint is None:
+        raise UserError(f"there is no checkpoint in {store.folder}")
+    settings = RunSettings.from_json(from_main(collectives, checkpoint.settings))
+    if options.bindings:
+        settings = gin_registry.override(settings, options.bindings)
+    log_notices(settings)
+    set_precision(settings, collectives.device)
+    dataset = shared_dataset(settings.data.dataset_name, options.data_root, collectives)
+    split = make_split(dataset, settings.data.protocol)
+    check_same_everywhere(settings, split, options, collectives)
+    together(
+        collectives,
+        lambda: check_evaluated(checkpoint, settings, dataset, split) if collectives.is_main else None,
+    )
+    catalogue = Catalogue.of(dataset, split.train_stops, settings.items.category_feature)
+    model = build_model(settings, catalogue).to(collectives.device)
+    load_model(model, checkpoint)
+    evaluation = ModelEvaluation(settings, dataset, split, collectives)
+    ranks: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+    test = evaluation.test(model, record=lambda *columns: ranks.append(columns))
+    rows = {
+        **evaluation.baselines(),
+        **report.model_rows(settings, test.metrics(), test.high_rated_metrics()),
+    }
+    columns = _of_all_processes(ranks, collectives) if options.users_metrics else None
+    if collectives.is_main:
+        conditions = evaluation.conditions(test)
+        show(f"{checkpoint.path}, test, full catalogue, {conditions}")
+        lines = [report.results_table(rows), *report.list_metrics_lines(test.lists)]
+        show("\n".join([*lines, "", report.data_summary(dataset, split)]))
+        record = {
+            "checkpoint": checkpoint.path.name, "results": rows, "list_metrics": test.lists, "conditions": conditions,
+            "split_hash": split.hash, "bindings": list(options.bindings),
+        }  # fmt: skip
+        _write_record(checkpoints_of(options).parent / "evaluation.json", record)
+        if options.users_metrics and columns is not None:
+            write_users_metrics(Path(options.users_metrics), dataset, *columns)
+    return 0
+
+
+def _of_all_processes(
+    ranks: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], collectives: Collectives
+) -> list[torch.Tensor]:
+    """Users, targets and ranks that all processes have measured."""
+    none = torch.zeros(0, dtype=torch.int64)
+    parts = [torch.cat([none, *column]) for column in zip(*ranks)] or [none] * 3
+    return [collectives.gather_variable(part) for part in parts]
+
+
+def _write_record(path: Path, record: Mapping[str, Any]) -> None:
+    """The numbers beside the run's others; the last evaluation's replace those of the one before."""
+    try:
+        with new_file(path) as scratch:
+            scratch.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    except UserError as error:  # a folder that may only be read can be evaluated, too
+        logging.warning("%s", error)
+
+
+def write_users_metrics(
+    path: Path, dataset: SequenceDataset, users: torch.Tensor, targets: torch.Tensor, ranks: torch.Tensor
+) -> None:
+    """``user_id, item_id, rank`` of every test target, by user: for tests of significance between runs.
+
+    users, targets, ranks: ``[n]`` int64, internal ids from 1. The rank counts from 1 and is empty for a miss (a target that is
+    no candidate). UserError where the file cannot be written.
+    """
+    order = users.argsort().numpy()
+    of_users, of_items = (pa.array(each.numpy()[order] - 1) for each in (users, targets))
+    names = pl.Series("user_id", dataset.original_user_ids().take(of_users).cast(pa.large_string()))
+    items = pl.Series("item_id", dataset.original_item_ids().take(of_items).cast(pa.large_string()))
+    frame = pl.DataFrame([names, items, pl.Series("rank", ranks.numpy()[order])]).with_columns(
+        pl.when(pl.col("rank") <= dataset.num_items).then(pl.col("rank"))
+    )
+    with new_file(path) as scratch:
+        _WRITERS[path.suffix](frame, scratch)
+    logging.info("ranks of %d users in %s", len(frame), path)
+
+
+_WRITERS: dict[str, Callable[[pl.DataFrame, Path], Any]] = {
+    ".csv": pl.DataFrame.write_csv,
+    ".jsonl": pl.DataFrame.write_ndjson,
+    ".parquet": pl.DataFrame.write_parquet,
+}

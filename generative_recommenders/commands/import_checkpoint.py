@@ -1,0 +1,46 @@
+"""Import of a checkpoint of the HSTU authors' program as a run."""
+
+from __future__ import annotations
+
+from generative_recommenders.checkpoint.store import CheckpointStore
+from generative_recommenders.commands.setup import (
+    Options,
+    run_settings,
+    shared_dataset,
+)
+from generative_recommenders.compat.meta.checkpoint import are_numbers, load_meta_checkpoint
+from generative_recommenders.config import gin as gin_registry
+from generative_recommenders.config.plugins import load_plugins
+from generative_recommenders.data.splits import make_split
+from generative_recommenders.distributed.process_group import (
+    process_collectives,
+    process_device,
+)
+from generative_recommenders.errors import UserError
+from generative_recommenders.run.directory import RunFolder
+from generative_recommenders.run.logging import set_up_logging, show
+from generative_recommenders.training.trainer import Trainer
+
+
+def import_worker(rank: int, world_size: int, options: Options) -> int:
+    """Makes a run whose one checkpoint holds the weights of --meta_checkpoint, under the gin files' settings."""
+    set_up_logging(rank == 0, options.verbosity)
+    load_plugins(options.plugins)
+    if options.meta_checkpoint is None:
+        raise UserError("--mode=import needs --meta_checkpoint, a checkpoint of the HSTU authors' program")
+    collectives = process_collectives(process_device())
+    settings = run_settings(options, collectives)
+    dataset = shared_dataset(settings.data.dataset_name, options.data_root, collectives)
+    split = make_split(dataset, settings.data.protocol)
+    trainer = Trainer(settings, dataset, split, collectives)
+    item_ids = dataset.original_item_ids().combine_chunks()
+    load_meta_checkpoint(trainer.model, options.meta_checkpoint, item_ids if are_numbers(item_ids) else None)
+    name = f"{settings.data.dataset_name}-{settings.model.main_module}"
+    with RunFolder.create_or_open(options.run_dir, name=name) as run:
+        resolved = gin_registry.resolved_text(settings)
+        run.save_resolved_gin(resolved)
+        store = CheckpointStore(run.checkpoints)
+        store.attach(item_ids, settings.to_json(), resolved)
+        trainer.save(store)
+        show(f"{run.path}: score it with --mode=evaluate, or train on with --resume")
+    return 0

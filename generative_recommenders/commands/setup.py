@@ -1,0 +1,138 @@
+"""What every process of a run begins with: the command line, prepared data, and settings that all agree on."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from absl import logging
+
+from generative_recommenders.checkpoint.store import CheckpointStore
+from generative_recommenders.config import gin as gin_registry
+from generative_recommenders.config.registry import DATA_SOURCES
+from generative_recommenders.config.schema import RunSettings
+from generative_recommenders.data.preparation.folder import locked
+from generative_recommenders.data.preparation.prepare import prepare, prepared_path
+from generative_recommenders.data.sources.public import resolve
+from generative_recommenders.data.splits import Split
+from generative_recommenders.data.statistics import summary
+from generative_recommenders.data.store import SequenceDataset
+from generative_recommenders.distributed.collectives import Collectives
+from generative_recommenders.distributed.process_group import (
+    is_first_on_host,
+)
+from generative_recommenders.distributed.sync import from_main, together
+from generative_recommenders.errors import UserError
+
+EMBEDDED = "synthetic-books"
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The command line, for every process of a run; default_gin_files act where no gin_files are given."""
+
+    gin_files: tuple[str, ...]
+    bindings: tuple[str, ...]
+    data_root: Path
+    run_dir: str | None
+    resume: bool
+    max_steps: int | None
+    profile: bool
+    auto_resume: bool = False
+    verbosity: int = logging.INFO
+    meta_checkpoint: str | None = None
+    default_gin_files: tuple[str, ...] = ()
+    plugins: tuple[str, ...] = ()
+    users_metrics: str | None = None
+
+
+def prepared_dataset(name: str, data_root: Path) -> SequenceDataset:
+    """The prepared data set, read once against its hash; the embedded one is made on first use, any other must have been
+    prepared.
+    """
+    folder = prepared_path(data_root, name)
+    if not folder.exists():
+        if name != EMBEDDED:
+            raise UserError(_not_prepared(name, folder, data_root))
+        with locked(folder):
+            if not folder.exists():  # another process may have made it meanwhile
+                logging.info("making the embedded data set %s in %s", name, folder)
+                manifest = prepare(resolve(name, raw_path=None, data_root=data_root), folder)
+                logging.info("%s", summary(manifest))
+    dataset = SequenceDataset.open(folder)
+    dataset.verify()
+    return dataset
+
+
+def _not_prepared(name: str, folder: Path, data_root: Path) -> str:
+    """What is prepared, and the command that prepares this one: published data by their name, others from a file."""
+    others = sorted(each.parent.name for each in folder.parent.glob("*/manifest.json"))
+    command = f"python preprocess_public_data.py --dataset={name}"
+    if name not in DATA_SOURCES:
+        command = f"python preprocess_public_data.py --dataset=csv --raw_path=FILE --name={name}"
+    if data_root != Path("data"):
+        command += f" --data_root={data_root}"
+    return f"{name} is not prepared in {folder}; prepared: {', '.join(others) or 'none'}. To prepare it: {command}"
+
+
+def shared_dataset(name: str, data_root: Path, collectives: Collectives) -> SequenceDataset:
+    """`prepared_dataset` for all processes of a run: made and read against its hash once a host."""
+    together(collectives, lambda: prepared_dataset(name, data_root) if is_first_on_host() else None)
+    return SequenceDataset.open(prepared_path(data_root, name))
+
+
+def run_settings(options: Options, collectives: Collectives) -> RunSettings:
+    """The settings of the gin files; of a resumed run without any, those of its newest checkpoint; bindings go over both."""
+    saved = None
+    if options.resume and not options.gin_files:
+        saved = from_main(collectives, lambda: saved_settings(options))
+    if saved is None:
+        files = options.gin_files or options.default_gin_files
+        return together(collectives, lambda: gin_registry.load_settings(files, options.bindings)[0])
+    return together(
+        collectives, lambda: gin_registry.override(RunSettings.from_json(saved), options.bindings)
+    )
+
+
+def check_same_everywhere(
+    settings: RunSettings, split: Split, options: Options, collectives: Collectives
+) -> None:
+    """UserError on every process where one has other data, settings or flags than the main one."""
+    own = {"settings": settings.to_json(), "split": split.hash, "max_steps": options.max_steps}
+    main = collectives.broadcast_object_json(own)
+    mine = f"rank {collectives.rank} of {collectives.world_size}"
+
+    def compare() -> None:
+        for name, there, here in gin_registry.differences(RunSettings.from_json(main["settings"]), settings):
+            raise UserError(
+                f"{mine} has {name} = {here!r}, rank 0 has {there!r}: start all with one configuration"
+            )
+        if main["max_steps"] != options.max_steps:
+            raise UserError(f"{mine} has --max_steps={options.max_steps}, rank 0 has {main['max_steps']}")
+        if main["split"] != split.hash:
+            raise UserError(
+                f"{mine} has other prepared data than rank 0 (split hash {split.hash}, there {main['split']}): "
+                "give every host the same"
+            )
+
+    together(collectives, compare)
+
+
+def saved_settings(options: Options) -> dict[str, Any] | None:
+    """The settings of the newest checkpoint in --run_dir; None where there is none and --auto_resume allows that."""
+    checkpoint = CheckpointStore(checkpoints_of(options), read_only=True).load_newest()
+    if checkpoint is None and options.auto_resume:
+        return None
+    if checkpoint is None:
+        raise UserError(
+            f"there is no whole checkpoint in {checkpoints_of(options)}: give --gin_config_file to start over"
+        )
+    return checkpoint.settings()
+
+
+def checkpoints_of(options: Options) -> Path:
+    """The checkpoints of --run_dir; UserError without it."""
+    if options.run_dir is None:
+        raise UserError("--resume, --auto_resume and --mode=evaluate need --run_dir, the folder of the run")
+    return Path(options.run_dir) / "checkpoints"

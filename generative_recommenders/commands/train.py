@@ -1,0 +1,175 @@
+"""Training, and the dry run that builds what training builds: what one process does."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+from absl import logging
+
+from generative_recommenders.checkpoint.broadcast import checkpoint_from_main
+from generative_recommenders.checkpoint.store import CheckpointStore
+from generative_recommenders.commands.setup import (
+    Options,
+    check_same_everywhere,
+    checkpoints_of,
+    run_settings,
+    shared_dataset,
+)
+from generative_recommenders.config import gin as gin_registry
+from generative_recommenders.config.lint import log_notices
+from generative_recommenders.config.plugins import load_plugins
+from generative_recommenders.config.schema import RunSettings
+from generative_recommenders.data.splits import Split, make_split
+from generative_recommenders.data.store import SequenceDataset
+from generative_recommenders.distributed.memory import keep_freed_memory
+from generative_recommenders.distributed.process_group import (
+    process_collectives,
+    process_device,
+)
+from generative_recommenders.distributed.signals import INTERRUPTED, StopRequest
+from generative_recommenders.distributed.sync import from_main, together
+from generative_recommenders.errors import UserError
+from generative_recommenders.run import summary as report
+from generative_recommenders.run.directory import RunFolder
+from generative_recommenders.run.epoch_log import EpochLog
+from generative_recommenders.run.logging import set_up_logging, show
+from generative_recommenders.run.model_summary import model_summary
+from generative_recommenders.run.plots import plot_curves
+from generative_recommenders.training.debug import step_profiler
+from generative_recommenders.training.trainer import Trainer, TrainResult
+
+
+def goes_on(options: Options) -> bool:
+    """Whether the run began before; the main process looks."""
+    return options.resume or (options.auto_resume and checkpoints_of(options).parent.is_dir())
+
+
+def train_worker(rank: int, world_size: int, options: Options) -> int:
+    """One process of a training run; returns its exit code."""
+    set_up_logging(rank == 0, options.verbosity)
+    load_plugins(options.plugins)
+    keep_freed_memory()
+    collectives = process_collectives(process_device())
+    options = dataclasses.replace(options, resume=from_main(collectives, lambda: goes_on(options)))
+    settings = run_settings(options, collectives)
+    resolved = gin_registry.resolved_text(settings)
+    log_notices(settings)
+    dataset = shared_dataset(settings.data.dataset_name, options.data_root, collectives)
+    split = make_split(dataset, settings.data.protocol)
+    check_same_everywhere(settings, split, options, collectives)
+    name = f"{settings.data.dataset_name}-{settings.model.main_module}"
+    run = together(
+        collectives,
+        lambda: (
+            RunFolder.create_or_open(options.run_dir, options.resume, name) if collectives.is_main else None
+        ),
+    )
+    with run or contextlib.nullcontext():
+        folder = Path(collectives.broadcast_object_json(str(run.path) if run else None))
+        store = CheckpointStore(
+            folder / "checkpoints", settings.checkpoints.keep_checkpoints, read_only=run is None
+        )
+        if run is not None:
+            logging.info("run folder %s\n%s", folder, report.data_summary(dataset, split))
+        trainer = Trainer(settings, dataset, split, collectives, EpochLog.of(run, settings))
+        if options.resume:
+            resume(trainer, store)
+        if run is not None:  # only now: a resume that is refused leaves the folder's configuration alone
+            run.save_resolved_gin(resolved)
+            store.attach(dataset.original_item_ids().combine_chunks(), settings.to_json(), resolved)
+        with StopRequest() as stop, step_profiler(folder if options.profile and run else None) as on_step:
+            result = trainer.train(store, options.max_steps, lambda: stop.requested, on_step)
+        go_on = f"go on with --resume --run_dir={folder}"
+        if not result.finished:
+            logging.info("stopped on request after step %d; %s", result.progress.step, go_on)
+            return INTERRUPTED
+        try:
+            rows = trainer.evaluation.baselines()
+            if run is not None:
+                finish(settings, dataset, split, run, store, result, rows)
+        except KeyboardInterrupt:
+            logging.info("interrupted before the final report, which the checkpoint is kept for; %s", go_on)
+            raise
+        return 0
+
+
+def resume(trainer: Trainer, store: CheckpointStore) -> None:
+    before = from_main(trainer.collectives, lambda: len(store.paths()))
+    checkpoint = checkpoint_from_main(trainer.collectives, store.load_newest)
+    if checkpoint is None and before:
+        raise UserError(
+            f"none of the {before} checkpoints in {store.folder} is whole: move the run's folder away to start over"
+        )
+    if checkpoint is None:
+        logging.warning("there is no whole checkpoint in %s: the run starts from its beginning", store.folder)
+        trainer.log.truncate_after(0)
+        return
+    saved = RunSettings.from_json(from_main(trainer.collectives, checkpoint.settings))
+    for name, was, now in gin_registry.differences(saved, trainer.settings):
+        logging.warning("resuming with %s = %r, which was %r", name, now, was)
+    trainer.restore(checkpoint)
+    logging.info("resumed %s", checkpoint.path)
+
+
+def finish(
+    settings: RunSettings,
+    dataset: SequenceDataset,
+    split: Split,
+    run: RunFolder,
+    store: CheckpointStore,
+    result: TrainResult,
+    rows: Mapping[str, Mapping[str, float]],
+) -> None:
+    """The final record, the curves, and the table."""
+    rows = {**rows, **report.model_rows(settings, result.test, result.high_rated)}
+    final = {
+        "part": "final",
+        "seconds": result.progress.seconds,
+        "model": settings.model.main_module,
+        "results": rows,
+        "conditions": result.conditions,
+        "split_hash": split.hash,
+        **report.peak_memory(),
+    }
+    if result.lists:
+        final["list_metrics"] = result.lists
+    run.write_metrics(result.progress.step, final)
+    try:
+        part = "test" if settings.data.protocol == "paper" else "validation"
+        plot_curves(report.curve_rows(result.progress.history), run.path / "curves.png", part)
+    except OSError as error:  # the numbers are written already
+        logging.warning("cannot write %s: %s", run.path / "curves.png", error.strerror)
+    best = store.load_best()
+    checkpoint = best.path if best is not None else next(iter(store.paths()[::-1]), None)
+    show(
+        report.final_report(
+            rows,
+            dataset,
+            split,
+            result.conditions,
+            result.progress.best_epoch,
+            run.path,
+            checkpoint,
+            result.lists,
+        )
+    )
+
+
+def dry_run_worker(rank: int, world_size: int, options: Options) -> int:
+    """Builds all that training builds, and prints parts, parameter counts and an estimate of memory."""
+    set_up_logging(rank == 0, options.verbosity)
+    load_plugins(options.plugins)
+    collectives = process_collectives(process_device())
+    settings = run_settings(options, collectives)
+    log_notices(settings)
+    dataset = shared_dataset(settings.data.dataset_name, options.data_root, collectives)
+    split = make_split(dataset, settings.data.protocol)
+    trainer = Trainer(settings, dataset, split, collectives)
+    summary_of_parts = model_summary(trainer)
+    if rank == 0:
+        show(summary_of_parts)
+        show(report.data_summary(dataset, split))
+    return 0

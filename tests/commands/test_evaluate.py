@@ -1,0 +1,67 @@
+"""What --mode=evaluate leaves: the numbers in the run's folder, and each user's rank."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from programs import run_program
+
+RELEASE = Path(__file__).parents[1] / "compatibility" / "v0_1_0"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Flags of a copy of a small run and its data."""
+    root = tmp_path_factory.mktemp("evaluate")
+    shutil.copytree(RELEASE / "prepared", root / "data" / "prepared")
+    shutil.copytree(RELEASE / "runs" / "sasrec", root / "run")
+    return [f"--run_dir={root / 'run'}", f"--data_root={root / 'data'}"]
+
+
+@pytest.mark.parametrize(("suffix", "processes"), [("csv", 1), ("parquet", 2), ("jsonl", 1)])
+def test_users_ranks_give_the_metrics_of_the_record(place: list[str], suffix: str, processes: int) -> None:
+    run = Path(place[0].partition("=")[2])
+    ranks = run / f"ranks.{suffix}"
+    bindings = ["--gin_bindings=train_fn.eval_batch_size = 7"]
+    done = run_program(
+        "main.py",
+        "--mode=evaluate",
+        f"--users_metrics={ranks}",
+        f"--num_processes={processes}",
+        *place,
+        *bindings,
+    )
+    assert done.returncode == 0, done.stderr
+    record = json.loads((run / "evaluation.json").read_text())
+    assert record["bindings"] == ["train_fn.eval_batch_size = 7"]
+    assert record["conditions"] in done.stdout and record["checkpoint"] in done.stdout
+    read = {"csv": pl.read_csv, "parquet": pl.read_parquet, "jsonl": pl.read_ndjson}[suffix]
+    frame = read(ranks)
+    assert frame.columns == ["user_id", "item_id", "rank"]
+    assert frame["user_id"].n_unique() == len(frame)
+    hits = (frame["rank"].fill_null(10**6) <= 10).mean()
+    assert hits == pytest.approx(record["results"]["SASRec"]["hr@10"])
+
+
+def test_a_file_of_another_kind_is_refused(place: list[str]) -> None:
+    done = run_program("main.py", "--mode=evaluate", "--users_metrics=ranks.txt", *place)
+    assert done.returncode == 2
+    assert "--users_metrics=ranks.txt: the name must end in .csv, .jsonl, .parquet" in done.stderr
+    idle = run_program("main.py", "--users_metrics=ranks.csv")
+    assert idle.returncode == 2 and "--users_metrics cannot go with --mode=train" in idle.stderr
+
+
+def test_what_is_not_prepared_lists_what_is_and_the_command(place: list[str]) -> None:
+    for name, command in (
+        ("music", "--dataset=csv --raw_path=FILE --name=music"),
+        ("ml-1m", "--dataset=ml-1m"),
+    ):
+        done = run_program("main.py", f"--gin_bindings=train_fn.dataset_name = '{name}'", place[1])
+        assert done.returncode == 2
+        assert f"{name} is not prepared" in done.stderr and "prepared: readers" in done.stderr
+        assert f"preprocess_public_data.py {command} --{place[1].removeprefix('--')}" in done.stderr
