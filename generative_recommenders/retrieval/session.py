@@ -73,6 +73,7 @@ class Session:
     def _encode(self, model: SequenceRecommender, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         encoder: Any = model.sequence.encoder
         appends = encoder.causal and isinstance(encoder, IncrementalEncoder) and model.mask_embedding is None
+        appends = appends and model.sequence.preprocessor.appendable
         # behind the window every position moves, and a time that is asked again has no new event: both encode the window
         if not appends or self._total > self.window or self._encoded == self._total:
             self._cache = None if self._total > self.window else self._cache

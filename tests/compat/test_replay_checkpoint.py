@@ -66,11 +66,8 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> SequenceDataset:
 
 
 def scores_of(model: SasRec | TwoTower, dataset: SequenceDataset, user: int) -> torch.Tensor:
-    items = (
-        torch.from_numpy(np.asarray(dataset.items[dataset.offsets[user] : dataset.offsets[user + 1]])).long()
-        - 1
-    )
-    window = items[None, -12:]
+    items = dataset.items[dataset.offsets[user] : dataset.offsets[user + 1]]
+    window = torch.tensor(items.astype(np.int64) - 1)[None, -12:]
     return model({"item_id": window}, torch.ones_like(window, dtype=torch.bool)).logits[0]
 
 
@@ -118,6 +115,19 @@ def test_a_two_tower_over_ids_becomes_a_run_with_the_same_scores(
         ids = torch.tensor([names.index(name) for name in scores["item_id"]])
         expected = scores_of(model, dataset, user)[ids].detach()
         assert_near(torch.tensor(scores["score"].to_numpy()), expected, 1e-4)
+
+
+def test_a_session_of_such_a_run_answers_as_the_whole_history(
+    tmp_path: Path, dataset: SequenceDataset
+) -> None:
+    """Its positions count from the newest event, so that nothing of a history can be kept."""
+    answer = Recommender.load(save_as_run(sasrec(), dataset.folder, tmp_path / "run"))
+    names = dataset.original_item_ids().to_pylist()
+    session = answer.session(history=names[:3])
+    for item in names[3:6]:
+        session = answer.append(session, item)
+    whole = answer.recommend({"someone": names[:6]}, k=5)
+    assert answer.recommend(session, k=5)["item_id"].tolist() == whole["item_id"].tolist()
 
 
 def test_main_scores_such_a_run(tmp_path: Path, dataset: SequenceDataset) -> None:
