@@ -56,6 +56,7 @@ def test_numbers_of_a_small_checkout(tmp_path: Path) -> None:
     assert found["comment share"] == found["docstring share"] == round(1 / 15, 4)
     assert found["device.type outside ops"] == {"generative_recommenders/data/first.py": 1}
     assert found["autograd functions outside ops"] == {"generative_recommenders/build.py": ["Sum"]}
+    assert run(f"--repo={tmp_path}", "--once") == "generative_recommenders/data/first.py: _helper\n"
 
 
 @pytest.mark.skipif(not (TOOL.parents[1] / ".git").exists(), reason="not a git checkout")

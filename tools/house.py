@@ -5,6 +5,7 @@
     python tools/house.py                     # this checkout
     python tools/house.py v0.1.0 main         # git revisions, side by side
     python tools/house.py --repo DIR --json   # another checkout, every detail
+    python tools/house.py --once              # functions used once, by file
 
 It is read from the syntax trees of the package and the programs; nothing is imported. The numbers are for a reader to
 think about, and no test sets limits to them.
@@ -187,6 +188,17 @@ def short(name: str, value: Any) -> str:
     return str(len(value)) if isinstance(value, (dict, list)) else f"{value:,}"
 
 
+def once_by_file(*measured: dict[str, Any]) -> list[str]:
+    """A line a file: its functions used once, private ones first; files with most of them first."""
+    names: dict[str, list[str]] = {}
+    for each in measured:
+        for kind in ("private", "public"):
+            for name in each[f"{kind} functions used once"]:
+                file, _, function = name.rpartition(":")
+                names.setdefault(file, []).append(function)
+    return [f"{file}: {' '.join(own)}" for file, own in sorted(names.items(), key=lambda each: -len(each[1]))]
+
+
 def table(columns: dict[str, dict[str, Any]]) -> str:
     first = next(iter(columns.values()))
     rows = [
@@ -211,10 +223,14 @@ def main() -> None:
         "--repo", type=Path, default=ROOT, help="the checkout, or the repository of the revisions"
     )
     parser.add_argument("--json", action="store_true", help="every number and name")
+    parser.add_argument("--once", action="store_true", help="names of the functions used once, by file")
     arguments = parser.parse_args()
     columns = {revision: measure_revision(arguments.repo, revision) for revision in arguments.revisions}
     columns = columns or {"checkout": measure(arguments.repo)}
-    print(json.dumps(columns, indent=1) if arguments.json else table(columns))
+    if arguments.once:
+        print("\n".join(once_by_file(*columns.values())))
+    else:
+        print(json.dumps(columns, indent=1) if arguments.json else table(columns))
 
 
 if __name__ == "__main__":

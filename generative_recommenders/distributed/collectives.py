@@ -1,7 +1,7 @@
 """Collective operations over the processes of a run, and their form on a single process.
 
-Objectives and evaluation take a `Collectives` object and so stay free of torch.distributed; the form that
-talks to other processes is `training.distributed.ProcessGroup`.
+Objectives and evaluation take a `Collectives` object and so stay free of torch.distributed; the form that talks to other
+processes is `distributed.process_group.ProcessGroup`.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from absl import logging
-from torch.multiprocessing import ProcessContext, ProcessExitedException, start_processes
+from torch.multiprocessing import ProcessExitedException, start_processes
 
 from generative_recommenders.distributed.heartbeat import Heartbeat
 from generative_recommenders.distributed.memory import out_of_memory
@@ -147,7 +147,10 @@ def _spawn(
         try:
             while not context.join(POLL_SECONDS, grace_period=GRACE_SECONDS):
                 for number in received[relayed:]:
-                    _relay(context, number)
+                    for process in context.processes:
+                        if process.is_alive():
+                            with contextlib.suppress(ProcessLookupError):
+                                os.kill(process.pid, number)
                     relayed += 1
             return 0
         except ProcessExitedException as error:
@@ -167,13 +170,6 @@ def _serve_store(port: int) -> tuple[dist.TCPStore, int]:
         LOOPBACK, port, None, is_master=True, wait_for_workers=False, master_listen_fd=descriptor
     )
     return store, port
-
-
-def _relay(context: ProcessContext, number: int) -> None:
-    for process in context.processes:
-        if process.is_alive():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process.pid, number)
 
 
 def _report(error: ProcessExitedException, received: list[int], store: dist.Store) -> int:

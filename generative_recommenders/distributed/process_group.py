@@ -107,7 +107,8 @@ def join_group(
     if device.type == "cuda":
         torch.cuda.set_device(device)
     elif neighbours > 1 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, _available_cores() // neighbours))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // neighbours))
     backend = "nccl" if device.type == "cuda" else "gloo"
     try:
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
@@ -115,10 +116,6 @@ def join_group(
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         reason = str(error).splitlines()[0]
         raise UserError(f"cannot meet the other {world_size - 1} processes at {where}: {reason}") from error
-
-
-def _available_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:

@@ -55,12 +55,14 @@ def handled_signals(handle: Callable[[int], object]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    wakeup = signal.set_wakeup_fd(-1)  # `interrupts` shall not hear of what is handled here
     previous = {number: signal.signal(number, lambda caught, _: handle(caught)) for number in STOP_SIGNALS}
     try:
         yield
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(wakeup)
 
 
 @contextlib.contextmanager
@@ -82,8 +84,7 @@ def interrupts(grace_seconds: float = GRACE_SECONDS) -> Iterator[None]:
 
     def end_what_is_held_up() -> None:
         while received := os.read(reader, 1):  # nothing more once the writer is closed
-            ours = received[0] in STOP_SIGNALS and signal.getsignal(received[0]) is interrupt
-            if ours and not raised.wait(grace_seconds):
+            if received[0] in STOP_SIGNALS and not raised.wait(grace_seconds):
                 os.write(2, b"error: interrupted\n")
                 os._exit(INTERRUPTED)
 

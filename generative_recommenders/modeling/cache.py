@@ -135,10 +135,26 @@ def append_tokens(
 
     Rows of the layout may be empty. UserError where the events are not those that the cache was made with.
     """
-    old = _empty_cache(layout, x, encoder.output_dim, events) if cache is None else cache
-    _check_events(old, events)
+    old = cache
+    if old is None:
+        rows = layout.num_rows
+        old = HistoryCache(
+            lengths=torch.zeros(rows, dtype=torch.int64),
+            blocks=(),
+            times=None,
+            last_input=x.new_zeros(rows, x.shape[1]),
+            last_output=x.new_zeros(rows, encoder.output_dim),
+            last_events={name: values.new_zeros(rows) for name, values in events.items()},
+        )
+    if set(events) != set(old.last_events):
+        names = [", ".join(sorted(each)) or "none" for each in (old.last_events, events)]
+        raise UserError(
+            f"encode_incremental: the histories were encoded with events {names[0]} and the new items come with "
+            f"{names[1]}: give the same"
+        )
+    # Rows whose last old token is computed again, in front of their new ones.
     again = (old.lengths > 0) & encoder.revises_last(events)
-    place = _places(layout, again)
+    place = _Places.of(layout, again)
     x = place.merge(old.last_input, x)
     tokens = {name: place.merge(old.last_events[name], values) for name, values in events.items()}
     lengths = old.lengths + layout.lengths.cpu()
@@ -187,23 +203,23 @@ class _Places:
     old: torch.Tensor
     new: torch.Tensor
 
+    @classmethod
+    def of(cls, layout: Layout, again: torch.Tensor) -> _Places:
+        """layout: of the new tokens. again: ``[B]`` bool on the CPU, rows that compute their last old token again."""
+        again_here = again.to(layout.device)
+        lengths = layout.lengths.cpu() + again
+        both = jagged_layout(lengths, int(lengths.max()), layout.device)
+        rows = again_here.nonzero()[:, 0]
+        before = again_here.long().cumsum(0)
+        new = torch.arange(layout.num_tokens, device=layout.device) + before[layout.row_of]
+        return cls(both, rows, both.starts[rows], new)
+
     def merge(self, last: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         """last: ``[B, ...]``; new: ``[T, ...]``."""
         merged = new.new_empty(self.layout.num_tokens, *new.shape[1:])
         merged[self.old] = last[self.rows]
         merged[self.new] = new
         return merged
-
-
-def _places(layout: Layout, again: torch.Tensor) -> _Places:
-    """again: ``[B]`` bool on the CPU."""
-    again_here = again.to(layout.device)
-    lengths = layout.lengths.cpu() + again
-    both = jagged_layout(lengths, int(lengths.max()), layout.device)
-    rows = again_here.nonzero()[:, 0]
-    before = again_here.long().cumsum(0)
-    new = torch.arange(layout.num_tokens, device=layout.device) + before[layout.row_of]
-    return _Places(both, rows, both.starts[rows], new)
 
 
 def _shifted(layout: Layout, first: torch.Tensor) -> Layout:
@@ -219,26 +235,3 @@ def _at_end(layout: Layout, values: torch.Tensor, old: torch.Tensor) -> torch.Te
     """``[B, ...]``: the value at each row's last computed token, the old one in rows without any."""
     rows = (layout.lengths > 0).nonzero()[:, 0]
     return old.index_put((rows,), values[layout.last_tokens[rows]].to(old.dtype))
-
-
-def _empty_cache(
-    layout: Layout, x: torch.Tensor, output_dim: int, events: Mapping[str, torch.Tensor]
-) -> HistoryCache:
-    rows = layout.num_rows
-    return HistoryCache(
-        lengths=torch.zeros(rows, dtype=torch.int64),
-        blocks=(),
-        times=None,
-        last_input=x.new_zeros(rows, x.shape[1]),
-        last_output=x.new_zeros(rows, output_dim),
-        last_events={name: values.new_zeros(rows) for name, values in events.items()},
-    )
-
-
-def _check_events(cache: HistoryCache, events: Mapping[str, torch.Tensor]) -> None:
-    if set(events) != set(cache.last_events):
-        names = [", ".join(sorted(each)) or "none" for each in (cache.last_events, events)]
-        raise UserError(
-            f"encode_incremental: the histories were encoded with events {names[0]} and the new items come with "
-            f"{names[1]}: give the same"
-        )

@@ -1,6 +1,6 @@
 """Item embeddings: the table that histories look up and candidates are scored with.
 
-A step knows the ids it touches before its forward pass. `ItemRows` is what it works on: the table rows of those ids, one
+A step knows the ids it reads before its forward pass. `ItemRows` is what it works on: the gathered rows of those ids, one
 leaf to differentiate, so that the cost of a step does not grow with the catalogue.
 """
 
@@ -51,8 +51,8 @@ class ItemEmbedding(torch.nn.Module):
     """What samplers, losses, index and evaluator know of items. Ids are 1..V; 0 is padding.
 
     ``embed_history`` is what a history looks up and ``get_item_embeddings`` what is scored; they differ only where an item
-    tower computes the latter. ``table [rows, D]`` is the one large, sparsely touched parameter: a training step
-    differentiates ``history_rows`` and ``scored_rows``, both made from a leaf that holds the touched rows of the table.
+    tower computes the latter. ``table [rows, D]`` is the one large parameter of which a step reads few rows: a training step
+    differentiates ``history_rows`` and ``scored_rows``, both made from a leaf that holds the gathered rows of the table.
     ``tower`` is the dense network that computes scored embeddings, where there is one.
 
     item_l2_norm: scored embeddings are divided by max(norm, l2_norm_eps).
@@ -82,11 +82,11 @@ class ItemEmbedding(torch.nn.Module):
         truncated_normal_(self.table.data, std=0.02)
 
     def table_rows(self, item_ids: torch.Tensor) -> torch.Tensor:
-        """Sorted unique rows of the table that the sorted unique items touch."""
+        """Sorted unique rows of the table that belong to the sorted unique items."""
         return item_ids
 
     def history_rows(self, leaf: ItemRows) -> ItemRows:
-        """What histories look up, from the touched table rows."""
+        """What histories look up, from the gathered table rows."""
         return leaf
 
     def raw_rows(self, leaf: ItemRows, item_ids: torch.Tensor | None) -> ItemRows:
@@ -94,7 +94,7 @@ class ItemEmbedding(torch.nn.Module):
         return leaf
 
     def scored_rows(self, leaf: ItemRows, item_ids: torch.Tensor | None) -> ItemRows:
-        """What is scored for the sorted unique items ``item_ids`` (None: all), from the touched table rows."""
+        """What is scored for the sorted unique items ``item_ids`` (None: all), from the gathered table rows."""
         return self.normalized(self.raw_rows(leaf, item_ids))
 
     def normalized(self, rows: ItemRows) -> ItemRows:

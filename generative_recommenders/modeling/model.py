@@ -21,7 +21,7 @@ from generative_recommenders.modeling.input_preprocessors import EncoderInput, I
 from generative_recommenders.modeling.inputs import LastEventReader, ModelInputs, Queries, QueryReader
 from generative_recommenders.modeling.items import ItemEmbedding, ItemRows
 from generative_recommenders.modeling.similarity.interface import Similarity, Snapshot
-from generative_recommenders.ops.layout import Layout, Visibility, padded_layout
+from generative_recommenders.ops.layout import Layout, padded_layout
 from generative_recommenders.types import Batch, SequentialFeatures
 
 
@@ -70,7 +70,7 @@ class SequenceEncoder(torch.nn.Module):
     ) -> tuple[torch.Tensor, HistoryCache]:
         """The states ``[B, D']`` after `forward` of histories that go on with ``items [T, D]``, and their cache.
 
-        layout: jagged, of the new items alone (see `incremental.new_layout`).
+        layout: jagged, of the new items alone (see `modeling.cache.new_layout`).
         """
         encoder = appendable_encoder(self, layout)
         if self.event_features is not None:
@@ -207,7 +207,7 @@ class SequenceRecommender(torch.nn.Module):
         """`encode_query` of the cached histories with further items behind them, computed on the new items alone.
 
         cache: what the last call gave, None to begin. new_lengths ``[B]`` (0: none in this row), new_ids ``[B, M]``;
-        new_events: `features.SequentialFeatures`'s of the new items, the same names in every call;
+        new_events: `types.SequentialFeatures`'s of the new items, the same names in every call;
         ``next_timestamps [B]`` where the time of the event to predict is known, 0 otherwise.
         Returns the states ``[B, D]`` and the cache that a later call goes on from. No gradients.
 
@@ -256,8 +256,3 @@ def appendable_encoder(sequence: SequenceEncoder, layout: Layout) -> Incremental
             "encode_incremental: the model is in training mode, where dropout acts; call eval() first"
         )
     return encoder
-
-
-def visibility_tokens(key: torch.Tensor, query: torch.Tensor, layout: Layout) -> Visibility:
-    """Rectangular key and query integers ``[B, N]`` as those of the layout's tokens."""
-    return Visibility(layout.flatten(key), layout.flatten(query))

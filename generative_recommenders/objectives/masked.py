@@ -1,4 +1,4 @@
-"""Masked-item prediction: what a model sees of a history, and which hidden items it has to name.
+"""Masked-item prediction: which items of a history are hidden, and what may be attended to where they are predicted.
 
 A scheme turns right-padded histories into a ``MaskedSequence``: ids to look up, positions whose embedding is replaced by the
 mask embedding, targets, and the attention mask. Permutation is in `permuted`, the discriminator of replaced items in
@@ -23,13 +23,11 @@ from generative_recommenders.modeling.events import events_with_slot, hidden_eve
 from generative_recommenders.modeling.inputs import ModelInputs
 from generative_recommenders.objectives.examples import TrainingExample, make_example
 from generative_recommenders.objectives.objective import Objective
-from generative_recommenders.ops.layout import Layout, jagged_layout
-from generative_recommenders.ops.layout import Visibility as TokenVisibility
+from generative_recommenders.ops.layout import Layout, Visibility, jagged_layout
 from generative_recommenders.types import SequentialFeatures
 
-Visibility = tuple[Tensor, Tensor]
-"""(key ``[B, N]``, query ``[B, N]``) int64: position i sees j of its own sequence where ``key[j] <=
-query[i]``."""
+AttentionMask = tuple[Tensor, Tensor]
+"""(key ``[B, N]``, query ``[B, N]``) int64: position i attends to j of its own sequence where ``key[j] <= query[i]``."""
 
 
 @dataclass(frozen=True)
@@ -39,15 +37,15 @@ class MaskedSequence:
     input_ids: ``[B, N]`` int64, right-padded with 0. At replaced positions the id is a stand-in (never 0,
     so that ``input_ids != 0`` still marks the real positions) whose embedding must not be read. replaced:
     ``[B, N]`` bool, positions that receive the mask embedding. lengths: ``[B]`` int64, real positions of
-    ``input_ids``. targets: ``[B, N]`` int64, the item to name at each position, 0 = none. visibility: who
-    sees whom, ``None`` for causal attention.
+    ``input_ids``. targets: ``[B, N]`` int64, the item to name at each position, 0 = none. attention_mask:
+    ``None`` for causal attention.
     """
 
     input_ids: Tensor
     replaced: Tensor
     lengths: Tensor
     targets: Tensor
-    visibility: Visibility | None
+    attention_mask: AttentionMask | None
 
 
 class MaskingScheme(ABC):
@@ -143,11 +141,11 @@ class MaskedItemObjective(MaskedObjective):
 
 
 def masked_layout(masked: MaskedSequence) -> Layout:
-    """The jagged layout of a masked sequence, with its own visibility."""
+    """The jagged layout of a masked sequence, with its attention mask."""
     layout = jagged_layout(masked.lengths, masked.input_ids.shape[1], masked.input_ids.device)
-    if masked.visibility is None:
+    if masked.attention_mask is None:
         return layout
-    return layout.with_visibility(TokenVisibility(*(layout.flatten(x) for x in masked.visibility)))
+    return layout.with_visibility(Visibility(*(layout.flatten(x) for x in masked.attention_mask)))
 
 
 def apply_mask_to_inputs(embeddings: Tensor, replaced: Tensor, mask_embedding: Tensor) -> Tensor:

@@ -202,13 +202,12 @@ class InBatchNegativesSampler(NegativesSampler):
         if pool is None or pool.numel() == 0:
             raise UserError("in-batch negatives: the batch holds no items to draw from")
         chosen = counter_integers(key, units, draws, pool.numel())
-        q = self._probability(pool)[chosen] if self.log_q_correction else None
-        return pool[chosen], q
-
-    def _probability(self, pool: torch.Tensor) -> torch.Tensor:
-        """``[M]`` float32: chance of each id of the pool to be drawn, over batches as large as this one."""
+        if not self.log_q_correction:
+            return pool[chosen], None
+        # The chance of each id of the pool [M] to be drawn, over batches that give as many ids as this one.
         events = float(np.exp(np.interp(pool.numel(), self.expected, np.log(self.events))))
-        return (self._in_batch(events, self.log_absent[pool - 1]) / pool.numel()).clamp(min=1e-30).float()
+        drawn = self._in_batch(events, self.log_absent[pool - 1]) / pool.numel()
+        return pool[chosen], drawn.clamp(min=1e-30).float()[chosen]
 
     @staticmethod
     def _in_batch(events: float, log_absent: torch.Tensor) -> torch.Tensor:

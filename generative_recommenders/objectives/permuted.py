@@ -13,10 +13,10 @@ from generative_recommenders.config.registry import register_objective
 from generative_recommenders.data.token_masks import Draws, proper_part, uniform
 from generative_recommenders.errors import UserError
 from generative_recommenders.objectives.masked import (
+    AttentionMask,
     MaskedObjective,
     MaskedSequence,
     MaskingScheme,
-    Visibility,
     append_mask_slot,
     real_positions,
 )
@@ -25,10 +25,9 @@ from generative_recommenders.objectives.masked import (
 class PermutationMasking(MaskingScheme):
     """Spans of items are hidden and named in a random order.
 
-    Visible items see each other. A hidden position sees the visible items and the hidden positions before
-    it in the order, never itself; its embedding is the mask embedding, so no item is ever shown to its own
-    prediction and one stream is enough. Written as two integers: key 0 and query 0 for visible items, key r
-    + 1 and query r for the hidden position of rank r.
+    Visible items attend to each other. A hidden position attends to the visible items and to the hidden positions before it in
+    the order, never to itself; its embedding is the mask embedding, so no item is ever an input of its own prediction and one
+    stream is enough. As two integers: key 0 and query 0 for visible items, key r + 1 and query r for the hidden one of rank r.
 
     Spans: walking along a row, a span length is drawn from 1..``max_span_length``, a context of ``int(span
     / probability)`` items is set aside for it, and the span is put at a random place of that context, cut
@@ -48,7 +47,7 @@ class PermutationMasking(MaskingScheme):
         self.max_span_length = max_span_length
         self.permute_all = permute_all
 
-    def choose(self, real: Tensor, draws: Draws = None) -> tuple[Tensor, Visibility]:
+    def choose(self, real: Tensor, draws: Draws = None) -> tuple[Tensor, AttentionMask]:
         """Positions to hide among ``real [B, N]`` (right-padded rows), and the terms of the attention mask."""
         order = uniform(real.shape, real.device, draws)
         hidden = real if self.permute_all else self._spans(real, draws)
@@ -75,12 +74,11 @@ class PermutationMasking(MaskingScheme):
         return edges.cumsum(1)[:, :width] > 0
 
     def training(self, item_ids: Tensor, lengths: Tensor, draws: Draws = None) -> MaskedSequence:
-        hidden, visibility = self.choose(real_positions(lengths, item_ids.shape[1]), draws)
-        return MaskedSequence(item_ids, hidden, lengths, item_ids.where(hidden, 0), visibility)
+        hidden, attention_mask = self.choose(real_positions(lengths, item_ids.shape[1]), draws)
+        return MaskedSequence(item_ids, hidden, lengths, item_ids.where(hidden, 0), attention_mask)
 
     def inference(self, item_ids: Tensor, lengths: Tensor) -> tuple[MaskedSequence, Tensor]:
-        """The mask slot after the last item is the only hidden position: it sees all items, they do not see
-        it."""
+        """The mask slot after the last item is the only hidden position: it attends to all items, none attends to it."""
         input_ids, slot = append_mask_slot(item_ids, lengths)
         nothing = torch.zeros_like(input_ids)
         return MaskedSequence(input_ids, slot, lengths + 1, nothing, (slot.long(), nothing)), lengths

@@ -29,7 +29,7 @@ class ReplacedDetectionCriterion(Criterion):
     """``L_MLM + weight · BCE(discriminator)`` (ELECTRA, section 2).
 
     The generator is the model under a masked objective; it keeps its loss ``base``. An item sampled from its
-    softmax takes the place of every hidden one, and the discriminator says of each token whether it was
+    softmax takes the place of every hidden one, and the discriminator predicts of each token whether it was
     replaced. Both share the item table. Only the generator is used afterwards.
 
     discriminator: its encoder. width: of its states. tied: it is the generator's own, whose weights are registered there.

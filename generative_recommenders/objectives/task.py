@@ -146,4 +146,5 @@ class TrainingTask(torch.nn.Module):
         if self.collectives.world_size == 1:
             return value
         own = value.detach()
-        return value + (self.collectives.sum_(own.clone()) - own)
+        # In this order the number is the sum itself, the same on all processes: value - own is 0 and brings the gradient.
+        return self.collectives.sum_(own.clone()) + (value - own)

@@ -115,9 +115,8 @@ class RunFolder:
         }
         line = json.dumps({"step": step, **finite}).encode() + b"\n"
         with self._writable():
-            if self._metrics.write(line) != len(
-                line
-            ):  # an unbuffered write to a nearly full disk is cut short
+            # An unbuffered write to a nearly full disk is cut short.
+            if self._metrics.write(line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def write_scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -145,8 +144,14 @@ class RunFolder:
         text = "".join(line.decode() for line, _ in kept).replace('"liked_', '"high_rated_')
         self._write(self.metrics_path.name, text)
         self._metrics = _open_lines(self.metrics_path)
-        with self._writable():
-            _number_event_files(self.tensorboard)
+        # TensorBoard reads files in the order of their names, and a file must be read before the one that purges it. Where the
+        # clock was put back and one is named by a later time, all get small numbers in their order.
+        found_files = ((_EVENTS.fullmatch(path.name), path) for path in sorted(self.tensorboard.glob("*")))
+        files = [(match, path) for match, path in found_files if match]
+        if any(int(match["time"]) >= time.time() for match, _ in files):
+            with self._writable():
+                for number, (match, path) in enumerate(files, start=1):
+                    path.rename(self.tensorboard / f"{match['start']}{number:010d}{match['end']}")
         self._purge_step = step + 1
         at_step = [record for _, record in kept if record["step"] == step]
         if epoch is None or any("epoch" in record for record in at_step):
@@ -271,12 +276,3 @@ def _kept_record(line: bytes, step: int, epoch: int | None) -> dict[str, Any] | 
         return None if late or record.get("part") == "final" else record
     except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError):
         return None
-
-
-def _number_event_files(folder: Path) -> None:
-    """Renames event files to small numbers in their order where the clock was put back and one is named by a later time:
-    TensorBoard reads files in the order of their names, and a file must be read before the one that purges it."""
-    found = [(match, path) for path in sorted(folder.glob("*")) if (match := _EVENTS.fullmatch(path.name))]
-    if any(int(match["time"]) >= time.time() for match, _ in found):
-        for number, (match, path) in enumerate(found, start=1):
-            path.rename(folder / f"{match['start']}{number:010d}{match['end']}")

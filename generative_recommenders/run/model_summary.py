@@ -35,7 +35,7 @@ def model_summary(trainer: Trainer) -> str:
 def kept_activations(trainer: Trainer) -> float:
     """Bytes that the forward pass of a full batch keeps for its backward pass.
 
-    What grows with the histories is extrapolated from one and two of full length; what is as long as the touched rows of
+    What grows with the histories is extrapolated from one and two of full length; what is as long as the gathered rows of
     the item table is counted for all of it. Blocks of MoL that a large batch computes again count as kept: an upper bound.
     """
     (one, one_table), (two, two_table) = (_kept_by(trainer, rows) for rows in (1, 2))
@@ -56,9 +56,9 @@ def _kept_by(trainer: Trainer, rows: int) -> tuple[float, float]:
         leaf = trainer.step.forward(batch)[0].weight
     for owned in (leaf, *trainer.task.parameters()):
         kept.pop(owned.untyped_storage().data_ptr(), None)
-    touched, items = leaf.shape[0], trainer.model.items.table.shape[0]
-    sizes = [(tensor.shape[:1] == (touched,), tensor.untyped_storage().nbytes()) for tensor in kept.values()]
-    table = sum(size for is_table, size in sizes if is_table) * items / touched
+    gathered, items = leaf.shape[0], trainer.model.items.table.shape[0]
+    sizes = [(tensor.shape[:1] == (gathered,), tensor.untyped_storage().nbytes()) for tensor in kept.values()]
+    table = sum(size for is_table, size in sizes if is_table) * items / gathered
     return sum(size for is_table, size in sizes if not is_table), table
 
 

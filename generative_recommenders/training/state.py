@@ -34,18 +34,12 @@ class Progress:
             absent = name.startswith("best_") and getattr(self, name) is None
             if not absent and not isinstance(getattr(self, name), (int, float)):
                 raise ValueError(f"{name} is {getattr(self, name)!r}")
-        if not isinstance(self.history, list) or not all(map(_is_record, self.history)):
-            raise ValueError("history is not a list of records")
+        for record in self.history if isinstance(self.history, list) else [None]:
+            if not isinstance(record, dict) or not {"epoch", "full"} <= record.keys():
+                raise ValueError("history is not a list of records")
+            if not all(isinstance(value, (int, float)) for value in record.values()):
+                raise ValueError(f"history has the record {record!r}")
         self.history = [{current_name(name): value for name, value in each.items()} for each in self.history]
-
-
-def _is_record(each: object) -> bool:
-    """Of an epoch: numbers by name."""
-    return (
-        isinstance(each, dict)
-        and {"epoch", "full"} <= each.keys()
-        and all(isinstance(value, (int, float)) for value in each.values())
-    )
 
 
 def check_same_data(saved_hash: str, current_hash: str, what: str = "the prepared data") -> None:

@@ -6,6 +6,7 @@ continues bit for bit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -107,7 +108,7 @@ class Trainer:
         self.saved_at = perf_counter()
 
     def _has_validation(self) -> bool:
-        """Whether the split has targets to pick an epoch by; said where it should have."""
+        """Whether the split has targets to pick an epoch by; a warning where it should have."""
         data = self.settings.data
         if data.protocol == "paper":  # the test targets stand in for them, and pick nothing
             return False
@@ -138,13 +139,14 @@ class Trainer:
 
         store: where the main process keeps checkpoints. on_step: called after each step, for a profiler.
         """
-        p, epoch_length = self.progress, len(self.loader)
-        last_step = p.step + (self.settings.schedule.num_epochs - p.epoch) * epoch_length - p.step_in_epoch
+        schedule, p, epoch_length = self.settings.schedule, self.progress, len(self.loader)
+        patience = math.inf if schedule.early_stopping_patience is None else schedule.early_stopping_patience
+        last_step = p.step + (schedule.num_epochs - p.epoch) * epoch_length - p.step_in_epoch
         if max_steps is not None:
             last_step = min(last_step, max_steps)
         self.log.begin(p.step, last_step)
         try:
-            while p.epoch < self.settings.schedule.num_epochs and not self._patience_exhausted():
+            while p.epoch < schedule.num_epochs and p.epochs_without_gain < patience:
                 # A run that stopped in an evaluation resumes behind the last step of its epoch.
                 if p.step_in_epoch < epoch_length:
                     if p.step >= last_step:
@@ -166,10 +168,6 @@ class Trainer:
             result.metrics(), result.high_rated_metrics(), p, True, result.lists,
             self.evaluation.conditions(result),
         )  # fmt: skip
-
-    def _patience_exhausted(self) -> bool:
-        patience = self.settings.schedule.early_stopping_patience
-        return patience is not None and self.progress.epochs_without_gain >= patience
 
     def _steps(
         self,
@@ -303,7 +301,7 @@ class Trainer:
         store.save((self.progress.epoch, self.progress.step), tensors, state, metric, is_best)
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Continues from a checkpoint: refused on other data; says what differs at another number of processes."""
+        """Continues from a checkpoint: refused on other data; a warning at another number of processes."""
         try:
             split_hash = checkpoint.state["split_hash"]
             processes, batch = _positive(checkpoint, "world_size"), _positive(checkpoint, "global_batch")

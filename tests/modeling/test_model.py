@@ -18,7 +18,6 @@ from generative_recommenders.modeling.items import LocalEmbeddingModule
 from generative_recommenders.modeling.model import (
     SequenceEncoder,
     SequenceRecommender,
-    visibility_tokens,
 )
 from generative_recommenders.modeling.output_postprocessors import (
     L2NormEmbeddingPostprocessor,
@@ -204,14 +203,6 @@ def test_token_events_follow_the_layout() -> None:
     last = tokens["next_timestamps"][layout.last_tokens[LENGTHS > 0]]
     assert torch.equal(last, events["next_timestamps"][LENGTHS > 0])
     assert token_events({}, LENGTHS, layout) == {}
-
-
-def test_visibility_tokens() -> None:
-    rectangle = torch.arange(LENGTHS.numel() * WIDTH).view(-1, WIDTH)
-    layout = jagged_layout(LENGTHS, WIDTH)
-    visibility = visibility_tokens(rectangle, rectangle + 1, layout)
-    assert torch.equal(visibility.key, layout.row_of * WIDTH + layout.positions)
-    assert torch.equal(visibility.query, visibility.key + 1)
 
 
 @pytest.mark.parametrize("postprocessor", POSTPROCESSORS)

@@ -57,8 +57,8 @@ def same(one: MaskedSequence, other: MaskedSequence) -> bool:
 
 def sees(sequence: MaskedSequence) -> Tensor:
     """``[B, N, N]`` bool: position i sees j."""
-    assert sequence.visibility is not None
-    key, query = sequence.visibility
+    assert sequence.attention_mask is not None
+    key, query = sequence.attention_mask
     return key[:, None, :] <= query[:, :, None]
 
 

@@ -1,6 +1,4 @@
-"""The plain Transformer encoder (arXiv 1706.03762) over a layout: causal, or as the layout's visibility
-says.
-"""
+"""The plain Transformer encoder (arXiv 1706.03762) over a layout: causal, or under the layout's attention mask."""
 
 from __future__ import annotations
 

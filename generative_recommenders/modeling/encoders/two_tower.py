@@ -2,7 +2,7 @@
 are scored.
 
 It is an `ItemEmbedding`, so samplers, losses, index and evaluation do not know it. Histories look up rows of
-the id table; candidates go through the tower, in training only those that a step touches. The query tower is
+the id table; candidates go through the tower, in training only those that a step scores. The query tower is
 any encoder, and a `FeatureMerger` may bring features of the user into its states.
 """
 

@@ -158,7 +158,8 @@ class BCE(CatalogueLoss):
     def linear_term(
         self, positive: Tensor, labels: Tensor, weights: Tensor, mean_logit: Callable[[], Tensor]
     ) -> Tensor:
-        distinct = (labels >= 0) & ~_repeated(labels)
+        same = labels[:, :, None] == labels[:, None, :]
+        distinct = (labels >= 0) & ~same.tril(-1).any(2)  # a label that an earlier column holds counts once
         return -weighted(positive, weights.amax(1, keepdim=True) * distinct).sum
 
 
@@ -235,12 +236,6 @@ def _labels_and_weights(
         )
     labels = positives[:, None] if positives.dim() == 1 else positives
     return labels, weights.reshape(labels.shape) * (labels >= 0)
-
-
-def _repeated(labels: Tensor) -> Tensor:
-    """``[T, P]`` bool: an earlier column of the row holds the same label."""
-    same = labels[:, :, None] == labels[:, None, :]
-    return same.tril(-1).any(2)
 
 
 CATALOGUE_LOSSES: dict[str, type[CatalogueLoss]] = {

@@ -184,20 +184,18 @@ class BCELossWithRatings(SampledLoss):
             return super().forward(positive_scores, negative_scores, positive_weights, negative_mask)
         check_shapes(positive_scores, negative_scores, positive_weights, negative_mask)
         positive = full_precision(positive_scores)
-        target = self._target(positive_ratings, positive_weights).to(positive.dtype)
+        if self.threshold is not None:
+            target = (positive_ratings >= self.threshold).to(positive.dtype)
+        elif (((positive_ratings < 0) | (positive_ratings > 1)) & (positive_weights != 0)).any():
+            raise UserError(
+                "BCELossWithRatings: ratings outside [0, 1] are no probabilities: set a threshold"
+            )
+        else:
+            target = positive_ratings.to(positive.dtype)
         return weighted(F.softplus(positive) - target * positive, positive_weights)
 
     def terms(self, positive: Tensor, negative: Tensor, weights: Tensor, mask: Tensor) -> Terms:
         raise UserError("BCELossWithRatings needs ratings, and the data has none: choose another loss_module")
-
-    def _target(self, ratings: Tensor, weights: Tensor) -> Tensor:
-        if self.threshold is not None:
-            return ratings >= self.threshold
-        if (((ratings < 0) | (ratings > 1)) & (weights != 0)).any():
-            raise UserError(
-                "BCELossWithRatings: ratings outside [0, 1] are no probabilities: set a threshold"
-            )
-        return ratings
 
 
 @register_loss("BCESampled")

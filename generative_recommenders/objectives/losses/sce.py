@@ -89,7 +89,12 @@ class ScalableCrossEntropyLoss(nn.Module):
             tokens, items = self._buckets(
                 hidden.detach(), item_weight.detach(), selectable, generator, normals
             )
-            losses = self._bucket_losses(hidden, item_weight, positives.clamp(min=0), tokens, items)
+            labels = positives.clamp(min=0)
+            own = (hidden * item_weight[labels]).sum(1)[tokens]
+            logits = hidden[tokens] @ item_weight[items].transpose(1, 2)
+            # The label is among the items of some buckets; it counts once, as the positive.
+            logits = logits.masked_fill(items[:, None, :] == labels[tokens][:, :, None], -torch.inf)
+            losses = torch.logaddexp(own, logits.logsumexp(2)) - own  # [n_buckets, X]
             zeros = hidden.new_zeros(len(hidden))
             largest = zeros.scatter_reduce(0, tokens.flatten(), losses.flatten(), "amax")
             return weighted(largest, weights * (largest != 0))
@@ -104,36 +109,20 @@ class ScalableCrossEntropyLoss(nn.Module):
         normals: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Tokens ``[n_buckets, X]`` and items ``[n_buckets, Y]`` of the buckets."""
-        directions = self._directions(hidden, generator, normals)
+        count, (length, width) = self.params.n_buckets, hidden.shape
+        shape = (length, count) if self.params.mix_x else (count, width)
+        if normals is None:
+            normals = torch.randn(shape, generator=generator, device=hidden.device, dtype=hidden.dtype)
+        if normals.shape != shape:
+            raise UserError(f"SCE's normal numbers must be {list(shape)}, not {list(normals.shape)}")
+        scaled = normals * width**-0.25
+        directions = scaled.t() @ hidden if self.params.mix_x else scaled
         reach = (directions @ hidden.t()).masked_fill(~selectable, -torch.inf)
         tokens = reach.topk(min(self.params.bucket_size_x, len(hidden))).indices
         size = min(self.params.bucket_size_y, len(item_weight))
         rows = max(1, _SELECTION_BYTES // (item_weight.shape[0] * item_weight.element_size()))
         items = [(part @ item_weight.t()).topk(size).indices for part in directions.split(rows)]
         return tokens, torch.cat(items)
-
-    def _directions(
-        self, hidden: Tensor, generator: torch.Generator | None, normals: Tensor | None
-    ) -> Tensor:
-        """``[n_buckets, D]``."""
-        count, (tokens, width) = self.params.n_buckets, hidden.shape
-        shape = (tokens, count) if self.params.mix_x else (count, width)
-        if normals is None:
-            normals = torch.randn(shape, generator=generator, device=hidden.device, dtype=hidden.dtype)
-        if normals.shape != shape:
-            raise UserError(f"SCE's normal numbers must be {list(shape)}, not {list(normals.shape)}")
-        scaled = normals * width**-0.25
-        return scaled.t() @ hidden if self.params.mix_x else scaled
-
-    @staticmethod
-    def _bucket_losses(
-        hidden: Tensor, item_weight: Tensor, labels: Tensor, tokens: Tensor, items: Tensor
-    ) -> Tensor:
-        """``[n_buckets, X]``."""
-        own = (hidden * item_weight[labels]).sum(1)[tokens]
-        logits = hidden[tokens] @ item_weight[items].transpose(1, 2)
-        logits = logits.masked_fill(items[:, None, :] == labels[tokens][:, :, None], -torch.inf)
-        return torch.logaddexp(own, logits.logsumexp(2)) - own
 
 
 @register_loss("ScalableCrossEntropyLoss", "SCE", gin_name="sce")
