@@ -270,7 +270,7 @@ class ParquetSource(TableSource):
         try:
             with self._open([name for name in names if name in self.text_columns]) as file:
                 for batch in file.iter_batches(batch_rows, columns=names):
-                    yield done, batch
+                    yield done, _checked(self.path, done, batch)
                     done += batch.num_rows
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{self.path}: damaged after row {done}: {_one_line(error)}") from error
@@ -285,6 +285,7 @@ class ArrowSource(TableSource):
         super().__init__(path)
         self.sample = pl.DataFrame()
         for batch in self._record_batches():
+            _checked(path, 0, batch)
             self.header, self.sample = batch.schema.names, _sample(batch.slice(0, SAMPLE_ROWS))
             if batch.num_rows:
                 break
@@ -311,12 +312,24 @@ class ArrowSource(TableSource):
         names = [self.header[place] for place in places]
         done = 0
         for batch in self._record_batches():
-            yield _rows_and_frame(self.path, done, batch, names, places)
+            yield _rows_and_frame(self.path, done, _checked(self.path, done, batch), names, places)
             done += batch.num_rows
 
 
 def _is_text(kind: pa.DataType) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _checked(path: Path, first: int, batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The batch; UserError where its text is not UTF-8 or its offsets and indices lead out of it, as a forged file's may."""
+    for name, column in zip(batch.schema.names, batch.columns):
+        try:
+            column.validate(full=True)
+        except pa.ArrowException as error:
+            raise UserError(
+                f"{path}, row {first + 1} or later: column {name!r} is not UTF-8 text, or damaged: {_one_line(error)}"
+            ) from error
+    return batch
 
 
 def _sample(batch: pa.RecordBatch) -> pl.DataFrame:
@@ -331,19 +344,13 @@ def _sample(batch: pa.RecordBatch) -> pl.DataFrame:
 def _rows_and_frame(
     path: Path, first: int, batch: pa.RecordBatch, names: list[str], places: Sequence[int]
 ) -> tuple[Rows, pl.DataFrame]:
-    """Columns of a batch by place. UserError for text that is longer than an id, before it is copied into every row, or that
-    is no UTF-8."""
+    """Columns of a batch by place; UserError for text that is longer than an id, before it is copied into every row."""
     rows = Rows(str(path), lambda row: f"row {first + row + 1}")
     columns = []
     for name, place in zip(names, places):
         column = batch.column(name)
         text = _text_of(column)
-        try:
-            at = _first_long(text)
-        except pa.ArrowInvalid as error:
-            raise UserError(
-                f"{path}, {rows.place_of(0)} or later: column {name!r} is not UTF-8 text"
-            ) from error
+        at = _first_long(text)
         if text is not None and at is not None:
             row = pc.index(column.indices, at).as_py() if pa.types.is_dictionary(column.type) else at
             size = pc.binary_length(text[at]).as_py()
@@ -362,10 +369,9 @@ def _text_of(column: pa.Array) -> pa.Array | None:
 
 
 def _first_long(text: pa.Array | None) -> int | None:
-    """Where the first text lies that is longer than an id may be; ArrowInvalid for text that is not UTF-8."""
+    """Where the first text lies that is longer than an id may be."""
     if text is None:
         return None
-    text.validate(full=True)
     at = pc.index(pc.greater(pc.binary_length(text), MAX_ID_BYTES), True).as_py()
     return None if at < 0 else at
 
