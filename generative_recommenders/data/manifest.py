@@ -5,12 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from pydantic import (
+    AfterValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    TypeAdapter,
+    ValidationError,
+)
 
 from generative_recommenders.data.schema import STORED, EventColumn
 from generative_recommenders.errors import UserError
@@ -20,7 +31,6 @@ VERSION = 2
 _READABLE = (1, 2)
 FILE_NAME = "manifest.json"
 TABLES = ("items.parquet", "users.parquet")
-KINDS = ("categorical", "categorical_list", "numerical", "text")
 COLUMNS: dict[str, np.dtype] = {
     "items": np.dtype("<i4"),
     "ratings": np.dtype("<f4"),
@@ -38,11 +48,39 @@ class FeatureSpec:
     source: the file that holds it. owner: ``item`` or ``user``.
     """
 
-    name: str
-    kind: str
-    cardinality: int
-    source: str
-    owner: str
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    name: StrictStr
+    kind: Literal["categorical", "categorical_list", "numerical", "text"]
+    cardinality: StrictInt
+    source: StrictStr
+    owner: StrictStr
+
+
+def _numbers(*names: str, least: float = 1) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """A check that these numbers are there and at least as large."""
+
+    def check(numbers: dict[str, Any]) -> dict[str, Any]:
+        for name in names:
+            if not numbers.get(name, least - 1) >= least:  # NaN too
+                raise ValueError(f"{name} is {numbers.get(name)}")
+        return numbers
+
+    return check
+
+
+def _of_the_tables(checksums: dict[str, str]) -> dict[str, str]:
+    if checksums and checksums.keys() != set(TABLES):
+        raise ValueError(f"checksums of {', '.join(TABLES)} are expected")
+    return checksums
+
+
+_Sizes = Annotated[
+    dict[StrictStr, Annotated[StrictInt, Field(ge=0)]], AfterValidator(_numbers("users", "items", "events"))
+]
+_Counts = Annotated[_Sizes, AfterValidator(_numbers("users_with_one_event", least=0))]
+_Number = Annotated[StrictInt | StrictFloat, Field(ge=0)]
+_Lengths = Annotated[dict[StrictStr, _Number], AfterValidator(_numbers("min", "median", "mean", "max"))]
 
 
 @dataclass(frozen=True)
@@ -59,23 +97,27 @@ class Manifest:
     (``tie_order``, ``duplicates``, and what makes them reproducible), by name.
     """
 
-    name: str
-    counts_before: dict[str, int]
-    counts: dict[str, int]
-    lengths: dict[str, float]
-    has_ratings: bool
-    has_timestamps: bool
-    data_hash: str
-    filter: str
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    name: StrictStr
+    counts_before: _Sizes
+    counts: _Counts
+    lengths: _Lengths
+    has_ratings: StrictBool
+    has_timestamps: StrictBool
+    data_hash: StrictStr
+    filter: StrictStr
     features: list[FeatureSpec] = field(default_factory=list)
-    source: dict[str, Any] = field(default_factory=dict)
-    tables: dict[str, str] = field(default_factory=dict)
-    split_hashes: dict[str, str] = field(default_factory=dict)
+    source: dict[StrictStr, Any] = field(default_factory=dict)
+    tables: Annotated[dict[StrictStr, StrictStr], AfterValidator(_of_the_tables)] = field(
+        default_factory=dict
+    )
+    split_hashes: dict[StrictStr, StrictStr] = field(default_factory=dict)
     event_columns: list[EventColumn] = field(default_factory=list)
-    columns_hash: str = ""
-    statistics: dict[str, float] = field(default_factory=dict)
-    choices: dict[str, str] = field(default_factory=dict)
-    version: int = VERSION
+    columns_hash: StrictStr = ""
+    statistics: dict[StrictStr, _Number] = field(default_factory=dict)
+    choices: dict[StrictStr, StrictStr] = field(default_factory=dict)
+    version: StrictInt = VERSION
 
     @property
     def columns(self) -> list[str]:
@@ -92,6 +134,9 @@ class Manifest:
     def column_length(self, column: str) -> int:
         """Entries of a flat column."""
         return self.counts["users"] + 1 if column == "offsets" else self.counts["events"]
+
+
+_MANIFEST = TypeAdapter(Manifest)
 
 
 def column_file(folder: Path, column: str) -> Path:
@@ -154,100 +199,15 @@ def _read_json(path: Path) -> dict[str, Any]:
     return settings
 
 
-_FIELD_TYPES = {
-    "name": str,
-    "counts_before": dict,
-    "counts": dict,
-    "lengths": dict,
-    "has_ratings": bool,
-    "has_timestamps": bool,
-    "data_hash": str,
-    "filter": str,
-    "features": list,
-    "source": dict,
-    "tables": dict,
-    "split_hashes": dict,
-    "event_columns": list,
-    "columns_hash": str,
-    "statistics": dict,
-    "choices": dict,
-    "version": int,
-}
-
-
 def _from_json(path: Path, settings: dict[str, Any]) -> Manifest:
-    added = {"event_columns": [], "columns_hash": "", "statistics": {}, "choices": {}}
-    settings = {"tables": {}, "split_hashes": {}, **added, **settings}
-    for name, kind in _FIELD_TYPES.items():
-        if not isinstance(settings.get(name), kind):
-            raise UserError(f"{path}: field {name!r} is missing or of the wrong type; prepare the data again")
-    unknown = settings.keys() - _FIELD_TYPES.keys()
-    if unknown:
-        raise UserError(f"{path}: unknown field {min(unknown)!r}; prepare the data again")
-    for counts in (settings["counts"], settings["counts_before"]):
-        for name in ("users", "items", "events"):
-            _check_number(path, f"the count of {name}", counts.get(name), 1, int)
-    single = settings["counts"].get("users_with_one_event")
-    _check_number(path, "the count of users_with_one_event", single, 0, int)
-    for name in ("min", "median", "mean", "max"):
-        _check_number(path, f"the {name} of the lengths", settings["lengths"].get(name), 1, int, float)
-    if settings["tables"] and not _are_checksums(settings["tables"]):
-        raise UserError(f"{path}: damaged checksums of the tables; prepare the data again")
-    if not all(isinstance(each, str) for each in settings["split_hashes"].values()):
-        raise UserError(f"{path}: damaged split hashes; prepare the data again")
-    features = [_feature(path, entry) for entry in settings["features"]]
-    for name, value in settings["statistics"].items():
-        _check_number(path, f"the statistic {name}", value, 0, int, float)
-    if not all(isinstance(each, str) for each in settings["choices"].values()):
-        raise UserError(f"{path}: damaged choices; prepare the data again")
-    columns = [_event_column(path, entry) for entry in settings["event_columns"]]
-    return Manifest(**{**settings, "features": features, "event_columns": columns})
-
-
-def _are_checksums(tables: dict[str, Any]) -> bool:
-    return tables.keys() == set(TABLES) and all(isinstance(each, str) for each in tables.values())
-
-
-def _check_number(path: Path, what: str, value: Any, least: int, *kinds: type) -> None:
-    number = isinstance(value, kinds) and not isinstance(value, bool)
-    if not number or not value >= least:
-        raise UserError(f"{path}: {what} is {str(value)[:40]}; prepare the data again")
-
-
-def _feature(path: Path, entry: Any) -> FeatureSpec:
-    types = {"name": str, "kind": str, "cardinality": int, "source": str, "owner": str}
-    good = isinstance(entry, dict) and entry.keys() == types.keys()
-    if (
-        not good
-        or not all(isinstance(entry[name], kind) for name, kind in types.items())
-        or entry["kind"] not in KINDS
-    ):
-        raise UserError(
-            f"{path}: damaged description of a feature: {str(entry)[:80]!r}; prepare the data again"
-        )
-    return FeatureSpec(**entry)
-
-
-def _event_column(path: Path, entry: Any) -> EventColumn:
-    types: dict[str, Any] = {
-        "name": str,
-        "kind": str,
-        "cardinality": int,
-        "mean": (int, float),
-        "std": (int, float),
-    }
-    good = isinstance(entry, dict) and entry.keys() == types.keys()
-    good = good and all(isinstance(entry[name], kind) for name, kind in types.items())
-    if (
-        not good
-        or entry["kind"] not in STORED
-        or not re.fullmatch(r"[A-Za-z]\w*", entry["name"])
-        or not (entry["cardinality"] >= 0 and entry["std"] > 0 and abs(entry["mean"]) < float("inf"))
-    ):
-        raise UserError(
-            f"{path}: damaged description of a column: {str(entry)[:80]!r}; prepare the data again"
-        )
-    return EventColumn(**entry)
+    try:
+        return _MANIFEST.validate_python(settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))[:80]
+        found = "" if first["type"] == "missing" else f", and is {str(first['input'])[:40]!r}"
+        what = first["msg"].removeprefix("Value error, ")
+        raise UserError(f"{path}: {where!r}: {what}{found}; prepare the data again") from None
 
 
 def _check_size(path: Path, expected: int) -> None:

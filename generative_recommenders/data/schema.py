@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
+from pydantic import AfterValidator, ConfigDict, Field, StrictFloat, StrictInt, StrictStr
 
 from generative_recommenders.errors import UserError
 
@@ -28,6 +29,12 @@ _RESERVED = {
 }  # fmt: skip
 
 
+def _known_kind(kind: str) -> str:
+    if kind not in KINDS:
+        raise ValueError(f"a kind is one of {', '.join(KINDS)}")
+    return kind
+
+
 @dataclass(frozen=True)
 class EventColumn:
     """A further column of a prepared data set.
@@ -36,11 +43,13 @@ class EventColumn:
     see a number or time; over all prepared events, whatever the split.
     """
 
-    name: str
-    kind: str
-    cardinality: int = 0
-    mean: float = 0.0
-    std: float = 1.0
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    name: Annotated[StrictStr, Field(pattern=r"^[A-Za-z]\w*$")]
+    kind: Annotated[str, AfterValidator(_known_kind)]
+    cardinality: Annotated[StrictInt, Field(ge=0)] = 0
+    mean: StrictFloat = 0.0
+    std: Annotated[StrictFloat, Field(gt=0)] = 1.0
 
     def scaled(self, values: np.ndarray) -> np.ndarray:
         """Stored values as batches hold them: ids int64, numbers float32 with mean 0 and variance 1, seconds int64; the fill,

@@ -58,15 +58,13 @@ def sequence_statistics(dataset: SequenceDataset, tied: np.ndarray | None) -> di
 def _item_rankings(dataset: SequenceDataset) -> list[np.ndarray]:
     """Orders of items that a file may be sorted by, ``[V + 1]`` each: of the ids as texts, and by the numbers they end in."""
     rankings = [np.arange(dataset.num_items + 1)]
-    ids = pl.Series("id", dataset.original_item_ids())
-    number = pl.col("id").str.extract_groups(r"(\d{1,18})$").struct[0]
-    parts = ids.to_frame().select(prefix=pl.col("id").str.replace(r"\d{1,18}$", ""), number=number)
+    ids = pl.DataFrame({"id": pl.Series(dataset.original_item_ids())})
+    groups = pl.col("id").str.extract_groups(r"^(?<prefix>.*?)(?<number>\d{1,18})$")
+    parts = ids.select(groups.struct.unnest())
     if not parts["number"].null_count():
-        parts = parts.with_columns(pl.col("number").cast(pl.Int64))
+        order = parts.select(pl.arg_sort_by("prefix", pl.col("number").cast(pl.Int64))).to_series()
         rank = np.zeros(dataset.num_items + 1, np.int64)
-        rank[1 + parts.select(pl.arg_sort_by("prefix", "number")).to_series().to_numpy()] = np.arange(
-            dataset.num_items
-        )
+        rank[1 + order.to_numpy()] = np.arange(dataset.num_items)
         rankings.append(rank)
     return rankings
 

@@ -139,5 +139,5 @@ def test_damaged_descriptions_are_refused(tmp_path: Path, change: dict) -> None:
     stored = json.loads(path.read_text())
     stored["event_columns"][0] |= change
     path.write_text(json.dumps(stored))
-    with pytest.raises(UserError, match="damaged description of a column"):
+    with pytest.raises(UserError, match=r"event_columns.0.*; prepare the data again"):
         SequenceDataset.open(folder)

@@ -27,6 +27,7 @@ import pyarrow.csv
 import pyarrow.parquet
 from tqdm import tqdm
 
+from generative_recommenders.data.preparation.digests import mix
 from generative_recommenders.data.preparation.folder import remove_leftovers, scratch_owner
 from generative_recommenders.data.sources.synthetic_catalogue import BookCatalogue, make_catalogue, numerals
 from generative_recommenders.errors import UserError
@@ -199,10 +200,7 @@ def user_ids(seed: int, first: int, stop: int) -> pa.Array:
 def mix64(values: np.ndarray) -> np.ndarray:
     """SplitMix64 (Steele, Lea and Flood 2014): a bijection on uint64 that looks random."""
     with np.errstate(over="ignore"):
-        mixed = values + np.uint64(0x9E3779B97F4A7C15)
-        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return mixed ^ (mixed >> np.uint64(31))
+        return mix(values + np.uint64(0x9E3779B97F4A7C15))
 
 
 _ROWS = pa.schema([
