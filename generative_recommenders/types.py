@@ -11,7 +11,7 @@ V     items of the catalogue; ids are 1..V, 0 is padding
 R     negatives
 P     positives of one position
 H     attention heads
-U     unique items that a step touches
+U     unique items that a step reads
 ====  =======================================================
 
 Rectangles ``[B, N]`` hold small integers and are right-padded (oldest event first, 0 behind the last).

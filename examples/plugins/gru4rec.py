@@ -19,11 +19,11 @@ from generative_recommenders.ops.layout import Layout
 class GRU4Rec(torch.nn.Module):
     """Gated recurrent units over each history, projected back to the items' width.
 
-    follows_visibility: False, a recurrent encoder reads the past alone; masked objectives are refused.
+    takes_attention_mask: False, a recurrent encoder reads the past alone; masked objectives are refused.
     """
 
     causal = True
-    follows_visibility = False
+    takes_attention_mask = False
 
     def __init__(
         self,

@@ -89,7 +89,7 @@ def build_sequence(settings: RunSettings, catalogue: Catalogue) -> SequenceEncod
             f"objective {settings.loss.objective!r} sets the attention mask, which hstu_encoder.normalization "
             f"{settings.option('hstu_encoder.normalization')!r} cannot follow; choose 'rel_bias'"
         )
-    if objective.uses_mask and not getattr(encoder, "follows_visibility", True):
+    if objective.uses_mask and not getattr(encoder, "takes_attention_mask", True):
         raise UserError(
             f"objective {settings.loss.objective!r} shows both sides of a hidden item, which encoder "
             f"{settings.encoder_name!r} cannot read"

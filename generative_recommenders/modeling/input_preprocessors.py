@@ -17,7 +17,13 @@ from generative_recommenders.config.registry import register_input_preprocessor
 from generative_recommenders.modeling.initialization import truncated_normal_
 from generative_recommenders.ops.dropout import Dropout
 from generative_recommenders.ops.embedding import lookup_rows
-from generative_recommenders.ops.layout import Layout, Visibility, device_layout, jagged_layout, padded_layout
+from generative_recommenders.ops.layout import (
+    AttentionMask,
+    Layout,
+    device_layout,
+    jagged_layout,
+    padded_layout,
+)
 
 TokenEvents = Mapping[str, torch.Tensor]
 """Per token ``[T]``: ``ratings``, float32; ``timestamps``, ``next_timestamps`` (time of the event after it), int64."""
@@ -163,10 +169,10 @@ def double_layout(layout: Layout) -> Layout:
             doubled = jagged_layout(lengths, layout.max_length * 2, layout.device)
         positions = torch.stack([2 * layout.positions, 2 * layout.positions + 1], dim=1).flatten()
         doubled = replace(doubled, positions=positions)  # a history that goes on does not begin at 0
-    if layout.visibility is None:
+    if layout.attention_mask is None:
         return doubled
-    repeated = (x.repeat_interleave(2) for x in (layout.visibility.key, layout.visibility.query))
-    return doubled.with_visibility(Visibility(*repeated))
+    repeated = (x.repeat_interleave(2) for x in (layout.attention_mask.key, layout.attention_mask.query))
+    return doubled.with_attention_mask(AttentionMask(*repeated))
 
 
 def _double_events(events: TokenEvents) -> dict[str, torch.Tensor]:

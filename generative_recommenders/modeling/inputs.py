@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple, Protocol, Self
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, Self
 
 import torch
 
-from generative_recommenders.ops.layout import Layout, jagged_layout
+from generative_recommenders.ops.layout import Layout, jagged_layout, moved
 from generative_recommenders.types import SequentialFeatures
 
 
@@ -35,7 +35,7 @@ class ModelInputs:
 
     def to(self, device: torch.device) -> Self:
         """The same on another device; copies from pinned memory do not wait."""
-        return _moved(self, device)
+        return moved(self, device)
 
 
 class QueryReader(Protocol):
@@ -62,18 +62,3 @@ def history_inputs(features: SequentialFeatures) -> ModelInputs:
     """All real tokens of the histories, each seeing those before it."""
     layout = jagged_layout(features.past_lengths, features.past_ids.shape[1], features.past_ids.device)
     return ModelInputs(features=features, layout=layout, past_ids=layout.flatten(features.past_ids))
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    """Tensors inside (nested) frozen dataclasses, dicts and tuples, moved."""
-    if isinstance(value, torch.Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, Layout):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {name: _moved(item, device) for name, item in value.items()}
-    if isinstance(value, tuple):
-        return tuple(_moved(item, device) for item in value)
-    if hasattr(value, "__dataclass_fields__"):
-        return replace(value, **{f.name: _moved(getattr(value, f.name), device) for f in fields(value)})
-    return value

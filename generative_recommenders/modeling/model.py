@@ -247,7 +247,7 @@ def appendable_encoder(sequence: SequenceEncoder, layout: Layout) -> Incremental
     if not isinstance(encoder, IncrementalEncoder):
         name = type(encoder).__name__
         raise UserError(f"encode_incremental: {name} keeps nothing of a history; SASRec and HSTU do")
-    if layout.visibility is not None:
+    if layout.attention_mask is not None:
         raise UserError(
             "encode_incremental: the layout has an attention mask of its own, and only causal histories can be appended to"
         )

@@ -23,10 +23,10 @@ from generative_recommenders.modeling.events import events_with_slot, hidden_eve
 from generative_recommenders.modeling.inputs import ModelInputs
 from generative_recommenders.objectives.examples import TrainingExample, make_example
 from generative_recommenders.objectives.objective import Objective
-from generative_recommenders.ops.layout import Layout, Visibility, jagged_layout
+from generative_recommenders.ops.layout import AttentionMask, Layout, jagged_layout
 from generative_recommenders.types import SequentialFeatures
 
-AttentionMask = tuple[Tensor, Tensor]
+MaskColumns = tuple[Tensor, Tensor]
 """(key ``[B, N]``, query ``[B, N]``) int64: position i attends to j of its own sequence where ``key[j] <= query[i]``."""
 
 
@@ -45,7 +45,7 @@ class MaskedSequence:
     replaced: Tensor
     lengths: Tensor
     targets: Tensor
-    attention_mask: AttentionMask | None
+    attention_mask: MaskColumns | None
 
 
 class MaskingScheme(ABC):
@@ -145,7 +145,7 @@ def masked_layout(masked: MaskedSequence) -> Layout:
     layout = jagged_layout(masked.lengths, masked.input_ids.shape[1], masked.input_ids.device)
     if masked.attention_mask is None:
         return layout
-    return layout.with_visibility(Visibility(*(layout.flatten(x) for x in masked.attention_mask)))
+    return layout.with_attention_mask(AttentionMask(*(layout.flatten(x) for x in masked.attention_mask)))
 
 
 def apply_mask_to_inputs(embeddings: Tensor, replaced: Tensor, mask_embedding: Tensor) -> Tensor:

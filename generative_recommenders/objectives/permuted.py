@@ -13,7 +13,7 @@ from generative_recommenders.config.registry import register_objective
 from generative_recommenders.data.token_masks import Draws, proper_part, uniform
 from generative_recommenders.errors import UserError
 from generative_recommenders.objectives.masked import (
-    AttentionMask,
+    MaskColumns,
     MaskedObjective,
     MaskedSequence,
     MaskingScheme,
@@ -47,7 +47,7 @@ class PermutationMasking(MaskingScheme):
         self.max_span_length = max_span_length
         self.permute_all = permute_all
 
-    def choose(self, real: Tensor, draws: Draws = None) -> tuple[Tensor, AttentionMask]:
+    def choose(self, real: Tensor, draws: Draws = None) -> tuple[Tensor, MaskColumns]:
         """Positions to hide among ``real [B, N]`` (right-padded rows), and the terms of the attention mask."""
         order = uniform(real.shape, real.device, draws)
         hidden = real if self.permute_all else self._spans(real, draws)

@@ -20,7 +20,7 @@ from generative_recommenders.ops.counter_random import CounterDraws, Key, stream
 from generative_recommenders.types import LossOutput
 
 DENSE_SHARE = 4
-"""A step that touches more than 1 / DENSE_SHARE of the table works on all of it: no search for unique rows."""
+"""A step that reads more than 1 / DENSE_SHARE of the table works on all of it: no search for unique rows."""
 WHOLE_BYTES = 1 << 30
 """A table that an accelerator reads in less time than the host would wait for the number of unique rows."""
 _MASKS, _ENCODER, _SCORING = 1 << 32, 1 << 33, 1 << 34
@@ -94,7 +94,7 @@ class TrainingTask(torch.nn.Module):
     def draw(
         self, example: TrainingExample, first_target: int, key: Key, first_row: int = 0
     ) -> PreparedBatch:
-        """Negatives of an example whose first target has this number, and the items and rows it touches."""
+        """Negatives of an example whose first target has this number, and the items and rows it reads."""
         targets, pool = example.targets, None
         if self.criterion.needs_target_pool:
             pool = torch.unique(self.collectives.gather_variable(torch.unique(targets)))
@@ -106,20 +106,20 @@ class TrainingTask(torch.nn.Module):
                 everywhere = torch.unique(self.collectives.gather_variable(local))
                 items = BatchItems(everywhere[everywhere > 0], items.targets)
             negatives = self.sampler(key, first_target, len(targets), items)
-        scored, rows = self._touched(example, negatives, pool)
+        scored, rows = self._rows_read(example, negatives, pool)
         return PreparedBatch(
             example, negatives, pool, scored, rows, key, first_target, first_row, self.numbers_rows
         )
 
-    def _touched(
+    def _rows_read(
         self, example: TrainingExample, negatives: Negatives | None, pool: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Sorted unique item ids that are scored, and table rows that are read; None for all."""
         items = self.model.items
         if negatives is None:
             return None, None
-        touched = negatives.ids.numel() + example.targets.numel() + example.past_ids.numel()
-        if touched * DENSE_SHARE > items.table.shape[0] and items.tower is None:
+        read = negatives.ids.numel() + example.targets.numel() + example.past_ids.numel()
+        if read * DENSE_SHARE > items.table.shape[0] and items.tower is None:
             return None, None
         if dispatch.waits(items.table) and items.table.nbytes <= WHOLE_BYTES:
             return None, None

@@ -10,8 +10,8 @@ is one group of all rows. Both layouts give the same numbers on real tokens.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, fields, replace
-from typing import NamedTuple, cast
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -72,7 +72,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Visibility:
+class AttentionMask:
     """Position i of a sequence sees its position j where ``key[j] <= query[i]``; both ``[T]`` int64."""
 
     key: torch.Tensor
@@ -99,7 +99,7 @@ class Layout:
     starts: ``[B]`` int64, each row's first token.
     host_lengths: the lengths on the CPU; None for a padded layout and one made on a device.
     valid: ``[T, 1]`` bool for a padded layout, None for a jagged one.
-    visibility: None means causal.
+    attention_mask: None means causal.
     """
 
     lengths: torch.Tensor
@@ -109,7 +109,7 @@ class Layout:
     starts: torch.Tensor
     host_lengths: np.ndarray | None = None
     valid: torch.Tensor | None = None
-    visibility: Visibility | None = None
+    attention_mask: AttentionMask | None = None
 
     @functools.cached_property
     def grouping(self) -> Grouping:
@@ -117,7 +117,7 @@ class Layout:
         if self.valid is not None:
             return _one_group(self)
         host = self.lengths.cpu().numpy() if self.host_lengths is None else self.host_lengths
-        return _moved(_grouped(host, causal=self.visibility is None), self.device)
+        return moved(_grouped(host, causal=self.attention_mask is None), self.device)
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -199,11 +199,11 @@ class Layout:
 
     def to(self, device: torch.device) -> Layout:
         """The same layout on another device."""
-        return _moved(self, device)
+        return moved(self, device)
 
-    def with_visibility(self, visibility: Visibility) -> Layout:
+    def with_attention_mask(self, attention_mask: AttentionMask) -> Layout:
         """The same tokens, not causal."""
-        return replace(self, visibility=visibility)
+        return replace(self, attention_mask=attention_mask)
 
 
 def jagged_layout(lengths: torch.Tensor, max_length: int, device: torch.device | None = None) -> Layout:
@@ -220,7 +220,7 @@ def jagged_layout(lengths: torch.Tensor, max_length: int, device: torch.device |
         "row_of": torch.from_numpy(np.repeat(np.arange(host.size), host)),
         "starts": offsets[:-1],
     }
-    return Layout(max_length=max_length, host_lengths=host, **_moved(fields, device))
+    return Layout(max_length=max_length, host_lengths=host, **moved(fields, device))
 
 
 def device_layout(lengths: torch.Tensor, max_length: int, num_tokens: int) -> Layout:
@@ -252,24 +252,24 @@ def _one_group(layout: Layout) -> Grouping:
     tokens = torch.arange(rows * width, dtype=torch.int32, device=device).view(rows, width)
     valid = layout.valid.view(rows, width)
     keys = _cut(tokens, valid, _whole(rows, width))
-    queries = keys if layout.visibility is not None else _cut(tokens, valid, steps)
+    queries = keys if layout.attention_mask is not None else _cut(tokens, valid, steps)
     group = Group(width, keys, queries, layout.lengths, torch.arange(rows, device=device), steps)
     key_places = places_of_all(keys)
     return Grouping((group,), key_places, key_places if queries is keys else places_of_all(queries))
 
 
-def _moved(value, device: torch.device):
-    """Tensors inside frozen dataclasses, tuples and dictionaries, on the device."""
+def moved(value: Any, device: torch.device) -> Any:
+    """The same with all tensors inside (nested) dataclasses, tuples and dictionaries on another device; copies from pinned memory
+    do not wait."""
     if isinstance(value, torch.Tensor):
         return value.to(device, non_blocking=True)
     if isinstance(value, dict):
-        return {name: _moved(item, device) for name, item in value.items()}
-    if isinstance(value, Grouping):
-        return Grouping(*(_moved(item, device) for item in value))
-    if isinstance(value, tuple) and not isinstance(value, Step):
-        return tuple(_moved(item, device) for item in value)
-    if isinstance(value, (Rectangles, Places, Group, Visibility, Layout)):
-        return replace(value, **{f.name: _moved(getattr(value, f.name), device) for f in fields(value)})
+        return {name: moved(item, device) for name, item in value.items()}
+    if isinstance(value, tuple):
+        items = [moved(item, device) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{f.name: moved(getattr(value, f.name), device) for f in fields(value)})
     return value
 
 

@@ -25,7 +25,7 @@ from generative_recommenders.modeling.output_postprocessors import (
 )
 from generative_recommenders.modeling.similarity.dot_product import DotProductSimilarity
 from generative_recommenders.objectives.masked import MaskedItemMasking, MaskedObjective
-from generative_recommenders.ops.layout import Visibility, jagged_layout
+from generative_recommenders.ops.layout import AttentionMask, jagged_layout
 from generative_recommenders.types import SequentialFeatures
 
 WINDOW, DIM, ITEMS, ROWS = 12, 8, 20, 5
@@ -218,14 +218,14 @@ def test_rows_and_events_of_the_cache() -> None:
         model.encode_incremental(cache, torch.tensor([1]), ids[:1], {"timestamps": ids[:1]})
 
 
-def test_masked_objectives_and_visibility_are_refused() -> None:
+def test_masked_objectives_and_attention_mask_are_refused() -> None:
     masked = build("SASRec", objective=MaskedObjective(MaskedItemMasking()))
     with pytest.raises(UserError, match="built for a masked objective"):
         encoded(masked)
     layout = jagged_layout(torch.tensor([2]), 2)
-    every = Visibility(layout.positions, layout.positions)
+    every = AttentionMask(layout.positions, layout.positions)
     with pytest.raises(UserError, match="only causal histories"):
-        build("SASRec").sequence.append(None, torch.ones(2, DIM), layout.with_visibility(every), {})
+        build("SASRec").sequence.append(None, torch.ones(2, DIM), layout.with_attention_mask(every), {})
 
 
 def test_what_cannot_append_is_refused() -> None:

@@ -7,7 +7,7 @@ from generative_recommenders.compat.replay.nn.mask import additive_mask, causal_
 from generative_recommenders.compat.replay.nn.sequential import DiffTransformerLayer
 from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.encoders.diff_transformer import DiffTransformer
-from generative_recommenders.ops.layout import Visibility, jagged_layout, padded_layout
+from generative_recommenders.ops.layout import AttentionMask, jagged_layout, padded_layout
 from golden_parity import assert_near, load_golden, load_parameters
 
 LENGTHS = torch.tensor([5, 1, 0, 3])
@@ -49,7 +49,7 @@ def test_padded_equals_jagged(bidirectional: bool) -> None:
     outputs = []
     for layout in (jagged_layout(LENGTHS, COLUMNS), padded_layout(LENGTHS, COLUMNS)):
         everyone = torch.zeros(layout.num_tokens, dtype=torch.int64)
-        seen = layout.with_visibility(Visibility(everyone, everyone)) if bidirectional else layout
+        seen = layout.with_attention_mask(AttentionMask(everyone, everyone)) if bidirectional else layout
         outputs.append(layout.to_rectangle(encoder(layout.flatten(x), seen, {})))
     torch.testing.assert_close(*outputs)
 

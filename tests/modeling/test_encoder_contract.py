@@ -12,7 +12,7 @@ from generative_recommenders.config.registry import ENCODERS
 from generative_recommenders.modeling.inputs import Queries, history_inputs
 from generative_recommenders.modeling.items import ItemRows
 from generative_recommenders.modeling.model import SequenceRecommender
-from generative_recommenders.ops.layout import Visibility, jagged_layout
+from generative_recommenders.ops.layout import AttentionMask, jagged_layout
 from generative_recommenders.types import SequentialFeatures
 from tiny_models import EASY, LENGTHS, catalogue, histories, overfit, settings
 
@@ -29,10 +29,10 @@ CHOICES: dict[str, dict[str, object]] = {
 """Every encoder of the table, and other forms of some."""
 
 
-def follows_visibility(choice: str) -> bool:
+def takes_attention_mask(choice: str) -> bool:
     """Whether an encoder of `CHOICES` takes the attention mask of its layout."""
     name = choice.removeprefix("TwoTower-").partition("-")[0]
-    return name not in ENCODERS or getattr(ENCODERS[name].make, "follows_visibility", True)
+    return name not in ENCODERS or getattr(ENCODERS[name].make, "takes_attention_mask", True)
 
 
 PREPROCESSORS = ("LearnablePositionalEmbedding", "LearnablePositionalEmbeddingRated", "CombinedItemAndRating")
@@ -140,7 +140,7 @@ def test_rated_states_are_cut_to_the_width_of_items(postprocessor: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "encoder", [name for name in CHOICES if "softmax" not in name and follows_visibility(name)]
+    "encoder", [name for name in CHOICES if "softmax" not in name and takes_attention_mask(name)]
 )
 @torch.no_grad()
 def test_masked_objectives_show_encoders_both_sides(encoder: str) -> None:
@@ -148,7 +148,7 @@ def test_masked_objectives_show_encoders_both_sides(encoder: str) -> None:
     ids, _ = histories()
     layout = jagged_layout(LENGTHS, ids.shape[1])
     zeros = torch.zeros(layout.num_tokens, dtype=torch.int64)
-    both = layout.with_visibility(Visibility(zeros, zeros))
+    both = layout.with_attention_mask(AttentionMask(zeros, zeros))
     tokens = layout.flatten(ids)
     last = int(LENGTHS[0]) - 1
     other = tokens.clone()

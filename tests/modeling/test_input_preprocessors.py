@@ -12,7 +12,7 @@ from generative_recommenders.modeling.input_preprocessors import (
     LearnablePositionalEmbeddingRatedInputFeaturesPreprocessor,
     double_layout,
 )
-from generative_recommenders.ops.layout import Visibility, jagged_layout, padded_layout
+from generative_recommenders.ops.layout import AttentionMask, jagged_layout, padded_layout
 from golden_encoders import ENTRANCES, choose_backend
 from golden_parity import assert_near, load_golden
 
@@ -100,14 +100,14 @@ def test_times_of_a_doubled_sequence() -> None:
 
 
 @pytest.mark.parametrize("entrance", ENTRANCES)
-def test_visibility_is_doubled(entrance: str) -> None:
+def test_attention_mask_is_doubled(entrance: str) -> None:
     layout = LAYOUTS[entrance](torch.tensor([2, 1]), 2)
-    visibility = Visibility(layout.positions + 5, layout.positions + 7)
-    doubled = double_layout(layout.with_visibility(visibility))
-    assert doubled.visibility.key.tolist() == visibility.key.repeat_interleave(2).tolist()
-    assert doubled.visibility.query.tolist() == visibility.query.repeat_interleave(2).tolist()
+    attention_mask = AttentionMask(layout.positions + 5, layout.positions + 7)
+    doubled = double_layout(layout.with_attention_mask(attention_mask))
+    assert doubled.attention_mask.key.tolist() == attention_mask.key.repeat_interleave(2).tolist()
+    assert doubled.attention_mask.query.tolist() == attention_mask.query.repeat_interleave(2).tolist()
     assert (doubled.valid is None) == (layout.valid is None)
-    assert double_layout(layout).visibility is None
+    assert double_layout(layout).attention_mask is None
 
 
 @pytest.mark.parametrize("build", [rated, combined])

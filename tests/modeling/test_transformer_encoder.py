@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from generative_recommenders.modeling.encoders.transformer import PositionalEncoding, Transformer
-from generative_recommenders.ops.layout import Visibility, jagged_layout, padded_layout
+from generative_recommenders.ops.layout import AttentionMask, jagged_layout, padded_layout
 
 LENGTHS = torch.tensor([5, 1, 3])
 WIDTH, COLUMNS = 8, 6
@@ -13,7 +13,7 @@ WIDTH, COLUMNS = 8, 6
 
 def everyone(layout):
     zeros = torch.zeros(layout.num_tokens, dtype=torch.int64)
-    return layout.with_visibility(Visibility(zeros, zeros))
+    return layout.with_attention_mask(AttentionMask(zeros, zeros))
 
 
 def torchs_encoder(encoder: Transformer) -> nn.TransformerEncoder:

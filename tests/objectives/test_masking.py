@@ -93,7 +93,7 @@ def test_causal_targets_are_the_next_items(lengths, last_only):
     item_ids, counts = histories(lengths)
     columns = {"item_ids": item_ids, "lengths": counts, "user_ids": counts}
     example = (CausalLastObjective if last_only else CausalObjective)().example(columns, torch.Generator())
-    assert example.layout.visibility is None and example.replaced is None
+    assert example.layout.attention_mask is None and example.replaced is None
     past, targets = [], []
     for row, length in enumerate(lengths):
         events = item_ids[row, :length].tolist()

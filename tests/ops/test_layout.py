@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from generative_recommenders.modeling.encoders.sasrec import SASRec
 from generative_recommenders.ops import layout as layout_module
 from generative_recommenders.ops.attention import tiles
-from generative_recommenders.ops.layout import Layout, Visibility, jagged_layout, padded_layout
+from generative_recommenders.ops.layout import AttentionMask, Layout, jagged_layout, padded_layout
 
 lengths_lists = st.lists(st.integers(0, 9), min_size=1, max_size=12)
 
@@ -85,7 +85,7 @@ def test_groups_cover_every_token_once(lengths: list[int], cells: int) -> None:
 def test_long_rows_do_not_share_a_rectangle_with_short_ones_where_all_of_it_counts() -> None:
     layout = jagged_layout(torch.tensor([200] * 10 + [5] * 50), 200)
     everyone = torch.zeros_like(layout.positions)
-    seen = layout.with_visibility(Visibility(everyone, everyone))
+    seen = layout.with_attention_mask(AttentionMask(everyone, everyone))
     assert sum(group.keys.tokens.numel() for group in seen.groups) <= 1.1 * layout.num_tokens
     assert torch.equal(
         torch.cat([group.keys.tokens for group in seen.groups])[seen.keys.cells.long()], every_token(seen)
@@ -154,14 +154,14 @@ def test_nothing_at_all() -> None:
 
 def test_to_moves_every_tensor() -> None:
     layout = jagged_layout(torch.tensor([2, 3]), 3)
-    layout = layout.with_visibility(Visibility(layout.positions, layout.positions))
+    layout = layout.with_attention_mask(AttentionMask(layout.positions, layout.positions))
     moved = layout.to(torch.device("meta"))
     tensors = [moved.lengths, moved.positions, moved.row_of, moved.starts]
     for group in moved.groups:
         tensors += [group.lengths, group.rows, group.keys.tokens, group.keys.real, group.queries.tokens]
     tensors += [t for found in (moved.keys, moved.queries) for t in (found.cells, found.runs)]
-    assert moved.visibility is not None
-    tensors += [moved.visibility.key, moved.visibility.query]
+    assert moved.attention_mask is not None
+    tensors += [moved.attention_mask.key, moved.attention_mask.query]
     assert {t.device.type for t in tensors} == {"meta"}
     assert layout.device.type == "cpu"
     assert (moved.max_length, moved.num_tokens, moved.groups[0].width) == (3, 5, 3)

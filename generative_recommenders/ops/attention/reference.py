@@ -54,9 +54,9 @@ def seen(layout: Layout) -> torch.Tensor:
     """``[T, T]`` bool: which tokens (columns) each token attends to."""
     places = torch.arange(layout.num_tokens, device=layout.device)
     one_row = layout.row_of[:, None] == layout.row_of
-    if layout.visibility is None:
+    if layout.attention_mask is None:
         return one_row & (places <= places[:, None])
-    sees = one_row & (layout.visibility.key <= layout.visibility.query[:, None])
+    sees = one_row & (layout.attention_mask.key <= layout.attention_mask.query[:, None])
     return sees if layout.valid is None else sees & layout.valid.T
 
 

@@ -59,7 +59,7 @@ def softmax_attention(
 
 def _fused_group(q, k, v, group, layout, dropout_rate, scale):
     q_, k_, v_ = (_aligned(keys_of(group, x)).unflatten(0, (-1, q.shape[1])) for x in (q, k, v))
-    by = layout.visibility
+    by = layout.attention_mask
     mask = None if by is None else visible(group, by)
     out = F.scaled_dot_product_attention(q_, k_, v_, mask, dropout_rate, is_causal=by is None, scale=scale)
     return out[..., : v.shape[-1]].reshape(-1, v.shape[-1])

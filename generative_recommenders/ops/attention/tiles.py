@@ -16,7 +16,7 @@ import torch
 
 from generative_recommenders.ops import dispatch, numbered_rows
 from generative_recommenders.ops.dropout import KeepMasks
-from generative_recommenders.ops.layout import Group, Layout, Visibility
+from generative_recommenders.ops.layout import AttentionMask, Group, Layout
 from generative_recommenders.ops.rectangles import Places
 
 _MASK_UNIT = 64
@@ -63,7 +63,7 @@ class PairBias(NamedTuple):
 def takes_kernel(layout: Layout) -> bool:
     """Whether a kernel computes the attention of all tokens at once, without tiles; its dropout knows no numbered rows."""
     return (
-        layout.visibility is None
+        layout.attention_mask is None
         and numbered_rows.current() is None
         and dispatch.takes_kernels(layout.positions)
     )
@@ -72,12 +72,12 @@ def takes_kernel(layout: Layout) -> bool:
 def tiles(group: Group, layout: Layout) -> list[Tile]:
     """Attention mask, by the steps of a causal group. Cells behind a row's end are never seen by real ones."""
     width = group.width
-    if layout.visibility is not None:
-        return [Tile(len(group.lengths), 0, width, width, 0, visible(group, layout.visibility))]
+    if layout.attention_mask is not None:
+        return [Tile(len(group.lengths), 0, width, width, 0, visible(group, layout.attention_mask))]
     return [Tile(rows, start, stop, stop, start, None) for start, stop, rows in group.steps]
 
 
-def visible(group: Group, by: Visibility) -> torch.Tensor:
+def visible(group: Group, by: AttentionMask) -> torch.Tensor:
     """Bool ``[g, 1, n, n]``, False for what lies behind a row's end."""
     out_of_reach = torch.iinfo(torch.int64).max
     key = group.gather(by.key).masked_fill(~group.real(), out_of_reach)

@@ -1,4 +1,4 @@
-"""Grouped attention against dense matrices: values, gradients, tiles, visibility, groups, dropout."""
+"""Grouped attention against dense matrices: values, gradients, tiles, attention mask, groups, dropout."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from generative_recommenders.ops.attention import softmax
 from generative_recommenders.ops.attention.pointwise import pointwise_attention
 from generative_recommenders.ops.attention.softmax import softmax_attention
 from generative_recommenders.ops.attention.tiles import TableBias, tiles, visible
-from generative_recommenders.ops.layout import Layout, Visibility, jagged_layout, padded_layout
+from generative_recommenders.ops.layout import AttentionMask, Layout, jagged_layout, padded_layout
 
 DIVISOR = 11.0
 LENGTHS = [3, 0, 9, 1, 9, 6, 2]
@@ -46,13 +46,13 @@ def tokens(count: int, heads: int = 2, d: int = 3, dv: int = 5, dtype=torch.floa
 
 
 def reference(dense: Attend, layout: Layout, q, k, v) -> torch.Tensor:
-    """One dense matrix a sequence, by the layout's visibility or causal."""
+    """One dense matrix a sequence, by the layout's attention mask or causal."""
     outputs = []
     for start, stop in zip(layout.offsets[:-1].tolist(), layout.offsets[1:].tolist()):
-        if layout.visibility is None:
+        if layout.attention_mask is None:
             sees = torch.ones(stop - start, stop - start).tril().bool()
         else:
-            key, query = layout.visibility.key[start:stop], layout.visibility.query[start:stop]
+            key, query = layout.attention_mask.key[start:stop], layout.attention_mask.query[start:stop]
             sees = key[None, :] <= query[:, None]
         outputs.append(dense(q[start:stop], k[start:stop], v[start:stop], sees))
     return torch.cat(outputs)
@@ -90,24 +90,24 @@ def test_slices_of_one_projection(attend: Attend, dense: Attend, extra: int) -> 
     torch.testing.assert_close(*grads, atol=1e-10, rtol=0)
 
 
-def bidirectional(layout: Layout) -> Visibility:
-    return Visibility(torch.zeros_like(layout.positions), torch.zeros_like(layout.positions))
+def bidirectional(layout: Layout) -> AttentionMask:
+    return AttentionMask(torch.zeros_like(layout.positions), torch.zeros_like(layout.positions))
 
 
-def permuted(layout: Layout) -> Visibility:
+def permuted(layout: Layout) -> AttentionMask:
     """Some see all visible ones, others come in a random order, never seeing themselves."""
     hidden = torch.arange(layout.num_tokens) % 3 == 1
     rank = torch.rand(layout.num_tokens, generator=torch.Generator().manual_seed(0)).argsort()
-    return Visibility((rank + 1).where(hidden, 0), rank.where(hidden, 0))
+    return AttentionMask((rank + 1).where(hidden, 0), rank.where(hidden, 0))
 
 
 @both_forms
 @pytest.mark.parametrize("see", [bidirectional, permuted])
 @pytest.mark.parametrize("cells", [1, 400_000])
-def test_visibility(monkeypatch, attend: Attend, dense: Attend, see, cells: int) -> None:
+def test_attention_mask(monkeypatch, attend: Attend, dense: Attend, see, cells: int) -> None:
     monkeypatch.setattr(layout_module, "GROUP_CELLS", cells)
     layout = jagged_layout(torch.tensor(LENGTHS), 9)
-    assert_same(attend, dense, layout.with_visibility(see(layout)))
+    assert_same(attend, dense, layout.with_attention_mask(see(layout)))
 
 
 @both_forms
@@ -118,7 +118,7 @@ def test_equals_its_reference_with_gradients_under_one_mask(
 ) -> None:
     monkeypatch.setattr(layout_module, "STEP_COST", 4)
     layout = jagged_layout(torch.tensor(LENGTHS), 9)
-    layout = layout if see is None else layout.with_visibility(see(layout))
+    layout = layout if see is None else layout.with_attention_mask(see(layout))
     inputs, outputs = tokens(layout.num_tokens), []
     for context in (contextlib.nullcontext(), dispatch.references()):
         torch.manual_seed(7)
@@ -221,7 +221,7 @@ def test_nothing_to_attend_to(attend: Attend, dense: Attend) -> None:
 @pytest.mark.parametrize("lengths", [[3], [3, 5, 1]])
 def test_token_that_sees_nothing_gets_0(lengths: list[int]) -> None:
     layout = jagged_layout(torch.tensor(lengths), 5)
-    blind = layout.with_visibility(Visibility(layout.positions + 1, layout.positions))
+    blind = layout.with_attention_mask(AttentionMask(layout.positions + 1, layout.positions))
     inputs = tokens(layout.num_tokens)
     out = softmax_attention(*inputs, blind)
     first = layout.positions == 0
@@ -308,9 +308,11 @@ def test_scale() -> None:
 
 def test_visible_hides_cells_behind_a_row() -> None:
     layout = padded_layout(torch.tensor([1, 3]), 3)
-    layout = layout.with_visibility(Visibility(*(torch.zeros_like(layout.positions) for _ in range(2))))
-    assert layout.visibility is not None
-    sees = visible(layout.groups[0], layout.visibility)
+    layout = layout.with_attention_mask(
+        AttentionMask(*(torch.zeros_like(layout.positions) for _ in range(2)))
+    )
+    assert layout.attention_mask is not None
+    sees = visible(layout.groups[0], layout.attention_mask)
     assert sees[:, 0, 0].tolist() == [[True, False, False], [True, True, True]]
 
 
@@ -318,7 +320,7 @@ def test_visible_hides_cells_behind_a_row() -> None:
 @both_forms
 def test_gpu_gives_the_same(attend: Attend, dense: Attend) -> None:
     layout = jagged_layout(torch.tensor(LENGTHS), 9)
-    for each in (layout, layout.with_visibility(permuted(layout))):
+    for each in (layout, layout.with_attention_mask(permuted(layout))):
         inputs = tokens(layout.num_tokens)
         moved = [x.detach().cuda().requires_grad_() for x in inputs]
         outputs = attend(*inputs, each), attend(*moved, each.to(torch.device("cuda")))
@@ -336,7 +338,7 @@ def test_the_fused_kernel_gets_widths_that_it_takes(causal: bool, monkeypatch: p
     layout = jagged_layout(lengths, 9)
     if not causal:
         everyone = torch.zeros(layout.num_tokens, dtype=torch.int64)
-        layout = layout.with_visibility(Visibility(everyone, everyone))
+        layout = layout.with_attention_mask(AttentionMask(everyone, everyone))
     widths: list[int] = []
     fused = F.scaled_dot_product_attention
 

@@ -1,6 +1,6 @@
 """Dense attention masks, for the public building blocks alone.
 
-The program's own encoders describe the attention mask by two integers a token (`layout.Visibility`) and build no such
+The program's own encoders describe the attention mask by two integers a token (`layout.AttentionMask`) and build no such
 tensor.
 A mask here is additive: 0 where a query may look, a very negative number where it may not.
 """
