@@ -1,74 +1,27 @@
 """Layouts of a batch: the order of its tokens in memory, and its attention mask.
 
 Everything position-wise in an encoder runs on ``[T, D]`` without knowing how the tokens are laid out. A jagged layout
-holds the real tokens only (T = sum of lengths); a padded one holds whole rectangles (T = B * N, padding included).
-Attention asks the layout for groups: rows padded to the longest of the group. Where all is causal a group is cut into steps,
-and a row takes part in those that it reaches; where it is not, the rows of a group have similar lengths. The padded layout
-is one group of all rows. Both layouts give the same numbers on real tokens.
+holds the real tokens only (T = sum of lengths); a padded one holds whole rectangles (T = B * N, padding included). Attention
+asks the layout for its groups, see `ops.attention.groups`. Both layouts give the same numbers on real tokens.
 """
 
 from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 
+from generative_recommenders.ops.attention.groups import (
+    Group,
+    Grouping,
+    groups_of_rectangle,
+    groups_of_rows,
+)
 from generative_recommenders.ops.jagged import jagged_to_padded, padded_to_jagged, row_positions
-from generative_recommenders.ops.rectangles import Places, Rectangles, places, places_of_all
-
-GROUP_CELLS = 8_000_000
-"""Cells of a group's attention matrix (rows times width squared), at most: a bound on memory."""
-
-MAX_WASTE = 0.15
-"""Share of the cells that may be padding in a group that is not causal, beyond MIN_ROWS rows."""
-
-MIN_ROWS = 4
-"""Rows that share a rectangle whatever their lengths."""
-
-STEP_COST = 40_000
-"""What a step of a group costs beside its cells, in cells."""
-
-MAX_CUTS = 25
-"""Places where a group may be cut into steps."""
-
-
-class Step(NamedTuple):
-    """Queries start..stop of a group's first ``rows`` rows, against the keys up to stop; other rows end before start."""
-
-    start: int
-    stop: int
-    rows: int
-
-
-@dataclass(frozen=True)
-class Group:
-    """Rows attended together.
-
-    width: columns n of the group's rectangle.
-    keys: one rectangle ``[g, n]``.
-    queries: a rectangle for each step, or the same as the keys where not all is causal.
-    lengths: ``[g]`` int64, real cells a row.
-    rows: ``[g]`` int64, which rows of the batch these are, longest first.
-    steps: what a causal attention computes, from the first query to the last.
-    """
-
-    width: int
-    keys: Rectangles
-    queries: Rectangles
-    lengths: torch.Tensor
-    rows: torch.Tensor
-    steps: tuple[Step, ...]
-
-    def gather(self, x: torch.Tensor) -> torch.Tensor:
-        """``[T, ...]`` tokens as the group's rectangle ``[g, n, ...]``."""
-        return x.index_select(0, self.keys.tokens).view(-1, self.width, *x.shape[1:])
-
-    def real(self) -> torch.Tensor:
-        """``[g, n]`` bool, False behind a row's end."""
-        return self.keys.real.view(-1, self.width)
+from generative_recommenders.ops.rectangles import Places
 
 
 @dataclass(frozen=True)
@@ -77,15 +30,6 @@ class AttentionMask:
 
     key: torch.Tensor
     query: torch.Tensor
-
-
-class Grouping(NamedTuple):
-    """Rectangles for attention, which together cover every token once, and where the tokens lie among the keys and among the
-    queries of all groups."""
-
-    groups: tuple[Group, ...]
-    keys: Places
-    queries: Places
 
 
 @dataclass(frozen=True)
@@ -114,10 +58,11 @@ class Layout:
     @functools.cached_property
     def grouping(self) -> Grouping:
         """Made when it is first asked for: the kernels of a GPU need none."""
+        causal = self.attention_mask is None
         if self.valid is not None:
-            return _one_group(self)
+            return groups_of_rectangle(self.lengths, self.valid.view(-1, self.max_length), causal)
         host = self.lengths.cpu().numpy() if self.host_lengths is None else self.host_lengths
-        return moved(_grouped(host, causal=self.attention_mask is None), self.device)
+        return moved(groups_of_rows(host, causal), self.device)
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -244,23 +189,9 @@ def padded_layout(lengths: torch.Tensor, max_length: int) -> Layout:
     )
 
 
-def _one_group(layout: Layout) -> Grouping:
-    """The rectangle of a padded layout, cut into steps where all is causal."""
-    assert layout.valid is not None
-    rows, width, device = layout.num_rows, layout.max_length, layout.device
-    steps = _steps(np.full(rows, width))
-    tokens = torch.arange(rows * width, dtype=torch.int32, device=device).view(rows, width)
-    valid = layout.valid.view(rows, width)
-    keys = _cut(tokens, valid, _whole(rows, width))
-    queries = keys if layout.attention_mask is not None else _cut(tokens, valid, steps)
-    group = Group(width, keys, queries, layout.lengths, torch.arange(rows, device=device), steps)
-    key_places = places_of_all(keys)
-    return Grouping((group,), key_places, key_places if queries is keys else places_of_all(queries))
-
-
 def moved(value: Any, device: torch.device) -> Any:
-    """The same with all tensors inside (nested) dataclasses, tuples and dictionaries on another device; copies from pinned memory
-    do not wait."""
+    """The same with all tensors inside (nested) dataclasses, tuples and dictionaries on another device; copies from
+    pinned memory do not wait."""
     if isinstance(value, torch.Tensor):
         return value.to(device, non_blocking=True)
     if isinstance(value, dict):
@@ -271,68 +202,3 @@ def moved(value: Any, device: torch.device) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         return replace(value, **{f.name: moved(getattr(value, f.name), device) for f in fields(value)})
     return value
-
-
-def _grouped(lengths: np.ndarray, causal: bool) -> Grouping:
-    """Which rows of a jagged layout are attended together, on the CPU. lengths: ``[B]`` int64."""
-    starts = np.cumsum(lengths) - lengths
-    order = np.argsort(-lengths, kind="stable")
-    order = order[lengths[order] > 0]
-    groups: list[Group] = []
-    first = 0
-    while first < order.size:
-        rows = order[first : first + _rows_of_group(lengths[order[first:]], causal)]
-        own, width = lengths[rows], int(lengths[rows[0]])
-        columns = np.arange(width)
-        tokens = (starts[rows][:, None] + np.minimum(columns, own[:, None] - 1)).astype(np.int32)
-        cells = torch.from_numpy(tokens), torch.from_numpy(columns < own[:, None])
-        steps, keys = _steps(own), _cut(*cells, _whole(*tokens.shape))
-        queries = _cut(*cells, steps) if causal else keys
-        groups.append(Group(width, keys, queries, torch.from_numpy(own), torch.from_numpy(rows), steps))
-        first += rows.size
-    found = places([group.keys for group in groups], int(lengths.sum()))
-    queried = places([group.queries for group in groups], int(lengths.sum())) if causal else found
-    return Grouping(tuple(groups), found, queried)
-
-
-def _whole(rows: int, columns: int) -> tuple[Step, ...]:
-    return (Step(0, columns, rows),)
-
-
-def _cut(tokens: torch.Tensor, real: torch.Tensor, steps: tuple[Step, ...]) -> Rectangles:
-    """The parts of a group's ``tokens [g, n]`` that are queries of its steps; real: ``[g, n]``."""
-    cut = [torch.cat([x[:rows, start:stop].flatten() for start, stop, rows in steps]) for x in (tokens, real)]
-    return Rectangles(tuple((rows, stop - start) for start, stop, rows in steps), *cut)
-
-
-def _rows_of_group(lengths: np.ndarray, causal: bool) -> int:
-    """How many rows, from the longest on, share a rectangle: as many as memory allows and, where every cell of a rectangle
-    is computed, waste little.
-    """
-    width = int(lengths[0])
-    fits = max(MIN_ROWS, GROUP_CELLS // width**2)
-    if causal:
-        return min(fits, lengths.size)
-    used = np.cumsum(lengths[:fits])
-    thrifty = used >= (1.0 - MAX_WASTE) * width * np.arange(1, used.size + 1)
-    return max(MIN_ROWS, int(np.flatnonzero(thrifty)[-1]) + 1)
-
-
-def _steps(lengths: np.ndarray) -> tuple[Step, ...]:
-    """Cuts a group whose rows have these lengths, longest first, so that cells and steps cost least (a shortest path)."""
-    if not lengths.size:
-        return ()
-    width = int(lengths[0])
-    cuts = np.append(np.arange(0, width, -(-width // MAX_CUTS)), width)
-    reaching = np.searchsorted(-lengths, -cuts)
-    least, before = np.zeros(cuts.size), np.zeros(cuts.size, np.int64)
-    for i in range(1, cuts.size):
-        costs = least[:i] + reaching[:i] * (cuts[i] - cuts[:i]) * cuts[i] + STEP_COST
-        before[i] = costs.argmin()
-        least[i] = costs[before[i]]
-    steps, i = [], cuts.size - 1
-    while i:
-        start = before[i]
-        steps.append(Step(int(cuts[start]), int(cuts[i]), int(reaching[start])))
-        i = start
-    return tuple(reversed(steps))

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from generative_recommenders.modeling.encoders.sasrec import SASRec
-from generative_recommenders.ops import layout as layout_module
+from generative_recommenders.ops.attention import groups as groups_module
 from generative_recommenders.ops.attention import tiles
 from generative_recommenders.ops.layout import AttentionMask, Layout, jagged_layout, padded_layout
 
@@ -66,7 +66,7 @@ def test_last_tokens(lengths: list[int]) -> None:
 @given(lengths_lists, st.sampled_from([1, 20, 400_000]))
 def test_groups_cover_every_token_once(lengths: list[int], cells: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layout_module, "GROUP_CELLS", cells)
+        patch.setattr(groups_module, "GROUP_CELLS", cells)
         layout = jagged_layout(torch.tensor(lengths), 9)
     rows = [row for group in layout.groups for row in group.rows.tolist()]
     assert sorted(rows) == [row for row, length in enumerate(lengths) if length]
@@ -100,7 +100,7 @@ def every_token(layout: Layout) -> torch.Tensor:
 @given(lengths_lists, st.sampled_from([0, 1, 10, 40_000]))
 def test_steps_reach_every_token_of_a_group(lengths: list[int], cost: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layout_module, "STEP_COST", cost)
+        patch.setattr(groups_module, "STEP_COST", cost)
         layout = jagged_layout(torch.tensor(lengths), 9)
     for group in layout.groups:
         assert [step.start for step in group.steps] == [0, *(step.stop for step in group.steps[:-1])]

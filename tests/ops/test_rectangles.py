@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from generative_recommenders.ops import layout as layout_module
+from generative_recommenders.ops.attention import groups as groups_module
 from generative_recommenders.ops.layout import Layout, jagged_layout, padded_layout
 from generative_recommenders.ops.rectangles import Places, Rectangles
 
@@ -17,8 +17,8 @@ heads_counts = st.integers(1, 3)
 
 def layouts(lengths: list[int]) -> list[Layout]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layout_module, "STEP_COST", 1)  # many steps
-        patch.setattr(layout_module, "GROUP_CELLS", 200)  # many groups
+        patch.setattr(groups_module, "STEP_COST", 1)  # many steps
+        patch.setattr(groups_module, "GROUP_CELLS", 200)  # many groups
         return [each(torch.tensor(lengths), 9) for each in (jagged_layout, padded_layout)]
 
 

@@ -15,8 +15,9 @@ from typing import NamedTuple, cast
 import torch
 
 from generative_recommenders.ops import dispatch, numbered_rows
+from generative_recommenders.ops.attention.groups import Group
 from generative_recommenders.ops.dropout import KeepMasks
-from generative_recommenders.ops.layout import AttentionMask, Group, Layout
+from generative_recommenders.ops.layout import AttentionMask, Layout
 from generative_recommenders.ops.rectangles import Places
 
 _MASK_UNIT = 64

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from generative_recommenders.ops import dispatch
-from generative_recommenders.ops import layout as layout_module
+from generative_recommenders.ops.attention import groups as groups_module
 from generative_recommenders.ops.attention import softmax
 from generative_recommenders.ops.attention.pointwise import pointwise_attention
 from generative_recommenders.ops.attention.softmax import softmax_attention
@@ -71,7 +71,7 @@ def assert_same(attend: Attend, dense: Attend, layout: Layout, heads: int = 2) -
 @pytest.mark.parametrize("heads", [1, 3])
 @pytest.mark.parametrize("step_cost", [0, 4, 40_000])
 def test_causal(monkeypatch, attend: Attend, dense: Attend, heads: int, step_cost: int) -> None:
-    monkeypatch.setattr(layout_module, "STEP_COST", step_cost)
+    monkeypatch.setattr(groups_module, "STEP_COST", step_cost)
     assert_same(attend, dense, jagged_layout(torch.tensor(LENGTHS), 9), heads)
 
 
@@ -105,7 +105,7 @@ def permuted(layout: Layout) -> AttentionMask:
 @pytest.mark.parametrize("see", [bidirectional, permuted])
 @pytest.mark.parametrize("cells", [1, 400_000])
 def test_attention_mask(monkeypatch, attend: Attend, dense: Attend, see, cells: int) -> None:
-    monkeypatch.setattr(layout_module, "GROUP_CELLS", cells)
+    monkeypatch.setattr(groups_module, "GROUP_CELLS", cells)
     layout = jagged_layout(torch.tensor(LENGTHS), 9)
     assert_same(attend, dense, layout.with_attention_mask(see(layout)))
 
@@ -116,7 +116,7 @@ def test_attention_mask(monkeypatch, attend: Attend, dense: Attend, see, cells: 
 def test_equals_its_reference_with_gradients_under_one_mask(
     monkeypatch, attend: Attend, dense: Attend, see, rate: float
 ) -> None:
-    monkeypatch.setattr(layout_module, "STEP_COST", 4)
+    monkeypatch.setattr(groups_module, "STEP_COST", 4)
     layout = jagged_layout(torch.tensor(LENGTHS), 9)
     layout = layout if see is None else layout.with_attention_mask(see(layout))
     inputs, outputs = tokens(layout.num_tokens), []
@@ -131,7 +131,7 @@ def test_equals_its_reference_with_gradients_under_one_mask(
 
 @pytest.mark.parametrize("rate", [0.0, 0.4])
 def test_a_bias_in_the_reference(monkeypatch: pytest.MonkeyPatch, rate: float) -> None:
-    monkeypatch.setattr(layout_module, "STEP_COST", 4)
+    monkeypatch.setattr(groups_module, "STEP_COST", 4)
     layout = jagged_layout(torch.tensor(LENGTHS), 9)
     each = [tile for group in layout.groups for tile in tiles(group, layout)]
     shared = [torch.randint(3, (tile.stop - tile.start, tile.keys)) for tile in each]
@@ -156,7 +156,7 @@ def test_gradcheck(attend: Attend, dense: Attend) -> None:
 
 @pytest.mark.parametrize("heads", [1, 2])
 def test_gradcheck_of_the_bias(monkeypatch: pytest.MonkeyPatch, heads: int) -> None:
-    monkeypatch.setattr(layout_module, "STEP_COST", 1)
+    monkeypatch.setattr(groups_module, "STEP_COST", 1)
     layout = jagged_layout(torch.tensor([2, 4]), 4)
     each = [tile for group in layout.groups for tile in tiles(group, layout)]
     assert {tile.rows for tile in each} == {1, 2}
@@ -200,8 +200,8 @@ def test_order_of_rows_and_size_of_groups_change_nothing(monkeypatch, attend: At
     rectangle = layout.to_rectangle(attend(*inputs, layout))
     order = torch.tensor([6, 2, 0, 5, 1, 4, 3])
     for cells, min_rows in ((1, 1), (100, 2), (10**6, 4)):
-        monkeypatch.setattr(layout_module, "GROUP_CELLS", cells)
-        monkeypatch.setattr(layout_module, "MIN_ROWS", min_rows)
+        monkeypatch.setattr(groups_module, "GROUP_CELLS", cells)
+        monkeypatch.setattr(groups_module, "MIN_ROWS", min_rows)
         shuffled = jagged_layout(lengths[order], 9)
         moved = [shuffled.flatten(layout.to_rectangle(x)[order]) for x in inputs]
         torch.testing.assert_close(shuffled.to_rectangle(attend(*moved, shuffled)), rectangle[order])
@@ -275,7 +275,7 @@ def test_dropout_is_unbiased_and_its_gradient_uses_the_same_mask(attend: Attend,
 
 @both_forms
 def test_gradcheck_with_dropout(monkeypatch, attend: Attend, dense: Attend) -> None:
-    monkeypatch.setattr(layout_module, "STEP_COST", 1)
+    monkeypatch.setattr(groups_module, "STEP_COST", 1)
     layout = jagged_layout(torch.tensor([2, 3]), 3)
 
     def seeded(q, k, v):
@@ -287,7 +287,7 @@ def test_gradcheck_with_dropout(monkeypatch, attend: Attend, dense: Attend) -> N
 
 @pytest.mark.parametrize("rate", [0.0, 0.4])
 def test_keys_that_are_the_values(monkeypatch, rate: float) -> None:
-    monkeypatch.setattr(layout_module, "STEP_COST", 1)
+    monkeypatch.setattr(groups_module, "STEP_COST", 1)
     layout = jagged_layout(torch.tensor(LENGTHS), 9)
     q, k, _ = tokens(layout.num_tokens, 2, 3, 3)
     outputs, gradients = [], []
