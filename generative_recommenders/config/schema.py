@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import cache
 from typing import Any, ClassVar, Self
@@ -93,7 +94,7 @@ class RunSettings(Section):
             else:
                 raise UserError(f"there is no setting {name!r}{nearest(name, FIELDS)}")
         changed = {group: getattr(self, group).changed(**given) for group, given in groups.items()}
-        return self.changed(**changed, options=options)
+        return self.changed(**changed, options=_differing(options))
 
     @property
     def encoder_name(self) -> str:
@@ -179,7 +180,17 @@ class RunSettings(Section):
         return found
 
     def to_json(self) -> dict[str, Any]:
-        return {**self.model_dump(), "plugins": self.plugin_parts()}
+        """What a checkpoint keeps: with the defaults of the chosen parts, so that a later release may change them."""
+        options = {owner: dict(given) for owner, given in self.options.items()}
+        for registry, name in self.chosen_parts():
+            if name not in registry:
+                continue
+            owner, filled = registry[name].gin_name, published_options(registry.kind, registry[name].gin_name)
+            for option, value in registry[name].option_values(self.part_options(registry, name)).items():
+                endless = isinstance(value, float) and not math.isfinite(value)  # has no form in JSON
+                if option not in filled and not endless:
+                    options.setdefault(owner, {}).setdefault(option, value)
+        return {**self.model_dump(), "options": options, "plugins": self.plugin_parts()}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> RunSettings:
@@ -208,9 +219,25 @@ def _saved_options(options: Any) -> dict[str, dict[str, Any]]:
     if not isinstance(options, dict) or not all(isinstance(each, dict) for each in options.values()):
         raise UserError(f"settings section 'options' is no object of objects but {str(options)[:40]!r}")
     parts = parts_by_gin_name()
-    return {
-        name: parts[name].checked(values) if name in parts else values for name, values in options.items()
-    }
+    return _differing(
+        {name: parts[name].checked(values) if name in parts else values for name, values in options.items()}
+    )
+
+
+def _differing(options: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Options without those that are the part's own defaults. Where a published name fills an option too, what is given stays:
+    it goes before the published one's value.
+    """
+    kept: dict[str, dict[str, Any]] = {owner: dict(given) for owner, given in options.items()}
+    for registry in REGISTRIES.values():
+        for part in registry.parts():
+            filled, fields = published_options(registry.kind, part.gin_name), part.options.model_fields
+            for option, value in options.get(part.gin_name, {}).items():
+                field = fields[option]
+                default = ... if field.is_required() else field.get_default(call_default_factory=True)
+                if option not in filled and value == default:
+                    del kept[part.gin_name][option]
+    return {owner: given for owner, given in kept.items() if given}
 
 
 def check_plugins(records: Any) -> None:
