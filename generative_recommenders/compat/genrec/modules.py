@@ -76,7 +76,10 @@ class ModelUtils:
                 _INITIALIZERS[init_type](parameter)
             elif "bias" in name:
                 nn.init.zeros_(parameter)
-        _clear_padding_rows(model)
+        for module in model.modules():
+            if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.padding_idx is not None:
+                with torch.no_grad():
+                    module.weight[module.padding_idx].zero_()
 
 
 class AttentionVisualization:
@@ -128,10 +131,3 @@ def _set_trained(model: nn.Module, layer_names: Sequence[str], trained: bool) ->
     for name, parameter in model.named_parameters():
         if any(wanted in name for wanted in layer_names):
             parameter.requires_grad_(trained)
-
-
-def _clear_padding_rows(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.padding_idx is not None:
-            with torch.no_grad():
-                module.weight[module.padding_idx].zero_()

@@ -71,11 +71,18 @@ class FeaturesReader:
                 f"FeaturesReader: metadata names features that the schema does not have: {unknown}"
             )
         item = schema[schema.item_id_feature_name]
-        columns = {name: _column_of(schema[name]) for name in {item.name: None, **metadata}}
+        sources = {name: schema[name].feature_source for name in {item.name: None, **metadata}}
+        columns = {name: source.column if source else name for name, source in sources.items()}
         table = _read_columns(Path(path), list(dict.fromkeys(columns.values())))
-        order = _order_of_ids(table[columns[item.name]], path)
+        ids = table[columns[item.name]].to_numpy()
+        order = np.argsort(ids, kind="stable")
+        if not np.array_equal(ids[order], np.arange(ids.size)):
+            missing = np.setdiff1d(np.arange(ids.size), ids)[:5].tolist()
+            raise UserError(
+                f"item features in {path}: ids must be 0..{ids.size - 1}, each once; missing: {missing}"
+            )
         self._features = {
-            name: _feature_tensor(schema[name], table[columns[name]], settings)[order]
+            name: _feature_tensor(schema[name], table[columns[name]], settings)[torch.from_numpy(order)]
             for name, settings in metadata.items()
         }
 
@@ -247,10 +254,6 @@ def _buffer_name(feature: str) -> str:
     return "item_reference_" + feature.replace(".", "_")
 
 
-def _column_of(feature: TensorFeatureInfo) -> str:
-    return feature.feature_source.column if feature.feature_source else feature.name
-
-
 def _read_columns(path: Path, columns: list[str]) -> pa.Table:
     if not path.is_file():
         raise UserError(f"item features: there is no file {path}")
@@ -262,17 +265,6 @@ def _read_columns(path: Path, columns: list[str]) -> pa.Table:
     if empty:
         raise UserError(f"item features in {path}: columns {empty} have empty values, encode them first")
     return table
-
-
-def _order_of_ids(column: pa.ChunkedArray, path: str | Path) -> torch.Tensor:
-    ids = column.to_numpy()
-    order = np.argsort(ids, kind="stable")
-    if not np.array_equal(ids[order], np.arange(ids.size)):
-        missing = np.setdiff1d(np.arange(ids.size), ids)[:5].tolist()
-        raise UserError(
-            f"item features in {path}: ids must be 0..{ids.size - 1}, each once; missing: {missing}"
-        )
-    return torch.from_numpy(order)
 
 
 def _feature_tensor(
