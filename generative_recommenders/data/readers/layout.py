@@ -57,16 +57,10 @@ class Column:
 
 @dataclass(frozen=True)
 class Layout:
-    """The columns of a file that are read, and whether its first line is a header."""
+    """The columns of a file that are read, and the names of those that are left out."""
 
     columns: tuple[Column, ...]
-    has_header: bool
     left_out: tuple[str, ...] = field(default=())
-
-    @property
-    def extra(self) -> list[Column]:
-        """Event columns beside user, item, rating and time."""
-        return [column for column in self.columns if column.name not in KNOWN]
 
 
 def parse_columns(text: str) -> list[ColumnRequest | None]:
@@ -109,7 +103,7 @@ def by_header(
     rest = [place for place in range(len(header)) if place not in used]
     if requests is None:
         _refuse_unused_times(path, header, sample, columns, rest)
-    return Layout(tuple(columns), True, tuple(header[place] for place in rest))
+    return Layout(tuple(columns), tuple(header[place] for place in rest))
 
 
 def by_place(
@@ -130,7 +124,7 @@ def by_place(
             )
         columns.append(_column(path, request, place, header[place] if header else None))
     _check(path, columns, header or [])
-    return Layout(tuple(columns), header is not None)
+    return Layout(tuple(columns))
 
 
 def is_named(requests: Sequence[ColumnRequest | None], header: Sequence[str]) -> bool:
