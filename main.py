@@ -12,6 +12,7 @@ from pathlib import Path
 from absl import app, flags, logging
 
 from generative_recommenders.commands.evaluate import evaluate_worker
+from generative_recommenders.commands.export import FORMATS, INDEX_KINDS, ExportOptions, export
 from generative_recommenders.commands.import_checkpoint import import_worker
 from generative_recommenders.commands.predict import PredictOptions, predict
 from generative_recommenders.commands.program import exit_code, parse_flags
@@ -32,8 +33,9 @@ _BINDINGS = flags.DEFINE_multi_string("gin_bindings", [], "gin bindings, applied
 _MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "evaluate", "predict", "import"],
-    "train; score the best checkpoint of --run_dir; write its recommendations; or make a run of --meta_checkpoint there",
+    ["train", "evaluate", "predict", "export", "import"],
+    "train; score the best checkpoint of --run_dir; write its recommendations, or its model for other programs; or make a "
+    "run of --meta_checkpoint there",
 )
 _META_CHECKPOINT = flags.DEFINE_string(
     "meta_checkpoint", None, "a checkpoint of the HSTU authors' program, for --mode=import"
@@ -82,16 +84,43 @@ _CANDIDATES = flags.DEFINE_string(
     "candidates", None, "predict: a file of the only items that may be recommended, one a line"
 )
 _OUTPUT = flags.DEFINE_string(
-    "output", "recommendations.parquet", "predict: the file to write, .parquet, .csv or .jsonl"
+    "output",
+    None,
+    "predict: the file to write, .parquet, .csv or .jsonl, recommendations.parquet by default; export: a folder, RUN/export "
+    "by default",
 )
 _USERS_METRICS = flags.DEFINE_string(
     "users_metrics",
     None,
     "evaluate: a file for each user's rank of the test target, .parquet, .csv or .jsonl",
 )
+_FORMAT = flags.DEFINE_enum(
+    "format",
+    "torch",
+    sorted(FORMATS),
+    "export: the query encoder as a program of torch or ONNX; or the items as a faiss index, safetensors or Parquet",
+)
+_INDEX = flags.DEFINE_enum("index", "exact", INDEX_KINDS, "export: kind of the faiss index")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "build everything, say what it is, and stop")
 _PROFILE = flags.DEFINE_bool(
     "profile", False, "write a torch profiler trace of a few steps to the run's folder"
+)
+
+
+_OF_A_RUN = (
+    (
+        _GIN_FILES,
+        _BINDINGS,
+        _RESUME,
+        _AUTO_RESUME,
+        _MAX_STEPS,
+        _DRY_RUN,
+        _PROFILE,
+        _META_CHECKPOINT,
+        _NUM_PROCESSES,
+        _USERS_METRICS,
+    ),
+    "it takes the run of --run_dir as it is, in one process",
 )
 
 
@@ -104,21 +133,8 @@ def check_flags() -> None:
             (_RESUME, _AUTO_RESUME, _MAX_STEPS, _DRY_RUN, _PROFILE, _USERS_METRICS),
             "it makes a run and trains nothing",
         ),
-        "predict": (
-            (
-                _GIN_FILES,
-                _BINDINGS,
-                _RESUME,
-                _AUTO_RESUME,
-                _MAX_STEPS,
-                _DRY_RUN,
-                _PROFILE,
-                _META_CHECKPOINT,
-                _NUM_PROCESSES,
-                _USERS_METRICS,
-            ),
-            "it answers with the run of --run_dir as it is, in one process",
-        ),
+        "predict": _OF_A_RUN,
+        "export": _OF_A_RUN,
         "evaluate": (
             (_GIN_FILES, _RESUME, _AUTO_RESUME, _MAX_STEPS, _DRY_RUN, _PROFILE, _META_CHECKPOINT),
             "it rebuilds the run of --run_dir from its checkpoint; --gin_bindings change it",
@@ -159,16 +175,18 @@ def run(arguments: list[str]) -> int:
             _TOP_K.value,
             _EXCLUDE_SEEN.value,
             _CANDIDATES.value,
-            Path(_OUTPUT.value),
+            Path(_OUTPUT.value or "recommendations.parquet"),
         )
         return predict(options, wanted)
+    if _MODE.value == "export":
+        folder = None if _OUTPUT.value is None else Path(_OUTPUT.value)
+        return export(options, ExportOptions(_FORMAT.value, folder, _INDEX.value))
     if _DRY_RUN.value:
         return launch(dry_run_worker, (options,), 1, _MASTER_PORT.value)
-    if _MODE.value == "evaluate":
-        return launch(evaluate_worker, (options,), _NUM_PROCESSES.value, _MASTER_PORT.value)
     if _MODE.value == "import":
         return launch(import_worker, (options,), 1, _MASTER_PORT.value)
-    return launch(train_worker, (options,), _NUM_PROCESSES.value, _MASTER_PORT.value)
+    worker = evaluate_worker if _MODE.value == "evaluate" else train_worker
+    return launch(worker, (options,), _NUM_PROCESSES.value, _MASTER_PORT.value)
 
 
 def main(argv: list[str]) -> None:

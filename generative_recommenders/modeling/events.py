@@ -69,7 +69,7 @@ def next_times(
     replaces that slot. A full row without next_known repeats its own last time.
     """
     last = timestamps[:, -1:] if next_known is None else next_known[:, None]
-    shifted = torch.cat([timestamps[:, 1:], last], dim=1)
+    shifted = torch.cat([timestamps, last], dim=1)[:, 1:]
     if next_known is None:
         return shifted
     ends = (

@@ -171,14 +171,19 @@ def double_layout(layout: Layout) -> Layout:
         doubled = replace(doubled, positions=positions)  # a history that goes on does not begin at 0
     if layout.attention_mask is None:
         return doubled
-    repeated = (x.repeat_interleave(2) for x in (layout.attention_mask.key, layout.attention_mask.query))
+    repeated = (_twice(x) for x in (layout.attention_mask.key, layout.attention_mask.query))
     return doubled.with_attention_mask(AttentionMask(*repeated))
 
 
 def _double_events(events: TokenEvents) -> dict[str, torch.Tensor]:
     """An item's next event is its own rating, at the same time; a rating's is the next item."""
-    doubled = {name: values.repeat_interleave(2) for name, values in events.items()}
+    doubled = {name: _twice(values) for name, values in events.items()}
     if "next_timestamps" in events:
         pairs = [events["timestamps"], events["next_timestamps"]]
         doubled["next_timestamps"] = torch.stack(pairs, dim=1).flatten()
     return doubled
+
+
+def _twice(values: torch.Tensor) -> torch.Tensor:
+    """Each of ``values [T]`` two times, side by side; ONNX has no `repeat_interleave`."""
+    return torch.stack([values, values], dim=1).flatten()

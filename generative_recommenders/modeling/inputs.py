@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol, Self
 
 import torch
 
-from generative_recommenders.ops.layout import Layout, jagged_layout, moved
+from generative_recommenders.ops.layout import Layout, jagged_layout, moved, padded_layout
 from generative_recommenders.types import SequentialFeatures
 
 
@@ -44,8 +44,11 @@ class QueryReader(Protocol):
     uses_mask: bool
     """Whether predicted positions hold the mask embedding, so that a query needs a mask slot."""
 
-    def query(self, features: SequentialFeatures) -> ModelInputs:
-        """Inputs whose read positions, one a row, name the next item; each row's last token where ``read`` is None."""
+    def query(self, features: SequentialFeatures, padded: bool = False) -> ModelInputs:
+        """Inputs whose read positions, one a row, name the next item; each row's last token where ``read`` is None.
+
+        padded: in a layout of whole rectangles, which can be exported.
+        """
 
 
 class LastEventReader:
@@ -53,12 +56,18 @@ class LastEventReader:
 
     uses_mask = False
 
-    def query(self, features: SequentialFeatures) -> ModelInputs:
+    def query(self, features: SequentialFeatures, padded: bool = False) -> ModelInputs:
         """The history as it is."""
-        return history_inputs(features)
+        return history_inputs(features, padded)
 
 
-def history_inputs(features: SequentialFeatures) -> ModelInputs:
+def history_inputs(features: SequentialFeatures, padded: bool = False) -> ModelInputs:
     """All real tokens of the histories, each seeing those before it."""
-    layout = jagged_layout(features.past_lengths, features.past_ids.shape[1], features.past_ids.device)
+    layout = layout_of(features.past_lengths, features.past_ids, padded)
     return ModelInputs(features=features, layout=layout, past_ids=layout.flatten(features.past_ids))
+
+
+def layout_of(lengths: torch.Tensor, ids: torch.Tensor, padded: bool) -> Layout:
+    """The layout of histories ``ids [B, N]``: of their real tokens, or of the whole rectangle."""
+    width = ids.shape[1]
+    return padded_layout(lengths, width) if padded else jagged_layout(lengths, width, ids.device)

@@ -133,14 +133,15 @@ class SequenceRecommender(torch.nn.Module):
         """HSTU's N, the width that it divides by; None for other encoders."""
         return getattr(self.sequence.encoder, "max_length", None)
 
-    def encode_query(self, batch: Batch | SequentialFeatures) -> Queries:
+    def encode_query(self, batch: Batch | SequentialFeatures, padded: bool = False) -> Queries:
         """What names the next item after each history.
 
         batch: the columns of an evaluation loader (``item_ids [B, N]``, ``lengths [B]``, event columns), or features. A
-        row without events gets the state 0, or in a masked model that of its mask slot alone.
+        row without events gets the state 0, or in a masked model that of its mask slot alone. padded: computes whole
+        rectangles, as an exporter needs it.
         """
         features = batch if isinstance(batch, SequentialFeatures) else history_features(batch)
-        inputs = self.objective.query(features).to(self.items.table.device)
+        inputs = self.objective.query(features, padded).to(self.items.table.device)
         states = self.states(inputs).float()
         return Queries(
             inputs.layout.at_end(states) if inputs.read is None else states,

@@ -69,9 +69,9 @@ class CausalObjective(Objective):
             raise UserError('train_fn.target_weights "rating": the data have no ratings')
         return replace(example, weights=example.weights * example.ratings.clamp(min=0))
 
-    def query(self, features: SequentialFeatures) -> ModelInputs:
+    def query(self, features: SequentialFeatures, padded: bool = False) -> ModelInputs:
         """The history as it is, read after its last event."""
-        return history_inputs(features)
+        return history_inputs(features, padded)
 
 
 @register_objective("causal_last", gin_name="causal_last_objective")

@@ -20,10 +20,10 @@ from generative_recommenders.data.loader import LoadedBatch
 from generative_recommenders.data.token_masks import Draws, proper_part, uniform
 from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.events import events_with_slot, hidden_events
-from generative_recommenders.modeling.inputs import ModelInputs
+from generative_recommenders.modeling.inputs import ModelInputs, layout_of
 from generative_recommenders.objectives.examples import TrainingExample, make_example
 from generative_recommenders.objectives.objective import Objective
-from generative_recommenders.ops.layout import AttentionMask, Layout, jagged_layout
+from generative_recommenders.ops.layout import AttentionMask, Layout
 from generative_recommenders.types import SequentialFeatures
 
 MaskColumns = tuple[Tensor, Tensor]
@@ -117,10 +117,10 @@ class MaskedObjective(Objective):
         example = make_example(features, layout, masked.targets, None, columns["user_ids"], read)
         return replace(example, replaced=layout.flatten(masked.replaced))
 
-    def query(self, features: SequentialFeatures) -> ModelInputs:
+    def query(self, features: SequentialFeatures, padded: bool = False) -> ModelInputs:
         """The history with a mask slot behind its last event, which is read."""
         masked, read = self.scheme.inference(features.past_ids, features.past_lengths)
-        layout = masked_layout(masked)
+        layout = masked_layout(masked, padded)
         width = masked.input_ids.shape[1]
         events = events_with_slot(features.past_events, features.past_lengths, width)
         return ModelInputs(
@@ -140,9 +140,9 @@ class MaskedItemObjective(MaskedObjective):
         super().__init__(MaskedItemMasking(mask_probability))
 
 
-def masked_layout(masked: MaskedSequence) -> Layout:
-    """The jagged layout of a masked sequence, with its attention mask."""
-    layout = jagged_layout(masked.lengths, masked.input_ids.shape[1], masked.input_ids.device)
+def masked_layout(masked: MaskedSequence, padded: bool = False) -> Layout:
+    """The layout of a masked sequence, with its attention mask."""
+    layout = layout_of(masked.lengths, masked.input_ids, padded)
     if masked.attention_mask is None:
         return layout
     return layout.with_attention_mask(AttentionMask(*(layout.flatten(x) for x in masked.attention_mask)))

@@ -42,8 +42,11 @@ class Objective(ABC):
         """Number of the process's first target in the global batch; None where only counting targets tells."""
 
     @abstractmethod
-    def query(self, features: SequentialFeatures) -> ModelInputs:
-        """Inputs whose read positions, one a row, name the next item; each row's last token where ``read`` is None."""
+    def query(self, features: SequentialFeatures, padded: bool = False) -> ModelInputs:
+        """Inputs whose read positions, one a row, name the next item; each row's last token where ``read`` is None.
+
+        padded: see `modeling.inputs.QueryReader`.
+        """
 
     def criterion(self, base: Criterion, encoder: Callable[[bool], SequenceEncoder]) -> Criterion:
         """The chosen loss, with what the objective adds to it. encoder: another sequence encoder of the same settings, or,

@@ -181,8 +181,8 @@ def device_layout(lengths: torch.Tensor, max_length: int, num_tokens: int) -> La
 def padded_layout(lengths: torch.Tensor, max_length: int) -> Layout:
     """The layout of whole rectangles ``[B, N]``, padding included; no length is looked at, so that it can be exported."""
     device, rows = lengths.device, lengths.numel()
-    positions = torch.arange(max_length, device=device).repeat(rows)
-    row_of = torch.arange(rows, device=device).repeat_interleave(max_length)
+    positions = torch.arange(max_length, device=device).expand(rows, max_length).reshape(-1)
+    row_of = torch.arange(rows, device=device)[:, None].expand(rows, max_length).reshape(-1)
     valid = (positions < lengths[row_of]).view(-1, 1)
     return Layout(
         lengths, max_length, positions, row_of, torch.arange(rows, device=device) * max_length, valid=valid

@@ -59,11 +59,11 @@ class Group:
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         """``[T, ...]`` tokens as the group's rectangle ``[g, n, ...]``."""
-        return x.index_select(0, self.keys.tokens).view(-1, self.width, *x.shape[1:])
+        return x.index_select(0, self.keys.tokens).view(self.lengths.shape[0], self.width, *x.shape[1:])
 
     def real(self) -> torch.Tensor:
         """``[g, n]`` bool, False behind a row's end."""
-        return self.keys.real.view(-1, self.width)
+        return self.keys.real.view(self.lengths.shape[0], self.width)
 
 
 class Grouping(NamedTuple):
@@ -101,11 +101,15 @@ def groups_of_rows(lengths: np.ndarray, causal: bool) -> Grouping:
 def groups_of_rectangle(lengths: torch.Tensor, valid: torch.Tensor, causal: bool) -> Grouping:
     """The one group of a padded layout, cut into steps where all is causal. lengths: ``[B]``; valid: ``[B, N]`` bool."""
     (rows, width), device = valid.shape, valid.device
-    steps = _steps(np.full(rows, width))
+    known = isinstance(rows, int) and isinstance(width, int)  # an exporter's sizes are symbols
+    steps = _steps(np.full(rows, width)) if known else _whole(rows, width)
     tokens = torch.arange(rows * width, dtype=torch.int32, device=device).view(rows, width)
     keys = _cut(tokens, valid, _whole(rows, width))
     queries = _cut(tokens, valid, steps) if causal else keys
     group = Group(width, keys, queries, lengths, torch.arange(rows, device=device), steps)
+    if not known:
+        every = Places(keys.tokens, torch.arange(rows + 1, dtype=torch.int32, device=device) * width)
+        return Grouping((group,), every, every)
     key_places = places_of_all(keys)
     return Grouping((group,), key_places, places_of_all(queries) if causal else key_places)
 

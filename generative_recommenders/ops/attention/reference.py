@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from generative_recommenders.ops import dispatch
+from generative_recommenders.ops.attention.rectangular import rectangular_pointwise, rectangular_softmax
 from generative_recommenders.ops.attention.tiles import (
     TableBias,
     drawn,
@@ -23,6 +24,8 @@ def softmax_attention_reference(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout, dropout_rate: float, scale: float
 ) -> torch.Tensor:
     """`ops.attention.softmax.softmax_attention`, under the dropout masks that it draws on a CPU from the same seed."""
+    if layout.valid is not None and dropout_rate == 0.0:
+        return rectangular_softmax(q, k, v, layout, scale)
     with dispatch.autocast(q, None):
         sees = seen(layout)
         logits = torch.einsum("ihd,jhd->hij", q, k) * scale
@@ -41,6 +44,8 @@ def pointwise_attention_reference(
     dropout_rate: float,
 ) -> torch.Tensor:
     """`ops.attention.pointwise.pointwise_attention`, under the dropout masks that it draws on a CPU from the same seed."""
+    if layout.valid is not None and dropout_rate == 0.0 and (bias is None or len(bias.indices) == 1):
+        return rectangular_pointwise(q, k, v, layout, bias, divisor)
     with dispatch.autocast(q, None):
         logits = torch.einsum("ihd,jhd->hij", q, k)
         if bias is not None:

@@ -67,7 +67,7 @@ def bias_inputs(
     for group in layout.groups:
         columns = torch.arange(group.width, device=layout.device)
         own = None if times is None else [group.gather(each) for each in times]
-        everything = (len(group.lengths), 0, group.width, group.width)
+        everything = (group.lengths.shape[0], 0, group.width, group.width)
         parts = [everything] if whole else [tile[:4] for tile in tiles(group, layout)]
         for rows, start, stop, seen in parts:
             distance = max_length - 1 + columns[None, :seen] - columns[start:stop, None]

@@ -74,7 +74,7 @@ def tiles(group: Group, layout: Layout) -> list[Tile]:
     """Attention mask, by the steps of a causal group. Cells behind a row's end are never seen by real ones."""
     width = group.width
     if layout.attention_mask is not None:
-        return [Tile(len(group.lengths), 0, width, width, 0, visible(group, layout.attention_mask))]
+        return [Tile(group.lengths.shape[0], 0, width, width, 0, visible(group, layout.attention_mask))]
     return [Tile(rows, start, stop, stop, start, None) for start, stop, rows in group.steps]
 
 

@@ -1,0 +1,132 @@
+"""Export of a run for other programs: the query encoder, the items, an index of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import safetensors.torch
+import torch
+from absl import logging
+
+from generative_recommenders.commands.setup import Options
+from generative_recommenders.data.preparation.folder import new_file
+from generative_recommenders.errors import UserError
+from generative_recommenders.retrieval.export import (
+    INDEX_KINDS,
+    build_index,
+    check_products,
+    export_program,
+    measured_recall,
+    missing,
+    query_inputs,
+    write_onnx,
+)
+from generative_recommenders.retrieval.recommender import Recommender
+
+__all__ = ["FORMATS", "INDEX_KINDS", "ExportOptions", "export"]
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Flags of ``--mode=export``. output: a folder, RUN/export unless given. index: kind of the faiss index."""
+
+    format: str
+    output: Path | None
+    index: str
+
+
+def export(options: Options, wanted: ExportOptions) -> int:
+    """Writes a format's file, item_ids.txt (line i + 1 is internal id i + 1) and export.json, which says how to use it."""
+    if options.run_dir is None:
+        raise UserError("--mode=export needs --run_dir, the folder of a trained run")
+    recommender = Recommender.load(options.run_dir, "cpu", plugins=options.plugins)
+    folder = wanted.output or Path(options.run_dir) / "export"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output={folder}: {error.strerror}") from error
+    about = {
+        "run": Path(options.run_dir).name,
+        "format": wanted.format,
+        "items": len(recommender.item_ids),
+        "width": recommender.snapshot.embeddings.shape[1],
+        "max_length": recommender.reader.max_length,
+        "score": f"states @ item_embeddings.T / {recommender.model.similarity.temperature}",
+        **FORMATS[wanted.format](recommender, folder, wanted),
+    }
+    with new_file(folder / "item_ids.txt") as scratch:
+        scratch.write_text(
+            "".join(f"{item}\n" for item in recommender.item_ids.to_pylist()), encoding="utf-8"
+        )
+    with new_file(folder / "export.json") as scratch:
+        scratch.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    logging.info("%s written to %s", wanted.format, folder)
+    return 0
+
+
+def _torch(recommender: Recommender, folder: Path, wanted: ExportOptions) -> dict[str, Any]:
+    program = export_program(recommender)
+    with new_file(folder / "query_encoder.pt2") as scratch:
+        torch.export.save(program, scratch)
+    return _inputs(recommender)
+
+
+def _onnx(recommender: Recommender, folder: Path, wanted: ExportOptions) -> dict[str, Any]:
+    inputs = query_inputs(recommender)
+    program = export_program(recommender)
+    with new_file(folder / "query_encoder.onnx") as scratch:
+        write_onnx(program, scratch, list(inputs))
+    return _inputs(recommender)
+
+
+def _faiss(recommender: Recommender, folder: Path, wanted: ExportOptions) -> dict[str, Any]:
+    check_products(recommender)
+    try:
+        import faiss
+    except ImportError as error:
+        raise missing("faiss", "export") from error
+    index = build_index(recommender.snapshot.embeddings.float().numpy(), wanted.index)
+    with new_file(folder / f"items.{wanted.index}.faiss") as scratch:
+        faiss.write_index(index, str(scratch))
+    recall = measured_recall(recommender, index)
+    logging.info("the %s index finds %.4f of the 10 best items", wanted.index, recall)
+    return {"index": wanted.index, "recall@10": round(recall, 4)}
+
+
+def _safetensors(recommender: Recommender, folder: Path, wanted: ExportOptions) -> dict[str, Any]:
+    with new_file(folder / "item_embeddings.safetensors") as scratch:
+        safetensors.torch.save_file(
+            {"item_embeddings": recommender.snapshot.embeddings.contiguous()}, scratch
+        )
+    return {}
+
+
+def _parquet(recommender: Recommender, folder: Path, wanted: ExportOptions) -> dict[str, Any]:
+    embeddings = recommender.snapshot.embeddings.float()
+    rows = pa.FixedSizeListArray.from_arrays(pa.array(embeddings.numpy().ravel()), embeddings.shape[1])
+    with new_file(folder / "item_embeddings.parquet") as scratch:
+        pq.write_table(pa.table({"item_id": recommender.item_ids, "embedding": rows}), scratch)
+    return {}
+
+
+def _inputs(recommender: Recommender) -> dict[str, Any]:
+    inputs = {
+        name: {"type": str(x.dtype).removeprefix("torch."), "shape": ["batch", "length"][: x.dim()]}
+        for name, x in query_inputs(recommender).items()
+    }
+    return {"inputs": inputs, "output": "states"}
+
+
+FORMATS: dict[str, Callable[[Recommender, Path, ExportOptions], dict[str, Any]]] = {
+    "torch": _torch,
+    "onnx": _onnx,
+    "faiss": _faiss,
+    "safetensors": _safetensors,
+    "parquet": _parquet,
+}
