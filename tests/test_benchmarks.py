@@ -25,6 +25,7 @@ TINY = {
         "--repeats=1",
         "--one_user_repeats=1",
     ],
+    "serve": ["--items=30", "--length=4", "--repeats=1"],
     "top_k": ["--items=300", "--queries=4", "--k=5", "--dim=16", "--fit_steps=2", "--repeats=1"],
     "train_step": ["--steps=1", "--num_negatives=4", "--plain_steps=1"],
 }
@@ -39,6 +40,7 @@ POSITIVE = {
         "results.many_users.milliseconds.search.median",
         "results.one_user.search_to_products.median",
     ),
+    "serve": ("results.eager.batch_1_ms", "results.eager.batch_32_ms"),
     "top_k": ("results.MoLBruteForceTopK.search_seconds", "results.MoLNaiveTopK50.recall"),
     "train_step": ("step_seconds", "tokens_per_second", "data_seconds", "peak_rss_mb", "plain_step_seconds"),
 }

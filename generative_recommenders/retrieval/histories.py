@@ -56,6 +56,12 @@ class HistoryReader:
     def _users(self) -> pd.Index | None:
         return None if self.known_users is None else pd.Index(self.known_users.to_pylist(), dtype=object)
 
+    @property
+    def needed_columns(self) -> list[str]:
+        """Columns of events that the model reads beside the item."""
+        names = ["rating"] * self.needs_ratings + ["timestamp"] * self.needs_timestamps
+        return names + [each["name"] for each in self.event_columns]
+
     def internal(self, items: Any) -> np.ndarray:
         """Internal ids ``[n]`` int64 of original ones, 0 for unknown ones."""
         text = pl.Series("items", items, strict=False).cast(pl.String)
@@ -69,15 +75,16 @@ class HistoryReader:
             raise UserError(f"{what} {unknown!r} is no item that the model was trained on")
         return torch.from_numpy(ids)
 
-    def read(self, histories: Any, at: Any, batch_size: int, keep_empty: bool = False) -> Iterator[Histories]:
+    def read(
+        self, histories: Any, at: Any, batch_size: int, keep_empty: bool = False, warn: bool = True
+    ) -> Iterator[Histories]:
         """Some users at a time; those with no known item are counted and left out unless kept.
 
-        histories, at: see `Recommender.recommend`. UserError where columns are missing or ids are empty.
+        histories, at: see `Recommender.recommend`. warn: whether what is dropped is counted in the log. UserError
+        where columns are missing or ids are empty.
         """
         frame = _as_frame(histories)
-        needed = ["rating"] * self.needs_ratings + ["timestamp"] * self.needs_timestamps
-        needed += [each["name"] for each in self.event_columns]
-        missing = [name for name in needed if name not in frame.columns]
+        missing = [name for name in self.needed_columns if name not in frame.columns]
         if missing:
             raise UserError(
                 f"the model reads {' and '.join(missing)} of each event, and the histories have no such column"
@@ -90,7 +97,8 @@ class HistoryReader:
             frame = frame.sort("timestamp", maintain_order=True)
         order = frame.sort("_place")["user_id"].unique(maintain_order=True)
         known = frame.filter(pl.col("_item") > 0)
-        self._warn(frame, known, order, at, keep_empty)
+        if warn:
+            self._warn(frame, known, order, at, keep_empty)
         groups = {
             key[0]: part
             for key, part in known.partition_by("user_id", as_dict=True, maintain_order=True).items()
@@ -132,7 +140,7 @@ class HistoryReader:
             sources["timestamps"] = ("timestamp", np.int64)
         for each in self.event_columns:
             sources[each["name"]] = (each["name"], np.int64 if each["kind"] != "numerical" else np.float32)
-        batch = {"lengths": lengths, "user_ids": torch.from_numpy(self._known_users(users))}
+        batch = {"lengths": lengths, "user_ids": torch.from_numpy(self.internal_users(users))}
         for name, (column, kind) in sources.items():
             values: np.ndarray = np.zeros(shape, kind)
             for row, part in enumerate(kept):
@@ -147,7 +155,7 @@ class HistoryReader:
         ]
         return Histories(users, batch, seen, numeric)
 
-    def _known_users(self, users: list[Any]) -> np.ndarray:
+    def internal_users(self, users: list[Any]) -> np.ndarray:
         """``[B]`` internal ids of users that the model was trained on, 0 for new ones."""
         if self._users is None:
             return np.zeros(len(users), np.int64)

@@ -1,0 +1,100 @@
+"""Latency of the encoder of queries: eager, ONNX Runtime and OpenVINO, at two batch sizes; the last line is one JSON object.
+
+    python benchmarks/serve.py --encoder=SASRec --items=3416 --length=50
+
+Weights are random, histories full. An engine that is not installed is left out. Times are medians in milliseconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import pyarrow as pa
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from generative_recommenders.build.parts import Catalogue, build_model
+from generative_recommenders.config.schema import RunSettings
+from generative_recommenders.retrieval.export import export_program, query_inputs, write_onnx
+from generative_recommenders.retrieval.recommender import Recommender
+
+Encode = Callable[[dict[str, torch.Tensor]], object]
+
+
+def recommender(args: argparse.Namespace) -> Recommender:
+    settings = RunSettings()
+    settings = settings.changed(
+        model=settings.model.changed(main_module=args.encoder),
+        data=settings.data.changed(max_sequence_length=args.length),
+    )
+    catalogue = Catalogue(args.items, False, False, torch.ones(args.items, dtype=torch.int64))
+    model = build_model(settings, catalogue)
+    return Recommender(settings, model, pa.array([str(i) for i in range(args.items)]))
+
+
+def engines(rec: Recommender, folder: Path) -> dict[str, Encode]:
+    def eager(inputs: dict[str, torch.Tensor]) -> object:
+        with torch.no_grad():
+            return rec.model.encode_query(inputs).states
+
+    found: dict[str, Encode] = {"eager": eager}
+    if find_spec("onnxscript") is None:
+        return found
+    path = folder / "encoder.onnx"
+    write_onnx(export_program(rec), path, list(query_inputs(rec)))
+    if find_spec("onnxruntime") is not None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        found["onnxruntime"] = lambda inputs: session.run(None, {n: x.numpy() for n, x in inputs.items()})
+    if find_spec("openvino") is not None:
+        import openvino
+
+        config = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
+        compiled = openvino.Core().compile_model(path, "CPU", config)
+        found["openvino"] = lambda inputs: compiled({n: x.numpy() for n, x in inputs.items()})
+    return found
+
+
+def milliseconds(call: Callable[[], object], repeats: int) -> float:
+    times = []
+    for _ in range(repeats + 3):
+        start = time.perf_counter()
+        call()
+        times.append(1000 * (time.perf_counter() - start))
+    return round(statistics.median(times[3:]), 3)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--encoder", default="SASRec")
+    for name, default in (("items", 3416), ("length", 50), ("repeats", 50), ("seed", 0)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    args = parser.parse_args()
+    torch.manual_seed(args.seed)
+    rec, results = recommender(args), {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, encode in engines(rec, Path(folder)).items():
+            results[name] = {}
+            for batch in (1, 32):
+                inputs = query_inputs(rec, batch, args.length)
+                inputs["item_ids"] = torch.randint(1, args.items + 1, (batch, args.length))
+                results[name][f"batch_{batch}_ms"] = milliseconds(lambda: encode(inputs), args.repeats)  # noqa: B023
+            print(name, results[name], flush=True)
+    setup = vars(args) | {"threads": torch.get_num_threads(), "machine": platform.machine()}
+    print(json.dumps({"benchmark": "serve", "setup": setup, "results": results}))
+
+
+if __name__ == "__main__":
+    main()

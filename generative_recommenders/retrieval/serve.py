@@ -1,0 +1,291 @@
+"""Answers over HTTP: requests that wait together are answered together."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeAlias
+
+import polars as pl
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from generative_recommenders.errors import UserError
+from generative_recommenders.retrieval.recommender import Recommender
+
+MAX_HISTORY, MAX_CANDIDATES, MAX_K = 10_000, 10_000, 1000
+Item = Annotated[str, Field(max_length=1000)] | int
+Cell = float | int | str | None
+
+
+class RecommendRequest(BaseModel):
+    """One user's history, oldest event first. columns: of its events, as ``{"rating": [5, 3]}``, where the model reads them."""
+
+    model_config = ConfigDict(extra="forbid")
+    history: list[Item] = Field(max_length=MAX_HISTORY, examples=[["0307887898", "0312853122"]])
+    k: int = Field(10, ge=1, le=MAX_K)
+    exclude_seen: bool = True
+    candidates: list[Item] | None = Field(None, max_length=MAX_CANDIDATES)
+    columns: dict[str, list[Cell]] = Field(default_factory=dict)
+    at: int | None = Field(None, description="time of the request, seconds since 1970")
+    user_id: Item | None = None
+    popular: bool = Field(False, description="answer a history without known items with popular ones")
+
+    @model_validator(mode="after")
+    def _columns_are_of_the_events(self) -> RecommendRequest:
+        for name, values in self.columns.items():
+            if len(values) != len(self.history):
+                raise ValueError(f"column {name!r} has {len(values)} values for {len(self.history)} events")
+            if name in ("user_id", "item_id") or name.startswith("_"):
+                raise ValueError(f"column {name!r} has a reserved name")
+        return self
+
+
+class SimilarRequest(BaseModel):
+    """Items to find the nearest of."""
+
+    model_config = ConfigDict(extra="forbid")
+    items: list[Item] = Field(min_length=1, max_length=1000)
+    k: int = Field(10, ge=1, le=MAX_K)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """max_batch: requests answered together. wait: seconds that the first of them waits for others. max_waiting: requests
+    beyond which further ones are refused. max_body: bytes of a request."""
+
+    max_batch: int = 64
+    wait: float = 0.002
+    max_waiting: int = 1024
+    max_body: int = 1 << 20
+
+
+def answer(
+    recommender: Recommender, requests: list[RecommendRequest]
+) -> list[list[dict[str, Any]] | UserError]:
+    """Ranked items ``{"item_id", "score"}`` of each request; UserError in the place of one that the model cannot answer."""
+    needed = recommender.reader.needed_columns
+    answers: list[list[dict[str, Any]] | UserError] = []
+    groups: dict[tuple[bool, bool], list[int]] = {}
+    for number, request in enumerate(requests):
+        missing = [name for name in needed if name not in request.columns]
+        answers.append(
+            UserError(f"columns: the model reads {' and '.join(missing)} of each event") if missing else []
+        )
+        if not missing:
+            groups.setdefault((request.exclude_seen, request.candidates is None), []).append(number)
+    for (exclude_seen, everything), numbers in groups.items():
+        parts = [numbers]
+        while parts:
+            part = parts.pop()
+            try:
+                found = _ranked(recommender, [requests[each] for each in part], exclude_seen, everything)
+                for number, ranked in zip(part, found):
+                    answers[number] = ranked
+            except (
+                Exception
+            ) as error:  # whatever a value raises that the model does not know, as a rating of 100
+                if len(part) > 1:  # only the request that brought it is refused
+                    parts += [[number] for number in part]
+                    continue
+                line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+                answers[part[0]] = UserError(f"the model cannot read this history: {line}")
+    return answers
+
+
+def _ranked(
+    recommender: Recommender, requests: list[RecommendRequest], exclude_seen: bool, everything: bool
+) -> list[list[dict[str, Any]]]:
+    names = recommender.reader.needed_columns
+    columns: dict[str, list[Any]] = {name: [] for name in ("user_id", "item_id", *names)}
+    for number, request in enumerate(requests):
+        count = max(1, len(request.history))
+        columns["user_id"] += [number] * count
+        columns["item_id"] += [str(item) for item in request.history] or [None]
+        for name in names:
+            columns[name] += request.columns[name] or [None]
+    kinds = {"item_id": pl.String, "rating": pl.Float32, "timestamp": pl.Int64}
+    overrides = {name: kind for name, kind in kinds.items() if name in columns}
+    frame = pl.DataFrame(columns, schema_overrides=overrides)
+    (histories,) = recommender.reader.read(frame, None, len(requests), keep_empty=True, warn=False)
+    batch = histories.batch
+    users = ["" if request.user_id is None else request.user_id for request in requests]
+    batch["user_ids"] = torch.from_numpy(recommender.reader.internal_users(users))
+    for row, request in enumerate(requests):
+        if request.at is not None and "next_timestamps" in batch:
+            batch["next_timestamps"][row] = request.at
+    allowed = None
+    if not everything:
+        lists = [recommender.allowed(request.candidates or ()) for request in requests]
+        allowed = torch.nn.utils.rnn.pad_sequence(lists, batch_first=True)
+    popular = recommender.counts is not None
+    known = (batch["lengths"] > 0).tolist()
+    if not popular:  # nothing to fall back on: such rows are not looked at
+        batch["lengths"].clamp_(min=1)
+    scores, ids = recommender.best(
+        histories, recommender.queries(histories), max(r.k for r in requests), exclude_seen, allowed
+    )
+    found: list[list[dict[str, Any]]] = []
+    for request, row_scores, row_ids, is_known in zip(requests, scores.tolist(), ids.tolist(), known):
+        wanted = is_known or (request.popular and popular)
+        pairs = list(zip(row_ids, row_scores))[: request.k] if wanted else []
+        found.append(
+            [{"item_id": recommender.item_ids[i - 1].as_py(), "score": score} for i, score in pairs if i > 0]
+        )
+    return found
+
+
+class Batcher:
+    """Collects requests for a moment and answers them in one thread. observe: told the size of every batch."""
+
+    def __init__(self, recommender: Recommender, limits: Limits, observe: Callable[[int], None]) -> None:
+        self.recommender, self.limits, self.observe = recommender, limits, observe
+        self.thread = ThreadPoolExecutor(1)
+        self.waiting: asyncio.Queue[tuple[RecommendRequest, asyncio.Future]] = asyncio.Queue(
+            limits.max_waiting
+        )
+
+    async def ask(self, request: RecommendRequest) -> list[dict[str, Any]]:
+        """UserError where the model cannot answer; `asyncio.QueueFull` where too many wait."""
+        future: asyncio.Future = asyncio.get_running_loop().create_future()
+        self.waiting.put_nowait((request, future))
+        return await future
+
+    async def run(self) -> None:
+        """Answers until it is cancelled."""
+        loop = asyncio.get_running_loop()
+        while True:
+            some = [await self.waiting.get()]
+            until = loop.time() + self.limits.wait
+            while len(some) < self.limits.max_batch:
+                try:
+                    some.append(await asyncio.wait_for(self.waiting.get(), max(0.0, until - loop.time())))
+                except TimeoutError:
+                    break
+            self.observe(len(some))
+            requests = [request for request, _ in some]
+            answers = await loop.run_in_executor(self.thread, answer, self.recommender, requests)
+            for (_, future), found in zip(some, answers):
+                if future.done():  # its client has gone
+                    continue
+                if isinstance(found, BaseException):
+                    future.set_exception(found)
+                else:
+                    future.set_result(found)
+
+
+Message: TypeAlias = MutableMapping[str, Any]
+Receive: TypeAlias = Callable[[], Awaitable[Message]]
+Send: TypeAlias = Callable[[Message], Awaitable[None]]
+
+
+class BodyLimit:
+    """Refuses bodies of more than ``max_body`` bytes with 413, before they are held."""
+
+    def __init__(self, app: Callable[..., Awaitable[None]], max_body: int) -> None:
+        self.app, self.max_body = app, max_body
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        messages, size, more = [], 0, True
+        while more:
+            message = await receive()
+            size += len(message.get("body", b""))
+            more = message["type"] == "http.request" and message.get("more_body", False)
+            messages.append(message)
+            if size > self.max_body:
+                body = b'{"detail":"the body is longer than %d bytes"}' % self.max_body
+                headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
+                await send({"type": "http.response.start", "status": 413, "headers": headers})
+                return await send({"type": "http.response.body", "body": body})
+
+        async def replay() -> Message:
+            return messages.pop(0) if messages else await receive()
+
+        return await self.app(scope, replay, send)
+
+
+def make_app(recommender: Recommender, limits: Limits | None = None) -> Any:
+    """The FastAPI application; its page for trying it out is at /docs. UserError where the extra ``serve`` is missing."""
+    try:
+        import fastapi
+        import prometheus_client as prometheus
+    except ImportError as error:
+        raise UserError(
+            f"{error.name} is not installed: pip install 'generative-recommenders[serve]'"
+        ) from error
+    limits = limits or Limits()
+    registry = prometheus.CollectorRegistry()
+    requests = prometheus.Counter(
+        "requests", "answers by path and status", ["path", "status"], registry=registry
+    )
+    seconds = prometheus.Histogram("request_seconds", "time to answer", ["path"], registry=registry)
+    batches = prometheus.Histogram(
+        "batch_size", "requests answered together", buckets=(1, 2, 4, 8, 16, 32, 64), registry=registry
+    )
+    batcher: Batcher
+
+    @asynccontextmanager
+    async def lifespan(app: Any) -> Any:
+        nonlocal batcher
+        batcher = Batcher(recommender, limits, batches.observe)
+        task = asyncio.create_task(batcher.run())
+        yield
+        task.cancel()
+        batcher.thread.shutdown()
+
+    app = fastapi.FastAPI(title="generative_recommenders", lifespan=lifespan)
+    app.add_middleware(BodyLimit, max_body=limits.max_body)
+
+    @app.middleware("http")
+    async def measure(request, call_next):  # type: ignore[no-untyped-def]
+        start = time.perf_counter()
+        response = await call_next(request)
+        route = request.scope.get("route")  # paths that do not exist share one name
+        path = getattr(route, "path", "other")
+        requests.labels(path, response.status_code).inc()
+        seconds.labels(path).observe(time.perf_counter() - start)
+        return response
+
+    @app.post("/recommend", summary="The k best items after a history")
+    async def recommend(request: RecommendRequest) -> dict[str, Any]:
+        try:
+            return {"items": await batcher.ask(request)}
+        except UserError as error:
+            raise fastapi.HTTPException(422, str(error)) from error
+        except asyncio.QueueFull as error:
+            raise fastapi.HTTPException(503, "too many requests wait: try again later") from error
+
+    @app.post("/similar", summary="The k nearest other items of items")
+    async def similar(request: SimilarRequest) -> dict[str, Any]:
+        items = [str(item) for item in request.items]
+        loop = asyncio.get_running_loop()
+        try:
+            frame = await loop.run_in_executor(batcher.thread, recommender.similar_items, items, request.k)
+        except UserError as error:
+            raise fastapi.HTTPException(422, str(error)) from error
+        found: dict[str, list[dict[str, Any]]] = {item: [] for item in items}
+        for item, near, score in zip(frame["item_id"], frame["similar_id"], frame["score"]):
+            found[item].append({"item_id": near, "score": float(score)})
+        return {"items": found}
+
+    @app.get("/health")
+    async def health() -> dict[str, Any]:
+        return {
+            "status": "ok",
+            "items": len(recommender.item_ids),
+            "columns": recommender.reader.needed_columns,
+        }
+
+    @app.get("/metrics")
+    async def metrics() -> Any:
+        return fastapi.Response(
+            prometheus.generate_latest(registry), media_type=prometheus.CONTENT_TYPE_LATEST
+        )
+
+    return app

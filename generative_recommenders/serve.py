@@ -1,0 +1,52 @@
+"""Server of a trained run: ``python -m generative_recommenders.serve RUN [--port=8000]``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from generative_recommenders.errors import UserError
+from generative_recommenders.retrieval.recommender import Recommender
+from generative_recommenders.retrieval.serve import Limits, make_app
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Serves until SIGTERM or Ctrl-C; requests that have begun are answered first."""
+    limits = Limits()
+    parser = argparse.ArgumentParser(prog="python -m generative_recommenders.serve", description=__doc__)
+    parser.add_argument("run", help="the folder of a trained run")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on; this machine alone by default"
+    )
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument(
+        "--plugin", action="append", default=[], help="a file that registers parts of the run's own"
+    )
+    parser.add_argument("--max_batch", type=int, default=limits.max_batch, help="requests answered together")
+    parser.add_argument(
+        "--wait_ms", type=float, default=1000 * limits.wait, help="how long a request waits for others"
+    )
+    args = parser.parse_args(argv)
+    try:
+        if args.max_batch < 1 or not 0 <= args.wait_ms < 60_000 or not 0 <= args.port < 1 << 16:
+            raise UserError(
+                "--max_batch must be 1 or more, --wait_ms from 0 to 60000, --port from 0 to 65535"
+            )
+        try:
+            import uvicorn
+        except ImportError as error:
+            raise UserError(
+                "uvicorn is not installed: pip install 'generative-recommenders[serve]'"
+            ) from error
+        recommender = Recommender.load(args.run, args.device, args.plugin)
+        app = make_app(recommender, Limits(args.max_batch, args.wait_ms / 1000))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    uvicorn.run(app, host=args.host, port=args.port, log_level="warning", timeout_graceful_shutdown=10)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,200 @@
+"""A run answers over HTTP as the recommender does, under load, and ends when it is told to."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from generative_recommenders import Recommender
+from generative_recommenders.errors import UserError
+from generative_recommenders.retrieval.serve import RecommendRequest, answer
+from recommender_runs import make_run
+from tiny_data import ragged_sequences, tiny_dataset
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("served")
+    dataset = tiny_dataset(folder / "data", ragged_sequences(57, 30, seed=5))
+    return make_run(folder, dataset, {"main_module": "SASRec"})[0]
+
+
+@pytest.fixture(scope="module")
+def rec(run: Path) -> Recommender:
+    return Recommender.load(run)
+
+
+def test_requests_answered_together_are_answered_as_alone(rec: Recommender) -> None:
+    requests = [
+        RecommendRequest(history=["i00003", "i00004"], k=3),
+        RecommendRequest(history=["i00005"], k=5, exclude_seen=False),
+        RecommendRequest(history=["i00005"], k=2, candidates=["i00007", "i00009", "what"]),
+        RecommendRequest(history=["what"]),
+        RecommendRequest(history=[], popular=True, k=1),
+        RecommendRequest(history=["i00003", "i00004"], k=7),
+    ]
+    answers = answer(rec, requests)
+    for request, found in zip(requests[:3], answers):
+        alone = rec.recommend(
+            {"a": request.history},
+            request.k,
+            exclude_seen=request.exclude_seen,
+            candidates=request.candidates,
+        )
+        assert [each["item_id"] for each in found] == alone["item_id"].tolist()
+        assert [each["score"] for each in found] == pytest.approx(alone["score"].tolist(), abs=1e-5)
+    assert answers[3] == [] and len(answers[4]) == 1
+    assert answers[5][:3] == answers[0]
+
+
+def test_columns_that_the_model_reads_are_asked_for(tmp_path: Path) -> None:
+    dataset = tiny_dataset(tmp_path / "data", ragged_sequences(57, 30, seed=5))
+    rec = Recommender.load(make_run(tmp_path, dataset, {"main_module": "HSTU", "next_time": "given"})[0])
+    columns = {"timestamp": [5000, 9000]}
+    missing, good, bad, later = answer(
+        rec,
+        [
+            RecommendRequest(history=["i00003"]),
+            RecommendRequest(history=["i00003", "i00004"], columns=columns),
+            RecommendRequest(
+                history=["i00003", "i00004"], columns=columns, exclude_seen=False, candidates=[]
+            ),
+            RecommendRequest(history=["i00003", "i00004"], columns=columns, at=10**7),
+        ],
+    )
+    assert isinstance(missing, UserError) and "timestamp" in str(missing)
+    assert bad == [] and len(good) == 10
+    assert good != later
+
+
+def test_a_value_that_the_model_cannot_read_refuses_its_request_alone(tmp_path: Path) -> None:
+    dataset = tiny_dataset(tmp_path / "data", ragged_sequences(57, 30, seed=5))
+    chosen = {"main_module": "SASRec", "input_preprocessor": "CombinedItemAndRating"}
+    rec = Recommender.load(make_run(tmp_path, dataset, chosen)[0])
+    ratings = ([3.0], [100.0], ["much"], [4])
+    first, large, text, last = answer(
+        rec, [RecommendRequest(history=["i00003"], columns={"rating": each}) for each in ratings]
+    )
+    for refused in (large, text):
+        assert isinstance(refused, UserError) and "cannot read this history" in str(refused)
+    assert len(first) == len(last) == 10
+
+
+class Server:
+    def __init__(self, run: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        command = [sys.executable, "-m", "generative_recommenders.serve", str(run), f"--port={self.port}"]
+        self.process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        for _ in range(600):
+            try:
+                assert self.ask("GET", "/health")[0] == 200
+                return
+            except OSError:
+                assert self.process.poll() is None, self.process.stderr.read()
+                time.sleep(0.1)
+        raise AssertionError("the server does not answer")
+
+    def ask(self, method: str, path: str, body: object = None, connection=None) -> tuple[int, str]:
+        own = connection or http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        text = body if isinstance(body, (bytes, type(None))) else json.dumps(body)
+        own.request(method, path, text, {"Content-Type": "application/json"})
+        response = own.getresponse()
+        return response.status, response.read().decode()
+
+    def memory(self) -> int:
+        """Bytes that the server's process holds."""
+        pages = Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]
+        return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.fixture(scope="module")
+def server(run: Path) -> Iterator[Server]:
+    for name in ("fastapi", "uvicorn", "prometheus_client"):
+        pytest.importorskip(name)
+    server = Server(run)
+    yield server
+    server.process.kill()
+    server.process.wait()
+
+
+def test_answers_over_http(server: Server, rec: Recommender) -> None:
+    status, text = server.ask("POST", "/recommend", {"history": ["i00003", "i00004"], "k": 3})
+    assert status == 200
+    expected = rec.recommend({"a": ["i00003", "i00004"]}, k=3)["item_id"].tolist()
+    assert [each["item_id"] for each in json.loads(text)["items"]] == expected
+    status, text = server.ask("POST", "/similar", {"items": ["i00003"], "k": 2})
+    near = rec.similar_items(["i00003"], 2)["similar_id"].tolist()
+    assert status == 200 and [each["item_id"] for each in json.loads(text)["items"]["i00003"]] == near
+    assert server.ask("GET", "/docs")[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "words"),
+    [
+        ("/recommend", {"history": ["i00003"], "k": 0}, 422, "greater than or equal to 1"),
+        ("/recommend", {}, 422, "history"),
+        ("/recommend", {"history": ["i00003"], "kk": 1}, 422, "kk"),
+        ("/recommend", {"history": ["i00003"] * 10_001}, 422, "at most 10000"),
+        ("/recommend", {"history": ["i00003"], "columns": {"rating": []}}, 422, "0 values for 1 events"),
+        ("/recommend", b"{", 422, "JSON"),
+        ("/recommend", b" " * (1 << 21), 413, "longer than"),
+        ("/similar", {"items": ["what"]}, 422, "no item that the model was trained on"),
+        ("/nothing", {}, 404, "Not Found"),
+    ],
+)
+def test_faults_of_a_request_say_what_is_wrong(
+    server: Server, path: str, body: object, status: int, words: str
+) -> None:
+    assert server.ask("POST", path, body)[0] == status
+    assert words in server.ask("POST", path, body)[1]
+
+
+def test_load_without_an_error_or_growth_of_memory(server: Server) -> None:
+    def client(number: int, requests: int) -> set[int]:
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+        body = {"history": [f"i{1 + (number * 7 + i) % 30:05}" for i in range(5)], "k": 10}
+        return {server.ask("POST", "/recommend", body, connection)[0] for _ in range(requests)}
+
+    with ThreadPoolExecutor(32) as pool:
+        list(pool.map(client, range(32), [16] * 32))  # fills caches and pools
+        before = server.memory()
+        statuses = set().union(*pool.map(client, range(32), [63] * 32))
+    assert statuses == {200}
+    assert server.memory() - before < 32 << 20
+    text = server.ask("GET", "/metrics")[1]
+    counted = [
+        line for line in text.splitlines() if line.startswith("requests_total") and "/recommend" in line
+    ]
+    assert any('status="200"' in line and float(line.split()[-1]) >= 2016 + 512 for line in counted)
+    assert "batch_size_bucket" in text and "request_seconds_bucket" in text
+
+
+def test_it_ends_when_it_is_told_to(run: Path) -> None:
+    for name in ("fastapi", "uvicorn", "prometheus_client"):
+        pytest.importorskip(name)
+    server = Server(run)
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(timeout=30) in (0, -signal.SIGTERM)
+    assert "Traceback" not in server.process.stderr.read()
+
+
+def test_a_folder_without_a_run_is_one_line(tmp_path: Path) -> None:
+    pytest.importorskip("uvicorn")
+    command = [sys.executable, "-m", "generative_recommenders.serve", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "is no folder of a run" in done.stderr
