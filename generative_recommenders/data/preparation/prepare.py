@@ -83,7 +83,8 @@ def prepare_batches(
     with new_folder(out_dir) as folder:
         spill = folder / "spill"
         with phase("read and number the ids"):
-            run_events = max(1, min(memory_limit // BYTES_PER_EVENT, CHUNK_EVENTS))
+            # few long runs: ids that come back in another run are hashed again when runs are merged
+            run_events = max(1, memory_limit // BYTES_PER_EVENT)
             if num_events * BYTES_PER_EVENT > memory_limit:
                 spill.mkdir()
                 logging.info("the input may exceed the memory limit: events are kept in files")
