@@ -110,21 +110,10 @@ class MoLSimilarity(MoLComponents):
         score_temperature: Positive = 1.0,
     ) -> None:
         sizes = tuple(uid_embedding_hash_sizes or ())
-        if query_dot_product_groups <= len(sizes):
-            raise UserError(
-                f"MoL query_dot_product_groups = {query_dot_product_groups}: must exceed the {len(sizes)} groups that "
-                "uid_embedding_hash_sizes take"
-            )
-        if uid_embedding_l2_weight_decay and not sizes:
-            raise UserError(
-                f"MoL uid_embedding_l2_weight_decay = {uid_embedding_l2_weight_decay}: needs the tables of "
-                "uid_embedding_hash_sizes"
-            )
-        if gating_combination_type != "none" and not (gating_query_fn and gating_item_fn):
-            raise UserError(
-                f"MoL gating_combination_type = {gating_combination_type} multiplies two gates: "
-                "set gating_query_fn and gating_item_fn, or use none"
-            )
+        _check(
+            query_dot_product_groups, sizes, uid_embedding_l2_weight_decay, gating_combination_type,
+            both_gates=gating_query_fn and gating_item_fn,
+        )  # fmt: skip
         query = Side(
             "query", query_dot_product_groups - len(sizes), query_use_identity_fn, query_hidden_dim,
             query_dropout_rate, query_nonlinearity,
@@ -141,19 +130,14 @@ class MoLSimilarity(MoLComponents):
         self.bf16_training, self.softmax_dropout_rate = bf16_training, softmax_dropout_rate
         self.combine_gates = COMBINATIONS[gating_combination_type]
         self.num_logits = query_dot_product_groups * item_dot_product_groups
-        self.query_gate = self.item_gate = None
-        if gating_query_fn:
-            self.query_gate = two_layers(
-                query_embedding_dim, gating_query_hidden_dim, self.num_logits, 0.0, bias=False
-            )
-        if gating_item_fn:
-            self.item_gate = two_layers(
-                item_embedding_dim,
-                gating_item_hidden_dim,
-                self.num_logits,
-                gating_item_dropout_rate,
-                bias=False,
-            )
+        gates = (
+            (gating_query_fn, query_embedding_dim, gating_query_hidden_dim, 0.0),
+            (gating_item_fn, item_embedding_dim, gating_item_hidden_dim, gating_item_dropout_rate),
+        )
+        self.query_gate, self.item_gate = (
+            two_layers(width, hidden, self.num_logits, rate, bias=False) if on else None
+            for on, width, hidden, rate in gates
+        )
         self.cross_gate = two_layers(
             self.num_logits, gating_qi_hidden_dim, self.num_logits, gating_qi_dropout_rate, bias=True
         )
@@ -349,6 +333,24 @@ class _Mixed(NamedTuple):
     scores: torch.Tensor
     used: torch.Tensor | None
     negative_entropy: torch.Tensor | None
+
+
+def _check(groups: int, sizes: tuple[int, ...], decay: float, combination: str, both_gates: bool) -> None:
+    """UserError for options that cannot be together."""
+    if groups <= len(sizes):
+        raise UserError(
+            f"MoL query_dot_product_groups = {groups}: must exceed the {len(sizes)} groups that "
+            "uid_embedding_hash_sizes take"
+        )
+    if decay and not sizes:
+        raise UserError(
+            f"MoL uid_embedding_l2_weight_decay = {decay}: needs the tables of uid_embedding_hash_sizes"
+        )
+    if combination != "none" and not both_gates:
+        raise UserError(
+            f"MoL gating_combination_type = {combination} multiplies two gates: "
+            "set gating_query_fn and gating_item_fn, or use none"
+        )
 
 
 def _shared(items: ItemComponents) -> ItemsOf:
