@@ -28,7 +28,7 @@ SIMILARITIES = {
 }
 CHOICES = [
     pytest.param(*choice, id="-".join(map(str, choice)))
-    for choice in product([*ENCODERS.names(), "TwoTower"], OBJECTIVES, SIMILARITIES, (False, True))
+    for choice in product(ENCODERS.names(), OBJECTIVES, SIMILARITIES, (False, True))
     if choice[0] != "GRU4Rec" or choice[1].startswith("causal")  # a recurrent encoder reads the past alone
 ]
 
@@ -53,12 +53,12 @@ def test_the_ranking_is_the_evaluators(
     evaluated: list[tuple[dict[str, torch.Tensor], torch.Tensor]] = []
 
     class Recording(Evaluator):
-        def __call__(self, score, lists=None):
+        def __call__(self, score, lists=None, record=None):
             def recorded(batch):
                 evaluated.append((batch, score(batch)))
                 return evaluated[-1][1]
 
-            return super().__call__(recorded, lists)
+            return super().__call__(recorded, lists, record)
 
     monkeypatch.setattr(model_evaluation, "Evaluator", Recording)
     split = make_split(ragged_dataset)
