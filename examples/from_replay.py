@@ -57,12 +57,8 @@ def encoded_parquet(folder: Path) -> tuple[dict[str, Path], int]:
     return paths, dataset.num_items
 
 
-def main(
-    folder: Path, max_epochs: int = 5, limit: int | None = None
-) -> tuple[dict[str, float], pd.DataFrame]:
-    """Test metrics and recommendations. limit: batches of each stage, None for all."""
-    paths, num_items = encoded_parquet(folder)
-    schema = TensorSchema(
+def item_schema(num_items: int) -> TensorSchema:
+    return TensorSchema(
         [
             TensorFeatureInfo(
                 "item_id",
@@ -76,6 +72,30 @@ def main(
             )
         ]
     )
+
+
+def sasrec_body(schema: TensorSchema) -> SasRecBody:
+    return SasRecBody(
+        embedder=SequenceEmbedding(schema=schema),
+        embedding_aggregator=PositionAwareAggregator(
+            embedding_aggregator=SumAggregator(embedding_dim=WIDTH), max_sequence_length=LENGTH, dropout=0.2
+        ),
+        attn_mask_builder=DefaultAttentionMask(
+            reference_feature_name=schema.item_id_feature_name, num_heads=HEADS
+        ),
+        encoder=SasRecTransformerLayer(
+            embedding_dim=WIDTH, num_heads=HEADS, num_blocks=2, dropout=0.2, activation="relu"
+        ),
+        output_normalization=torch.nn.LayerNorm(WIDTH),
+    )
+
+
+def main(
+    folder: Path, max_epochs: int = 5, limit: int | None = None
+) -> tuple[dict[str, float], pd.DataFrame]:
+    """Test metrics and recommendations. limit: batches of each stage, None for all."""
+    paths, num_items = encoded_parquet(folder)
+    schema = item_schema(num_items)
     history = {"query_id": {}, "item_id": {"shape": LENGTH, "padding": num_items}}
     seen = {"train": {"shape": 200, "padding": -1}}
     evaluated = {**history, **seen, "ground_truth": {"shape": 1, "padding": -1}}
@@ -93,22 +113,9 @@ def main(
         test_path=paths["test"],
         predict_path=paths["predict"],
     )
-    body = SasRecBody(
-        embedder=SequenceEmbedding(schema=schema),
-        embedding_aggregator=PositionAwareAggregator(
-            embedding_aggregator=SumAggregator(embedding_dim=WIDTH), max_sequence_length=LENGTH, dropout=0.2
-        ),
-        attn_mask_builder=DefaultAttentionMask(
-            reference_feature_name=schema.item_id_feature_name, num_heads=HEADS
-        ),
-        encoder=SasRecTransformerLayer(
-            embedding_dim=WIDTH, num_heads=HEADS, num_blocks=2, dropout=0.2, activation="relu"
-        ),
-        output_normalization=torch.nn.LayerNorm(WIDTH),
-    )
     L.seed_everything(42, verbose=False)
     model = LightningModule(
-        SasRec(body=body, loss=CE(ignore_index=num_items)),
+        SasRec(body=sasrec_body(schema), loss=CE(ignore_index=num_items)),
         optimizer_factory=OptimizerFactory(learning_rate=1e-3),
         lr_scheduler_factory=LRSchedulerFactory(decay_step=10, gamma=0.5),
     )

@@ -36,7 +36,8 @@ class HistoryReader:
     item_ids: ``[V]`` original ids as text, row i is internal id i + 1. known_users: likewise, of models that read users.
     max_length: events of the window. readable: items 1..readable can be in a window; later ones were added after training
     and are seen, but not encoded. needs_ratings, needs_timestamps: columns that the model reads; event_columns: further ones,
-    as `Catalogue.facts` describes them. uses_next_time: the model reads the time of the request.
+    as `Catalogue.facts` describes them. uses_next_time: the model reads the time of the request. num_ratings: ratings from 0 to
+    below it have an embedding; None: any rating is read.
     """
 
     item_ids: pa.Array
@@ -47,6 +48,7 @@ class HistoryReader:
     needs_timestamps: bool = False
     uses_next_time: bool = False
     event_columns: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
+    num_ratings: int | None = None
 
     @cached_property
     def _items(self) -> pd.Index:
@@ -61,6 +63,12 @@ class HistoryReader:
         """Columns of events that the model reads beside the item."""
         names = ["rating"] * self.needs_ratings + ["timestamp"] * self.needs_timestamps
         return names + [each["name"] for each in self.event_columns]
+
+    @property
+    def number_columns(self) -> list[str]:
+        """Those of `needed_columns` whose values are numbers."""
+        categorical = {each["name"] for each in self.event_columns if each["kind"] == "categorical"}
+        return [name for name in self.needed_columns if name not in categorical]
 
     def internal(self, items: Any) -> np.ndarray:
         """Internal ids ``[n]`` int64 of original ones, 0 for unknown ones."""
@@ -96,7 +104,7 @@ class HistoryReader:
         if "timestamp" in frame.columns:
             frame = frame.sort("timestamp", maintain_order=True)
         order = frame.sort("_place")["user_id"].unique(maintain_order=True)
-        known = frame.filter(pl.col("_item") > 0)
+        known = self._with_numbers(frame.filter(pl.col("_item") > 0))
         if warn:
             self._warn(frame, known, order, at, keep_empty)
         groups = {
@@ -107,6 +115,27 @@ class HistoryReader:
         for start in range(0, len(users), batch_size):
             some = users[start : start + batch_size]
             yield self._batch(some, [groups.get(user) for user in some], at, numeric)
+
+    def _with_numbers(self, known: pl.DataFrame) -> pl.DataFrame:
+        """Ratings and times as numbers; UserError with the first that is none, or that has no embedding."""
+        for name, kind in (("rating", pl.Float32), ("timestamp", pl.Int64)):
+            if name not in self.needed_columns:
+                continue
+            values, wanted = _numbers(known[name], kind), "a finite number"
+            fits = values.is_not_null()
+            if name == "rating":
+                fits &= values.is_finite()
+                if self.num_ratings is not None:
+                    fits &= values.is_between(0, self.num_ratings, closed="left")
+                    wanted = f"a number from 0 to {self.num_ratings - 1}, as the ratings that the model was trained on"
+            wrong = ~fits.fill_null(False)
+            if wrong.any():
+                event = known.row(int(wrong.arg_max() or 0), named=True)
+                raise UserError(
+                    f"{name} {event[name]!r} of user {event['user_id']!r}, item {event['item_id']!r} is not {wanted}"
+                )
+            known = known.with_columns(values)
+        return known
 
     def _warn(
         self, frame: pl.DataFrame, known: pl.DataFrame, users: pl.Series, at: Any, keep_empty: bool
@@ -177,7 +206,10 @@ def _as_frame(histories: Any) -> pl.DataFrame:
         return frame if items else frame.cast({"item_id": pl.String})
     if hasattr(histories, "toPandas"):  # of Spark
         histories = histories.toPandas()
-    frame = histories if isinstance(histories, pl.DataFrame) else pl.from_pandas(pd.DataFrame(histories))
+    try:
+        frame = histories if isinstance(histories, pl.DataFrame) else pl.from_pandas(pd.DataFrame(histories))
+    except pa.ArrowException as error:  # a column of texts and numbers
+        raise UserError(f"histories: {str(error).splitlines()[0]}; give each column one type") from error
     for name in ("user_id", "item_id"):
         if name not in frame.columns:
             raise UserError(f"histories have no column {name!r}; they have: {', '.join(frame.columns)}")
@@ -193,5 +225,14 @@ def _event_column(values: pl.Series, column: Mapping[str, Any]) -> pl.Series:
         ids = pc.index_in(values.cast(pl.String).to_arrow().cast(pa.large_string()), value_set=known)
         return (pl.Series(values.name, pl.from_arrow(ids)).cast(pl.Int64) + 1).fill_null(0)
     if column["kind"] == "numerical":
-        return ((values.cast(pl.Float64) - column["mean"]) / (column["std"] or 1.0)).fill_null(0.0)
-    return values.cast(pl.Int64).fill_null(0)
+        return ((_numbers(values, pl.Float64) - column["mean"]) / (column["std"] or 1.0)).fill_null(0.0)
+    return _numbers(values, pl.Int64).fill_null(0)
+
+
+def _numbers(values: pl.Series, kind: type[pl.DataType]) -> pl.Series:
+    """Values as numbers, missing ones stay so; UserError with the first that is none."""
+    numbers = values.cast(kind, strict=False)
+    wrong = numbers.is_null() & values.is_not_null()
+    if wrong.any():
+        raise UserError(f"column {values.name!r}: {values[int(wrong.arg_max() or 0)]!r} is no number")
+    return numbers

@@ -67,6 +67,7 @@ class Recommender:
         facts, encoder = self.facts, self.model.sequence.encoder
         self.item_ids = item_ids.cast(pa.large_string())
         read = {each["name"] for each in facts.get("event_features", {}).values()}
+        ratings = getattr(self.model.sequence.preprocessor, "rating", None)  # a row for each value
         timed = bool(facts.get("has_timestamps", False)) and bool(getattr(encoder, "timed", False))
         self.reader = HistoryReader(
             self.item_ids,
@@ -77,6 +78,7 @@ class Recommender:
             needs_timestamps=timed or "timestamps" in read,
             uses_next_time=timed and getattr(encoder, "next_time", None) == "given",
             event_columns=facts.get("event_columns", ()),
+            num_ratings=None if ratings is None else len(ratings),
         )
         self.snapshot = self.model.catalogue()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -12,12 +12,15 @@ from typing import Annotated, Any, TypeAlias
 
 import polars as pl
 import torch
+from absl import logging
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from generative_recommenders.errors import UserError
 from generative_recommenders.retrieval.recommender import Recommender
 
 MAX_HISTORY, MAX_CANDIDATES, MAX_K = 10_000, 10_000, 1000
+MAX_NUMBER = 1 << 53
+"""Numbers of events, times among them, lie between this and its negative."""
 Item = Annotated[str, Field(max_length=1000)] | int
 Cell = float | int | str | None
 
@@ -31,7 +34,9 @@ class RecommendRequest(BaseModel):
     exclude_seen: bool = True
     candidates: list[Item] | None = Field(None, max_length=MAX_CANDIDATES)
     columns: dict[str, list[Cell]] = Field(default_factory=dict)
-    at: int | None = Field(None, description="time of the request, seconds since 1970")
+    at: int | None = Field(
+        None, ge=-MAX_NUMBER, le=MAX_NUMBER, description="time of the request, seconds since 1970"
+    )
     user_id: Item | None = None
     popular: bool = Field(False, description="answer a history without known items with popular ones")
 
@@ -68,15 +73,12 @@ def answer(
     recommender: Recommender, requests: list[RecommendRequest]
 ) -> list[list[dict[str, Any]] | UserError]:
     """Ranked items ``{"item_id", "score"}`` of each request; UserError in the place of one that the model cannot answer."""
-    needed = recommender.reader.needed_columns
     answers: list[list[dict[str, Any]] | UserError] = []
     groups: dict[tuple[bool, bool], list[int]] = {}
     for number, request in enumerate(requests):
-        missing = [name for name in needed if name not in request.columns]
-        answers.append(
-            UserError(f"columns: the model reads {' and '.join(missing)} of each event") if missing else []
-        )
-        if not missing:
+        refusal = _refusal(recommender, request)
+        answers.append(refusal or [])
+        if refusal is None:
             groups.setdefault((request.exclude_seen, request.candidates is None), []).append(number)
     for (exclude_seen, everything), numbers in groups.items():
         parts = [numbers]
@@ -86,15 +88,26 @@ def answer(
                 found = _ranked(recommender, [requests[each] for each in part], exclude_seen, everything)
                 for number, ranked in zip(part, found):
                     answers[number] = ranked
-            except (
-                Exception
-            ) as error:  # whatever a value raises that the model does not know, as a rating of 100
-                if len(part) > 1:  # only the request that brought it is refused
+            except UserError as error:  # only the request that brought it is refused
+                if len(part) > 1:
                     parts += [[number] for number in part]
-                    continue
-                line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-                answers[part[0]] = UserError(f"the model cannot read this history: {line}")
+                else:
+                    answers[part[0]] = error
     return answers
+
+
+def _refusal(recommender: Recommender, request: RecommendRequest) -> UserError | None:
+    """What is wrong with the columns of one request, before it shares a frame with others."""
+    reader = recommender.reader
+    missing = [name for name in reader.needed_columns if name not in request.columns]
+    if missing:
+        return UserError(f"columns: the model reads {' and '.join(missing)} of each event")
+    for name in reader.number_columns:
+        for value in request.columns[name]:
+            number = isinstance(value, (int, float)) and abs(value) <= MAX_NUMBER
+            if value is not None and not number:
+                return UserError(f"columns: {name} {value!r} is no number that the model reads")
+    return None
 
 
 def _ranked(
@@ -108,9 +121,10 @@ def _ranked(
         columns["item_id"] += [str(item) for item in request.history] or [None]
         for name in names:
             columns[name] += request.columns[name] or [None]
-    kinds = {"item_id": pl.String, "rating": pl.Float32, "timestamp": pl.Int64}
-    overrides = {name: kind for name, kind in kinds.items() if name in columns}
-    frame = pl.DataFrame(columns, schema_overrides=overrides)
+    numbers = recommender.reader.number_columns
+    kinds = {name: pl.Float64 if name in numbers else pl.String for name in names} | {"item_id": pl.String}
+    # not strict: categories come as texts and as numbers
+    frame = pl.DataFrame(columns, schema_overrides=kinds, strict=False)
     (histories,) = recommender.reader.read(frame, None, len(requests), keep_empty=True, warn=False)
     batch = histories.batch
     users = ["" if request.user_id is None else request.user_id for request in requests]
@@ -120,7 +134,9 @@ def _ranked(
             batch["next_timestamps"][row] = request.at
     allowed = None
     if not everything:
-        lists = [recommender.allowed(request.candidates or ()) for request in requests]
+        lists = [
+            recommender.allowed([str(item) for item in request.candidates or ()]) for request in requests
+        ]
         allowed = torch.nn.utils.rnn.pad_sequence(lists, batch_first=True)
     popular = recommender.counts is not None
     known = (batch["lengths"] > 0).tolist()
@@ -168,11 +184,18 @@ class Batcher:
                     break
             self.observe(len(some))
             requests = [request for request, _ in some]
-            answers = await loop.run_in_executor(self.thread, answer, self.recommender, requests)
+            answers: Sequence[list[dict[str, Any]] | Exception]
+            try:
+                answers = await loop.run_in_executor(self.thread, answer, self.recommender, requests)
+            except (
+                Exception
+            ) as error:  # a fault of the program: these requests get status 500, later ones an answer
+                logging.exception("a batch of %d requests failed", len(requests))
+                answers = [error] * len(requests)
             for (_, future), found in zip(some, answers):
                 if future.done():  # its client has gone
                     continue
-                if isinstance(found, BaseException):
+                if isinstance(found, Exception):
                     future.set_exception(found)
                 else:
                     future.set_result(found)
@@ -220,15 +243,12 @@ def make_app(recommender: Recommender, limits: Limits | None = None) -> Any:
             f"{error.name} is not installed: pip install 'generative-recommenders[serve]'"
         ) from error
     limits = limits or Limits()
+    batcher: Batcher
+
     registry = prometheus.CollectorRegistry()
-    requests = prometheus.Counter(
-        "requests", "answers by path and status", ["path", "status"], registry=registry
-    )
-    seconds = prometheus.Histogram("request_seconds", "time to answer", ["path"], registry=registry)
     batches = prometheus.Histogram(
         "batch_size", "requests answered together", buckets=(1, 2, 4, 8, 16, 32, 64), registry=registry
     )
-    batcher: Batcher
 
     @asynccontextmanager
     async def lifespan(app: Any) -> Any:
@@ -242,15 +262,7 @@ def make_app(recommender: Recommender, limits: Limits | None = None) -> Any:
     app = fastapi.FastAPI(title="generative_recommenders", lifespan=lifespan)
     app.add_middleware(BodyLimit, max_body=limits.max_body)
 
-    @app.middleware("http")
-    async def measure(request, call_next):  # type: ignore[no-untyped-def]
-        start = time.perf_counter()
-        response = await call_next(request)
-        route = request.scope.get("route")  # paths that do not exist share one name
-        path = getattr(route, "path", "other")
-        requests.labels(path, response.status_code).inc()
-        seconds.labels(path).observe(time.perf_counter() - start)
-        return response
+    _add_metrics(app, registry)
 
     @app.post("/recommend", summary="The k best items after a history")
     async def recommend(request: RecommendRequest) -> dict[str, Any]:
@@ -282,10 +294,31 @@ def make_app(recommender: Recommender, limits: Limits | None = None) -> Any:
             "columns": recommender.reader.needed_columns,
         }
 
+    return app
+
+
+def _add_metrics(app: Any, registry: Any) -> None:
+    """Counts and times the answers of an application, and shows them at /metrics as Prometheus reads them."""
+    import fastapi
+    import prometheus_client as prometheus
+
+    requests = prometheus.Counter(
+        "requests", "answers by path and status", ["path", "status"], registry=registry
+    )
+    seconds = prometheus.Histogram("request_seconds", "time to answer", ["path"], registry=registry)
+
+    @app.middleware("http")
+    async def measure(request, call_next):  # type: ignore[no-untyped-def]
+        start = time.perf_counter()
+        response = await call_next(request)
+        route = request.scope.get("route")  # paths that do not exist share one name
+        path = getattr(route, "path", "other")
+        requests.labels(path, response.status_code).inc()
+        seconds.labels(path).observe(time.perf_counter() - start)
+        return response
+
     @app.get("/metrics")
     async def metrics() -> Any:
         return fastapi.Response(
             prometheus.generate_latest(registry), media_type=prometheus.CONTENT_TYPE_LATEST
         )
-
-    return app

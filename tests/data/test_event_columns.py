@@ -126,7 +126,9 @@ def test_version_1_is_read(tmp_path: Path) -> None:
     for name in ("event_columns", "columns_hash", "statistics", "choices"):
         del stored[name]
     path.write_text(json.dumps(stored | {"version": 1}))
-    SequenceDataset.open(folder).verify()
+    dataset = SequenceDataset.open(folder)
+    dataset.verify()
+    assert not dataset.manifest.event_columns and dataset.num_items == dataset.items.max()
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -160,6 +161,27 @@ def test_output_has_the_form_that_is_asked_for(rec: Recommender, output: str) ->
         assert [tuple(row) for row in answer.to_numpy()] == [tuple(row) for row in expected.to_numpy()]
     with pytest.raises(UserError, match="output 'arrow' is unknown; known: pandas, polars, spark, torch"):
         rec.recommend(history, output="arrow")
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "words"),
+    [
+        ("rating", 100.0, "rating 100.0 of user 'a', item 'i00003' is not a number from 0 to 5"),
+        ("rating", float("nan"), "rating None of user 'a'"),
+        ("rating", None, "rating None of user 'a'"),
+        ("rating", "much", "column 'rating': 'much' is no number"),
+        ("timestamp", "yesterday", "column 'timestamp': 'yesterday' is no number"),
+    ],
+)
+def test_values_that_the_model_cannot_read_are_named(
+    tmp_path: Path, dataset: SequenceDataset, column: str, value: object, words: str
+) -> None:
+    chosen = {"main_module": "HSTU", "input_preprocessor": "CombinedItemAndRating", "next_time": "hidden"}
+    rec = Recommender.load(make_run(tmp_path, dataset, chosen)[0])
+    event = {"user_id": ["a"], "item_id": ["i00003"], "rating": [3.0], "timestamp": [5000]}
+    assert len(rec.recommend(pd.DataFrame(event), k=2)) == 2
+    with pytest.raises(UserError, match=re.escape(words)):
+        rec.recommend(pd.DataFrame(event | {column: [value]}), k=2)
 
 
 def test_output_as_a_spark_frame(rec: Recommender) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import os
@@ -18,7 +19,7 @@ import pytest
 
 from generative_recommenders import Recommender
 from generative_recommenders.errors import UserError
-from generative_recommenders.retrieval.serve import RecommendRequest, answer
+from generative_recommenders.retrieval.serve import Batcher, Limits, RecommendRequest, answer
 from recommender_runs import make_run
 from tiny_data import ragged_sequences, tiny_dataset
 
@@ -88,9 +89,27 @@ def test_a_value_that_the_model_cannot_read_refuses_its_request_alone(tmp_path: 
     first, large, text, last = answer(
         rec, [RecommendRequest(history=["i00003"], columns={"rating": each}) for each in ratings]
     )
-    for refused in (large, text):
-        assert isinstance(refused, UserError) and "cannot read this history" in str(refused)
+    assert isinstance(large, UserError) and "rating 100.0" in str(large) and "from 0 to 5" in str(large)
+    assert isinstance(text, UserError) and "rating 'much' is no number" in str(text)
     assert len(first) == len(last) == 10
+
+
+def test_a_fault_of_the_program_leaves_the_server_answering(
+    rec: Recommender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def ask_twice() -> tuple[object, object]:
+        batcher = Batcher(rec, Limits(), lambda size: None)
+        task = asyncio.create_task(batcher.run())
+        request = RecommendRequest(history=["i00003"], k=2)
+        with monkeypatch.context() as patch:
+            patch.setattr(rec, "best", lambda *_: 1 / 0)
+            (failed,) = await asyncio.gather(batcher.ask(request), return_exceptions=True)
+        answered = await batcher.ask(request)
+        task.cancel()
+        return failed, answered
+
+    failed, answered = asyncio.run(asyncio.wait_for(ask_twice(), 60))
+    assert isinstance(failed, ZeroDivisionError) and len(answered) == 2
 
 
 class Server:
