@@ -70,7 +70,9 @@ _LIST = flags.DEFINE_enum(
     "list", None, sorted(REGISTRIES), "print the parts of a kind with their options, and stop"
 )
 _USERS = flags.DEFINE_string(
-    "users", "all", "predict: all users of the data, or a file of their ids, one a line"
+    "users",
+    "all",
+    "predict: all users of the data, or a file of them: ids one a line, or a .csv or .parquet with a column user_id",
 )
 _HISTORY = flags.DEFINE_enum(
     "history",
@@ -81,7 +83,9 @@ _HISTORY = flags.DEFINE_enum(
 _TOP_K = flags.DEFINE_integer("top_k", 10, "predict: items a user", lower_bound=1)
 _EXCLUDE_SEEN = flags.DEFINE_bool("exclude_seen", True, "predict: recommend no item of the history")
 _CANDIDATES = flags.DEFINE_string(
-    "candidates", None, "predict: a file of the only items that may be recommended, one a line"
+    "candidates",
+    None,
+    "predict: a file of the only items that may be recommended: ids one a line, or a .csv or .parquet with a column item_id",
 )
 _OUTPUT = flags.DEFINE_string(
     "output",

@@ -37,8 +37,11 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class PredictOptions:
-    """Flags of ``--mode=predict``. users: "all" or a file of user ids, one a line. history: "all" events of a user, or "test",
-    those before the test target. candidates: a file of item ids, one a line. output: .parquet, .csv or .jsonl."""
+    """Flags of ``--mode=predict``.
+
+    users: "all" or a file of user ids: text, one a line, or a .csv or .parquet with a column user_id. history: "all" events of
+    a user, or "test", those before the test target. candidates: likewise a file of item ids. output: .parquet, .csv or .jsonl.
+    """
 
     users: str
     history: str
@@ -60,7 +63,7 @@ def predict(options: Options, wanted: PredictOptions) -> int:
         raise UserError(f"{options.run_dir} was trained on other items than {dataset.folder} holds")
     allowed = None
     if wanted.candidates is not None:
-        allowed = recommender.allowed(_lines(wanted.candidates, "--candidates"))
+        allowed = recommender.allowed(_ids(wanted.candidates, "--candidates", "item_id"))
     stops = (
         dataset.lengths
         if wanted.history == "all"
@@ -113,21 +116,34 @@ def _users(dataset: SequenceDataset, wanted: str) -> np.ndarray:
     """Users from 0; ids that the data do not have are counted in a warning."""
     if wanted == "all":
         return np.arange(dataset.num_users)
-    asked = pa.array(_lines(wanted, "--users"), pa.large_string())
+    asked = pa.array(_ids(wanted, "--users", "user_id"), pa.large_string())
     known = dataset.original_user_ids().combine_chunks().cast(pa.large_string())
     places = pa.compute.index_in(asked, value_set=known)
     if places.null_count:
         logging.warning("%d users of %s are not in the data and are left out", places.null_count, wanted)
+    if places.null_count == len(asked):
+        raise UserError(f"--users={wanted} names no user of {dataset.folder}: give ids as the data have them")
     return places.drop_null().to_numpy().astype(np.int64)
 
 
-def _lines(path: str, flag: str) -> list[str]:
+def _ids(path: str, flag: str, column: str) -> list[str]:
+    """Ids of a text file, one a line; of a .csv or .parquet, such as this command writes, each of the column once."""
     try:
+        if Path(path).suffix in (".csv", ".parquet"):
+            if path.endswith(".csv"):
+                # as text: 0307887898 is no number
+                as_text = pyarrow.csv.ConvertOptions(column_types={column: pa.large_string()})
+                table = pyarrow.csv.read_csv(path, convert_options=as_text)
+            else:
+                table = pq.read_table(path)
+            if column not in table.column_names:
+                found = ", ".join(table.column_names)
+                raise UserError(f"{flag}={path} has no column {column!r}; it has: {found}")
+            return [str(each) for each in table[column].unique().drop_null().to_pylist()]
         lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{flag}={path}: cannot be read as text: {getattr(error, 'strerror', None) or error}"
-        ) from error
+    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UserError(f"{flag}={path}: cannot be read: {reason}") from error
     return [line.strip() for line in lines if line.strip()]
 
 
@@ -142,7 +158,9 @@ def _parquet(path: Path) -> Iterator[Write]:
 
 @contextmanager
 def _csv(path: Path) -> Iterator[Write]:
-    with pyarrow.csv.CSVWriter(path, SCHEMA) as writer:
+    with pyarrow.csv.CSVWriter(
+        path, SCHEMA, write_options=pyarrow.csv.WriteOptions(quoting_style="needed")
+    ) as writer:
         yield writer.write_table
 
 

@@ -63,6 +63,10 @@ def test_some_users_candidates_and_text(folder: Path) -> None:
     ]
     assert run(folder, "recs.csv", *flags).returncode == 0
     assert pd.read_csv(folder / "recs.csv")["item_id"].tolist() == [row["item_id"] for row in rows]
+    # what was written can be asked for again
+    again = (f"--users={folder / 'recs.csv'}", f"--candidates={folder / 'recs.csv'}", *flags[2:])
+    assert run(folder, "again.parquet", *again).returncode == 0
+    assert pd.read_parquet(folder / "again.parquet")["item_id"].tolist() == [row["item_id"] for row in rows]
 
 
 @pytest.mark.parametrize(
@@ -70,6 +74,8 @@ def test_some_users_candidates_and_text(folder: Path) -> None:
     [
         ("recs.txt", (), "must end in .parquet, .csv, .jsonl"),
         ("recs.csv", ("--users=/nowhere",), "--users=/nowhere: cannot be read"),
+        ("recs.csv", (f"--users={RELEASE / 'ratings.csv'}",), "cannot be read: "),
+        ("recs.csv", (f"--users={__file__}",), "names no user of"),
         ("recs.csv", ("--resume",), "--resume cannot go with --mode=predict"),
     ],
 )
