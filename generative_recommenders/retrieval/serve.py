@@ -237,18 +237,13 @@ def make_app(recommender: Recommender, limits: Limits | None = None) -> Any:
     """The FastAPI application; its page for trying it out is at /docs. UserError where the extra ``serve`` is missing."""
     try:
         import fastapi
-        import prometheus_client as prometheus
+        import prometheus_client  # noqa: F401  (of the same extra)
     except ImportError as error:
         raise UserError(
             f"{error.name} is not installed: pip install 'generative-recommenders[serve]'"
         ) from error
     limits = limits or Limits()
     batcher: Batcher
-
-    registry = prometheus.CollectorRegistry()
-    batches = prometheus.Histogram(
-        "batch_size", "requests answered together", buckets=(1, 2, 4, 8, 16, 32, 64), registry=registry
-    )
 
     @asynccontextmanager
     async def lifespan(app: Any) -> Any:
@@ -262,7 +257,7 @@ def make_app(recommender: Recommender, limits: Limits | None = None) -> Any:
     app = fastapi.FastAPI(title="generative_recommenders", lifespan=lifespan)
     app.add_middleware(BodyLimit, max_body=limits.max_body)
 
-    _add_metrics(app, registry)
+    batches = _add_metrics(app)
 
     @app.post("/recommend", summary="The k best items after a history")
     async def recommend(request: RecommendRequest) -> dict[str, Any]:
@@ -297,11 +292,18 @@ def make_app(recommender: Recommender, limits: Limits | None = None) -> Any:
     return app
 
 
-def _add_metrics(app: Any, registry: Any) -> None:
-    """Counts and times the answers of an application, and shows them at /metrics as Prometheus reads them."""
+def _add_metrics(app: Any) -> Any:
+    """Counts and times the answers of an application, and shows them at /metrics as Prometheus reads them.
+
+    Returns the histogram that takes the sizes of batches.
+    """
     import fastapi
     import prometheus_client as prometheus
 
+    registry = prometheus.CollectorRegistry()
+    batches = prometheus.Histogram(
+        "batch_size", "requests answered together", buckets=(1, 2, 4, 8, 16, 32, 64), registry=registry
+    )
     requests = prometheus.Counter(
         "requests", "answers by path and status", ["path", "status"], registry=registry
     )
@@ -322,3 +324,5 @@ def _add_metrics(app: Any, registry: Any) -> None:
         return fastapi.Response(
             prometheus.generate_latest(registry), media_type=prometheus.CONTENT_TYPE_LATEST
         )
+
+    return batches
