@@ -11,6 +11,7 @@ nothing but the program, torch and numpy is needed.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import subprocess
 import sys
@@ -34,6 +35,7 @@ from generative_recommenders.data.splits import make_split
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.objectives.losses import catalogue, sampled
+from generative_recommenders.ops import dispatch
 from generative_recommenders.training.step import TrainingStep
 from generative_recommenders.training.trainer import Trainer, set_precision
 
@@ -398,6 +400,50 @@ def epochs(bench: Bench) -> dict[str, Any]:
     return result
 
 
+def catalogue_losses(bench: Bench) -> dict[str, Any]:
+    """Softmax cross-entropy over all items, forward and backward, in TF32: by kernels that write no logits, and by blocks.
+
+    multiples_of_the_products: time over that of five products of these sizes at the card's rate; memory beside the operands.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = True
+    shapes = {
+        "25,600 tokens, 3,706 items of 50": (25_600, 3706, 50),
+        "12,800 tokens, 26,744 items of 256": (12_800, 26_744, 256),
+        "1,024 tokens, 801,350 items of 64": (1024, BOOKS_ITEMS, 64),
+    }
+    if bench.quick:
+        shapes = {"70 tokens, 500 items of 50": (70, 500, 50)}
+    loss, found = catalogue.CE(), {}
+
+    def measured(tokens: int, items: int, width: int, plain: bool) -> dict[str, Any]:
+        hidden = torch.randn(tokens, width, device=bench.device, requires_grad=True)
+        weight = (torch.randn(items, width, device=bench.device) / width).requires_grad_()
+        positives = torch.randint(items, (tokens,), device=bench.device)
+
+        def work() -> float:
+            with dispatch.references() if plain else contextlib.nullcontext():
+                output = loss(hidden, weight, positives)
+            torch.autograd.grad(output.sum, (hidden, weight))
+            return output.sum.detach()
+
+        x = torch.randn(4096, 4096, device=bench.device)
+        rate = 2 * 4096**3 / bench.seconds(lambda: x @ x, 5)
+        bench.peak_mb()
+        before = torch.cuda.memory_allocated() / 2**20 if bench.device.type == "cuda" else 0.0
+        seconds = bench.seconds(work, 5)
+        return {
+            "ms": round(1e3 * seconds, 3),
+            "multiples_of_the_products": round(seconds * rate / (10 * tokens * items * width), 1),
+            "memory_mb": round((bench.peak_mb() or 0.0) - before, 1),
+            "loss": round(float(work()) / tokens, 4),
+        }
+
+    for name, shape in shapes.items():
+        found[name] = guarded(lambda s=shape: measured(*s, False))
+        found[f"{name}, blocks"] = guarded(lambda s=shape: measured(*s, True))
+    return found
+
+
 def books_steps(bench: Bench) -> dict[str, Any]:
     """A step over 801,350 items of width 64, 128 users: published negatives (512 a position) and 512 a block of 64.
 
@@ -431,6 +477,7 @@ PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "graphs": captured_steps,
     "steps": training_steps,
     "books": books_steps,
+    "catalogue losses": catalogue_losses,
     "evaluation": exact_evaluation,
     "epochs": epochs,
 }

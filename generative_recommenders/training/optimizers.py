@@ -46,12 +46,14 @@ class TableOptimizer(ABC):
 class LazyAdamW(TableOptimizer):
     """AdamW (arXiv 1711.05101) whose moments and decay change only for rows with a gradient; one step count for all rows."""
 
+    capturable = True
+
     def __init__(self, table: torch.nn.Parameter, learning_rate: float, weight_decay: float) -> None:
         super().__init__(table, learning_rate, weight_decay)
         self.state = {
             "exp_avg": torch.zeros_like(table.data),
             "exp_avg_sq": torch.zeros_like(table.data),
-            "step": torch.zeros((), dtype=torch.int64),
+            "step": torch.zeros((), dtype=torch.int64, device=table.device),
         }
 
     @torch.no_grad()
@@ -66,6 +68,19 @@ class LazyAdamW(TableOptimizer):
         scale = (second / (1 - beta2**count)).sqrt_().add_(1e-8)
         weights = self.table[rows].mul_(1 - self.learning_rate * self.weight_decay)
         self.table[rows] = weights.addcdiv_(first, scale, value=-self.learning_rate / (1 - beta1**count))
+
+    @torch.no_grad()
+    def step_all(self, grads: torch.Tensor) -> None:
+        beta1, beta2 = BETAS
+        touched = grads.any(1)[:, None]
+        count = self.state["step"].add_(1).double()
+        first = self.state["exp_avg"].lerp_(grads, touched * (1 - beta1))
+        second = self.state["exp_avg_sq"].mul_(torch.where(touched, beta2, 1.0))
+        second.addcmul_(grads, grads, value=1 - beta2)  # a gradient of 0 adds nothing
+        scale = (second / (1 - beta2**count)).sqrt_().add_(1e-8)
+        rate = touched * (self.learning_rate / (1 - beta1**count)).float()
+        self.table.mul_(torch.where(touched, 1 - self.learning_rate * self.weight_decay, 1.0))
+        self.table.sub_(rate * first / scale)
 
 
 class RowwiseAdagrad(TableOptimizer):

@@ -23,6 +23,7 @@ CHOICES = {
     "popularity": {"sampling_strategy": "popularity", "log_q_correction": True},
     "catalogue": {"loss_module": "CE"},
     "several positives": {"num_positives": 2},
+    "lazy": {"optimizer": "lazy_adamw"},
     "rowwise": {"optimizer": "rowwise_adagrad"},
     "warm-up": {"num_warmup_steps": 5, "max_grad_norm": 0.1},
 }

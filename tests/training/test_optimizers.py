@@ -13,6 +13,7 @@ from generative_recommenders.training.optimizers import (
     LazyAdamW,
     Optimizer,
     RowwiseAdagrad,
+    TableOptimizer,
 )
 
 ROWS, DIM, RATE, DECAY = 7, 3, 0.01, 0.1
@@ -239,3 +240,18 @@ def test_a_rule_of_ones_own_trains_and_its_state_is_checked() -> None:
     saved["adamw.1.exp_avg"] = torch.zeros(5)
     with pytest.raises(UserError, match="does not fit the configuration: adamw.1.exp_avg"):
         optimizer.load_state_tensors(saved)
+
+
+@pytest.mark.parametrize("kind", [LazyAdamW, RowwiseAdagrad])
+def test_an_update_of_all_rows_moves_those_with_a_gradient_alone(kind: type[TableOptimizer]) -> None:
+    whole, single = (kind(parameters()[2], RATE, DECAY) for _ in range(2))
+    for step in range(5):
+        grads = gradients(step)[2]
+        grads[[step, 6]] = 0.0
+        touched = grads.any(1).nonzero()[:, 0]
+        whole.step_all(grads)
+        single.step(touched, grads[touched])
+        torch.testing.assert_close(whole.table, single.table)
+        for name, value in single.state.items():
+            torch.testing.assert_close(whole.state[name], value)
+        assert torch.equal(whole.table[6], parameters()[2][6])

@@ -11,7 +11,7 @@ tokens:
 3. ``dh += c x W_v`` and ``dW_v += x^T (c h)`` from the kept tiles: three matrix products in all.
 
 A block keeps at most ``memory_bytes``; a catalogue too wide for that has its logits computed twice (a fourth
-product).
+product). On a GPU kernels compute the statistic and its gradients without writing a logit (``catalogue_kernels``).
 """
 
 from __future__ import annotations
@@ -218,6 +218,12 @@ def catalogue_sum(
     excluded: ``[T, P]`` int64 items left out of a token's statistic (-1 = none), or None.
     memory_bytes: bound of the logits held at a time.
     """
+    if dispatch.takes_kernels(hidden):
+        from generative_recommenders.ops.products import catalogue_kernels
+
+        if catalogue_kernels.takes(hidden, item_weight):
+            total = catalogue_kernels.statistic(hidden, item_weight, excluded, statistic is LOGSUMEXP)
+            return row_loss(positive, total, weights)
     leaves = (hidden, item_weight, positive)
     train = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
     total, weight = _CatalogueSum.apply(*leaves, weights, excluded, statistic, row_loss, memory_bytes, train)
