@@ -29,7 +29,6 @@ from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.data.preparation.folder import new_file
 from generative_recommenders.data.splits import Split, make_split
 from generative_recommenders.data.store import SequenceDataset
-from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.distributed.process_group import (
     process_collectives,
     process_device,
@@ -37,6 +36,7 @@ from generative_recommenders.distributed.process_group import (
 from generative_recommenders.distributed.sync import from_main, together
 from generative_recommenders.errors import UserError
 from generative_recommenders.evaluation.model_evaluation import ModelEvaluation
+from generative_recommenders.evaluation.user_ranks import UserRanks
 from generative_recommenders.run import summary as report
 from generative_recommenders.run.logging import set_up_logging, show
 from generative_recommenders.training.state import check_same_data
@@ -90,13 +90,13 @@ def evaluate_worker(rank: int, world_size: int, options: Options) -> int:
     model = build_model(settings, catalogue).to(collectives.device)
     load_model(model, checkpoint)
     evaluation = ModelEvaluation(settings, dataset, split, collectives)
-    ranks: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
-    test = evaluation.test(model, record=lambda *columns: ranks.append(columns))
+    ranks = UserRanks()
+    test = evaluation.test(model, record=ranks.add)
     rows = {
         **evaluation.baselines(),
         **report.model_rows(settings, test.metrics(), test.high_rated_metrics()),
     }
-    columns = _of_all_processes(ranks, collectives) if options.users_metrics else None
+    columns = ranks.gathered(collectives) if options.users_metrics else None
     if collectives.is_main:
         conditions = evaluation.conditions(test)
         show(f"{checkpoint.path}, test, full catalogue, {conditions}")
@@ -110,15 +110,6 @@ def evaluate_worker(rank: int, world_size: int, options: Options) -> int:
         if options.users_metrics and columns is not None:
             write_users_metrics(Path(options.users_metrics), dataset, *columns)
     return 0
-
-
-def _of_all_processes(
-    ranks: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], collectives: Collectives
-) -> list[torch.Tensor]:
-    """Users, targets and ranks that all processes have measured."""
-    none = torch.zeros(0, dtype=torch.int64)
-    parts = [torch.cat([none, *column]) for column in zip(*ranks)] or [none] * 3
-    return [collectives.gather_variable(part) for part in parts]
 
 
 def _write_record(path: Path, record: Mapping[str, Any]) -> None:

@@ -87,7 +87,8 @@ def train_worker(rank: int, world_size: int, options: Options) -> int:
             logging.info("stopped on request after step %d; %s", result.progress.step, go_on)
             return INTERRUPTED
         try:
-            rows = trainer.evaluation.baselines()
+            with trainer.log.timed("baselines"):
+                rows = trainer.evaluation.baselines()
             if run is not None:
                 finish(settings, dataset, split, run, store, result, rows)
         except KeyboardInterrupt:
@@ -137,6 +138,8 @@ def finish(
     if result.lists:
         final["list_metrics"] = result.lists
     run.write_metrics(result.progress.step, final)
+    test = {f"test/{name}": value for name, value in {**result.test, **result.lists}.items()}
+    run.write_result(result.progress.step, test, gin_registry.resolved_values(settings))
     try:
         part = "test" if settings.data.protocol == "paper" else "validation"
         plot_curves(report.curve_rows(result.progress.history), run.path / "curves.png", part)

@@ -286,15 +286,17 @@ def _bind(statement: Any, place: str, parsed: _Parsed) -> None:
 
 def resolved_text(settings: s.RunSettings) -> str:
     """Every gin name with its value, defaults included, as a gin file that gives the same settings."""
-    values: dict[str, dict[str, Any]] = {}
-    for published in sorted(s.FIELDS):
-        owner, _, parameter = published.partition(".")
-        values.setdefault(owner, {})[parameter] = settings.published(published)
-    lines = [
-        line
-        for owner, given in values.items()
-        for line in [*(f"{owner}.{name} = {value!r}" for name, value in given.items()), ""]
-    ]
+    lines, last = [], ""
+    for name, value in resolved_values(settings).items():
+        owner = name.partition(".")[0]
+        lines += [""] * (last not in ("", owner)) + [f"{name} = {value!r}"]
+        last = owner
+    return "\n".join([*lines, ""])
+
+
+def resolved_values(settings: s.RunSettings) -> dict[str, Any]:
+    """Every gin name with its value, defaults included: published names first, then options of the chosen parts."""
+    values = {name: settings.published(name) for name in sorted(s.FIELDS)}
     chosen = {r[name].gin_name: (r, name) for r, name in settings.chosen_parts() if name in r}
     taken: set[str] = set()
     for name in sorted({*settings.options, *chosen}):
@@ -305,9 +307,8 @@ def resolved_text(settings: s.RunSettings) -> str:
             taken |= {filled[option] for option in own if option in filled}
             every = registry[part].option_values(settings.part_options(registry, part))
             own.update({k: v for k, v in every.items() if k not in filled and _is_gin_value(v)})
-        if own:
-            lines += [f"{name}.{key} = {value!r}" for key, value in sorted(own.items())] + [""]
-    return "\n".join(line for line in lines if line.partition(" = ")[0] not in taken)
+        values |= {f"{name}.{key}": value for key, value in sorted(own.items())}
+    return {name: value for name, value in values.items() if name not in taken}
 
 
 def _is_gin_value(value: Any) -> bool:

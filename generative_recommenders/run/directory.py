@@ -129,6 +129,18 @@ class RunFolder:
             for name, value in values.items():
                 self._writer.add_scalar(name, value, step)
 
+    def write_result(self, step: int, metrics: Mapping[str, float], settings: Mapping[str, Any]) -> None:
+        """Adds the test result to TensorBoard, with the settings as hyperparameters, so that its table compares runs by
+        them. metrics: by tag, as ``test/mrr``. settings: by gin name."""
+        from torch.utils.tensorboard.summary import hparams
+
+        shown = {name: v if isinstance(v, (bool, int, float)) else str(v) for name, v in settings.items()}
+        self.write_scalars(step, metrics)
+        assert self._writer is not None  # made by the line above
+        with self._writable():
+            for summary in hparams(shown, dict(metrics)):
+                self._writer._get_file_writer().add_summary(summary)
+
     def truncate_after(self, step: int, epoch: int | None = None) -> None:
         """Removes what was recorded after ``step``: lines of metrics.jsonl, and TensorBoard events by its
         purge step. Final results are removed too: a run that goes on writes them anew.

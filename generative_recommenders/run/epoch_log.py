@@ -13,6 +13,7 @@ from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.distributed.progress import progress_bar
 from generative_recommenders.run.directory import RunFolder
 from generative_recommenders.training.callbacks import Recorder, T
+from generative_recommenders.training.step import StepResult
 
 SHOWN = ("hr@10", "ndcg@10", "hr@50", "ndcg@50", "mrr")
 
@@ -23,6 +24,7 @@ class EpochLog(Recorder):
     def __init__(self, run: RunFolder, num_epochs: int, part: str) -> None:
         super().__init__()
         self.run, self.num_epochs, self.part = run, num_epochs, part
+        self.tokens, self.seconds_before = 0, 0.0
 
     @classmethod
     def of(cls, run: RunFolder | None, settings: RunSettings) -> Recorder:
@@ -37,7 +39,14 @@ class EpochLog(Recorder):
         self.began, self.first_step, self.last_step = perf_counter(), step, last_step
 
     def watch(self, batches: Iterable[T], total: int, done: int, epoch: int) -> Iterable[T]:
-        return progress_bar(batches, total, f"epoch {epoch + 1}/{self.num_epochs}", done)
+        ready = iter(progress_bar(batches, total, f"epoch {epoch + 1}/{self.num_epochs}", done))
+        while True:
+            with self.timed("waiting for batches"):
+                batch = next(ready, None)
+            if batch is None:
+                return
+            self.tokens += getattr(batch, "global_tokens", 0)
+            yield batch
 
     def flush(self) -> None:
         self.run.flush()
@@ -45,9 +54,16 @@ class EpochLog(Recorder):
     def truncate_after(self, step: int, epoch: int = 0) -> None:
         self.run.truncate_after(step, epoch)
 
-    def step(self, step: int, loss: float, learning_rate: float, quick: Mapping[str, float]) -> None:
-        """Every eval_interval steps. quick: metrics of a partial evaluation."""
-        values = {"train/loss": loss, "train/learning_rate": learning_rate}
+    def step(self, step: int, result: StepResult, seconds: float, quick: Mapping[str, float]) -> None:
+        """See `Recorder.step`. Tokens are next-item targets of all processes; evaluations and checkpoints take none of
+        their time."""
+        loss = float(result.loss)
+        values = {"train/loss": loss, "train/learning_rate": result.learning_rate}
+        if result.gradient_norm is not None:
+            values["train/gradient_norm"] = float(result.gradient_norm)
+        if seconds > self.seconds_before:
+            values["train/tokens_per_second"] = self.tokens / (seconds - self.seconds_before)
+        self.tokens, self.seconds_before = 0, seconds
         values.update(
             {f"{self.part}_partial/{name}": quick[name] for name in ("hr@10", "ndcg@10") if name in quick}
         )

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from time import perf_counter
 from typing import Any, TypeVar
+
+from generative_recommenders.training.step import StepResult
 
 T = TypeVar("T")
 
@@ -57,14 +61,32 @@ class DivergenceMonitor:
 
 
 class Recorder:
-    """Keeps the monitors that a checkpoint holds, and records nothing; subclasses write."""
+    """Keeps what a checkpoint holds of the course of a run, and records nothing; subclasses write.
+
+    Attributes:
+        spent: seconds by what they were spent on, see `timed`.
+    """
 
     def __init__(self) -> None:
         self.divergence, self.plateau = DivergenceMonitor(), PlateauMonitor()
+        self.spent: dict[str, float] = {}
+
+    @contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Adds the time of the block to ``spent[what]``."""
+        began = perf_counter()
+        try:
+            yield
+        finally:
+            self.spent[what] = self.spent.get(what, 0.0) + perf_counter() - began
 
     def state(self) -> dict[str, dict[str, Any]]:
-        """State of the divergence and plateau monitors, for a checkpoint."""
-        return {"divergence": dict(vars(self.divergence)), "plateau": dict(vars(self.plateau))}
+        """State of the divergence and plateau monitors, and the time spent, for a checkpoint."""
+        return {
+            "divergence": dict(vars(self.divergence)),
+            "plateau": dict(vars(self.plateau)),
+            "spent": dict(self.spent),
+        }
 
     def restore(self, state: Mapping[str, Mapping[str, Any]]) -> None:
         """Restores `state`; ValueError for anything else."""
@@ -74,6 +96,10 @@ class Recorder:
             if set(saved) != set(vars(monitor)) or not numbers:
                 raise ValueError(f"{name} is {saved!r}")
             vars(monitor).update(saved)
+        spent = state.get("spent", {})  # which releases before 0.2.0 did not count
+        if not all(isinstance(seconds, (int, float)) for seconds in spent.values()):
+            raise ValueError(f"spent is {spent!r}")
+        self.spent = dict(spent)
 
     def begin(self, step: int, last_step: int) -> None:
         """The run goes on behind this step, at most to the last one."""
@@ -82,8 +108,9 @@ class Recorder:
         """The batches as they are; a recorder may show how many of the epoch's ``total`` are done."""
         return batches
 
-    def step(self, step: int, loss: float, learning_rate: float, quick: Mapping[str, float]) -> None:
-        """Every eval_interval steps. quick: metrics of a partial evaluation."""
+    def step(self, step: int, result: StepResult, seconds: float, quick: Mapping[str, float]) -> None:
+        """Every eval_interval steps. result: of the last one. seconds: of all steps of the run. quick: metrics of a partial
+        evaluation."""
 
     def epoch(self, step: int, record: Mapping[str, Any]) -> None:
         """record: epoch (from 0), train_loss, seconds, full, and the metrics."""

@@ -187,7 +187,7 @@ class Optimizer:
     def update(self, rate: float | torch.Tensor, rows: torch.Tensor | None, grads: torch.Tensor) -> None:
         """One update by a learning rate, which may be a scalar on the device."""
         if self.max_grad_norm is not None:
-            grads = self._clip(grads)
+            grads = self._clip(grads, self.max_grad_norm)
         if self.sparse is not None:
             self.sparse.learning_rate = rate
             # A row whose gradient is zero keeps its moments, whether it was gathered or the step took the whole table.
@@ -204,13 +204,19 @@ class Optimizer:
             group["lr"] = rate
         self.dense.step()
 
-    def _clip(self, table_grads: torch.Tensor) -> torch.Tensor:
+    def gradient_norm(self, table_grads: torch.Tensor) -> torch.Tensor:
+        """The L2 norm ``[]`` over dense and table gradients together, as if the table were an ordinary parameter.
+
+        Before `update`, which clips.
+        """
         grads = [p.grad for p in self.parameters if p.grad is not None]
-        # One norm over dense and table gradients together, as if the table were an ordinary parameter.
-        norms = torch.stack([g.norm() for g in [*grads, table_grads]])
-        scale = (self.max_grad_norm / norms.norm().clamp(min=1e-6)).clamp(max=1.0)
-        for grad in grads:
-            grad.mul_(scale)
+        return torch.stack([g.norm() for g in [*grads, table_grads]]).norm()
+
+    def _clip(self, table_grads: torch.Tensor, max_norm: float) -> torch.Tensor:
+        scale = (max_norm / self.gradient_norm(table_grads).clamp(min=1e-6)).clamp(max=1.0)
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                parameter.grad.mul_(scale)
         return table_grads * scale
 
     def state_tensors(self) -> dict[str, torch.Tensor]:

@@ -21,15 +21,22 @@ from generative_recommenders.types import LossOutput
 @dataclass(frozen=True)
 class StepResult:
     """loss: mean over the global batch; targets: how many it is over; both from all processes.
-    learning_rate: 0.0 where nothing was updated."""
+    learning_rate: 0.0 where nothing was updated. gradient_norm: see `TrainingStep.measures_norm`."""
 
     loss: torch.Tensor
     targets: torch.Tensor
     learning_rate: float
+    gradient_norm: torch.Tensor | None = None
 
 
 class TrainingStep:
-    """Runs steps of a task; the same for one process and for many."""
+    """Runs steps of a task; the same for one process and for many.
+
+    measures_norm: whether the next steps give the L2 norm of their gradients, before clipping. It reads all of them once more,
+    so the trainer asks in the steps that it records.
+    """
+
+    measures_norm = False
 
     def __init__(self, task: TrainingTask, optimizer: Optimizer, collectives: Collectives) -> None:
         self.task, self.optimizer, self.collectives = task, optimizer, collectives
@@ -65,7 +72,8 @@ class TrainingStep:
                 )
             self.warned_empty = True
             return StepResult(mean, total, 0.0)
-        return StepResult(mean, total, self.optimizer.step(step, row_ids, gradients))
+        norm = self.optimizer.gradient_norm(gradients) if self.measures_norm else None
+        return StepResult(mean, total, self.optimizer.step(step, row_ids, gradients), norm)
 
     def forward(self, batch: PreparedBatch) -> tuple[ItemRows, LossOutput]:
         """The gathered rows of the item table, which the backward pass differentiates, and the loss."""

@@ -30,6 +30,7 @@ from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.distributed.signals import StopRequested
 from generative_recommenders.errors import UserError
 from generative_recommenders.evaluation.model_evaluation import ModelEvaluation
+from generative_recommenders.evaluation.user_ranks import Ranks, UserRanks
 from generative_recommenders.ops.counter_random import stream_key
 from generative_recommenders.retrieval.methods import check_top_k
 from generative_recommenders.training.callbacks import Recorder
@@ -48,7 +49,7 @@ ACCELERATOR_CHECK = 20
 class TrainResult:
     """test: metrics of the best (in protocol "paper", the last) state; high_rated: over highly rated targets alone;
     finished: False after a stop request, and then there are no metrics; lists: of the top-k lists, where asked for;
-    conditions: see `ModelEvaluation.conditions`."""
+    conditions: see `ModelEvaluation.conditions`; ranks: see `UserRanks.gathered`."""
 
     test: dict[str, float]
     high_rated: dict[str, float]
@@ -56,6 +57,7 @@ class TrainResult:
     finished: bool
     lists: dict[str, float] = field(default_factory=dict)
     conditions: str = ""
+    ranks: Ranks | None = None
 
 
 class Trainer:
@@ -160,13 +162,15 @@ class Trainer:
             return TrainResult({}, {}, p, False)
         self.save(store)
         self._load_best(store)
+        ranks = UserRanks()
         try:
-            result = self.evaluation.test(self.model, stop)
+            with self.log.timed("test"):
+                result = self.evaluation.test(self.model, stop, ranks.add)
         except StopRequested:
             return TrainResult({}, {}, p, False)
         return TrainResult(
             result.metrics(), result.high_rated_metrics(), p, True, result.lists,
-            self.evaluation.conditions(result),
+            self.evaluation.conditions(result), ranks.gathered(self.collectives),
         )  # fmt: skip
 
     def _steps(
@@ -191,8 +195,9 @@ class Trainer:
                 self.account(waiting)
             p.seconds = before + perf_counter() - started
             if p.step % self.settings.evaluation.eval_interval == 0:
-                quick = self.evaluation.validation(self.model, max_batches=1).metrics()
-                self.log.step(p.step, float(self.last.loss), self.last.learning_rate, quick)
+                with self.log.timed("evaluation"):
+                    quick = self.evaluation.validation(self.model, max_batches=1).metrics()
+                self.log.step(p.step, self.last, p.seconds, quick)
                 started, before = perf_counter(), p.seconds  # evaluations do not count
             on_step()
             stopping, saving = self.agreed(stop())
@@ -217,6 +222,7 @@ class Trainer:
     def run_step(self, loaded: LoadedBatch) -> StepResult:
         """One step on a loaded batch."""
         self._seed(self.progress.step)
+        self.step.measures_norm = (self.progress.step + 1) % self.settings.evaluation.eval_interval == 0
         result = self.step(loaded, self.progress.step)
         self.progress.step += 1
         self.progress.step_in_epoch += 1
@@ -252,9 +258,10 @@ class Trainer:
             p.epoch % self.settings.evaluation.full_eval_every_n == 0
             or p.epoch + 1 >= self.settings.schedule.num_epochs
         )
-        result = self.evaluation.validation(
-            self.model, None if full else self.settings.evaluation.partial_eval_num_iters, stop
-        )
+        with self.log.timed("evaluation"):
+            result = self.evaluation.validation(
+                self.model, None if full else self.settings.evaluation.partial_eval_num_iters, stop
+            )
         metrics = result.all_metrics() if full else result.metrics()
         loss = p.epoch_loss / max(p.epoch_targets, 1.0)
         p.history.append(
@@ -278,6 +285,10 @@ class Trainer:
         check_finite_parameters(self.progress.step, self.task)
         if store is None or not self.collectives.is_main:
             return
+        with self.log.timed("checkpoints"):
+            self._write(store, metric, is_best)
+
+    def _write(self, store: CheckpointStore, metric: float | None, is_best: bool) -> None:
         parts = {
             "model": self.model.state_dict(),
             "criterion": self.task.criterion.state_dict(),
