@@ -27,7 +27,9 @@ from absl import app, flags
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import plain_step
 
+from generative_recommenders.build import factories  # noqa: F401  (registers the encoders)
 from generative_recommenders.config import gin as gin_registry
+from generative_recommenders.config.registry import ENCODERS
 from generative_recommenders.data.preparation.prepare import prepare
 from generative_recommenders.data.readers.events import RawRatings, ReadOptions
 from generative_recommenders.data.readers.sources import TextOptions
@@ -37,29 +39,16 @@ from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.distributed.memory import keep_freed_memory
 from generative_recommenders.training.trainer import Trainer
 
-ENCODERS = {
-    "SASRec": ("SASRec", []),
-    "HSTU": (
-        "HSTU",
-        ["hstu_encoder.dqk = 50", "hstu_encoder.dv = 50", "hstu_encoder.linear_dropout_rate = 0.2"],
-    ),
-    "HSTU-large": (
-        "HSTU",
-        [
-            "hstu_encoder.num_blocks = 8",
-            "hstu_encoder.num_heads = 2",
-            "hstu_encoder.dqk = 25",
-            "hstu_encoder.dv = 25",
-            "hstu_encoder.linear_dropout_rate = 0.2",
-        ],
-    ),
-    "DiffTransformer": ("DiffTransformer", []),
-    "TwoTower": ("TwoTower", []),
+SIZES = {
+    "HSTU": ["dqk = 50", "dv = 50", "linear_dropout_rate = 0.2"],
+    "HSTU-large": ["num_blocks = 8", "num_heads = 2", "dqk = 25", "dv = 25", "linear_dropout_rate = 0.2"],
+    "FuXi": ["dqk = 50", "dv = 50", "linear_dropout_rate = 0.2"],
 }
+"""Options of encoders as their published ML-1M configurations have them."""
 CONFIGS = {"ml-1m": "configs/ml-1m/sasrec-sampled-softmax-n128.gin"}
 ROOT = Path(__file__).resolve().parents[1]
 
-_ENCODER = flags.DEFINE_enum("encoder", "SASRec", sorted(ENCODERS), "which encoder")
+_ENCODER = flags.DEFINE_enum("encoder", "SASRec", sorted({*ENCODERS.names(), *SIZES}), "which encoder")
 _PROFILE = flags.DEFINE_enum("profile", "ml-1m", sorted(CONFIGS), "whose configuration and lengths")
 _SHARING = flags.DEFINE_enum(
     "negatives_sharing", "position", ["position", "block", "batch"], "who shares negatives"
@@ -95,7 +84,8 @@ def made_dataset(folder: Path, num_users: int = 6040, num_items: int = 3706) -> 
 
 
 def make_trainer(dataset: SequenceDataset) -> Trainer:
-    module, own = ENCODERS[_ENCODER.value]
+    module = _ENCODER.value.removesuffix("-large")
+    own = [f"{ENCODERS[module].gin_name}.{option}" for option in SIZES.get(_ENCODER.value, [])]
     bindings = [
         f"train_fn.main_module = '{module}'",
         f"train_fn.negatives_sharing = '{_SHARING.value}'",

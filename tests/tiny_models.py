@@ -29,7 +29,8 @@ LENGTHS = torch.tensor([6, 1, 0, 4])
 
 
 OWNERS = {
-    "": "train_fn", "sasrec": "sasrec_encoder", "hstu": "hstu_encoder", "transformer": "transformer_encoder",
+    "": "train_fn", "sasrec": "sasrec_encoder", "hstu": "hstu_encoder", "fuxi": "fuxi_encoder",
+    "ligr": "ligr_encoder", "transformer": "transformer_encoder",
     "diff_transformer": "diff_transformer_encoder", "item_tower": "item_tower", "sce": "sce",
     "mol": "create_mol_interaction_module", "similarity": "get_similarity_function", "loader": "create_data_loader",
     "weighted_loss": "get_weighted_loss",
@@ -51,6 +52,12 @@ def settings(**choices: Any) -> RunSettings:
         "hstu.num_heads": 2,
         "hstu.dqk": 4,
         "hstu.dv": 4,
+        "fuxi.num_heads": 2,
+        "fuxi.dqk": 4,
+        "fuxi.dv": 4,
+        "ligr.num_heads": 2,
+        "ligr.ffn_multiply": 2,
+        "ligr.dropout_rate": 0.0,
         "diff_transformer.num_heads": 2,
         "transformer.num_heads": 2,
         "transformer.ffn_hidden_dim": 8,

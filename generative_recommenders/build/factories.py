@@ -21,7 +21,15 @@ from generative_recommenders.config.registry import (
 )
 from generative_recommenders.errors import UserError
 from generative_recommenders.modeling import input_preprocessors, output_postprocessors  # noqa: F401  (register)
-from generative_recommenders.modeling.encoders import diff_transformer, hstu, sasrec, transformer, two_tower  # noqa: F401  (register)
+from generative_recommenders.modeling.encoders import (  # noqa: F401  (register)
+    diff_transformer,
+    fuxi,
+    hstu,
+    ligr,
+    sasrec,
+    transformer,
+    two_tower,
+)
 from generative_recommenders.modeling.input_preprocessors import InputPreprocessor
 from generative_recommenders.modeling.similarity import dot_product  # noqa: F401  (registers)
 from generative_recommenders.modeling.similarity.interface import Similarity

@@ -118,8 +118,10 @@ class RunSettings(Section):
     @property
     def uses_times(self) -> bool:
         """Whether the encoder has a bias by time."""
-        names = ("enable_relative_attention_bias", "enable_relative_time_bias")
-        return self.encoder_name == "HSTU" and all(self.option(f"hstu_encoder.{name}") for name in names)
+        name = self.encoder_name
+        needed = getattr(ENCODERS[name].make, "time_options", ()) if name in ENCODERS else ()
+        values = ENCODERS[name].option_values(self.part_options(ENCODERS, name)) if needed else {}
+        return bool(needed) and all(values[option] for option in needed)
 
     def option(self, gin_name: str) -> Any:
         """The value of a part's option, as ``hstu_encoder.dqk``; its default where it is not given.

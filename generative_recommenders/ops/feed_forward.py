@@ -126,20 +126,24 @@ class PointWiseFeedForward(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """W2 (silu(WG x) * W1 x), biases everywhere, no residual (arXiv 2002.05202, eq. 6).
+    """W2 (silu(WG x) * W1 x), no residual (arXiv 2002.05202, eq. 6).
 
-    embedding_dim: width D of input and output; hidden_dim: width of the gated layer, 2 D in DiffTransformer.
+    embedding_dim: width D of input and output; hidden_dim: width of the gated layer, 2 D in DiffTransformer. bias: in all three
+    layers. dropout_rate: on the gated layer.
     """
 
-    def __init__(self, embedding_dim: int, hidden_dim: int) -> None:
+    def __init__(
+        self, embedding_dim: int, hidden_dim: int, bias: bool = True, dropout_rate: float = 0.0
+    ) -> None:
         super().__init__()
-        self.WG = nn.Linear(embedding_dim, hidden_dim)
-        self.W1 = nn.Linear(embedding_dim, hidden_dim)
-        self.W2 = nn.Linear(hidden_dim, embedding_dim)
+        self.WG = nn.Linear(embedding_dim, hidden_dim, bias)
+        self.W1 = nn.Linear(embedding_dim, hidden_dim, bias)
+        self.W2 = nn.Linear(hidden_dim, embedding_dim, bias)
+        self.dropout = Dropout(dropout_rate)
 
     def forward(self, input_embeddings: torch.Tensor) -> torch.Tensor:
         """``[..., D]`` to ``[..., D]``."""
-        return self.W2(F.silu(self.WG(input_embeddings)) * self.W1(input_embeddings))
+        return self.W2(self.dropout(F.silu(self.WG(input_embeddings)) * self.W1(input_embeddings)))
 
 
 class SwiGLUEncoder(nn.Module):

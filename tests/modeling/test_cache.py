@@ -8,7 +8,9 @@ import torch
 from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.cache import HistoryCache
 from generative_recommenders.modeling.encoders.diff_transformer import DiffTransformer
+from generative_recommenders.modeling.encoders.fuxi import FuXi
 from generative_recommenders.modeling.encoders.hstu import HSTU, HstuBlock
+from generative_recommenders.modeling.encoders.ligr import LiGR
 from generative_recommenders.modeling.encoders.sasrec import SASRec, SasrecBlock
 from generative_recommenders.modeling.encoders.two_tower import EntityFeature, FeatureMerger
 from generative_recommenders.modeling.feature_embeddings import EmbeddingSpec
@@ -39,6 +41,10 @@ ENCODERS = {
     "HSTU-hidden": lambda dim: HSTU(dim, WINDOW, **HSTU_SIZES, next_time="hidden"),
     "HSTU-concat": lambda dim: HSTU(dim, WINDOW, 3, 1, 4, 4, concat_ua=True),
     "HSTU-no-time-bias": lambda dim: HSTU(dim, WINDOW, **HSTU_SIZES, enable_relative_time_bias=False),
+    "FuXi": lambda dim: FuXi(dim, WINDOW, **HSTU_SIZES),
+    "FuXi-hidden": lambda dim: FuXi(dim, WINDOW, **HSTU_SIZES, next_time="hidden"),
+    "FuXi-single-stage": lambda dim: FuXi(dim, WINDOW, **HSTU_SIZES, ffn_single_stage=True),
+    "LiGR": lambda dim: LiGR(dim, num_heads=2),
     "HSTU-no-bias": lambda dim: HSTU(dim, WINDOW, **HSTU_SIZES, enable_relative_attention_bias=False),
 }
 PREPROCESSORS = {

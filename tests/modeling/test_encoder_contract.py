@@ -19,6 +19,8 @@ from tiny_models import EASY, LENGTHS, catalogue, histories, overfit, settings
 CHOICES: dict[str, dict[str, object]] = {
     **{name: {"main_module": name} for name in ENCODERS.names()},
     "HSTU-softmax": {"main_module": "HSTU", "hstu.normalization": "softmax_rel_bias"},
+    "FuXi-single": {"main_module": "FuXi", "fuxi.ffn_single_stage": True},
+    "LiGR-gelu": {"main_module": "LiGR", "ligr.ffn_activation_fn": "gelu", "ligr.ffn_bias": True},
     "DiffTransformer-pre": {"main_module": "DiffTransformer", "diff_transformer.norm": "pre"},
     **{
         f"TwoTower-{name}": {"main_module": "TwoTower", "item_tower.query_module": name}

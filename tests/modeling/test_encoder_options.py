@@ -6,7 +6,9 @@ import pytest
 
 from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.encoders.diff_transformer import DiffTransformer
+from generative_recommenders.modeling.encoders.fuxi import FuXi
 from generative_recommenders.modeling.encoders.hstu import HSTU
+from generative_recommenders.modeling.encoders.ligr import LiGR
 from generative_recommenders.modeling.encoders.sasrec import SASRec
 from generative_recommenders.modeling.encoders.transformer import Transformer
 from generative_recommenders.modeling.encoders.two_tower import ItemTower
@@ -24,6 +26,14 @@ from generative_recommenders.modeling.encoders.two_tower import ItemTower
         (Transformer, {"max_length": 6, "num_heads": 0}, "num_heads 0 does not divide the width 8"),
         (Transformer, {"max_length": 6, "num_blocks": 0}, "num_blocks 0 must be 1 or more"),
         (Transformer, {"max_length": 6, "ffn_hidden_dim": 0}, "ffn_hidden_dim 0 must be 1 or more"),
+        (LiGR, {"num_heads": 3}, "num_heads 3 does not divide the width 8"),
+        (LiGR, {"ffn_multiply": 0}, "ffn_multiply 0 must be 1 or more"),
+        (LiGR, {"ffn_activation_fn": "silu"}, "unknown ffn_activation_fn 'silu'; known: swiglu, relu, gelu"),
+        (LiGR, {"dropout_rate": 1.0}, "dropout rate must be in"),
+        (FuXi, {"max_length": 6, "dqk": 0}, "dqk 0 must be 1 or more"),
+        (FuXi, {"max_length": 6, "normalization": "softmax"}, "unknown normalization 'softmax'"),
+        (FuXi, {"max_length": 6, "linear_activation": "gelu"}, "unknown linear_activation"),
+        (FuXi, {"max_length": 6, "attn_dropout_rate": 1.0}, "dropout rate must be in"),
         (HSTU, {"max_length": 6, "num_blocks": 0}, "num_blocks 0 must be 1 or more"),
         (HSTU, {"max_length": 6, "num_heads": 0}, "num_heads 0 must be 1 or more"),
         (HSTU, {"max_length": 6, "dv": -1}, "dv -1 must be 1 or more"),

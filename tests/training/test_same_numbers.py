@@ -26,6 +26,7 @@ COMMON = {
 }  # fmt: skip
 SIZES = {
     "hstu_encoder": {"dqk": 4, "dv": 4},
+    "fuxi_encoder": {"dqk": 4, "dv": 4},
     "sasrec_encoder": {"ffn_dropout_rate": 0.0, "ffn_hidden_dim": 8},
     "create_mol_interaction_module": {
         "query_dot_product_groups": 2, "item_dot_product_groups": 2, "dot_product_dimension": 4,
@@ -40,6 +41,8 @@ CASES = {
     "in-batch": {"sampling_strategy": "in-batch", "item_l2_norm": True},
     "position": {"sampling_strategy": "local"},
     "hstu": {"sampling_strategy": "local", "main_module": "HSTU"},
+    "fuxi": {"sampling_strategy": "local", "main_module": "FuXi"},
+    "ligr": {"sampling_strategy": "local", "main_module": "LiGR", "ligr_encoder.dropout_rate": 0.0},
     "clipped": {
         "sampling_strategy": "popularity",
         "negatives_sharing": "batch",
@@ -76,6 +79,8 @@ DROPPED = {
     "hstu, softmax": {
         **CASES["hstu"], "hstu_encoder.normalization": "softmax_rel_bias", "hstu_encoder.attn_dropout_rate": 0.2,
     },
+    "fuxi": {"fuxi_encoder.attn_dropout_rate": 0.2, "fuxi_encoder.linear_dropout_rate": 0.3},
+    "ligr": {"ligr_encoder.dropout_rate": 0.2},
     "masked": {"main_module": "Transformer"},
     "replaced": {},
     "mixture": {

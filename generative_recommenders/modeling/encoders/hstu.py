@@ -124,6 +124,9 @@ class HSTU(torch.nn.Module):
     "hidden": it uses the position's own time. enable_relative_time_bias: False leaves the bias by position alone.
     """
 
+    time_options = ("enable_relative_attention_bias", "enable_relative_time_bias")
+    """Options that must all be on for times to be read."""
+
     def __init__(
         self,
         embedding_dim: int,

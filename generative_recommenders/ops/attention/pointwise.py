@@ -16,6 +16,7 @@ from generative_recommenders.ops.attention.reference import pointwise_attention_
 from generative_recommenders.ops.attention.tiles import (
     PairBias,
     TableBias,
+    add_by_index,
     add_products,
     corner,
     drawn,
@@ -25,6 +26,7 @@ from generative_recommenders.ops.attention.tiles import (
     keys_of,
     looked_up,
     plan_of,
+    rows_for_sums,
     takes_kernel,
 )
 from generative_recommenders.ops.layout import Layout
@@ -99,7 +101,7 @@ class _GroupedPointwise(torch.autograd.Function):
     def backward(ctx, grad):
         layout, indices, num_tables, divisor, shapes = ctx.settings
         remaining, index_of = iter(ctx.saved_tensors), iter(indices)
-        d_tables = [_rows_for_sums(next(remaining), [of[i] for of in indices]) for i in range(num_tables)]
+        d_tables = [rows_for_sums(next(remaining), [of[i] for of in indices]) for i in range(num_tables)]
         heads = grad.shape[1]
         d_q, d_k, d_v = [], [], []
         for group, group_tiles in plan_of(layout):
@@ -128,22 +130,15 @@ class _GroupedPointwise(torch.autograd.Function):
         return *d_inputs, None, None, None, None, *summed
 
 
-def _rows_for_sums(table: torch.Tensor, indices: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Zeros as wide as the table, a row for each first index of the tile that has most."""
-    rows = max((len(index) for index in indices), default=0)
-    return table.new_zeros(rows, table.numel())
-
-
 def _add_to_tables(
     totals: Sequence[torch.Tensor], indices: Sequence[torch.Tensor], d_logits: torch.Tensor
 ) -> None:
     """Gradients of the tables from those of ``[g, H, rows, keys]`` logits: sums by index, apart for each first index.
 
-    totals: see `_rows_for_sums`, one for each table.
+    totals: see `rows_for_sums`, one for each table.
     """
     if not totals:
         return
     d_logits = functools.reduce(torch.add, d_logits.unbind(1))  # faster than a sum, which is of few
     for total, index in zip(totals, indices):
-        d_part = (d_logits if index.dim() == 3 else d_logits.sum(0)).flatten(1)
-        total[: len(d_part)].scatter_add_(1, index.flatten(1), d_part.to(total.dtype))
+        add_by_index(total, index, d_logits)

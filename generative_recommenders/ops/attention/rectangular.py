@@ -32,6 +32,13 @@ def rectangular_pointwise(
     return (F.silu(logits) * _sees(layout) / divisor @ v).transpose(1, 2).flatten(0, 1)
 
 
+def rectangular_tables(v: torch.Tensor, layout: Layout, bias: TableBias) -> list[torch.Tensor]:
+    """`ops.attention.tables.table_attention`."""
+    v, sees = _by_row(v, layout), _sees(layout)
+    weights = (table[index].unsqueeze(-3) * sees for table, index in zip(bias.tables, bias.indices[0]))
+    return [(each @ v).transpose(1, 2).flatten(0, 1) for each in weights]
+
+
 def _by_row(x: torch.Tensor, layout: Layout) -> torch.Tensor:
     """``[T, H, d]`` as ``[B, H, N, d]``."""
     return x.reshape(layout.num_rows, layout.max_length, x.shape[1], x.shape[2]).transpose(1, 2)

@@ -8,10 +8,15 @@ import torch
 import torch.nn.functional as F
 
 from generative_recommenders.ops import dispatch
-from generative_recommenders.ops.attention.rectangular import rectangular_pointwise, rectangular_softmax
+from generative_recommenders.ops.attention.rectangular import (
+    rectangular_pointwise,
+    rectangular_softmax,
+    rectangular_tables,
+)
 from generative_recommenders.ops.attention.tiles import (
     TableBias,
     drawn,
+    gathered,
     keep_masks,
     looked_up,
     lowest,
@@ -53,6 +58,18 @@ def pointwise_attention_reference(
             logits = logits + dense(parts, layout, torch.zeros_like(logits))
         weights = F.silu(logits) * seen(layout) / divisor
         return torch.einsum("hij,jhd->ihd", dropped(weights, q, layout, dropout_rate), v)
+
+
+def table_attention_reference(v: torch.Tensor, layout: Layout, bias: TableBias) -> list[torch.Tensor]:
+    """`ops.attention.tables.table_attention`."""
+    if layout.valid is not None and len(bias.indices) == 1:
+        return rectangular_tables(v, layout, bias)
+    outputs = []
+    for place, table in enumerate(bias.tables):
+        parts = (gathered(table, index[place]).unsqueeze(-3) for index in bias.indices)
+        weights = dense(parts, layout, v.new_zeros(1, layout.num_tokens, layout.num_tokens))[0]
+        outputs.append(torch.einsum("ij,jhd->ihd", weights * seen(layout), v))
+    return outputs
 
 
 def seen(layout: Layout) -> torch.Tensor:

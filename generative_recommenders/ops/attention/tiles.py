@@ -154,15 +154,28 @@ def looked_up(
 
     tile: a triangle that its queries do not see is hidden too, where that costs least.
     """
-    shared, *own = sorted((_gathered(*each) for each in zip(tables, indices)), key=torch.Tensor.dim)
+    shared, *own = sorted((gathered(*each) for each in zip(tables, indices)), key=torch.Tensor.dim)
     if tile is not None and tile.sees is None:
         hide(shared, tile, heads=1)
     return functools.reduce(lambda total, part: part.add_(total), own, shared).unsqueeze(-3)
 
 
-def _gathered(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+def gathered(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """``table[index]`` of a 1-d table."""
     flat = index.flatten(0, -2)
     return table.expand(flat.shape[0], -1).gather(1, flat).view(index.shape)
+
+
+def rows_for_sums(table: torch.Tensor, indices: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Zeros as wide as the table, a row for each first index of the tile that has most."""
+    rows = max((len(index) for index in indices), default=0)
+    return table.new_zeros(rows, table.numel())
+
+
+def add_by_index(total: torch.Tensor, index: torch.Tensor, d_cells: torch.Tensor) -> None:
+    """Gradients ``[g, rows, keys]`` of what a tile looked up, summed by index into ``total`` of `rows_for_sums`."""
+    d_part = (d_cells if index.dim() == 3 else d_cells.sum(0)).flatten(1)
+    total[: len(d_part)].scatter_add_(1, index.flatten(1), d_part.to(total.dtype))
 
 
 def keys_of(group: Group, x: torch.Tensor) -> torch.Tensor:

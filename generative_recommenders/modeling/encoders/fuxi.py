@@ -1,0 +1,209 @@
+"""FuXi-alpha (arXiv 2502.03036), in the form of the authors' public runs.
+
+A block, over the tokens x of a batch; act is SiLU, RMS has eps 1e-6 and no weights, D is dropout, N is the constant max_length:
+
+    U, V, Q, K = split(act(RMS(x) W))
+    H = [A_position V, A_time V, SiLU(Q Kᵀ) / N V]            adaptive multi-channel self-attention, over the past
+    o = x + W_0 D(RMS(H) * U) + b_0                           multi-stage feed-forward network, first stage
+    x = o + W_2 (SiLU(W_g n) * W_1 n),  n = D(RMS(o))         and its second stage
+
+A_position[i, j] is a weight for j - i and A_time[i, j] one for the bucket of the time between the two (`ops.attention.tables`):
+meaning, place and time attend apart, where HSTU adds place and time to the logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import repeat
+from typing import Annotated, Literal, cast, get_args
+
+import torch
+import torch.nn.functional as F
+from annotated_types import Gt, Le
+
+from generative_recommenders.config.fields import Layers, Share, Width
+from generative_recommenders.config.registry import register_encoder
+from generative_recommenders.config.sections import NextTime
+from generative_recommenders.errors import UserError
+from generative_recommenders.modeling.cache import Appended, KeysValues, pointwise_over_cache
+from generative_recommenders.modeling.encoders.checks import check_choice, check_positive
+from generative_recommenders.ops.attention.pointwise import pointwise_attention
+from generative_recommenders.ops.attention.relative_bias import (
+    BatchInputs,
+    BiasInputs,
+    RelativeBias,
+    Times,
+    bias_inputs,
+    time_buckets,
+)
+from generative_recommenders.ops.attention.tables import table_attention
+from generative_recommenders.ops.dropout import Dropout
+from generative_recommenders.ops.feed_forward import SwiGLU
+from generative_recommenders.ops.layout import Layout
+from generative_recommenders.ops.recomputation import run_block
+
+LINEAR_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"silu": F.silu, "none": lambda x: x}
+CHANNELS = 3
+
+
+class FuxiBlock(torch.nn.Module):
+    """One block of the equations above. ffn_hidden_dim: of its second stage, 0 for a block without it."""
+
+    def __init__(
+        self,
+        embedding_dim: int,
+        num_heads: int,
+        dqk: int,
+        dv: int,
+        max_length: int,
+        ffn_hidden_dim: int,
+        linear_activation: str = "silu",
+        linear_dropout_rate: float = 0.0,
+        attn_dropout_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.dqk, self.dv, self.max_length = num_heads, dqk, dv, max_length
+        self.activation = LINEAR_ACTIVATIONS[linear_activation]
+        self.attn_dropout_rate = Dropout(attn_dropout_rate).rate
+        self.uvqk = torch.nn.Parameter(
+            torch.empty(embedding_dim, num_heads * ((CHANNELS + 1) * dv + 2 * dqk)).normal_(std=0.02)
+        )
+        self.channels = RelativeBias(max_length)
+        self.output = torch.nn.Linear(CHANNELS * num_heads * dv, embedding_dim)
+        self.feed_forward = SwiGLU(embedding_dim, ffn_hidden_dim, bias=False) if ffn_hidden_dim else None
+        for linear in (each for each in self.modules() if isinstance(each, torch.nn.Linear)):
+            torch.nn.init.xavier_uniform_(linear.weight)
+        self.dropout = Dropout(linear_dropout_rate)
+
+    def forward(self, x: torch.Tensor, layout: Layout, inputs: BatchInputs) -> torch.Tensor:
+        """x: ``[T, D]``; inputs: see `bias_inputs`."""
+        u, q, k, v = self.project(x)
+        rate = self.attn_dropout_rate if self.training else 0.0
+        semantic = pointwise_attention(q, k, v, layout, None, float(self.max_length), rate)
+        relative = table_attention(v, layout, self.channels.tables(inputs))
+        return layout.mask(self.combine(x, u, [*relative, semantic]))
+
+    def append(
+        self, x: torch.Tensor, appended: Appended, inputs: BiasInputs, cached: KeysValues | None
+    ) -> tuple[torch.Tensor, KeysValues]:
+        """`forward` of the tokens ``x [T, D]`` alone, behind the cached ones."""
+        u, q, k, v = self.project(x)
+        block = appended.extend_block(cached, k, v)
+        sees, values = appended.distances() <= 0, block.values.flatten(2)
+        attended = [
+            appended.layout.flatten(table[index] * sees @ values).view_as(v)
+            for table, index in zip((self.channels.position, self.channels.time), inputs)
+            if index is not None
+        ]
+        semantic = pointwise_over_cache(q, block, appended, None, float(self.max_length))
+        return self.combine(x, u, [*attended, semantic]), block
+
+    def project(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Projections: u ``[T, 3 H dv]``; q, k ``[T, H, dqk]``; v ``[T, H, dv]``."""
+        heads, width = self.num_heads, self.num_heads * self.dv
+        projected = self.activation(F.rms_norm(x, x.shape[-1:], eps=1e-6) @ self.uvqk)
+        widths = [CHANNELS * width, width, heads * self.dqk, heads * self.dqk]
+        u, v, q, k = projected.split(widths, dim=-1)
+        return u, *(t.unflatten(-1, (heads, -1)) for t in (q, k, v))
+
+    def combine(self, x: torch.Tensor, u: torch.Tensor, attended: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The two stages of the feed-forward. x: ``[T, D]``; u: ``[T, 3 H dv]``; attended: ``[T, H, dv]`` of
+        place, of time unless that is unknown, and of meaning."""
+        if len(attended) < CHANNELS:  # events without times: their channel says nothing
+            attended = [attended[0], torch.zeros_like(attended[0]), attended[1]]
+        h = torch.cat(tuple(attended), dim=-1).flatten(1)  # head by head
+        o = x + self.output(self.dropout(F.rms_norm(h, h.shape[-1:], eps=1e-6) * u))
+        if self.feed_forward is None:
+            return o
+        return o + self.feed_forward(self.dropout(F.rms_norm(o, o.shape[-1:], eps=1e-6)))
+
+
+@register_encoder("FuXi", gin_name="fuxi_encoder")
+class FuXi(torch.nn.Module):
+    """A stack of `FuxiBlock`.
+
+    max_length: N = max_sequence_length + gr_output_length + 1, the constant divisor and the reach of the channel of place.
+    ffn_multiply: hidden width of the second stage over D; ffn_single_stage: blocks without it. enable_relative_time_bias: the
+    channel of time. attn_dropout_rate: on the channel of meaning (the authors' code takes it and drops nothing).
+    next_time: as in `HSTU`.
+    """
+
+    causal = True
+    time_options = ("enable_relative_time_bias",)
+
+    def __init__(
+        self,
+        embedding_dim: int,
+        max_length: int,
+        num_blocks: Layers = 2,
+        num_heads: Layers = 1,
+        dqk: Width = 64,
+        dv: Width = 64,
+        normalization: Literal["rel_bias"] = "rel_bias",
+        linear_config: Literal["uvqk"] = "uvqk",
+        linear_activation: Literal["silu", "none"] = "silu",
+        linear_dropout_rate: Share = 0.0,
+        attn_dropout_rate: Share = 0.0,
+        ffn_multiply: Annotated[float, Gt(0.0), Le(64.0)] = 1.0,
+        ffn_single_stage: bool = False,
+        enable_relative_time_bias: bool = True,
+        next_time: NextTime = "given",
+        activation_checkpoint: bool = False,
+    ) -> None:
+        super().__init__()
+        check_choice("normalization", normalization, ("rel_bias",))
+        check_choice("linear_config", linear_config, ("uvqk",))
+        check_choice("linear_activation", linear_activation, LINEAR_ACTIVATIONS)
+        check_choice("next_time", next_time, get_args(NextTime))
+        check_positive(num_blocks=num_blocks, num_heads=num_heads, dqk=dqk, dv=dv)
+        hidden = 0 if ffn_single_stage else max(1, int(embedding_dim * ffn_multiply))
+        self.output_dim = embedding_dim
+        self.max_length, self.next_time = max_length, next_time
+        self.timed = enable_relative_time_bias
+        self.activation_checkpoint = activation_checkpoint
+        self.blocks = torch.nn.ModuleList(
+            FuxiBlock(
+                embedding_dim, num_heads, dqk, dv, max_length, hidden, linear_activation,
+                linear_dropout_rate, attn_dropout_rate,
+            )
+            for _ in range(num_blocks)
+        )  # fmt: skip
+
+    def forward(self, x: torch.Tensor, layout: Layout, events: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """``[T, D]`` to ``[T, D]``; events may hold ``timestamps`` and ``next_timestamps [T]``."""
+        inputs = bias_inputs(layout, self.max_length, self.times(events))
+        for block in self.blocks:
+            x = run_block(block, self.activation_checkpoint and self.training, x, layout, inputs)
+        return x
+
+    def times(self, events: Mapping[str, torch.Tensor]) -> Times | None:
+        """What the channel of time compares, or None where it is not used or the data have no times."""
+        keys = events.get("timestamps")
+        queries = events.get("next_timestamps") if self.next_time == "given" else keys
+        return None if not self.timed or keys is None or queries is None else (queries, keys)
+
+    def revises_last(self, events: Mapping[str, torch.Tensor]) -> bool:
+        """The channel of time of a token may know the time of the event after it."""
+        return self.next_time == "given" and self.timed and "timestamps" in events
+
+    def encode_appended(
+        self,
+        x: torch.Tensor,
+        events: Mapping[str, torch.Tensor],
+        appended: Appended,
+        cached: Sequence[KeysValues],
+    ) -> tuple[torch.Tensor, tuple[KeysValues, ...]]:
+        """See `modeling.cache.IncrementalEncoder`; UserError beyond max_length."""
+        if appended.capacity > self.max_length:
+            raise UserError(
+                f"encode_incremental: {appended.capacity} tokens, and FuXi's max_length is {self.max_length}"
+            )
+        times, buckets = self.times(events), None
+        if times is not None and appended.times is not None:
+            buckets = time_buckets(appended.layout.to_rectangle(times[0]), appended.times)
+        inputs = BiasInputs(self.max_length - 1 + appended.distances(), buckets)
+        blocks = []
+        for block, before in zip(cast(Iterable[FuxiBlock], self.blocks), cached or repeat(None)):
+            x, after = block.append(x, appended, inputs, before)
+            blocks.append(after)
+        return x, tuple(blocks)

@@ -1,0 +1,144 @@
+"""LiGR (arXiv 2502.03417): a pre-norm Transformer whose residuals are gated; with sampled softmax, eSASRec (arXiv 2508.06450).
+
+A block, over the tokens x of a batch; LN has weights and eps 1e-5, D is dropout, and every gate has weights of its own:
+
+    y = x + sigmoid(x W_a + b_a) * D(attention(LN(x)))          softmax attention over the past, dropout on its weights too
+    z = y + sigmoid(y W_f + b_f) * D(feed_forward(LN(y)))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import repeat
+from typing import Annotated, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from annotated_types import Ge, Le
+
+from generative_recommenders.config.fields import Layers, Share
+from generative_recommenders.config.registry import register_encoder
+from generative_recommenders.modeling.cache import Appended, KeysValues, softmax_over_cache
+from generative_recommenders.modeling.encoders.checks import check_choice, check_heads, check_positive
+from generative_recommenders.ops.attention.multi_head import multi_head_attention, project_heads
+from generative_recommenders.ops.dropout import Dropout
+from generative_recommenders.ops.feed_forward import SwiGLU
+from generative_recommenders.ops.layout import Layout
+from generative_recommenders.ops.recomputation import run_block
+
+ACTIVATIONS = {"relu": torch.nn.ReLU, "gelu": torch.nn.GELU}
+
+
+class LigrBlock(torch.nn.Module):
+    """One block of the equations above. ffn_activation_fn: "swiglu", or that of a feed-forward of two layers."""
+
+    def __init__(
+        self,
+        embedding_dim: int,
+        num_heads: int,
+        ffn_hidden_dim: int,
+        ffn_activation_fn: str = "swiglu",
+        ffn_bias: bool = False,
+        dropout_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.dropout = Dropout(dropout_rate)
+        self.attn_norm = torch.nn.LayerNorm(embedding_dim)
+        self.in_proj = torch.nn.Linear(embedding_dim, 3 * embedding_dim)
+        self.out_proj = torch.nn.Linear(embedding_dim, embedding_dim)
+        self.attn_gate = torch.nn.Linear(embedding_dim, embedding_dim)
+        self.ffn_norm = torch.nn.LayerNorm(embedding_dim)
+        self.ffn: torch.nn.Module
+        if ffn_activation_fn == "swiglu":
+            self.ffn = SwiGLU(embedding_dim, ffn_hidden_dim, ffn_bias, dropout_rate)
+        else:
+            self.ffn = torch.nn.Sequential(
+                torch.nn.Linear(embedding_dim, ffn_hidden_dim, ffn_bias),
+                ACTIVATIONS[ffn_activation_fn](),
+                Dropout(dropout_rate),
+                torch.nn.Linear(ffn_hidden_dim, embedding_dim, ffn_bias),
+            )
+        self.ffn_gate = torch.nn.Linear(embedding_dim, embedding_dim)
+        for linear in (each for each in self.modules() if isinstance(each, torch.nn.Linear)):
+            torch.nn.init.xavier_normal_(linear.weight)
+        torch.nn.init.zeros_(self.in_proj.bias)
+        torch.nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
+        """x: ``[T, D]``; returns the same shape."""
+        normed = self.attn_norm(x)
+        rate = self.dropout.rate if self.training else 0.0
+        attended = multi_head_attention(
+            normed, normed, self.in_proj, self.out_proj, self.num_heads, layout, rate
+        )
+        return layout.mask(self.combine(x, attended))
+
+    def append(
+        self, x: torch.Tensor, appended: Appended, cached: KeysValues | None
+    ) -> tuple[torch.Tensor, KeysValues]:
+        """`forward` of the tokens ``x [T, D]`` alone, behind the cached ones."""
+        normed = self.attn_norm(x)
+        q, k, v = project_heads(normed, normed, self.in_proj, self.num_heads)
+        block = appended.extend_block(cached, k, v)
+        attended = softmax_over_cache(q, block, appended).flatten(1)
+        return self.combine(x, self.out_proj(attended)), block
+
+    def combine(self, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        """z, from what the attention adds; ``[T, D]`` each."""
+        y = x + F.sigmoid(self.attn_gate(x)) * self.dropout(attended)
+        return y + F.sigmoid(self.ffn_gate(y)) * self.dropout(self.ffn(self.ffn_norm(y)))
+
+
+@register_encoder("LiGR", gin_name="ligr_encoder")
+class LiGR(torch.nn.Module):
+    """A stack of `LigrBlock`; no norm behind the last. ffn_multiply: hidden width of the feed-forward over D."""
+
+    causal = True
+
+    def __init__(
+        self,
+        embedding_dim: int,
+        num_blocks: Layers = 2,
+        num_heads: Layers = 1,
+        ffn_multiply: Annotated[int, Ge(1), Le(64)] = 4,
+        ffn_activation_fn: Literal["swiglu", "relu", "gelu"] = "swiglu",
+        ffn_bias: bool = False,
+        dropout_rate: Share = 0.2,
+        activation_checkpoint: bool = False,
+    ) -> None:
+        super().__init__()
+        check_heads(embedding_dim, num_heads)
+        check_positive(num_blocks=num_blocks, ffn_multiply=ffn_multiply)
+        check_choice("ffn_activation_fn", ffn_activation_fn, ("swiglu", *ACTIVATIONS))
+        self.output_dim = embedding_dim
+        self.activation_checkpoint = activation_checkpoint
+        hidden = ffn_multiply * embedding_dim
+        self.blocks = torch.nn.ModuleList(
+            LigrBlock(embedding_dim, num_heads, hidden, ffn_activation_fn, ffn_bias, dropout_rate)
+            for _ in range(num_blocks)
+        )
+
+    def forward(self, x: torch.Tensor, layout: Layout, events: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """``[T, D]`` to ``[T, D]``; events are not used."""
+        for block in self.blocks:
+            x = run_block(block, self.activation_checkpoint and self.training, x, layout)
+        return x
+
+    def revises_last(self, events: Mapping[str, torch.Tensor]) -> bool:
+        """No state depends on what comes after it."""
+        return False
+
+    def encode_appended(
+        self,
+        x: torch.Tensor,
+        events: Mapping[str, torch.Tensor],
+        appended: Appended,
+        cached: Sequence[KeysValues],
+    ) -> tuple[torch.Tensor, tuple[KeysValues, ...]]:
+        """See `modeling.cache.IncrementalEncoder`."""
+        blocks = []
+        for block, before in zip(cast(Iterable[LigrBlock], self.blocks), cached or repeat(None)):
+            x, after = block.append(x, appended, before)
+            blocks.append(after)
+        return x, tuple(blocks)
