@@ -305,7 +305,7 @@ def timed_steps(
     trainer.run_step(next(batches))  # kernels are compiled
     one = bench.seconds(lambda: trainer.run_step(next(batches)), 2)
     steps = 2 if bench.quick else max(5, min(steps, int(3.0 / one)))
-    for _ in range(steps):  # every number of tokens is met twice, and captured
+    for _ in range(3 * steps):  # every number of tokens is met twice, and captured
         trainer.run_step(next(batches))
     bench.wait()
     bench.peak_mb()

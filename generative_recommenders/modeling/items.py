@@ -13,7 +13,7 @@ import torch
 from generative_recommenders.config.fields import Positive
 from generative_recommenders.config.registry import register_item_embedding
 from generative_recommenders.modeling.initialization import truncated_normal_
-from generative_recommenders.ops.embedding import lookup_rows
+from generative_recommenders.ops.embedding import lookup_rows, sorted_unique
 from generative_recommenders.ops.normalization import l2_normalize
 
 
@@ -21,7 +21,8 @@ from generative_recommenders.ops.normalization import l2_normalize
 class ItemRows:
     """Embeddings of some items.
 
-    weight: ``[U, D]``. ids: ``[U]`` int64 sorted ids of those rows, or None when ``weight`` holds 0..V in order.
+    weight: ``[U, D]``. ids: ``[U]`` int64 ids of those rows, as of `ops.embedding.sorted_unique`, or None when ``weight`` holds
+    0..V in order.
     row_of_item: ``[V + 1]`` int64, the id that an item's row goes by, or None where it is the item's own id.
     """
 
@@ -82,7 +83,7 @@ class ItemEmbedding(torch.nn.Module):
         truncated_normal_(self.table.data, std=0.02)
 
     def table_rows(self, item_ids: torch.Tensor) -> torch.Tensor:
-        """Sorted unique rows of the table that belong to the sorted unique items."""
+        """Rows of the table that belong to the items; both as of `ops.embedding.sorted_unique`."""
         return item_ids
 
     def history_rows(self, leaf: ItemRows) -> ItemRows:
@@ -148,7 +149,7 @@ class CategoricalEmbeddingModule(ItemEmbedding):
         self.register_buffer("row_of_item", rows)
 
     def table_rows(self, item_ids: torch.Tensor) -> torch.Tensor:
-        return torch.unique(self.row_of_item[item_ids])
+        return sorted_unique(self.row_of_item[item_ids])
 
     def history_rows(self, leaf: ItemRows) -> ItemRows:
         return ItemRows(leaf.weight, leaf.ids, self.row_of_item)

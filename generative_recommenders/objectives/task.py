@@ -17,12 +17,11 @@ from generative_recommenders.objectives.negative_samplers import BatchItems, Neg
 from generative_recommenders.objectives.objective import Objective
 from generative_recommenders.ops import dispatch
 from generative_recommenders.ops.counter_random import CounterDraws, Key, stream_key
+from generative_recommenders.ops.embedding import sorted_unique
 from generative_recommenders.types import LossOutput
 
 DENSE_SHARE = 4
 """A step that reads more than 1 / DENSE_SHARE of the table works on all of it: no search for unique rows."""
-WHOLE_BYTES = 1 << 30
-"""A table that an accelerator reads in less time than the host would wait for the number of unique rows."""
 _MASKS, _ENCODER, _SCORING = 1 << 32, 1 << 33, 1 << 34
 """Purposes of draws: of masked positions, of dropout masks in the encoder, and of those where items are scored."""
 
@@ -114,18 +113,16 @@ class TrainingTask(torch.nn.Module):
     def _rows_read(
         self, example: TrainingExample, negatives: Negatives | None, pool: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Sorted unique item ids that are scored, and table rows that are read; None for all."""
+        """Item ids that are scored and table rows that are read, as of `sorted_unique`; None for all."""
         items = self.model.items
         if negatives is None:
             return None, None
         read = negatives.ids.numel() + example.targets.numel() + example.past_ids.numel()
         if read * DENSE_SHARE > items.table.shape[0] and items.tower is None:
             return None, None
-        if dispatch.waits(items.table) and items.table.nbytes <= WHOLE_BYTES:
-            return None, None
         ids = [example.targets.flatten(), negatives.ids.flatten(), *([] if pool is None else [pool])]
-        scored = torch.unique(torch.cat(ids))
-        return scored, items.table_rows(torch.unique(torch.cat([scored, example.past_ids])))
+        scored = sorted_unique(torch.cat(ids))
+        return scored, items.table_rows(sorted_unique(torch.cat([scored, example.past_ids])))
 
     def forward(self, batch: PreparedBatch, rows: ItemRows | None = None) -> LossOutput:
         """The differentiable part of `loss`."""

@@ -30,6 +30,19 @@ def bags_of_rows(rows: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch
     return order, torch.searchsorted(ordered, torch.arange(num_rows + 1, device=rows.device).to(dtype))
 
 
+def sorted_unique(ids: torch.Tensor) -> torch.Tensor:
+    """Ids of any shape, int64, sorted and each once; on an accelerator, whose number of ids the host would wait for, as many
+    as came in, the largest one filling up the end.
+    """
+    if not dispatch.waits(ids):
+        return torch.unique(ids)
+    values = ids.flatten().sort().values
+    slots = (values[1:] != values[:-1]).cumsum(0)
+    ends = values[-1:].repeat(len(values))
+    ends[:1] = values[:1]
+    return ends.scatter_(0, slots, values[1:])
+
+
 class _Lookup(torch.autograd.Function):
     """Row lookup whose gradient is one index_add, or on a CPU one sum over bags where that pays for sorting; both
     deterministic there."""

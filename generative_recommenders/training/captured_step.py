@@ -48,12 +48,9 @@ class CapturedStep(TrainingStep):
         if not self._captures or batch.global_tokens == 0:
             return super().__call__(batch, step)
         tokens, norm = self.fill(batch, step), None
-        if (
-            tokens not in self._graphs or self.measures_norm
-        ):  # graphs measure no norm, so that replays stay short
-            loss, targets, norm, whole_table = self.padded_step(tokens)
+        if tokens not in self._graphs or self.measures_norm:  # graphs measure no norm: replays stay short
+            loss, targets, norm = self.padded_step(tokens)
             self._graphs.setdefault(tokens, None)
-            self._captures = whole_table  # the rows that a step reads would have to be counted by the host
         else:
             graph = self._graphs[tokens] or self._capture(tokens)
             if graph is None:
@@ -68,9 +65,9 @@ class CapturedStep(TrainingStep):
             self.inputs = StepInputs(batch.columns, self.rows, device)
         return self.inputs.fill(batch, stream_key(self.task.seed, step), self.optimizer.rate(step))
 
-    def padded_step(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, bool]:
-        """Forward, backward and update on the inputs, without a look at any number: the loss, how many targets it is over, the
-        norm of the gradients where it is measured, and whether the step worked on the whole item table."""
+    def padded_step(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Forward, backward and update on the inputs, without a look at any number: the loss, the number of targets, and the
+        norm of the gradients where it is measured."""
         assert self.inputs is not None
         self.optimizer.zero_grad()
         batch = self.task.prepare_on_device(self.inputs.columns, self.inputs.key, tokens)
@@ -81,7 +78,7 @@ class CapturedStep(TrainingStep):
         assert rows.weight.grad is not None  # the backward pass has run
         norm = self.optimizer.gradient_norm(rows.weight.grad) if self.measures_norm else None
         self.optimizer.update(self.inputs.rate, rows.ids, rows.weight.grad)
-        return loss.detach(), targets, norm, rows.ids is None
+        return loss.detach(), targets, norm
 
     def _capture(self, tokens: int) -> _Graph | None:
         """The graph of steps of so many tokens; None, and no other is tried, where an operation cannot be captured."""
@@ -89,7 +86,7 @@ class CapturedStep(TrainingStep):
         pool = next((each.pool for each in self._graphs.values() if each), None)
         try:
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                loss, targets, *_ = self.padded_step(tokens)
+                loss, targets, _ = self.padded_step(tokens)
         except RuntimeError as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             logging.warning("steps are not captured as CUDA graphs, which makes them slower: %s", reason)

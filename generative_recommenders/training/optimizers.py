@@ -32,15 +32,17 @@ class TableOptimizer(ABC):
         self.state: dict[str, torch.Tensor] = {}
 
     capturable = False
-    """Whether `step_all` is there: updates of all rows, without a look at any number."""
+    """Whether `step` looks at no number on the device."""
 
     @abstractmethod
-    def step(self, rows: torch.Tensor, grads: torch.Tensor) -> None:
-        """rows ``[U]`` int64, unique; grads ``[U, D]``."""
+    def step(
+        self, rows: torch.Tensor | None, grads: torch.Tensor, touched: torch.Tensor | None = None
+    ) -> None:
+        """Updates rows of the table.
 
-    def step_all(self, grads: torch.Tensor) -> None:
-        """grads ``[rows, D]`` of the whole table; rows whose gradient is 0 stay as they are."""
-        raise NotImplementedError
+        rows: ``[U]`` int64, None for all; the same row more than once has the same gradient each time. grads: ``[U, D]``.
+        touched: ``[U]`` bool, the rows that change (those with a gradient); None for all of ``rows``.
+        """
 
 
 class LazyAdamW(TableOptimizer):
@@ -57,30 +59,26 @@ class LazyAdamW(TableOptimizer):
         }
 
     @torch.no_grad()
-    def step(self, rows: torch.Tensor, grads: torch.Tensor) -> None:
+    def step(
+        self, rows: torch.Tensor | None, grads: torch.Tensor, touched: torch.Tensor | None = None
+    ) -> None:
         beta1, beta2 = BETAS
-        self.state["step"] += 1
-        count = int(self.state["step"])
-        first = self.state["exp_avg"][rows].lerp_(grads, 1 - beta1)
-        second = self.state["exp_avg_sq"][rows].mul_(beta2).addcmul_(grads, grads, value=1 - beta2)
-        self.state["exp_avg"][rows] = first
-        self.state["exp_avg_sq"][rows] = second
-        scale = (second / (1 - beta2**count)).sqrt_().add_(1e-8)
-        weights = self.table[rows].mul_(1 - self.learning_rate * self.weight_decay)
-        self.table[rows] = weights.addcdiv_(first, scale, value=-self.learning_rate / (1 - beta1**count))
-
-    @torch.no_grad()
-    def step_all(self, grads: torch.Tensor) -> None:
-        beta1, beta2 = BETAS
-        touched = grads.any(1)[:, None]
         count = self.state["step"].add_(1).double()
-        first = self.state["exp_avg"].lerp_(grads, touched * (1 - beta1))
-        second = self.state["exp_avg_sq"].mul_(torch.where(touched, beta2, 1.0))
-        second.addcmul_(grads, grads, value=1 - beta2)  # a gradient of 0 adds nothing
-        scale = (second / (1 - beta2**count)).sqrt_().add_(1e-8)
-        rate = touched * (self.learning_rate / (1 - beta1**count)).float()
-        self.table.mul_(torch.where(touched, 1 - self.learning_rate * self.weight_decay, 1.0))
-        self.table.sub_(rate * first / scale)
+        rate = (self.learning_rate / (1 - beta1**count)).to(grads.dtype)
+        share: Any = 1 - beta1
+        kept: Any = beta2
+        decay = 1 - self.learning_rate * self.weight_decay
+        if touched is not None:
+            touched = touched[:, None]
+            rate, share = touched * rate, touched * grads.new_tensor(share)
+            kept, decay = torch.where(touched, kept, 1.0), torch.where(touched, decay, 1.0)
+        first = _taken(self.state["exp_avg"], rows).lerp_(grads, share)
+        second = _taken(self.state["exp_avg_sq"], rows).mul_(kept).addcmul_(grads, grads, value=1 - beta2)
+        scale = (second / (1 - beta2**count).to(grads.dtype)).sqrt_().add_(1e-8)
+        weights = _taken(self.table, rows).mul_(decay).sub_(rate * first / scale)
+        if rows is not None:
+            self.state["exp_avg"][rows], self.state["exp_avg_sq"][rows] = first, second
+            self.table[rows] = weights
 
 
 class RowwiseAdagrad(TableOptimizer):
@@ -93,19 +91,22 @@ class RowwiseAdagrad(TableOptimizer):
         self.state = {"sum_of_squares": torch.zeros(table.shape[0], device=table.device)}
 
     @torch.no_grad()
-    def step(self, rows: torch.Tensor, grads: torch.Tensor) -> None:
-        total = self.state["sum_of_squares"][rows].add_(grads.square().mean(1))
-        self.state["sum_of_squares"][rows] = total
-        weights = self.table[rows].mul_(1 - self.learning_rate * self.weight_decay)
-        self.table[rows] = weights - self.learning_rate * grads / (total.sqrt() + 1e-10)[:, None]
+    def step(
+        self, rows: torch.Tensor | None, grads: torch.Tensor, touched: torch.Tensor | None = None
+    ) -> None:
+        decay = 1 - self.learning_rate * self.weight_decay
+        if touched is not None:
+            decay = torch.where(touched, decay, 1.0)[:, None]
+        total = _taken(self.state["sum_of_squares"], rows).add_(grads.square().mean(1))
+        change = self.learning_rate * grads / (total.sqrt() + 1e-10)[:, None]
+        weights = _taken(self.table, rows).mul_(decay).sub_(change)
+        if rows is not None:
+            self.state["sum_of_squares"][rows], self.table[rows] = total, weights
 
-    @torch.no_grad()
-    def step_all(self, grads: torch.Tensor) -> None:
-        total = self.state["sum_of_squares"].add_(grads.square().mean(1))
-        if self.weight_decay:
-            kept = torch.where(grads.any(1), 1 - self.learning_rate * self.weight_decay, 1.0)
-            self.table.mul_(kept[:, None])
-        self.table.sub_(self.learning_rate * grads / (total.sqrt() + 1e-10)[:, None])
+
+def _taken(table: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    """A copy of the rows, or the table itself for all."""
+    return table.detach() if rows is None else table[rows]
 
 
 @register_optimizer("adamw", gin_name="adamw")
@@ -188,18 +189,21 @@ class Optimizer:
         """One update by a learning rate, which may be a scalar on the device."""
         if self.max_grad_norm is not None:
             grads = self._clip(grads, self.max_grad_norm)
-        if self.sparse is not None:
-            self.sparse.learning_rate = rate
-            # A row whose gradient is zero keeps its moments, whether it was gathered or the step took the whole table.
-            if rows is None and self.sparse.capturable and dispatch.waits(grads):
-                self.sparse.step_all(grads)
-            else:
-                changed = grads.any(1).nonzero()[:, 0]
-                self.sparse.step(changed if rows is None else rows[changed], grads[changed])
-        else:
+        if rows is not None and dispatch.waits(rows):
+            # What fills up the end of `sorted_unique` has no gradient of its own, and writes what its row gets.
+            grads = grads[torch.searchsorted(rows, rows)]
+        if self.sparse is None:
             self.table.grad = (
                 grads if rows is None else torch.zeros_like(self.table).index_copy_(0, rows, grads)
             )
+        else:
+            self.sparse.learning_rate = rate
+            # A row whose gradient is zero keeps its moments, whether it was gathered or the step took the whole table.
+            if dispatch.waits(grads) and self.sparse.capturable:
+                self.sparse.step(rows, grads, grads.any(1))
+            else:
+                changed = grads.any(1).nonzero()[:, 0]
+                self.sparse.step(changed if rows is None else rows[changed], grads[changed])
         for group in self.dense.param_groups:
             group["lr"] = rate
         self.dense.step()

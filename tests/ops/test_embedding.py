@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from generative_recommenders.ops import dispatch, embedding
-from generative_recommenders.ops.embedding import lookup_rows, lookup_rows_reference
+from generative_recommenders.ops.embedding import lookup_rows, lookup_rows_reference, sorted_unique
 
 
 def test_gradient_adds_repeated_rows() -> None:
@@ -33,3 +33,13 @@ def test_references_are_taken_on_request() -> None:
     with dispatch.references():
         assert lookup_rows(weight, rows).grad_fn.name() == lookup_rows_reference(weight, rows).grad_fn.name()
     assert lookup_rows(weight, rows).grad_fn.name() != lookup_rows_reference(weight, rows).grad_fn.name()
+
+
+@pytest.mark.parametrize("ids", [[], [4], [3, 3], [9, 1, 4, 1, 9, 9, 2]])
+def test_unique_ids_of_an_accelerator_keep_their_number(
+    ids: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "waits", lambda x: True)
+    found = sorted_unique(torch.tensor([ids], dtype=torch.int64))
+    distinct = sorted(set(ids))
+    assert found.tolist() == distinct + distinct[-1:] * (len(ids) - len(distinct))

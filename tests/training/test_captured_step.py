@@ -9,6 +9,8 @@ import torch
 
 from generative_recommenders.data.splits import make_split
 from generative_recommenders.distributed.collectives import Collectives
+from generative_recommenders.objectives import task
+from generative_recommenders.ops import dispatch
 from generative_recommenders.training.captured_step import CapturedStep
 from generative_recommenders.training.step import TrainingStep
 from generative_recommenders.training.trainer import Trainer
@@ -58,16 +60,36 @@ def test_tokens_that_fill_up_change_no_number(choices: dict, tmp_path: Path) -> 
     for number, batch in enumerate([*plain.loader.epoch(0), *plain.loader.epoch(1)]):
         expected = plain.step(batch, number)
         tokens = step.fill(batch, number)
-        loss, targets, *_ = step.padded_step(tokens)
+        loss, targets, _ = step.padded_step(tokens)
         assert step.inputs is not None and tokens % step.inputs.granule == 0 and tokens >= batch.global_tokens
         assert float(targets) == float(expected.targets)
         torch.testing.assert_close(loss, expected.loss.detach())
     assert distance(filled, plain) < 1e-5
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "lazy_adamw", "rowwise_adagrad"])
+def test_rows_of_an_accelerator_are_padded_and_change_no_number(
+    optimizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(task, "DENSE_SHARE", 0)  # rows are gathered, however small the table
+    choices = {"optimizer": optimizer, "max_grad_norm": 0.5}
+    unique, padded = (trainer(tmp_path, torch.device("cpu"), **choices) for _ in range(2))
+    for number, batch in enumerate([*unique.loader.epoch(0), *unique.loader.epoch(1)]):
+        expected = unique.step(batch, number)
+        with monkeypatch.context() as patched:
+            patched.setattr(dispatch, "waits", lambda x: True)
+            found = padded.step(batch, number)
+        torch.testing.assert_close(found.loss, expected.loss)
+    assert distance(padded, unique) < 1e-6
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("gathers", [False, True], ids=["whole table", "gathered rows"])
 @pytest.mark.parametrize("choices", CHOICES.values(), ids=CHOICES)
-def test_graphs_give_the_numbers_of_plain_steps(choices: dict, tmp_path: Path) -> None:
+def test_graphs_give_the_numbers_of_plain_steps(
+    choices: dict, gathers: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(task, "DENSE_SHARE", 0 if gathers else 1_000_000)
     device = torch.device("cuda")
     plain, captured = trainer(tmp_path, device, **choices), trainer(tmp_path, device, **choices)
     plain.step = TrainingStep(plain.task, plain.step.optimizer, plain.collectives)

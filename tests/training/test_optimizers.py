@@ -243,15 +243,18 @@ def test_a_rule_of_ones_own_trains_and_its_state_is_checked() -> None:
 
 
 @pytest.mark.parametrize("kind", [LazyAdamW, RowwiseAdagrad])
-def test_an_update_of_all_rows_moves_those_with_a_gradient_alone(kind: type[TableOptimizer]) -> None:
-    whole, single = (kind(parameters()[2], RATE, DECAY) for _ in range(2))
+@pytest.mark.parametrize("whole", [True, False], ids=["whole table", "rows, the last one repeated"])
+def test_rows_that_are_not_touched_stay(kind: type[TableOptimizer], whole: bool) -> None:
+    ours, expected = (kind(parameters()[2], RATE, DECAY) for _ in range(2))
     for step in range(5):
         grads = gradients(step)[2]
         grads[[step, 6]] = 0.0
         touched = grads.any(1).nonzero()[:, 0]
-        whole.step_all(grads)
-        single.step(touched, grads[touched])
-        torch.testing.assert_close(whole.table, single.table)
-        for name, value in single.state.items():
-            torch.testing.assert_close(whole.state[name], value)
-        assert torch.equal(whole.table[6], parameters()[2][6])
+        rows = None if whole else torch.tensor([0, 1, 2, 3, 4, 5, 6, 6, 5, 5])
+        taken = grads if rows is None else grads[rows]
+        ours.step(rows, taken, taken.any(1))
+        expected.step(touched, grads[touched])
+        torch.testing.assert_close(ours.table, expected.table)
+        for name, value in expected.state.items():
+            torch.testing.assert_close(ours.state[name], value)
+        assert torch.equal(ours.table[6], parameters()[2][6])

@@ -242,17 +242,18 @@ def sum_bias(
     by_bucket = tl.zeros([DIAGONALS, BUCKETS], dtype=tl.float32)
     beyond = tl.zeros([DIAGONALS], dtype=tl.float32)
     every_bucket = tl.arange(0, BUCKETS)
-    square = width.to(tl.int64) * width
     first = tl.maximum(chunk * QUERIES, part * DIAGONALS)  # before that no query has such a diagonal
     for i in range(first, tl.minimum((chunk + 1) * QUERIES, length)):
         known = diagonals <= i
         place = i * width + i - diagonals
         value = tl.zeros([DIAGONALS], dtype=tl.float32)
         for head in tl.static_range(H):
-            value += tl.load(d_logits + (row * H + head) * square + place, mask=known, other=0.0)
+            own = d_logits + (row.to(tl.int64) * H + head) * width * width
+            value += tl.load(own + place, mask=known, other=0.0)
         by_diagonal += value
         if HAS_TIME:
-            bucket = tl.load(buckets + row * square + place, mask=known, other=0).to(tl.int32)
+            own = buckets + row.to(tl.int64) * width * width
+            bucket = tl.load(own + place, mask=known, other=0).to(tl.int32)
             by_bucket += tl.where(bucket[:, None] == every_bucket[None, :], value[:, None], 0.0)
             beyond += tl.where(bucket == BUCKETS, value, 0.0)
     block = row * tl.num_programs(1) + chunk

@@ -28,7 +28,7 @@ def reference(
 
 
 @pytest.mark.parametrize(
-    ("tokens", "items", "width"), [(1, 3, 1), (70, 200, 50), (5, 1100, 16), (130, 65, 130)]
+    ("tokens", "items", "width"), [(1, 3, 1), (70, 200, 50), (5, 1100, 16), (130, 65, 100)]
 )
 @pytest.mark.parametrize("exponential", [True, False], ids=["softmax", "softplus"])
 @pytest.mark.parametrize("positives", [0, 1, 3])
