@@ -1,106 +1,47 @@
 """Other libraries' documented names and signatures over this package: RePlay, Transformers4Rec, genrec, the HSTU program.
 
-RePlay's names are below `compat.replay` under RePlay's own module paths too. All are read from their modules on first use.
+A name is read from the first module below that exports it, on first use. RePlay's have their own module paths in
+`compat.replay`.
 """
 
-from generative_recommenders import lazy_exports
+from __future__ import annotations
 
-_EXPORTS = {
-    "genrec.losses": ["ContrastiveLoss", "SequenceLoss", "VQVAELoss"],
-    "genrec.modules": [
-        "AttentionVisualization",
-        "ModelUtils",
-        "MultiHeadAttention",
-        "PositionalEncoding",
-        "RecommendationMetrics",
-        "TransformerEncoder",
-    ],
-    "meta.modules": ["GeneralizedInteractionModule", "truncated_normal"],
-    "replay.data.nn": ["TensorFeatureInfo", "TensorFeatureSource", "TensorSchema"],
-    "replay.data": ["FeatureHint", "FeatureSource", "FeatureType"],
-    "replay.models.nn.loss": ["SCEParams", "ScalableCrossEntropyLoss"],
-    "replay.nn.agg": ["ConcatAggregator", "PositionAwareAggregator", "SumAggregator"],
-    "replay.nn.attention": ["MultiHeadDifferentialAttention"],
-    "replay.nn.embedding": [
-        "CategoricalEmbedding",
-        "IdentityEmbedding",
-        "NumericalEmbedding",
-        "SequenceEmbedding",
-    ],
-    "replay.nn.ffn": ["PointWiseFeedForward", "SwiGLU", "SwiGLUEncoder"],
-    "replay.nn.head": ["EmbeddingTyingHead"],
-    "replay.nn.lightning.postprocessor": ["PostprocessorBase", "SeenItemsFilter"],
-    "replay.nn.loss": [
-        "BCE",
-        "BCESampled",
-        "CE",
-        "CESampled",
-        "CEWeighted",
-        "LogInCE",
-        "LogInCESampled",
-        "LogOutCE",
-        "LogOutCESampled",
-    ],
-    "replay.nn.mask": ["DefaultAttentionMask"],
-    "replay.nn.output": ["InferenceOutput", "TrainOutput"],
-    "replay.nn.protocols": [
-        "AggregatorProto",
-        "AttentionMaskProto",
-        "ContextMergerProto",
-        "EmbedderProto",
-        "EncoderProto",
-        "FeaturesReaderProtocol",
-        "ItemEncoderProto",
-        "LossProto",
-        "NormalizerProto",
-        "QueryEncoderProto",
-    ],
-    "replay.nn.sequential": [
-        "DiffTransformerBlock",
-        "DiffTransformerLayer",
-        "ItemTower",
-        "NextItemModel",
-        "QueryTower",
-        "SasRec",
-        "SasRecBody",
-        "SasRecTransformerLayer",
-        "TwoTower",
-        "TwoTowerBody",
-    ],
-    "replay.nn.sequential.twotower": ["FeaturesReader"],
-    "replay.nn.transform": [
-        "CopyTransform",
-        "EqualityMaskTransform",
-        "GroupTransform",
-        "MultiClassNegativeSamplingTransform",
-        "NextTokenTransform",
-        "RenameTransform",
-        "SelectTransform",
-        "SequenceRollTransform",
-        "TokenMaskTransform",
-        "TrimTransform",
-        "UniformNegativeSamplingTransform",
-        "UnsqueezeTransform",
-    ],
-    "replay.nn.transform.template": ["make_default_sasrec_transforms", "make_default_twotower_transforms"],
-    "transformers4rec.masking": [
-        "CausalLanguageModeling",
-        "MaskSequence",
-        "MaskedLanguageModeling",
-        "MaskingInfo",
-        "PermutationLanguageModeling",
-        "ReplacementLanguageModeling",
-    ],
-    "transformers4rec.metrics": [
-        "AvgPrecisionAt",
-        "DCGAt",
-        "MeanRecipricolRankAt",
-        "MeanReciprocalRankAt",
-        "NDCGAt",
-        "PrecisionAt",
-        "RankingMetric",
-        "RecallAt",
-    ],
-}
-__all__ = sorted(name for names in _EXPORTS.values() for name in names)  # noqa: PLE0605
-__getattr__ = lazy_exports(__name__, _EXPORTS)
+from importlib import import_module
+from typing import Any
+
+_MODULES = (
+    "replay.data.schema",
+    "replay.models.nn.loss",
+    "replay.nn.agg",
+    "replay.nn.attention",
+    "replay.nn.embedding",
+    "replay.nn.ffn",
+    "replay.nn.head",
+    "replay.nn.lightning.postprocessor",
+    "replay.nn.loss",
+    "replay.nn.mask",
+    "replay.nn.output",
+    "replay.nn.protocols",
+    "replay.nn.sequential",
+    "replay.nn.sequential.twotower",
+    "replay.nn.transform",
+    "replay.nn.transform.template",
+    "genrec.modules",
+    "meta.modules",
+    "transformers4rec.masking",
+    "transformers4rec.metrics",
+)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__all__":
+        return __dir__()
+    for path in _MODULES:
+        module = import_module(f"{__name__}.{path}")
+        if name in module.__all__:
+            return getattr(module, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({name for path in _MODULES for name in import_module(f"{__name__}.{path}").__all__})

@@ -1,9 +1,36 @@
-"""Columns of numbers and of lists of numbers as rectangles, padded on the left."""
+"""Parquet columns of numbers and of lists of numbers, and such columns as rectangles, padded on the left."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
+
+from generative_recommenders.errors import UserError
+
+
+def read_columns(path: Path, columns: Sequence[str]) -> pa.Table:
+    """The columns of a file, or of all .parquet files of a folder, memory-mapped; UserError where there is none such."""
+    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    if not files or not files[0].is_file():
+        raise UserError(f"there is no Parquet file at {path}")
+    try:
+        require_columns(pq.read_schema(files[0]).names, columns, path)
+        return pa.concat_tables(
+            [pq.read_table(file, columns=list(columns), memory_map=True) for file in files]
+        )
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path} cannot be read as Parquet: {error}") from error
+
+
+def require_columns(names: Sequence[str], columns: Sequence[str], where: object) -> None:
+    """UserError for the first of the columns that is not among the names."""
+    missing = [column for column in columns if column not in names]
+    if missing:
+        raise UserError(f"{where} has no column {missing[0]!r}; it has {', '.join(names)}")
 
 
 def padded(column: pa.Array, shape: tuple[int, ...], padding: float) -> tuple[np.ndarray, np.ndarray]:

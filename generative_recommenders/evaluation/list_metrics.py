@@ -44,20 +44,27 @@ def members(top_ids: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 
 def accuracy_metrics(top_ids: torch.Tensor, relevant_ids: torch.Tensor, k: int) -> dict[str, torch.Tensor]:
     """``recall``, ``precision``, ``ndcg``, ``map``, ``mrr``, ``hr`` at k, each ``[n]`` float64."""
-    top_ids = top_ids[:, :k]
-    hits = members(top_ids, relevant_ids).double()
+    hits = members(top_ids[:, :k], relevant_ids).double()
     relevant = (distinct(relevant_ids) > 0).sum(1).clamp(min=1)
-    ranks = torch.arange(1, top_ids.shape[1] + 1, dtype=torch.float64, device=top_ids.device)
-    possible = relevant.clamp(max=k)
-    ideal = (1 / torch.log2(torch.arange(2, k + 2, dtype=torch.float64, device=top_ids.device))).cumsum(0)
-    first = F.pad(hits / ranks, (0, 1)).amax(1)
+    values = metrics_of_hits(hits, relevant, k)
+    ideal = (1 / torch.log2(torch.arange(2, k + 2, dtype=torch.float64, device=hits.device))).cumsum(0)
+    ndcg = values.pop("dcg") / ideal[relevant.clamp(max=k) - 1]
+    return {**values, "ndcg": ndcg, "hr": (values["mrr"] > 0).double()}
+
+
+def metrics_of_hits(hits: torch.Tensor, relevant: torch.Tensor, k: int) -> dict[str, torch.Tensor]:
+    """``recall``, ``precision``, ``dcg``, ``map`` and ``mrr`` at k, each ``[n]`` float64.
+
+    hits: ``[n, K]`` float64, h_r of each rank. relevant: ``[n]``, number of relevant items, 1 or more.
+    """
+    hits = hits[:, :k]
+    ranks = torch.arange(1, hits.shape[1] + 1, dtype=torch.float64, device=hits.device)
     return {
         "recall": hits.sum(1) / relevant,
         "precision": hits.sum(1) / k,
-        "ndcg": (hits / torch.log2(ranks + 1)).sum(1) / ideal[possible - 1],
-        "map": (hits * hits.cumsum(1) / ranks).sum(1) / possible,
-        "mrr": first,
-        "hr": (first > 0).double(),
+        "dcg": (hits / torch.log2(ranks + 1)).sum(1),
+        "map": (hits * hits.cumsum(1) / ranks).sum(1) / relevant.clamp(max=k),
+        "mrr": F.pad(hits / ranks, (0, 1)).amax(1),
     }
 
 

@@ -10,10 +10,9 @@ from typing import Any, TypeAlias
 import lightning
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
-from generative_recommenders.data.list_columns import padded
+from generative_recommenders.data.list_columns import padded, read_columns, require_columns
 from generative_recommenders.data.splits import make_split
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.errors import UserError
@@ -126,8 +125,8 @@ class ParquetBatches:
         self.metadata, self.batch_size, self.shuffle = metadata, batch_size, shuffle
         self.generator, self.trainer = generator, trainer
         self.name = source if isinstance(source, str | Path) else "the prepared folder"
-        self.table = source if isinstance(source, pa.Table) else _read(Path(source), list(metadata))
-        self.table = self.table.select(_present(self.table.column_names, list(metadata), self.name))
+        self.table = source if isinstance(source, pa.Table) else read_columns(Path(source), list(metadata))
+        require_columns(self.table.column_names, list(metadata), self.name)
 
     def __len__(self) -> int:
         return math.ceil(len(self._rows(0)) / self.batch_size)
@@ -152,20 +151,15 @@ class ParquetBatches:
             part = self.table.take(pa.array(rows[start : start + self.batch_size]))
             batch: dict[str, torch.Tensor] = {}
             for name, settings in self.metadata.items():
-                values, mask = self._column(part[name].combine_chunks(), name, settings)
+                shape = settings.get("shape", ())
+                shape = tuple(shape) if isinstance(shape, Sequence) else (shape,)
+                padding = settings.get("padding", settings.get("padding_value", 0))
+                try:
+                    values, mask = padded(part[name].combine_chunks(), shape, padding)
+                except (TypeError, ValueError, pa.ArrowException) as error:
+                    raise UserError(f"column {name!r} of {self.name}: {error}") from error
                 batch[name], batch[f"{name}_mask"] = torch.from_numpy(values), torch.from_numpy(mask)
             yield batch
-
-    def _column(
-        self, column: pa.Array, name: str, settings: Mapping[str, Any]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        shape = settings.get("shape", ())
-        shape = tuple(shape) if isinstance(shape, Sequence) else (shape,)
-        padding = settings.get("padding", settings.get("padding_value", 0))
-        try:
-            return padded(column, shape, padding)
-        except (TypeError, ValueError, pa.ArrowException) as error:
-            raise UserError(f"column {name!r} of {self.name}: {error}") from error
 
 
 def prepared_tables(dataset: SequenceDataset, protocol: str) -> dict[str, pa.Table]:
@@ -213,22 +207,3 @@ def _by_split(given: Mapping[str, Any], what: str) -> dict[str, Any]:
     if unknown:
         raise UserError(f"ParquetModule: {what} of {unknown[0]!r}: the splits are {', '.join(SPLITS)}")
     return renamed
-
-
-def _read(path: Path, columns: list[str]) -> pa.Table:
-    """The columns of a file, or of all .parquet files of a folder, memory-mapped."""
-    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
-    if not files or not files[0].is_file():
-        raise UserError(f"ParquetModule: there is no Parquet file at {path}")
-    try:
-        _present(pq.read_schema(files[0]).names, columns, path)
-        return pa.concat_tables([pq.read_table(file, columns=columns, memory_map=True) for file in files])
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"ParquetModule: {path} cannot be read as Parquet: {error}") from error
-
-
-def _present(names: Sequence[str], columns: list[str], where: object) -> list[str]:
-    missing = [column for column in columns if column not in names]
-    if missing:
-        raise UserError(f"ParquetModule: {where} has no column {missing[0]!r}; it has {', '.join(names)}")
-    return columns

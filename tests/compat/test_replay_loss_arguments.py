@@ -17,7 +17,6 @@ from generative_recommenders.compat.replay.nn.loss import (
     LogInCESampled,
     LogOutCE,
 )
-from generative_recommenders.compat.replay.nn.loss.sampled import SampledLoss
 from generative_recommenders.errors import UserError
 from golden_parity import assert_near
 from replay_scenes import ITEM_WEIGHTS, scene, with_logits
@@ -108,7 +107,7 @@ def test_bce_takes_item_weights_and_reduction(weights, reduction):
 def test_the_unreduced_loss_adds_up(build):
     weight, hidden, labels, mask = scene(positives=1)
     arguments = {"target_padding_mask": mask}
-    if isinstance(build("sum"), SampledLoss):
+    if isinstance(build("sum"), BCESampled | CESampled | LogInCESampled):
         arguments["negative_labels"] = torch.tensor([0, 4])
     if isinstance(build("sum"), CEWeighted):
         arguments["feature_tensors"] = {"importance": torch.rand(2, 3)}

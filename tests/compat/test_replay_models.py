@@ -261,8 +261,8 @@ def test_features_reader_orders_rows_and_pads_lists(tmp_path: Path) -> None:
         ({"cat": [0] * 7 + [7, -1]}, r"'cat': 2 of 9 values are not categories 0..3, the first is 7"),
         ({"tags": [[9]] * 9}, r"'tags': 9 of 9 values are not categories 0..5"),
         ({"price": [0.0] * 8 + [float("nan")]}, "'price': 1 of 9 values are not finite numbers"),
-        ({"tags": [0] * 9}, "'tags': the schema says lists, the column holds int64"),
-        ({"cat": ["a"] * 9}, "'cat': 'a' is no number"),
+        ({"tags": [0] * 9}, "'tags': .*int64"),
+        ({"cat": ["a"] * 9}, "'cat': it holds string, no numbers"),
     ],
 )
 def test_bad_item_tables_are_refused(tmp_path: Path, change: dict, words: str) -> None:
@@ -273,11 +273,11 @@ def test_bad_item_tables_are_refused(tmp_path: Path, change: dict, words: str) -
 
 def test_missing_files_columns_items_and_features_are_named(tmp_path: Path) -> None:
     schema = _two_tower_schema(TOWER)
-    with pytest.raises(UserError, match="there is no file"):
+    with pytest.raises(UserError, match="there is no Parquet file"):
         FeaturesReader(schema, METADATA, tmp_path / "none.parquet")
     table = _item_table()
     path = _write(tmp_path / "a.parquet", {k: v for k, v in table.items() if k != "cat"})
-    with pytest.raises(UserError, match=r"\['cat'\] are missing"):
+    with pytest.raises(UserError, match="no column 'cat'"):
         FeaturesReader(schema, METADATA, path)
     with pytest.raises(UserError, match="colour"):
         FeaturesReader(schema, {"colour": {}}, path)

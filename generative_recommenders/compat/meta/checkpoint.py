@@ -54,10 +54,17 @@ def load_meta_checkpoint(model: torch.nn.Module, path: Path | str, item_ids: pa.
         values[ITEM_TABLE] = reorder_items(values[ITEM_TABLE], item_ids)
     parameters = dict(model.named_parameters())
     if POSITIONS in values and POSITIONS in parameters:
-        values[POSITIONS] = values[POSITIONS][
-            : parameters[POSITIONS].shape[0]
-        ]  # rows that no history reaches
-    _check_fit(parameters, values)
+        # A longer table has rows that no history reaches.
+        values[POSITIONS] = values[POSITIONS][: parameters[POSITIONS].shape[0]]
+    missing, unused = parameters.keys() - values.keys(), values.keys() - parameters.keys()
+    if missing:
+        raise UserError(f"the checkpoint lacks {_listed(missing)}, which the configured model has")
+    if unused:
+        raise UserError(f"the checkpoint has {_listed(unused)}, which the configured model lacks")
+    for name, parameter in parameters.items():
+        if values[name].shape != parameter.shape:
+            theirs, ours = list(values[name].shape), list(parameter.shape)
+            raise UserError(f"{name} is {theirs} in the checkpoint and {ours} in the configured model")
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(values[name])
@@ -71,7 +78,12 @@ def read_meta_checkpoint(path: Path | str) -> dict[str, torch.Tensor]:
 
 def read_state(path: Path | str, key: str, wanted: str) -> dict[str, torch.Tensor]:
     """The tensors below ``key`` of a file by ``torch.save``, on the CPU. wanted: what to give instead, for errors."""
-    _check_unpacked_size(Path(path))
+    if _builds_bytearray(
+        Path(path)
+    ):  # a few bytes of pickle make one as long as they like; tensors need none
+        raise UserError(
+            f"{path} is not a checkpoint that can be read as plain tensors: it builds a bytearray"
+        )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the pickle protocol of files that are refused anyway
@@ -85,33 +97,27 @@ def read_state(path: Path | str, key: str, wanted: str) -> dict[str, torch.Tenso
     return {str(name): value for name, value in state.items()}
 
 
-def _check_unpacked_size(path: Path) -> None:
-    """UserError for a file that would fill more memory than it has bytes: torch.save packs nothing, and tensors need no
-    ``bytearray``, which a few bytes of pickle make as long as they like."""
+def _builds_bytearray(path: Path) -> bool:
+    """Whether the pickle of a file names ``bytearray``; UserError for a file that fills more memory than it has bytes."""
+    word = b"bytearray"
     try:
-        named = _pickles_name(path, b"bytearray")
+        if not zipfile.is_zipfile(path):
+            with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                return content.find(word) >= 0
+        with zipfile.ZipFile(path) as pack:
+            entries = pack.infolist()
+            packed = any(
+                entry.compress_type != zipfile.ZIP_STORED for entry in entries
+            )  # torch.save packs nothing
+            if packed or sum(entry.file_size for entry in entries) > path.stat().st_size:
+                raise UserError(
+                    f"{path} is not a checkpoint that can be read as plain tensors: its entries are packed"
+                )
+            return any(word in pack.read(entry) for entry in entries if entry.filename.endswith(".pkl"))
     except UserError:
         raise
     except (*_UNREADABLE, zipfile.BadZipFile):  # torch.load says what it is
-        return
-    if named:
-        raise UserError(
-            f"{path} is not a checkpoint that can be read as plain tensors: it builds a bytearray"
-        )
-
-
-def _pickles_name(path: Path, word: bytes) -> bool:
-    if not zipfile.is_zipfile(path):
-        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            return content.find(word) >= 0
-    with zipfile.ZipFile(path) as pack:
-        entries = pack.infolist()
-        packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
-        if packed or sum(entry.file_size for entry in entries) > path.stat().st_size:
-            raise UserError(
-                f"{path} is not a checkpoint that can be read as plain tensors: its entries are packed"
-            )
-        return any(word in pack.read(entry) for entry in entries if entry.filename.endswith(".pkl"))
+        return False
 
 
 def rename_parameters(values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -135,24 +141,21 @@ def rename_parameters(values: Mapping[str, torch.Tensor]) -> dict[str, torch.Ten
 
 def _check_weights(name: str, value: torch.Tensor, is_table: bool) -> None:
     """Refuses what cannot be copied as weights, and what takes more memory than the file has bytes for it."""
-    wrong = _fault(value)
-    if wrong is None and is_table and value.dim() != 2:
+    wrong = None
+    if type(value) not in (torch.Tensor, torch.nn.Parameter) or value.is_nested:
+        wrong = "is no plain tensor"
+    elif value.layout != torch.strided or value.device != torch.device("cpu"):
+        wrong = f"is no plain tensor ({str(value.layout).removeprefix('torch.')} on {value.device})"
+    elif value.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        wrong = f"holds {str(value.dtype).removeprefix('torch.')}, not floating-point numbers"
+    elif value.untyped_storage().nbytes() < value.numel() * value.element_size():
+        wrong = f"has fewer values in the file than its shape {list(value.shape)}"
+    elif not value.float().isfinite().all():
+        wrong = "holds NaN or infinite values"
+    elif is_table and value.dim() != 2:
         wrong = f"has {value.dim()} dimensions, not 2"
     if wrong is not None:
         raise UserError(f"{name} of the checkpoint {wrong}: give a file of plain, finite weights")
-
-
-def _fault(value: torch.Tensor) -> str | None:
-    """What keeps a tensor from being plain, finite weights; None where nothing does."""
-    if type(value) not in (torch.Tensor, torch.nn.Parameter) or value.is_nested:
-        return "is no plain tensor"
-    if value.layout != torch.strided or value.device != torch.device("cpu"):
-        return f"is no plain tensor ({str(value.layout).removeprefix('torch.')} on {value.device})"
-    if value.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-        return f"holds {str(value.dtype).removeprefix('torch.')}, not floating-point numbers"
-    if value.untyped_storage().nbytes() < value.numel() * value.element_size():
-        return f"has fewer values in the file than its shape {list(value.shape)}"
-    return None if bool(value.float().isfinite().all()) else "holds NaN or infinite values"
 
 
 def are_numbers(item_ids: pa.Array) -> bool:
@@ -177,18 +180,6 @@ def reorder_items(table: torch.Tensor, item_ids: pa.Array) -> torch.Tensor:
             f"which ends at {table.shape[0] - 1}: it was trained on other data"
         )
     return table[rows]
-
-
-def _check_fit(parameters: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> None:
-    missing, unused = parameters.keys() - values.keys(), values.keys() - parameters.keys()
-    if missing:
-        raise UserError(f"the checkpoint lacks {_listed(missing)}, which the configured model has")
-    if unused:
-        raise UserError(f"the checkpoint has {_listed(unused)}, which the configured model lacks")
-    for name, parameter in parameters.items():
-        if values[name].shape != parameter.shape:
-            theirs, ours = list(values[name].shape), list(parameter.shape)
-            raise UserError(f"{name} is {theirs} in the checkpoint and {ours} in the configured model")
 
 
 def _listed(names: Iterable[str]) -> str:

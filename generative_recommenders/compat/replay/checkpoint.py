@@ -31,7 +31,14 @@ from generative_recommenders.training.trainer import Trainer
 
 _DERIVED = re.compile(r".*\.(scaling|_weight)")
 """Buffers there that follow from sizes."""
-_CONVOLUTION = re.compile(r"(.*\.)conv([12])\.(weight|bias)")
+_BLOCKS = (
+    (r"attention_layers\.(\d+)\.(in|out)_proj[_.](weight|bias)", r"blocks.\1.\2_proj.\3"),
+    (r"attention_layernorms\.(\d+)\.(weight|bias)", r"blocks.\1.query_norm.\2"),
+    (r"forward_layers\.(\d+)\.linear1\.(weight|bias)", r"blocks.\1.ffn_in.\2"),
+    (r"forward_layers\.(\d+)\.linear2\.(weight|bias)", r"blocks.\1.ffn_out.\2"),
+    (r"forward_layernorms\.(\d+)\.(weight|bias)", r"blocks.\1.ffn_norm.\2"),
+)
+"""Parameters of `SasRecTransformerLayer`, and the encoder's names of them."""
 
 
 def load_replay_checkpoint(model: nn.Module, path: str | Path) -> None:
@@ -42,13 +49,9 @@ def load_replay_checkpoint(model: nn.Module, path: str | Path) -> None:
     state = read_state(path, "state_dict", "a checkpoint that Lightning saved")
     renamed = {}
     for key, value in state.items():
-        name = re.sub(r"^_?model\.", "", key)
-        found = _CONVOLUTION.fullmatch(name)
-        if found:
-            linear = f"{found[1]}linear{found[2]}.{found[3]}"
-            renamed[linear] = value.squeeze(-1) if value.dim() == 3 else value
-        elif not _DERIVED.fullmatch(name):
-            renamed[name] = value
+        name, convolutions = re.subn(r"\.conv([12])\.", r".linear\1.", re.sub(r"^_?model\.", "", key))
+        if not _DERIVED.fullmatch(name):
+            renamed[name] = value.squeeze(-1) if convolutions and value.dim() == 3 else value
     try:
         model.load_state_dict(renamed)
     except RuntimeError as error:
@@ -90,9 +93,16 @@ def save_as_run(
     for name, value in body.output_normalization.state_dict().items():  # type: ignore[attr-defined]
         own[f"sequence.encoder.final_norm.{name}"].copy_(value)
     for name, value in layer.state_dict().items():
-        own[f"sequence.encoder.{_block_name(name)}"].copy_(value)
+        (ours,) = (re.sub(theirs, to, name) for theirs, to in _BLOCKS if re.fullmatch(theirs, name))
+        own[f"sequence.encoder.{ours}"].copy_(value)
     if isinstance(model, TwoTower):
-        _copy_item_tower(model.body.item_tower.encoder, own, table.shape[1] ** 0.5)  # type: ignore[arg-type]
+        # Ours reads ids scaled by sqrt(D), RePlay's as they are: the first layer is scaled with its input, which the RMS
+        # norm behind it takes out again.
+        scale = table.shape[1] ** 0.5
+        first = {"WG.weight": 1 / scale, "W1.weight": 1 / scale, "W2.weight": scale, "W2.bias": scale}
+        for name, value in model.body.item_tower.encoder.state_dict().items():  # type: ignore[attr-defined]
+            factor = first.get(name.removeprefix("sw1."), 1.0)
+            own[f"items.tower.encoder.0.{name}"].copy_(value * factor)
     with RunFolder.create_or_open(
         str(run_dir), name=f"{dataset.manifest.name}-{type(model).__name__}"
     ) as run:
@@ -155,19 +165,6 @@ def _bindings(
     return bound
 
 
-def _copy_item_tower(encoder: SwiGLUEncoder, own: dict[str, torch.Tensor], scale: float) -> None:
-    """The item tower's weights. Ours reads ids scaled by ``scale`` = sqrt(D), RePlay's as they are: its first layer is
-    scaled with its input, which the RMS norm behind it takes out again."""
-    scales = {
-        "sw1.WG.weight": 1 / scale,
-        "sw1.W1.weight": 1 / scale,
-        "sw1.W2.weight": scale,
-        "sw1.W2.bias": scale,
-    }
-    for name, value in encoder.state_dict().items():
-        own[f"items.tower.encoder.0.{name}"].copy_(value * scales.get(name, 1.0))
-
-
 def _rows_of_items(
     dataset: SequenceDataset, table: torch.Tensor, item_ids: Sequence[str] | None
 ) -> torch.Tensor:
@@ -184,16 +181,3 @@ def _rows_of_items(
     if missing:
         raise UserError(f"item_ids lack {missing[0]!r} and {len(missing) - 1} more items of {dataset.folder}")
     return torch.tensor([places[name] for name in wanted])
-
-
-def _block_name(name: str) -> str:
-    """A parameter of `SasRecTransformerLayer` under the encoder's name of it."""
-    kind, block, rest = name.split(".", 2)
-    part = {
-        "attention_layers": {"in_proj_": "in_proj.", "out_proj.": "out_proj."},
-        "attention_layernorms": {"": "query_norm."},
-        "forward_layers": {"linear1.": "ffn_in.", "linear2.": "ffn_out."},
-        "forward_layernorms": {"": "ffn_norm."},
-    }[kind]
-    theirs, ours = next((a, b) for a, b in part.items() if rest.startswith(a))
-    return f"blocks.{block}.{ours}{rest.removeprefix(theirs)}"

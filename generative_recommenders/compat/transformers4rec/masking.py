@@ -29,6 +29,15 @@ from generative_recommenders.objectives.masked import (
 from generative_recommenders.objectives.permuted import PermutationMasking
 from generative_recommenders.objectives.replaced import replace_items, sample_from_softmax
 
+__all__ = [
+    "CausalLanguageModeling",
+    "MaskSequence",
+    "MaskedLanguageModeling",
+    "MaskingInfo",
+    "PermutationLanguageModeling",
+    "ReplacementLanguageModeling",
+]
+
 
 @dataclass
 class MaskingInfo:

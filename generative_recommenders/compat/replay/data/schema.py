@@ -1,7 +1,7 @@
 """The tensor schema of RePlay, as far as its documented models and readers use it.
 
 Ids start at 0 and the padding id of a feature is usually its cardinality; the rest of this package has ids
-from 1 and padding 0. The difference ends here and in `replay_embeddings`.
+from 1 and padding 0. The difference ends here and in `replay.nn.embedding`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,14 @@ from enum import Enum
 
 from generative_recommenders.errors import UserError
 
+__all__ = [
+    "FeatureHint",
+    "FeatureSource",
+    "FeatureType",
+    "TensorFeatureInfo",
+    "TensorFeatureSource",
+    "TensorSchema",
+]
 DEFAULT_EMBEDDING_DIM = 64
 
 
@@ -37,8 +45,7 @@ class FeatureSource(Enum):
 
 @dataclass(frozen=True)
 class TensorFeatureSource:
-    """The table and column a feature comes from; ``index``: place of the column where the source has no
-    names."""
+    """The table and column a feature comes from; ``index``: place of the column where the source has no names."""
 
     source: FeatureSource
     column: str
@@ -99,6 +106,20 @@ class TensorFeatureInfo:
         return self.feature_type in (FeatureType.CATEGORICAL_LIST, FeatureType.NUMERICAL_LIST)
 
 
+def _features_with(hint: FeatureHint) -> property:
+    return property(lambda schema: schema.filter(feature_hint=hint))
+
+
+def _name_with(hint: FeatureHint) -> property:
+    """The name of the only feature of that hint, None without one; UserError where there are several."""
+
+    def name(schema: TensorSchema) -> str | None:
+        found = schema.filter(feature_hint=hint)
+        return found.item().name if found else None
+
+    return property(name)
+
+
 class TensorSchema(Mapping[str, TensorFeatureInfo]):
     """Features by name, in the order given."""
 
@@ -156,21 +177,14 @@ class TensorSchema(Mapping[str, TensorFeatureInfo]):
         """The same features, each embedded in ``embedding_dim`` columns."""
         return TensorSchema([replace(feature, embedding_dim=embedding_dim) for feature in self.all_features])
 
-    @property
-    def item_id_features(self) -> TensorSchema:
-        return self.filter(feature_hint=FeatureHint.ITEM_ID)
-
-    @property
-    def query_id_features(self) -> TensorSchema:
-        return self.filter(feature_hint=FeatureHint.QUERY_ID)
-
-    @property
-    def timestamp_features(self) -> TensorSchema:
-        return self.filter(feature_hint=FeatureHint.TIMESTAMP)
-
-    @property
-    def rating_features(self) -> TensorSchema:
-        return self.filter(feature_hint=FeatureHint.RATING)
+    item_id_features = _features_with(FeatureHint.ITEM_ID)
+    query_id_features = _features_with(FeatureHint.QUERY_ID)
+    timestamp_features = _features_with(FeatureHint.TIMESTAMP)
+    rating_features = _features_with(FeatureHint.RATING)
+    item_id_feature_name = _name_with(FeatureHint.ITEM_ID)
+    query_id_feature_name = _name_with(FeatureHint.QUERY_ID)
+    timestamp_feature_name = _name_with(FeatureHint.TIMESTAMP)
+    rating_feature_name = _name_with(FeatureHint.RATING)
 
     @property
     def sequential_features(self) -> TensorSchema:
@@ -183,23 +197,3 @@ class TensorSchema(Mapping[str, TensorFeatureInfo]):
     @property
     def numerical_features(self) -> TensorSchema:
         return TensorSchema([feature for feature in self.all_features if feature.is_num])
-
-    @property
-    def item_id_feature_name(self) -> str | None:
-        return _only_name(self.item_id_features)
-
-    @property
-    def query_id_feature_name(self) -> str | None:
-        return _only_name(self.query_id_features)
-
-    @property
-    def timestamp_feature_name(self) -> str | None:
-        return _only_name(self.timestamp_features)
-
-    @property
-    def rating_feature_name(self) -> str | None:
-        return _only_name(self.rating_features)
-
-
-def _only_name(features: TensorSchema) -> str | None:
-    return features.item().name if len(features) else None

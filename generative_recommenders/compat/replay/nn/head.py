@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+__all__ = ["EmbeddingTyingHead"]
+
 
 class EmbeddingTyingHead(nn.Module):
     """Logits as dot products of hidden states and item embeddings."""

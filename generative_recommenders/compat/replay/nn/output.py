@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+__all__ = ["InferenceOutput", "TrainOutput"]
+
 HiddenStates = tuple[torch.Tensor, ...]
 
 

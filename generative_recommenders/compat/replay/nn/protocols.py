@@ -10,6 +10,19 @@ from typing import Protocol
 
 import torch
 
+__all__ = [
+    "AggregatorProto",
+    "AttentionMaskProto",
+    "ContextMergerProto",
+    "EmbedderProto",
+    "EncoderProto",
+    "FeaturesReaderProtocol",
+    "ItemEncoderProto",
+    "LossProto",
+    "NormalizerProto",
+    "QueryEncoderProto",
+]
+
 Tensors = Mapping[str, torch.Tensor]
 
 

@@ -10,6 +10,8 @@ from torch import Tensor
 from generative_recommenders.compat.replay.nn.transform.batch import TensorBatch, require_tensor
 from generative_recommenders.errors import UserError
 
+__all__ = ["PostprocessorBase", "SeenItemsFilter"]
+
 
 class PostprocessorBase(ABC):
     """Changes scores ``[B, C]``, knowing the batch that they were computed from. Returns new scores."""

@@ -1,53 +1,14 @@
-"""RePlay's differential attention and Transformer (arXiv 2410.05258) over padded rectangles, with dense masks."""
+"""RePlay's differential Transformer (arXiv 2410.05258) over padded rectangles, with dense masks."""
 
 from __future__ import annotations
 
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from generative_recommenders.compat.replay.nn.mask import (
-    additive_mask,
-    causal_mask,
-    mask_for,
-    mask_per_head,
-)
-from generative_recommenders.errors import UserError
+from generative_recommenders.compat.replay.nn.attention import MultiHeadDifferentialAttention
 from generative_recommenders.modeling.encoders import diff_transformer as core
-
-
-class MultiHeadDifferentialAttention(core.DifferentialAttention):
-    """Differential attention of queries, keys and values ``[B, N, D]`` under a dense mask."""
-
-    def forward(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attn_mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """query, key, value: ``[B, N, D]``; attn_mask: additive ``[B * H, N, N]`` or ``[B, H, N, N]``, causal
-        unless given.
-
-        Returns ``[B, N, D]``.
-        """
-        q1, k1, q2, k2, v = (x.transpose(-2, -3) for x in self.project(query, key, value))
-        mask = mask_for(q1, self._mask(attn_mask, query, key))
-        first = F.scaled_dot_product_attention(q1, k1, v, mask)
-        second = F.scaled_dot_product_attention(q2, k2, v, mask)
-        return self.combine(first.transpose(-2, -3), second.transpose(-2, -3))
-
-    def _mask(self, attn_mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        if attn_mask is not None:
-            return mask_per_head(attn_mask, query.shape[0], self.num_heads)
-        if query.shape[1] != key.shape[1]:
-            raise UserError(
-                f"{query.shape[1]} queries and {key.shape[1]} keys in MultiHeadDifferentialAttention: "
-                "the causal mask needs equal lengths, pass attn_mask"
-            )
-        return additive_mask(causal_mask(query.shape[1], query.device))
 
 
 class DiffTransformerBlock(core.DiffTransformerBlock):

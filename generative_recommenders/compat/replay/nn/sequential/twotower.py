@@ -1,5 +1,4 @@
-"""RePlay's TwoTower (doi 10.1145/3366424.3386195): a query tower over the history, an item tower over item
-features."""
+"""RePlay's TwoTower (doi 10.1145/3366424.3386195): a query tower over the history, an item tower over item features."""
 
 from __future__ import annotations
 
@@ -9,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 import torch
 from torch import nn
 
@@ -38,30 +37,29 @@ from generative_recommenders.compat.replay.nn.sequential.next_item import (
 )
 from generative_recommenders.compat.replay.nn.sequential.sasrec_layer import SasRecTransformerLayer
 from generative_recommenders.config.sections import ListReduction
-from generative_recommenders.data.list_columns import padded
+from generative_recommenders.data.list_columns import padded, read_columns
 from generative_recommenders.errors import UserError
 from generative_recommenders.ops.feed_forward import SwiGLUEncoder
+
+__all__ = ["FeaturesReader", "FeaturesReaderProtocol", "ItemTower", "TwoTower", "TwoTowerBody"]
 
 
 class FeaturesReader:
     """Item features from a Parquet file, as tensors in the order of the item ids.
 
-    schema: names the item id and, by ``feature_sources``, the column of each feature (its own name unless
-        given).
-    metadata: the features to read. A list feature may say how wide it becomes and with what it is filled up
-        on the left:
-        ``{"genres": {"shape": 5, "padding": 20}}``; without, the longest list and the feature's padding
-        value.
+    schema: names the item id and, by ``feature_sources``, the column of each feature (its own name unless given).
+    metadata: the features to read. A list feature may say how wide it becomes and with what it is filled up on the left:
+        ``{"genres": {"shape": 5, "padding": 20}}``; without, the longest list and the feature's padding value.
     path: one row an item, ids 0..V-1, already encoded.
 
-    UserError where the file or a column is missing, where ids are not 0..V-1 each once, or values are empty
-    or too many.
+    UserError where the file or a column is missing, where ids are not 0..V-1 each once, or values are empty or too many.
     """
 
     def __init__(
         self, schema: TensorSchema, metadata: Mapping[str, Mapping[str, Any]], path: str | Path
     ) -> None:
-        if schema.item_id_feature_name is None:
+        item = schema.item_id_feature_name
+        if item is None:
             raise UserError(
                 "FeaturesReader: the schema has no item id feature (feature_hint=FeatureHint.ITEM_ID)"
             )
@@ -70,21 +68,23 @@ class FeaturesReader:
             raise UserError(
                 f"FeaturesReader: metadata names features that the schema does not have: {unknown}"
             )
-        item = schema[schema.item_id_feature_name]
-        sources = {name: schema[name].feature_source for name in {item.name: None, **metadata}}
+        sources = {name: schema[name].feature_source for name in {item: None, **metadata}}
         columns = {name: source.column if source else name for name, source in sources.items()}
-        table = _read_columns(Path(path), list(dict.fromkeys(columns.values())))
-        ids = table[columns[item.name]].to_numpy()
+        table = read_columns(Path(path), list(dict.fromkeys(columns.values())))
+        ids = table[columns[item]].to_numpy()
         order = np.argsort(ids, kind="stable")
         if not np.array_equal(ids[order], np.arange(ids.size)):
             missing = np.setdiff1d(np.arange(ids.size), ids)[:5].tolist()
             raise UserError(
                 f"item features in {path}: ids must be 0..{ids.size - 1}, each once; missing: {missing}"
             )
-        self._features = {
-            name: _feature_tensor(schema[name], table[columns[name]], settings)[torch.from_numpy(order)]
-            for name, settings in metadata.items()
-        }
+        self._features: dict[str, torch.Tensor] = {}
+        for name, settings in metadata.items():
+            try:
+                values = _encoded(schema[name], table[columns[name]].combine_chunks(), settings)
+            except (ValueError, pa.ArrowException) as error:
+                raise UserError(f"item feature {name!r}: {error}") from error
+            self._features[name] = values[torch.from_numpy(order)]
 
     @property
     def feature_names(self) -> list[str]:
@@ -95,6 +95,27 @@ class FeaturesReader:
         if key not in self._features:
             raise UserError(f"item feature {key!r} was not read: metadata names {', '.join(self._features)}")
         return self._features[key]
+
+
+def _encoded(feature: TensorFeatureInfo, column: pa.Array, settings: Mapping[str, Any]) -> torch.Tensor:
+    """The column as a tensor; ValueError for what is no category or no finite number, and for lists that are too long."""
+    shape: tuple[int, ...] = ()
+    if feature.is_list:
+        longest = pc.max(pc.list_value_length(column)).as_py() or 0
+        shape = (settings.get("shape", longest),)
+        if longest > shape[0]:
+            raise ValueError(f"a list of {longest} entries, metadata allows {shape[0]}")
+    values, real = padded(column, shape, settings.get("padding", feature.padding_value))
+    entries = values[real]
+    if feature.is_cat:
+        size = feature.cardinality or 0
+        wrong = entries[((entries < 0) | (entries >= size)) & (entries != feature.padding_value)]
+        allowed = f"categories 0..{size - 1}"
+    else:
+        wrong, allowed = entries[~np.isfinite(entries)], "finite numbers"
+    if wrong.size:
+        raise ValueError(f"{wrong.size} of {entries.size} values are not {allowed}, the first is {wrong[0]}")
+    return torch.from_numpy(values).to(torch.int64 if feature.is_cat else torch.float32)
 
 
 class ItemTower(nn.Module):
@@ -239,72 +260,12 @@ class TwoTower(NextItemModel):
 
 
 def item_count(item: TensorFeatureInfo) -> int:
-    """Items of a schema: ids below the padding value where that ends the range, else the whole
-    cardinality."""
+    """Items of a schema: ids below the padding value where that ends the range, else the whole cardinality."""
     if item.cardinality is None:
         raise UserError(f"item id feature {item.name!r}: give its cardinality")
-    return (
-        item.padding_value
-        if item.padding_value in (item.cardinality - 1, item.cardinality)
-        else item.cardinality
-    )
+    ends_the_range = item.padding_value in (item.cardinality - 1, item.cardinality)
+    return item.padding_value if ends_the_range else item.cardinality
 
 
 def _buffer_name(feature: str) -> str:
     return "item_reference_" + feature.replace(".", "_")
-
-
-def _read_columns(path: Path, columns: list[str]) -> pa.Table:
-    if not path.is_file():
-        raise UserError(f"item features: there is no file {path}")
-    missing = [column for column in columns if column not in pq.read_schema(path).names]
-    if missing:
-        raise UserError(f"item features in {path}: columns {missing} are missing")
-    table = pq.read_table(path, columns=columns)
-    empty = [column for column in columns if table[column].null_count]
-    if empty:
-        raise UserError(f"item features in {path}: columns {empty} have empty values, encode them first")
-    return table
-
-
-def _feature_tensor(
-    feature: TensorFeatureInfo, column: pa.ChunkedArray, settings: Mapping[str, Any]
-) -> torch.Tensor:
-    joined = column.combine_chunks()
-    if feature.is_list != (pa.types.is_list(joined.type) or pa.types.is_large_list(joined.type)):
-        kind = "lists" if feature.is_list else "single values"
-        raise UserError(
-            f"item feature {feature.name!r}: the schema says {kind}, the column holds {column.type}"
-        )
-    entries = joined.flatten() if feature.is_list else joined
-    _check_values(feature, entries.to_numpy(zero_copy_only=False))
-    shape: tuple[int, ...] = ()
-    if feature.is_list:
-        longest = max(np.diff(joined.offsets.to_numpy()), default=0)
-        shape = (settings.get("shape", int(longest)),)
-        if longest > shape[0]:
-            raise UserError(
-                f"item feature {feature.name!r}: a list of {longest} entries, metadata allows {shape[0]}"
-            )
-    values, _ = padded(joined, shape, settings.get("padding", feature.padding_value))
-    return torch.from_numpy(values).to(torch.int64 if feature.is_cat else torch.float32)
-
-
-def _check_values(feature: TensorFeatureInfo, values: np.ndarray) -> None:
-    """UserError for categories that are none of the feature's, and for numbers that are not finite."""
-    if not values.size:
-        return
-    if values.dtype.kind not in "iuf":
-        raise UserError(
-            f"item feature {feature.name!r}: {str(values.flat[0])[:40]!r} is no number, encode it first"
-        )
-    if feature.is_cat:
-        size = feature.cardinality or 0
-        wrong = values[((values < 0) | (values >= size)) & (values != feature.padding_value)]
-        allowed = f"categories 0..{size - 1}"
-    else:
-        wrong, allowed = values[~np.isfinite(values)], "finite numbers"
-    if wrong.size:
-        raise UserError(
-            f"item feature {feature.name!r}: {wrong.size} of {values.size} values are not {allowed}, the first is {wrong[0]}"
-        )

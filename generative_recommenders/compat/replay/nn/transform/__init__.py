@@ -1,33 +1,7 @@
 """RePlay's transforms of batches."""
 
-from generative_recommenders.compat.replay.nn.transform.columns import (
-    CopyTransform,
-    EqualityMaskTransform,
-    GroupTransform,
-    NextTokenTransform,
-    RenameTransform,
-    SelectTransform,
-    SequenceRollTransform,
-    TokenMaskTransform,
-    TrimTransform,
-    UnsqueezeTransform,
-)
-from generative_recommenders.compat.replay.nn.transform.negative_sampling import (
-    MultiClassNegativeSamplingTransform,
-    UniformNegativeSamplingTransform,
-)
+from generative_recommenders.compat.replay.nn.transform import columns, negative_sampling
+from generative_recommenders.compat.replay.nn.transform.columns import *  # noqa: F403
+from generative_recommenders.compat.replay.nn.transform.negative_sampling import *  # noqa: F403
 
-__all__ = [
-    "CopyTransform",
-    "EqualityMaskTransform",
-    "GroupTransform",
-    "MultiClassNegativeSamplingTransform",
-    "NextTokenTransform",
-    "RenameTransform",
-    "SelectTransform",
-    "SequenceRollTransform",
-    "TokenMaskTransform",
-    "TrimTransform",
-    "UniformNegativeSamplingTransform",
-    "UnsqueezeTransform",
-]
+__all__ = [*columns.__all__, *negative_sampling.__all__]  # noqa: PLE0604

@@ -17,32 +17,40 @@ from generative_recommenders.compat.replay.nn.transform.batch import TensorBatch
 from generative_recommenders.data.token_masks import uniform
 from generative_recommenders.errors import UserError
 
+__all__ = [
+    "CopyTransform",
+    "EqualityMaskTransform",
+    "GroupTransform",
+    "NextTokenTransform",
+    "RenameTransform",
+    "SelectTransform",
+    "SequenceRollTransform",
+    "TokenMaskTransform",
+    "TrimTransform",
+    "UnsqueezeTransform",
+]
+
 MASK_OPERATIONS = {"and": torch.logical_and, "or": torch.logical_or, "xor": torch.logical_xor}
 
 
 class CopyTransform(nn.Module):
-    """Adds independent, detached copies of columns under new names.
-
-    mapping: existing name -> name of the copy. Raises ``UserError`` where a name is missing or a group.
-    """
+    """Adds independent, detached copies of columns, by a mapping of existing names to the copies' names."""
 
     def __init__(self, mapping: Mapping[str, str]) -> None:
         super().__init__()
         self.mapping = dict(mapping)
 
     def forward(self, batch: TensorBatch) -> dict[str, Any]:
-        copies = {
-            new: require_tensor(batch, old, "CopyTransform").detach().clone()
-            for old, new in self.mapping.items()
-        }
-        return {**batch, **copies}
+        copied = dict(batch)
+        for old, new in self.mapping.items():
+            copied[new] = require_tensor(batch, old, "CopyTransform").detach().clone()
+        return copied
 
 
 class RenameTransform(nn.Module):
-    """Renames columns; every other column stays, in its place.
+    """Renames columns in their places, by a mapping of existing to new names.
 
-    mapping: existing name -> new name.
-    Raises ``UserError`` where a name is missing or a new name would overwrite another column.
+    Raises ``UserError`` where a new name would overwrite another column.
     """
 
     def __init__(self, mapping: Mapping[str, str]) -> None:
@@ -72,22 +80,19 @@ class GroupTransform(nn.Module):
         self.mapping = {group: list(names) for group, names in mapping.items()}
 
     def forward(self, batch: TensorBatch) -> dict[str, Any]:
-        groups = {
-            group: {name: batch[name] for name in names if name in batch}
-            for group, names in self.mapping.items()
-        }
         moved = {name for names in self.mapping.values() for name in names}
-        kept = {name: value for name, value in batch.items() if name not in moved}
-        clash = sorted(set(groups) & set(kept))
-        if clash:
-            raise UserError(
-                f"GroupTransform: '{clash[0]}' is already a column of the batch; choose another group name"
-            )
-        return {**kept, **groups}
+        grouped = {name: value for name, value in batch.items() if name not in moved}
+        for group, names in self.mapping.items():
+            if group in grouped:
+                raise UserError(
+                    f"GroupTransform: '{group}' is already a column of the batch; choose another group name"
+                )
+            grouped[group] = {name: batch[name] for name in names if name in batch}
+        return grouped
 
 
 class UnsqueezeTransform(nn.Module):
-    """Inserts a dimension of size one at ``dim`` of one column (a view). Missing column: ``UserError``."""
+    """Inserts a dimension of size one at ``dim`` of one column (a view)."""
 
     def __init__(self, column_name: str, dim: int) -> None:
         super().__init__()
@@ -100,10 +105,7 @@ class UnsqueezeTransform(nn.Module):
 
 
 class SelectTransform(nn.Module):
-    """Keeps only the named columns; ``("group", "name")`` names a column inside a group, which stays a group.
-
-    Missing names are refused (``UserError``).
-    """
+    """Keeps only the named columns; ``("group", "name")`` names a column inside a group, which stays a group."""
 
     def __init__(self, feature_names: Sequence[str | tuple[str, ...]]) -> None:
         super().__init__()
@@ -114,24 +116,20 @@ class SelectTransform(nn.Module):
 
     def forward(self, batch: TensorBatch) -> dict[str, Any]:
         selected: dict[str, Any] = {}
+        groups: dict[str, dict[str, Any]] = {}
         for name, *inner in self.paths:
-            column = require(batch, name, "SelectTransform")
-            if inner:
-                selected[name] = {
-                    **selected.get(name, {}),
-                    inner[0]: require(column, inner[0], f"SelectTransform in '{name}'"),
-                }
-            else:
-                selected[name] = column
+            selected[name] = column = require(batch, name, "SelectTransform")
+            for each in inner:
+                one = {each: require(column, each, f"SelectTransform in '{name}'")}
+                selected[name] = {**groups.get(name, {}), **one}
+                groups[name] = selected[name]
         return selected
 
 
 class EqualityMaskTransform(nn.Module):
     """Combines a bool mask with "this feature has this value": ``mask <- mask op (feature == value)``.
 
-    feature_name: column of the mask's shape. equality_value: the value looked for. mode: "and", "or" or
-    "xor". mask_name: bool column that is replaced by the result. Raises ``UserError`` for an unknown mode
-    or missing columns.
+    feature_name: column of the mask's shape. mask_name: bool column that is replaced by the result.
     """
 
     def __init__(
@@ -169,11 +167,8 @@ class SequenceRollTransform(nn.Module):
     def forward(self, batch: TensorBatch) -> dict[str, Any]:
         column = require_tensor(batch, self.field_name, "SequenceRollTransform")
         rolled = column.roll(self.roll, dims=1)
-        freed = slice(0, self.roll) if self.roll > 0 else slice(column.shape[1] + self.roll, None)
-        if abs(self.roll) >= column.shape[1]:
-            freed = slice(None)
-        if self.roll != 0:
-            rolled[:, freed] = self.padding_value
+        source = torch.arange(column.shape[1], device=column.device) - self.roll
+        rolled[:, (source < 0) | (source >= column.shape[1])] = self.padding_value
         return {**batch, self.field_name: rolled}
 
 
@@ -183,8 +178,7 @@ class NextTokenTransform(nn.Module):
     label_field: the column to predict, ``[B, L + shift]``; its mask is ``label_field + mask_postfix``.
     Every tensor of two or more dimensions, groups included, except ``query_features`` loses its last
     ``shift`` columns; ``out_feature_name`` and ``out_feature_name + mask_postfix`` are added, ``[B, L]``.
-    Raises ``UserError`` for a ``shift`` below 1, missing columns, columns that are no tensors or sequences of
-    no more than ``shift`` columns.
+    Raises ``UserError`` for sequences of no more than ``shift`` columns.
     """
 
     def __init__(
@@ -204,17 +198,17 @@ class NextTokenTransform(nn.Module):
         self.out_feature_name = out_feature_name
         self.mask_postfix = mask_postfix
 
-    def _shorten(self, batch: TensorBatch) -> dict[str, Any]:
-        return {name: self._shorten_one(name, value) for name, value in batch.items()}
-
-    def _shorten_one(self, name: str, value: Any) -> Any:
-        if name in self.query_features:
-            return value
-        if isinstance(value, Mapping):
-            return self._shorten(value)
-        if not isinstance(value, Tensor):
-            raise UserError(f"NextTokenTransform: '{name}' must be a tensor, not a {type(value).__name__}")
-        return value[:, : -self.shift] if value.dim() > 1 else value
+    def _shortened(self, batch: TensorBatch) -> dict[str, Any]:
+        """Without the last columns, groups too."""
+        shorter = dict(batch)
+        for name, value in batch.items():
+            if name in self.query_features:
+                continue
+            if isinstance(value, Mapping):
+                shorter[name] = self._shortened(value)
+            elif require_tensor(batch, name, "NextTokenTransform").dim() > 1:
+                shorter[name] = value[:, : -self.shift]
+        return shorter
 
     def forward(self, batch: TensorBatch) -> dict[str, Any]:
         labels = require_tensor(batch, self.label_field, "NextTokenTransform")
@@ -225,15 +219,14 @@ class NextTokenTransform(nn.Module):
                 f"NextTokenTransform: '{self.label_field}' {shape} is too short for shift {self.shift}"
             )
         return {
-            **self._shorten(batch),
+            **self._shortened(batch),
             self.out_feature_name: labels[:, self.shift :],
             self.out_feature_name + self.mask_postfix: mask[:, self.shift :],
         }
 
 
 class TokenMaskTransform(nn.Module):
-    """Adds a mask of kept tokens: real ones (``token_field`` True) whose uniform draw is at least
-    ``mask_prob``.
+    """Adds a mask of kept tokens: real ones (``token_field`` True) whose uniform draw is at least ``mask_prob``.
 
     token_field: bool ``[L]`` or ``[B, L]``, True = real, padded on the left. The result is True = kept,
     False = hidden or padding. A row that would keep everything hides its last element; one that would keep
@@ -269,8 +262,7 @@ class TokenMaskTransform(nn.Module):
 
 
 def settle_rows(kept: Tensor, real: Tensor) -> Tensor:
-    """Each row ``[..., L]`` of its own: all real kept -> hide the last; none kept -> keep the one before,
-    if real."""
+    """Each row ``[..., L]`` of its own: all real kept -> hide the last; none kept -> keep the one before, if real."""
     everything = (kept == real).all(-1)
     nothing = ~kept.any(-1) & ~everything
     kept = kept.clone()
@@ -281,8 +273,7 @@ def settle_rows(kept: Tensor, real: Tensor) -> Tensor:
 
 
 def settle_shared(kept: Tensor, real: Tensor) -> Tensor:
-    """The same two cases, settled once on the first axis of the whole tensor and blind to padding
-    (RePlay)."""
+    """The same two cases, settled once on the first axis of the whole tensor and blind to padding (RePlay)."""
     kept = kept.clone()
     if torch.equal(kept, real):
         kept[-1] = False
@@ -292,10 +283,7 @@ def settle_shared(kept: Tensor, real: Tensor) -> Tensor:
 
 
 class TrimTransform(nn.Module):
-    """Keeps the last ``seq_len`` columns of the named features (left padding, so the newest events).
-
-    Raises ``UserError`` for a ``seq_len`` below 1 or above a feature's width, and for missing features.
-    """
+    """Keeps the last ``seq_len`` columns of the named features (left padding, so the newest events)."""
 
     def __init__(self, seq_len: int, feature_names: Sequence[str] | str) -> None:
         super().__init__()
@@ -304,13 +292,13 @@ class TrimTransform(nn.Module):
         self.seq_len = seq_len
         self.feature_names = [feature_names] if isinstance(feature_names, str) else list(feature_names)
 
-    def _trim(self, batch: TensorBatch, name: str) -> Tensor:
-        feature = require_tensor(batch, name, "TrimTransform")
-        if feature.shape[1] < self.seq_len:
-            raise UserError(
-                f"TrimTransform: '{name}' has {feature.shape[1]} columns, fewer than {self.seq_len}"
-            )
-        return feature[:, -self.seq_len :]
-
     def forward(self, batch: TensorBatch) -> dict[str, Any]:
-        return {**batch, **{name: self._trim(batch, name) for name in self.feature_names}}
+        trimmed = dict(batch)
+        for name in self.feature_names:
+            feature = require_tensor(batch, name, "TrimTransform")
+            if feature.shape[1] < self.seq_len:
+                raise UserError(
+                    f"TrimTransform: '{name}' has {feature.shape[1]} columns, fewer than {self.seq_len}"
+                )
+            trimmed[name] = feature[:, -self.seq_len :]
+        return trimmed

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from generative_recommenders.compat.replay.nn.transform.batch import TensorBatch, require
 from generative_recommenders.errors import UserError
 
+__all__ = ["MultiClassNegativeSamplingTransform", "UniformNegativeSamplingTransform"]
+
 MULTINOMIAL_LIMIT = 2**24
 """torch.multinomial takes at most this many categories."""
 
@@ -94,12 +96,11 @@ class MultiClassNegativeSamplingTransform(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        if sample_mask.dim() != 2:
+        if sample_mask.dim() != 2 or not len(sample_mask):
+            wrong = "has no classes" if sample_mask.dim() == 2 else f"is {list(sample_mask.shape)}"
             raise UserError(
-                f"MultiClassNegativeSamplingTransform: weights must be [classes, items], not {list(sample_mask.shape)}"
+                f"MultiClassNegativeSamplingTransform: sample_mask {wrong}: give weights [classes, items]"
             )
-        if not len(sample_mask):
-            raise UserError("MultiClassNegativeSamplingTransform: sample_mask has no classes")
         weights = check_weights(sample_mask, num_negative_samples, "MultiClassNegativeSamplingTransform")
         self.register_buffer("class_weights", weights, persistent=False)
         self.num_negatives = num_negative_samples
@@ -114,9 +115,5 @@ class MultiClassNegativeSamplingTransform(nn.Module):
             raise UserError(
                 f"MultiClassNegativeSamplingTransform: '{self.selector}' must be between 0 and {classes - 1}"
             )
-        return {
-            **batch,
-            self.out: torch.multinomial(self.class_weights, self.num_negatives, generator=self.generator)[
-                selector
-            ],
-        }
+        drawn = torch.multinomial(self.class_weights, self.num_negatives, generator=self.generator)
+        return {**batch, self.out: drawn[selector]}

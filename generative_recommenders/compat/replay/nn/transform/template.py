@@ -13,6 +13,8 @@ from generative_recommenders.compat.replay.nn.transform.columns import (
 )
 from generative_recommenders.errors import UserError
 
+__all__ = ["make_default_sasrec_transforms", "make_default_twotower_transforms"]
+
 
 class SplitTransforms(dict[str, list[nn.Module]]):
     """Transforms by split; "validation" is read as "validate", Lightning's name."""
