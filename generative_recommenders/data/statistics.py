@@ -12,6 +12,9 @@ from generative_recommenders.data.store import SequenceDataset
 IN_ORDER = 0.95
 """Share of tied neighbours in the order of their items from which on the file counts as sorted by item."""
 _FEWEST_PAIRS = 10
+_MOST_PAIRS = 1 << 20
+_USERS_OWN_ORDER = 0.8
+"""Agreement of pairs that are not tied from which on users themselves take items in one order, as volumes of a series."""
 MANY_REPEATS = 0.01
 
 
@@ -23,6 +26,7 @@ def sequence_statistics(dataset: SequenceDataset, tied: np.ndarray | None) -> di
     found = dict.fromkeys(("consecutive_repeats", *("duplicates", "tied_events") * (tied is not None)), 0)
     rankings = [] if tied is None else _item_rankings(dataset)
     pairs, rising = 0, [0] * len(rankings)
+    tied_pairs, untied_pairs = _Pairs(), _Pairs()
     for first, last in dataset.user_blocks():
         events = slice(int(dataset.offsets[first]), int(dataset.offsets[last]))
         items = dataset.items[events]
@@ -37,10 +41,13 @@ def sequence_statistics(dataset: SequenceDataset, tied: np.ndarray | None) -> di
         of_tie = ties | np.append(ties[1:], False)
         keys = np.cumsum(~ties)[of_tie] * (dataset.num_items + 1) + items[of_tie]
         found["duplicates"] += len(keys) - len(np.unique(keys))
-        second = np.flatnonzero(ties[1:] & (items[1:] != items[:-1])) + 1
+        changes = items[1:] != items[:-1]
+        second = np.flatnonzero(ties[1:] & changes) + 1
         pairs += len(second)
         for number, rank in enumerate(rankings):
             rising[number] += int((rank[items[second]] > rank[items[second - 1]]).sum())
+        tied_pairs.add(items, second)
+        untied_pairs.add(items, np.flatnonzero(~ties[1:] & follows[1:] & changes) + 1)
     split = make_split(dataset, "leave_one_out")
     names = ("test_users", "repeated_test_targets", "unseen_test_targets")
     targets = {name: split.counts[name] for name in names}
@@ -51,22 +58,50 @@ def sequence_statistics(dataset: SequenceDataset, tied: np.ndarray | None) -> di
         places = dataset.offsets[:-1][scored] + split.test_targets[scored]
         targets["tied_test_targets"] = int(tied[places].sum())
     shares = [max(count, pairs - count) / pairs for count in rising if pairs >= _FEWEST_PAIRS]
+    if untied_pairs.agreement() < _USERS_OWN_ORDER:
+        shares.append(tied_pairs.agreement())
     in_order = {"tied_pairs_in_item_order": round(max(shares), 4)} if shares else {}
     return {**found, **in_order, **targets}
 
 
 def _item_rankings(dataset: SequenceDataset) -> list[np.ndarray]:
-    """Orders of items that a file may be sorted by, ``[V + 1]`` each: of the ids as texts, and by the numbers they end in."""
-    rankings = [np.arange(dataset.num_items + 1)]
+    """Orders of items that a file may be sorted by, ``[V + 1]`` each: of the ids as texts, and as texts with a number, which
+    ignores case."""
     ids = pl.DataFrame({"id": pl.Series(dataset.original_item_ids())})
-    groups = pl.col("id").str.extract_groups(r"^(?<prefix>.*?)(?<number>\d{1,18})$")
-    parts = ids.select(groups.struct.unnest())
-    if not parts["number"].null_count():
-        order = parts.select(pl.arg_sort_by("prefix", pl.col("number").cast(pl.Int64))).to_series()
-        rank = np.zeros(dataset.num_items + 1, np.int64)
-        rank[1 + order.to_numpy()] = np.arange(dataset.num_items)
-        rankings.append(rank)
-    return rankings
+    parts = (
+        pl.col("id").str.to_lowercase().str.extract_groups(r"^(?<head>\D*)(?<number>\d{0,18})(?<tail>.*)$")
+    )
+    number = pl.col("number").cast(pl.Int64, strict=False).fill_null(-1)
+    order = ids.select(parts.struct.unnest()).select(pl.arg_sort_by("head", number, "tail")).to_series()
+    rank = np.zeros(dataset.num_items + 1, np.int64)
+    rank[1 + order.to_numpy()] = np.arange(dataset.num_items)
+    return [np.arange(dataset.num_items + 1), rank]
+
+
+class _Pairs:
+    """Pairs of items that follow each other, the first million of them: do the same two come in the same order again?"""
+
+    def __init__(self) -> None:
+        self.keys: list[np.ndarray] = []
+        self.count = 0
+
+    def add(self, items: np.ndarray, second: np.ndarray) -> None:
+        """Items at the places ``second`` and those before them."""
+        second = second[: _MOST_PAIRS - self.count]
+        self.count += len(second)
+        a, b = items[second - 1].astype(np.int64), items[second].astype(np.int64)
+        self.keys.append((np.minimum(a, b) << 32 | np.maximum(a, b)) * 2 + (a < b))
+
+    def agreement(self) -> float:
+        """The share of pairs seen before that come in the order in which the two mostly come: 1 where some order of all items
+        rules, about half for chance; 0 where too few come again."""
+        keys, counts = np.unique(np.concatenate([np.empty(0, np.int64), *self.keys]), return_counts=True)
+        _, first = np.unique(keys // 2, return_index=True)
+        if not len(first):
+            return 0.0
+        again = np.add.reduceat(counts, first) - 1
+        agree = np.maximum.reduceat(counts, first) - 1
+        return float(agree.sum() / again.sum()) if again.sum() >= _FEWEST_PAIRS else 0.0
 
 
 def summary(manifest: Manifest) -> str:

@@ -226,18 +226,25 @@ def _check_offsets(folder: Path, manifest: Manifest, offsets: np.ndarray) -> Non
 
 def _check_rows(path: Path, expected: int) -> None:
     try:
-        rows = pq.read_metadata(path).num_rows
+        rows = pq.read_metadata(_regular(path)).num_rows
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         raise UserError(f"{path}: missing, damaged or cut short; prepare the data again") from error
     if rows != expected:
         raise UserError(f"{path}: {rows} rows, the manifest says {expected}; prepare the data again")
 
 
+def _regular(path: Path) -> Path:
+    """The path of a file; OSError for a pipe or device, which would keep the reader waiting."""
+    if path.exists() and not path.is_file():
+        raise OSError("not a regular file")
+    return path
+
+
 def _bounded_table(path: Path, columns: list[str]) -> pa.Table:
     """Those of the columns that are there, read some rows at a time: a short file that stands for many equal strings is
     refused before it fills the memory."""
     held, total, batches = path.stat().st_size, 0, []
-    with pq.ParquetFile(path) as file:
+    with pq.ParquetFile(_regular(path)) as file:
         names = [name for name in columns if name in file.schema_arrow.names]
         for batch in file.iter_batches(TABLE_ROWS, columns=names, use_threads=False):
             total += batch.nbytes

@@ -74,6 +74,49 @@ def test_a_file_sorted_by_item_inside_ties_is_told(tmp_path: Path, padded: bool)
     assert "sorted by item" not in text
 
 
+def statistics_of(folder: Path, rows: list) -> dict[str, float]:
+    return prepare(RawRatings("t", [write_csv(folder / "r.csv", rows)], COMMAS), folder / "out").statistics
+
+
+@pytest.mark.parametrize("ids", ["number", "case", "number inside", "any"])
+def test_any_order_of_items_inside_ties_is_told(tmp_path: Path, ids: str) -> None:
+    """Items in the file's own order, whose ids say the order as numbers, without case, or not at all."""
+    names = {
+        "number": [str(n) for n in range(97, 157)] + ["other"],
+        "case": sorted((f"{'bB'[n % 2]}{chr(97 + n)}" for n in range(26)), key=str.lower),
+        "number inside": [f"item {n} new" for n in range(80, 140)],
+        "any": [f"{n * 37 % 61:x}" for n in range(60)],
+    }[ids]
+    rng = np.random.default_rng(1)
+    rows = [
+        (f"u{user}", names[item], 1.0, user)
+        for user in range(150)
+        for item in sorted(rng.choice(len(names), 8, replace=False))
+    ]
+    assert statistics_of(tmp_path, rows)["tied_pairs_in_item_order"] > 0.98
+
+
+def test_an_order_that_users_have_outside_ties_too_is_no_order_of_the_file(tmp_path: Path) -> None:
+    """Volumes of a series in their order, most on the day of the one before; the ids do not tell it."""
+    names = [f"{n * 37 % 61:x}" for n in range(60)]
+    rng = np.random.default_rng(1)
+    rows = []
+    for user in range(150):
+        first, time = int(rng.integers(0, 50)), 1
+        for item in range(first, first + 8):
+            time += int(rng.random() < 0.4)
+            rows.append((f"u{user}", names[item], 1.0, time))
+    assert statistics_of(tmp_path, rows)["tied_pairs_in_item_order"] < 0.9
+
+
+def test_items_by_chance_are_in_no_order(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    rows = [
+        (f"u{user}", f"i{item}", 1.0, 7) for user in range(150) for item in rng.choice(60, 8, replace=False)
+    ]
+    assert statistics_of(tmp_path, rows)["tied_pairs_in_item_order"] < 0.7
+
+
 def test_repeated_targets_name_the_seen_filter(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     rows = [

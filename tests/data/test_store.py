@@ -356,3 +356,31 @@ def test_a_table_that_unpacks_without_measure_is_refused(folder: Path) -> None:
     assert (folder / "items.parquet").stat().st_size < 1 << 20
     with pytest.raises(UserError, match="it unpacks to more than 300 times its size"):
         sequence_dataset._bounded_table(folder / "items.parquet", ["item"])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "manifest.json", "items.int32.bin", "timestamps.int64.bin", "offsets.int64.bin", "items.parquet", "users.parquet",
+    ],
+)  # fmt: skip
+def test_a_pipe_for_a_file_is_refused_at_once(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    assert str(folder) in error_of(folder)
+
+
+def test_a_pipe_for_a_vocabulary_is_refused_at_once(tmp_path: Path) -> None:
+    table = pa.table(
+        {
+            "user": pa.array(["a", "a"], pa.large_string()),
+            "item": pa.array(["x", "y"], pa.large_string()),
+            "shelf": pa.array(["s", "t"], pa.large_string()),
+        }
+    )
+    prepare_batches(RawRatings("t", [tmp_path / "t.csv"]), [table], tmp_path / "out", 1 << 30)
+    dataset = SequenceDataset.open(tmp_path / "out")
+    (tmp_path / "out" / "event.shelf.parquet").unlink()
+    os.mkfifo(tmp_path / "out" / "event.shelf.parquet")
+    with pytest.raises(UserError, match="prepare the data again"):
+        dataset.vocabulary("shelf")

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import polars as pl
+from absl import logging
 
 from generative_recommenders.data.readers import times
 from generative_recommenders.data.schema import KINDS, KNOWN
@@ -21,13 +22,15 @@ from generative_recommenders.errors import UserError
 SKIP = "_"
 KNOWN_NAMES = {
     "user": "user userid user_id uid reviewerid reviewer_id customer_id customerid visitorid visitor_id sessionid session_id",
-    "item": "item itemid item_id iid movieid movie_id asin parent_asin product_id productid isbn book_id business_id "
+    "item": "item itemid item_id iid movieid movie_id parent_asin asin product_id productid isbn book_id business_id "
     "article_id app_id venue_id location_id",
     "rating": "rating ratings stars score overall",
     "timestamp": "timestamp time ts datetime date event_time eventtime created_at unixreviewtime unix_time visit_time "
     "visittime date_seconds date_added review_time timeframe",
 }
-"""Names of headers, compared in lower case and without RecBole's ``:type``. Of two names for one role the earlier counts."""
+"""Names of headers, compared in lower case and without RecBole's ``:type``. Two columns for one role are refused."""
+AMAZON_ITEMS = ["parent_asin", "asin"]
+"""Columns of Amazon's reviews of 2023, whose published benchmarks take a product's variants for one item."""
 _TIME_LIKE = re.compile(r"(^|[_ -])(time|date|ts|datetime|timestamp)($|[_ -])|time|date", re.IGNORECASE)
 _YEARS = (946_684_800, 4_102_444_800)  # 2000 to 2100: numbers in between, in any unit, may be times
 
@@ -130,9 +133,7 @@ def by_place(
 def is_named(requests: Sequence[ColumnRequest | None], header: Sequence[str]) -> bool:
     """Whether the requests name columns of the header: by their own names, or by known names of user and item."""
     given = [each for each in requests if each is not None]
-    if any(each.file_column is not None for each in given):
-        return True
-    return any(_find(header, each) is not None for each in given)
+    return any(each.file_column is not None or _find(header, each) for each in given)
 
 
 def has_known_names(fields: Sequence[str]) -> bool:
@@ -146,24 +147,41 @@ def normalise(name: str) -> str:
     return name.strip().strip("\"'").lower().split(":")[0]
 
 
-def _find(header: Sequence[str], request: ColumnRequest) -> int | None:
-    """The place of a requested column: of its file column or own name, or else of a known name of its role."""
+def _find(header: Sequence[str], request: ColumnRequest) -> list[int]:
+    """The places of a requested column: of its file column or own name, or else of all known names of its role."""
     wanted = request.file_column or request.name
     if wanted in header:
-        return list(header).index(wanted)
+        return [list(header).index(wanted)]
     plain = [normalise(name) for name in header]
     if request.file_column is None and request.name in KNOWN_NAMES:
-        return next((plain.index(each) for each in KNOWN_NAMES[request.name].split() if each in plain), None)
-    return plain.index(normalise(wanted)) if normalise(wanted) in plain else None
+        return [plain.index(each) for each in KNOWN_NAMES[request.name].split() if each in plain]
+    return [plain.index(normalise(wanted))] if normalise(wanted) in plain else []
+
+
+def _one_place(path: Path, header: Sequence[str], role: str, places: Sequence[int]) -> int:
+    """The place of a role; UserError where several columns may have it."""
+    names = [header[place] for place in places]
+    if [normalise(name) for name in names] == AMAZON_ITEMS:
+        logging.warning(
+            "%s: the items are %r, as in the published benchmarks; item=%s in --columns tells the variants of a product apart",
+            path,
+            *names,
+        )
+    elif len(places) > 1:
+        raise UserError(
+            f"{path}: {' and '.join(map(repr, names))} may each be the {role}; say which with --columns, as {role}={names[0]}"
+        )
+    return places[0]
 
 
 def _named_column(path: Path, header: Sequence[str], request: ColumnRequest) -> Column:
-    place = _find(header, request)
-    if place is None:
+    places = _find(header, request)
+    if not places:
         wanted = request.file_column or request.name
         close = difflib.get_close_matches(wanted, list(header), 1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise UserError(f"{path}: no column {wanted!r} among: {', '.join(header)[:200]}{hint}")
+    place = _one_place(path, header, request.name, places)
     return _column(path, request, place, header[place])
 
 
@@ -192,20 +210,14 @@ def _by_known_names(path: Path, header: Sequence[str]) -> list[Column]:
     columns = []
     for role in KNOWN:
         places = [plain.index(each) for each in KNOWN_NAMES[role].split() if each in plain]
-        if role in ("user", "item") and not places:
+        if places:
+            place = _one_place(path, header, role, places)
+            columns.append(_column(path, ColumnRequest(role), place, header[place]))
+        elif role in ("user", "item"):
             raise UserError(
                 f"{path}: no {role} among: {', '.join(header)[:200]}; name the columns, as "
                 "--columns=user=...,item=..."
             )
-        if not places:
-            continue
-        if role in ("rating", "timestamp") and len(places) > 1:
-            names = " and ".join(repr(header[place]) for place in places)
-            raise UserError(
-                f"{path}: {names} may each be the {role}; say which with --columns, as {role}={header[places[0]]}"
-            )
-        kind = {"rating": "numerical", "timestamp": "time"}.get(role, "id")
-        columns.append(Column(role, kind, places[0], header[places[0]]))
     return columns
 
 

@@ -147,6 +147,27 @@ def test_a_possible_time_is_never_left_out_in_silence(tmp_path: Path, text: str,
     assert "timestamp" not in read(path, "user,item")
 
 
+@pytest.mark.parametrize("columns", [None, "user,item,timestamp"])
+def test_two_columns_for_one_role_are_refused(tmp_path: Path, columns: str | None) -> None:
+    path = write(tmp_path, "a.csv", "user_id,session_id,item_id,product_id,time\nu,s,i,p,7\n")
+    assert "'user_id' and 'session_id' may each be the user" in refused(path, columns)
+    one_user = "user=user_id,item,timestamp"
+    assert "'item_id' and 'product_id' may each be the item; say which" in refused(path, one_user)
+    assert read(path, "user=session_id,item=product_id,timestamp")["item"] == ["p"]
+
+
+@pytest.mark.parametrize("columns", [None, "user,item,rating,timestamp"])
+def test_amazons_variants_of_a_product_are_one_item_and_the_log_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, columns: str | None
+) -> None:
+    text = '{"rating": 5.0, "asin": "V1", "parent_asin": "P", "user_id": "A", "timestamp": 1588687728923}\n'
+    path = write(tmp_path, "reviews.jsonl", text)
+    with caplog.at_level(logging.WARNING, logger="absl"):
+        assert read(path, columns)["item"] == ["P"]
+    assert "'parent_asin'" in caplog.text and "item=asin" in caplog.text
+    assert read(path, "user=user_id,item=asin,rating,timestamp")["item"] == ["V1"]
+
+
 def test_further_columns_are_typed(tmp_path: Path) -> None:
     path = write(tmp_path, "a.csv", "user,item,timestamp,genre,progress\nu,i,5,sf,0.5\nu,j,6,,\n")
     events = read(path, "user,item,timestamp,category=genre:categorical,progress:numerical")

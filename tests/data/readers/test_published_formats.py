@@ -37,6 +37,12 @@ FORMATS = {
         "user_id,parent_asin,rating,timestamp,history\nAGKA,1782490671,5.0,1641648017503,0001 0002\n",
         ReadOptions(), ("AGKA", "1782490671", 5.0, 1641648017.503),
     ),
+    "Amazon 2023, reviews": (
+        "Books.jsonl",
+        '{"rating": 5.0, "title": "Such a lovely scent", "text": "This", "images": [], "asin": "B00YQ6X8EO", "parent_asin": '
+        '"B00YQ6X8XX", "user_id": "AGKH", "timestamp": 1588687728923, "helpful_vote": 0, "verified_purchase": true}\n',
+        ReadOptions("user=user_id,item=parent_asin,rating,timestamp"), ("AGKH", "B00YQ6X8XX", 5.0, 1588687728.923),
+    ),
     "ML-25M and ML-32M": (
         "ratings.csv", "userId,movieId,rating,timestamp\n1,296,5.0,1147880044\n",
         ReadOptions(), ("1", "296", 5.0, 1147880044),
