@@ -26,8 +26,6 @@ from generative_recommenders.data.preparation.event_store import chunks
 from generative_recommenders.data.preparation.folder import new_file
 from generative_recommenders.data.preparation.prepare import DEFAULT_MEMORY_LIMIT, prepare_batches
 from generative_recommenders.data.readers.events import RawRatings
-from generative_recommenders.data.readers.files import first_bytes, is_packed
-from generative_recommenders.data.readers.sources import GZIP_FACTOR
 from generative_recommenders.data.readers.text import Block, read_blocks
 from generative_recommenders.data.readers.times import MAX_SECONDS
 from generative_recommenders.data.store import SequenceDataset
@@ -121,7 +119,7 @@ def import_text(
         source={"dataset": "exchange text", "input": path.name},
     )
     batches = (table.drop_columns(absent) for table in read_text(path))
-    return prepare_batches(raw, batches, Path(out_dir), memory_limit, _guess_events(path))
+    return prepare_batches(raw, batches, Path(out_dir), memory_limit)
 
 
 def _unused_columns(path: Path) -> list[str]:
@@ -138,13 +136,6 @@ def _unused_columns(path: Path) -> list[str]:
     if unused is None:
         raise UserError(f"{path}: the file is empty: it holds no user")
     return unused
-
-
-def _guess_events(path: Path) -> int:
-    """How many events the file may hold: an event takes three commas, and its first bytes say how far apart."""
-    sample, zipped = first_bytes(path, 1 << 16), is_packed(path)
-    events = sample.count(b",") // len(_LISTS)
-    return path.stat().st_size * (GZIP_FACTOR if zipped else 1) * events // max(1, len(sample))
 
 
 def read_text(path: Path) -> Iterator[pa.Table]:

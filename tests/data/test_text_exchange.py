@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,8 +14,6 @@ import pytest
 
 from generative_recommenders.data import text_exchange
 from generative_recommenders.data.parquet_export import export_parquet
-from generative_recommenders.data.preparation import prepare as preparation
-from generative_recommenders.data.preparation.event_store import Events, collect_events
 from generative_recommenders.data.preparation.prepare import prepare_batches
 from generative_recommenders.data.readers.events import RawRatings
 from generative_recommenders.data.store import SequenceDataset
@@ -89,7 +88,7 @@ def test_k_core_is_kept(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("zeros", ["", "ratings", "timestamps"])
 def test_beyond_the_memory_limit_events_go_to_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zeros: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, zeros: str
 ) -> None:
     """The same folder, whatever the limit; one block of lines at a time is held."""
     lines = []
@@ -100,17 +99,13 @@ def test_beyond_the_memory_limit_events_go_to_files(
         lines.append(f'{user},{user},"{",".join(items)}","{",".join(ratings)}","{",".join(times)}"\n')
     (tmp_path / "s.csv").write_text(HEADER + "".join(lines))
     monkeypatch.setattr(text_exchange.read_blocks, "__defaults__", (2_000, 1 << 20))
-    spilled = []
-
-    def spy(batches: Iterable[pa.Table], run_events: int, spill: Path | None) -> Events:
-        spilled.append(spill is not None)
-        return collect_events(batches, run_events, spill)
-
-    monkeypatch.setattr(preparation, "collect_events", spy)
-    inside = import_text(tmp_path / "s.csv", tmp_path / "inside", "t")
-    outside = import_text(tmp_path / "s.csv", tmp_path / "outside", "t", memory_limit=60_000)
+    said = "events are kept in files"
+    with caplog.at_level(logging.INFO, logger="absl"):
+        inside = import_text(tmp_path / "s.csv", tmp_path / "inside", "t")
+        assert said not in caplog.text
+        outside = import_text(tmp_path / "s.csv", tmp_path / "outside", "t", memory_limit=60_000)
+        assert said in caplog.text
     assert inside == outside
-    assert spilled == [False, True]
     SequenceDataset.open(tmp_path / "outside").verify()
 
 

@@ -10,8 +10,7 @@ from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
-
-from generative_recommenders.data import schema
+from absl import logging
 
 BYTES_PER_EVENT = 100
 """Memory that one event takes at most while ids are collected: strings, codes and the dictionary's share."""
@@ -51,12 +50,12 @@ def write_numbers(file: BinaryIO, values: np.ndarray) -> None:
     file.write(np.ascontiguousarray(values).data)
 
 
-def collect_events(batches: Iterable[pa.Table], run_events: int, spill: Path | None = None) -> Events:
+def collect_events(batches: Iterable[pa.Table], run_events: int, spill: Path) -> Events:
     """All events of the batches (columns as ``EventReader.batches`` yields them), of which there must be one.
 
     Texts are kept until ``run_events`` of them are there and then dictionary-encoded as one run, in threads while the next run
-    is read; at the end the dictionaries of the runs are merged. spill: a folder for the columns; only the dictionaries stay
-    in memory then.
+    is read; at the end the dictionaries of the runs are merged. Where there are several runs their columns go to files in the
+    folder ``spill``; only the dictionaries stay in memory then.
     """
     runs = _Runs(spill)
     pending: list[pa.Table] = []
@@ -66,56 +65,56 @@ def collect_events(batches: Iterable[pa.Table], run_events: int, spill: Path | N
             pending.append(batch)
             if sum(table.num_rows for table in pending) >= run_events:
                 runs.add(encoding)
-                encoding, pending = runs.encode(pool, pa.concat_tables(pending)), []
+                table, pending = pa.concat_tables(pending), []
+                encoding = {name: pool.submit(_encode, table[name]) for name in table.column_names}
         runs.add(encoding)
         if pending:
-            runs.add(runs.encode(pool, pa.concat_tables(pending)))
-        return runs.merged(pool)
+            table = pa.concat_tables(pending)
+            runs.add({name: pool.submit(_encode, table[name]) for name in table.column_names})
+        dictionaries = dict(zip(runs.dictionaries, pool.map(runs.merge, runs.dictionaries)))
+    columns = {name: runs.join(name) for name in runs.columns}
+    return Events(
+        columns.pop("user"),
+        columns.pop("item"),
+        columns.pop("rating", None),
+        columns.pop("timestamp", None),
+        dictionaries.pop("user"),
+        dictionaries.pop("item"),
+        columns,
+        dictionaries,
+    )
 
 
 class _Runs:
     """Encoded runs of events: dictionaries of the text columns, and the numbers of all columns."""
 
-    def __init__(self, spill: Path | None) -> None:
+    def __init__(self, spill: Path) -> None:
         self.spill = spill
-        self.kinds: dict[str, str] = {}
         self.dictionaries: dict[str, list[pa.Array]] = {}
         self.columns: dict[str, list[np.ndarray]] = {}
-        self.bounds = [0]
-
-    def encode(self, pool: ThreadPoolExecutor, table: pa.Table) -> dict[str, Future]:
-        self.kinds = schema.extra_kinds(table.schema)
-        return {name: pool.submit(_encode, table[name]) for name in table.column_names}
 
     def add(self, encoding: dict[str, Future]) -> None:
         for name, job in encoding.items():
             dictionary, values = job.result()
             if dictionary is not None:
                 self.dictionaries.setdefault(name, []).append(dictionary)
-            if self.spill is not None:
-                first, path = self.bounds[-1], self.spill / f"{name}.bin"
-                with path.open("ab") as out:
-                    write_numbers(out, values)
-                values = np.memmap(path, values.dtype, "r+", first * values.itemsize, values.shape)
-            self.columns.setdefault(name, []).append(values)
-        if encoding:
-            self.bounds.append(self.bounds[-1] + len(values))
+            runs = self.columns.setdefault(name, [])
+            runs.append(values)
+            for place, values in enumerate(runs if len(runs) > 1 else []):
+                if not isinstance(values, np.memmap):
+                    runs[place] = self._in_file(name, values)
 
-    def merged(self, pool: ThreadPoolExecutor) -> Events:
-        dictionaries = dict(zip(self.dictionaries, pool.map(self._merge, self.dictionaries)))
-        columns = {name: self._join(name) for name in self.columns}
-        return Events(
-            columns.pop("user"),
-            columns.pop("item"),
-            columns.pop("rating", None),
-            columns.pop("timestamp", None),
-            dictionaries.pop("user"),
-            dictionaries.pop("item"),
-            columns,
-            dictionaries,
-        )
+    def _in_file(self, name: str, values: np.ndarray) -> np.ndarray:
+        """The values at the end of the column's file, mapped."""
+        if not self.spill.exists():
+            logging.info("the input exceeds the memory limit: events are kept in files")
+            self.spill.mkdir()
+        with (self.spill / f"{name}.bin").open("ab") as out:
+            first = out.tell()
+            write_numbers(out, values)
+        return np.memmap(out.name, values.dtype, "r+", first, values.shape)
 
-    def _merge(self, name: str) -> pa.Array:
+    def merge(self, name: str) -> pa.Array:
         """The texts of all runs, each once; the codes of the runs become codes into them."""
         if len(self.dictionaries[name]) == 1:
             return self.dictionaries[name][0]
@@ -126,12 +125,9 @@ class _Runs:
                 codes[part] = new_code[codes[part]]
         return merged.chunk(0).dictionary
 
-    def _join(self, name: str) -> np.ndarray:
+    def join(self, name: str) -> np.ndarray:
         runs = self.columns[name]
-        if self.spill is not None:
-            return np.memmap(self.spill / f"{name}.bin", runs[0].dtype, "r")
-        self.columns[name] = []  # so that parts and whole are both held for one column alone
-        return runs[0] if len(runs) == 1 else np.concatenate(runs)
+        return runs[0] if len(runs) == 1 else np.memmap(self.spill / f"{name}.bin", runs[0].dtype, "r")
 
 
 def _encode(column: pa.ChunkedArray) -> tuple[pa.Array | None, np.ndarray]:

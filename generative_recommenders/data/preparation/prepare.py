@@ -40,6 +40,7 @@ from generative_recommenders.data.preparation.filters import apply_filter, parse
 from generative_recommenders.data.preparation.folder import new_folder
 from generative_recommenders.data.readers.events import EventReader, RawRatings
 from generative_recommenders.data.readers.times import NANOSECONDS
+from generative_recommenders.data.schema import extra_kinds
 from generative_recommenders.errors import UserError
 
 SORT_BYTES_PER_EVENT = 120
@@ -63,8 +64,8 @@ def prepare(raw: RawRatings, out_dir: str | Path, memory_limit: int = DEFAULT_ME
     parse_filter(raw.filter)
     reader = EventReader(raw.files, raw.options)
     order.check_choices(raw.tie_order, raw.duplicates, "timestamp" in reader.schema.names)
-    num_events = reader.estimated_events()
-    return prepare_batches(raw, reader.batches(), Path(out_dir), memory_limit, num_events, NANOSECONDS["s"])
+    extra_kinds(reader.schema)
+    return prepare_batches(raw, reader.batches(), Path(out_dir), memory_limit, NANOSECONDS["s"])
 
 
 def prepare_batches(
@@ -72,12 +73,11 @@ def prepare_batches(
     batches: Iterable[pa.Table],
     out_dir: Path,
     memory_limit: int,
-    num_events: int = 0,
     ticks_per_second: int = 1,
 ) -> Manifest:
     """``prepare`` with the events given as tables (columns of ``EventReader.batches``).
 
-    num_events: about how many there are. ticks_per_second: of their ``timestamp``; events are sorted by ticks and keep seconds.
+    ticks_per_second: of their ``timestamp``; events are sorted by ticks and keep seconds.
     """
     bucket_events = max(1, min(memory_limit // SORT_BYTES_PER_EVENT, CHUNK_EVENTS))
     with new_folder(out_dir) as folder:
@@ -85,10 +85,7 @@ def prepare_batches(
         with phase("read and number the ids"):
             # few long runs: ids that come back in another run are hashed again when runs are merged
             run_events = max(1, memory_limit // BYTES_PER_EVENT)
-            if num_events * BYTES_PER_EVENT > memory_limit:
-                spill.mkdir()
-                logging.info("the input may exceed the memory limit: events are kept in files")
-            events = collect_events(batches, run_events, spill if spill.exists() else None)
+            events = collect_events(batches, run_events, spill)
         with phase("filter"):
             ties, kept = order.order_raw(
                 events, raw.tie_order, raw.duplicates, ticks_per_second, bucket_events

@@ -15,7 +15,8 @@ from absl import logging
 from generative_recommenders.data.readers import layout as layouts
 from generative_recommenders.data.readers import times, values
 from generative_recommenders.data.readers.layout import Column, ColumnRequest, Layout
-from generative_recommenders.data.readers.sources import TableSource, TextOptions, TextSource, open_source
+from generative_recommenders.data.readers.sources import TextOptions, TextSource, open_source
+from generative_recommenders.data.readers.tables import TableSource
 from generative_recommenders.data.readers.times import TimeFormat
 from generative_recommenders.data.schema import KINDS, KNOWN
 from generative_recommenders.errors import UserError
@@ -139,6 +140,7 @@ class EventReader:
             stamp = times.to_nanoseconds(sample.slice(row, 1), self.time_formats[column.name])[0]
             if stamp is not None:
                 return datetime.fromtimestamp(stamp / 10**9, UTC).isoformat(sep=" ", timespec="milliseconds")
+            sample = sample.to_physical()  # a time that Python may not be able to show
         return repr(str(sample[row])[:40])
 
     def batches(self) -> Iterator[pa.Table]:
@@ -221,12 +223,6 @@ class EventReader:
             self.dropped += count
             table = table.filter(~missing)
         return table.to_arrow().cast(self.schema)
-
-    def estimated_events(self) -> int:
-        """About how many events the files hold: what a table says, or as many lines as the first ones suggest."""
-        return sum(
-            open_source(path, self.options.text, self.requests).estimated_rows() for path in self.files
-        )
 
     @property
     def schema(self) -> pa.Schema:

@@ -16,6 +16,8 @@ JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 TABLE_SUFFIXES = (".parquet", ".arrow", ".feather", ".ipc")
 PACKED_SUFFIXES = (".gz", ".zst", ".zstd")
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+MOST_UNPACKED, SMALL_BYTES = 100, 256 << 20
+"""A file that unpacks to more than so many times its own size, and is not small, holds no events."""
 READ_FAULTS = (EOFError, OSError, zlib.error, gzip.BadGzipFile, pa.ArrowException)
 """What a damaged or unreadable file raises while it is read."""
 
@@ -58,12 +60,11 @@ def data_files(folder: Path, files: list[Path]) -> list[Path]:
 def kind_of(path: Path) -> str:
     """ "parquet", "arrow" (IPC file or stream), "json" (a JSON object a line) or "text" (delimited), by the first bytes."""
     start = first_bytes(path, 1 << 12)
-    if start.startswith(b"PAR1"):
+    if start.startswith((b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")):
+        kind = "parquet" if start.startswith(b"PAR1") else "arrow"
         if is_packed(path):
-            raise UserError(f"{path}: Parquet that is packed once more: unpack it first")
-        return "parquet"
-    if start.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
-        return "arrow"
+            raise UserError(f"{path}: {kind.capitalize()} that is packed once more: unpack it first")
+        return kind
     return "json" if start.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{") else "text"
 
 
@@ -71,6 +72,11 @@ def is_packed(path: Path) -> bool:
     """Whether a file is gzip or zstd by its first bytes."""
     with open_raw(path) as stream:
         return stream.read(4).startswith((_GZIP, _ZSTD))
+
+
+def unpacked_limit(path: Path) -> int:
+    """The bytes that a packed file of events may unpack to."""
+    return max(SMALL_BYTES, MOST_UNPACKED * path.stat().st_size)
 
 
 def open_raw(path: Path) -> BinaryIO:

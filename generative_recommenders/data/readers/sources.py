@@ -1,52 +1,26 @@
-"""Raw files as tables of text or typed columns: delimited text, JSON lines, Parquet and Arrow IPC."""
+"""Raw files as tables of text or typed columns: delimited text and JSON lines here, Parquet and Arrow IPC in `tables`."""
 
 from __future__ import annotations
 
 import io
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import polars as pl
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.ipc
-import pyarrow.parquet as pq
 
 from generative_recommenders.data.readers import text
-from generative_recommenders.data.readers.files import first_bytes, is_packed, kind_of, open_unpacked
+from generative_recommenders.data.readers.files import kind_of
 from generative_recommenders.data.readers.layout import ColumnRequest, has_known_names, is_named
-from generative_recommenders.data.readers.values import MAX_ID_BYTES, Rows
+from generative_recommenders.data.readers.tables import (
+    SAMPLE_ROWS,
+    ArrowSource,
+    ParquetSource,
+    TableSource,
+    one_line,
+)
+from generative_recommenders.data.readers.values import Rows
 from generative_recommenders.errors import UserError
-
-SAMPLE_ROWS = 100
-GZIP_FACTOR = 4
-_BATCH_BYTES = 64 << 20
-"""Values of a Parquet batch are read within about so many bytes."""
-MOST_UNPACKED, SMALL_BYTES = 100, 256 << 20
-"""A table that unpacks to more than so many times its own size, and is not small, is no table of events."""
-
-
-class TableSource(ABC):
-    """One raw file. header: names of its columns, or None where line 1 is data. sample: its first rows, all columns."""
-
-    header: list[str] | None
-    num_fields: int
-    sample: pl.DataFrame
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def estimated_rows(self) -> int:
-        """About how many rows the file has: lines of text as long as its first ones, unpacked by gzip's usual factor."""
-        start = first_bytes(self.path, 1 << 16)
-        size = self.path.stat().st_size * (GZIP_FACTOR if is_packed(self.path) else 1)
-        return size * max(1, start.count(b"\n")) // max(1, len(start))
-
-    @abstractmethod
-    def batches(self, places: Sequence[int]) -> Iterator[tuple[Rows, pl.DataFrame]]:
-        """All rows in order, of the columns at ``places`` (named "0", "1", ...), a bounded number at a time."""
 
 
 @dataclass(frozen=True)
@@ -212,180 +186,9 @@ def _read_json(path: Path, block: text.Block, names: list[str] | None) -> pl.Dat
                 if line.strip():
                     pl.read_ndjson(io.BytesIO(line), schema=schema)
             except pl.exceptions.PolarsError as fault:
-                raise UserError(f"{path}, line {number}: not a JSON object: {_one_line(fault)}") from error
-        raise UserError(f"{path}, near line {block.first_line}: {_one_line(error)}") from error
-
-
-class ParquetSource(TableSource):
-    """A Parquet file, read some rows of a row group at a time."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        with self._open([]) as file:
-            schema, metadata = file.schema_arrow, file.metadata
-            self.num_rows = metadata.num_rows
-            # Of row groups alone: pyarrow ends the process on faulty metadata of columns.
-            groups = range(metadata.num_row_groups)
-            unpacked = max(self.num_rows, sum(metadata.row_group(each).total_byte_size for each in groups))
-            held = path.stat().st_size
-        if unpacked > max(SMALL_BYTES, MOST_UNPACKED * held):
-            raise UserError(
-                f"{path}: {held} bytes that unpack to {unpacked} or more; is this a table of events?"
-            )
-        if self.num_rows == 0:
-            raise UserError(f"{path}: the file is empty: it holds no event")
-        self.header = schema.names
-        self.num_fields = len(self.header)
-        # text is read as dictionaries, so that a long value that every row repeats is held once
-        self.text_columns = [
-            field.name for field in schema if _is_text(field.type) and not pa.types.is_string_view(field.type)
-        ]
-        _, batch = next(self._read(self.header, SAMPLE_ROWS))
-        self.sample = _sample(batch)
-
-    def estimated_rows(self) -> int:
-        return self.num_rows
-
-    def _open(self, dictionaries: list[str]) -> pq.ParquetFile:
-        try:
-            file = pq.ParquetFile(self.path, read_dictionary=dictionaries)
-            file.schema_arrow.names  # noqa: B018  names that are no text raise here
-            return file
-        except UnicodeEncodeError:
-            raise UserError(f"{self.path}: the name of a Parquet file must be UTF-8; rename it") from None
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise UserError(
-                f"{self.path}: not a readable Parquet file, or cut short: {_one_line(error)}"
-            ) from error
-
-    def batches(self, places):
-        assert self.header is not None
-        names = [self.header[place] for place in places]
-        for first, batch in self._read(names, _BATCH_BYTES // (64 * max(1, len(places)))):
-            yield _rows_and_frame(self.path, first, batch, names, places)
-
-    def _read(self, names: list[str], batch_rows: int) -> Iterator[tuple[int, pa.RecordBatch]]:
-        """Batches with the number of rows before each."""
-        done = 0
-        try:
-            with self._open([name for name in names if name in self.text_columns]) as file:
-                for batch in file.iter_batches(batch_rows, columns=names):
-                    yield done, _checked(self.path, done, batch)
-                    done += batch.num_rows
-        except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{self.path}: damaged after row {done}: {_one_line(error)}") from error
-        if done != self.num_rows:
-            raise UserError(f"{self.path}: damaged: {done} rows where its footer says {self.num_rows}")
-
-
-class ArrowSource(TableSource):
-    """An Arrow IPC file or stream."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        self.sample = pl.DataFrame()
-        for batch in self._record_batches():
-            _checked(path, 0, batch)
-            self.header, self.sample = batch.schema.names, _sample(batch.slice(0, SAMPLE_ROWS))
-            if batch.num_rows:
-                break
-        if not len(self.sample):
-            raise UserError(f"{path}: the file is empty: it holds no event")
-        self.num_fields = len(self.header or [])
-
-    def _record_batches(self) -> Iterator[pa.RecordBatch]:
-        try:
-            with open_unpacked(self.path) as stream:
-                if stream.read(6) == b"ARROW1":
-                    with pa.memory_map(str(self.path)) as mapped:
-                        reader = pyarrow.ipc.open_file(mapped)
-                        for number in range(reader.num_record_batches):
-                            yield reader.get_batch(number)
-                    return
-                stream.seek(0)
-                yield from pyarrow.ipc.open_stream(stream)
-        except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{self.path}: damaged or cut short: {_one_line(error)}") from error
-
-    def batches(self, places):
-        assert self.header is not None
-        names = [self.header[place] for place in places]
-        done = 0
-        for batch in self._record_batches():
-            yield _rows_and_frame(self.path, done, _checked(self.path, done, batch), names, places)
-            done += batch.num_rows
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
-
-
-def _checked(path: Path, first: int, batch: pa.RecordBatch) -> pa.RecordBatch:
-    """The batch; UserError where its text is not UTF-8 or its offsets and indices lead out of it, as a forged file's may."""
-    for name, column in zip(batch.schema.names, batch.columns):
-        try:
-            column.validate(full=True)
-        except pa.ArrowException as error:
-            raise UserError(
-                f"{path}, row {first + 1} or later: column {name!r} is not UTF-8 text, or damaged: {_one_line(error)}"
-            ) from error
-    return batch
-
-
-def _sample(batch: pa.RecordBatch) -> pl.DataFrame:
-    """All columns of a batch by place; those that hold no value of an event, nested or long ones, are empty."""
-    columns = []
-    for place, column in enumerate(batch.columns):
-        kept = not pa.types.is_nested(column.type) and _first_long(_text_of(column)) is None
-        columns.append(pl.Series(str(place), pl.from_arrow(_plain(column)) if kept else [None] * len(column)))
-    return pl.DataFrame(columns)
-
-
-def _rows_and_frame(
-    path: Path, first: int, batch: pa.RecordBatch, names: list[str], places: Sequence[int]
-) -> tuple[Rows, pl.DataFrame]:
-    """Columns of a batch by place; UserError for text that is longer than an id, before it is copied into every row."""
-    rows = Rows(str(path), lambda row: f"row {first + row + 1}")
-    columns = []
-    for name, place in zip(names, places):
-        column = batch.column(name)
-        text = _text_of(column)
-        at = _first_long(text)
-        if text is not None and at is not None:
-            row = pc.index(column.indices, at).as_py() if pa.types.is_dictionary(column.type) else at
-            size = pc.binary_length(text[at]).as_py()
-            raise rows.fault(row, name, None, f"has {size} bytes; an id has at most {MAX_ID_BYTES}")
-        plain = pa.nulls(len(column)) if pa.types.is_nested(column.type) else _plain(column)
-        columns.append(pl.Series(str(place), pl.from_arrow(plain)))
-    return rows, pl.DataFrame(columns)
-
-
-def _text_of(column: pa.Array) -> pa.Array | None:
-    """The texts of a column, of a dictionary each once; None where it holds none."""
-    text = column.dictionary if pa.types.is_dictionary(column.type) else column
-    if pa.types.is_string_view(text.type):
-        text = text.cast(pa.large_string())
-    return text if _is_text(text.type) else None
-
-
-def _first_long(text: pa.Array | None) -> int | None:
-    """Where the first text lies that is longer than an id may be."""
-    if text is None:
-        return None
-    at = pc.index(pc.greater(pc.binary_length(text), MAX_ID_BYTES), True).as_py()
-    return None if at < 0 else at
-
-
-def _plain(column: pa.Array) -> pa.Array:
-    """Without dictionaries and string views, which polars would read as types of their own."""
-    if pa.types.is_string_view(column.type):
-        return column.cast(pa.large_string())
-    return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
+                raise UserError(f"{path}, line {number}: not a JSON object: {one_line(fault)}") from error
+        raise UserError(f"{path}, near line {block.first_line}: {one_line(error)}") from error
 
 
 def _has_digit(field: str) -> bool:
     return any(character.isdigit() for character in field)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

@@ -6,16 +6,18 @@ import csv
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 
-from generative_recommenders.data.readers.files import READ_FAULTS, open_unpacked
+from generative_recommenders.data.readers.files import READ_FAULTS, is_packed, open_unpacked, unpacked_limit
 from generative_recommenders.errors import UserError
 
-BLOCK_BYTES = 32 << 20
+BLOCK_BYTES, BLOCK_LINES = 16 << 20, 1 << 19
+"""Bounds on a block: a line may be short, and each of its fields takes some ten bytes more when it is read."""
 MAX_LINE_BYTES = 1 << 20
 SAMPLE_LINES = 100
 _READ_BYTES = 1 << 18
@@ -73,17 +75,19 @@ def read_blocks(
     than a text file has.
     """
     rest, line = b"", 1
+    unpacked, most = 0, unpacked_limit(path) if is_packed(path) else float("inf")
     with open_unpacked(path) as stream:
         while True:
             chunk = _read_chunk(path, stream, block_bytes, line)
+            unpacked += len(chunk)
+            if unpacked > most:
+                raise UserError(f"{path}: it unpacks to more than {most} bytes; is this a file of events?")
             data = rest + chunk
             if line == 1:
                 data = data.removeprefix(_BOM)
             end = len(data) if not chunk else data.rfind(b"\n") + 1
             if chunk and quoting and data.count(b'"', 0, end) % 2:  # end at the last line end outside quotes
-                read = np.frombuffer(data, np.uint8, end)
-                outside = (np.cumsum(read == ord('"'), dtype=np.uint8) & 1) == 0
-                ends = np.flatnonzero((read == ord("\n")) & outside)
+                ends = _line_ends(data[:end], quoting)
                 end = int(ends[-1]) + 1 if len(ends) else 0
             data, rest = data[:end], data[end:]
             if len(rest) > max_line_bytes:
@@ -92,11 +96,23 @@ def read_blocks(
                 if b"\n" in rest.rstrip(b"\n"):
                     what = f"a quote is not closed within {max_line_bytes} bytes; --quoting=none reads quotes as text"
                 raise UserError(f"{path}, line {at}: {what}; is this a text file of events?")
-            if data:
-                yield Block(data.replace(b"\r\n", b"\n").removesuffix(b"\r"), line)
-                line += data.count(b"\n")
+            cuts = [0, len(data)]
+            if data.count(b"\n") > BLOCK_LINES:
+                cuts[1:1] = (_line_ends(data, quoting)[BLOCK_LINES - 1 : -1 : BLOCK_LINES] + 1).tolist()
+            for part in (data[first:last] for first, last in pairwise(cuts) if last > first):
+                yield Block(part.replace(b"\r\n", b"\n").removesuffix(b"\r"), line)
+                line += part.count(b"\n")
             if not chunk:
                 return
+
+
+def _line_ends(data: bytes, quoting: bool) -> np.ndarray:
+    """Places of the line ends that no quotes enclose."""
+    read = np.frombuffer(data, np.uint8)
+    ends = read == ord("\n")
+    if quoting and b'"' in data:
+        ends &= (np.cumsum(read == ord('"'), dtype=np.uint8) & 1) == 0
+    return np.flatnonzero(ends)
 
 
 def _read_chunk(path: Path, stream, size: int, line: int) -> bytes:
@@ -121,6 +137,8 @@ def first_lines(path: Path, quoting: bool = False, count: int = SAMPLE_LINES) ->
     lines: list[str] = []
     first = 1
     for block in read_blocks(path, quoting, MAX_LINE_BYTES):
+        if not block.data.strip(b" \t\n"):  # a million blank lines at once
+            continue
         for number, line in enumerate(block.data.split(b"\n"), block.first_line):
             if len(lines) == count or not line.strip(b" \t"):
                 continue

@@ -46,7 +46,7 @@ def recognise(values: pl.Series, unit: str | None = None) -> TimeFormat | None:
     names it.
     """
     values = values.drop_nulls()
-    if values.dtype.is_temporal():
+    if values.dtype in (pl.Date, pl.Datetime):
         return TimeFormat(unit="ns")
     if values.dtype == pl.String:
         values = values.str.strip_chars()
@@ -64,6 +64,8 @@ def recognise(values: pl.Series, unit: str | None = None) -> TimeFormat | None:
         values = values.filter(number).cast(pl.Float64, strict=False)
     elif not values.dtype.is_numeric():
         return None
+    elif values.dtype.is_float():
+        values = values.drop_nans()
     if unit is not None:
         return TimeFormat(unit=unit)
     typical = cast(float, values.median()) if len(values) else 0.0  # one wrong value does not decide
@@ -72,8 +74,10 @@ def recognise(values: pl.Series, unit: str | None = None) -> TimeFormat | None:
 
 def to_nanoseconds(values: pl.Series, form: TimeFormat) -> pl.Series:
     """``[n]`` int64 nanoseconds since 1970, null where a value is not a time of this format from 1970 to 2200."""
-    if values.dtype.is_temporal():
-        times = values.cast(pl.Datetime("ns"), strict=False).cast(pl.Int64)
+    if values.dtype == pl.Date:
+        times = _scale(values.to_physical(), 86_400 * NANOSECONDS["s"])
+    elif isinstance(values.dtype, pl.Datetime):
+        times = _scale(values.to_physical(), NANOSECONDS[values.dtype.time_unit])
     elif form.text is not None:
         times = _parse_text(values.cast(pl.String), form.text)
     else:

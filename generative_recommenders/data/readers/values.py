@@ -70,7 +70,7 @@ def numbers(values: pl.Series, name: str, rows: Rows, optional: bool = False) ->
         found = text.cast(pl.Float64, strict=False)
     elif values.dtype.is_numeric() or values.dtype in (pl.Boolean, pl.Null):
         found = values.cast(pl.Float64)
-        missing = found.is_null() | (found.is_nan() if optional else pl.Series([False]))
+        missing = found.is_null() | found.is_nan()
     else:
         raise UserError(f"{rows.file}: the {name}s are of type {values.dtype}; they must be numbers")
     if optional:
@@ -91,6 +91,8 @@ def times(values: pl.Series, name: str, form: TimeFormat, rows: Rows, optional: 
     missing = values.is_null()
     if values.dtype == pl.String:
         missing |= values.str.strip_chars().is_in(MISSING).fill_null(True)
+    elif values.dtype.is_float():
+        missing |= values.is_nan().fill_null(True)
     if not optional:
         rows.refuse(
             missing, values, name, "is missing; remove the row, or leave the column out with --columns"
@@ -98,6 +100,8 @@ def times(values: pl.Series, name: str, form: TimeFormat, rows: Rows, optional: 
     bad = found.is_null() & ~missing
     if bad.any():
         row = cast(int, bad.arg_max())
+        if values.dtype.is_temporal():  # which may be no time that Python can show
+            raise rows.fault(row, name, None, "lies outside the years 1970 to 2200")
         raise rows.fault(row, name, values[row], _why_not(values, row, form))
     return found
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from generative_recommenders.data.readers import sources
+from generative_recommenders.data.readers import files
 from generative_recommenders.data.readers import text as delimited_text
 from generative_recommenders.data.readers.events import EventReader, ReadOptions
 from generative_recommenders.data.readers.sources import TextOptions
@@ -193,7 +193,7 @@ def test_long_texts_beside_the_events_are_passed_over(tmp_path: Path) -> None:
 def test_a_table_that_unpacks_to_much_is_refused_before_it_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "SMALL_BYTES", 1 << 20)
+    monkeypatch.setattr(files, "SMALL_BYTES", 1 << 20)
     values = pa.array(["x" * 1_000_000]).take(pa.array([0] * 300))
     table = pa.table({"user": values, "item": ["i"] * 300})
     pq.write_table(

@@ -1,0 +1,329 @@
+"""Parquet and Arrow IPC files as tables, within a budget of bytes whatever their headers claim."""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.ipc
+import pyarrow.parquet as pq
+
+from generative_recommenders.data.readers.files import open_raw, unpacked_limit
+from generative_recommenders.data.readers.values import MAX_ID_BYTES, Rows
+from generative_recommenders.errors import UserError
+
+SAMPLE_ROWS = 100
+_BATCH_BYTES = 64 << 20
+"""Values of a batch are taken on within about so many bytes."""
+_MESSAGE_BYTES = 2 << 30
+"""A record batch of Arrow IPC is unpacked whole: within so many bytes."""
+_DICTIONARY, _BATCH = 2, 3
+"""Kinds of messages of Arrow IPC that hold values."""
+
+
+class TableSource(ABC):
+    """One raw file. header: names of its columns, or None where line 1 is data. sample: its first rows, all columns."""
+
+    header: list[str] | None
+    num_fields: int
+    sample: pl.DataFrame
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @abstractmethod
+    def batches(self, places: Sequence[int]) -> Iterator[tuple[Rows, pl.DataFrame]]:
+        """All rows in order, of the columns at ``places`` (named "0", "1", ...), a bounded number at a time."""
+
+
+class ParquetSource(TableSource):
+    """A Parquet file, read some rows of a row group at a time."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        with self._open([]) as file:
+            schema, metadata = file.schema_arrow, file.metadata
+            self.num_rows = metadata.num_rows
+            # Of row groups alone: pyarrow ends the process on faulty metadata of columns.
+            groups = range(metadata.num_row_groups)
+            unpacked = max(self.num_rows, sum(metadata.row_group(each).total_byte_size for each in groups))
+        check_unpacked(path, unpacked)
+        if self.num_rows == 0:
+            raise UserError(f"{path}: the file is empty: it holds no event")
+        self.header = schema.names
+        self.num_fields = len(self.header)
+        # text is read as dictionaries, so that a long value that every row repeats is held once
+        self.text_columns = [
+            field.name for field in schema if _is_text(field.type) and not pa.types.is_string_view(field.type)
+        ]
+        _, batch = next(self._read(self.header, SAMPLE_ROWS))
+        self.sample = _sample(batch)
+
+    def _open(self, dictionaries: list[str]) -> pq.ParquetFile:
+        try:
+            file = pq.ParquetFile(self.path, read_dictionary=dictionaries)
+            file.schema_arrow.names  # noqa: B018  names that are no text raise here
+            return file
+        except UnicodeEncodeError:
+            raise UserError(f"{self.path}: the name of a Parquet file must be UTF-8; rename it") from None
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"{self.path}: not a readable Parquet file, or cut short: {one_line(error)}"
+            ) from error
+
+    def batches(self, places):
+        assert self.header is not None
+        names = [self.header[place] for place in places]
+        for first, batch in self._read(names, _batch_rows(places)):
+            yield _rows_and_frame(self.path, first, batch, names, places)
+
+    def _read(self, names: list[str], batch_rows: int) -> Iterator[tuple[int, pa.RecordBatch]]:
+        """Batches with the number of rows before each."""
+        done = 0
+        try:
+            with self._open([name for name in names if name in self.text_columns]) as file:
+                for batch in file.iter_batches(batch_rows, columns=names):
+                    yield done, _checked(self.path, done, batch)
+                    done += batch.num_rows
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{self.path}: damaged after row {done}: {one_line(error)}") from error
+        if done != self.num_rows:
+            raise UserError(f"{self.path}: damaged: {done} rows where its footer says {self.num_rows}")
+
+
+class ArrowSource(TableSource):
+    """An Arrow IPC file or stream, mapped, so that values that are not packed are not copied."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.sample = pl.DataFrame()
+        for batch in self._record_batches():
+            self.header, self.sample = batch.schema.names, _sample(batch.slice(0, SAMPLE_ROWS))
+            if batch.num_rows:
+                break
+        if not len(self.sample):
+            raise UserError(f"{path}: the file is empty: it holds no event")
+        self.num_fields = len(self.header or [])
+
+    def _record_batches(self) -> Iterator[pa.RecordBatch]:
+        done = 0
+        try:
+            with open_raw(self.path) as file:
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            check_claims(self.path, mapped)
+            if mapped[:6] == b"ARROW1":
+                reader = pyarrow.ipc.open_file(pa.BufferReader(mapped))
+                batches = (reader.get_batch(number) for number in range(reader.num_record_batches))
+            else:
+                batches = iter(pyarrow.ipc.open_stream(pa.BufferReader(mapped)))
+            for batch in batches:
+                yield _checked(self.path, done, batch)
+                done += batch.num_rows
+        except (pa.ArrowException, OSError, ValueError, struct.error) as error:
+            raise UserError(f"{self.path}: damaged or cut short: {one_line(error)}") from error
+
+    def batches(self, places):
+        assert self.header is not None
+        names = [self.header[place] for place in places]
+        done = 0
+        for batch in self._record_batches():
+            for first in range(0, batch.num_rows, _batch_rows(places)):
+                part = batch.slice(first, _batch_rows(places))
+                yield _rows_and_frame(self.path, done + first, part, names, places)
+            done += batch.num_rows
+
+
+def check_unpacked(path: Path, unpacked: int, most: float = float("inf")) -> None:
+    """UserError for a file that claims far more bytes than files of events do, or more than ``most``."""
+    if unpacked > min(unpacked_limit(path), most):
+        held = path.stat().st_size
+        raise UserError(f"{path}: {held} bytes that unpack to {unpacked} or more; is this a table of events?")
+
+
+def check_claims(path: Path, data: mmap.mmap) -> None:
+    """UserError where the messages of an Arrow IPC file or stream claim too many rows or unpacked bytes.
+
+    pyarrow allocates what the head of a packed buffer claims, and tells nothing of it before. The layout is that of Message.fbs
+    and File.fbs of Arrow's columnar format 1.0, whose tables are FlatBuffers. ValueError, struct.error: damaged.
+    """
+    if data[:6] == b"ARROW1":
+        (size,) = struct.unpack_from("<i", data, len(data) - 10)
+        footer = _FlatTable(data, len(data) - 10 - size)
+        blocks = [
+            *footer.structs(2, "<qi4xq"),
+            *footer.structs(3, "<qi4xq"),
+        ]  # of dictionaries and record batches
+        places = iter([place for place, _, _ in blocks])
+    else:
+        places = _places_of_messages(data)
+    total = 0
+    for place in places:
+        rows, unpacked = _claims(*_message(data, place))
+        check_unpacked(path, unpacked, _MESSAGE_BYTES)
+        total += max(rows, unpacked)
+        check_unpacked(path, total)
+
+
+def _message(data: mmap.mmap, place: int) -> tuple[_FlatTable, int]:
+    """A message and where its body begins; behind a mark, in files of all but the oldest programs, stands the size."""
+    place += 4 * (data[place : place + 4] == b"\xff" * 4)
+    return _FlatTable(data, place + 4), place + 4 + struct.unpack_from("<i", data, place)[0]
+
+
+def _places_of_messages(data: mmap.mmap) -> Iterator[int]:
+    place = 0
+    while place < len(data) and data[place : place + 8].strip(b"\xff").strip(b"\0"):  # an end is a size of 0
+        yield place
+        message, body = _message(data, place)
+        length = message.number(3, "<q")
+        if body <= place or length < 0:
+            raise ValueError("a message of less than no bytes")
+        place = body + length
+
+
+def _claims(message: _FlatTable, body: int) -> tuple[int, int]:
+    """Rows of a message, and the bytes that its packed buffers unpack to."""
+    kind = message.number(1, "<B")
+    if kind not in (_DICTIONARY, _BATCH):
+        return 0, 0
+    batch = message.child(2) if kind == _BATCH else message.child(2).child(1)
+    unpacked = 0
+    for offset, length in (
+        batch.structs(2, "<qq") if batch.place(3) else ()
+    ):  # field 3: how buffers are packed
+        if length:
+            unpacked += max(0, struct.unpack_from("<q", message.data, body + offset)[0])  # -1: as it is
+    return batch.number(0, "<q"), unpacked
+
+
+class _FlatTable:
+    """A table of a FlatBuffer, which ``data`` points to at the place ``pointer``; its fields are numbered."""
+
+    def __init__(self, data: mmap.mmap, pointer: int) -> None:
+        self.data = data
+        self.start = pointer + struct.unpack_from("<I", data, pointer)[0]
+
+    def place(self, field: int) -> int | None:
+        """Where a field lies; None where it is absent."""
+        places = self.start - struct.unpack_from("<i", self.data, self.start)[0]
+        (size,) = struct.unpack_from("<H", self.data, places)
+        offset = struct.unpack_from("<H", self.data, places + 4 + 2 * field)[0] if 4 + 2 * field < size else 0
+        return self.start + offset if offset else None
+
+    def number(self, field: int, form: str) -> int:
+        place = self.place(field)
+        return 0 if place is None else struct.unpack_from(form, self.data, place)[0]
+
+    def child(self, field: int) -> _FlatTable:
+        return _FlatTable(self.data, self.place(field) or 0)
+
+    def structs(self, field: int, form: str) -> list[tuple[int, ...]]:
+        place = self.place(field)
+        if place is None:
+            return []
+        place += struct.unpack_from("<I", self.data, place)[0]
+        (count,) = struct.unpack_from("<I", self.data, place)
+        return list(
+            struct.iter_unpack(form, self.data[place + 4 : place + 4 + count * struct.calcsize(form)])
+        )
+
+
+def _batch_rows(places: Sequence[int]) -> int:
+    """Rows of so many columns that lie within the budget."""
+    return _BATCH_BYTES // (64 * max(1, len(places)))
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _checked(path: Path, first: int, batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The batch; UserError where its text is not UTF-8 or its offsets and indices lead out of it, as a forged file's may."""
+    for name, column in zip(batch.schema.names, batch.columns):
+        try:
+            column.validate(full=True)
+        except pa.ArrowException as error:
+            raise UserError(
+                f"{path}, row {first + 1} or later: column {name!r} is not UTF-8 text, or damaged: {one_line(error)}"
+            ) from error
+    return batch
+
+
+def _sample(batch: pa.RecordBatch) -> pl.DataFrame:
+    """All columns of a batch by place; those that hold no value of an event, as lists or long texts, are empty."""
+    columns = []
+    for place, column in enumerate(batch.columns):
+        series = _series(column) if _first_long(_text_of(column)) is None else None
+        columns.append(pl.Series(str(place), [None] * len(column) if series is None else series))
+    return pl.DataFrame(columns)
+
+
+def _rows_and_frame(
+    path: Path, first: int, batch: pa.RecordBatch, names: list[str], places: Sequence[int]
+) -> tuple[Rows, pl.DataFrame]:
+    """Columns of a batch by place; UserError for text that is longer than an id, before it is copied into every row."""
+    rows = Rows(str(path), lambda row: f"row {first + row + 1}")
+    columns = []
+    for name, place in zip(names, places):
+        column = batch.column(name)
+        text = _text_of(column)
+        at = _first_long(text)
+        if text is not None and at is not None:
+            row = pc.index(column.indices, at).as_py() if pa.types.is_dictionary(column.type) else at
+            size = pc.binary_length(text[at]).as_py()
+            raise rows.fault(row, name, None, f"has {size} bytes; an id has at most {MAX_ID_BYTES}")
+        series = _series(column)
+        if series is None:
+            raise UserError(
+                f"{path}: column {name!r} is of type {column.type}, which holds no value of an event"
+            )
+        columns.append(series.alias(str(place)))
+    return rows, pl.DataFrame(columns)
+
+
+def _text_of(column: pa.Array) -> pa.Array | None:
+    """The texts of a column, of a dictionary each once; None where it holds none."""
+    text = _without_view(column.dictionary if pa.types.is_dictionary(column.type) else column)
+    return text if _is_text(text.type) else None
+
+
+def _without_view(column: pa.Array) -> pa.Array:
+    """Views of text, which few of pyarrow's functions know, as text."""
+    return column.cast(pa.large_string()) if pa.types.is_string_view(column.type) else column
+
+
+def _first_long(text: pa.Array | None) -> int | None:
+    """Where the first text lies that is longer than an id may be."""
+    if text is None:
+        return None
+    at = pc.index(pc.greater(pc.binary_length(text), MAX_ID_BYTES), True).as_py()
+    return None if at < 0 else at
+
+
+def _series(column: pa.Array) -> pl.Series | None:
+    """A column as polars' plain types, without dictionaries, extensions and time zones; None for a type that holds no values of
+    events."""
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        return _series(_without_view(column.dictionary).take(column.indices))
+    if isinstance(column, pa.ExtensionArray):
+        return _series(column.storage)
+    if pa.types.is_nested(kind) or pa.types.is_run_end_encoded(kind):
+        return None
+    # a time is kept in UTC whatever its zone, which the machine may not know
+    column = column.view(pa.timestamp(kind.unit)) if pa.types.is_timestamp(kind) else _without_view(column)
+    try:
+        return pl.Series(pl.from_arrow(column))
+    except (pl.exceptions.PolarsError, pa.ArrowException, NotImplementedError, TypeError, ValueError):
+        return None
+
+
+def one_line(error: Exception) -> str:
+    """The text of another program's error, shortened."""
+    return " ".join(str(error).split())[:200]
