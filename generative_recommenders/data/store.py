@@ -21,6 +21,7 @@ from generative_recommenders.data.manifest import (
     vocabulary_file,
 )
 from generative_recommenders.data.preparation import digests
+from generative_recommenders.data.readers.tables import check_parquet
 from generative_recommenders.data.schema import STORED, EventColumn
 from generative_recommenders.data.sources.download import file_digest
 from generative_recommenders.errors import UserError
@@ -226,11 +227,14 @@ def _check_offsets(folder: Path, manifest: Manifest, offsets: np.ndarray) -> Non
 
 def _check_rows(path: Path, expected: int) -> None:
     try:
-        rows = pq.read_metadata(_regular(path)).num_rows
+        metadata = pq.read_metadata(_regular(path))
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         raise UserError(f"{path}: missing, damaged or cut short; prepare the data again") from error
-    if rows != expected:
-        raise UserError(f"{path}: {rows} rows, the manifest says {expected}; prepare the data again")
+    check_parquet(path, metadata)
+    if metadata.num_rows != expected:
+        raise UserError(
+            f"{path}: {metadata.num_rows} rows, the manifest says {expected}; prepare the data again"
+        )
 
 
 def _regular(path: Path) -> Path:

@@ -16,7 +16,7 @@ JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 TABLE_SUFFIXES = (".parquet", ".arrow", ".feather", ".ipc")
 PACKED_SUFFIXES = (".gz", ".zst", ".zstd")
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
-MOST_UNPACKED, SMALL_BYTES = 100, 256 << 20
+MOST_UNPACKED = 100
 """A file that unpacks to more than so many times its own size, and is not small, holds no events."""
 READ_FAULTS = (EOFError, OSError, zlib.error, gzip.BadGzipFile, pa.ArrowException)
 """What a damaged or unreadable file raises while it is read."""
@@ -74,9 +74,9 @@ def is_packed(path: Path) -> bool:
         return stream.read(4).startswith((_GZIP, _ZSTD))
 
 
-def unpacked_limit(path: Path) -> int:
-    """The bytes that a packed file of events may unpack to."""
-    return max(SMALL_BYTES, MOST_UNPACKED * path.stat().st_size)
+def unpacked_limit(path: Path, small: int) -> int:
+    """The bytes that a packed file of events may unpack to, of which ``small`` are allowed to any."""
+    return max(small, MOST_UNPACKED * path.stat().st_size)
 
 
 def open_raw(path: Path) -> BinaryIO:

@@ -255,6 +255,8 @@ def _check(path: Path, columns: Sequence[Column], header: Sequence[str]) -> None
             )
     places = [column.place for column in columns]
     for column in columns:
+        if column.header and list(header).count(column.header) > 1:
+            raise UserError(f"{path}: several columns are called {column.header!r}; rename all but one")
         if places.count(column.place) > 1:
             name = header[column.place] if header else f"column {column.place + 1}"
             raise UserError(f"{path}: {name!r} is taken for two columns; name the right ones with --columns")

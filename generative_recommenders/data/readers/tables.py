@@ -21,8 +21,9 @@ from generative_recommenders.errors import UserError
 SAMPLE_ROWS = 100
 _BATCH_BYTES = 64 << 20
 """Values of a batch are taken on within about so many bytes."""
-_MESSAGE_BYTES = 2 << 30
-"""A record batch of Arrow IPC is unpacked whole: within so many bytes."""
+SMALL_BYTES, _PART_BYTES = 64 << 20, 2 << 30
+"""What any table may unpack to, and what a row group or record batch may, of which much is unpacked at once."""
+_DIFFERENCE_ROWS = 128
 _DICTIONARY, _BATCH = 2, 3
 """Kinds of messages of Arrow IPC that hold values."""
 
@@ -48,12 +49,9 @@ class ParquetSource(TableSource):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         with self._open([]) as file:
-            schema, metadata = file.schema_arrow, file.metadata
-            self.num_rows = metadata.num_rows
-            # Of row groups alone: pyarrow ends the process on faulty metadata of columns.
-            groups = range(metadata.num_row_groups)
-            unpacked = max(self.num_rows, sum(metadata.row_group(each).total_byte_size for each in groups))
-        check_unpacked(path, unpacked)
+            schema = file.schema_arrow
+            self.num_rows = file.metadata.num_rows
+            check_parquet(path, file.metadata)
         if self.num_rows == 0:
             raise UserError(f"{path}: the file is empty: it holds no event")
         self.header = schema.names
@@ -62,6 +60,8 @@ class ParquetSource(TableSource):
         self.text_columns = [
             field.name for field in schema if _is_text(field.type) and not pa.types.is_string_view(field.type)
         ]
+        # text as differences to the one before: a row may stand for a long text of few bytes, so that few are read at a time
+        self.differences = False
         _, batch = next(self._read(self.header, SAMPLE_ROWS))
         self.sample = _sample(batch)
 
@@ -86,15 +86,42 @@ class ParquetSource(TableSource):
     def _read(self, names: list[str], batch_rows: int) -> Iterator[tuple[int, pa.RecordBatch]]:
         """Batches with the number of rows before each."""
         done = 0
-        try:
-            with self._open([name for name in names if name in self.text_columns]) as file:
-                for batch in file.iter_batches(batch_rows, columns=names):
-                    yield done, _checked(self.path, done, batch)
-                    done += batch.num_rows
-        except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{self.path}: damaged after row {done}: {one_line(error)}") from error
-        if done != self.num_rows:
-            raise UserError(f"{self.path}: damaged: {done} rows where its footer says {self.num_rows}")
+        while done < self.num_rows:
+            dictionaries = [] if self.differences else [name for name in names if name in self.text_columns]
+            try:
+                with self._open(dictionaries) as file:
+                    first = 0
+                    batches = file.iter_batches(
+                        _DIFFERENCE_ROWS if self.differences else batch_rows, columns=names
+                    )
+                    for batch in _joined(batches, batch_rows) if self.differences else batches:
+                        new = batch.slice(min(batch.num_rows, max(0, done - first)))
+                        first += batch.num_rows
+                        if new.num_rows:
+                            yield done, _checked(self.path, done, new)
+                            done += new.num_rows
+            except (pa.ArrowException, OSError) as error:
+                # pyarrow gives such text without dictionaries alone
+                if self.differences or "DictAccumulator" not in str(error):
+                    raise UserError(f"{self.path}: damaged after row {done}: {one_line(error)}") from error
+                self.differences = True
+                continue
+            if done != self.num_rows:
+                raise UserError(f"{self.path}: damaged: {done} rows where its footer says {self.num_rows}")
+
+
+def _joined(batches: Iterator[pa.RecordBatch], most_rows: int) -> Iterator[pa.RecordBatch]:
+    """Short batches as longer ones, within the budget of bytes."""
+    waiting: list[pa.RecordBatch] = []
+    rows = size = 0
+    for batch in batches:
+        waiting.append(batch)
+        rows, size = rows + batch.num_rows, size + batch.nbytes
+        if rows >= most_rows or size >= _BATCH_BYTES:
+            yield pa.concat_batches(waiting)
+            waiting, rows, size = [], 0, 0
+    if waiting:
+        yield pa.concat_batches(waiting)
 
 
 class ArrowSource(TableSource):
@@ -139,9 +166,17 @@ class ArrowSource(TableSource):
             done += batch.num_rows
 
 
+def check_parquet(path: Path, metadata: pq.FileMetaData) -> None:
+    """UserError for a file whose row groups unpack to too much. Of groups alone: pyarrow ends the process on faulty metadata of
+    columns."""
+    groups = [metadata.row_group(each).total_byte_size for each in range(metadata.num_row_groups)]
+    check_unpacked(path, max(groups, default=0), _PART_BYTES)
+    check_unpacked(path, max(metadata.num_rows, sum(groups)))
+
+
 def check_unpacked(path: Path, unpacked: int, most: float = float("inf")) -> None:
     """UserError for a file that claims far more bytes than files of events do, or more than ``most``."""
-    if unpacked > min(unpacked_limit(path), most):
+    if unpacked > min(unpacked_limit(path, SMALL_BYTES), most):
         held = path.stat().st_size
         raise UserError(f"{path}: {held} bytes that unpack to {unpacked} or more; is this a table of events?")
 
@@ -165,7 +200,7 @@ def check_claims(path: Path, data: mmap.mmap) -> None:
     total = 0
     for place in places:
         rows, unpacked = _claims(*_message(data, place))
-        check_unpacked(path, unpacked, _MESSAGE_BYTES)
+        check_unpacked(path, unpacked, _PART_BYTES)
         total += max(rows, unpacked)
         check_unpacked(path, total)
 

@@ -19,6 +19,8 @@ from generative_recommenders.errors import UserError
 BLOCK_BYTES, BLOCK_LINES = 16 << 20, 1 << 19
 """Bounds on a block: a line may be short, and each of its fields takes some ten bytes more when it is read."""
 MAX_LINE_BYTES = 1 << 20
+SMALL_BYTES = 256 << 20
+"""What any packed file may unpack to; it is read a block at a time."""
 SAMPLE_LINES = 100
 _READ_BYTES = 1 << 18
 _BOM = b"\xef\xbb\xbf"
@@ -75,7 +77,7 @@ def read_blocks(
     than a text file has.
     """
     rest, line = b"", 1
-    unpacked, most = 0, unpacked_limit(path) if is_packed(path) else float("inf")
+    unpacked, most = 0, unpacked_limit(path, SMALL_BYTES) if is_packed(path) else float("inf")
     with open_unpacked(path) as stream:
         while True:
             chunk = _read_chunk(path, stream, block_bytes, line)

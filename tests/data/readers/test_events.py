@@ -9,6 +9,7 @@ from typing import Any
 
 import polars as pl
 import pyarrow as pa
+import pyarrow.feather
 import pyarrow.parquet
 import pytest
 
@@ -145,6 +146,50 @@ def test_a_possible_time_is_never_left_out_in_silence(tmp_path: Path, text: str,
     path = write(tmp_path, "a.csv", text)
     assert named in refused(path)
     assert "timestamp" not in read(path, "user,item")
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet", "arrow"])
+def test_two_columns_of_one_name_are_refused(tmp_path: Path, suffix: str) -> None:
+    path = write(tmp_path, "a.csv", "user,item,item\nu,i,j\n")
+    table = pa.table([["u"], ["i"], ["j"]], names=["user", "item", "item"])
+    if suffix == "parquet":
+        pa.parquet.write_table(table, path)
+    elif suffix == "arrow":
+        pa.feather.write_feather(table, path)
+    assert "several columns are called 'item'" in refused(path)
+
+
+@pytest.mark.parametrize(
+    ("values", "word"),
+    [
+        (pa.array([1, 2], pa.duration("s")), "no time"),
+        (pa.array([1, 2], pa.time32("s")), "no time"),
+        (pa.array([[1], [2]]), "no time"),
+        (pa.array([5, 2**63 - 1], pa.timestamp("us")), "row 2: the timestamp lies outside the years 1970 to 2200"),
+        (pa.array([-1, 5], pa.timestamp("ns")), "row 1: the timestamp lies outside"),
+        (pa.array([5.0, float("nan")]), "row 2: the timestamp 'nan' is missing"),
+    ],
+)  # fmt: skip
+def test_typed_columns_that_are_no_time_are_one_line(tmp_path: Path, values: pa.Array, word: str) -> None:
+    path = tmp_path / "a.parquet"
+    pa.parquet.write_table(pa.table({"user": ["u", "v"], "item": ["i", "j"], "timestamp": values}), path)
+    assert word in refused(path)
+
+
+def test_times_of_a_zone_that_the_machine_does_not_know(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    times = pa.array([1_600_000_000_001], pa.timestamp("ms", "Mars/Phobos"))
+    pa.parquet.write_table(pa.table({"user": ["u"], "item": ["i"], "timestamp": times}), path)
+    assert read(path)["timestamp"] == [1_600_000_000_001 * 10**6]
+
+
+def test_ids_of_odd_types(tmp_path: Path) -> None:
+    pl.DataFrame({"user": ["u", "v", "u"], "item": [1, 2, 3]}).cast({"user": pl.Categorical}).write_ipc(
+        tmp_path / "a.arrow"
+    )
+    assert read(tmp_path / "a.arrow")["user"] == ["u", "v", "u"]
+    pa.parquet.write_table(pa.table({"user": [["u"]], "item": [1]}), tmp_path / "a.parquet")
+    assert "column 'user' is of type list" in refused(tmp_path / "a.parquet")
 
 
 @pytest.mark.parametrize("columns", [None, "user,item,timestamp"])

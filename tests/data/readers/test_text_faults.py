@@ -6,6 +6,7 @@ import gzip
 import os
 import random
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from generative_recommenders.data.readers import files
+from generative_recommenders.data.readers import tables
 from generative_recommenders.data.readers import text as delimited_text
 from generative_recommenders.data.readers.events import EventReader, ReadOptions
 from generative_recommenders.data.readers.sources import TextOptions
@@ -22,6 +23,7 @@ from memory import memory_grows_at_most
 from ratings_files import COMMAS, PAIRS, error_of, read, write
 
 FOUND = ReadOptions()
+PAIRS_OF_COMMAS = ReadOptions("user,item", TextOptions(",", header=False))
 FOUR = "user,item,rating,timestamp"
 
 
@@ -193,7 +195,7 @@ def test_long_texts_beside_the_events_are_passed_over(tmp_path: Path) -> None:
 def test_a_table_that_unpacks_to_much_is_refused_before_it_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "SMALL_BYTES", 1 << 20)
+    monkeypatch.setattr(tables, "SMALL_BYTES", 1 << 20)
     values = pa.array(["x" * 1_000_000]).take(pa.array([0] * 300))
     table = pa.table({"user": values, "item": ["i"] * 300})
     pq.write_table(
@@ -204,6 +206,54 @@ def test_a_table_that_unpacks_to_much_is_refused_before_it_is_read(
     for name in ("long.parquet", "rows.parquet"):
         with memory_grows_at_most(64):
             assert "bytes that unpack to" in error_of(tmp_path / name, FOUND)
+
+
+@pytest.mark.parametrize("packing", ["zstd", "lz4"])
+@pytest.mark.parametrize("make", [pa.ipc.new_file, pa.ipc.new_stream])
+@pytest.mark.parametrize("dictionary", [True, False])
+def test_arrow_buffers_that_claim_much_are_refused_before_they_are_read(
+    tmp_path: Path, packing: str, make: Callable, dictionary: bool
+) -> None:
+    zeros = pa.array(np.zeros(10_000_000, np.int64))
+    values = pa.DictionaryArray.from_arrays(pa.array([0], pa.int32()), zeros) if dictionary else zeros
+    table = pa.table({"user": values, "item": values})
+    options = pa.ipc.IpcWriteOptions(compression=packing)
+    with make(tmp_path / "r.arrow", table.schema, options=options) as writer:
+        writer.write_table(table)
+    with memory_grows_at_most(64):
+        assert "bytes that unpack to" in error_of(tmp_path / "r.arrow", FOUND)
+
+
+def test_text_that_unpacks_to_much_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(delimited_text, "SMALL_BYTES", 8 << 20)
+    for data in (b"user,item\n" * (2 << 20), b"\n" * (16 << 20), b'{"user":1,"item":2}\n' * (1 << 20)):
+        path = write(tmp_path, gzip.compress(data, 9), "r.csv.gz")
+        assert "it unpacks to more than 8388608 bytes" in error_of(path, FOUND)
+
+
+def test_short_lines_are_read_in_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(delimited_text, "BLOCK_LINES", 1_000)
+    path = write(tmp_path, "".join(f'{n},"i{n % 3}\nx"\n' for n in range(5_000)))
+    batches = list(EventReader([path], PAIRS_OF_COMMAS).batches())
+    assert max(batch.num_rows for batch in batches) <= 1_000
+    assert pa.concat_tables(batches)["user"].to_pylist() == [str(n) for n in range(5_000)]
+    bad = write(tmp_path, "".join(f"{n},i,{n if n != 4_321 else 'x'}\n" for n in range(5_000)), "bad.csv")
+    assert f"{bad}, line 4322: the rating 'x'" in error_of(bad, ReadOptions("user,item,rating"))
+
+
+def test_text_as_differences_is_read_and_bounded(tmp_path: Path) -> None:
+    """Parquet's DELTA_BYTE_ARRAY holds a text as the part that differs from the one before: a page of gigabytes is short."""
+    options = {"use_dictionary": False, "write_statistics": False}
+    users = [f"user{n:05}" for n in range(1_000)]
+    table = pa.table({"user": users, "item": ["i"] * 1_000})
+    encoding = {"user": "DELTA_BYTE_ARRAY", "item": "PLAIN"}
+    pq.write_table(table, tmp_path / "r.parquet", column_encoding=encoding, row_group_size=300, **options)
+    assert read(tmp_path / "r.parquet", FOUND)["user"] == users
+    long = pa.array([HUGE]).take(pa.array([0] * 100))
+    table = pa.table({"user": pa.chunked_array([pa.array(["u"] * 100), *[long] * 10]), "item": ["i"] * 1_100})
+    pq.write_table(table, tmp_path / "long.parquet", column_encoding=encoding, **options)
+    with memory_grows_at_most(700):
+        assert "an id has at most 1024" in error_of(tmp_path / "long.parquet", FOUND)
 
 
 def test_a_wrong_delimiter_shows_the_number_of_fields(tmp_path: Path) -> None:
