@@ -118,7 +118,8 @@ class TrainingTask(torch.nn.Module):
         if negatives is None:
             return None, None
         read = negatives.ids.numel() + example.targets.numel() + example.past_ids.numel()
-        if read * DENSE_SHARE > items.table.shape[0] and items.tower is None:
+        # What an accelerator gathers is as much as is read, a CPU's tower computes each item once.
+        if read * DENSE_SHARE > items.table.shape[0] and (items.tower is None or dispatch.waits(items.table)):
             return None, None
         ids = [example.targets.flatten(), negatives.ids.flatten(), *([] if pool is None else [pool])]
         scored = sorted_unique(torch.cat(ids))

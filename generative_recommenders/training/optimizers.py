@@ -70,7 +70,7 @@ class LazyAdamW(TableOptimizer):
         decay = 1 - self.learning_rate * self.weight_decay
         if touched is not None:
             touched = touched[:, None]
-            rate, share = touched * rate, touched * grads.new_tensor(share)
+            rate, share = touched * rate, torch.where(touched, share, 0.0).to(grads.dtype)
             kept, decay = torch.where(touched, kept, 1.0), torch.where(touched, decay, 1.0)
         first = _taken(self.state["exp_avg"], rows).lerp_(grads, share)
         second = _taken(self.state["exp_avg_sq"], rows).mul_(kept).addcmul_(grads, grads, value=1 - beta2)
