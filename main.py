@@ -19,6 +19,7 @@ from generative_recommenders.commands.program import exit_code, parse_flags
 from generative_recommenders.commands.setup import EMBEDDED, Options
 from generative_recommenders.commands.train import dry_run_worker, train_worker
 from generative_recommenders.config.plugins import load_plugins
+from generative_recommenders.config.published import describe
 from generative_recommenders.config.registry import REGISTRIES
 from generative_recommenders.distributed.launch import launch
 from generative_recommenders.errors import UserError
@@ -170,7 +171,7 @@ def run(arguments: list[str]) -> int:
     )
     if _LIST.value:
         load_plugins(options.plugins)
-        show("\n".join(REGISTRIES[_LIST.value].describe()))
+        show("\n".join(describe(REGISTRIES[_LIST.value])))
         return 0
     if _MODE.value == "predict":
         wanted = PredictOptions(

@@ -50,19 +50,17 @@ class PlainStep:
     def __init__(self, settings: RunSettings, num_items: int) -> None:
         width, length = settings.items.item_embedding_dim, settings.data.max_sequence_length
         names = ("ffn_hidden_dim", "num_heads", "ffn_dropout_rate")
-        sizes = [settings.option(f"sasrec_encoder.{name}") for name in names]
+        sizes = [settings.value(f"sasrec_encoder.{name}") for name in names]
         self.items = nn.Embedding(num_items + 1, width, padding_idx=0)
         self.positions = nn.Embedding(length, width)
         self.blocks = nn.ModuleList(
-            PlainBlock(width, *sizes) for _ in range(settings.option("sasrec_encoder.num_blocks"))
+            PlainBlock(width, *sizes) for _ in range(settings.value("sasrec_encoder.num_blocks"))
         )
-        self.dropout = nn.Dropout(settings.model.dropout_rate)
+        self.dropout = nn.Dropout(settings.value("train_fn.dropout_rate"))
         modules = nn.ModuleList([self.items, self.positions, self.blocks])
-        self.optimizer = torch.optim.AdamW(
-            modules.parameters(), settings.optimizer.learning_rate, (0.9, 0.98)
-        )
+        self.optimizer = torch.optim.AdamW(modules.parameters(), settings.updates.learning_rate, (0.9, 0.98))
         self.num_items, self.num_negatives = num_items, settings.negatives.num_negatives
-        self.temperature = settings.model.temperature
+        self.temperature = settings.value("train_fn.temperature")
         self.future = torch.ones(length, length, dtype=torch.bool).triu(1)
 
     def __call__(self, example: TrainingExample) -> float:

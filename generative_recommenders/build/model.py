@@ -16,7 +16,7 @@ from generative_recommenders.build.factories import (
     get_similarity_function,
 )
 from generative_recommenders.build.objectives import auxiliary_weights, build_objective
-from generative_recommenders.build.registered import build_part
+from generative_recommenders.build.registered import build_part, options_of
 from generative_recommenders.config.registry import (
     ENCODERS,
     INPUT_PREPROCESSORS,
@@ -30,7 +30,6 @@ from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.encoders.two_tower import EntityFeature, FeatureMerger
 from generative_recommenders.modeling.event_features import EventFeatures
 from generative_recommenders.modeling.model import SequenceEncoder, SequenceRecommender
-from generative_recommenders.modeling.similarity.interface import Similarity
 
 
 def build_model(settings: RunSettings, catalogue: Catalogue) -> SequenceRecommender:
@@ -51,28 +50,29 @@ def build_model(settings: RunSettings, catalogue: Catalogue) -> SequenceRecommen
         "read_features": lambda options: partial(_item_features, catalogue, width),
     }
     similarity_name = settings.model.interaction_module_type or "DotProduct"
+    switched_on = {name: True for name, on in dict(settings.similarity).items() if on}
     try:
         items = build_part(settings, ITEM_EMBEDDINGS, settings.item_embedding, supplies)
         sequence = build_sequence(settings, catalogue)
         similarity = get_similarity_function(
             similarity_name, width, width, mutual_information="mi_loss" in auxiliary_weights(settings),
-            **{**settings.part_options(SIMILARITIES, similarity_name), **_switched_on(settings)},
+            **{**options_of(settings, SIMILARITIES, similarity_name), **switched_on},
         )  # fmt: skip
     except ValueError as error:
         raise UserError(str(error)) from error
-    _check_auxiliary(settings, similarity)
+    missing = sorted(set(auxiliary_weights(settings)) - similarity.auxiliary_loss_names)
+    if missing:
+        offered = ", ".join(sorted(similarity.auxiliary_loss_names)) or "none"
+        raise UserError(
+            f"loss_weights name {', '.join(missing)}, which this configuration does not produce ({offered})"
+        )
     return SequenceRecommender(items, sequence, similarity, build_objective(settings))
-
-
-def _switched_on(settings: RunSettings) -> dict[str, bool]:
-    """``get_similarity_function``'s own switches; False leaves what the similarity's options say."""
-    return {name: True for name, on in dict(settings.similarity).items() if on}
 
 
 def build_sequence(settings: RunSettings, catalogue: Catalogue) -> SequenceEncoder:
     """The dense part: preprocessor, encoder, context merger, postprocessor."""
     width, name = settings.items.item_embedding_dim, settings.model.input_preprocessor
-    options = settings.part_options(INPUT_PREPROCESSORS, name)
+    options = options_of(settings, INPUT_PREPROCESSORS, name)
     preprocessor = get_input_preprocessor(name, settings.data.max_tokens, width, **options)
     if preprocessor.needs_ratings:
         _check_ratings(settings, catalogue)
@@ -80,14 +80,14 @@ def build_sequence(settings: RunSettings, catalogue: Catalogue) -> SequenceEncod
     def encoder_of(name: str) -> torch.nn.Module:
         return get_sequential_encoder(
             name, preprocessor.embedding_dim, settings.data.max_tokens * preprocessor.tokens_per_item,
-            query_encoder=encoder_of, **settings.part_options(ENCODERS, name),
+            query_encoder=encoder_of, **options_of(settings, ENCODERS, name),
         )  # fmt: skip
 
     encoder, objective = encoder_of(settings.model.main_module), build_objective(settings)
     if objective.uses_mask and not encoder.causal:
         raise UserError(
             f"objective {settings.loss.objective!r} sets the attention mask, which hstu_encoder.normalization "
-            f"{settings.option('hstu_encoder.normalization')!r} cannot follow; choose 'rel_bias'"
+            f"{settings.value('hstu_encoder.normalization')!r} cannot follow; choose 'rel_bias'"
         )
     if objective.uses_mask and not getattr(encoder, "takes_attention_mask", True):
         raise UserError(
@@ -95,9 +95,7 @@ def build_sequence(settings: RunSettings, catalogue: Catalogue) -> SequenceEncod
             f"{settings.encoder_name!r} cannot read"
         )
     name = settings.model.user_embedding_norm
-    postprocessor = get_output_postprocessor(
-        name, width, **settings.part_options(OUTPUT_POSTPROCESSORS, name)
-    )
+    postprocessor = get_output_postprocessor(name, width, **options_of(settings, OUTPUT_POSTPROCESSORS, name))
     merger = _context_merger(settings, catalogue, encoder)
     return SequenceEncoder(preprocessor, encoder, postprocessor, merger, _event_features(settings, catalogue))
 
@@ -116,16 +114,6 @@ def _event_features(settings: RunSettings, catalogue: Catalogue) -> EventFeature
             raise UserError(f"train_fn.event_features names {name!r} twice")
     features = [catalogue.event_features[name] for name in names]
     return EventFeatures(features, settings.items.item_embedding_dim) if features else None
-
-
-def _check_auxiliary(settings: RunSettings, similarity: Similarity) -> None:
-    produced = similarity.auxiliary_loss_names
-    missing = sorted(set(auxiliary_weights(settings)) - produced)
-    if missing:
-        offered = ", ".join(sorted(produced)) or "none"
-        raise UserError(
-            f"loss_weights name {', '.join(missing)}, which this configuration does not produce ({offered})"
-        )
 
 
 def _categories(catalogue: Catalogue) -> torch.Tensor:
@@ -156,7 +144,7 @@ def _context_merger(
     if catalogue.users is None:
         raise UserError(f"item_tower.query_features: there is no data set to read {', '.join(names)} from")
     width = cast(int, encoder.output_dim)
-    reduction = settings.option("item_tower.list_reduction")
+    reduction = settings.value("item_tower.list_reduction")
     return FeatureMerger(catalogue.users.read(names, width, "item_tower.query_features", reduction), width)
 
 

@@ -10,7 +10,7 @@ import torch
 from generative_recommenders.build.catalogue import Catalogue
 from generative_recommenders.build.entity_features import class_assignment
 from generative_recommenders.build.factories import get_negatives_sampler
-from generative_recommenders.build.registered import build_part
+from generative_recommenders.build.registered import build_part, options_of
 from generative_recommenders.config.registry import LOSSES, NEGATIVE_SAMPLERS, OBJECTIVES
 from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.errors import UserError
@@ -26,16 +26,8 @@ from generative_recommenders.objectives.objective import Objective
 
 def build_objective(settings: RunSettings) -> Objective:
     """What is predicted: the next items of every position or of the last one, or hidden positions."""
-    name = settings.loss.objective
-    if "num_positives" not in OBJECTIVES[name].options.model_fields and (
-        settings.loss.num_positives > 1 or settings.loss.target_weights == "rating"
-    ):
-        raise UserError(
-            f"num_positives and target_weights are of next items, which objective {name!r} does not predict: unset them"
-        )
-    objective: Objective = build_part(
-        settings, OBJECTIVES, name, {"embedding_dim": settings.items.item_embedding_dim}
-    )
+    supplies = {"embedding_dim": settings.items.item_embedding_dim}
+    objective: Objective = build_part(settings, OBJECTIVES, settings.loss.objective, supplies)
     return objective
 
 
@@ -44,7 +36,7 @@ def auxiliary_weights(settings: RunSettings) -> dict[str, float]:
     decay of user embeddings is added.
     """
     weights = {**settings.weighted_loss.weights, **settings.loss.loss_weights}
-    decay = settings.option("create_mol_interaction_module.uid_embedding_l2_weight_decay")
+    decay = settings.value("create_mol_interaction_module.uid_embedding_l2_weight_decay")
     if decay and settings.model.interaction_module_type == "MoL":
         weights["uid_embedding_l2_norm"] = weights.get("uid_embedding_l2_norm", 0.0) + decay
     return weights
@@ -60,15 +52,11 @@ def build_criterion(
         raise UserError(
             "VQVAELoss trains a tokenizer of items, not a retriever: see compat.VQVAELoss, and choose another loss_module"
         )
-    part = LOSSES[name]
     _ = NEGATIVE_SAMPLERS[
         settings.negatives.sampling_strategy
     ]  # an unknown name is refused beside a loss that draws none, too
-    if settings.loss.target_weights == "rating" and not catalogue.has_ratings:
+    if settings.value("train_fn.target_weights") == "rating" and not catalogue.has_ratings:
         raise UserError(f'target_weights "rating" needs ratings, and {data} has none')
-    if settings.loss.label_smoothing and "label_smoothing" not in part.options.model_fields:
-        smooth = ", ".join(p.name for p in LOSSES.parts() if "label_smoothing" in p.options.model_fields)
-        raise UserError(f"label_smoothing acts in {smooth}, not in {name}; leave it at 0")
     loss = build_part(settings, LOSSES, name, {"num_items": catalogue.num_items})
     if isinstance(loss, SampledLoss):
         if settings.uses_item_tower and settings.negatives.negatives_sharing == "position":
@@ -87,7 +75,7 @@ def build_criterion(
     else:
         if settings.model.interaction_module_type == "MoL":
             raise UserError(f"{name} scores the catalogue by dot product; with MoL choose a sampled loss")
-        if isinstance(loss, ScalableCrossEntropyLoss) and settings.loss.num_positives > 1:
+        if isinstance(loss, ScalableCrossEntropyLoss) and settings.value("train_fn.num_positives") > 1:
             raise UserError(f"{name} takes one positive a position: leave num_positives at 1")
         criterion = CatalogueCriterion(loss)
     if objective.needs_item_table and (
@@ -102,13 +90,6 @@ def build_criterion(
 def build_sampler(settings: RunSettings, catalogue: Catalogue, name: str | None = None) -> NegativesSampler:
     """The negative sampler by ``train_fn.sampling_strategy``, or one of a mixture by its name."""
     n = settings.negatives
-    corrected = [
-        p.name for p in NEGATIVE_SAMPLERS.parts() if "log_q_correction" in p.options.model_fields
-    ]  # their draws have unequal or batch-dependent probabilities
-    if n.log_q_correction and n.sampling_strategy not in corrected:
-        raise UserError(
-            f"log_q_correction acts on {', '.join(corrected)}, not on sampling_strategy {n.sampling_strategy!r}: unset it"
-        )
 
     def mixed(options: dict[str, Any]) -> list[NegativesSampler]:
         if n.sampling_strategy in options["shares"]:
@@ -119,7 +100,7 @@ def build_sampler(settings: RunSettings, catalogue: Catalogue, name: str | None 
     return get_negatives_sampler(
         chosen, catalogue.num_items, n.num_negatives, Sharing(n.negatives_sharing, n.negatives_block_size),
         catalogue.counts, mixed, lambda options: _classes(settings, catalogue),
-        **settings.part_options(NEGATIVE_SAMPLERS, chosen),
+        **options_of(settings, NEGATIVE_SAMPLERS, chosen),
     )  # fmt: skip
 
 

@@ -7,10 +7,11 @@ import math
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, create_model, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
@@ -37,6 +38,30 @@ Probability = Annotated[float, Ge(0.0), Le(1.0)]
 
 SMALLEST, LARGEST = 1e-30, 1e30
 """Sizes of numbers that float32 holds with room for squares of sums."""
+
+
+@dataclass(frozen=True)
+class SuppliedTo:
+    """Metadata of a setting: it acts where a chosen part of the registry ``kind`` asks for the supply ``name``, or is there."""
+
+    kind: str
+    name: str | None = None
+
+
+@dataclass(frozen=True)
+class OptionOf:
+    """Metadata of a setting: it acts where the chosen part of the registry ``kind`` has an option of the same name."""
+
+    kind: str
+
+
+@dataclass(frozen=True)
+class Unless:
+    """Metadata of a setting: it acts unless another one, by its gin name, has one of some values."""
+
+    setting: str
+    values: tuple[Any, ...]
+
 
 Model = TypeVar("Model", bound="StrictModel")
 Built = TypeVar("Built")
@@ -103,6 +128,14 @@ def validated(model: type[Model], values: Mapping[str, Any], owner: str) -> Mode
     """The model of the values, or UserError naming ``owner.NAME``, what it must be and what it is."""
     with one_line_errors(model, owner):
         return model.model_validate(dict(values))
+
+
+def checked_value(gin_name: str, value: Any, field: FieldInfo | None = None) -> Any:
+    """One value as a field of a `StrictModel`, by default of any type, or UserError that calls it by its gin name."""
+    owner, _, name = gin_name.partition(".")
+    declared: Any = (Any, ...) if field is None else (field.annotation, field)
+    one: type[StrictModel] = create_model(owner, __base__=StrictModel, **{name: declared})
+    return getattr(validated(one, {name: value}, owner), name)
 
 
 @contextmanager
@@ -185,11 +218,11 @@ def type_name(annotation: Any) -> str:
     return getattr(annotation, "__name__", str(annotation))
 
 
-def describe_field(name: str, field: FieldInfo) -> str:
-    """``num_blocks: int = 2 (>= 1, <= 1000)``."""
+def describe_field(name: str, field: FieldInfo, default: Any = None) -> str:
+    """``num_blocks: int = 2 (>= 1, <= 1000)``. default: another one than the field's own."""
     text = f"{name}: {type_name(field.annotation)}"
-    if not field.is_required():
-        text += f" = {field.get_default(call_default_factory=True)!r}"
+    if default is not None or not field.is_required():
+        text += f" = {field.get_default(call_default_factory=True) if default is None else default!r}"
     signs = {Ge: (">=", "ge"), Gt: (">", "gt"), Le: ("<=", "le"), Lt: ("<", "lt")}
     bounds = field.metadata or [
         bound for each in get_args(field.annotation) for bound in getattr(each, "__metadata__", ())

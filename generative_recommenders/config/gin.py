@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import io
-import math
 import re
 import tokenize
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from gin import config_parser
 from generative_recommenders.config import schema as s
 from generative_recommenders.config.elsewhere import ELSEWHERE
 from generative_recommenders.config.fields import nearest
+from generative_recommenders.config.published import PUBLISHED
 from generative_recommenders.config.registry import parts_by_gin_name
 from generative_recommenders.errors import UserError
 
@@ -73,8 +73,8 @@ class _Parsed(config_parser.ParserDelegate):  # type: ignore[misc]
         self.files = 0
         self.macros: dict[str, tuple[str, Any]] = {}
         """Name to the place where it is given a value, and the value."""
-        self.bound: dict[str, dict[str, tuple[str, Any]]] = {}
-        """Owner and parameter to place and value."""
+        self.bound: dict[str, tuple[str, Any]] = {}
+        """Name to place and value."""
         self.used: set[str] = set()
         """Names that a %name refers to."""
 
@@ -91,18 +91,29 @@ class _Parsed(config_parser.ParserDelegate):  # type: ignore[misc]
         """The settings with what is bound; UserError for what no setting is, for values that grow without measure, and
         for values that cannot be.
         """
-        self._check_macros()
+        for name, (place, _) in self.macros.items():
+            if name not in self.used:  # most often a setting whose owner was left out
+                close = [each for each in s.NAMES if each.endswith("." + name)] or difflib.get_close_matches(
+                    name, s.NAMES, 1, 0.5
+                )
+                hint = f"; did you mean {close[0]!r}?" if close else ": write it as OWNER.NAME"
+                raise UserError(f"gin: {place}: {name!r} is no setting, and no %{name} refers to it{hint}")
         known: dict[str, int] = {}
         values: dict[str, Any] = {}
-        for owner, bound in self.bound.items():
-            for name, (place, value) in bound.items():
-                if self._entries(value, known) > MAX_ENTRIES:
-                    raise UserError(
-                        f"gin: {place}: a value of more than {MAX_ENTRIES} entries, or one that holds itself"
-                    )
-                values[f"{owner}.{name}"] = self._resolved(value, place)
+        for name, (place, value) in self.bound.items():
+            if self._entries(value, known) > MAX_ENTRIES:
+                raise UserError(
+                    f"gin: {place}: a value of more than {MAX_ENTRIES} entries, or one that holds itself"
+                )
+            values[name] = self._resolved(value, place)
         settings = settings.bind(values)
-        self._check_not_twice(settings)
+        for published in filter(values.__contains__, PUBLISHED):
+            for part, target in settings.readers(published):
+                own, there = f"{part.gin_name}.{target.option}", values[published]
+                if own in values and values[own] != there:
+                    raise UserError(
+                        f"gin: {own} = {values[own]!r} and {published} = {there!r} are one option: bind one of them"
+                    )
         return settings
 
     def _entries(self, value: Any, known: dict[str, int]) -> int:
@@ -132,42 +143,6 @@ class _Parsed(config_parser.ParserDelegate):  # type: ignore[misc]
                 raise UserError(f"gin: {place}: keys are names or numbers")
             return dict(pairs)
         return value
-
-    def _check_macros(self) -> None:
-        """UserError for a value without an owner, which no %name refers to: a setting whose owner was left out."""
-        for name, (place, _) in self.macros.items():
-            if name in self.used:
-                continue
-            close = [each for each in s.FIELDS if each.endswith("." + name)] or difflib.get_close_matches(
-                name, s.FIELDS, 1, 0.5
-            )
-            hint = f"; did you mean {close[0]!r}?" if close else ": write it as OWNER.NAME"
-            raise UserError(f"gin: {place}: {name!r} is no setting, and no %{name} refers to it{hint}")
-
-    def _check_not_twice(self, settings: s.RunSettings) -> None:
-        """UserError where a published name and the chosen part's own name are bound to different values."""
-        for registry, name in settings.chosen_parts():
-            gin_name = registry[name].gin_name if name in registry else ""
-            for option, published in s.published_options(registry.kind, gin_name).items():
-                owner, _, parameter = published.partition(".")
-                both = option in self.bound.get(gin_name, {}) and parameter in self.bound.get(owner, {})
-                if both:
-                    here, there = settings.options[gin_name][option], settings.published(published)
-                    if here != there:
-                        raise UserError(
-                            f"gin: {gin_name}.{option} = {here!r} and {published} = {there!r} are one option: bind one of them"
-                        )
-
-
-def _parameters(owner: str) -> list[str]:
-    """The names that can be bound on an owner."""
-    fields = [name.partition(".")[2] for name in s.FIELDS if name.startswith(f"{owner}.")]
-    part = parts_by_gin_name().get(owner)
-    return fields + (list(part.options.model_fields) if part else [])
-
-
-def _owners() -> list[str]:
-    return list(dict.fromkeys([*(name.partition(".")[0] for name in s.FIELDS), *parts_by_gin_name()]))
 
 
 def _bind_file(path: Path, missing: str, parsed: _Parsed) -> None:
@@ -269,19 +244,29 @@ def _bind(statement: Any, place: str, parsed: _Parsed) -> None:
             raise UserError(
                 f"gin: {place}: scopes cannot act here; write {owner}.{argument} without {scope + '/'!r}"
             )
-        owner, owners = owner.removeprefix(MODULE), _owners()
-        if owner not in owners:
-            raise UserError(f"gin: {place}: there is no configurable {owner!r}{nearest(owner, owners)}")
+        owner, known = owner.removeprefix(MODULE), _known_names()
+        if owner not in known:
+            raise UserError(f"gin: {place}: there is no configurable {owner!r}{nearest(owner, known)}")
         instead = ELSEWHERE.get(f"{owner}.{argument}")
         if instead is not None:
             if statement.value in (None, "", False):
                 return
             raise UserError(f"gin: {place}: {owner}.{argument} is no setting here: {instead}")
-        if argument not in _parameters(owner):
+        if argument not in known[owner]:
             raise UserError(
-                f"gin: {place}: {owner} has no parameter {argument!r}{nearest(argument, _parameters(owner))}"
+                f"gin: {place}: {owner} has no parameter {argument!r}{nearest(argument, known[owner])}"
             )
-        parsed.bound.setdefault(owner, {})[argument] = place, statement.value
+        parsed.bound[f"{owner}.{argument}"] = place, statement.value
+
+
+def _known_names() -> dict[str, list[str]]:
+    """Every owner with the names that can be bound on it."""
+    known: dict[str, list[str]] = {}
+    for name in s.NAMES:
+        known.setdefault(name.partition(".")[0], []).append(name.partition(".")[2])
+    for owner, part in parts_by_gin_name().items():
+        known.setdefault(owner, []).extend(part.options.model_fields)
+    return known
 
 
 def resolved_text(settings: s.RunSettings) -> str:
@@ -295,25 +280,11 @@ def resolved_text(settings: s.RunSettings) -> str:
 
 
 def resolved_values(settings: s.RunSettings) -> dict[str, Any]:
-    """Every gin name with its value, defaults included: published names first, then options of the chosen parts."""
-    values = {name: settings.published(name) for name in sorted(s.FIELDS)}
-    chosen = {r[name].gin_name: (r, name) for r, name in settings.chosen_parts() if name in r}
-    taken: set[str] = set()
-    for name in sorted({*settings.options, *chosen}):
-        own = dict(settings.options.get(name, {}))
-        if name in chosen:
-            registry, part = chosen[name]
-            filled = s.published_options(registry.kind, name)
-            taken |= {filled[option] for option in own if option in filled}
-            every = registry[part].option_values(settings.part_options(registry, part))
-            own.update({k: v for k, v in every.items() if k not in filled and _is_gin_value(v)})
-        values |= {f"{name}.{key}": value for key, value in sorted(own.items())}
-    return {name: value for name, value in values.items() if name not in taken}
-
-
-def _is_gin_value(value: Any) -> bool:
-    """Infinity, the default of a limit that does not act, has no form in gin."""
-    return not isinstance(value, float) or math.isfinite(value)
+    """Every gin name with its value, defaults included: settings first, then options of the chosen parts."""
+    sections = settings.to_json()
+    options, _ = sections.pop("options"), sections.pop("plugins")
+    blocks = [*sorted(sections.items()), *sorted(options.items())]
+    return {f"{owner}.{name}": value for owner, given in blocks for name, value in sorted(given.items())}
 
 
 def _one_line(text: str) -> str:
@@ -323,16 +294,8 @@ def _one_line(text: str) -> str:
 
 def differences(before: s.RunSettings, now: s.RunSettings) -> list[tuple[str, Any, Any]]:
     """(gin name, value before, value now) of every setting that differs."""
-    found = []
-    for name in s.FIELDS:
-        old, new = before.published(name), now.published(name)
-        if old != new:
-            found.append((name, old, new))
-    keys = sorted(
-        {(name, key) for side in (before, now) for name, values in side.options.items() for key in values}
-    )
-    for name, key in keys:
-        was, is_now = (side.option(f"{name}.{key}") for side in (before, now))
-        if was != is_now:
-            found.append((f"{name}.{key}", was, is_now))
-    return found
+    keys = {
+        f"{part}.{key}" for side in (before, now) for part, given in side.options.items() for key in given
+    }
+    values = ((name, before.value(name), now.value(name)) for name in (*s.NAMES, *sorted(keys)))
+    return [(name, was, is_now) for name, was, is_now in values if was != is_now]

@@ -2,94 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from absl import logging
 
-from generative_recommenders.config.registry import INPUT_PREPROCESSORS, LOSSES, parts_by_gin_name
-from generative_recommenders.config.schema import FIELDS, RunSettings
+from generative_recommenders.config.fields import OptionOf, SuppliedTo, Unless
+from generative_recommenders.config.published import PUBLISHED
+from generative_recommenders.config.registry import NEGATIVE_SAMPLERS, REGISTRIES, Registry, parts_by_gin_name
+from generative_recommenders.config.schema import FIELDS, GROUPS, NAMES, RunSettings
 from generative_recommenders.config.sections import MAX_PREFETCH
-
-
-def _samples(settings: RunSettings) -> bool:
-    name = settings.loss.loss_module
-    return name in LOSSES and getattr(LOSSES[name].make, "needs_negatives", False)
-
-
-def _draws(settings: RunSettings, *strategies: str) -> bool:
-    return _samples(settings) and settings.negatives.sampling_strategy in strategies
-
-
-def _reads_ratings(settings: RunSettings) -> bool:
-    name = settings.model.input_preprocessor
-    return name in INPUT_PREPROCESSORS and getattr(INPUT_PREPROCESSORS[name].make, "needs_ratings", False)
-
-
-Acts = Callable[[RunSettings], Any]
-
-TRAIN_SETTINGS: tuple[tuple[tuple[str, ...], Acts, str], ...] = (
-    (
-        ("sampling_strategy", "num_negatives", "negatives_sharing", "log_q_correction", "calibration"),
-        _samples,
-        "{loss_module} scores the catalogue and draws no negatives",
-    ),
-    (("loss_activation_checkpoint",), _samples, "{loss_module} keeps no scores for its backward pass anyway"),
-    (
-        ("negatives_block_size",),
-        lambda s: _samples(s) and s.negatives.negatives_sharing == "block",
-        "negatives are not shared by blocks",
-    ),
-    (
-        ("class_feature", "class_selector"),
-        lambda s: _draws(s, "multi-class"),
-        "no negatives are drawn by class",
-    ),
-    (("mixed_shares",), lambda s: _draws(s, "mixed"), "sampling_strategy is not mixed"),
-    (
-        ("popularity_power",),
-        lambda s: _draws(s, "popularity", "mixed"),
-        "no negatives are drawn by popularity",
-    ),
-    (
-        ("calibration",),
-        lambda s: not _samples(s) or s.loss.loss_module == "gBCE",
-        "{loss_module} has none",
-    ),
-    (
-        ("mask_probability",),
-        lambda s: s.loss.objective in ("masked", "permuted", "replaced"),
-        "objective {objective} hides nothing",
-    ),
-    (
-        ("max_span_length", "permute_all"),
-        lambda s: s.loss.objective == "permuted",
-        "objective is not permuted",
-    ),
-    (
-        ("fakes_from", "tie_discriminator", "discriminator_weight"),
-        lambda s: s.loss.objective == "replaced",
-        "objective is not replaced",
-    ),
-    (
-        ("category_feature",),
-        lambda s: s.items.embedding_module_type == "categorical",
-        "embeddings are not by category",
-    ),
-    (("next_time",), lambda s: s.uses_times, "no bias by time reads it"),
-    (
-        ("rating_embedding_dim", "num_ratings"),
-        _reads_ratings,
-        "{input_preprocessor} reads no ratings",
-    ),
-    (
-        ("partial_eval_num_iters",),
-        lambda s: s.evaluation.full_eval_every_n > 1,
-        "every evaluation is a full one",
-    ),
-)
-"""(fields of ``train_fn``, when they act, why they do not)."""
 
 
 def log_notices(settings: RunSettings) -> None:
@@ -100,14 +20,14 @@ def log_notices(settings: RunSettings) -> None:
 
 def likely_slips(settings: RunSettings) -> list[str]:
     """One line for each combination that trains as asked but that no published configuration has."""
-    dqk, dv = settings.option("hstu_encoder.dqk"), settings.option("hstu_encoder.dv")
+    dqk, dv = settings.value("hstu_encoder.dqk"), settings.value("hstu_encoder.dv")
     lines = []
     if settings.encoder_name == "HSTU" and dqk != dv:
         lines.append(
             f"hstu_encoder.dqk = {dqk} and hstu_encoder.dv = {dv} do not match: queries and keys are {dqk} wide, values "
             f"{dv}; every published configuration has them equal"
         )
-    if settings.uses_item_tower and not _samples(settings):
+    if settings.uses_item_tower and not settings.draws_negatives:
         lines.append(
             f"train_fn.loss_module = {settings.loss.loss_module!r} scores the catalogue: every item passes through the "
             "item tower in every step; with sampled negatives only those that the step touches do"
@@ -116,55 +36,67 @@ def likely_slips(settings: RunSettings) -> list[str]:
 
 
 def inert(settings: RunSettings) -> list[str]:
-    """One line for each accepted name that cannot act here. (MoL says itself what published runs ignored.)"""
-    return [*_idle_train_settings(settings), *_idle_sections(settings), *_beyond_this_machine(settings)]
-
-
-def _idle_train_settings(settings: RunSettings) -> list[str]:
-    lines, default = [], RunSettings()
-    values = {name: settings.published(name) for name in FIELDS if name.startswith("train_fn.")}
-    changed = {name.removeprefix("train_fn.") for name in values if values[name] != default.published(name)}
-    by_field = {name.removeprefix("train_fn."): value for name, value in values.items()}
-    said = set[str]()
-    for names, acts, why in TRAIN_SETTINGS:
-        idle = [name for name in names if name in changed - said]
-        if idle and not acts(settings):
-            said |= set(idle)
-            reason = why.format(**by_field)
-            lines.append(f"{', '.join(f'train_fn.{name}' for name in idle)} cannot act: {reason}")
+    """One line for each accepted name that cannot act here, where its value is not the default. (MoL says itself what
+    published runs ignored.)
+    """
+    default, idle = RunSettings(), dict[str, list[str]]()
+    for name in NAMES:
+        if settings.value(name) != default.value(name) and (why := _reason(settings, name)):
+            idle.setdefault(why, []).append(name)
+    parts = parts_by_gin_name()
+    chosen = {registry[name].gin_name for registry, name in settings.chosen_parts() if name in registry}
+    for owner in [owner for owner in settings.options if owner in parts and owner not in chosen]:
+        values = parts[owner].option_values(settings.options[owner])
+        names = [
+            f"{owner}.{name}"
+            for name in settings.options[owner]
+            if values[name] != parts[owner].default(name)
+        ]
+        if names:
+            idle.setdefault("this run has no such part", []).extend(names)
+    lines = [f"{', '.join(names)} cannot act: {why}" for why, names in idle.items()]
     if "BruteForce" not in settings.model.top_k_method:
         lines.append(
             f"train_fn.top_k_method = {settings.model.top_k_method!r}: ranks are counted exactly over the whole "
             "catalogue; it acts in retrieval.methods.build_top_k alone"
         )
-    return lines
+    return [*lines, *_beyond_this_machine(settings)]
 
 
-def _idle_sections(settings: RunSettings) -> list[str]:
-    """Options of parts that the run does not have, where they are not the defaults."""
-    lines, parts = [], parts_by_gin_name()
-    chosen = {registry[name].gin_name for registry, name in settings.chosen_parts() if name in registry}
-    for owner, given in settings.options.items():
-        if owner in chosen or owner not in parts:
-            continue
-        options = parts[owner].options.model_fields
-        values = parts[owner].option_values(given)
-        idle = [
-            name for name in given if values[name] != options[name].get_default(call_default_factory=True)
-        ]
-        if idle:
-            lines.append(
-                f"{', '.join(f'{owner}.{name}' for name in idle)} cannot act: this run has no such part"
-            )
-    if settings.queries.query_module not in ("SASRec", settings.encoder_name):
-        lines.append("item_tower.query_module cannot act: this run has no such part")
-    if settings.similarity.bf16_training and settings.model.interaction_module_type != "MoL":
-        lines.append("get_similarity_function.bf16_training: it acts on MoL; dot products stay float32")
-    if settings.similarity.activation_checkpoint and settings.model.interaction_module_type != "MoL":
-        lines.append(
-            "get_similarity_function.activation_checkpoint: it acts on MoL; dot products keep nothing"
-        )
-    return lines
+def _reason(settings: RunSettings, name: str) -> str | None:
+    """Why a setting has no effect in this run, None where it has."""
+    if name not in FIELDS:
+        registry = PUBLISHED[name][0].registry
+        return None if settings.readers(name) else _no_part(settings, registry, "has no such option")
+    group, field = FIELDS[name]
+    for condition in GROUPS[group].model_fields[field].metadata:
+        if isinstance(condition, Unless) and settings.value(condition.setting) in condition.values:
+            return f"{condition.setting} is {settings.value(condition.setting)!r}"
+        if isinstance(condition, (SuppliedTo, OptionOf)):
+            registry = REGISTRIES[condition.kind]
+            parts = [
+                each[chosen]
+                for each, chosen in settings.chosen_parts()
+                if each is registry and chosen in each
+            ]
+            if isinstance(condition, OptionOf) and not any(
+                field in part.options.model_fields for part in parts
+            ):
+                return _no_part(settings, registry, "has no such option")
+            if isinstance(condition, SuppliedTo) and not any(
+                condition.name is None or condition.name in part.supplied for part in parts
+            ):
+                return _no_part(settings, registry, "does not read it")
+    if name == NEGATIVE_SAMPLERS.setting and not settings.draws_negatives:
+        return _no_part(settings, NEGATIVE_SAMPLERS, "")
+    return None
+
+
+def _no_part(settings: RunSettings, registry: Registry, why: str) -> str:
+    """Says that no chosen part of a kind takes a setting."""
+    if registry is NEGATIVE_SAMPLERS and not settings.draws_negatives:
+        return f"{settings.loss.loss_module} scores the catalogue and draws no negatives"
+    return f"{registry.setting} = {settings.value(registry.setting)!r} {why}"
 
 
 def _beyond_this_machine(settings: RunSettings) -> list[str]:
@@ -177,17 +109,20 @@ def _beyond_this_machine(settings: RunSettings) -> list[str]:
         lines.append(
             f"create_data_loader.prefetch_factor = {loader.prefetch_factor}: {MAX_PREFETCH} batches are made ahead"
         )
-    bf16 = {
-        "train_fn.main_module_bf16": settings.model.main_module_bf16,
-        "train_fn.eval_bf16": settings.evaluation.eval_bf16,
-        "get_similarity_function.bf16_training": settings.similarity.bf16_training,
-        "create_mol_interaction_module.bf16_training": settings.option(
-            "create_mol_interaction_module.bf16_training"
-        ),
-    }
-    if any(bf16.values()) and not has_bfloat16():
-        names = ", ".join(name for name, asked in bf16.items() if asked)
-        lines.append(f"{names}: this machine has no bfloat16 units; it is emulated and slower than float32")
+    asked = [
+        name
+        for name in (
+            "train_fn.main_module_bf16",
+            "train_fn.eval_bf16",
+            "get_similarity_function.bf16_training",
+            "create_mol_interaction_module.bf16_training",
+        )
+        if settings.value(name)
+    ]
+    if asked and not has_bfloat16():
+        lines.append(
+            f"{', '.join(asked)}: this machine has no bfloat16 units; it is emulated and slower than float32"
+        )
     return lines
 
 

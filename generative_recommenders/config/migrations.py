@@ -5,40 +5,52 @@ They are read here and not in `checkpoint`, since `RunSettings.from_json` lies b
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection
 from typing import Any
 
 from generative_recommenders.errors import UserError
 
-PARTS = {
+GROUPS = (
+    "train",
+    "data",
+    "model",
+    "items",
+    "loss",
+    "negatives",
+    "optimizer",
+    "schedule",
+    "evaluation",
+    "checkpoints",
+)
+OWNERS = {
+    **dict.fromkeys(GROUPS, "train_fn"),
+    "queries": "item_tower",
+    "encoder": "get_sequential_encoder",
+    "loader": "create_data_loader",
+    "weighted_loss": "get_weighted_loss",
+    "similarity": "get_similarity_function",
     "sasrec": "sasrec_encoder",
     "hstu": "hstu_encoder",
     "diff_transformer": "diff_transformer_encoder",
     "transformer": "transformer_encoder",
-    "item_tower": "item_tower",
     "sce": "sce",
     "mol": "create_mol_interaction_module",
 }
-"""Sections of releases up to 0.1.0 that held the options of a part, and the part's gin name."""
+"""Sections that settings had before they went by their owners in gin, as of 0.1.0 (``train`` and one for each part)."""
 
 
-def grouped(data: dict[str, Any], fields: Mapping[str, tuple[str, str]]) -> dict[str, Any]:
-    """Settings as JSON in today's groups. Up to 0.1.0 ``train`` held all of ``train_fn``, and each part had a section.
+def by_gin_name(data: dict[str, Any], owners: Collection[str]) -> dict[str, Any]:
+    """Settings as JSON by the names that gin files write, options of parts that are not loaded among them.
 
-    fields: published name to group and field. What is no published name stays for the check of the groups.
+    owners: what stands before names of settings. UserError for sections that are none.
     """
-    old = {
-        **{name: PARTS[name] for name in PARTS if name in data},
-        **({"train": "train_fn"} if "train" in data else {}),
-    }
-    groups: dict[str, Any] = {name: values for name, values in data.items() if name not in old}
-    for section, owner in old.items():
-        if not isinstance(data[section], dict):
-            raise UserError(f"settings section {section!r} is no object but {str(data[section])[:40]!r}")
-        for name, value in data[section].items():
-            if f"{owner}.{name}" in fields or section == "train":
-                group, field = fields.get(f"{owner}.{name}", ("schedule", name))
-                groups.setdefault(group, {})[field] = value
-            else:
-                groups.setdefault("options", {}).setdefault(owner, {})[name] = value
-    return groups
+    values: dict[str, Any] = {}
+    for section, given in data.items():
+        owner = OWNERS.get(section, section)
+        if section not in ("options", *OWNERS, *owners):
+            raise UserError(f"settings have an unknown section: {str(section)[:200]!r}")
+        parts = given if section == "options" else {owner: given}
+        if not isinstance(parts, dict) or not all(isinstance(each, dict) for each in parts.values()):
+            raise UserError(f"settings section {section!r} is no object but {str(given)[:40]!r}")
+        values |= {f"{part}.{name}": value for part, own in parts.items() for name, value in own.items()}
+    return values

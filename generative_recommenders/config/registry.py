@@ -15,7 +15,13 @@ from typing import Any, TypeVar, get_type_hints
 
 from pydantic import create_model
 
-from generative_recommenders.config.fields import StrictModel, describe_field, nearest, validated
+from generative_recommenders.config.fields import (
+    StrictModel,
+    checked_value,
+    describe_field,
+    nearest,
+    validated,
+)
 from generative_recommenders.config.plugins import Plugin, plugin_of
 from generative_recommenders.errors import UserError
 
@@ -97,6 +103,15 @@ class Part:
         some: Any = create_model(self.gin_name, __base__=StrictModel, **fields)  # type: ignore[call-overload]
         return dict(validated(some, given, self.gin_name))
 
+    def checked_as(self, gin_name: str, option: str, value: Any) -> Any:
+        """The value for one option, as `option_values` has it; gin_name: what errors call it."""
+        return checked_value(gin_name, value, self.options.model_fields[option])
+
+    def default(self, option: str) -> Any:
+        """An option's own default; ``...`` where it has none."""
+        field = self.options.model_fields[option]
+        return ... if field.is_required() else field.get_default(call_default_factory=True)
+
     def build(self, given: Mapping[str, Any], supplies: Mapping[str, Any]) -> Any:
         """The part, from options and from what the program supplies. A callable supply is called when it is asked for,
         with the options.
@@ -120,9 +135,17 @@ class Part:
     def _defaulted(self) -> set[str]:
         return {n for n, p in self._parameters.items() if p.default is not inspect.Parameter.empty}
 
-    def describe(self) -> str:
-        """One line: name, gin name, and options with types, defaults and ranges."""
-        options = "; ".join(describe_field(name, field) for name, field in self.options.model_fields.items())
+    def describe(self, published: Mapping[str, tuple[str, Any]] | None = None) -> str:
+        """One line: name, gin name, and options with types, defaults and ranges.
+
+        published: of some options, a further name, and the default that a run has; None where it is the part's own.
+        """
+        shown = []
+        for option, field in self.options.model_fields.items():
+            name, default = (published or {}).get(option, ("", None))
+            text = describe_field(option, field, default)
+            shown.append(f"{text}, by {name}" if name else text)
+        options = "; ".join(shown)
         origin = f" [{self.plugin.source}]" if self.plugin else ""
         return f"{self.name} ({self.gin_name}){origin}: {options or 'no options'}"
 
@@ -182,10 +205,6 @@ class Registry:
     def parts(self) -> list[Part]:
         """Every part once."""
         return list({id(part): part for part in self._parts.values()}.values())
-
-    def describe(self) -> list[str]:
-        """A line a part, for ``--list``."""
-        return [part.describe() for part in self.parts()]
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -10,8 +10,9 @@ from typing import Any, ClassVar, Self
 from absl import logging
 from pydantic import Field, model_validator
 
-from generative_recommenders.config.fields import Section, nearest, validated
-from generative_recommenders.config.migrations import grouped
+from generative_recommenders.config.fields import Section, checked_value, nearest
+from generative_recommenders.config.migrations import by_gin_name
+from generative_recommenders.config.published import PUBLISHED, Target, targets_in
 from generative_recommenders.config.registry import (
     ENCODERS,
     INPUT_PREPROCESSORS,
@@ -24,23 +25,23 @@ from generative_recommenders.config.registry import (
     REGISTRIES,
     SEEN_FILTERS,
     SIMILARITIES,
+    Part,
     Registry,
     parts_by_gin_name,
 )
 from generative_recommenders.config.sections import (
     CheckpointSettings,
     DataSettings,
-    EncoderSettings,
     EvaluationSettings,
     ItemSettings,
     LoaderSettings,
     LossSettings,
     ModelSettings,
     NegativesSettings,
-    OptimizerSettings,
     QuerySettings,
     ScheduleSettings,
     SimilaritySettings,
+    UpdateSettings,
     WeightedLossSettings,
 )
 from generative_recommenders.errors import UserError
@@ -56,17 +57,18 @@ class RunSettings(Section):
     items: ItemSettings = Field(default_factory=ItemSettings)
     loss: LossSettings = Field(default_factory=LossSettings)
     negatives: NegativesSettings = Field(default_factory=NegativesSettings)
-    optimizer: OptimizerSettings = Field(default_factory=OptimizerSettings)
+    updates: UpdateSettings = Field(default_factory=UpdateSettings)
     schedule: ScheduleSettings = Field(default_factory=ScheduleSettings)
     evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
     checkpoints: CheckpointSettings = Field(default_factory=CheckpointSettings)
     queries: QuerySettings = Field(default_factory=QuerySettings)
-    encoder: EncoderSettings = Field(default_factory=EncoderSettings)
     loader: LoaderSettings = Field(default_factory=LoaderSettings)
     weighted_loss: WeightedLossSettings = Field(default_factory=WeightedLossSettings)
     similarity: SimilaritySettings = Field(default_factory=SimilaritySettings)
+    published: dict[str, Any] = Field(default_factory=dict)
+    """Options of the chosen parts by their published names; see `config.published`. What is not given has its default."""
     options: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    """Options of further parts, plug-ins among them, by gin name; what is not given has its default."""
+    """Options by the parts' own gin names, those of plug-ins among them; what is not given has its default."""
 
     @model_validator(mode="after")
     def _patience_needs_validation(self) -> Self:
@@ -89,18 +91,58 @@ class RunSettings(Section):
             if name in FIELDS:
                 group, field = FIELDS[name]
                 groups.setdefault(group, {})[field] = value
-            elif owner in parts:
+            elif name not in PUBLISHED:
+                if owner not in parts:
+                    raise UserError(f"there is no setting {name!r}{nearest(name, NAMES)}")
                 options.setdefault(owner, {}).update(parts[owner].checked({option: value}))
-            else:
-                raise UserError(f"there is no setting {name!r}{nearest(name, FIELDS)}")
         changed = {group: getattr(self, group).changed(**given) for group, given in groups.items()}
-        return self.changed(**changed, options=_differing(options))
+        given = {
+            name: checked_value(name, value)
+            for name, value in values.items()
+            if name in PUBLISHED and name not in FIELDS
+        }
+        published = {**self.published, **given}
+        chosen = self.changed(**changed, published=published, options=options)
+        for name in list(published):
+            readers = chosen.readers(name)
+            for (
+                part,
+                target,
+            ) in readers:  # what is bound last counts, by the published or by the part's own name
+                if name in given and f"{part.gin_name}.{target.option}" not in values:
+                    options.get(part.gin_name, {}).pop(target.option, None)
+            if readers and all(target.option in options.get(part.gin_name, {}) for part, target in readers):
+                del published[name]
+        return chosen.changed(published=chosen._differing_published(published), options=_differing(options))
+
+    def readers(self, published: str) -> list[tuple[Part, Target]]:
+        """The chosen parts that a published name fills, and their options."""
+        targets = [
+            (registry[name], targets_in(registry, registry[name]).get(published))
+            for registry, name in self.chosen_parts()
+            if name in registry
+        ]
+        return [(part, target) for part, target in targets if target is not None]
+
+    def _differing_published(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """What is given by published names, checked, without that which the chosen parts have by default, or any part where
+        they lack the option. None leaves the part's own.
+        """
+        kept = {}
+        for name in [name for name, value in given.items() if value is not None]:
+            readers = self.readers(name) or _possible_readers(name)
+            kept[name] = given[name]
+            for part, target in readers:
+                kept[name] = part.checked_as(name, target.option, given[name])
+            if readers and all(kept[name] == _default(part, target) for part, target in readers):
+                del kept[name]
+        return kept
 
     @property
     def encoder_name(self) -> str:
         """The encoder of the histories: ``main_module``, or its query tower's where it has one."""
         name = self.model.main_module
-        query = self.part_options(ENCODERS, name).get("query_module") if name in ENCODERS else None
+        query = self._unchecked(ENCODERS, name, "query_module")
         return name if query is None else str(query)
 
     @property
@@ -123,11 +165,18 @@ class RunSettings(Section):
         values = ENCODERS[name].option_values(self.part_options(ENCODERS, name)) if needed else {}
         return bool(needed) and all(values[option] for option in needed)
 
-    def option(self, gin_name: str) -> Any:
-        """The value of a part's option, as ``hstu_encoder.dqk``; its default where it is not given.
-
-        None for a part that is not registered and an option that is not given.
+    def value(self, gin_name: str) -> Any:
+        """The value of any name that gin binds, as ``train_fn.num_epochs`` or ``hstu_encoder.dqk``; its default where it is
+        not given. None for a part that is not registered and an option that is not given.
         """
+        if gin_name in FIELDS:
+            group, field = FIELDS[gin_name]
+            return getattr(getattr(self, group), field)
+        if gin_name in PUBLISHED:
+            for part, target in self.readers(gin_name):
+                return part.option_values(self.part_options(target.registry, part.name))[target.option]
+            defaults = [_default(part, target) for part, target in _possible_readers(gin_name)]
+            return self.published.get(gin_name, defaults[0] if defaults else None)
         owner, _, name = gin_name.partition(".")
         for registry in REGISTRIES.values():
             for part in registry.parts():
@@ -139,18 +188,24 @@ class RunSettings(Section):
         """What a part is given: its own options, and those that published names fill where its own are not given."""
         part = registry[name]
         own = dict(self.options.get(part.gin_name, {}))
-        for option, published in published_options(registry.kind, part.gin_name).items():
-            if option in part.options.model_fields and (value := self.published(published)) is not None:
-                own.setdefault(option, value)  # None leaves the part's own default
+        for published, target in targets_in(registry, part).items():
+            value = (
+                self.value(published)
+                if published in FIELDS
+                else self.published.get(published, target.default)
+            )
+            if value is not None:
+                own.setdefault(target.option, value)
         return own
 
-    def published(self, gin_name: str) -> Any:
-        """The value of a published name, as ``train_fn.label_smoothing``."""
-        group, field = FIELDS[gin_name]
-        return getattr(getattr(self, group), field)
+    def _unchecked(self, registry: Registry, name: str, option: str) -> Any:
+        """The value of a part's option as it was given, or its default; None where there is no such part or option."""
+        if name not in registry or option not in registry[name].options.model_fields:
+            return None
+        return self.part_options(registry, name).get(option, registry[name].default(option))
 
     def chosen_parts(self) -> list[tuple[Registry, str]]:
-        """The parts of this run that come from registries."""
+        """The parts of this run that come from registries; no negative sampler where the loss draws no negatives."""
         chosen = [
             (ENCODERS, self.encoder_name),
             (LOSSES, self.loss.loss_module),
@@ -159,16 +214,25 @@ class RunSettings(Section):
             (ITEM_EMBEDDINGS, self.item_embedding),
             (SIMILARITIES, self.model.interaction_module_type or "DotProduct"),
             (OBJECTIVES, self.loss.objective),
-            (OPTIMIZERS, self.optimizer.optimizer),
+            (OPTIMIZERS, self.updates.optimizer),
             (SEEN_FILTERS, self.evaluation.seen_filter),
-            (NEGATIVE_SAMPLERS, self.negatives.sampling_strategy),
         ]
-        shares = (
-            self.part_options(*chosen[-1]).get("shares", {}) if chosen[-1][1] in NEGATIVE_SAMPLERS else {}
-        )
         if self.encoder_name != self.model.main_module:
             chosen.append((ENCODERS, self.model.main_module))
-        return chosen + [(NEGATIVE_SAMPLERS, name) for name in shares]
+        if self.draws_negatives:
+            sampler = self.negatives.sampling_strategy
+            members = self._unchecked(NEGATIVE_SAMPLERS, sampler, "shares")  # of a mixture
+            chosen += [
+                (NEGATIVE_SAMPLERS, each)
+                for each in (sampler, *(members if isinstance(members, dict) else ()))
+            ]
+        return chosen
+
+    @property
+    def draws_negatives(self) -> bool:
+        """Whether the loss is of sampled negatives."""
+        name = self.loss.loss_module
+        return name not in LOSSES or bool(getattr(LOSSES[name].make, "needs_negatives", False))
 
     def plugin_parts(self) -> list[dict[str, Any]]:
         """What a checkpoint says of each part that comes from a plug-in."""
@@ -183,16 +247,24 @@ class RunSettings(Section):
 
     def to_json(self) -> dict[str, Any]:
         """What a checkpoint keeps: with the defaults of the chosen parts, so that a later release may change them."""
+        sections: dict[str, Any] = {}
+        for name in NAMES:
+            readers = self.readers(name) if name in PUBLISHED else []
+            own = [target.option in self.options.get(part.gin_name, {}) for part, target in readers]
+            if name in FIELDS or name in self.published or (readers and not any(own)):
+                owner, _, field = name.partition(".")
+                sections.setdefault(owner, {})[field] = self.value(name)
         options = {owner: dict(given) for owner, given in self.options.items()}
         for registry, name in self.chosen_parts():
             if name not in registry:
                 continue
-            owner, filled = registry[name].gin_name, published_options(registry.kind, registry[name].gin_name)
-            for option, value in registry[name].option_values(self.part_options(registry, name)).items():
+            part = registry[name]
+            filled = {target.option for target in targets_in(registry, part).values()}
+            for option, value in part.option_values(self.part_options(registry, name)).items():
                 endless = isinstance(value, float) and not math.isfinite(value)  # has no form in JSON
                 if option not in filled and not endless:
-                    options.setdefault(owner, {}).setdefault(option, value)
-        return {**self.model_dump(), "options": options, "plugins": self.plugin_parts()}
+                    options.setdefault(part.gin_name, {}).setdefault(option, value)
+        return {**sections, "options": options, "plugins": self.plugin_parts()}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> RunSettings:
@@ -200,30 +272,33 @@ class RunSettings(Section):
         that cannot be."""
         if not isinstance(data, dict):
             raise UserError(f"settings are no object but {str(data)[:40]!r}")
-        data = grouped(dict(data), FIELDS)
+        data = dict(data)
         check_plugins(data.pop("plugins", []))
-        options = _saved_options(data.pop("options", {}))
-        unknown = sorted(set(data) - set(GROUPS))
-        if unknown:
-            raise UserError(f"settings have unknown sections: {', '.join(unknown)[:200]}")
-        for name, values in data.items():
-            if not isinstance(values, dict):
-                raise UserError(f"settings section {name!r} is no object but {str(values)[:40]!r}")
+        owners = {name.partition(".")[0] for name in NAMES}
+        known, unknown = {*owners, *parts_by_gin_name()}, dict[str, dict[str, Any]]()
+        values = by_gin_name(data, owners)
+        for name in [name for name in values if name.partition(".")[0] not in known]:
+            part, _, option = name.partition(
+                "."
+            )  # of a plug-in that is not loaded, and that the run does not need
+            unknown.setdefault(part, {})[option] = values.pop(name)
         try:
-            read = {name: GROUPS[name](**values) for name, values in data.items()}
-            return validated(cls, {**read, "options": options}, "settings")
+            return cls(options=unknown).bind(values)
         except UserError as error:
             raise UserError(str(error)[:300]) from error
 
 
-def _saved_options(options: Any) -> dict[str, dict[str, Any]]:
-    """Options by gin name, checked where the part is known."""
-    if not isinstance(options, dict) or not all(isinstance(each, dict) for each in options.values()):
-        raise UserError(f"settings section 'options' is no object of objects but {str(options)[:40]!r}")
-    parts = parts_by_gin_name()
-    return _differing(
-        {name: parts[name].checked(values) if name in parts else values for name, values in options.items()}
-    )
+def _possible_readers(published: str) -> list[tuple[Part, Target]]:
+    """A part that has the option of a published name, for a run that has none."""
+    for target in PUBLISHED[published]:
+        for part in target.registry.parts():
+            if targets_in(target.registry, part).get(published) is target:
+                return [(part, target)]
+    return []
+
+
+def _default(part: Part, target: Target) -> Any:
+    return part.default(target.option) if target.default is None else target.default
 
 
 def _differing(options: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -233,11 +308,13 @@ def _differing(options: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, 
     kept: dict[str, dict[str, Any]] = {owner: dict(given) for owner, given in options.items()}
     for registry in REGISTRIES.values():
         for part in registry.parts():
-            filled, fields = published_options(registry.kind, part.gin_name), part.options.model_fields
+            filled = (
+                {target.option for target in targets_in(registry, part).values()}
+                if part.gin_name in options
+                else ()
+            )
             for option, value in options.get(part.gin_name, {}).items():
-                field = fields[option]
-                default = ... if field.is_required() else field.get_default(call_default_factory=True)
-                if option not in filled and value == default:
+                if option not in filled and value == part.default(option):
                     del kept[part.gin_name][option]
     return {owner: given for owner, given in kept.items() if given}
 
@@ -278,48 +355,7 @@ FIELDS: dict[str, tuple[str, str]] = {
     for group, kind in GROUPS.items()
     for field in kind.model_fields
 }
-"""The published flat names, as ``train_fn.num_epochs``, and the group and field that each of them fills."""
+"""The flat names, as ``train_fn.num_epochs``, and the group and field that each of them fills."""
 
-PUBLISHED_OPTIONS: dict[str, dict[str, str]] = {
-    "encoder": {
-        "activation_checkpoint": "get_sequential_encoder.activation_checkpoint",
-        "next_time": "train_fn.next_time",
-    },
-    "loss": {
-        "label_smoothing": "train_fn.label_smoothing",
-        "calibration": "train_fn.calibration",
-        "threshold": "train_fn.rating_threshold",
-    },
-    "objective": {
-        "num_positives": "train_fn.num_positives",
-        "target_weights": "train_fn.target_weights",
-        "mask_probability": "train_fn.mask_probability",
-        "max_span_length": "train_fn.max_span_length",
-        "permute_all": "train_fn.permute_all",
-        "fakes_from": "train_fn.fakes_from",
-        "tie_discriminator": "train_fn.tie_discriminator",
-        "discriminator_weight": "train_fn.discriminator_weight",
-    },
-    "negative sampler": {
-        "log_q_correction": "train_fn.log_q_correction",
-        "power": "train_fn.popularity_power",
-        "shares": "train_fn.mixed_shares",
-        "selector": "train_fn.class_selector",
-    },
-    "input preprocessor": {
-        "dropout_rate": "train_fn.dropout_rate",
-        "rating_embedding_dim": "train_fn.rating_embedding_dim",
-        "num_ratings": "train_fn.num_ratings",
-    },
-    "output postprocessor": {"eps": "train_fn.l2_norm_eps"},
-    "item embedding": {"item_l2_norm": "train_fn.item_l2_norm", "l2_norm_eps": "train_fn.l2_norm_eps"},
-    "similarity": {"temperature": "train_fn.temperature"},
-    "create_mol_interaction_module": {"score_temperature": "train_fn.temperature"},
-    "two_tower": {"query_module": "item_tower.query_module"},
-}
-"""Kind of part, or gin name of one part, -> option -> the published name that fills it in the chosen part."""
-
-
-def published_options(kind: str, gin_name: str) -> dict[str, str]:
-    """Options of a part and the published names that fill them; what one part has goes before what its kind has."""
-    return PUBLISHED_OPTIONS.get(gin_name, PUBLISHED_OPTIONS.get(kind, {}))
+NAMES = (*FIELDS, *(name for name in PUBLISHED if name not in FIELDS))
+"""All names of settings; options of parts have their parts' names."""

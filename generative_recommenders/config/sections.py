@@ -1,6 +1,7 @@
 """Groups of settings: types, ranges and choices of their fields. The defaults are those of the published programs.
 
-A field has its published name; ``gin_name`` says before what. Several groups make up ``train_fn``.
+A field has its published name; ``gin_name`` says before what. Several groups make up ``train_fn``. Options of parts are no
+fields: they stand in the parts' constructors, see `config.published`.
 """
 
 from __future__ import annotations
@@ -14,17 +15,18 @@ from generative_recommenders.config.fields import (
     Count,
     Length,
     NonNegative,
+    OptionOf,
     Period,
     Positive,
     Section,
-    Share,
     Size,
+    SuppliedTo,
+    Unless,
     Width,
 )
 
 Protocol = Literal["leave_one_out", "paper", "global_time"]
 NegativesSharing = Literal["position", "block", "batch"]
-ClassSelector = Literal["random", "target"]
 NextTime = Literal["given", "hidden"]
 ListReduction = Literal["sum", "mean", "max"]
 MAX_PREFETCH = 64
@@ -57,13 +59,8 @@ class ModelSettings(Section):
     main_module: str = "SASRec"
     main_module_bf16: bool = False
     input_preprocessor: str = "LearnablePositionalEmbedding"
-    dropout_rate: Share = 0.2
-    rating_embedding_dim: Width = 8
-    num_ratings: Size = 6
     user_embedding_norm: str = "l2_norm"
-    next_time: NextTime = "given"
     interaction_module_type: str = "DotProduct"
-    temperature: Positive = 0.05
     top_k_method: str = "MIPSBruteForceTopK"
 
 
@@ -74,53 +71,35 @@ class ItemSettings(Section):
 
     embedding_module_type: str = "local"
     item_embedding_dim: Width = 240
-    item_l2_norm: bool = False
-    l2_norm_eps: Positive = 1e-6
-    category_feature: str | None = None
+    category_feature: Annotated[str | None, SuppliedTo("item_embeddings", "item_category")] = None
 
 
 class LossSettings(Section):
-    """What is learned.
-
-    num_positives: a position predicts the next so many events (PinnerFormer, arXiv 2205.04507). target_weights: what a
-    target counts, the same or its rating. mask_probability: the objective's own unless given.
-    """
+    """What is learned."""
 
     gin_name: ClassVar[str] = "train_fn"
 
     objective: str = "causal"
     loss_module: str = "SampledSoftmaxLoss"
     loss_weights: dict[str, NonNegative] = Field(default_factory=dict)
-    loss_activation_checkpoint: bool = False
-    label_smoothing: Share = 0.0
-    calibration: float = 0.75
-    num_positives: Size = 1
-    target_weights: Literal["equal", "rating"] = "equal"
-    mask_probability: float | None = None
-    max_span_length: Size = 5
-    permute_all: bool = False
-    fakes_from: Literal["batch", "catalogue"] = "batch"
-    tie_discriminator: bool = False
-    discriminator_weight: NonNegative = 50.0
+    loss_activation_checkpoint: Annotated[bool, SuppliedTo("negative_samplers")] = False
 
 
 class NegativesSettings(Section):
-    """Sampled negatives. class_selector: whose class "multi-class" negatives come from, one at random or the target's."""
+    """Sampled negatives. class_feature: the item feature that "multi-class" negatives have in common."""
 
     gin_name: ClassVar[str] = "train_fn"
 
     sampling_strategy: str = "in-batch"
-    num_negatives: Size = 1
-    negatives_sharing: NegativesSharing = "position"
-    negatives_block_size: Size = 256
-    log_q_correction: bool = False
-    popularity_power: float = 0.75
-    mixed_shares: dict[str, NonNegative] = Field(default_factory=lambda: {"local": 0.5, "popularity": 0.5})
-    class_feature: str | None = None
-    class_selector: ClassSelector = "random"
+    num_negatives: Annotated[Size, SuppliedTo("negative_samplers", "num_negatives")] = 1
+    negatives_sharing: Annotated[NegativesSharing, SuppliedTo("negative_samplers")] = "position"
+    negatives_block_size: Annotated[
+        Size, SuppliedTo("negative_samplers"), Unless("train_fn.negatives_sharing", ("position", "batch"))
+    ] = 256
+    class_feature: Annotated[str | None, SuppliedTo("negative_samplers", "assignment")] = None
 
 
-class OptimizerSettings(Section):
+class UpdateSettings(Section):
     """Updates.
 
     learning_rate is that of the global batch: local_batch_size rows on each process, one mean loss over all of them.
@@ -159,7 +138,7 @@ class EvaluationSettings(Section):
     eval_bf16: bool = False
     eval_interval: Period = 100
     full_eval_every_n: Period = 1
-    partial_eval_num_iters: Period = 32
+    partial_eval_num_iters: Annotated[Period, Unless("train_fn.full_eval_every_n", (1,))] = 32
     seen_filter: str = "history"
     list_metrics_k: Size | None = None
     rating_threshold: float = 4.0
@@ -176,20 +155,11 @@ class CheckpointSettings(Section):
 
 
 class QuerySettings(Section):
-    """The side of the query. query_module: the encoder of TwoTower. query_features: of the users table, merged into states."""
+    """The side of the query. query_features: of the users table, merged into states."""
 
     gin_name: ClassVar[str] = "item_tower"
 
-    query_module: str = "SASRec"
     query_features: tuple[str, ...] = ()
-
-
-class EncoderSettings(Section):
-    """``get_sequential_encoder``."""
-
-    gin_name: ClassVar[str] = "get_sequential_encoder"
-
-    activation_checkpoint: bool = False
 
 
 class LoaderSettings(Section):
@@ -210,9 +180,9 @@ class WeightedLossSettings(Section):
 
 
 class SimilaritySettings(Section):
-    """``get_similarity_function``."""
+    """``get_similarity_function``: switches that go before the options of a similarity that has them; False leaves those."""
 
     gin_name: ClassVar[str] = "get_similarity_function"
 
-    bf16_training: bool = False
-    activation_checkpoint: bool = False
+    bf16_training: Annotated[bool, OptionOf("similarities")] = False
+    activation_checkpoint: Annotated[bool, OptionOf("similarities")] = False

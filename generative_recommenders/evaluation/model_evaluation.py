@@ -104,7 +104,7 @@ class ModelEvaluation:
         rank = "as scored" if self.settings.data.protocol == "paper" else "misses"
         shown += f", targets unseen in training, {rank}: {unseen:,}"
         if self.settings.uses_times and self.dataset.timestamps is not None:
-            shown += f", next_time {self.settings.model.next_time!r}"
+            shown += f", next_time {self.settings.value('train_fn.next_time')!r}"
         return shown
 
     def _evaluator(self, part: str, max_batches: int | None, stop: Callable[[], bool] = never) -> Evaluator:

@@ -10,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import get_args
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from generative_recommenders.config.fields import NonNegative
 from generative_recommenders.config.registry import register_negative_sampler
-from generative_recommenders.config.sections import ClassSelector, NegativesSharing
+from generative_recommenders.config.sections import NegativesSharing
 from generative_recommenders.errors import UserError
 from generative_recommenders.ops.counter_random import (
     Key,
@@ -29,6 +29,7 @@ from generative_recommenders.ops.counter_random import (
 )
 from generative_recommenders.ops.products.sampled import join_blocks, split_blocks
 
+ClassSelector = Literal["random", "target"]
 SHARINGS: tuple[str, ...] = get_args(NegativesSharing)
 
 
@@ -252,6 +253,9 @@ class PopularityNegativesSampler(NegativesSampler):
         return items + 1, self.probability[items]
 
 
+LOCAL_AND_POPULAR = {"local": 0.5, "popularity": 0.5}
+
+
 @register_negative_sampler("mixed")
 class MixedNegativesSampler(NegativesSampler):
     """Fixed shares of the draws come from each of several samplers, in their order.
@@ -260,7 +264,10 @@ class MixedNegativesSampler(NegativesSampler):
     """
 
     def __init__(
-        self, samplers: Sequence[NegativesSampler], shares: dict[str, NonNegative], num_negatives: int
+        self,
+        samplers: Sequence[NegativesSampler],
+        num_negatives: int,
+        shares: dict[str, NonNegative] = LOCAL_AND_POPULAR,
     ) -> None:
         sizes = list(shares.values())
         if not samplers or len(samplers) != len(sizes) or not min(sizes) > 0:

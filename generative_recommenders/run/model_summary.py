@@ -20,7 +20,7 @@ def model_summary(trainer: Trainer) -> str:
         counts[name], seen = sum(p.numel() for p in own), seen | own
     total = sum(counts.values())
     held = 4 * total
-    if trainer.settings.optimizer.optimizer == "rowwise_adagrad":  # one number a row of the item table
+    if trainer.settings.updates.optimizer == "rowwise_adagrad":  # one number a row of the item table
         held -= 2 * counts["items"]
     lines = [str(model), str(trainer.task.criterion), ""]
     lines += [f"{name:<16}{count:>14,} parameters" for name, count in counts.items()]

@@ -73,7 +73,7 @@ class Trainer:
     ) -> None:
         self.settings, self.dataset, self.split = settings, dataset, split
         self.collectives, self.log = collectives, recorder or Recorder()
-        data, schedule, updates = settings.data, settings.schedule, settings.optimizer
+        data, schedule, updates = settings.data, settings.schedule, settings.updates
         set_precision(settings, collectives.device)
         torch.manual_seed(schedule.random_seed)
         self.catalogue = Catalogue.of(dataset, split.train_stops, settings.items.category_feature)

@@ -62,7 +62,7 @@ def build_all(chosen: RunSettings, data=None) -> None:
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "log Q of uniform draws": (
         {"log_q_correction": True, "sampling_strategy": "local"},
-        "log_q_correction acts on in-batch, popularity",
+        "log_q_correction acts with in-batch, popularity, not with local",
     ),
     "encoder": (
         {"main_module": "SASRek"},
@@ -127,7 +127,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "label smoothing": (
         {"loss_module": "BCELoss", "label_smoothing": 0.1},
-        "label_smoothing acts in Sampled.*, not in BCELoss",
+        "label_smoothing acts with Sampled.*, not with BCELoss",
     ),
     "permuted without spans": (
         {**CE, "objective": "permuted", "max_span_length": 0},
@@ -142,10 +142,13 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "mixed in mixed": ({"sampling_strategy": "mixed", "mixed_shares": {"mixed": 1.0}}, "cannot hold 'mixed'"),
     "tokenizer": ({"loss_module": "VQVAELoss"}, "trains a tokenizer of items"),
     "sampler of a catalogue loss": ({**CE, "sampling_strategy": "x"}, "unknown negative sampler 'x'"),
-    "positives of masked": ({**CE, "objective": "masked", "num_positives": 2}, "does not predict: unset"),
+    "positives of masked": (
+        {**CE, "objective": "masked", "num_positives": 2},
+        "with causal, causal_last, not with masked",
+    ),
     "weights of masked": (
         {**CE, "objective": "masked", "target_weights": "rating"},
-        "does not predict: unset",
+        "target_weights acts with causal, causal_last, not with masked: unset it",
     ),
     "positives of SCE": ({"loss_module": "SCE", "num_positives": 2}, "one positive a position"),
     "class of a shared target": (
@@ -327,7 +330,7 @@ def test_top_k_searches_the_items_as_they_are_scored() -> None:
     items = torch.nn.functional.normalize(model.items.all_item_embeddings(), dim=-1)
     scores, ids = search(items[[4, 9]], 1)
     assert ids[:, 0].tolist() == [5, 10]
-    torch.testing.assert_close(scores[:, 0], torch.full((2,), 1 / plain.model.temperature))
+    torch.testing.assert_close(scores[:, 0], torch.full((2,), 1 / plain.value("train_fn.temperature")))
     mixed = settings(**{**MOL, "top_k_method": "MoLAvgTopK5"})
     assert isinstance(build_top_k(mixed, build_model(mixed, catalogue()).eval()), MoLAvgTopK)
 

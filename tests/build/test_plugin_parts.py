@@ -9,6 +9,7 @@ import pytest
 from generative_recommenders.build.parts import build_model, build_sampler
 from generative_recommenders.config.gin import load_settings
 from generative_recommenders.config.plugins import load_plugins
+from generative_recommenders.config.published import describe
 from generative_recommenders.config.registry import NEGATIVE_SAMPLERS, REGISTRIES
 from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.errors import UserError
@@ -89,13 +90,13 @@ def test_an_unknown_name_lists_all_and_the_nearest() -> None:
 @pytest.mark.parametrize(
     ("kind", "line"),
     [
-        ("negative_samplers", "popularity (PopularityNegativesSampler): power: float = 0.75; log_q_correction: bool"),
+        ("negative_samplers", "power: float = 0.75, by train_fn.popularity_power; log_q_correction: bool"),
         ("input_preprocessors", "num_ratings: int = 6 (>= 1"),
-        ("output_postprocessors", "l2_norm (L2NormEmbeddingPostprocessor): eps: float = 1e-06 (> 0)"),
-        ("item_embeddings", "local (LocalEmbeddingModule): item_l2_norm: bool = False; l2_norm_eps: float"),
-        ("similarities", "DotProduct (DotProductSimilarity): temperature: float = 1.0 (> 0)"),
+        ("output_postprocessors", "l2_norm (L2NormEmbeddingPostprocessor): eps: float = 1e-06 (> 0), by train_fn.l2_norm_eps"),
+        ("item_embeddings", "item_l2_norm: bool = False, by train_fn.item_l2_norm; l2_norm_eps: float"),
+        ("similarities", "DotProduct (DotProductSimilarity): temperature: float = 0.05 (> 0), by train_fn.temperature"),
     ],
 )  # fmt: skip
 def test_parts_are_described_with_their_options(kind: str, line: str) -> None:
-    assert line in "\n".join(REGISTRIES[kind].describe())
+    assert line in "\n".join(describe(REGISTRIES[kind]))
     assert NEGATIVE_SAMPLERS["newest"].plugin is not None

@@ -102,7 +102,7 @@ def test_the_losses_and_metrics_are_those_of_main(
     lightning.seed_everything(run.schedule.random_seed, verbose=False)
     module = LightningModule(
         build_task(run, own.catalogue()),
-        OptimizerFactory("adamw", run.optimizer.learning_rate, run.optimizer.weight_decay),
+        OptimizerFactory("adamw", run.updates.learning_rate, run.updates.weight_decay),
     )
     metrics = ComputeMetricsCallback(
         ["ndcg", "recall", "mrr"], [1, 10], [SeenItemsFilter(NUM_ITEMS + 1)], NUM_ITEMS

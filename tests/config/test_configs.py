@@ -76,16 +76,16 @@ HSTU = ("num_blocks", "num_heads", "dqk", "dv", "linear_dropout_rate")
 @pytest.mark.parametrize(("name", "sizes"), SIZES.items(), ids=SIZES)
 def test_published_sizes(name: str, sizes: tuple[int, ...]) -> None:
     settings, _ = load_settings([ROOT / "configs" / f"{name}.gin"])
-    sizes_of = {name: settings.option(f"hstu_encoder.{name}") for name in HSTU}
+    sizes_of = {name: settings.value(f"hstu_encoder.{name}") for name in HSTU}
     found = (
         *list(sizes_of.values())[:3], settings.items.item_embedding_dim, settings.negatives.num_negatives,
         settings.data.max_sequence_length,
     )  # fmt: skip
     assert found == sizes
     assert sizes_of["dv"] == sizes_of["dqk"]
-    assert sizes_of["linear_dropout_rate"] == settings.model.dropout_rate
+    assert sizes_of["linear_dropout_rate"] == settings.value("train_fn.dropout_rate")
     names = ("temperature", "item_l2_norm", "user_embedding_norm")
-    assert [settings.published(f"train_fn.{name}") for name in names] == [0.05, True, "l2_norm"]
+    assert [settings.value(f"train_fn.{name}") for name in names] == [0.05, True, "l2_norm"]
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_a_sweep_changes_only_what_it_names(sweep: Path) -> None:
     """Data, epochs and learning rate are the same in all files of a folder; no two files say the same."""
     runs = [load_settings([path])[0] for path in sorted(sweep.glob("*.gin")) if path.stem != "base"]
     shared = {
-        (r.data.dataset_name, r.data.max_sequence_length, r.schedule.num_epochs, r.optimizer.learning_rate)
+        (r.data.dataset_name, r.data.max_sequence_length, r.schedule.num_epochs, r.updates.learning_rate)
         for r in runs
     }
     assert len(shared) == 1

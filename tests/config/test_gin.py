@@ -123,7 +123,7 @@ def test_published_names_arrive(write) -> None:
     settings, resolved = load_settings([write(PUBLISHED)])
     for line in PUBLISHED.strip().splitlines():
         name, _, text = line.partition(" = ")
-        value = settings.published(name) if name in FIELDS else settings.option(name)
+        value = settings.value(name)
         expected = eval(text)
         assert (list(value) if isinstance(value, tuple) else value) == expected, name
         assert f"{name} =" in resolved or name.startswith("sasrec_encoder.")  # no part of this run
@@ -260,7 +260,7 @@ def test_published_parameters_that_act() -> None:
     settings, _ = load_settings([], [
         "create_mol_interaction_module.eps = 1e-5", "get_similarity_function.activation_checkpoint = True",
     ])  # fmt: skip
-    assert settings.option("create_mol_interaction_module.eps") == 1e-5
+    assert settings.value("create_mol_interaction_module.eps") == 1e-5
     assert settings.similarity.activation_checkpoint
 
 
@@ -274,6 +274,61 @@ def test_settings_survive_json(write) -> None:
     data = json.loads(json.dumps(settings.to_json()))
     assert RunSettings.from_json(data) == settings
     assert RunSettings.from_json({}) == RunSettings()
+
+
+def test_settings_in_groups_are_read_too() -> None:
+    """As checkpoints held them before sections were named by their owners in gin."""
+    groups = {
+        "model": {"main_module": "TwoTower", "temperature": 0.5, "next_time": "hidden"},
+        "loss": {"objective": "masked", "mask_probability": None, "label_smoothing": 0.0},
+        "optimizer": {"optimizer": "lazy_adamw"},
+        "negatives": {"mixed_shares": {"local": 0.5, "popularity": 0.5}},
+        "encoder": {"activation_checkpoint": True},
+        "queries": {"query_module": "HSTU", "query_features": ["age"]},
+        "similarity": {"bf16_training": True, "activation_checkpoint": False},
+        "options": {"hstu_encoder": {"dqk": 8}, "of_a_plugin_that_is_not_loaded": {"depth": 3}},
+        "plugins": [],
+    }
+    read = RunSettings.from_json(groups)
+    bound = RunSettings().bind({
+        "train_fn.main_module": "TwoTower", "train_fn.temperature": 0.5, "train_fn.next_time": "hidden",
+        "train_fn.objective": "masked", "train_fn.optimizer": "lazy_adamw", "hstu_encoder.dqk": 8,
+        "get_sequential_encoder.activation_checkpoint": True, "item_tower.query_module": "HSTU",
+        "item_tower.query_features": ("age",), "get_similarity_function.bf16_training": True,
+    })  # fmt: skip
+    assert differences(read, bound) == [("of_a_plugin_that_is_not_loaded.depth", 3, None)]
+    assert read.encoder_name == "HSTU" and read.value("train_fn.mask_probability") == 0.15
+    with pytest.raises(UserError, match="unknown section: 'optimiser'"):
+        RunSettings.from_json({"optimiser": {}})
+
+
+def test_a_published_name_and_the_parts_own_are_one_option() -> None:
+    own, published = "SampledSoftmaxLoss.label_smoothing = 0.1", "train_fn.label_smoothing"
+    both = message([], [own, f"{published} = 0.2"])
+    assert (
+        "SampledSoftmaxLoss.label_smoothing = 0.1 and train_fn.label_smoothing = 0.2 are one option" in both
+    )
+    settings, resolved = load_settings([], [own])
+    assert settings.value(published) == 0.1
+    assert published not in resolved and "SampledSoftmaxLoss.label_smoothing = 0.1" in resolved
+    later = override(settings, [f"{published} = 0.2"])
+    assert later.value("SampledSoftmaxLoss.label_smoothing") == later.value(published) == 0.2
+    assert override(later, [own]) == settings
+    assert override(later, ["train_fn.loss_module = 'CE'"]).value("CE.label_smoothing") == 0.2
+
+
+def test_a_published_name_has_the_range_of_the_chosen_part() -> None:
+    zero = "train_fn.mask_probability = 0.0"
+    assert (
+        load_settings([], ["train_fn.objective = 'masked'", zero])[0].value(
+            "masked_objective.mask_probability"
+        )
+        == 0
+    )
+    assert "train_fn.mask_probability must be above 0, got 0.0" in message(
+        [], ["train_fn.objective = 'permuted'", zero]
+    )
+    assert load_settings([], ["train_fn.mask_probability = None"])[0] == RunSettings()
 
 
 def test_checkpoints_keep_the_defaults_of_the_chosen_parts() -> None:

@@ -12,14 +12,14 @@ import pytest
 import generative_recommenders.build.parts  # noqa: F401  (registers the built-in parts)
 from generative_recommenders.config.gin import FILE_LIMIT, MAX_FILES, load_settings, override
 from generative_recommenders.config.registry import parts_by_gin_name
-from generative_recommenders.config.schema import FIELDS, RunSettings
+from generative_recommenders.config.schema import NAMES, RunSettings
 from generative_recommenders.errors import UserError
 
 INPUTS = [1000, pytest.param(100_000, marks=pytest.mark.slow)]
 MEMORY_LIMIT = 64 << 20  # bytes that the process's peak may grow by
 PARAMETERS: dict[str, list[str]] = {}
 for _name in [
-    *FIELDS,
+    *NAMES,
     *(f"{o}.{n}" for o, part in parts_by_gin_name().items() for n in part.options.model_fields),
 ]:
     PARAMETERS.setdefault(_name.partition(".")[0], []).append(_name.partition(".")[2])

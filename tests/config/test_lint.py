@@ -35,30 +35,38 @@ def test_all_acts_by_default() -> None:
             {"negatives_sharing": "block"},
             "train_fn.negatives_block_size cannot act",
         ),
-        ({"class_feature": "genre"}, {"sampling_strategy": "multi-class"}, "no negatives are drawn by class"),
-        ({"mixed_shares": {"local": 1.0}}, {"sampling_strategy": "mixed"}, "sampling_strategy is not mixed"),
+        ({"class_feature": "genre"}, {"sampling_strategy": "multi-class"}, "'in-batch' does not read it"),
+        ({"mixed_shares": {"local": 1.0}}, {"sampling_strategy": "mixed"}, "'in-batch' has no such option"),
         (
             {"popularity_power": 0.5},
             {"sampling_strategy": "popularity"},
-            "no negatives are drawn by popularity",
+            "train_fn.popularity_power cannot act: train_fn.sampling_strategy = 'in-batch' has no such option",
         ),
-        ({"calibration": 0.5}, {"loss_module": "gBCE"}, "SampledSoftmaxLoss has none"),
-        ({"mask_probability": 0.5}, {"objective": "masked"}, "objective causal hides nothing"),
-        ({"permute_all": True}, {"objective": "permuted"}, "objective is not permuted"),
-        ({"tie_discriminator": True}, {"objective": "replaced"}, "objective is not replaced"),
+        ({"calibration": 0.5}, {"loss_module": "gBCE"}, "'SampledSoftmaxLoss' has no such option"),
+        ({"mask_probability": 0.5}, {"objective": "masked"}, "train_fn.objective = 'causal' has no"),
+        ({"permute_all": True}, {"objective": "permuted"}, "train_fn.objective = 'causal' has no"),
+        ({"tie_discriminator": True}, {"objective": "replaced"}, "train_fn.objective = 'causal' has no"),
         (
             {"category_feature": "genre"},
             {"embedding_module_type": "categorical"},
-            "embeddings are not by category",
+            "train_fn.embedding_module_type = 'local' does not read it",
         ),
-        ({"next_time": "hidden"}, {"main_module": "HSTU"}, "no bias by time reads it"),
-        ({"num_ratings": 11}, {"input_preprocessor": "CombinedItemAndRating"}, "reads no ratings"),
-        ({"partial_eval_num_iters": 3}, {"full_eval_every_n": 2}, "every evaluation is a full one"),
+        ({"next_time": "hidden"}, {"main_module": "HSTU"}, "train_fn.main_module = 'SASRec' has no"),
+        (
+            {"num_ratings": 11},
+            {"input_preprocessor": "CombinedItemAndRating"},
+            "'LearnablePositionalEmbedding' has no",
+        ),
+        ({"partial_eval_num_iters": 3}, {"full_eval_every_n": 2}, "train_fn.full_eval_every_n is 1"),
         ({"hstu__num_blocks": 8}, {"main_module": "HSTU"}, "hstu_encoder.num_blocks cannot act"),
         ({"sce__n_buckets": 8}, {"loss_module": "ScalableCrossEntropyLoss"}, "sce.n_buckets cannot act"),
         ({"item_tower__num_blocks": 2}, {"main_module": "TwoTower"}, "item_tower.num_blocks cannot act"),
         ({"mol__dot_product_dimension": 8}, {"interaction_module_type": "MoL"}, "this run has no such part"),
-        ({"similarity__bf16_training": True}, {"interaction_module_type": "MoL"}, "it acts on MoL"),
+        (
+            {"similarity__bf16_training": True},
+            {"interaction_module_type": "MoL"},
+            "'DotProduct' has no such option",
+        ),
     ],
 )
 def test_settings_without_effect_are_reported(
@@ -75,8 +83,9 @@ def test_losses_over_the_catalogue_draw_nothing() -> None:
         loss_module="CE", negatives_sharing="block", calibration=0.5, loss_activation_checkpoint=True
     )
     assert inert(settings) == [
-        "train_fn.negatives_sharing, train_fn.calibration cannot act: CE scores the catalogue and draws no negatives",
-        "train_fn.loss_activation_checkpoint cannot act: CE keeps no scores for its backward pass anyway",
+        "train_fn.loss_activation_checkpoint, train_fn.negatives_sharing cannot act: CE scores the catalogue and draws no "
+        "negatives",
+        "train_fn.calibration cannot act: train_fn.loss_module = 'CE' has no such option",
     ]
 
 

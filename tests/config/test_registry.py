@@ -11,6 +11,7 @@ import pytest
 from annotated_types import Ge, Le
 
 from generative_recommenders.config.fields import Share
+from generative_recommenders.config.published import describe
 from generative_recommenders.config.registry import Registry
 from generative_recommenders.errors import UserError
 
@@ -106,7 +107,7 @@ def test_options_are_written_out_by_name_and_typed() -> None:
 
 
 def test_the_description_is_one_line_with_types_ranges_and_defaults() -> None:
-    (line,) = registry_with_part().describe()
+    (line,) = describe(registry_with_part())
     assert line.startswith(
         "Toy (toy_part): layers: int = 2 (>= 1, <= 9); rate: float = 0.1 (>= 0, < 1); kind: 'a', 'b' = 'a'"
     )

@@ -13,7 +13,7 @@ import pytest
 import generative_recommenders.build.parts  # noqa: F401  (registers the built-in parts)
 from generative_recommenders.config.gin import load_settings, override
 from generative_recommenders.config.registry import parts_by_gin_name
-from generative_recommenders.config.schema import FIELDS, RunSettings
+from generative_recommenders.config.schema import NAMES, RunSettings
 from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.similarity.mol_layers import (
     COMBINATIONS,
@@ -36,7 +36,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", [*FIELDS, *OPTIONS])
+@pytest.mark.parametrize("name", [*NAMES, *OPTIONS])
 def test_extreme_values_give_settings_or_one_line(name: str) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for value in EXTREME:
@@ -56,13 +56,14 @@ def test_extreme_values_give_settings_or_one_line(name: str) -> None:
     "text", ["9223372036854775807", "9223372036854775808", "1e39", "1e-308", "1e999", "None"]
 )
 def test_extreme_values_by_gin_json_and_override_agree(text: str) -> None:
-    for name, (group, field) in FIELDS.items():
+    for name in NAMES:
+        owner, _, field = name.partition(".")
         value = float("inf") if text == "1e999" else eval(text)
         binding = f"{name} = {text}"
         makers = (
             partial(lambda bindings: load_settings([], bindings)[0], [binding]),
             partial(override, RunSettings(), [binding]),
-            partial(RunSettings.from_json, {group: {field: value}}),
+            partial(RunSettings.from_json, {owner: {field: value}}),
         )
         results = []
         for make in makers:
@@ -83,7 +84,7 @@ def test_extreme_values_by_gin_json_and_override_agree(text: str) -> None:
     ],
 )
 def test_ints_are_floats_and_lists_are_tuples(name: str, value: object, kept: object) -> None:
-    assert RunSettings().bind({f"train_fn.{name}": value}).published(f"train_fn.{name}") == kept
+    assert RunSettings().bind({f"train_fn.{name}": value}).value(f"train_fn.{name}") == kept
 
 
 def test_settings_are_frozen_and_changed_by_copies() -> None:

@@ -32,7 +32,7 @@ PER_POSITION = Sharing()
 
 
 def in_shares(samplers: list[NegativesSampler], shares: list[float], draws: int) -> MixedNegativesSampler:
-    return MixedNegativesSampler(samplers, {str(place): each for place, each in enumerate(shares)}, draws)
+    return MixedNegativesSampler(samplers, draws, {str(place): each for place, each in enumerate(shares)})
 
 
 def local(sharing: Sharing) -> NegativesSampler:

@@ -1,0 +1,94 @@
+"""Published names that fill an option of the chosen part.
+
+The option, with its type, range and default, stands in the part's constructor. The published name stays its canonical one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from generative_recommenders.config.registry import (
+    ENCODERS,
+    INPUT_PREPROCESSORS,
+    ITEM_EMBEDDINGS,
+    LOSSES,
+    NEGATIVE_SAMPLERS,
+    OBJECTIVES,
+    OUTPUT_POSTPROCESSORS,
+    SIMILARITIES,
+    Part,
+    Registry,
+)
+
+
+@dataclass(frozen=True)
+class Target:
+    """An option that a published name fills, in each part of the registry that has it.
+
+    only: gin name of the one part that is filled, instead of what fills its kind. default: of the published programs, where it
+    is not the part's own. required: the choice changes what is learned, and is refused where the part has no such option;
+    others are said to have no effect.
+    """
+
+    registry: Registry
+    option: str
+    only: str | None = None
+    default: Any = None
+    required: bool = False
+
+
+PUBLISHED: dict[str, tuple[Target, ...]] = {
+    "train_fn.dropout_rate": (Target(INPUT_PREPROCESSORS, "dropout_rate"),),
+    "train_fn.rating_embedding_dim": (Target(INPUT_PREPROCESSORS, "rating_embedding_dim"),),
+    "train_fn.num_ratings": (Target(INPUT_PREPROCESSORS, "num_ratings"),),
+    "train_fn.next_time": (Target(ENCODERS, "next_time"),),
+    "get_sequential_encoder.activation_checkpoint": (Target(ENCODERS, "activation_checkpoint"),),
+    "item_tower.query_module": (Target(ENCODERS, "query_module", only="two_tower"),),
+    "train_fn.item_l2_norm": (Target(ITEM_EMBEDDINGS, "item_l2_norm"),),
+    "train_fn.l2_norm_eps": (
+        Target(ITEM_EMBEDDINGS, "l2_norm_eps"),
+        Target(OUTPUT_POSTPROCESSORS, "eps"),
+    ),
+    "train_fn.temperature": (
+        Target(SIMILARITIES, "temperature", default=0.05),
+        Target(SIMILARITIES, "score_temperature", only="create_mol_interaction_module", default=0.05),
+    ),
+    "train_fn.label_smoothing": (Target(LOSSES, "label_smoothing", required=True),),
+    "train_fn.calibration": (Target(LOSSES, "calibration"),),
+    "train_fn.rating_threshold": (Target(LOSSES, "threshold"),),
+    "train_fn.num_positives": (Target(OBJECTIVES, "num_positives", required=True),),
+    "train_fn.target_weights": (Target(OBJECTIVES, "target_weights", required=True),),
+    "train_fn.mask_probability": (Target(OBJECTIVES, "mask_probability"),),
+    "train_fn.max_span_length": (Target(OBJECTIVES, "max_span_length"),),
+    "train_fn.permute_all": (Target(OBJECTIVES, "permute_all"),),
+    "train_fn.fakes_from": (Target(OBJECTIVES, "fakes_from"),),
+    "train_fn.tie_discriminator": (Target(OBJECTIVES, "tie_discriminator"),),
+    "train_fn.discriminator_weight": (Target(OBJECTIVES, "discriminator_weight"),),
+    "train_fn.log_q_correction": (Target(NEGATIVE_SAMPLERS, "log_q_correction", required=True),),
+    "train_fn.popularity_power": (Target(NEGATIVE_SAMPLERS, "power"),),
+    "train_fn.mixed_shares": (Target(NEGATIVE_SAMPLERS, "shares"),),
+    "train_fn.class_selector": (Target(NEGATIVE_SAMPLERS, "selector"),),
+}
+"""Published name -> what it fills. ``train_fn.rating_threshold`` is a setting of the evaluation too."""
+
+
+def targets_in(registry: Registry, part: Part) -> dict[str, Target]:
+    """Published name -> target, of the options that the part has; a target of this part alone goes before those of its kind."""
+    of_kind = [
+        (name, target)
+        for name, targets in PUBLISHED.items()
+        for target in targets
+        if target.registry is registry
+    ]
+    own = {name: target for name, target in of_kind if target.only == part.gin_name}
+    found = own or {name: target for name, target in of_kind if target.only is None}
+    return {name: target for name, target in found.items() if target.option in part.options.model_fields}
+
+
+def describe(registry: Registry) -> list[str]:
+    """A line a part, for ``--list``: its options with the published names that fill them, and the defaults of a run."""
+    return [
+        part.describe({t.option: (name, t.default) for name, t in targets_in(registry, part).items()})
+        for part in registry.parts()
+    ]
