@@ -3,7 +3,7 @@
     python benchmarks/gpu.py --output=benchmarks/results/gpu.json
     python benchmarks/gpu.py --device=cpu --quick         # does it run at all
 
-One call measures everything, some six minutes on an H100. A part that fails is reported and the rest goes on; parts that find
+One call measures everything, some three minutes on an H200. A part that fails is reported and the rest goes on; parts that find
 no time left in ``--seconds`` are left out. Data are made in memory, with the lengths of ML-1M and of Amazon Books, so that
 nothing but the program, torch and numpy is needed.
 """
