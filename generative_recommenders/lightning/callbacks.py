@@ -87,17 +87,12 @@ class ComputeMetricsCallback(lightning.Callback):
         if dataloader_idx not in self._totals:
             self._totals[dataloader_idx] = ListMetrics(self.ks, num_items, device=logits.device)
         listed = (items + 1).masked_fill(scores == -torch.inf, 0)  # the metrics' ids begin at 1
-        relevant = self._ids(batch, self.ground_truth_column, num_items)
-        seen = self._ids(batch, self.train_column, num_items) if "novelty" in self.metrics else None
+        relevant, seen = column_of(batch, self.ground_truth_column, "ComputeMetricsCallback"), None
+        relevant = (relevant + 1).masked_fill((relevant < 0) | (relevant >= num_items), 0)
+        if "novelty" in self.metrics:
+            seen = column_of(batch, self.train_column, "ComputeMetricsCallback")
+            seen = (seen + 1).masked_fill((seen < 0) | (seen >= num_items), 0)
         self._totals[dataloader_idx].add(listed, relevant, seen)
-
-    def _ids(self, batch: Batch, column: str, num_items: int) -> torch.Tensor:
-        if column not in batch:
-            raise UserError(
-                f"ComputeMetricsCallback: the batch has no {column!r}; it has {', '.join(map(str, batch))}"
-            )
-        ids = batch[column]
-        return (ids + 1).masked_fill((ids < 0) | (ids >= num_items), 0)
 
     def on_validation_epoch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
@@ -138,27 +133,13 @@ class ComputeMetricsCallback(lightning.Callback):
     on_test_epoch_end = on_validation_epoch_end
 
 
-class TopItemsCallback(lightning.Callback):
-    """Collects the top_k items of each row of a prediction, best first.
+class _PredictionCallback(lightning.Callback):
+    """Keeps a part of each batch of a prediction, on the CPU."""
 
-    query_column: the batch's key of the query ids ``[B]``, and their column in the result. item_column, rating_column: of the
-    items and their scores.
-    """
-
-    def __init__(
-        self,
-        top_k: int,
-        query_column: str,
-        item_column: str,
-        rating_column: str = "rating",
-        postprocessors: Sequence[Postprocessor] | None = None,
-    ) -> None:
+    def __init__(self, postprocessors: Sequence[Postprocessor] | None = None) -> None:
         super().__init__()
-        if top_k < 1:
-            raise UserError(f"{type(self).__name__}: top_k must be 1 or more, not {top_k}")
-        self.top_k, self.query_column, self.item_column = top_k, query_column, item_column
-        self.rating_column, self.postprocessors = rating_column, list(postprocessors or ())
-        self._parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        self.postprocessors = list(postprocessors or ())
+        self._parts: list[tuple[torch.Tensor, ...]] = []
 
     def on_predict_epoch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
@@ -175,29 +156,57 @@ class TopItemsCallback(lightning.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
+        self._parts.append(tuple(part.detach().cpu() for part in self.parts(pl_module, outputs, batch)))
+
+    @abstractmethod
+    def parts(
+        self, pl_module: lightning.LightningModule, outputs: Mapping[str, Any], batch: Batch
+    ) -> tuple[torch.Tensor, ...]:
+        """What is kept of a batch, one row a query."""
+
+    def collected(self) -> tuple[torch.Tensor, ...]:
+        """The parts of all batches; UserError before the first prediction."""
+        if not self._parts:
+            raise UserError(f"{type(self).__name__}: nothing was predicted yet: call Trainer.predict first")
+        return tuple(torch.cat(each) for each in zip(*self._parts))
+
+
+class TopItemsCallback(_PredictionCallback):
+    """Collects the top_k items of each row of a prediction, best first.
+
+    query_column: the batch's key of the query ids ``[B]``, and their column in the result. item_column, rating_column: of the
+    items and their scores.
+    """
+
+    def __init__(
+        self,
+        top_k: int,
+        query_column: str,
+        item_column: str,
+        rating_column: str = "rating",
+        postprocessors: Sequence[Postprocessor] | None = None,
+    ) -> None:
+        super().__init__(postprocessors)
+        if top_k < 1:
+            raise UserError(f"{type(self).__name__}: top_k must be 1 or more, not {top_k}")
+        self.top_k, self.query_column, self.item_column = top_k, query_column, item_column
+        self.rating_column = rating_column
+
+    def parts(
+        self, pl_module: lightning.LightningModule, outputs: Mapping[str, Any], batch: Batch
+    ) -> tuple[torch.Tensor, ...]:
+        """Items ``[B, k]``, their scores ``[B, k]``, and query ids ``[B]`` where there is a column of them."""
         logits = outputs["logits"]
         for each in self.postprocessors:
             logits = each.on_prediction(batch, logits)
         scores, items = top_items(logits, self.top_k, pl_module)
-        self._parts.append((self._queries(batch).cpu(), items.cpu(), scores.cpu()))
-
-    def _queries(self, batch: Batch) -> torch.Tensor:
-        if self.query_column not in batch:
-            raise UserError(
-                f"{type(self).__name__}: the batch has no {self.query_column!r}; it has {', '.join(map(str, batch))}"
-            )
-        return batch[self.query_column].flatten()
-
-    def collected(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Query ids ``[n]``, items ``[n, k]``, scores ``[n, k]``; UserError before the first prediction."""
-        if not self._parts:
-            raise UserError(f"{type(self).__name__}: nothing was predicted yet: call Trainer.predict first")
-        queries, items, scores = (torch.cat(each) for each in zip(*self._parts))
-        return queries, items, scores
+        if not self.query_column:
+            return items, scores
+        return items, scores, column_of(batch, self.query_column, type(self).__name__).flatten()
 
     def columns(self) -> dict[str, Any]:
         """One row a recommended item, as numpy arrays by name."""
-        queries, items, scores = self.collected()
+        items, scores, queries = self.collected()
         kept = scores.flatten() != -torch.inf
         flat = (queries.repeat_interleave(items.shape[1]), items.flatten(), scores.flatten())
         names = (self.query_column, self.item_column, self.rating_column)
@@ -257,46 +266,31 @@ class TorchTopItemsCallback(TopItemsCallback):
     ) -> None:
         super().__init__(top_k, query_column or "", "item_id", postprocessors=postprocessors)
 
-    def _queries(self, batch: Batch) -> torch.Tensor:
-        return super()._queries(batch) if self.query_column else torch.empty(0, dtype=torch.int64)
-
     def get_result(self) -> tuple[torch.Tensor, ...]:
-        queries, items, scores = self.collected()
-        return (queries, items, scores) if self.query_column else (items, scores)
+        items, scores, *queries = self.collected()
+        return (*queries, items, scores)
 
 
-class HiddenStatesCallback(lightning.Callback):
+class HiddenStatesCallback(_PredictionCallback):
     """Collects one of the model's hidden states over a prediction. hidden_state_index: its place among "hidden_states"."""
 
     def __init__(self, hidden_state_index: int) -> None:
         super().__init__()
         self.hidden_state_index = hidden_state_index
-        self._parts: list[torch.Tensor] = []
 
-    def on_predict_epoch_start(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
-    ) -> None:
-        self._parts = []
-
-    def on_predict_batch_end(
-        self,
-        trainer: lightning.Trainer,
-        pl_module: lightning.LightningModule,
-        outputs: Mapping[str, Any],
-        batch: Batch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
+    def parts(
+        self, pl_module: lightning.LightningModule, outputs: Mapping[str, Any], batch: Batch
+    ) -> tuple[torch.Tensor, ...]:
         states = outputs["hidden_states"]
         if not -len(states) <= self.hidden_state_index < len(states):
             raise UserError(
                 f"HiddenStatesCallback: the model gives {len(states)} hidden states, none at {self.hidden_state_index}"
             )
-        self._parts.append(states[self.hidden_state_index].detach().cpu())
+        return (states[self.hidden_state_index],)
 
     def get_result(self) -> torch.Tensor:
         """``[n, ...]`` over all batches of the last prediction."""
-        return torch.cat(self._parts)
+        return self.collected()[0]
 
 
 def top_items(
@@ -306,6 +300,13 @@ def top_items(
     scores, columns = largest(logits, k)
     candidates = getattr(pl_module, "candidates_to_score", None)
     return scores, columns if candidates is None else candidates.to(columns.device)[columns]
+
+
+def column_of(batch: Batch, name: str, who: str) -> torch.Tensor:
+    """The batch's column; UserError, in the callback's name, where it has none such."""
+    if name not in batch:
+        raise UserError(f"{who}: the batch has no {name!r}; it has {', '.join(map(str, batch))}")
+    return batch[name]
 
 
 def _tell_candidates(postprocessors: Sequence[Postprocessor], pl_module: lightning.LightningModule) -> None:

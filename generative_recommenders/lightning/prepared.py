@@ -17,7 +17,13 @@ from generative_recommenders.build.parts import Catalogue
 from generative_recommenders.build.registered import build_part
 from generative_recommenders.config.registry import SEEN_FILTERS
 from generative_recommenders.config.schema import RunSettings
-from generative_recommenders.data.loader import EvaluationLoader, LoadedBatch, SequenceLoader, SequenceRows
+from generative_recommenders.data.loader import (
+    EvaluationLoader,
+    Histories,
+    LoadedBatch,
+    SequenceLoader,
+    SequenceRows,
+)
 from generative_recommenders.data.splits import Split, make_split
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.evaluation import seen_filters  # noqa: F401  (register)
@@ -156,9 +162,8 @@ class _WholeHistories:
             users = self.users[start : start + self.batch_size]
             stops = np.asarray(self.dataset.lengths[users], dtype=np.int64)
             columns = self.rows.cut(users, np.zeros_like(stops), stops)
-            longest = SequenceRows(self.dataset, max(int(stops.max(initial=0)), 1))
-            seen = longest.cut(users, np.zeros_like(stops), stops)["item_ids"]
-            seen = seen.masked_fill(seen == 0, -1)
+            histories = Histories(self.dataset, users, stops)
+            seen = _rectangle(histories.rows, histories["item_ids"], len(users))
             yield {"history": columns, "query_id": columns["user_ids"], "seen_ids": seen, "train": seen}
 
 

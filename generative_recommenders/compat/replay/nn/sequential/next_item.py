@@ -10,17 +10,9 @@ import torch
 from torch import nn
 
 from generative_recommenders.compat.replay.data.schema import TensorSchema
+from generative_recommenders.compat.replay.nn import protocols
 from generative_recommenders.compat.replay.nn.head import EmbeddingTyingHead
 from generative_recommenders.compat.replay.nn.output import InferenceOutput, TrainOutput
-from generative_recommenders.compat.replay.nn.protocols import (
-    AggregatorProto,
-    AttentionMaskProto,
-    EmbedderProto,
-    EncoderProto,
-    LossProto,
-    NormalizerProto,
-    Tensors,
-)
 from generative_recommenders.errors import UserError
 
 
@@ -33,11 +25,11 @@ class QueryTower(nn.Module):
     def __init__(
         self,
         feature_names: Sequence[str] | None,
-        embedder: EmbedderProto,
-        embedding_aggregator: AggregatorProto,
-        attn_mask_builder: AttentionMaskProto,
-        encoder: EncoderProto,
-        output_normalization: NormalizerProto,
+        embedder: protocols.EmbedderProto,
+        embedding_aggregator: protocols.AggregatorProto,
+        attn_mask_builder: protocols.AttentionMaskProto,
+        encoder: protocols.EncoderProto,
+        output_normalization: protocols.NormalizerProto,
     ) -> None:
         super().__init__()
         self.feature_names = feature_names
@@ -47,7 +39,7 @@ class QueryTower(nn.Module):
         self.encoder = encoder
         self.output_normalization = output_normalization
 
-    def forward(self, feature_tensors: Tensors, padding_mask: torch.Tensor) -> torch.Tensor:
+    def forward(self, feature_tensors: protocols.Tensors, padding_mask: torch.Tensor) -> torch.Tensor:
         """feature_tensors: name to ``[B, N, ...]``; padding_mask: bool ``[B, N]``, True = real. Returns ``[B, N, D]``."""
         embeddings = self.embedding_aggregator(self.embedder(feature_tensors, self.feature_names))
         hidden = call_with_accepted(
@@ -66,7 +58,7 @@ class NextItemModel(nn.Module, ABC):
     scores_rectangles = True
     """`get_logits` takes hidden states ``[B, N, D]`` with ids ``[B, K]``."""
 
-    def __init__(self, body: nn.Module, loss: LossProto) -> None:
+    def __init__(self, body: nn.Module, loss: protocols.LossProto) -> None:
         super().__init__()
         self.body = body
         self.head = EmbeddingTyingHead()
@@ -75,7 +67,7 @@ class NextItemModel(nn.Module, ABC):
 
     def forward(
         self,
-        feature_tensors: Tensors,
+        feature_tensors: protocols.Tensors,
         padding_mask: torch.Tensor,
         candidates_to_score: torch.Tensor | None = None,
         positive_labels: torch.Tensor | None = None,
@@ -108,7 +100,9 @@ class NextItemModel(nn.Module, ABC):
         )
         return TrainOutput(loss, hidden_states)
 
-    def hidden_states(self, feature_tensors: Tensors, padding_mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def hidden_states(
+        self, feature_tensors: protocols.Tensors, padding_mask: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
         """The body's output, and behind it what is made of it; the last one is scored."""
         return (self.body(feature_tensors, padding_mask),)
 

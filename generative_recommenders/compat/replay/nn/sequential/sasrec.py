@@ -8,18 +8,11 @@ import torch
 from torch import nn
 
 from generative_recommenders.compat.replay.data.schema import TensorSchema
+from generative_recommenders.compat.replay.nn import protocols
 from generative_recommenders.compat.replay.nn.agg import PositionAwareAggregator, SumAggregator
 from generative_recommenders.compat.replay.nn.embedding import SequenceEmbedding
 from generative_recommenders.compat.replay.nn.loss import CE
 from generative_recommenders.compat.replay.nn.mask import DefaultAttentionMask
-from generative_recommenders.compat.replay.nn.protocols import (
-    AggregatorProto,
-    AttentionMaskProto,
-    EmbedderProto,
-    EncoderProto,
-    LossProto,
-    NormalizerProto,
-)
 from generative_recommenders.compat.replay.nn.sequential.next_item import (
     NextItemModel,
     QueryTower,
@@ -32,15 +25,15 @@ from generative_recommenders.config.sections import ListReduction
 class SasRecBody(QueryTower):
     """The query tower over all features that the embedder knows; its item table also scores."""
 
-    embedder: EmbedderProto
+    embedder: protocols.EmbedderProto
 
     def __init__(
         self,
-        embedder: EmbedderProto,
-        embedding_aggregator: AggregatorProto,
-        attn_mask_builder: AttentionMaskProto,
-        encoder: EncoderProto,
-        output_normalization: NormalizerProto,
+        embedder: protocols.EmbedderProto,
+        embedding_aggregator: protocols.AggregatorProto,
+        attn_mask_builder: protocols.AttentionMaskProto,
+        encoder: protocols.EncoderProto,
+        output_normalization: protocols.NormalizerProto,
     ) -> None:
         super().__init__(
             None, embedder, embedding_aggregator, attn_mask_builder, encoder, output_normalization
@@ -51,9 +44,6 @@ class SasRec(NextItemModel):
     """A `SasRecBody` (arXiv 1808.09781) scored against the item embeddings that it looks up."""
 
     body: SasRecBody
-
-    def __init__(self, body: SasRecBody, loss: LossProto) -> None:
-        super().__init__(body, loss)
 
     @classmethod
     def from_params(

@@ -13,33 +13,21 @@ import torch
 from torch import nn
 
 from generative_recommenders.compat.replay.data.schema import TensorFeatureInfo, TensorSchema
-from generative_recommenders.compat.replay.nn.agg import PositionAwareAggregator, SumAggregator
-from generative_recommenders.compat.replay.nn.embedding import SequenceEmbedding
-from generative_recommenders.compat.replay.nn.loss import CE
-from generative_recommenders.compat.replay.nn.mask import DefaultAttentionMask
-from generative_recommenders.compat.replay.nn.protocols import (
-    AggregatorProto,
-    AttentionMaskProto,
-    ContextMergerProto,
-    EmbedderProto,
-    FeaturesReaderProtocol,
-    ItemEncoderProto,
-    LossProto,
-    NormalizerProto,
-    QueryEncoderProto,
-    Tensors,
-)
+from generative_recommenders.compat.replay.nn import protocols
+from generative_recommenders.compat.replay.nn.agg import SumAggregator
 from generative_recommenders.compat.replay.nn.sequential.next_item import (
     NextItemModel,
     QueryTower,
     call_with_accepted,
     embedded_schema,
 )
-from generative_recommenders.compat.replay.nn.sequential.sasrec_layer import SasRecTransformerLayer
+from generative_recommenders.compat.replay.nn.sequential.sasrec import SasRec
 from generative_recommenders.config.sections import ListReduction
 from generative_recommenders.data.list_columns import padded, read_columns
 from generative_recommenders.errors import UserError
 from generative_recommenders.ops.feed_forward import SwiGLUEncoder
+
+FeaturesReaderProtocol = protocols.FeaturesReaderProtocol
 
 __all__ = ["FeaturesReader", "FeaturesReaderProtocol", "ItemTower", "TwoTower", "TwoTowerBody"]
 
@@ -127,11 +115,11 @@ class ItemTower(nn.Module):
     def __init__(
         self,
         schema: TensorSchema,
-        item_features_reader: FeaturesReaderProtocol,
+        item_features_reader: protocols.FeaturesReaderProtocol,
         feature_names: Sequence[str],
-        embedder: EmbedderProto,
-        embedding_aggregator: AggregatorProto,
-        encoder: ItemEncoderProto,
+        embedder: protocols.EmbedderProto,
+        embedding_aggregator: protocols.AggregatorProto,
+        encoder: protocols.ItemEncoderProto,
     ) -> None:
         super().__init__()
         self.feature_names = list(feature_names)
@@ -163,16 +151,16 @@ class TwoTowerBody(nn.Module):
     def __init__(
         self,
         schema: TensorSchema,
-        embedder: EmbedderProto,
-        attn_mask_builder: AttentionMaskProto,
+        embedder: protocols.EmbedderProto,
+        attn_mask_builder: protocols.AttentionMaskProto,
         query_tower_feature_names: Sequence[str],
         item_tower_feature_names: Sequence[str],
-        query_embedding_aggregator: AggregatorProto,
-        item_embedding_aggregator: AggregatorProto,
-        query_encoder: QueryEncoderProto,
-        query_tower_output_normalization: NormalizerProto,
-        item_encoder: ItemEncoderProto,
-        item_features_reader: FeaturesReaderProtocol,
+        query_embedding_aggregator: protocols.AggregatorProto,
+        item_embedding_aggregator: protocols.AggregatorProto,
+        query_encoder: protocols.QueryEncoderProto,
+        query_tower_output_normalization: protocols.NormalizerProto,
+        item_encoder: protocols.ItemEncoderProto,
+        item_features_reader: protocols.FeaturesReaderProtocol,
     ) -> None:
         super().__init__()
         self.embedder = embedder
@@ -193,7 +181,7 @@ class TwoTowerBody(nn.Module):
             item_encoder,
         )
 
-    def forward(self, feature_tensors: Tensors, padding_mask: torch.Tensor) -> torch.Tensor:
+    def forward(self, feature_tensors: protocols.Tensors, padding_mask: torch.Tensor) -> torch.Tensor:
         """The query tower's hidden states ``[B, N, D]``."""
         return self.query_tower(feature_tensors, padding_mask)
 
@@ -208,7 +196,10 @@ class TwoTower(NextItemModel):
     body: TwoTowerBody
 
     def __init__(
-        self, body: TwoTowerBody, loss: LossProto, context_merger: ContextMergerProto | None = None
+        self,
+        body: TwoTowerBody,
+        loss: protocols.LossProto,
+        context_merger: protocols.ContextMergerProto | None = None,
     ) -> None:
         super().__init__(body, loss)
         self.context_merger = context_merger
@@ -217,7 +208,7 @@ class TwoTower(NextItemModel):
     def from_params(
         cls,
         schema: TensorSchema,
-        item_features_reader: FeaturesReaderProtocol,
+        item_features_reader: protocols.FeaturesReaderProtocol,
         embedding_dim: int = 192,
         num_heads: int = 4,
         num_blocks: int = 2,
@@ -226,30 +217,30 @@ class TwoTower(NextItemModel):
         excluded_features: Sequence[str] | None = None,
         categorical_list_feature_aggregation_method: ListReduction = "sum",
     ) -> TwoTower:
-        """SASRec layers as query tower, SwiGLU as item tower, features summed, full cross-entropy.
-
-        Both towers read all features of the schema but the excluded ones, the query id and the timestamp,
-        each embedded in ``embedding_dim`` columns.
-        """
-        schema = embedded_schema(schema, excluded_features, embedding_dim)
-        item = schema.item_id_features.item()
-        aggregator = SumAggregator(embedding_dim)
+        """The query tower of `SasRec.from_params`, SwiGLU as item tower over the same features, summed; full cross-entropy."""
+        sasrec = SasRec.from_params(
+            schema, embedding_dim, num_heads, num_blocks, max_sequence_length, dropout, excluded_features,
+            categorical_list_feature_aggregation_method,
+        )  # fmt: skip
+        query, schema = sasrec.body, embedded_schema(schema, excluded_features, embedding_dim)
         body = TwoTowerBody(
             schema=schema,
-            embedder=SequenceEmbedding(schema, None, categorical_list_feature_aggregation_method),
-            attn_mask_builder=DefaultAttentionMask(item.name, num_heads),
+            embedder=query.embedder,
+            attn_mask_builder=query.attn_mask_builder,
             query_tower_feature_names=schema.names,
             item_tower_feature_names=schema.names,
-            query_embedding_aggregator=PositionAwareAggregator(aggregator, max_sequence_length, dropout),
-            item_embedding_aggregator=aggregator,
-            query_encoder=SasRecTransformerLayer(embedding_dim, num_heads, num_blocks, dropout, "relu"),
-            query_tower_output_normalization=nn.LayerNorm(embedding_dim),
+            query_embedding_aggregator=query.embedding_aggregator,
+            item_embedding_aggregator=SumAggregator(embedding_dim),
+            query_encoder=query.encoder,
+            query_tower_output_normalization=query.output_normalization,
             item_encoder=SwiGLUEncoder(embedding_dim, 2 * embedding_dim),
             item_features_reader=item_features_reader,
         )
-        return cls(body, CE(ignore_index=item.padding_value))
+        return cls(body, sasrec.loss)
 
-    def hidden_states(self, feature_tensors: Tensors, padding_mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def hidden_states(
+        self, feature_tensors: protocols.Tensors, padding_mask: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
         states = super().hidden_states(feature_tensors, padding_mask)
         if self.context_merger is None:
             return states
