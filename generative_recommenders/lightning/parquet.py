@@ -13,6 +13,7 @@ import pyarrow as pa
 import torch
 
 from generative_recommenders.data.list_columns import padded, read_columns, require_columns
+from generative_recommenders.data.loader import Histories
 from generative_recommenders.data.splits import make_split
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.errors import UserError
@@ -167,25 +168,18 @@ def prepared_tables(dataset: SequenceDataset, protocol: str) -> dict[str, pa.Tab
     split = make_split(dataset, protocol)
     everyone, lengths = np.arange(dataset.num_users), np.asarray(dataset.lengths)
 
-    def events(users: np.ndarray, stops: np.ndarray, values: np.ndarray) -> pa.Array:
-        counts = stops.astype(np.int64)
-        ends = np.cumsum(counts)
-        places = np.arange(ends[-1] if len(ends) else 0) + np.repeat(
-            dataset.offsets[users] - (ends - counts), counts
-        )
-        return pa.LargeListArray.from_arrays(
-            np.concatenate([[0], ends]).astype(np.int64), pa.array(values[places])
-        )
-
     def table(users: np.ndarray, stops: np.ndarray, targets: np.ndarray | None = None) -> pa.Table:
-        items = np.asarray(dataset.items).astype(np.int64) - 1
-        columns = {"query_id": pa.array(users.astype(np.int64)), "item_id": events(users, stops, items)}
-        for name, values in (("timestamp", dataset.timestamps), ("rating", dataset.ratings)):
-            if values is not None:
-                columns[name] = events(users, stops, np.asarray(values))
+        histories = Histories(dataset, users, stops.astype(np.int64))
+        bounds = np.concatenate([[0], np.cumsum(histories.stops)])
+        columns = {"query_id": pa.array(users.astype(np.int64))}
+        for name, column in (("item_id", "item_ids"), ("timestamp", "timestamps"), ("rating", "ratings")):
+            if column != "item_ids" and getattr(dataset, column) is None:
+                continue
+            values = histories[column].numpy() - (column == "item_ids")  # ids from 0 here
+            columns[name] = pa.LargeListArray.from_arrays(bounds, pa.array(values))
         columns["train"] = columns["item_id"]
         if targets is not None:
-            wanted = items[dataset.offsets[users] + targets]
+            wanted = np.asarray(dataset.items)[dataset.offsets[users] + targets].astype(np.int64) - 1
             columns["ground_truth"] = pa.LargeListArray.from_arrays(
                 np.arange(len(users) + 1), pa.array(wanted)
             )
