@@ -21,6 +21,7 @@ import torch
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from generative_recommenders.build.factories import create_mol_interaction_module
 from generative_recommenders.modeling.similarity.dot_product import DotProductSimilarity
 from generative_recommenders.modeling.similarity.mixture_of_logits import MoLSimilarity
 from generative_recommenders.retrieval.methods import make_top_k
@@ -44,7 +45,7 @@ def clustered(count: int, dim: int, clusters: int) -> tuple[torch.Tensor, torch.
 
 def fitted(options: dict[str, int], dim: int, clusters: int, steps: int) -> MoLSimilarity:
     """A mixture trained by in-batch softmax on pairs of a query and an item of one cluster."""
-    similarity = MoLSimilarity(dim, dim, mutual_information=True, **options).train()
+    similarity = create_mol_interaction_module(dim, dim, **options).train()
     optimizer = torch.optim.AdamW(similarity.parameters(), lr=1e-3)
     for _ in range(steps):
         queries, labels = clustered(64, dim, clusters)

@@ -6,7 +6,6 @@ Each takes the part's name, what the program supplies, and the part's options, c
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -113,7 +112,7 @@ def create_mol_interaction_module(
     return mixture
 
 
-create_mol_interaction_module.__signature__ = inspect.signature(MoLSimilarity)  # type: ignore[attr-defined]
+create_mol_interaction_module.__signature__ = SIMILARITIES["MoL"].signature  # type: ignore[attr-defined]
 
 
 def get_input_preprocessor(

@@ -29,6 +29,7 @@ from generative_recommenders.config.sections import ListReduction
 from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.encoders.two_tower import EntityFeature, FeatureMerger
 from generative_recommenders.modeling.event_features import EventFeatures
+from generative_recommenders.modeling.initialization import xavier_normal_matrices_
 from generative_recommenders.modeling.model import SequenceEncoder, SequenceRecommender
 
 
@@ -66,7 +67,8 @@ def build_model(settings: RunSettings, catalogue: Catalogue) -> SequenceRecommen
         raise UserError(
             f"loss_weights name {', '.join(missing)}, which this configuration does not produce ({offered})"
         )
-    return SequenceRecommender(items, sequence, similarity, build_objective(settings))
+    autocast = torch.bfloat16 if settings.model.main_module_bf16 else None
+    return SequenceRecommender(items, sequence, similarity, build_objective(settings), autocast)
 
 
 def build_sequence(settings: RunSettings, catalogue: Catalogue) -> SequenceEncoder:
@@ -94,6 +96,8 @@ def build_sequence(settings: RunSettings, catalogue: Catalogue) -> SequenceEncod
             f"objective {settings.loss.objective!r} shows both sides of a hidden item, which encoder "
             f"{settings.encoder_name!r} cannot read"
         )
+    if getattr(encoder, "redraws_inputs", False):
+        xavier_normal_matrices_(preprocessor)
     name = settings.model.user_embedding_norm
     postprocessor = get_output_postprocessor(name, width, **options_of(settings, OUTPUT_POSTPROCESSORS, name))
     merger = _context_merger(settings, catalogue, encoder)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from generative_recommenders.build.catalogue import Catalogue
 from generative_recommenders.build.model import build_model, build_sequence
 from generative_recommenders.build.objectives import build_criterion as _build_criterion
@@ -33,10 +31,9 @@ def build_task(
     model = build_model(settings, catalogue).to(collectives.device)
     criterion = build_criterion(settings, catalogue, model).to(collectives.device)
     sampler = build_sampler(settings, catalogue).to(collectives.device) if criterion.needs_negatives else None
-    autocast = torch.bfloat16 if settings.model.main_module_bf16 else None
     objective = build_objective(settings)
     return TrainingTask(
-        model, objective, criterion, sampler, settings.schedule.random_seed, collectives, autocast,
+        model, objective, criterion, sampler, settings.schedule.random_seed, collectives,
         numbers_rows=settings.schedule.deterministic,
     )  # fmt: skip
 

@@ -71,6 +71,11 @@ def _not_prepared(name: str, folder: Path, data_root: Path) -> str:
     command = f"python preprocess_public_data.py --dataset={name}"
     if name not in DATA_SOURCES:
         command = f"python preprocess_public_data.py --dataset=csv --raw_path=FILE --name={name}"
+    if name == "ml-3b":
+        command = (
+            "enlarge ML-20M by the fractal expansion of the HSTU authors' program (run_fractal_expansion.py, 16 x 32), write "
+            f"its ratings as user,item,rating,timestamp in one file or folder, and {command}"
+        )
     if data_root != Path("data"):
         command += f" --data_root={data_root}"
     return f"{name} is not prepared in {folder}; prepared: {', '.join(others) or 'none'}. To prepare it: {command}"

@@ -99,6 +99,12 @@ class StrictModel(BaseModel):
         return type(self)(**{**dict(self), **changes})
 
 
+class OptionGroup(StrictModel):
+    """Options that a part takes as one argument: gin names each of them with the group's ``prefix`` before it."""
+
+    prefix: ClassVar[str]
+
+
 def check_numbers(value: Any) -> None:
     """Refuses, anywhere in a value, numbers that neither int64 nor float32 hold."""
     if isinstance(value, Mapping):

@@ -2,7 +2,7 @@
 
 A base class (or the registry) names in ``SUPPLIED`` what the program passes where a signature asks for it: widths, counts, and
 their like. Everything else in the signature is an option, with the type, range (``Annotated[int, Ge(1)]``) and default that
-stand there; gin binds it as ``GIN_NAME.OPTION``.
+stand there; gin binds it as ``GIN_NAME.OPTION``. An argument whose type is an `OptionGroup` stands for the options in it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any, TypeVar, get_type_hints
 from pydantic import create_model
 
 from generative_recommenders.config.fields import (
+    OptionGroup,
     StrictModel,
     checked_value,
     describe_field,
@@ -68,19 +69,32 @@ class Part:
         return frozenset(self._parameters) & offered
 
     @cached_property
+    def _hints(self) -> dict[str, Any]:
+        function = self.make.__init__ if isinstance(self.make, type) else self.make  # type: ignore[misc]
+        return get_type_hints(function, include_extras=True)
+
+    @property
+    def groups(self) -> dict[str, type[OptionGroup]]:
+        """Arguments that stand for several options."""
+        hints = {name: self._hints.get(name) for name in self._parameters if name not in self.supplied}
+        return {
+            name: hint
+            for name, hint in hints.items()
+            if isinstance(hint, type) and issubclass(hint, OptionGroup)
+        }
+
+    @cached_property
     def options(self) -> type[StrictModel]:
         """The model of the options, from the constructor's signature."""
-        function = self.make.__init__ if isinstance(self.make, type) else self.make  # type: ignore[misc]
         try:
-            hints = get_type_hints(function, include_extras=True)
-            fields: dict[str, Any] = {
-                name: (
-                    hints[name],
-                    ... if parameter.default is inspect.Parameter.empty else parameter.default,
-                )
-                for name, parameter in self._parameters.items()
-                if name not in self.supplied
-            }
+            fields: dict[str, Any] = {}
+            for name, parameter in self._parameters.items():
+                if name in self.groups:
+                    group = self.groups[name]
+                    fields |= {group.prefix + key: (f.annotation, f) for key, f in group.model_fields.items()}
+                elif name not in self.supplied:
+                    required = parameter.default is inspect.Parameter.empty
+                    fields[name] = self._hints[name], ... if required else parameter.default
             return create_model(self.gin_name, __base__=StrictModel, **fields)
         except KeyError as error:
             raise UserError(
@@ -126,10 +140,22 @@ class Part:
         passed = {
             name: value(options) if inspect.isfunction(value) else value for name, value in passed.items()
         }
+        for name, group in self.groups.items():
+            options[name] = group(**{key: options.pop(group.prefix + key) for key in group.model_fields})
         try:
             return self.make(**options, **passed)
         except (ValueError, OverflowError) as error:
             raise UserError(f"{self.gin_name}: {error}") from error
+
+    @property
+    def signature(self) -> inspect.Signature:
+        """That of a function which takes what the program supplies and every option by name."""
+        parameters = [self._parameters[name] for name in self._parameters if name in self.supplied]
+        for name, field in self.options.model_fields.items():
+            default = inspect.Parameter.empty if field.is_required() else field.get_default()
+            kind = inspect.Parameter.KEYWORD_ONLY
+            parameters.append(inspect.Parameter(name, kind, default=default, annotation=field.annotation))
+        return inspect.Signature(parameters)
 
     @property
     def _defaulted(self) -> set[str]:

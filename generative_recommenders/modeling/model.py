@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from generative_recommenders.modeling.input_preprocessors import EncoderInput, I
 from generative_recommenders.modeling.inputs import LastEventReader, ModelInputs, Queries, QueryReader
 from generative_recommenders.modeling.items import ItemEmbedding, ItemRows
 from generative_recommenders.modeling.similarity.interface import Similarity, Snapshot
+from generative_recommenders.ops import dispatch
 from generative_recommenders.ops.layout import Layout, padded_layout
 from generative_recommenders.types import Batch, SequentialFeatures
 
@@ -101,7 +103,8 @@ class SequenceRecommender(torch.nn.Module):
 
     Item ids are 1..V, 0 is padding; rectangles are right-padded, oldest event first.
 
-    objective: makes the inputs of queries, see `QueryReader`; the state after the last event unless given.
+    objective: makes the inputs of queries, see `QueryReader`; the state after the last event unless given. autocast: the
+    dtype of the encoder's products in training and evaluation alike, or None.
     """
 
     similarity: Similarity
@@ -112,9 +115,10 @@ class SequenceRecommender(torch.nn.Module):
         sequence: SequenceEncoder,
         similarity: Similarity,
         objective: QueryReader | None = None,
+        autocast: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.items = items
+        self.items, self.autocast = items, autocast
         self.sequence = sequence
         self.similarity = similarity
         self.objective = objective or LastEventReader()
@@ -174,7 +178,8 @@ class SequenceRecommender(torch.nn.Module):
             x = self.mask_embedding(x, inputs.replaced)
         features = inputs.features
         events = token_events(features.past_events, features.past_lengths, inputs.layout, self.constant_width)
-        states = self.sequence(x, inputs.layout, events)
+        with nullcontext() if self.autocast is None else dispatch.autocast(x, self.autocast):
+            states = self.sequence(x, inputs.layout, events)
         return states if inputs.read is None else states.index_select(0, inputs.read)
 
     def forward(

@@ -40,8 +40,8 @@ def sampled_scores(
     states: ``[T, D]``. items: as scored. positives: ``[T]`` or ``[T, P]`` item ids. user_ids: ``[T]``. positive_items: rows
     that the positives are looked up in instead, for losses that ask for other ones.
 
-    A similarity that is no product scores each position with its own positives and negatives: what depends on an item
-    alone is computed once for each item held, and the similarity keeps memory within bounds.
+    A similarity that is no product scores positives and negatives in two calls, as the published program does, and keeps
+    memory within bounds; its auxiliary losses are of the positives alone.
     """
     targets = checked_targets(positives, items)
     mask = no_collisions(targets, negatives)
@@ -52,15 +52,13 @@ def sampled_scores(
         positive = (query[:, None] * source.lookup(targets).float()).sum(-1)
         negative = negative_products(query, weight, items.index(negatives.ids), negatives)
         return SampledScores(positive, corrected(negative, negatives), mask, {})
-    rows, drawn, spans = items.index(targets), items.index(negatives.ids), negatives.spans(len(states))
+    weight, drawn = items.weight.float(), items.index(negatives.ids)
+    positive, sums = similarity.score_rows(states, weight, items.index(targets), user_ids)
+    spans = negatives.spans(len(states)) if len(states) else None
     if not len(states):  # no pairs, of the shape that the rest expects
-        drawn, spans = drawn[:0], None
-    if spans is None:
-        rows = torch.cat([rows, drawn], dim=1)
-    scores, sums = similarity.score_rows(
-        states, items.weight.float(), rows, user_ids, zip(spans or (), drawn)
-    )
-    positive, negative = scores.split([targets.shape[1], drawn.shape[1]], dim=1)
+        drawn = drawn[:0]
+    shared = drawn if spans is None else zip(spans, drawn)
+    negative = similarity.score_negatives(states, weight, shared, user_ids)
     return SampledScores(positive, corrected(negative, negatives), mask, sums)
 
 

@@ -30,8 +30,8 @@ class TrainingTask(torch.nn.Module):
     """What a model learns: inputs and targets by an objective, negatives by a sampler, a loss by a criterion.
 
     sampler: None for losses over the catalogue. seed: of masks and negatives; both are drawn by (seed, step, place in the
-    global batch), so that the number of processes changes no draw. collectives: the processes that share a batch. autocast:
-    the dtype of the encoder's products, or None. numbers_rows: see `PreparedBatch`.
+    global batch), so that the number of processes changes no draw. collectives: the processes that share a batch.
+    numbers_rows: see `PreparedBatch`.
     """
 
     def __init__(
@@ -42,12 +42,11 @@ class TrainingTask(torch.nn.Module):
         sampler: NegativesSampler | None,
         seed: int,
         collectives: Collectives | None = None,
-        autocast: torch.dtype | None = None,
         numbers_rows: bool = False,
     ) -> None:
         super().__init__()
         self.model, self.objective, self.criterion, self.sampler = model, objective, criterion, sampler
-        self.seed, self.autocast, self.numbers_rows = seed, autocast, numbers_rows
+        self.seed, self.numbers_rows = seed, numbers_rows
         self.collectives = collectives or Collectives(model.items.table.device)
         if self.collectives.world_size > 1 and self.collectives.is_main and not criterion.sums_over_tokens:
             logging.warning(
@@ -129,7 +128,7 @@ class TrainingTask(torch.nn.Module):
         """The differentiable part of `loss`."""
         items, similarity = self.model.items, self.model.similarity
         rows = ItemRows(items.table) if rows is None else rows
-        with dispatch.autocast(items.table.device, self.autocast), batch.token_rows(_ENCODER):
+        with dispatch.autocast(items.table.device, None), batch.token_rows(_ENCODER):
             states = self.model.states(batch.example, rows)
         raw = items.raw_rows(rows, batch.scored_ids)
         with batch.target_rows(_SCORING, raw):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ class QueryEncoder(torch.nn.Module):
 
     def __init__(self, model: SequenceRecommender, names: tuple[str, ...]) -> None:
         super().__init__()
-        self.model, self.names = model, names
+        self.model, self.names = copy.copy(model), names
+        self.model.autocast = None  # a program computes in the dtype of its weights
 
     def forward(self, item_ids: torch.Tensor, lengths: torch.Tensor, *events: torch.Tensor) -> torch.Tensor:
         """``[B, D]`` of internal ids ``[B, N]`` int64, right-padded with 0, and lengths ``[B]`` int64."""

@@ -37,7 +37,7 @@ class _CandidateTopK(TopKModule):
     def __init__(self, similarity: MoLSimilarity, item_embeddings: torch.Tensor) -> None:
         super().__init__(similarity, item_embeddings)
         with torch.no_grad():
-            components, gate = similarity.item_components(item_embeddings)
+            components, gate = similarity.snapshot(item_embeddings).components
         self.register_buffer("item_components", components, persistent=False)
         self.register_buffer("item_gate", gate, persistent=False)
         self.item_components: torch.Tensor
@@ -55,7 +55,7 @@ class _CandidateTopK(TopKModule):
         ids = self.candidates(query, seen_ids).sort(dim=1).values
         none = ids == 0
         none[:, 1:] |= ids[:, 1:] == ids[:, :-1]
-        scores, _ = self.similarity.score_components(query, self.items, (ids - 1).clamp(min=0))
+        scores = self.similarity.score_components(query, self.items, (ids - 1).clamp(min=0))
         values, columns = largest(scores.masked_fill(none, -torch.inf), k)
         return fill(values, ids.gather(1, columns), k)
 

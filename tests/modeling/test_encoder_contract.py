@@ -21,6 +21,9 @@ CHOICES: dict[str, dict[str, object]] = {
     "HSTU-softmax": {"main_module": "HSTU", "hstu.normalization": "softmax_rel_bias"},
     "FuXi-single": {"main_module": "FuXi", "fuxi.ffn_single_stage": True},
     "LiGR-gelu": {"main_module": "LiGR", "ligr.ffn_activation_fn": "gelu", "ligr.ffn_bias": True},
+    "HSTU-length": {"main_module": "HSTU", "hstu.attn_divisor": "length"},
+    "HSTU-by-time": {"main_module": "HSTU", "hstu.enable_relative_position_bias": False},
+    "HSTU-by-position": {"main_module": "HSTU", "hstu.enable_relative_time_bias": False},
     "DiffTransformer-pre": {"main_module": "DiffTransformer", "diff_transformer.norm": "pre"},
     **{
         f"TwoTower-{name}": {"main_module": "TwoTower", "item_tower.query_module": name}
@@ -166,8 +169,8 @@ def test_every_encoder_is_asked_to_overfit() -> None:
 
 @pytest.mark.parametrize("name", EASY)
 def test_overfits_ten_users(name: str) -> None:
-    """The items of ten fixed histories come out first again after a few steps."""
-    before, after = overfit(name)
+    """The items of ten fixed histories come out first again after a few steps; a mixture of so few groups takes more."""
+    before, after = overfit(name, 140 if name == "MoL" else 80)
     assert after > 0.65
     assert before < 0.45
 

@@ -42,6 +42,11 @@ from generative_recommenders.modeling.encoders.two_tower import ItemTower
             {"max_length": 6, "next_time": "unknown"},
             "unknown next_time 'unknown'; known: given, hidden",
         ),
+        (
+            HSTU,
+            {"max_length": 6, "attn_divisor": "length", "normalization": "softmax_rel_bias"},
+            'attn_divisor "length" acts with normalization "rel_bias" alone',
+        ),
         (HSTU, {"max_length": 6, "attn_dropout_rate": 1.0}, "dropout rate must be in"),
         (HSTU, {"max_length": 6, "linear_dropout_rate": -0.1}, "dropout rate must be in"),
     ],

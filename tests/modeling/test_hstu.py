@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from generative_recommenders.modeling.encoders.hstu import HSTU
+from generative_recommenders.build.parts import build_model
+from generative_recommenders.modeling.encoders.hstu import HSTU, attended_tokens
 from generative_recommenders.modeling.events import next_times
-from generative_recommenders.ops.attention.relative_bias import bias_inputs
-from generative_recommenders.ops.layout import jagged_layout, padded_layout
+from generative_recommenders.ops.attention.relative_bias import BiasInputs, bias_inputs
+from generative_recommenders.ops.layout import AttentionMask, jagged_layout, padded_layout
 from golden_encoders import ENTRANCES, assert_parity, choose_backend, recommender_of
 from golden_parity import assert_near, load_golden
+from tiny_models import catalogue, settings
 
 CASES = ["meta_hstu", "meta_hstu_concat_ua", "meta_hstu_no_bias", "meta_hstu_softmax_no_bias"]
 SMALL = {"num_heads": 2, "dqk": 3, "dv": 5}
@@ -148,3 +152,61 @@ def test_no_tokens(normalization: str) -> None:
 def test_bad_options(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         HSTU(8, 6, **options)
+
+
+def test_attention_divides_by_the_tokens_attended_to() -> None:
+    """One block whose layer norm hides no scale: with one head of equal values the output is the mean of SiLU weights."""
+    lengths, masked = torch.tensor([4, 0, 3]), torch.tensor([0, 5, 5, 0, 0, 2, 9])
+    causal = jagged_layout(lengths, 6)
+    assert attended_tokens(causal).tolist() == [1, 2, 3, 4, 1, 2, 3]
+    both = causal.with_attention_mask(AttentionMask(masked, torch.full((7,), 4)))
+    assert attended_tokens(both).tolist() == [2, 2, 2, 2, 2, 2, 2]
+    padded = padded_layout(lengths, 5)
+    full = padded.with_attention_mask(AttentionMask(torch.zeros(15).long(), torch.zeros(15).long()))
+    assert attended_tokens(full).view(3, 5)[0].tolist() == [4] * 5
+    constant, own = (HSTU(8, 6, 1, **SMALL, attn_divisor=each).eval() for each in ("max_length", "length"))
+    own.load_state_dict(constant.state_dict())
+    x, events = small_input([4, 0, 3])
+    inputs = bias_inputs(causal, 6, (events["next_timestamps"], events["timestamps"]))
+    block = own.blocks[0]
+    u, q, k, v = block.project(x)
+    by_hand = (
+        block.attention(q, k, v, causal, inputs) * 6 / torch.tensor([1, 2, 3, 4, 1, 2, 3])[:, None, None]
+    )
+    torch.testing.assert_close(own(x, causal, events), block.combine(x, u, by_hand))
+    assert not torch.allclose(own(x, causal, events), constant(x, causal, events))
+
+
+@pytest.mark.parametrize("left_out", ["time", "position"])
+def test_the_bias_by_time_or_by_position_alone(left_out: str) -> None:
+    encoder = HSTU(8, 9, 1, **SMALL, **{f"enable_relative_{left_out}_bias": False})
+    x, events = small_input([7])
+    later = {name: values * 3 for name, values in events.items()}
+    layout = jagged_layout(torch.tensor([7]), 9)
+    assert torch.equal(encoder(x, layout, events), encoder(x, layout, later)) == (left_out == "time")
+    encoder(x, layout, events).sum().backward()
+    assert all(
+        (p.grad is None) == (left_out == "time" and "time" in n) for n, p in encoder.named_parameters()
+    )
+    inputs = BiasInputs(torch.arange(9).view(3, 3), torch.zeros(1, 3, 3, dtype=torch.int64))
+    assert (encoder.blocks[0].bias(inputs).unique().numel() == 1) == (left_out == "position")
+
+
+@pytest.mark.parametrize("main_module", ["HSTU", "SASRec"])
+def test_positions_begin_as_published(main_module: str) -> None:
+    """HSTU draws the matrices of its input preprocessor anew, SASRec leaves their truncated normal: ML-1M's shape."""
+    shape = {"max_sequence_length": 200, "gr_output_length": 10, "item_embedding_dim": 50}
+    rated = {"input_preprocessor": "LearnablePositionalEmbeddingRated", "rating_embedding_dim": 8}
+    torch.manual_seed(0)
+    positions = build_model(
+        settings(main_module=main_module, **shape), catalogue()
+    ).sequence.preprocessor.position
+    expected = math.sqrt(2 / (211 + 50)) if main_module == "HSTU" else 0.88 / math.sqrt(50)
+    assert positions.std().item() == pytest.approx(expected, rel=0.02)
+    assert (positions.abs().max() > 2.5 * expected) == (main_module == "HSTU")
+    ratings = build_model(
+        settings(main_module=main_module, **shape, **rated), catalogue()
+    ).sequence.preprocessor.rating
+    assert ratings.std().item() == pytest.approx(
+        math.sqrt(2 / 14) if main_module == "HSTU" else 0.0176, rel=0.3
+    )

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 import pytest
@@ -8,9 +9,13 @@ import torch
 
 from generative_recommenders.build.factories import create_mol_interaction_module
 from generative_recommenders.errors import UserError
+from generative_recommenders.modeling.items import ItemRows
 from generative_recommenders.modeling.similarity import mixture_of_logits, mol_components
 from generative_recommenders.modeling.similarity.interface import Similarity
 from generative_recommenders.modeling.similarity.mixture_of_logits import MoLSimilarity
+from generative_recommenders.objectives.negative_samplers import LocalNegativesSampler, Sharing
+from generative_recommenders.objectives.scoring import sampled_scores
+from generative_recommenders.ops.counter_random import stream_key
 
 SMALL: dict[str, Any] = {
     "query_dot_product_groups": 3,
@@ -139,10 +144,10 @@ def test_components_made_before_give_the_same_scores(monkeypatch):
     query, _ = model.query_components(queries)
     parts = model.item_components(items)
     scores = model(queries, items)[0]
-    torch.testing.assert_close(model.score_components(query, parts)[0], scores)
+    torch.testing.assert_close(model.score_components(query, parts), scores)
     rows = torch.randint(0, 8, (6, 4))
     monkeypatch.setattr(mixture_of_logits, "_BLOCK_FLOATS", 500)
-    torch.testing.assert_close(model.score_components(query, parts, rows)[0], scores.gather(1, rows))
+    torch.testing.assert_close(model.score_components(query, parts, rows), scores.gather(1, rows))
 
 
 def test_rows_of_a_table_equal_gathered_items():
@@ -161,46 +166,102 @@ def test_rows_of_a_table_equal_gathered_items():
     torch.testing.assert_close(results[0], results[1], atol=1e-4, rtol=1e-4)
 
 
-def test_shared_items_equal_those_gathered_for_every_query(monkeypatch):
+def test_shared_negatives_equal_those_gathered_for_every_query(monkeypatch):
     model = small_model(uid_embedding_hash_sizes=(4,), uid_dropout_rate=0.0).train()
-    queries, own, users = torch.randn(7, 6), torch.randint(0, 8, (7, 2)), torch.arange(7)
+    queries, users = torch.randn(7, 6), torch.arange(7)
     table, drawn = torch.randn(8, 5, requires_grad=True), torch.randint(0, 8, (3, 4))
     spans = [slice(0, 2), slice(2, 5), slice(5, 7)]
-    gathered = torch.cat([own, drawn[torch.tensor([0, 0, 1, 1, 1, 2, 2])]], dim=1)
+    gathered = drawn[torch.tensor([0, 0, 1, 1, 1, 2, 2])]
     results = []
     for floats in (1 << 25, 500):
         monkeypatch.setattr(mixture_of_logits, "_BLOCK_FLOATS", floats)
         monkeypatch.setattr(mixture_of_logits, "_KEPT_FLOATS", floats)
-        for call in (
-            lambda: model.score_rows(queries, table, gathered, users),
-            lambda: model.score_rows(queries, table, own, users, zip(spans, drawn)),
-        ):
+        for rows in (gathered, zip(spans, drawn)):
             table.grad = None
-            scores, losses = finished(model, call())
-            (scores.square().sum() + sum(losses.values())).backward()
-            results.append([scores.detach(), losses, table.grad])
+            scores = model.score_negatives(queries, table, rows, users)
+            scores.square().sum().backward()
+            results.append([scores.detach(), table.grad])
     for other in results[1:]:
         torch.testing.assert_close(results[0], other, atol=1e-4, rtol=1e-4)
 
 
-def test_nonlinearity_names_act_and_are_logged_once(caplog):
-    mol_components.say_once.cache_clear()
+def test_item_dropout_is_drawn_for_every_pair_unless_it_is_shared():
+    queries, items = torch.randn(1, 6).repeat(400, 1), torch.randn(1, 5)
+    rows = torch.zeros(400, 2, dtype=torch.int64)
+
+    def draws(**options) -> tuple[int, int]:
+        """Different scores of one pair among all queries, and rows whose two scores of it differ."""
+        scores, _ = small_model(item_dropout_rate=0.3, **options).train().score_rows(queries, items, rows)
+        scores = scores.detach().mul(1e3).round()
+        return len(scores.unique()), int((scores[:, 0] != scores[:, 1]).sum())
+
+    of_pairs, within = draws()
+    assert of_pairs > 20 and within > 200  # five inputs: 32 masks at most
+    assert draws(item_dropout_shared=True) == (1, 0)
+
+
+def test_positives_and_negatives_have_draws_of_their_own():
+    model = small_model(uid_embedding_hash_sizes=(4,), uid_dropout_rate=0.5).train()
+    queries, items, users = torch.randn(50, 6), torch.randn(9, 5), torch.arange(1, 51)
+    rows = torch.randint(0, 9, (50, 1))
+    positive, _ = model.score_rows(queries, items, rows, users)
+    negative = model.score_negatives(queries, items, rows, users)
+    assert (positive != negative).float().mean() > 0.5
+
+
+def test_mutual_information_is_of_the_positives_pairs_alone():
+    model = small_model().train()
+    queries, table = torch.randn(30, 6), torch.randn(9, 5)
+    rows = torch.randint(0, 9, (30, 1))
+    _, sums = model.score_rows(queries, table, rows)
+    expected = model(queries, table[rows])[1]["mi_loss"]
+    torch.testing.assert_close(model.auxiliary_losses(sums)["mi_loss"], expected)
+    assert sums["mi_loss"][-1] == 30
+    weight = torch.cat([torch.zeros(1, 5), table])
+    negatives = LocalNegativesSampler(9, 20, Sharing())(stream_key(0), 0, 30)
+    scores = sampled_scores(queries, ItemRows(weight), rows[:, 0] + 1, negatives, model, torch.arange(30))
+    torch.testing.assert_close(scores.sums["mi_loss"], sums["mi_loss"])
+
+
+def test_every_matrix_begins_as_published():
+    """ML-1M's mixture: Xavier normal over all matrices, the gated unit and its bias of one row too."""
+    torch.manual_seed(0)
+    model = create_mol_interaction_module(50, 50, uid_embedding_hash_sizes=(6040,))
+    for name, parameter in model.named_parameters():
+        gated = name.endswith("linear.bias")
+        rows, columns = (1, len(parameter)) if gated else (*parameter.shape, 0)[:2]
+        if columns:
+            expected = math.sqrt(2 / (rows + columns))
+            assert parameter.std().item() == pytest.approx(expected, rel=4 / math.sqrt(parameter.numel())), (
+                name
+            )
+            within = (parameter.abs() < expected).float().mean().item()
+            assert within == pytest.approx(0.683, abs=2 / math.sqrt(parameter.numel())), name  # a normal's
+        else:
+            assert not parameter.any(), name
+    assert model.query_projection[1].linear.weight.std().item() == pytest.approx(0.043, abs=5e-4)
+    assert model.user_tables[0].weight.std().item() == pytest.approx(0.018, abs=2e-4)
+
+
+def test_lines_of_the_log_say_which_published_code_ignores_an_option(caplog):
     queries, items = torch.randn(2, 6), torch.randn(3, 5)
     scores = {
         name: small_model(1, query_nonlinearity=name).eval()(queries, items)[0]
         for name in ("swiglu", "geglu")
     }
     assert not torch.allclose(scores["swiglu"], scores["geglu"])
+    torch.testing.assert_close(small_model(1).eval()(queries, items)[0], scores["geglu"])  # rails' default
     mol_components.say_once.cache_clear()
     with caplog.at_level(logging.INFO, logger="absl"):
-        small_model()
+        small_model(query_nonlinearity="swiglu")
         assert not caplog.records
-        small_model(item_nonlinearity="geglu")
+        small_model(query_nonlinearity="swiglu", item_nonlinearity="reglu")
         for _ in range(2):
-            small_model(query_nonlinearity="geglu")
-    idle, acting = (record.getMessage() for record in caplog.records)
-    assert "item_nonlinearity = geglu cannot act: item_hidden_dim" in idle
-    assert "query_nonlinearity = geglu acts" in acting
+            small_model(uid_embedding_hash_sizes=(3,))
+    idle, acting, tables = (record.getMessage() for record in caplog.records)
+    assert "item_nonlinearity = reglu cannot act: item_hidden_dim" in idle
+    assert "query_nonlinearity = geglu acts, as in rails' code; Meta's is swiglu" in acting
+    assert "uid_embedding_hash_sizes acts, as in rails' code; Meta's ignores it" in tables
 
 
 def test_user_tables_act_only_when_on():
@@ -216,7 +277,7 @@ def test_user_tables_act_only_when_on():
     assert model.auxiliary_loss_names == losses.keys() == {"mi_loss", "uid_embedding_l2_norm"}
     assert model.eval()(queries, items, torch.tensor([2, 17, 3]))[1] == {}
     assert small_model().auxiliary_loss_names == {"mi_loss"}
-    assert MoLSimilarity(6, 5, False, **SMALL)(queries, items)[1] == {}
+    assert create_mol_interaction_module(6, 5, False, **SMALL)(queries, items)[1] == {}
 
 
 def test_user_ids_that_are_missing_are_asked_for():
@@ -244,16 +305,19 @@ def test_softmax_dropout_keeps_a_mixture():
     assert not torch.allclose(scores, plain)
 
 
-def test_bf16_acts_in_training_and_keeps_float32_scores():
+def test_bf16_acts_in_training_and_evaluation_and_keeps_float32_scores():
     model = small_model(bf16_training=True).train()
     queries, items = torch.randn(4, 6), torch.randn(5, 5)
-    exact = MoLSimilarity(6, 5, **SMALL)
+    exact = create_mol_interaction_module(6, 5, **SMALL)
     exact.load_state_dict(model.state_dict())
     scores = model(queries, items)[0]
     assert scores.dtype == torch.float32
     assert not torch.equal(scores, exact(queries, items)[0])
     torch.testing.assert_close(scores, exact(queries, items)[0], atol=0.5, rtol=0.1)
-    assert torch.equal(model.eval()(queries, items)[0], exact.eval()(queries, items)[0])
+    evaluated, plain = (each.eval()(queries, items)[0] for each in (model, exact))
+    assert not torch.equal(evaluated, plain)
+    torch.testing.assert_close(evaluated, plain, atol=0.5, rtol=0.1)
+    torch.testing.assert_close(model.scores(queries, model.snapshot(items), None), evaluated)
 
 
 def test_no_queries_and_no_items():
@@ -294,7 +358,7 @@ def test_identity_takes_the_embedding_as_its_first_component() -> None:
         "item_use_identity_fn": True,
         "dot_product_l2_norm": False,
     }
-    model = MoLSimilarity(6, 4, **{**chosen, "temperature": 1.0}).eval()
+    model = create_mol_interaction_module(6, 4, **{**chosen, "temperature": 1.0}).eval()
     queries, items = torch.randn(3, 6), torch.randn(5, 4)
     query, _ = model.query_components(queries)
     item = model.item_components(items)
@@ -302,14 +366,14 @@ def test_identity_takes_the_embedding_as_its_first_component() -> None:
     torch.testing.assert_close(item.components[:, 0], items)
     assert (query.components.shape, item.components.shape) == ((3, 3, 4), (5, 2, 4))
     assert sum(p.numel() for p in model.item_projection.parameters()) == 4 * 4 + 4  # of the second component
-    one = MoLSimilarity(6, 4, **{**chosen, "item_dot_product_groups": 1})
+    one = create_mol_interaction_module(6, 4, **{**chosen, "item_dot_product_groups": 1})
     assert list(one.item_projection.parameters()) == []
 
 
 @pytest.mark.parametrize("side", ["query", "item"])
 def test_identity_of_a_narrow_embedding_is_refused(side: str) -> None:
     with pytest.raises(UserError, match=f"{side}_use_identity_fn takes dot_product_dimension = 4 .* of 3"):
-        MoLSimilarity(3, 3, **{**SMALL, f"{side}_use_identity_fn": True})
+        create_mol_interaction_module(3, 3, **{**SMALL, f"{side}_use_identity_fn": True})
 
 
 @pytest.mark.parametrize("sizes", [(), (7,)])

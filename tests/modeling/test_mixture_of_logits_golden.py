@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from generative_recommenders.build.factories import create_mol_interaction_module
 from generative_recommenders.modeling.similarity import mixture_of_logits
 from generative_recommenders.modeling.similarity.mixture_of_logits import MoLSimilarity
 
@@ -47,7 +48,7 @@ def golden_case():
 
 
 def golden_model(arrays: dict[str, torch.Tensor], config: dict) -> MoLSimilarity:
-    model = MoLSimilarity(
+    model = create_mol_interaction_module(
         config["query_dim"],
         config["item_dim"],
         query_dot_product_groups=config["groups_q"],
@@ -59,6 +60,8 @@ def golden_model(arrays: dict[str, torch.Tensor], config: dict) -> MoLSimilarity
         gating_query_hidden_dim=config["gq"],
         gating_qi_hidden_dim=config["gqi"],
         gating_item_hidden_dim=config["gi"],
+        query_nonlinearity="swiglu",
+        item_nonlinearity="swiglu",
     )
     parameters = {n.removeprefix("param/"): v for n, v in arrays.items() if n.startswith("param/")}
     model.load_state_dict({our_name(n): our_layout(n, v) for n, v in parameters.items()})

@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 
+from generative_recommenders.build.factories import create_mol_interaction_module
 from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.similarity.dot_product import DotProductSimilarity
-from generative_recommenders.modeling.similarity.mixture_of_logits import MoLSimilarity
 from generative_recommenders.retrieval import product_search, top_k
 from generative_recommenders.retrieval.methods import make_top_k
 from generative_recommenders.retrieval.mol_top_k import (
@@ -42,7 +42,7 @@ def tied_case(seed: int = 0, n: int = 12):
 def mol_case(seed: int = 0, n: int = 6):
     torch.manual_seed(seed)
     similarity = (
-        MoLSimilarity(
+        create_mol_interaction_module(
             5,
             6,
             query_dot_product_groups=2,
@@ -150,7 +150,7 @@ def test_approximate_results_are_distinct_unseen_and_scored_by_the_mixture():
 
 def test_user_ids_reach_the_similarity():
     torch.manual_seed(0)
-    similarity = MoLSimilarity(
+    similarity = create_mol_interaction_module(
         5,
         6,
         query_dot_product_groups=3,

@@ -1,6 +1,7 @@
 """HSTU (arXiv 2402.17152, section 3.2), in the public research form.
 
-A block, over the tokens x of a batch; act is SiLU, LN has eps 1e-6, and N is the constant max_length:
+A block, over the tokens x of a batch; act is SiLU, LN has eps 1e-6, and N is the constant max_length, or by
+``attn_divisor = "length"`` the number of tokens that the position attends to:
 
     U, V, Q, K = split(act(LN(x) W))                          (eq. 1)
     A V = SiLU(Q Kᵀ + bias) / N V                             (eq. 2), over the past; bias: see `ops.attention.relative_bias`
@@ -59,7 +60,7 @@ class HstuBlock(torch.nn.Module):
         linear_dropout_rate: float = 0.0,
         attn_dropout_rate: float = 0.0,
         concat_ua: bool = False,
-        relative_bias: bool = True,
+        bias: RelativeBias | None = None,
     ) -> None:
         super().__init__()
         self.num_heads, self.dqk, self.dv, self.max_length = num_heads, dqk, dv, max_length
@@ -70,25 +71,33 @@ class HstuBlock(torch.nn.Module):
         self.uvqk = torch.nn.Parameter(
             torch.empty(embedding_dim, 2 * num_heads * (dqk + dv)).normal_(std=0.02)
         )
-        self.bias = RelativeBias(max_length) if relative_bias else None
+        self.bias = bias
         self.output = torch.nn.Linear(num_heads * dv * (3 if concat_ua else 1), embedding_dim)
         torch.nn.init.xavier_uniform_(self.output.weight)
         self.dropout = Dropout(linear_dropout_rate)
 
-    def forward(self, x: torch.Tensor, layout: Layout, inputs: BatchInputs) -> torch.Tensor:
-        """x: ``[T, D]``; inputs: see `bias_inputs`."""
+    def forward(
+        self, x: torch.Tensor, layout: Layout, inputs: BatchInputs, scale: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """x: ``[T, D]``; inputs: see `bias_inputs`; scale: ``[T]``, of the attention's output, see `HSTU.scale`."""
         u, q, k, v = self.project(x)
-        return layout.mask(self.combine(x, u, self.attention(q, k, v, layout, inputs)))
+        attended = self.attention(q, k, v, layout, inputs)
+        return layout.mask(self.combine(x, u, attended if scale is None else attended * scale[:, None, None]))
 
     def append(
-        self, x: torch.Tensor, appended: Appended, inputs: BiasInputs | None, cached: KeysValues | None
+        self,
+        x: torch.Tensor,
+        appended: Appended,
+        inputs: BiasInputs | None,
+        cached: KeysValues | None,
+        scale: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, KeysValues]:
         """`forward` of the tokens ``x [T, D]`` alone, behind the cached ones; "rel_bias" only."""
         u, q, k, v = self.project(x)
         block = appended.extend_block(cached, k, v)
         bias = None if self.bias is None else self.bias(inputs)
         attended = pointwise_over_cache(q, block, appended, bias, float(self.max_length))
-        return self.combine(x, u, attended), block
+        return self.combine(x, u, attended if scale is None else attended * scale[:, None, None]), block
 
     def project(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Eq. 1: u ``[T, H dv]``; q, k ``[T, H, dqk]``; v ``[T, H, dv]``."""
@@ -121,11 +130,15 @@ class HSTU(torch.nn.Module):
 
     max_length: N = max_sequence_length + gr_output_length + 1, the constant divisor and the reach of the position bias.
     next_time: "given": the time bias of a position may use the time of the event it predicts, in training and evaluation;
-    "hidden": it uses the position's own time. enable_relative_time_bias: False leaves the bias by position alone.
+    "hidden": it uses the position's own time. enable_relative_time_bias, enable_relative_position_bias: False leaves that
+    part of the bias out. attn_divisor: "max_length" divides by N as published, "length" by the tokens attended to, so that
+    the sums of short histories are no smaller than those of long ones.
     """
 
     time_options = ("enable_relative_attention_bias", "enable_relative_time_bias")
     """Options that must all be on for times to be read."""
+    redraws_inputs = True
+    """The published HSTU draws its input preprocessor's matrices anew, by Xavier's normal distribution."""
 
     def __init__(
         self,
@@ -143,6 +156,8 @@ class HSTU(torch.nn.Module):
         concat_ua: bool = False,
         enable_relative_attention_bias: bool = True,
         enable_relative_time_bias: bool = True,
+        enable_relative_position_bias: bool = True,
+        attn_divisor: Literal["max_length", "length"] = "max_length",
         next_time: NextTime = "given",
         activation_checkpoint: bool = False,
     ) -> None:
@@ -153,6 +168,9 @@ class HSTU(torch.nn.Module):
         check_choice("next_time", next_time, get_args(NextTime))
         check_positive(num_blocks=num_blocks, num_heads=num_heads, dqk=dqk, dv=dv)
         self.causal = normalization == "rel_bias"
+        if attn_divisor == "length" and not self.causal:
+            raise ValueError('attn_divisor "length" acts with normalization "rel_bias" alone')
+        self.attn_divisor = attn_divisor
         self.output_dim = embedding_dim
         self.max_length, self.next_time = max_length, next_time
         self.timed = enable_relative_attention_bias and enable_relative_time_bias
@@ -160,7 +178,8 @@ class HSTU(torch.nn.Module):
         self.blocks = torch.nn.ModuleList(
             HstuBlock(
                 embedding_dim, num_heads, dqk, dv, max_length, normalization, linear_activation,
-                linear_dropout_rate, attn_dropout_rate, concat_ua, enable_relative_attention_bias,
+                linear_dropout_rate, attn_dropout_rate, concat_ua,
+                RelativeBias(max_length, enable_relative_position_bias) if enable_relative_attention_bias else None,
             )
             for _ in range(num_blocks)
         )  # fmt: skip
@@ -170,9 +189,14 @@ class HSTU(torch.nn.Module):
         inputs: BatchInputs = []
         if self.blocks[0].bias is not None:
             inputs = bias_inputs(layout, self.max_length, self.times(events), whole=not self.causal)
+        scale = self.scale(layout)
         for block in self.blocks:
-            x = run_block(block, self.activation_checkpoint and self.training, x, layout, inputs)
+            x = run_block(block, self.activation_checkpoint and self.training, x, layout, inputs, scale)
         return x
+
+    def scale(self, layout: Layout) -> torch.Tensor | None:
+        """``[T]`` float32: N over the number of tokens that each one attends to; None where N divides."""
+        return None if self.attn_divisor == "max_length" else self.max_length / attended_tokens(layout)
 
     def times(self, events: Mapping[str, torch.Tensor]) -> Times | None:
         """What the time bias compares, or None where it is not used or the data have no times."""
@@ -209,6 +233,21 @@ class HSTU(torch.nn.Module):
             inputs = BiasInputs(self.max_length - 1 + appended.distances(), buckets)
         blocks = []
         for block, before in zip(cast(Iterable[HstuBlock], self.blocks), cached or repeat(None)):
-            x, after = block.append(x, appended, inputs, before)
+            x, after = block.append(x, appended, inputs, before, self.scale(appended.layout))
             blocks.append(after)
         return x, tuple(blocks)
+
+
+def attended_tokens(layout: Layout) -> torch.Tensor:
+    """``[T]`` int64: how many tokens each one attends to, 1 at least."""
+    mask = layout.attention_mask
+    if mask is None or not layout.num_tokens:
+        return layout.positions + 1
+    lowest = torch.minimum(mask.key.min(), mask.query.min())
+    width = torch.maximum(mask.key.max(), mask.query.max()) - lowest + 2
+    rows = layout.row_of * width  # so that all rows are searched as one sorted list
+    keys = rows + mask.key - lowest
+    if layout.valid is not None:
+        keys = torch.where(layout.valid[:, 0], keys, rows + width - 1)  # beyond every query
+    found = torch.searchsorted(keys.sort().values, rows + mask.query - lowest, right=True)
+    return (found - layout.starts[layout.row_of]).clamp(min=1)

@@ -52,12 +52,21 @@ class DotProductSimilarity(torch.nn.Module):
         items: torch.Tensor,
         rows: torch.Tensor,
         user_ids: torch.Tensor | None = None,
-        shared: SharedRows = (),
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """``[n, P + R]`` products of queries ``[n, D]`` with ``items[rows]``, rows ``[n, P]``, and with shared items."""
-        own, _ = self.score(queries, items[rows])
-        behind = [self._scaled(queries[span]) @ items[ids].T for span, ids in shared]
-        return torch.cat([own, torch.cat(behind)], dim=1) if behind else own, {}
+        """``[n, P]`` products of queries ``[n, D]`` with ``items[rows]``, rows ``[n, P]``."""
+        return self.score(queries, items[rows])[0], {}
+
+    def score_negatives(
+        self,
+        queries: torch.Tensor,
+        items: torch.Tensor,
+        rows: torch.Tensor | SharedRows,
+        user_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """``[n, R]`` products with each query's own items, or with those of its span."""
+        if isinstance(rows, torch.Tensor):
+            return self.score(queries, items[rows])[0]
+        return torch.cat([self._scaled(queries[span]) @ items[ids].T for span, ids in rows])
 
     def auxiliary_losses(self, sums: dict[str, torch.Tensor]) -> AuxiliaryLosses:
         """None."""

@@ -55,14 +55,21 @@ class Similarity(Protocol):
         items: torch.Tensor,
         rows: torch.Tensor,
         user_ids: torch.Tensor | None = None,
-        shared: SharedRows = (),
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Scores of each query's own items, ``items[rows[i]]`` for query i, and behind them of shared ones.
+        """Scores of each query's own items, ``items[rows[i]]`` for query i.
 
-        items: ``[U, D']``. rows: ``[n, P]`` int64. What depends on an item alone is computed once for each of
-            the U.
-        Returns ``[n, P + R]``, and the sums that `auxiliary_losses` are made from.
+        items: ``[U, D']``. rows: ``[n, P]`` int64. Returns ``[n, P]``, and the sums over these pairs that
+            `auxiliary_losses` are made from.
         """
+
+    def score_negatives(
+        self,
+        queries: torch.Tensor,
+        items: torch.Tensor,
+        rows: torch.Tensor | SharedRows,
+        user_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The same of negatives ``[n, R]``, which auxiliary losses leave out; or of items that spans of queries share."""
 
     def auxiliary_losses(self, sums: dict[str, torch.Tensor]) -> AuxiliaryLosses:
         """Scalars by name, from sums over the pairs of one process or of several."""

@@ -3,20 +3,76 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from absl import logging
 from torch import nn
 from torch.nn import functional as F
 
+from generative_recommenders.config.fields import (
+    HiddenWidth,
+    Layers,
+    NonNegative,
+    OptionGroup,
+    Share,
+    Size,
+)
 from generative_recommenders.errors import UserError
+from generative_recommenders.modeling.initialization import xavier_normal_matrices_
 from generative_recommenders.modeling.similarity.mol_layers import (
     GatedUnitName,
     IdentityProjection,
     projection,
 )
 from generative_recommenders.ops.dropout import dropout
+
+DEFAULT_UNIT: GatedUnitName = "geglu"
+
+
+class QueryOptions(OptionGroup):
+    """How an embedding becomes the query's components: dropout, a gated hidden layer, a linear layer.
+
+    use_identity_fn: the first component is the embedding itself, cut to the width of a component, and the others are one
+    linear layer of it. hidden_dim: 0 or below for no hidden layer. nonlinearity: gated units (arXiv 2002.05202).
+    """
+
+    prefix: ClassVar[str] = "query_"
+
+    dot_product_groups: Layers = 8
+    use_identity_fn: bool = False
+    hidden_dim: HiddenWidth = 512
+    dropout_rate: Share = 0.0
+    nonlinearity: GatedUnitName = DEFAULT_UNIT
+
+
+class ItemOptions(OptionGroup):
+    """The same of an item. dropout_shared: a step draws an item's dropout once for the positives and once for the negatives,
+    not for every pair with a query as published, which costs several times as much."""
+
+    prefix: ClassVar[str] = "item_"
+
+    dot_product_groups: Layers = 4
+    use_identity_fn: bool = False
+    hidden_dim: HiddenWidth = -1
+    dropout_rate: Share = 0.0
+    dropout_shared: bool = False
+    nonlinearity: GatedUnitName = DEFAULT_UNIT
+
+
+class UserOptions(OptionGroup):
+    """Tables of hashed user ids, each of which takes one of the query's groups.
+
+    embedding_hash_sizes: rows of each. embedding_level_dropout: drops whole vectors. embedding_l2_weight_decay: weight of the
+    auxiliary loss ``uid_embedding_l2_norm``, added to the one that ``loss_weights`` give it.
+    """
+
+    prefix: ClassVar[str] = "uid_"
+
+    dropout_rate: Share = 0.5
+    embedding_hash_sizes: tuple[Size, ...] | None = None
+    embedding_level_dropout: bool = False
+    embedding_l2_weight_decay: NonNegative = 0.0
 
 
 class QueryComponents(NamedTuple):
@@ -37,39 +93,6 @@ class ItemComponents(NamedTuple):
         return ItemComponents(self.components[index], None if self.gate is None else self.gate[index])
 
 
-class Side(NamedTuple):
-    """How embeddings of one side, "query" or "item", become its components; see `MoLSimilarity`."""
-
-    name: str
-    groups: int
-    use_identity_fn: bool
-    hidden_dim: int
-    dropout_rate: float
-    nonlinearity: GatedUnitName
-
-    def projection(self, embedding_dim: int, width: int) -> nn.Module:
-        """Embeddings ``[..., D]`` to components ``[..., groups * width]``."""
-        if self.nonlinearity != "swiglu":
-            self._say_what_acts()
-        if not self.use_identity_fn:
-            return projection(
-                embedding_dim, self.hidden_dim, self.groups * width, self.dropout_rate, self.nonlinearity
-            )
-        if embedding_dim < width:
-            raise UserError(
-                f"MoL {self.name}_use_identity_fn takes dot_product_dimension = {width} entries of an embedding of "
-                f"{embedding_dim}: lower it or unset {self.name}_use_identity_fn"
-            )
-        return IdentityProjection(embedding_dim, self.groups, width, self.dropout_rate)
-
-    def _say_what_acts(self) -> None:
-        option = f"MoL {self.name}_nonlinearity = {self.nonlinearity}"
-        if self.hidden_dim > 0 and not self.use_identity_fn:
-            say_once(f"{option} acts; the published code ignored it (swiglu)")
-        else:
-            say_once(f"{option} cannot act: {self.name}_hidden_dim gives the {self.name} no hidden layer")
-
-
 class MoLComponents(nn.Module):
     """Projections of queries and items to components, and tables of hashed user ids, one component each."""
 
@@ -78,71 +101,70 @@ class MoLComponents(nn.Module):
 
     def __init__(
         self,
-        query: Side,
-        item: Side,
-        query_embedding_dim: int,
-        item_embedding_dim: int,
-        dot_product_dimension: int,
+        query: QueryOptions,
+        item: ItemOptions,
+        users: UserOptions,
+        widths: tuple[int, int, int],
         dot_product_l2_norm: bool,
         temperature: float,
         eps: float,
-        uid_embedding_hash_sizes: tuple[int, ...],
-        uid_dropout_rate: float,
-        uid_embedding_level_dropout: bool,
     ) -> None:
+        """widths: of a query, of an item and of a component. UserError for options that cannot be together."""
         super().__init__()
-        self.dot_product_dimension, self.dot_product_l2_norm = dot_product_dimension, dot_product_l2_norm
-        self.logit_temperature, self.eps = temperature, eps
-        self.hash_sizes, self.uid_dropout_rate = uid_embedding_hash_sizes, uid_dropout_rate
-        self.uid_embedding_level_dropout = uid_embedding_level_dropout
-        self.query_projection = query.projection(query_embedding_dim, dot_product_dimension)
-        self.item_projection = item.projection(item_embedding_dim, dot_product_dimension)
-        self.user_tables = nn.ModuleList(
-            nn.Embedding(rows, dot_product_dimension) for rows in uid_embedding_hash_sizes
+        sizes = users.embedding_hash_sizes or ()
+        if query.dot_product_groups <= len(sizes):
+            raise UserError(
+                f"MoL query_dot_product_groups = {query.dot_product_groups}: must exceed the {len(sizes)} groups that "
+                "uid_embedding_hash_sizes take"
+            )
+        if users.embedding_l2_weight_decay and not sizes:
+            raise UserError(
+                f"MoL uid_embedding_l2_weight_decay = {users.embedding_l2_weight_decay}: needs the tables of "
+                "uid_embedding_hash_sizes"
+            )
+        query_dim, item_dim, self.dot_product_dimension = widths
+        self.dot_product_l2_norm, self.logit_temperature, self.eps = dot_product_l2_norm, temperature, eps
+        self.users, self.hash_sizes = users, sizes
+        own_groups = query.dot_product_groups - len(sizes)
+        self.query_projection = side_projection(query, query_dim, own_groups, self.dot_product_dimension)
+        self.item_projection = side_projection(
+            item, item_dim, item.dot_product_groups, self.dot_product_dimension
         )
-        if uid_embedding_hash_sizes:
-            say_once("MoL uid_embedding_hash_sizes acts; the published HSTU code ignored it")
+        self.user_tables = nn.ModuleList(nn.Embedding(rows, self.dot_product_dimension) for rows in sizes)
+        xavier_normal_matrices_(self.user_tables)
+        if sizes:
+            say_once("MoL uid_embedding_hash_sizes acts, as in rails' code; Meta's ignores it")
 
     def query_components(
         self, queries: torch.Tensor, user_ids: torch.Tensor | None = None
     ) -> tuple[QueryComponents, dict[str, torch.Tensor]]:
-        """Components and gate input of queries ``[n, D]`` of users ``[n]``, and the sums of ``uid_embedding_l2_norm``."""
-        components = self._split(self.query_projection(queries))
-        users, losses = self._user_components(user_ids)
-        components = torch.cat([components, *users], dim=-2) / self.logit_temperature
-        return QueryComponents(components, self.query_gate(queries) if self.query_gate else None), losses
+        """Components and gate input of queries ``[n, D]`` of users ``[n]``. In training with user tables, also the sums of
+        ``uid_embedding_l2_norm``: squares of what was looked up, over tables and users, and the number of users.
+        """
+        components = [self._split(self.query_projection(queries))]
+        losses = {}
+        if len(self.user_tables):
+            if user_ids is None:
+                raise UserError(
+                    "MoL uid_embedding_hash_sizes needs user ids, but none were given: pass them or unset it"
+                )
+            found = [table(user_ids % size) for table, size in zip(self.user_tables, self.hash_sizes)]
+            if self.training:
+                squares = torch.stack([v.square().sum() for v in found]).sum()
+                losses["uid_embedding_l2_norm"] = torch.stack([squares, squares.new_full((), len(user_ids))])
+            # Id 0 is a user whom training did not have: its vector is zero.
+            known = (user_ids > 0)[:, None, None]
+            rate, whole = self.users.dropout_rate, self.users.embedding_level_dropout
+            for vectors in found:
+                dropped = dropout(torch.ones_like(vectors[:, :1]) if whole else vectors, rate, self.training)
+                components.append(self._normalised(vectors * dropped if whole else dropped)[:, None] * known)
+        query = torch.cat(components, dim=-2) / self.logit_temperature
+        return QueryComponents(query, self.query_gate(queries) if self.query_gate else None), losses
 
     def item_components(self, items: torch.Tensor) -> ItemComponents:
         """What the mixture needs of items ``[..., D']``; may be computed once for evaluation."""
         components = self._split(self.item_projection(items))
         return ItemComponents(components, self.item_gate(items) if self.item_gate else None)
-
-    def _user_components(
-        self, user_ids: torch.Tensor | None
-    ) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
-        """``[n, 1, d]`` of each table, and the squared norms of what was looked up, summed over tables and users, beside
-        the number of users.
-        """
-        if not len(self.user_tables):
-            return [], {}
-        if user_ids is None:
-            raise UserError(
-                "MoL uid_embedding_hash_sizes needs user ids, but none were given: pass them or unset it"
-            )
-        found = [table(user_ids % size) for table, size in zip(self.user_tables, self.hash_sizes)]
-        losses = {}
-        if self.training:
-            squares = torch.stack([v.square().sum() for v in found]).sum()
-            losses["uid_embedding_l2_norm"] = torch.stack([squares, squares.new_full((), len(user_ids))])
-        known = (user_ids > 0)[:, None, None]  # id 0 is a user whom training did not have: its vector is zero
-        return [self._normalised(self._drop_user(v))[:, None] * known for v in found], losses
-
-    def _drop_user(self, vectors: torch.Tensor) -> torch.Tensor:
-        """Drops whole vectors of ``[n, d]`` or single elements, as set."""
-        rate = self.uid_dropout_rate
-        if not self.uid_embedding_level_dropout:
-            return dropout(vectors, rate, self.training)
-        return vectors * dropout(torch.ones_like(vectors[:, :1]), rate, self.training)
 
     def _split(self, projected: torch.Tensor) -> torch.Tensor:
         """``[..., P * d]`` as components ``[..., P, d]``, of norm 1 where asked for."""
@@ -155,7 +177,30 @@ class MoLComponents(nn.Module):
         return F.normalize(components, dim=-1, eps=self.eps)
 
 
+def side_projection(
+    options: QueryOptions | ItemOptions, embedding_dim: int, groups: int, width: int
+) -> nn.Module:
+    """Embeddings ``[..., D]`` of one side to components ``[..., groups * width]``."""
+    name = options.prefix.removesuffix("_")
+    unit = f"MoL {name}_nonlinearity = {options.nonlinearity}"
+    if options.hidden_dim > 0 and not options.use_identity_fn:
+        if options.nonlinearity != "swiglu":
+            say_once(f"{unit} acts, as in rails' code; Meta's is swiglu whatever it says")
+    elif options.nonlinearity != DEFAULT_UNIT:
+        say_once(f"{unit} cannot act: {name}_hidden_dim gives the {name} no hidden layer")
+    if not options.use_identity_fn:
+        return projection(
+            embedding_dim, options.hidden_dim, groups * width, options.dropout_rate, options.nonlinearity
+        )
+    if embedding_dim < width:
+        raise UserError(
+            f"MoL {name}_use_identity_fn takes dot_product_dimension = {width} entries of an embedding of "
+            f"{embedding_dim}: lower it or unset {name}_use_identity_fn"
+        )
+    return IdentityProjection(embedding_dim, groups, width, options.dropout_rate)
+
+
 @cache
 def say_once(line: str) -> None:
-    """Logs what published code ignored and acts here, once a process however many models are built."""
+    """Logs how an option stands to the published programs, once a process however many models are built."""
     logging.info(line)

@@ -1,4 +1,8 @@
-"""Layers of the mixture of logits: gated units, projections, and how the gate combines its parts."""
+"""Layers of the mixture of logits: gated units, projections and gates.
+
+The published programs draw every matrix of the mixture from Xavier's normal distribution once the model is made, whatever
+its layers began with, so layers begin with that here.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from generative_recommenders.ops.dropout import Dropout
-from generative_recommenders.ops.normalization import layer_norm
 
 GatedUnitName = Literal["swiglu", "geglu", "reglu", "glu"]
 CombinationName = Literal["glu_silu", "glu_silu_ln", "none"]
@@ -30,8 +33,9 @@ class GatedUnit(nn.Module):
         super().__init__()
         self.linear = nn.Linear(in_features, 2 * out_features)
         self.activation = GATED_UNITS[name]
-        nn.init.normal_(self.linear.weight, std=0.02)
-        nn.init.zeros_(self.linear.bias)
+        nn.init.xavier_normal_(self.linear.weight)
+        # The published unit keeps its bias as a matrix of one row, which is drawn like any other.
+        nn.init.xavier_normal_(self.linear.bias.data[None])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         left, right = self.linear(x).chunk(2, dim=-1)
@@ -40,7 +44,7 @@ class GatedUnit(nn.Module):
 
 def _linear(in_features: int, out_features: int, bias: bool = True) -> nn.Linear:
     layer = nn.Linear(in_features, out_features, bias=bias)
-    nn.init.xavier_uniform_(layer.weight)
+    nn.init.xavier_normal_(layer.weight)
     if bias:
         nn.init.zeros_(layer.bias)
     return layer
@@ -72,27 +76,3 @@ def two_layers(in_features: int, hidden: int, out_features: int, rate: float, bi
         return nn.Sequential(Dropout(rate), _linear(in_features, out_features, bias))
     first = _linear(in_features, hidden)
     return nn.Sequential(Dropout(rate), first, nn.SiLU(), _linear(hidden, out_features, bias))
-
-
-def _glu_silu(query: torch.Tensor, item: torch.Tensor, cross: torch.Tensor) -> torch.Tensor:
-    return F.silu(query * item + cross)
-
-
-def _glu_silu_ln(query: torch.Tensor, item: torch.Tensor, cross: torch.Tensor) -> torch.Tensor:
-    gate = query * item + cross
-    return gate * torch.sigmoid(layer_norm(gate, eps=1e-5))
-
-
-def _sum_of_present(
-    query: torch.Tensor | None, item: torch.Tensor | None, cross: torch.Tensor
-) -> torch.Tensor:
-    for part in (query, item):
-        cross = cross if part is None else cross + part
-    return cross
-
-
-COMBINATIONS: dict[str, Callable] = {
-    "glu_silu": _glu_silu,
-    "glu_silu_ln": _glu_silu_ln,
-    "none": _sum_of_present,
-}

@@ -86,12 +86,16 @@ def _pair_buckets(layout: Layout, times: Times) -> torch.Tensor:
 class RelativeBias(torch.nn.Module):
     """``w_pos[N - 1 + j - i] + w_time[bucket(t_query(i) - t_key(j))]``, shared by the heads.
 
-    max_length: N. Without times the bias is by position alone.
+    max_length: N. Without times the bias is by position alone; by_position: False leaves that part at 0.
     """
 
-    def __init__(self, max_length: int) -> None:
+    def __init__(self, max_length: int, by_position: bool = True) -> None:
         super().__init__()
-        self.position = torch.nn.Parameter(torch.empty(2 * max_length - 1).normal_(std=0.02))
+        self.position: torch.Tensor
+        if by_position:
+            self.position = torch.nn.Parameter(torch.empty(2 * max_length - 1).normal_(std=0.02))
+        else:
+            self.register_buffer("position", torch.zeros(2 * max_length - 1))
         self.time = torch.nn.Parameter(torch.empty(NUM_TIME_BUCKETS + 1).normal_(std=0.02))
 
     def forward(self, inputs: BiasInputs) -> torch.Tensor:
