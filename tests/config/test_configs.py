@@ -11,6 +11,7 @@ import pytest
 from generative_recommenders.commands import setup, train
 from generative_recommenders.config.gin import load_settings
 from generative_recommenders.data.store import SequenceDataset
+from generative_recommenders.errors import UserError
 from tiny_data import ragged_sequences, tiny_dataset
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,7 +25,7 @@ def all_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny data set with the item features that shipped configurations read, under all of their names."""
     root = tmp_path_factory.mktemp("all_data")
     tiny = tiny_dataset(root, ragged_sequences(57, 30, seed=5), item_features=True)
-    for name in ("ml-100k", "ml-1m", "ml-20m", "amzn-books", "synthetic-books"):
+    for name in ("ml-100k", "ml-1m", "ml-20m", "ml-3b", "amzn-books", "synthetic-books"):
         shutil.copytree(tiny.folder, root / "prepared" / name)
     return root
 
@@ -54,7 +55,7 @@ def test_every_configuration_builds(
 def test_configurations_are_there() -> None:
     folders = {path.parent.name for path in CONFIGS}
     assert folders >= {"ml-1m", "ml-20m", "amzn-books", "synthetic-books", "models", "datasets", "runs"}
-    assert {path.parent.name for path in PUBLISHED} == {"ml-1m", "ml-20m", "amzn-books"}
+    assert {path.parent.name for path in PUBLISHED} == {"ml-1m", "ml-20m", "ml-3b", "amzn-books"}
     for folder in ("ml-1m", "ml-20m", "amzn-books"):
         names = {path.name.partition("-sampled")[0] for path in PUBLISHED if path.parent.name == folder}
         assert names >= {"hstu", "hstu-mol", "sasrec", "sasrec-mol"}
@@ -65,6 +66,10 @@ SIZES = {  # blocks, heads, width of a head, width of items, negatives, sequence
     "ml-1m/hstu-sampled-softmax-n128-large-final": (8, 2, 25, 50, 128, 200),
     "ml-20m/hstu-sampled-softmax-n128-final": (4, 4, 64, 256, 128, 200),
     "ml-20m/hstu-sampled-softmax-n128-large-final": (16, 8, 32, 256, 128, 200),
+    "ml-20m/hstu-sampled-softmax-n128-rails-final": (16, 8, 32, 256, 128, 200),
+    "amzn-books/hstu-sampled-softmax-n512-rails-final": (16, 8, 8, 64, 512, 50),
+    "ml-3b/hstu-sampled-softmax-n96-seqlen500-final": (4, 4, 64, 256, 128, 500),
+    "ml-3b/hstu-sampled-softmax-n96-seqlen500-large-final": (16, 8, 32, 256, 128, 500),
     "amzn-books/hstu-sampled-softmax-n512-final": (4, 4, 16, 64, 512, 50),
     "amzn-books/hstu-sampled-softmax-n512-large-final": (16, 8, 8, 64, 512, 50),
 }
@@ -88,6 +93,23 @@ def test_published_sizes(name: str, sizes: tuple[int, ...]) -> None:
     assert [settings.value(f"train_fn.{name}") for name in names] == [0.05, True, "l2_norm"]
 
 
+@pytest.mark.parametrize("dataset", ["ml-1m", "ml-20m", "amzn-books"])
+def test_the_mixtures_of_rails_weigh_its_auxiliary_losses(dataset: str) -> None:
+    of_users = {} if dataset == "amzn-books" else {"uid_embedding_l2_norm": 0.1}
+    for path in (ROOT / "configs" / dataset).glob("*-mol-*-rails-final.gin"):
+        settings = load_settings([path])[0]
+        assert settings.loss.loss_weights == {**of_users, "mi_loss": 0.001}
+        assert settings.schedule.num_epochs == {"ml-1m": 101, "ml-20m": 151, "amzn-books": 201}[dataset]
+
+
+def test_data_of_ml_3b_are_asked_for_with_what_makes_them(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match="fractal expansion .*run_fractal_expansion.py.* --name=ml-3b"
+    ) as refused:
+        setup.prepared_dataset("ml-3b", tmp_path)
+    assert "\n" not in str(refused.value)
+
+
 @pytest.mark.parametrize(
     "sweep", sorted(path for path in (ROOT / "configs" / "ablations").iterdir() if path.is_dir())
 )
@@ -106,7 +128,7 @@ def test_a_sweep_changes_only_what_it_names(sweep: Path) -> None:
 def data_root(ragged_dataset: SequenceDataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny data set under the names of the published configurations."""
     root = tmp_path_factory.mktemp("data")
-    for name in ("ml-1m", "ml-20m", "amzn-books"):
+    for name in ("ml-1m", "ml-20m", "ml-3b", "amzn-books"):
         shutil.copytree(ragged_dataset.folder, root / "prepared" / name)
     assert ragged_dataset.num_users == len(ragged_sequences(57, 30, seed=5))
     return root
