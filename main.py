@@ -99,6 +99,9 @@ _USERS_METRICS = flags.DEFINE_string(
     None,
     "evaluate: a file for each user's rank of the test target, .parquet, .csv or .jsonl",
 )
+_REPORT = flags.DEFINE_bool(
+    "report", True, "train: write report.html, numbers and pictures, into the run's folder"
+)
 _FORMAT = flags.DEFINE_enum(
     "format",
     "torch",
@@ -168,6 +171,7 @@ def run(arguments: list[str]) -> int:
         default_gin_files=(str(DEFAULT_CONFIG),),
         plugins=tuple(_PLUGINS.value),
         users_metrics=_USERS_METRICS.value,
+        report=_REPORT.value,
     )
     if _LIST.value:
         load_plugins(options.plugins)

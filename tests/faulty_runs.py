@@ -69,7 +69,9 @@ class Kill:
 
 def options_of(data_root: Path, run: Path, *bindings: str) -> Options:
     """Of a new run, or of one that goes on where its folder exists."""
-    return Options((str(data_root / "x.gin"),), bindings, data_root, str(run), run.exists(), None, False)
+    return Options(
+        (str(data_root / "x.gin"),), bindings, data_root, str(run), run.exists(), None, False, report=False
+    )
 
 
 def arm(kill: Kill) -> None:

@@ -43,8 +43,8 @@ def run_program(
     script: str, *arguments: str, timeout: float = 240, before: Callable[[], None] | None = None
 ) -> CompletedProcess[str]:
     """``python script arguments`` in the project's folder, with one thread; script: below it. before: called in its process,
-    to change what it may do."""
-    command = [str(ROOT / script), *arguments]
+    to change what it may do. Training writes no report unless ``--report`` asks for it, since its pictures take seconds."""
+    command = [str(ROOT / script), *["--noreport"] * (script == "main.py"), *arguments]
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder) / "out", Path(folder) / "err"
         process = quick_start().Process(target=_execute, args=(command, str(out), str(err), before))

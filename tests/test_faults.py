@@ -336,7 +336,7 @@ def test_hosts_without_a_shared_disk(
     monkeypatch.setattr(launching, "START_METHOD", "forkserver")
     config = (str(data_root / "x.gin"),)
     for resume, kill in ((False, Kill("training.trainer.Trainer.run_step", 10, True)), (True, None)):
-        options = Options(config, (), data_root, "run", resume, None, False)
+        options = Options(config, (), data_root, "run", resume, None, False, report=False)
         code = launch(on_own_disk, (options, kill, str(tmp_path)), 2, 0, device_type="cpu")
         assert code == (0 if resume else 1)
     assert_same_run(tmp_path / "host0" / "run", whole_of_two)

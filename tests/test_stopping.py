@@ -148,7 +148,7 @@ def test_a_training_run_stops_wherever_it_is_and_loses_nothing(
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_an_evaluation_stops(data_root: Path, tmp_path: Path, whole: Path, world_size: int) -> None:
     run, mark = Path(shutil.copytree(whole, tmp_path / "run")), tmp_path / "mark"
-    options = Options((), (), data_root, str(run), False, None, False)
+    options = Options((), (), data_root, str(run), False, None, False, report=False)
     process = quick_start().Process(target=as_a_program, args=(options, "evaluate", str(mark), world_size))
     took = stopped(process, Path(f"{mark}0").exists, signal.SIGTERM)
     log = Path(f"{mark}.log").read_text()

@@ -36,9 +36,10 @@ from generative_recommenders.distributed.process_group import (
 from generative_recommenders.distributed.sync import from_main, together
 from generative_recommenders.errors import UserError
 from generative_recommenders.evaluation.model_evaluation import ModelEvaluation
-from generative_recommenders.evaluation.user_ranks import UserRanks
+from generative_recommenders.evaluation.user_ranks import Ranks, UserRanks
 from generative_recommenders.run import summary as report
 from generative_recommenders.run.logging import set_up_logging, show
+from generative_recommenders.run.report.facts import write_facts
 from generative_recommenders.training.state import check_same_data
 from generative_recommenders.training.trainer import set_precision
 
@@ -92,11 +93,15 @@ def evaluate_worker(rank: int, world_size: int, options: Options) -> int:
     evaluation = ModelEvaluation(settings, dataset, split, collectives)
     ranks = UserRanks()
     test = evaluation.test(model, record=ranks.add)
+    of_baselines: dict[str, UserRanks] = {}
     rows = {
-        **evaluation.baselines(),
+        **evaluation.baselines(of_baselines),
         **report.model_rows(settings, test.metrics(), test.high_rated_metrics()),
     }
-    columns = ranks.gathered(collectives) if options.users_metrics else None
+    gathered = {
+        name: each.gathered(collectives)
+        for name, each in {settings.model.main_module: ranks, **of_baselines}.items()
+    }
     if collectives.is_main:
         conditions = evaluation.conditions(test)
         show(f"{checkpoint.path}, test, full catalogue, {conditions}")
@@ -107,9 +112,26 @@ def evaluate_worker(rank: int, world_size: int, options: Options) -> int:
             "split_hash": split.hash, "bindings": list(options.bindings),
         }  # fmt: skip
         _write_record(checkpoints_of(options).parent / "evaluation.json", record)
-        if options.users_metrics and columns is not None:
-            write_users_metrics(Path(options.users_metrics), dataset, *columns)
+        if options.users_metrics:
+            write_users_metrics(Path(options.users_metrics), dataset, *gathered[settings.model.main_module])
+        if not options.bindings:  # the report shows the run as it was trained
+            keep_facts(checkpoints_of(options).parent, dataset, split, gathered)
     return 0
+
+
+def keep_facts(run: Path, dataset: SequenceDataset, split: Split, ranks: Mapping[str, Ranks]) -> bool:
+    """What the run's report needs of the data; one warning, and False, where it cannot be written."""
+    try:
+        write_facts(run, dataset, split, ranks)
+    except Exception as error:  # a report is worth no run
+        logging.warning("nothing is kept for the report of %s: %s", run, fault_line(error))
+        return False
+    return True
+
+
+def fault_line(error: Exception) -> str:
+    """An error as one line."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
 
 
 def _write_record(path: Path, record: Mapping[str, Any]) -> None:

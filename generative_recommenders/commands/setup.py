@@ -45,6 +45,7 @@ class Options:
     default_gin_files: tuple[str, ...] = ()
     plugins: tuple[str, ...] = ()
     users_metrics: str | None = None
+    report: bool = True
 
 
 def prepared_dataset(name: str, data_root: Path) -> SequenceDataset:

@@ -11,6 +11,7 @@ from absl import logging
 
 from generative_recommenders.checkpoint.broadcast import checkpoint_from_main
 from generative_recommenders.checkpoint.store import CheckpointStore
+from generative_recommenders.commands.evaluate import fault_line, keep_facts
 from generative_recommenders.commands.setup import (
     Options,
     check_same_everywhere,
@@ -24,6 +25,7 @@ from generative_recommenders.config.plugins import load_plugins
 from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.data.splits import Split, make_split
 from generative_recommenders.data.store import SequenceDataset
+from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.distributed.memory import keep_freed_memory
 from generative_recommenders.distributed.process_group import (
     process_collectives,
@@ -32,12 +34,14 @@ from generative_recommenders.distributed.process_group import (
 from generative_recommenders.distributed.signals import INTERRUPTED, StopRequest
 from generative_recommenders.distributed.sync import from_main, together
 from generative_recommenders.errors import UserError
+from generative_recommenders.evaluation.user_ranks import Ranks, UserRanks
 from generative_recommenders.run import summary as report
 from generative_recommenders.run.directory import RunFolder
 from generative_recommenders.run.epoch_log import EpochLog
 from generative_recommenders.run.logging import set_up_logging, show
 from generative_recommenders.run.model_summary import model_summary
 from generative_recommenders.run.plots import plot_curves
+from generative_recommenders.run.report.page import write_report
 from generative_recommenders.training.debug import step_profiler
 from generative_recommenders.training.trainer import Trainer, TrainResult
 
@@ -87,10 +91,14 @@ def train_worker(rank: int, world_size: int, options: Options) -> int:
             logging.info("stopped on request after step %d; %s", result.progress.step, go_on)
             return INTERRUPTED
         try:
+            of_baselines: dict[str, UserRanks] = {}
             with trainer.log.timed("baselines"):
-                rows = trainer.evaluation.baselines()
+                rows = trainer.evaluation.baselines(of_baselines)
+            ranks = {name: each.gathered(collectives) for name, each in of_baselines.items()}
             if run is not None:
-                finish(settings, dataset, split, run, store, result, rows)
+                finish(settings, dataset, split, run, store, result, rows, trainer.log.spent, collectives)
+                if options.report and result.ranks is not None:
+                    write_page(run.path, dataset, split, {settings.model.main_module: result.ranks, **ranks})
         except KeyboardInterrupt:
             logging.info("interrupted before the final report, which the checkpoint is kept for; %s", go_on)
             raise
@@ -123,6 +131,8 @@ def finish(
     store: CheckpointStore,
     result: TrainResult,
     rows: Mapping[str, Mapping[str, float]],
+    spent: Mapping[str, float],
+    collectives: Collectives,
 ) -> None:
     """The final record, the curves, and the table."""
     rows = {**rows, **report.model_rows(settings, result.test, result.high_rated)}
@@ -133,6 +143,8 @@ def finish(
         "results": rows,
         "conditions": result.conditions,
         "split_hash": split.hash,
+        "spent": dict(spent),
+        "environment": report.environment(collectives),
         **report.peak_memory(),
     }
     if result.lists:
@@ -141,8 +153,14 @@ def finish(
     test = {f"test/{name}": value for name, value in {**result.test, **result.lists}.items()}
     run.write_result(result.progress.step, test, gin_registry.resolved_values(settings))
     try:
-        part = "test" if settings.data.protocol == "paper" else "validation"
-        plot_curves(report.curve_rows(result.progress.history), run.path / "curves.png", part)
+        part, epoch = (
+            "test" if settings.data.protocol == "paper" else "validation",
+            result.progress.best_epoch,
+        )
+        rows_of_epochs = report.curve_rows(result.progress.history)
+        plot_curves(
+            rows_of_epochs, run.path / "curves.png", part, run.path.name, None if epoch is None else epoch + 1
+        )
     except OSError as error:  # the numbers are written already
         logging.warning("cannot write %s: %s", run.path / "curves.png", error.strerror)
     best = store.load_best()
@@ -159,6 +177,16 @@ def finish(
             result.lists,
         )
     )
+
+
+def write_page(run: Path, dataset: SequenceDataset, split: Split, ranks: Mapping[str, Ranks]) -> None:
+    """The run's report; what fails here is one warning, as the run is done."""
+    if not keep_facts(run, dataset, split, ranks):
+        return
+    try:
+        logging.info("report: %s", write_report(run))
+    except Exception as error:  # whatever a picture fails at, the trained run stands
+        logging.warning("the report of %s cannot be written: %s", run, fault_line(error))
 
 
 def dry_run_worker(rank: int, world_size: int, options: Options) -> int:

@@ -28,6 +28,7 @@ from generative_recommenders.evaluation.evaluator import (
     never,
 )
 from generative_recommenders.evaluation.top_lists import TopLists
+from generative_recommenders.evaluation.user_ranks import UserRanks
 from generative_recommenders.modeling.model import SequenceRecommender
 from generative_recommenders.ops import dispatch
 from generative_recommenders.types import Batch
@@ -79,8 +80,11 @@ class ModelEvaluation:
         """The split's test targets. stop, record: see `Evaluator`."""
         return self._of_model(model, "test", None, stop, record)
 
-    def baselines(self) -> dict[str, dict[str, float]]:
-        """Test metrics of the most popular items and of the last item's most frequent successor, fitted on training events."""
+    def baselines(self, ranks: dict[str, UserRanks] | None = None) -> dict[str, dict[str, float]]:
+        """Test metrics of the most popular items and of the last item's most frequent successor, fitted on training events.
+
+        ranks: an empty mapping, which gets those of single users by baseline.
+        """
         columns = (self.dataset.items, self.dataset.offsets, self.split.train_stops, self.dataset.num_items)
         evaluate, rows = self._evaluator("test", None), {}
         for name, kind in (("most popular", MostPopular), ("last item's successor", MarkovSuccessor)):
@@ -89,7 +93,10 @@ class ModelEvaluation:
             def score(batch: Mapping[str, torch.Tensor], score_by: Any = baseline) -> torch.Tensor:
                 return score_by.score(batch["item_ids"], batch["lengths"])
 
-            rows[name] = evaluate(score).metrics()
+            own = UserRanks()
+            rows[name] = evaluate(score, record=own.add).metrics()
+            if ranks is not None:
+                ranks[name] = own
         return rows
 
     def conditions(self, result: EvaluationResult) -> str:

@@ -3,7 +3,7 @@
 ::
 
     runs/20260131-120000-ml-1m/
-      run.lock  resolved.gin  metrics.jsonl  train.log  tensorboard/  checkpoints/
+      run.lock  resolved.gin  metrics.jsonl  train.log  curves.png  report.html  tensorboard/  checkpoints/  report/
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 _WRITTEN = (
-    "run.lock", "resolved.gin", "metrics.jsonl", "train.log", "curves.png", "checkpoints", "tensorboard"
+    "run.lock", "resolved.gin", "metrics.jsonl", "train.log", "curves.png", "report.html", "checkpoints", "tensorboard",
+    "report",
 )  # fmt: skip
 _EVENTS = re.compile(r"(?P<start>events\.out\.tfevents\.)(?P<time>\d{1,20})(?P<end>\..*)")
 
@@ -79,7 +80,7 @@ class RunFolder:
                         f"{folder / file} is a symbolic link, and a run writes to no place elsewhere: "
                         "remove the link, or give another --run_dir"
                     )
-                fits = Path.is_dir if file in ("checkpoints", "tensorboard") else Path.is_file
+                fits = Path.is_dir if file in ("checkpoints", "tensorboard", "report") else Path.is_file
                 if (folder / file).exists() and not fits(folder / file):  # a pipe would keep the run waiting
                     raise UserError(f"{folder / file} is in the way of a run: give another --run_dir")
             return cls(folder, _lock(folder))

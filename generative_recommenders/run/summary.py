@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import platform
 import resource
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.data.splits import Split
 from generative_recommenders.data.statistics import tie_lines
 from generative_recommenders.data.store import SequenceDataset
+from generative_recommenders.distributed.collectives import Collectives
 
 COLUMNS = ("hr@10", "ndcg@10", "hr@50", "ndcg@50", "mrr")
 
@@ -63,6 +66,21 @@ def peak_memory() -> dict[str, int]:
     return peaks
 
 
+def environment(collectives: Collectives) -> dict[str, str]:
+    """What the run ran on."""
+    device = torch.device(collectives.device)
+    on_gpu = device != torch.device("cpu")
+    return {
+        "device": torch.cuda.get_device_name(device)
+        if on_gpu
+        else f"CPU, threads in each process: {torch.get_num_threads()}",
+        "processes": str(collectives.world_size),
+        "torch": torch.__version__,
+        "Python": platform.python_version(),
+        "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
+
+
 def data_summary(dataset: SequenceDataset, split: Split) -> str:
     counts = "  ".join(f"{name} {value:,}" for name, value in split.counts.items())
     lines = [
@@ -97,7 +115,9 @@ def final_report(
         "checkpoint": checkpoint or "none",
         "resolved config": folder / "resolved.gin",
         "TensorBoard log": tensorboard if tensorboard.exists() else "none, the run was too short",
-        "curves": folder / "curves.png",
+        "curves": folder / "curves.png"
+        if (folder / "curves.png").exists()
+        else "none, no epoch was finished",
     }
     lines = [
         "",

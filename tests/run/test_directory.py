@@ -126,6 +126,8 @@ LINKED = [
     "train.log",
     "resolved.gin",
     "curves.png",
+    "report.html",
+    "report",
     "checkpoints",
     "tensorboard",
 ]

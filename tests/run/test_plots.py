@@ -31,14 +31,25 @@ def test_draws_the_loss_and_every_metric(tmp_path, saved_figures):
     assert list(loss.lines[0].get_ydata()) == [3.0, 2.0, 1.5]
     curves = {line.get_label(): list(line.get_xdata()) for line in metrics.lines}
     assert curves == {"ndcg@10": [0, 2], "hr@10": [0, 2]}
+    assert all(tick == int(tick) for axes in (loss, metrics) for tick in axes.get_xticks())
     image = imread(path)
     assert image.shape[0] > 300
     assert image.std() > 0.01
 
 
-@pytest.mark.parametrize("history", [[], [{"train_loss": 1.0}]])
-def test_short_histories(tmp_path, history):
-    assert plot_curves(history, tmp_path / "curves.png").stat().st_size > 0
+def test_the_best_epoch_and_the_run_are_named(tmp_path, saved_figures):
+    plot_curves(HISTORY, tmp_path / "curves.png", name="runs$1$_of", best=2)
+    for axes in saved_figures[0].axes:
+        assert list(axes.lines[-1].get_xdata()) == [2, 2]
+    assert saved_figures[0].axes[1].lines[-1].get_label() == "best epoch, 2"
+    assert saved_figures[0].get_suptitle() == "runs$1$_of"
+
+
+def test_a_short_history_has_no_empty_axes_and_none_no_picture(tmp_path, saved_figures):
+    assert plot_curves([{"train_loss": 1.0}], tmp_path / "curves.png").stat().st_size > 0
+    assert [axes.get_title() for axes in saved_figures[0].axes] == ["training loss"]
+    assert plot_curves([], tmp_path / "none.png") is None
+    assert not (tmp_path / "none.png").exists()
 
 
 def test_a_failed_write_leaves_the_old_picture_and_no_rest(tmp_path, monkeypatch):

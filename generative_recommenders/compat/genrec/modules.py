@@ -100,6 +100,8 @@ class AttentionVisualization:
         """
         import matplotlib.pyplot as plt
 
+        from generative_recommenders.run.report.pictures import draw_heat_map
+
         expected = (len(output_tokens), len(input_tokens))
         if tuple(attention_weights.shape) != expected:
             raise UserError(
@@ -107,9 +109,8 @@ class AttentionVisualization:
             )
         weights = attention_weights.detach().float().cpu().numpy()
         figure, axes = plt.subplots(figsize=(10, 8))
-        figure.colorbar(axes.imshow(weights, cmap="Blues", aspect="auto"), ax=axes)
-        axes.set_xticks(range(len(input_tokens)), input_tokens, rotation=45)
-        axes.set_yticks(range(len(output_tokens)), output_tokens)
+        figure.colorbar(draw_heat_map(axes, weights, input_tokens, output_tokens), ax=axes)
+        axes.tick_params(axis="x", rotation=45)
         axes.set(title="Attention Weights", xlabel="Input Tokens", ylabel="Output Tokens")
         if weights.size <= MAX_ANNOTATED_CELLS:
             middle = weights.max(initial=0.0) / 2

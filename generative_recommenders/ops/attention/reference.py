@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from generative_recommenders.ops import dispatch
+from generative_recommenders.ops.attention.observed import observe
 from generative_recommenders.ops.attention.rectangular import (
     rectangular_pointwise,
     rectangular_softmax,
@@ -36,6 +37,7 @@ def softmax_attention_reference(
         logits = torch.einsum("ihd,jhd->hij", q, k) * scale
         weights = logits.masked_fill(~sees, lowest(q.dtype)).softmax(-1)
         weights = weights * sees.any(-1, keepdim=True)  # a token may see nothing
+        observe(weights)
         return torch.einsum("hij,jhd->ihd", dropped(weights, q, layout, dropout_rate), v)
 
 
@@ -57,6 +59,7 @@ def pointwise_attention_reference(
             parts = (looked_up(bias.tables, index) for index in bias.indices)
             logits = logits + dense(parts, layout, torch.zeros_like(logits))
         weights = F.silu(logits) * seen(layout) / divisor
+        observe(weights)
         return torch.einsum("hij,jhd->ihd", dropped(weights, q, layout, dropout_rate), v)
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple, TypeAlias, cast
 import torch
 import torch.nn.functional as F
 
+from generative_recommenders.ops.attention.observed import observe
 from generative_recommenders.ops.attention.tiles import (
     PairBias,
     TableBias,
@@ -138,6 +139,7 @@ def softmax_over_all_columns(
         empty = (max_length - group.lengths).clamp(min=0).float().log()[:, None, None, None]
         total = torch.logaddexp(logits.logsumexp(-1, keepdim=True), empty.expand(*logits.shape[:-1], 1))
         weights = torch.exp(logits - total).tril()
+        observe(weights[0])
         if masks is not None and masks.numbered is not None:
             everything = Tile(len(group.lengths), 0, group.width, group.width, 0, None)
             shape = weights.flatten(0, 1).shape

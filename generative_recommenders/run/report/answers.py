@@ -1,0 +1,191 @@
+"""Answers of a run's model for its report: recommendations, attention weights, and a map of its items."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+
+from generative_recommenders.modeling.model import SequenceRecommender
+from generative_recommenders.ops.attention.observed import observed_weights
+from generative_recommenders.retrieval.recommender import Recommender
+from generative_recommenders.run.report.facts import Facts
+
+SHOWN_HISTORY, TOP_K = 10, 10
+SHOWN_TOKENS, MOST_MAPS = 14, 64
+MAP_ITEMS = 2_000
+
+
+@dataclass(frozen=True)
+class Item:
+    """An item as people read it. events: in training, None where the run does not keep the item."""
+
+    item_id: str
+    title: str | None
+    genres: list[str]
+    events: int | None
+
+    @property
+    def label(self) -> str:
+        return self.title or self.item_id
+
+
+class ItemNames:
+    """Titles of items by their original id."""
+
+    def __init__(self, items: pl.DataFrame) -> None:
+        columns = items.select("item_id", "title", "genres", "events").iter_rows()
+        self._items = {row[0]: Item(row[0], row[1], row[2] or [], row[3]) for row in columns}
+
+    def __getitem__(self, item_id: str) -> Item:
+        return self._items.get(item_id) or Item(item_id, None, [], None)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One user's answer. history: the last events, oldest first, of ``length``. rank: of the target, None for a miss."""
+
+    user_id: str
+    history: list[Item]
+    length: int
+    target: Item
+    rank: int | None
+    recommended: list[tuple[Item, float]]
+
+
+@dataclass(frozen=True)
+class AttentionMap:
+    """Weights ``[n, n]`` of one head over the last tokens of a history: row i is what token i attends to.
+
+    sums_to_one: whether each row of the whole history does, as those of a softmax.
+    """
+
+    title: str
+    weights: np.ndarray
+    tokens: list[str]
+    sums_to_one: bool = True
+
+
+def examples(recommender: Recommender, facts: Facts, names: ItemNames) -> list[Example]:
+    """The top recommendations of the run's example users, from what they had before the test target."""
+    ranks = dict(facts.users.select("user_id", facts.users.columns[4]).iter_rows())
+    found = []
+    for each in facts.example_users:
+        history = facts.examples.filter(pl.col("user_id") == each["user_id"])
+        answer = recommender.recommend(
+            history, TOP_K, exclude_seen=recommender.settings.evaluation.seen_filter != "none", at=each["at"],
+            output="polars",
+        )  # fmt: skip
+        rank = ranks[each["user_id"]]
+        found.append(
+            Example(
+                each["user_id"],
+                [names[item] for item in history["item_id"].tail(SHOWN_HISTORY)],
+                len(history),
+                names[each["item_id"]],
+                rank if rank <= facts.num_items else None,
+                [(names[item], score) for item, score in answer.select("item_id", "score").iter_rows()],
+            )
+        )
+    return found
+
+
+def attention_maps(recommender: Recommender, facts: Facts, names: ItemNames) -> list[AttentionMap]:
+    """Maps of every layer and head for the example user of most events that still fit the picture, else of most events."""
+    lengths = facts.examples.group_by("user_id").len().sort("len", "user_id")
+    if not len(lengths):
+        return []
+    enough = lengths.filter(pl.col("len") >= SHOWN_TOKENS)
+    user = (enough if len(enough) else lengths.tail(1))["user_id"][0]
+    history = facts.examples.filter(pl.col("user_id") == user)
+    at = next(each["at"] for each in facts.example_users if each["user_id"] == user)
+    for some in recommender.reader.read(history, at, 1, warn=False):
+        layers = layer_weights(recommender.model, some.batch)
+        shown = [names[item].label for item in history["item_id"].tail(int(some.batch["lengths"][0]))]
+        return _shown(layers, shown, recommender.model.sequence.preprocessor.tokens_per_item)
+    return []
+
+
+def layer_weights(
+    model: SequenceRecommender, batch: Mapping[str, torch.Tensor]
+) -> list[tuple[int, torch.Tensor]]:
+    """The attention of one history: (layer from 0, weights ``[H, T, T]``), in the order that they are computed.
+
+    A layer is a child of one of the encoder's module lists. batch: one row of `HistoryReader.read`.
+    """
+    lists = [each for each in model.sequence.encoder.modules() if isinstance(each, torch.nn.ModuleList)]
+    started: list[int] = []
+    with observed_weights() as weights, torch.no_grad():
+        hooks = [
+            block.register_forward_pre_hook(lambda *_: started.append(len(weights)))
+            for block in (lists[0] if lists else ())
+        ]
+        try:
+            model.encode_query(batch)
+        finally:
+            for hook in hooks:
+                hook.remove()
+    places = np.searchsorted(np.array(started, np.int64), np.arange(len(weights)), side="right") - 1
+    return [(max(int(place), 0), each) for place, each in zip(places, weights)]
+
+
+def _shown(layers: list[tuple[int, torch.Tensor]], items: list[str], per_item: int) -> list[AttentionMap]:
+    """The maps with names of their tokens: of items, of ratings where these are tokens too, and of a mask slot."""
+    tokens = items if per_item == 1 else [f"{name}{part}" for name in items for part in ("", " (rating)")]
+    numbers = [layer for layer, _ in layers]
+    maps = []
+    for place, (layer, weights) in enumerate(layers):
+        count = weights.shape[-1]
+        named = [*tokens, *["[mask]"] * (count - len(tokens))][:count][-SHOWN_TOKENS:]
+        for head, own in enumerate(weights):
+            title = f"layer {layer + 1}, head {head + 1}"
+            if numbers.count(layer) > 1:  # differential attention has two, of which the second is taken off
+                title += f", attention {numbers[:place].count(layer) + 1}"
+            softmax = bool(((own.sum(-1) - 1).abs() < 1e-3).all())
+            maps.append(AttentionMap(title, own[-SHOWN_TOKENS:, -SHOWN_TOKENS:].numpy(), named, softmax))
+    return maps[:MOST_MAPS]
+
+
+@dataclass(frozen=True)
+class ItemMap:
+    """Places ``[n, 2]`` of the items of most training events. by: how they were found, in words."""
+
+    places: np.ndarray
+    items: list[Item]
+    by: str
+
+
+def item_map(recommender: Recommender, facts: Facts) -> ItemMap | None:
+    """Items as scored, in two dimensions: by UMAP where it is installed, else by PCA. None for fewer than three items."""
+    frame = facts.items.sort("events", "item_id", descending=[True, False]).head(MAP_ITEMS)
+    ids = recommender.reader.internal(frame["item_id"])
+    frame, ids = frame.filter(pl.Series(ids > 0)), ids[ids > 0]
+    if len(ids) < 3:
+        return None
+    rows = recommender.snapshot.embeddings[torch.from_numpy(ids - 1)].float().cpu().numpy()
+    names = ItemNames(frame)
+    items = [names[item] for item in frame["item_id"]]
+    if importlib.util.find_spec("umap") is not None and len(rows) > 15:
+        from umap import UMAP
+
+        return ItemMap(UMAP(random_state=0, n_jobs=1).fit_transform(rows), items, "UMAP")
+    centred = rows - rows.mean(0)
+    _, sizes, directions = np.linalg.svd(centred, full_matrices=False)
+    share = float((sizes[:2] ** 2).sum() / max((sizes**2).sum(), 1e-30))
+    return ItemMap(centred @ directions[:2].T, items, f"PCA, whose two axes hold {share:.0%} of the variance")
+
+
+def parameter_counts(model: torch.nn.Module) -> list[tuple[str, int]]:
+    """Parameters by part of the model; those that two parts share count once."""
+    counts: list[tuple[str, int]] = []
+    seen: set[Any] = set()
+    for name, part in model.named_children():
+        own = set(part.parameters()) - seen
+        counts.append((name, sum(parameter.numel() for parameter in own)))
+        seen |= own
+    return counts

@@ -1,0 +1,227 @@
+"""Facts of a run that its report needs of the data, kept in the run's folder, so that the folder alone suffices.
+
+::
+
+    runs/my-run/report/
+      facts.json        counts, hashes, curves of the data; the users of the examples
+      users.parquet     user_id, item_id (the test target), history_length, item_events, and a rank for each method
+      items.parquet     item_id, title, genres, events
+      examples.parquet  histories of the examples, with the columns that a `Recommender` reads
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+
+from generative_recommenders.data.audit import length_curve, popularity_curve, timeline
+from generative_recommenders.data.manifest import FeatureSpec
+from generative_recommenders.data.preparation.folder import new_file
+from generative_recommenders.data.splits import Split
+from generative_recommenders.data.statistics import statistics_lines
+from generative_recommenders.data.store import SequenceDataset
+from generative_recommenders.errors import UserError
+from generative_recommenders.evaluation.baselines import training_counts
+from generative_recommenders.evaluation.user_ranks import Ranks
+
+FOLDER = "report"
+MOST_USERS, MOST_ITEMS, EXAMPLES = 200_000, 200_000, 5
+TITLES = ("title", "name", "item_name", "product_title", "movie_title", "item_title")
+GENRES = (
+    "genres",
+    "genre",
+    "categories",
+    "category",
+    "main_category",
+    "class",
+    "department",
+    "shelves",
+    "shelf",
+)
+RANK = "rank: "
+"""Before the name of a method: the column of its ranks."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """data: see `_of_data`. users, items, examples: the tables; a rank above V is a miss. methods: the model, then baselines.
+    example_users: ``user_id``, ``item_id`` of the target and ``at``, its time."""
+
+    data: dict[str, Any]
+    users: pl.DataFrame
+    items: pl.DataFrame
+    examples: pl.DataFrame
+    example_users: list[dict[str, Any]]
+
+    @property
+    def num_items(self) -> int:
+        """V of the catalogue."""
+        return int(self.data["counts"]["items"])
+
+    @property
+    def methods(self) -> list[str]:
+        return [name.removeprefix(RANK) for name in self.users.columns if name.startswith(RANK)]
+
+    def ranks(self, method: str) -> np.ndarray:
+        """``[n]`` int64 of the kept users."""
+        return self.users[RANK + method].to_numpy().astype(np.int64)
+
+
+def write_facts(run: Path, dataset: SequenceDataset, split: Split, ranks: Mapping[str, Ranks]) -> None:
+    """Writes the tables; facts.json comes last, so that it stands for all of them.
+
+    ranks: by method, the model first. Of more than `MOST_USERS` users so many are drawn, the same ones in every run on these
+    data.
+    """
+    rng, folder = np.random.default_rng(0), run / FOLDER
+    tested = next(iter(ranks.values()))[0].numpy()
+    kept = np.sort(rng.choice(len(tested), min(len(tested), MOST_USERS), replace=False))
+    users, targets = (column.numpy()[kept] for column in next(iter(ranks.values()))[:2])
+    counts = training_counts(dataset.items, dataset.offsets, split.train_stops, dataset.num_items).numpy()
+    item_ids = dataset.original_item_ids().cast(pa.large_string()).combine_chunks()
+    user_ids = dataset.original_user_ids().take(pa.array(users - 1)).cast(pa.large_string())
+    table = pl.DataFrame(
+        {
+            "user_id": pl.Series(pl.from_arrow(user_ids)),
+            "item_id": pl.Series(pl.from_arrow(item_ids.take(pa.array(targets - 1)))),
+            "history_length": split.test_targets[users - 1].astype(np.int32),
+            "item_events": counts[targets - 1],
+            **{RANK + method: columns[2].numpy()[kept].astype(np.int32) for method, columns in ranks.items()},
+        }
+    )
+    drawn = rng.choice(len(users), min(len(users), EXAMPLES), replace=False)
+    examples, example_users = _examples(dataset, split, users[drawn] - 1, table[drawn])
+    shown = np.concatenate(
+        [targets, *(dataset.items[slice(*_history(dataset, split, u))] for u in users[drawn] - 1)]
+    )
+    items = _items(dataset, counts, item_ids, np.unique(shown))
+    facts = {
+        "version": 1,
+        "data": _of_data(dataset, split),
+        "users_tested": len(tested),
+        "examples": example_users,
+    }
+    tables = {"users": table, "items": items, "examples": examples}
+    for name, frame in tables.items():
+        _write(folder / f"{name}.parquet", frame.write_parquet)
+    text = json.dumps(facts, ensure_ascii=False) + "\n"
+    _write(folder / "facts.json", lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def read_facts(run: Path) -> Facts | None:
+    """None for a run that keeps none; UserError for what cannot be read."""
+    folder = run / FOLDER
+    if not (folder / "facts.json").is_file():
+        return None
+    try:
+        facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+        users, items, examples = (
+            pl.read_parquet(folder / f"{name}.parquet") for name in ("users", "items", "examples")
+        )
+        data = {**facts["data"], "users_tested": facts["users_tested"]}
+        return Facts(data, users, items, examples, facts["examples"])
+    except (OSError, ValueError, KeyError, TypeError, pl.exceptions.PolarsError) as error:
+        first = (str(error).splitlines() or [""])[0][:200]
+        raise UserError(
+            f"{folder}: cannot be read: {type(error).__name__} {first}; write it again by --mode=evaluate"
+        ) from error
+
+
+def _write(path: Path, write: Callable[[Path], Any]) -> None:
+    with new_file(path) as scratch:
+        write(scratch)
+
+
+def _of_data(dataset: SequenceDataset, split: Split) -> dict[str, Any]:
+    manifest = dataset.manifest
+    return {
+        "name": manifest.name,
+        "counts_before": manifest.counts_before,
+        "counts": manifest.counts,
+        "filter": manifest.filter,
+        "choices": manifest.choices,
+        "statistics": statistics_lines(manifest),
+        "data_hash": manifest.data_hash,
+        "split": {"protocol": split.protocol, "hash": split.hash, "counts": split.counts},
+        "columns": [each.name for each in manifest.event_columns],
+        "has_ratings": manifest.has_ratings,
+        "has_timestamps": manifest.has_timestamps,
+        "lengths": length_curve(dataset),
+        "popularity": popularity_curve(dataset),
+        "timeline": timeline(dataset, split),
+    }
+
+
+def _history(dataset: SequenceDataset, split: Split, user: int) -> tuple[int, int]:
+    """The events before a user's test target, as places in the flat columns."""
+    first = int(dataset.offsets[user])
+    return first, first + int(split.test_targets[user])
+
+
+def _examples(
+    dataset: SequenceDataset, split: Split, users: np.ndarray, targets: pl.DataFrame
+) -> tuple[pl.DataFrame, list[dict[str, Any]]]:
+    """Histories of some users (from 0) with all columns, and who they are."""
+    item_ids = dataset.original_item_ids().combine_chunks()
+    frames, described = [], []
+    for user, row in zip(users, targets.iter_rows(named=True)):
+        events = slice(*_history(dataset, split, user))
+        columns: dict[str, Any] = {
+            "item_id": pl.Series(pl.from_arrow(item_ids.take(pa.array(dataset.items[events] - 1)))).cast(
+                pl.String
+            )
+        }
+        if dataset.ratings is not None:
+            columns["rating"] = np.asarray(dataset.ratings[events])
+        if dataset.timestamps is not None:
+            columns["timestamp"] = np.asarray(dataset.timestamps[events])
+        for each in dataset.manifest.event_columns:
+            values = pl.Series(np.asarray(dataset.extra[each.name][events]))
+            if each.kind == "categorical":
+                known = pl.Series(pl.from_arrow(dataset.vocabulary(each.name))).cast(pl.String)
+                values = pl.Series([None], dtype=pl.String).append(known).gather(values)
+            columns[each.name] = values
+        frames.append(pl.DataFrame({"user_id": [row["user_id"]] * len(columns["item_id"]), **columns}))
+        time = None if dataset.timestamps is None else int(dataset.timestamps[events.stop])
+        described.append({"user_id": row["user_id"], "item_id": row["item_id"], "at": time})
+    return pl.concat(frames), described
+
+
+def _items(
+    dataset: SequenceDataset, counts: np.ndarray, item_ids: pa.Array, shown: np.ndarray
+) -> pl.DataFrame:
+    """Titles, genres and training events of the items that a report may show. shown: internal ids that have to be there."""
+    popular = np.argsort(-counts, kind="stable")[:MOST_ITEMS]
+    rows = np.union1d(popular, shown - 1)
+    taken = pa.array(rows)
+    table, specs = dataset.item_features(), dataset.feature_specs("item")
+    title, genre = _named(specs, TITLES, ("text",)), _named(specs, GENRES, ("categorical_list",))
+    columns = {
+        "item_id": pl.Series(pl.from_arrow(item_ids.take(taken))),
+        "title": pl.Series([None] * len(rows), dtype=pl.String),
+        "genres": pl.Series([[]] * len(rows), dtype=pl.List(pl.String)),
+        "events": pl.Series(counts[rows]),
+    }
+    if table is not None and title is not None:
+        columns["title"] = pl.Series(pl.from_arrow(table[title].take(taken))).cast(pl.String)
+    if table is not None and genre is not None:
+        values = pl.Series(pl.from_arrow(table[genre].take(taken)))
+        columns["genres"] = values if values.dtype == pl.List(pl.String) else values.cast(pl.List(pl.String))
+    return pl.DataFrame(columns)
+
+
+def _named(specs: list[FeatureSpec], names: tuple[str, ...], kinds: tuple[str, ...]) -> str | None:
+    """A feature of one of these names, else the first of these kinds; numbers and single-valued columns are neither."""
+    usable = [
+        spec for spec in specs if spec.kind == "text" or (spec.kind != "numerical" and spec.cardinality > 1)
+    ]
+    known = {spec.name.lower(): spec.name for spec in usable}
+    by_name = (known[name] for name in names if name in known)
+    return next(by_name, next((spec.name for spec in usable if spec.kind in kinds), None))

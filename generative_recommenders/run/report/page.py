@@ -1,0 +1,176 @@
+"""Pages of a report: one run, or several runs beside each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import torch
+from absl import logging
+
+from generative_recommenders.config.gin import differences, resolved_values
+from generative_recommenders.config.schema import RunSettings
+from generative_recommenders.data.preparation.folder import new_file
+from generative_recommenders.errors import UserError
+from generative_recommenders.retrieval.recommender import Recommender
+from generative_recommenders.run.report import answers, breakdown, pictures
+from generative_recommenders.run.report.facts import Facts
+from generative_recommenders.run.report.records import Run, conditions, machine, read_run, spent
+
+FILE_NAME = "report.html"
+BY = "ndcg@10"
+TESTED = ("hr@10", BY, "mrr")
+
+
+def write_report(path: Path) -> Path:
+    """Writes the page of one run into its folder and returns its place.
+
+    UserError where the run cannot be read or the page not be written.
+    """
+    return _write(path / FILE_NAME, "run.html", run_page(read_run(path)))
+
+
+def write_comparison(paths: Sequence[Path], output: Path) -> Path:
+    """Writes the page of several runs; UserError where their numbers cannot be compared."""
+    return _write(output, "comparison.html", comparison_page([read_run(path) for path in paths]))
+
+
+def _write(path: Path, template: str, values: Mapping[str, Any]) -> Path:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters |= {
+        "number": "{:.4f}".format,
+        "signed": lambda value: f"{value:+.4f}".replace("-", "−"),
+        "count": "{:,}".format,
+        "seconds": "{:,.1f}".format,
+        "p": lambda p: f"{p:.4f}" if p >= 0.00095 else "< 0.001",
+    }
+    text = environment.get_template(template).render(values)
+    with new_file(path) as scratch:
+        scratch.write_text(text, encoding="utf-8", errors="replace")
+    return path
+
+
+def run_page(run: Run) -> dict[str, Any]:
+    """Values of run.html."""
+    best = None if run.best_epoch is None else run.best_epoch + 1
+    times = spent(run)
+    page = {
+        "run": run,
+        "title": run.name,
+        "model": run.settings.model.main_module,
+        "conditions": conditions(run),
+        "settings": differences(RunSettings(), run.settings),
+        "every_setting": resolved_values(run.settings),
+        "metrics": breakdown.METRICS,
+        "plain_results": run.final.get("results", {}),
+        "best": best,
+        "curves": pictures.curves(run.curve_rows, run.part, best, run.name),
+        "steps": pictures.steps(run.steps),
+        "machine": machine(run),
+        "spent": times,
+        "spent_picture": pictures.spent(times) if times else None,
+        "data": None if run.facts is None else run.facts.data,
+        **dict.fromkeys(("data_curves", "hit_curve", "item_map", "no_model")),
+        **dict.fromkeys(("results", "compared", "groups", "examples", "maps", "parameters"), ()),
+    }
+    if run.facts is None:
+        return page
+    asked = _answers(run, run.facts)
+    return {
+        **page, **asked, **_measured(run.facts, to_first=True), "data_curves": pictures.data_curves(run.facts.data),
+    }  # fmt: skip
+
+
+def _measured(facts: Facts, to_first: bool) -> dict[str, Any]:
+    """Tables and pictures of the ranks of users, by method or by run."""
+    ranks = {method: facts.ranks(method) for method in facts.methods}
+    kinds = (
+        ("events before the target", breakdown.by_size(facts, "history_length", BY)),
+        ("training events of the target", breakdown.by_size(facts, "item_events", BY)),
+        ("genre", breakdown.by_genre(facts, BY)),
+    )
+    return {
+        "users": len(facts.users),
+        "tested": facts.data["users_tested"],
+        "results": breakdown.results(facts),
+        "compared": breakdown.compared(ranks, facts.num_items, TESTED, to_first),
+        "hit_curve": pictures.hit_curve(ranks, facts.num_items),
+        "groups": [(kind, found, pictures.groups(found, BY, kind)) for kind, found in kinds if found],
+    }
+
+
+def _answers(run: Run, facts: Facts) -> dict[str, Any]:
+    """What the model itself says; the reason where it cannot be asked."""
+    try:
+        recommender = Recommender.of_checkpoint(run.checkpoint, torch.device("cpu"))
+        names = answers.ItemNames(facts.items)
+        placed = answers.item_map(recommender, facts)
+        return {
+            "parameters": answers.parameter_counts(recommender.model),
+            "examples": answers.examples(recommender, facts, names),
+            "maps": [
+                (each, pictures.attention(each)) for each in answers.attention_maps(recommender, facts, names)
+            ],
+            "item_map": None if placed is None else (placed, pictures.item_map(placed)),
+        }
+    except UserError as error:  # the numbers stand without it
+        logging.warning("the report of %s shows nothing of its model: %s", run.path, error)
+        return {"no_model": str(error)}
+
+
+def comparison_page(runs: Sequence[Run]) -> dict[str, Any]:
+    """Values of comparison.html; UserError where the runs are of other data, another split or another seen filter."""
+    for run in runs:
+        if run.facts is None:
+            raise UserError(
+                f"{run.path} keeps no ranks of its users: python main.py --mode=evaluate --run_dir={run.path} writes them"
+            )
+        for what, here, there in zip(("data hash", "split hash", "seen filter"), _kind(run), _kind(runs[0])):
+            if here != there:
+                raise UserError(
+                    f"{run.path} has {what} {here}, {runs[0].path} {there}: their numbers do not compare"
+                )
+    facts = {name: run.facts for name, run in zip(_names(runs), runs) if run.facts is not None}
+    joint = breakdown.of_common_users(facts)
+    settings = [resolved_values(run.settings) for run in runs]
+    rows = [
+        (name, [each.get(name, "") for each in settings])
+        for name in sorted({*settings[0]}.union(*settings[1:]))
+    ]
+    machines = [dict(machine(run)) for run in runs]
+    return {
+        "title": f"{len(runs)} runs",
+        "names": list(facts),
+        "runs": runs,
+        "conditions": conditions(runs[0]),
+        "left_out": max(len(each.users) for each in facts.values()) - len(joint.users),
+        "metrics": breakdown.METRICS,
+        "data": joint.data,
+        "settings": [(name, values) for name, values in rows if any(each != values[0] for each in values)],
+        "curves": pictures.compared_curves({name: run.curve_rows for name, run in zip(facts, runs)}, BY),
+        "machines": [
+            (name, [each.get(name, "") for each in machines])
+            for name in dict.fromkeys(key for each in machines for key in each)
+        ],
+        **_measured(joint, to_first=False),
+    }
+
+
+def _kind(run: Run) -> tuple[str, str, str]:
+    assert run.facts is not None
+    data = run.facts.data
+    return data["data_hash"], data["split"]["hash"], run.settings.evaluation.seen_filter
+
+
+def _names(runs: Sequence[Run]) -> list[str]:
+    """Names of runs: the folder's, with a number where two are the same."""
+    plain = [run.name for run in runs]
+    return [
+        name if not plain[:place].count(name) else f"{name} ({plain[:place].count(name) + 1})"
+        for place, name in enumerate(plain)
+    ]

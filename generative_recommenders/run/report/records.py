@@ -1,0 +1,164 @@
+"""Records of a run as its folder holds them: settings, epochs, steps, final numbers, machine and time."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from generative_recommenders.checkpoint.store import Checkpoint, CheckpointStore
+from generative_recommenders.config.schema import RunSettings
+from generative_recommenders.errors import UserError
+from generative_recommenders.run.report.breakdown import METRICS
+from generative_recommenders.run.report.facts import Facts, read_facts
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run's folder holds beside its model.
+
+    epochs, steps: records of metrics.jsonl. final: the last one of all, or that of ``evaluation.json``; empty without
+    either. best_epoch: counted from 0, None where none was picked.
+    """
+
+    path: Path
+    settings: RunSettings
+    checkpoint: Checkpoint
+    epochs: list[dict[str, Any]]
+    steps: list[dict[str, Any]]
+    final: dict[str, Any]
+    facts: Facts | None
+
+    @property
+    def name(self) -> str:
+        return self.path.absolute().name
+
+    @property
+    def best_epoch(self) -> int | None:
+        progress = self.checkpoint.state.get("progress", {})
+        return progress.get("best_epoch") if isinstance(progress, dict) else None
+
+    @property
+    def part(self) -> str:
+        """What epochs are measured on."""
+        return "test" if self.settings.data.protocol == "paper" else "validation"
+
+    @property
+    def curve_rows(self) -> list[dict[str, Any]]:
+        """Of full evaluations, epochs counted from 1."""
+        names = ("train_loss", *METRICS)
+        rows = []
+        for record in self.epochs:
+            kept = names if record.get("full", True) else ("train_loss",)
+            rows.append(
+                {"epoch": record["epoch"] + 1, **{name: record[name] for name in kept if name in record}}
+            )
+        return rows
+
+
+def read_run(path: Path) -> Run:
+    """UserError for a folder that is no run's, or that has no whole checkpoint."""
+    if not (path / "checkpoints").is_dir():
+        raise UserError(f"{path} is no folder of a run: it has no checkpoints")
+    store = CheckpointStore(path / "checkpoints", read_only=True)
+    checkpoint = store.load_best() or store.load_newest()
+    if checkpoint is None:
+        raise UserError(f"there is no whole checkpoint in {path / 'checkpoints'}")
+    records = _records(path / "metrics.jsonl")
+    final: dict[str, Any] = next((each for each in reversed(records) if each.get("part") == "final"), {})
+    if not final and (path / "evaluation.json").is_file():
+        final = next(iter(_records(path / "evaluation.json", whole=True)), {})
+    return Run(
+        path,
+        RunSettings.from_json(checkpoint.settings()),
+        checkpoint,
+        [each for each in records if "epoch" in each and "train_loss" in each],
+        [each for each in records if "train/loss" in each and "step" in each],
+        final,
+        read_facts(path),
+    )
+
+
+def _records(path: Path, whole: bool = False) -> list[dict[str, Any]]:
+    """The objects of a file of JSON, one a line or one alone; damaged ones are passed over."""
+    found = []
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    for line in [text] if whole else text.splitlines():
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(record, dict):
+            found.append(record)
+    return found
+
+
+def conditions(run: Run) -> list[str]:
+    """How the numbers are to be read: lane, protocol, seen filter, ties, hidden or given time."""
+    protocol, lines = run.settings.data.protocol, []
+    ties = "file" if run.facts is None else run.facts.data["choices"].get("tie_order", "file")
+    if protocol == "paper":
+        lines.append(
+            "Protocol paper: the last event of each user is the test target, and it was scored after every epoch, as in the "
+            "HSTU authors' code. Such numbers do not compare with those of a validation split."
+        )
+    elif protocol == "leave_one_out":
+        lines.append(
+            "Protocol leave_one_out: the last event of each user is the test target, scored once; the last but one picked the "
+            "epoch. Such numbers do not compare with those whose epoch is read off the test target."
+        )
+    else:
+        lines.append(
+            "Protocol global_time: training ends at one moment for all users, and the targets are each user's first events "
+            "after it; nothing later than a target was learned from."
+        )
+    orders = {
+        "file": "in the order of the file",
+        "published": "in the order of the HSTU authors' unstable sort, which depends on the CPU",
+        "random": "in an order drawn by a hash",
+    }
+    lines.append(
+        f"Events of one user and time are {orders.get(ties, ties)}; tables that break ties another way differ."
+    )
+    if run.final.get("conditions"):
+        lines.append(f"Conditions of the test: {run.final['conditions']}.")
+    lines.append(
+        "Each target is ranked among the whole catalogue but the seen items. Equal scores are ranked by item id. A rank is "
+        "counted exactly, no candidates are sampled."
+    )
+    return lines
+
+
+def machine(run: Run) -> list[tuple[str, str]]:
+    """Throughput, memory and the machine, as names and values."""
+    final, found = run.final, []
+    rates = [each["train/tokens_per_second"] for each in run.steps if each.get("train/tokens_per_second")]
+    if rates:
+        found.append(("training tokens per second, median of the records", f"{float(np.median(rates)):,.0f}"))
+    if final.get("seconds"):
+        found.append(("seconds of training steps", f"{final['seconds']:,.1f}"))
+        if final.get("step"):
+            found.append(("steps per second", f"{final['step'] / final['seconds']:,.2f}"))
+    for key, name in (
+        ("peak_rss_mb", "peak memory of the main process"),
+        ("peak_gpu_mb", "peak memory of tensors on its GPU"),
+    ):
+        if key in final:
+            found.append((name, f"{final[key]:,} MiB"))
+    return found + [(name, str(value)) for name, value in final.get("environment", {}).items()]
+
+
+def spent(run: Run) -> dict[str, float]:
+    """Seconds by what they were spent on; empty for runs that kept none."""
+    kept = dict(run.final.get("spent", {}))
+    if not kept:
+        return {}
+    waiting = kept.pop("waiting for batches", 0.0)
+    steps = {
+        "training steps": max(run.final.get("seconds", 0.0) - waiting, 0.0),
+        "waiting for batches": waiting,
+    }
+    return {name: seconds for name, seconds in {**steps, **kept}.items() if seconds > 0}

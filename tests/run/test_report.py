@@ -1,0 +1,323 @@
+"""Reports of runs: one page each, from the run's folder alone, and comparisons over the same users."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pytest
+import torch
+from absl import logging
+
+from generative_recommenders.commands import train
+from generative_recommenders.data.preparation.prepare import prepare_batches
+from generative_recommenders.data.readers.events import RawRatings
+from generative_recommenders.data.splits import make_split
+from generative_recommenders.data.store import SequenceDataset
+from generative_recommenders.evaluation.metrics import RankHistogram
+from generative_recommenders.report import main as report
+from generative_recommenders.run.report import breakdown, pictures
+from generative_recommenders.run.report.answers import AttentionMap, layer_weights
+from generative_recommenders.run.report.facts import read_facts, write_facts
+from generative_recommenders.run.report.page import write_report
+from programs import run_program
+from recommender_runs import CHOICES, make_run
+from tiny_data import genres_and_years, ragged_sequences, tiny_dataset
+
+HOSTILE = '<script>alert("x")</script> & $5 for $6 _^{ 日本'
+SETTINGS = (
+    "train_fn.dataset_name = 'tiny'", "train_fn.max_sequence_length = 12", "train_fn.item_embedding_dim = 16",
+    "train_fn.local_batch_size = 16", "train_fn.num_negatives = 8", "train_fn.num_epochs = 2", "train_fn.eval_interval = 2",
+)  # fmt: skip
+SHOWN = (
+    "Result on the test targets", "95 % bootstrap interval", "most popular", "Where the time went", "Protocol leave_one_out",
+    "layer 2, head 2", "Recommendations for 5 users", "Title of 7", "PCA", "split hash", "hstu_encoder.num_heads",
+    "training events of the target", "events before the target", "in the order of the file",
+)  # fmt: skip
+RELEASE = Path(__file__).parents[1] / "compatibility" / "v0_1_0"
+
+
+def titled_dataset(folder: Path, seed: int = 5) -> SequenceDataset:
+    """60 users over 30 items with titles and genres; one title means harm."""
+    events = [(u, i) for u, items in enumerate(ragged_sequences(60, 30, seed)) for i in items]
+    users, items = (
+        pa.array([f"{kind}{n:05}" for n in column], pa.large_string())
+        for kind, column in zip("ui", zip(*events))
+    )
+    times = pa.array(range(len(events)), pa.int64())
+    table = pa.table({"user": users, "item": items, "timestamp": times})
+    features = genres_and_years(sorted(set(items.to_pylist())))
+    titles = pa.array([HOSTILE, *(f"Title of {n}" for n in range(2, 31))])
+    field = pa.field("title", pa.string(), metadata={b"kind": b"text"})
+    raw = RawRatings("tiny", [folder / "tiny.csv"], item_features=features.append_column(field, titles))
+    prepare_batches(raw, [table], folder, 1 << 30)
+    return SequenceDataset.open(folder)
+
+
+def trained(root: Path, name: str, *bindings: str) -> Path:
+    flags = [f"--gin_bindings={each}" for each in (*SETTINGS, *bindings)]
+    done = run_program("main.py", "--report", f"--data_root={root}", f"--run_dir={root / name}", *flags)
+    assert done.returncode == 0, done.stderr
+    assert f"report: {root / name / 'report.html'}" in done.stderr
+    return root / name
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prepared data, and two runs on them."""
+    folder = tmp_path_factory.mktemp("report")
+    titled_dataset(folder / "prepared" / "tiny")
+    trained(folder, "one")
+    trained(folder, "two", "train_fn.main_module = 'HSTU'", "hstu_encoder.num_heads = 2")
+    return folder
+
+
+class Page(HTMLParser):
+    """What a page refers to, its visible text, and whether its elements are closed in their order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.references: list[str] = []
+        self.open: list[str] = []
+        self.scripts = 0
+        self.text = ""
+        self.feed(text)
+        assert not self.open, self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.scripts += tag == "script"
+        self.references += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href")]
+        if tag not in ("meta", "link", "br", "img"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.references += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href")]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_a_run_writes_one_page_without_the_network(root: Path) -> None:
+    text = (root / "two" / "report.html").read_text()
+    page = Page(text)
+    assert all(each.startswith(("#", "data:image/png;base64,")) for each in page.references)
+    assert not re.search(r"url\((?!#)|@import", text) and page.scripts == 0
+    assert page.text.count(HOSTILE) >= 1 and "<script>alert" not in text
+    for shown in SHOWN:
+        assert shown in page.text, shown
+
+
+def test_the_kept_ranks_give_the_numbers_of_the_final_record(root: Path) -> None:
+    final = json.loads((root / "one" / "metrics.jsonl").read_text().splitlines()[-1])
+    facts = read_facts(root / "one")
+    assert facts is not None and facts.methods == ["SASRec", "most popular", "last item's successor"]
+    for method, metrics in breakdown.results(facts).items():
+        for name, interval in metrics.items():
+            assert interval.mean == pytest.approx(final["results"][method][name], abs=1e-12)
+            assert interval.low <= interval.mean <= interval.high
+    assert (
+        final["spent"].keys() >= {"evaluation", "test", "baselines"}
+        and final["environment"]["processes"] == "1"
+    )
+
+
+def test_the_folder_alone_suffices(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = shutil.copytree(root / "one", tmp_path / "elsewhere")
+    (run / "report.html").unlink()
+    logging.set_verbosity(logging.INFO)
+    try:
+        assert report([str(run)]) == 0
+    finally:
+        logging.set_verbosity(logging.WARNING)
+    assert capsys.readouterr() == (f"{run / 'report.html'}\n", "")
+    assert "Recommendations for 5 users" in (run / "report.html").read_text()
+
+
+def test_runs_are_compared_over_the_same_users_by_id(root: Path, tmp_path: Path) -> None:
+    output = tmp_path / "both.html"
+    assert report([str(root / "one"), str(root / "two"), f"--output={output}"]) == 0
+    page = Page(output.read_text())
+    assert (
+        "one − two" in page.text
+        and "hstu_encoder.num_heads" not in page.text.partition("Settings that differ")[0]
+    )
+    assert "train_fn.main_module" in page.text
+    shuffled = shutil.copytree(root / "two", tmp_path / "two")
+    users = pl.read_parquet(shuffled / "report" / "users.parquet")
+    users.sample(fraction=1, shuffle=True, seed=1).write_parquet(shuffled / "report" / "users.parquet")
+    assert report([str(root / "one"), str(shuffled), f"--output={tmp_path / 'again.html'}"]) == 0
+    tables = [
+        re.findall(r"<table>.*?</table>", path.read_text(), re.S)[:2]
+        for path in (output, tmp_path / "again.html")
+    ]
+    assert tables[0] == tables[1]
+
+
+def test_the_tests_are_those_of_the_users_metrics(root: Path) -> None:
+    facts = {name: read_facts(root / name) for name in ("one", "two")}
+    joint = breakdown.of_common_users(facts)  # type: ignore[arg-type]
+    ranks = {name: joint.ranks(name) for name in joint.methods}
+    found = breakdown.compared(ranks, joint.num_items, ("ndcg@10", "mrr"))
+    assert [(each.first, each.second, each.metric) for each in found] == [
+        ("one", "two", "ndcg@10"),
+        ("one", "two", "mrr"),
+    ]
+    for each in found:
+        means = [breakdown.user_values(ranks[name], each.metric, joint.num_items).mean() for name in ranks]
+        assert each.difference.mean == pytest.approx(means[0] - means[1])
+        assert each.difference.low <= each.difference.mean <= each.difference.high and 0 < each.p <= 1
+
+
+def test_runs_on_other_data_are_refused_in_one_line(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = shutil.copytree(root / "two", tmp_path / "other")
+    path = other / "report" / "facts.json"
+    facts = json.loads(path.read_text())
+    facts["data"]["split"]["hash"] = "0" * 32
+    path.write_text(json.dumps(facts))
+    assert report([str(root / "one"), str(other)]) == 2
+    error = capsys.readouterr().err
+    assert f"{other} has split hash 000" in error and "do not compare" in error and error.count("\n") == 1
+    assert report([str(tmp_path / "none")]) == 2
+    assert "is no folder of a run" in capsys.readouterr().err
+
+
+def test_damaged_facts_are_one_line(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = shutil.copytree(root / "one", tmp_path / "run")
+    (run / "report" / "users.parquet").write_bytes(b"PAR1")
+    assert report([str(run)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_fault_of_the_report_costs_no_run(
+    ragged_dataset: SequenceDataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("a picture\nof many lines")
+
+    monkeypatch.setattr(train, "write_report", fail)
+    split = make_split(ragged_dataset, "leave_one_out")
+    train.write_page(tmp_path, ragged_dataset, split, {"model": ranks_of(ragged_dataset)})
+    assert [record.getMessage() for record in caplog.records] == [
+        f"the report of {tmp_path} cannot be written: RuntimeError: a picture"
+    ]
+
+
+def test_an_old_run_has_a_page_and_evaluation_adds_what_is_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(RELEASE / "prepared", tmp_path / "data" / "prepared")
+    run = shutil.copytree(RELEASE / "runs" / "sasrec", tmp_path / "run")
+    assert report([str(run)]) == 0
+    assert f"--mode=evaluate --run_dir={run}" in Page((run / "report.html").read_text()).text
+    assert report([str(run), str(run)]) == 2
+    assert "keeps no ranks of its users" in capsys.readouterr().err
+    done = run_program("main.py", "--mode=evaluate", f"--run_dir={run}", f"--data_root={tmp_path / 'data'}")
+    assert done.returncode == 0, done.stderr
+    assert report([str(run)]) == 0
+    assert "Recommendations for 5 users" in (run / "report.html").read_text()
+
+
+def ranks_of(dataset: SequenceDataset, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Drawn ranks of all users with a test target, some of them misses."""
+    split = make_split(dataset, "leave_one_out")
+    users = np.flatnonzero(split.test_targets >= 0)
+    targets = dataset.items[dataset.offsets[users] + split.test_targets[users]].astype(np.int64)
+    ranks = np.random.default_rng(seed).integers(1, dataset.num_items + 2, len(users))
+    return torch.from_numpy(users + 1), torch.from_numpy(targets), torch.from_numpy(ranks)
+
+
+@pytest.mark.parametrize(
+    ("kind", "maps"),
+    [("HSTU", 4), ("DiffTransformer", 8), ("TwoTower", 4), ("MoL with users", 4), ("masked", 4), ("permuted", 4),
+     ("ratings", 4), ("event features", 4)],
+)  # fmt: skip
+def test_models_of_every_kind_have_a_page(tmp_path: Path, kind: str, maps: int) -> None:
+    dataset = tiny_dataset(tmp_path, ragged_sequences(57, 30, seed=5), item_features=True)
+    run, _, _ = make_run(tmp_path, dataset, CHOICES[kind])
+    write_facts(
+        run,
+        dataset,
+        make_split(dataset, "leave_one_out"),
+        {"model": ranks_of(dataset), "other": ranks_of(dataset, 1)},
+    )
+    page = Page(write_report(run).read_text())
+    assert page.text.count("layer 1, head") == maps // 2 and page.text.count("layer 2, head") == maps // 2
+    assert "Recommendations for 5 users" in page.text and "two dimensions" in page.text
+    assert ("[mask]" in page.text) == (kind in ("masked", "permuted"))
+    assert ("(rating)" in page.text) == (kind == "ratings")
+
+
+@pytest.mark.parametrize("kind", ["SASRec", "HSTU", "Transformer"])
+def test_attention_is_causal_and_that_of_the_model(tmp_path: Path, kind: str) -> None:
+    dataset = tiny_dataset(tmp_path, ragged_sequences(57, 30, seed=5))
+    _, model, _ = make_run(tmp_path, dataset, CHOICES[kind])
+    ids, times = torch.tensor([[3, 5, 2, 9, 1, 4, 0]]), torch.tensor([[1, 20, 300, 4000, 50000, 600000, 0]])
+    batch = {
+        "item_ids": ids,
+        "lengths": torch.tensor([6]),
+        "timestamps": times,
+        "next_timestamps": torch.tensor([7_000_000]),
+    }
+    layers = layer_weights(model, batch)  # type: ignore[arg-type]
+    assert [layer for layer, _ in layers] == [0, 1]
+    for _, weights in layers:
+        assert weights.shape == (2, 6, 6) and bool((weights.triu(1) == 0).all())
+        if kind != "HSTU":
+            torch.testing.assert_close(weights.sum(-1), torch.ones(2, 6))
+
+
+def test_metrics_of_users_are_those_of_the_histogram() -> None:
+    """Also where a cutoff is beyond the catalogue, in which a miss is no hit."""
+    for num_items in (7, 400):
+        ranks = torch.randint(1, num_items + 2, (500,), generator=torch.Generator().manual_seed(1))
+        histogram = RankHistogram(num_items)
+        histogram.add(ranks)
+        expected = histogram.compute()
+        for name in breakdown.METRICS:
+            found = breakdown.user_values(ranks.numpy(), name, num_items).mean()
+            assert found == pytest.approx(expected[name]), (num_items, name)
+
+
+def test_groups_hold_every_target_once_and_genres_each_of_its_own(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = read_facts(root / "one")
+    assert facts is not None
+    for column in ("history_length", "item_events"):
+        found = breakdown.by_size(facts, column, "hr@10")
+        assert 2 <= len(found) <= breakdown.GROUPS and sum(each.targets for each in found) == len(facts.users)
+        total = sum(each.values["SASRec"].mean * each.targets for each in found) / len(facts.users)
+        assert total == pytest.approx(breakdown.results(facts)["SASRec"]["hr@10"].mean)
+    monkeypatch.setattr(breakdown, "FEWEST_TARGETS", 12)
+    genres = {each.label: each.targets for each in breakdown.by_genre(facts, "hr@10")}
+    of_targets = facts.users.join(facts.items, on="item_id")["genres"].explode()
+    counts = dict(of_targets.value_counts().iter_rows())
+    assert genres == {name: count for name, count in counts.items() if count >= 12} and len(genres) >= 2
+
+
+def test_titles_are_drawn_as_they_are() -> None:
+    svg = pictures.attention(
+        AttentionMap("layer 1, head 1", np.eye(2), ["$\\frac{ 5 and $6", "<b>&\x07\n日本"])
+    )
+    assert "$\\frac{ 5 and $6" in svg and "&lt;b&gt;&amp; 日本" in svg
+    assert "currentColor" in svg and "#010203" not in svg
+
+
+def test_a_picture_without_numbers_is_none() -> None:
+    assert pictures.curves([], "validation", None, "run") is None
+    assert pictures.steps([{"step": 1, "train/loss": float("nan")}]) is None
+    assert pictures.compared_curves({"a": [{"epoch": 1}]}, "mrr") is None
