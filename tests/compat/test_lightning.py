@@ -16,7 +16,10 @@ lightning = pytest.importorskip("lightning")
 from generative_recommenders.build.parts import build_model, build_task
 from generative_recommenders.compat.replay.data import FeatureHint, FeatureType
 from generative_recommenders.compat.replay.data.nn import TensorFeatureInfo, TensorSchema
-from generative_recommenders.compat.replay.nn.lightning.postprocessor import SeenItemsFilter
+from generative_recommenders.compat.replay.nn.lightning.postprocessor import (
+    PostprocessorBase,
+    SeenItemsFilter,
+)
 from generative_recommenders.compat.replay.nn.sequential import SasRec, TwoTower
 from generative_recommenders.compat.replay.nn.transform.template import make_default_sasrec_transforms
 from generative_recommenders.config.schema import RunSettings
@@ -270,6 +273,31 @@ def test_candidates_are_scored_alone(tmp_path: Path, dataset: SequenceDataset) -
     top = TorchTopItemsCallback(4)
     trainer(tmp_path, top).predict(program, own, return_predictions=False)
     assert set(top.get_result()[0].unique().tolist()) == set(candidates.tolist())
+
+
+class Forbid(PostprocessorBase):
+    """Forbids one item in validation and another one in prediction."""
+
+    def __init__(self, in_validation: int, in_prediction: int) -> None:
+        self.items = {"validation": in_validation, "prediction": in_prediction}
+
+    def on_validation(self, batch: Any, logits: torch.Tensor) -> torch.Tensor:
+        return logits.index_fill(1, torch.tensor(self.items["validation"]), -torch.inf)
+
+    def on_prediction(self, batch: Any, logits: torch.Tensor) -> torch.Tensor:
+        return logits.index_fill(1, torch.tensor(self.items["prediction"]), -torch.inf)
+
+
+def test_postprocessors_are_told_validation_from_prediction(tmp_path: Path, dataset: SequenceDataset) -> None:
+    module, data = LightningModule(replay_model("SasRec")), tables(dataset)
+    forbid = [Forbid(in_validation=4, in_prediction=9)]
+    metrics = ComputeMetricsCallback(["coverage"], [NUM_ITEMS], forbid, NUM_ITEMS)
+    top = PandasTopItemsCallback(NUM_ITEMS, "query_id", "item_id", postprocessors=forbid)
+    run = trainer(tmp_path, metrics, top)
+    (measured,) = run.validate(module, datamodule=data, verbose=False)
+    assert measured[f"coverage@{NUM_ITEMS}"] == pytest.approx((NUM_ITEMS - 1) / NUM_ITEMS)
+    run.predict(module, datamodule=data, return_predictions=False)
+    assert set(top.get_result()["item_id"]) == set(range(NUM_ITEMS)) - {9}
 
 
 def test_keys_are_checked_and_stay_in_the_batch(dataset: SequenceDataset) -> None:

@@ -50,9 +50,8 @@ class MaskingInfo:
 class MaskSequence(nn.Module):
     """Base of the four classes.
 
-    hidden_size: width of the interaction embeddings. padding_idx: id of padding.
-    eval_on_last_item_seq_only: evaluate the last item only, else every next item. Further keyword arguments
-    do nothing; a warning names them.
+    hidden_size: width of the embeddings. eval_on_last_item_seq_only: evaluate the last item only, else every next item.
+    Further keyword arguments do nothing; a warning names them.
     """
 
     mask_schema: Tensor | None
@@ -81,13 +80,11 @@ class MaskSequence(nn.Module):
         asked for.
         """
         if training:
-            return self._kept(self.training_targets(item_ids), has_labels=True)
-        if inference:
-            return self._kept(self.inference_targets(item_ids), has_labels=False)
-        return self._kept(self.evaluation_targets(item_ids), has_labels=True)
-
-    def _kept(self, info: MaskingInfo, has_labels: bool) -> MaskingInfo:
-        self.mask_schema, self.masked_targets, self.has_labels = info.schema, info.targets, has_labels
+            info = self.training_targets(item_ids)
+        else:
+            info = self.inference_targets(item_ids) if inference else self.evaluation_targets(item_ids)
+        self.mask_schema, self.masked_targets = info.schema, info.targets
+        self.has_labels = training or not inference
         return info
 
     def training_targets(self, item_ids: Tensor) -> MaskingInfo:
@@ -104,8 +101,7 @@ class MaskSequence(nn.Module):
         return MaskingInfo(targets != self.padding_idx, targets)
 
     def inference_targets(self, item_ids: Tensor) -> MaskingInfo:
-        """One more column: its schema is True at the slot after each last item, which holds a copy of that
-        item."""
+        """One more column: its schema is True at the slot after each last item, which holds a copy of that item."""
         lengths = self.lengths(item_ids)
         wider = nn.functional.pad(item_ids, (0, 1), value=self.padding_idx)
         slots = keep_last(wider, lengths, self.padding_idx).roll(1, dims=1)
@@ -140,7 +136,7 @@ class MaskSequence(nn.Module):
         # Only where it is asked for: a subclass may take the documented two arguments alone, and keep nothing.
         further = {"inference": True} if inference else {}
         info = self.compute_masked_targets(item_ids, training=training, **further)
-        self._kept(info, has_labels=not inference)
+        self.mask_schema, self.masked_targets, self.has_labels = info.schema, info.targets, not inference
         return self.apply_mask_to_inputs(inputs, info.schema)
 
     def forward_output_size(self, input_size: torch.Size) -> torch.Size:
@@ -164,9 +160,8 @@ class MaskSequence(nn.Module):
 class CausalLanguageModeling(MaskSequence):
     """The next item from the past. The schema is True where the input is kept.
 
-    train_on_last_item_seq_only: only the last item of a history is a target in training. With a single
-    target, the schema covers all real positions; at inference too, and the targets then are the ids
-    themselves.
+    train_on_last_item_seq_only: only the last item of a history is a target in training. With a single target, the schema
+    covers all real positions; at inference too, and the targets then are the ids themselves.
     """
 
     def __init__(
@@ -207,8 +202,7 @@ class CausalLanguageModeling(MaskSequence):
 
 
 class MaskedLanguageModeling(MaskSequence):
-    """Random items from both sides. mlm_probability: chance of each item to be hidden, besides one certain
-    per row."""
+    """Random items from both sides. mlm_probability: chance of each item to be hidden, besides one certain per row."""
 
     def __init__(
         self,
@@ -230,10 +224,9 @@ class MaskedLanguageModeling(MaskSequence):
 class PermutationLanguageModeling(MaskSequence):
     """Spans of items in a random order; the encoder receives ``perm_mask`` and ``target_mapping``.
 
-    plm_probability: span length over the length of its context. max_span_length: longest span. permute_all:
-    hide all items but one. ``perm_mask [B, N, N]`` int64 is 1 where i must not see j; ``target_mapping [B,
-    N, N]`` is the identity. Inference uses the targets of evaluation: the last item is hidden and asked
-    for.
+    plm_probability: span length over the length of its context. max_span_length: longest span. permute_all: hide all items
+    but one. ``perm_mask [B, N, N]`` int64 is 1 where i must not see j; ``target_mapping [B, N, N]`` is the identity. Inference
+    uses the targets of evaluation: the last item is hidden and asked for.
     """
 
     def __init__(
@@ -260,7 +253,7 @@ class PermutationLanguageModeling(MaskSequence):
         return MaskingInfo(schema, item_ids.where(schema, self.padding_idx))
 
     def evaluation_targets(self, item_ids: Tensor) -> MaskingInfo:
-        """Causal attention; with a single target, nobody sees the last item."""
+        """Causal attention; with a single target, no position may look at the last item."""
         info = super().evaluation_targets(item_ids)
         rows, width = item_ids.shape
         place = torch.arange(width, device=item_ids.device).expand(rows, -1)
@@ -309,10 +302,9 @@ class ReplacementLanguageModeling(MaskedLanguageModeling):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Histories with fakes at the hidden positions.
 
-        itemid_seq: ``[B, N]``; target_flat: ``[B * N]`` targets, padding where none; logits: ``[P, V]``
-        over all ids, column = id, or with sample_from_batch ``[P, P]`` over the hidden items. Returns
-        (corrupted ids ``[B, N]``, labels ``[B, N]`` int64, 1 = replaced, sampled indices ``[P]`` within the
-        batch, empty without sample_from_batch).
+        itemid_seq: ``[B, N]``; target_flat: ``[B * N]`` targets, padding where none; logits: ``[P, V]`` over all ids, or with
+        sample_from_batch ``[P, P]`` over the hidden items. Returns corrupted ids ``[B, N]``, labels ``[B, N]`` int64, 1 =
+        replaced, and sampled indices ``[P]`` within the batch, empty without sample_from_batch.
         """
         hidden = (target_flat != self.padding_idx).reshape(itemid_seq.shape)
         if self.sample_from_batch:

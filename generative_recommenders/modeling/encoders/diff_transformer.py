@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -134,11 +135,15 @@ class DiffTransformerBlock(nn.Module):
 
     def forward(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
         """x: ``[T, D]``; returns the same shape."""
+        return layout.mask(self.residuals(x, partial(self.attend, layout=layout)))
+
+    def residuals(self, x: torch.Tensor, attend: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """``[..., D]`` to ``[..., D]``; attend knows who may look at whom."""
         if self.norm == "pre":
-            x = x + self.attend(self.attn_norm(x), layout)
-            return layout.mask(x + self.dropout(self.ff(self.ff_norm(x))))
-        x = self.attn_norm(x + self.attend(x, layout))
-        return layout.mask(self.ff_norm(x + self.dropout(self.ff(x))))
+            x = x + attend(self.attn_norm(x))
+            return x + self.dropout(self.ff(self.ff_norm(x)))
+        x = self.attn_norm(x + attend(x))
+        return self.ff_norm(x + self.dropout(self.ff(x)))
 
     def attend(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
         """(softmax(q1 k1ᵀ / sqrt(dq)) - lambda softmax(q2 k2ᵀ / sqrt(dq))) v, ``[T, D]`` (eq. 1)."""

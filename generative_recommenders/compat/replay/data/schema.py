@@ -6,7 +6,7 @@ from 1 and padding 0. The difference ends here and in `replay.nn.embedding`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -56,12 +56,8 @@ class TensorFeatureSource:
 class TensorFeatureInfo:
     """One feature.
 
-    is_seq: one value per event instead of one per user.
-    feature_hint: its role, if it has one.
-    cardinality: categories, for categorical types.
-    padding_value: the id (or value) of padding.
-    embedding_dim: width of its embedding, 64 unless given.
-    tensor_dim: values of a numerical list.
+    is_seq: one value per event instead of one per user. feature_hint: its role, if it has one. cardinality: categories, for
+    categorical types. padding_value: the id (or value) of padding. tensor_dim: values of a numerical list.
     """
 
     name: str
@@ -81,7 +77,7 @@ class TensorFeatureInfo:
             raise UserError(f"feature {self.name!r}: tensor_dim belongs to numerical features")
         if self.is_num and self.cardinality is not None:
             raise UserError(f"feature {self.name!r}: cardinality belongs to categorical features")
-        if self.embedding_dim is None:
+        if self.embedding_dim is None:  # RePlay's default, and what its users give for "the usual"
             object.__setattr__(self, "embedding_dim", DEFAULT_EMBEDDING_DIM)
 
     @property
@@ -120,34 +116,25 @@ def _name_with(hint: FeatureHint) -> property:
     return property(name)
 
 
-class TensorSchema(Mapping[str, TensorFeatureInfo]):
+class TensorSchema(dict[str, TensorFeatureInfo]):
     """Features by name, in the order given."""
 
     def __init__(self, features_list: Sequence[TensorFeatureInfo] | TensorFeatureInfo) -> None:
         features = [features_list] if isinstance(features_list, TensorFeatureInfo) else list(features_list)
-        self._features = {feature.name: feature for feature in features}
-        if len(self._features) != len(features):
+        super().__init__({feature.name: feature for feature in features})
+        if len(self) != len(features):
             raise UserError(f"features of a schema must differ in name: {[f.name for f in features]}")
-
-    def __getitem__(self, name: str) -> TensorFeatureInfo:
-        return self._features[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._features)
-
-    def __len__(self) -> int:
-        return len(self._features)
 
     def __add__(self, other: TensorSchema) -> TensorSchema:
         return TensorSchema([*self.all_features, *other.all_features])
 
     @property
     def all_features(self) -> list[TensorFeatureInfo]:
-        return list(self._features.values())
+        return list(self.values())
 
     @property
     def names(self) -> list[str]:
-        return list(self._features)
+        return list(self)
 
     def item(self) -> TensorFeatureInfo:
         """The only feature; UserError where there are more or none."""

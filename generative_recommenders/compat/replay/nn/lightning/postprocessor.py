@@ -28,9 +28,8 @@ class PostprocessorBase(ABC):
 class SeenItemsFilter(PostprocessorBase):
     """Sets the scores of items that a user has already seen to -inf, in a copy of the scores.
 
-    item_count: number of items; ids outside 0..item_count-1 in ``seen_items_column`` ``[B, S]`` are
-    padding. candidates: None where column j of the scores is item j; else the item of each column, ``[C]``
-    for all rows or ``[B, C]`` row by row.
+    item_count: number of items; ids outside 0..item_count-1 in ``seen_items_column [B, S]`` are padding. candidates: None where
+    column j of the scores is item j; else the item of each column, ``[C]`` for all rows or ``[B, C]`` row by row.
     """
 
     def __init__(self, item_count: int, seen_items_column: str = "seen_ids") -> None:
@@ -41,35 +40,24 @@ class SeenItemsFilter(PostprocessorBase):
         self.candidates: Tensor | None = None
 
     def on_prediction(self, batch: TensorBatch, logits: Tensor) -> Tensor:
-        """``logits [B, C]`` with the seen items of ``batch`` at -inf. ``UserError`` where the shapes
-        disagree."""
-        seen_ids = self._seen_ids(batch, logits)
-        columns = self._columns(logits)
-        real = (seen_ids >= 0) & (seen_ids < self.item_count)
-        seen = torch.zeros(len(logits), self.item_count + 1, dtype=torch.bool, device=logits.device)
-        seen.scatter_(1, seen_ids.where(real, self.item_count), True)
-        return logits.masked_fill(seen[:, : self.item_count].gather(1, columns), -torch.inf)
-
-    def on_validation(self, batch: TensorBatch, logits: Tensor) -> Tensor:
-        """The same as ``on_prediction``."""
-        return self.on_prediction(batch, logits)
-
-    def _seen_ids(self, batch: TensorBatch, logits: Tensor) -> Tensor:
+        """``logits [B, C]`` with the seen items of ``batch`` at -inf; ``UserError`` where the shapes disagree."""
         seen_ids = require_tensor(batch, self.seen_items_column, "SeenItemsFilter")
         if seen_ids.dim() != 2 or logits.dim() != 2 or len(seen_ids) != len(logits):
             raise UserError(
                 f"SeenItemsFilter: '{self.seen_items_column}' {tuple(seen_ids.shape)} must be [B, S] for "
                 f"scores [B, C], here {tuple(logits.shape)}"
             )
-        return seen_ids.to(logits.device)
-
-    def _columns(self, logits: Tensor) -> Tensor:
-        """The item of every score, ``[B, C]`` int64."""
-        items = self.candidates
-        if items is None:
-            items = torch.arange(self.item_count)
+        items = torch.arange(self.item_count) if self.candidates is None else self.candidates
         if items.shape[-1] != logits.shape[1]:
             raise UserError(f"SeenItemsFilter: {logits.shape[1]} scores a row for {items.shape[-1]} items")
         if items.numel() and not 0 <= int(items.min()) <= int(items.max()) < self.item_count:
             raise UserError(f"SeenItemsFilter: candidates must be between 0 and {self.item_count - 1}")
-        return items.to(logits.device).expand(len(logits), -1)
+        columns = items.to(logits.device).expand(len(logits), -1)
+        seen_ids = seen_ids.to(logits.device)
+        real = (seen_ids >= 0) & (seen_ids < self.item_count)
+        seen = torch.zeros(len(logits), self.item_count + 1, dtype=torch.bool, device=logits.device)
+        seen.scatter_(1, seen_ids.where(real, self.item_count), True)
+        return logits.masked_fill(seen[:, : self.item_count].gather(1, columns), -torch.inf)
+
+    def on_validation(self, batch: TensorBatch, logits: Tensor) -> Tensor:
+        return self.on_prediction(batch, logits)

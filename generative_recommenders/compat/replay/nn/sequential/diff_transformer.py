@@ -25,18 +25,11 @@ class DiffTransformerBlock(core.DiffTransformerBlock):
         self, input_embeddings: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
         """input_embeddings: ``[B, N, D]``; attention_mask as for the attention. Returns ``[B, N, D]``."""
-        x = input_embeddings
-        if self.norm == "pre":
-            normed = self.attn_norm(x)
-            x = x + self.attn(normed, normed, normed, attention_mask)
-            return x + self.ff(self.ff_norm(x))
-        x = self.attn_norm(self.attn(x, x, x, attention_mask) + x)
-        return self.ff_norm(self.ff(x) + x)
+        return self.residuals(input_embeddings, lambda x: self.attn(x, x, x, attention_mask))
 
 
 class DiffTransformerLayer(nn.Module):
-    """A stack of `DiffTransformerBlock` with lambda_init = 0.8 - 0.6 exp(-0.3 block); no norm behind the
-    last."""
+    """A stack of `DiffTransformerBlock` with lambda_init = 0.8 - 0.6 exp(-0.3 block); no norm behind the last."""
 
     def __init__(
         self, embedding_dim: int, num_heads: int, num_blocks: int, norm: Literal["post", "pre"] = "post"
