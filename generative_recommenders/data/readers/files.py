@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import re
 import zlib
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -65,7 +66,10 @@ def kind_of(path: Path) -> str:
         if is_packed(path):
             raise UserError(f"{path}: {kind.capitalize()} that is packed once more: unpack it first")
         return kind
-    return "json" if start.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{") else "text"
+    start = start.lstrip(b"\xef\xbb\xbf \t\r\n")
+    if re.match(rb"\[\s*\{", start):
+        raise UserError(f"{path}: a JSON array; write one object a line (JSON lines)")
+    return "json" if start.startswith(b"{") else "text"
 
 
 def is_packed(path: Path) -> bool:

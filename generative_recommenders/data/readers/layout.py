@@ -29,8 +29,9 @@ KNOWN_NAMES = {
     "visittime date_seconds date_added review_time timeframe",
 }
 """Names of headers, compared in lower case and without RecBole's ``:type``. Two columns for one role are refused."""
-AMAZON_ITEMS = ["parent_asin", "asin"]
-"""Columns of Amazon's reviews of 2023, whose published benchmarks take a product's variants for one item."""
+_SECOND = {"asin": "parent_asin", **dict.fromkeys(("sessionid", "session_id"), "user userid user_id uid")}
+"""Names that give way to others, with a warning: variants of a product, which Amazon's published benchmarks of 2023 take for
+one item, and sessions of users who are named."""
 _TIME_LIKE = re.compile(r"(^|[_ -])(time|date|ts|datetime|timestamp)($|[_ -])|time|date", re.IGNORECASE)
 _YEARS = (946_684_800, 4_102_444_800)  # 2000 to 2100: numbers in between, in any unit, may be times
 
@@ -143,8 +144,8 @@ def has_known_names(fields: Sequence[str]) -> bool:
 
 
 def normalise(name: str) -> str:
-    """``userId:token`` and `` User_ID`` as the known names spell it."""
-    return name.strip().strip("\"'").lower().split(":")[0]
+    """``userId:token``, ``User ID`` and ``user-id`` as the known names spell it."""
+    return re.sub(r"[ -]+", "_", name.strip().strip("\"'").lower().split(":")[0])
 
 
 def _find(header: Sequence[str], request: ColumnRequest) -> list[int]:
@@ -160,18 +161,25 @@ def _find(header: Sequence[str], request: ColumnRequest) -> list[int]:
 
 def _one_place(path: Path, header: Sequence[str], role: str, places: Sequence[int]) -> int:
     """The place of a role; UserError where several columns may have it."""
-    names = [header[place] for place in places]
-    if [normalise(name) for name in names] == AMAZON_ITEMS:
-        logging.warning(
-            "%s: the items are %r, as in the published benchmarks; item=%s in --columns tells the variants of a product apart",
-            path,
-            *names,
-        )
-    elif len(places) > 1:
+    plain = {place: normalise(header[place]) for place in places}
+    first = [
+        place for place in places if not set(_SECOND.get(plain[place], "").split()) & set(plain.values())
+    ]
+    names = [repr(header[place]) for place in (first if len(first) > 1 else places)]
+    if len(first) > 1:
         raise UserError(
-            f"{path}: {' and '.join(map(repr, names))} may each be the {role}; say which with --columns, as {role}={names[0]}"
+            f"{path}: {' and '.join(names)} may each be the {role}; say which with --columns, as {role}={header[first[0]]}"
         )
-    return places[0]
+    if len(places) > 1:
+        logging.warning(
+            "%s: of %s the %s is %r; %s= in --columns takes another",
+            path,
+            ", ".join(names),
+            role,
+            header[first[0]],
+            role,
+        )
+    return first[0]
 
 
 def _named_column(path: Path, header: Sequence[str], request: ColumnRequest) -> Column:

@@ -46,6 +46,9 @@ def open_source(
     return ParquetSource(path) if kind == "parquet" else ArrowSource(path)
 
 
+_ONE_MARK = tuple(each for each in text.DELIMITERS if each and len(each) == 1)
+
+
 class TextSource(TableSource):
     """Delimited text, gzip and zstd included."""
 
@@ -115,13 +118,14 @@ def find_dialect(
             None if options.delimiter == " " else options.delimiter, _quotes(options, options.delimiter)
         )
     fitting: list[tuple[text.Dialect, list[str]]] = []
-    for delimiter in text.DELIMITERS:
+    for delimiter in _ONE_MARK if options.quoting == "csv" else text.DELIMITERS:
         dialect = text.Dialect(delimiter, _quotes(options, delimiter))
         rows = [dialect.split(line) for line in lines]
         if len(rows[0]) > 1 and all(len(row) == len(rows[0]) for row in rows):
             fitting.append((dialect, rows[0]))
     if not fitting:  # a faulty line: read by the delimiter of line 1, its fault is named later
-        first = next((each for each in text.DELIMITERS[:-1] if each and each in lines[0]), None)
+        marks = _ONE_MARK if options.quoting == "csv" else text.DELIMITERS[:-1]
+        first = next((each for each in marks if each and each in lines[0]), None)
         return text.Dialect(first, _quotes(options, first))
     if (
         len(fitting) > 1
@@ -141,9 +145,10 @@ def find_dialect(
 
 def _quotes(options: TextOptions, delimiter: str | None) -> bool:
     """RFC 4180 quotes are of CSV: one mark that is no tab or blank between the fields."""
-    if options.quoting != "auto":
-        return options.quoting == "csv"
-    return delimiter is not None and len(delimiter) == 1 and delimiter not in "\t "
+    one = delimiter is not None and len(delimiter) == 1 and delimiter != " "
+    if options.quoting == "csv" and not one:
+        raise UserError("--quoting=csv needs a delimiter of one character; give it with --delimiter")
+    return one and (options.quoting == "csv" or (options.quoting == "auto" and delimiter != "\t"))
 
 
 class JsonSource(TableSource):
@@ -156,14 +161,18 @@ class JsonSource(TableSource):
         self.sample = _read_json(path, block, None)
         self.header = self.sample.columns
         self.num_fields = len(self.header)
-        scalar = [name for name in self.header if not self.sample[name].dtype.is_nested()]
-        self.sample = self.sample.with_columns(
-            pl.lit(None).alias(name) for name in self.header if name not in scalar
-        ).rename({name: str(place) for place, name in enumerate(self.header)})
+        self.nested = [name for name in self.header if self.sample[name].dtype.is_nested()]
+        self.sample = self.sample.with_columns(pl.lit(None).alias(name) for name in self.nested).rename(
+            {name: str(place) for place, name in enumerate(self.header)}
+        )
 
     def batches(self, places):
         assert self.header is not None
         names = [self.header[place] for place in places]
+        if nested := set(names) & set(self.nested):
+            raise UserError(
+                f"{self.path}: {min(nested)!r} is an object or list, which is no value of an event"
+            )
         for block in text.read_blocks(self.path, quoting=False):
             if not block.data.strip():
                 continue

@@ -144,10 +144,14 @@ def first_lines(path: Path, quoting: bool = False, count: int = SAMPLE_LINES) ->
         for number, line in enumerate(block.data.split(b"\n"), block.first_line):
             if len(lines) == count or not line.strip(b" \t"):
                 continue
+            if b"\r" in line:
+                raise UserError(
+                    f"{path}, line {number}: a carriage return inside the line; end lines with \\n or \\r\\n"
+                )
             try:
                 lines.append(line.decode())
             except UnicodeDecodeError as error:
-                if not lines:
+                if len(lines) < 2:  # a header alone is no event yet
                     raise UserError(
                         f"{path}, line {number}: not UTF-8 text; convert the file to UTF-8"
                     ) from error

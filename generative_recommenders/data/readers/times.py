@@ -60,7 +60,7 @@ def recognise(values: pl.Series, unit: str | None = None) -> TimeFormat | None:
                 for each in (*_ISO_FORMATS, *_OTHER_FORMATS)
             }
             best = max(fits, key=lambda each: fits[each])
-            return TimeFormat(text=best) if 2 * fits[best] > len(values) else None
+            return TimeFormat(text=best) if 2 * fits[best] >= max(len(values), 1) else None
         values = values.filter(number).cast(pl.Float64, strict=False)
     elif not values.dtype.is_numeric():
         return None

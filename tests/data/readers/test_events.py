@@ -116,6 +116,10 @@ def test_quotes(tmp_path: Path) -> None:
     text = write(tmp_path, "b.csv", 'user,item\nu,"Heroes"\nu,Heroes\n')
     assert read(text, text=TextOptions(quoting="none"))["item"] == ['"Heroes"', "Heroes"]
     assert read(text)["item"] == ["Heroes", "Heroes"]
+    quoted = write(tmp_path, "c.tsv", 'user\titem\nu\t"two\ttabs"\n')
+    assert read(quoted, text=TextOptions(quoting="csv"))["item"] == ["two\ttabs"]
+    with pytest.raises(UserError, match="--quoting=csv needs a delimiter of one character"):
+        read(quoted, text=TextOptions("::", quoting="csv"))
 
 
 def test_missing_ids_are_refused_with_their_number_or_dropped(
@@ -194,23 +198,32 @@ def test_ids_of_odd_types(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("columns", [None, "user,item,timestamp"])
 def test_two_columns_for_one_role_are_refused(tmp_path: Path, columns: str | None) -> None:
-    path = write(tmp_path, "a.csv", "user_id,session_id,item_id,product_id,time\nu,s,i,p,7\n")
-    assert "'user_id' and 'session_id' may each be the user" in refused(path, columns)
+    path = write(tmp_path, "a.csv", "user_id,customer_id,item_id,product_id,time\nu,c,i,p,7\n")
+    assert "'user_id' and 'customer_id' may each be the user" in refused(path, columns)
     one_user = "user=user_id,item,timestamp"
     assert "'item_id' and 'product_id' may each be the item; say which" in refused(path, one_user)
-    assert read(path, "user=session_id,item=product_id,timestamp")["item"] == ["p"]
+    assert read(path, "user=customer_id,item=product_id,timestamp")["item"] == ["p"]
 
 
 @pytest.mark.parametrize("columns", [None, "user,item,rating,timestamp"])
-def test_amazons_variants_of_a_product_are_one_item_and_the_log_says_so(
+def test_variants_of_a_product_and_sessions_of_a_user_give_way_and_the_log_says_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, columns: str | None
 ) -> None:
-    text = '{"rating": 5.0, "asin": "V1", "parent_asin": "P", "user_id": "A", "timestamp": 1588687728923}\n'
+    text = '{"rating": 5.0, "asin": "V1", "parent_asin": "P", "session_id": "S", "user_id": "A", "timestamp": 1588687728923}\n'
     path = write(tmp_path, "reviews.jsonl", text)
     with caplog.at_level(logging.WARNING, logger="absl"):
-        assert read(path, columns)["item"] == ["P"]
-    assert "'parent_asin'" in caplog.text and "item=asin" in caplog.text
-    assert read(path, "user=user_id,item=asin,rating,timestamp")["item"] == ["V1"]
+        events = read(path, columns)
+    assert events["item"] == ["P"] and events["user"] == ["A"]
+    assert "of 'parent_asin', 'asin' the item is 'parent_asin'; item= in --columns" in caplog.text
+    assert "the user is 'user_id'" in caplog.text
+    other = read(path, "user=session_id,item=asin,rating,timestamp")
+    assert other["item"] == ["V1"] and other["user"] == ["S"]
+
+
+def test_names_of_headers_in_everyday_spelling(tmp_path: Path) -> None:
+    assert read(write(tmp_path, "a.csv", "User ID , Item-Id,Created At\nu,i,5\n"))["timestamp"] == [
+        5 * SECOND
+    ]
 
 
 def test_further_columns_are_typed(tmp_path: Path) -> None:
@@ -234,6 +247,10 @@ def test_further_columns_are_typed(tmp_path: Path) -> None:
         ("user,item\nu," + "x" * 2000 + "\n", None, ["line 2", "1024 bytes"]),
         ("", None, ["empty"]),
         ("user,item\n", None, ["empty"]),
+        ("user,item\ru,i\r", None, ["line 1", "carriage return"]),
+        ('[{"user": 1, "item": 2}]', None, ["JSON array", "one object a line"]),
+        ('{"user": {"id": 1}, "item": 2}\n', None, ["'user' is an object or list"]),
+        ("user,item,time\nu,i,2020-01-02\nu,i,2020-01-02 10:00:00\n", None, ["line 2", "not written like the times"]),
         ('{"user": 1, "item": 2}\n{"user": \n', None, ["line 2", "not a JSON object"]),
     ],
 )  # fmt: skip

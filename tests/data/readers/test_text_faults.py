@@ -111,6 +111,7 @@ def test_the_line_is_named_in_a_later_block(tmp_path: Path, monkeypatch: pytest.
 
 def test_latin1_names_the_line(tmp_path: Path) -> None:
     assert "line 2: not UTF-8" in error_of(write(tmp_path, b"a,b,1,2\n\xe4,b,1,2\n"))
+    assert "line 2: not UTF-8" in error_of(write(tmp_path, b"user,item\nu,caf\xe9\n"), FOUND)
     assert "line 1: not UTF-8" in error_of(write(tmp_path, "a,b,1,2\n".encode("utf-16")))
 
 
