@@ -21,7 +21,7 @@ from generative_recommenders.data.manifest import FILE_NAME, Manifest
 from generative_recommenders.data.parquet_export import export_parquet
 from generative_recommenders.data.preparation.folder import check_file
 from generative_recommenders.data.preparation.order import DUPLICATES, TIE_ORDERS
-from generative_recommenders.data.preparation.prepare import prepare, prepared_path
+from generative_recommenders.data.preparation.prepare import not_prepared, prepare, prepared_path
 from generative_recommenders.data.readers.events import ReadOptions
 from generative_recommenders.data.readers.sources import TextOptions
 from generative_recommenders.data.sources.public import known_datasets, resolve
@@ -281,6 +281,8 @@ def run(arguments: list[str]) -> int:
         folder = Path(_PREPARED.value)
         if not (folder / FILE_NAME).is_file() and folder.name == _PREPARED.value:
             folder = prepared_path(_DATA_ROOT.value, _PREPARED.value)
+            if not folder.exists():
+                raise UserError(not_prepared(_PREPARED.value, Path(_DATA_ROOT.value)))
         _export(folder)
         if _AUDIT.value:
             from generative_recommenders.commands.audit import write_audit  # brings torch and matplotlib

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable
 
@@ -15,6 +16,7 @@ from generative_recommenders.run.logging import to_nowhere
 
 def parse_flags(argv: list[str]) -> list[str]:
     """Parses flags, returns the other arguments; one line and exit code 2 for what a flag does not take."""
+    _open_standard_streams()
     try:
         odd = next((each for each in argv if not _is_utf8(each)), None)
         if odd is not None:
@@ -52,6 +54,16 @@ def exit_code(program: Callable[[], int]) -> int:
         except OSError:
             to_nowhere(stream)
     return code
+
+
+def _open_standard_streams() -> None:
+    """Streams that the caller closed lead nowhere; otherwise the next file opened would take the number of one."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+            setattr(sys, name, open(number, "r" if name == "stdin" else "w"))  # noqa: SIM115, for good
 
 
 def _is_utf8(text: str) -> bool:

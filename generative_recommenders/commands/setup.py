@@ -10,10 +10,9 @@ from absl import logging
 
 from generative_recommenders.checkpoint.store import CheckpointStore
 from generative_recommenders.config import gin as gin_registry
-from generative_recommenders.config.registry import DATA_SOURCES
 from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.data.preparation.folder import locked
-from generative_recommenders.data.preparation.prepare import prepare, prepared_path
+from generative_recommenders.data.preparation.prepare import not_prepared, prepare, prepared_path
 from generative_recommenders.data.sources.public import resolve
 from generative_recommenders.data.splits import Split
 from generative_recommenders.data.statistics import summary
@@ -55,7 +54,7 @@ def prepared_dataset(name: str, data_root: Path) -> SequenceDataset:
     folder = prepared_path(data_root, name)
     if not folder.exists():
         if name != EMBEDDED:
-            raise UserError(_not_prepared(name, folder, data_root))
+            raise UserError(not_prepared(name, data_root))
         with locked(folder):
             if not folder.exists():  # another process may have made it meanwhile
                 logging.info("making the embedded data set %s in %s", name, folder)
@@ -64,22 +63,6 @@ def prepared_dataset(name: str, data_root: Path) -> SequenceDataset:
     dataset = SequenceDataset.open(folder)
     dataset.verify()
     return dataset
-
-
-def _not_prepared(name: str, folder: Path, data_root: Path) -> str:
-    """What is prepared, and the command that prepares this one: published data by their name, others from a file."""
-    others = sorted(each.parent.name for each in folder.parent.glob("*/manifest.json"))
-    command = f"python preprocess_public_data.py --dataset={name}"
-    if name not in DATA_SOURCES:
-        command = f"python preprocess_public_data.py --dataset=csv --raw_path=FILE --name={name}"
-    if name == "ml-3b":
-        command = (
-            "enlarge ML-20M by the fractal expansion of the HSTU authors' program (run_fractal_expansion.py, 16 x 32), write "
-            f"its ratings as user,item,rating,timestamp in one file or folder, and {command}"
-        )
-    if data_root != Path("data"):
-        command += f" --data_root={data_root}"
-    return f"{name} is not prepared in {folder}; prepared: {', '.join(others) or 'none'}. To prepare it: {command}"
 
 
 def shared_dataset(name: str, data_root: Path, collectives: Collectives) -> SequenceDataset:

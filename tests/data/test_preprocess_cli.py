@@ -87,7 +87,9 @@ def test_a_flag_that_cannot_be_read_is_one_line(flag: str) -> None:
         (["--prepared=x"], "needs --export_text=FILE, --export_parquet=FILE or --audit"),
         (["--audit"], "--audit needs --prepared=NAME"),
         (["--prepared=x", "--export_text=y", "--output=z"], "--output needs --audit"),
-        (["--prepared=nothing", "--audit"], "prepared/nothing: not a prepared folder"),
+        (["--prepared=nothing", "--audit"], "nothing is not prepared in data/prepared/nothing; prepared: "),
+        (["--prepared=nothing", "--audit"], "--dataset=csv --raw_path=FILE --name=nothing"),
+        (["--prepared=ml-1m", "--data_root=no/where", "--audit"], "--dataset=ml-1m --data_root=no/where"),
         (["--dataset=csv", "--tie_order=random", "--prepared=x"], "--dataset has no meaning with --prepared"),
         (["--prepared=x", "--export_text=y", "--k_core=5"], "--k_core has no meaning with --prepared"),
         (["--dataset=nothing"], "unknown data source 'nothing'"),
@@ -119,6 +121,28 @@ def test_bad_flags(
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 1
     assert what in errors[0]
+
+
+@pytest.mark.parametrize("closed", [0, 1, 2])
+def test_a_closed_standard_stream_changes_nothing(tmp_path: Path, closed: int) -> None:
+    (tmp_path / "r.csv").write_text("user,item\nu,a\nu,b\n")
+    flags = [f"--raw_path={tmp_path / 'r.csv'}", "--name=mine", f"--data_root={tmp_path}"]
+    command = [sys.executable, str(PROGRAM), "--dataset=csv", *flags]
+    done = subprocess.run(command, preexec_fn=lambda: os.close(closed), capture_output=True, check=False)
+    assert done.returncode == 0 and b"Traceback" not in done.stderr
+    SequenceDataset.open(tmp_path / "prepared" / "mine").verify()
+
+
+def test_a_link_to_a_folder_keeps_leading_there(tmp_path: Path) -> None:
+    (tmp_path / "r.csv").write_text("user,item\nu,a\nu,b\n")
+    (tmp_path / "prepared").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "prepared" / "mine").symlink_to(tmp_path / "elsewhere")
+    done = run("--dataset=csv", f"--raw_path={tmp_path / 'r.csv'}", "--name=mine", f"--data_root={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in (tmp_path / "prepared").iterdir()] == ["mine"]
+    assert (tmp_path / "prepared" / "mine").is_symlink()
+    SequenceDataset.open(tmp_path / "elsewhere").verify()
 
 
 @pytest.mark.slow

@@ -25,6 +25,8 @@ def new_folder(target: Path) -> Iterator[Path]:
     An existing target is exchanged in one step where the file system can. UserError if it exists and is not a
     prepared folder, or if the disk is full or not writable.
     """
+    if os.path.islink(target):  # which keeps leading to what is made
+        target = Path(os.path.realpath(target))
     scratch = target.parent / f".{target.name}.tmp-{scratch_owner()}"
     try:
         _check_target(target)

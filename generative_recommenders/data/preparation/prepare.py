@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from absl import logging
 
+from generative_recommenders.config.registry import DATA_SOURCES
 from generative_recommenders.data.manifest import Manifest
 from generative_recommenders.data.preparation import order
 from generative_recommenders.data.preparation.columns import (
@@ -52,6 +53,23 @@ def prepared_path(data_root: str | Path, name: str) -> Path:
     if not re.fullmatch(r"\w[\w.+-]*", name):
         raise UserError(f"the name {name!r} of a data set must consist of letters, digits and . _ + -")
     return Path(data_root) / "prepared" / name
+
+
+def not_prepared(name: str, data_root: Path) -> str:
+    """What is prepared, and the command that prepares this one: published data by their name, others from a file."""
+    folder = prepared_path(data_root, name)
+    others = sorted(each.parent.name for each in folder.parent.glob("*/manifest.json"))
+    command = f"python preprocess_public_data.py --dataset={name}"
+    if name not in DATA_SOURCES:
+        command = f"python preprocess_public_data.py --dataset=csv --raw_path=FILE --name={name}"
+    if name == "ml-3b":
+        command = (
+            "enlarge ML-20M by the fractal expansion of the HSTU authors' program (run_fractal_expansion.py, 16 x 32), write "
+            f"its ratings as user,item,rating,timestamp in one file or folder, and {command}"
+        )
+    if data_root != Path("data"):
+        command += f" --data_root={data_root}"
+    return f"{name} is not prepared in {folder}; prepared: {', '.join(others) or 'none'}. To prepare it: {command}"
 
 
 def prepare(raw: RawRatings, out_dir: str | Path, memory_limit: int = DEFAULT_MEMORY_LIMIT) -> Manifest:

@@ -261,7 +261,7 @@ def _sasrec_text(request: Request) -> RawRatings:
 def _csv(request: Request) -> RawRatings:
     origin = _required_path(request)
     if origin.is_dir():
-        files = data_files(origin, [path for path in origin.iterdir() if path.is_file()])
+        files = data_files(origin, [path for path in origin.iterdir() if not path.is_dir()])
     elif is_archive(origin):
         extracted = extract(origin, request.folder, lambda name: data_suffix(Path(name)) is not None)
         files = data_files(origin, extracted)
