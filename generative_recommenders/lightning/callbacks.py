@@ -25,7 +25,7 @@ Batch = Mapping[str, Any]
 
 
 class Postprocessor(Protocol):
-    """See the module."""
+    """Scores ``[B, C]`` in, changed scores out, in the two stages that rank them."""
 
     def on_validation(self, batch: Batch, logits: torch.Tensor) -> torch.Tensor: ...
 
@@ -68,7 +68,7 @@ class ComputeMetricsCallback(lightning.Callback):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
         self._totals = {}
-        _tell_candidates(self.postprocessors, pl_module)
+        _set_candidates(self.postprocessors, pl_module)
 
     def on_validation_batch_end(
         self,
@@ -97,7 +97,7 @@ class ComputeMetricsCallback(lightning.Callback):
     def on_validation_epoch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
-        totals = dict(self._over_processes(trainer, pl_module.device))
+        totals = dict(self._summed_over_processes(trainer, pl_module.device))
         for number, total in totals.items():
             suffix = f"/dataloader_idx_{number}" if len(totals) > 1 else ""
             values = total.compute()
@@ -107,7 +107,7 @@ class ComputeMetricsCallback(lightning.Callback):
             wanted = {f"{name}@{k}{suffix}": values[f"{name}@{k}"] for name in self.metrics for k in self.ks}
             pl_module.log_dict(wanted, add_dataloader_idx=False, batch_size=1)
 
-    def _over_processes(
+    def _summed_over_processes(
         self, trainer: lightning.Trainer, device: torch.device
     ) -> Iterator[tuple[int, ListMetrics]]:
         """Sums by loader. Every process makes the same calls, also one that had no batch of a loader."""
@@ -120,7 +120,7 @@ class ComputeMetricsCallback(lightning.Callback):
             total = ListMetrics(
                 self.ks, most(0 if own is None else own.recommended.shape[1] - 1), device=device
             )
-            if own is not None:
+            if own is not None:  # widened: each process has seen another largest id
                 total.sums, total.users = own.sums, own.users
                 total.recommended[:, : own.recommended.shape[1]] = own.recommended
             for name in ("sums", "users", "recommended"):
@@ -145,7 +145,7 @@ class _PredictionCallback(lightning.Callback):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
         self._parts = []
-        _tell_candidates(self.postprocessors, pl_module)
+        _set_candidates(self.postprocessors, pl_module)
 
     def on_predict_batch_end(
         self,
@@ -309,6 +309,6 @@ def column_of(batch: Batch, name: str, who: str) -> torch.Tensor:
     return batch[name]
 
 
-def _tell_candidates(postprocessors: Sequence[Postprocessor], pl_module: lightning.LightningModule) -> None:
+def _set_candidates(postprocessors: Sequence[Postprocessor], pl_module: lightning.LightningModule) -> None:
     for each in postprocessors:
         each.candidates = getattr(pl_module, "candidates_to_score", None)  # type: ignore[attr-defined]

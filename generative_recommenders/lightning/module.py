@@ -32,7 +32,7 @@ class LightningModule(lightning.LightningModule):
         A module of RePlay's form (compat's ``SasRec`` and ``TwoTower``): called with those keys of the batch that its forward
             takes; it returns a mapping with "loss" in training mode, with "logits" and "hidden_states" in evaluation mode.
         A `TrainingTask`: trains on the batches of `DataModule` as main.py does, draws and loss alike.
-        A `SequenceRecommender` alone: answers, and cannot be trained.
+        A `SequenceRecommender` alone: gives scores, and cannot be trained.
     The scores of the latter two are ``[B, V + 1]``: column i is item id i, and column 0, padding, is -inf.
     """
 
@@ -78,7 +78,7 @@ class LightningModule(lightning.LightningModule):
         UserError where the model needs a key that the batch lacks.
         """
         if isinstance(self.model, TrainingTask | SequenceRecommender):
-            return self._trained(batch) if self.training else self._answered(batch)
+            return self._training_output(batch) if self.training else self._scores(batch)
         given = {name: x for name, x in batch.items() if self._takes_all or name in self._takes}
         if not self.training and self._candidates is not None and CANDIDATES in self._takes:
             given.setdefault(CANDIDATES, self._candidates.to(self.device))
@@ -90,15 +90,14 @@ class LightningModule(lightning.LightningModule):
             )
         return self.model(**given)
 
-    def _trained(self, batch: LoadedBatch) -> Mapping[str, Any]:
+    def _training_output(self, batch: LoadedBatch) -> Mapping[str, Any]:
         """The loss of a loaded batch, under main.py's draws."""
         task = self.model
         if not isinstance(task, TrainingTask):
             raise UserError("a model alone has no loss: give LightningModule the task of build_task(...)")
         step, world = self.global_step, task.collectives.world_size
-        torch.manual_seed(
-            stream_key(task.seed, step, task.collectives.rank)
-        )  # dropout, as the trainer seeds it
+        # Dropout draws from torch's generator, which main.py's trainer seeds anew each step.
+        torch.manual_seed(stream_key(task.seed, step, task.collectives.rank))
         output = task.loss(batch, step)
         total = task.collectives.sum_(output.weight.detach().clone())
         loss = output.sum / total.clamp(min=1e-12)
@@ -106,7 +105,7 @@ class LightningModule(lightning.LightningModule):
         # DDP averages gradients over processes, and the logger values; the sum over processes is wanted of both.
         return {"loss": (loss + auxiliary) * world - auxiliary.detach() * (world - 1)}
 
-    def _answered(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    def _scores(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
         """Scores of the batch's histories: its group "history", or its columns themselves."""
         model: SequenceRecommender = self.model.model if isinstance(self.model, TrainingTask) else self.model  # type: ignore[assignment]
         queries = model.encode_query(batch.get("history", batch))
@@ -154,7 +153,7 @@ class LightningModule(lightning.LightningModule):
             self._snapshot = model.catalogue()
 
     def _drop_catalogue(self) -> None:
-        self._snapshot = None
+        self._snapshot = None  # the next step of training changes the items
 
     on_validation_epoch_start = on_test_epoch_start = on_predict_epoch_start = _hold_catalogue
     on_validation_epoch_end = on_test_epoch_end = on_predict_epoch_end = _drop_catalogue

@@ -143,6 +143,7 @@ class ParquetBatches:
                 (torch.initial_seed() + epoch) % 2**63
             )
             rows = torch.randperm(len(rows), generator=generator).numpy()
+            # A process with one batch more would wait for the others' gradients for ever.
             rows = rows[: len(rows) // world * world]
         return rows[rank::world]
 

@@ -65,7 +65,7 @@ class BCE(CatalogueLoss):
     def __init__(self, *, masked_labels: Literal["ignored", "targets"] = "ignored", **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if masked_labels not in ("ignored", "targets"):
-            raise self.refusal(f"masked_labels is {masked_labels!r}: give 'ignored' or 'targets'")
+            raise self.error(f"masked_labels is {masked_labels!r}: give 'ignored' or 'targets'")
         self.masked_labels = masked_labels
 
     def terms(self, scores: Scores) -> Terms:
@@ -88,7 +88,7 @@ class CE(CrossEntropy, CatalogueLoss):
 
     def targets(self, labels: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if labels.shape[-1] != 1:
-            raise self.refusal(
+            raise self.error(
                 f"takes one positive a position, not {labels.shape[-1]}: use LogInCE or LogOutCE"
             )
         return super().targets(labels, mask)
@@ -115,7 +115,7 @@ class CEWeighted(CE):
     ) -> Tensor:
         """The loss, see the module; ``UserError`` where ``feature_tensors`` lack the weights."""
         if feature_tensors is None or self.feature_name not in feature_tensors:
-            raise self.refusal(f"the batch has no feature {self.feature_name!r} to weigh samples by")
+            raise self.error(f"the batch has no feature {self.feature_name!r} to weigh samples by")
         chosen, labels, counts = self.targets(positive_labels, target_padding_mask)
         sample_weights = feature_tensors[self.feature_name].reshape(positive_labels.shape)[chosen]
         values = self.terms(self.scores(model_embeddings[chosen], labels, counts)).values * sample_weights

@@ -92,7 +92,7 @@ class LossProto(Protocol):
 
 
 class ContextMergerProto(Protocol):
-    """What the query tower says joined with features of the query, in the shape that it was given."""
+    """The query tower's hidden states joined with features of the query, of the same shape."""
 
     def __call__(self, model_hidden_state: torch.Tensor, feature_tensors: Tensors) -> torch.Tensor: ...
 

@@ -46,23 +46,23 @@ class ReplayLoss(nn.Module, ABC):
         super().__init__()
         known = ("reduction", "ignore_index", "padding_idx", *self.takes)
         for name in (name for name in arguments if name not in known):
-            raise self.refusal(f"the argument {name!r} means nothing here; known: {', '.join(known)}")
+            raise self.error(f"the argument {name!r} means nothing here; known: {', '.join(known)}")
         self.ignore_index: int = arguments.get("ignore_index", -100)
         self.padding_idx: int | None = arguments.get("padding_idx")
         self.reduction: str = arguments.get("reduction", "mean")
         if self.reduction not in REDUCTIONS:
-            raise self.refusal(f"reduction is {self.reduction!r}: give one of {', '.join(REDUCTIONS)}")
+            raise self.error(f"reduction is {self.reduction!r}: give one of {', '.join(REDUCTIONS)}")
         self.label_smoothing: float = arguments.get("label_smoothing", 0.0)
         if not isinstance(self.label_smoothing, (int, float)) or not 0 <= self.label_smoothing <= 1:
-            raise self.refusal(f"label_smoothing is {self.label_smoothing!r}: give a share in [0, 1]")
+            raise self.error(f"label_smoothing is {self.label_smoothing!r}: give a share in [0, 1]")
         for name in ("weight", "pos_weight"):
             value = arguments.get(name)
             if value is not None and (not isinstance(value, Tensor) or value.dim() != 1):
-                raise self.refusal(f"{name} must be a tensor [V], one number an item")
+                raise self.error(f"{name} must be a tensor [V], one number an item")
             self.register_buffer(name, value)
         self._logits_callback: LogitsCallback | None = None
 
-    def refusal(self, message: str) -> UserError:
+    def error(self, message: str) -> UserError:
         """An error that names the loss."""
         return UserError(f"{type(self).__name__}: {message}")
 
@@ -70,7 +70,7 @@ class ReplayLoss(nn.Module, ABC):
     def logits_callback(self) -> LogitsCallback:
         """What turns hidden states, and item ids if given, into logits; ``UserError`` until it is set."""
         if self._logits_callback is None:
-            raise self.refusal("set logits_callback before the first call")
+            raise self.error("set logits_callback before the first call")
         return self._logits_callback
 
     @logits_callback.setter
@@ -85,7 +85,7 @@ class ReplayLoss(nn.Module, ABC):
         counts = mask & ~ignored
         chosen = counts.any(-1)
         if not chosen.any():
-            raise self.refusal("every target is masked, there is nothing to learn from")
+            raise self.error("every target is masked, there is nothing to learn from")
         return chosen, labels.masked_fill(ignored, -1)[chosen], counts[chosen]
 
     @abstractmethod
@@ -136,10 +136,10 @@ class CatalogueLoss(ReplayLoss):
         num_items = logits.shape[1]
         for name, given in (("weight", self.weight), ("pos_weight", self.pos_weight)):
             if given is not None and len(given) != num_items:
-                raise self.refusal(f"{name} has {len(given)} numbers for {num_items} items")
+                raise self.error(f"{name} has {len(given)} numbers for {num_items} items")
         outside = (labels < 0) | (labels >= num_items)
         if (outside & counts).any():
-            raise self.refusal(f"a positive label lies outside of 0..{num_items - 1}")
+            raise self.error(f"a positive label lies outside of 0..{num_items - 1}")
         labels = labels.masked_fill(outside, -1)
         collided = is_label(labels, num_items)
         items = torch.arange(num_items, device=logits.device)
@@ -188,7 +188,7 @@ class SampledLoss(ReplayLoss):
             own = negative_labels[chosen]
         else:
             given, wanted = tuple(negative_labels.shape), tuple(chosen.shape)
-            raise self.refusal(f"negative labels {given}: give [K], [B, K] or [B, L, K] for {wanted}")
+            raise self.error(f"negative labels {given}: give [K], [B, K] or [B, L, K] for {wanted}")
         ignored = own == self.negative_labels_ignore_index
         collided = (own[:, :, None] == labels[:, None, :]).any(2) & ~ignored
         self._check_ids("positive label", labels[counts])
@@ -203,7 +203,7 @@ class SampledLoss(ReplayLoss):
             else:
                 negative = self.logits_callback(hidden, asked if asked.dim() == 1 else asked[chosen])
         except IndexError as error:
-            raise self.refusal(f"a label or negative lies beyond the catalogue ({error})") from error
+            raise self.error(f"a label or negative lies beyond the catalogue ({error})") from error
         both = full_precision(positive), full_precision(negative)
         scores = Scores(*both, labels, counts, own, ~(ignored | collided), collided)
         return self.reduced(self.terms(scores), chosen, counts)
@@ -214,9 +214,9 @@ class SampledLoss(ReplayLoss):
             return
         low, high = int(ids.min()), int(ids.max())
         if low < 0:
-            raise self.refusal(f"a {what} is {low}: ids start at 0")
+            raise self.error(f"a {what} is {low}: ids start at 0")
         if self.weight is not None and high >= len(self.weight):
-            raise self.refusal(f"a {what} is {high}, and weight has {len(self.weight)} numbers")
+            raise self.error(f"a {what} is {high}, and weight has {len(self.weight)} numbers")
 
     def _scores_by_row(self, model_embeddings: Tensor, ids: Tensor, chosen: Tensor) -> Tensor:
         """``[M, K]`` scores with the ``ids [B, K]`` of each position's row; ``[M, K, D]`` is never made."""

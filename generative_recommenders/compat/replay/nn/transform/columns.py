@@ -228,13 +228,12 @@ class NextTokenTransform(nn.Module):
 class TokenMaskTransform(nn.Module):
     """Adds a mask of kept tokens: real ones (``token_field`` True) whose uniform draw is at least ``mask_prob``.
 
-    token_field: bool ``[L]`` or ``[B, L]``, True = real, padded on the left. The result is True = kept,
-    False = hidden or padding. A row that would keep everything hides its last element; one that would keep
-    nothing keeps the element before it, where that is real.
+    token_field: bool ``[L]`` or ``[B, L]``, True = real, padded on the left. The result is True = kept, False = hidden or
+    padding. A row that would keep everything hides its last element; one that would keep nothing keeps the element before it,
+    where that is real.
 
-    shared_mask: draw one row for the whole batch and settle those two cases on the whole tensor (its last
-    row, for ``[B, L]``), padding or not, exactly as RePlay does. Off by default: draws are per user, and
-    padding is never kept.
+    shared_mask: draw one row for the whole batch and correct those two cases on the whole tensor (its last row, for
+    ``[B, L]``), padding or not, exactly as RePlay does. Off by default: draws are per user, and padding is never kept.
     """
 
     def __init__(
@@ -257,11 +256,11 @@ class TokenMaskTransform(nn.Module):
         real = require_tensor(batch, self.token_field, "TokenMaskTransform")
         shape = real.shape[-1:] if self.shared_mask else real.shape
         kept = uniform(shape, real.device, self.generator) * real >= self.mask_prob
-        settle = settle_shared if self.shared_mask else settle_rows
-        return {**batch, self.out_feature_name: settle(kept & real, real)}
+        corrected = corrected_as_replay if self.shared_mask else corrected_rows
+        return {**batch, self.out_feature_name: corrected(kept & real, real)}
 
 
-def settle_rows(kept: Tensor, real: Tensor) -> Tensor:
+def corrected_rows(kept: Tensor, real: Tensor) -> Tensor:
     """Each row ``[..., L]`` of its own: all real kept -> hide the last; none kept -> keep the one before, if real."""
     everything = (kept == real).all(-1)
     nothing = ~kept.any(-1) & ~everything
@@ -272,8 +271,8 @@ def settle_rows(kept: Tensor, real: Tensor) -> Tensor:
     return kept
 
 
-def settle_shared(kept: Tensor, real: Tensor) -> Tensor:
-    """The same two cases, settled once on the first axis of the whole tensor and blind to padding (RePlay)."""
+def corrected_as_replay(kept: Tensor, real: Tensor) -> Tensor:
+    """The same two cases, once for the first axis of the whole tensor and blind to padding, as RePlay does."""
     kept = kept.clone()
     if torch.equal(kept, real):
         kept[-1] = False
