@@ -3,8 +3,10 @@
     python benchmarks/recommend.py --users=1000 --items=700000 --one_user_items=1000000
 
 Items and users are random and of the same width. "products" are the scores alone, in blocks of the same size, kept by
-nobody; "search" finds the k best of each user without what the user has seen. faiss is measured where it is installed, without
-seen items, which its index does not filter. Every time is the median of the repeats, taken by turns.
+nobody; "search" finds the k best of each user without what the user has seen. For one user, "quantized_search" finds the
+same by way of 8-bit integers, and "whole_answer" is `Recommender.recommend`, the history's ids in, a frame of ids out.
+faiss is measured where it is installed, without seen items, which its index does not filter. Every time is the median of the
+repeats, taken by turns.
 """
 
 from __future__ import annotations
@@ -18,11 +20,16 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from generative_recommenders.retrieval import product_search
+from generative_recommenders.build.parts import Catalogue, build_model
+from generative_recommenders.config.schema import RunSettings
+from generative_recommenders.retrieval import product_search, quantized_search
 from generative_recommenders.retrieval.product_search import search_products
+from generative_recommenders.retrieval.quantized_search import QuantizedItems
+from generative_recommenders.retrieval.recommender import Recommender
 
 
 def bare_products(queries: torch.Tensor, items: torch.Tensor) -> None:
@@ -45,6 +52,21 @@ def faiss_search(items: torch.Tensor, queries: torch.Tensor, k: int) -> Callable
     return lambda: index.search(queries.numpy(), k)
 
 
+def whole_answer(items: torch.Tensor, history: torch.Tensor, k: int) -> Callable[[], object]:
+    """One user's `Recommender.recommend`, of an untrained SASRec over these items: reading, encoding, search and frame."""
+    settings = RunSettings()
+    settings = settings.changed(
+        data=settings.data.changed(max_sequence_length=len(history)),
+        items=settings.items.changed(item_embedding_dim=items.shape[1], item_l2_norm=False),
+    )
+    counts = torch.ones(len(items), dtype=torch.int64)
+    model = build_model(settings, Catalogue(len(items), False, False, counts))
+    recommender = Recommender(settings, model, pa.array([f"i{number}" for number in range(len(items))]))
+    recommender.snapshot = recommender.snapshot._replace(embeddings=items)
+    asked = {"reader": [f"i{number}" for number in history.tolist()]}
+    return lambda: recommender.recommend(asked, k)
+
+
 def milliseconds(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, dict[str, float]]:
     """Of each call, by turns; one round before does not count."""
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -63,10 +85,14 @@ def milliseconds(calls: dict[str, Callable[[], object]], repeats: int) -> dict[s
 def measure(users: int, num_items: int, args: argparse.Namespace, repeats: int) -> dict[str, object]:
     items, queries = torch.randn(num_items, args.dim), torch.randn(users, args.dim)
     seen = torch.randint(1, num_items + 1, (users, args.seen))
-    calls = {
+    calls: dict[str, Callable[[], object]] = {
         "products": lambda: bare_products(queries, items),
         "search": lambda: search_products(queries, items, args.k, seen),
     }
+    if quantized_search.pays(queries, num_items):
+        quantized = QuantizedItems(items)
+        calls["quantized_search"] = lambda: quantized.search(queries, args.k, seen)
+        calls["whole_answer"] = whole_answer(items, seen[0], args.k)
     indexed = faiss_search(items, queries, args.k)
     if indexed is not None:
         calls["faiss"] = indexed

@@ -6,14 +6,12 @@ from pathlib import Path
 
 import torch
 
-from generative_recommenders.build.catalogue import reads_users
-from generative_recommenders.build.model import build_model
-from generative_recommenders.build.parts import Catalogue
 from generative_recommenders.checkpoint.store import CheckpointStore
-from generative_recommenders.checkpoint.weights import data_tensors
 from generative_recommenders.config.registry import ENCODERS
 from generative_recommenders.data.splits import make_split
 from generative_recommenders.data.store import SequenceDataset
+from generative_recommenders.distributed.collectives import Collectives
+from generative_recommenders.training.trainer import Trainer
 from tiny_models import settings
 
 MOL = {
@@ -33,16 +31,11 @@ CHOICES: dict[str, dict] = {
 
 
 def make_run(folder: Path, dataset: SequenceDataset, choice: dict) -> tuple[Path, torch.nn.Module, object]:
-    """A run's folder with one checkpoint of an untrained model."""
-    chosen = settings(seen_filter="history", **choice)
-    data = Catalogue.of(dataset, make_split(dataset, "leave_one_out").train_stops)
-    torch.manual_seed(0)
-    model = build_model(chosen, data).eval()
-    store = CheckpointStore(folder / "run" / "checkpoints") if (folder / "run").mkdir() is None else None
-    assert store is not None
+    """A run's folder with the checkpoint that a trainer writes of an untrained model."""
+    chosen = settings(seen_filter="history", negatives_sharing="block", **choice)
+    trainer = Trainer(chosen, dataset, make_split(dataset, "leave_one_out"), Collectives())
+    folder.mkdir(exist_ok=True)
+    store = CheckpointStore(folder / "run" / "checkpoints")
     store.attach(dataset.original_item_ids().combine_chunks(), chosen.to_json(), "")
-    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
-    users = dataset.original_user_ids() if reads_users(model) else None
-    tensors.update(data_tensors(data.counts, users))
-    store.save((0, 0), tensors, {"data": data.facts(model, dataset)})
-    return folder / "run", model, chosen
+    trainer.save(store)
+    return folder / "run", trainer.model.eval(), chosen

@@ -50,6 +50,19 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def multiplies_integers(x: torch.Tensor) -> bool:
+    """Whether torch multiplies 8-bit integers faster than floats on the device of ``x``.
+
+    That is on CPUs with AVX-512 VNNI; without it sums saturate, or every product is made alone.
+    """
+    return fast_on_cpu(x) and _has_vnni()
+
+
+@functools.cache
+def _has_vnni() -> bool:
+    return hasattr(torch, "_int_mm") and torch.cpu._is_vnni_supported()
+
+
 def waits(x: torch.Tensor) -> bool:
     """Whether reading a number of ``x`` waits for an accelerator."""
     return x.device.type != "cpu"

@@ -16,6 +16,7 @@ import torch
 from absl import logging
 
 from generative_recommenders.errors import UserError
+from generative_recommenders.retrieval.inputs import history_frame, whole_ids
 
 
 @dataclass(frozen=True)
@@ -72,26 +73,26 @@ class HistoryReader:
 
     def internal(self, items: Any) -> np.ndarray:
         """Internal ids ``[n]`` int64 of original ones, 0 for unknown ones."""
-        text = pl.Series("items", items, strict=False).cast(pl.String)
+        text = whole_ids(pl.Series("items", items, strict=False)).cast(pl.String)
         return self._items.get_indexer(pd.Index(text.to_list(), dtype=object)).astype(np.int64) + 1
 
-    def known(self, items: Sequence[Any], what: str = "item") -> torch.Tensor:
+    def known(self, items: list[Any], what: str = "item") -> torch.Tensor:
         """`internal` as a tensor; UserError for an unknown item."""
-        ids = self.internal(list(items)) if len(items) else np.empty(0, np.int64)
+        ids = self.internal(items)
         if (ids == 0).any():
             unknown = items[int(np.flatnonzero(ids == 0)[0])]
             raise UserError(f"{what} {unknown!r} is no item that the model was trained on")
         return torch.from_numpy(ids)
 
     def read(
-        self, histories: Any, at: Any, batch_size: int, keep_empty: bool = False, warn: bool = True
+        self, histories: Any, at: int | None, batch_size: int, keep_empty: bool = False, warn: bool = True
     ) -> Iterator[Histories]:
         """Some users at a time; those with no known item are counted and left out unless kept.
 
         histories, at: see `Recommender.recommend`. warn: whether what is dropped is counted in the log. UserError
         where columns are missing or ids are empty.
         """
-        frame = _as_frame(histories)
+        frame = history_frame(histories)
         missing = [name for name in self.needed_columns if name not in frame.columns]
         if missing:
             raise UserError(
@@ -138,7 +139,7 @@ class HistoryReader:
         return known
 
     def _warn(
-        self, frame: pl.DataFrame, known: pl.DataFrame, users: pl.Series, at: Any, keep_empty: bool
+        self, frame: pl.DataFrame, known: pl.DataFrame, users: pl.Series, at: int | None, keep_empty: bool
     ) -> None:
         unknown = len(frame) - len(known) - frame["item_id"].null_count()
         if unknown:
@@ -154,7 +155,9 @@ class HistoryReader:
                 "the time of the request is not given (at=): the time of each user's last event is taken"
             )
 
-    def _batch(self, users: list[Any], parts: list[pl.DataFrame | None], at: Any, numeric: bool) -> Histories:
+    def _batch(
+        self, users: list[Any], parts: list[pl.DataFrame | None], at: int | None, numeric: bool
+    ) -> Histories:
         """Columns of the last events of each user, right-padded to the longest of them."""
         kept = [
             part.filter(pl.col("_item") <= self.readable).tail(self.max_length) if part is not None else None
@@ -178,7 +181,7 @@ class HistoryReader:
             batch[name] = torch.from_numpy(values)
         if self.needs_timestamps:
             last = batch["timestamps"].gather(1, (lengths - 1).clamp(min=0)[:, None])[:, 0]
-            batch["next_timestamps"] = last if at is None else torch.full_like(last, int(at))
+            batch["next_timestamps"] = last if at is None else torch.full_like(last, at)
         seen = [
             np.empty(0, np.int64) if part is None else np.unique(part["_item"].to_numpy()) for part in parts
         ]
@@ -194,30 +197,6 @@ class HistoryReader:
         )
 
 
-def _as_frame(histories: Any) -> pl.DataFrame:
-    """Histories as one row an event; UserError where columns are missing."""
-    if isinstance(histories, Mapping):
-        users = [user for user, items in histories.items() for _ in items]
-        items = [item for each in histories.values() for item in each]
-        # a user without events is still a user
-        empty = [user for user, each in histories.items() if not len(each)]
-        columns = {"user_id": [*users, *empty], "item_id": [*items, *([None] * len(empty))]}
-        frame = pl.DataFrame(columns, strict=False)
-        return frame if items else frame.cast({"item_id": pl.String})
-    if hasattr(histories, "toPandas"):  # of Spark
-        histories = histories.toPandas()
-    try:
-        frame = histories if isinstance(histories, pl.DataFrame) else pl.from_pandas(pd.DataFrame(histories))
-    except pa.ArrowException as error:  # a column of texts and numbers
-        raise UserError(f"histories: {str(error).splitlines()[0]}; give each column one type") from error
-    for name in ("user_id", "item_id"):
-        if name not in frame.columns:
-            raise UserError(f"histories have no column {name!r}; they have: {', '.join(frame.columns)}")
-    if "timestamp" in frame.columns and frame["timestamp"].dtype.is_temporal():
-        frame = frame.with_columns(pl.col("timestamp").cast(pl.Datetime("us")).dt.epoch("s"))
-    return frame
-
-
 def _event_column(values: pl.Series, column: Mapping[str, Any]) -> pl.Series:
     """An event column as the model reads it: ids of categories, standardised numbers, seconds; 0 where missing."""
     if column["kind"] == "categorical":
@@ -225,7 +204,10 @@ def _event_column(values: pl.Series, column: Mapping[str, Any]) -> pl.Series:
         ids = pc.index_in(values.cast(pl.String).to_arrow().cast(pa.large_string()), value_set=known)
         return (pl.Series(values.name, pl.from_arrow(ids)).cast(pl.Int64) + 1).fill_null(0)
     if column["kind"] == "numerical":
-        return ((_numbers(values, pl.Float64) - column["mean"]) / (column["std"] or 1.0)).fill_null(0.0)
+        numbers = _numbers(values, pl.Float64).fill_nan(None)
+        if numbers.is_infinite().any():
+            raise UserError(f"column {values.name!r} holds a number that is not finite")
+        return ((numbers - column["mean"]) / (column["std"] or 1.0)).fill_null(0.0)
     return _numbers(values, pl.Int64).fill_null(0)
 
 

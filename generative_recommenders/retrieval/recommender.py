@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -11,10 +12,11 @@ import pandas as pd
 import polars as pl
 import pyarrow as pa
 import torch
+from absl import logging
 
 from generative_recommenders.build.catalogue import Catalogue
 from generative_recommenders.build.parts import build_model
-from generative_recommenders.checkpoint.store import Checkpoint, CheckpointStore
+from generative_recommenders.checkpoint.store import CheckpointStore
 from generative_recommenders.checkpoint.weights import (
     data_facts,
     data_tensors,
@@ -27,12 +29,14 @@ from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.inputs import Queries
 from generative_recommenders.modeling.model import SequenceRecommender
+from generative_recommenders.retrieval import quantized_search
 from generative_recommenders.retrieval.histories import Histories, HistoryReader
+from generative_recommenders.retrieval.inputs import as_frame, listed, lists_by_user, seconds
 from generative_recommenders.retrieval.new_items import add_rows
 from generative_recommenders.retrieval.product_search import search_products
+from generative_recommenders.retrieval.quantized_search import QuantizedItems
 from generative_recommenders.retrieval.selection import fill, largest
 from generative_recommenders.retrieval.session import Session
-from generative_recommenders.retrieval.top_k import MIPSBruteForceTopK
 
 Output = Literal["pandas", "polars", "spark", "torch"]
 OUTPUTS = ("pandas", "polars", "spark", "torch")
@@ -40,7 +44,6 @@ MAX_USERS = 1024
 """Users encoded at a time."""
 MAX_SCORES = 1 << 25
 """Scores held at a time, where all are: 128 MiB."""
-Candidates = Sequence[Any] | Mapping[Any, Sequence[Any]] | None
 
 
 class Recommender:
@@ -81,15 +84,16 @@ class Recommender:
             num_ratings=None if ratings is None else len(ratings),
         )
         self.snapshot = self.model.catalogue()
+        self._quantized: QuantizedItems | None = None  # made by the first question that is answered by it
 
     @classmethod
-    def load(cls, run: str | Path, device: str = "auto", plugins: Sequence[str] = ()) -> Recommender:
+    def load(cls, run: str | Path, device: str = "auto", plugins: str | Sequence[str] = ()) -> Recommender:
         """The best checkpoint of a run (else the newest); the training data are not needed.
 
         run: the run's folder. device: "auto" takes a GPU if there is one. plugins: files or modules that register parts of the
-        run's own. UserError: no checkpoint, or one that needs a plug-in.
+        run's own. UserError: no checkpoint, or one that needs a plug-in; no such device.
         """
-        load_plugins([str(each) for each in plugins])
+        load_plugins([plugins] if isinstance(plugins, str) else [str(each) for each in plugins])
         folder = Path(run) / "checkpoints"
         if not folder.is_dir():
             raise UserError(f"{run} is no folder of a run: it has no checkpoints")
@@ -98,16 +102,18 @@ class Recommender:
         if checkpoint is None:
             raise UserError(f"there is no whole checkpoint in {folder}")
         name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-        return cls.of_checkpoint(checkpoint, torch.device(name))
-
-    @classmethod
-    def of_checkpoint(cls, checkpoint: Checkpoint, device: torch.device) -> Recommender:
-        """The model of one checkpoint."""
+        try:
+            torch.empty(0, device=name)
+        except (
+            RuntimeError,
+            AssertionError,
+        ) as error:  # a name that torch does not know, a GPU that is not there
+            raise UserError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
         settings = RunSettings.from_json(checkpoint.settings())
         ids, facts = checkpoint.item_ids(), data_facts(checkpoint)
         model = build_model(settings, Catalogue.of_facts(facts, len(ids), checkpoint.tensors))
         load_model(model, checkpoint)
-        return cls(settings, model.to(device), ids, user_ids(checkpoint), item_counts(checkpoint), facts)
+        return cls(settings, model.to(name), ids, user_ids(checkpoint), item_counts(checkpoint), facts)
 
     # -- answers ------------------------------------------------------------------------------------------------
 
@@ -117,32 +123,42 @@ class Recommender:
         k: int = 10,
         *,
         exclude_seen: bool = True,
-        candidates: Candidates = None,
+        candidates: Any = None,
         at: Any = None,
         fallback: Literal["popular"] | None = None,
         output: Output = "pandas",
     ) -> Any:
         """The k best items of each user.
 
-        histories: a DataFrame (pandas, polars or Spark) of ``user_id, item_id`` and, where the model reads them, ``rating``,
-        ``timestamp`` (seconds; events are sorted by it) and its event columns; or a mapping of each user to items, oldest
-        first; or a `Session`. exclude_seen: no item of the history is recommended. candidates: the only items that may be,
-        for all users or by user. at: the time of the request in seconds since 1970, which a model of
-        ``next_time = "given"`` reads. fallback: what users with no known item get; otherwise they are left out.
+        histories: a table (pandas, polars, pyarrow or Spark) of ``user_id, item_id`` and, where the model reads them,
+        ``rating``, ``timestamp`` (seconds; events are sorted by it) and its event columns; or a mapping of each user to items,
+        oldest first; or a `Session`. exclude_seen: no item of the history is recommended. candidates: the only items that may
+        be, a list for all users, or by user a mapping or a table ``user_id, item_id``, where users without any get none. at:
+        the time of the request, a datetime or seconds since 1970, which a model of ``next_time = "given"`` reads. fallback:
+        what users with no known item get; otherwise they are left out.
 
-        Returns a frame ``user_id, item_id, rank, score``, best first; or, as "torch", scores and internal ids ``[B, k]``.
-        Equal scores are ranked by item id. Unknown items are dropped and counted in a warning.
+        Returns a frame ``user_id, item_id, rank, score``, best first; or, as "torch", scores and internal ids ``[B, k]``, k no
+        more than there are items. Equal scores are ranked by item id. Unknown items are dropped and counted in a warning.
         """
-        if k < 1:
-            raise UserError(f"k must be 1 or more, got {k}")
+        k = self._checked(k)
         if output not in OUTPUTS:
             raise UserError(f"output {output!r} is unknown; known: {', '.join(OUTPUTS)}")
+        if fallback not in (None, "popular"):
+            raise UserError(f"fallback {fallback!r} is unknown; known: popular")
         users, values, ids, numeric = [], [torch.empty(0, k)], [torch.empty(0, k, dtype=torch.int64)], False
-        allowed = None if candidates is None or isinstance(candidates, Mapping) else self.allowed(candidates)
+        allowed, of_users = None, {}
+        by_user = isinstance(candidates, (Mapping, pd.DataFrame, pl.DataFrame))
+        if by_user:
+            lists = lists_by_user(candidates)
+            self.allowed([item for each in lists.values() for item in each])  # one warning for all
+            of_users = {user: self.allowed(items, warn=False) for user, items in lists.items()}
+        elif candidates is not None:
+            allowed = self.allowed(candidates)
         for some, queries in self._queries(histories, at, keep_empty=fallback == "popular"):
-            if isinstance(candidates, Mapping):
-                lists = [self.allowed(candidates.get(user, ())) for user in some.users]
-                allowed = torch.nn.utils.rnn.pad_sequence(lists, batch_first=True)
+            if by_user:
+                none = torch.empty(0, dtype=torch.int64)
+                rows = [of_users.get(str(user), none) for user in some.users]
+                allowed = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
             best, found = self.best(some, queries, k, exclude_seen, allowed)
             users += some.users
             values.append(best)
@@ -150,6 +166,12 @@ class Recommender:
             numeric = some.numeric
         scores, items = torch.cat(values), torch.cat(ids)
         return (scores, items) if output == "torch" else self._frame(users, items, scores, numeric, output)
+
+    def _checked(self, k: Any) -> int:
+        """k, or the number of items where that is less; UserError where it is no count."""
+        if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
+            raise UserError(f"k must be a whole number of 1 or more, got {k!r}")
+        return min(int(k), len(self.item_ids))
 
     def best(
         self,
@@ -164,7 +186,7 @@ class Recommender:
         queries: of the histories. allowed: sorted internal ids of candidates, ``[R]`` or by row ``[B, R]``, padded with 0. An
         empty history gets the most popular items. Places without an item have minus infinity and id 0.
         """
-        seen = None
+        k, seen = min(k, len(self.item_ids)), None
         if exclude_seen:
             rows = [torch.from_numpy(each) for each in histories.seen]
             seen = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
@@ -172,20 +194,17 @@ class Recommender:
         product = self.model.similarity.operands(queries.states[:0], self.snapshot.embeddings[:0]) is not None
         if product and not empty.any() and (allowed is None or allowed.dim() == 1):
             return self._search(queries, k, seen, allowed)
+        by_row = allowed if allowed is not None and allowed.dim() == 2 else None
         with torch.no_grad():
-            if allowed is not None and allowed.dim() == 2:
-                scores = self.model.score(queries, allowed).float().cpu()
-            else:
-                scores = self.model.score(queries, self.snapshot).float().cpu()
-        ids = (
-            torch.arange(1, len(self.item_ids) + 1).expand_as(scores)
-            if allowed is None or allowed.dim() == 1
-            else allowed
-        )
+            scores = self.model.score(queries, self.snapshot if by_row is None else by_row).float().cpu()
+        ids = torch.arange(1, len(self.item_ids) + 1).expand(len(scores), -1) if by_row is None else by_row
         if empty.any():
-            scores[empty] = self._popularity()[(ids[empty] - 1).clamp(min=0)].masked_fill(
-                ids[empty] == 0, -torch.inf
-            )
+            if self.counts is None:
+                raise UserError(
+                    "fallback='popular': checkpoints of releases before 0.2.0 have no counts of items"
+                )
+            counts = self.counts.float()[(ids[empty] - 1).clamp(min=0)]
+            scores[empty] = counts.masked_fill(ids[empty] == 0, -torch.inf)
         if allowed is not None and allowed.dim() == 1:
             scores, ids = scores[:, allowed - 1], allowed.expand(len(scores), -1)
         if seen is not None:
@@ -200,19 +219,27 @@ class Recommender:
         self, queries: Queries, k: int, seen: torch.Tensor | None, allowed: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`best` of scores that are products, without holding them all."""
-        items = self.snapshot.embeddings
+        rows = self.snapshot.embeddings
         if allowed is not None:
-            items = items[(allowed - 1).to(items.device)]
+            rows = rows[(allowed - 1).to(rows.device)]
             place = torch.zeros(len(self.item_ids) + 1, dtype=torch.int64)
             place[allowed] = torch.arange(1, len(allowed) + 1)
             seen = None if seen is None else place[seen]
-        search = MIPSBruteForceTopK(self.model.similarity, items)
-        values, ids = search(queries.states, k, None if seen is None else seen.to(items.device))
+        operands = self.model.similarity.operands(queries.states, rows)
+        assert operands is not None
+        states, items = operands
+        seen = None if seen is None else seen.to(items.device)
+        found = None
+        if allowed is None and quantized_search.pays(states, len(items)):
+            self._quantized = self._quantized or QuantizedItems(items)
+            found = self._quantized.search(states, k, seen)
+        values, ids = found or search_products(states, items, k, seen)
         ids = ids.cpu() if allowed is None else torch.nn.functional.pad(allowed, (1, 0))[ids.cpu()]
         return values.float().cpu(), ids
 
     def score(self, histories: Any, candidates: Sequence[Any], *, at: Any = None) -> pd.DataFrame:
         """Scores of the candidates for each user: a frame with a row a user and a column an item; unknown items are refused."""
+        candidates = listed(candidates, "candidates")
         ids = self.reader.known(candidates, "candidate")
         users, scores = [], [torch.empty(0, len(ids))]
         for some, queries in self._queries(histories, at):
@@ -220,7 +247,7 @@ class Recommender:
                 scores.append(self.model.score(queries, ids).float().cpu())
             users += some.users
         index = pd.Index(users, name="user_id")
-        return pd.DataFrame(torch.cat(scores).numpy(), index=index, columns=list(candidates))
+        return pd.DataFrame(torch.cat(scores).numpy(), index=index, columns=candidates)
 
     def embed(self, histories: Any, *, at: Any = None) -> pd.DataFrame:
         """States that items are scored against: a frame with a row a user."""
@@ -236,15 +263,19 @@ class Recommender:
         index = pd.Index(self.item_ids.to_pylist(), name="item_id")
         return pd.DataFrame(self.snapshot.embeddings.float().cpu().numpy(), index=index)
 
-    def similar_items(self, items: Sequence[Any], k: int = 10) -> pd.DataFrame:
-        """The k other items of the largest cosine of embeddings: a frame ``item_id, similar_id, rank, score``."""
+    def similar_items(self, items: Any, k: int = 10) -> pd.DataFrame:
+        """The k other items of the largest cosine of embeddings: a frame ``item_id, similar_id, rank, score``.
+
+        items: original ids, or one. UserError for an unknown item.
+        """
+        k, items = self._checked(k), listed([items] if isinstance(items, (str, int)) else items, "items")
         own = self.reader.known(items)
         every = torch.nn.functional.normalize(self.snapshot.embeddings.float(), dim=-1)
         cosines, ids = search_products(
             every[own.to(every.device) - 1], every, k, own[:, None].to(every.device)
         )
         numeric = len(items) > 0 and isinstance(items[0], (int, np.integer))
-        frame = self._frame(list(items), ids.cpu(), cosines.cpu(), numeric, "pandas")
+        frame = self._frame(items, ids.cpu(), cosines.cpu(), numeric, "pandas")
         return frame.rename(columns={"user_id": "item_id", "item_id": "similar_id"})
 
     # -- sessions and new items ---------------------------------------------------------------------------------
@@ -252,16 +283,17 @@ class Recommender:
     def session(self, user: Any = None, history: Any = ()) -> Session:
         """A history that goes on by `append`. history: items, oldest first, or a DataFrame as for `recommend` without users."""
         session = Session(user, self.reader.max_length)
-        if isinstance(history, (pd.DataFrame, pl.DataFrame)):
-            frame = history if isinstance(history, pl.DataFrame) else pl.from_pandas(history)
+        if isinstance(history, (pd.DataFrame, pl.DataFrame, pl.LazyFrame)):
+            frame = as_frame(history)
         else:
-            frame = pl.DataFrame({"item_id": list(history)}, strict=False)
+            frame = pl.DataFrame({"item_id": listed(history, "history")}, strict=False)
         return self._extend(session, frame if len(frame) else pl.DataFrame({"item_id": [None]}))
 
     def append(self, session: Session, item: Any, **columns: Any) -> Session:
         """The session after one more event; columns: of the event, as ``rating=``, ``timestamp=``.
 
-        `recommend` answers as for the whole history. SASRec and HSTU encode the new event alone until the window is full.
+        `recommend` answers as for the whole history. SASRec and HSTU encode the new event alone until the window is full. For a
+        model that reads times, an event from before others takes its place among them.
         """
         return self._extend(
             session, pl.DataFrame({"item_id": [item], **{name: [value] for name, value in columns.items()}})
@@ -285,7 +317,7 @@ class Recommender:
         They can be recommended at once; in histories they count as seen and are not read. They last by `save`. UserError where
         the model knows items by their ids, or has these already.
         """
-        frame = items if isinstance(items, pl.DataFrame) else pl.from_pandas(pd.DataFrame(items))
+        frame = as_frame(items, "add_items")
         if "item_id" not in frame.columns:
             raise UserError(f"add_items: there is no column 'item_id'; there are: {', '.join(frame.columns)}")
         names = frame["item_id"].cast(pl.String)
@@ -313,10 +345,12 @@ class Recommender:
         """Users that are answered together: as many as the memory for their scores allows."""
         return max(1, min(MAX_USERS, MAX_SCORES // max(1, len(self.item_ids))))
 
-    def allowed(self, candidates: Sequence[Any]) -> torch.Tensor:
-        """Sorted internal ids of the known ones among the items that may be recommended."""
-        ids = np.unique(self.reader.internal(list(candidates))) if len(candidates) else np.empty(0, np.int64)
-        return torch.from_numpy(ids[ids > 0])
+    def allowed(self, candidates: Any, warn: bool = True) -> torch.Tensor:
+        """Sorted internal ids of the known ones among the items that may be recommended; others are counted in a warning."""
+        ids = self.reader.internal(listed(candidates, "candidates"))
+        if warn and not ids.all():
+            logging.warning("%d candidates are no items that the model knows", (ids == 0).sum())
+        return torch.from_numpy(np.unique(ids[ids > 0]))
 
     def queries(self, histories: Histories) -> Queries:
         """What items are scored against, of a batch of histories."""
@@ -326,20 +360,14 @@ class Recommender:
     def _queries(
         self, histories: Any, at: Any, keep_empty: bool = False
     ) -> Iterator[tuple[Histories, Queries]]:
+        at = seconds(at)
         if isinstance(histories, Session):
             some = histories.histories()
             if len(histories) or keep_empty:
-                yield some, histories.encode(self.model, None if at is None else int(at))
+                yield some, histories.encode(self.model, at)
             return
         for some in self.reader.read(histories, at, self.batch_size, keep_empty):
             yield some, self.queries(some)
-
-    def _popularity(self) -> torch.Tensor:
-        if self.counts is None:
-            raise UserError(
-                "fallback='popular': the checkpoint was written before release 0.2.0 and has no counts of items"
-            )
-        return self.counts.float()
 
     def _frame(
         self, users: list[Any], items: torch.Tensor, scores: torch.Tensor, numeric: bool, output: str
@@ -347,7 +375,10 @@ class Recommender:
         """One row a recommendation; places without an item are left out."""
         row, column = (items > 0).nonzero(as_tuple=True)
         taken = self.item_ids.take(pa.array((items[row, column] - 1).numpy()))
-        ids = taken.cast(pa.int64()) if numeric else taken
+        ids = taken
+        if numeric:
+            with contextlib.suppress(pa.ArrowInvalid):  # there may be items whose ids are no numbers
+                ids = taken.cast(pa.int64())
         frame = pl.DataFrame(
             {
                 "user_id": pl.Series(users, strict=False).gather(row.numpy()) if users else [],

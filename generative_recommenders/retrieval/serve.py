@@ -135,7 +135,8 @@ def _ranked(
     allowed = None
     if not everything:
         lists = [
-            recommender.allowed([str(item) for item in request.candidates or ()]) for request in requests
+            recommender.allowed([str(item) for item in request.candidates or ()], warn=False)
+            for request in requests
         ]
         allowed = torch.nn.utils.rnn.pad_sequence(lists, batch_first=True)
     popular = recommender.counts is not None

@@ -28,15 +28,14 @@ class Session:
         self._state: torch.Tensor | None = None
         self._encoded = 0
         self._asked_at: int | None = None
+        self._total = 0
 
     def __len__(self) -> int:
         """Events that the model can read, those before the window too."""
         return self._total
 
-    _total = 0
-
     def add(self, histories: Histories) -> None:
-        """Further events of this user, oldest first, as a reader gives them."""
+        """Further events of this user, as a reader gives them: behind the others, or by their times where there are some."""
         batch, length = histories.batch, int(histories.batch["lengths"][0])
         self.seen |= set(histories.seen[0].tolist())
         self.numeric = histories.numeric
@@ -47,7 +46,16 @@ class Session:
             if self._columns
             else new
         )
+        times = columns.get("timestamps")
+        if times is not None and (times.diff(dim=1) < 0).any():
+            order = times.argsort(dim=1, stable=True)
+            columns = {name: x.gather(1, order) for name, x in columns.items()}
+            self._cache = None  # what was encoded behind the new event is no longer true
         self._columns = {name: x[:, -self.window :] for name, x in columns.items()}
+        if "next_timestamps" in self._of_user:  # unless a request brings its own, the time of the last event
+            self._of_user["next_timestamps"] = torch.nn.functional.pad(self._columns["timestamps"], (1, 0))[
+                :, -1
+            ]
         self._total += length
         if length:
             self._state = None

@@ -15,11 +15,12 @@ from time import perf_counter
 import torch
 from absl import logging
 
+from generative_recommenders.build.catalogue import reads_users
 from generative_recommenders.build.parts import Catalogue, build_task
 from generative_recommenders.build.registered import build_part
 from generative_recommenders.checkpoint.broadcast import checkpoint_from_main
 from generative_recommenders.checkpoint.store import Checkpoint, CheckpointStore
-from generative_recommenders.checkpoint.weights import load_criterion, load_model
+from generative_recommenders.checkpoint.weights import data_tensors, load_criterion, load_model
 from generative_recommenders.config.registry import OPTIMIZERS
 from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.config.sections import MAX_PREFETCH
@@ -295,6 +296,8 @@ class Trainer:
             "optimizer": self.step.optimizer.state_tensors(),
         }
         tensors = {f"{part}.{name}": x for part, named in parts.items() for name, x in named.items()}
+        users = self.dataset.original_user_ids() if reads_users(self.model) else None
+        tensors |= data_tensors(self.catalogue.counts, users)
         manifest = self.dataset.manifest
         state = {
             "progress": asdict(self.progress),

@@ -6,8 +6,10 @@ import logging
 import re
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import polars as pl
+import pyarrow as pa
 import pytest
 import torch
 
@@ -114,6 +116,67 @@ def test_unknown_items_and_users(rec: Recommender, caplog: pytest.LogCaptureFixt
     assert counts[popular[popular["user_id"] == "b"]["item_id"].iloc[0]] == counts.max()
 
 
+def test_candidates_of_each_user_in_any_form(rec: Recommender, caplog: pytest.LogCaptureFixture) -> None:
+    histories = {1: ["i00001"], 2: ["i00001"], 3: ["i00001"]}
+    mapping = {"1": ["i00004", "i00001", "what"], 2: ["i00005"]}  # 1 here is "1" there; 3 has none
+    rows = [(user, item) for user, items in mapping.items() for item in items]
+    table = pd.DataFrame(rows, columns=["user_id", "item_id"]).astype({"user_id": str})
+    with caplog.at_level(logging.WARNING, logger="absl"):
+        expected = rec.recommend(histories, candidates=mapping)
+    assert caplog.text.count("1 candidates are no items") == 1
+    assert expected[["user_id", "item_id"]].to_numpy().tolist() == [[1, "i00004"], [2, "i00005"]]
+    pd.testing.assert_frame_equal(rec.recommend(histories, candidates=table), expected)
+    for form in (pd.Series, set, tuple, np.array):
+        found = rec.recommend({1: ["i00001"]}, candidates=form(["i00004", "i00007"]))
+        assert set(found["item_id"]) == {"i00004", "i00007"}
+
+
+def test_histories_in_many_forms(rec: Recommender) -> None:
+    expected = rec.recommend({"a": ["i00003", "i00004"], "b": ["i00005"]}, k=3)
+    frame = pl.DataFrame({"user_id": ["a", "a", "b"], "item_id": ["i00003", "i00004", "i00005"]})
+    for form in (frame, frame.lazy(), frame.to_arrow(), frame.to_pandas(), frame.to_dicts()):
+        pd.testing.assert_frame_equal(rec.recommend(form, k=3), expected)
+    lists = {"a": np.array(["i00003", "i00004"]), "b": iter(["i00005"])}
+    pd.testing.assert_frame_equal(rec.recommend(lists, k=3), expected)
+
+
+def test_ids_that_are_numbers(tmp_path: Path, dataset: SequenceDataset, rec: Recommender) -> None:
+    numbered = Recommender(rec.settings, rec.model, pa.array([*map(str, range(100, 129)), "last"]))
+    expected = numbered.recommend({7: [101, 102], 8: [103]}, k=3)
+    assert expected["item_id"].dtype == np.int64
+    missing = pd.DataFrame({"user_id": [7, 7, 7, 8], "item_id": [101, None, 102, 103]})  # makes them floats
+    pd.testing.assert_frame_equal(numbered.recommend(missing, k=3), expected)
+    every = numbered.recommend({7: [101]}, k=10**12)
+    assert len(every) == 29 and "last" in every["item_id"].tolist()  # which is no number
+    assert numbered.similar_items(101, k=2).equals(numbered.similar_items(pd.Series([101], index=[5]), k=2))
+
+
+def test_the_time_of_a_request(tmp_path: Path, dataset: SequenceDataset) -> None:
+    rec = Recommender.load(make_run(tmp_path, dataset, {"main_module": "HSTU", "next_time": "given"})[0])
+    frame = histories(dataset, make_split(dataset, "leave_one_out").test_targets).head(5)
+    expected = rec.recommend(frame, at=86_400)
+    for at in (86_400.0, pd.Timestamp("1970-01-02"), np.datetime64("1970-01-02"), np.int64(86_400)):
+        pd.testing.assert_frame_equal(rec.recommend(frame, at=at), expected)
+    for at in ("now", float("nan"), 2**70, pd.NaT):
+        with pytest.raises(UserError, match="is no time"):
+            rec.recommend(frame, at=at)
+
+
+def test_a_session_takes_an_older_event_where_it_belongs(tmp_path: Path, dataset: SequenceDataset) -> None:
+    rec = Recommender.load(make_run(tmp_path, dataset, {"main_module": "HSTU", "next_time": "given"})[0])
+    frame = histories(dataset, make_split(dataset, "leave_one_out").test_targets)
+    own = frame[frame["user_id"] == "u00000"].head(9).assign(timestamp=range(1000, 1900, 100))
+    for late in range(1, 9):
+        session = rec.session("u00000", own.drop(index=own.index[late]))
+        rec.recommend(session)
+        event = own.iloc[late]
+        rec.append(
+            session, event["item_id"], rating=float(event["rating"]), timestamp=int(event["timestamp"])
+        )
+        rec.append(session, "what", rating=1.0, timestamp=5000)
+        pd.testing.assert_frame_equal(rec.recommend(session), rec.recommend(own), rtol=1e-4)
+
+
 def test_long_histories_are_cut_to_the_window_and_stay_seen(rec: Recommender) -> None:
     items = [f"i{number:05}" for number in range(1, 21)]
     answer = rec.recommend({"long": items}, k=30)
@@ -132,11 +195,26 @@ def test_similar_items_and_embeddings(rec: Recommender) -> None:
 
 
 def test_faults_are_one_line(rec: Recommender, tmp_path: Path, dataset: SequenceDataset) -> None:
+    folder = make_run(tmp_path / "whole", dataset, {"main_module": "SASRec"})[0]
     for call in (
         lambda: rec.recommend({"a": ["i00001"]}, k=0),
         lambda: rec.recommend(pd.DataFrame({"user": [1]})),
         lambda: rec.score({"a": ["i00001"]}, ["what"]),
         lambda: rec.similar_items(["what"]),
+        lambda: rec.similar_items(["i00001"], k=0),
+        lambda: rec.similar_items({"i00001": 1}),
+        lambda: rec.recommend({"a": ["i00001"]}, k=2.5),
+        lambda: rec.recommend({"a": ["i00001"]}, candidates="i00002"),
+        lambda: rec.recommend({"a": ["i00001"]}, fallback="random"),
+        lambda: rec.recommend({"a": "i00001"}),
+        lambda: rec.recommend({"a": 1}),
+        lambda: rec.recommend({"a": [["i00001"]]}),
+        lambda: rec.recommend({None: ["i00001"]}),
+        lambda: rec.recommend({("a", 1): ["i00001"]}),
+        lambda: rec.recommend("i00001"),
+        lambda: rec.recommend(7),
+        lambda: rec.session("a", {"a": ["i00001"]}),
+        lambda: Recommender.load(folder, device="gpu"),
         lambda: Recommender.load(tmp_path),
     ):
         with pytest.raises(UserError) as error:

@@ -1,0 +1,104 @@
+"""Histories, lists of ids and times as people hand them over."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import polars as pl
+import pyarrow as pa
+
+from generative_recommenders.errors import UserError
+
+MAX_SECONDS = 1 << 53
+"""Times lie between this and its negative: whole numbers that JSON and floats keep."""
+
+
+def as_frame(given: Any, what: str = "histories") -> pl.DataFrame:
+    """A table of pandas, polars, pyarrow or Spark, or what pandas makes one of; UserError for anything else."""
+    if isinstance(given, pl.LazyFrame):
+        return given.collect()
+    if isinstance(given, pl.DataFrame):
+        return given
+    if hasattr(given, "toPandas"):  # of Spark
+        given = given.toPandas()
+    try:
+        if isinstance(given, (pa.Table, pa.RecordBatch)):
+            return pl.DataFrame(given)
+        return pl.from_pandas(pd.DataFrame(given))
+    except (
+        pa.ArrowException,
+        ValueError,
+        TypeError,
+    ) as error:  # a column of texts and numbers, a text, a number
+        raise UserError(
+            f"{what}: {str(error).splitlines()[0]}; give a table whose columns have one type each"
+        ) from error
+
+
+def history_frame(histories: Any) -> pl.DataFrame:
+    """Histories as one row an event; UserError where columns are missing, or ids of users are."""
+    if isinstance(histories, Mapping):
+        lists = {user: listed(items, f"the history of user {user!r}") for user, items in histories.items()}
+        users = [user for user, items in lists.items() for _ in items]
+        items = [item for each in lists.values() for item in each]
+        # a user without events is still a user
+        empty = [user for user, each in lists.items() if not each]
+        columns = {"user_id": [*users, *empty], "item_id": [*items, *([None] * len(empty))]}
+        frame = pl.DataFrame(columns, strict=False)
+        frame = frame if items else frame.cast({"item_id": pl.String})
+    else:
+        frame = as_frame(histories)
+    for name in ("user_id", "item_id"):
+        if name not in frame.columns:
+            raise UserError(f"histories have no column {name!r}; they have: {', '.join(frame.columns)}")
+        if frame[name].dtype.is_nested() or frame[name].dtype == pl.Object:
+            raise UserError(f"histories: {name} holds {frame[name].dtype}; an id is a text or a number")
+    if frame["user_id"].null_count():
+        raise UserError(f"histories: user_id is missing in {frame['user_id'].null_count()} rows")
+    if "timestamp" in frame.columns and frame["timestamp"].dtype.is_temporal():
+        frame = frame.with_columns(pl.col("timestamp").cast(pl.Datetime("us")).dt.epoch("s"))
+    return frame.with_columns(whole_ids(frame["item_id"]))
+
+
+def whole_ids(ids: pl.Series) -> pl.Series:
+    """Ids that are floats as integers, where all are whole: pandas makes floats of a column in which one is missing."""
+    if not ids.dtype.is_float():
+        return ids
+    known = ids.fill_nan(None)
+    return known.cast(pl.Int64, strict=False) if (known == known.floor()).all() else ids
+
+
+def listed(values: Any, what: str) -> list[Any]:
+    """Ids as a list; UserError for a text, a table or a mapping, whose elements are no ids."""
+    found = values.tolist() if hasattr(values, "tolist") else values
+    if isinstance(found, (str, bytes, Mapping, pd.DataFrame, pl.DataFrame)) or not isinstance(
+        found, Iterable
+    ):
+        raise UserError(
+            f"{what} must be a list of item ids, got {type(values).__name__} {str(values)[:40]!r}"
+        )
+    return list(found)
+
+
+def lists_by_user(candidates: Any) -> dict[str, list[Any]]:
+    """Items of each user, of a mapping or a table ``user_id, item_id``; by user as text, since 7 may be "7" elsewhere."""
+    if not isinstance(candidates, Mapping):
+        groups = history_frame(candidates).group_by("user_id").agg("item_id")
+        candidates = dict(zip(groups["user_id"].to_list(), groups["item_id"].to_list()))
+    return {str(user): listed(items, f"candidates of user {user!r}") for user, items in candidates.items()}
+
+
+def seconds(at: Any) -> int | None:
+    """A time as seconds since 1970, a datetime without a zone as UTC; UserError where it is none."""
+    if isinstance(at, (datetime.datetime, np.datetime64)) and not pd.isna(at):
+        stamp = pd.Timestamp(at)
+        return int((stamp.tz_localize("UTC") if stamp.tz is None else stamp).timestamp())
+    if at is None:
+        return None
+    if not isinstance(at, (int, float, np.integer, np.floating)) or not -MAX_SECONDS <= at <= MAX_SECONDS:
+        raise UserError(f"at={at!r} is no time: give seconds since 1970 or a datetime")
+    return int(at)
