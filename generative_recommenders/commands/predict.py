@@ -64,6 +64,8 @@ def predict(options: Options, wanted: PredictOptions) -> int:
     allowed = None
     if wanted.candidates is not None:
         allowed = recommender.allowed(_ids(wanted.candidates, "--candidates", "item_id"))
+        if not len(allowed):
+            raise UserError(f"--candidates={wanted.candidates} names no item that the model knows")
     stops = (
         dataset.lengths
         if wanted.history == "all"

@@ -16,7 +16,7 @@ from absl import logging
 
 from generative_recommenders.build.catalogue import Catalogue
 from generative_recommenders.build.parts import build_model
-from generative_recommenders.checkpoint.store import CheckpointStore
+from generative_recommenders.checkpoint.store import Checkpoint, CheckpointStore
 from generative_recommenders.checkpoint.weights import (
     data_facts,
     data_tensors,
@@ -109,11 +109,16 @@ class Recommender:
             AssertionError,
         ) as error:  # a name that torch does not know, a GPU that is not there
             raise UserError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+        return cls.of_checkpoint(checkpoint, torch.device(name))
+
+    @classmethod
+    def of_checkpoint(cls, checkpoint: Checkpoint, device: torch.device) -> Recommender:
+        """The model of one checkpoint."""
         settings = RunSettings.from_json(checkpoint.settings())
         ids, facts = checkpoint.item_ids(), data_facts(checkpoint)
         model = build_model(settings, Catalogue.of_facts(facts, len(ids), checkpoint.tensors))
         load_model(model, checkpoint)
-        return cls(settings, model.to(name), ids, user_ids(checkpoint), item_counts(checkpoint), facts)
+        return cls(settings, model.to(device), ids, user_ids(checkpoint), item_counts(checkpoint), facts)
 
     # -- answers ------------------------------------------------------------------------------------------------
 

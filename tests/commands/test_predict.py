@@ -76,6 +76,7 @@ def test_some_users_candidates_and_text(folder: Path) -> None:
         ("recs.csv", ("--users=/nowhere",), "--users=/nowhere: cannot be read"),
         ("recs.csv", (f"--users={RELEASE / 'ratings.csv'}",), "cannot be read: "),
         ("recs.csv", (f"--users={__file__}",), "names no user of"),
+        ("recs.csv", (f"--candidates={__file__}",), "names no item that the model knows"),
         ("recs.csv", ("--resume",), "--resume cannot go with --mode=predict"),
     ],
 )
