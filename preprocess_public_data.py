@@ -17,8 +17,8 @@ from absl import app, flags
 
 from generative_recommenders.commands.program import exit_code, parse_flags
 from generative_recommenders.config.plugins import load_plugins
+from generative_recommenders.data.export import export_parquet, export_text
 from generative_recommenders.data.manifest import FILE_NAME, Manifest
-from generative_recommenders.data.parquet_export import export_parquet
 from generative_recommenders.data.preparation.folder import check_file
 from generative_recommenders.data.preparation.order import DUPLICATES, TIE_ORDERS
 from generative_recommenders.data.preparation.prepare import not_prepared, prepare, prepared_path
@@ -28,16 +28,12 @@ from generative_recommenders.data.sources.public import known_datasets, resolve
 from generative_recommenders.data.sources.synthetic_books import MAX_LENGTH, SyntheticBooksSettings
 from generative_recommenders.data.statistics import summary
 from generative_recommenders.data.store import SequenceDataset
-from generative_recommenders.data.text_exchange import export_text, import_text
 from generative_recommenders.errors import UserError
 from generative_recommenders.run.logging import set_up_logging, show
 
-EXCHANGE = "exchange-text"
 _DEFAULTS = SyntheticBooksSettings()
 
-_DATASET = flags.DEFINE_string(
-    "dataset", "synthetic-books", f"one of: {', '.join([*known_datasets(), EXCHANGE])}"
-)
+_DATASET = flags.DEFINE_string("dataset", "synthetic-books", f"one of: {', '.join(known_datasets())}")
 _PLUGINS = flags.DEFINE_multi_string(
     "plugin", [], "a Python file or module that registers data sources of your own"
 )
@@ -222,27 +218,13 @@ def _check_flags() -> None:
         if flags.FLAGS[name].present and _DATASET.value != dataset:
             raise UserError(f"--{name} is for --dataset={dataset}, and this is {_DATASET.value}")
     spark = _ENGINE.value == "spark"
-    if spark and _DATASET.value == EXCHANGE:
-        raise UserError(f"--engine=spark does not read {EXCHANGE}; leave it out")
     if spark and _MEMORY_LIMIT.present:
         raise UserError("--memory_limit has no meaning with --engine=spark")
     if not spark and _SPARK_MASTER.present:
         raise UserError("--spark_master needs --engine=spark")
 
 
-def _import(memory_limit: int) -> tuple[Manifest, Path]:
-    if not _RAW_PATH.value or not _NAME.value:
-        raise UserError(f"--dataset={EXCHANGE} needs --raw_path=FILE and --name=NAME")
-    out = prepared_path(_DATA_ROOT.value, _NAME.value)
-    manifest = import_text(
-        _RAW_PATH.value, out, _NAME.value, memory_limit, _K_CORE.value, _TIE_ORDER.value, _DUPLICATES.value
-    )
-    return manifest, out
-
-
 def _prepare(memory_limit: int) -> tuple[Manifest, Path]:
-    if _DATASET.value == EXCHANGE:
-        return _import(memory_limit)
     raw = resolve(
         _DATASET.value,
         raw_path=None if _RAW_PATH.value is None else Path(_RAW_PATH.value),
@@ -274,7 +256,7 @@ def run(arguments: list[str]) -> int:
         raise UserError(f"unexpected argument {arguments[0]!r}; options are written --name=value")
     load_plugins(_PLUGINS.value)
     if _LIST.value:
-        show("\n".join([*known_datasets(), EXCHANGE]))
+        show("\n".join(known_datasets()))
         return 0
     _check_flags()
     if _PREPARED.value is not None:

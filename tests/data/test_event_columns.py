@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from generative_recommenders.data.export import export_parquet
 from generative_recommenders.data.loader import EvaluationLoader, SequenceLoader
-from generative_recommenders.data.parquet_export import export_parquet
 from generative_recommenders.data.preparation.prepare import prepare
 from generative_recommenders.data.readers.events import RawRatings, ReadOptions
 from generative_recommenders.data.splits import make_split

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from generative_recommenders.data.export import export_parquet
 from generative_recommenders.data.feature_tables import align
-from generative_recommenders.data.parquet_export import export_parquet
 from generative_recommenders.data.preparation import prepare as preparation
 from generative_recommenders.data.preparation.digests import events_digest, hex_digest, id_hashes
 from generative_recommenders.data.preparation.prepare import prepare

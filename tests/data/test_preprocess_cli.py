@@ -96,7 +96,6 @@ def test_a_flag_that_cannot_be_read_is_one_line(flag: str) -> None:
         (["--dataset=exchange-text", "--columns=foo"], "--columns is for --dataset=csv"),
         (["--dataset=exchange-text", "--delimiter=;"], "--delimiter is for --dataset=csv"),
         (["--dataset=csv", "--raw_path=.", "--delimiter=comma"], "--delimiter='comma' is not a delimiter"),
-        (["--dataset=exchange-text", "--engine=spark"], "--engine=spark does not read exchange-text"),
         (["--dataset=ml-1m", "--synthetic_users=9"], "--synthetic_users is for --dataset=synthetic-books"),
         (["--dataset=csv", "--predictability=0.5"], "--predictability is for --dataset=synthetic-books"),
         (["--engine=spark", "--memory_limit=1GB"], "--memory_limit has no meaning with --engine=spark"),

@@ -10,6 +10,7 @@ from pathlib import Path
 import polars as pl
 
 from generative_recommenders.data.readers import text
+from generative_recommenders.data.readers.exchange import ExchangeSource
 from generative_recommenders.data.readers.files import kind_of
 from generative_recommenders.data.readers.layout import ColumnRequest, has_known_names, is_named
 from generative_recommenders.data.readers.tables import (
@@ -25,17 +26,21 @@ from generative_recommenders.errors import UserError
 
 @dataclass(frozen=True)
 class TextOptions:
-    """What the user says of delimited text; None is found out. header: whether line 1 names the columns."""
+    """What is said of delimited text; None is found out. header: whether line 1 names the columns. exchange: a line is a user's
+    sequence in the exchange format."""
 
     delimiter: str | None = None
     header: bool | None = None
     quoting: str = "auto"
+    exchange: bool = False
 
 
 def open_source(
     path: Path, options: TextOptions, requests: Sequence[ColumnRequest | None] | None
 ) -> TableSource:
     """The file by its kind. requests: ``--columns``, which help to find the delimiter and the header of text."""
+    if options.exchange:
+        return ExchangeSource(path)
     kind = kind_of(path)
     if kind == "text":
         return TextSource(path, options, requests)

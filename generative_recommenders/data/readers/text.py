@@ -25,7 +25,9 @@ SAMPLE_LINES = 100
 _READ_BYTES = 1 << 18
 _BOM = b"\xef\xbb\xbf"
 _UNIT_SEPARATOR = b"\x1f"
-csv.field_size_limit(4 * BLOCK_BYTES)  # whatever a block holds: its faults are told with their line
+MAX_FIELD_BYTES = 1 << 28
+"""Of a whole sequence in the exchange format; other lines are shorter."""
+csv.field_size_limit(MAX_FIELD_BYTES)
 DELIMITERS = ("::", "\t", ",", ";", "|", None)
 """What is tried where none is given; None is runs of spaces and tabs."""
 

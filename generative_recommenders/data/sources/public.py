@@ -257,6 +257,17 @@ def _sasrec_text(request: Request) -> RawRatings:
     )
 
 
+@register_data_source("exchange-text")
+def _exchange_text(request: Request) -> RawRatings:
+    origin = _required_path(request)
+    return RawRatings(
+        name=request.name,
+        files=[origin],
+        options=ReadOptions(text=TextOptions(exchange=True), time_unit="s"),
+        source={"dataset": "exchange text", "input": origin.name},
+    )
+
+
 @register_data_source("csv")
 def _csv(request: Request) -> RawRatings:
     origin = _required_path(request)

@@ -1,4 +1,4 @@
-"""The exchange format out and in."""
+"""The exchange format out and in, and exports as Parquet."""
 
 from __future__ import annotations
 
@@ -12,16 +12,29 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from generative_recommenders.data import text_exchange
-from generative_recommenders.data.parquet_export import export_parquet
-from generative_recommenders.data.preparation.prepare import prepare_batches
-from generative_recommenders.data.readers.events import RawRatings
+from generative_recommenders.data import export
+from generative_recommenders.data.export import export_parquet, export_text
+from generative_recommenders.data.manifest import Manifest
+from generative_recommenders.data.preparation.prepare import DEFAULT_MEMORY_LIMIT, prepare, prepare_batches
+from generative_recommenders.data.readers import text as delimited_text
+from generative_recommenders.data.readers.events import EventReader, RawRatings, ReadOptions
+from generative_recommenders.data.readers.sources import TextOptions
+from generative_recommenders.data.sources.public import resolve
 from generative_recommenders.data.store import SequenceDataset
-from generative_recommenders.data.text_exchange import export_text, import_text
 from generative_recommenders.errors import UserError
 from memory import memory_grows_at_most
 
 HEADER = "index,user_id,sequence_item_ids,sequence_ratings,sequence_timestamps\n"
+
+
+EXCHANGE = ReadOptions(text=TextOptions(exchange=True), time_unit="s")
+
+
+def import_text(
+    path: Path, out: Path, name: str, memory_limit: int = DEFAULT_MEMORY_LIMIT, k_core: int | None = None
+) -> Manifest:
+    raw = resolve("exchange-text", raw_path=path, data_root=out.parent, k_core=k_core, result_name=name)
+    return prepare(raw, out, memory_limit)
 
 
 def dataset_of(folder: Path, columns: dict[str, list]) -> SequenceDataset:
@@ -54,7 +67,7 @@ def test_export_is_what_hstu_users_read(tmp_path: Path) -> None:
     ],
 )
 def test_round_trip(tmp_path: Path, extra: dict, users_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text_exchange, "USERS_AT_ONCE", users_at_once)
+    monkeypatch.setattr(export, "USERS_AT_ONCE", users_at_once)
     dataset = dataset_of(tmp_path, {**IDS, **extra})
     export_text(dataset, tmp_path / "s.csv")
     import_text(tmp_path / "s.csv", tmp_path / "back", "back")
@@ -98,7 +111,7 @@ def test_beyond_the_memory_limit_events_go_to_files(
         times = ["0" if zeros == "timestamps" else str(step) for step, _ in enumerate(items)]
         lines.append(f'{user},{user},"{",".join(items)}","{",".join(ratings)}","{",".join(times)}"\n')
     (tmp_path / "s.csv").write_text(HEADER + "".join(lines))
-    monkeypatch.setattr(text_exchange.read_blocks, "__defaults__", (2_000, 1 << 20))
+    monkeypatch.setattr(delimited_text.read_blocks, "__defaults__", (2_000, 1 << 20))
     said = "events are kept in files"
     with caplog.at_level(logging.INFO, logger="absl"):
         inside = import_text(tmp_path / "s.csv", tmp_path / "inside", "t")
@@ -113,14 +126,14 @@ def test_beyond_the_memory_limit_events_go_to_files(
     ("line", "what"),
     [
         ('1,1,"1,2","1","1,2"', "the lists have 2, 1 and 2 entries"),
-        ('1,1,"1,x","1,2","1,2"', "the item id 'x' is not a whole number"),
-        ('1,1,"1,-2","1,2","1,2"', "the item id '-2'"),
-        ('1,1,"1,2","1,nan","1,2"', "the rating 'nan' is not a finite number"),
-        ('1,1,"1,2","1,2","1,-2"', "the timestamp '-2' is not a whole number of seconds"),
-        ('1,1,"1,2","1,2","1,1400000000000"', "seconds from 1970 to 2200"),
-        ('1,1,"","",""', "the item id '' is not a whole number"),
+        ('1,1,"1,x","1,2","1,2"', "the item 'x' is not a whole number"),
+        ('1,1,"1,-2","1,2","1,2"', "the item '-2'"),
+        ('1,1,"1,2","1,nan","1,2"', "the rating 'nan' is missing"),
+        ('1,1,"1,2","1,2","1,-2"', "the timestamp '-2' is before 1970"),
+        ('1,1,"1,2","1,2","1,1400000000000"', "after the year 2200 in seconds"),
+        ('1,1,"","",""', "the item '' is not a whole number"),
         ("1,1,2", "3 fields where 5 are expected"),
-        ('1,,"1","1","1"', "the user is empty"),
+        ('1,,"1","1","1"', "the user '' is missing"),
         ('1,1,"__import__(\'os\')","1","1"', "is not a whole number"),
     ],
 )
@@ -151,7 +164,7 @@ def fuzz(folder: Path, seed: int, count: int) -> int:
         piece = rng.choice([b"", b'"', b",", b"\n", b"-", b"\xff", b"\0", b"9", b"e9", b"nan", b"\r"])
         (folder / "s.csv").write_bytes(data[:at] + piece + data[at + rng.randint(0, 2) :])
         try:
-            assert sum(table.num_rows for table in text_exchange.read_text(folder / "s.csv")) > 0
+            assert sum(table.num_rows for table in EventReader([folder / "s.csv"], EXCHANGE).batches()) > 0
         except UserError as error:
             assert "\n" not in str(error)
             refused += 1
