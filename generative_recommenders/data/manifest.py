@@ -161,33 +161,15 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     (folder / FILE_NAME).write_bytes((text + "\n").encode("utf-8", "backslashreplace"))
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """Read ``manifest.json``, check it and the sizes of the flat columns; UserError if they are wrong."""
-    path = folder / FILE_NAME
-    settings = _read_json(path)
-    version = settings.get("version")
-    if version not in _READABLE:
-        raise UserError(
-            f"{path}: prepared by version {version!r}, this program reads {VERSION}; prepare the data again"
-        )
-    manifest = _from_json(path, settings)
-    for column in manifest.columns:
-        _check_size(column_file(folder, column), manifest.column_length(column) * COLUMNS[column].itemsize)
-    for each in manifest.event_columns:
-        size = manifest.counts["events"] * STORED[each.kind].itemsize
-        _check_size(event_file(folder, each.name, each.kind), size)
-    return manifest
-
-
 SIZE_LIMIT = 16 << 20
 """Bytes of a manifest; a whole one has some thousands."""
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> Manifest:
+    """Read ``manifest.json``, check it and the sizes of the flat columns; UserError if they are wrong."""
+    path = folder / FILE_NAME
     if not os.path.isfile(path):  # False for a name that is too long
-        raise UserError(
-            f"{path.parent}: not a prepared folder (no {path.name}); run preprocess_public_data.py"
-        )
+        raise UserError(f"{folder}: not a prepared folder (no {path.name}); run preprocess_public_data.py")
     if path.stat().st_size > SIZE_LIMIT:
         raise UserError(f"{path}: damaged: longer than {SIZE_LIMIT} bytes; prepare the data again")
     try:
@@ -196,18 +178,25 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: damaged or cut short ({' '.join(str(error).split())[:100]})") from error
     if not isinstance(settings, dict):
         raise UserError(f"{path}: damaged: it holds no object")
-    return settings
-
-
-def _from_json(path: Path, settings: dict[str, Any]) -> Manifest:
+    version = settings.get("version")
+    if version not in _READABLE:
+        raise UserError(
+            f"{path}: prepared by version {version!r}, this program reads {VERSION}; prepare the data again"
+        )
     try:
-        return _MANIFEST.validate_python(settings)
+        manifest = _MANIFEST.validate_python(settings)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))[:80]
         found = "" if first["type"] == "missing" else f", and is {str(first['input'])[:40]!r}"
         what = first["msg"].removeprefix("Value error, ")
         raise UserError(f"{path}: {where!r}: {what}{found}; prepare the data again") from None
+    for column in manifest.columns:
+        _check_size(column_file(folder, column), manifest.column_length(column) * COLUMNS[column].itemsize)
+    for each in manifest.event_columns:
+        size = manifest.counts["events"] * STORED[each.kind].itemsize
+        _check_size(event_file(folder, each.name, each.kind), size)
+    return manifest
 
 
 def _check_size(path: Path, expected: int) -> None:

@@ -51,9 +51,9 @@ class Split:
 
 def make_split(dataset: SequenceDataset, protocol: str = "leave_one_out") -> Split:
     """The split of ``dataset`` under ``protocol``; UserError for an unknown one or for missing timestamps."""
-    if protocol not in _TARGETS:
+    if protocol not in PROTOCOLS:
         raise UserError(f"unknown protocol {protocol!r}; known: {', '.join(PROTOCOLS)}")
-    stops, validation, test = _TARGETS[protocol](dataset)
+    stops, validation, test = _targets(dataset, protocol)
     without_history = (validation == 0) | (test == 0)
     validation, test = (np.where(targets > 0, targets, -1) for targets in (validation, test))
     seen = _items_in_training(dataset, stops)
@@ -80,48 +80,22 @@ def make_split(dataset: SequenceDataset, protocol: str = "leave_one_out") -> Spl
     )
 
 
-Targets = tuple[np.ndarray, np.ndarray, np.ndarray]
-
-
-def _leave_one_out(dataset: SequenceDataset) -> Targets:
+def _targets(dataset: SequenceDataset, protocol: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where training stops, and validation and test targets (-1 for none), all ``[U]``."""
     lengths = dataset.lengths
-    scored = lengths >= 3
-    return (
-        np.where(scored, lengths - 2, lengths),
-        np.where(scored, lengths - 2, -1),
-        np.where(scored, lengths - 1, -1),
-    )
-
-
-def _paper(dataset: SequenceDataset) -> Targets:
-    lengths = dataset.lengths
-    scored = lengths >= 2
-    return (
-        np.where(scored, lengths - 1, lengths),
-        np.full_like(lengths, -1),
-        np.where(scored, lengths - 1, -1),
-    )
-
-
-def _global_time(dataset: SequenceDataset) -> Targets:
-    if dataset.timestamps is None:
-        raise UserError(
-            f"{dataset.folder}: protocol global_time needs timestamps, and this data set has none"
-        )
-    first_cut, second_cut = _time_cuts(dataset.timestamps)
-    stops = _events_until(dataset, first_cut)
-    test = _events_until(dataset, second_cut)
-    validation = np.where(stops < test, stops, -1)
-    return stops, validation, np.where(test < dataset.lengths, test, -1)
-
-
-_TARGETS = {"leave_one_out": _leave_one_out, "paper": _paper, "global_time": _global_time}
-
-
-def _time_cuts(timestamps: np.ndarray) -> tuple[int, int]:
-    ranks = [-(-len(timestamps) * tenths // 10) - 1 for tenths in _CUT_TENTHS]
-    ordered = np.partition(timestamps, ranks)
-    return int(ordered[ranks[0]]), int(ordered[ranks[1]])
+    if protocol == "global_time":
+        if dataset.timestamps is None:
+            raise UserError(
+                f"{dataset.folder}: protocol global_time needs timestamps, and this data set has none"
+            )
+        ranks = [-(-len(dataset.timestamps) * tenths // 10) - 1 for tenths in _CUT_TENTHS]
+        ordered = np.partition(dataset.timestamps, ranks)
+        stops, test = (_events_until(dataset, int(ordered[rank])) for rank in ranks)
+        return stops, np.where(stops < test, stops, -1), np.where(test < lengths, test, -1)
+    held_out = 2 if protocol == "leave_one_out" else 1
+    scored = lengths > held_out
+    validation = np.where(scored & (held_out == 2), lengths - 2, -1)
+    return np.where(scored, lengths - held_out, lengths), validation, np.where(scored, lengths - 1, -1)
 
 
 def _events_until(dataset: SequenceDataset, cut: int) -> np.ndarray:

@@ -56,23 +56,25 @@ class SequenceDataset:
         """Map the folder's columns; UserError when it is none, of another version, or cut short."""
         folder = Path(folder)
         manifest = read_manifest(folder)
-        maps = {name: _map_column(folder, manifest, name) for name in manifest.columns}
-        _check_offsets(folder, manifest, maps["offsets"])
+        maps = {
+            name: np.memmap(
+                column_file(folder, name), COLUMNS[name], "r", shape=(manifest.column_length(name),)
+            )
+            for name in manifest.columns
+        }
+        offsets = maps["offsets"]
+        if offsets[0] != 0 or offsets[-1] != manifest.counts["events"] or (np.diff(offsets) < 1).any():
+            raise UserError(
+                f"{column_file(folder, 'offsets')}: damaged: it does not rise from 0 to the count of events"
+            )
         for owner in ("items", "users"):
             _check_rows(folder / f"{owner}.parquet", manifest.counts[owner])
         extra: dict[str, np.ndarray] = {
             each.name: np.memmap(event_file(folder, each.name, each.kind), STORED[each.kind], mode="r")
             for each in manifest.event_columns
         }
-        return cls(
-            folder,
-            manifest,
-            maps["items"],
-            maps.get("ratings"),
-            maps.get("timestamps"),
-            maps["offsets"],
-            extra,
-        )
+        ratings, timestamps = maps.get("ratings"), maps.get("timestamps")
+        return cls(folder, manifest, maps["items"], ratings, timestamps, offsets, extra)
 
     @property
     def num_users(self) -> int:
@@ -157,7 +159,17 @@ class SequenceDataset:
 
     def verify(self) -> None:
         """Read everything and compare with the hashes; UserError if it was changed. Takes seconds."""
-        self._verify_tables()
+        for name, checksum in self.manifest.tables.items():
+            if file_digest(self.folder / name, "sha256") != checksum:
+                raise UserError(
+                    f"{self.folder / name}: not the file that was prepared; prepare the data again"
+                )
+        for owner in ("item", "user"):
+            features = self._features(owner)
+            if features is not None and describe(owner, features) != self.feature_specs(owner):
+                raise UserError(
+                    f"{self.folder}: the manifest does not describe the {owner}s' features; prepare the data again"
+                )
         if self.items.min() < 1 or self.items.max() > self.num_items:
             raise UserError(f"{self.folder}: item ids outside 1..{self.num_items}; prepare the data again")
         users = digests.id_hashes(_large_strings(self.original_user_ids()))
@@ -193,36 +205,9 @@ class SequenceDataset:
             )
         return digests.id_hashes(_large_strings(self.vocabulary(column.name)))
 
-    def _verify_tables(self) -> None:
-        """Ids and features are those that were written, and the features are as the manifest says."""
-        for name, checksum in self.manifest.tables.items():
-            if file_digest(self.folder / name, "sha256") != checksum:
-                raise UserError(
-                    f"{self.folder / name}: not the file that was prepared; prepare the data again"
-                )
-        for owner in ("item", "user"):
-            features = self._features(owner)
-            if features is not None and describe(owner, features) != self.feature_specs(owner):
-                raise UserError(
-                    f"{self.folder}: the manifest does not describe the {owner}s' features; prepare the data again"
-                )
-
 
 def _large_strings(column: pa.ChunkedArray) -> pa.Array:
     return column.cast(pa.large_string()).combine_chunks()
-
-
-def _map_column(folder: Path, manifest: Manifest, name: str) -> np.ndarray:
-    return np.memmap(
-        column_file(folder, name), COLUMNS[name], mode="r", shape=(manifest.column_length(name),)
-    )
-
-
-def _check_offsets(folder: Path, manifest: Manifest, offsets: np.ndarray) -> None:
-    if offsets[0] != 0 or offsets[-1] != manifest.counts["events"] or (np.diff(offsets) < 1).any():
-        raise UserError(
-            f"{column_file(folder, 'offsets')}: damaged: it does not rise from 0 to the count of events"
-        )
 
 
 def _check_rows(path: Path, expected: int) -> None:

@@ -57,14 +57,9 @@ def events_digest(
     users, items: ``[E]`` uint64, ``id_hashes`` of each event's ids. ratings: ``[E]`` float32. timestamps:
     ``[E]`` int64. positions: ``[E]`` int64, 0-based in the user's sequence.
     """
-    total = 0
-    for start in range(0, len(users), _CHUNK):
-        part = slice(start, start + _CHUNK)
-        words = [users[part], items[part], _rating_words(ratings, part), _time_words(timestamps, part)]
-        words.append(positions[part].astype(np.uint64))
-        high, low = (chain(seed, words) for seed in _SEEDS)
-        total += (_exact_sum(high) << 64) + _exact_sum(low)
-    return total % (1 << 128)
+    stars = _ABSENT if ratings is None else (ratings + np.float32(0)).view(np.uint32)  # one zero
+    times = _ABSENT if timestamps is None else timestamps.view(np.uint64)
+    return _sum_of_digests([users, items, stars, times, positions])
 
 
 def column_digest(name: str, kind: str, users: np.ndarray, positions: np.ndarray, values: np.ndarray) -> int:
@@ -74,11 +69,20 @@ def column_digest(name: str, kind: str, users: np.ndarray, positions: np.ndarray
     the texts of a categorical column, bits of numbers and times.
     """
     column = id_hashes(pa.array([f"{name}:{kind}"], pa.large_string()))[0]
+    return _sum_of_digests([users, positions, column, values])
+
+
+def _sum_of_digests(words: Sequence[np.ndarray | np.uint64]) -> int:
+    """Sum, mod 2^128, of the digests of E events, each of which has one of the words ``[E]``, or the same as all."""
     total = 0
-    for start in range(0, len(users), _CHUNK):
-        part = slice(start, start + _CHUNK)
-        words = [users[part], positions[part].astype(np.uint64), column, values[part]]
-        high, low = (chain(seed, words) for seed in _SEEDS)
+    for start in range(0, max(np.size(word) for word in words), _CHUNK):
+        part = [
+            word[start : start + _CHUNK].astype(np.uint64, copy=False)
+            if isinstance(word, np.ndarray)
+            else word
+            for word in words
+        ]
+        high, low = (chain(seed, part) for seed in _SEEDS)
         total += (_exact_sum(high) << 64) + _exact_sum(low)
     return total % (1 << 128)
 
@@ -101,17 +105,6 @@ def chain(seed: np.uint64, words: Sequence[np.ndarray | np.uint64]) -> np.ndarra
     for word in words[1:]:
         state = mix(state) + word
     return mix(state)
-
-
-def _rating_words(ratings: np.ndarray | None, part: slice) -> np.ndarray | np.uint64:
-    if ratings is None:
-        return _ABSENT
-    positive_zero = ratings[part] + np.float32(0)
-    return positive_zero.view(np.uint32).astype(np.uint64)
-
-
-def _time_words(timestamps: np.ndarray | None, part: slice) -> np.ndarray | np.uint64:
-    return _ABSENT if timestamps is None else timestamps[part].view(np.uint64)
 
 
 def _exact_sum(words: np.ndarray) -> int:

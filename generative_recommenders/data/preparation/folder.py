@@ -29,7 +29,9 @@ def new_folder(target: Path) -> Iterator[Path]:
         target = Path(os.path.realpath(target))
     scratch = target.parent / f".{target.name}.tmp-{scratch_owner()}"
     try:
-        _check_target(target)
+        empty_or_prepared = target.is_dir() and ((target / FILE_NAME).is_file() or not any(target.iterdir()))
+        if target.exists() and not empty_or_prepared:
+            raise UserError(f"{target}: exists and is not a prepared folder; name another one or remove it")
         target.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(target.parent, f".{target.name}.tmp-")
         scratch.mkdir()
@@ -97,43 +99,26 @@ def scratch_owner() -> str:
     return f"{socket.gethostname()}-{os.getpid()}"
 
 
-def _check_target(target: Path) -> None:
-    if target.is_dir() and ((target / FILE_NAME).is_file() or not any(target.iterdir())):
-        return
-    if target.exists():
-        raise UserError(f"{target}: exists and is not a prepared folder; name another one or remove it")
-
-
 def remove_leftovers(folder: Path, prefix: str) -> None:
     """Remove what killed runs of this host left under names of ``prefix`` and `scratch_owner`."""
     for path in folder.glob(f"{prefix}{socket.gethostname()}-*"):
         process = path.name.rpartition("-")[2]
         if process.isdecimal() and (int(process) == os.getpid() or not Path(f"/proc/{process}").exists()):
-            _remove(path)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def _replace(scratch: Path, target: Path) -> None:
+    """Put ``scratch`` in the place of ``target``: in one step by Linux' exchange of names, or in two."""
     if not target.exists():
         scratch.rename(target)
-    elif not _exchange(scratch, target):
+        return
+    rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform.startswith("linux") else None
+    paths = (_AT_FDCWD, os.fsencode(scratch), _AT_FDCWD, os.fsencode(target))
+    if rename is None or rename(*paths, _RENAME_EXCHANGE) != 0:
         old = scratch.with_name(scratch.name + "-old")
         target.rename(old)
         scratch.rename(target)
         shutil.rmtree(old, ignore_errors=True)
-
-
-def _exchange(first: Path, second: Path) -> bool:
-    """Swap two folders in one step (Linux); False where that cannot be done."""
-    if not sys.platform.startswith("linux"):
-        return False
-    rename = getattr(ctypes.CDLL(None), "renameat2", None)
-    if rename is None:
-        return False
-    return rename(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) == 0

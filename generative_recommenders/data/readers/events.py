@@ -79,9 +79,21 @@ class EventReader:
         self.layout = self._layout(first)
         order = {name: place for place, name in enumerate(KNOWN)}
         self.columns = sorted(self.layout.columns, key=lambda each: order.get(each.name, len(order)))
-        self.time_formats = {
-            column.name: self._time_format(first, column) for column in self.columns if column.kind == "time"
-        }
+        self.time_formats: dict[str, TimeFormat] = {}
+        for column in self.columns:
+            if column.kind != "time":
+                continue
+            sample = first.sample[str(column.place)]
+            form = times.recognise(sample, options.time_unit)
+            if form is None:
+                row, value = next(
+                    ((row, value) for row, value in enumerate(sample) if value is not None), (0, "")
+                )
+                raise UserError(
+                    f"{files[0]}: the {column.name} {str(value)[:40]!r} (row {row + 1}) is no time; times are numbers since "
+                    "1970, ISO 8601 or dates; is this the right column of --columns?"
+                )
+            self.time_formats[column.name] = form
         self.dropped = 0
         self._first_missing = ""
         self._log(first)
@@ -108,17 +120,6 @@ class EventReader:
             layouts.check_places(path, self.requests, header)
         return layouts.by_place(path, self.requests, source.num_fields, header)
 
-    def _time_format(self, source: TableSource, column: Column) -> TimeFormat:
-        sample = source.sample[str(column.place)]
-        form = times.recognise(sample, self.options.time_unit)
-        if form is None:
-            at, value = next(((row, value) for row, value in enumerate(sample) if value is not None), (0, ""))
-            raise UserError(
-                f"{source.path}: the {column.name} {str(value)[:40]!r} (row {at + 1}) is no time; times are numbers since "
-                "1970, ISO 8601 or dates; is this the right column of --columns?"
-            )
-        return form
-
     def _log(self, source: TableSource) -> None:
         shown = [
             str(column) + (f" ({self.time_formats[column.name]})" if column.kind == "time" else "")
@@ -128,20 +129,20 @@ class EventReader:
         if self.layout.left_out:
             logging.info("%s: columns left out: %s", source.path, ", ".join(self.layout.left_out)[:200])
         for row in range(min(SHOWN_EVENTS, len(source.sample))):
-            cells = [
-                f"{column.name} {self._shown(source.sample[str(column.place)], column, row)}"
-                for column in self.columns
-            ]
+            cells = []
+            for column in self.columns:
+                value = source.sample[str(column.place)].slice(row, 1)
+                if column.kind == "time":
+                    stamp = times.to_nanoseconds(value, self.time_formats[column.name])[0]
+                    if stamp is not None:
+                        shown_time = datetime.fromtimestamp(stamp / 10**9, UTC)
+                        cells.append(
+                            f"{column.name} {shown_time.isoformat(sep=' ', timespec='milliseconds')}"
+                        )
+                        continue
+                    value = value.to_physical()  # a time that Python may not be able to show
+                cells.append(f"{column.name} {str(value[0])[:40]!r}")
             logging.info("event %d: %s", row + 1, ", ".join(cells))
-
-    def _shown(self, sample: pl.Series, column: Column, row: int) -> str:
-        """A value as it is understood."""
-        if column.kind == "time":
-            stamp = times.to_nanoseconds(sample.slice(row, 1), self.time_formats[column.name])[0]
-            if stamp is not None:
-                return datetime.fromtimestamp(stamp / 10**9, UTC).isoformat(sep=" ", timespec="milliseconds")
-            sample = sample.to_physical()  # a time that Python may not be able to show
-        return repr(str(sample[row])[:40])
 
     def batches(self) -> Iterator[pa.Table]:
         """The events in (file, row) order, a bounded number at a time.
@@ -164,7 +165,17 @@ class EventReader:
     def file_batches(self, path: Path) -> Iterator[pa.Table]:
         """The events of one of the files, see `batches`."""
         source = open_source(path, self.options.text, self.requests)
-        columns = self._columns_of(source)
+        columns = self.columns
+        if path != self.files[0]:
+            mine = {column.name: column for column in self._layout(source).columns}
+            if {each.name: each.header for each in mine.values()} != {
+                each.name: each.header for each in columns
+            }:
+                found, expected = (", ".join(map(str, each)) for each in (mine.values(), columns))
+                raise UserError(
+                    f"{path}: it has {found}; {self.files[0]} has {expected}; all files must have the same"
+                )
+            columns = [mine[column.name] for column in columns]
         read = 0
         for rows, frame in source.batches([column.place for column in columns]):
             read += len(frame)
@@ -181,21 +192,6 @@ class EventReader:
             )
         if self.dropped:
             logging.warning("%d events without a user or an item are left out", self.dropped)
-
-    def _columns_of(self, source: TableSource) -> list[Column]:
-        """The columns in the order of ``self.columns``; UserError if the file has others than the first one."""
-        if source.path == self.files[0]:
-            return self.columns
-        mine = {column.name: column for column in self._layout(source).columns}
-        headers = [mine[column.name].header if column.name in mine else None for column in self.columns]
-        if set(mine) != {column.name for column in self.columns} or headers != [
-            each.header for each in self.columns
-        ]:
-            found, first = (", ".join(map(str, each)) for each in (mine.values(), self.columns))
-            raise UserError(
-                f"{source.path}: it has {found}; {self.files[0]} has {first}; all files must have the same"
-            )
-        return [mine[column.name] for column in self.columns]
 
     def _typed(self, rows: values.Rows, frame: pl.DataFrame, columns: list[Column]) -> pa.Table:
         typed: dict[str, pl.Series] = {}

@@ -230,9 +230,14 @@ def _is_complete(published: PublishedRatings, origin: Path, ratings: Path, downl
     the counts after preparation have to be the published ones."""
     if downloaded or (origin.is_file() and is_archive(origin) and published.archive.describes(origin)):
         return True
-    packed = _is_gzip(ratings)
+    with ratings.open("rb") as source:
+        packed = source.read(2) == b"\x1f\x8b"
+        size = source.seek(0, os.SEEK_END)
+        if packed:  # a gzip file ends with its unpacked size modulo 4 GiB
+            source.seek(max(size - 4, 0))
+            size = int.from_bytes(source.read(4), "little")
     if published.ratings_bytes is not None:
-        return (_unpacked_bytes(ratings) if packed else ratings.stat().st_size) == published.ratings_bytes
+        return size == published.ratings_bytes
     try:
         return file_digest(ratings, published.archive.algorithm, packed) == published.archive.checksum
     except (EOFError, zlib.error, gzip.BadGzipFile):
@@ -313,15 +318,3 @@ def _first_readable(
     readers: Collection[tuple[str, _FeatureReader]], files: dict[str, Path]
 ) -> pa.Table | None:
     return next((reader(files[name]) for name, reader in readers if name in files), None)
-
-
-def _is_gzip(path: Path) -> bool:
-    with path.open("rb") as source:
-        return source.read(2) == b"\x1f\x8b"
-
-
-def _unpacked_bytes(path: Path) -> int:
-    """Unpacked size that a gzip file ends with (its last four bytes), modulo 4 GiB."""
-    with path.open("rb") as source:
-        source.seek(max(path.stat().st_size - 4, 0))
-        return int.from_bytes(source.read(4), "little")

@@ -138,8 +138,8 @@ def make_steps(settings: SyntheticBooksSettings, catalogue: BookCatalogue, first
 
     predictable = (uniform(keys, step, "predictable") < settings.predictability) & (step > 0)
     older = uniform(keys, step, "thread") < settings.interleaving
-    walk = _Walk(catalogue.successor, predictable, older, fresh, rereads=not has_taste)
-    items, last, other = walk.run(offsets)
+    attempts = REDRAWS if has_taste else 0
+    items, last, other = _walk(offsets, catalogue.successor, predictable, older, fresh, attempts)
     genre = catalogue.genre[items]
     match = (genre == start_genre[owner]) * (1 - drift) + (genre == end_genre[owner]) * drift
     # Stars rise with how well the book's genre fits the taste; the sum of two uniform numbers is triangular noise.
@@ -178,7 +178,24 @@ def write_synthetic_books(
     scratch = {path: path.with_name(f"{path.name}.part-{scratch_owner()}") for path in (ratings, books, note)}
     catalogue = make_catalogue(settings.num_items, settings.seed)
     try:
-        _write_ratings(settings, catalogue, scratch[ratings], progress, chunk_users)
+        options = pyarrow.csv.WriteOptions(include_header=False, quoting_style="none")
+        with (
+            pyarrow.csv.CSVWriter(scratch[ratings], _ROWS, write_options=options) as writer,
+            tqdm(
+                total=settings.num_users, desc="synthetic-books", unit=" users", disable=not progress
+            ) as bar,
+        ):
+            for first in range(0, settings.num_users, chunk_users):
+                stop = min(first + chunk_users, settings.num_users)
+                steps = make_steps(settings, catalogue, first, stop)
+                columns = [
+                    user_ids(settings.seed, first, stop).take(pa.array(steps.owners())),
+                    catalogue.ids.take(pa.array(steps.items)),
+                    _STARS.take(pa.array(steps.ratings)),
+                    pa.array(steps.days * SECONDS_A_DAY),
+                ]
+                writer.write_table(pa.table(columns, schema=_ROWS))
+                bar.update(stop - first)
         pyarrow.parquet.write_table(catalogue.features(), scratch[books])
         scratch[note].write_text(wanted)
         # The note goes first and comes last: whole files without it are made again, never mistaken for these settings.
@@ -203,31 +220,10 @@ def mix64(values: np.ndarray) -> np.ndarray:
         return mix(values + np.uint64(0x9E3779B97F4A7C15))
 
 
+_STARS = pa.array([f"{star}.0" for star in range(6)])
 _ROWS = pa.schema([
     ("user", pa.string()), ("item", pa.string()), ("rating", pa.string()), ("timestamp", pa.int64()),
 ])  # fmt: skip
-
-
-def _write_ratings(
-    settings: SyntheticBooksSettings, catalogue: BookCatalogue, path: Path, progress: bool, chunk_users: int
-) -> None:
-    stars = pa.array([f"{star}.0" for star in range(6)])
-    options = pyarrow.csv.WriteOptions(include_header=False, quoting_style="none")
-    with (
-        pyarrow.csv.CSVWriter(path, _ROWS, write_options=options) as writer,
-        tqdm(total=settings.num_users, desc="synthetic-books", unit=" users", disable=not progress) as bar,
-    ):
-        for first in range(0, settings.num_users, chunk_users):
-            stop = min(first + chunk_users, settings.num_users)
-            steps = make_steps(settings, catalogue, first, stop)
-            columns = [
-                user_ids(settings.seed, first, stop).take(pa.array(steps.owners())),
-                catalogue.ids.take(pa.array(steps.items)),
-                stars.take(pa.array(steps.ratings)),
-                pa.array(steps.days * SECONDS_A_DAY),
-            ]
-            writer.write_table(pa.table(columns, schema=_ROWS))
-            bar.update(stop - first)
 
 
 class _Uniform:
@@ -249,50 +245,45 @@ class _Uniform:
         return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-@dataclass(frozen=True)
-class _Walk:
-    """Random walk of all readers of a slice; arrays ``[T]`` as in `Steps`; older: whether the older thread goes on."""
+def _walk(
+    offsets: np.ndarray,
+    successor: np.ndarray,
+    predictable: np.ndarray,
+    older: np.ndarray,
+    fresh: Callable[[np.ndarray, int], np.ndarray],
+    attempts: int,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Items of all steps of all readers of a slice, and the heads of both threads before each; arrays ``[T]`` as in `Steps`.
 
-    successor: np.ndarray
-    predictable: np.ndarray
-    older: np.ndarray
-    fresh: Callable[[np.ndarray, int], np.ndarray]
-    rereads: bool
-
-    def run(self, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Items of all steps, and the heads of both threads before each. Readers are sorted, longest first, so that those
-        who still read at a step are a prefix."""
-        lengths = np.diff(offsets)
-        longest_first = np.argsort(-lengths, kind="stable")
-        starts = offsets[:-1][longest_first]
-        steps = np.arange(lengths.max(initial=0))
-        reading = np.searchsorted(-lengths[longest_first], -steps, side="left")
-        read = np.full((len(lengths), len(steps)), -1, dtype=np.int32)
-        heads = np.full((2, len(lengths)), -1)
-        items, last, other = (np.empty(offsets[-1], dtype=np.int64) for _ in range(3))
-        for step, active in zip(steps, reading):
-            rows = starts[:active] + step
-            last[rows], other[rows] = heads[:, :active]
-            book, behind = self._step(rows, heads[:, :active], read[:active, :step])
-            heads[:, :active] = book, behind
-            read[:active, step] = book
-            items[rows] = book
-        return items, last, other
-
-    def _step(self, rows: np.ndarray, heads: np.ndarray, read: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        last, other = heads
-        goes_on = self.predictable[rows]
-        from_older = goes_on & self.older[rows] & (other >= 0)
-        book = np.where(goes_on, self.successor[np.where(from_older, other, last)], -1)
-        book[~goes_on] = self.fresh(rows[~goes_on], 0)
-        for attempt in range(1, 1 if self.rereads else REDRAWS + 1):
-            again = np.flatnonzero((read == book[:, None]).any(axis=1))
+    older: whether the older thread goes on. attempts: to pass over books read before. Readers are sorted, longest first, so
+    that those who still read at a step are a prefix.
+    """
+    lengths = np.diff(offsets)
+    longest_first = np.argsort(-lengths, kind="stable")
+    starts = offsets[:-1][longest_first]
+    steps = np.arange(lengths.max(initial=0))
+    reading = np.searchsorted(-lengths[longest_first], -steps, side="left")
+    read = np.full((len(lengths), len(steps)), -1, dtype=np.int32)
+    heads = np.full((2, len(lengths)), -1)
+    items, last, other = (np.empty(offsets[-1], dtype=np.int64) for _ in range(3))
+    for step, active in zip(steps, reading):
+        rows = starts[:active] + step
+        newest, behind = last[rows], other[rows] = heads[:, :active]
+        goes_on = predictable[rows]
+        from_older = goes_on & older[rows] & (behind >= 0)
+        book = np.where(goes_on, successor[np.where(from_older, behind, newest)], -1)
+        book[~goes_on] = fresh(rows[~goes_on], 0)
+        for attempt in range(1, attempts + 1):
+            again = np.flatnonzero((read[:active, :step] == book[:, None]).any(axis=1))
             if len(again) == 0:
                 break
             onward = goes_on[again]
-            book[again[onward]] = self.successor[book[again[onward]]]
-            book[again[~onward]] = self.fresh(rows[again[~onward]], attempt)
-        return book, np.where(goes_on & ~from_older, other, last)
+            book[again[onward]] = successor[book[again[onward]]]
+            book[again[~onward]] = fresh(rows[again[~onward]], attempt)
+        heads[:, :active] = book, np.where(goes_on & ~from_older, behind, newest)
+        read[:active, step] = book
+        items[rows] = book
+    return items, last, other
 
 
 def _days(
