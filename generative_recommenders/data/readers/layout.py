@@ -237,21 +237,17 @@ def _refuse_unused_times(
     for place in rest:
         values = sample[sample.columns[place]]
         form = times.recognise(values) if len(values.drop_nulls()) else None
-        by_value = form is not None and (
-            form.text is not None or values.dtype.is_temporal() or _in_years(values, form)
-        )
+        by_value = form is not None and (form.text is not None or values.dtype.is_temporal())
+        if form is not None and not by_value:  # numbers: all of them in the years of today's data
+            found = times.to_nanoseconds(values, form).drop_nulls()
+            low, high = (year * 10**9 for year in _YEARS)
+            by_value = len(found) == len(values.drop_nulls()) and bool(found.is_between(low, high).all())
         if by_value or (not has_time and form is not None and _TIME_LIKE.search(header[place])):
             own = ",".join(f"{column.name}={column.header}" for column in columns)
             raise UserError(
                 f"{path}: column {header[place]!r} may be the time and would be left out; name the columns, as "
                 f"--columns={own},timestamp={header[place]} (or --columns={own} to leave it out)"
             )
-
-
-def _in_years(values: pl.Series, form: times.TimeFormat) -> bool:
-    found = times.to_nanoseconds(values, form).drop_nulls()
-    low, high = (year * 10**9 for year in _YEARS)
-    return len(found) == len(values.drop_nulls()) > 0 and bool(found.is_between(low, high).all())
 
 
 def _check(path: Path, columns: Sequence[Column], header: Sequence[str]) -> None:

@@ -150,7 +150,8 @@ def _members(archive: Path) -> Iterator[Iterator[_Member]]:
                     info.orig_filename,
                     info.file_size,
                     info.is_dir(),
-                    _is_plain(info),
+                    # no link or device; many zips record no kind at all
+                    stat.S_IFMT(info.external_attr >> 16) in {0, stat.S_IFREG},
                     partial(pack.open, info),
                 )
                 for info in pack.infolist()
@@ -164,11 +165,6 @@ class _ShortNamed(tarfile.TarInfo):
         if self.type in _TAR_HEADERS and self.size > HEADER_LIMIT:
             raise tarfile.ReadError(f"a header of {self.size} bytes")
         return super()._proc_member(tar)  # type: ignore[misc]
-
-
-def _is_plain(info: zipfile.ZipInfo) -> bool:
-    """Whether a member is no link or device; many zips record no kind at all."""
-    return stat.S_IFMT(info.external_attr >> 16) in {0, stat.S_IFREG}
 
 
 def _tar_mode(path: Path) -> str | None:
