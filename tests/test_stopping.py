@@ -75,21 +75,21 @@ def endless(owner: Any, name: str, mark: str) -> None:
 def slow_worker(rank: int, world_size: int, options: Options, mode: str, mark: str) -> int:
     """A run whose given part takes long."""
     mark = f"{mark}{rank}"
-    evaluator.MAX_SCORES = 30  # scores one user at a time, so that an evaluation takes many calls
+    evaluator.USERS = 1  # ranks one user at a time, so that an evaluation takes many calls
     if mode == "validation":
-        slow_from(evaluator, "exact_ranks", 35, mark)  # behind the two partial evaluations of 16 users
+        slow_from(evaluator, "product_ranks", 35, mark)  # behind the two partial evaluations of 16 users
     elif mode == "test":
         original = train.Trainer._load_best
 
         def then_slow(*args: Any) -> None:
             original(*args)
-            slow_from(evaluator, "exact_ranks", 1, mark)
+            slow_from(evaluator, "product_ranks", 1, mark)
 
         train.Trainer._load_best = then_slow  # type: ignore[method-assign]
     elif mode == "baselines":
         endless(model_evaluation.ModelEvaluation, "baselines", mark)
     elif mode == "evaluate":
-        slow_from(evaluator, "exact_ranks", 1, mark)
+        slow_from(evaluator, "product_ranks", 1, mark)
         return evaluate_worker(rank, world_size, options)
     return train_worker(rank, world_size, options)
 
@@ -173,8 +173,8 @@ def test_a_preparation_stops_and_leaves_nothing(tmp_path: Path, number: int) -> 
 
 
 def evaluate_slowly(arguments: list[str], mark: str) -> None:
-    evaluator.MAX_SCORES = 30
-    slow_from(evaluator, "exact_ranks", 1, mark)
+    evaluator.USERS = 1
+    slow_from(evaluator, "product_ranks", 1, mark)
     sys.argv = ["main.py", *arguments]
     runpy.run_path(str(ROOT / sys.argv[0]), run_name="__main__")
 

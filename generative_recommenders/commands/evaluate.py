@@ -29,14 +29,16 @@ from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.data.preparation.folder import new_file
 from generative_recommenders.data.splits import Split, make_split
 from generative_recommenders.data.store import SequenceDataset
+from generative_recommenders.distributed.memory import keep_freed_memory
 from generative_recommenders.distributed.process_group import (
     process_collectives,
     process_device,
 )
+from generative_recommenders.distributed.signals import INTERRUPTED, StopRequest, StopRequested
 from generative_recommenders.distributed.sync import from_main, together
 from generative_recommenders.errors import UserError
 from generative_recommenders.evaluation.model_evaluation import ModelEvaluation
-from generative_recommenders.evaluation.user_ranks import Ranks, UserRanks
+from generative_recommenders.evaluation.user_ranks import Ranks, user_ranks
 from generative_recommenders.run import summary as report
 from generative_recommenders.run.logging import set_up_logging, show
 from generative_recommenders.run.report.facts import write_facts
@@ -60,7 +62,8 @@ def check_evaluated(
 def evaluate_worker(rank: int, world_size: int, options: Options) -> int:
     """Scores the best (else the newest) checkpoint of a run on the test targets; the model is rebuilt from its settings.
 
-    The numbers are shown and go into the run's ``evaluation.json``; each user's rank into ``--users_metrics``.
+    The numbers are shown and go into the run's ``evaluation.json``; each user's rank into ``--users_metrics``. A long
+    evaluation that is stopped goes on when it is asked for again.
     """
     if options.users_metrics and Path(options.users_metrics).suffix not in _WRITERS:
         raise UserError(
@@ -68,6 +71,7 @@ def evaluate_worker(rank: int, world_size: int, options: Options) -> int:
         )
     set_up_logging(rank == 0, options.verbosity)
     load_plugins(options.plugins)
+    keep_freed_memory()
     collectives = process_collectives(process_device())
     store = CheckpointStore(checkpoints_of(options), read_only=True)
     checkpoint = checkpoint_from_main(  # twice: a run that goes on may replace its best one meanwhile
@@ -91,17 +95,20 @@ def evaluate_worker(rank: int, world_size: int, options: Options) -> int:
     model = build_model(settings, catalogue).to(collectives.device)
     load_model(model, checkpoint)
     evaluation = ModelEvaluation(settings, dataset, split, collectives)
-    ranks = UserRanks()
-    test = evaluation.test(model, record=ranks.add)
-    of_baselines: dict[str, UserRanks] = {}
+    evaluation.folder = checkpoints_of(options).parent
+    try:
+        with StopRequest() as stop:
+            test = evaluation.test(model, lambda: stop.requested)
+    except StopRequested:
+        logging.info("stopped on request; the same command goes on with the users that are left")
+        return INTERRUPTED
+    of_baselines: dict[str, Ranks] = {}
     rows = {
         **evaluation.baselines(of_baselines),
         **report.model_rows(settings, test.metrics(), test.high_rated_metrics()),
+        **evaluation.standard_errors(test),
     }
-    gathered = {
-        name: each.gathered(collectives)
-        for name, each in {settings.model.main_module: ranks, **of_baselines}.items()
-    }
+    ranks = {settings.model.main_module: user_ranks(dataset, split, test.ranks), **of_baselines}
     if collectives.is_main:
         conditions = evaluation.conditions(test)
         show(f"{checkpoint.path}, test, full catalogue, {conditions}")
@@ -113,9 +120,9 @@ def evaluate_worker(rank: int, world_size: int, options: Options) -> int:
         }  # fmt: skip
         _write_record(checkpoints_of(options).parent / "evaluation.json", record)
         if options.users_metrics:
-            write_users_metrics(Path(options.users_metrics), dataset, *gathered[settings.model.main_module])
+            write_users_metrics(Path(options.users_metrics), dataset, *ranks[settings.model.main_module])
         if not options.bindings:  # the report shows the run as it was trained
-            keep_facts(checkpoints_of(options).parent, dataset, split, gathered)
+            keep_facts(checkpoints_of(options).parent, dataset, split, ranks)
     return 0
 
 

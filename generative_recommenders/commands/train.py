@@ -34,7 +34,7 @@ from generative_recommenders.distributed.process_group import (
 from generative_recommenders.distributed.signals import INTERRUPTED, StopRequest
 from generative_recommenders.distributed.sync import from_main, together
 from generative_recommenders.errors import UserError
-from generative_recommenders.evaluation.user_ranks import Ranks, UserRanks
+from generative_recommenders.evaluation.user_ranks import Ranks
 from generative_recommenders.run import summary as report
 from generative_recommenders.run.directory import RunFolder
 from generative_recommenders.run.epoch_log import EpochLog
@@ -79,6 +79,7 @@ def train_worker(rank: int, world_size: int, options: Options) -> int:
         if run is not None:
             logging.info("run folder %s\n%s", folder, report.data_summary(dataset, split))
         trainer = Trainer(settings, dataset, split, collectives, EpochLog.of(run, settings))
+        trainer.evaluation.folder = folder
         if options.resume:
             resume(trainer, store)
         if run is not None:  # only now: a resume that is refused leaves the folder's configuration alone
@@ -91,10 +92,9 @@ def train_worker(rank: int, world_size: int, options: Options) -> int:
             logging.info("stopped on request after step %d; %s", result.progress.step, go_on)
             return INTERRUPTED
         try:
-            of_baselines: dict[str, UserRanks] = {}
+            ranks: dict[str, Ranks] = {}
             with trainer.log.timed("baselines"):
-                rows = trainer.evaluation.baselines(of_baselines)
-            ranks = {name: each.gathered(collectives) for name, each in of_baselines.items()}
+                rows = trainer.evaluation.baselines(ranks)
             if run is not None:
                 finish(settings, dataset, split, run, store, result, rows, trainer.log.spent, collectives)
                 if options.report and result.ranks is not None:
@@ -135,7 +135,7 @@ def finish(
     collectives: Collectives,
 ) -> None:
     """The final record, the curves, and the table."""
-    rows = {**rows, **report.model_rows(settings, result.test, result.high_rated)}
+    rows = {**rows, **report.model_rows(settings, result.test, result.high_rated), **result.standard_errors}
     final = {
         "part": "final",
         "seconds": result.progress.seconds,

@@ -169,16 +169,18 @@ class EvaluationLoader:
         self.rows = SequenceRows(dataset, max_length)
         self.targets = targets.astype(np.int64)
         self.users = np.flatnonzero(self.targets >= 0)[:max_users]
-        self.batch_size = batch_size
-        self.rank, self.world_size = rank, world_size
+        starts = range(rank * batch_size, self.users.size, world_size * batch_size)
+        self.batches = [self.users[start : start + batch_size] for start in starts]
+
+    def leave_out(self, done: np.ndarray) -> None:
+        """Leaves out batches of which all users are done; ``[U]`` bool. What is left is the same batches as before."""
+        self.batches = [users for users in self.batches if not done[users].all()]
 
     def __len__(self) -> int:
-        return len(range(self.rank, -(-self.users.size // self.batch_size), self.world_size))
+        return len(self.batches)
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        for index in range(self.rank, -(-self.users.size // self.batch_size), self.world_size):
-            users = self.users[index * self.batch_size : (index + 1) * self.batch_size]
-            yield self.batch(users)
+        return map(self.batch, self.batches)
 
     def batch(self, users: np.ndarray) -> dict[str, torch.Tensor]:
         dataset, stops = self.rows.dataset, self.targets[users]

@@ -1,15 +1,19 @@
 """Baselines beside every result: most popular items, and successors of the last item.
 
 A model that does not beat them has learned nothing from sequences. Both are fitted on the training events alone, from the
-flat columns of a prepared data set, and score as models do.
+flat columns of a prepared data set, and are ranked as models are.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 
 from generative_recommenders.data.splits import training_events
+from generative_recommenders.evaluation.seen_items import SeenItems
+from generative_recommenders.evaluation.shared_ranks import OwnScores, SharedScores
 
 
 def training_counts(
@@ -23,12 +27,11 @@ def training_counts(
 class MostPopular:
     """Scores an item by its number of training events, the same for every user.
 
-    Attributes:
-        scores: ``[V]`` float32, counts; column i belongs to item i + 1.
+    scores: ``[V]`` float32, counts; column i belongs to item i + 1.
     """
 
     def __init__(self, scores: torch.Tensor) -> None:
-        self.scores = scores
+        self.shared = SharedScores(scores)
 
     @classmethod
     def fit(
@@ -37,9 +40,11 @@ class MostPopular:
         """Arguments as in `training_counts`."""
         return cls(training_counts(items, offsets, train_stops, num_items).float())
 
-    def score(self, history_ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        """``[n, V]`` float32, one row expanded; histories ``[n, N]`` and lengths ``[n]`` are not read."""
-        return self.scores.to(history_ids.device).expand(len(lengths), -1)
+    def ranks(
+        self, batch: Mapping[str, torch.Tensor], target_ids: torch.Tensor, removed: SeenItems | None
+    ) -> torch.Tensor:
+        """``[n]`` int64, as `exact_ranks`; histories are not read."""
+        return self.shared.ranks(target_ids, None, removed)
 
 
 class MarkovSuccessor:
@@ -49,20 +54,19 @@ class MarkovSuccessor:
     last item without successors, and an empty history, leave plain popularity. The counts are sparse: memory
     is O(V + distinct pairs), at most O(V + E).
 
+    popularity: ``[V]`` float32 in [0, 1).
+
     Attributes:
-        popularity: ``[V]`` float32 in [0, 1).
         starts: ``[V + 2]`` int64; the successors of item i are entries ``[starts[i], starts[i + 1])``.
-        successors: int64, ids; values: float32, 1, 2, ... in the order of (count, popularity), equal where
+        successors: int64, rising ids; values: float32, 1, 2, ... in the order of (count, popularity), equal where
             both are.
     """
 
     def __init__(
         self, popularity: torch.Tensor, starts: torch.Tensor, successors: torch.Tensor, values: torch.Tensor
     ) -> None:
-        self.popularity = popularity
-        self.starts = starts
-        self.successors = successors
-        self.values = values
+        self.shared = SharedScores(popularity)
+        self.starts, self.successors, self.values = starts, successors, values
 
     @classmethod
     def fit(
@@ -76,25 +80,25 @@ class MarkovSuccessor:
         columns = (popularity.astype(np.float32), starts, successors, values.astype(np.float32))
         return cls(*(torch.from_numpy(column) for column in columns))
 
-    def score(self, history_ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        """``[n, V]`` float32 for right-padded histories ``[n, N]`` int64 of the given lengths ``[n]``."""
-        device = history_ids.device
+    def ranks(
+        self, batch: Mapping[str, torch.Tensor], target_ids: torch.Tensor, removed: SeenItems | None
+    ) -> torch.Tensor:
+        """``[n]`` int64, as `exact_ranks`, after right-padded histories ``item_ids [n, N]`` of the given ``lengths [n]``."""
+        return self.shared.ranks(target_ids, self._own_scores(batch["item_ids"], batch["lengths"]), removed)
+
+    def _own_scores(self, history_ids: torch.Tensor, lengths: torch.Tensor) -> OwnScores:
         last = history_ids.gather(1, (lengths - 1).clamp(min=0)[:, None])[:, 0] * (lengths > 0)
-        last = last.cpu()
-        scores = self.popularity.to(device).repeat(len(last), 1)
         starts, stops = self.starts[last], self.starts[last + 1]
         rows = torch.arange(len(last)).repeat_interleave(stops - starts)
         first_entry = (stops - starts).cumsum(0) - (stops - starts)
         entries = torch.arange(len(rows)) - first_entry[rows] + starts[rows]
-        columns = self.successors[entries] - 1
-        scores[rows.to(device), columns.to(device)] = self.values[entries].to(device)
-        return scores
+        return OwnScores(rows, self.successors[entries], self.values[entries])
 
 
 def _ordered_pairs(
     items: np.ndarray, offsets: np.ndarray, train_stops: np.ndarray, popularity: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Distinct (item, successor) pairs of training, sorted by item, and each pair's place among the item's pairs.
+    """Distinct (item, successor) pairs of training, sorted by both, and each pair's place among the item's pairs.
 
     The place counts distinct (count, popularity) from 1 upwards, so it stays exact in float32.
     """
@@ -108,8 +112,8 @@ def _ordered_pairs(
     previous, successor = keys // base, keys % base
     strength = counts + popularity[successor - 1]
     order = np.lexsort((strength, previous))
-    previous, successor, strength = previous[order], successor[order], strength[order]
-    new_item = np.diff(previous, prepend=-1) > 0
-    step = np.cumsum(new_item | (np.diff(strength, prepend=-1.0) != 0))
-    start_of_item = np.maximum.accumulate(np.where(new_item, step, 0))
-    return previous, successor, step - start_of_item + 1
+    new_item = np.diff(previous[order], prepend=-1) > 0
+    step = np.cumsum(new_item | (np.diff(strength[order], prepend=-1.0) != 0))
+    place = np.empty_like(step)
+    place[order] = step - np.maximum.accumulate(np.where(new_item, step, 0)) + 1
+    return previous, successor, place

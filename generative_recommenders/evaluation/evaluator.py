@@ -1,15 +1,14 @@
 """Evaluator of exact ranks over the whole catalogue.
 
-Batches are fixed by user order and dealt to the processes; ranks are integers and histograms of ranks are summed, so any number
-of processes gives the same numbers.
+Batches are fixed by user order and dealt to the processes; ranks are integers, so any number of processes gives the same
+numbers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
-from itertools import takewhile
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -17,10 +16,13 @@ from generative_recommenders.data.loader import EvaluationLoader
 from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.distributed.signals import StopRequested
 from generative_recommenders.evaluation.metrics import RankHistogram
+from generative_recommenders.evaluation.product_ranks import USERS, product_ranks
+from generative_recommenders.evaluation.progress import EvaluationProgress
 from generative_recommenders.evaluation.ranks import exact_ranks
 from generative_recommenders.evaluation.seen_filters import SeenFilter
 from generative_recommenders.evaluation.seen_items import SeenItems
 from generative_recommenders.evaluation.top_lists import TopLists
+from generative_recommenders.ops import dispatch
 
 MAX_SCORES = 1 << 25
 """Scores held at a time (float32: 128 MiB): users are taken in chunks so that a chunk times V stays below it."""
@@ -28,8 +30,26 @@ MAX_SCORES = 1 << 25
 Score = Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
 """Scores ``[n, V]`` of a batch of the evaluation loader (columns ``item_ids``, ``lengths`` and so on)."""
 
-Record = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
-"""Takes users, their targets and the ranks of these, ``[n]`` int64 each; V + 1 for a miss."""
+
+@runtime_checkable
+class Ranker(Protocol):
+    """What knows ranks without the scores of all items."""
+
+    def ranks(
+        self, batch: Mapping[str, torch.Tensor], target_ids: torch.Tensor, removed: SeenItems | None
+    ) -> torch.Tensor:
+        """``[n]`` int64, as `exact_ranks`."""
+
+
+class ProductScores:
+    """A `Score` that is a product. queries: of a batch, ``[n, D]``. items: ``[V, D]``."""
+
+    def __init__(self, queries: Score, items: torch.Tensor) -> None:
+        self.queries, self.items = queries, items
+
+    @torch.inference_mode()
+    def __call__(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return self.queries(batch) @ self.items.T
 
 
 def never() -> bool:
@@ -39,11 +59,12 @@ def never() -> bool:
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """histogram: ranks over all users of all processes; see `RankHistogram.compute`. lists: metrics of the
-    top-k lists, see `TopLists.compute`; empty where none were asked for. removed_targets: targets that the seen filter took
-    out, which are misses."""
+    """histogram: ranks over all users of all processes; see `RankHistogram.compute`. ranks: ``[U]`` int64 of each user's
+    target, V + 1 for a miss, 0 for users that were not scored. lists: metrics of the top-k lists, see `TopLists.compute`; empty
+    where none were asked for. removed_targets: targets that the seen filter took out, which are misses."""
 
     histogram: RankHistogram
+    ranks: torch.Tensor
     lists: dict[str, float] = field(default_factory=dict)
     removed_targets: int = 0
 
@@ -68,23 +89,44 @@ class EvaluationResult:
 
 @dataclass(frozen=True)
 class RankedUsers:
-    """A batch of the loader with what its ranks need beside scores.
+    """Users with what their ranks need beside scores.
 
-    targets: ``[B]`` ids, 0 (no item, so a miss) for the missed ones. removed: what the seen filter takes out; removed_targets:
-    how many of the targets are among that. high_rated: ``[B]`` bool, or None without ratings.
+    user_ids: ``[B]``. batch: columns of the loader. targets: ``[B]`` ids, 0 (no item, so a miss) for the missed ones.
+    removed: what the seen filter takes out; removed_targets: ``[B]`` bool, whether the target is among that.
     """
 
+    user_ids: torch.Tensor
     batch: Mapping[str, torch.Tensor]
     targets: torch.Tensor
     removed: SeenItems | None
-    removed_targets: int
-    high_rated: torch.Tensor | None
+    removed_targets: torch.Tensor
 
     def to(self, device: torch.device) -> RankedUsers:
         """The same with all that a model reads on a device, but for the lengths, which lay out its tokens."""
         batch = {name: x if name == "lengths" else x.to(device) for name, x in self.batch.items()}
         removed = None if self.removed is None else self.removed.to(device)
         return replace(self, batch=batch, targets=self.targets.to(device), removed=removed)
+
+    def rows(self, start: int, stop: int) -> RankedUsers:
+        """The users [start, stop) of these."""
+        some = slice(start, stop)
+        return RankedUsers(
+            self.user_ids[some], {name: x[some] for name, x in self.batch.items()}, self.targets[some],
+            None if self.removed is None else self.removed.rows_between(start, stop), self.removed_targets[some],
+        )  # fmt: skip
+
+    def and_then(self, others: RankedUsers) -> RankedUsers:
+        """These users and others, whose batches have the same columns."""
+        removed = self.removed
+        if removed is not None and others.removed is not None:
+            rows = torch.cat([removed.rows, others.removed.rows + len(self.user_ids)])
+            removed = SeenItems(rows, torch.cat([removed.ids, others.removed.ids]))
+        return RankedUsers(
+            torch.cat([self.user_ids, others.user_ids]),
+            {name: torch.cat([x, others.batch[name]]) for name, x in self.batch.items()},
+            torch.cat([self.targets, others.targets]), removed,
+            torch.cat([self.removed_targets, others.removed_targets]),
+        )  # fmt: skip
 
 
 class Evaluator:
@@ -113,46 +155,92 @@ class Evaluator:
         """What `prepared` gave in an evaluation before, to be taken again."""
 
     def __call__(
-        self, score: Score, lists: TopLists | None = None, record: Record | None = None
+        self,
+        score: Score | Ranker,
+        lists: TopLists | None = None,
+        progress: EvaluationProgress | None = None,
     ) -> EvaluationResult:
-        """score: gives ``[n, V]``. lists: an empty collector, filled from the same scores, for list metrics too.
-        record: called with this process's users, targets and ranks as they are measured.
+        """score: gives ``[n, V]``, or the ranks themselves. lists: an empty collector, filled from the same scores, for list
+        metrics too. progress: what keeps the ranks of an evaluation that is stopped.
         """
-        histogram = RankHistogram(self.num_items)
-        removed_targets = 0
-        chunk = max(1, MAX_SCORES // max(self.num_items, 1))
-        until_stopped = partial(takewhile, lambda _: not self.stop())
-        for users in until_stopped(self.prepared() if self.kept is None else self.kept):
-            removed_targets += users.removed_targets
-            if lists is not None:
-                histories = self.loader.histories(users.batch["user_ids"].numpy() - 1)
-                had = SeenItems.of(histories.rows, histories["item_ids"], self.num_items)
-            for start in until_stopped(range(0, len(users.targets), chunk)):
-                rows = slice(start, start + chunk)
-                part = {name: values[rows] for name, values in users.batch.items()}
-                scores, seen = score(part), users.removed
-                if seen is not None:
-                    seen = seen.rows_between(start, start + chunk).to(scores.device)
-                ranks = exact_ranks(scores, users.targets[rows].to(scores.device), seen).cpu()
-                histogram.add(ranks, None if users.high_rated is None else users.high_rated[rows])
-                if record is not None:
-                    record(part["user_ids"].cpu(), part["target_ids"].cpu(), ranks)
-                if lists is not None:  # a target that is removed or missed is in no list: recall@k is HR@k
-                    own = had.rows_between(start, start + chunk)
-                    lists.add(scores, part["user_ids"], users.targets[rows], seen, own)
-        if self.collectives.any(self.stop()):
+        measured = torch.zeros(len(self.loader.targets), dtype=torch.int64)
+        known = torch.zeros_like(measured) if progress is None else progress.load(len(measured))
+        self.loader.leave_out(known.numpy() > 0)
+        for users, ranks in self._measured(score, lists):
+            # One past a miss: a miss because the filter took the target out.
+            marked = ranks.cpu().masked_fill(users.removed_targets, self.num_items + 2)
+            measured[users.user_ids - 1] = marked
+            if self.stop():
+                break
+            if progress is not None and progress.due:
+                progress.save(measured.where(measured > 0, known))
+        stopping = self.collectives.any(self.stop())
+        ranks = self.collectives.sum_(measured)
+        ranks = ranks.where(ranks > 0, known)
+        if progress is not None:
+            progress.save(ranks) if stopping else progress.finish()
+        if stopping:
             raise StopRequested
-        histogram.counts = self.collectives.sum_(histogram.counts)
-        count = int(self.collectives.sum_(torch.tensor([removed_targets])))
-        return EvaluationResult(histogram, {} if lists is None else lists.compute(self.collectives), count)
+        removed_targets = int((ranks == self.num_items + 2).sum())
+        ranks.clamp_(max=self.num_items + 1)
+        of_lists = {} if lists is None else lists.compute(self.collectives)
+        return EvaluationResult(self._histogram(ranks), ranks, of_lists, removed_targets)
 
     def prepared(self) -> Iterator[RankedUsers]:
         """The loader's batches, each with what its ranks need beside scores."""
         for batch in self.shown(self.loader):
-            pairs = self.seen_filter.removed(batch, self.loader.histories(batch["user_ids"].numpy() - 1))
+            user_ids = batch["user_ids"]
+            pairs = self.seen_filter.removed(batch, self.loader.histories(user_ids.numpy() - 1))
             removed = None if pairs is None else SeenItems.of(*pairs, self.num_items)
-            count = 0 if removed is None else int(removed.contains(batch["target_ids"]).sum())
-            yield RankedUsers(batch, self._targets(batch), removed, count, self._high_rated(batch))
+            taken = torch.zeros_like(user_ids, dtype=torch.bool)
+            if removed is not None:
+                taken = removed.contains(batch["target_ids"])
+            yield RankedUsers(user_ids, batch, self._targets(batch), removed, taken)
+
+    def _measured(
+        self, score: Score | Ranker, lists: TopLists | None
+    ) -> Iterator[tuple[RankedUsers, torch.Tensor]]:
+        """Users and the ranks ``[n]`` of their targets, as they are found."""
+        prepared = self.prepared() if self.kept is None else self.kept
+        if isinstance(score, Ranker):
+            for users in prepared:
+                yield users, score.ranks(users.batch, users.targets, users.removed)
+        elif isinstance(score, ProductScores) and lists is None and dispatch.fast_on_cpu(score.items):
+            # Batches as the loader makes them are encoded: only so are states the same whatever was done before.
+            encoded = (replace(each, batch={"queries": score.queries(each.batch)}) for each in prepared)
+            for users in _regrouped(encoded, USERS):
+                yield users, product_ranks(users.batch["queries"], score.items, users.targets, users.removed)
+        else:
+            yield from self._by_scores(score, lists, prepared)
+
+    def _by_scores(
+        self, score: Score, lists: TopLists | None, prepared: Iterable[RankedUsers]
+    ) -> Iterator[tuple[RankedUsers, torch.Tensor]]:
+        chunk = max(1, MAX_SCORES // max(self.num_items, 1))
+        for users in prepared:
+            if lists is not None:
+                histories = self.loader.histories(users.user_ids.numpy() - 1)
+                had = SeenItems.of(histories.rows, histories["item_ids"], self.num_items)
+            for start in range(0, len(users.targets), chunk):
+                part = users.rows(start, start + chunk)
+                scores, seen = score(part.batch), part.removed
+                if seen is not None:
+                    seen = seen.to(scores.device)
+                if lists is not None:  # a target that is removed or missed is in no list: recall@k is HR@k
+                    lists.add(
+                        scores, part.user_ids, part.targets, seen, had.rows_between(start, start + chunk)
+                    )
+                yield part, exact_ranks(scores, part.targets.to(scores.device), seen)
+
+    def _histogram(self, ranks: torch.Tensor) -> RankHistogram:
+        scored = ranks.nonzero()[:, 0]
+        histogram, data = RankHistogram(self.num_items), self.loader.rows.dataset
+        high_rated = None
+        if data.ratings is not None:
+            events = data.offsets[scored.numpy()] + self.loader.targets[scored.numpy()]
+            high_rated = torch.from_numpy(data.ratings[events]) >= self.rating_threshold
+        histogram.add(ranks[scored], high_rated)
+        return histogram
 
     def _targets(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """``[B]`` target ids, 0 (no item, so a miss) for the missed ones."""
@@ -160,7 +248,14 @@ class Evaluator:
             return batch["target_ids"]
         return batch["target_ids"].masked_fill(self.missed_targets[batch["user_ids"] - 1], 0)
 
-    def _high_rated(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
-        if "target_ratings" not in batch:
-            return None
-        return batch["target_ratings"] >= self.rating_threshold
+
+def _regrouped(parts: Iterable[RankedUsers], size: int) -> Iterator[RankedUsers]:
+    """The same users in order, ``size`` at a time."""
+    waiting: RankedUsers | None = None
+    for part in parts:
+        waiting = part if waiting is None else waiting.and_then(part)
+        while len(waiting.user_ids) >= size:
+            yield waiting.rows(0, size)
+            waiting = waiting.rows(size, len(waiting.user_ids))
+    if waiting is not None and len(waiting.user_ids):
+        yield waiting

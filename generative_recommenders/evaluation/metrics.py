@@ -5,6 +5,7 @@ Histograms are added, metrics computed once: batches, processes and their order 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -33,10 +34,9 @@ class RankHistogram:
 
     def add(self, ranks: torch.Tensor, subset: torch.Tensor | None = None) -> None:
         """Count ranks ``[n]`` int64 in 1..V + 1; subset ``[n]`` bool: which also count in row 1."""
-        bins = self.counts.shape[1]
-        self.counts[0] += torch.bincount(ranks - 1, minlength=bins)
+        self.counts[0].index_add_(0, ranks - 1, torch.ones_like(ranks))
         if subset is not None:
-            self.counts[1] += torch.bincount(ranks[subset] - 1, minlength=bins)
+            self.counts[1].index_add_(0, ranks[subset] - 1, torch.ones_like(ranks[subset]))
 
     def total(self, subset: bool = False) -> int:
         """Targets counted so far."""
@@ -62,3 +62,25 @@ class RankHistogram:
             metrics[f"ndcg@{k}"] = float(gains[: min(k, num_items)].sum()) / total
         metrics["mrr"] = float((counts / ranks).sum()) / total
         return metrics
+
+    def standard_errors(self, population: int) -> dict[str, float]:
+        """Standard errors of `compute`'s means, where the targets are a random sample of ``population`` ones, drawn without
+        replacement: ``sqrt(s^2 / n (1 - n / N))`` with the sample's variance s^2."""
+        counts = self.counts[0].cpu().double()
+        total, num_items = self.total(), len(counts) - 1
+        ranks = torch.arange(1, num_items + 2, dtype=torch.float64)
+        left = max(0.0, 1 - total / max(population, 1)) / max(total, 1)
+
+        def error(gains: torch.Tensor) -> float:
+            some = counts[: len(gains)]
+            mean = (some * gains).sum() / max(total, 1)
+            squares = (some * gains.square()).sum() / max(total - 1, 1)
+            variance = squares - mean.square() * total / max(total - 1, 1)
+            return math.sqrt(max(float(variance), 0.0) * left)
+
+        errors: dict[str, float] = {}
+        for k in CUTOFFS:
+            first = ranks[: min(k, num_items)]
+            errors[f"hr@{k}"], errors[f"ndcg@{k}"] = error(first**0), error(1 / torch.log2(first + 1))
+        errors["mrr"] = error(1 / ranks)
+        return errors

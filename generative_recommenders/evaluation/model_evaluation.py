@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from pathlib import Path
 
+import numpy as np
 import torch
 from absl import logging
 
@@ -22,19 +23,23 @@ from generative_recommenders.evaluation.baselines import MarkovSuccessor, MostPo
 from generative_recommenders.evaluation.evaluator import (
     EvaluationResult,
     Evaluator,
+    ProductScores,
     RankedUsers,
-    Record,
     Score,
     never,
 )
+from generative_recommenders.evaluation.progress import EvaluationProgress, fingerprint
 from generative_recommenders.evaluation.top_lists import TopLists
-from generative_recommenders.evaluation.user_ranks import UserRanks
+from generative_recommenders.evaluation.user_ranks import Ranks, user_ranks
+from generative_recommenders.modeling.inputs import Queries
 from generative_recommenders.modeling.model import SequenceRecommender
 from generative_recommenders.ops import dispatch
 from generative_recommenders.types import Batch
 
 TOLERATED_REMOVED = 0.01
 """Share of targets that a seen filter may take out without a warning."""
+
+PROGRESS_FILE = "evaluation-under-way.safetensors"
 
 KEPT_BYTES = 1 << 30
 """Batches of an evaluation that stay on an accelerator, at most."""
@@ -45,7 +50,12 @@ class ModelEvaluation:
 
     An evaluation of everyone has the metrics of top-k lists too, where ``train_fn.list_metrics_k`` asks for them. Targets that
     training never saw are misses; in protocol "paper" they rank as they are scored, as in the published program.
+
+    folder: of the run, where an evaluation that is stopped keeps its ranks, so that the next one of the same weights goes on
+    with them to the same numbers; one that makes lists begins anew.
     """
+
+    folder: Path | None = None
 
     def __init__(
         self,
@@ -74,13 +84,11 @@ class ModelEvaluation:
         part = "test" if self.settings.data.protocol == "paper" else "validation"
         return self._of_model(model, part, max_batches, stop)
 
-    def test(
-        self, model: SequenceRecommender, stop: Callable[[], bool] = never, record: Record | None = None
-    ) -> EvaluationResult:
-        """The split's test targets. stop, record: see `Evaluator`."""
-        return self._of_model(model, "test", None, stop, record)
+    def test(self, model: SequenceRecommender, stop: Callable[[], bool] = never) -> EvaluationResult:
+        """The split's test targets. stop: see `Evaluator`."""
+        return self._of_model(model, "test", None, stop)
 
-    def baselines(self, ranks: dict[str, UserRanks] | None = None) -> dict[str, dict[str, float]]:
+    def baselines(self, ranks: dict[str, Ranks] | None = None) -> dict[str, dict[str, float]]:
         """Test metrics of the most popular items and of the last item's most frequent successor, fitted on training events.
 
         ranks: an empty mapping, which gets those of single users by baseline.
@@ -88,16 +96,19 @@ class ModelEvaluation:
         columns = (self.dataset.items, self.dataset.offsets, self.split.train_stops, self.dataset.num_items)
         evaluate, rows = self._evaluator("test", None), {}
         for name, kind in (("most popular", MostPopular), ("last item's successor", MarkovSuccessor)):
-            baseline = kind.fit(*columns)
-
-            def score(batch: Mapping[str, torch.Tensor], score_by: Any = baseline) -> torch.Tensor:
-                return score_by.score(batch["item_ids"], batch["lengths"])
-
-            own = UserRanks()
-            rows[name] = evaluate(score, record=own.add).metrics()
+            result = evaluate(kind.fit(*columns))
+            rows[name] = result.metrics()
             if ranks is not None:
-                ranks[name] = own
+                ranks[name] = user_ranks(self.dataset, self.split, result.ranks)
         return rows
+
+    def standard_errors(self, result: EvaluationResult) -> dict[str, dict[str, float]]:
+        """A row of standard errors of test metrics, where ``train_fn.eval_users`` leaves users out; else no row."""
+        population = int((self.split.test_targets >= 0).sum())
+        if result.targets >= population:
+            return {}
+        name = f"standard error, {result.targets:,} of {population:,} users"
+        return {name: result.histogram.standard_errors(population)}
 
     def conditions(self, result: EvaluationResult) -> str:
         """The conditions of test numbers: what became of targets that repeat or that training never saw, and next_time
@@ -110,6 +121,10 @@ class ModelEvaluation:
             )
         rank = "as scored" if self.settings.data.protocol == "paper" else "misses"
         shown += f", targets unseen in training, {rank}: {unseen:,}"
+        population = int((self.split.test_targets >= 0).sum())
+        if result.targets < population:
+            seed = self.settings.schedule.random_seed
+            shown += f", a sample of {result.targets:,} of {population:,} users drawn by train_fn.random_seed = {seed}"
         if self.settings.uses_times and self.dataset.timestamps is not None:
             shown += f", next_time {self.settings.value('train_fn.next_time')!r}"
         return shown
@@ -125,6 +140,8 @@ class ModelEvaluation:
             evaluation.eval_batch_size, evaluation.eval_user_max_batch_size or evaluation.eval_batch_size
         )
         max_users = None if max_batches is None else max_batches * batch_size
+        if evaluation.eval_users is not None:
+            targets = of_sample(targets, evaluation.eval_users, self.settings.schedule.random_seed)
         loader = EvaluationLoader(
             self.dataset,
             targets,
@@ -146,9 +163,8 @@ class ModelEvaluation:
         part: str,
         max_batches: int | None,
         stop: Callable[[], bool],
-        record: Record | None = None,
     ) -> EvaluationResult:
-        lists = None
+        lists = progress = None
         if self.settings.evaluation.list_metrics_k is not None and max_batches is None:
             columns = (self.dataset.items, self.dataset.offsets, self.split.train_stops)
             counts = training_counts(*columns, self.dataset.num_items)
@@ -161,11 +177,23 @@ class ModelEvaluation:
             if part not in self.kept:
                 self.kept[part] = [users.to(self.collectives.device) for users in evaluator.prepared()]
             evaluator.kept = self.kept[part]
-        result = evaluator(score, lists, record)
+        elif self.folder is not None and max_batches is None and lists is None:
+            progress = self._progress(model, part, self.folder)
+        result = evaluator(score, lists, progress)
         model.train(training)
         if max_batches is None:
             self._warn_of_removed(result)
         return result
+
+    def _progress(self, model: SequenceRecommender, part: str, folder: Path) -> EvaluationProgress:
+        """Keyed by the weights and all that the ranks depend on."""
+
+        def key() -> str:
+            facts = part, self.split.hash, repr(self.settings.to_json())
+            return fingerprint(model.state_dict(), facts)
+
+        minutes = self.settings.checkpoints.checkpoint_minutes
+        return EvaluationProgress(folder / PROGRESS_FILE, key, self.collectives, minutes)
 
     def _keeps(self, model: SequenceRecommender) -> bool:
         """Whether batches stay on an accelerator for the next evaluation: it ranks them faster than a host makes them."""
@@ -189,12 +217,30 @@ class ModelEvaluation:
 @torch.inference_mode()
 def catalogue_scores(model: SequenceRecommender, autocast: torch.dtype | None = None) -> Score:
     """Scores ``[n, V]`` of evaluation batches by the model as it is now. autocast: the dtype of its encoder's products."""
-    snapshot = model.catalogue()
+    snapshot, similarity = model.catalogue(), model.similarity
+    embeddings = snapshot.embeddings
 
     @torch.inference_mode()
-    def score(batch: Batch) -> torch.Tensor:
-        with dispatch.autocast(snapshot.embeddings.device, autocast):
-            queries = model.encode_query(batch)
-        return model.score(queries, snapshot)
+    def encode(batch: Batch) -> Queries:
+        with dispatch.autocast(embeddings.device, autocast):
+            return model.encode_query(batch)
 
-    return score
+    operands = similarity.operands(embeddings[:0], embeddings)
+    if operands is None:
+        return torch.inference_mode()(lambda batch: model.score(encode(batch), snapshot))
+
+    def queries(batch: Batch) -> torch.Tensor:
+        operands = similarity.operands(encode(batch).states, embeddings[:0])
+        assert operands is not None
+        return operands[0]
+
+    return ProductScores(torch.inference_mode()(queries), operands[1])
+
+
+def of_sample(targets: np.ndarray, users: int, seed: int) -> np.ndarray:
+    """``targets [U]`` with -1 for all users but so many of those that have one, the same ones for a seed."""
+    order = np.random.Generator(np.random.Philox(seed)).permutation(len(targets))
+    chosen = order[targets[order] >= 0][:users]
+    sample = np.full_like(targets, -1)
+    sample[chosen] = targets[chosen]
+    return sample

@@ -8,7 +8,6 @@ arXiv 2408.12008).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,7 @@ from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.distributed.progress import progress_bar
 from generative_recommenders.errors import UserError
 from generative_recommenders.evaluation.baselines import MarkovSuccessor, MostPopular
-from generative_recommenders.evaluation.evaluator import Evaluator, Score
+from generative_recommenders.evaluation.evaluator import Evaluator, Ranker, Score
 from generative_recommenders.evaluation.model_evaluation import catalogue_scores
 from generative_recommenders.evaluation.seen_filters import HistoryFilter, NoFilter
 
@@ -58,9 +57,9 @@ def order_dependence(dataset: SequenceDataset, seed: int = 0, steps: int = STEPS
     split = make_split(data)
     repeats = split.counts["repeated_test_targets"] > 0.01 * split.counts["test_users"]
     columns = (data.items, data.offsets, split.train_stops, data.num_items)
-    methods = {
-        "most popular": _baseline_scores(MostPopular.fit(*columns)),
-        "last item's successor": _baseline_scores(MarkovSuccessor.fit(*columns)),
+    methods: dict[str, Score | Ranker] = {
+        "most popular": MostPopular.fit(*columns),
+        "last item's successor": MarkovSuccessor.fit(*columns),
         "SASRec": _trained_scores(data, split, steps, seed),
     }
     histories = {"true": [data], "shuffled": [shuffled(data, split, rng) for _ in range(SHUFFLES)]}
@@ -101,13 +100,6 @@ def shuffled(dataset: SequenceDataset, split: Split, rng: np.random.Generator) -
     return dataclasses.replace(dataset, items=dataset.items[np.lexsort((keys, owners))])
 
 
-def _baseline_scores(baseline: MostPopular | MarkovSuccessor) -> Score:
-    def score(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        return baseline.score(batch["item_ids"], batch["lengths"])
-
-    return score
-
-
 _LENGTH, _BATCH_SIZE, _LEARNING_RATE = 50, 128, 1e-3
 
 
@@ -137,7 +129,7 @@ def _trained_scores(dataset: SequenceDataset, split: Split, steps: int, seed: in
     return catalogue_scores(task.model)
 
 
-def _ndcg(dataset: SequenceDataset, split: Split, score: Score, repeats: bool) -> float:
+def _ndcg(dataset: SequenceDataset, split: Split, score: Score | Ranker, repeats: bool) -> float:
     loader = EvaluationLoader(dataset, split.test_targets, _LENGTH, 512)
     seen = NoFilter() if repeats else HistoryFilter()
     missed = torch.from_numpy(split.unseen_test_targets)

@@ -31,7 +31,7 @@ from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.distributed.signals import StopRequested
 from generative_recommenders.errors import UserError
 from generative_recommenders.evaluation.model_evaluation import ModelEvaluation
-from generative_recommenders.evaluation.user_ranks import Ranks, UserRanks
+from generative_recommenders.evaluation.user_ranks import Ranks, user_ranks
 from generative_recommenders.ops.counter_random import stream_key
 from generative_recommenders.retrieval.methods import check_top_k
 from generative_recommenders.training.callbacks import Recorder
@@ -50,7 +50,7 @@ ACCELERATOR_CHECK = 20
 class TrainResult:
     """test: metrics of the best (in protocol "paper", the last) state; high_rated: over highly rated targets alone;
     finished: False after a stop request, and then there are no metrics; lists: of the top-k lists, where asked for;
-    conditions: see `ModelEvaluation.conditions`; ranks: see `UserRanks.gathered`."""
+    conditions, standard_errors: see `ModelEvaluation`; ranks: see `user_ranks`."""
 
     test: dict[str, float]
     high_rated: dict[str, float]
@@ -59,6 +59,7 @@ class TrainResult:
     lists: dict[str, float] = field(default_factory=dict)
     conditions: str = ""
     ranks: Ranks | None = None
+    standard_errors: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 class Trainer:
@@ -163,15 +164,15 @@ class Trainer:
             return TrainResult({}, {}, p, False)
         self.save(store)
         self._load_best(store)
-        ranks = UserRanks()
         try:
             with self.log.timed("test"):
-                result = self.evaluation.test(self.model, stop, ranks.add)
+                result = self.evaluation.test(self.model, stop)
         except StopRequested:
             return TrainResult({}, {}, p, False)
         return TrainResult(
             result.metrics(), result.high_rated_metrics(), p, True, result.lists,
-            self.evaluation.conditions(result), ranks.gathered(self.collectives),
+            self.evaluation.conditions(result), user_ranks(self.dataset, self.split, result.ranks),
+            self.evaluation.standard_errors(result),
         )  # fmt: skip
 
     def _steps(

@@ -24,23 +24,23 @@ def sequences(items, offsets, stops):
     return [items[start : start + stop].tolist() for start, stop in zip(offsets[:-1], stops)]
 
 
-def order_of(scores: torch.Tensor) -> list[int]:
-    return sorted(range(1, len(scores) + 1), key=lambda i: (-float(scores[i - 1]), i))
-
-
-def last_of(history: list[int]):
-    row = torch.tensor([[*history, 0, 0]])
-    return row, torch.tensor([len(history)])
+def order_of(model: MostPopular | MarkovSuccessor, history: list[int], num_items: int) -> list[int]:
+    """All items by their rank, each asked for as the target of a user with this history."""
+    targets = torch.arange(1, num_items + 1)
+    batch = {
+        "item_ids": torch.tensor([[*history, 0, 0]]).expand(num_items, -1),
+        "lengths": torch.full((num_items,), len(history)),
+    }
+    return (model.ranks(batch, targets, None).argsort() + 1).tolist()
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_most_popular_counts_training_events_only(seed):
     items, offsets, stops, count = random_columns(seed)
     popular = Counter(i for sequence in sequences(items, offsets, stops) for i in sequence)
-    scores = MostPopular.fit(items, offsets, stops, count).score(
-        torch.zeros(2, 3).long(), torch.tensor([0, 3])
-    )
-    assert scores.tolist() == [[popular[i] for i in range(1, count + 1)]] * 2
+    model = MostPopular.fit(items, offsets, stops, count)
+    expected = sorted(range(1, count + 1), key=lambda i: (-popular[i], i))
+    assert order_of(model, [], count) == order_of(model, [3, 1], count) == expected
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -51,19 +51,20 @@ def test_markov_orders_by_successor_count_then_popularity_then_id(seed):
     pairs = Counter(pair for row in rows for pair in pairwise(row))
     model = MarkovSuccessor.fit(items, offsets, stops, count)
     for last in range(1, count + 1):
-        scores = model.score(*last_of([3, 1, last]))[0]
         expected = sorted(range(1, count + 1), key=lambda i: (-pairs[last, i], -popular[i], i))
-        assert order_of(scores) == expected
+        assert order_of(model, [3, 1, last], count) == expected
 
 
 def test_markov_reads_the_last_real_item_of_each_row():
     items = np.array([1, 2, 3, 4, 3, 4], dtype=np.int32)
     model = MarkovSuccessor.fit(items, np.array([0, 2, 4, 6]), np.array([2, 2, 2]), 4)
-    scores = model.score(
-        torch.tensor([[3, 1, 0], [1, 3, 0], [3, 1, 3], [0, 0, 0]]), torch.tensor([2, 2, 3, 0])
-    )
-    assert scores.argmax(1).tolist() == [1, 3, 3, 2]
-    assert (scores >= 1).sum(1).tolist() == [1, 1, 1, 0]
+    batch = {
+        "item_ids": torch.tensor([[3, 1, 0], [1, 3, 0], [3, 1, 3], [0, 0, 0]]),
+        "lengths": torch.tensor([2, 2, 3, 0]),
+    }
+    assert model.ranks(batch, torch.tensor([2, 4, 4, 3]), None).tolist() == [1, 1, 1, 1]
+    # Behind the successor come the others by popularity, 3 and 4 (two events each) before 1 and 2.
+    assert model.ranks(batch, torch.tensor([3, 3, 1, 1]), None).tolist() == [2, 2, 3, 3]
 
 
 def test_markov_pairs_never_cross_users():
@@ -77,12 +78,12 @@ def test_markov_order_survives_large_counts():
     items = np.array([1, 2] * 40_000 + [1, 3] * 40_000 + [3], dtype=np.int32)
     offsets = np.array([0, 80_000, 160_000, 160_001])
     model = MarkovSuccessor.fit(items, offsets, np.array([80_000, 80_000, 1]), 3)
-    assert order_of(model.score(*last_of([1]))[0])[0] == 3
+    assert order_of(model, [1], 3)[0] == 3
 
 
 def test_without_training_events_all_scores_are_equal():
     model = MarkovSuccessor.fit(np.array([1, 2], dtype=np.int32), np.array([0, 2]), np.array([0]), 3)
-    assert model.score(*last_of([1, 2])).unique().tolist() == [0.0]
+    assert order_of(model, [1, 2], 3) == [1, 2, 3]
 
 
 def test_a_split_of_another_dataset_is_refused():

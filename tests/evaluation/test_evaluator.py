@@ -136,15 +136,26 @@ def test_processes_add_up(ragged_dataset: SequenceDataset, world_size: int) -> N
     assert torch.equal(sum(parts), evaluate(ragged_dataset, "history").histogram.counts)
 
 
-def test_histograms_are_summed_over_processes(ragged_dataset: SequenceDataset) -> None:
-    class Doubling(Collectives):
+def test_ranks_are_summed_over_processes(ragged_dataset: SequenceDataset) -> None:
+    class Second(Collectives):
         def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.mul_(2)
+            sent.append(tensor.clone())
+            return tensor
 
-    loader = EvaluationLoader(ragged_dataset, make_split(ragged_dataset).test_targets, WINDOW, 16)
-    one, two = (Evaluator(loader, 30, HistoryFilter(), each)(score) for each in (Collectives(), Doubling()))
-    assert torch.equal(two.histogram.counts, 2 * one.histogram.counts)
-    assert two.metrics() == pytest.approx(one.metrics())
+    class First(Collectives):
+        def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.add_(sent.pop(0))
+
+    sent: list[torch.Tensor] = []
+    targets = make_split(ragged_dataset).test_targets
+    loaders = [EvaluationLoader(ragged_dataset, targets, WINDOW, 16, rank, 2) for rank in range(2)]
+    Evaluator(loaders[1], 30, HistoryFilter(), Second())(score)
+    result = Evaluator(loaders[0], 30, HistoryFilter(), First())(score)
+    alone = EvaluationLoader(ragged_dataset, targets, WINDOW, 16)
+    expected = Evaluator(alone, 30, HistoryFilter(), Collectives())(score)
+    assert torch.equal(result.ranks, expected.ranks)
+    assert torch.equal(result.histogram.counts, expected.histogram.counts)
+    assert result.removed_targets == expected.removed_targets
 
 
 def test_partial_evaluation_takes_the_first_users(ragged_dataset: SequenceDataset) -> None:

@@ -53,12 +53,14 @@ def test_the_ranking_is_the_evaluators(
     evaluated: list[tuple[dict[str, torch.Tensor], torch.Tensor]] = []
 
     class Recording(Evaluator):
-        def __call__(self, score, lists=None, record=None):
+        def __call__(self, score, lists=None, progress=None):
             def recorded(batch):
                 evaluated.append((batch, score(batch)))
                 return evaluated[-1][1]
 
-            return super().__call__(recorded, lists, record)
+            by_scores = super().__call__(recorded, lists, progress)
+            assert torch.equal(super().__call__(score, lists, progress).ranks, by_scores.ranks)
+            return by_scores
 
     monkeypatch.setattr(model_evaluation, "Evaluator", Recording)
     split = make_split(ragged_dataset)
