@@ -10,14 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
-import pyarrow as pa
 import pytest
 import torch
 from absl import logging
 
 from generative_recommenders.commands import train
-from generative_recommenders.data.preparation.prepare import prepare_batches
-from generative_recommenders.data.readers.events import RawRatings
 from generative_recommenders.data.splits import make_split
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.evaluation.metrics import RankHistogram
@@ -28,9 +25,9 @@ from generative_recommenders.run.report.facts import read_facts, write_facts
 from generative_recommenders.run.report.page import write_report
 from programs import run_program
 from recommender_runs import CHOICES, make_run
-from tiny_data import genres_and_years, ragged_sequences, tiny_dataset
+from report_runs import HOSTILE, ranks_of, titled_dataset
+from tiny_data import ragged_sequences, tiny_dataset
 
-HOSTILE = '<script>alert("x")</script> & $5 for $6 _^{ 日本'
 SETTINGS = (
     "train_fn.dataset_name = 'tiny'", "train_fn.max_sequence_length = 12", "train_fn.item_embedding_dim = 16",
     "train_fn.local_batch_size = 16", "train_fn.num_negatives = 8", "train_fn.num_epochs = 2", "train_fn.eval_interval = 2",
@@ -41,23 +38,6 @@ SHOWN = (
     "training events of the target", "events before the target", "in the order of the file",
 )  # fmt: skip
 RELEASE = Path(__file__).parents[1] / "compatibility" / "v0_1_0"
-
-
-def titled_dataset(folder: Path, seed: int = 5) -> SequenceDataset:
-    """60 users over 30 items with titles and genres; one title means harm."""
-    events = [(u, i) for u, items in enumerate(ragged_sequences(60, 30, seed)) for i in items]
-    users, items = (
-        pa.array([f"{kind}{n:05}" for n in column], pa.large_string())
-        for kind, column in zip("ui", zip(*events))
-    )
-    times = pa.array(range(len(events)), pa.int64())
-    table = pa.table({"user": users, "item": items, "timestamp": times})
-    features = genres_and_years(sorted(set(items.to_pylist())))
-    titles = pa.array([HOSTILE, *(f"Title of {n}" for n in range(2, 31))])
-    field = pa.field("title", pa.string(), metadata={b"kind": b"text"})
-    raw = RawRatings("tiny", [folder / "tiny.csv"], item_features=features.append_column(field, titles))
-    prepare_batches(raw, [table], folder, 1 << 30)
-    return SequenceDataset.open(folder)
 
 
 def trained(root: Path, name: str, *bindings: str) -> Path:
@@ -229,15 +209,6 @@ def test_an_old_run_has_a_page_and_evaluation_adds_what_is_missing(
     assert done.returncode == 0, done.stderr
     assert report([str(run)]) == 0
     assert "Recommendations for 5 users" in (run / "report.html").read_text()
-
-
-def ranks_of(dataset: SequenceDataset, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Drawn ranks of all users with a test target, some of them misses."""
-    split = make_split(dataset, "leave_one_out")
-    users = np.flatnonzero(split.test_targets >= 0)
-    targets = dataset.items[dataset.offsets[users] + split.test_targets[users]].astype(np.int64)
-    ranks = np.random.default_rng(seed).integers(1, dataset.num_items + 2, len(users))
-    return torch.from_numpy(users + 1), torch.from_numpy(targets), torch.from_numpy(ranks)
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,7 @@ def _write(path: Path, template: str, values: Mapping[str, Any]) -> Path:
         "number": "{:.4f}".format,
         "signed": lambda value: f"{value:+.4f}".replace("-", "−"),
         "count": "{:,}".format,
+        "zip": zip,
         "seconds": "{:,.1f}".format,
         "p": lambda p: f"{p:.4f}" if p >= 0.00095 else "< 0.001",
     }
@@ -147,7 +148,7 @@ def comparison_page(runs: Sequence[Run]) -> dict[str, Any]:
         "title": f"{len(runs)} runs",
         "names": list(facts),
         "runs": runs,
-        "conditions": conditions(runs[0]),
+        "conditions": conditions(runs[0], own=False),
         "left_out": max(len(each.users) for each in facts.values()) - len(joint.users),
         "metrics": breakdown.METRICS,
         "data": joint.data,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -150,10 +150,14 @@ def hit_curve(ranks: Mapping[str, np.ndarray], num_items: int) -> Markup:
     cutoffs = np.unique(np.geomspace(1, max(num_items, 2), 80).astype(int))
     for method, own in ranks.items():
         sorted_ranks = np.sort(own[own <= num_items])
-        axes.plot(cutoffs, np.searchsorted(sorted_ranks, cutoffs, side="right") / len(own), label=method)
+        axes.plot(
+            cutoffs,
+            np.searchsorted(sorted_ranks, cutoffs, side="right") / len(own),
+            label=shortened(method, 30),
+        )
     axes.set(xscale="log", xlabel="K", ylabel="HR@K", ylim=(0, 1.02), xlim=(1, cutoffs[-1]))
     axes.axvline(10, color=_INK, linewidth=0.8, linestyle=":")
-    add_legend(axes, **ABOVE, ncols=3)
+    add_legend(axes, **ABOVE, ncols=columns_for(ranks))
     return svg(made, "Share of targets among the first K items, for every K")
 
 
@@ -171,7 +175,7 @@ def groups(found: Sequence[Group], metric: str, xlabel: str) -> Markup:
         means = np.array([each.mean for each in own])
         errors = [means - [each.low for each in own], [each.high for each in own] - means]
         draw, error = (axes.barh, "xerr") if lying else (axes.bar, "yerr")
-        draw(places, means, width * 0.92, label=method, color=COLOURS[number % len(COLOURS)],
+        draw(places, means, width * 0.92, label=shortened(method, 30), color=COLOURS[number % len(COLOURS)],
              **{error: np.clip(errors, 0, None)}, error_kw={"elinewidth": 0.9, "ecolor": _INK})  # fmt: skip
     labels = [shortened(each.label, 26) for each in found]
     if lying:
@@ -183,7 +187,7 @@ def groups(found: Sequence[Group], metric: str, xlabel: str) -> Markup:
         axes.set_xticks(range(len(found)), labels, parse_math=False)
         axes.set(xlabel=xlabel, ylabel=metric.upper(), ylim=(0, None))
         axes.grid(visible=False, axis="x")
-    add_legend(axes, **ABOVE, ncols=3)
+    add_legend(axes, **ABOVE, ncols=columns_for(methods))
     return svg(made, f"{metric} by {xlabel}")
 
 
@@ -329,6 +333,12 @@ def compared_curves(runs: Mapping[str, Sequence[Row]], metric: str) -> Markup | 
     whole_numbers(axes)
     add_legend(axes)
     return svg(made, f"{metric} of all runs by epoch")
+
+
+def columns_for(names: Iterable[str]) -> int:
+    """Columns of a legend above axes of half the page: as many as its longest name leaves room for."""
+    longest = max((len(shortened(name, 30)) for name in names), default=1)
+    return max(1, min(3, 72 // (longest + 6)))
 
 
 def shortened(text: str, width: int) -> str:

@@ -96,8 +96,9 @@ def _records(path: Path, whole: bool = False) -> list[dict[str, Any]]:
     return found
 
 
-def conditions(run: Run) -> list[str]:
-    """How the numbers are to be read: lane, protocol, seen filter, ties, hidden or given time."""
+def conditions(run: Run, own: bool = True) -> list[str]:
+    """How the numbers are to be read: lane, protocol, seen filter, ties, hidden or given time. own: with what the run itself
+    says of its test."""
     protocol, lines = run.settings.data.protocol, []
     ties = "file" if run.facts is None else run.facts.data["choices"].get("tie_order", "file")
     if protocol == "paper":
@@ -123,7 +124,7 @@ def conditions(run: Run) -> list[str]:
     lines.append(
         f"Events of one user and time are {orders.get(ties, ties)}; tables that break ties another way differ."
     )
-    if run.final.get("conditions"):
+    if own and run.final.get("conditions"):
         lines.append(f"Conditions of the test: {run.final['conditions']}.")
     lines.append(
         "Each target is ranked among the whole catalogue but the seen items. Equal scores are ranked by item id. A rank is "
