@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from generative_recommenders.checkpoint.store import CheckpointStore
 from generative_recommenders.commands.setup import (
     Options,
     run_settings,
     shared_dataset,
 )
 from generative_recommenders.compat.meta.checkpoint import are_numbers, load_meta_checkpoint
-from generative_recommenders.config import gin as gin_registry
+from generative_recommenders.compat.run import save_model
 from generative_recommenders.config.plugins import load_plugins
 from generative_recommenders.data.splits import make_split
 from generative_recommenders.distributed.process_group import (
@@ -37,10 +36,6 @@ def import_worker(rank: int, world_size: int, options: Options) -> int:
     load_meta_checkpoint(trainer.model, options.meta_checkpoint, item_ids if are_numbers(item_ids) else None)
     name = f"{settings.data.dataset_name}-{settings.model.main_module}"
     with RunFolder.create_or_open(options.run_dir, name=name) as run:
-        resolved = gin_registry.resolved_text(settings)
-        run.save_resolved_gin(resolved)
-        store = CheckpointStore(run.checkpoints)
-        store.attach(item_ids, settings.to_json(), resolved)
-        trainer.save(store)
+        save_model(trainer, run)
         show(f"{run.path}: score it with --mode=evaluate, or train on with --resume")
     return 0

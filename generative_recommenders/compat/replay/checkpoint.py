@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from generative_recommenders.checkpoint.store import CheckpointStore
 from generative_recommenders.compat.meta.checkpoint import read_state
 from generative_recommenders.compat.replay.nn.agg import PositionAwareAggregator, SumAggregator
 from generative_recommenders.compat.replay.nn.embedding import SequenceEmbedding
@@ -19,7 +18,7 @@ from generative_recommenders.compat.replay.nn.sequential.next_item import QueryT
 from generative_recommenders.compat.replay.nn.sequential.sasrec import SasRec
 from generative_recommenders.compat.replay.nn.sequential.sasrec_layer import SasRecTransformerLayer
 from generative_recommenders.compat.replay.nn.sequential.twotower import TwoTower
-from generative_recommenders.config.gin import resolved_text
+from generative_recommenders.compat.run import save_model
 from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.data.splits import make_split
 from generative_recommenders.data.store import SequenceDataset
@@ -103,14 +102,9 @@ def save_as_run(
         for name, value in model.body.item_tower.encoder.state_dict().items():  # type: ignore[attr-defined]
             factor = first.get(name.removeprefix("sw1."), 1.0)
             own[f"items.tower.encoder.0.{name}"].copy_(value * factor)
-    with RunFolder.create_or_open(
-        str(run_dir), name=f"{dataset.manifest.name}-{type(model).__name__}"
-    ) as run:
-        resolved = resolved_text(settings)
-        run.save_resolved_gin(resolved)
-        store = CheckpointStore(run.checkpoints)
-        store.attach(dataset.original_item_ids().combine_chunks(), settings.to_json(), resolved)
-        trainer.save(store)
+    name = f"{dataset.manifest.name}-{type(model).__name__}"
+    with RunFolder.create_or_open(str(run_dir), name=name) as run:
+        save_model(trainer, run)
         return run.path
 
 
