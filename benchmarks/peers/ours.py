@@ -1,0 +1,64 @@
+"""This program's trainer and evaluator, started by `compare_peers.py`."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from common import Clock, arguments
+
+from generative_recommenders.config import gin as gin_registry
+from generative_recommenders.data.loader import prefetch
+from generative_recommenders.data.splits import make_split
+from generative_recommenders.data.store import SequenceDataset
+from generative_recommenders.distributed.collectives import Collectives
+from generative_recommenders.distributed.memory import keep_freed_memory
+from generative_recommenders.training.trainer import Trainer
+
+OPTIONS = {
+    "SASRec": ["sasrec_encoder.num_heads = 1", "sasrec_encoder.num_blocks = {blocks}"],
+    "TwoTower": ["sasrec_encoder.num_heads = 1", "sasrec_encoder.num_blocks = {blocks}"],
+    "DiffTransformer": [
+        "diff_transformer_encoder.num_heads = 1",
+        "diff_transformer_encoder.num_blocks = {blocks}",
+    ],
+    "HSTU": ["hstu_encoder.num_heads = 1", "hstu_encoder.num_blocks = {blocks}"],
+}
+
+
+def main() -> None:
+    flags = arguments()
+    clock = Clock(flags.started)
+    keep_freed_memory()
+    bindings = [
+        f"train_fn.main_module = '{flags.encoder}'",
+        "train_fn.loss_module = 'CE'",
+        f"train_fn.local_batch_size = {flags.batch}",
+        f"train_fn.max_sequence_length = {flags.length}",
+        f"train_fn.item_embedding_dim = {flags.width}",
+        "train_fn.dropout_rate = 0.2",
+        "train_fn.item_l2_norm = False",
+        *(each.format(blocks=flags.blocks) for each in OPTIONS[flags.encoder]),
+    ]
+    settings, _ = gin_registry.load_settings([], bindings)
+    dataset = SequenceDataset.open(flags.folder / "prepared" / "ours")
+    trainer = Trainer(settings, dataset, make_split(dataset, "leave_one_out"), Collectives("cpu"))
+    trainer.model.train()
+    epoch = 0.0
+    for number in range(2):
+        clock.pause()
+        begun = time.perf_counter()
+        for batch in prefetch(trainer.loader.epoch(number), 4):
+            float(trainer.run_step(batch).loss)
+            clock.step()
+        epoch = time.perf_counter() - begun
+    trainer.model.eval()
+    begun = time.perf_counter()
+    trainer.evaluation.test(trainer.model)
+    clock.report(epoch=epoch, evaluation=time.perf_counter() - begun, steps=len(clock.steps) + 1)
+
+
+if __name__ == "__main__":
+    main()
