@@ -152,7 +152,7 @@ class ArrowSource(TableSource):
             for batch in batches:
                 yield _checked(self.path, done, batch)
                 done += batch.num_rows
-        except (pa.ArrowException, OSError, ValueError, struct.error) as error:
+        except (pa.ArrowException, OSError, ValueError, OverflowError, struct.error) as error:
             raise UserError(f"{self.path}: damaged or cut short: {one_line(error)}") from error
 
     def batches(self, places):

@@ -331,6 +331,15 @@ def parquet_bytes() -> bytes:
     return sink.getvalue().to_pybytes()
 
 
+def arrow_bytes(make: Callable, packing: str | None) -> bytes:
+    users = pa.array(["u1", "u2"] * 40).dictionary_encode()
+    table = pa.table({"user": users, "item": ["i1", "i2"] * 40, "timestamp": range(80)})
+    sink = pa.BufferOutputStream()
+    with make(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression=packing)) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()
+
+
 SEEDS = [
     (
         b'u1,i1,5.0,100\nu2,i2,4,200\n"u,3",i3,3,300\n',
@@ -342,6 +351,9 @@ SEEDS = [
     (b"user_id,item_id,rating,timestamp\n1,2,3,4\n", [FOUND]),
     (gzip.compress(b"u1,i1,5.0,100\nu2,i2,4,200\n" * 20), [COMMAS]),
     (parquet_bytes(), [ReadOptions()]),
+    (arrow_bytes(pa.ipc.new_file, "zstd"), [ReadOptions()]),
+    (arrow_bytes(pa.ipc.new_stream, "lz4"), [ReadOptions()]),
+    (arrow_bytes(pa.ipc.new_stream, None), [ReadOptions()]),
 ]
 
 
@@ -368,7 +380,7 @@ def fuzz_reader(folder: Path, seed: int, count: int) -> tuple[int, int]:
 
 @memory_grows_at_most(256)
 def test_fuzz(tmp_path: Path) -> None:
-    accepted, refused = fuzz_reader(tmp_path, 11, 1_000)
+    accepted, refused = fuzz_reader(tmp_path, 11, 1_500)
     assert accepted > 100
     assert refused > 100
 
