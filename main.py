@@ -102,6 +102,9 @@ _USERS_METRICS = flags.DEFINE_string(
 _REPORT = flags.DEFINE_bool(
     "report", True, "train: write report.html, numbers and pictures, into the run's folder"
 )
+_COMPARE = flags.DEFINE_string(
+    "compare", None, "evaluate: the folder of another run, to test the difference of the two over their users"
+)
 _FORMAT = flags.DEFINE_enum(
     "format",
     "torch",
@@ -127,6 +130,7 @@ _OF_A_RUN = (
         _META_CHECKPOINT,
         _NUM_PROCESSES,
         _USERS_METRICS,
+        _COMPARE,
     ),
     "it takes the run of --run_dir as it is, in one process",
 )
@@ -136,9 +140,12 @@ def check_flags() -> None:
     """A flag that could not act in the mode is refused."""
     mode = _MODE.value
     idle, why = {
-        "train": ((_META_CHECKPOINT, _USERS_METRICS), "only --mode=import and --mode=evaluate read them"),
+        "train": (
+            (_META_CHECKPOINT, _USERS_METRICS, _COMPARE),
+            "only --mode=import and --mode=evaluate read them",
+        ),
         "import": (
-            (_RESUME, _AUTO_RESUME, _MAX_STEPS, _DRY_RUN, _PROFILE, _USERS_METRICS),
+            (_RESUME, _AUTO_RESUME, _MAX_STEPS, _DRY_RUN, _PROFILE, _USERS_METRICS, _COMPARE),
             "it makes a run and trains nothing",
         ),
         "predict": _OF_A_RUN,
@@ -172,6 +179,7 @@ def run(arguments: list[str]) -> int:
         plugins=tuple(_PLUGINS.value),
         users_metrics=_USERS_METRICS.value,
         report=_REPORT.value,
+        compare=_COMPARE.value,
     )
     if _LIST.value:
         load_plugins(options.plugins)

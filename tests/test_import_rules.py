@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "generative_recommenders"
 LEVELS = (
     {"errors", "types"}, {"config"}, {"ops", "distributed"}, {"data", "modeling"}, {"objectives"}, {"build", "checkpoint"},
-    {"retrieval"}, {"evaluation"}, {"training"}, {"run"}, {"lightning"}, {"compat"}, {"commands", "serve"}, {"report"},
+    {"retrieval"}, {"evaluation"}, {"training"}, {"run"}, {"lightning"}, {"compat"}, {"commands", "serve"},
+    {"report", "ablate"},
 )  # fmt: skip
 """Lowest first. A package imports from itself and from lower levels; not from others of its own level."""
 KNOW_DISTRIBUTED, KNOW_GIN = {"distributed", "training"}, {"config"}

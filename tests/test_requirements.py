@@ -12,6 +12,7 @@ PINNED = {
     "lightning": "requirements-extras.txt",
     "export": "requirements-extras.txt",
     "serve": "requirements-extras.txt",
+    "search": "requirements-extras.txt",
     "spark": "requirements-spark.txt",
     "gpu": "requirements-gpu.txt",
 }

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import polars as pl
 import pyarrow as pa
@@ -16,6 +17,7 @@ from generative_recommenders.build.parts import Catalogue, build_model
 from generative_recommenders.checkpoint.broadcast import checkpoint_from_main
 from generative_recommenders.checkpoint.store import Checkpoint, CheckpointStore
 from generative_recommenders.checkpoint.weights import load_model
+from generative_recommenders.commands.comparison import comparison_table
 from generative_recommenders.commands.setup import (
     Options,
     check_same_everywhere,
@@ -29,6 +31,7 @@ from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.data.preparation.folder import new_file
 from generative_recommenders.data.splits import Split, make_split
 from generative_recommenders.data.store import SequenceDataset
+from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.distributed.memory import keep_freed_memory
 from generative_recommenders.distributed.process_group import (
     process_collectives,
@@ -37,6 +40,7 @@ from generative_recommenders.distributed.process_group import (
 from generative_recommenders.distributed.signals import INTERRUPTED, StopRequest, StopRequested
 from generative_recommenders.distributed.sync import from_main, together
 from generative_recommenders.errors import UserError
+from generative_recommenders.evaluation.evaluator import EvaluationResult
 from generative_recommenders.evaluation.model_evaluation import ModelEvaluation
 from generative_recommenders.evaluation.user_ranks import Ranks, user_ranks
 from generative_recommenders.run import summary as report
@@ -59,20 +63,26 @@ def check_evaluated(
         raise UserError(f"{checkpoint.path} was trained on other items than {dataset.folder} holds")
 
 
-def evaluate_worker(rank: int, world_size: int, options: Options) -> int:
-    """Scores the best (else the newest) checkpoint of a run on the test targets; the model is rebuilt from its settings.
+class ScoredRun(NamedTuple):
+    """A run's checkpoint, scored on the test targets."""
 
-    The numbers are shown and go into the run's ``evaluation.json``; each user's rank into ``--users_metrics``. A long
-    evaluation that is stopped goes on when it is asked for again.
+    checkpoint: Checkpoint
+    settings: RunSettings
+    dataset: SequenceDataset
+    split: Split
+    evaluation: ModelEvaluation
+    test: EvaluationResult
+
+    @property
+    def ranks(self) -> Ranks:
+        return user_ranks(self.dataset, self.split, self.test.ranks)
+
+
+def score_run(options: Options, collectives: Collectives) -> ScoredRun:
+    """Scores the best (else the newest) checkpoint of ``--run_dir``; the model is rebuilt from its settings.
+
+    StopRequested where it was asked to stop.
     """
-    if options.users_metrics and Path(options.users_metrics).suffix not in _WRITERS:
-        raise UserError(
-            f"--users_metrics={options.users_metrics}: the name must end in {', '.join(_WRITERS)}"
-        )
-    set_up_logging(rank == 0, options.verbosity)
-    load_plugins(options.plugins)
-    keep_freed_memory()
-    collectives = process_collectives(process_device())
     store = CheckpointStore(checkpoints_of(options), read_only=True)
     checkpoint = checkpoint_from_main(  # twice: a run that goes on may replace its best one meanwhile
         collectives, lambda: store.load_best() or store.load_best() or store.load_newest()
@@ -96,19 +106,41 @@ def evaluate_worker(rank: int, world_size: int, options: Options) -> int:
     load_model(model, checkpoint)
     evaluation = ModelEvaluation(settings, dataset, split, collectives)
     evaluation.folder = checkpoints_of(options).parent
+    with StopRequest() as stop:
+        test = evaluation.test(model, lambda: stop.requested)
+    return ScoredRun(checkpoint, settings, dataset, split, evaluation, test)
+
+
+def evaluate_worker(rank: int, world_size: int, options: Options) -> int:
+    """Scores a run, see `score_run`, and another one to compare with where ``--compare`` names it.
+
+    The numbers are shown and go into the run's ``evaluation.json``; each user's rank into ``--users_metrics``. A long
+    evaluation that is stopped goes on when it is asked for again.
+    """
+    if options.users_metrics and Path(options.users_metrics).suffix not in _WRITERS:
+        raise UserError(
+            f"--users_metrics={options.users_metrics}: the name must end in {', '.join(_WRITERS)}"
+        )
+    set_up_logging(rank == 0, options.verbosity)
+    load_plugins(options.plugins)
+    keep_freed_memory()
+    collectives = process_collectives(process_device())
     try:
-        with StopRequest() as stop:
-            test = evaluation.test(model, lambda: stop.requested)
+        scored = score_run(options, collectives)
+        other = None
+        if options.compare:
+            other = score_run(dataclasses.replace(options, run_dir=options.compare), collectives)
     except StopRequested:
         logging.info("stopped on request; the same command goes on with the users that are left")
         return INTERRUPTED
+    checkpoint, settings, dataset, split, evaluation, test = scored
     of_baselines: dict[str, Ranks] = {}
     rows = {
         **evaluation.baselines(of_baselines),
         **report.model_rows(settings, test.metrics(), test.high_rated_metrics()),
         **evaluation.standard_errors(test),
     }
-    ranks = {settings.model.main_module: user_ranks(dataset, split, test.ranks), **of_baselines}
+    ranks = {settings.model.main_module: scored.ranks, **of_baselines}
     if collectives.is_main:
         conditions = evaluation.conditions(test)
         show(f"{checkpoint.path}, test, full catalogue, {conditions}")
@@ -120,7 +152,14 @@ def evaluate_worker(rank: int, world_size: int, options: Options) -> int:
         }  # fmt: skip
         _write_record(checkpoints_of(options).parent / "evaluation.json", record)
         if options.users_metrics:
-            write_users_metrics(Path(options.users_metrics), dataset, *ranks[settings.model.main_module])
+            path, frame = Path(options.users_metrics), users_frame(dataset, *scored.ranks)
+            with new_file(path) as scratch:
+                _WRITERS[path.suffix](frame, scratch)
+            logging.info("ranks of %d users in %s", len(frame), path)
+        if other is not None:
+            names = str(options.run_dir), str(options.compare)
+            frames = users_frame(dataset, *scored.ranks), users_frame(other.dataset, *other.ranks)
+            show("\n" + comparison_table(*frames, names))
         if not options.bindings:  # the report shows the run as it was trained
             keep_facts(checkpoints_of(options).parent, dataset, split, ranks)
     return 0
@@ -150,24 +189,21 @@ def _write_record(path: Path, record: Mapping[str, Any]) -> None:
         logging.warning("%s", error)
 
 
-def write_users_metrics(
-    path: Path, dataset: SequenceDataset, users: torch.Tensor, targets: torch.Tensor, ranks: torch.Tensor
-) -> None:
+def users_frame(
+    dataset: SequenceDataset, users: torch.Tensor, targets: torch.Tensor, ranks: torch.Tensor
+) -> pl.DataFrame:
     """``user_id, item_id, rank`` of every test target, by user: for tests of significance between runs.
 
     users, targets, ranks: ``[n]`` int64, internal ids from 1. The rank counts from 1 and is empty for a miss (a target that is
-    no candidate). UserError where the file cannot be written.
+    no candidate).
     """
     order = users.argsort().numpy()
     of_users, of_items = (pa.array(each.numpy()[order] - 1) for each in (users, targets))
     names = pl.Series("user_id", dataset.original_user_ids().take(of_users).cast(pa.large_string()))
     items = pl.Series("item_id", dataset.original_item_ids().take(of_items).cast(pa.large_string()))
-    frame = pl.DataFrame([names, items, pl.Series("rank", ranks.numpy()[order])]).with_columns(
+    return pl.DataFrame([names, items, pl.Series("rank", ranks.numpy()[order])]).with_columns(
         pl.when(pl.col("rank") <= dataset.num_items).then(pl.col("rank"))
     )
-    with new_file(path) as scratch:
-        _WRITERS[path.suffix](frame, scratch)
-    logging.info("ranks of %d users in %s", len(frame), path)
 
 
 _WRITERS: dict[str, Callable[[pl.DataFrame, Path], Any]] = {

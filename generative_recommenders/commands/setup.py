@@ -45,6 +45,7 @@ class Options:
     plugins: tuple[str, ...] = ()
     users_metrics: str | None = None
     report: bool = True
+    compare: str | None = None
 
 
 def prepared_dataset(name: str, data_root: Path) -> SequenceDataset:

@@ -9,7 +9,7 @@ import difflib
 import io
 import re
 import tokenize
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,8 @@ MAX_STRINGS = 100
 """In a row: gin joins them one by one, each time copying what it has."""
 PARSER_FAULTS = (ValueError, TypeError, AttributeError, LookupError)
 """What gin's parser raises for texts that it cannot make sense of, beside SyntaxError."""
+ABLATION = "ablation"
+"""Owner of what a file of `generative_recommenders.ablate` says beside settings."""
 MODULE = "generative_recommenders."
 """May stand before every owner's name."""
 
@@ -52,6 +54,17 @@ def load_settings(gin_files: Sequence[str | Path], bindings: Sequence[str] = ())
     return settings, resolved_text(settings)
 
 
+def load_ablation(
+    path: str | Path, bindings: Sequence[str], names: Collection[str]
+) -> tuple[dict[str, Any], s.RunSettings]:
+    """What a file binds of ``names`` on ``ablation``, and the settings that it gives as `load_settings` does."""
+    parsed = _Parsed(names)
+    _bind_file(Path(path), f"no gin file at {path}", parsed)
+    _bind_text("\n".join(bindings), BINDINGS, parsed)
+    settings = parsed.over(s.RunSettings())
+    return {name: parsed.resolved(value, place) for name, (place, value) in parsed.apart.items()}, settings
+
+
 def override(settings: s.RunSettings, bindings: Sequence[str]) -> s.RunSettings:
     """The settings with bindings applied over them, as for evaluating a checkpoint under another seen filter."""
     parsed = _Parsed()
@@ -67,16 +80,36 @@ class _Macro:
 
 
 class _Parsed(config_parser.ParserDelegate):  # type: ignore[misc]
-    """What the texts of one configuration hold. files: their number ends includes that go in a circle or multiply."""
+    """What the texts of one configuration hold. files: their number ends includes that go in a circle or multiply.
 
-    def __init__(self) -> None:
+    names: what may be bound on `ABLATION`, which is no setting; None where nothing may.
+    """
+
+    def __init__(self, names: Collection[str] | None = None) -> None:
         self.files = 0
+        self.names = names
+        self.apart: dict[str, tuple[str, Any]] = {}
+        """What is bound on `ABLATION`: place and value."""
         self.macros: dict[str, tuple[str, Any]] = {}
         """Name to the place where it is given a value, and the value."""
         self.bound: dict[str, tuple[str, Any]] = {}
         """Name to place and value."""
         self.used: set[str] = set()
         """Names that a %name refers to."""
+
+    def bind_apart(self, argument: str, value: Any, place: str) -> None:
+        """UserError for what the caller does not read, and for a value that grows without measure."""
+        if self.names is None:
+            raise UserError(
+                f"gin: {place}: an ablation is run by python -m generative_recommenders.ablate FILE"
+            )
+        if argument not in self.names:
+            raise UserError(
+                f"gin: {place}: {ABLATION} has no parameter {argument!r}{nearest(argument, self.names)}"
+            )
+        if self.entries(value, {}) > MAX_ENTRIES:
+            raise UserError(f"gin: {place}: a value of more than {MAX_ENTRIES} entries")
+        self.apart[argument] = place, value
 
     def macro(self, macro_name: str) -> _Macro:
         self.used.add(macro_name)
@@ -101,11 +134,11 @@ class _Parsed(config_parser.ParserDelegate):  # type: ignore[misc]
         known: dict[str, int] = {}
         values: dict[str, Any] = {}
         for name, (place, value) in self.bound.items():
-            if self._entries(value, known) > MAX_ENTRIES:
+            if self.entries(value, known) > MAX_ENTRIES:
                 raise UserError(
                     f"gin: {place}: a value of more than {MAX_ENTRIES} entries, or one that holds itself"
                 )
-            values[name] = self._resolved(value, place)
+            values[name] = self.resolved(value, place)
         settings = settings.bind(values)
         for published in filter(values.__contains__, PUBLISHED):
             for part, target in settings.readers(published):
@@ -116,29 +149,29 @@ class _Parsed(config_parser.ParserDelegate):  # type: ignore[misc]
                     )
         return settings
 
-    def _entries(self, value: Any, known: dict[str, int]) -> int:
+    def entries(self, value: Any, known: dict[str, int]) -> int:
         if isinstance(value, _Macro):
             if value.name not in known:
                 known[value.name] = MAX_ENTRIES + 1  # what it is within itself
                 given = self.macros.get(value.name, ("", None))[1]
-                known[value.name] = self._entries(given, known)
+                known[value.name] = self.entries(given, known)
             return known[value.name]
         if isinstance(value, dict):
-            return 1 + sum(self._entries(x, known) for pair in value.items() for x in pair)
+            return 1 + sum(self.entries(x, known) for pair in value.items() for x in pair)
         if isinstance(value, (list, tuple)):
-            return 1 + sum(self._entries(x, known) for x in value)
+            return 1 + sum(self.entries(x, known) for x in value)
         return 1
 
-    def _resolved(self, value: Any, place: str) -> Any:
+    def resolved(self, value: Any, place: str) -> Any:
         """With the values of macros in their places."""
         if isinstance(value, _Macro):
             if value.name not in self.macros:
                 raise UserError(f"gin: {place}: nothing gives %{value.name} a value")
-            return self._resolved(self.macros[value.name][1], place)
+            return self.resolved(self.macros[value.name][1], place)
         if isinstance(value, (list, tuple)):
-            return type(value)(self._resolved(each, place) for each in value)
+            return type(value)(self.resolved(each, place) for each in value)
         if isinstance(value, dict):
-            pairs = [(self._resolved(key, place), self._resolved(each, place)) for key, each in value.items()]
+            pairs = [(self.resolved(key, place), self.resolved(each, place)) for key, each in value.items()]
             if not all(isinstance(key, (str, int, float, bool, type(None))) for key, _ in pairs):
                 raise UserError(f"gin: {place}: keys are names or numbers")
             return dict(pairs)
@@ -244,6 +277,9 @@ def _bind(statement: Any, place: str, parsed: _Parsed) -> None:
             raise UserError(
                 f"gin: {place}: scopes cannot act here; write {owner}.{argument} without {scope + '/'!r}"
             )
+        if owner == ABLATION:
+            parsed.bind_apart(argument, statement.value, place)
+            return
         owner, known = owner.removeprefix(MODULE), _known_names()
         if owner not in known:
             raise UserError(f"gin: {place}: there is no configurable {owner!r}{nearest(owner, known)}")

@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 
 from generative_recommenders.commands import setup, train
+from generative_recommenders.commands.ablation.plan import Ablation, cells_of
 from generative_recommenders.config.gin import load_settings
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.errors import UserError
 from tiny_data import ragged_sequences, tiny_dataset
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIGS = sorted((ROOT / "configs").rglob("*.gin"))
+ABLATIONS = sorted((ROOT / "configs" / "ablations").glob("*.gin"))
+CONFIGS = [path for path in sorted((ROOT / "configs").rglob("*.gin")) if path not in ABLATIONS]
 PUBLISHED = [path for path in CONFIGS if path.name.endswith("-final.gin")]
 by_name = {"ids": lambda path: str(path.relative_to(ROOT / "configs").with_suffix(""))}
 
@@ -38,8 +40,14 @@ def test_every_configuration_builds(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """By the dry run, on short histories and few negatives for the sake of time."""
+    """By the dry run."""
     monkeypatch.chdir(tmp_path)  # includes are found from anywhere
+    assert_builds(path, all_data, capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+def assert_builds(path: Path, all_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On short histories and few negatives, for the sake of time."""
     short = (
         "train_fn.max_sequence_length = 6",
         "train_fn.num_negatives = 4",
@@ -49,7 +57,6 @@ def test_every_configuration_builds(
     assert train.dry_run_worker(0, 1, options) == 0
     shown = capsys.readouterr().out
     assert "MiB" in shown and "criterion" in shown
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_configurations_are_there() -> None:
@@ -110,12 +117,18 @@ def test_data_of_ml_3b_are_asked_for_with_what_makes_them(tmp_path: Path) -> Non
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize(
-    "sweep", sorted(path for path in (ROOT / "configs" / "ablations").iterdir() if path.is_dir())
-)
-def test_a_sweep_changes_only_what_it_names(sweep: Path) -> None:
-    """Data, epochs and learning rate are the same in all files of a folder; no two files say the same."""
-    runs = [load_settings([path])[0] for path in sorted(sweep.glob("*.gin")) if path.stem != "base"]
+@pytest.mark.parametrize("path", ABLATIONS, ids=lambda path: path.stem)
+def test_the_cells_of_an_ablation(
+    path: Path, all_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All build; data, epochs and learning rate are the same in all of them, and no two say the same."""
+    ablation = Ablation.load(path, (), tmp_path)
+    planned = [ablation.run(cell, 42) for cell in cells_of(ablation.settings, path)]
+    for run in planned:
+        run.config.parent.mkdir(parents=True)
+        run.config.write_text(run.resolved)
+        assert_builds(run.config, all_data, capsys)
+    runs = [run.settings for run in planned]
     shared = {
         (r.data.dataset_name, r.data.max_sequence_length, r.schedule.num_epochs, r.updates.learning_rate)
         for r in runs

@@ -14,7 +14,11 @@ from generative_recommenders.config.schema import FIELDS, RunSettings
 from generative_recommenders.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").glob("*/*.gin"))
+CONFIGS = sorted(
+    path.relative_to(ROOT).as_posix()
+    for path in (ROOT / "configs").glob("*/*.gin")
+    if path.parent.name != "ablations"  # those are read by `generative_recommenders.ablate` alone
+)
 PUBLISHED = """
 train_fn.dataset_name = "ml-1m"
 train_fn.max_sequence_length = 200

@@ -130,6 +130,7 @@ class FuXi(torch.nn.Module):
 
     causal = True
     time_options = ("enable_relative_time_bias",)
+    redraws_inputs = True
 
     def __init__(
         self,

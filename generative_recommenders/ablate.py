@@ -1,0 +1,117 @@
+"""Ablations: ``python -m generative_recommenders.ablate FILE.gin [--seeds=3] [--jobs=N] [--search=optuna --trials=40]``.
+
+The gin file holds a base configuration and, as ``ablation.cells``, ``ablation.grid`` or ``ablation.search``, what is varied.
+Each cell is a run of main.py for each seed. Started again, finished runs are left alone and interrupted ones go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from absl import logging
+
+from generative_recommenders.commands.ablation import jobs
+from generative_recommenders.commands.ablation.plan import Ablation, Run, cells_of
+from generative_recommenders.commands.ablation.search import Search
+from generative_recommenders.commands.ablation.tables import collect, write_tables
+from generative_recommenders.commands.program import exit_code
+from generative_recommenders.config.plugins import load_plugins
+from generative_recommenders.errors import UserError
+from generative_recommenders.run.logging import set_up_logging, show
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="python -m generative_recommenders.ablate", description=__doc__.splitlines()[0]
+    )
+    made.add_argument("file", help="the ablation's gin file, as configs/ablations/ml-1m-losses.gin")
+    made.add_argument(
+        "--seeds", type=int, default=1, help="runs of each cell, by the file's seed and those after it"
+    )
+    made.add_argument("--jobs", type=int, help="runs at a time; one a GPU, or one, by default")
+    made.add_argument(
+        "--only", default="", help="names of the cells to run, with commas between; all by default"
+    )
+    made.add_argument(
+        "--search", choices=["optuna"], help="search the file's space instead of running its cells"
+    )
+    made.add_argument(
+        "--trials", type=int, default=40, help="trials of the search, those before this start counted"
+    )
+    made.add_argument("--runs", help="folder of all runs and tables; runs/ablations/NAME_OF_FILE by default")
+    made.add_argument("--data_root", default="data", help="where raw/ and prepared/ data sets lie")
+    made.add_argument(
+        "--gin_bindings", action="append", default=[], help="a binding over every cell; repeatable"
+    )
+    made.add_argument(
+        "--plugin", action="append", default=[], help="a file or module that registers parts of your own"
+    )
+    return made
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs what is missing, writes the tables, prints the Markdown; 1 where a run failed."""
+    file = Path(args.file)
+    if args.seeds < 1 or args.trials < 1 or (args.jobs is not None and args.jobs < 1):
+        raise UserError("--seeds, --jobs and --trials must be 1 or more")
+    if args.search and (args.seeds > 1 or args.only):
+        raise UserError("--search runs one seed of every trial: leave out --seeds and --only")
+    load_plugins(tuple(args.plugin))
+    out = Path(args.runs or Path("runs") / "ablations" / file.stem)
+    ablation = Ablation.load(file, args.gin_bindings, out)
+    finished: dict[str, list[Run]] = {}
+    failed: dict[str, str] = {}
+
+    def done(run: Run, failure: str | None) -> None:
+        if failure is None:
+            finished.setdefault(run.cell.name, []).append(run)
+        else:
+            failed[run.name] = failure
+            logging.error("%s failed: %s", run.name, failure)
+
+    command_of = partial(jobs.next_command, data_root=Path(args.data_root), plugins=args.plugin)
+    if args.search:
+        search = Search(ablation, args.trials)
+
+        def tell(run: Run, failure: str | None) -> None:
+            search.tell(run, failure)
+            done(run, failure)
+
+        jobs.run_all(search.next_run, tell, jobs.slots(args.jobs), command_of)
+        failed |= search.refused
+    else:
+        jobs.run_all(_list(ablation, args), done, jobs.slots(args.jobs), command_of)
+    for runs in finished.values():
+        runs.sort(key=lambda each: each.settings.schedule.random_seed)
+    results = {**collect(dict(sorted(finished.items())), ablation.settings.metric), "failed": failed}
+    show(write_tables(results, out, f"Ablation {file.stem}"))
+    logging.info("tables and runs are in %s", out)
+    return 1 if failed else 0
+
+
+def _list(ablation: Ablation, args: argparse.Namespace) -> Callable[[], Run | None]:
+    """All runs of the file's cells, made before the first begins, so that what cannot be is said at once."""
+    cells, only = cells_of(ablation.settings, ablation.file), [each for each in args.only.split(",") if each]
+    unknown = sorted({*only} - {cell.name for cell in cells})
+    if unknown:
+        raise UserError(
+            f"{ablation.file} has no cell {', '.join(unknown)}; it has {', '.join(cell.name for cell in cells)}"
+        )
+    seeds = ablation.seeds(args.seeds)
+    runs = [ablation.run(cell, seed) for seed in seeds for cell in cells if not only or cell.name in only]
+    return partial(next, iter(runs), None)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    logging.set_verbosity(logging.INFO)
+    set_up_logging(level=logging.INFO)
+    return exit_code(lambda: run(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,153 @@
+"""Processes of an ablation's runs: as many at a time as there are GPUs, or sets of cores."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from absl import logging
+
+from generative_recommenders.commands.ablation.plan import Run
+from generative_recommenders.commands.ablation.records import is_trained, ranks_of
+from generative_recommenders.config.gin import PROJECT
+from generative_recommenders.errors import UserError
+
+POLL_SECONDS = 0.2
+STOP_SECONDS = 120.0
+"""What a run has to write its checkpoint when all are stopped."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where one run computes. cores: of the host, none for all."""
+
+    environment: Mapping[str, str]
+    cores: tuple[int, ...] = ()
+
+
+def slots(jobs: int | None) -> list[Slot]:
+    """One slot a job: a GPU each, or a share of the cores. UserError for more jobs than there are cores.
+
+    jobs: as many as GPUs where None, or one.
+    """
+    gpus = [str(i) for i in range(torch.cuda.device_count())]
+    if gpus:
+        visible = [each for each in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if each] or gpus
+        names = [visible[i % len(visible)] for i in range(jobs or len(visible))]
+        return [Slot({"CUDA_VISIBLE_DEVICES": name}) for name in names]
+    cores, count = sorted(os.sched_getaffinity(0)), jobs or 1
+    if count > len(cores):
+        raise UserError(f"--jobs={count} on {len(cores)} cores: give each run one at least")
+    shares = [tuple(cores[i::count]) for i in range(count)]
+    return [Slot({"OMP_NUM_THREADS": str(len(own))}, own) for own in shares]
+
+
+def next_command(run: Run, data_root: Path, plugins: Sequence[str]) -> list[str] | None:
+    """What a run needs next: its training, or the ranks of its users where it kept none; None where it is done."""
+    program = PROJECT / "main.py"
+    shared = [
+        sys.executable, str(program), f"--run_dir={run.folder}", f"--data_root={data_root}", "--num_processes=1",
+        *(f"--plugin={each}" for each in plugins),
+    ]  # fmt: skip
+    if not is_trained(run):
+        run.measured.unlink(missing_ok=True)
+        return [*shared, f"--gin_config_file={run.config}", "--auto_resume"]
+    if ranks_of(run) is None:
+        return [*shared, "--mode=evaluate", f"--users_metrics={run.measured}"]
+    return None
+
+
+@dataclass
+class _Working:
+    run: Run
+    slot: Slot
+    command: list[str]
+
+    def __post_init__(self) -> None:
+        """Starts the command, in a session of its own, so that a Ctrl-C at the terminal reaches it through us alone."""
+        with open(self.run.log, "ab") as log:
+            self.process = subprocess.Popen(
+                self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+                env={**os.environ, **self.slot.environment},
+            )  # fmt: skip
+        if self.slot.cores:
+            with suppress(ProcessLookupError):
+                os.sched_setaffinity(self.process.pid, self.slot.cores)
+
+
+def run_all(
+    next_run: Callable[[], Run | None],
+    done: Callable[[Run, str | None], None],
+    free: Sequence[Slot],
+    command_of: Callable[[Run], list[str] | None],
+) -> None:
+    """Starts runs until there is no next one, and tells of each that is done, with its line where it failed.
+
+    next_run: called when a slot is free; None ends the asking. command_of: see
+    `next_command`. SIGTERM and Ctrl-C, which raise
+    KeyboardInterrupt here, stop all processes, each with a checkpoint.
+    """
+    free, more = list(free), True
+    working: list[_Working] = []
+    try:
+        while more or working:
+            while more and free:
+                run = next_run()
+                if run is None:
+                    more = False
+                    break
+                run.folder.parent.mkdir(parents=True, exist_ok=True)
+                command = command_of(run)
+                if command is None:
+                    done(run, None)
+                    continue
+                run.config.write_text(run.resolved, encoding="utf-8")
+                logging.info("%s begins", run.name)
+                working.append(_Working(run, free.pop(), command))
+            for each in list(working):
+                code = each.process.poll()
+                if code is None:
+                    continue
+                working.remove(each)
+                command = command_of(each.run) if code == 0 else None
+                if command is not None and command != each.command:
+                    working.append(_Working(each.run, each.slot, command))
+                    continue
+                free.append(each.slot)
+                finished = code == 0 and command is None
+                done(each.run, None if finished else last_line(each.run.log, code))
+            time.sleep(POLL_SECONDS if working else 0)
+    finally:
+        _stop([each.process for each in working])
+
+
+def last_line(log: Path, code: int) -> str:
+    """Why a process failed: its ``error:`` line, or the last one that it wrote."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    told = [line for line in lines if line.startswith("error: ")]
+    return f"{(told or lines or ['no output'])[-1]} (exit code {code}, {log})"
+
+
+def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """SIGTERM, then SIGKILL to what is left after `STOP_SECONDS`, or at a second Ctrl-C."""
+    for process in processes:
+        process.terminate()
+    until = time.monotonic() + STOP_SECONDS
+    try:
+        for process in processes:
+            process.wait(max(0.0, until - time.monotonic()))
+    except (subprocess.TimeoutExpired, KeyboardInterrupt):
+        logging.warning("runs that did not stop in time are killed")
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()

@@ -1,0 +1,172 @@
+"""Plan of an ablation: the cells that its gin file spans, and the runs of each."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from generative_recommenders.build import parts  # noqa: F401  (registers what cells may choose)
+from generative_recommenders.config.fields import Section
+from generative_recommenders.config.gin import (
+    ABLATION,
+    differences,
+    load_ablation,
+    load_settings,
+    resolved_text,
+)
+from generative_recommenders.config.schema import RunSettings
+from generative_recommenders.errors import UserError
+from generative_recommenders.run.directory import holds_run
+
+MAX_CELLS = 1000
+EPOCHS = "train_fn.num_epochs"
+
+
+class AblationSettings(Section):
+    """What an ablation's gin file says beside the settings that all of its cells share.
+
+    cells: by name, what a cell binds, ``{"NAME": {"train_fn.loss_module": "CE"}}``; ``"include"`` names gin files that come
+    before its bindings. grid: values by gin name, of which every combination is a cell, of each of ``cells`` where there are
+    some. search: ranges by gin name, see `search.distribution`. metric: what the tests compare and a search maximises.
+    """
+
+    gin_name: ClassVar[str] = ABLATION
+
+    cells: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    grid: dict[str, Any] = Field(default_factory=dict)
+    search: dict[str, Any] = Field(default_factory=dict)
+    metric: Literal["ndcg@10", "hr@10", "mrr"] = "ndcg@10"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One configuration of an ablation. bindings: gin statements over its file, includes among them."""
+
+    name: str
+    bindings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a cell. folder: of main.py; beside it, by the same name, lie its gin file and the log of its processes."""
+
+    cell: Cell
+    folder: Path
+    settings: RunSettings
+    resolved: str
+
+    @property
+    def config(self) -> Path:
+        return self.folder.with_name(f"{self.folder.name}.gin")
+
+    @property
+    def log(self) -> Path:
+        return self.folder.with_name(f"{self.folder.name}.log")
+
+    @property
+    def measured(self) -> Path:
+        """Each user's rank of the test target, where the run itself keeps not all of them."""
+        return self.folder.with_name(f"{self.folder.name}.users.parquet")
+
+    @property
+    def name(self) -> str:
+        return f"{self.folder.parent.name}/{self.folder.name}"
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """An ablation's gin file, with the bindings that go over all of its cells."""
+
+    file: Path
+    bindings: tuple[str, ...]
+    out: Path
+    settings: AblationSettings
+    base: RunSettings
+
+    @classmethod
+    def load(cls, file: Path, bindings: Sequence[str], out: Path) -> Ablation:
+        """UserError, with the place in the file, for what cannot be meant."""
+        values, base = load_ablation(file, bindings, AblationSettings.model_fields)
+        return cls(file, tuple(bindings), out, AblationSettings(**values), base)
+
+    def run(self, cell: Cell, seed: int) -> Run:
+        """The run of a cell; UserError where its settings cannot be, or where its folder holds another run."""
+        over = [*cell.bindings, *self.bindings, f"train_fn.random_seed = {seed}"]
+        try:
+            _, settings = load_ablation(self.file, over, AblationSettings.model_fields)
+        except UserError as error:
+            raise UserError(f"{self.file}, cell {cell.name}: {error}") from error
+        run = Run(cell, self.out / cell.name / f"seed-{seed}", settings, resolved_text(settings))
+        check_made_of(run)
+        return run
+
+    def seeds(self, count: int) -> list[int]:
+        """The seed of the file and those after it."""
+        first = self.base.schedule.random_seed
+        return [first + i for i in range(count)]
+
+
+def cells_of(settings: AblationSettings, file: Path) -> list[Cell]:
+    """The cells of lists and grids; UserError for none, too many, and two of one name."""
+    named = [_named_cell(name, given, file) for name, given in settings.cells.items()] or [Cell("")]
+    axes: list[list[tuple[str, Any]]] = []
+    for name, values in settings.grid.items():
+        if not isinstance(values, (list, tuple)) or not values:
+            raise UserError(f"{file}: ablation.grid[{name!r}] is {values!r}: give a list of values")
+        axes.append([(name, value) for value in values])
+    found = []
+    every = itertools.product(named, itertools.product(*axes))
+    for cell, combination in itertools.islice(every, MAX_CELLS + 1):
+        labels = [f"{name.rpartition('.')[2]}={value}" for name, value in combination]
+        bound = tuple(f"{name} = {value!r}" for name, value in combination)
+        found.append(Cell(_file_name(",".join(filter(None, (cell.name, *labels)))), cell.bindings + bound))
+    if not settings.cells and not axes:
+        raise UserError(f"{file} names no cells: give ablation.cells or ablation.grid")
+    if len(found) > MAX_CELLS:
+        raise UserError(f"{file}: more than {MAX_CELLS} cells")
+    names = [cell.name for cell in found]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"{file}: two cells are named {twice}: give ablation.cells names that differ")
+    return found
+
+
+def _named_cell(name: str, given: Mapping[str, Any], file: Path) -> Cell:
+    if name != _file_name(name) or not name.strip("."):
+        raise UserError(f"{file}: cell {name!r} gives a folder its name: use letters, digits and . _ = , + -")
+    included = given.get("include", [])
+    included = [included] if isinstance(included, str) else list(included)
+    bound = [f"{each} = {value!r}" for each, value in given.items() if each != "include"]
+    return Cell(name, tuple([f"include {path!r}" for path in included] + bound))
+
+
+def _file_name(text: str) -> str:
+    return re.sub(r"[^\w.=,+-]+", "-", text)[:120]
+
+
+def check_made_of(run: Run) -> None:
+    """UserError where the folder's run was made from other settings; more epochs may be asked for."""
+    made = made_settings(run)
+    other = [] if made is None else [each for each in differences(made, run.settings) if each[0] != EPOCHS]
+    fewer = made is not None and run.settings.schedule.num_epochs < made.schedule.num_epochs
+    if made is not None and fewer:
+        other.append((EPOCHS, made.schedule.num_epochs, run.settings.schedule.num_epochs))
+    if other:
+        name, before, now = other[0]
+        raise UserError(f"{run.folder} was made with {name} = {before!r}, not {now!r}: give another --runs")
+
+
+def made_settings(run: Run) -> RunSettings | None:
+    """The settings that the run in the folder was made from; None where there is no run yet."""
+    if not holds_run(run.folder):
+        return None
+    resolved = run.folder / "resolved.gin"
+    if not resolved.exists():
+        raise UserError(f"{run.folder} does not say what it was made from: give another --runs")
+    return load_settings([resolved])[0]

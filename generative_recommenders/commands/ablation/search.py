@@ -1,0 +1,113 @@
+"""Search of an ablation's space by Optuna (arXiv 1907.10902), on validation; the extra ``search``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from generative_recommenders.commands.ablation.plan import Ablation, Cell, Run
+from generative_recommenders.commands.ablation.records import best_validation
+from generative_recommenders.config.fields import check_numbers
+from generative_recommenders.data.preparation.folder import new_file
+from generative_recommenders.errors import UserError
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+
+PARAMETERS = "parameters.json"
+
+
+class Search:
+    """Trials of a search, of which each is a cell with one run; what was tried before is read from the folders.
+
+    trials: how many there shall be. UserError without Optuna, without a space, and in protocol "paper", which has no
+    validation.
+    """
+
+    def __init__(self, ablation: Ablation, trials: int) -> None:
+        try:
+            import optuna
+        except ImportError as error:
+            raise UserError(
+                "optuna is not installed: pip install 'generative-recommenders[search]'"
+            ) from error
+        space = ablation.settings.search
+        if not space:
+            raise UserError(f"{ablation.file} names no space: give ablation.search")
+        if ablation.base.data.protocol == "paper":
+            raise UserError(
+                f"{ablation.file}: a search needs validation targets, and protocol 'paper' has none"
+            )
+        self.ablation, self.trials = ablation, trials
+        self.space = {name: distribution(name, given, ablation.file) for name, given in space.items()}
+        self.known = [
+            json.loads(path.read_text(encoding="utf-8"))
+            for path in sorted(ablation.out.glob(f"trial-*/{PARAMETERS}"))
+        ][:trials]
+        self.asked: dict[str, Any] = {}
+        self.refused: dict[str, str] = {}
+        """Trials whose settings cannot be, with the line that says why."""
+        self.started = 0
+        self._optuna = optuna
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        # A sampler that begins anew must not suggest again what it did before.
+        sampler = optuna.samplers.TPESampler(seed=ablation.base.schedule.random_seed + len(self.known))
+        self.study = optuna.create_study(direction="maximize", sampler=sampler)
+
+    def next_run(self) -> Run | None:
+        """The next trial: those that were begun first, then what the study suggests; None when there are enough."""
+        while self.started < self.trials:
+            if self.started < len(self.known):
+                self.study.enqueue_trial(self.known[self.started])
+            trial = self.study.ask(self.space)
+            # values of a choice are text already
+            texts = {name: v if isinstance(v, str) else repr(v) for name, v in trial.params.items()}
+            cell = Cell(
+                f"trial-{self.started:03d}", tuple(f"{name} = {text}" for name, text in texts.items())
+            )
+            self.started += 1
+            with new_file(self.ablation.out / cell.name / PARAMETERS) as scratch:
+                scratch.write_text(json.dumps(trial.params) + "\n", encoding="utf-8")
+            try:
+                run = self.ablation.run(cell, self.ablation.base.schedule.random_seed)
+            except UserError as error:
+                self.refused[cell.name] = str(error)
+                self.study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
+                continue
+            self.asked[cell.name] = trial
+            return run
+        return None
+
+    def tell(self, run: Run, failure: str | None) -> None:
+        """The study learns of a trial that is done."""
+        trial = self.asked.pop(run.cell.name)
+        if failure is not None:
+            self.study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
+        else:
+            self.study.tell(trial, best_validation(run, self.ablation.settings.metric))
+
+
+def distribution(name: str, given: Any, file: Path) -> BaseDistribution:
+    """``["log", low, high]``, ``["uniform", low, high]`` (floats), ``["int", low, high]`` or ``["choice", value, ...]``."""
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    wrong = UserError(
+        f"{file}: ablation.search[{name!r}] is {given!r}: give ['log', low, high], ['uniform', low, high], "
+        "['int', low, high] or ['choice', value, value, ...]"
+    )
+    if not isinstance(given, (list, tuple)) or not given or not isinstance(given[0], str):
+        raise wrong
+    kind, *values = given
+    if kind == "choice" and values:
+        return CategoricalDistribution([repr(value) for value in values])
+    numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
+    if kind not in ("log", "uniform", "int") or len(values) != 2 or not numbers:
+        raise wrong
+    try:
+        check_numbers(values)
+        if kind == "int":
+            return IntDistribution(*values)
+        return FloatDistribution(*values, log=kind == "log")
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{wrong} ({str(error).splitlines()[0]})") from error

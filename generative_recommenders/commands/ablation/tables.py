@@ -1,0 +1,217 @@
+"""Tables of an ablation: Markdown, CSV, LaTeX, a picture and JSON, with intervals over users and tests between cells."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from generative_recommenders.commands.ablation.plan import Run
+from generative_recommenders.commands.ablation.records import ranks_of, summary
+from generative_recommenders.commands.comparison import (
+    METRICS,
+    compare,
+    mean_over_runs,
+    user_values,
+)
+from generative_recommenders.data.preparation.folder import new_file
+from generative_recommenders.evaluation.significance import bootstrap_interval, holm
+
+ALL_PAIRS = 20
+"""Cells up to which every pair is tested; of more, the best one against each other."""
+
+
+def collect(runs: Mapping[str, Sequence[Run]], metric: str) -> dict[str, Any]:
+    """Numbers of all cells that have a run, best first, and of the tests between them, as JSON has them.
+
+    runs: the finished runs by cell. Of a cell: mean and deviation over seeds, the 95 % interval of the metric over users (their
+    values averaged over seeds), seconds, memory. Of a pair: the difference, p, and p after Holm's correction over all pairs.
+    Cells on other splits are not compared.
+    """
+    values: dict[str, pl.DataFrame] = {}
+    rows: list[dict[str, Any]] = []
+    for cell, own in runs.items():
+        found: list[dict[str, Any]] = [summary(run) for run in own]
+        users = [user_values(ranks, metric) for run in own if (ranks := ranks_of(run)) is not None]
+        values[cell] = mean_over_runs(users)
+        seconds = [each["seconds_per_epoch"] for each in found if each["seconds_per_epoch"] is not None]
+        rows.append(
+            {
+                "cell": cell,
+                "seeds": [run.settings.schedule.random_seed for run in own],
+                "test": {name: _spread([each["test"][name] for each in found]) for name in METRICS},
+                "interval": list(bootstrap_interval(values[cell]["value"].to_numpy())),
+                "users": len(values[cell]),
+                "seconds_per_epoch": statistics.median(seconds) if seconds else None,
+                "memory_mb": max((each["memory_mb"] for each in found if each["memory_mb"]), default=None),
+                "best_epochs": [each["best_epoch"] for each in found],
+                "split_hash": found[0]["split_hash"],
+                "conditions": found[0]["conditions"],
+                "runs": [str(run.folder) for run in own],
+                "bindings": list(own[0].cell.bindings),
+            }
+        )
+    rows.sort(key=lambda row: -row["test"][metric]["mean"])
+    return {"metric": metric, "cells": rows, "pairs": _pairs(rows, values)}
+
+
+def _spread(values: Sequence[Any]) -> dict[str, float | None]:
+    return {
+        "mean": statistics.fmean(values),
+        "deviation": statistics.stdev(values) if len(values) > 1 else None,
+    }
+
+
+def _pairs(rows: Sequence[Mapping[str, Any]], values: Mapping[str, pl.DataFrame]) -> list[dict[str, Any]]:
+    chosen = (
+        itertools.combinations(rows, 2)
+        if len(rows) <= ALL_PAIRS
+        else zip(itertools.repeat(rows[0]), rows[1:])
+    )
+    found: list[dict[str, Any]] = []
+    for first, second in chosen:
+        if first["split_hash"] != second["split_hash"]:
+            continue
+        names = first["cell"], second["cell"]
+        test = compare(values[names[0]], values[names[1]], names)
+        found.append(
+            {
+                "cells": list(names), "users": test.users, "difference": test.first - test.second,
+                "interval": list(test.interval), "p": test.p,
+            }
+        )  # fmt: skip
+    for pair, adjusted in zip(found, holm([pair["p"] for pair in found])):
+        pair["p_holm"] = adjusted
+    return found
+
+
+def write_tables(results: Mapping[str, Any], out: Path, title: str) -> str:
+    """Writes results.json and the table in all of its forms; returns the Markdown."""
+    head, rows = table_of(results)
+    text = markdown(results, title)
+    files = {
+        "results.json": json.dumps(results, indent=2) + "\n",
+        "table.md": text + "\n",
+        "table.csv": _csv([head, *rows]),
+        "pairs.csv": _csv(_pair_table(results, ".6g")),
+        "table.tex": latex(head, rows),
+    }
+    for name, content in files.items():
+        with new_file(out / name) as scratch:
+            scratch.write_text(content, encoding="utf-8")
+    if results["cells"]:
+        with new_file(out / "table.png") as scratch:
+            draw(results, scratch)
+    return text
+
+
+def table_of(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Head and lines of the table."""
+    names = [results["metric"], *(name for name in METRICS if name != results["metric"])]
+    head = [
+        "cell", "seeds", names[0].upper(), "95 % interval", *(name.upper() for name in names[1:]), "seconds per epoch",
+        "peak memory, MiB", "best epoch",
+    ]  # fmt: skip
+    rows = []
+    for row in results["cells"]:
+        first, *others = (_mean_and_deviation(row["test"][name]) for name in names)
+        low, high = row["interval"]
+        seconds, memory = row["seconds_per_epoch"], row["memory_mb"]
+        rows.append(
+            [
+                row["cell"], str(len(row["seeds"])), first, f"{low:.4f} to {high:.4f}", *others,
+                "" if seconds is None else f"{seconds:.3g}", "" if memory is None else f"{memory:,}",
+                ", ".join(str(each) for each in row["best_epochs"] if each is not None),
+            ]
+        )  # fmt: skip
+    return head, rows
+
+
+def _mean_and_deviation(spread: Mapping[str, float | None]) -> str:
+    text = f"{spread['mean']:.4f}"
+    return text if spread["deviation"] is None else f"{text} ± {spread['deviation']:.4f}"
+
+
+def _pair_table(results: Mapping[str, Any], p: str = ".4f") -> list[list[str]]:
+    rows = [["better", "other", "difference", "95 % interval", "p", "p (Holm)"]]
+    for pair in results["pairs"]:
+        low, high = pair["interval"]
+        rows.append(
+            [
+                *pair["cells"], f"{pair['difference']:+.4f}", f"{low:+.4f} to {high:+.4f}", format(pair["p"], p),
+                format(pair["p_holm"], p),
+            ]
+        )  # fmt: skip
+    return rows
+
+
+def markdown(results: Mapping[str, Any], title: str) -> str:
+    """The table, the tests between cells, what failed, and the conditions that the numbers hold under."""
+    head, rows = table_of(results)
+    lines = (
+        [f"# {title}", "", *_markdown_table([head, *rows])] if rows else [f"# {title}", "", "no finished run"]
+    )
+    if results["pairs"]:
+        lines += [
+            "",
+            f"Differences of {results['metric'].upper()}: two-sided paired permutation tests over users, p corrected over "
+            f"all {len(results['pairs'])} pairs.",
+            "",
+            *_markdown_table(_pair_table(results)),
+        ]
+    for name, line in results.get("failed", {}).items():
+        lines += ["", f"failed: {name}: {line}"]
+    conditions = dict.fromkeys((row["split_hash"], row["conditions"]) for row in results["cells"])
+    lines += ["", *(f"split {split}: {told}" for split, told in conditions)]
+    return "\n".join(lines).rstrip()
+
+
+def _markdown_table(table: Sequence[Sequence[str]]) -> list[str]:
+    head, *rows = (f"| {' | '.join(each)} |" for each in table)
+    return [head, f"|{'---|' * len(table[0])}", *rows]
+
+
+def _csv(table: Sequence[Sequence[str]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(table)
+    return text.getvalue()
+
+
+def latex(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    r"""A ``tabular`` for the package booktabs."""
+
+    def line(cells: Sequence[str]) -> str:
+        plain = (cell.replace("\\", "/") for cell in cells)
+        escaped = ("".join("\\" + c if c in "&%$#_{}" else c for c in cell) for cell in plain)
+        return " & ".join(cell.replace("±", r"$\pm$") for cell in escaped) + r" \\"
+
+    body = [line(head), r"\midrule", *(line(row) for row in rows)]
+    columns = "l" + "r" * (len(head) - 1)
+    return "\n".join(
+        [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", *body, r"\bottomrule", r"\end{tabular}", ""]
+    )
+
+
+def draw(results: Mapping[str, Any], path: Path) -> None:
+    """Means of the metric with their intervals over users, best on top, as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = results["cells"][::-1]
+    figure = Figure(figsize=(8, 1.2 + 0.35 * len(rows)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for place, row in enumerate(rows):
+        axes.plot(row["interval"], [place, place], color="tab:blue", linewidth=2)
+        axes.plot(row["test"][results["metric"]]["mean"], place, "o", color="tab:blue")
+    axes.set_yticks(range(len(rows)), [row["cell"] for row in rows], parse_math=False)
+    axes.set_xlabel(f"{results['metric'].upper()}, test, 95 % interval over users")
+    axes.grid(axis="x", alpha=0.3)
+    figure.savefig(path, format="png", dpi=120)

@@ -1,0 +1,275 @@
+"""Ablations on tiny data: cells and grids, tables, what is done twice, what fails, what stops, and what cannot be meant."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from generative_recommenders.commands.ablation.plan import Ablation, Cell, Run, cells_of
+from generative_recommenders.commands.ablation.records import summary
+from generative_recommenders.commands.ablation.tables import collect, write_tables
+from generative_recommenders.commands.comparison import METRICS, user_values
+from generative_recommenders.errors import UserError
+from generative_recommenders.evaluation.significance import holm
+from programs import ROOT, run_program
+from tiny_data import ragged_sequences, tiny_dataset
+
+BASE = """
+train_fn.dataset_name = "tiny"
+train_fn.item_embedding_dim = 8
+train_fn.max_sequence_length = 10
+train_fn.sampling_strategy = "local"
+train_fn.num_negatives = 4
+train_fn.num_epochs = 1
+"""
+PROGRAM = "generative_recommenders/ablate.py"
+
+
+@pytest.fixture(scope="module")
+def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("ablation")
+    (root / "prepared").mkdir()
+    tiny_dataset(root / "prepared", ragged_sequences(57, 30, seed=5))
+    return root
+
+
+def ablate(file: Path, data_root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    given = [f"--data_root={data_root}", f"--runs={file.parent / 'runs'}"]
+    return run_program(PROGRAM, str(file), *given, *arguments)
+
+
+def test_cells_and_seeds_become_one_table_and_nothing_is_trained_twice(
+    data_root: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "losses.gin"
+    file.write_text(
+        BASE + 'ablation.cells = {"ce": {"train_fn.loss_module": "CE"}, '
+        '"impossible": {"train_fn.dataset_name": "absent"}}\n'
+    )
+    done = ablate(file, data_root, "--seeds=2", "--jobs=2")
+    assert done.returncode == 1, done.stderr[-3000:]
+    results = json.loads((tmp_path / "runs" / "results.json").read_text())
+    assert set(results["failed"]) == {"impossible/seed-42", "impossible/seed-43"}
+    assert "absent is not prepared" in results["failed"]["impossible/seed-42"]
+    (row,) = results["cells"]
+    assert (row["cell"], row["seeds"]) == ("ce", [42, 43])
+    ablation = Ablation.load(file, (), tmp_path / "runs")
+    runs = [ablation.run(cells_of(ablation.settings, file)[0], seed) for seed in (42, 43)]
+    measured = [summary(run)["test"]["ndcg@10"] for run in runs]
+    assert row["test"]["ndcg@10"]["mean"] == pytest.approx(sum(measured) / 2)
+    low, high = row["interval"]  # of the users' values, whose mean is that of the runs
+    assert low <= row["test"]["ndcg@10"]["mean"] <= high
+    markdown = (tmp_path / "runs" / "table.md").read_text()
+    assert markdown.strip() in done.stdout
+    assert row["split_hash"] in markdown and "failed: impossible/seed-42: error:" in markdown
+
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/seed-*/*.jsonl")}
+    again = ablate(file, data_root, "--seeds=2", "--only=ce")
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert len(kept) == 2 and all(path.stat().st_mtime_ns == time for path, time in kept.items())
+    other = ablate(file, data_root, "--only=ce", "--gin_bindings=train_fn.learning_rate = 0.5")
+    assert other.returncode == 2
+    assert "was made with train_fn.learning_rate = 0.001, not 0.5: give another --runs" in other.stderr
+
+
+def finished(ablation: Ablation, cell: Cell, seed: int, ranks: list[int | None]) -> Run:
+    """A run folder as main.py leaves it: two epochs of 3 seconds, the second one best."""
+    run = ablation.run(cell, seed)
+    run.folder.mkdir(parents=True)
+    (run.folder / "resolved.gin").write_text(run.resolved)
+    frame = pl.DataFrame({"user_id": ["a", "b", "c", "d"], "item_id": ["i"] * 4, "rank": ranks})
+    frame.write_parquet(run.measured)
+    means = {metric: user_values(frame, metric)["value"].mean() for metric in METRICS}
+    lines = [
+        *(
+            {"step": e, "part": "validation", "epoch": e, "seconds": 3.0 * (e + 1), "ndcg@10": e}
+            for e in range(2)
+        ),
+        {
+            "step": 2,
+            "part": "final",
+            "model": "SASRec",
+            "results": {"SASRec": means},
+            "peak_rss_mb": 1234,
+            "split_hash": "f00",
+        },
+    ]
+    (run.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return run
+
+
+def test_tables_of_finished_runs(tmp_path: Path) -> None:
+    file = tmp_path / "x.gin"
+    file.write_text(
+        BASE
+        + 'ablation.cells = {"b_1": {}, "a": {"train_fn.learning_rate": 0.5}, "c": {"train_fn.learning_rate": 0.1}}'
+    )
+    ablation = Ablation.load(file, (), tmp_path)
+    cells = cells_of(ablation.settings, file)
+    ranks = {"b_1": [[1, 1, 2, 3], [1, 1, 2, 4]], "a": [[9, None, 5, 11], [9, 8, 5, 11]], "c": [[1, 1, 2, 3]]}
+    runs = {c.name: [finished(ablation, c, 42 + i, r) for i, r in enumerate(ranks[c.name])] for c in cells}
+    results = collect(runs, "ndcg@10")
+    assert [row["cell"] for row in results["cells"]] == ["c", "b_1", "a"]
+    row = results["cells"][1]
+    by_seed = [statistics.fmean([1, 1, 1 / math.log2(3), last]) for last in (1 / 2, 1 / math.log2(5))]
+    spread = row["test"]["ndcg@10"]
+    assert spread == pytest.approx(
+        {"mean": statistics.fmean(by_seed), "deviation": statistics.stdev(by_seed)}
+    )
+    assert (row["seconds_per_epoch"], row["memory_mb"], row["best_epochs"], row["users"]) == (
+        3,
+        1234,
+        [2, 2],
+        4,
+    )
+    pairs = {tuple(pair["cells"]): pair for pair in results["pairs"]}
+    assert set(pairs) == {("c", "b_1"), ("c", "a"), ("b_1", "a")}
+    means = {each["cell"]: each["test"]["ndcg@10"]["mean"] for each in results["cells"]}
+    assert pairs["c", "a"]["difference"] == pytest.approx(means["c"] - means["a"])
+    assert [pair["p_holm"] for pair in results["pairs"]] == holm([pair["p"] for pair in results["pairs"]])
+    text = write_tables(results, tmp_path / "out", "Ablation x")
+    assert (tmp_path / "out" / "table.md").read_text() == text + "\n"
+    with open(tmp_path / "out" / "table.csv", newline="") as lines:
+        head, *rows = csv.reader(lines)
+    assert head[:3] == ["cell", "seeds", "NDCG@10"] and [each[1] for each in rows] == ["1", "2", "2"]
+    latex = (tmp_path / "out" / "table.tex").read_text()
+    assert r"b\_1 & 2 & " in latex and r"$\pm$" in latex and r"95 \% interval" in latex
+    assert (tmp_path / "out" / "table.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
+
+
+def test_a_stopped_ablation_stops_its_runs_and_goes_on(data_root: Path, tmp_path: Path) -> None:
+    file = tmp_path / "long.gin"
+    file.write_text(BASE.replace("num_epochs = 1", "num_epochs = 400") + 'ablation.cells = {"only": {}}\n')
+    module = [sys.executable, "-m", "generative_recommenders.ablate"]
+    command = [*module, str(file), f"--data_root={data_root}", f"--runs={tmp_path / 'runs'}"]
+    run = tmp_path / "runs" / "only" / "seed-42"
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    until = time.monotonic() + 120
+    while not (run / "metrics.jsonl").exists() or (run / "metrics.jsonl").read_text().count("\n") < 2:
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "stopped on request" in (tmp_path / "runs" / "only" / "seed-42.log").read_text()
+    epochs = (run / "metrics.jsonl").read_text().count('"epoch"')
+    file.write_text(file.read_text().replace("num_epochs = 400", f"num_epochs = {epochs + 1}"))
+    (run / "resolved.gin").write_text((run / "resolved.gin").read_text().replace("400", str(epochs + 1)))
+    done = ablate(file, data_root)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "resumed" in (tmp_path / "runs" / "only" / "seed-42.log").read_text()
+
+
+def test_a_grid_is_every_combination_of_each_cell(tmp_path: Path) -> None:
+    file = tmp_path / "grid.gin"
+    file.write_text(
+        BASE + 'include "configs/models/sasrec-d50.gin"\n'
+        'ablation.grid = {"train_fn.learning_rate": [0.1, 0.01], "sasrec_encoder.num_blocks": [1, 2, 3]}\n'
+        'ablation.cells = {"a": {}, "b": {"include": "configs/models/hstu-d50.gin"}}\n'
+    )
+    ablation = Ablation.load(file, (), tmp_path / "runs")
+    cells = cells_of(ablation.settings, file)
+    assert len(cells) == 12 and cells[0].name == "a,learning_rate=0.1,num_blocks=1"
+    last = ablation.run(cells[-1], 7).settings
+    assert (last.model.main_module, last.value("train_fn.learning_rate")) == ("HSTU", 0.01)
+    assert last.value("sasrec_encoder.num_blocks") == 3
+    assert last.schedule.random_seed == 7
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "names no cells: give ablation.cells or ablation.grid"),
+        ("ablation.gird = {}", "ablation has no parameter 'gird'; did you mean 'grid'?"),
+        ('ablation.grid = {"train_fn.learning_rate": 3}', "give a list of values"),
+        ('ablation.cells = {"../x": {}}', "gives a folder its name"),
+        ('ablation.cells = {"..": {}}', "gives a folder its name"),
+        (
+            'ablation.cells = {"x": {"train_fn.learning_rat": 1.0}}',
+            "cell x: gin: .*did you mean 'learning_rate'",
+        ),
+        ('ablation.cells = {"x": {"include": "no.gin"}}', "cell x: gin: .*no gin file at 'no.gin'"),
+        ('ablation.cells = {"x": {"include": "import os"}}', "no gin file at 'import os'"),
+        ('ablation.cells = {"x": {"import os\\ntrain_fn.num_epochs": 1}}', "cell x: gin: .*cannot import"),
+        ('ablation.cells = {"x": {"train_fn.num_epochs": @f()}}', "cannot refer to @f"),
+        ("ablation.metric = 'map'", "ablation.metric 'map' is unknown; known: 'ndcg@10', 'hr@10', 'mrr'"),
+        ('ablation.grid = {"a.b": [1], "c.b": [1], "train_fn.num_epochs": [1, 1]}', "two cells are named"),
+    ],
+)
+def test_what_cannot_be_meant_is_one_line(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "wrong.gin"
+    file.write_text(BASE + text + "\n")
+    with pytest.raises(UserError, match=message) as refused:
+        ablation = Ablation.load(file, (), tmp_path)
+        for cell in cells_of(ablation.settings, file):
+            ablation.run(cell, 1)
+    assert "\n" not in str(refused.value)
+
+
+def test_main_names_the_program_of_an_ablation(tmp_path: Path) -> None:
+    from generative_recommenders.config.gin import load_settings
+
+    file = tmp_path / "x.gin"
+    file.write_text("ablation.grid = {}\n")
+    with pytest.raises(
+        UserError, match=r"x.gin, line 1: an ablation is run by python -m generative_recommenders.ablate FILE"
+    ):
+        load_settings([file])
+
+
+def test_flags_that_cannot_go_together(tmp_path: Path, data_root: Path) -> None:
+    file = tmp_path / "x.gin"
+    file.write_text(BASE + 'ablation.cells = {"x": {}}\n')
+    for flags, message in (
+        (["--seeds=0"], "must be 1 or more"),
+        (["--only=y"], "has no cell y; it has x"),
+        (["--search=optuna", "--seeds=2"], "--search runs one seed"),
+    ):
+        done = ablate(file, data_root, *flags)
+        assert done.returncode == 2 and message in done.stderr.splitlines()[-1], done.stderr
+
+
+def test_a_search_chooses_on_validation_and_goes_on(data_root: Path, tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+    file = tmp_path / "search.gin"
+    file.write_text(
+        BASE + 'ablation.search = {"train_fn.learning_rate": ["log", 1e-4, 1e-1], '
+        '"sasrec_encoder.num_heads": ["choice", 1, 3], "sasrec_encoder.num_blocks": ["int", 1, 2]}\n'
+    )
+    done = ablate(file, data_root, "--search=optuna", "--trials=2")
+    assert done.returncode in (0, 1), done.stderr[-3000:]
+    before = {path: path.read_text() for path in (tmp_path / "runs").glob("*/parameters.json")}
+    assert len(before) == 2
+    again = ablate(file, data_root, "--search=optuna", "--trials=4")
+    tried = {path: path.read_text() for path in (tmp_path / "runs").glob("*/parameters.json")}
+    assert len(tried) == 4 and before.items() <= tried.items()
+    assert len({*tried.values()}) == 4
+    results = json.loads((tmp_path / "runs" / "results.json").read_text())
+    assert len(results["cells"]) + len(results["failed"]) == 4
+    assert all("does not divide" in line for line in results["failed"].values()), results[
+        "failed"
+    ]  # of 3 heads
+    assert again.returncode == (1 if results["failed"] else 0)
+
+
+@pytest.mark.parametrize(
+    "given", [3, ["log", 1], ["log", -1.0, 1.0], ["int", 5, 1], ["choice"], ["other", 1, 2], ["int", True, 3]]
+)
+def test_a_range_that_cannot_be(given: object, tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+    from generative_recommenders.commands.ablation.search import distribution
+
+    with pytest.raises(UserError, match="ablation.search") as refused:
+        distribution("train_fn.x", given, tmp_path)
+    assert "\n" not in str(refused.value)
