@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -21,32 +20,20 @@ def checkpoint_from_main(
     Elsewhere its path is the main process's, where there may be no files.
     """
     own = together(collectives, lambda: read() if collectives.is_main else None)
-    header = collectives.broadcast_object_json(None if own is None else _header(own))
+    header = None
+    if own is not None:
+        described = [(name, str(x.dtype).removeprefix("torch."), x.shape) for name, x in own.tensors.items()]
+        known = (str(own.path), own.position, own.state, own.metric, own.is_best)
+        header = {"known": known, "tensors": described}
+    header = collectives.broadcast_object_json(header)
     if header is None:
         return None
-    tensors = own.tensors if own is not None else _empty_tensors(header["tensors"])
-    for name, _, _ in header["tensors"]:
-        collectives.broadcast_(tensors[name])
-    if own is not None:
-        return own
-    position = Position(*header["position"])
-    return Checkpoint(
-        Path(header["path"]), position, tensors, header["state"], header["metric"], header["is_best"]
-    )
-
-
-def _header(checkpoint: Checkpoint) -> dict[str, Any]:
-    return {
-        "path": str(checkpoint.path),
-        "position": checkpoint.position,
-        "state": checkpoint.state,
-        "metric": checkpoint.metric,
-        "is_best": checkpoint.is_best,
-        "tensors": [
-            (name, str(x.dtype).removeprefix("torch."), x.shape) for name, x in checkpoint.tensors.items()
-        ],
-    }
-
-
-def _empty_tensors(descriptions: list[tuple[str, str, list[int]]]) -> dict[str, torch.Tensor]:
-    return {name: torch.empty(shape, dtype=getattr(torch, dtype)) for name, dtype, shape in descriptions}
+    if own is None:
+        path, position, state, metric, is_best = header["known"]
+        empty = {
+            name: torch.empty(shape, dtype=getattr(torch, dtype)) for name, dtype, shape in header["tensors"]
+        }
+        own = Checkpoint(Path(path), Position(*position), empty, state, metric, is_best)
+    for name, _, _ in header["tensors"]:  # in one order, that of the main process
+        collectives.broadcast_(own.tensors[name])
+    return own

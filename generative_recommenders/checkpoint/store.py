@@ -131,7 +131,10 @@ class CheckpointStore:
         """
         epoch, step = (int(count) for count in position)
         with self._writable():
-            final = self.folder / f"{self._next_serial():06d}-epoch-{epoch}-step-{step}"
+            # one more than any checkpoint has, also than those set aside
+            names = (name.removeprefix(_DAMAGED) for name in self._folders())
+            serial = max((_serial(name) for name in names if _NAME.fullmatch(name)), default=0) + 1
+            final = self.folder / f"{serial:06d}-epoch-{epoch}-step-{step}"
             writing = self.folder / f"{_WRITING}{final.name}"
             try:
                 writing.mkdir()
@@ -183,11 +186,6 @@ class CheckpointStore:
 
     def _names(self) -> list[str]:
         return sorted(filter(_NAME.fullmatch, self._folders()), key=_serial)
-
-    def _next_serial(self) -> int:
-        """One more than any checkpoint has, also than those set aside."""
-        names = (name.removeprefix(_DAMAGED) for name in self._folders())
-        return max((_serial(name) for name in names if _NAME.fullmatch(name)), default=0) + 1
 
     def _first_whole(self, names: list[str]) -> Checkpoint | None:
         for name in names:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ class ExportOptions:
 
 
 def export(options: Options, wanted: ExportOptions) -> int:
-    """Writes a format's file, item_ids.txt (line i + 1 is internal id i + 1) and export.json, which says how to use it."""
+    """Writes a format's file, item_ids.txt (line i + 1 is internal id i + 1) and export.json, which says how to use them."""
     if options.run_dir is None:
         raise UserError("--mode=export needs --run_dir, the folder of a trained run")
     recommender = Recommender.load(options.run_dir, "cpu", plugins=options.plugins)
@@ -51,15 +52,20 @@ def export(options: Options, wanted: ExportOptions) -> int:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output={folder}: {error.strerror}") from error
-    about = {
+    similarity, items = recommender.model.similarity, recommender.snapshot.embeddings
+    product = similarity.operands(items[:0], items[:0]) is not None
+    about: dict[str, Any] = {
         "run": Path(options.run_dir).name,
-        "format": wanted.format,
         "items": len(recommender.item_ids),
         "width": recommender.snapshot.embeddings.shape[1],
         "max_length": recommender.reader.max_length,
-        "score": f"states @ item_embeddings.T / {recommender.model.similarity.temperature}",
-        **FORMATS[wanted.format](recommender, folder, wanted),
+        "score": f"states @ item_embeddings.T / {similarity.temperature}" if product else "no product",
     }
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # there is none yet, or it is not ours
+        before = json.loads((folder / "export.json").read_text(encoding="utf-8"))
+        about["formats"] = before.get("formats", {}) if before.get("run") == about["run"] else {}
+    formats = about.setdefault("formats", {})
+    formats[wanted.format] = FORMATS[wanted.format](recommender, folder, wanted)
     with new_file(folder / "item_ids.txt") as scratch:
         scratch.write_text(
             "".join(f"{item}\n" for item in recommender.item_ids.to_pylist()), encoding="utf-8"

@@ -125,16 +125,12 @@ class Layout:
             return rectangle.reshape(-1, *rectangle.shape[2:])
         if rectangle.dim() > 2:
             return padded_to_jagged(rectangle, self.offsets, self.num_tokens)
-        return rectangle.flatten().index_select(0, self._cells(rectangle.shape[1]))
-
-    def _cells(self, columns: int) -> torch.Tensor:
-        """``[T]`` int64: where the tokens lie in a rectangle of so many columns."""
-        if (
-            columns not in self.memo
-        ):  # one conversion, of the cells' numbers; every column of events is then a plain gather
+        columns = rectangle.shape[1]
+        if columns not in self.memo:
+            # one conversion, of the cells' numbers; every column of events is then a plain gather
             cells = torch.arange(self.num_rows * columns, device=self.device).view(self.num_rows, columns)
             self.memo[columns] = padded_to_jagged(cells, self.offsets, self.num_tokens)
-        return cast(torch.Tensor, self.memo[columns])
+        return rectangle.flatten().index_select(0, cast(torch.Tensor, self.memo[columns]))
 
     def to_rectangle(self, x: torch.Tensor) -> torch.Tensor:
         """``[T, ...]`` to ``[B, N, ...]``, right-padded with 0."""

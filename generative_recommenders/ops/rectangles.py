@@ -27,8 +27,13 @@ class Rectangles:
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         """``[T, H, d]`` tokens as cells ``[cells * H, d]``, a copy."""
-        rows, pitch = _as_rows(x)
-        return rows.index_select(0, self._index(x.shape[1], pitch))
+        (count, heads, width), pitch = x.shape, x.stride(0) // max(1, x.shape[2])
+        if x.stride() == (pitch * width, width, 1) and pitch >= heads:
+            # a slice of a wider projection: rows of d, of which there are pitch from a token to the next, without a copy
+            rows = x.as_strided((max(0, (count - 1) * pitch + heads), width), (width, 1))
+        else:
+            rows, pitch = x.reshape(-1, width), heads
+        return rows.index_select(0, self._index(heads, pitch))
 
     def split(self, cells: torch.Tensor, heads: int) -> list[torch.Tensor]:
         """Cells ``[cells * H, d]`` as a view ``[rows * H, columns, d]`` of each rectangle."""
@@ -124,13 +129,3 @@ def places_of_all(rectangles: Rectangles) -> Places:
 def _runs(each: Sequence[Rectangles]) -> torch.Tensor:
     shapes = np.array([shape for rectangles in each for shape in rectangles.shapes], np.int64).reshape(-1, 2)
     return torch.tensor([0, *np.repeat(shapes[:, 1], shapes[:, 0]).cumsum().tolist()], dtype=torch.int32)
-
-
-def _as_rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """``[T, H, d]`` as rows of d and how many of them lie from a token to the next; no copy of a slice of a wider
-    projection.
-    """
-    (count, heads, width), pitch = x.shape, x.stride(0) // max(1, x.shape[2])
-    if x.stride() != (pitch * width, width, 1) or pitch < heads:
-        return x.reshape(-1, width), heads
-    return x.as_strided((max(0, (count - 1) * pitch + heads), width), (width, 1)), pitch

@@ -35,6 +35,9 @@ def test_states_and_items_score_as_the_recommender(run: Path, tmp_path: Path) ->
     assert {path.name for path in folder.iterdir()} == {
         "query_encoder.pt2", "item_embeddings.safetensors", "item_ids.txt", "export.json",
     }  # fmt: skip
+    about = json.loads((folder / "export.json").read_text())
+    assert set(about["formats"]) == {"torch", "safetensors"}  # one does not forget the other
+    assert list(about["formats"]["torch"]["inputs"]) == ["item_ids", "lengths"]
     items = safetensors.torch.load_file(folder / "item_embeddings.safetensors")["item_embeddings"]
     names = (folder / "item_ids.txt").read_text().splitlines()
     rec = Recommender.load(run)

@@ -6,7 +6,6 @@ Forward and backward are written out over the tiles of `ops.attention.tiles`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -119,7 +118,12 @@ class _GroupedPointwise(torch.autograd.Function):
                 d_s = torch.ops.aten.silu_backward(d_w if kept is None else d_w.mul_(kept), logits)
                 torch.bmm(d_s, corner(k_, rows, seen), out=d_q_t)
                 add_products(corner(d_k_, rows, seen), written, (d_s.mT, q_t))
-                _add_to_tables(d_tables, index, d_s.unflatten(0, (-1, heads)))
+                if (
+                    d_tables
+                ):  # heads share the tables; adding their few parts is faster than a sum over the axis
+                    d_cells = functools.reduce(torch.add, d_s.unflatten(0, (-1, heads)).unbind(1))
+                    for total, of_cells in zip(d_tables, index):
+                        add_by_index(total, of_cells, d_cells)
                 written = rows
             d_q.append(d_q_)
             d_k.append(d_k_.flatten(0, 1))
@@ -128,17 +132,3 @@ class _GroupedPointwise(torch.autograd.Function):
         places = (layout.queries, layout.keys, layout.keys)
         d_inputs = (join_groups(*each, grad) for each in zip((d_q, d_k, d_v), places, shapes))
         return *d_inputs, None, None, None, None, *summed
-
-
-def _add_to_tables(
-    totals: Sequence[torch.Tensor], indices: Sequence[torch.Tensor], d_logits: torch.Tensor
-) -> None:
-    """Gradients of the tables from those of ``[g, H, rows, keys]`` logits: sums by index, apart for each first index.
-
-    totals: see `rows_for_sums`, one for each table.
-    """
-    if not totals:
-        return
-    d_logits = functools.reduce(torch.add, d_logits.unbind(1))  # faster than a sum, which is of few
-    for total, index in zip(totals, indices):
-        add_by_index(total, index, d_logits)

@@ -63,7 +63,11 @@ def bias_inputs(
 ) -> BatchInputs:
     """Computed once a batch, shared by all blocks. whole: one for each group, whatever the device."""
     if not whole and takes_kernel(layout):
-        return PairInputs(None if times is None else _pair_buckets(layout, times))
+        if times is None:
+            return PairInputs(None)
+        cells = layout.starts[:, None] + torch.arange(layout.longest, device=layout.device)
+        cells = cells.clamp(max=max(layout.num_tokens - 1, 0))  # behind a row's end buckets hold anything
+        return PairInputs(time_buckets(*(each[cells] for each in times)).to(torch.uint8))
     inputs = []
     for group in layout.groups:
         columns = torch.arange(group.width, device=layout.device)
@@ -75,13 +79,6 @@ def bias_inputs(
             buckets = time_buckets(own[0][:rows, start:stop], own[1][:rows, :seen]) if own else None
             inputs.append(BiasInputs(distance, buckets))
     return inputs
-
-
-def _pair_buckets(layout: Layout, times: Times) -> torch.Tensor:
-    """``[B, n, n]`` uint8 time buckets; what lies behind a row's end holds anything."""
-    cells = layout.starts[:, None] + torch.arange(layout.longest, device=layout.device)
-    cells = cells.clamp(max=max(layout.num_tokens - 1, 0))
-    return time_buckets(*(each[cells] for each in times)).to(torch.uint8)
 
 
 class RelativeBias(torch.nn.Module):

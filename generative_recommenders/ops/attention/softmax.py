@@ -53,22 +53,17 @@ def softmax_attention(
             q, k, v, layout, Weights(softmax=True, logit_scale=scale, dropout_rate=dropout_rate)
         )
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()  # gathered under autograd here
-    cells = [_fused_group(q, k, v, group, layout, dropout_rate, scale) for group in layout.groups]
+    cells, by = [], layout.attention_mask
+    for group in layout.groups:
+        # the fused kernels take widths that are multiples of 8 alone, and would leave others to one that writes out [G, n, n]
+        padded = (F.pad(keys_of(group, x), (0, -x.shape[-1] % 8)) for x in (q, k, v))
+        q_, k_, v_ = (x.unflatten(0, (-1, q.shape[1])) for x in padded)
+        mask = None if by is None else visible(group, by)
+        out = F.scaled_dot_product_attention(
+            q_, k_, v_, mask, dropout_rate, is_causal=by is None, scale=scale
+        )
+        cells.append(out[..., : v.shape[-1]].reshape(-1, v.shape[-1]))
     return layout.keys.ungather(torch.cat(cells), q.shape[1]) if cells else torch.zeros_like(v)
-
-
-def _fused_group(q, k, v, group, layout, dropout_rate, scale):
-    q_, k_, v_ = (_aligned(keys_of(group, x)).unflatten(0, (-1, q.shape[1])) for x in (q, k, v))
-    by = layout.attention_mask
-    mask = None if by is None else visible(group, by)
-    out = F.scaled_dot_product_attention(q_, k_, v_, mask, dropout_rate, is_causal=by is None, scale=scale)
-    return out[..., : v.shape[-1]].reshape(-1, v.shape[-1])
-
-
-def _aligned(x: torch.Tensor) -> torch.Tensor:
-    """``[G, n, d]`` with d filled up by zeros to a multiple of 8: the fused kernels take no other, and would leave the
-    work to one that writes out ``[G, n, n]``."""
-    return F.pad(x, (0, -x.shape[-1] % 8))
 
 
 class _GroupedSoftmax(torch.autograd.Function):

@@ -85,14 +85,8 @@ def visible(group: Group, by: AttentionMask) -> torch.Tensor:
     return (key[:, None, :] <= group.gather(by.query)[:, :, None])[:, None]
 
 
-def _future(height: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """``[height, height]``: very low above the diagonal, 0 elsewhere."""
-    if torch.compiler.is_compiling():  # a tensor of the trace must not be kept: it holds no numbers
-        return _new_future(height, dtype, device)
-    return _kept_future(height, dtype, device)
-
-
 def _new_future(height: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """``[height, height]``: very low above the diagonal, 0 elsewhere."""
     return torch.full((height, height), lowest(dtype), dtype=dtype, device=device).triu(1)
 
 
@@ -108,7 +102,9 @@ def hide(logits: torch.Tensor, tile: Tile, heads: int) -> torch.Tensor:
     all rows share, ``[queries, keys]``."""
     if tile.sees is None:
         height = logits.shape[-2]
-        future = _future(-(-height // _MASK_UNIT) * _MASK_UNIT, logits.dtype, logits.device)
+        # a tensor of a trace must not be kept: it holds no numbers
+        future_of = _new_future if torch.compiler.is_compiling() else _kept_future
+        future = future_of(-(-height // _MASK_UNIT) * _MASK_UNIT, logits.dtype, logits.device)
         logits[..., tile.known :].add_(future[:height, :height])
     else:
         logits.unflatten(0, (-1, heads)).masked_fill_(~tile.sees, lowest(logits.dtype))

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 
 from generative_recommenders.ops import dispatch
 from generative_recommenders.ops.attention import groups as groups_module
-from generative_recommenders.ops.attention import softmax
 from generative_recommenders.ops.attention.pointwise import pointwise_attention
 from generative_recommenders.ops.attention.softmax import softmax_attention
 from generative_recommenders.ops.attention.tiles import TableBias, tiles, visible
@@ -347,9 +346,9 @@ def test_the_fused_kernel_gets_widths_that_it_takes(causal: bool, monkeypatch: p
         widths.extend(x.shape[-1] for x in (q, k, v))
         return fused(q, k, v, *arguments, **options)
 
-    monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
     q, k, v = tokens(layout.num_tokens)
-    parts = [softmax._fused_group(q, k, v, g, layout, 0.0, 3**-0.5) for g in layout.groups]
-    out = layout.keys.ungather(torch.cat(parts), 2)
-    torch.testing.assert_close(out, softmax_attention(q, k, v, layout))
+    expected = softmax_attention(q, k, v, layout)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
+    monkeypatch.setattr(dispatch, "fast_on_cpu", lambda x: False)
+    torch.testing.assert_close(softmax_attention(q, k, v, layout), expected)
     assert widths and all(width % 8 == 0 for width in widths)
