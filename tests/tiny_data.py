@@ -29,9 +29,10 @@ def tiny_dataset(
     ratings: bool = True,
     timestamps: bool = True,
     item_features: bool = False,
+    unrated: int = 0,
 ) -> SequenceDataset:
     """User u has these items in this order; event e of all has rating 1 + e % 5 and time 1000 (e + 1). item_features:
-    each item has one or two ``genres`` and a ``year``.
+    each item has one or two ``genres`` and a ``year``. unrated: items that have features and no ratings.
 
     Items must be 1..V without gaps: an item's internal id is then the number given here.
     """
@@ -42,7 +43,8 @@ def tiny_dataset(
         columns["rating"] = pa.array([1 + e % 5 for e in range(len(events))], pa.float32())
     if timestamps:
         columns["timestamp"] = pa.array([SECONDS_BETWEEN * (e + 1) for e in range(len(events))], pa.int64())
-    features = genres_and_years(sorted(set(items))) if item_features else None
+    names = sorted(set(items)) + [f"j{number}" for number in range(unrated)]
+    features = genres_and_years(names) if item_features else None
     raw = RawRatings("tiny", [folder / "tiny.csv"], item_features=features)
     prepare_batches(raw, [pa.table(columns)], folder / "tiny", 1 << 30)
     return SequenceDataset.open(folder / "tiny")

@@ -23,6 +23,7 @@ from generative_recommenders.commands.setup import (
     check_same_everywhere,
     checkpoints_of,
     shared_dataset,
+    unlike_published_run,
 )
 from generative_recommenders.config import gin as gin_registry
 from generative_recommenders.config.lint import log_notices
@@ -94,7 +95,7 @@ def score_run(options: Options, collectives: Collectives) -> ScoredRun:
         settings = gin_registry.override(settings, options.bindings)
     log_notices(settings)
     set_precision(settings, collectives.device)
-    dataset = shared_dataset(settings.data.dataset_name, options.data_root, collectives)
+    dataset = shared_dataset(settings, options.data_root, collectives)
     split = make_split(dataset, settings.data.protocol)
     check_same_everywhere(settings, split, options, collectives)
     together(
@@ -146,6 +147,8 @@ def evaluate_worker(rank: int, world_size: int, options: Options) -> int:
         show(f"{checkpoint.path}, test, full catalogue, {conditions}")
         lines = [report.results_table(rows), *report.list_metrics_lines(test.lists)]
         show("\n".join([*lines, "", report.data_summary(dataset, split)]))
+        if line := unlike_published_run(settings, dataset):
+            show(line)
         record = {
             "checkpoint": checkpoint.path.name, "results": rows, "list_metrics": test.lists, "conditions": conditions,
             "split_hash": split.hash, "bindings": list(options.bindings),

@@ -29,7 +29,7 @@ def import_worker(rank: int, world_size: int, options: Options) -> int:
         raise UserError("--mode=import needs --meta_checkpoint, a checkpoint of the HSTU authors' program")
     collectives = process_collectives(process_device())
     settings = run_settings(options, collectives)
-    dataset = shared_dataset(settings.data.dataset_name, options.data_root, collectives)
+    dataset = shared_dataset(settings, options.data_root, collectives)
     split = make_split(dataset, settings.data.protocol)
     trainer = Trainer(settings, dataset, split, collectives)
     item_ids = dataset.original_item_ids().combine_chunks()

@@ -58,7 +58,8 @@ def predict(options: Options, wanted: PredictOptions) -> int:
     if wanted.output.suffix not in _WRITERS:
         raise UserError(f"--output={wanted.output}: the name must end in {', '.join(_WRITERS)}")
     recommender = Recommender.load(options.run_dir, plugins=options.plugins)
-    dataset = prepared_dataset(recommender.settings.data.dataset_name, options.data_root)
+    data = recommender.settings.data
+    dataset = prepared_dataset(data.dataset_name, options.data_root).with_catalogue(data.catalogue)
     if not dataset.original_item_ids().combine_chunks().cast(pa.large_string()).equals(recommender.item_ids):
         raise UserError(f"{options.run_dir} was trained on other items than {dataset.folder} holds")
     allowed = None

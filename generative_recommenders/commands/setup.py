@@ -10,6 +10,7 @@ from absl import logging
 
 from generative_recommenders.checkpoint.store import CheckpointStore
 from generative_recommenders.config import gin as gin_registry
+from generative_recommenders.config import published_runs
 from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.data.preparation.folder import locked
 from generative_recommenders.data.preparation.prepare import not_prepared, prepare, prepared_path
@@ -66,10 +67,11 @@ def prepared_dataset(name: str, data_root: Path) -> SequenceDataset:
     return dataset
 
 
-def shared_dataset(name: str, data_root: Path, collectives: Collectives) -> SequenceDataset:
+def shared_dataset(settings: RunSettings, data_root: Path, collectives: Collectives) -> SequenceDataset:
     """`prepared_dataset` for all processes of a run: made and read against its hash once a host."""
+    name = settings.data.dataset_name
     together(collectives, lambda: prepared_dataset(name, data_root) if is_first_on_host() else None)
-    return SequenceDataset.open(prepared_path(data_root, name))
+    return SequenceDataset.open(prepared_path(data_root, name)).with_catalogue(settings.data.catalogue)
 
 
 def run_settings(options: Options, collectives: Collectives) -> RunSettings:
@@ -83,6 +85,14 @@ def run_settings(options: Options, collectives: Collectives) -> RunSettings:
     return together(
         collectives, lambda: gin_registry.override(RunSettings.from_json(saved), options.bindings)
     )
+
+
+def unlike_published_run(settings: RunSettings, dataset: SequenceDataset) -> str | None:
+    """`config.published_runs.differences` of a run on these data."""
+    manifest = dataset.manifest
+    tie_order = manifest.choices.get("tie_order") if manifest.statistics.get("tied_events") else None
+    unknown = int(bool(dataset.feature_specs("item")))  # of a folder that does not say
+    return published_runs.differences(settings, tie_order, manifest.counts.get("unrated_items", unknown) > 0)
 
 
 def check_same_everywhere(

@@ -18,6 +18,7 @@ from generative_recommenders.commands.setup import (
     checkpoints_of,
     run_settings,
     shared_dataset,
+    unlike_published_run,
 )
 from generative_recommenders.config import gin as gin_registry
 from generative_recommenders.config.lint import log_notices
@@ -61,7 +62,7 @@ def train_worker(rank: int, world_size: int, options: Options) -> int:
     settings = run_settings(options, collectives)
     resolved = gin_registry.resolved_text(settings)
     log_notices(settings)
-    dataset = shared_dataset(settings.data.dataset_name, options.data_root, collectives)
+    dataset = shared_dataset(settings, options.data_root, collectives)
     split = make_split(dataset, settings.data.protocol)
     check_same_everywhere(settings, split, options, collectives)
     name = f"{settings.data.dataset_name}-{settings.model.main_module}"
@@ -177,6 +178,8 @@ def finish(
             result.lists,
         )
     )
+    if line := unlike_published_run(settings, dataset):
+        show(line)
 
 
 def write_page(run: Path, dataset: SequenceDataset, split: Split, ranks: Mapping[str, Ranks]) -> None:
@@ -196,7 +199,7 @@ def dry_run_worker(rank: int, world_size: int, options: Options) -> int:
     collectives = process_collectives(process_device())
     settings = run_settings(options, collectives)
     log_notices(settings)
-    dataset = shared_dataset(settings.data.dataset_name, options.data_root, collectives)
+    dataset = shared_dataset(settings, options.data_root, collectives)
     split = make_split(dataset, settings.data.protocol)
     trainer = Trainer(settings, dataset, split, collectives)
     summary_of_parts = model_summary(trainer)

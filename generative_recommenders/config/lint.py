@@ -7,6 +7,7 @@ from absl import logging
 
 from generative_recommenders.config.fields import OptionOf, SuppliedTo, Unless
 from generative_recommenders.config.published import PUBLISHED
+from generative_recommenders.config.published_runs import unlike_published
 from generative_recommenders.config.registry import NEGATIVE_SAMPLERS, REGISTRIES, Registry, parts_by_gin_name
 from generative_recommenders.config.schema import FIELDS, GROUPS, NAMES, RunSettings
 from generative_recommenders.config.sections import MAX_PREFETCH
@@ -14,7 +15,7 @@ from generative_recommenders.config.sections import MAX_PREFETCH
 
 def log_notices(settings: RunSettings) -> None:
     """Says once, in a line each, what is accepted but cannot act here, or is likely a slip."""
-    for line in [*inert(settings), *likely_slips(settings)]:
+    for line in [*inert(settings), *likely_slips(settings), *unlike_published(settings)]:
         logging.info("%s", line)
 
 

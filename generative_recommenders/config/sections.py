@@ -28,18 +28,21 @@ from generative_recommenders.config.fields import (
 Protocol = Literal["leave_one_out", "paper", "global_time"]
 NegativesSharing = Literal["position", "block", "batch"]
 NextTime = Literal["given", "hidden"]
+Catalogue = Literal["rated", "all"]
 ListReduction = Literal["sum", "mean", "max"]
 MAX_PREFETCH = 64
 """Batches that a loader makes ahead at most."""
 
 
 class DataSettings(Section):
-    """The data and how histories are cut. event_features: event columns that histories are read with."""
+    """The data and how histories are cut. event_features: event columns that histories are read with. catalogue: "all" takes
+    items of the item table that nobody rated for negatives and candidates, as the published programs do of MovieLens."""
 
     gin_name: ClassVar[str] = "train_fn"
 
     dataset_name: str = "synthetic-books"
     protocol: Protocol = "leave_one_out"
+    catalogue: Catalogue = "rated"
     max_sequence_length: Length = 200
     gr_output_length: Annotated[int, Ge(0), Le(1 << 20)] = 10
     positional_sampling_ratio: Annotated[float, Gt(0.0), Le(1.0)] = 1.0
@@ -129,7 +132,12 @@ class ScheduleSettings(Section):
 
 
 class EvaluationSettings(Section):
-    """Evaluation. eval_interval is in steps, full_eval_every_n in epochs; sizes are per process."""
+    """Evaluation. eval_interval is in steps, full_eval_every_n in epochs; sizes are per process.
+
+    Every eval_interval steps a batch of users, and in epochs between full evaluations partial_eval_num_iters batches, are drawn
+    anew by the seed and scored. eval_bf16: the encoder's products in bfloat16 in evaluation, beside main_module_bf16, which
+    holds in training and evaluation.
+    """
 
     gin_name: ClassVar[str] = "train_fn"
 
@@ -146,7 +154,7 @@ class EvaluationSettings(Section):
 
 
 class CheckpointSettings(Section):
-    """Checkpoints: every so many epochs and minutes."""
+    """Checkpoints: behind epochs n, 2 n and so on, counted from 0 as published, and every so many minutes."""
 
     gin_name: ClassVar[str] = "train_fn"
 

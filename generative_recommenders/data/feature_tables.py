@@ -29,6 +29,13 @@ def align(owner: str, ids: pa.Array, raw: pa.Table | None) -> tuple[pa.Table, li
     return features.add_column(0, owner, ids), describe(owner, features)
 
 
+def unrated_items(ids: pa.Array, raw: pa.Table) -> pa.Table:
+    """Rows like those of `align` for the items of ``raw`` that are not among ``ids``, in the order of their original ids."""
+    named = pc.unique(raw["item"].cast(pa.large_string()).combine_chunks())
+    others = named.filter(pc.invert(pc.is_in(named, value_set=ids)))
+    return align("item", others.take(pc.sort_indices(others)), raw)[0]
+
+
 def describe(owner: str, features: pa.Table) -> list[FeatureSpec]:
     """What the manifest says about feature columns of ``item`` or ``user``; UserError for a type that is no
     feature's."""

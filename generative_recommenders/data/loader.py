@@ -151,9 +151,9 @@ class SequenceLoader:
 class EvaluationLoader:
     """Histories and targets of the users that have one, in user order; batches are the same for any number of processes.
 
-    targets: ``[U]`` position of each user's target in the sequence, -1 for none. Process r gets batches r, r + world_size, ...
-    Adds ``target_ids``, ``next_timestamps`` and, for losses and metrics alone, the target's other columns
-    as ``target_*``, all ``[B]``.
+    targets: ``[U]`` position of each user's target in the sequence, -1 for none. users: ``[n]`` those to take, rising; all that
+    have a target unless given. Process r gets batches r, r + world_size, ... Adds ``target_ids``, ``next_timestamps`` and, for
+    losses and metrics alone, the target's other columns as ``target_*``, all ``[B]``.
     """
 
     def __init__(
@@ -164,11 +164,11 @@ class EvaluationLoader:
         batch_size: int,
         rank: int = 0,
         world_size: int = 1,
-        max_users: int | None = None,
+        users: np.ndarray | None = None,
     ) -> None:
         self.rows = SequenceRows(dataset, max_length)
         self.targets = targets.astype(np.int64)
-        self.users = np.flatnonzero(self.targets >= 0)[:max_users]
+        self.users = np.flatnonzero(self.targets >= 0) if users is None else users
         starts = range(rank * batch_size, self.users.size, world_size * batch_size)
         self.batches = [self.users[start : start + batch_size] for start in starts]
 

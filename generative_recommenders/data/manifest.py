@@ -31,6 +31,8 @@ VERSION = 2
 _READABLE = (1, 2)
 FILE_NAME = "manifest.json"
 TABLES = ("items.parquet", "users.parquet")
+UNRATED = "unrated_items.parquet"
+"""Rows like those of ``items.parquet``, of items that nobody rated: ids V + 1 on where a run takes them in."""
 COLUMNS: dict[str, np.dtype] = {
     "items": np.dtype("<i4"),
     "ratings": np.dtype("<f4"),
@@ -70,7 +72,7 @@ def _numbers(*names: str, least: float = 1) -> Callable[[dict[str, Any]], dict[s
 
 
 def _of_the_tables(checksums: dict[str, str]) -> dict[str, str]:
-    if checksums and checksums.keys() != set(TABLES):
+    if checksums and checksums.keys() - {UNRATED} != set(TABLES):
         raise ValueError(f"checksums of {', '.join(TABLES)} are expected")
     return checksums
 
@@ -87,7 +89,8 @@ _Lengths = Annotated[dict[StrictStr, _Number], AfterValidator(_numbers("min", "m
 class Manifest:
     """What a prepared folder says about itself.
 
-    counts_before: events, users, items as read. counts: the same after the filter. lengths: min, median,
+    counts_before: events, users, items as read. counts: the same after the filter; ``unrated_items`` where features of items
+    tell of more than were rated, and no filter left any out. lengths: min, median,
     mean, max of the users' sequences. data_hash: see ``digests``. source: where the ratings came from.
     tables: sha256 of ``items.parquet`` and ``users.parquet``, which hold ids and features; empty in folders of
     programs that did not write it. split_hashes: by protocol, those that fit the columns; empty likewise. They
@@ -128,7 +131,10 @@ class Manifest:
     @property
     def features_hash(self) -> str:
         """Identity of the tables and of what is said about their features: 32 hexadecimal digits."""
-        said = [self.tables, [asdict(spec) for spec in self.features]]
+        said = [
+            {name: self.tables[name] for name in TABLES if name in self.tables},
+            [asdict(spec) for spec in self.features],
+        ]
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:32]
 
     def column_length(self, column: str) -> int:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +14,7 @@ import pyarrow.parquet as pq
 from generative_recommenders.data.feature_tables import describe
 from generative_recommenders.data.manifest import (
     COLUMNS,
+    UNRATED,
     FeatureSpec,
     Manifest,
     column_file,
@@ -40,7 +42,8 @@ class SequenceDataset:
 
     items: ``[E]`` int32, internal ids 1..V. ratings: ``[E]`` float32 or None. timestamps: ``[E]`` int64
     seconds or None. offsets: ``[U + 1]`` int64; user u (0-based) owns events ``offsets[u]`` to ``offsets[u +
-    1]``, oldest first. extra: further columns of the events, ``[E]``, by name, see `schema.STORED`.
+    1]``, oldest first. extra: further columns of the events, ``[E]``, by name, see `schema.STORED`. unrated: items behind the
+    rated ones that belong to the catalogue, see `with_catalogue`.
     """
 
     folder: Path
@@ -50,6 +53,7 @@ class SequenceDataset:
     timestamps: np.ndarray | None
     offsets: np.ndarray
     extra: dict[str, np.ndarray] = field(default_factory=dict)
+    unrated: int = 0
 
     @classmethod
     def open(cls, folder: str | Path) -> SequenceDataset:
@@ -69,12 +73,29 @@ class SequenceDataset:
             )
         for owner in ("items", "users"):
             _check_rows(folder / f"{owner}.parquet", manifest.counts[owner])
+        if "unrated_items" in manifest.counts:
+            _check_rows(folder / UNRATED, manifest.counts["unrated_items"])
         extra: dict[str, np.ndarray] = {
             each.name: np.memmap(event_file(folder, each.name, each.kind), STORED[each.kind], mode="r")
             for each in manifest.event_columns
         }
         ratings, timestamps = maps.get("ratings"), maps.get("timestamps")
         return cls(folder, manifest, maps["items"], ratings, timestamps, offsets, extra)
+
+    def with_catalogue(self, catalogue: Literal["rated", "all"]) -> SequenceDataset:
+        """The same data with "all" items of the item table in the catalogue: those that nobody rated have ids V + 1 on.
+
+        UserError for a folder of a release that did not keep them.
+        """
+        counts, manifest = self.manifest.counts, self.manifest
+        if catalogue == "rated":
+            return self
+        if "unrated_items" not in counts and manifest.filter == "none" and self.feature_specs("item"):
+            raise UserError(
+                f"{self.folder}: prepared by a release that kept no items without ratings, which train_fn.catalogue 'all' asks "
+                "for; prepare the data again"
+            )
+        return replace(self, unrated=counts.get("unrated_items", 0))
 
     @property
     def num_users(self) -> int:
@@ -84,7 +105,7 @@ class SequenceDataset:
     @property
     def num_items(self) -> int:
         """Items of the catalogue (V); ids are 1..V."""
-        return self.manifest.counts["items"]
+        return self.manifest.counts["items"] + self.unrated
 
     @property
     def num_events(self) -> int:
@@ -131,7 +152,10 @@ class SequenceDataset:
 
     def _read_table(self, owners: str, columns: list[str]) -> pa.Table:
         """Columns of ``users`` or ``items``, as many rows as the manifest says."""
-        return self._read_rows(self.folder / f"{owners}.parquet", columns, self.manifest.counts[owners])
+        table = self._read_rows(self.folder / f"{owners}.parquet", columns, self.manifest.counts[owners])
+        if owners == "items" and self.unrated:
+            table = pa.concat_tables([table, self._read_rows(self.folder / UNRATED, columns, self.unrated)])
+        return table
 
     def vocabulary(self, name: str) -> pa.ChunkedArray:
         """``[C]`` strings of a categorical event column; row i is id i + 1."""

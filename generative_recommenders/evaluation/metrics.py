@@ -10,8 +10,10 @@ from collections.abc import Sequence
 
 import torch
 
-CUTOFFS = (1, 10, 50, 100, 200, 500)
+CUTOFFS = (1, 10, 50, 100, 200, 500, 1000)
 """The K of HR@K and NDCG@K that are reported by default."""
+PUBLISHED_DEPTH = 2500
+"""Ranks that the HSTU authors' evaluation looks at: whatever lies beyond is rank 2,501 to it."""
 
 
 def current_name(metric: str) -> str:
@@ -43,12 +45,12 @@ class RankHistogram:
         return int(self.counts[int(subset)].sum())
 
     def compute(self, cutoffs: Sequence[int] = CUTOFFS, subset: bool = False) -> dict[str, float]:
-        """``hr@K``, ``ndcg@K`` for each cutoff, then ``mrr``; means over targets in float64, 0.0 without
+        """``hr@K``, ``ndcg@K`` for each cutoff, then ``mrr`` and ``mrr@2500``; means over targets in float64, 0.0 without
         targets.
 
         One relevant item a user, so HR@K = mean [rank <= K], NDCG@K = mean [rank <= K] / log2(rank + 1) and
-        MRR = mean 1 / rank, without a cutoff and with rank V + 1 for a miss, as the published evaluation of
-        HSTU has it.
+        MRR = mean 1 / rank, without a cutoff and with rank V + 1 for a miss. ``mrr@2500`` is what the HSTU authors' evaluation
+        calls MRR: a rank beyond `PUBLISHED_DEPTH`, as a miss is, counts as the one behind it.
         """
         counts = self.counts[int(subset)].cpu()
         num_items = len(counts) - 1
@@ -61,6 +63,9 @@ class RankHistogram:
             metrics[f"hr@{k}"] = int(counts[: min(k, num_items)].sum()) / total
             metrics[f"ndcg@{k}"] = float(gains[: min(k, num_items)].sum()) / total
         metrics["mrr"] = float((counts / ranks).sum()) / total
+        ranks[-1] = math.inf  # a miss lies beyond whatever is looked at
+        seen_ranks = ranks.clamp(max=PUBLISHED_DEPTH + 1)
+        metrics[f"mrr@{PUBLISHED_DEPTH}"] = float((counts / seen_ranks).sum()) / total
         return metrics
 
     def standard_errors(self, population: int) -> dict[str, float]:

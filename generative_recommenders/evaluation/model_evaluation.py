@@ -75,14 +75,18 @@ class ModelEvaluation:
             )
 
     def validation(
-        self, model: SequenceRecommender, max_batches: int | None = None, stop: Callable[[], bool] = never
+        self,
+        model: SequenceRecommender,
+        max_batches: int | None = None,
+        stop: Callable[[], bool] = never,
+        draw: int = 0,
     ) -> EvaluationResult:
         """The split's validation targets; in protocol "paper" there are none and the test targets are taken.
 
-        max_batches: of all processes together, for a partial evaluation. stop: see `Evaluator`.
+        max_batches: of all processes together, for a partial evaluation of users drawn by (seed, draw). stop: see `Evaluator`.
         """
         part = "test" if self.settings.data.protocol == "paper" else "validation"
-        return self._of_model(model, part, max_batches, stop)
+        return self._of_model(model, part, None if max_batches is None else (max_batches, draw), stop)
 
     def test(self, model: SequenceRecommender, stop: Callable[[], bool] = never) -> EvaluationResult:
         """The split's test targets. stop: see `Evaluator`."""
@@ -129,8 +133,10 @@ class ModelEvaluation:
             shown += f", next_time {self.settings.value('train_fn.next_time')!r}"
         return shown
 
-    def _evaluator(self, part: str, max_batches: int | None, stop: Callable[[], bool] = never) -> Evaluator:
-        """part: "validation" or "test"."""
+    def _evaluator(
+        self, part: str, sample: tuple[int, int] | None, stop: Callable[[], bool] = never
+    ) -> Evaluator:
+        """part: "validation" or "test". sample: number of batches to draw users for, and of the draw; None for everyone."""
         world, split = self.collectives, self.split
         targets, unseen = split.test_targets, split.unseen_test_targets
         if part == "validation":
@@ -139,9 +145,13 @@ class ModelEvaluation:
         batch_size = min(
             evaluation.eval_batch_size, evaluation.eval_user_max_batch_size or evaluation.eval_batch_size
         )
-        max_users = None if max_batches is None else max_batches * batch_size
         if evaluation.eval_users is not None:
             targets = of_sample(targets, evaluation.eval_users, self.settings.schedule.random_seed)
+        users = np.flatnonzero(targets >= 0)
+        if sample is not None and sample[0] * batch_size < len(users):
+            seeds = np.random.SeedSequence([self.settings.schedule.random_seed, sample[1]])
+            drawn = np.random.Generator(np.random.Philox(seeds)).permutation(users)
+            users = np.sort(drawn[: sample[0] * batch_size])
         loader = EvaluationLoader(
             self.dataset,
             targets,
@@ -149,7 +159,7 @@ class ModelEvaluation:
             batch_size,
             world.rank,
             world.world_size,
-            max_users,
+            users,
         )
         return Evaluator(
             loader, self.dataset.num_items, self.seen_filter, world,
@@ -161,27 +171,27 @@ class ModelEvaluation:
         self,
         model: SequenceRecommender,
         part: str,
-        max_batches: int | None,
+        sample: tuple[int, int] | None,
         stop: Callable[[], bool],
     ) -> EvaluationResult:
         lists = progress = None
-        if self.settings.evaluation.list_metrics_k is not None and max_batches is None:
+        if self.settings.evaluation.list_metrics_k is not None and sample is None:
             columns = (self.dataset.items, self.dataset.offsets, self.split.train_stops)
             counts = training_counts(*columns, self.dataset.num_items)
             lists = TopLists(self.settings.evaluation.list_metrics_k, self.dataset.num_items, counts)
         training = model.training
         model.eval()
         score = catalogue_scores(model, torch.bfloat16 if self.settings.evaluation.eval_bf16 else None)
-        evaluator = self._evaluator(part, max_batches, stop)
-        if max_batches is None and lists is None and self._keeps(model):
+        evaluator = self._evaluator(part, sample, stop)
+        if sample is None and lists is None and self._keeps(model):
             if part not in self.kept:
                 self.kept[part] = [users.to(self.collectives.device) for users in evaluator.prepared()]
             evaluator.kept = self.kept[part]
-        elif self.folder is not None and max_batches is None and lists is None:
+        elif self.folder is not None and sample is None and lists is None:
             progress = self._progress(model, part, self.folder)
         result = evaluator(score, lists, progress)
         model.train(training)
-        if max_batches is None:
+        if sample is None:
             self._warn_of_removed(result)
         return result
 

@@ -198,7 +198,7 @@ class Trainer:
             p.seconds = before + perf_counter() - started
             if p.step % self.settings.evaluation.eval_interval == 0:
                 with self.log.timed("evaluation"):
-                    quick = self.evaluation.validation(self.model, max_batches=1).metrics()
+                    quick = self.evaluation.validation(self.model, 1, draw=p.step).metrics()
                 self.log.step(p.step, self.last, p.seconds, quick)
                 started, before = perf_counter(), p.seconds  # evaluations do not count
             on_step()
@@ -262,7 +262,7 @@ class Trainer:
         )
         with self.log.timed("evaluation"):
             result = self.evaluation.validation(
-                self.model, None if full else self.settings.evaluation.partial_eval_num_iters, stop
+                self.model, None if full else self.settings.evaluation.partial_eval_num_iters, stop, p.epoch
             )
         metrics = result.all_metrics() if full else result.metrics()
         loss = p.epoch_loss / max(p.epoch_targets, 1.0)
@@ -275,8 +275,9 @@ class Trainer:
         elif full:
             p.epochs_without_gain += 1
         self.log.epoch(p.step, p.history[-1])
+        due = p.epoch > 0 and p.epoch % self.settings.checkpoints.save_ckpt_every_n == 0
         p.epoch, p.step_in_epoch, p.epoch_loss, p.epoch_targets = p.epoch + 1, 0, 0.0, 0.0
-        if better or p.epoch % self.settings.checkpoints.save_ckpt_every_n == 0:
+        if better or due:
             self.save(store, metrics[BEST_BY], better)
 
     # -- checkpoints --------------------------------------------------------------------------------------------

@@ -245,11 +245,12 @@ def test_histories_are_whole_and_jagged(ragged_dataset: SequenceDataset) -> None
     assert len(loader.histories(users[:0])["item_ids"]) == 0
 
 
-def test_max_users(ragged_dataset: SequenceDataset) -> None:
+def test_evaluation_of_some_users(ragged_dataset: SequenceDataset) -> None:
     targets = make_split(ragged_dataset).test_targets
-    batches = [*EvaluationLoader(ragged_dataset, targets, 3, 4, max_users=6)]
+    some = np.flatnonzero(targets >= 0)[3:9]
+    batches = [*EvaluationLoader(ragged_dataset, targets, 3, 4, users=some)]
     users = torch.cat([batch["user_ids"] for batch in batches]) - 1
-    assert users.tolist() == np.flatnonzero(targets >= 0)[:6].tolist()
+    assert users.tolist() == some.tolist()
 
 
 @pytest.mark.parametrize("depth", [0, 1, 3, 64])

@@ -384,3 +384,64 @@ def test_a_pipe_for_a_vocabulary_is_refused_at_once(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "out" / "event.shelf.parquet")
     with pytest.raises(UserError, match="prepare the data again"):
         dataset.vocabulary("shelf")
+
+
+@pytest.fixture
+def with_unrated(tmp_path: Path) -> Path:
+    """Four items, of which two are rated; ids in UTF-8 order within each kind."""
+    table = pa.table(
+        {
+            "user": pa.array(["a", "a", "a"], pa.large_string()),
+            "item": pa.array(["y", "x", "y"], pa.large_string()),
+        }
+    )
+    features = pa.table({"item": ["z", "y", "w", "x"], "genre": ["g", "h", "g", "h"]})
+    for name, chosen in (("plain", "none"), ("filtered", "k_core:1")):
+        raw = RawRatings("t", [tmp_path / "t.csv"], item_features=features, filter=chosen)
+        prepare_batches(raw, [table], tmp_path / name, 1 << 30)
+    raw = RawRatings("t", [tmp_path / "t.csv"], item_features=features.slice(0, 2))
+    prepare_batches(raw, [table], tmp_path / "fewer", 1 << 30)
+    return tmp_path / "plain"
+
+
+def test_items_without_ratings_lie_behind_the_rated_ones(with_unrated: Path) -> None:
+    rated = SequenceDataset.open(with_unrated)
+    rated.verify()
+    whole = rated.with_catalogue("all")
+    assert rated.with_catalogue("rated") is rated
+    assert (rated.num_items, whole.num_items, whole.num_users) == (2, 4, 1)
+    assert rated.original_item_ids().to_pylist() == ["x", "y"]
+    assert whole.original_item_ids().to_pylist() == ["x", "y", "w", "z"]
+    assert whole.item_features()["genre"].to_pylist() == ["h", "h", "g", "g"]
+    assert whole.items.tolist() == rated.items.tolist() == [2, 1, 2]
+
+
+def test_items_without_ratings_are_in_no_hash(with_unrated: Path) -> None:
+    some, more = (SequenceDataset.open(with_unrated.parent / name).manifest for name in ("fewer", "plain"))
+    assert (some.counts["unrated_items"], more.counts["unrated_items"]) == (1, 2)
+    assert (some.data_hash, some.split_hashes) == (more.data_hash, more.split_hashes)
+
+
+def test_items_that_a_filter_left_out_are_no_candidates(with_unrated: Path) -> None:
+    filtered = SequenceDataset.open(with_unrated.parent / "filtered").with_catalogue("all")
+    assert filtered.num_items == 2
+
+
+def test_a_folder_that_kept_no_items_without_ratings_says_so(with_unrated: Path) -> None:
+    path = with_unrated / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["counts"]["unrated_items"], manifest["tables"]["unrated_items.parquet"]
+    path.write_text(json.dumps(manifest))
+    old = SequenceDataset.open(with_unrated)
+    old.verify()
+    with pytest.raises(UserError, match="prepared by a release that kept no items without ratings"):
+        old.with_catalogue("all")
+
+
+def test_a_changed_table_of_items_without_ratings_is_found(with_unrated: Path) -> None:
+    table = pq.read_table(with_unrated / "unrated_items.parquet")
+    pq.write_table(table.slice(1), with_unrated / "unrated_items.parquet")
+    assert "1 rows, the manifest says 2" in error_of(with_unrated)
+    pq.write_table(table.take([1, 0]), with_unrated / "unrated_items.parquet")
+    with pytest.raises(UserError, match="unrated_items.parquet: not the file that was prepared"):
+        SequenceDataset.open(with_unrated).verify()

@@ -9,14 +9,17 @@ import numpy as np
 import pytest
 import torch
 
+from generative_recommenders.build.parts import build_model
 from generative_recommenders.data.loader import EvaluationLoader
 from generative_recommenders.data.splits import Split, make_split
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.evaluation import evaluator as evaluator_module
 from generative_recommenders.evaluation.evaluator import EvaluationResult, Evaluator
+from generative_recommenders.evaluation.model_evaluation import ModelEvaluation
 from generative_recommenders.evaluation.seen_filters import HistoryFilter, NoFilter, WindowFilter
 from tiny_data import tiny_dataset
+from tiny_models import catalogue, settings
 
 WINDOW, THRESHOLD = 6, 4.0
 FILTERS = {"history": HistoryFilter(), "window": WindowFilter(), "none": NoFilter()}
@@ -158,11 +161,26 @@ def test_ranks_are_summed_over_processes(ragged_dataset: SequenceDataset) -> Non
     assert result.removed_targets == expected.removed_targets
 
 
-def test_partial_evaluation_takes_the_first_users(ragged_dataset: SequenceDataset) -> None:
-    targets = make_split(ragged_dataset).test_targets
-    parts = [EvaluationLoader(ragged_dataset, targets, WINDOW, 5, rank, 2, max_users=15) for rank in range(2)]
-    users = torch.cat([batch["user_ids"] for part in parts for batch in part]) - 1
-    assert sorted(users.tolist()) == [user for user, target in enumerate(targets) if target >= 0][:15]
+def test_partial_evaluation_draws_its_users_anew_by_the_seed(ragged_dataset: SequenceDataset) -> None:
+    def users(draw: int, random_seed: int = 42) -> list[int]:
+        chosen = settings(max_sequence_length=WINDOW, eval_batch_size=5, random_seed=random_seed)
+        evaluation = ModelEvaluation(chosen, ragged_dataset, make_split(ragged_dataset), Collectives())
+        model = build_model(chosen, catalogue(num_items=30, counts=torch.ones(30)))
+        seen: list[int] = []
+        score = evaluation.seen_filter.removed
+
+        def removed(batch, histories):
+            seen.extend(batch["user_ids"].tolist())
+            return score(batch, histories)
+
+        evaluation.seen_filter.removed = removed
+        assert evaluation.validation(model, 3, draw=draw).targets == len(seen) == 15
+        return seen
+
+    first = users(0)
+    assert first == sorted(first) == users(0)
+    assert len({tuple(each) for each in (first, users(1), users(2), users(0, random_seed=7))}) == 4
+    assert len({*first, *users(1), *users(2), *users(3)}) > 30
 
 
 def test_unseen_targets_are_misses(ragged_dataset: SequenceDataset) -> None:

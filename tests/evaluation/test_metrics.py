@@ -20,10 +20,11 @@ def slow_metrics(ranks: list[int], num_items: int, cutoffs) -> dict[str, float]:
         result[f"hr@{k}"] = len(hits) / len(ranks)
         result[f"ndcg@{k}"] = sum(1 / math.log2(r + 1) for r in hits) / len(ranks)
     result["mrr"] = sum(1 / r for r in ranks) / len(ranks)
+    result["mrr@2500"] = sum(1 / (r if r <= min(2500, num_items) else 2501) for r in ranks) / len(ranks)
     return result
 
 
-@pytest.mark.parametrize("num_items", [3, 90, 1000])
+@pytest.mark.parametrize("num_items", [3, 90, 1000, 6000])
 def test_metrics_equal_a_loop_over_users(num_items):
     ranks = torch.randint(1, num_items + 2, (200,), generator=torch.Generator().manual_seed(num_items))
     histogram = RankHistogram(num_items)

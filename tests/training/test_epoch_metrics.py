@@ -160,3 +160,44 @@ def test_without_validation_targets_the_last_epoch_is_kept(
     patient = chosen.bind({"train_fn.early_stopping_patience": 1})
     with pytest.raises(UserError, match="has no validation targets under protocol 'leave_one_out'"):
         Trainer(patient, ragged_dataset, bare, Collectives())
+
+
+def test_checkpoints_are_counted_as_published(ragged_dataset: SequenceDataset, tmp_path: Path) -> None:
+    """Behind epochs 2 and 4, counted from 0, and at the end; protocol "paper" keeps no best one besides."""
+    chosen = settings(
+        num_epochs=6, local_batch_size=64, eval_batch_size=64, protocol="paper", save_ckpt_every_n=2
+    )
+    trainer = Trainer(chosen, ragged_dataset, make_split(ragged_dataset, "paper"), Collectives())
+    trainer.train(CheckpointStore(tmp_path, 9))
+    assert [path.name.split("-step")[0][-1] for path in CheckpointStore(tmp_path).paths()] == ["3", "5", "6"]
+
+
+def test_a_resumed_run_draws_the_same_users_for_its_partial_evaluations(
+    ragged_dataset: SequenceDataset, tmp_path: Path
+) -> None:
+    whole, first, second = (
+        make_trainer(ragged_dataset, full_eval_every_n=5, partial_eval_num_iters=2) for _ in range(3)
+    )
+    whole.train()
+    first.train(CheckpointStore(tmp_path), max_steps=len(first.loader) + 1)
+    second.restore(CheckpointStore(tmp_path).load_newest())
+    second.train(CheckpointStore(tmp_path))
+    rows = [[each["hr@10"] for each in trainer.progress.history] for trainer in (whole, second)]
+    assert rows[0] == rows[1]
+
+
+def test_items_that_nobody_rated_are_negatives_and_candidates(tmp_path: Path) -> None:
+    """They are drawn as often as others, get updates, and are ranked."""
+    rated = tiny_dataset(tmp_path, ragged_sequences(57, 30, seed=5), item_features=True, unrated=10)
+    data = rated.with_catalogue("all")
+    assert (rated.num_items, data.num_items) == (30, 40)
+    plain, whole = (make_trainer(each, num_negatives=50, sampling_strategy="local") for each in (rated, data))
+    assert (len(plain.model.items.table), len(whole.model.items.table)) == (31, 41)
+    batch = next(whole.loader.epoch(0))
+    drawn = whole.task.prepare(batch, 0).negatives.ids
+    assert abs((drawn > 30).float().mean().item() - 0.25) < 0.03
+    table = whole.model.items.table.detach().clone()
+    whole.train(max_steps=1)
+    moved = (whole.model.items.table != table).any(1)
+    assert moved[31:].all()
+    assert whole.evaluation.test(whole.model).histogram.counts.shape[1] == 41

@@ -11,10 +11,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from generative_recommenders.data.feature_tables import align
+from generative_recommenders.data.feature_tables import align, unrated_items
 from generative_recommenders.data.manifest import (
     COLUMNS,
     TABLES,
+    UNRATED,
     Manifest,
     column_file,
     event_file,
@@ -138,7 +139,11 @@ def write_tables(
     """
     users, user_specs = align("user", sequences.user_ids, raw.user_features)
     items, item_specs = align("item", sequences.item_ids, raw.item_features)
-    for name, table in zip(TABLES, (items, users)):
+    tables, counts = dict(zip(TABLES, (items, users))), {}
+    if raw.item_features is not None and raw.filter == "none":
+        tables[UNRATED] = unrated_items(sequences.item_ids, raw.item_features)
+        counts["unrated_items"] = len(tables[UNRATED])
+    for name, table in tables.items():
         pq.write_table(table, folder / name)
     for name, values in sequences.vocabularies.items():
         pq.write_table(pa.table({name: values}), vocabulary_file(folder, name))
@@ -151,6 +156,7 @@ def write_tables(
             "items": len(sequences.item_ids),
             "events": sequences.num_events,
             "users_with_one_event": int((lengths == 1).sum()),
+            **counts,
         },
         lengths={
             "min": int(lengths.min()),
@@ -166,7 +172,7 @@ def write_tables(
         source=raw.source,
         event_columns=[_describe(folder, sequences, name) for name in sequences.kinds],
         columns_hash=hashes.columns,
-        tables={name: file_digest(folder / name, "sha256") for name in TABLES},
+        tables={name: file_digest(folder / name, "sha256") for name in tables},
         split_hashes={
             name: digests.split_hash(hashes.data, name)
             for name in PROTOCOLS
