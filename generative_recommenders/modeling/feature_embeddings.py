@@ -111,7 +111,11 @@ class NamedEmbeddings(nn.Module):
 
     def __init__(self, embedders: Mapping[str, nn.Module]) -> None:
         super().__init__()
-        self._keys = {name: _module_key(name, number) for number, name in enumerate(embedders)}
+        # torch takes no name with a dot or of an attribute of modules ("type") for a key.
+        self._keys = {
+            name: f"feature{number}" if not name or "." in name or name in _RESERVED_KEYS else name
+            for number, name in enumerate(embedders)
+        }
         self.feature_embedders = nn.ModuleDict({self._keys[name]: each for name, each in embedders.items()})
 
     def embedder(self, name: str) -> nn.Module:
@@ -167,8 +171,3 @@ def category_ids(
 
 
 _RESERVED_KEYS = frozenset(dir(nn.ModuleDict()))
-
-
-def _module_key(name: str, number: int) -> str:
-    """A key that torch takes: the name itself unless it holds a dot or is an attribute of modules ("type")."""
-    return f"feature{number}" if not name or "." in name or name in _RESERVED_KEYS else name

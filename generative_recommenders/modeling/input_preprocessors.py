@@ -143,7 +143,13 @@ class CombinedItemAndRatingInputFeaturesPreprocessor(InputPreprocessor):
         x = torch.stack([items, ratings], dim=1).flatten(0, 1)
         doubled = double_layout(layout)
         read = 2 * torch.arange(layout.num_tokens, device=layout.device) + 1
-        return EncoderInput(self.add_positions(x, doubled), doubled, _double_events(events), read)
+        both = {name: _twice(values) for name, values in events.items()}
+        if (
+            "next_timestamps" in events
+        ):  # of an item, its own rating's, which is the same; of a rating, the next item's
+            times = [events["timestamps"], events["next_timestamps"]]
+            both["next_timestamps"] = torch.stack(times, dim=1).flatten()
+        return EncoderInput(self.add_positions(x, doubled), doubled, both, read)
 
 
 def rating_table(num_ratings: int, embedding_dim: int) -> torch.nn.Parameter:
@@ -173,15 +179,6 @@ def double_layout(layout: Layout) -> Layout:
         return doubled
     repeated = (_twice(x) for x in (layout.attention_mask.key, layout.attention_mask.query))
     return doubled.with_attention_mask(AttentionMask(*repeated))
-
-
-def _double_events(events: TokenEvents) -> dict[str, torch.Tensor]:
-    """An item's next event is its own rating, at the same time; a rating's is the next item."""
-    doubled = {name: _twice(values) for name, values in events.items()}
-    if "next_timestamps" in events:
-        pairs = [events["timestamps"], events["next_timestamps"]]
-        doubled["next_timestamps"] = torch.stack(pairs, dim=1).flatten()
-    return doubled
 
 
 def _twice(values: torch.Tensor) -> torch.Tensor:

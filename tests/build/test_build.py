@@ -18,6 +18,7 @@ from generative_recommenders.build.parts import (
 from generative_recommenders.config.registry import LOSSES
 from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.errors import UserError
+from generative_recommenders.evaluation.model_evaluation import catalogue_scores
 from generative_recommenders.modeling.encoders.two_tower import EntityFeature, FeatureMerger
 from generative_recommenders.modeling.feature_embeddings import EmbeddingSpec
 from generative_recommenders.objectives.losses.sce import ScalableCrossEntropyLoss
@@ -345,6 +346,24 @@ def test_bf16_training_of_the_similarity_acts_on_mol() -> None:
     similarity.score(queries, items)
     similarity.eval().score(queries, items)
     assert seen == [torch.bfloat16, torch.bfloat16]  # in evaluation too, as published
+
+
+@pytest.mark.parametrize("name", ["main_module_bf16", "eval_bf16"])
+def test_bfloat16_of_the_encoder_holds_in_evaluation(name: str) -> None:
+    """main_module_bf16 in training, too; eval_bf16 in evaluation alone."""
+    chosen = settings(**{name: True})
+    task = training_step(chosen, catalogue()).task
+    seen = []
+    task.model.sequence.encoder.register_forward_pre_hook(
+        lambda module, inputs: seen.append(torch.is_autocast_enabled("cpu"))
+    )
+    task.loss(loaded(ten_users()), 0)
+    task.model.eval()
+    batch = {key: value for key, value in ten_users().items() if key != "user_ids"}
+    batch["next_timestamps"] = torch.full((10,), 2000)
+    score = catalogue_scores(task.model, torch.bfloat16 if chosen.evaluation.eval_bf16 else None)
+    assert score({**batch, "user_ids": torch.arange(1, 11)}).dtype == torch.float32
+    assert seen == [name == "main_module_bf16", True]
 
 
 def test_auxiliary_losses_are_weighted_and_made_only_when_asked() -> None:
