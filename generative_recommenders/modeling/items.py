@@ -13,7 +13,7 @@ import torch
 from generative_recommenders.config.fields import Positive
 from generative_recommenders.config.registry import register_item_embedding
 from generative_recommenders.modeling.initialization import truncated_normal_
-from generative_recommenders.ops.embedding import lookup_rows, sorted_unique
+from generative_recommenders.ops.embedding import lookup_rows, places_of, sorted_unique
 from generative_recommenders.ops.normalization import l2_normalize
 
 
@@ -33,7 +33,7 @@ class ItemRows:
     def index(self, item_ids: torch.Tensor) -> torch.Tensor:
         """Rows of ``weight`` for item ids of any shape; every one must be held."""
         ids = item_ids if self.row_of_item is None else self.row_of_item[item_ids]
-        return ids if self.ids is None else torch.searchsorted(self.ids, ids)
+        return ids if self.ids is None else places_of(self.ids, ids)
 
     def lookup(self, item_ids: torch.Tensor) -> torch.Tensor:
         """``[..., D]`` embeddings of ``item_ids [...]``."""

@@ -20,8 +20,10 @@ from generative_recommenders.ops.counter_random import CounterDraws, Key, stream
 from generative_recommenders.ops.embedding import sorted_unique
 from generative_recommenders.types import LossOutput
 
-DENSE_SHARE = 4
-"""A step that reads more than 1 / DENSE_SHARE of the table works on all of it: no search for unique rows."""
+DENSE_SHARE = 1
+"""A step that reads more than 1 / DENSE_SHARE times the rows of the table works on all of it: no search for unique rows."""
+_WHOLE_ON_ACCELERATOR = 4
+"""Rows that an accelerator reads in the time of one that it gathers, each as often as it is read."""
 _MASKS, _ENCODER, _SCORING = 1 << 32, 1 << 33, 1 << 34
 """Purposes of draws: of masked positions, of dropout masks in the encoder, and of those where items are scored."""
 
@@ -118,11 +120,13 @@ class TrainingTask(torch.nn.Module):
             return None, None
         read = negatives.ids.numel() + example.targets.numel() + example.past_ids.numel()
         # What an accelerator gathers is as much as is read, a CPU's tower computes each item once.
+        if dispatch.waits(items.table):
+            read *= _WHOLE_ON_ACCELERATOR
         if read * DENSE_SHARE > items.table.shape[0] and (items.tower is None or dispatch.waits(items.table)):
             return None, None
         ids = [example.targets.flatten(), negatives.ids.flatten(), *([] if pool is None else [pool])]
-        scored = sorted_unique(torch.cat(ids))
-        return scored, items.table_rows(sorted_unique(torch.cat([scored, example.past_ids])))
+        scored = sorted_unique(torch.cat(ids), items.num_items)
+        return scored, items.table_rows(sorted_unique(torch.cat([scored, example.past_ids]), items.num_items))
 
     def forward(self, batch: PreparedBatch, rows: ItemRows | None = None) -> LossOutput:
         """The differentiable part of `loss`."""

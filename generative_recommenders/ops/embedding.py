@@ -9,6 +9,8 @@ from generative_recommenders.ops import dispatch
 
 _SORTED_FROM = 1 << 15
 """Rows of a lookup, at least, whose gradient is summed sorted."""
+_FEW = 8
+"""Ids are few where more than so many times their number could be."""
 
 
 def lookup_rows(weight: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -30,17 +32,37 @@ def bags_of_rows(rows: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch
     return order, torch.searchsorted(ordered, torch.arange(num_rows + 1, device=rows.device).to(dtype))
 
 
-def sorted_unique(ids: torch.Tensor) -> torch.Tensor:
+def sorted_unique(ids: torch.Tensor, largest: int | None = None) -> torch.Tensor:
     """Ids of any shape, int64, sorted and each once; on an accelerator, whose number of ids the host would wait for, as many
-    as came in, the largest one filling up the end.
+    as came in, the largest one filling up the end. largest: that no id of 0 or more exceeds, where it is known.
     """
     if not dispatch.waits(ids):
-        return torch.unique(ids)
+        if largest is None or not dispatch.fast(ids) or _FEW * ids.numel() < largest:
+            return torch.unique(ids)
+        marked = torch.zeros(largest + 1, dtype=torch.bool)  # a byte an id, read through once
+        return marked.index_fill_(0, ids.flatten(), True).nonzero()[:, 0]
     values = ids.flatten().sort().values
     slots = (values[1:] != values[:-1]).cumsum(0)
     ends = values[-1:].repeat(len(values))
     ends[:1] = values[:1]
     return ends.scatter_(0, slots, values[1:])
+
+
+def places_of(held: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Where each of ``ids``, of any shape, stands in ``held``, which has them all, as of `sorted_unique`; int64."""
+    if dispatch.waits(held) or not dispatch.fast(held) or not len(held):
+        return places_of_reference(held, ids)
+    if _FEW * ids.numel() <= int(held[-1]):
+        return places_of_reference(held, ids)
+    # Only the places of held ids are set, and read.
+    places = torch.empty(int(held[-1]) + 1, dtype=torch.int64)
+    places[held] = torch.arange(len(held))
+    return places[ids]
+
+
+def places_of_reference(held: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """`places_of` by binary search."""
+    return torch.searchsorted(held, ids)
 
 
 class _Lookup(torch.autograd.Function):

@@ -97,9 +97,14 @@ class RowwiseAdagrad(TableOptimizer):
         decay = 1 - self.learning_rate * self.weight_decay
         if touched is not None:
             decay = torch.where(touched, decay, 1.0)[:, None]
-        total = _taken(self.state["sum_of_squares"], rows).add_(grads.square().mean(1))
-        change = self.learning_rate * grads / (total.sqrt() + 1e-10)[:, None]
-        weights = _taken(self.table, rows).mul_(decay).sub_(change)
+        # Rows may be most of a large table: nothing of their size is made but the weights themselves.
+        squares = torch.linalg.vector_norm(grads, dim=1).square_().div_(grads.shape[1])
+        total = _taken(self.state["sum_of_squares"], rows).add_(squares)
+        weights = _taken(self.table, rows)
+        if self.weight_decay:
+            weights.mul_(decay)
+        rates = self.learning_rate / (total.sqrt() + 1e-10)
+        weights.addcmul_(grads, rates[:, None], value=-1.0)
         if rows is not None:
             self.state["sum_of_squares"][rows], self.table[rows] = total, weights
 
@@ -202,8 +207,12 @@ class Optimizer:
             if dispatch.waits(grads) and self.sparse.capturable:
                 self.sparse.step(rows, grads, grads.any(1))
             else:
-                changed = grads.any(1).nonzero()[:, 0]
-                self.sparse.step(changed if rows is None else rows[changed], grads[changed])
+                # In a fraction of the time of `any`. NaN differs from 0, too.
+                changed = ((grads.amax(1) != 0) | (grads.amin(1) != 0)).nonzero()[:, 0]
+                if rows is not None and len(changed) == len(rows):
+                    self.sparse.step(rows, grads)
+                else:
+                    self.sparse.step(changed if rows is None else rows[changed], grads[changed])
         for group in self.dense.param_groups:
             group["lr"] = rate
         self.dense.step()
