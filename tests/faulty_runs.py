@@ -40,6 +40,8 @@ train_fn.num_warmup_steps = 5
 train_fn.save_ckpt_every_n = 1
 """
 PACKAGE = "generative_recommenders."
+MEASURED = ("seconds", "spent", "environment", "train/tokens_per_second")
+"""Records of a clock and of the machine, which no two runs share."""
 MOMENTS = {
     "checkpoint.store.CheckpointStore.attach": 1,
     "checkpoint.store.write_tensors": 4,
@@ -134,14 +136,15 @@ def records(run: Path) -> list[dict[str, Any]]:
     """Lines of metrics.jsonl without what the machine decides."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [
-        {name: value for name, value in line.items() if name != "seconds" and not name.startswith("peak_")}
+        {name: value for name, value in line.items() if name not in MEASURED and not name.startswith("peak_")}
         for line in lines
     ]
 
 
 def scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
     events = EventAccumulator(str(run / "tensorboard")).Reload()
-    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    tags = [tag for tag in events.Tags()["scalars"] if tag not in MEASURED]
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in tags}
 
 
 def assert_same_run(run: Path, expected: Path) -> None:

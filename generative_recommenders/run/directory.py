@@ -132,11 +132,12 @@ class RunFolder:
 
     def write_result(self, step: int, metrics: Mapping[str, float], settings: Mapping[str, Any]) -> None:
         """Adds the test result to TensorBoard, with the settings as hyperparameters, so that its table compares runs by
-        them. metrics: by tag, as ``test/mrr``. settings: by gin name."""
+        them. step: the run's last; the result stands one behind it, so that a run that goes on from there purges it.
+        metrics: by tag, as ``test/mrr``. settings: by gin name."""
         from torch.utils.tensorboard.summary import hparams
 
         shown = {name: v if isinstance(v, (bool, int, float)) else str(v) for name, v in settings.items()}
-        self.write_scalars(step, metrics)
+        self.write_scalars(step + 1, metrics)
         assert self._writer is not None  # made by the line above
         with self._writable():
             for summary in hparams(shown, dict(metrics)):

@@ -110,11 +110,10 @@ def final_report(
         chosen = (
             "the last epoch; protocol paper scores the test item every epoch, as the HSTU authors' code does"
         )
-    tensorboard = folder / "tensorboard"
     places = {
         "checkpoint": checkpoint or "none",
         "resolved config": folder / "resolved.gin",
-        "TensorBoard log": tensorboard if tensorboard.exists() else "none, the run was too short",
+        "TensorBoard log": folder / "tensorboard",
         "curves": folder / "curves.png"
         if (folder / "curves.png").exists()
         else "none, no epoch was finished",

@@ -41,7 +41,7 @@ def test_events_of_a_run_can_be_read_back(ragged_dataset: SequenceDataset, tmp_p
     rates = [event.value for event in steps["train/learning_rate"]]
     assert rates[0] == pytest.approx(0.01 * 3 / 5) and rates[1] == pytest.approx(0.01)
     assert [(event.step, event.value) for event in steps["test/ndcg@10"]] == [
-        (result.progress.step, pytest.approx(result.test["ndcg@10"]))
+        (result.progress.step + 1, pytest.approx(result.test["ndcg@10"]))
     ]
     plugin = events.SummaryMetadata("_hparams_/session_start_info").plugin_data
     assert plugin.plugin_name == "hparams"
