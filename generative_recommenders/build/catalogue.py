@@ -83,6 +83,9 @@ class Catalogue:
             "item_encodings": self.items.encodings([spec.name for spec in tower.embedder.schema])
             if tower is not None and isinstance(self.items, FeatureReader)
             else {},
+            "user_encodings": self.users.encodings([spec.name for spec in merger.embedder.schema])
+            if merger is not None and isinstance(self.users, FeatureReader)
+            else {},
             "user_features": [asdict(spec) for spec in merger.embedder.schema] if merger is not None else [],
             "event_features": {
                 name: asdict(feature) for name, feature in self.event_features.items() if feature.name in used

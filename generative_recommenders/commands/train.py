@@ -44,6 +44,7 @@ from generative_recommenders.run.model_summary import model_summary
 from generative_recommenders.run.plots import plot_curves
 from generative_recommenders.run.report.page import write_report
 from generative_recommenders.training.debug import step_profiler
+from generative_recommenders.training.fine_tuning import initialize
 from generative_recommenders.training.trainer import Trainer, TrainResult
 
 
@@ -81,8 +82,8 @@ def train_worker(rank: int, world_size: int, options: Options) -> int:
             logging.info("run folder %s\n%s", folder, report.data_summary(dataset, split))
         trainer = Trainer(settings, dataset, split, collectives, EpochLog.of(run, settings))
         trainer.evaluation.folder = folder
-        if options.resume:
-            resume(trainer, store)
+        if not (options.resume and resume(trainer, store)):
+            initialize(settings, trainer.task, trainer.catalogue, dataset, collectives)
         if run is not None:  # only now: a resume that is refused leaves the folder's configuration alone
             run.save_resolved_gin(resolved)
             store.attach(dataset.original_item_ids().combine_chunks(), settings.to_json(), resolved)
@@ -106,7 +107,8 @@ def train_worker(rank: int, world_size: int, options: Options) -> int:
         return 0
 
 
-def resume(trainer: Trainer, store: CheckpointStore) -> None:
+def resume(trainer: Trainer, store: CheckpointStore) -> bool:
+    """Goes on from the newest checkpoint; False, and the run starts from its beginning, where there is none."""
     before = from_main(trainer.collectives, lambda: len(store.paths()))
     checkpoint = checkpoint_from_main(trainer.collectives, store.load_newest)
     if checkpoint is None and before:
@@ -116,12 +118,13 @@ def resume(trainer: Trainer, store: CheckpointStore) -> None:
     if checkpoint is None:
         logging.warning("there is no whole checkpoint in %s: the run starts from its beginning", store.folder)
         trainer.log.truncate_after(0)
-        return
+        return False
     saved = RunSettings.from_json(from_main(trainer.collectives, checkpoint.settings))
     for name, was, now in gin_registry.differences(saved, trainer.settings):
         logging.warning("resuming with %s = %r, which was %r", name, now, was)
     trainer.restore(checkpoint)
     logging.info("resumed %s", checkpoint.path)
+    return True
 
 
 def finish(
@@ -202,6 +205,7 @@ def dry_run_worker(rank: int, world_size: int, options: Options) -> int:
     dataset = shared_dataset(settings, options.data_root, collectives)
     split = make_split(dataset, settings.data.protocol)
     trainer = Trainer(settings, dataset, split, collectives)
+    initialize(settings, trainer.task, trainer.catalogue, dataset, collectives)
     summary_of_parts = model_summary(trainer)
     if rank == 0:
         show(summary_of_parts)

@@ -33,6 +33,7 @@ from generative_recommenders.config.sections import (
     CheckpointSettings,
     DataSettings,
     EvaluationSettings,
+    FineTuningSettings,
     ItemSettings,
     LoaderSettings,
     LossSettings,
@@ -59,6 +60,7 @@ class RunSettings(Section):
     negatives: NegativesSettings = Field(default_factory=NegativesSettings)
     updates: UpdateSettings = Field(default_factory=UpdateSettings)
     schedule: ScheduleSettings = Field(default_factory=ScheduleSettings)
+    fine_tuning: FineTuningSettings = Field(default_factory=FineTuningSettings)
     evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
     checkpoints: CheckpointSettings = Field(default_factory=CheckpointSettings)
     queries: QuerySettings = Field(default_factory=QuerySettings)

@@ -131,6 +131,17 @@ class ScheduleSettings(Section):
     enable_tf32: bool = False
 
 
+class FineTuningSettings(Section):
+    """Training on from another run. initialize_from: a run's folder (its best checkpoint) or a checkpoint. freeze: parameters
+    that stay as they are, by their names or beginnings of names, as ``("items.table", "sequence.encoder.blocks.0")``.
+    """
+
+    gin_name: ClassVar[str] = "train_fn"
+
+    initialize_from: str | None = None
+    freeze: tuple[str, ...] = ()
+
+
 class EvaluationSettings(Section):
     """Evaluation. eval_interval is in steps, full_eval_every_n in epochs; sizes are per process.
 

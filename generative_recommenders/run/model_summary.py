@@ -19,8 +19,9 @@ def model_summary(trainer: Trainer) -> str:
         own = set(part.parameters()) - seen
         counts[name], seen = sum(p.numel() for p in own), seen | own
     total = sum(counts.values())
-    held = 4 * total
-    if trainer.settings.updates.optimizer == "rowwise_adagrad":  # one number a row of the item table
+    held = total + 3 * sum(p.numel() for p in seen if p.requires_grad)  # gradients and two moments
+    by_rows = trainer.settings.updates.optimizer == "rowwise_adagrad"  # one number a row of the item table
+    if by_rows and model.items.table.requires_grad:
         held -= 2 * counts["items"]
     lines = [str(model), str(trainer.task.criterion), ""]
     lines += [f"{name:<16}{count:>14,} parameters" for name, count in counts.items()]

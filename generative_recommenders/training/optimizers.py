@@ -163,37 +163,53 @@ class Optimizer:
         num_warmup_steps: int = 0,
         max_grad_norm: float | None = None,
     ) -> None:
-        self.rule, self.table, self.sparse = rule, table, rule.rows(table)
+        self.rule, self.table = rule, table
+        self.sparse = rule.rows(table) if table.requires_grad else None
         # A row-wise optimizer takes the table out of the dense one, whose moments would move every row at every step.
-        self.parameters = list(dense) + ([] if self.sparse else [table])
-        self.dense = rule.dense(self.parameters)
+        self.parameters = [p for p in (*dense, *(() if self.sparse else (table,))) if p.requires_grad]
+        self.dense = rule.dense(self.parameters) if self.parameters else None
         self.num_warmup_steps = num_warmup_steps
         self.max_grad_norm = max_grad_norm
 
     def zero_grad(self) -> None:
-        self.dense.zero_grad(set_to_none=True)
-        self.table.grad = None
+        for parameter in (*self.parameters, self.table):
+            parameter.grad = None
 
     @property
     def capturable(self) -> bool:
         """Whether `update` of all rows can be captured as a CUDA graph."""
-        rule_is = all(group.get("capturable", False) for group in self.dense.param_groups)
+        rule_is = self.dense is None or all(g.get("capturable", False) for g in self.dense.param_groups)
         return rule_is and (self.sparse is None or self.sparse.capturable)
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
         return self.rule.learning_rate * min(1.0, (step + 1) / max(self.num_warmup_steps, 1))
 
-    def step(self, step: int, rows: torch.Tensor | None, grads: torch.Tensor) -> float:
-        """One update; returns the learning rate. step: from 0. rows ``[U]`` (None: all) and grads ``[U, D]`` of the table."""
+    def step(self, step: int, rows: torch.Tensor | None, grads: torch.Tensor | None) -> float:
+        """One update; returns the learning rate. step: from 0. rows ``[U]`` (None: all) and grads ``[U, D]`` of the table, None
+        for a frozen one.
+        """
         rate = self.rate(step)
         self.update(rate, rows, grads)
         return rate
 
-    def update(self, rate: float | torch.Tensor, rows: torch.Tensor | None, grads: torch.Tensor) -> None:
+    def update(
+        self, rate: float | torch.Tensor, rows: torch.Tensor | None, grads: torch.Tensor | None
+    ) -> None:
         """One update by a learning rate, which may be a scalar on the device."""
         if self.max_grad_norm is not None:
             grads = self._clip(grads, self.max_grad_norm)
+        if grads is not None:
+            self._update_table(rate, rows, grads)
+        if self.dense is not None:
+            for group in self.dense.param_groups:
+                group["lr"] = rate
+            self.dense.step()
+
+    def _update_table(
+        self, rate: float | torch.Tensor, rows: torch.Tensor | None, grads: torch.Tensor
+    ) -> None:
+        """The rows' own update, or their gradient in the dense one's."""
         if rows is not None and dispatch.waits(rows):
             # What fills up the end of `sorted_unique` has no gradient of its own, and writes what its row gets.
             grads = grads[torch.searchsorted(rows, rows)]
@@ -213,29 +229,27 @@ class Optimizer:
                     self.sparse.step(rows, grads)
                 else:
                     self.sparse.step(changed if rows is None else rows[changed], grads[changed])
-        for group in self.dense.param_groups:
-            group["lr"] = rate
-        self.dense.step()
 
-    def gradient_norm(self, table_grads: torch.Tensor) -> torch.Tensor:
+    def gradient_norm(self, table_grads: torch.Tensor | None) -> torch.Tensor:
         """The L2 norm ``[]`` over dense and table gradients together, as if the table were an ordinary parameter.
 
         Before `update`, which clips.
         """
-        grads = [p.grad for p in self.parameters if p.grad is not None]
-        return torch.stack([g.norm() for g in [*grads, table_grads]]).norm()
+        grads = [*(p.grad for p in self.parameters), table_grads]
+        return torch.stack([g.norm() for g in grads if g is not None]).norm()
 
-    def _clip(self, table_grads: torch.Tensor, max_norm: float) -> torch.Tensor:
+    def _clip(self, table_grads: torch.Tensor | None, max_norm: float) -> torch.Tensor | None:
         scale = (max_norm / self.gradient_norm(table_grads).clamp(min=1e-6)).clamp(max=1.0)
         for parameter in self.parameters:
             if parameter.grad is not None:
                 parameter.grad.mul_(scale)
-        return table_grads * scale
+        return None if table_grads is None else table_grads * scale
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
         """All state by name, for `load_state_tensors`."""
         tensors = {}
         for index, parameter in enumerate(self.parameters):
+            assert self.dense is not None  # there are parameters
             for name, value in self.dense.state.get(parameter, {}).items():
                 tensors[f"{DENSE}{index}.{name}"] = torch.as_tensor(value)
         if self.sparse is not None:
@@ -248,7 +262,7 @@ class Optimizer:
         for index, parameter in enumerate(self.parameters):
             prefix = f"{DENSE}{index}."
             state = {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
-            if state:
+            if state and self.dense is not None:
                 on_device = {name: value.to(parameter.device).clone() for name, value in state.items()}
                 self.dense.state[parameter] = on_device
         if self.sparse is not None:

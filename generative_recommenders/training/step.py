@@ -78,13 +78,17 @@ class TrainingStep:
     def forward(self, batch: PreparedBatch) -> tuple[ItemRows, LossOutput]:
         """The gathered rows of the item table, which the backward pass differentiates, and the loss."""
         table = self.task.model.items.table
-        leaf = (table if batch.row_ids is None else table[batch.row_ids]).detach().requires_grad_()
+        leaf = (
+            (table if batch.row_ids is None else table[batch.row_ids])
+            .detach()
+            .requires_grad_(table.requires_grad)
+        )
         rows = ItemRows(leaf, batch.row_ids)
         if self._runner is None:
             self._runner = self._data_parallel(batch, rows)
         return rows, self._runner(batch, rows)
 
-    def _data_parallel(self, batch: PreparedBatch, rows: ItemRows) -> DistributedDataParallel:
+    def _data_parallel(self, batch: PreparedBatch, rows: ItemRows) -> torch.nn.Module:
         """The task with synchronised gradients of all parameters but the item table, which has `_table_gradients`.
 
         Where parameters get no gradient, like HSTU's bias by time where the data have no times, DDP has to search for
@@ -95,15 +99,19 @@ class TrainingStep:
             output = self.task(batch, rows)
         named = dict(self.task.named_parameters())
         wanted = [p for name, p in named.items() if name != TABLE and p.requires_grad]
+        if not wanted:  # the rest is frozen
+            return self.task
         loss = output.sum + sum(output.auxiliary.values())
         gradients = torch.autograd.grad(loss, wanted, allow_unused=True)
         unused = self.collectives.any(any(each is None for each in gradients))
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.task, [TABLE])
         return DistributedDataParallel(self.task, find_unused_parameters=unused, broadcast_buffers=False)
 
-    def _table_gradients(self, rows: ItemRows) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """Summed over processes: row ids (None for all) and their gradients."""
+    def _table_gradients(self, rows: ItemRows) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Summed over processes: row ids (None for all) and their gradients (None for a frozen table)."""
         world, leaf = self.collectives.world_size, rows.weight
+        if not leaf.requires_grad:
+            return None, None
         assert leaf.grad is not None  # the backward pass has run
         if world == 1:
             return rows.ids, leaf.grad

@@ -106,6 +106,7 @@ class Trainer:
                 "train_fn.deterministic is set (bf16 and losses that warn of it excepted)",
                 collectives.world_size,
             )
+        self.frozen = [name for name, each in self.task.named_parameters() if not each.requires_grad]
         self.evaluation = ModelEvaluation(settings, dataset, split, collectives)
         self.picks_best = self._has_validation()
         self.progress = Progress()
@@ -310,6 +311,7 @@ class Trainer:
             "columns_hash": manifest.columns_hash,
             "data": self.catalogue.facts(self.model, self.dataset),
             "optimizer_tensors": len(parts["optimizer"]),
+            "frozen": self.frozen,
             "world_size": self.collectives.world_size,
             "global_batch": self.loader.global_batch,
         }
@@ -330,6 +332,11 @@ class Trainer:
             now = getattr(self.dataset.manifest, f"{what}_hash")
             named = {"features": "features of the data", "columns": "event columns of the data"}[what]
             check_same_data(checkpoint.state.get(f"{what}_hash", now), now, named)
+        if checkpoint.state.get("frozen", []) != self.frozen:
+            raise UserError(
+                "train_fn.freeze holds other parameters than when this run began: keep it, or start a new run with "
+                "train_fn.initialize_from"
+            )
         load_model(self.model, checkpoint)
         load_criterion(self.task.criterion, checkpoint)
         prefix = "optimizer."

@@ -49,6 +49,8 @@ CASES = {
         "optimizer": "lazy_adamw",
         "max_grad_norm": 0.3,
     },
+    "frozen items": {**LOCAL, "freeze": ("items.table", "sequence.encoder.blocks.0"), "learning_rate": 1e-2},
+    "frozen encoder": {**LOCAL, "freeze": ("sequence",), "optimizer": "lazy_adamw", "learning_rate": 1e-2},
     "masked": {"objective": "masked", "loss_module": "CE"},
     "permuted, sampled": {"objective": "permuted", **LOCAL, "negatives_sharing": "block"},
     "replaced": {"objective": "replaced", "loss_module": "CE"},
