@@ -20,7 +20,9 @@ from generative_recommenders.errors import UserError
 Count = Annotated[int, Ge(0)]
 Period = Annotated[int, Ge(1)]
 """Steps, batches, epochs or files from one time to the next."""
-Size = Annotated[int, Ge(1), Le(1 << 31)]
+Size = Annotated[int, Ge(1), Le(1 << 20)]
+"""Rows, draws or entries that are held at a time."""
+TableRows = Annotated[int, Ge(1), Le(1 << 31)]
 Length = Annotated[int, Ge(1), Le(1 << 20)]
 """Events of a history."""
 Width = Annotated[int, Ge(1), Le(1 << 16)]
@@ -63,6 +65,9 @@ class Unless:
     values: tuple[Any, ...]
 
 
+MAX_TEXT = 1000
+"""Characters of a name or a path."""
+
 Model = TypeVar("Model", bound="StrictModel")
 Built = TypeVar("Built")
 
@@ -85,7 +90,7 @@ class StrictModel(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _sequences_and_sizes(cls, value: Any, info: ValidationInfo) -> Any:
-        check_numbers(value)
+        check_sizes(value)
         annotation = cls.model_fields[str(info.field_name)].annotation
         origins = {get_origin(each) or each for each in (annotation, *get_args(annotation))}
         if isinstance(value, list) and tuple in origins:
@@ -105,15 +110,17 @@ class OptionGroup(StrictModel):
     prefix: ClassVar[str]
 
 
-def check_numbers(value: Any) -> None:
-    """Refuses, anywhere in a value, numbers that neither int64 nor float32 hold."""
+def check_sizes(value: Any) -> None:
+    """Refuses, anywhere in a value, numbers that neither int64 nor float32 hold, and texts that are no names."""
     if isinstance(value, Mapping):
         value = [*value.keys(), *value.values()]
     if isinstance(value, (list, tuple)):
         for each in value:
-            check_numbers(each)
+            check_sizes(each)
     elif isinstance(value, int) and abs(value) >= 1 << 63:
         raise PydanticCustomError("size", "must be below 2^63")
+    elif isinstance(value, str) and len(value) > MAX_TEXT:
+        raise PydanticCustomError("size", f"must have at most {MAX_TEXT} characters")
     elif isinstance(value, float) and not math.isfinite(value):
         raise PydanticCustomError("size", "must be finite")
     elif isinstance(value, float) and value and not SMALLEST <= abs(value) <= LARGEST:

@@ -21,6 +21,7 @@ from generative_recommenders.config.fields import (
     Section,
     Size,
     SuppliedTo,
+    TableRows,
     Unless,
     Width,
 )
@@ -154,7 +155,7 @@ class EvaluationSettings(Section):
 
     eval_batch_size: Size = 128
     eval_user_max_batch_size: Size | None = None
-    eval_users: Size | None = None
+    eval_users: TableRows | None = None
     eval_bf16: bool = False
     eval_interval: Period = 100
     full_eval_every_n: Period = 1

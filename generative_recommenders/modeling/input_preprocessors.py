@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from generative_recommenders.config.fields import Share, Size, Width
+from generative_recommenders.config.fields import Share, Width
 from generative_recommenders.config.registry import register_input_preprocessor
 from generative_recommenders.modeling.initialization import truncated_normal_
 from generative_recommenders.ops.dropout import Dropout
@@ -111,7 +111,7 @@ class LearnablePositionalEmbeddingRatedInputFeaturesPreprocessor(InputPreprocess
         item_embedding_dim: int,
         dropout_rate: Share = 0.2,
         rating_embedding_dim: Width = 8,
-        num_ratings: Size = 6,
+        num_ratings: Width = 6,
     ) -> None:
         super().__init__(max_length, item_embedding_dim + rating_embedding_dim, dropout_rate)
         self.rating = rating_table(num_ratings, rating_embedding_dim)
@@ -133,7 +133,7 @@ class CombinedItemAndRatingInputFeaturesPreprocessor(InputPreprocessor):
     needs_ratings = True
 
     def __init__(
-        self, max_length: int, item_embedding_dim: int, dropout_rate: Share = 0.2, num_ratings: Size = 6
+        self, max_length: int, item_embedding_dim: int, dropout_rate: Share = 0.2, num_ratings: Width = 6
     ) -> None:
         super().__init__(2 * max_length, item_embedding_dim, dropout_rate)
         self.rating = rating_table(num_ratings, item_embedding_dim)

@@ -8,7 +8,7 @@ import torch
 from annotated_types import Gt, Le
 from torch import Tensor
 
-from generative_recommenders.config.fields import Size
+from generative_recommenders.config.fields import Length
 from generative_recommenders.config.registry import register_objective
 from generative_recommenders.data.token_masks import Draws, proper_part, uniform
 from generative_recommenders.errors import UserError
@@ -58,10 +58,8 @@ class PermutationMasking(MaskingScheme):
     def _spans(self, real: Tensor, draws: Draws) -> Tensor:
         """Random spans of real positions, ``[B, N]`` bool, all rows at once."""
         rows, width = real.shape
-        contexts = torch.tensor(
-            [int(span / self.probability) for span in range(1, self.max_span_length + 1)],
-            device=real.device,
-        )
+        spans = torch.arange(1, self.max_span_length + 1, dtype=torch.float64, device=real.device)
+        contexts = (spans / self.probability).clamp(max=2.0**40).long()  # no sum of them overflows
         steps = -(-width // int(contexts[0]))
         lengths = real.sum(1, keepdim=True)
         span_draw, place_draw = uniform((2, rows, steps), real.device, draws)
@@ -91,7 +89,7 @@ class PermutedObjective(MaskedObjective):
     def __init__(
         self,
         mask_probability: Annotated[float, Gt(0.0), Le(1.0)] = 1 / 6,
-        max_span_length: Size = 5,
+        max_span_length: Length = 5,
         permute_all: bool = False,
     ) -> None:
         super().__init__(PermutationMasking(mask_probability, max_span_length, permute_all))

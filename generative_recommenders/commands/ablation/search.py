@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from generative_recommenders.commands.ablation.plan import Ablation, Cell, Run
 from generative_recommenders.commands.ablation.records import best_validation
-from generative_recommenders.config.fields import check_numbers
+from generative_recommenders.config.fields import check_sizes
 from generative_recommenders.data.preparation.folder import new_file
 from generative_recommenders.errors import UserError
 
@@ -105,7 +105,7 @@ def distribution(name: str, given: Any, file: Path) -> BaseDistribution:
     if kind not in ("log", "uniform", "int") or len(values) != 2 or not numbers:
         raise wrong
     try:
-        check_numbers(values)
+        check_sizes(values)
         if kind == "int":
             return IntDistribution(*values)
         return FloatDistribution(*values, log=kind == "log")

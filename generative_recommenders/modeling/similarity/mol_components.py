@@ -16,7 +16,7 @@ from generative_recommenders.config.fields import (
     NonNegative,
     OptionGroup,
     Share,
-    Size,
+    TableRows,
 )
 from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.initialization import xavier_normal_matrices_
@@ -70,7 +70,7 @@ class UserOptions(OptionGroup):
     prefix: ClassVar[str] = "uid_"
 
     dropout_rate: Share = 0.5
-    embedding_hash_sizes: tuple[Size, ...] | None = None
+    embedding_hash_sizes: tuple[TableRows, ...] | None = None
     embedding_level_dropout: bool = False
     embedding_l2_weight_decay: NonNegative = 0.0
 
