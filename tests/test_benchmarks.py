@@ -12,6 +12,10 @@ import pytest
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 TINY = {
     "catalogue_loss": ["--tokens=300", "--items=500", "--dim=8"],
+    "compare_peers": [
+        *("--environments=peers", "--peers", "--encoders", "SASRec"),
+        *("--users=30", "--items=50", "--rounds=1"),
+    ],
     "evaluate": ["--users=600", "--items=700", "--dim=8", "--seen=3"],
     "gpu": ["--device=cpu", "--quick"],
     "incremental": ["--rows=2", "--length=8", "--repeats=1"],
@@ -32,6 +36,7 @@ TINY = {
 }
 POSITIVE = {
     "catalogue_loss": ("seconds", "products_seconds", "ratio"),
+    "compare_peers": ("results.SASRec.ours.step", "results.SASRec.ours.epoch"),
     "evaluate": ("users_per_second", "ratio"),
     "gpu": ("parity.tolerance", "steps.HSTU-large.step_ms", "epochs.epochs_measured"),
     "incremental": ("results.SASRec.scratch_ms", "results.HSTU.append_ms"),

@@ -43,7 +43,7 @@ from generative_recommenders.distributed.sync import from_main, together
 from generative_recommenders.errors import UserError
 from generative_recommenders.evaluation.evaluator import EvaluationResult
 from generative_recommenders.evaluation.model_evaluation import ModelEvaluation
-from generative_recommenders.evaluation.user_ranks import Ranks, user_ranks
+from generative_recommenders.evaluation.ranks import Ranks, user_ranks
 from generative_recommenders.run import summary as report
 from generative_recommenders.run.logging import set_up_logging, show
 from generative_recommenders.run.report.facts import write_facts

@@ -35,7 +35,7 @@ from generative_recommenders.distributed.process_group import (
 from generative_recommenders.distributed.signals import INTERRUPTED, StopRequest
 from generative_recommenders.distributed.sync import from_main, together
 from generative_recommenders.errors import UserError
-from generative_recommenders.evaluation.user_ranks import Ranks
+from generative_recommenders.evaluation.ranks import Ranks
 from generative_recommenders.run import summary as report
 from generative_recommenders.run.directory import RunFolder
 from generative_recommenders.run.epoch_log import EpochLog

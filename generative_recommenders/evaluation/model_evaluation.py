@@ -29,8 +29,8 @@ from generative_recommenders.evaluation.evaluator import (
     never,
 )
 from generative_recommenders.evaluation.progress import EvaluationProgress, fingerprint
+from generative_recommenders.evaluation.ranks import Ranks, user_ranks
 from generative_recommenders.evaluation.top_lists import TopLists
-from generative_recommenders.evaluation.user_ranks import Ranks, user_ranks
 from generative_recommenders.modeling.inputs import Queries
 from generative_recommenders.modeling.model import SequenceRecommender
 from generative_recommenders.ops import dispatch

@@ -11,8 +11,12 @@ from collections.abc import Callable
 
 import torch
 
+from generative_recommenders.data.splits import Split
+from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.evaluation.seen_items import SeenItems
 
+Ranks = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Users, targets and ranks, ``[n]`` int64 on the CPU: internal ids from 1, by user; a rank above V is a miss."""
 _WORDS = 255
 """8-byte words of 8 booleans that can be added before one of their bytes overflows."""
 
@@ -115,3 +119,10 @@ def _count_where(scores: torch.Tensor, target_scores: torch.Tensor, compare: Cal
         words = hits.view(torch.int64).view(len(scores), groups, _WORDS).sum(2)
         total += words.view(torch.uint8).view(len(scores), groups * 8).sum(1)
     return total
+
+
+def user_ranks(dataset: SequenceDataset, split: Split, ranks: torch.Tensor) -> Ranks:
+    """Of an evaluation of test targets. ranks: ``[U]``, see `EvaluationResult`."""
+    users = ranks.numpy().nonzero()[0]
+    targets = dataset.items[dataset.offsets[users] + split.test_targets[users]]
+    return torch.from_numpy(users + 1), torch.from_numpy(targets.astype("int64")), ranks[users]

@@ -20,10 +20,9 @@ from generative_recommenders.ops.counter_random import CounterDraws, Key, stream
 from generative_recommenders.ops.embedding import sorted_unique
 from generative_recommenders.types import LossOutput
 
-DENSE_SHARE = 1
-"""A step that reads more than 1 / DENSE_SHARE times the rows of the table works on all of it: no search for unique rows."""
-_WHOLE_ON_ACCELERATOR = 4
-"""Rows that an accelerator reads in the time of one that it gathers, each as often as it is read."""
+DENSE_SHARE = 4
+"""A step that reads more than 1 / DENSE_SHARE of the table works on all of it: no search for unique rows. On a CPU an optimizer
+of single rows leaves the others alone, so that gathering pays up to the whole table."""
 _MASKS, _ENCODER, _SCORING = 1 << 32, 1 << 33, 1 << 34
 """Purposes of draws: of masked positions, of dropout masks in the encoder, and of those where items are scored."""
 
@@ -49,6 +48,8 @@ class TrainingTask(torch.nn.Module):
         super().__init__()
         self.model, self.objective, self.criterion, self.sampler = model, objective, criterion, sampler
         self.seed, self.numbers_rows = seed, numbers_rows
+        self.updates_rows = False
+        """Set by a trainer whose optimizer updates single rows of the item table."""
         self.collectives = collectives or Collectives(model.items.table.device)
         if self.collectives.world_size > 1 and self.collectives.is_main and not criterion.sums_over_tokens:
             logging.warning(
@@ -119,10 +120,10 @@ class TrainingTask(torch.nn.Module):
         if negatives is None:
             return None, None
         read = negatives.ids.numel() + example.targets.numel() + example.past_ids.numel()
+        on_cpu = not dispatch.waits(items.table)
+        share = min(1, DENSE_SHARE) if on_cpu and self.updates_rows else DENSE_SHARE
         # What an accelerator gathers is as much as is read, a CPU's tower computes each item once.
-        if dispatch.waits(items.table):
-            read *= _WHOLE_ON_ACCELERATOR
-        if read * DENSE_SHARE > items.table.shape[0] and (items.tower is None or dispatch.waits(items.table)):
+        if read * share > items.table.shape[0] and not (on_cpu and items.tower is not None):
             return None, None
         ids = [example.targets.flatten(), negatives.ids.flatten(), *([] if pool is None else [pool])]
         scored = sorted_unique(torch.cat(ids), items.num_items)

@@ -380,14 +380,12 @@ class Recommender:
         """One row a recommendation; places without an item are left out."""
         row, column = (items > 0).nonzero(as_tuple=True)
         taken = self.item_ids.take(pa.array((items[row, column] - 1).numpy()))
-        ids = taken
-        if numeric:
-            with contextlib.suppress(pa.ArrowInvalid):  # there may be items whose ids are no numbers
-                ids = taken.cast(pa.int64())
+        with contextlib.suppress(pa.ArrowInvalid):  # there may be items whose ids are no numbers
+            taken = taken.cast(pa.int64()) if numeric else taken
         frame = pl.DataFrame(
             {
                 "user_id": pl.Series(users, strict=False).gather(row.numpy()) if users else [],
-                "item_id": pl.Series(pl.from_arrow(ids)),
+                "item_id": pl.Series(pl.from_arrow(taken)),
                 "rank": (column + 1).numpy(),
                 "score": scores[row, column].numpy(),
             }
@@ -396,8 +394,7 @@ class Recommender:
             try:
                 from pyspark.sql import SparkSession
             except ImportError as error:
-                raise UserError(
-                    "output='spark' needs pyspark: pip install 'generative-recommenders[spark]'"
-                ) from error
+                hint = "pip install 'generative-recommenders[spark]'"
+                raise UserError(f"output='spark' needs pyspark: {hint}") from error
             return SparkSession.builder.getOrCreate().createDataFrame(frame.to_pandas())
         return frame if output == "polars" else frame.to_pandas()

@@ -31,7 +31,7 @@ from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.distributed.signals import StopRequested
 from generative_recommenders.errors import UserError
 from generative_recommenders.evaluation.model_evaluation import ModelEvaluation
-from generative_recommenders.evaluation.user_ranks import Ranks, user_ranks
+from generative_recommenders.evaluation.ranks import Ranks, user_ranks
 from generative_recommenders.ops.counter_random import stream_key
 from generative_recommenders.retrieval.methods import check_top_k
 from generative_recommenders.training.callbacks import Recorder
@@ -88,12 +88,11 @@ class Trainer:
             [p for p in self.task.parameters() if p is not table], table,
             build_part(settings, OPTIMIZERS, updates.optimizer, rates), updates.num_warmup_steps, updates.max_grad_norm,
         )  # fmt: skip
-        parts = self.task, optimizer, collectives
-        self.step = (
-            CapturedStep(*parts, schedule.local_batch_size) if can_capture(*parts) else TrainingStep(*parts)
-        )
+        self.task.updates_rows = optimizer.sparse is not None
+        parts, rows = (self.task, optimizer, collectives), schedule.local_batch_size
+        self.step = CapturedStep(*parts, rows) if can_capture(*parts) else TrainingStep(*parts)
         self.loader = SequenceLoader(
-            dataset, split.train_stops, data.max_sequence_length, schedule.local_batch_size, schedule.random_seed,
+            dataset, split.train_stops, data.max_sequence_length, rows, schedule.random_seed,
             data.positional_sampling_ratio, collectives.rank, collectives.world_size,
         )  # fmt: skip
         if len(self.loader) == 0:

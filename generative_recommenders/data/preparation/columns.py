@@ -147,23 +147,11 @@ def write_tables(
         pq.write_table(table, folder / name)
     for name, values in sequences.vocabularies.items():
         pq.write_table(pa.table({name: values}), vocabulary_file(folder, name))
-    lengths = np.diff(sequences.offsets)
     manifest = Manifest(
         name=raw.name,
         counts_before=before,
-        counts={
-            "users": len(lengths),
-            "items": len(sequences.item_ids),
-            "events": sequences.num_events,
-            "users_with_one_event": int((lengths == 1).sum()),
-            **counts,
-        },
-        lengths={
-            "min": int(lengths.min()),
-            "median": float(np.median(lengths)),
-            "mean": round(float(lengths.mean()), 4),
-            "max": int(lengths.max()),
-        },
+        counts={**_counts(sequences), **counts},
+        lengths=_lengths(sequences),
         has_ratings=sequences.has_ratings,
         has_timestamps=sequences.has_timestamps,
         data_hash=hashes.data,
@@ -187,6 +175,26 @@ def write_tables(
     manifest = replace(manifest, statistics={"dropped_duplicates": dropped, **statistics})
     write_manifest(folder, manifest)
     return manifest
+
+
+def _counts(sequences: Sequences) -> dict[str, int]:
+    lengths = np.diff(sequences.offsets)
+    return {
+        "users": len(lengths),
+        "items": len(sequences.item_ids),
+        "events": sequences.num_events,
+        "users_with_one_event": int((lengths == 1).sum()),
+    }
+
+
+def _lengths(sequences: Sequences) -> dict[str, float]:
+    lengths = np.diff(sequences.offsets)
+    return {
+        "min": int(lengths.min()),
+        "median": float(np.median(lengths)),
+        "mean": round(float(lengths.mean()), 4),
+        "max": int(lengths.max()),
+    }
 
 
 def _describe(folder: Path, sequences: Sequences, name: str) -> EventColumn:

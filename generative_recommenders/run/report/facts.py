@@ -29,7 +29,7 @@ from generative_recommenders.data.statistics import statistics_lines
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.errors import UserError
 from generative_recommenders.evaluation.baselines import training_counts
-from generative_recommenders.evaluation.user_ranks import Ranks
+from generative_recommenders.evaluation.ranks import Ranks
 
 FOLDER = "report"
 MOST_USERS, MOST_ITEMS, EXAMPLES = 200_000, 200_000, 5
