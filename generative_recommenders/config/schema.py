@@ -107,10 +107,8 @@ class RunSettings(Section):
         chosen = self.changed(**changed, published=published, options=options)
         for name in list(published):
             readers = chosen.readers(name)
-            for (
-                part,
-                target,
-            ) in readers:  # what is bound last counts, by the published or by the part's own name
+            # What is bound last counts, by the published or by the part's own name.
+            for part, target in readers:
                 if name in given and f"{part.gin_name}.{target.option}" not in values:
                     options.get(part.gin_name, {}).pop(target.option, None)
             if readers and all(target.option in options.get(part.gin_name, {}) for part, target in readers):
@@ -280,9 +278,8 @@ class RunSettings(Section):
         known, unknown = {*owners, *parts_by_gin_name()}, dict[str, dict[str, Any]]()
         values = by_gin_name(data, owners)
         for name in [name for name in values if name.partition(".")[0] not in known]:
-            part, _, option = name.partition(
-                "."
-            )  # of a plug-in that is not loaded, and that the run does not need
+            # Of a plug-in that is not loaded, and that the run does not need.
+            part, _, option = name.partition(".")
             unknown.setdefault(part, {})[option] = values.pop(name)
         try:
             return cls(options=unknown).bind(values)
