@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 
 
 class UserError(Exception):
@@ -20,7 +19,7 @@ class UserError(Exception):
 def fault_of(error: BaseException) -> UserError | None:
     """The one line of an error that the program's code is not to blame for, or None.
 
-    Beside UserError these are faults of the system (a file that cannot be read or written, too many open files, no memory) and
+    Beside UserError these are faults of the system (a file that cannot be read or written, too many open files) and
     names that are no UTF-8 text. A lost connection to another process is none: that process says what happened.
     """
     if isinstance(error, UserError):
@@ -32,12 +31,4 @@ def fault_of(error: BaseException) -> UserError | None:
             os.fsdecode(each) for each in (error.filename, error.filename2) if isinstance(each, (str, bytes))
         ]
         return UserError(": ".join([*names, error.strerror or str(error) or type(error).__name__]))
-    # torch raises RuntimeError where a tensor has no room, on a GPU a subclass of it
-    of_torch = isinstance(error, RuntimeError) and re.search(
-        "can't allocate memory|out of memory", str(error)
-    )
-    if of_torch or isinstance(error, MemoryError):
-        return UserError(
-            "there is not enough memory: lower the batch size, the number of negatives or the widths"
-        )
     return None

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from absl import flags, logging
 
+from generative_recommenders.distributed.memory import out_of_memory
 from generative_recommenders.distributed.signals import INTERRUPTED, interrupts
 from generative_recommenders.errors import UserError, fault_of
 from generative_recommenders.run.logging import to_nowhere
@@ -40,11 +41,11 @@ def exit_code(program: Callable[[], int]) -> int:
     except KeyboardInterrupt:  # where no run has begun: one that has writes a checkpoint
         line, code = "interrupted", INTERRUPTED
     except Exception as error:
-        fault = fault_of(error)
-        if fault is None:
+        fault, memory = fault_of(error), out_of_memory(error)
+        if fault is None and memory is None:
             raise
         logging.debug("the fault came from here", exc_info=True)
-        line, code = str(fault), fault.exit_code
+        line, code = memory or str(fault), 1 if fault is None else fault.exit_code
     if line:
         with contextlib.suppress(OSError):
             print(f"error: {line}", file=sys.stderr)

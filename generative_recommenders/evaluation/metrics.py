@@ -88,4 +88,6 @@ class RankHistogram:
             first = ranks[: min(k, num_items)]
             errors[f"hr@{k}"], errors[f"ndcg@{k}"] = error(first**0), error(1 / torch.log2(first + 1))
         errors["mrr"] = error(1 / ranks)
+        ranks[-1] = math.inf  # as in `compute`
+        errors[f"mrr@{PUBLISHED_DEPTH}"] = error(1 / ranks.clamp(max=PUBLISHED_DEPTH + 1))
         return errors

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from absl import logging
 
 from generative_recommenders.build.parts import build_model
@@ -44,7 +45,7 @@ def test_next_time_is_shown_where_the_encoder_sees_times(
     ragged_dataset: SequenceDataset, choices: dict[str, object], times: bool, shown_time: bool
 ) -> None:
     data = ragged_dataset if times else dataclasses.replace(ragged_dataset, timestamps=None)
-    result = EvaluationResult(RankHistogram(30))
+    result = EvaluationResult(RankHistogram(30), torch.zeros(data.num_users, dtype=torch.int64))
     shown = evaluation(data, **choices, next_time="hidden").conditions(result)
     assert shown.endswith(", next_time 'hidden'") == shown_time
 

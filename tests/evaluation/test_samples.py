@@ -68,7 +68,7 @@ def test_the_standard_error_is_that_of_means_of_samples() -> None:
         sample = histogram(population[torch.randperm(400, generator=generator)[:100]])
         means.append(sample.compute())
         errors.append(sample.standard_errors(400))
-    for name in ("hr@1", "ndcg@10", "hr@50", "mrr"):
+    for name in ("hr@1", "ndcg@10", "hr@50", "mrr", "mrr@2500"):
         spread = float(np.std([each[name] for each in means]))
         expected = math.sqrt(float(np.mean([each[name] ** 2 for each in errors])))
         assert spread == pytest.approx(expected, rel=0.08)
