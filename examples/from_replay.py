@@ -1,4 +1,9 @@
-"""A RePlay script with ``replay`` replaced in its imports: a SasRec on the embedded data set, under Lightning's trainer."""
+"""A RePlay script with ``replay`` replaced in its imports: a SasRec on MovieLens-100K, under Lightning's trainer.
+
+    python examples/from_replay.py [FOLDER_OR_ARCHIVE_OF_ML_100K]
+
+Without an argument the data set is downloaded.
+"""
 
 from __future__ import annotations
 
@@ -45,11 +50,11 @@ from generative_recommenders.lightning.parquet import prepared_tables
 WIDTH, LENGTH, HEADS = 64, 50, 2
 
 
-def encoded_parquet(folder: Path) -> tuple[dict[str, Path], int]:
+def encoded_parquet(folder: Path, raw: Path | None) -> tuple[dict[str, Path], int]:
     """What RePlay's own preparation would have written: encoded sequences by split, and the number of items."""
-    data = folder / "synthetic-books"
+    data = folder / "ml-100k"
     if not data.exists():
-        prepare(resolve("synthetic-books", raw_path=None, data_root=folder), data)
+        prepare(resolve("ml-100k", raw_path=raw, data_root=folder), data)
     dataset, paths = SequenceDataset.open(data), {}
     for split, table in prepared_tables(dataset, "leave_one_out").items():
         paths[split] = folder / f"{split}.parquet"
@@ -91,10 +96,11 @@ def sasrec_body(schema: TensorSchema) -> SasRecBody:
 
 
 def main(
-    folder: Path, max_epochs: int = 5, limit: int | None = None
+    folder: Path, raw: Path | None = None, max_epochs: int = 10, limit: int | None = None
 ) -> tuple[dict[str, float], pd.DataFrame]:
-    """Test metrics and recommendations. limit: batches of each stage, None for all."""
-    paths, num_items = encoded_parquet(folder)
+    """Test metrics and recommendations. raw: MovieLens-100K. limit: batches of each stage, None for all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths, num_items = encoded_parquet(folder, raw)
     schema = item_schema(num_items)
     history = {"query_id": {}, "item_id": {"shape": LENGTH, "padding": num_items}}
     seen = {"train": {"shape": 200, "padding": -1}}
@@ -137,5 +143,5 @@ def main(
 
 
 if __name__ == "__main__":
-    metrics, recommendations = main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path("tmp/from_replay"))
+    metrics, recommendations = main(Path("tmp/from_replay"), Path(sys.argv[1]) if len(sys.argv) > 1 else None)
     print(metrics, recommendations.head(10), sep="\n")
