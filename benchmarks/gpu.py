@@ -53,6 +53,8 @@ ENCODERS = {
     "SASRec-MoL": ("sasrec-mol-sampled-softmax-n128-8x4x64-rails-final", []),
 }
 """Published configurations of ML-1M, with the bindings that make another encoder of one."""
+QUICK = ("SASRec", "HSTU-large")
+"""Those that ``--quick`` runs."""
 BOOKS_ITEMS, BOOKS_CONFIG = 801_350, "configs/amzn-books/sasrec-sampled-softmax-n512-final.gin"
 PARITY_TOLERANCE = 1e-3
 EPOCHS = 100
@@ -95,6 +97,9 @@ class Bench:
         peak = torch.cuda.max_memory_allocated() / 2**20
         torch.cuda.reset_peak_memory_stats()
         return round(peak, 1)
+
+    def encoders(self) -> dict[str, tuple[str, list[str]]]:
+        return {name: ENCODERS[name] for name in (QUICK if self.quick else ENCODERS)}
 
     def left(self) -> float:
         """Seconds."""
@@ -181,14 +186,14 @@ def parity(bench: Bench) -> dict[str, Any]:
     gradient."""
     dataset = made_dataset(np.array([3, 40, 1, 17, 60, 25, 9, 33] * 2), 500)
     losses = {kind: name for name, kind in {**sampled.SAMPLED_LOSSES, **catalogue.CATALOGUE_LOSSES}.items()}
-    cases: dict[str, tuple[str, list[str]]] = {encoder: (encoder, []) for encoder in ENCODERS}
+    cases: dict[str, tuple[str, list[str]]] = {encoder: (encoder, []) for encoder in bench.encoders()}
     cases |= {f"SASRec, {name}": ("SASRec", [f"train_fn.loss_module = '{name}'"]) for name in losses.values()}
     cases |= {
         f"SASRec, {sharing}": ("SASRec", [f"train_fn.negatives_sharing = '{sharing}'"])
         for sharing in ("block", "batch")
     }
     found: dict[str, Any] = {}
-    for name, (encoder, bindings) in cases.items():
+    for name, (encoder, bindings) in list(cases.items())[: 4 if bench.quick else None]:
         settings = movie_settings(encoder, bench, "train_fn.max_sequence_length = 48", *bindings)
         found[name] = guarded(lambda s=settings: differences_from_cpu(s, dataset, bench))
     bad = [
@@ -249,7 +254,7 @@ def no_waiting(bench: Bench) -> dict[str, Any]:
                 torch.cuda.set_sync_debug_mode("default")
         return "no"
 
-    return {encoder: guarded(lambda e=encoder: step(e)) for encoder in ENCODERS}
+    return {encoder: guarded(lambda e=encoder: step(e)) for encoder in bench.encoders()}
 
 
 def without_dropout(encoder: str, bench: Bench) -> RunSettings:
@@ -290,7 +295,7 @@ def training_steps(bench: Bench) -> dict[str, Any]:
             launch_by_launch(trainer)
         return timed_steps(trainer, encoder, replace(bench, profiles=None) if plain else bench)
 
-    for encoder in ENCODERS:
+    for encoder in bench.encoders():
         found[encoder] = guarded(lambda e=encoder: measured(e, False))
         found[f"{encoder}, no graphs"] = guarded(lambda e=encoder: measured(e, True))
     return found
