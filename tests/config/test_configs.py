@@ -157,7 +157,8 @@ def test_published_configurations_train_and_evaluate(
         "train_fn.num_negatives = 4",
         "train_fn.eval_batch_size = 64",
     )
-    options = setup.Options((str(path),), bindings, data_root, str(tmp_path / "run"), False, 2, False)
+    run = str(tmp_path / "run")
+    options = setup.Options((str(path),), bindings, data_root, run, False, 2, False, report=False)
     assert train.train_worker(0, 1, options) == 0
     report = capsys.readouterr().out
     assert load_settings([path])[0].model.main_module in report
