@@ -192,6 +192,7 @@ def write_page(run: Path, dataset: SequenceDataset, split: Split, ranks: Mapping
     try:
         logging.info("report: %s", write_report(run))
     except Exception as error:  # whatever a picture fails at, the trained run stands
+        logging.debug("the report's fault came from here", exc_info=True)
         logging.warning("the report of %s cannot be written: %s", run, fault_line(error))
 
 

@@ -7,9 +7,10 @@ the event after it, which is known only when that event arrives, so this one tok
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
+from itertools import repeat
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -102,6 +103,19 @@ class IncrementalEncoder(Protocol):
     ) -> tuple[torch.Tensor, tuple[KeysValues, ...]]:
         """``[T, E]`` to ``[T, D]`` and the extended blocks; cached is empty at the beginning. UserError where options of
         the encoder make every token depend on later ones."""
+
+
+def append_through(
+    blocks: Iterable[Any], x: torch.Tensor, appended: Appended, cached: Sequence[KeysValues], *inputs: Any
+) -> tuple[torch.Tensor, tuple[KeysValues, ...]]:
+    """The tokens ``x [T, D]`` behind the last of the blocks, and what each block keeps. A block has ``append(x, appended,
+    *inputs, cached)``, the cached None at the beginning.
+    """
+    extended = []
+    for block, before in zip(blocks, cached or repeat(None)):
+        x, after = block.append(x, appended, *inputs, before)
+        extended.append(after)
+    return x, tuple(extended)
 
 
 def softmax_over_cache(q: torch.Tensor, block: KeysValues, appended: Appended) -> torch.Tensor:

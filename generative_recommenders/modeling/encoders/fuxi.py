@@ -13,9 +13,8 @@ meaning, place and time attend apart, where HSTU adds place and time to the logi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import repeat
-from typing import Annotated, Literal, cast, get_args
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -24,17 +23,20 @@ from annotated_types import Gt, Le
 from generative_recommenders.config.fields import Layers, Share, Width
 from generative_recommenders.config.registry import register_encoder
 from generative_recommenders.config.sections import NextTime
-from generative_recommenders.errors import UserError
-from generative_recommenders.modeling.cache import Appended, KeysValues, pointwise_over_cache
+from generative_recommenders.modeling.cache import (
+    Appended,
+    KeysValues,
+    append_through,
+    pointwise_over_cache,
+)
 from generative_recommenders.modeling.encoders.checks import check_choice, check_positive
+from generative_recommenders.modeling.encoders.timed import TimedEncoder
 from generative_recommenders.ops.attention.pointwise import pointwise_attention
 from generative_recommenders.ops.attention.relative_bias import (
     BatchInputs,
     BiasInputs,
     RelativeBias,
-    Times,
     bias_inputs,
-    time_buckets,
 )
 from generative_recommenders.ops.attention.tables import table_attention
 from generative_recommenders.ops.dropout import Dropout
@@ -119,7 +121,7 @@ class FuxiBlock(torch.nn.Module):
 
 
 @register_encoder("FuXi", gin_name="fuxi_encoder")
-class FuXi(torch.nn.Module):
+class FuXi(TimedEncoder):
     """A stack of `FuxiBlock`.
 
     max_length: N = max_sequence_length + gr_output_length + 1, the constant divisor and the reach of the channel of place.
@@ -177,16 +179,6 @@ class FuXi(torch.nn.Module):
             x = run_block(block, self.activation_checkpoint and self.training, x, layout, inputs)
         return x
 
-    def times(self, events: Mapping[str, torch.Tensor]) -> Times | None:
-        """What the channel of time compares, or None where it is not used or the data have no times."""
-        keys = events.get("timestamps")
-        queries = events.get("next_timestamps") if self.next_time == "given" else keys
-        return None if not self.timed or keys is None or queries is None else (queries, keys)
-
-    def revises_last(self, events: Mapping[str, torch.Tensor]) -> bool:
-        """The channel of time of a token may know the time of the event after it."""
-        return self.next_time == "given" and self.timed and "timestamps" in events
-
     def encode_appended(
         self,
         x: torch.Tensor,
@@ -195,16 +187,4 @@ class FuXi(torch.nn.Module):
         cached: Sequence[KeysValues],
     ) -> tuple[torch.Tensor, tuple[KeysValues, ...]]:
         """See `modeling.cache.IncrementalEncoder`; UserError beyond max_length."""
-        if appended.capacity > self.max_length:
-            raise UserError(
-                f"encode_incremental: {appended.capacity} tokens, and FuXi's max_length is {self.max_length}"
-            )
-        times, buckets = self.times(events), None
-        if times is not None and appended.times is not None:
-            buckets = time_buckets(appended.layout.to_rectangle(times[0]), appended.times)
-        inputs = BiasInputs(self.max_length - 1 + appended.distances(), buckets)
-        blocks = []
-        for block, before in zip(cast(Iterable[FuxiBlock], self.blocks), cached or repeat(None)):
-            x, after = block.append(x, appended, inputs, before)
-            blocks.append(after)
-        return x, tuple(blocks)
+        return append_through(self.blocks, x, appended, cached, self.appended_inputs(events, appended))

@@ -10,9 +10,8 @@ A block, over the tokens x of a batch; act is SiLU, LN has eps 1e-6, and N is th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import repeat
-from typing import Literal, cast, get_args
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -21,17 +20,21 @@ from generative_recommenders.config.fields import Layers, Share, Width
 from generative_recommenders.config.registry import register_encoder
 from generative_recommenders.config.sections import NextTime
 from generative_recommenders.errors import UserError
-from generative_recommenders.modeling.cache import Appended, KeysValues, pointwise_over_cache
+from generative_recommenders.modeling.cache import (
+    Appended,
+    KeysValues,
+    append_through,
+    pointwise_over_cache,
+)
 from generative_recommenders.modeling.encoders.checks import check_choice, check_positive
+from generative_recommenders.modeling.encoders.timed import TimedEncoder
 from generative_recommenders.ops.attention.pointwise import pointwise_attention
 from generative_recommenders.ops.attention.relative_bias import (
     BatchInputs,
     BiasInputs,
     RelativeBias,
-    Times,
     bias_inputs,
     softmax_over_all_columns,
-    time_buckets,
 )
 from generative_recommenders.ops.dropout import Dropout
 from generative_recommenders.ops.layout import Layout
@@ -88,9 +91,9 @@ class HstuBlock(torch.nn.Module):
         self,
         x: torch.Tensor,
         appended: Appended,
-        inputs: BiasInputs | None,
+        inputs: BiasInputs,
+        scale: torch.Tensor | None,
         cached: KeysValues | None,
-        scale: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, KeysValues]:
         """`forward` of the tokens ``x [T, D]`` alone, behind the cached ones; "rel_bias" only."""
         u, q, k, v = self.project(x)
@@ -125,7 +128,7 @@ class HstuBlock(torch.nn.Module):
 
 
 @register_encoder("HSTU", gin_name="hstu_encoder")
-class HSTU(torch.nn.Module):
+class HSTU(TimedEncoder):
     """A stack of `HstuBlock`.
 
     max_length: N = max_sequence_length + gr_output_length + 1, the constant divisor and the reach of the position bias.
@@ -198,16 +201,6 @@ class HSTU(torch.nn.Module):
         """``[T]`` float32: N over the number of tokens that each one attends to; None where N divides."""
         return None if self.attn_divisor == "max_length" else self.max_length / attended_tokens(layout)
 
-    def times(self, events: Mapping[str, torch.Tensor]) -> Times | None:
-        """What the time bias compares, or None where it is not used or the data have no times."""
-        keys = events.get("timestamps")
-        queries = events.get("next_timestamps") if self.next_time == "given" else keys
-        return None if not self.timed or keys is None or queries is None else (queries, keys)
-
-    def revises_last(self, events: Mapping[str, torch.Tensor]) -> bool:
-        """The time bias of a token may know the time of the event after it."""
-        return self.next_time == "given" and self.timed and "timestamps" in events
-
     def encode_appended(
         self,
         x: torch.Tensor,
@@ -221,21 +214,8 @@ class HSTU(torch.nn.Module):
                 'encode_incremental: the normaliser of "softmax_rel_bias" runs over later items too, so nothing can be '
                 'kept; choose hstu_encoder.normalization "rel_bias"'
             )
-        if appended.capacity > self.max_length:
-            raise UserError(
-                f"encode_incremental: {appended.capacity} tokens, and HSTU's max_length is {self.max_length}"
-            )
-        inputs = None
-        if self.blocks[0].bias is not None:
-            times, buckets = self.times(events), None
-            if times is not None and appended.times is not None:
-                buckets = time_buckets(appended.layout.to_rectangle(times[0]), appended.times)
-            inputs = BiasInputs(self.max_length - 1 + appended.distances(), buckets)
-        blocks = []
-        for block, before in zip(cast(Iterable[HstuBlock], self.blocks), cached or repeat(None)):
-            x, after = block.append(x, appended, inputs, before, self.scale(appended.layout))
-            blocks.append(after)
-        return x, tuple(blocks)
+        inputs = self.appended_inputs(events, appended)
+        return append_through(self.blocks, x, appended, cached, inputs, self.scale(appended.layout))
 
 
 def attended_tokens(layout: Layout) -> torch.Tensor:

@@ -8,9 +8,8 @@ A block, over the tokens x of a batch; LN has weights and eps 1e-5, D is dropout
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import repeat
-from typing import Annotated, Literal, cast
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +17,12 @@ from annotated_types import Ge, Le
 
 from generative_recommenders.config.fields import Layers, Share
 from generative_recommenders.config.registry import register_encoder
-from generative_recommenders.modeling.cache import Appended, KeysValues, softmax_over_cache
+from generative_recommenders.modeling.cache import (
+    Appended,
+    KeysValues,
+    append_through,
+    softmax_over_cache,
+)
 from generative_recommenders.modeling.encoders.checks import check_choice, check_heads, check_positive
 from generative_recommenders.ops.attention.multi_head import multi_head_attention, project_heads
 from generative_recommenders.ops.dropout import Dropout
@@ -137,8 +141,4 @@ class LiGR(torch.nn.Module):
         cached: Sequence[KeysValues],
     ) -> tuple[torch.Tensor, tuple[KeysValues, ...]]:
         """See `modeling.cache.IncrementalEncoder`."""
-        blocks = []
-        for block, before in zip(cast(Iterable[LigrBlock], self.blocks), cached or repeat(None)):
-            x, after = block.append(x, appended, before)
-            blocks.append(after)
-        return x, tuple(blocks)
+        return append_through(self.blocks, x, appended, cached)

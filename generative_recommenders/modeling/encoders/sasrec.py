@@ -10,17 +10,21 @@ A block, over the tokens x of a batch; LN has eps 1e-8, and D is dropout:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import repeat
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 
 from generative_recommenders.config.fields import Layers, Share, Width
 from generative_recommenders.config.registry import register_encoder
-from generative_recommenders.modeling.cache import Appended, KeysValues, softmax_over_cache
+from generative_recommenders.modeling.cache import (
+    Appended,
+    KeysValues,
+    append_through,
+    softmax_over_cache,
+)
 from generative_recommenders.modeling.encoders.checks import check_choice, check_heads, check_positive
 from generative_recommenders.ops.attention.multi_head import multi_head_attention, project_heads
 from generative_recommenders.ops.dropout import Dropout
@@ -143,8 +147,5 @@ class SASRec(torch.nn.Module):
         cached: Sequence[KeysValues],
     ) -> tuple[torch.Tensor, tuple[KeysValues, ...]]:
         """See `modeling.cache.IncrementalEncoder`."""
-        blocks = []
-        for block, before in zip(cast(Iterable[SasrecBlock], self.blocks), cached or repeat(None)):
-            x, after = block.append(x, appended, before)
-            blocks.append(after)
-        return self.final_norm(x), tuple(blocks)
+        x, extended = append_through(self.blocks, x, appended, cached)
+        return self.final_norm(x), extended
