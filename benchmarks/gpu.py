@@ -13,24 +13,35 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from gpu_setup import (
+    BOOKS_CONFIG,
+    BOOKS_ITEMS,
+    Bench,
+    books,
+    guarded,
+    machine,
+    made_dataset,
+    make_trainer,
+    movie_settings,
+    movies,
+    settings_of,
+    table,
+    timed_steps,
+)
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from generative_recommenders.build.parts import Catalogue, build_task
-from generative_recommenders.config import gin as gin_registry
 from generative_recommenders.config.schema import RunSettings
-from generative_recommenders.data.loader import SequenceLoader, prefetch
-from generative_recommenders.data.manifest import Manifest
+from generative_recommenders.data.loader import SequenceLoader
 from generative_recommenders.data.splits import make_split
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.distributed.collectives import Collectives
@@ -39,123 +50,9 @@ from generative_recommenders.ops import dispatch
 from generative_recommenders.training.step import TrainingStep
 from generative_recommenders.training.trainer import Trainer, set_precision
 
-ROOT = Path(__file__).resolve().parents[1]
-ENCODERS = {
-    "SASRec": ("sasrec-sampled-softmax-n128-final", []),
-    "HSTU": ("hstu-sampled-softmax-n128-final", []),
-    "HSTU-large": ("hstu-sampled-softmax-n128-large-final", []),
-    "DiffTransformer": ("sasrec-sampled-softmax-n128-final", ["train_fn.main_module = 'DiffTransformer'"]),
-    "TwoTower": (
-        "sasrec-sampled-softmax-n128-final",
-        ["train_fn.main_module = 'TwoTower'", "train_fn.negatives_sharing = 'block'"],
-    ),
-    "Transformer": ("sasrec-sampled-softmax-n128-final", ["train_fn.main_module = 'Transformer'"]),
-    "SASRec-MoL": ("sasrec-mol-sampled-softmax-n128-8x4x64-rails-final", []),
-}
-"""Published configurations of ML-1M, with the bindings that make another encoder of one."""
-QUICK = ("SASRec", "HSTU-large")
-"""Those that ``--quick`` runs."""
-BOOKS_ITEMS, BOOKS_CONFIG = 801_350, "configs/amzn-books/sasrec-sampled-softmax-n512-final.gin"
 PARITY_TOLERANCE = 1e-3
 EPOCHS = 100
 """Epochs of a published run."""
-
-
-@dataclass(frozen=True)
-class Bench:
-    """What is measured and how much of it.
-
-    quick: tiny sizes. epochs: to train, at most. until: `time.perf_counter` of the end. profiles: folder of the tables of the
-    slowest kernels, or None.
-    """
-
-    device: torch.device
-    quick: bool
-    epochs: int
-    until: float
-    profiles: Path | None
-
-    def wait(self) -> None:
-        """Until the device has done what it was given."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
-    def seconds(self, work: Callable[[], object], repeats: int) -> float:
-        """Of one call, the mean of some after one that is not counted."""
-        work()
-        self.wait()
-        started = time.perf_counter()
-        for _ in range(repeats):
-            work()
-        self.wait()
-        return (time.perf_counter() - started) / repeats
-
-    def peak_mb(self) -> float | None:
-        """Most memory of the device in use since the last call."""
-        if self.device.type != "cuda":
-            return None
-        peak = torch.cuda.max_memory_allocated() / 2**20
-        torch.cuda.reset_peak_memory_stats()
-        return round(peak, 1)
-
-    def encoders(self) -> dict[str, tuple[str, list[str]]]:
-        return {name: ENCODERS[name] for name in (QUICK if self.quick else ENCODERS)}
-
-    def left(self) -> float:
-        """Seconds."""
-        return self.until - time.perf_counter()
-
-    def collectives(self) -> Collectives:
-        return Collectives(self.device)
-
-
-def made_dataset(lengths: np.ndarray, num_items: int) -> SequenceDataset:
-    """Zipf items, seconds between events, ratings from 1 to 5. lengths: ``[U]``."""
-    generator = np.random.default_rng(0)
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    weights = np.cumsum(1.0 / np.arange(1, num_items + 1) ** 0.8)
-    items = 1 + np.searchsorted(weights, generator.random(offsets[-1]) * weights[-1])
-    counts = {"users": len(lengths), "items": num_items, "events": int(offsets[-1])}
-    statistics = {"min": float(lengths.min()), "mean": float(lengths.mean()), "max": float(lengths.max())}
-    manifest = Manifest("made", counts, counts, statistics, True, True, data_hash="0" * 32, filter="")
-    return SequenceDataset(
-        Path("made"),
-        manifest,
-        items.astype(np.int32),
-        generator.integers(1, 6, offsets[-1]).astype(np.float32),
-        10**9 + np.cumsum(generator.integers(1, 3600, offsets[-1])),
-        offsets.astype(np.int64),
-    )
-
-
-def movies(bench: Bench) -> SequenceDataset:
-    """ML-1M's users and items, and its shape of lengths: log-normal around the median 95 from 18 on, longest 2276, mean 165."""
-    users, items = (200, 300) if bench.quick else (6040, 3706)
-    drawn = np.exp(np.random.default_rng(0).normal(np.log(95 - 17), 1.16, users)) + 17
-    return made_dataset(np.minimum(drawn, 60 if bench.quick else 2276).astype(np.int64), items)
-
-
-def books(bench: Bench) -> SequenceDataset:
-    """Amazon Books' items and lengths: 5 to 50 events, mean about 8, of which two are held out."""
-    users, items = (300, 2000) if bench.quick else (20_000, BOOKS_ITEMS)
-    drawn = 5 + np.random.default_rng(0).exponential(4.0, users)
-    return made_dataset(np.minimum(drawn, 52).astype(np.int64), items)
-
-
-def settings_of(config: str, bindings: list[str], bench: Bench) -> RunSettings:
-    quick = ["train_fn.local_batch_size = 16", "train_fn.max_sequence_length = 20"] if bench.quick else []
-    settings, _ = gin_registry.load_settings([ROOT / config], [*bindings, *quick])
-    return settings
-
-
-def movie_settings(encoder: str, bench: Bench, *bindings: str) -> RunSettings:
-    config, own = ENCODERS[encoder]
-    return settings_of(f"configs/ml-1m/{config}.gin", [*own, *bindings], bench)
-
-
-def make_trainer(settings: RunSettings, dataset: SequenceDataset, bench: Bench) -> Trainer:
-    split = make_split(dataset, settings.data.protocol)
-    return Trainer(settings, dataset, split, bench.collectives())
 
 
 # -- parts: each takes the bench and gives figures by name --------------------------------------------------------
@@ -301,60 +198,6 @@ def training_steps(bench: Bench) -> dict[str, Any]:
     return found
 
 
-def timed_steps(
-    trainer: Trainer, name: str, bench: Bench, warmup: int = 10, steps: int = 60
-) -> dict[str, Any]:
-    """Time of steps that follow each other, memory, and, where asked for, a table of the slowest kernels."""
-    trainer.model.train()
-    batches = prefetch((each for epoch in range(1000) for each in trainer.loader.epoch(epoch)), 8)
-    trainer.run_step(next(batches))  # kernels are compiled
-    one = bench.seconds(lambda: trainer.run_step(next(batches)), 2)
-    steps = 2 if bench.quick else max(5, min(steps, int(3.0 / one)))
-    for _ in range(3 * steps):  # every number of tokens is met twice, and captured
-        trainer.run_step(next(batches))
-    bench.wait()
-    bench.peak_mb()
-    tokens, started = 0, time.perf_counter()
-    for _ in range(steps):
-        loaded = next(batches)
-        trainer.run_step(loaded)
-        tokens += loaded.global_tokens
-    bench.wait()
-    seconds = time.perf_counter() - started
-    result = {
-        "step_ms": round(1e3 * seconds / steps, 3),
-        "tokens_per_second": round(tokens / seconds),
-        "peak_mb": bench.peak_mb(),
-    }
-    if bench.profiles is not None:
-        result |= profiled(trainer, batches, bench.profiles / f"{name}.txt", bench)
-    batches.close()
-    return result
-
-
-def profiled(trainer: Trainer, batches: Any, path: Path, bench: Bench, steps: int = 5) -> dict[str, Any]:
-    """Kernels and device time of a step; the slowest ones go to a file."""
-    from torch.profiler import ProfilerActivity, profile
-
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if bench.device.type == "cuda" else [])]
-    with profile(activities=activities) as profiler:
-        for _ in range(steps):
-            trainer.run_step(next(batches))
-        bench.wait()
-    events = profiler.key_averages()
-    columns = ["self_device_time_total", "self_cpu_time_total"]
-    path.write_text(
-        "\n".join(events.table(sort_by=c, row_limit=40, max_name_column_width=70) for c in columns)
-    )
-    kernels = [
-        e for e in events if e.self_device_time_total > 0 and e.device_type != torch.autograd.DeviceType.CPU
-    ]
-    return {
-        "kernels_a_step": round(sum(e.count for e in kernels) / steps),
-        "device_ms_a_step": round(sum(e.self_device_time_total for e in kernels) / steps / 1e3, 3),
-    }
-
-
 def exact_evaluation(bench: Bench) -> dict[str, Any]:
     """Exact ranks of all users of ML-1M's size, by HSTU-large and by SASRec."""
     dataset, found = movies(bench), {}
@@ -486,46 +329,6 @@ PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "evaluation": exact_evaluation,
     "epochs": epochs,
 }
-
-
-def described(error: Exception) -> str:
-    """One line: the error, and the innermost place of the program that it came through."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if "generative_recommenders" in f.filename]
-    place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{place}"
-
-
-def guarded(work: Callable[[], Any]) -> Any:
-    """What the work gives, or its error in one line."""
-    try:
-        return work()
-    except Exception as error:
-        traceback.print_exc()
-        return described(error)
-
-
-def machine(bench: Bench) -> dict[str, Any]:
-    commit = subprocess.run(
-        ["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    card = torch.cuda.get_device_name() if bench.device.type == "cuda" else "CPU"
-    return {
-        "card": card,
-        "torch": torch.__version__,
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": commit or None,
-    }
-
-
-def table(results: dict[str, Any]) -> str:
-    """The figures, a line each."""
-
-    def lines(value: Any, name: str) -> list[str]:
-        if isinstance(value, dict):
-            return [line for key, each in value.items() for line in lines(each, f"{name} {key}".strip())]
-        return [f"{name:<58} {value}"]
-
-    return "\n".join(lines(results, ""))
 
 
 def parse() -> argparse.Namespace:

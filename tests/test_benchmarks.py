@@ -51,7 +51,7 @@ POSITIVE = {
     "top_k": ("results.MoLBruteForceTopK.search_seconds", "results.MoLNaiveTopK50.recall"),
     "train_step": ("step_seconds", "tokens_per_second", "data_seconds", "peak_rss_mb", "plain_step_seconds"),
 }
-NO_PROGRAMS = {"plain_step"}
+NO_PROGRAMS = {"gpu_setup", "plain_step"}
 
 
 def run(name: str, arguments: list[str], folder: Path) -> dict:

@@ -78,8 +78,8 @@ def export(options: Options, wanted: ExportOptions) -> int:
 
 def _torch(recommender: Recommender, folder: Path, wanted: ExportOptions) -> dict[str, Any]:
     program = export_program(recommender)
-    with new_file(folder / "query_encoder.pt2") as scratch:
-        torch.export.save(program, scratch)
+    with new_file(folder / "query_encoder.pt2") as scratch, open(scratch, "wb") as file:
+        torch.export.save(program, file)  # a name would have to end in .pt2, and the scratch file's does not
     return _inputs(recommender)
 
 

