@@ -100,38 +100,35 @@ def extract(
 
 
 def _unpack(archive: Path, folder: Path, wanted: Callable[[str], bool], limits: Limits) -> list[str]:
+    """The names of the wanted files, which are then in ``folder``."""
     names: list[str] = []
     allowed = min(limits.total_bytes, max(limits.free_bytes, archive.stat().st_size * limits.ratio))
     declared = 0
     with _members(archive) as members:
         for number, member in enumerate(members, start=1):
+            path = PurePosixPath(member.name)
+            outside = path.is_absolute() or ".." in path.parts or _FOREIGN.search(member.name)
+            is_top = member.is_folder and not path.parts  # "." or "./", which archives of a folder begin with
             if number > limits.members:
                 raise UserError(f"{archive}: more than {limits.members} files in the archive")
-            name = _safe_base_name(archive, member)
+            if outside or not (path.name or is_top):
+                raise UserError(f"{archive}: member {member.name!r} would leave the folder; not unpacked")
+            if not member.is_folder and not member.is_plain:
+                raise UserError(f"{archive}: member {member.name!r} is a link or a device; not unpacked")
             if member.size < 0:  # tarfile believes it, and the sum would then allow any other member
-                raise UserError(f"{archive}: damaged archive (member {name!r} of {member.size} bytes)")
+                raise UserError(f"{archive}: damaged archive (member {path.name!r} of {member.size} bytes)")
             declared += member.size
             if declared > allowed:
                 raise UserError(f"{archive}: {_TOO_LARGE}")
-            if member.is_folder or not wanted(name):
+            if member.is_folder or not wanted(path.name):
                 continue
-            if name in names:
-                raise UserError(f"{archive}: holds two files named {name}")
-            names.append(name)
+            if path.name in names:
+                raise UserError(f"{archive}: holds two files named {path.name}")
+            names.append(path.name)
             # Neither module reads a member beyond its declared size, which is within bounds.
-            with member.open() as source, (folder / name).open("wb") as sink:
+            with member.open() as source, (folder / path.name).open("wb") as sink:
                 shutil.copyfileobj(source, sink, BLOCK_BYTES)
     return names
-
-
-def _safe_base_name(archive: Path, member: _Member) -> str:
-    path = PurePosixPath(member.name)
-    unsafe = path.is_absolute() or ".." in path.parts or _FOREIGN.search(member.name) or not path.name
-    if unsafe and not (member.is_folder and not path.parts):
-        raise UserError(f"{archive}: member {member.name!r} would leave the folder; not unpacked")
-    if not member.is_folder and not member.is_plain:
-        raise UserError(f"{archive}: member {member.name!r} is a link or a device; not unpacked")
-    return path.name
 
 
 @contextmanager

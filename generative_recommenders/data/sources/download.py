@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -52,7 +53,8 @@ def fetch(
     Raises:
         UserError: no mirror delivers the file; the line says what to download by hand and where to put it.
     """
-    from requests import RequestException  # with pooch, only a download needs it
+    import pooch  # slow to import, and only a download needs these
+    from requests import RequestException
     from urllib3.exceptions import HTTPError
 
     target, part = folder / remote.file_name, folder / f"{remote.file_name}.part"
@@ -62,11 +64,19 @@ def fetch(
     for url in remote.urls:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _download(remote, url, part, progress, timeout)
+            # pooch replaces the total by the answer's length; without one here it could not ask whether there is a bar.
+            bar = tqdm(total=1, desc=remote.file_name, unit="B", unit_scale=True, disable=not progress)
+            with bar, part.open("wb") as sink:
+                pooch.HTTPDownloader(bar, BLOCK_BYTES, headers=_HEADERS, timeout=timeout)(url, sink, None)
+            if remote.checksum is not None and not remote.describes(part):
+                raise _WrongFileError(f"its {remote.algorithm} is not the published {remote.checksum}")
             return part.replace(target)
         # A malformed address of a mirror or proxy is a ValueError or urllib3's own error.
         except (RequestException, HTTPError, ValueError, _WrongFileError) as fault:
-            hosts_of.setdefault(_reason(fault), {})[_host(url)] = None
+            host = ""
+            with suppress(ValueError):
+                host = urlsplit(url).netloc
+            hosts_of.setdefault(_reason(fault), {})[host or url] = None
         except OSError as fault:
             raise UserError(f"cannot write {part}: {fault.strerror or fault}") from None
         finally:
@@ -80,32 +90,10 @@ def fetch(
     )
 
 
-def _download(remote: RemoteFile, url: str, part: Path, progress: bool, timeout: float) -> None:
-    import pooch
-
-    # pooch replaces the total by the answer's length; without one here it could not ask whether there is a bar.
-    bar = tqdm(total=1, desc=remote.file_name, unit="B", unit_scale=True, disable=not progress)
-    with bar, part.open("wb") as sink:
-        download = pooch.HTTPDownloader(bar, BLOCK_BYTES, headers=_HEADERS, timeout=timeout)
-        download(url, sink, None)
-    if remote.checksum is not None and not remote.describes(part):
-        raise _WrongFileError(f"its {remote.algorithm} is not the published {remote.checksum}")
-
-
 def file_digest(path: Path, algorithm: str = "md5", decompress: bool = False) -> str:
     """Hexadecimal digest of a file, or of what a gzip file holds (`decompress`)."""
-    digest = hashlib.new(algorithm, usedforsecurity=False)
     with gzip.open(path) if decompress else path.open("rb") as source:
-        while block := source.read(BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _host(url: str) -> str:
-    try:
-        return urlsplit(url).netloc or url
-    except ValueError:
-        return url
+        return hashlib.file_digest(source, lambda: hashlib.new(algorithm, usedforsecurity=False)).hexdigest()
 
 
 def _reason(fault: BaseException) -> str:

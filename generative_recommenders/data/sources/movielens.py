@@ -12,7 +12,7 @@ import gzip
 import io
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -46,12 +46,12 @@ _Row = list[object]
 
 def read_movies_dat(path: Path) -> pa.Table:
     """ML-1M's ``movies.dat``: ``item::title (year)::genre|genre``, Latin-1."""
-    return _table(path, ITEM_SCHEMA, _fields(path, "::", 3), _movie)
+    return _table(path, ITEM_SCHEMA, _movie, "::", 3)
 
 
 def read_movies_csv(path: Path) -> pa.Table:
     """ML-20M's ``movies.csv``: ``movieId,title,genres`` with a header, quoted where needed, UTF-8."""
-    return _table(path, ITEM_SCHEMA, _csv_fields(path, ("movieId", "title", "genres")), _movie)
+    return _table(path, ITEM_SCHEMA, _movie, ",", 3, "movieId,title,genres")
 
 
 def read_u_item(path: Path) -> pa.Table:
@@ -64,7 +64,7 @@ def read_u_item(path: Path) -> pa.Table:
         genres = [genre for genre, flag in zip(GENRES_100K, flags) if flag == "1" and genre not in _NO_GENRES]
         return [fields[0], *_title_and_year(fields[1]), genres]
 
-    return _table(path, ITEM_SCHEMA, _fields(path, "|", 5 + len(GENRES_100K)), film)
+    return _table(path, ITEM_SCHEMA, film, "|", 5 + len(GENRES_100K))
 
 
 def read_item_tsv(path: Path) -> pa.Table:
@@ -75,12 +75,12 @@ def read_item_tsv(path: Path) -> pa.Table:
         year = float(fields[2]) if fields[2].isdigit() else None
         return [fields[0], fields[1], year, [genre for genre in fields[3].split() if genre not in _NO_GENRES]]
 
-    return _table(path, ITEM_SCHEMA, _fields(path, "\t", 4, header="item_id:token"), film)
+    return _table(path, ITEM_SCHEMA, film, "\t", 4, "item_id:token")
 
 
 def read_users_dat(path: Path) -> pa.Table:
     """ML-1M's ``users.dat``: ``user::gender::age::occupation::zip``."""
-    return _table(path, USER_SCHEMA, _fields(path, "::", 5), lambda fields: [*fields])
+    return _table(path, USER_SCHEMA, lambda fields: [*fields], "::", 5)
 
 
 def read_u_user(path: Path) -> pa.Table:
@@ -92,7 +92,7 @@ def read_u_user(path: Path) -> pa.Table:
         bucket = max((low for low in (18, 25, 35, 45, 50, 56) if int(age) >= low), default=1)
         return [user, gender, str(bucket), occupation, zip_code]
 
-    return _table(path, USER_SCHEMA, _fields(path, "|", 5), person)
+    return _table(path, USER_SCHEMA, person, "|", 5)
 
 
 def _movie(fields: list[str]) -> _Row:
@@ -107,57 +107,40 @@ def _title_and_year(text: str) -> tuple[str, float | None]:
 
 
 def _table(
-    path: Path, schema: pa.Schema, lines: Iterator[tuple[int, list[str]]], parse: Callable[[list[str]], _Row]
+    path: Path,
+    schema: pa.Schema,
+    parse: Callable[[list[str]], _Row],
+    delimiter: str,
+    count: int,
+    header: str | None = None,
 ) -> pa.Table:
-    rows: list[_Row] = []
-    seen: set[str] = set()
-    for number, fields in lines:
-        if not fields[0] or fields[0] in seen:
-            what = f"id {fields[0]} appears twice" if fields[0] else "the id is empty"
-            raise UserError(f"{path}, line {number}: {what}")
-        seen.add(fields[0])
-        try:
-            rows.append(parse(fields))
-        except ValueError as fault:
-            raise UserError(f"{path}, line {number}: {fault}") from None
+    """The rows of a file of ``count`` fields a line. header: how line 1 begins, if it is one; a CSV must have it."""
+    is_csv, text = delimiter == ",", _read_text(path)
+    mark = "\x1f" if len(delimiter) > 1 else delimiter  # csv knows delimiters of one character alone
+    reader = csv.reader(
+        io.StringIO(text.replace(delimiter, mark), newline=""), delimiter=mark, strict=True,
+        quoting=csv.QUOTE_MINIMAL if is_csv else csv.QUOTE_NONE,
+    )  # fmt: skip
+    rows: dict[str, _Row] = {}
+    try:
+        for fields in reader:
+            if reader.line_num == 1 and header is not None and ",".join(fields).startswith(header):
+                continue
+            if reader.line_num == 1 and is_csv:
+                raise ValueError(f"the header must be {header}")
+            if not "".join(fields).strip() and len(fields) < 2:
+                continue
+            if len(fields) != count:
+                raise ValueError(f"{len(fields)} fields instead of {count}, separated by {delimiter!r}")
+            if not fields[0] or fields[0] in rows:
+                raise ValueError(f"id {fields[0]} appears twice" if fields[0] else "the id is empty")
+            rows[fields[0]] = parse(fields)
+    except (ValueError, csv.Error) as fault:
+        raise UserError(f"{path}, line {reader.line_num}: {fault}") from None
     if not rows:
         raise UserError(f"{path}: holds no rows")
-    return pa.table(
-        [pa.array(column, field.type) for column, field in zip(zip(*rows), schema)], schema=schema
-    )
-
-
-def _fields(
-    path: Path, delimiter: str, count: int, header: str | None = None
-) -> Iterator[tuple[int, list[str]]]:
-    """Line number and fields of every line that is not blank; `header`: how line 1 starts, if it is one."""
-    for number, line in enumerate(io.StringIO(_read_text(path)), start=1):
-        text = line.rstrip("\r\n")
-        if not text.strip() or (number == 1 and header is not None and text.startswith(header)):
-            continue
-        fields = text.split(delimiter)
-        if len(fields) != count:
-            raise UserError(
-                f"{path}, line {number}: {len(fields)} fields instead of {count}, separated by {delimiter!r}"
-            )
-        yield number, fields
-
-
-def _csv_fields(path: Path, names: tuple[str, ...]) -> Iterator[tuple[int, list[str]]]:
-    reader = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True)
-    try:
-        if tuple(next(reader, ())) != names:
-            raise UserError(f"{path}, line 1: the header must be {','.join(names)}")
-        for fields in reader:
-            if not fields:
-                continue
-            if len(fields) != len(names):
-                raise UserError(
-                    f"{path}, line {reader.line_num}: {len(fields)} fields instead of {len(names)}"
-                )
-            yield reader.line_num, fields
-    except csv.Error as fault:
-        raise UserError(f"{path}, line {reader.line_num}: {fault}") from None
+    columns = zip(*rows.values())
+    return pa.table([pa.array(column, field.type) for column, field in zip(columns, schema)], schema=schema)
 
 
 def _read_text(path: Path) -> str:

@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -28,13 +29,13 @@ from generative_recommenders.data.sources.synthetic_books import SyntheticBooksS
 from generative_recommenders.errors import UserError
 
 _GROUPLENS = (
-    "https://files.grouplens.org/datasets/movielens/{}",
-    "https://web.archive.org/web/2024id_/https://files.grouplens.org/datasets/movielens/{}",
+    "https://files.grouplens.org/datasets/movielens/",
+    "https://web.archive.org/web/2024id_/https://files.grouplens.org/datasets/movielens/",
 )
 _SNAP = (
-    "https://snap.stanford.edu/data/amazon/productGraph/categoryFiles/{}",
-    "http://snap.stanford.edu/data/amazon/productGraph/categoryFiles/{}",
-    "https://web.archive.org/web/2020id_/http://snap.stanford.edu/data/amazon/productGraph/categoryFiles/{}",
+    "https://snap.stanford.edu/data/amazon/productGraph/categoryFiles/",
+    "http://snap.stanford.edu/data/amazon/productGraph/categoryFiles/",
+    "https://web.archive.org/web/2020id_/http://snap.stanford.edu/data/amazon/productGraph/categoryFiles/",
 )
 _FeatureReader = Callable[[Path], pa.Table]
 
@@ -70,8 +71,11 @@ class PublishedRatings:
     items: tuple[tuple[str, _FeatureReader], ...] = ()
     users: tuple[tuple[str, _FeatureReader], ...] = ()
 
-    def file_names(self) -> set[str]:
-        return {self.ratings, *(name for name, _ in self.items + self.users)}
+
+def _remote(
+    mirrors: tuple[str, ...], name: str, checksum: str, algorithm: Literal["md5", "sha256"] = "md5"
+) -> RemoteFile:
+    return RemoteFile(name, [mirror + name for mirror in mirrors], checksum, algorithm)
 
 
 def _without_header(delimiter: str, columns: str = "user,item,rating,timestamp") -> ReadOptions:
@@ -81,9 +85,9 @@ def _without_header(delimiter: str, columns: str = "user,item,rating,timestamp")
 
 PUBLISHED = {
     "amzn-books": PublishedRatings(
-        archive=RemoteFile(
+        archive=_remote(
+            _SNAP,
             "ratings_Books.csv",
-            [url.format("ratings_Books.csv") for url in _SNAP],
             "87d923ddac2aacf40c1d0e0e056dbf4bf69c9c7d41852c6b434e781e759c0707",
             "sha256",
         ),
@@ -95,9 +99,7 @@ PUBLISHED = {
         filter="amazon_five",
     ),
     "ml-1m": PublishedRatings(
-        archive=RemoteFile(
-            "ml-1m.zip", [url.format("ml-1m.zip") for url in _GROUPLENS], "c4d9eecfca2ab87c1945afe126590906"
-        ),
+        archive=_remote(_GROUPLENS, "ml-1m.zip", "c4d9eecfca2ab87c1945afe126590906"),
         ratings="ratings.dat",
         ratings_bytes=24_594_131,
         options=_without_header("::"),
@@ -107,9 +109,7 @@ PUBLISHED = {
         users=(("users.dat", movielens.read_users_dat),),
     ),
     "ml-20m": PublishedRatings(
-        archive=RemoteFile(
-            "ml-20m.zip", [url.format("ml-20m.zip") for url in _GROUPLENS], "cd245b17a1ae2cc31bb14903e1204af3"
-        ),
+        archive=_remote(_GROUPLENS, "ml-20m.zip", "cd245b17a1ae2cc31bb14903e1204af3"),
         ratings="ratings.csv",
         ratings_bytes=533_444_411,
         options=ReadOptions(
@@ -120,11 +120,7 @@ PUBLISHED = {
         items=(("movies.csv", movielens.read_movies_csv),),
     ),
     "ml-100k": PublishedRatings(
-        archive=RemoteFile(
-            "ml-100k.zip",
-            [url.format("ml-100k.zip") for url in _GROUPLENS],
-            "0e33842e24a9c977be4e0107933c0723",
-        ),
+        archive=_remote(_GROUPLENS, "ml-100k.zip", "0e33842e24a9c977be4e0107933c0723"),
         ratings="u.data",
         ratings_bytes=1_979_173,
         options=_without_header("\t"),
@@ -206,7 +202,8 @@ def _synthetic_books(request: Request) -> RawRatings:
 def _published(request: Request) -> RawRatings:
     published = PUBLISHED[request.name]
     origin = request.raw_path or fetch(published.archive, request.folder, progress=request.progress)
-    files = _find(origin, request.folder, published.file_names())
+    side_files = {name for name, _ in published.items + published.users}
+    files = _find(origin, request.folder, {published.ratings, *side_files})
     if published.ratings not in files and origin.is_file() and not is_archive(origin):
         files = {**files, published.ratings: origin}
     if published.ratings not in files:
