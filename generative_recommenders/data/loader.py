@@ -6,10 +6,9 @@ users in Python, and a batch depends on (seed, epoch, step) alone.
 
 from __future__ import annotations
 
-import contextlib
-import queue
-import threading
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -124,7 +123,9 @@ class SequenceLoader:
     def batch(self, users: np.ndarray, epoch: int, step: int) -> LoadedBatch:
         """This process's share of the global batch of ``users``."""
         if self.sampling_ratio < 1.0:
-            columns = self._sampled(users, epoch, step)
+            stops = self.train_stops[users]
+            keep = self._generator(epoch, 1 + step).random(int(stops.sum())) < self.sampling_ratio
+            columns = self.rows.cut_kept(users, stops, keep)
             lengths = columns["lengths"].numpy()
         else:
             columns = {}
@@ -138,11 +139,6 @@ class SequenceLoader:
             columns = self.rows.cut(users[mine], np.zeros_like(stops), stops)
         targets = np.maximum(lengths - 1, 0)
         return LoadedBatch(columns, step, bounds[0], int(targets[: bounds[0]].sum()), int(targets.sum()))
-
-    def _sampled(self, users: np.ndarray, epoch: int, step: int) -> dict[str, torch.Tensor]:
-        stops = self.train_stops[users]
-        keep = self._generator(epoch, 1 + step).random(int(stops.sum())) < self.sampling_ratio
-        return self.rows.cut_kept(users, stops, keep)
 
     def _generator(self, epoch: int, purpose: int) -> np.random.Generator:
         return np.random.Generator(np.random.Philox(np.random.SeedSequence([self.seed, epoch, purpose])))
@@ -225,37 +221,12 @@ def prefetch(batches: Iterator, depth: int) -> Iterator:
     if depth < 1:
         yield from batches
         return
-    ready: queue.Queue = queue.Queue(maxsize=depth)
-    stop = threading.Event()
-    thread = threading.Thread(target=_fill, args=(batches, ready, stop), daemon=True)
-    thread.start()
+    end = object()
+    pool = ThreadPoolExecutor(1)  # one thread: the batches are made in their order
     try:
-        while True:
-            kind, value = ready.get()
-            if kind == "end":
-                return
-            if kind == "error":
-                raise value
-            yield value
+        waiting = deque(pool.submit(next, batches, end) for _ in range(depth))
+        while (batch := waiting.popleft().result()) is not end:
+            waiting.append(pool.submit(next, batches, end))
+            yield batch
     finally:
-        stop.set()
-        while not ready.empty():
-            ready.get_nowait()
-        thread.join(timeout=5)
-
-
-def _fill(batches: Iterator, ready: queue.Queue, stop: threading.Event) -> None:
-    def put(item) -> None:
-        while not stop.is_set():
-            with contextlib.suppress(queue.Full):
-                ready.put(item, timeout=0.1)
-                return
-
-    try:
-        for batch in batches:
-            put(("batch", batch))
-            if stop.is_set():
-                return
-        put(("end", None))
-    except Exception as error:  # handed to the consumer, which raises it
-        put(("error", error))
+        pool.shutdown(cancel_futures=True)

@@ -56,7 +56,8 @@ def make_split(dataset: SequenceDataset, protocol: str = "leave_one_out") -> Spl
     stops, validation, test = _targets(dataset, protocol)
     without_history = (validation == 0) | (test == 0)
     validation, test = (np.where(targets > 0, targets, -1) for targets in (validation, test))
-    seen = _items_in_training(dataset, stops)
+    seen = np.zeros(dataset.num_items + 1, bool)
+    seen[dataset.items[training_events(dataset.offsets, stops)]] = True
     unseen_validation, unseen_test = (_unseen(dataset, targets, seen) for targets in (validation, test))
     return Split(
         protocol=protocol,
@@ -105,16 +106,6 @@ def _events_until(dataset: SequenceDataset, cut: int) -> np.ndarray:
     return until[dataset.offsets[1:]] - until[dataset.offsets[:-1]]
 
 
-def _items_in_training(dataset: SequenceDataset, stops: np.ndarray) -> np.ndarray:
-    """``[V + 1]`` bool: the item is in some user's training events."""
-    change = np.zeros(dataset.num_events + 1, np.int8)
-    change[dataset.offsets[:-1]] += 1
-    np.subtract.at(change, dataset.offsets[:-1] + stops, 1)
-    seen = np.zeros(dataset.num_items + 1, bool)
-    seen[dataset.items[np.cumsum(change[:-1], dtype=np.int8).astype(bool)]] = True
-    return seen
-
-
 def _unseen(dataset: SequenceDataset, targets: np.ndarray, seen: np.ndarray) -> np.ndarray:
     """``[U]`` bool: there is a target and its item is not ``seen``."""
     at = dataset.offsets[:-1] + np.maximum(targets, 0)
@@ -144,4 +135,8 @@ def training_events(offsets: np.ndarray, train_stops: np.ndarray) -> np.ndarray:
         raise UserError(
             "train_stops: needs one value a user, at most the user's number of events; remake the split"
         )
-    return np.arange(offsets[-1]) < np.repeat(offsets[:-1] + train_stops, lengths)
+    # Running counts of users whose training has begun and not ended, 0 or 1: a byte an event, whatever the size.
+    running = np.zeros(offsets[-1] + 1, np.int8)
+    np.add.at(running, offsets[:-1], 1)
+    np.subtract.at(running, offsets[:-1] + train_stops, 1)
+    return np.cumsum(running[:-1], dtype=np.int8).astype(bool)

@@ -23,6 +23,7 @@ from generative_recommenders.data.manifest import (
     vocabulary_file,
 )
 from generative_recommenders.data.preparation import digests
+from generative_recommenders.data.preparation.event_store import user_blocks
 from generative_recommenders.data.readers.tables import check_parquet
 from generative_recommenders.data.schema import STORED, EventColumn
 from generative_recommenders.data.sources.download import file_digest
@@ -119,12 +120,7 @@ class SequenceDataset:
 
     def user_blocks(self, events: int = 1 << 22) -> Iterator[tuple[int, int]]:
         """First and last (exclusive) of consecutive users who have about so many events together."""
-        first = 0
-        while first < self.num_users:
-            stop = self.offsets[first] + events
-            last = max(first + 1, int(np.searchsorted(self.offsets, stop, side="right")) - 1)
-            yield first, last
-            first = last
+        return user_blocks(self.offsets, events)
 
     def original_user_ids(self) -> pa.ChunkedArray:
         """``[U]`` strings; row u is user u."""

@@ -45,6 +45,15 @@ def chunks(length: int) -> Iterator[slice]:
         yield slice(start, min(start + CHUNK_EVENTS, length))
 
 
+def user_blocks(offsets: np.ndarray, events: int) -> Iterator[tuple[int, int]]:
+    """First and last (exclusive) of consecutive users who have about so many events together. offsets: ``[U + 1]``."""
+    first, num_users = 0, len(offsets) - 1
+    while first < num_users:
+        last = max(first + 1, int(np.searchsorted(offsets, offsets[first] + events, side="right")) - 1)
+        yield first, last
+        first = last
+
+
 def write_numbers(file: BinaryIO, values: np.ndarray) -> None:
     """Append the raw numbers; unlike ``ndarray.tofile`` it says why it cannot (the disk is full)."""
     file.write(np.ascontiguousarray(values).data)

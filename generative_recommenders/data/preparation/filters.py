@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,41 +41,21 @@ def apply_filter(events: Events, text: str, keep: np.ndarray | None = None) -> K
     """
     name, least = parse_filter(text)
     keep = np.ones(len(events), bool) if keep is None else keep
-    kept = _FILTERS[name](events, keep, least)
-    if not kept.events.any():
+    table, items = keep, np.ones(len(events.item_ids), bool)
+    if name == "amazon_five":
+        # Items and users are counted once, and the catalogue is fixed before short users are dropped, as in the published
+        # preparation (695,762 books).
+        table = _select(events, keep, *_frequent(events, keep, least))
+        items = _count(events.items, table, len(events.item_ids)) > 0
+        long_users, _ = _frequent(events, table, least)
+        keep = _select(events, table, long_users, items)
+    elif name == "k_core":
+        while (table := _select(events, keep, *_frequent(events, keep, least))).sum() < keep.sum():
+            keep = table
+        items = _count(events.items, keep, len(events.item_ids)) > 0
+    if not keep.any():
         raise UserError(f"no rating is left after the filter {text}; the data has {len(events)} ratings")
-    return kept
-
-
-def _keep_all(events: Events, keep: np.ndarray, least: int) -> Kept:
-    return Kept(keep, np.ones(len(events.item_ids), bool), keep)
-
-
-def _amazon(events: Events, keep: np.ndarray, least: int) -> Kept:
-    """Ratings whose item and user have ``least`` ratings, both counted once; then users with ``least`` left.
-
-    The catalogue is fixed before short users are dropped, as in the published preparation (695,762 books).
-    """
-    table = _select(events, keep, *_frequent(events, keep, least))
-    catalogue = _count(events.items, table, len(events.item_ids)) > 0
-    long_users, _ = _frequent(events, table, least)
-    return Kept(_select(events, table, long_users, catalogue), catalogue, table)
-
-
-def _k_core(events: Events, keep: np.ndarray, least: int) -> Kept:
-    """Drop users and items with fewer than ``least`` ratings until none is left."""
-    while True:
-        before, keep = keep, _select(events, keep, *_frequent(events, keep, least))
-        if before.sum() == keep.sum():
-            break
-    return Kept(keep, _count(events.items, keep, len(events.item_ids)) > 0, keep)
-
-
-_FILTERS: dict[str, Callable[[Events, np.ndarray, int], Kept]] = {
-    "none": _keep_all,
-    "amazon_five": _amazon,
-    "k_core": _k_core,
-}
+    return Kept(keep, items, table)
 
 
 def _count(codes: np.ndarray, keep: np.ndarray, size: int) -> np.ndarray:

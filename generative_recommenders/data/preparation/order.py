@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from generative_recommenders.data.preparation import digests
-from generative_recommenders.data.preparation.event_store import Events, chunks
+from generative_recommenders.data.preparation.event_store import Events, chunks, user_blocks
 from generative_recommenders.errors import UserError
 
 TIE_ORDERS = ("file", "published", "random")
@@ -65,10 +65,8 @@ class UserRows:
 
     def buckets(self, bucket_events: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Rows in input order, and their users' places: about ``bucket_events`` at a time, a user is never divided."""
-        first, num_users = 0, len(self.offsets) - 1
-        while first < num_users:
-            stop = self.offsets[first] + bucket_events
-            last = max(first + 1, int(np.searchsorted(self.offsets, stop, side="right")) - 1)
+        num_users = len(self.offsets) - 1
+        for first, last in user_blocks(self.offsets, bucket_events):
             rows, places = [], []
             for part in chunks(len(self.users)):
                 place = self.users[part] if self.place is None else self.place[self.users[part]]
@@ -80,7 +78,6 @@ class UserRows:
                 rows.append(chosen + part.start)
                 places.append(place[chosen])
             yield np.concatenate(rows), np.concatenate(places)
-            first = last
 
 
 def chronological(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,8 +63,7 @@ def prepare_with_spark(raw: RawRatings, out_dir: str | Path, master: str = "loca
         with phase("filter and sort"), _spark_faults(raw):
             ordered, order = _order(events, raw)
             dropped = 0 if raw.duplicates == "keep" else before["events"] - ordered.count()
-            name, least = parse_filter(raw.filter)
-            kept, catalogue = _FILTERS[name](ordered, least)
+            kept, catalogue = _filtered(ordered, *parse_filter(raw.filter))
             _write_sorted(kept.orderBy("user", *order).drop(*_SCRATCH), kept, catalogue, scratch, kinds)
         with phase("write"):
             sequences = _sequences(raw, scratch, kinds)
@@ -88,7 +88,14 @@ def spark_session(master: str) -> Iterator[Any]:
         ) from error
     running = SparkSession.getActiveSession()
     try:
-        spark = running or _start(SparkSession.builder, master)
+        spark = running
+        if spark is None:
+            _find_java()
+            settings = {"spark.ui.enabled": "false", "spark.log.level": "ERROR"}
+            if master.startswith("local"):
+                settings |= {"spark.sql.shuffle.partitions": "16", "spark.driver.bindAddress": "127.0.0.1"}
+            builder = SparkSession.builder.master(master).appName("generative-recommenders")
+            spark = builder.config(map=settings).getOrCreate()
     except (PySparkException, RuntimeError, OSError) as error:
         raise UserError(f"Spark does not start on {master!r}: {_one_line(error)}; is Java there?") from error
     session = spark.newSession()
@@ -99,17 +106,6 @@ def spark_session(master: str) -> Iterator[Any]:
     finally:
         if running is None:
             spark.stop()
-
-
-def _start(builder: Any, master: str) -> Any:
-    _find_java()
-    settings = {"spark.ui.enabled": "false", "spark.log.level": "ERROR"}
-    if master.startswith("local"):
-        settings |= {"spark.sql.shuffle.partitions": "16", "spark.driver.bindAddress": "127.0.0.1"}
-    builder = builder.master(master).appName("generative-recommenders")
-    for name, value in settings.items():
-        builder = builder.config(name, value)
-    return builder.getOrCreate()
 
 
 def _find_java() -> None:
@@ -132,10 +128,8 @@ def _spark_faults(raw: RawRatings) -> Iterator[None]:
     try:
         yield
     except (PySparkException, Py4JError) as error:
-        for _ in EventReader(
-            raw.files, raw.options
-        ).batches():  # names a fault of the files as the default engine does
-            pass
+        # Reading on the driver names a fault of the files as the default engine does.
+        deque(EventReader(raw.files, raw.options).batches(), maxlen=0)
         raise UserError(f"Spark failed: {_one_line(error)}") from error
 
 
@@ -214,28 +208,23 @@ def _at_least(events: Any, role: str, least: int) -> Any:
     return events.groupBy(role).count().filter(f"count >= {least}").select(role)
 
 
-def _keep_all(events: Any, least: int) -> tuple[Any, Any]:
+def _filtered(events: Any, name: str, least: int) -> tuple[Any, Any]:
+    """The events that stay, and the items of the catalogue: see `filters.apply_filter`."""
+
+    def frequent(events: Any) -> Any:
+        users, items = _at_least(events, "user", least), _at_least(events, "item", least)
+        return events.join(users, "user", "left_semi").join(items, "item", "left_semi")
+
+    if name == "amazon_five":
+        table = frequent(events).persist()
+        long_users = _at_least(table, "user", least)
+        return table.join(long_users, "user", "left_semi"), table.select("item").distinct()
+    if name == "k_core":
+        before, count = -1, events.count()
+        while count != before:
+            events = frequent(events).localCheckpoint()
+            before, count = count, events.count()
     return events, events.select("item").distinct()
-
-
-def _amazon(events: Any, least: int) -> tuple[Any, Any]:
-    """See `filters`: both counted once, the catalogue fixed, then short users are dropped."""
-    users, items = _at_least(events, "user", least), _at_least(events, "item", least)
-    kept = events.join(users, "user", "left_semi").join(items, "item", "left_semi").persist()
-    return kept.join(_at_least(kept, "user", least), "user", "left_semi"), kept.select("item").distinct()
-
-
-def _k_core(events: Any, least: int) -> tuple[Any, Any]:
-    before = -1
-    kept, count = events, events.count()
-    while count != before:
-        users, items = _at_least(kept, "user", least), _at_least(kept, "item", least)
-        kept = kept.join(users, "user", "left_semi").join(items, "item", "left_semi").localCheckpoint()
-        before, count = count, kept.count()
-    return kept, kept.select("item").distinct()
-
-
-_FILTERS = {"none": _keep_all, "amazon_five": _amazon, "k_core": _k_core}
 
 
 def _write_sorted(events: Any, kept: Any, catalogue: Any, scratch: Path, kinds: dict[str, str]) -> None:

@@ -12,10 +12,9 @@ import polars as pl
 import pyarrow as pa
 from absl import logging
 
-from generative_recommenders.data.readers import layout as layouts
 from generative_recommenders.data.readers import times, values
-from generative_recommenders.data.readers.layout import Column, ColumnRequest, Layout
-from generative_recommenders.data.readers.sources import TextOptions, TextSource, open_source
+from generative_recommenders.data.readers.layout import Column, find_columns, parse_columns
+from generative_recommenders.data.readers.sources import TextOptions, open_source
 from generative_recommenders.data.readers.tables import TableSource
 from generative_recommenders.data.readers.times import TimeFormat
 from generative_recommenders.data.schema import KINDS, KNOWN
@@ -72,13 +71,13 @@ class EventReader:
 
     def __init__(self, files: list[Path], options: ReadOptions) -> None:
         self.files, self.options = files, options
-        self.requests = None if options.columns is None else layouts.parse_columns(options.columns)
+        self.requests = None if options.columns is None else parse_columns(options.columns)
         first = open_source(files[0], options.text, self.requests)
         if not len(first.sample):
             raise UserError(f"{files[0]}: the file is empty: it holds no event")
-        self.layout = self._layout(first)
         order = {name: place for place, name in enumerate(KNOWN)}
-        self.columns = sorted(self.layout.columns, key=lambda each: order.get(each.name, len(order)))
+        columns = find_columns(first, self.requests)
+        self.columns = sorted(columns, key=lambda each: order.get(each.name, len(order)))
         self.time_formats: dict[str, TimeFormat] = {}
         for column in self.columns:
             if column.kind != "time":
@@ -86,39 +85,16 @@ class EventReader:
             sample = first.sample[str(column.place)]
             form = times.recognise(sample, options.time_unit)
             if form is None:
-                row, value = next(
-                    ((row, value) for row, value in enumerate(sample) if value is not None), (0, "")
-                )
+                row = cast(int, sample.is_not_null().arg_max())
+                value = "" if sample[row] is None else str(sample[row])[:40]
                 raise UserError(
-                    f"{files[0]}: the {column.name} {str(value)[:40]!r} (row {row + 1}) is no time; times are numbers since "
-                    "1970, ISO 8601 or dates; is this the right column of --columns?"
+                    f"{files[0]}: the {column.name} {value!r} (row {row + 1}) is no time; times are numbers since 1970, "
+                    "ISO 8601 or dates; is this the right column of --columns?"
                 )
             self.time_formats[column.name] = form
         self.dropped = 0
         self._first_missing = ""
         self._log(first)
-
-    def _layout(self, source: TableSource) -> Layout:
-        """The columns of a file; UserError that shows line 1 where nothing says what it is."""
-        path, header = source.path, source.header
-        if self.requests is None:
-            if header is None:
-                fields = source.first_fields if isinstance(source, TextSource) else []
-                shown = "  ".join(f"{place}: {text[:40]!r}" for place, text in enumerate(fields, 1))
-                raise UserError(
-                    f"{path}: line 1 is no header with known names; it splits into {shown}; say what the columns are, as "
-                    "--columns=user,item,rating,timestamp with _ for one to skip, or --header=yes"
-                )
-            return layouts.by_header(path, header, source.sample, None)
-        known_only = all(each is None or each == ColumnRequest(each.name) for each in self.requests)
-        if header is not None:
-            found = layouts.is_named(self.requests, header)
-            if found and not (
-                known_only and len(self.requests) == source.num_fields and None in self.requests
-            ):
-                return layouts.by_header(path, header, source.sample, self.requests)
-            layouts.check_places(path, self.requests, header)
-        return layouts.by_place(path, self.requests, source.num_fields, header)
 
     def _log(self, source: TableSource) -> None:
         shown = [
@@ -126,8 +102,9 @@ class EventReader:
             for column in self.columns
         ]
         logging.info("%s: %s", source.path, ", ".join(shown))
-        if self.layout.left_out:
-            logging.info("%s: columns left out: %s", source.path, ", ".join(self.layout.left_out)[:200])
+        used = {column.place for column in self.columns}
+        if rest := [name for place, name in enumerate(source.header or ()) if place not in used]:
+            logging.info("%s: columns left out: %s", source.path, ", ".join(rest)[:200])
         for row in range(min(SHOWN_EVENTS, len(source.sample))):
             cells = []
             for column in self.columns:
@@ -167,7 +144,7 @@ class EventReader:
         source = open_source(path, self.options.text, self.requests)
         columns = self.columns
         if path != self.files[0]:
-            mine = {column.name: column for column in self._layout(source).columns}
+            mine = {column.name: column for column in find_columns(source, self.requests)}
             if {each.name: each.header for each in mine.values()} != {
                 each.name: each.header for each in columns
             }:

@@ -7,7 +7,7 @@ internal numbers, and zeros for ratings or times that a data set lacks; a column
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
@@ -65,11 +65,7 @@ class ExchangeSource(TableSource):
                 continue
             table = text.parse(self.path, body, _DIALECT, len(HEADER), [1, 2, 3, 4])
             users, *lists = pl.DataFrame(pl.from_arrow(table)).get_columns()
-
-            def line(row: int, body: text.Block = body) -> str:
-                return f"line {text.line_of_row(body, row, _DIALECT)}"
-
-            by_line = Rows(str(self.path), line)
+            by_line = text.rows_of(self.path, body, _DIALECT)
             by_line.refuse(users.str.contains("\n", literal=True), users, "user", "holds a line end")
             lists = [each.str.split(",") for each in lists]
             items, ratings, times = (each.list.len() for each in lists)
@@ -77,14 +73,14 @@ class ExchangeSource(TableSource):
             if uneven.any():
                 at = cast(int, uneven.arg_max())
                 counts = f"{items[at]}, {ratings[at]} and {times[at]}"
-                raise UserError(f"{self.path}, {line(at)}: the lists have {counts} entries")
+                raise UserError(f"{self.path}, {by_line.place_of(at)}: the lists have {counts} entries")
             owners = np.repeat(np.arange(len(users)), items.to_numpy())
             events = pl.DataFrame(
                 [users.gather(owners), *(each.explode() for each in lists)], schema=list(_EVENT)
             )
 
-            def line_of_event(event: int, owners: np.ndarray = owners, line: Callable = line) -> str:
-                return line(owners[event])
+            def line_of_event(event: int, owners: np.ndarray = owners, by_line: Rows = by_line) -> str:
+                return by_line.place_of(owners[event])
 
             by_event = Rows(str(self.path), line_of_event)
             number = events["item"].str.contains(r"^\s*[0-9]+\s*$")

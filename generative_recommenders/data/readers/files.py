@@ -60,7 +60,13 @@ def data_files(folder: Path, files: list[Path]) -> list[Path]:
 
 def kind_of(path: Path) -> str:
     """ "parquet", "arrow" (IPC file or stream), "json" (a JSON object a line) or "text" (delimited), by the first bytes."""
-    start = first_bytes(path, 1 << 12)
+    try:
+        with open_unpacked(path) as stream:
+            start = stream.read(1 << 12)
+    except READ_FAULTS as error:
+        raise UserError(
+            f"{path}: damaged or cut short at its beginning; fetch the file again ({error})"
+        ) from error
     if start.startswith((b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")):
         kind = "parquet" if start.startswith(b"PAR1") else "arrow"
         if is_packed(path):
@@ -103,14 +109,3 @@ def open_unpacked(path: Path) -> BinaryIO:
     if start.startswith(_ZSTD):
         return cast(BinaryIO, pa.CompressedInputStream(pa.PythonFile(stream), "zstd"))
     return stream
-
-
-def first_bytes(path: Path, count: int) -> bytes:
-    """Up to ``count`` unpacked bytes; UserError if the file is damaged so early that there are none."""
-    try:
-        with open_unpacked(path) as stream:
-            return stream.read(count)
-    except READ_FAULTS as error:
-        raise UserError(
-            f"{path}: damaged or cut short at its beginning; fetch the file again ({error})"
-        ) from error

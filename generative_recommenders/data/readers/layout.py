@@ -9,8 +9,9 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import polars as pl
 from absl import logging
@@ -18,6 +19,9 @@ from absl import logging
 from generative_recommenders.data.readers import times
 from generative_recommenders.data.schema import KINDS, KNOWN
 from generative_recommenders.errors import UserError
+
+if TYPE_CHECKING:
+    from generative_recommenders.data.readers.tables import TableSource
 
 SKIP = "_"
 KNOWN_NAMES = {
@@ -59,12 +63,7 @@ class Column:
         return f"{'time' if self.name == 'timestamp' else self.name} = {shown}"
 
 
-@dataclass(frozen=True)
-class Layout:
-    """The columns of a file that are read, and the names of those that are left out."""
-
-    columns: tuple[Column, ...]
-    left_out: tuple[str, ...] = field(default=())
+Requests = Sequence[ColumnRequest | None]
 
 
 def parse_columns(text: str) -> list[ColumnRequest | None]:
@@ -90,30 +89,70 @@ def parse_columns(text: str) -> list[ColumnRequest | None]:
     return requests
 
 
-def by_header(
-    path: Path, header: Sequence[str], sample: pl.DataFrame, requests: list[ColumnRequest | None] | None
-) -> Layout:
-    """The layout of a file whose columns are named.
+def find_columns(source: TableSource, requests: Requests | None) -> list[Column]:
+    """The columns of a file that are read: of known names, or as ``--columns`` says, by name or by place.
 
-    header: the names, in file order. sample: the first rows, columns in the same order. UserError: columns that are not there,
-    two for one role, a possible time that is not used.
+    UserError: nothing says what the columns are, one is not there, two are for one role, a possible time is not used.
     """
+    path, header = source.path, source.header
     if requests is None:
-        columns = _by_known_names(path, header)
-    else:
-        columns = [_named_column(path, header, each) for each in requests if each is not None]
+        if header is None:
+            shown = "  ".join(f"{place}: {text[:40]!r}" for place, text in enumerate(source.first_fields, 1))
+            raise UserError(
+                f"{path}: line 1 is no header with known names; it splits into {shown}; say what the columns are, as "
+                "--columns=user,item,rating,timestamp with _ for one to skip, or --header=yes"
+            )
+        return _by_name(path, header, source.sample, None)
+    if header is not None and is_named(requests, header):
+        # Known names alone, one for every column, some to skip: they tell places, whatever the header calls the rest.
+        known_only = all(each is None or each == ColumnRequest(each.name) for each in requests)
+        if not (known_only and len(requests) == source.num_fields and None in requests):
+            return _by_name(path, header, source.sample, requests)
+    for request, name in zip(requests, header or ()):
+        if request is None or request.name not in KNOWN_NAMES:
+            continue
+        for role, names in KNOWN_NAMES.items():
+            if role != request.name and normalise(name) in names.split():
+                raise UserError(
+                    f"{path}: column {name!r} is in the place of the {request.name}; write --columns={role}={name},..."
+                )
+    return _by_place(path, header, source.num_fields, requests)
+
+
+def _by_name(
+    path: Path, header: Sequence[str], sample: pl.DataFrame, requests: Requests | None
+) -> list[Column]:
+    """The requested columns by their names, or all that have known ones."""
+    columns = []
+    for request in requests if requests is not None else map(ColumnRequest, KNOWN):
+        if request is None:
+            continue
+        if requests is None:
+            places = _known_places(header, request.name)
+            if not places and request.name not in ("user", "item"):
+                continue
+        else:
+            places = _places(header, request)
+        if not places:
+            wanted = request.file_column or request.name
+            names = ", ".join(header)[:200]
+            if requests is None:
+                raise UserError(
+                    f"{path}: no {wanted} among: {names}; name the columns, as --columns=user=...,item=..."
+                )
+            close = difflib.get_close_matches(wanted, list(header), 1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise UserError(f"{path}: no column {wanted!r} among: {names}{hint}")
+        place = _one_place(path, header, request.name, places)
+        columns.append(_column(path, request, place, header[place]))
     _check(path, columns, header)
-    used = {column.place for column in columns}
-    rest = [place for place in range(len(header)) if place not in used]
     if requests is None:
-        _refuse_unused_times(path, header, sample, columns, rest)
-    return Layout(tuple(columns), tuple(header[place] for place in rest))
+        _refuse_unused_times(path, header, sample, columns)
+    return columns
 
 
-def by_place(
-    path: Path, requests: Sequence[ColumnRequest | None], num_fields: int, header: Sequence[str] | None
-) -> Layout:
-    """The layout of a file whose columns ``requests`` name in file order."""
+def _by_place(path: Path, header: Sequence[str] | None, num_fields: int, requests: Requests) -> list[Column]:
+    """The requested columns in the order of the file."""
     if len(requests) != num_fields:
         raise UserError(
             f"{path}: {num_fields} fields a line, but --columns names {len(requests)}; name every one, with _ to skip one"
@@ -128,19 +167,18 @@ def by_place(
             )
         columns.append(_column(path, request, place, header[place] if header else None))
     _check(path, columns, header or [])
-    return Layout(tuple(columns))
+    return columns
 
 
-def is_named(requests: Sequence[ColumnRequest | None], header: Sequence[str]) -> bool:
+def is_named(requests: Requests, header: Sequence[str]) -> bool:
     """Whether the requests name columns of the header: by their own names, or by known names of user and item."""
     given = [each for each in requests if each is not None]
-    return any(each.file_column is not None or _find(header, each) for each in given)
+    return any(each.file_column is not None or _places(header, each) for each in given)
 
 
 def has_known_names(fields: Sequence[str]) -> bool:
     """Whether fields of a first line name the user and the item."""
-    names = [normalise(name) for name in fields]
-    return all(set(KNOWN_NAMES[role].split()) & set(names) for role in ("user", "item"))
+    return all(_known_places(fields, role) for role in ("user", "item"))
 
 
 def normalise(name: str) -> str:
@@ -148,14 +186,20 @@ def normalise(name: str) -> str:
     return re.sub(r"[ -]+", "_", name.strip().strip("\"'").lower().split(":")[0])
 
 
-def _find(header: Sequence[str], request: ColumnRequest) -> list[int]:
+def _known_places(header: Sequence[str], role: str) -> list[int]:
+    """Where columns of known names of a role are, the most usual name first."""
+    plain = [normalise(name) for name in header]
+    return [plain.index(each) for each in KNOWN_NAMES[role].split() if each in plain]
+
+
+def _places(header: Sequence[str], request: ColumnRequest) -> list[int]:
     """The places of a requested column: of its file column or own name, or else of all known names of its role."""
     wanted = request.file_column or request.name
     if wanted in header:
         return [list(header).index(wanted)]
-    plain = [normalise(name) for name in header]
     if request.file_column is None and request.name in KNOWN_NAMES:
-        return [plain.index(each) for each in KNOWN_NAMES[request.name].split() if each in plain]
+        return _known_places(header, request.name)
+    plain = [normalise(name) for name in header]
     return [plain.index(normalise(wanted))] if normalise(wanted) in plain else []
 
 
@@ -173,24 +217,9 @@ def _one_place(path: Path, header: Sequence[str], role: str, places: Sequence[in
     if len(places) > 1:
         logging.warning(
             "%s: of %s the %s is %r; %s= in --columns takes another",
-            path,
-            ", ".join(names),
-            role,
-            header[first[0]],
-            role,
-        )
+            path, ", ".join(names), role, header[first[0]], role,
+        )  # fmt: skip
     return first[0]
-
-
-def _named_column(path: Path, header: Sequence[str], request: ColumnRequest) -> Column:
-    places = _find(header, request)
-    if not places:
-        wanted = request.file_column or request.name
-        close = difflib.get_close_matches(wanted, list(header), 1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise UserError(f"{path}: no column {wanted!r} among: {', '.join(header)[:200]}{hint}")
-    place = _one_place(path, header, request.name, places)
-    return _column(path, request, place, header[place])
 
 
 def _column(path: Path, request: ColumnRequest, place: int, header: str | None) -> Column:
@@ -213,28 +242,12 @@ def _column(path: Path, request: ColumnRequest, place: int, header: str | None) 
     return Column(request.name, kind, place, header)
 
 
-def _by_known_names(path: Path, header: Sequence[str]) -> list[Column]:
-    plain = [normalise(name) for name in header]
-    columns = []
-    for role in KNOWN:
-        places = [plain.index(each) for each in KNOWN_NAMES[role].split() if each in plain]
-        if places:
-            place = _one_place(path, header, role, places)
-            columns.append(_column(path, ColumnRequest(role), place, header[place]))
-        elif role in ("user", "item"):
-            raise UserError(
-                f"{path}: no {role} among: {', '.join(header)[:200]}; name the columns, as "
-                "--columns=user=...,item=..."
-            )
-    return columns
-
-
 def _refuse_unused_times(
-    path: Path, header: Sequence[str], sample: pl.DataFrame, columns: list[Column], rest: Sequence[int]
+    path: Path, header: Sequence[str], sample: pl.DataFrame, columns: list[Column]
 ) -> None:
     """UserError naming a column that is not read and may be the time: by its name, its type or its values."""
     has_time = any(column.name == "timestamp" for column in columns)
-    for place in rest:
+    for place in sorted({*range(len(header))} - {column.place for column in columns}):
         values = sample[sample.columns[place]]
         form = times.recognise(values) if len(values.drop_nulls()) else None
         by_value = form is not None and (form.text is not None or values.dtype.is_temporal())
@@ -264,15 +277,3 @@ def _check(path: Path, columns: Sequence[Column], header: Sequence[str]) -> None
         if places.count(column.place) > 1:
             name = header[column.place] if header else f"column {column.place + 1}"
             raise UserError(f"{path}: {name!r} is taken for two columns; name the right ones with --columns")
-
-
-def check_places(path: Path, requests: Sequence[ColumnRequest | None], header: Sequence[str]) -> None:
-    """UserError if a column's place says one role and its known name in the header another."""
-    for request, name in zip(requests, header):
-        if request is None or request.name not in KNOWN_NAMES:
-            continue
-        for role, names in KNOWN_NAMES.items():
-            if role != request.name and normalise(name) in names.split():
-                raise UserError(
-                    f"{path}: column {name!r} is in the place of the {request.name}; write --columns={role}={name},..."
-                )

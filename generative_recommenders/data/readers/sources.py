@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import polars as pl
 from generative_recommenders.data.readers import text
 from generative_recommenders.data.readers.exchange import ExchangeSource
 from generative_recommenders.data.readers.files import kind_of
-from generative_recommenders.data.readers.layout import ColumnRequest, has_known_names, is_named
+from generative_recommenders.data.readers.layout import Requests, has_known_names, is_named
 from generative_recommenders.data.readers.tables import (
     SAMPLE_ROWS,
     ArrowSource,
@@ -20,7 +19,6 @@ from generative_recommenders.data.readers.tables import (
     TableSource,
     one_line,
 )
-from generative_recommenders.data.readers.values import Rows
 from generative_recommenders.errors import UserError
 
 
@@ -35,9 +33,7 @@ class TextOptions:
     exchange: bool = False
 
 
-def open_source(
-    path: Path, options: TextOptions, requests: Sequence[ColumnRequest | None] | None
-) -> TableSource:
+def open_source(path: Path, options: TextOptions, requests: Requests | None) -> TableSource:
     """The file by its kind. requests: ``--columns``, which help to find the delimiter and the header of text."""
     if options.exchange:
         return ExchangeSource(path)
@@ -57,9 +53,7 @@ _ONE_MARK = tuple(each for each in text.DELIMITERS if each and len(each) == 1)
 class TextSource(TableSource):
     """Delimited text, gzip and zstd included."""
 
-    def __init__(
-        self, path: Path, options: TextOptions, requests: Sequence[ColumnRequest | None] | None
-    ) -> None:
+    def __init__(self, path: Path, options: TextOptions, requests: Requests | None) -> None:
         super().__init__(path)
         lines, self.first_line = text.first_lines(path)
         self.dialect = find_dialect(path, lines, options, requests)
@@ -70,19 +64,11 @@ class TextSource(TableSource):
         self.header = rows[0] if self._is_header(rows[0], body, options, requests) else None
         if self.header is None:
             body = [rows[0], *body]
-        self.sample = pl.DataFrame(
-            [
-                pl.Series(str(place), [row[place] for row in body], pl.String)
-                for place in range(self.num_fields)
-            ]
-        )
+        names = [str(place) for place in range(self.num_fields)]
+        self.sample = pl.DataFrame(body, dict.fromkeys(names, pl.String), orient="row")
 
     def _is_header(
-        self,
-        fields: list[str],
-        body: list[list[str]],
-        options: TextOptions,
-        requests: Sequence[ColumnRequest | None] | None,
+        self, fields: list[str], body: list[list[str]], options: TextOptions, requests: Requests | None
     ) -> bool:
         """Whether line 1 names the columns: as the user says, or because it has names that are known or asked for."""
         if options.header is not None:
@@ -107,21 +93,16 @@ class TextSource(TableSource):
             if not block.data.strip(b" \t\n"):
                 continue
             table = text.parse(self.path, block, self.dialect, self.num_fields, list(places))
-
-            def place_of(row: int, block: text.Block = block) -> str:
-                return f"line {text.line_of_row(block, row, self.dialect)}"
-
-            yield Rows(str(self.path), place_of), pl.DataFrame(pl.from_arrow(table))
+            yield text.rows_of(self.path, block, self.dialect), pl.DataFrame(pl.from_arrow(table))
 
 
 def find_dialect(
-    path: Path, lines: list[str], options: TextOptions, requests: Sequence[ColumnRequest | None] | None
+    path: Path, lines: list[str], options: TextOptions, requests: Requests | None
 ) -> text.Dialect:
     """The delimiter as given, or the only one that divides all first lines alike; UserError where several may be meant."""
     if options.delimiter is not None:
-        return text.Dialect(
-            None if options.delimiter == " " else options.delimiter, _quotes(options, options.delimiter)
-        )
+        mark = None if options.delimiter == " " else options.delimiter
+        return text.Dialect(mark, _quotes(options, options.delimiter))
     fitting: list[tuple[text.Dialect, list[str]]] = []
     for delimiter in _ONE_MARK if options.quoting == "csv" else text.DELIMITERS:
         dialect = text.Dialect(delimiter, _quotes(options, delimiter))
@@ -132,9 +113,8 @@ def find_dialect(
         marks = _ONE_MARK if options.quoting == "csv" else text.DELIMITERS[:-1]
         first = next((each for each in marks if each and each in lines[0]), None)
         return text.Dialect(first, _quotes(options, first))
-    if (
-        len(fitting) > 1
-    ):  # one that finds the columns, or as many as are asked for, or a mark rather than blanks
+    if len(fitting) > 1:
+        # One that finds the columns, or as many as are asked for, or a mark rather than blanks.
         if requests is None:
             better = [each for each in fitting if has_known_names(each[1])]
         else:
@@ -181,12 +161,8 @@ class JsonSource(TableSource):
         for block in text.read_blocks(self.path, quoting=False):
             if not block.data.strip():
                 continue
-            frame = _read_json(self.path, block, names)
-
-            def place_of(row: int, block: text.Block = block) -> str:
-                return f"line {text.line_of_row(block, row, text.Dialect(None, False))}"
-
-            yield Rows(str(self.path), place_of), frame.rename(dict(zip(names, map(str, places))))
+            rows = text.rows_of(self.path, block, text.Dialect(None, quoting=False))
+            yield rows, _read_json(self.path, block, names).rename(dict(zip(names, map(str, places))))
 
 
 def _read_json(path: Path, block: text.Block, names: list[str] | None) -> pl.DataFrame:

@@ -24,8 +24,6 @@ _BATCH_BYTES = 64 << 20
 SMALL_BYTES, _PART_BYTES = 64 << 20, 2 << 30
 """What any table may unpack to, and what a row group or record batch may, of which much is unpacked at once."""
 _DIFFERENCE_ROWS = 128
-_DICTIONARY, _BATCH = 2, 3
-"""Kinds of messages of Arrow IPC that hold values."""
 
 
 class TableSource(ABC):
@@ -34,6 +32,8 @@ class TableSource(ABC):
     header: list[str] | None
     num_fields: int
     sample: pl.DataFrame
+    first_fields: Sequence[str] = ()
+    """Of line 1 of delimited text."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -187,60 +187,40 @@ def check_claims(path: Path, data: mmap.mmap) -> None:
     pyarrow allocates what the head of a packed buffer claims, and tells nothing of it before. The layout is that of Message.fbs
     and File.fbs of Arrow's columnar format 1.0, whose tables are FlatBuffers. ValueError, struct.error: damaged.
     """
+    source = pa.BufferReader(data)
     if data[:6] == b"ARROW1":
         (size,) = struct.unpack_from("<i", data, len(data) - 10)
         footer = _FlatTable(data, len(data) - 10 - size)
-        blocks = [
-            *footer.structs(2, "<qi4xq"),
-            *footer.structs(3, "<qi4xq"),
-        ]  # of dictionaries and record batches
-        places = iter([place for place, _, _ in blocks])
+        blocks = [*footer.structs(2, "<qi4xq"), *footer.structs(3, "<qi4xq")]  # dictionaries, record batches
+
+        def message_at(place: int) -> pyarrow.ipc.Message:
+            source.seek(place)
+            return pyarrow.ipc.read_message(source)
+
+        messages = (message_at(place) for place, _, _ in blocks)
     else:
-        places = _places_of_messages(data)
+        messages = iter(pyarrow.ipc.MessageReader.open_stream(source))
     total = 0
-    for place in places:
-        rows, unpacked = _claims(*_message(data, place))
+    for message in messages:
+        if message.type not in ("dictionary", "record batch"):
+            continue
+        batch = _FlatTable(message.metadata, 0).child(2)
+        batch = batch.child(1) if message.type == "dictionary" else batch
+        packed = batch.structs(2, "<qq") if batch.place(3) else ()  # field 3: how buffers are packed
+        unpacked = sum(
+            max(0, struct.unpack_from("<q", message.body, offset)[0])  # -1: as it is
+            for offset, length in packed
+            if length
+        )
         check_unpacked(path, unpacked, _PART_BYTES)
-        total += max(rows, unpacked)
+        total += max(batch.number(0, "<q"), unpacked)
         check_unpacked(path, total)
-
-
-def _message(data: mmap.mmap, place: int) -> tuple[_FlatTable, int]:
-    """A message and where its body begins; behind a mark, in files of all but the oldest programs, stands the size."""
-    place += 4 * (data[place : place + 4] == b"\xff" * 4)
-    return _FlatTable(data, place + 4), place + 4 + struct.unpack_from("<i", data, place)[0]
-
-
-def _places_of_messages(data: mmap.mmap) -> Iterator[int]:
-    place = 0
-    while place < len(data) and data[place : place + 8].strip(b"\xff").strip(b"\0"):  # an end is a size of 0
-        yield place
-        message, body = _message(data, place)
-        length = message.number(3, "<q")
-        if body <= place or length < 0:
-            raise ValueError("a message of less than no bytes")
-        place = body + length
-
-
-def _claims(message: _FlatTable, body: int) -> tuple[int, int]:
-    """Rows of a message, and the bytes that its packed buffers unpack to."""
-    kind = message.number(1, "<B")
-    if kind not in (_DICTIONARY, _BATCH):
-        return 0, 0
-    batch = message.child(2) if kind == _BATCH else message.child(2).child(1)
-    unpacked = 0
-    for offset, length in (
-        batch.structs(2, "<qq") if batch.place(3) else ()
-    ):  # field 3: how buffers are packed
-        if length:
-            unpacked += max(0, struct.unpack_from("<q", message.data, body + offset)[0])  # -1: as it is
-    return batch.number(0, "<q"), unpacked
 
 
 class _FlatTable:
     """A table of a FlatBuffer, which ``data`` points to at the place ``pointer``; its fields are numbered."""
 
-    def __init__(self, data: mmap.mmap, pointer: int) -> None:
+    def __init__(self, data: mmap.mmap | pa.Buffer, pointer: int) -> None:
         self.data = data
         self.start = pointer + struct.unpack_from("<I", data, pointer)[0]
 

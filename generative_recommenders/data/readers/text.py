@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.csv
 
 from generative_recommenders.data.readers.files import READ_FAULTS, is_packed, open_unpacked, unpacked_limit
+from generative_recommenders.data.readers.values import Rows
 from generative_recommenders.errors import UserError
 
 BLOCK_BYTES, BLOCK_LINES = 16 << 20, 1 << 19
@@ -248,6 +249,11 @@ def _fault(path: Path, block: Block, dialect: Dialect, separator: str, num_field
     except csv.Error as error:
         return f"{path}, line {block.first_line + start}: {error}; --quoting=none reads quotes as text"
     return f"{path}, near line {block.first_line}: {fault[:200]}"
+
+
+def rows_of(path: Path, block: Block, dialect: Dialect) -> Rows:
+    """The rows of a parsed block, which know their lines."""
+    return Rows(str(path), lambda row: f"line {line_of_row(block, row, dialect)}")
 
 
 def line_of_row(block: Block, row: int, dialect: Dialect) -> int:

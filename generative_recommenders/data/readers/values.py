@@ -12,6 +12,7 @@ import polars as pl
 from generative_recommenders.data.readers.times import (
     MAX_SECONDS,
     MISSING,
+    NANOSECONDS,
     UNIT_NAMES,
     TimeFormat,
     to_nanoseconds,
@@ -20,6 +21,7 @@ from generative_recommenders.errors import UserError
 
 MAX_ID_BYTES = 1024
 _LONGEST_MISSING = max(map(len, MISSING))
+_ABSENT = "is missing; remove the row, or leave the column out with --columns"
 _MAX_FLOAT32 = 3.4028234663852886e38
 
 
@@ -76,9 +78,7 @@ def numbers(values: pl.Series, name: str, rows: Rows, optional: bool = False) ->
     if optional:
         found = found.set(missing, None)
     else:
-        rows.refuse(
-            missing, values, name, "is missing; remove the row, or leave the column out with --columns"
-        )
+        rows.refuse(missing, values, name, _ABSENT)
     rows.refuse(found.is_null() & ~missing, values, name, "is not a number")
     rows.refuse((~found.is_finite()).fill_null(False), values, name, "is not a finite number")
     rows.refuse((found.abs() > _MAX_FLOAT32).fill_null(False), values, name, "is too large")
@@ -94,9 +94,7 @@ def times(values: pl.Series, name: str, form: TimeFormat, rows: Rows, optional: 
     elif values.dtype.is_float():
         missing |= values.is_nan().fill_null(True)
     if not optional:
-        rows.refuse(
-            missing, values, name, "is missing; remove the row, or leave the column out with --columns"
-        )
+        rows.refuse(missing, values, name, _ABSENT)
     bad = found.is_null() & ~missing
     if bad.any():
         row = cast(int, bad.arg_max())
@@ -116,10 +114,7 @@ def _why_not(values: pl.Series, row: int, form: TimeFormat) -> str:
         return f"is not a number, as the times before it ({form})"
     if number < 0:
         return "is before 1970"
-    if (
-        math.isfinite(number)
-        and number * 10 ** -{"s": 0, "ms": 3, "us": 6, "ns": 9}[form.unit or "s"] > MAX_SECONDS
-    ):
+    if math.isfinite(number) and number * NANOSECONDS[form.unit or "s"] > MAX_SECONDS * 10**9:
         units = ", ".join(UNIT_NAMES)
         return f"lies after the year 2200 in {form}; give its unit with --time_unit ({units})"
     return "is not a time"
@@ -127,11 +122,8 @@ def _why_not(values: pl.Series, row: int, form: TimeFormat) -> str:
 
 def categories(values: pl.Series, name: str, rows: Rows) -> pl.Series:
     """Categories as text, null for missing ones."""
-    if (
-        values.dtype.is_integer()
-        or values.dtype in (pl.Categorical, pl.Enum, pl.Null, pl.Boolean)
-        or values.dtype.is_float()
-    ):
+    number = values.dtype.is_integer() or values.dtype.is_float()
+    if number or values.dtype in (pl.Categorical, pl.Enum, pl.Null, pl.Boolean):
         values = values.cast(pl.String)
     if values.dtype != pl.String:
         raise UserError(
