@@ -16,6 +16,8 @@ PINNED = {
     "spark": "requirements-spark.txt",
     "gpu": "requirements-gpu.txt",
 }
+TOOLS = ("dev", "docs")
+"""Extras of those who work on the program: nothing that a user runs needs them."""
 LOCKED = {"requirements-gpu.txt": "requirements-gpu-lock.txt"}
 
 
@@ -26,7 +28,7 @@ def pins(file: str) -> dict[str, str]:
 def extras() -> dict[str, list[str]]:
     text = (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]")[1].split("\n[")[0]
     found = re.findall(r"^(\w+) = \[(.*)\]$", text, re.MULTILINE)
-    return {name: re.findall(r'"([\w.-]+)', packages) for name, packages in found if name != "dev"}
+    return {name: re.findall(r'"([\w.-]+)', packages) for name, packages in found if name not in TOOLS}
 
 
 @pytest.mark.parametrize("extra", extras())
