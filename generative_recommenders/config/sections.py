@@ -30,6 +30,8 @@ Protocol = Literal["leave_one_out", "paper", "global_time"]
 NegativesSharing = Literal["position", "block", "batch"]
 NextTime = Literal["given", "hidden"]
 Catalogue = Literal["rated", "all"]
+TrainingWindows = Literal["last", "all"]
+RateSchedule = Literal["constant", "cosine"]
 ListReduction = Literal["sum", "mean", "max"]
 MAX_PREFETCH = 64
 """Batches that a loader makes ahead at most."""
@@ -37,7 +39,9 @@ MAX_PREFETCH = 64
 
 class DataSettings(Section):
     """The data and how histories are cut. event_features: event columns that histories are read with. catalogue: "all" takes
-    items of the item table that nobody rated for negatives and candidates, as the published programs do of MovieLens."""
+    items of the item table that nobody rated for negatives and candidates, as the published programs do of MovieLens.
+    training_windows: "last" trains on each history's last max_sequence_length targets, as the published programs do; "all" on
+    every target, histories that are longer cut into several rows."""
 
     gin_name: ClassVar[str] = "train_fn"
 
@@ -47,6 +51,7 @@ class DataSettings(Section):
     max_sequence_length: Length = 200
     gr_output_length: Annotated[int, Ge(0), Le(1 << 20)] = 10
     positional_sampling_ratio: Annotated[float, Gt(0.0), Le(1.0)] = 1.0
+    training_windows: TrainingWindows = "last"
     event_features: tuple[str, ...] = ()
 
     @property
@@ -108,6 +113,7 @@ class UpdateSettings(Section):
 
     learning_rate is that of the global batch: local_batch_size rows on each process, one mean loss over all of them.
     It is never scaled by the number of processes, so N processes of b rows train as one process of N * b.
+    learning_rate_schedule: behind the warm-up, "cosine" lowers it along half a cosine to 0 at the last of num_epochs.
     """
 
     gin_name: ClassVar[str] = "train_fn"
@@ -116,6 +122,7 @@ class UpdateSettings(Section):
     learning_rate: Positive = 1e-3
     weight_decay: NonNegative = 1e-3
     num_warmup_steps: Count = 0
+    learning_rate_schedule: RateSchedule = "constant"
     max_grad_norm: Positive | None = None
 
 

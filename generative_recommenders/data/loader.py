@@ -15,6 +15,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from generative_recommenders.config.sections import TrainingWindows
 from generative_recommenders.data.store import SequenceDataset
 
 
@@ -88,7 +89,9 @@ class SequenceLoader:
     """Training batches: of every user the last ``max_length + 1`` training events, so up to max_length targets each.
 
     batch_size: rows a process. sampling_ratio: share of each history kept, drawn anew each epoch, before truncation.
-    Users with fewer than 2 training events give nothing to learn and are left out.
+    windows: "all" cuts longer histories into rows of max_length targets, from the last target on, so that every event but a
+    user's first is a target once an epoch; "last" takes the last row alone. Users with fewer than 2 training events give
+    nothing to learn and are left out.
     """
 
     def __init__(
@@ -101,12 +104,17 @@ class SequenceLoader:
         sampling_ratio: float = 1.0,
         rank: int = 0,
         world_size: int = 1,
+        windows: TrainingWindows = "last",
     ) -> None:
         if not 0.0 < sampling_ratio <= 1.0:
             raise ValueError(f"positional_sampling_ratio must be in (0, 1], got {sampling_ratio}")
         self.rows = SequenceRows(dataset, max_length + 1)
-        self.train_stops = train_stops.astype(np.int64)
-        self.users = np.flatnonzero(self.train_stops >= 2)
+        stops = train_stops.astype(np.int64)
+        users = np.flatnonzero(stops >= 2)
+        repeats = np.ones_like(users) if windows == "last" else -((1 - stops[users]) // max_length)
+        self.users = np.repeat(users, repeats)
+        before = np.arange(self.users.size) - np.repeat(np.cumsum(repeats) - repeats, repeats)
+        self.stops = stops[self.users] - before * max_length
         self.global_batch = batch_size * world_size
         self.seed, self.sampling_ratio = seed, sampling_ratio
         self.rank, self.world_size = rank, world_size
@@ -116,27 +124,26 @@ class SequenceLoader:
         return (self.users.size + self.global_batch - 1) // self.global_batch
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[LoadedBatch]:
-        order = self._generator(epoch, 0).permutation(self.users)
+        order = self._generator(epoch, 0).permutation(self.users.size)
         for step in range(first_step, len(self)):
             yield self.batch(order[step * self.global_batch : (step + 1) * self.global_batch], epoch, step)
 
-    def batch(self, users: np.ndarray, epoch: int, step: int) -> LoadedBatch:
-        """This process's share of the global batch of ``users``."""
+    def batch(self, rows: np.ndarray, epoch: int, step: int) -> LoadedBatch:
+        """This process's share of the global batch of ``rows``, places in ``users`` and ``stops``."""
+        users, stops = self.users[rows], self.stops[rows]
         if self.sampling_ratio < 1.0:
-            stops = self.train_stops[users]
             keep = self._generator(epoch, 1 + step).random(int(stops.sum())) < self.sampling_ratio
             columns = self.rows.cut_kept(users, stops, keep)
             lengths = columns["lengths"].numpy()
         else:
             columns = {}
-            lengths = np.minimum(self.train_stops[users], self.rows.width)
+            lengths = np.minimum(stops, self.rows.width)
         bounds = [users.size * rank // self.world_size for rank in (self.rank, self.rank + 1)]
         mine = slice(*bounds)
         if columns:
             columns = {name: values[mine] for name, values in columns.items()}
         else:
-            stops = self.train_stops[users[mine]]
-            columns = self.rows.cut(users[mine], np.zeros_like(stops), stops)
+            columns = self.rows.cut(users[mine], np.zeros_like(stops[mine]), stops[mine])
         targets = np.maximum(lengths - 1, 0)
         return LoadedBatch(columns, step, bounds[0], int(targets[: bounds[0]].sum()), int(targets.sum()))
 

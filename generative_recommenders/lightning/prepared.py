@@ -60,7 +60,7 @@ class DataModule(lightning.LightningDataModule):
         rank, world = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
         loader = SequenceLoader(
             self.dataset, self.split.train_stops, data.max_sequence_length, schedule.local_batch_size,
-            schedule.random_seed, data.positional_sampling_ratio, rank, world,
+            schedule.random_seed, data.positional_sampling_ratio, rank, world, data.training_windows,
         )  # fmt: skip
         return _Epochs(loader, trainer)
 

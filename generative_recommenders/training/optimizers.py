@@ -7,6 +7,7 @@ cost of a step does not grow with the catalogue.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any
@@ -153,6 +154,7 @@ class Optimizer:
     """A run's updates: the chosen rule for dense parameters and the item table, with linear warm-up and clipping.
 
     rule: the part by ``train_fn.optimizer``. max_grad_norm: total L2 norm over dense and table gradients, None for no clipping.
+    cosine_steps: steps of the whole run, over which the learning rate falls to 0 along half a cosine; None leaves it.
     """
 
     def __init__(
@@ -162,6 +164,7 @@ class Optimizer:
         rule: AdamW,
         num_warmup_steps: int = 0,
         max_grad_norm: float | None = None,
+        cosine_steps: int | None = None,
     ) -> None:
         self.rule, self.table = rule, table
         self.sparse = rule.rows(table) if table.requires_grad else None
@@ -170,6 +173,7 @@ class Optimizer:
         self.dense = rule.dense(self.parameters) if self.parameters else None
         self.num_warmup_steps = num_warmup_steps
         self.max_grad_norm = max_grad_norm
+        self.cosine_steps = cosine_steps
 
     def zero_grad(self) -> None:
         for parameter in (*self.parameters, self.table):
@@ -183,7 +187,10 @@ class Optimizer:
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
-        return self.rule.learning_rate * min(1.0, (step + 1) / max(self.num_warmup_steps, 1))
+        share = min(1.0, (step + 1) / max(self.num_warmup_steps, 1))
+        if self.cosine_steps is not None:
+            share *= (1 + math.cos(math.pi * min(1.0, step / self.cosine_steps))) / 2
+        return self.rule.learning_rate * share
 
     def step(self, step: int, rows: torch.Tensor | None, grads: torch.Tensor | None) -> float:
         """One update; returns the learning rate. step: from 0. rows ``[U]`` (None: all) and grads ``[U, D]`` of the table, None

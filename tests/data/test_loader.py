@@ -100,6 +100,24 @@ def test_an_epoch_visits_every_user_once_with_the_last_events(ragged_dataset: Se
         assert_rows(ragged_dataset, batch.columns, [[*range(max(0, s - 11), s)] for s in mine.tolist()], 11)
 
 
+def test_windows_over_whole_histories_make_every_event_a_target_once(ragged_dataset: SequenceDataset) -> None:
+    stops = make_split(ragged_dataset).train_stops
+    loader = loader_of(ragged_dataset, windows="all")
+    targets: dict[int, list[int]] = {}
+    for batch in loader.epoch(0):
+        columns = batch.columns
+        for user, length, row in zip(
+            columns["user_ids"].tolist(), columns["lengths"].tolist(), columns["timestamps"].tolist()
+        ):
+            targets.setdefault(user - 1, []).extend(row[1:length])
+        assert batch.global_tokens == int((columns["lengths"] - 1).sum())
+    assert any(stop > 2 * 11 for stop in stops)
+    for user in np.flatnonzero(stops >= 2).tolist():
+        expected = events_of(ragged_dataset, user)["timestamps"][1 : stops[user]]
+        assert sorted(targets.pop(user)) == sorted(expected)
+    assert not targets
+
+
 def test_order_is_drawn_anew_each_epoch(ragged_dataset: SequenceDataset) -> None:
     orders = [
         torch.cat([b.columns["user_ids"] for b in loader_of(ragged_dataset).epoch(epoch)])
@@ -174,13 +192,13 @@ def test_sampling_keeps_a_share_in_order_drawn_anew_each_epoch(ragged_dataset: S
 def test_sampling_is_drawn_by_epoch_and_step(ragged_dataset: SequenceDataset) -> None:
     loader = loader_of(ragged_dataset, sampling_ratio=0.7)
     drawn = {
-        (epoch, step): loader.batch(loader.users, epoch, step).columns["timestamps"]
+        (epoch, step): loader.batch(np.arange(loader.users.size), epoch, step).columns["timestamps"]
         for epoch in (0, 1)
         for step in (0, 1)
     }
     for one, other in itertools.combinations(drawn, 2):
         assert not torch.equal(drawn[one], drawn[other])
-    assert torch.equal(loader.batch(loader.users, 1, 0).columns["timestamps"], drawn[1, 0])
+    assert torch.equal(loader.batch(np.arange(loader.users.size), 1, 0).columns["timestamps"], drawn[1, 0])
 
 
 def test_sampling_happens_before_truncation(ragged_dataset: SequenceDataset) -> None:
