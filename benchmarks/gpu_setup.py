@@ -35,6 +35,12 @@ ENCODERS = {
         ["train_fn.main_module = 'TwoTower'", "train_fn.negatives_sharing = 'block'"],
     ),
     "Transformer": ("sasrec-sampled-softmax-n128-final", ["train_fn.main_module = 'Transformer'"]),
+    "FuXi": ("fuxi-sampled-softmax-n128-final", []),
+    "LiGR": ("ligr-sampled-softmax-n128", ["train_fn.enable_tf32 = True"]),
+    "LiGR, 128 wide, no TF32": (
+        "ligr-sampled-softmax-n128",
+        ["train_fn.enable_tf32 = False", "train_fn.item_embedding_dim = 128"],
+    ),
     "SASRec-MoL": ("sasrec-mol-sampled-softmax-n128-8x4x64-rails-final", []),
 }
 """Published configurations of ML-1M, with the bindings that make another encoder of one."""

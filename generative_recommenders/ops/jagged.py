@@ -68,12 +68,16 @@ def jagged_to_padded(values: torch.Tensor, offsets: torch.Tensor, max_length: in
 
 
 def jagged_to_padded_reference(values: torch.Tensor, offsets: torch.Tensor, max_length: int) -> torch.Tensor:
-    """`jagged_to_padded` in plain torch."""
-    columns = torch.arange(max_length, device=values.device)
-    real = columns < (offsets[1:] - offsets[:-1])[:, None]
-    out = values.new_zeros(*real.shape, *values.shape[1:])
-    out[real] = values[(offsets[:-1, None] + columns)[real]]
-    return out
+    """`jagged_to_padded` in plain torch. Tokens go to their cells by number, since a boolean index would wait for a GPU."""
+    cells, num_tokens = (len(offsets) - 1) * max_length, len(values)
+    rows = torch.arange(len(offsets) - 1, device=values.device)
+    row_of = torch.repeat_interleave(rows, offsets.diff(), output_size=num_tokens)
+    column = torch.arange(num_tokens, device=values.device) - offsets[row_of]
+    cell = torch.where(
+        column < max_length, row_of * max_length + column, cells
+    )  # cut tokens go to a cell of their own
+    out = values.new_zeros(cells + 1, *values.shape[1:]).index_copy(0, cell, values)
+    return out[:-1].view(len(offsets) - 1, max_length, *values.shape[1:])
 
 
 def padded_to_jagged(dense: torch.Tensor, offsets: torch.Tensor, num_tokens: int) -> torch.Tensor:

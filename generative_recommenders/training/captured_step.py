@@ -91,6 +91,9 @@ class CapturedStep(TrainingStep):
             logging.warning("steps are not captured as CUDA graphs, which makes them slower: %s", reason)
             self._captures = False
             self._graphs.clear()
+            # A capture that fails leaves the random generator waiting for its end; a copy of its state does not.
+            generator = torch.cuda.default_generators[torch.cuda.current_device()]
+            generator.graphsafe_set_state(generator.clone_state())
             return None
         self._graphs[tokens] = _Graph(graph, loss, targets)
         return self._graphs[tokens]

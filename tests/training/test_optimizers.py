@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -145,6 +147,14 @@ def test_warm_up_is_linear(name: str) -> None:
     assert rates == pytest.approx([RATE * share for share in (0.25, 0.5, 0.75, 1, 1, 1)])
     if name != "rowwise_adagrad":
         torch.testing.assert_close(ours, torch_adamw(6, rates), rtol=1e-5, atol=1e-6)
+
+
+def test_the_rate_falls_along_half_a_cosine_behind_the_warm_up() -> None:
+    optimizer, ours = optimizer_of("adamw", num_warmup_steps=2, cosine_steps=8)
+    rates = [take(optimizer, ours, step) for step in range(9)]
+    cosine = [(1 + math.cos(math.pi * step / 8)) / 2 for step in range(9)]
+    assert rates == pytest.approx([RATE * min(1, (step + 1) / 2) * cosine[step] for step in range(9)])
+    assert rates[8] == 0.0
 
 
 @pytest.mark.parametrize("max_norm", [0.5, 3.0, 1e6])
