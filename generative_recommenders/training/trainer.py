@@ -82,22 +82,20 @@ class Trainer:
         self.task = build_task(settings, self.catalogue, collectives)
         self.model = self.task.model
         check_top_k(settings, self.model)
-        table = self.model.items.table
-        rates = {"learning_rate": updates.learning_rate, "weight_decay": updates.weight_decay}
         self.loader = SequenceLoader(
             dataset, split.train_stops, data.max_sequence_length, schedule.local_batch_size, schedule.random_seed,
             data.positional_sampling_ratio, collectives.rank, collectives.world_size, data.training_windows,
         )  # fmt: skip
-        steps = schedule.num_epochs * len(self.loader)
+        table, steps = self.model.items.table, schedule.num_epochs * len(self.loader)
+        rates = {"learning_rate": updates.learning_rate, "weight_decay": updates.weight_decay}
         optimizer = Optimizer(
             [p for p in self.task.parameters() if p is not table], table,
             build_part(settings, OPTIMIZERS, updates.optimizer, rates), updates.num_warmup_steps, updates.max_grad_norm,
             steps if updates.learning_rate_schedule == "cosine" else None,
         )  # fmt: skip
         self.task.updates_rows = optimizer.sparse is not None
-        parts = (self.task, optimizer, collectives)
-        captured = can_capture(*parts)
-        self.step = CapturedStep(*parts, schedule.local_batch_size) if captured else TrainingStep(*parts)
+        parts, rows = (self.task, optimizer, collectives), schedule.local_batch_size
+        self.step = CapturedStep(*parts, rows) if can_capture(*parts) else TrainingStep(*parts)
         if len(self.loader) == 0:
             raise UserError(
                 f"{settings.data.dataset_name}: no user has 2 training events; there is nothing to learn from"
