@@ -139,15 +139,15 @@ def gpu_summary(_: str) -> str:
     evaluations = ", ".join(f"{name} {each['seconds']} s" for name, each in found["evaluation"].items())
     return "\n".join(
         [
-            f"{machine['card']}, torch {machine['torch']}, commit `{machine['commit']}`, {machine['date']}; `{found['command']}`; "
-            f"data {found['data']}.",
+            f"{machine['card']}, torch {machine['torch']}, commit `{machine['commit']}`, {machine['date']}; "
+            f"`{found['command']}`; data {found['data']}.",
             "",
             f"- The card copies {rates['copy_gb_s']:,.0f} GB/s and multiplies {rates['float32_tflops']:.0f} TFLOPS in float32, "
             f"{rates['tf32_tflops']:.0f} in TF32, {rates['bfloat16_tflops']:.0f} in bfloat16.",
-            f"- {len(differences)} combinations of encoders, losses and sharing give the losses and gradients of the CPU to "
-            f"{max(differences):.1e} relative (bound {found['parity']['tolerance']}).",
-            f"- {epochs['epochs_measured']} epochs of HSTU-large, exact evaluation after each: {epochs['seconds']:.0f} s, of which "
-            f"{epochs['training_seconds']:.0f} s training.",
+            f"- {len(differences)} combinations of encoders, losses and sharing give the losses and gradients "
+            f"of the CPU to {max(differences):.1e} relative (bound {found['parity']['tolerance']}).",
+            f"- {epochs['epochs_measured']} epochs of HSTU-large, exact evaluation after each: {epochs['seconds']:.0f} s, "
+            f"of which {epochs['training_seconds']:.0f} s training.",
             f"- Exact evaluation of {found['evaluation']['SASRec']['users']:,} users: {evaluations}.",
         ]
     )
