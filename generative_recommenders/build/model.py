@@ -26,16 +26,21 @@ from generative_recommenders.config.registry import (
 )
 from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.config.sections import ListReduction
+from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.encoders.two_tower import EntityFeature, FeatureMerger
 from generative_recommenders.modeling.event_features import EventFeatures
 from generative_recommenders.modeling.initialization import xavier_normal_matrices_
+from generative_recommenders.modeling.items import ItemEmbedding
 from generative_recommenders.modeling.model import SequenceEncoder, SequenceRecommender
+from generative_recommenders.modeling.sharded_items import ShardedItemEmbedding
 
 
-def build_model(settings: RunSettings, catalogue: Catalogue) -> SequenceRecommender:
+def build_model(
+    settings: RunSettings, catalogue: Catalogue, collectives: Collectives | None = None
+) -> SequenceRecommender:
     """The retriever of the settings; UserError where choices do not go together or the data lack what one
-    needs.
+    needs. collectives: the processes that share a sharded item table; without them the table is whole.
     """
     own = settings.items.embedding_module_type
     if own not in (settings.item_embedding, "local"):  # the default contradicts nothing
@@ -53,7 +58,13 @@ def build_model(settings: RunSettings, catalogue: Catalogue) -> SequenceRecommen
     similarity_name = settings.model.interaction_module_type or "DotProduct"
     switched_on = {name: True for name, on in dict(settings.similarity).items() if on}
     try:
-        items = build_part(settings, ITEM_EMBEDDINGS, settings.item_embedding, supplies)
+        if settings.items.item_table == "sharded":
+            _check_sharded(settings)
+        if settings.items.item_table == "sharded" and collectives is not None and collectives.world_size > 1:
+            options = options_of(settings, ITEM_EMBEDDINGS, settings.item_embedding)
+            items: ItemEmbedding = ShardedItemEmbedding(catalogue.num_items, width, collectives, **options)
+        else:
+            items = build_part(settings, ITEM_EMBEDDINGS, settings.item_embedding, supplies)
         sequence = build_sequence(settings, catalogue)
         similarity = get_similarity_function(
             similarity_name, width, width, mutual_information="mi_loss" in auxiliary_weights(settings),
@@ -61,6 +72,14 @@ def build_model(settings: RunSettings, catalogue: Catalogue) -> SequenceRecommen
         )  # fmt: skip
     except ValueError as error:
         raise UserError(str(error)) from error
+    if (
+        settings.items.item_table == "sharded"
+        and similarity.operands(torch.empty(0, width), torch.empty(0, width)) is None
+    ):
+        raise UserError(
+            f"train_fn.item_table 'sharded' needs scores that are products, and those of {similarity_name} are none: set "
+            "'replicated'"
+        )
     missing = sorted(set(auxiliary_weights(settings)) - similarity.auxiliary_loss_names)
     if missing:
         offered = ", ".join(sorted(similarity.auxiliary_loss_names)) or "none"
@@ -69,6 +88,20 @@ def build_model(settings: RunSettings, catalogue: Catalogue) -> SequenceRecommen
         )
     autocast = torch.bfloat16 if settings.model.main_module_bf16 else None
     return SequenceRecommender(items, sequence, similarity, build_objective(settings), autocast)
+
+
+def _check_sharded(settings: RunSettings) -> None:
+    """UserError where the table of the settings cannot be sharded."""
+    if settings.item_embedding != "local":
+        raise UserError(
+            f"train_fn.item_table 'sharded' needs a row for each item, and item embedding {settings.item_embedding!r} has "
+            "others: set 'replicated'"
+        )
+    if settings.fine_tuning.initialize_from is not None:
+        raise UserError(
+            "train_fn.item_table 'sharded' cannot begin with another run's rows: unset train_fn.initialize_from, or set "
+            "'replicated'"
+        )
 
 
 def build_sequence(settings: RunSettings, catalogue: Catalogue) -> SequenceEncoder:

@@ -78,6 +78,12 @@ def build_criterion(
         if isinstance(loss, ScalableCrossEntropyLoss) and settings.value("train_fn.num_positives") > 1:
             raise UserError(f"{name} takes one positive a position: leave num_positives at 1")
         criterion = CatalogueCriterion(loss)
+    sharded = settings.items.item_table == "sharded"
+    if sharded and (objective.needs_item_table or isinstance(loss, ScalableCrossEntropyLoss)):
+        named = f"objective {learned!r}" if objective.needs_item_table else name
+        raise UserError(
+            f"{named} reads the whole item table in one process: set train_fn.item_table to 'replicated'"
+        )
     if objective.needs_item_table and (
         settings.uses_item_tower or settings.model.interaction_module_type == "MoL"
     ):

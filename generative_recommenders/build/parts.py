@@ -34,7 +34,7 @@ def build_task(
 ) -> TrainingTask:
     """Model, objective, criterion and sampler, on the processes' device."""
     collectives = collectives or Collectives()
-    model = build_model(settings, catalogue).to(collectives.device)
+    model = build_model(settings, catalogue, collectives).to(collectives.device)
     criterion = build_criterion(settings, catalogue, model).to(collectives.device)
     sampler = build_sampler(settings, catalogue).to(collectives.device) if criterion.needs_negatives else None
     objective = build_objective(settings)

@@ -7,15 +7,18 @@ import hashlib
 import io
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import safetensors
 import safetensors.torch
 import torch
+from annotated_types import Len
+from pydantic import Field
 
 from generative_recommenders.config.fields import Count, StrictModel, validated
 from generative_recommenders.errors import UserError
@@ -23,6 +26,7 @@ from generative_recommenders.errors import UserError
 FORMAT = "generative_recommenders checkpoint"
 VERSION = 2
 MANIFEST, TENSORS, STATE = "manifest.json", "tensors.safetensors", "state.json"
+ROW_FILE = re.compile(r"rows-\d{1,6}-of-\d{1,6}\.safetensors")
 ITEM_IDS, SETTINGS, RESOLVED_GIN = "item_ids.parquet", "settings.json", "resolved.gin"
 
 
@@ -31,18 +35,23 @@ class DamagedCheckpoint(UserError):
 
 
 class Manifest(StrictModel):
-    """What a checkpoint says of itself. metric: the validation metric that "best" is judged by, None if not measured."""
+    """What a checkpoint says of itself. metric: the validation metric that "best" is judged by, None if not measured.
+
+    row_files: those of a sharded item table, and which of its rows [first, stop) each holds.
+    """
 
     epoch: Count
     step: Count
     metric: float | None
     is_best: bool
+    row_files: dict[str, Annotated[list[Count], Len(2, 2)]] = Field(default_factory=dict)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Describes the files in ``folder`` as they are now. Its own checksum covers all of its other fields."""
     files = {path.name: _describe(path) for path in sorted(folder.iterdir())}
-    content = {"format": FORMAT, "version": VERSION, **manifest.model_dump(), "files": files}
+    said = manifest.model_dump(mode="json", exclude=None if manifest.row_files else {"row_files"})
+    content = {"format": FORMAT, "version": VERSION, **said, "files": files}
     write_bytes(folder / MANIFEST, json_bytes({**content, "sha256": _checksum(content)}))
 
 
@@ -71,12 +80,18 @@ def read_manifest(folder: Path, check_files: bool = True) -> Manifest:
         )
     # Names are from a closed set, so that none leads out of the folder.
     known = {TENSORS, STATE, ITEM_IDS, SETTINGS, RESOLVED_GIN}
-    if not isinstance(files, dict) or not {TENSORS, STATE} <= files.keys() <= known:
+    others = {name for name in files if not ROW_FILE.fullmatch(name)} if isinstance(files, dict) else set()
+    if not {TENSORS, STATE} <= others <= known:
         raise UserError(f"checkpoint {folder}: {MANIFEST} does not list the files of a checkpoint")
     for name in files if check_files else ():
         if _describe(folder / name) != files[name]:
             raise DamagedCheckpoint(f"damaged checkpoint {folder}: {name} is not what was written")
-    return validated(Manifest, content, f"checkpoint {folder}: {MANIFEST}")
+    manifest = validated(Manifest, content, f"checkpoint {folder}: {MANIFEST}")
+    bounds = sorted(manifest.row_files.values())
+    ends = [0, *(stop for _, stop in bounds)]
+    if {*files} - others != {*manifest.row_files} or [first for first, _ in bounds] != ends[:-1]:
+        raise UserError(f"checkpoint {folder}: {MANIFEST} does not list the rows of a whole table")
+    return manifest
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -98,6 +113,38 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     with _parsing(path):
         return safetensors.torch.load_file(path)
+
+
+class RowFiles:
+    """Tensors of which a checkpoint's files hold rows, one file a shard. bounds: by name of the file, as in the manifest.
+
+    shapes: dtype and shape of each whole tensor. UserError for files that do not belong together.
+    """
+
+    def __init__(self, folder: Path, bounds: Mapping[str, list[int]]) -> None:
+        self.folder = folder
+        self.bounds = sorted(bounds.items(), key=lambda each: each[1])
+        self.shapes: dict[str, tuple[torch.dtype, list[int]]] = {}
+        for name, (first, stop) in self.bounds:
+            with _parsing(folder / name), safetensors.safe_open(folder / name, "pt") as file:
+                for key in file.keys():  # noqa: SIM118, it is no mapping
+                    piece = file.get_slice(key)
+                    (rows, *width), dtype = piece.get_shape(), piece[:0].dtype
+                    known = self.shapes.setdefault(key, (dtype, [0, *width]))
+                    if rows != stop - first or known != (dtype, [first, *width]):
+                        raise ValueError(f"{key} does not hold rows {first} to {stop} of the others' table")
+                    known[1][0] = stop
+
+    def read(self, name: str, first: int, stop: int) -> torch.Tensor:
+        """Rows [first, stop) of a tensor."""
+        dtype, shape = self.shapes[name]
+        rows = torch.empty((stop - first, *shape[1:]), dtype=dtype)
+        for path, (start, end) in self.bounds:
+            a, b = max(first, start), min(stop, end)
+            if a < b:
+                with _parsing(self.folder / path), safetensors.safe_open(self.folder / path, "pt") as file:
+                    rows[a - first : b - first] = file.get_slice(name)[a - start : b - start]
+        return rows
 
 
 def json_bytes(value: Mapping[str, Any]) -> bytes:

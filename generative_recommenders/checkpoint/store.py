@@ -5,6 +5,7 @@
     checkpoints/
       000007-epoch-3-step-1200/          serial number, then the position
         manifest.json                    version, position, metric; bytes and sha256 of the other files
+        rows-1-of-2.safetensors  ...     a sharded item table and its optimizer state, the rows of one process in each
         tensors.safetensors  state.json  the training state
         item_ids.parquet  settings.json  resolved.gin      what a model is rebuilt from: a folder loads alone
       damaged-000006-epoch-2-step-800/   failed a checksum and was set aside; no longer counted or removed
@@ -20,8 +21,8 @@ import contextlib
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +38,7 @@ from generative_recommenders.checkpoint.files import (
     TENSORS,
     DamagedCheckpoint,
     Manifest,
+    RowFiles,
     item_id_bytes,
     json_bytes,
     one_line,
@@ -64,7 +66,11 @@ class Position(NamedTuple):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One validated checkpoint. tensors are on the CPU; metric is None where none was measured."""
+    """One validated checkpoint. tensors are on the CPU; metric is None where none was measured.
+
+    row_shapes: dtypes and shapes of tensors that lie in files by rows and are not among ``tensors``; rows: their files, where
+    this process sees them.
+    """
 
     path: Path
     position: Position
@@ -72,6 +78,8 @@ class Checkpoint:
     state: dict[str, Any]
     metric: float | None
     is_best: bool
+    row_shapes: Mapping[str, tuple[torch.dtype, list[int]]] = field(default_factory=dict)
+    rows: RowFiles | None = None
 
     def item_ids(self) -> pa.Array:
         """Original ids ``[V]`` as strings: row i is internal id i + 1."""
@@ -87,14 +95,17 @@ class CheckpointStore:
 
     folder: created if need be. keep_last: how many of the newest are kept; the best one is kept besides.
     read_only: for evaluation beside a running training: nothing is created, renamed or removed. Only one
-    process may write to a folder.
+    process may write to a folder. joins_rows: whether ``tensors`` of a checkpoint hold the whole of what lies in files by rows.
     """
 
-    def __init__(self, folder: Path | str, keep_last: int = 3, read_only: bool = False) -> None:
+    def __init__(
+        self, folder: Path | str, keep_last: int = 3, read_only: bool = False, joins_rows: bool = True
+    ) -> None:
         if keep_last < 1:
             raise UserError(f"keep_last is {keep_last}; at least 1 checkpoint must be kept")
         self.folder, self.keep_last, self.read_only = Path(folder), keep_last, read_only
         self.attached: dict[str, bytes] = {}
+        self.joins_rows = joins_rows
         if read_only:
             return
         with self._writable():
@@ -123,10 +134,12 @@ class CheckpointStore:
         state: Mapping[str, Any],
         metric: float | None = None,
         is_best: bool = False,
+        shards: Iterable[tuple[int, int, Mapping[str, torch.Tensor]]] = (),
     ) -> Path:
         """Writes a checkpoint and removes those that are no longer kept; returns its folder.
 
-        tensors: any dtypes and devices, storage may be shared. state: JSON values. Raises UserError where
+        tensors: any dtypes and devices, storage may be shared. state: JSON values. shards: first row, end and tensors of each
+        shard, from row 0 on, which are written one after the other. Raises UserError where
         the disk is full or not writable; then nothing of it is left and older checkpoints are whole.
         """
         epoch, step = (int(count) for count in position)
@@ -141,7 +154,19 @@ class CheckpointStore:
                 write_tensors(writing / TENSORS, tensors)
                 for name, content in {STATE: json_bytes(state), **self.attached}.items():
                     write_bytes(writing / name, content)
-                write_manifest(writing, Manifest(epoch=epoch, step=step, metric=metric, is_best=is_best))
+                written = []
+                for first, stop, rows in shards:
+                    written.append([first, stop])
+                    write_tensors(writing / f"rows-{len(written)}.safetensors", rows)
+                row_files = {}
+                for number, bounds in enumerate(written, start=1):
+                    name = f"rows-{number}-of-{len(written)}.safetensors"
+                    os.rename(writing / f"rows-{number}.safetensors", writing / name)
+                    row_files[name] = bounds
+                manifest = Manifest(
+                    epoch=epoch, step=step, metric=metric, is_best=is_best, row_files=row_files
+                )
+                write_manifest(writing, manifest)
                 sync(writing)
                 os.rename(writing, final)
                 sync(self.folder)
@@ -158,9 +183,15 @@ class CheckpointStore:
         """
         folder = Path(path)
         manifest = read_manifest(folder)
+        tensors, rows = read_tensors(folder / TENSORS), None
+        if manifest.row_files:
+            rows = RowFiles(folder, manifest.row_files)
+            if self.joins_rows:
+                tensors |= {name: rows.read(name, 0, shape[0]) for name, (_, shape) in rows.shapes.items()}
+                rows = None
         return Checkpoint(
-            folder, Position(manifest.epoch, manifest.step), read_tensors(folder / TENSORS),
-            read_json(folder / STATE), manifest.metric, manifest.is_best,
+            folder, Position(manifest.epoch, manifest.step), tensors, read_json(folder / STATE),
+            manifest.metric, manifest.is_best, {} if rows is None else rows.shapes, rows,
         )  # fmt: skip
 
     def load_newest(self) -> Checkpoint | None:

@@ -14,7 +14,7 @@ import torch
 from absl import logging
 
 from generative_recommenders.build.parts import Catalogue, build_model
-from generative_recommenders.checkpoint.broadcast import checkpoint_from_main
+from generative_recommenders.checkpoint.broadcast import checkpoint_from_main, with_rows
 from generative_recommenders.checkpoint.store import Checkpoint, CheckpointStore
 from generative_recommenders.checkpoint.weights import load_model
 from generative_recommenders.commands.comparison import comparison_table
@@ -48,6 +48,7 @@ from generative_recommenders.run import summary as report
 from generative_recommenders.run.logging import set_up_logging, show
 from generative_recommenders.run.report.facts import write_facts
 from generative_recommenders.training.state import check_same_data
+from generative_recommenders.training.step import TABLE
 from generative_recommenders.training.trainer import set_precision
 
 
@@ -84,7 +85,8 @@ def score_run(options: Options, collectives: Collectives) -> ScoredRun:
 
     StopRequested where it was asked to stop.
     """
-    store = CheckpointStore(checkpoints_of(options), read_only=True)
+    alone = collectives.world_size == 1
+    store = CheckpointStore(checkpoints_of(options), read_only=True, joins_rows=alone)
     checkpoint = checkpoint_from_main(  # twice: a run that goes on may replace its best one meanwhile
         collectives, lambda: store.load_best() or store.load_best() or store.load_newest()
     )
@@ -103,8 +105,9 @@ def score_run(options: Options, collectives: Collectives) -> ScoredRun:
         lambda: check_evaluated(checkpoint, settings, dataset, split) if collectives.is_main else None,
     )
     catalogue = Catalogue.of(dataset, split.train_stops, settings.items.category_feature)
-    model = build_model(settings, catalogue).to(collectives.device)
-    load_model(model, checkpoint)
+    model = build_model(settings, catalogue, collectives).to(collectives.device)
+    by_rows = [name for name in checkpoint.row_shapes if name.startswith("model.")]
+    load_model(model, with_rows(collectives, checkpoint, {TABLE, *by_rows}, model.items.shard))
     evaluation = ModelEvaluation(settings, dataset, split, collectives)
     evaluation.folder = checkpoints_of(options).parent
     with StopRequest() as stop:

@@ -76,8 +76,9 @@ def train_worker(rank: int, world_size: int, options: Options) -> int:
     with run or contextlib.nullcontext():
         folder = Path(collectives.broadcast_object_json(str(run.path) if run else None))
         store = CheckpointStore(
-            folder / "checkpoints", settings.checkpoints.keep_checkpoints, read_only=run is None
-        )
+            folder / "checkpoints", settings.checkpoints.keep_checkpoints, read_only=run is None,
+            joins_rows=collectives.world_size == 1,
+        )  # fmt: skip
         if run is not None:
             logging.info("run folder %s\n%s", folder, report.data_summary(dataset, split))
         trainer = Trainer(settings, dataset, split, collectives, EpochLog.of(run, settings))

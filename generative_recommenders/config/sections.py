@@ -74,12 +74,14 @@ class ModelSettings(Section):
 
 
 class ItemSettings(Section):
-    """Item embeddings. category_feature: what ``embedding_module_type = "categorical"`` groups items by."""
+    """Item embeddings. category_feature: what ``embedding_module_type = "categorical"`` groups items by. item_table: whether
+    every process holds the whole table, or "sharded" a part of its rows."""
 
     gin_name: ClassVar[str] = "train_fn"
 
     embedding_module_type: str = "local"
     item_embedding_dim: Width = 240
+    item_table: Literal["replicated", "sharded"] = "replicated"
     category_feature: Annotated[str | None, SuppliedTo("item_embeddings", "item_category")] = None
 
 

@@ -62,6 +62,21 @@ class Collectives:
         returns it."""
         return tensor
 
+    def exchange(
+        self, tensor: torch.Tensor, counts: list[int], expected: list[int] | None = None
+    ) -> tuple[torch.Tensor, list[int]]:
+        """All-to-all. tensor: ``[sum of counts, ...]``, so many rows for each process, in rank order. Returns what each of them
+        has for this one, in rank order, and how many rows; expected: these numbers, where they are known.
+
+        No gradient flows through it.
+        """
+        return tensor.detach(), counts
+
+    def send_(self, tensor: torch.Tensor, source: int, target: int) -> torch.Tensor:
+        """Overwrites a contiguous tensor (dtype and shape equal on both) of one process with another one's; returns it. Only
+        these two need to call."""
+        return tensor
+
     def barrier(self) -> None:
         """Returns once every process has called it."""
 

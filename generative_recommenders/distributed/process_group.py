@@ -64,6 +64,31 @@ class ProcessGroup(Collectives):
             part.copy_(sent)
         return tensor
 
+    def exchange(
+        self, tensor: torch.Tensor, counts: list[int], expected: list[int] | None = None
+    ) -> tuple[torch.Tensor, list[int]]:
+        if expected is None:
+            numbers = torch.tensor(counts, dtype=torch.int64, device=self.device)
+            others = torch.empty_like(numbers)
+            dist.all_to_all_single(others, numbers)
+            expected = others.tolist()
+        sent = tensor.detach().to(self.device).contiguous()
+        received = sent.new_empty((sum(expected), *sent.shape[1:]))
+        dist.all_to_all_single(received, sent, expected, counts)
+        return received.to(tensor.device), expected
+
+    def send_(self, tensor: torch.Tensor, source: int, target: int) -> torch.Tensor:
+        if source == target or self.rank not in (source, target):
+            return tensor
+        for part in _as_bytes(tensor.detach()).split(BROADCAST_BYTES) if tensor.numel() else ():
+            moved = part.to(self.device)
+            if self.rank == source:
+                dist.send(moved, target)
+            else:
+                dist.recv(moved, source)
+                part.copy_(moved)
+        return tensor
+
     def barrier(self) -> None:
         self.sum_scalar(0.0)
 

@@ -14,6 +14,7 @@ import torch
 
 from generative_recommenders.data.loader import EvaluationLoader
 from generative_recommenders.distributed.collectives import Collectives
+from generative_recommenders.distributed.row_shards import RowShard
 from generative_recommenders.distributed.signals import StopRequested
 from generative_recommenders.evaluation.metrics import RankHistogram
 from generative_recommenders.evaluation.product_ranks import USERS, product_ranks
@@ -23,6 +24,7 @@ from generative_recommenders.evaluation.seen_filters import SeenFilter
 from generative_recommenders.evaluation.seen_items import SeenItems
 from generative_recommenders.evaluation.top_lists import TopLists
 from generative_recommenders.ops import dispatch
+from generative_recommenders.retrieval.sharded_search import search_shards
 
 MAX_SCORES = 1 << 25
 """Scores held at a time (float32: 128 MiB): users are taken in chunks so that a chunk times V stays below it."""
@@ -42,10 +44,14 @@ class Ranker(Protocol):
 
 
 class ProductScores:
-    """A `Score` that is a product. queries: of a batch, ``[n, D]``. items: ``[V, D]``."""
+    """A `Score` that is a product. queries: of a batch, ``[n, D]``. items: ``[V, D]``.
 
-    def __init__(self, queries: Score, items: torch.Tensor) -> None:
-        self.queries, self.items = queries, items
+    shard: where ``items`` are those of this process alone; ``queries({})`` then takes part in looking up the other processes'
+    histories, for no users of its own.
+    """
+
+    def __init__(self, queries: Score, items: torch.Tensor, shard: RowShard | None = None) -> None:
+        self.queries, self.items, self.shard = queries, items, shard
 
     @torch.inference_mode()
     def __call__(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -163,6 +169,12 @@ class Evaluator:
         """score: gives ``[n, V]``, or the ranks themselves. lists: an empty collector, filled from the same scores, for list
         metrics too. progress: what keeps the ranks of an evaluation that is stopped.
         """
+        shard, stop = score.shard if isinstance(score, ProductScores) else None, self.stop
+        if shard is not None:  # processes rank the same users together: none may leave off alone
+
+            def stop() -> bool:
+                return self.collectives.any(self.stop())
+
         measured = torch.zeros(len(self.loader.targets), dtype=torch.int64)
         known = torch.zeros_like(measured) if progress is None else progress.load(len(measured))
         self.loader.leave_out(known.numpy() > 0)
@@ -170,7 +182,7 @@ class Evaluator:
             # One past a miss: a miss because the filter took the target out.
             marked = ranks.cpu().masked_fill(users.removed_targets, self.num_items + 2)
             measured[users.user_ids - 1] = marked
-            if self.stop():
+            if stop():
                 break
             if progress is not None and progress.due:
                 progress.save(measured.where(measured > 0, known))
@@ -202,7 +214,9 @@ class Evaluator:
     ) -> Iterator[tuple[RankedUsers, torch.Tensor]]:
         """Users and the ranks ``[n]`` of their targets, as they are found."""
         prepared = self.prepared() if self.kept is None else self.kept
-        if isinstance(score, Ranker):
+        if isinstance(score, ProductScores) and score.shard is not None:
+            yield from self._by_shards(score, score.shard, lists, prepared)
+        elif isinstance(score, Ranker):
             for users in prepared:
                 yield users, score.ranks(users.batch, users.targets, users.removed)
         elif isinstance(score, ProductScores) and lists is None and dispatch.fast_on_cpu(score.items):
@@ -212,6 +226,29 @@ class Evaluator:
                 yield users, product_ranks(users.batch["queries"], score.items, users.targets, users.removed)
         else:
             yield from self._by_scores(score, lists, prepared)
+
+    def _by_shards(
+        self,
+        score: ProductScores,
+        shard: RowShard,
+        lists: TopLists | None,
+        prepared: Iterable[RankedUsers],
+    ) -> Iterator[tuple[RankedUsers, torch.Tensor]]:
+        """Users of all processes are ranked by each of them among its own items; the main process has them, the others none."""
+        own, none = self.collectives.is_main, slice(0, None if self.collectives.is_main else 0)
+        for users in _regrouped(_of_all_processes(prepared, score, self.collectives), USERS):
+            queries, removed = users.batch["queries"], users.removed
+            targets = users.targets.to(queries.device)
+            here = None if removed is None else removed.to(queries.device)
+            ranks = product_ranks(queries, score.items, targets, here, shard)
+            if lists is not None:
+                seen = None if here is None else here.rectangle(len(queries))
+                _, ids = search_shards(queries, score.items, lists.k, shard, seen)
+                if own:
+                    histories = self.loader.histories(users.user_ids.numpy() - 1)
+                    had = SeenItems.of(histories.rows, histories["item_ids"], self.num_items)
+                    lists.add_lists(ids.cpu(), users.user_ids, users.targets, had)
+            yield users.rows(0, len(ranks[none])), ranks[none]
 
     def _by_scores(
         self, score: Score, lists: TopLists | None, prepared: Iterable[RankedUsers]
@@ -247,6 +284,28 @@ class Evaluator:
         if self.missed_targets is None:
             return batch["target_ids"]
         return batch["target_ids"].masked_fill(self.missed_targets[batch["user_ids"] - 1], 0)
+
+
+def _of_all_processes(
+    prepared: Iterable[RankedUsers], score: ProductScores, collectives: Collectives
+) -> Iterator[RankedUsers]:
+    """Batches of all processes, one of each at a time, joined in rank order with their ``queries [n, D]``: the same on all."""
+    batches, gather = iter(prepared), collectives.gather_variable
+    none = torch.zeros(0, dtype=torch.int64)
+    while collectives.any((own := next(batches, None)) is not None):
+        queries = score.queries({} if own is None else own.batch)
+        if own is None:
+            own = RankedUsers(none, {}, none, SeenItems(none, none), none.bool())
+        sizes = gather(torch.tensor([len(own.user_ids)]))
+        first = int(sizes[: collectives.rank].sum())
+        removed, filters = own.removed, collectives.any(own.removed is not None and len(own.user_ids) > 0)
+        if filters:
+            pairs = SeenItems(none, none) if removed is None else removed.to("cpu")
+            removed = SeenItems(gather(pairs.rows + first), gather(pairs.ids))
+        yield RankedUsers(
+            gather(own.user_ids), {"queries": gather(queries)}, gather(own.targets.cpu()),
+            removed if filters else None, gather(own.removed_targets),
+        )  # fmt: skip
 
 
 def _regrouped(parts: Iterable[RankedUsers], size: int) -> Iterator[RankedUsers]:

@@ -240,11 +240,14 @@ def catalogue_scores(model: SequenceRecommender, autocast: torch.dtype | None = 
         return torch.inference_mode()(lambda batch: model.score(encode(batch), snapshot))
 
     def queries(batch: Batch) -> torch.Tensor:
+        if not batch:  # no users, while other processes ask this one for rows
+            model.items.rows(torch.zeros(0, dtype=torch.int64, device=embeddings.device))
+            return embeddings[:0].float()
         operands = similarity.operands(encode(batch).states, embeddings[:0])
         assert operands is not None
         return operands[0]
 
-    return ProductScores(torch.inference_mode()(queries), operands[1])
+    return ProductScores(torch.inference_mode()(queries), operands[1], model.items.shard)
 
 
 def of_sample(targets: np.ndarray, users: int, seed: int) -> np.ndarray:

@@ -12,7 +12,8 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
-from generative_recommenders.evaluation.ranks import exact_ranks
+from generative_recommenders.distributed.row_shards import RowShard
+from generative_recommenders.evaluation.ranks import count_ahead, exact_ranks, scores_of
 from generative_recommenders.evaluation.seen_items import SeenItems
 from generative_recommenders.ops import dispatch
 
@@ -22,82 +23,128 @@ USERS, ITEMS = 512, 2048
 
 @torch.no_grad()
 def product_ranks(
-    queries: torch.Tensor, items: torch.Tensor, target_ids: torch.Tensor, seen: SeenItems | None = None
+    queries: torch.Tensor,
+    items: torch.Tensor,
+    target_ids: torch.Tensor,
+    seen: SeenItems | None = None,
+    shard: RowShard | None = None,
 ) -> torch.Tensor:
     """`exact_ranks` of the scores ``queries [n, D] · items [V, D]ᵀ``; ``[n]`` int64.
 
     Every product has the same shape, whatever the number of users, so that a user's rank does not depend on who is ranked
-    beside them. On an accelerator the scores are held whole.
+    beside them. On an accelerator the scores are held whole. shard: where ``items`` are those of this process alone: each
+    counts its own, for the same users, and counts are summed over processes.
     """
     if not dispatch.fast_on_cpu(queries):
-        return product_ranks_reference(queries, items, target_ids, seen)
+        return product_ranks_reference(queries, items, target_ids, seen, shard)
     parts = []
     for start in range(0, len(queries), USERS):
         rows = slice(start, start + USERS)
         own = None if seen is None else seen.rows_between(start, start + USERS)
-        parts.append(_ranks_of_block(queries[rows], items, target_ids[rows], own))
+        parts.append(_ranks_of_block(queries[rows], items, target_ids[rows], own, shard))
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
 
 
 def product_ranks_reference(
-    queries: torch.Tensor, items: torch.Tensor, target_ids: torch.Tensor, seen: SeenItems | None = None
+    queries: torch.Tensor,
+    items: torch.Tensor,
+    target_ids: torch.Tensor,
+    seen: SeenItems | None = None,
+    shard: RowShard | None = None,
 ) -> torch.Tensor:
     """`product_ranks` from all scores ``[n, V]``."""
-    return exact_ranks(queries @ items.T, target_ids, seen)
+    scores = queries @ items.T
+    if shard is None:
+        return exact_ranks(scores, target_ids, seen)
+    before, candidate = shard.before, (target_ids >= 1) & (target_ids <= shard.num_items)
+    if seen is not None:
+        candidate &= ~seen.contains(target_ids)
+    held = (target_ids > before) & (target_ids <= before + len(items))
+    own = shard.total(scores_of(scores, target_ids - before).where(held, 0.0))
+    ahead = shard.total(count_ahead(scores, before + 1, own, target_ids, seen))
+    return torch.where(candidate, 1 + ahead, shard.num_items + 1)
 
 
 def _ranks_of_block(
-    queries: torch.Tensor, items: torch.Tensor, target_ids: torch.Tensor, seen: SeenItems | None
+    queries: torch.Tensor,
+    items: torch.Tensor,
+    target_ids: torch.Tensor,
+    seen: SeenItems | None,
+    shard: RowShard | None,
 ) -> torch.Tensor:
-    count, num_items = len(queries), len(items)
+    count, num_items = len(queries), len(items) if shard is None else shard.num_items
+    before = 0 if shard is None else shard.before
+
+    def total(own: torch.Tensor) -> torch.Tensor:
+        return own if shard is None else shard.total(own)
+
     candidate = (target_ids >= 1) & (target_ids <= num_items)
     if seen is not None:
         candidate &= ~seen.contains(target_ids)
     misses = torch.full((count,), num_items + 1)
     if not candidate.any():
         return misses
-    users = _BlockOfUsers(queries, items, target_ids.where(candidate, 0), seen)
+    users = _BlockOfUsers(queries, items, target_ids.where(candidate, 0), seen, before)
     # A product apart may differ from the block's own in the last bit, and what is compared must be the block's own.
-    expected = users.apart()
+    expected = total(users.apart()).where(candidate, torch.nan)
     ahead, own = users.ahead(expected)
+    own = total(own).where(candidate, torch.nan)
     if not ((expected == own) | (expected.isnan() & own.isnan())).all():
-        ahead, own = users.ahead(own)
-    ranks = torch.where(candidate, 1 + ahead, misses)
+        ahead, _ = users.ahead(own)
+    ranks = torch.where(candidate, 1 + total(ahead), misses)
     for row in (candidate & (own == -torch.inf)).nonzero()[:, 0].tolist():  # below it there is no number
         alone = None if seen is None else seen.rows_between(row, row + 1)
-        ranks[row] = exact_ranks(queries[row : row + 1] @ items.T, target_ids[row : row + 1], alone)
+        scores = queries[row : row + 1] @ items.T
+        target = own[row : row + 1], target_ids[row : row + 1]
+        ranks[row] = 1 + total(count_ahead(scores, before + 1, *target, alone))
     return ranks
 
 
 class _BlockOfUsers:
-    """At most `USERS` users, filled up with zeros, against all items. target_ids: 0 for none."""
+    """At most `USERS` users, filled up with zeros, against items that ``before`` others of a catalogue lie in front of.
+    target_ids: 0 for none.
+    """
 
     def __init__(
-        self, queries: torch.Tensor, items: torch.Tensor, target_ids: torch.Tensor, seen: SeenItems | None
+        self,
+        queries: torch.Tensor,
+        items: torch.Tensor,
+        target_ids: torch.Tensor,
+        seen: SeenItems | None,
+        before: int,
     ) -> None:
         self.count, self.items, self.target_ids = len(queries), items, target_ids
+        self.places = target_ids - before - 1
+        self.held = (target_ids > 0) & (self.places >= 0) & (self.places < len(items))
+        self.behind = (target_ids > 0) & (self.places < 0)  # all items here come after these targets
         self.columns = F.pad(queries, (0, 0, 0, USERS - self.count)).T.contiguous()
         self.starts = range(0, len(items), ITEMS)
         edges = torch.tensor([*self.starts, len(items)])
-        place, self.place_rows = (target_ids - 1).sort(stable=True)
+        place, self.place_rows = self.places.sort(stable=True)
         self.target_bounds = torch.searchsorted(place, edges).tolist()
         none = torch.zeros(0, dtype=torch.int64)
         seen_ids, order = (none, none) if seen is None else seen.ids.sort(stable=True)
-        self.seen_ids, self.seen_rows = seen_ids, none if seen is None else seen.rows[order]
-        self.seen_bounds = torch.searchsorted(seen_ids - 1, edges).tolist()
-        self.seen_cells = (seen_ids - 1) % ITEMS * USERS + self.seen_rows
+        first, last = torch.searchsorted(seen_ids - before - 1, edges[[0, -1]]).tolist()
+        self.seen_ids, order = seen_ids[first:last], order[first:last]
+        self.seen_rows = none if seen is None else seen.rows[order]
+        seen_places = self.seen_ids - before - 1
+        self.seen_bounds = torch.searchsorted(seen_places, edges).tolist()
+        self.seen_cells = seen_places % ITEMS * USERS + self.seen_rows
         self.buffer = queries.new_empty(min(ITEMS, len(items)), USERS)
 
     def apart(self) -> torch.Tensor:
-        """``[n]``: the targets' scores by a product of their own, NaN for none."""
-        rows = self.items[(self.target_ids - 1).clamp(min=0)]
+        """``[n]``: the targets' scores by a product of their own, 0 for those that are not here."""
+        rows = self.items[self.places.clamp(0, len(self.items) - 1)]
         scores = (rows @ self.columns)[:, : self.count].diagonal()
-        return scores.masked_fill(self.target_ids == 0, torch.nan)
+        return scores.where(self.held, 0.0)
 
     def ahead(self, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """``[n]`` int64, the candidates ahead of targets of these scores ``[n]``, and the scores that the blocks give them."""
+        """``[n]`` int64, the candidates ahead of targets of these scores ``[n]``, and the scores that the blocks give them, 0
+        for those that are not here.
+        """
         strict = F.pad(targets, (0, USERS - self.count), value=torch.nan)
         threshold = strict.nextafter(strict.new_tensor(-torch.inf))
+        threshold[: self.count] = targets.where(self.behind, threshold[: self.count])
         counts = torch.zeros(USERS, dtype=torch.float64)
         seen_scores = targets.new_empty(len(self.seen_ids))
         own_blocks = targets.new_full((self.count, len(self.buffer)), torch.nan)
@@ -112,12 +159,12 @@ class _BlockOfUsers:
                 own_blocks[rows, : len(block)] = scores[:, rows].T
                 threshold[rows] = strict[rows]  # from here on ties are behind
             counts.add_(scores.gt_(threshold).sum(0))
-        column = (self.target_ids - 1).clamp(min=0) % ITEMS
-        own = own_blocks.gather(1, column[:, None])[:, 0]
+        column = self.places.where(self.held, 0) % ITEMS
+        own = own_blocks.gather(1, column[:, None])[:, 0].where(self.held, 0.0)
         ties = (own_blocks == targets[:, None]) & (torch.arange(len(self.buffer)) < column[:, None])
         ahead = counts[: self.count].long() + ties.sum(1)
         # NaN compares as neither greater nor equal: without this a diverged model would rank every target first.
-        ahead = ahead.where(~targets.isnan(), len(self.items) - 1)
+        ahead = ahead.where(~targets.isnan(), len(self.items) - self.held.long())
         return ahead - self._seen_ahead(targets, seen_scores), own
 
     def _seen_ahead(self, targets: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:

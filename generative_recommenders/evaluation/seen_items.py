@@ -43,6 +43,15 @@ class SeenItems:
         place = torch.searchsorted(keys, wanted).clamp(max=len(keys) - 1)
         return (keys[place] == wanted) & (ids > 0)
 
+    def rectangle(self, num_rows: int) -> torch.Tensor:
+        """``[n, S]`` ids of n rows, padded with 0."""
+        counts = torch.bincount(self.rows, minlength=num_rows)
+        starts = counts.cumsum(0) - counts
+        place = torch.arange(len(self.rows), device=self.rows.device) - starts[self.rows]
+        padded = self.ids.new_zeros(num_rows, int(counts.max()) if num_rows else 0)
+        padded[self.rows, place] = self.ids
+        return padded
+
     def to(self, device: torch.device | str) -> SeenItems:
         """The same on another device."""
         return SeenItems(self.rows.to(device), self.ids.to(device))

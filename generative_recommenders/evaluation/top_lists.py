@@ -42,7 +42,12 @@ class TopLists:
             scores = scores.clone()
             scores[removed.rows, removed.ids - 1] = -torch.inf
         values, columns = largest(scores, self.k)
-        ids = fill(values, columns + 1, self.k)[1].cpu()
+        self.add_lists(fill(values, columns + 1, self.k)[1].cpu(), user_ids, target_ids, history)
+
+    def add_lists(
+        self, ids: torch.Tensor, user_ids: torch.Tensor, target_ids: torch.Tensor, history: SeenItems
+    ) -> None:
+        """Users with their lists ``ids [n, k]``, best first, 0 where there is none; the rest as in `add`."""
         relevant_ids = target_ids[:, None] if target_ids.ndim == 1 else target_ids
         self.metrics.add(ids, relevant_ids, ids * history.contains(ids))
         self.parts.append(torch.cat([user_ids[:, None], ids], dim=1))

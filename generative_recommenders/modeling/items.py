@@ -12,6 +12,7 @@ import torch
 
 from generative_recommenders.config.fields import Positive
 from generative_recommenders.config.registry import register_item_embedding
+from generative_recommenders.distributed.row_shards import RowShard
 from generative_recommenders.modeling.initialization import truncated_normal_
 from generative_recommenders.ops.embedding import lookup_rows, places_of, sorted_unique
 from generative_recommenders.ops.normalization import l2_normalize
@@ -79,8 +80,31 @@ class ItemEmbedding(torch.nn.Module):
         self.num_items = num_items
         self.embedding_dim = embedding_dim
         self.tower = None
-        self.table = torch.nn.Parameter(torch.empty(1 + (num_rows or num_items), embedding_dim))
-        truncated_normal_(self.table.data, std=0.02)
+        self.table = torch.nn.Parameter(self.initial_table(1 + (num_rows or num_items), std=0.02))
+
+    shard: RowShard | None = None
+    """The rows that this process holds of a table that is sharded; None where the table is whole."""
+
+    def initial_table(self, num_rows: int, std: float) -> torch.Tensor:
+        """The table as training begins with it."""
+        return truncated_normal_(torch.empty(num_rows, self.embedding_dim), std)
+
+    def step_rows(self, row_ids: torch.Tensor | None) -> ItemRows:
+        """Rows of the table (None: all), the leaf that a training step differentiates."""
+        weight = self.table if row_ids is None else self.table[row_ids]
+        return ItemRows(weight.detach().requires_grad_(self.table.requires_grad), row_ids)
+
+    def rows(self, item_ids: torch.Tensor) -> ItemRows:
+        """Rows of the table, those of ``item_ids`` (any shape) among them."""
+        return self.all_rows()
+
+    def all_rows(self) -> ItemRows:
+        """The whole table."""
+        return ItemRows(self.table)
+
+    def catalogue_rows(self, rows: ItemRows) -> ItemRows:
+        """What a loss over the catalogue is computed from, of a step's rows."""
+        return rows
 
     def table_rows(self, item_ids: torch.Tensor) -> torch.Tensor:
         """Rows of the table that belong to the items; both as of `ops.embedding.sorted_unique`."""
@@ -106,15 +130,15 @@ class ItemEmbedding(torch.nn.Module):
 
     def embed_history(self, item_ids: torch.Tensor) -> torch.Tensor:
         """``[..., D]`` for ids of any shape."""
-        return self.history_rows(ItemRows(self.table)).lookup(item_ids)
+        return self.history_rows(self.rows(item_ids)).lookup(item_ids)
 
     def get_item_embeddings(self, item_ids: torch.Tensor) -> torch.Tensor:
         """``[..., D]`` for ids of any shape, as scored against queries."""
-        return self.scored_rows(ItemRows(self.table), None).lookup(item_ids)
+        return self.scored_rows(self.rows(item_ids), None).lookup(item_ids)
 
     def all_item_embeddings(self) -> torch.Tensor:
         """``[V, D]``: row i belongs to item id i + 1."""
-        return self.scored_rows(ItemRows(self.table), None).catalogue(self.num_items)
+        return self.scored_rows(self.all_rows(), None).catalogue(self.num_items)
 
 
 @register_item_embedding("local")

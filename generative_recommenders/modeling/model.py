@@ -170,7 +170,7 @@ class SequenceRecommender(torch.nn.Module):
 
         UserError where a masked model is given no masked position: its states at shown items name nothing.
         """
-        items = self.items.history_rows(ItemRows(self.items.table) if rows is None else rows)
+        items = self.items.history_rows(self.items.rows(inputs.past_ids) if rows is None else rows)
         x = items.lookup(inputs.past_ids)
         if self.mask_embedding is not None:
             if inputs.replaced is None:

@@ -10,6 +10,7 @@ import torch
 
 from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.items import ItemRows
+from generative_recommenders.modeling.sharded_items import ShardRows
 from generative_recommenders.modeling.similarity.interface import Similarity
 from generative_recommenders.objectives.examples import TrainingExample
 from generative_recommenders.objectives.losses.catalogue import CatalogueLoss
@@ -164,5 +165,9 @@ class CatalogueCriterion(Criterion):
     def forward(self, states, scored, raw, batch, similarity):
         query, weight = similarity.operands(states, scored.weight)
         catalogue = replace(scored, weight=weight).catalogue()
-        output = self.loss(query, catalogue, batch.example.targets - 1, batch.example.weights)
+        arguments = query, catalogue, batch.example.targets - 1, batch.example.weights
+        if not isinstance(scored, ShardRows):
+            output = self.loss(*arguments)
+        else:
+            output = self.loss(*arguments, shard=scored.shard)
         return output.sum, output.weight, {}

@@ -117,6 +117,11 @@ class TrainingTask(torch.nn.Module):
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Item ids that are scored and table rows that are read, as of `sorted_unique`; None for all."""
         items = self.model.items
+        if items.shard is not None:
+            ids = [example.past_ids]
+            if negatives is not None:
+                ids += [example.targets.flatten(), negatives.ids.flatten(), *([] if pool is None else [pool])]
+            return None, sorted_unique(torch.cat(ids), items.num_items)
         if negatives is None:
             return None, None
         read = negatives.ids.numel() + example.targets.numel() + example.past_ids.numel()
@@ -132,10 +137,11 @@ class TrainingTask(torch.nn.Module):
     def forward(self, batch: PreparedBatch, rows: ItemRows | None = None) -> LossOutput:
         """The differentiable part of `loss`."""
         items, similarity = self.model.items, self.model.similarity
-        rows = ItemRows(items.table) if rows is None else rows
+        rows = items.all_rows() if rows is None else rows
         with dispatch.autocast(items.table.device, None), batch.token_rows(_ENCODER):
             states = self.model.states(batch.example, rows)
-        raw = items.raw_rows(rows, batch.scored_ids)
+        scored = rows if self.criterion.needs_negatives else items.catalogue_rows(rows)
+        raw = items.raw_rows(scored, batch.scored_ids)
         with batch.target_rows(_SCORING, raw):
             total, weight, sums = self.criterion(
                 states.float(), items.normalized(raw), raw, batch, similarity

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -155,6 +155,7 @@ class Optimizer:
 
     rule: the part by ``train_fn.optimizer``. max_grad_norm: total L2 norm over dense and table gradients, None for no clipping.
     cosine_steps: steps of the whole run, over which the learning rate falls to 0 along half a cosine; None leaves it.
+    sum_over_shards: sums a number over processes, where each holds rows of the table of its own.
     """
 
     def __init__(
@@ -165,8 +166,9 @@ class Optimizer:
         num_warmup_steps: int = 0,
         max_grad_norm: float | None = None,
         cosine_steps: int | None = None,
+        sum_over_shards: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
-        self.rule, self.table = rule, table
+        self.rule, self.table, self.sum_over_shards = rule, table, sum_over_shards
         self.sparse = rule.rows(table) if table.requires_grad else None
         # A row-wise optimizer takes the table out of the dense one, whose moments would move every row at every step.
         self.parameters = [p for p in (*dense, *(() if self.sparse else (table,))) if p.requires_grad]
@@ -242,8 +244,12 @@ class Optimizer:
 
         Before `update`, which clips.
         """
-        grads = [*(p.grad for p in self.parameters), table_grads]
-        return torch.stack([g.norm() for g in grads if g is not None]).norm()
+        norms = [p.grad.norm() for p in self.parameters if p.grad is not None]
+        if table_grads is not None:
+            own = table_grads.norm()
+            shards = self.sum_over_shards
+            norms.append(own if shards is None else shards(own.square()).sqrt())
+        return torch.stack(norms).norm()
 
     def _clip(self, table_grads: torch.Tensor | None, max_norm: float) -> torch.Tensor | None:
         scale = (max_norm / self.gradient_norm(table_grads).clamp(min=1e-6)).clamp(max=1.0)
@@ -262,6 +268,12 @@ class Optimizer:
         if self.sparse is not None:
             tensors.update({f"table.{name}": value for name, value in self.sparse.state.items()})
         return tensors
+
+    def row_state_names(self, state: Mapping[str, torch.Tensor]) -> list[str]:
+        """Names in a state, as of `state_tensors`, of what has a row for each row of the table."""
+        index = next((i for i, each in enumerate(self.parameters) if each is self.table), None)
+        prefix = "table." if self.sparse is not None else f"{DENSE}{index}."
+        return [name for name, x in state.items() if name.startswith(prefix) and x.dim() > 0]
 
     def load_state_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
         """Restores `state_tensors`; UserError, before anything is changed, where they do not fit these parameters."""

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from generative_recommenders.data.loader import LoadedBatch
 from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.modeling.items import ItemRows
+from generative_recommenders.modeling.sharded_items import RoutedRows, ShardedItemEmbedding
 from generative_recommenders.objectives.criterion import PreparedBatch
 from generative_recommenders.objectives.task import TrainingTask
 from generative_recommenders.training.optimizers import Optimizer
@@ -77,13 +78,7 @@ class TrainingStep:
 
     def forward(self, batch: PreparedBatch) -> tuple[ItemRows, LossOutput]:
         """The gathered rows of the item table, which the backward pass differentiates, and the loss."""
-        table = self.task.model.items.table
-        leaf = (
-            (table if batch.row_ids is None else table[batch.row_ids])
-            .detach()
-            .requires_grad_(table.requires_grad)
-        )
-        rows = ItemRows(leaf, batch.row_ids)
+        rows = self.task.model.items.step_rows(batch.row_ids)
         if self._runner is None:
             self._runner = self._data_parallel(batch, rows)
         return rows, self._runner(batch, rows)
@@ -108,8 +103,11 @@ class TrainingStep:
         return DistributedDataParallel(self.task, find_unused_parameters=unused, broadcast_buffers=False)
 
     def _table_gradients(self, rows: ItemRows) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Summed over processes: row ids (None for all) and their gradients (None for a frozen table)."""
-        world, leaf = self.collectives.world_size, rows.weight
+        """Summed over processes: row ids (None for all) and their gradients (None for a frozen table); of a sharded table those
+        of this process."""
+        world, leaf, items = self.collectives.world_size, rows.weight, self.task.model.items
+        if isinstance(items, ShardedItemEmbedding) and isinstance(rows, RoutedRows):
+            return items.gradients(rows, world)
         if not leaf.requires_grad:
             return None, None
         assert leaf.grad is not None  # the backward pass has run

@@ -7,7 +7,7 @@ continues bit for bit.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from time import perf_counter
@@ -18,7 +18,7 @@ from absl import logging
 from generative_recommenders.build.catalogue import reads_users
 from generative_recommenders.build.parts import Catalogue, build_task
 from generative_recommenders.build.registered import build_part
-from generative_recommenders.checkpoint.broadcast import checkpoint_from_main
+from generative_recommenders.checkpoint.broadcast import checkpoint_from_main, shards_on_main, with_rows
 from generative_recommenders.checkpoint.store import Checkpoint, CheckpointStore
 from generative_recommenders.checkpoint.weights import data_tensors, load_criterion, load_model
 from generative_recommenders.config.registry import OPTIMIZERS
@@ -29,6 +29,7 @@ from generative_recommenders.data.splits import Split
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.distributed.signals import StopRequested
+from generative_recommenders.distributed.sync import together
 from generative_recommenders.errors import UserError
 from generative_recommenders.evaluation.model_evaluation import ModelEvaluation
 from generative_recommenders.evaluation.ranks import Ranks, user_ranks
@@ -39,7 +40,7 @@ from generative_recommenders.training.captured_step import CapturedStep, can_cap
 from generative_recommenders.training.debug import check_finite, check_finite_parameters
 from generative_recommenders.training.optimizers import Optimizer
 from generative_recommenders.training.state import Progress, check_same_data
-from generative_recommenders.training.step import StepResult, TrainingStep
+from generative_recommenders.training.step import TABLE, StepResult, TrainingStep
 
 BEST_BY = "ndcg@10"
 ACCELERATOR_CHECK = 20
@@ -92,6 +93,7 @@ class Trainer:
             [p for p in self.task.parameters() if p is not table], table,
             build_part(settings, OPTIMIZERS, updates.optimizer, rates), updates.num_warmup_steps, updates.max_grad_norm,
             steps if updates.learning_rate_schedule == "cosine" else None,
+            None if self.model.items.shard is None else collectives.sum_,
         )  # fmt: skip
         self.task.updates_rows = optimizer.sparse is not None
         parts, rows = (self.task, optimizer, collectives), schedule.local_batch_size
@@ -256,7 +258,7 @@ class Trainer:
 
     def _end_of_epoch(self, store: CheckpointStore | None, stop: Callable[[], bool]) -> None:
         p = self.progress
-        check_finite_parameters(p.step, self.task)
+        self._check_parameters()
         full = (
             p.epoch % self.settings.evaluation.full_eval_every_n == 0
             or p.epoch + 1 >= self.settings.schedule.num_epochs
@@ -286,11 +288,21 @@ class Trainer:
     def save(self, store: CheckpointStore | None, metric: float | None = None, is_best: bool = False) -> None:
         """Model, loss, optimizer and progress, by the main process alone; NonFiniteError, on all, before they are spoilt."""
         self.saved_at = perf_counter()
-        check_finite_parameters(self.progress.step, self.task)
-        if store is None or not self.collectives.is_main:
+        self._check_parameters()
+        if store is None or not (self.collectives.is_main or self.model.items.shard is not None):
             return
         with self.log.timed("checkpoints"):
             self._write(store, metric, is_best)
+
+    def _check_parameters(self) -> None:
+        """NonFiniteError, on all processes, where one holds weights that are not finite."""
+        together(self.collectives, lambda: check_finite_parameters(self.progress.step, self.task))
+
+    def _row_tensors(self, tensors: Mapping[str, torch.Tensor]) -> list[str]:
+        """Names among a checkpoint's tensors of those that have a row for each row of the item table."""
+        prefix = "optimizer."
+        state = {name[len(prefix) :]: x for name, x in tensors.items() if name.startswith(prefix)}
+        return [TABLE, *(f"{prefix}{name}" for name in self.step.optimizer.row_state_names(state))]
 
     def _write(self, store: CheckpointStore, metric: float | None, is_best: bool) -> None:
         parts = {
@@ -299,6 +311,14 @@ class Trainer:
             "optimizer": self.step.optimizer.state_tensors(),
         }
         tensors = {f"{part}.{name}": x for part, named in parts.items() for name, x in named.items()}
+        shards: Iterator[tuple[int, int, dict[str, torch.Tensor]]] = iter(())
+        if (shard := self.model.items.shard) is not None:
+            rows = {name: tensors.pop(name) for name in self._row_tensors(tensors)}
+            shards = shards_on_main(self.collectives, shard, rows)
+            if not self.collectives.is_main:
+                for _ in shards:
+                    pass
+                return
         users = self.dataset.original_user_ids() if reads_users(self.model) else None
         tensors |= data_tensors(self.catalogue.counts, users)
         manifest = self.dataset.manifest
@@ -316,7 +336,12 @@ class Trainer:
             "global_batch": self.loader.global_batch,
         }
         self.log.flush()
-        store.save((self.progress.epoch, self.progress.step), tensors, state, metric, is_best)
+        position = self.progress.epoch, self.progress.step
+        try:
+            store.save(position, tensors, state, metric, is_best, shards)
+        finally:
+            for _ in shards:  # where the disk is full the others are still sending
+                pass
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Continues from a checkpoint: refused on other data; a warning at another number of processes."""
@@ -337,6 +362,8 @@ class Trainer:
                 "train_fn.freeze holds other parameters than when this run began: keep it, or start a new run with "
                 "train_fn.initialize_from"
             )
+        by_rows = {*self._row_tensors(checkpoint.tensors), *checkpoint.row_shapes}
+        checkpoint = with_rows(self.collectives, checkpoint, by_rows, self.model.items.shard)
         load_model(self.model, checkpoint)
         load_criterion(self.task.criterion, checkpoint)
         prefix = "optimizer."
@@ -376,7 +403,8 @@ class Trainer:
             return
         best = checkpoint_from_main(self.collectives, store.load_best)
         if best is not None and best.position.epoch == epoch + 1:
-            load_model(self.model, best)
+            rows = with_rows(self.collectives, best, [TABLE], self.model.items.shard)
+            load_model(self.model, rows)
             return
         self.progress.best_epoch = None
         if self.collectives.is_main:

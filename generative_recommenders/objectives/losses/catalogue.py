@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from generative_recommenders.config.fields import NonNegative, Period, Positive, Share
 from generative_recommenders.config.registry import LOSSES, register_loss
+from generative_recommenders.distributed.row_shards import RowShard
 from generative_recommenders.errors import UserError
 from generative_recommenders.objectives.losses.sampled import (
     Terms,
@@ -31,7 +32,13 @@ from generative_recommenders.objectives.losses.sampled import (
     weighted,
 )
 from generative_recommenders.ops import dispatch
-from generative_recommenders.ops.products.catalogue import LOGSUMEXP, SOFTPLUS_SUM, Statistic, catalogue_sum
+from generative_recommenders.ops.products.catalogue import (
+    LOGSUMEXP,
+    SOFTPLUS_SUM,
+    Shared,
+    Statistic,
+    catalogue_sum,
+)
 from generative_recommenders.types import LossOutput
 
 MEMORY_BYTES = 512 * 2**20
@@ -66,16 +73,25 @@ class CatalogueLoss(nn.Module, ABC):
         return positive.new_zeros(())
 
     def forward(
-        self, hidden: Tensor, item_weight: Tensor, positives: Tensor, weights: Tensor | None = None
+        self,
+        hidden: Tensor,
+        item_weight: Tensor,
+        positives: Tensor,
+        weights: Tensor | None = None,
+        shard: RowShard | None = None,
     ) -> LossOutput:
         """Loss of T tokens over V items.
 
         hidden: ``[T, D]`` float. item_weight: ``[V, D]`` float.
         positives: ``[T]`` or ``[T, P]`` int64 rows of ``item_weight``, -1 = none.
         weights: like ``positives``, float or bool; 1 by default.
+        shard: where ``item_weight`` holds this process's items alone, see `_sharded`; positives are of the whole catalogue.
         Raises ``UserError`` for positives out of range, an empty catalogue, or shapes that do not agree.
         """
-        labels, weights = _labels_and_weights(positives, weights, len(hidden), len(item_weight))
+        num_items = len(item_weight) if shard is None else shard.num_items
+        labels, weights = _labels_and_weights(positives, weights, len(hidden), num_items)
+        if shard is not None:
+            return self._sharded(hidden, item_weight, labels, weights, shard)
         with dispatch.autocast(hidden, None):
             hidden, item_weight = full_precision(hidden), full_precision(item_weight)
             weights = weights.to(hidden.dtype)
@@ -93,6 +109,35 @@ class CatalogueLoss(nn.Module, ABC):
             )
             extra = self.linear_term(positive, labels, weights, lambda: hidden @ item_weight.mean(0))
             return LossOutput(total + extra, weight)
+
+    def _sharded(
+        self, hidden: Tensor, item_weight: Tensor, labels: Tensor, weights: Tensor, shard: RowShard
+    ) -> LossOutput:
+        """The loss of the tokens of all processes, of which each computes the logits of its own items ``item_weight [v, D]``:
+        positive logits and row statistics are merged over processes (Megatron's vocabulary-parallel loss, arXiv 1909.08053).
+
+        Its number and weight stand on the main process alone; gradients flow on all, into the items those of all tokens.
+        """
+        with dispatch.autocast(hidden, None):
+            hidden, item_weight = shard.joined(full_precision(hidden)), full_precision(item_weight)
+            labels, weights = shard.joined(labels), shard.joined(weights.to(hidden.dtype))
+            local = labels - shard.before
+            held = (labels >= 0) & (local >= 0) & (local < len(item_weight))
+            products = (hidden[:, None, :] * item_weight[local.clamp(0, len(item_weight) - 1)]).sum(-1)
+            positive = shard.total(products * held)
+            excluded = local.masked_fill(~held, -1) if self.excludes_labels else None
+            total, weight, _ = catalogue_sum(
+                hidden, item_weight, positive, weights, excluded, self.statistic, self.row_loss, self.memory_bytes,
+                Shared(shard.parts, shard.largest),
+            )  # fmt: skip
+            extra = self.linear_term(
+                positive, labels, weights,
+                lambda: shard.total(hidden @ (item_weight.sum(0) / shard.num_items)),
+            )  # fmt: skip
+            total = total + extra
+            on_main = float(shard.collectives.is_main)
+            # Where it is counted once, the sum over processes is that of one process; total - total brings the gradient.
+            return LossOutput(total.detach() * on_main + (total - total.detach()), weight * on_main)
 
     def from_logits(self, logits: Tensor, positives: Tensor, weights: Tensor | None = None) -> LossOutput:
         """The loss from logits ``[T, V]`` that are held anyway; the rest as in ``forward``."""

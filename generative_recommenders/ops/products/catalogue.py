@@ -67,6 +67,14 @@ SOFTPLUS_SUM = Statistic(
 )
 
 
+class Shared(NamedTuple):
+    """Of a catalogue of which each process multiplies with a part: ``parts`` gives ``[processes, t]`` of a tensor ``[t]``, and
+    ``largest`` is the number of rows of the largest part, so that all plan the same blocks."""
+
+    parts: Callable[[Tensor], Tensor]
+    largest: int
+
+
 class Blocks(NamedTuple):
     """Sizes of the work: tokens of a block, items of a tile, elements of the memory for logits."""
 
@@ -133,11 +141,14 @@ def _add_block(
     statistic: Statistic,
     row_loss: RowLoss,
     gradients: _Gradients | None,
+    shared: Shared | None,
 ) -> LossOutput:
     """Loss of a block of tokens; its gradients are added to ``gradients``."""
     measured = [statistic.tile(tiles.logits(start)) for start in tiles.starts()]
     values, scales = (torch.stack(column) for column in zip(*measured))
     total = statistic.total(values)
+    if shared is not None:
+        total = statistic.total(shared.parts(total))
     if gradients is None:
         return row_loss(positive, total, weights)
     with torch.enable_grad():
@@ -168,18 +179,25 @@ class _CatalogueSum(torch.autograd.Function):
         row_loss: RowLoss,
         memory_bytes: int,
         train: bool,
+        shared: Shared | None,
     ) -> tuple[Tensor, Tensor]:
         leaves = (hidden, item_weight, positive)
         ctx.gradients = _Gradients(*map(torch.zeros_like, leaves)) if train else None
         total, weight = hidden.new_zeros(()), hidden.new_zeros(())
-        blocks = Blocks.plan(hidden, len(item_weight), memory_bytes)
+        blocks = Blocks.plan(hidden, len(item_weight) if shared is None else shared.largest, memory_bytes)
         memory = hidden.new_empty(blocks.elements)
         for start in range(0, len(hidden), max(blocks.tokens, 1)):
             rows = slice(start, start + blocks.tokens)
             out = None if excluded is None else excluded[rows]
             tiles = _Tiles(hidden[rows], item_weight, out, blocks.items, memory)
             part = _add_block(
-                tiles, positive[rows], weights[rows], statistic, row_loss, _of_rows(ctx.gradients, rows)
+                tiles,
+                positive[rows],
+                weights[rows],
+                statistic,
+                row_loss,
+                _of_rows(ctx.gradients, rows),
+                shared,
             )
             total, weight = total + part.sum, weight + part.weight
         ctx.mark_non_differentiable(weight)
@@ -193,7 +211,7 @@ class _CatalogueSum(torch.autograd.Function):
             )
         scaled = [gradient.mul_(upstream[0]) for gradient in ctx.gradients]
         ctx.gradients = None
-        return (*scaled, None, None, None, None, None, None)
+        return (*scaled, None, None, None, None, None, None, None)
 
 
 def _of_rows(gradients: _Gradients | None, rows: slice) -> _Gradients | None:
@@ -211,20 +229,26 @@ def catalogue_sum(
     statistic: Statistic,
     row_loss: RowLoss,
     memory_bytes: int,
+    shared: Shared | None = None,
 ) -> LossOutput:
     """``row_loss`` summed over T tokens, differentiable once by ``hidden``, ``item_weight`` and ``positive``.
 
     hidden: ``[T, D]``. item_weight: ``[V, D]``, the same dtype. positive, weights: ``[T, P]``.
     excluded: ``[T, P]`` int64 items left out of a token's statistic (-1 = none), or None.
-    memory_bytes: bound of the logits held at a time.
+    memory_bytes: bound of the logits held at a time. shared: where other processes hold the rest of the catalogue; hidden and
+    positive are then the same on all, and this one's part of their gradients is given.
     """
     if dispatch.takes_kernels(hidden):
         from generative_recommenders.ops.products import catalogue_kernels
 
         if catalogue_kernels.takes(hidden, item_weight):
             total = catalogue_kernels.statistic(hidden, item_weight, excluded, statistic is LOGSUMEXP)
+            if shared is not None:
+                total = statistic.total(shared.parts(total))
             return row_loss(positive, total, weights)
     leaves = (hidden, item_weight, positive)
     train = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
-    total, weight = _CatalogueSum.apply(*leaves, weights, excluded, statistic, row_loss, memory_bytes, train)
+    total, weight = _CatalogueSum.apply(
+        *leaves, weights, excluded, statistic, row_loss, memory_bytes, train, shared
+    )
     return LossOutput(total, weight)

@@ -1,0 +1,260 @@
+"""An item table sharded over 2 and 3 processes gives the losses, weights, ranks, lists and checkpoints of a whole one."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from generative_recommenders.checkpoint.broadcast import checkpoint_from_main
+from generative_recommenders.checkpoint.store import CheckpointStore
+from generative_recommenders.config.schema import RunSettings
+from generative_recommenders.data.splits import make_split
+from generative_recommenders.data.store import SequenceDataset
+from generative_recommenders.distributed.process_group import process_collectives
+from generative_recommenders.distributed.row_shards import RowShard
+from generative_recommenders.errors import UserError
+from generative_recommenders.modeling.inputs import Queries
+from generative_recommenders.retrieval.product_search import search_products
+from generative_recommenders.retrieval.recommender import Recommender
+from generative_recommenders.retrieval.sharded_search import search_shards
+from generative_recommenders.training.trainer import Trainer
+from programs import quick_start
+
+GLOBAL_BATCH, STEPS, TABLE = 12, 10, "model.items.table"
+COMMON = {
+    "train_fn.dataset_name": "tiny", "train_fn.max_sequence_length": 12, "train_fn.item_embedding_dim": 8,
+    "train_fn.dropout_rate": 0.0, "sasrec_encoder.ffn_dropout_rate": 0.0, "sasrec_encoder.ffn_hidden_dim": 8,
+    "hstu_encoder.dqk": 4, "hstu_encoder.dv": 4, "train_fn.num_negatives": 6, "train_fn.learning_rate": 1e-2,
+    "train_fn.eval_batch_size": 5, "train_fn.list_metrics_k": 4, "train_fn.sampling_strategy": "local",
+}  # fmt: skip
+ROWWISE, LAZY = {"train_fn.optimizer": "rowwise_adagrad"}, {"train_fn.optimizer": "lazy_adamw"}
+CASES: dict[str, dict[str, Any]] = {
+    "a position's negatives, Adagrad": ROWWISE,
+    "a block's negatives, clipped": {
+        **LAZY, "train_fn.negatives_sharing": "block", "train_fn.negatives_block_size": 16, "train_fn.max_grad_norm": 0.3,
+        "train_fn.item_l2_norm": True,
+    },
+    "HSTU, dense AdamW": {"train_fn.main_module": "HSTU"},
+    "in-batch": {**ROWWISE, "train_fn.sampling_strategy": "in-batch"},
+    "masked": {**LAZY, "train_fn.objective": "masked", "train_fn.loss_module": "CE"},
+    "catalogue": {**ROWWISE, "train_fn.loss_module": "CE", "train_fn.label_smoothing": 0.1},
+    "catalogue, normalised": {"train_fn.loss_module": "CE", "train_fn.item_l2_norm": True},
+    "catalogue, several positives": {**LAZY, "train_fn.loss_module": "LogOutCE", "train_fn.num_positives": 3},
+    "catalogue, binary": {**ROWWISE, "train_fn.loss_module": "BCE", "train_fn.learning_rate": 1e-3},
+    "frozen table": {**LAZY, "train_fn.freeze": ("items.table",)},
+}  # fmt: skip
+WORLDS = (2, 3)
+
+
+def settings_of(case: str, world: int, table: str) -> RunSettings:
+    sizes = {"train_fn.local_batch_size": GLOBAL_BATCH // world, "train_fn.item_table": table}
+    return RunSettings().bind(COMMON | CASES[case] | sizes)
+
+
+def trainer_of(dataset: SequenceDataset, case: str, table: str) -> Trainer:
+    group = process_collectives("cpu")
+    return Trainer(settings_of(case, group.world_size, table), dataset, make_split(dataset), group)
+
+
+def losses_of_steps(trainer: Trainer) -> list[float]:
+    losses: list[float] = []
+    trainer.step.measures_norm = True
+    while len(losses) < STEPS:
+        for batch in trainer.loader.epoch(trainer.progress.epoch, trainer.progress.step_in_epoch):
+            losses.append(float(trainer.run_step(batch).loss))
+            if len(losses) == STEPS:
+                return losses
+        trainer.progress.epoch, trainer.progress.step_in_epoch = trainer.progress.epoch + 1, 0
+    return losses
+
+
+def measured(trainer: Trainer) -> dict[str, Any]:
+    test = trainer.evaluation.test(trainer.model)
+    partial = trainer.evaluation.validation(trainer.model, max_batches=3)
+    return {"ranks": test.ranks, "metrics": test.all_metrics(), "partial": partial.metrics()}
+
+
+def of_case(dataset: SequenceDataset, case: str, table: str, folder: Path) -> dict[str, Any]:
+    """Losses of steps, then a checkpoint; what a trainer that reads it measures and how it goes on."""
+    trainer = trainer_of(dataset, case, table)
+    losses = losses_of_steps(trainer)
+    store = CheckpointStore(
+        folder,
+        read_only=not trainer.collectives.is_main,
+        joins_rows=trainer.collectives.world_size == 1,
+    )
+    trainer.save(store)
+    trainer.collectives.barrier()
+    return {"losses": losses, "measured": measured(trainer), "later": losses_of_steps(trainer)}
+
+
+def reloaded(dataset: SequenceDataset, case: str, table: str, folder: Path) -> dict[str, Any]:
+    trainer = trainer_of(dataset, case, table)
+    collectives = trainer.collectives
+    store = CheckpointStore(folder, read_only=True, joins_rows=collectives.world_size == 1)
+    checkpoint = checkpoint_from_main(collectives, store.load_newest)
+    assert checkpoint is not None
+    trainer.restore(checkpoint)
+    return {"measured": measured(trainer), "later": losses_of_steps(trainer)}
+
+
+def top_lists(items: torch.Tensor, queries: torch.Tensor, seen: torch.Tensor, k: int) -> Any:
+    shard = RowShard(1 + len(items), process_collectives("cpu"))
+    own = items[shard.before : shard.stop - 1]
+    return search_shards(queries, own, k, shard, seen)
+
+
+def search_input() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Items with equal scores on both sides of every shard's edge."""
+    generator = torch.Generator().manual_seed(0)
+    items = torch.randint(-2, 3, (41, 3), generator=generator).float()
+    queries = torch.randint(-2, 3, (9, 3), generator=generator).float()
+    return items, queries, torch.randint(0, 42, (9, 6), generator=generator)
+
+
+def member(rank: int, world: int, folder: str, results: str) -> None:
+    torch.set_num_threads(1)
+    rendezvous = f"file://{results}/rendezvous-{world}"
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world)
+    dataset, found = SequenceDataset.open(folder), {}
+    for case in CASES:
+        own = Path(results) / f"{case} of {world}"
+        found[case] = of_case(dataset, case, "sharded", own)
+        found[case]["of one"] = reloaded(dataset, case, "sharded", Path(results) / f"{case} of 1")
+        if world == WORLDS[-1]:
+            found[case]["of two"] = reloaded(dataset, case, "sharded", Path(results) / f"{case} of 2")
+        found[case]["replicated"] = reloaded(dataset, case, "replicated", own)
+    found["lists"] = [top_lists(*search_input(), k) for k in (1, 5, 30, 50)]
+    torch.save(found, f"{results}/{world}-{rank}.pt")
+    dist.destroy_process_group()
+
+
+class Measured:
+    """What one process finds with a whole table, by case, and what each of several does with a shard."""
+
+    def __init__(self, dataset: SequenceDataset, folder: Path) -> None:
+        self.dataset, self.folder = dataset, folder
+
+    @functools.cache  # noqa: B019, there is one for all tests
+    def alone(self, case: str) -> dict[str, Any]:
+        return of_case(self.dataset, case, "replicated", self.folder / f"{case} of 1")
+
+    @functools.cache  # noqa: B019
+    def several(self, world: int) -> list[dict[str, Any]]:
+        for case in CASES:
+            self.alone(case)
+        if world == WORLDS[-1]:
+            self.several(WORLDS[0])
+        arguments = world, str(self.dataset.folder), str(self.folder)
+        members = [quick_start().Process(target=member, args=(rank, *arguments)) for rank in range(world)]
+        for each in members:
+            each.start()
+        for each in members:
+            each.join(timeout=240)
+        assert [each.exitcode for each in members] == [0] * world
+        return [torch.load(self.folder / f"{world}-{rank}.pt") for rank in range(world)]
+
+
+@pytest.fixture(scope="module")
+def results(ragged_dataset: SequenceDataset, tmp_path_factory: pytest.TempPathFactory) -> Measured:
+    return Measured(ragged_dataset, tmp_path_factory.mktemp("sharded"))
+
+
+EVERY = pytest.mark.parametrize("case", CASES)
+WORLD = pytest.mark.parametrize("world", WORLDS)
+
+
+@WORLD
+@EVERY
+def test_losses_are_those_of_a_whole_table(results: Measured, world: int, case: str) -> None:
+    alone, all_of = results.alone(case), [each[case] for each in results.several(world)]
+    assert all(each["losses"] == all_of[0]["losses"] for each in all_of)
+    assert all_of[0]["losses"] == pytest.approx(alone["losses"], rel=1e-4, abs=1e-5)
+    assert len(set(alone["losses"])) == STEPS
+
+
+@WORLD
+@EVERY
+def test_weights_and_optimizer_state_after_steps(results: Measured, world: int, case: str) -> None:
+    """Every row's gradients went where it lies: the whole table, joined from the shards' files, is that of one process."""
+    results.several(world)
+    stores = [CheckpointStore(results.folder / f"{case} of {count}", read_only=True) for count in (1, world)]
+    alone, joined = (store.load(store.paths()[0]) for store in stores)
+    assert len(list(joined.path.glob("rows-*.safetensors"))) == world
+    assert alone.tensors.keys() == joined.tensors.keys()
+    for name, value in alone.tensors.items():
+        torch.testing.assert_close(joined.tensors[name], value, rtol=2e-3, atol=2e-4, msg=name)
+
+
+@WORLD
+@EVERY
+def test_ranks_and_lists_of_the_same_weights(results: Measured, world: int, case: str) -> None:
+    alone, all_of = results.alone(case)["measured"], [each[case] for each in results.several(world)]
+    for each in all_of:
+        same = each["of one"]["measured"]
+        assert torch.equal(same["ranks"], alone["ranks"])
+        assert same["metrics"] == alone["metrics"] and same["partial"] == alone["partial"]
+    assert "diversity@4" in alone["metrics"]
+
+
+@WORLD
+@EVERY
+def test_checkpoints_go_on_with_any_number_of_processes(results: Measured, world: int, case: str) -> None:
+    for each in (every[case] for every in results.several(world)):
+        assert each["of one"]["later"] == pytest.approx(results.alone(case)["later"], rel=1e-3, abs=1e-4)
+        assert each["replicated"]["later"] == pytest.approx(each["later"], rel=1e-4, abs=1e-5)
+        assert torch.equal(each["replicated"]["measured"]["ranks"], each["measured"]["ranks"])
+        if world == WORLDS[-1]:
+            two = results.several(WORLDS[0])[0][case]
+            assert each["of two"]["later"] == pytest.approx(two["later"], rel=1e-3, abs=1e-4)
+            assert torch.equal(each["of two"]["measured"]["ranks"], two["measured"]["ranks"])
+
+
+@WORLD
+def test_top_lists_are_merged_with_their_ties(results: Measured, world: int) -> None:
+    items, queries, seen = search_input()
+    for each in results.several(world):
+        for (values, ids), k in zip(each["lists"], (1, 5, 30, 50)):
+            expected = search_products(queries, items, k, seen)
+            assert torch.equal(values, expected[0]) and torch.equal(ids, expected[1])
+
+
+@WORLD
+def test_a_shard_answers_unsharded(results: Measured, world: int) -> None:
+    """The unsharded model of a sharded run's checkpoint scores as its table says."""
+    results.several(world)
+    case = next(iter(CASES))
+    store = CheckpointStore(results.folder / f"{case} of {world}")
+    item_ids = results.dataset.original_item_ids().combine_chunks()
+    checkpoint = store.load(store.paths()[0])
+    store.attach(item_ids, settings_of(case, 1, "sharded").to_json(), "")
+    path = store.save((9, 9), checkpoint.tensors, checkpoint.state)
+    model = Recommender.of_checkpoint(store.load(path), torch.device("cpu")).model
+    states = torch.randn(2, 8)
+    scores = model.score(Queries(states, None), model.catalogue())
+    temperature = model.similarity.temperature
+    torch.testing.assert_close(scores, states @ checkpoint.tensors[TABLE][1:].T / temperature)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"train_fn.interaction_module_type": "MoL"}, "MoL"),
+        ({"train_fn.main_module": "TwoTower", "train_fn.negatives_sharing": "block"}, "item_tower"),
+        ({"train_fn.loss_module": "ScalableCrossEntropyLoss"}, "ScalableCrossEntropyLoss"),
+        ({"train_fn.objective": "replaced", "train_fn.loss_module": "CE"}, "replaced"),
+        ({"train_fn.initialize_from": "elsewhere"}, "initialize_from"),
+    ],
+)
+def test_what_needs_the_whole_table_is_refused(
+    ragged_dataset: SequenceDataset, changes: dict[str, Any], named: str
+) -> None:
+    settings = RunSettings().bind(COMMON | changes | {"train_fn.item_table": "sharded"})
+    with pytest.raises(UserError, match=named) as caught:
+        Trainer(settings, ragged_dataset, make_split(ragged_dataset), process_collectives("cpu"))
+    assert "item_table" in str(caught.value) and "\n" not in str(caught.value)
