@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import os
 import random
 import resource
@@ -33,6 +34,7 @@ from faulty_runs import (
 )
 from generative_recommenders.checkpoint.store import CheckpointStore
 from generative_recommenders.commands import setup
+from generative_recommenders.commands.evaluate import evaluate_worker
 from generative_recommenders.commands.setup import Options
 from generative_recommenders.commands.train import train_worker
 from generative_recommenders.config.gin import load_settings
@@ -95,6 +97,26 @@ def test_killed_runs_of_two_processes(
     data_root: Path, tmp_path: Path, whole_of_two: Path, count: int
 ) -> None:
     run_with_kills(run_two, data_root, tmp_path, whole_of_two, count, 2)
+
+
+def test_a_killed_run_with_a_sharded_item_table(data_root: Path, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "prepared").symlink_to(data_root / "prepared")
+    sharded = 'train_fn.item_table = "sharded"\ntrain_fn.optimizer = "rowwise_adagrad"\n'
+    (root / "x.gin").write_text(CONFIG + sharded)
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert run_two(options_of(root, whole)) == 0
+    assert list(whole.glob("checkpoints/*/rows-2-of-2.safetensors"))
+    for rank in (0, 1):  # between two shards of a checkpoint, then in a step of a process that writes none
+        function = ("checkpoint.store.write_tensors", "training.trainer.Trainer.run_step")[rank]
+        assert run_two(options_of(root, run), Kill(function, 5, rank == 1, rank)) == 1
+    assert run_two(options_of(root, run)) == 0
+    assert_same_run(run, whole)
+    options = dataclasses.replace(options_of(root, run), gin_files=())
+    assert launch(evaluate_worker, (options,), 2, 0, device_type="cpu") == 0
+    scored = json.loads((run / "evaluation.json").read_text())["results"]
+    assert scored == records(run)[-1]["results"]
 
 
 @pytest.mark.slow
