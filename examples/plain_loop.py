@@ -30,7 +30,7 @@ def train(folder: Path, steps: int = 150, make=lambda p: torch.optim.Adam(p, lr=
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     return losses
 
 

@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
             import uvicorn
         except ImportError as error:
             raise UserError(
-                "uvicorn is not installed: pip install 'generative-recommenders[serve]'"
+                "uvicorn is not installed: pip install 'next-item-recommenders[serve]'"
             ) from error
         recommender = Recommender.load(args.run, args.device, args.plugin)
         app = make_app(recommender, Limits(args.max_batch, args.wait_ms / 1000))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import enum
 import importlib
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -42,8 +41,3 @@ def test_the_package_is_imported_without_torch() -> None:
 def test_a_name_that_does_not_exist(name: str) -> None:
     with pytest.raises(AttributeError, match="Sasrek"):
         _ = package(name).Sasrek
-
-
-def test_the_version_is_that_of_the_distribution() -> None:
-    text = (ROOT / "pyproject.toml").read_text()
-    assert re.search(r'^version = "(.*)"', text, re.MULTILINE).group(1) == package("").__version__

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from generative_recommenders.commands.setup import (
     Options,
     run_settings,
@@ -34,7 +36,7 @@ def import_worker(rank: int, world_size: int, options: Options) -> int:
     trainer = Trainer(settings, dataset, split, collectives)
     item_ids = dataset.original_item_ids().combine_chunks()
     load_meta_checkpoint(trainer.model, options.meta_checkpoint, item_ids if are_numbers(item_ids) else None)
-    name = f"{settings.data.dataset_name}-{settings.model.main_module}"
+    name = f"{Path(settings.data.dataset_name).name}-{settings.model.main_module}"
     with RunFolder.create_or_open(options.run_dir, name=name) as run:
         save_model(trainer, run)
         show(f"{run.path}: score it with --mode=evaluate, or train on with --resume")

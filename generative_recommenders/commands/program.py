@@ -1,23 +1,91 @@
-"""What the two programs share: faults of flags, of the input and of the system as one line, with an exit code."""
+"""What the programs share: grouped help; faults of flags, of the input and of the system as one line, with an exit code."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
 
-from absl import flags, logging
+from absl import app, flags, logging
 
 from generative_recommenders.distributed.memory import out_of_memory
 from generative_recommenders.distributed.signals import INTERRUPTED, interrupts
 from generative_recommenders.errors import UserError, fault_of
-from generative_recommenders.run.logging import to_nowhere
+from generative_recommenders.run.logging import set_up_logging, to_nowhere
+
+COMMAND = "next-item"
+"""The console script; its sub-commands are in `generative_recommenders.__main__`."""
+ASKS_FOR_HELP = {"-h", "-help", "--help", "-?", "--helpshort"}
+WIDTH = 100
 
 
-def parse_flags(argv: list[str]) -> list[str]:
+@dataclass(frozen=True)
+class Help:
+    """A program's help. examples: arguments and what they do; groups: title and flags; subcommand: of `COMMAND`."""
+
+    script: str
+    subcommand: str
+    summary: str
+    examples: Sequence[tuple[str, str]]
+    groups: Sequence[tuple[str, Sequence[flags.FlagHolder[Any]]]]
+
+    def text(self) -> str:
+        by_script = Path(sys.argv[0]).name == self.script
+        program = f"python {self.script}" if by_script else f"{COMMAND} {self.subcommand}"
+        lines = [self.summary, "", "Examples:"]
+        for arguments, what in self.examples:
+            lines.append(f"  {program} {arguments}".rstrip())
+            lines.append(f"      {what}")
+        for title, group in self.groups:
+            lines += ["", f"{title}:"]
+            for holder in group:
+                lines += _flag_lines(flags.FLAGS[holder.name])
+        return "\n".join([*lines, "", f"--verbosity=1 logs more, and {program} --helpfull names every flag."])
+
+
+def _flag_lines(flag: flags.Flag[Any]) -> list[str]:
+    choices = getattr(flag.parser, "enum_values", None)
+    if flag.flag_type() == "bool":
+        form = f"--[no]{flag.name}"
+    else:
+        form = f"--{flag.name}={'|'.join(choices) if choices else 'VALUE'}"
+    multiple = flag.flag_type().startswith("multi")
+    default = flag.default_as_str if flag.default not in (None, False, []) and not multiple else None
+    notes = [*["repeatable"] * multiple, *[f"default {default}"] * bool(default)]
+    text = re.sub(
+        r"^<[^>]*>: |;\s+repeat this option.*", "", flag.help or "", flags=re.DOTALL
+    )  # absl's own additions
+    text += f" ({'; '.join(notes)})" if notes else ""
+    described = textwrap.wrap(text, WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return [*textwrap.wrap(f"  {form}", WIDTH, subsequent_indent=" " * 6, break_on_hyphens=False), *described]
+
+
+def start_program(run: Callable[[list[str]], int], help: Help) -> None:
+    """Parses the flags, runs the program and ends the process with its exit code; help goes to stdout, with exit code 0."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    logging.set_verbosity(logging.INFO)
+
+    def main(argv: list[str]) -> None:
+        set_up_logging(level=logging.get_verbosity())
+        sys.exit(exit_code(lambda: run(argv[1:])))
+
+    app.run(main, flags_parser=partial(parse_flags, help=help))
+
+
+def parse_flags(argv: list[str], help: Help) -> list[str]:
     """Parses flags, returns the other arguments; one line and exit code 2 for what a flag does not take."""
     _open_standard_streams()
+    if ASKS_FOR_HELP & set(argv[1:]):
+        with contextlib.suppress(BrokenPipeError):
+            print(help.text(), flush=True)
+        sys.exit(0)
     try:
         odd = next((each for each in argv if not _is_utf8(each)), None)
         if odd is not None:

@@ -13,7 +13,7 @@ from generative_recommenders.config import gin as gin_registry
 from generative_recommenders.config import published_runs
 from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.data.preparation.folder import locked
-from generative_recommenders.data.preparation.prepare import not_prepared, prepare, prepared_path
+from generative_recommenders.data.preparation.prepare import find_prepared, prepare, prepared_path
 from generative_recommenders.data.sources.public import resolve
 from generative_recommenders.data.splits import Split
 from generative_recommenders.data.statistics import summary
@@ -26,6 +26,7 @@ from generative_recommenders.distributed.sync import from_main, together
 from generative_recommenders.errors import UserError
 
 EMBEDDED = "synthetic-books"
+DEFAULT_CONFIG = f"configs/{EMBEDDED}/sasrec.gin"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,19 +51,17 @@ class Options:
 
 
 def prepared_dataset(name: str, data_root: Path) -> SequenceDataset:
-    """The prepared data set, read once against its hash; the embedded one is made on first use, any other must have been
-    prepared.
+    """The prepared data set of a name or path, read once against its hash; the embedded one is made on first use, any
+    other must have been prepared.
     """
-    folder = prepared_path(data_root, name)
-    if not folder.exists():
-        if name != EMBEDDED:
-            raise UserError(not_prepared(name, data_root))
-        with locked(folder):
-            if not folder.exists():  # another process may have made it meanwhile
-                logging.info("making the embedded data set %s in %s", name, folder)
-                manifest = prepare(resolve(name, raw_path=None, data_root=data_root), folder)
+    embedded = prepared_path(data_root, EMBEDDED)
+    if name == EMBEDDED and not embedded.exists():
+        with locked(embedded):
+            if not embedded.exists():  # another process may have made it meanwhile
+                logging.info("making the embedded data set %s in %s", name, embedded)
+                manifest = prepare(resolve(name, raw_path=None, data_root=data_root), embedded)
                 logging.info("%s", summary(manifest))
-    dataset = SequenceDataset.open(folder)
+    dataset = SequenceDataset.open(find_prepared(name, data_root))
     dataset.verify()
     return dataset
 
@@ -71,7 +70,7 @@ def shared_dataset(settings: RunSettings, data_root: Path, collectives: Collecti
     """`prepared_dataset` for all processes of a run: made and read against its hash once a host."""
     name = settings.data.dataset_name
     together(collectives, lambda: prepared_dataset(name, data_root) if is_first_on_host() else None)
-    return SequenceDataset.open(prepared_path(data_root, name)).with_catalogue(settings.data.catalogue)
+    return SequenceDataset.open(find_prepared(name, data_root)).with_catalogue(settings.data.catalogue)
 
 
 def run_settings(options: Options, collectives: Collectives) -> RunSettings:

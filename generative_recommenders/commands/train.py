@@ -66,7 +66,7 @@ def train_worker(rank: int, world_size: int, options: Options) -> int:
     dataset = shared_dataset(settings, options.data_root, collectives)
     split = make_split(dataset, settings.data.protocol)
     check_same_everywhere(settings, split, options, collectives)
-    name = f"{settings.data.dataset_name}-{settings.model.main_module}"
+    name = f"{Path(settings.data.dataset_name).name}-{settings.model.main_module}"
     run = together(
         collectives,
         lambda: (

@@ -23,8 +23,10 @@ from generative_recommenders.config.published import PUBLISHED
 from generative_recommenders.config.registry import parts_by_gin_name
 from generative_recommenders.errors import UserError
 
-PROJECT = Path(__file__).resolve().parents[2]
-"""Includes in gin files are looked up from here, then from the working directory."""
+_PACKAGE = Path(__file__).resolve().parents[1]
+ROOT = _PACKAGE if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent
+"""``configs/`` lies here: beside the package in a checkout, within it where it is installed. Includes in gin files are looked
+up from here, then from the working directory; files of the command line the other way round."""
 BINDINGS = "the bindings"
 FILE_LIMIT = 1 << 20  # bytes
 MAX_FILES = 100
@@ -48,7 +50,7 @@ def load_settings(gin_files: Sequence[str | Path], bindings: Sequence[str] = ())
     """
     parsed = _Parsed()
     for path in gin_files:
-        _bind_file(Path(path), f"no gin file at {path}", parsed)
+        _bind_file(find_config(path), f"no gin file at {path}{_near_configs(path)}", parsed)
     _bind_text("\n".join(bindings), BINDINGS, parsed)
     settings = parsed.over(s.RunSettings())
     return settings, resolved_text(settings)
@@ -59,10 +61,24 @@ def load_ablation(
 ) -> tuple[dict[str, Any], s.RunSettings]:
     """What a file binds of ``names`` on ``ablation``, and the settings that it gives as `load_settings` does."""
     parsed = _Parsed(names)
-    _bind_file(Path(path), f"no gin file at {path}", parsed)
+    _bind_file(find_config(path), f"no gin file at {path}{_near_configs(path)}", parsed)
     _bind_text("\n".join(bindings), BINDINGS, parsed)
     settings = parsed.over(s.RunSettings())
     return {name: parsed.resolved(value, place) for name, (place, value) in parsed.apart.items()}, settings
+
+
+def find_config(path: str | Path) -> Path:
+    """The file itself, or the configuration of the package that has this name, as ``configs/ml-1m/esasrec.gin``."""
+    own = Path(path)
+    packaged = ROOT / own
+    return packaged if not own.exists() and not own.is_absolute() and packaged.is_file() else own
+
+
+def _near_configs(path: str | Path) -> str:
+    """What may have been meant by a name that is no file."""
+    known = [str(each.relative_to(ROOT)) for each in sorted((ROOT / "configs").rglob("*.gin"))]
+    close = difflib.get_close_matches(str(path), known, n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(close)}?" if close else "; --list=configs names those of the package"
 
 
 def override(settings: s.RunSettings, bindings: Sequence[str]) -> s.RunSettings:
@@ -263,11 +279,9 @@ def _bind(statement: Any, place: str, parsed: _Parsed) -> None:
             f"gin: {place}: a configuration cannot import; remove {statement.format()!r}, every name is known already"
         )
     if isinstance(statement, config_parser.IncludeStatement):
-        found = next(
-            (p for root in (PROJECT, Path.cwd()) if (p := root / statement.filename).is_file()), None
-        )
-        missing = f"gin: {place}: no gin file at {statement.filename!r}, from {PROJECT} or {Path.cwd()}"
-        _bind_file(found or PROJECT / statement.filename, missing, parsed)
+        found = next((p for root in (ROOT, Path.cwd()) if (p := root / statement.filename).is_file()), None)
+        missing = f"gin: {place}: no gin file at {statement.filename!r}, from {ROOT} or {Path.cwd()}"
+        _bind_file(found or ROOT / statement.filename, missing, parsed)
     elif isinstance(statement, config_parser.BindingStatement):
         scope, owner, argument = statement.scope, statement.selector, statement.arg_name
         if not argument:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import ctypes
 import sys
 
-import torch
-
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 _MMAP_BYTES = 1 << 30
 _TRIM_BYTES = -1  # never
@@ -54,7 +52,9 @@ def out_of_memory(error: BaseException) -> str | None:
     """The line for a failed allocation by Python, pyarrow or PyTorch on a CPU or GPU; None for any other error."""
     text = str(error)
     place = max(text.find(mark) for mark in _CPU_MARKS) if isinstance(error, RuntimeError) else -1
-    if place < 0 and not isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+    torch = sys.modules.get("torch")  # a program that has not imported it has no error of its kind
+    kinds = (MemoryError, *([torch.OutOfMemoryError] if torch else []))
+    if place < 0 and not isinstance(error, kinds):
         return None
     reason = " ".join(text[max(place, 0) :].split())[:200] or "an allocation failed"
     return (

@@ -27,10 +27,10 @@ _CPU_DTYPES = (*_DTYPES, torch.int64, torch.int32)
 
 
 @functools.cache
-def fbgemm_runs_on(device_type: str) -> bool:
-    """Whether fbgemm is installed and works on such a device; a broken installation is named in one warning."""
+def fbgemm_fault(device_type: str) -> str | None:
+    """Why fbgemm cannot be used on such a device; None where it can."""
     if importlib.util.find_spec("fbgemm_gpu") is None:
-        return False
+        return "it is not installed"
     before = python_logging.root.manager.disable
     python_logging.disable(python_logging.CRITICAL)  # an import that fails prints and logs pages
     try:
@@ -39,18 +39,22 @@ def fbgemm_runs_on(device_type: str) -> bool:
             one = torch.ones(1, 1, 1, device=device_type)  # a mismatched pair may fail at its first call only
             torch.ops.fbgemm.dense_to_jagged(one, [torch.tensor([0, 1], device=device_type)], 1)
     except _IMPORT_FAULTS as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-    else:
-        return True
+        return (str(error).splitlines() or [type(error).__name__])[0]
     finally:
         python_logging.disable(before)
-    logging.warning(
-        "fbgemm_gpu does not work with torch %s on %s, plain torch takes its place: %s",
-        torch.__version__,
-        device_type,
-        reason,
-    )
-    return False
+    return None
+
+
+@functools.cache
+def fbgemm_runs_on(device_type: str) -> bool:
+    """Whether fbgemm works on such a device; an installation that does not is named in one warning."""
+    fault = fbgemm_fault(device_type)
+    if fault is not None and importlib.util.find_spec("fbgemm_gpu") is not None:
+        logging.warning(
+            "fbgemm_gpu does not work with torch %s on %s, plain torch takes its place: %s",
+            torch.__version__, device_type, fault,
+        )  # fmt: skip
+    return fault is None
 
 
 def _takes_fbgemm(x: torch.Tensor) -> bool:

@@ -97,7 +97,7 @@ def write_onnx(program: torch.export.ExportedProgram, path: Path, names: list[st
 
 
 def missing(package: str, extra: str) -> UserError:
-    return UserError(f"{package} is not installed: pip install 'generative-recommenders[{extra}]'")
+    return UserError(f"{package} is not installed: pip install 'next-item-recommenders[{extra}]'")
 
 
 def build_index(embeddings: np.ndarray, kind: str) -> Any:

@@ -394,7 +394,7 @@ class Recommender:
             try:
                 from pyspark.sql import SparkSession
             except ImportError as error:
-                hint = "pip install 'generative-recommenders[spark]'"
+                hint = "pip install 'next-item-recommenders[spark]'"
                 raise UserError(f"output='spark' needs pyspark: {hint}") from error
             return SparkSession.builder.getOrCreate().createDataFrame(frame.to_pandas())
         return frame if output == "polars" else frame.to_pandas()

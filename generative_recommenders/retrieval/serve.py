@@ -241,7 +241,7 @@ def make_app(recommender: Recommender, limits: Limits | None = None) -> Any:
         import prometheus_client  # noqa: F401  (of the same extra)
     except ImportError as error:
         raise UserError(
-            f"{error.name} is not installed: pip install 'generative-recommenders[serve]'"
+            f"{error.name} is not installed: pip install 'next-item-recommenders[serve]'"
         ) from error
     limits = limits or Limits()
     batcher: Batcher

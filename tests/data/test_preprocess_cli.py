@@ -1,4 +1,4 @@
-"""The program ``preprocess_public_data.py`` from its command line."""
+"""The program ``preprocess.py`` from its command line."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ import pytest
 from absl import flags as absl_flags
 from absl.testing import flagsaver
 
-import preprocess_public_data
+from generative_recommenders.commands import preprocess
+from generative_recommenders.commands.program import exit_code
 from generative_recommenders.data.store import SequenceDataset
 from programs import run_program
 
-PROGRAM = Path(__file__).resolve().parents[2] / "preprocess_public_data.py"
+PROGRAM = Path(__file__).resolve().parents[2] / "preprocess.py"
 
 
 def run(*flags: str) -> subprocess.CompletedProcess[str]:
@@ -115,7 +116,7 @@ def test_bad_flags(
     monkeypatch.setattr("signal.signal", lambda *_: None)
     with flagsaver.flagsaver(), pytest.raises(SystemExit) as stopped:
         absl_flags.FLAGS(["program", *flags])
-        preprocess_public_data.main(["program"])
+        sys.exit(exit_code(lambda: preprocess.run([])))
     assert stopped.value.code == 2
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 1

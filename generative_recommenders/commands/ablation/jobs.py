@@ -15,11 +15,13 @@ from pathlib import Path
 import torch
 from absl import logging
 
+import generative_recommenders
 from generative_recommenders.commands.ablation.plan import Run
 from generative_recommenders.commands.ablation.records import is_trained, ranks_of
-from generative_recommenders.config.gin import PROJECT
 from generative_recommenders.errors import UserError
 
+IMPORTS = str(Path(generative_recommenders.__file__).parents[1])
+"""Where runs find this package, installed or not."""
 POLL_SECONDS = 0.2
 STOP_SECONDS = 120.0
 """What a run has to write its checkpoint when all are stopped."""
@@ -52,9 +54,9 @@ def slots(jobs: int | None) -> list[Slot]:
 
 def next_command(run: Run, data_root: Path, plugins: Sequence[str]) -> list[str] | None:
     """What a run needs next: its training, or the ranks of its users where it kept none; None where it is done."""
-    program = PROJECT / "main.py"
     shared = [
-        sys.executable, str(program), f"--run_dir={run.folder}", f"--data_root={data_root}", "--num_processes=1",
+        sys.executable, "-m", "generative_recommenders", "train",
+        f"--run_dir={run.folder}", f"--data_root={data_root}", "--num_processes=1",
         *(f"--plugin={each}" for each in plugins),
     ]  # fmt: skip
     if not is_trained(run):
@@ -73,10 +75,11 @@ class _Working:
 
     def __post_init__(self) -> None:
         """Starts the command, in a session of its own, so that a Ctrl-C at the terminal reaches it through us alone."""
+        paths = os.pathsep.join(filter(None, (IMPORTS, os.environ.get("PYTHONPATH"))))
         with open(self.run.log, "ab") as log:
             self.process = subprocess.Popen(
                 self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-                env={**os.environ, **self.slot.environment},
+                env={**os.environ, "PYTHONPATH": paths, **self.slot.environment},
             )  # fmt: skip
         if self.slot.cores:
             with suppress(ProcessLookupError):

@@ -30,7 +30,7 @@ class Search:
             import optuna
         except ImportError as error:
             raise UserError(
-                "optuna is not installed: pip install 'generative-recommenders[search]'"
+                "optuna is not installed: pip install 'next-item-recommenders[search]'"
             ) from error
         space = ablation.settings.search
         if not space:

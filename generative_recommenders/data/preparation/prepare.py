@@ -7,6 +7,7 @@ input and the choices alone, not on the engine.
 
 from __future__ import annotations
 
+import difflib
 import re
 import shutil
 import time
@@ -21,7 +22,7 @@ import pyarrow.compute as pc
 from absl import logging
 
 from generative_recommenders.config.registry import DATA_SOURCES
-from generative_recommenders.data.manifest import Manifest
+from generative_recommenders.data.manifest import FILE_NAME, Manifest
 from generative_recommenders.data.preparation import order
 from generative_recommenders.data.preparation.columns import (
     Bucket,
@@ -55,10 +56,35 @@ def prepared_path(data_root: str | Path, name: str) -> Path:
     return Path(data_root) / "prepared" / name
 
 
+def prepared_names(data_root: Path) -> list[str]:
+    """Names of the data sets that are prepared below ``data_root``."""
+    return sorted(each.parent.name for each in (data_root / "prepared").glob(f"*/{FILE_NAME}"))
+
+
+def find_prepared(name: str, data_root: Path) -> Path:
+    """The folder of a prepared data set, given by its name or as a path; UserError with what there is.
+
+    A path has a separator, or is a prepared folder while none below ``data_root`` has that name.
+    """
+    as_path = Path(name)
+    if as_path.name != name:
+        if not (as_path / FILE_NAME).is_file():
+            raise UserError(f"{name} is no prepared data set: it has no {FILE_NAME}")
+        return as_path
+    folder = prepared_path(data_root, name)
+    if folder.exists():
+        return folder
+    if (as_path / FILE_NAME).is_file():
+        return as_path
+    raise UserError(not_prepared(name, data_root))
+
+
 def not_prepared(name: str, data_root: Path) -> str:
     """What is prepared, and the command that prepares this one: published data by their name, others from a file."""
     folder = prepared_path(data_root, name)
-    others = sorted(each.parent.name for each in folder.parent.glob("*/manifest.json"))
+    others = prepared_names(data_root)
+    close = difflib.get_close_matches(name, others, n=1)
+    meant = f"; did you mean {close[0]!r}?" if close else ""
     command = f"python preprocess_public_data.py --dataset={name}"
     if name not in DATA_SOURCES:
         command = f"python preprocess_public_data.py --dataset=csv --raw_path=FILE --name={name}"
@@ -69,7 +95,7 @@ def not_prepared(name: str, data_root: Path) -> str:
         )
     if data_root != Path("data"):
         command += f" --data_root={data_root}"
-    return f"{name} is not prepared in {folder}; prepared: {', '.join(others) or 'none'}. To prepare it: {command}"
+    return f"{name} is not prepared in {folder}{meant}; prepared: {', '.join(others) or 'none'}. To prepare it: {command}"
 
 
 def prepare(raw: RawRatings, out_dir: str | Path, memory_limit: int = DEFAULT_MEMORY_LIMIT) -> Manifest:

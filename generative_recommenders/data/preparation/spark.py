@@ -84,7 +84,7 @@ def spark_session(master: str) -> Iterator[Any]:
         from pyspark.sql import SparkSession
     except ImportError as error:
         raise UserError(
-            "--engine=spark needs pyspark; pip install 'generative-recommenders[spark]'"
+            "--engine=spark needs pyspark; pip install 'next-item-recommenders[spark]'"
         ) from error
     running = SparkSession.getActiveSession()
     try:

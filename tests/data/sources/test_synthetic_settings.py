@@ -12,7 +12,7 @@ import pytest
 from absl import flags as absl_flags
 from absl.testing import flagsaver
 
-import preprocess_public_data
+from generative_recommenders.commands import preprocess
 from generative_recommenders.data.sources.synthetic_books import SyntheticBooksSettings
 from generative_recommenders.data.sources.synthetic_catalogue import make_catalogue
 from generative_recommenders.errors import UserError
@@ -21,7 +21,7 @@ from generative_recommenders.errors import UserError
 def _preprocess(*arguments: str) -> None:
     with flagsaver.flagsaver():
         absl_flags.FLAGS(["program", *arguments])
-        preprocess_public_data.run([])
+        preprocess.run([])
 
 
 def test_lengths_are_flags(tmp_path: Path) -> None:

@@ -1,0 +1,57 @@
+"""Lists that the programs print: configurations, data sets, what is prepared, and parts with their options."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from generative_recommenders.config.fields import nearest
+from generative_recommenders.config.plugins import load_plugins
+from generative_recommenders.config.published import describe
+from generative_recommenders.config.registry import REGISTRIES
+from generative_recommenders.errors import UserError
+from generative_recommenders.run.logging import show
+
+LISTS = ("configs", "datasets", "prepared", *sorted(REGISTRIES))
+
+
+def show_list(name: str, plugins: Sequence[str], data_root: Path) -> int:
+    """Prints the list of one of `LISTS`; UserError with the nearest one and all for any other name."""
+    if name not in LISTS:
+        raise UserError(f"unknown --list={name}{nearest(name, LISTS)}")
+    load_plugins(plugins)
+    if name == "configs":
+        lines = _configs()
+    elif name == "prepared":
+        lines = _prepared(data_root)
+    else:
+        lines = REGISTRIES["data_sources"].names() if name == "datasets" else describe(REGISTRIES[name])
+    show("\n".join(lines))
+    return 0
+
+
+def _configs() -> list[str]:
+    """Every configuration by the name that --gin_config_file takes, with what its first line says."""
+    from generative_recommenders.config.gin import ROOT
+
+    lines = []
+    for path in sorted((ROOT / "configs").rglob("*.gin")):
+        with open(path, encoding="utf-8") as file:
+            first = file.readline()
+        lines.append(
+            f"{path.relative_to(ROOT)}  {first.lstrip('# ').strip() if first.startswith('#') else ''}"
+        )
+    return lines
+
+
+def _prepared(data_root: Path) -> list[str]:
+    from generative_recommenders.data.manifest import read_manifest
+    from generative_recommenders.data.preparation.prepare import prepared_names
+
+    lines = []
+    for name in prepared_names(data_root):
+        counts = read_manifest(data_root / "prepared" / name).counts
+        lines.append(
+            f"{name}  " + "  ".join(f"{counts[each]:,} {each}" for each in ("users", "items", "events"))
+        )
+    return lines or [f"nothing is prepared in {data_root / 'prepared'}"]
