@@ -54,7 +54,7 @@ def product_rate(device: torch.device, size: int = 1024, seconds: float = 0.3) -
     done, start = 0, time.perf_counter()
     while time.perf_counter() - start < seconds:
         torch.mm(left, right, out=out)
-        if device.type == "cuda":
+        if torch.cuda.is_available():
             torch.cuda.synchronize()
         done += 1
     return 2 * size**3 * done / (time.perf_counter() - start) / 1e9
@@ -106,7 +106,7 @@ def examine(data_root: Path) -> tuple[list[str], list[str]]:
     device = process_device()
     total, free = memory()
     disk = shutil.disk_usage(".")
-    fault = fbgemm_fault(device.type)
+    fault = fbgemm_fault("cuda" if torch.cuda.is_available() else "cpu")
     packages = "  ".join(f"{name} {version(name) or 'missing'}" for name in PACKAGES)
     extras = [f"{name} ({'yes' if all(map(version, needed)) else 'no'})" for name, needed in EXTRAS.items()]
     lines = [
@@ -116,7 +116,7 @@ def examine(data_root: Path) -> tuple[list[str], list[str]]:
         f"extras     {'  '.join(extras)}",
         f"configs    {len(list((ROOT / 'configs').rglob('*.gin')))} in {ROOT / 'configs'}",
         f"prepared   {', '.join(prepared_names(data_root)) or 'nothing'} in {data_root / 'prepared'}",
-        f"device     {device}" + (f", {torch.cuda.get_device_name()}" if device.type == "cuda" else ""),
+        f"device     {device}" + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""),
         f"fbgemm     {'used' if fault is None else f'not used: {fault}'}",
         f"threads    {torch.get_num_threads()} of {len(os.sched_getaffinity(0))} cores",
         f"memory     {free:.1f} of {total:.1f} GiB free",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 
 from generative_recommenders.config.fields import nearest
@@ -28,6 +29,12 @@ def show_list(name: str, plugins: Sequence[str], data_root: Path) -> int:
         lines = REGISTRIES["data_sources"].names() if name == "datasets" else describe(REGISTRIES[name])
     show("\n".join(lines))
     return 0
+
+
+def register_built_in_parts() -> None:
+    """Imports the modules that between them register every part of the package."""
+    for module in ("training.trainer", "retrieval.recommender", "data.sources.public"):
+        import_module(f"generative_recommenders.{module}")
 
 
 def _configs() -> list[str]:

@@ -11,7 +11,8 @@ from absl import logging
 from generative_recommenders.checkpoint.store import CheckpointStore
 from generative_recommenders.config import gin as gin_registry
 from generative_recommenders.config import published_runs
-from generative_recommenders.config.schema import RunSettings
+from generative_recommenders.config.registry import REGISTRIES
+from generative_recommenders.config.schema import FIELDS, RunSettings
 from generative_recommenders.data.preparation.folder import locked
 from generative_recommenders.data.preparation.prepare import find_prepared, prepare, prepared_path
 from generative_recommenders.data.sources.public import resolve
@@ -78,12 +79,19 @@ def run_settings(options: Options, collectives: Collectives) -> RunSettings:
     saved = None
     if options.resume and not options.gin_files:
         saved = from_main(collectives, lambda: saved_settings(options))
-    if saved is None:
-        files = options.gin_files or options.default_gin_files
-        return together(collectives, lambda: gin_registry.load_settings(files, options.bindings)[0])
-    return together(
-        collectives, lambda: gin_registry.override(RunSettings.from_json(saved), options.bindings)
-    )
+
+    def settings() -> RunSettings:
+        if saved is None:
+            files = options.gin_files or options.default_gin_files
+            given = gin_registry.load_settings(files, options.bindings)[0]
+        else:
+            given = gin_registry.override(RunSettings.from_json(saved), options.bindings)
+        for registry in REGISTRIES.values():
+            if registry.setting in FIELDS:
+                registry[given.value(registry.setting)]  # an unknown name is told before data are read
+        return given
+
+    return together(collectives, settings)
 
 
 def unlike_published_run(settings: RunSettings, dataset: SequenceDataset) -> str | None:

@@ -26,7 +26,6 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CPU_DTYPES = (*_DTYPES, torch.int64, torch.int32)
 
 
-@functools.cache
 def fbgemm_fault(device_type: str) -> str | None:
     """Why fbgemm cannot be used on such a device; None where it can."""
     if importlib.util.find_spec("fbgemm_gpu") is None:

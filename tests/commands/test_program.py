@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from generative_recommenders.commands.lists import register_built_in_parts
 from generative_recommenders.config.gin import load_settings
 from generative_recommenders.config.registry import REGISTRIES
 from generative_recommenders.data.preparation.prepare import find_prepared
@@ -56,9 +57,9 @@ def test_preparation_without_arguments_shows_its_help() -> None:
 
 
 def test_lists_name_what_there_is(tmp_path: Path) -> None:
-    tiny_dataset(tmp_path / "prepared" / "mine", ragged_sequences(9, 12, seed=1))
+    tiny_dataset(tmp_path / "prepared", ragged_sequences(9, 12, seed=1))
     prepared = run_program("main.py", "--list=prepared", f"--data_root={tmp_path}").stdout
-    assert re.match(r"mine  9 users  \d+ items  [\d,]+ events\n$", prepared)
+    assert re.match(r"tiny  9 users  \d+ items  [\d,]+ events\n$", prepared)
     assert (
         "nothing is prepared"
         in run_program("main.py", "--list=prepared", f"--data_root={tmp_path / 'no'}").stdout
@@ -67,6 +68,7 @@ def test_lists_name_what_there_is(tmp_path: Path) -> None:
     assert {line.split()[0] for line in configs} == {
         str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.gin")
     }
+    register_built_in_parts()
     for kind, registry in REGISTRIES.items():
         assert len(run_program("main.py", f"--list={kind}").stdout.splitlines()) == len(registry.parts()), (
             kind
@@ -85,7 +87,7 @@ def test_lists_name_what_there_is(tmp_path: Path) -> None:
         (
             "main.py",
             "--gin_bindings=train_fn.main_module = 'SASrec'",
-            "did you mean 'SASRec'?; known: SASRec, ",
+            "did you mean 'SASRec'?; known: TwoTower, ",
         ),
         (
             "main.py",
@@ -104,24 +106,22 @@ def test_an_unknown_name_is_answered_with_the_nearest_one(program: str, flag: st
 
 
 def test_prepared_data_by_name_and_by_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny_dataset(tmp_path / "prepared" / "mine", ragged_sequences(9, 12, seed=1))
-    tiny_dataset(tmp_path / "elsewhere", ragged_sequences(9, 12, seed=1))
-    assert find_prepared("mine", tmp_path) == tmp_path / "prepared" / "mine"
-    assert find_prepared(str(tmp_path / "elsewhere"), tmp_path) == tmp_path / "elsewhere"
+    tiny_dataset(tmp_path / "prepared", ragged_sequences(9, 12, seed=1))
+    tiny_dataset(tmp_path, ragged_sequences(9, 12, seed=1))
+    assert find_prepared("tiny", tmp_path) == tmp_path / "prepared" / "tiny"
+    assert find_prepared(str(tmp_path / "tiny"), tmp_path) == tmp_path / "tiny"
     monkeypatch.chdir(tmp_path)
-    assert find_prepared("elsewhere", tmp_path) == Path("elsewhere")
-    with pytest.raises(UserError, match="mime is not prepared in .*; did you mean 'mine'"):
-        find_prepared("mime", tmp_path)
+    assert find_prepared("tiny", tmp_path / "other") == Path("tiny")
+    with pytest.raises(UserError, match="tinny is not prepared in .*; did you mean 'tiny'"):
+        find_prepared("tinny", tmp_path)
     out = tmp_path / "out.txt"
-    done = run_program(
-        "preprocess_public_data.py", f"--prepared={tmp_path / 'elsewhere'}", f"--export_text={out}"
-    )
+    done = run_program("preprocess_public_data.py", f"--prepared={tmp_path / 'tiny'}", f"--export_text={out}")
     assert done.returncode == 0 and out.stat().st_size > 0
 
 
 def test_a_run_on_prepared_data_by_their_path(tmp_path: Path) -> None:
-    tiny_dataset(tmp_path / "elsewhere", ragged_sequences(20, 12, seed=1))
-    name = f"--gin_bindings=train_fn.dataset_name = '{tmp_path / 'elsewhere'}'"
+    tiny_dataset(tmp_path, ragged_sequences(20, 12, seed=1))
+    name = f"--gin_bindings=train_fn.dataset_name = '{tmp_path / 'tiny'}'"
     done = run_program("main.py", name, "--max_steps=1", f"--run_dir={tmp_path / 'run'}")
     assert done.returncode == 0, done.stderr
     assert "\nSASRec " in run_program("main.py", "--mode=evaluate", f"--run_dir={tmp_path / 'run'}").stdout
@@ -131,6 +131,7 @@ def test_configurations_of_the_package_from_any_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    register_built_in_parts()
     packaged = load_settings(["configs/ml-1m/esasrec.gin"])[0]
     assert packaged == load_settings([ROOT / "configs/ml-1m/esasrec.gin"])[0]
     (tmp_path / "configs" / "ml-1m").mkdir(parents=True)

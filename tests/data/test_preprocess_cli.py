@@ -1,4 +1,4 @@
-"""The program ``preprocess.py`` from its command line."""
+"""The program ``preprocess_public_data.py`` from its command line."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from generative_recommenders.commands.program import exit_code
 from generative_recommenders.data.store import SequenceDataset
 from programs import run_program
 
-PROGRAM = Path(__file__).resolve().parents[2] / "preprocess.py"
+PROGRAM = Path(__file__).resolve().parents[2] / "preprocess_public_data.py"
 
 
 def run(*flags: str) -> subprocess.CompletedProcess[str]:
