@@ -26,6 +26,7 @@ def show_list(name: str, plugins: Sequence[str], data_root: Path) -> int:
     elif name == "prepared":
         lines = _prepared(data_root)
     else:
+        register_built_in_parts()
         lines = REGISTRIES["data_sources"].names() if name == "datasets" else describe(REGISTRIES[name])
     show("\n".join(lines))
     return 0

@@ -69,6 +69,9 @@ def test_lists_name_what_there_is(tmp_path: Path) -> None:
         str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.gin")
     }
     register_built_in_parts()
+    assert (
+        python("main.py", "--list=losses").stdout == run_program("main.py", "--list=losses").stdout
+    )  # nothing preloaded
     for kind, registry in REGISTRIES.items():
         assert len(run_program("main.py", f"--list={kind}").stdout.splitlines()) == len(registry.parts()), (
             kind
