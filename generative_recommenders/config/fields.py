@@ -107,6 +107,8 @@ class StrictModel(BaseModel):
 class OptionGroup(StrictModel):
     """Options that a part takes as one argument: gin names each of them with the group's ``prefix`` before it."""
 
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
     prefix: ClassVar[str]
 
 
@@ -128,7 +130,10 @@ def check_sizes(value: Any) -> None:
 
 
 class Section(StrictModel):
-    """Settings of one owner in gin; what cannot be is a UserError that names ``GIN_NAME.FIELD``, also in a constructor call."""
+    """Settings of one owner in gin; what cannot be is a UserError that names ``GIN_NAME.FIELD``, also in a constructor call.
+    A field's docstring is its description."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
 
     gin_name: ClassVar[str]
 
@@ -236,9 +241,20 @@ def describe_field(name: str, field: FieldInfo, default: Any = None) -> str:
     text = f"{name}: {type_name(field.annotation)}"
     if default is not None or not field.is_required():
         text += f" = {field.get_default(call_default_factory=True) if default is None else default!r}"
+    limits = range_of(field)
+    return f"{text} ({limits})" if limits else text
+
+
+def range_of(field: FieldInfo) -> str:
+    """``>= 1, <= 1000``, or "" where every value of the type will do."""
     signs = {Ge: (">=", "ge"), Gt: (">", "gt"), Le: ("<=", "le"), Lt: ("<", "lt")}
-    bounds = field.metadata or [
+    bounds = [each for each in field.metadata if type(each) in signs] or [
         bound for each in get_args(field.annotation) for bound in getattr(each, "__metadata__", ())
     ]
-    limits = [f"{signs[type(b)][0]} {getattr(b, signs[type(b)][1]):g}" for b in bounds if type(b) in signs]
-    return f"{text} ({', '.join(limits)})" if limits else text
+    return ", ".join(
+        f"{sign} {bound if isinstance(bound, int) else format(bound, 'g')}"
+        for each in bounds
+        if type(each) in signs
+        for sign, name in [signs[type(each)]]
+        for bound in [getattr(each, name)]
+    )

@@ -99,8 +99,8 @@ class LearnablePositionalEmbeddingFromEnd(InputPreprocessor):
 class LearnablePositionalEmbeddingRatedInputFeaturesPreprocessor(InputPreprocessor):
     """``sqrt(E) [item ; rating] + position`` with E = D_item + D_rating.
 
-    num_ratings: rating values 0..num_ratings-1 have an embedding of width rating_embedding_dim; half stars have that of the
-    whole star below, as published.
+    num_ratings: rating values 0..num_ratings-1 have an embedding; half stars have that of the whole star below, as published.
+    rating_embedding_dim: width of a rating's embedding, D_rating.
     """
 
     needs_ratings = True
@@ -127,6 +127,8 @@ class CombinedItemAndRatingInputFeaturesPreprocessor(InputPreprocessor):
     """item_0, rating_0, item_1, rating_1, ...: twice the tokens, positions over 2N.
 
     The state after rating t predicts item t + 1.
+
+    num_ratings: rating values 0..num_ratings-1 have an embedding.
     """
 
     tokens_per_item = 2

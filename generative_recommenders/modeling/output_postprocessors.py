@@ -13,6 +13,7 @@ from generative_recommenders.ops.normalization import l2_normalize, layer_norm
 class L2NormEmbeddingPostprocessor(torch.nn.Module):
     """``v / max(|v|, eps)`` on ``[..., D]``.
 
+    eps: least norm that is divided by.
     embedding_dim: D, the first columns of wider states (those of a preprocessor that puts ratings beside the items), as in
     HSTU's public runs; all columns unless given.
     """
@@ -27,7 +28,11 @@ class L2NormEmbeddingPostprocessor(torch.nn.Module):
 
 @register_output_postprocessor("layer_norm")
 class LayerNormEmbeddingPostprocessor(torch.nn.Module):
-    """Layer norm without weights over the last axis of ``[..., D]``; embedding_dim: as above."""
+    """Layer norm without weights over the last axis of ``[..., D]``.
+
+    eps: added to the variance.
+    embedding_dim: as in `L2NormEmbeddingPostprocessor`.
+    """
 
     def __init__(self, eps: Positive = 1e-6, embedding_dim: int | None = None) -> None:
         super().__init__()

@@ -28,7 +28,8 @@ class CausalObjective(Objective):
     """Every position predicts the next item (CLM).
 
     num_positives: P, the next so many items (the dense all-action loss of PinnerFormer, arXiv 2205.04507, over a count
-    instead of a time). target_weights: what a target counts, "equal" or its "rating".
+    instead of a time).
+    target_weights: what a target counts, the same or its rating.
     """
 
     last_only = False

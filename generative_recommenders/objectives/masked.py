@@ -134,7 +134,10 @@ class MaskedObjective(Objective):
 
 @register_objective("masked", gin_name="masked_objective")
 class MaskedItemObjective(MaskedObjective):
-    """Hidden items are named from both sides, see `MaskedItemMasking`."""
+    """Hidden items are named from both sides (BERT4Rec, arXiv 1904.06690), see `MaskedItemMasking`.
+
+    mask_probability: share of a history that is hidden, beside the one position that always is.
+    """
 
     def __init__(self, mask_probability: Probability = 0.15) -> None:
         super().__init__(MaskedItemMasking(mask_probability))

@@ -173,6 +173,7 @@ class InBatchNegativesSampler(NegativesSampler):
     the same from the stream); n is the number that gives M ids on average.
 
     counts: ``[V]`` occurrences of item id i + 1 in the training data; the correction needs them.
+    log_q_correction: ln of that probability is taken off the scores of negatives.
     """
 
     uses_batch_pool = True
@@ -220,6 +221,8 @@ class PopularityNegativesSampler(NegativesSampler):
     """Item i with probability proportional to count(i)^power, by the alias method (Walker 1977; Vose 1991).
 
     counts: ``[V]`` occurrences of item id i + 1 in the training data; unseen items are never drawn.
+    power: 1 is by frequency, 0 uniform over the items that occur.
+    log_q_correction: ln of an item's probability is taken off the scores of negatives.
     """
 
     accept: torch.Tensor
@@ -302,9 +305,9 @@ class MixedNegativesSampler(NegativesSampler):
 class MultiClassNegativesSampler(NegativesSampler):
     """Uniform over the items of one class, chosen per unit by a selector.
 
-    assignment: ``[C, V]`` bool, which items (id i + 1) belong to which class. selector: "random", a class with probability
-    ``class_weights [C]`` (uniform when None), or "target", one of the classes of the token's target (at random where it has
-    none); a target's class cannot be shared by tokens.
+    assignment: ``[C, V]`` bool, which items (id i + 1) belong to which class.
+    selector: "random", a class with probability ``class_weights [C]`` (uniform when None), or "target", one of the classes of
+    the token's target (at random where it has none); a target's class cannot be shared by tokens.
     """
 
     members: torch.Tensor

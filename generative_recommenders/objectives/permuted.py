@@ -84,7 +84,12 @@ class PermutationMasking(MaskingScheme):
 
 @register_objective("permuted", gin_name="permuted_objective")
 class PermutedObjective(MaskedObjective):
-    """Spans of items are named in a random order, see `PermutationMasking`."""
+    """Spans of items are named in a random order (XLNet, arXiv 1906.08237), see `PermutationMasking`.
+
+    mask_probability: share of a history that is hidden.
+    max_span_length: items of the longest span.
+    permute_all: every item is hidden and named, not spans alone.
+    """
 
     def __init__(
         self,

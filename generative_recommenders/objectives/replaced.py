@@ -95,10 +95,14 @@ class ReplacedDetectionCriterion(Criterion):
 
 @register_objective("replaced", gin_name="replaced_objective")
 class ReplacedObjective(MaskedItemObjective):
-    """A masked model, and a discriminator that finds what it made up, see `ReplacedDetectionCriterion`.
+    """A masked model, and a discriminator that finds what it made up (ELECTRA, arXiv 2003.10555).
 
-    fakes_from: hidden items of the "batch", or the "catalogue". tie_discriminator: it is the model's own encoder.
-    discriminator_weight: of its loss beside the model's.
+    See `ReplacedDetectionCriterion`.
+
+    mask_probability: share of a history that is hidden, beside the one position that always is.
+    fakes_from: where the replacements are drawn from, the hidden items of the batch or the whole catalogue.
+    tie_discriminator: the discriminator is the model's own encoder.
+    discriminator_weight: weight of its loss beside the model's.
     """
 
     needs_item_table = True

@@ -81,7 +81,10 @@ class _CandidateTopK(TopKModule):
 
 @register_top_k("MoLNaiveTopK")
 class MoLNaiveTopK(_CandidateTopK):
-    """Candidates: the k_per_group best items of each of the Pq * Pi pairs of components."""
+    """Candidates: the best items of each of the Pq * Pi pairs of components.
+
+    k_per_group: candidates of each pair.
+    """
 
     def __init__(self, similarity: MoLSimilarity, item_embeddings: torch.Tensor, k_per_group: Size) -> None:
         super().__init__(similarity, item_embeddings)
@@ -94,7 +97,10 @@ class MoLNaiveTopK(_CandidateTopK):
 
 @register_top_k("MoLAvgTopK")
 class MoLAvgTopK(_CandidateTopK):
-    """Candidates: the avg_top_k best items by the dot product of the components' means."""
+    """Candidates: the best items by the dot product of the components' means.
+
+    avg_top_k: candidates.
+    """
 
     def __init__(self, similarity: MoLSimilarity, item_embeddings: torch.Tensor, avg_top_k: Size) -> None:
         super().__init__(similarity, item_embeddings)
@@ -109,7 +115,11 @@ class MoLAvgTopK(_CandidateTopK):
 
 @register_top_k("MoLCombTopK")
 class MoLCombTopK(_CandidateTopK):
-    """Candidates: those of `MoLNaiveTopK` and of `MoLAvgTopK` together."""
+    """Candidates: those of `MoLNaiveTopK` and of `MoLAvgTopK` together.
+
+    k_per_group: candidates of each pair of components.
+    avg_top_k: candidates by the components' means.
+    """
 
     def __init__(
         self, similarity: MoLSimilarity, item_embeddings: torch.Tensor, k_per_group: Size, avg_top_k: Size

@@ -185,6 +185,7 @@ def resolve(
 
 @register_data_source("synthetic-books")
 def _synthetic_books(request: Request) -> RawRatings:
+    """Made ratings of made books, with genres, from a seed; nothing is downloaded."""
     if request.raw_path is not None:
         raise UserError("synthetic-books is generated: --raw_path has no meaning for it")
     ratings, books = write_synthetic_books(request.synthetic, request.folder, request.progress)
@@ -200,6 +201,7 @@ def _synthetic_books(request: Request) -> RawRatings:
 
 @register_data_source(*PUBLISHED, gin_name="published")
 def _published(request: Request) -> RawRatings:
+    """Published sets: the archive is downloaded from several mirrors and checked, or taken from ``--raw_path``."""
     published = PUBLISHED[request.name]
     origin = request.raw_path or fetch(published.archive, request.folder, progress=request.progress)
     side_files = {name for name, _ in published.items + published.users}
@@ -243,6 +245,7 @@ def _is_complete(published: PublishedRatings, origin: Path, ratings: Path, downl
 
 @register_data_source("sasrec-text")
 def _sasrec_text(request: Request) -> RawRatings:
+    """Text of ``user item`` lines in time order, with MovieLens' side files where they lie beside it."""
     origin = _required_path(request)
     side = {"movies.dat": movielens.read_movies_dat, "users.dat": movielens.read_users_dat}
     files = _find(origin, request.folder, {"interactions.txt", *side})
@@ -261,6 +264,7 @@ def _sasrec_text(request: Request) -> RawRatings:
 
 @register_data_source("exchange-text")
 def _exchange_text(request: Request) -> RawRatings:
+    """The text format that HSTU's users exchange, one line a user; ``--export_text`` writes it."""
     origin = _required_path(request)
     return RawRatings(
         name=request.name,
@@ -272,6 +276,7 @@ def _exchange_text(request: Request) -> RawRatings:
 
 @register_data_source("csv")
 def _csv(request: Request) -> RawRatings:
+    """Any file or folder: delimited text, JSON lines, Parquet or Arrow, found out or told by ``--columns`` and its siblings."""
     origin = _required_path(request)
     if origin.is_dir():
         files = data_files(origin, [path for path in origin.iterdir() if not path.is_dir()])

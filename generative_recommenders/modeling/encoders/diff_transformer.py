@@ -156,9 +156,13 @@ class DiffTransformerBlock(nn.Module):
 
 @register_encoder("DiffTransformer", gin_name="diff_transformer_encoder")
 class DiffTransformer(torch.nn.Module):
-    """A stack of `DiffTransformerBlock` with lambda_init = 0.8 - 0.6 exp(-0.3 block); no norm behind the last.
+    """DiffTransformer: a stack of `DiffTransformerBlock`, one softmax attention less a share of another (arXiv 2410.05258).
 
-    norm: "post" (RePlay's form) or "pre" (the paper's).
+    ``forward(x [T, D], layout, events) -> [T, D]``, in x's float dtype; no norm behind the last block, whose lambda_init is
+    0.8 - 0.6 exp(-0.3 block). UserError where num_heads does not divide D.
+
+    norm: "post" norms behind the residual (RePlay's form), "pre" each branch's input (the paper's).
+    dropout_rate: dropout on the probabilities of both attentions and on what each branch adds.
     """
 
     causal = True

@@ -122,12 +122,23 @@ class FuxiBlock(torch.nn.Module):
 
 @register_encoder("FuXi", gin_name="fuxi_encoder")
 class FuXi(TimedEncoder):
-    """A stack of `FuxiBlock`.
+    """FuXi-alpha: a stack of `FuxiBlock`, three channels of attention and a feed-forward in two stages (arXiv 2502.03036).
+
+    ``forward(x [T, D], layout, events) -> [T, D]``; events may hold ``timestamps`` and ``next_timestamps [T]`` int64, seconds.
 
     max_length: N = max_sequence_length + gr_output_length + 1, the constant divisor and the reach of the channel of place.
-    ffn_multiply: hidden width of the second stage over D; ffn_single_stage: blocks without it. enable_relative_time_bias: the
-    channel of time. attn_dropout_rate: on the channel of meaning (the authors' code takes it and drops nothing).
-    next_time: as in `HSTU`.
+    dqk: width of a head's queries and keys.
+    dv: width of a head's values, in each channel.
+    normalization: accepted as published.
+    linear_config: accepted as published; there is one projection to U, V, Q and K.
+    linear_activation: of that projection.
+    linear_dropout_rate: dropout before both stages of the feed-forward.
+    attn_dropout_rate: dropout on the channel of meaning (the authors' code takes it and drops nothing).
+    ffn_multiply: hidden width of the second stage over D.
+    ffn_single_stage: blocks without the second stage.
+    enable_relative_time_bias: False leaves out the channel of time.
+    next_time: "given": the channel of time may use the time of the event that a position predicts; "hidden": it uses the
+    position's own time.
     """
 
     causal = True

@@ -129,13 +129,26 @@ class HstuBlock(torch.nn.Module):
 
 @register_encoder("HSTU", gin_name="hstu_encoder")
 class HSTU(TimedEncoder):
-    """A stack of `HstuBlock`.
+    """HSTU: a stack of `HstuBlock`, pointwise attention with a relative bias and a gate (arXiv 2402.17152, eq. 1 to 3).
+
+    ``forward(x [T, D], layout, events) -> [T, D]``; events may hold ``timestamps`` and ``next_timestamps [T]`` int64, seconds.
 
     max_length: N = max_sequence_length + gr_output_length + 1, the constant divisor and the reach of the position bias.
+    dqk: width of a head's queries and keys.
+    dv: width of a head's values and gates.
+    normalization: "rel_bias" as published, or a softmax over all N columns in place of SiLU.
+    linear_config: accepted as published; there is one projection to U, V, Q and K.
+    linear_activation: of that projection.
+    linear_dropout_rate: dropout before the output projection.
+    attn_dropout_rate: dropout on the attention's weights.
+    concat_ua: the output projection takes ``[U, LN(A V), U * LN(A V)]`` instead of the product alone.
+    enable_relative_attention_bias: False leaves out both parts of the bias.
+    enable_relative_time_bias: False leaves out the bias by the time between two events.
+    enable_relative_position_bias: False leaves out the bias by the distance of two positions.
+    attn_divisor: "max_length" divides by N as published, "length" by the tokens attended to, so that the sums of short
+    histories are no smaller than those of long ones.
     next_time: "given": the time bias of a position may use the time of the event it predicts, in training and evaluation;
-    "hidden": it uses the position's own time. enable_relative_time_bias, enable_relative_position_bias: False leaves that
-    part of the bias out. attn_divisor: "max_length" divides by N as published, "length" by the tokens attended to, so that
-    the sums of short histories are no smaller than those of long ones.
+    "hidden": it uses the position's own time.
     """
 
     time_options = ("enable_relative_attention_bias", "enable_relative_time_bias")

@@ -96,7 +96,15 @@ class LigrBlock(torch.nn.Module):
 
 @register_encoder("LiGR", gin_name="ligr_encoder")
 class LiGR(torch.nn.Module):
-    """A stack of `LigrBlock`; no norm behind the last. ffn_multiply: hidden width of the feed-forward over D."""
+    """LiGR: a stack of `LigrBlock`, a pre-norm Transformer with gated residuals (arXiv 2502.03417); no norm behind the last.
+
+    ``forward(x [T, D], layout, events) -> [T, D]``, in x's float dtype. UserError where num_heads does not divide D.
+
+    ffn_multiply: hidden width of the feed-forward over D.
+    ffn_activation_fn: "swiglu" for gated units of three weights, else the activation between two.
+    ffn_bias: the feed-forward's layers carry biases.
+    dropout_rate: dropout on the attention's weights and on what each branch adds.
+    """
 
     causal = True
 

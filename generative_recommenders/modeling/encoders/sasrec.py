@@ -101,7 +101,16 @@ class SasrecBlock(torch.nn.Module):
 
 @register_encoder("SASRec", gin_name="sasrec_encoder")
 class SASRec(torch.nn.Module):
-    """A stack of `SasrecBlock` (eq. 5). final_norm: layer norm with weights behind the last block (RePlay's body)."""
+    """SASRec: a stack of `SasrecBlock`, self-attention over the past and a feed-forward network (arXiv 1808.09781, eq. 2 to 5).
+
+    ``forward(x [T, D], layout, events) -> [T, D]``, in x's float dtype. UserError where num_heads does not divide D.
+
+    ffn_hidden_dim: hidden width of the feed-forward.
+    ffn_activation_fn: its activation.
+    ffn_dropout_rate: dropout on the attention's weights and within the feed-forward.
+    norm_weights: layer norms carry weights and biases.
+    final_norm: layer norm with weights behind the last block (RePlay's body).
+    """
 
     causal = True
 

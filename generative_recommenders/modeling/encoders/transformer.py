@@ -95,10 +95,12 @@ class TransformerBlock(nn.Module):
 
 @register_encoder("Transformer", gin_name="transformer_encoder")
 class Transformer(torch.nn.Module):
-    """Sinusoidal positions and post-norm `TransformerBlock`s. The preprocessor's learned positions come on
-    top.
+    """The post-norm Transformer with sinusoidal positions (arXiv 1706.03762); the preprocessor's learned ones come on top.
+
+    ``forward(x [T, D], layout, events) -> [T, D]``, in x's float dtype. UserError where num_heads does not divide D.
 
     max_length: rows of the position table.
+    ffn_hidden_dim: hidden width of the feed-forward.
     """
 
     causal = True

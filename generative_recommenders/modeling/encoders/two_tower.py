@@ -150,8 +150,13 @@ def item_tower(
     item_l2_norm: bool = False,
     l2_norm_eps: Positive = 1e-6,
 ) -> ItemTowerEmbedding:
-    """`ItemTowerEmbedding` by names. features: of the prepared items table; "item_id" is the id itself. list_reduction:
-    "sum", "mean" or "max" of a list's categories.
+    """Items through a tower over their features, `ItemTowerEmbedding` by names of features.
+
+    features: of the prepared items table; "item_id" is the id itself.
+    list_reduction: how the embeddings of a list's categories become one.
+    num_blocks: blocks of the tower.
+    item_l2_norm: scored embeddings are divided by max(norm, l2_norm_eps).
+    l2_norm_eps: least norm that is divided by.
     """
     read = read_features([name for name in features if name != ITEM_ID], list_reduction)
     return ItemTowerEmbedding(
@@ -161,7 +166,10 @@ def item_tower(
 
 @register_encoder("TwoTower", gin_name="two_tower")
 def two_tower(query_encoder: nn.Module, query_module: str = "SASRec") -> nn.Module:
-    """The query tower of a two-tower retriever; it brings its item embedding along. query_module: its encoder, by name."""
+    """The query tower of a two-tower retriever (doi 10.1145/3366424.3386195); it brings its item embedding along.
+
+    query_module: encoder of the histories, by name.
+    """
     return query_encoder
 
 

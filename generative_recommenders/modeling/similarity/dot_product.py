@@ -12,7 +12,10 @@ from generative_recommenders.modeling.similarity.interface import AuxiliaryLosse
 
 @register_similarity("DotProduct")
 class DotProductSimilarity(torch.nn.Module):
-    """Dot products divided by a temperature; no parameters."""
+    """Dot products divided by a temperature, ``score(q, v) = <q, v> / temperature``; no parameters.
+
+    temperature: scores are divided by it; small for cosines (``train_fn.item_l2_norm``), 1 for plain products.
+    """
 
     def __init__(self, temperature: Positive = 1.0) -> None:
         super().__init__()

@@ -47,33 +47,46 @@ ItemsOf = Callable[[slice, slice], ItemComponents]
 
 
 class GatingOptions(OptionGroup):
-    """The gate over the entries of the mixture: two layers each of the query, of the item (``query_fn``, ``item_fn`` switch
-    them off) and of the logits (``qi``, the cross term). Hidden widths of 0 or below mean no hidden layer."""
+    """The gate over the entries of the mixture: two layers each of the query, of the item and of the logits (``qi``)."""
 
     prefix: ClassVar[str] = "gating_"
 
     query_hidden_dim: HiddenWidth = 128
+    """Hidden width of the query's gate; 0 or below for no hidden layer."""
     query_fn: bool = True
+    """False leaves the query's gate out."""
     item_hidden_dim: HiddenWidth = 128
+    """Hidden width of the item's gate; 0 or below for no hidden layer."""
     item_fn: bool = True
+    """False leaves the item's gate out."""
     item_dropout_rate: Share = 0.0
+    """Dropout before the item's gate."""
     qi_hidden_dim: HiddenWidth = 128
+    """Hidden width of the gate over the logits, the cross term; 0 or below for no hidden layer."""
     qi_dropout_rate: Share = 0.0
+    """Dropout before the gate over the logits."""
     combination_type: CombinationName = "glu_silu"
+    """How the gates are put together: SiLU of (query's times item's plus logits'), or of its layer norm, or their sum."""
 
 
 @register_similarity("MoL", gin_name="create_mol_interaction_module")
 class MoLSimilarity(MoLComponents):
     """Mixture of logits over query embeddings ``[n, D]`` and item embeddings ``[R, D']``, with the published options.
 
-    temperature divides the logits; score_temperature (``train_fn.temperature``) what comes out of the mixture.
-    softmax_dropout_rate: of the mixture's entries. bf16_training: products in bfloat16, in evaluation too, as published.
-    eps: least norm and least sum that is divided by. activation_checkpoint: activations are computed again in the backward
-    pass, always and not only where pairs are very many. mutual_information: whether training returns ``mi_loss``, which
-    balances the load of the mixture.
+    With components f_q ``[Pq, d]`` and f_x ``[Pi, d]`` and entries e = (n, m): ``l_e = <f_q[n], f_x[m]> / temperature``,
+    ``p = softmax(gate(q, x, l))``, ``score = sum_e p_e l_e / score_temperature`` (arXiv 2306.04039, 2407.15462). Where
+    (query, item) pairs are many, they are scored block by block; beyond `_KEPT_FLOATS` a block's activations are computed
+    again in the backward pass, so that memory is bounded. UserError for options that cannot be together.
 
-    Where (query, item) pairs are many, they are scored block by block; beyond `_KEPT_FLOATS` a block's activations are
-    computed again in the backward pass, so that memory is bounded.
+    dot_product_dimension: width of a component, d.
+    dot_product_l2_norm: components are normalised, so that logits are cosines over the temperature.
+    temperature: what logits are divided by.
+    score_temperature: what comes out of the mixture is divided by.
+    softmax_dropout_rate: dropout on the mixture's entries.
+    bf16_training: products in bfloat16, in evaluation too, as published.
+    eps: least norm and least sum that is divided by.
+    activation_checkpoint: activations are computed again in the backward pass, always and not only where pairs are very many.
+    mutual_information: whether training returns ``mi_loss``, which balances the load of the mixture.
     """
 
     def __init__(

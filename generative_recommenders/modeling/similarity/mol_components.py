@@ -31,48 +31,55 @@ DEFAULT_UNIT: GatedUnitName = "geglu"
 
 
 class QueryOptions(OptionGroup):
-    """How an embedding becomes the query's components: dropout, a gated hidden layer, a linear layer.
-
-    use_identity_fn: the first component is the embedding itself, cut to the width of a component, and the others are one
-    linear layer of it. hidden_dim: 0 or below for no hidden layer. nonlinearity: gated units (arXiv 2002.05202).
-    """
+    """How an embedding becomes the query's components: dropout, a gated hidden layer, a linear layer."""
 
     prefix: ClassVar[str] = "query_"
 
     dot_product_groups: Layers = 8
+    """Components of a query, Pq, those of the user's id among them."""
     use_identity_fn: bool = False
+    """The first component is the embedding itself, cut to the width of a component; the others are one linear layer of it."""
     hidden_dim: HiddenWidth = 512
+    """Hidden width; 0 or below for no hidden layer."""
     dropout_rate: Share = 0.0
+    """Dropout before the hidden layer."""
     nonlinearity: GatedUnitName = DEFAULT_UNIT
+    """Gated units of the hidden layer (arXiv 2002.05202)."""
 
 
 class ItemOptions(OptionGroup):
-    """The same of an item. dropout_shared: a step draws an item's dropout once for the positives and once for the negatives,
-    not for every pair with a query as published, which costs several times as much."""
+    """The same of an item."""
 
     prefix: ClassVar[str] = "item_"
 
     dot_product_groups: Layers = 4
+    """Components of an item, Pi."""
     use_identity_fn: bool = False
+    """The first component is the embedding itself, cut to the width of a component; the others are one linear layer of it."""
     hidden_dim: HiddenWidth = -1
+    """Hidden width; 0 or below for no hidden layer."""
     dropout_rate: Share = 0.0
+    """Dropout before the hidden layer."""
     dropout_shared: bool = False
+    """A step draws an item's dropout once for the positives and once for the negatives, not for every pair with a query as
+    published, which costs several times as much."""
     nonlinearity: GatedUnitName = DEFAULT_UNIT
+    """Gated units of the hidden layer (arXiv 2002.05202)."""
 
 
 class UserOptions(OptionGroup):
-    """Tables of hashed user ids, each of which takes one of the query's groups.
-
-    embedding_hash_sizes: rows of each. embedding_level_dropout: drops whole vectors. embedding_l2_weight_decay: weight of the
-    auxiliary loss ``uid_embedding_l2_norm``, added to the one that ``loss_weights`` give it.
-    """
+    """Tables of hashed user ids, each of which takes one of the query's groups."""
 
     prefix: ClassVar[str] = "uid_"
 
     dropout_rate: Share = 0.5
+    """Dropout on what is looked up."""
     embedding_hash_sizes: tuple[TableRows, ...] | None = None
+    """Rows of each table; None for no component of the user's id."""
     embedding_level_dropout: bool = False
+    """Dropout takes whole vectors."""
     embedding_l2_weight_decay: NonNegative = 0.0
+    """Weight of the auxiliary loss ``uid_embedding_l2_norm``, added to the one that ``loss_weights`` give it."""
 
 
 class QueryComponents(NamedTuple):

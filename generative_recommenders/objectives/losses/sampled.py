@@ -230,7 +230,7 @@ class GBCELoss(SampledLoss):
     drawn negatives. t = 0 is plain BCE (beta 1); t = 1 undoes the overconfidence of sampling (beta = alpha).
 
     num_items: V, items of the catalogue.
-    calibration: t, in [0, 1].
+    calibration: t, from 0 for plain BCE to 1.
     """
 
     def __init__(self, num_items: int, calibration: Probability = 0.75) -> None:

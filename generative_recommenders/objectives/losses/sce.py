@@ -129,5 +129,11 @@ class ScalableCrossEntropyLoss(nn.Module):
 def scalable_cross_entropy(
     n_buckets: Size = 256, bucket_size_x: Size = 256, bucket_size_y: Size = 256, mix_x: bool = False
 ) -> ScalableCrossEntropyLoss:
-    """`ScalableCrossEntropyLoss` from its sizes one by one; see `SCEParams`."""
+    """Softmax cross-entropy of a token among the items near it alone, `ScalableCrossEntropyLoss` (arXiv 2409.18721).
+
+    n_buckets: random directions.
+    bucket_size_x: tokens of a bucket (all, if there are fewer).
+    bucket_size_y: items of a bucket (all, if there are fewer).
+    mix_x: directions are random mixtures of the tokens' states instead of random vectors.
+    """
     return ScalableCrossEntropyLoss(SCEParams(n_buckets, bucket_size_x, bucket_size_y, mix_x))
