@@ -1,8 +1,9 @@
 """Exact ranks of scores that are products, without the scores of all items at once.
 
-A block of items meets a block of users while the scores lie in a processor's cache: one product, one comparison with each
-user's threshold, one sum. An item before the target counts where its score is at least the target's, one behind it where it
-is greater: so the threshold of the blocks before the target's own is the next smaller number, and ties need no second look.
+A block of items meets a block of users while the scores lie in a core's cache: one product, one comparison with each user's
+threshold, one sum; every thread has items of its own. An item before the target counts where its score is at least the
+target's, one behind it where it is greater: so the threshold of the blocks before the target's own is the next smaller number,
+and ties need no second look.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from generative_recommenders.distributed.row_shards import RowShard
 from generative_recommenders.evaluation.ranks import count_ahead, exact_ranks, scores_of
 from generative_recommenders.evaluation.seen_items import SeenItems
 from generative_recommenders.ops import dispatch
+from generative_recommenders.ops.threads import in_threads
 
 USERS, ITEMS = 512, 2048
 """Of a block: 4 MiB of scores."""
@@ -116,10 +118,8 @@ class _BlockOfUsers:
         self.count, self.items, self.target_ids = len(queries), items, target_ids
         self.places = target_ids - before - 1
         self.held = (target_ids > 0) & (self.places >= 0) & (self.places < len(items))
-        self.behind = (target_ids > 0) & (self.places < 0)  # all items here come after these targets
         self.columns = F.pad(queries, (0, 0, 0, USERS - self.count)).T.contiguous()
-        self.starts = range(0, len(items), ITEMS)
-        edges = torch.tensor([*self.starts, len(items)])
+        edges = torch.tensor([*range(0, len(items), ITEMS), len(items)])
         place, self.place_rows = self.places.sort(stable=True)
         self.target_bounds = torch.searchsorted(place, edges).tolist()
         none = torch.zeros(0, dtype=torch.int64)
@@ -130,7 +130,7 @@ class _BlockOfUsers:
         seen_places = self.seen_ids - before - 1
         self.seen_bounds = torch.searchsorted(seen_places, edges).tolist()
         self.seen_cells = seen_places % ITEMS * USERS + self.seen_rows
-        self.buffer = queries.new_empty(min(ITEMS, len(items)), USERS)
+        self.width = min(ITEMS, len(items))
 
     def apart(self) -> torch.Tensor:
         """``[n]``: the targets' scores by a product of their own, 0 for those that are not here."""
@@ -143,25 +143,35 @@ class _BlockOfUsers:
         for those that are not here.
         """
         strict = F.pad(targets, (0, USERS - self.count), value=torch.nan)
-        threshold = strict.nextafter(strict.new_tensor(-torch.inf))
-        threshold[: self.count] = targets.where(self.behind, threshold[: self.count])
-        counts = torch.zeros(USERS, dtype=torch.float64)
+        loose = strict.nextafter(strict.new_tensor(-torch.inf))
         seen_scores = targets.new_empty(len(self.seen_ids))
-        own_blocks = targets.new_full((self.count, len(self.buffer)), torch.nan)
-        blocks = zip(self.starts, pairwise(self.target_bounds), pairwise(self.seen_bounds))
-        for start, (first, last), (a, b) in blocks:
-            block = self.items[start : start + ITEMS]
-            scores = torch.mm(block, self.columns, out=self.buffer[: len(block)])
-            if b > a:
-                seen_scores[a:b] = scores.take(self.seen_cells[a:b])
-            if last > first:
-                rows = self.place_rows[first:last]
-                own_blocks[rows, : len(block)] = scores[:, rows].T
-                threshold[rows] = strict[rows]  # from here on ties are behind
-            counts.add_(scores.gt_(threshold).sum(0))
+        own_blocks = targets.new_full((self.count, self.width), torch.nan)
+        blocks = list(enumerate(zip(pairwise(self.target_bounds), pairwise(self.seen_bounds))))
+
+        def count(some: list) -> torch.Tensor:
+            """``[USERS]``: scores of the items of some blocks, one after another, that are ahead."""
+            buffer = strict.new_empty(self.width, USERS)
+            before = some[0][1][0][0]  # targets in front of these blocks, and of no item
+            threshold = loose.index_copy(0, self.place_rows[:before], strict[self.place_rows[:before]])
+            counts = torch.zeros(USERS, dtype=torch.float64)
+            for number, ((first, last), (a, b)) in some:
+                block = self.items[number * ITEMS : (number + 1) * ITEMS]
+                scores = torch.mm(block, self.columns, out=buffer[: len(block)])
+                if b > a:
+                    seen_scores[a:b] = scores.take(self.seen_cells[a:b])
+                if last > first:
+                    rows = self.place_rows[first:last]
+                    own_blocks[rows, : len(block)] = scores[:, rows].T
+                    threshold[rows] = strict[rows]  # from here on ties are behind
+                counts.add_(scores.gt_(threshold).sum(0))
+            return counts
+
+        size = -(-len(blocks) // torch.get_num_threads())
+        parts = [blocks[start : start + size] for start in range(0, len(blocks), size)]
+        counts = sum(in_threads(count, parts), torch.zeros(USERS, dtype=torch.float64))
         column = self.places.where(self.held, 0) % ITEMS
         own = own_blocks.gather(1, column[:, None])[:, 0].where(self.held, 0.0)
-        ties = (own_blocks == targets[:, None]) & (torch.arange(len(self.buffer)) < column[:, None])
+        ties = (own_blocks == targets[:, None]) & (torch.arange(self.width) < column[:, None])
         ahead = counts[: self.count].long() + ties.sum(1)
         # NaN compares as neither greater nor equal: without this a diverged model would rank every target first.
         ahead = ahead.where(~targets.isnan(), len(self.items) - self.held.long())
