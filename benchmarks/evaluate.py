@@ -5,7 +5,8 @@
     python benchmarks/evaluate.py --users=6040 --items=3416 --dim=50
 
 Queries and items are random, histories of ``--seen`` items among them; encoding is not part of it. The floor is the fastest of
-several blockings of the bare products, measured on ``--floor_users`` users before and after. Peak memory is what the process
+several blockings of the bare products, each shared out by torch or with items of its own for each thread, measured on
+``--floor_users`` users before and after. Peak memory is what the process
 grows by over queries, items and histories.
 """
 
@@ -16,6 +17,7 @@ import json
 import platform
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -26,24 +28,31 @@ from catalogue_loss import PeakMemory
 from generative_recommenders.distributed.memory import keep_freed_memory
 from generative_recommenders.evaluation.product_ranks import USERS, product_ranks
 from generative_recommenders.evaluation.seen_items import SeenItems
+from generative_recommenders.ops.threads import in_threads
 
 BLOCKINGS = ((512, 512), (512, 1024), (512, 2048), (1024, 1024))
 """Users and items of a product."""
 
 
-def products_a_second(queries: torch.Tensor, items: torch.Tensor, users: int, width: int) -> float:
-    """Users a second of the products alone."""
-    memory = torch.empty(width * users)
+def products_a_second(queries: torch.Tensor, parts: Sequence[torch.Tensor], users: int, width: int) -> float:
+    """Users a second of the products alone. parts: of the items, for threads of their own."""
+
+    def products(items: torch.Tensor) -> None:
+        memory = torch.empty(width * users)
+        for block in items.split(width):
+            torch.mm(block, columns, out=memory[: len(block) * columns.shape[1]].view(len(block), -1))
+
     start = time.perf_counter()
     for some in queries.split(users):
         columns = some.T.contiguous()
-        for block in items.split(width):
-            torch.mm(block, columns, out=memory[: len(block) * len(some)].view(len(block), len(some)))
+        in_threads(products, parts)
     return len(queries) / (time.perf_counter() - start)
 
 
 def floor(queries: torch.Tensor, items: torch.Tensor) -> dict[str, float]:
-    return {f"{u} x {w}": products_a_second(queries, items, u, w) for u, w in BLOCKINGS}
+    apart = items.chunk(torch.get_num_threads())
+    rates = {f"{u} x {w}": products_a_second(queries, [items], u, w) for u, w in BLOCKINGS}
+    return rates | {f"{u} x {w} apart": products_a_second(queries, apart, u, w) for u, w in BLOCKINGS}
 
 
 def main() -> None:

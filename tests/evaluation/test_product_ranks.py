@@ -82,3 +82,16 @@ def test_targets_are_compared_by_the_scores_of_their_own_block(monkeypatch: pyte
     queries, table = whole_numbers(1, 20, 50)
     targets = some_ids(5, 50, 20).clamp(1, 50)
     assert torch.equal(product_ranks(queries, table, targets), exact_ranks(queries @ table.T, targets))
+
+
+def test_threads_count_what_one_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ITEMS", 8)
+    queries, table = whole_numbers(0, 70, 101)
+    targets, seen = some_ids(1, 101, 70), SeenItems.padded(some_ids(2, 101, 70, 9), 101)
+    expected, before = product_ranks_reference(queries, table, targets, seen), torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            assert torch.equal(product_ranks(queries, table, targets, seen), expected)
+    finally:
+        torch.set_num_threads(before)
