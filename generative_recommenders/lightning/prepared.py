@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -56,25 +56,73 @@ class DataModule(lightning.LightningDataModule):
         return Catalogue.of(self.dataset, self.split.train_stops, self.settings.items.category_feature)
 
     def train_dataloader(self) -> Any:
-        data, schedule, trainer = self.settings.data, self.settings.schedule, self.trainer
-        rank, world = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
+        data, schedule = self.settings.data, self.settings.schedule
         loader = SequenceLoader(
             self.dataset, self.split.train_stops, data.max_sequence_length, schedule.local_batch_size,
-            schedule.random_seed, data.positional_sampling_ratio, rank, world, data.training_windows,
+            schedule.random_seed, data.positional_sampling_ratio, *self._place(), data.training_windows,
         )  # fmt: skip
-        return _Epochs(loader, trainer)
+        trainer = self.trainer
+        return _Batches(len(loader), lambda: loader.epoch(trainer.current_epoch if trainer else 0))
 
     def val_dataloader(self) -> Any:
         """The validation targets; in protocol "paper" there are none and the test targets are taken."""
         if self.settings.data.protocol == "paper":
             return self.test_dataloader()
-        return _Targets(self, self.split.validation_targets, self.split.unseen_validation_targets)
+        return self._targets(self.split.validation_targets, self.split.unseen_validation_targets)
 
     def test_dataloader(self) -> Any:
-        return _Targets(self, self.split.test_targets, self.split.unseen_test_targets)
+        return self._targets(self.split.test_targets, self.split.unseen_test_targets)
 
     def predict_dataloader(self) -> Any:
-        return _WholeHistories(self)
+        """All events of every user, for recommendations of what comes next."""
+        rank, world = self._place()
+        size = self.settings.evaluation.eval_batch_size
+        rows = SequenceRows(self.dataset, self.settings.data.max_sequence_length)
+        mine = np.arange(self.dataset.num_users)[rank::world]
+
+        def batches() -> Iterator[dict[str, Any]]:
+            for users in (mine[start : start + size] for start in range(0, len(mine), size)):
+                stops = np.asarray(self.dataset.lengths[users], dtype=np.int64)
+                columns = rows.cut(users, np.zeros_like(stops), stops)
+                histories = Histories(self.dataset, users, stops)
+                seen = _rectangle(histories.rows, histories["item_ids"], len(users))
+                yield {"history": columns, "query_id": columns["user_ids"], "seen_ids": seen, "train": seen}
+
+        return _Batches(math.ceil(len(mine) / size), batches)
+
+    def _targets(self, targets: np.ndarray, unseen: np.ndarray) -> _Batches:
+        """Histories before a target, with it and with what is removed from the ranking."""
+        data, evaluation, (rank, world) = self.settings.data, self.settings.evaluation, self._place()
+        size = min(
+            evaluation.eval_batch_size, evaluation.eval_user_max_batch_size or evaluation.eval_batch_size
+        )
+        # Users, not batches, are dealt to the processes: Lightning's hooks wait for one that had no batch.
+        mine = np.flatnonzero(targets >= 0)[rank::world]
+        loader = EvaluationLoader(self.dataset, targets, data.max_sequence_length, size, users=mine)
+        seen_filter = build_part(self.settings, SEEN_FILTERS, evaluation.seen_filter, {})
+        # In protocol "paper" targets that training never saw rank as they are scored.
+        missed = np.zeros_like(unseen) if data.protocol == "paper" else unseen
+
+        def batches() -> Iterator[dict[str, Any]]:
+            for columns in loader:
+                users = columns["user_ids"].numpy() - 1
+                histories = loader.histories(users)
+                none = torch.zeros(0, dtype=torch.int64)
+                rows, ids = seen_filter.removed(columns, histories) or (none, none)
+                absent = torch.from_numpy(missed[users])
+                yield {
+                    "history": columns,
+                    "query_id": columns["user_ids"],
+                    "ground_truth": columns["target_ids"].masked_fill(absent, -1)[:, None],
+                    "seen_ids": _rectangle(rows, ids, len(users)),
+                    "train": _rectangle(histories.rows, histories["item_ids"], len(users)),
+                }
+
+        return _Batches(len(loader), batches)
+
+    def _place(self) -> tuple[int, int]:
+        """Rank of this process and the number of all."""
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """A task draws on the CPU for a batch, which it then moves itself."""
@@ -96,75 +144,17 @@ class DataModule(lightning.LightningDataModule):
         )
 
 
-class _Epochs:
-    """Training batches of the trainer's current epoch."""
+class _Batches:
+    """Batches of a known number, made anew in each pass."""
 
-    def __init__(self, loader: SequenceLoader, trainer: lightning.Trainer | None) -> None:
-        self.loader, self.trainer = loader, trainer
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def __iter__(self) -> Iterator[LoadedBatch]:
-        return self.loader.epoch(self.trainer.current_epoch if self.trainer is not None else 0)
-
-
-class _Targets:
-    """Histories before a target, with it and with what is removed from the ranking."""
-
-    def __init__(self, module: DataModule, targets: np.ndarray, unseen: np.ndarray) -> None:
-        data, evaluation, trainer = module.settings.data, module.settings.evaluation, module.trainer
-        rank, world = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
-        batch_size = min(
-            evaluation.eval_batch_size, evaluation.eval_user_max_batch_size or evaluation.eval_batch_size
-        )
-        self.loader = EvaluationLoader(module.dataset, targets, data.max_sequence_length, batch_size)
-        # Users, not batches, are dealt to the processes: Lightning's hooks wait for one that had no batch.
-        self.loader.users = self.loader.users[rank::world]
-        self.filter = build_part(module.settings, SEEN_FILTERS, evaluation.seen_filter, {})
-        # In protocol "paper" targets that training never saw rank as they are scored.
-        self.missed = np.zeros_like(unseen) if data.protocol == "paper" else unseen
+    def __init__(self, length: int, batches: Callable[[], Iterator[Any]]) -> None:
+        self.length, self.batches = length, batches
 
     def __len__(self) -> int:
-        return len(self.loader)
+        return self.length
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        for columns in self.loader:
-            users = columns["user_ids"].numpy() - 1
-            histories = self.loader.histories(users)
-            none = torch.zeros(0, dtype=torch.int64)
-            rows, ids = self.filter.removed(columns, histories) or (none, none)
-            missed = torch.from_numpy(self.missed[users])
-            yield {
-                "history": columns,
-                "query_id": columns["user_ids"],
-                "ground_truth": columns["target_ids"].masked_fill(missed, -1)[:, None],
-                "seen_ids": _rectangle(rows, ids, len(users)),
-                "train": _rectangle(histories.rows, histories["item_ids"], len(users)),
-            }
-
-
-class _WholeHistories:
-    """All events of every user, for recommendations of what comes next."""
-
-    def __init__(self, module: DataModule) -> None:
-        settings, trainer = module.settings, module.trainer
-        rank, world = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
-        self.dataset, self.batch_size = module.dataset, settings.evaluation.eval_batch_size
-        self.rows = SequenceRows(module.dataset, settings.data.max_sequence_length)
-        self.users = np.arange(module.dataset.num_users)[rank::world]
-
-    def __len__(self) -> int:
-        return math.ceil(len(self.users) / self.batch_size)
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        for start in range(0, len(self.users), self.batch_size):
-            users = self.users[start : start + self.batch_size]
-            stops = np.asarray(self.dataset.lengths[users], dtype=np.int64)
-            columns = self.rows.cut(users, np.zeros_like(stops), stops)
-            histories = Histories(self.dataset, users, stops)
-            seen = _rectangle(histories.rows, histories["item_ids"], len(users))
-            yield {"history": columns, "query_id": columns["user_ids"], "seen_ids": seen, "train": seen}
+    def __iter__(self) -> Iterator[Any]:
+        return self.batches()
 
 
 def _rectangle(rows: torch.Tensor, ids: torch.Tensor, num_rows: int) -> torch.Tensor:

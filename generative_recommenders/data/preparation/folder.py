@@ -50,6 +50,7 @@ def new_file(path: Path) -> Iterator[Path]:
     scratch = _scratch(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path.parent, f".{path.name}.tmp-")
         yield scratch
         scratch.replace(path)
     except OSError as error:
@@ -60,7 +61,7 @@ def new_file(path: Path) -> Iterator[Path]:
 
 
 def _scratch(path: Path) -> Path:
-    return path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    return path.with_name(f".{path.name}.tmp-{scratch_owner()}")
 
 
 def check_file(path: str | Path, flag: str = "") -> None:

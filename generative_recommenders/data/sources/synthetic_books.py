@@ -28,7 +28,7 @@ import pyarrow.parquet
 from tqdm import tqdm
 
 from generative_recommenders.data.preparation.digests import mix
-from generative_recommenders.data.preparation.folder import remove_leftovers, scratch_owner
+from generative_recommenders.data.preparation.folder import new_file
 from generative_recommenders.data.sources.synthetic_catalogue import BookCatalogue, make_catalogue, numerals
 from generative_recommenders.errors import UserError
 
@@ -172,15 +172,12 @@ def write_synthetic_books(
     wanted = json.dumps({"generator": 1, **dataclasses.asdict(settings)}, sort_keys=True)
     if all(path.exists() for path in (ratings, books, note)) and note.read_text() == wanted:
         return ratings, books
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in (ratings, books, note):
-        remove_leftovers(folder, f"{path.name}.part-")
-    scratch = {path: path.with_name(f"{path.name}.part-{scratch_owner()}") for path in (ratings, books, note)}
     catalogue = make_catalogue(settings.num_items, settings.seed)
-    try:
-        options = pyarrow.csv.WriteOptions(include_header=False, quoting_style="none")
+    options = pyarrow.csv.WriteOptions(include_header=False, quoting_style="none")
+    # The note is taken away first and comes last: whole files without it are made again, never mistaken for these settings.
+    with new_file(note) as new_note, new_file(books) as new_books, new_file(ratings) as new_ratings:
         with (
-            pyarrow.csv.CSVWriter(scratch[ratings], _ROWS, write_options=options) as writer,
+            pyarrow.csv.CSVWriter(new_ratings, _ROWS, write_options=options) as writer,
             tqdm(
                 total=settings.num_users, desc="synthetic-books", unit=" users", disable=not progress
             ) as bar,
@@ -196,15 +193,9 @@ def write_synthetic_books(
                 ]
                 writer.write_table(pa.table(columns, schema=_ROWS))
                 bar.update(stop - first)
-        pyarrow.parquet.write_table(catalogue.features(), scratch[books])
-        scratch[note].write_text(wanted)
-        # The note goes first and comes last: whole files without it are made again, never mistaken for these settings.
+        pyarrow.parquet.write_table(catalogue.features(), new_books)
+        new_note.write_text(wanted)
         note.unlink(missing_ok=True)
-        for path, written in scratch.items():
-            written.replace(path)
-    finally:
-        for written in scratch.values():
-            written.unlink(missing_ok=True)
     return ratings, books
 
 

@@ -8,6 +8,7 @@ clear ``UserError``, and masks are drawn per user. Columns that a transform does
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -33,29 +34,36 @@ __all__ = [
 MASK_OPERATIONS = {"and": torch.logical_and, "or": torch.logical_or, "xor": torch.logical_xor}
 
 
-class CopyTransform(nn.Module):
+class Transform(nn.Module):
+    """One batch to a new one. Subclasses are dataclasses, whose fields are the documented arguments."""
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def tensor(self, batch: TensorBatch, name: str) -> Tensor:
+        """A column of the batch; ``UserError``, in the transform's name, where it is missing or no tensor."""
+        return require_tensor(batch, name, type(self).__name__)
+
+
+@dataclass(eq=False, repr=False)
+class CopyTransform(Transform):
     """Adds independent, detached copies of columns, by a mapping of existing names to the copies' names."""
 
-    def __init__(self, mapping: Mapping[str, str]) -> None:
-        super().__init__()
-        self.mapping = dict(mapping)
+    mapping: Mapping[str, str]
 
     def forward(self, batch: TensorBatch) -> dict[str, Any]:
-        copied = dict(batch)
-        for old, new in self.mapping.items():
-            copied[new] = require_tensor(batch, old, "CopyTransform").detach().clone()
-        return copied
+        copies = {new: self.tensor(batch, old).detach().clone() for old, new in self.mapping.items()}
+        return {**batch, **copies}
 
 
-class RenameTransform(nn.Module):
+@dataclass(eq=False, repr=False)
+class RenameTransform(Transform):
     """Renames columns in their places, by a mapping of existing to new names.
 
     Raises ``UserError`` where a new name would overwrite another column.
     """
 
-    def __init__(self, mapping: Mapping[str, str]) -> None:
-        super().__init__()
-        self.mapping = dict(mapping)
+    mapping: Mapping[str, str]
 
     def forward(self, batch: TensorBatch) -> dict[str, Any]:
         for name in self.mapping:
@@ -68,16 +76,15 @@ class RenameTransform(nn.Module):
         return renamed
 
 
-class GroupTransform(nn.Module):
+@dataclass(eq=False, repr=False)
+class GroupTransform(Transform):
     """Moves columns into groups: ``{"features": ["a", "b"]}`` puts a and b into ``batch["features"]``.
 
     A column may be in several groups; names that the batch lacks are skipped. ``UserError`` where a group has the name of a
     column that stays.
     """
 
-    def __init__(self, mapping: Mapping[str, Sequence[str]]) -> None:
-        super().__init__()
-        self.mapping = {group: list(names) for group, names in mapping.items()}
+    mapping: Mapping[str, Sequence[str]]
 
     def forward(self, batch: TensorBatch) -> dict[str, Any]:
         moved = {name for names in self.mapping.values() for name in names}
@@ -91,25 +98,26 @@ class GroupTransform(nn.Module):
         return grouped
 
 
-class UnsqueezeTransform(nn.Module):
+@dataclass(eq=False, repr=False)
+class UnsqueezeTransform(Transform):
     """Inserts a dimension of size one at ``dim`` of one column (a view)."""
 
-    def __init__(self, column_name: str, dim: int) -> None:
-        super().__init__()
-        self.column_name = column_name
-        self.dim = dim
+    column_name: str
+    dim: int
 
     def forward(self, batch: TensorBatch) -> dict[str, Any]:
-        column = require_tensor(batch, self.column_name, "UnsqueezeTransform")
-        return {**batch, self.column_name: column.unsqueeze(self.dim)}
+        return {**batch, self.column_name: self.tensor(batch, self.column_name).unsqueeze(self.dim)}
 
 
-class SelectTransform(nn.Module):
+@dataclass(eq=False, repr=False)
+class SelectTransform(Transform):
     """Keeps only the named columns; ``("group", "name")`` names a column inside a group, which stays a group."""
 
-    def __init__(self, feature_names: Sequence[str | tuple[str, ...]]) -> None:
-        super().__init__()
-        self.paths = [(name,) if isinstance(name, str) else tuple(name) for name in feature_names]
+    feature_names: Sequence[str | tuple[str, ...]]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.paths = [(name,) if isinstance(name, str) else tuple(name) for name in self.feature_names]
         for path in self.paths:
             if len(path) not in (1, 2):
                 raise UserError(f"SelectTransform: {path} must be a name or a pair (group, name)")
@@ -121,58 +129,53 @@ class SelectTransform(nn.Module):
             selected[name] = column = require(batch, name, "SelectTransform")
             for each in inner:
                 one = {each: require(column, each, f"SelectTransform in '{name}'")}
-                selected[name] = {**groups.get(name, {}), **one}
-                groups[name] = selected[name]
+                selected[name] = groups[name] = {**groups.get(name, {}), **one}
         return selected
 
 
-class EqualityMaskTransform(nn.Module):
+@dataclass(eq=False, repr=False)
+class EqualityMaskTransform(Transform):
     """Combines a bool mask with "this feature has this value": ``mask <- mask op (feature == value)``.
 
     feature_name: column of the mask's shape. mask_name: bool column that is replaced by the result.
     """
 
-    def __init__(
-        self,
-        feature_name: str,
-        equality_value: float | bool,
-        mode: Literal["and", "or", "xor"] = "and",
-        mask_name: str = "target_padding_mask",
-    ) -> None:
-        super().__init__()
-        if mode not in MASK_OPERATIONS:
+    feature_name: str
+    equality_value: float | bool
+    mode: Literal["and", "or", "xor"] = "and"
+    mask_name: str = "target_padding_mask"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mode not in MASK_OPERATIONS:
             raise UserError(
-                f"EqualityMaskTransform: unknown mode '{mode}'; known: {', '.join(MASK_OPERATIONS)}"
+                f"EqualityMaskTransform: unknown mode '{self.mode}'; known: {', '.join(MASK_OPERATIONS)}"
             )
-        self.feature_name = feature_name
-        self.equality_value = equality_value
-        self.mode = mode
-        self.mask_name = mask_name
 
     def forward(self, batch: TensorBatch) -> dict[str, Any]:
-        mask = require_tensor(batch, self.mask_name, "EqualityMaskTransform")
-        equal = require_tensor(batch, self.feature_name, "EqualityMaskTransform") == self.equality_value
+        mask = self.tensor(batch, self.mask_name)
+        equal = self.tensor(batch, self.feature_name) == self.equality_value
         return {**batch, self.mask_name: MASK_OPERATIONS[self.mode](mask, equal)}
 
 
-class SequenceRollTransform(nn.Module):
+@dataclass(eq=False, repr=False)
+class SequenceRollTransform(Transform):
     """Rolls one column along axis 1 by ``roll`` and fills the freed places with ``padding_value``."""
 
-    def __init__(self, field_name: str, roll: int = -1, padding_value: int = 0) -> None:
-        super().__init__()
-        self.field_name = field_name
-        self.roll = roll
-        self.padding_value = padding_value
+    field_name: str
+    roll: int = -1
+    padding_value: int = 0
 
     def forward(self, batch: TensorBatch) -> dict[str, Any]:
-        column = require_tensor(batch, self.field_name, "SequenceRollTransform")
+        column = self.tensor(batch, self.field_name)
         rolled = column.roll(self.roll, dims=1)
         source = torch.arange(column.shape[1], device=column.device) - self.roll
         rolled[:, (source < 0) | (source >= column.shape[1])] = self.padding_value
         return {**batch, self.field_name: rolled}
 
 
-class NextTokenTransform(nn.Module):
+@dataclass(eq=False, repr=False)
+class NextTokenTransform(Transform):
     """Adds labels shifted by ``shift`` and cuts the last ``shift`` columns off every other sequence.
 
     label_field: the column to predict, ``[B, L + shift]``; its mask is ``label_field + mask_postfix``.
@@ -181,22 +184,31 @@ class NextTokenTransform(nn.Module):
     Raises ``UserError`` for sequences of no more than ``shift`` columns.
     """
 
-    def __init__(
-        self,
-        label_field: str,
-        shift: int = 1,
-        query_features: Sequence[str] | str = ("query_id", "query_id_mask"),
-        out_feature_name: str = "positive_labels",
-        mask_postfix: str = "_mask",
-    ) -> None:
-        super().__init__()
-        if shift < 1:
-            raise UserError(f"NextTokenTransform: shift must be at least 1, not {shift}")
-        self.label_field = label_field
-        self.shift = shift
-        self.query_features = {query_features} if isinstance(query_features, str) else set(query_features)
-        self.out_feature_name = out_feature_name
-        self.mask_postfix = mask_postfix
+    label_field: str
+    shift: int = 1
+    query_features: Sequence[str] | str = ("query_id", "query_id_mask")
+    out_feature_name: str = "positive_labels"
+    mask_postfix: str = "_mask"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.shift < 1:
+            raise UserError(f"NextTokenTransform: shift must be at least 1, not {self.shift}")
+        if isinstance(self.query_features, str):
+            self.query_features = (self.query_features,)
+
+    def forward(self, batch: TensorBatch) -> dict[str, Any]:
+        labels = self.tensor(batch, self.label_field)
+        mask = self.tensor(batch, self.label_field + self.mask_postfix)
+        if labels.dim() < 2 or labels.shape[1] <= self.shift:
+            raise UserError(
+                f"NextTokenTransform: '{self.label_field}' {tuple(labels.shape)} is too short for shift {self.shift}"
+            )
+        return {
+            **self._shortened(batch),
+            self.out_feature_name: labels[:, self.shift :],
+            self.out_feature_name + self.mask_postfix: mask[:, self.shift :],
+        }
 
     def _shortened(self, batch: TensorBatch) -> dict[str, Any]:
         """Without the last columns, groups too."""
@@ -206,26 +218,13 @@ class NextTokenTransform(nn.Module):
                 continue
             if isinstance(value, Mapping):
                 shorter[name] = self._shortened(value)
-            elif require_tensor(batch, name, "NextTokenTransform").dim() > 1:
+            elif self.tensor(batch, name).dim() > 1:
                 shorter[name] = value[:, : -self.shift]
         return shorter
 
-    def forward(self, batch: TensorBatch) -> dict[str, Any]:
-        labels = require_tensor(batch, self.label_field, "NextTokenTransform")
-        mask = require_tensor(batch, self.label_field + self.mask_postfix, "NextTokenTransform")
-        if labels.dim() < 2 or labels.shape[1] <= self.shift:
-            shape = tuple(labels.shape)
-            raise UserError(
-                f"NextTokenTransform: '{self.label_field}' {shape} is too short for shift {self.shift}"
-            )
-        return {
-            **self._shortened(batch),
-            self.out_feature_name: labels[:, self.shift :],
-            self.out_feature_name + self.mask_postfix: mask[:, self.shift :],
-        }
 
-
-class TokenMaskTransform(nn.Module):
+@dataclass(eq=False, repr=False)
+class TokenMaskTransform(Transform):
     """Adds a mask of kept tokens: real ones (``token_field`` True) whose uniform draw is at least ``mask_prob``.
 
     token_field: bool ``[L]`` or ``[B, L]``, True = real, padded on the left. The result is True = kept, False = hidden or
@@ -236,65 +235,47 @@ class TokenMaskTransform(nn.Module):
     ``[B, L]``), padding or not, exactly as RePlay does. Off by default: draws are per user, and padding is never kept.
     """
 
-    def __init__(
-        self,
-        token_field: str,
-        out_feature_name: str = "token_mask",
-        mask_prob: float = 0.15,
-        generator: torch.Generator | None = None,
-        *,
-        shared_mask: bool = False,
-    ) -> None:
-        super().__init__()
-        self.token_field = token_field
-        self.out_feature_name = out_feature_name
-        self.mask_prob = mask_prob
-        self.generator = generator
-        self.shared_mask = shared_mask
+    token_field: str
+    out_feature_name: str = "token_mask"
+    mask_prob: float = 0.15
+    generator: torch.Generator | None = None
+    shared_mask: bool = field(default=False, kw_only=True)
 
     def forward(self, batch: TensorBatch) -> dict[str, Any]:
-        real = require_tensor(batch, self.token_field, "TokenMaskTransform")
+        real = self.tensor(batch, self.token_field)
         shape = real.shape[-1:] if self.shared_mask else real.shape
-        kept = uniform(shape, real.device, self.generator) * real >= self.mask_prob
-        corrected = corrected_as_replay if self.shared_mask else corrected_rows
-        return {**batch, self.out_feature_name: corrected(kept & real, real)}
+        kept = (uniform(shape, real.device, self.generator) * real >= self.mask_prob) & real
+        if self.shared_mask and torch.equal(kept, real):
+            kept[-1] = False
+        elif self.shared_mask and not kept.any():
+            kept[-2] = True
+        elif not self.shared_mask:
+            everything = (kept == real).all(-1)
+            nothing = ~kept.any(-1) & ~everything
+            kept[..., -1] &= ~everything
+            if kept.shape[-1] > 1:
+                kept[..., -2] |= nothing & real[..., -2]
+        return {**batch, self.out_feature_name: kept}
 
 
-def corrected_rows(kept: Tensor, real: Tensor) -> Tensor:
-    """Each row ``[..., L]`` of its own: all real kept -> hide the last; none kept -> keep the one before, if real."""
-    everything = (kept == real).all(-1)
-    nothing = ~kept.any(-1) & ~everything
-    kept = kept.clone()
-    kept[..., -1] &= ~everything
-    if kept.shape[-1] > 1:
-        kept[..., -2] |= nothing & real[..., -2]
-    return kept
-
-
-def corrected_as_replay(kept: Tensor, real: Tensor) -> Tensor:
-    """The same two cases, once for the first axis of the whole tensor and blind to padding, as RePlay does."""
-    kept = kept.clone()
-    if torch.equal(kept, real):
-        kept[-1] = False
-    elif not kept.any():
-        kept[-2] = True
-    return kept
-
-
-class TrimTransform(nn.Module):
+@dataclass(eq=False, repr=False)
+class TrimTransform(Transform):
     """Keeps the last ``seq_len`` columns of the named features (left padding, so the newest events)."""
 
-    def __init__(self, seq_len: int, feature_names: Sequence[str] | str) -> None:
-        super().__init__()
-        if seq_len < 1:
-            raise UserError(f"TrimTransform: seq_len must be positive, not {seq_len}")
-        self.seq_len = seq_len
-        self.feature_names = [feature_names] if isinstance(feature_names, str) else list(feature_names)
+    seq_len: int
+    feature_names: Sequence[str] | str
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.seq_len < 1:
+            raise UserError(f"TrimTransform: seq_len must be positive, not {self.seq_len}")
+        if isinstance(self.feature_names, str):
+            self.feature_names = (self.feature_names,)
 
     def forward(self, batch: TensorBatch) -> dict[str, Any]:
         trimmed = dict(batch)
         for name in self.feature_names:
-            feature = require_tensor(batch, name, "TrimTransform")
+            feature = self.tensor(batch, name)
             if feature.shape[1] < self.seq_len:
                 raise UserError(
                     f"TrimTransform: '{name}' has {feature.shape[1]} columns, fewer than {self.seq_len}"

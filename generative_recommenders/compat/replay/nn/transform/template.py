@@ -37,7 +37,7 @@ def make_default_sasrec_transforms(
     if item is None:
         raise UserError("make_default_sasrec_transforms: the tensor schema has no item id feature")
     group = {"feature_tensors": list(tensor_schema.names)}
-    train = [
+    train: list[nn.Module] = [
         NextTokenTransform(label_field=item, query_features=[query_column, f"{query_column}_mask"]),
         RenameTransform({f"{item}_mask": "padding_mask", "positive_labels_mask": "target_padding_mask"}),
         UnsqueezeTransform("target_padding_mask", -1),
