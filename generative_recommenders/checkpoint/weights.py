@@ -32,9 +32,15 @@ def load_criterion(criterion: torch.nn.Module, checkpoint: Checkpoint) -> None:
     _load(criterion, checkpoint, "criterion.")
 
 
+def tensors_of(checkpoint: Checkpoint, part: str) -> dict[str, torch.Tensor]:
+    """The tensors of a part of a run ("model", "criterion" or "optimizer") under its own names."""
+    prefix = f"{part}."
+    return {name[len(prefix) :]: x for name, x in checkpoint.tensors.items() if name.startswith(prefix)}
+
+
 def _load(module: torch.nn.Module, checkpoint: Checkpoint, prefix: str) -> None:
     own = module.state_dict()
-    state = {name[len(prefix) :]: x for name, x in checkpoint.tensors.items() if name.startswith(prefix)}
+    state = tensors_of(checkpoint, prefix.removesuffix("."))
     for name, value in state.items():
         # torch converts other dtypes without a word, and a NaN would show in the numbers alone.
         if name in own and value.dtype != own[name].dtype:

@@ -58,7 +58,10 @@ def make_split(dataset: SequenceDataset, protocol: str = "leave_one_out") -> Spl
     validation, test = (np.where(targets > 0, targets, -1) for targets in (validation, test))
     seen = np.zeros(dataset.num_items + 1, bool)
     seen[dataset.items[training_events(dataset.offsets, stops)]] = True
-    unseen_validation, unseen_test = (_unseen(dataset, targets, seen) for targets in (validation, test))
+    unseen_validation, unseen_test = (
+        (targets >= 0) & ~seen[dataset.items[dataset.offsets[:-1] + np.maximum(targets, 0)]]
+        for targets in (validation, test)
+    )
     return Split(
         protocol=protocol,
         train_stops=stops.astype(np.int32),
@@ -104,12 +107,6 @@ def _events_until(dataset: SequenceDataset, cut: int) -> np.ndarray:
     assert dataset.timestamps is not None
     until = np.concatenate([[0], np.cumsum(dataset.timestamps <= cut)])
     return until[dataset.offsets[1:]] - until[dataset.offsets[:-1]]
-
-
-def _unseen(dataset: SequenceDataset, targets: np.ndarray, seen: np.ndarray) -> np.ndarray:
-    """``[U]`` bool: there is a target and its item is not ``seen``."""
-    at = dataset.offsets[:-1] + np.maximum(targets, 0)
-    return (targets >= 0) & ~seen[dataset.items[at]]
 
 
 def _count_repeated(dataset: SequenceDataset, targets: np.ndarray) -> int:

@@ -22,10 +22,10 @@ from generative_recommenders.data.manifest import (
     read_manifest,
     vocabulary_file,
 )
-from generative_recommenders.data.preparation import digests
+from generative_recommenders.data.preparation.digests import EventDigests
 from generative_recommenders.data.preparation.event_store import user_blocks
 from generative_recommenders.data.readers.tables import check_parquet
-from generative_recommenders.data.schema import STORED, EventColumn
+from generative_recommenders.data.schema import STORED
 from generative_recommenders.data.sources.download import file_digest
 from generative_recommenders.errors import UserError
 
@@ -192,38 +192,31 @@ class SequenceDataset:
                 )
         if self.items.min() < 1 or self.items.max() > self.num_items:
             raise UserError(f"{self.folder}: item ids outside 1..{self.num_items}; prepare the data again")
-        users = digests.id_hashes(_large_strings(self.original_user_ids()))
-        items = digests.id_hashes(_large_strings(self.original_item_ids()))
-        words = {each.name: self._vocabulary_hashes(each) for each in self.manifest.event_columns}
-        total = extra = 0
+        kinds = {each.name: each.kind for each in self.manifest.event_columns}
+        vocabularies = {
+            name: self._checked_vocabulary(name) for name, kind in kinds.items() if kind == "categorical"
+        }
+        user_ids, item_ids = (_large_strings(x) for x in (self.original_user_ids(), self.original_item_ids()))
+        digests = EventDigests(user_ids, item_ids, kinds, vocabularies)
         for first in range(0, self.num_events, VERIFY_EVENTS):
             part = slice(first, min(first + VERIFY_EVENTS, self.num_events))
             events = np.arange(part.start, part.stop)
             rows = np.searchsorted(self.offsets, events, side="right") - 1
             ratings, timestamps = (None if x is None else x[part] for x in (self.ratings, self.timestamps))
-            total += digests.events_digest(
-                users[rows], items[self.items[part] - 1], ratings, timestamps, events - self.offsets[rows]
-            )
-            for each in self.manifest.event_columns:
-                values = digests.value_words(self.extra[each.name][part], words[each.name])
-                positions = events - self.offsets[rows]
-                extra += digests.column_digest(each.name, each.kind, users[rows], positions, values)
-        columns_hash = digests.hex_digest(extra % (1 << 128)) if self.extra else ""
-        found = (digests.hex_digest(total % (1 << 128)), columns_hash)
-        if found != (self.manifest.data_hash, self.manifest.columns_hash):
+            extra = {name: values[part] for name, values in self.extra.items()}
+            positions = events - self.offsets[rows]
+            digests.add(rows, self.items[part] - 1, ratings, timestamps, positions, extra)
+        if digests.hashes() != (self.manifest.data_hash, self.manifest.columns_hash):
             raise UserError(
                 f"{self.folder}: the data does not match its hash; the folder was changed, prepare it again"
             )
 
-    def _vocabulary_hashes(self, column: EventColumn) -> np.ndarray | None:
-        if column.kind != "categorical":
-            return None
-        codes = self.extra[column.name]
-        if codes.min() < 0 or codes.max() > column.cardinality:
-            raise UserError(
-                f"{self.folder}: ids of {column.name} outside 0..{column.cardinality}; prepare the data again"
-            )
-        return digests.id_hashes(_large_strings(self.vocabulary(column.name)))
+    def _checked_vocabulary(self, name: str) -> pa.Array:
+        """The values of a categorical column; UserError where the column has ids of none."""
+        values, codes = _large_strings(self.vocabulary(name)), self.extra[name]
+        if codes.min() < 0 or codes.max() > len(values):
+            raise UserError(f"{self.folder}: ids of {name} outside 0..{len(values)}; prepare the data again")
+        return values
 
 
 def _large_strings(column: pa.ChunkedArray) -> pa.Array:

@@ -13,7 +13,7 @@ from absl import logging
 from generative_recommenders.build.catalogue import Catalogue
 from generative_recommenders.build.parts import build_model
 from generative_recommenders.checkpoint.store import Checkpoint, CheckpointStore
-from generative_recommenders.checkpoint.weights import data_facts, load_model, user_ids
+from generative_recommenders.checkpoint.weights import data_facts, load_model, tensors_of, user_ids
 from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.distributed.collectives import Collectives
@@ -90,11 +90,8 @@ def transfer(
     Rows of items, users and categories go where their original ids are now. UserError: tensors that are missing, or of another
     shape, except where `MAY_DIFFER` lets them.
     """
-    model, saved, ids = (
-        task.model,
-        RunSettings.from_json(checkpoint.settings()),
-        checkpoint.item_ids().to_pylist(),
-    )
+    model, ids = task.model, checkpoint.item_ids().to_pylist()
+    saved = RunSettings.from_json(checkpoint.settings())
     kinds = {saved.item_embedding, settings.item_embedding}
     if len(kinds) > 1 and "categorical" in kinds:
         raise UserError(
@@ -128,12 +125,14 @@ def transfer(
         else:
             to, of = (torch.from_numpy(each) for each in rows)
             own[name][to.to(own[name].device)] = value[of].to(own[name].device)
-    new += _copy_criterion(task.criterion, checkpoint)
+    criterion, saved_criterion = task.criterion.state_dict(), tensors_of(checkpoint, "criterion")
+    if {name: x.shape for name, x in criterion.items()} == {n: x.shape for n, x in saved_criterion.items()}:
+        task.criterion.load_state_dict(saved_criterion)
+    else:
+        new += [f"criterion.{name}" for name in criterion]
     known = len(known_items[0])
-    said.insert(
-        0,
-        f"{known} of {dataset.num_items} items known, {dataset.num_items - known} new, {len(ids) - known} gone",
-    )
+    items = f"{known} of {dataset.num_items} items known, {dataset.num_items - known} new, {len(ids) - known} gone"
+    said = [items, *said]
     said += [f"new: {', '.join(new)}"] * bool(new) + [f"left out: {', '.join(left_out)}"] * bool(left_out)
     logging.info("weights of %s: %s", checkpoint.path, "; ".join(said))
 
@@ -206,16 +205,6 @@ def _feature_modules(model: SequenceRecommender, owner: str) -> dict[str, tuple[
     names = {module: name for name, module in part.embedder.named_modules()}
     modules = {spec.name: part.embedder.embedder(spec.name) for spec in part.embedder.schema}
     return {feature: (f"{path}.embedder.{names[module]}", module) for feature, module in modules.items()}
-
-
-def _copy_criterion(criterion: torch.nn.Module, checkpoint: Checkpoint) -> list[str]:
-    """The weights of a loss that has some, where the checkpoint holds the same; the names of those that start new."""
-    prefix, own = "criterion.", criterion.state_dict()
-    saved = {name[len(prefix) :]: x for name, x in checkpoint.tensors.items() if name.startswith(prefix)}
-    if {name: x.shape for name, x in own.items()} == {name: x.shape for name, x in saved.items()}:
-        criterion.load_state_dict(saved)
-        return []
-    return [f"{prefix}{name}" for name in own]
 
 
 def pairs(ours: Sequence[Hashable], theirs: Sequence[Hashable]) -> Rows:

@@ -20,7 +20,7 @@ from generative_recommenders.build.parts import Catalogue, build_task
 from generative_recommenders.build.registered import build_part
 from generative_recommenders.checkpoint.broadcast import checkpoint_from_main, shards_on_main, with_rows
 from generative_recommenders.checkpoint.store import Checkpoint, CheckpointStore
-from generative_recommenders.checkpoint.weights import data_tensors, load_criterion, load_model
+from generative_recommenders.checkpoint.weights import data_tensors, load_criterion, load_model, tensors_of
 from generative_recommenders.config.registry import OPTIMIZERS
 from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.config.sections import MAX_PREFETCH
@@ -259,14 +259,11 @@ class Trainer:
     def _end_of_epoch(self, store: CheckpointStore | None, stop: Callable[[], bool]) -> None:
         p = self.progress
         self._check_parameters()
-        full = (
-            p.epoch % self.settings.evaluation.full_eval_every_n == 0
-            or p.epoch + 1 >= self.settings.schedule.num_epochs
-        )
+        evaluation, is_last = self.settings.evaluation, p.epoch + 1 >= self.settings.schedule.num_epochs
+        full = is_last or p.epoch % evaluation.full_eval_every_n == 0
         with self.log.timed("evaluation"):
-            result = self.evaluation.validation(
-                self.model, None if full else self.settings.evaluation.partial_eval_num_iters, stop, p.epoch
-            )
+            most = None if full else evaluation.partial_eval_num_iters
+            result = self.evaluation.validation(self.model, most, stop, p.epoch)
         metrics = result.all_metrics() if full else result.metrics()
         loss = p.epoch_loss / max(p.epoch_targets, 1.0)
         p.history.append(
@@ -353,10 +350,10 @@ class Trainer:
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{checkpoint.path} does not hold the state of a run: {error!r}") from error
         check_same_data(split_hash, self.split.hash)
-        for what in ("features", "columns"):  # whose hashes older releases did not save
-            now = getattr(self.dataset.manifest, f"{what}_hash")
-            named = {"features": "features of the data", "columns": "event columns of the data"}[what]
-            check_same_data(checkpoint.state.get(f"{what}_hash", now), now, named)
+        named = {"features_hash": "features of the data", "columns_hash": "event columns of the data"}
+        for hash_name, what in named.items():  # which older releases did not save
+            now = getattr(self.dataset.manifest, hash_name)
+            check_same_data(checkpoint.state.get(hash_name, now), now, what)
         if checkpoint.state.get("frozen", []) != self.frozen:
             raise UserError(
                 "train_fn.freeze holds other parameters than when this run began: keep it, or start a new run with "
@@ -366,10 +363,7 @@ class Trainer:
         checkpoint = with_rows(self.collectives, checkpoint, by_rows, self.model.items.shard)
         load_model(self.model, checkpoint)
         load_criterion(self.task.criterion, checkpoint)
-        prefix = "optimizer."
-        moments = {
-            name[len(prefix) :]: x for name, x in checkpoint.tensors.items() if name.startswith(prefix)
-        }
+        moments = tensors_of(checkpoint, "optimizer")
         # Releases before 0.2.0 did not count them.
         written = checkpoint.state.get("optimizer_tensors", len(moments))
         if len(moments) != written or (progress.step and not moments):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from generative_recommenders.data.export import export_parquet
 from generative_recommenders.data.feature_tables import align
 from generative_recommenders.data.preparation import prepare as preparation
-from generative_recommenders.data.preparation.digests import events_digest, hex_digest, id_hashes
+from generative_recommenders.data.preparation.digests import EventDigests
 from generative_recommenders.data.preparation.prepare import prepare
 from generative_recommenders.data.readers.events import RawRatings, ReadOptions
 from generative_recommenders.data.readers.sources import TextOptions
@@ -280,9 +280,10 @@ def test_unknown_filters_list_the_known(tmp_path: Path, name: str) -> None:
 
 def test_the_hash_does_not_depend_on_the_order_of_users_but_on_everything_else() -> None:
     def digest(users, items, ratings, times, positions) -> str:
-        user, item = (id_hashes(pa.array(texts, pa.large_string())) for texts in (users, items))
-        total = events_digest(user, item, np.array(ratings, np.float32), np.array(times), np.array(positions))
-        return hex_digest(total)
+        digests = EventDigests(*(pa.array(texts, pa.large_string()) for texts in (users, items)))
+        every = np.arange(len(users))
+        digests.add(every, every, np.array(ratings, np.float32), np.array(times), np.array(positions), {})
+        return digests.hashes()[0]
 
     base = digest(["u", "u", "v"], ["a", "b", "a"], [1, 2, 3], [5, 6, 7], [0, 1, 0])
     assert digest(["v", "u", "u"], ["a", "a", "b"], [3, 1, 2], [7, 5, 6], [0, 0, 1]) == base

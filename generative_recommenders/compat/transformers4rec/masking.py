@@ -80,11 +80,13 @@ class MaskSequence(nn.Module):
         asked for.
         """
         if training:
-            info = self.training_targets(item_ids)
-        else:
-            info = self.inference_targets(item_ids) if inference else self.evaluation_targets(item_ids)
-        self.mask_schema, self.masked_targets = info.schema, info.targets
-        self.has_labels = training or not inference
+            return self._keep(self.training_targets(item_ids))
+        if inference:
+            return self._keep(self.inference_targets(item_ids), has_labels=False)
+        return self._keep(self.evaluation_targets(item_ids))
+
+    def _keep(self, info: MaskingInfo, has_labels: bool = True) -> MaskingInfo:
+        self.mask_schema, self.masked_targets, self.has_labels = info.schema, info.targets, has_labels
         return info
 
     def training_targets(self, item_ids: Tensor) -> MaskingInfo:
@@ -135,8 +137,7 @@ class MaskSequence(nn.Module):
         inference = inference and not training
         # Only where it is asked for: a subclass may take the documented two arguments alone, and keep nothing.
         further = {"inference": True} if inference else {}
-        info = self.compute_masked_targets(item_ids, training=training, **further)
-        self.mask_schema, self.masked_targets, self.has_labels = info.schema, info.targets, not inference
+        info = self._keep(self.compute_masked_targets(item_ids, training=training, **further), not inference)
         return self.apply_mask_to_inputs(inputs, info.schema)
 
     def forward_output_size(self, input_size: torch.Size) -> torch.Size:

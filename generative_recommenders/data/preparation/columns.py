@@ -22,7 +22,7 @@ from generative_recommenders.data.manifest import (
     vocabulary_file,
     write_manifest,
 )
-from generative_recommenders.data.preparation import digests
+from generative_recommenders.data.preparation.digests import EventDigests, split_hash
 from generative_recommenders.data.preparation.event_store import chunks, write_numbers
 from generative_recommenders.data.readers.events import RawRatings
 from generative_recommenders.data.schema import STORED, EventColumn
@@ -70,20 +70,11 @@ class Bucket(NamedTuple):
     extra: dict[str, np.ndarray]
 
 
-class Hashes(NamedTuple):
-    """Hexadecimal hashes of the events, and of their further columns ("" without any)."""
-
-    data: str
-    columns: str
-
-
 def write_columns(
     folder: Path, sequences: Sequences, buckets: Iterable[Bucket], ticks_per_second: int
-) -> Hashes:
-    """Write the flat columns, times in seconds."""
-    user_hashes, item_hashes = digests.id_hashes(sequences.user_ids), digests.id_hashes(sequences.item_ids)
-    value_hashes = {name: digests.id_hashes(values) for name, values in sequences.vocabularies.items()}
-    total = extra_total = 0
+) -> tuple[str, str]:
+    """Write the flat columns, times in seconds; returns `EventDigests.hashes`."""
+    digests = EventDigests(sequences.user_ids, sequences.item_ids, sequences.kinds, sequences.vocabularies)
     names = ["items"] + ["ratings"] * sequences.has_ratings + ["timestamps"] * sequences.has_timestamps
     files = {name: column_file(folder, name).open("wb") for name in names}
     files |= {name: event_file(folder, name, kind).open("wb") for name, kind in sequences.kinds.items()}
@@ -94,17 +85,15 @@ def write_columns(
         for users, items, ratings, ticks, extra in buckets:
             seconds = None if ticks is None else ticks // ticks_per_second
             positions = np.arange(done, done + len(users)) - sequences.offsets[users]
-            words = (user_hashes[users], item_hashes[items], ratings, seconds, positions)
-            total += digests.events_digest(*words)
             for name, values in (("items", items + 1), ("ratings", ratings), ("timestamps", seconds)):
                 if values is not None:
                     write_numbers(files[name], values.astype(COLUMNS[name], copy=False))
+            stored = {}
             for name, kind in sequences.kinds.items():
                 scale = ticks_per_second if kind == "time" else 1
-                values = np.asarray(extra[name] // scale if scale > 1 else extra[name], STORED[kind])
-                bits = digests.value_words(values, value_hashes.get(name))
-                extra_total += digests.column_digest(name, kind, words[0], positions, bits)
-                write_numbers(files[name], values)
+                stored[name] = np.asarray(extra[name] // scale if scale > 1 else extra[name], STORED[kind])
+                write_numbers(files[name], stored[name])
+            digests.add(users, items, ratings, seconds, positions, stored)
             if ticks is not None:
                 tied = np.concatenate(
                     [
@@ -120,8 +109,7 @@ def write_columns(
             file.close()
     with column_file(folder, "offsets").open("wb") as file:
         write_numbers(file, sequences.offsets.astype(COLUMNS["offsets"]))
-    columns_hash = digests.hex_digest(extra_total % (1 << 128)) if sequences.kinds else ""
-    return Hashes(digests.hex_digest(total % (1 << 128)), columns_hash)
+    return digests.hashes()
 
 
 def write_tables(
@@ -130,16 +118,17 @@ def write_tables(
     sequences: Sequences,
     before: dict[str, int],
     dropped: int,
-    hashes: Hashes,
+    hashes: tuple[str, str],
     choices: dict[str, str],
 ) -> Manifest:
     """Write the Parquet tables of ids, features and vocabularies, and the manifest with its statistics.
 
-    before: counts as read. dropped: events that ``--duplicates`` left out. choices: how events were ordered, see `Manifest`.
+    before: counts as read. dropped: events that ``--duplicates`` left out. hashes: of `write_columns`. choices: how events were
+    ordered, see `Manifest`.
     """
     users, user_specs = align("user", sequences.user_ids, raw.user_features)
     items, item_specs = align("item", sequences.item_ids, raw.item_features)
-    tables, counts = dict(zip(TABLES, (items, users))), {}
+    tables, (counts, lengths) = dict(zip(TABLES, (items, users))), _sizes(sequences)
     if raw.item_features is not None and raw.filter == "none":
         tables[UNRATED] = unrated_items(sequences.item_ids, raw.item_features)
         counts["unrated_items"] = len(tables[UNRATED])
@@ -150,19 +139,19 @@ def write_tables(
     manifest = Manifest(
         name=raw.name,
         counts_before=before,
-        counts={**_counts(sequences), **counts},
-        lengths=_lengths(sequences),
+        counts=counts,
+        lengths=lengths,
         has_ratings=sequences.has_ratings,
         has_timestamps=sequences.has_timestamps,
-        data_hash=hashes.data,
+        data_hash=hashes[0],
         filter=raw.filter,
         features=item_specs + user_specs,
         source=raw.source,
         event_columns=[_describe(folder, sequences, name) for name in sequences.kinds],
-        columns_hash=hashes.columns,
+        columns_hash=hashes[1],
         tables={name: file_digest(folder / name, "sha256") for name in tables},
         split_hashes={
-            name: digests.split_hash(hashes.data, name)
+            name: split_hash(hashes[0], name)
             for name in PROTOCOLS
             if name != "global_time" or sequences.has_timestamps
         },
@@ -177,19 +166,16 @@ def write_tables(
     return manifest
 
 
-def _counts(sequences: Sequences) -> dict[str, int]:
+def _sizes(sequences: Sequences) -> tuple[dict[str, int], dict[str, float]]:
+    """Counts, and lengths of the users' sequences, as the manifest has them."""
     lengths = np.diff(sequences.offsets)
-    return {
+    counts = {
         "users": len(lengths),
         "items": len(sequences.item_ids),
         "events": sequences.num_events,
         "users_with_one_event": int((lengths == 1).sum()),
     }
-
-
-def _lengths(sequences: Sequences) -> dict[str, float]:
-    lengths = np.diff(sequences.offsets)
-    return {
+    return counts, {
         "min": int(lengths.min()),
         "median": float(np.median(lengths)),
         "mean": round(float(lengths.mean()), 4),

@@ -9,7 +9,7 @@ and the position in the user's sequence. ``mix`` is the finaliser of splitmix64 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -45,31 +45,52 @@ def id_hashes(ids: pa.Array) -> np.ndarray:
     return hashes
 
 
-def events_digest(
-    users: np.ndarray,
-    items: np.ndarray,
-    ratings: np.ndarray | None,
-    timestamps: np.ndarray | None,
-    positions: np.ndarray,
-) -> int:
-    """Sum of the digests of events, mod 2^128.
+class EventDigests:
+    """Sums of the digests of events and of their further columns, in any order.
 
-    users, items: ``[E]`` uint64, ``id_hashes`` of each event's ids. ratings: ``[E]`` float32. timestamps:
-    ``[E]`` int64. positions: ``[E]`` int64, 0-based in the user's sequence.
+    user_ids, item_ids: original ids, large_string, by internal number. kinds: of the further columns, by name. vocabularies: of
+    the categorical ones, row i for id i + 1.
     """
-    stars = _ABSENT if ratings is None else (ratings + np.float32(0)).view(np.uint32)  # one zero
-    times = _ABSENT if timestamps is None else timestamps.view(np.uint64)
-    return _sum_of_digests([users, items, stars, times, positions])
 
+    def __init__(
+        self,
+        user_ids: pa.Array,
+        item_ids: pa.Array,
+        kinds: Mapping[str, str] | None = None,
+        vocabularies: Mapping[str, pa.Array] | None = None,
+    ) -> None:
+        self.users, self.items = id_hashes(user_ids), id_hashes(item_ids)
+        self.values = {name: id_hashes(values) for name, values in (vocabularies or {}).items()}
+        # Columns add up in any order, each under the hash of its name and kind.
+        self.columns = {
+            name: id_hashes(pa.array([f"{name}:{kind}"], pa.large_string()))[0]
+            for name, kind in (kinds or {}).items()
+        }
+        self.total = self.columns_total = 0
 
-def column_digest(name: str, kind: str, users: np.ndarray, positions: np.ndarray, values: np.ndarray) -> int:
-    """Sum of the digests of a further column's values, mod 2^128; columns add up in any order.
+    def add(
+        self,
+        users: np.ndarray,
+        items: np.ndarray,
+        ratings: np.ndarray | None,
+        seconds: np.ndarray | None,
+        positions: np.ndarray,
+        extra: Mapping[str, np.ndarray],
+    ) -> None:
+        """Adds events ``[n]``. users, items: numbers from 0. positions: 0-based in the user's sequence. extra: further columns
+        as stored."""
+        owners = self.users[users]
+        stars = _ABSENT if ratings is None else (ratings + np.float32(0)).view(np.uint32)  # one zero
+        times = _ABSENT if seconds is None else seconds.view(np.uint64)
+        self.total += _sum_of_digests([owners, self.items[items], stars, times, positions])
+        for name, column in self.columns.items():
+            values = _words(extra[name], self.values.get(name))
+            self.columns_total += _sum_of_digests([owners, positions, column, values])
 
-    users: ``[E]`` uint64, ``id_hashes`` of the events' users. positions: see `events_digest`. values: ``[E]`` uint64, hashes of
-    the texts of a categorical column, bits of numbers and times.
-    """
-    column = id_hashes(pa.array([f"{name}:{kind}"], pa.large_string()))[0]
-    return _sum_of_digests([users, positions, column, values])
+    def hashes(self) -> tuple[str, str]:
+        """32 hexadecimal digits of the events, and of their further columns ("" without any)."""
+        columns = f"{self.columns_total % (1 << 128):032x}" if self.columns else ""
+        return f"{self.total % (1 << 128):032x}", columns
 
 
 def _sum_of_digests(words: Sequence[np.ndarray | np.uint64]) -> int:
@@ -87,12 +108,10 @@ def _sum_of_digests(words: Sequence[np.ndarray | np.uint64]) -> int:
     return total % (1 << 128)
 
 
-def value_words(values: np.ndarray, vocabulary: np.ndarray | None) -> np.ndarray:
-    """``[E]`` uint64 of stored values: the hash of a text (``vocabulary [C]``, ids from 1), the bits of a number."""
-    if vocabulary is not None:
-        return np.append(vocabulary, _ABSENT)[
-            np.asarray(values) - 1
-        ]  # the id 0, missing, takes the last place
+def _words(values: np.ndarray, vocabulary: np.ndarray | None) -> np.ndarray:
+    """``[n]`` uint64 of stored values: the hash of a text (``vocabulary [C]``, ids from 1), the bits of a number."""
+    if vocabulary is not None:  # the id 0, missing, takes the last place
+        return np.append(vocabulary, _ABSENT)[np.asarray(values) - 1]
     if values.dtype.kind == "i":
         return np.asarray(values).view(np.uint64)
     plain = np.where(np.isnan(values), np.float32("nan"), values + np.float32(0))  # one NaN, one zero
@@ -109,11 +128,6 @@ def chain(seed: np.uint64, words: Sequence[np.ndarray | np.uint64]) -> np.ndarra
 
 def _exact_sum(words: np.ndarray) -> int:
     return (int((words >> np.uint64(32)).sum()) << 32) + int((words & _LOW).sum())
-
-
-def hex_digest(total: int) -> str:
-    """32 hexadecimal digits of a sum mod 2^128."""
-    return f"{total:032x}"
 
 
 def split_hash(data_hash: str, protocol: str) -> str:

@@ -103,6 +103,7 @@ class _Runs:
         self.columns: dict[str, list[np.ndarray]] = {}
 
     def add(self, encoding: dict[str, Future]) -> None:
+        """Takes on a run; from the second one on the numbers lie in a file a column, mapped."""
         for name, job in encoding.items():
             dictionary, values = job.result()
             if dictionary is not None:
@@ -110,18 +111,15 @@ class _Runs:
             runs = self.columns.setdefault(name, [])
             runs.append(values)
             for place, values in enumerate(runs if len(runs) > 1 else []):
-                if not isinstance(values, np.memmap):
-                    runs[place] = self._in_file(name, values)
-
-    def _in_file(self, name: str, values: np.ndarray) -> np.ndarray:
-        """The values at the end of the column's file, mapped."""
-        if not self.spill.exists():
-            logging.info("the input exceeds the memory limit: events are kept in files")
-            self.spill.mkdir()
-        with (self.spill / f"{name}.bin").open("ab") as out:
-            first = out.tell()
-            write_numbers(out, values)
-        return np.memmap(out.name, values.dtype, "r+", first, values.shape)
+                if isinstance(values, np.memmap):
+                    continue
+                if not self.spill.exists():
+                    logging.info("the input exceeds the memory limit: events are kept in files")
+                    self.spill.mkdir()
+                with (self.spill / f"{name}.bin").open("ab") as out:
+                    first = out.tell()
+                    write_numbers(out, values)
+                runs[place] = np.memmap(out.name, values.dtype, "r+", first, values.shape)
 
     def merge(self, name: str) -> pa.Array:
         """The texts of all runs, each once; the codes of the runs become codes into them."""

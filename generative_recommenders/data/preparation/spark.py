@@ -64,7 +64,13 @@ def prepare_with_spark(raw: RawRatings, out_dir: str | Path, master: str = "loca
             ordered, order = _order(events, raw)
             dropped = 0 if raw.duplicates == "keep" else before["events"] - ordered.count()
             kept, catalogue = _filtered(ordered, *parse_filter(raw.filter))
-            _write_sorted(kept.orderBy("user", *order).drop(*_SCRATCH), kept, catalogue, scratch, kinds)
+            # Each sorted, as parts that are named in order.
+            uri = f"file://{scratch.resolve()}"
+            catalogue.orderBy("item").write.parquet(f"{uri}/items")
+            kept.groupBy("user").count().orderBy("user").write.parquet(f"{uri}/users")
+            for name in (name for name, kind in kinds.items() if kind == "categorical"):
+                kept.select(name).distinct().dropna().orderBy(name).write.parquet(f"{uri}/values-{name}")
+            kept.orderBy("user", *order).drop(*_SCRATCH).write.parquet(f"{uri}/events")
         with phase("write"):
             sequences = _sequences(raw, scratch, kinds)
             if raw.duplicates == "keep":
@@ -225,17 +231,6 @@ def _filtered(events: Any, name: str, least: int) -> tuple[Any, Any]:
             events = frequent(events).localCheckpoint()
             before, count = count, events.count()
     return events, events.select("item").distinct()
-
-
-def _write_sorted(events: Any, kept: Any, catalogue: Any, scratch: Path, kinds: dict[str, str]) -> None:
-    """Items, users with their lengths, values of categorical columns, and events, each sorted, as parts named in order."""
-    uri = f"file://{scratch.resolve()}"
-    catalogue.orderBy("item").write.parquet(f"{uri}/items")
-    kept.groupBy("user").count().orderBy("user").write.parquet(f"{uri}/users")
-    for name, kind in kinds.items():
-        if kind == "categorical":
-            kept.select(name).distinct().dropna().orderBy(name).write.parquet(f"{uri}/values-{name}")
-    events.write.parquet(f"{uri}/events")
 
 
 def _parts(folder: Path) -> list[Path]:

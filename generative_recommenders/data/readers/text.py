@@ -252,20 +252,20 @@ def _fault(path: Path, block: Block, dialect: Dialect, separator: str, num_field
 
 
 def rows_of(path: Path, block: Block, dialect: Dialect) -> Rows:
-    """The rows of a parsed block, which know their lines."""
-    return Rows(str(path), lambda row: f"line {line_of_row(block, row, dialect)}")
+    """The rows of a parsed block, blank lines not counted, which know the lines that they begin on."""
 
+    def line_of(row: int) -> str:
+        if not dialect.quoting or b'"' not in block.data:
+            lines = (number for number, line in enumerate(block.data.split(b"\n")) if line.strip(b" \t"))
+            return f"line {block.first_line + next((number for seen, number in enumerate(lines) if seen == row), 0)}"
+        text = block.data.decode().splitlines(keepends=True)
+        reader = csv.reader(text, delimiter=dialect.delimiter or " ")
+        seen, start = -1, 0
+        for fields in reader:
+            seen += bool(fields)
+            if seen == row:
+                break
+            start = reader.line_num
+        return f"line {block.first_line + start}"
 
-def line_of_row(block: Block, row: int, dialect: Dialect) -> int:
-    """The line that row ``row`` (from 0, blank lines not counted) of a parsed block begins on."""
-    if not dialect.quoting or b'"' not in block.data:
-        lines = (number for number, line in enumerate(block.data.split(b"\n")) if line.strip(b" \t"))
-        return block.first_line + next((number for seen, number in enumerate(lines) if seen == row), 0)
-    reader = csv.reader(block.data.decode().splitlines(keepends=True), delimiter=dialect.delimiter or " ")
-    seen, start = -1, 0
-    for fields in reader:
-        seen += bool(fields)
-        if seen == row:
-            break
-        start = reader.line_num
-    return block.first_line + start
+    return Rows(str(path), line_of)

@@ -13,6 +13,13 @@ HiddenStates = tuple[torch.Tensor, ...]
 
 
 class _Output(dict[str, Any]):
+    """A mapping whose keys are attributes too; made of one mapping where Lightning and DDP move it to a device."""
+
+    def __init__(
+        self, name: str, value: torch.Tensor | Mapping[str, Any], states: HiddenStates | None
+    ) -> None:
+        super().__init__(value if isinstance(value, Mapping) else {name: value, "hidden_states": states})
+
     def __getattr__(self, name: str) -> Any:
         try:
             return self[name]
@@ -26,10 +33,7 @@ class TrainOutput(_Output):
     def __init__(
         self, loss: torch.Tensor | Mapping[str, Any], hidden_states: HiddenStates | None = None
     ) -> None:
-        # Lightning and DDP move outputs by building their type from one mapping.
-        super().__init__(
-            loss if isinstance(loss, Mapping) else {"loss": loss, "hidden_states": hidden_states}
-        )
+        super().__init__("loss", loss, hidden_states)
 
 
 class InferenceOutput(_Output):
@@ -38,6 +42,4 @@ class InferenceOutput(_Output):
     def __init__(
         self, logits: torch.Tensor | Mapping[str, Any], hidden_states: HiddenStates | None = None
     ) -> None:
-        super().__init__(
-            logits if isinstance(logits, Mapping) else {"logits": logits, "hidden_states": hidden_states}
-        )
+        super().__init__("logits", logits, hidden_states)
