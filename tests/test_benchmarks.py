@@ -31,6 +31,7 @@ TINY = {
         "--one_user_repeats=1",
     ],
     "serve": ["--items=30", "--length=4", "--repeats=1"],
+    "serve_load": ["--items=30", "--length=4", "--requests=20", "--clients", "1", "4"],
     "top_k": ["--items=300", "--queries=4", "--k=5", "--dim=16", "--fit_steps=2", "--repeats=1"],
     "train_step": ["--steps=1", "--num_negatives=4", "--plain_steps=1"],
 }
@@ -48,9 +49,11 @@ POSITIVE = {
         "results.one_user.search_to_products.median",
     ),
     "serve": ("results.eager.batch_1_ms", "results.eager.batch_32_ms"),
+    "serve_load": ("results.clients_1.p50_ms", "results.clients_4.per_second"),
     "top_k": ("results.MoLBruteForceTopK.search_seconds", "results.MoLNaiveTopK50.recall"),
     "train_step": ("step_seconds", "tokens_per_second", "data_seconds", "peak_rss_mb", "plain_step_seconds"),
 }
+NEEDED = {"serve_load": ("fastapi", "uvicorn", "prometheus_client")}
 NO_PROGRAMS = {"gpu_setup", "plain_step"}
 
 
@@ -68,6 +71,8 @@ def test_every_benchmark_is_run() -> None:
 
 @pytest.mark.parametrize("name", sorted(TINY))
 def test_it_prints_json(name: str, tmp_path: Path) -> None:
+    for package in NEEDED.get(name, ()):
+        pytest.importorskip(package)
     result = run(name, TINY[name], tmp_path)
     for path in POSITIVE[name]:
         value = result

@@ -17,8 +17,14 @@ MAX_SECONDS = 1 << 53
 """Times lie between this and its negative: whole numbers that JSON and floats keep."""
 
 
+def is_table(given: Any) -> bool:
+    """Whether it is a table of pandas, polars, pyarrow or Spark."""
+    tables = (pd.DataFrame, pl.DataFrame, pl.LazyFrame, pa.Table, pa.RecordBatch)
+    return isinstance(given, tables) or hasattr(given, "toPandas")
+
+
 def as_frame(given: Any, what: str = "histories") -> pl.DataFrame:
-    """A table of pandas, polars, pyarrow or Spark, or what pandas makes one of; UserError for anything else."""
+    """A table (see `is_table`), or what pandas makes one of; UserError for anything else."""
     if isinstance(given, pl.LazyFrame):
         return given.collect()
     if isinstance(given, pl.DataFrame):
@@ -75,20 +81,26 @@ def whole_ids(ids: pl.Series) -> pl.Series:
 def listed(values: Any, what: str) -> list[Any]:
     """Ids as a list; UserError for a text, a table or a mapping, whose elements are no ids."""
     found = values.tolist() if hasattr(values, "tolist") else values
-    if isinstance(found, (str, bytes, Mapping, pd.DataFrame, pl.DataFrame)) or not isinstance(
-        found, Iterable
-    ):
+    if isinstance(found, (str, bytes, Mapping)) or is_table(found) or not isinstance(found, Iterable):
         raise UserError(
             f"{what} must be a list of item ids, got {type(values).__name__} {str(values)[:40]!r}"
         )
     return list(found)
 
 
-def lists_by_user(candidates: Any) -> dict[str, list[Any]]:
-    """Items of each user, of a mapping or a table ``user_id, item_id``; by user as text, since 7 may be "7" elsewhere."""
-    if not isinstance(candidates, Mapping):
-        groups = history_frame(candidates).group_by("user_id").agg("item_id")
+def candidate_lists(candidates: Any) -> list[Any] | dict[str, list[Any]]:
+    """Items for all users, or those of each user; by user as text, since 7 may be "7" elsewhere.
+
+    candidates: a list, a mapping by user, or a table of ``item_id`` and, by user, ``user_id``.
+    """
+    if is_table(candidates):
+        frame = as_frame(candidates, "candidates")
+        if "user_id" not in frame.columns and "item_id" in frame.columns:
+            return frame["item_id"].to_list()
+        groups = history_frame(frame).group_by("user_id").agg("item_id")
         candidates = dict(zip(groups["user_id"].to_list(), groups["item_id"].to_list()))
+    if not isinstance(candidates, Mapping):
+        return listed(candidates, "candidates")
     return {str(user): listed(items, f"candidates of user {user!r}") for user, items in candidates.items()}
 
 

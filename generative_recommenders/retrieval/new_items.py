@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -62,11 +62,13 @@ def _values(
         scaled = (values - encoding["mean"]) / encoding["std"]
         return torch.from_numpy(np.where(np.isfinite(scaled), scaled, 0.0)).float()
     listed = spec.kind == "categorical_list"
-    ids = {value: number for number, value in enumerate(encoding["categories"], start=1)}
-    rows: Sequence[Sequence[Any]] = [
-        [each for each in (row if listed else [row]) or () if each is not None] for row in column.to_list()
+    ids = {str(value): number for number, value in enumerate(encoding["categories"], start=1)}
+    # a value alone is a list of one
+    rows = [row if isinstance(row, list) else [row] for row in column.to_list()]
+    found = [
+        [ids.get(str(value), 0) for value in row if value is not None] or [spec.cardinality + 1]
+        for row in rows
     ]
-    found = [[ids.get(value, 0) for value in row] or [spec.cardinality + 1] for row in rows]
     unknown = sum(row.count(0) for row in found)
     if unknown:
         logging.warning("add_items: %d values of %s were not in training and add nothing", unknown, spec.name)

@@ -29,9 +29,10 @@ from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.inputs import Queries
 from generative_recommenders.modeling.model import SequenceRecommender
+from generative_recommenders.ops import dispatch
 from generative_recommenders.retrieval import quantized_search
 from generative_recommenders.retrieval.histories import Histories, HistoryReader
-from generative_recommenders.retrieval.inputs import as_frame, listed, lists_by_user, seconds
+from generative_recommenders.retrieval.inputs import as_frame, candidate_lists, is_table, listed, seconds
 from generative_recommenders.retrieval.new_items import add_rows
 from generative_recommenders.retrieval.product_search import search_products
 from generative_recommenders.retrieval.quantized_search import QuantizedItems
@@ -42,6 +43,9 @@ Output = Literal["pandas", "polars", "spark", "torch"]
 OUTPUTS = ("pandas", "polars", "spark", "torch")
 MAX_USERS = 1024
 """Users encoded at a time."""
+FEW_TOKENS = 256
+"""Events up to which one thread encodes at least as fast as several, and far faster beside other work: threads wait for each
+other after every operation, and each lasts microseconds."""
 MAX_SCORES = 1 << 25
 """Scores held at a time, where all are: 128 MiB."""
 
@@ -138,9 +142,9 @@ class Recommender:
         histories: a table (pandas, polars, pyarrow or Spark) of ``user_id, item_id`` and, where the model reads them,
         ``rating``, ``timestamp`` (seconds; events are sorted by it) and its event columns; or a mapping of each user to items,
         oldest first; or a `Session`. exclude_seen: no item of the history is recommended. candidates: the only items that may
-        be, a list for all users, or by user a mapping or a table ``user_id, item_id``, where users without any get none. at:
-        the time of the request, a datetime or seconds since 1970, which a model of ``next_time = "given"`` reads. fallback:
-        what users with no known item get; otherwise they are left out.
+        be, a list or a table ``item_id`` for all users, or by user a mapping or a table ``user_id, item_id``, where users
+        without any get none. at: the time of the request, a datetime or seconds since 1970, which a model of
+        ``next_time = "given"`` reads. fallback: what users with no known item get; otherwise they are left out.
 
         Returns a frame ``user_id, item_id, rank, score``, best first; or, as "torch", scores and internal ids ``[B, k]``, k no
         more than there are items. Equal scores are ranked by item id. Unknown items are dropped and counted in a warning.
@@ -152,13 +156,13 @@ class Recommender:
             raise UserError(f"fallback {fallback!r} is unknown; known: popular")
         users, values, ids, numeric = [], [torch.empty(0, k)], [torch.empty(0, k, dtype=torch.int64)], False
         allowed, of_users = None, {}
-        by_user = isinstance(candidates, (Mapping, pd.DataFrame, pl.DataFrame))
-        if by_user:
-            lists = lists_by_user(candidates)
+        lists = None if candidates is None else candidate_lists(candidates)
+        by_user = isinstance(lists, dict)
+        if isinstance(lists, dict):
             self.allowed([item for each in lists.values() for item in each])  # one warning for all
             of_users = {user: self.allowed(items, warn=False) for user, items in lists.items()}
-        elif candidates is not None:
-            allowed = self.allowed(candidates)
+        elif lists is not None:
+            allowed = self.allowed(lists)
         for some, queries in self._queries(histories, at, keep_empty=fallback == "popular"):
             if by_user:
                 none = torch.empty(0, dtype=torch.int64)
@@ -273,7 +277,8 @@ class Recommender:
 
         items: original ids, or one. UserError for an unknown item.
         """
-        k, items = self._checked(k), listed([items] if isinstance(items, (str, int)) else items, "items")
+        one = isinstance(items, (str, int, np.integer))
+        k, items = self._checked(k), listed([items] if one else items, "items")
         own = self.reader.known(items)
         every = torch.nn.functional.normalize(self.snapshot.embeddings.float(), dim=-1)
         cosines, ids = search_products(
@@ -288,7 +293,7 @@ class Recommender:
     def session(self, user: Any = None, history: Any = ()) -> Session:
         """A history that goes on by `append`. history: items, oldest first, or a DataFrame as for `recommend` without users."""
         session = Session(user, self.reader.max_length)
-        if isinstance(history, (pd.DataFrame, pl.DataFrame, pl.LazyFrame)):
+        if is_table(history):
             frame = as_frame(history)
         else:
             frame = pl.DataFrame({"item_id": listed(history, "history")}, strict=False)
@@ -359,8 +364,16 @@ class Recommender:
 
     def queries(self, histories: Histories) -> Queries:
         """What items are scored against, of a batch of histories."""
-        with torch.no_grad():
-            return self.model.encode_query(histories.batch)
+        threads = torch.get_num_threads()
+        few = int(histories.batch["lengths"].sum()) <= FEW_TOKENS and dispatch.fast_on_cpu(
+            self.snapshot.embeddings
+        )
+        try:
+            torch.set_num_threads(1 if few else threads)
+            with torch.no_grad():
+                return self.model.encode_query(histories.batch)
+        finally:
+            torch.set_num_threads(threads)
 
     def _queries(
         self, histories: Any, at: Any, keep_empty: bool = False

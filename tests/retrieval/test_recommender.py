@@ -125,8 +125,10 @@ def test_candidates_of_each_user_in_any_form(rec: Recommender, caplog: pytest.Lo
         expected = rec.recommend(histories, candidates=mapping)
     assert caplog.text.count("1 candidates are no items") == 1
     assert expected[["user_id", "item_id"]].to_numpy().tolist() == [[1, "i00004"], [2, "i00005"]]
-    pd.testing.assert_frame_equal(rec.recommend(histories, candidates=table), expected)
-    for form in (pd.Series, set, tuple, np.array):
+    arrow = pl.from_pandas(table)
+    for form in (table, arrow, arrow.lazy(), arrow.to_arrow()):
+        pd.testing.assert_frame_equal(rec.recommend(histories, candidates=form), expected)
+    for form in (pd.Series, set, tuple, np.array, lambda items: pd.DataFrame({"item_id": items})):
         found = rec.recommend({1: ["i00001"]}, candidates=form(["i00004", "i00007"]))
         assert set(found["item_id"]) == {"i00004", "i00007"}
 
@@ -188,6 +190,7 @@ def test_long_histories_are_cut_to_the_window_and_stay_seen(rec: Recommender) ->
 
 def test_similar_items_and_embeddings(rec: Recommender) -> None:
     near = rec.similar_items(["i00001"], k=4)
+    pd.testing.assert_frame_equal(rec.similar_items("i00001", k=4), near)
     assert near["rank"].tolist() == [1, 2, 3, 4] and "i00001" not in near["similar_id"].tolist()
     table = rec.item_embeddings()
     assert table.index.tolist() == rec.item_ids.to_pylist() and table.shape[1] == 8
@@ -340,6 +343,11 @@ def test_new_items_are_known_by_their_features(
     pd.testing.assert_frame_equal(again.recommend({"a": ["i00001", "n1"]}, k=100), read)
     again.add_items(frame.assign(item_id=["n3", "n4"]))
     assert len(again.recommend({"a": ["i00001", "n1"]}, k=100)) == 32
+    genre = features.loc["i00007", "genres"][0]  # alone it is a list of one
+    again.add_items(pd.DataFrame({"item_id": ["t"], "genres": [genre], "year": [None]}))
+    again.add_items(pd.DataFrame({"item_id": ["l"], "genres": [[genre]], "year": [None]}))
+    grown = again.item_embeddings()
+    assert np.array_equal(grown.loc["t"], grown.loc["l"])
     for faulty, words in (
         (frame, "known already"), (frame[["item_id"]].assign(item_id=["x", "y"]), "reads genres"),
     ):  # fmt: skip

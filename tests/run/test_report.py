@@ -213,8 +213,8 @@ def test_an_old_run_has_a_page_and_evaluation_adds_what_is_missing(
 
 @pytest.mark.parametrize(
     ("kind", "maps"),
-    [("HSTU", 4), ("DiffTransformer", 8), ("TwoTower", 4), ("MoL with users", 4), ("masked", 4), ("permuted", 4),
-     ("ratings", 4), ("event features", 4)],
+    [("HSTU", 4), ("FuXi", 4), ("LiGR", 4), ("DiffTransformer", 8), ("TwoTower", 4), ("MoL with users", 4), ("masked", 4),
+     ("permuted", 4), ("ratings", 4), ("event features", 4)],
 )  # fmt: skip
 def test_models_of_every_kind_have_a_page(tmp_path: Path, kind: str, maps: int) -> None:
     dataset = tiny_dataset(tmp_path, ragged_sequences(57, 30, seed=5), item_features=True)
@@ -226,6 +226,12 @@ def test_models_of_every_kind_have_a_page(tmp_path: Path, kind: str, maps: int) 
         {"model": ranks_of(dataset), "other": ranks_of(dataset, 1)},
     )
     page = Page(write_report(run).read_text())
+    channels = sum(
+        page.text.count(f"layer {layer}, by {what}, all heads")
+        for layer in (1, 2)
+        for what in ("place", "time")
+    )
+    assert channels == (4 if kind == "FuXi" else 0)
     assert page.text.count("layer 1, head") == maps // 2 and page.text.count("layer 2, head") == maps // 2
     assert "Recommendations for 5 users" in page.text and "two dimensions" in page.text
     assert ("[mask]" in page.text) == (kind in ("masked", "permuted"))
@@ -245,7 +251,7 @@ def test_attention_is_causal_and_that_of_the_model(tmp_path: Path, kind: str) ->
     }
     layers = layer_weights(model, batch)  # type: ignore[arg-type]
     assert [layer for layer, _ in layers] == [0, 1]
-    for _, weights in layers:
+    for _, (weights, _) in layers:
         assert weights.shape == (2, 6, 6) and bool((weights.triu(1) == 0).all())
         if kind != "HSTU":
             torch.testing.assert_close(weights.sum(-1), torch.ones(2, 6))

@@ -4,23 +4,34 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 
 from generative_recommenders.ops import dispatch
 
-_open: list[list[torch.Tensor]] = []
+
+class Observed(NamedTuple):
+    """Weights ``[H, T, T]`` of one history with a jagged layout: T are its tokens, row i is what token i attends to.
+
+    by: what they go by, where an attention is one of several side by side and H is 1 for all heads.
+    """
+
+    weights: torch.Tensor
+    by: str
+
+
+_open: list[list[Observed]] = []
 """One list for each `observed_weights` that is open."""
 
 
 @contextlib.contextmanager
-def observed_weights() -> Iterator[list[torch.Tensor]]:
-    """Collects the weights of every attention that is computed within, in their order, ``[H, T, T]`` each.
+def observed_weights() -> Iterator[list[Observed]]:
+    """Collects the weights of every attention that is computed within, in their order.
 
-    Of one history with a jagged layout: T are its tokens, row i what token i attends to. Plain references compute them, as fast
-    operations keep no such matrix.
+    Plain references compute them, as fast operations keep no such matrix.
     """
-    collected: list[torch.Tensor] = []
+    collected: list[Observed] = []
     _open.append(collected)
     try:
         with dispatch.references():
@@ -29,7 +40,7 @@ def observed_weights() -> Iterator[list[torch.Tensor]]:
         _open.pop()
 
 
-def observe(weights: torch.Tensor) -> None:
-    """Shows weights ``[H, T, T]`` to whoever observes."""
+def observe(weights: torch.Tensor, by: str = "") -> None:
+    """Shows weights ``[H, T, T]`` to whoever observes; by: see `Observed`."""
     for collected in _open:
-        collected.append(weights.detach().float().cpu())
+        collected.append(Observed(weights.detach().float().cpu(), by))

@@ -70,8 +70,9 @@ def table_attention_reference(v: torch.Tensor, layout: Layout, bias: TableBias) 
     outputs = []
     for place, table in enumerate(bias.tables):
         parts = (gathered(table, index[place]).unsqueeze(-3) for index in bias.indices)
-        weights = dense(parts, layout, v.new_zeros(1, layout.num_tokens, layout.num_tokens))[0]
-        outputs.append(torch.einsum("ij,jhd->ihd", weights * seen(layout), v))
+        weights = dense(parts, layout, v.new_zeros(1, layout.num_tokens, layout.num_tokens)) * seen(layout)
+        observe(weights, ("place", "time")[place])  # the order of `RelativeBias.tables`
+        outputs.append(torch.einsum("ij,jhd->ihd", weights[0], v))
     return outputs
 
 

@@ -12,7 +12,7 @@ import polars as pl
 import torch
 
 from generative_recommenders.modeling.model import SequenceRecommender
-from generative_recommenders.ops.attention.observed import observed_weights
+from generative_recommenders.ops.attention.observed import Observed, observed_weights
 from generative_recommenders.retrieval.recommender import Recommender
 from generative_recommenders.run.report.facts import Facts
 
@@ -113,8 +113,8 @@ def attention_maps(recommender: Recommender, facts: Facts, names: ItemNames) -> 
 
 def layer_weights(
     model: SequenceRecommender, batch: Mapping[str, torch.Tensor]
-) -> list[tuple[int, torch.Tensor]]:
-    """The attention of one history: (layer from 0, weights ``[H, T, T]``), in the order that they are computed.
+) -> list[tuple[int, Observed]]:
+    """The attention of one history with its layer, from 0, in the order that it is computed.
 
     A layer is a child of one of the encoder's module lists. batch: one row of `HistoryReader.read`.
     """
@@ -134,17 +134,19 @@ def layer_weights(
     return [(max(int(place), 0), each) for place, each in zip(places, weights)]
 
 
-def _shown(layers: list[tuple[int, torch.Tensor]], items: list[str], per_item: int) -> list[AttentionMap]:
+def _shown(layers: list[tuple[int, Observed]], items: list[str], per_item: int) -> list[AttentionMap]:
     """The maps with names of their tokens: of items, of ratings where these are tokens too, and of a mask slot."""
     tokens = items if per_item == 1 else [f"{name}{part}" for name in items for part in ("", " (rating)")]
-    numbers = [layer for layer, _ in layers]
+    numbers = [layer for layer, each in layers if not each.by]
     maps = []
-    for place, (layer, weights) in enumerate(layers):
+    for place, (layer, (weights, by)) in enumerate(layers):
         count = weights.shape[-1]
         named = [*tokens, *["[mask]"] * (count - len(tokens))][:count][-SHOWN_TOKENS:]
         for head, own in enumerate(weights):
-            title = f"layer {layer + 1}, head {head + 1}"
-            if numbers.count(layer) > 1:  # differential attention has two, of which the second is taken off
+            title = f"layer {layer + 1}, " + (f"by {by}, all heads" if by else f"head {head + 1}")
+            if (
+                not by and numbers.count(layer) > 1
+            ):  # differential attention has two, of which the second is taken off
                 title += f", attention {numbers[:place].count(layer) + 1}"
             softmax = bool(((own.sum(-1) - 1).abs() < 1e-3).all())
             maps.append(AttentionMap(title, own[-SHOWN_TOKENS:, -SHOWN_TOKENS:].numpy(), named, softmax))

@@ -14,6 +14,7 @@ from cycler import cycler
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -59,7 +60,8 @@ def svg(made: Figure, description: str) -> Markup:
     style: Any = {**_STYLE, "svg.hashsalt": description}
     with matplotlib.rc_context(style), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a glyph that this font lacks is drawn by the browser's
-        made.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+        # savefig would draw everything once more, to no file, before it asks for the layout
+        FigureCanvasSVG(made).print_svg(file, metadata={"Date": None, "Creator": None})
     text = file.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
@@ -252,10 +254,9 @@ def attention(one: AttentionMap) -> Markup:
     labels = [shortened(token, 20) for token in one.tokens]
     # what is not attended to at all keeps the colour of the page
     image = draw_heat_map(axes, np.where(one.weights == 0.0, np.nan, one.weights), labels, labels)
-    axes.set_xticklabels(labels, rotation=90, fontsize=8, parse_math=False)
-    axes.set_yticklabels(labels, fontsize=8, parse_math=False)
     axes.grid(visible=False)
-    axes.tick_params(length=0)
+    axes.tick_params(length=0, labelsize=8)
+    axes.tick_params(axis="x", labelrotation=90)
     axes.set(title=one.title)
     bar = made.colorbar(image, ax=axes, shrink=0.6, aspect=30)
     bar.ax.tick_params(labelsize=7, colors=_INK)
