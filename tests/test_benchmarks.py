@@ -20,6 +20,7 @@ TINY = {
     "gpu": ["--device=cpu", "--quick"],
     "incremental": ["--rows=2", "--length=8", "--repeats=1"],
     "jagged": ["--repeats=4"],
+    "large_catalogue": ["--items=3000", "--users=400", "--steps=2", "--eval_users=50", "--processes=2"],
     "long_run": ["--steps=100", "--samples=10"],
     "prepare": ["--lines=2000"],
     "recommend": [
@@ -42,6 +43,7 @@ POSITIVE = {
     "gpu": ("parity.tolerance", "steps.HSTU-large.step_ms", "epochs.epochs_measured"),
     "incremental": ("results.SASRec.scratch_ms", "results.HSTU.append_ms"),
     "jagged": ("setup.repeats",),
+    "large_catalogue": ("step_seconds", "eval_users_per_second", "peak_mb.resume"),
     "long_run": ("first_settled_mb", "highest_mb"),
     "prepare": ("seconds", "peak_rss_mb", "counts.users"),
     "recommend": (

@@ -12,6 +12,7 @@ from absl import logging
 
 from generative_recommenders.checkpoint.store import Checkpoint
 from generative_recommenders.errors import UserError
+from generative_recommenders.ops.embedding import all_finite
 
 _COUNTS, _USER_BYTES, _USER_OFFSETS = "data.item_counts", "data.user_ids.bytes", "data.user_ids.offsets"
 
@@ -47,7 +48,7 @@ def _load(module: torch.nn.Module, checkpoint: Checkpoint, prefix: str) -> None:
             raise UserError(
                 f"{checkpoint.path} does not fit the configuration: {prefix}{name} is {value.dtype}, not {own[name].dtype}"
             )
-        if value.is_floating_point() and not value.isfinite().all():
+        if not all_finite(value):
             raise UserError(f"{checkpoint.path}: {prefix}{name} holds numbers that are not finite")
     try:
         module.load_state_dict(state)

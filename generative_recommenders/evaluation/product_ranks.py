@@ -21,6 +21,8 @@ from generative_recommenders.ops.threads import in_threads
 
 USERS, ITEMS = 512, 2048
 """Of a block: 4 MiB of scores."""
+SHARD_SCORES = 1 << 25
+"""Of a block on an accelerator, where the catalogue is sharded."""
 
 
 @torch.no_grad()
@@ -54,17 +56,25 @@ def product_ranks_reference(
     seen: SeenItems | None = None,
     shard: RowShard | None = None,
 ) -> torch.Tensor:
-    """`product_ranks` from all scores ``[n, V]``."""
-    scores = queries @ items.T
+    """`product_ranks` from all scores ``[n, V]``; of a shard from blocks of them.
+
+    These are multiplied twice, since other processes need the target's score first, and it must be the block's own.
+    """
     if shard is None:
-        return exact_ranks(scores, target_ids, seen)
-    before, candidate = shard.before, (target_ids >= 1) & (target_ids <= shard.num_items)
+        return exact_ranks(queries @ items.T, target_ids, seen)
+    candidate = (target_ids >= 1) & (target_ids <= shard.num_items)
     if seen is not None:
         candidate &= ~seen.contains(target_ids)
-    held = (target_ids > before) & (target_ids <= before + len(items))
-    own = shard.total(scores_of(scores, target_ids - before).where(held, 0.0))
-    ahead = shard.total(count_ahead(scores, before + 1, own, target_ids, seen))
-    return torch.where(candidate, 1 + ahead, shard.num_items + 1)
+    width = max(1, SHARD_SCORES // max(len(queries), 1))
+    blocks = [(shard.before + start, items[start : start + width]) for start in range(0, len(items), width)]
+    own, ahead = queries.new_zeros(len(queries)), torch.zeros_like(target_ids)
+    for before, block in blocks:
+        held = (target_ids > before) & (target_ids <= before + len(block))
+        own += scores_of(queries @ block.T, target_ids - before).where(held, 0.0)
+    own = shard.total(own)
+    for before, block in blocks:
+        ahead += count_ahead(queries @ block.T, before + 1, own, target_ids, seen)
+    return torch.where(candidate, 1 + shard.total(ahead), shard.num_items + 1)
 
 
 def _ranks_of_block(

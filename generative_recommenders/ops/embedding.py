@@ -9,6 +9,8 @@ from generative_recommenders.ops import dispatch
 
 _SORTED_FROM = 1 << 15
 """Rows of a lookup, at least, whose gradient is summed sorted."""
+_BLOCK = 1 << 22
+"""Numbers that are looked at together."""
 _FEW = 8
 """Ids are few where more than so many times their number could be."""
 
@@ -63,6 +65,11 @@ def places_of(held: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 def places_of_reference(held: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """`places_of` by binary search."""
     return torch.searchsorted(held, ids)
+
+
+def all_finite(values: torch.Tensor) -> bool:
+    """Whether a tensor holds no NaN and no infinity; in blocks, so that a large table costs no memory of its size."""
+    return all(bool(block.isfinite().all()) for block in values.detach().reshape(-1).split(_BLOCK))
 
 
 class _Lookup(torch.autograd.Function):

@@ -12,6 +12,7 @@ import torch
 from absl import logging
 
 from generative_recommenders.errors import UserError
+from generative_recommenders.ops.embedding import all_finite
 
 WAIT, WARMUP, ACTIVE = 3, 2, 5
 
@@ -51,7 +52,7 @@ def check_finite_parameters(step: int, model: torch.nn.Module) -> None:
 
 
 def _non_finite_parameter(model: torch.nn.Module) -> str | None:
-    return next((name for name, value in model.named_parameters() if not value.isfinite().all()), None)
+    return next((name for name, value in model.named_parameters() if not all_finite(value)), None)
 
 
 def first_non_finite_module(model: torch.nn.Module, rerun: Callable[[], object]) -> str | None:

@@ -17,7 +17,11 @@ from generative_recommenders.data.splits import make_split
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.distributed.process_group import process_collectives
 from generative_recommenders.distributed.row_shards import RowShard
+from generative_recommenders.distributed.signals import StopRequested
 from generative_recommenders.errors import UserError
+from generative_recommenders.evaluation.product_ranks import product_ranks, product_ranks_reference
+from generative_recommenders.evaluation.ranks import exact_ranks
+from generative_recommenders.evaluation.seen_items import SeenItems
 from generative_recommenders.modeling.inputs import Queries
 from generative_recommenders.retrieval.product_search import search_products
 from generative_recommenders.retrieval.recommender import Recommender
@@ -109,6 +113,37 @@ def top_lists(items: torch.Tensor, queries: torch.Tensor, seen: torch.Tensor, k:
     return search_shards(queries, own, k, shard, seen)
 
 
+def ranks_of(items: torch.Tensor, queries: torch.Tensor, seen: torch.Tensor) -> list[torch.Tensor]:
+    """By products in the cache, and by blocks of scores; every item is a target of every query."""
+    shard = RowShard(1 + len(items), process_collectives("cpu"))
+    own = items[shard.before : shard.stop - 1]
+    targets, pairs = every_pair(items, queries, seen)
+    return [
+        rank(pairs[0], own, targets, pairs[1], shard) for rank in (product_ranks, product_ranks_reference)
+    ]
+
+
+def every_pair(items: torch.Tensor, queries: torch.Tensor, seen: torch.Tensor) -> Any:
+    targets = torch.arange(len(items) + 2).repeat(len(queries))  # with two ids that are no items
+    rows = torch.arange(len(queries)).repeat_interleave(len(items) + 2)
+    return targets, (queries[rows], SeenItems.padded(seen[rows], len(items)))
+
+
+def stopped(trainer: Trainer) -> bool:
+    """Whether an evaluation ends on this process, too, when another one is asked to stop."""
+    asked: list[int] = []
+
+    def stop() -> bool:
+        asked.append(1)
+        return trainer.collectives.rank == 1 and len(asked) > 1
+
+    try:
+        trainer.evaluation.test(trainer.model, stop)
+    except StopRequested:
+        return True
+    return False
+
+
 def search_input() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Items with equal scores on both sides of every shard's edge."""
     generator = torch.Generator().manual_seed(0)
@@ -129,6 +164,8 @@ def member(rank: int, world: int, folder: str, results: str) -> None:
         if world == WORLDS[-1]:
             found[case]["of two"] = reloaded(dataset, case, "sharded", Path(results) / f"{case} of 2")
         found[case]["replicated"] = reloaded(dataset, case, "replicated", own)
+    found["stopped"] = stopped(trainer_of(dataset, next(iter(CASES)), "sharded"))
+    found["ranks"] = ranks_of(*search_input())
     found["lists"] = [top_lists(*search_input(), k) for k in (1, 5, 30, 50)]
     torch.save(found, f"{results}/{world}-{rank}.pt")
     dist.destroy_process_group()
@@ -222,6 +259,20 @@ def test_top_lists_are_merged_with_their_ties(results: Measured, world: int) -> 
         for (values, ids), k in zip(each["lists"], (1, 5, 30, 50)):
             expected = search_products(queries, items, k, seen)
             assert torch.equal(values, expected[0]) and torch.equal(ids, expected[1])
+
+
+@WORLD
+def test_ranks_are_counted_over_shards_with_their_ties(results: Measured, world: int) -> None:
+    items, queries, seen = search_input()
+    targets, (rows, seen_items) = every_pair(items, queries, seen)
+    expected = exact_ranks(rows @ items.T, targets, seen_items)
+    for each in results.several(world):
+        assert all(torch.equal(ranks, expected) for ranks in each["ranks"])
+
+
+@WORLD
+def test_an_evaluation_stops_on_all_processes(results: Measured, world: int) -> None:
+    assert all(each["stopped"] for each in results.several(world))
 
 
 @WORLD

@@ -1,0 +1,152 @@
+"""Memory and time of training, evaluation and checkpoints over a large catalogue; the last line is JSON.
+
+    python benchmarks/large_catalogue.py --items=10000000
+    python benchmarks/large_catalogue.py --items=10000000 --processes=2 --optimizer=lazy_adamw
+
+SASRec of 4 blocks over made histories of Amazon Books' lengths (mean about 7, at most 50), 512 negatives a block of 64
+positions, 128 users a step in all. With several processes the item table is sharded over them. peak_mb is the most that the
+processes have held together up to the end of each stage, in MiB; the table alone takes table_mb.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from generative_recommenders.checkpoint.broadcast import checkpoint_from_main
+from generative_recommenders.checkpoint.store import CheckpointStore
+from generative_recommenders.config.schema import RunSettings
+from generative_recommenders.data.preparation.prepare import prepare_batches
+from generative_recommenders.data.readers.events import RawRatings
+from generative_recommenders.data.splits import make_split
+from generative_recommenders.data.store import SequenceDataset
+from generative_recommenders.distributed.launch import launch
+from generative_recommenders.distributed.memory import keep_freed_memory
+from generative_recommenders.distributed.process_group import process_collectives, process_device
+from generative_recommenders.training.trainer import Trainer
+
+MEAN_LENGTH, LONGEST, WARM_UP = 7, 50, 2
+
+
+def made_dataset(folder: Path, users: int) -> SequenceDataset:
+    """Histories whose items are exchanged later (`with_items`)."""
+    generator = np.random.default_rng(0)
+    lengths = np.minimum(5 + generator.geometric(1 / (MEAN_LENGTH - 4), users), LONGEST)
+    names = np.repeat(np.arange(users), lengths)
+    columns = {
+        "user": pa.array(names).cast(pa.large_string()),
+        "item": pa.array(["i"] * len(names), pa.large_string()),
+    }
+    columns["timestamp"] = pa.array(np.arange(len(names)))
+    prepare_batches(
+        RawRatings("made", [folder / "made.csv"]), [pa.table(columns)], folder / "prepared", 1 << 30
+    )
+    return SequenceDataset.open(folder / "prepared")
+
+
+def with_items(dataset: SequenceDataset, num_items: int) -> SequenceDataset:
+    """The same histories of items drawn from a catalogue of so many, most of which nobody has."""
+    items = np.random.default_rng(1).integers(1, num_items + 1, dataset.num_events, dtype=np.int32)
+    return dataclasses.replace(dataset, items=items, unrated=num_items - dataset.manifest.counts["items"])
+
+
+def worker(rank: int, world_size: int, args: argparse.Namespace, folder: str) -> int:
+    keep_freed_memory()
+    collectives = process_collectives(process_device())
+    dataset = with_items(SequenceDataset.open(Path(folder) / "prepared"), args.items)
+    settings = RunSettings().bind({
+        "train_fn.max_sequence_length": LONGEST, "train_fn.item_embedding_dim": args.dim, "train_fn.optimizer": args.optimizer,
+        "train_fn.local_batch_size": args.batch_size // world_size, "train_fn.sampling_strategy": "local",
+        "train_fn.negatives_sharing": "block", "train_fn.negatives_block_size": 64,
+        "train_fn.num_negatives": 512, "train_fn.item_table": "sharded" if world_size > 1 else "replicated",
+        "sasrec_encoder.num_blocks": 4, "sasrec_encoder.ffn_hidden_dim": args.dim, "train_fn.eval_users": args.eval_users,
+    })  # fmt: skip
+    seconds: dict[str, float] = {}
+    peaks: dict[str, int] = {"imports": peak(collectives.sum_scalar)}
+
+    def stage(name: str, work: Callable[[], Any]) -> Any:
+        started = time.perf_counter()
+        result = work()
+        seconds[name] = round(time.perf_counter() - started, 3)
+        peaks[name] = peak(collectives.sum_scalar)
+        return result
+
+    trainer = stage("build", lambda: Trainer(settings, dataset, make_split(dataset), collectives))
+    trainer.model.train()
+    steps: list[float] = []
+
+    def train() -> None:
+        while len(steps) < args.steps + WARM_UP:
+            for batch in trainer.loader.epoch(0):
+                started = time.perf_counter()
+                trainer.run_step(batch)
+                steps.append(time.perf_counter() - started)
+                if len(steps) == args.steps + WARM_UP:
+                    break
+
+    stage("steps", train)
+    stage("evaluation", lambda: trainer.evaluation.test(trainer.model))
+    checkpoints = Path(folder) / "checkpoints"
+    store = CheckpointStore(checkpoints, read_only=not collectives.is_main, joins_rows=world_size == 1)
+    if args.checkpoint:
+        stage("checkpoint", lambda: trainer.save(store))
+
+        def resume() -> None:
+            checkpoint = checkpoint_from_main(collectives, store.load_newest)
+            assert checkpoint is not None
+            trainer.restore(checkpoint)
+
+        stage("resume", resume)
+    if collectives.is_main:
+        result = {
+            "items": args.items, "dim": args.dim, "processes": world_size, "optimizer": args.optimizer,
+            "table_mb": round(4 * args.items * args.dim / 2**20), "step_seconds": round(statistics.median(steps[WARM_UP:]), 4),
+            "eval_users_per_second": round(args.eval_users / seconds["evaluation"], 1),
+            "threads": torch.get_num_threads(), "seconds": seconds, "peak_mb": peaks,
+        }  # fmt: skip
+        (Path(folder) / "result.json").write_text(json.dumps(result))
+    return 0
+
+
+def peak(total: Callable[[float], float]) -> int:
+    """Largest resident memory of all processes together so far, in MiB."""
+    return round(total(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    for name, default in (
+        ("items", 2_000_000), ("dim", 64), ("processes", 1), ("batch_size", 128), ("steps", 20), ("users", 20_000),
+        ("eval_users", 1024),
+    ):  # fmt: skip
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--optimizer", default="rowwise_adagrad")
+    parser.add_argument(
+        "--checkpoint", action=argparse.BooleanOptionalAction, default=True, help="also save and resume"
+    )
+    parser.add_argument("--folder", default=None, help="where checkpoints are written; a temporary one")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        made_dataset(Path(folder), args.users)
+        code = launch(worker, (args, folder), args.processes, 0, device_type="cpu")
+        if code == 0:
+            print((Path(folder) / "result.json").read_text())
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
