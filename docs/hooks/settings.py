@@ -5,7 +5,6 @@ A page asks by a line of its own, ``<!-- settings: NAME ARGUMENTS -->``; what is
 
 from __future__ import annotations
 
-import importlib
 import re
 import sys
 from collections.abc import Callable
@@ -18,21 +17,14 @@ ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+from generative_recommenders.commands.lists import register_built_in_parts  # noqa: E402
 from generative_recommenders.config.elsewhere import ELSEWHERE  # noqa: E402
 from generative_recommenders.config.fields import range_of, type_name  # noqa: E402
 from generative_recommenders.config.published import PUBLISHED, targets_in  # noqa: E402
 from generative_recommenders.config.registry import REGISTRIES, Part, Registry  # noqa: E402
 from generative_recommenders.config.schema import FIELDS, GROUPS, RunSettings  # noqa: E402
 
-for name in (
-    "build.model",
-    "build.objectives",
-    "training.optimizers",
-    "evaluation.seen_filters",
-    "retrieval.methods",
-    "data.sources.public",
-):
-    importlib.import_module(f"generative_recommenders.{name}")
+register_built_in_parts()
 
 MARK = re.compile(r"^<!-- settings: (\w+) ?(.*?) -->$", re.MULTILINE)
 HEAD = "| name | type and range | default | meaning |\n| --- | --- | --- | --- |"
