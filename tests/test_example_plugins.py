@@ -15,6 +15,7 @@ CASES = {
     "gru4rec": ("GRU4Rec", ["train_fn.main_module = 'GRU4Rec'", "gru4rec_encoder.hidden_dim = 12"]),
     "future": ("future", ["train_fn.objective = 'future'", "future_objective.horizon = 3"]),
     "bpr": ("BPR", ["train_fn.loss_module = 'BPR'", "bpr.margin = 0.5"]),
+    "newest": ("newest", ["train_fn.sampling_strategy = 'newest'", "newest_sampler.newest = 30"]),
     "cooldown": ("cooldown", ["train_fn.seen_filter = 'cooldown'", "cooldown.days = 2.5"]),
 }
 SHORT = [

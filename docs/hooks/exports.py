@@ -34,7 +34,9 @@ def exported(package: str) -> str:
         elif name in ELSEWHERE:
             links.append(f"[`{name}`]({ELSEWHERE[name]})")
         elif hasattr(value, "__qualname__"):
-            references.append(f"::: {value.__module__}.{value.__qualname__}")
+            references.append(
+                f"::: {value.__module__}.{value.__qualname__}\n    options:\n      show_root_full_path: false"
+            )
     head = "| function | registers | chosen by |\n| --- | --- | --- |"
     return "\n\n".join(
         [
