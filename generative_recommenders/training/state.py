@@ -1,12 +1,25 @@
-"""State of a run beside its model: progress, and the data it began with."""
+"""State of a run in its checkpoints: what is written beside the model, and how a run goes on from it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
 
+import torch
+from absl import logging
+
+from generative_recommenders.build.catalogue import reads_users
+from generative_recommenders.checkpoint.broadcast import shards_on_main, with_rows
+from generative_recommenders.checkpoint.store import Checkpoint, CheckpointStore
+from generative_recommenders.checkpoint.weights import data_tensors, load_criterion, load_model, tensors_of
+from generative_recommenders.data.loader import SequenceLoader
 from generative_recommenders.errors import UserError
 from generative_recommenders.evaluation.metrics import current_name
+from generative_recommenders.training.step import TABLE
+
+if TYPE_CHECKING:
+    from generative_recommenders.training.trainer import Trainer
 
 
 @dataclass
@@ -49,3 +62,110 @@ def check_same_data(saved_hash: str, current_hash: str, what: str = "the prepare
             f"{what} changed since this run began (hash {saved_hash} then, {current_hash} now): "
             "restore that data set or start a new run"
         )
+
+
+def write_state(trainer: Trainer, store: CheckpointStore, metric: float | None, is_best: bool) -> None:
+    """Model, loss, optimizer and progress as a checkpoint of the main process; shards of the table are sent to it."""
+    parts = {
+        "model": trainer.model.state_dict(),
+        "criterion": trainer.task.criterion.state_dict(),
+        "optimizer": trainer.step.optimizer.state_tensors(),
+    }
+    tensors = {f"{part}.{name}": x for part, named in parts.items() for name, x in named.items()}
+    shards: Iterator[tuple[int, int, dict[str, torch.Tensor]]] = iter(())
+    if (shard := trainer.model.items.shard) is not None:
+        rows = {name: tensors.pop(name) for name in _row_tensors(trainer, tensors)}
+        shards = shards_on_main(trainer.collectives, shard, rows)
+        if not trainer.collectives.is_main:
+            for _ in shards:
+                pass
+            return
+    users = trainer.dataset.original_user_ids() if reads_users(trainer.model) else None
+    tensors |= data_tensors(trainer.catalogue.counts, users)
+    manifest = trainer.dataset.manifest
+    state = {
+        "progress": asdict(trainer.progress),
+        "warnings": trainer.log.state(),
+        "data_hash": manifest.data_hash,
+        "split_hash": trainer.split.hash,
+        "features_hash": manifest.features_hash,
+        "columns_hash": manifest.columns_hash,
+        "data": trainer.catalogue.facts(trainer.model, trainer.dataset),
+        "optimizer_tensors": len(parts["optimizer"]),
+        "frozen": trainer.frozen,
+        "world_size": trainer.collectives.world_size,
+        "global_batch": trainer.loader.global_batch,
+    }
+    trainer.log.flush()
+    position = trainer.progress.epoch, trainer.progress.step
+    try:
+        store.save(position, tensors, state, metric, is_best, shards)
+    finally:
+        for _ in shards:  # where the disk is full the others are still sending
+            pass
+
+
+def _row_tensors(trainer: Trainer, tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """Names among a checkpoint's tensors of those that have a row for each row of the item table."""
+    prefix = "optimizer."
+    state = {name[len(prefix) :]: x for name, x in tensors.items() if name.startswith(prefix)}
+    return [TABLE, *(f"{prefix}{name}" for name in trainer.step.optimizer.row_state_names(state))]
+
+
+def restore_state(trainer: Trainer, checkpoint: Checkpoint) -> None:
+    """Continues from a checkpoint: refused on other data; a warning at another number of processes."""
+    try:
+        split_hash = checkpoint.state["split_hash"]
+        processes, batch = _positive(checkpoint, "world_size"), _positive(checkpoint, "global_batch")
+        progress = Progress(**checkpoint.state["progress"])
+        trainer.log.restore(checkpoint.state["warnings"])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{checkpoint.path} does not hold the state of a run: {error!r}") from error
+    check_same_data(split_hash, trainer.split.hash)
+    named = {"features_hash": "features of the data", "columns_hash": "event columns of the data"}
+    for hash_name, what in named.items():  # which older releases did not save
+        now = getattr(trainer.dataset.manifest, hash_name)
+        check_same_data(checkpoint.state.get(hash_name, now), now, what)
+    if checkpoint.state.get("frozen", []) != trainer.frozen:
+        raise UserError(
+            "train_fn.freeze holds other parameters than when this run began: keep it, or start a new run with "
+            "train_fn.initialize_from"
+        )
+    by_rows = {*_row_tensors(trainer, checkpoint.tensors), *checkpoint.row_shapes}
+    checkpoint = with_rows(trainer.collectives, checkpoint, by_rows, trainer.model.items.shard)
+    load_model(trainer.model, checkpoint)
+    load_criterion(trainer.task.criterion, checkpoint)
+    moments = tensors_of(checkpoint, "optimizer")
+    # Releases before 0.2.0 did not count them.
+    written = checkpoint.state.get("optimizer_tensors", len(moments))
+    if len(moments) != written or (progress.step and not moments):
+        raise UserError(f"{checkpoint.path} lacks optimizer state: it can be evaluated, not resumed")
+    trainer.step.optimizer.load_state_tensors(moments)
+    if processes != trainer.collectives.world_size and not trainer.settings.schedule.deterministic:
+        logging.warning(
+            "resuming a run of %d processes on %d: dropout draws differ",
+            processes, trainer.collectives.world_size,
+        )  # fmt: skip
+    if batch != trainer.loader.global_batch:
+        progress.step_in_epoch = _same_place(trainer.loader, progress.step_in_epoch, batch)
+    trainer.progress = progress
+    trainer.log.truncate_after(trainer.progress.step, trainer.progress.epoch)
+
+
+def _same_place(loader: SequenceLoader, steps: int, batch: int) -> int:
+    """The steps of an epoch that cover the users of ``steps`` steps of another global batch, and no more."""
+    users, now = loader.users.size, loader.global_batch
+    done = min(steps * batch, users)
+    same = len(loader) if done == users else done // now
+    logging.warning(
+        "resuming with a global batch of %d users, which was %d: after %d users of the epoch, %d of them are seen again",
+        now, batch, done, done - min(same * now, users),
+    )  # fmt: skip
+    return same
+
+
+def _positive(checkpoint: Checkpoint, name: str) -> int:
+    value = checkpoint.state[name]
+    if type(value) is not int or not 0 < value < 1 << 31:
+        raise ValueError(f"{name} is {value!r}")
+    return value

@@ -7,20 +7,19 @@ continues bit for bit.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from time import perf_counter
 
 import torch
 from absl import logging
 
-from generative_recommenders.build.catalogue import reads_users
 from generative_recommenders.build.parts import Catalogue, build_task
 from generative_recommenders.build.registered import build_part
-from generative_recommenders.checkpoint.broadcast import checkpoint_from_main, shards_on_main, with_rows
+from generative_recommenders.checkpoint.broadcast import checkpoint_from_main, with_rows
 from generative_recommenders.checkpoint.store import Checkpoint, CheckpointStore
-from generative_recommenders.checkpoint.weights import data_tensors, load_criterion, load_model, tensors_of
+from generative_recommenders.checkpoint.weights import load_model
 from generative_recommenders.config.registry import OPTIMIZERS
 from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.config.sections import MAX_PREFETCH
@@ -39,7 +38,7 @@ from generative_recommenders.training.callbacks import Recorder
 from generative_recommenders.training.captured_step import CapturedStep, can_capture
 from generative_recommenders.training.debug import check_finite, check_finite_parameters
 from generative_recommenders.training.optimizers import Optimizer
-from generative_recommenders.training.state import Progress, check_same_data
+from generative_recommenders.training.state import Progress, restore_state, write_state
 from generative_recommenders.training.step import TABLE, StepResult, TrainingStep
 
 BEST_BY = "ndcg@10"
@@ -289,106 +288,15 @@ class Trainer:
         if store is None or not (self.collectives.is_main or self.model.items.shard is not None):
             return
         with self.log.timed("checkpoints"):
-            self._write(store, metric, is_best)
+            write_state(self, store, metric, is_best)
 
     def _check_parameters(self) -> None:
         """NonFiniteError, on all processes, where one holds weights that are not finite."""
         together(self.collectives, lambda: check_finite_parameters(self.progress.step, self.task))
 
-    def _row_tensors(self, tensors: Mapping[str, torch.Tensor]) -> list[str]:
-        """Names among a checkpoint's tensors of those that have a row for each row of the item table."""
-        prefix = "optimizer."
-        state = {name[len(prefix) :]: x for name, x in tensors.items() if name.startswith(prefix)}
-        return [TABLE, *(f"{prefix}{name}" for name in self.step.optimizer.row_state_names(state))]
-
-    def _write(self, store: CheckpointStore, metric: float | None, is_best: bool) -> None:
-        parts = {
-            "model": self.model.state_dict(),
-            "criterion": self.task.criterion.state_dict(),
-            "optimizer": self.step.optimizer.state_tensors(),
-        }
-        tensors = {f"{part}.{name}": x for part, named in parts.items() for name, x in named.items()}
-        shards: Iterator[tuple[int, int, dict[str, torch.Tensor]]] = iter(())
-        if (shard := self.model.items.shard) is not None:
-            rows = {name: tensors.pop(name) for name in self._row_tensors(tensors)}
-            shards = shards_on_main(self.collectives, shard, rows)
-            if not self.collectives.is_main:
-                for _ in shards:
-                    pass
-                return
-        users = self.dataset.original_user_ids() if reads_users(self.model) else None
-        tensors |= data_tensors(self.catalogue.counts, users)
-        manifest = self.dataset.manifest
-        state = {
-            "progress": asdict(self.progress),
-            "warnings": self.log.state(),
-            "data_hash": manifest.data_hash,
-            "split_hash": self.split.hash,
-            "features_hash": manifest.features_hash,
-            "columns_hash": manifest.columns_hash,
-            "data": self.catalogue.facts(self.model, self.dataset),
-            "optimizer_tensors": len(parts["optimizer"]),
-            "frozen": self.frozen,
-            "world_size": self.collectives.world_size,
-            "global_batch": self.loader.global_batch,
-        }
-        self.log.flush()
-        position = self.progress.epoch, self.progress.step
-        try:
-            store.save(position, tensors, state, metric, is_best, shards)
-        finally:
-            for _ in shards:  # where the disk is full the others are still sending
-                pass
-
     def restore(self, checkpoint: Checkpoint) -> None:
         """Continues from a checkpoint: refused on other data; a warning at another number of processes."""
-        try:
-            split_hash = checkpoint.state["split_hash"]
-            processes, batch = _positive(checkpoint, "world_size"), _positive(checkpoint, "global_batch")
-            progress = Progress(**checkpoint.state["progress"])
-            self.log.restore(checkpoint.state["warnings"])
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{checkpoint.path} does not hold the state of a run: {error!r}") from error
-        check_same_data(split_hash, self.split.hash)
-        named = {"features_hash": "features of the data", "columns_hash": "event columns of the data"}
-        for hash_name, what in named.items():  # which older releases did not save
-            now = getattr(self.dataset.manifest, hash_name)
-            check_same_data(checkpoint.state.get(hash_name, now), now, what)
-        if checkpoint.state.get("frozen", []) != self.frozen:
-            raise UserError(
-                "train_fn.freeze holds other parameters than when this run began: keep it, or start a new run with "
-                "train_fn.initialize_from"
-            )
-        by_rows = {*self._row_tensors(checkpoint.tensors), *checkpoint.row_shapes}
-        checkpoint = with_rows(self.collectives, checkpoint, by_rows, self.model.items.shard)
-        load_model(self.model, checkpoint)
-        load_criterion(self.task.criterion, checkpoint)
-        moments = tensors_of(checkpoint, "optimizer")
-        # Releases before 0.2.0 did not count them.
-        written = checkpoint.state.get("optimizer_tensors", len(moments))
-        if len(moments) != written or (progress.step and not moments):
-            raise UserError(f"{checkpoint.path} lacks optimizer state: it can be evaluated, not resumed")
-        self.step.optimizer.load_state_tensors(moments)
-        if processes != self.collectives.world_size and not self.settings.schedule.deterministic:
-            logging.warning(
-                "resuming a run of %d processes on %d: dropout draws differ",
-                processes, self.collectives.world_size,
-            )  # fmt: skip
-        if batch != self.loader.global_batch:
-            progress.step_in_epoch = self._same_place(progress.step_in_epoch, batch)
-        self.progress = progress
-        self.log.truncate_after(self.progress.step, self.progress.epoch)
-
-    def _same_place(self, steps: int, batch: int) -> int:
-        """The steps of an epoch that cover the users of ``steps`` steps of another global batch, and no more."""
-        users, now = self.loader.users.size, self.loader.global_batch
-        done = min(steps * batch, users)
-        same = len(self.loader) if done == users else done // now
-        logging.warning(
-            "resuming with a global batch of %d users, which was %d: after %d users of the epoch, %d of them are seen again",
-            now, batch, done, done - min(same * now, users),
-        )  # fmt: skip
-        return same
+        restore_state(self, checkpoint)
 
     def _load_best(self, store: CheckpointStore | None) -> None:
         """The best state on every process, as the main one reads it; the last one is kept where that is lost."""
@@ -405,13 +313,6 @@ class Trainer:
             logging.warning(
                 "the checkpoint of the best epoch, %d, cannot be read: the last state is scored", epoch + 1
             )
-
-
-def _positive(checkpoint: Checkpoint, name: str) -> int:
-    value = checkpoint.state[name]
-    if type(value) is not int or not 0 < value < 1 << 31:
-        raise ValueError(f"{name} is {value!r}")
-    return value
 
 
 def set_precision(settings: RunSettings, device: torch.device) -> None:
