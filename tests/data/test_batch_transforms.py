@@ -55,11 +55,7 @@ def test_next_token_batch_against_lists(lengths):
             assert not after[f"target_{stem}"][row, len(expected) :].any()
 
 
-def test_columns_with_more_dimensions_and_a_rectangle_of_one():
-    batch = {"lengths": torch.tensor([2]), "tags": torch.tensor([[[1, 2], [3, 4], [0, 0]]])}
-    after = next_token_batch(batch, {"tags": "tags"})
-    assert after["past_tags"].tolist() == [[[1, 2], [0, 0]]]
-    assert after["target_tags"].tolist() == [[[3, 4], [0, 0]]]
+def test_a_rectangle_of_one_column_is_refused():
     with pytest.raises(UserError, match="'item_ids' has 1 columns"):
         next_token_batch({"lengths": torch.tensor([1]), "item_ids": torch.tensor([[1]])})
 

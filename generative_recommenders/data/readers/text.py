@@ -137,15 +137,15 @@ def _read_chunk(path: Path, stream, size: int, line: int) -> bytes:
         ) from error
 
 
-def first_lines(path: Path, quoting: bool = False, count: int = SAMPLE_LINES) -> tuple[list[str], int]:
-    """Up to ``count`` lines that are not blank, and the number of the first; UserError if there is none, or it is no text."""
+def first_lines(path: Path) -> tuple[list[str], int]:
+    """Some first lines that are not blank, and the number of the first one; UserError if there is none, or it is no text."""
     lines: list[str] = []
     first = 1
-    for block in read_blocks(path, quoting, MAX_LINE_BYTES):
+    for block in read_blocks(path, quoting=False, block_bytes=MAX_LINE_BYTES):
         if not block.data.strip(b" \t\n"):  # a million blank lines at once
             continue
         for number, line in enumerate(block.data.split(b"\n"), block.first_line):
-            if len(lines) == count or not line.strip(b" \t"):
+            if len(lines) == SAMPLE_LINES or not line.strip(b" \t"):
                 continue
             if b"\r" in line:
                 raise UserError(

@@ -42,9 +42,7 @@ class _WrongFileError(Exception):
     """A mirror delivered something else than the published file."""
 
 
-def fetch(
-    remote: RemoteFile, folder: Path, *, progress: bool = True, timeout: float = TIMEOUT_SECONDS
-) -> Path:
+def fetch(remote: RemoteFile, folder: Path, *, progress: bool = True) -> Path:
     """Path of the file in `folder`, downloaded unless a file of the right checksum is there already.
 
     Mirrors are tried in turn. Bytes go to ``NAME.part``, which takes the file's place only when it is whole and of the
@@ -67,7 +65,9 @@ def fetch(
             # pooch replaces the total by the answer's length; without one here it could not ask whether there is a bar.
             bar = tqdm(total=1, desc=remote.file_name, unit="B", unit_scale=True, disable=not progress)
             with bar, part.open("wb") as sink:
-                pooch.HTTPDownloader(bar, BLOCK_BYTES, headers=_HEADERS, timeout=timeout)(url, sink, None)
+                pooch.HTTPDownloader(bar, BLOCK_BYTES, headers=_HEADERS, timeout=TIMEOUT_SECONDS)(
+                    url, sink, None
+                )
             if remote.checksum is not None and not remote.describes(part):
                 raise _WrongFileError(f"its {remote.algorithm} is not the published {remote.checksum}")
             return part.replace(target)

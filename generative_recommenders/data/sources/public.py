@@ -78,9 +78,11 @@ def _remote(
     return RemoteFile(name, [mirror + name for mirror in mirrors], checksum, algorithm)
 
 
-def _without_header(delimiter: str, columns: str = "user,item,rating,timestamp") -> ReadOptions:
-    """Text as published: columns in this order, no header and no quotes."""
-    return ReadOptions(columns, TextOptions(delimiter, header=False, quoting="none"), time_unit="s")
+def _without_header(delimiter: str) -> ReadOptions:
+    """Text as published: no header and no quotes."""
+    return ReadOptions(
+        "user,item,rating,timestamp", TextOptions(delimiter, header=False, quoting="none"), time_unit="s"
+    )
 
 
 PUBLISHED = {
