@@ -47,6 +47,7 @@ def test_using_loss_functions() -> None:
     commitment_loss, embedding_loss = torch.tensor(0.5), torch.tensor(0.25)
     vqvae_loss = VQVAELoss(commitment_cost=0.25)
     losses = vqvae_loss(x, x_recon, commitment_loss, embedding_loss)
+    assert set(losses) == {"total_loss", "reconstruction_loss", "commitment_loss", "embedding_loss"}
     total = (x - x_recon).square().mean() + 0.25 * 0.5 + 0.25
     assert torch.allclose(losses["total_loss"], total)
 

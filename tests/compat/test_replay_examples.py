@@ -28,6 +28,20 @@ from generative_recommenders.compat.replay.nn.transform.template import make_def
 NUM_UNIQUE_ITEMS = 40
 
 
+def _schema(cardinality: int) -> TensorSchema:
+    item = TensorFeatureInfo(
+        "item_id",
+        is_seq=True,
+        feature_type=FeatureType.CATEGORICAL,
+        embedding_dim=256,
+        padding_value=NUM_UNIQUE_ITEMS,
+        cardinality=cardinality,
+        feature_hint=FeatureHint.ITEM_ID,
+        feature_sources=[TensorFeatureSource(FeatureSource.INTERACTIONS, "item_id")],
+    )
+    return TensorSchema([item])
+
+
 def _step_and_score(model: torch.nn.Module, tensor_schema: TensorSchema) -> None:
     """One step on a batch made by the default transforms, then inference with candidates."""
     items = torch.randint(0, NUM_UNIQUE_ITEMS, (3, 11))
@@ -54,20 +68,7 @@ def _step_and_score(model: torch.nn.Module, tensor_schema: TensorSchema) -> None
 
 
 def test_sasrec() -> None:
-    tensor_schema = TensorSchema(
-        [
-            TensorFeatureInfo(
-                "item_id",
-                is_seq=True,
-                feature_type=FeatureType.CATEGORICAL,
-                embedding_dim=256,
-                padding_value=NUM_UNIQUE_ITEMS,
-                cardinality=NUM_UNIQUE_ITEMS + 1,
-                feature_hint=FeatureHint.ITEM_ID,
-                feature_sources=[TensorFeatureSource(FeatureSource.INTERACTIONS, "item_id")],
-            ),
-        ]
-    )
+    tensor_schema = _schema(NUM_UNIQUE_ITEMS + 1)
     body = SasRecBody(
         embedder=SequenceEmbedding(
             schema=tensor_schema,
@@ -99,20 +100,7 @@ def test_sasrec() -> None:
 def test_two_tower(tmp_path: Path) -> None:
     path = tmp_path / "item_features.parquet"
     pq.write_table(pa.table({"item_id": list(range(NUM_UNIQUE_ITEMS))}), path)
-    tensor_schema = TensorSchema(
-        [
-            TensorFeatureInfo(
-                "item_id",
-                is_seq=True,
-                feature_type=FeatureType.CATEGORICAL,
-                embedding_dim=256,
-                padding_value=NUM_UNIQUE_ITEMS,
-                cardinality=NUM_UNIQUE_ITEMS,
-                feature_hint=FeatureHint.ITEM_ID,
-                feature_sources=[TensorFeatureSource(FeatureSource.INTERACTIONS, "item_id")],
-            ),
-        ]
-    )
+    tensor_schema = _schema(NUM_UNIQUE_ITEMS)
     common_aggregator = SumAggregator(embedding_dim=256)
     body = TwoTowerBody(
         schema=tensor_schema,

@@ -31,19 +31,6 @@ def test_defaults_are_the_documented_ones():
     assert not SCEParams(1, 2, 3).mix_x
 
 
-def test_ce_takes_the_arguments_of_cross_entropy():
-    weight, hidden, labels, mask = scene()
-    logits, flat = (hidden @ weight.t())[mask[:, :, 0]], labels[mask]
-    for options in (
-        {"label_smoothing": 0.1},
-        {"reduction": "sum"},
-        {"ignore_index": int(flat[0])},
-        {"weight": torch.rand(9)},
-    ):
-        expected = F.cross_entropy(logits, flat, **options)
-        assert_near(with_logits(CE(**options), weight)(hidden, labels, mask), expected, 1e-6)
-
-
 def test_ce_sampled_takes_label_smoothing_and_reduction():
     weight, hidden, labels, mask = scene()
     negatives = torch.tensor([100, 101]) % 9

@@ -286,22 +286,6 @@ def test_missing_files_columns_items_and_features_are_named(tmp_path: Path) -> N
         _two_tower(TOWER, schema, FeaturesReader(schema, METADATA, few))
 
 
-def test_documented_two_tower_example_trains(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    schema = TensorSchema([_item(width=8)])
-    path = _write(tmp_path / "item_features.parquet", {"item_id": list(range(NUM_UNIQUE_ITEMS))})
-    reader = FeaturesReader(schema=schema, metadata={"item_id": {}}, path=path)
-    model = _two_tower(TOWER, schema, reader)
-    losses = _train(model)
-    assert losses[-1] < 0.6 * losses[0]
-    model.eval()
-    batch = _batch()
-    candidates = torch.tensor([5, 7])
-    every = model(batch["feature_tensors"], batch["padding_mask"]).logits
-    some = model(batch["feature_tensors"], batch["padding_mask"], candidates).logits
-    assert torch.allclose(some, every[:, candidates], atol=1e-5)
-
-
 class LastItemGate(torch.nn.Module):
     """A context merger that zeroes hidden states of rows whose first feature value is 0."""
 

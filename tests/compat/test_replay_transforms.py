@@ -304,25 +304,6 @@ def test_default_sets(make):
         assert set(kept) == {"user", "seen_ids", "padding_mask", "feature_tensors"}
 
 
-def test_bad_input_is_named():
-    items = {"item_id": torch.tensor([[1, 2]])}
-    for transform, words in [
-        (NextTokenTransform("item_id"), "item_id_mask"),
-        (NextTokenTransform("item_id", shift=2, mask_postfix=""), "too short"),
-        (TrimTransform(3, "item_id"), "fewer than 3"),
-        (TokenMaskTransform("absent"), "no column 'absent'"),
-        (MultiClassNegativeSamplingTransform(1, torch.ones(2, 3)), "negative_selector"),
-    ]:
-        with pytest.raises(UserError, match=words):
-            transform(items)
-    with pytest.raises(UserError, match="pool of 1"):
-        UniformNegativeSamplingTransform(3, 2, sample_distribution=torch.tensor([0.0, 1.0, 0.0]))
-    with pytest.raises(UserError, match="2 scores a row for 3 items"):
-        SeenItemsFilter(3).on_prediction({"seen_ids": torch.tensor([[0]])}, torch.zeros(1, 2))
-    with pytest.raises(UserError, match="no classes"):
-        MultiClassNegativeSamplingTransform(1, torch.ones(0, 3))
-
-
 @pytest.mark.parametrize("names", [["a"], None])
 def test_next_token_names_a_column_that_is_no_tensor(names):
     batch = {"item_id": torch.tensor([[1, 2]]), "item_id_mask": torch.ones(1, 2, dtype=torch.bool)}
@@ -364,15 +345,6 @@ def test_columns_move_as_told():
 def test_sequence_roll(roll, expected):
     rolled = SequenceRollTransform("x", roll, padding_value=9)({"x": torch.tensor([[1, 2, 3]])})
     assert rolled["x"].tolist() == [expected]
-
-
-@pytest.mark.parametrize(
-    ("mode", "expected"),
-    [("and", [False, True, False]), ("or", [True, True, True]), ("xor", [True, False, True])],
-)
-def test_equality_mask(mode, expected):
-    batch = {"target_padding_mask": torch.tensor([True, True, False]), "kind": torch.tensor([0, 2, 2])}
-    assert EqualityMaskTransform("kind", 2, mode)(batch)["target_padding_mask"].tolist() == expected
 
 
 def test_uniform_negatives_are_distinct_real_items():
@@ -437,9 +409,16 @@ def test_faults_of_columns_and_weights_are_one_clear_line():
             MultiClassNegativeSamplingTransform(1, torch.ones(2, 3), negative_selector_name="lengths"),
             "between 0 and 1",
         ),
+        (MultiClassNegativeSamplingTransform(1, torch.ones(2, 3)), "no column 'negative_selector'"),
+        (NextTokenTransform("item_ids"), "item_ids_mask"),
+        (NextTokenTransform("item_ids", shift=2, mask_postfix=""), "too short"),
+        (TrimTransform(3, "item_ids"), "fewer than 3"),
+        (TokenMaskTransform("absent"), "no column 'absent'"),
     ]:
         with pytest.raises(UserError, match=words):
             transform(ids)
+    with pytest.raises(UserError, match="2 scores a row for 3 items"):
+        SeenItemsFilter(3).on_prediction({"seen_ids": torch.tensor([[0]])}, torch.zeros(1, 2))
     for make, words in [
         (lambda: NextTokenTransform("x", shift=0), "at least 1"),
         (lambda: TrimTransform(0, "x"), "must be positive"),
@@ -454,6 +433,11 @@ def test_faults_of_columns_and_weights_are_one_clear_line():
         ),
         (lambda: MultiClassNegativeSamplingTransform(2, torch.tensor([[1, 1], [1, 0]])), "pool of 1"),
         (lambda: MultiClassNegativeSamplingTransform(1, torch.ones(3)), "classes, items"),
+        (lambda: MultiClassNegativeSamplingTransform(1, torch.ones(0, 3)), "no classes"),
+        (
+            lambda: UniformNegativeSamplingTransform(3, 2, sample_distribution=torch.tensor([0.0, 1.0, 0.0])),
+            "pool of 1",
+        ),
     ]:
         with pytest.raises(UserError, match=words):
             make()
