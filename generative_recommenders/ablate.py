@@ -16,6 +16,7 @@ from absl import logging
 
 from generative_recommenders.commands.ablation import jobs
 from generative_recommenders.commands.ablation.plan import Ablation, Run, cells_of
+from generative_recommenders.commands.ablation.records import Finished
 from generative_recommenders.commands.ablation.search import Search
 from generative_recommenders.commands.ablation.tables import collect, write_tables
 from generative_recommenders.commands.program import exit_code
@@ -30,7 +31,9 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("file", help="the ablation's gin file, as configs/ablations/ml-1m-losses.gin")
     made.add_argument(
-        "--seeds", type=int, default=1, help="runs of each cell, by the file's seed and those after it"
+        "--seeds",
+        type=int,
+        help="runs of each cell, by the file's seed and those after it; as the file says, or one, by default",
     )
     made.add_argument("--jobs", type=int, help="runs at a time; one a GPU, or one, by default")
     made.add_argument(
@@ -56,24 +59,25 @@ def parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     """Runs what is missing, writes the tables, prints the Markdown; 1 where a run failed."""
     file = Path(args.file)
-    if args.seeds < 1 or args.trials < 1 or (args.jobs is not None and args.jobs < 1):
+    if any(given is not None and given < 1 for given in (args.seeds, args.trials, args.jobs)):
         raise UserError("--seeds, --jobs and --trials must be 1 or more")
-    if args.search and (args.seeds > 1 or args.only):
+    if args.search and ((args.seeds or 1) > 1 or args.only):
         raise UserError("--search runs one seed of every trial: leave out --seeds and --only")
     load_plugins(tuple(args.plugin))
     out = Path(args.runs or Path("runs") / "ablations" / file.stem)
     ablation = Ablation.load(file, args.gin_bindings, out)
-    finished: dict[str, list[Run]] = {}
+    finished: dict[str, list[Finished]] = {}
     failed: dict[str, str] = {}
 
     def done(run: Run, failure: str | None) -> None:
         if failure is None:
-            finished.setdefault(run.cell.name, []).append(run)
+            finished.setdefault(run.cell.name, []).append(Finished.of(run))
         else:
             failed[run.name] = failure
             logging.error("%s failed: %s", run.name, failure)
 
-    command_of = partial(jobs.next_command, data_root=Path(args.data_root), plugins=args.plugin)
+    flags = [f"--data_root={args.data_root}", *(f"--plugin={each}" for each in args.plugin)]
+    command_of = partial(jobs.next_command, flags=flags)
     if args.search:
         search = Search(ablation, args.trials)
 
@@ -86,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         jobs.run_all(_list(ablation, args), done, jobs.slots(args.jobs), command_of)
     for runs in finished.values():
-        runs.sort(key=lambda each: each.settings.schedule.random_seed)
+        runs.sort(key=lambda each: each.summary["seed"])
     results = {**collect(dict(sorted(finished.items())), ablation.settings.metric), "failed": failed}
     show(write_tables(results, out, f"Ablation {file.stem}"))
     logging.info("tables and runs are in %s", out)
@@ -101,8 +105,10 @@ def _list(ablation: Ablation, args: argparse.Namespace) -> Callable[[], Run | No
         raise UserError(
             f"{ablation.file} has no cell {', '.join(unknown)}; it has {', '.join(cell.name for cell in cells)}"
         )
-    seeds = ablation.seeds(args.seeds)
-    runs = [ablation.run(cell, seed) for seed in seeds for cell in cells if not only or cell.name in only]
+    chosen = [cell for cell in cells if not only or cell.name in only]
+    wanted = [(seed, cell) for cell in chosen for seed in ablation.seeds(cell, args.seeds)]
+    # by seed: every cell has a first number before one has its second
+    runs = [ablation.run(cell, seed) for seed, cell in sorted(wanted, key=lambda each: each[0])]
     return partial(next, iter(runs), None)
 
 

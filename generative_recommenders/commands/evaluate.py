@@ -121,10 +121,7 @@ def evaluate_worker(rank: int, world_size: int, options: Options) -> int:
     The numbers are shown and go into the run's ``evaluation.json``; each user's rank into ``--users_metrics``. A long
     evaluation that is stopped goes on when it is asked for again.
     """
-    if options.users_metrics and Path(options.users_metrics).suffix not in _WRITERS:
-        raise UserError(
-            f"--users_metrics={options.users_metrics}: the name must end in {', '.join(_WRITERS)}"
-        )
+    check_users_metrics(options)
     set_up_logging(rank == 0, options.verbosity)
     load_plugins(options.plugins)
     keep_freed_memory()
@@ -157,11 +154,7 @@ def evaluate_worker(rank: int, world_size: int, options: Options) -> int:
             "split_hash": split.hash, "bindings": list(options.bindings),
         }  # fmt: skip
         _write_record(checkpoints_of(options).parent / "evaluation.json", record)
-        if options.users_metrics:
-            path, frame = Path(options.users_metrics), users_frame(dataset, *scored.ranks)
-            with new_file(path) as scratch:
-                _WRITERS[path.suffix](frame, scratch)
-            logging.info("ranks of %d users in %s", len(frame), path)
+        write_users_metrics(options, dataset, scored.ranks)
         if other is not None:
             names = str(options.run_dir), str(options.compare)
             frames = users_frame(dataset, *scored.ranks), users_frame(other.dataset, *other.ranks)
@@ -210,6 +203,23 @@ def users_frame(
     return pl.DataFrame([names, items, pl.Series("rank", ranks.numpy()[order])]).with_columns(
         pl.when(pl.col("rank") <= dataset.num_items).then(pl.col("rank"))
     )
+
+
+def check_users_metrics(options: Options) -> None:
+    """UserError for a name that does not say how the file is written."""
+    if options.users_metrics and Path(options.users_metrics).suffix not in _WRITERS:
+        raise UserError(
+            f"--users_metrics={options.users_metrics}: the name must end in {', '.join(_WRITERS)}"
+        )
+
+
+def write_users_metrics(options: Options, dataset: SequenceDataset, ranks: Ranks) -> None:
+    """Each user's rank into the file of ``--users_metrics``, where it is given."""
+    if options.users_metrics:
+        path, frame = Path(options.users_metrics), users_frame(dataset, *ranks)
+        with new_file(path) as scratch:
+            _WRITERS[path.suffix](frame, scratch)
+        logging.info("ranks of %d users in %s", len(frame), path)
 
 
 _WRITERS: dict[str, Callable[[pl.DataFrame, Path], Any]] = {

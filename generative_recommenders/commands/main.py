@@ -83,7 +83,7 @@ _OUTPUT = flags.DEFINE_string(
 _USERS_METRICS = flags.DEFINE_string(
     "users_metrics",
     None,
-    "evaluate: a file for each user's rank of the test target, .parquet, .csv or .jsonl",
+    "train, evaluate: a file for each user's rank of the test target, .parquet, .csv or .jsonl",
 )
 _REPORT = flags.DEFINE_bool(
     "report", True, "train: write report.html, numbers and pictures, into the run's folder"
@@ -127,7 +127,7 @@ def check_flags() -> None:
     mode = _MODE.value
     idle, why = {
         "train": (
-            (_META_CHECKPOINT, _USERS_METRICS, _COMPARE),
+            (_META_CHECKPOINT, _COMPARE),
             "only --mode=import and --mode=evaluate read them",
         ),
         "import": (

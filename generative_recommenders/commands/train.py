@@ -11,7 +11,12 @@ from absl import logging
 
 from generative_recommenders.checkpoint.broadcast import checkpoint_from_main
 from generative_recommenders.checkpoint.store import CheckpointStore
-from generative_recommenders.commands.evaluate import fault_line, keep_facts
+from generative_recommenders.commands.evaluate import (
+    check_users_metrics,
+    fault_line,
+    keep_facts,
+    write_users_metrics,
+)
 from generative_recommenders.commands.setup import (
     Options,
     check_same_everywhere,
@@ -55,6 +60,7 @@ def goes_on(options: Options) -> bool:
 
 def train_worker(rank: int, world_size: int, options: Options) -> int:
     """One process of a training run; returns its exit code."""
+    check_users_metrics(options)
     set_up_logging(rank == 0, options.verbosity)
     load_plugins(options.plugins)
     keep_freed_memory()
@@ -100,6 +106,8 @@ def train_worker(rank: int, world_size: int, options: Options) -> int:
                 rows = trainer.evaluation.baselines(ranks)
             if run is not None:
                 finish(settings, dataset, split, run, store, result, rows, trainer.log.spent, collectives)
+                if result.ranks is not None:
+                    write_users_metrics(options, dataset, result.ranks)
                 if options.report and result.ranks is not None:
                     write_page(run.path, dataset, split, {settings.model.main_module: result.ranks, **ranks})
         except KeyboardInterrupt:

@@ -95,6 +95,13 @@ class MarkovSuccessor:
         return OwnScores(rows, self.successors[entries], self.values[entries])
 
 
+BASELINES: dict[str, type[MostPopular] | type[MarkovSuccessor]] = {
+    "most popular": MostPopular,
+    "last item's successor": MarkovSuccessor,
+}
+"""By the names that they have in tables."""
+
+
 def _ordered_pairs(
     items: np.ndarray, offsets: np.ndarray, train_stops: np.ndarray, popularity: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -19,7 +19,7 @@ from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.distributed.progress import progress_bar
 from generative_recommenders.errors import UserError
-from generative_recommenders.evaluation.baselines import MarkovSuccessor, MostPopular, training_counts
+from generative_recommenders.evaluation.baselines import BASELINES, training_counts
 from generative_recommenders.evaluation.evaluator import (
     EvaluationResult,
     Evaluator,
@@ -99,7 +99,7 @@ class ModelEvaluation:
         """
         columns = (self.dataset.items, self.dataset.offsets, self.split.train_stops, self.dataset.num_items)
         evaluate, rows = self._evaluator("test", None), {}
-        for name, kind in (("most popular", MostPopular), ("last item's successor", MarkovSuccessor)):
+        for name, kind in BASELINES.items():
             result = evaluate(kind.fit(*columns))
             rows[name] = result.metrics()
             if ranks is not None:

@@ -49,6 +49,7 @@ class RunFolder:
         self._lock = lock
         self._writer: SummaryWriter | None = None
         self._purge_step: int | None = None
+        self._without_tensorboard = False
         self._metrics = _open_lines(self.metrics_path)
         self._log_handler = add_log_file(path / "train.log")
 
@@ -122,9 +123,16 @@ class RunFolder:
 
     def write_scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Adds TensorBoard scalars; names with a slash are grouped."""
+        if self._without_tensorboard:
+            return
         with self._writable():
             if self._writer is None:
-                from torch.utils.tensorboard import SummaryWriter  # takes a second, and evaluation needs none
+                try:  # takes a second, and evaluation needs none
+                    from torch.utils.tensorboard import SummaryWriter
+                except ImportError:
+                    logging.warning("TensorBoard is not installed: its log of this run is not written")
+                    self._without_tensorboard = True
+                    return
 
                 self._writer = SummaryWriter(str(self.tensorboard), purge_step=self._purge_step)
             for name, value in values.items():
@@ -134,11 +142,12 @@ class RunFolder:
         """Adds the test result to TensorBoard, with the settings as hyperparameters, so that its table compares runs by
         them. step: the run's last; the result stands one behind it, so that a run that goes on from there purges it.
         metrics: by tag, as ``test/mrr``. settings: by gin name."""
+        self.write_scalars(step + 1, metrics)
+        if self._writer is None:  # without TensorBoard
+            return
         from torch.utils.tensorboard.summary import hparams
 
         shown = {name: v if isinstance(v, (bool, int, float)) else str(v) for name, v in settings.items()}
-        self.write_scalars(step + 1, metrics)
-        assert self._writer is not None  # made by the line above
         with self._writable():
             for summary in hparams(shown, dict(metrics)):
                 self._writer._get_file_writer().add_summary(summary)

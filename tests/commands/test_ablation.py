@@ -16,7 +16,7 @@ import polars as pl
 import pytest
 
 from generative_recommenders.commands.ablation.plan import Ablation, Cell, Run, cells_of
-from generative_recommenders.commands.ablation.records import summary
+from generative_recommenders.commands.ablation.records import Finished, summary
 from generative_recommenders.commands.ablation.tables import collect, write_tables
 from generative_recommenders.commands.comparison import METRICS, user_values
 from generative_recommenders.errors import UserError
@@ -79,7 +79,9 @@ def test_cells_and_seeds_become_one_table_and_nothing_is_trained_twice(
     assert len(kept) == 2 and all(path.stat().st_mtime_ns == time for path, time in kept.items())
     other = ablate(file, data_root, "--only=ce", "--gin_bindings=train_fn.learning_rate = 0.5")
     assert other.returncode == 2
-    assert "was made with train_fn.learning_rate = 0.001, not 0.5: give another --runs" in other.stderr
+    assert (
+        "was made with train_fn.learning_rate = 0.001, not 0.5: give another folder of runs" in other.stderr
+    )
 
 
 def finished(ablation: Ablation, cell: Cell, seed: int, ranks: list[int | None]) -> Run:
@@ -117,7 +119,10 @@ def test_tables_of_finished_runs(tmp_path: Path) -> None:
     ablation = Ablation.load(file, (), tmp_path)
     cells = cells_of(ablation.settings, file)
     ranks = {"b_1": [[1, 1, 2, 3], [1, 1, 2, 4]], "a": [[9, None, 5, 11], [9, 8, 5, 11]], "c": [[1, 1, 2, 3]]}
-    runs = {c.name: [finished(ablation, c, 42 + i, r) for i, r in enumerate(ranks[c.name])] for c in cells}
+    runs = {
+        c.name: [Finished.of(finished(ablation, c, 42 + i, r)) for i, r in enumerate(ranks[c.name])]
+        for c in cells
+    }
     results = collect(runs, "ndcg@10")
     assert [row["cell"] for row in results["cells"]] == ["c", "b_1", "a"]
     row = results["cells"][1]

@@ -52,8 +52,10 @@ def test_a_file_of_another_kind_is_refused(place: list[str]) -> None:
     done = run_program("main.py", "--mode=evaluate", "--users_metrics=ranks.txt", *place)
     assert done.returncode == 2
     assert "--users_metrics=ranks.txt: the name must end in .csv, .jsonl, .parquet" in done.stderr
-    idle = run_program("main.py", "--users_metrics=ranks.csv")
-    assert idle.returncode == 2 and "--users_metrics cannot go with --mode=train" in idle.stderr
+    training = run_program("main.py", "--users_metrics=ranks.txt")
+    assert training.returncode == 2 and "the name must end in .csv" in training.stderr
+    idle = run_program("main.py", "--compare=elsewhere")
+    assert idle.returncode == 2 and "--compare cannot go with --mode=train" in idle.stderr
 
 
 def test_what_is_not_prepared_lists_what_is_and_the_command(place: list[str]) -> None:

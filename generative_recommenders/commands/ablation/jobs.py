@@ -36,15 +36,17 @@ class Slot:
 
 
 def slots(jobs: int | None) -> list[Slot]:
-    """One slot a job: a GPU each, or a share of the cores. UserError for more jobs than there are cores.
+    """One slot a job: a GPU each, which more jobs than GPUs share, or a share of the cores.
 
-    jobs: as many as GPUs where None, or one.
+    jobs: as many as GPUs where None, or one. UserError without a GPU for more jobs than there are cores.
     """
     gpus = [str(i) for i in range(torch.cuda.device_count())]
     if gpus:
         visible = [each for each in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if each] or gpus
         names = [visible[i % len(visible)] for i in range(jobs or len(visible))]
-        return [Slot({"CUDA_VISIBLE_DEVICES": name}) for name in names]
+        # Threads of a run that wait for its GPU turn round on their cores, which other runs on this host need.
+        threads = str(max(1, len(os.sched_getaffinity(0)) // len(names)))
+        return [Slot({"CUDA_VISIBLE_DEVICES": name, "OMP_NUM_THREADS": threads}) for name in names]
     cores, count = sorted(os.sched_getaffinity(0)), jobs or 1
     if count > len(cores):
         raise UserError(f"--jobs={count} on {len(cores)} cores: give each run one at least")
@@ -52,18 +54,20 @@ def slots(jobs: int | None) -> list[Slot]:
     return [Slot({"OMP_NUM_THREADS": str(len(own))}, own) for own in shares]
 
 
-def next_command(run: Run, data_root: Path, plugins: Sequence[str]) -> list[str] | None:
-    """What a run needs next: its training, or the ranks of its users where it kept none; None where it is done."""
+def next_command(run: Run, flags: Sequence[str], training: Sequence[str] = ()) -> list[str] | None:
+    """What a run needs next: its training, or the ranks of its users where it kept none; None where it is done.
+
+    flags: for both. training: for training alone.
+    """
     shared = [
-        sys.executable, "-m", "generative_recommenders", "train",
-        f"--run_dir={run.folder}", f"--data_root={data_root}", "--num_processes=1",
-        *(f"--plugin={each}" for each in plugins),
+        sys.executable, "-m", "generative_recommenders", "train", f"--run_dir={run.folder}", "--num_processes=1",
+        f"--users_metrics={run.measured}", *flags,
     ]  # fmt: skip
     if not is_trained(run):
         run.measured.unlink(missing_ok=True)
-        return [*shared, f"--gin_config_file={run.config}", "--auto_resume"]
+        return [*shared, f"--gin_config_file={run.config}", "--auto_resume", *training]
     if ranks_of(run) is None:
-        return [*shared, "--mode=evaluate", f"--users_metrics={run.measured}"]
+        return [*shared, "--mode=evaluate"]
     return None
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
+from annotated_types import Ge
 from pydantic import Field
 
 from generative_recommenders.build import parts  # noqa: F401  (registers what cells may choose)
@@ -25,7 +27,7 @@ from generative_recommenders.errors import UserError
 from generative_recommenders.run.directory import holds_run
 
 MAX_CELLS = 1000
-EPOCHS = "train_fn.num_epochs"
+EPOCHS, SEED = "train_fn.num_epochs", "train_fn.random_seed"
 
 
 class AblationSettings(Section):
@@ -34,6 +36,10 @@ class AblationSettings(Section):
     cells: by name, what a cell binds, ``{"NAME": {"train_fn.loss_module": "CE"}}``; ``"include"`` names gin files that come
     before its bindings. grid: values by gin name, of which every combination is a cell, of each of ``cells`` where there are
     some. search: ranges by gin name, see `search.distribution`. metric: what the tests compare and a search maximises.
+    seeds: runs of a cell, one where it is not named.
+
+    For `generative_recommenders.reproduce`: title of the lane. tables: cells by table. published: figures by cell, with their
+    ``source``. data: counts of the data that the figures are of. needs: what the published runs had.
     """
 
     gin_name: ClassVar[str] = ABLATION
@@ -42,6 +48,12 @@ class AblationSettings(Section):
     grid: dict[str, Any] = Field(default_factory=dict)
     search: dict[str, Any] = Field(default_factory=dict)
     metric: Literal["ndcg@10", "hr@10", "mrr"] = "ndcg@10"
+    seeds: dict[str, Annotated[int, Ge(1)]] = Field(default_factory=dict)
+    title: str = ""
+    tables: dict[str, list[str]] = Field(default_factory=dict)
+    published: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    data: dict[str, int] = Field(default_factory=dict)
+    needs: str = ""
 
 
 @dataclass(frozen=True)
@@ -75,6 +87,12 @@ class Run:
         return self.folder.with_name(f"{self.folder.name}.users.parquet")
 
     @property
+    def settings_sha256(self) -> str:
+        """Of the resolved settings but for the seed, so that the runs of a cell have it in common."""
+        seed = f"{SEED} = {self.settings.schedule.random_seed}\n"
+        return hashlib.sha256(self.resolved.replace(seed, "").encode()).hexdigest()[:16]
+
+    @property
     def name(self) -> str:
         return f"{self.folder.parent.name}/{self.folder.name}"
 
@@ -97,7 +115,7 @@ class Ablation:
 
     def run(self, cell: Cell, seed: int) -> Run:
         """The run of a cell; UserError where its settings cannot be, or where its folder holds another run."""
-        over = [*cell.bindings, *self.bindings, f"train_fn.random_seed = {seed}"]
+        over = [*cell.bindings, *self.bindings, f"{SEED} = {seed}"]
         try:
             _, settings = load_ablation(self.file, over, AblationSettings.model_fields)
         except UserError as error:
@@ -106,10 +124,10 @@ class Ablation:
         check_made_of(run)
         return run
 
-    def seeds(self, count: int) -> list[int]:
-        """The seed of the file and those after it."""
+    def seeds(self, cell: Cell, count: int | None) -> list[int]:
+        """The seed of the file and those after it: ``count``, or as many as the file says of the cell where None."""
         first = self.base.schedule.random_seed
-        return [first + i for i in range(count)]
+        return [first + i for i in range(self.settings.seeds.get(cell.name, 1) if count is None else count)]
 
 
 def cells_of(settings: AblationSettings, file: Path) -> list[Cell]:
@@ -159,7 +177,9 @@ def check_made_of(run: Run) -> None:
         other.append((EPOCHS, made.schedule.num_epochs, run.settings.schedule.num_epochs))
     if other:
         name, before, now = other[0]
-        raise UserError(f"{run.folder} was made with {name} = {before!r}, not {now!r}: give another --runs")
+        raise UserError(
+            f"{run.folder} was made with {name} = {before!r}, not {now!r}: give another folder of runs"
+        )
 
 
 def made_settings(run: Run) -> RunSettings | None:
@@ -168,5 +188,5 @@ def made_settings(run: Run) -> RunSettings | None:
         return None
     resolved = run.folder / "resolved.gin"
     if not resolved.exists():
-        raise UserError(f"{run.folder} does not say what it was made from: give another --runs")
+        raise UserError(f"{run.folder} does not say what it was made from: give another folder of runs")
     return load_settings([resolved])[0]

@@ -6,12 +6,16 @@ import itertools
 import json
 import statistics
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import polars as pl
 
 from generative_recommenders.commands.ablation.plan import Run, made_settings
-from generative_recommenders.commands.comparison import kept_ranks
+from generative_recommenders.commands.comparison import METRICS, kept_ranks
+from generative_recommenders.evaluation.baselines import BASELINES
+
+SELECTION = "ndcg@10"
+"""What the best epoch has most of."""
 
 
 def records(run: Path) -> list[dict[str, Any]]:
@@ -42,21 +46,58 @@ def best_validation(run: Run, metric: str) -> float:
     return max(line[metric] for line in records(run.folder) if line.get("part") == "validation")
 
 
+class Finished(NamedTuple):
+    """What tables are made of: the summary of a finished run, and its users' ranks where they are known."""
+
+    summary: dict[str, Any]
+    ranks: pl.DataFrame | None
+
+    @classmethod
+    def of(cls, run: Run) -> Finished:
+        return cls(summary(run), ranks_of(run))
+
+
 def summary(run: Run) -> dict[str, Any]:
-    """The run's test metrics, seconds of its median epoch, peak memory in MiB, best epoch from 1, and conditions."""
+    """Numbers of a finished run and what they hold under, as JSON has them.
+
+    test, baselines: metrics. best, last: of the evaluations of these epochs, counted from 1. history: by epoch.
+    seconds: of the whole run; seconds_per_epoch: the median. memory_mb: peak, of the GPU where one was used.
+    """
     lines = records(run.folder)
     epochs, final = [line for line in lines if "epoch" in line], lines[-1]
     clock = [0.0, *(line["seconds"] for line in epochs)]
-    metric = "ndcg@10"
-    scored = [line for line in epochs if metric in line]
+    scored = [line for line in epochs if SELECTION in line]
+    shown = ("train_loss", *METRICS)
+    at = [
+        {"epoch": 1 + line["epoch"], **{name: line[name] for name in shown if name in line}}
+        for line in scored
+    ]
+    best = max(at, key=lambda line: line[SELECTION], default=None)
+    model = final["model"]
     return {
-        "test": final["results"][final["model"]],
+        "cell": run.cell.name,
+        "seed": run.settings.schedule.random_seed,
+        "dataset": run.settings.data.dataset_name,
+        "protocol": run.settings.data.protocol,
+        "bindings": list(run.cell.bindings),
+        "settings_sha256": run.settings_sha256,
+        "test": final["results"][model],
+        "baselines": {name: final["results"][name] for name in BASELINES if name in final["results"]},
+        "best_epoch": best["epoch"] if best else None,
+        "best": best,
+        "last": at[-1] if at else None,
+        "epochs": len(epochs),
+        "history": {
+            name: [line[name] for line in at]
+            for name in ("epoch", *shown)
+            if all(name in line for line in at)
+        },
         "seconds_per_epoch": statistics.median(b - a for a, b in itertools.pairwise(clock))
         if epochs
         else None,
+        "seconds": final.get("seconds"),
         "memory_mb": final.get("peak_gpu_mb", final.get("peak_rss_mb")),
-        "best_epoch": 1 + max(scored, key=lambda line: line[metric])["epoch"] if scored else None,
-        "epochs": len(epochs),
+        "environment": final.get("environment", {}),
         "split_hash": final.get("split_hash"),
         "conditions": final.get("conditions"),
     }

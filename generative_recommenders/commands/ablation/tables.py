@@ -13,8 +13,7 @@ from typing import Any
 
 import polars as pl
 
-from generative_recommenders.commands.ablation.plan import Run
-from generative_recommenders.commands.ablation.records import ranks_of, summary
+from generative_recommenders.commands.ablation.records import Finished
 from generative_recommenders.commands.comparison import (
     METRICS,
     compare,
@@ -28,34 +27,36 @@ ALL_PAIRS = 20
 """Cells up to which every pair is tested; of more, the best one against each other."""
 
 
-def collect(runs: Mapping[str, Sequence[Run]], metric: str) -> dict[str, Any]:
+def collect(runs: Mapping[str, Sequence[Finished]], metric: str) -> dict[str, Any]:
     """Numbers of all cells that have a run, best first, and of the tests between them, as JSON has them.
 
     runs: the finished runs by cell. Of a cell: mean and deviation over seeds, the 95 % interval of the metric over users (their
     values averaged over seeds), seconds, memory. Of a pair: the difference, p, and p after Holm's correction over all pairs.
-    Cells on other splits are not compared.
+    Cells on other splits, and those without their users' ranks, are not compared.
     """
     values: dict[str, pl.DataFrame] = {}
     rows: list[dict[str, Any]] = []
     for cell, own in runs.items():
-        found: list[dict[str, Any]] = [summary(run) for run in own]
-        users = [user_values(ranks, metric) for run in own if (ranks := ranks_of(run)) is not None]
-        values[cell] = mean_over_runs(users)
+        found = [run.summary for run in own]
+        users = [user_values(run.ranks, metric) for run in own if run.ranks is not None]
+        if len(users) == len(own):
+            values[cell] = mean_over_runs(users)
         seconds = [each["seconds_per_epoch"] for each in found if each["seconds_per_epoch"] is not None]
         rows.append(
             {
                 "cell": cell,
-                "seeds": [run.settings.schedule.random_seed for run in own],
+                "seeds": [each["seed"] for each in found],
                 "test": {name: _spread([each["test"][name] for each in found]) for name in METRICS},
-                "interval": list(bootstrap_interval(values[cell]["value"].to_numpy())),
-                "users": len(values[cell]),
+                "interval": list(bootstrap_interval(values[cell]["value"].to_numpy()))
+                if cell in values
+                else None,
+                "users": len(values[cell]) if cell in values else None,
                 "seconds_per_epoch": statistics.median(seconds) if seconds else None,
                 "memory_mb": max((each["memory_mb"] for each in found if each["memory_mb"]), default=None),
                 "best_epochs": [each["best_epoch"] for each in found],
                 "split_hash": found[0]["split_hash"],
                 "conditions": found[0]["conditions"],
-                "runs": [str(run.folder) for run in own],
-                "bindings": list(own[0].cell.bindings),
+                "bindings": found[0]["bindings"],
             }
         )
     rows.sort(key=lambda row: -row["test"][metric]["mean"])
@@ -77,7 +78,10 @@ def _pairs(rows: Sequence[Mapping[str, Any]], values: Mapping[str, pl.DataFrame]
     )
     found: list[dict[str, Any]] = []
     for first, second in chosen:
-        if first["split_hash"] != second["split_hash"]:
+        if (
+            first["split_hash"] != second["split_hash"]
+            or not {first["cell"], second["cell"]} <= values.keys()
+        ):
             continue
         names = first["cell"], second["cell"]
         test = compare(values[names[0]], values[names[1]], names)
@@ -100,7 +104,7 @@ def write_tables(results: Mapping[str, Any], out: Path, title: str) -> str:
         "results.json": json.dumps(results, indent=2) + "\n",
         "table.md": text + "\n",
         "table.csv": _csv([head, *rows]),
-        "pairs.csv": _csv(_pair_table(results, ".6g")),
+        "pairs.csv": _csv(pair_table(results, ".6g")),
         "table.tex": latex(head, rows),
     }
     for name, content in files.items():
@@ -121,12 +125,11 @@ def table_of(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     ]  # fmt: skip
     rows = []
     for row in results["cells"]:
-        first, *others = (_mean_and_deviation(row["test"][name]) for name in names)
-        low, high = row["interval"]
+        first, *others = (mean_and_deviation(row["test"][name]) for name in names)
         seconds, memory = row["seconds_per_epoch"], row["memory_mb"]
         rows.append(
             [
-                row["cell"], str(len(row["seeds"])), first, f"{low:.4f} to {high:.4f}", *others,
+                row["cell"], str(len(row["seeds"])), first, interval_text(row["interval"]), *others,
                 "" if seconds is None else f"{seconds:.3g}", "" if memory is None else f"{memory:,}",
                 ", ".join(str(each) for each in row["best_epochs"] if each is not None),
             ]
@@ -134,12 +137,16 @@ def table_of(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     return head, rows
 
 
-def _mean_and_deviation(spread: Mapping[str, float | None]) -> str:
+def interval_text(interval: Sequence[float] | None) -> str:
+    return "" if interval is None else f"{interval[0]:.4f} to {interval[1]:.4f}"
+
+
+def mean_and_deviation(spread: Mapping[str, float | None]) -> str:
     text = f"{spread['mean']:.4f}"
     return text if spread["deviation"] is None else f"{text} ± {spread['deviation']:.4f}"
 
 
-def _pair_table(results: Mapping[str, Any], p: str = ".4f") -> list[list[str]]:
+def pair_table(results: Mapping[str, Any], p: str = ".4f") -> list[list[str]]:
     rows = [["better", "other", "difference", "95 % interval", "p", "p (Holm)"]]
     for pair in results["pairs"]:
         low, high = pair["interval"]
@@ -156,7 +163,7 @@ def markdown(results: Mapping[str, Any], title: str) -> str:
     """The table, the tests between cells, what failed, and the conditions that the numbers hold under."""
     head, rows = table_of(results)
     lines = (
-        [f"# {title}", "", *_markdown_table([head, *rows])] if rows else [f"# {title}", "", "no finished run"]
+        [f"# {title}", "", *markdown_table([head, *rows])] if rows else [f"# {title}", "", "no finished run"]
     )
     if results["pairs"]:
         lines += [
@@ -164,7 +171,7 @@ def markdown(results: Mapping[str, Any], title: str) -> str:
             f"Differences of {results['metric'].upper()}: two-sided paired permutation tests over users, p corrected over "
             f"all {len(results['pairs'])} pairs.",
             "",
-            *_markdown_table(_pair_table(results)),
+            *markdown_table(pair_table(results)),
         ]
     for name, line in results.get("failed", {}).items():
         lines += ["", f"failed: {name}: {line}"]
@@ -173,7 +180,7 @@ def markdown(results: Mapping[str, Any], title: str) -> str:
     return "\n".join(lines).rstrip()
 
 
-def _markdown_table(table: Sequence[Sequence[str]]) -> list[str]:
+def markdown_table(table: Sequence[Sequence[str]]) -> list[str]:
     head, *rows = (f"| {' | '.join(each)} |" for each in table)
     return [head, f"|{'---|' * len(table[0])}", *rows]
 
@@ -209,7 +216,8 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     for place, row in enumerate(rows):
-        axes.plot(row["interval"], [place, place], color="tab:blue", linewidth=2)
+        if row["interval"] is not None:
+            axes.plot(row["interval"], [place, place], color="tab:blue", linewidth=2)
         axes.plot(row["test"][results["metric"]]["mean"], place, "o", color="tab:blue")
     axes.set_yticks(range(len(rows)), [row["cell"] for row in rows], parse_math=False)
     axes.set_xlabel(f"{results['metric'].upper()}, test, 95 % interval over users")
