@@ -10,6 +10,7 @@ import pytest
 
 from generative_recommenders.commands import setup, train
 from generative_recommenders.commands.ablation.plan import Ablation, cells_of
+from generative_recommenders.commands.reproduction.lanes import lanes_of
 from generative_recommenders.config.gin import load_settings
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.errors import UserError
@@ -17,7 +18,8 @@ from tiny_data import ragged_sequences, tiny_dataset
 
 ROOT = Path(__file__).resolve().parents[2]
 ABLATIONS = sorted((ROOT / "configs" / "ablations").glob("*.gin"))
-CONFIGS = [path for path in sorted((ROOT / "configs").rglob("*.gin")) if path not in ABLATIONS]
+REPRODUCED = sorted((ROOT / "configs" / "reproduce").rglob("*.gin"))
+CONFIGS = [p for p in sorted((ROOT / "configs").rglob("*.gin")) if p not in (*ABLATIONS, *REPRODUCED)]
 PUBLISHED = [path for path in CONFIGS if path.name.endswith("-final.gin")]
 by_name = {"ids": lambda path: str(path.relative_to(ROOT / "configs").with_suffix(""))}
 
@@ -166,3 +168,18 @@ def test_published_configurations_train_and_evaluate(
     of_their_code = load_settings([path])[0].model.main_module in ("SASRec", "HSTU")
     assert ("not the published run of this configuration" in report.strip().splitlines()[-1]) == of_their_code
     assert os.listdir(tmp_path / "run" / "checkpoints")
+
+
+@pytest.mark.parametrize("path", REPRODUCED, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_the_cells_of_a_reproduction(
+    path: Path, all_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All build on the data of their folder, in the protocol that names the file."""
+    (lane,) = (lane for lane in lanes_of(path.parent.name, tmp_path, None) if lane.name == path.stem)
+    for cell in lane.cells:
+        run = lane.plan.run(cell, 42)
+        assert run.settings.data.dataset_name == path.parent.name
+        assert run.settings.data.protocol == path.stem == lane.plan.base.data.protocol
+        run.config.parent.mkdir(parents=True)
+        run.config.write_text(run.resolved)
+        assert_builds(run.config, all_data, capsys)

@@ -1,0 +1,191 @@
+"""Page of a reproduction: published beside measured figures, lane by lane, from the JSON files of the runs alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import logging
+
+from generative_recommenders.commands.ablation.tables import (
+    collect,
+    draw,
+    interval_text,
+    markdown_table,
+    mean_and_deviation,
+    pair_table,
+)
+from generative_recommenders.commands.reproduction.lanes import Lane
+from generative_recommenders.commands.reproduction.results import finished_of, read_results
+from generative_recommenders.data.preparation.folder import new_file
+
+TABLES = {
+    "hstu": "HSTU",
+    "encoders": "Encoders and objectives",
+    "losses": "Losses",
+    "mol": "Mixture of logits",
+}
+COLUMNS = ("hr@10", "ndcg@10", "mrr")
+
+
+def write_page(name: str, lanes: Sequence[Lane], results: Path, missing: Mapping[str, str]) -> str:
+    """Writes ``results/NAME.md`` and a picture a lane beside the JSON files; returns the text.
+
+    missing: by lane, why this machine could not run it.
+    """
+    records = read_results(results / name)
+    lines = [
+        f"# {name}: published and measured", "",
+        f"Made by `python -m generative_recommenders.reproduce {name}` of the JSON files in [{name}/]({name}/), one a run. "
+        "Figures of different lanes do not compare: they split the data in other ways, and choose the epoch by other users.",
+    ]  # fmt: skip
+    for lane in lanes:
+        own = [record for record in records if record["lane"] == lane.name]
+        lines += ["", *_lane(lane, own, results / name, missing.get(lane.name))]
+    text = "\n".join(lines) + "\n"
+    with new_file(results / f"{name}.md") as scratch:
+        scratch.write_text(text, encoding="utf-8")
+    return text
+
+
+def _lane(lane: Lane, records: Sequence[Mapping[str, Any]], folder: Path, missing: str | None) -> list[str]:
+    settings = lane.plan.settings
+    lines = [f"## {settings.title or lane.name}", ""]
+    if missing:
+        lines += [f"Not run on this machine: {missing}", ""]
+    known = {cell.name for cell in lane.cells}
+    done = [record for record in records if "failed" not in record and record["cell"] in known]
+    by_cell = {
+        cell.name: [finished_of(record) for record in done if record["cell"] == cell.name]
+        for cell in lane.cells
+    }
+    results = collect({cell: runs for cell, runs in by_cell.items() if runs}, settings.metric)
+    rows = {row["cell"]: row for row in results["cells"]}
+    if done:
+        lines += [*_conditions(lane, done), ""]
+        if picture := _picture(results, folder / f"{lane.name}.png"):
+            lines += [f"![{settings.metric.upper()} of each model]({folder.name}/{picture.name})", ""]
+    for table, cells in settings.tables.items():
+        lines += [f"### {TABLES.get(table, table)}", "", *_table(lane, cells, rows, done), ""]
+    if results["pairs"]:
+        lines += [
+            "### Differences", "",
+            f"Of {settings.metric.upper()}: two-sided paired permutation tests over users, p corrected over all "
+            f"{len(results['pairs'])} pairs (Holm).", "",
+            *markdown_table(pair_table(results)), "",
+        ]  # fmt: skip
+    if done:
+        lines += ["### Runs", "", *_runs(done, folder.name), ""]
+    lines += [
+        f"failed: {each['cell']}, seed {each['seed']}: {each['failed']}\n"
+        for each in records
+        if "failed" in each
+    ]
+    return "\n".join(lines).rstrip().splitlines()
+
+
+def _conditions(lane: Lane, done: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Protocol, split, hardware, and what the data lack of those that the published figures are of."""
+    first, data = done[0], done[0].get("data", {})
+    lines = [
+        f"Protocol `{split['protocol']}`, split `{split['split_hash']}`; {split['conditions']}."
+        for split in {each["split_hash"]: each for each in done}.values()
+    ]
+    if data:
+        counts = ", ".join(f"{data[each]:,} {each}" for each in ("users", "items", "events"))
+        lines.append(f"Data `{data['data_hash']}`: {counts}.")
+        published = lane.plan.settings.data
+        if any(published[each] != data[each] for each in published):
+            of = ", ".join(f"{count:,} {each}" for each, count in published.items())
+            lines.append(
+                f"The published figures are of the whole data set ({of}): these are near, not the same."
+            )
+        if not data["times"] and published:
+            lines.append(
+                "The data here have no times: attention biases by time do not act, as they did in published runs."
+            )
+        if (
+            first["protocol"] == "paper"
+            and data["times"]
+            and data["tied_events"]
+            and data["tie_order"] != "published"
+        ):
+            lines.append("Ties in time are not in the published programs' order.")
+        if first["protocol"] == "paper" and not data["unrated_items"] and published:
+            lines.append("Items that nobody rated, candidates in the published runs, are not in these data.")
+    machines = {
+        f"{each['environment'].get('device')}, {each.get('processor')} ({each.get('cores')} cores), torch "
+        f"{each['environment'].get('torch')}, {each.get('runs_at_a_time')} runs at a time"
+        for each in done
+    }
+    lines.append(f"Ran on {'; '.join(sorted(machines))}. Seconds are of runs that shared it.")
+    return ["\n".join(lines)]
+
+
+def _table(
+    lane: Lane, cells: Sequence[str], rows: Mapping[str, Mapping[str, Any]], done: Sequence[Mapping[str, Any]]
+) -> list[str]:
+    metric = lane.plan.settings.metric
+    head = [
+        "", "published HR@10", "published NDCG@10", "HR@10", "NDCG@10", f"95 % interval of {metric.upper()}", "MRR", "seeds",
+        "epochs", "seconds per epoch", "peak memory, MiB",
+    ]  # fmt: skip
+    table = [head]
+    for cell in cells:
+        told = lane.plan.settings.published.get(cell, {})
+        source = f" ({told['source']})" if "source" in told else ""
+        shown = [f"{told[name]:.4f}" if name in told else "" for name in COLUMNS[:2]]
+        row = rows.get(cell)
+        if row is None:
+            table.append([f"{cell}{source}", *shown, "not run", *[""] * 7])
+            continue
+        own = [record for record in done if record["cell"] == cell]
+        hits, gain, mrr = (mean_and_deviation(row["test"][name]) for name in COLUMNS)
+        seconds, memory = row["seconds_per_epoch"], row["memory_mb"]
+        epochs = sorted({record["epochs"] for record in own})
+        table.append(
+            [
+                f"{cell}{source}", *shown, hits, f"**{gain}**", interval_text(row["interval"]), mrr, str(len(own)),
+                ", ".join(map(str, epochs)), "" if seconds is None else f"{seconds:.3g}",
+                "" if memory is None else f"{memory:,}",
+            ]
+        )  # fmt: skip
+    for name, metrics in (done[0]["baselines"] if done else {}).items():
+        table.append(
+            [
+                f"*{name}*",
+                "",
+                "",
+                *(f"{metrics[each]:.4f}" for each in COLUMNS[:2]),
+                "",
+                f"{metrics['mrr']:.4f}",
+                *[""] * 4,
+            ]
+        )
+    return markdown_table(table)
+
+
+def _runs(done: Sequence[Mapping[str, Any]], folder: str) -> list[str]:
+    table = [["", "seed", "HR@10", "NDCG@10", "best epoch", "of", "minutes", "device", "commit", "settings"]]
+    for each in done:
+        seconds = each.get("seconds")
+        table.append(
+            [
+                f"[{each['cell']}]({folder}/{each['file']})", str(each["seed"]), f"{each['test']['hr@10']:.4f}",
+                f"{each['test']['ndcg@10']:.4f}", str(each["best_epoch"] or ""), str(each["epochs"]),
+                "" if seconds is None else f"{seconds / 60:.1f}", str(each["environment"].get("device", "")),
+                f"`{each.get('commit', '')}`", f"`{each['settings_sha256']}`",
+            ]
+        )  # fmt: skip
+    return markdown_table(table)
+
+
+def _picture(results: Mapping[str, Any], path: Path) -> Path | None:
+    try:
+        with new_file(path) as scratch:
+            draw(results, scratch)
+    except ImportError as error:
+        logging.warning("no picture is drawn: %s", error)
+        return None
+    return path

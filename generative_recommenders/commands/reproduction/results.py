@@ -1,0 +1,135 @@
+"""Results of a reproduction: one JSON file a run, from which alone the page is made."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from generative_recommenders.commands.ablation.plan import Run
+from generative_recommenders.commands.ablation.records import Finished
+from generative_recommenders.config.gin import PROJECT
+from generative_recommenders.data.preparation.folder import new_file
+from generative_recommenders.data.store import SequenceDataset
+from generative_recommenders.errors import UserError
+
+MOST_USERS = 50_000
+"""Data of more users keep no ranks in their JSON files: they would take megabytes each, and tests need no more users."""
+
+
+def file_of(folder: Path, lane: str, cell: str, seed: int) -> Path:
+    return folder / f"{lane}-{cell}-seed-{seed}.json"
+
+
+def write_finished(path: Path, lane: str, finished: Finished, facts: Mapping[str, Any]) -> None:
+    """The result of a run. facts: what it ran on, beside its own summary."""
+    record: dict[str, Any] = {"lane": lane, **finished.summary, **facts}
+    ranks = finished.ranks
+    if ranks is not None and len(ranks) <= MOST_USERS:
+        told = "\n".join(f"{user}\t{item}" for user, item in ranks.select("user_id", "item_id").iter_rows())
+        record["targets_sha256"] = hashlib.sha256(told.encode()).hexdigest()[:16]
+        record["ranks"] = ranks["rank"].to_list()
+    _write(path, record)
+
+
+def write_failed(path: Path, run: Run, lane: str, line: str) -> None:
+    """A run that failed, with its line; a later start replaces it."""
+    _write(
+        path, {"lane": lane, "cell": run.cell.name, "seed": run.settings.schedule.random_seed, "failed": line}
+    )
+
+
+def _write(path: Path, record: Mapping[str, Any]) -> None:
+    """One line a field, so that files compare; written to another name first: the machine may go at any moment."""
+    lines = [f"{json.dumps(name)}: {json.dumps(_rounded(value))}" for name, value in record.items()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with new_file(path) as scratch:
+        scratch.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+
+
+def _rounded(value: Any) -> Any:
+    """Six digits of numbers, which is more than the data bear."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, Mapping):
+        return {name: _rounded(each) for name, each in value.items()}
+    return [_rounded(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+
+def read_results(folder: Path) -> list[dict[str, Any]]:
+    """All results of a folder, failed ones too, by name. UserError for a file that is none."""
+    found = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            record = None
+        if not isinstance(record, dict) or not {"lane", "cell", "seed"} <= record.keys():
+            raise UserError(f"{path} is no result of a run: move it away, and the run is made again")
+        found.append({**record, "file": path.name})
+    return found
+
+
+def finished_of(record: Mapping[str, Any]) -> Finished:
+    """A result as tables of ablations take it: users are known by their place, targets by one hash of all."""
+    if record.get("ranks") is None:
+        return Finished(dict(record), None)
+    ranks = pl.DataFrame({"rank": pl.Series(record["ranks"], dtype=pl.Int64)}).with_row_index("user_id")
+    targets = pl.lit(record["targets_sha256"]).alias("item_id")
+    return Finished(dict(record), ranks.with_columns(targets))
+
+
+def machine_facts(jobs: int, commit: str | None) -> dict[str, Any]:
+    """What all runs of this start have in common. jobs: runs at a time, which share the machine and its seconds."""
+    return {
+        "commit": commit or _commit(),
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "runs_at_a_time": jobs,
+    }
+
+
+def _commit() -> str:
+    """Of this code, with a + where files were changed since; "unknown" without git."""
+    git = ["git", "-C", str(PROJECT)]
+    try:
+        told = [
+            subprocess.run([*git, *arguments], capture_output=True, text=True, check=True).stdout.strip()
+            for arguments in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "-uno"])
+        ]
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return told[0] + "+" * bool(told[1])
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or "unknown")
+
+
+def data_facts(dataset: SequenceDataset) -> dict[str, Any]:
+    """What the page says of the data, and of what published figures had and these lack."""
+    manifest = dataset.manifest
+    return {
+        "users": dataset.num_users,
+        "items": dataset.num_items,
+        "events": dataset.num_events,
+        "times": dataset.timestamps is not None,
+        "ratings": dataset.ratings is not None,
+        "tied_events": manifest.statistics.get("tied_events"),
+        "tie_order": manifest.choices.get("tie_order"),
+        "unrated_items": manifest.counts.get("unrated_items", 0),
+        "source": manifest.source.get("dataset"),
+        "data_hash": manifest.data_hash,
+    }

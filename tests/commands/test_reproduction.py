@@ -1,0 +1,116 @@
+"""Reproductions on tiny data: runs, what is done twice, what fails, what stops, and the page of the JSON files alone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from programs import ROOT, run_program
+from tiny_data import ragged_sequences, tiny_dataset
+
+PROGRAM = "generative_recommenders/reproduce.py"
+
+
+@pytest.fixture(scope="module")
+def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny data without item features under the name of the embedded ones."""
+    root = tmp_path_factory.mktemp("reproduce")
+    tiny = tiny_dataset(root, ragged_sequences(57, 30, seed=5))
+    shutil.copytree(tiny.folder, root / "prepared" / "synthetic-books")
+    return root
+
+
+def flags(data_root: Path, out: Path, *more: str) -> list[str]:
+    return [
+        "synthetic-books", f"--data_root={data_root}", f"--runs_dir={out / 'runs'}", f"--results_dir={out / 'results'}", *more,
+    ]  # fmt: skip
+
+
+def test_runs_become_results_and_a_page_and_are_made_once(data_root: Path, tmp_path: Path) -> None:
+    """A cell that cannot run on the data is named with its line, and the others go on."""
+    wanted = ("--epochs=1", "--only=sasrec,two-tower-genres", "--seeds=2", "--jobs=2", "--commit=abc")
+    done = run_program(PROGRAM, *flags(data_root, tmp_path, *wanted))
+    assert done.returncode == 1, done.stderr[-3000:]
+    results = tmp_path / "results" / "synthetic-books"
+    found = {path.name: json.loads(path.read_text()) for path in results.glob("*.json")}
+    first, second = (found[f"leave_one_out-sasrec-seed-{seed}.json"] for seed in (42, 43))
+    assert (
+        first["settings_sha256"] == second["settings_sha256"] and first["split_hash"] == second["split_hash"]
+    )
+    assert first["epochs"] == first["best_epoch"] == first["last"]["epoch"] == 1
+    assert len(first["ranks"]) == 53 and first["ranks"] != second["ranks"]
+    hits = sum(rank is not None and rank <= 10 for rank in first["ranks"]) / 53
+    assert first["test"]["hr@10"] == pytest.approx(hits, abs=1e-5)
+    assert first["commit"] and first["processor"] and first["environment"]["torch"] and first["memory_mb"]
+    failed = found["leave_one_out-two-tower-genres-seed-42.json"]["failed"]
+    assert failed.startswith("error: ") and "\n" not in failed
+    page = (tmp_path / "results" / "synthetic-books.md").read_text()
+    assert failed in page and first["split_hash"] in page and page.strip() in done.stdout
+    assert "± " in next(line for line in page.splitlines() if line.startswith("| sasrec "))
+    assert (results / "leave_one_out.png").read_bytes().startswith(b"\x89PNG")
+
+    shutil.rmtree(tmp_path / "runs")  # the results alone say what is done
+    again = run_program(PROGRAM, *flags(data_root, tmp_path, "--epochs=1", "--only=sasrec", "--seeds=2"))
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert "is in" in again.stderr and not list(tmp_path.glob("runs/*/*/*/metrics.jsonl"))
+
+    (tmp_path / "results" / "synthetic-books.md").unlink()
+    told = run_program(PROGRAM, *flags(tmp_path / "no-data", tmp_path, "--report_only"))
+    assert told.returncode == 0, told.stderr[-3000:]
+    assert (tmp_path / "results" / "synthetic-books.md").read_text() == page
+
+
+def test_a_stopped_reproduction_goes_on(data_root: Path, tmp_path: Path) -> None:
+    wanted = flags(data_root, tmp_path, "--epochs=25", "--only=sasrec", "--seeds=1")
+    run = tmp_path / "runs" / "leave_one_out" / "sasrec" / "seed-42"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "generative_recommenders.reproduce", *wanted], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )  # fmt: skip
+    until = time.monotonic() + 120
+    while not (run / "metrics.jsonl").exists() or (run / "metrics.jsonl").read_text().count("\n") < 2:
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert not list((tmp_path / "results").glob("*/*.json"))
+    done = run_program(PROGRAM, *wanted)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "resumed" in run.with_name("seed-42.log").read_text()
+    (result,) = (tmp_path / "results").glob("*/*.json")
+    assert json.loads(result.read_text())["epochs"] == 25
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--only=sasrecc"], "synthetic-books has no cell sasrecc; it has "),
+        (["--lane=paper"], "--lane=paper is none of synthetic-books: leave_one_out"),
+        (["--jobs=0"], "must be 1 or more"),
+        (["--only=sasrec", "--jobs=1000"], "--jobs=1000 on "),
+    ],
+)
+def test_flags_that_cannot_be_meant(data_root: Path, tmp_path: Path, given: list[str], message: str) -> None:
+    done = run_program(PROGRAM, *flags(data_root, tmp_path, *given))
+    assert done.returncode == 2 and message in done.stderr.splitlines()[-1], done.stderr
+    assert not (tmp_path / "results").exists()
+
+
+def test_data_that_cannot_be_had_are_named_and_the_page_is_made(tmp_path: Path) -> None:
+    out = [
+        f"--data_root={tmp_path}",
+        f"--runs_dir={tmp_path / 'runs'}",
+        f"--results_dir={tmp_path / 'results'}",
+    ]
+    done = run_program(PROGRAM, "ml-100k", f"--raw_path={tmp_path / 'absent'}", *out)
+    assert done.returncode == 1, done.stderr
+    page = (tmp_path / "results" / "ml-100k.md").read_text()
+    line = next(line for line in page.splitlines() if line.startswith("Not run on this machine: "))
+    assert "ml-100k cannot be had" in line and "does not exist" in line and "| hstu-no-time |" in page
