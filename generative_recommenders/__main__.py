@@ -15,6 +15,7 @@ PROGRAMS = {
     "predict": ("commands.main", "recommendations of a run for all users"),
     "export": ("commands.main", "a run's model for other programs"),
     "ablate": ("ablate", "many runs from one file, in one table"),
+    "reproduce": ("reproduce", "published tables beside measured ones"),
     "report": ("report", "the page of a run, or a comparison of several"),
     "serve": ("serve", "answers of a run over HTTP"),
     "doctor": ("commands.doctor", "what this machine offers, and a short self-test"),

@@ -22,7 +22,6 @@ from generative_recommenders.commands.program import exit_code
 from generative_recommenders.commands.reproduction import results
 from generative_recommenders.commands.reproduction.lanes import Lane, data_root_of, known_names, lanes_of
 from generative_recommenders.commands.reproduction.page import TABLES, write_page
-from generative_recommenders.config.gin import PROJECT
 from generative_recommenders.data.preparation.prepare import prepared_path
 from generative_recommenders.data.splits import make_split
 from generative_recommenders.data.store import SequenceDataset
@@ -70,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     """Runs what is missing and writes the page; 1 where a run failed or a lane cannot be had."""
     if any(given is not None and given < 1 for given in (args.seeds, args.jobs, args.epochs)):
         raise UserError("--seeds, --jobs and --epochs must be 1 or more")
-    out = Path(args.results_dir or PROJECT / "docs" / "results")
+    out = Path(args.results_dir or Path("docs") / "results")
     lanes = lanes_of(args.name, Path(args.runs_dir or Path("runs") / "reproduce" / args.name), args.epochs)
     if args.report_only:
         show(write_page(args.name, lanes, out, {}))

@@ -10,7 +10,7 @@ from pathlib import Path
 from absl import logging
 
 from generative_recommenders.commands.ablation.plan import Ablation, Cell, cells_of
-from generative_recommenders.config.gin import PROJECT
+from generative_recommenders.config.gin import ROOT
 from generative_recommenders.data.preparation.folder import locked
 from generative_recommenders.data.preparation.prepare import prepare, prepared_path
 from generative_recommenders.data.sources.public import resolve
@@ -18,7 +18,7 @@ from generative_recommenders.data.statistics import summary
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.errors import UserError
 
-FOLDER = PROJECT / "configs" / "reproduce"
+FOLDER = ROOT / "configs" / "reproduce"
 PUBLISHED_ORDER = "published-order"
 """Below the data root: data whose ties in time are in the published programs' order, for lanes of protocol "paper"."""
 

@@ -15,7 +15,7 @@ import polars as pl
 
 from generative_recommenders.commands.ablation.plan import Run
 from generative_recommenders.commands.ablation.records import Finished
-from generative_recommenders.config.gin import PROJECT
+from generative_recommenders.config.gin import ROOT
 from generative_recommenders.data.preparation.folder import new_file
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.errors import UserError
@@ -98,7 +98,7 @@ def machine_facts(jobs: int, commit: str | None) -> dict[str, Any]:
 
 def _commit() -> str:
     """Of this code, with a + where files were changed since; "unknown" without git."""
-    git = ["git", "-C", str(PROJECT)]
+    git = ["git", "-C", str(ROOT)]
     try:
         told = [
             subprocess.run([*git, *arguments], capture_output=True, text=True, check=True).stdout.strip()
