@@ -13,7 +13,7 @@ PACKAGE = "generative_recommenders"
 LEVELS = (
     {"errors", "types"}, {"config"}, {"ops", "distributed"}, {"data", "modeling"}, {"objectives"}, {"build", "checkpoint"},
     {"retrieval"}, {"evaluation"}, {"training"}, {"run"}, {"lightning"}, {"compat"}, {"commands", "serve"},
-    {"report", "ablate"}, {"__main__"},
+    {"report", "ablate", "reproduce"}, {"__main__"},
 )  # fmt: skip
 """Lowest first. A package imports from itself and from lower levels; not from others of its own level."""
 KNOW_DISTRIBUTED, KNOW_GIN = {"distributed", "training"}, {"config"}

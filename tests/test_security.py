@@ -19,8 +19,11 @@ NEVER_METHODS = {"extract", "extractall"}
 NEVER_MODULES = {"subprocess", "marshal", "shelve", "dill", "cloudpickle", "joblib", "yaml"}
 
 
-STARTS_MAIN = "generative_recommenders/commands/ablation/jobs.py"
-"""Starts main.py once a cell of an ablation."""
+STARTERS = [
+    "generative_recommenders/commands/ablation/jobs.py",  # main.py, once a run
+    "generative_recommenders/commands/reproduction/results.py",  # git, for the commit of this code
+]
+"""Start other programs."""
 
 
 def faults(source: str) -> Iterator[str]:
@@ -43,12 +46,13 @@ def faults(source: str) -> Iterator[str]:
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_untrusted_input_is_never_executed(path: Path) -> None:
-    allowed = ["import subprocess"] if path == ROOT / STARTS_MAIN else []
+    allowed = ["import subprocess"] if path.relative_to(ROOT).as_posix() in STARTERS else []
     assert list(faults(path.read_text())) == allowed
 
 
-def test_programs_are_started_without_a_shell() -> None:
-    tree = ast.parse((ROOT / STARTS_MAIN).read_text())
+@pytest.mark.parametrize("starter", STARTERS)
+def test_programs_are_started_without_a_shell(starter: str) -> None:
+    tree = ast.parse((ROOT / starter).read_text())
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
     starts = [call for call in calls if ast.unparse(call.func).startswith("subprocess.")]
     assert starts and not any(keyword.arg == "shell" for call in starts for keyword in call.keywords)
