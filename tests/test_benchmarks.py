@@ -33,6 +33,7 @@ TINY = {
     ],
     "serve": ["--items=30", "--length=4", "--repeats=1"],
     "serve_load": ["--items=30", "--length=4", "--requests=20", "--clients", "1", "4"],
+    "startup": ["--rounds=1", "--users=300"],
     "top_k": ["--items=300", "--queries=4", "--k=5", "--dim=16", "--fit_steps=2", "--repeats=1"],
     "train_step": ["--steps=1", "--num_negatives=4", "--plain_steps=1"],
 }
@@ -52,6 +53,7 @@ POSITIVE = {
     ),
     "serve": ("results.eager.batch_1_ms", "results.eager.batch_32_ms"),
     "serve_load": ("results.clients_1.p50_ms", "results.clients_4.per_second"),
+    "startup": ("help_seconds", "help_ratio", "first_step_seconds", "first_step_ratio"),
     "top_k": ("results.MoLBruteForceTopK.search_seconds", "results.MoLNaiveTopK50.recall"),
     "train_step": ("step_seconds", "tokens_per_second", "data_seconds", "peak_rss_mb", "plain_step_seconds"),
 }

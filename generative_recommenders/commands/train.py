@@ -46,8 +46,6 @@ from generative_recommenders.run.directory import RunFolder
 from generative_recommenders.run.epoch_log import EpochLog
 from generative_recommenders.run.logging import set_up_logging, show
 from generative_recommenders.run.model_summary import model_summary
-from generative_recommenders.run.plots import plot_curves
-from generative_recommenders.run.report.page import write_report
 from generative_recommenders.training.debug import step_profiler
 from generative_recommenders.training.fine_tuning import initialize
 from generative_recommenders.training.trainer import Trainer, TrainResult
@@ -148,6 +146,8 @@ def finish(
     collectives: Collectives,
 ) -> None:
     """The final record, the curves, and the table."""
+    from generative_recommenders.run.plots import plot_curves  # brings matplotlib
+
     rows = {**rows, **report.model_rows(settings, result.test, result.high_rated), **result.standard_errors}
     final = {
         "part": "final",
@@ -196,6 +196,8 @@ def finish(
 
 def write_page(run: Path, dataset: SequenceDataset, split: Split, ranks: Mapping[str, Ranks]) -> None:
     """The run's report; what fails here is one warning, as the run is done."""
+    from generative_recommenders.run.report.page import write_report  # brings matplotlib and jinja2
+
     if not keep_facts(run, dataset, split, ranks):
         return
     try:

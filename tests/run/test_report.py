@@ -188,7 +188,7 @@ def test_a_fault_of_the_report_costs_no_run(
     def fail(*_: object) -> None:
         raise RuntimeError("a picture\nof many lines")
 
-    monkeypatch.setattr(train, "write_report", fail)
+    monkeypatch.setattr("generative_recommenders.run.report.page.write_report", fail)
     split = make_split(ragged_dataset, "leave_one_out")
     train.write_page(tmp_path, ragged_dataset, split, {"model": ranks_of(ragged_dataset)})
     assert [record.getMessage() for record in caplog.records] == [

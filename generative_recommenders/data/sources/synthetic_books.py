@@ -173,6 +173,7 @@ def write_synthetic_books(
     if all(path.exists() for path in (ratings, books, note)) and note.read_text() == wanted:
         return ratings, books
     catalogue = make_catalogue(settings.num_items, settings.seed)
+    stars = pa.array([f"{star}.0" for star in range(6)])
     options = pyarrow.csv.WriteOptions(include_header=False, quoting_style="none")
     # The note is taken away first and comes last: whole files without it are made again, never mistaken for these settings.
     with new_file(note) as new_note, new_file(books) as new_books, new_file(ratings) as new_ratings:
@@ -188,7 +189,7 @@ def write_synthetic_books(
                 columns = [
                     user_ids(settings.seed, first, stop).take(pa.array(steps.owners())),
                     catalogue.ids.take(pa.array(steps.items)),
-                    _STARS.take(pa.array(steps.ratings)),
+                    stars.take(pa.array(steps.ratings)),
                     pa.array(steps.days * SECONDS_A_DAY),
                 ]
                 writer.write_table(pa.table(columns, schema=_ROWS))
@@ -211,7 +212,6 @@ def mix64(values: np.ndarray) -> np.ndarray:
         return mix(values + np.uint64(0x9E3779B97F4A7C15))
 
 
-_STARS = pa.array([f"{star}.0" for star in range(6)])
 _ROWS = pa.schema([
     ("user", pa.string()), ("item", pa.string()), ("rating", pa.string()), ("timestamp", pa.int64()),
 ])  # fmt: skip
