@@ -1,0 +1,111 @@
+"""Tables of the documentation against the program: what combines with what, and how public formats are read."""
+
+from __future__ import annotations
+
+import re
+import runpy
+from itertools import product
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from docs.pages import ROOT
+from generative_recommenders.build.parts import build_task
+from generative_recommenders.config.registry import ENCODERS, LOSSES, OBJECTIVES
+from generative_recommenders.data.readers.events import EventReader, ReadOptions
+from generative_recommenders.errors import UserError
+from tiny_models import catalogue, settings
+
+PLUGINS = ("GRU4Rec", "BPR")
+"""Examples that other tests register."""
+FORMATS = runpy.run_path(str(ROOT / "tests/data/readers/test_published_formats.py"))["FORMATS"]
+
+
+def table(page: str, first: str) -> dict[str, dict[str, str]]:
+    """Rows of the table whose head begins with a word, by their first cell."""
+    lines = iter((ROOT / page).read_text(encoding="utf-8").splitlines())
+    head = next(line for line in lines if line.startswith(f"| {first} |"))
+    names = [cell.strip() for cell in head.strip("|").split("|")]
+    rows = {}
+    for line in lines:
+        if not line.startswith("|"):
+            break
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if not cells[0].startswith("---"):
+            rows[cells[0]] = dict(zip(names[1:], cells[1:]))
+    return rows
+
+
+def by_name(rows: dict[str, dict[str, str]], known: list[str]) -> dict[str, dict[str, str]]:
+    """Cells of each part that a row's head names; names that stand in two heads belong to the first."""
+    found: dict[str, dict[str, str]] = {}
+    for heads, cells in rows.items():
+        for name in re.findall(r"\w+", heads):
+            if name in known:
+                found.setdefault(name, cells)
+    return found
+
+
+ENCODER_ROWS = by_name(table("README.md", "encoder"), ENCODERS.names())
+LOSS_ROWS = by_name(table("README.md", "loss"), [part.name for part in LOSSES.parts()])
+
+
+def cell(cells: dict[str, str], name: str) -> bool:
+    return next(value for head, value in cells.items() if name in head.split(", ")) == "yes"
+
+
+def test_the_tables_name_every_part() -> None:
+    assert set(ENCODER_ROWS) == set(ENCODERS.names()) - set(PLUGINS)
+    assert set(LOSS_ROWS) == {part.name for part in LOSSES.parts()} - set(PLUGINS)
+
+
+@pytest.mark.parametrize("similarity", ["DotProduct", "MoL"])
+@pytest.mark.parametrize("loss", LOSS_ROWS)
+def test_the_combinations_of_the_readme(loss: str, similarity: str) -> None:
+    mol = {"interaction_module_type": "MoL", "top_k_method": "MoLBruteForceTopK"}
+    objectives = [name for name in OBJECTIVES.names() if name != "future"]
+    encoders = list(ENCODER_ROWS) if loss in ("SampledSoftmaxLoss", "CE") else ["SASRec"]
+    for encoder, objective in product(encoders, objectives):
+        chosen = settings(
+            main_module=encoder, objective=objective, loss_module=loss, negatives_sharing="block",
+            **(mol if similarity == "MoL" else {}),
+        )  # fmt: skip
+        expected = cell(ENCODER_ROWS[encoder], objective) and cell(LOSS_ROWS[loss], similarity)
+        expected &= objective != "replaced" or similarity == "DotProduct"
+        expected &= loss != "BCELossWithRatings" or objective.startswith("causal")
+        try:
+            build_task(chosen, catalogue())
+            built = True
+        except UserError:
+            built = False
+        assert built == expected, f"{encoder}, {objective}, {loss}, {similarity}"
+
+
+@pytest.mark.parametrize("objective", ["causal", "masked"])
+def test_hstu_with_softmax_takes_causal_objectives_alone(objective: str) -> None:
+    chosen = settings(
+        **{"main_module": "HSTU", "objective": objective, "hstu.normalization": "softmax_rel_bias"}
+    )
+    if objective == "causal":
+        build_task(chosen, catalogue())
+    else:
+        with pytest.raises(UserError, match="rel_bias"):
+            build_task(chosen, catalogue())
+
+
+@pytest.mark.parametrize("name", table("docs/own-data.md", "data set"))
+def test_a_public_format_is_read_by_the_flags_of_its_row(tmp_path: Path, name: str) -> None:
+    flags = table("docs/own-data.md", "data set")[name]["flags"]
+    found = re.fullmatch(r"`--columns=(\S+)`", flags)
+    assert found or flags == "none"
+    file, text, _, (user, item, rating, _) = FORMATS[name]
+    (tmp_path / file).write_text(text)
+    reader = EventReader([tmp_path / file], ReadOptions(found[1] if found else None))
+    event = pa.concat_tables(reader.batches()).to_pylist()[0]
+    assert (event["user"], event["item"], event.get("rating")) == (user, item, rating)
+    assert event["timestamp"] is not None
+
+
+def test_every_public_format_has_a_row() -> None:
+    assert set(table("docs/own-data.md", "data set")) == set(FORMATS)
