@@ -16,6 +16,11 @@ class UserError(Exception):
         return line.encode(errors="backslashreplace").decode()
 
 
+def not_installed(package: str, extra: str) -> UserError:
+    """The line for a package that an extra of this one brings."""
+    return UserError(f"{package} is not installed: pip install 'next-item-recommenders[{extra}]'")
+
+
 def fault_of(error: BaseException) -> UserError | None:
     """The one line of an error that the program's code is not to blame for, or None.
 

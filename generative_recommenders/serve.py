@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from generative_recommenders.errors import UserError
+from generative_recommenders.errors import UserError, not_installed
 from generative_recommenders.retrieval.recommender import Recommender
 from generative_recommenders.retrieval.serve import Limits, make_app
 
@@ -36,9 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             import uvicorn
         except ImportError as error:
-            raise UserError(
-                "uvicorn is not installed: pip install 'next-item-recommenders[serve]'"
-            ) from error
+            raise not_installed("uvicorn", "serve") from error
         recommender = Recommender.load(args.run, args.device, args.plugin)
         app = make_app(recommender, Limits(args.max_batch, args.wait_ms / 1000))
     except UserError as error:

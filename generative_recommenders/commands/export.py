@@ -17,14 +17,13 @@ from absl import logging
 
 from generative_recommenders.commands.setup import Options
 from generative_recommenders.data.preparation.folder import new_file
-from generative_recommenders.errors import UserError
+from generative_recommenders.errors import UserError, not_installed
 from generative_recommenders.retrieval.export import (
     INDEX_KINDS,
     build_index,
     check_products,
     export_program,
     measured_recall,
-    missing,
     query_inputs,
     write_onnx,
 )
@@ -96,7 +95,7 @@ def _faiss(recommender: Recommender, folder: Path, wanted: ExportOptions) -> dic
     try:
         import faiss
     except ImportError as error:
-        raise missing("faiss", "export") from error
+        raise not_installed("faiss", "export") from error
     index = build_index(recommender.snapshot.embeddings.float().numpy(), wanted.index)
     with new_file(folder / f"items.{wanted.index}.faiss") as scratch:
         faiss.write_index(index, str(scratch))

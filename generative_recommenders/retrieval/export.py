@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from generative_recommenders.errors import UserError
+from generative_recommenders.errors import UserError, not_installed
 from generative_recommenders.modeling.model import SequenceRecommender
 from generative_recommenders.ops import dispatch
 from generative_recommenders.retrieval.product_search import search_products
@@ -87,7 +87,7 @@ def write_onnx(program: torch.export.ExportedProgram, path: Path, names: list[st
     try:
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise missing("onnx", "export") from error
+        raise not_installed("onnx", "export") from error
     # its optimizer takes the epsilon of a layer norm, 1e-8, for zero: padding would become NaN
     exported = torch.onnx.export(
         program, dynamo=True, input_names=names, output_names=["states"], optimize=False, verbose=False
@@ -96,16 +96,12 @@ def write_onnx(program: torch.export.ExportedProgram, path: Path, names: list[st
     exported.save(path)
 
 
-def missing(package: str, extra: str) -> UserError:
-    return UserError(f"{package} is not installed: pip install 'next-item-recommenders[{extra}]'")
-
-
 def build_index(embeddings: np.ndarray, kind: str) -> Any:
     """A faiss index of items ``[V, D]`` by inner product; its ids are internal ids minus 1."""
     try:
         import faiss
     except ImportError as error:
-        raise missing("faiss", "export") from error
+        raise not_installed("faiss", "export") from error
     count, dim = embeddings.shape
     flat = faiss.IndexFlatIP(dim)
     if kind == "exact":

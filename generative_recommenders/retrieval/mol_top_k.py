@@ -6,6 +6,8 @@ They keep the components of all items (``V * (Pi * d + E)`` floats).
 
 from __future__ import annotations
 
+from itertools import product
+
 import torch
 
 from generative_recommenders.config.fields import Size
@@ -28,20 +30,34 @@ class MoLBruteForceTopK(BruteForceTopK):
 
 
 class _CandidateTopK(TopKModule):
-    """Candidates first, the mixture on those alone: the result never holds more items than there are candidates."""
+    """Candidates first, the mixture on those alone: the result never holds more items than there are candidates.
+
+    k_per_group: candidates of each pair of a query and an item component; avg_top_k: those by the components' means; 0 for
+    none.
+    """
 
     similarity_type = MoLSimilarity
     similarity: MoLSimilarity
     rows_at_a_time = 64
 
-    def __init__(self, similarity: MoLSimilarity, item_embeddings: torch.Tensor) -> None:
+    def __init__(
+        self,
+        similarity: MoLSimilarity,
+        item_embeddings: torch.Tensor,
+        k_per_group: int = 0,
+        avg_top_k: int = 0,
+    ) -> None:
         super().__init__(similarity, item_embeddings)
+        self.k_per_group, self.avg_top_k = k_per_group, avg_top_k
         with torch.no_grad():
             components, gate = similarity.snapshot(item_embeddings).components
         self.register_buffer("item_components", components, persistent=False)
         self.register_buffer("item_gate", gate, persistent=False)
         self.item_components: torch.Tensor
         self.item_gate: torch.Tensor | None
+        if avg_top_k:
+            self.register_buffer("average", self.item_components.mean(1), persistent=False)
+            self.average: torch.Tensor
 
     @property
     def items(self) -> ItemComponents:
@@ -60,78 +76,40 @@ class _CandidateTopK(TopKModule):
         return fill(values, ids.gather(1, columns), k)
 
     def candidates(self, query: QueryComponents, seen_ids: torch.Tensor | None) -> torch.Tensor:
-        """``[n, C]`` ids, 0 for none, repeats allowed."""
-        raise NotImplementedError
-
-    def _by_average(
-        self, query: QueryComponents, seen_ids: torch.Tensor | None, average: torch.Tensor, k: int
-    ) -> torch.Tensor:
-        """``[n, k]`` ids by the dot product of the mean components; average: ``[V, d]``."""
-        return search_products(query.components.mean(1), average, k, seen_ids)[1]
-
-    def _by_component(self, query: QueryComponents, seen_ids: torch.Tensor | None, k: int) -> torch.Tensor:
-        """``[n, Pq * Pi * k]`` ids: the k best of every pair of a query and an item component."""
+        """``[n, Pq * Pi * k_per_group + avg_top_k]`` ids, 0 for none, repeats allowed."""
+        pairs = (
+            product(query.components.unbind(1), self.items.components.unbind(1)) if self.k_per_group else ()
+        )
         found = [
-            search_products(query_part, item_part, k, seen_ids)[1]
-            for query_part in query.components.unbind(1)
-            for item_part in self.items.components.unbind(1)
+            search_products(of_query, of_item, self.k_per_group, seen_ids)[1] for of_query, of_item in pairs
         ]
+        if self.avg_top_k:
+            mean = query.components.mean(1)
+            found.append(search_products(mean, self.average, self.avg_top_k, seen_ids)[1])
         return torch.cat(found, dim=1)
 
 
 @register_top_k("MoLNaiveTopK")
 class MoLNaiveTopK(_CandidateTopK):
-    """Candidates: the best items of each of the Pq * Pi pairs of components.
-
-    k_per_group: candidates of each pair.
-    """
+    """Candidates: the k_per_group best items of each of the Pq * Pi pairs of components."""
 
     def __init__(self, similarity: MoLSimilarity, item_embeddings: torch.Tensor, k_per_group: Size) -> None:
-        super().__init__(similarity, item_embeddings)
-        self.k_per_group = k_per_group
-
-    def candidates(self, query: QueryComponents, seen_ids: torch.Tensor | None) -> torch.Tensor:
-        """``[n, Pq * Pi * k_per_group]``."""
-        return self._by_component(query, seen_ids, self.k_per_group)
+        super().__init__(similarity, item_embeddings, k_per_group)
 
 
 @register_top_k("MoLAvgTopK")
 class MoLAvgTopK(_CandidateTopK):
-    """Candidates: the best items by the dot product of the components' means.
-
-    avg_top_k: candidates.
-    """
+    """Candidates: the avg_top_k best items by the dot product of the components' means."""
 
     def __init__(self, similarity: MoLSimilarity, item_embeddings: torch.Tensor, avg_top_k: Size) -> None:
-        super().__init__(similarity, item_embeddings)
-        self.avg_top_k = avg_top_k
-        self.register_buffer("average", self.item_components.mean(1), persistent=False)
-        self.average: torch.Tensor
-
-    def candidates(self, query: QueryComponents, seen_ids: torch.Tensor | None) -> torch.Tensor:
-        """``[n, avg_top_k]``."""
-        return self._by_average(query, seen_ids, self.average, self.avg_top_k)
+        super().__init__(similarity, item_embeddings, avg_top_k=avg_top_k)
 
 
 @register_top_k("MoLCombTopK")
 class MoLCombTopK(_CandidateTopK):
-    """Candidates: those of `MoLNaiveTopK` and of `MoLAvgTopK` together.
-
-    k_per_group: candidates of each pair of components.
-    avg_top_k: candidates by the components' means.
-    """
+    """Candidates: those of `MoLNaiveTopK` and of `MoLAvgTopK` together."""
 
     def __init__(
         self, similarity: MoLSimilarity, item_embeddings: torch.Tensor, k_per_group: Size, avg_top_k: Size
     ) -> None:
-        super().__init__(similarity, item_embeddings)
-        self.avg_top_k = avg_top_k
-        self.k_per_group = k_per_group
-        self.register_buffer("average", self.item_components.mean(1), persistent=False)
-        self.average: torch.Tensor
-
-    def candidates(self, query: QueryComponents, seen_ids: torch.Tensor | None) -> torch.Tensor:
-        """``[n, Pq * Pi * k_per_group + avg_top_k]``."""
-        by_component = self._by_component(query, seen_ids, self.k_per_group)
-        by_average = self._by_average(query, seen_ids, self.average, self.avg_top_k)
-        return torch.cat([by_component, by_average], dim=1)
+        super().__init__(similarity, item_embeddings, k_per_group, avg_top_k)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -34,13 +33,12 @@ from generative_recommenders.retrieval import quantized_search
 from generative_recommenders.retrieval.histories import Histories, HistoryReader
 from generative_recommenders.retrieval.inputs import as_frame, candidate_lists, is_table, listed, seconds
 from generative_recommenders.retrieval.new_items import add_rows
+from generative_recommenders.retrieval.output import OUTPUTS, Output, answer_frame
 from generative_recommenders.retrieval.product_search import search_products
 from generative_recommenders.retrieval.quantized_search import QuantizedItems
 from generative_recommenders.retrieval.selection import fill, largest
 from generative_recommenders.retrieval.session import Session
 
-Output = Literal["pandas", "polars", "spark", "torch"]
-OUTPUTS = ("pandas", "polars", "spark", "torch")
 MAX_USERS = 1024
 """Users encoded at a time."""
 FEW_TOKENS = 256
@@ -174,7 +172,9 @@ class Recommender:
             ids.append(found)
             numeric = some.numeric
         scores, items = torch.cat(values), torch.cat(ids)
-        return (scores, items) if output == "torch" else self._frame(users, items, scores, numeric, output)
+        if output == "torch":
+            return scores, items
+        return answer_frame(self.item_ids, users, items, scores, numeric, output)
 
     def _checked(self, k: Any) -> int:
         """k, or the number of items where that is less; UserError where it is no count."""
@@ -285,7 +285,7 @@ class Recommender:
             every[own.to(every.device) - 1], every, k, own[:, None].to(every.device)
         )
         numeric = len(items) > 0 and isinstance(items[0], (int, np.integer))
-        frame = self._frame(items, ids.cpu(), cosines.cpu(), numeric, "pandas")
+        frame = answer_frame(self.item_ids, items, ids.cpu(), cosines.cpu(), numeric)
         return frame.rename(columns={"user_id": "item_id", "item_id": "similar_id"})
 
     # -- sessions and new items ---------------------------------------------------------------------------------
@@ -386,28 +386,3 @@ class Recommender:
             return
         for some in self.reader.read(histories, at, self.batch_size, keep_empty):
             yield some, self.queries(some)
-
-    def _frame(
-        self, users: list[Any], items: torch.Tensor, scores: torch.Tensor, numeric: bool, output: str
-    ) -> Any:
-        """One row a recommendation; places without an item are left out."""
-        row, column = (items > 0).nonzero(as_tuple=True)
-        taken = self.item_ids.take(pa.array((items[row, column] - 1).numpy()))
-        with contextlib.suppress(pa.ArrowInvalid):  # there may be items whose ids are no numbers
-            taken = taken.cast(pa.int64()) if numeric else taken
-        frame = pl.DataFrame(
-            {
-                "user_id": pl.Series(users, strict=False).gather(row.numpy()) if users else [],
-                "item_id": pl.Series(pl.from_arrow(taken)),
-                "rank": (column + 1).numpy(),
-                "score": scores[row, column].numpy(),
-            }
-        )
-        if output == "spark":
-            try:
-                from pyspark.sql import SparkSession
-            except ImportError as error:
-                hint = "pip install 'next-item-recommenders[spark]'"
-                raise UserError(f"output='spark' needs pyspark: {hint}") from error
-            return SparkSession.builder.getOrCreate().createDataFrame(frame.to_pandas())
-        return frame if output == "polars" else frame.to_pandas()

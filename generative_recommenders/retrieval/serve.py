@@ -15,7 +15,7 @@ import torch
 from absl import logging
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from generative_recommenders.errors import UserError
+from generative_recommenders.errors import UserError, not_installed
 from generative_recommenders.retrieval.recommender import Recommender
 
 MAX_HISTORY, MAX_CANDIDATES, MAX_K = 10_000, 10_000, 1000
@@ -240,9 +240,7 @@ def make_app(recommender: Recommender, limits: Limits | None = None) -> Any:
         import fastapi
         import prometheus_client  # noqa: F401  (of the same extra)
     except ImportError as error:
-        raise UserError(
-            f"{error.name} is not installed: pip install 'next-item-recommenders[serve]'"
-        ) from error
+        raise not_installed(error.name or "fastapi", "serve") from error
     limits = limits or Limits()
     batcher: Batcher
 

@@ -12,10 +12,9 @@ from tqdm import tqdm
 from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.distributed.progress import progress_bar
 from generative_recommenders.run.directory import RunFolder
+from generative_recommenders.run.summary import COLUMNS
 from generative_recommenders.training.callbacks import Recorder, T
 from generative_recommenders.training.step import StepResult
-
-SHOWN = ("hr@10", "ndcg@10", "hr@50", "ndcg@50", "mrr")
 
 
 class EpochLog(Recorder):
@@ -76,7 +75,7 @@ class EpochLog(Recorder):
         # The whole run's time, at the speed since it began: evaluations and checkpoints included.
         seconds_a_step = (perf_counter() - self.began) / max(step - self.first_step, 1)
         left = tqdm.format_interval(seconds_a_step * max(self.last_step - step, 0))
-        shown = " ".join(f"{name} {record[name]:.4f}" for name in SHOWN)
+        shown = " ".join(f"{name} {record[name]:.4f}" for name in COLUMNS)
         part = self.part if record["full"] else f"{self.part} (part of the users)"
         logging.info(
             "epoch %d/%d  loss %.4f  %s %s  %.0f s, %s left",

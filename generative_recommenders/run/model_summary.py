@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 from generative_recommenders.data.loader import LoadedBatch
@@ -12,18 +14,16 @@ MIB = 2**20
 
 
 def model_summary(trainer: Trainer) -> str:
-    """Parts, parameter counts and an estimate of memory. Parameters that two parts share count once."""
-    model, counts = trainer.model, {}
-    seen: set[torch.nn.Parameter] = set()
-    for name, part in [*model.named_children(), ("criterion", trainer.task.criterion)]:
-        own = set(part.parameters()) - seen
-        counts[name], seen = sum(p.numel() for p in own), seen | own
+    """Parts, parameter counts and an estimate of memory."""
+    model, criterion = trainer.model, trainer.task.criterion
+    counts = parameter_counts([*model.named_children(), ("criterion", criterion)])
     total = sum(counts.values())
-    held = total + 3 * sum(p.numel() for p in seen if p.requires_grad)  # gradients and two moments
+    trained = {p for part in (model, criterion) for p in part.parameters() if p.requires_grad}
+    held = total + 3 * sum(p.numel() for p in trained)  # gradients and two moments
     by_rows = trainer.settings.updates.optimizer == "rowwise_adagrad"  # one number a row of the item table
     if by_rows and model.items.table.requires_grad:
         held -= 2 * counts["items"]
-    lines = [str(model), str(trainer.task.criterion), ""]
+    lines = [str(model), str(criterion), ""]
     lines += [f"{name:<16}{count:>14,} parameters" for name, count in counts.items()]
     lines += [
         f"{'total':<16}{total:>14,} parameters",
@@ -31,6 +31,16 @@ def model_summary(trainer: Trainer) -> str:
         f"at most {kept_activations(trainer) / MIB:,.0f} MiB that a full batch keeps for its backward pass",
     ]
     return "\n".join(lines)
+
+
+def parameter_counts(parts: Iterable[tuple[str, torch.nn.Module]]) -> dict[str, int]:
+    """Parameters of each part, by name; those that two parts share count once."""
+    counts: dict[str, int] = {}
+    seen: set[torch.nn.Parameter] = set()
+    for name, part in parts:
+        own = set(part.parameters()) - seen
+        counts[name], seen = sum(parameter.numel() for parameter in own), seen | own
+    return counts
 
 
 def kept_activations(trainer: Trainer) -> float:

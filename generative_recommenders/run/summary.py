@@ -18,6 +18,7 @@ from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.distributed.collectives import Collectives
 
 COLUMNS = ("hr@10", "ndcg@10", "hr@50", "ndcg@50", "mrr")
+"""Metrics that tables, curves and log lines show."""
 
 
 def results_table(rows: Mapping[str, Mapping[str, float]]) -> str:
@@ -46,7 +47,7 @@ def curve_rows(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Rows for `plot_curves`, epochs counted from 1: the loss, and the table's metrics where the evaluation was a full one."""
     rows = []
     for epoch in history:
-        names = ("train_loss", *COLUMNS) if epoch["full"] else ("train_loss",)
+        names = ("train_loss", *COLUMNS) if epoch.get("full", True) else ("train_loss",)
         rows.append({"epoch": epoch["epoch"] + 1, **{name: epoch[name] for name in names if name in epoch}})
     return rows
 

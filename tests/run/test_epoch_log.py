@@ -8,7 +8,8 @@ import pytest
 from absl import logging
 
 from generative_recommenders.run import epoch_log
-from generative_recommenders.run.epoch_log import SHOWN, EpochLog
+from generative_recommenders.run.epoch_log import EpochLog
+from generative_recommenders.run.summary import COLUMNS
 
 
 def test_the_line_of_an_epoch_says_how_long_the_run_takes(
@@ -16,7 +17,7 @@ def test_the_line_of_an_epoch_says_how_long_the_run_takes(
 ) -> None:
     """At the speed of all that the run did since it began, evaluations included; steps of before do not count."""
     run = SimpleNamespace(write_scalars=lambda *_: None, write_metrics=lambda *_: None)
-    record = {"epoch": 0, "train_loss": 1.0, "seconds": 60.0, "full": True, **dict.fromkeys(SHOWN, 0.1)}
+    record = {"epoch": 0, "train_loss": 1.0, "seconds": 60.0, "full": True, **dict.fromkeys(COLUMNS, 0.1)}
     clock = iter([1000.0, 1000.0 + 201.0])
     monkeypatch.setattr(epoch_log, "perf_counter", lambda: next(clock))
     level = logging.get_verbosity()

@@ -23,6 +23,7 @@ from generative_recommenders.run.report import breakdown, pictures
 from generative_recommenders.run.report.answers import AttentionMap, layer_weights
 from generative_recommenders.run.report.facts import read_facts, write_facts
 from generative_recommenders.run.report.page import write_report
+from generative_recommenders.run.summary import COLUMNS
 from programs import run_program
 from recommender_runs import CHOICES, make_run
 from report_runs import HOSTILE, ranks_of, titled_dataset
@@ -264,7 +265,7 @@ def test_metrics_of_users_are_those_of_the_histogram() -> None:
         histogram = RankHistogram(num_items)
         histogram.add(ranks)
         expected = histogram.compute()
-        for name in breakdown.METRICS:
+        for name in COLUMNS:
             found = breakdown.user_values(ranks.numpy(), name, num_items).mean()
             assert found == pytest.approx(expected[name]), (num_items, name)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import polars as pl
@@ -180,14 +179,3 @@ def item_map(recommender: Recommender, facts: Facts) -> ItemMap | None:
     _, sizes, directions = np.linalg.svd(centred, full_matrices=False)
     share = float((sizes[:2] ** 2).sum() / max((sizes**2).sum(), 1e-30))
     return ItemMap(centred @ directions[:2].T, items, f"PCA, whose two axes hold {share:.0%} of the variance")
-
-
-def parameter_counts(model: torch.nn.Module) -> list[tuple[str, int]]:
-    """Parameters by part of the model; those that two parts share count once."""
-    counts: list[tuple[str, int]] = []
-    seen: set[Any] = set()
-    for name, part in model.named_children():
-        own = set(part.parameters()) - seen
-        counts.append((name, sum(parameter.numel() for parameter in own)))
-        seen |= own
-    return counts

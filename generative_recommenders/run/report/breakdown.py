@@ -12,8 +12,8 @@ import polars as pl
 from generative_recommenders.errors import UserError
 from generative_recommenders.evaluation.significance import bootstrap_interval, holm, paired_permutation
 from generative_recommenders.run.report.facts import RANK, Facts
+from generative_recommenders.run.summary import COLUMNS
 
-METRICS = ("hr@10", "ndcg@10", "hr@50", "ndcg@50", "mrr")
 GROUPS, FEWEST_TARGETS, MOST_GENRES = 5, 20, 20
 
 
@@ -65,7 +65,7 @@ def results(facts: Facts) -> dict[str, dict[str, Interval]]:
     return {
         method: {
             metric: Interval.of(user_values(facts.ranks(method), metric, facts.num_items))
-            for metric in METRICS
+            for metric in COLUMNS
         }
         for method in facts.methods
     }

@@ -15,9 +15,11 @@ from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.data.preparation.folder import new_file
 from generative_recommenders.errors import UserError
 from generative_recommenders.retrieval.recommender import Recommender
+from generative_recommenders.run.model_summary import parameter_counts
 from generative_recommenders.run.report import answers, breakdown, pictures
 from generative_recommenders.run.report.facts import Facts
 from generative_recommenders.run.report.records import Run, conditions, machine, read_run, spent
+from generative_recommenders.run.summary import COLUMNS, curve_rows
 
 FILE_NAME = "report.html"
 BY = "ndcg@10"
@@ -67,10 +69,10 @@ def run_page(run: Run) -> dict[str, Any]:
         "conditions": conditions(run),
         "settings": differences(RunSettings(), run.settings),
         "every_setting": resolved_values(run.settings),
-        "metrics": breakdown.METRICS,
+        "metrics": COLUMNS,
         "plain_results": run.final.get("results", {}),
         "best": best,
-        "curves": pictures.curves(run.curve_rows, run.part, best, run.name),
+        "curves": pictures.curves(curve_rows(run.epochs), run.part, best, run.name),
         "steps": pictures.steps(run.steps),
         "machine": machine(run),
         "spent": times,
@@ -112,7 +114,7 @@ def _answers(run: Run, facts: Facts) -> dict[str, Any]:
         names = answers.ItemNames(facts.items)
         placed = answers.item_map(recommender, facts)
         return {
-            "parameters": answers.parameter_counts(recommender.model),
+            "parameters": list(parameter_counts(recommender.model.named_children()).items()),
             "examples": answers.examples(recommender, facts, names),
             "maps": [
                 (each, pictures.attention(each)) for each in answers.attention_maps(recommender, facts, names)
@@ -150,10 +152,12 @@ def comparison_page(runs: Sequence[Run]) -> dict[str, Any]:
         "runs": runs,
         "conditions": conditions(runs[0], own=False),
         "left_out": max(len(each.users) for each in facts.values()) - len(joint.users),
-        "metrics": breakdown.METRICS,
+        "metrics": COLUMNS,
         "data": joint.data,
         "settings": [(name, values) for name, values in rows if any(each != values[0] for each in values)],
-        "curves": pictures.compared_curves({name: run.curve_rows for name, run in zip(facts, runs)}, BY),
+        "curves": pictures.compared_curves(
+            {name: curve_rows(run.epochs) for name, run in zip(facts, runs)}, BY
+        ),
         "machines": [
             (name, [each.get(name, "") for each in machines])
             for name in dict.fromkeys(key for each in machines for key in each)

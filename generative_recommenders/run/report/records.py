@@ -12,7 +12,6 @@ import numpy as np
 from generative_recommenders.checkpoint.store import Checkpoint, CheckpointStore
 from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.errors import UserError
-from generative_recommenders.run.report.breakdown import METRICS
 from generative_recommenders.run.report.facts import Facts, read_facts
 
 
@@ -45,18 +44,6 @@ class Run:
     def part(self) -> str:
         """What epochs are measured on."""
         return "test" if self.settings.data.protocol == "paper" else "validation"
-
-    @property
-    def curve_rows(self) -> list[dict[str, Any]]:
-        """Of full evaluations, epochs counted from 1."""
-        names = ("train_loss", *METRICS)
-        rows = []
-        for record in self.epochs:
-            kept = names if record.get("full", True) else ("train_loss",)
-            rows.append(
-                {"epoch": record["epoch"] + 1, **{name: record[name] for name in kept if name in record}}
-            )
-        return rows
 
 
 def read_run(path: Path) -> Run:
