@@ -250,6 +250,8 @@ class Trainer:
 
         for step, (loaded, result) in enumerate(waiting, start=p.step - len(waiting)):
             loss, targets = float(result.loss), float(result.targets)
+            if self.model.items.shard is not None and not math.isfinite(loss):
+                self._check_parameters()  # one process's rows may be the cause, and to rerun the step takes all
             check_finite(loss, step + 1, self.task, partial(rerun, loaded, step))
             p.epoch_loss, p.epoch_targets = p.epoch_loss + loss * targets, p.epoch_targets + targets
             self.last = result

@@ -377,3 +377,51 @@ def test_kill_while_writing(tmp_path, kills):
         loaded = CheckpointStore(tmp_path, read_only=True).load_newest()
         assert loaded.state["step"] in (last, last + 1)
         assert torch.equal(loaded.tensors["w"], torch.full((50_000,), float(loaded.state["step"])))
+
+
+def sharded_checkpoint(folder: Path) -> tuple[CheckpointStore, Path]:
+    store, rows = CheckpointStore(folder), torch.arange(10.0).view(5, 2)
+    shards = [(0, 2, {"table": rows[:2]}), (2, 5, {"table": rows[2:]})]
+    return store, store.save((1, 2), {"own": torch.ones(1)}, {}, shards=shards)
+
+
+def test_rows_of_shards_are_joined_or_read_by_range(tmp_path: Path) -> None:
+    store, path = sharded_checkpoint(tmp_path)
+    assert sorted(each.name for each in path.glob("rows*")) == [
+        "rows-1-of-2.safetensors",
+        "rows-2-of-2.safetensors",
+    ]
+    assert torch.equal(store.load(path).tensors["table"], torch.arange(10.0).view(5, 2))
+    apart = CheckpointStore(tmp_path, joins_rows=False).load(path)
+    assert apart.tensors.keys() == {"own"} and apart.row_shapes == {"table": (torch.float32, [5, 2])}
+    assert apart.rows is not None
+    for first, stop in ((0, 5), (1, 4), (0, 2), (3, 3)):
+        assert torch.equal(apart.rows.read("table", first, stop), torch.arange(10.0).view(5, 2)[first:stop])
+
+
+@pytest.mark.parametrize("damage", ["missing", "changed"])
+def test_a_damaged_shard_is_a_damaged_checkpoint(tmp_path: Path, damage: str) -> None:
+    store, path = sharded_checkpoint(tmp_path)
+    file = path / "rows-2-of-2.safetensors"
+    if damage == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:-1] + b"\1")
+    with pytest.raises(DamagedCheckpoint, match="rows-2-of-2.safetensors"):
+        store.load(path)
+
+
+@pytest.mark.parametrize("bounds", [(0, 2, 3, 5), (0, 2, 1, 4), (1, 3, 3, 6)])
+def test_shards_that_are_no_whole_table_are_refused(tmp_path: Path, bounds: tuple[int, ...]) -> None:
+    store, rows = CheckpointStore(tmp_path), torch.zeros(6, 2)
+    shards = [(a, b, {"table": rows[a:b]}) for a, b in (bounds[:2], bounds[2:])]
+    with pytest.raises(UserError, match="rows of a whole table"):
+        store.load(store.save((1, 2), {}, {}, shards=shards))
+
+
+def test_shards_of_other_widths_are_refused(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    shards = [(0, 2, {"table": torch.zeros(2, 2)}), (2, 5, {"table": torch.zeros(3, 3)})]
+    path = store.save((1, 2), {}, {}, shards=shards)
+    with pytest.raises(UserError, match="rows 2 to 5"):
+        store.load(path)

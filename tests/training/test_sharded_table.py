@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,18 @@ def stopped(trainer: Trainer) -> bool:
     return False
 
 
+def diverged(trainer: Trainer) -> str:
+    """What is raised on this process where a row of another one is not finite."""
+    if trainer.collectives.rank == 1:
+        trainer.model.items.table.data.fill_(torch.nan)
+    batch = next(iter(trainer.loader.epoch(0)))
+    try:
+        trainer.account([(batch, trainer.run_step(batch))])
+    except UserError as error:
+        return f"{error.exit_code} {error}"
+    return ""
+
+
 def search_input() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Items with equal scores on both sides of every shard's edge."""
     generator = torch.Generator().manual_seed(0)
@@ -165,6 +178,7 @@ def member(rank: int, world: int, folder: str, results: str) -> None:
             found[case]["of two"] = reloaded(dataset, case, "sharded", Path(results) / f"{case} of 2")
         found[case]["replicated"] = reloaded(dataset, case, "replicated", own)
     found["stopped"] = stopped(trainer_of(dataset, next(iter(CASES)), "sharded"))
+    found["diverged"] = diverged(trainer_of(dataset, next(iter(CASES)), "sharded"))
     found["ranks"] = ranks_of(*search_input())
     found["lists"] = [top_lists(*search_input(), k) for k in (1, 5, 30, 50)]
     torch.save(found, f"{results}/{world}-{rank}.pt")
@@ -273,6 +287,14 @@ def test_ranks_are_counted_over_shards_with_their_ties(results: Measured, world:
 @WORLD
 def test_an_evaluation_stops_on_all_processes(results: Measured, world: int) -> None:
     assert all(each["stopped"] for each in results.several(world))
+
+
+@WORLD
+def test_rows_that_are_not_finite_end_all_processes_in_one_line(results: Measured, world: int) -> None:
+    for each in results.several(world):
+        assert re.fullmatch(
+            "3 the parameter model.items.table is not finite after step 1: .*", each["diverged"]
+        )
 
 
 @WORLD
