@@ -55,6 +55,7 @@ def padded(column: pa.Array, shape: tuple[int, ...], padding: float) -> tuple[np
     bounds = column.offsets.to_numpy()
     inner, real = padded(column.values[bounds[0] : bounds[-1]], shape[1:], padding)
     bounds = bounds - bounds[0]
+    # Counted back from each list's end, so that its last entries stand on the right; places before its begin are padding.
     places = bounds[1:, None] - shape[0] + np.arange(shape[0])
     mask = places >= bounds[:-1, None]
     blank = np.full((1, *inner.shape[1:]), padding, inner.dtype)

@@ -49,6 +49,7 @@ class SequenceRows:
         lengths = np.maximum(stops - begins, 0)
         events = (self.dataset.offsets[users] + begins)[:, None] + np.arange(self.width)
         real = np.arange(self.width) < lengths[:, None]
+        # Places beyond the data's end cannot be read: padding reads event 0, and `_columns` clears it.
         return self._columns(users, lengths, np.where(real, events, 0), real)
 
     def cut_kept(self, users: np.ndarray, stops: np.ndarray, keep: np.ndarray) -> dict[str, torch.Tensor]:

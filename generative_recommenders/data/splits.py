@@ -92,6 +92,7 @@ def _targets(dataset: SequenceDataset, protocol: str) -> tuple[np.ndarray, np.nd
             raise UserError(
                 f"{dataset.folder}: protocol global_time needs timestamps, and this data set has none"
             )
+        # In integers: the place, from 0, up to which at least that share of all events lies.
         ranks = [-(-len(dataset.timestamps) * tenths // 10) - 1 for tenths in _CUT_TENTHS]
         ordered = np.partition(dataset.timestamps, ranks)
         stops, test = (_events_until(dataset, int(ordered[rank])) for rank in ranks)

@@ -83,6 +83,7 @@ class ComputeMetricsCallback(lightning.Callback):
         for each in self.postprocessors:
             logits = each.on_validation(batch, logits)
         scores, items = top_items(logits, max(self.ks), pl_module)
+        # Columns may be candidates, whose ids are larger than their number.
         num_items = 1 + max(logits.shape[1] - 1, int(items.max()), (self.item_count or 1) - 1)
         if dataloader_idx not in self._totals:
             self._totals[dataloader_idx] = ListMetrics(self.ks, num_items, device=logits.device)

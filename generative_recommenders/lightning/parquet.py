@@ -142,6 +142,7 @@ class ParquetBatches:
             generator = self.generator or torch.Generator().manual_seed(
                 (torch.initial_seed() + epoch) % 2**63
             )
+            # The processes share out one order, so torch's seed has to be the same in all (`seed_everything`).
             rows = torch.randperm(len(rows), generator=generator).numpy()
             # A process with one batch more would wait for the others' gradients for ever.
             rows = rows[: len(rows) // world * world]

@@ -120,6 +120,7 @@ def order_raw(
             new = _differs(users[order]) | _differs(items[order]) | _differs(times[order])
             place = np.arange(len(rows))
             occurrence = np.empty(len(rows), np.int64)
+            # The place in the order less the place where the present run of equal events began.
             occurrence[order] = place - np.maximum.accumulate(np.where(new, place, 0))
             if duplicates == "drop":
                 kept[rows] = occurrence == 0

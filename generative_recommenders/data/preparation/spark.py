@@ -104,7 +104,7 @@ def spark_session(master: str) -> Iterator[Any]:
             spark = builder.config(map=settings).getOrCreate()
     except (PySparkException, RuntimeError, OSError) as error:
         raise UserError(f"Spark does not start on {master!r}: {_one_line(error)}; is Java there?") from error
-    session = spark.newSession()
+    session = spark.newSession()  # so that the settings below leave a session of the caller's as it is
     session.conf.set("spark.sql.session.timeZone", "UTC")
     session.conf.set("spark.sql.ansi.enabled", "false")
     try:

@@ -209,7 +209,7 @@ def _published(request: Request) -> RawRatings:
     side_files = {name for name, _ in published.items + published.users}
     files = _find(origin, request.folder, {published.ratings, *side_files})
     if published.ratings not in files and origin.is_file() and not is_archive(origin):
-        files = {**files, published.ratings: origin}
+        files = {**files, published.ratings: origin}  # the ratings themselves, under whatever name
     if published.ratings not in files:
         raise UserError(f"{origin}: holds no {published.ratings} (or {published.ratings}.gz)")
     complete = _is_complete(published, origin, files[published.ratings], downloaded=request.raw_path is None)
@@ -249,8 +249,8 @@ def _is_complete(published: PublishedRatings, origin: Path, ratings: Path, downl
 def _sasrec_text(request: Request) -> RawRatings:
     """Text of ``user item`` lines in time order, with MovieLens' side files where they lie beside it."""
     origin = _required_path(request)
-    side = {"movies.dat": movielens.read_movies_dat, "users.dat": movielens.read_users_dat}
-    files = _find(origin, request.folder, {"interactions.txt", *side})
+    films, users = ("movies.dat", movielens.read_movies_dat), ("users.dat", movielens.read_users_dat)
+    files = _find(origin, request.folder, {"interactions.txt", films[0], users[0]})
     interactions = origin if origin.is_file() and not is_archive(origin) else files.get("interactions.txt")
     if interactions is None:
         raise UserError(f"{origin}: holds no interactions.txt (or interactions.txt.gz)")
@@ -258,8 +258,8 @@ def _sasrec_text(request: Request) -> RawRatings:
         name=request.name,
         files=[interactions],
         options=ReadOptions("user,item", TextOptions(" ")),
-        item_features=_first_readable([("movies.dat", side["movies.dat"])], files),
-        user_features=_first_readable([("users.dat", side["users.dat"])], files),
+        item_features=_first_readable([films], files),
+        user_features=_first_readable([users], files),
         source={"dataset": request.name, "input": origin.name},
     )
 

@@ -137,6 +137,7 @@ class CatalogueLoss(ReplayLoss):
         for name, given in (("weight", self.weight), ("pos_weight", self.pos_weight)):
             if given is not None and len(given) != num_items:
                 raise self.error(f"{name} has {len(given)} numbers for {num_items} items")
+        # A label that does not count may be anything, as padding often is the number of items.
         outside = (labels < 0) | (labels >= num_items)
         if (outside & counts).any():
             raise self.error(f"a positive label lies outside of 0..{num_items - 1}")
@@ -221,6 +222,7 @@ class SampledLoss(ReplayLoss):
     def _scores_by_row(self, model_embeddings: Tensor, ids: Tensor, chosen: Tensor) -> Tensor:
         """``[M, K]`` scores with the ``ids [B, K]`` of each position's row; ``[M, K, D]`` is never made."""
         owner = getattr(self.logits_callback, "__self__", None)
+        # One product of rectangles beats a call a row, where the callback is a model's own and takes them.
         if getattr(owner, "scores_rectangles", False):
             hidden = model_embeddings.masked_fill(~chosen[:, :, None], 0.0)
             return self.logits_callback(hidden, ids)[chosen]

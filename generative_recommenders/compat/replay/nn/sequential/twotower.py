@@ -134,6 +134,7 @@ class ItemTower(nn.Module):
                     f"item feature {name!r} has {values.shape[0]} rows, the schema has {num_items} items: "
                     "give every item one row"
                 )
+            # RePlay's checkpoints hold them under these names.
             self.register_buffer(_buffer_name(name), values)
 
     def forward(self, candidates_to_score: torch.Tensor | None = None) -> torch.Tensor:

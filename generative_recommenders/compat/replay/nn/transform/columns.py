@@ -37,6 +37,7 @@ MASK_OPERATIONS = {"and": torch.logical_and, "or": torch.logical_or, "xor": torc
 class Transform(nn.Module):
     """One batch to a new one. Subclasses are dataclasses, whose fields are the documented arguments."""
 
+    # torch's containers tell modules apart by identity and print them their own way: hence eq=False, repr=False below.
     def __post_init__(self) -> None:
         super().__init__()
 
