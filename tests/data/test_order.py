@@ -49,12 +49,12 @@ row_strategy = st.tuples(
 )
 def test_duplicates_are_dropped_before_the_filter(rows, duplicates, order, filter_name, memory) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        _, everything = prepared(rows, Path(folder), tie_order=order)
-        # the sequences as they stand, then what is to go: rows come back as (user, item) in their order
         if duplicates == "drop":
             kept = list(dict.fromkeys((user, item, time) for user, item, _, time in rows))
             counts = Counter((user, item) for user, item, _ in kept)
         elif duplicates == "consecutive":
+            # the sequences as they stand, then what is to go: rows come back as (user, item) in their order
+            _, everything = prepared(rows, Path(folder), tie_order=order)
             runs = {
                 u: [x for x, before in zip(items, [None, *items]) if x != before]
                 for u, items in everything.items()
