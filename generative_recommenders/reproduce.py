@@ -123,7 +123,7 @@ def _plan(
     base = lane.plan.base.data
     dataset = SequenceDataset.open(prepared_path(data_root, args.name)).with_catalogue(base.catalogue)
     split = make_split(dataset, base.protocol)
-    facts = {**machine, "data": results.data_facts(dataset)}
+    facts = {**machine, "data": results.data_facts(dataset), "best_possible": results.best_possible(dataset)}
     kept = {each["file"]: each for each in results.read_results(out)}
     planned = []
     for cell in cells:

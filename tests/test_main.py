@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 from generative_recommenders.build.parts import Catalogue, build_model
 from generative_recommenders.config.gin import load_settings
 from generative_recommenders.data.sources.synthetic_books import SyntheticBooksSettings
+from generative_recommenders.data.sources.synthetic_oracle import oracle
 from generative_recommenders.data.splits import make_split
 from generative_recommenders.data.store import SequenceDataset
 from programs import ROOT, run_program
-from synthetic_oracle import most_popular_ceiling, oracle
 
 SMALL = [
     "train_fn.max_sequence_length = 20",
@@ -111,7 +111,7 @@ def test_unpredictable_data_stay_under_the_ceiling(tmp_path: Path) -> None:
         "main.py", f"--data_root={tmp_path}", f"--run_dir={run}",
         *bindings("train_fn.dataset_name = 'noise'", "train_fn.num_epochs = 4"),
     )  # fmt: skip
-    ceiling = most_popular_ceiling(SyntheticBooksSettings(num_users=1000, num_items=200, predictability=0.0))
+    ceiling = oracle(SyntheticBooksSettings(num_users=1000, num_items=200, predictability=0.0))
     measured = final_results(run)
     for method in ("SASRec", "most popular", "last item's successor"):
         assert measured[method]["hr@10"] < ceiling.hit_rate[10] + 4 * ceiling.noise(10, 900), method

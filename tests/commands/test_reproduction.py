@@ -68,7 +68,7 @@ def test_runs_become_results_and_a_page_and_are_made_once(data_root: Path, tmp_p
 
 
 def test_a_stopped_reproduction_goes_on(data_root: Path, tmp_path: Path) -> None:
-    wanted = flags(data_root, tmp_path, "--epochs=25", "--only=sasrec", "--seeds=1")
+    wanted = flags(data_root, tmp_path, "--epochs=12", "--only=sasrec", "--seeds=1")
     run = tmp_path / "runs" / "leave_one_out" / "sasrec" / "seed-42"
     process = subprocess.Popen(
         [sys.executable, "-m", "generative_recommenders.reproduce", *wanted], cwd=ROOT, stderr=subprocess.PIPE, text=True
@@ -85,7 +85,7 @@ def test_a_stopped_reproduction_goes_on(data_root: Path, tmp_path: Path) -> None
     assert done.returncode == 0, done.stderr[-3000:]
     assert "resumed" in run.with_name("seed-42.log").read_text()
     (result,) = (tmp_path / "results").glob("*/*.json")
-    assert json.loads(result.read_text())["epochs"] == 25
+    assert json.loads(result.read_text())["epochs"] == 12
 
 
 @pytest.mark.parametrize(

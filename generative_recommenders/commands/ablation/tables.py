@@ -9,7 +9,7 @@ import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
@@ -22,6 +22,9 @@ from generative_recommenders.commands.comparison import (
 )
 from generative_recommenders.data.preparation.folder import new_file
 from generative_recommenders.evaluation.significance import bootstrap_interval, holm
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 ALL_PAIRS = 20
 """Cells up to which every pair is tested; of more, the best one against each other."""
@@ -211,15 +214,21 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = results["cells"][::-1]
-    figure = Figure(figsize=(8, 1.2 + 0.35 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(8, 1.2 + 0.35 * len(results["cells"])), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots()
+    draw_means(figure.subplots(), results, {})
+    figure.savefig(path, format="png", dpi=120)
+
+
+def draw_means(axes: Axes, results: Mapping[str, Any], published: Mapping[str, float]) -> None:
+    """published: figures of the metric by cell, as crosses beside the measured ones."""
+    rows = results["cells"][::-1]
     for place, row in enumerate(rows):
+        if row["cell"] in published:
+            axes.plot(published[row["cell"]], place, "x", color="tab:orange")
         if row["interval"] is not None:
             axes.plot(row["interval"], [place, place], color="tab:blue", linewidth=2)
         axes.plot(row["test"][results["metric"]]["mean"], place, "o", color="tab:blue")
     axes.set_yticks(range(len(rows)), [row["cell"] for row in rows], parse_math=False)
     axes.set_xlabel(f"{results['metric'].upper()}, test, 95 % interval over users")
     axes.grid(axis="x", alpha=0.3)
-    figure.savefig(path, format="png", dpi=120)

@@ -10,7 +10,7 @@ from absl import logging
 
 from generative_recommenders.commands.ablation.tables import (
     collect,
-    draw,
+    draw_means,
     interval_text,
     markdown_table,
     mean_and_deviation,
@@ -37,7 +37,7 @@ def write_page(name: str, lanes: Sequence[Lane], results: Path, missing: Mapping
     records = read_results(results / name)
     lines = [
         f"# {name}: published and measured", "",
-        f"Made by `python -m generative_recommenders.reproduce {name}` of the JSON files in [{name}/]({name}/), one a run. "
+        f"Made by `python -m generative_recommenders.reproduce {name}` of the JSON files in `{name}/`, one a run. "
         "Figures of different lanes do not compare: they split the data in other ways, and choose the epoch by other users.",
     ]  # fmt: skip
     for lane in lanes:
@@ -64,7 +64,7 @@ def _lane(lane: Lane, records: Sequence[Mapping[str, Any]], folder: Path, missin
     rows = {row["cell"]: row for row in results["cells"]}
     if done:
         lines += [*_conditions(lane, done), ""]
-        if picture := _picture(results, folder / f"{lane.name}.png"):
+        if picture := _picture(lane, results, done, folder / f"{lane.name}.png"):
             lines += [f"![{settings.metric.upper()} of each model]({folder.name}/{picture.name})", ""]
     for table, cells in settings.tables.items():
         lines += [f"### {TABLES.get(table, table)}", "", *_table(lane, cells, rows, done), ""]
@@ -120,49 +120,43 @@ def _conditions(lane: Lane, done: Sequence[Mapping[str, Any]]) -> list[str]:
         for each in done
     }
     lines.append(f"Ran on {'; '.join(sorted(machines))}. Seconds are of runs that shared it.")
-    return ["\n".join(lines)]
+    return [f"- {line}" for line in lines]
 
 
 def _table(
     lane: Lane, cells: Sequence[str], rows: Mapping[str, Mapping[str, Any]], done: Sequence[Mapping[str, Any]]
 ) -> list[str]:
-    metric = lane.plan.settings.metric
+    """Cells as the lane names them, then what holds for any model on these data; published columns where there are figures."""
+    published = lane.plan.settings.published
+    shown = COLUMNS[:2] if published else ()
     head = [
-        "", "published HR@10", "published NDCG@10", "HR@10", "NDCG@10", f"95 % interval of {metric.upper()}", "MRR", "seeds",
-        "epochs", "seconds per epoch", "peak memory, MiB",
+        "", *(f"published {name.upper()}" for name in shown), "HR@10", "NDCG@10",
+        f"95 % interval of {lane.plan.settings.metric.upper()}", "MRR", "seeds", "epochs", "seconds per epoch",
+        "peak memory, MiB",
     ]  # fmt: skip
     table = [head]
     for cell in cells:
-        told = lane.plan.settings.published.get(cell, {})
-        source = f" ({told['source']})" if "source" in told else ""
-        shown = [f"{told[name]:.4f}" if name in told else "" for name in COLUMNS[:2]]
+        told = published.get(cell, {})
+        named = f"{cell} ({told['source']})" if "source" in told else cell
+        figures = [f"{told[name]:.4f}" if name in told else "" for name in shown]
         row = rows.get(cell)
         if row is None:
-            table.append([f"{cell}{source}", *shown, "not run", *[""] * 7])
+            table.append([named, *figures, "not run", *[""] * 7])
             continue
-        own = [record for record in done if record["cell"] == cell]
         hits, gain, mrr = (mean_and_deviation(row["test"][name]) for name in COLUMNS)
         seconds, memory = row["seconds_per_epoch"], row["memory_mb"]
-        epochs = sorted({record["epochs"] for record in own})
+        epochs = sorted({record["epochs"] for record in done if record["cell"] == cell})
         table.append(
             [
-                f"{cell}{source}", *shown, hits, f"**{gain}**", interval_text(row["interval"]), mrr, str(len(own)),
+                named, *figures, hits, f"**{gain}**", interval_text(row["interval"]), mrr, str(len(row["seeds"])),
                 ", ".join(map(str, epochs)), "" if seconds is None else f"{seconds:.3g}",
                 "" if memory is None else f"{memory:,}",
             ]
         )  # fmt: skip
-    for name, metrics in (done[0]["baselines"] if done else {}).items():
-        table.append(
-            [
-                f"*{name}*",
-                "",
-                "",
-                *(f"{metrics[each]:.4f}" for each in COLUMNS[:2]),
-                "",
-                f"{metrics['mrr']:.4f}",
-                *[""] * 4,
-            ]
-        )
+    others = {**done[0].get("best_possible", {}), **done[0]["baselines"]} if done else {}
+    for name, metrics in others.items():
+        hits, gain, mrr = (f"{metrics[each]:.4f}" for each in COLUMNS)
+        table.append([f"*{name}*", *[""] * len(shown), hits, gain, "", mrr, *[""] * 4])
     return markdown_table(table)
 
 
@@ -181,11 +175,35 @@ def _runs(done: Sequence[Mapping[str, Any]], folder: str) -> list[str]:
     return markdown_table(table)
 
 
-def _picture(results: Mapping[str, Any], path: Path) -> Path | None:
+def _picture(
+    lane: Lane, results: Mapping[str, Any], done: Sequence[Mapping[str, Any]], path: Path
+) -> Path | None:
+    """Means with intervals beside published figures, and the metric by epoch, as a PNG; None without matplotlib."""
     try:
-        with new_file(path) as scratch:
-            draw(results, scratch)
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
     except ImportError as error:
         logging.warning("no picture is drawn: %s", error)
         return None
+    metric = lane.plan.settings.metric
+    figure = Figure(figsize=(11, max(3.5, 1.2 + 0.35 * len(results["cells"]))), layout="constrained")
+    FigureCanvasAgg(figure)
+    means, curves = figure.subplots(1, 2)
+    told = lane.plan.settings.published
+    draw_means(means, results, {cell: given[metric] for cell, given in told.items() if metric in given})
+    means.set_title("test; crosses: published")
+    for row in results["cells"]:
+        own = [each["history"] for each in done if each["cell"] == row["cell"] and metric in each["history"]]
+        if own:  # of several seeds the first: the table has their deviation
+            curves.plot(own[0]["epoch"], own[0][metric], linewidth=1.2, label=row["cell"])
+    curves.set_title(
+        "by epoch, on the " + ("test" if lane.plan.base.data.protocol == "paper" else "validation") + " items"
+    )
+    curves.set_xlabel("epoch")
+    curves.set_ylabel(metric.upper())
+    curves.grid(alpha=0.3)
+    if curves.lines:
+        curves.legend(fontsize=7, frameon=False, ncols=2)
+    with new_file(path) as scratch:
+        figure.savefig(scratch, format="png", dpi=120)
     return path

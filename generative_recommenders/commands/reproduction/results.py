@@ -17,6 +17,8 @@ from generative_recommenders.commands.ablation.plan import Run
 from generative_recommenders.commands.ablation.records import Finished
 from generative_recommenders.config.gin import ROOT
 from generative_recommenders.data.preparation.folder import new_file
+from generative_recommenders.data.sources.synthetic_books import SyntheticBooksSettings
+from generative_recommenders.data.sources.synthetic_oracle import oracle
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.errors import UserError
 
@@ -116,6 +118,16 @@ def _processor() -> str:
         lines = []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor() or "unknown")
+
+
+def best_possible(dataset: SequenceDataset) -> dict[str, dict[str, float]]:
+    """By name, the metrics that the generator of synthetic books could expect at most on the test items, repeats counted as
+    misses; empty for other data."""
+    settings = dataset.manifest.source.get("settings")
+    if settings is None or dataset.manifest.source.get("dataset") != "synthetic-books":
+        return {}
+    score = oracle(SyntheticBooksSettings(**settings), cutoffs=(10,), max_users=6_000, repeats_count=False)
+    return {"best possible": {"hr@10": score.hit_rate[10], "ndcg@10": score.ndcg[10], "mrr": score.mrr}}
 
 
 def data_facts(dataset: SequenceDataset) -> dict[str, Any]:

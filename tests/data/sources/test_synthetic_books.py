@@ -28,8 +28,8 @@ from generative_recommenders.data.sources.synthetic_catalogue import (
     BookCatalogue,
     make_catalogue,
 )
+from generative_recommenders.data.sources.synthetic_oracle import oracle
 from generative_recommenders.errors import UserError
-from synthetic_oracle import most_popular_ceiling, oracle
 
 DEFAULT = SyntheticBooksSettings()
 SMALL = SyntheticBooksSettings(num_users=700, num_items=300)
@@ -292,12 +292,18 @@ def test_user_ids_do_not_depend_on_the_slice() -> None:
 
 
 @pytest.mark.parametrize("predictability", [0.0, 0.3, 0.6, 1.0])
-@pytest.mark.parametrize("history_filter", [False, True])
+@pytest.mark.parametrize(("history_filter", "repeats_count"), [(False, True), (True, True), (True, False)])
 def test_realised_scores_of_the_oracle_match_its_expectation(
-    predictability: float, history_filter: bool
+    predictability: float, history_filter: bool, repeats_count: bool
 ) -> None:
     settings = SyntheticBooksSettings(num_users=2_500, num_items=800, predictability=predictability)
-    score = oracle(settings, cutoffs=(10, 50), max_users=2_000, history_filter=history_filter)
+    score = oracle(
+        settings,
+        cutoffs=(10, 50),
+        max_users=2_000,
+        history_filter=history_filter,
+        repeats_count=repeats_count,
+    )
     assert score.realised is not None and score.users == 2_000
     for cutoff in (10, 50):
         margin = 4 * score.noise(cutoff, score.users) + 0.002
@@ -341,12 +347,7 @@ def _baseline_hits(settings: SyntheticBooksSettings, cutoff: int) -> tuple[float
 def test_ceiling_without_history_filter_is_the_mass_of_the_most_popular() -> None:
     settings = SyntheticBooksSettings(num_users=3_000, num_items=300, predictability=0.0)
     catalogue = make_catalogue(300, settings.seed)
-    score = most_popular_ceiling(settings, cutoffs=(1, 10), history_filter=False)
+    score = oracle(settings, cutoffs=(1, 10), history_filter=False)
     assert score.hit_rate[10] == pytest.approx(catalogue.popularity[:10].sum(), rel=1e-6)
     assert score.hit_rate[1] == score.ndcg[1] == pytest.approx(catalogue.popularity[0], rel=1e-6)
-    assert most_popular_ceiling(settings).hit_rate[10] > score.hit_rate[10]
-
-
-def test_there_is_no_popularity_ceiling_where_sequences_can_be_learnt() -> None:
-    with pytest.raises(UserError, match="predictability = 0"):
-        most_popular_ceiling(SMALL)
+    assert oracle(settings).hit_rate[10] > score.hit_rate[10]

@@ -53,12 +53,13 @@ def oracle(
     cutoffs: Sequence[int] = (1, 10, 50),
     max_users: int = 2_000,
     history_filter: bool = True,
+    repeats_count: bool = True,
 ) -> OracleScore:
     """Expected scores for the last kept rating of `max_users` users, after the five-ratings filter.
 
     history_filter: whether books the user had before are taken out of the ranking, unless they are the
-    target. A
-        book read again then competes with unseen books only, so that the best ranking puts it first.
+    target. A book read again then competes with unseen books only, so that the best ranking puts it first; it is a miss
+    where not repeats_count, as under ``train_fn.seen_filter = "history"``.
 
     All ratings are generated in memory: meant for settings of up to a few million ratings.
     """
@@ -79,32 +80,16 @@ def oracle(
         seen = _books_before(steps, owner, block, settings.num_items)
         probability = _next_book(settings, catalogue, steps, owner, block, seen) * available
         probability /= probability.sum(axis=1, keepdims=True)
-        ranks = _best_ranks(
-            probability, seen & available if history_filter else np.zeros_like(seen), available
-        )
-        by_rank = np.zeros((len(block), settings.num_items))
+        filtered = seen & available if history_filter else np.zeros_like(seen)
+        ranks = _best_ranks(probability, filtered, available)
+        if not repeats_count:
+            ranks = np.where(filtered, settings.num_items, ranks)
+        by_rank = np.zeros((len(block), settings.num_items + 1))
         np.add.at(by_rank, (np.arange(len(block))[:, None], ranks), probability)
         expected += weights.table @ by_rank.sum(axis=0)
         drawn = ranks[np.arange(len(block)), steps.items[block]]
         realised += weights.table[:, drawn].sum(axis=1)
     return weights.score(expected, len(rows), weights.score(realised, len(rows)))
-
-
-def most_popular_ceiling(
-    settings: SyntheticBooksSettings,
-    *,
-    cutoffs: Sequence[int] = (1, 10, 50),
-    max_users: int = 2_000,
-    history_filter: bool = True,
-) -> OracleScore:
-    """The most that anything can be expected to score where there is nothing to learn but popularity.
-
-    Raises:
-        UserError: `settings.predictability` is not 0.
-    """
-    if settings.predictability != 0:
-        raise UserError("synthetic-books: popularity is the ceiling only at predictability = 0")
-    return oracle(settings, cutoffs=cutoffs, max_users=max_users, history_filter=history_filter)
 
 
 class _RankWeights:
@@ -114,7 +99,8 @@ class _RankWeights:
         rank = np.arange(num_items)
         hits = [(rank < cutoff).astype(np.float64) for cutoff in cutoffs]
         self._cutoffs = list(cutoffs)
-        self.table = np.stack([*hits, *(hit / np.log2(rank + 2) for hit in hits), 1 / (rank + 1)])
+        table = np.stack([*hits, *(hit / np.log2(rank + 2) for hit in hits), 1 / (rank + 1)])
+        self.table = np.pad(table, ((0, 0), (0, 1)))  # a miss, the rank behind all, adds nothing
 
     def score(self, sums: np.ndarray, users: int, realised: OracleScore | None = None) -> OracleScore:
         count = len(self._cutoffs)
