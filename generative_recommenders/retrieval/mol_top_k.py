@@ -32,8 +32,8 @@ class MoLBruteForceTopK(BruteForceTopK):
 class _CandidateTopK(TopKModule):
     """Candidates first, the mixture on those alone: the result never holds more items than there are candidates.
 
-    k_per_group: candidates of each pair of a query and an item component; avg_top_k: those by the components' means; 0 for
-    none.
+    k_per_group: candidates of each pair of a query's and an item's component.
+    avg_top_k: candidates by the dot product of the components' means.
     """
 
     similarity_type = MoLSimilarity

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+from generative_recommenders.commands.ablation.plan import Ablation, cells_of
+from generative_recommenders.commands.ablation.search import distribution
 from generative_recommenders.config.registry import REGISTRIES, Part, Registry
 from generative_recommenders.config.schema import FIELDS, GROUPS, NAMES, RunSettings
 
@@ -24,7 +27,7 @@ def hook(name: str) -> ModuleType:
     return module
 
 
-SETTINGS, MEASURED = hook("settings"), hook("measured")
+SETTINGS, MEASURED, REPRODUCED = hook("settings"), hook("measured"), hook("reproduced")
 PARTS = [
     (kind, part.name)
     for kind, registry in REGISTRIES.items()
@@ -97,9 +100,49 @@ def test_every_page_finds_what_it_asks_for() -> None:
             assert formula.count("{") == formula.count("}"), (page, formula)
 
 
+@pytest.mark.parametrize("page", ["ablations.md", "reproduce.md"])
+def test_files_of_ablations_on_pages_are_read(page: str, tmp_path: Path) -> None:
+    blocks = re.findall(r"^```text\n(.*?)^```", (DOCS / page).read_text(), re.MULTILINE | re.DOTALL)
+    files = [block for block in blocks if "ablation." in block]
+    assert files
+    for number, text in enumerate(files):
+        file = tmp_path / f"{number}.gin"
+        file.write_text(text)
+        settings = Ablation.load(file, (), tmp_path / "runs").settings
+        assert cells_of(settings, file) if settings.cells or settings.grid else settings.search
+        for name, given in settings.search.items():
+            pytest.importorskip("optuna")
+            assert distribution(name, given, file)
+
+
 def test_a_row_that_is_not_there_stops_the_build() -> None:
     with pytest.raises(KeyError, match="no row"):
         MEASURED.rows_of("release-0.1.0 # Losses, ML-1M # NoSuchLoss")
+
+
+def test_pages_of_parts_show_reproduced_runs(tmp_path: Path) -> None:
+    results, configs = tmp_path / "results", tmp_path / "configs"
+    (results / "made").mkdir(parents=True)
+    (configs / "made").mkdir(parents=True)
+    (results / "made.md").write_text("# made")
+    (configs / "made" / "lane.gin").write_text(
+        'train_fn.main_module = "SASRec"\nablation.cells = {"a": {}, "b": {}}\n'
+    )
+    for cell, seed, bound, gain in (
+        ("a", 1, [], 0.1),
+        ("a", 2, [], 0.2),
+        ("b", 1, ["train_fn.main_module = 'HSTU'"], 0.3),
+    ):
+        record = {"lane": "lane", "cell": cell, "seed": seed, "bindings": bound}
+        record["test"] = {"hr@10": 2 * gain, "ndcg@10": gain}
+        (results / "made" / f"lane-{cell}-seed-{seed}.json").write_text(json.dumps(record))
+    (results / "made" / "lane-a-seed-3.json").write_text(
+        '{"lane": "lane", "cell": "a", "seed": 3, "failed": "no memory"}'
+    )
+    lines = REPRODUCED.runs_of("encoders", "SASRec", results, configs).splitlines()
+    assert lines[2:] == ["| [made](../results/made.md) | `lane` | a | 2 | 0.3000 | 0.1500 |"]
+    assert "| b | 1 | 0.6000 | 0.3000 |" in REPRODUCED.runs_of("encoders", "HSTU", results, configs)
+    assert REPRODUCED.runs_of("encoders", "FuXi", results, configs) == ""
 
 
 def test_docstrings_become_lists_of_arguments() -> None:
