@@ -78,9 +78,8 @@ def read_meta_checkpoint(path: Path | str) -> dict[str, torch.Tensor]:
 
 def read_state(path: Path | str, key: str, wanted: str) -> dict[str, torch.Tensor]:
     """The tensors below ``key`` of a file by ``torch.save``, on the CPU. wanted: what to give instead, for errors."""
-    if _builds_bytearray(
-        Path(path)
-    ):  # a few bytes of pickle make one as long as they like; tensors need none
+    # A few bytes of pickle make a bytearray as long as they like, and tensors need none.
+    if _builds_bytearray(Path(path)):
         raise UserError(
             f"{path} is not a checkpoint that can be read as plain tensors: it builds a bytearray"
         )
@@ -106,9 +105,8 @@ def _builds_bytearray(path: Path) -> bool:
                 return content.find(word) >= 0
         with zipfile.ZipFile(path) as pack:
             entries = pack.infolist()
-            packed = any(
-                entry.compress_type != zipfile.ZIP_STORED for entry in entries
-            )  # torch.save packs nothing
+            # torch.save packs nothing.
+            packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
             if packed or sum(entry.file_size for entry in entries) > path.stat().st_size:
                 raise UserError(
                     f"{path} is not a checkpoint that can be read as plain tensors: its entries are packed"

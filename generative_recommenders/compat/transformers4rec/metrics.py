@@ -73,7 +73,15 @@ class RankingMetric(Metric):
         if preds.dim() == 0 or preds.shape[-1] == 0:
             raise UserError(f"preds: {tuple(preds.shape)} has no column to score")
         scores = preds.reshape(-1, preds.shape[-1])
-        labels = self._labels(target, scores.shape[1])
+        num_columns = scores.shape[1]
+        if self.labels_onehot:
+            columns = target.reshape(-1)
+            if columns.numel() and (int(columns.min()) < 0 or int(columns.max()) >= num_columns):
+                raise UserError(f"target: column numbers must be in 0..{num_columns - 1}")
+            labels = F.one_hot(columns.long(), num_columns).double()
+        else:
+            same = target.shape[-1:] == (num_columns,)
+            labels = (target.reshape(-1, num_columns) if same else target).double()
         if labels.shape != scores.shape:
             raise UserError(
                 f"target: {tuple(target.shape)} does not fit scores {tuple(preds.shape)}; "
@@ -81,15 +89,6 @@ class RankingMetric(Metric):
             )
         hits = labels.gather(1, largest(scores, max(self.top_ks))[1])
         return torch.stack([self.at_cutoff(hits, labels.sum(1), k) for k in self.top_ks], dim=1)
-
-    def _labels(self, target: torch.Tensor, num_columns: int) -> torch.Tensor:
-        if not self.labels_onehot:
-            same = target.shape[-1:] == (num_columns,)
-            return (target.reshape(-1, num_columns) if same else target).double()
-        columns = target.reshape(-1)
-        if columns.numel() and (int(columns.min()) < 0 or int(columns.max()) >= num_columns):
-            raise UserError(f"target: column numbers must be in 0..{num_columns - 1}")
-        return F.one_hot(columns.long(), num_columns).double()
 
     def at_cutoff(self, hits: torch.Tensor, relevant: torch.Tensor, k: int) -> torch.Tensor:
         """``[n]`` from the labels in the order of the scores ``[n, max(top_ks)]`` and their sum ``[n]``."""

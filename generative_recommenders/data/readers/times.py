@@ -52,13 +52,10 @@ def recognise(values: pl.Series, unit: str | None = None) -> TimeFormat | None:
         values = values.str.strip_chars()
         values = values.filter(~values.is_in(MISSING))
         number = values.str.contains(_NUMBER)
-        if 2 * int(number.sum()) < len(values) or not len(
-            values
-        ):  # a faulty value is named later, with its line
-            fits = {
-                each: _parse_text(values, each).is_not_null().sum()
-                for each in (*_ISO_FORMATS, *_OTHER_FORMATS)
-            }
+        # The most of them decide: a faulty value is named later, with its line.
+        if 2 * int(number.sum()) < len(values) or not len(values):
+            forms = (*_ISO_FORMATS, *_OTHER_FORMATS)
+            fits = {each: _parse_text(values, each).is_not_null().sum() for each in forms}
             best = max(fits, key=lambda each: fits[each])
             return TimeFormat(text=best) if 2 * fits[best] >= max(len(values), 1) else None
         values = values.filter(number).cast(pl.Float64, strict=False)
@@ -113,16 +110,13 @@ def _parse_text(values: pl.Series, form: str) -> pl.Series:
     text = values.str.strip_chars().str.replace("T", " ", literal=True).str.replace(r"\s*(Z|UTC)$", "")
     zone = pl.Series([None] * len(text), dtype=pl.String)
     if ":" in (values.drop_nulls().head(1).item() if len(values.drop_nulls()) else ""):
-        zone = (
-            text.str.slice(10).str.extract_groups(_ZONE).struct[0]
-        )  # behind the date, whose own dashes are no zone
+        # Behind the date, whose own dashes are no zone.
+        zone = text.str.slice(10).str.extract_groups(_ZONE).struct[0]
         text = text.set(zone.is_not_null(), None).fill_null(text.str.replace(r"\s*" + _ZONE, ""))
-    date_only = form in ("%Y-%m-%d", "%Y/%m/%d")
-    parsed = (
-        text.str.to_datetime(form, time_unit="ns", strict=False, exact=True)
-        if not date_only
-        else (text.str.to_date(form, strict=False).cast(pl.Datetime("ns")))
-    )
+    if form in ("%Y-%m-%d", "%Y/%m/%d"):
+        parsed = text.str.to_date(form, strict=False).cast(pl.Datetime("ns"))
+    else:
+        parsed = text.str.to_datetime(form, time_unit="ns", strict=False, exact=True)
     digits = zone.str.replace(":", "", literal=True)
     hours = digits.str.slice(1, 2).cast(pl.Int64, strict=False).fill_null(0)
     minutes = digits.str.slice(3, 2).cast(pl.Int64, strict=False).fill_null(0)
