@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -62,6 +63,32 @@ class SequenceEncoder(torch.nn.Module):
         if self.context_merger is not None:
             states = self.context_merger(states, events)
         return layout.mask(self.postprocessor(states))
+
+    def last(self, items: torch.Tensor, layout: Layout, events: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """``[B, D']``: the state after each row's last token, 0 for a row without tokens.
+
+        On a CPU an encoder with ``encode_last(x, layout, events) -> [R, D]`` computes its last block for the last tokens of the
+        R rows that have some; in evaluation, of causal histories.
+        """
+        encoder: Any = self.encoder
+        alone = hasattr(encoder, "encode_last") and encoder.causal and not self.training
+        causal = layout.valid is None and layout.attention_mask is None and layout.num_tokens > 0
+        if not (alone and causal and dispatch.fast_on_cpu_in_one_dtype(items)):
+            return layout.at_end(self(items, layout, events))
+        x = items if self.event_features is None else self.event_features(items, events)
+        inputs: EncoderInput = self.preprocessor(x, layout, events)
+        filled = layout.lengths > 0
+        tokens = layout.last_tokens[filled]
+        if inputs.read is not None and not torch.equal(
+            inputs.read[tokens], inputs.layout.last_tokens[filled]
+        ):
+            return layout.at_end(self(items, layout, events))
+        states = encoder.encode_last(inputs.x, inputs.layout, inputs.events)
+        if self.context_merger is not None:
+            own = {name: values.index_select(0, tokens) for name, values in events.items()}
+            states = self.context_merger(states, own)
+        states = self.postprocessor(states)
+        return states.new_zeros(layout.num_rows, states.shape[1]).index_put((filled,), states)
 
     def append(
         self,
@@ -146,11 +173,8 @@ class SequenceRecommender(torch.nn.Module):
         """
         features = batch if isinstance(batch, SequentialFeatures) else history_features(batch)
         inputs = self.objective.query(features, padded).to(self.items.table.device)
-        states = self.states(inputs).float()
-        return Queries(
-            inputs.layout.at_end(states) if inputs.read is None else states,
-            inputs.features.past_events.get("user_ids"),
-        )
+        states = self.states(inputs, last=inputs.read is None).float()
+        return Queries(states, inputs.features.past_events.get("user_ids"))
 
     @torch.no_grad()
     def catalogue(self) -> Snapshot:
@@ -165,8 +189,9 @@ class SequenceRecommender(torch.nn.Module):
         scores, _ = self.similarity.score(queries.states, self.get_item_embeddings(ids), queries.user_ids)
         return scores.masked_fill(ids == 0, -torch.inf)
 
-    def states(self, inputs: ModelInputs, rows: ItemRows | None = None) -> torch.Tensor:
-        """``[M, D]`` states at the positions to read. rows: of the item table, all of it unless given.
+    def states(self, inputs: ModelInputs, rows: ItemRows | None = None, last: bool = False) -> torch.Tensor:
+        """``[M, D]`` states at the positions to read. rows: of the item table, all of it unless given. last: at each row's last
+        token, ``[B, D]``, whatever is to be read.
 
         UserError where a masked model is given no masked position: its states at shown items name nothing.
         """
@@ -179,6 +204,8 @@ class SequenceRecommender(torch.nn.Module):
         features = inputs.features
         events = token_events(features.past_events, features.past_lengths, inputs.layout, self.constant_width)
         with nullcontext() if self.autocast is None else dispatch.autocast(x, self.autocast):
+            if last:
+                return self.sequence.last(x, inputs.layout, events)
             states = self.sequence(x, inputs.layout, events)
         return states if inputs.read is None else states.index_select(0, inputs.read)
 

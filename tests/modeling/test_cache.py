@@ -177,7 +177,7 @@ def test_what_is_computed(
     """The new items, and the last old one of each row only where its next time became known."""
     model, tokens = build(encoder), []
     for kind in (SasrecBlock, HstuBlock):
-        append = kind.append
+        append = kind.over_cache
         monkeypatch.setattr(
             kind, "append", lambda self, x, *rest, do=append: (tokens.append(len(x)), do(self, x, *rest))[1]
         )

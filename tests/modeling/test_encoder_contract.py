@@ -9,6 +9,7 @@ import torch
 
 from generative_recommenders.build.parts import build_model
 from generative_recommenders.config.registry import ENCODERS
+from generative_recommenders.modeling.events import token_events
 from generative_recommenders.modeling.inputs import Queries, history_inputs
 from generative_recommenders.modeling.items import ItemRows
 from generative_recommenders.modeling.model import SequenceRecommender
@@ -92,6 +93,21 @@ def padded_equals_jagged(model, ids, events, states, real) -> None:
     for row, length in enumerate(LENGTHS.tolist()):
         expected = states[row, length - 1] if length else torch.zeros_like(last[row])
         torch.testing.assert_close(last[row], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("encoder", CHOICES)
+@torch.no_grad()
+def test_a_query_is_the_state_after_the_last_event(encoder: str) -> None:
+    """Also where the last block computes it alone, in one and several blocks, and of histories without events."""
+    for preprocessor in PREPROCESSORS:
+        model = build(encoder, preprocessor, "layer_norm", mol=False).double()
+        ids, events = histories()
+        events = {name: x.double() if x.is_floating_point() else x for name, x in events.items()}
+        layout = jagged_layout(LENGTHS, ids.shape[1])
+        tokens = token_events(events, LENGTHS, layout)
+        x = model.embed_history(layout.flatten(ids))
+        expected = layout.at_end(model.sequence(x, layout, tokens))
+        torch.testing.assert_close(model.sequence.last(x, layout, tokens), expected, rtol=1e-10, atol=1e-10)
 
 
 def padding_changes_nothing(model, ids, events, states) -> None:

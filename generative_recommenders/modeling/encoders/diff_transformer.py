@@ -14,6 +14,13 @@ from torch import nn
 from generative_recommenders.config.fields import Layers, Share
 from generative_recommenders.config.registry import register_encoder
 from generative_recommenders.errors import UserError
+from generative_recommenders.modeling.cache import (
+    Appended,
+    KeysValues,
+    last_of_block,
+    last_tokens,
+    softmax_over_cache,
+)
 from generative_recommenders.modeling.encoders.checks import check_heads, check_positive
 from generative_recommenders.ops.attention.softmax import softmax_attention
 from generative_recommenders.ops.dropout import Dropout
@@ -145,6 +152,23 @@ class DiffTransformerBlock(nn.Module):
         x = self.attn_norm(x + attend(x))
         return self.ff_norm(x + self.dropout(self.ff(x)))
 
+    def keys_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """k1 and k2 side by side ``[T, H, 2 dq]``, and the values ``[T, H, dv]``."""
+        heads = self.attn.num_heads
+        x = self.attn_norm(x) if self.norm == "pre" else x
+        return self.attn.W_k(x).unflatten(-1, (heads, -1)), self.attn.W_v(x).unflatten(-1, (heads, -1))
+
+    def over_cache(self, x: torch.Tensor, block: KeysValues, appended: Appended) -> torch.Tensor:
+        """`forward` of the tokens ``x [T, D]`` alone, over what the block keeps of all."""
+
+        def attend(x: torch.Tensor) -> torch.Tensor:
+            q = self.attn.W_q(x).unflatten(-1, (self.attn.num_heads, -1))
+            halves = zip(q.chunk(2, -1), block.keys.chunk(2, -1))
+            first, second = (softmax_over_cache(q, KeysValues(k, block.values), appended) for q, k in halves)
+            return self.attn.combine(first, second)
+
+        return self.residuals(x, attend)
+
     def attend(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
         """(softmax(q1 k1ᵀ / sqrt(dq)) - lambda softmax(q2 k2ᵀ / sqrt(dq))) v, ``[T, D]`` (eq. 1)."""
         heads = self.attn.project(x, x, x)
@@ -191,6 +215,14 @@ class DiffTransformer(torch.nn.Module):
         for block in self.layers:
             x = run_block(block, self.activation_checkpoint and self.training, x, layout)
         return x
+
+    def encode_last(
+        self, x: torch.Tensor, layout: Layout, events: Mapping[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """See `modeling.model.SequenceEncoder.last`."""
+        for block in self.layers[:-1]:
+            x = block(x, layout)
+        return last_of_block(self.layers[-1], x, layout, *last_tokens(layout))
 
 
 def _lambda_vectors(num_heads: int, width: int) -> nn.Parameter:

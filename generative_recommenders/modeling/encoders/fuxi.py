@@ -27,6 +27,7 @@ from generative_recommenders.modeling.cache import (
     Appended,
     KeysValues,
     append_through,
+    last_of_block,
     pointwise_over_cache,
 )
 from generative_recommenders.modeling.encoders.checks import check_choice, check_positive
@@ -85,12 +86,16 @@ class FuxiBlock(torch.nn.Module):
         relative = table_attention(v, layout, self.channels.tables(inputs))
         return layout.mask(self.combine(x, u, [*relative, semantic]))
 
-    def append(
-        self, x: torch.Tensor, appended: Appended, inputs: BiasInputs, cached: KeysValues | None
-    ) -> tuple[torch.Tensor, KeysValues]:
-        """`forward` of the tokens ``x [T, D]`` alone, behind the cached ones."""
-        u, q, k, v = self.project(x)
-        block = appended.extend_block(cached, k, v)
+    def keys_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """k ``[T, H, dqk]`` and v ``[T, H, dv]``."""
+        _, _, k, v = self.project(x)
+        return k, v
+
+    def over_cache(
+        self, x: torch.Tensor, block: KeysValues, appended: Appended, inputs: BiasInputs
+    ) -> torch.Tensor:
+        """`forward` of the tokens ``x [T, D]`` alone, over what the block keeps of all."""
+        u, q, _, v = self.project(x)
         sees, values = appended.distances() <= 0, block.values.flatten(2)
         attended = [
             appended.layout.flatten(table[index] * sees @ values).view_as(v)
@@ -98,7 +103,7 @@ class FuxiBlock(torch.nn.Module):
             if index is not None
         ]
         semantic = pointwise_over_cache(q, block, appended, None, float(self.max_length))
-        return self.combine(x, u, [*attended, semantic]), block
+        return self.combine(x, u, [*attended, semantic])
 
     def project(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Projections: u ``[T, 3 H dv]``; q, k ``[T, H, dqk]``; v ``[T, H, dv]``."""
@@ -189,6 +194,17 @@ class FuXi(TimedEncoder):
         for block in self.blocks:
             x = run_block(block, self.activation_checkpoint and self.training, x, layout, inputs)
         return x
+
+    def encode_last(
+        self, x: torch.Tensor, layout: Layout, events: Mapping[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """See `modeling.model.SequenceEncoder.last`."""
+        tokens, appended, inputs = self.last_inputs(layout, events)
+        if len(self.blocks) > 1:
+            of_all = bias_inputs(layout, self.max_length, self.times(events))
+            for block in self.blocks[:-1]:
+                x = block(x, layout, of_all)
+        return last_of_block(self.blocks[-1], x, layout, tokens, appended, inputs)
 
     def encode_appended(
         self,

@@ -24,6 +24,7 @@ from generative_recommenders.modeling.cache import (
     Appended,
     KeysValues,
     append_through,
+    last_of_block,
     pointwise_over_cache,
 )
 from generative_recommenders.modeling.encoders.checks import check_choice, check_positive
@@ -87,27 +88,40 @@ class HstuBlock(torch.nn.Module):
         attended = self.attention(q, k, v, layout, inputs)
         return layout.mask(self.combine(x, u, attended if scale is None else attended * scale[:, None, None]))
 
-    def append(
+    def keys_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """k ``[T, H, dqk]`` and v ``[T, H, dv]``."""
+        normed = layer_norm(x, eps=1e-6)
+        _, v, _, k = self.uvqk.split(self.widths, dim=-1)
+        k, v = (self.activation(normed @ part).unflatten(-1, (self.num_heads, -1)) for part in (k, v))
+        return k, v
+
+    def over_cache(
         self,
         x: torch.Tensor,
+        block: KeysValues,
         appended: Appended,
         inputs: BiasInputs,
         scale: torch.Tensor | None,
-        cached: KeysValues | None,
-    ) -> tuple[torch.Tensor, KeysValues]:
-        """`forward` of the tokens ``x [T, D]`` alone, behind the cached ones; "rel_bias" only."""
-        u, q, k, v = self.project(x)
-        block = appended.extend_block(cached, k, v)
+    ) -> torch.Tensor:
+        """`forward` of the tokens ``x [T, D]`` alone, over what the block keeps of all; "rel_bias" only."""
+        normed = layer_norm(x, eps=1e-6)
+        u, _, q, _ = self.uvqk.split(self.widths, dim=-1)
+        u, q = (self.activation(normed @ part) for part in (u, q))
         bias = None if self.bias is None else self.bias(inputs)
+        q = q.unflatten(-1, (self.num_heads, -1))
         attended = pointwise_over_cache(q, block, appended, bias, float(self.max_length))
-        return self.combine(x, u, attended if scale is None else attended * scale[:, None, None]), block
+        return self.combine(x, u, attended if scale is None else attended * scale[:, None, None])
+
+    @property
+    def widths(self) -> list[int]:
+        """Columns of u, v, q and k in ``uvqk``."""
+        return [self.num_heads * width for width in (self.dv, self.dv, self.dqk, self.dqk)]
 
     def project(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Eq. 1: u ``[T, H dv]``; q, k ``[T, H, dqk]``; v ``[T, H, dv]``."""
-        width, heads = self.num_heads * self.dv, self.num_heads
         projected = self.activation(layer_norm(x, eps=1e-6) @ self.uvqk)
-        u, v, q, k = projected.split([width, width, heads * self.dqk, heads * self.dqk], dim=-1)
-        return u, *(t.unflatten(-1, (heads, -1)) for t in (q, k, v))
+        u, v, q, k = projected.split(self.widths, dim=-1)
+        return u, *(t.unflatten(-1, (self.num_heads, -1)) for t in (q, k, v))
 
     def attention(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout, inputs: BatchInputs
@@ -209,6 +223,21 @@ class HSTU(TimedEncoder):
         for block in self.blocks:
             x = run_block(block, self.activation_checkpoint and self.training, x, layout, inputs, scale)
         return x
+
+    def encode_last(
+        self, x: torch.Tensor, layout: Layout, events: Mapping[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """See `modeling.model.SequenceEncoder.last`."""
+        scale = self.scale(layout)
+        tokens, appended, inputs = self.last_inputs(layout, events)
+        if len(self.blocks) > 1:
+            of_all: BatchInputs = []
+            if self.blocks[0].bias is not None:
+                of_all = bias_inputs(layout, self.max_length, self.times(events))
+            for block in self.blocks[:-1]:
+                x = block(x, layout, of_all, scale)
+        own = None if scale is None else scale[tokens]
+        return last_of_block(self.blocks[-1], x, layout, tokens, appended, inputs, own)
 
     def scale(self, layout: Layout) -> torch.Tensor | None:
         """``[T]`` float32: N over the number of tokens that each one attends to; None where N divides."""

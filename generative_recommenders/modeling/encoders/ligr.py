@@ -21,6 +21,8 @@ from generative_recommenders.modeling.cache import (
     Appended,
     KeysValues,
     append_through,
+    last_of_block,
+    last_tokens,
     softmax_over_cache,
 )
 from generative_recommenders.modeling.encoders.checks import check_choice, check_heads, check_positive
@@ -78,15 +80,16 @@ class LigrBlock(torch.nn.Module):
         )
         return layout.mask(self.combine(x, attended))
 
-    def append(
-        self, x: torch.Tensor, appended: Appended, cached: KeysValues | None
-    ) -> tuple[torch.Tensor, KeysValues]:
-        """`forward` of the tokens ``x [T, D]`` alone, behind the cached ones."""
+    def keys_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """``[T, H, D / H]`` each."""
         normed = self.attn_norm(x)
-        q, k, v = project_heads(normed, normed, self.in_proj, self.num_heads)
-        block = appended.extend_block(cached, k, v)
-        attended = softmax_over_cache(q, block, appended).flatten(1)
-        return self.combine(x, self.out_proj(attended)), block
+        k, v = (project_heads(normed, self.in_proj, self.num_heads, part) for part in (1, 2))
+        return k, v
+
+    def over_cache(self, x: torch.Tensor, block: KeysValues, appended: Appended) -> torch.Tensor:
+        """`forward` of the tokens ``x [T, D]`` alone, over what the block keeps of all."""
+        q = project_heads(self.attn_norm(x), self.in_proj, self.num_heads, 0)
+        return self.combine(x, self.out_proj(softmax_over_cache(q, block, appended).flatten(1)))
 
     def combine(self, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         """z, from what the attention adds; ``[T, D]`` each."""
@@ -136,6 +139,14 @@ class LiGR(torch.nn.Module):
         for block in self.blocks:
             x = run_block(block, self.activation_checkpoint and self.training, x, layout)
         return x
+
+    def encode_last(
+        self, x: torch.Tensor, layout: Layout, events: Mapping[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """See `modeling.model.SequenceEncoder.last`."""
+        for block in self.blocks[:-1]:
+            x = block(x, layout)
+        return last_of_block(self.blocks[-1], x, layout, *last_tokens(layout))
 
     def revises_last(self, events: Mapping[str, torch.Tensor]) -> bool:
         """No state depends on what comes after it."""

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 import torch
 
 from generative_recommenders.errors import UserError
-from generative_recommenders.modeling.cache import Appended
+from generative_recommenders.modeling.cache import Appended, last_tokens
 from generative_recommenders.ops.attention.relative_bias import BiasInputs, Times, time_buckets
+from generative_recommenders.ops.layout import Layout
 
 
 class TimedEncoder(torch.nn.Module):
@@ -39,3 +40,12 @@ class TimedEncoder(torch.nn.Module):
         if times is not None and appended.times is not None:
             buckets = time_buckets(appended.layout.to_rectangle(times[0]), appended.times)
         return BiasInputs(self.max_length - 1 + appended.distances(), buckets)
+
+    def last_inputs(
+        self, layout: Layout, events: Mapping[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, Appended, BiasInputs]:
+        """`last_tokens`, and their places and times against those of all."""
+        times = self.times(events)
+        tokens, appended = last_tokens(layout, None if times is None else times[1])
+        own = {name: values.index_select(0, tokens) for name, values in events.items()}
+        return tokens, appended, self.appended_inputs(own, appended)

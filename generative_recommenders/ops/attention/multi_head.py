@@ -38,18 +38,14 @@ def multi_head_attention_reference(
     dropout_rate: float = 0.0,
 ) -> torch.Tensor:
     """`multi_head_attention` as its equation, for any number of heads."""
-    q, k, v = project_heads(query, x, in_proj, num_heads)
+    q, k, v = (project_heads(t, in_proj, num_heads, part) for part, t in enumerate((query, x, x)))
     return out_proj(softmax_attention(q, k, v, layout, dropout_rate).flatten(1))
 
 
-def project_heads(
-    query: torch.Tensor, x: torch.Tensor, in_proj: torch.nn.Linear, num_heads: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q of ``query [T, D]``, k and v of ``x [T, D]``, ``[T, H, D / H]`` each."""
-    weights, biases = in_proj.weight.chunk(3), in_proj.bias.chunk(3)
-    projections = zip((query, x, x), weights, biases)  # apart: nothing is put together later
-    q, k, v = (F.linear(t, w, b).unflatten(-1, (num_heads, -1)) for t, w, b in projections)
-    return q, k, v
+def project_heads(x: torch.Tensor, in_proj: torch.nn.Linear, num_heads: int, part: int) -> torch.Tensor:
+    """q (part 0), k (1) or v (2) of ``x [T, D]``, ``[T, H, D / H]``; apart, as nothing is put together later."""
+    weight, bias = in_proj.weight.chunk(3)[part], in_proj.bias.chunk(3)[part]
+    return F.linear(x, weight, bias).unflatten(-1, (num_heads, -1))
 
 
 def _one_head(
