@@ -179,7 +179,9 @@ def test_what_is_computed(
     for kind in (SasrecBlock, HstuBlock):
         append = kind.over_cache
         monkeypatch.setattr(
-            kind, "append", lambda self, x, *rest, do=append: (tokens.append(len(x)), do(self, x, *rest))[1]
+            kind,
+            "over_cache",
+            lambda self, x, *rest, do=append: (tokens.append(len(x)), do(self, x, *rest))[1],
         )
     lengths = torch.full((ROWS,), 6)
     _, cache = model.encode_incremental(None, *inputs_of(lengths * 0, lengths, times, False))
