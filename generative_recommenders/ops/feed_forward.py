@@ -13,6 +13,7 @@ from torch import nn
 from generative_recommenders.errors import UserError
 from generative_recommenders.ops import dispatch
 from generative_recommenders.ops.dropout import Dropout, KeepMasks, dropout
+from generative_recommenders.ops.normalization import RMSNorm, column_sums
 
 FLOAT32_EPS = torch.finfo(torch.float32).eps
 """The epsilon of the RMS norms here, whatever the dtype of the activations."""
@@ -80,15 +81,9 @@ class _ReluFeedForward(torch.autograd.Function):
         d_out = ctx.masks.kept(bits).view(grad.shape).mul_(grad)
         d_hidden = d_out @ scaled
         torch.ops.aten.threshold_backward.grad_input(d_hidden, hidden, 0.0, grad_input=d_hidden)
-        d_weights1 = d_hidden.T @ x, _column_sums(d_hidden)
-        d_weights2 = (d_out.T @ hidden).mul_(ctx.scale**2), _column_sums(d_out).mul_(ctx.scale)
+        d_weights1 = d_hidden.T @ x, column_sums(d_hidden)
+        d_weights2 = (d_out.T @ hidden).mul_(ctx.scale**2), column_sums(d_out).mul_(ctx.scale)
         return torch.mm(d_hidden, weight1, out=d_out).add_(grad), *d_weights1, *d_weights2, None
-
-
-def _column_sums(x: torch.Tensor, parts: int = 8) -> torch.Tensor:
-    """``x.sum(0)`` of ``[T, D]``, in parts that threads share."""
-    whole = len(x) // parts * parts
-    return x[:whole].unflatten(0, (parts, -1)).sum(1).sum(0) + x[whole:].sum(0)
 
 
 class PointWiseFeedForward(nn.Module):
@@ -143,7 +138,36 @@ class SwiGLU(nn.Module):
 
     def forward(self, input_embeddings: torch.Tensor) -> torch.Tensor:
         """``[..., D]`` to ``[..., D]``."""
-        return self.W2(self.dropout(F.silu(self.WG(input_embeddings)) * self.W1(input_embeddings)))
+        x, drops = input_embeddings, self.training and self.dropout.rate > 0.0
+        if drops or not dispatch.fast_on_cpu_in_one_dtype(x):
+            return self.W2(self.dropout(F.silu(self.WG(x)) * self.W1(x)))
+        weights = (each for layer in (self.WG, self.W1, self.W2) for each in (layer.weight, layer.bias))
+        return _SwiGlu.apply(x.flatten(0, -2), *weights).view(x.shape)
+
+
+class _SwiGlu(torch.autograd.Function):
+    """``W2 h + b2`` on ``[T, D]``, with h = silu(g) a, g = WG x + bG, a = W1 x + b1; biases may be None."""
+
+    @staticmethod
+    def forward(ctx, x, gate, gate_bias, first, first_bias, second, second_bias):
+        g, a = F.linear(x, gate, gate_bias), F.linear(x, first, first_bias)
+        s = F.silu(g)
+        h = s * a
+        ctx.save_for_backward(x, g, a, s, h, gate, first, second)
+        ctx.biased = gate_bias is not None, first_bias is not None, second_bias is not None
+        return F.linear(h, second, second_bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, g, a, s, h, gate, first, second = ctx.saved_tensors
+        d_h = grad @ second
+        d_a = d_h * s
+        d_g = torch.ops.aten.silu_backward(d_h.mul_(a), g)
+        d_weights = []
+        for d, inputs, biased in zip((d_g, d_a, grad), (x, x, h), ctx.biased):
+            d_weights += [d.T @ inputs, column_sums(d) if biased else None]
+        return (d_a @ first).addmm_(d_g, gate), *d_weights
 
 
 class SwiGLUEncoder(nn.Module):
@@ -152,9 +176,9 @@ class SwiGLUEncoder(nn.Module):
     def __init__(self, embedding_dim: int, hidden_dim: int) -> None:
         super().__init__()
         self.sw1 = SwiGLU(embedding_dim, hidden_dim)
-        self.norm1 = nn.RMSNorm(embedding_dim, eps=FLOAT32_EPS)
+        self.norm1 = RMSNorm(embedding_dim, eps=FLOAT32_EPS)
         self.sw2 = SwiGLU(embedding_dim, hidden_dim)
-        self.norm2 = nn.RMSNorm(embedding_dim, eps=FLOAT32_EPS)
+        self.norm2 = RMSNorm(embedding_dim, eps=FLOAT32_EPS)
 
     def forward(self, input_embeddings: torch.Tensor) -> torch.Tensor:
         """``[..., D]`` to ``[..., D]``."""

@@ -8,7 +8,6 @@ from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from generative_recommenders.config.fields import Layers, Share
@@ -22,10 +21,11 @@ from generative_recommenders.modeling.cache import (
     softmax_over_cache,
 )
 from generative_recommenders.modeling.encoders.checks import check_heads, check_positive
-from generative_recommenders.ops.attention.softmax import softmax_attention
+from generative_recommenders.ops.attention.differential import differential_attention
 from generative_recommenders.ops.dropout import Dropout
 from generative_recommenders.ops.feed_forward import FLOAT32_EPS, SwiGLU
 from generative_recommenders.ops.layout import Layout
+from generative_recommenders.ops.normalization import RMSNorm, rms_norm
 from generative_recommenders.ops.recomputation import run_block
 
 HEAD_NORM_EPS = 1e-5
@@ -98,11 +98,13 @@ class DifferentialAttention(nn.Module):
         return DifferentialHeads(q1, k1, q2, k2, v)
 
     def combine(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-        """The two attended values ``[..., H, dv]`` to ``[..., D]``: difference, norm per head, output
-        projection."""
-        difference = first - self.lambdas().unsqueeze(-1) * second
-        normed = F.rms_norm(difference, difference.shape[-1:], eps=HEAD_NORM_EPS) * self.rms_scale
-        return self.W_o((normed * (1.0 - self.lambda_init)).flatten(-2))
+        """The two attended values ``[..., H, dv]`` to ``[..., D]``."""
+        return self.output(first - self.lambdas().unsqueeze(-1) * second)
+
+    def output(self, difference: torch.Tensor) -> torch.Tensor:
+        """The difference of attended values ``[..., H, dv]`` to ``[..., D]``: norm per head, output projection (eq. 3)."""
+        normed = rms_norm(difference, self.rms_scale * (1.0 - self.lambda_init), HEAD_NORM_EPS)
+        return self.W_o(normed.flatten(-2))
 
     def lambdas(self) -> torch.Tensor:
         """``[H]``: how much of the second attention is taken off (eq. 2)."""
@@ -134,9 +136,9 @@ class DiffTransformerBlock(nn.Module):
         if norm not in ("post", "pre"):
             raise UserError(f"norm {norm!r} of DiffTransformerBlock: choose 'post' or 'pre'")
         self.norm = norm
-        self.attn_norm = nn.RMSNorm(embedding_dim, eps=FLOAT32_EPS)
+        self.attn_norm = RMSNorm(embedding_dim, eps=FLOAT32_EPS)
         self.attn = self.attention_class(embedding_dim, num_heads, lambda_init, vdim=2 * embedding_dim)
-        self.ff_norm = nn.RMSNorm(embedding_dim, eps=FLOAT32_EPS)
+        self.ff_norm = RMSNorm(embedding_dim, eps=FLOAT32_EPS)
         self.ff = SwiGLU(embedding_dim, 2 * embedding_dim)
         self.dropout = Dropout(dropout_rate)
 
@@ -171,11 +173,10 @@ class DiffTransformerBlock(nn.Module):
 
     def attend(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
         """(softmax(q1 k1ᵀ / sqrt(dq)) - lambda softmax(q2 k2ᵀ / sqrt(dq))) v, ``[T, D]`` (eq. 1)."""
-        heads = self.attn.project(x, x, x)
-        rate = self.dropout.rate if self.training else 0.0
-        first = softmax_attention(heads.q1, heads.k1, heads.v, layout, rate)
-        second = softmax_attention(heads.q2, heads.k2, heads.v, layout, rate)
-        return self.dropout(self.attn.combine(first, second))
+        attn, rate = self.attn, self.dropout.rate if self.training else 0.0
+        q, k, v = (linear(x).unflatten(-1, (attn.num_heads, -1)) for linear in (attn.W_q, attn.W_k, attn.W_v))
+        difference = differential_attention(q, k, v, attn.lambdas(), layout, rate)
+        return self.dropout(attn.output(difference))
 
 
 @register_encoder("DiffTransformer", gin_name="diff_transformer_encoder")
