@@ -4,8 +4,10 @@
 
 matmul_gflops is the speed of a plain matrix product on the same device before and after the steps: where two runs differ
 in it, the machine did. ``--plain_steps=3`` then times a SASRec written the usual way (`plain_step.py`) on the same
-batches. Without ``--prepared=DIR`` it makes sequences with ML-1M's distribution of lengths (mean 165, median 95,
-longest 2276) over 3,706 items, with timestamps.
+batches. Without ``--prepared=DIR`` it makes sequences with timestamps: ``--profile=ml-1m`` with ML-1M's distribution of
+lengths (mean 165, median 95, longest 2276) over 3,706 items, ``--profile=amzn-books`` with 9 events a user, of which 7 are for
+training, over 801,350 items, most of them in nobody's history. ``--num_items`` makes another catalogue. products_seconds is
+what the matrix products of a step take alone (`floors.py`).
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +28,7 @@ import torch
 from absl import app, flags
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import floors
 import plain_step
 
 from generative_recommenders.build import factories  # noqa: F401  (registers the encoders)
@@ -45,7 +49,16 @@ SIZES = {
     "FuXi": ["dqk = 50", "dv = 50", "linear_dropout_rate = 0.2"],
 }
 """Options of encoders as their published ML-1M configurations have them."""
-CONFIGS = {"ml-1m": "configs/ml-1m/sasrec-sampled-softmax-n128.gin"}
+CONFIGS = {
+    "ml-1m": {"": "configs/ml-1m/sasrec-sampled-softmax-n128.gin"},
+    "amzn-books": {
+        "": "configs/amzn-books/sasrec-sampled-softmax-n512-final.gin",
+        "HSTU": "configs/amzn-books/hstu-sampled-softmax-n512-final.gin",
+        "HSTU-large": "configs/amzn-books/hstu-sampled-softmax-n512-large-final.gin",
+    },
+}
+"""The configuration of each profile, and of encoders that have their own."""
+NUM_ITEMS = {"ml-1m": 3706, "amzn-books": 801_350}
 ROOT = Path(__file__).resolve().parents[1]
 
 _ENCODER = flags.DEFINE_enum("encoder", "SASRec", sorted({*ENCODERS.names(), *SIZES}), "which encoder")
@@ -53,8 +66,13 @@ _PROFILE = flags.DEFINE_enum("profile", "ml-1m", sorted(CONFIGS), "whose configu
 _SHARING = flags.DEFINE_enum(
     "negatives_sharing", "position", ["position", "block", "batch"], "who shares negatives"
 )
+_LOSS = flags.DEFINE_string("loss", None, "a loss by name instead of the configuration's")
+_ITEMS = flags.DEFINE_integer("num_items", None, "items of the catalogue; the profile's own otherwise")
+_BATCH = flags.DEFINE_integer("batch_size", 128, "users of a step", lower_bound=1)
 _BLOCK = flags.DEFINE_integer("negatives_block_size", 256, "positions of a block", lower_bound=1)
-_NEGATIVES = flags.DEFINE_integer("num_negatives", 128, "negatives a position, block or batch", lower_bound=1)
+_NEGATIVES = flags.DEFINE_integer(
+    "num_negatives", None, "negatives a position, block or batch: 128, of amzn-books 512", lower_bound=1
+)
 _STEPS = flags.DEFINE_integer("steps", 30, "timed steps", lower_bound=1)
 _PREPARED = flags.DEFINE_string("prepared", None, "a prepared data set instead of made sequences")
 _THREADS = flags.DEFINE_integer("threads", 0, "torch threads; 0 for torch's own choice", lower_bound=0)
@@ -68,10 +86,18 @@ def made_lengths(num_users: int, generator: np.random.Generator) -> np.ndarray:
     return np.minimum(lengths, 2276).astype(np.int64)
 
 
-def made_dataset(folder: Path, num_users: int = 6040, num_items: int = 3706) -> SequenceDataset:
-    """Zipf items, seconds between ratings; written as CSV and prepared like any other data set."""
+def made_dataset(
+    folder: Path, num_users: int = 6040, num_items: int = 3706, profile: str = "ml-1m"
+) -> SequenceDataset:
+    """Zipf items, seconds between ratings; written as CSV and prepared like any other data set, with the items that nobody has
+    rated behind the others.
+    """
     generator = np.random.default_rng(0)
-    users = np.repeat(np.arange(num_users), made_lengths(num_users, generator))
+    if profile == "ml-1m":
+        lengths = made_lengths(num_users, generator)
+    else:
+        lengths = 4 + generator.geometric(0.2, num_users)
+    users = np.repeat(np.arange(num_users), lengths)
     popularity = 1.0 / np.arange(1, num_items + 1) ** 0.8
     items = generator.choice(num_items, users.size, p=popularity / popularity.sum())
     times = 10**9 + np.cumsum(generator.integers(1, 3600, users.size))
@@ -80,21 +106,32 @@ def made_dataset(folder: Path, num_users: int = 6040, num_items: int = 3706) -> 
     options = ReadOptions("user,item,timestamp", TextOptions(",", header=False))
     raw = RawRatings(name="made", files=[folder / "events.csv"], options=options)
     prepare(raw, folder / "prepared")
-    return SequenceDataset.open(folder / "prepared")
+    dataset = SequenceDataset.open(folder / "prepared")
+    return replace(dataset, unrated=num_items - dataset.num_items)
+
+
+def num_negatives() -> int:
+    return _NEGATIVES.value or (512 if _PROFILE.value == "amzn-books" else 128)
 
 
 def make_trainer(dataset: SequenceDataset) -> Trainer:
     module = _ENCODER.value.removesuffix("-large")
-    own = [f"{ENCODERS[module].gin_name}.{option}" for option in SIZES.get(_ENCODER.value, [])]
+    profile, own = _PROFILE.value, []
+    if _ENCODER.value not in CONFIGS[profile]:
+        own = [f"{ENCODERS[module].gin_name}.{option}" for option in SIZES.get(_ENCODER.value, [])]
+    if _LOSS.value is not None:
+        own.append(f"train_fn.loss_module = '{_LOSS.value}'")
     bindings = [
         f"train_fn.main_module = '{module}'",
         f"train_fn.negatives_sharing = '{_SHARING.value}'",
         f"train_fn.negatives_block_size = {_BLOCK.value}",
-        f"train_fn.num_negatives = {_NEGATIVES.value}",
+        f"train_fn.num_negatives = {num_negatives()}",
+        f"train_fn.local_batch_size = {_BATCH.value}",
         *own,
         *_BINDINGS.value,
     ]
-    settings, _ = gin_registry.load_settings([ROOT / CONFIGS[_PROFILE.value]], bindings)
+    config = CONFIGS[profile].get(_ENCODER.value, CONFIGS[profile][""])
+    settings, _ = gin_registry.load_settings([ROOT / config], bindings)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return Trainer(settings, dataset, make_split(dataset, "leave_one_out"), Collectives(device))
 
@@ -152,7 +189,10 @@ def run(dataset: SequenceDataset) -> dict[str, object]:
         "prepared": _PREPARED.value or "made",
         "negatives_sharing": _SHARING.value,
         "negatives_block_size": _BLOCK.value if _SHARING.value == "block" else None,
-        "num_negatives": _NEGATIVES.value,
+        "loss": _LOSS.value or trainer.settings.value("train_fn.loss_module"),
+        "num_negatives": num_negatives(),
+        "num_items": dataset.num_items,
+        "batch_size": _BATCH.value,
         "steps": len(rows),
         "threads": torch.get_num_threads(),
         "device": str(trainer.collectives.device),
@@ -163,6 +203,11 @@ def run(dataset: SequenceDataset) -> dict[str, object]:
         "peak_rss_mb": round(peak),
         "matmul_gflops": [before, matmul_gflops(trainer.collectives.device)],
     }
+    if trainer.collectives.device.type == "cpu":
+        example = next(iter(trainer.loader.epoch(0)))
+        products = floors.products_of(lambda: trainer.run_step(example))
+        result |= {"products_seconds": products["seconds"], "products_gflop": products["gflop"]}
+        result["copied_gb_a_second"] = floors.copied_gb_a_second()
     if trainer.collectives.device.type == "cuda":
         result["gpu"] = torch.cuda.get_device_name()
         result["peak_gpu_mb"] = round(torch.cuda.max_memory_allocated() / 2**20)
@@ -180,7 +225,9 @@ def main(argv: list[str]) -> None:
         print(json.dumps(run(SequenceDataset.open(_PREPARED.value))))
         return
     with tempfile.TemporaryDirectory() as folder:
-        print(json.dumps(run(made_dataset(Path(folder)))))
+        items = _ITEMS.value or NUM_ITEMS[_PROFILE.value]
+        users = 6040 if _PROFILE.value == "ml-1m" else 12_000
+        print(json.dumps(run(made_dataset(Path(folder), users, items, _PROFILE.value))))
 
 
 if __name__ == "__main__":

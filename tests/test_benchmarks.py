@@ -31,6 +31,7 @@ TINY = {
         "--repeats=1",
         "--one_user_repeats=1",
     ],
+    "report": ["--out=."],
     "serve": ["--items=30", "--length=4", "--repeats=1"],
     "serve_load": ["--items=30", "--length=4", "--requests=20", "--clients", "1", "4"],
     "startup": ["--rounds=1", "--users=300"],
@@ -51,14 +52,22 @@ POSITIVE = {
         "results.many_users.milliseconds.search.median",
         "results.one_user.search_to_products.median",
     ),
+    "report": ("rows",),
     "serve": ("results.eager.batch_1_ms", "results.eager.batch_32_ms"),
     "serve_load": ("results.clients_1.p50_ms", "results.clients_4.per_second"),
     "startup": ("help_seconds", "help_ratio", "first_step_seconds", "first_step_ratio"),
     "top_k": ("results.MoLBruteForceTopK.search_seconds", "results.MoLNaiveTopK50.recall"),
-    "train_step": ("step_seconds", "tokens_per_second", "data_seconds", "peak_rss_mb", "plain_step_seconds"),
+    "train_step": (
+        "step_seconds",
+        "tokens_per_second",
+        "data_seconds",
+        "peak_rss_mb",
+        "plain_step_seconds",
+        "products_seconds",
+    ),
 }
 NEEDED = {"serve_load": ("fastapi", "uvicorn", "prometheus_client")}
-NO_PROGRAMS = {"gpu_setup", "plain_step"}
+NO_PROGRAMS = {"floors", "gpu_setup", "plain_step"}
 
 
 def run(name: str, arguments: list[str], folder: Path) -> dict:
@@ -83,3 +92,15 @@ def test_it_prints_json(name: str, tmp_path: Path) -> None:
         for key in path.split("."):
             value = value[key]
         assert value > 0, path
+
+
+def test_steps_of_a_catalogue_of_books(tmp_path: Path) -> None:
+    choices = [
+        "--profile=amzn-books",
+        "--num_items=30000",
+        "--batch_size=8",
+        "--steps=1",
+        "--num_negatives=4",
+    ]
+    result = run("train_step", [*choices, "--encoder=LiGR", "--loss=BCESampled"], tmp_path)
+    assert (result["num_items"], result["loss"], result["step_seconds"] > 0) == (30000, "BCESampled", True)

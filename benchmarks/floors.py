@@ -1,0 +1,83 @@
+"""Floors of a measured piece of work: its own matrix products, made again alone, in torch's operators and at the same shapes.
+
+What is recorded are the products that the work really makes, forward and back, with the strides of their operands; each
+distinct one is then timed by itself.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "mv", "addmv"}
+"""Operators that count; sums over bags and sampled products are no dense products and are left out."""
+
+
+class Form(NamedTuple):
+    """All of a tensor but its numbers."""
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    def made(self) -> torch.Tensor:
+        return torch.empty_strided(self.size, self.stride, dtype=self.dtype).normal_()
+
+
+class RecordedProducts(TorchDispatchMode):
+    """Counts the products that are made while it is open, by operator and forms of the operands. operations: of floats."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter = Counter()
+        self.operations = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = func.overloadpacket.__name__
+        if name in PRODUCTS:
+            forms = tree_map(_form, (tuple(args), tuple(sorted(kwargs.items()))))
+            self.calls[func, forms] += 1
+            first, second = [x for x in args if isinstance(x, torch.Tensor)][-2:]
+            self.operations += 2 * first.numel() * (second.shape[-1] if second.dim() > 1 else 1)
+        return func(*args, **kwargs)
+
+
+def _form(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return Form(tuple(value.shape), value.stride(), value.dtype)
+    return value
+
+
+def products_of(work: Callable[[], object], repeats: int = 5) -> dict[str, float]:
+    """``seconds`` and ``gflop`` of the products of some work, the fastest of some repeats of each."""
+    with RecordedProducts() as recorded:
+        work()
+    total = 0.0
+    for (func, (args, named)), count in recorded.calls.items():
+        made = [x.made() if isinstance(x, Form) else x for x in args]
+        rest = {name: x.made() if isinstance(x, Form) else x for name, x in named}
+        best = float("inf")
+        for _ in range(repeats):
+            started = time.perf_counter()
+            func(*made, **rest)
+            best = min(best, time.perf_counter() - started)
+        total += count * best
+    return {"seconds": round(total, 6), "gflop": round(recorded.operations / 1e9, 4)}
+
+
+def copied_gb_a_second(megabytes: int = 256, repeats: int = 5) -> float:
+    """Bytes read and written a second by torch's own copy of a tensor that no cache holds."""
+    source = torch.ones(megabytes << 18)
+    target, best = torch.empty_like(source), float("inf")
+    for _ in range(repeats):
+        started = time.perf_counter()
+        target.copy_(source)
+        best = min(best, time.perf_counter() - started)
+    return round(2 * source.nbytes / best / 1e9, 2)

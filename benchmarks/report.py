@@ -1,0 +1,107 @@
+"""One table and one plot of what was measured beside its floor, from the records in benchmarks/results.
+
+    python benchmarks/report.py                                        # writes report.md and report.png beside the records
+
+A floor is the least that the same work could take here: the matrix products of a training step, made again alone at the same
+shapes (`floors.py`); the products of exact evaluation in the best of several blockings; those of a loss over the catalogue.
+Records without a floor are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+class Measured(NamedTuple):
+    """Seconds of some work, and of its floor."""
+
+    what: str
+    seconds: float
+    floor: float
+
+
+def of_steps(record: dict) -> Iterator[Measured]:
+    for each in record.get("results", [record]):
+        if "products_seconds" not in each:
+            continue
+        shared = each["negatives_sharing"]
+        shared = f"{shared} of {each['negatives_block_size']}" if shared == "block" else shared
+        what = f"step, {each['encoder']}, {each['profile']}, {each['num_negatives']} negatives a {shared}"
+        yield Measured(what, each["step_seconds"], each["products_seconds"])
+
+
+def of_evaluation(record: dict) -> Iterator[Measured]:
+    setup, best = record["setup"], max(record["products_users_per_second"].values())
+    what = f"exact ranks of {setup['users']:,} users among {setup['items']:,} items"
+    yield Measured(what, record["seconds"], setup["users"] / best)
+
+
+def of_catalogue_loss(record: dict) -> Iterator[Measured]:
+    what = f"{record['loss']} over {record['items']:,} items, {record['tokens']:,} tokens"
+    yield Measured(what, record["seconds"], record["products_seconds"])
+
+
+READERS = {
+    "train_step.json": of_steps,
+    "evaluate.json": of_evaluation,
+    "catalogue_loss.json": of_catalogue_loss,
+}
+
+
+def measured(folder: Path) -> list[Measured]:
+    """Of all records of a folder."""
+    found = ((folder / name, read) for name, read in READERS.items())
+    return [each for path, read in found if path.exists() for each in read(json.loads(path.read_text()))]
+
+
+def table(rows: list[Measured]) -> str:
+    """Markdown."""
+    lines = ["| | seconds | floor | times its floor |", "| --- | --- | --- | --- |"]
+    lines += [f"| {r.what} | {r.seconds:.4g} | {r.floor:.4g} | {r.seconds / r.floor:.2f} |" for r in rows]
+    return "\n".join(lines) + "\n"
+
+
+def plot(rows: list[Measured], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 1 + 0.4 * len(rows)), layout="constrained")
+    places = range(len(rows))
+    axes.barh(places, [r.seconds for r in rows], height=0.7, color="#9ecae1", label="measured")
+    axes.barh(places, [r.floor for r in rows], height=0.35, color="#08519c", label="floor")
+    axes.set_yticks(places, [r.what for r in rows])
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlabel("seconds")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of records")
+    parser.add_argument("--out", type=Path, help="folder of the report, unless that of the records")
+    args = parser.parse_args()
+    out = args.out or args.results
+    out.mkdir(parents=True, exist_ok=True)
+    rows = measured(args.results)
+    (out / "report.md").write_text(table(rows))
+    if rows:
+        plot(rows, out / "report.png")
+    print(table(rows))
+    print(json.dumps({"benchmark": "report", "rows": len(rows)}))
+
+
+if __name__ == "__main__":
+    main()
