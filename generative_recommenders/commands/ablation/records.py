@@ -43,7 +43,8 @@ def ranks_of(run: Run) -> pl.DataFrame | None:
 
 def best_validation(run: Run, metric: str) -> float:
     """The best validation value of the run's full evaluations."""
-    return max(line[metric] for line in records(run.folder) if line.get("part") == "validation")
+    lines = [line for line in records(run.folder) if line.get("part") == "validation"]
+    return max(line[metric] for line in lines if line.get("full", True))
 
 
 class Finished(NamedTuple):
@@ -66,7 +67,8 @@ def summary(run: Run) -> dict[str, Any]:
     lines = records(run.folder)
     epochs, final = [line for line in lines if "epoch" in line], lines[-1]
     clock = [0.0, *(line["seconds"] for line in epochs)]
-    scored = [line for line in epochs if SELECTION in line]
+    # Between full evaluations a part of the users is scored, which no epoch is chosen by.
+    scored = [line for line in epochs if SELECTION in line and line.get("full", True)]
     shown = ("train_loss", *METRICS)
     at = [
         {"epoch": 1 + line["epoch"], **{name: line[name] for name in shown if name in line}}
