@@ -63,6 +63,7 @@ __all__ = [
     "register_seen_filter",
     "register_similarity",
     "register_top_k",
+    "train",
 ]
 
 __getattr__ = lazy_exports(
@@ -70,6 +71,7 @@ __getattr__ = lazy_exports(
     {
         "build.factories": [name for name in __all__ if name.startswith(("get_", "create_"))],
         "build.parts": ["build_model"],
+        "commands.train": ["train"],
         "config.registry": [name for name in __all__ if name.startswith("register_")],
         "config.schema": ["RunSettings"],
         "data.preparation.prepare": ["prepare"],

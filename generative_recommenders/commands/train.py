@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from absl import logging
@@ -18,6 +18,7 @@ from generative_recommenders.commands.evaluate import (
     write_users_metrics,
 )
 from generative_recommenders.commands.setup import (
+    DEFAULT_CONFIG,
     Options,
     check_same_everywhere,
     checkpoints_of,
@@ -32,6 +33,7 @@ from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.data.splits import Split, make_split
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.distributed.collectives import Collectives
+from generative_recommenders.distributed.launch import launch
 from generative_recommenders.distributed.memory import keep_freed_memory
 from generative_recommenders.distributed.process_group import (
     process_collectives,
@@ -49,6 +51,29 @@ from generative_recommenders.run.model_summary import model_summary
 from generative_recommenders.training.debug import step_profiler
 from generative_recommenders.training.fine_tuning import initialize
 from generative_recommenders.training.trainer import Trainer, TrainResult
+
+
+def train(
+    run_dir: str | Path,
+    bindings: Sequence[str] = (),
+    gin_files: Sequence[str] = (),
+    data_root: str | Path = "data",
+    plugins: Sequence[str] = (),
+    report: bool = False,
+) -> Path:
+    """Trains in this process as ``main.py`` does, and returns the run's folder.
+
+    bindings, gin_files: as ``--gin_bindings`` and ``--gin_config_file``. UserError where training does not end well, with the
+    line printed before.
+    """
+    options = Options(
+        tuple(gin_files), tuple(bindings), Path(data_root), str(run_dir), resume=False, max_steps=None, profile=False,
+        default_gin_files=(DEFAULT_CONFIG,), plugins=tuple(plugins), report=report, verbosity=logging.get_verbosity(),
+    )  # fmt: skip
+    code = launch(train_worker, (options,), 1)
+    if code:
+        raise UserError(f"training in {run_dir} ended with exit code {code}")
+    return Path(run_dir)
 
 
 def goes_on(options: Options) -> bool:

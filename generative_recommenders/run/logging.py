@@ -16,7 +16,7 @@ import warnings
 from pathlib import Path
 from typing import TextIO
 
-from absl import logging
+from absl import flags, logging
 
 FORMATTER = python_logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S")
 
@@ -47,6 +47,10 @@ _early_lines = _EarlyLines()
 
 def set_up_logging(is_main: bool = True, level: int = logging.INFO) -> None:
     """The main process logs from ``level`` on (absl's numbers); the others log errors alone."""
+    if (
+        not flags.FLAGS.is_parsed()
+    ):  # of a program without absl's flags, as a notebook: absl would warn of that
+        flags.FLAGS.mark_as_parsed()
     logging.use_absl_handler()
     logging.get_absl_handler().setFormatter(FORMATTER)
     logging.set_verbosity(level if is_main else logging.ERROR)

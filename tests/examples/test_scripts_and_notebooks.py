@@ -1,0 +1,57 @@
+"""The examples run as they stand: scripts, and the code of the notebooks as plain Python."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import matplotlib as mpl
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+NOTEBOOKS = sorted((EXAMPLES / "notebooks").glob("*.ipynb"))
+
+
+def example(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_quickstart_answers_for_a_new_reader(tmp_path: Path) -> None:
+    answer = example("quickstart").main(tmp_path, epochs=1)
+    assert answer["user_id"].unique().tolist() == ["a new reader"] and answer["rank"].tolist() == [
+        1,
+        2,
+        3,
+        4,
+        5,
+    ]
+    assert (tmp_path / "run" / "checkpoints").is_dir()
+
+
+def test_a_file_of_ones_own(tmp_path: Path) -> None:
+    file = tmp_path / "events.csv"
+    with open(file, "w", newline="") as out:
+        rows = [[f"user{u}", f"thing{(u + step) % 12}", 1000 + step] for u in range(40) for step in range(6)]
+        csv.writer(out).writerows([["who", "what", "when"], *rows])
+    answer = example("own_csv").main(file, tmp_path / "own", "user=who,item=what,timestamp=when", epochs=1)
+    assert answer["user_id"].nunique() == 5 and answer["item_id"].str.startswith("thing").all()
+    seen = {(row[0], row[1]) for row in rows}
+    assert not seen & set(zip(answer["user_id"], answer["item_id"]))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_was_executed_and_runs_again(path: Path) -> None:
+    cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    assert any(out["output_type"] == "display_data" for out in cells[-1]["outputs"])
+    assert not any(out["output_type"] == "error" for cell in cells for out in cell["outputs"])
+    assert path.stat().st_size < 150_000
+    mpl.use("Agg")
+    exec("\n".join("".join(cell["source"]) for cell in cells), {"__name__": path.stem})
