@@ -27,7 +27,7 @@ def main() -> int:
     """Runs a sub-command; help and exit code 0 without one."""
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help", "help"):
-        lines = [f"  {each:<10}{what}" for each, (_, what) in PROGRAMS.items()]
+        lines = [f"  {each:<11}{what}" for each, (_, what) in PROGRAMS.items()]
         print(f"{COMMAND} COMMAND [--help]\n", *lines, sep="\n")
         return 0
     if name not in PROGRAMS:
