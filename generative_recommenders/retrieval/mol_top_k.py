@@ -99,7 +99,10 @@ class MoLNaiveTopK(_CandidateTopK):
 
 @register_top_k("MoLAvgTopK")
 class MoLAvgTopK(_CandidateTopK):
-    """Candidates: the avg_top_k best items by the dot product of the components' means."""
+    """Candidates: the best items by the dot product of the components' means.
+
+    avg_top_k: candidates of a query.
+    """
 
     def __init__(self, similarity: MoLSimilarity, item_embeddings: torch.Tensor, avg_top_k: Size) -> None:
         super().__init__(similarity, item_embeddings, avg_top_k=avg_top_k)
@@ -107,7 +110,10 @@ class MoLAvgTopK(_CandidateTopK):
 
 @register_top_k("MoLCombTopK")
 class MoLCombTopK(_CandidateTopK):
-    """Candidates: those of `MoLNaiveTopK` and of `MoLAvgTopK` together."""
+    """Candidates: those of `MoLNaiveTopK` and of `MoLAvgTopK` together.
+
+    k_per_group: candidates of each pair of a query and an item component. avg_top_k: candidates by the components' means.
+    """
 
     def __init__(
         self, similarity: MoLSimilarity, item_embeddings: torch.Tensor, k_per_group: Size, avg_top_k: Size

@@ -23,7 +23,8 @@ import pytest
 
 import generative_recommenders.build.parts  # noqa: F401  # registers the built-in parts, whose options gin blocks name
 from docs import pages
-from generative_recommenders.config.gin import load_settings
+from generative_recommenders.commands.ablation.plan import AblationSettings
+from generative_recommenders.config.gin import load_ablation, load_settings
 
 NOT_RUN = (
     ".",
@@ -94,7 +95,12 @@ def test_the_blocks_of_a_page_run(clone: Path, page: Path, monkeypatch: pytest.M
             for words in pages.commands(block):
                 run(clone, block, words, following)
         elif block.language == "gin":
-            load_settings((), [block.code])
+            file = clone / "page.gin"
+            file.write_text(block.code)
+            if "ablation." in block.code:
+                load_ablation(file, (), AblationSettings.model_fields)
+            else:
+                load_settings([file])
         elif block.language == "json":
             json.loads(block.code)
         else:
