@@ -30,7 +30,7 @@ from generative_recommenders.retrieval.sharded_search import search_shards
 from generative_recommenders.training.trainer import Trainer
 from programs import quick_start
 
-GLOBAL_BATCH, STEPS, TABLE = 12, 10, "model.items.table"
+GLOBAL_BATCH, STEPS, TABLE = 12, 5, "model.items.table"
 COMMON = {
     "train_fn.dataset_name": "tiny", "train_fn.max_sequence_length": 12, "train_fn.item_embedding_dim": 8,
     "train_fn.dropout_rate": 0.0, "sasrec_encoder.ffn_dropout_rate": 0.0, "sasrec_encoder.ffn_hidden_dim": 8,
