@@ -27,7 +27,9 @@ class Form(NamedTuple):
     dtype: torch.dtype
 
     def made(self) -> torch.Tensor:
-        return torch.empty_strided(self.size, self.stride, dtype=self.dtype).normal_()
+        length = 1 + sum((n - 1) * step for n, step in zip(self.size, self.stride))
+        # Operands may be expanded, so that several places are one number in memory.
+        return torch.randn(max(length, 0), dtype=self.dtype).as_strided(self.size, self.stride)
 
 
 class RecordedProducts(TorchDispatchMode):

@@ -52,7 +52,7 @@ def steps(encoders: str) -> str:
     for each in record("train_step")["results"]:
         block = each["negatives_block_size"]
         sharing = "each position" if each["negatives_sharing"] == "position" else f"every {block} positions"
-        if each["encoder"] in names:
+        if each["encoder"] in names and each["profile"] == "ml-1m":
             label = f"{each['encoder']}, CPU", f"{each['num_negatives']} negatives for {sharing}"
             runs.setdefault(label, []).append(each)
     lines = [
