@@ -77,11 +77,13 @@ def get_similarity_function(
     bf16_training: bool = False,
     activation_checkpoint: bool = False,
     mutual_information: bool = False,
+    score_dtype: torch.dtype | None = None,
     **options: Any,
 ) -> Similarity:
     """The similarity of a name ("" is "DotProduct") between queries ``[n, D]`` and items ``[R, D']``.
 
-    bf16_training, activation_checkpoint, mutual_information: see `MoLSimilarity`; other similarities do without.
+    bf16_training, activation_checkpoint, mutual_information: see `MoLSimilarity`; other similarities do without. score_dtype:
+    see `DotProductSimilarity`.
     UserError: unknown names, options that cannot be.
     """
     part = SIMILARITIES[module_type or "DotProduct"]
@@ -91,6 +93,7 @@ def get_similarity_function(
         "query_embedding_dim": query_embedding_dim,
         "item_embedding_dim": item_embedding_dim,
         "mutual_information": mutual_information,
+        "score_dtype": score_dtype,
     }
     similarity: Similarity = part.build(options, supplies)
     return similarity

@@ -57,6 +57,9 @@ def build_model(
     }
     similarity_name = settings.model.interaction_module_type or "DotProduct"
     switched_on = {name: True for name, on in dict(settings.similarity).items() if on}
+    bf16 = torch.bfloat16 if settings.model.main_module_bf16 else None
+    if bf16 is not None:
+        switched_on["bf16_training"] = True
     try:
         if settings.items.item_table == "sharded":
             _check_sharded(settings)
@@ -68,7 +71,7 @@ def build_model(
         sequence = build_sequence(settings, catalogue)
         similarity = get_similarity_function(
             similarity_name, width, width, mutual_information="mi_loss" in auxiliary_weights(settings),
-            **{**options_of(settings, SIMILARITIES, similarity_name), **switched_on},
+            score_dtype=bf16, **{**options_of(settings, SIMILARITIES, similarity_name), **switched_on},
         )  # fmt: skip
     except ValueError as error:
         raise UserError(str(error)) from error
@@ -86,8 +89,7 @@ def build_model(
         raise UserError(
             f"loss_weights name {', '.join(missing)}, which this configuration does not produce ({offered})"
         )
-    autocast = torch.bfloat16 if settings.model.main_module_bf16 else None
-    return SequenceRecommender(items, sequence, similarity, build_objective(settings), autocast)
+    return SequenceRecommender(items, sequence, similarity, build_objective(settings), bf16)
 
 
 def _check_sharded(settings: RunSettings) -> None:

@@ -76,6 +76,16 @@ def differences(settings: RunSettings, tie_order: str | None, has_unrated: bool)
 def unlike_published(settings: RunSettings) -> list[str]:
     """One line for each setting that acts here otherwise than in the published programs."""
     ratio, lines = settings.data.positional_sampling_ratio, []
+    if settings.model.main_module_bf16:
+        lines.append(
+            "train_fn.main_module_bf16: embeddings, products and scores are in bfloat16, weights and their updates in float32; "
+            "the published programs kept these in bfloat16 too"
+        )
+    if settings.evaluation.eval_bf16:
+        lines.append(
+            "train_fn.eval_bf16: the encoder's products are in bfloat16 in evaluation, the scores in float32; the published "
+            "programs rounded the states and items that they scored instead"
+        )
     if ratio < 1:
         theirs = (
             "once a run"

@@ -286,7 +286,7 @@ SIMILARITIES = _registry(
     "similarities",
     "similarity",
     "train_fn.interaction_module_type",
-    ("query_embedding_dim", "item_embedding_dim", "mutual_information"),
+    ("query_embedding_dim", "item_embedding_dim", "mutual_information", "score_dtype"),
 )
 NEGATIVE_SAMPLERS = _registry("negative_samplers", "negative sampler", "train_fn.sampling_strategy")
 LOSSES = _registry("losses", "loss", "train_fn.loss_module")

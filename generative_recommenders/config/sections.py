@@ -75,7 +75,8 @@ class ModelSettings(Section):
     main_module: str = "SASRec"
     """The encoder."""
     main_module_bf16: bool = False
-    """The encoder's products in bfloat16, in training and evaluation."""
+    """Item embeddings, the encoder's products and the scores in bfloat16, in training and evaluation. Weights, their updates
+    and sums stay float32, where the published programs keep everything in bfloat16."""
     input_preprocessor: str = "LearnablePositionalEmbedding"
     """What makes the encoder's inputs of item embeddings, positions and ratings."""
     user_embedding_norm: str = "l2_norm"
@@ -202,7 +203,8 @@ class EvaluationSettings(Section):
     eval_users: TableRows | None = None
     """Users of each full evaluation, drawn by the seed; None for all."""
     eval_bf16: bool = False
-    """The encoder's products in bfloat16 in evaluation alone."""
+    """The encoder's products in bfloat16 in evaluation alone, scores in float32; the published programs round states and items
+    instead."""
     eval_interval: Period = 100
     """Steps from one scored batch of users to the next."""
     full_eval_every_n: Period = 1
@@ -265,6 +267,7 @@ class SimilaritySettings(Section):
     gin_name: ClassVar[str] = "get_similarity_function"
 
     bf16_training: Annotated[bool, OptionOf("similarities")] = False
-    """A mixture of logits multiplies in bfloat16; False leaves the similarity's own option."""
+    """A mixture of logits multiplies in bfloat16, in evaluation too, as ``train_fn.main_module_bf16`` has it do; False leaves
+    the similarity's own option."""
     activation_checkpoint: Annotated[bool, OptionOf("similarities")] = False
     """A mixture of logits computes its activations again in the backward pass; False leaves its own option."""

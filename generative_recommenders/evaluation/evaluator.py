@@ -23,6 +23,7 @@ from generative_recommenders.evaluation.ranks import exact_ranks
 from generative_recommenders.evaluation.seen_filters import SeenFilter
 from generative_recommenders.evaluation.seen_items import SeenItems
 from generative_recommenders.evaluation.top_lists import TopLists
+from generative_recommenders.modeling.similarity.interface import rounded
 from generative_recommenders.ops import dispatch
 from generative_recommenders.retrieval.sharded_search import search_shards
 
@@ -46,16 +47,23 @@ class Ranker(Protocol):
 class ProductScores:
     """A `Score` that is a product. queries: of a batch, ``[n, D]``. items: ``[V, D]``.
 
+    dtype: what products are rounded to, see `product_ranks`.
     shard: where ``items`` are those of this process alone; ``queries({})`` then takes part in looking up the other processes'
     histories, for no users of its own.
     """
 
-    def __init__(self, queries: Score, items: torch.Tensor, shard: RowShard | None = None) -> None:
-        self.queries, self.items, self.shard = queries, items, shard
+    def __init__(
+        self,
+        queries: Score,
+        items: torch.Tensor,
+        shard: RowShard | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.queries, self.items, self.shard, self.dtype = queries, items, shard, dtype
 
     @torch.inference_mode()
     def __call__(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        return self.queries(batch) @ self.items.T
+        return rounded(self.queries(batch) @ self.items.T, self.dtype)
 
 
 def never() -> bool:
@@ -223,7 +231,12 @@ class Evaluator:
             # Batches as the loader makes them are encoded: only so are states the same whatever was done before.
             encoded = (replace(each, batch={"queries": score.queries(each.batch)}) for each in prepared)
             for users in _regrouped(encoded, USERS):
-                yield users, product_ranks(users.batch["queries"], score.items, users.targets, users.removed)
+                yield (
+                    users,
+                    product_ranks(
+                        users.batch["queries"], score.items, users.targets, users.removed, dtype=score.dtype
+                    ),
+                )
         else:
             yield from self._by_scores(score, lists, prepared)
 
@@ -240,7 +253,7 @@ class Evaluator:
             queries, removed = users.batch["queries"], users.removed
             targets = users.targets.to(queries.device)
             here = None if removed is None else removed.to(queries.device)
-            ranks = product_ranks(queries, score.items, targets, here, shard)
+            ranks = product_ranks(queries, score.items, targets, here, shard, score.dtype)
             if lists is not None:
                 seen = None if here is None else here.rectangle(len(queries))
                 _, ids = search_shards(queries, score.items, lists.k, shard, seen)

@@ -33,6 +33,7 @@ from generative_recommenders.evaluation.ranks import Ranks, user_ranks
 from generative_recommenders.evaluation.top_lists import TopLists
 from generative_recommenders.modeling.inputs import Queries
 from generative_recommenders.modeling.model import SequenceRecommender
+from generative_recommenders.modeling.similarity.interface import score_dtype
 from generative_recommenders.ops import dispatch
 from generative_recommenders.types import Batch
 
@@ -247,7 +248,8 @@ def catalogue_scores(model: SequenceRecommender, autocast: torch.dtype | None = 
         assert operands is not None
         return operands[0]
 
-    return ProductScores(torch.inference_mode()(queries), operands[1], model.items.shard)
+    encoded = torch.inference_mode()(queries)
+    return ProductScores(encoded, operands[1], model.items.shard, score_dtype(similarity))
 
 
 def of_sample(targets: np.ndarray, users: int, seed: int) -> np.ndarray:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from generative_recommenders.distributed.row_shards import RowShard
 from generative_recommenders.evaluation.ranks import count_ahead, exact_ranks, scores_of
 from generative_recommenders.evaluation.seen_items import SeenItems
+from generative_recommenders.modeling.similarity.interface import rounded
 from generative_recommenders.ops import dispatch
 from generative_recommenders.ops.threads import in_threads
 
@@ -32,20 +33,22 @@ def product_ranks(
     target_ids: torch.Tensor,
     seen: SeenItems | None = None,
     shard: RowShard | None = None,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """`exact_ranks` of the scores ``queries [n, D] · items [V, D]ᵀ``; ``[n]`` int64.
 
     Every product has the same shape, whatever the number of users, so that a user's rank does not depend on who is ranked
     beside them. On an accelerator the scores are held whole. shard: where ``items`` are those of this process alone: each
-    counts its own, for the same users, and counts are summed over processes.
+    counts its own, for the same users, and counts are summed over processes. dtype: what scores are rounded to, so that more
+    of them are equal.
     """
     if not dispatch.fast_on_cpu(queries):
-        return product_ranks_reference(queries, items, target_ids, seen, shard)
+        return product_ranks_reference(queries, items, target_ids, seen, shard, dtype)
     parts = []
     for start in range(0, len(queries), USERS):
         rows = slice(start, start + USERS)
         own = None if seen is None else seen.rows_between(start, start + USERS)
-        parts.append(_ranks_of_block(queries[rows], items, target_ids[rows], own, shard))
+        parts.append(_ranks_of_block(queries[rows], items, target_ids[rows], own, shard, dtype))
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
 
 
@@ -55,13 +58,14 @@ def product_ranks_reference(
     target_ids: torch.Tensor,
     seen: SeenItems | None = None,
     shard: RowShard | None = None,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """`product_ranks` from all scores ``[n, V]``; of a shard from blocks of them.
 
     These are multiplied twice, since other processes need the target's score first, and it must be the block's own.
     """
     if shard is None:
-        return exact_ranks(queries @ items.T, target_ids, seen)
+        return exact_ranks(rounded(queries @ items.T, dtype), target_ids, seen)
     candidate = (target_ids >= 1) & (target_ids <= shard.num_items)
     if seen is not None:
         candidate &= ~seen.contains(target_ids)
@@ -70,10 +74,10 @@ def product_ranks_reference(
     own, ahead = queries.new_zeros(len(queries)), torch.zeros_like(target_ids)
     for before, block in blocks:
         held = (target_ids > before) & (target_ids <= before + len(block))
-        own += scores_of(queries @ block.T, target_ids - before).where(held, 0.0)
+        own += scores_of(rounded(queries @ block.T, dtype), target_ids - before).where(held, 0.0)
     own = shard.total(own)
     for before, block in blocks:
-        ahead += count_ahead(queries @ block.T, before + 1, own, target_ids, seen)
+        ahead += count_ahead(rounded(queries @ block.T, dtype), before + 1, own, target_ids, seen)
     return torch.where(candidate, 1 + shard.total(ahead), shard.num_items + 1)
 
 
@@ -83,6 +87,7 @@ def _ranks_of_block(
     target_ids: torch.Tensor,
     seen: SeenItems | None,
     shard: RowShard | None,
+    dtype: torch.dtype | None,
 ) -> torch.Tensor:
     count, num_items = len(queries), len(items) if shard is None else shard.num_items
     before = 0 if shard is None else shard.before
@@ -96,7 +101,7 @@ def _ranks_of_block(
     misses = torch.full((count,), num_items + 1)
     if not candidate.any():
         return misses
-    users = _BlockOfUsers(queries, items, target_ids.where(candidate, 0), seen, before)
+    users = _BlockOfUsers(queries, items, target_ids.where(candidate, 0), seen, before, dtype)
     # A product apart may differ from the block's own in the last bit, and what is compared must be the block's own.
     expected = total(users.apart()).where(candidate, torch.nan)
     ahead, own = users.ahead(expected)
@@ -106,7 +111,7 @@ def _ranks_of_block(
     ranks = torch.where(candidate, 1 + total(ahead), misses)
     for row in (candidate & (own == -torch.inf)).nonzero()[:, 0].tolist():  # below it there is no number
         alone = None if seen is None else seen.rows_between(row, row + 1)
-        scores = queries[row : row + 1] @ items.T
+        scores = rounded(queries[row : row + 1] @ items.T, dtype)
         target = own[row : row + 1], target_ids[row : row + 1]
         ranks[row] = 1 + total(count_ahead(scores, before + 1, *target, alone))
     return ranks
@@ -124,8 +129,9 @@ class _BlockOfUsers:
         target_ids: torch.Tensor,
         seen: SeenItems | None,
         before: int,
+        dtype: torch.dtype | None,
     ) -> None:
-        self.count, self.items, self.target_ids = len(queries), items, target_ids
+        self.count, self.items, self.target_ids, self.dtype = len(queries), items, target_ids, dtype
         self.places = target_ids - before - 1
         self.held = (target_ids > 0) & (self.places >= 0) & (self.places < len(items))
         self.columns = F.pad(queries, (0, 0, 0, USERS - self.count)).T.contiguous()
@@ -146,7 +152,7 @@ class _BlockOfUsers:
         """``[n]``: the targets' scores by a product of their own, 0 for those that are not here."""
         rows = self.items[self.places.clamp(0, len(self.items) - 1)]
         scores = (rows @ self.columns)[:, : self.count].diagonal()
-        return scores.where(self.held, 0.0)
+        return rounded(scores, self.dtype).where(self.held, 0.0)
 
     def ahead(self, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """``[n]`` int64, the candidates ahead of targets of these scores ``[n]``, and the scores that the blocks give them, 0
@@ -167,6 +173,8 @@ class _BlockOfUsers:
             for number, ((first, last), (a, b)) in some:
                 block = self.items[number * ITEMS : (number + 1) * ITEMS]
                 scores = torch.mm(block, self.columns, out=buffer[: len(block)])
+                if self.dtype is not None:
+                    scores.copy_(scores.to(self.dtype))
                 if b > a:
                     seen_scores[a:b] = scores.take(self.seen_cells[a:b])
                 if last > first:

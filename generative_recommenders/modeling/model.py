@@ -22,7 +22,7 @@ from generative_recommenders.modeling.events import history_features, token_even
 from generative_recommenders.modeling.input_preprocessors import EncoderInput, InputPreprocessor
 from generative_recommenders.modeling.inputs import LastEventReader, ModelInputs, Queries, QueryReader
 from generative_recommenders.modeling.items import ItemEmbedding, ItemRows
-from generative_recommenders.modeling.similarity.interface import Similarity, Snapshot
+from generative_recommenders.modeling.similarity.interface import Similarity, Snapshot, rounded
 from generative_recommenders.ops import dispatch
 from generative_recommenders.ops.layout import Layout, padded_layout
 from generative_recommenders.types import Batch, SequentialFeatures
@@ -131,7 +131,7 @@ class SequenceRecommender(torch.nn.Module):
     Item ids are 1..V, 0 is padding; rectangles are right-padded, oldest event first.
 
     objective: makes the inputs of queries, see `QueryReader`; the state after the last event unless given. autocast: the
-    dtype of the encoder's products in training and evaluation alike, or None.
+    dtype of the items that the encoder reads and of its products, in training and evaluation alike, or None.
     """
 
     similarity: Similarity
@@ -203,6 +203,7 @@ class SequenceRecommender(torch.nn.Module):
             x = self.mask_embedding(x, inputs.replaced)
         features = inputs.features
         events = token_events(features.past_events, features.past_lengths, inputs.layout, self.constant_width)
+        x = rounded(x, self.autocast)
         with nullcontext() if self.autocast is None else dispatch.autocast(x, self.autocast):
             if last:
                 return self.sequence.last(x, inputs.layout, events)

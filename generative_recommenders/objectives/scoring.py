@@ -8,7 +8,7 @@ import torch
 
 from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.items import ItemRows
-from generative_recommenders.modeling.similarity.interface import Similarity
+from generative_recommenders.modeling.similarity.interface import Similarity, rounded, score_dtype
 from generative_recommenders.objectives.negative_samplers import Negatives
 from generative_recommenders.ops import dispatch
 from generative_recommenders.ops.products.sampled import block_products, sampled_products
@@ -47,10 +47,11 @@ def sampled_scores(
     mask = no_collisions(targets, negatives)
     operands = similarity.operands(states, items.weight)
     if operands is not None:
-        query, weight = operands
+        (query, weight), dtype = operands, score_dtype(similarity)
         source = replace(items, weight=weight) if positive_items is None else positive_items
         positive = (query[:, None] * source.lookup(targets).float()).sum(-1)
         negative = negative_products(query, weight, items.index(negatives.ids), negatives)
+        positive, negative = rounded(positive, dtype), rounded(negative, dtype)
         return SampledScores(positive, corrected(negative, negatives), mask, {})
     weight, drawn = items.weight.float(), items.index(negatives.ids)
     positive, sums = similarity.score_rows(states, weight, items.index(targets), user_ids)

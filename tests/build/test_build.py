@@ -348,6 +348,44 @@ def test_bf16_training_of_the_similarity_acts_on_mol() -> None:
     assert seen == [torch.bfloat16, torch.bfloat16]  # in evaluation too, as published
 
 
+def test_a_model_in_bfloat16_scores_so_in_training_and_evaluation() -> None:
+    """Scores are multiples of what bfloat16 resolves, wherever they come from; with ``eval_bf16`` they are not."""
+
+    def scores_of(**changes: Any) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        chosen = settings(
+            item_l2_norm=True, temperature=0.05, sampling_strategy="local", num_negatives=16, **changes
+        )
+        task, seen = training_step(chosen, catalogue()).task, []
+        task.criterion.loss.register_forward_pre_hook(lambda module, inputs: seen.extend(inputs[:2]))
+        task.loss(loaded(ten_users()), 0).sum.backward()
+        assert task.model.items.table.grad.isfinite().all()
+        model, batch = (
+            task.model.eval(),
+            {"item_ids": torch.randint(1, 21, (3, 7)), "lengths": torch.full((3,), 7)},
+        )
+        score = catalogue_scores(model, torch.bfloat16 if chosen.evaluation.eval_bf16 else None)
+        with torch.no_grad():
+            queries = model.encode_query(batch)
+            seen += [score(batch), model.score(queries, model.catalogue())]
+            seen += [
+                model.score(queries, torch.arange(1, 21)),
+                model.score(queries, torch.randint(1, 21, (3, 4))),
+            ]
+        assert all(each.dtype == torch.float32 for each in seen)
+        return [each.detach() for each in seen]
+
+    for scores in scores_of(main_module_bf16=True):
+        assert torch.equal(scores, scores.bfloat16().float())
+    for changes in ({}, {"eval_bf16": True}):
+        for scores in scores_of(**changes):
+            assert (scores != scores.bfloat16().float()).float().mean() > 0.9
+
+
+def test_a_model_in_bfloat16_mixes_its_logits_so() -> None:
+    assert build_model(settings(**MOL, main_module_bf16=True), catalogue()).similarity.bf16_training
+
+
 @pytest.mark.parametrize("name", ["main_module_bf16", "eval_bf16"])
 def test_bfloat16_of_the_encoder_holds_in_evaluation(name: str) -> None:
     """main_module_bf16 in training, too; eval_bf16 in evaluation alone."""

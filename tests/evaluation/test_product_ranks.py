@@ -40,6 +40,19 @@ def test_equals_the_reference(
         assert torch.equal(product_ranks(queries, table, targets, seen), expected)
 
 
+def test_rounded_scores_are_ranked_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many scores are the same in bfloat16: among those the smaller id goes first."""
+    monkeypatch.setattr(module, "ITEMS", 64)
+    generator = torch.Generator().manual_seed(0)
+    queries, table = (torch.rand(n, 3, generator=generator) for n in (40, 700))
+    targets, seen = some_ids(1, 700, 40), SeenItems.padded(some_ids(2, 700, 40, 30), 700)
+    scores = (queries @ table.T).bfloat16().float()
+    expected = exact_ranks(scores, targets, seen)
+    assert (expected != exact_ranks(queries @ table.T, targets, seen)).any()
+    for ranks in (product_ranks, product_ranks_reference):
+        assert torch.equal(ranks(queries, table, targets, seen, dtype=torch.bfloat16), expected)
+
+
 def test_blocks_of_the_real_size() -> None:
     queries, table = whole_numbers(0, 600, 5000)
     targets, seen = some_ids(1, 5000, 600), SeenItems.padded(some_ids(2, 5000, 600, 30), 5000)

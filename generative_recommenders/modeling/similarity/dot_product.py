@@ -7,7 +7,12 @@ import torch
 from generative_recommenders.config.fields import Positive
 from generative_recommenders.config.registry import register_similarity
 from generative_recommenders.errors import UserError
-from generative_recommenders.modeling.similarity.interface import AuxiliaryLosses, SharedRows, Snapshot
+from generative_recommenders.modeling.similarity.interface import (
+    AuxiliaryLosses,
+    SharedRows,
+    Snapshot,
+    rounded,
+)
 
 
 @register_similarity("DotProduct")
@@ -15,11 +20,12 @@ class DotProductSimilarity(torch.nn.Module):
     """Dot products divided by a temperature, ``score(q, v) = <q, v> / temperature``; no parameters.
 
     temperature: scores are divided by it; small for cosines (``train_fn.item_l2_norm``), 1 for plain products.
+    score_dtype: queries, items and scores are rounded to it; sums of products and what is returned stay float32.
     """
 
-    def __init__(self, temperature: Positive = 1.0) -> None:
+    def __init__(self, temperature: Positive = 1.0, score_dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        self.temperature = temperature
+        self.temperature, self.score_dtype = temperature, score_dtype
 
     @property
     def auxiliary_loss_names(self) -> frozenset[str]:
@@ -27,8 +33,8 @@ class DotProductSimilarity(torch.nn.Module):
         return frozenset()
 
     def operands(self, states: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """``states / temperature`` and the items, both in full precision."""
-        return self._scaled(states.float()), weight.float()
+        """``states / temperature`` and the items, float32; their products are still to be rounded to ``score_dtype``."""
+        return self._scaled(states.float()), rounded(weight.float(), self.score_dtype)
 
     def score(
         self, queries: torch.Tensor, items: torch.Tensor, user_ids: torch.Tensor | None = None
@@ -38,16 +44,17 @@ class DotProductSimilarity(torch.nn.Module):
         ``[R, D]`` or ``[1, R, D]``: the same items for all rows. ``[B, R, D]``: row b has items b where rows
         = B; where rows = B * r, rows b * r .. b * r + r - 1 share items b.
         """
-        queries = self._scaled(queries)
+        queries, items = self._scaled(queries), rounded(items, self.score_dtype)
         if items.dim() == 3 and items.shape[0] == 1:
             items = items[0]
         if items.dim() == 2:
-            return queries @ items.T, {}
+            return rounded(queries @ items.T, self.score_dtype), {}
         groups = items.shape[0]
         if groups == 0 or len(queries) % groups:
             raise UserError(f"{len(queries)} queries do not divide among {groups} sets of items")
         grouped = queries.view(groups, len(queries) // groups, queries.shape[1])
-        return torch.bmm(grouped, items.transpose(1, 2)).reshape(len(queries), items.shape[1]), {}
+        scores = torch.bmm(grouped, items.transpose(1, 2)).reshape(len(queries), items.shape[1])
+        return rounded(scores, self.score_dtype), {}
 
     def score_rows(
         self,
@@ -69,7 +76,7 @@ class DotProductSimilarity(torch.nn.Module):
         """``[n, R]`` products with each query's own items, or with those of its span."""
         if isinstance(rows, torch.Tensor):
             return self.score(queries, items[rows])[0]
-        return torch.cat([self._scaled(queries[span]) @ items[ids].T for span, ids in rows])
+        return torch.cat([self.score(queries[span], items[ids])[0] for span, ids in rows])
 
     def auxiliary_losses(self, sums: dict[str, torch.Tensor]) -> AuxiliaryLosses:
         """None."""
@@ -83,7 +90,7 @@ class DotProductSimilarity(torch.nn.Module):
         self, queries: torch.Tensor, snapshot: Snapshot, user_ids: torch.Tensor | None
     ) -> torch.Tensor:
         """``[n, V]`` products; user ids are not read."""
-        return self._scaled(queries) @ snapshot.embeddings.T
+        return self.score(queries, snapshot.embeddings)[0]
 
     def forward(
         self, queries: torch.Tensor, items: torch.Tensor, user_ids: torch.Tensor | None = None
@@ -92,4 +99,5 @@ class DotProductSimilarity(torch.nn.Module):
         return self.score(queries, items, user_ids)
 
     def _scaled(self, queries: torch.Tensor) -> torch.Tensor:
+        queries = rounded(queries, self.score_dtype)
         return queries if self.temperature == 1 else queries / self.temperature

@@ -21,6 +21,16 @@ class Snapshot(NamedTuple):
     components: Any = None
 
 
+def rounded(x: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    """``x`` with the values that dtype has, in its own dtype; None rounds nothing."""
+    return x if dtype is None else x.to(dtype).to(x.dtype)
+
+
+def score_dtype(similarity: Similarity) -> torch.dtype | None:
+    """What scores that are products are rounded to, those by `Similarity.operands` too; None, as of most, for nothing."""
+    return getattr(similarity, "score_dtype", None)
+
+
 @runtime_checkable
 class Similarity(Protocol):
     """A learned or fixed score of (query, item)."""
