@@ -18,7 +18,9 @@ class UserError(Exception):
 
 def not_installed(package: str, extra: str) -> UserError:
     """The line for a package that an extra of this one brings."""
-    return UserError(f"{package} is not installed: pip install 'next-item-recommenders[{extra}]'")
+    return UserError(
+        f"{package} is not installed; the extra {extra!r} has it: pip install '.[{extra}]' in the folder of the program"
+    )
 
 
 def fault_of(error: BaseException) -> UserError | None:

@@ -46,6 +46,7 @@ from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.distributed.launch import launch
 from generative_recommenders.training.debug import NonFiniteError
 from generative_recommenders.training.trainer import Trainer
+from launching import free_port
 from programs import quick_start
 from tiny_data import ragged_sequences, tiny_dataset
 
@@ -339,6 +340,26 @@ def test_torchrun_starts_main(data_root: Path, tmp_path: Path, whole_of_two: Pat
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stderr.count("epoch 4/4") == 1  # lines are logged once
     assert "find_unused_parameters" not in done.stderr
+    assert_same_run(run, whole_of_two)
+
+
+def task_of_slurm(options: Options, rank: int, port: int) -> None:
+    os.environ.update(SLURM_PROCID=str(rank), SLURM_STEP_NUM_TASKS="2", SLURM_LOCALID=str(rank))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os._exit(launch(armed_worker, (options, None), None, device_type="cpu"))
+
+
+def test_tasks_of_slurm_train_as_two_processes(data_root: Path, tmp_path: Path, whole_of_two: Path) -> None:
+    run, port = tmp_path / "run", free_port()
+    tasks = [
+        quick_start().Process(target=task_of_slurm, args=(options_of(data_root, run), rank, port))
+        for rank in (0, 1)
+    ]
+    for task in tasks:
+        task.start()
+    for task in tasks:
+        task.join(120)
+    assert [task.exitcode for task in tasks] == [0, 0]
     assert_same_run(run, whole_of_two)
 
 

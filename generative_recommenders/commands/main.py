@@ -208,7 +208,7 @@ HELP = Help(
     "train",
     "Trains a next-item model, scores it, answers for users and exports it.",
     (
-        ("", "trains SASRec on the embedded example: a few minutes on two cores"),
+        ("", "trains SASRec on the embedded example: a minute on two cores"),
         (
             "--gin_config_file=configs/ml-1m/sasrec-sampled-softmax-n128.gin",
             "another experiment; --list=configs names them",

@@ -209,8 +209,11 @@ def shortened(value: Any) -> str:
 def nearest(name: str, known: Iterable[str]) -> str:
     """The end of an error about an unknown name: the nearest one, and all."""
     names = list(known)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
-    return (f"; did you mean {close[0]!r}?" if close else "") + f"; known: {', '.join(names) or 'none'}"
+    of_case = {each.casefold(): each for each in names}
+    close = difflib.get_close_matches(name.casefold(), of_case, n=1, cutoff=0.5)
+    return (
+        f"; did you mean {of_case[close[0]]!r}?" if close else ""
+    ) + f"; known: {', '.join(names) or 'none'}"
 
 
 def look_up(table: Mapping[str, Built], name: str, what: str) -> Built:

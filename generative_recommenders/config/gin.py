@@ -77,7 +77,8 @@ def find_config(path: str | Path) -> Path:
 def _near_configs(path: str | Path) -> str:
     """What may have been meant by a name that is no file."""
     known = [str(each.relative_to(ROOT)) for each in sorted((ROOT / "configs").rglob("*.gin"))]
-    close = difflib.get_close_matches(str(path), known, n=3, cutoff=0.5)
+    begun = [each for each in known if each.startswith(str(path).removesuffix(".gin"))]
+    close = begun[:3] or difflib.get_close_matches(str(path), known, n=3, cutoff=0.5)
     return f"; did you mean {' or '.join(close)}?" if close else "; --list=configs names those of the package"
 
 

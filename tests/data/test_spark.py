@@ -25,7 +25,7 @@ def test_missing_pyspark_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(__import__("sys").modules, "pyspark.sql", None)
     (tmp_path / "r.csv").write_text("u,i\n")
     raw = RawRatings("t", [tmp_path / "r.csv"], ReadOptions("user,item", TextOptions(",", header=False)))
-    with pytest.raises(UserError, match=r"needs pyspark; pip install 'next-item-recommenders\[spark\]'"):
+    with pytest.raises(UserError, match=r"pyspark is not installed; the extra 'spark' has it"):
         prepare_with_spark(raw, tmp_path / "out", MASTER)
 
 

@@ -16,15 +16,18 @@ import json
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
+import torch
 
 import generative_recommenders.build.parts  # noqa: F401  # registers the built-in parts, whose options gin blocks name
 from docs import pages
+from generative_recommenders import serve
 from generative_recommenders.commands.ablation.plan import AblationSettings
 from generative_recommenders.config.gin import load_ablation, load_settings
+from generative_recommenders.distributed.launch import launch
 
 NOT_RUN = (
     ".",
@@ -42,6 +45,7 @@ NOT_RUN = (
     "export",
 )
 """Programs of others, ones that need a network, and the console script, whose package the tests do not install."""
+WRITTEN = [*pages.PAGES, pages.ROOT / "ARCHITECTURE.md", pages.ROOT / "CONTRIBUTING.md"]
 SHARED_RUN = "--run_dir=runs/my-run"
 SAME_DATA = ("ml-1m", "ml-100k", "ml-20m", "amzn-books", "mine")
 
@@ -63,18 +67,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(prepared / "synthetic-books", prepared / name)
     for name in ("one", "two"):
         shutil.copytree(folder / "runs" / "my-run", folder / "runs" / name)
-    write_ratings(folder / "ratings.csv")
     return folder
-
-
-def write_ratings(path: Path) -> None:
-    """2,000 events with a header, of 100 users and 50 items."""
-    draw = np.random.default_rng(0)
-    events = [
-        f"u{event % 100},i{item},{1 + item % 5},{1_600_000_000 + event},{'abc'[item % 3]}"
-        for event, item in enumerate(draw.integers(0, 50, 2000).tolist())
-    ]
-    path.write_text("\n".join(["user_id,item_id,rating,timestamp,shelf", *events]) + "\n")
 
 
 @pytest.mark.parametrize("page", pages.PAGES, ids=lambda page: str(page.relative_to(pages.ROOT)))
@@ -122,7 +115,7 @@ def run(clone: Path, block: pages.Block, words: list[str], following: pages.Bloc
             pages.check_words(block, words)  # trained already, for all pages
             return
         for word in words:
-            if word.startswith("--run_dir="):
+            if word.startswith("--run_dir=") and word != SHARED_RUN:
                 shutil.rmtree(clone / word.partition("=")[2], ignore_errors=True)  # of another page
         words = [*words, *(("--dry_run",) if pages.is_large(words) else pages.SHORT)]
     if block.mark is None and tuple(words) in done:
@@ -132,22 +125,63 @@ def run(clone: Path, block: pages.Block, words: list[str], following: pages.Bloc
     if block.mark == "fails":
         assert following is not None and following.language == "text", f"{block.place}: where is its error?"
         last = result.stderr.strip().splitlines()[-1]
-        expected = "".join(
-            ".*" if part == "…" else re.escape(part) for part in re.split("(…)", following.code.strip())
-        )
-        assert result.returncode in (2, 3) and re.fullmatch(expected, last), f"{block.place}: {last}"
+        assert result.returncode in (2, 3) and quotes(following, last), f"{block.place}: {last}"
     else:
         shown = result.stderr[-2000:]
         assert result.returncode == 0, f"{block.place}: {' '.join(words)}: {shown}"
+
+
+def quotes(block: pages.Block, line: str) -> bool:
+    """Whether a text block is this line, with … for what depends on the machine."""
+    parts = re.split("(…)", block.code.strip())
+    return re.fullmatch("".join(".*" if part == "…" else re.escape(part) for part in parts), line) is not None
+
+
+def test_quoted_errors_that_no_command_of_their_page_makes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those of a machine with GPUs and of one without an extra."""
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert serve.main(["runs/my-run"]) == 2
+    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert launch(lambda *_: 0, (), 4, device_type="cuda") == 2
+    said = capsys.readouterr().err.splitlines()
+    quoted = []
+    for page in pages.PAGES:
+        every = pages.blocks(page)
+        for before, block in zip([None, *every], every):
+            if block.code.startswith("error: ") and (before is None or before.mark != "fails"):
+                assert any(quotes(block, line) for line in said), f"{block.place}: who says so?"
+                quoted.append(block)
+    assert len(quoted) == len(said)
 
 
 def test_the_readme_is_short() -> None:
     assert len((pages.ROOT / "README.md").read_text().splitlines()) <= 150
 
 
-def test_links_of_the_readme_lead_somewhere() -> None:
-    for target in re.findall(r"\]\(([^)#]+)", (pages.ROOT / "README.md").read_text()):
-        assert target.startswith("https://") or (pages.ROOT / target).exists(), target
+@pytest.mark.parametrize("page", WRITTEN, ids=lambda page: str(page.relative_to(pages.ROOT)))
+def test_links_and_named_files_are_there(page: Path) -> None:
+    """Links and their anchors; files in code, from the repository, the package, docs/ or tests/."""
+    text = page.read_text(encoding="utf-8")
+    for target, anchor in re.findall(r"\]\((?!https?://)([^)#\s]*)#?([^)\s]*)\)", text):
+        file = page.parent / target if target else page
+        assert file.exists(), target
+        headings = re.findall(r"^#+ (.+)$", file.read_text(), re.MULTILINE) if anchor else []
+        assert not anchor or anchor in {slug(each) for each in headings}, f"{target}#{anchor}"
+    roots = [pages.ROOT, *(pages.ROOT / name for name in ("generative_recommenders", "docs", "tests"))]
+    for name in re.findall(r"`((?:[\w.*-]+/)+[\w.*-]+)/?`", text):
+        made = name.startswith(("data/", "runs/", "checkpoints/", "tensorboard/")) or re.search(
+            r"\b(NAME|TIME)\b", name
+        )
+        assert made or any(any(root.glob(name.rstrip("/"))) for root in roots), name
+
+
+def slug(heading: str) -> str:
+    """A heading's anchor."""
+    return re.sub(r"[^\w -]", "", heading.replace("`", "")).strip().lower().replace(" ", "-")
 
 
 def test_every_page_is_in_the_navigation() -> None:

@@ -10,7 +10,7 @@ from generative_recommenders.commands.ablation.plan import Ablation, Cell, Run
 from generative_recommenders.commands.ablation.records import best_validation
 from generative_recommenders.config.fields import check_sizes
 from generative_recommenders.data.preparation.folder import new_file
-from generative_recommenders.errors import UserError
+from generative_recommenders.errors import UserError, not_installed
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -29,9 +29,7 @@ class Search:
         try:
             import optuna
         except ImportError as error:
-            raise UserError(
-                "optuna is not installed: pip install 'next-item-recommenders[search]'"
-            ) from error
+            raise not_installed("optuna", "search") from error
         space = ablation.settings.search
         if not space:
             raise UserError(f"{ablation.file} names no space: give ablation.search")

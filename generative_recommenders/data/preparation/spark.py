@@ -36,7 +36,7 @@ from generative_recommenders.data.preparation.prepare import phase
 from generative_recommenders.data.readers.events import EventReader, RawRatings
 from generative_recommenders.data.readers.times import NANOSECONDS
 from generative_recommenders.data.schema import extra_kinds
-from generative_recommenders.errors import UserError
+from generative_recommenders.errors import UserError, not_installed
 
 _ORDER = ["_file", "_row"]
 _ORDER_FIELDS = [("_file", pa.int32()), ("_row", pa.int64())]
@@ -89,9 +89,7 @@ def spark_session(master: str) -> Iterator[Any]:
         from pyspark.errors import PySparkException
         from pyspark.sql import SparkSession
     except ImportError as error:
-        raise UserError(
-            "--engine=spark needs pyspark; pip install 'next-item-recommenders[spark]'"
-        ) from error
+        raise not_installed("pyspark", "spark") from error
     running = SparkSession.getActiveSession()
     try:
         spark = running
