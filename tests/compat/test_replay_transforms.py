@@ -95,7 +95,7 @@ def token_mask_cases(tensors: dict[str, Tensor]) -> list[str]:
 def stored_draws(monkeypatch: pytest.MonkeyPatch, draws: Tensor) -> None:
     """Makes the transform use the reference's stored uniform draws (any, where none are stored)."""
     monkeypatch.setattr(
-        "generative_recommenders.compat.replay.nn.transform.columns.uniform",
+        "generative_recommenders.compat.replay.nn.transform.uniform",
         lambda shape, device, generator: draws.expand(*shape) if len(draws) else torch.full(shape, 0.5),
     )
 

@@ -14,10 +14,12 @@ from generative_recommenders.compat.meta.checkpoint import read_state
 from generative_recommenders.compat.replay.nn.agg import PositionAwareAggregator, SumAggregator
 from generative_recommenders.compat.replay.nn.embedding import SequenceEmbedding
 from generative_recommenders.compat.replay.nn.mask import DefaultAttentionMask
-from generative_recommenders.compat.replay.nn.sequential.next_item import QueryTower
-from generative_recommenders.compat.replay.nn.sequential.sasrec import SasRec
-from generative_recommenders.compat.replay.nn.sequential.sasrec_layer import SasRecTransformerLayer
-from generative_recommenders.compat.replay.nn.sequential.twotower import TwoTower
+from generative_recommenders.compat.replay.nn.sequential import (
+    QueryTower,
+    SasRec,
+    SasRecTransformerLayer,
+    TwoTower,
+)
 from generative_recommenders.compat.run import save_model
 from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.data.splits import make_split

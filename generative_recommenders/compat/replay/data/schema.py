@@ -7,7 +7,7 @@ from 1 and padding 0. The difference ends here and in `replay.nn.embedding`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
 
 from generative_recommenders.errors import UserError
@@ -159,10 +159,6 @@ class TensorSchema(dict[str, TensorFeatureInfo]):
         return TensorSchema(
             [f for f in self.all_features if all(getattr(f, key) == value for key, value in given.items())]
         )
-
-    def with_embedding_dim(self, embedding_dim: int) -> TensorSchema:
-        """The same features, each embedded in ``embedding_dim`` columns."""
-        return TensorSchema([replace(feature, embedding_dim=embedding_dim) for feature in self.all_features])
 
     item_id_features = _features_with(FeatureHint.ITEM_ID)
     query_id_features = _features_with(FeatureHint.QUERY_ID)

@@ -20,23 +20,20 @@ leaves the caller's mask as it was.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from generative_recommenders.compat.replay.nn.protocols import LossProto
-from generative_recommenders.compat.replay.nn.scored_loss import (
-    CatalogueLoss,
-    CrossEntropy,
-    SampledLoss,
-    Scores,
-)
+from generative_recommenders.compat.replay.nn.protocols import LogitsCallback, LossProto
+from generative_recommenders.errors import UserError
 from generative_recommenders.objectives.losses import catalogue, sampled
 from generative_recommenders.objectives.losses.catalogue import is_label
-from generative_recommenders.objectives.losses.sampled import Terms
+from generative_recommenders.objectives.losses.sampled import Terms, full_precision
+from generative_recommenders.ops.products.masked_logsumexp import masked_logsumexp
 
 __all__ = [
     "BCE",
@@ -50,6 +47,221 @@ __all__ = [
     "LogOutCESampled",
     "LossProto",
 ]
+
+
+class Scores(NamedTuple):
+    """The scores of the M positions that have a target: P targets against K negatives, or against the V items."""
+
+    positive: Tensor  # [M, P]
+    negative: Tensor  # [M, K]
+    labels: Tensor  # [M, P]: items of the targets, -1 for none
+    counts: Tensor  # [M, P] bool: the target counts
+    items: Tensor  # [M, K] or [K]: items of the negatives
+    kept: Tensor  # [M, K] bool: the negative competes
+    collided: Tensor  # [M, K] bool: the negative is a label of its position
+
+
+class ReplayLoss(nn.Module, ABC):
+    """The arguments that all losses take, choice of positions, reduction.
+
+    ignore_index, padding_idx: labels that are no labels at all.
+    reduction: "mean", "sum", or "none": ``[B, L]`` or ``[B, L, P]`` with 0 where nothing counts.
+    Of the further arguments of torch's losses, those in ``takes`` act. Any other name is a ``UserError``.
+    """
+
+    takes: ClassVar[tuple[str, ...]] = ()
+    weight: Tensor | None
+    pos_weight: Tensor | None
+
+    def __init__(self, negative_labels_ignore_index: int = -100, **arguments: Any) -> None:
+        super().__init__()
+        self.negative_labels_ignore_index = negative_labels_ignore_index
+        known = ("reduction", "ignore_index", "padding_idx", *self.takes)
+        for name in arguments.keys() - known:
+            raise self.error(f"the argument {name!r} means nothing here; known: {', '.join(known)}")
+        self.ignore_index: int = arguments.get("ignore_index", -100)
+        self.padding_idx: int | None = arguments.get("padding_idx")
+        self.reduction: str = arguments.get("reduction", "mean")
+        if self.reduction not in ("mean", "sum", "none"):
+            raise self.error(f"reduction is {self.reduction!r}: give one of mean, sum, none")
+        self.label_smoothing: float = arguments.get("label_smoothing", 0.0)
+        if not isinstance(self.label_smoothing, (int, float)) or not 0 <= self.label_smoothing <= 1:
+            raise self.error(f"label_smoothing is {self.label_smoothing!r}: give a share in [0, 1]")
+        for name in ("weight", "pos_weight"):
+            value = arguments.get(name)
+            if value is not None and (not isinstance(value, Tensor) or value.dim() != 1):
+                raise self.error(f"{name} must be a tensor [V], one number an item")
+            self.register_buffer(name, value)
+        self.logits_callback: LogitsCallback | None = None
+
+    def error(self, message: str) -> UserError:
+        return UserError(f"{type(self).__name__}: {message}")
+
+    def logits(self, *arguments: Tensor) -> Tensor:
+        """The callback's scores of hidden states, with the items of ids where these are given."""
+        if self.logits_callback is None:
+            raise self.error("set logits_callback before the first call")
+        return self.logits_callback(*arguments)
+
+    def targets(self, labels: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The positions with a target, bool ``[B, L]``, their labels ``[M, P]`` (-1 where ignored) and which of them count."""
+        ignored = labels == self.ignore_index
+        if self.padding_idx is not None:
+            ignored = ignored | (labels == self.padding_idx)
+        counts = mask & ~ignored
+        chosen = counts.any(-1)
+        if not chosen.any():
+            raise self.error("every target is masked, there is nothing to learn from")
+        return chosen, labels.masked_fill(ignored, -1)[chosen], counts[chosen]
+
+    @abstractmethod
+    def terms(self, scores: Scores) -> Terms:
+        """The loss before it is summed: values, multiplied by their weights already, and weights of positions ``[M]`` or
+        targets ``[M, P]``."""
+
+    def reduced(self, terms: Terms, chosen: Tensor, counts: Tensor) -> Tensor:
+        """A scalar, or the terms at their places. Targets that do not count are left out."""
+        values, weights = terms
+        if values.dim() == 2:
+            values, weights = values.where(counts, 0.0), weights.where(counts, 0.0)
+        if self.reduction == "none":
+            places = values.new_zeros((*chosen.shape, *values.shape[1:]))
+            return places.index_put((chosen,), values)
+        return values.sum() if self.reduction == "sum" else values.sum() / weights.sum()
+
+
+class CatalogueLoss(ReplayLoss):
+    """A loss against all items. cardinality: items of the catalogue, None for as many as there are logits."""
+
+    core: catalogue.CatalogueLoss
+    """The loss of training, of which this one takes the formula for logits that are held anyway."""
+
+    def __init__(
+        self, cardinality: int | None = None, negative_labels_ignore_index: int = -100, **arguments: Any
+    ) -> None:
+        super().__init__(negative_labels_ignore_index, **arguments)
+        self.cardinality = cardinality
+
+    def forward(
+        self, model_embeddings: Tensor, positive_labels: Tensor, target_padding_mask: Tensor
+    ) -> Tensor:
+        """The loss, see the module."""
+        chosen, labels, counts = self.targets(positive_labels, target_padding_mask)
+        return self.reduced(self.terms(self.scores(model_embeddings[chosen], labels, counts)), chosen, counts)
+
+    def scores(self, hidden: Tensor, labels: Tensor, counts: Tensor) -> Scores:
+        """The scores of hidden states ``[M, D]`` with every item."""
+        logits = full_precision(self.logits(hidden)[:, : self.cardinality])
+        num_items = logits.shape[1]
+        for name, given in (("weight", self.weight), ("pos_weight", self.pos_weight)):
+            if given is not None and len(given) != num_items:
+                raise self.error(f"{name} has {len(given)} numbers for {num_items} items")
+        # A label that does not count may be anything, as padding often is the number of items.
+        outside = (labels < 0) | (labels >= num_items)
+        if (outside & counts).any():
+            raise self.error(f"a positive label lies outside of 0..{num_items - 1}")
+        labels = labels.masked_fill(outside, -1)
+        collided = is_label(labels, num_items)
+        items = torch.arange(num_items, device=logits.device)
+        kept = ~collided & (items != self.negative_labels_ignore_index)
+        positive = logits.gather(1, labels.clamp(min=0))
+        return Scores(positive, logits, labels, counts, items, kept, collided)
+
+    def terms(self, scores: Scores) -> Terms:
+        if self.core.excludes_labels:
+            statistic = masked_logsumexp(scores.negative, scores.kept)
+        else:
+            statistic = scores.negative.logsumexp(1)
+        return self.core.row_terms(scores.positive, statistic, scores.counts.to(scores.positive.dtype))
+
+
+class SampledLoss(ReplayLoss):
+    """A loss against sampled negatives.
+
+    Negatives ``[K]`` are one product with all positions, ``[B, K]`` one product a row, ``[B, L, K]`` one a position. A model of
+    this package scores all rows at once; any other callback is called once a row.
+
+    negative_labels_ignore_index: a negative that does not count.
+    """
+
+    core: sampled.SampledLoss
+
+    def forward(
+        self,
+        model_embeddings: Tensor,
+        positive_labels: Tensor,
+        negative_labels: Tensor,
+        target_padding_mask: Tensor,
+    ) -> Tensor:
+        """The loss, see the module."""
+        chosen, labels, counts = self.targets(positive_labels, target_padding_mask)
+        hidden = model_embeddings[chosen]
+        if negative_labels.dim() == 1:
+            own = negative_labels.expand(len(hidden), -1)
+        elif negative_labels.dim() == 2 and len(negative_labels) == len(chosen):
+            own = negative_labels[chosen.nonzero()[:, 0]]
+        elif negative_labels.dim() == 3 and negative_labels.shape[:2] == chosen.shape:
+            own = negative_labels[chosen]
+        else:
+            given, wanted = tuple(negative_labels.shape), tuple(chosen.shape)
+            raise self.error(f"negative labels {given}: give [K], [B, K] or [B, L, K] for {wanted}")
+        ignored = own == self.negative_labels_ignore_index
+        collided = (own[:, :, None] == labels[:, None, :]).any(2) & ~ignored
+        for what, ids in (("positive label", labels[counts]), ("negative label", own[~ignored])):
+            if ids.numel() and int(ids.min()) < 0:
+                raise self.error(f"a {what} is {int(ids.min())}: ids start at 0")
+            if ids.numel() and self.weight is not None and int(ids.max()) >= len(self.weight):
+                raise self.error(f"a {what} is {int(ids.max())}, and weight has {len(self.weight)} numbers")
+        # Something must be scored in the place of what does not count: item 0, which every catalogue has.
+        labels = labels.masked_fill(~counts, 0)
+        asked = negative_labels.masked_fill(negative_labels == self.negative_labels_ignore_index, 0)
+        try:
+            positive = self.logits(hidden, labels)
+            if asked.dim() != 2:
+                negative = self.logits(hidden, asked if asked.dim() == 1 else asked[chosen])
+            elif getattr(getattr(self.logits_callback, "__self__", None), "scores_rectangles", False):
+                # Where the callback is a model's own, one product of rectangles beats a call a row.
+                negative = self.logits(model_embeddings.masked_fill(~chosen[:, :, None], 0.0), asked)[chosen]
+            else:  # a product a row: [M, K, D] is never made
+                rows = hidden.split(chosen.sum(1).tolist())
+                negative = torch.cat([self.logits(row, ids) for row, ids in zip(rows, asked) if len(row)])
+        except IndexError as error:
+            raise self.error(f"a label or negative lies beyond the catalogue ({error})") from error
+        both = full_precision(positive), full_precision(negative)
+        terms = self.terms(Scores(*both, labels, counts, own, ~(ignored | collided), collided))
+        return self.reduced(terms, chosen, counts)
+
+    def terms(self, scores: Scores) -> Terms:
+        weights = scores.counts.to(scores.positive.dtype)
+        return self.core.terms(scores.positive, scores.negative, weights, scores.kept)
+
+
+class CrossEntropy(ReplayLoss):
+    """``-ln softmax`` of each target, with torch's ``weight`` by item and ``label_smoothing``: the first base of such a loss.
+
+    As in torch's cross-entropy: the label's weight for its own term, every class's for its share of the smoothing, which is
+    spread over the target and the negatives that compete.
+    """
+
+    takes = ("weight", "label_smoothing")
+
+    def terms(self, scores: Scores) -> Terms:
+        def weights_of(ids: Tensor) -> Tensor:
+            if self.weight is None:
+                return scores.positive.new_ones(ids.shape)
+            # An id below 0 is no item and left out of every sum: any weight will do.
+            return self.weight[ids.clamp(min=0)].to(scores.positive.dtype)
+
+        own, weights = super().terms(scores).values, weights_of(scores.labels)  # type: ignore[safe-super]
+        weighted = weights * own
+        if self.label_smoothing == 0:
+            return Terms(weighted, weights)
+        log_total = own + scores.positive
+        shares = weights_of(scores.items) * scores.kept
+        log_scores = (shares * scores.negative.where(scores.kept, 0.0)).sum(1, keepdim=True)
+        others = log_total * shares.sum(1, keepdim=True) - log_scores
+        smooth = (weighted + others) / (1 + scores.kept.sum(1, keepdim=True))
+        return Terms(torch.lerp(weighted, smooth, self.label_smoothing), weights)
 
 
 class BCE(CatalogueLoss):
@@ -69,22 +281,18 @@ class BCE(CatalogueLoss):
         self.masked_labels = masked_labels
 
     def terms(self, scores: Scores) -> Terms:
-        labels = scores.labels
-        if self.masked_labels == "ignored":
-            labels = labels.masked_fill(~scores.counts, -1)
-        target = is_label(labels, scores.negative.shape[1]).to(scores.negative.dtype)
+        ignored = ~scores.counts if self.masked_labels == "ignored" else torch.zeros_like(scores.counts)
+        target = is_label(scores.labels.masked_fill(ignored, -1), scores.negative.shape[1])
         values = F.binary_cross_entropy_with_logits(
-            scores.negative, target, self.weight, reduction="none", pos_weight=self.pos_weight
-        ).sum(1)
+            scores.negative, target.to(scores.negative.dtype), self.weight, reduction="none", pos_weight=self.pos_weight,
+        ).sum(1)  # fmt: skip
         return Terms(values, torch.ones_like(values))
 
 
 class CE(CrossEntropy, CatalogueLoss):
-    """Softmax cross-entropy over all items, one positive a position, mean over positions. (by their labels' weights)."""
+    """Softmax cross-entropy over all items, one positive a position, mean over positions (by their labels' weights)."""
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.core = catalogue.CE()
+    core = catalogue.CE()
 
     def targets(self, labels: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if labels.shape[-1] != 1:
@@ -148,9 +356,10 @@ class LogOutCE(CrossEntropy, CatalogueLoss):
     cardinality: items of the catalogue, padding not counted.
     """
 
+    core = catalogue.LogOutCE()
+
     def __init__(self, cardinality: int, negative_labels_ignore_index: int = -100, **kwargs: Any) -> None:
         super().__init__(cardinality, negative_labels_ignore_index, **kwargs)
-        self.core = catalogue.LogOutCE()
 
 
 class _BoundedLogarithms(SampledLoss):
@@ -180,7 +389,7 @@ class BCESampled(_BoundedLogarithms):
 
     def terms(self, scores: Scores) -> Terms:
         negative = scores.negative.masked_fill(scores.collided, -torch.inf)
-        return self.own_terms(scores._replace(negative=negative, kept=scores.kept | scores.collided))
+        return super().terms(scores._replace(negative=negative, kept=scores.kept | scores.collided))
 
 
 class LogInCESampled(_BoundedLogarithms):
@@ -192,9 +401,7 @@ class LogInCESampled(_BoundedLogarithms):
 class CESampled(CrossEntropy, SampledLoss):
     """Softmax cross-entropy of a positive among itself and its negatives, mean over positives."""
 
-    def __init__(self, negative_labels_ignore_index: int = -100, **kwargs: Any) -> None:
-        super().__init__(negative_labels_ignore_index, **kwargs)
-        self.core = sampled.CESampled()
+    core = sampled.CESampled()
 
 
 LogOutCESampled = CESampled

@@ -50,19 +50,14 @@ class AttentionMaskProto(Protocol):
 
 
 class EncoderProto(Protocol):
-    """Hidden states ``[B, N, D]``: called with those of feature_tensors, input_embeddings, padding_mask and attention_mask
-    that its signature has."""
+    """Hidden states ``[B, N, D]``, or item embeddings ``[..., D]``: called with those of feature_tensors, input_embeddings and,
+    in the query tower, padding_mask and attention_mask that its signature has."""
 
     def __call__(self, **arguments: object) -> torch.Tensor: ...
 
 
 QueryEncoderProto = EncoderProto
-
-
-class ItemEncoderProto(Protocol):
-    """Item embeddings ``[..., D]``: called with those of feature_tensors and input_embeddings that its signature has."""
-
-    def __call__(self, **arguments: object) -> torch.Tensor: ...
+ItemEncoderProto = EncoderProto
 
 
 class NormalizerProto(Protocol):
@@ -86,7 +81,7 @@ class LossProto(Protocol):
     target_padding_mask ``[B, N, P]``. The model sets ``logits_callback``.
     """
 
-    logits_callback: LogitsCallback
+    logits_callback: LogitsCallback | None
 
     def __call__(self, **arguments: object) -> torch.Tensor: ...
 

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from generative_recommenders.compat.replay.nn.transform.batch import TensorBatch, require_tensor
+from generative_recommenders.compat.replay.nn.transform import TensorBatch, require_tensor
 from generative_recommenders.errors import UserError
 
 __all__ = ["PostprocessorBase", "SeenItemsFilter"]

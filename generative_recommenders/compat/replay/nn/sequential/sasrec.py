@@ -1,8 +1,11 @@
-"""RePlay's SasRec over the blocks of this package."""
+"""RePlay's SasRec, and what it has in common with TwoTower: the query tower, the two forms of a forward pass."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -11,15 +14,130 @@ from generative_recommenders.compat.replay.data.schema import TensorSchema
 from generative_recommenders.compat.replay.nn import protocols
 from generative_recommenders.compat.replay.nn.agg import PositionAwareAggregator, SumAggregator
 from generative_recommenders.compat.replay.nn.embedding import SequenceEmbedding
+from generative_recommenders.compat.replay.nn.head import EmbeddingTyingHead
 from generative_recommenders.compat.replay.nn.loss import CE
 from generative_recommenders.compat.replay.nn.mask import DefaultAttentionMask
-from generative_recommenders.compat.replay.nn.sequential.next_item import (
-    NextItemModel,
-    QueryTower,
-    embedded_schema,
-)
-from generative_recommenders.compat.replay.nn.sequential.sasrec_layer import SasRecTransformerLayer
+from generative_recommenders.compat.replay.nn.output import InferenceOutput, TrainOutput
+from generative_recommenders.compat.replay.nn.sequential.layers import SasRecTransformerLayer
 from generative_recommenders.config.sections import ListReduction
+from generative_recommenders.errors import UserError
+
+
+class QueryTower(nn.Module):
+    """Features to embeddings, aggregated, encoded under an attention mask, normed.
+
+    feature_names: the features it reads; None for all that the embedder knows.
+    """
+
+    def __init__(
+        self,
+        feature_names: Sequence[str] | None,
+        embedder: protocols.EmbedderProto,
+        embedding_aggregator: protocols.AggregatorProto,
+        attn_mask_builder: protocols.AttentionMaskProto,
+        encoder: protocols.EncoderProto,
+        output_normalization: protocols.NormalizerProto,
+    ) -> None:
+        super().__init__()
+        self.feature_names = feature_names
+        self.embedder = embedder
+        self.embedding_aggregator = embedding_aggregator
+        self.attn_mask_builder = attn_mask_builder
+        self.encoder = encoder
+        self.output_normalization = output_normalization
+
+    def forward(self, feature_tensors: protocols.Tensors, padding_mask: torch.Tensor) -> torch.Tensor:
+        """feature_tensors: name to ``[B, N, ...]``; padding_mask: bool ``[B, N]``, True = real. Returns ``[B, N, D]``."""
+        embeddings = self.embedding_aggregator(self.embedder(feature_tensors, self.feature_names))
+        hidden = call_with_accepted(
+            self.encoder,
+            feature_tensors=feature_tensors,
+            input_embeddings=embeddings,
+            padding_mask=padding_mask,
+            attention_mask=self.attn_mask_builder(feature_tensors, padding_mask),
+        )
+        return self.output_normalization(hidden)
+
+
+class NextItemModel(nn.Module, ABC):
+    """A query tower, item embeddings and a loss: a loss in training mode, logits of the next item in evaluation mode."""
+
+    scores_rectangles = True
+    """`get_logits` takes hidden states ``[B, N, D]`` with ids ``[B, K]``."""
+
+    def __init__(self, body: nn.Module, loss: protocols.LossProto) -> None:
+        super().__init__()
+        self.body = body
+        self.head = EmbeddingTyingHead()
+        self.loss = loss
+        self.loss.logits_callback = self.get_logits
+
+    def forward(
+        self,
+        feature_tensors: protocols.Tensors,
+        padding_mask: torch.Tensor,
+        candidates_to_score: torch.Tensor | None = None,
+        positive_labels: torch.Tensor | None = None,
+        negative_labels: torch.Tensor | None = None,
+        target_padding_mask: torch.Tensor | None = None,
+    ) -> TrainOutput | InferenceOutput:
+        """In training mode a `TrainOutput`, in evaluation mode an `InferenceOutput` for each row's last position.
+
+        feature_tensors: name to ``[B, N, ...]``, left-padded. padding_mask: bool ``[B, N]``, True = real.
+        candidates_to_score: item ids ``[C]`` or ``[B, C]`` to score instead of the catalogue (evaluation only).
+        positive_labels: ``[B, N, P]``; negative_labels: as the loss takes them; target_padding_mask: bool ``[B, N, P]``,
+            False = ignored (training only).
+        """
+        hidden_states = self.hidden_states(feature_tensors, padding_mask)
+        if not self.training:
+            logits = self.get_logits(hidden_states[-1][:, -1], candidates_to_score)
+            return InferenceOutput(logits, hidden_states)
+        if positive_labels is None:
+            raise UserError(
+                "positive_labels are missing: in training mode the model computes its loss from them"
+            )
+        loss = call_with_accepted(
+            self.loss,
+            model_embeddings=hidden_states[-1],
+            feature_tensors=feature_tensors,
+            positive_labels=positive_labels,
+            negative_labels=negative_labels,
+            padding_mask=padding_mask,
+            target_padding_mask=target_padding_mask,
+        )
+        return TrainOutput(loss, hidden_states)
+
+    def hidden_states(
+        self, feature_tensors: protocols.Tensors, padding_mask: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """The body's output, and behind it what is made of it; the last one is scored."""
+        return (self.body(feature_tensors, padding_mask),)
+
+    def get_logits(
+        self, model_embeddings: torch.Tensor, candidates_to_score: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Scores of hidden states ``[..., D]`` with the candidates' embeddings, or with all items'."""
+        return self.head(model_embeddings, self.item_embeddings(candidates_to_score))
+
+    @abstractmethod
+    def item_embeddings(self, candidates_to_score: torch.Tensor | None = None) -> torch.Tensor:
+        """``[V, D]``, or ``[..., D]`` for ids ``[...]``."""
+
+
+def call_with_accepted(function: Callable[..., torch.Tensor], **arguments: object) -> torch.Tensor:
+    """Call with those keyword arguments that the function (a module: its forward) has parameters for."""
+    target = function.forward if isinstance(function, nn.Module) else function
+    parameters = inspect.signature(target).parameters
+    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        arguments = {name: value for name, value in arguments.items() if name in parameters}
+    return function(**arguments)
+
+
+def embedded_schema(schema: TensorSchema, excluded: Sequence[str] | None, embedding_dim: int) -> TensorSchema:
+    """The features but the excluded ones, the query id and the timestamp, each of ``embedding_dim`` columns."""
+    left_out = [schema.query_id_feature_name, schema.timestamp_feature_name, *(excluded or ())]
+    kept = [feature for feature in schema.all_features if feature.name not in left_out]
+    return TensorSchema([replace(feature, embedding_dim=embedding_dim) for feature in kept])
 
 
 class SasRecBody(QueryTower):

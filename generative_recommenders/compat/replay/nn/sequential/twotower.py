@@ -15,13 +15,13 @@ from torch import nn
 from generative_recommenders.compat.replay.data.schema import TensorFeatureInfo, TensorSchema
 from generative_recommenders.compat.replay.nn import protocols
 from generative_recommenders.compat.replay.nn.agg import SumAggregator
-from generative_recommenders.compat.replay.nn.sequential.next_item import (
+from generative_recommenders.compat.replay.nn.sequential.sasrec import (
     NextItemModel,
     QueryTower,
+    SasRec,
     call_with_accepted,
     embedded_schema,
 )
-from generative_recommenders.compat.replay.nn.sequential.sasrec import SasRec
 from generative_recommenders.config.sections import ListReduction
 from generative_recommenders.data.list_columns import padded, read_columns
 from generative_recommenders.errors import UserError
@@ -126,7 +126,12 @@ class ItemTower(nn.Module):
         self.embedder = embedder
         self.embedding_aggregator = embedding_aggregator
         self.encoder = encoder
-        num_items = item_count(schema.item_id_features.item())
+        item = schema.item_id_features.item()
+        if item.cardinality is None:
+            raise UserError(f"item id feature {item.name!r}: give its cardinality")
+        # A padding id that ends the range of ids is no item; one within it is an id like the others.
+        ends_the_range = item.padding_value in (item.cardinality - 1, item.cardinality)
+        num_items = item.padding_value if ends_the_range else item.cardinality
         for name in self.feature_names:
             values = item_features_reader[name]
             if values.shape[0] != num_items:
@@ -249,14 +254,6 @@ class TwoTower(NextItemModel):
 
     def item_embeddings(self, candidates_to_score: torch.Tensor | None = None) -> torch.Tensor:
         return self.body.item_tower(candidates_to_score)
-
-
-def item_count(item: TensorFeatureInfo) -> int:
-    """Items of a schema: ids below the padding value where that ends the range, else the whole cardinality."""
-    if item.cardinality is None:
-        raise UserError(f"item id feature {item.name!r}: give its cardinality")
-    ends_the_range = item.padding_value in (item.cardinality - 1, item.cardinality)
-    return item.padding_value if ends_the_range else item.cardinality
 
 
 def _buffer_name(feature: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from generative_recommenders.compat.replay.data.schema import TensorSchema
-from generative_recommenders.compat.replay.nn.transform.columns import (
+from generative_recommenders.compat.replay.nn.transform import (
     GroupTransform,
     NextTokenTransform,
     RenameTransform,
