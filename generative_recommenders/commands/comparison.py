@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import polars as pl
 
 from generative_recommenders.errors import UserError
 from generative_recommenders.evaluation.significance import bootstrap_interval, paired_permutation
-from generative_recommenders.run.report.facts import RANK, read_facts
+from generative_recommenders.run.report import breakdown
 
 METRICS = ("ndcg@10", "hr@10", "mrr")
 
@@ -21,11 +20,10 @@ def user_values(ranks: pl.DataFrame, metric: str) -> pl.DataFrame:
 
     A miss is 0, in MRR too. metric: ``hr@K``, ``ndcg@K`` or ``mrr``.
     """
-    name, _, cutoff = metric.partition("@")
-    rank = pl.col("rank").cast(pl.Float64)
-    value = {"hr": pl.lit(1.0), "ndcg": math.log(2.0) / (rank + 1).log(), "mrr": 1.0 / rank}[name]
-    hit = rank <= (float(cutoff) if cutoff else math.inf)
-    return ranks.select("user_id", "item_id", pl.when(hit).then(value).otherwise(0.0).alias("value"))
+    found = ranks["rank"].cast(pl.Float64).fill_null(math.inf).to_numpy()
+    return ranks.select(
+        "user_id", "item_id", pl.Series("value", breakdown.user_values(found, metric, math.inf))
+    )
 
 
 def mean_over_runs(runs: Sequence[pl.DataFrame]) -> pl.DataFrame:
@@ -79,15 +77,3 @@ def comparison_table(first: pl.DataFrame, second: pl.DataFrame, names: tuple[str
             f"{f'{low:+.4f} .. {high:+.4f}':>20}{test.p:>9.4f}"
         )
     return "\n".join(lines)
-
-
-def kept_ranks(run: Path) -> pl.DataFrame | None:
-    """``user_id, item_id, rank`` (empty for a miss) of the model, as a finished run keeps them for its report.
-
-    None for a run that keeps none, or those of a part of its users alone. UserError for what cannot be read.
-    """
-    facts = read_facts(run)
-    if facts is None or facts.data["users_tested"] != len(facts.users):
-        return None
-    rank = pl.col(RANK + facts.methods[0])
-    return facts.users.select("user_id", "item_id", pl.when(rank <= facts.num_items).then(rank).alias("rank"))

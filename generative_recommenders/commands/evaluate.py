@@ -20,6 +20,7 @@ from generative_recommenders.checkpoint.weights import load_model
 from generative_recommenders.commands.comparison import comparison_table
 from generative_recommenders.commands.setup import (
     Options,
+    begin,
     check_same_everywhere,
     checkpoints_of,
     shared_dataset,
@@ -27,17 +28,11 @@ from generative_recommenders.commands.setup import (
 )
 from generative_recommenders.config import gin as gin_registry
 from generative_recommenders.config.lint import log_notices
-from generative_recommenders.config.plugins import load_plugins
 from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.data.preparation.folder import new_file
 from generative_recommenders.data.splits import Split, make_split
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.distributed.collectives import Collectives
-from generative_recommenders.distributed.memory import keep_freed_memory
-from generative_recommenders.distributed.process_group import (
-    process_collectives,
-    process_device,
-)
 from generative_recommenders.distributed.signals import INTERRUPTED, StopRequest, StopRequested
 from generative_recommenders.distributed.sync import from_main, together
 from generative_recommenders.errors import UserError
@@ -45,7 +40,7 @@ from generative_recommenders.evaluation.evaluator import EvaluationResult
 from generative_recommenders.evaluation.model_evaluation import ModelEvaluation
 from generative_recommenders.evaluation.ranks import Ranks, user_ranks
 from generative_recommenders.run import summary as report
-from generative_recommenders.run.logging import set_up_logging, show
+from generative_recommenders.run.logging import show
 from generative_recommenders.run.report.facts import write_facts
 from generative_recommenders.training.state import check_same_data
 from generative_recommenders.training.step import TABLE
@@ -122,10 +117,7 @@ def evaluate_worker(rank: int, world_size: int, options: Options) -> int:
     evaluation that is stopped goes on when it is asked for again.
     """
     check_users_metrics(options)
-    set_up_logging(rank == 0, options.verbosity)
-    load_plugins(options.plugins)
-    keep_freed_memory()
-    collectives = process_collectives(process_device())
+    collectives = begin(rank, options)
     try:
         scored = score_run(options, collectives)
         other = None
@@ -143,7 +135,7 @@ def evaluate_worker(rank: int, world_size: int, options: Options) -> int:
     }
     ranks = {settings.model.main_module: scored.ranks, **of_baselines}
     if collectives.is_main:
-        conditions = evaluation.conditions(test)
+        run, conditions = checkpoints_of(options).parent, evaluation.conditions(test)
         show(f"{checkpoint.path}, test, full catalogue, {conditions}")
         lines = [report.results_table(rows), *report.list_metrics_lines(test.lists)]
         show("\n".join([*lines, "", report.data_summary(dataset, split)]))
@@ -153,14 +145,18 @@ def evaluate_worker(rank: int, world_size: int, options: Options) -> int:
             "checkpoint": checkpoint.path.name, "results": rows, "list_metrics": test.lists, "conditions": conditions,
             "split_hash": split.hash, "bindings": list(options.bindings),
         }  # fmt: skip
-        _write_record(checkpoints_of(options).parent / "evaluation.json", record)
+        try:
+            with new_file(run / "evaluation.json") as scratch:
+                scratch.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        except UserError as error:  # a folder that may only be read can be evaluated, too
+            logging.warning("%s", error)
         write_users_metrics(options, dataset, scored.ranks)
         if other is not None:
             names = str(options.run_dir), str(options.compare)
             frames = users_frame(dataset, *scored.ranks), users_frame(other.dataset, *other.ranks)
             show("\n" + comparison_table(*frames, names))
         if not options.bindings:  # the report shows the run as it was trained
-            keep_facts(checkpoints_of(options).parent, dataset, split, ranks)
+            keep_facts(run, dataset, split, ranks)
     return 0
 
 
@@ -177,15 +173,6 @@ def keep_facts(run: Path, dataset: SequenceDataset, split: Split, ranks: Mapping
 def fault_line(error: Exception) -> str:
     """An error as one line."""
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
-
-
-def _write_record(path: Path, record: Mapping[str, Any]) -> None:
-    """The numbers beside the run's others; the last evaluation's replace those of the one before."""
-    try:
-        with new_file(path) as scratch:
-            scratch.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    except UserError as error:  # a folder that may only be read can be evaluated, too
-        logging.warning("%s", error)
 
 
 def users_frame(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from generative_recommenders.commands.setup import Options
 from generative_recommenders.data.preparation.folder import new_file
 from generative_recommenders.errors import UserError, not_installed
 from generative_recommenders.retrieval.export import (
-    INDEX_KINDS,
     build_index,
     check_products,
     export_program,
@@ -29,12 +27,11 @@ from generative_recommenders.retrieval.export import (
 )
 from generative_recommenders.retrieval.recommender import Recommender
 
-__all__ = ["FORMATS", "INDEX_KINDS", "ExportOptions", "export"]
-
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """Flags of ``--mode=export``. output: a folder, RUN/export unless given. index: kind of the faiss index."""
+    """Flags of ``--mode=export``. format: "torch", "onnx", "faiss", "safetensors" or "parquet". output: a folder, RUN/export
+    unless given. index: kind of the faiss index."""
 
     format: str
     output: Path | None
@@ -64,7 +61,7 @@ def export(options: Options, wanted: ExportOptions) -> int:
         before = json.loads((folder / "export.json").read_text(encoding="utf-8"))
         about["formats"] = before.get("formats", {}) if before.get("run") == about["run"] else {}
     formats = about.setdefault("formats", {})
-    formats[wanted.format] = FORMATS[wanted.format](recommender, folder, wanted)
+    formats[wanted.format] = write(recommender, folder, wanted)
     with new_file(folder / "item_ids.txt") as scratch:
         scratch.write_text(
             "".join(f"{item}\n" for item in recommender.item_ids.to_pylist()), encoding="utf-8"
@@ -75,63 +72,42 @@ def export(options: Options, wanted: ExportOptions) -> int:
     return 0
 
 
-def _torch(recommender: Recommender, folder: Path, wanted: ExportOptions) -> dict[str, Any]:
-    program = export_program(recommender)
-    with new_file(folder / "query_encoder.pt2") as scratch, open(scratch, "wb") as file:
-        torch.export.save(program, file)  # a name would have to end in .pt2, and the scratch file's does not
-    return _inputs(recommender)
-
-
-def _onnx(recommender: Recommender, folder: Path, wanted: ExportOptions) -> dict[str, Any]:
-    inputs = query_inputs(recommender)
-    program = export_program(recommender)
-    with new_file(folder / "query_encoder.onnx") as scratch:
-        write_onnx(program, scratch, list(inputs))
-    return _inputs(recommender)
-
-
-def _faiss(recommender: Recommender, folder: Path, wanted: ExportOptions) -> dict[str, Any]:
-    check_products(recommender)
-    try:
-        import faiss
-    except ImportError as error:
-        raise not_installed("faiss", "export") from error
-    index = build_index(recommender.snapshot.embeddings.float().numpy(), wanted.index)
-    with new_file(folder / f"items.{wanted.index}.faiss") as scratch:
-        faiss.write_index(index, str(scratch))
-    recall = measured_recall(recommender, index)
-    logging.info("the %s index finds %.4f of the 10 best items", wanted.index, recall)
-    return {"index": wanted.index, "recall@10": round(recall, 4)}
-
-
-def _safetensors(recommender: Recommender, folder: Path, wanted: ExportOptions) -> dict[str, Any]:
-    with new_file(folder / "item_embeddings.safetensors") as scratch:
-        safetensors.torch.save_file(
-            {"item_embeddings": recommender.snapshot.embeddings.contiguous()}, scratch
-        )
-    return {}
-
-
-def _parquet(recommender: Recommender, folder: Path, wanted: ExportOptions) -> dict[str, Any]:
-    embeddings = recommender.snapshot.embeddings.float()
-    rows = pa.FixedSizeListArray.from_arrays(pa.array(embeddings.numpy().ravel()), embeddings.shape[1])
-    with new_file(folder / "item_embeddings.parquet") as scratch:
-        pq.write_table(pa.table({"item_id": recommender.item_ids, "embedding": rows}), scratch)
-    return {}
-
-
-def _inputs(recommender: Recommender) -> dict[str, Any]:
-    inputs = {
+def write(recommender: Recommender, folder: Path, wanted: ExportOptions) -> dict[str, Any]:
+    """Writes the file of the wanted format; returns what export.json says of it."""
+    embeddings = recommender.snapshot.embeddings
+    if wanted.format == "faiss":
+        check_products(recommender)
+        try:
+            import faiss
+        except ImportError as error:
+            raise not_installed("faiss", "export") from error
+        index = build_index(embeddings.float().numpy(), wanted.index)
+        with new_file(folder / f"items.{wanted.index}.faiss") as scratch:
+            faiss.write_index(index, str(scratch))
+        recall = measured_recall(recommender, index)
+        logging.info("the %s index finds %.4f of the 10 best items", wanted.index, recall)
+        return {"index": wanted.index, "recall@10": round(recall, 4)}
+    if wanted.format == "safetensors":
+        with new_file(folder / "item_embeddings.safetensors") as scratch:
+            safetensors.torch.save_file({"item_embeddings": embeddings.contiguous()}, scratch)
+        return {}
+    if wanted.format == "parquet":
+        values = pa.array(embeddings.float().numpy().ravel())
+        rows = pa.FixedSizeListArray.from_arrays(values, embeddings.shape[1])
+        with new_file(folder / "item_embeddings.parquet") as scratch:
+            pq.write_table(pa.table({"item_id": recommender.item_ids, "embedding": rows}), scratch)
+        return {}
+    program, inputs = export_program(recommender), query_inputs(recommender)
+    if wanted.format == "onnx":
+        with new_file(folder / "query_encoder.onnx") as scratch:
+            write_onnx(program, scratch, list(inputs))
+    else:
+        with new_file(folder / "query_encoder.pt2") as scratch, open(scratch, "wb") as file:
+            torch.export.save(
+                program, file
+            )  # a name would have to end in .pt2, and the scratch file's does not
+    shapes = {
         name: {"type": str(x.dtype).removeprefix("torch."), "shape": ["batch", "length"][: x.dim()]}
-        for name, x in query_inputs(recommender).items()
+        for name, x in inputs.items()
     }
-    return {"inputs": inputs, "output": "states"}
-
-
-FORMATS: dict[str, Callable[[Recommender, Path, ExportOptions], dict[str, Any]]] = {
-    "torch": _torch,
-    "onnx": _onnx,
-    "faiss": _faiss,
-    "safetensors": _safetensors,
-    "parquet": _parquet,
-}
+    return {"inputs": shapes, "output": "states"}

@@ -4,32 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from generative_recommenders.commands.setup import (
-    Options,
-    run_settings,
-    shared_dataset,
-)
+from generative_recommenders.commands.setup import Options, begin, run_settings, shared_dataset
 from generative_recommenders.compat.meta.checkpoint import are_numbers, load_meta_checkpoint
 from generative_recommenders.compat.run import save_model
-from generative_recommenders.config.plugins import load_plugins
 from generative_recommenders.data.splits import make_split
-from generative_recommenders.distributed.process_group import (
-    process_collectives,
-    process_device,
-)
 from generative_recommenders.errors import UserError
 from generative_recommenders.run.directory import RunFolder
-from generative_recommenders.run.logging import set_up_logging, show
+from generative_recommenders.run.logging import show
 from generative_recommenders.training.trainer import Trainer
 
 
 def import_worker(rank: int, world_size: int, options: Options) -> int:
     """Makes a run whose one checkpoint holds the weights of --meta_checkpoint, under the gin files' settings."""
-    set_up_logging(rank == 0, options.verbosity)
-    load_plugins(options.plugins)
+    collectives = begin(rank, options)
     if options.meta_checkpoint is None:
         raise UserError("--mode=import needs --meta_checkpoint, a checkpoint of the HSTU authors' program")
-    collectives = process_collectives(process_device())
     settings = run_settings(options, collectives)
     dataset = shared_dataset(settings, options.data_root, collectives)
     split = make_split(dataset, settings.data.protocol)

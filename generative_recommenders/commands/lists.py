@@ -7,6 +7,7 @@ from importlib import import_module
 from pathlib import Path
 
 from generative_recommenders.config.fields import nearest
+from generative_recommenders.config.gin import ROOT
 from generative_recommenders.config.plugins import load_plugins
 from generative_recommenders.config.published import describe
 from generative_recommenders.config.registry import REGISTRIES
@@ -21,10 +22,23 @@ def show_list(name: str, plugins: Sequence[str], data_root: Path) -> int:
     if name not in LISTS:
         raise UserError(f"unknown --list={name}{nearest(name, LISTS)}")
     load_plugins(plugins)
-    if name == "configs":
-        lines = _configs()
+    if name == "configs":  # by the name that --gin_config_file takes, with what the first line says
+        lines = []
+        for path in sorted((ROOT / "configs").rglob("*.gin")):
+            with open(path, encoding="utf-8") as file:
+                first = file.readline()
+            said = first.lstrip("# ").strip() if first.startswith("#") else ""
+            lines.append(f"{path.relative_to(ROOT)}  {said}")
     elif name == "prepared":
-        lines = _prepared(data_root)
+        from generative_recommenders.data.manifest import read_manifest
+        from generative_recommenders.data.preparation.prepare import prepared_names
+
+        lines = []
+        for each in prepared_names(data_root):
+            counts = read_manifest(data_root / "prepared" / each).counts
+            shown = (f"{counts[of]:,} {of}" for of in ("users", "items", "events"))
+            lines.append(f"{each}  {'  '.join(shown)}")
+        lines = lines or [f"nothing is prepared in {data_root / 'prepared'}"]
     else:
         register_built_in_parts()
         lines = REGISTRIES["data_sources"].names() if name == "datasets" else describe(REGISTRIES[name])
@@ -36,30 +50,3 @@ def register_built_in_parts() -> None:
     """Imports the modules that between them register every part of the package."""
     for module in ("training.trainer", "retrieval.recommender", "data.sources.public"):
         import_module(f"generative_recommenders.{module}")
-
-
-def _configs() -> list[str]:
-    """Every configuration by the name that --gin_config_file takes, with what its first line says."""
-    from generative_recommenders.config.gin import ROOT
-
-    lines = []
-    for path in sorted((ROOT / "configs").rglob("*.gin")):
-        with open(path, encoding="utf-8") as file:
-            first = file.readline()
-        lines.append(
-            f"{path.relative_to(ROOT)}  {first.lstrip('# ').strip() if first.startswith('#') else ''}"
-        )
-    return lines
-
-
-def _prepared(data_root: Path) -> list[str]:
-    from generative_recommenders.data.manifest import read_manifest
-    from generative_recommenders.data.preparation.prepare import prepared_names
-
-    lines = []
-    for name in prepared_names(data_root):
-        counts = read_manifest(data_root / "prepared" / name).counts
-        lines.append(
-            f"{name}  " + "  ".join(f"{counts[each]:,} {each}" for each in ("users", "items", "events"))
-        )
-    return lines or [f"nothing is prepared in {data_root / 'prepared'}"]

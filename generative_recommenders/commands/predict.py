@@ -33,6 +33,7 @@ SCHEMA = pa.schema(
         ("score", pa.float32()),
     ]
 )
+FORMATS = (".parquet", ".csv", ".jsonl")
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,8 @@ def predict(options: Options, wanted: PredictOptions) -> int:
     """Writes the top_k items of each user; the file appears whole or not at all."""
     if options.run_dir is None:
         raise UserError("--mode=predict needs --run_dir, the folder of a trained run")
-    if wanted.output.suffix not in _WRITERS:
-        raise UserError(f"--output={wanted.output}: the name must end in {', '.join(_WRITERS)}")
+    if wanted.output.suffix not in FORMATS:
+        raise UserError(f"--output={wanted.output}: the name must end in {', '.join(FORMATS)}")
     recommender = Recommender.load(options.run_dir, plugins=options.plugins)
     data = recommender.settings.data
     dataset = prepared_dataset(data.dataset_name, options.data_root).with_catalogue(data.catalogue)
@@ -75,7 +76,7 @@ def predict(options: Options, wanted: PredictOptions) -> int:
     users = _users(dataset, wanted.users)
     users = users[stops[users] > 0]
     names = dataset.original_user_ids().combine_chunks()
-    with new_file(wanted.output) as scratch, _WRITERS[wanted.output.suffix](scratch) as write:
+    with new_file(wanted.output) as scratch, writing(scratch, wanted.output.suffix) as write:
         for start in tqdm(
             range(0, len(users), recommender.batch_size), desc="users", unit="batch", disable=None
         ):
@@ -150,29 +151,19 @@ def _ids(path: str, flag: str, column: str) -> list[str]:
     return [line.strip() for line in lines if line.strip()]
 
 
-Write = Callable[[pa.Table], None]
-
-
 @contextmanager
-def _parquet(path: Path) -> Iterator[Write]:
-    with pq.ParquetWriter(path, SCHEMA) as writer:
-        yield writer.write_table
-
-
-@contextmanager
-def _csv(path: Path) -> Iterator[Write]:
-    with pyarrow.csv.CSVWriter(
-        path, SCHEMA, write_options=pyarrow.csv.WriteOptions(quoting_style="needed")
+def writing(path: Path, suffix: str) -> Iterator[Callable[[pa.Table], None]]:
+    """Yields what appends a table of `SCHEMA` to the file, in the format of a suffix."""
+    if suffix == ".jsonl":
+        with path.open("w", encoding="utf-8") as file:
+            yield lambda table: file.writelines(
+                json.dumps(row, ensure_ascii=False) + "\n" for row in table.to_pylist()
+            )
+        return
+    quoting = pyarrow.csv.WriteOptions(quoting_style="needed")
+    with (
+        pq.ParquetWriter(path, SCHEMA)
+        if suffix == ".parquet"
+        else pyarrow.csv.CSVWriter(path, SCHEMA, write_options=quoting)
     ) as writer:
         yield writer.write_table
-
-
-@contextmanager
-def _jsonl(path: Path) -> Iterator[Write]:
-    with path.open("w", encoding="utf-8") as file:
-        yield lambda table: file.writelines(
-            json.dumps(row, ensure_ascii=False) + "\n" for row in table.to_pylist()
-        )
-
-
-_WRITERS = {".parquet": _parquet, ".csv": _csv, ".jsonl": _jsonl}

@@ -28,114 +28,97 @@ from generative_recommenders.run.logging import show
 
 _DEFAULTS = SyntheticBooksSettings()
 
-_DATASET = flags.DEFINE_string("dataset", "synthetic-books", "the data set; --list names them")
-_PLUGINS = flags.DEFINE_multi_string(
-    "plugin", [], "a Python file or module that registers data sources of your own"
-)
-_LIST = flags.DEFINE_bool("list", False, "print the data sets by name, those of plug-ins too, and stop")
-_RAW_PATH = flags.DEFINE_string("raw_path", None, "local file, folder or archive instead of a download")
-_DATA_ROOT = flags.DEFINE_string(
+flags.DEFINE_string("dataset", "synthetic-books", "the data set; --list names them")
+flags.DEFINE_multi_string("plugin", [], "a Python file or module that registers data sources of your own")
+flags.DEFINE_bool("list", False, "print the data sets by name, those of plug-ins too, and stop")
+flags.DEFINE_string("raw_path", None, "local file, folder or archive instead of a download")
+flags.DEFINE_string(
     "data_root", "data", "raw files go to raw/, prepared data to prepared/NAME below it", allow_override=True
 )
-_NAME = flags.DEFINE_string("name", None, "name of the prepared data set; the data set's own by default")
-_COLUMNS = flags.DEFINE_string(
+flags.DEFINE_string("name", None, "name of the prepared data set; the data set's own by default")
+flags.DEFINE_string(
     "columns",
     None,
     "csv only: the columns to read, NAME, NAME=COLUMN or NAME:KIND (user, item, rating, timestamp, or an event column of kind "
     "categorical, numerical or time); in file order with _ for one to skip where the file has no header",
 )
-_DELIMITER = flags.DEFINE_string(
+flags.DEFINE_string(
     "delimiter",
     None,
     "csv only: what separates the columns, as ';', '::', tab or space; found out by default",
 )
-_HEADER = flags.DEFINE_enum(
-    "header", "auto", ["auto", "yes", "no"], "csv only: whether line 1 names the columns"
-)
-_QUOTING = flags.DEFINE_enum(
+flags.DEFINE_enum("header", "auto", ["auto", "yes", "no"], "csv only: whether line 1 names the columns")
+flags.DEFINE_enum(
     "quoting",
     "auto",
     ["auto", "csv", "none"],
     'csv only: whether " quotes a field (RFC 4180); auto: not in TSV',
 )
-_TIME_UNIT = flags.DEFINE_enum(
+flags.DEFINE_enum(
     "time_unit",
     "auto",
     ["auto", "s", "ms", "us", "ns"],
     "csv only: unit of numeric times; auto: by their size",
 )
-_DROP_MISSING = flags.DEFINE_bool(
+flags.DEFINE_bool(
     "drop_missing", False, "csv only: leave out events without a user or an item instead of refusing them"
 )
-_K_CORE = flags.DEFINE_integer(
-    "k_core", None, "keep users and items with this many ratings, iterated, as the filter"
-)
-_TIE_ORDER = flags.DEFINE_enum(
+flags.DEFINE_integer("k_core", None, "keep users and items with this many ratings, iterated, as the filter")
+flags.DEFINE_enum(
     "tie_order",
     "file",
     list(TIE_ORDERS),
     "order of a user's events of one time: as in the file; as the HSTU authors' pandas sort leaves them on this machine; or "
     "random, by a hash of user, item, time and occurrence",
 )
-_DUPLICATES = flags.DEFINE_enum(
+flags.DEFINE_enum(
     "duplicates",
     "keep",
     list(DUPLICATES),
     "before the filter, drop: leave out repeats of the same user, item and time; consecutive: items that follow themselves",
 )
-_ENGINE = flags.DEFINE_enum(
-    "engine", "polars", ["polars", "spark"], "polars: this machine; spark: needs the extra"
-)
-_MEMORY_LIMIT = flags.DEFINE_string(
-    "memory_limit", "4GB", "memory for events; beyond it they are kept in files"
-)
-_SPARK_MASTER = flags.DEFINE_string("spark_master", "local[*]", "URL of the Spark cluster")
-_EXPORT_TEXT = flags.DEFINE_string(
-    "export_text", None, "also write the sequences to this file, in the exchange format"
-)
-_EXPORT_PARQUET = flags.DEFINE_string(
-    "export_parquet", None, "also write the events to this file, by original ids"
-)
-_PREPARED = flags.DEFINE_string(
+flags.DEFINE_enum("engine", "polars", ["polars", "spark"], "polars: this machine; spark: needs the extra")
+flags.DEFINE_string("memory_limit", "4GB", "memory for events; beyond it they are kept in files")
+flags.DEFINE_string("spark_master", "local[*]", "URL of the Spark cluster")
+flags.DEFINE_string("export_text", None, "also write the sequences to this file, in the exchange format")
+flags.DEFINE_string("export_parquet", None, "also write the events to this file, by original ids")
+flags.DEFINE_string(
     "prepared",
     None,
     "with an export flag or --audit: this folder, or the data set of this name; nothing is prepared",
 )
-_AUDIT = flags.DEFINE_bool(
+flags.DEFINE_bool(
     "audit",
     False,
     "with --prepared: report lengths, popularity, times of training and test, event columns and whether order matters, as "
     "text, JSON and PNG",
 )
-_OUTPUT = flags.DEFINE_string(
+flags.DEFINE_string(
     "output", None, "with --audit: folder of the reports; beside the prepared folder by default"
 )
-_USERS = flags.DEFINE_integer(
-    "synthetic_users", _DEFAULTS.num_users, "synthetic-books: users before the filter"
-)
-_ITEMS = flags.DEFINE_integer(
-    "synthetic_items", _DEFAULTS.num_items, "synthetic-books: items before the filter"
-)
-_MIN_LENGTH = flags.DEFINE_integer(
+flags.DEFINE_integer("synthetic_users", _DEFAULTS.num_users, "synthetic-books: users before the filter")
+flags.DEFINE_integer("synthetic_items", _DEFAULTS.num_items, "synthetic-books: items before the filter")
+flags.DEFINE_integer(
     "synthetic_min_length", _DEFAULTS.min_length, f"synthetic-books: fewest ratings a user, 1 to {MAX_LENGTH}"
 )
-_MEAN_LENGTH = flags.DEFINE_float(
+flags.DEFINE_float(
     "synthetic_mean_length",
     _DEFAULTS.mean_length,
     f"synthetic-books: mean ratings a user before the filter, synthetic_min_length to {MAX_LENGTH}",
 )
-_PREDICTABILITY = flags.DEFINE_float(
-    "predictability", _DEFAULTS.predictability, "synthetic-books: predictable share"
-)
-_SEED = flags.DEFINE_integer("synthetic_seed", _DEFAULTS.seed, "synthetic-books: seed")
+flags.DEFINE_float("predictability", _DEFAULTS.predictability, "synthetic-books: predictable share")
+flags.DEFINE_integer("synthetic_seed", _DEFAULTS.seed, "synthetic-books: seed")
 
-_OF_CSV = (_COLUMNS, _DELIMITER, _HEADER, _QUOTING, _TIME_UNIT, _DROP_MISSING)
-_OF_SYNTHETIC_BOOKS = (_USERS, _ITEMS, _MIN_LENGTH, _MEAN_LENGTH, _PREDICTABILITY, _SEED)
+
+_OF_CSV = "columns delimiter header quoting time_unit drop_missing"
+_OF_SYNTHETIC_BOOKS = (
+    "synthetic_users synthetic_items synthetic_min_length synthetic_mean_length predictability synthetic_seed"
+)
 _OPTIONS_OF_ONE = {
-    **{flag.name: "csv" for flag in _OF_CSV},
-    **{flag.name: "synthetic-books" for flag in _OF_SYNTHETIC_BOOKS},
+    **dict.fromkeys(_OF_CSV.split(), "csv"),
+    **dict.fromkeys(_OF_SYNTHETIC_BOOKS.split(), "synthetic-books"),
 }
-_PREPARE_ONLY = (
+_PREPARE_ONLY = [
     "dataset",
     "raw_path",
     "name",
@@ -145,9 +128,8 @@ _PREPARE_ONLY = (
     "engine",
     "memory_limit",
     "spark_master",
-    *_OPTIONS_OF_ONE,
-)
-"""Flags that have no meaning where nothing is prepared."""
+]
+"""Flags that have no meaning where nothing is prepared, beside the options of one data set."""
 
 
 def parse_bytes(text: str) -> int:
@@ -162,25 +144,25 @@ def parse_bytes(text: str) -> int:
 
 def read_options() -> ReadOptions:
     """How the flags say that raw files are laid out."""
-    delimiter = _DELIMITER.value
+    given, delimiter = flags.FLAGS, flags.FLAGS.delimiter
     named = {"tab": "\t", "\\t": "\t", "space": " ", "whitespace": " ", " ": " "}
     delimiter = None if delimiter is None else named.get(delimiter, delimiter)
     if delimiter not in (None, "\t", " ") and not re.fullmatch(r"[!#-/:-@\[-`{-~]{1,2}", delimiter):
         raise UserError(
-            f"--delimiter={_DELIMITER.value!r} is not a delimiter; write ';', ',', '|', '::', tab or space"
+            f"--delimiter={given.delimiter!r} is not a delimiter; write ';', ',', '|', '::', tab or space"
         )
-    text = TextOptions(
-        delimiter,
-        {"auto": None, "yes": True, "no": False}[_HEADER.value],
-        _QUOTING.value,
-    )
-    unit = None if _TIME_UNIT.value == "auto" else _TIME_UNIT.value
-    return ReadOptions(_COLUMNS.value, text, unit, _DROP_MISSING.value)
+    header = {"auto": None, "yes": True, "no": False}[given.header]
+    unit = None if given.time_unit == "auto" else given.time_unit
+    text = TextOptions(delimiter, header, given.quoting)
+    return ReadOptions(given.columns, text, unit, given.drop_missing)
 
 
 def _export(folder: Path) -> None:
     """Writes the files that the export flags name."""
-    for path, export in ((_EXPORT_TEXT.value, export_text), (_EXPORT_PARQUET.value, export_parquet)):
+    for path, export in (
+        (flags.FLAGS.export_text, export_text),
+        (flags.FLAGS.export_parquet, export_parquet),
+    ):
         if path is not None:
             export(SequenceDataset.open(folder), path)
             show(f"written: {path}")
@@ -188,72 +170,74 @@ def _export(folder: Path) -> None:
 
 def _check_flags() -> None:
     """UserError for a flag that is given but cannot act, by itself or beside the others."""
-    for flag in (_EXPORT_TEXT, _EXPORT_PARQUET):
-        if flag.value is not None:
-            check_file(flag.value, f"--{flag.name}=")
-    if _PREPARED.value is not None:
-        surplus = [name for name in _PREPARE_ONLY if flags.FLAGS[name].present]
+    given = flags.FLAGS
+    for name in ("export_text", "export_parquet"):
+        if (path := given[name].value) is not None:
+            check_file(path, f"--{name}=")
+    if given.prepared is not None:
+        surplus = [name for name in (*_PREPARE_ONLY, *_OPTIONS_OF_ONE) if given[name].present]
         if surplus:
             raise UserError(f"--{surplus[0]} has no meaning with --prepared, which prepares nothing")
-        if _EXPORT_TEXT.value is None and _EXPORT_PARQUET.value is None and not _AUDIT.value:
+        if given.export_text is None and given.export_parquet is None and not given.audit:
             raise UserError("--prepared needs --export_text=FILE, --export_parquet=FILE or --audit")
-    elif _AUDIT.value:
+    elif given.audit:
         raise UserError("--audit needs --prepared=NAME, a prepared data set or its folder")
-    if _OUTPUT.present and not _AUDIT.value:
+    if given["output"].present and not given.audit:
         raise UserError("--output needs --audit")
     for name, dataset in _OPTIONS_OF_ONE.items():
-        if flags.FLAGS[name].present and _DATASET.value != dataset:
-            raise UserError(f"--{name} is for --dataset={dataset}, and this is {_DATASET.value}")
-    spark = _ENGINE.value == "spark"
-    if spark and _MEMORY_LIMIT.present:
+        if given[name].present and given.dataset != dataset:
+            raise UserError(f"--{name} is for --dataset={dataset}, and this is {given.dataset}")
+    if given.engine == "spark" and given["memory_limit"].present:
         raise UserError("--memory_limit has no meaning with --engine=spark")
-    if not spark and _SPARK_MASTER.present:
+    if given.engine != "spark" and given["spark_master"].present:
         raise UserError("--spark_master needs --engine=spark")
 
 
 def _prepare(memory_limit: int) -> tuple[Manifest, Path]:
+    given = flags.FLAGS
     raw = resolve(
-        _DATASET.value,
-        raw_path=None if _RAW_PATH.value is None else Path(_RAW_PATH.value),
-        data_root=Path(_DATA_ROOT.value),
+        given.dataset,
+        raw_path=None if given.raw_path is None else Path(given.raw_path),
+        data_root=Path(given.data_root),
         options=read_options(),
-        k_core=_K_CORE.value,
-        result_name=_NAME.value,
+        k_core=given.k_core,
+        result_name=given.name,
         synthetic=SyntheticBooksSettings(
-            num_users=_USERS.value,
-            num_items=_ITEMS.value,
-            predictability=_PREDICTABILITY.value,
-            min_length=_MIN_LENGTH.value,
-            mean_length=_MEAN_LENGTH.value,
-            seed=_SEED.value,
+            num_users=given.synthetic_users,
+            num_items=given.synthetic_items,
+            predictability=given.predictability,
+            min_length=given.synthetic_min_length,
+            mean_length=given.synthetic_mean_length,
+            seed=given.synthetic_seed,
         ),
     )
-    raw = dataclasses.replace(raw, tie_order=_TIE_ORDER.value, duplicates=_DUPLICATES.value)
-    out = prepared_path(_DATA_ROOT.value, raw.name)
-    if _ENGINE.value == "spark":
+    raw = dataclasses.replace(raw, tie_order=given.tie_order, duplicates=given.duplicates)
+    out = prepared_path(given.data_root, raw.name)
+    if given.engine == "spark":
         from generative_recommenders.data.preparation.spark import prepare_with_spark
 
-        return prepare_with_spark(raw, out, _SPARK_MASTER.value), out
+        return prepare_with_spark(raw, out, given.spark_master), out
     return prepare(raw, out, memory_limit), out
 
 
 def run(arguments: list[str]) -> int:
     """Prepares or exports, by the flags; UserError for faults of input or flags."""
+    given = flags.FLAGS
     if arguments:
         raise UserError(f"unexpected argument {arguments[0]!r}; options are written --name=value")
-    load_plugins(_PLUGINS.value)
-    if _LIST.value:
-        return show_list("datasets", (), Path(_DATA_ROOT.value))
+    load_plugins(given.plugin)
+    if given.list:
+        return show_list("datasets", (), Path(given.data_root))
     _check_flags()
-    if _PREPARED.value is not None:
-        folder = find_prepared(_PREPARED.value, Path(_DATA_ROOT.value))
+    if given.prepared is not None:
+        folder = find_prepared(given.prepared, Path(given.data_root))
         _export(folder)
-        if _AUDIT.value:
+        if given.audit:
             from generative_recommenders.commands.audit import write_audit  # brings torch and matplotlib
 
-            show(write_audit(folder, None if _OUTPUT.value is None else Path(_OUTPUT.value)))
+            show(write_audit(folder, None if given.output is None else Path(given.output)))
         return 0
-    manifest, out = _prepare(parse_bytes(_MEMORY_LIMIT.value))
+    manifest, out = _prepare(parse_bytes(given.memory_limit))
     show(summary(manifest))
     show(f"prepared: {out}")
     _export(out)
@@ -277,13 +261,13 @@ HELP = Help(
         ),
     ),
     (
-        ("What is prepared", (_DATASET, _RAW_PATH, _NAME, _DATA_ROOT, _PLUGINS, _LIST)),
+        ("What is prepared", "dataset raw_path name data_root plugin list"),
         ("How a file of your own is read", _OF_CSV),
-        ("Filter and order", (_K_CORE, _TIE_ORDER, _DUPLICATES)),
-        ("Engine", (_ENGINE, _MEMORY_LIMIT, _SPARK_MASTER)),
+        ("Filter and order", "k_core tie_order duplicates"),
+        ("Engine", "engine memory_limit spark_master"),
         (
             "Exports and audit of what is prepared",
-            (_PREPARED, _EXPORT_TEXT, _EXPORT_PARQUET, _AUDIT, _OUTPUT),
+            "prepared export_text export_parquet audit output",
         ),
         ("Synthetic books", _OF_SYNTHETIC_BOOKS),
     ),

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from absl import app, flags, logging
 
@@ -28,13 +27,13 @@ WIDTH = 100
 
 @dataclass(frozen=True)
 class Help:
-    """A program's help. examples: arguments and what they do; groups: title and flags; subcommand: of `COMMAND`."""
+    """A program's help. examples: arguments and what they do; groups: title and names of flags; subcommand: of `COMMAND`."""
 
     script: str
     subcommand: str
     summary: str
     examples: Sequence[tuple[str, str]]
-    groups: Sequence[tuple[str, Sequence[flags.FlagHolder[Any]]]]
+    groups: Sequence[tuple[str, str]]
 
     def text(self) -> str:
         by_script = Path(sys.argv[0]).name == self.script
@@ -43,28 +42,22 @@ class Help:
         for arguments, what in self.examples:
             lines.append(f"  {program} {arguments}".rstrip())
             lines.append(f"      {what}")
-        for title, group in self.groups:
+        wrap = partial(textwrap.wrap, width=WIDTH, subsequent_indent=" " * 6)
+        for title, names in self.groups:
             lines += ["", f"{title}:"]
-            for holder in group:
-                lines += _flag_lines(flags.FLAGS[holder.name])
+            for flag in (flags.FLAGS[name] for name in names.split()):
+                kind, choices = flag.flag_type(), getattr(flag.parser, "enum_values", None)
+                value = f"{flag.name}={'|'.join(choices) if choices else 'VALUE'}"
+                form = f"  --[no]{flag.name}" if kind == "bool" else f"  --{value}"
+                lines += wrap(form, break_on_hyphens=False)
+                # absl adds the kind before its text, and that a flag may be repeated behind it
+                text = re.sub(r"^<[^>]*>: |;\s+repeat this option.*", "", flag.help or "", flags=re.DOTALL)
+                if kind.startswith("multi"):
+                    text += " (repeatable)"
+                elif flag.default not in (None, False, []):
+                    text += f" (default {flag.default_as_str})"
+                lines += wrap(text, initial_indent=" " * 6)
         return "\n".join([*lines, "", f"--verbosity=1 logs more, and {program} --helpfull names every flag."])
-
-
-def _flag_lines(flag: flags.Flag[Any]) -> list[str]:
-    choices = getattr(flag.parser, "enum_values", None)
-    if flag.flag_type() == "bool":
-        form = f"--[no]{flag.name}"
-    else:
-        form = f"--{flag.name}={'|'.join(choices) if choices else 'VALUE'}"
-    multiple = flag.flag_type().startswith("multi")
-    default = flag.default_as_str if flag.default not in (None, False, []) and not multiple else None
-    notes = [*["repeatable"] * multiple, *[f"default {default}"] * bool(default)]
-    text = re.sub(
-        r"^<[^>]*>: |;\s+repeat this option.*", "", flag.help or "", flags=re.DOTALL
-    )  # absl's own additions
-    text += f" ({'; '.join(notes)})" if notes else ""
-    described = textwrap.wrap(text, WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
-    return [*textwrap.wrap(f"  {form}", WIDTH, subsequent_indent=" " * 6, break_on_hyphens=False), *described]
 
 
 def start_program(run: Callable[[list[str]], int], help: Help) -> None:
@@ -81,15 +74,20 @@ def start_program(run: Callable[[list[str]], int], help: Help) -> None:
 
 def parse_flags(argv: list[str], help: Help) -> list[str]:
     """Parses flags, returns the other arguments; one line and exit code 2 for what a flag does not take."""
-    _open_standard_streams()
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:  # the caller closed it: the next file that is opened would take its number
+            os.open(os.devnull, os.O_RDWR)
+            setattr(sys, name, open(number, "r" if name == "stdin" else "w"))  # noqa: SIM115, for good
     if ASKS_FOR_HELP & set(argv[1:]):
         with contextlib.suppress(BrokenPipeError):
             print(help.text(), flush=True)
         sys.exit(0)
     try:
-        odd = next((each for each in argv if not _is_utf8(each)), None)
-        if odd is not None:
-            raise UserError(f"{odd!r} is not UTF-8 text; rename the file or folder")
+        for each in argv:
+            if each != each.encode(errors="replace").decode():
+                raise UserError(f"{each!r} is not UTF-8 text; rename the file or folder")
         rest: list[str] = flags.FLAGS(argv)
         for name in flags.FLAGS:
             if flags.FLAGS[name].present and flags.FLAGS[name].value == "":
@@ -123,17 +121,3 @@ def exit_code(program: Callable[[], int]) -> int:
         except OSError:
             to_nowhere(stream)
     return code
-
-
-def _open_standard_streams() -> None:
-    """Streams that the caller closed lead nowhere; otherwise the next file opened would take the number of one."""
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)
-            setattr(sys, name, open(number, "r" if name == "stdin" else "w"))  # noqa: SIM115, for good
-
-
-def _is_utf8(text: str) -> bool:
-    return text == text.encode(errors="replace").decode()

@@ -11,6 +11,7 @@ from absl import logging
 from generative_recommenders.checkpoint.store import CheckpointStore
 from generative_recommenders.config import gin as gin_registry
 from generative_recommenders.config import published_runs
+from generative_recommenders.config.plugins import load_plugins
 from generative_recommenders.config.registry import REGISTRIES
 from generative_recommenders.config.schema import FIELDS, RunSettings
 from generative_recommenders.data.preparation.folder import locked
@@ -20,11 +21,15 @@ from generative_recommenders.data.splits import Split
 from generative_recommenders.data.statistics import summary
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.distributed.collectives import Collectives
+from generative_recommenders.distributed.memory import keep_freed_memory
 from generative_recommenders.distributed.process_group import (
     is_first_on_host,
+    process_collectives,
+    process_device,
 )
 from generative_recommenders.distributed.sync import from_main, together
 from generative_recommenders.errors import UserError
+from generative_recommenders.run.logging import set_up_logging
 
 EMBEDDED = "synthetic-books"
 DEFAULT_CONFIG = f"configs/{EMBEDDED}/sasrec.gin"
@@ -49,6 +54,14 @@ class Options:
     users_metrics: str | None = None
     report: bool = True
     compare: str | None = None
+
+
+def begin(rank: int, options: Options) -> Collectives:
+    """Logging, plug-ins and memory of one process of a run; returns how it talks to the others."""
+    set_up_logging(rank == 0, options.verbosity)
+    load_plugins(options.plugins)
+    keep_freed_memory()
+    return process_collectives(process_device())
 
 
 def prepared_dataset(name: str, data_root: Path) -> SequenceDataset:
@@ -77,8 +90,17 @@ def shared_dataset(settings: RunSettings, data_root: Path, collectives: Collecti
 def run_settings(options: Options, collectives: Collectives) -> RunSettings:
     """The settings of the gin files; of a resumed run without any, those of its newest checkpoint; bindings go over both."""
     saved = None
+
+    def newest() -> dict[str, Any] | None:
+        checkpoint = CheckpointStore(checkpoints_of(options), read_only=True).load_newest()
+        if checkpoint is None and not options.auto_resume:
+            raise UserError(
+                f"there is no whole checkpoint in {checkpoints_of(options)}: give --gin_config_file to start over"
+            )
+        return None if checkpoint is None else checkpoint.settings()
+
     if options.resume and not options.gin_files:
-        saved = from_main(collectives, lambda: saved_settings(options))
+        saved = from_main(collectives, newest)
 
     def settings() -> RunSettings:
         if saved is None:
@@ -124,18 +146,6 @@ def check_same_everywhere(
             )
 
     together(collectives, compare)
-
-
-def saved_settings(options: Options) -> dict[str, Any] | None:
-    """The settings of the newest checkpoint in --run_dir; None where there is none and --auto_resume allows that."""
-    checkpoint = CheckpointStore(checkpoints_of(options), read_only=True).load_newest()
-    if checkpoint is None and options.auto_resume:
-        return None
-    if checkpoint is None:
-        raise UserError(
-            f"there is no whole checkpoint in {checkpoints_of(options)}: give --gin_config_file to start over"
-        )
-    return checkpoint.settings()
 
 
 def checkpoints_of(options: Options) -> Path:

@@ -20,6 +20,7 @@ from generative_recommenders.commands.evaluate import (
 from generative_recommenders.commands.setup import (
     DEFAULT_CONFIG,
     Options,
+    begin,
     check_same_everywhere,
     checkpoints_of,
     run_settings,
@@ -28,17 +29,10 @@ from generative_recommenders.commands.setup import (
 )
 from generative_recommenders.config import gin as gin_registry
 from generative_recommenders.config.lint import log_notices
-from generative_recommenders.config.plugins import load_plugins
 from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.data.splits import Split, make_split
 from generative_recommenders.data.store import SequenceDataset
-from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.distributed.launch import launch
-from generative_recommenders.distributed.memory import keep_freed_memory
-from generative_recommenders.distributed.process_group import (
-    process_collectives,
-    process_device,
-)
 from generative_recommenders.distributed.signals import INTERRUPTED, StopRequest
 from generative_recommenders.distributed.sync import from_main, together
 from generative_recommenders.errors import UserError
@@ -46,7 +40,7 @@ from generative_recommenders.evaluation.ranks import Ranks
 from generative_recommenders.run import summary as report
 from generative_recommenders.run.directory import RunFolder
 from generative_recommenders.run.epoch_log import EpochLog
-from generative_recommenders.run.logging import set_up_logging, show
+from generative_recommenders.run.logging import show
 from generative_recommenders.run.model_summary import model_summary
 from generative_recommenders.training.debug import step_profiler
 from generative_recommenders.training.fine_tuning import initialize
@@ -84,10 +78,7 @@ def goes_on(options: Options) -> bool:
 def train_worker(rank: int, world_size: int, options: Options) -> int:
     """One process of a training run; returns its exit code."""
     check_users_metrics(options)
-    set_up_logging(rank == 0, options.verbosity)
-    load_plugins(options.plugins)
-    keep_freed_memory()
-    collectives = process_collectives(process_device())
+    collectives = begin(rank, options)
     options = dataclasses.replace(options, resume=from_main(collectives, lambda: goes_on(options)))
     settings = run_settings(options, collectives)
     resolved = gin_registry.resolved_text(settings)
@@ -128,7 +119,7 @@ def train_worker(rank: int, world_size: int, options: Options) -> int:
             with trainer.log.timed("baselines"):
                 rows = trainer.evaluation.baselines(ranks)
             if run is not None:
-                finish(settings, dataset, split, run, store, result, rows, trainer.log.spent, collectives)
+                finish(trainer, run, store, result, rows)
                 if result.ranks is not None:
                     write_users_metrics(options, dataset, result.ranks)
                 if options.report and result.ranks is not None:
@@ -160,59 +151,47 @@ def resume(trainer: Trainer, store: CheckpointStore) -> bool:
 
 
 def finish(
-    settings: RunSettings,
-    dataset: SequenceDataset,
-    split: Split,
+    trainer: Trainer,
     run: RunFolder,
     store: CheckpointStore,
     result: TrainResult,
-    rows: Mapping[str, Mapping[str, float]],
-    spent: Mapping[str, float],
-    collectives: Collectives,
+    baselines: Mapping[str, Mapping[str, float]],
 ) -> None:
     """The final record, the curves, and the table."""
     from generative_recommenders.run.plots import plot_curves  # brings matplotlib
 
-    rows = {**rows, **report.model_rows(settings, result.test, result.high_rated), **result.standard_errors}
+    settings, dataset, progress = trainer.settings, trainer.dataset, result.progress
+    of_model = report.model_rows(settings, result.test, result.high_rated)
+    rows = {**baselines, **of_model, **result.standard_errors}
     final = {
         "part": "final",
-        "seconds": result.progress.seconds,
+        "seconds": progress.seconds,
         "model": settings.model.main_module,
         "results": rows,
         "conditions": result.conditions,
-        "split_hash": split.hash,
-        "spent": dict(spent),
-        "environment": report.environment(collectives),
+        "split_hash": trainer.split.hash,
+        "spent": dict(trainer.log.spent),
+        "environment": report.environment(trainer.collectives),
         **report.peak_memory(),
     }
     if result.lists:
         final["list_metrics"] = result.lists
-    run.write_metrics(result.progress.step, final)
+    run.write_metrics(progress.step, final)
     test = {f"test/{name}": value for name, value in {**result.test, **result.lists}.items()}
-    run.write_result(result.progress.step, test, gin_registry.resolved_values(settings))
+    run.write_result(progress.step, test, gin_registry.resolved_values(settings))
+    curves, best = run.path / "curves.png", progress.best_epoch
     try:
-        part, epoch = (
-            "test" if settings.data.protocol == "paper" else "validation",
-            result.progress.best_epoch,
-        )
-        rows_of_epochs = report.curve_rows(result.progress.history)
         plot_curves(
-            rows_of_epochs, run.path / "curves.png", part, run.path.name, None if epoch is None else epoch + 1
-        )
+            report.curve_rows(progress.history), curves, report.measured_part(settings), run.path.name,
+            None if best is None else best + 1,
+        )  # fmt: skip
     except OSError as error:  # the numbers are written already
-        logging.warning("cannot write %s: %s", run.path / "curves.png", error.strerror)
-    best = store.load_best()
-    checkpoint = best.path if best is not None else next(iter(store.paths()[::-1]), None)
+        logging.warning("cannot write %s: %s", curves, error.strerror)
+    kept = store.load_best()
+    checkpoint = kept.path if kept is not None else next(iter(store.paths()[::-1]), None)
     show(
         report.final_report(
-            rows,
-            dataset,
-            split,
-            result.conditions,
-            result.progress.best_epoch,
-            run.path,
-            checkpoint,
-            result.lists,
+            rows, dataset, trainer.split, result.conditions, best, run.path, checkpoint, result.lists
         )
     )
     if line := unlike_published_run(settings, dataset):
@@ -234,9 +213,7 @@ def write_page(run: Path, dataset: SequenceDataset, split: Split, ranks: Mapping
 
 def dry_run_worker(rank: int, world_size: int, options: Options) -> int:
     """Builds all that training builds, and prints parts, parameter counts and an estimate of memory."""
-    set_up_logging(rank == 0, options.verbosity)
-    load_plugins(options.plugins)
-    collectives = process_collectives(process_device())
+    collectives = begin(rank, options)
     settings = run_settings(options, collectives)
     log_notices(settings)
     dataset = shared_dataset(settings, options.data_root, collectives)

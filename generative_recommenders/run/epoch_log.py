@@ -12,7 +12,7 @@ from tqdm import tqdm
 from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.distributed.progress import progress_bar
 from generative_recommenders.run.directory import RunFolder
-from generative_recommenders.run.summary import COLUMNS
+from generative_recommenders.run.summary import COLUMNS, measured_part
 from generative_recommenders.training.callbacks import Recorder, T
 from generative_recommenders.training.step import StepResult
 
@@ -30,9 +30,7 @@ class EpochLog(Recorder):
         """A recorder that writes nothing on the processes that have no folder."""
         if run is None:
             return Recorder()
-        return cls(
-            run, settings.schedule.num_epochs, "test" if settings.data.protocol == "paper" else "validation"
-        )
+        return cls(run, settings.schedule.num_epochs, measured_part(settings))
 
     def begin(self, step: int, last_step: int) -> None:
         self.began, self.first_step, self.last_step = perf_counter(), step, last_step

@@ -31,6 +31,11 @@ def results_table(rows: Mapping[str, Mapping[str, float]]) -> str:
     return "\n".join(lines)
 
 
+def measured_part(settings: RunSettings) -> str:
+    """What epochs are measured on."""
+    return "test" if settings.data.protocol == "paper" else "validation"
+
+
 def model_rows(
     settings: RunSettings, metrics: Mapping[str, float], high_rated: Mapping[str, float]
 ) -> dict[str, Mapping[str, float]]:

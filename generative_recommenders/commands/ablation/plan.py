@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -121,7 +121,16 @@ class Ablation:
         except UserError as error:
             raise UserError(f"{self.file}, cell {cell.name}: {error}") from error
         run = Run(cell, self.out / cell.name / f"seed-{seed}", settings, resolved_text(settings))
-        check_made_of(run)
+        if (made := made_settings(run)) is not None:
+            other = [each for each in differences(made, settings) if each[0] != EPOCHS]
+            epochs = made.schedule.num_epochs, settings.schedule.num_epochs
+            for name, before, now in (
+                *other,
+                *[(EPOCHS, *epochs)] * (epochs[1] < epochs[0]),
+            ):  # more may be asked for
+                raise UserError(
+                    f"{run.folder} was made with {name} = {before!r}, not {now!r}: give another folder of runs"
+                )
         return run
 
     def seeds(self, cell: Cell, count: int | None) -> list[int]:
@@ -132,14 +141,23 @@ class Ablation:
 
 def cells_of(settings: AblationSettings, file: Path) -> list[Cell]:
     """The cells of lists and grids; UserError for none, too many, and two of one name."""
-    named = [_named_cell(name, given, file) for name, given in settings.cells.items()] or [Cell("")]
+    named = []
+    for name, given in settings.cells.items():
+        if name != _file_name(name) or not name.strip("."):
+            raise UserError(
+                f"{file}: cell {name!r} gives a folder its name: use letters, digits and . _ = , + -"
+            )
+        included = given.get("include", [])
+        statements = [f"include {path!r}" for path in ([included] if isinstance(included, str) else included)]
+        statements += [f"{each} = {value!r}" for each, value in given.items() if each != "include"]
+        named.append(Cell(name, tuple(statements)))
     axes: list[list[tuple[str, Any]]] = []
     for name, values in settings.grid.items():
         if not isinstance(values, (list, tuple)) or not values:
             raise UserError(f"{file}: ablation.grid[{name!r}] is {values!r}: give a list of values")
         axes.append([(name, value) for value in values])
     found = []
-    every = itertools.product(named, itertools.product(*axes))
+    every = itertools.product(named or [Cell("")], itertools.product(*axes))
     for cell, combination in itertools.islice(every, MAX_CELLS + 1):
         labels = [f"{name.rpartition('.')[2]}={value}" for name, value in combination]
         bound = tuple(f"{name} = {value!r}" for name, value in combination)
@@ -155,31 +173,8 @@ def cells_of(settings: AblationSettings, file: Path) -> list[Cell]:
     return found
 
 
-def _named_cell(name: str, given: Mapping[str, Any], file: Path) -> Cell:
-    if name != _file_name(name) or not name.strip("."):
-        raise UserError(f"{file}: cell {name!r} gives a folder its name: use letters, digits and . _ = , + -")
-    included = given.get("include", [])
-    included = [included] if isinstance(included, str) else list(included)
-    bound = [f"{each} = {value!r}" for each, value in given.items() if each != "include"]
-    return Cell(name, tuple([f"include {path!r}" for path in included] + bound))
-
-
 def _file_name(text: str) -> str:
     return re.sub(r"[^\w.=,+-]+", "-", text)[:120]
-
-
-def check_made_of(run: Run) -> None:
-    """UserError where the folder's run was made from other settings; more epochs may be asked for."""
-    made = made_settings(run)
-    other = [] if made is None else [each for each in differences(made, run.settings) if each[0] != EPOCHS]
-    fewer = made is not None and run.settings.schedule.num_epochs < made.schedule.num_epochs
-    if made is not None and fewer:
-        other.append((EPOCHS, made.schedule.num_epochs, run.settings.schedule.num_epochs))
-    if other:
-        name, before, now = other[0]
-        raise UserError(
-            f"{run.folder} was made with {name} = {before!r}, not {now!r}: give another folder of runs"
-        )
 
 
 def made_settings(run: Run) -> RunSettings | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,18 +10,18 @@ from typing import Any, NamedTuple
 import polars as pl
 
 from generative_recommenders.commands.ablation.plan import Run, made_settings
-from generative_recommenders.commands.comparison import METRICS, kept_ranks
+from generative_recommenders.commands.comparison import METRICS
 from generative_recommenders.evaluation.baselines import BASELINES
+from generative_recommenders.run.report.facts import RANK, read_facts
+from generative_recommenders.run.report.records import read_records
 
 SELECTION = "ndcg@10"
 """What the best epoch has most of."""
 
 
 def records(run: Path) -> list[dict[str, Any]]:
-    """What the run wrote so far, without a last line that was cut off."""
-    path = run / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """What the run wrote so far."""
+    return read_records(run / "metrics.jsonl")
 
 
 def is_trained(run: Run) -> bool:
@@ -34,11 +33,14 @@ def is_trained(run: Run) -> bool:
 
 
 def ranks_of(run: Run) -> pl.DataFrame | None:
-    """Ranks of the test users of a finished run; None where they are still to be measured."""
-    kept = kept_ranks(run.folder)
-    if kept is None and run.measured.exists():
-        return pl.read_parquet(run.measured)
-    return kept
+    """``user_id, item_id, rank`` (empty for a miss) of a finished run's model; None where they are still to be measured."""
+    facts = read_facts(run.folder)
+    if facts is None or facts.data["users_tested"] != len(
+        facts.users
+    ):  # none are kept, or those of a part of the users
+        return pl.read_parquet(run.measured) if run.measured.exists() else None
+    rank = pl.col(RANK + facts.methods[0])
+    return facts.users.select("user_id", "item_id", pl.when(rank <= facts.num_items).then(rank).alias("rank"))
 
 
 def best_validation(run: Run, metric: str) -> float:

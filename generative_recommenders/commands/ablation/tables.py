@@ -37,6 +37,13 @@ def collect(runs: Mapping[str, Sequence[Finished]], metric: str) -> dict[str, An
     values averaged over seeds), seconds, memory. Of a pair: the difference, p, and p after Holm's correction over all pairs.
     Cells on other splits, and those without their users' ranks, are not compared.
     """
+
+    def spread(numbers: Sequence[Any]) -> dict[str, float | None]:
+        return {
+            "mean": statistics.fmean(numbers),
+            "deviation": statistics.stdev(numbers) if len(numbers) > 1 else None,
+        }
+
     values: dict[str, pl.DataFrame] = {}
     rows: list[dict[str, Any]] = []
     for cell, own in runs.items():
@@ -49,7 +56,7 @@ def collect(runs: Mapping[str, Sequence[Finished]], metric: str) -> dict[str, An
             {
                 "cell": cell,
                 "seeds": [each["seed"] for each in found],
-                "test": {name: _spread([each["test"][name] for each in found]) for name in METRICS},
+                "test": {name: spread([each["test"][name] for each in found]) for name in METRICS},
                 "interval": list(bootstrap_interval(values[cell]["value"].to_numpy()))
                 if cell in values
                 else None,
@@ -64,13 +71,6 @@ def collect(runs: Mapping[str, Sequence[Finished]], metric: str) -> dict[str, An
         )
     rows.sort(key=lambda row: -row["test"][metric]["mean"])
     return {"metric": metric, "cells": rows, "pairs": _pairs(rows, values)}
-
-
-def _spread(values: Sequence[Any]) -> dict[str, float | None]:
-    return {
-        "mean": statistics.fmean(values),
-        "deviation": statistics.stdev(values) if len(values) > 1 else None,
-    }
 
 
 def _pairs(rows: Sequence[Mapping[str, Any]], values: Mapping[str, pl.DataFrame]) -> list[dict[str, Any]]:
@@ -211,11 +211,9 @@ def latex(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def draw(results: Mapping[str, Any], path: Path) -> None:
     """Means of the metric with their intervals over users, best on top, as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 1.2 + 0.35 * len(results["cells"])), layout="constrained")
-    FigureCanvasAgg(figure)
     draw_means(figure.subplots(), results, {})
     figure.savefig(path, format="png", dpi=120)
 

@@ -89,17 +89,8 @@ def finished_of(record: Mapping[str, Any]) -> Finished:
 
 
 def machine_facts(jobs: int, commit: str | None) -> dict[str, Any]:
-    """What all runs of this start have in common. jobs: runs at a time, which share the machine and its seconds."""
-    return {
-        "commit": commit or _commit(),
-        "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "runs_at_a_time": jobs,
-    }
-
-
-def _commit() -> str:
-    """Of this code, with a + where files were changed since; "unknown" without git."""
+    """What all runs of this start have in common. jobs: runs at a time, which share the machine and its seconds. commit: of
+    this code, else what git says, with a + where files were changed since; "unknown" without git."""
     git = ["git", "-C", str(ROOT)]
     try:
         told = [
@@ -107,17 +98,18 @@ def _commit() -> str:
             for arguments in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "-uno"])
         ]
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return told[0] + "+" * bool(told[1])
-
-
-def _processor() -> str:
+        told = ["unknown", ""]
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or "unknown")
+    return {
+        "commit": commit or told[0] + "+" * bool(told[1]),
+        "processor": next(names, platform.processor() or "unknown"),
+        "cores": len(os.sched_getaffinity(0)),
+        "runs_at_a_time": jobs,
+    }
 
 
 def best_possible(dataset: SequenceDataset) -> dict[str, dict[str, float]]:

@@ -51,7 +51,7 @@ class Comparison:
     p: float
 
 
-def user_values(ranks: np.ndarray, metric: str, num_items: int) -> np.ndarray:
+def user_values(ranks: np.ndarray, metric: str, num_items: float) -> np.ndarray:
     """``[n]`` float64: what each user adds to a metric (`evaluation.metrics.RankHistogram`). ranks: ``[n]``, V + 1 a miss."""
     if metric == "mrr":
         return 1.0 / ranks

@@ -19,7 +19,7 @@ from generative_recommenders.run.model_summary import parameter_counts
 from generative_recommenders.run.report import answers, breakdown, pictures
 from generative_recommenders.run.report.facts import Facts
 from generative_recommenders.run.report.records import Run, conditions, machine, read_run, spent
-from generative_recommenders.run.summary import COLUMNS, curve_rows
+from generative_recommenders.run.summary import COLUMNS, curve_rows, measured_part
 
 FILE_NAME = "report.html"
 BY = "ndcg@10"
@@ -61,7 +61,7 @@ def _write(path: Path, template: str, values: Mapping[str, Any]) -> Path:
 def run_page(run: Run) -> dict[str, Any]:
     """Values of run.html."""
     best = None if run.best_epoch is None else run.best_epoch + 1
-    times = spent(run)
+    times, part = spent(run), measured_part(run.settings)
     page = {
         "run": run,
         "title": run.name,
@@ -72,7 +72,7 @@ def run_page(run: Run) -> dict[str, Any]:
         "metrics": COLUMNS,
         "plain_results": run.final.get("results", {}),
         "best": best,
-        "curves": pictures.curves(curve_rows(run.epochs), run.part, best, run.name),
+        "curves": pictures.curves(curve_rows(run.epochs), part, best, run.name),
         "steps": pictures.steps(run.steps),
         "machine": machine(run),
         "spent": times,

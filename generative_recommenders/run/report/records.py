@@ -40,11 +40,6 @@ class Run:
         progress = self.checkpoint.state.get("progress", {})
         return progress.get("best_epoch") if isinstance(progress, dict) else None
 
-    @property
-    def part(self) -> str:
-        """What epochs are measured on."""
-        return "test" if self.settings.data.protocol == "paper" else "validation"
-
 
 def read_run(path: Path) -> Run:
     """UserError for a folder that is no run's, or that has no whole checkpoint."""
@@ -54,10 +49,10 @@ def read_run(path: Path) -> Run:
     checkpoint = store.load_best() or store.load_newest()
     if checkpoint is None:
         raise UserError(f"there is no whole checkpoint in {path / 'checkpoints'}")
-    records = _records(path / "metrics.jsonl")
+    records = read_records(path / "metrics.jsonl")
     final: dict[str, Any] = next((each for each in reversed(records) if each.get("part") == "final"), {})
     if not final and (path / "evaluation.json").is_file():
-        final = next(iter(_records(path / "evaluation.json", whole=True)), {})
+        final = next(iter(read_records(path / "evaluation.json", whole=True)), {})
     return Run(
         path,
         RunSettings.from_json(checkpoint.settings()),
@@ -69,7 +64,7 @@ def read_run(path: Path) -> Run:
     )
 
 
-def _records(path: Path, whole: bool = False) -> list[dict[str, Any]]:
+def read_records(path: Path, whole: bool = False) -> list[dict[str, Any]]:
     """The objects of a file of JSON, one a line or one alone; damaged ones are passed over."""
     found = []
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
