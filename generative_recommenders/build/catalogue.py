@@ -47,7 +47,10 @@ class Catalogue:
         """
         _check_ids(dataset)
         events = training_events(dataset.offsets, train_stops)
-        counts = np.bincount(dataset.items[events], minlength=dataset.num_items + 1)[1:]
+        counts, ratings = (
+            np.bincount(dataset.items[events], minlength=dataset.num_items + 1)[1:],
+            dataset.ratings,
+        )
         items = FeatureReader(dataset, "item", counts > 0)
         categories = None
         if category_feature is not None:
@@ -62,7 +65,7 @@ class Catalogue:
             dataset.ratings is not None,
             dataset.timestamps is not None,
             torch.from_numpy(counts),
-            _range(dataset.ratings),
+            (float(ratings.min()), float(ratings.max())) if ratings is not None and len(ratings) else None,
             categories,
             items,
             FeatureReader(dataset, "user", train_stops > 0),
@@ -177,10 +180,6 @@ def _event_features(dataset: SequenceDataset) -> dict[str, EventFeature]:
                 each.name, None, *((each.mean, each.std) if each.kind == "time" else ())
             )
     return features
-
-
-def _range(ratings: np.ndarray | None) -> tuple[float, float] | None:
-    return None if ratings is None or not len(ratings) else (float(ratings.min()), float(ratings.max()))
 
 
 def _check_ids(dataset: SequenceDataset) -> None:

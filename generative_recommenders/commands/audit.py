@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from absl import logging
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from generative_recommenders.data.audit import event_columns, length_curve, popularity_curve, timeline
@@ -19,6 +18,7 @@ from generative_recommenders.data.statistics import statistics_lines
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.errors import UserError
 from generative_recommenders.evaluation.order_dependence import METRIC, SHUFFLES, order_dependence
+from generative_recommenders.run.report import pictures
 
 
 def write_audit(folder: Path, output: Path | None = None) -> str:
@@ -114,28 +114,15 @@ def _quantiles(quantiles: Mapping[str, Any], form: str = "{}") -> str:
 def _figure(found: Mapping[str, Any]) -> Figure:
     """Lengths, popularity, the timeline of the split, and scores in true and shuffled order."""
     figure = Figure(figsize=(12, 8), layout="constrained")
-    FigureCanvasAgg(figure)
     (lengths, popularity), (times, order) = figure.subplots(2, 2)
     figure.suptitle(found["name"])
-    shares = found["lengths"]["share_of_users_with_at_least"]
-    lengths.step(list(map(int, shares)), list(shares.values()), where="post", marker=".")
-    lengths.set(xscale="log", xlabel="events", ylabel="share of users with at least as many", title="lengths")
-    ranks = found["popularity"]["events_by_rank"]
-    popularity.plot(list(map(int, ranks)), list(ranks.values()), marker=".")
-    popularity.set(xscale="log", yscale="log", xlabel="rank of the item", ylabel="events", title="popularity")
+    pictures.draw_lengths(lengths, found["lengths"])
+    pictures.draw_popularity(popularity, found["popularity"])
     times.set(title="times of training events and of targets (leave_one_out)")
     if found["timeline"] is None:
         times.text(0.5, 0.5, "no times", ha="center", va="center", transform=times.transAxes)
     else:
-        dates = found["timeline"]["bins_start"]
-        for name, counts in found["timeline"]["events"].items():
-            if sum(counts):
-                times.step(
-                    range(len(dates)), [count / sum(counts) for count in counts], where="post", label=name
-                )
-        marks = range(0, len(dates), 10)
-        times.set_xticks(list(marks), [dates[mark][:10] for mark in marks])
-        times.set(ylabel="share of the part's events")
+        pictures.draw_timeline(times, found["timeline"], 10, 10)
         times.legend(fontsize="small")
     order.set(title=f"{METRIC} on true and shuffled histories")
     if found["order"] is not None:

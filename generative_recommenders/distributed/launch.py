@@ -10,6 +10,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -43,6 +44,26 @@ Worker = Callable[..., int]
 `distributed.process_collectives`."""
 
 
+@dataclass(frozen=True)
+class Job:
+    """What every process of a run is given; pickled for those that are spawned."""
+
+    worker: Worker
+    args: tuple[Any, ...]
+    world_size: int
+    device_type: str | None
+    timeout: timedelta
+
+    def work(self, rank: int) -> int:
+        """The worker's exit code, behind the last process: the end of one would be the loss of a peer to the others, of
+        which one may still be writing the checkpoint."""
+        code = self.worker(rank, self.world_size, *self.args)
+        if code in (0, INTERRUPTED):
+            process_collectives(process_device(self.device_type)).barrier()
+            dist.destroy_process_group()
+        return code
+
+
 def launch(
     worker: Worker,
     args: Sequence[Any] = (),
@@ -73,12 +94,12 @@ def launch(
                     "num_processes = %d is not used: %d processes were started already",
                     num_processes, given.world_size,
                 )  # fmt: skip
-            return _join_given(given, worker, args, device_type, timeout)
+            return _join_given(given, Job(worker, tuple(args), given.world_size, device_type, timeout))
         count = _process_count(num_processes, device_type)
         if count == 1:
             return worker(0, 1, *args)
         port = DEFAULT_PORT if master_port is None else master_port
-        return _spawn(worker, tuple(args), count, port, device_type, timeout)
+        return _spawn(Job(worker, tuple(args), count, device_type, timeout), port)
     except UserError as error:
         line, code = str(error), error.exit_code
     except (MemoryError, RuntimeError) as error:
@@ -103,46 +124,43 @@ def _process_count(requested: int | None, device_type: str | None) -> int:
     return requested
 
 
-def _join_given(
-    given: Rendezvous, worker: Worker, args: Sequence[Any], device_type: str | None, timeout: timedelta
-) -> int:
+def _join_given(given: Rendezvous, job: Job) -> int:
     os.environ["LOCAL_RANK"] = str(given.local_rank)
     if given.world_size == 1:
-        return worker(0, 1, *args)
+        return job.worker(0, 1, *job.args)
     os.environ.update(MASTER_ADDR=given.address, MASTER_PORT=str(given.port))
     neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # SLURM binds each task to its own cores
     store: dist.Store | None = None
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         # torchrun's store may outlive a failed start, whose addresses must not be met again
-        agent = dist.TCPStore(given.address, given.port, None, is_master=False, timeout=timeout)
+        agent = dist.TCPStore(given.address, given.port, None, is_master=False, timeout=job.timeout)
         store = dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT')}", agent)
-    join_group(given.rank, given.world_size, neighbours, device_type, timeout, store)
+    join_group(given.rank, given.world_size, neighbours, job.device_type, job.timeout, store)
     peers: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
     if not given.is_supervised:
-        peers = Heartbeat(given.rank, given.world_size, given.address, given.port, timeout)
+        peers = Heartbeat(given.rank, given.world_size, given.address, given.port, job.timeout)
     with peers:
-        return _work(worker, given.rank, given.world_size, args, device_type)
+        return job.work(given.rank)
 
 
-def _work(worker: Worker, rank: int, world_size: int, args: Sequence[Any], device_type: str | None) -> int:
-    """The worker's exit code, behind the last process: the end of one would be the loss of a peer to the others, of
-    which one may still be writing the checkpoint."""
-    code = worker(rank, world_size, *args)
-    if code in (0, INTERRUPTED):
-        process_collectives(process_device(device_type)).barrier()
-        dist.destroy_process_group()
-    return code
-
-
-def _spawn(
-    worker: Worker, args: tuple[Any, ...], count: int, port: int, device_type: str | None, timeout: timedelta
-) -> int:
-    """Runs the worker in ``count`` processes on this host, relays SIGTERM and Ctrl-C to them, and ends all when one fails."""
-    store, port = _serve_store(port)
+def _spawn(job: Job, port: int) -> int:
+    """Runs a job on this host, relays SIGTERM and Ctrl-C to its processes, and ends all when one fails."""
+    try:
+        listener = socket.create_server((LOOPBACK, port))
+    except OSError:
+        listener = socket.create_server((LOOPBACK, 0))
+        logging.warning("port %d is in use; the processes meet at port %d", port, listener.getsockname()[1])
+    port = listener.getsockname()[1]
+    # The store closes the descriptor. Without one it would listen on all interfaces.
+    store = dist.TCPStore(
+        LOOPBACK, port, None, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+    )
     received: list[int] = []
     with handled_signals(received.append):
-        plan = (worker, args, count, port, device_type, timeout)
-        context = start_processes(_spawned, plan, count, join=False, start_method=START_METHOD)
+        # Started within: a signal that comes meanwhile is kept, and relayed to those that are there.
+        context = start_processes(
+            _spawned, (job, port), job.world_size, join=False, start_method=START_METHOD
+        )
         relayed = 0
         try:
             while not context.join(POLL_SECONDS, grace_period=GRACE_SECONDS):
@@ -155,21 +173,6 @@ def _spawn(
             return 0
         except ProcessExitedException as error:
             return _report(error, received, store)
-
-
-def _serve_store(port: int) -> tuple[dist.TCPStore, int]:
-    """The store at which the processes meet, and its port: the given one, or any free one where that is in use."""
-    try:
-        listener = socket.create_server((LOOPBACK, port))
-    except OSError:
-        listener = socket.create_server((LOOPBACK, 0))
-        logging.warning("port %d is in use; the processes meet at port %d", port, listener.getsockname()[1])
-    port = listener.getsockname()[1]
-    descriptor = listener.detach()  # the store closes it; without one it would listen on all interfaces
-    store = dist.TCPStore(
-        LOOPBACK, port, None, is_master=True, wait_for_workers=False, master_listen_fd=descriptor
-    )
-    return store, port
 
 
 def _report(error: ProcessExitedException, received: list[int], store: dist.Store) -> int:
@@ -192,58 +195,38 @@ def _report(error: ProcessExitedException, received: list[int], store: dist.Stor
     return 1
 
 
-def _spawned(
-    rank: int,
-    worker: Worker,
-    args: tuple[Any, ...],
-    world_size: int,
-    port: int,
-    device_type: str | None,
-    timeout: timedelta,
-) -> None:
+def _spawned(rank: int, job: Job, port: int) -> None:
     """One spawned process: it leaves the first failure of the run in the store, and its exit code to the launcher."""
     os.setpgrp()  # the terminal's Ctrl-C reaches the launcher alone, which relays it once
     os.environ["LOCAL_RANK"] = str(rank)
     loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         os.environ.setdefault(variable, loopback)
-    store = dist.TCPStore(LOOPBACK, port, None, is_master=False, timeout=timeout)
+    store = dist.TCPStore(LOOPBACK, port, None, is_master=False, timeout=job.timeout)
     code = INTERRUPTED
     # An interrupted process ends while its peers still talk to it: their error is then seen together with their own
     # signal, which comes first here.
     with contextlib.suppress(KeyboardInterrupt), interrupts():
-        code = _reported(rank, worker, args, world_size, device_type, timeout, store)
+        ended: int | None = None
+        text = ""
+        try:
+            join_group(rank, job.world_size, job.world_size, job.device_type, job.timeout, store)
+            ended = job.work(rank)
+        except Exception as error:  # whatever it is, it is reported and ends the run
+            if (fault := fault_of(error)) is not None:
+                ended, text = fault.exit_code, str(fault)
+            else:
+                text = out_of_memory(error) or traceback.format_exc()
+        if ended not in (0, INTERRUPTED):
+            _leave_failure(store, rank, ended, text)
+        if ended is None:
+            time.sleep(SETTLE_SECONDS)
+        code = 1 if ended is None else ended
     logging.flush()
     sys.stdout.flush()
     sys.stderr.flush()
     if code:
         os._exit(code)  # without waiting for peers that may never answer
-
-
-def _reported(
-    rank: int,
-    worker: Worker,
-    args: tuple[Any, ...],
-    world_size: int,
-    device_type: str | None,
-    timeout: timedelta,
-    store: dist.Store,
-) -> int:
-    """The worker's exit code; what it raises is left in the store."""
-    try:
-        join_group(rank, world_size, world_size, device_type, timeout, store)
-        code = _work(worker, rank, world_size, args, device_type)
-        if code not in (0, INTERRUPTED):
-            _leave_failure(store, rank, code, "")
-        return code
-    except Exception as error:  # whatever it is, it is reported and ends the run
-        fault = fault_of(error)
-        if fault is not None:
-            _leave_failure(store, rank, fault.exit_code, str(fault))
-            return fault.exit_code
-        _leave_failure(store, rank, None, out_of_memory(error) or traceback.format_exc())
-        time.sleep(SETTLE_SECONDS)
-        return 1
 
 
 def _leave_failure(store: dist.Store, rank: int, code: int | None, text: str) -> None:

@@ -8,7 +8,7 @@ whose score is -inf is in no list.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import lightning
@@ -88,17 +88,34 @@ class ComputeMetricsCallback(lightning.Callback):
         if dataloader_idx not in self._totals:
             self._totals[dataloader_idx] = ListMetrics(self.ks, num_items, device=logits.device)
         listed = (items + 1).masked_fill(scores == -torch.inf, 0)  # the metrics' ids begin at 1
-        relevant, seen = column_of(batch, self.ground_truth_column, "ComputeMetricsCallback"), None
-        relevant = (relevant + 1).masked_fill((relevant < 0) | (relevant >= num_items), 0)
-        if "novelty" in self.metrics:
-            seen = column_of(batch, self.train_column, "ComputeMetricsCallback")
-            seen = (seen + 1).masked_fill((seen < 0) | (seen >= num_items), 0)
-        self._totals[dataloader_idx].add(listed, relevant, seen)
+
+        def ids_of(name: str) -> torch.Tensor:
+            ids = column_of(batch, name, "ComputeMetricsCallback")
+            return (ids + 1).masked_fill((ids < 0) | (ids >= num_items), 0)
+
+        seen = ids_of(self.train_column) if "novelty" in self.metrics else None
+        self._totals[dataloader_idx].add(listed, ids_of(self.ground_truth_column), seen)
 
     def on_validation_epoch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
-        totals = dict(self._summed_over_processes(trainer, pl_module.device))
+        def most(number: int) -> int:
+            number_here = torch.tensor(number, device=pl_module.device)
+            return int(trainer.strategy.reduce(number_here, reduce_op="max"))
+
+        # Every process makes the same calls, also one that had no batch of a loader.
+        totals: dict[int, ListMetrics] = {}
+        for number in range(most(1 + max(self._totals, default=-1))):
+            own = self._totals.get(number)
+            largest_id = most(0 if own is None else own.recommended.shape[1] - 1)
+            total = ListMetrics(self.ks, largest_id, device=pl_module.device)
+            if own is not None:  # widened: each process has seen another largest id
+                total.sums, total.users = own.sums, own.users
+                total.recommended[:, : own.recommended.shape[1]] = own.recommended
+            for name in ("sums", "users", "recommended"):
+                setattr(total, name, trainer.strategy.reduce(getattr(total, name), reduce_op="sum"))
+            if int(total.users):
+                totals[number] = total
         for number, total in totals.items():
             suffix = f"/dataloader_idx_{number}" if len(totals) > 1 else ""
             values = total.compute()
@@ -107,27 +124,6 @@ class ComputeMetricsCallback(lightning.Callback):
                 values[f"coverage@{k}"] = listed / (self.item_count or 1)
             wanted = {f"{name}@{k}{suffix}": values[f"{name}@{k}"] for name in self.metrics for k in self.ks}
             pl_module.log_dict(wanted, add_dataloader_idx=False, batch_size=1)
-
-    def _summed_over_processes(
-        self, trainer: lightning.Trainer, device: torch.device
-    ) -> Iterator[tuple[int, ListMetrics]]:
-        """Sums by loader. Every process makes the same calls, also one that had no batch of a loader."""
-
-        def most(number: int) -> int:
-            return int(trainer.strategy.reduce(torch.tensor(number, device=device), reduce_op="max"))
-
-        for number in range(most(1 + max(self._totals, default=-1))):
-            own = self._totals.get(number)
-            total = ListMetrics(
-                self.ks, most(0 if own is None else own.recommended.shape[1] - 1), device=device
-            )
-            if own is not None:  # widened: each process has seen another largest id
-                total.sums, total.users = own.sums, own.users
-                total.recommended[:, : own.recommended.shape[1]] = own.recommended
-            for name in ("sums", "users", "recommended"):
-                setattr(total, name, trainer.strategy.reduce(getattr(total, name), reduce_op="sum"))
-            if int(total.users):
-                yield number, total
 
     on_test_epoch_start = on_validation_epoch_start
     on_test_batch_end = on_validation_batch_end

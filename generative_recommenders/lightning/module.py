@@ -134,11 +134,7 @@ class LightningModule(lightning.LightningModule):
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Mapping[str, Any]:
         return self(batch)
 
-    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Mapping[str, Any]:
-        return self(batch)
-
-    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Mapping[str, Any]:
-        return self(batch)
+    test_step = predict_step = validation_step
 
     def configure_optimizers(self) -> Any:
         optimizer = self._optimizer_factory.create([p for p in self.model.parameters() if p.requires_grad])
@@ -146,17 +142,17 @@ class LightningModule(lightning.LightningModule):
             return optimizer
         return [optimizer], [self._lr_scheduler_factory.create(optimizer)]
 
-    def _hold_catalogue(self) -> None:
+    def on_validation_epoch_start(self) -> None:
         """The items as scored, once for all batches of an evaluation."""
         model = self.model.model if isinstance(self.model, TrainingTask) else self.model
         if isinstance(model, SequenceRecommender):
             self._snapshot = model.catalogue()
 
-    def _drop_catalogue(self) -> None:
+    def on_validation_epoch_end(self) -> None:
         self._snapshot = None  # the next step of training changes the items
 
-    on_validation_epoch_start = on_test_epoch_start = on_predict_epoch_start = _hold_catalogue
-    on_validation_epoch_end = on_test_epoch_end = on_predict_epoch_end = _drop_catalogue
+    on_test_epoch_start = on_predict_epoch_start = on_validation_epoch_start
+    on_test_epoch_end = on_predict_epoch_end = on_validation_epoch_end
 
 
 def _rows(batch: Any) -> int:

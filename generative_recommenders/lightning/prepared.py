@@ -159,10 +159,6 @@ class _Batches:
 
 def _rectangle(rows: torch.Tensor, ids: torch.Tensor, num_rows: int) -> torch.Tensor:
     """Pairs of row and id as ``[num_rows, S]``, padded with -1."""
-    order = rows.argsort(stable=True)
-    rows, ids = rows[order], ids[order]
     counts = torch.bincount(rows, minlength=num_rows)
-    starts = counts.cumsum(0) - counts
-    out = torch.full((num_rows, int(counts.max()) if len(counts) else 0), -1, dtype=torch.int64)
-    out[rows, torch.arange(len(rows)) - starts[rows]] = ids
-    return out
+    of_rows = ids[rows.argsort(stable=True)].split(counts.tolist())
+    return torch.nn.utils.rnn.pad_sequence(of_rows, batch_first=True, padding_value=-1)

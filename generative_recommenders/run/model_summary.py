@@ -7,7 +7,6 @@ from collections.abc import Iterable
 import torch
 
 from generative_recommenders.data.loader import LoadedBatch
-from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.training.trainer import Trainer
 
 MIB = 2**20
@@ -49,42 +48,38 @@ def kept_activations(trainer: Trainer) -> float:
     What grows with the histories is extrapolated from one and two of full length; what is as long as the gathered rows of
     the item table is counted for all of it. Blocks of MoL that a large batch computes again count as kept: an upper bound.
     """
-    (one, one_table), (two, two_table) = (_kept_by(trainer, rows) for rows in (1, 2))
+    dataset, width = trainer.dataset, trainer.settings.data.max_sequence_length + 1
+
+    def kept_by(rows: int) -> tuple[float, float]:
+        """Bytes kept by this many histories: what grows with them, and what grows with the item table."""
+        places = torch.arange(rows * width).view(rows, width)
+        columns = {
+            "user_ids": torch.arange(1, rows + 1),
+            "lengths": torch.full((rows,), width),
+            "item_ids": places % dataset.num_items + 1,
+        }
+        if dataset.ratings is not None:
+            columns["ratings"] = torch.ones_like(places)
+        if dataset.timestamps is not None:
+            columns["timestamps"] = places
+        for each in dataset.manifest.event_columns:
+            columns[each.name] = places.float() if each.kind == "numerical" else torch.ones_like(places)
+        batch = trainer.task.prepare(LoadedBatch(columns, 0, 0, 0, 0), 0)
+        # By storage, so that views of one tensor count once.
+        kept: dict[int, torch.Tensor] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            leaf = trainer.step.forward(batch)[0].weight
+        for owned in (leaf, *trainer.task.parameters()):
+            kept.pop(owned.untyped_storage().data_ptr(), None)
+        gathered, items = leaf.shape[0], trainer.model.items.table.shape[0]
+        sizes = [(x.shape[:1] == (gathered,), x.untyped_storage().nbytes()) for x in kept.values()]
+        table = sum(size for is_table, size in sizes if is_table) * items / gathered
+        return sum(size for is_table, size in sizes if not is_table), table
+
+    (one, one_table), (two, two_table) = map(kept_by, (1, 2))
     return one + (two - one) * (trainer.settings.schedule.local_batch_size - 1) + max(one_table, two_table)
-
-
-def _kept_by(trainer: Trainer, rows: int) -> tuple[float, float]:
-    """Bytes kept by this many histories: what grows with them, and what grows with the item table."""
-    kept: dict[int, torch.Tensor] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    columns = _full_histories(trainer.dataset, trainer.settings.data.max_sequence_length + 1, rows)
-    batch = trainer.task.prepare(LoadedBatch(columns, 0, 0, 0, 0), 0)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        leaf = trainer.step.forward(batch)[0].weight
-    for owned in (leaf, *trainer.task.parameters()):
-        kept.pop(owned.untyped_storage().data_ptr(), None)
-    gathered, items = leaf.shape[0], trainer.model.items.table.shape[0]
-    sizes = [(tensor.shape[:1] == (gathered,), tensor.untyped_storage().nbytes()) for tensor in kept.values()]
-    table = sum(size for is_table, size in sizes if is_table) * items / gathered
-    return sum(size for is_table, size in sizes if not is_table), table
-
-
-def _full_histories(dataset: SequenceDataset, width: int, rows: int) -> dict[str, torch.Tensor]:
-    """Loader columns of histories as long as they may be."""
-    places = torch.arange(rows * width).view(rows, width)
-    columns = {
-        "user_ids": torch.arange(1, rows + 1),
-        "lengths": torch.full((rows,), width),
-        "item_ids": places % dataset.num_items + 1,
-    }
-    if dataset.ratings is not None:
-        columns["ratings"] = torch.ones_like(places)
-    if dataset.timestamps is not None:
-        columns["timestamps"] = places
-    for each in dataset.manifest.event_columns:
-        columns[each.name] = places.float() if each.kind == "numerical" else torch.ones_like(places)
-    return columns

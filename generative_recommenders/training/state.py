@@ -13,7 +13,6 @@ from generative_recommenders.build.catalogue import reads_users
 from generative_recommenders.checkpoint.broadcast import shards_on_main, with_rows
 from generative_recommenders.checkpoint.store import Checkpoint, CheckpointStore
 from generative_recommenders.checkpoint.weights import data_tensors, load_criterion, load_model, tensors_of
-from generative_recommenders.data.loader import SequenceLoader
 from generative_recommenders.errors import UserError
 from generative_recommenders.evaluation.metrics import current_name
 from generative_recommenders.training.step import TABLE
@@ -116,7 +115,9 @@ def restore_state(trainer: Trainer, checkpoint: Checkpoint) -> None:
     """Continues from a checkpoint: refused on other data; a warning at another number of processes."""
     try:
         split_hash = checkpoint.state["split_hash"]
-        processes, batch = _positive(checkpoint, "world_size"), _positive(checkpoint, "global_batch")
+        processes, batch = (checkpoint.state[name] for name in ("world_size", "global_batch"))
+        if not all(type(count) is int and 0 < count < 1 << 31 for count in (processes, batch)):
+            raise ValueError(f"world_size is {processes!r}, global_batch {batch!r}")
         progress = Progress(**checkpoint.state["progress"])
         trainer.log.restore(checkpoint.state["warnings"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -146,26 +147,14 @@ def restore_state(trainer: Trainer, checkpoint: Checkpoint) -> None:
             "resuming a run of %d processes on %d: dropout draws differ",
             processes, trainer.collectives.world_size,
         )  # fmt: skip
-    if batch != trainer.loader.global_batch:
-        progress.step_in_epoch = _same_place(trainer.loader, progress.step_in_epoch, batch)
+    if batch != (now := trainer.loader.global_batch):
+        # The steps that cover the users of those done at another batch, and no more: the place in an epoch is one of users.
+        users = trainer.loader.users.size
+        done = min(progress.step_in_epoch * batch, users)
+        progress.step_in_epoch = len(trainer.loader) if done == users else done // now
+        logging.warning(
+            "resuming with a global batch of %d users, which was %d: after %d users of the epoch, %d of them are seen again",
+            now, batch, done, done - min(progress.step_in_epoch * now, users),
+        )  # fmt: skip
     trainer.progress = progress
     trainer.log.truncate_after(trainer.progress.step, trainer.progress.epoch)
-
-
-def _same_place(loader: SequenceLoader, steps: int, batch: int) -> int:
-    """The steps of an epoch that cover the users of ``steps`` steps of another global batch, and no more."""
-    users, now = loader.users.size, loader.global_batch
-    done = min(steps * batch, users)
-    same = len(loader) if done == users else done // now
-    logging.warning(
-        "resuming with a global batch of %d users, which was %d: after %d users of the epoch, %d of them are seen again",
-        now, batch, done, done - min(same * now, users),
-    )  # fmt: skip
-    return same
-
-
-def _positive(checkpoint: Checkpoint, name: str) -> int:
-    value = checkpoint.state[name]
-    if type(value) is not int or not 0 < value < 1 << 31:
-        raise ValueError(f"{name} is {value!r}")
-    return value

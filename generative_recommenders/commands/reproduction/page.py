@@ -180,14 +180,12 @@ def _picture(
 ) -> Path | None:
     """Means with intervals beside published figures, and the metric by epoch, as a PNG; None without matplotlib."""
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         logging.warning("no picture is drawn: %s", error)
         return None
     metric = lane.plan.settings.metric
     figure = Figure(figsize=(11, max(3.5, 1.2 + 0.35 * len(results["cells"]))), layout="constrained")
-    FigureCanvasAgg(figure)
     means, curves = figure.subplots(1, 2)
     told = lane.plan.settings.published
     draw_means(means, results, {cell: given[metric] for cell, given in told.items() if metric in given})

@@ -95,7 +95,10 @@ def examples(recommender: Recommender, facts: Facts, names: ItemNames) -> list[E
 
 
 def attention_maps(recommender: Recommender, facts: Facts, names: ItemNames) -> list[AttentionMap]:
-    """Maps of every layer and head for the example user of most events that still fit the picture, else of most events."""
+    """Maps of every layer and head for the example user of most events that still fit the picture, else of most events.
+
+    Tokens are named by their items; a mask slot has a name of its own.
+    """
     lengths = facts.examples.group_by("user_id").len().sort("len", "user_id")
     if not len(lengths):
         return []
@@ -103,11 +106,26 @@ def attention_maps(recommender: Recommender, facts: Facts, names: ItemNames) -> 
     user = (enough if len(enough) else lengths.tail(1))["user_id"][0]
     history = facts.examples.filter(pl.col("user_id") == user)
     at = next(each["at"] for each in facts.example_users if each["user_id"] == user)
-    for some in recommender.reader.read(history, at, 1, warn=False):
-        layers = layer_weights(recommender.model, some.batch)
-        shown = [names[item].label for item in history["item_id"].tail(int(some.batch["lengths"][0]))]
-        return _shown(layers, shown, recommender.model.sequence.preprocessor.tokens_per_item)
-    return []
+    some = next(iter(recommender.reader.read(history, at, 1, warn=False)), None)
+    if some is None:
+        return []
+    layers = layer_weights(recommender.model, some.batch)
+    tokens = [names[item].label for item in history["item_id"].tail(int(some.batch["lengths"][0]))]
+    if recommender.model.sequence.preprocessor.tokens_per_item > 1:  # ratings are tokens too
+        tokens = [f"{name}{part}" for name in tokens for part in ("", " (rating)")]
+    numbers = [layer for layer, each in layers if not each.by]
+    maps = []
+    for place, (layer, (weights, by)) in enumerate(layers):
+        count = weights.shape[-1]
+        named = [*tokens, *["[mask]"] * (count - len(tokens))][:count][-SHOWN_TOKENS:]
+        for head, own in enumerate(weights):
+            title = f"layer {layer + 1}, " + (f"by {by}, all heads" if by else f"head {head + 1}")
+            # Differential attention has two of them, of which the second is taken off.
+            if not by and numbers.count(layer) > 1:
+                title += f", attention {numbers[:place].count(layer) + 1}"
+            softmax = bool(((own.sum(-1) - 1).abs() < 1e-3).all())
+            maps.append(AttentionMap(title, own[-SHOWN_TOKENS:, -SHOWN_TOKENS:].numpy(), named, softmax))
+    return maps[:MOST_MAPS]
 
 
 def layer_weights(
@@ -131,25 +149,6 @@ def layer_weights(
                 hook.remove()
     places = np.searchsorted(np.array(started, np.int64), np.arange(len(weights)), side="right") - 1
     return [(max(int(place), 0), each) for place, each in zip(places, weights)]
-
-
-def _shown(layers: list[tuple[int, Observed]], items: list[str], per_item: int) -> list[AttentionMap]:
-    """The maps with names of their tokens: of items, of ratings where these are tokens too, and of a mask slot."""
-    tokens = items if per_item == 1 else [f"{name}{part}" for name in items for part in ("", " (rating)")]
-    numbers = [layer for layer, each in layers if not each.by]
-    maps = []
-    for place, (layer, (weights, by)) in enumerate(layers):
-        count = weights.shape[-1]
-        named = [*tokens, *["[mask]"] * (count - len(tokens))][:count][-SHOWN_TOKENS:]
-        for head, own in enumerate(weights):
-            title = f"layer {layer + 1}, " + (f"by {by}, all heads" if by else f"head {head + 1}")
-            if (
-                not by and numbers.count(layer) > 1
-            ):  # differential attention has two, of which the second is taken off
-                title += f", attention {numbers[:place].count(layer) + 1}"
-            softmax = bool(((own.sum(-1) - 1).abs() < 1e-3).all())
-            maps.append(AttentionMap(title, own[-SHOWN_TOKENS:, -SHOWN_TOKENS:].numpy(), named, softmax))
-    return maps[:MOST_MAPS]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,8 @@ from generative_recommenders.evaluation.ranks import Ranks
 
 FOLDER = "report"
 MOST_USERS, MOST_ITEMS, EXAMPLES = 200_000, 200_000, 5
-TITLES = ("title", "name", "item_name", "product_title", "movie_title", "item_title")
-GENRES = (
+TITLES = ["title", "name", "item_name", "product_title", "movie_title", "item_title"]
+GENRES = [
     "genres",
     "genre",
     "categories",
@@ -44,7 +44,7 @@ GENRES = (
     "department",
     "shelves",
     "shelf",
-)
+]
 RANK = "rank: "
 """Before the name of a method: the column of its ranks."""
 
@@ -110,9 +110,10 @@ def write_facts(run: Path, dataset: SequenceDataset, split: Split, ranks: Mappin
     }
     tables = {"users": table, "items": items, "examples": examples}
     for name, frame in tables.items():
-        _write(folder / f"{name}.parquet", frame.write_parquet)
-    text = json.dumps(facts, ensure_ascii=False) + "\n"
-    _write(folder / "facts.json", lambda path: path.write_text(text, encoding="utf-8"))
+        with new_file(folder / f"{name}.parquet") as scratch:
+            frame.write_parquet(scratch)
+    with new_file(folder / "facts.json") as scratch:
+        scratch.write_text(json.dumps(facts, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_facts(run: Path) -> Facts | None:
@@ -132,11 +133,6 @@ def read_facts(run: Path) -> Facts | None:
         raise UserError(
             f"{folder}: cannot be read: {type(error).__name__} {first}; write it again by --mode=evaluate"
         ) from error
-
-
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    with new_file(path) as scratch:
-        write(scratch)
 
 
 def _of_data(dataset: SequenceDataset, split: Split) -> dict[str, Any]:
@@ -173,11 +169,8 @@ def _examples(
     frames, described = [], []
     for user, row in zip(users, targets.iter_rows(named=True)):
         events = slice(*_history(dataset, split, user))
-        columns: dict[str, Any] = {
-            "item_id": pl.Series(pl.from_arrow(item_ids.take(pa.array(dataset.items[events] - 1)))).cast(
-                pl.String
-            )
-        }
+        items = item_ids.take(pa.array(dataset.items[events] - 1))
+        columns: dict[str, Any] = {"item_id": pl.Series(pl.from_arrow(items)).cast(pl.String)}
         if dataset.ratings is not None:
             columns["rating"] = np.asarray(dataset.ratings[events])
         if dataset.timestamps is not None:
@@ -202,7 +195,7 @@ def _items(
     rows = np.union1d(popular, shown - 1)
     taken = pa.array(rows)
     table, specs = dataset.item_features(), dataset.feature_specs("item")
-    title, genre = _named(specs, TITLES, ("text",)), _named(specs, GENRES, ("categorical_list",))
+    title, genre = _named(specs, TITLES, "text"), _named(specs, GENRES, "categorical_list")
     columns = {
         "item_id": pl.Series(pl.from_arrow(item_ids.take(taken))),
         "title": pl.Series([None] * len(rows), dtype=pl.String),
@@ -217,11 +210,11 @@ def _items(
     return pl.DataFrame(columns)
 
 
-def _named(specs: list[FeatureSpec], names: tuple[str, ...], kinds: tuple[str, ...]) -> str | None:
-    """A feature of one of these names, else the first of these kinds; numbers and single-valued columns are neither."""
+def _named(specs: list[FeatureSpec], names: list[str], kind: str) -> str | None:
+    """A feature of one of these names, else the first of this kind; numbers and single-valued columns are neither."""
     usable = [
         spec for spec in specs if spec.kind == "text" or (spec.kind != "numerical" and spec.cardinality > 1)
     ]
     known = {spec.name.lower(): spec.name for spec in usable}
     by_name = (known[name] for name in names if name in known)
-    return next(by_name, next((spec.name for spec in usable if spec.kind in kinds), None))
+    return next(by_name, next((spec.name for spec in usable if spec.kind == kind), None))

@@ -196,37 +196,40 @@ def groups(found: Sequence[Group], metric: str, xlabel: str) -> Markup:
 @in_style
 def data_curves(data: Mapping[str, Any]) -> Markup:
     """Lengths of histories, popularity of items and, where there are times, when events and targets happened."""
-    times = data["timeline"]
-    made = figure(9.6, 2.7)
-    axes = axes_of(made, 1, 2 if times is None else 3)
-    shares = data["lengths"]["share_of_users_with_at_least"]
-    axes[0].step(list(map(int, shares)), list(shares.values()), where="post", marker=".")
-    axes[0].set(
-        xscale="log",
-        xlabel="events",
-        ylabel="share of users",
-        ylim=(0, 1.02),
-        title="users with at least so many events",
-    )
-    ranks = data["popularity"]["events_by_rank"]
-    axes[1].plot(list(map(int, ranks)), list(ranks.values()))
-    axes[1].set(
-        xscale="log", yscale="log", xlabel="rank of the item", ylabel="events", title="popularity of items"
-    )
-    if times is not None:
-        dates = times["bins_start"]
-        for name, counts in times["events"].items():
-            if sum(counts):
-                axes[2].step(
-                    range(len(dates)), [count / sum(counts) for count in counts], where="post", label=name
-                )
-        marks = range(0, len(dates), max(len(dates) // 3, 1))
-        axes[2].set_xticks(list(marks), [dates[mark][:7] for mark in marks])
-        axes[2].set(
-            ylabel="share of the part",
-        )
-        add_legend(axes[2], **ABOVE, ncols=3)
+    made, times = figure(9.6, 2.7), data["timeline"]
+    lengths, popularity, *rest = axes_of(made, 1, 2 if times is None else 3)
+    draw_lengths(lengths, data["lengths"])
+    draw_popularity(popularity, data["popularity"])
+    for axes in rest:
+        draw_timeline(axes, times, max(len(times["bins_start"]) // 3, 1), 7)
+        add_legend(axes, **ABOVE, ncols=3)
     return svg(made, "Lengths of histories, popularity of items and times of events")
+
+
+def draw_lengths(axes: Axes, lengths: Mapping[str, Any]) -> None:
+    """The curve of `data.audit.length_curve`."""
+    shares, title = lengths["share_of_users_with_at_least"], "users with at least so many events"
+    axes.step(list(map(int, shares)), list(shares.values()), where="post", marker=".")
+    axes.set(xscale="log", xlabel="events", ylabel="share of users", ylim=(0, 1.02), title=title)
+
+
+def draw_popularity(axes: Axes, popularity: Mapping[str, Any]) -> None:
+    """The curve of `data.audit.popularity_curve`."""
+    ranks = popularity["events_by_rank"]
+    axes.plot(list(map(int, ranks)), list(ranks.values()))
+    scales = {"xscale": "log", "yscale": "log"}
+    axes.set(**scales, xlabel="rank of the item", ylabel="events", title="popularity of items")
+
+
+def draw_timeline(axes: Axes, times: Mapping[str, Any], every: int, characters: int) -> None:
+    """The bins of `data.audit.timeline`, of which every so many have so many characters of their date below."""
+    dates = times["bins_start"]
+    for name, counts in times["events"].items():
+        if total := sum(counts):
+            axes.step(range(len(dates)), [count / total for count in counts], where="post", label=name)
+    marks = range(0, len(dates), every)
+    axes.set_xticks(list(marks), [dates[mark][:characters] for mark in marks])
+    axes.set(ylabel="share of the part")
 
 
 def draw_heat_map(axes: Axes, weights: np.ndarray, inputs: Sequence[str], outputs: Sequence[str]) -> Any:
