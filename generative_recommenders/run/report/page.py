@@ -72,6 +72,7 @@ def run_page(run: Run) -> dict[str, Any]:
         "metrics": COLUMNS,
         "plain_results": run.final.get("results", {}),
         "best": best,
+        "part": part,
         "curves": pictures.curves(curve_rows(run.epochs), part, best, run.name),
         "steps": pictures.steps(run.steps),
         "machine": machine(run),
