@@ -153,6 +153,7 @@ def comparison_page(runs: Sequence[Run]) -> dict[str, Any]:
         "runs": runs,
         "conditions": conditions(runs[0], own=False),
         "left_out": max(len(each.users) for each in facts.values()) - len(joint.users),
+        "part": measured_part(runs[0].settings),
         "metrics": COLUMNS,
         "data": joint.data,
         "settings": [(name, values) for name, values in rows if any(each != values[0] for each in values)],
