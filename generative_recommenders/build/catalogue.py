@@ -45,7 +45,12 @@ class Catalogue:
         """train_stops: ``[U]``, events that each user trains on. category_feature: of the items, for
         ``categories``. UserError for item ids out of range.
         """
-        _check_ids(dataset)
+        lowest, highest = int(dataset.items.min()), int(dataset.items.max())
+        if lowest < 1 or highest > dataset.num_items:
+            raise UserError(
+                f"{dataset.folder}: item ids reach from {lowest} to {highest}, outside 1..{dataset.num_items}; "
+                "prepare the data again"
+            )
         events = training_events(dataset.offsets, train_stops)
         counts, ratings = (
             np.bincount(dataset.items[events], minlength=dataset.num_items + 1)[1:],
@@ -180,12 +185,3 @@ def _event_features(dataset: SequenceDataset) -> dict[str, EventFeature]:
                 each.name, None, *((each.mean, each.std) if each.kind == "time" else ())
             )
     return features
-
-
-def _check_ids(dataset: SequenceDataset) -> None:
-    lowest, highest = int(dataset.items.min()), int(dataset.items.max())
-    if lowest < 1 or highest > dataset.num_items:
-        raise UserError(
-            f"{dataset.folder}: item ids reach from {lowest} to {highest}, outside 1..{dataset.num_items}; "
-            "prepare the data again"
-        )

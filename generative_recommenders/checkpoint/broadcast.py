@@ -12,7 +12,7 @@ import torch
 from generative_recommenders.checkpoint.store import Checkpoint, Position
 from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.distributed.row_shards import RowShard
-from generative_recommenders.distributed.sync import together
+from generative_recommenders.distributed.sync import on_main
 from generative_recommenders.errors import UserError
 
 
@@ -23,7 +23,7 @@ def checkpoint_from_main(
 
     Elsewhere its path is the main process's, where there may be no files.
     """
-    own = together(collectives, lambda: read() if collectives.is_main else None)
+    own = on_main(collectives, read)
     header = None
     # What lies in files by rows is read later, each process's part (`with_rows`).
     if own is not None:

@@ -154,7 +154,7 @@ class CheckpointStore:
                 write_tensors(writing / TENSORS, tensors)
                 for name, content in {STATE: json_bytes(state), **self.attached}.items():
                     write_bytes(writing / name, content)
-                written = []
+                written = []  # how many there are, which their names say, is known behind the last one
                 for first, stop, rows in shards:
                     written.append([first, stop])
                     write_tensors(writing / f"rows-{len(written)}.safetensors", rows)
@@ -168,11 +168,20 @@ class CheckpointStore:
                 )
                 write_manifest(writing, manifest)
                 sync(writing)
+                # Only now it has a checkpoint's name: whoever reads the folder meanwhile sees whole ones alone.
                 os.rename(writing, final)
                 sync(self.folder)
             finally:
                 shutil.rmtree(writing, ignore_errors=True)
-            self._prune()
+            names_now = self._names()
+            best = next((name for name in names_now[::-1] if self._is_best(name)), None)
+            for name in names_now[: -self.keep_last]:
+                if name != best:
+                    removed = self.folder / f"{_REMOVED}{name}"
+                    os.rename(
+                        self.folder / name, removed
+                    )  # a kill amid the removal leaves no half checkpoint
+                    shutil.rmtree(removed, ignore_errors=True)
         return final
 
     def load(self, path: Path | str) -> Checkpoint:
@@ -237,15 +246,6 @@ class CheckpointStore:
             return read_manifest(self.folder / name, check_files=False).is_best
         except DamagedCheckpoint:
             return False
-
-    def _prune(self) -> None:
-        names = self._names()
-        best = next((name for name in names[::-1] if self._is_best(name)), None)
-        for name in names[: -self.keep_last]:
-            if name != best:
-                removed = self.folder / f"{_REMOVED}{name}"
-                os.rename(self.folder / name, removed)  # a kill amid the removal leaves no half checkpoint
-                shutil.rmtree(removed, ignore_errors=True)
 
     @contextlib.contextmanager
     def _writable(self) -> Iterator[None]:

@@ -34,7 +34,7 @@ from generative_recommenders.data.splits import Split, make_split
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.distributed.signals import INTERRUPTED, StopRequest, StopRequested
-from generative_recommenders.distributed.sync import from_main, together
+from generative_recommenders.distributed.sync import from_main, on_main
 from generative_recommenders.errors import UserError
 from generative_recommenders.evaluation.evaluator import EvaluationResult
 from generative_recommenders.evaluation.model_evaluation import ModelEvaluation
@@ -95,10 +95,7 @@ def score_run(options: Options, collectives: Collectives) -> ScoredRun:
     dataset = shared_dataset(settings, options.data_root, collectives)
     split = make_split(dataset, settings.data.protocol)
     check_same_everywhere(settings, split, options, collectives)
-    together(
-        collectives,
-        lambda: check_evaluated(checkpoint, settings, dataset, split) if collectives.is_main else None,
-    )
+    on_main(collectives, lambda: check_evaluated(checkpoint, settings, dataset, split))
     catalogue = Catalogue.of(dataset, split.train_stops, settings.items.category_feature)
     model = build_model(settings, catalogue, collectives).to(collectives.device)
     by_rows = [name for name in checkpoint.row_shapes if name.startswith("model.")]

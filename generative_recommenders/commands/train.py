@@ -34,7 +34,7 @@ from generative_recommenders.data.splits import Split, make_split
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.distributed.launch import launch
 from generative_recommenders.distributed.signals import INTERRUPTED, StopRequest
-from generative_recommenders.distributed.sync import from_main, together
+from generative_recommenders.distributed.sync import from_main, on_main
 from generative_recommenders.errors import UserError
 from generative_recommenders.evaluation.ranks import Ranks
 from generative_recommenders.run import summary as report
@@ -87,12 +87,7 @@ def train_worker(rank: int, world_size: int, options: Options) -> int:
     split = make_split(dataset, settings.data.protocol)
     check_same_everywhere(settings, split, options, collectives)
     name = f"{Path(settings.data.dataset_name).name}-{settings.model.main_module}"
-    run = together(
-        collectives,
-        lambda: (
-            RunFolder.create_or_open(options.run_dir, options.resume, name) if collectives.is_main else None
-        ),
-    )
+    run = on_main(collectives, lambda: RunFolder.create_or_open(options.run_dir, options.resume, name))
     with run or contextlib.nullcontext():
         folder = Path(collectives.broadcast_object_json(str(run.path) if run else None))
         store = CheckpointStore(
@@ -158,7 +153,7 @@ def finish(
     baselines: Mapping[str, Mapping[str, float]],
 ) -> None:
     """The final record, the curves, and the table."""
-    from generative_recommenders.run.plots import plot_curves  # brings matplotlib
+    from generative_recommenders.run.report.pictures import plot_curves  # brings matplotlib
 
     settings, dataset, progress = trainer.settings, trainer.dataset, result.progress
     of_model = report.model_rows(settings, result.test, result.high_rated)
@@ -185,8 +180,8 @@ def finish(
             report.curve_rows(progress.history), curves, report.measured_part(settings), run.path.name,
             None if best is None else best + 1,
         )  # fmt: skip
-    except OSError as error:  # the numbers are written already
-        logging.warning("cannot write %s: %s", curves, error.strerror)
+    except UserError as error:  # the numbers are written already
+        logging.warning("%s", error)
     kept = store.load_best()
     checkpoint = kept.path if kept is not None else next(iter(store.paths()[::-1]), None)
     show(

@@ -207,7 +207,7 @@ def _spawned(rank: int, job: Job, port: int) -> None:
     # An interrupted process ends while its peers still talk to it: their error is then seen together with their own
     # signal, which comes first here.
     with contextlib.suppress(KeyboardInterrupt), interrupts():
-        ended: int | None = None
+        ended: int | None = None  # by an unexpected error; else the worker's code or that of its UserError
         text = ""
         try:
             join_group(rank, job.world_size, job.world_size, job.device_type, job.timeout, store)
@@ -218,7 +218,12 @@ def _spawned(rank: int, job: Job, port: int) -> None:
             else:
                 text = out_of_memory(error) or traceback.format_exc()
         if ended not in (0, INTERRUPTED):
-            _leave_failure(store, rank, ended, text)
+            encoded = text.encode(errors="backslashreplace")
+            if len(encoded) > REPORT_BYTES:
+                encoded = encoded[: REPORT_BYTES // 2] + b" [...] " + encoded[-REPORT_BYTES // 2 :]
+            failure = json.dumps([rank, ended, encoded.decode(errors="ignore")])
+            with contextlib.suppress(dist.DistError):  # the launcher is gone
+                store.compare_set("failure", "", failure)  # the first one of all processes stands
         if ended is None:
             time.sleep(SETTLE_SECONDS)
         code = 1 if ended is None else ended
@@ -227,13 +232,3 @@ def _spawned(rank: int, job: Job, port: int) -> None:
     sys.stderr.flush()
     if code:
         os._exit(code)  # without waiting for peers that may never answer
-
-
-def _leave_failure(store: dist.Store, rank: int, code: int | None, text: str) -> None:
-    """code: None for an unexpected error; of a UserError, whose text is printed as it is, or the worker's own."""
-    encoded = text.encode(errors="backslashreplace")
-    if len(encoded) > REPORT_BYTES:
-        encoded = encoded[: REPORT_BYTES // 2] + b" [...] " + encoded[-REPORT_BYTES // 2 :]
-    failure = json.dumps([rank, code, encoded.decode(errors="ignore")])
-    with contextlib.suppress(dist.DistError):  # the launcher is gone
-        store.compare_set("failure", "", failure)

@@ -20,30 +20,27 @@ class StopRequested(KeyboardInterrupt):
     """All processes of a run have agreed to stop here; what was done before may be saved."""
 
 
-class StopRequest:
+class StopRequest(contextlib.ExitStack):
     """While the context is open, SIGTERM and SIGINT set ``requested`` instead of ending the process.
 
     A second Ctrl-C raises KeyboardInterrupt at once. With several processes ask
     ``collectives.any(stop.requested)``, so that all stop behind the same step.
     """
 
-    def __init__(self) -> None:
-        self.requested = False
-        self._interrupts = 0
-        self._context = handled_signals(self._handle)
+    requested = False
 
     def __enter__(self) -> StopRequest:
-        self._context.__enter__()
+        interrupts = 0
+
+        def handle(number: int) -> None:
+            nonlocal interrupts
+            self.requested = True
+            interrupts += number == signal.SIGINT
+            if interrupts > 1:
+                raise KeyboardInterrupt
+
+        self.enter_context(handled_signals(handle))
         return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._context.__exit__(None, None, None)
-
-    def _handle(self, number: int) -> None:
-        self.requested = True
-        self._interrupts += number == signal.SIGINT
-        if self._interrupts > 1:
-            raise KeyboardInterrupt
 
 
 @contextlib.contextmanager

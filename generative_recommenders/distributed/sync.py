@@ -29,7 +29,11 @@ def together(collectives: Collectives, work: Callable[[], Result]) -> Result:
     return result
 
 
+def on_main(collectives: Collectives, work: Callable[[], Result]) -> Result | None:
+    """``work()`` of the main process, which alone calls it and has its result; its UserError is raised on all."""
+    return together(collectives, lambda: work() if collectives.is_main else None)
+
+
 def from_main(collectives: Collectives, make: Callable[[], Any]) -> Any:
     """What ``make()`` of the main process returns, as JSON, on every process; only there it is called."""
-    made = together(collectives, lambda: make() if collectives.is_main else None)
-    return collectives.broadcast_object_json(made)
+    return collectives.broadcast_object_json(on_main(collectives, make))

@@ -135,9 +135,8 @@ class ParquetBatches:
     def _rows(self, epoch: int) -> np.ndarray:
         """This process's rows, in the order of the epoch; all processes have equally many to train on."""
         rows = np.arange(self.table.num_rows)
-        rank, world = 0, 1
-        if self.trainer is not None:
-            rank, world = self.trainer.global_rank, self.trainer.world_size
+        at = self.trainer
+        rank, world = (0, 1) if at is None else (at.global_rank, at.world_size)
         if self.shuffle:
             generator = self.generator or torch.Generator().manual_seed(
                 (torch.initial_seed() + epoch) % 2**63

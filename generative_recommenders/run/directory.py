@@ -224,7 +224,7 @@ class RunFolder:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(writing, path)
+            os.replace(writing, path)  # a kill before this line leaves the old file as it was
         return path
 
     @contextlib.contextmanager

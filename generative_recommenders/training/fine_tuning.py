@@ -17,7 +17,7 @@ from generative_recommenders.checkpoint.weights import data_facts, load_model, t
 from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.distributed.collectives import Collectives
-from generative_recommenders.distributed.sync import together
+from generative_recommenders.distributed.sync import on_main
 from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.model import SequenceRecommender
 from generative_recommenders.objectives.task import TrainingTask
@@ -55,7 +55,7 @@ def initialize(
         except UserError as error:
             raise UserError(f"train_fn.initialize_from: {error}") from error
 
-    together(collectives, lambda: work() if collectives.is_main else None)
+    on_main(collectives, work)
     for tensor in (*task.model.state_dict().values(), *task.criterion.state_dict().values()):
         collectives.broadcast_(tensor)
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, field
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 from absl import logging
+from annotated_types import Ge, Lt
+from pydantic.dataclasses import dataclass
 
 from generative_recommenders.build.catalogue import reads_users
 from generative_recommenders.checkpoint.broadcast import shards_on_main, with_rows
@@ -21,36 +23,30 @@ if TYPE_CHECKING:
     from generative_recommenders.training.trainer import Trainer
 
 
-@dataclass
-class Progress:
-    """Where a run stands, as its checkpoints keep it. best_metric: of validation; None where none was measured."""
+Count = Annotated[int, Ge(0), Lt(1 << 62)]
 
-    epoch: int = 0
-    step_in_epoch: int = 0
-    step: int = 0
+
+@dataclass(config={"strict": True})
+class Progress:
+    """Where a run stands, as its checkpoints keep it. best_metric: of validation; None where none was measured.
+
+    ValueError for what no run counts up to: a checkpoint's state may have been written by anybody.
+    """
+
+    epoch: Count = 0
+    step_in_epoch: Count = 0
+    step: Count = 0
     best_metric: float | None = None
     best_epoch: int | None = None
-    epochs_without_gain: int = 0
+    epochs_without_gain: Count = 0
     seconds: float = 0.0
     epoch_loss: float = 0.0
     epoch_targets: float = 0.0
-    history: list[dict[str, Any]] = field(default_factory=list)
+    history: list[dict[str, bool | int | float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        """ValueError for what no run counts up to: a checkpoint's state may have been written by anybody."""
-        for name in ("epoch", "step_in_epoch", "step", "epochs_without_gain"):
-            value = getattr(self, name)
-            if type(value) is not int or not 0 <= value < 1 << 62:
-                raise ValueError(f"{name} is {value!r}")
-        for name in ("seconds", "epoch_loss", "epoch_targets", "best_metric", "best_epoch"):
-            absent = name.startswith("best_") and getattr(self, name) is None
-            if not absent and not isinstance(getattr(self, name), (int, float)):
-                raise ValueError(f"{name} is {getattr(self, name)!r}")
-        for record in self.history if isinstance(self.history, list) else [None]:
-            if not isinstance(record, dict) or not {"epoch", "full"} <= record.keys():
-                raise ValueError("history is not a list of records")
-            if not all(isinstance(value, (int, float)) for value in record.values()):
-                raise ValueError(f"history has the record {record!r}")
+        if not all({"epoch", "full"} <= record.keys() for record in self.history):
+            raise ValueError("history has a record without its epoch")
         self.history = [{current_name(name): value for name, value in each.items()} for each in self.history]
 
 

@@ -286,7 +286,7 @@ class Trainer:
     def save(self, store: CheckpointStore | None, metric: float | None = None, is_best: bool = False) -> None:
         """Model, loss, optimizer and progress, by the main process alone; NonFiniteError, on all, before they are spoilt."""
         self.saved_at = perf_counter()
-        self._check_parameters()
+        self._check_parameters()  # on all processes, of which some leave here: the main one alone writes a whole table
         if store is None or not (self.collectives.is_main or self.model.items.shard is not None):
             return
         with self.log.timed("checkpoints"):

@@ -4,7 +4,8 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from generative_recommenders.run.plots import plot_curves
+from generative_recommenders.errors import UserError
+from generative_recommenders.run.report.pictures import plot_curves
 
 HISTORY = [
     {"epoch": 0, "train_loss": 3.0, "ndcg@10": 0.1, "hr@10": 0.2},
@@ -62,7 +63,7 @@ def test_a_failed_write_leaves_the_old_picture_and_no_rest(tmp_path, monkeypatch
         raise OSError("disk full")
 
     monkeypatch.setattr(Figure, "savefig", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match="disk full"):
         plot_curves(HISTORY, path)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["curves.png"]

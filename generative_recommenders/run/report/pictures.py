@@ -6,6 +6,7 @@ import io
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -18,6 +19,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from generative_recommenders.data.preparation.folder import new_file
 from generative_recommenders.run.report.answers import AttentionMap, ItemMap
 from generative_recommenders.run.report.breakdown import Group
 
@@ -120,6 +122,23 @@ def curves(history: Sequence[Row], part: str, best: int | None, title: str) -> M
     if not draw_curves(made, history, part, best):
         return None
     return svg(made, f"Training loss and {part} metrics of {title} by epoch")
+
+
+def plot_curves(
+    history: Sequence[Row], path: Path, part: str = "validation", name: str = "", best: int | None = None
+) -> Path | None:
+    """`draw_curves` as a PNG that appears whole or not at all; UserError where it cannot be written.
+
+    name: of the run. Returns the path; None where there is nothing to draw.
+    """
+    made = figure(10, 4)
+    if not draw_curves(made, history, part, best):
+        return None
+    made.patch.set(alpha=1, facecolor="white")
+    made.suptitle(name, fontsize=10, parse_math=False)
+    with new_file(path) as scratch:
+        made.savefig(scratch, format="png", dpi=120)
+    return path
 
 
 @in_style

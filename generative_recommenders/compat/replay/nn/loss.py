@@ -134,7 +134,6 @@ class CatalogueLoss(ReplayLoss):
     """A loss against all items. cardinality: items of the catalogue, None for as many as there are logits."""
 
     core: catalogue.CatalogueLoss
-    """The loss of training, of which this one takes the formula for logits that are held anyway."""
 
     def __init__(
         self, cardinality: int | None = None, negative_labels_ignore_index: int = -100, **arguments: Any
@@ -168,10 +167,8 @@ class CatalogueLoss(ReplayLoss):
         return Scores(positive, logits, labels, counts, items, kept, collided)
 
     def terms(self, scores: Scores) -> Terms:
-        if self.core.excludes_labels:
-            statistic = masked_logsumexp(scores.negative, scores.kept)
-        else:
-            statistic = scores.negative.logsumexp(1)
+        negative, excludes = scores.negative, self.core.excludes_labels
+        statistic = masked_logsumexp(negative, scores.kept) if excludes else negative.logsumexp(1)
         return self.core.row_terms(scores.positive, statistic, scores.counts.to(scores.positive.dtype))
 
 
@@ -295,10 +292,8 @@ class CE(CrossEntropy, CatalogueLoss):
     core = catalogue.CE()
 
     def targets(self, labels: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if labels.shape[-1] != 1:
-            raise self.error(
-                f"takes one positive a position, not {labels.shape[-1]}: use LogInCE or LogOutCE"
-            )
+        if (count := labels.shape[-1]) != 1:
+            raise self.error(f"takes one positive a position, not {count}: use LogInCE or LogOutCE")
         return super().targets(labels, mask)
 
 
@@ -357,9 +352,6 @@ class LogOutCE(CrossEntropy, CatalogueLoss):
     """
 
     core = catalogue.LogOutCE()
-
-    def __init__(self, cardinality: int, negative_labels_ignore_index: int = -100, **kwargs: Any) -> None:
-        super().__init__(cardinality, negative_labels_ignore_index, **kwargs)
 
 
 class _BoundedLogarithms(SampledLoss):
