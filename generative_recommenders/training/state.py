@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Count = Annotated[int, Ge(0), Lt(1 << 62)]
 
 
-@dataclass(config={"strict": True})
+@dataclass(config={"strict": True, "extra": "forbid"})
 class Progress:
     """Where a run stands, as its checkpoints keep it. best_metric: of validation; None where none was measured.
 
