@@ -13,18 +13,16 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 from generative_recommenders.errors import UserError
 
 BLOCK_BYTES = 1 << 20
 _BROKEN = (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, ValueError)
 _FOREIGN = re.compile(r"^[A-Za-z]:|[\\\0]")
-_TOO_LARGE = "unpacks to more than its size allows (a zip bomb?); not unpacked"
 _TAR_HEADERS = (
     tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE,
 )  # fmt: skip
@@ -51,8 +49,7 @@ class Limits:
     free_bytes: int = 64 << 20
 
 
-@dataclass(frozen=True)
-class _Member:
+class _Member(NamedTuple):
     name: str
     size: int
     is_folder: bool
@@ -82,11 +79,20 @@ def extract(
         UserError: not an archive, damaged, or unsafe (a path that is absolute, has ``..``, a drive or a
             backslash; a link or device; two wanted files of one name; more than `limits` allow).
     """
-    limits = limits or Limits()
     folder.mkdir(parents=True, exist_ok=True)
+    names: list[str] = []
     with tempfile.TemporaryDirectory(dir=folder, prefix=".unpacking-") as temporary:
         try:
-            names = _unpack(archive, Path(temporary), wanted, limits)
+            for member in _safe_members(archive, limits or Limits()):
+                name = PurePosixPath(member.name).name
+                if member.is_folder or not wanted(name):
+                    continue
+                if name in names:
+                    raise UserError(f"{archive}: holds two files named {name}")
+                names.append(name)
+                # Neither module reads a member beyond its declared size, which is within bounds.
+                with member.open() as source, (Path(temporary) / name).open("wb") as sink:
+                    shutil.copyfileobj(source, sink, BLOCK_BYTES)
         except _BROKEN as fault:
             raise UserError(f"{archive}: damaged archive ({fault}); download it again") from None
         except RuntimeError as fault:  # what zipfile raises for encrypted members and unknown methods
@@ -99,73 +105,60 @@ def extract(
     return [folder / name for name in names]
 
 
-def _unpack(archive: Path, folder: Path, wanted: Callable[[str], bool], limits: Limits) -> list[str]:
-    """The names of the wanted files, which are then in ``folder``."""
-    names: list[str] = []
+def _safe_members(archive: Path, limits: Limits) -> Iterator[_Member]:
+    """The members one after the other; UserError at the first that no archive of data has."""
     allowed = min(limits.total_bytes, max(limits.free_bytes, archive.stat().st_size * limits.ratio))
     declared = 0
-    with _members(archive) as members:
-        for number, member in enumerate(members, start=1):
-            path = PurePosixPath(member.name)
-            outside = path.is_absolute() or ".." in path.parts or _FOREIGN.search(member.name)
-            is_top = member.is_folder and not path.parts  # "." or "./", which archives of a folder begin with
-            if number > limits.members:
-                raise UserError(f"{archive}: more than {limits.members} files in the archive")
-            if outside or not (path.name or is_top):
-                raise UserError(f"{archive}: member {member.name!r} would leave the folder; not unpacked")
-            if not member.is_folder and not member.is_plain:
-                raise UserError(f"{archive}: member {member.name!r} is a link or a device; not unpacked")
-            if member.size < 0:  # tarfile believes it, and the sum would then allow any other member
-                raise UserError(f"{archive}: damaged archive (member {path.name!r} of {member.size} bytes)")
-            declared += member.size
-            if declared > allowed:
-                raise UserError(f"{archive}: {_TOO_LARGE}")
-            if member.is_folder or not wanted(path.name):
-                continue
-            if path.name in names:
-                raise UserError(f"{archive}: holds two files named {path.name}")
-            names.append(path.name)
-            # Neither module reads a member beyond its declared size, which is within bounds.
-            with member.open() as source, (folder / path.name).open("wb") as sink:
-                shutil.copyfileobj(source, sink, BLOCK_BYTES)
-    return names
+    for number, member in enumerate(_members(archive), start=1):
+        path = PurePosixPath(member.name)
+        outside = path.is_absolute() or ".." in path.parts or _FOREIGN.search(member.name)
+        is_top = member.is_folder and not path.parts  # "." or "./", which archives of a folder begin with
+        if number > limits.members:
+            raise UserError(f"{archive}: more than {limits.members} files in the archive")
+        if outside or not (path.name or is_top):
+            raise UserError(f"{archive}: member {member.name!r} would leave the folder; not unpacked")
+        if not member.is_folder and not member.is_plain:
+            raise UserError(f"{archive}: member {member.name!r} is a link or a device; not unpacked")
+        if member.size < 0:  # tarfile believes it, and the sum would then allow any other member
+            raise UserError(f"{archive}: damaged archive (member {path.name!r} of {member.size} bytes)")
+        declared += member.size
+        if declared > allowed:
+            raise UserError(f"{archive}: unpacks to more than its size allows (a zip bomb?); not unpacked")
+        yield member
 
 
-@contextmanager
-def _members(archive: Path) -> Iterator[Iterator[_Member]]:
+def _members(archive: Path) -> Iterator[_Member]:
     mode = _tar_mode(archive)
     if mode is not None:
-        with tarfile.open(archive, mode, tarinfo=_ShortNamed) as tar:  # type: ignore[call-overload]
-            yield (
-                _Member(info.name, info.size, info.isdir(), info.isreg(), partial(tar.extractfile, info))
-                for info in tar
-            )
-    else:
-        with zipfile.ZipFile(archive) as pack:
-            yield (
-                _Member(
-                    info.orig_filename,
-                    info.file_size,
-                    info.is_dir(),
-                    # no link or device; many zips record no kind at all
-                    stat.S_IFMT(info.external_attr >> 16) in {0, stat.S_IFREG},
-                    partial(pack.open, info),
+        with tarfile.open(archive, mode, tarinfo=_BoundedHeader) as tar:  # type: ignore[call-overload]
+            for info in tar:
+                yield _Member(
+                    info.name, info.size, info.isdir(), info.isreg(), partial(tar.extractfile, info)
                 )
-                for info in pack.infolist()
-            )
+        return
+    with zipfile.ZipFile(archive) as pack:
+        for entry in pack.infolist():
+            # Not a link or device; many zips record no kind at all.
+            is_plain = stat.S_IFMT(entry.external_attr >> 16) in {0, stat.S_IFREG}
+            # filename is what zipfile made of it: it ends at a zero byte, and backslashes may be gone.
+            name, open_it = entry.orig_filename, partial(pack.open, entry)
+            yield _Member(name, entry.file_size, entry.is_dir(), is_plain, open_it)
 
 
-class _ShortNamed(tarfile.TarInfo):
+class _BoundedHeader(tarfile.TarInfo):
     """Refuses headers that hold more than any name does: tarfile would read them whole."""
 
-    def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
-        if self.type in _TAR_HEADERS and self.size > HEADER_LIMIT:
-            raise tarfile.ReadError(f"a header of {self.size} bytes")
-        return super()._proc_member(tar)  # type: ignore[misc]
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        header = super().frombuf(buf, encoding, errors)
+        if header.type in _TAR_HEADERS and header.size > HEADER_LIMIT:
+            raise tarfile.ReadError(f"a header of {header.size} bytes")
+        return header
 
 
 def _tar_mode(path: Path) -> str | None:
     """``r:``, ``r:gz``, ``r:bz2`` or ``r:xz`` if the file is a tar, by the mark that POSIX tars carry."""
+    # tarfile.is_tarfile would read the first header whole, whatever size it claims.
     for mode, opener in _TAR_OPENERS:
         try:
             with opener(path, "rb") as source:

@@ -14,6 +14,7 @@ import re
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow as pa
 
@@ -44,60 +45,23 @@ USER_SCHEMA = pa.schema([
 _Row = list[object]
 
 
-def read_movies_dat(path: Path) -> pa.Table:
-    """ML-1M's ``movies.dat``: ``item::title (year)::genre|genre``, Latin-1."""
-    return _table(path, ITEM_SCHEMA, _movie, "::", 3)
-
-
-def read_movies_csv(path: Path) -> pa.Table:
-    """ML-20M's ``movies.csv``: ``movieId,title,genres`` with a header, quoted where needed, UTF-8."""
-    return _table(path, ITEM_SCHEMA, _movie, ",", 3, "movieId,title,genres")
-
-
-def read_u_item(path: Path) -> pa.Table:
-    """ML-100K's ``u.item``: ``item|title (year)|date|video date|url`` and 19 flags of genres, Latin-1."""
-
-    def film(fields: list[str]) -> _Row:
-        flags = fields[5:]
-        if set(flags) - {"0", "1"}:
-            raise ValueError("a genre flag is neither 0 nor 1")
-        genres = [genre for genre, flag in zip(GENRES_100K, flags) if flag == "1" and genre not in _NO_GENRES]
-        return [fields[0], *_title_and_year(fields[1]), genres]
-
-    return _table(path, ITEM_SCHEMA, film, "|", 5 + len(GENRES_100K))
-
-
-def read_item_tsv(path: Path) -> pa.Table:
-    """Tab-separated films with the header ``item_id:token, movie_title:token_seq, release_year:token,
-    class:token_seq``; genres are separated by spaces."""
-
-    def film(fields: list[str]) -> _Row:
-        year = float(fields[2]) if fields[2].isdigit() else None
-        return [fields[0], fields[1], year, [genre for genre in fields[3].split() if genre not in _NO_GENRES]]
-
-    return _table(path, ITEM_SCHEMA, film, "\t", 4, "item_id:token")
-
-
-def read_users_dat(path: Path) -> pa.Table:
-    """ML-1M's ``users.dat``: ``user::gender::age::occupation::zip``."""
-    return _table(path, USER_SCHEMA, lambda fields: [*fields], "::", 5)
-
-
-def read_u_user(path: Path) -> pa.Table:
-    """ML-100K's ``u.user``: ``user|age|gender|occupation|zip``; ages fall into ML-1M's buckets."""
-
-    def person(fields: list[str]) -> _Row:
-        user, age, gender, occupation, zip_code = fields
-        # ML-1M names a bucket by its lower end, except that everybody under 18 is "1".
-        bucket = max((low for low in (18, 25, 35, 45, 50, 56) if int(age) >= low), default=1)
-        return [user, gender, str(bucket), occupation, zip_code]
-
-    return _table(path, USER_SCHEMA, person, "|", 5)
-
-
 def _movie(fields: list[str]) -> _Row:
     item, title, genres = fields
     return [item, *_title_and_year(title), [genre for genre in genres.split("|") if genre not in _NO_GENRES]]
+
+
+def _movie_of_flags(fields: list[str]) -> _Row:
+    flags = fields[5:]
+    if set(flags) - {"0", "1"}:
+        raise ValueError("a genre flag is neither 0 nor 1")
+    genres = [genre for genre, flag in zip(GENRES_100K, flags) if flag == "1" and genre not in _NO_GENRES]
+    return [fields[0], *_title_and_year(fields[1]), genres]
+
+
+def _movie_of_words(fields: list[str]) -> _Row:
+    item, title, year, genres = fields
+    known = [genre for genre in genres.split() if genre not in _NO_GENRES]
+    return [item, title, float(year) if year.isdigit() else None, known]
 
 
 def _title_and_year(text: str) -> tuple[str, float | None]:
@@ -106,15 +70,38 @@ def _title_and_year(text: str) -> tuple[str, float | None]:
     return (text[: found.start()].strip(), float(found[1])) if found else (text.strip(), None)
 
 
-def _table(
-    path: Path,
-    schema: pa.Schema,
-    parse: Callable[[list[str]], _Row],
-    delimiter: str,
-    count: int,
-    header: str | None = None,
-) -> pa.Table:
-    """The rows of a file of ``count`` fields a line. header: how line 1 begins, if it is one; a CSV must have it."""
+def _person_with_age(fields: list[str]) -> _Row:
+    user, age, gender, occupation, zip_code = fields
+    # ML-1M names a bucket by its lower end, except that everybody under 18 is "1".
+    bucket = max((low for low in (18, 25, 35, 45, 50, 56) if int(age) >= low), default=1)
+    return [user, gender, str(bucket), occupation, zip_code]
+
+
+class SideFile(NamedTuple):
+    """Layout of a side file. fields: of a line; header: how line 1 begins, if it is one. A CSV must have it."""
+
+    schema: pa.Schema
+    parse: Callable[[list[str]], _Row]
+    delimiter: str
+    fields: int
+    header: str | None = None
+
+
+SIDE_FILES = {
+    "movies.dat": SideFile(ITEM_SCHEMA, _movie, "::", 3),  # ML-1M
+    "movies.csv": SideFile(ITEM_SCHEMA, _movie, ",", 3, "movieId,title,genres"),  # ML-20M
+    "u.item": SideFile(ITEM_SCHEMA, _movie_of_flags, "|", 5 + len(GENRES_100K)),  # ML-100K
+    "u.item.tsv": SideFile(
+        ITEM_SCHEMA, _movie_of_words, "\t", 4, "item_id:token"
+    ),  # ML-100K as RecBole has it
+    "users.dat": SideFile(USER_SCHEMA, list, "::", 5),  # ML-1M
+    "u.user": SideFile(USER_SCHEMA, _person_with_age, "|", 5),  # ML-100K
+}
+
+
+def read_side_file(name: str, path: Path) -> pa.Table:
+    """The rows of a file that is laid out as the published one of this name; gzip or not. UserError with file and line."""
+    schema, parse, delimiter, count, header = SIDE_FILES[name]
     is_csv, text = delimiter == ",", _read_text(path)
     mark = "\x1f" if len(delimiter) > 1 else delimiter  # csv knows delimiters of one character alone
     reader = csv.reader(

@@ -10,7 +10,7 @@ import gzip
 import os
 import re
 import zlib
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -37,7 +37,6 @@ _SNAP = (
     "http://snap.stanford.edu/data/amazon/productGraph/categoryFiles/",
     "https://web.archive.org/web/2020id_/http://snap.stanford.edu/data/amazon/productGraph/categoryFiles/",
 )
-_FeatureReader = Callable[[Path], pa.Table]
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class PublishedRatings:
     """Published data set.
 
     archive: what is downloaded. ratings: name of the ratings file, and its size in bytes as published.
-    items, users: side files in order of preference, each with its reader.
+    items, users: side files of `movielens.SIDE_FILES`, in order of preference.
     num_items, num_users: counts after preparation of the published data with their own filter.
     """
 
@@ -68,8 +67,8 @@ class PublishedRatings:
     num_items: int
     num_users: int
     filter: str = "none"
-    items: tuple[tuple[str, _FeatureReader], ...] = ()
-    users: tuple[tuple[str, _FeatureReader], ...] = ()
+    items: tuple[str, ...] = ()
+    users: tuple[str, ...] = ()
 
 
 def _remote(
@@ -107,8 +106,8 @@ PUBLISHED = {
         options=_without_header("::"),
         num_items=3_706,
         num_users=6_040,
-        items=(("movies.dat", movielens.read_movies_dat),),
-        users=(("users.dat", movielens.read_users_dat),),
+        items=("movies.dat",),
+        users=("users.dat",),
     ),
     "ml-20m": PublishedRatings(
         archive=_remote(_GROUPLENS, "ml-20m.zip", "cd245b17a1ae2cc31bb14903e1204af3"),
@@ -119,7 +118,7 @@ PUBLISHED = {
         ),
         num_items=26_744,
         num_users=138_493,
-        items=(("movies.csv", movielens.read_movies_csv),),
+        items=("movies.csv",),
     ),
     "ml-100k": PublishedRatings(
         archive=_remote(_GROUPLENS, "ml-100k.zip", "0e33842e24a9c977be4e0107933c0723"),
@@ -128,8 +127,8 @@ PUBLISHED = {
         options=_without_header("\t"),
         num_items=1_682,
         num_users=943,
-        items=(("u.item", movielens.read_u_item), ("u.item.tsv", movielens.read_item_tsv)),
-        users=(("u.user", movielens.read_u_user),),
+        items=("u.item", "u.item.tsv"),
+        users=("u.user",),
     ),
 }
 
@@ -206,8 +205,7 @@ def _published(request: Request) -> RawRatings:
     """Published sets: the archive is downloaded from several mirrors and checked, or taken from ``--raw_path``."""
     published = PUBLISHED[request.name]
     origin = request.raw_path or fetch(published.archive, request.folder, progress=request.progress)
-    side_files = {name for name, _ in published.items + published.users}
-    files = _find(origin, request.folder, {published.ratings, *side_files})
+    files = _find(origin, request.folder, {published.ratings, *published.items, *published.users})
     if published.ratings not in files and origin.is_file() and not is_archive(origin):
         files = {**files, published.ratings: origin}  # the ratings themselves, under whatever name
     if published.ratings not in files:
@@ -218,8 +216,8 @@ def _published(request: Request) -> RawRatings:
         files=[files[published.ratings]],
         options=published.options,
         filter=published.filter,
-        item_features=_first_readable(published.items, files),
-        user_features=_first_readable(published.users, files),
+        item_features=_side_table(published.items, files),
+        user_features=_side_table(published.users, files),
         expected_items=published.num_items if complete else None,
         expected_users=published.num_users if complete else None,
         source={"dataset": request.name, "input": origin.name, "complete": complete},
@@ -249,8 +247,7 @@ def _is_complete(published: PublishedRatings, origin: Path, ratings: Path, downl
 def _sasrec_text(request: Request) -> RawRatings:
     """Text of ``user item`` lines in time order, with MovieLens' side files where they lie beside it."""
     origin = _required_path(request)
-    films, users = ("movies.dat", movielens.read_movies_dat), ("users.dat", movielens.read_users_dat)
-    files = _find(origin, request.folder, {"interactions.txt", films[0], users[0]})
+    files = _find(origin, request.folder, {"interactions.txt", "movies.dat", "users.dat"})
     interactions = origin if origin.is_file() and not is_archive(origin) else files.get("interactions.txt")
     if interactions is None:
         raise UserError(f"{origin}: holds no interactions.txt (or interactions.txt.gz)")
@@ -258,8 +255,8 @@ def _sasrec_text(request: Request) -> RawRatings:
         name=request.name,
         files=[interactions],
         options=ReadOptions("user,item", TextOptions(" ")),
-        item_features=_first_readable([films], files),
-        user_features=_first_readable([users], files),
+        item_features=_side_table(["movies.dat"], files),
+        user_features=_side_table(["users.dat"], files),
         source={"dataset": request.name, "input": origin.name},
     )
 
@@ -318,7 +315,6 @@ def _find(origin: Path, folder: Path, names: Collection[str]) -> dict[str, Path]
     return found
 
 
-def _first_readable(
-    readers: Collection[tuple[str, _FeatureReader]], files: dict[str, Path]
-) -> pa.Table | None:
-    return next((reader(files[name]) for name, reader in readers if name in files), None)
+def _side_table(names: Collection[str], files: dict[str, Path]) -> pa.Table | None:
+    """Features from the first side file that is there."""
+    return next((movielens.read_side_file(name, files[name]) for name in names if name in files), None)

@@ -75,9 +75,21 @@ def make_catalogue(num_items: int, seed: int) -> BookCatalogue:
     Volumes of a work are neighbours in popularity; an author's works lie anywhere. Every author has two
     books or more.
     """
-    rng = np.random.Generator(np.random.Philox(key=seed))
-    work, position, sizes = _works(rng, num_items)
-    author = _authors(rng, len(sizes))[work]
+    rng = np.random.Generator(
+        np.random.Philox(key=seed)
+    )  # whose draws keep their order: a seed is a catalogue
+    sizes = np.where(rng.random(num_items) < _ALONE_SHARE, 1, rng.integers(3, 9, num_items))
+    sizes = sizes[: np.searchsorted(np.cumsum(sizes), num_items) + 1]
+    work = np.repeat(np.arange(len(sizes)), sizes)[:num_items]
+    sizes = np.bincount(work, minlength=len(sizes))  # the last work may be cut
+    position = np.arange(num_items) - (np.cumsum(sizes) - sizes)[work]
+    # Shuffled works in groups of 2 to 5; one left over joins the last group.
+    groups = np.repeat(np.arange(len(sizes)), rng.integers(2, 6, len(sizes)))[: len(sizes)]
+    if len(sizes) > 1:
+        groups[-1] = groups[-2]
+    author_of_work = np.empty(len(sizes), dtype=np.int64)
+    author_of_work[rng.permutation(len(sizes))] = groups
+    author = author_of_work[work]
     genre_weights = 1 / np.arange(3, len(GENRES) + 3)
     genre_of_author = rng.choice(len(GENRES), size=author.max() + 1, p=genre_weights / genre_weights.sum())
     genre = genre_of_author[author]
@@ -115,25 +127,6 @@ def numerals(numbers: np.ndarray, base: int, width: int, prefix: str = "") -> pa
         rest = rest // np.uint64(base)
     offsets = np.arange(len(text) + 1, dtype=np.int32) * np.int32(text.shape[1])
     return pa.StringArray.from_buffers(len(text), pa.py_buffer(offsets), pa.py_buffer(text))
-
-
-def _works(rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Work of each book, its place in the work from 0, and the works' sizes."""
-    sizes = np.where(rng.random(count) < _ALONE_SHARE, 1, rng.integers(3, 9, count))
-    sizes = sizes[: np.searchsorted(np.cumsum(sizes), count) + 1]
-    work = np.repeat(np.arange(len(sizes)), sizes)[:count]
-    sizes = np.bincount(work, minlength=len(sizes))
-    return work, np.arange(count) - (np.cumsum(sizes) - sizes)[work], sizes
-
-
-def _authors(rng: np.random.Generator, num_works: int) -> np.ndarray:
-    """Author of each work: shuffled works in groups of 2 to 5; one left over joins the last group."""
-    groups = np.repeat(np.arange(num_works), rng.integers(2, 6, num_works))[:num_works]
-    if num_works > 1:
-        groups[-1] = groups[-2]
-    author = np.empty(num_works, dtype=np.int64)
-    author[rng.permutation(num_works)] = groups
-    return author
 
 
 def _successors(author: np.ndarray) -> np.ndarray:

@@ -65,8 +65,11 @@ def oracle(
     """
     catalogue = make_catalogue(settings.num_items, settings.seed)
     steps = make_steps(settings, catalogue, 0, settings.num_users)
-    kept = _five_ratings_filter(steps, settings)
     owner = steps.owners()
+    # As `preparation.filters` counts: users and books at once, and then users once more.
+    frequent = np.bincount(steps.items, minlength=settings.num_items)[steps.items] >= _FIVE
+    kept = np.flatnonzero(frequent & (np.diff(steps.offsets)[owner] >= _FIVE))
+    kept = kept[np.bincount(owner[kept], minlength=settings.num_users)[owner[kept]] >= _FIVE]
     last_kept = np.unique(owner[kept][::-1], return_index=True)[1]
     rows = kept[::-1][last_kept]
     if len(rows) == 0:
@@ -81,9 +84,10 @@ def oracle(
         probability = _next_book(settings, catalogue, steps, owner, block, seen) * available
         probability /= probability.sum(axis=1, keepdims=True)
         filtered = seen & available if history_filter else np.zeros_like(seen)
-        ranks = _best_ranks(probability, filtered, available)
-        if not repeats_count:
-            ranks = np.where(filtered, settings.num_items, ranks)
+        # A rank is the number of competitors before a book; a book that is filtered has none.
+        competing = np.where(~filtered & available, probability, -1.0)
+        ranks = np.argsort(np.argsort(-competing, axis=1, kind="stable"), axis=1)
+        ranks = np.where(filtered, 0 if repeats_count else settings.num_items, ranks)
         by_rank = np.zeros((len(block), settings.num_items + 1))
         np.add.at(by_rank, (np.arange(len(block))[:, None], ranks), probability)
         expected += weights.table @ by_rank.sum(axis=0)
@@ -112,14 +116,6 @@ class _RankWeights:
             users=users,
             realised=realised,
         )
-
-
-def _five_ratings_filter(steps: Steps, settings: SyntheticBooksSettings) -> np.ndarray:
-    """Rows that the filter of the Amazon sets keeps, in order."""
-    owner = steps.owners()
-    frequent = np.bincount(steps.items, minlength=settings.num_items)[steps.items] >= _FIVE
-    rows = np.flatnonzero(frequent & (np.diff(steps.offsets)[owner] >= _FIVE))
-    return rows[np.bincount(owner[rows], minlength=settings.num_users)[owner[rows]] >= _FIVE]
 
 
 def _books_before(steps: Steps, owner: np.ndarray, rows: np.ndarray, num_items: int) -> np.ndarray:
@@ -153,28 +149,13 @@ def _next_book(
     probability = fresh / fresh.sum(axis=1, keepdims=True) * (1 - threaded)[:, None]
     older = np.where(steps.other[rows] >= 0, settings.interleaving, 0.0)
     for head, share in ((steps.last[rows], 1 - older), (steps.other[rows], older)):
-        book = _next_unread(catalogue.successor, head, seen)
-        np.add.at(probability, (np.arange(len(rows)), book), threaded * share)
+        readers, book = np.arange(len(rows)), catalogue.successor[head]
+        for _ in range(REDRAWS):
+            book = np.where(seen[readers, book], catalogue.successor[book], book)
+        np.add.at(probability, (readers, book), threaded * share)
     return probability
 
 
 def _within_genre(catalogue: BookCatalogue, genre: np.ndarray) -> np.ndarray:
     of_genre = np.where(catalogue.genre == genre[:, None], catalogue.popularity, 0.0)
     return of_genre / of_genre.sum(axis=1, keepdims=True)
-
-
-def _next_unread(successor: np.ndarray, head: np.ndarray, seen: np.ndarray) -> np.ndarray:
-    readers = np.arange(len(head))
-    book = successor[head]
-    for _ in range(REDRAWS):
-        book = np.where(seen[readers, book], successor[book], book)
-    return book
-
-
-def _best_ranks(probability: np.ndarray, filtered: np.ndarray, available: np.ndarray) -> np.ndarray:
-    """Ranks from 0, ``[n, V]``: how many competitors stand before a book; filtered books come first."""
-    competes = ~filtered & available
-    order = np.argsort(-np.where(competes, probability, -1.0), axis=1, kind="stable")
-    ranks = np.empty_like(order)
-    np.put_along_axis(ranks, order, np.broadcast_to(np.arange(order.shape[1]), order.shape), axis=1)
-    return np.where(filtered, 0, ranks)

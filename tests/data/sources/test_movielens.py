@@ -14,46 +14,33 @@ from memory import memory_grows_at_most
 
 FLAGS = "|".join("1" if genre in {"Drama", "War"} else "0" for genre in movielens.GENRES_100K)
 
-GOOD: dict[str, tuple[Callable[[Path], pa.Table], bytes]] = {
-    "movies.dat": (
-        movielens.read_movies_dat,
-        "1::Misérables, Les (1995)::Drama|War\n2::No Year::\n".encode("latin-1"),
-    ),
+GOOD: dict[str, bytes] = {
+    "movies.dat": "1::Misérables, Les (1995)::Drama|War\n2::No Year::\n".encode("latin-1"),
     "movies.csv": (
-        movielens.read_movies_csv,
-        (
-            'movieId,title,genres\r\n1,"Misérables, Les (1995)",Drama|War\r\n'
-            "2,No Year,(no genres listed)\r\n"
-        ).encode(),
-    ),
+        'movieId,title,genres\r\n1,"Misérables, Les (1995)",Drama|War\r\n2,No Year,(no genres listed)\r\n'
+    ).encode(),
     "u.item": (
-        movielens.read_u_item,
-        (
-            f"1|Misérables, Les (1995)|01-Jan-1995||http://x|{FLAGS}\n2|No Year||||1" + "|0" * 18 + "\n"
-        ).encode("latin-1"),
-    ),
+        f"1|Misérables, Les (1995)|01-Jan-1995||http://x|{FLAGS}\n2|No Year||||1" + "|0" * 18 + "\n"
+    ).encode("latin-1"),
     "u.item.tsv": (
-        movielens.read_item_tsv,
-        (
-            "item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq\n"
-            "1\tMisérables, Les\t1995\tDrama War\n2\tNo Year\t\t\n"
-        ).encode(),
-    ),
-    "users.dat": (movielens.read_users_dat, b"1::F::25::10::48067\n2::M::1::0::70072-1234\n"),
-    "u.user": (movielens.read_u_user, b"1|27|F|writer|48067\n2|7|M|student|T8H1N\n"),
-}  # fmt: skip
+        "item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq\n"
+        "1\tMisérables, Les\t1995\tDrama War\n2\tNo Year\t\t\n"
+    ).encode(),
+    "users.dat": b"1::F::25::10::48067\n2::M::1::0::70072-1234\n",
+    "u.user": b"1|27|F|writer|48067\n2|7|M|student|T8H1N\n",
+}
 FILMS = [name for name in GOOD if not name.startswith(("users", "u.user"))]
 
 
 def _read(tmp_path: Path, name: str, content: bytes) -> pa.Table:
     (tmp_path / name).write_bytes(content)
-    return GOOD[name][0](tmp_path / name)
+    return movielens.read_side_file(name, tmp_path / name)
 
 
 @pytest.mark.parametrize("name", FILMS)
 @pytest.mark.parametrize("compress", [bytes, gzip.compress])
 def test_all_film_formats_say_the_same(tmp_path: Path, name: str, compress: Callable[[bytes], bytes]) -> None:
-    table = _read(tmp_path, name, compress(GOOD[name][1]))
+    table = _read(tmp_path, name, compress(GOOD[name]))
     assert table.schema.equals(movielens.ITEM_SCHEMA)
     assert table.to_pylist() == [
         {"item": "1", "title": "Misérables, Les", "year": 1995.0, "genres": ["Drama", "War"]},
@@ -67,9 +54,9 @@ def test_titles_are_marked_as_text() -> None:
 
 
 def test_users_of_both_formats(tmp_path: Path) -> None:
-    first = _read(tmp_path, "users.dat", GOOD["users.dat"][1]).to_pylist()
+    first = _read(tmp_path, "users.dat", GOOD["users.dat"]).to_pylist()
     assert first[0] == {"user": "1", "gender": "F", "age": "25", "occupation": "10", "zip": "48067"}
-    second = _read(tmp_path, "u.user", GOOD["u.user"][1]).to_pylist()
+    second = _read(tmp_path, "u.user", GOOD["u.user"]).to_pylist()
     assert second[0] == {"user": "1", "gender": "F", "age": "25", "occupation": "writer", "zip": "48067"}
     assert second[1]["age"] == "1"
 
@@ -124,7 +111,7 @@ def test_a_file_that_unpacks_without_end(
 def test_damage_gives_rows_or_one_line(tmp_path: Path, name: str, inputs: int) -> None:
     """Damaged inputs of each format: cut, doubled and overwritten bytes."""
     rng = random.Random(name)
-    _, good = GOOD[name]
+    good = GOOD[name]
     alphabet = b"|:,\t\n\r\"'0a\x00\xe9\xff\x1f\x8b"
     refused = 0
     for _ in range(inputs):
