@@ -109,7 +109,7 @@ def _batch(
     """Histories as the evaluation cuts them; the time of a request is that of the test target, else of the last event."""
     if history == "test":
         return EvaluationLoader(dataset, stops, width, len(users)).batch(users)
-    batch = SequenceRows(dataset, width).cut(users, np.zeros_like(stops[users]), stops[users])
+    batch = SequenceRows(dataset, width).cut(users, stops[users])
     if "timestamps" in batch:
         last = (batch["lengths"] - 1).clamp(min=0)[:, None]
         batch["next_timestamps"] = batch["timestamps"].gather(1, last)[:, 0]

@@ -69,7 +69,6 @@ MAX_TEXT = 1000
 """Characters of a name or a path."""
 
 Model = TypeVar("Model", bound="StrictModel")
-Built = TypeVar("Built")
 
 
 class StrictModel(BaseModel):
@@ -214,13 +213,6 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return (
         f"; did you mean {of_case[close[0]]!r}?" if close else ""
     ) + f"; known: {', '.join(names) or 'none'}"
-
-
-def look_up(table: Mapping[str, Built], name: str, what: str) -> Built:
-    """``table[name]``, or UserError with the known names."""
-    if name not in table:
-        raise UserError(f"unknown {what} {name!r}; known: {', '.join(table)}")
-    return table[name]
 
 
 def type_name(annotation: Any) -> str:

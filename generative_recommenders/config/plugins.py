@@ -35,10 +35,6 @@ def load_plugins(sources: Sequence[str]) -> list[Plugin]:
     return [_load_file(Path(each)) if _is_file(each) else _load_module(each) for each in sources]
 
 
-def loaded_plugins() -> list[Plugin]:
-    return list(_LOADED.values())
-
-
 def plugin_of(module: str) -> Plugin | None:
     """The plug-in that a module belongs to."""
     return next((p for name, p in _LOADED.items() if module == name or module.startswith(name + ".")), None)

@@ -73,19 +73,16 @@ def timeline(dataset: SequenceDataset, split: Split) -> dict[str, Any] | None:
         parts[name] = np.histogram(times[(dataset.offsets[:-1] + targets)[targets >= 0]], edges)[0]
     later = 1 - np.cumsum(train) / max(train.sum(), 1)  # of the bins behind
     test = parts["test"]
+    quantiles = {}  # as the starts of their bins
+    for name, reached in ((name, np.cumsum(counts)) for name, counts in parts.items() if counts.any()):
+        places = np.searchsorted(reached, np.maximum(np.array(QUANTILES) * reached[-1], 1))
+        quantiles[name] = dict(zip(map(str, QUANTILES), map(_date, edges[places])))
     return {
-        "quantiles": {name: _times_of(counts, edges) for name, counts in parts.items() if counts.any()},
+        "quantiles": quantiles,
         "training_later_than_test": float((later * test).sum() / test.sum()) if test.any() else None,
         "bins_start": [_date(edge) for edge in edges[: -1 : _TIME_BINS // _SHOWN_BINS]],
         "events": {name: counts.reshape(_SHOWN_BINS, -1).sum(1).tolist() for name, counts in parts.items()},
     }
-
-
-def _times_of(counts: np.ndarray, edges: np.ndarray) -> dict[str, str]:
-    """Quantiles of times counted in bins, as the starts of their bins."""
-    reached = np.cumsum(counts)
-    places = np.searchsorted(reached, np.maximum(np.array(QUANTILES) * reached[-1], 1))
-    return dict(zip(map(str, QUANTILES), (_date(edges[place]) for place in places)))
 
 
 def _date(seconds: float) -> str:

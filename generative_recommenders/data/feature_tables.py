@@ -39,25 +39,21 @@ def unrated_items(ids: pa.Array, raw: pa.Table) -> pa.Table:
 def describe(owner: str, features: pa.Table) -> list[FeatureSpec]:
     """What the manifest says about feature columns of ``item`` or ``user``; UserError for a type that is no
     feature's."""
-    source = f"{owner}s.parquet"
-    return [
-        _describe(features.schema.field(name), features[name], source, owner)
-        for name in features.column_names
-    ]
-
-
-def _describe(field: pa.Field, column: pa.ChunkedArray, source: str, owner: str) -> FeatureSpec:
-    name, kind = field.name, field.type
-    if (field.metadata or {}).get(b"kind") == b"text":
-        return FeatureSpec(name, "text", 0, source, owner)
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        return FeatureSpec(name, "categorical_list", _distinct(pc.list_flatten(column)), source, owner)
-    if pa.types.is_floating(kind) or pa.types.is_integer(kind):
-        return FeatureSpec(name, "numerical", 0, source, owner)
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        return FeatureSpec(name, "categorical", _distinct(column), source, owner)
-    raise UserError(f"feature {name!r} of {owner}s has type {kind}; use strings, lists of strings or numbers")
-
-
-def _distinct(column: pa.ChunkedArray) -> int:
-    return pc.count_distinct(column, mode="only_valid").as_py()
+    specs = []
+    for field, values in zip(features.schema, features.columns):
+        kind = field.type
+        if (field.metadata or {}).get(b"kind") == b"text":
+            described = "text"
+        elif pa.types.is_list(kind) or pa.types.is_large_list(kind):
+            described, values = "categorical_list", pc.list_flatten(values)
+        elif pa.types.is_floating(kind) or pa.types.is_integer(kind):
+            described = "numerical"
+        elif pa.types.is_string(kind) or pa.types.is_large_string(kind):
+            described = "categorical"
+        else:
+            raise UserError(
+                f"feature {field.name!r} of {owner}s has type {kind}; use strings, lists of strings or numbers"
+            )
+        distinct = pc.count_distinct(values, mode="only_valid").as_py() if "categorical" in described else 0
+        specs.append(FeatureSpec(field.name, described, distinct, f"{owner}s.parquet", owner))
+    return specs

@@ -43,11 +43,10 @@ class SequenceRows:
         self.dataset = dataset
         self.width = width
 
-    def cut(self, users: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> dict[str, torch.Tensor]:
-        """Events [max(start, stop - width), stop) of each user; all arguments ``[B]``, positions in the user's sequence."""
-        begins = np.maximum(starts, stops - self.width)
-        lengths = np.maximum(stops - begins, 0)
-        events = (self.dataset.offsets[users] + begins)[:, None] + np.arange(self.width)
+    def cut(self, users: np.ndarray, stops: np.ndarray) -> dict[str, torch.Tensor]:
+        """The last ``width`` events before each user's stop, a position in the sequence; both arguments ``[B]``."""
+        lengths = np.minimum(stops, self.width)
+        events = (self.dataset.offsets[users] + stops - lengths)[:, None] + np.arange(self.width)
         real = np.arange(self.width) < lengths[:, None]
         # Places beyond the data's end cannot be read: padding reads event 0, and `_columns` clears it.
         return self._columns(users, lengths, np.where(real, events, 0), real)
@@ -132,19 +131,17 @@ class SequenceLoader:
     def batch(self, rows: np.ndarray, epoch: int, step: int) -> LoadedBatch:
         """This process's share of the global batch of ``rows``, places in ``users`` and ``stops``."""
         users, stops = self.users[rows], self.stops[rows]
+        bounds = [users.size * rank // self.world_size for rank in (self.rank, self.rank + 1)]
+        mine = slice(*bounds)
         if self.sampling_ratio < 1.0:
+            # Every process draws for the whole global batch, and so gets the same lengths of all of its rows.
             keep = self._generator(epoch, 1 + step).random(int(stops.sum())) < self.sampling_ratio
             columns = self.rows.cut_kept(users, stops, keep)
             lengths = columns["lengths"].numpy()
-        else:
-            columns = {}
-            lengths = np.minimum(stops, self.rows.width)
-        bounds = [users.size * rank // self.world_size for rank in (self.rank, self.rank + 1)]
-        mine = slice(*bounds)
-        if columns:
             columns = {name: values[mine] for name, values in columns.items()}
         else:
-            columns = self.rows.cut(users[mine], np.zeros_like(stops[mine]), stops[mine])
+            columns = self.rows.cut(users[mine], stops[mine])
+            lengths = np.minimum(stops, self.rows.width)
         targets = np.maximum(lengths - 1, 0)
         return LoadedBatch(columns, step, bounds[0], int(targets[: bounds[0]].sum()), int(targets.sum()))
 
@@ -188,7 +185,7 @@ class EvaluationLoader:
 
     def batch(self, users: np.ndarray) -> dict[str, torch.Tensor]:
         dataset, stops = self.rows.dataset, self.targets[users]
-        columns = self.rows.cut(users, np.zeros_like(stops), stops)
+        columns = self.rows.cut(users, stops)
         events = dataset.offsets[users] + stops
         names = {"item_ids": "target_ids", "timestamps": "next_timestamps"}
         for name, values in event_values(dataset, events).items():

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
-from pydantic import AfterValidator, ConfigDict, Field, StrictFloat, StrictInt, StrictStr
+from pydantic import ConfigDict, Field, StrictFloat, StrictInt, StrictStr
 
 from generative_recommenders.errors import UserError
 
@@ -29,12 +29,6 @@ _RESERVED = {
 }  # fmt: skip
 
 
-def _known_kind(kind: str) -> str:
-    if kind not in KINDS:
-        raise ValueError(f"a kind is one of {', '.join(KINDS)}")
-    return kind
-
-
 @dataclass(frozen=True)
 class EventColumn:
     """A further column of a prepared data set.
@@ -46,7 +40,7 @@ class EventColumn:
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     name: Annotated[StrictStr, Field(pattern=r"^[A-Za-z]\w*$")]
-    kind: Annotated[str, AfterValidator(_known_kind)]
+    kind: Annotated[StrictStr, Field(pattern=f"^({'|'.join(KINDS)})$")]
     cardinality: Annotated[StrictInt, Field(ge=0)] = 0
     mean: StrictFloat = 0.0
     std: Annotated[StrictFloat, Field(gt=0)] = 1.0

@@ -148,28 +148,15 @@ class SequenceDataset:
 
     def _read_table(self, owners: str, columns: list[str]) -> pa.Table:
         """Columns of ``users`` or ``items``, as many rows as the manifest says."""
-        table = self._read_rows(self.folder / f"{owners}.parquet", columns, self.manifest.counts[owners])
+        table = read_rows(self.folder / f"{owners}.parquet", columns, self.manifest.counts[owners])
         if owners == "items" and self.unrated:
-            table = pa.concat_tables([table, self._read_rows(self.folder / UNRATED, columns, self.unrated)])
+            table = pa.concat_tables([table, read_rows(self.folder / UNRATED, columns, self.unrated)])
         return table
 
     def vocabulary(self, name: str) -> pa.ChunkedArray:
         """``[C]`` strings of a categorical event column; row i is id i + 1."""
         (column,) = (each for each in self.manifest.event_columns if each.name == name)
-        return self._read_rows(vocabulary_file(self.folder, name), [name], column.cardinality)[name]
-
-    def _read_rows(self, path: Path, columns: list[str], rows: int) -> pa.Table:
-        try:
-            table = _bounded_table(path, columns)
-            table.validate(full=True)
-        except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: missing, damaged or cut short; prepare the data again") from error
-        if table.column_names != columns:
-            missing = set(columns) - set(table.column_names)
-            raise UserError(f"{path}: column {min(missing)!r} is missing; prepare the data again")
-        if len(table) != rows:
-            raise UserError(f"{path}: damaged; prepare the data again")
-        return table
+        return read_rows(vocabulary_file(self.folder, name), [name], column.cardinality)[name]
 
     def _original_ids(self, owner: str) -> pa.ChunkedArray:
         ids = self._read_table(f"{owner}s", [owner])[owner]
@@ -193,9 +180,13 @@ class SequenceDataset:
         if self.items.min() < 1 or self.items.max() > self.num_items:
             raise UserError(f"{self.folder}: item ids outside 1..{self.num_items}; prepare the data again")
         kinds = {each.name: each.kind for each in self.manifest.event_columns}
-        vocabularies = {
-            name: self._checked_vocabulary(name) for name, kind in kinds.items() if kind == "categorical"
-        }
+        vocabularies = {}
+        for name in (name for name, kind in kinds.items() if kind == "categorical"):
+            vocabularies[name] = values = _large_strings(self.vocabulary(name))
+            if self.extra[name].min() < 0 or self.extra[name].max() > len(values):
+                raise UserError(
+                    f"{self.folder}: ids of {name} outside 0..{len(values)}; prepare the data again"
+                )
         user_ids, item_ids = (_large_strings(x) for x in (self.original_user_ids(), self.original_item_ids()))
         digests = EventDigests(user_ids, item_ids, kinds, vocabularies)
         for first in range(0, self.num_events, VERIFY_EVENTS):
@@ -210,13 +201,6 @@ class SequenceDataset:
             raise UserError(
                 f"{self.folder}: the data does not match its hash; the folder was changed, prepare it again"
             )
-
-    def _checked_vocabulary(self, name: str) -> pa.Array:
-        """The values of a categorical column; UserError where the column has ids of none."""
-        values, codes = _large_strings(self.vocabulary(name)), self.extra[name]
-        if codes.min() < 0 or codes.max() > len(values):
-            raise UserError(f"{self.folder}: ids of {name} outside 0..{len(values)}; prepare the data again")
-        return values
 
 
 def _large_strings(column: pa.ChunkedArray) -> pa.Array:
@@ -242,18 +226,28 @@ def _regular(path: Path) -> Path:
     return path
 
 
-def _bounded_table(path: Path, columns: list[str]) -> pa.Table:
-    """Those of the columns that are there, read some rows at a time: a short file that stands for many equal strings is
-    refused before it fills the memory."""
-    held, total, batches = path.stat().st_size, 0, []
-    with pq.ParquetFile(_regular(path)) as file:
-        names = [name for name in columns if name in file.schema_arrow.names]
-        for batch in file.iter_batches(TABLE_ROWS, columns=names, use_threads=False):
-            total += batch.nbytes
-            if total > MOST_UNPACKED * held + (64 << 20):
-                raise UserError(
-                    f"{path}: it unpacks to more than {MOST_UNPACKED} times its size; prepare the data again"
-                )
-            batches.append(batch)
-        schema = pa.schema([file.schema_arrow.field(name) for name in names])
-    return pa.Table.from_batches(batches, schema if not batches else None).select(names)
+def read_rows(path: Path, columns: list[str], rows: int) -> pa.Table:
+    """Columns of a Parquet file that must have so many rows; UserError for another, or for one that is damaged."""
+    unpacked, batches = 0, []
+    try:
+        most = MOST_UNPACKED * path.stat().st_size + (64 << 20)
+        with pq.ParquetFile(_regular(path)) as file:
+            schema = file.schema_arrow
+            if missing := set(columns) - set(schema.names):
+                raise UserError(f"{path}: column {min(missing)!r} is missing; prepare the data again")
+            # Few rows at a time: a short file that stands for many equal strings is refused before it fills the memory.
+            for batch in file.iter_batches(TABLE_ROWS, columns=columns, use_threads=False):
+                unpacked += batch.nbytes
+                if unpacked > most:
+                    raise UserError(
+                        f"{path}: it unpacks to more than {MOST_UNPACKED} times its size; prepare the data again"
+                    )
+                batches.append(batch)
+        empty = pa.schema([schema.field(name) for name in columns]).empty_table()
+        table = (pa.Table.from_batches(batches) if batches else empty).select(columns)
+        table.validate(full=True)
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: missing, damaged or cut short; prepare the data again") from error
+    if len(table) != rows:
+        raise UserError(f"{path}: damaged; prepare the data again")
+    return table

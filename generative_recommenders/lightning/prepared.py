@@ -83,7 +83,7 @@ class DataModule(lightning.LightningDataModule):
         def batches() -> Iterator[dict[str, Any]]:
             for users in (mine[start : start + size] for start in range(0, len(mine), size)):
                 stops = np.asarray(self.dataset.lengths[users], dtype=np.int64)
-                columns = rows.cut(users, np.zeros_like(stops), stops)
+                columns = rows.cut(users, stops)
                 histories = Histories(self.dataset, users, stops)
                 seen = _rectangle(histories.rows, histories["item_ids"], len(users))
                 yield {"history": columns, "query_id": columns["user_ids"], "seen_ids": seen, "train": seen}

@@ -84,7 +84,16 @@ class EventDigests:
         times = _ABSENT if seconds is None else seconds.view(np.uint64)
         self.total += _sum_of_digests([owners, self.items[items], stars, times, positions])
         for name, column in self.columns.items():
-            values = _words(extra[name], self.values.get(name))
+            values, vocabulary = np.asarray(extra[name]), self.values.get(name)
+            if vocabulary is not None:
+                values = np.append(vocabulary, _ABSENT)[values - 1]  # the id 0, missing, takes the last place
+            elif values.dtype.kind == "f":
+                one = np.where(
+                    np.isnan(values), np.float32("nan"), values + np.float32(0)
+                )  # one NaN, one zero
+                values = one.astype(np.float32).view(np.uint32).astype(np.uint64)
+            else:
+                values = values.view(np.uint64)
             self.columns_total += _sum_of_digests([owners, positions, column, values])
 
     def hashes(self) -> tuple[str, str]:
@@ -106,16 +115,6 @@ def _sum_of_digests(words: Sequence[np.ndarray | np.uint64]) -> int:
         high, low = (chain(seed, part) for seed in _SEEDS)
         total += (_exact_sum(high) << 64) + _exact_sum(low)
     return total % (1 << 128)
-
-
-def _words(values: np.ndarray, vocabulary: np.ndarray | None) -> np.ndarray:
-    """``[n]`` uint64 of stored values: the hash of a text (``vocabulary [C]``, ids from 1), the bits of a number."""
-    if vocabulary is not None:  # the id 0, missing, takes the last place
-        return np.append(vocabulary, _ABSENT)[np.asarray(values) - 1]
-    if values.dtype.kind == "i":
-        return np.asarray(values).view(np.uint64)
-    plain = np.where(np.isnan(values), np.float32("nan"), values + np.float32(0))  # one NaN, one zero
-    return plain.astype(np.float32).view(np.uint32).astype(np.uint64)
 
 
 def chain(seed: np.uint64, words: Sequence[np.ndarray | np.uint64]) -> np.ndarray:

@@ -62,7 +62,8 @@ def prepared_names(data_root: Path) -> list[str]:
 
 
 def find_prepared(name: str, data_root: Path) -> Path:
-    """The folder of a prepared data set, given by its name or as a path; UserError with what there is.
+    """The folder of a prepared data set, given by its name or as a path; UserError with what there is, and the command that
+    prepares this one: published data by their name, others from a file.
 
     A path has a separator, or is a prepared folder while none below ``data_root`` has that name.
     """
@@ -76,14 +77,8 @@ def find_prepared(name: str, data_root: Path) -> Path:
         return folder
     if (as_path / FILE_NAME).is_file():
         return as_path
-    raise UserError(not_prepared(name, data_root))
-
-
-def not_prepared(name: str, data_root: Path) -> str:
-    """What is prepared, and the command that prepares this one: published data by their name, others from a file."""
-    folder = prepared_path(data_root, name)
-    others = prepared_names(data_root)
-    close = difflib.get_close_matches(name, others, n=1)
+    prepared = prepared_names(data_root)
+    close = difflib.get_close_matches(name, prepared, n=1)
     meant = f"; did you mean {close[0]!r}?" if close else ""
     command = f"python preprocess_public_data.py --dataset={name}"
     if name not in DATA_SOURCES:
@@ -95,7 +90,9 @@ def not_prepared(name: str, data_root: Path) -> str:
         )
     if data_root != Path("data"):
         command += f" --data_root={data_root}"
-    return f"{name} is not prepared in {folder}{meant}; prepared: {', '.join(others) or 'none'}. To prepare it: {command}"
+    raise UserError(
+        f"{name} is not prepared in {folder}{meant}; prepared: {', '.join(prepared) or 'none'}. To prepare it: {command}"
+    )
 
 
 def prepare(raw: RawRatings, out_dir: str | Path, memory_limit: int = DEFAULT_MEMORY_LIMIT) -> Manifest:

