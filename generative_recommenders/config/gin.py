@@ -48,11 +48,7 @@ def load_settings(gin_files: Sequence[str | Path], bindings: Sequence[str] = ())
     Nothing in them runs: imports and references to functions are refused. Raises UserError in one line: a missing file, a
     syntax error with its place, an unknown name with the nearest one, a value that cannot be.
     """
-    parsed = _Parsed()
-    for path in gin_files:
-        _bind_file(find_config(path), f"no gin file at {path}{_near_configs(path)}", parsed)
-    _bind_text("\n".join(bindings), BINDINGS, parsed)
-    settings = parsed.over(s.RunSettings())
+    settings = _parse(gin_files, bindings).over(s.RunSettings())
     return settings, resolved_text(settings)
 
 
@@ -60,11 +56,35 @@ def load_ablation(
     path: str | Path, bindings: Sequence[str], names: Collection[str]
 ) -> tuple[dict[str, Any], s.RunSettings]:
     """What a file binds of ``names`` on ``ablation``, and the settings that it gives as `load_settings` does."""
-    parsed = _Parsed(names)
-    _bind_file(find_config(path), f"no gin file at {path}{_near_configs(path)}", parsed)
-    _bind_text("\n".join(bindings), BINDINGS, parsed)
+    parsed = _parse([path], bindings, names)
     settings = parsed.over(s.RunSettings())
     return {name: parsed.resolved(value, place) for name, (place, value) in parsed.apart.items()}, settings
+
+
+def override(settings: s.RunSettings, bindings: Sequence[str]) -> s.RunSettings:
+    """The settings with bindings applied over them, as for evaluating a checkpoint under another seen filter."""
+    return _parse([], bindings).over(settings)
+
+
+def _parse(
+    gin_files: Sequence[str | Path], bindings: Sequence[str], names: Collection[str] | None = None
+) -> _Parsed:
+    parsed = _Parsed(names)
+    for path in gin_files:
+        found = find_config(path)
+        if not found.is_file():
+            known = [str(each.relative_to(ROOT)) for each in sorted((ROOT / "configs").rglob("*.gin"))]
+            begun = [each for each in known if each.startswith(str(path).removesuffix(".gin"))]
+            close = begun[:3] or difflib.get_close_matches(str(path), known, n=3, cutoff=0.5)
+            meant = (
+                f"did you mean {' or '.join(close)}?"
+                if close
+                else "--list=configs names those of the package"
+            )
+            raise UserError(f"no gin file at {path}; {meant}")
+        _bind_file(found, parsed)
+    _bind_text("\n".join(bindings), BINDINGS, parsed)
+    return parsed
 
 
 def find_config(path: str | Path) -> Path:
@@ -72,21 +92,6 @@ def find_config(path: str | Path) -> Path:
     own = Path(path)
     packaged = ROOT / own
     return packaged if not own.exists() and not own.is_absolute() and packaged.is_file() else own
-
-
-def _near_configs(path: str | Path) -> str:
-    """What may have been meant by a name that is no file."""
-    known = [str(each.relative_to(ROOT)) for each in sorted((ROOT / "configs").rglob("*.gin"))]
-    begun = [each for each in known if each.startswith(str(path).removesuffix(".gin"))]
-    close = begun[:3] or difflib.get_close_matches(str(path), known, n=3, cutoff=0.5)
-    return f"; did you mean {' or '.join(close)}?" if close else "; --list=configs names those of the package"
-
-
-def override(settings: s.RunSettings, bindings: Sequence[str]) -> s.RunSettings:
-    """The settings with bindings applied over them, as for evaluating a checkpoint under another seen filter."""
-    parsed = _Parsed()
-    _bind_text("\n".join(bindings), BINDINGS, parsed)
-    return parsed.over(settings)
 
 
 @dataclass(frozen=True)
@@ -195,9 +200,7 @@ class _Parsed(config_parser.ParserDelegate):  # type: ignore[misc]
         return value
 
 
-def _bind_file(path: Path, missing: str, parsed: _Parsed) -> None:
-    if not path.is_file():
-        raise UserError(missing)
+def _bind_file(path: Path, parsed: _Parsed) -> None:
     parsed.files += 1
     if parsed.files > MAX_FILES:
         raise UserError(f"gin: more than {MAX_FILES} files, {path} the last: do includes go in a circle?")
@@ -281,8 +284,11 @@ def _bind(statement: Any, place: str, parsed: _Parsed) -> None:
         )
     if isinstance(statement, config_parser.IncludeStatement):
         found = next((p for root in (ROOT, Path.cwd()) if (p := root / statement.filename).is_file()), None)
-        missing = f"gin: {place}: no gin file at {statement.filename!r}, from {ROOT} or {Path.cwd()}"
-        _bind_file(found or ROOT / statement.filename, missing, parsed)
+        if found is None:
+            raise UserError(
+                f"gin: {place}: no gin file at {statement.filename!r}, from {ROOT} or {Path.cwd()}"
+            )
+        _bind_file(found, parsed)
     elif isinstance(statement, config_parser.BindingStatement):
         scope, owner, argument = statement.scope, statement.selector, statement.arg_name
         if not argument:

@@ -10,6 +10,7 @@ import sys
 import types
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from generative_recommenders.errors import UserError
@@ -32,7 +33,7 @@ _LOADED: dict[str, Plugin] = {}
 
 def load_plugins(sources: Sequence[str]) -> list[Plugin]:
     """Imports the plug-ins, each once; UserError in one line where one cannot be imported."""
-    return [_load_file(Path(each)) if _is_file(each) else _load_module(each) for each in sources]
+    return [_load(source) for source in sources]
 
 
 def plugin_of(module: str) -> Plugin | None:
@@ -40,56 +41,46 @@ def plugin_of(module: str) -> Plugin | None:
     return next((p for name, p in _LOADED.items() if module == name or module.startswith(name + ".")), None)
 
 
-def _is_file(source: str) -> bool:
-    return source.endswith(".py") or "/" in source
-
-
-def _load_file(path: Path) -> Plugin:
-    if not path.is_file():
-        raise UserError(f"--plugin: no file at {path}")
-    path = path.resolve()
-    name = f"{PACKAGE}.{re.sub(r'[^0-9a-zA-Z_]', '_', path.stem)}"
-    plugin = Plugin(str(path), name, hashlib.sha256(path.read_bytes()).hexdigest())
+def _load(source: str) -> Plugin:
+    is_file = source.endswith(".py") or "/" in source
+    name = source
+    if is_file:
+        path = Path(source)
+        if not path.is_file():
+            raise UserError(f"--plugin: no file at {path}")
+        source = str(path.resolve())
+        name = f"{PACKAGE}.{re.sub(r'[^0-9a-zA-Z_]', '_', path.stem)}"
+        sys.modules.setdefault(PACKAGE, types.ModuleType(PACKAGE))
+    elif name in _LOADED:
+        return _LOADED[name]
+    try:
+        spec = importlib.util.spec_from_file_location(name, source) if is_file else find_spec(name)
+    except Exception as error:  # of the package around a module, which is imported to find it
+        raise _failed(source, error) from error
+    if spec is None or spec.loader is None:
+        raise UserError(
+            f"--plugin: there is no module {source!r}; a file is named by its path, as ./{source}.py"
+        )
+    origin = Path(spec.origin or "")
+    plugin = Plugin(source, name, hashlib.sha256(origin.read_bytes()).hexdigest() if origin.is_file() else "")
     if name in _LOADED:
         if _LOADED[name] != plugin:
             raise UserError(
-                f"--plugin: {path} and {_LOADED[name].source} are both {name}, or it changed: rename one"
+                f"--plugin: {source} and {_LOADED[name].source} are both {name}, or it changed: rename one"
             )
         return plugin
-    sys.modules.setdefault(PACKAGE, types.ModuleType(PACKAGE))
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None  # a .py file has both
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
     _LOADED[name] = plugin  # before its parts are registered, which ask for it
     try:
-        spec.loader.exec_module(module)
+        if is_file:
+            sys.modules[name] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(sys.modules[name])
+        else:
+            importlib.import_module(name)
     except BaseException as error:
-        del sys.modules[name], _LOADED[name]
-        raise _failed(str(path), error) from error
-    return plugin
-
-
-def _load_module(source: str) -> Plugin:
-    if source in _LOADED:
-        return _LOADED[source]
-    try:
-        spec = importlib.util.find_spec(source)
-        if spec is None:
-            raise UserError(
-                f"--plugin: there is no module {source!r}; a file is named by its path, as ./{source}.py"
-            )
-        origin = Path(spec.origin) if spec.origin else None
-        sha256 = hashlib.sha256(origin.read_bytes()).hexdigest() if origin and origin.is_file() else ""
-        _LOADED[source] = Plugin(source, source, sha256)
-        importlib.import_module(source)
-    except UserError:
-        _LOADED.pop(source, None)
-        raise
-    except BaseException as error:
-        _LOADED.pop(source, None)
+        sys.modules.pop(name, None)
+        del _LOADED[name]
         raise _failed(source, error) from error
-    return _LOADED[source]
+    return plugin
 
 
 def _failed(source: str, error: BaseException) -> BaseException:

@@ -140,8 +140,10 @@ class Part:
         with the options.
         """
         options = self.option_values(given)
-        missing = sorted(self.supplied - set(supplies) - self._defaulted)
-        if missing:
+        no_default = inspect.Parameter.empty
+        if missing := sorted(
+            name for name in self.supplied - set(supplies) if self._parameters[name].default is no_default
+        ):
             raise UserError(
                 f"{self.gin_name} needs {', '.join(missing)}, which this program has no value for"
             )
@@ -180,10 +182,6 @@ class Part:
             parameters.append(inspect.Parameter(name, kind, default=default, annotation=field.annotation))
         return inspect.Signature(parameters)
 
-    @property
-    def _defaulted(self) -> set[str]:
-        return {n for n, p in self._parameters.items() if p.default is not inspect.Parameter.empty}
-
     def describe(self, published: Mapping[str, tuple[str, Any]] | None = None) -> str:
         """One line: name, gin name, and options with types, defaults and ranges.
 
@@ -217,26 +215,23 @@ class Registry:
 
         def add(make: Made) -> Made:
             part = Part(name, gin_name or make.__name__, make, self.supplied)
-            self._check_free(part, (name, *aliases))
+            for own in (name, *aliases):
+                if own in self._parts and not _same(self._parts[own].make, make):
+                    taken = self._parts[own].make
+                    raise UserError(
+                        f"{self.kind} {own!r} is registered already, by {taken.__module__}.{taken.__qualname__}: "
+                        "choose another name"
+                    )
+            for registry in REGISTRIES.values():
+                for other in registry.parts():
+                    if other.gin_name == part.gin_name and not _same(other.make, make):
+                        raise UserError(
+                            f"gin name {part.gin_name!r} of {self.kind} {name!r} is taken by {registry.kind} {other.name!r}"
+                        )
             self._parts.update(dict.fromkeys((name, *aliases), part))
             return make
 
         return add
-
-    def _check_free(self, part: Part, names: tuple[str, ...]) -> None:
-        for name in names:
-            if name in self._parts and not _same(self._parts[name].make, part.make):
-                taken = self._parts[name].make
-                raise UserError(
-                    f"{self.kind} {name!r} is registered already, by {taken.__module__}.{taken.__qualname__}: "
-                    "choose another name"
-                )
-        for registry in REGISTRIES.values():
-            for other in registry.parts():
-                if other.gin_name == part.gin_name and not _same(other.make, part.make):
-                    raise UserError(
-                        f"gin name {part.gin_name!r} of {self.kind} {part.name!r} is taken by {registry.kind} {other.name!r}"
-                    )
 
     def __getitem__(self, name: str) -> Part:
         """UserError with the nearest and all known names where there is no such part."""

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from absl import logging
 
-from generative_recommenders.data.manifest import FeatureSpec
+from generative_recommenders.data.manifest import FeatureKind, FeatureSpec
 from generative_recommenders.errors import UserError
 
 
@@ -40,12 +40,13 @@ def describe(owner: str, features: pa.Table) -> list[FeatureSpec]:
     """What the manifest says about feature columns of ``item`` or ``user``; UserError for a type that is no
     feature's."""
     specs = []
-    for field, values in zip(features.schema, features.columns):
-        kind = field.type
+    for field, column in zip(features.schema, features.columns):
+        described: FeatureKind
+        kind, values = field.type, column
         if (field.metadata or {}).get(b"kind") == b"text":
             described = "text"
         elif pa.types.is_list(kind) or pa.types.is_large_list(kind):
-            described, values = "categorical_list", pc.list_flatten(values)
+            described, values = "categorical_list", pc.list_flatten(column)
         elif pa.types.is_floating(kind) or pa.types.is_integer(kind):
             described = "numerical"
         elif pa.types.is_string(kind) or pa.types.is_large_string(kind):

@@ -41,11 +41,14 @@ COLUMNS: dict[str, np.dtype] = {
 }
 
 
+FeatureKind = Literal["categorical", "categorical_list", "numerical", "text"]
+"""Of these, text is shown and not learnt from."""
+
+
 @dataclass(frozen=True)
 class FeatureSpec:
     """One feature of items or users.
 
-    kind: ``categorical``, ``categorical_list``, ``numerical``, or ``text``, which is shown and not learnt from.
     cardinality: distinct values (0 if text or numerical).
     source: the file that holds it. owner: ``item`` or ``user``.
     """
@@ -53,7 +56,7 @@ class FeatureSpec:
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     name: StrictStr
-    kind: Literal["categorical", "categorical_list", "numerical", "text"]
+    kind: FeatureKind
     cardinality: StrictInt
     source: StrictStr
     owner: StrictStr

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import polars as pl
 from absl import logging
 
 from generative_recommenders.data.readers import times
@@ -36,6 +35,7 @@ KNOWN_NAMES = {
 _SECOND = {"asin": "parent_asin", **dict.fromkeys(("sessionid", "session_id"), "user userid user_id uid")}
 """Names that give way to others, with a warning: variants of a product, which Amazon's published benchmarks of 2023 take for
 one item, and sessions of users who are named."""
+_KIND_OF = {"user": "id", "item": "id", "rating": "numerical", "timestamp": "time"}
 _TIME_LIKE = re.compile(r"(^|[_ -])(time|date|ts|datetime|timestamp)($|[_ -])|time|date", re.IGNORECASE)
 _YEARS = (946_684_800, 4_102_444_800)  # 2000 to 2100: numbers in between, in any unit, may be times
 
@@ -102,72 +102,86 @@ def find_columns(source: TableSource, requests: Requests | None) -> list[Column]
                 f"{path}: line 1 is no header with known names; it splits into {shown}; say what the columns are, as "
                 "--columns=user,item,rating,timestamp with _ for one to skip, or --header=yes"
             )
-        return _by_name(path, header, source.sample, None)
-    if header is not None and is_named(requests, header):
-        # Known names alone, one for every column, some to skip: they tell places, whatever the header calls the rest.
-        known_only = all(each is None or each == ColumnRequest(each.name) for each in requests)
-        if not (known_only and len(requests) == source.num_fields and None in requests):
-            return _by_name(path, header, source.sample, requests)
-    for request, name in zip(requests, header or ()):
-        if request is None or request.name not in KNOWN_NAMES:
-            continue
-        for role, names in KNOWN_NAMES.items():
-            if role != request.name and normalise(name) in names.split():
-                raise UserError(
-                    f"{path}: column {name!r} is in the place of the {request.name}; write --columns={role}={name},..."
-                )
-    return _by_place(path, header, source.num_fields, requests)
-
-
-def _by_name(
-    path: Path, header: Sequence[str], sample: pl.DataFrame, requests: Requests | None
-) -> list[Column]:
-    """The requested columns by their names, or all that have known ones."""
-    columns = []
-    for request in requests if requests is not None else map(ColumnRequest, KNOWN):
-        if request is None:
-            continue
-        if requests is None:
-            places = _known_places(header, request.name)
-            if not places and request.name not in ("user", "item"):
-                continue
-        else:
-            places = _places(header, request)
-        if not places:
-            wanted = request.file_column or request.name
-            names = ", ".join(header)[:200]
-            if requests is None:
-                raise UserError(
-                    f"{path}: no {wanted} among: {names}; name the columns, as --columns=user=...,item=..."
-                )
-            close = difflib.get_close_matches(wanted, list(header), 1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise UserError(f"{path}: no column {wanted!r} among: {names}{hint}")
-        place = _one_place(path, header, request.name, places)
-        columns.append(_column(path, request, place, header[place]))
-    _check(path, columns, header)
+        found = _by_known_names(path, header)
+    # Known names alone, one for every column, some to skip: they tell places, whatever the header calls the rest.
+    elif (
+        header is None
+        or not is_named(requests, header)
+        or (
+            all(each is None or each == ColumnRequest(each.name) for each in requests)
+            and len(requests) == source.num_fields
+            and None in requests
+        )
+    ):
+        found = _by_place(path, header, source.num_fields, requests)
+    else:
+        found = _by_name(path, header, requests)
+    columns = [_column(path, request, place, header) for request, place in found]
+    for role in ("user", "item"):
+        if role not in [column.name for column in columns]:
+            raise UserError(
+                f"{path}: no column is the {role}; name it with --columns, as --columns=user=...,item=..."
+            )
+    places = [column.place for column in columns]
+    for column in columns:
+        if column.header and (header or []).count(column.header) > 1:
+            raise UserError(f"{path}: several columns are called {column.header!r}; rename all but one")
+        if places.count(column.place) > 1:
+            name = column.header or f"column {column.place + 1}"
+            raise UserError(f"{path}: {name!r} is taken for two columns; name the right ones with --columns")
     if requests is None:
-        _refuse_unused_times(path, header, sample, columns)
+        _refuse_unused_times(source, columns)
     return columns
 
 
-def _by_place(path: Path, header: Sequence[str] | None, num_fields: int, requests: Requests) -> list[Column]:
-    """The requested columns in the order of the file."""
+Found = list[tuple[ColumnRequest, int]]
+"""Requests with the places of their columns."""
+
+
+def _by_known_names(path: Path, header: Sequence[str]) -> Found:
+    found = []
+    for role in KNOWN:
+        if places := _known_places(header, role):
+            found.append((ColumnRequest(role), _one_place(path, header, role, places)))
+        elif role in ("user", "item"):
+            names = ", ".join(header)[:200]
+            raise UserError(
+                f"{path}: no {role} among: {names}; name the columns, as --columns=user=...,item=..."
+            )
+    return found
+
+
+def _by_name(path: Path, header: Sequence[str], requests: Requests) -> Found:
+    found = []
+    for request in filter(None, requests):
+        places = _places(header, request)
+        if not places:
+            wanted = request.file_column or request.name
+            close = difflib.get_close_matches(wanted, list(header), 1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise UserError(f"{path}: no column {wanted!r} among: {', '.join(header)[:200]}{hint}")
+        found.append((request, _one_place(path, header, request.name, places)))
+    return found
+
+
+def _by_place(path: Path, header: Sequence[str] | None, num_fields: int, requests: Requests) -> Found:
+    """In the order of the file, whose header must not contradict."""
+    for request, name in zip(requests, header or ()):
+        role = _role_of(name)
+        if request is not None and request.name in KNOWN_NAMES and role not in (None, request.name):
+            raise UserError(
+                f"{path}: column {name!r} is in the place of the {request.name}; write --columns={role}={name},..."
+            )
     if len(requests) != num_fields:
         raise UserError(
             f"{path}: {num_fields} fields a line, but --columns names {len(requests)}; name every one, with _ to skip one"
         )
-    columns = []
-    for place, request in enumerate(requests):
-        if request is None:
-            continue
+    for request in filter(None, requests):
         if request.file_column is not None:
             raise UserError(
                 f"{path}: no column {request.file_column!r}: line 1 is no header; --header=yes says that it is"
             )
-        columns.append(_column(path, request, place, header[place] if header else None))
-    _check(path, columns, header or [])
-    return columns
+    return [(request, place) for place, request in enumerate(requests) if request is not None]
 
 
 def is_named(requests: Requests, header: Sequence[str]) -> bool:
@@ -222,33 +236,30 @@ def _one_place(path: Path, header: Sequence[str], role: str, places: Sequence[in
     return first[0]
 
 
-def _column(path: Path, request: ColumnRequest, place: int, header: str | None) -> Column:
-    if request.name in ("user", "item"):
-        return Column(request.name, "id", place, header)
-    if request.name == "rating":
-        return Column(request.name, "numerical", place, header)
-    kind = request.kind or ("time" if request.name == "timestamp" else None)
+def _column(path: Path, request: ColumnRequest, place: int, header: Sequence[str] | None) -> Column:
+    name, kind = request.name, request.kind or _KIND_OF.get(request.name)
+    role = _role_of(name)
+    if kind is None and role is not None and header is not None and request.file_column is None:
+        name, kind = role, _KIND_OF[role]  # --columns names it as the header does
     if kind is None:
-        role = next(
-            (role for role, names in KNOWN_NAMES.items() if normalise(request.name) in names.split()), None
-        )
-        if role is not None and header is not None and request.file_column is None:
-            return _column(path, ColumnRequest(role), place, header)
-        known = ", ".join(f"{request.name}:{each}" for each in KINDS)
+        known = ", ".join(f"{name}:{each}" for each in KINDS)
         raise UserError(
-            f"{path}: --columns: what is {request.name!r}? Write user, item, rating or timestamp={request.name}, or a kind "
+            f"{path}: --columns: what is {name!r}? Write user, item, rating or timestamp={name}, or a kind "
             f"({known}), or _ to skip it"
         )
-    return Column(request.name, kind, place, header)
+    return Column(name, kind, place, header[place] if header else None)
 
 
-def _refuse_unused_times(
-    path: Path, header: Sequence[str], sample: pl.DataFrame, columns: list[Column]
-) -> None:
+def _role_of(name: str) -> str | None:
+    """Whose known name this is."""
+    return next((role for role, names in KNOWN_NAMES.items() if normalise(name) in names.split()), None)
+
+
+def _refuse_unused_times(source: TableSource, columns: list[Column]) -> None:
     """UserError naming a column that is not read and may be the time: by its name, its type or its values."""
-    has_time = any(column.name == "timestamp" for column in columns)
+    header, has_time = source.header or [], any(column.name == "timestamp" for column in columns)
     for place in sorted({*range(len(header))} - {column.place for column in columns}):
-        values = sample[sample.columns[place]]
+        values = source.sample[str(place)]
         form = times.recognise(values) if len(values.drop_nulls()) else None
         by_value = form is not None and (form.text is not None or values.dtype.is_temporal())
         if form is not None and not by_value:  # numbers: all of them in the years of today's data
@@ -258,22 +269,6 @@ def _refuse_unused_times(
         if by_value or (not has_time and form is not None and _TIME_LIKE.search(header[place])):
             own = ",".join(f"{column.name}={column.header}" for column in columns)
             raise UserError(
-                f"{path}: column {header[place]!r} may be the time and would be left out; name the columns, as "
+                f"{source.path}: column {header[place]!r} may be the time and would be left out; name the columns, as "
                 f"--columns={own},timestamp={header[place]} (or --columns={own} to leave it out)"
             )
-
-
-def _check(path: Path, columns: Sequence[Column], header: Sequence[str]) -> None:
-    """UserError unless user and item are there and no column is taken twice."""
-    for role in ("user", "item"):
-        if role not in [column.name for column in columns]:
-            raise UserError(
-                f"{path}: no column is the {role}; name it with --columns, as --columns=user=...,item=..."
-            )
-    places = [column.place for column in columns]
-    for column in columns:
-        if column.header and list(header).count(column.header) > 1:
-            raise UserError(f"{path}: several columns are called {column.header!r}; rename all but one")
-        if places.count(column.place) > 1:
-            name = header[column.place] if header else f"column {column.place + 1}"
-            raise UserError(f"{path}: {name!r} is taken for two columns; name the right ones with --columns")

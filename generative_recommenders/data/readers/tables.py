@@ -57,9 +57,7 @@ class ParquetSource(TableSource):
         self.header = schema.names
         self.num_fields = len(self.header)
         # text is read as dictionaries, so that a long value that every row repeats is held once
-        self.text_columns = [
-            field.name for field in schema if _is_text(field.type) and not pa.types.is_string_view(field.type)
-        ]
+        self.text_columns = [field.name for field in schema if field.type in (pa.string(), pa.large_string())]
         # text as differences to the one before: a row may stand for a long text of few bytes, so that few are read at a time
         self.differences = False
         _, batch = next(self._read(self.header, SAMPLE_ROWS))
@@ -256,10 +254,6 @@ def _batch_rows(places: Sequence[int]) -> int:
     return _BATCH_BYTES // (64 * max(1, len(places)))
 
 
-def _is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
-
-
 def _checked(path: Path, first: int, batch: pa.RecordBatch) -> pa.RecordBatch:
     """The batch; UserError where its text is not UTF-8 or its offsets and indices lead out of it, as a forged file's may."""
     for name, column in zip(batch.schema.names, batch.columns):
@@ -276,69 +270,72 @@ def _sample(batch: pa.RecordBatch) -> pl.DataFrame:
     """All columns of a batch by place; those that hold no value of an event, as lists or long texts, are empty."""
     columns = []
     for place, column in enumerate(batch.columns):
-        series = _series(column) if _first_long(_text_of(column)) is None else None
-        columns.append(pl.Series(str(place), [None] * len(column) if series is None else series))
+        try:
+            columns.append(_series(column).alias(str(place)))
+        except _NO_SERIES:
+            columns.append(pl.Series(str(place), [None] * len(column)))
     return pl.DataFrame(columns)
 
 
 def _rows_and_frame(
     path: Path, first: int, batch: pa.RecordBatch, names: list[str], places: Sequence[int]
 ) -> tuple[Rows, pl.DataFrame]:
-    """Columns of a batch by place; UserError for text that is longer than an id, before it is copied into every row."""
+    """Columns of a batch by place."""
     rows = Rows(str(path), lambda row: f"row {first + row + 1}")
     columns = []
     for name, place in zip(names, places):
         column = batch.column(name)
-        text = _text_of(column)
-        at = _first_long(text)
-        if text is not None and at is not None:
-            row = pc.index(column.indices, at).as_py() if pa.types.is_dictionary(column.type) else at
-            size = pc.binary_length(text[at]).as_py()
-            raise rows.fault(row, name, None, f"has {size} bytes; an id has at most {MAX_ID_BYTES}")
-        series = _series(column)
-        if series is None:
+        try:
+            columns.append(_series(column).alias(str(place)))
+        except _LongTextError as long:
+            what = f"has {long.size} bytes; an id has at most {MAX_ID_BYTES}"
+            raise rows.fault(long.row, name, None, what) from None
+        except _NO_SERIES:
             raise UserError(
                 f"{path}: column {name!r} is of type {column.type}, which holds no value of an event"
-            )
-        columns.append(series.alias(str(place)))
+            ) from None
     return rows, pl.DataFrame(columns)
 
 
-def _text_of(column: pa.Array) -> pa.Array | None:
-    """The texts of a column, of a dictionary each once; None where it holds none."""
-    text = _without_view(column.dictionary if pa.types.is_dictionary(column.type) else column)
-    return text if _is_text(text.type) else None
+class _LongTextError(Exception):
+    """A text that is longer than an id may be."""
+
+    def __init__(self, row: int, size: int) -> None:
+        self.row, self.size = row, size
 
 
-def _without_view(column: pa.Array) -> pa.Array:
-    """Views of text, which few of pyarrow's functions know, as text."""
-    return column.cast(pa.large_string()) if pa.types.is_string_view(column.type) else column
+_NO_SERIES = (
+    _LongTextError, pl.exceptions.PolarsError, pa.ArrowException, NotImplementedError, TypeError, ValueError,
+)  # fmt: skip
 
 
-def _first_long(text: pa.Array | None) -> int | None:
-    """Where the first text lies that is longer than an id may be."""
-    if text is None:
-        return None
-    at = pc.index(pc.greater(pc.binary_length(text), MAX_ID_BYTES), True).as_py()
-    return None if at < 0 else at
-
-
-def _series(column: pa.Array) -> pl.Series | None:
-    """A column as polars' plain types, without dictionaries, extensions and time zones; None for a type that holds no values of
-    events."""
+def _series(column: pa.Array) -> pl.Series:
+    """A column as polars' plain types, without dictionaries, extensions, views and time zones; `_NO_SERIES` for a type that
+    holds no values of events."""
     kind = column.type
-    if pa.types.is_dictionary(kind):
-        return _series(_without_view(column.dictionary).take(column.indices))
     if isinstance(column, pa.ExtensionArray):
         return _series(column.storage)
+    if pa.types.is_dictionary(kind):
+        try:
+            values = _series(column.dictionary)
+        except _LongTextError as long:
+            raise _LongTextError(pc.index(column.indices, long.row).as_py(), long.size) from None
+        return values.gather(pl.Series(pl.from_arrow(column.indices)).cast(pl.Int64))
     if pa.types.is_nested(kind) or pa.types.is_run_end_encoded(kind):
-        return None
-    # a time is kept in UTC whatever its zone, which the machine may not know
-    column = column.view(pa.timestamp(kind.unit)) if pa.types.is_timestamp(kind) else _without_view(column)
-    try:
-        return pl.Series(pl.from_arrow(column))
-    except (pl.exceptions.PolarsError, pa.ArrowException, NotImplementedError, TypeError, ValueError):
-        return None
+        raise TypeError(kind)
+    if pa.types.is_string_view(kind):
+        column = column.cast(pa.large_string())  # few of pyarrow's functions know views
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        # Before a text of megabytes is copied into every row that a dictionary or run of rows gives it to.
+        sizes = pc.binary_length(column)
+        row = pc.index(pc.greater(sizes, MAX_ID_BYTES), True).as_py()
+        if row >= 0:
+            raise _LongTextError(row, sizes[row].as_py())
+    if pa.types.is_timestamp(kind):
+        column = column.view(
+            pa.timestamp(kind.unit)
+        )  # in UTC whatever its zone, which the machine may not know
+    return pl.Series(pl.from_arrow(column))
 
 
 def one_line(error: Exception) -> str:

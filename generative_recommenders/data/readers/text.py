@@ -172,14 +172,25 @@ def parse(path: Path, block: Block, dialect: Dialect, num_fields: int, wanted: l
 
     UserError: the line that has another number of fields, is no UTF-8 or has a NUL byte.
     """
-    data = block.data
-    if b"\0" in data:
-        line = _line_at(block, data.index(b"\0"))
-        raise UserError(f"{path}, line {line}: a NUL byte; is this a text file?")
-    if b"\r" in data:
-        line = _line_at(block, data.index(b"\r"))
-        raise UserError(f"{path}, line {line}: a carriage return inside the line")
-    data, separator = _single_byte_separator(path, block, dialect)
+    data, delimiter = block.data, dialect.delimiter
+    faults = {b"\0": "a NUL byte; is this a text file?", b"\r": "a carriage return inside the line"}
+    separator = delimiter or " "
+    if len(separator) > 1 or not separator.isascii():  # pyarrow divides by single bytes alone
+        faults[_UNIT_SEPARATOR] = "a control character (0x1f) inside the line"
+        separator = _UNIT_SEPARATOR.decode()
+    for mark, fault in faults.items():
+        if (at := data.find(mark)) >= 0:
+            raise UserError(f"{path}, line {_line_at(block, at)}: {fault}")
+    if (
+        delimiter is None
+    ):  # a blank between fields and none at the ends of lines; each step only where it acts, for speed
+        data = data.replace(b"\t", b" ")
+        if b"  " in data:
+            data = re.sub(rb" +", b" ", data)
+        if b"\n " in data or b" \n" in data or data[:1] == b" " or data[-1:] == b" ":
+            data = re.sub(rb"(?m)^ | $", b"", data)
+    elif separator != delimiter:
+        data = data.replace(delimiter.encode(), _UNIT_SEPARATOR)
     names = [str(place) for place in range(num_fields)]
     columns = [str(place) for place in wanted]
     for threads in (True, False):  # once more without threads, for the number of the row at fault
@@ -200,24 +211,6 @@ def parse(path: Path, block: Block, dialect: Dialect, num_fields: int, wanted: l
         except pa.ArrowInvalid as error:
             fault = str(error)
     raise UserError(_fault(path, Block(data, block.first_line), dialect, separator, num_fields, fault))
-
-
-def _single_byte_separator(path: Path, block: Block, dialect: Dialect) -> tuple[bytes, str]:
-    """The lines with one byte between fields, and that byte."""
-    data, delimiter = block.data, dialect.delimiter
-    if delimiter is None:
-        data = data.replace(b"\t", b" ")
-        if b"  " in data:
-            data = re.sub(rb" +", b" ", data)
-        if b"\n " in data or b" \n" in data or data[:1] == b" " or data[-1:] == b" ":
-            data = re.sub(rb"(?m)^ | $", b"", data)
-        return data, " "
-    if len(delimiter) == 1 and delimiter.isascii():
-        return data, delimiter
-    if _UNIT_SEPARATOR in data:
-        at = _line_at(block, data.index(_UNIT_SEPARATOR))
-        raise UserError(f"{path}, line {at}: a control character (0x1f) inside the line")
-    return data.replace(delimiter.encode(), _UNIT_SEPARATOR), _UNIT_SEPARATOR.decode()
 
 
 def _line_at(block: Block, position: int) -> int:

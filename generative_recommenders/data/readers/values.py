@@ -96,28 +96,25 @@ def times(values: pl.Series, name: str, form: TimeFormat, rows: Rows, optional: 
     if not optional:
         rows.refuse(missing, values, name, _ABSENT)
     bad = found.is_null() & ~missing
-    if bad.any():
-        row = cast(int, bad.arg_max())
-        if values.dtype.is_temporal():  # which may be no time that Python can show
-            raise rows.fault(row, name, None, "lies outside the years 1970 to 2200")
-        raise rows.fault(row, name, values[row], _why_not(values, row, form))
-    return found
-
-
-def _why_not(values: pl.Series, row: int, form: TimeFormat) -> str:
-    """Why a value is not a time of the format."""
+    if not bad.any():
+        return found
+    row = cast(int, bad.arg_max())
+    if values.dtype.is_temporal():  # which may be no time that Python can show
+        raise rows.fault(row, name, None, "lies outside the years 1970 to 2200")
+    reason = "is not a time"
     if form.text is not None:
-        return f"is not written like the times before it ({form})"
-    try:
-        number = float(values[row])
-    except (TypeError, ValueError):
-        return f"is not a number, as the times before it ({form})"
-    if number < 0:
-        return "is before 1970"
-    if math.isfinite(number) and number * NANOSECONDS[form.unit or "s"] > MAX_SECONDS * 10**9:
-        units = ", ".join(UNIT_NAMES)
-        return f"lies after the year 2200 in {form}; give its unit with --time_unit ({units})"
-    return "is not a time"
+        reason = f"is not written like the times before it ({form})"
+    else:
+        try:
+            number = float(values[row])
+            if number < 0:
+                reason = "is before 1970"
+            elif math.isfinite(number) and number * NANOSECONDS[form.unit or "s"] > MAX_SECONDS * 10**9:
+                units = ", ".join(UNIT_NAMES)
+                reason = f"lies after the year 2200 in {form}; give its unit with --time_unit ({units})"
+        except (TypeError, ValueError):
+            reason = f"is not a number, as the times before it ({form})"
+    raise rows.fault(row, name, values[row], reason)
 
 
 def categories(values: pl.Series, name: str, rows: Rows) -> pl.Series:
