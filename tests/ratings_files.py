@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import gzip
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from generative_recommenders.data.readers.events import EventReader, ReadOptions
+from generative_recommenders.data.manifest import Manifest
+from generative_recommenders.data.preparation.prepare import prepare
+from generative_recommenders.data.readers.events import EventReader, RawRatings, ReadOptions
 from generative_recommenders.data.readers.sources import TextOptions
 from generative_recommenders.data.readers.times import NANOSECONDS
 from generative_recommenders.errors import UserError
@@ -58,6 +61,12 @@ def write_csv(
     data = ("\ufeff" * bom + line_end.join(lines) + line_end).encode()
     path.write_bytes(gzip.compress(data) if zipped else data)
     return path
+
+
+def prepare_rows(rows: list[Row], folder: Path, **known: Any) -> Manifest:
+    """The rows in ``folder / "r.csv"``, prepared in ``folder / "out"``. known: of `RawRatings`."""
+    path = write_csv(folder / "r.csv", rows)
+    return prepare(RawRatings("t", [path], COMMAS, **known), folder / "out")
 
 
 def _double(text: str) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -38,16 +40,23 @@ def tiny_dataset(
     """
     events = [(f"u{user:05}", f"i{item:05}") for user, items in enumerate(sequences) for item in items]
     users, items = zip(*events)
-    columns = {"user": pa.array(users, pa.large_string()), "item": pa.array(items, pa.large_string())}
+    columns: dict[str, Sequence] = {"user": users, "item": items}
     if ratings:
-        columns["rating"] = pa.array([1 + e % 5 for e in range(len(events))], pa.float32())
+        columns["rating"] = [1 + e % 5 for e in range(len(events))]
     if timestamps:
-        columns["timestamp"] = pa.array([SECONDS_BETWEEN * (e + 1) for e in range(len(events))], pa.int64())
+        columns["timestamp"] = [SECONDS_BETWEEN * (e + 1) for e in range(len(events))]
     names = sorted(set(items)) + [f"j{number}" for number in range(unrated)]
     features = genres_and_years(names) if item_features else None
-    raw = RawRatings("tiny", [folder / "tiny.csv"], item_features=features)
-    prepare_batches(raw, [pa.table(columns)], folder / "tiny", 1 << 30)
-    return SequenceDataset.open(folder / "tiny")
+    return dataset_of(columns, folder / "tiny", item_features=features)
+
+
+def dataset_of(columns: Mapping[str, Sequence], folder: Path, **known: Any) -> SequenceDataset:
+    """The prepared ``folder`` of these events: texts, ``rating`` numbers and ``timestamp`` seconds. known: of `RawRatings`."""
+    kinds = {"rating": pa.float32(), "timestamp": pa.int64()}
+    table = {name: pa.array(values, kinds.get(name, pa.large_string())) for name, values in columns.items()}
+    raw = RawRatings(folder.name, [folder.with_suffix(".csv")], **known)
+    prepare_batches(raw, [pa.table(table)], folder, 1 << 30)
+    return SequenceDataset.open(folder)
 
 
 def genres_and_years(items: list[str]) -> pa.Table:

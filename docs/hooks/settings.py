@@ -86,7 +86,7 @@ def published_table(_: str) -> str:
             (part, target.option)
             for target in targets
             for part in target.registry.parts()
-            if targets_in(target.registry, part).get(gin_name) is target
+            if targets_in(part).get(gin_name) is target
         ]
         parts = ", ".join(f"`{part.gin_name}.{option}`" for part, option in filled)
         part, option = filled[0]
@@ -101,7 +101,7 @@ def part_table(asked: str) -> str:
     kind, name = asked.split()
     registry = REGISTRIES[kind]
     part = registry[name]
-    filled = {t.option: (published, t.default) for published, t in targets_in(registry, part).items()}
+    filled = {t.option: (published, t.default) for published, t in targets_in(part).items()}
     rows = []
     for option, field in part.options.model_fields.items():
         published, default = filled.get(option, ("", None))

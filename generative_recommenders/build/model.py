@@ -195,7 +195,7 @@ def _check_ratings(settings: RunSettings, catalogue: Catalogue) -> None:
             f"input_preprocessor {settings.model.input_preprocessor!r} needs ratings, and {settings.data.dataset_name} has none"
         )
     lowest, highest = catalogue.rating_range or (0.0, 0.0)
-    known = part.option_values(settings.part_options(INPUT_PREPROCESSORS, part.name)).get("num_ratings")
+    known = part.option_values(settings.part_options(part)).get("num_ratings")
     if known is not None and (lowest < 0 or highest >= known):
         raise UserError(
             f"input_preprocessor {settings.model.input_preprocessor!r} has embeddings of the ratings 0 to {known - 1} "

@@ -28,4 +28,4 @@ def options_of(settings: RunSettings, registry: Registry, name: str) -> dict[str
                     part.name for part in registry.parts() if target.option in part.options.model_fields
                 ]
                 raise UserError(f"{published} acts with {', '.join(having)}, not with {name}: unset it")
-    return settings.part_options(registry, name)
+    return settings.part_options(registry[name])

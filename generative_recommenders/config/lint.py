@@ -45,7 +45,7 @@ def inert(settings: RunSettings) -> list[str]:
         if settings.value(name) != default.value(name) and (why := _reason(settings, name)):
             idle.setdefault(why, []).append(name)
     parts = parts_by_gin_name()
-    chosen = {registry[name].gin_name for registry, name in settings.chosen_parts() if name in registry}
+    chosen = {part.gin_name for part in settings.chosen_parts()}
     for owner in [owner for owner in settings.options if owner in parts and owner not in chosen]:
         values = parts[owner].option_values(settings.options[owner])
         names = [
@@ -75,11 +75,7 @@ def _reason(settings: RunSettings, name: str) -> str | None:
             return f"{condition.setting} is {settings.value(condition.setting)!r}"
         if isinstance(condition, (SuppliedTo, OptionOf)):
             registry = REGISTRIES[condition.kind]
-            parts = [
-                each[chosen]
-                for each, chosen in settings.chosen_parts()
-                if each is registry and chosen in each
-            ]
+            parts = [part for part in settings.chosen_parts() if part.registry is registry]
             if isinstance(condition, OptionOf) and not any(
                 field in part.options.model_fields for part in parts
             ):

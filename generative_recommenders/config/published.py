@@ -73,14 +73,10 @@ PUBLISHED: dict[str, tuple[Target, ...]] = {
 """Published name -> what it fills. ``train_fn.rating_threshold`` is a setting of the evaluation too."""
 
 
-def targets_in(registry: Registry, part: Part) -> dict[str, Target]:
+def targets_in(part: Part) -> dict[str, Target]:
     """Published name -> target, of the options that the part has; a target of this part alone goes before those of its kind."""
-    of_kind = [
-        (name, target)
-        for name, targets in PUBLISHED.items()
-        for target in targets
-        if target.registry is registry
-    ]
+    every = ((name, target) for name, targets in PUBLISHED.items() for target in targets)
+    of_kind = [(name, target) for name, target in every if target.registry is part.registry]
     own = {name: target for name, target in of_kind if target.only == part.gin_name}
     found = own or {name: target for name, target in of_kind if target.only is None}
     return {name: target for name, target in found.items() if target.option in part.options.model_fields}
@@ -89,6 +85,6 @@ def targets_in(registry: Registry, part: Part) -> dict[str, Target]:
 def describe(registry: Registry) -> list[str]:
     """A line a part, for ``--list``: its options with the published names that fill them, and the defaults of a run."""
     return [
-        part.describe({t.option: (name, t.default) for name, t in targets_in(registry, part).items()})
+        part.describe({t.option: (name, t.default) for name, t in targets_in(part).items()})
         for part in registry.parts()
     ]

@@ -45,7 +45,7 @@ class Part:
     name: str
     gin_name: str
     make: Callable[..., Any]
-    registry_supplied: frozenset[str] = frozenset()
+    registry: Registry
 
     @property
     def plugin(self) -> Plugin | None:
@@ -74,7 +74,7 @@ class Part:
     @cached_property
     def supplied(self) -> frozenset[str]:
         """What the constructor asks for of what the program supplies."""
-        offered = self.registry_supplied | set(getattr(self.make, "SUPPLIED", ()))
+        offered = self.registry.supplied | set(getattr(self.make, "SUPPLIED", ()))
         return frozenset(self._parameters) & offered
 
     @cached_property
@@ -118,17 +118,13 @@ class Part:
         model = validated(self.options, given, self.gin_name)
         return {name: getattr(model, name) for name in self.options.model_fields}
 
-    def checked(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Some options with their values as `option_values` has them; others may be missing yet."""
-        fields = {name: (f.annotation, f) for name, f in self.options.model_fields.items() if name in given}
-        if len(fields) < len(given):
-            return self.option_values(given)  # names the option that there is not
-        some: Any = create_model(self.gin_name, __base__=StrictModel, **fields)  # type: ignore[call-overload]
-        return dict(validated(some, given, self.gin_name))
-
-    def checked_as(self, gin_name: str, option: str, value: Any) -> Any:
-        """The value for one option, as `option_values` has it; gin_name: what errors call it."""
-        return checked_value(gin_name, value, self.options.model_fields[option])
+    def checked(self, option: str, value: Any, called: str | None = None) -> Any:
+        """The value of one option, as `option_values` has it; others may be missing yet. called: what errors call it."""
+        if option not in self.options.model_fields:
+            raise UserError(
+                f"{self.gin_name} has no parameter {option!r}{nearest(option, self.options.model_fields)}"
+            )
+        return checked_value(called or f"{self.gin_name}.{option}", value, self.options.model_fields[option])
 
     def default(self, option: str) -> Any:
         """An option's own default; ``...`` where it has none."""
@@ -214,7 +210,7 @@ class Registry:
         """
 
         def add(make: Made) -> Made:
-            part = Part(name, gin_name or make.__name__, make, self.supplied)
+            part = Part(name, gin_name or make.__name__, make, self)
             for own in (name, *aliases):
                 if own in self._parts and not _same(self._parts[own].make, make):
                     taken = self._parts[own].make

@@ -96,7 +96,7 @@ class RunSettings(Section):
             elif name not in PUBLISHED:
                 if owner not in parts:
                     raise UserError(f"there is no setting {name!r}{nearest(name, NAMES)}")
-                options.setdefault(owner, {}).update(parts[owner].checked({option: value}))
+                options.setdefault(owner, {})[option] = parts[owner].checked(option, value)
         changed = {group: getattr(self, group).changed(**given) for group, given in groups.items()}
         given = {
             name: checked_value(name, value)
@@ -117,11 +117,7 @@ class RunSettings(Section):
 
     def readers(self, published: str) -> list[tuple[Part, Target]]:
         """The chosen parts that a published name fills, and their options."""
-        targets = [
-            (registry[name], targets_in(registry, registry[name]).get(published))
-            for registry, name in self.chosen_parts()
-            if name in registry
-        ]
+        targets = ((part, targets_in(part).get(published)) for part in self.chosen_parts())
         return [(part, target) for part, target in targets if target is not None]
 
     def _differing_published(self, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -133,7 +129,7 @@ class RunSettings(Section):
             readers = self.readers(name) or _possible_readers(name)
             kept[name] = given[name]
             for part, target in readers:
-                kept[name] = part.checked_as(name, target.option, given[name])
+                kept[name] = part.checked(target.option, given[name], called=name)
             if readers and all(kept[name] == _default(part, target) for part, target in readers):
                 del kept[name]
         return kept
@@ -162,7 +158,7 @@ class RunSettings(Section):
         """Whether the encoder has a bias by time."""
         name = self.encoder_name
         needed = getattr(ENCODERS[name].make, "time_options", ()) if name in ENCODERS else ()
-        values = ENCODERS[name].option_values(self.part_options(ENCODERS, name)) if needed else {}
+        values = ENCODERS[name].option_values(self.part_options(ENCODERS[name])) if needed else {}
         return bool(needed) and all(values[option] for option in needed)
 
     def value(self, gin_name: str) -> Any:
@@ -174,21 +170,19 @@ class RunSettings(Section):
             return getattr(getattr(self, group), field)
         if gin_name in PUBLISHED:
             for part, target in self.readers(gin_name):
-                return part.option_values(self.part_options(target.registry, part.name))[target.option]
+                return part.option_values(self.part_options(part))[target.option]
             defaults = [_default(part, target) for part, target in _possible_readers(gin_name)]
             return self.published.get(gin_name, defaults[0] if defaults else None)
         owner, _, name = gin_name.partition(".")
-        for registry in REGISTRIES.values():
-            for part in registry.parts():
-                if part.gin_name == owner and name in part.options.model_fields:
-                    return part.option_values(self.part_options(registry, part.name)).get(name)
+        own = parts_by_gin_name().get(owner)
+        if own is not None and name in own.options.model_fields:
+            return own.option_values(self.part_options(own))[name]
         return self.options.get(owner, {}).get(name)
 
-    def part_options(self, registry: Registry, name: str) -> dict[str, Any]:
+    def part_options(self, part: Part) -> dict[str, Any]:
         """What a part is given: its own options, and those that published names fill where its own are not given."""
-        part = registry[name]
         own = dict(self.options.get(part.gin_name, {}))
-        for published, target in targets_in(registry, part).items():
+        for published, target in targets_in(part).items():
             value = (
                 self.value(published)
                 if published in FIELDS
@@ -202,10 +196,10 @@ class RunSettings(Section):
         """The value of a part's option as it was given, or its default; None where there is no such part or option."""
         if name not in registry or option not in registry[name].options.model_fields:
             return None
-        return self.part_options(registry, name).get(option, registry[name].default(option))
+        return self.part_options(registry[name]).get(option, registry[name].default(option))
 
-    def chosen_parts(self) -> list[tuple[Registry, str]]:
-        """The parts of this run that come from registries; no negative sampler where the loss draws no negatives."""
+    def chosen_parts(self) -> list[Part]:
+        """The registered parts of this run; no negative sampler where the loss draws no negatives."""
         chosen = [
             (ENCODERS, self.encoder_name),
             (LOSSES, self.loss.loss_module),
@@ -226,7 +220,8 @@ class RunSettings(Section):
                 (NEGATIVE_SAMPLERS, each)
                 for each in (sampler, *(members if isinstance(members, dict) else ()))
             ]
-        return chosen
+        # Others, of a slip or of a plug-in that is not loaded, are named when they are built.
+        return [registry[name] for registry, name in chosen if name in registry]
 
     @property
     def draws_negatives(self) -> bool:
@@ -237,12 +232,11 @@ class RunSettings(Section):
     def plugin_parts(self) -> list[dict[str, Any]]:
         """What a checkpoint says of each part that comes from a plug-in."""
         found = []
-        for registry, name in self.chosen_parts():
-            plugin = registry[name].plugin if name in registry else None
-            if plugin is not None:
-                options = registry[name].option_values(self.part_options(registry, name))
-                record = {"kind": registry.kind, "name": name, "options": options}
-                found.append({**record, "plugin": plugin.source, "sha256": plugin.sha256})
+        for part in self.chosen_parts():
+            if part.plugin is not None:
+                options = part.option_values(self.part_options(part))
+                record = {"kind": part.registry.kind, "name": part.name, "options": options}
+                found.append({**record, "plugin": part.plugin.source, "sha256": part.plugin.sha256})
         return found
 
     def to_json(self) -> dict[str, Any]:
@@ -255,12 +249,9 @@ class RunSettings(Section):
                 owner, _, field = name.partition(".")
                 sections.setdefault(owner, {})[field] = self.value(name)
         options = {owner: dict(given) for owner, given in self.options.items()}
-        for registry, name in self.chosen_parts():
-            if name not in registry:
-                continue
-            part = registry[name]
-            filled = {target.option for target in targets_in(registry, part).values()}
-            for option, value in part.option_values(self.part_options(registry, name)).items():
+        for part in self.chosen_parts():
+            filled = {target.option for target in targets_in(part).values()}
+            for option, value in part.option_values(self.part_options(part)).items():
                 endless = isinstance(value, float) and not math.isfinite(value)  # has no form in JSON
                 if option not in filled and not endless:
                     options.setdefault(part.gin_name, {}).setdefault(option, value)
@@ -291,7 +282,7 @@ def _possible_readers(published: str) -> list[tuple[Part, Target]]:
     """A part that has the option of a published name, for a run that has none."""
     for target in PUBLISHED[published]:
         for part in target.registry.parts():
-            if targets_in(target.registry, part).get(published) is target:
+            if targets_in(part).get(published) is target:
                 return [(part, target)]
     return []
 
@@ -305,16 +296,12 @@ def _differing(options: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, 
     it goes before the published one's value.
     """
     kept: dict[str, dict[str, Any]] = {owner: dict(given) for owner, given in options.items()}
-    for registry in REGISTRIES.values():
-        for part in registry.parts():
-            filled = (
-                {target.option for target in targets_in(registry, part).values()}
-                if part.gin_name in options
-                else ()
-            )
-            for option, value in options.get(part.gin_name, {}).items():
-                if option not in filled and value == part.default(option):
-                    del kept[part.gin_name][option]
+    parts = parts_by_gin_name()
+    for owner in options.keys() & parts.keys():
+        filled = {target.option for target in targets_in(parts[owner]).values()}
+        for option, value in options[owner].items():
+            if option not in filled and value == parts[owner].default(option):
+                del kept[owner][option]
     return {owner: given for owner, given in kept.items() if given}
 
 

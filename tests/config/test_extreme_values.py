@@ -57,7 +57,7 @@ def choices() -> dict[str, dict[str, Any]]:
     for registry, part in parts:
         for option in part.options.model_fields:
             found[f"{part.gin_name}.{option}"] = chosen(registry, part)
-        for name in targets_in(registry, part):
+        for name in targets_in(part):
             found[name] = found[name] or chosen(registry, part)
     return found
 

@@ -9,20 +9,20 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
-import pyarrow as pa
 import pytest
 
 from generative_recommenders.data import export
 from generative_recommenders.data.export import export_parquet, export_text
 from generative_recommenders.data.manifest import Manifest
-from generative_recommenders.data.preparation.prepare import DEFAULT_MEMORY_LIMIT, prepare, prepare_batches
+from generative_recommenders.data.preparation.prepare import DEFAULT_MEMORY_LIMIT, prepare
 from generative_recommenders.data.readers import text as delimited_text
-from generative_recommenders.data.readers.events import EventReader, RawRatings, ReadOptions
+from generative_recommenders.data.readers.events import EventReader, ReadOptions
 from generative_recommenders.data.readers.sources import TextOptions
 from generative_recommenders.data.sources.public import resolve
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.errors import UserError
 from memory import memory_grows_at_most
+from tiny_data import dataset_of
 
 HEADER = "index,user_id,sequence_item_ids,sequence_ratings,sequence_timestamps\n"
 
@@ -37,18 +37,11 @@ def import_text(
     return prepare(raw, out, memory_limit)
 
 
-def dataset_of(folder: Path, columns: dict[str, list]) -> SequenceDataset:
-    types = {"rating": pa.float32(), "timestamp": pa.int64()}
-    table = pa.table({name: pa.array(v, types.get(name, pa.large_string())) for name, v in columns.items()})
-    prepare_batches(RawRatings("t", [folder / "t.csv"]), [table], folder / "out", 1 << 30)
-    return SequenceDataset.open(folder / "out")
-
-
 IDS = {"user": ["u,1", "u,1", "v", "u,1"], "item": ["b", 'a"', "b", "c"]}
 
 
 def test_export_is_what_hstu_users_read(tmp_path: Path) -> None:
-    dataset = dataset_of(tmp_path, {**IDS, "rating": [5, 4, 3, 2], "timestamp": [30, 20, 10, 25]})
+    dataset = dataset_of({**IDS, "rating": [5, 4, 3, 2], "timestamp": [30, 20, 10, 25]}, tmp_path / "out")
     export_text(dataset, tmp_path / "text" / "s.csv")
     assert (tmp_path / "text" / "s.csv").read_text() == (
         HEADER + '0,0,"1,3,2","4.0,2.0,5.0","20,25,30"\n' + '1,1,"2","3.0","10"\n'
@@ -68,7 +61,7 @@ def test_export_is_what_hstu_users_read(tmp_path: Path) -> None:
 )
 def test_round_trip(tmp_path: Path, extra: dict, users_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export, "USERS_AT_ONCE", users_at_once)
-    dataset = dataset_of(tmp_path, {**IDS, **extra})
+    dataset = dataset_of({**IDS, **extra}, tmp_path / "out")
     export_text(dataset, tmp_path / "s.csv")
     import_text(tmp_path / "s.csv", tmp_path / "back", "back")
     back = SequenceDataset.open(tmp_path / "back")
@@ -188,7 +181,7 @@ def test_a_line_break_inside_quotes_is_refused(tmp_path: Path) -> None:
 
 
 def test_what_the_format_cannot_hold_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    dataset = dataset_of(tmp_path, {**IDS, "rating": [0, 0, 0, 0], "timestamp": [3, 2, 1, 2]})
+    dataset = dataset_of({**IDS, "rating": [0, 0, 0, 0], "timestamp": [3, 2, 1, 2]}, tmp_path / "out")
     export_text(dataset, tmp_path / "s.csv")
     assert caplog.messages == [
         f"{tmp_path / 's.csv'}: all ratings are zero; the exchange format reads that as none"
@@ -204,7 +197,7 @@ def test_what_the_format_cannot_hold_is_reported(tmp_path: Path, caplog: pytest.
 
 @pytest.mark.filterwarnings("error")
 def test_very_large_ratings_come_back(tmp_path: Path) -> None:
-    dataset = dataset_of(tmp_path, {**IDS, "rating": [1e30, -3e38, 2, float(2**53)]})
+    dataset = dataset_of({**IDS, "rating": [1e30, -3e38, 2, float(2**53)]}, tmp_path / "out")
     assert dataset.ratings is not None
     export_text(dataset, tmp_path / "s.csv")
     import_text(tmp_path / "s.csv", tmp_path / "back", "back")
@@ -220,6 +213,6 @@ def test_a_place_that_cannot_be_written_is_one_line(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "r.csv").touch()
     with pytest.raises(UserError) as caught:
-        export(dataset_of(tmp_path, IDS), name)
+        export(dataset_of(IDS, tmp_path / "out"), name)
     assert "\n" not in str(caught.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "r.csv"]

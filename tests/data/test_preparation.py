@@ -22,7 +22,7 @@ from generative_recommenders.data.readers.sources import TextOptions
 from generative_recommenders.data.statistics import summary
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.errors import UserError
-from ratings_files import COMMAS, Row, write_csv
+from ratings_files import COMMAS, Row, prepare_rows, write_csv
 
 MASK = (1 << 64) - 1
 
@@ -192,8 +192,7 @@ def test_amazon_rule_fixes_the_catalogue_before_it_drops_short_users(tmp_path: P
     rows += [(f"s{u}", "late", 2.0, 1) for u in range(5)] + [
         (f"s{u}", f"x{u}{i}", 2.0, 1) for u in range(5) for i in range(4)
     ]
-    path = write_csv(tmp_path / "r.csv", rows)
-    manifest = prepare(RawRatings("t", [path], COMMAS, "amazon_five"), tmp_path / "out")
+    manifest = prepare_rows(rows, tmp_path, filter="amazon_five")
     assert manifest.counts["users"] == 5
     assert SequenceDataset.open(tmp_path / "out").original_item_ids().to_pylist() == [
         "i0",
@@ -231,8 +230,7 @@ def test_without_ratings_and_times_the_file_order_is_the_order(tmp_path: Path) -
 
 
 def test_users_with_one_event_stay_and_are_counted(tmp_path: Path) -> None:
-    path = write_csv(tmp_path / "r.csv", [("u", "a", 1.0, 1), ("v", "a", 1.0, 1), ("v", "a", 1.0, 1)])
-    manifest = prepare(RawRatings("t", [path], COMMAS), tmp_path / "out")
+    manifest = prepare_rows([("u", "a", 1.0, 1), ("v", "a", 1.0, 1), ("v", "a", 1.0, 1)], tmp_path)
     assert manifest.counts == {"users": 2, "items": 1, "events": 3, "users_with_one_event": 1}
     assert "users with one event (they train only): 1" in summary(manifest)
 

@@ -19,7 +19,7 @@ from generative_recommenders.data.splits import make_split
 from generative_recommenders.data.statistics import summary
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.errors import UserError
-from ratings_files import COMMAS, write_csv
+from ratings_files import COMMAS, prepare_rows, write_csv
 
 
 def test_expected_counts_name_both_numbers(tmp_path: Path) -> None:
@@ -53,9 +53,8 @@ def test_success_replaces_the_old_folder(tmp_path: Path) -> None:
 def test_a_folder_of_something_else_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("x")
-    path = write_csv(tmp_path / "r.csv", [("u", "a", 1.0, 1)])
     with pytest.raises(UserError, match="not a prepared folder"):
-        prepare(RawRatings("t", [path], COMMAS), tmp_path / "out")
+        prepare_rows([("u", "a", 1.0, 1)], tmp_path)
     assert (tmp_path / "out" / "thesis.tex").exists()
 
 
@@ -65,8 +64,7 @@ def test_leftovers_of_a_killed_run_are_removed(tmp_path: Path) -> None:
     (leftover / "items.int32.bin").write_bytes(b"half")
     elsewhere = tmp_path / ".out.tmp-another.host-999999999"
     elsewhere.mkdir()
-    path = write_csv(tmp_path / "r.csv", [("u", "a", 1.0, 1)])
-    prepare(RawRatings("t", [path], COMMAS), tmp_path / "out")
+    prepare_rows([("u", "a", 1.0, 1)], tmp_path)
     assert not leftover.exists()
     assert elsewhere.exists()  # its process cannot be seen from here
 
@@ -90,17 +88,15 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypatch:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(columns, "write_manifest", full)
-    path = write_csv(tmp_path / "r.csv", [("u", "a", 1.0, 1)])
     with pytest.raises(UserError, match="cannot be written: No space left on device"):
-        prepare(RawRatings("t", [path], COMMAS), tmp_path / "out")
+        prepare_rows([("u", "a", 1.0, 1)], tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["r.csv"]
 
 
 def test_a_disk_that_fills_with_columns_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(columns, "column_file", lambda *_: Path("/dev/full"))
-    path = write_csv(tmp_path / "r.csv", [(f"u{i}", "a", 1.0, 1) for i in range(9_000)])
     with pytest.raises(UserError, match="out: cannot be written: No space left on device"):
-        prepare(RawRatings("t", [path], COMMAS), tmp_path / "out")
+        prepare_rows([(f"u{i}", "a", 1.0, 1) for i in range(9_000)], tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["r.csv"]
 
 

@@ -6,31 +6,23 @@ import math
 import tempfile
 from pathlib import Path
 
-import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from generative_recommenders.data.preparation.prepare import prepare_batches
-from generative_recommenders.data.readers.events import RawRatings
 from generative_recommenders.data.splits import PROTOCOLS, make_split
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.errors import UserError
+from tiny_data import dataset_of
 
 
-def dataset_of(folder: Path, sequences: list[list[tuple[int, int]]], timed: bool = True) -> SequenceDataset:
+def prepared(folder: Path, sequences: list[list[tuple[int, int]]], timed: bool = True) -> SequenceDataset:
     """A prepared folder with the given (item, time) events of each user."""
     rows = [
-        (f"u{number:03}", f"i{item}", time)
-        for number, events in enumerate(sequences)
-        for item, time in events
+        (f"u{user:03}", f"i{item}", time) for user, events in enumerate(sequences) for item, time in events
     ]
-    columns = {"user": [row[0] for row in rows], "item": [row[1] for row in rows]}
-    arrays = {name: pa.array(values, pa.large_string()) for name, values in columns.items()}
-    if timed:
-        arrays["timestamp"] = pa.array([row[2] for row in rows], pa.int64())
-    prepare_batches(RawRatings("t", [folder / "t.csv"]), [pa.table(arrays)], folder / "out", 1 << 30)
-    return SequenceDataset.open(folder / "out")
+    columns = dict(zip(("user", "item", "timestamp") if timed else ("user", "item"), zip(*rows)))
+    return dataset_of(columns, folder / "out")
 
 
 def reference(times: list[list[int]], protocol: str) -> list[tuple[int, int, int]]:
@@ -60,7 +52,7 @@ events = st.lists(st.tuples(st.integers(1, 6), st.integers(0, 12)), min_size=1, 
 @given(sequences=st.lists(events, min_size=1, max_size=8), protocol=st.sampled_from(PROTOCOLS))
 def test_equals_the_reference(sequences: list[list[tuple[int, int]]], protocol: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        dataset = dataset_of(Path(folder), sequences)
+        dataset = prepared(Path(folder), sequences)
         split = make_split(dataset, protocol)
         ordered = [sorted(user, key=lambda event: event[1]) for user in sequences]
         expected = reference([[time for _, time in user] for user in ordered], protocol)
@@ -85,7 +77,7 @@ def test_equals_the_reference(sequences: list[list[tuple[int, int]]], protocol: 
 def test_global_time_uses_nothing_of_the_future(tmp_path: Path) -> None:
     """Ten events at times 1..10: cuts at 8 and 9, so one validation and one test target; a lone late user
     has none."""
-    dataset = dataset_of(
+    dataset = prepared(
         tmp_path, [[(1, t) for t in (1, 3, 5, 7, 9)], [(2, t) for t in (2, 4, 6, 8)], [(3, 10)]]
     )
     split = make_split(dataset, "global_time")
@@ -96,18 +88,18 @@ def test_global_time_uses_nothing_of_the_future(tmp_path: Path) -> None:
 
 
 def test_hash_tells_protocols_and_data_apart(tmp_path: Path) -> None:
-    one = dataset_of(tmp_path / "1", [[(1, 1), (2, 2), (3, 3)]])
-    two = dataset_of(tmp_path / "2", [[(1, 1), (2, 2), (3, 4)]])
+    one = prepared(tmp_path / "1", [[(1, 1), (2, 2), (3, 3)]])
+    two = prepared(tmp_path / "2", [[(1, 1), (2, 2), (3, 4)]])
     hashes = {make_split(dataset, protocol).hash for dataset in (one, two) for protocol in PROTOCOLS}
     assert len(hashes) == 6
     assert (
         make_split(one, "paper").hash
-        == make_split(dataset_of(tmp_path / "3", [[(1, 1), (2, 2), (3, 3)]]), "paper").hash
+        == make_split(prepared(tmp_path / "3", [[(1, 1), (2, 2), (3, 3)]]), "paper").hash
     )
 
 
 def test_faults(tmp_path: Path) -> None:
-    dataset = dataset_of(tmp_path, [[(1, 1), (2, 2)]], timed=False)
+    dataset = prepared(tmp_path, [[(1, 1), (2, 2)]], timed=False)
     with pytest.raises(UserError, match="global_time needs timestamps"):
         make_split(dataset, "global_time")
     with pytest.raises(UserError, match="unknown protocol 'last'; known: leave_one_out, paper, global_time"):

@@ -14,7 +14,7 @@ from generative_recommenders.data.preparation.prepare import prepare
 from generative_recommenders.data.readers.events import RawRatings, ReadOptions
 from generative_recommenders.data.readers.sources import TextOptions
 from generative_recommenders.data.statistics import summary
-from ratings_files import COMMAS, PAIRS, write_csv
+from ratings_files import PAIRS, prepare_rows
 
 
 @settings(max_examples=60, deadline=None)
@@ -27,7 +27,7 @@ from ratings_files import COMMAS, PAIRS, write_csv
 )
 def test_counts_are_those_of_a_slow_reference(rows, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("reference")
-    found = prepare(RawRatings("t", [write_csv(folder / "r.csv", rows)], COMMAS), folder / "out").statistics
+    found = prepare_rows(rows, folder).statistics
     users: dict[str, list] = {}
     for row in rows:
         users.setdefault(row[0], []).append(row)
@@ -64,18 +64,13 @@ def test_a_file_sorted_by_item_inside_ties_is_told(tmp_path: Path, padded: bool)
     """As in Amazon's files, where an item's ratings stand together: as text, or as numbers without leading zeros."""
     ids = [f"{i:06}" if padded else str(i * 7) for i in range(30)]
     rows = [(f"u{u}", ids[i], 1.0, u + 1) for i in range(30) for u in range(9) if (u + i) % 3]
-    text = summary(prepare(RawRatings("t", [write_csv(tmp_path / "r.csv", rows)], COMMAS), tmp_path / "out"))
+    text = summary(prepare_rows(rows, tmp_path))
     assert "(100.0 %) of the events share the time of their user's previous event" in text
     assert "and 9 (100.0 %) of the test targets" in text
     assert "sorted by item inside ties" in text and "--tie_order=random" in text
-    raw = RawRatings("t", [tmp_path / "r.csv"], COMMAS, tie_order="random")
-    text = summary(prepare(raw, tmp_path / "out"))
+    text = summary(prepare_rows(rows, tmp_path, tie_order="random"))
     assert "(100.0 %) of the events share" in text and "--tie_order=random" in text
     assert "sorted by item" not in text
-
-
-def statistics_of(folder: Path, rows: list) -> dict[str, float]:
-    return prepare(RawRatings("t", [write_csv(folder / "r.csv", rows)], COMMAS), folder / "out").statistics
 
 
 @pytest.mark.parametrize("ids", ["number", "case", "number inside", "any"])
@@ -93,7 +88,7 @@ def test_any_order_of_items_inside_ties_is_told(tmp_path: Path, ids: str) -> Non
         for user in range(150)
         for item in sorted(rng.choice(len(names), 8, replace=False))
     ]
-    assert statistics_of(tmp_path, rows)["tied_pairs_in_item_order"] > 0.98
+    assert prepare_rows(rows, tmp_path).statistics["tied_pairs_in_item_order"] > 0.98
 
 
 def test_an_order_that_users_have_outside_ties_too_is_no_order_of_the_file(tmp_path: Path) -> None:
@@ -106,7 +101,7 @@ def test_an_order_that_users_have_outside_ties_too_is_no_order_of_the_file(tmp_p
         for item in range(first, first + 8):
             time += int(rng.random() < 0.4)
             rows.append((f"u{user}", names[item], 1.0, time))
-    assert statistics_of(tmp_path, rows)["tied_pairs_in_item_order"] < 0.9
+    assert prepare_rows(rows, tmp_path).statistics["tied_pairs_in_item_order"] < 0.9
 
 
 def test_items_by_chance_are_in_no_order(tmp_path: Path) -> None:
@@ -114,7 +109,7 @@ def test_items_by_chance_are_in_no_order(tmp_path: Path) -> None:
     rows = [
         (f"u{user}", f"i{item}", 1.0, 7) for user in range(150) for item in rng.choice(60, 8, replace=False)
     ]
-    assert statistics_of(tmp_path, rows)["tied_pairs_in_item_order"] < 0.7
+    assert prepare_rows(rows, tmp_path).statistics["tied_pairs_in_item_order"] < 0.7
 
 
 def test_repeated_targets_name_the_seen_filter(tmp_path: Path) -> None:
@@ -122,12 +117,11 @@ def test_repeated_targets_name_the_seen_filter(tmp_path: Path) -> None:
     rows = [
         (f"u{u}", f"i{u * 5 + i}", 1.0, t) for u in range(20) for t, i in enumerate(rng.integers(0, 4, 12))
     ]
-    path = write_csv(tmp_path / "r.csv", [(u, i, r, int(t)) for u, i, r, t in rows])
-    text = summary(prepare(RawRatings("t", [path], COMMAS), tmp_path / "out"))
+    text = summary(prepare_rows([(u, i, r, int(t)) for u, i, r, t in rows], tmp_path))
     assert "test targets of leave_one_out: 20;" in text
     assert 'seen_filter = "none"' in text
-    fresh = write_csv(tmp_path / "f.csv", [("u", f"i{i}", 1.0, i) for i in range(5)] + [("v", "i1", 1.0, 1)])
-    text = summary(prepare(RawRatings("t", [fresh], COMMAS), tmp_path / "out"))
+    fresh = [("u", f"i{i}", 1.0, i) for i in range(5)] + [("v", "i1", 1.0, 1)]
+    text = summary(prepare_rows(fresh, tmp_path))
     assert "users without a validation target 1, without a test target 1" in text
     assert "0 (0.0 %) are in their user's history, 1 (100.0 %) in no training sequence" in text
     assert "seen_filter" not in text and "ties:" not in text and "duplicates" not in text

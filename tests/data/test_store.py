@@ -7,34 +7,33 @@ import json
 import os
 import random
 import shutil
+from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from generative_recommenders.data.preparation.prepare import prepare_batches
-from generative_recommenders.data.readers.events import RawRatings
+from generative_recommenders.data.manifest import read_manifest
 from generative_recommenders.data.store import SequenceDataset, read_rows
 from generative_recommenders.errors import UserError
 from memory import memory_grows_at_most
+from tiny_data import dataset_of
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    table = pa.table(
-        {
-            "user": pa.array(["b", "a", "b", "b"], pa.large_string()),
-            "item": pa.array(["y", "x", "x", "z"], pa.large_string()),
-            "rating": pa.array([1, 2, 3, 4], pa.float32()),
-            "timestamp": pa.array([30, 20, 10, 40], pa.int64()),
-        }
-    )
+    columns = {"user": "babb", "item": "yxxz", "rating": [1, 2, 3, 4], "timestamp": [30, 20, 10, 40]}
     features = pa.table({"item": ["x", "y", "z"], "genre": ["g", "h", "g"]})
-    raw = RawRatings("t", [tmp_path / "t.csv"], item_features=features)
-    prepare_batches(raw, [table], tmp_path / "out", 1 << 30)
-    return tmp_path / "out"
+    return dataset_of(columns, tmp_path / "out", item_features=features).folder
+
+
+def rewrite_manifest(folder: Path, changes: dict[str, Any], without: Collection[str] = ()) -> None:
+    path = folder / "manifest.json"
+    stored = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({name: value for name, value in stored.items() if name not in without}))
 
 
 def error_of(folder: Path) -> str:
@@ -75,10 +74,8 @@ def test_missing_folder(tmp_path: Path) -> None:
     ],
 )
 def test_split_hashes_may_be_absent(folder: Path, stored: object, what: str | None) -> None:
-    path = folder / "manifest.json"
-    settings = json.loads(path.read_text())
-    assert set(settings.pop("split_hashes")) == {"leave_one_out", "paper", "global_time"}
-    path.write_text(json.dumps(settings if stored is None else {**settings, "split_hashes": stored}))
+    assert set(read_manifest(folder).split_hashes) == {"leave_one_out", "paper", "global_time"}
+    rewrite_manifest(folder, {"split_hashes": stored}, ["split_hashes"] if stored is None else [])
     if what is None:
         assert SequenceDataset.open(folder).manifest.split_hashes == {}
     else:
@@ -86,8 +83,7 @@ def test_split_hashes_may_be_absent(folder: Path, stored: object, what: str | No
 
 
 def test_another_version(folder: Path) -> None:
-    path = folder / "manifest.json"
-    path.write_text(path.read_text().replace('"version": 2', '"version": 7'))
+    rewrite_manifest(folder, {"version": 7})
     assert "prepared by version 7, this program reads 2; prepare the data again" in error_of(folder)
 
 
@@ -117,10 +113,11 @@ def test_another_version(folder: Path) -> None:
     ],
 )
 def test_a_manifest_without_its_numbers(folder: Path, field: str, value: dict, what: str) -> None:
-    path = folder / "manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
+    rewrite_manifest(folder, {field: value})
     message = error_of(folder)
-    assert message.startswith(f"{path}: {what}") and message.endswith("; prepare the data again")
+    assert message.startswith(f"{folder / 'manifest.json'}: {what}") and message.endswith(
+        "; prepare the data again"
+    )
 
 
 @pytest.mark.parametrize(
@@ -167,16 +164,10 @@ def test_verify_finds_a_changed_column(folder: Path, name: str, value: int) -> N
         SequenceDataset.open(folder).verify()
 
 
-def rewrite(folder: Path, **columns: list) -> None:
-    table = pq.read_table(folder / "items.parquet")
-    for name, values in columns.items():
-        place = table.column_names.index(name)
-        table = table.set_column(place, table.schema.field(name), pa.array(values, table[name].type))
-    pq.write_table(table, folder / "items.parquet")
-
-
 def test_verify_finds_changed_features(folder: Path) -> None:
-    rewrite(folder, genre=["h", "g", "g"])
+    table = pq.read_table(folder / "items.parquet")
+    genres = pa.array(["h", "g", "g"])
+    pq.write_table(table.set_column(1, table.schema.field("genre"), genres), folder / "items.parquet")
     with pytest.raises(UserError, match="items.parquet: not the file that was prepared"):
         SequenceDataset.open(folder).verify()
 
@@ -199,10 +190,7 @@ def test_the_identity_of_features_is_not_the_splits(folder: Path) -> None:
 
 
 def test_a_folder_without_checksums_of_its_tables_is_read(folder: Path) -> None:
-    path = folder / "manifest.json"
-    settings = json.loads(path.read_text())
-    del settings["tables"]
-    path.write_text(json.dumps(settings))
+    rewrite_manifest(folder, {}, ["tables"])
     dataset = SequenceDataset.open(folder)
     dataset.verify()
     assert dataset.manifest.tables == {}
@@ -211,8 +199,7 @@ def test_a_folder_without_checksums_of_its_tables_is_read(folder: Path) -> None:
 
 @pytest.mark.parametrize("tables", [{"../outside": "0"}, {"items.parquet": "0", "users.parquet": 3}])
 def test_checksums_of_other_files_are_refused(folder: Path, tables: dict) -> None:
-    path = folder / "manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "tables": tables}))
+    rewrite_manifest(folder, {"tables": tables})
     message = error_of(folder)
     assert "'tables" in message and "prepare the data again" in message
 
@@ -370,15 +357,7 @@ def test_a_pipe_for_a_file_is_refused_at_once(folder: Path, name: str) -> None:
 
 
 def test_a_pipe_for_a_vocabulary_is_refused_at_once(tmp_path: Path) -> None:
-    table = pa.table(
-        {
-            "user": pa.array(["a", "a"], pa.large_string()),
-            "item": pa.array(["x", "y"], pa.large_string()),
-            "shelf": pa.array(["s", "t"], pa.large_string()),
-        }
-    )
-    prepare_batches(RawRatings("t", [tmp_path / "t.csv"]), [table], tmp_path / "out", 1 << 30)
-    dataset = SequenceDataset.open(tmp_path / "out")
+    dataset = dataset_of({"user": "aa", "item": "xy", "shelf": "st"}, tmp_path / "out")
     (tmp_path / "out" / "event.shelf.parquet").unlink()
     os.mkfifo(tmp_path / "out" / "event.shelf.parquet")
     with pytest.raises(UserError, match="prepare the data again"):
@@ -388,19 +367,11 @@ def test_a_pipe_for_a_vocabulary_is_refused_at_once(tmp_path: Path) -> None:
 @pytest.fixture
 def with_unrated(tmp_path: Path) -> Path:
     """Four items, of which two are rated; ids in UTF-8 order within each kind."""
-    table = pa.table(
-        {
-            "user": pa.array(["a", "a", "a"], pa.large_string()),
-            "item": pa.array(["y", "x", "y"], pa.large_string()),
-        }
-    )
+    columns = {"user": "aaa", "item": "yxy"}
     features = pa.table({"item": ["z", "y", "w", "x"], "genre": ["g", "h", "g", "h"]})
-    for name, chosen in (("plain", "none"), ("filtered", "k_core:1")):
-        raw = RawRatings("t", [tmp_path / "t.csv"], item_features=features, filter=chosen)
-        prepare_batches(raw, [table], tmp_path / name, 1 << 30)
-    raw = RawRatings("t", [tmp_path / "t.csv"], item_features=features.slice(0, 2))
-    prepare_batches(raw, [table], tmp_path / "fewer", 1 << 30)
-    return tmp_path / "plain"
+    dataset_of(columns, tmp_path / "filtered", item_features=features, filter="k_core:1")
+    dataset_of(columns, tmp_path / "fewer", item_features=features.slice(0, 2))
+    return dataset_of(columns, tmp_path / "plain", item_features=features).folder
 
 
 def test_items_without_ratings_lie_behind_the_rated_ones(with_unrated: Path) -> None:
@@ -427,10 +398,9 @@ def test_items_that_a_filter_left_out_are_no_candidates(with_unrated: Path) -> N
 
 
 def test_a_folder_that_kept_no_items_without_ratings_says_so(with_unrated: Path) -> None:
-    path = with_unrated / "manifest.json"
-    manifest = json.loads(path.read_text())
-    del manifest["counts"]["unrated_items"], manifest["tables"]["unrated_items.parquet"]
-    path.write_text(json.dumps(manifest))
+    counts, tables = (dict(getattr(read_manifest(with_unrated), name)) for name in ("counts", "tables"))
+    del counts["unrated_items"], tables["unrated_items.parquet"]
+    rewrite_manifest(with_unrated, {"counts": counts, "tables": tables})
     old = SequenceDataset.open(with_unrated)
     old.verify()
     with pytest.raises(UserError, match="prepared by a release that kept no items without ratings"):

@@ -70,7 +70,7 @@ def used(registry: Registry, part: Part, option: str) -> object:
     run = RunSettings()
     if registry.setting in FIELDS:
         run = run.bind({registry.setting: part.name})
-    given = run.part_options(registry, part.name)
+    given = run.part_options(part)
     return given.get(option, part.default(option))
 
 

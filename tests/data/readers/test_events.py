@@ -13,35 +13,21 @@ import pyarrow.feather
 import pyarrow.parquet
 import pytest
 
+import ratings_files
 from generative_recommenders.data.readers.events import EventReader, ReadOptions, TextOptions
 from generative_recommenders.errors import UserError
-
-SECOND = 10**9
+from ratings_files import error_of, write
 
 
 def read(
     path: Path, columns: str | None = None, text: TextOptions | None = None, **options: Any
 ) -> dict[str, list]:
-    """The events of one file as lists by column."""
-    reader = EventReader([path], ReadOptions(columns, text or TextOptions(), **options))
-    return pa.concat_tables(reader.batches()).to_pydict()
-
-
-def write(folder: Path, name: str, text: str) -> Path:
-    path = folder / name
-    path.write_text(text)
-    return path
+    """The events of one file as lists by column, times in seconds."""
+    return ratings_files.read(path, ReadOptions(columns, text or TextOptions(), **options))
 
 
 def refused(path: Path, columns: str | None = None, **options: Any) -> str:
-    with pytest.raises(UserError) as error:
-        read(path, columns, **options)
-    assert "\n" not in str(error.value)
-    return str(error.value)
-
-
-def seconds(values: list[int]) -> list[float]:
-    return [value / SECOND for value in values]
+    return error_of(path, ReadOptions(columns, **options))
 
 
 @pytest.mark.parametrize(
@@ -65,15 +51,13 @@ def seconds(values: list[int]) -> list[float]:
 def test_times_of_many_forms(
     tmp_path: Path, name: str, text: str, columns: str | None, expected: list[float]
 ) -> None:
-    assert seconds(read(write(tmp_path, name, text), columns)["timestamp"]) == pytest.approx(
-        expected, abs=1e-6
-    )
+    assert read(write(tmp_path, text, name), columns)["timestamp"] == pytest.approx(expected, abs=1e-6)
 
 
 def test_milliseconds_keep_their_order(tmp_path: Path) -> None:
-    path = write(tmp_path, "a.csv", "user,item,timestamp\nu,x,1588687728923\nu,y,1588687728922\n")
+    path = write(tmp_path, "user,item,timestamp\nu,x,1588687728923\nu,y,1588687728922\n")
     late, early = read(path)["timestamp"]
-    assert late - early == 10**6
+    assert late - early == pytest.approx(0.001, abs=1e-6)
 
 
 @pytest.mark.parametrize("unit", ["s", "ms", "us", "ns"])
@@ -83,7 +67,7 @@ def test_datetime_columns_of_any_precision(tmp_path: Path, unit: str) -> None:
         [1_600_000_000 * {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}[unit]], pa.timestamp(unit)
     )
     pa.parquet.write_table(pa.table({"user": ["u"], "item": ["i"], "timestamp": times}), path)
-    assert read(path)["timestamp"] == [1_600_000_000 * SECOND]
+    assert read(path)["timestamp"] == [1_600_000_000]
 
 
 def test_arrow_and_packed_files_hold_the_same_events(tmp_path: Path) -> None:
@@ -102,21 +86,21 @@ def test_arrow_and_packed_files_hold_the_same_events(tmp_path: Path) -> None:
 
 
 def test_no_header_is_refused_and_the_fields_are_shown(tmp_path: Path) -> None:
-    path = write(tmp_path, "a.dat", "11,2014-04-07T10:51:09.277Z,214536502,0\n")
+    path = write(tmp_path, "11,2014-04-07T10:51:09.277Z,214536502,0\n", "a.dat")
     message = refused(path)
     assert "--columns" in message and "3: '214536502'" in message
     assert read(path, "user,timestamp,item,_")["item"] == ["214536502"]
 
 
 def test_quotes(tmp_path: Path) -> None:
-    csv = write(tmp_path, "a.csv", 'user,item,title\nu,"x, ""y""","two\nlines"\nv,z,t\n')
+    csv = write(tmp_path, 'user,item,title\nu,"x, ""y""","two\nlines"\nv,z,t\n')
     assert read(csv)["item"] == ['x, "y"', "z"]
-    tsv = write(tmp_path, "a.tsv", 'u\t1241100000\tm1\t"Weird Al" Yankovic\nu\t1241100100\tm2\tOther\n')
+    tsv = write(tmp_path, 'u\t1241100000\tm1\t"Weird Al" Yankovic\nu\t1241100100\tm2\tOther\n', "a.tsv")
     assert read(tsv, "user,timestamp,item,_")["item"] == ["m1", "m2"]
-    text = write(tmp_path, "b.csv", 'user,item\nu,"Heroes"\nu,Heroes\n')
+    text = write(tmp_path, 'user,item\nu,"Heroes"\nu,Heroes\n', "b.csv")
     assert read(text, text=TextOptions(quoting="none"))["item"] == ['"Heroes"', "Heroes"]
     assert read(text)["item"] == ["Heroes", "Heroes"]
-    quoted = write(tmp_path, "c.tsv", 'user\titem\nu\t"two\ttabs"\n')
+    quoted = write(tmp_path, 'user\titem\nu\t"two\ttabs"\n', "c.tsv")
     assert read(quoted, text=TextOptions(quoting="csv"))["item"] == ["two\ttabs"]
     with pytest.raises(UserError, match="--quoting=csv needs a delimiter of one character"):
         read(quoted, text=TextOptions("::", quoting="csv"))
@@ -125,7 +109,7 @@ def test_quotes(tmp_path: Path) -> None:
 def test_missing_ids_are_refused_with_their_number_or_dropped(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = write(tmp_path, "a.csv", "userId;itemId;time\nNA;i1;5\n7;i2;9\n;i3;3\n")
+    path = write(tmp_path, "userId;itemId;time\nNA;i1;5\n7;i2;9\n;i3;3\n")
     message = refused(path)
     assert "line 2" in message and "2 events" in message and "--drop_missing" in message
     with caplog.at_level(logging.WARNING, logger="absl"):
@@ -134,7 +118,7 @@ def test_missing_ids_are_refused_with_their_number_or_dropped(
 
 
 def test_nothing_left_after_dropping_is_one_line(tmp_path: Path) -> None:
-    path = write(tmp_path, "a.csv", "user,item\nNA,i\n,j\n")
+    path = write(tmp_path, "user,item\nNA,i\n,j\n")
     assert "nothing is left" in refused(path, drop_missing=True)
 
 
@@ -147,14 +131,14 @@ def test_nothing_left_after_dropping_is_one_line(tmp_path: Path) -> None:
     ],
 )
 def test_a_possible_time_is_never_left_out_in_silence(tmp_path: Path, text: str, named: str) -> None:
-    path = write(tmp_path, "a.csv", text)
+    path = write(tmp_path, text)
     assert named in refused(path)
     assert "timestamp" not in read(path, "user,item")
 
 
 @pytest.mark.parametrize("suffix", ["csv", "parquet", "arrow"])
 def test_two_columns_of_one_name_are_refused(tmp_path: Path, suffix: str) -> None:
-    path = write(tmp_path, "a.csv", "user,item,item\nu,i,j\n")
+    path = write(tmp_path, "user,item,item\nu,i,j\n")
     table = pa.table([["u"], ["i"], ["j"]], names=["user", "item", "item"])
     if suffix == "parquet":
         pa.parquet.write_table(table, path)
@@ -184,7 +168,7 @@ def test_times_of_a_zone_that_the_machine_does_not_know(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     times = pa.array([1_600_000_000_001], pa.timestamp("ms", "Mars/Phobos"))
     pa.parquet.write_table(pa.table({"user": ["u"], "item": ["i"], "timestamp": times}), path)
-    assert read(path)["timestamp"] == [1_600_000_000_001 * 10**6]
+    assert read(path)["timestamp"] == [1_600_000_000.001]
 
 
 def test_ids_of_odd_types(tmp_path: Path) -> None:
@@ -198,7 +182,7 @@ def test_ids_of_odd_types(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("columns", [None, "user,item,timestamp"])
 def test_two_columns_for_one_role_are_refused(tmp_path: Path, columns: str | None) -> None:
-    path = write(tmp_path, "a.csv", "user_id,customer_id,item_id,product_id,time\nu,c,i,p,7\n")
+    path = write(tmp_path, "user_id,customer_id,item_id,product_id,time\nu,c,i,p,7\n")
     assert "'user_id' and 'customer_id' may each be the user" in refused(path, columns)
     one_user = "user=user_id,item,timestamp"
     assert "'item_id' and 'product_id' may each be the item; say which" in refused(path, one_user)
@@ -210,7 +194,7 @@ def test_variants_of_a_product_and_sessions_of_a_user_give_way_and_the_log_says_
     tmp_path: Path, caplog: pytest.LogCaptureFixture, columns: str | None
 ) -> None:
     text = '{"rating": 5.0, "asin": "V1", "parent_asin": "P", "session_id": "S", "user_id": "A", "timestamp": 1588687728923}\n'
-    path = write(tmp_path, "reviews.jsonl", text)
+    path = write(tmp_path, text, "reviews.jsonl")
     with caplog.at_level(logging.WARNING, logger="absl"):
         events = read(path, columns)
     assert events["item"] == ["P"] and events["user"] == ["A"]
@@ -221,13 +205,11 @@ def test_variants_of_a_product_and_sessions_of_a_user_give_way_and_the_log_says_
 
 
 def test_names_of_headers_in_everyday_spelling(tmp_path: Path) -> None:
-    assert read(write(tmp_path, "a.csv", "User ID , Item-Id,Created At\nu,i,5\n"))["timestamp"] == [
-        5 * SECOND
-    ]
+    assert read(write(tmp_path, "User ID , Item-Id,Created At\nu,i,5\n"))["timestamp"] == [5]
 
 
 def test_further_columns_are_typed(tmp_path: Path) -> None:
-    path = write(tmp_path, "a.csv", "user,item,timestamp,genre,progress\nu,i,5,sf,0.5\nu,j,6,,\n")
+    path = write(tmp_path, "user,item,timestamp,genre,progress\nu,i,5,sf,0.5\nu,j,6,,\n")
     events = read(path, "user,item,timestamp,category=genre:categorical,progress:numerical")
     assert events["category"] == ["sf", None] and events["progress"] == [0.5, None]
     assert "is 'genre'" in refused(path, "user,item,timestamp,genre,progress:numerical")
@@ -257,7 +239,7 @@ def test_further_columns_are_typed(tmp_path: Path) -> None:
 def test_faults_name_file_line_value_and_reason(
     tmp_path: Path, text: str, columns: str | None, words: list[str]
 ) -> None:
-    path = write(tmp_path, "a.csv", text)
+    path = write(tmp_path, text)
     message = refused(path, columns)
     assert str(path) in message
     for word in words:
@@ -267,7 +249,7 @@ def test_faults_name_file_line_value_and_reason(
 def test_what_is_read_is_logged_with_the_first_events(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = write(tmp_path, "a.csv", "user_id,item,when,timestamp\nu,i,?,1588687728923\n")
+    path = write(tmp_path, "user_id,item,when,timestamp\nu,i,?,1588687728923\n")
     with caplog.at_level(logging.INFO, logger="absl"):
         read(path)
     assert (
@@ -278,9 +260,9 @@ def test_what_is_read_is_logged_with_the_first_events(
 
 
 def test_parts_of_other_columns_are_refused(tmp_path: Path) -> None:
-    first = write(tmp_path, "a.csv", "user,item,rating\nu,i,4\n")
-    other_order = write(tmp_path, "b.csv", "rating,item,user\n3,j,v\n")
-    fewer = write(tmp_path, "c.csv", "user,item\nu,i\n")
+    first = write(tmp_path, "user,item,rating\nu,i,4\n")
+    other_order = write(tmp_path, "rating,item,user\n3,j,v\n", "b.csv")
+    fewer = write(tmp_path, "user,item\nu,i\n", "c.csv")
     table = pa.concat_tables(EventReader([first, other_order], ReadOptions()).batches())
     assert table.to_pydict() == {"user": ["u", "v"], "item": ["i", "j"], "rating": [4.0, 3.0]}
     with pytest.raises(UserError, match="all files must have the same"):
@@ -292,5 +274,5 @@ def test_a_value_of_a_hundred_megabytes_costs_neither_time_nor_memory(tmp_path: 
     users = pa.DictionaryArray.from_arrays(pa.array([0] * 100_000, pa.int32()), pa.array(["x" * 10_000_000]))
     pa.parquet.write_table(pa.table({"user": users, "item": ["i"] * 100_000}), path)
     assert "an id has at most 1024" in refused(path)
-    text = write(tmp_path, "a.csv", "user,item\n" + "y" * 30_000_000 + ",i\n")
+    text = write(tmp_path, "user,item\n" + "y" * 30_000_000 + ",i\n")
     assert "1024 bytes" in refused(text) or "longer than" in refused(text)
