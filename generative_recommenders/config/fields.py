@@ -83,13 +83,15 @@ class StrictModel(BaseModel):
         frozen=True,
         allow_inf_nan=False,
         validate_default=False,
-        protected_namespaces=(),
+        protected_namespaces=(),  # an option may be called model_...
     )
 
     @field_validator("*", mode="before")
     @classmethod
     def _sequences_and_sizes(cls, value: Any, info: ValidationInfo) -> Any:
-        check_sizes(value)
+        check_sizes(
+            value
+        )  # before pydantic: an int beyond 64 bits or a text of megabytes would be in its message
         annotation = cls.model_fields[str(info.field_name)].annotation
         origins = {get_origin(each) or each for each in (annotation, *get_args(annotation))}
         if isinstance(value, list) and tuple in origins:

@@ -174,7 +174,7 @@ class _Parsed(config_parser.ParserDelegate):  # type: ignore[misc]
     def entries(self, value: Any, known: dict[str, int]) -> int:
         if isinstance(value, _Macro):
             if value.name not in known:
-                known[value.name] = MAX_ENTRIES + 1  # what it is within itself
+                known[value.name] = MAX_ENTRIES + 1  # found again below itself, it would never end
                 given = self.macros.get(value.name, ("", None))[1]
                 known[value.name] = self.entries(given, known)
             return known[value.name]
@@ -227,7 +227,7 @@ def _bind_text(text: str, place: str, parsed: _Parsed) -> None:
         for statement in parser:
             line = statement.location.line_num
             _bind(statement, f"{place}, line {line}", parsed)
-        if parser.current_token.type != tokenize.ENDMARKER:
+        if parser.current_token.type != tokenize.ENDMARKER:  # gin takes that for the end of the statements
             raise UserError(f"gin: the text ends within a statement ({place}, line {line})")
     except SyntaxError as error:
         number = error.lineno or line

@@ -80,7 +80,7 @@ class Part:
     @cached_property
     def _hints(self) -> dict[str, Any]:
         function = self.make.__init__ if isinstance(self.make, type) else self.make  # type: ignore[misc]
-        return get_type_hints(function, include_extras=True)
+        return get_type_hints(function, include_extras=True)  # the extras are the ranges in Annotated
 
     @property
     def groups(self) -> dict[str, type[OptionGroup]]:

@@ -61,7 +61,7 @@ def timeline(dataset: SequenceDataset, split: Split) -> dict[str, Any] | None:
     times = dataset.timestamps
     if times is None:
         return None
-    low, high = int(times.min()), int(times.max())
+    low, high = int(times.min()), int(times.max())  # of bins over all, since the events are not held at once
     edges = np.linspace(low, high + 1, _TIME_BINS + 1)
     train = np.zeros(_TIME_BINS, np.int64)
     for first, last in dataset.user_blocks():

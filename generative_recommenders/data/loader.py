@@ -111,6 +111,7 @@ class SequenceLoader:
         self.rows = SequenceRows(dataset, max_length + 1)
         stops = train_stops.astype(np.int64)
         users = np.flatnonzero(stops >= 2)
+        # Of a history's stop - 1 targets, max_length go into a row: the quotient rounded up.
         repeats = np.ones_like(users) if windows == "last" else -((1 - stops[users]) // max_length)
         self.users = np.repeat(users, repeats)
         before = np.arange(self.users.size) - np.repeat(np.cumsum(repeats) - repeats, repeats)
@@ -146,6 +147,7 @@ class SequenceLoader:
         return LoadedBatch(columns, step, bounds[0], int(targets[: bounds[0]].sum()), int(targets.sum()))
 
     def _generator(self, epoch: int, purpose: int) -> np.random.Generator:
+        # purpose 0 is the order of an epoch, 1 + step the sampling of a step: no state to save, whatever is resumed.
         return np.random.Generator(np.random.Philox(np.random.SeedSequence([self.seed, epoch, purpose])))
 
 

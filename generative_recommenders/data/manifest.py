@@ -187,7 +187,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise UserError(f"{path}: damaged or cut short ({' '.join(str(error).split())[:100]})") from error
     if not isinstance(settings, dict):
         raise UserError(f"{path}: damaged: it holds no object")
-    version = settings.get("version")
+    version = settings.get("version")  # before the fields, which another version may have others of
     if version not in _READABLE:
         raise UserError(
             f"{path}: prepared by version {version!r}, this program reads {VERSION}; prepare the data again"

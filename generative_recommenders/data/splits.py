@@ -92,7 +92,7 @@ def _targets(dataset: SequenceDataset, protocol: str) -> tuple[np.ndarray, np.nd
             raise UserError(
                 f"{dataset.folder}: protocol global_time needs timestamps, and this data set has none"
             )
-        # In integers: the place, from 0, up to which at least that share of all events lies.
+        # In integers, as 0.8 is no binary fraction: the place, from 0, up to which at least that share of all events lies.
         ranks = [-(-len(dataset.timestamps) * tenths // 10) - 1 for tenths in _CUT_TENTHS]
         ordered = np.partition(dataset.timestamps, ranks)
         # Times rise within a user, and every user has an event: the events up to a cut are a prefix of each sequence.

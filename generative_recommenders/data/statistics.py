@@ -11,8 +11,8 @@ from generative_recommenders.data.store import SequenceDataset
 
 IN_ORDER = 0.95
 """Share of tied neighbours in the order of their items from which on the file counts as sorted by item."""
-_FEWEST_PAIRS = 10
-_MOST_PAIRS = 1 << 20
+_FEWEST_PAIRS = 10  # of fewer a share says nothing
+_MOST_PAIRS = 1 << 20  # of which keys are held in memory
 _USERS_OWN_ORDER = 0.8
 """Agreement of pairs that are not tied from which on users themselves take items in one order, as volumes of a series."""
 MANY_REPEATS = 0.01
@@ -90,6 +90,8 @@ class _Pairs:
         second = second[: _MOST_PAIRS - self.count]
         self.count += len(second)
         a, b = items[second - 1].astype(np.int64), items[second].astype(np.int64)
+        # The pair without its order in the upper bits, so that sorted keys bring both orders of a pair together; the order in
+        # the last one.
         self.keys.append((np.minimum(a, b) << 32 | np.maximum(a, b)) * 2 + (a < b))
 
     def agreement(self) -> float:

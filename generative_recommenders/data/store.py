@@ -68,6 +68,7 @@ class SequenceDataset:
             for name in manifest.columns
         }
         offsets = maps["offsets"]
+        # The one column that is read whole: places of events are taken from it unchecked afterwards.
         if offsets[0] != 0 or offsets[-1] != manifest.counts["events"] or (np.diff(offsets) < 1).any():
             raise UserError(
                 f"{column_file(folder, 'offsets')}: damaged: it does not rise from 0 to the count of events"
@@ -91,6 +92,7 @@ class SequenceDataset:
         counts, manifest = self.manifest.counts, self.manifest
         if catalogue == "rated":
             return self
+        # Under a filter there never are any: items that it left out are no candidates.
         if "unrated_items" not in counts and manifest.filter == "none" and self.feature_specs("item"):
             raise UserError(
                 f"{self.folder}: prepared by a release that kept no items without ratings, which train_fn.catalogue 'all' asks "
@@ -192,7 +194,7 @@ class SequenceDataset:
         for first in range(0, self.num_events, VERIFY_EVENTS):
             part = slice(first, min(first + VERIFY_EVENTS, self.num_events))
             events = np.arange(part.start, part.stop)
-            rows = np.searchsorted(self.offsets, events, side="right") - 1
+            rows = np.searchsorted(self.offsets, events, side="right") - 1  # the users of these events
             ratings, timestamps = (None if x is None else x[part] for x in (self.ratings, self.timestamps))
             extra = {name: values[part] for name, values in self.extra.items()}
             positions = events - self.offsets[rows]

@@ -157,7 +157,9 @@ def write_tables(
         },
         choices=choices,
     )
-    write_manifest(folder, manifest)
+    write_manifest(
+        folder, manifest
+    )  # so that the folder can be opened, from which the statistics are counted
     tied = np.memmap(folder / _TIED, np.bool_, "r") if sequences.has_timestamps else None
     statistics = sequence_statistics(SequenceDataset.open(folder), tied)
     (folder / _TIED).unlink(missing_ok=True)
@@ -190,6 +192,7 @@ def _describe(folder: Path, sequences: Sequences, name: str) -> EventColumn:
     if kind == "categorical":
         return EventColumn(name, kind, len(sequences.vocabularies[name]))
     stored = np.memmap(event_file(folder, name, kind), STORED[kind], mode="r")
+    # In two passes: the difference of the mean square and the squared mean would lose a timestamp's deviation to rounding.
     count, total, squares = 0, 0.0, 0.0
     for step in ("mean", "std"):
         mean = total / max(count, 1)

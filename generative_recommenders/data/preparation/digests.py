@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pyarrow as pa
 
+# The constants are part of the format: with another one no prepared folder would match its hash.
 _FNV_OFFSET, _FNV_PRIME = np.uint64(0xCBF29CE484222325), np.uint64(0x100000001B3)
 _SEEDS = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD1B54A32D192ED03))
 _ABSENT = np.uint64(0xA5A5A5A5A5A5A5A5)
@@ -35,6 +36,7 @@ def id_hashes(ids: pa.Array) -> np.ndarray:
     data = np.frombuffer(bytes_buffer, np.uint8) if bytes_buffer else np.empty(0, np.uint8)
     starts, lengths = offsets[:-1], np.diff(offsets)
     hashes = np.full(len(ids), _FNV_OFFSET)
+    # Byte after byte, for all ids at once: sorted by length, those that still have a byte are a prefix.
     longest_first = np.argsort(-lengths, kind="stable")
     remaining = np.searchsorted(
         -lengths[longest_first], -np.arange(1, lengths.max(initial=0) + 1), side="right"
@@ -105,7 +107,7 @@ class EventDigests:
 def _sum_of_digests(words: Sequence[np.ndarray | np.uint64]) -> int:
     """Sum, mod 2^128, of the digests of E events, each of which has one of the words ``[E]``, or the same as all."""
     total = 0
-    for start in range(0, max(np.size(word) for word in words), _CHUNK):
+    for start in range(0, max(np.size(word) for word in words), _CHUNK):  # which keeps the words in the cache
         part = [
             word[start : start + _CHUNK].astype(np.uint64, copy=False)
             if isinstance(word, np.ndarray)
@@ -126,6 +128,7 @@ def chain(seed: np.uint64, words: Sequence[np.ndarray | np.uint64]) -> np.ndarra
 
 
 def _exact_sum(words: np.ndarray) -> int:
+    # numpy's sum of 64-bit words would wrap around; those of their halves do not, at less than 2^32 words.
     return (int((words >> np.uint64(32)).sum()) << 32) + int((words & _LOW).sum())
 
 

@@ -110,6 +110,7 @@ class _Runs:
                 self.dictionaries.setdefault(name, []).append(dictionary)
             runs = self.columns.setdefault(name, [])
             runs.append(values)
+            # The first run moves when a second one comes: what fits into memory never touches the disk.
             for place, values in enumerate(runs if len(runs) > 1 else []):
                 if isinstance(values, np.memmap):
                     continue
@@ -119,7 +120,9 @@ class _Runs:
                 with (self.spill / f"{name}.bin").open("ab") as out:
                     first = out.tell()
                     write_numbers(out, values)
-                runs[place] = np.memmap(out.name, values.dtype, "r+", first, values.shape)
+                runs[place] = np.memmap(
+                    out.name, values.dtype, "r+", first, values.shape
+                )  # `merge` writes codes
 
     def merge(self, name: str) -> pa.Array:
         """The texts of all runs, each once; the codes of the runs become codes into them."""

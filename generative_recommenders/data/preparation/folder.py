@@ -15,7 +15,7 @@ from pathlib import Path
 from generative_recommenders.data.manifest import FILE_NAME
 from generative_recommenders.errors import UserError
 
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux' fcntl.h and fs.h
 
 
 @contextmanager
@@ -89,7 +89,7 @@ def locked(target: Path) -> Iterator[None]:
         file = open(target.parent / f".{target.name}.lock", "w")  # noqa: SIM115, closed below
     except OSError as error:
         raise UserError(f"{target}: cannot be written: {error.strerror or error}") from error
-    with file:
+    with file:  # which stays, empty: a second process may hold it open already
         with suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
         yield

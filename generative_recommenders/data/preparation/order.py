@@ -66,6 +66,8 @@ class UserRows:
     def buckets(self, bucket_events: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Rows in input order, and their users' places: about ``bucket_events`` at a time, a user is never divided."""
         num_users = len(self.offsets) - 1
+        # Each bucket is a pass over all rows, in their order: files of events are read from front to back, and the order of
+        # ties is kept.
         for first, last in user_blocks(self.offsets, bucket_events):
             rows, places = [], []
             for part in chunks(len(self.users)):
@@ -140,7 +142,9 @@ def published_ranks(events: Events, table: np.ndarray) -> tuple[np.ndarray, dict
 
     rows = np.flatnonzero(table)
     frame = pd.DataFrame({"timestamp": np.asarray(events.timestamps)[rows]})
-    order = frame.sort_values("timestamp").index.to_numpy()
+    order = frame.sort_values(
+        "timestamp"
+    ).index.to_numpy()  # quicksort by default, which is what has to be repeated
     ranks = np.full(len(events), -1, np.int64)
     ranks[rows[order]] = np.arange(len(rows))
     digest = hashlib.sha256(np.ascontiguousarray(order, "<i8").data).hexdigest()[:32]

@@ -46,6 +46,7 @@ from generative_recommenders.data.schema import extra_kinds
 from generative_recommenders.errors import UserError
 
 SORT_BYTES_PER_EVENT = 120
+"""Memory that one event of a bucket takes at most while it is sorted: gathered columns, sort keys and their order."""
 DEFAULT_MEMORY_LIMIT = 4 << 30
 
 

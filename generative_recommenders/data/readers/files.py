@@ -67,7 +67,7 @@ def kind_of(path: Path) -> str:
         raise UserError(
             f"{path}: damaged or cut short at its beginning; fetch the file again ({error})"
         ) from error
-    if start.startswith((b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")):
+    if start.startswith((b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")):  # the last is how an Arrow stream begins
         kind = "parquet" if start.startswith(b"PAR1") else "arrow"
         if is_packed(path):
             raise UserError(f"{path}: {kind.capitalize()} that is packed once more: unpack it first")

@@ -28,7 +28,7 @@ _BOM = b"\xef\xbb\xbf"
 _UNIT_SEPARATOR = b"\x1f"
 MAX_FIELD_BYTES = 1 << 28
 """Of a whole sequence in the exchange format; other lines are shorter."""
-csv.field_size_limit(MAX_FIELD_BYTES)
+csv.field_size_limit(MAX_FIELD_BYTES)  # of Python's csv, which names the line of a fault: 128 KiB by default
 DELIMITERS = ("::", "\t", ",", ";", "|", None)
 """What is tried where none is given; None is runs of spaces and tabs."""
 
@@ -193,7 +193,7 @@ def parse(path: Path, block: Block, dialect: Dialect, num_fields: int, wanted: l
         data = data.replace(delimiter.encode(), _UNIT_SEPARATOR)
     names = [str(place) for place in range(num_fields)]
     columns = [str(place) for place in wanted]
-    for threads in (True, False):  # once more without threads, for the number of the row at fault
+    for threads in (True, False):  # with threads pyarrow does not know the number of the row at fault
         try:
             return pyarrow.csv.read_csv(
                 pa.py_buffer(data),

@@ -22,6 +22,7 @@ _SMALLEST = {"ns": 10**17, "us": 10**14, "ms": 10**11}
 """Numbers from here on have this unit: as a coarser one they would lie after the year 4000."""
 _NUMBER = r"^\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?\s*$"
 _ZONE = r"([+-]\d{2}:?\d{2}|[+-]\d{2})$"
+# As polars writes formats: %.f is a fraction with its point, or nothing. Of several that fit as many times the first is taken.
 _ISO_FORMATS = ("%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%d %H:%M", "%Y-%m-%d", "%Y/%m/%d %H:%M:%S%.f", "%Y/%m/%d")
 _OTHER_FORMATS = ("%a %b %d %H:%M:%S %z %Y",)  # Goodreads: Tue Sep 26 09:43:46 -0700 2017
 
@@ -109,6 +110,7 @@ def _parse_text(values: pl.Series, form: str) -> pl.Series:
         return values.str.to_datetime(form, time_unit="ns", strict=False).cast(pl.Int64)
     text = values.str.strip_chars().str.replace("T", " ", literal=True).str.replace(r"\s*(Z|UTC)$", "")
     zone = pl.Series([None] * len(text), dtype=pl.String)
+    # Zones are taken apart here: polars would want all times of a column to have one, or none.
     if ":" in (values.drop_nulls().head(1).item() if len(values.drop_nulls()) else ""):
         # Behind the date, whose own dashes are no zone.
         zone = text.str.slice(10).str.extract_groups(_ZONE).struct[0]
