@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
+import polars as pl
 
 from generative_recommenders.data.preparation import digests
 from generative_recommenders.data.preparation.event_store import Events, chunks, user_blocks
@@ -43,50 +43,37 @@ def check_choices(tie_order: str, duplicates: str, has_timestamps: bool) -> None
         )
 
 
-@dataclass(frozen=True)
-class UserRows:
-    """Rows of events by user, some users at a time.
+def user_buckets(
+    users: np.ndarray,
+    offsets: np.ndarray,
+    bucket_events: int,
+    place: np.ndarray | None = None,
+    kept: np.ndarray | None = None,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Rows in input order, and their users' places: about ``bucket_events`` at a time, a user is never divided.
 
-    users: ``[E]`` codes. place: ``[codes]`` the user's place in the wanted order, -1 for none, or None for the code itself.
-    kept: ``[E]`` bool or None for all. offsets: ``[U + 1]`` of the places.
+    users: ``[E]`` codes. offsets: ``[U + 1]`` of the places. place: ``[codes]`` the user's place in the wanted order, -1 for
+    none, or None for the code itself. kept: ``[E]`` bool or None for all.
     """
-
-    users: np.ndarray
-    offsets: np.ndarray
-    place: np.ndarray | None = None
-    kept: np.ndarray | None = None
-
-    @classmethod
-    def of_all(cls, events: Events) -> UserRows:
-        lengths = np.zeros(len(events.user_ids), np.int64)
-        for part in chunks(len(events)):
-            lengths += np.bincount(events.users[part], minlength=len(lengths))
-        return cls(events.users, np.concatenate([[0], np.cumsum(lengths)]))
-
-    def buckets(self, bucket_events: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Rows in input order, and their users' places: about ``bucket_events`` at a time, a user is never divided."""
-        num_users = len(self.offsets) - 1
-        # Each bucket is a pass over all rows, in their order: files of events are read from front to back, and the order of
-        # ties is kept.
-        for first, last in user_blocks(self.offsets, bucket_events):
-            rows, places = [], []
-            for part in chunks(len(self.users)):
-                place = self.users[part] if self.place is None else self.place[self.users[part]]
-                wanted = None if self.kept is None else self.kept[part]
-                if first > 0 or last < num_users:
-                    inside = (place >= first) & (place < last)
-                    wanted = inside if wanted is None else inside & wanted
-                chosen = np.arange(len(place)) if wanted is None else np.flatnonzero(wanted)
-                rows.append(chosen + part.start)
-                places.append(place[chosen])
-            yield np.concatenate(rows), np.concatenate(places)
+    # Each bucket is a pass over all rows, in their order: files of events are read from front to back, and the order of ties
+    # is kept.
+    for first, last in user_blocks(offsets, bucket_events):
+        rows, places = [], []
+        for part in chunks(len(users)):
+            placed = users[part] if place is None else place[users[part]]
+            wanted = None if kept is None else kept[part]
+            if (first, last) != (0, len(offsets) - 1):
+                inside = (placed >= first) & (placed < last)
+                wanted = inside if wanted is None else inside & wanted
+            chosen = np.arange(len(placed)) if wanted is None else np.flatnonzero(wanted)
+            rows.append(chosen + part.start)
+            places.append(placed[chosen])
+        yield np.concatenate(rows), np.concatenate(places)
 
 
-def chronological(
-    users: np.ndarray, times: np.ndarray | None, ties: np.ndarray | None, items: np.ndarray | None = None
-) -> np.ndarray:
-    """The order of events by user, time, ``ties`` or ``items``, and their present place; all ``[n]``, None is passed over."""
-    keys = [key for key in (ties, items, times) if key is not None]
+def chronological(users: np.ndarray, times: np.ndarray | None, ties: np.ndarray | None) -> np.ndarray:
+    """The order of events by user, time, ``ties``, and their present place; all ``[n]``, None is passed over."""
+    keys = [key for key in (ties, times) if key is not None]
     return np.lexsort((*keys, users)) if keys else np.argsort(users, kind="stable")
 
 
@@ -114,16 +101,17 @@ def order_raw(
         digests.id_hashes(ids) if random else np.empty(0, np.uint64)
         for ids in (events.user_ids, events.item_ids)
     )
-    for rows, users in UserRows.of_all(events).buckets(bucket_events):
+    lengths = np.zeros(len(events.user_ids), np.int64)
+    for part in chunks(len(events)):
+        lengths += np.bincount(events.users[part], minlength=len(lengths))
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    for rows, users in user_buckets(events.users, offsets, bucket_events):
         items = events.items[rows]
         times = None if events.timestamps is None else events.timestamps[rows]
         if times is not None and (random or duplicates == "drop"):
-            order = chronological(users, times, None, items)
-            new = _differs(users[order]) | _differs(items[order]) | _differs(times[order])
-            place = np.arange(len(rows))
-            occurrence = np.empty(len(rows), np.int64)
-            # The place in the order less the place where the present run of equal events began.
-            occurrence[order] = place - np.maximum.accumulate(np.where(new, place, 0))
+            same = pl.DataFrame({"user": users, "item": items, "time": times})
+            place_of_same = pl.int_range(pl.len()).over("user", "item", "time")
+            occurrence = same.select(place_of_same).to_series().to_numpy()
             if duplicates == "drop":
                 kept[rows] = occurrence == 0
             if ties is not None:

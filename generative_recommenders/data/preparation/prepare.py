@@ -213,8 +213,8 @@ def sorted_buckets(
 
     ties: ``[raw events]`` what orders events of one time, None for their order in the files.
     """
-    by_user = order.UserRows(events.users, sequences.offsets, selection.user_number, selection.kept)
-    for rows, users in by_user.buckets(bucket_events):
+    numbers, kept = selection.user_number, selection.kept
+    for rows, users in order.user_buckets(events.users, sequences.offsets, bucket_events, numbers, kept):
         times = None if events.timestamps is None else events.timestamps[rows]
         places = order.chronological(users, times, None if ties is None else ties[rows])
         sources = rows[places]
