@@ -14,7 +14,7 @@ from generative_recommenders.config.fields import Positive
 from generative_recommenders.config.registry import register_item_embedding
 from generative_recommenders.distributed.row_shards import RowShard
 from generative_recommenders.modeling.initialization import truncated_normal_
-from generative_recommenders.ops.embedding import lookup_rows, places_of, sorted_unique
+from generative_recommenders.ops.embedding import LateGradients, lookup_rows, places_of, sorted_unique
 from generative_recommenders.ops.normalization import l2_normalize
 
 
@@ -25,11 +25,15 @@ class ItemRows:
     weight: ``[U, D]``. ids: ``[U]`` int64 ids of those rows, as of `ops.embedding.sorted_unique`, or None when ``weight`` holds
     0..V in order.
     row_of_item: ``[V + 1]`` int64, the id that an item's row goes by, or None where it is the item's own id.
+    norm_eps: the least norm that ``weight`` is divided by where items are scored; None where it is scored as it is.
+    late: of a leaf, what `gradient` adds to that of ``weight``.
     """
 
     weight: torch.Tensor
     ids: torch.Tensor | None = None
     row_of_item: torch.Tensor | None = None
+    norm_eps: float | None = None
+    late: LateGradients | None = None
 
     def index(self, item_ids: torch.Tensor) -> torch.Tensor:
         """Rows of ``weight`` for item ids of any shape; every one must be held."""
@@ -38,7 +42,22 @@ class ItemRows:
 
     def lookup(self, item_ids: torch.Tensor) -> torch.Tensor:
         """``[..., D]`` embeddings of ``item_ids [...]``."""
-        return lookup_rows(self.weight, self.index(item_ids))
+        return lookup_rows(self.weight, self.index(item_ids), self.late if self.weight.is_leaf else None)
+
+    def gradient(self) -> torch.Tensor | None:
+        """``[U, D]``, of the leaf after the backward pass; None where nothing reached it."""
+        if not self.late:
+            return self.weight.grad
+        total = torch.zeros_like(self.weight) if self.weight.grad is None else self.weight.grad
+        for rows, gradients in self.late:
+            total.index_add_(0, rows, gradients)
+        return total
+
+    def normalized(self) -> ItemRows:
+        """The rows as they are scored, in full precision where they are of norm 1."""
+        if self.norm_eps is None:
+            return self
+        return replace(self, weight=l2_normalize(self.weight.float(), self.norm_eps), norm_eps=None)
 
     def catalogue(self, num_items: int | None = None) -> torch.Tensor:
         """``[V, D]``: row i belongs to item id i + 1. Only where all items are held."""
@@ -92,8 +111,9 @@ class ItemEmbedding(torch.nn.Module):
 
     def step_rows(self, row_ids: torch.Tensor | None) -> ItemRows:
         """Rows of the table (None: all), the leaf that a training step differentiates."""
-        weight = self.table if row_ids is None else self.table[row_ids]
-        return ItemRows(weight.detach().requires_grad_(self.table.requires_grad), row_ids)
+        table = self.table.detach()
+        weight = table if row_ids is None else table.index_select(0, row_ids)
+        return ItemRows(weight.requires_grad_(self.table.requires_grad), row_ids, late=[])
 
     def rows(self, item_ids: torch.Tensor) -> ItemRows:
         """Rows of the table, those of ``item_ids`` (any shape) among them."""
@@ -121,13 +141,13 @@ class ItemEmbedding(torch.nn.Module):
 
     def scored_rows(self, leaf: ItemRows, item_ids: torch.Tensor | None) -> ItemRows:
         """What is scored for the sorted unique items ``item_ids`` (None: all), from the gathered table rows."""
-        return self.normalized(self.raw_rows(leaf, item_ids))
+        return self.unscored_rows(leaf, item_ids).normalized()
 
-    def normalized(self, rows: ItemRows) -> ItemRows:
-        """Rows of norm 1, in full precision, where the items are scored so; else the rows themselves."""
-        if not self.item_l2_norm:
-            return rows
-        return replace(rows, weight=l2_normalize(rows.weight.float(), self.l2_norm_eps))
+    def unscored_rows(self, leaf: ItemRows, item_ids: torch.Tensor | None) -> ItemRows:
+        """`scored_rows` that whoever scores them has still to normalise."""
+        return replace(
+            self.raw_rows(leaf, item_ids), norm_eps=self.l2_norm_eps if self.item_l2_norm else None
+        )
 
     def embed_history(self, item_ids: torch.Tensor) -> torch.Tensor:
         """``[..., D]`` for ids of any shape."""

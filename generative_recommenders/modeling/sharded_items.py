@@ -67,7 +67,7 @@ class ShardedItemEmbedding(ItemEmbedding):
         learns = self.table.requires_grad
         gathered = self.shard.gather(self.table, route).requires_grad_(learns)
         own = ShardRows(self.table.detach().requires_grad_(learns), shard=self.shard)
-        return RoutedRows(gathered, row_ids, route=route, own=own)
+        return RoutedRows(gathered, row_ids, late=[], route=route, own=own)
 
     def catalogue_rows(self, rows: ItemRows) -> ItemRows:
         assert isinstance(rows, RoutedRows) and rows.own is not None
@@ -91,7 +91,7 @@ class ShardedItemEmbedding(ItemEmbedding):
         assert rows.route is not None and rows.own is not None
         if not rows.weight.requires_grad:
             return None, None
-        gathered = rows.weight.grad
+        gathered = rows.gradient()
         # A loss over the catalogue may read no history of this process.
         sent = torch.zeros_like(rows.weight) if gathered is None else gathered / world_size
         ids, sums = self.shard.sums(sent, rows.route)

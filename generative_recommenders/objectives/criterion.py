@@ -96,13 +96,12 @@ class Criterion(torch.nn.Module):
     def forward(
         self,
         states: torch.Tensor,
-        scored: ItemRows,
-        raw: ItemRows,
+        items: ItemRows,
         batch: PreparedBatch,
         similarity: Similarity,
     ) -> tuple[torch.Tensor, torch.Tensor, Sums]:
-        """Loss sum, its weight, and the sums of auxiliary losses. states ``[M, D]`` float32; scored, raw: items with and
-        without their normalisation."""
+        """Loss sum, its weight, and the sums of auxiliary losses. states ``[M, D]`` float32; items: not yet
+        normalised."""
 
     def auxiliary(self, sums: Sums, similarity: Similarity) -> dict[str, torch.Tensor]:
         """Weighted auxiliary losses of all processes' sums."""
@@ -129,16 +128,16 @@ class SampledCriterion(Criterion):
         self.loss = loss
         self.checkpoint = checkpoint
 
-    def forward(self, states, scored, raw, batch, similarity):
-        arguments = states, scored.weight, raw.weight, scored, raw, batch, similarity
+    def forward(self, states, items, batch, similarity):
+        arguments = states, items.weight, items, batch, similarity
         if not self.checkpoint:
             return self._loss(*arguments)
         return recomputed(self._loss, *arguments)
 
-    def _loss(self, states, scored_weight, raw_weight, scored, raw, batch, similarity):
+    def _loss(self, states, weight, items, batch, similarity):
         example = batch.example
-        items = replace(scored, weight=scored_weight)
-        positive_items = replace(raw, weight=raw_weight) if self.loss.raw_positives else None
+        items = replace(items, weight=weight)
+        positive_items = items if self.loss.raw_positives else None
         scores = sampled_scores(
             states, items, example.targets, batch.negatives, similarity, example.users, positive_items
         )
@@ -162,7 +161,8 @@ class CatalogueCriterion(Criterion):
         self.loss = loss
         self.sums_over_tokens = not isinstance(loss, ScalableCrossEntropyLoss)
 
-    def forward(self, states, scored, raw, batch, similarity):
+    def forward(self, states, items, batch, similarity):
+        scored = items.normalized()
         query, weight = similarity.operands(states, scored.weight)
         catalogue = replace(scored, weight=weight).catalogue()
         arguments = query, catalogue, batch.example.targets - 1, batch.example.weights

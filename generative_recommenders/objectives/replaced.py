@@ -54,10 +54,10 @@ class ReplacedDetectionCriterion(Criterion):
         self.head = torch.nn.Linear(width, 1)
         self.weight = weight
 
-    def forward(self, states, scored, raw, batch, similarity):
-        total, weight, sums = self.base(states, scored, raw, batch, similarity)
-        fakes = self.fakes(states, scored, batch, similarity)
-        return total, weight, {**sums, "replaced_detection": self.detection(fakes, raw, batch)}
+    def forward(self, states, items, batch, similarity):
+        total, weight, sums = self.base(states, items, batch, similarity)
+        fakes = self.fakes(states, items, batch, similarity)
+        return total, weight, {**sums, "replaced_detection": self.detection(fakes, items, batch)}
 
     def auxiliary(self, sums: Sums, similarity: Similarity) -> dict[str, Tensor]:
         cross_entropy, tokens = sums["replaced_detection"].unbind()
@@ -65,18 +65,19 @@ class ReplacedDetectionCriterion(Criterion):
         return {**self.base.auxiliary(sums, similarity), "replaced_detection": own}
 
     @torch.no_grad()
-    def fakes(self, states: Tensor, scored: ItemRows, batch: PreparedBatch, similarity: Similarity) -> Tensor:
+    def fakes(self, states: Tensor, items: ItemRows, batch: PreparedBatch, similarity: Similarity) -> Tensor:
         """``[M]`` ids sampled from the generator's softmax at the hidden positions."""
+        scored = items.normalized()
         operands = similarity.operands(states, scored.weight)
         assert operands is not None  # build refuses other similarities
         query, weight = operands
         if not len(query):
             return batch.example.targets
-        items = ItemRows(weight, scored.ids, scored.row_of_item)
+        scored = ItemRows(weight, scored.ids, scored.row_of_item)
         draws = batch.target_draws(_FAKES)
         if batch.target_pool is None:
-            return sample_from_catalogue(query, items.catalogue(), draws)
-        return batch.target_pool[sample_from_catalogue(query, items.lookup(batch.target_pool), draws) - 1]
+            return sample_from_catalogue(query, scored.catalogue(), draws)
+        return batch.target_pool[sample_from_catalogue(query, scored.lookup(batch.target_pool), draws) - 1]
 
     def detection(self, fakes: Tensor, items: ItemRows, batch: PreparedBatch) -> Tensor:
         """``[2]``: binary cross-entropy over all tokens, and their number; a fake that is the true item counts as original."""

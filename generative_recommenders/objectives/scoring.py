@@ -11,7 +11,12 @@ from generative_recommenders.modeling.items import ItemRows
 from generative_recommenders.modeling.similarity.interface import Similarity, rounded, score_dtype
 from generative_recommenders.objectives.negative_samplers import Negatives
 from generative_recommenders.ops import dispatch
-from generative_recommenders.ops.products.sampled import block_products, sampled_products
+from generative_recommenders.ops.products.sampled import (
+    block_products,
+    many_rows,
+    sampled_products,
+    scored_products,
+)
 
 
 @dataclass(frozen=True)
@@ -37,14 +42,22 @@ def sampled_scores(
 ) -> SampledScores:
     """Scores of a step's positives and negatives.
 
-    states: ``[T, D]``. items: as scored. positives: ``[T]`` or ``[T, P]`` item ids. user_ids: ``[T]``. positive_items: rows
-    that the positives are looked up in instead, for losses that ask for other ones.
+    states: ``[T, D]``. items: normalised here, if they are not. positives: ``[T]`` or ``[T, P]`` item ids. user_ids: ``[T]``.
+    positive_items: rows that the positives are looked up in instead, for losses that ask for other ones.
 
     A similarity that is no product scores positives and negatives in two calls, as the published program does, and keeps
     memory within bounds; its auxiliary losses are of the positives alone.
     """
     targets = checked_targets(positives, items)
     mask = no_collisions(targets, negatives)
+    fused = negatives.sharing.granularity == "position" and positive_items is None
+    if fused and many_rows(items.weight, negatives.ids):
+        operands = similarity.operands(states, items.weight)
+        if operands is not None and operands[1] is items.weight:
+            rows = items.index(targets), items.index(negatives.ids)
+            positive, negative = scored_products(*operands, *rows, items.norm_eps)
+            return SampledScores(positive, corrected(negative, negatives), mask, {})
+    items = items.normalized()
     operands = similarity.operands(states, items.weight)
     if operands is not None:
         (query, weight), dtype = operands, score_dtype(similarity)

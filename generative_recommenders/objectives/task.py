@@ -131,6 +131,9 @@ class TrainingTask(torch.nn.Module):
         if read * share > items.table.shape[0] and not (on_cpu and items.tower is not None):
             return None, None
         ids = [example.targets.flatten(), negatives.ids.flatten(), *([] if pool is None else [pool])]
+        if items.tower is None:  # scored are rows of the table: no need to tell them from those of histories
+            scored = sorted_unique(torch.cat([*ids, example.past_ids]), items.num_items)
+            return scored, items.table_rows(scored)
         scored = sorted_unique(torch.cat(ids), items.num_items)
         return scored, items.table_rows(sorted_unique(torch.cat([scored, example.past_ids]), items.num_items))
 
@@ -141,11 +144,9 @@ class TrainingTask(torch.nn.Module):
         with dispatch.autocast(items.table.device, None), batch.token_rows(_ENCODER):
             states = self.model.states(batch.example, rows)
         scored = rows if self.criterion.needs_negatives else items.catalogue_rows(rows)
-        raw = items.raw_rows(scored, batch.scored_ids)
-        with batch.target_rows(_SCORING, raw):
-            total, weight, sums = self.criterion(
-                states.float(), items.normalized(raw), raw, batch, similarity
-            )
+        scored = items.unscored_rows(scored, batch.scored_ids)
+        with batch.target_rows(_SCORING, scored):
+            total, weight, sums = self.criterion(states.float(), scored, batch, similarity)
         sums = {name: self._over_processes(value) for name, value in sums.items()}
         return LossOutput(total, weight, self.criterion.auxiliary(sums, similarity))
 

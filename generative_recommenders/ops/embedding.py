@@ -15,9 +15,19 @@ _FEW = 8
 """Ids are few where more than so many times their number could be."""
 
 
-def lookup_rows(weight: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """``weight[rows]`` for a table ``[U, D]`` and int64 rows of any shape."""
-    return _Lookup.apply(weight, rows) if dispatch.fast(weight) else lookup_rows_reference(weight, rows)
+LateGradients = list[tuple[torch.Tensor, torch.Tensor]]
+"""Rows ``[n]`` of a leaf and their gradients ``[n, D]``, to be added to its own gradient after the backward pass."""
+
+
+def lookup_rows(weight: torch.Tensor, rows: torch.Tensor, late: LateGradients | None = None) -> torch.Tensor:
+    """``weight[rows]`` for a table ``[U, D]`` and int64 rows of any shape.
+
+    late: takes the gradient of few rows of many on a CPU, where one of the whole weight, and autograd's sum of it and others,
+    would be several passes over memory. The weight is then a leaf.
+    """
+    if not dispatch.fast(weight):
+        return lookup_rows_reference(weight, rows)
+    return _Lookup.apply(weight, rows, late)
 
 
 def lookup_rows_reference(weight: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -31,6 +41,10 @@ def bags_of_rows(rows: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch
     """
     dtype = torch.int16 if num_rows <= torch.iinfo(torch.int16).max else torch.int32
     ordered, order = rows.to(dtype).sort(stable=True)
+    if dispatch.fast_on_cpu(rows) and _FEW * num_rows > len(
+        rows
+    ):  # bags are short: counted faster than searched for
+        return order, F.pad(torch.bincount(rows, minlength=num_rows).cumsum(0), (1, 0))
     return order, torch.searchsorted(ordered, torch.arange(num_rows + 1, device=rows.device).to(dtype))
 
 
@@ -57,9 +71,9 @@ def places_of(held: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     if _FEW * ids.numel() <= int(held[-1]):
         return places_of_reference(held, ids)
     # Only the places of held ids are set, and read.
-    places = torch.empty(int(held[-1]) + 1, dtype=torch.int64)
-    places[held] = torch.arange(len(held))
-    return places[ids]
+    places = torch.empty(int(held[-1]) + 1, dtype=torch.int32)
+    places.index_copy_(0, held, torch.arange(len(held), dtype=torch.int32))
+    return places.index_select(0, ids.flatten()).long().view(ids.shape)
 
 
 def places_of_reference(held: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -77,17 +91,20 @@ class _Lookup(torch.autograd.Function):
     deterministic there."""
 
     @staticmethod
-    def forward(ctx, weight, rows):
+    def forward(ctx, weight, rows, late):
         ctx.save_for_backward(rows)
-        ctx.num_rows = weight.shape[0]
+        ctx.num_rows, ctx.late = weight.shape[0], late
         return F.embedding(rows, weight)
 
     @staticmethod
     def backward(ctx, grad):
         (rows,) = ctx.saved_tensors
         rows, grad = rows.flatten(), grad.reshape(-1, grad.shape[-1])
+        if ctx.late is not None and _FEW * len(rows) < ctx.num_rows and dispatch.fast_on_cpu(grad):
+            ctx.late.append((rows, grad))
+            return None, None, None
         if len(rows) >= _SORTED_FROM and len(rows) > ctx.num_rows and dispatch.fast_on_cpu(grad):
             order, starts = bags_of_rows(rows, ctx.num_rows)
-            return F.embedding_bag(order, grad, starts, mode="sum", include_last_offset=True), None
+            return F.embedding_bag(order, grad, starts, mode="sum", include_last_offset=True), None, None
         out = grad.new_zeros(ctx.num_rows, grad.shape[-1])
-        return out.index_add_(0, rows, grad), None
+        return out.index_add_(0, rows, grad), None, None

@@ -110,10 +110,11 @@ class TrainingStep:
             return items.gradients(rows, world)
         if not leaf.requires_grad:
             return None, None
-        assert leaf.grad is not None  # the backward pass has run
+        gradients = rows.gradient()
+        assert gradients is not None  # the backward pass has run
         if world == 1:
-            return rows.ids, leaf.grad
-        gradients = leaf.grad / world
+            return rows.ids, gradients
+        gradients = gradients / world
         everywhere_dense = not self.collectives.any(rows.ids is not None)
         if everywhere_dense:
             return None, self.collectives.sum_(gradients)

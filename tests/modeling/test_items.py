@@ -71,3 +71,16 @@ def test_truncated_normal() -> None:
     assert abs(x.mean()) < 0.01
     assert x.std().item() == pytest.approx(0.5 * 0.8796, rel=0.02)  # of a normal cut at two deviations
     assert not torch.equal(x[:100], x[-100:])
+
+
+def test_the_gradient_of_a_few_rows_is_added_to_that_of_the_others() -> None:
+    items = LocalEmbeddingModule(200, 4)
+    held = torch.arange(1, 201)
+    looked_up, factors = torch.tensor([[7, 9], [7, 200]]), torch.randn(200, 4)
+    for others in (True, False):
+        leaf = items.step_rows(held)
+        loss = leaf.lookup(looked_up).pow(3).sum() + ((leaf.weight * factors).sum() if others else 0)
+        loss.backward()
+        plain = items.table.detach()[held].requires_grad_()
+        expected = plain[looked_up - 1].pow(3).sum() + ((plain * factors).sum() if others else 0)
+        torch.testing.assert_close(leaf.gradient(), torch.autograd.grad(expected, plain)[0])

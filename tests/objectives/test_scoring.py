@@ -154,6 +154,21 @@ def test_gathered_rows_score_like_the_whole_table() -> None:
     torch.testing.assert_close(part.weight.grad, weight.grad[ids])
 
 
+@pytest.mark.parametrize("positives", [1, 2])
+def test_rows_are_normalised_where_they_are_scored(positives: int) -> None:
+    """Many rows, each read about once, whose products are divided instead of them."""
+    hidden, targets = torch.randn(TOKENS, 4, requires_grad=True), torch.randint(1, 200, (TOKENS, positives))
+    weight = torch.randn(200, 4, requires_grad=True)
+    negatives = Negatives(torch.randint(1, 200, (TOKENS, 8)), Sharing())
+    lazily = ItemRows(weight, norm_eps=1e-6)
+    results = []
+    for rows in (lazily, lazily.normalized()):
+        scores = sampled_scores(hidden, rows, targets, negatives, SIMILARITIES[0], USERS)
+        total = scores.positive.pow(3).sum() + scores.negative.square().sum()
+        results.append((scores.positive, scores.negative, *torch.autograd.grad(total, (hidden, weight))))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
 LOSSES: dict[str, SampledLoss] = {"meta_sampled_softmax": SampledSoftmaxLoss(), "meta_bce": BCELoss()}
 
 

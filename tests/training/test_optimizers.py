@@ -268,3 +268,22 @@ def test_rows_that_are_not_touched_stay(kind: type[TableOptimizer], whole: bool)
         for name, value in expected.state.items():
             torch.testing.assert_close(ours.state[name], value)
         assert torch.equal(ours.table[6], parameters()[2][6])
+
+
+@pytest.mark.parametrize("kind", [LazyAdamW, RowwiseAdagrad])
+@pytest.mark.parametrize("whole", [True, False])
+def test_many_rows_are_updated_as_few(kind: type[TableOptimizer], whole: bool) -> None:
+    """Many go in parts, whose number of threads changes nothing."""
+    count, generator = 100_000, torch.Generator().manual_seed(0)
+    weights = torch.randn(count, DIM, generator=generator)
+    ours, expected = (kind(torch.nn.Parameter(weights.clone()), RATE, DECAY) for _ in range(2))
+    for _ in range(2):
+        rows = torch.arange(count) if whole else torch.randperm(count, generator=generator)[: count // 2]
+        grads = torch.randn(len(rows), DIM, generator=generator)
+        grads[::7] = 0.0
+        ours.step(None if whole else rows, grads)
+        touched = grads.any(1)
+        expected.step(rows[touched], grads[touched], torch.ones(int(touched.sum()), dtype=torch.bool))
+    torch.testing.assert_close(ours.table, expected.table)
+    for name, value in expected.state.items():
+        torch.testing.assert_close(ours.state[name], value)

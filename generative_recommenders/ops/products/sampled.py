@@ -15,7 +15,10 @@ import torch.nn.functional as F
 
 from generative_recommenders.ops import dispatch
 from generative_recommenders.ops.embedding import bags_of_rows
+from generative_recommenders.ops.normalization import l2_normalize_reference
 
+_OFTEN = 8
+"""Rows are many where a sample reads each fewer than so many times."""
 _PART = 1 << 18
 """Entries of a pattern, at least, that are sorted together: 1 MiB of gradients."""
 
@@ -37,6 +40,47 @@ def sampled_products_reference(
 ) -> torch.Tensor:
     """`sampled_products` in plain torch, by gathered rows."""
     return (hidden[:, None] * weight[rows]).sum(-1)
+
+
+def many_rows(weight: torch.Tensor, rows: torch.Tensor) -> bool:
+    """Whether passes over all of ``weight [U, D]`` cost more than passes over the sampled ``rows [T, R]``, on a CPU: then
+    `scored_products` pays.
+    """
+    return (
+        dispatch.fast_on_cpu(weight) and rows.shape[1] < len(weight) and rows.numel() < _OFTEN * len(weight)
+    )
+
+
+def scored_products(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    positives: torch.Tensor,
+    negatives: torch.Tensor,
+    eps: float | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``hidden[t] · w / max(|w|, eps)`` with the rows w of ``weight`` that are a token's positives and negatives.
+
+    The products are divided, not the rows, so that nothing but the gradient has the size of ``weight``.
+
+    hidden: ``[T, D]``. weight: ``[U, D]``. positives: ``[T, P]`` and negatives: ``[T, R]`` int64. eps: None for the rows as
+    they are. Returns ``[T, P]`` and ``[T, R]``.
+    """
+    if not dispatch.fast(hidden):
+        return scored_products_reference(hidden, weight, positives, negatives, eps)
+    return _ScoredProducts.apply(hidden, weight, positives, negatives, eps)
+
+
+def scored_products_reference(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    positives: torch.Tensor,
+    negatives: torch.Tensor,
+    eps: float | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`scored_products` in plain torch, by normalised and gathered rows."""
+    scored = weight if eps is None else l2_normalize_reference(weight, eps)
+    positive, negative = (sampled_products_reference(hidden, scored, rows) for rows in (positives, negatives))
+    return positive, negative
 
 
 def block_products(hidden: torch.Tensor, drawn: torch.Tensor, block_size: int, lead: int) -> torch.Tensor:
@@ -133,6 +177,50 @@ class _SampledProducts(torch.autograd.Function):
         for other in others:
             d_weight += other
         return d_hidden, d_weight, None
+
+
+class _ScoredProducts(torch.autograd.Function):
+    """With y = w / n, n = max(|w|, eps): ``dw = sum_t ds_t (h_t - y s_t) / n``, and without its second term where |w| < eps. So
+    a row's own part is the sum of its ``ds s``, one number, times w / n².
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, positives, negatives, eps):
+        held = weight.index_select(0, positives.flatten()).view(*positives.shape, weight.shape[1])
+        positive = (held * hidden[:, None]).sum(-1)
+        negative = _products_of_pattern(hidden, weight, negatives)
+        scales = []
+        if eps is not None:
+            norm = torch.linalg.vector_norm(weight, dim=1)
+            inverse = norm.clamp_min(eps).reciprocal_()
+            scales = [
+                inverse.index_select(0, rows.flatten()).view_as(rows) for rows in (positives, negatives)
+            ]
+            positive.mul_(scales[0]), negative.mul_(scales[1])
+            scales += [positive, negative, torch.where(norm < eps, 0.0, inverse.square_())]
+        ctx.save_for_backward(hidden, weight, positives, negatives, held, *scales)
+        return positive, negative
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_positive, d_negative):
+        hidden, weight, positives, negatives, held, *scales = ctx.saved_tensors
+        places = positives.flatten(), negatives.flatten()
+        along = None
+        if scales:
+            *scales, positive, negative, factors = scales
+            along = weight.new_zeros(len(weight))
+            for rows, grad, score in zip(places, (d_positive, d_negative), (positive, negative)):
+                along.index_add_(0, rows, (grad * score).flatten())
+            along.mul_(factors)
+            d_positive, d_negative = d_positive * scales[0], d_negative * scales[1]
+        d_hidden = F.embedding_bag(negatives, weight, per_sample_weights=d_negative, mode="sum")
+        d_hidden += (held * d_positive[:, :, None]).sum(1)
+        d_weight = _transposed_product(negatives, d_negative, hidden, len(weight))
+        d_weight.index_add_(0, places[0], (d_positive[:, :, None] * hidden[:, None]).flatten(0, 1))
+        if along is not None:
+            d_weight.addcmul_(weight, along[:, None], value=-1.0)
+        return d_hidden, d_weight, None, None, None
 
 
 def _products_of_pattern(hidden: torch.Tensor, weight: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

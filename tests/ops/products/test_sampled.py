@@ -10,8 +10,11 @@ from generative_recommenders.ops.products.sampled import (
     block_products,
     block_products_reference,
     join_blocks,
+    many_rows,
     sampled_products,
     sampled_products_reference,
+    scored_products,
+    scored_products_reference,
     split_blocks,
 )
 
@@ -47,6 +50,27 @@ def test_a_row_index_beyond_16_bits() -> None:
     leaves = leaf(3, 2), leaf(40_000, 2)
     rows = torch.tensor([[39_999, 1], [33_000, 1], [0, 32_768]])
     assert_same(sampled_products(*leaves, rows), sampled_products_reference(*leaves, rows), leaves)
+
+
+@pytest.mark.parametrize("eps", [None, 1e-6, 1.5])
+@pytest.mark.parametrize("tokens", [0, 1, 23])
+def test_scored_products(tokens: int, eps: float | None) -> None:
+    """Also with norms below the least one that is divided by, rows of zeros among them."""
+    leaves = leaf(tokens, 3), torch.cat([torch.zeros(1, 3), torch.randn(39, 3)]).double().requires_grad_()
+    rows = torch.randint(40, (tokens, 2)), torch.randint(40, (tokens, 5))
+    fast, plain = scored_products(*leaves, *rows, eps), scored_products_reference(*leaves, *rows, eps)
+    for positive_share in (0.0, 0.5, 1.0):
+        sums = (pair[0].square().sum() * positive_share + pair[1].square().sum() for pair in (fast, plain))
+        grads = [torch.autograd.grad(each, leaves, retain_graph=True) for each in sums]
+        torch.testing.assert_close(*grads)
+    torch.testing.assert_close(fast, plain)
+
+
+def test_rows_are_many_where_a_sample_reads_each_a_few_times() -> None:
+    drawn = torch.zeros(10, 20, dtype=torch.int64)
+    assert many_rows(torch.zeros(26, 2), drawn)
+    assert not many_rows(torch.zeros(25, 2), drawn)  # each is read eight times
+    assert not many_rows(torch.zeros(20, 2), drawn[:1])  # all products are no more
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 16, 21])
