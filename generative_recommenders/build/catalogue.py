@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -76,6 +76,20 @@ class Catalogue:
             FeatureReader(dataset, "user", train_stops > 0),
             _event_features(dataset),
         )
+
+    def features(
+        self,
+        owner: Literal["item", "user"],
+        names: Sequence[str],
+        embedding_dim: int,
+        asked_by: str,
+        list_reduction: ListReduction = "mean",
+    ) -> list[EntityFeature]:
+        """The named features of items or users, see `FeatureReader.read`; UserError where there is nothing to read from."""
+        reader = self.items if owner == "item" else self.users
+        if reader is None:
+            raise UserError(f"{asked_by}: there is no data set to read {', '.join(names)} from")
+        return list(reader.read(names, embedding_dim, asked_by, list_reduction))
 
     def facts(self, model: SequenceRecommender, dataset: SequenceDataset) -> dict[str, Any]:
         """What a checkpoint keeps of the data, as JSON, so that `of_facts` builds the model again without them."""

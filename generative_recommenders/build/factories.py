@@ -7,7 +7,7 @@ Each takes the part's name, what the program supplies, and the part's options, c
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -66,8 +66,7 @@ def get_sequential_encoder(
     if activation_checkpoint and "activation_checkpoint" in part.options.model_fields:
         options["activation_checkpoint"] = True
     supplies = {"embedding_dim": embedding_dim, "max_length": max_length, "query_encoder": query}
-    encoder: torch.nn.Module = part.build(options, supplies)
-    return encoder
+    return cast(torch.nn.Module, part.build(options, supplies))
 
 
 def get_similarity_function(
@@ -95,8 +94,7 @@ def get_similarity_function(
         "mutual_information": mutual_information,
         "score_dtype": score_dtype,
     }
-    similarity: Similarity = part.build(options, supplies)
-    return similarity
+    return cast(Similarity, part.build(options, supplies))
 
 
 def create_mol_interaction_module(
@@ -111,8 +109,7 @@ def create_mol_interaction_module(
         "item_embedding_dim": item_embedding_dim,
         "mutual_information": mutual_information,
     }
-    mixture: MoLSimilarity = SIMILARITIES["MoL"].build(options, supplies)
-    return mixture
+    return cast(MoLSimilarity, SIMILARITIES["MoL"].build(options, supplies))
 
 
 create_mol_interaction_module.__signature__ = SIMILARITIES["MoL"].signature  # type: ignore[attr-defined]
@@ -126,10 +123,10 @@ def get_input_preprocessor(
     UserError: unknown names, options that cannot be.
     """
     widths = {"embedding_dim": embedding_dim, "item_embedding_dim": embedding_dim}
-    preprocessor: InputPreprocessor = INPUT_PREPROCESSORS[module_type].build(
-        options, {"max_length": max_length, **widths}
+    return cast(
+        InputPreprocessor,
+        INPUT_PREPROCESSORS[module_type].build(options, {"max_length": max_length, **widths}),
     )
-    return preprocessor
 
 
 def get_output_postprocessor(module_type: str, embedding_dim: int, **options: Any) -> torch.nn.Module:
@@ -137,10 +134,9 @@ def get_output_postprocessor(module_type: str, embedding_dim: int, **options: An
 
     UserError: unknown names, options that cannot be.
     """
-    postprocessor: torch.nn.Module = OUTPUT_POSTPROCESSORS[module_type].build(
-        options, {"embedding_dim": embedding_dim}
+    return cast(
+        torch.nn.Module, OUTPUT_POSTPROCESSORS[module_type].build(options, {"embedding_dim": embedding_dim})
     )
-    return postprocessor
 
 
 def get_negatives_sampler(
@@ -168,5 +164,4 @@ def get_negatives_sampler(
         "assignment": assignment,
     }
     given = {name: value for name, value in supplies.items() if value is not None}
-    sampler: NegativesSampler = NEGATIVE_SAMPLERS[sampling_strategy].build(options, given)
-    return sampler
+    return cast(NegativesSampler, NEGATIVE_SAMPLERS[sampling_strategy].build(options, given))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import cast
 
 import torch
@@ -49,11 +48,17 @@ def build_model(
             "tower: unset it"
         )
     width = settings.items.item_embedding_dim
+
+    def read_item_features(names: Sequence[str], list_reduction: ListReduction) -> list[EntityFeature]:
+        return (
+            catalogue.features("item", names, width, "item_tower.features", list_reduction) if names else []
+        )
+
     supplies = {
         "num_items": catalogue.num_items,
         "embedding_dim": width,
         "item_category": lambda options: _categories(catalogue),
-        "read_features": lambda options: partial(_item_features, catalogue, width),
+        "read_features": lambda options: read_item_features,
     }
     similarity_name = settings.model.interaction_module_type or "DotProduct"
     switched_on = {name: True for name, on in dict(settings.similarity).items() if on}
@@ -135,7 +140,11 @@ def build_sequence(settings: RunSettings, catalogue: Catalogue) -> SequenceEncod
         xavier_normal_matrices_(preprocessor)
     name = settings.model.user_embedding_norm
     postprocessor = get_output_postprocessor(name, width, **options_of(settings, OUTPUT_POSTPROCESSORS, name))
-    merger = _context_merger(settings, catalogue, encoder)
+    merger = None
+    if names := settings.queries.query_features:
+        reduction, out = settings.value("item_tower.list_reduction"), cast(int, encoder.output_dim)
+        asked_by = "item_tower.query_features"
+        merger = FeatureMerger(catalogue.features("user", names, out, asked_by, reduction), out)
     return SequenceEncoder(preprocessor, encoder, postprocessor, merger, _event_features(settings, catalogue))
 
 
@@ -161,30 +170,6 @@ def _categories(catalogue: Catalogue) -> torch.Tensor:
             'embedding_module_type "categorical" needs train_fn.category_feature, one category for each item'
         )
     return catalogue.categories
-
-
-def _item_features(
-    catalogue: Catalogue, width: int, names: Sequence[str], list_reduction: ListReduction
-) -> list[EntityFeature]:
-    """Those of ``item_tower.features`` beside the id."""
-    if not names:
-        return []
-    if catalogue.items is None:
-        raise UserError(f"item_tower.features: there is no data set to read {', '.join(names)} from")
-    return list(catalogue.items.read(names, width, "item_tower.features", list_reduction))
-
-
-def _context_merger(
-    settings: RunSettings, catalogue: Catalogue, encoder: torch.nn.Module
-) -> FeatureMerger | None:
-    names = settings.queries.query_features
-    if not names:
-        return None
-    if catalogue.users is None:
-        raise UserError(f"item_tower.query_features: there is no data set to read {', '.join(names)} from")
-    width = cast(int, encoder.output_dim)
-    reduction = settings.value("item_tower.list_reduction")
-    return FeatureMerger(catalogue.users.read(names, width, "item_tower.query_features", reduction), width)
 
 
 def _check_ratings(settings: RunSettings, catalogue: Catalogue) -> None:

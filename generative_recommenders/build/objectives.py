@@ -113,11 +113,11 @@ def build_sampler(settings: RunSettings, catalogue: Catalogue, name: str | None 
 def _classes(settings: RunSettings, catalogue: Catalogue) -> torch.Tensor:
     """``[C, V]`` bool by ``train_fn.class_feature``."""
     n = settings.negatives
-    if n.class_feature is None or catalogue.items is None:
+    if n.class_feature is None:
         raise UserError(
             f"sampling_strategy {n.sampling_strategy!r} needs train_fn.class_feature, an item feature of categories"
         )
-    (feature,) = catalogue.items.read([n.class_feature], 1, "train_fn.class_feature")
+    (feature,) = catalogue.features("item", [n.class_feature], 1, "train_fn.class_feature")
     if not feature.spec.is_categorical:
         raise UserError(
             f"train_fn.class_feature {n.class_feature!r} is {feature.spec.kind}: choose one of categories"

@@ -102,6 +102,7 @@ def score_run(options: Options, collectives: Collectives) -> ScoredRun:
     load_model(model, with_rows(collectives, checkpoint, {TABLE, *by_rows}, model.items.shard))
     evaluation = ModelEvaluation(settings, dataset, split, collectives)
     evaluation.folder = checkpoints_of(options).parent
+    # Opened for the long part alone: a signal before it ends the process at once, and nothing is lost.
     with StopRequest() as stop:
         test = evaluation.test(model, lambda: stop.requested)
     return ScoredRun(checkpoint, settings, dataset, split, evaluation, test)

@@ -83,6 +83,7 @@ def prepared_dataset(name: str, data_root: Path) -> SequenceDataset:
 def shared_dataset(settings: RunSettings, data_root: Path, collectives: Collectives) -> SequenceDataset:
     """`prepared_dataset` for all processes of a run: made and read against its hash once a host."""
     name = settings.data.dataset_name
+    # The others of a host wait in this exchange, and find behind it what the first one has made and verified.
     together(collectives, lambda: prepared_dataset(name, data_root) if is_first_on_host() else None)
     return SequenceDataset.open(find_prepared(name, data_root)).with_catalogue(settings.data.catalogue)
 

@@ -88,6 +88,7 @@ def train_worker(rank: int, world_size: int, options: Options) -> int:
     check_same_everywhere(settings, split, options, collectives)
     name = f"{Path(settings.data.dataset_name).name}-{settings.model.main_module}"
     run = on_main(collectives, lambda: RunFolder.create_or_open(options.run_dir, options.resume, name))
+    # Hosts share no disk: the other processes know the folder by its name alone.
     with run or contextlib.nullcontext():
         folder = Path(collectives.broadcast_object_json(str(run.path) if run else None))
         store = CheckpointStore(

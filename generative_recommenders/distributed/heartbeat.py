@@ -46,7 +46,7 @@ class Heartbeat:
             try:
                 self.store.add(str(self.rank), 1)
                 now = [self.store.add(str(rank), 0) for rank in range(self.world_size)]
-            except dist.DistError:
+            except dist.DistError:  # at the end of a good run, too, where rank 0 leaves first
                 if not self.closed.wait(GRACE_SECONDS):
                     self._end("rank 0, which serves the store, is gone")
                 return

@@ -41,6 +41,7 @@ class ProcessGroup(Collectives):
         rows = torch.zeros(self.world_size, dtype=torch.int64, device=self.device)
         rows[self.rank] = tensor.shape[0]
         counts = self.sum_(rows).tolist()
+        # All processes send one shape: fewer rows than the most are filled up, and cut off again.
         sent = tensor.new_zeros((max(counts), *tensor.shape[1:]), device=self.device, requires_grad=False)
         sent[: tensor.shape[0]] = tensor.detach()
         received = [torch.empty_like(sent) for _ in counts]
@@ -49,7 +50,7 @@ class ProcessGroup(Collectives):
 
     def broadcast_object_json(self, value: Any) -> Any:
         text = json.dumps(value).encode() if self.is_main else b""
-        length = int(self.sum_scalar(len(text)))
+        length = int(self.sum_scalar(len(text)))  # others have to know it, and count 0 themselves
         sent = torch.zeros(length, dtype=torch.uint8)
         if self.is_main:
             sent = torch.frombuffer(bytearray(text), dtype=torch.uint8)
@@ -90,7 +91,7 @@ class ProcessGroup(Collectives):
         return tensor
 
     def barrier(self) -> None:
-        self.sum_scalar(0.0)
+        self.sum_scalar(0.0)  # NCCL's own barrier has to guess the device; a sum is on ours
 
     def any(self, flag: bool) -> bool:
         return self.sum_scalar(float(flag)) > 0

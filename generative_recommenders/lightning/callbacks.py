@@ -11,10 +11,10 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-import lightning
 import pandas as pd
 import polars as pl
 import torch
+from lightning import Callback, LightningModule, Trainer
 
 from generative_recommenders.errors import UserError
 from generative_recommenders.evaluation.list_metrics import ListMetrics
@@ -32,7 +32,7 @@ class Postprocessor(Protocol):
     def on_prediction(self, batch: Batch, logits: torch.Tensor) -> torch.Tensor: ...
 
 
-class ComputeMetricsCallback(lightning.Callback):
+class ComputeMetricsCallback(Callback):
     """Logs metrics of the k best items under names like "ndcg@10", for ModelCheckpoint's ``monitor`` too.
 
     With several loaders the names end in "/dataloader_idx_0", "/dataloader_idx_1" and so on.
@@ -64,16 +64,14 @@ class ComputeMetricsCallback(lightning.Callback):
         self.ground_truth_column, self.train_column = ground_truth_column, train_column
         self._totals: dict[int, ListMetrics] = {}
 
-    def on_validation_epoch_start(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
-    ) -> None:
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._totals = {}
         _set_candidates(self.postprocessors, pl_module)
 
     def on_validation_batch_end(
         self,
-        trainer: lightning.Trainer,
-        pl_module: lightning.LightningModule,
+        trainer: Trainer,
+        pl_module: LightningModule,
         outputs: Any,
         batch: Batch,
         batch_idx: int,
@@ -96,9 +94,7 @@ class ComputeMetricsCallback(lightning.Callback):
         seen = ids_of(self.train_column) if "novelty" in self.metrics else None
         self._totals[dataloader_idx].add(listed, ids_of(self.ground_truth_column), seen)
 
-    def on_validation_epoch_end(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
-    ) -> None:
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         def most(number: int) -> int:
             number_here = torch.tensor(number, device=pl_module.device)
             return int(trainer.strategy.reduce(number_here, reduce_op="max"))
@@ -130,7 +126,7 @@ class ComputeMetricsCallback(lightning.Callback):
     on_test_epoch_end = on_validation_epoch_end
 
 
-class _PredictionCallback(lightning.Callback):
+class _PredictionCallback(Callback):
     """Keeps a part of each batch of a prediction, on the CPU."""
 
     def __init__(self, postprocessors: Sequence[Postprocessor] | None = None) -> None:
@@ -138,16 +134,14 @@ class _PredictionCallback(lightning.Callback):
         self.postprocessors = list(postprocessors or ())
         self._parts: list[tuple[torch.Tensor, ...]] = []
 
-    def on_predict_epoch_start(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
-    ) -> None:
+    def on_predict_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._parts = []
         _set_candidates(self.postprocessors, pl_module)
 
     def on_predict_batch_end(
         self,
-        trainer: lightning.Trainer,
-        pl_module: lightning.LightningModule,
+        trainer: Trainer,
+        pl_module: LightningModule,
         outputs: Any,
         batch: Batch,
         batch_idx: int,
@@ -157,7 +151,7 @@ class _PredictionCallback(lightning.Callback):
 
     @abstractmethod
     def parts(
-        self, pl_module: lightning.LightningModule, outputs: Mapping[str, Any], batch: Batch
+        self, pl_module: LightningModule, outputs: Mapping[str, Any], batch: Batch
     ) -> tuple[torch.Tensor, ...]:
         """What is kept of a batch, one row a query."""
 
@@ -190,7 +184,7 @@ class TopItemsCallback(_PredictionCallback):
         self.rating_column = rating_column
 
     def parts(
-        self, pl_module: lightning.LightningModule, outputs: Mapping[str, Any], batch: Batch
+        self, pl_module: LightningModule, outputs: Mapping[str, Any], batch: Batch
     ) -> tuple[torch.Tensor, ...]:
         """Items ``[B, k]``, their scores ``[B, k]``, and query ids ``[B]`` where there is a column of them."""
         logits = outputs["logits"]
@@ -276,7 +270,7 @@ class HiddenStatesCallback(_PredictionCallback):
         self.hidden_state_index = hidden_state_index
 
     def parts(
-        self, pl_module: lightning.LightningModule, outputs: Mapping[str, Any], batch: Batch
+        self, pl_module: LightningModule, outputs: Mapping[str, Any], batch: Batch
     ) -> tuple[torch.Tensor, ...]:
         states = outputs["hidden_states"]
         if not -len(states) <= self.hidden_state_index < len(states):
@@ -290,9 +284,7 @@ class HiddenStatesCallback(_PredictionCallback):
         return self.collected()[0]
 
 
-def top_items(
-    logits: torch.Tensor, k: int, pl_module: lightning.LightningModule
-) -> tuple[torch.Tensor, torch.Tensor]:
+def top_items(logits: torch.Tensor, k: int, pl_module: LightningModule) -> tuple[torch.Tensor, torch.Tensor]:
     """Scores and item ids ``[n, min(k, C)]``, best first, the smaller column first among equals."""
     scores, columns = largest(logits, k)
     candidates = getattr(pl_module, "candidates_to_score", None)
@@ -306,6 +298,7 @@ def column_of(batch: Batch, name: str, who: str) -> torch.Tensor:
     return batch[name]
 
 
-def _set_candidates(postprocessors: Sequence[Postprocessor], pl_module: lightning.LightningModule) -> None:
+def _set_candidates(postprocessors: Sequence[Postprocessor], pl_module: LightningModule) -> None:
     for each in postprocessors:
+        # Before every epoch: the module's candidates may be set between two of them.
         each.candidates = getattr(pl_module, "candidates_to_score", None)  # type: ignore[attr-defined]

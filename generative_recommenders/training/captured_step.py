@@ -9,6 +9,7 @@ which one copy fills.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from absl import logging
@@ -82,7 +83,8 @@ class CapturedStep(TrainingStep):
     def _capture(self, tokens: int) -> _Graph | None:
         """The graph of steps of so many tokens; None, and no other is tried, where an operation cannot be captured."""
         graph = torch.cuda.CUDAGraph()
-        pool = next((each.pool for each in self._graphs.values() if each), None)
+        # One pool of memory for all graphs, since one replays at a time.
+        pool = next((each.graph.pool() for each in self._graphs.values() if each), None)
         try:
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 loss, targets, _ = self.padded_step(tokens)
@@ -99,11 +101,12 @@ class CapturedStep(TrainingStep):
         return self._graphs[tokens]
 
 
-class _Graph:
+class _Graph(NamedTuple):
     """A captured step and where it leaves its results."""
 
-    def __init__(self, graph: torch.cuda.CUDAGraph, loss: torch.Tensor, targets: torch.Tensor) -> None:
-        self.graph, self.loss, self.targets, self.pool = graph, loss, targets, graph.pool()
+    graph: torch.cuda.CUDAGraph
+    loss: torch.Tensor
+    targets: torch.Tensor
 
     def replay(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The step on what the inputs hold now; copies of its loss and number of targets, which the next replay overwrites."""

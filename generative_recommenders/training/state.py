@@ -67,6 +67,7 @@ def write_state(trainer: Trainer, store: CheckpointStore, metric: float | None, 
         "optimizer": trainer.step.optimizer.state_tensors(),
     }
     tensors = {f"{part}.{name}": x for part, named in parts.items() for name, x in named.items()}
+    # The main process asks for one shard after the other while it writes, so that it never holds two.
     shards: Iterator[tuple[int, int, dict[str, torch.Tensor]]] = iter(())
     if (shard := trainer.model.items.shard) is not None:
         rows = {name: tensors.pop(name) for name in _row_tensors(trainer, tensors)}
@@ -91,7 +92,7 @@ def write_state(trainer: Trainer, store: CheckpointStore, metric: float | None, 
         "world_size": trainer.collectives.world_size,
         "global_batch": trainer.loader.global_batch,
     }
-    trainer.log.flush()
+    trainer.log.flush()  # first: a run that goes on keeps the records up to its checkpoint's step, which must be there
     position = trainer.progress.epoch, trainer.progress.step
     try:
         store.save(position, tensors, state, metric, is_best, shards)

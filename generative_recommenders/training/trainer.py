@@ -18,7 +18,7 @@ from absl import logging
 from generative_recommenders.build.parts import Catalogue, build_task
 from generative_recommenders.build.registered import build_part
 from generative_recommenders.checkpoint.broadcast import checkpoint_from_main, with_rows
-from generative_recommenders.checkpoint.store import Checkpoint, CheckpointStore
+from generative_recommenders.checkpoint.store import CheckpointStore
 from generative_recommenders.checkpoint.weights import load_model
 from generative_recommenders.config.registry import OPTIMIZERS
 from generative_recommenders.config.schema import RunSettings
@@ -164,6 +164,7 @@ class Trainer:
             self.save(store)
             self.collectives.barrier()  # nobody ends, and so ends the others, before the checkpoint is written
             return TrainResult({}, {}, p, False)
+        # The last state goes to the disk before the best one takes its place here: more epochs go on from the last.
         self.save(store)
         self._load_best(store)
         try:
@@ -277,6 +278,7 @@ class Trainer:
             p.epochs_without_gain += 1
         self.log.epoch(p.step, p.history[-1])
         due = p.epoch > 0 and p.epoch % self.settings.checkpoints.save_ckpt_every_n == 0
+        # Before the checkpoint, so that a run that goes on from it begins the next epoch.
         p.epoch, p.step_in_epoch, p.epoch_loss, p.epoch_targets = p.epoch + 1, 0, 0.0, 0.0
         if better or due:
             self.save(store, metrics[BEST_BY], better)
@@ -296,9 +298,7 @@ class Trainer:
         """NonFiniteError, on all processes, where one holds weights that are not finite."""
         together(self.collectives, lambda: check_finite_parameters(self.progress.step, self.task))
 
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """Continues from a checkpoint: refused on other data; a warning at another number of processes."""
-        restore_state(self, checkpoint)
+    restore = restore_state
 
     def _load_best(self, store: CheckpointStore | None) -> None:
         """The best state on every process, as the main one reads it; the last one is kept where that is lost."""

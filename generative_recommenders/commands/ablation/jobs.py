@@ -124,6 +124,7 @@ def run_all(
                 if code is None:
                     continue
                 working.remove(each)
+                # Trained, it may still have kept no ranks of its users.
                 command = command_of(each.run) if code == 0 else None
                 if command is not None and command != each.command:
                     working.append(_Working(each.run, each.slot, command))

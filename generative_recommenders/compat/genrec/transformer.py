@@ -6,7 +6,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from generative_recommenders.compat.replay.nn.mask import additive_mask
 from generative_recommenders.modeling.encoders import transformer
@@ -29,11 +29,11 @@ class MultiHeadAttention(transformer.MultiHeadAttention):
 
     def forward(
         self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        mask: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """query ``[B, L, D]``, key and value ``[B, N, D]``; mask ``[B, L, N]``, 0 where a query must not look.
 
         Returns ``[B, L, D]`` and the weights ``[B, H, L, N]``, those that act: after dropout in training mode, summing to 1
@@ -74,7 +74,7 @@ class TransformerEncoder(nn.Module):
         self.transformer = nn.TransformerEncoder(layer, num_layers, enable_nested_tensor=False)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """input_ids int64 ``[B, N]``; attention_mask ``[B, N]``, 0 = padding. Returns ``[B, N, D]``, finite in rows of padding
         alone too."""
         x = self.dropout(self.pos_encoding(self.embedding(input_ids)))

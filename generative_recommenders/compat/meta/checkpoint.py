@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import torch
+from torch import Tensor
 
 from generative_recommenders.errors import UserError
 
@@ -70,13 +71,13 @@ def load_meta_checkpoint(model: torch.nn.Module, path: Path | str, item_ids: pa.
             parameter.copy_(values[name])
 
 
-def read_meta_checkpoint(path: Path | str) -> dict[str, torch.Tensor]:
+def read_meta_checkpoint(path: Path | str) -> dict[str, Tensor]:
     """The model's parameters under the authors' names, on the CPU, without the prefix of data-parallel training."""
     state = read_state(path, "model_state_dict", "a file saved by the HSTU program")
     return {name.removeprefix("module."): value for name, value in state.items()}
 
 
-def read_state(path: Path | str, key: str, wanted: str) -> dict[str, torch.Tensor]:
+def read_state(path: Path | str, key: str, wanted: str) -> dict[str, Tensor]:
     """The tensors below ``key`` of a file by ``torch.save``, on the CPU. wanted: what to give instead, for errors."""
     # A few bytes of pickle make a bytearray as long as they like, and tensors need none.
     if _builds_bytearray(Path(path)):
@@ -91,7 +92,7 @@ def read_state(path: Path | str, key: str, wanted: str) -> dict[str, torch.Tenso
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path} is not a checkpoint that can be read as plain tensors: {reason}") from error
     state = content.get(key) if isinstance(content, dict) else None
-    if not isinstance(state, Mapping) or not all(isinstance(each, torch.Tensor) for each in state.values()):
+    if not isinstance(state, Mapping) or not all(isinstance(each, Tensor) for each in state.values()):
         raise UserError(f"{path} holds no {key} of tensors: give {wanted}")
     return {str(name): value for name, value in state.items()}
 
@@ -118,7 +119,7 @@ def _builds_bytearray(path: Path) -> bool:
         return False
 
 
-def rename_parameters(values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def rename_parameters(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Their names to ours; 1x1 convolutions ``[out, in, 1]`` become matrices. An unknown name and a tensor
     that is no plain, finite weight are UserErrors."""
     renamed, unknown = {}, []
@@ -137,10 +138,10 @@ def rename_parameters(values: Mapping[str, torch.Tensor]) -> dict[str, torch.Ten
     return renamed
 
 
-def _check_weights(name: str, value: torch.Tensor, is_table: bool) -> None:
+def _check_weights(name: str, value: Tensor, is_table: bool) -> None:
     """Refuses what cannot be copied as weights, and what takes more memory than the file has bytes for it."""
     wrong = None
-    if type(value) not in (torch.Tensor, torch.nn.Parameter) or value.is_nested:
+    if type(value) not in (Tensor, torch.nn.Parameter) or value.is_nested:
         wrong = "is no plain tensor"
     elif value.layout != torch.strided or value.device != torch.device("cpu"):
         wrong = f"is no plain tensor ({str(value.layout).removeprefix('torch.')} on {value.device})"
@@ -162,7 +163,7 @@ def are_numbers(item_ids: pa.Array) -> bool:
     return all(re.fullmatch("[1-9][0-9]*", each) for each in item_ids.to_pylist())
 
 
-def reorder_items(table: torch.Tensor, item_ids: pa.Array) -> torch.Tensor:
+def reorder_items(table: Tensor, item_ids: pa.Array) -> Tensor:
     """Rows by original id ``[max id + 1, D]`` to rows by internal id ``[V + 1, D]``; row 0 stays."""
     try:
         rows = torch.tensor([0, *map(int, item_ids.to_pylist())])

@@ -11,6 +11,7 @@ import operator
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import Metric
 
@@ -42,8 +43,8 @@ class RankingMetric(Metric):
     higher_is_better = True
     metric: str
     """Its name among `metrics_of_hits`."""
-    total: torch.Tensor
-    count: torch.Tensor
+    total: Tensor
+    count: Tensor
 
     def __init__(self, top_ks: Sequence[int] | None = None, labels_onehot: bool = False) -> None:
         super().__init__()
@@ -58,17 +59,17 @@ class RankingMetric(Metric):
         self.add_state("total", default=zeros, dist_reduce_fx="sum")
         self.add_state("count", default=torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
-    def update(self, preds: torch.Tensor, target: torch.Tensor, **kwargs: object) -> None:
+    def update(self, preds: Tensor, target: Tensor, **kwargs: object) -> None:
         """preds: ``[..., C]`` scores; target: ``[...]`` columns (labels_onehot) or ``[..., C]`` labels."""
         rows = self.rows(preds, target)
         self.total += rows.sum(0)
         self.count += len(rows)
 
-    def compute(self) -> torch.Tensor:
+    def compute(self) -> Tensor:
         """``[len(top_ks)]`` float32 (a scalar for one cutoff, as torchmetrics has it); 0 without rows."""
         return (self.total / self.count.clamp(min=1)).float()
 
-    def rows(self, preds: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    def rows(self, preds: Tensor, target: Tensor) -> Tensor:
         """``[n, len(top_ks)]`` float64: the metric of each row. Arguments as `update`."""
         if preds.dim() == 0 or preds.shape[-1] == 0:
             raise UserError(f"preds: {tuple(preds.shape)} has no column to score")
@@ -90,7 +91,7 @@ class RankingMetric(Metric):
         hits = labels.gather(1, largest(scores, max(self.top_ks))[1])
         return torch.stack([self.at_cutoff(hits, labels.sum(1), k) for k in self.top_ks], dim=1)
 
-    def at_cutoff(self, hits: torch.Tensor, relevant: torch.Tensor, k: int) -> torch.Tensor:
+    def at_cutoff(self, hits: Tensor, relevant: Tensor, k: int) -> Tensor:
         """``[n]`` from the labels in the order of the scores ``[n, max(top_ks)]`` and their sum ``[n]``."""
         return metrics_of_hits(hits, relevant.clamp(min=1), k)[self.metric]
 
@@ -127,7 +128,7 @@ class NDCGAt(DCGAt):
     one relevant item a row it is the usual one.
     """
 
-    def at_cutoff(self, hits: torch.Tensor, relevant: torch.Tensor, k: int) -> torch.Tensor:
+    def at_cutoff(self, hits: Tensor, relevant: Tensor, k: int) -> Tensor:
         best = hits.sort(dim=1, descending=True).values
         gain, ideal = (super(NDCGAt, self).at_cutoff(order, relevant, k) for order in (hits, best))
         return torch.where(ideal > 0, gain / ideal.clamp(min=1e-12), 0.0)

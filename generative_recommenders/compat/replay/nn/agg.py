@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from generative_recommenders.compat.replay.nn.protocols import AggregatorProto
 from generative_recommenders.errors import UserError
@@ -26,7 +26,7 @@ class SumAggregator(nn.Module):
     def embedding_dim(self) -> int:
         return self._embedding_dim
 
-    def forward(self, feature_tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def forward(self, feature_tensors: Mapping[str, Tensor]) -> Tensor:
         """Name to ``[..., D]``; returns ``[..., D]``. UserError where a width is not D."""
         for name, tensor in feature_tensors.items():
             _check_width(name, tensor, self._embedding_dim)
@@ -57,7 +57,7 @@ class ConcatAggregator(nn.Module):
     def embedding_dim(self) -> int:
         return self._embedding_dim
 
-    def forward(self, feature_tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def forward(self, feature_tensors: Mapping[str, Tensor]) -> Tensor:
         """Name to ``[..., D_name]``; returns ``[..., output_embedding_dim]``."""
         joined = torch.cat([feature_tensors[name] for name in sorted(feature_tensors)], dim=-1)
         _check_width(" + ".join(sorted(feature_tensors)), joined, self._input_width)
@@ -87,7 +87,7 @@ class PositionAwareAggregator(nn.Module):
     def embedding_dim(self) -> int:
         return self.embedding_aggregator.embedding_dim
 
-    def forward(self, feature_tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def forward(self, feature_tensors: Mapping[str, Tensor]) -> Tensor:
         """Name to ``[B, N, D_name]``; returns ``[B, N, D]``. UserError where N exceeds the table."""
         aggregated = self.embedding_aggregator(feature_tensors)
         length, rows = aggregated.shape[1], self.pe.num_embeddings
@@ -98,7 +98,7 @@ class PositionAwareAggregator(nn.Module):
         return self.dropout(math.sqrt(self.embedding_dim) * aggregated + self.pe.weight[rows - length :])
 
 
-def _check_width(name: str, tensor: torch.Tensor, width: int) -> None:
+def _check_width(name: str, tensor: Tensor, width: int) -> None:
     if tensor.shape[-1] != width:
         raise UserError(
             f"embedding {name} has width {tensor.shape[-1]}: the aggregator was built for {width}"

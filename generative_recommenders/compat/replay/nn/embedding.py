@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from generative_recommenders.compat.replay.data.schema import (
     FeatureHint,
@@ -45,7 +45,7 @@ class CategoricalEmbedding(EmbeddingRows):
         self.padding_value = padding
 
     @property
-    def weight(self) -> torch.Tensor:
+    def weight(self) -> Tensor:
         """``[cardinality, D]``: the rows in the order of their ids, without that of padding."""
         table, padding = self.emb.weight, self.padding_value
         if padding == len(table) - 1:  # RePlay's usual one: a view, not a copy of the table
@@ -68,11 +68,11 @@ class NumericalEmbedding(nn.Module):
         return self._width
 
     @property
-    def weight(self) -> torch.Tensor:
+    def weight(self) -> Tensor:
         """``[D, width]``, the identity matrix where nothing is learned."""
         return self.linear.weight
 
-    def forward(self, values: torch.Tensor) -> torch.Tensor:
+    def forward(self, values: Tensor) -> Tensor:
         """float ``[...]`` (one value; ``[B, N, 1]`` too) or ``[..., width]`` (a list) to ``[..., D]``."""
         return self.linear(values if self.is_list or values.dim() > 2 else values.unsqueeze(-1))
 
@@ -80,14 +80,14 @@ class NumericalEmbedding(nn.Module):
 class IdentityEmbedding(nn.Module):
     """Values ``[..., D]`` that already are an embedding come out unchanged; ``weight`` is the identity ``[D, D]``."""
 
-    weight: torch.Tensor
+    weight: Tensor
 
     def __init__(self, feature_info: TensorFeatureInfo) -> None:
         super().__init__()
         self.embedding_dim = feature_info.tensor_dim or feature_info.embedding_dim
         self.register_buffer("weight", torch.eye(self.embedding_dim), persistent=False)
 
-    def forward(self, values: torch.Tensor) -> torch.Tensor:
+    def forward(self, values: Tensor) -> Tensor:
         return values
 
 
@@ -118,7 +118,7 @@ class SequenceEmbedding(NamedEmbeddings):
         """The width of every feature's embedding."""
         return {name: self.embedder(name).embedding_dim for name in self._keys}  # type: ignore[misc]
 
-    def get_item_weights(self, indices: torch.Tensor | None = None) -> torch.Tensor:
+    def get_item_weights(self, indices: Tensor | None = None) -> Tensor:
         """The embeddings of items: ``[..., D]`` for ids ``[...]``, or the whole table without its padding row."""
         if self._item is None:
             raise UserError("the schema names no item id feature, so there are no item embeddings to read")

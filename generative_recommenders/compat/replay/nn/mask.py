@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from generative_recommenders.compat.replay.nn.protocols import AttentionMaskProto
 from generative_recommenders.errors import UserError
@@ -27,14 +27,12 @@ __all__ = [
 ]
 
 
-def causal_mask(length: int, device: torch.device | None = None) -> torch.Tensor:
+def causal_mask(length: int, device: torch.device | None = None) -> Tensor:
     """bool ``[length, length]``, True where the key (column) is not later than the query (row)."""
     return torch.ones(length, length, dtype=torch.bool, device=device).tril()
 
 
-def additive_mask(
-    allowed: torch.Tensor, closed: float | None = None, dtype: torch.dtype = torch.float32
-) -> torch.Tensor:
+def additive_mask(allowed: Tensor, closed: float | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
     """A bool mask (True = may look) as 0 and ``closed``; ``closed`` is the dtype's minimum unless given.
 
     With the minimum instead of -inf a query that may look nowhere averages over all keys and stays finite.
@@ -43,7 +41,7 @@ def additive_mask(
     return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(~allowed, closed)
 
 
-def mask_per_head(attention_mask: torch.Tensor, batch_size: int, num_heads: int) -> torch.Tensor:
+def mask_per_head(attention_mask: Tensor, batch_size: int, num_heads: int) -> Tensor:
     """``[B * H, N, N]`` (index b * H + h) or ``[B, H, N, N]`` as ``[B, H, N, N]``; UserError on any other
     shape."""
     rows, columns = attention_mask.shape[-2:]
@@ -55,7 +53,7 @@ def mask_per_head(attention_mask: torch.Tensor, batch_size: int, num_heads: int)
     return attention_mask.reshape(batch_size, num_heads, rows, columns)
 
 
-def hide_padded_keys(attention_mask: torch.Tensor, padding_mask: torch.Tensor) -> torch.Tensor:
+def hide_padded_keys(attention_mask: Tensor, padding_mask: Tensor) -> Tensor:
     """Add the dtype's minimum to the columns of padded keys.
 
     attention_mask: additive ``[B, H, N, N]``; padding_mask: bool ``[B, N]``, True = real event. A padded
@@ -65,7 +63,7 @@ def hide_padded_keys(attention_mask: torch.Tensor, padding_mask: torch.Tensor) -
     return attention_mask + additive_mask(padding_mask, dtype=attention_mask.dtype)[:, None, None, :]
 
 
-def mask_for(x: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+def mask_for(x: Tensor, attention_mask: Tensor) -> Tensor:
     """The mask in the dtype that attention over ``x`` computes in (autocast's, where it is on).
 
     In a dtype of smaller range -inf and float32's minimum both become that dtype's minimum: a row that is
@@ -93,7 +91,7 @@ class DefaultAttentionMask(nn.Module):
         self.reference_feature_name = reference_feature_name
         self.num_heads = num_heads
 
-    def forward(self, feature_tensor: Mapping[str, torch.Tensor], padding_mask: torch.Tensor) -> torch.Tensor:
+    def forward(self, feature_tensor: Mapping[str, Tensor], padding_mask: Tensor) -> Tensor:
         """feature_tensor: name to ``[B, N, ...]``; padding_mask: bool ``[B, N]``, True = real.
 
         Returns float32 ``[B * H, N, N]``, index b * H + h. UserError where the reference feature is missing.

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-import torch
+from torch import Tensor
 
 __all__ = [
     "AggregatorProto",
@@ -23,7 +23,7 @@ __all__ = [
     "QueryEncoderProto",
 ]
 
-Tensors = Mapping[str, torch.Tensor]
+Tensors = Mapping[str, Tensor]
 
 
 class AggregatorProto(Protocol):
@@ -32,7 +32,7 @@ class AggregatorProto(Protocol):
     @property
     def embedding_dim(self) -> int: ...
 
-    def __call__(self, feature_tensors: Tensors) -> torch.Tensor: ...
+    def __call__(self, feature_tensors: Tensors) -> Tensor: ...
 
 
 class EmbedderProto(Protocol):
@@ -40,20 +40,20 @@ class EmbedderProto(Protocol):
 
     def __call__(self, feature_tensor: Tensors, feature_names: Sequence[str] | None = None) -> Tensors: ...
 
-    def get_item_weights(self, indices: torch.Tensor | None = None) -> torch.Tensor: ...
+    def get_item_weights(self, indices: Tensor | None = None) -> Tensor: ...
 
 
 class AttentionMaskProto(Protocol):
     """The additive mask ``[B * H, N, N]`` or ``[B, H, N, N]`` of a batch."""
 
-    def __call__(self, feature_tensor: Tensors, padding_mask: torch.Tensor) -> torch.Tensor: ...
+    def __call__(self, feature_tensor: Tensors, padding_mask: Tensor) -> Tensor: ...
 
 
 class EncoderProto(Protocol):
     """Hidden states ``[B, N, D]``, or item embeddings ``[..., D]``: called with those of feature_tensors, input_embeddings and,
     in the query tower, padding_mask and attention_mask that its signature has."""
 
-    def __call__(self, **arguments: object) -> torch.Tensor: ...
+    def __call__(self, **arguments: object) -> Tensor: ...
 
 
 QueryEncoderProto = EncoderProto
@@ -63,15 +63,13 @@ ItemEncoderProto = EncoderProto
 class NormalizerProto(Protocol):
     """The normalisation of hidden states, of their shape."""
 
-    def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor: ...
+    def __call__(self, hidden_states: Tensor) -> Tensor: ...
 
 
 class LogitsCallback(Protocol):
     """Scores of hidden states with all items, or with those of the ids."""
 
-    def __call__(
-        self, model_embeddings: torch.Tensor, candidates_to_score: torch.Tensor | None = None
-    ) -> torch.Tensor: ...
+    def __call__(self, model_embeddings: Tensor, candidates_to_score: Tensor | None = None) -> Tensor: ...
 
 
 class LossProto(Protocol):
@@ -83,16 +81,16 @@ class LossProto(Protocol):
 
     logits_callback: LogitsCallback | None
 
-    def __call__(self, **arguments: object) -> torch.Tensor: ...
+    def __call__(self, **arguments: object) -> Tensor: ...
 
 
 class ContextMergerProto(Protocol):
     """The query tower's hidden states joined with features of the query, of the same shape."""
 
-    def __call__(self, model_hidden_state: torch.Tensor, feature_tensors: Tensors) -> torch.Tensor: ...
+    def __call__(self, model_hidden_state: Tensor, feature_tensors: Tensors) -> Tensor: ...
 
 
 class FeaturesReaderProtocol(Protocol):
     """Feature tensors of all items by feature name; row i belongs to item id i."""
 
-    def __getitem__(self, key: str) -> torch.Tensor: ...
+    def __getitem__(self, key: str) -> Tensor: ...

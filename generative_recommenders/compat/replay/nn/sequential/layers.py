@@ -6,8 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from generative_recommenders.compat.replay.nn.attention import MultiHeadDifferentialAttention
 from generative_recommenders.compat.replay.nn.mask import hide_padded_keys, mask_for, mask_per_head
@@ -15,7 +14,7 @@ from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.encoders import diff_transformer as core
 from generative_recommenders.ops.feed_forward import PointWiseFeedForward
 
-LAYER_NORM_EPS = 1e-8
+LAYER_NORM_EPS = 1e-8  # of the published SASRec, and so of RePlay's checkpoints
 
 
 class SasRecTransformerLayer(nn.Module):
@@ -58,11 +57,11 @@ class SasRecTransformerLayer(nn.Module):
 
     def forward(
         self,
-        feature_tensors: Mapping[str, torch.Tensor],
-        input_embeddings: torch.Tensor,
-        padding_mask: torch.Tensor,
-        attention_mask: torch.Tensor,
-    ) -> torch.Tensor:
+        feature_tensors: Mapping[str, Tensor],
+        input_embeddings: Tensor,
+        padding_mask: Tensor,
+        attention_mask: Tensor,
+    ) -> Tensor:
         """Encode ``[B, N, D]`` to ``[B, N, D]``; padded positions come out finite and without meaning.
 
         feature_tensors: not read; the argument is part of the protocol of encoders.
@@ -94,8 +93,8 @@ class DiffTransformerBlock(core.DiffTransformerBlock):
         super().__init__(embedding_dim, num_heads, lambda_init, norm)
 
     def forward(  # type: ignore[override]
-        self, input_embeddings: torch.Tensor, attention_mask: torch.Tensor | None = None
-    ) -> torch.Tensor:
+        self, input_embeddings: Tensor, attention_mask: Tensor | None = None
+    ) -> Tensor:
         """input_embeddings: ``[B, N, D]``; attention_mask as for the attention. Returns ``[B, N, D]``."""
         return self.residuals(input_embeddings, lambda x: self.attn(x, x, x, attention_mask))
 
@@ -112,9 +111,7 @@ class DiffTransformerLayer(nn.Module):
             for block in range(num_blocks)
         )
 
-    def forward(
-        self, input_embeddings: torch.Tensor, attention_mask: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def forward(self, input_embeddings: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """``[B, N, D]`` to ``[B, N, D]``."""
         for layer in self.layers:
             input_embeddings = layer(input_embeddings, attention_mask)

@@ -7,8 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from generative_recommenders.compat.replay.data.schema import TensorSchema
 from generative_recommenders.compat.replay.nn import protocols
@@ -46,7 +45,7 @@ class QueryTower(nn.Module):
         self.encoder = encoder
         self.output_normalization = output_normalization
 
-    def forward(self, feature_tensors: protocols.Tensors, padding_mask: torch.Tensor) -> torch.Tensor:
+    def forward(self, feature_tensors: protocols.Tensors, padding_mask: Tensor) -> Tensor:
         """feature_tensors: name to ``[B, N, ...]``; padding_mask: bool ``[B, N]``, True = real. Returns ``[B, N, D]``."""
         embeddings = self.embedding_aggregator(self.embedder(feature_tensors, self.feature_names))
         hidden = call_with_accepted(
@@ -75,11 +74,11 @@ class NextItemModel(nn.Module, ABC):
     def forward(
         self,
         feature_tensors: protocols.Tensors,
-        padding_mask: torch.Tensor,
-        candidates_to_score: torch.Tensor | None = None,
-        positive_labels: torch.Tensor | None = None,
-        negative_labels: torch.Tensor | None = None,
-        target_padding_mask: torch.Tensor | None = None,
+        padding_mask: Tensor,
+        candidates_to_score: Tensor | None = None,
+        positive_labels: Tensor | None = None,
+        negative_labels: Tensor | None = None,
+        target_padding_mask: Tensor | None = None,
     ) -> TrainOutput | InferenceOutput:
         """In training mode a `TrainOutput`, in evaluation mode an `InferenceOutput` for each row's last position.
 
@@ -107,26 +106,23 @@ class NextItemModel(nn.Module, ABC):
         )
         return TrainOutput(loss, hidden_states)
 
-    def hidden_states(
-        self, feature_tensors: protocols.Tensors, padding_mask: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
+    def hidden_states(self, feature_tensors: protocols.Tensors, padding_mask: Tensor) -> tuple[Tensor, ...]:
         """The body's output, and behind it what is made of it; the last one is scored."""
         return (self.body(feature_tensors, padding_mask),)
 
-    def get_logits(
-        self, model_embeddings: torch.Tensor, candidates_to_score: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def get_logits(self, model_embeddings: Tensor, candidates_to_score: Tensor | None = None) -> Tensor:
         """Scores of hidden states ``[..., D]`` with the candidates' embeddings, or with all items'."""
         return self.head(model_embeddings, self.item_embeddings(candidates_to_score))
 
     @abstractmethod
-    def item_embeddings(self, candidates_to_score: torch.Tensor | None = None) -> torch.Tensor:
+    def item_embeddings(self, candidates_to_score: Tensor | None = None) -> Tensor:
         """``[V, D]``, or ``[..., D]`` for ids ``[...]``."""
 
 
-def call_with_accepted(function: Callable[..., torch.Tensor], **arguments: object) -> torch.Tensor:
+def call_with_accepted(function: Callable[..., Tensor], **arguments: object) -> Tensor:
     """Call with those keyword arguments that the function (a module: its forward) has parameters for."""
     target = function.forward if isinstance(function, nn.Module) else function
+    # RePlay's users write encoders and losses that take a part of the documented arguments.
     parameters = inspect.signature(target).parameters
     if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         arguments = {name: value for name, value in arguments.items() if name in parameters}
@@ -193,5 +189,5 @@ class SasRec(NextItemModel):
         )
         return cls(body, CE(ignore_index=item.padding_value))
 
-    def item_embeddings(self, candidates_to_score: torch.Tensor | None = None) -> torch.Tensor:
+    def item_embeddings(self, candidates_to_score: Tensor | None = None) -> Tensor:
         return self.body.embedder.get_item_weights(candidates_to_score)

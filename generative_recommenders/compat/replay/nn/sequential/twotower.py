@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from generative_recommenders.compat.replay.data.schema import TensorFeatureInfo, TensorSchema
 from generative_recommenders.compat.replay.nn import protocols
@@ -66,7 +66,7 @@ class FeaturesReader:
             raise UserError(
                 f"item features in {path}: ids must be 0..{ids.size - 1}, each once; missing: {missing}"
             )
-        self._features: dict[str, torch.Tensor] = {}
+        self._features: dict[str, Tensor] = {}
         for name, settings in metadata.items():
             try:
                 values = _encoded(schema[name], table[columns[name]].combine_chunks(), settings)
@@ -78,14 +78,14 @@ class FeaturesReader:
     def feature_names(self) -> list[str]:
         return list(self._features)
 
-    def __getitem__(self, key: str) -> torch.Tensor:
+    def __getitem__(self, key: str) -> Tensor:
         """``[V]`` or ``[V, width]``, int64 for categorical features and float32 for numerical ones."""
         if key not in self._features:
             raise UserError(f"item feature {key!r} was not read: metadata names {', '.join(self._features)}")
         return self._features[key]
 
 
-def _encoded(feature: TensorFeatureInfo, column: pa.Array, settings: Mapping[str, Any]) -> torch.Tensor:
+def _encoded(feature: TensorFeatureInfo, column: pa.Array, settings: Mapping[str, Any]) -> Tensor:
     """The column as a tensor; ValueError for what is no category or no finite number, and for lists that are too long."""
     shape: tuple[int, ...] = ()
     if feature.is_list:
@@ -142,7 +142,7 @@ class ItemTower(nn.Module):
             # RePlay's checkpoints hold them under these names.
             self.register_buffer(_buffer_name(name), values)
 
-    def forward(self, candidates_to_score: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, candidates_to_score: Tensor | None = None) -> Tensor:
         """``[V, D]``, or ``[..., D]`` for item ids ``[...]``."""
         features = {name: self.get_buffer(_buffer_name(name)) for name in self.feature_names}
         if candidates_to_score is not None:
@@ -187,7 +187,7 @@ class TwoTowerBody(nn.Module):
             item_encoder,
         )
 
-    def forward(self, feature_tensors: protocols.Tensors, padding_mask: torch.Tensor) -> torch.Tensor:
+    def forward(self, feature_tensors: protocols.Tensors, padding_mask: Tensor) -> Tensor:
         """The query tower's hidden states ``[B, N, D]``."""
         return self.query_tower(feature_tensors, padding_mask)
 
@@ -244,15 +244,13 @@ class TwoTower(NextItemModel):
         )
         return cls(body, sasrec.loss)
 
-    def hidden_states(
-        self, feature_tensors: protocols.Tensors, padding_mask: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
+    def hidden_states(self, feature_tensors: protocols.Tensors, padding_mask: Tensor) -> tuple[Tensor, ...]:
         states = super().hidden_states(feature_tensors, padding_mask)
         if self.context_merger is None:
             return states
         return (*states, self.context_merger(model_hidden_state=states[-1], feature_tensors=feature_tensors))
 
-    def item_embeddings(self, candidates_to_score: torch.Tensor | None = None) -> torch.Tensor:
+    def item_embeddings(self, candidates_to_score: Tensor | None = None) -> Tensor:
         return self.body.item_tower(candidates_to_score)
 
 
