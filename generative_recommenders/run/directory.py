@@ -40,13 +40,16 @@ _EVENTS = re.compile(r"(?P<start>events\.out\.tfevents\.)(?P<time>\d{1,20})(?P<e
 class RunFolder:
     """An open run folder; only the main process of a run has one. Use as a context manager or call `close`.
 
+    checkpoints: the folder for a `CheckpointStore`.
+
     While it is open it is locked, and log lines go to ``train.log`` too. On resume call `truncate_after`
     with the step of the checkpoint, so that no later step is recorded twice.
     """
 
     def __init__(self, path: Path, lock: IO[str]) -> None:
-        self.path = path
-        self._lock = lock
+        self.path, self._lock = path, lock
+        self.checkpoints, self.tensorboard = path / "checkpoints", path / "tensorboard"
+        self.metrics_path = path / "metrics.jsonl"
         self._writer: SummaryWriter | None = None
         self._purge_step: int | None = None
         self._without_tensorboard = False
@@ -90,19 +93,6 @@ class RunFolder:
             raise UserError(
                 f"cannot write to run folder {shown}: {error.strerror}; choose another with --run_dir"
             ) from error
-
-    @property
-    def checkpoints(self) -> Path:
-        """Folder for a `CheckpointStore`."""
-        return self.path / "checkpoints"
-
-    @property
-    def metrics_path(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def tensorboard(self) -> Path:
-        return self.path / "tensorboard"
 
     def save_resolved_gin(self, text: str) -> Path:
         """Writes the configuration that the run is made from, complete."""

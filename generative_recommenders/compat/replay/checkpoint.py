@@ -83,21 +83,7 @@ def save_as_run(
     aggregator: Any = body.embedding_aggregator
     layer: Any = body.encoder
     table = embedder.get_item_weights()
-    if item_ids is None:
-        if len(table) < dataset.num_items:
-            raise UserError(
-                f"the model has {len(table)} items, {dataset.folder} {dataset.num_items}: give item_ids"
-            )
-        rows = torch.arange(dataset.num_items)
-    else:
-        places = {str(name): row for row, name in enumerate(item_ids)}
-        wanted = dataset.original_item_ids().to_pylist()
-        missing = [name for name in wanted if name not in places]
-        if missing:
-            raise UserError(
-                f"item_ids lack {missing[0]!r} and {len(missing) - 1} more items of {dataset.folder}"
-            )
-        rows = torch.tensor([places[name] for name in wanted])
+    rows = _rows_of_items(dataset, table, item_ids)
     bound = {"train_fn.dataset_name": dataset.manifest.name, "train_fn.item_embedding_dim": table.shape[1]}
     settings = (settings or RunSettings()).bind(bound | _bindings(model, aggregator, layer))
     trainer = Trainer(settings, dataset, make_split(dataset, settings.data.protocol), Collectives())
@@ -173,3 +159,21 @@ def _bindings(
         bound |= {"train_fn.main_module": "TwoTower", "train_fn.negatives_sharing": "block"}
         bound |= {"item_tower.features": ("item_id",), "item_tower.num_blocks": 1}
     return bound
+
+
+def _rows_of_items(
+    dataset: SequenceDataset, table: torch.Tensor, item_ids: Sequence[str] | None
+) -> torch.Tensor:
+    """``[V]``: the row of each prepared item; UserError where the model does not have it."""
+    if item_ids is None:
+        if len(table) < dataset.num_items:
+            raise UserError(
+                f"the model has {len(table)} items, {dataset.folder} {dataset.num_items}: give item_ids"
+            )
+        return torch.arange(dataset.num_items)
+    places = {str(name): row for row, name in enumerate(item_ids)}
+    wanted = dataset.original_item_ids().to_pylist()
+    missing = [name for name in wanted if name not in places]
+    if missing:
+        raise UserError(f"item_ids lack {missing[0]!r} and {len(missing) - 1} more items of {dataset.folder}")
+    return torch.tensor([places[name] for name in wanted])
