@@ -1,4 +1,4 @@
-"""From settings to objects: the model (`assembly_model`) and what it learns by (`assembly_objectives`)."""
+"""From settings to objects: a training task of the model (`build.model`) and what it learns by (`build.objectives`)."""
 
 from __future__ import annotations
 

@@ -78,34 +78,36 @@ def read_records(path: Path, whole: bool = False) -> list[dict[str, Any]]:
     return found
 
 
+PROTOCOLS = {
+    "paper": (
+        "Protocol paper: the last event of each user is the test target, and it was scored after every epoch, as in the "
+        "HSTU authors' code. Such numbers do not compare with those of a validation split."
+    ),
+    "leave_one_out": (
+        "Protocol leave_one_out: the last event of each user is the test target, scored once; the last but one picked the "
+        "epoch. Such numbers do not compare with those whose epoch is read off the test target."
+    ),
+    "global_time": (
+        "Protocol global_time: training ends at one moment for all users, and the targets are each user's first events "
+        "after it; nothing later than a target was learned from."
+    ),
+}
+TIE_ORDERS = {
+    "file": "in the order of the file",
+    "published": "in the order of the HSTU authors' unstable sort, which depends on the CPU",
+    "random": "in an order drawn by a hash",
+}
+
+
 def conditions(run: Run, own: bool = True) -> list[str]:
     """How the numbers are to be read: lane, protocol, seen filter, ties, hidden or given time. own: with what the run itself
     says of its test."""
-    protocol, lines = run.settings.data.protocol, []
     ties = "file" if run.facts is None else run.facts.data["choices"].get("tie_order", "file")
-    if protocol == "paper":
-        lines.append(
-            "Protocol paper: the last event of each user is the test target, and it was scored after every epoch, as in the "
-            "HSTU authors' code. Such numbers do not compare with those of a validation split."
-        )
-    elif protocol == "leave_one_out":
-        lines.append(
-            "Protocol leave_one_out: the last event of each user is the test target, scored once; the last but one picked the "
-            "epoch. Such numbers do not compare with those whose epoch is read off the test target."
-        )
-    else:
-        lines.append(
-            "Protocol global_time: training ends at one moment for all users, and the targets are each user's first events "
-            "after it; nothing later than a target was learned from."
-        )
-    orders = {
-        "file": "in the order of the file",
-        "published": "in the order of the HSTU authors' unstable sort, which depends on the CPU",
-        "random": "in an order drawn by a hash",
-    }
-    lines.append(
-        f"Events of one user and time are {orders.get(ties, ties)}; tables that break ties another way differ."
-    )
+    order = TIE_ORDERS.get(ties, ties)
+    lines = [
+        PROTOCOLS[run.settings.data.protocol],
+        f"Events of one user and time are {order}; tables that break ties another way differ.",
+    ]
     if own and run.final.get("conditions"):
         lines.append(f"Conditions of the test: {run.final['conditions']}.")
     lines.append(

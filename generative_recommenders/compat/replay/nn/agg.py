@@ -15,8 +15,8 @@ from generative_recommenders.ops.dropout import Dropout
 __all__ = ["AggregatorProto", "ConcatAggregator", "PositionAwareAggregator", "SumAggregator"]
 
 
-class SumAggregator(nn.Module):
-    """The sum of all embeddings, which must be equally wide."""
+class _Aggregator(nn.Module):
+    """What the aggregators of embeddings have in common: the width of their result."""
 
     def __init__(self, embedding_dim: int) -> None:
         super().__init__()
@@ -26,23 +26,32 @@ class SumAggregator(nn.Module):
     def embedding_dim(self) -> int:
         return self._embedding_dim
 
+    @staticmethod
+    def check_width(name: str, tensor: Tensor, width: int) -> None:
+        if tensor.shape[-1] != width:
+            raise UserError(
+                f"embedding {name} has width {tensor.shape[-1]}: the aggregator was built for {width}"
+            )
+
+
+class SumAggregator(_Aggregator):
+    """The sum of all embeddings, which must be equally wide."""
+
     def forward(self, feature_tensors: Mapping[str, Tensor]) -> Tensor:
         """Name to ``[..., D]``; returns ``[..., D]``. UserError where a width is not D."""
         for name, tensor in feature_tensors.items():
-            _check_width(name, tensor, self._embedding_dim)
+            self.check_width(name, tensor, self.embedding_dim)
         return torch.stack(tuple(feature_tensors.values())).sum(0)
 
 
-class ConcatAggregator(nn.Module):
-    """The embeddings side by side in the order of their names, then a linear layer to
-    ``output_embedding_dim``.
+class ConcatAggregator(_Aggregator):
+    """The embeddings side by side in the order of their names, then a linear layer to ``output_embedding_dim``.
 
     A single embedding is returned as it is and must have the output's width already.
     """
 
     def __init__(self, input_embedding_dims: Sequence[int], output_embedding_dim: int) -> None:
-        super().__init__()
-        self._embedding_dim = output_embedding_dim
+        super().__init__(output_embedding_dim)
         self._input_width = sum(input_embedding_dims)
         self.feat_projection: nn.Linear | None = None
         if len(input_embedding_dims) > 1:
@@ -53,14 +62,10 @@ class ConcatAggregator(nn.Module):
                 f"output_embedding_dim {output_embedding_dim} must be the same"
             )
 
-    @property
-    def embedding_dim(self) -> int:
-        return self._embedding_dim
-
     def forward(self, feature_tensors: Mapping[str, Tensor]) -> Tensor:
         """Name to ``[..., D_name]``; returns ``[..., output_embedding_dim]``."""
         joined = torch.cat([feature_tensors[name] for name in sorted(feature_tensors)], dim=-1)
-        _check_width(" + ".join(sorted(feature_tensors)), joined, self._input_width)
+        self.check_width(" + ".join(sorted(feature_tensors)), joined, self._input_width)
         return joined if self.feat_projection is None else self.feat_projection(joined)
 
 
@@ -96,10 +101,3 @@ class PositionAwareAggregator(nn.Module):
                 f"sequence of {length} positions: PositionAwareAggregator has max_sequence_length {rows}"
             )
         return self.dropout(math.sqrt(self.embedding_dim) * aggregated + self.pe.weight[rows - length :])
-
-
-def _check_width(name: str, tensor: Tensor, width: int) -> None:
-    if tensor.shape[-1] != width:
-        raise UserError(
-            f"embedding {name} has width {tensor.shape[-1]}: the aggregator was built for {width}"
-        )
