@@ -100,42 +100,6 @@ def self_test(steps: int = STEPS) -> tuple[float, float, float]:
     return losses[0], losses[-1], time.perf_counter() - start
 
 
-def examine(data_root: Path) -> tuple[list[str], list[str]]:
-    """Lines of one screen, and complaints."""
-    complaints = []
-    device = process_device()
-    total, free = memory()
-    disk = shutil.disk_usage(".")
-    fault = fbgemm_fault("cuda" if torch.cuda.is_available() else "cpu")
-    packages = "  ".join(f"{name} {version(name) or 'missing'}" for name in PACKAGES)
-    extras = [f"{name} ({'yes' if all(map(version, needed)) else 'no'})" for name, needed in EXTRAS.items()]
-    lines = [
-        f"program    {generative_recommenders.__version__} at {Path(generative_recommenders.__file__).parent}",
-        f"python     {platform.python_version()}, {platform.system()} {platform.machine()}; torch {torch.__version__}",
-        f"packages   {packages}",
-        f"extras     {'  '.join(extras)}",
-        f"configs    {len(list((ROOT / 'configs').rglob('*.gin')))} in {ROOT / 'configs'}",
-        f"prepared   {', '.join(prepared_names(data_root)) or 'nothing'} in {data_root / 'prepared'}",
-        f"device     {device}" + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""),
-        f"fbgemm     {'used' if fault is None else f'not used: {fault}'}",
-        f"threads    {torch.get_num_threads()} of {len(os.sched_getaffinity(0))} cores",
-        f"memory     {free:.1f} of {total:.1f} GiB free",
-        f"disk       {disk.free / 2**30:.1f} GiB free here",
-        f"products   {product_rate(device):.0f} GFLOP/s in float32",
-    ]
-    if free < LITTLE_MEMORY:
-        complaints.append(f"less than {LITTLE_MEMORY} GiB of memory are free")
-    if disk.free < LITTLE_DISK * 2**30:
-        complaints.append(f"less than {LITTLE_DISK} GiB of disk are free here")
-    first, last, seconds = self_test()
-    lines.append(
-        f"self-test  loss {first:.2f} to {last:.2f} in {STEPS} steps, {seconds:.1f} s with preparation"
-    )
-    if not last < first:
-        complaints.append(f"the loss of {STEPS} training steps did not fall, from {first} to {last}")
-    return lines, complaints
-
-
 def main(argv: list[str] | None = None) -> int:
     """Prints one screen; exit code 1 where something stands in the way of a run."""
     parser = argparse.ArgumentParser(prog=f"{COMMAND} doctor", description=__doc__)
@@ -143,7 +107,40 @@ def main(argv: list[str] | None = None) -> int:
     data_root = Path(parser.parse_args(argv).data_root)
 
     def run() -> int:
-        lines, complaints = examine(data_root)
+        complaints = []
+        device = process_device()
+        total, free = memory()
+        disk = shutil.disk_usage(".")
+        fault = fbgemm_fault("cuda" if torch.cuda.is_available() else "cpu")
+        packages = "  ".join(f"{name} {version(name) or 'missing'}" for name in PACKAGES)
+        extras = [
+            f"{name} ({'yes' if all(map(version, needed)) else 'no'})" for name, needed in EXTRAS.items()
+        ]
+        lines = [
+            f"program    {generative_recommenders.__version__} at {Path(generative_recommenders.__file__).parent}",
+            f"python     {platform.python_version()}, {platform.system()} {platform.machine()}; torch {torch.__version__}",
+            f"packages   {packages}",
+            f"extras     {'  '.join(extras)}",
+            f"configs    {len(list((ROOT / 'configs').rglob('*.gin')))} in {ROOT / 'configs'}",
+            f"prepared   {', '.join(prepared_names(data_root)) or 'nothing'} in {data_root / 'prepared'}",
+            f"device     {device}"
+            + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""),
+            f"fbgemm     {'used' if fault is None else f'not used: {fault}'}",
+            f"threads    {torch.get_num_threads()} of {len(os.sched_getaffinity(0))} cores",
+            f"memory     {free:.1f} of {total:.1f} GiB free",
+            f"disk       {disk.free / 2**30:.1f} GiB free here",
+            f"products   {product_rate(device):.0f} GFLOP/s in float32",
+        ]
+        if free < LITTLE_MEMORY:
+            complaints.append(f"less than {LITTLE_MEMORY} GiB of memory are free")
+        if disk.free < LITTLE_DISK * 2**30:
+            complaints.append(f"less than {LITTLE_DISK} GiB of disk are free here")
+        first, last, seconds = self_test()
+        lines.append(
+            f"self-test  loss {first:.2f} to {last:.2f} in {STEPS} steps, {seconds:.1f} s with preparation"
+        )
+        if not last < first:
+            complaints.append(f"the loss of {STEPS} training steps did not fall, from {first} to {last}")
         print("\n".join([*lines, *(f"problem    {each}" for each in complaints)]))
         print("all is well" if not complaints else f"{len(complaints)} problem(s)")
         return 1 if complaints else 0

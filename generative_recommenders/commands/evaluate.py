@@ -47,19 +47,6 @@ from generative_recommenders.training.step import TABLE
 from generative_recommenders.training.trainer import set_precision
 
 
-def check_evaluated(
-    checkpoint: Checkpoint, settings: RunSettings, dataset: SequenceDataset, split: Split
-) -> None:
-    """Refuses to score a checkpoint on data other than it was trained on; another protocol may be asked for."""
-    trained = RunSettings.from_json(checkpoint.settings())
-    same_split = trained.data.protocol == settings.data.protocol
-    saved = str(checkpoint.state.get("split_hash" if same_split else "data_hash"))
-    check_same_data(saved, split.hash if same_split else dataset.manifest.data_hash)
-    items = dataset.original_item_ids().combine_chunks()
-    if not checkpoint.item_ids().cast(items.type).equals(items):
-        raise UserError(f"{checkpoint.path} was trained on other items than {dataset.folder} holds")
-
-
 class ScoredRun(NamedTuple):
     """A run's checkpoint, scored on the test targets."""
 
@@ -95,7 +82,16 @@ def score_run(options: Options, collectives: Collectives) -> ScoredRun:
     dataset = shared_dataset(settings, options.data_root, collectives)
     split = make_split(dataset, settings.data.protocol)
     check_same_everywhere(settings, split, options, collectives)
-    on_main(collectives, lambda: check_evaluated(checkpoint, settings, dataset, split))
+
+    def check_data() -> None:  # another protocol than in training may be asked for, not other data
+        same_split = RunSettings.from_json(checkpoint.settings()).data.protocol == settings.data.protocol
+        saved = str(checkpoint.state.get("split_hash" if same_split else "data_hash"))
+        check_same_data(saved, split.hash if same_split else dataset.manifest.data_hash)
+        items = dataset.original_item_ids().combine_chunks()
+        if not checkpoint.item_ids().cast(items.type).equals(items):
+            raise UserError(f"{checkpoint.path} was trained on other items than {dataset.folder} holds")
+
+    on_main(collectives, check_data)
     catalogue = Catalogue.of(dataset, split.train_stops, settings.items.category_feature)
     model = build_model(settings, catalogue, collectives).to(collectives.device)
     by_rows = [name for name in checkpoint.row_shapes if name.startswith("model.")]

@@ -53,16 +53,12 @@ def given_rendezvous(environment: Mapping[str, str], port: int | None = None) ->
     if "MASTER_PORT" in environment:
         port = _integer(environment, "MASTER_PORT")
     elif port is None:
-        port = default_port(environment)
+        port = DEFAULT_PORT
+        if "SLURM_JOB_ID" in environment and "SLURM_STEP_ID" in environment:
+            # Jobs and steps on one host share it seldom.
+            job, step = (_integer(environment, name) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+            port = 10_000 + (8 * job + step) % 20_000
     return Rendezvous(rank, world_size, local_rank, address, port, "TORCHELASTIC_RUN_ID" in environment)
-
-
-def default_port(environment: Mapping[str, str]) -> int:
-    """A port that jobs and steps on one host share seldom."""
-    if "SLURM_JOB_ID" not in environment or "SLURM_STEP_ID" not in environment:
-        return DEFAULT_PORT
-    job, step = (_integer(environment, name) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
-    return 10_000 + (8 * job + step) % 20_000
 
 
 def first_host(node_list: str) -> str:

@@ -130,18 +130,15 @@ def run_all(
                     working.append(_Working(each.run, each.slot, command))
                     continue
                 free.append(each.slot)
-                finished = code == 0 and command is None
-                done(each.run, None if finished else last_line(each.run.log, code))
+                if code == 0 and command is None:
+                    done(each.run, None)
+                    continue
+                lines = [line.strip() for line in each.run.log.read_text(errors="replace").splitlines()]
+                told = [line for line in lines if line.startswith("error: ")] or [*filter(None, lines)]
+                done(each.run, f"{(told or ['no output'])[-1]} (exit code {code}, {each.run.log})")
             time.sleep(POLL_SECONDS if working else 0)
     finally:
         _stop([each.process for each in working])
-
-
-def last_line(log: Path, code: int) -> str:
-    """Why a process failed: its ``error:`` line, or the last one that it wrote."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    told = [line for line in lines if line.startswith("error: ")]
-    return f"{(told or lines or ['no output'])[-1]} (exit code {code}, {log})"
 
 
 def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:

@@ -43,12 +43,6 @@ def ranks_of(run: Run) -> pl.DataFrame | None:
     return facts.users.select("user_id", "item_id", pl.when(rank <= facts.num_items).then(rank).alias("rank"))
 
 
-def best_validation(run: Run, metric: str) -> float:
-    """The best validation value of the run's full evaluations."""
-    lines = [line for line in records(run.folder) if line.get("part") == "validation"]
-    return max(line[metric] for line in lines if line.get("full", True))
-
-
 class Finished(NamedTuple):
     """What tables are made of: the summary of a finished run, and its users' ranks where they are known."""
 

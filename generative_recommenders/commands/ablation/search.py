@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from generative_recommenders.commands.ablation.plan import Ablation, Cell, Run
-from generative_recommenders.commands.ablation.records import best_validation
+from generative_recommenders.commands.ablation.records import records
 from generative_recommenders.config.fields import check_sizes
 from generative_recommenders.data.preparation.folder import new_file
 from generative_recommenders.errors import UserError, not_installed
@@ -83,7 +83,9 @@ class Search:
         if failure is not None:
             self.study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
         else:
-            self.study.tell(trial, best_validation(run, self.ablation.settings.metric))
+            measured = [each for each in records(run.folder) if each.get("part") == "validation"]
+            full = [each[self.ablation.settings.metric] for each in measured if each.get("full", True)]
+            self.study.tell(trial, max(full))
 
 
 def distribution(name: str, given: Any, file: Path) -> BaseDistribution:
