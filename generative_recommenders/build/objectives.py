@@ -52,9 +52,8 @@ def build_criterion(
         raise UserError(
             "VQVAELoss trains a tokenizer of items, not a retriever: see compat.VQVAELoss, and choose another loss_module"
         )
-    _ = NEGATIVE_SAMPLERS[
-        settings.negatives.sampling_strategy
-    ]  # an unknown name is refused beside a loss that draws none, too
+    # An unknown name is refused beside a loss that draws none, too.
+    _ = NEGATIVE_SAMPLERS[settings.negatives.sampling_strategy]
     if settings.value("train_fn.target_weights") == "rating" and not catalogue.has_ratings:
         raise UserError(f'target_weights "rating" needs ratings, and {data} has none')
     loss = build_part(settings, LOSSES, name, {"num_items": catalogue.num_items})

@@ -221,9 +221,8 @@ def _open(path: Path) -> Iterator[BinaryIO]:
     """A file for reading. One that is missing is damage; one that the system does not let us read is not, so that nothing is
     set aside for a permission or a failing disk."""
     try:
-        if (
-            path.is_symlink() or not path.is_file()
-        ):  # no link leads out of the folder, no pipe keeps the program waiting
+        # No link leads out of the folder, no pipe keeps the program waiting.
+        if path.is_symlink() or not path.is_file():
             raise FileNotFoundError
         with open(path, "rb") as file:
             yield file

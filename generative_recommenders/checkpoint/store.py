@@ -178,9 +178,8 @@ class CheckpointStore:
             for name in names_now[: -self.keep_last]:
                 if name != best:
                     removed = self.folder / f"{_REMOVED}{name}"
-                    os.rename(
-                        self.folder / name, removed
-                    )  # a kill amid the removal leaves no half checkpoint
+                    # A kill amid the removal leaves no half checkpoint.
+                    os.rename(self.folder / name, removed)
                     shutil.rmtree(removed, ignore_errors=True)
         return final
 

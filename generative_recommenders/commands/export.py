@@ -103,9 +103,8 @@ def write(recommender: Recommender, folder: Path, wanted: ExportOptions) -> dict
             write_onnx(program, scratch, list(inputs))
     else:
         with new_file(folder / "query_encoder.pt2") as scratch, open(scratch, "wb") as file:
-            torch.export.save(
-                program, file
-            )  # a name would have to end in .pt2, and the scratch file's does not
+            # A name would have to end in .pt2, and the scratch file's does not.
+            torch.export.save(program, file)
     shapes = {
         name: {"type": str(x.dtype).removeprefix("torch."), "shape": ["batch", "length"][: x.dim()]}
         for name, x in inputs.items()

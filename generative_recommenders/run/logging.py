@@ -47,9 +47,8 @@ _early_lines = _EarlyLines()
 
 def set_up_logging(is_main: bool = True, level: int = logging.INFO) -> None:
     """The main process logs from ``level`` on (absl's numbers); the others log errors alone."""
-    if (
-        not flags.FLAGS.is_parsed()
-    ):  # of a program without absl's flags, as a notebook: absl would warn of that
+    # A program without absl's flags, as a notebook, has parsed none, and absl would warn of that.
+    if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
     logging.use_absl_handler()
     logging.get_absl_handler().setFormatter(FORMATTER)

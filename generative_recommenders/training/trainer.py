@@ -322,8 +322,7 @@ def set_precision(settings: RunSettings, device: torch.device) -> None:
     torch.backends.cuda.matmul.allow_tf32 = settings.schedule.enable_tf32
     torch.backends.cudnn.allow_tf32 = settings.schedule.enable_tf32
     if torch.are_deterministic_algorithms_enabled() != settings.schedule.deterministic:
-        torch.use_deterministic_algorithms(
-            settings.schedule.deterministic
-        )  # imports torch's compiler: a second
+        # Only where it changes: the call imports torch's compiler, which takes a second.
+        torch.use_deterministic_algorithms(settings.schedule.deterministic)
     if settings.schedule.enable_tf32 and device.type == "cpu":
         logging.info("train_fn.enable_tf32: a CPU has no TF32; float32 is used")

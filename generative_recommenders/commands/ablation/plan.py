@@ -122,12 +122,9 @@ class Ablation:
             raise UserError(f"{self.file}, cell {cell.name}: {error}") from error
         run = Run(cell, self.out / cell.name / f"seed-{seed}", settings, resolved_text(settings))
         if (made := made_settings(run)) is not None:
-            other = [each for each in differences(made, settings) if each[0] != EPOCHS]
-            epochs = made.schedule.num_epochs, settings.schedule.num_epochs
-            for name, before, now in (
-                *other,
-                *[(EPOCHS, *epochs)] * (epochs[1] < epochs[0]),
-            ):  # more may be asked for
+            # More epochs than before are the same run, which goes on; fewer are another one.
+            other = [each for each in differences(made, settings) if each[0] != EPOCHS or each[2] < each[1]]
+            for name, before, now in other[:1]:
                 raise UserError(
                     f"{run.folder} was made with {name} = {before!r}, not {now!r}: give another folder of runs"
                 )

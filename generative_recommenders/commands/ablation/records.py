@@ -35,9 +35,8 @@ def is_trained(run: Run) -> bool:
 def ranks_of(run: Run) -> pl.DataFrame | None:
     """``user_id, item_id, rank`` (empty for a miss) of a finished run's model; None where they are still to be measured."""
     facts = read_facts(run.folder)
-    if facts is None or facts.data["users_tested"] != len(
-        facts.users
-    ):  # none are kept, or those of a part of the users
+    # A run may keep none, or those of a part of its users.
+    if facts is None or facts.data["users_tested"] != len(facts.users):
         return pl.read_parquet(run.measured) if run.measured.exists() else None
     rank = pl.col(RANK + facts.methods[0])
     return facts.users.select("user_id", "item_id", pl.when(rank <= facts.num_items).then(rank).alias("rank"))

@@ -260,9 +260,8 @@ class PermutationLanguageModeling(MaskSequence):
         place = torch.arange(width, device=item_ids.device).expand(rows, -1)
         last_only = self.eval_on_last_item_seq_only
         key = torch.where(info.schema, width, place) if last_only else place
-        self._attend(
-            key, place, torch.float32 if last_only else torch.int64
-        )  # the dtypes of Transformers4Rec
+        # The dtypes of Transformers4Rec.
+        self._attend(key, place, torch.float32 if last_only else torch.int64)
         return info
 
     def inference_targets(self, item_ids: Tensor) -> MaskingInfo:
