@@ -118,6 +118,12 @@ class _Parsed(config_parser.ParserDelegate):  # type: ignore[misc]
         """Name to place and value."""
         self.used: set[str] = set()
         """Names that a %name refers to."""
+        self.known: dict[str, list[str]] = {}
+        """Every owner with the names that can be bound on it."""
+        for owner, _, name in (name.partition(".") for name in s.NAMES):
+            self.known.setdefault(owner, []).append(name)
+        for owner, part in parts_by_gin_name().items():
+            self.known.setdefault(owner, []).extend(part.options.model_fields)
 
     def bind_apart(self, argument: str, value: Any, place: str) -> None:
         """UserError for what the caller does not read, and for a value that grows without measure."""
@@ -301,7 +307,7 @@ def _bind(statement: Any, place: str, parsed: _Parsed) -> None:
         if owner == ABLATION:
             parsed.bind_apart(argument, statement.value, place)
             return
-        owner, known = owner.removeprefix(MODULE), _known_names()
+        owner, known = owner.removeprefix(MODULE), parsed.known
         if owner not in known:
             raise UserError(f"gin: {place}: there is no configurable {owner!r}{nearest(owner, known)}")
         instead = ELSEWHERE.get(f"{owner}.{argument}")
@@ -314,16 +320,6 @@ def _bind(statement: Any, place: str, parsed: _Parsed) -> None:
                 f"gin: {place}: {owner} has no parameter {argument!r}{nearest(argument, known[owner])}"
             )
         parsed.bound[f"{owner}.{argument}"] = place, statement.value
-
-
-def _known_names() -> dict[str, list[str]]:
-    """Every owner with the names that can be bound on it."""
-    known: dict[str, list[str]] = {}
-    for name in s.NAMES:
-        known.setdefault(name.partition(".")[0], []).append(name.partition(".")[2])
-    for owner, part in parts_by_gin_name().items():
-        known.setdefault(owner, []).extend(part.options.model_fields)
-    return known
 
 
 def resolved_text(settings: s.RunSettings) -> str:

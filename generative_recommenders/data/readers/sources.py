@@ -61,30 +61,24 @@ class TextSource(TableSource):
         self.first_fields = rows[0]
         self.num_fields = len(rows[0])
         body = [row for row in rows[1:] if len(row) == self.num_fields]
-        self.header = rows[0] if self._is_header(rows[0], body, options, requests) else None
+        if options.header is not None:
+            has_header = options.header
+        elif requests is None:
+            has_header = has_known_names(rows[0])
+        else:  # it has names that are asked for, or words above numbers
+            places = [
+                place
+                for place, each in enumerate(requests[: self.num_fields])
+                if each and (each.name in ("rating", "timestamp") or each.kind in ("numerical", "time"))
+            ]
+            words = all(rows[0][place] and not _has_digit(rows[0][place]) for place in places)
+            above_numbers = any(_has_digit(row[place]) for place in places for row in body[:1])
+            has_header = is_named(requests, rows[0]) or (words and above_numbers)
+        self.header = rows[0] if has_header else None
         if self.header is None:
             body = [rows[0], *body]
         names = [str(place) for place in range(self.num_fields)]
         self.sample = pl.DataFrame(body, dict.fromkeys(names, pl.String), orient="row")
-
-    def _is_header(
-        self, fields: list[str], body: list[list[str]], options: TextOptions, requests: Requests | None
-    ) -> bool:
-        """Whether line 1 names the columns: as the user says, or because it has names that are known or asked for."""
-        if options.header is not None:
-            return options.header
-        if requests is None:
-            return has_known_names(fields)
-        if is_named(requests, fields):
-            return True
-        places = [
-            place
-            for place, each in enumerate(requests[: len(fields)])
-            if each and (each.name in ("rating", "timestamp") or each.kind in ("numerical", "time"))
-        ]
-        named = all(fields[place] and not _has_digit(fields[place]) for place in places)
-        numbered = any(_has_digit(row[place]) for place in places for row in body[:1])
-        return bool(places) and named and numbered  # words above numbers
 
     def batches(self, places):
         skip = self.first_line if self.header is not None else self.first_line - 1

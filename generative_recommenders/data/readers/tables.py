@@ -186,18 +186,17 @@ def check_claims(path: Path, data: mmap.mmap) -> None:
     and File.fbs of Arrow's columnar format 1.0, whose tables are FlatBuffers. ValueError, struct.error: damaged.
     """
     source = pa.BufferReader(data)
-    if data[:6] == b"ARROW1":
+    if (
+        data[:6] == b"ARROW1"
+    ):  # whose footer says where each message lies: field 2 has dictionaries, 3 record batches
         (size,) = struct.unpack_from("<i", data, len(data) - 10)
         footer = _FlatTable(data, len(data) - 10 - size)
-        blocks = [*footer.structs(2, "<qi4xq"), *footer.structs(3, "<qi4xq")]  # dictionaries, record batches
-
-        def message_at(place: int) -> pyarrow.ipc.Message:
-            source.seek(place)
-            return pyarrow.ipc.read_message(source)
-
-        messages = (message_at(place) for place, _, _ in blocks)
+        messages = []
+        for start, _, _ in [*footer.structs(2, "<qi4xq"), *footer.structs(3, "<qi4xq")]:
+            source.seek(start)
+            messages.append(pyarrow.ipc.read_message(source))
     else:
-        messages = iter(pyarrow.ipc.MessageReader.open_stream(source))
+        messages = pyarrow.ipc.MessageReader.open_stream(source)
     total = 0
     for message in messages:
         if message.type not in ("dictionary", "record batch"):
@@ -205,13 +204,12 @@ def check_claims(path: Path, data: mmap.mmap) -> None:
         batch = _FlatTable(message.metadata, 0).child(2)
         batch = batch.child(1) if message.type == "dictionary" else batch
         packed = batch.structs(2, "<qq") if batch.place(3) else ()  # field 3: how buffers are packed
-        unpacked = sum(
-            max(0, struct.unpack_from("<q", message.body, offset)[0])  # -1: as it is
-            for offset, length in packed
-            if length
-        )
+        heads = [struct.unpack_from("<q", message.body, offset)[0] for offset, length in packed if length]
+        unpacked = sum(max(0, head) for head in heads)  # -1: as it is
         check_unpacked(path, unpacked, _PART_BYTES)
-        total += max(batch.number(0, "<q"), unpacked)
+        rows_at = batch.place(0)
+        rows = struct.unpack_from("<q", message.metadata, rows_at)[0] if rows_at else 0
+        total += max(rows, unpacked)
         check_unpacked(path, total)
 
 
@@ -222,25 +220,20 @@ class _FlatTable:
         self.data = data
         self.start = pointer + struct.unpack_from("<I", data, pointer)[0]
 
-    def place(self, field: int) -> int | None:
-        """Where a field lies; None where it is absent."""
+    def place(self, field: int) -> int:
+        """Where a field lies; 0 where it is absent."""
         # A table begins with the distance back to its list of offsets, which begins with its own size; a field that was not
         # written has the offset 0, or lies behind the end of a list of an older program.
         places = self.start - struct.unpack_from("<i", self.data, self.start)[0]
         (size,) = struct.unpack_from("<H", self.data, places)
         offset = struct.unpack_from("<H", self.data, places + 4 + 2 * field)[0] if 4 + 2 * field < size else 0
-        return self.start + offset if offset else None
-
-    def number(self, field: int, form: str) -> int:
-        place = self.place(field)
-        return 0 if place is None else struct.unpack_from(form, self.data, place)[0]
+        return self.start + offset if offset else 0
 
     def child(self, field: int) -> _FlatTable:
-        return _FlatTable(self.data, self.place(field) or 0)
+        return _FlatTable(self.data, self.place(field))
 
     def structs(self, field: int, form: str) -> list[tuple[int, ...]]:
-        place = self.place(field)
-        if place is None:
+        if not (place := self.place(field)):
             return []
         place += struct.unpack_from("<I", self.data, place)[0]
         (count,) = struct.unpack_from("<I", self.data, place)
