@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,3 +64,10 @@ def genres_and_years(items: list[str]) -> pa.Table:
     places = range(len(items))
     genres = [["even" if place % 2 == 0 else "odd"] + ["third"] * (place % 3 == 0) for place in places]
     return pa.table({"item": items, "genres": genres, "year": [1970.0 + place for place in places]})
+
+
+def rewrite_manifest(folder: Path, changes: dict[str, Any], without: Collection[str] = ()) -> None:
+    """Changes fields of a prepared folder's manifest, and takes others out."""
+    path = folder / "manifest.json"
+    stored = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({name: value for name, value in stored.items() if name not in without}))

@@ -7,6 +7,7 @@ import pyarrow.compute as pc
 from absl import logging
 
 from generative_recommenders.data.manifest import FeatureKind, FeatureSpec
+from generative_recommenders.data.schema import large_strings
 from generative_recommenders.errors import UserError
 
 
@@ -22,7 +23,7 @@ def align(owner: str, ids: pa.Array, raw: pa.Table | None) -> tuple[pa.Table, li
         raise UserError(
             f"the features of {owner}s have no column {owner!r}; they have: {', '.join(raw.column_names)}"
         )
-    rows = pc.index_in(ids, value_set=raw[owner].cast(pa.large_string()).combine_chunks())
+    rows = pc.index_in(ids, value_set=large_strings(raw[owner]))
     if rows.null_count:
         logging.warning("%d of %d %ss have no features; theirs are empty", rows.null_count, len(ids), owner)
     features = raw.drop_columns([owner]).take(rows)
@@ -31,7 +32,7 @@ def align(owner: str, ids: pa.Array, raw: pa.Table | None) -> tuple[pa.Table, li
 
 def unrated_items(ids: pa.Array, raw: pa.Table) -> pa.Table:
     """Rows like those of `align` for the items of ``raw`` that are not among ``ids``, in the order of their original ids."""
-    named = pc.unique(raw["item"].cast(pa.large_string()).combine_chunks())
+    named = pc.unique(large_strings(raw["item"]))
     others = named.filter(pc.invert(pc.is_in(named, value_set=ids)))
     return align("item", others.take(pc.sort_indices(others)), raw)[0]
 

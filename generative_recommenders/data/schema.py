@@ -68,3 +68,8 @@ def extra_kinds(schema: pa.Schema) -> dict[str, str]:
                 f"of {', '.join(sorted(_RESERVED))} and begins with neither past_ nor target_, as NAME={name}:{kind}"
             )
     return extra
+
+
+def large_strings(column: pa.ChunkedArray) -> pa.Array:
+    """Texts in one array; with 64-bit offsets, as all of a data set may be longer than 2 GiB together."""
+    return column.cast(pa.large_string()).combine_chunks()

@@ -25,7 +25,7 @@ from generative_recommenders.data.manifest import (
 from generative_recommenders.data.preparation.digests import EventDigests
 from generative_recommenders.data.preparation.event_store import user_blocks
 from generative_recommenders.data.readers.tables import check_parquet
-from generative_recommenders.data.schema import STORED
+from generative_recommenders.data.schema import STORED, large_strings
 from generative_recommenders.data.sources.download import file_digest
 from generative_recommenders.errors import UserError
 
@@ -184,12 +184,12 @@ class SequenceDataset:
         kinds = {each.name: each.kind for each in self.manifest.event_columns}
         vocabularies = {}
         for name in (name for name, kind in kinds.items() if kind == "categorical"):
-            vocabularies[name] = values = _large_strings(self.vocabulary(name))
+            vocabularies[name] = values = large_strings(self.vocabulary(name))
             if self.extra[name].min() < 0 or self.extra[name].max() > len(values):
                 raise UserError(
                     f"{self.folder}: ids of {name} outside 0..{len(values)}; prepare the data again"
                 )
-        user_ids, item_ids = (_large_strings(x) for x in (self.original_user_ids(), self.original_item_ids()))
+        user_ids, item_ids = (large_strings(x) for x in (self.original_user_ids(), self.original_item_ids()))
         digests = EventDigests(user_ids, item_ids, kinds, vocabularies)
         for first in range(0, self.num_events, VERIFY_EVENTS):
             part = slice(first, min(first + VERIFY_EVENTS, self.num_events))
@@ -203,10 +203,6 @@ class SequenceDataset:
             raise UserError(
                 f"{self.folder}: the data does not match its hash; the folder was changed, prepare it again"
             )
-
-
-def _large_strings(column: pa.ChunkedArray) -> pa.Array:
-    return column.cast(pa.large_string()).combine_chunks()
 
 
 def _check_rows(path: Path, expected: int) -> None:

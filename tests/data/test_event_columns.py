@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from generative_recommenders.data.splits import make_split
 from generative_recommenders.data.statistics import summary
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.errors import UserError
+from tiny_data import rewrite_manifest
 
 EVENTS = """user,item,genre,progress,seen_at,when
 u1,a,x,0.5,1970-01-02,30
@@ -121,11 +122,7 @@ def test_names_that_batches_use_are_refused(tmp_path: Path, name: str) -> None:
 
 def test_version_1_is_read(tmp_path: Path) -> None:
     folder = prepared(tmp_path, columns="user,item,timestamp=when").folder
-    path = folder / "manifest.json"
-    stored = json.loads(path.read_text())
-    for name in ("event_columns", "columns_hash", "statistics", "choices"):
-        del stored[name]
-    path.write_text(json.dumps(stored | {"version": 1}))
+    rewrite_manifest(folder, {"version": 1}, ("event_columns", "columns_hash", "statistics", "choices"))
     dataset = SequenceDataset.open(folder)
     dataset.verify()
     assert not dataset.manifest.event_columns and dataset.num_items == dataset.items.max()
@@ -136,10 +133,8 @@ def test_version_1_is_read(tmp_path: Path) -> None:
     [{"kind": "id"}, {"name": "../x"}, {"std": 0.0}, {"cardinality": -1}, {"mean": "a"}, {"more": 1}],
 )
 def test_damaged_descriptions_are_refused(tmp_path: Path, change: dict) -> None:
-    folder = prepared(tmp_path).folder
-    path = folder / "manifest.json"
-    stored = json.loads(path.read_text())
-    stored["event_columns"][0] |= change
-    path.write_text(json.dumps(stored))
+    dataset = prepared(tmp_path)
+    shelf, *others = map(dataclasses.asdict, dataset.manifest.event_columns)
+    rewrite_manifest(dataset.folder, {"event_columns": [shelf | change, *others]})
     with pytest.raises(UserError, match=r"event_columns.0.*; prepare the data again"):
-        SequenceDataset.open(folder)
+        SequenceDataset.open(dataset.folder)

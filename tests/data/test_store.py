@@ -7,9 +7,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +18,7 @@ from generative_recommenders.data.manifest import read_manifest
 from generative_recommenders.data.store import SequenceDataset, read_rows
 from generative_recommenders.errors import UserError
 from memory import memory_grows_at_most
-from tiny_data import dataset_of
+from tiny_data import dataset_of, rewrite_manifest
 
 
 @pytest.fixture
@@ -28,12 +26,6 @@ def folder(tmp_path: Path) -> Path:
     columns = {"user": "babb", "item": "yxxz", "rating": [1, 2, 3, 4], "timestamp": [30, 20, 10, 40]}
     features = pa.table({"item": ["x", "y", "z"], "genre": ["g", "h", "g"]})
     return dataset_of(columns, tmp_path / "out", item_features=features).folder
-
-
-def rewrite_manifest(folder: Path, changes: dict[str, Any], without: Collection[str] = ()) -> None:
-    path = folder / "manifest.json"
-    stored = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({name: value for name, value in stored.items() if name not in without}))
 
 
 def error_of(folder: Path) -> str:

@@ -35,7 +35,7 @@ from generative_recommenders.data.preparation.order import check_choices, tie_ha
 from generative_recommenders.data.preparation.prepare import phase
 from generative_recommenders.data.readers.events import EventReader, RawRatings
 from generative_recommenders.data.readers.times import NANOSECONDS
-from generative_recommenders.data.schema import extra_kinds
+from generative_recommenders.data.schema import extra_kinds, large_strings
 from generative_recommenders.errors import UserError, not_installed
 
 _ORDER = ["_file", "_row"]
@@ -235,16 +235,10 @@ def _sequences(raw: RawRatings, scratch: Path, kinds: dict[str, str]) -> Sequenc
         raise UserError(f"no rating is left after the filter {raw.filter}")
     offsets = np.concatenate([[0], np.cumsum(users["count"].to_numpy())])
     names = pq.read_schema(_parts(scratch / "events")[0]).names
-    ids = [
-        table[role].cast(pa.large_string()).combine_chunks()
-        for table, role in ((users, "user"), (items, "item"))
-    ]
-    vocabularies = {
-        name: _read_parts(scratch / f"values-{name}")[name].cast(pa.large_string()).combine_chunks()
-        for name, kind in kinds.items()
-        if kind == "categorical"
-    }
-    return Sequences(ids[0], ids[1], offsets, "rating" in names, "timestamp" in names, kinds, vocabularies)
+    categorical = [name for name, kind in kinds.items() if kind == "categorical"]
+    values = {name: large_strings(_read_parts(scratch / f"values-{name}")[name]) for name in categorical}
+    ids = large_strings(users["user"]), large_strings(items["item"])
+    return Sequences(*ids, offsets, "rating" in names, "timestamp" in names, kinds, values)
 
 
 def _buckets(scratch: Path, sequences: Sequences) -> Iterator[Bucket]:
