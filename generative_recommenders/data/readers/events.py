@@ -88,8 +88,8 @@ class EventReader:
                 row = cast(int, sample.is_not_null().arg_max())
                 value = "" if sample[row] is None else str(sample[row])[:40]
                 raise UserError(
-                    f"{files[0]}: the {column.name} {value!r} (row {row + 1}) is no time; times are numbers since 1970, "
-                    "ISO 8601 or dates; is this the right column of --columns?"
+                    f"{files[0]}: the {column.name} {value!r} (row {row + 1}) is no time; times are numbers since 1970 or "
+                    "ISO 8601, as 2023-05-31 14:05: write them so, or name another column in --columns"
                 )
             self.time_formats[column.name] = form
         self.dropped = 0

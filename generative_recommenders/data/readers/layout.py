@@ -100,7 +100,8 @@ def find_columns(source: TableSource, requests: Requests | None) -> list[Column]
             shown = "  ".join(f"{place}: {text[:40]!r}" for place, text in enumerate(source.first_fields, 1))
             raise UserError(
                 f"{path}: line 1 is no header with known names; it splits into {shown}; say what the columns are, as "
-                "--columns=user,item,rating,timestamp with _ for one to skip, or --header=yes"
+                "--columns=user,item,rating,timestamp with _ for one to skip; where line 1 names them, say which is what, as "
+                f"--columns='user={source.first_fields[0][:40]},item=...'"
             )
         found = _by_known_names(path, header)
     # Known names alone, one for every column, some to skip: they tell places, whatever the header calls the rest.
