@@ -10,9 +10,13 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from docs.pages import ROOT
+from docs.pages import PAGES, ROOT, blocks
 from generative_recommenders.build.parts import build_task
-from generative_recommenders.config.registry import ENCODERS, LOSSES, OBJECTIVES
+from generative_recommenders.commands.lists import register_built_in_parts
+from generative_recommenders.config.elsewhere import ELSEWHERE
+from generative_recommenders.config.published import PUBLISHED
+from generative_recommenders.config.registry import ENCODERS, LOSSES, OBJECTIVES, REGISTRIES
+from generative_recommenders.config.schema import NAMES
 from generative_recommenders.data.readers.events import EventReader, ReadOptions
 from generative_recommenders.errors import UserError
 from tiny_models import catalogue, settings
@@ -109,3 +113,16 @@ def test_a_public_format_is_read_by_the_flags_of_its_row(tmp_path: Path, name: s
 
 def test_every_public_format_has_a_row() -> None:
     assert set(table("docs/own-data.md", "data set")) == set(FORMATS)
+
+
+def test_gin_names_on_pages_are_known() -> None:
+    register_built_in_parts()
+    parts = [part for registry in REGISTRIES.values() for part in registry.parts()]
+    options = {f"{part.gin_name}.{option}" for part in parts for option in part.options.model_fields}
+    known = {*NAMES, *PUBLISHED, *ELSEWHERE, *options}
+    owners = {name.partition(".")[0] for name in known}
+    for page in PAGES:
+        wrong = " ".join(block.code for block in blocks(page) if block.mark == "fails")
+        for name in re.findall(r"\b([A-Za-z]\w*\.[a-z]\w*)\b", page.read_text(encoding="utf-8")):
+            ours = name.partition(".")[0] in owners and not name.endswith(".py")
+            assert not ours or name in known or name in wrong, f"{page}: {name}"
