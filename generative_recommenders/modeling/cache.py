@@ -7,10 +7,9 @@ the event after it, which is known only when that event arrives, so this one tok
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import repeat
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -106,21 +105,6 @@ class IncrementalEncoder(Protocol):
         the encoder make every token depend on later ones."""
 
 
-def append_through(
-    blocks: Iterable[Any], x: torch.Tensor, appended: Appended, cached: Sequence[KeysValues], *inputs: Any
-) -> tuple[torch.Tensor, tuple[KeysValues, ...]]:
-    """The tokens ``x [T, D]`` behind the last of the blocks, and what each block keeps.
-
-    A block has ``keys_values(x)``, ``[T, H, d]`` each, and ``over_cache(x, block, appended, *inputs) -> [T, D]``, its forward
-    pass of the tokens alone over what the block keeps of all.
-    """
-    extended = []
-    for block, before in zip(blocks, cached or repeat(None)):
-        extended.append(appended.extend_block(before, *block.keys_values(x)))
-        x = block.over_cache(x, extended[-1], appended, *inputs)
-    return x, tuple(extended)
-
-
 def last_tokens(layout: Layout, times: torch.Tensor | None = None) -> tuple[torch.Tensor, Appended]:
     """The last token of each row that has one, ``[R]`` int64 among those of a jagged layout, and the same as appended to all
     before it. times: ``[T]`` int64 seconds, or None.
@@ -131,15 +115,6 @@ def last_tokens(layout: Layout, times: torch.Tensor | None = None) -> tuple[torc
     held = None if times is None else jagged_to_padded(times, layout.offsets, capacity)
     appended = Appended(new_layout(lengths - one, one, layout.device), capacity, held)
     return layout.last_tokens[layout.lengths > 0], appended
-
-
-def last_of_block(
-    block: Any, x: torch.Tensor, layout: Layout, tokens: torch.Tensor, appended: Appended, *inputs: Any
-) -> torch.Tensor:
-    """``[R, D]``: what a block (see `append_through`) makes of the tokens of `last_tokens`, from ``x [T, D]`` of all: their
-    queries and feed-forward network alone are computed."""
-    held = (jagged_to_padded(each, layout.offsets, appended.capacity) for each in block.keys_values(x))
-    return block.over_cache(x.index_select(0, tokens), KeysValues(*held), appended, *inputs)
 
 
 def softmax_over_cache(q: torch.Tensor, block: KeysValues, appended: Appended) -> torch.Tensor:

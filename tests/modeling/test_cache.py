@@ -12,6 +12,7 @@ from generative_recommenders.modeling.encoders.fuxi import FuXi
 from generative_recommenders.modeling.encoders.hstu import HSTU, HstuBlock
 from generative_recommenders.modeling.encoders.ligr import LiGR
 from generative_recommenders.modeling.encoders.sasrec import SASRec, SasrecBlock
+from generative_recommenders.modeling.encoders.transformer import Transformer
 from generative_recommenders.modeling.encoders.two_tower import EntityFeature, FeatureMerger
 from generative_recommenders.modeling.feature_embeddings import EmbeddingSpec
 from generative_recommenders.modeling.input_preprocessors import (
@@ -45,6 +46,8 @@ ENCODERS = {
     "FuXi-hidden": lambda dim: FuXi(dim, WINDOW, **HSTU_SIZES, next_time="hidden"),
     "FuXi-single-stage": lambda dim: FuXi(dim, WINDOW, **HSTU_SIZES, ffn_single_stage=True),
     "LiGR": lambda dim: LiGR(dim, num_heads=2),
+    "DiffTransformer": lambda dim: DiffTransformer(dim, num_heads=2),
+    "DiffTransformer-pre": lambda dim: DiffTransformer(dim, 3, norm="pre"),
     "HSTU-no-bias": lambda dim: HSTU(dim, WINDOW, **HSTU_SIZES, enable_relative_attention_bias=False),
 }
 PREPROCESSORS = {
@@ -246,8 +249,8 @@ def test_what_cannot_append_is_refused() -> None:
     with pytest.raises(UserError, match="5 tokens, and HSTU's max_length is 4"):
         encoded(short)
     other = build("SASRec")
-    other.sequence.encoder = DiffTransformer(DIM).eval()
-    with pytest.raises(UserError, match="DiffTransformer keeps nothing"):
+    other.sequence.encoder = Transformer(DIM, WINDOW).eval()
+    with pytest.raises(UserError, match="Transformer keeps nothing"):
         encoded(other)
     with pytest.raises(UserError, match="training mode"):
         encoded(build("SASRec").train())

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from generative_recommenders.compat.replay.nn.mask import additive_mask
 from generative_recommenders.modeling.encoders import transformer
-from generative_recommenders.modeling.encoders.checks import check_heads
+from generative_recommenders.modeling.encoders.base import check_heads
 from generative_recommenders.modeling.encoders.transformer import PositionalEncoding
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -13,20 +13,13 @@ from torch import nn
 from generative_recommenders.config.fields import Layers, Share
 from generative_recommenders.config.registry import register_encoder
 from generative_recommenders.errors import UserError
-from generative_recommenders.modeling.cache import (
-    Appended,
-    KeysValues,
-    last_of_block,
-    last_tokens,
-    softmax_over_cache,
-)
-from generative_recommenders.modeling.encoders.checks import check_heads, check_positive
+from generative_recommenders.modeling.cache import Appended, KeysValues, softmax_over_cache
+from generative_recommenders.modeling.encoders.base import BlockEncoder, check_heads, check_positive
 from generative_recommenders.ops.attention.differential import differential_attention
 from generative_recommenders.ops.dropout import Dropout
 from generative_recommenders.ops.feed_forward import FLOAT32_EPS, SwiGLU
 from generative_recommenders.ops.layout import Layout
 from generative_recommenders.ops.normalization import RMSNorm, rms_norm
-from generative_recommenders.ops.recomputation import run_block
 
 HEAD_NORM_EPS = 1e-5
 _LAMBDA_STD = 0.1  # of the lambda vectors at the start, as in the public code of the paper's authors
@@ -84,10 +77,8 @@ class DifferentialAttention(nn.Module):
         self.W_k = nn.Linear(embedding_dim, 2 * kdim, bias=bias)
         self.W_v = nn.Linear(embedding_dim, vdim, bias=bias)
         self.W_o = nn.Linear(vdim, embedding_dim, bias=bias)
-        self.lambda_q1 = _lambda_vectors(num_heads, head_width)
-        self.lambda_k1 = _lambda_vectors(num_heads, head_width)
-        self.lambda_q2 = _lambda_vectors(num_heads, head_width)
-        self.lambda_k2 = _lambda_vectors(num_heads, head_width)
+        vectors = (nn.Parameter(torch.randn(num_heads, head_width) * _LAMBDA_STD) for _ in range(4))
+        self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2 = vectors
         self.rms_scale = nn.Parameter(torch.ones(vdim // num_heads))
 
     def project(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> DifferentialHeads:
@@ -180,7 +171,7 @@ class DiffTransformerBlock(nn.Module):
 
 
 @register_encoder("DiffTransformer", gin_name="diff_transformer_encoder")
-class DiffTransformer(torch.nn.Module):
+class DiffTransformer(BlockEncoder):
     """DiffTransformer: a stack of `DiffTransformerBlock`, one softmax attention less a share of another (arXiv 2410.05258).
 
     ``forward(x [T, D], layout, events) -> [T, D]``, in x's float dtype; no norm behind the last block, whose lambda_init is
@@ -189,8 +180,6 @@ class DiffTransformer(torch.nn.Module):
     norm: "post" norms behind the residual (RePlay's form), "pre" each branch's input (the paper's).
     dropout_rate: dropout on the probabilities of both attentions and on what each branch adds.
     """
-
-    causal = True
 
     def __init__(
         self,
@@ -211,20 +200,7 @@ class DiffTransformer(torch.nn.Module):
             for block in range(num_blocks)
         )
 
-    def forward(self, x: torch.Tensor, layout: Layout, events: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """``[T, D]`` to ``[T, D]``; events are not used."""
-        for block in self.layers:
-            x = run_block(block, self.activation_checkpoint and self.training, x, layout)
-        return x
-
-    def encode_last(
-        self, x: torch.Tensor, layout: Layout, events: Mapping[str, torch.Tensor]
-    ) -> torch.Tensor:
-        """See `modeling.model.SequenceEncoder.last`."""
-        for block in self.layers[:-1]:
-            x = block(x, layout)
-        return last_of_block(self.layers[-1], x, layout, *last_tokens(layout))
-
-
-def _lambda_vectors(num_heads: int, width: int) -> nn.Parameter:
-    return nn.Parameter(torch.randn(num_heads, width) * _LAMBDA_STD)
+    @property
+    def blocks(self) -> torch.nn.ModuleList:  # type: ignore[override]
+        """By the name that `BlockEncoder` knows; checkpoints call them layers."""
+        return self.layers

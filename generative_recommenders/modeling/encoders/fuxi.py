@@ -13,8 +13,8 @@ meaning, place and time attend apart, where HSTU adds place and time to the logi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Literal, get_args
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -23,15 +23,13 @@ from annotated_types import Gt, Le
 from generative_recommenders.config.fields import Layers, Share, Width
 from generative_recommenders.config.registry import register_encoder
 from generative_recommenders.config.sections import NextTime
-from generative_recommenders.modeling.cache import (
-    Appended,
-    KeysValues,
-    append_through,
-    last_of_block,
-    pointwise_over_cache,
+from generative_recommenders.modeling.cache import Appended, KeysValues, pointwise_over_cache
+from generative_recommenders.modeling.encoders.base import (
+    LINEAR_ACTIVATIONS,
+    TimedEncoder,
+    check_choice,
+    check_positive,
 )
-from generative_recommenders.modeling.encoders.checks import check_choice, check_positive
-from generative_recommenders.modeling.encoders.timed import TimedEncoder
 from generative_recommenders.ops.attention.pointwise import pointwise_attention
 from generative_recommenders.ops.attention.relative_bias import (
     BatchInputs,
@@ -43,9 +41,7 @@ from generative_recommenders.ops.attention.tables import table_attention
 from generative_recommenders.ops.dropout import Dropout
 from generative_recommenders.ops.feed_forward import SwiGLU
 from generative_recommenders.ops.layout import Layout
-from generative_recommenders.ops.recomputation import run_block
 
-LINEAR_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"silu": F.silu, "none": lambda x: x}
 CHANNELS = 3
 
 
@@ -146,7 +142,6 @@ class FuXi(TimedEncoder):
     position's own time.
     """
 
-    causal = True
     time_options = ("enable_relative_time_bias",)
     redraws_inputs = True
 
@@ -188,30 +183,8 @@ class FuXi(TimedEncoder):
             for _ in range(num_blocks)
         )  # fmt: skip
 
-    def forward(self, x: torch.Tensor, layout: Layout, events: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """``[T, D]`` to ``[T, D]``; events may hold ``timestamps`` and ``next_timestamps [T]``."""
-        inputs = bias_inputs(layout, self.max_length, self.times(events))
-        for block in self.blocks:
-            x = run_block(block, self.activation_checkpoint and self.training, x, layout, inputs)
-        return x
+    def inputs(self, layout: Layout, events: Mapping[str, torch.Tensor]) -> tuple[Any, ...]:
+        return (bias_inputs(layout, self.max_length, self.times(events)),)
 
-    def encode_last(
-        self, x: torch.Tensor, layout: Layout, events: Mapping[str, torch.Tensor]
-    ) -> torch.Tensor:
-        """See `modeling.model.SequenceEncoder.last`."""
-        tokens, appended, inputs = self.last_inputs(layout, events)
-        if len(self.blocks) > 1:
-            of_all = bias_inputs(layout, self.max_length, self.times(events))
-            for block in self.blocks[:-1]:
-                x = block(x, layout, of_all)
-        return last_of_block(self.blocks[-1], x, layout, tokens, appended, inputs)
-
-    def encode_appended(
-        self,
-        x: torch.Tensor,
-        events: Mapping[str, torch.Tensor],
-        appended: Appended,
-        cached: Sequence[KeysValues],
-    ) -> tuple[torch.Tensor, tuple[KeysValues, ...]]:
-        """See `modeling.cache.IncrementalEncoder`; UserError beyond max_length."""
-        return append_through(self.blocks, x, appended, cached, self.appended_inputs(events, appended))
+    def cached_inputs(self, events: Mapping[str, torch.Tensor], appended: Appended) -> tuple[Any, ...]:
+        return (self.appended_bias(events, appended),)

@@ -10,25 +10,22 @@ A block, over the tokens x of a batch; act is SiLU, LN has eps 1e-6, and N is th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, get_args
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
 
 import torch
-import torch.nn.functional as F
 
 from generative_recommenders.config.fields import Layers, Share, Width
 from generative_recommenders.config.registry import register_encoder
 from generative_recommenders.config.sections import NextTime
 from generative_recommenders.errors import UserError
-from generative_recommenders.modeling.cache import (
-    Appended,
-    KeysValues,
-    append_through,
-    last_of_block,
-    pointwise_over_cache,
+from generative_recommenders.modeling.cache import Appended, KeysValues, pointwise_over_cache
+from generative_recommenders.modeling.encoders.base import (
+    LINEAR_ACTIVATIONS,
+    TimedEncoder,
+    check_choice,
+    check_positive,
 )
-from generative_recommenders.modeling.encoders.checks import check_choice, check_positive
-from generative_recommenders.modeling.encoders.timed import TimedEncoder
 from generative_recommenders.ops.attention.pointwise import pointwise_attention
 from generative_recommenders.ops.attention.relative_bias import (
     BatchInputs,
@@ -40,9 +37,6 @@ from generative_recommenders.ops.attention.relative_bias import (
 from generative_recommenders.ops.dropout import Dropout
 from generative_recommenders.ops.layout import Layout
 from generative_recommenders.ops.normalization import layer_norm
-from generative_recommenders.ops.recomputation import run_block
-
-LINEAR_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"silu": F.silu, "none": lambda x: x}
 
 
 class HstuBlock(torch.nn.Module):
@@ -214,50 +208,23 @@ class HSTU(TimedEncoder):
             for _ in range(num_blocks)
         )  # fmt: skip
 
-    def forward(self, x: torch.Tensor, layout: Layout, events: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """``[T, D]`` to ``[T, D]``; events may hold ``timestamps`` and ``next_timestamps [T]``."""
-        inputs: BatchInputs = []
+    def inputs(self, layout: Layout, events: Mapping[str, torch.Tensor]) -> tuple[Any, ...]:
+        bias: BatchInputs = []
         if self.blocks[0].bias is not None:
-            inputs = bias_inputs(layout, self.max_length, self.times(events), whole=not self.causal)
-        scale = self.scale(layout)
-        for block in self.blocks:
-            x = run_block(block, self.activation_checkpoint and self.training, x, layout, inputs, scale)
-        return x
+            bias = bias_inputs(layout, self.max_length, self.times(events), whole=not self.causal)
+        return bias, self.scale(layout)
 
-    def encode_last(
-        self, x: torch.Tensor, layout: Layout, events: Mapping[str, torch.Tensor]
-    ) -> torch.Tensor:
-        """See `modeling.model.SequenceEncoder.last`."""
-        scale = self.scale(layout)
-        tokens, appended, inputs = self.last_inputs(layout, events)
-        if len(self.blocks) > 1:
-            of_all: BatchInputs = []
-            if self.blocks[0].bias is not None:
-                of_all = bias_inputs(layout, self.max_length, self.times(events))
-            for block in self.blocks[:-1]:
-                x = block(x, layout, of_all, scale)
-        own = None if scale is None else scale[tokens]
-        return last_of_block(self.blocks[-1], x, layout, tokens, appended, inputs, own)
-
-    def scale(self, layout: Layout) -> torch.Tensor | None:
-        """``[T]`` float32: N over the number of tokens that each one attends to; None where N divides."""
-        return None if self.attn_divisor == "max_length" else self.max_length / attended_tokens(layout)
-
-    def encode_appended(
-        self,
-        x: torch.Tensor,
-        events: Mapping[str, torch.Tensor],
-        appended: Appended,
-        cached: Sequence[KeysValues],
-    ) -> tuple[torch.Tensor, tuple[KeysValues, ...]]:
-        """See `modeling.cache.IncrementalEncoder`; UserError for "softmax_rel_bias", and beyond max_length."""
+    def cached_inputs(self, events: Mapping[str, torch.Tensor], appended: Appended) -> tuple[Any, ...]:
         if not self.causal:
             raise UserError(
                 'encode_incremental: the normaliser of "softmax_rel_bias" runs over later items too, so nothing can be '
                 'kept; choose hstu_encoder.normalization "rel_bias"'
             )
-        inputs = self.appended_inputs(events, appended)
-        return append_through(self.blocks, x, appended, cached, inputs, self.scale(appended.layout))
+        return self.appended_bias(events, appended), self.scale(appended.layout)
+
+    def scale(self, layout: Layout) -> torch.Tensor | None:
+        """``[T]`` float32: N over the number of tokens that each one attends to; None where N divides."""
+        return None if self.attn_divisor == "max_length" else self.max_length / attended_tokens(layout)
 
 
 def attended_tokens(layout: Layout) -> torch.Tensor:

@@ -8,7 +8,6 @@ A block, over the tokens x of a batch; LN has weights and eps 1e-5, D is dropout
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
 import torch
@@ -17,20 +16,17 @@ from annotated_types import Ge, Le
 
 from generative_recommenders.config.fields import Layers, Share
 from generative_recommenders.config.registry import register_encoder
-from generative_recommenders.modeling.cache import (
-    Appended,
-    KeysValues,
-    append_through,
-    last_of_block,
-    last_tokens,
-    softmax_over_cache,
+from generative_recommenders.modeling.cache import Appended, KeysValues, softmax_over_cache
+from generative_recommenders.modeling.encoders.base import (
+    BlockEncoder,
+    check_choice,
+    check_heads,
+    check_positive,
 )
-from generative_recommenders.modeling.encoders.checks import check_choice, check_heads, check_positive
 from generative_recommenders.ops.attention.multi_head import multi_head_attention, project_heads
 from generative_recommenders.ops.dropout import Dropout
 from generative_recommenders.ops.feed_forward import SwiGLU
 from generative_recommenders.ops.layout import Layout
-from generative_recommenders.ops.recomputation import run_block
 
 ACTIVATIONS = {"relu": torch.nn.ReLU, "gelu": torch.nn.GELU}
 
@@ -98,7 +94,7 @@ class LigrBlock(torch.nn.Module):
 
 
 @register_encoder("LiGR", gin_name="ligr_encoder")
-class LiGR(torch.nn.Module):
+class LiGR(BlockEncoder):
     """LiGR: a stack of `LigrBlock`, a pre-norm Transformer with gated residuals (arXiv 2502.03417); no norm behind the last.
 
     ``forward(x [T, D], layout, events) -> [T, D]``, in x's float dtype. UserError where num_heads does not divide D.
@@ -108,8 +104,6 @@ class LiGR(torch.nn.Module):
     ffn_bias: the feed-forward's layers carry biases.
     dropout_rate: dropout on the attention's weights and on what each branch adds.
     """
-
-    causal = True
 
     def __init__(
         self,
@@ -133,31 +127,3 @@ class LiGR(torch.nn.Module):
             LigrBlock(embedding_dim, num_heads, hidden, ffn_activation_fn, ffn_bias, dropout_rate)
             for _ in range(num_blocks)
         )
-
-    def forward(self, x: torch.Tensor, layout: Layout, events: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """``[T, D]`` to ``[T, D]``; events are not used."""
-        for block in self.blocks:
-            x = run_block(block, self.activation_checkpoint and self.training, x, layout)
-        return x
-
-    def encode_last(
-        self, x: torch.Tensor, layout: Layout, events: Mapping[str, torch.Tensor]
-    ) -> torch.Tensor:
-        """See `modeling.model.SequenceEncoder.last`."""
-        for block in self.blocks[:-1]:
-            x = block(x, layout)
-        return last_of_block(self.blocks[-1], x, layout, *last_tokens(layout))
-
-    def revises_last(self, events: Mapping[str, torch.Tensor]) -> bool:
-        """No state depends on what comes after it."""
-        return False
-
-    def encode_appended(
-        self,
-        x: torch.Tensor,
-        events: Mapping[str, torch.Tensor],
-        appended: Appended,
-        cached: Sequence[KeysValues],
-    ) -> tuple[torch.Tensor, tuple[KeysValues, ...]]:
-        """See `modeling.cache.IncrementalEncoder`."""
-        return append_through(self.blocks, x, appended, cached)

@@ -10,7 +10,7 @@ A block, over the tokens x of a batch; LN has eps 1e-8, and D is dropout:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
@@ -19,21 +19,18 @@ import torch.nn.functional as F
 
 from generative_recommenders.config.fields import Layers, Share, Width
 from generative_recommenders.config.registry import register_encoder
-from generative_recommenders.modeling.cache import (
-    Appended,
-    KeysValues,
-    append_through,
-    last_of_block,
-    last_tokens,
-    softmax_over_cache,
+from generative_recommenders.modeling.cache import Appended, KeysValues, softmax_over_cache
+from generative_recommenders.modeling.encoders.base import (
+    BlockEncoder,
+    check_choice,
+    check_heads,
+    check_positive,
 )
-from generative_recommenders.modeling.encoders.checks import check_choice, check_heads, check_positive
 from generative_recommenders.ops.attention.multi_head import multi_head_attention, project_heads
 from generative_recommenders.ops.dropout import Dropout
 from generative_recommenders.ops.feed_forward import feed_forward
 from generative_recommenders.ops.layout import Layout
 from generative_recommenders.ops.normalization import LayerNorm
-from generative_recommenders.ops.recomputation import run_block
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu": F.relu,
@@ -104,7 +101,7 @@ class SasrecBlock(torch.nn.Module):
 
 
 @register_encoder("SASRec", gin_name="sasrec_encoder")
-class SASRec(torch.nn.Module):
+class SASRec(BlockEncoder):
     """SASRec: a stack of `SasrecBlock`, self-attention over the past and a feed-forward network (arXiv 1808.09781, eq. 2 to 5).
 
     ``forward(x [T, D], layout, events) -> [T, D]``, in x's float dtype. UserError where num_heads does not divide D.
@@ -115,8 +112,6 @@ class SASRec(torch.nn.Module):
     norm_weights: layer norms carry weights and biases.
     final_norm: layer norm with weights behind the last block (RePlay's body).
     """
-
-    causal = True
 
     def __init__(
         self,
@@ -142,31 +137,5 @@ class SASRec(torch.nn.Module):
         )
         self.final_norm = torch.nn.LayerNorm(embedding_dim) if final_norm else torch.nn.Identity()
 
-    def forward(self, x: torch.Tensor, layout: Layout, events: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """``[T, D]`` to ``[T, D]``; events are not used."""
-        for block in self.blocks:
-            x = run_block(block, self.activation_checkpoint and self.training, x, layout)
-        return layout.mask(self.final_norm(x))
-
-    def encode_last(
-        self, x: torch.Tensor, layout: Layout, events: Mapping[str, torch.Tensor]
-    ) -> torch.Tensor:
-        """See `modeling.model.SequenceEncoder.last`."""
-        for block in self.blocks[:-1]:
-            x = block(x, layout)
-        return self.final_norm(last_of_block(self.blocks[-1], x, layout, *last_tokens(layout)))
-
-    def revises_last(self, events: Mapping[str, torch.Tensor]) -> bool:
-        """No state depends on what comes after it."""
-        return False
-
-    def encode_appended(
-        self,
-        x: torch.Tensor,
-        events: Mapping[str, torch.Tensor],
-        appended: Appended,
-        cached: Sequence[KeysValues],
-    ) -> tuple[torch.Tensor, tuple[KeysValues, ...]]:
-        """See `modeling.cache.IncrementalEncoder`."""
-        x, extended = append_through(self.blocks, x, appended, cached)
-        return self.final_norm(x), extended
+    def output(self, x: torch.Tensor) -> torch.Tensor:
+        return self.final_norm(x)

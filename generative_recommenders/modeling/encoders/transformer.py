@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -13,14 +12,11 @@ from torch import nn
 from generative_recommenders.config.fields import Layers, Share, Width
 from generative_recommenders.config.registry import register_encoder
 from generative_recommenders.errors import UserError
-from generative_recommenders.modeling.encoders.checks import check_heads, check_positive
+from generative_recommenders.modeling.encoders.base import check_heads, check_positive
 from generative_recommenders.ops.attention.softmax import softmax_attention
 from generative_recommenders.ops.dropout import Dropout
 from generative_recommenders.ops.layout import Layout
 from generative_recommenders.ops.recomputation import run_block
-
-Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""Queries, keys and values ``[..., H, d]`` to attended values ``[..., H, d]``."""
 
 
 class PositionalEncoding(nn.Module):
@@ -85,10 +81,11 @@ class TransformerBlock(nn.Module):
         self.norm2 = nn.LayerNorm(embedding_dim)
         self.dropout = Dropout(dropout)
 
-    def forward(self, x: torch.Tensor, attend: Attend) -> torch.Tensor:
-        """``[..., D]`` to ``[..., D]``; attend knows the layout and its attention mask."""
-        attended = self.attention.output(attend(*self.attention.project(x, x, x)))
-        x = self.norm1(x + self.dropout(attended))
+    def forward(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
+        """``[T, D]`` to ``[T, D]``."""
+        rate = self.dropout.rate if self.training else 0.0
+        attended = softmax_attention(*self.attention.project(x, x, x), layout, rate)
+        x = self.norm1(x + self.dropout(self.attention.output(attended)))
         hidden = self.dropout(F.relu(self.linear1(x)))
         return self.norm2(x + self.dropout(self.linear2(hidden)))
 
@@ -130,8 +127,6 @@ class Transformer(torch.nn.Module):
     def forward(self, x: torch.Tensor, layout: Layout, events: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """``[T, D]`` to ``[T, D]``; events are not used."""
         x = self.dropout(x + self.positions.pe[0].index_select(0, layout.positions))
-        rate = self.dropout.rate if self.training else 0.0
-        attend = partial(softmax_attention, layout=layout, dropout_rate=rate)
         for block in self.blocks:
-            x = run_block(block, self.activation_checkpoint and self.training, x, attend)
+            x = run_block(block, self.activation_checkpoint and self.training, x, layout)
         return layout.mask(x)

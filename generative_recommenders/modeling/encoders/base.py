@@ -1,0 +1,139 @@
+"""Bases of encoders: blocks one upon the other, over whole histories, their last tokens or further ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import repeat
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from generative_recommenders.errors import UserError
+from generative_recommenders.modeling.cache import Appended, KeysValues, last_tokens
+from generative_recommenders.ops.attention.relative_bias import BiasInputs, Times, time_buckets
+from generative_recommenders.ops.jagged import jagged_to_padded
+from generative_recommenders.ops.layout import Layout
+from generative_recommenders.ops.recomputation import run_block
+
+LINEAR_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"silu": F.silu, "none": lambda x: x}
+"""Of the one projection to U, V, Q and K."""
+
+
+class BlockEncoder(torch.nn.Module):
+    """A stack of ``blocks``, whose states of a causal history never change when later tokens arrive.
+
+    A block is ``forward(x [T, D], layout, *inputs) -> [T, D]``, split where further tokens need no second pass of the others:
+    ``keys_values(x)``, ``[T, H, d]`` each, and ``over_cache(x, block, appended, *cached_inputs) -> [T, D]``, its forward pass
+    of the tokens alone over the keys and values of all.
+    """
+
+    causal = True
+    output_dim: int
+    activation_checkpoint: bool
+    blocks: torch.nn.ModuleList
+
+    def inputs(self, layout: Layout, events: Mapping[str, torch.Tensor]) -> tuple[Any, ...]:
+        """What every block of a batch is given beside its tokens, computed once."""
+        return ()
+
+    def cached_inputs(self, events: Mapping[str, torch.Tensor], appended: Appended) -> tuple[Any, ...]:
+        """The same for tokens behind cached ones; events: of these tokens."""
+        return ()
+
+    def output(self, x: torch.Tensor) -> torch.Tensor:
+        """``[T, D]`` states of what the last block gives."""
+        return x
+
+    def forward(self, x: torch.Tensor, layout: Layout, events: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """``[T, E]`` to ``[T, D]``."""
+        inputs = self.inputs(layout, events)
+        for block in self.blocks:
+            x = run_block(block, self.activation_checkpoint and self.training, x, layout, *inputs)
+        return layout.mask(self.output(x))
+
+    def encode_last(
+        self, x: torch.Tensor, layout: Layout, events: Mapping[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """See `modeling.model.SequenceEncoder.last`: of the last block, queries and feed-forward of the last tokens alone."""
+        *before, last = self.blocks
+        tokens, appended = last_tokens(layout, events.get("timestamps"))
+        own = {name: values.index_select(0, tokens) for name, values in events.items()}
+        inputs = self.inputs(layout, events) if before else ()
+        for block in before:
+            x = block(x, layout, *inputs)
+        held = (jagged_to_padded(each, layout.offsets, appended.capacity) for each in last.keys_values(x))
+        cached = self.cached_inputs(own, appended)
+        return self.output(last.over_cache(x.index_select(0, tokens), KeysValues(*held), appended, *cached))
+
+    def revises_last(self, events: Mapping[str, torch.Tensor]) -> bool:
+        """See `modeling.cache.IncrementalEncoder`."""
+        return False
+
+    def encode_appended(
+        self,
+        x: torch.Tensor,
+        events: Mapping[str, torch.Tensor],
+        appended: Appended,
+        cached: Sequence[KeysValues],
+    ) -> tuple[torch.Tensor, tuple[KeysValues, ...]]:
+        """See `modeling.cache.IncrementalEncoder`."""
+        inputs, extended = self.cached_inputs(events, appended), []
+        for block, before in zip(self.blocks, cached or repeat(None)):
+            extended.append(appended.extend_block(before, *block.keys_values(x)))
+            x = block.over_cache(x, extended[-1], appended, *inputs)
+        return self.output(x), tuple(extended)
+
+
+class TimedEncoder(BlockEncoder):
+    """Blocks that compare the places and times of two events.
+
+    max_length: N, the reach of places. timed: whether times are read. next_time: "given" where a token knows the time of the
+    event after it, else "hidden".
+    """
+
+    max_length: int
+    timed: bool
+    next_time: str
+
+    def times(self, events: Mapping[str, torch.Tensor]) -> Times | None:
+        """What is compared, or None where times are not read or the data have none."""
+        keys = events.get("timestamps")
+        queries = events.get("next_timestamps") if self.next_time == "given" else keys
+        return None if not self.timed or keys is None or queries is None else (queries, keys)
+
+    def revises_last(self, events: Mapping[str, torch.Tensor]) -> bool:
+        # The token was encoded before anyone knew when the event after it would come.
+        return self.next_time == "given" and self.timed and "timestamps" in events
+
+    def appended_bias(self, events: Mapping[str, torch.Tensor], appended: Appended) -> BiasInputs:
+        """Places and times of appended tokens against those of all; UserError beyond max_length."""
+        if appended.capacity > self.max_length:
+            raise UserError(
+                f"encode_incremental: {appended.capacity} tokens, and {type(self).__name__}'s max_length is {self.max_length}"
+            )
+        times, buckets = self.times(events), None
+        if times is not None and appended.times is not None:
+            buckets = time_buckets(appended.layout.to_rectangle(times[0]), appended.times)
+        return BiasInputs(self.max_length - 1 + appended.distances(), buckets)
+
+
+def check_heads(width: int, num_heads: int) -> None:
+    """ValueError where the heads do not divide the width."""
+    if num_heads < 1 or width % num_heads:
+        raise ValueError(
+            f"num_heads {num_heads} does not divide the width {width}: choose one of its divisors"
+        )
+
+
+def check_positive(**sizes: int) -> None:
+    """ValueError naming the first size below 1."""
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} {size} must be 1 or more")
+
+
+def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
+    """ValueError naming the choices where the value is none of them."""
+    if value not in choices:
+        raise ValueError(f"unknown {name} {value!r}; known: {', '.join(choices)}")
