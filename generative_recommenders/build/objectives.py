@@ -15,7 +15,7 @@ from generative_recommenders.config.registry import LOSSES, NEGATIVE_SAMPLERS, O
 from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.model import SequenceEncoder
-from generative_recommenders.objectives import causal, masked, permuted, replaced  # noqa: F401  (register)
+from generative_recommenders.objectives import causal, masked, replaced  # noqa: F401  (register)
 from generative_recommenders.objectives.criterion import CatalogueCriterion, Criterion, SampledCriterion
 from generative_recommenders.objectives.losses import catalogue as catalogue_losses  # noqa: F401  (registers)
 from generative_recommenders.objectives.losses.sampled import SampledLoss

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -73,7 +74,7 @@ class ReplacedDetectionCriterion(Criterion):
         query, weight = operands
         if not len(query):
             return batch.example.targets
-        scored = ItemRows(weight, scored.ids, scored.row_of_item)
+        scored = replace(scored, weight=weight)
         draws = batch.target_draws(_FAKES)
         if batch.target_pool is None:
             return sample_from_catalogue(query, scored.catalogue(), draws)
@@ -131,16 +132,6 @@ class ReplacedObjective(MaskedItemObjective):
         )
 
 
-def replace_items(item_ids: Tensor, replaced: Tensor, fakes: Tensor) -> tuple[Tensor, Tensor]:
-    """Puts ``fakes [P]`` at the True places of ``replaced [B, N]``, in row-major order.
-
-    Returns (ids ``[B, N]``, labels ``[B, N]`` bool): True where the item is no longer the original one. A
-    fake that happens to be the true item counts as original.
-    """
-    corrupted = item_ids.masked_scatter(replaced, fakes)
-    return corrupted, corrupted != item_ids
-
-
 def gumbel_like(logits: Tensor, draws: Draws) -> Tensor:
     """Standard Gumbel noise of the shape of ``logits [P, V]``, float32: -ln of an exponential draw."""
     if isinstance(draws, CounterDraws):
@@ -151,11 +142,6 @@ def gumbel_like(logits: Tensor, draws: Draws) -> Tensor:
             generator=draws
         )
     return -exponential.clamp(min=torch.finfo(torch.float32).tiny).log().to(logits.device)
-
-
-def sample_from_softmax(logits: Tensor, draws: Draws = None) -> Tensor:
-    """One index per row of ``logits [P, V]``, distributed as their softmax (Gumbel-max), ``[P]`` int64."""
-    return (logits + gumbel_like(logits, draws)).argmax(-1)
 
 
 @torch.no_grad()

@@ -107,12 +107,12 @@ class TrainingTask(torch.nn.Module):
                 everywhere = torch.unique(self.collectives.gather_variable(local))
                 items = BatchItems(everywhere[everywhere > 0], items.targets)
             negatives = self.sampler(key, first_target, len(targets), items)
-        scored, rows = self._rows_read(example, negatives, pool)
+        scored, rows = self.rows_read(example, negatives, pool)
         return PreparedBatch(
             example, negatives, pool, scored, rows, key, first_target, first_row, self.numbers_rows
         )
 
-    def _rows_read(
+    def rows_read(
         self, example: TrainingExample, negatives: Negatives | None, pool: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Item ids that are scored and table rows that are read, as of `sorted_unique`; None for all."""
@@ -147,13 +147,7 @@ class TrainingTask(torch.nn.Module):
         scored = items.unscored_rows(scored, batch.scored_ids)
         with batch.target_rows(_SCORING, scored):
             total, weight, sums = self.criterion(states.float(), scored, batch, similarity)
-        sums = {name: self._over_processes(value) for name, value in sums.items()}
+        if self.collectives.world_size > 1:
+            # In this order the number is the sum itself, the same on all processes; x - x is 0 and brings the gradient.
+            sums = {k: self.collectives.sum_(x.detach().clone()) + (x - x.detach()) for k, x in sums.items()}
         return LossOutput(total, weight, self.criterion.auxiliary(sums, similarity))
-
-    def _over_processes(self, value: torch.Tensor) -> torch.Tensor:
-        """The sum over processes, with the gradient of this one's part."""
-        if self.collectives.world_size == 1:
-            return value
-        own = value.detach()
-        # In this order the number is the sum itself, the same on all processes: value - own is 0 and brings the gradient.
-        return self.collectives.sum_(own.clone()) + (value - own)

@@ -27,7 +27,7 @@ from generative_recommenders.modeling.output_postprocessors import (
     LayerNormEmbeddingPostprocessor,
 )
 from generative_recommenders.modeling.similarity.dot_product import DotProductSimilarity
-from generative_recommenders.objectives.masked import MaskedItemMasking, MaskedObjective
+from generative_recommenders.objectives.masked import MaskedItemObjective
 from generative_recommenders.ops.layout import AttentionMask, jagged_layout
 from generative_recommenders.types import SequentialFeatures
 
@@ -230,7 +230,7 @@ def test_rows_and_events_of_the_cache() -> None:
 
 
 def test_masked_objectives_and_attention_mask_are_refused() -> None:
-    masked = build("SASRec", objective=MaskedObjective(MaskedItemMasking()))
+    masked = build("SASRec", objective=MaskedItemObjective())
     with pytest.raises(UserError, match="built for a masked objective"):
         encoded(masked)
     layout = jagged_layout(torch.tensor([2]), 2)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from generative_recommenders.data.token_masks import Draws
 from generative_recommenders.errors import UserError
 from generative_recommenders.objectives.causal import CausalLastObjective, CausalObjective
-from generative_recommenders.objectives.masked import MaskedObjective, MaskedSequence
+from generative_recommenders.objectives.masked import MaskColumns, MaskedObjective
 
 COLUMNS = {
     "user_ids": torch.tensor([1, 2, 3]),
@@ -53,26 +54,24 @@ def test_the_last_position_alone() -> None:
     assert example.targets.tolist() == [[4, 0], [8, 0]]
 
 
-class Hides:
-    """The masking scheme that hides given places."""
+class Hides(MaskedObjective):
+    """Given places are hidden."""
 
     def __init__(self, *places: tuple[int, int]) -> None:
         self.places = places
 
-    def training(
-        self, item_ids: torch.Tensor, lengths: torch.Tensor, generator: torch.Generator
-    ) -> MaskedSequence:
-        replaced = torch.zeros_like(item_ids, dtype=torch.bool)
+    def choose(self, real: torch.Tensor, draws: Draws = None) -> tuple[torch.Tensor, MaskColumns]:
+        hidden = torch.zeros_like(real)
         for place in self.places:
-            replaced[place] = True
-        return MaskedSequence(item_ids, replaced, lengths, item_ids.where(replaced, 0), None)
+            hidden[place] = True
+        return hidden, (real.long() * 0, real.long() * 0)
 
 
 def test_a_hidden_item_has_the_time_of_what_is_seen_before_it() -> None:
     times = torch.tensor([[10, 20, 30, 40], [50, 0, 0, 0], [60, 70, 80, 0]])
     columns = {**COLUMNS, "timestamps": times}
     hidden = Hides((0, 1), (0, 2), (2, 0))
-    events = MaskedObjective(hidden).example(columns, GENERATOR).features.past_events
+    events = hidden.example(columns, GENERATOR).features.past_events
     assert events["timestamps"].tolist() == [[10, 10, 10, 40], [50, 0, 0, 0], [70, 70, 80, 0]]
     # the own time of a hidden item is its next time; elsewhere what the input says, 0 behind the end
     following = events["next_timestamps"]

@@ -125,13 +125,13 @@ def test_gathered_rows_equal_the_whole_table(
 ) -> None:
     case = Case(negatives, optimizer, categories=categories, max_grad_norm=1.0)
     looked_up = []
-    original = TrainingTask._rows_read
+    original = TrainingTask.rows_read
 
     def rows_read(self, *arguments):
         looked_up.append(original(self, *arguments)[1] is not None)
         return original(self, *arguments)
 
-    monkeypatch.setattr(TrainingTask, "_rows_read", rows_read)
+    monkeypatch.setattr(TrainingTask, "rows_read", rows_read)
     rows = with_rows(monkeypatch, ragged_dataset, case, ALWAYS_ROWS)
     whole = with_rows(monkeypatch, ragged_dataset, case, NEVER_ROWS)
     assert looked_up == [True] * 3 + [False] * 3

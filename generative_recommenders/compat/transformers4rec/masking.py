@@ -20,14 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from generative_recommenders.errors import UserError
-from generative_recommenders.objectives.masked import (
-    MaskedItemMasking,
-    apply_mask_to_inputs,
-    keep_last,
-    next_items,
-)
-from generative_recommenders.objectives.permuted import PermutationMasking
-from generative_recommenders.objectives.replaced import replace_items, sample_from_softmax
+from generative_recommenders.objectives.masked import MaskedItemObjective, PermutedObjective
+from generative_recommenders.objectives.replaced import gumbel_like
 
 __all__ = [
     "CausalLanguageModeling",
@@ -115,7 +109,7 @@ class MaskSequence(nn.Module):
 
     def predict_all(self, item_ids: Tensor) -> MaskingInfo:
         """Targets: the next item at every position; schema: where there is one."""
-        targets = next_items(item_ids, self.padding_idx)
+        targets = nn.functional.pad(item_ids[:, 1:], (0, 1), value=self.padding_idx)
         return MaskingInfo(targets != self.padding_idx, targets)
 
     def apply_mask_to_inputs(self, inputs: Tensor, schema: Tensor) -> Tensor:
@@ -128,7 +122,11 @@ class MaskSequence(nn.Module):
             raise UserError(f"schema {tuple(schema.shape)} does not fit inputs {tuple(inputs.shape)}")
         if schema.shape[1] > width:
             inputs = torch.cat([inputs, inputs[:, -1:]], dim=1)
-        return apply_mask_to_inputs(inputs, schema, self.masked_item_embedding)
+        return self.with_mask(inputs, schema)
+
+    def with_mask(self, inputs: Tensor, replaced: Tensor) -> Tensor:
+        """``inputs [..., D]`` with the mask embedding where ``replaced [...]``."""
+        return torch.where(replaced[..., None], self.masked_item_embedding.to(inputs.dtype), inputs)
 
     def forward(
         self, inputs: Tensor, item_ids: Tensor, training: bool = False, inference: bool = False
@@ -199,7 +197,7 @@ class CausalLanguageModeling(MaskSequence):
         """
         if self.has_labels:
             inputs = nn.functional.pad(inputs[:, :-1], (0, 0, 0, 1))
-        return apply_mask_to_inputs(inputs, ~mask_schema, self.masked_item_embedding)
+        return self.with_mask(inputs, ~mask_schema)
 
 
 class MaskedLanguageModeling(MaskSequence):
@@ -215,10 +213,10 @@ class MaskedLanguageModeling(MaskSequence):
     ) -> None:
         super().__init__(hidden_size, padding_idx, eval_on_last_item_seq_only, **kwargs)
         self.mlm_probability = mlm_probability
-        self.scheme = MaskedItemMasking(mlm_probability)
+        self.scheme = MaskedItemObjective(mlm_probability)
 
     def training_targets(self, item_ids: Tensor) -> MaskingInfo:
-        schema = self.scheme.choose(item_ids != self.padding_idx)
+        schema, _ = self.scheme.choose(item_ids != self.padding_idx)
         return MaskingInfo(schema, item_ids.where(schema, self.padding_idx))
 
 
@@ -244,7 +242,7 @@ class PermutationLanguageModeling(MaskSequence):
         self.plm_probability = plm_probability
         self.max_span_length = max_span_length
         self.permute_all = permute_all
-        self.scheme = PermutationMasking(plm_probability, max_span_length, permute_all)
+        self.scheme = PermutedObjective(plm_probability, max_span_length, permute_all)
         self.perm_mask: Tensor | None = None
         self.target_mapping: Tensor | None = None
 
@@ -276,7 +274,7 @@ class PermutationLanguageModeling(MaskSequence):
         """``inputs [B, N, D]`` with the mask embedding at True; unchanged at inference, as there."""
         if not self.has_labels:
             return inputs
-        return apply_mask_to_inputs(inputs, schema, self.masked_item_embedding)
+        return self.with_mask(inputs, schema)
 
     def transformer_required_arguments(self) -> dict[str, Any]:
         return {"target_mapping": self.target_mapping, "perm_mask": self.perm_mask}
@@ -316,11 +314,17 @@ class ReplacementLanguageModeling(MaskedLanguageModeling):
             column = torch.arange(logits.shape[1], device=logits.device)
             fakes = self.sample_from_softmax(logits.masked_fill(column == self.padding_idx, -torch.inf))
             batch_updates = fakes.new_empty(0)
-        corrupted, labels = replace_items(itemid_seq, hidden, fakes)
-        return corrupted, labels.long(), batch_updates
+        corrupted = itemid_seq.masked_scatter(hidden, fakes)
+        return corrupted, (corrupted != itemid_seq).long(), batch_updates
 
     def sample_from_softmax(self, logits: Tensor) -> Tensor:
         """One index per row of ``logits [P, V]``, distributed as their softmax, ``[P]`` int64."""
         if not len(logits):
             return logits.new_empty(0, dtype=torch.int64)
-        return sample_from_softmax(logits.detach())
+        return (logits.detach() + gumbel_like(logits.detach(), None)).argmax(-1)
+
+
+def keep_last(values: Tensor, lengths: Tensor, padding: int) -> Tensor:
+    """``values [B, N]`` at each row's last real position, ``padding`` everywhere else."""
+    last = torch.arange(values.shape[1], device=values.device) == lengths[:, None] - 1
+    return values.where(last, padding)

@@ -7,16 +7,11 @@ import torch
 from generative_recommenders.config.fields import Positive
 from generative_recommenders.config.registry import register_similarity
 from generative_recommenders.errors import UserError
-from generative_recommenders.modeling.similarity.interface import (
-    AuxiliaryLosses,
-    SharedRows,
-    Snapshot,
-    rounded,
-)
+from generative_recommenders.modeling.similarity.interface import AuxiliaryLosses, Similarity, rounded
 
 
 @register_similarity("DotProduct")
-class DotProductSimilarity(torch.nn.Module):
+class DotProductSimilarity(Similarity):
     """Dot products divided by a temperature, ``score(q, v) = <q, v> / temperature``; no parameters.
 
     temperature: scores are divided by it; small for cosines (``train_fn.item_l2_norm``), 1 for plain products.
@@ -26,11 +21,6 @@ class DotProductSimilarity(torch.nn.Module):
     def __init__(self, temperature: Positive = 1.0, score_dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.temperature, self.score_dtype = temperature, score_dtype
-
-    @property
-    def auxiliary_loss_names(self) -> frozenset[str]:
-        """None."""
-        return frozenset()
 
     def operands(self, states: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """``states / temperature`` and the items, float32; their products are still to be rounded to ``score_dtype``."""
@@ -55,48 +45,6 @@ class DotProductSimilarity(torch.nn.Module):
         grouped = queries.view(groups, len(queries) // groups, queries.shape[1])
         scores = torch.bmm(grouped, items.transpose(1, 2)).reshape(len(queries), items.shape[1])
         return rounded(scores, self.score_dtype), {}
-
-    def score_rows(
-        self,
-        queries: torch.Tensor,
-        items: torch.Tensor,
-        rows: torch.Tensor,
-        user_ids: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """``[n, P]`` products of queries ``[n, D]`` with ``items[rows]``, rows ``[n, P]``."""
-        return self.score(queries, items[rows])[0], {}
-
-    def score_negatives(
-        self,
-        queries: torch.Tensor,
-        items: torch.Tensor,
-        rows: torch.Tensor | SharedRows,
-        user_ids: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """``[n, R]`` products with each query's own items, or with those of its span."""
-        if isinstance(rows, torch.Tensor):
-            return self.score(queries, items[rows])[0]
-        return torch.cat([self.score(queries[span], items[ids])[0] for span, ids in rows])
-
-    def auxiliary_losses(self, sums: dict[str, torch.Tensor]) -> AuxiliaryLosses:
-        """None."""
-        return {}
-
-    def snapshot(self, embeddings: torch.Tensor) -> Snapshot:
-        """The embeddings alone."""
-        return Snapshot(embeddings)
-
-    def scores(
-        self, queries: torch.Tensor, snapshot: Snapshot, user_ids: torch.Tensor | None
-    ) -> torch.Tensor:
-        """``[n, V]`` products; user ids are not read."""
-        return self.score(queries, snapshot.embeddings)[0]
-
-    def forward(
-        self, queries: torch.Tensor, items: torch.Tensor, user_ids: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, AuxiliaryLosses]:
-        """The same as `score`."""
-        return self.score(queries, items, user_ids)
 
     def _scaled(self, queries: torch.Tensor) -> torch.Tensor:
         queries = rounded(queries, self.score_dtype)

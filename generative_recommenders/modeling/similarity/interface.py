@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import torch
 
@@ -31,22 +31,25 @@ def score_dtype(similarity: Similarity) -> torch.dtype | None:
     return getattr(similarity, "score_dtype", None)
 
 
-@runtime_checkable
-class Similarity(Protocol):
-    """A learned or fixed score of (query, item)."""
+class Similarity(torch.nn.Module):
+    """A learned or fixed score of (query, item). `score` must be written; everything else follows from it until overridden.
 
-    temperature: float
-    """What scores are divided by."""
+    temperature: what scores are divided by.
+    """
+
+    temperature: float = 1.0
 
     @property
     def auxiliary_loss_names(self) -> frozenset[str]:
         """Names of the auxiliary losses of training mode."""
+        return frozenset()
 
     def operands(
         self, states: torch.Tensor, weight: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Q and W, such that the scores of items ``weight [U, D']`` by ``states [n, D]`` are ``Q Wᵀ``; None where they are no
-        product."""
+        product. Losses, ranks and top-k of products multiply these themselves, block by block."""
+        return None
 
     def score(
         self, queries: torch.Tensor, items: torch.Tensor, user_ids: torch.Tensor | None = None
@@ -58,6 +61,13 @@ class Similarity(Protocol):
 
         Returns ``[n, R]`` and the auxiliary losses, scalars by name (empty outside training mode).
         """
+        raise NotImplementedError
+
+    def forward(
+        self, queries: torch.Tensor, items: torch.Tensor, user_ids: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, AuxiliaryLosses]:
+        """The same as `score`."""
+        return self.score(queries, items, user_ids)
 
     def score_rows(
         self,
@@ -71,6 +81,7 @@ class Similarity(Protocol):
         items: ``[U, D']``. rows: ``[n, P]`` int64. Returns ``[n, P]``, and the sums over these pairs that
             `auxiliary_losses` are made from.
         """
+        return self.score(queries, items[rows], user_ids)[0], {}
 
     def score_negatives(
         self,
@@ -80,14 +91,21 @@ class Similarity(Protocol):
         user_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The same of negatives ``[n, R]``, which auxiliary losses leave out; or of items that spans of queries share."""
+        if isinstance(rows, torch.Tensor):
+            return self.score(queries, items[rows], user_ids)[0]
+        users = (lambda span: None) if user_ids is None else (lambda span: user_ids[span])
+        return torch.cat([self.score(queries[span], items[ids], users(span))[0] for span, ids in rows])
 
     def auxiliary_losses(self, sums: dict[str, torch.Tensor]) -> AuxiliaryLosses:
         """Scalars by name, from sums over the pairs of one process or of several."""
+        return {}
 
     def snapshot(self, embeddings: torch.Tensor) -> Snapshot:
         """The catalogue's items ``[V, D']`` with what depends on them alone."""
+        return Snapshot(embeddings)
 
     def scores(
         self, queries: torch.Tensor, snapshot: Snapshot, user_ids: torch.Tensor | None
     ) -> torch.Tensor:
         """``[n, V]`` scores of the whole catalogue by queries ``[n, D]``."""
+        return self.score(queries, snapshot.embeddings, user_ids)[0]

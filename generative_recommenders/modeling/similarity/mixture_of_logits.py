@@ -17,7 +17,12 @@ from torch.nn import functional as F
 from generative_recommenders.config.fields import HiddenWidth, OptionGroup, Positive, Share, Width
 from generative_recommenders.config.registry import register_similarity
 from generative_recommenders.errors import UserError
-from generative_recommenders.modeling.similarity.interface import AuxiliaryLosses, SharedRows, Snapshot
+from generative_recommenders.modeling.similarity.interface import (
+    AuxiliaryLosses,
+    SharedRows,
+    Similarity,
+    Snapshot,
+)
 from generative_recommenders.modeling.similarity.mol_components import (
     ItemComponents,
     ItemOptions,
@@ -70,7 +75,7 @@ class GatingOptions(OptionGroup):
 
 
 @register_similarity("MoL", gin_name="create_mol_interaction_module")
-class MoLSimilarity(MoLComponents):
+class MoLSimilarity(Similarity, MoLComponents):
     """Mixture of logits over query embeddings ``[n, D]`` and item embeddings ``[R, D']``, with the published options.
 
     With components f_q ``[Pq, d]`` and f_x ``[Pi, d]`` and entries e = (n, m): ``l_e = <f_q[n], f_x[m]> / temperature``,
@@ -163,10 +168,6 @@ class MoLSimilarity(MoLComponents):
                 scores, blocks = self._mixed(query, items.shape[1], made, kept_per_item=self.kept_per_item)
         return scores, self.auxiliary_losses(losses | self._mixture_sums(blocks, scores.numel()))
 
-    def operands(self, states: torch.Tensor, weight: torch.Tensor) -> None:
-        """None: a mixture of products is no product."""
-        return
-
     def snapshot(self, embeddings: torch.Tensor) -> Snapshot:
         """The embeddings ``[V, D']`` and their components."""
         with self._autocast(embeddings):
@@ -193,12 +194,6 @@ class MoLSimilarity(MoLComponents):
             squares, users = sums["uid_embedding_l2_norm"].unbind()
             losses["uid_embedding_l2_norm"] = squares / users.clamp(min=1)
         return losses
-
-    def forward(
-        self, queries: torch.Tensor, items: torch.Tensor, user_ids: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, AuxiliaryLosses]:
-        """The same as `score`."""
-        return self.score(queries, items, user_ids)
 
     def score_rows(
         self,
@@ -310,7 +305,16 @@ class MoLSimilarity(MoLComponents):
             items = items_of(rows, columns)
             pairing = "bnd,xmd->bxnm" if items.components.dim() == 3 else "bnd,bxmd->bxnm"
             logits = torch.einsum(pairing, query.components[rows], items.components).flatten(2)
-            gate = self.combine_gates(query_gate, items.gate, self.cross_gate(logits))
+            gate = self.cross_gate(logits)
+            if self.combination == "none":
+                gate = sum((part for part in (query_gate, items.gate) if part is not None), gate)
+            else:
+                assert query_gate is not None and items.gate is not None  # the constructor has made sure
+                gate = query_gate * items.gate + gate
+                if self.combination == "glu_silu":
+                    gate = F.silu(gate)
+                else:
+                    gate = gate * torch.sigmoid(layer_norm(gate, eps=1e-5))
             p = _at_least_float32(gate).softmax(-1)
             if self.softmax_dropout_rate and self.training:
                 p = dropout(p, self.softmax_dropout_rate, self.training)
@@ -321,20 +325,6 @@ class MoLSimilarity(MoLComponents):
         if not (self.training and self.mutual_information) or purpose:
             return _Mixed(scores, None, None)
         return _Mixed(scores, p.sum((0, 1)), (p * torch.log(p + _EPS)).sum())
-
-    def combine_gates(
-        self, query: torch.Tensor | None, item: torch.Tensor | None, cross: torch.Tensor
-    ) -> torch.Tensor:
-        """Logarithms of the mixture's weights, up to a constant, from the gates ``[r, 1, E]``, ``[r, c, E]``."""
-        if self.combination == "none":
-            return sum((part for part in (query, item) if part is not None), cross)
-        assert query is not None and item is not None
-        gate = query * item + cross
-        return (
-            gate * torch.sigmoid(layer_norm(gate, eps=1e-5))
-            if self.combination == "glu_silu_ln"
-            else F.silu(gate)
-        )
 
     def _mixture_sums(self, blocks: list[_Mixed], num_pairs: int) -> dict[str, torch.Tensor]:
         """Of ``mi_loss``: ``[E + 2]``, the sums of p and of p ln p over the blocks' pairs, and the number of pairs."""
