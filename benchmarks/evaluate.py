@@ -27,7 +27,7 @@ from catalogue_loss import PeakMemory
 
 from generative_recommenders.distributed.memory import keep_freed_memory
 from generative_recommenders.evaluation.product_ranks import USERS, product_ranks
-from generative_recommenders.evaluation.seen_items import SeenItems
+from generative_recommenders.evaluation.seen_filters import SeenItems
 from generative_recommenders.ops.threads import in_threads
 
 BLOCKINGS = ((512, 512), (512, 1024), (512, 2048), (1024, 1024))

@@ -14,7 +14,7 @@ from generative_recommenders.data.splits import training_events
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.encoders.two_tower import EntityFeature
-from generative_recommenders.modeling.event_features import EventFeature
+from generative_recommenders.modeling.events import EventFeature
 from generative_recommenders.modeling.feature_embeddings import EmbeddingSpec, ListReduction
 from generative_recommenders.modeling.model import SequenceRecommender
 

@@ -28,7 +28,7 @@ from generative_recommenders.config.sections import ListReduction
 from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.encoders.two_tower import EntityFeature, FeatureMerger
-from generative_recommenders.modeling.event_features import EventFeatures
+from generative_recommenders.modeling.events import EventFeatures
 from generative_recommenders.modeling.initialization import xavier_normal_matrices_
 from generative_recommenders.modeling.items import ItemEmbedding
 from generative_recommenders.modeling.model import SequenceEncoder, SequenceRecommender

@@ -7,13 +7,13 @@ flat columns of a prepared data set, and are ranked as models are.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from generative_recommenders.data.splits import training_events
-from generative_recommenders.evaluation.seen_items import SeenItems
-from generative_recommenders.evaluation.shared_ranks import OwnScores, SharedScores
+from generative_recommenders.evaluation.seen_filters import SeenItems
 
 
 def training_counts(
@@ -22,6 +22,65 @@ def training_counts(
     """``[V]`` int64 training events of item i + 1. items: int ``[E]``, ids 1..V; the rest as in `training_events`."""
     counts = np.bincount(items[training_events(offsets, train_stops)], minlength=num_items + 1)[1:]
     return torch.from_numpy(counts)
+
+
+class OwnScores(NamedTuple):
+    """Row ``rows[s]`` scores item ``ids[s]`` as ``values[s]``; all ``[S]``, sorted by row, then id, and no pair twice."""
+
+    rows: torch.Tensor
+    ids: torch.Tensor
+    values: torch.Tensor
+
+
+class SharedScores:
+    """Scores ``[V]`` of all items, the same for every user, and their order. No score is NaN."""
+
+    def __init__(self, scores: torch.Tensor) -> None:
+        self.scores, self.num_items = scores, len(scores)
+        self.ascending = scores.sort().values
+        order = scores.sort(descending=True, stable=True).indices
+        self.place = torch.empty_like(order)
+        self.place[order] = torch.arange(self.num_items)
+        self.keys = self._key(scores, torch.arange(1, self.num_items + 1))[order]
+
+    def ranks(
+        self, target_ids: torch.Tensor, own: OwnScores | None = None, seen: SeenItems | None = None
+    ) -> torch.Tensor:
+        """`exact_ranks` where rows score some items differently; ``[n]`` int64. Takes time by own and seen items alone."""
+        candidate = (target_ids >= 1) & (target_ids <= self.num_items)
+        if seen is not None:
+            candidate &= ~seen.contains(target_ids)
+        targets, rows = target_ids.where(candidate, 1), torch.arange(len(target_ids))
+        values = self._values(own, rows, targets)
+        ahead = torch.searchsorted(self.keys, self._key(values, targets))
+
+        def number_ahead(rows: torch.Tensor, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            counted = (scores > values[rows]) | ((scores == values[rows]) & (ids < targets[rows]))
+            return torch.bincount(rows[counted], minlength=len(targets))
+
+        if own is not None:  # their shared scores count no more
+            replaced = self.place[own.ids - 1] < ahead[own.rows]
+            ahead -= torch.bincount(own.rows[replaced], minlength=len(targets))
+            ahead += number_ahead(*own)
+        if seen is not None:
+            ahead -= number_ahead(seen.rows, seen.ids, self._values(own, seen.rows, seen.ids))
+        return torch.where(candidate, 1 + ahead, self.num_items + 1)
+
+    def _key(self, values: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Integers in the order of (score down, id up); a value that no item has lies before the smaller ones."""
+        greater = self.num_items - torch.searchsorted(self.ascending, values, right=True)
+        known = greater + torch.searchsorted(self.ascending, values) < self.num_items
+        return greater * (self.num_items + 1) + ids.where(known, 0)
+
+    def _values(self, own: OwnScores | None, rows: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """The scores of items ``ids`` in these rows."""
+        shared = self.scores[ids - 1]
+        if own is None or not len(own.rows):
+            return shared
+        keys, wanted = (each * (self.num_items + 1) for each in (own.rows, rows))
+        keys, wanted = keys + own.ids, wanted + ids
+        place = torch.searchsorted(keys, wanted).clamp(max=len(keys) - 1)
+        return torch.where(keys[place] == wanted, own.values[place], shared)
 
 
 class MostPopular:
@@ -75,24 +134,40 @@ class MarkovSuccessor:
         """Arguments as in `MostPopular.fit`."""
         counts = training_counts(items, offsets, train_stops, num_items).numpy().astype(np.float64)
         popularity = counts / (counts.max(initial=0) + 1)  # below 1: it orders equal counts and no others
-        items, successors, values = _ordered_pairs(items, offsets, train_stops, popularity)
-        starts = np.searchsorted(items, np.arange(num_items + 2))
-        columns = (popularity.astype(np.float32), starts, successors, values.astype(np.float32))
+        follows = training_events(offsets, train_stops)
+        follows[offsets[:-1][offsets[:-1] < len(follows)]] = (
+            False  # the first event of a user follows nothing
+        )
+        position = np.flatnonzero(follows)
+        base = num_items + 1  # a pair as one integer, so that distinct pairs are distinct numbers
+        keys, counts = np.unique(
+            items[position - 1].astype(np.int64) * base + items[position], return_counts=True
+        )
+        previous, successor = keys // base, keys % base
+        strength = counts + popularity[successor - 1]
+        order = np.lexsort((strength, previous))
+        new_item = np.diff(previous[order], prepend=-1) > 0
+        step = np.cumsum(new_item | (np.diff(strength[order], prepend=-1.0) != 0))
+        # The place counts distinct (count, popularity) from 1 upwards, so it stays exact in float32.
+        place = np.empty_like(step)
+        place[order] = step - np.maximum.accumulate(np.where(new_item, step, 0)) + 1
+        starts = np.searchsorted(previous, np.arange(num_items + 2))
+        columns = (popularity.astype(np.float32), starts, successor, place.astype(np.float32))
         return cls(*(torch.from_numpy(column) for column in columns))
 
     def ranks(
         self, batch: Mapping[str, torch.Tensor], target_ids: torch.Tensor, removed: SeenItems | None
     ) -> torch.Tensor:
         """``[n]`` int64, as `exact_ranks`, after right-padded histories ``item_ids [n, N]`` of the given ``lengths [n]``."""
-        return self.shared.ranks(target_ids, self._own_scores(batch["item_ids"], batch["lengths"]), removed)
-
-    def _own_scores(self, history_ids: torch.Tensor, lengths: torch.Tensor) -> OwnScores:
-        last = history_ids.gather(1, (lengths - 1).clamp(min=0)[:, None])[:, 0] * (lengths > 0)
+        last = batch["item_ids"].gather(1, (batch["lengths"] - 1).clamp(min=0)[:, None])[:, 0] * (
+            batch["lengths"] > 0
+        )
         starts, stops = self.starts[last], self.starts[last + 1]
         rows = torch.arange(len(last)).repeat_interleave(stops - starts)
         first_entry = (stops - starts).cumsum(0) - (stops - starts)
         entries = torch.arange(len(rows)) - first_entry[rows] + starts[rows]
-        return OwnScores(rows, self.successors[entries], self.values[entries])
+        own = OwnScores(rows, self.successors[entries], self.values[entries])
+        return self.shared.ranks(target_ids, own, removed)
 
 
 BASELINES: dict[str, type[MostPopular] | type[MarkovSuccessor]] = {
@@ -100,27 +175,3 @@ BASELINES: dict[str, type[MostPopular] | type[MarkovSuccessor]] = {
     "last item's successor": MarkovSuccessor,
 }
 """By the names that they have in tables."""
-
-
-def _ordered_pairs(
-    items: np.ndarray, offsets: np.ndarray, train_stops: np.ndarray, popularity: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Distinct (item, successor) pairs of training, sorted by both, and each pair's place among the item's pairs.
-
-    The place counts distinct (count, popularity) from 1 upwards, so it stays exact in float32.
-    """
-    follows = training_events(offsets, train_stops)
-    follows[offsets[:-1][offsets[:-1] < len(follows)]] = False  # the first event of a user follows nothing
-    position = np.flatnonzero(follows)
-    base = len(popularity) + 1  # a pair as one integer, so that distinct pairs are distinct numbers
-    keys, counts = np.unique(
-        items[position - 1].astype(np.int64) * base + items[position], return_counts=True
-    )
-    previous, successor = keys // base, keys % base
-    strength = counts + popularity[successor - 1]
-    order = np.lexsort((strength, previous))
-    new_item = np.diff(previous[order], prepend=-1) > 0
-    step = np.cumsum(new_item | (np.diff(strength[order], prepend=-1.0) != 0))
-    place = np.empty_like(step)
-    place[order] = step - np.maximum.accumulate(np.where(new_item, step, 0)) + 1
-    return previous, successor, place

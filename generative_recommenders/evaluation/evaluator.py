@@ -16,16 +16,15 @@ from generative_recommenders.data.loader import EvaluationLoader
 from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.distributed.row_shards import RowShard
 from generative_recommenders.distributed.signals import StopRequested
+from generative_recommenders.evaluation.list_metrics import TopLists
 from generative_recommenders.evaluation.metrics import RankHistogram
 from generative_recommenders.evaluation.product_ranks import USERS, product_ranks
 from generative_recommenders.evaluation.progress import EvaluationProgress
 from generative_recommenders.evaluation.ranks import exact_ranks
-from generative_recommenders.evaluation.seen_filters import SeenFilter
-from generative_recommenders.evaluation.seen_items import SeenItems
-from generative_recommenders.evaluation.top_lists import TopLists
+from generative_recommenders.evaluation.seen_filters import SeenFilter, SeenItems
 from generative_recommenders.modeling.similarity.interface import rounded
 from generative_recommenders.ops import dispatch
-from generative_recommenders.retrieval.sharded_search import search_shards
+from generative_recommenders.retrieval.product_search import search_shards
 
 MAX_SCORES = 1 << 25
 """Scores held at a time (float32: 128 MiB): users are taken in chunks so that a chunk times V stays below it."""

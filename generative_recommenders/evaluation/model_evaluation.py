@@ -28,9 +28,9 @@ from generative_recommenders.evaluation.evaluator import (
     Score,
     never,
 )
+from generative_recommenders.evaluation.list_metrics import TopLists
 from generative_recommenders.evaluation.progress import EvaluationProgress, fingerprint
 from generative_recommenders.evaluation.ranks import Ranks, user_ranks
-from generative_recommenders.evaluation.top_lists import TopLists
 from generative_recommenders.modeling.inputs import Queries
 from generative_recommenders.modeling.model import SequenceRecommender
 from generative_recommenders.modeling.similarity.interface import score_dtype
@@ -177,41 +177,39 @@ class ModelEvaluation:
     ) -> EvaluationResult:
         lists = progress = None
         if self.settings.evaluation.list_metrics_k is not None and sample is None:
-            columns = (self.dataset.items, self.dataset.offsets, self.split.train_stops)
-            counts = training_counts(*columns, self.dataset.num_items)
+            events = self.dataset.items, self.dataset.offsets, self.split.train_stops
+            counts = training_counts(*events, self.dataset.num_items)
             lists = TopLists(self.settings.evaluation.list_metrics_k, self.dataset.num_items, counts)
         training = model.training
         model.eval()
         score = catalogue_scores(model, torch.bfloat16 if self.settings.evaluation.eval_bf16 else None)
         evaluator = self._evaluator(part, sample, stop)
-        if sample is None and lists is None and self._keeps(model):
-            if part not in self.kept:
-                self.kept[part] = [users.to(self.collectives.device) for users in evaluator.prepared()]
-            evaluator.kept = self.kept[part]
-        elif self.folder is not None and sample is None and lists is None:
-            progress = self._progress(model, part, self.folder)
+        if sample is None and lists is None:
+            columns = 2 + len(self.dataset.manifest.columns) + len(self.dataset.extra)
+            window = self.dataset.num_users * columns * self.settings.data.max_sequence_length
+            small = 8 * (window + 2 * self.dataset.num_events) <= KEPT_BYTES
+            if dispatch.waits(model.items.table) and small and not model.objective.uses_mask:
+                # An accelerator ranks batches faster than a host makes them: they stay there for the next evaluation.
+                if part not in self.kept:
+                    self.kept[part] = [users.to(self.collectives.device) for users in evaluator.prepared()]
+                evaluator.kept = self.kept[part]
+            elif self.folder is not None:
+                facts = (
+                    part,
+                    self.split.hash,
+                    repr(self.settings.to_json()),
+                )  # all that ranks depend on beside weights
+                progress = EvaluationProgress(
+                    self.folder / PROGRESS_FILE,
+                    lambda: fingerprint(model.state_dict(), facts),
+                    self.collectives,
+                    self.settings.checkpoints.checkpoint_minutes,
+                )
         result = evaluator(score, lists, progress)
         model.train(training)
         if sample is None:
             self._warn_of_removed(result)
         return result
-
-    def _progress(self, model: SequenceRecommender, part: str, folder: Path) -> EvaluationProgress:
-        """Keyed by the weights and all that the ranks depend on."""
-
-        def key() -> str:
-            facts = part, self.split.hash, repr(self.settings.to_json())
-            return fingerprint(model.state_dict(), facts)
-
-        minutes = self.settings.checkpoints.checkpoint_minutes
-        return EvaluationProgress(folder / PROGRESS_FILE, key, self.collectives, minutes)
-
-    def _keeps(self, model: SequenceRecommender) -> bool:
-        """Whether batches stay on an accelerator for the next evaluation: it ranks them faster than a host makes them."""
-        columns = 2 + len(self.dataset.manifest.columns) + len(self.dataset.extra)
-        window = self.dataset.num_users * columns * self.settings.data.max_sequence_length
-        size = 8 * (window + 2 * self.dataset.num_events)
-        return dispatch.waits(model.items.table) and size <= KEPT_BYTES and not model.objective.uses_mask
 
     def _warn_of_removed(self, result: EvaluationResult) -> None:
         """Once a run: data whose users come back to items are measured by a filter that leaves items in."""

@@ -64,9 +64,13 @@ def order_dependence(dataset: SequenceDataset, seed: int = 0, steps: int = STEPS
     }
     histories = {"true": [data], "shuffled": [shuffled(data, split, rng) for _ in range(SHUFFLES)]}
     scores: dict[str, dict[str, float]] = {name: {} for name in methods}
+    missed = torch.from_numpy(split.unseen_test_targets)
     for order, variants in histories.items():
+        loaders = [EvaluationLoader(each, split.test_targets, _LENGTH, 512) for each in variants]
+        seen, every = NoFilter() if repeats else HistoryFilter(), Collectives()
+        evaluators = [Evaluator(each, data.num_items, seen, every, missed) for each in loaders]
         for name, score in methods.items():
-            values = [_ndcg(each, split, score, repeats) for each in variants]
+            values = [evaluate(score).metrics()[METRIC] for evaluate in evaluators]
             scores[name][order] = float(np.mean(values))
     sampled = len(users) < len(scored)
     return OrderDependence(len(users), sampled, steps, "none" if repeats else "history", scores)
@@ -127,10 +131,3 @@ def _trained_scores(dataset: SequenceDataset, split: Split, steps: int, seed: in
         optimizer.step()
     task.model.eval()
     return catalogue_scores(task.model)
-
-
-def _ndcg(dataset: SequenceDataset, split: Split, score: Score | Ranker, repeats: bool) -> float:
-    loader = EvaluationLoader(dataset, split.test_targets, _LENGTH, 512)
-    seen = NoFilter() if repeats else HistoryFilter()
-    missed = torch.from_numpy(split.unseen_test_targets)
-    return Evaluator(loader, dataset.num_items, seen, Collectives(), missed)(score).metrics()[METRIC]

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from generative_recommenders.distributed.row_shards import RowShard
 from generative_recommenders.evaluation.ranks import count_ahead, exact_ranks, scores_of
-from generative_recommenders.evaluation.seen_items import SeenItems
+from generative_recommenders.evaluation.seen_filters import SeenItems
 from generative_recommenders.modeling.similarity.interface import rounded
 from generative_recommenders.ops import dispatch
 from generative_recommenders.ops.threads import in_threads
@@ -193,11 +193,7 @@ class _BlockOfUsers:
         ahead = counts[: self.count].long() + ties.sum(1)
         # NaN compares as neither greater nor equal: without this a diverged model would rank every target first.
         ahead = ahead.where(~targets.isnan(), len(self.items) - self.held.long())
-        return ahead - self._seen_ahead(targets, seen_scores), own
-
-    def _seen_ahead(self, targets: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        own, target_ids = targets[self.seen_rows], self.target_ids[self.seen_rows]
-        earlier = self.seen_ids < target_ids
-        other = self.seen_ids != target_ids
-        counted = (scores > own) | ((scores == own) & earlier) | (own.isnan() & other)
-        return torch.bincount(self.seen_rows[counted], minlength=self.count)
+        theirs, target_ids = targets[self.seen_rows], self.target_ids[self.seen_rows]
+        earlier, other = self.seen_ids < target_ids, self.seen_ids != target_ids
+        counted = (seen_scores > theirs) | ((seen_scores == theirs) & earlier) | (theirs.isnan() & other)
+        return ahead - torch.bincount(self.seen_rows[counted], minlength=self.count), own

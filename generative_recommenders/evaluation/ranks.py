@@ -13,7 +13,7 @@ import torch
 
 from generative_recommenders.data.splits import Split
 from generative_recommenders.data.store import SequenceDataset
-from generative_recommenders.evaluation.seen_items import SeenItems
+from generative_recommenders.evaluation.seen_filters import SeenItems
 
 Ranks = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Users, targets and ranks, ``[n]`` int64 on the CPU: internal ids from 1, by user; a rank above V is a miss."""
@@ -76,7 +76,13 @@ def count_ahead(
     """
     column = target_ids - first_id
     inside = (column >= 0) & (column < scores.shape[1])
-    ahead = _count_where(scores, target_scores, torch.gt) + _count_ties(scores, column, target_scores, inside)
+    ahead = _count_where(scores, target_scores, torch.gt)
+    # Equal scores count in columns before the target's. A row without any, as nearly every row is, costs one comparison.
+    equal = _count_where(scores, target_scores, torch.eq) - inside.long()
+    columns = torch.arange(scores.shape[1], device=scores.device)
+    for rows in (equal > 0).nonzero()[:, 0].split(max(1, _TIE_ELEMENTS // max(1, scores.shape[1]))):
+        same = scores[rows] == target_scores[rows, None]
+        ahead[rows] += (same & (columns < column[rows, None])).sum(1)
     # NaN compares as neither greater nor equal: without this a diverged model would rank every target first.
     ahead = torch.where(target_scores.isnan(), scores.shape[1] - inside.long(), ahead)
     if seen is not None:
@@ -87,19 +93,6 @@ def count_ahead(
         counted = (theirs > own) | ((theirs == own) & (ids < targets)) | (own.isnan() & (ids != targets))
         ahead -= torch.bincount(rows[counted], minlength=len(scores))
     return ahead
-
-
-def _count_ties(
-    scores: torch.Tensor, column: torch.Tensor, target_scores: torch.Tensor, inside: torch.Tensor
-) -> torch.Tensor:
-    """Equal scores in columns before the target's; a row without ties, as nearly every row is, costs one comparison."""
-    equal = _count_where(scores, target_scores, torch.eq) - inside.long()
-    ties = torch.zeros_like(equal)
-    columns = torch.arange(scores.shape[1], device=scores.device)
-    for rows in (equal > 0).nonzero()[:, 0].split(max(1, _TIE_ELEMENTS // max(1, scores.shape[1]))):
-        same = scores[rows] == target_scores[rows, None]
-        ties[rows] = (same & (columns < column[rows, None])).sum(1)
-    return ties
 
 
 def _count_where(scores: torch.Tensor, target_scores: torch.Tensor, compare: Callable) -> torch.Tensor:

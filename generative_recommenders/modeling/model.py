@@ -17,8 +17,7 @@ from generative_recommenders.modeling.cache import (
     check_append,
     new_layout,
 )
-from generative_recommenders.modeling.event_features import EventFeatures
-from generative_recommenders.modeling.events import history_features, token_events
+from generative_recommenders.modeling.events import EventFeatures, history_features, token_events
 from generative_recommenders.modeling.input_preprocessors import EncoderInput, InputPreprocessor
 from generative_recommenders.modeling.inputs import LastEventReader, ModelInputs, Queries, QueryReader
 from generative_recommenders.modeling.items import ItemEmbedding, ItemRows

@@ -27,7 +27,11 @@ def stream_key(first: Key, *parts: int) -> Any:
         return key
     number = 0
     for part in (first, *parts):
-        number = _mix64_int((number + _GOLDEN + (part & _MASK64)) & _MASK64)
+        # `_mix64` in Python's integers, which do not wrap around by themselves
+        number = (number + _GOLDEN + (part & _MASK64)) & _MASK64
+        number = ((number ^ (number >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+        number = ((number ^ (number >> 27)) * 0x94D049BB133111EB) & _MASK64
+        number ^= number >> 31
     return _signed(number)
 
 
@@ -35,7 +39,14 @@ def counter_bits(key: Key, counters: torch.Tensor, draws: int) -> torch.Tensor:
     """``[n, draws]`` int64 holding uniform 32-bit integers (0 .. 2^32 - 1) for ``counters [n]`` int64."""
     keys = _mix64(counters * _signed(_GOLDEN) + key).to(torch.int32)
     steps = torch.arange(draws, device=counters.device, dtype=torch.int32) * _signed32(0x9E3779B9)
-    bits = _mix32_(keys[:, None] + steps)
+    bits = keys[:, None] + steps
+    for shift, factor in (
+        (16, 0x7FEB352D),
+        (15, 0x846CA68B),
+    ):  # torch has no unsigned shift: the sign's copies are masked
+        bits ^= (bits >> shift) & ((1 << (32 - shift)) - 1)
+        bits *= _signed32(factor)
+    bits ^= (bits >> 16) & 0xFFFF
     return bits.to(torch.int64).bitwise_and_(0xFFFFFFFF)
 
 
@@ -64,12 +75,6 @@ class CounterDraws:
         return counter_uniform(stream_key(self.key, self.calls), self.numbers, count)
 
 
-def _mix64_int(z: int) -> int:
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK64
-    return z ^ (z >> 31)
-
-
 def _mix64(z: torch.Tensor) -> torch.Tensor:
     z = (z ^ _shift64(z, 30)) * _signed(0xBF58476D1CE4E5B9)
     z = (z ^ _shift64(z, 27)) * _signed(0x94D049BB133111EB)
@@ -79,14 +84,6 @@ def _mix64(z: torch.Tensor) -> torch.Tensor:
 def _shift64(z: torch.Tensor, bits: int) -> torch.Tensor:
     """Logical right shift; torch's is arithmetic."""
     return (z >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _mix32_(x: torch.Tensor) -> torch.Tensor:
-    for bits, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-        x ^= (x >> bits) & ((1 << (32 - bits)) - 1)
-        x *= _signed32(factor)
-    x ^= (x >> 16) & 0xFFFF
-    return x
 
 
 def _signed(value: int) -> int:

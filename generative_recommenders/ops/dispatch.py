@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.util
 from collections.abc import Iterator
 
 import torch
 
 from generative_recommenders.ops import numbered_rows
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_HAS_VNNI = hasattr(torch, "_int_mm") and torch.cpu._is_vnni_supported()
 
 _references_wanted: list[bool] = []
 """One entry for each `references` that is open."""
@@ -42,12 +44,7 @@ def fast_on_cpu_in_one_dtype(x: torch.Tensor) -> bool:
 
 def takes_kernels(x: torch.Tensor) -> bool:
     """Whether Triton's kernels are taken for ``x``: they draw masks of their own, so not where rows are numbered."""
-    return fast(x) and numbered_rows.current() is None and x.device.type == "cuda" and _has_triton()
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    return fast(x) and numbered_rows.current() is None and x.device.type == "cuda" and _HAS_TRITON
 
 
 def multiplies_integers(x: torch.Tensor) -> bool:
@@ -55,12 +52,7 @@ def multiplies_integers(x: torch.Tensor) -> bool:
 
     That is on CPUs with AVX-512 VNNI; without it sums saturate, or every product is made alone.
     """
-    return fast_on_cpu(x) and _has_vnni()
-
-
-@functools.cache
-def _has_vnni() -> bool:
-    return hasattr(torch, "_int_mm") and torch.cpu._is_vnni_supported()
+    return fast_on_cpu(x) and _HAS_VNNI
 
 
 def waits(x: torch.Tensor) -> bool:

@@ -16,7 +16,7 @@ import torch
 from absl import logging
 
 from generative_recommenders.errors import UserError
-from generative_recommenders.retrieval.inputs import history_frame, whole_ids
+from generative_recommenders.retrieval.frames import history_frame, whole_ids
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,13 @@ query's k best so far are looked at: after the first blocks these are few.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
 
+from generative_recommenders.distributed.row_shards import RowShard
 from generative_recommenders.ops import dispatch
-from generative_recommenders.retrieval.selection import largest, scan
+from generative_recommenders.retrieval.selection import fill, largest, scan
 
 BLOCK_SCORES = 1 << 20
 """Scores held at a time: 4 MiB, which second-level caches hold."""
@@ -47,6 +47,26 @@ def search_products(
     return values, ids.masked_fill_(values == -torch.inf, 0)
 
 
+def search_shards(
+    queries: torch.Tensor, items: torch.Tensor, k: int, shard: RowShard, seen_ids: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`search_products` of the whole catalogue, on every process.
+
+    queries: ``[n, D]``, the same on all. items: ``[v, D]``, those of this process. seen_ids: of the whole catalogue.
+    """
+    if seen_ids is not None:
+        local = seen_ids - shard.before
+        seen_ids = local.masked_fill((local < 1) | (local > len(items)), 0)
+    values, ids = search_products(queries, items, min(k, len(items)), seen_ids)
+    values, ids = fill(values, ids + shard.before, k)
+    # Lower ranks hold smaller ids, so that ties are settled by column.
+    every = [
+        shard.collectives.gather_variable(each[None]).transpose(0, 1).flatten(1) for each in (values, ids)
+    ]
+    values, columns = largest(every[0], k)
+    return fill(values, every[1].gather(1, columns), k)
+
+
 def _search(
     queries: torch.Tensor,
     items: torch.Tensor,
@@ -56,13 +76,19 @@ def _search(
     best: _Best,
 ) -> None:
     width = buffer.shape[1]
-    seen = _seen_by_block(seen_ids, len(items), width)
+    if seen_ids is not None:  # for each block, its rows and columns of seen items
+        rows, places = ((seen_ids > 0) & (seen_ids <= len(items))).nonzero(as_tuple=True)
+        columns, order = (seen_ids[rows, places] - 1).sort()
+        rows = rows[order]
+        starts = torch.arange(0, len(items) + width, width)
+        bounds = torch.searchsorted(columns, starts).tolist()
+        seen = ((rows[a:b], columns[a:b] % width) for a, b in pairwise(bounds))
     for start in range(0, len(items), width):
         count = min(width, len(items) - start)
         scores = buffer[: len(queries), : -(-count // lanes) * lanes]
         torch.mm(queries, items[start : start + count].T, out=scores[:, :count])
         scores[:, count:] = -torch.inf
-        if seen is not None:
+        if seen_ids is not None:
             scores[next(seen)] = -torch.inf
         maxima = scores.unflatten(1, (-1, lanes)).amax(1)
         if maxima.isnan().any():
@@ -123,17 +149,3 @@ class _Best:
         best, place = largest(torch.cat([self.values[rows], scores], dim=1), self.values.shape[1])
         self.values[rows] = best
         self.ids[rows] = torch.cat([self.ids[rows], items], dim=1).gather(1, place)
-
-
-def _seen_by_block(
-    seen_ids: torch.Tensor | None, num_items: int, width: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]] | None:
-    """For each block, the rows and columns of seen items ``[r, S]``."""
-    if seen_ids is None:
-        return None
-    rows, places = ((seen_ids > 0) & (seen_ids <= num_items)).nonzero(as_tuple=True)
-    columns, order = (seen_ids[rows, places] - 1).sort()
-    rows = rows[order]
-    starts = torch.arange(0, num_items + width, width)
-    bounds = torch.searchsorted(columns, starts).tolist()
-    return ((rows[a:b], columns[a:b] % width) for a, b in pairwise(bounds))

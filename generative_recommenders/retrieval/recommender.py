@@ -30,10 +30,18 @@ from generative_recommenders.modeling.inputs import Queries
 from generative_recommenders.modeling.model import SequenceRecommender
 from generative_recommenders.ops import dispatch
 from generative_recommenders.retrieval import quantized_search
+from generative_recommenders.retrieval.frames import (
+    OUTPUTS,
+    Output,
+    answer_frame,
+    as_frame,
+    candidate_lists,
+    is_table,
+    listed,
+    seconds,
+)
 from generative_recommenders.retrieval.histories import Histories, HistoryReader
-from generative_recommenders.retrieval.inputs import as_frame, candidate_lists, is_table, listed, seconds
 from generative_recommenders.retrieval.new_items import add_rows
-from generative_recommenders.retrieval.output import OUTPUTS, Output, answer_frame
 from generative_recommenders.retrieval.product_search import search_products
 from generative_recommenders.retrieval.quantized_search import QuantizedItems
 from generative_recommenders.retrieval.selection import fill, largest

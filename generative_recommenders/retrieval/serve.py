@@ -73,12 +73,22 @@ def answer(
     recommender: Recommender, requests: list[RecommendRequest]
 ) -> list[list[dict[str, Any]] | UserError]:
     """Ranked items ``{"item_id", "score"}`` of each request; UserError in the place of one that the model cannot answer."""
+    reader = recommender.reader
     answers: list[list[dict[str, Any]] | UserError] = []
     groups: dict[tuple[bool, bool], list[int]] = {}
     for number, request in enumerate(requests):
-        refusal = _refusal(recommender, request)
-        answers.append(refusal or [])
-        if refusal is None:
+        # What is wrong with one request's columns is found before they share a frame with others'.
+        missing = [name for name in reader.needed_columns if name not in request.columns]
+        wrong = [
+            UserError(f"columns: {name} {value!r} is no number that the model reads")
+            for name in reader.number_columns
+            for value in request.columns.get(name, ())
+            if value is not None and not (isinstance(value, (int, float)) and abs(value) <= MAX_NUMBER)
+        ]
+        if missing:
+            wrong = [UserError(f"columns: the model reads {' and '.join(missing)} of each event")]
+        answers.append(wrong[0] if wrong else [])
+        if not wrong:
             groups.setdefault((request.exclude_seen, request.candidates is None), []).append(number)
     for (exclude_seen, everything), numbers in groups.items():
         parts = [numbers]
@@ -94,20 +104,6 @@ def answer(
                 else:
                     answers[part[0]] = error
     return answers
-
-
-def _refusal(recommender: Recommender, request: RecommendRequest) -> UserError | None:
-    """What is wrong with the columns of one request, before it shares a frame with others."""
-    reader = recommender.reader
-    missing = [name for name in reader.needed_columns if name not in request.columns]
-    if missing:
-        return UserError(f"columns: the model reads {' and '.join(missing)} of each event")
-    for name in reader.number_columns:
-        for value in request.columns[name]:
-            number = isinstance(value, (int, float)) and abs(value) <= MAX_NUMBER
-            if value is not None and not number:
-                return UserError(f"columns: {name} {value!r} is no number that the model reads")
-    return None
 
 
 def _ranked(

@@ -75,8 +75,7 @@ class BruteForceTopK(TopKModule):
             snapshot = self.similarity.snapshot(self.item_embeddings[start:stop])
             return self.similarity.scores(queries, snapshot, user_ids)
 
-        floats = max(1, len(queries)) * getattr(self.similarity, "num_logits", 1)
-        return scan(scores, self.num_items, k, max(1, BLOCK_SCORES // floats), seen_ids)
+        return scan(scores, self.num_items, k, max(1, BLOCK_SCORES // max(1, len(queries))), seen_ids)
 
 
 @register_top_k("MIPSBruteForceTopK")

@@ -13,8 +13,8 @@ from generative_recommenders.data.splits import make_split
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.evaluation.evaluator import Evaluator
+from generative_recommenders.evaluation.list_metrics import TopLists
 from generative_recommenders.evaluation.seen_filters import HistoryFilter
-from generative_recommenders.evaluation.top_lists import TopLists
 from memory import memory_grows_at_most
 from tiny_data import tiny_dataset
 

@@ -7,7 +7,7 @@ import torch
 
 from generative_recommenders.evaluation.metrics import CUTOFFS, RankHistogram
 from generative_recommenders.evaluation.ranks import exact_ranks
-from generative_recommenders.evaluation.seen_items import SeenItems
+from generative_recommenders.evaluation.seen_filters import SeenItems
 from golden_parity import read_golden
 
 PUBLISHED_CUT = 2500

@@ -8,7 +8,7 @@ import torch
 from generative_recommenders.evaluation import product_ranks as module
 from generative_recommenders.evaluation.product_ranks import product_ranks, product_ranks_reference
 from generative_recommenders.evaluation.ranks import exact_ranks
-from generative_recommenders.evaluation.seen_items import SeenItems
+from generative_recommenders.evaluation.seen_filters import SeenItems
 
 SPECIAL = (float("nan"), float("inf"), float("-inf"))
 

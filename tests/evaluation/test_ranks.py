@@ -11,7 +11,7 @@ from generative_recommenders.evaluation.ranks import (
     exact_ranks,
     scores_of,
 )
-from generative_recommenders.evaluation.seen_items import SeenItems
+from generative_recommenders.evaluation.seen_filters import SeenItems
 
 
 def slow_rank(scores: list[float], target: int, seen: list[int]) -> int:

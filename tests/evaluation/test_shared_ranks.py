@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from generative_recommenders.evaluation.baselines import OwnScores, SharedScores
 from generative_recommenders.evaluation.ranks import exact_ranks
-from generative_recommenders.evaluation.seen_items import SeenItems
-from generative_recommenders.evaluation.shared_ranks import OwnScores, SharedScores
+from generative_recommenders.evaluation.seen_filters import SeenItems
 
 
 @settings(max_examples=80, deadline=None)

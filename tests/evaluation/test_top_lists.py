@@ -14,10 +14,8 @@ from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.evaluation.baselines import training_counts
 from generative_recommenders.evaluation.evaluator import EvaluationResult, Evaluator
-from generative_recommenders.evaluation.list_metrics import diversity
-from generative_recommenders.evaluation.seen_filters import HistoryFilter, NoFilter, WindowFilter
-from generative_recommenders.evaluation.seen_items import SeenItems
-from generative_recommenders.evaluation.top_lists import TopLists, evenly_spaced
+from generative_recommenders.evaluation.list_metrics import TopLists, diversity, evenly_spaced
+from generative_recommenders.evaluation.seen_filters import HistoryFilter, NoFilter, SeenItems, WindowFilter
 
 ITEMS, WINDOW = 30, 6
 FILTERS = {"history": HistoryFilter(), "window": WindowFilter(), "none": NoFilter()}

@@ -22,11 +22,10 @@ from generative_recommenders.distributed.signals import StopRequested
 from generative_recommenders.errors import UserError
 from generative_recommenders.evaluation.product_ranks import product_ranks, product_ranks_reference
 from generative_recommenders.evaluation.ranks import exact_ranks
-from generative_recommenders.evaluation.seen_items import SeenItems
+from generative_recommenders.evaluation.seen_filters import SeenItems
 from generative_recommenders.modeling.inputs import Queries
-from generative_recommenders.retrieval.product_search import search_products
+from generative_recommenders.retrieval.product_search import search_products, search_shards
 from generative_recommenders.retrieval.recommender import Recommender
-from generative_recommenders.retrieval.sharded_search import search_shards
 from generative_recommenders.training.trainer import Trainer
 from programs import quick_start
 

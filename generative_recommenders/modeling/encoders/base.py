@@ -31,7 +31,7 @@ class BlockEncoder(torch.nn.Module):
     causal = True
     output_dim: int
     activation_checkpoint: bool
-    blocks: torch.nn.ModuleList
+    blocks: Any
 
     def inputs(self, layout: Layout, events: Mapping[str, torch.Tensor]) -> tuple[Any, ...]:
         """What every block of a batch is given beside its tokens, computed once."""

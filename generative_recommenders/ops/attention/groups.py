@@ -83,8 +83,16 @@ def groups_of_rows(lengths: np.ndarray, causal: bool) -> Grouping:
     groups: list[Group] = []
     first = 0
     while first < order.size:
-        rows = order[first : first + _rows_of_group(lengths[order[first:]], causal)]
-        own, width = lengths[rows], int(lengths[rows[0]])
+        width = int(lengths[order[first]])
+        fits = max(MIN_ROWS, GROUP_CELLS // width**2)
+        if (
+            not causal
+        ):  # every cell of the rectangle is computed: as many rows, from the longest on, as waste little
+            used = np.cumsum(lengths[order[first : first + fits]])
+            thrifty = used >= (1.0 - MAX_WASTE) * width * np.arange(1, used.size + 1)
+            fits = max(MIN_ROWS, int(np.flatnonzero(thrifty)[-1]) + 1)
+        rows = order[first : first + fits]
+        own = lengths[rows]
         columns = np.arange(width)
         # cells behind a row's end hold its last token: finite numbers, which no real query sees
         tokens = (starts[rows][:, None] + np.minimum(columns, own[:, None] - 1)).astype(np.int32)
@@ -122,19 +130,6 @@ def _cut(tokens: torch.Tensor, real: torch.Tensor, steps: tuple[Step, ...]) -> R
     """The parts of a group's ``tokens [g, n]`` that are queries of its steps; real: ``[g, n]``."""
     cut = [torch.cat([x[:rows, start:stop].flatten() for start, stop, rows in steps]) for x in (tokens, real)]
     return Rectangles(tuple((rows, stop - start) for start, stop, rows in steps), *cut)
-
-
-def _rows_of_group(lengths: np.ndarray, causal: bool) -> int:
-    """How many rows, from the longest on, share a rectangle: as many as memory allows and, where every cell of a rectangle
-    is computed, waste little.
-    """
-    width = int(lengths[0])
-    fits = max(MIN_ROWS, GROUP_CELLS // width**2)
-    if causal:
-        return min(fits, lengths.size)
-    used = np.cumsum(lengths[:fits])
-    thrifty = used >= (1.0 - MAX_WASTE) * width * np.arange(1, used.size + 1)
-    return max(MIN_ROWS, int(np.flatnonzero(thrifty)[-1]) + 1)
 
 
 def _steps(lengths: np.ndarray) -> tuple[Step, ...]:

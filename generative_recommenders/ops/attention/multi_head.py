@@ -23,9 +23,20 @@ def multi_head_attention(
 
     in_proj: weights of q, k and v, ``[3 D, D]``. dropout_rate: on the probabilities.
     """
-    if num_heads == 1 and dispatch.fast_on_cpu_in_one_dtype(x):
-        return _one_head(query, x, in_proj, out_proj, layout, dropout_rate)
-    return multi_head_attention_reference(query, x, in_proj, out_proj, num_heads, layout, dropout_rate)
+    if num_heads > 1 or not dispatch.fast_on_cpu_in_one_dtype(x):
+        return multi_head_attention_reference(query, x, in_proj, out_proj, num_heads, layout, dropout_rate)
+    # One head takes two products of [T, D] fewer, over [x, 1] itself as keys and values in one. (Wq a + bq)·(Wk x + bk) is
+    # (Wkᵀ (Wq a + bq))·x and what is the same for all keys, which a softmax does not see; sum p (Wv x + bv) is
+    # [Wv, bv] sum p [x, 1]. So the keys' weights go into those of queries, and the values' into the output's.
+    dim = x.shape[1]
+    spare = 1 + -(dim + 1) % 8  # one for the constant; products of full widths are faster
+    (w_q, w_k, w_v), (b_q, _, b_v) = in_proj.weight.chunk(3), in_proj.bias.chunk(3)
+    to_keys = F.pad(w_k * dim**-0.5, (0, spare)).T
+    to_output = F.pad(out_proj.weight @ torch.cat([w_v, b_v[:, None]], dim=1), (0, spare - 1))
+    inputs = F.pad(x, (0, spare), value=1.0)[:, None]
+    q = F.linear(query, to_keys @ w_q, to_keys @ b_q)[:, None]
+    attended = softmax_attention(q, inputs, inputs, layout, dropout_rate, scale=1.0)
+    return F.linear(attended.flatten(1), to_output, out_proj.bias)
 
 
 def multi_head_attention_reference(
@@ -46,27 +57,3 @@ def project_heads(x: torch.Tensor, in_proj: torch.nn.Linear, num_heads: int, par
     """q (part 0), k (1) or v (2) of ``x [T, D]``, ``[T, H, D / H]``; apart, as nothing is put together later."""
     weight, bias = in_proj.weight.chunk(3)[part], in_proj.bias.chunk(3)[part]
     return F.linear(x, weight, bias).unflatten(-1, (num_heads, -1))
-
-
-def _one_head(
-    query: torch.Tensor,
-    x: torch.Tensor,
-    in_proj: torch.nn.Linear,
-    out_proj: torch.nn.Linear,
-    layout: Layout,
-    dropout_rate: float,
-) -> torch.Tensor:
-    """The attention of one head with two products fewer: over ``[x, 1]`` itself, keys and values in one.
-
-    ``(Wq a + bq)·(Wk x + bk)`` is ``(Wkᵀ (Wq a + bq))·x`` and what is the same for all keys; and ``sum p (Wv x + bv)`` is
-    ``[Wv, bv] sum p [x, 1]``. So keys' weights go into those of queries, and values' into the output's.
-    """
-    dim = x.shape[1]
-    spare = 1 + -(dim + 1) % 8  # one for the constant; products of full widths are faster
-    (w_q, w_k, w_v), (b_q, _, b_v) = in_proj.weight.chunk(3), in_proj.bias.chunk(3)
-    to_keys = F.pad(w_k * dim**-0.5, (0, spare)).T
-    to_output = F.pad(out_proj.weight @ torch.cat([w_v, b_v[:, None]], dim=1), (0, spare - 1))
-    inputs = F.pad(x, (0, spare), value=1.0)[:, None]
-    q = F.linear(query, to_keys @ w_q, to_keys @ b_q)[:, None]
-    attended = softmax_attention(q, inputs, inputs, layout, dropout_rate, scale=1.0)
-    return F.linear(attended.flatten(1), to_output, out_proj.bias)

@@ -28,26 +28,23 @@ def table_attention(v: torch.Tensor, layout: Layout, bias: TableBias | PairBias)
 
     The weights are neither normalised nor divided, and all heads share them. v: ``[T, H, dv]``; returns ``[T, H, dv]`` a table.
     """
-    if isinstance(bias, PairBias):
-        return _over_rectangles(v, layout, bias)
+    if isinstance(
+        bias, PairBias
+    ):  # on an accelerator: rows padded to the longest, so that no length is looked at
+        n, reach = layout.longest, (bias.position.numel() + 1) // 2
+        values = layout.to_rectangle(v.flatten(1))[:, :n]
+        weights = [bias.position[reach - n : reach + n - 1].unfold(0, n, 1).flip(0)]
+        if bias.time is not None and bias.buckets is not None:
+            # an embedding's gradient is summed in sorted order, the same in every run
+            weights.append(F.embedding(bias.buckets.int(), bias.time[:, None]).squeeze(-1))
+        pad = (0, 0, 0, layout.max_length - n)
+        return [layout.flatten(F.pad(each.tril().to(v.dtype) @ values, pad)).view_as(v) for each in weights]
     if not dispatch.fast(v):
         return table_attention_reference(v, layout, bias)
     shared = v.flatten(1).unsqueeze(1)  # one product for all heads
     with dispatch.autocast(v, None):  # in the dtype that v comes in
         outputs = _GroupedTables.apply(shared, layout, bias.indices, *bias.tables)
     return [each.view_as(v) for each in outputs]
-
-
-def _over_rectangles(v: torch.Tensor, layout: Layout, bias: PairBias) -> list[torch.Tensor]:
-    """On an accelerator: rows padded to the longest, no length looked at, no gradient added up in an order of its own."""
-    n, reach = layout.longest, (bias.position.numel() + 1) // 2
-    values = layout.to_rectangle(v.flatten(1))[:, :n]
-    weights = [bias.position[reach - n : reach + n - 1].unfold(0, n, 1).flip(0)]
-    if bias.time is not None and bias.buckets is not None:
-        # an embedding's gradient is summed in sorted order, the same in every run
-        weights.append(F.embedding(bias.buckets.int(), bias.time[:, None]).squeeze(-1))
-    pad = (0, 0, 0, layout.max_length - n)
-    return [layout.flatten(F.pad(each.tril().to(v.dtype) @ values, pad)).view_as(v) for each in weights]
 
 
 class _GroupedTables(torch.autograd.Function):
