@@ -135,16 +135,15 @@ class MarkovSuccessor:
         counts = training_counts(items, offsets, train_stops, num_items).numpy().astype(np.float64)
         popularity = counts / (counts.max(initial=0) + 1)  # below 1: it orders equal counts and no others
         follows = training_events(offsets, train_stops)
-        follows[offsets[:-1][offsets[:-1] < len(follows)]] = (
-            False  # the first event of a user follows nothing
-        )
+        first = offsets[:-1][offsets[:-1] < len(follows)]
+        follows[first] = False  # the first event of a user follows nothing
         position = np.flatnonzero(follows)
         base = num_items + 1  # a pair as one integer, so that distinct pairs are distinct numbers
-        keys, counts = np.unique(
+        keys, times = np.unique(
             items[position - 1].astype(np.int64) * base + items[position], return_counts=True
         )
         previous, successor = keys // base, keys % base
-        strength = counts + popularity[successor - 1]
+        strength = times + popularity[successor - 1]
         order = np.lexsort((strength, previous))
         new_item = np.diff(previous[order], prepend=-1) > 0
         step = np.cumsum(new_item | (np.diff(strength[order], prepend=-1.0) != 0))

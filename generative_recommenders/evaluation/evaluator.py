@@ -214,7 +214,10 @@ class Evaluator:
             taken = torch.zeros_like(user_ids, dtype=torch.bool)
             if removed is not None:
                 taken = removed.contains(batch["target_ids"])
-            yield RankedUsers(user_ids, batch, self._targets(batch), removed, taken)
+            targets = batch["target_ids"]
+            if self.missed_targets is not None:  # id 0 is no item, so a miss
+                targets = targets.masked_fill(self.missed_targets[user_ids - 1], 0)
+            yield RankedUsers(user_ids, batch, targets, removed, taken)
 
     def _measured(
         self, score: Score | Ranker, lists: TopLists | None
@@ -290,12 +293,6 @@ class Evaluator:
             high_rated = torch.from_numpy(data.ratings[events]) >= self.rating_threshold
         histogram.add(ranks[scored], high_rated)
         return histogram
-
-    def _targets(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """``[B]`` target ids, 0 (no item, so a miss) for the missed ones."""
-        if self.missed_targets is None:
-            return batch["target_ids"]
-        return batch["target_ids"].masked_fill(self.missed_targets[batch["user_ids"] - 1], 0)
 
 
 def _of_all_processes(

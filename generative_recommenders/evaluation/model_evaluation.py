@@ -194,11 +194,8 @@ class ModelEvaluation:
                     self.kept[part] = [users.to(self.collectives.device) for users in evaluator.prepared()]
                 evaluator.kept = self.kept[part]
             elif self.folder is not None:
-                facts = (
-                    part,
-                    self.split.hash,
-                    repr(self.settings.to_json()),
-                )  # all that ranks depend on beside weights
+                # All that ranks depend on beside the weights.
+                facts = part, self.split.hash, repr(self.settings.to_json())
                 progress = EvaluationProgress(
                     self.folder / PROGRESS_FILE,
                     lambda: fingerprint(model.state_dict(), facts),

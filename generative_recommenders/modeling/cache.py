@@ -165,13 +165,19 @@ def append_tokens(
             f"encode_incremental: the histories were encoded with events {names[0]} and the new items come with "
             f"{names[1]}: give the same"
         )
-    # Rows whose last old token is computed again, in front of their new ones.
+    # Rows whose last old token is computed again, in front of their new ones: a stable sort by row merges the two.
     again = (old.lengths > 0) & encoder.revises_last(events)
-    place = _Places.of(layout, again)
-    x = place.merge(old.last_input, x)
-    tokens = {name: place.merge(old.last_events[name], values) for name, values in events.items()}
-    lengths = old.lengths + layout.lengths.cpu()
-    appended = Appended(_shifted(place.layout, old.lengths - again.long()), int(lengths.max()))
+    revised = again.nonzero()[:, 0].to(layout.device)
+    order = torch.cat([revised, layout.row_of]).argsort(stable=True)
+
+    def merged(last: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        return torch.cat([last[revised].to(new.dtype), new])[order]
+
+    x = merged(old.last_input, x)
+    tokens = {name: merged(old.last_events[name], values) for name, values in events.items()}
+    lengths, computed = old.lengths + layout.lengths.cpu(), layout.lengths.cpu() + again
+    layout = jagged_layout(computed, int(computed.max()), layout.device)
+    appended = Appended(_shifted(layout, old.lengths - again.long()), int(lengths.max()))
     if "timestamps" in tokens:
         appended = replace(appended, times=appended.extend(old.times, tokens["timestamps"]))
     output, blocks = encoder.encode_appended(x, tokens, appended, old.blocks)
@@ -179,9 +185,9 @@ def append_tokens(
         lengths,
         blocks,
         appended.times,
-        _at_end(place.layout, x, old.last_input),
-        _at_end(place.layout, output, old.last_output),
-        {name: _at_end(place.layout, v, old.last_events[name]) for name, v in tokens.items()},
+        _at_end(layout, x, old.last_input),
+        _at_end(layout, output, old.last_output),
+        {name: _at_end(layout, v, old.last_events[name]) for name, v in tokens.items()},
     )
 
 
@@ -205,34 +211,6 @@ def check_append(encoded: torch.Tensor, new_lengths: torch.Tensor, window: int) 
             f"encode_incremental: row {int(lengths.argmax())} would hold {int(lengths.max())} items and the window holds "
             f"{window}: encode its latest {window} items anew"
         )
-
-
-@dataclass(frozen=True)
-class _Places:
-    """Where each row's last old token (of rows that compute it again) and the new tokens lie among those computed."""
-
-    layout: Layout
-    rows: torch.Tensor
-    old: torch.Tensor
-    new: torch.Tensor
-
-    @classmethod
-    def of(cls, layout: Layout, again: torch.Tensor) -> _Places:
-        """layout: of the new tokens. again: ``[B]`` bool on the CPU, rows that compute their last old token again."""
-        again_here = again.to(layout.device)
-        lengths = layout.lengths.cpu() + again
-        both = jagged_layout(lengths, int(lengths.max()), layout.device)
-        rows = again_here.nonzero()[:, 0]
-        before = again_here.long().cumsum(0)
-        new = torch.arange(layout.num_tokens, device=layout.device) + before[layout.row_of]
-        return cls(both, rows, both.starts[rows], new)
-
-    def merge(self, last: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        """last: ``[B, ...]``; new: ``[T, ...]``."""
-        merged = new.new_empty(self.layout.num_tokens, *new.shape[1:])
-        merged[self.old] = last[self.rows]
-        merged[self.new] = new
-        return merged
 
 
 def _shifted(layout: Layout, first: torch.Tensor) -> Layout:

@@ -78,11 +78,9 @@ def next_times(
     shifted = torch.cat([timestamps, last], dim=1)[:, 1:]
     if next_known is None:
         return shifted
-    ends = (
-        torch.arange(timestamps.shape[1], device=timestamps.device)
-        == (lengths.to(timestamps.device) - 1)[:, None]
-    )
-    return torch.where(ends, next_known[:, None], shifted)
+    places = torch.arange(timestamps.shape[1], device=timestamps.device)
+    ends = lengths.to(timestamps.device)[:, None] - 1
+    return torch.where(places == ends, next_known[:, None], shifted)
 
 
 def hidden_events(columns: Events, hidden: torch.Tensor, lengths: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -146,9 +146,8 @@ class CombinedItemAndRatingInputFeaturesPreprocessor(InputPreprocessor):
         doubled = double_layout(layout)
         read = 2 * torch.arange(layout.num_tokens, device=layout.device) + 1
         both = {name: _twice(values) for name, values in events.items()}
-        if (
-            "next_timestamps" in events
-        ):  # of an item, its own rating's, which is the same; of a rating, the next item's
+        if "next_timestamps" in events:
+            # After an item comes its own rating, at the same time; after a rating, the next item.
             times = [events["timestamps"], events["next_timestamps"]]
             both["next_timestamps"] = torch.stack(times, dim=1).flatten()
         return EncoderInput(self.add_positions(x, doubled), doubled, both, read)

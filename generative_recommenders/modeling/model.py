@@ -43,25 +43,28 @@ class SequenceEncoder(torch.nn.Module):
         event_features: EventFeatures | None = None,
     ) -> None:
         super().__init__()
-        self.preprocessor = preprocessor
-        self.encoder = encoder
-        self.postprocessor = postprocessor
-        self.context_merger = context_merger
-        self.event_features = event_features
+        self.preprocessor, self.encoder, self.postprocessor = preprocessor, encoder, postprocessor
+        self.context_merger, self.event_features = context_merger, event_features
 
     def forward(
         self, items: torch.Tensor, layout: Layout, events: Mapping[str, torch.Tensor]
     ) -> torch.Tensor:
         """items: ``[T, D]`` embeddings of the history's tokens. Returns ``[T, D']``: the state after each input token."""
-        if self.event_features is not None:
-            items = self.event_features(items, events)
-        inputs: EncoderInput = self.preprocessor(items, layout, events)
+        inputs = self.encoder_input(items, layout, events)
         states = self.encoder(inputs.x, inputs.layout, inputs.events)
         if inputs.read is not None:
             states = states.index_select(0, inputs.read)
         if self.context_merger is not None:
             states = self.context_merger(states, events)
         return layout.mask(self.postprocessor(states))
+
+    def encoder_input(
+        self, items: torch.Tensor, layout: Layout, events: Mapping[str, torch.Tensor]
+    ) -> EncoderInput:
+        """What the encoder reads of the history's tokens."""
+        if self.event_features is not None:
+            items = self.event_features(items, events)
+        return self.preprocessor(items, layout, events)
 
     def last(self, items: torch.Tensor, layout: Layout, events: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """``[B, D']``: the state after each row's last token, 0 for a row without tokens.
@@ -74,8 +77,7 @@ class SequenceEncoder(torch.nn.Module):
         causal = layout.valid is None and layout.attention_mask is None and layout.num_tokens > 0
         if not (alone and causal and dispatch.fast_on_cpu_in_one_dtype(items)):
             return layout.at_end(self(items, layout, events))
-        x = items if self.event_features is None else self.event_features(items, events)
-        inputs: EncoderInput = self.preprocessor(x, layout, events)
+        inputs = self.encoder_input(items, layout, events)
         filled = layout.lengths > 0
         tokens = layout.last_tokens[filled]
         if inputs.read is not None and not torch.equal(
@@ -98,13 +100,27 @@ class SequenceEncoder(torch.nn.Module):
     ) -> tuple[torch.Tensor, HistoryCache]:
         """The states ``[B, D']`` after `forward` of histories that go on with ``items [T, D]``, and their cache.
 
-        layout: jagged, of the new items alone (see `modeling.cache.new_layout`).
+        layout: jagged, of the new items alone (see `modeling.cache.new_layout`). UserError where histories cannot be encoded
+        piece by piece.
         """
-        encoder = appendable_encoder(self, layout)
-        if self.event_features is not None:
-            items = self.event_features(items, events)
-        inputs: EncoderInput = self.preprocessor(items, layout, events)
-        cache = append_tokens(encoder, cache, inputs.x, inputs.layout, inputs.events)
+        if not self.preprocessor.appendable:
+            name = type(self.preprocessor).__name__
+            raise UserError(
+                f"encode_incremental: {name} gives every event another position when one is appended"
+            )
+        if not isinstance(self.encoder, IncrementalEncoder):
+            name = type(self.encoder).__name__
+            raise UserError(f"encode_incremental: {name} keeps nothing of a history; SASRec and HSTU do")
+        if layout.attention_mask is not None:
+            raise UserError(
+                "encode_incremental: the layout has an attention mask of its own, and only causal histories can be appended to"
+            )
+        if self.training:
+            raise UserError(
+                "encode_incremental: the model is in training mode, where dropout acts; call eval() first"
+            )
+        inputs = self.encoder_input(items, layout, events)
+        cache = append_tokens(self.encoder, cache, inputs.x, inputs.layout, inputs.events)
         states = cache.last_output
         if self.context_merger is not None:
             states = self.context_merger(states, cache.last_events)
@@ -269,23 +285,3 @@ class SequenceRecommender(torch.nn.Module):
 
 
 _NEEDS_MASK_SLOT = "the model was trained to name masked items: its states come from encode_query, which appends the mask slot"
-
-
-def appendable_encoder(sequence: SequenceEncoder, layout: Layout) -> IncrementalEncoder:
-    """The sequence's encoder; UserError where histories cannot be encoded piece by piece."""
-    encoder: object = sequence.encoder
-    if not sequence.preprocessor.appendable:
-        name = type(sequence.preprocessor).__name__
-        raise UserError(f"encode_incremental: {name} gives every event another position when one is appended")
-    if not isinstance(encoder, IncrementalEncoder):
-        name = type(encoder).__name__
-        raise UserError(f"encode_incremental: {name} keeps nothing of a history; SASRec and HSTU do")
-    if layout.attention_mask is not None:
-        raise UserError(
-            "encode_incremental: the layout has an attention mask of its own, and only causal histories can be appended to"
-        )
-    if sequence.training:
-        raise UserError(
-            "encode_incremental: the model is in training mode, where dropout acts; call eval() first"
-        )
-    return encoder

@@ -61,10 +61,9 @@ class CausalObjective(Objective):
         read = layout.last_tokens[layout.lengths > 0] if self.last_only else None
         ids, ratings = batch["target_ids"], batch.get("target_ratings")
         if self.num_positives > 1:
-            ids = following(ids, features.past_lengths, self.num_positives)
-            ratings = (
-                ratings if ratings is None else following(ratings, features.past_lengths, self.num_positives)
-            )
+            lengths, count = features.past_lengths, self.num_positives
+            ids = following(ids, lengths, count)
+            ratings = None if ratings is None else following(ratings, lengths, count)
         example = make_example(features, layout, ids, ratings, batch["user_ids"], read)
         if self.target_weights == "equal":
             return example

@@ -128,6 +128,7 @@ class NegativesSampler(torch.nn.Module, ABC):
         self.num_negatives = num_negatives
         self.sharing = sharing
         self.log_q_correction = log_q_correction
+        self.register_buffer("nothing", torch.empty(0), persistent=False)
 
     def forward(
         self, key: Key, first_token: int, num_tokens: int, batch: BatchItems | None = None
@@ -140,7 +141,8 @@ class NegativesSampler(torch.nn.Module, ABC):
 
     @property
     def device(self) -> torch.device:
-        return next(self.buffers(), torch.empty(0)).device
+        """Of draws; a sampler without tables has at least an empty buffer, which moves with the module."""
+        return self.get_buffer("nothing").device
 
     @abstractmethod
     def draw(
@@ -158,7 +160,6 @@ class LocalNegativesSampler(NegativesSampler):
         if num_items < 1:
             raise ValueError("there are no items to draw negatives from")
         self.num_items = num_items
-        self.register_buffer("_device", torch.empty(0), persistent=False)
 
     def draw(self, key, units, draws, batch):
         return counter_integers(key, units, draws, self.num_items).add_(1), None
@@ -187,7 +188,6 @@ class InBatchNegativesSampler(NegativesSampler):
         counts: torch.Tensor | None = None,
     ) -> None:
         super().__init__(num_negatives, sharing, log_q_correction)
-        self.register_buffer("_device", torch.empty(0), persistent=False)
         if log_q_correction:
             if counts is None or not bool((counts > 0).any()):
                 raise ValueError("in-batch negatives: log_q_correction needs counts of the training events")
@@ -289,10 +289,6 @@ class MixedNegativesSampler(NegativesSampler):
             )
         self.uses_batch_pool = any(sampler.uses_batch_pool for sampler in samplers)
 
-    @property
-    def device(self) -> torch.device:
-        return self.parts[0].device
-
     def draw(self, key, units, draws, batch):
         parts = [
             sampler.draw(stream_key(key, index), units, count, batch)[0]
@@ -335,13 +331,11 @@ class MultiClassNegativesSampler(NegativesSampler):
             )
         weights = torch.ones(len(assignment)) if class_weights is None else class_weights.float()
         self.register_buffer("cumulative", (weights / weights.sum()).cumsum(0), persistent=False)
-        for names, matrix in (
-            (("members", "starts"), assignment),
-            (("classes", "class_starts"), assignment.T),
-        ):
-            sizes = matrix.sum(1)
-            self.register_buffer(names[0], matrix.nonzero()[:, 1], persistent=False)
-            self.register_buffer(names[1], F.pad(sizes.cumsum(0), (1, 0)), persistent=False)
+        # Both ways jagged: the items of each class, and the classes of each item.
+        of_class, of_item = (("members", "starts"), assignment), (("classes", "class_starts"), assignment.T)
+        for (name, starts), matrix in (of_class, of_item):
+            self.register_buffer(name, matrix.nonzero()[:, 1], persistent=False)
+            self.register_buffer(starts, F.pad(matrix.sum(1).cumsum(0), (1, 0)), persistent=False)
 
     def draw(self, key, units, draws, batch):
         chosen = self._classes(key, units, batch.targets)

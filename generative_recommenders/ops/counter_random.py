@@ -40,10 +40,8 @@ def counter_bits(key: Key, counters: torch.Tensor, draws: int) -> torch.Tensor:
     keys = _mix64(counters * _signed(_GOLDEN) + key).to(torch.int32)
     steps = torch.arange(draws, device=counters.device, dtype=torch.int32) * _signed32(0x9E3779B9)
     bits = keys[:, None] + steps
-    for shift, factor in (
-        (16, 0x7FEB352D),
-        (15, 0x846CA68B),
-    ):  # torch has no unsigned shift: the sign's copies are masked
+    # torch has no unsigned shift: the copies of the sign that come in from the left are masked.
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         bits ^= (bits >> shift) & ((1 << (32 - shift)) - 1)
         bits *= _signed32(factor)
     bits ^= (bits >> 16) & 0xFFFF

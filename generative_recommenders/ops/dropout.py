@@ -37,14 +37,13 @@ class KeepMasks:
         self.elements, self.numbered = elements, numbered_rows.current()
         if self.numbered is not None:
             self.key, self.calls = self.numbered.next_key(), 0
-            self.lowest_kept = round(rate * (1 << 16)) - (
-                1 << 15
-            )  # of the 16 bits that a number gives each element
+            # Of the 16 bits, as a signed number, that a counter gives each element.
+            self.lowest_kept = round(rate * (1 << 16)) - (1 << 15)
         elif not dispatch.waits(like):
             self.generator = np.random.SFC64(int(torch.empty((), dtype=torch.int64).random_()))
-            self.lowest_kept = (
-                math.floor(rate * _LEVELS + self.generator.random_raw() * 2.0**-64) - _LEVELS // 2
-            )
+            # One of the two multiples of 1 / 256 around the rate, by chance such that the rate is met on average.
+            level = math.floor(rate * _LEVELS + self.generator.random_raw() * 2.0**-64)
+            self.lowest_kept = level - _LEVELS // 2
             self.unused = torch.empty(0, dtype=torch.int8)
 
     def draw(self, shape: torch.Size | tuple[int, ...], numbers: torch.Tensor | None = None) -> torch.Tensor:

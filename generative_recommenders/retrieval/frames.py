@@ -40,11 +40,8 @@ def as_frame(given: Any, what: str = "histories") -> pl.DataFrame:
         if isinstance(given, (pa.Table, pa.RecordBatch)):
             return pl.DataFrame(given)
         return pl.from_pandas(pd.DataFrame(given))
-    except (
-        pa.ArrowException,
-        ValueError,
-        TypeError,
-    ) as error:  # a column of texts and numbers, a text, a number
+    except (pa.ArrowException, ValueError, TypeError) as error:
+        # A column of texts and numbers, a text, a number.
         raise UserError(
             f"{what}: {str(error).splitlines()[0]}; give a table whose columns have one type each"
         ) from error

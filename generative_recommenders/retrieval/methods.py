@@ -52,20 +52,19 @@ def _named(method: str) -> tuple[Part, dict[str, int]]:
     return part, dict(zip(names, map(int, numbers)))
 
 
-def build_top_k(settings: RunSettings, model: SequenceRecommender) -> TopKModule:
-    """The search of ``train_fn.top_k_method`` over the model's items as they are now."""
-    return _of_settings(settings, model.similarity, model.catalogue().embeddings)
+def build_top_k(
+    settings: RunSettings, model: SequenceRecommender, items: torch.Tensor | None = None
+) -> TopKModule:
+    """The search of ``train_fn.top_k_method`` over the model's items as they are now, or over others as scored."""
+    method = settings.model.top_k_method
+    items = model.catalogue().embeddings if items is None else items
+    part, _ = _named(method)
+    return make_top_k(method, model.similarity, items, settings.options.get(part.gin_name))
 
 
 def check_top_k(settings: RunSettings, model: SequenceRecommender) -> None:
     """UserError where ``train_fn.top_k_method`` does not fit the model."""
-    _of_settings(settings, model.similarity, torch.zeros(1, model.items.embedding_dim))
-
-
-def _of_settings(settings: RunSettings, similarity: Similarity, items: torch.Tensor) -> TopKModule:
-    method = settings.model.top_k_method
-    part, _ = _named(method)
-    return make_top_k(method, similarity, items, settings.options.get(part.gin_name))
+    build_top_k(settings, model, torch.zeros(1, model.items.embedding_dim))
 
 
 def _type_of(part: Part) -> type:

@@ -77,12 +77,10 @@ class _CandidateTopK(TopKModule):
 
     def candidates(self, query: QueryComponents, seen_ids: torch.Tensor | None) -> torch.Tensor:
         """``[n, Pq * Pi * k_per_group + avg_top_k]`` ids, 0 for none, repeats allowed."""
-        pairs = (
-            product(query.components.unbind(1), self.items.components.unbind(1)) if self.k_per_group else ()
-        )
-        found = [
-            search_products(of_query, of_item, self.k_per_group, seen_ids)[1] for of_query, of_item in pairs
-        ]
+        found = []
+        if self.k_per_group:
+            for pair in product(query.components.unbind(1), self.items.components.unbind(1)):
+                found.append(search_products(*pair, self.k_per_group, seen_ids)[1])
         if self.avg_top_k:
             mean = query.components.mean(1)
             found.append(search_products(mean, self.average, self.avg_top_k, seen_ids)[1])

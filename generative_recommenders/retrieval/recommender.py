@@ -114,10 +114,8 @@ class Recommender:
         name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         try:
             torch.empty(0, device=name)
-        except (
-            RuntimeError,
-            AssertionError,
-        ) as error:  # a name that torch does not know, a GPU that is not there
+        except (RuntimeError, AssertionError) as error:
+            # A name that torch does not know, a GPU that is not there.
             raise UserError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
         return cls.of_checkpoint(checkpoint, torch.device(name))
 

@@ -184,9 +184,8 @@ class Batcher:
             answers: Sequence[list[dict[str, Any]] | Exception]
             try:
                 answers = await loop.run_in_executor(self.thread, answer, self.recommender, requests)
-            except (
-                Exception
-            ) as error:  # a fault of the program: these requests get status 500, later ones an answer
+            except Exception as error:
+                # A fault of the program: these requests get status 500, later ones an answer.
                 logging.exception("a batch of %d requests failed", len(requests))
                 answers = [error] * len(requests)
             for (_, future), found in zip(some, answers):

@@ -41,21 +41,18 @@ class Session:
         self.numeric = histories.numeric
         self._of_user = {name: x for name, x in batch.items() if x.dim() == 1 and name != "lengths"}
         new = {name: x[:, :length] for name, x in batch.items() if x.dim() == 2}
-        columns = (
-            {name: torch.cat([self._columns[name], x], dim=1) for name, x in new.items()}
-            if self._columns
-            else new
-        )
+        before = self._columns or {name: x[:, :0] for name, x in new.items()}
+        columns = {name: torch.cat([before[name], x], dim=1) for name, x in new.items()}
         times = columns.get("timestamps")
         if times is not None and (times.diff(dim=1) < 0).any():
             order = times.argsort(dim=1, stable=True)
             columns = {name: x.gather(1, order) for name, x in columns.items()}
             self._cache = None  # what was encoded behind the new event is no longer true
         self._columns = {name: x[:, -self.window :] for name, x in columns.items()}
-        if "next_timestamps" in self._of_user:  # unless a request brings its own, the time of the last event
-            self._of_user["next_timestamps"] = torch.nn.functional.pad(self._columns["timestamps"], (1, 0))[
-                :, -1
-            ]
+        if "next_timestamps" in self._of_user:
+            # Unless a request brings its own, the time of the last event.
+            times = torch.nn.functional.pad(self._columns["timestamps"], (1, 0))
+            self._of_user["next_timestamps"] = times[:, -1]
         self._total += length
         if length:
             self._state = None

@@ -99,9 +99,9 @@ def test_project_and_combine_carry_jagged_tokens() -> None:
     lengths = torch.tensor([5, 0, 2])
     layout = jagged_layout(lengths, 5)
     x = torch.randn(3, 5, 8)
-    heads = module.project(*[layout.flatten(x)] * 3)
-    first = softmax_attention(heads.q1, heads.k1, heads.v, layout)
-    second = softmax_attention(heads.q2, heads.k2, heads.v, layout)
+    q, k, v = module.project(*[layout.flatten(x)] * 3)
+    halves = zip(q.chunk(2, -1), k.chunk(2, -1))
+    first, second = (softmax_attention(*half, v, layout) for half in halves)
     assert torch.allclose(module.combine(first, second), layout.flatten(module(x, x, x)), atol=1e-6)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from generative_recommenders.errors import UserError
-from generative_recommenders.objectives.losses.sce import ScalableCrossEntropyLoss, SCEParams
+from generative_recommenders.objectives.losses.sce import ScalableCrossEntropyLoss
 from golden_parity import assert_gradients, assert_near, load_golden
 
 
@@ -33,8 +33,8 @@ def test_recorded_numbers():
     real, masked = inputs["padding_mask"].flatten(), inputs["tokens_mask"].flatten()
 
     def value(mix_x: bool, normals: str, counted: torch.Tensor) -> torch.Tensor:
-        params = SCEParams(config["n_buckets"], config["bucket_size_x"], config["bucket_size_y"], mix_x)
-        loss = ScalableCrossEntropyLoss(params)
+        sizes = config["n_buckets"], config["bucket_size_x"], config["bucket_size_y"]
+        loss = ScalableCrossEntropyLoss(*sizes, mix_x)
         return loss(flat, weight, labels, counted, selectable=real, normals=inputs[normals]).mean()
 
     assert_near(value(True, "randn_mix", real), golden.outputs["loss_mix_x"], 1e-5)
@@ -47,7 +47,7 @@ def test_recorded_numbers():
 @pytest.mark.parametrize("mix_x", [False, True])
 def test_buckets_of_everything_are_the_full_softmax(mix_x):
     hidden, weight, labels, weights = drawn(0)
-    loss = ScalableCrossEntropyLoss(SCEParams(3, 100, 100, mix_x))
+    loss = ScalableCrossEntropyLoss(3, 100, 100, mix_x)
     output = loss(hidden, weight, labels, weights, generator())
     rows = F.cross_entropy(hidden @ weight.t(), labels, reduction="none")
     assert_near(output.sum, (weights * rows).sum(), 1e-5)
@@ -56,7 +56,7 @@ def test_buckets_of_everything_are_the_full_softmax(mix_x):
 
 def test_buckets_follow_the_generator():
     scene = drawn(1)
-    loss = ScalableCrossEntropyLoss(SCEParams(2, 4, 3))
+    loss = ScalableCrossEntropyLoss(2, 4, 3)
     first, again, other = (loss(*scene, generator(seed)).sum for seed in (5, 5, 6))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
@@ -66,7 +66,7 @@ def test_tokens_without_weight_or_label_are_chosen_last_and_never_count():
     hidden, weight, labels, weights = drawn(2)
     weights = torch.ones_like(weights)
     weights[:8], labels[8:12] = 0, -1
-    output = ScalableCrossEntropyLoss(SCEParams(4, 8, 15))(hidden, weight, labels, weights, generator())
+    output = ScalableCrossEntropyLoss(4, 8, 15)(hidden, weight, labels, weights, generator())
     assert output.weight == 8
     gradient = torch.autograd.grad(output.sum, hidden)[0]
     assert torch.equal(gradient[:12], torch.zeros(12, 6))
@@ -75,13 +75,13 @@ def test_tokens_without_weight_or_label_are_chosen_last_and_never_count():
 
 def test_nothing_to_count_gives_zero():
     hidden, weight, labels, weights = drawn(3)
-    output = ScalableCrossEntropyLoss(SCEParams(2, 4, 3))(hidden, weight, labels, weights * 0, generator())
+    output = ScalableCrossEntropyLoss(2, 4, 3)(hidden, weight, labels, weights * 0, generator())
     assert (output.sum, output.weight) == (0, 0)
 
 
 def test_autocast_does_not_lower_the_precision():
     scene = drawn(4)
-    loss = ScalableCrossEntropyLoss(SCEParams(2, 4, 3))
+    loss = ScalableCrossEntropyLoss(2, 4, 3)
     with torch.autocast("cpu", torch.bfloat16):
         cast = loss(*scene, generator()).sum
     assert torch.equal(cast, loss(*scene, generator()).sum)
@@ -89,15 +89,15 @@ def test_autocast_does_not_lower_the_precision():
 
 def test_nan_hidden_states_give_a_nan_loss():
     hidden, *rest = drawn(5)
-    output = ScalableCrossEntropyLoss(SCEParams(2, 4, 3))(hidden * float("nan"), *rest, generator())
+    output = ScalableCrossEntropyLoss(2, 4, 3)(hidden * float("nan"), *rest, generator())
     assert output.sum.isnan()
 
 
 def test_bad_input_is_refused():
     hidden, weight, labels, weights = drawn(6)
-    loss = ScalableCrossEntropyLoss(SCEParams(2, 4, 3))
+    loss = ScalableCrossEntropyLoss(2, 4, 3)
     with pytest.raises(UserError, match="bucket sizes"):
-        SCEParams(0, 4, 3)
+        ScalableCrossEntropyLoss(0, 4, 3)
     with pytest.raises(UserError, match="positives"):
         loss(hidden, weight, labels + 15, weights)
     with pytest.raises(UserError, match="normal numbers"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import nn
@@ -23,16 +23,6 @@ from generative_recommenders.ops.normalization import RMSNorm, rms_norm
 
 HEAD_NORM_EPS = 1e-5
 _LAMBDA_STD = 0.1  # of the lambda vectors at the start, as in the public code of the paper's authors
-
-
-class DifferentialHeads(NamedTuple):
-    """Two pairs of queries and keys ``[..., H, dq]`` over shared values ``[..., H, dv]``."""
-
-    q1: torch.Tensor
-    k1: torch.Tensor
-    q2: torch.Tensor
-    k2: torch.Tensor
-    v: torch.Tensor
 
 
 def lambda_init_of_block(block: int) -> float:
@@ -81,12 +71,13 @@ class DifferentialAttention(nn.Module):
         self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2 = vectors
         self.rms_scale = nn.Parameter(torch.ones(vdim // num_heads))
 
-    def project(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> DifferentialHeads:
-        """``[..., D]`` each to heads; every head's 2 dq columns hold its first half, then its second."""
-        q1, q2 = self.W_q(query).unflatten(-1, (self.num_heads, -1)).chunk(2, dim=-1)
-        k1, k2 = self.W_k(key).unflatten(-1, (self.num_heads, -1)).chunk(2, dim=-1)
-        v = self.W_v(value).unflatten(-1, (self.num_heads, -1))
-        return DifferentialHeads(q1, k1, q2, k2, v)
+    def project(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """``[..., D]`` each to heads: q and k ``[..., H, 2 dq]``, the first attention's half beside the second's, and v."""
+        projected = self.W_q(query), self.W_k(key), self.W_v(value)
+        q, k, v = (x.unflatten(-1, (self.num_heads, -1)) for x in projected)
+        return q, k, v
 
     def combine(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
         """The two attended values ``[..., H, dv]`` to ``[..., D]``."""
@@ -165,8 +156,7 @@ class DiffTransformerBlock(nn.Module):
     def attend(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
         """(softmax(q1 k1ᵀ / sqrt(dq)) - lambda softmax(q2 k2ᵀ / sqrt(dq))) v, ``[T, D]`` (eq. 1)."""
         attn, rate = self.attn, self.dropout.rate if self.training else 0.0
-        q, k, v = (linear(x).unflatten(-1, (attn.num_heads, -1)) for linear in (attn.W_q, attn.W_k, attn.W_v))
-        difference = differential_attention(q, k, v, attn.lambdas(), layout, rate)
+        difference = differential_attention(*attn.project(x, x, x), attn.lambdas(), layout, rate)
         return self.dropout(attn.output(difference))
 
 

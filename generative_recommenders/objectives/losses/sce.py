@@ -7,8 +7,6 @@ this loss is not a sum over tokens: N processes do not give the numbers of one.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
@@ -22,38 +20,35 @@ from generative_recommenders.types import LossOutput
 _SELECTION_BYTES = 256 * 2**20  # bound of the products of directions with all items held at a time
 
 
-@dataclass(frozen=True)
-class SCEParams:
-    """Sizes of SCE.
+@register_loss("ScalableCrossEntropyLoss", "SCE", gin_name="sce")
+class ScalableCrossEntropyLoss(nn.Module):
+    """Softmax cross-entropy of a token among the items near it alone (arXiv 2409.18721), in float32, also under autocast.
+
+    ``-ln softmax`` of a token's label against the items of a bucket, the label among them taken out. Directions are
+    ``D^(-1/4) Z`` with normal Z ``[n_buckets, D]``, or ``(D^(-1/4) Z)^T x`` with Z ``[T, n_buckets]`` under mix_x. A token in
+    several buckets keeps its largest loss; tokens of no bucket, or of loss exactly 0, are left out of the sum and of the
+    weight (RePlay's reading).
 
     n_buckets: random directions.
     bucket_size_x: tokens of a bucket (all, if there are fewer).
     bucket_size_y: items of a bucket (all, if there are fewer).
-    mix_x: take the directions from the span of the tokens, as random mixtures of hidden states.
+    mix_x: directions are random mixtures of the tokens' states instead of random vectors.
     """
 
-    n_buckets: int
-    bucket_size_x: int
-    bucket_size_y: int
-    mix_x: bool = False
-
-    def __post_init__(self) -> None:
-        if min(self.n_buckets, self.bucket_size_x, self.bucket_size_y) < 1:
-            raise UserError(f"SCE needs positive bucket sizes, not {self}")
-
-
-class ScalableCrossEntropyLoss(nn.Module):
-    """SCE: ``-ln softmax`` of a token's label against the items of a bucket, the label among them taken out.
-
-    Directions are ``D^(-1/4) Z`` with normal Z ``[n_buckets, D]``, or ``(D^(-1/4) Z)^T x`` with Z ``[T,
-    n_buckets]`` under mix_x. A token in several buckets keeps its largest loss; tokens of no bucket, or of
-    loss exactly 0, are left out of the sum and of the weight (RePlay's reading). Computed in float32, also
-    under autocast.
-    """
-
-    def __init__(self, params: SCEParams) -> None:
+    def __init__(
+        self,
+        n_buckets: Size = 256,
+        bucket_size_x: Size = 256,
+        bucket_size_y: Size = 256,
+        mix_x: bool = False,
+    ) -> None:
         super().__init__()
-        self.params = params
+        if min(n_buckets, bucket_size_x, bucket_size_y) < 1:
+            raise UserError(
+                f"SCE needs positive bucket sizes, not {n_buckets}, {bucket_size_x}, {bucket_size_y}"
+            )
+        self.n_buckets, self.mix_x = n_buckets, mix_x
+        self.bucket_size_x, self.bucket_size_y = bucket_size_x, bucket_size_y
 
     def forward(
         self,
@@ -109,31 +104,17 @@ class ScalableCrossEntropyLoss(nn.Module):
         normals: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Tokens ``[n_buckets, X]`` and items ``[n_buckets, Y]`` of the buckets."""
-        count, (length, width) = self.params.n_buckets, hidden.shape
-        shape = (length, count) if self.params.mix_x else (count, width)
+        count, (length, width) = self.n_buckets, hidden.shape
+        shape = (length, count) if self.mix_x else (count, width)
         if normals is None:
             normals = torch.randn(shape, generator=generator, device=hidden.device, dtype=hidden.dtype)
         if normals.shape != shape:
             raise UserError(f"SCE's normal numbers must be {list(shape)}, not {list(normals.shape)}")
         scaled = normals * width**-0.25
-        directions = scaled.t() @ hidden if self.params.mix_x else scaled
+        directions = scaled.t() @ hidden if self.mix_x else scaled
         reach = (directions @ hidden.t()).masked_fill(~selectable, -torch.inf)
-        tokens = reach.topk(min(self.params.bucket_size_x, len(hidden))).indices
-        size = min(self.params.bucket_size_y, len(item_weight))
+        tokens = reach.topk(min(self.bucket_size_x, len(hidden))).indices
+        size = min(self.bucket_size_y, len(item_weight))
         rows = max(1, _SELECTION_BYTES // (item_weight.shape[0] * item_weight.element_size()))
         items = [(part @ item_weight.t()).topk(size).indices for part in directions.split(rows)]
         return tokens, torch.cat(items)
-
-
-@register_loss("ScalableCrossEntropyLoss", "SCE", gin_name="sce")
-def scalable_cross_entropy(
-    n_buckets: Size = 256, bucket_size_x: Size = 256, bucket_size_y: Size = 256, mix_x: bool = False
-) -> ScalableCrossEntropyLoss:
-    """Softmax cross-entropy of a token among the items near it alone, `ScalableCrossEntropyLoss` (arXiv 2409.18721).
-
-    n_buckets: random directions.
-    bucket_size_x: tokens of a bucket (all, if there are fewer).
-    bucket_size_y: items of a bucket (all, if there are fewer).
-    mix_x: directions are random mixtures of the tokens' states instead of random vectors.
-    """
-    return ScalableCrossEntropyLoss(SCEParams(n_buckets, bucket_size_x, bucket_size_y, mix_x))

@@ -109,9 +109,8 @@ def _launch(q, k, v, layout: Layout, weights: Weights, position, time) -> _Launc
     reach = 0 if position is None else (len(position) + 1) // 2
     kept_share = 1.0 - weights.dropout_rate
     scales = weights.logit_scale, 1.0 / (weights.divisor * kept_share), weights.dropout_rate
-    block_qk, block_v = (
-        max(16, triton.next_power_of_2(x)) for x in (dqk, dv)
-    )  # 16: the least of a product of tiles
+    # 16 is the least width of a product of tiles.
+    block_qk, block_v = (max(16, triton.next_power_of_2(x)) for x in (dqk, dv))
     block, options = _NARROW if max(block_qk, block_v) <= 32 else _WIDE
     options = options | {
         "H": heads,

@@ -85,9 +85,8 @@ def groups_of_rows(lengths: np.ndarray, causal: bool) -> Grouping:
     while first < order.size:
         width = int(lengths[order[first]])
         fits = max(MIN_ROWS, GROUP_CELLS // width**2)
-        if (
-            not causal
-        ):  # every cell of the rectangle is computed: as many rows, from the longest on, as waste little
+        if not causal:
+            # Every cell of the rectangle is computed: as many rows, from the longest on, as waste little.
             used = np.cumsum(lengths[order[first : first + fits]])
             thrifty = used >= (1.0 - MAX_WASTE) * width * np.arange(1, used.size + 1)
             fits = max(MIN_ROWS, int(np.flatnonzero(thrifty)[-1]) + 1)

@@ -118,9 +118,8 @@ class _GroupedPointwise(torch.autograd.Function):
                 d_s = torch.ops.aten.silu_backward(d_w if kept is None else d_w.mul_(kept), logits)
                 torch.bmm(d_s, corner(k_, rows, seen), out=d_q_t)
                 add_products(corner(d_k_, rows, seen), written, (d_s.mT, q_t))
-                if (
-                    d_tables
-                ):  # heads share the tables; adding their few parts is faster than a sum over the axis
+                if d_tables:
+                    # Heads share the tables; adding their few parts is faster than a sum over the axis.
                     d_cells = functools.reduce(torch.add, d_s.unflatten(0, (-1, heads)).unbind(1))
                     for total, of_cells in zip(d_tables, index):
                         add_by_index(total, of_cells, d_cells)

@@ -28,9 +28,8 @@ def table_attention(v: torch.Tensor, layout: Layout, bias: TableBias | PairBias)
 
     The weights are neither normalised nor divided, and all heads share them. v: ``[T, H, dv]``; returns ``[T, H, dv]`` a table.
     """
-    if isinstance(
-        bias, PairBias
-    ):  # on an accelerator: rows padded to the longest, so that no length is looked at
+    if isinstance(bias, PairBias):
+        # On an accelerator: rows padded to the longest, so that no length is looked at.
         n, reach = layout.longest, (bias.position.numel() + 1) // 2
         values = layout.to_rectangle(v.flatten(1))[:, :n]
         weights = [bias.position[reach - n : reach + n - 1].unfold(0, n, 1).flip(0)]

@@ -40,7 +40,8 @@ class MultiHeadDifferentialAttention(DifferentialAttention):
                 f"{query.shape[1]} queries and {key.shape[1]} keys in MultiHeadDifferentialAttention: "
                 "the causal mask needs equal lengths, pass attn_mask"
             )
-        q1, k1, q2, k2, v = (x.transpose(-2, -3) for x in self.project(query, key, value))
+        q, k, v = (x.transpose(-2, -3) for x in self.project(query, key, value))
+        (q1, q2), (k1, k2) = q.chunk(2, -1), k.chunk(2, -1)
         mask = mask_for(q1, mask)
         first = F.scaled_dot_product_attention(q1, k1, v, mask)
         second = F.scaled_dot_product_attention(q2, k2, v, mask)

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
+
 from torch import Tensor, nn
 
 from generative_recommenders.errors import UserError
 from generative_recommenders.objectives.losses import sce
-from generative_recommenders.objectives.losses.sce import SCEParams
 
 __all__ = ["SCEParams", "ScalableCrossEntropyLoss"]
+
+
+@dataclass(frozen=True)
+class SCEParams:
+    """Sizes of SCE, see `objectives.losses.sce.ScalableCrossEntropyLoss`."""
+
+    n_buckets: int
+    bucket_size_x: int
+    bucket_size_y: int
+    mix_x: bool = False
 
 
 class ScalableCrossEntropyLoss(nn.Module):
@@ -19,7 +30,7 @@ class ScalableCrossEntropyLoss(nn.Module):
 
     def __init__(self, sce_params: SCEParams) -> None:
         super().__init__()
-        self.core = sce.ScalableCrossEntropyLoss(sce_params)
+        self.core = sce.ScalableCrossEntropyLoss(**asdict(sce_params))
 
     def forward(
         self,
