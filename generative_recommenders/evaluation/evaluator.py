@@ -183,6 +183,7 @@ class Evaluator:
                 return self.collectives.any(self.stop())
 
         measured = torch.zeros(len(self.loader.targets), dtype=torch.int64)
+        # Ranks begin at 1, so that 0 says not yet and a sum over processes joins them.
         known = torch.zeros_like(measured) if progress is None else progress.load(len(measured))
         self.loader.leave_out(known.numpy() > 0)
         for users, ranks in self._measured(score, lists):

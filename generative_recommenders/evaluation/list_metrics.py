@@ -88,6 +88,7 @@ def diversity(top_ids: torch.Tensor) -> float:
     once.
     """
     ids = distinct(top_ids)
+    # Listed items numbered 1, 2, ...: the table is as large as the lists, not as the catalogue.
     _, codes = torch.cat([ids.new_zeros(1), ids.flatten()]).unique(return_inverse=True)
     codes = codes[1:].view_as(ids)
     sizes = (codes > 0).sum(1)

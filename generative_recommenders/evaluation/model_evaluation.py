@@ -150,6 +150,7 @@ class ModelEvaluation:
             targets = of_sample(targets, evaluation.eval_users, self.settings.schedule.random_seed)
         users = np.flatnonzero(targets >= 0)
         if sample is not None and sample[0] * batch_size < len(users):
+            # Another sample for each validation, the same on all processes and after a resume.
             seeds = np.random.SeedSequence([self.settings.schedule.random_seed, sample[1]])
             drawn = np.random.Generator(np.random.Philox(seeds)).permutation(users)
             users = np.sort(drawn[: sample[0] * batch_size])

@@ -69,6 +69,7 @@ class SeenItems:
     def of(cls, rows: torch.Tensor, ids: torch.Tensor, num_items: int) -> SeenItems:
         """From pairs in any order; ids outside 1..V (padding) are left out."""
         real = (ids >= 1) & (ids <= num_items)
+        # A pair as one integer: sorted by row, then id, and each once.
         keys = torch.unique(rows[real] * (num_items + 1) + ids[real])
         return cls(keys // (num_items + 1), keys % (num_items + 1))
 

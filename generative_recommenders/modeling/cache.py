@@ -67,6 +67,7 @@ class Appended:
 
     def extend(self, cached: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
         """``[B, C, ...]``: the cached rectangle with the tokens ``new [T, ...]`` at their positions."""
+        # A new rectangle: the cache before stays as it was, for other continuations of the same history.
         grown = new.new_zeros(self.layout.num_rows, self.capacity, *new.shape[1:])
         if cached is not None:
             grown[:, : cached.shape[1]] = cached
@@ -121,6 +122,7 @@ def softmax_over_cache(q: torch.Tensor, block: KeysValues, appended: Appended) -
     """Causal softmax(q kᵀ / sqrt(d)) v of the computed tokens; q: ``[T, H, d]``; returns ``[T, H, dv]``."""
     sees = (appended.distances() <= 0)[:, None]
     keys, values = block.keys.transpose(1, 2), block.values.transpose(1, 2)
+    # Few queries against many keys: no tiles are worth it here.
     out = F.scaled_dot_product_attention(_heads_first(q, appended), keys, values, sees)
     return appended.layout.flatten(out.transpose(1, 2))
 

@@ -96,6 +96,7 @@ def hidden_events(columns: Events, hidden: torch.Tensor, lengths: torch.Tensor) 
         times = columns["timestamps"]
         places = torch.arange(times.shape[1], device=times.device)
         shown = ~hidden & (places < lengths[:, None])
+        # Index of the last shown position up to here, -1 where all before are hidden.
         before = places.where(shown, -1).cummax(1).values
         first = shown.int().argmax(1, keepdim=True)
         seen = times.where(~hidden, times.gather(1, before.where(before >= 0, first)))

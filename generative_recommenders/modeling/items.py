@@ -111,6 +111,7 @@ class ItemEmbedding(torch.nn.Module):
 
     def step_rows(self, row_ids: torch.Tensor | None) -> ItemRows:
         """Rows of the table (None: all), the leaf that a training step differentiates."""
+        # A leaf of its own: its gradient is as large as the rows that are read, not as the table.
         table = self.table.detach()
         weight = table if row_ids is None else table.index_select(0, row_ids)
         return ItemRows(weight.requires_grad_(self.table.requires_grad), row_ids, late=[])

@@ -75,11 +75,13 @@ class SequenceEncoder(torch.nn.Module):
         encoder: Any = self.encoder
         alone = hasattr(encoder, "encode_last") and encoder.causal and not self.training
         causal = layout.valid is None and layout.attention_mask is None and layout.num_tokens > 0
+        # A GPU computes the other tokens in the same time, and a padded layout is there to be exported as it is.
         if not (alone and causal and dispatch.fast_on_cpu_in_one_dtype(items)):
             return layout.at_end(self(items, layout, events))
         inputs = self.encoder_input(items, layout, events)
         filled = layout.lengths > 0
         tokens = layout.last_tokens[filled]
+        # The preprocessor may read a token that is not the last of its row.
         if inputs.read is not None and not torch.equal(
             inputs.read[tokens], inputs.layout.last_tokens[filled]
         ):
@@ -210,6 +212,7 @@ class SequenceRecommender(torch.nn.Module):
 
         UserError where a masked model is given no masked position: its states at shown items name nothing.
         """
+        # Histories look up the table itself, also where candidates go through a tower.
         items = self.items.history_rows(self.items.rows(inputs.past_ids) if rows is None else rows)
         x = items.lookup(inputs.past_ids)
         if self.mask_embedding is not None:

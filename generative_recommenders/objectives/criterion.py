@@ -167,6 +167,7 @@ class CatalogueCriterion(Criterion):
         catalogue = replace(scored, weight=weight).catalogue()
         arguments = query, catalogue, batch.example.targets - 1, batch.example.weights
         if not isinstance(scored, ShardRows):
+            # A plug-in's loss need not know shards.
             output = self.loss(*arguments)
         else:
             output = self.loss(*arguments, shard=scored.shard)

@@ -242,6 +242,7 @@ class PopularityNegativesSampler(NegativesSampler):
             raise ValueError(
                 f"popularity negatives: no item occurs in the training data, or the power is {power}"
             )
+        # In logarithms, since a count to a large power overflows.
         logs = (power * counts.clamp(min=1).double().log()).masked_fill(counts <= 0, -math.inf)
         probability = torch.softmax(logs, 0)
         accept, alias = alias_table(probability)
@@ -251,6 +252,7 @@ class PopularityNegativesSampler(NegativesSampler):
 
     def draw(self, key, units, draws, batch):
         cell = counter_integers(key, units, draws, self.alias.numel())
+        # A key of its own: cell and acceptance must be independent.
         keep = counter_uniform(stream_key(key, 1), units, draws) < self.accept[cell]
         items = torch.where(keep, cell, self.alias[cell])
         return items + 1, self.probability[items]
@@ -340,6 +342,7 @@ class MultiClassNegativesSampler(NegativesSampler):
     def draw(self, key, units, draws, batch):
         chosen = self._classes(key, units, batch.targets)
         sizes = (self.starts[chosen + 1] - self.starts[chosen])[:, None]
+        # 32 random bits times the size: uniform over the class without a division.
         offsets = (counter_bits(key, units, draws) * sizes) >> 32
         return self.members[self.starts[chosen][:, None] + offsets] + 1, None
 

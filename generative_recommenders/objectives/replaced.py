@@ -153,6 +153,7 @@ def sample_from_catalogue(
     hidden: ``[P, D]``; item_weight: ``[V, D]``, row i is item id i + 1. The maximum of logits plus Gumbel
     noise is kept while walking over blocks of the catalogue.
     """
+    # Gumbel-max: the largest of logits plus noise is a draw of the softmax, and a maximum goes block by block.
     best = torch.full((len(hidden),), -torch.inf, device=hidden.device)
     items = torch.ones(len(hidden), dtype=torch.long, device=hidden.device)
     for start in range(0, len(item_weight), block_size):

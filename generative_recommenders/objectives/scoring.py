@@ -62,6 +62,7 @@ def sampled_scores(
     if operands is not None:
         (query, weight), dtype = operands, score_dtype(similarity)
         source = replace(items, weight=weight) if positive_items is None else positive_items
+        # Positives are few: a product of rows each, where negatives take a matrix product.
         positive = (query[:, None] * source.lookup(targets).float()).sum(-1)
         negative = negative_products(query, weight, items.index(negatives.ids), negatives)
         positive, negative = rounded(positive, dtype), rounded(negative, dtype)

@@ -103,6 +103,7 @@ class TrainingTask(torch.nn.Module):
         if self.sampler is not None:
             items = BatchItems(targets=targets if targets.dim() == 1 else targets[:, 0])
             if self.sampler.uses_batch_pool:
+                # The published pool: every item of the batch's histories, targets included.
                 local = torch.unique(torch.cat([example.past_ids, targets.flatten()]))
                 everywhere = torch.unique(self.collectives.gather_variable(local))
                 items = BatchItems(everywhere[everywhere > 0], items.targets)

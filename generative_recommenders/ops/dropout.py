@@ -104,6 +104,7 @@ class _Dropout(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, residual, rate):
+        # addcmul adds something anyway: without a residual a scalar 0.
         added = x.new_zeros(()) if residual is None else residual
         like = x.new_empty((), dtype=torch.result_type(x, added))  # of the sum, under autocast
         ctx.masks, ctx.scale = KeepMasks(rate, like), 1.0 / (1.0 - rate)

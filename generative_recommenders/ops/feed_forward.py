@@ -67,6 +67,7 @@ class _ReluFeedForward(torch.autograd.Function):
         ctx.scale = 1.0 / (1.0 - rate)
         ctx.masks = KeepMasks(rate, x, elements=len(x) * (len(weight1) + len(weight2)))
         hidden = F.linear(x, weight1, bias1).relu_()
+        # The mask without its scale, which is in the weights: [T, H] is passed over once less.
         hidden.mul_(ctx.masks.draw(hidden.shape))
         scaled = weight2 * ctx.scale**2
         out = F.linear(hidden, scaled, bias2 * ctx.scale)
@@ -80,6 +81,7 @@ class _ReluFeedForward(torch.autograd.Function):
         x, hidden, bits, weight1, scaled = ctx.saved_tensors
         d_out = ctx.masks.kept(bits).view(grad.shape).mul_(grad)
         d_hidden = d_out @ scaled
+        # hidden > 0 is where relu and dropout both let pass.
         torch.ops.aten.threshold_backward.grad_input(d_hidden, hidden, 0.0, grad_input=d_hidden)
         d_weights1 = d_hidden.T @ x, column_sums(d_hidden)
         d_weights2 = (d_out.T @ hidden).mul_(ctx.scale**2), column_sums(d_out).mul_(ctx.scale)

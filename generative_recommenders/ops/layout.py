@@ -189,6 +189,7 @@ def moved(value: Any, device: torch.device) -> Any:
     """The same with all tensors inside (nested) dataclasses, tuples and dictionaries on another device; copies from
     pinned memory do not wait."""
     if isinstance(value, torch.Tensor):
+        # Safe without pinned memory: the copy then waits by itself.
         return value.to(device, non_blocking=True)
     if isinstance(value, dict):
         return {name: moved(item, device) for name, item in value.items()}

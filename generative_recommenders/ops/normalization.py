@@ -55,6 +55,7 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, eps):
+        # One pass over x where x.square().mean() takes two.
         squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
         inverse = squares.div_(x.shape[-1]).add_(eps).rsqrt_()
         y = x * inverse

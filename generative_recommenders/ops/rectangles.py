@@ -96,6 +96,7 @@ class Places:
         if heads == 1:
             return self.cells
         if heads not in self._indices:
+            # A rectangle is [rows, H, columns]: head h of a row lies h times its columns behind the first head.
             run = torch.searchsorted(self.runs, self.cells, right=True)
             first = self.runs[run - 1]
             columns = self.runs[run] - first

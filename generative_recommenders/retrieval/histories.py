@@ -103,6 +103,7 @@ class HistoryReader:
         frame = frame.with_columns(pl.Series("_item", ids), pl.int_range(pl.len()).alias("_place"))
         frame = frame.with_columns(_event_column(frame[each["name"]], each) for each in self.event_columns)
         if "timestamp" in frame.columns:
+            # Stable: events of one time keep the order in which they were given.
             frame = frame.sort("timestamp", maintain_order=True)
         order = frame.sort("_place")["user_id"].unique(maintain_order=True)
         known = self._with_numbers(frame.filter(pl.col("_item") > 0))

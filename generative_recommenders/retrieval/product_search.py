@@ -91,6 +91,7 @@ def _search(
         if seen_ids is not None:
             scores[next(seen)] = -torch.inf
         maxima = scores.unflatten(1, (-1, lanes)).amax(1)
+        # A NaN is the maximum of its lane: one look at few maxima finds those of all scores.
         if maxima.isnan().any():
             scores.masked_fill_(scores.isnan(), -torch.inf)
             maxima = scores.unflatten(1, (-1, lanes)).amax(1)
@@ -137,6 +138,7 @@ class _Best:
             return
         row, item, score = (torch.cat(parts) for parts in zip(*self.pending))
         self.pending, self.num_pending = [], 0
+        # By item, then stably by row: `largest` breaks ties by column.
         order = item.argsort()
         order = order[row[order].argsort(stable=True)]
         row, item, score = row[order], item[order], score[order]

@@ -20,9 +20,11 @@ def largest(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     k = min(k, width)
     if k == 0:
         return scores[:, :0], torch.zeros(len(scores), 0, dtype=torch.int64, device=scores.device)
+    # One more than k: whether there is a tie at the cut is seen by the next one.
     more, columns = scores.topk(min(k + 1, width), dim=1)
     if more[:, 0].isnan().any():
         return largest(scores.masked_fill(scores.isnan(), -torch.inf), k)
+    # By column, then stably by score: equal scores keep the order of their columns.
     columns, order = columns[:, :k].sort(dim=1)
     values, best = more[:, :k].gather(1, order).sort(dim=1, descending=True, stable=True)
     columns = columns.gather(1, best)

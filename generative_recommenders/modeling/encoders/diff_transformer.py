@@ -85,6 +85,7 @@ class DifferentialAttention(nn.Module):
 
     def output(self, difference: torch.Tensor) -> torch.Tensor:
         """The difference of attended values ``[..., H, dv]`` to ``[..., D]``: norm per head, output projection (eq. 3)."""
+        # (1 - lambda_init) keeps the gradient flow of a Transformer, whatever the block (section 2.1).
         normed = rms_norm(difference, self.rms_scale * (1.0 - self.lambda_init), HEAD_NORM_EPS)
         return self.W_o(normed.flatten(-2))
 

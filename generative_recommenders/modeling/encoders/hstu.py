@@ -85,6 +85,7 @@ class HstuBlock(torch.nn.Module):
     def keys_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """k ``[T, H, dqk]`` and v ``[T, H, dv]``."""
         normed = layer_norm(x, eps=1e-6)
+        # u and q of a token are never read again: half of the projection is enough.
         _, v, _, k = self.uvqk.split(self.widths, dim=-1)
         k, v = (self.activation(normed @ part).unflatten(-1, (self.num_heads, -1)) for part in (k, v))
         return k, v
@@ -99,6 +100,7 @@ class HstuBlock(torch.nn.Module):
     ) -> torch.Tensor:
         """`forward` of the tokens ``x [T, D]`` alone, over what the block keeps of all; "rel_bias" only."""
         normed = layer_norm(x, eps=1e-6)
+        # The other half: k and v lie in the cache already.
         u, _, q, _ = self.uvqk.split(self.widths, dim=-1)
         u, q = (self.activation(normed @ part) for part in (u, q))
         bias = None if self.bias is None else self.bias(inputs)
@@ -130,6 +132,7 @@ class HstuBlock(torch.nn.Module):
 
     def combine(self, x: torch.Tensor, u: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         """Eq. 3. x: ``[T, D]``; u: ``[T, H dv]``; attended: ``[T, H, dv]``."""
+        # Sums over few and over many tokens come to one scale here, which a softmax would have had from the start.
         a = layer_norm(attended.flatten(1), eps=1e-6)
         gated = torch.cat([u, a, u * a], dim=-1) if self.concat_ua else u * a
         return self.output(self.dropout(gated)) + x
@@ -232,6 +235,7 @@ def attended_tokens(layout: Layout) -> torch.Tensor:
     mask = layout.attention_mask
     if mask is None or not layout.num_tokens:
         return layout.positions + 1
+    # key <= query counts within a row, in a list sorted by row and key: a binary search for each query.
     lowest = torch.minimum(mask.key.min(), mask.query.min())
     width = torch.maximum(mask.key.max(), mask.query.max()) - lowest + 2
     rows = layout.row_of * width  # so that all rows are searched as one sorted list

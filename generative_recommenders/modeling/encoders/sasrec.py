@@ -59,6 +59,7 @@ class SasrecBlock(torch.nn.Module):
         self.activation = ACTIVATIONS[activation]
         norm = partial(torch.nn.LayerNorm, embedding_dim) if norm_weights else LayerNorm
         self.query_norm = norm(eps=1e-8)
+        # One matrix of q, k and v, as in the checkpoints of the published programs.
         self.in_proj = torch.nn.Linear(embedding_dim, 3 * embedding_dim)
         self.out_proj = torch.nn.Linear(embedding_dim, embedding_dim)
         self.ffn_norm = norm(eps=1e-8)
@@ -75,6 +76,7 @@ class SasrecBlock(torch.nn.Module):
         attended = multi_head_attention(
             query, x, self.in_proj, self.out_proj, self.num_heads, layout, self.active_dropout
         )
+        # The residual is the normalised query, not x (III-C); keys and values come from x as it is.
         return layout.mask(self.transform(query + attended))
 
     def keys_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

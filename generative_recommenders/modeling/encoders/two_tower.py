@@ -122,11 +122,13 @@ class ItemTowerEmbedding(ItemEmbedding):
         if item_ids is not None:
             return ItemRows(self._tower(leaf, item_ids), item_ids)
         every = torch.arange(1, self.num_items + 1, device=leaf.weight.device)
+        # A gradient keeps all activations anyway, and one product is faster than many.
         size = self.num_items if torch.is_grad_enabled() else BLOCK_ITEMS
         rows = [self._tower(leaf, ids) for ids in every.split(size)]
         return ItemRows(torch.cat([rows[0].new_zeros(1, self.embedding_dim), *rows]))
 
     def get_item_embeddings(self, item_ids: torch.Tensor) -> torch.Tensor:
+        # An item goes through the tower once, however often it is asked for.
         unique, place = torch.unique(item_ids, return_inverse=True)
         return self.scored_rows(ItemRows(self.table), unique).weight[place]
 

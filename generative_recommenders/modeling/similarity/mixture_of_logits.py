@@ -283,6 +283,7 @@ class MoLSimilarity(Similarity, MoLComponents):
         pairs = max(1, _BLOCK_FLOATS // self.floats_per_pair)
         columns = min(max(num_items, 1), pairs)
         column_blocks = _slices(0, num_items, columns)
+        # What a backward pass would keep; beyond _KEPT_FLOATS it is computed again, block by block.
         kept = len(query.components) * num_items * (self.kept_per_pair + kept_per_item)
         again = torch.is_grad_enabled() and (self.activation_checkpoint or kept > _KEPT_FLOATS)
         scores, mixed = [], []
@@ -322,6 +323,7 @@ class MoLSimilarity(Similarity, MoLComponents):
         scores = _at_least_float32((p * logits).sum(-1))
         if self.temperature != 1:
             scores = scores / self.temperature
+        # mi_loss is over the positives alone, as published.
         if not (self.training and self.mutual_information) or purpose:
             return _Mixed(scores, None, None)
         return _Mixed(scores, p.sum((0, 1)), (p * torch.log(p + _EPS)).sum())

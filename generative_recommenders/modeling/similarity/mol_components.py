@@ -164,6 +164,7 @@ class MoLComponents(nn.Module):
             rate, whole = self.users.dropout_rate, self.users.embedding_level_dropout
             for vectors in found:
                 dropped = dropout(torch.ones_like(vectors[:, :1]) if whole else vectors, rate, self.training)
+                # Where whole, `dropped` is one number a user: 0, or dropout's scale.
                 components.append(self._normalised(vectors * dropped if whole else dropped)[:, None] * known)
         query = torch.cat(components, dim=-2) / self.logit_temperature
         return QueryComponents(query, self.query_gate(queries) if self.query_gate else None), losses

@@ -122,6 +122,7 @@ class CatalogueLoss(nn.Module, ABC):
             hidden, item_weight = shard.joined(full_precision(hidden)), full_precision(item_weight)
             labels, weights = shard.joined(labels), shard.joined(weights.to(hidden.dtype))
             local = labels - shard.before
+            # Each label's logit is computed where its item lies, and is 0 elsewhere.
             held = (labels >= 0) & (local >= 0) & (local < len(item_weight))
             products = (hidden[:, None, :] * item_weight[local.clamp(0, len(item_weight) - 1)]).sum(-1)
             positive = shard.total(products * held)
@@ -246,6 +247,7 @@ class LogOutCE(CatalogueLoss):
     excludes_labels = True
 
     def row_terms(self, positive: Tensor, statistic: Tensor, weights: Tensor) -> Terms:
+        # ln(exp(x_p) + S-) by its logarithms: exp of a large logit overflows.
         return Terms(torch.logaddexp(positive, statistic[:, None]) - positive, weights)
 
 

@@ -44,6 +44,7 @@ def full_precision(x: Tensor) -> Tensor:
 def weighted(values: Tensor, weights: Tensor) -> LossOutput:
     """``sum(weights * values)`` over the entries of non-zero weight, and the sum of the weights."""
     weights = weights.to(values.dtype)
+    # where, not a product: 0 times the NaN or infinity of an entry that does not count is NaN.
     terms = torch.where(weights != 0, weights * values, torch.zeros_like(values))
     return LossOutput(terms.sum(), weights.sum().detach())
 
@@ -282,6 +283,7 @@ def log_in_terms(
     ``LogInCESampled``.
     """
     position_weights = weights.amax(1)
+    # A position without positives takes all of them: its term is finite, and has weight 0.
     some = (position_weights != 0)[:, None]
     log_positive = masked_logsumexp(positive, (weights != 0) | ~some)
     log_p = log_positive - torch.logaddexp(log_positive, log_negative)
@@ -289,6 +291,7 @@ def log_in_terms(
 
 
 def _masked_softplus(scores: Tensor, mask: Tensor) -> Tensor:
+    # softplus(-inf) is 0, and so is its gradient.
     return F.softplus(scores.masked_fill(~mask, -math.inf))
 
 

@@ -112,6 +112,7 @@ class _GroupedDifference(torch.autograd.Function):
             kept_of = [[next(remaining) for _ in range(5)] for _ in group_tiles]
             split = (queries.split(x, heads) for x in (*qs_, *d_qs_, d_out))
             written = 0
+            # Last tile first, see `add_products`.
             for tile, *parts, of_tile in reversed(list(zip(group_tiles, *split, kept_of))):
                 *qs_t, d_first_q, d_second_q, d_out_t = parts
                 *probabilities, first, second, weights = of_tile

@@ -69,6 +69,7 @@ class _GroupedPointwise(torch.autograd.Function):
         out = []
         for group, group_tiles in plan:
             q_, k_, v_ = group.queries.gather(q), keys_of(group, k), keys_of(group, v)
+            # Values are smaller than weights: divisor and dropout's scale go into them.
             v_.mul_(1.0 / (divisor * (1.0 - dropout_rate)))
             out.append(group.queries.empty(v))
             saved += [q_, k_, v_]
@@ -111,6 +112,7 @@ class _GroupedPointwise(torch.autograd.Function):
             kept_of = [(*(next(remaining) for _ in range(3)), next(index_of, ())) for _ in group_tiles]
             by_tile = zip(group_tiles, *(queries.split(x, heads) for x in (q_, d_q_, d_out)), kept_of)
             written = 0
+            # Last tile first, see `add_products`.
             for tile, q_t, d_q_t, d_out_t, (logits, kept, weights, index) in reversed(list(by_tile)):
                 rows, seen = tile.rows * heads, tile.keys
                 add_products(corner(d_v_, rows, seen), written, (weights.mT, d_out_t))

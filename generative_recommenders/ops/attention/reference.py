@@ -33,6 +33,7 @@ def softmax_attention_reference(
     with dispatch.autocast(q, None):
         sees = seen(layout)
         logits = torch.einsum("ihd,jhd->hij", q, k) * scale
+        # The lowest finite number, not -inf: a row that sees nothing is then uniform, not NaN, and set to 0.
         weights = logits.masked_fill(~sees, lowest(q.dtype)).softmax(-1)
         weights = weights * sees.any(-1, keepdim=True)  # a token may see nothing
         observe(weights)

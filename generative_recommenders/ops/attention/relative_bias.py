@@ -31,6 +31,7 @@ def time_buckets(query_times: torch.Tensor, key_times: torch.Tensor) -> torch.Te
 
     query_times ``[g, n]``, key_times ``[g, c]``: int64 seconds.
     """
+    # Absolute and at least 1 s, as in the published code: 0 has no logarithm.
     difference = (query_times[:, :, None] - key_times[:, None, :]).abs_().clamp_(min=1)
     return difference.float().log_().div_(BUCKET_WIDTH).to(torch.int64).clamp_(0, NUM_TIME_BUCKETS)
 
@@ -133,6 +134,7 @@ def softmax_over_all_columns(
             logits = logits + biases[index]
         real = group.real()[:, None, None, :]
         logits = (logits * q.shape[-1] ** -0.5).masked_fill(~real, -torch.inf)
+        # Columns without a token have logit 0, exp(0) = 1 each: their sum is their number.
         empty = (max_length - group.lengths).clamp(min=0).float().log()[:, None, None, None]
         total = torch.logaddexp(logits.logsumexp(-1, keepdim=True), empty.expand(*logits.shape[:-1], 1))
         weights = torch.exp(logits - total).tril()

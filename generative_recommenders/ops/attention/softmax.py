@@ -78,6 +78,7 @@ class _GroupedSoftmax(torch.autograd.Function):
         for group, group_tiles in plan:
             q_, k_ = group.queries.gather(q), keys_of(group, k)
             v_ = k_ if v is None else keys_of(group, v)
+            # Queries are scaled once, not the logits of every tile.
             if scale != 1.0:
                 q_.mul_(scale)
             out.append(group.queries.empty(v_.view(-1, heads, v_.shape[-1])))
@@ -123,6 +124,7 @@ class _GroupedSoftmax(torch.autograd.Function):
             kept_of = [(next(remaining), next(remaining)) for _ in group_tiles]
             by_tile = zip(group_tiles, *(queries.split(x, heads) for x in (q_, d_q_, d_out, dots_)), kept_of)
             written = 0
+            # Last tile first, see `add_products`.
             for tile, q_t, d_q_t, d_out_t, dots_t, (p, dropped) in reversed(list(by_tile)):
                 rows, seen = tile.rows * heads, tile.keys
                 k_t = corner(k_, rows, seen)

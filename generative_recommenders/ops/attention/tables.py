@@ -84,6 +84,7 @@ class _GroupedTables(torch.autograd.Function):
             kept_of = [([next(remaining) for _ in grads], next(index_of)) for _ in group_tiles]
             by_tile = list(zip(group_tiles, kept_of, *(queries.split(each, 1) for each in d_outs)))
             written = 0
+            # Last tile first, see `add_products`.
             for tile, (weights, index), *d_parts in reversed(by_tile):
                 rows, values = tile.rows, corner(v_, tile.rows, tile.keys)
                 products = [(each.mT.expand(rows, -1, -1), d_out) for each, d_out in zip(weights, d_parts)]

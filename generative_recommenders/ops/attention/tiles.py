@@ -94,6 +94,7 @@ _kept_future = functools.lru_cache(maxsize=8)(_new_future)
 
 
 def lowest(dtype: torch.dtype) -> float:
+    # Half of float16's least number, so that a bias may be added to it; in wider types far from theirs anyway.
     return max(torch.finfo(dtype).min / 2, -1e30)
 
 
@@ -150,6 +151,7 @@ def looked_up(
 
     tile: a triangle that its queries do not see is hidden too, where that costs least.
     """
+    # What all rows share first: it is the smallest, and the triangle is hidden in it once.
     shared, *own = sorted((gathered(*each) for each in zip(tables, indices)), key=torch.Tensor.dim)
     if tile is not None and tile.sees is None:
         hide(shared, tile, heads=1)
@@ -192,7 +194,11 @@ def corner(rectangle: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
 
 
 def add_products(part: torch.Tensor, written: int, *factors: tuple[torch.Tensor, torch.Tensor]) -> None:
-    """Adds the sum of ``left @ right`` to the first ``written`` rows of a part of a rectangle, and sets the others to it."""
+    """Adds the sum of ``left @ right`` to the first ``written`` rows of a part of a rectangle, and sets the others to it.
+
+    Tiles come last first: a later tile has more keys and fewer rows, all of which the one before has too. So every row is set
+    whole by the last tile that it reaches, and the rectangle needs no zeros.
+    """
     in_place = written == 0 and part.is_contiguous()
     change = torch.bmm(*factors[0], out=part if in_place else None)
     for left, right in factors[1:]:
