@@ -20,12 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from generative_recommenders.ops import dispatch
-from generative_recommenders.ops.jagged import (
-    fbgemm_runs_on,
-    jagged_to_padded,
-    padded_to_jagged,
-    row_positions,
-)
+from generative_recommenders.ops.jagged import jagged_to_padded, padded_to_jagged, row_positions
 
 SHAPES = ((128, 50, 50), (128, 200, 64), (128, 200, 256))
 
@@ -86,7 +81,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     device = torch.device(args.device)
-    if not fbgemm_runs_on(device.type):
+    if not dispatch.fbgemm_runs_on(device.type):
         raise SystemExit(f"fbgemm does not run on {device.type} here: there is nothing to compare")
     results = {}
     for shape in SHAPES:

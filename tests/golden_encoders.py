@@ -19,7 +19,7 @@ from generative_recommenders.modeling.output_postprocessors import (
     LayerNormEmbeddingPostprocessor,
 )
 from generative_recommenders.modeling.similarity.dot_product import DotProductSimilarity
-from generative_recommenders.ops import jagged
+from generative_recommenders.ops import dispatch
 from generative_recommenders.ops.layout import jagged_layout
 from generative_recommenders.types import SequentialFeatures
 from golden_parity import GoldenFile, assert_near
@@ -35,9 +35,9 @@ ENTRANCES = ["padded", "jagged"]
 
 def choose_backend(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Jagged operators by fbgemm or by torch; skips where fbgemm does not work."""
-    if name == "fbgemm" and not jagged.fbgemm_runs_on("cpu"):
+    if name == "fbgemm" and not dispatch.fbgemm_runs_on("cpu"):
         pytest.skip("no working fbgemm")
-    monkeypatch.setattr(jagged, "fbgemm_runs_on", lambda device_type: name == "fbgemm")
+    monkeypatch.setattr(dispatch, "fbgemm_runs_on", lambda device_type: name == "fbgemm")
 
 
 def recommender_of(golden: GoldenFile, encoder: torch.nn.Module) -> SequenceRecommender:

@@ -27,7 +27,7 @@ from generative_recommenders.data.sources.synthetic_books import SyntheticBooksS
 from generative_recommenders.data.splits import make_split
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.distributed.process_group import process_device
-from generative_recommenders.ops.jagged import fbgemm_fault
+from generative_recommenders.ops.dispatch import fbgemm_fault
 
 PACKAGES = ("numpy", "pyarrow", "polars", "pandas", "pydantic", "gin-config", "safetensors")
 EXTRAS = {

@@ -234,12 +234,8 @@ class Evaluator:
             # Batches as the loader makes them are encoded: only so are states the same whatever was done before.
             encoded = (replace(each, batch={"queries": score.queries(each.batch)}) for each in prepared)
             for users in _regrouped(encoded, USERS):
-                yield (
-                    users,
-                    product_ranks(
-                        users.batch["queries"], score.items, users.targets, users.removed, dtype=score.dtype
-                    ),
-                )
+                queries, removed = users.batch["queries"], users.removed
+                yield users, product_ranks(queries, score.items, users.targets, removed, dtype=score.dtype)
         else:
             yield from self._by_scores(score, lists, prepared)
 

@@ -45,12 +45,6 @@ class HistoryCache:
     last_output: torch.Tensor
     last_events: dict[str, torch.Tensor]
 
-    def with_next_times(self, times: torch.Tensor) -> HistoryCache:
-        """The cache knowing the time ``[B]`` int64 of the event after each row's last item, if it knows times at all."""
-        if "next_timestamps" not in self.last_events:
-            return self
-        return replace(self, last_events=self.last_events | {"next_timestamps": times})
-
 
 @dataclass(frozen=True)
 class Appended:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -278,11 +279,11 @@ class SequenceRecommender(torch.nn.Module):
         events = dict(new_events or {})
         if "timestamps" in events:
             events["timestamps"] = F.pad(events["timestamps"], (0, 1))  # a slot behind every row: unknown
-        if cache is not None and "timestamps" in events:
+        if cache is not None and "timestamps" in events and "next_timestamps" in cache.last_events:
+            # The time of the event after each row's last item is known now.
             first, following = events["timestamps"][:, 0], events.get("next_timestamps")
-            cache = cache.with_next_times(
-                first if following is None else first.where(layout.lengths > 0, following)
-            )
+            known = first if following is None else first.where(layout.lengths > 0, following)
+            cache = replace(cache, last_events=cache.last_events | {"next_timestamps": known})
         items = self.embed_history(layout.flatten(new_ids))
         return self.sequence.append(cache, items, layout, token_events(events, new_lengths, layout))
 

@@ -46,9 +46,15 @@ def sampled_scores(
     positive_items: rows that the positives are looked up in instead, for losses that ask for other ones.
 
     A similarity that is no product scores positives and negatives in two calls, as the published program does, and keeps
-    memory within bounds; its auxiliary losses are of the positives alone.
+    memory within bounds; its auxiliary losses are of the positives alone. UserError for ids that are no items.
     """
-    targets = checked_targets(positives, items)
+    targets = positives if positives.dim() == 2 else positives[:, None]
+    if items.ids is None and not dispatch.waits(targets) and targets.numel():
+        # Looked at where all items are held on a CPU: elsewhere a look would wait for the device.
+        last = len(items.weight if items.row_of_item is None else items.row_of_item) - 1
+        lowest, highest = (int(each) for each in targets.aminmax())
+        if lowest < 0 or highest > last:
+            raise UserError(f"positives: item ids reach from {lowest} to {highest}, outside 0..{last}")
     mask = no_collisions(targets, negatives)
     fused = negatives.sharing.granularity == "position" and positive_items is None
     if fused and many_rows(items.weight, negatives.ids):
@@ -75,19 +81,6 @@ def sampled_scores(
     shared = drawn if spans is None else zip(spans, drawn)
     negative = similarity.score_negatives(states, weight, shared, user_ids)
     return SampledScores(positive, corrected(negative, negatives), mask, sums)
-
-
-def checked_targets(positives: torch.Tensor, items: ItemRows) -> torch.Tensor:
-    """``[T, P]`` of ``positives [T]`` or ``[T, P]``. UserError for ids that are no items, looked for where all
-    items are held on a CPU: elsewhere a look would wait for the device.
-    """
-    targets = positives if positives.dim() == 2 else positives[:, None]
-    if items.ids is None and not dispatch.waits(targets) and targets.numel():
-        last = len(items.weight if items.row_of_item is None else items.row_of_item) - 1
-        lowest, highest = (int(each) for each in targets.aminmax())
-        if lowest < 0 or highest > last:
-            raise UserError(f"positives: item ids reach from {lowest} to {highest}, outside 0..{last}")
-    return targets
 
 
 def negative_products(

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
 import importlib.util
+import io
+import logging as python_logging
 from collections.abc import Iterator
 
 import torch
+from absl import logging
 
 from generative_recommenders.ops import numbered_rows
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _HAS_VNNI = hasattr(torch, "_int_mm") and torch.cpu._is_vnni_supported()
+
+_IMPORT_FAULTS = (
+    ImportError, OSError, RuntimeError, AttributeError, LookupError, TypeError, ValueError, AssertionError,
+)  # fmt: skip
+"""What libraries built for another torch raise while they register their operators, or at the first call."""
+_FBGEMM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_FBGEMM_CPU_DTYPES = (*_FBGEMM_DTYPES, torch.int64, torch.int32)
 
 _references_wanted: list[bool] = []
 """One entry for each `references` that is open."""
@@ -45,6 +57,42 @@ def fast_on_cpu_in_one_dtype(x: torch.Tensor) -> bool:
 def takes_kernels(x: torch.Tensor) -> bool:
     """Whether Triton's kernels are taken for ``x``: they draw masks of their own, so not where rows are numbered."""
     return fast(x) and numbered_rows.current() is None and x.device.type == "cuda" and _HAS_TRITON
+
+
+def takes_fbgemm(x: torch.Tensor) -> bool:
+    """Whether fbgemm's jagged operators are taken for ``x``; its CUDA ones know no integers."""
+    dtypes = _FBGEMM_CPU_DTYPES if x.device.type == "cpu" else _FBGEMM_DTYPES
+    return fast(x) and x.dtype in dtypes and x.numel() > 0 and fbgemm_runs_on(x.device.type)
+
+
+def fbgemm_fault(device_type: str) -> str | None:
+    """Why fbgemm cannot be used on such a device; None where it can."""
+    if importlib.util.find_spec("fbgemm_gpu") is None:
+        return "it is not installed"
+    before = python_logging.root.manager.disable
+    python_logging.disable(python_logging.CRITICAL)  # an import that fails prints and logs pages
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            importlib.import_module("fbgemm_gpu")
+            one = torch.ones(1, 1, 1, device=device_type)  # a mismatched pair may fail at its first call only
+            torch.ops.fbgemm.dense_to_jagged(one, [torch.tensor([0, 1], device=device_type)], 1)
+    except _IMPORT_FAULTS as error:
+        return (str(error).splitlines() or [type(error).__name__])[0]
+    finally:
+        python_logging.disable(before)
+    return None
+
+
+@functools.cache
+def fbgemm_runs_on(device_type: str) -> bool:
+    """Whether fbgemm works on such a device; an installation that does not is named in one warning."""
+    fault = fbgemm_fault(device_type)
+    if fault is not None and importlib.util.find_spec("fbgemm_gpu") is not None:
+        logging.warning(
+            "fbgemm_gpu does not work with torch %s on %s, plain torch takes its place: %s",
+            torch.__version__, device_type, fault,
+        )  # fmt: skip
+    return fault is None
 
 
 def multiplies_integers(x: torch.Tensor) -> bool:

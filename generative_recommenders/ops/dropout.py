@@ -35,11 +35,12 @@ class KeepMasks:
         """elements: how many will be drawn. Their bits are made together: one wait of torch's other threads, not many."""
         self.rate, self.dtype, self.device = rate, like.dtype, like.device
         self.elements, self.numbered = elements, numbered_rows.current()
+        self.on_device = dispatch.waits(like)
         if self.numbered is not None:
             self.key, self.calls = self.numbered.next_key(), 0
             # Of the 16 bits, as a signed number, that a counter gives each element.
             self.lowest_kept = round(rate * (1 << 16)) - (1 << 15)
-        elif not dispatch.waits(like):
+        elif not self.on_device:
             self.generator = np.random.SFC64(int(torch.empty((), dtype=torch.int64).random_()))
             # One of the two multiples of 1 / 256 around the rate, by chance such that the rate is met on average.
             level = math.floor(rate * _LEVELS + self.generator.random_raw() * 2.0**-64)
@@ -48,7 +49,7 @@ class KeepMasks:
 
     def draw(self, shape: torch.Size | tuple[int, ...], numbers: torch.Tensor | None = None) -> torch.Tensor:
         """A new tensor of the given shape. numbers: see `bits`."""
-        if self.numbered is None and self.device.type != "cpu":
+        if self.numbered is None and self.on_device:
             return (torch.rand(shape, device=self.device) >= self.rate).to(self.dtype)
         return self.kept(self.bits(math.prod(shape), numbers)).view(shape)
 

@@ -22,7 +22,7 @@ OFFSETS = torch.tensor([0, 2, 2, 7, 8, 8])
 def way(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test with the plain references, and with fbgemm where it works here."""
     if request.param == "fbgemm":
-        if not jagged.fbgemm_runs_on("cpu"):
+        if not dispatch.fbgemm_runs_on("cpu"):
             pytest.skip("no working fbgemm")
         yield request.param
     else:
@@ -97,7 +97,7 @@ def test_no_tokens(way: str) -> None:
 
 def test_layouts_convert_by_fbgemm(monkeypatch: pytest.MonkeyPatch) -> None:
     """The rectangles of ids and events that every training and evaluation batch begins with."""
-    if not jagged.fbgemm_runs_on("cpu"):
+    if not dispatch.fbgemm_runs_on("cpu"):
         pytest.skip("no working fbgemm")
     called = []
     real = torch.ops.fbgemm.dense_to_jagged
@@ -113,7 +113,7 @@ def test_layouts_convert_by_fbgemm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_without_fbgemm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert not jagged.fbgemm_runs_on.__wrapped__("cpu")
+    assert not dispatch.fbgemm_runs_on.__wrapped__("cpu")
 
 
 @pytest.mark.parametrize(
@@ -131,10 +131,10 @@ def test_a_broken_fbgemm_is_named_in_one_warning(
         raise fault
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(jagged.importlib, "import_module", broken)
+    monkeypatch.setattr(dispatch.importlib, "import_module", broken)
     monkeypatch.setattr(logging.getLogger("absl"), "propagate", True)
     with caplog.at_level(logging.INFO):
-        assert not jagged.fbgemm_runs_on.__wrapped__("cpu")
+        assert not dispatch.fbgemm_runs_on.__wrapped__("cpu")
     (record,) = caplog.records
     message = record.getMessage()
     assert record.levelno == logging.WARNING
