@@ -113,7 +113,9 @@ class SequenceEncoder(torch.nn.Module):
             )
         if not isinstance(self.encoder, IncrementalEncoder):
             name = type(self.encoder).__name__
-            raise UserError(f"encode_incremental: {name} keeps nothing of a history; SASRec and HSTU do")
+            raise UserError(
+                f"encode_incremental: {name} keeps nothing of a history; SASRec, HSTU, FuXi, LiGR and DiffTransformer do"
+            )
         if layout.attention_mask is not None:
             raise UserError(
                 "encode_incremental: the layout has an attention mask of its own, and only causal histories can be appended to"

@@ -308,7 +308,7 @@ class Recommender:
     def append(self, session: Session, item: Any, **columns: Any) -> Session:
         """The session after one more event; columns: of the event, as ``rating=``, ``timestamp=``.
 
-        `recommend` answers as for the whole history. SASRec and HSTU encode the new event alone until the window is full. For a
+        `recommend` answers as for the whole history. Most encoders encode the new event alone until the window is full. For a
         model that reads times, an event from before others takes its place among them.
         """
         return self._extend(

@@ -199,27 +199,32 @@ class BCELossWithRatings(SampledLoss):
         raise UserError("BCELossWithRatings needs ratings, and the data has none: choose another loss_module")
 
 
+class BoundedLogarithms(SampledLoss):
+    """A loss whose logarithms are `log_plus_epsilon`.
+
+    epsilon: added inside each logarithm (RePlay: 1e-6); 0 is the exact form, by softplus and logsumexp.
+    clamp_border: each logarithm is limited to ``[-clamp_border, clamp_border]`` (RePlay: 100).
+    """
+
+    def __init__(self, epsilon: NonNegative = 0.0, clamp_border: Positive = math.inf) -> None:
+        super().__init__()
+        self.epsilon, self.clamp_border = epsilon, clamp_border
+
+
 @register_loss("BCESampled")
-class BCESampled(SampledLoss):
+class BCESampled(BoundedLogarithms):
     """``-[ln sigma(s+) + sum_k ln(1 - sigma(s-_k))]`` for each (position, positive) pair (RePlay's).
 
     epsilon: added inside each logarithm (RePlay: 1e-6); 0 is the exact softplus form.
     clamp_border: each logarithm is limited to ``[-clamp_border, clamp_border]`` (RePlay: 100).
     """
 
-    def __init__(self, epsilon: NonNegative = 0.0, clamp_border: Positive = math.inf) -> None:
-        super().__init__()
-        self.epsilon = epsilon
-        self.clamp_border = clamp_border
-
     def terms(self, positive: Tensor, negative: Tensor, weights: Tensor, mask: Tensor) -> Terms:
-        log_positive = self._log(F.logsigmoid(positive))
-        log_negative = self._log(-_masked_softplus(negative, mask))
+        bounds = self.epsilon, self.clamp_border
+        log_positive = log_plus_epsilon(F.logsigmoid(positive), *bounds)
+        log_negative = log_plus_epsilon(-_masked_softplus(negative, mask), *bounds)
         kept = torch.where(mask, log_negative, 0.0).sum(1, keepdim=True)
         return Terms(-(log_positive + kept), weights)
-
-    def _log(self, log_p: Tensor) -> Tensor:
-        return log_plus_epsilon(log_p, self.epsilon, self.clamp_border)
 
 
 @register_loss("gBCE")
@@ -256,7 +261,7 @@ class GBCELoss(SampledLoss):
 
 
 @register_loss("LogInCESampled")
-class LogInCESampled(SampledLoss):
+class LogInCESampled(BoundedLogarithms):
     """``-ln(S+ / (S+ + S-))`` a position: positives are summed inside the logarithm (arXiv 2205.04507).
 
     S+ is the sum of exp(s) over the positives of non-zero weight, S- over the negatives that count, repeats
@@ -265,11 +270,6 @@ class LogInCESampled(SampledLoss):
     epsilon: added inside the logarithm (RePlay: 1e-6); 0 is the exact form.
     clamp_border: the logarithm is limited to ``[-clamp_border, clamp_border]`` (RePlay: 100).
     """
-
-    def __init__(self, epsilon: NonNegative = 0.0, clamp_border: Positive = math.inf) -> None:
-        super().__init__()
-        self.epsilon = epsilon
-        self.clamp_border = clamp_border
 
     def terms(self, positive: Tensor, negative: Tensor, weights: Tensor, mask: Tensor) -> Terms:
         log_negative = masked_logsumexp(negative, mask)
