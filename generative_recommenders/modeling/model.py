@@ -114,7 +114,7 @@ class SequenceEncoder(torch.nn.Module):
         if not isinstance(self.encoder, IncrementalEncoder):
             name = type(self.encoder).__name__
             raise UserError(
-                f"encode_incremental: {name} keeps nothing of a history; SASRec, HSTU, FuXi, LiGR and DiffTransformer do"
+                f"encode_incremental: {name} keeps nothing of a history; SASRec, HSTU and others do"
             )
         if layout.attention_mask is not None:
             raise UserError(

@@ -97,7 +97,7 @@ def test_a_split_of_another_dataset_is_refused():
 
 @settings(max_examples=80, deadline=None)
 @given(st.integers(0, 10_000), st.integers(1, 40), st.integers(1, 6), st.booleans())
-def test_shared_scores_with_exceptions_rank_like_all_scores_written_out(
+def test_shared_scores_rank_like_all_scores_written_out(
     seed: int, items: int, levels: int, filtered: bool
 ) -> None:
     generator = torch.Generator().manual_seed(seed)

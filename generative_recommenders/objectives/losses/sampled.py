@@ -213,11 +213,7 @@ class BoundedLogarithms(SampledLoss):
 
 @register_loss("BCESampled")
 class BCESampled(BoundedLogarithms):
-    """``-[ln sigma(s+) + sum_k ln(1 - sigma(s-_k))]`` for each (position, positive) pair (RePlay's).
-
-    epsilon: added inside each logarithm (RePlay: 1e-6); 0 is the exact softplus form.
-    clamp_border: each logarithm is limited to ``[-clamp_border, clamp_border]`` (RePlay: 100).
-    """
+    """``-[ln sigma(s+) + sum_k ln(1 - sigma(s-_k))]`` for each (position, positive) pair (RePlay's)."""
 
     def terms(self, positive: Tensor, negative: Tensor, weights: Tensor, mask: Tensor) -> Terms:
         bounds = self.epsilon, self.clamp_border
@@ -266,9 +262,6 @@ class LogInCESampled(BoundedLogarithms):
 
     S+ is the sum of exp(s) over the positives of non-zero weight, S- over the negatives that count, repeats
     counted. A position weighs as much as its heaviest positive.
-
-    epsilon: added inside the logarithm (RePlay: 1e-6); 0 is the exact form.
-    clamp_border: the logarithm is limited to ``[-clamp_border, clamp_border]`` (RePlay: 100).
     """
 
     def terms(self, positive: Tensor, negative: Tensor, weights: Tensor, mask: Tensor) -> Terms:

@@ -29,13 +29,10 @@ def softmax_attention_reference(
 ) -> torch.Tensor:
     """`ops.attention.softmax.softmax_attention`, under the dropout masks that it draws on a CPU from the same seed."""
     if layout.valid is not None and dropout_rate == 0.0:
-        return rectangular_softmax(q, k, v, layout, scale)
+        q, k, v = (_by_row(x, layout) for x in (q, k, v))
+        return _as_tokens(_softmax(q @ k.mT * scale, _sees(layout)) @ v)
     with dispatch.autocast(q, None):
-        sees = seen(layout)
-        logits = torch.einsum("ihd,jhd->hij", q, k) * scale
-        # The lowest finite number, not -inf: a row that sees nothing is then uniform, not NaN, and set to 0.
-        weights = logits.masked_fill(~sees, lowest(q.dtype)).softmax(-1)
-        weights = weights * sees.any(-1, keepdim=True)  # a token may see nothing
+        weights = _softmax(torch.einsum("ihd,jhd->hij", q, k) * scale, seen(layout))
         observe(weights)
         return torch.einsum("hij,jhd->ihd", dropped(weights, q, layout, dropout_rate), v)
 
@@ -51,7 +48,11 @@ def pointwise_attention_reference(
 ) -> torch.Tensor:
     """`ops.attention.pointwise.pointwise_attention`, under the dropout masks that it draws on a CPU from the same seed."""
     if layout.valid is not None and dropout_rate == 0.0 and (bias is None or len(bias.indices) == 1):
-        return rectangular_pointwise(q, k, v, layout, bias, divisor)
+        q, k, v = (_by_row(x, layout) for x in (q, k, v))
+        logits = q @ k.mT
+        for table, index in zip(bias.tables, bias.indices[0]) if bias else ():
+            logits = logits + table[index].unsqueeze(-3)  # the same for all heads
+        return _as_tokens(F.silu(logits) * _sees(layout) / divisor @ v)
     with dispatch.autocast(q, None):
         logits = torch.einsum("ihd,jhd->hij", q, k)
         if bias is not None:
@@ -65,7 +66,9 @@ def pointwise_attention_reference(
 def table_attention_reference(v: torch.Tensor, layout: Layout, bias: TableBias) -> list[torch.Tensor]:
     """`ops.attention.tables.table_attention`."""
     if layout.valid is not None and len(bias.indices) == 1:
-        return rectangular_tables(v, layout, bias)
+        v, sees = _by_row(v, layout), _sees(layout)
+        indexed = zip(bias.tables, bias.indices[0])
+        return [_as_tokens(table[index].unsqueeze(-3) * sees @ v) for table, index in indexed]
     outputs = []
     for place, table in enumerate(bias.tables):
         parts = (gathered(table, index[place]).unsqueeze(-3) for index in bias.indices)
@@ -112,34 +115,15 @@ def dense(parts: Iterable[torch.Tensor], layout: Layout, into: torch.Tensor) -> 
     return into
 
 
-def rectangular_softmax(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout, scale: float
-) -> torch.Tensor:
-    """`ops.attention.softmax.softmax_attention` without dropout."""
-    q, k, v = (_by_row(x, layout) for x in (q, k, v))
-    sees = _sees(layout)
-    weights = (q @ k.mT * scale).masked_fill(~sees, lowest(q.dtype)).softmax(-1)
-    weights = weights * sees.any(-1, keepdim=True)  # a token may see nothing
-    return (weights @ v).transpose(1, 2).flatten(0, 1)
+def _softmax(logits: torch.Tensor, sees: torch.Tensor) -> torch.Tensor:
+    # The lowest finite number, not -inf: a row that sees nothing is then uniform, not NaN, and set to 0.
+    weights = logits.masked_fill(~sees, lowest(logits.dtype)).softmax(-1)
+    return weights * sees.any(-1, keepdim=True)
 
 
-def rectangular_pointwise(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout, bias: TableBias | None, divisor: float
-) -> torch.Tensor:
-    """`ops.attention.pointwise.pointwise_attention` without dropout."""
-    q, k, v = (_by_row(x, layout) for x in (q, k, v))
-    logits = q @ k.mT
-    if bias is not None:
-        for table, index in zip(bias.tables, bias.indices[0]):
-            logits = logits + table[index].unsqueeze(-3)  # the same for all heads
-    return (F.silu(logits) * _sees(layout) / divisor @ v).transpose(1, 2).flatten(0, 1)
-
-
-def rectangular_tables(v: torch.Tensor, layout: Layout, bias: TableBias) -> list[torch.Tensor]:
-    """`ops.attention.tables.table_attention`."""
-    v, sees = _by_row(v, layout), _sees(layout)
-    weights = (table[index].unsqueeze(-3) * sees for table, index in zip(bias.tables, bias.indices[0]))
-    return [(each @ v).transpose(1, 2).flatten(0, 1) for each in weights]
+def _as_tokens(attended: torch.Tensor) -> torch.Tensor:
+    """``[B, H, N, d]`` as ``[T, H, d]``."""
+    return attended.transpose(1, 2).flatten(0, 1)
 
 
 def _by_row(x: torch.Tensor, layout: Layout) -> torch.Tensor:
