@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import astuple
 from functools import partial
 
 import pytest
@@ -88,7 +89,7 @@ def test_recorded_sce_draws_from_the_global_generator():
         )
         normals = torch.randn(shape)
         counted = inputs["padding_mask"] if tokens_mask is None else inputs["padding_mask"] & ~tokens_mask
-        expected = scalable_cross_entropy.ScalableCrossEntropyLoss(params)(
+        expected = scalable_cross_entropy.ScalableCrossEntropyLoss(*astuple(params))(
             embeddings.flatten(0, 1),
             weight,
             inputs["positive_labels"].flatten(),
