@@ -69,7 +69,7 @@ class _GroupedPointwise(torch.autograd.Function):
         out = []
         for group, group_tiles in plan:
             q_, k_, v_ = group.queries.gather(q), keys_of(group, k), keys_of(group, v)
-            # Values are smaller than weights: divisor and dropout's scale go into them.
+            # Into the copy of the values: the weights of the tiles are not passed over once more.
             v_.mul_(1.0 / (divisor * (1.0 - dropout_rate)))
             out.append(group.queries.empty(v))
             saved += [q_, k_, v_]
