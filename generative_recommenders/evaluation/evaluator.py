@@ -257,9 +257,7 @@ class Evaluator:
                 seen = None if here is None else here.rectangle(len(queries))
                 _, ids = search_shards(queries, score.items, lists.k, shard, seen)
                 if own:
-                    histories = self.loader.histories(users.user_ids.numpy() - 1)
-                    had = SeenItems.of(histories.rows, histories["item_ids"], self.num_items)
-                    lists.add_lists(ids.cpu(), users.user_ids, users.targets, had)
+                    lists.add_lists(ids.cpu(), users.user_ids, users.targets, self._had(users))
             yield users.rows(0, len(ranks[none])), ranks[none]
 
     def _by_scores(
@@ -267,19 +265,22 @@ class Evaluator:
     ) -> Iterator[tuple[RankedUsers, torch.Tensor]]:
         chunk = max(1, MAX_SCORES // max(self.num_items, 1))
         for users in prepared:
-            if lists is not None:
-                histories = self.loader.histories(users.user_ids.numpy() - 1)
-                had = SeenItems.of(histories.rows, histories["item_ids"], self.num_items)
+            had = None if lists is None else self._had(users)
             for start in range(0, len(users.targets), chunk):
                 part = users.rows(start, start + chunk)
                 scores, seen = score(part.batch), part.removed
                 if seen is not None:
                     seen = seen.to(scores.device)
-                if lists is not None:  # a target that is removed or missed is in no list: recall@k is HR@k
-                    lists.add(
-                        scores, part.user_ids, part.targets, seen, had.rows_between(start, start + chunk)
-                    )
+                if lists is not None and had is not None:
+                    # A target that is removed or missed is in no list: recall@k is HR@k.
+                    own = had.rows_between(start, start + chunk)
+                    lists.add(scores, part.user_ids, part.targets, seen, own)
                 yield part, exact_ranks(scores, part.targets.to(scores.device), seen)
+
+    def _had(self, users: RankedUsers) -> SeenItems:
+        """Everything that the users had before their targets, also what is no longer in the window."""
+        histories = self.loader.histories(users.user_ids.numpy() - 1)
+        return SeenItems.of(histories.rows, histories["item_ids"], self.num_items)
 
     def _histogram(self, ranks: torch.Tensor) -> RankHistogram:
         scored = ranks.nonzero()[:, 0]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 
 from generative_recommenders.modeling.cache import HistoryCache, IncrementalEncoder
+from generative_recommenders.modeling.events import columns_of
 from generative_recommenders.modeling.inputs import Queries
 from generative_recommenders.modeling.model import SequenceRecommender
 from generative_recommenders.retrieval.histories import Histories
@@ -61,9 +63,8 @@ class Session:
         """The window, as a reader gives it."""
         length = min(self._total, self.window)
         batch = {"lengths": torch.tensor([length]), **self._of_user, **self._columns}
-        return Histories(
-            [self.user], batch, [torch.tensor(sorted(self.seen), dtype=torch.int64).numpy()], self.numeric
-        )
+        seen = np.array(sorted(self.seen), np.int64)
+        return Histories([self.user], batch, [seen], self.numeric)
 
     @torch.no_grad()
     def encode(self, model: SequenceRecommender, at: int | None) -> Queries:
@@ -85,17 +86,9 @@ class Session:
             return model.encode_query(batch).states
         if self._cache is None:
             self._encoded = 0
-        ids = batch["item_ids"][:, self._encoded :]
-        events = {
-            name: x[:, self._encoded :] for name, x in batch.items() if x.dim() == 2 and name != "item_ids"
-        }
-        events |= {name: batch[name] for name in ("next_timestamps", "user_ids") if name in batch}
-        device = model.items.table.device
-        states, self._cache = model.encode_incremental(
-            self._cache,
-            torch.tensor([ids.shape[1]]),
-            ids.to(device),
-            {name: x.to(device) for name, x in events.items()},
-        )
+        new = {name: x[:, self._encoded :] if x.dim() == 2 else x for name, x in batch.items()}
+        new = {name: x.to(model.items.table.device) for name, x in new.items()}
+        lengths = torch.tensor([new["item_ids"].shape[1]])
+        states, self._cache = model.encode_incremental(self._cache, lengths, new["item_ids"], columns_of(new))
         self._encoded = self._total
         return states
