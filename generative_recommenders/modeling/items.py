@@ -80,9 +80,7 @@ class ItemEmbedding(torch.nn.Module):
     l2_norm_eps: least norm that is divided by.
     """
 
-    SUPPLIED = frozenset(
-        {"num_items", "embedding_dim", "num_rows", "item_category", "features", "uses_item_id"}
-    )
+    SUPPLIED = frozenset({"num_items", "embedding_dim", "num_rows", "item_category"})
     """Passed by the program where a constructor asks for it; what else it takes are options."""
     tower: torch.nn.Module | None
 

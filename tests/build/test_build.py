@@ -312,7 +312,7 @@ def test_sce_takes_its_sizes() -> None:
     for name in ("SCE", "ScalableCrossEntropyLoss"):
         loss = build_criterion(settings(loss_module=name, **choices), catalogue()).loss
         assert isinstance(loss, ScalableCrossEntropyLoss)
-        assert dataclasses.astuple(loss.params) == (3, 4, 5, True)
+        assert (loss.n_buckets, loss.bucket_size_x, loss.bucket_size_y, loss.mix_x) == (3, 4, 5, True)
 
 
 def test_classes_give_each_unit_negatives_of_one_class() -> None:

@@ -14,6 +14,7 @@ from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.encoders import two_tower
 from generative_recommenders.modeling.encoders.two_tower import (
+    ITEM_ID,
     EntityFeature,
     FeatureMerger,
     ItemTowerEmbedding,
@@ -33,7 +34,7 @@ FEATURES = (GENRES, AUTHOR, YEAR)
 
 def tower(features=FEATURES, uses_item_id: bool = True) -> ItemTowerEmbedding:
     torch.manual_seed(1)
-    return ItemTowerEmbedding(ITEMS, DIM, features, uses_item_id)
+    return ItemTowerEmbedding(ITEMS, DIM, lambda *asked: features, (ITEM_ID,) if uses_item_id else ())
 
 
 @pytest.mark.parametrize(("features", "uses_item_id"), [(FEATURES, True), (FEATURES, False), ((), True)])

@@ -84,11 +84,17 @@ class ItemTower(nn.Module):
         return self.encoder(torch.stack(parts).sum(0))
 
 
-class ItemTowerEmbedding(ItemEmbedding):
-    """Histories look up the id table; what is scored comes out of an `ItemTower`.
+ReadFeatures = Callable[[Sequence[str], ListReduction], Sequence[EntityFeature]]
+"""Features of all items by name."""
 
-    features: of all items, at least one unless uses_item_id. uses_item_id: the row of the id table, which
-    histories share, is one of the tower's features.
+
+@register_item_embedding("item_tower", gin_name="item_tower")
+class ItemTowerEmbedding(ItemEmbedding):
+    """Items through a tower over their features: histories look up the id table, what is scored comes out of an `ItemTower`.
+
+    features: of the prepared items table; "item_id" is the id itself, by the row of the table that histories look up.
+    list_reduction: how the embeddings of a list's categories become one.
+    num_blocks: blocks of the tower.
     """
 
     tower: ItemTower
@@ -97,23 +103,25 @@ class ItemTowerEmbedding(ItemEmbedding):
         self,
         num_items: int,
         embedding_dim: int,
-        features: Sequence[EntityFeature],
-        uses_item_id: bool = True,
-        num_blocks: int = 1,
+        read_features: ReadFeatures,
+        features: tuple[str, ...] = (ITEM_ID,),
+        list_reduction: ListReduction = "mean",
+        num_blocks: Layers = 1,
         *,
         item_l2_norm: bool = False,
         l2_norm_eps: Positive = 1e-6,
     ) -> None:
         super().__init__(num_items, embedding_dim, item_l2_norm=item_l2_norm, l2_norm_eps=l2_norm_eps)
-        if not features and not uses_item_id:
+        read = read_features([name for name in features if name != ITEM_ID], list_reduction)
+        self.uses_item_id = ITEM_ID in features
+        if not read and not self.uses_item_id:
             raise UserError("item_tower.features names no feature: give at least one, or 'item_id'")
-        for feature in features:
+        for feature in read:
             rows = len(feature.values) - 1
             if rows != num_items:
                 raise UserError(f"item feature {feature.spec.name!r} has {rows} rows for {num_items} items")
-        self.features = FeatureTable(features)
-        self.uses_item_id = uses_item_id
-        self.tower = ItemTower([feature.spec for feature in features], embedding_dim, num_blocks)
+        self.features = FeatureTable(read)
+        self.tower = ItemTower([feature.spec for feature in read], embedding_dim, num_blocks)
 
     def raw_rows(self, leaf: ItemRows, item_ids: torch.Tensor | None) -> ItemRows:
         """The tower's output for the items; for all of them, in blocks unless it is differentiated, row 0 is
@@ -135,35 +143,6 @@ class ItemTowerEmbedding(ItemEmbedding):
     def _tower(self, leaf: ItemRows, item_ids: torch.Tensor) -> torch.Tensor:
         id_rows = leaf.lookup(item_ids) if self.uses_item_id else None
         return self.tower(self.features(item_ids), id_rows)
-
-
-ReadFeatures = Callable[[Sequence[str], ListReduction], Sequence[EntityFeature]]
-"""Features of all items by name."""
-
-
-@register_item_embedding("item_tower", gin_name="item_tower")
-def item_tower(
-    num_items: int,
-    embedding_dim: int,
-    read_features: ReadFeatures,
-    features: tuple[str, ...] = (ITEM_ID,),
-    list_reduction: ListReduction = "mean",
-    num_blocks: Layers = 1,
-    item_l2_norm: bool = False,
-    l2_norm_eps: Positive = 1e-6,
-) -> ItemTowerEmbedding:
-    """Items through a tower over their features, `ItemTowerEmbedding` by names of features.
-
-    features: of the prepared items table; "item_id" is the id itself.
-    list_reduction: how the embeddings of a list's categories become one.
-    num_blocks: blocks of the tower.
-    item_l2_norm: scored embeddings are divided by max(norm, l2_norm_eps).
-    l2_norm_eps: least norm that is divided by.
-    """
-    read = read_features([name for name in features if name != ITEM_ID], list_reduction)
-    return ItemTowerEmbedding(
-        num_items, embedding_dim, read, ITEM_ID in features, num_blocks, item_l2_norm=item_l2_norm, l2_norm_eps=l2_norm_eps
-    )  # fmt: skip
 
 
 @register_encoder("TwoTower", gin_name="two_tower")
