@@ -77,11 +77,11 @@ def test_the_file_of_a_killed_evaluation_is_taken_too(scene, monkeypatch: pytest
     calls: list[int] = []
     original = evaluator.product_ranks
 
-    def failing(*arguments):
+    def failing(*arguments, **options):
         calls.append(1)
         if len(calls) > 4:
             raise MemoryError
-        return original(*arguments)
+        return original(*arguments, **options)
 
     monkeypatch.setattr(evaluator, "product_ranks", failing)
     with pytest.raises(MemoryError):
