@@ -72,6 +72,8 @@ def run(args: argparse.Namespace) -> int:
     def done(run: Run, failure: str | None) -> None:
         if failure is None:
             finished.setdefault(run.cell.name, []).append(Finished.of(run))
+            measured = finished[run.cell.name][-1].summary["test"][ablation.settings.metric]
+            logging.info("%s is done: test %s %.4f", run.name, ablation.settings.metric.upper(), measured)
         else:
             failed[run.name] = failure
             logging.error("%s failed: %s", run.name, failure)
@@ -91,7 +93,8 @@ def run(args: argparse.Namespace) -> int:
         jobs.run_all(_list(ablation, args), done, jobs.slots(args.jobs), command_of)
     for runs in finished.values():
         runs.sort(key=lambda each: each.summary["seed"])
-    results = {**collect(dict(sorted(finished.items())), ablation.settings.metric), "failed": failed}
+    found = collect(dict(sorted(finished.items())), ablation.settings.metric, bool(args.search))
+    results = {**found, "failed": failed}
     show(write_tables(results, out, f"Ablation {file.stem}"))
     logging.info("tables and runs are in %s", out)
     return 1 if failed else 0

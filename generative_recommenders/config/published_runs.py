@@ -76,6 +76,12 @@ def differences(settings: RunSettings, tie_order: str | None, has_unrated: bool)
 def unlike_published(settings: RunSettings) -> list[str]:
     """One line for each setting that acts here otherwise than in the published programs."""
     ratio, lines = settings.data.positional_sampling_ratio, []
+    # On ML-1M they sample anew each epoch too: the workers of a loader, which keep what they drew, live for an epoch.
+    if ratio < 1 and settings.data.dataset_name != "ml-1m":
+        lines.append(
+            f"train_fn.positional_sampling_ratio = {ratio}: histories are sampled anew each epoch; the published programs "
+            "sampled those of ml-1m alone and ignored this elsewhere"
+        )
     if settings.model.main_module_bf16:
         lines.append(
             "train_fn.main_module_bf16: embeddings, products and scores are in bfloat16, weights and their updates in float32; "

@@ -154,10 +154,37 @@ def test_tables_of_finished_runs(tmp_path: Path) -> None:
     with open(tmp_path / "out" / "table.csv", newline="") as lines:
         head, *rows = csv.reader(lines)
     assert head[:3] == ["cell", "seeds", "NDCG@10"] and [each[1] for each in rows] == ["1", "2", "2"]
+    shown = [dict(zip(head, each)) for each in rows]
+    assert {(each["validation NDCG@10"], each["split"]) for each in shown} == {("1.0000", "f00")}
     latex = (tmp_path / "out" / "table.tex").read_text()
     assert r"b\_1 & 2 & " in latex and r"$\pm$" in latex and r"95 \% interval" in latex
     assert (tmp_path / "out" / "table.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
+    tests = (tmp_path / "out" / "pairs.tex").read_text()
+    assert f"c & b\\_1 & {pairs['c', 'b_1']['difference']:+.4f}" in tests and "p (Holm)" in tests
+
+
+def test_a_search_chooses_by_validation_and_says_what(tmp_path: Path) -> None:
+    """The trial that is worse on the test targets, where it is better on validation."""
+    file = tmp_path / "x.gin"
+    file.write_text(BASE)
+    ablation = Ablation.load(file, (), tmp_path)
+    ranks = {"trial-000": [1, 1, 1, 1], "trial-001": [3, 3, 3, 3]}
+    found: dict[str, list[Finished]] = {}
+    for number, (name, each) in enumerate(ranks.items()):
+        cell = Cell(name, (f"train_fn.learning_rate = {0.1 + number}",))
+        done = Finished.of(finished(ablation, cell, 42, list(each)))
+        done.summary["best"]["ndcg@10"] = 0.1 + number
+        found[name] = [done]
+    assert collect(found, "ndcg@10")["chosen"] is None
+    results = collect(found, "ndcg@10", by_validation=True)
+    assert [row["cell"] for row in results["cells"]] == ["trial-001", "trial-000"]
+    text = write_tables(results, tmp_path / "out", "Search x")
+    assert "chosen by validation NDCG@10: trial-001" in text
+    assert "- trial-001: train_fn.learning_rate = 1.1" in text
+    for each in found.values():
+        each[0].summary["protocol"] = "paper"
+    assert collect(found, "ndcg@10", by_validation=True)["cells"][0]["cell"] == "trial-000"
 
 
 def test_a_stopped_ablation_stops_its_runs_and_goes_on(data_root: Path, tmp_path: Path) -> None:
@@ -269,6 +296,7 @@ def test_a_search_chooses_on_validation_and_goes_on(data_root: Path, tmp_path: P
     assert len({*tried.values()}) == 4
     results = json.loads((tmp_path / "runs" / "results.json").read_text())
     assert len(results["cells"]) + len(results["failed"]) == 4
+    assert results["chosen"] == max(results["cells"], key=lambda row: row["validation"])["cell"]
     assert all("does not divide" in line for line in results["failed"].values()), results[
         "failed"
     ]  # of 3 heads

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +41,12 @@ def ranks_of(run: Run) -> pl.DataFrame | None:
         return pl.read_parquet(run.measured) if run.measured.exists() else None
     rank = pl.col(RANK + facts.methods[0])
     return facts.users.select("user_id", "item_id", pl.when(rank <= facts.num_items).then(rank).alias("rank"))
+
+
+def best_validation(summary: Mapping[str, Any], metric: str) -> float | None:
+    """The metric's value on validation at the epoch that was tested; None where no validation targets were scored."""
+    best = summary.get("best") or {}
+    return None if summary.get("protocol") == "paper" else best.get(metric)
 
 
 class Finished(NamedTuple):

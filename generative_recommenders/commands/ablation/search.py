@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from generative_recommenders.commands.ablation.plan import Ablation, Cell, Run
-from generative_recommenders.commands.ablation.records import records
+from generative_recommenders.commands.ablation.records import best_validation, summary
 from generative_recommenders.config.fields import check_sizes
 from generative_recommenders.data.preparation.folder import new_file
 from generative_recommenders.errors import UserError, not_installed
@@ -80,12 +80,11 @@ class Search:
     def tell(self, run: Run, failure: str | None) -> None:
         """The study learns of a trial that is done."""
         trial = self.asked.pop(run.cell.name)
-        if failure is not None:
+        value = None if failure is not None else best_validation(summary(run), self.ablation.settings.metric)
+        if value is None:
             self.study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
         else:
-            measured = [each for each in records(run.folder) if each.get("part") == "validation"]
-            full = [each[self.ablation.settings.metric] for each in measured if each.get("full", True)]
-            self.study.tell(trial, max(full))
+            self.study.tell(trial, value)
 
 
 def distribution(name: str, given: Any, file: Path) -> BaseDistribution:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from generative_recommenders.commands.ablation.records import Finished
+from generative_recommenders.commands.ablation.records import Finished, best_validation
 from generative_recommenders.commands.comparison import (
     METRICS,
     compare,
@@ -30,11 +30,15 @@ ALL_PAIRS = 20
 """Cells up to which every pair is tested; of more, the best one against each other."""
 
 
-def collect(runs: Mapping[str, Sequence[Finished]], metric: str) -> dict[str, Any]:
+def collect(
+    runs: Mapping[str, Sequence[Finished]], metric: str, by_validation: bool = False
+) -> dict[str, Any]:
     """Numbers of all cells that have a run, best first, and of the tests between them, as JSON has them.
 
-    runs: the finished runs by cell. Of a cell: mean and deviation over seeds, the 95 % interval of the metric over users (their
-    values averaged over seeds), seconds, memory. Of a pair: the difference, p, and p after Holm's correction over all pairs.
+    runs: the finished runs by cell. by_validation: best by the validation targets, where there are some, as a search has to
+    choose; else by the test targets. Of a cell: mean and deviation over seeds, the 95 % interval of the metric over users
+    (their values averaged over seeds), its value on validation, seconds, memory. Of a pair: the difference, p, and p after
+    Holm's correction over all pairs.
     Cells on other splits, and those without their users' ranks, are not compared.
     """
 
@@ -51,12 +55,14 @@ def collect(runs: Mapping[str, Sequence[Finished]], metric: str) -> dict[str, An
         users = [user_values(run.ranks, metric) for run in own if run.ranks is not None]
         if len(users) == len(own):
             values[cell] = mean_over_runs(users)
+        scored = [value for each in found if (value := best_validation(each, metric)) is not None]
         seconds = [each["seconds_per_epoch"] for each in found if each["seconds_per_epoch"] is not None]
         rows.append(
             {
                 "cell": cell,
                 "seeds": [each["seed"] for each in found],
                 "test": {name: spread([each["test"][name] for each in found]) for name in METRICS},
+                "validation": statistics.fmean(scored) if len(scored) == len(found) else None,
                 "interval": list(bootstrap_interval(values[cell]["value"].to_numpy()))
                 if cell in values
                 else None,
@@ -69,8 +75,10 @@ def collect(runs: Mapping[str, Sequence[Finished]], metric: str) -> dict[str, An
                 "bindings": found[0]["bindings"],
             }
         )
-    rows.sort(key=lambda row: -row["test"][metric]["mean"])
-    return {"metric": metric, "cells": rows, "pairs": _pairs(rows, values)}
+    by_validation &= all(row["validation"] is not None for row in rows)
+    rows.sort(key=lambda row: -(row["validation"] if by_validation else row["test"][metric]["mean"]))
+    chosen = rows[0]["cell"] if by_validation and rows else None
+    return {"metric": metric, "cells": rows, "pairs": _pairs(rows, values), "chosen": chosen}
 
 
 def _pairs(rows: Sequence[Mapping[str, Any]], values: Mapping[str, pl.DataFrame]) -> list[dict[str, Any]]:
@@ -108,7 +116,8 @@ def write_tables(results: Mapping[str, Any], out: Path, title: str) -> str:
         "table.md": text + "\n",
         "table.csv": _csv([head, *rows]),
         "pairs.csv": _csv(pair_table(results, ".6g")),
-        "table.tex": latex(head, rows),
+        "table.tex": latex([head, *rows]),
+        "pairs.tex": latex(pair_table(results)),
     }
     for name, content in files.items():
         with new_file(out / name) as scratch:
@@ -123,18 +132,20 @@ def table_of(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Head and lines of the table."""
     names = [results["metric"], *(name for name in METRICS if name != results["metric"])]
     head = [
-        "cell", "seeds", names[0].upper(), "95 % interval", *(name.upper() for name in names[1:]), "seconds per epoch",
-        "peak memory, MiB", "best epoch",
+        "cell", "seeds", names[0].upper(), "95 % interval", *(name.upper() for name in names[1:]),
+        f"validation {names[0].upper()}", "seconds per epoch", "peak memory, MiB", "best epoch", "split",
     ]  # fmt: skip
     rows = []
     for row in results["cells"]:
         first, *others = (mean_and_deviation(row["test"][name]) for name in names)
-        seconds, memory = row["seconds_per_epoch"], row["memory_mb"]
+        seconds, memory, validation = row["seconds_per_epoch"], row["memory_mb"], row["validation"]
         rows.append(
             [
                 row["cell"], str(len(row["seeds"])), first, interval_text(row["interval"]), *others,
+                "" if validation is None else f"{validation:.4f}",
                 "" if seconds is None else f"{seconds:.3g}", "" if memory is None else f"{memory:,}",
                 ", ".join(str(each) for each in row["best_epochs"] if each is not None),
+                (row["split_hash"] or "")[:8],
             ]
         )  # fmt: skip
     return head, rows
@@ -168,6 +179,9 @@ def markdown(results: Mapping[str, Any], title: str) -> str:
     lines = (
         [f"# {title}", "", *markdown_table([head, *rows])] if rows else [f"# {title}", "", "no finished run"]
     )
+    if results["chosen"] is not None:
+        lines += ["", f"chosen by validation {results['metric'].upper()}: {results['chosen']}"]
+        lines += ["", *(f"- {row['cell']}: {', '.join(row['bindings'])}" for row in results["cells"])]
     if results["pairs"]:
         lines += [
             "",
@@ -194,8 +208,9 @@ def _csv(table: Sequence[Sequence[str]]) -> str:
     return text.getvalue()
 
 
-def latex(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    r"""A ``tabular`` for the package booktabs."""
+def latex(table: Sequence[Sequence[str]]) -> str:
+    r"""A ``tabular`` for the package booktabs. table: its head, then its rows."""
+    head, *rows = table
 
     def line(cells: Sequence[str]) -> str:
         plain = (cell.replace("\\", "/") for cell in cells)
