@@ -92,16 +92,6 @@ def unlike_published(settings: RunSettings) -> list[str]:
             "train_fn.eval_bf16: the encoder's products are in bfloat16 in evaluation, the scores in float32; the published "
             "programs rounded the states and items that they scored instead"
         )
-    if ratio < 1:
-        theirs = (
-            "once a run"
-            if settings.data.dataset_name == "ml-1m"
-            else "from ml-1m alone and ignored this elsewhere"
-        )
-        lines.append(
-            f"train_fn.positional_sampling_ratio = {ratio}: histories are sampled anew each epoch; the published programs "
-            f"sampled {theirs}"
-        )
     if settings.data.protocol == "paper":
         lines.append(
             "train_fn.eval_interval: a batch of users drawn anew is scored; the published programs scored the step's own "
