@@ -93,36 +93,32 @@ class Catalogue:
 
     def facts(self, model: SequenceRecommender, dataset: SequenceDataset) -> dict[str, Any]:
         """What a checkpoint keeps of the data, as JSON, so that `of_facts` builds the model again without them."""
-        tower: Any = model.items.tower
-        merger: Any = model.sequence.context_merger
         read = model.sequence.event_features
         used = {feature.name for feature in read.features} if read is not None else set()
-        return {
+        facts: dict[str, Any] = {
             "has_ratings": self.has_ratings,
             "has_timestamps": self.has_timestamps,
             "rating_range": self.rating_range,
-            "item_features": [asdict(spec) for spec in tower.embedder.schema] if tower is not None else [],
-            "item_encodings": self.items.encodings([spec.name for spec in tower.embedder.schema])
-            if tower is not None and isinstance(self.items, FeatureReader)
-            else {},
-            "user_encodings": self.users.encodings([spec.name for spec in merger.embedder.schema])
-            if merger is not None and isinstance(self.users, FeatureReader)
-            else {},
-            "user_features": [asdict(spec) for spec in merger.embedder.schema] if merger is not None else [],
             "event_features": {
                 name: asdict(feature) for name, feature in self.event_features.items() if feature.name in used
             },
-            "event_columns": [
-                {
-                    **asdict(each),
-                    "categories": dataset.vocabulary(each.name).to_pylist()
-                    if each.kind == "categorical"
-                    else None,
-                }
-                for each in dataset.manifest.event_columns
-                if each.name in used
-            ],
+            "event_columns": [],
         }
+        for each in dataset.manifest.event_columns:
+            if each.name in used:
+                names = dataset.vocabulary(each.name).to_pylist() if each.kind == "categorical" else None
+                facts["event_columns"].append({**asdict(each), "categories": names})
+        parts: tuple[tuple[str, Any, Any], ...] = (
+            ("item", model.items.tower, self.items),
+            ("user", model.sequence.context_merger, self.users),
+        )
+        for owner, part, reader in parts:
+            schema = () if part is None else part.embedder.schema
+            facts[f"{owner}_features"] = [asdict(spec) for spec in schema]
+            # Those that a checkpoint holds are ids and scaled numbers already, with nothing to encode them by.
+            known = [spec.name for spec in schema] if isinstance(reader, FeatureReader) else []
+            facts[f"{owner}_encodings"] = reader.encodings(known) if known else {}
+        return facts
 
     @classmethod
     def of_facts(
