@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from generative_recommenders.build import parts  # noqa: F401  (registers what the bindings choose)
 from generative_recommenders.config.gin import load_settings
 from generative_recommenders.config.published_runs import differences, unlike_published
 from generative_recommenders.config.schema import RunSettings
