@@ -34,6 +34,7 @@ PARTS = {"sasrec_encoder", "hstu_encoder", "create_mol_interaction_module"}
 def is_published(settings: RunSettings) -> bool:
     """Whether every setting is one of the published programs', on one of their data sets."""
     default, kinds = RunSettings(), settings.model
+    # A setting of ours at its default is as good as absent, so that new settings need no entry here.
     known = SETTINGS | FREE | CHOICES.keys()
     own = [n for n in NAMES if n.startswith("train_fn.") and n.removeprefix("train_fn.") not in known]
     options = {option for owner, given in settings.options.items() if owner in PARTS for option in given}

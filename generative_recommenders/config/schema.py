@@ -252,6 +252,7 @@ class RunSettings(Section):
         for part in self.chosen_parts():
             filled = {target.option for target in targets_in(part).values()}
             for option, value in part.option_values(self.part_options(part)).items():
+                # The part's own default alone may be infinite, so that what is left out comes back by itself.
                 endless = isinstance(value, float) and not math.isfinite(value)  # has no form in JSON
                 if option not in filled and not endless:
                     options.setdefault(part.gin_name, {}).setdefault(option, value)

@@ -29,6 +29,8 @@ class ExchangeSource(TableSource):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
+        # The format has no mark for what a data set lacks but zeros throughout, so that the file is read up to the first number
+        # of each column.
         zero = {"rating", "timestamp"}
         sample = None
         for _, events in self._events():

@@ -60,6 +60,7 @@ class TextSource(TableSource):
         rows = [self.dialect.split(line) for line in lines]
         self.first_fields = rows[0]
         self.num_fields = len(rows[0])
+        # A line of another number of fields is a fault, which is named with its number when the file is read.
         body = [row for row in rows[1:] if len(row) == self.num_fields]
         if options.header is not None:
             has_header = options.header
@@ -140,6 +141,7 @@ class JsonSource(TableSource):
         self.sample = _read_json(path, block, None)
         self.header = self.sample.columns
         self.num_fields = len(self.header)
+        # Refused where they are asked for; reviews have lists of images beside the columns of an event.
         self.nested = [name for name in self.header if self.sample[name].dtype.is_nested()]
         self.sample = self.sample.with_columns(pl.lit(None).alias(name) for name in self.nested).rename(
             {name: str(place) for place, name in enumerate(self.header)}

@@ -64,6 +64,7 @@ def ids(values: pl.Series, name: str, rows: Rows) -> tuple[pl.Series, pl.Series]
 def numbers(values: pl.Series, name: str, rows: Rows, optional: bool = False) -> pl.Series:
     """Finite float32 numbers; null for missing ones where they are ``optional``."""
     if values.dtype == pl.String:
+        # Without a missing or faulty value, as almost always, the text need not be looked at again.
         found = values.cast(pl.Float64, strict=False)
         if not found.null_count() and (found.abs() <= _MAX_FLOAT32).all() and not found.is_nan().any():
             return found.cast(pl.Float32)

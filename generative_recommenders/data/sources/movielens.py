@@ -145,5 +145,5 @@ def _read_text(path: Path) -> str:
         )
     try:
         return content.decode("utf-8-sig")
-    except UnicodeDecodeError:
+    except UnicodeDecodeError:  # what is not UTF-8 fails at its first accent; Latin-1 would take anything
         return content.decode("latin-1")

@@ -32,6 +32,7 @@ _GROUPLENS = (
     "https://files.grouplens.org/datasets/movielens/",
     "https://web.archive.org/web/2024id_/https://files.grouplens.org/datasets/movielens/",
 )
+# Plain http is for what has a published sha256 alone: an MD5 proves nothing against somebody on the way.
 _SNAP = (
     "https://snap.stanford.edu/data/amazon/productGraph/categoryFiles/",
     "http://snap.stanford.edu/data/amazon/productGraph/categoryFiles/",

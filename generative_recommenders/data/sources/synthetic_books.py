@@ -255,12 +255,13 @@ def _walk(
     steps = np.arange(lengths.max(initial=0))
     reading = np.searchsorted(-lengths[longest_first], -steps, side="left")
     read = np.full((len(lengths), len(steps)), -1, dtype=np.int32)
-    heads = np.full((2, len(lengths)), -1)
+    heads = np.full((2, len(lengths)), -1)  # newest and older thread
     items, last, other = (np.empty(offsets[-1], dtype=np.int64) for _ in range(3))
     for step, active in zip(steps, reading):
         rows = starts[:active] + step
         newest, behind = last[rows], other[rows] = heads[:, :active]
         goes_on = predictable[rows]
+        # Where there is no older thread yet, the newest one goes on.
         from_older = goes_on & older[rows] & (behind >= 0)
         book = np.where(goes_on, successor[np.where(from_older, behind, newest)], -1)
         book[~goes_on] = fresh(rows[~goes_on], 0)
