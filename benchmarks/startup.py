@@ -57,10 +57,10 @@ def main() -> None:
         step = [str(MAIN), "--plugin=end_behind_one_step.py", "--run_dir=run{}"]
         commands = {"import_torch": ["-c", "import torch"], "help": [str(MAIN), "--help"], "first_step": step}
         times: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
-        for turn in range(args.rounds + 1):
+        for turn in range(args.rounds + 1) if args.rounds > 1 else (1,):
             for name, command in commands.items():
                 spent = timed([sys.executable, *(each.format(turn) for each in command)], folder)
-                if turn:  # the first one fills the system's cache of files
+                if turn:  # the first one of several fills the system's cache of files
                     times[name].append(spent)
     result: dict[str, float] = {}
     for name, spent in times.items():

@@ -17,14 +17,27 @@ from generative_recommenders.data.store import SequenceDataset
 from tiny_data import ragged_sequences, tiny_dataset
 
 LONG_FILES = (
+    "test_code_blocks.py",
+    "test_benchmarks.py",
+    "test_faults.py",
+    "test_reproduction.py",
+    "test_same_numbers.py",
+    "test_sharded_table.py",
+    "test_ablation.py",
+    "test_encoder_contract.py",
+    "test_scripts_and_notebooks.py",
     "test_main.py",
+    "test_program.py",
+    "test_extreme_values.py",
+    "test_configs.py",
     "test_launch.py",
     "test_rendezvous.py",
-    "test_faults.py",
-    "test_assembly.py",
-    "test_configs.py",
+    "test_fine_tuning.py",
+    "test_recommender.py",
+    "test_report.py",
+    "test_one_score.py",
 )
-"""Files that start whole programs."""
+"""The longest first, so that no process ends with one of them alone."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -45,9 +58,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for marker, reason in reasons.items():
             if item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
-    items.sort(
-        key=lambda item: item.path.name not in LONG_FILES
-    )  # first, so that no worker ends with one alone
+    places = {name: place for place, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
 @pytest.fixture(autouse=True)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+from programs import ROOT, run_program
+
+BENCHMARKS = ROOT / "benchmarks"
 TINY = {
     "catalogue_loss": ["--tokens=300", "--items=500", "--dim=8"],
     "compare_peers": [
@@ -20,7 +20,7 @@ TINY = {
     "gpu": ["--device=cpu", "--quick"],
     "incremental": ["--rows=2", "--length=8", "--repeats=1"],
     "jagged": ["--repeats=4"],
-    "large_catalogue": ["--items=3000", "--users=400", "--steps=2", "--eval_users=50", "--processes=2"],
+    "large_catalogue": ["--items=3000", "--users=400", "--steps=2", "--eval_users=50"],
     "long_run": ["--steps=100", "--samples=10"],
     "prepare": ["--lines=2000"],
     "recommend": [
@@ -71,8 +71,7 @@ NO_PROGRAMS = {"floors", "gpu_setup", "plain_step"}
 
 
 def run(name: str, arguments: list[str], folder: Path) -> dict:
-    command = [sys.executable, BENCHMARKS / f"{name}.py", *arguments]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    done = run_program(f"benchmarks/{name}.py", *arguments, folder=folder)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -92,6 +91,12 @@ def test_it_prints_json(name: str, tmp_path: Path) -> None:
         for key in path.split("."):
             value = value[key]
         assert value > 0, path
+
+
+@pytest.mark.slow
+def test_a_catalogue_in_shards(tmp_path: Path) -> None:
+    result = run("large_catalogue", [*TINY["large_catalogue"], "--processes=2"], tmp_path)
+    assert result["processes"] == 2 and result["step_seconds"] > 0
 
 
 def test_steps_of_a_catalogue_of_books(tmp_path: Path) -> None:

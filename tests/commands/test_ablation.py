@@ -32,7 +32,7 @@ train_fn.sampling_strategy = "local"
 train_fn.num_negatives = 4
 train_fn.num_epochs = 1
 """
-PROGRAM = "generative_recommenders/ablate.py"
+PROGRAM = "generative_recommenders.ablate"
 
 
 @pytest.fixture(scope="module")

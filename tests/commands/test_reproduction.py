@@ -15,7 +15,7 @@ import pytest
 from programs import ROOT, run_program
 from tiny_data import ragged_sequences, tiny_dataset
 
-PROGRAM = "generative_recommenders/reproduce.py"
+PROGRAM = "generative_recommenders.reproduce"
 
 
 @pytest.fixture(scope="module")

@@ -113,6 +113,7 @@ def torchrun(folder: Path, failing: int, *more: str, count: int = 2) -> subproce
     return subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("count", "total"), [(2, "3.0"), (4, "10.0")])
 def test_torchrun(tmp_path, count, total):
     finished = torchrun(tmp_path, failing=-1, count=count)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import re
-import runpy
 import shlex
 import subprocess
-import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
-from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from subprocess import CompletedProcess
 
@@ -86,33 +82,9 @@ def clone(folder: Path) -> Path:
     return folder
 
 
-def execute(folder: Path, words: list[str], timeout: float = 120) -> CompletedProcess[str]:
-    """``python ...`` in a process forked behind the slow imports."""
-    context: ForkServerContext = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(programs.SLOW_IMPORTS)
-    out, err = folder / "stdout.txt", folder / "stderr.txt"
-    process = context.Process(target=_run, args=(str(folder), words, str(out), str(err)))
-    process.start()
-    process.join(timeout)
-    if process.is_alive():
-        process.kill()
-        raise TimeoutError(f"{words} took more than {timeout} s: {err.read_text()[-2000:]}")
-    return CompletedProcess(words, process.exitcode or 0, out.read_text(), err.read_text())
-
-
-def _run(folder: str, words: list[str], out: str, err: str) -> None:
-    for path, descriptor in ((out, 1), (err, 2)):
-        with open(path, "wb") as file:
-            os.dup2(file.fileno(), descriptor)
-    os.environ["OMP_NUM_THREADS"] = "1"
-    os.chdir(folder)
-    sys.path[0] = str(ROOT)
-    if words[1] == "-m":
-        sys.argv = words[2:]
-        runpy.run_module(words[2], run_name="__main__", alter_sys=True)
-    else:
-        sys.argv = words[1:]
-        runpy.run_path(words[1], run_name="__main__")
+def execute(folder: Path, words: list[str]) -> CompletedProcess[str]:
+    """``python ...`` as it stands on a page."""
+    return programs.execute(words[2:] if words[1] == "-m" else words[1:], folder, timeout=120)
 
 
 def trains(words: list[str]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 from pathlib import Path
 
@@ -19,10 +20,10 @@ from generative_recommenders.distributed.process_group import process_collective
 from generative_recommenders.training.trainer import Trainer
 from programs import quick_start
 
-GLOBAL_BATCH, STEPS = 12, 24
+GLOBAL_BATCH, STEPS = 12, 12
 COMMON = {
     "dataset_name": "tiny", "max_sequence_length": 12, "item_embedding_dim": 8, "dropout_rate": 0.0, "num_negatives": 6,
-    "num_warmup_steps": 10, "learning_rate": 3e-3, "eval_batch_size": 5, "list_metrics_k": 4,
+    "num_warmup_steps": 4, "learning_rate": 5e-3, "eval_batch_size": 8, "list_metrics_k": 4,
 }  # fmt: skip
 SIZES = {
     "hstu_encoder": {"dqk": 4, "dv": 4},
@@ -147,6 +148,14 @@ def metrics(trainer: Trainer) -> list[dict[str, float]]:
     ]
 
 
+def weights_of(trainer: Trainer) -> str:
+    """The same for equal bits."""
+    digest = hashlib.sha256()
+    for weight in trainer.model.state_dict().values():
+        digest.update(weight.numpy().tobytes())
+    return digest.hexdigest()
+
+
 def rest_of_the_epoch(dataset: SequenceDataset, checkpoints: str) -> dict[str, list]:
     """Users and losses of the steps behind a checkpoint."""
     group = process_collectives("cpu")
@@ -166,9 +175,9 @@ def member(rank: int, world: int, cases: list[str], folder: str, results: str) -
     found, dataset = {}, SequenceDataset.open(folder)
     for case in cases:
         losses, trainer = losses_and_trainer(dataset, case)
-        own = metrics(trainer)
+        own = weights_of(trainer)
         trainer.model.load_state_dict(torch.load(f"{results}/{case}.pt"))
-        found[case] = {"losses": losses, "own metrics": own, "metrics": metrics(trainer)}
+        found[case] = {"losses": losses, "weights": own, "metrics": metrics(trainer)}
     if world == 2:
         found["resumed"] = rest_of_the_epoch(dataset, f"{results}/checkpoints")
     Path(f"{results}/{world}-{rank}.json").write_text(json.dumps(found))
@@ -203,7 +212,7 @@ class Measured:
         for each in members:
             each.start()
         for each in members:
-            each.join(timeout=240)
+            each.join(timeout=600)
         assert [each.exitcode for each in members] == [0] * world
         return [json.loads((self.folder / f"{world}-{rank}.json").read_text()) for rank in range(world)]
 
@@ -223,10 +232,11 @@ BY_WORLD = [
 def test_losses_are_those_of_one_process(measured: Measured, world: int, case: str, slow: bool) -> None:
     alone, all_of = measured.alone(case), [each[case] for each in measured.several(world, slow)]
     assert all(each["losses"] == all_of[0]["losses"] for each in all_of)
+    assert all(each["weights"] == all_of[0]["weights"] for each in all_of)
     assert all_of[0]["losses"] == pytest.approx(alone["losses"], rel=1e-4, abs=1e-5)
     assert len(set(alone["losses"])) == STEPS
     if "objective" not in CASES[case]:  # what is hidden differs from step to step, and so does the loss
-        assert sum(alone["losses"][-10:]) < sum(alone["losses"][:10])  # the weights did move
+        assert sum(alone["losses"][-5:]) < sum(alone["losses"][:5])  # the weights did move
 
 
 @pytest.mark.parametrize(("world", "case", "slow"), BY_WORLD)
@@ -235,7 +245,6 @@ def test_metrics_are_exactly_those_of_one_process(
 ) -> None:
     alone, all_of = measured.alone(case), [each[case] for each in measured.several(world, slow)]
     assert all(each["metrics"] == alone["metrics"] for each in all_of)
-    assert all(each["own metrics"] == all_of[0]["own metrics"] for each in all_of)
     for name in ("hr@10", "high_rated_hr@10", "recall@4", "diversity@4"):
         assert alone["metrics"][0][name] > 0
 
