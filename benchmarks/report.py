@@ -3,8 +3,9 @@
     python benchmarks/report.py                                        # writes report.md and report.png beside the records
 
 A floor is the least that the same work could take here: the matrix products of a training step, made again alone at the same
-shapes (`floors.py`); the products of exact evaluation in the best of several blockings; those of a loss over the catalogue.
-Records without a floor are left out.
+shapes (`floors.py`), and what it must read and write of the item table at the rate of a copy; the products of exact evaluation
+in the best of several blockings; those of a loss over the catalogue; those of exact search, which for one user wait for the
+items' bytes. "of it bytes" is the part of a floor that is memory. Records without a floor are left out.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 
 class Measured(NamedTuple):
-    """Seconds of some work, and of its floor."""
+    """Seconds of some work, and of its floor; bytes: the part of the floor that is reading and writing."""
 
     what: str
     seconds: float
     floor: float
+    bytes: float = 0.0
 
 
 def of_steps(record: dict) -> Iterator[Measured]:
@@ -33,7 +35,8 @@ def of_steps(record: dict) -> Iterator[Measured]:
         shared = each["negatives_sharing"]
         shared = f"{shared} of {each['negatives_block_size']}" if shared == "block" else shared
         what = f"step, {each['encoder']}, {each['profile']}, {each['num_negatives']} negatives a {shared}"
-        yield Measured(what, each["step_seconds"], each["products_seconds"])
+        read = each.get("bytes_seconds", 0.0)
+        yield Measured(what, each["step_seconds"], each["products_seconds"] + read, read)
 
 
 def of_evaluation(record: dict) -> Iterator[Measured]:
@@ -47,10 +50,21 @@ def of_catalogue_loss(record: dict) -> Iterator[Measured]:
     yield Measured(what, record["seconds"], record["products_seconds"])
 
 
+def of_search(record: dict) -> Iterator[Measured]:
+    setup, found = record["setup"], record["results"]
+    many, one = (found[name]["milliseconds"] for name in ("many_users", "one_user"))
+    what = f"best {setup['k']} of {setup['items']:,} items for {setup['users']:,} users"
+    yield Measured(what, many["search"]["median"] / 1e3, many["products"]["median"] / 1e3)
+    floor = one["products"]["median"] / 1e3
+    what = f"best {setup['k']} of {setup['one_user_items']:,} items for one user"
+    yield Measured(what, one["search"]["median"] / 1e3, floor, floor)
+
+
 READERS = {
     "train_step.json": of_steps,
     "evaluate.json": of_evaluation,
     "catalogue_loss.json": of_catalogue_loss,
+    "recommend.json": of_search,
 }
 
 
@@ -62,8 +76,10 @@ def measured(folder: Path) -> list[Measured]:
 
 def table(rows: list[Measured]) -> str:
     """Markdown."""
-    lines = ["| | seconds | floor | times its floor |", "| --- | --- | --- | --- |"]
-    lines += [f"| {r.what} | {r.seconds:.4g} | {r.floor:.4g} | {r.seconds / r.floor:.2f} |" for r in rows]
+    lines = ["| | seconds | floor | of it bytes | times its floor |", "| --- | --- | --- | --- | --- |"]
+    for r in rows:
+        share = f"{r.bytes / r.floor:.0%}" if r.bytes else ""
+        lines.append(f"| {r.what} | {r.seconds:.4g} | {r.floor:.4g} | {share} | {r.seconds / r.floor:.2f} |")
     return "\n".join(lines) + "\n"
 
 

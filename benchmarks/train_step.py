@@ -7,7 +7,8 @@ in it, the machine did. ``--plain_steps=3`` then times a SASRec written the usua
 batches. Without ``--prepared=DIR`` it makes sequences with timestamps: ``--profile=ml-1m`` with ML-1M's distribution of
 lengths (mean 165, median 95, longest 2276) over 3,706 items, ``--profile=amzn-books`` with 9 events a user, of which 7 are for
 training, over 801,350 items, most of them in nobody's history. ``--num_items`` makes another catalogue. products_seconds is
-what the matrix products of a step take alone (`floors.py`).
+what the matrix products of a step take alone (`floors.py`), bytes_seconds what its reads and writes of the item table take at
+the rate of a copy: each row once in and once out, of AdamW's two moments as well.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -34,6 +36,7 @@ import plain_step
 from generative_recommenders.build import factories  # noqa: F401  (registers the encoders)
 from generative_recommenders.config import gin as gin_registry
 from generative_recommenders.config.registry import ENCODERS
+from generative_recommenders.data.loader import LoadedBatch
 from generative_recommenders.data.preparation.prepare import prepare
 from generative_recommenders.data.readers.events import RawRatings, ReadOptions
 from generative_recommenders.data.readers.sources import TextOptions
@@ -55,6 +58,8 @@ CONFIGS = {
         "": "configs/amzn-books/sasrec-sampled-softmax-n512-final.gin",
         "HSTU": "configs/amzn-books/hstu-sampled-softmax-n512-final.gin",
         "HSTU-large": "configs/amzn-books/hstu-sampled-softmax-n512-large-final.gin",
+        "TwoTower": "configs/amzn-books/two-tower.gin",
+        "DiffTransformer": "configs/amzn-books/diff-transformer.gin",
     },
 }
 """The configuration of each profile, and of encoders that have their own."""
@@ -177,13 +182,22 @@ def matmul_gflops(device: torch.device, size: int = 1024, repeats: int = 10) -> 
     return round(2 * size**3 / statistics.median(seconds) / 1e9, 1)
 
 
+def table_bytes(trainer: Trainer, batch: LoadedBatch) -> int:
+    """Bytes of the item table and its moments that a step has to read and to write."""
+    table, optimizer = trainer.model.items.table, trainer.settings.value("train_fn.optimizer")
+    rows = trainer.task.prepare(batch, 0).row_ids
+    read = len(table) if rows is None or optimizer == "adamw" else len(rows)
+    arrays = 1 if optimizer == "rowwise_adagrad" else 3
+    return 2 * arrays * read * table.shape[1] * table.element_size()
+
+
 def run(dataset: SequenceDataset) -> dict[str, object]:
     trainer = make_trainer(dataset)
     before = matmul_gflops(trainer.collectives.device)
     rows = timed_steps(trainer, _STEPS.value)
     seconds, data, tokens = (list(column) for column in zip(*rows))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    result = {
+    result: dict[str, Any] = {
         "encoder": _ENCODER.value,
         "profile": _PROFILE.value,
         "prepared": _PREPARED.value or "made",
@@ -208,6 +222,7 @@ def run(dataset: SequenceDataset) -> dict[str, object]:
         products = floors.products_of(lambda: trainer.run_step(example))
         result |= {"products_seconds": products["seconds"], "products_gflop": products["gflop"]}
         result["copied_gb_a_second"] = floors.copied_gb_a_second()
+        result["bytes_seconds"] = round(table_bytes(trainer, example) / 1e9 / result["copied_gb_a_second"], 6)
     if trainer.collectives.device.type == "cuda":
         result["gpu"] = torch.cuda.get_device_name()
         result["peak_gpu_mb"] = round(torch.cuda.max_memory_allocated() / 2**20)

@@ -16,6 +16,7 @@ TINY = {
         *("--environments=peers", "--peers", "--encoders", "SASRec"),
         *("--users=30", "--items=50", "--rounds=1"),
     ],
+    "epoch": ["--users=60", "--num_items=50", "--gin_bindings=train_fn.max_sequence_length=20"],
     "evaluate": ["--users=600", "--items=700", "--dim=8", "--seen=3"],
     "gpu": ["--device=cpu", "--quick"],
     "incremental": ["--rows=2", "--length=8", "--repeats=1"],
@@ -41,6 +42,7 @@ TINY = {
 POSITIVE = {
     "catalogue_loss": ("seconds", "products_seconds", "ratio"),
     "compare_peers": ("results.SASRec.ours.step", "results.SASRec.ours.epoch"),
+    "epoch": ("seconds", "training_seconds", "tokens_per_second", "peak_rss_mb"),
     "evaluate": ("users_per_second", "ratio"),
     "gpu": ("parity.tolerance", "steps.HSTU-large.step_ms", "epochs.epochs_measured"),
     "incremental": ("results.SASRec.scratch_ms", "results.HSTU.append_ms"),
@@ -64,6 +66,7 @@ POSITIVE = {
         "peak_rss_mb",
         "plain_step_seconds",
         "products_seconds",
+        "bytes_seconds",
     ),
 }
 NEEDED = {"serve_load": ("fastapi", "uvicorn", "prometheus_client")}

@@ -170,13 +170,24 @@ def peers(_: str) -> str:
     if not (RECORDS / "peers.json").exists():
         return ""
     found = record("peers")
-    lines = found.get("rows") or found.get("results") or []
-    if not lines:
-        return ""
-    columns = [c for c in lines[0] if not isinstance(lines[0][c], (dict, list))]
-    return f"`{found.get('command', '')}`\n\n" + table(
-        columns, ([line.get(c, "") for c in columns] for line in lines)
+    figures = {"step": "step, s", "epoch": "epoch, s", "evaluation": "evaluation, s"}
+    figures |= {"first_step": "start to first step, s", "peak_rss_mb": "peak memory, MB"}
+
+    def cell(value: float | None, ours: float | None, own: bool) -> str:
+        times = "" if own or not value or not ours else f" ({value / ours:.1f}x)"
+        return "" if value is None else f"{value:,.3g}{times}" if value < 100 else f"{value:,.0f}{times}"
+
+    rows = [
+        (f"{encoder}, {found['packages'].get(name, name)}",
+         *(cell(each.get(figure), systems["ours"].get(figure), name == "ours") for figure in figures))
+        for encoder, systems in found["results"].items()
+        for name, each in systems.items()
+    ]  # fmt: skip
+    said = (
+        f"{found['users']:,} users of ML-1M's lengths, {found['items']:,} items, {found['torch']}, {found['date']}: "
+        f"`python benchmarks/compare_peers.py --users={found['users']}`; times ours in brackets."
     )
+    return "## Beside other programs\n\n" + said + "\n\n" + table(("", *figures.values()), rows)
 
 
 TABLES: dict[str, Callable[[str], str]] = {

@@ -1,0 +1,101 @@
+"""One epoch end to end: `main.py` in a process of its own, from its start to the metrics of the test; the last line is JSON.
+
+    python benchmarks/epoch.py --profile=ml-1m                         # 600 users of ML-1M's lengths, under a minute
+    python benchmarks/epoch.py --profile=amzn-books --users=969656 --gin_bindings="train_fn.negatives_sharing='block'"
+    python benchmarks/epoch.py --profile=amzn-books --prepared=data/prepared/synthetic-books
+
+seconds: the whole process. training_seconds: the epoch alone, and tokens_per_second those of its histories in that time. The
+rest is start-up, two evaluations (validation, test), baselines and the checkpoint. Data and configuration are those of
+`train_step.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from absl import app, flags
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import train_step
+
+from generative_recommenders.config import gin as gin_registry
+from generative_recommenders.data.splits import make_split
+from generative_recommenders.data.store import SequenceDataset
+
+USERS = {"ml-1m": 600, "amzn-books": 3000}
+
+# --profile, --prepared, --num_items and --gin_bindings are flags of train_step.
+_USERS = flags.DEFINE_integer("users", None, "users of made data: 600, of amzn-books 3000", lower_bound=30)
+
+
+def tokens_of(dataset: SequenceDataset, max_length: int) -> int:
+    """Events of all training histories, cut to a model's longest."""
+    stops = make_split(dataset, "leave_one_out").train_stops
+    return int(np.minimum(stops, max_length).sum())
+
+
+def run(prepared: Path, folder: Path) -> dict[str, object]:
+    config = train_step.ROOT / train_step.CONFIGS[flags.FLAGS.profile][""]
+    bindings = [
+        f"train_fn.dataset_name = '{prepared.name}'",
+        "train_fn.num_epochs = 1",
+        *flags.FLAGS.gin_bindings,
+    ]
+    command = [
+        sys.executable, str(train_step.ROOT / "main.py"), f"--gin_config_file={config}", "--num_processes=1", "--noreport",
+        f"--data_root={prepared.parents[1]}", f"--run_dir={folder / 'run'}",
+        *(f"--gin_bindings={each}" for each in bindings),
+    ]  # fmt: skip
+    started = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    seconds = time.perf_counter() - started
+    if done.returncode:
+        sys.exit(done.stderr.strip().splitlines()[-1])
+    spent = os.times()
+    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    training = max(line["seconds"] for line in lines if "seconds" in line)
+    dataset = SequenceDataset.open(prepared)
+    settings, _ = gin_registry.load_settings([config], bindings)
+    tokens = tokens_of(dataset, int(settings.value("train_fn.max_sequence_length")))
+    return {
+        "benchmark": "epoch",
+        "profile": flags.FLAGS.profile,
+        "prepared": flags.FLAGS.prepared or "made",
+        "users": dataset.num_users,
+        "items": dataset.num_items,
+        "gin_bindings": flags.FLAGS.gin_bindings,
+        "threads": os.environ.get("OMP_NUM_THREADS", "all"),
+        "load": round(os.getloadavg()[0], 1),
+        "seconds": round(seconds, 2),
+        "cpu_seconds": round(spent.children_user + spent.children_system, 2),
+        "training_seconds": round(training, 3),
+        "tokens": tokens,
+        "tokens_per_second": round(tokens / training),
+        "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024),
+    }
+
+
+def main(argv: list[str]) -> None:
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        if flags.FLAGS.prepared is not None:
+            print(json.dumps(run(Path(flags.FLAGS.prepared).resolve(), folder)))
+            return
+        profile = flags.FLAGS.profile
+        items = flags.FLAGS.num_items or train_step.NUM_ITEMS[profile]
+        made = folder / "prepared"
+        made.mkdir()
+        train_step.made_dataset(made, _USERS.value or USERS[profile], items, profile)
+        print(json.dumps(run(made / "prepared", folder)))
+
+
+if __name__ == "__main__":
+    app.run(main)
