@@ -205,20 +205,17 @@ class ModelEvaluation:
                 )
         result = evaluator(score, lists, progress)
         model.train(training)
-        if sample is None:
-            self._warn_of_removed(result)
-        return result
-
-    def _warn_of_removed(self, result: EvaluationResult) -> None:
-        """Once a run: data whose users come back to items are measured by a filter that leaves items in."""
         share = result.removed_targets / max(result.targets, 1)
-        if share > TOLERATED_REMOVED and not self.warned_removed and self.collectives.is_main:
+        # Once a run: data whose users come back to items are measured by a filter that leaves items in.
+        warns = sample is None and self.collectives.is_main and not self.warned_removed
+        if warns and share > TOLERATED_REMOVED:
             logging.warning(
                 "%.1f %% of the targets are items that seen filter %r takes out, and count as misses: where such repeats are "
                 'to be predicted, set train_fn.seen_filter = "none"',
                 100 * share, self.settings.evaluation.seen_filter,
             )  # fmt: skip
             self.warned_removed = True
+        return result
 
 
 @torch.inference_mode()

@@ -270,7 +270,11 @@ class Optimizer:
     ) -> None:
         """One update by a learning rate, which may be a scalar on the device."""
         if self.max_grad_norm is not None:
-            grads = self._clip(grads, self.max_grad_norm)
+            scale = (self.max_grad_norm / self.gradient_norm(grads).clamp(min=1e-6)).clamp(max=1.0)
+            for parameter in self.parameters:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(scale)
+            grads = None if grads is None else grads * scale
         if grads is not None:
             self._update_table(rate, rows, grads)
         if self.dense is not None:
@@ -312,13 +316,6 @@ class Optimizer:
             norms.append(own if shards is None else shards(own.square()).sqrt())
         return torch.stack(norms).norm()
 
-    def _clip(self, table_grads: torch.Tensor | None, max_norm: float) -> torch.Tensor | None:
-        scale = (max_norm / self.gradient_norm(table_grads).clamp(min=1e-6)).clamp(max=1.0)
-        for parameter in self.parameters:
-            if parameter.grad is not None:
-                parameter.grad.mul_(scale)
-        return None if table_grads is None else table_grads * scale
-
     def state_tensors(self) -> dict[str, torch.Tensor]:
         """All state by name, for `load_state_tensors`."""
         tensors = {}
@@ -349,18 +346,14 @@ class Optimizer:
             for name, value in self.sparse.state.items():
                 value.copy_(tensors[f"table.{name}"])
 
-    def _state_form(self) -> dict[str, torch.Tensor]:
-        """What the dense optimizer keeps of a parameter of shape ``[2, 3]``, by name."""
+    def _check_state(self, tensors: dict[str, torch.Tensor]) -> None:
+        """UserError for names, shapes or dtypes that do not fit. A parameter that never had a gradient has no state."""
+        expected: dict[str, tuple[torch.Size, torch.dtype]] = {}
         probe = torch.nn.Parameter(torch.zeros(2, 3))
         probe.grad = torch.zeros_like(probe)
         optimizer = self.rule.dense([probe])
         optimizer.step()  # torch's optimizers make their state in the first step
-        return {name: torch.as_tensor(value) for name, value in optimizer.state[probe].items()}
-
-    def _check_state(self, tensors: dict[str, torch.Tensor]) -> None:
-        """UserError for names, shapes or dtypes that do not fit. A parameter that never had a gradient has no state."""
-        expected: dict[str, tuple[torch.Size, torch.dtype]] = {}
-        form = self._state_form()
+        form = {name: torch.as_tensor(value) for name, value in optimizer.state[probe].items()}
         for index, parameter in enumerate(self.parameters):
             if any(name.startswith(f"{DENSE}{index}.") for name in tensors):
                 for name, value in form.items():

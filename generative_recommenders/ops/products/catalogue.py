@@ -51,17 +51,18 @@ def _exp_tile(x: Tensor) -> tuple[Tensor, Tensor]:
     return shift + x.sum(1).log(), top
 
 
-def _exp_factors(tops: Tensor, statistic: Tensor) -> Tensor:
-    return (tops - statistic).masked_fill(tops == -math.inf, -math.inf).exp()
-
-
 def _softplus_tile(x: Tensor) -> tuple[Tensor, Tensor]:
     value = F.softplus(x).sum(1)
     x.sigmoid_()
     return value, torch.zeros_like(value)
 
 
-LOGSUMEXP = Statistic(_exp_tile, lambda values: values.logsumexp(0), _exp_factors)
+LOGSUMEXP = Statistic(
+    _exp_tile,
+    lambda values: values.logsumexp(0),
+    # inf - inf is NaN: a tile of nothing but excluded items gets 0
+    lambda tops, total: (tops - total).masked_fill(tops == -math.inf, -math.inf).exp(),
+)
 SOFTPLUS_SUM = Statistic(
     _softplus_tile, lambda values: values.sum(0), lambda zeros, _: torch.ones_like(zeros)
 )

@@ -34,7 +34,11 @@ class _MaskedLogSumExp(torch.autograd.Function):
         if not scores.numel():
             ctx.save_for_backward(scores)
             return scores.new_full((len(scores),), -math.inf)
-        ctx.rows = rows = _rows_with_false(mask)
+        # Rows with False entries; all of them on a device that a look would wait for.
+        rows: torch.Tensor | slice = slice(None)
+        if not dispatch.waits(mask):
+            rows = mask.view(torch.int8).amin(1).logical_not().nonzero().squeeze(1)
+        ctx.rows = rows
         hidden = mask[rows].logical_not()
         shown = scores[rows].masked_fill(hidden, -math.inf)
         p, largest = torch.softmax(shown, 1), shown.amax(1)
@@ -57,10 +61,3 @@ class _MaskedLogSumExp(torch.autograd.Function):
         for entries in hidden:  # 0 also where the gradient of the row is not a number
             grads[ctx.rows] = grads[ctx.rows].masked_fill(entries, 0.0)
         return grads, None
-
-
-def _rows_with_false(mask: torch.Tensor) -> torch.Tensor | slice:
-    """``[M]``: those of ``mask [T, R]``; all of them on a device that a look would wait for."""
-    if dispatch.waits(mask):
-        return slice(None)
-    return mask.view(torch.int8).amin(1).logical_not().nonzero().squeeze(1)
