@@ -29,7 +29,7 @@ def all_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny data set with the item features that shipped configurations read, under all of their names."""
     root = tmp_path_factory.mktemp("all_data")
     tiny = tiny_dataset(root, ragged_sequences(57, 30, seed=5), item_features=True)
-    for name in ("ml-100k", "ml-1m", "ml-20m", "ml-3b", "amzn-books", "synthetic-books"):
+    for name in ("ml-100k", "ml-1m", "ml-20m", "ml-3b", "amzn-books", "synthetic-books", "books-2000"):
         shutil.copytree(tiny.folder, root / "prepared" / name)
     return root
 
@@ -136,7 +136,7 @@ def test_the_cells_of_an_ablation(
         for r in runs
     }
     assert len(shared) == 1
-    assert len({str(run.model_dump()) for run in runs}) == len(runs) > 3
+    assert len({str(run.model_dump()) for run in runs}) == len(runs) > 1
 
 
 @pytest.fixture(scope="module")
