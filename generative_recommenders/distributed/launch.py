@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import socket
@@ -60,6 +61,9 @@ class Job:
         code = self.worker(rank, self.world_size, *self.args)
         if code in (0, INTERRUPTED):
             process_collectives(process_device(self.device_type)).barrier()
+            # DDP's reducer owns the process group too. Were it the last to go, it would wait, with the interpreter's lock in
+            # hand, for a thread of the group that waits for that lock.
+            gc.collect()
             dist.destroy_process_group()
         return code
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import hashlib
 import json
 from pathlib import Path
@@ -181,6 +182,8 @@ def member(rank: int, world: int, cases: list[str], folder: str, results: str) -
     if world == 2:
         found["resumed"] = rest_of_the_epoch(dataset, f"{results}/checkpoints")
     Path(f"{results}/{world}-{rank}.json").write_text(json.dumps(found))
+    del trainer  # the group must outlive DDP's reducer, see distributed/launch.py
+    gc.collect()
     dist.destroy_process_group()
 
 
