@@ -24,7 +24,7 @@ from generative_recommenders.data.sources.synthetic_catalogue import BookCatalog
 from generative_recommenders.errors import UserError
 
 _FIVE = 5
-_BLOCK = 256
+_CELLS = 2**24
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def oracle(
     target. A book read again then competes with unseen books only, so that the best ranking puts it first; it is a miss
     where not repeats_count, as under ``train_fn.seen_filter = "history"``.
 
-    All ratings are generated in memory: meant for settings of up to a few million ratings.
+    All ratings are generated in memory, about 400 bytes each; a user of the sample then takes a sort of all books.
     """
     catalogue = make_catalogue(settings.num_items, settings.seed)
     steps = make_steps(settings, catalogue, 0, settings.num_users)
@@ -79,19 +79,24 @@ def oracle(
     available[steps.items[kept]] = True
     weights = _RankWeights(cutoffs, settings.num_items)
     expected, realised = np.zeros(weights.table.shape[0]), np.zeros(weights.table.shape[0])
-    for block in np.array_split(rows, -(-len(rows) // _BLOCK)):
+    for block in np.array_split(rows, -(-len(rows) * settings.num_items // _CELLS)):
         seen = _books_before(steps, owner, block, settings.num_items)
         probability = _next_book(settings, catalogue, steps, owner, block, seen) * available
         probability /= probability.sum(axis=1, keepdims=True)
         filtered = seen & available if history_filter else np.zeros_like(seen)
-        # A rank is the number of competitors before a book; a book that is filtered has none.
+        filtered_rank = 0 if repeats_count else settings.num_items
+        by_rank = np.zeros(settings.num_items + 1)
+        by_rank[filtered_rank] = probability[filtered].sum()
+        # What is filtered competes with nobody: behind all others, and there without a probability.
         competing = np.where(~filtered & available, probability, -1.0)
-        ranks = np.argsort(np.argsort(-competing, axis=1, kind="stable"), axis=1)
-        ranks = np.where(filtered, 0 if repeats_count else settings.num_items, ranks)
-        by_rank = np.zeros((len(block), settings.num_items + 1))
-        np.add.at(by_rank, (np.arange(len(block))[:, None], ranks), probability)
-        expected += weights.table @ by_rank.sum(axis=0)
-        drawn = ranks[np.arange(len(block)), steps.items[block]]
+        target = steps.items[block]
+        own = competing[np.arange(len(block)), target][:, None]
+        first = np.arange(settings.num_items) < target[:, None]
+        drawn = ((competing > own) | (first & (competing == own))).sum(axis=1)
+        drawn = np.where(own[:, 0] < 0, filtered_rank, drawn)
+        competing.sort(axis=1)
+        by_rank[:-1] += competing[:, ::-1].clip(min=0).sum(axis=0)
+        expected += weights.table @ by_rank
         realised += weights.table[:, drawn].sum(axis=1)
     return weights.score(expected, len(rows), weights.score(realised, len(rows)))
 
