@@ -52,10 +52,8 @@ class Catalogue:
                 "prepare the data again"
             )
         events = training_events(dataset.offsets, train_stops)
-        counts, ratings = (
-            np.bincount(dataset.items[events], minlength=dataset.num_items + 1)[1:],
-            dataset.ratings,
-        )
+        counts = np.bincount(dataset.items[events], minlength=dataset.num_items + 1)[1:]
+        ratings = dataset.ratings
         items = FeatureReader(dataset, "item", counts > 0)
         categories = None
         if category_feature is not None:

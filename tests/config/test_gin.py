@@ -151,15 +151,13 @@ def test_bindings_come_after_files_and_runs_do_not_mix(write) -> None:
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_shipped_configurations_parse(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_includes_are_found_from_any_directory(
+    config: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.chdir(ROOT)
-    load_settings([config])
-
-
-def test_includes_are_found_from_any_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    at_home, _ = load_settings([config])
     monkeypatch.chdir(tmp_path)
-    for config in CONFIGS:
-        load_settings([ROOT / config])
+    assert load_settings([ROOT / config])[0] == at_home != RunSettings()
 
 
 @pytest.mark.parametrize(

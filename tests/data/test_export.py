@@ -171,7 +171,8 @@ def test_fuzz(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_fuzz_at_length(tmp_path: Path) -> None:
-    fuzz(tmp_path, 4, int(os.environ.get("FUZZ_INPUTS", "100000")))
+    inputs = int(os.environ.get("FUZZ_INPUTS", "100000"))
+    assert 0 < fuzz(tmp_path, 4, inputs) < inputs
 
 
 def test_a_line_break_inside_quotes_is_refused(tmp_path: Path) -> None:

@@ -288,7 +288,8 @@ def test_fuzz_of_the_files(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_fuzz_of_the_files_at_length(folder: Path) -> None:
-    fuzz_files(folder, 8, int(os.environ.get("FUZZ_INPUTS", "100000")))
+    inputs = int(os.environ.get("FUZZ_INPUTS", "100000"))
+    assert 0 < fuzz_files(folder, 8, inputs) < inputs
 
 
 @pytest.mark.parametrize("name", ["users.parquet", "items.parquet"])

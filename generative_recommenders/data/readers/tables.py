@@ -150,7 +150,7 @@ class ArrowSource(TableSource):
             for batch in batches:
                 yield _checked(self.path, done, batch)
                 done += batch.num_rows
-        except (pa.ArrowException, OSError, ValueError, OverflowError, struct.error) as error:
+        except (pa.ArrowException, OSError, EOFError, ValueError, OverflowError, struct.error) as error:
             raise UserError(f"{self.path}: damaged or cut short: {one_line(error)}") from error
 
     def batches(self, places):
@@ -183,18 +183,21 @@ def check_claims(path: Path, data: mmap.mmap) -> None:
     """UserError where the messages of an Arrow IPC file or stream claim too many rows or unpacked bytes.
 
     pyarrow allocates what the head of a packed buffer claims, and tells nothing of it before. The layout is that of Message.fbs
-    and File.fbs of Arrow's columnar format 1.0, whose tables are FlatBuffers. ValueError, struct.error: damaged.
+    and File.fbs of Arrow's columnar format 1.0, whose tables are FlatBuffers. EOFError, ValueError, struct.error: damaged.
     """
     source = pa.BufferReader(data)
-    if (
-        data[:6] == b"ARROW1"
-    ):  # whose footer says where each message lies: field 2 has dictionaries, 3 record batches
+    if data[:6] == b"ARROW1":
+        # The footer says where each message lies: field 2 has dictionaries, 3 record batches.
         (size,) = struct.unpack_from("<i", data, len(data) - 10)
         footer = _FlatTable(data, len(data) - 10 - size)
-        messages = []
-        for start, _, _ in [*footer.structs(2, "<qi4xq"), *footer.structs(3, "<qi4xq")]:
-            source.seek(start)
-            messages.append(pyarrow.ipc.read_message(source))
+        blocks = [*footer.structs(2, "<qi4xq"), *footer.structs(3, "<qi4xq")]
+
+        def message_at(place: int) -> pyarrow.ipc.Message:
+            source.seek(place)
+            return pyarrow.ipc.read_message(source)
+
+        # One at a time: a message that claims too much ends the reading before the next one.
+        messages = (message_at(start) for start, _, _ in blocks)
     else:
         messages = pyarrow.ipc.MessageReader.open_stream(source)
     total = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import os
 import random
+import struct
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -225,6 +226,18 @@ def test_arrow_buffers_that_claim_much_are_refused_before_they_are_read(
         assert "bytes that unpack to" in error_of(tmp_path / "r.arrow", FOUND)
 
 
+def test_an_arrow_footer_that_points_behind_the_messages_is_refused(tmp_path: Path) -> None:
+    data = bytearray(arrow_bytes(pa.ipc.new_file, None))
+    (size,) = struct.unpack_from("<i", data, len(data) - 10)
+    footer = len(data) - 10 - size
+    first = data.index(
+        b"\xff\xff\xff\xff", 16
+    )  # behind the schema: the dictionary, the first message of the footer
+    place = data.index(struct.pack("<q", first), footer)
+    struct.pack_into("<q", data, place, len(data))
+    assert "damaged or cut short" in error_of(write(tmp_path, bytes(data), "r.arrow"), FOUND)
+
+
 def test_text_that_unpacks_to_much_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(delimited_text, "SMALL_BYTES", 8 << 20)
     for data in (b"user,item\n" * (2 << 20), b"\n" * (16 << 20), b'{"user":1,"item":2}\n' * (1 << 20)):
@@ -387,7 +400,8 @@ def test_fuzz(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_fuzz_at_length(tmp_path: Path) -> None:
-    fuzz_reader(tmp_path, 12, int(os.environ.get("FUZZ_INPUTS", "100000")))
+    accepted, refused = fuzz_reader(tmp_path, 12, int(os.environ.get("FUZZ_INPUTS", "100000")))
+    assert accepted and refused
 
 
 def test_a_header_in_another_order_than_the_columns_is_read_by_its_names(tmp_path: Path) -> None:
