@@ -1,6 +1,6 @@
 """A RePlay script with ``replay`` replaced in its imports: a SasRec on MovieLens-100K, under Lightning's trainer.
 
-    python examples/from_replay.py [FOLDER_OR_ARCHIVE_OF_ML_100K]
+    python -m examples.from_replay [FOLDER_OR_ARCHIVE_OF_ML_100K]
 
 Without an argument the data set is downloaded.
 """

@@ -1,6 +1,6 @@
 """A file of one's own: prepared, learned and answered for, in the ids of the file.
 
-    python examples/own_csv.py ratings.csv [FOLDER] [COLUMNS]
+    python -m examples.own_csv ratings.csv [FOLDER] [COLUMNS]
 
 COLUMNS are those of the file in the words of ``--columns``, as ``user=who,item=what,timestamp=when``; a header with known
 names needs none. Delimiter, header and the unit of times are found out.

@@ -1,4 +1,4 @@
-"""A training loop of one's own: any torch optimizer learns the embedded data through `TrainingTask.loss`."""
+"""A training loop of one's own: any torch optimizer learns the embedded data (`python -m examples.plain_loop`)."""
 
 from __future__ import annotations
 

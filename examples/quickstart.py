@@ -1,6 +1,6 @@
 """From nothing to recommendations: made ratings, a trained SASRec, answers for a reader whom it has never seen.
 
-    python examples/quickstart.py [FOLDER]
+    python -m examples.quickstart [FOLDER]
 
 Under a minute on two cores. ``main.py`` does the same with its flags, for longer.
 """

@@ -5,6 +5,9 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -25,13 +28,8 @@ def example(name: str) -> ModuleType:
 
 def test_the_quickstart_answers_for_a_new_reader(tmp_path: Path) -> None:
     answer = example("quickstart").main(tmp_path, epochs=1)
-    assert answer["user_id"].unique().tolist() == ["a new reader"] and answer["rank"].tolist() == [
-        1,
-        2,
-        3,
-        4,
-        5,
-    ]
+    assert answer["user_id"].unique().tolist() == ["a new reader"]
+    assert answer["rank"].tolist() == [1, 2, 3, 4, 5]
     assert (tmp_path / "run" / "checkpoints").is_dir()
 
 
@@ -44,6 +42,18 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
     assert answer["user_id"].nunique() == 5 and answer["item_id"].str.startswith("thing").all()
     seen = {(row[0], row[1]) for row in rows}
     assert not seen & set(zip(answer["user_id"], answer["item_id"]))
+
+
+def test_a_script_runs_by_the_command_that_it_names() -> None:
+    """From a checkout, in which the package is not installed."""
+    scripts = {path.stem: path.read_text() for path in EXAMPLES.glob("*.py")}
+    assert {name for name, text in scripts.items() if f"python -m examples.{name}" in text} == scripts.keys()
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-m", "examples.own_csv", "no-such.csv"]
+    ended = subprocess.run(
+        command, cwd=EXAMPLES.parent, env=environment, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode and "no-such.csv does not exist" in ended.stderr
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
