@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from generative_recommenders.config.fields import Positive
 from generative_recommenders.config.registry import register_optimizer
 from generative_recommenders.errors import UserError
 from generative_recommenders.ops import dispatch
@@ -45,6 +46,8 @@ class TableOptimizer(ABC):
     """Whether `step` looks at no number on the device."""
     finds_untouched = False
     """Whether `step` on a CPU leaves rows with a gradient of 0 alone by itself."""
+    relative_rate = 1.0
+    """The table's learning rate as a multiple of the run's, with which it warms up and decays."""
 
     @abstractmethod
     def step(
@@ -207,10 +210,22 @@ class LazyRows(AdamW):
 
 @register_optimizer("rowwise_adagrad", gin_name="rowwise_adagrad")
 class AdagradRows(AdamW):
-    """AdamW; the item table by `RowwiseAdagrad`."""
+    """AdamW; the item table by `RowwiseAdagrad`.
+
+    item_learning_rate: of the item table; None for that of everything else. Adagrad's steps shrink with the square root of what
+    a row has seen, and all of its numbers share one size, so that the rates which suit AdamW are far too small for it.
+    """
+
+    def __init__(
+        self, learning_rate: float, weight_decay: float, item_learning_rate: Positive | None = None
+    ) -> None:
+        super().__init__(learning_rate, weight_decay)
+        self.item_learning_rate = item_learning_rate or learning_rate
 
     def rows(self, table: torch.nn.Parameter) -> TableOptimizer | None:
-        return RowwiseAdagrad(table, self.learning_rate, self.weight_decay)
+        optimizer = RowwiseAdagrad(table, self.item_learning_rate, self.weight_decay)
+        optimizer.relative_rate = self.item_learning_rate / self.learning_rate
+        return optimizer
 
 
 class Optimizer:
@@ -294,7 +309,7 @@ class Optimizer:
                 grads if rows is None else torch.zeros_like(self.table).index_copy_(0, rows, grads)
             )
         else:
-            self.sparse.learning_rate = rate
+            self.sparse.learning_rate = rate * self.sparse.relative_rate
             # A row whose gradient is zero keeps its moments, whether it was gathered or the step took the whole table.
             if dispatch.waits(grads) and self.sparse.capturable:
                 self.sparse.step(rows, grads, grads.any(1))

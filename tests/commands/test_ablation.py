@@ -242,6 +242,11 @@ def test_a_grid_is_every_combination_of_each_cell(tmp_path: Path) -> None:
         ('ablation.cells = {"x": {"include": "import os"}}', "no gin file at 'import os'"),
         ('ablation.cells = {"x": {"import os\\ntrain_fn.num_epochs": 1}}', "cell x: gin: .*cannot import"),
         ('ablation.cells = {"x": {"train_fn.num_epochs": @f()}}', "cannot refer to @f"),
+        (
+            'ablation.cells = {"x": {"train_fn.optimizer": "rowwise_adagrad", '
+            '"rowwise_adagrad.item_learning_rate": -1.0}}',
+            "rowwise_adagrad.item_learning_rate must be above 0, got -1.0",
+        ),
         ("ablation.metric = 'map'", "ablation.metric 'map' is unknown; known: 'ndcg@10', 'hr@10', 'mrr'"),
         ('ablation.grid = {"a.b": [1], "c.b": [1], "train_fn.num_epochs": [1, 1]}', "two cells are named"),
     ],

@@ -139,14 +139,14 @@ def test_attention_heatmap_is_written(tmp_path: Path, width: int) -> None:
 def test_attention_heatmap_leaves_no_figure_open(monkeypatch: pytest.MonkeyPatch) -> None:
     import matplotlib.pyplot as plt
 
-    shown = []
+    shown, before = [], plt.get_fignums()
     monkeypatch.setattr(plt, "show", lambda: shown.append(True))
     AttentionVisualization.plot_attention_heatmap(torch.ones(1, 1), ["a"], ["b"])
     assert shown == []
     monkeypatch.setattr(plt, "isinteractive", lambda: True)
     AttentionVisualization.plot_attention_heatmap(torch.ones(1, 1), ["a"], ["b"])
     assert shown == [True]
-    assert plt.get_fignums() == []
+    assert plt.get_fignums() == before
 
 
 def test_attention_has_the_documented_attributes() -> None:

@@ -13,6 +13,7 @@ from types import ModuleType
 
 import matplotlib as mpl
 import pytest
+from matplotlib import pyplot
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NOTEBOOKS = sorted((EXAMPLES / "notebooks").glob("*.ipynb"))
@@ -64,4 +65,7 @@ def test_a_notebook_was_executed_and_runs_again(path: Path) -> None:
     assert not any(out["output_type"] == "error" for cell in cells for out in cell["outputs"])
     assert path.stat().st_size < 150_000
     mpl.use("Agg")
-    exec("\n".join("".join(cell["source"]) for cell in cells), {"__name__": path.stem})
+    try:
+        exec("\n".join("".join(cell["source"]) for cell in cells), {"__name__": path.stem})
+    finally:
+        pyplot.close("all")  # a notebook shows its figures, and leaves them open

@@ -140,6 +140,24 @@ def test_rowwise_adagrad_by_its_formula() -> None:
     torch.testing.assert_close(adagrad.state["sum_of_squares"].double(), total)
 
 
+@pytest.mark.parametrize("touched", [None, [1, 4]])
+def test_the_item_table_may_have_a_rate_of_its_own(touched: list[int] | None) -> None:
+    """Which warms up as the run's does; the dense parameters keep theirs."""
+    rows, moved, dense = touched and torch.tensor(touched), [], []
+    for rate in (None, 10 * RATE):
+        rule = OPTIMIZERS["rowwise_adagrad"].build(
+            {"item_learning_rate": rate}, {"learning_rate": RATE, "weight_decay": 0.0}
+        )
+        ours = list(parameters())
+        optimizer, before = Optimizer(ours[:2], ours[2], rule, num_warmup_steps=4), ours[2].detach().clone()
+        assert [take(optimizer, ours, step, rows) for step in range(2)] == [RATE / 4, RATE / 2]
+        moved.append(ours[2].detach() - before)
+        dense.append(ours[:2])
+    torch.testing.assert_close(moved[1], 10 * moved[0], rtol=1e-4, atol=1e-5)
+    assert moved[0].abs().max() > 1e-3
+    assert all(torch.equal(one, other) for one, other in zip(*dense))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_warm_up_is_linear(name: str) -> None:
     optimizer, ours = optimizer_of(name, num_warmup_steps=4)

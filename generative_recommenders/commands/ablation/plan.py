@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from annotated_types import Ge
 from pydantic import Field
 
-from generative_recommenders.build import parts  # noqa: F401  (registers what cells may choose)
+from generative_recommenders.commands.lists import register_built_in_parts
 from generative_recommenders.config.fields import Section
 from generative_recommenders.config.gin import (
     ABLATION,
@@ -110,6 +110,7 @@ class Ablation:
     @classmethod
     def load(cls, file: Path, bindings: Sequence[str], out: Path) -> Ablation:
         """UserError, with the place in the file, for what cannot be meant."""
+        register_built_in_parts()  # what cells may choose
         values, base = load_ablation(file, bindings, AblationSettings.model_fields)
         return cls(file, tuple(bindings), out, AblationSettings(**values), base)
 
