@@ -2,7 +2,7 @@
 
     python -m examples.from_replay [FOLDER_OR_ARCHIVE_OF_ML_100K]
 
-Without an argument the data set is downloaded.
+Without an argument the data set is downloaded. Needs the extra ``lightning``: pip install '.[lightning]'
 """
 
 from __future__ import annotations

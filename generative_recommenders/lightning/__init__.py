@@ -4,6 +4,13 @@
 and callbacks measure it and collect what it recommends.
 """
 
+from importlib.util import find_spec
+
+from generative_recommenders.errors import not_installed
+
+if find_spec("lightning") is None:
+    raise not_installed("lightning", "lightning")
+
 from generative_recommenders.lightning.callbacks import (
     ComputeMetricsCallback,
     HiddenStatesCallback,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import runpy
+from importlib import import_module
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 
@@ -131,3 +133,20 @@ def test_gin_names_on_pages_are_known() -> None:
         for name in re.findall(r"\b([A-Za-z]\w*\.[a-z]\w*)\b", page.read_text(encoding="utf-8")):
             ours = name.partition(".")[0] in owners and not name.endswith(".py")
             assert not ours or name in known or name in wrong, f"{page}: {name}"
+
+
+def test_every_ablation_has_a_row() -> None:
+    rows = " ".join(table("docs/ablations.md", "file in configs/ablations"))
+    assert set(re.findall(r"`([\w-]+\.gin)`", rows)) == {
+        path.name for path in (ROOT / "configs" / "ablations").glob("*.gin")
+    }
+
+
+def test_names_of_replay_are_where_their_row_says() -> None:
+    for head, cells in table("docs/from/replay.md", "RePlay").items():
+        same = re.fullmatch(r"the same under `(compat\.replay[\w.]*)`", cells["here"])
+        if same:
+            module = import_module(f"generative_recommenders.{same[1]}")
+            known = getattr(module, "__all__", dir(module))  # what is imported on first use needs an extra
+            for name in re.findall(r"`(?:[\w.]+\.)?(\w+)`", head.partition(":")[2] or head):
+                assert name in known or find_spec(f"{module.__name__}.{name}"), f"{module.__name__}: {name}"
