@@ -21,7 +21,7 @@ from generative_recommenders.commands.setup import Options
 from generative_recommenders.commands.train import train_worker
 from generative_recommenders.distributed import launch as launching
 from generative_recommenders.distributed.launch import launch
-from programs import quick_start
+from programs import quick_start, without_curves
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = """
@@ -97,6 +97,7 @@ def arm(kill: Kill) -> None:
 
 def armed_worker(rank: int, world_size: int, options: Options, kill: Kill | None) -> int:
     torch.set_num_threads(1)
+    without_curves()
     if kill is not None and rank == kill.rank:
         arm(kill)
     return train_worker(rank, world_size, options)

@@ -9,14 +9,25 @@ from __future__ import annotations
 import multiprocessing
 import os
 import runpy
+import signal
+import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from subprocess import CompletedProcess
+from types import SimpleNamespace
+from typing import IO, Any
 
 import torch
+
+from generative_recommenders.commands.ablation import jobs
+from generative_recommenders.distributed import launch
 
 ROOT = Path(__file__).resolve().parents[1]
 SLOW_IMPORTS = [
@@ -24,7 +35,7 @@ SLOW_IMPORTS = [
     "generative_recommenders.commands.predict",
     "generative_recommenders.data.preparation.prepare",
     "generative_recommenders.compat",
-    "generative_recommenders.run.report",
+    "generative_recommenders.run.report.pictures",
     "fbgemm_gpu",
     "matplotlib.backends.backend_agg",
     "matplotlib.pyplot",
@@ -38,6 +49,7 @@ SLOW_IMPORTS = [
     "torch.testing",
     "torchmetrics",
     "pytest",
+    "tests.ready",
 ]
 
 
@@ -57,10 +69,102 @@ def run_program(
 ) -> CompletedProcess[str]:
     """``python program arguments`` in a folder, with one thread. program: a script below the project's folder, or the name of
     a module, as behind ``python -m``. before: called in its process, to change what it may do. Training writes no report
-    unless ``--report`` asks for it, since its pictures take seconds."""
+    and draws no curves unless ``--report`` asks for it: they take longer than a small run."""
     script = str(ROOT / program) if program.endswith(".py") else program
     command = [script, *["--noreport"] * (program == "main.py"), *arguments]
+    if "--report" not in arguments:
+        before = partial(without_curves, before)
     return execute(command, folder, timeout, before)
+
+
+def without_curves(before: Callable[[], None] | None = None) -> None:
+    """This process draws no ``curves.png``, a third of what a small run costs."""
+    from generative_recommenders.run.report import pictures
+
+    pictures.plot_curves = lambda *arguments: None
+    if before is not None:
+        before()
+
+
+def forked_members() -> None:
+    """This process forks the members of a run, which it spawns for users, as it has the imports."""
+    launch.START_METHOD = "fork"
+
+
+def forked_jobs() -> None:
+    """This process has the runs of an ablation or a reproduction forked, which it starts anew for users; by a process that has
+    no threads yet, since this one gets some."""
+    ours, theirs = multiprocessing.Pipe()
+    if os.fork() == 0:  # no `Process`, whose end this one would wait for
+        ours.close()
+        _serve_jobs(theirs)
+    theirs.close()
+
+    def popen(command: list[str], stdout: IO[bytes], env: Mapping[str, str], **_: Any) -> ForkedJob:
+        return ForkedJob(ours, command[2:], stdout.name, dict(env))
+
+    jobs.subprocess = SimpleNamespace(**{**vars(subprocess), "Popen": popen})  # type: ignore[assignment]
+
+
+class ForkedJob:
+    """A module's process, with what `jobs` asks of a `subprocess.Popen`."""
+
+    def __init__(self, server: Connection, words: list[str], log: Any, environment: dict[str, str]) -> None:
+        self.server = server
+        server.send((words, log, environment))
+        self.pid: int = server.recv()
+
+    def poll(self) -> int | None:
+        self.server.send(self.pid)
+        return self.server.recv()
+
+    def terminate(self) -> None:
+        os.kill(self.pid, signal.SIGTERM)
+
+    def wait(self, timeout: float) -> None:
+        until = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > until:
+                raise subprocess.TimeoutExpired("a run", timeout)
+            time.sleep(0.02)
+
+
+def _serve_jobs(requests: Connection) -> None:
+    """Starts modules, and tells their exit codes, until nobody asks any more."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    processes: dict[int, BaseProcess] = {}
+    while True:
+        try:
+            asked = requests.recv()
+        except EOFError:
+            os._exit(0)
+        if isinstance(asked, int):
+            requests.send(processes[asked].exitcode)
+        else:
+            process = multiprocessing.get_context("fork").Process(target=_run_module, args=asked)
+            process.start()
+            processes[process.pid or 0] = process
+            requests.send(process.pid)
+
+
+def _run_module(words: list[str], log: str, environment: Mapping[str, str]) -> None:
+    os.setsid()
+    with open(log, "ab") as file:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+    os.environ.update(environment)
+    sys.argv = words
+    runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+
+
+def started(
+    words: list[str], folder: Path, out: Path, err: Path, before: Callable[[], None] | None = None
+) -> BaseProcess:
+    """The process of a script or module with its arguments, as they stand, and its output in files."""
+    arguments = (words, str(folder), str(out), str(err), before)
+    process = quick_start().Process(target=_execute, args=arguments)
+    process.start()
+    return process
 
 
 def execute(
@@ -69,10 +173,7 @@ def execute(
     """The program of a script or module with its arguments, as they stand."""
     with tempfile.TemporaryDirectory() as place:
         out, err = Path(place) / "out", Path(place) / "err"
-        process = quick_start().Process(
-            target=_execute, args=(words, str(folder), str(out), str(err), before)
-        )
-        process.start()
+        process = started(words, folder, out, err, before)
         process.join(timeout)
         if process.is_alive():
             process.kill()

@@ -7,8 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 TOOL = Path(__file__).parents[1] / "tools" / "house.py"
 FIRST = '''"""A module."""
 from generative_recommenders.data import second
@@ -59,8 +57,17 @@ def test_numbers_of_a_small_checkout(tmp_path: Path) -> None:
     assert run(f"--repo={tmp_path}", "--once") == "generative_recommenders/data/first.py: _helper\n"
 
 
-@pytest.mark.skipif(not (TOOL.parents[1] / ".git").exists(), reason="not a git checkout")
-def test_revisions_stand_side_by_side() -> None:
-    lines = run("HEAD", "HEAD^{tree}").splitlines()
-    assert lines[0].split() == ["HEAD", "HEAD^{tree}"]
-    assert any(line.startswith("private functions used once") for line in lines)
+def test_revisions_stand_side_by_side(tmp_path: Path) -> None:
+    module = tmp_path / "generative_recommenders" / "first.py"
+    module.parent.mkdir()
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@example.org"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    for tag, text in (("before", FIRST), ("after", FIRST + "_helper(1)\n")):
+        module.write_text(text)
+        subprocess.run([*git, "add", "."], check=True)
+        subprocess.run([*git, "commit", "-qm", tag], check=True)
+        subprocess.run([*git, "tag", tag], check=True)
+    lines = run(f"--repo={tmp_path}", "before", "after").splitlines()
+    assert lines[0].split() == ["before", "after"]
+    (once,) = (line for line in lines if line.startswith("private functions used once"))
+    assert once.split()[-2:] == ["1", "0"]

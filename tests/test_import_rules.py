@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,8 +41,13 @@ def imported(path: Path, root: Path = ROOT) -> Iterator[str]:
             yield from (arg.value for arg in node.args if isinstance(arg, ast.Constant))
 
 
+@functools.cache
+def names_in(path: Path) -> tuple[str, ...]:
+    return tuple(imported(path))
+
+
 def parts_imported(path: Path) -> set[str]:
-    names = (name.split(".") for name in imported(path))
+    names = (name.split(".") for name in names_in(path))
     parts = {name[1] for name in names if name[0] == PACKAGE and len(name) > 1}
     return {
         part for part in parts if (ROOT / PACKAGE / part).exists() or (ROOT / PACKAGE / f"{part}.py").exists()
@@ -49,7 +55,7 @@ def parts_imported(path: Path) -> set[str]:
 
 
 def knows(path: Path, module: str) -> bool:
-    return any(name == module or name.startswith(module + ".") for name in imported(path))
+    return any(name == module or name.startswith(module + ".") for name in names_in(path))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT / PACKAGE).as_posix())

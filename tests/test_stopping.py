@@ -26,7 +26,7 @@ from generative_recommenders.distributed import launch as launching
 from generative_recommenders.distributed.launch import launch
 from generative_recommenders.distributed.signals import INTERRUPTED, interrupts
 from generative_recommenders.evaluation import evaluator, model_evaluation
-from programs import quick_start
+from programs import quick_start, without_curves
 from tiny_data import ragged_sequences, tiny_dataset
 
 IN_TIME = 5.0
@@ -75,6 +75,7 @@ def endless(owner: Any, name: str, mark: str) -> None:
 def slow_worker(rank: int, world_size: int, options: Options, mode: str, mark: str) -> int:
     """A run whose given part takes long."""
     mark = f"{mark}{rank}"
+    without_curves()
     evaluator.USERS = 1  # ranks one user at a time, so that an evaluation takes many calls
     if mode == "validation":
         slow_from(evaluator, "product_ranks", 35, mark)  # behind the two partial evaluations of 16 users

@@ -18,7 +18,7 @@ from generative_recommenders.errors import UserError
 from memory import memory_grows_at_most
 from programs import quick_start
 
-MUTANTS = [1000, pytest.param(100_000, marks=pytest.mark.slow)]
+MUTANTS = [300, pytest.param(100_000, marks=pytest.mark.slow)]
 WORDS = (b"null", b"{", b"]", b'"', b"1e999", b"-1", b"../", b"\xff\xfe", b"9" * 30, b"[" * 3000)
 
 

@@ -21,7 +21,7 @@ from generative_recommenders.commands.ablation.tables import collect, write_tabl
 from generative_recommenders.commands.comparison import METRICS, user_values
 from generative_recommenders.errors import UserError
 from generative_recommenders.evaluation.significance import holm
-from programs import ROOT, run_program
+from programs import ROOT, forked_jobs, run_program
 from tiny_data import ragged_sequences, tiny_dataset
 
 BASE = """
@@ -45,7 +45,7 @@ def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def ablate(file: Path, data_root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     given = [f"--data_root={data_root}", f"--runs={file.parent / 'runs'}"]
-    return run_program(PROGRAM, str(file), *given, *arguments)
+    return run_program(PROGRAM, str(file), *given, *arguments, before=forked_jobs)
 
 
 def test_cells_and_seeds_become_one_table_and_nothing_is_trained_twice(

@@ -9,7 +9,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from programs import run_program
+from programs import forked_members, run_program
 
 RELEASE = Path(__file__).parents[1] / "compatibility" / "v0_1_0"
 
@@ -35,6 +35,7 @@ def test_users_ranks_give_the_metrics_of_the_record(place: list[str], suffix: st
         f"--num_processes={processes}",
         *place,
         *bindings,
+        before=forked_members,
     )
     assert done.returncode == 0, done.stderr
     record = json.loads((run / "evaluation.json").read_text())

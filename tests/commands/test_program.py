@@ -153,7 +153,7 @@ def test_one_command_for_all_programs(tmp_path: Path) -> None:
     shown = python(*module, "evaluate", "--help", folder=tmp_path)
     assert shown.returncode == 0 and "next-item train" in shown.stdout
     for program in ("ablate", "reproduce", "report", "doctor"):
-        assert python(*module, program, "--help", folder=tmp_path).returncode == 0
+        assert run_program("generative_recommenders", program, "--help", folder=tmp_path).returncode == 0
 
 
 def test_log_lines_have_the_time_to_the_second_and_the_level(tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_log_lines_have_the_time_to_the_second_and_the_level(tmp_path: Path) -> 
 
 
 def test_the_doctor_says_what_there_is_and_that_learning_works(tmp_path: Path) -> None:
-    done = python("-m", "generative_recommenders", "doctor", folder=tmp_path)
+    done = run_program("generative_recommenders", "doctor", folder=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert len(lines) <= 24 and lines[-1] == "all is well"

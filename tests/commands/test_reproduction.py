@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from programs import ROOT, run_program
+from programs import ROOT, forked_jobs, run_program, started
 from tiny_data import ragged_sequences, tiny_dataset
 
 PROGRAM = "generative_recommenders.reproduce"
@@ -36,7 +33,7 @@ def flags(data_root: Path, out: Path, *more: str) -> list[str]:
 def test_runs_become_results_and_a_page_and_are_made_once(data_root: Path, tmp_path: Path) -> None:
     """A cell that cannot run on the data is named with its line, and the others go on."""
     wanted = ("--epochs=1", "--only=sasrec,two-tower-genres", "--seeds=2", "--jobs=2", "--commit=abc")
-    done = run_program(PROGRAM, *flags(data_root, tmp_path, *wanted))
+    done = run_program(PROGRAM, *flags(data_root, tmp_path, *wanted), before=forked_jobs)
     assert done.returncode == 1, done.stderr[-3000:]
     results = tmp_path / "results" / "synthetic-books"
     found = {path.name: json.loads(path.read_text()) for path in results.glob("*.json")}
@@ -70,18 +67,16 @@ def test_runs_become_results_and_a_page_and_are_made_once(data_root: Path, tmp_p
 def test_a_stopped_reproduction_goes_on(data_root: Path, tmp_path: Path) -> None:
     wanted = flags(data_root, tmp_path, "--epochs=12", "--only=sasrec", "--seeds=1")
     run = tmp_path / "runs" / "leave_one_out" / "sasrec" / "seed-42"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "generative_recommenders.reproduce", *wanted], cwd=ROOT, stderr=subprocess.PIPE, text=True
-    )  # fmt: skip
+    process = started([PROGRAM, *wanted], ROOT, tmp_path / "out", tmp_path / "err", forked_jobs)
     until = time.monotonic() + 120
     while not (run / "metrics.jsonl").exists() or (run / "metrics.jsonl").read_text().count("\n") < 2:
-        assert process.poll() is None and time.monotonic() < until
+        assert process.is_alive() and time.monotonic() < until, (tmp_path / "err").read_text()
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
+    process.terminate()
+    process.join(60)
+    assert process.exitcode == 130, (tmp_path / "err").read_text()
     assert not list((tmp_path / "results").glob("*/*.json"))
-    done = run_program(PROGRAM, *wanted)
+    done = run_program(PROGRAM, *wanted, before=forked_jobs)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "resumed" in run.with_name("seed-42.log").read_text()
     (result,) = (tmp_path / "results").glob("*/*.json")

@@ -14,6 +14,7 @@ from generative_recommenders.commands.reproduction.lanes import lanes_of
 from generative_recommenders.config.gin import load_settings
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.errors import UserError
+from generative_recommenders.run.report import pictures
 from tiny_data import ragged_sequences, tiny_dataset
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -151,9 +152,14 @@ def data_root(ragged_dataset: SequenceDataset, tmp_path_factory: pytest.TempPath
 
 @pytest.mark.parametrize("path", PUBLISHED, **by_name)
 def test_published_configurations_train_and_evaluate(
-    path: Path, data_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    path: Path,
+    data_root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Two steps, a full evaluation and the report; batches and negatives are fewer, for the sake of time."""
+    """Two steps, a full evaluation and the report; batches and negatives are fewer, and no curves, for the sake of time."""
+    monkeypatch.setattr(pictures, "plot_curves", lambda *arguments: None)
     bindings = (
         "train_fn.local_batch_size = 6",
         "train_fn.num_negatives = 4",

@@ -10,7 +10,7 @@ import pytest
 from generative_recommenders.config.sections import EvaluationSettings
 from generative_recommenders.errors import UserError
 from generative_recommenders.run.summary import list_metrics_lines
-from programs import run_program
+from programs import forked_members, run_program
 from tiny_data import ragged_sequences, tiny_dataset
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,7 +30,8 @@ BINDINGS = {
 def main(data_root: Path, run: Path, *arguments: str, **bindings: object) -> str:
     """Runs main.py and gives what it prints."""
     given = [f"--gin_bindings=train_fn.{name} = {value}" for name, value in bindings.items()]
-    done = run_program("main.py", f"--data_root={data_root}", f"--run_dir={run}", *arguments, *given)
+    flags = f"--data_root={data_root}", f"--run_dir={run}", *arguments, *given
+    done = run_program("main.py", *flags, before=forked_members)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 

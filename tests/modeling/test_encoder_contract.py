@@ -60,9 +60,16 @@ def build(
 
 
 COMBINATIONS = [
-    pytest.param(*choice, id="-".join(map(str, choice)))
-    for choice in product(CHOICES, PREPROCESSORS, POSTPROCESSORS, (False, True))
+    pytest.param(
+        *(encoder, preprocessor, postprocessor, mol),
+        id="-".join(map(str, (encoder, preprocessor, postprocessor, mol))),
+        marks=[] if (place + turn) % 2 == after and (place + (turn > 0)) % 2 == mol else [pytest.mark.slow],
+    )
+    for (place, encoder), (turn, preprocessor), (after, postprocessor), mol in product(
+        enumerate(CHOICES), enumerate(PREPROCESSORS), enumerate(POSTPROCESSORS), (False, True)
+    )
 ]
+"""Each encoder behind each preprocessor, with every postprocessor and similarity once at least; slow tests take all."""
 
 
 @pytest.mark.parametrize(("encoder", "preprocessor", "postprocessor", "mol"), COMBINATIONS)

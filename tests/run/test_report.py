@@ -46,6 +46,7 @@ def trained(root: Path, name: str, *bindings: str) -> Path:
     done = run_program("main.py", "--report", f"--data_root={root}", f"--run_dir={root / name}", *flags)
     assert done.returncode == 0, done.stderr
     assert f"report: {root / name / 'report.html'}" in done.stderr
+    assert (root / name / "curves.png").exists()
     return root / name
 
 
@@ -212,10 +213,14 @@ def test_an_old_run_has_a_page_and_evaluation_adds_what_is_missing(
     assert "Recommendations for 5 users" in (run / "report.html").read_text()
 
 
+ALIKE = ("HSTU", "LiGR", "TwoTower", "permuted", "event features")
+"""Kinds whose pages are made as those of the others."""
+
+
 @pytest.mark.parametrize(
     ("kind", "maps"),
-    [("HSTU", 4), ("FuXi", 4), ("LiGR", 4), ("DiffTransformer", 8), ("TwoTower", 4), ("MoL with users", 4), ("masked", 4),
-     ("permuted", 4), ("ratings", 4), ("event features", 4)],
+    [("FuXi", 4), ("DiffTransformer", 8), ("MoL with users", 4), ("masked", 4), ("ratings", 4),
+     *(pytest.param(kind, 4, marks=pytest.mark.slow) for kind in ALIKE)],
 )  # fmt: skip
 def test_models_of_every_kind_have_a_page(tmp_path: Path, kind: str, maps: int) -> None:
     dataset = tiny_dataset(tmp_path, ragged_sequences(57, 30, seed=5), item_features=True)

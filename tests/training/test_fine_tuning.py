@@ -21,7 +21,7 @@ from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.errors import UserError
 from generative_recommenders.training.fine_tuning import initialize
 from generative_recommenders.training.trainer import Trainer
-from programs import run_program
+from programs import forked_members, run_program
 from tiny_models import settings
 
 SIZES = {
@@ -318,7 +318,7 @@ def test_a_run_of_the_program_goes_on_from_another(before: SequenceDataset, tmp_
 
     def run(name: str, *more: str) -> Any:
         folder = (f"--gin_config_file={gin}", f"--data_root={tmp_path}", f"--run_dir={tmp_path / name}")
-        return run_program("main.py", *folder, *more)
+        return run_program("main.py", *folder, *more, before=forked_members)
 
     def newest(name: str) -> Checkpoint:
         found = CheckpointStore(tmp_path / name / "checkpoints", read_only=True).load_newest()

@@ -44,19 +44,17 @@ CASES: dict[str, dict[str, Any]] = {
         **LAZY, "train_fn.negatives_sharing": "block", "train_fn.negatives_block_size": 16, "train_fn.max_grad_norm": 0.3,
         "train_fn.item_l2_norm": True,
     },
-    "HSTU, dense AdamW": {"train_fn.main_module": "HSTU"},
-    "in-batch": {**ROWWISE, "train_fn.sampling_strategy": "in-batch"},
+    "HSTU, in-batch, dense AdamW": {"train_fn.main_module": "HSTU", "train_fn.sampling_strategy": "in-batch"},
     "masked": {**LAZY, "train_fn.objective": "masked", "train_fn.loss_module": "CE"},
-    "catalogue": {**ROWWISE, "train_fn.loss_module": "CE", "train_fn.label_smoothing": 0.1},
-    "catalogue, normalised": {"train_fn.loss_module": "CE", "train_fn.item_l2_norm": True},
+    "catalogue, normalised": {
+        **ROWWISE, "train_fn.loss_module": "CE", "train_fn.label_smoothing": 0.1, "train_fn.item_l2_norm": True,
+    },
     "catalogue, several positives": {**LAZY, "train_fn.loss_module": "LogOutCE", "train_fn.num_positives": 3},
     "catalogue, binary": {**ROWWISE, "train_fn.loss_module": "BCE", "train_fn.learning_rate": 1e-3},
     "frozen table": {**LAZY, "train_fn.freeze": ("items.table",)},
 }  # fmt: skip
 WORLDS = (2, 3)
-OF_TWO = (
-    "a position's negatives, Adagrad", "a block's negatives, clipped", "masked", "catalogue, several positives",
-)  # fmt: skip
+OF_TWO = ("a position's negatives, Adagrad", "a block's negatives, clipped", "catalogue, several positives")
 """Three processes, one of which has an inner shard, go through all cases; two through these, and in slow tests through all."""
 
 
@@ -180,7 +178,8 @@ def member(rank: int, world: int, cases: Sequence[str], folder: str, results: st
         found[case]["of one"] = reloaded(dataset, case, "sharded", Path(results) / f"{case} of 1")
         if world == WORLDS[-1] and (Path(results) / f"{case} of 2").exists():
             found[case]["of two"] = reloaded(dataset, case, "sharded", Path(results) / f"{case} of 2")
-        found[case]["replicated"] = reloaded(dataset, case, "replicated", own)
+        if case in OF_TWO:  # whatever the case, a whole table is read from the joined files
+            found[case]["replicated"] = reloaded(dataset, case, "replicated", own)
     found["stopped"] = stopped(trainer_of(dataset, next(iter(CASES)), "sharded"))
     found["diverged"] = diverged(trainer_of(dataset, next(iter(CASES)), "sharded"))
     found["ranks"] = ranks_of(*search_input())
@@ -269,8 +268,9 @@ def test_ranks_and_lists_of_the_same_weights(results: Measured, world: int, case
 def test_checkpoints_go_on_with_any_number_of_processes(results: Measured, world: int, case: str) -> None:
     for each in (every[case] for every in results.several(world)):
         assert each["of one"]["later"] == pytest.approx(results.alone(case)["later"], rel=1e-3, abs=1e-4)
-        assert each["replicated"]["later"] == pytest.approx(each["later"], rel=1e-4, abs=1e-5)
-        assert torch.equal(each["replicated"]["measured"]["ranks"], each["measured"]["ranks"])
+        if "replicated" in each:
+            assert each["replicated"]["later"] == pytest.approx(each["later"], rel=1e-4, abs=1e-5)
+            assert torch.equal(each["replicated"]["measured"]["ranks"], each["measured"]["ranks"])
         if "of two" in each:
             two = results.several(WORLDS[0])[0][case]
             assert each["of two"]["later"] == pytest.approx(two["later"], rel=1e-3, abs=1e-4)
