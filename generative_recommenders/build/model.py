@@ -57,7 +57,7 @@ def build_model(
     supplies = {
         "num_items": catalogue.num_items,
         "embedding_dim": width,
-        "item_category": lambda options: _categories(catalogue),
+        "item_category": catalogue.categories,
         "read_features": lambda options: read_item_features,
     }
     similarity_name = settings.model.interaction_module_type or "DotProduct"
@@ -162,14 +162,6 @@ def _event_features(settings: RunSettings, catalogue: Catalogue) -> EventFeature
             raise UserError(f"train_fn.event_features names {name!r} twice")
     features = [catalogue.event_features[name] for name in names]
     return EventFeatures(features, settings.items.item_embedding_dim) if features else None
-
-
-def _categories(catalogue: Catalogue) -> torch.Tensor:
-    if catalogue.categories is None:
-        raise UserError(
-            'embedding_module_type "categorical" needs train_fn.category_feature, one category for each item'
-        )
-    return catalogue.categories
 
 
 def _check_ratings(settings: RunSettings, catalogue: Catalogue) -> None:

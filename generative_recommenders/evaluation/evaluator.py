@@ -204,7 +204,14 @@ class Evaluator:
         removed_targets = int((ranks == self.num_items + 2).sum())
         ranks.clamp_(max=self.num_items + 1)
         of_lists = {} if lists is None else lists.compute(self.collectives)
-        return EvaluationResult(self._histogram(ranks), ranks, of_lists, removed_targets)
+        scored = ranks.nonzero()[:, 0]
+        histogram, data = RankHistogram(self.num_items), self.loader.rows.dataset
+        high_rated = None
+        if data.ratings is not None:
+            events = data.offsets[scored.numpy()] + self.loader.targets[scored.numpy()]
+            high_rated = torch.from_numpy(data.ratings[events]) >= self.rating_threshold
+        histogram.add(ranks[scored], high_rated)
+        return EvaluationResult(histogram, ranks, of_lists, removed_targets)
 
     def prepared(self) -> Iterator[RankedUsers]:
         """The loader's batches, each with what its ranks need beside scores."""
@@ -237,7 +244,19 @@ class Evaluator:
                 queries, removed = users.batch["queries"], users.removed
                 yield users, product_ranks(queries, score.items, users.targets, removed, dtype=score.dtype)
         else:
-            yield from self._by_scores(score, lists, prepared)
+            chunk = max(1, MAX_SCORES // max(self.num_items, 1))
+            for users in prepared:
+                had = None if lists is None else self._had(users)
+                for start in range(0, len(users.targets), chunk):
+                    part = users.rows(start, start + chunk)
+                    scores, seen = score(part.batch), part.removed
+                    if seen is not None:
+                        seen = seen.to(scores.device)
+                    if lists is not None and had is not None:
+                        # A target that is removed or missed is in no list: recall@k is HR@k.
+                        own = had.rows_between(start, start + chunk)
+                        lists.add(scores, part.user_ids, part.targets, seen, own)
+                    yield part, exact_ranks(scores, part.targets.to(scores.device), seen)
 
     def _by_shards(
         self,
@@ -260,37 +279,10 @@ class Evaluator:
                     lists.add_lists(ids.cpu(), users.user_ids, users.targets, self._had(users))
             yield users.rows(0, len(ranks[none])), ranks[none]
 
-    def _by_scores(
-        self, score: Score, lists: TopLists | None, prepared: Iterable[RankedUsers]
-    ) -> Iterator[tuple[RankedUsers, torch.Tensor]]:
-        chunk = max(1, MAX_SCORES // max(self.num_items, 1))
-        for users in prepared:
-            had = None if lists is None else self._had(users)
-            for start in range(0, len(users.targets), chunk):
-                part = users.rows(start, start + chunk)
-                scores, seen = score(part.batch), part.removed
-                if seen is not None:
-                    seen = seen.to(scores.device)
-                if lists is not None and had is not None:
-                    # A target that is removed or missed is in no list: recall@k is HR@k.
-                    own = had.rows_between(start, start + chunk)
-                    lists.add(scores, part.user_ids, part.targets, seen, own)
-                yield part, exact_ranks(scores, part.targets.to(scores.device), seen)
-
     def _had(self, users: RankedUsers) -> SeenItems:
         """Everything that the users had before their targets, also what is no longer in the window."""
         histories = self.loader.histories(users.user_ids.numpy() - 1)
         return SeenItems.of(histories.rows, histories["item_ids"], self.num_items)
-
-    def _histogram(self, ranks: torch.Tensor) -> RankHistogram:
-        scored = ranks.nonzero()[:, 0]
-        histogram, data = RankHistogram(self.num_items), self.loader.rows.dataset
-        high_rated = None
-        if data.ratings is not None:
-            events = data.offsets[scored.numpy()] + self.loader.targets[scored.numpy()]
-            high_rated = torch.from_numpy(data.ratings[events]) >= self.rating_threshold
-        histogram.add(ranks[scored], high_rated)
-        return histogram
 
 
 def _of_all_processes(

@@ -109,7 +109,8 @@ class ItemEmbedding(torch.nn.Module):
 
     def step_rows(self, row_ids: torch.Tensor | None) -> ItemRows:
         """Rows of the table (None: all), the leaf that a training step differentiates."""
-        # A leaf of its own: its gradient is as large as the rows that are read, not as the table.
+        # A leaf of its own: its gradient is as large as the rows that are read, not as the table. ``late`` is filled by lookups
+        # as the backward pass comes to them.
         table = self.table.detach()
         weight = table if row_ids is None else table.index_select(0, row_ids)
         return ItemRows(weight.requires_grad_(self.table.requires_grad), row_ids, late=[])
@@ -177,12 +178,16 @@ class CategoricalEmbeddingModule(ItemEmbedding):
 
     def __init__(
         self,
-        item_category: torch.Tensor,
+        item_category: torch.Tensor | None,
         embedding_dim: int,
         *,
         item_l2_norm: bool = False,
         l2_norm_eps: Positive = 1e-6,
     ) -> None:
+        if item_category is None:
+            raise ValueError(
+                'embedding_module_type "categorical" needs train_fn.category_feature, one category for each item'
+            )
         if item_category.numel() == 0 or int(item_category.min()) < 0:
             raise ValueError("item_category must hold a category of 0 or more for every item")
         super().__init__(

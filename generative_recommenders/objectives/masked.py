@@ -168,7 +168,7 @@ class PermutedObjective(MaskedObjective):
         order = uniform(real.shape, real.device, draws)
         hidden = real if self.permute_all else self.spans(real, draws)
         hidden = proper_part(hidden, real, order)
-        rank = order.argsort(1).argsort(1)
+        rank = order.argsort(1).argsort(1)  # the place of each position in the random order
         # Key and query are 0 for visible items; the hidden one of rank r has key r + 1, above its own query r.
         return hidden, ((rank + 1).where(hidden, 0), rank.where(hidden, 0))
 
@@ -183,6 +183,7 @@ class PermutedObjective(MaskedObjective):
         span = (span_draw * self.max_span_length).long() + 1
         context = contexts[span - 1]
         begin = context.cumsum(1) - context + (place_draw * (context - span + 1)).long()
+        # +1 where a span begins and -1 behind its end, so that a running sum is above 0 within spans.
         edges = real.new_zeros(rows, width + 1, dtype=torch.long)
         edges.scatter_add_(1, begin.minimum(lengths), torch.ones_like(begin))
         edges.scatter_add_(1, (begin + span).minimum(lengths), -torch.ones_like(begin))

@@ -194,6 +194,7 @@ class InBatchNegativesSampler(NegativesSampler):
             share = counts.double().clamp(min=0) / counts.clamp(min=0).sum()
             # ln(1 - f); an item that is all of the data is in every batch
             self.register_buffer("log_absent", torch.log1p(-share).clamp(min=-1e6), persistent=False)
+            # The sum over items has no inverse in closed form: n for M is read off a curve.
             self.events = np.geomspace(1.0, 1e9, 256)
             self.expected = np.array([float(self._in_batch(n, self.log_absent).sum()) for n in self.events])
 

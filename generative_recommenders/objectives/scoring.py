@@ -56,6 +56,7 @@ def sampled_scores(
         if lowest < 0 or highest > last:
             raise UserError(f"positives: item ids reach from {lowest} to {highest}, outside 0..{last}")
     mask = no_collisions(targets, negatives)
+    # Of a large catalogue no normalised copy of the rows is made: products are divided by the norms of their rows.
     fused = negatives.sharing.granularity == "position" and positive_items is None
     if fused and many_rows(items.weight, negatives.ids):
         operands = similarity.operands(states, items.weight)

@@ -127,6 +127,7 @@ class TrainingTask(torch.nn.Module):
             return None, None
         read = negatives.ids.numel() + example.targets.numel() + example.past_ids.numel()
         on_cpu = not dispatch.waits(items.table)
+        # 1 as a rule; 0, with which tests have rows gathered however small the table is, stays 0.
         share = min(1, DENSE_SHARE) if on_cpu and self.updates_rows else DENSE_SHARE
         # What an accelerator gathers is as much as is read, a CPU's tower computes each item once.
         if read * share > items.table.shape[0] and not (on_cpu and items.tower is not None):

@@ -58,7 +58,7 @@ class TrainingStep:
         rows, output = self.forward(batch)
         total = self.collectives.sum_(output.weight.detach().clone())
         read_total = read_later(total)
-        loss = output.sum / total.clamp(min=1e-12)
+        loss = output.sum / total.clamp(min=1e-12)  # 0, and not 0 / 0, where no target counts
         auxiliary = torch.zeros_like(loss) + sum(output.auxiliary.values())  # of all processes already
         # DDP averages gradients over processes; table gradients are summed below, so both start from a sum.
         ((loss + auxiliary) * self.collectives.world_size).backward()
@@ -90,6 +90,7 @@ class TrainingStep:
         them in every step, and warns where it finds none.
         """
         device = rows.weight.device
+        # A pass that nothing is updated by finds out, and draws nothing that the step itself would miss.
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             output = self.task(batch, rows)
         named = dict(self.task.named_parameters())
@@ -114,7 +115,7 @@ class TrainingStep:
         assert gradients is not None  # the backward pass has run
         if world == 1:
             return rows.ids, gradients
-        gradients = gradients / world
+        gradients = gradients / world  # `update` multiplied by it, for the mean that DDP takes of the others
         everywhere_dense = not self.collectives.any(rows.ids is not None)
         if everywhere_dense:
             return None, self.collectives.sum_(gradients)

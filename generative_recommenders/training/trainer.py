@@ -298,7 +298,7 @@ class Trainer:
         """NonFiniteError, on all processes, where one holds weights that are not finite."""
         together(self.collectives, lambda: check_finite_parameters(self.progress.step, self.task))
 
-    restore = restore_state
+    restore = restore_state  # in the module that also says what a checkpoint holds
 
     def _load_best(self, store: CheckpointStore | None) -> None:
         """The best state on every process, as the main one reads it; the last one is kept where that is lost."""
