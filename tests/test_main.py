@@ -284,10 +284,11 @@ def test_two_processes_give_the_metrics_of_one(data_root: Path, tmp_path: Path) 
     program(
         "main.py", *common, f"--run_dir={tmp_path / 'one'}", "--gin_bindings=train_fn.local_batch_size = 64"
     )
-    program(
+    shared = program(
         "main.py", *common, f"--run_dir={tmp_path / 'two'}", "--num_processes=2",
         "--gin_bindings=train_fn.local_batch_size = 32",
     )  # fmt: skip
+    assert "FutureWarning" not in shared.stderr
     one, two = final_results(tmp_path / "one"), final_results(tmp_path / "two")
     assert one["most popular"] == two["most popular"]
     assert one["last item's successor"] == two["last item's successor"]

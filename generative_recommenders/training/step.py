@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -101,7 +102,12 @@ class TrainingStep:
         gradients = torch.autograd.grad(loss, wanted, allow_unused=True)
         unused = self.collectives.any(any(each is None for each in gradients))
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.task, [TABLE])
-        return DistributedDataParallel(self.task, find_unused_parameters=unused, broadcast_buffers=False)
+        with warnings.catch_warnings():
+            # torch 2.6 knows no other name, and what 2.13 proposes instead sends the buffers out, which are equal already.
+            warnings.filterwarnings(
+                "ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning
+            )
+            return DistributedDataParallel(self.task, find_unused_parameters=unused, broadcast_buffers=False)
 
     def _table_gradients(self, rows: ItemRows) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Summed over processes: row ids (None for all) and their gradients (None for a frozen table); of a sharded table those
