@@ -96,7 +96,7 @@ def sasrec_body(schema: TensorSchema) -> SasRecBody:
 
 
 def main(
-    folder: Path, raw: Path | None = None, max_epochs: int = 10, limit: int | None = None
+    folder: Path, raw: Path | None = None, max_epochs: int = 4, limit: int | None = None
 ) -> tuple[dict[str, float], pd.DataFrame]:
     """Test metrics and recommendations. raw: MovieLens-100K. limit: batches of each stage, None for all."""
     folder.mkdir(parents=True, exist_ok=True)
