@@ -186,8 +186,8 @@ def peers(_: str) -> str:
     said = (
         f"{found['users']:,} users of ML-1M's lengths, {found['items']:,} items, {found['torch']}, {found['date']}: "
         f"`python benchmarks/compare_peers.py --users={found['users']}`; times ours in brackets. "
-        "RecBole has a row for each prefix of a history, so that its step predicts 128 targets where the others predict one at every "
-        "position, and its epoch has 1,548 steps instead of 10."
+        "RecBole has a row for each prefix of a history, so that its step predicts 128 targets where the others predict one at "
+        "every position, and its epoch has 1,548 steps instead of 10."
     )
     return "## Beside other programs\n\n" + said + "\n\n" + table(("", *figures.values()), rows)
 
