@@ -77,30 +77,8 @@ class LightningModule(lightning.LightningModule):
 
         UserError where the model needs a key that the batch lacks.
         """
-        task = self.model
-        if isinstance(task, TrainingTask) and self.training:
-            step, world = self.global_step, task.collectives.world_size
-            # Dropout draws from torch's generator, which main.py's trainer seeds anew each step.
-            torch.manual_seed(stream_key(task.seed, step, task.collectives.rank))
-            output = task.loss(batch, step)
-            total = task.collectives.sum_(output.weight.detach().clone())
-            loss = output.sum / total.clamp(min=1e-12)
-            auxiliary = torch.zeros_like(loss) + sum(output.auxiliary.values())  # of all processes already
-            # DDP averages gradients over processes, and the logger values; the sum over processes is wanted of both.
-            return {"loss": (loss + auxiliary) * world - auxiliary.detach() * (world - 1)}
-        if isinstance(task, SequenceRecommender) and self.training:
-            raise UserError("a model alone has no loss: give LightningModule the task of build_task(...)")
-        if isinstance(task, TrainingTask | SequenceRecommender):
-            model = task.model if isinstance(task, TrainingTask) else task
-            queries = model.encode_query(
-                batch.get("history", batch)
-            )  # a group of the batch, or its columns themselves
-            if self._candidates is not None:
-                logits = model.score(queries, self._candidates.to(self.device))
-            else:
-                snapshot = self._snapshot if self._snapshot is not None else model.catalogue()
-                logits = torch.nn.functional.pad(model.score(queries, snapshot), (1, 0), value=-torch.inf)
-            return {"logits": logits, "hidden_states": (queries.states,)}
+        if isinstance(self.model, TrainingTask | SequenceRecommender):
+            return self._training_output(batch) if self.training else self._scores(batch)
         given = {name: x for name, x in batch.items() if self._takes_all or name in self._takes}
         if not self.training and self._candidates is not None and CANDIDATES in self._takes:
             given.setdefault(CANDIDATES, self._candidates.to(self.device))
@@ -111,6 +89,32 @@ class LightningModule(lightning.LightningModule):
                 "see the transforms of the data module"
             )
         return self.model(**given)
+
+    def _training_output(self, batch: LoadedBatch) -> Mapping[str, Any]:
+        """The loss of a loaded batch, under main.py's draws."""
+        task = self.model
+        if not isinstance(task, TrainingTask):
+            raise UserError("a model alone has no loss: give LightningModule the task of build_task(...)")
+        step, world = self.global_step, task.collectives.world_size
+        # Dropout draws from torch's generator, which main.py's trainer seeds anew each step.
+        torch.manual_seed(stream_key(task.seed, step, task.collectives.rank))
+        output = task.loss(batch, step)
+        total = task.collectives.sum_(output.weight.detach().clone())
+        loss = output.sum / total.clamp(min=1e-12)
+        auxiliary = torch.zeros_like(loss) + sum(output.auxiliary.values())  # of all processes already
+        # DDP averages gradients over processes, and the logger values; the sum over processes is wanted of both.
+        return {"loss": (loss + auxiliary) * world - auxiliary.detach() * (world - 1)}
+
+    def _scores(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Scores of the batch's histories: its group "history", or its columns themselves."""
+        model: SequenceRecommender = self.model.model if isinstance(self.model, TrainingTask) else self.model  # type: ignore[assignment]
+        queries = model.encode_query(batch.get("history", batch))
+        if self._candidates is not None:
+            logits = model.score(queries, self._candidates.to(self.device))
+        else:
+            snapshot = self._snapshot if self._snapshot is not None else model.catalogue()
+            logits = torch.nn.functional.pad(model.score(queries, snapshot), (1, 0), value=-torch.inf)
+        return {"logits": logits, "hidden_states": (queries.states,)}
 
     def setup(self, stage: str) -> None:
         """Lets the task know the processes that Lightning has started."""

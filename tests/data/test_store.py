@@ -304,7 +304,8 @@ def test_columns_whose_names_are_no_text(folder: Path, name: str) -> None:
 
 @pytest.mark.slow
 def test_fuzz_at_length(folder: Path) -> None:
-    fuzz_manifest(folder, 6, int(os.environ.get("FUZZ_INPUTS", "100000")))
+    inputs = int(os.environ.get("FUZZ_INPUTS", "100000"))
+    assert 0 < fuzz_manifest(folder, 6, inputs) < inputs
 
 
 def test_verify_in_parts(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:

@@ -104,7 +104,7 @@ CASES |= {
     }
     for name, changes in DROPPED.items()
 }  # fmt: skip
-OF_OTHERS = ("position", "hstu", "fuxi", "ligr", "masked", "replaced", "mixture")
+OF_OTHERS = ("position", "fuxi", "ligr", "masked", "mixture")
 """Their paths are those of other cases, with dropout or of three processes: slow tests have them, too."""
 QUICK = {
     2: [case for case in CASES if case not in OF_OTHERS],

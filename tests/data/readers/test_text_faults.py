@@ -230,9 +230,8 @@ def test_an_arrow_footer_that_points_behind_the_messages_is_refused(tmp_path: Pa
     data = bytearray(arrow_bytes(pa.ipc.new_file, None))
     (size,) = struct.unpack_from("<i", data, len(data) - 10)
     footer = len(data) - 10 - size
-    first = data.index(
-        b"\xff\xff\xff\xff", 16
-    )  # behind the schema: the dictionary, the first message of the footer
+    # Behind the schema lies the dictionary, the first message that the footer names.
+    first = data.index(b"\xff\xff\xff\xff", 16)
     place = data.index(struct.pack("<q", first), footer)
     struct.pack_into("<q", data, place, len(data))
     assert "damaged or cut short" in error_of(write(tmp_path, bytes(data), "r.arrow"), FOUND)
