@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from generative_recommenders.data.schema import EventColumn
+from generative_recommenders.data.schema import is_missing
 from generative_recommenders.data.splits import Split, training_events
 from generative_recommenders.data.store import SequenceDataset
 
@@ -91,31 +91,22 @@ def _date(seconds: float) -> str:
 
 def event_columns(dataset: SequenceDataset) -> list[dict[str, Any]]:
     """Every column of the events beside user and item: its kind, the share that is missing, and what values it has."""
-    columns: list[tuple[EventColumn, np.ndarray]] = []
-    if dataset.ratings is not None:
-        columns.append((EventColumn("rating", "numerical"), dataset.ratings))
-    if dataset.timestamps is not None:
-        columns.append((EventColumn("timestamp", "time"), dataset.timestamps))
-    columns += [(each, dataset.extra[each.name]) for each in dataset.manifest.event_columns]
     step = max(1, dataset.num_events // SAMPLED_EVENTS)
     described = []
-    for column, stored in columns:
-        values = np.asarray(stored[::step])
-        there = values[~np.isnan(values)] if column.kind == "numerical" else values[values != 0]
-        found: dict[str, Any] = {"name": column.name, "kind": column.kind}
-        if column.name == "timestamp":  # none is missing, and 0 is a time
-            there = values
-        found["missing"] = 1 - len(there) / len(values)
-        if column.kind == "categorical":
-            counts = np.bincount(there, minlength=2)
-            found["values"] = column.cardinality
-            found["most_frequent"] = (
-                str(dataset.vocabulary(column.name)[int(counts.argmax()) - 1]) if counts.any() else None
-            )
+    for name, kind in dataset.manifest.kinds.items():
+        if name == "item":
+            continue
+        values = np.asarray(dataset.columns[name][::step])
+        there = values[~is_missing(name, values)]
+        found: dict[str, Any] = {"name": name, "kind": kind, "missing": 1 - len(there) / len(values)}
+        if kind == "categorical":
+            counts, vocabulary = np.bincount(there, minlength=2), dataset.vocabulary(name)
+            found["values"] = len(vocabulary)
+            found["most_frequent"] = str(vocabulary[int(counts.argmax()) - 1]) if counts.any() else None
             found["share_of_most_frequent"] = float(counts.max() / max(len(there), 1))
         elif len(there):
             numbers = np.quantile(there, QUANTILES).tolist()
-            shown = map(_date, numbers) if column.kind == "time" else numbers
+            shown = map(_date, numbers) if kind == "time" else numbers
             found["quantiles"] = dict(zip(map(str, QUANTILES), shown))
         described.append(found)
     return described

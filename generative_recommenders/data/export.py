@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from absl import logging
 from generative_recommenders.data.preparation.event_store import chunks
 from generative_recommenders.data.preparation.folder import new_file
 from generative_recommenders.data.readers.exchange import HEADER
-from generative_recommenders.data.schema import KINDS
+from generative_recommenders.data.schema import KINDS, is_missing
 from generative_recommenders.data.store import SequenceDataset
 
 USERS_AT_ONCE = 1 << 16
@@ -58,31 +59,32 @@ def _lines(dataset: SequenceDataset, first: int, last: int) -> bytes:
 
 
 def export_parquet(dataset: SequenceDataset, path: str | Path) -> None:
-    """Write a row an event: ``user``, ``item`` (strings), ``rating`` and ``timestamp`` where there are any, and the further
-    columns, null where a value is missing.
+    """Write `event_table` of all events.
 
     Users follow one another, oldest event first, so that preparing the file gives the same data hash.
     """
-    known = {"rating": (dataset.ratings, pa.float32()), "timestamp": (dataset.timestamps, pa.int64())}
-    fields = [("user", pa.large_string()), ("item", pa.large_string())]
-    fields += [(name, kind) for name, (values, kind) in known.items() if values is not None]
-    fields += [(each.name, KINDS[each.kind]) for each in dataset.manifest.event_columns]
-    schema = pa.schema(fields)
-    users, items = dataset.original_user_ids(), dataset.original_item_ids()
+    texts = dataset.texts()
+    schema = event_table(dataset, texts, slice(0, 0)).schema
     with (
         new_file(Path(path)) as scratch,
         scratch.open("wb") as out,
         pq.ParquetWriter(out, schema) as writer,
     ):
         for part in chunks(dataset.num_events):
-            rows = np.searchsorted(dataset.offsets, np.arange(part.start, part.stop), side="right") - 1
-            columns = [users.take(pa.array(rows)), items.take(pa.array(dataset.items[part] - 1))]
-            columns += [pa.array(values[part]) for values, _ in known.values() if values is not None]
-            for each in dataset.manifest.event_columns:
-                values = np.asarray(dataset.extra[each.name][part])
-                missing = np.isnan(values) if each.kind == "numerical" else values == 0
-                if each.kind == "categorical":
-                    columns.append(dataset.vocabulary(each.name).take(pa.array(values - 1, mask=missing)))
-                else:
-                    columns.append(pa.array(values, mask=missing))
-            writer.write_table(pa.table([c.cast(t) for c, t in zip(columns, schema.types)], schema=schema))
+            writer.write_table(event_table(dataset, texts, part))
+
+
+def event_table(dataset: SequenceDataset, texts: Mapping[str, pa.ChunkedArray], events: slice) -> pa.Table:
+    """A row an event: ``user``, ``item`` (strings), ``rating`` and ``timestamp`` where there are any, and the further columns,
+    null where a value is missing. texts: of `SequenceDataset.texts`."""
+    rows = np.searchsorted(dataset.offsets, np.arange(events.start, events.stop), side="right") - 1
+    columns = {"user": texts["user"].take(pa.array(rows)).cast(pa.large_string())}
+    for name, kind in dataset.manifest.kinds.items():
+        values = np.asarray(dataset.columns[name][events])
+        missing = is_missing(name, values)
+        if kind == "categorical":
+            column = texts[name].take(pa.array(values - 1, mask=missing))
+        else:
+            column = pa.array(values, mask=missing)
+        columns[name] = column.cast(KINDS[kind])
+    return pa.table(columns)

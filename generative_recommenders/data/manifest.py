@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 from pydantic import (
     AfterValidator,
     ConfigDict,
@@ -24,7 +23,7 @@ from pydantic import (
     ValidationError,
 )
 
-from generative_recommenders.data.schema import STORED, EventColumn
+from generative_recommenders.data.schema import KNOWN, KNOWN_KINDS, STORED, EventColumn
 from generative_recommenders.errors import UserError
 
 VERSION = 2
@@ -34,13 +33,7 @@ FILE_NAME = "manifest.json"
 TABLES = ("items.parquet", "users.parquet")
 UNRATED = "unrated_items.parquet"
 """Rows like those of ``items.parquet``, of items that nobody rated: ids V + 1 on where a run takes them in."""
-COLUMNS: dict[str, np.dtype] = {
-    "items": np.dtype("<i4"),
-    "ratings": np.dtype("<f4"),
-    "timestamps": np.dtype("<i8"),
-    "offsets": np.dtype("<i8"),
-}
-
+OFFSETS = "offsets.int64.bin"
 
 FeatureKind = Literal["categorical", "categorical_list", "numerical", "text"]
 """Of these, text is shown and not learnt from."""
@@ -121,10 +114,11 @@ class Manifest:
     version: StrictInt = VERSION
 
     @property
-    def columns(self) -> list[str]:
-        """Names of the flat columns that the folder holds."""
-        absent = {"ratings": not self.has_ratings, "timestamps": not self.has_timestamps}
-        return [name for name in COLUMNS if not absent.get(name, False)]
+    def kinds(self) -> dict[str, str]:
+        """Columns of the events that the folder holds, with their kinds: item, rating, timestamp and the further ones."""
+        there = {"item": True, "rating": self.has_ratings, "timestamp": self.has_timestamps}
+        known = {name: kind for name, kind in KNOWN_KINDS.items() if there[name]}
+        return known | {each.name: each.kind for each in self.event_columns}
 
     @property
     def features_hash(self) -> str:
@@ -135,22 +129,14 @@ class Manifest:
         ]
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:32]
 
-    def column_length(self, column: str) -> int:
-        """Entries of a flat column."""
-        return self.counts["users"] + 1 if column == "offsets" else self.counts["events"]
-
 
 _MANIFEST = TypeAdapter(Manifest)
 
 
-def column_file(folder: Path, column: str) -> Path:
-    """The file of a flat column: raw little-endian numbers, nothing else."""
-    return folder / f"{column}.{COLUMNS[column].name}.bin"
-
-
-def event_file(folder: Path, name: str, kind: str) -> Path:
-    """The file of a further column of the events, like `column_file`."""
-    return folder / f"event.{name}.{STORED[kind].name}.bin"
+def column_file(folder: Path, name: str, kind: str) -> Path:
+    """The file of a column of the events: raw little-endian numbers, nothing else."""
+    stem = f"{name}s" if name in KNOWN else f"event.{name}"
+    return folder / f"{stem}.{STORED[kind].name}.bin"
 
 
 def vocabulary_file(folder: Path, name: str) -> Path:
@@ -195,18 +181,14 @@ def read_manifest(folder: Path) -> Manifest:
         found = "" if first["type"] == "missing" else f", and is {str(first['input'])[:40]!r}"
         what = first["msg"].removeprefix("Value error, ")
         raise UserError(f"{path}: {where!r}: {what}{found}; prepare the data again") from None
-    for column in manifest.columns:
-        _check_size(column_file(folder, column), manifest.column_length(column) * COLUMNS[column].itemsize)
-    for each in manifest.event_columns:
-        size = manifest.counts["events"] * STORED[each.kind].itemsize
-        _check_size(event_file(folder, each.name, each.kind), size)
+    sizes = {folder / OFFSETS: 8 * (manifest.counts["users"] + 1)}
+    for name, kind in manifest.kinds.items():
+        sizes[column_file(folder, name, kind)] = manifest.counts["events"] * STORED[kind].itemsize
+    for path, expected in sizes.items():
+        size = path.stat().st_size if path.is_file() else None
+        if size != expected:
+            found = "is missing" if size is None else f"has {size} bytes"
+            raise UserError(
+                f"{path}: {found}, the manifest says {expected}; the folder is damaged, prepare the data again"
+            )
     return manifest
-
-
-def _check_size(path: Path, expected: int) -> None:
-    size = path.stat().st_size if path.is_file() else None
-    if size != expected:
-        found = "is missing" if size is None else f"has {size} bytes"
-        raise UserError(
-            f"{path}: {found}, the manifest says {expected}; the folder is damaged, prepare the data again"
-        )

@@ -16,6 +16,7 @@ from pydantic import ConfigDict, Field, StrictFloat, StrictInt, StrictStr
 from generative_recommenders.errors import UserError
 
 KNOWN = ("user", "item", "rating", "timestamp")
+KNOWN_KINDS = {"item": "categorical", "rating": "numerical", "timestamp": "time"}
 KINDS = {"categorical": pa.large_string(), "numerical": pa.float32(), "time": pa.int64()}
 """Kinds of further columns, with the type in which readers give their values (null where missing)."""
 STORED: dict[str, np.dtype[Any]] = {
@@ -53,21 +54,25 @@ class EventColumn:
         return np.nan_to_num((values - np.float32(self.mean)) / np.float32(self.std), nan=0.0)
 
 
-def extra_kinds(schema: pa.Schema) -> dict[str, str]:
-    """The further columns of a table of events, with their kinds; UserError for a name that batches use otherwise."""
+def event_kinds(schema: pa.Schema) -> dict[str, str]:
+    """The columns of a table of events but the user, with their kinds; UserError for a name that batches use otherwise."""
     kind_of = {each: kind for kind, each in KINDS.items()}
-    extra = {field.name: kind_of[field.type] for field in schema if field.name not in KNOWN}
-    for name, kind in extra.items():
-        if (
-            name in _RESERVED
-            or not re.fullmatch(r"[A-Za-z]\w*", name)
-            or name.startswith(("past_", "target_"))
-        ):
+    kinds = {field.name: kind_of[field.type] for field in schema if field.name != "user"}
+    for name, kind in kinds.items():
+        odd = not re.fullmatch(r"[A-Za-z]\w*", name) or name.startswith(("past_", "target_"))
+        if name not in KNOWN and (odd or name in _RESERVED):
             raise UserError(
                 f"--columns: an event column cannot be called {name!r}; choose a word of letters, digits and _ that is none "
                 f"of {', '.join(sorted(_RESERVED))} and begins with neither past_ nor target_, as NAME={name}:{kind}"
             )
-    return extra
+    return kinds
+
+
+def is_missing(name: str, values: np.ndarray) -> np.ndarray:
+    """``[n]`` bool: where a stored column has no value. A known one always has: a time of 0 is 1970."""
+    if name in KNOWN:
+        return np.zeros(len(values), bool)
+    return np.isnan(values) if values.dtype.kind == "f" else values == 0
 
 
 def large_strings(column: pa.ChunkedArray) -> pa.Array:

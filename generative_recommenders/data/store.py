@@ -13,19 +13,18 @@ import pyarrow.parquet as pq
 
 from generative_recommenders.data.feature_tables import describe
 from generative_recommenders.data.manifest import (
-    COLUMNS,
+    OFFSETS,
     UNRATED,
     FeatureSpec,
     Manifest,
     column_file,
-    event_file,
     read_manifest,
     vocabulary_file,
 )
 from generative_recommenders.data.preparation.digests import EventDigests
 from generative_recommenders.data.preparation.event_store import user_blocks
 from generative_recommenders.data.readers.tables import check_parquet
-from generative_recommenders.data.schema import STORED, large_strings
+from generative_recommenders.data.schema import KNOWN_KINDS, STORED, large_strings
 from generative_recommenders.data.sources.download import file_digest
 from generative_recommenders.errors import UserError
 
@@ -61,28 +60,21 @@ class SequenceDataset:
         """Map the folder's columns; UserError when it is none, of another version, or cut short."""
         folder = Path(folder)
         manifest = read_manifest(folder)
-        maps = {
-            name: np.memmap(
-                column_file(folder, name), COLUMNS[name], "r", shape=(manifest.column_length(name),)
-            )
-            for name in manifest.columns
+        maps: dict[str, np.ndarray] = {
+            name: np.memmap(column_file(folder, name, kind), STORED[kind], "r")
+            for name, kind in manifest.kinds.items()
         }
-        offsets = maps["offsets"]
+        offsets = np.memmap(folder / OFFSETS, "<i8", "r")
         # The one column that is read whole: places of events are taken from it unchecked afterwards.
         if offsets[0] != 0 or offsets[-1] != manifest.counts["events"] or (np.diff(offsets) < 1).any():
-            raise UserError(
-                f"{column_file(folder, 'offsets')}: damaged: it does not rise from 0 to the count of events"
-            )
+            raise UserError(f"{folder / OFFSETS}: damaged: it does not rise from 0 to the count of events")
         for owner in ("items", "users"):
             _check_rows(folder / f"{owner}.parquet", manifest.counts[owner])
         if "unrated_items" in manifest.counts:
             _check_rows(folder / UNRATED, manifest.counts["unrated_items"])
-        extra: dict[str, np.ndarray] = {
-            each.name: np.memmap(event_file(folder, each.name, each.kind), STORED[each.kind], mode="r")
-            for each in manifest.event_columns
-        }
-        ratings, timestamps = maps.get("ratings"), maps.get("timestamps")
-        return cls(folder, manifest, maps["items"], ratings, timestamps, offsets, extra)
+        items, ratings, timestamps = (maps.pop(name, None) for name in KNOWN_KINDS)
+        assert items is not None
+        return cls(folder, manifest, items, ratings, timestamps, offsets, maps)
 
     def with_catalogue(self, catalogue: Literal["rated", "all"]) -> SequenceDataset:
         """The same data with "all" items of the item table in the catalogue: those that nobody rated have ids V + 1 on.
@@ -114,6 +106,12 @@ class SequenceDataset:
     def num_events(self) -> int:
         """Events of all users (E)."""
         return self.manifest.counts["events"]
+
+    @property
+    def columns(self) -> dict[str, np.ndarray]:
+        """``[E]`` by name, as `Manifest.kinds` lists them: item, rating, timestamp and the further columns, as stored."""
+        known = {"item": self.items, "rating": self.ratings, "timestamp": self.timestamps}
+        return {**{name: values for name, values in known.items() if values is not None}, **self.extra}
 
     @property
     def lengths(self) -> np.ndarray:
@@ -160,6 +158,12 @@ class SequenceDataset:
         (column,) = (each for each in self.manifest.event_columns if each.name == name)
         return read_rows(vocabulary_file(self.folder, name), [name], column.cardinality)[name]
 
+    def texts(self) -> dict[str, pa.ChunkedArray]:
+        """What numbers of users (from 0), items and categories (from 1) stand for, by the name of their column."""
+        categorical = [each.name for each in self.manifest.event_columns if each.kind == "categorical"]
+        ids = {"user": self.original_user_ids(), "item": self.original_item_ids()}
+        return {**ids, **{name: self.vocabulary(name) for name in categorical}}
+
     def _original_ids(self, owner: str) -> pa.ChunkedArray:
         ids = self._read_table(f"{owner}s", [owner])[owner]
         if ids.null_count or not (pa.types.is_string(ids.type) or pa.types.is_large_string(ids.type)):
@@ -181,24 +185,19 @@ class SequenceDataset:
                 )
         if self.items.min() < 1 or self.items.max() > self.num_items:
             raise UserError(f"{self.folder}: item ids outside 1..{self.num_items}; prepare the data again")
-        kinds = {each.name: each.kind for each in self.manifest.event_columns}
-        vocabularies = {}
-        for name in (name for name, kind in kinds.items() if kind == "categorical"):
-            vocabularies[name] = values = large_strings(self.vocabulary(name))
-            if self.extra[name].min() < 0 or self.extra[name].max() > len(values):
+        texts = {name: large_strings(values) for name, values in self.texts().items()}
+        for name in self.extra.keys() & texts.keys():
+            if self.extra[name].min() < 0 or self.extra[name].max() > len(texts[name]):
                 raise UserError(
-                    f"{self.folder}: ids of {name} outside 0..{len(values)}; prepare the data again"
+                    f"{self.folder}: ids of {name} outside 0..{len(texts[name])}; prepare the data again"
                 )
-        user_ids, item_ids = (large_strings(x) for x in (self.original_user_ids(), self.original_item_ids()))
-        digests = EventDigests(user_ids, item_ids, kinds, vocabularies)
+        digests = EventDigests(texts, self.manifest.kinds)
         for first in range(0, self.num_events, VERIFY_EVENTS):
             part = slice(first, min(first + VERIFY_EVENTS, self.num_events))
             events = np.arange(part.start, part.stop)
             rows = np.searchsorted(self.offsets, events, side="right") - 1  # the users of these events
-            ratings, timestamps = (None if x is None else x[part] for x in (self.ratings, self.timestamps))
-            extra = {name: values[part] for name, values in self.extra.items()}
-            positions = events - self.offsets[rows]
-            digests.add(rows, self.items[part] - 1, ratings, timestamps, positions, extra)
+            columns = {name: values[part] for name, values in self.columns.items()}
+            digests.add(rows, events - self.offsets[rows], columns)
         if digests.hashes() != (self.manifest.data_hash, self.manifest.columns_hash):
             raise UserError(
                 f"{self.folder}: the data does not match its hash; the folder was changed, prepare it again"

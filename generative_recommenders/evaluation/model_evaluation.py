@@ -186,7 +186,7 @@ class ModelEvaluation:
         score = catalogue_scores(model, torch.bfloat16 if self.settings.evaluation.eval_bf16 else None)
         evaluator = self._evaluator(part, sample, stop)
         if sample is None and lists is None:
-            columns = 2 + len(self.dataset.manifest.columns) + len(self.dataset.extra)
+            columns = 3 + len(self.dataset.manifest.kinds)
             window = self.dataset.num_users * columns * self.settings.data.max_sequence_length
             small = 8 * (window + 2 * self.dataset.num_events) <= KEPT_BYTES
             if dispatch.waits(model.items.table) and small and not model.objective.uses_mask:

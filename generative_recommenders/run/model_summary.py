@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import torch
 
-from generative_recommenders.data.loader import LoadedBatch
+from generative_recommenders.data.loader import LoadedBatch, event_values
 from generative_recommenders.training.trainer import Trainer
 
 MIB = 2**20
@@ -53,17 +53,12 @@ def kept_activations(trainer: Trainer) -> float:
     def kept_by(rows: int) -> tuple[float, float]:
         """Bytes kept by this many histories: what grows with them, and what grows with the item table."""
         places = torch.arange(rows * width).view(rows, width)
-        columns = {
+        events = event_values(dataset, places.numpy() % dataset.num_events)
+        columns = {name: torch.from_numpy(values) for name, values in events.items()} | {
             "user_ids": torch.arange(1, rows + 1),
             "lengths": torch.full((rows,), width),
             "item_ids": places % dataset.num_items + 1,
         }
-        if dataset.ratings is not None:
-            columns["ratings"] = torch.ones_like(places)
-        if dataset.timestamps is not None:
-            columns["timestamps"] = places
-        for each in dataset.manifest.event_columns:
-            columns[each.name] = places.float() if each.kind == "numerical" else torch.ones_like(places)
         batch = trainer.task.prepare(LoadedBatch(columns, 0, 0, 0, 0), 0)
         # By storage, so that views of one tensor count once.
         kept: dict[int, torch.Tensor] = {}

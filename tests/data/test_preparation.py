@@ -19,6 +19,7 @@ from generative_recommenders.data.preparation.digests import EventDigests
 from generative_recommenders.data.preparation.prepare import prepare
 from generative_recommenders.data.readers.events import RawRatings, ReadOptions
 from generative_recommenders.data.readers.sources import TextOptions
+from generative_recommenders.data.schema import KNOWN_KINDS
 from generative_recommenders.data.statistics import summary
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.errors import UserError
@@ -278,9 +279,11 @@ def test_unknown_filters_list_the_known(tmp_path: Path, name: str) -> None:
 
 def test_the_hash_does_not_depend_on_the_order_of_users_but_on_everything_else() -> None:
     def digest(users, items, ratings, times, positions) -> str:
-        digests = EventDigests(*(pa.array(texts, pa.large_string()) for texts in (users, items)))
+        texts = {"user": pa.array(users, pa.large_string()), "item": pa.array(items, pa.large_string())}
+        digests = EventDigests(texts, KNOWN_KINDS)
         every = np.arange(len(users))
-        digests.add(every, every, np.array(ratings, np.float32), np.array(times), np.array(positions), {})
+        columns = {"item": every + 1, "rating": np.array(ratings, np.float32), "timestamp": np.array(times)}
+        digests.add(every, np.array(positions), columns)
         return digests.hashes()[0]
 
     base = digest(["u", "u", "v"], ["a", "b", "a"], [1, 2, 3], [5, 6, 7], [0, 1, 0])

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -13,19 +14,18 @@ import pyarrow.parquet as pq
 
 from generative_recommenders.data.feature_tables import align, unrated_items
 from generative_recommenders.data.manifest import (
-    COLUMNS,
+    OFFSETS,
     TABLES,
     UNRATED,
     Manifest,
     column_file,
-    event_file,
     vocabulary_file,
     write_manifest,
 )
 from generative_recommenders.data.preparation.digests import EventDigests, split_hash
 from generative_recommenders.data.preparation.event_store import chunks, write_numbers
 from generative_recommenders.data.readers.events import RawRatings
-from generative_recommenders.data.schema import STORED, EventColumn
+from generative_recommenders.data.schema import KNOWN, STORED, EventColumn, is_missing
 from generative_recommenders.data.sources.download import file_digest
 from generative_recommenders.data.splits import PROTOCOLS
 from generative_recommenders.data.statistics import sequence_statistics
@@ -40,75 +40,49 @@ _TIED = "tied.bin"
 class Sequences:
     """What the prepared folder will hold.
 
-    user_ids ``[U]``, item_ids ``[V]``: large_string, UTF-8 order. offsets: ``[U + 1]`` int64. has_ratings,
-    has_timestamps: which columns exist. kinds: of the further columns. vocabularies: of the categorical ones, large_string in
-    UTF-8 order, the values that kept events have.
+    texts: ids of users ``[U]`` and items ``[V]``, and categories that kept events have, by column: large_string, UTF-8 order.
+    offsets: ``[U + 1]`` int64. kinds: of all columns but the user, in their order.
     """
 
-    user_ids: pa.Array
-    item_ids: pa.Array
+    texts: dict[str, pa.Array]
     offsets: np.ndarray
-    has_ratings: bool
-    has_timestamps: bool
-    kinds: dict[str, str] = field(default_factory=dict)
-    vocabularies: dict[str, pa.Array] = field(default_factory=dict)
-
-    @property
-    def num_events(self) -> int:
-        """Events that are kept."""
-        return int(self.offsets[-1])
+    kinds: dict[str, str]
 
 
-class Bucket(NamedTuple):
-    """Sorted events ``[n]``. users, items: int32, from 0. ratings: float32 or None. timestamps: int64 ticks or None. extra:
-    further columns as stored, times in ticks."""
-
-    users: np.ndarray
-    items: np.ndarray
-    ratings: np.ndarray | None
-    timestamps: np.ndarray | None
-    extra: dict[str, np.ndarray]
+Bucket: TypeAlias = dict[str, np.ndarray]
+"""Sorted events, ``[n]`` by column as in `event_store.Events`, with places in `Sequences.texts` for codes."""
 
 
 def write_columns(
     folder: Path, sequences: Sequences, buckets: Iterable[Bucket], ticks_per_second: int
 ) -> tuple[str, str]:
     """Write the flat columns, times in seconds; returns `EventDigests.hashes`."""
-    digests = EventDigests(sequences.user_ids, sequences.item_ids, sequences.kinds, sequences.vocabularies)
-    names = ["items"] + ["ratings"] * sequences.has_ratings + ["timestamps"] * sequences.has_timestamps
-    files = {name: column_file(folder, name).open("wb") for name in names}
-    files |= {name: event_file(folder, name, kind).open("wb") for name, kind in sequences.kinds.items()}
-    if sequences.has_timestamps:
-        files[_TIED] = (folder / _TIED).open("wb")
-    try:
+    digests = EventDigests(sequences.texts, sequences.kinds)
+    paths = {name: column_file(folder, name, kind) for name, kind in sequences.kinds.items()}
+    if "timestamp" in paths:
+        paths[_TIED] = folder / _TIED
+    with ExitStack() as opened:
+        files = {name: opened.enter_context(path.open("wb")) for name, path in paths.items()}
         done, last = 0, (-1, -1)
-        for users, items, ratings, ticks, extra in buckets:
-            seconds = None if ticks is None else ticks // ticks_per_second
-            positions = np.arange(done, done + len(users)) - sequences.offsets[users]
-            for name, values in (("items", items + 1), ("ratings", ratings), ("timestamps", seconds)):
-                if values is not None:
-                    write_numbers(files[name], values.astype(COLUMNS[name], copy=False))
-            stored = {}
+        for bucket in buckets:
+            users, stored = bucket["user"], {}
             for name, kind in sequences.kinds.items():
-                scale = ticks_per_second if kind == "time" else 1
-                stored[name] = np.asarray(extra[name] // scale if scale > 1 else extra[name], STORED[kind])
+                values = bucket[name]
+                if kind == "categorical":
+                    values = values + 1
+                elif kind == "time":
+                    values = values // ticks_per_second
+                stored[name] = np.asarray(values, STORED[kind])
                 write_numbers(files[name], stored[name])
-            digests.add(users, items, ratings, seconds, positions, stored)
-            if ticks is not None:
-                tied = np.concatenate(
-                    [
-                        [last == (users[0], ticks[0])],
-                        (ticks[1:] == ticks[:-1]) & (users[1:] == users[:-1]),
-                    ]
-                )
+            digests.add(users, np.arange(done, done + len(users)) - sequences.offsets[users], stored)
+            if (ticks := bucket.get("timestamp")) is not None:
+                first = last == (users[0], ticks[0])
+                tied = np.append(first, (ticks[1:] == ticks[:-1]) & (users[1:] == users[:-1]))
                 write_numbers(files[_TIED], tied)
                 last = (users[-1], ticks[-1])
             done += len(users)
-    finally:
-        for file in files.values():
-            file.close()
-    with column_file(folder, "offsets").open("wb") as file:
-        write_numbers(file, sequences.offsets.astype(COLUMNS["offsets"]))
+    with (folder / OFFSETS).open("wb") as file:
+        write_numbers(file, sequences.offsets.astype("<i8"))
     return digests.hashes()
 
 
@@ -126,41 +100,41 @@ def write_tables(
     before: counts as read. dropped: events that ``--duplicates`` left out. hashes: of `write_columns`. choices: how events were
     ordered, see `Manifest`.
     """
-    users, user_specs = align("user", sequences.user_ids, raw.user_features)
-    items, item_specs = align("item", sequences.item_ids, raw.item_features)
+    users, user_specs = align("user", sequences.texts["user"], raw.user_features)
+    items, item_specs = align("item", sequences.texts["item"], raw.item_features)
     tables, (counts, lengths) = dict(zip(TABLES, (items, users))), _sizes(sequences)
     if raw.item_features is not None and raw.filter == "none":
-        tables[UNRATED] = unrated_items(sequences.item_ids, raw.item_features)
+        tables[UNRATED] = unrated_items(sequences.texts["item"], raw.item_features)
         counts["unrated_items"] = len(tables[UNRATED])
     for name, table in tables.items():
         pq.write_table(table, folder / name)
-    for name, values in sequences.vocabularies.items():
-        pq.write_table(pa.table({name: values}), vocabulary_file(folder, name))
+    extra = [name for name in sequences.kinds if name not in KNOWN]
+    for name in (name for name in extra if sequences.kinds[name] == "categorical"):
+        pq.write_table(pa.table({name: sequences.texts[name]}), vocabulary_file(folder, name))
+    has_timestamps = "timestamp" in sequences.kinds
     manifest = Manifest(
         name=raw.name,
         counts_before=before,
         counts=counts,
         lengths=lengths,
-        has_ratings=sequences.has_ratings,
-        has_timestamps=sequences.has_timestamps,
+        has_ratings="rating" in sequences.kinds,
+        has_timestamps=has_timestamps,
         data_hash=hashes[0],
         filter=raw.filter,
         features=item_specs + user_specs,
         source=raw.source,
-        event_columns=[_describe(folder, sequences, name) for name in sequences.kinds],
+        event_columns=[_describe(folder, sequences, name) for name in extra],
         columns_hash=hashes[1],
         tables={name: file_digest(folder / name, "sha256") for name in tables},
         split_hashes={
-            name: split_hash(hashes[0], name)
-            for name in PROTOCOLS
-            if name != "global_time" or sequences.has_timestamps
+            name: split_hash(hashes[0], name) for name in PROTOCOLS if name != "global_time" or has_timestamps
         },
         choices=choices,
     )
     write_manifest(
         folder, manifest
     )  # so that the folder can be opened, from which the statistics are counted
-    tied = np.memmap(folder / _TIED, np.bool_, "r") if sequences.has_timestamps else None
+    tied = np.memmap(folder / _TIED, np.bool_, "r") if has_timestamps else None
     statistics = sequence_statistics(SequenceDataset.open(folder), tied)
     (folder / _TIED).unlink(missing_ok=True)
     manifest = replace(manifest, statistics={"dropped_duplicates": dropped, **statistics})
@@ -173,8 +147,8 @@ def _sizes(sequences: Sequences) -> tuple[dict[str, int], dict[str, float]]:
     lengths = np.diff(sequences.offsets)
     counts = {
         "users": len(lengths),
-        "items": len(sequences.item_ids),
-        "events": sequences.num_events,
+        "items": len(sequences.texts["item"]),
+        "events": int(sequences.offsets[-1]),
         "users_with_one_event": int((lengths == 1).sum()),
     }
     return counts, {
@@ -190,25 +164,25 @@ def _describe(folder: Path, sequences: Sequences, name: str) -> EventColumn:
     of memory changes."""
     kind = sequences.kinds[name]
     if kind == "categorical":
-        return EventColumn(name, kind, len(sequences.vocabularies[name]))
-    stored = np.memmap(event_file(folder, name, kind), STORED[kind], mode="r")
-    # In two passes: the difference of the mean square and the squared mean would lose a timestamp's deviation to rounding.
-    count, total, squares = 0, 0.0, 0.0
-    for step in ("mean", "std"):
-        mean = total / max(count, 1)
-        for part in chunks(len(stored)):
-            values = stored[part]
-            values = values[values != 0 if kind == "time" else ~np.isnan(values)].astype(np.float64)
-            if step == "mean":
-                count, total = count + len(values), total + float(values.sum())
-            else:
-                squares += float(np.square(values - mean).sum())
-    return EventColumn(name, kind, 0, total / max(count, 1), (squares / max(count, 1)) ** 0.5 or 1.0)
+        return EventColumn(name, kind, len(sequences.texts[name]))
+    stored = np.memmap(column_file(folder, name, kind), STORED[kind], mode="r")
+
+    def total(number: Callable[[np.ndarray], np.ndarray]) -> float:
+        parts = (stored[part] for part in chunks(len(stored)))
+        there = (values[~is_missing(name, values)].astype(np.float64) for values in parts)
+        return sum(float(number(values).sum()) for values in there)
+
+    # Pass after pass: the difference of the mean square and the squared mean would lose a timestamp's deviation to rounding.
+    count = max(total(np.ones_like), 1)
+    mean = total(np.asarray) / count
+    deviation = (total(lambda values: np.square(values - mean)) / count) ** 0.5
+    return EventColumn(name, kind, 0, mean, deviation or 1.0)
 
 
-def check_expected(raw: RawRatings, users: int, items: int) -> None:
-    """UserError if the counts after preparation are not those that ``raw`` expects."""
-    for what, expected, found in (("items", raw.expected_items, items), ("users", raw.expected_users, users)):
+def check_expected(raw: RawRatings, texts: Mapping[str, pa.Array]) -> None:
+    """UserError if the counts after preparation are not those that ``raw`` expects. texts: of `Sequences`."""
+    for what, expected in (("item", raw.expected_items), ("user", raw.expected_users)):
+        found = len(texts[what])
         if expected is not None and expected != found:
-            counts = f"{found} {what} after preparation where {expected} are expected"
+            counts = f"{found} {what}s after preparation where {expected} are expected"
             raise UserError(f"{raw.name}: {counts}; is {raw.files[0]} the whole file?")

@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pyarrow as pa
 
+from generative_recommenders.data.schema import KNOWN, KNOWN_KINDS
+
 # The constants are part of the format: with another one no prepared folder would match its hash.
 _FNV_OFFSET, _FNV_PRIME = np.uint64(0xCBF29CE484222325), np.uint64(0x100000001B3)
 _SEEDS = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD1B54A32D192ED03))
@@ -50,53 +52,38 @@ def id_hashes(ids: pa.Array) -> np.ndarray:
 class EventDigests:
     """Sums of the digests of events and of their further columns, in any order.
 
-    user_ids, item_ids: original ids, large_string, by internal number. kinds: of the further columns, by name. vocabularies: of
-    the categorical ones, row i for id i + 1.
+    texts: large_string, row i is the user of number i, and the item or category of number i + 1, by the name of the column.
+    kinds: of all columns but the user.
     """
 
-    def __init__(
-        self,
-        user_ids: pa.Array,
-        item_ids: pa.Array,
-        kinds: Mapping[str, str] | None = None,
-        vocabularies: Mapping[str, pa.Array] | None = None,
-    ) -> None:
-        self.users, self.items = id_hashes(user_ids), id_hashes(item_ids)
-        self.values = {name: id_hashes(values) for name, values in (vocabularies or {}).items()}
+    def __init__(self, texts: Mapping[str, pa.Array], kinds: Mapping[str, str]) -> None:
+        # The number 0 of an item or category, a missing one, takes the last place.
+        self.texts = {name: np.append(id_hashes(values), _ABSENT) for name, values in texts.items()}
         # Columns add up in any order, each under the hash of its name and kind.
         self.columns = {
             name: id_hashes(pa.array([f"{name}:{kind}"], pa.large_string()))[0]
-            for name, kind in (kinds or {}).items()
+            for name, kind in kinds.items()
+            if name not in KNOWN
         }
         self.total = self.columns_total = 0
 
-    def add(
-        self,
-        users: np.ndarray,
-        items: np.ndarray,
-        ratings: np.ndarray | None,
-        seconds: np.ndarray | None,
-        positions: np.ndarray,
-        extra: Mapping[str, np.ndarray],
-    ) -> None:
-        """Adds events ``[n]``. users, items: numbers from 0. positions: 0-based in the user's sequence. extra: further columns
-        as stored."""
-        owners = self.users[users]
-        stars = _ABSENT if ratings is None else (ratings + np.float32(0)).view(np.uint32)  # one zero
-        times = _ABSENT if seconds is None else seconds.view(np.uint64)
-        self.total += _sum_of_digests([owners, self.items[items], stars, times, positions])
+    def add(self, users: np.ndarray, positions: np.ndarray, columns: Mapping[str, np.ndarray]) -> None:
+        """Adds events ``[n]``. users: numbers from 0. positions: 0-based in the user's sequence. columns: as stored."""
+        owners = self.texts["user"][users]
+        words = {name: self._words(name, values) for name, values in columns.items()}
+        known = [words.get(name, _ABSENT) for name in KNOWN_KINDS]
+        self.total += _sum_of_digests([owners, *known, positions])
         for name, column in self.columns.items():
-            values, vocabulary = np.asarray(extra[name]), self.values.get(name)
-            if vocabulary is not None:
-                values = np.append(vocabulary, _ABSENT)[values - 1]  # the id 0, missing, takes the last place
-            elif values.dtype.kind == "f":
-                one = np.where(
-                    np.isnan(values), np.float32("nan"), values + np.float32(0)
-                )  # one NaN, one zero
-                values = one.astype(np.float32).view(np.uint32).astype(np.uint64)
-            else:
-                values = values.view(np.uint64)
-            self.columns_total += _sum_of_digests([owners, positions, column, values])
+            self.columns_total += _sum_of_digests([owners, positions, column, words[name]])
+
+    def _words(self, name: str, values: np.ndarray) -> np.ndarray:
+        """``[n]`` unsigned integers, equal where the values of a column are."""
+        if name in self.texts:
+            return self.texts[name][values - 1]
+        if values.dtype.kind == "f":
+            one = np.where(np.isnan(values), np.float32("nan"), values + np.float32(0))  # one NaN, one zero
+            return one.astype(np.float32).view(np.uint32)
+        return np.asarray(values).view(np.uint64)
 
     def hashes(self) -> tuple[str, str]:
         """32 hexadecimal digits of the events, and of their further columns ("" without any)."""

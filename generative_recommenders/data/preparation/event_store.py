@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,24 +19,25 @@ CHUNK_EVENTS = 1 << 22
 
 @dataclass
 class Events:
-    """Columns of all raw events in input order.
+    """All raw events in input order.
 
-    users, items: ``[E]`` int32 codes into ``user_ids`` and ``item_ids`` (large_string, in order of first
-    sight). ratings: ``[E]`` float32 or None. timestamps: ``[E]`` int64 ticks or None. extra: further columns, ``[E]``: int32
-    codes into ``vocabularies`` (-1 where missing), float32 (NaN) or int64 ticks (0). Arrays may be memory-mapped.
+    columns: ``[E]`` by name: user, item and categories are int32 codes into their ``texts`` (-1 where missing), numbers are
+    float32 (NaN), times int64 ticks (0). Arrays may be memory-mapped. texts: large_string, in order of first sight.
     """
 
-    users: np.ndarray
-    items: np.ndarray
-    ratings: np.ndarray | None
-    timestamps: np.ndarray | None
-    user_ids: pa.Array
-    item_ids: pa.Array
-    extra: dict[str, np.ndarray] = field(default_factory=dict)
-    vocabularies: dict[str, pa.Array] = field(default_factory=dict)
+    columns: dict[str, np.ndarray]
+    texts: dict[str, pa.Array]
 
     def __len__(self) -> int:
-        return len(self.users)
+        return len(self.columns["user"])
+
+    def counts(self, name: str, keep: np.ndarray | None = None) -> np.ndarray:
+        """How often each text of a column occurs. keep: ``[E]`` bool, the events that count; None for all."""
+        codes, found = self.columns[name], np.zeros(len(self.texts[name]) + 1, np.int64)
+        for part in chunks(len(self)):
+            counted = codes[part] if keep is None else codes[part][keep[part]]
+            found += np.bincount(counted + 1, minlength=len(found))
+        return found[1:]
 
 
 def chunks(length: int) -> Iterator[slice]:
@@ -81,17 +82,7 @@ def collect_events(batches: Iterable[pa.Table], run_events: int, spill: Path) ->
             table = pa.concat_tables(pending)
             runs.add({name: pool.submit(_encode, table[name]) for name in table.column_names})
         dictionaries = dict(zip(runs.dictionaries, pool.map(runs.merge, runs.dictionaries)))
-    columns = {name: runs.join(name) for name in runs.columns}
-    return Events(
-        columns.pop("user"),
-        columns.pop("item"),
-        columns.pop("rating", None),
-        columns.pop("timestamp", None),
-        dictionaries.pop("user"),
-        dictionaries.pop("item"),
-        columns,
-        dictionaries,
-    )
+    return Events({name: runs.join(name) for name in runs.columns}, dictionaries)
 
 
 class _Runs:
@@ -137,7 +128,7 @@ class _Runs:
 
     def join(self, name: str) -> np.ndarray:
         runs = self.columns[name]
-        return runs[0] if len(runs) == 1 else np.memmap(self.spill / f"{name}.bin", runs[0].dtype, "r")
+        return runs[0] if len(runs) == 1 else np.memmap(self.spill / f"{name}.bin", runs[0].dtype, "r+")
 
 
 def _encode(column: pa.ChunkedArray) -> tuple[pa.Array | None, np.ndarray]:

@@ -41,38 +41,27 @@ def apply_filter(events: Events, text: str, keep: np.ndarray | None = None) -> K
     """
     name, least = parse_filter(text)
     keep = np.ones(len(events), bool) if keep is None else keep
-    table, items = keep, np.ones(len(events.item_ids), bool)
+    table, items = keep, np.ones(len(events.texts["item"]), bool)
     if name == "amazon_five":
         # Items and users are counted once, and the catalogue is fixed before short users are dropped, as in the published
         # preparation (695,762 books).
-        table = _select(events, keep, *_frequent(events, keep, least))
-        items = _count(events.items, table, len(events.item_ids)) > 0
-        long_users, _ = _frequent(events, table, least)
-        keep = _select(events, table, long_users, items)
+        table = _frequent(events, keep, least, "user", "item")
+        items = events.counts("item", table) > 0
+        keep = _frequent(events, table, least, "user")
     elif name == "k_core":
-        while (table := _select(events, keep, *_frequent(events, keep, least))).sum() < keep.sum():
+        while (table := _frequent(events, keep, least, "user", "item")).sum() < keep.sum():
             keep = table
-        items = _count(events.items, keep, len(events.item_ids)) > 0
+        items = events.counts("item", keep) > 0
     if not keep.any():
         raise UserError(f"no rating is left after the filter {text}; the data has {len(events)} ratings")
     return Kept(keep, items, table)
 
 
-def _count(codes: np.ndarray, keep: np.ndarray, size: int) -> np.ndarray:
-    counts = np.zeros(size, np.int64)
-    for part in chunks(len(codes)):
-        counts += np.bincount(codes[part][keep[part]], minlength=size)
-    return counts
-
-
-def _frequent(events: Events, keep: np.ndarray, least: int) -> tuple[np.ndarray, np.ndarray]:
-    users = _count(events.users, keep, len(events.user_ids)) >= least
-    return users, _count(events.items, keep, len(events.item_ids)) >= least
-
-
-def _select(events: Events, keep: np.ndarray, users: np.ndarray, items: np.ndarray) -> np.ndarray:
-    """``keep`` where the event's user is in ``users`` and its item in ``items``; a new array."""
-    selected = np.empty_like(keep)
+def _frequent(events: Events, keep: np.ndarray, least: int, *names: str) -> np.ndarray:
+    """``keep`` without the events of a user or item (``names``) of fewer than ``least`` kept ones; a new array."""
+    enough = {name: events.counts(name, keep) >= least for name in names}
+    selected = keep.copy()
     for part in chunks(len(events)):
-        selected[part] = keep[part] & users[events.users[part]] & items[events.items[part]]
+        for name, found in enough.items():
+            selected[part] &= found[events.columns[name][part]]
     return selected

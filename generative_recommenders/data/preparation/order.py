@@ -44,31 +44,21 @@ def check_choices(tie_order: str, duplicates: str, has_timestamps: bool) -> None
 
 
 def user_buckets(
-    users: np.ndarray,
-    offsets: np.ndarray,
-    bucket_events: int,
-    place: np.ndarray | None = None,
-    kept: np.ndarray | None = None,
+    users: np.ndarray, offsets: np.ndarray, bucket_events: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Rows in input order, and their users' places: about ``bucket_events`` at a time, a user is never divided.
+    """Rows in input order, and their users: about ``bucket_events`` at a time, a user is never divided.
 
-    users: ``[E]`` codes. offsets: ``[U + 1]`` of the places. place: ``[codes]`` the user's place in the wanted order, -1 for
-    none, or None for the code itself. kept: ``[E]`` bool or None for all.
+    users: ``[E]`` places in ``offsets [U + 1]``, -1 for an event that is left out.
     """
     # Each bucket is a pass over all rows, in their order: files of events are read from front to back, and the order of ties
     # is kept.
     for first, last in user_blocks(offsets, bucket_events):
-        rows, places = [], []
+        rows = []
         for part in chunks(len(users)):
-            placed = users[part] if place is None else place[users[part]]
-            wanted = None if kept is None else kept[part]
-            if (first, last) != (0, len(offsets) - 1):
-                inside = (placed >= first) & (placed < last)
-                wanted = inside if wanted is None else inside & wanted
-            chosen = np.arange(len(placed)) if wanted is None else np.flatnonzero(wanted)
-            rows.append(chosen + part.start)
-            places.append(placed[chosen])
-        yield np.concatenate(rows), np.concatenate(places)
+            own = users[part]
+            rows.append(np.flatnonzero((own >= first) & (own < last)) + part.start)
+        inside = np.concatenate(rows)
+        yield inside, users[inside]
 
 
 def chronological(users: np.ndarray, times: np.ndarray | None, ties: np.ndarray | None) -> np.ndarray:
@@ -91,23 +81,20 @@ def order_raw(
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
     """What ``random`` order and the duplicates say of the raw events: ``ties [E]`` int64 keys, and ``kept [E]`` bool; None
     where the order is the file's and where all stay."""
-    check_choices(tie_order, duplicates, events.timestamps is not None)
     random = tie_order == "random"
     if not random and duplicates == "keep":
         return None, None
     ties = np.zeros(len(events), np.int64) if random else None
     kept = np.ones(len(events), bool)
     user_hashes, item_hashes = (
-        digests.id_hashes(ids) if random else np.empty(0, np.uint64)
-        for ids in (events.user_ids, events.item_ids)
+        digests.id_hashes(events.texts[name]) if random else np.empty(0, np.uint64)
+        for name in ("user", "item")
     )
-    lengths = np.zeros(len(events.user_ids), np.int64)
-    for part in chunks(len(events)):
-        lengths += np.bincount(events.users[part], minlength=len(lengths))
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    for rows, users in user_buckets(events.users, offsets, bucket_events):
-        items = events.items[rows]
-        times = None if events.timestamps is None else events.timestamps[rows]
+    offsets = np.concatenate([[0], np.cumsum(events.counts("user"))])
+    timestamps = events.columns.get("timestamp")
+    for rows, users in user_buckets(events.columns["user"], offsets, bucket_events):
+        items = events.columns["item"][rows]
+        times = None if timestamps is None else timestamps[rows]
         if times is not None and (random or duplicates == "drop"):
             same = pl.DataFrame({"user": users, "item": items, "time": times})
             place_of_same = pl.int_range(pl.len()).over("user", "item", "time")
@@ -129,7 +116,7 @@ def published_ranks(events: Events, table: np.ndarray) -> tuple[np.ndarray, dict
     import pandas as pd
 
     rows = np.flatnonzero(table)
-    frame = pd.DataFrame({"timestamp": np.asarray(events.timestamps)[rows]})
+    frame = pd.DataFrame({"timestamp": np.asarray(events.columns["timestamp"])[rows]})
     order = frame.sort_values(
         "timestamp"
     ).index.to_numpy()  # quicksort by default, which is what has to be repeated

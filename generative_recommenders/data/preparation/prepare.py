@@ -13,7 +13,6 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +41,7 @@ from generative_recommenders.data.preparation.filters import apply_filter, parse
 from generative_recommenders.data.preparation.folder import new_folder
 from generative_recommenders.data.readers.events import EventReader, RawRatings
 from generative_recommenders.data.readers.times import NANOSECONDS
-from generative_recommenders.data.schema import extra_kinds
+from generative_recommenders.data.schema import event_kinds
 from generative_recommenders.errors import UserError
 
 SORT_BYTES_PER_EVENT = 120
@@ -103,11 +102,16 @@ def prepare(raw: RawRatings, out_dir: str | Path, memory_limit: int = DEFAULT_ME
     ids must fit in memory in any case. Raises UserError for bad input and for counts other than the expected
     ones.
     """
+    reader, _ = open_reader(raw)
+    return prepare_batches(raw, reader.batches(), Path(out_dir), memory_limit, NANOSECONDS["s"])
+
+
+def open_reader(raw: RawRatings) -> tuple[EventReader, dict[str, str]]:
+    """The reader of the raw files, and the kinds of their columns; UserError where they or the choices cannot be."""
     parse_filter(raw.filter)
     reader = EventReader(raw.files, raw.options)
     order.check_choices(raw.tie_order, raw.duplicates, "timestamp" in reader.schema.names)
-    extra_kinds(reader.schema)
-    return prepare_batches(raw, reader.batches(), Path(out_dir), memory_limit, NANOSECONDS["s"])
+    return reader, event_kinds(reader.schema)
 
 
 def prepare_batches(
@@ -138,13 +142,13 @@ def prepare_batches(
             if raw.tie_order == "published":
                 ties, recorded = order.published_ranks(events, chosen.table)
                 choices |= recorded
-            sequences, selection = _select(events, chosen.events, chosen.items)
+            sequences = number_texts(events, chosen.events, chosen.items)
         if raw.duplicates == "keep":
-            check_expected(raw, len(sequences.user_ids), len(sequences.item_ids))
+            check_expected(raw, sequences.texts)
         with phase("sort and write"):
-            buckets = sorted_buckets(events, sequences, selection, ties, bucket_events)
+            buckets = sorted_buckets(events, sequences, ties, bucket_events)
             hashes = write_columns(folder, sequences, buckets, ticks_per_second)
-        before = {"users": len(events.user_ids), "items": len(events.item_ids), "events": len(events)}
+        before = {f"{name}s": len(events.texts[name]) for name in ("user", "item")} | {"events": len(events)}
         manifest = write_tables(folder, raw, sequences, before, dropped, hashes, choices)
         shutil.rmtree(spill, ignore_errors=True)
     return manifest
@@ -159,72 +163,44 @@ def phase(name: str) -> Iterator[None]:
     logging.info("%s: %.1f s", name, time.monotonic() - start)
 
 
-@dataclass(frozen=True)
-class Selection:
-    """Which raw events are kept, and under which numbers.
+def number_texts(events: Events, kept: np.ndarray, kept_items: np.ndarray) -> Sequences:
+    """Puts places among the kept texts, in UTF-8 order, for the codes of users, items and categories: -1 for what is not kept,
+    and for the user of an event that is not.
 
-    kept: ``[raw events]`` bool. user_number, item_number: ``[raw ids]`` int32, from an id's code to its place
-    among the kept ones, -1 for dropped. value_number: likewise of the values of categorical columns, by name.
+    kept: ``[E]`` bool. kept_items: ``[raw items]`` bool.
     """
-
-    kept: np.ndarray
-    user_number: np.ndarray
-    item_number: np.ndarray
-    value_number: dict[str, np.ndarray]
-
-
-def _select(events: Events, kept: np.ndarray, kept_items: np.ndarray) -> tuple[Sequences, Selection]:
-    lengths = np.zeros(len(events.user_ids), np.int64)
-    kinds = {name: "numerical" if x.dtype.kind == "f" else "time" for name, x in events.extra.items()}
-    kinds |= dict.fromkeys(events.vocabularies, "categorical")
-    # one place more, which a missing value, -1, takes
-    occurs = {name: np.zeros(len(values) + 1, bool) for name, values in events.vocabularies.items()}
-    for part in chunks(len(events)):
-        lengths += np.bincount(events.users[part][kept[part]], minlength=len(lengths))
-        for name, found in occurs.items():
-            found[events.extra[name][part][kept[part]]] = True
-    user_ids, user_number = _number_ids(events.user_ids, lengths > 0)
-    item_ids, item_number = _number_ids(events.item_ids, kept_items)
-    numbered = {name: _number_ids(events.vocabularies[name], found[:-1]) for name, found in occurs.items()}
-    ordered = np.zeros(len(user_ids), np.int64)
-    ordered[user_number[user_number >= 0]] = lengths[user_number >= 0]
-    offsets = np.concatenate([[0], np.cumsum(ordered)])
-    has_ratings, has_timestamps = events.ratings is not None, events.timestamps is not None
-    vocabularies = {name: values for name, (values, _) in numbered.items()}
-    sequences = Sequences(user_ids, item_ids, offsets, has_ratings, has_timestamps, kinds, vocabularies)
-    value_number = {name: number for name, (_, number) in numbered.items()}
-    return sequences, Selection(kept, user_number, item_number, value_number)
-
-
-def _number_ids(ids: pa.Array, keep: np.ndarray) -> tuple[pa.Array, np.ndarray]:
-    """The kept ids in UTF-8 order, and for every code its place among them (-1: not kept)."""
-    codes = np.flatnonzero(keep)
-    kept = ids.take(pa.array(codes))
-    places = pc.sort_indices(kept).to_numpy()
-    number = np.full(len(ids), -1, np.int32)
-    number[codes[places]] = np.arange(len(codes), dtype=np.int32)
-    return kept.take(pa.array(places)), number
+    counts = {name: events.counts(name, kept) for name in events.texts}
+    texts, lengths = {}, np.empty(0, np.int64)
+    for name, every in events.texts.items():
+        codes = np.flatnonzero(kept_items if name == "item" else counts[name])
+        order = codes[pc.sort_indices(every.take(pa.array(codes))).to_numpy()]
+        texts[name] = every.take(pa.array(order))
+        number = np.full(len(every) + 1, -1, np.int32)  # the last place is that of a missing value
+        number[order] = np.arange(len(order), dtype=np.int32)
+        column = events.columns[name]
+        for part in chunks(len(events)):
+            column[part] = number[column[part]]
+            if name == "user":
+                column[part][~kept[part]] = -1
+        if name == "user":
+            lengths = counts[name][order]
+    kinds = {
+        name: "categorical" if name in texts else "numerical" if values.dtype.kind == "f" else "time"
+        for name, values in events.columns.items()
+        if name != "user"
+    }
+    return Sequences(texts, np.concatenate([[0], np.cumsum(lengths)]), kinds)
 
 
 def sorted_buckets(
-    events: Events, sequences: Sequences, selection: Selection, ties: np.ndarray | None, bucket_events: int
+    events: Events, sequences: Sequences, ties: np.ndarray | None, bucket_events: int
 ) -> Iterator[Bucket]:
     """Yield all kept events by user and time, about ``bucket_events`` at a time (a user is never divided).
 
     ties: ``[raw events]`` what orders events of one time, None for their order in the files.
     """
-    numbers, kept = selection.user_number, selection.kept
-    for rows, users in order.user_buckets(events.users, sequences.offsets, bucket_events, numbers, kept):
-        times = None if events.timestamps is None else events.timestamps[rows]
-        places = order.chronological(users, times, None if ties is None else ties[rows])
-        sources = rows[places]
-        extra = {name: values[sources] for name, values in events.extra.items()}
-        for name, number in selection.value_number.items():
-            extra[name] = np.append(number, np.int32(-1))[extra[name]] + 1
-        yield Bucket(
-            users[places],
-            selection.item_number[events.items[sources]],
-            None if events.ratings is None else events.ratings[sources],
-            None if times is None else times[places],
-            extra,
-        )
+    timestamps = events.columns.get("timestamp")
+    for rows, users in order.user_buckets(events.columns["user"], sequences.offsets, bucket_events):
+        times, tied = (None if keys is None else keys[rows] for keys in (timestamps, ties))
+        sources = rows[order.chronological(users, times, tied)]
+        yield {name: values[sources] for name, values in events.columns.items()}

@@ -31,11 +31,11 @@ from generative_recommenders.data.preparation.columns import (
 )
 from generative_recommenders.data.preparation.filters import parse_filter
 from generative_recommenders.data.preparation.folder import new_folder
-from generative_recommenders.data.preparation.order import check_choices, tie_hashes
-from generative_recommenders.data.preparation.prepare import phase
+from generative_recommenders.data.preparation.order import tie_hashes
+from generative_recommenders.data.preparation.prepare import open_reader, phase
 from generative_recommenders.data.readers.events import EventReader, RawRatings
 from generative_recommenders.data.readers.times import NANOSECONDS
-from generative_recommenders.data.schema import extra_kinds, large_strings
+from generative_recommenders.data.schema import large_strings
 from generative_recommenders.errors import UserError, not_installed
 
 _ORDER = ["_file", "_row"]
@@ -47,14 +47,12 @@ _PLAIN = {pa.large_string(): pa.string()}
 
 def prepare_with_spark(raw: RawRatings, out_dir: str | Path, master: str = "local[*]") -> Manifest:
     """``preparation.prepare`` on the Spark cluster ``master``; UserError where pyspark or Java is missing."""
-    parse_filter(raw.filter)
     if raw.tie_order == "published":
         raise UserError(
             "--tie_order=published is pandas' order on this machine alone: leave out --engine=spark"
         )
-    reader = EventReader(raw.files, raw.options)
-    check_choices(raw.tie_order, raw.duplicates, "timestamp" in reader.schema.names)
-    kinds = extra_kinds(reader.schema)
+    reader, kinds = open_reader(raw)
+    categorical = [name for name, kind in kinds.items() if kind == "categorical" and name != "item"]
     with new_folder(Path(out_dir)) as folder, spark_session(master) as spark:
         scratch = folder / "spark"
         with phase("read"), _spark_faults(raw):
@@ -69,13 +67,19 @@ def prepare_with_spark(raw: RawRatings, out_dir: str | Path, master: str = "loca
             uri = f"file://{scratch.resolve()}"
             catalogue.orderBy("item").write.parquet(f"{uri}/items")
             kept.groupBy("user").count().orderBy("user").write.parquet(f"{uri}/users")
-            for name in (name for name, kind in kinds.items() if kind == "categorical"):
+            for name in categorical:
                 kept.select(name).distinct().dropna().orderBy(name).write.parquet(f"{uri}/values-{name}")
             kept.orderBy("user", *order).drop(*_SCRATCH).write.parquet(f"{uri}/events")
         with phase("write"):
-            sequences = _sequences(raw, scratch, kinds)
+            users = _read_parts(scratch / "users")
+            if not users.num_rows:
+                raise UserError(f"no rating is left after the filter {raw.filter}")
+            texts = {"user": users["user"], "item": _read_parts(scratch / "items")["item"]}
+            texts |= {name: _read_parts(scratch / f"values-{name}")[name] for name in categorical}
+            offsets = np.concatenate([[0], np.cumsum(users["count"].to_numpy())])
+            sequences = Sequences({name: large_strings(each) for name, each in texts.items()}, offsets, kinds)
             if raw.duplicates == "keep":
-                check_expected(raw, len(sequences.user_ids), len(sequences.item_ids))
+                check_expected(raw, sequences.texts)
             hashes = write_columns(folder, sequences, _buckets(scratch, sequences), NANOSECONDS["s"])
             choices = {"tie_order": raw.tie_order, "duplicates": raw.duplicates}
             manifest = write_tables(folder, raw, sequences, before, dropped, hashes, choices)
@@ -229,37 +233,18 @@ def _read_parts(folder: Path) -> pa.Table:
     return pa.concat_tables([pq.read_table(part) for part in _parts(folder)])
 
 
-def _sequences(raw: RawRatings, scratch: Path, kinds: dict[str, str]) -> Sequences:
-    users, items = _read_parts(scratch / "users"), _read_parts(scratch / "items")
-    if not users.num_rows:
-        raise UserError(f"no rating is left after the filter {raw.filter}")
-    offsets = np.concatenate([[0], np.cumsum(users["count"].to_numpy())])
-    names = pq.read_schema(_parts(scratch / "events")[0]).names
-    categorical = [name for name, kind in kinds.items() if kind == "categorical"]
-    values = {name: large_strings(_read_parts(scratch / f"values-{name}")[name]) for name in categorical}
-    ids = large_strings(users["user"]), large_strings(items["item"])
-    return Sequences(*ids, offsets, "rating" in names, "timestamp" in names, kinds, values)
-
-
 def _buckets(scratch: Path, sequences: Sequences) -> Iterator[Bucket]:
     done = 0
     for part in _parts(scratch / "events"):
         for batch in pq.ParquetFile(part).iter_batches(1 << 21):
             places = np.arange(done, done + batch.num_rows)
             users = np.searchsorted(sequences.offsets, places, side="right") - 1
-            items = pc.index_in(batch["item"].cast(pa.large_string()), value_set=sequences.item_ids)
-            ratings, times = (
-                batch[name].to_numpy() if name in batch.schema.names else None
-                for name in ("rating", "timestamp")
-            )
-            extra = {name: _values(batch[name], sequences, name) for name in sequences.kinds}
-            yield Bucket(users.astype(np.int32), items.to_numpy(), ratings, times, extra)
+            columns = {"user": users.astype(np.int32)}
+            for name, kind in sequences.kinds.items():
+                values = batch[name]
+                if kind == "categorical":
+                    values = pc.index_in(values.cast(pa.large_string()), value_set=sequences.texts[name])
+                missing = {"categorical": -1, "numerical": float("nan"), "time": 0}[kind]
+                columns[name] = values.fill_null(missing).to_numpy()
+            yield columns
             done += batch.num_rows
-
-
-def _values(values: pa.Array, sequences: Sequences, name: str) -> np.ndarray:
-    """Values of a further column as a `Bucket` has them."""
-    if name in sequences.vocabularies:
-        codes = pc.index_in(values.cast(pa.large_string()), value_set=sequences.vocabularies[name])
-        return codes.fill_null(-1).to_numpy() + 1
-    return values.fill_null(0 if sequences.kinds[name] == "time" else float("nan")).to_numpy()

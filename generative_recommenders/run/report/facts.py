@@ -22,6 +22,7 @@ import polars as pl
 import pyarrow as pa
 
 from generative_recommenders.data.audit import length_curve, popularity_curve, timeline
+from generative_recommenders.data.export import event_table
 from generative_recommenders.data.manifest import FeatureSpec
 from generative_recommenders.data.preparation.folder import new_file
 from generative_recommenders.data.splits import Split
@@ -165,23 +166,12 @@ def _examples(
     dataset: SequenceDataset, split: Split, users: np.ndarray, targets: pl.DataFrame
 ) -> tuple[pl.DataFrame, list[dict[str, Any]]]:
     """Histories of some users (from 0) with all columns, and who they are."""
-    item_ids = dataset.original_item_ids().combine_chunks()
+    texts = dataset.texts()
     frames, described = [], []
     for user, row in zip(users, targets.iter_rows(named=True)):
         events = slice(*_history(dataset, split, user))
-        items = item_ids.take(pa.array(dataset.items[events] - 1))
-        columns: dict[str, Any] = {"item_id": pl.Series(pl.from_arrow(items)).cast(pl.String)}
-        if dataset.ratings is not None:
-            columns["rating"] = np.asarray(dataset.ratings[events])
-        if dataset.timestamps is not None:
-            columns["timestamp"] = np.asarray(dataset.timestamps[events])
-        for each in dataset.manifest.event_columns:
-            values = pl.Series(np.asarray(dataset.extra[each.name][events]))
-            if each.kind == "categorical":
-                known = pl.Series(pl.from_arrow(dataset.vocabulary(each.name))).cast(pl.String)
-                values = pl.Series([None], dtype=pl.String).append(known).gather(values)
-            columns[each.name] = values
-        frames.append(pl.DataFrame({"user_id": [row["user_id"]] * len(columns["item_id"]), **columns}))
+        frame = pl.DataFrame(pl.from_arrow(event_table(dataset, texts, events)))
+        frames.append(frame.rename({"user": "user_id", "item": "item_id"}))
         time = None if dataset.timestamps is None else int(dataset.timestamps[events.stop])
         described.append({"user_id": row["user_id"], "item_id": row["item_id"], "at": time})
     return pl.concat(frames), described
