@@ -4,22 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from time import perf_counter
 from typing import Any, TypeVar
+
+from pydantic import ConfigDict, TypeAdapter
+from pydantic.dataclasses import dataclass
 
 from generative_recommenders.training.step import StepResult
 
 T = TypeVar("T")
 
 
+STATE: ConfigDict = {"strict": True, "extra": "forbid"}
+"""Of dataclasses that a checkpoint holds: it may have been written by anybody."""
+
+
+@dataclass(config=STATE)
 class PlateauMonitor:
     """A warning when a loss has not fallen by ``min_change`` of its best value ``patience`` times in a row; once a plateau."""
 
-    def __init__(self, patience: int = 10, min_change: float = 1e-3) -> None:
-        self.patience = patience
-        self.min_change = min_change
-        self.best: float | None = None
-        self.without_gain = 0
+    patience: int = 10
+    min_change: float = 1e-3
+    best: float | None = None
+    without_gain: int = 0
 
     def observe(self, loss: float) -> str | None:
         """The warning, or None."""
@@ -32,18 +40,18 @@ class PlateauMonitor:
         return f"the loss has not fallen below {self.best:.5g} for {self.patience} observations: a plateau"
 
 
+@dataclass(config=STATE)
 class DivergenceMonitor:
     """A warning when the smoothed loss has risen to ``factor`` times its lowest value; once until it has come down again.
 
     smoothing: weight of the past in the moving average, so that one hard batch is not taken for divergence.
     """
 
-    def __init__(self, factor: float = 2.0, smoothing: float = 0.95) -> None:
-        self.factor = factor
-        self.smoothing = smoothing
-        self.average: float | None = None
-        self.lowest: float | None = None
-        self.warned = False
+    factor: float = 2.0
+    smoothing: float = 0.95
+    average: float | None = None
+    lowest: float | None = None
+    warned: bool = False
 
     def observe(self, loss: float) -> str | None:
         """The warning, or None."""
@@ -83,23 +91,17 @@ class Recorder:
     def state(self) -> dict[str, dict[str, Any]]:
         """State of the divergence and plateau monitors, and the time spent, for a checkpoint."""
         return {
-            "divergence": dict(vars(self.divergence)),
-            "plateau": dict(vars(self.plateau)),
+            "divergence": asdict(self.divergence),
+            "plateau": asdict(self.plateau),
             "spent": dict(self.spent),
         }
 
     def restore(self, state: Mapping[str, Mapping[str, Any]]) -> None:
         """Restores `state`; ValueError for anything else."""
-        for name, monitor in (("divergence", self.divergence), ("plateau", self.plateau)):
-            saved = state[name]
-            numbers = all(value is None or isinstance(value, (int, float)) for value in saved.values())
-            if set(saved) != set(vars(monitor)) or not numbers:
-                raise ValueError(f"{name} is {saved!r}")
-            vars(monitor).update(saved)
+        self.divergence = DivergenceMonitor(**state["divergence"])
+        self.plateau = PlateauMonitor(**state["plateau"])
         spent = state.get("spent", {})  # which releases before 0.2.0 did not count
-        if not all(isinstance(seconds, (int, float)) for seconds in spent.values()):
-            raise ValueError(f"spent is {spent!r}")
-        self.spent = dict(spent)
+        self.spent = TypeAdapter(dict[str, float]).validate_python(spent, strict=True)
 
     def begin(self, step: int, last_step: int) -> None:
         """The run goes on behind this step, at most to the last one."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -34,7 +34,15 @@ def changed_rows(grads: torch.Tensor) -> torch.Tensor:
 
 
 class TableOptimizer(ABC):
-    """Optimizer of single rows of one table. State tensors are named, so that a checkpoint can hold them."""
+    """Optimizer of single rows of one table; rows whose gradient is 0 are left alone.
+
+    On a CPU rows go in chunks that stay in the cache of a core, each from gradient to new weights at once. On an accelerator
+    `update` gets all of them and must look at no number, so that it can be captured. State tensors are named, so that a
+    checkpoint can hold them.
+    """
+
+    relative_rate = 1.0
+    """The table's learning rate as a multiple of the run's, with which it warms up and decays."""
 
     def __init__(self, table: torch.nn.Parameter, learning_rate: float, weight_decay: float) -> None:
         self.table = table
@@ -42,43 +50,26 @@ class TableOptimizer(ABC):
         self.weight_decay = weight_decay
         self.state: dict[str, torch.Tensor] = {}
 
-    capturable = False
-    """Whether `step` looks at no number on the device."""
-    finds_untouched = False
-    """Whether `step` on a CPU leaves rows with a gradient of 0 alone by itself."""
-    relative_rate = 1.0
-    """The table's learning rate as a multiple of the run's, with which it warms up and decays."""
-
-    @abstractmethod
-    def step(
-        self, rows: torch.Tensor | None, grads: torch.Tensor, touched: torch.Tensor | None = None
-    ) -> None:
+    @torch.no_grad()
+    def step(self, rows: torch.Tensor | None, grads: torch.Tensor) -> None:
         """Updates rows of the table.
 
         rows: ``[U]`` int64, None for all; the same row more than once has the same gradient each time. grads: ``[U, D]``.
-        touched: ``[U]`` bool, the rows that change (those with a gradient); None for all of ``rows``.
         """
-
-
-class _ByChunks(TableOptimizer):
-    """On a CPU rows go in chunks that stay in the cache of a core, each from gradient to new weights at once; without gradient
-    they are left alone.
-    """
-
-    capturable = finds_untouched = True
-
-    @torch.no_grad()
-    def step(
-        self, rows: torch.Tensor | None, grads: torch.Tensor, touched: torch.Tensor | None = None
-    ) -> None:
-        self.begin(grads.dtype)
-        if touched is not None or dispatch.waits(grads):
-            self.update(rows, grads, touched)
+        if dispatch.waits(grads):
+            self.update(slice(None) if rows is None else rows, grads, grads.any(1)[:, None])
             return
 
         def update_chunks(starts: range) -> None:
             for start in starts:
-                self._update_chunk(rows, grads, slice(start, start + starts.step))
+                chunk = slice(start, start + starts.step)
+                some = grads[chunk]
+                where: torch.Tensor | slice = chunk if rows is None else rows[chunk]
+                changed = changed_rows(some)
+                if len(changed) < len(some):
+                    some = some[changed]
+                    where = changed + start if rows is None else rows[chunk][changed]
+                self.update(where, some)
 
         size = max(1, _CHUNK // grads.shape[1])
         middle = -(-len(grads) // size // torch.get_num_threads()) * size or size
@@ -87,26 +78,14 @@ class _ByChunks(TableOptimizer):
             [range(first, min(first + middle, len(grads)), size) for first in range(0, len(grads), middle)],
         )
 
-    def _update_chunk(self, rows: torch.Tensor | None, grads: torch.Tensor, chunk: slice) -> None:
-        some = grads[chunk]
-        where: torch.Tensor | slice = chunk if rows is None else rows[chunk]
-        changed = changed_rows(some)
-        if len(changed) < len(some):
-            some = some[changed]
-            where = changed + chunk.start if rows is None else rows[chunk][changed]
-        self.update(where, some, None)
-
-    def begin(self, dtype: torch.dtype) -> None:
-        """Once a step, before `update`. dtype: of the gradients."""
-
     @abstractmethod
     def update(
-        self, rows: torch.Tensor | slice | None, grads: torch.Tensor, touched: torch.Tensor | None
+        self, rows: torch.Tensor | slice, grads: torch.Tensor, touched: torch.Tensor | None = None
     ) -> None:
-        """`step` of some rows."""
+        """`step` of some rows. touched: ``[U, 1]`` bool, which of them change; None for all."""
 
 
-class LazyAdamW(_ByChunks):
+class LazyAdamW(TableOptimizer):
     """AdamW (arXiv 1711.05101) whose moments and decay change only for rows with a gradient; one step count for all rows."""
 
     def __init__(self, table: torch.nn.Parameter, learning_rate: float, weight_decay: float) -> None:
@@ -117,14 +96,16 @@ class LazyAdamW(_ByChunks):
             "step": torch.zeros((), dtype=torch.int64, device=table.device),
         }
 
-    def begin(self, dtype: torch.dtype) -> None:
+    @torch.no_grad()
+    def step(self, rows: torch.Tensor | None, grads: torch.Tensor) -> None:
         beta1, beta2 = BETAS
         count = self.state["step"].add_(1).double()
-        self.rate = (self.learning_rate / (1 - beta1**count)).to(dtype)
-        self.correction = (1 - beta2**count).to(dtype)
+        self.rate = (self.learning_rate / (1 - beta1**count)).to(grads.dtype)
+        self.correction = (1 - beta2**count).to(grads.dtype)
+        super().step(rows, grads)
 
     def update(
-        self, rows: torch.Tensor | slice | None, grads: torch.Tensor, touched: torch.Tensor | None
+        self, rows: torch.Tensor | slice, grads: torch.Tensor, touched: torch.Tensor | None = None
     ) -> None:
         beta1, beta2 = BETAS
         rate = self.rate
@@ -132,7 +113,6 @@ class LazyAdamW(_ByChunks):
         kept: Any = beta2
         decay = 1 - self.learning_rate * self.weight_decay
         if touched is not None:
-            touched = touched[:, None]
             rate, share = touched * rate, torch.where(touched, share, 0.0).to(grads.dtype)
             kept, decay = torch.where(touched, kept, 1.0), torch.where(touched, decay, 1.0)
         first = _taken(self.state["exp_avg"], rows).lerp_(grads, share)
@@ -144,7 +124,7 @@ class LazyAdamW(_ByChunks):
         _put(self.table, rows, weights)
 
 
-class RowwiseAdagrad(_ByChunks):
+class RowwiseAdagrad(TableOptimizer):
     """Adagrad with one accumulator a row, the mean squared gradient of the row (as in fbgemm's embedding tables)."""
 
     def __init__(self, table: torch.nn.Parameter, learning_rate: float, weight_decay: float) -> None:
@@ -152,11 +132,11 @@ class RowwiseAdagrad(_ByChunks):
         self.state = {"sum_of_squares": torch.zeros(table.shape[0], device=table.device)}
 
     def update(
-        self, rows: torch.Tensor | slice | None, grads: torch.Tensor, touched: torch.Tensor | None
+        self, rows: torch.Tensor | slice, grads: torch.Tensor, touched: torch.Tensor | None = None
     ) -> None:
         decay = 1 - self.learning_rate * self.weight_decay
         if touched is not None:
-            decay = torch.where(touched, decay, 1.0)[:, None]
+            decay = torch.where(touched, decay, 1.0)
         squares = torch.linalg.vector_norm(grads, dim=1).square_().div_(grads.shape[1])
         total = _taken(self.state["sum_of_squares"], rows).add_(squares)
         weights = _taken(self.table, rows)
@@ -168,14 +148,12 @@ class RowwiseAdagrad(_ByChunks):
         _put(self.table, rows, weights)
 
 
-def _taken(table: torch.Tensor, rows: torch.Tensor | slice | None) -> torch.Tensor:
-    """A copy of the rows, or their part of the table itself; None: all."""
-    if isinstance(rows, torch.Tensor):
-        return table.detach().index_select(0, rows)
-    return table.detach() if rows is None else table.detach()[rows]
+def _taken(table: torch.Tensor, rows: torch.Tensor | slice) -> torch.Tensor:
+    """A copy of the rows, or of a slice the part of the table itself."""
+    return table.detach().index_select(0, rows) if isinstance(rows, torch.Tensor) else table.detach()[rows]
 
 
-def _put(table: torch.Tensor, rows: torch.Tensor | slice | None, values: torch.Tensor) -> None:
+def _put(table: torch.Tensor, rows: torch.Tensor | slice, values: torch.Tensor) -> None:
     """Writes changed rows of `_taken` back."""
     if isinstance(rows, torch.Tensor):
         table.detach().index_copy_(0, rows, values)
@@ -262,8 +240,7 @@ class Optimizer:
     @property
     def capturable(self) -> bool:
         """Whether `update` of all rows can be captured as a CUDA graph."""
-        rule_is = self.dense is None or all(g.get("capturable", False) for g in self.dense.param_groups)
-        return rule_is and (self.sparse is None or self.sparse.capturable)
+        return self.dense is None or all(g.get("capturable", False) for g in self.dense.param_groups)
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
@@ -272,18 +249,12 @@ class Optimizer:
             share *= (1 + math.cos(math.pi * min(1.0, step / self.cosine_steps))) / 2
         return self.rule.learning_rate * share
 
-    def step(self, step: int, rows: torch.Tensor | None, grads: torch.Tensor | None) -> float:
-        """One update; returns the learning rate. step: from 0. rows ``[U]`` (None: all) and grads ``[U, D]`` of the table, None
-        for a frozen one.
-        """
-        rate = self.rate(step)
-        self.update(rate, rows, grads)
-        return rate
-
     def update(
         self, rate: float | torch.Tensor, rows: torch.Tensor | None, grads: torch.Tensor | None
     ) -> None:
-        """One update by a learning rate, which may be a scalar on the device."""
+        """One update by a learning rate, which may be a scalar on the device. rows ``[U]`` (None: all) and grads ``[U, D]`` of
+        the table, None for a frozen one.
+        """
         if self.max_grad_norm is not None:
             scale = (self.max_grad_norm / self.gradient_norm(grads).clamp(min=1e-6)).clamp(max=1.0)
             for parameter in self.parameters:
@@ -310,14 +281,7 @@ class Optimizer:
             )
         else:
             self.sparse.learning_rate = rate * self.sparse.relative_rate
-            # A row whose gradient is zero keeps its moments, whether it was gathered or the step took the whole table.
-            if dispatch.waits(grads) and self.sparse.capturable:
-                self.sparse.step(rows, grads, grads.any(1))
-            elif self.sparse.finds_untouched and not dispatch.waits(grads):
-                self.sparse.step(rows, grads)
-            else:
-                changed = changed_rows(grads)
-                self.sparse.step(changed if rows is None else rows[changed], grads[changed])
+            self.sparse.step(rows, grads)
 
     def gradient_norm(self, table_grads: torch.Tensor | None) -> torch.Tensor:
         """The L2 norm ``[]`` over dense and table gradients together, as if the table were an ordinary parameter.
@@ -342,11 +306,11 @@ class Optimizer:
             tensors.update({f"table.{name}": value for name, value in self.sparse.state.items()})
         return tensors
 
-    def row_state_names(self, state: Mapping[str, torch.Tensor]) -> list[str]:
-        """Names in a state, as of `state_tensors`, of what has a row for each row of the table."""
+    @property
+    def table_prefix(self) -> str:
+        """What the names in `state_tensors` of the table's state begin with."""
         index = next((i for i, each in enumerate(self.parameters) if each is self.table), None)
-        prefix = "table." if self.sparse is not None else f"{DENSE}{index}."
-        return [name for name, x in state.items() if name.startswith(prefix) and x.dim() > 0]
+        return "table." if self.sparse is not None else f"{DENSE}{index}."
 
     def load_state_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
         """Restores `state_tensors`; UserError, before anything is changed, where they do not fit these parameters."""

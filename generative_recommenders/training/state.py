@@ -17,6 +17,7 @@ from generative_recommenders.checkpoint.store import Checkpoint, CheckpointStore
 from generative_recommenders.checkpoint.weights import data_tensors, load_criterion, load_model, tensors_of
 from generative_recommenders.errors import UserError
 from generative_recommenders.evaluation.metrics import current_name
+from generative_recommenders.training.callbacks import STATE
 from generative_recommenders.training.step import TABLE
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 Count = Annotated[int, Ge(0), Lt(1 << 62)]
 
 
-@dataclass(config={"strict": True, "extra": "forbid"})
+@dataclass(config=STATE)
 class Progress:
     """Where a run stands, as its checkpoints keep it. best_metric: of validation; None where none was measured.
 
@@ -103,9 +104,8 @@ def write_state(trainer: Trainer, store: CheckpointStore, metric: float | None, 
 
 def _row_tensors(trainer: Trainer, tensors: Mapping[str, torch.Tensor]) -> list[str]:
     """Names among a checkpoint's tensors of those that have a row for each row of the item table."""
-    prefix = "optimizer."
-    state = {name[len(prefix) :]: x for name, x in tensors.items() if name.startswith(prefix)}
-    return [TABLE, *(f"{prefix}{name}" for name in trainer.step.optimizer.row_state_names(state))]
+    prefix = f"optimizer.{trainer.step.optimizer.table_prefix}"
+    return [TABLE, *(name for name, x in tensors.items() if name.startswith(prefix) and x.dim() > 0)]
 
 
 def restore_state(trainer: Trainer, checkpoint: Checkpoint) -> None:

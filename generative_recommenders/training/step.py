@@ -75,7 +75,9 @@ class TrainingStep:
             self.warned_empty = True
             return StepResult(mean, total, 0.0)
         norm = self.optimizer.gradient_norm(gradients) if self.measures_norm else None
-        return StepResult(mean, total, self.optimizer.step(step, row_ids, gradients), norm)
+        rate = self.optimizer.rate(step)
+        self.optimizer.update(rate, row_ids, gradients)
+        return StepResult(mean, total, rate, norm)
 
     def forward(self, batch: PreparedBatch) -> tuple[ItemRows, LossOutput]:
         """The gathered rows of the item table, which the backward pass differentiates, and the loss."""
