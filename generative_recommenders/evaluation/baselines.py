@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from generative_recommenders.data.splits import training_events
+from generative_recommenders.evaluation.ranks import candidates, pairs_ahead
 from generative_recommenders.evaluation.seen_filters import SeenItems
 
 
@@ -47,23 +48,17 @@ class SharedScores:
         self, target_ids: torch.Tensor, own: OwnScores | None = None, seen: SeenItems | None = None
     ) -> torch.Tensor:
         """`exact_ranks` where rows score some items differently; ``[n]`` int64. Takes time by own and seen items alone."""
-        candidate = (target_ids >= 1) & (target_ids <= self.num_items)
-        if seen is not None:
-            candidate &= ~seen.contains(target_ids)
+        candidate = candidates(target_ids, self.num_items, seen)
         targets, rows = target_ids.where(candidate, 1), torch.arange(len(target_ids))
         values = self._values(own, rows, targets)
         ahead = torch.searchsorted(self.keys, self._key(values, targets))
-
-        def number_ahead(rows: torch.Tensor, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-            counted = (scores > values[rows]) | ((scores == values[rows]) & (ids < targets[rows]))
-            return torch.bincount(rows[counted], minlength=len(targets))
-
         if own is not None:  # their shared scores count no more
             replaced = self.place[own.ids - 1] < ahead[own.rows]
             ahead -= torch.bincount(own.rows[replaced], minlength=len(targets))
-            ahead += number_ahead(*own)
+            ahead += pairs_ahead(*own, values, targets)
         if seen is not None:
-            ahead -= number_ahead(seen.rows, seen.ids, self._values(own, seen.rows, seen.ids))
+            of_seen = self._values(own, seen.rows, seen.ids)
+            ahead -= pairs_ahead(seen.rows, seen.ids, of_seen, values, targets)
         return torch.where(candidate, 1 + ahead, self.num_items + 1)
 
     def _key(self, values: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

@@ -180,27 +180,15 @@ class ListMetrics:
             for column, name in enumerate(self.NAMES):
                 metrics[f"{name}@{k}"] = int(self.sums[row, column]) / _ONE / users
             recommended = self.recommended[row, 1:]
-            metrics[f"coverage@{k}"] = coverage(recommended, self.catalogue)
+            inside = torch.ones_like(recommended) if self.catalogue is None else self.catalogue
+            listed = (recommended > 0) & (inside > 0)
+            metrics[f"coverage@{k}"] = int(listed.sum()) / max(int(inside.sum()), 1)
             if self.item_counts is not None:
-                metrics[f"popularity_bias@{k}"] = popularity_bias(recommended, self.item_counts)
+                events = self.item_counts.to(recommended.device).double()
+                expected = float(recommended.sum()) * float(events.mean())
+                bias = float(recommended.double() @ events) / expected if expected else 0.0
+                metrics[f"popularity_bias@{k}"] = bias
         return metrics
-
-
-def coverage(recommended: torch.Tensor, catalogue: torch.Tensor | None = None) -> float:
-    """Share of ``catalogue [V]`` bool (None: all) that ``recommended [V]``, a count of items, has at all."""
-    inside = torch.ones_like(recommended, dtype=torch.bool) if catalogue is None else catalogue.bool()
-    return int(((recommended > 0) & inside).sum()) / max(int(inside.sum()), 1)
-
-
-def popularity_bias(recommended: torch.Tensor, item_counts: torch.Tensor) -> float:
-    """Mean training count of a recommended item / mean training count of an item; 0.0 where nothing is
-    recommended.
-
-    recommended: ``[V]`` times each item is in a list; item_counts: ``[V]`` training events.
-    """
-    events = item_counts.to(recommended.device).double()
-    expected = float(recommended.sum()) * float(events.mean())
-    return float(recommended.double() @ events) / expected if expected else 0.0
 
 
 class TopLists:

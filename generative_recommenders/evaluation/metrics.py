@@ -53,41 +53,33 @@ class RankHistogram:
         calls MRR: a rank beyond `PUBLISHED_DEPTH`, as a miss is, counts as the one behind it.
         """
         counts = self.counts[int(subset)].cpu()
-        num_items = len(counts) - 1
         total = max(int(counts.sum()), 1)
-        ranks = torch.arange(1, num_items + 2, dtype=torch.float64)
-        gains = counts / torch.log2(ranks + 1)
-        metrics: dict[str, float] = {}
-        # Counts are summed as integers and divided last, so that the digits do not depend on the order of users.
-        for k in cutoffs:
-            metrics[f"hr@{k}"] = int(counts[: min(k, num_items)].sum()) / total
-            metrics[f"ndcg@{k}"] = float(gains[: min(k, num_items)].sum()) / total
-        metrics["mrr"] = float((counts / ranks).sum()) / total
-        ranks[-1] = math.inf  # a miss lies beyond whatever is looked at
-        seen_ranks = ranks.clamp(max=PUBLISHED_DEPTH + 1)
-        metrics[f"mrr@{PUBLISHED_DEPTH}"] = float((counts / seen_ranks).sum()) / total
-        return metrics
+        # Counts are summed first and divided last, so that the digits do not depend on the order of users.
+        discounts = self._discounts(cutoffs).items()
+        return {name: float((counts[: len(by)] / by).sum()) / total for name, by in discounts}
 
     def standard_errors(self, population: int) -> dict[str, float]:
         """Standard errors of `compute`'s means, where the targets are a random sample of ``population`` ones, drawn without
         replacement: ``sqrt(s^2 / n (1 - n / N))`` with the sample's variance s^2."""
-        counts = self.counts[0].cpu().double()
-        total, num_items = self.total(), len(counts) - 1
-        ranks = torch.arange(1, num_items + 2, dtype=torch.float64)
+        counts, total = self.counts[0].cpu().double(), self.total()
         left = max(0.0, 1 - total / max(population, 1)) / max(total, 1)
-
-        def error(gains: torch.Tensor) -> float:
-            some = counts[: len(gains)]
+        errors: dict[str, float] = {}
+        for name, by in self._discounts(CUTOFFS).items():
+            some, gains = counts[: len(by)], 1 / by
             mean = (some * gains).sum() / max(total, 1)
             squares = (some * gains.square()).sum() / max(total - 1, 1)
             variance = squares - mean.square() * total / max(total - 1, 1)
-            return math.sqrt(max(float(variance), 0.0) * left)
-
-        errors: dict[str, float] = {}
-        for k in CUTOFFS:
-            first = ranks[: min(k, num_items)]
-            errors[f"hr@{k}"], errors[f"ndcg@{k}"] = error(first**0), error(1 / torch.log2(first + 1))
-        errors["mrr"] = error(1 / ranks)
-        ranks[-1] = math.inf  # as in `compute`
-        errors[f"mrr@{PUBLISHED_DEPTH}"] = error(1 / ranks.clamp(max=PUBLISHED_DEPTH + 1))
+            errors[name] = math.sqrt(max(float(variance), 0.0) * left)
         return errors
+
+    def _discounts(self, cutoffs: Sequence[int]) -> dict[str, torch.Tensor]:
+        """By metric, what a hit at rank 1, 2, ... is divided by, float64; ranks behind the last of these count nothing."""
+        num_items = self.counts.shape[1] - 1
+        ranks = torch.arange(1, num_items + 2, dtype=torch.float64)
+        discounts: dict[str, torch.Tensor] = {}
+        for k in cutoffs:
+            first = ranks[: min(k, num_items)]
+            discounts |= {f"hr@{k}": torch.ones_like(first), f"ndcg@{k}": torch.log2(first + 1)}
+        # A miss, rank V + 1, lies beyond whatever the published evaluation looks at.
+        seen_ranks = torch.cat([ranks[:-1], ranks.new_tensor([math.inf])]).clamp(max=PUBLISHED_DEPTH + 1)
+        return {**discounts, "mrr": ranks, f"mrr@{PUBLISHED_DEPTH}": seen_ranks}

@@ -14,7 +14,13 @@ import torch
 import torch.nn.functional as F
 
 from generative_recommenders.distributed.row_shards import RowShard
-from generative_recommenders.evaluation.ranks import count_ahead, exact_ranks, scores_of
+from generative_recommenders.evaluation.ranks import (
+    candidates,
+    count_ahead,
+    exact_ranks,
+    pairs_ahead,
+    scores_of,
+)
 from generative_recommenders.evaluation.seen_filters import SeenItems
 from generative_recommenders.modeling.similarity.interface import rounded
 from generative_recommenders.ops import dispatch
@@ -66,9 +72,6 @@ def product_ranks_reference(
     """
     if shard is None:
         return exact_ranks(rounded(queries @ items.T, dtype), target_ids, seen)
-    candidate = (target_ids >= 1) & (target_ids <= shard.num_items)
-    if seen is not None:
-        candidate &= ~seen.contains(target_ids)
     width = max(1, SHARD_SCORES // max(len(queries), 1))
     blocks = [(shard.before + start, items[start : start + width]) for start in range(0, len(items), width)]
     own, ahead = queries.new_zeros(len(queries)), torch.zeros_like(target_ids)
@@ -78,6 +81,7 @@ def product_ranks_reference(
     own = shard.total(own)
     for before, block in blocks:
         ahead += count_ahead(rounded(queries @ block.T, dtype), before + 1, own, target_ids, seen)
+    candidate = candidates(target_ids, shard.num_items, seen)
     return torch.where(candidate, 1 + shard.total(ahead), shard.num_items + 1)
 
 
@@ -95,9 +99,7 @@ def _ranks_of_block(
     def total(own: torch.Tensor) -> torch.Tensor:
         return own if shard is None else shard.total(own)
 
-    candidate = (target_ids >= 1) & (target_ids <= num_items)
-    if seen is not None:
-        candidate &= ~seen.contains(target_ids)
+    candidate = candidates(target_ids, num_items, seen)
     misses = torch.full((count,), num_items + 1)
     if not candidate.any():
         return misses
@@ -193,7 +195,5 @@ class _BlockOfUsers:
         ahead = counts[: self.count].long() + ties.sum(1)
         # NaN compares as neither greater nor equal: without this a diverged model would rank every target first.
         ahead = ahead.where(~targets.isnan(), len(self.items) - self.held.long())
-        theirs, target_ids = targets[self.seen_rows], self.target_ids[self.seen_rows]
-        earlier, other = self.seen_ids < target_ids, self.seen_ids != target_ids
-        counted = (seen_scores > theirs) | ((seen_scores == theirs) & earlier) | (theirs.isnan() & other)
-        return ahead - torch.bincount(self.seen_rows[counted], minlength=self.count), own
+        seen_ahead = pairs_ahead(self.seen_rows, self.seen_ids, seen_scores, targets, self.target_ids)
+        return ahead - seen_ahead, own
