@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch.utils.benchmark import Timer
 
 import generative_recommenders
 from generative_recommenders.build.parts import Catalogue, build_task
@@ -47,17 +48,11 @@ def version(package: str) -> str | None:
         return None
 
 
-def product_rate(device: torch.device, size: int = 1024, seconds: float = 0.3) -> float:
+def product_rate(device: torch.device) -> float:
     """Measured rate of float32 matrix products, in 10^9 operations a second."""
-    left, right = torch.randn(2, size, size, device=device)
-    out = left @ right
-    done, start = 0, time.perf_counter()
-    while time.perf_counter() - start < seconds:
-        torch.mm(left, right, out=out)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        done += 1
-    return 2 * size**3 * done / (time.perf_counter() - start) / 1e9
+    factors = dict(zip(("left", "right"), torch.randn(2, 1024, 1024, device=device)))
+    timer = Timer("left @ right", globals=factors, num_threads=torch.get_num_threads())
+    return 2 * 1024**3 / timer.blocked_autorange(min_run_time=0.3).median / 1e9
 
 
 def memory() -> tuple[float, float]:
@@ -70,7 +65,7 @@ def memory() -> tuple[float, float]:
     return total, free
 
 
-def self_test(steps: int = STEPS) -> tuple[float, float, float]:
+def self_test() -> tuple[float, float, float]:
     """Prepares 200 made readers and trains a small SASRec on them: loss of the first and last steps, seconds."""
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as place:
@@ -79,19 +74,14 @@ def self_test(steps: int = STEPS) -> tuple[float, float, float]:
         prepare(resolve("synthetic-books", data_root=root, synthetic=books, progress=False), root / "books")
         dataset = SequenceDataset.open(root / "books")
         stops = make_split(dataset).train_stops
-        settings = RunSettings().bind(
-            {
-                "train_fn.loss_module": "CE",
-                "train_fn.item_embedding_dim": 32,
-                "train_fn.max_sequence_length": 20,
-            }
-        )
+        small = {"loss_module": "CE", "item_embedding_dim": 32, "max_sequence_length": 20}
+        settings = RunSettings().bind({f"train_fn.{name}": value for name, value in small.items()})
         torch.manual_seed(SEED)
         task = build_task(settings, Catalogue.of(dataset, stops))
         optimizer = torch.optim.Adam(task.parameters(), lr=3e-3)
         loader, losses = SequenceLoader(dataset, stops, 20, 64, seed=SEED), []
-        batches: Iterator = (batch for epoch in range(steps) for batch in loader.epoch(epoch))
-        for step, batch in zip(range(steps), batches):
+        batches: Iterator = (batch for epoch in range(STEPS) for batch in loader.epoch(epoch))
+        for step, batch in zip(range(STEPS), batches):
             loss = task.loss(batch, step).mean()
             optimizer.zero_grad()
             loss.backward()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from absl import logging
 
 from generative_recommenders.commands.setup import Options
 from generative_recommenders.data.preparation.folder import new_file
-from generative_recommenders.errors import UserError, not_installed
+from generative_recommenders.errors import UserError
 from generative_recommenders.retrieval.export import (
     build_index,
     check_products,
@@ -28,22 +27,16 @@ from generative_recommenders.retrieval.export import (
 from generative_recommenders.retrieval.recommender import Recommender
 
 
-@dataclass(frozen=True)
-class ExportOptions:
-    """Flags of ``--mode=export``. format: "torch", "onnx", "faiss", "safetensors" or "parquet". output: a folder, RUN/export
-    unless given. index: kind of the faiss index."""
+def export(options: Options, form: str, output: Path | None, index: str) -> int:
+    """Writes a format's file, item_ids.txt (line i + 1 is internal id i + 1) and export.json, which says how to use them.
 
-    format: str
-    output: Path | None
-    index: str
-
-
-def export(options: Options, wanted: ExportOptions) -> int:
-    """Writes a format's file, item_ids.txt (line i + 1 is internal id i + 1) and export.json, which says how to use them."""
+    form: "torch", "onnx", "faiss", "safetensors" or "parquet". output: a folder, RUN/export unless given. index: kind of the
+    faiss index.
+    """
     if options.run_dir is None:
         raise UserError("--mode=export needs --run_dir, the folder of a trained run")
     recommender = Recommender.load(options.run_dir, "cpu", plugins=options.plugins)
-    folder = wanted.output or Path(options.run_dir) / "export"
+    folder = output or Path(options.run_dir) / "export"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -60,45 +53,42 @@ def export(options: Options, wanted: ExportOptions) -> int:
     with contextlib.suppress(OSError, ValueError, AttributeError):  # there is none yet, or it is not ours
         before = json.loads((folder / "export.json").read_text(encoding="utf-8"))
         about["formats"] = before.get("formats", {}) if before.get("run") == about["run"] else {}
-    formats = about.setdefault("formats", {})
-    formats[wanted.format] = write(recommender, folder, wanted)
+    about.setdefault("formats", {})[form] = write(recommender, folder, form, index)
     with new_file(folder / "item_ids.txt") as scratch:
         scratch.write_text(
             "".join(f"{item}\n" for item in recommender.item_ids.to_pylist()), encoding="utf-8"
         )
     with new_file(folder / "export.json") as scratch:
         scratch.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-    logging.info("%s written to %s", wanted.format, folder)
+    logging.info("%s written to %s", form, folder)
     return 0
 
 
-def write(recommender: Recommender, folder: Path, wanted: ExportOptions) -> dict[str, Any]:
-    """Writes the file of the wanted format; returns what export.json says of it."""
+def write(recommender: Recommender, folder: Path, form: str, kind: str) -> dict[str, Any]:
+    """Writes the file of a format; returns what export.json says of it."""
     embeddings = recommender.snapshot.embeddings
-    if wanted.format == "faiss":
+    if form == "faiss":
         check_products(recommender)
-        try:
-            import faiss
-        except ImportError as error:
-            raise not_installed("faiss", "export") from error
-        index = build_index(embeddings.float().numpy(), wanted.index)
-        with new_file(folder / f"items.{wanted.index}.faiss") as scratch:
+        index = build_index(embeddings.float().numpy(), kind)
+        import faiss  # which the index is made by
+
+        with new_file(folder / f"items.{kind}.faiss") as scratch:
             faiss.write_index(index, str(scratch))
         recall = measured_recall(recommender, index)
-        logging.info("the %s index finds %.4f of the 10 best items", wanted.index, recall)
-        return {"index": wanted.index, "recall@10": round(recall, 4)}
-    if wanted.format == "safetensors":
+        logging.info("the %s index finds %.4f of the 10 best items", kind, recall)
+        return {"index": kind, "recall@10": round(recall, 4)}
+    if form == "safetensors":
         with new_file(folder / "item_embeddings.safetensors") as scratch:
             safetensors.torch.save_file({"item_embeddings": embeddings.contiguous()}, scratch)
         return {}
-    if wanted.format == "parquet":
+    if form == "parquet":
         values = pa.array(embeddings.float().numpy().ravel())
         rows = pa.FixedSizeListArray.from_arrays(values, embeddings.shape[1])
         with new_file(folder / "item_embeddings.parquet") as scratch:
             pq.write_table(pa.table({"item_id": recommender.item_ids, "embedding": rows}), scratch)
         return {}
     program, inputs = export_program(recommender), query_inputs(recommender)
-    if wanted.format == "onnx":
+    if form == "onnx":
         with new_file(folder / "query_encoder.onnx") as scratch:
             write_onnx(program, scratch, list(inputs))
     else:

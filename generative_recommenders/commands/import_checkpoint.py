@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from generative_recommenders.commands.setup import Options, begin, run_settings, shared_dataset
+from generative_recommenders.commands.setup import Options, begin, settings_and_data
 from generative_recommenders.compat.meta.checkpoint import are_numbers, load_meta_checkpoint
 from generative_recommenders.compat.run import save_model
-from generative_recommenders.data.splits import make_split
 from generative_recommenders.errors import UserError
 from generative_recommenders.run.directory import RunFolder
 from generative_recommenders.run.logging import show
@@ -19,9 +18,7 @@ def import_worker(rank: int, world_size: int, options: Options) -> int:
     collectives = begin(rank, options)
     if options.meta_checkpoint is None:
         raise UserError("--mode=import needs --meta_checkpoint, a checkpoint of the HSTU authors' program")
-    settings = run_settings(options, collectives)
-    dataset = shared_dataset(settings, options.data_root, collectives)
-    split = make_split(dataset, settings.data.protocol)
+    settings, dataset, split = settings_and_data(options, collectives)
     trainer = Trainer(settings, dataset, split, collectives)
     item_ids = dataset.original_item_ids().combine_chunks()
     load_meta_checkpoint(trainer.model, options.meta_checkpoint, item_ids if are_numbers(item_ids) else None)

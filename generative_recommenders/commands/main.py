@@ -6,6 +6,7 @@ Commands are imported when they are called: help and lists need no torch.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from absl import flags, logging
 
@@ -121,37 +122,30 @@ def run(arguments: list[str]) -> int:
     names, why = IDLE[given.mode]
     if idle := [f"--{name}" for name in names.split() if given[name].value]:
         raise UserError(f"{', '.join(idle)} cannot go with --mode={given.mode}: {why}")
-    from generative_recommenders.commands.setup import DEFAULT_CONFIG, Options
+    from generative_recommenders.commands.setup import Options
     from generative_recommenders.distributed.launch import Worker, launch
 
+    passed_on = "run_dir resume auto_resume max_steps profile meta_checkpoint users_metrics report compare"
+    of_same_name: dict[str, Any] = {name: given[name].value for name in passed_on.split()}
     options = Options(
         gin_files=tuple(given.gin_config_file or []),
         bindings=tuple(given.gin_bindings),
         data_root=Path(given.data_root),
-        run_dir=given.run_dir,
-        resume=given.resume,
-        auto_resume=given.auto_resume,
-        max_steps=given.max_steps,
-        profile=given.profile,
-        verbosity=logging.get_verbosity(),
-        meta_checkpoint=given.meta_checkpoint,
-        default_gin_files=(DEFAULT_CONFIG,),
         plugins=tuple(given.plugin),
-        users_metrics=given.users_metrics,
-        report=given.report,
-        compare=given.compare,
+        verbosity=logging.get_verbosity(),
+        **of_same_name,
     )
     output = None if given.output is None else Path(given.output)
     if given.mode == "predict":
-        from generative_recommenders.commands.predict import PredictOptions, predict
+        from generative_recommenders.commands.predict import predict
 
         output = output or Path("recommendations.parquet")
         asked = given.users, given.history, given.top_k, given.exclude_seen, given.candidates
-        return predict(options, PredictOptions(*asked, output))
+        return predict(options, *asked, output)
     if given.mode == "export":
-        from generative_recommenders.commands.export import ExportOptions, export
+        from generative_recommenders.commands.export import export
 
-        return export(options, ExportOptions(given.format, output, given.index))
+        return export(options, given.format, output, given.index)
     worker: Worker
     if given.mode == "evaluate":
         from generative_recommenders.commands.evaluate import evaluate_worker as worker

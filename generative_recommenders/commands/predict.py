@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
@@ -36,57 +36,49 @@ SCHEMA = pa.schema(
 FORMATS = (".parquet", ".csv", ".jsonl")
 
 
-@dataclass(frozen=True)
-class PredictOptions:
-    """Flags of ``--mode=predict``.
+def predict(
+    options: Options,
+    users: str,
+    history: str,
+    top_k: int,
+    exclude_seen: bool,
+    candidates: str | None,
+    output: Path,
+) -> int:
+    """Writes the top_k items of each user; the file appears whole or not at all.
 
     users: "all" or a file of user ids: text, one a line, or a .csv or .parquet with a column user_id. history: "all" events of
     a user, or "test", those before the test target. candidates: likewise a file of item ids. output: .parquet, .csv or .jsonl.
     """
-
-    users: str
-    history: str
-    top_k: int
-    exclude_seen: bool
-    candidates: str | None
-    output: Path
-
-
-def predict(options: Options, wanted: PredictOptions) -> int:
-    """Writes the top_k items of each user; the file appears whole or not at all."""
     if options.run_dir is None:
         raise UserError("--mode=predict needs --run_dir, the folder of a trained run")
-    if wanted.output.suffix not in FORMATS:
-        raise UserError(f"--output={wanted.output}: the name must end in {', '.join(FORMATS)}")
+    if output.suffix not in FORMATS:
+        raise UserError(f"--output={output}: the name must end in {', '.join(FORMATS)}")
     recommender = Recommender.load(options.run_dir, plugins=options.plugins)
     data = recommender.settings.data
     dataset = prepared_dataset(data.dataset_name, options.data_root).with_catalogue(data.catalogue)
     if not dataset.original_item_ids().combine_chunks().cast(pa.large_string()).equals(recommender.item_ids):
         raise UserError(f"{options.run_dir} was trained on other items than {dataset.folder} holds")
     allowed = None
-    if wanted.candidates is not None:
-        allowed = recommender.allowed(_ids(wanted.candidates, "--candidates", "item_id"))
+    if candidates is not None:
+        allowed = recommender.allowed(_ids(candidates, "--candidates", "item_id"))
         if not len(allowed):
-            raise UserError(f"--candidates={wanted.candidates} names no item that the model knows")
-    stops = (
-        dataset.lengths
-        if wanted.history == "all"
-        else make_split(dataset, recommender.settings.data.protocol).test_targets
-    )
-    users = _users(dataset, wanted.users)
-    users = users[stops[users] > 0]
+            raise UserError(f"--candidates={candidates} names no item that the model knows")
+    stops = dataset.lengths if history == "all" else make_split(dataset, data.protocol).test_targets
+    asked = _users(dataset, users)
+    asked = asked[stops[asked] > 0]
     names = dataset.original_user_ids().combine_chunks()
-    with new_file(wanted.output) as scratch, writing(scratch, wanted.output.suffix) as write:
+    with new_file(output) as scratch, writing(scratch, output.suffix) as write:
         for start in tqdm(
-            range(0, len(users), recommender.batch_size), desc="users", unit="batch", disable=None
+            range(0, len(asked), recommender.batch_size), desc="users", unit="batch", disable=None
         ):
-            some = users[start : start + recommender.batch_size]
-            batch = _batch(dataset, stops, some, recommender.reader.max_length, wanted.history)
+            some = asked[start : start + recommender.batch_size]
+            batch = _batch(dataset, stops, some, recommender.reader.max_length, history)
             bounds = zip(dataset.offsets[some], stops[some])
             seen = [np.unique(dataset.items[first : first + stop]).astype(np.int64) for first, stop in bounds]
             histories = Histories(some.tolist(), batch, seen)
             queries = recommender.queries(histories)
-            scores, items = recommender.best(histories, queries, wanted.top_k, wanted.exclude_seen, allowed)
+            scores, items = recommender.best(histories, queries, top_k, exclude_seen, allowed)
             row, column = (items > 0).nonzero(as_tuple=True)
             write(
                 pa.table(
@@ -99,7 +91,7 @@ def predict(options: Options, wanted: PredictOptions) -> int:
                     schema=SCHEMA,
                 )
             )
-    logging.info("recommendations for %d users in %s", len(users), wanted.output)
+    logging.info("recommendations for %d users in %s", len(asked), output)
     return 0
 
 
@@ -134,18 +126,13 @@ def _ids(path: str, flag: str, column: str) -> list[str]:
     """Ids of a text file, one a line; of a .csv or .parquet, such as this command writes, each of the column once."""
     try:
         if Path(path).suffix in (".csv", ".parquet"):
-            if path.endswith(".csv"):
-                # as text: 0307887898 is no number
-                as_text = pyarrow.csv.ConvertOptions(column_types={column: pa.large_string()})
-                table = pyarrow.csv.read_csv(path, convert_options=as_text)
-            else:
-                table = pq.read_table(path)
-            if column not in table.column_names:
-                found = ", ".join(table.column_names)
-                raise UserError(f"{flag}={path} has no column {column!r}; it has: {found}")
-            return [str(each) for each in table[column].unique().drop_null().to_pylist()]
+            # as text: 0307887898 is no number
+            frame = pl.read_csv(path, infer_schema=False) if path.endswith(".csv") else pl.read_parquet(path)
+            if column not in frame.columns:
+                raise UserError(f"{flag}={path} has no column {column!r}; it has: {', '.join(frame.columns)}")
+            return frame[column].cast(pl.String).unique(maintain_order=True).drop_nulls().to_list()
         lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
+    except (OSError, UnicodeDecodeError, pl.exceptions.PolarsError) as error:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise UserError(f"{flag}={path}: cannot be read: {reason}") from error
     return [line.strip() for line in lines if line.strip()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,15 @@ from absl import logging
 from generative_recommenders.checkpoint.store import CheckpointStore
 from generative_recommenders.config import gin as gin_registry
 from generative_recommenders.config import published_runs
+from generative_recommenders.config.lint import log_notices
 from generative_recommenders.config.plugins import load_plugins
 from generative_recommenders.config.registry import REGISTRIES
 from generative_recommenders.config.schema import FIELDS, RunSettings
 from generative_recommenders.data.preparation.folder import locked
 from generative_recommenders.data.preparation.prepare import find_prepared, prepare, prepared_path
+from generative_recommenders.data.readers.events import RawRatings
 from generative_recommenders.data.sources.public import resolve
-from generative_recommenders.data.splits import Split
+from generative_recommenders.data.splits import Split, make_split
 from generative_recommenders.data.statistics import summary
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.distributed.collectives import Collectives
@@ -37,19 +40,18 @@ DEFAULT_CONFIG = f"configs/{EMBEDDED}/sasrec.gin"
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The command line, for every process of a run; default_gin_files act where no gin_files are given."""
+    """The command line, for every process of a run."""
 
     gin_files: tuple[str, ...]
     bindings: tuple[str, ...]
     data_root: Path
-    run_dir: str | None
-    resume: bool
-    max_steps: int | None
-    profile: bool
+    run_dir: str | None = None
+    resume: bool = False
+    max_steps: int | None = None
+    profile: bool = False
     auto_resume: bool = False
     verbosity: int = logging.INFO
     meta_checkpoint: str | None = None
-    default_gin_files: tuple[str, ...] = ()
     plugins: tuple[str, ...] = ()
     users_metrics: str | None = None
     report: bool = True
@@ -68,16 +70,21 @@ def prepared_dataset(name: str, data_root: Path) -> SequenceDataset:
     """The prepared data set of a name or path, read once against its hash; the embedded one is made on first use, any
     other must have been prepared.
     """
-    embedded = prepared_path(data_root, EMBEDDED)
-    if name == EMBEDDED and not embedded.exists():
-        with locked(embedded):
-            if not embedded.exists():  # another process may have made it meanwhile
-                logging.info("making the embedded data set %s in %s", name, embedded)
-                manifest = prepare(resolve(name, raw_path=None, data_root=data_root), embedded)
-                logging.info("%s", summary(manifest))
+    if name == EMBEDDED:
+        prepare_once(prepared_path(data_root, EMBEDDED), lambda: resolve(name, data_root=data_root))
     dataset = SequenceDataset.open(find_prepared(name, data_root))
     dataset.verify()
     return dataset
+
+
+def prepare_once(folder: Path, raw: Callable[[], RawRatings]) -> None:
+    """Prepares a folder where there is none yet."""
+    if folder.exists():
+        return
+    with locked(folder):
+        if not folder.exists():  # another process may have made it meanwhile
+            logging.info("preparing %s", folder)
+            logging.info("%s", summary(prepare(raw(), folder)))
 
 
 def shared_dataset(settings: RunSettings, data_root: Path, collectives: Collectives) -> SequenceDataset:
@@ -105,8 +112,7 @@ def run_settings(options: Options, collectives: Collectives) -> RunSettings:
 
     def settings() -> RunSettings:
         if saved is None:
-            files = options.gin_files or options.default_gin_files
-            given = gin_registry.load_settings(files, options.bindings)[0]
+            given = gin_registry.load_settings(options.gin_files or (DEFAULT_CONFIG,), options.bindings)[0]
         else:
             given = gin_registry.override(RunSettings.from_json(saved), options.bindings)
         for registry in REGISTRIES.values():
@@ -115,6 +121,18 @@ def run_settings(options: Options, collectives: Collectives) -> RunSettings:
         return given
 
     return together(collectives, settings)
+
+
+def settings_and_data(
+    options: Options, collectives: Collectives
+) -> tuple[RunSettings, SequenceDataset, Split]:
+    """What a run trains by and on, the same on every process."""
+    settings = run_settings(options, collectives)
+    log_notices(settings)
+    dataset = shared_dataset(settings, options.data_root, collectives)
+    split = make_split(dataset, settings.data.protocol)
+    check_same_everywhere(settings, split, options, collectives)
+    return settings, dataset, split
 
 
 def unlike_published_run(settings: RunSettings, dataset: SequenceDataset) -> str | None:

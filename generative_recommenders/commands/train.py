@@ -18,19 +18,15 @@ from generative_recommenders.commands.evaluate import (
     write_users_metrics,
 )
 from generative_recommenders.commands.setup import (
-    DEFAULT_CONFIG,
     Options,
     begin,
-    check_same_everywhere,
     checkpoints_of,
-    run_settings,
-    shared_dataset,
+    settings_and_data,
     unlike_published_run,
 )
 from generative_recommenders.config import gin as gin_registry
-from generative_recommenders.config.lint import log_notices
 from generative_recommenders.config.schema import RunSettings
-from generative_recommenders.data.splits import Split, make_split
+from generative_recommenders.data.splits import Split
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.distributed.launch import launch
 from generative_recommenders.distributed.signals import INTERRUPTED, StopRequest
@@ -61,8 +57,8 @@ def train(
     line printed before.
     """
     options = Options(
-        tuple(gin_files), tuple(bindings), Path(data_root), str(run_dir), resume=False, max_steps=None, profile=False,
-        default_gin_files=(DEFAULT_CONFIG,), plugins=tuple(plugins), report=report, verbosity=logging.get_verbosity(),
+        tuple(gin_files), tuple(bindings), Path(data_root), str(run_dir), plugins=tuple(plugins), report=report,
+        verbosity=logging.get_verbosity(),
     )  # fmt: skip
     code = launch(train_worker, (options,), 1)
     if code:
@@ -80,12 +76,7 @@ def train_worker(rank: int, world_size: int, options: Options) -> int:
     check_users_metrics(options)
     collectives = begin(rank, options)
     options = dataclasses.replace(options, resume=from_main(collectives, lambda: goes_on(options)))
-    settings = run_settings(options, collectives)
-    resolved = gin_registry.resolved_text(settings)
-    log_notices(settings)
-    dataset = shared_dataset(settings, options.data_root, collectives)
-    split = make_split(dataset, settings.data.protocol)
-    check_same_everywhere(settings, split, options, collectives)
+    settings, dataset, split = settings_and_data(options, collectives)
     name = f"{Path(settings.data.dataset_name).name}-{settings.model.main_module}"
     run = on_main(collectives, lambda: RunFolder.create_or_open(options.run_dir, options.resume, name))
     # Hosts share no disk: the other processes know the folder by its name alone.
@@ -102,6 +93,7 @@ def train_worker(rank: int, world_size: int, options: Options) -> int:
         if not (options.resume and resume(trainer, store)):
             initialize(settings, trainer.task, trainer.catalogue, dataset, collectives)
         if run is not None:  # only now: a resume that is refused leaves the folder's configuration alone
+            resolved = gin_registry.resolved_text(settings)
             run.save_resolved_gin(resolved)
             store.attach(dataset.original_item_ids().combine_chunks(), settings.to_json(), resolved)
         with StopRequest() as stop, step_profiler(folder if options.profile and run else None) as on_step:
@@ -210,10 +202,7 @@ def write_page(run: Path, dataset: SequenceDataset, split: Split, ranks: Mapping
 def dry_run_worker(rank: int, world_size: int, options: Options) -> int:
     """Builds all that training builds, and prints parts, parameter counts and an estimate of memory."""
     collectives = begin(rank, options)
-    settings = run_settings(options, collectives)
-    log_notices(settings)
-    dataset = shared_dataset(settings, options.data_root, collectives)
-    split = make_split(dataset, settings.data.protocol)
+    settings, dataset, split = settings_and_data(options, collectives)
     trainer = Trainer(settings, dataset, split, collectives)
     initialize(settings, trainer.task, trainer.catalogue, dataset, collectives)
     summary_of_parts = model_summary(trainer)

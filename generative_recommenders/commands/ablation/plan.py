@@ -83,7 +83,7 @@ class Run:
 
     @property
     def measured(self) -> Path:
-        """Each user's rank of the test target, where the run itself keeps not all of them."""
+        """Each user's rank of the test target, as ``--users_metrics`` writes them."""
         return self.folder.with_name(f"{self.folder.name}.users.parquet")
 
     @property

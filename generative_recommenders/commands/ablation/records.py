@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import statistics
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import polars as pl
@@ -13,21 +12,15 @@ import polars as pl
 from generative_recommenders.commands.ablation.plan import Run, made_settings
 from generative_recommenders.commands.comparison import METRICS
 from generative_recommenders.evaluation.baselines import BASELINES
-from generative_recommenders.run.report.facts import RANK, read_facts
 from generative_recommenders.run.report.records import read_records
 
 SELECTION = "ndcg@10"
 """What the best epoch has most of."""
 
 
-def records(run: Path) -> list[dict[str, Any]]:
-    """What the run wrote so far."""
-    return read_records(run / "metrics.jsonl")
-
-
 def is_trained(run: Run) -> bool:
     """Whether the run has trained all of its epochs, or stopped early, and was scored."""
-    lines, made = records(run.folder), made_settings(run)
+    lines, made = read_records(run.folder / "metrics.jsonl"), made_settings(run)
     if not lines or lines[-1].get("part") != "final" or made is None:
         return False
     return made.schedule.num_epochs == run.settings.schedule.num_epochs
@@ -35,12 +28,7 @@ def is_trained(run: Run) -> bool:
 
 def ranks_of(run: Run) -> pl.DataFrame | None:
     """``user_id, item_id, rank`` (empty for a miss) of a finished run's model; None where they are still to be measured."""
-    facts = read_facts(run.folder)
-    # A run may keep none, or those of a part of its users.
-    if facts is None or facts.data["users_tested"] != len(facts.users):
-        return pl.read_parquet(run.measured) if run.measured.exists() else None
-    rank = pl.col(RANK + facts.methods[0])
-    return facts.users.select("user_id", "item_id", pl.when(rank <= facts.num_items).then(rank).alias("rank"))
+    return pl.read_parquet(run.measured) if run.measured.exists() else None
 
 
 def best_validation(summary: Mapping[str, Any], metric: str) -> float | None:
@@ -66,7 +54,7 @@ def summary(run: Run) -> dict[str, Any]:
     test, baselines: metrics. best, last: of the evaluations of these epochs, counted from 1. history: by epoch.
     seconds: of the whole run; seconds_per_epoch: the median. memory_mb: peak, of the GPU where one was used.
     """
-    lines = records(run.folder)
+    lines = read_records(run.folder / "metrics.jsonl")
     epochs, final = [line for line in lines if "epoch" in line], lines[-1]
     clock = [0.0, *(line["seconds"] for line in epochs)]
     # Between full evaluations a part of the users is scored, which no epoch is chosen by.

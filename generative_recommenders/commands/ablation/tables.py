@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import itertools
 import json
 import statistics
@@ -11,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
 import polars as pl
 
 from generative_recommenders.commands.ablation.records import Finished, best_validation
@@ -109,15 +108,18 @@ def _pairs(rows: Sequence[Mapping[str, Any]], values: Mapping[str, pl.DataFrame]
 
 def write_tables(results: Mapping[str, Any], out: Path, title: str) -> str:
     """Writes results.json and the table in all of its forms; returns the Markdown."""
-    head, rows = table_of(results)
+    table, pairs, exact_pairs = (
+        pd.DataFrame(rows, columns=head)
+        for head, *rows in (table_of(results), pair_table(results), pair_table(results, ".6g"))
+    )
     text = markdown(results, title)
     files = {
         "results.json": json.dumps(results, indent=2) + "\n",
         "table.md": text + "\n",
-        "table.csv": _csv([head, *rows]),
-        "pairs.csv": _csv(pair_table(results, ".6g")),
-        "table.tex": latex([head, *rows]),
-        "pairs.tex": latex(pair_table(results)),
+        "table.csv": table.to_csv(index=False),
+        "pairs.csv": exact_pairs.to_csv(index=False),
+        "table.tex": table.to_latex(index=False, escape=True).replace("±", r"$\pm$"),
+        "pairs.tex": pairs.to_latex(index=False, escape=True),
     }
     for name, content in files.items():
         with new_file(out / name) as scratch:
@@ -128,27 +130,30 @@ def write_tables(results: Mapping[str, Any], out: Path, title: str) -> str:
     return text
 
 
-def table_of(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Head and lines of the table."""
+def table_of(results: Mapping[str, Any]) -> list[list[str]]:
+    """The table: its head, then its rows."""
     names = [results["metric"], *(name for name in METRICS if name != results["metric"])]
     head = [
         "cell", "seeds", names[0].upper(), "95 % interval", *(name.upper() for name in names[1:]),
         f"validation {names[0].upper()}", "seconds per epoch", "peak memory, MiB", "best epoch", "split",
     ]  # fmt: skip
-    rows = []
+    table = [head]
     for row in results["cells"]:
         first, *others = (mean_and_deviation(row["test"][name]) for name in names)
-        seconds, memory, validation = row["seconds_per_epoch"], row["memory_mb"], row["validation"]
-        rows.append(
+        table.append(
             [
                 row["cell"], str(len(row["seeds"])), first, interval_text(row["interval"]), *others,
-                "" if validation is None else f"{validation:.4f}",
-                "" if seconds is None else f"{seconds:.3g}", "" if memory is None else f"{memory:,}",
+                known(row["validation"], ".4f"), known(row["seconds_per_epoch"], ".3g"), known(row["memory_mb"], ","),
                 ", ".join(str(each) for each in row["best_epochs"] if each is not None),
                 (row["split_hash"] or "")[:8],
             ]
         )  # fmt: skip
-    return head, rows
+    return table
+
+
+def known(number: float | None, form: str) -> str:
+    """The number as text, nothing where it is None."""
+    return "" if number is None else format(number, form)
 
 
 def interval_text(interval: Sequence[float] | None) -> str:
@@ -175,10 +180,8 @@ def pair_table(results: Mapping[str, Any], p: str = ".4f") -> list[list[str]]:
 
 def markdown(results: Mapping[str, Any], title: str) -> str:
     """The table, the tests between cells, what failed, and the conditions that the numbers hold under."""
-    head, rows = table_of(results)
-    lines = (
-        [f"# {title}", "", *markdown_table([head, *rows])] if rows else [f"# {title}", "", "no finished run"]
-    )
+    table = markdown_table(table_of(results)) if results["cells"] else ["no finished run"]
+    lines = [f"# {title}", "", *table]
     if results["chosen"] is not None:
         lines += ["", f"chosen by validation {results['metric'].upper()}: {results['chosen']}"]
         lines += ["", *(f"- {row['cell']}: {', '.join(row['bindings'])}" for row in results["cells"])]
@@ -200,28 +203,6 @@ def markdown(results: Mapping[str, Any], title: str) -> str:
 def markdown_table(table: Sequence[Sequence[str]]) -> list[str]:
     head, *rows = (f"| {' | '.join(each)} |" for each in table)
     return [head, f"|{'---|' * len(table[0])}", *rows]
-
-
-def _csv(table: Sequence[Sequence[str]]) -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(table)
-    return text.getvalue()
-
-
-def latex(table: Sequence[Sequence[str]]) -> str:
-    r"""A ``tabular`` for the package booktabs. table: its head, then its rows."""
-    head, *rows = table
-
-    def line(cells: Sequence[str]) -> str:
-        plain = (cell.replace("\\", "/") for cell in cells)
-        escaped = ("".join("\\" + c if c in "&%$#_{}" else c for c in cell) for cell in plain)
-        return " & ".join(cell.replace("±", r"$\pm$") for cell in escaped) + r" \\"
-
-    body = [line(head), r"\midrule", *(line(row) for row in rows)]
-    columns = "l" + "r" * (len(head) - 1)
-    return "\n".join(
-        [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", *body, r"\bottomrule", r"\end{tabular}", ""]
-    )
 
 
 def draw(results: Mapping[str, Any], path: Path) -> None:

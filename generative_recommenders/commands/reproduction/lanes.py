@@ -7,14 +7,12 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from absl import logging
-
 from generative_recommenders.commands.ablation.plan import Ablation, Cell, cells_of
+from generative_recommenders.commands.setup import prepare_once
 from generative_recommenders.config.gin import ROOT
-from generative_recommenders.data.preparation.folder import locked
-from generative_recommenders.data.preparation.prepare import prepare, prepared_path
+from generative_recommenders.data.preparation.prepare import prepared_path
+from generative_recommenders.data.readers.events import RawRatings
 from generative_recommenders.data.sources.public import resolve
-from generative_recommenders.data.statistics import summary
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.errors import UserError
 
@@ -64,15 +62,13 @@ def lanes_of(name: str, runs: Path, epochs: int | None) -> list[Lane]:
 
 def data_root_of(lane: Lane, name: str, data_root: Path, raw_path: Path | None) -> Path:
     """Where the prepared data of a lane lie; they are made there where there are none. UserError where they cannot be had."""
-    if not prepared_path(data_root, name).exists():
-        _prepare(name, data_root, data_root, raw_path, "file")
+    _prepare(name, data_root, data_root, raw_path, "file")
     manifest = SequenceDataset.open(prepared_path(data_root, name)).manifest
     tied = manifest.statistics.get("tied_events") and manifest.choices.get("tie_order") != "published"
     if lane.plan.base.data.protocol != "paper" or not tied:
         return data_root
     other = data_root / PUBLISHED_ORDER
-    if not prepared_path(other, name).exists():
-        _prepare(name, data_root, other, raw_path, "published")
+    _prepare(name, data_root, other, raw_path, "published")
     return other
 
 
@@ -80,16 +76,15 @@ def _prepare(name: str, raw_root: Path, root: Path, raw_path: Path | None, tie_o
     """raw_root: where raw files are kept, once for both orders."""
     texts = [] if raw_path is None else [raw_path / "interactions.txt", raw_path / "interactions.txt.gz"]
     source = "sasrec-text" if any(text.exists() for text in texts) else name
-    folder = prepared_path(root, name)
-    with locked(folder):
-        if folder.exists():  # made by another process meanwhile
-            return
-        try:
-            raw = resolve(source, raw_path=raw_path, data_root=raw_root, result_name=name)
-            manifest = prepare(dataclasses.replace(raw, tie_order=tie_order), folder)
-        except UserError as error:
-            raise UserError(
-                f"{name} cannot be had on this machine: {error} (give the raw files by --raw_path, or prepared ones by "
-                "--data_root)"
-            ) from error
-    logging.info("%s", summary(manifest))
+
+    def raw() -> RawRatings:
+        found = resolve(source, raw_path=raw_path, data_root=raw_root, result_name=name)
+        return dataclasses.replace(found, tie_order=tie_order)
+
+    try:
+        prepare_once(prepared_path(root, name), raw)
+    except UserError as error:
+        raise UserError(
+            f"{name} cannot be had on this machine: {error} (give the raw files by --raw_path, or prepared ones by "
+            "--data_root)"
+        ) from error

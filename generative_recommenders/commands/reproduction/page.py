@@ -12,6 +12,7 @@ from generative_recommenders.commands.ablation.tables import (
     collect,
     draw_means,
     interval_text,
+    known,
     markdown_table,
     mean_and_deviation,
     pair_table,
@@ -144,13 +145,11 @@ def _table(
             table.append([named, *figures, "not run", *[""] * 7])
             continue
         hits, gain, mrr = (mean_and_deviation(row["test"][name]) for name in COLUMNS)
-        seconds, memory = row["seconds_per_epoch"], row["memory_mb"]
         epochs = sorted({record["epochs"] for record in done if record["cell"] == cell})
         table.append(
             [
                 named, *figures, hits, f"**{gain}**", interval_text(row["interval"]), mrr, str(len(row["seeds"])),
-                ", ".join(map(str, epochs)), "" if seconds is None else f"{seconds:.3g}",
-                "" if memory is None else f"{memory:,}",
+                ", ".join(map(str, epochs)), known(row["seconds_per_epoch"], ".3g"), known(row["memory_mb"], ","),
             ]
         )  # fmt: skip
     others = {**done[0].get("best_possible", {}), **done[0]["baselines"]} if done else {}
