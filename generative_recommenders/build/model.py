@@ -1,4 +1,4 @@
-"""From settings to the retriever, each choice that a name makes from its registry."""
+"""From settings to the retriever and its objective, each choice that a name makes from its registry."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from generative_recommenders.build.factories import (
     get_sequential_encoder,
     get_similarity_function,
 )
-from generative_recommenders.build.objectives import auxiliary_weights, build_objective
 from generative_recommenders.build.registered import build_part, options_of
 from generative_recommenders.config.registry import (
     ENCODERS,
     INPUT_PREPROCESSORS,
     ITEM_EMBEDDINGS,
+    OBJECTIVES,
     OUTPUT_POSTPROCESSORS,
     SIMILARITIES,
 )
@@ -33,6 +33,26 @@ from generative_recommenders.modeling.initialization import xavier_normal_matric
 from generative_recommenders.modeling.items import ItemEmbedding
 from generative_recommenders.modeling.model import SequenceEncoder, SequenceRecommender
 from generative_recommenders.modeling.sharded_items import ShardedItemEmbedding
+from generative_recommenders.objectives import causal, masked, replaced  # noqa: F401  (register)
+from generative_recommenders.objectives.objective import Objective
+
+
+def build_objective(settings: RunSettings) -> Objective:
+    """What is predicted: the next items of every position or of the last one, or hidden positions."""
+    supplies = {"embedding_dim": settings.items.item_embedding_dim}
+    objective: Objective = build_part(settings, OBJECTIVES, settings.loss.objective, supplies)
+    return objective
+
+
+def auxiliary_weights(settings: RunSettings) -> dict[str, float]:
+    """Weights of auxiliary losses by name; those of ``train_fn`` go before ``get_weighted_loss``'s, and MoL's own
+    decay of user embeddings is added.
+    """
+    weights = {**settings.weighted_loss.weights, **settings.loss.loss_weights}
+    decay = settings.value("create_mol_interaction_module.uid_embedding_l2_weight_decay")
+    if decay and settings.model.interaction_module_type == "MoL":
+        weights["uid_embedding_l2_norm"] = weights.get("uid_embedding_l2_norm", 0.0) + decay
+    return weights
 
 
 def build_model(

@@ -1,8 +1,7 @@
-"""From settings to what is learned: objective, criterion, negative sampler."""
+"""From settings to what is learned by: criterion, negative sampler."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,42 +9,24 @@ import torch
 from generative_recommenders.build.catalogue import Catalogue
 from generative_recommenders.build.entity_features import class_assignment
 from generative_recommenders.build.factories import get_negatives_sampler
+from generative_recommenders.build.model import auxiliary_weights, build_objective, build_sequence
 from generative_recommenders.build.registered import build_part, options_of
-from generative_recommenders.config.registry import LOSSES, NEGATIVE_SAMPLERS, OBJECTIVES
+from generative_recommenders.config.registry import LOSSES, NEGATIVE_SAMPLERS
 from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.errors import UserError
-from generative_recommenders.modeling.model import SequenceEncoder
-from generative_recommenders.objectives import causal, masked, replaced  # noqa: F401  (register)
+from generative_recommenders.modeling.model import SequenceEncoder, SequenceRecommender
 from generative_recommenders.objectives.criterion import CatalogueCriterion, Criterion, SampledCriterion
 from generative_recommenders.objectives.losses import catalogue as catalogue_losses  # noqa: F401  (registers)
 from generative_recommenders.objectives.losses.sampled import SampledLoss
 from generative_recommenders.objectives.losses.sce import ScalableCrossEntropyLoss
 from generative_recommenders.objectives.negative_samplers import NegativesSampler, Sharing
-from generative_recommenders.objectives.objective import Objective
-
-
-def build_objective(settings: RunSettings) -> Objective:
-    """What is predicted: the next items of every position or of the last one, or hidden positions."""
-    supplies = {"embedding_dim": settings.items.item_embedding_dim}
-    objective: Objective = build_part(settings, OBJECTIVES, settings.loss.objective, supplies)
-    return objective
-
-
-def auxiliary_weights(settings: RunSettings) -> dict[str, float]:
-    """Weights of auxiliary losses by name; those of ``train_fn`` go before ``get_weighted_loss``'s, and MoL's own
-    decay of user embeddings is added.
-    """
-    weights = {**settings.weighted_loss.weights, **settings.loss.loss_weights}
-    decay = settings.value("create_mol_interaction_module.uid_embedding_l2_weight_decay")
-    if decay and settings.model.interaction_module_type == "MoL":
-        weights["uid_embedding_l2_norm"] = weights.get("uid_embedding_l2_norm", 0.0) + decay
-    return weights
 
 
 def build_criterion(
-    settings: RunSettings, catalogue: Catalogue, encoder: Callable[[bool], SequenceEncoder]
+    settings: RunSettings, catalogue: Catalogue, model: SequenceRecommender | None = None
 ) -> Criterion:
-    """The criterion by ``train_fn.loss_module``, with what the objective adds. encoder: see `Objective.criterion`."""
+    """The criterion by ``train_fn.loss_module``, with what the objective adds. model: only a discriminator tied to its encoder
+    needs it."""
     objective, learned = build_objective(settings), settings.loss.objective
     name, data = settings.loss.loss_module, settings.data.dataset_name
     if name == "VQVAELoss":
@@ -89,6 +70,14 @@ def build_criterion(
         raise UserError(
             f"objective {learned!r} samples and looks up fakes in the item table: no item tower, no MoL"
         )
+
+    def encoder(tied: bool) -> SequenceEncoder:
+        if not tied:
+            return build_sequence(settings, catalogue)
+        if model is None:
+            raise UserError("train_fn.tie_discriminator: a tied discriminator is built from its model")
+        return model.sequence
+
     return objective.criterion(criterion, encoder)
 
 

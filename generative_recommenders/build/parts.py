@@ -8,15 +8,12 @@ from collections.abc import Sequence
 from absl import logging
 
 from generative_recommenders.build.catalogue import Catalogue
-from generative_recommenders.build.model import build_model, build_sequence
-from generative_recommenders.build.objectives import build_criterion as _build_criterion
-from generative_recommenders.build.objectives import build_objective, build_sampler
+from generative_recommenders.build.model import build_model, build_objective
+from generative_recommenders.build.objectives import build_criterion, build_sampler
 from generative_recommenders.config.fields import shortened
 from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.errors import UserError
-from generative_recommenders.modeling.model import SequenceEncoder, SequenceRecommender
-from generative_recommenders.objectives.criterion import Criterion
 from generative_recommenders.objectives.task import TrainingTask
 
 __all__ = [
@@ -71,18 +68,3 @@ def freeze(task: TrainingTask, names: Sequence[str]) -> int:
     if not any(each.requires_grad for each in parameters.values()):
         raise UserError("train_fn.freeze leaves nothing to train")
     return sum(each.numel() for each in parameters.values() if not each.requires_grad)
-
-
-def build_criterion(
-    settings: RunSettings, catalogue: Catalogue, model: SequenceRecommender | None = None
-) -> Criterion:
-    """The loss with its scorer. model: only a discriminator tied to its encoder needs it."""
-
-    def encoder(tied: bool) -> SequenceEncoder:
-        if not tied:
-            return build_sequence(settings, catalogue)
-        if model is None:
-            raise UserError("train_fn.tie_discriminator: a tied discriminator is built from its model")
-        return model.sequence
-
-    return _build_criterion(settings, catalogue, encoder)

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.items import ItemRows
 from generative_recommenders.modeling.sharded_items import ShardRows
 from generative_recommenders.modeling.similarity.interface import Similarity
@@ -79,8 +78,7 @@ class PreparedBatch:
 class Criterion(torch.nn.Module):
     """From the states at the read positions to a loss.
 
-    auxiliary_weights: weight of each auxiliary loss by name; a name that the configuration does not produce
-    is an error.
+    auxiliary_weights: weight of each auxiliary loss by name, of those that the similarity makes.
     """
 
     needs_negatives = True
@@ -106,12 +104,6 @@ class Criterion(torch.nn.Module):
     def auxiliary(self, sums: Sums, similarity: Similarity) -> dict[str, torch.Tensor]:
         """Weighted auxiliary losses of all processes' sums."""
         losses = similarity.auxiliary_losses(sums)
-        missing = sorted(set(self.auxiliary_weights) - set(losses))
-        if missing:
-            known = ", ".join(sorted(losses)) or "none"
-            raise UserError(
-                f"loss_weights name {', '.join(missing)}, which this configuration does not produce ({known})"
-            )
         return {name: weight * losses[name] for name, weight in self.auxiliary_weights.items()}
 
 
@@ -166,9 +158,7 @@ class CatalogueCriterion(Criterion):
         query, weight = similarity.operands(states, scored.weight)
         catalogue = replace(scored, weight=weight).catalogue()
         arguments = query, catalogue, batch.example.targets - 1, batch.example.weights
-        if not isinstance(scored, ShardRows):
-            # A plug-in's loss need not know shards.
-            output = self.loss(*arguments)
-        else:
-            output = self.loss(*arguments, shard=scored.shard)
+        # A plug-in's loss need not know shards.
+        shard = {"shard": scored.shard} if isinstance(scored, ShardRows) else {}
+        output = self.loss(*arguments, **shard)
         return output.sum, output.weight, {}

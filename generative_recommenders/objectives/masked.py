@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Annotated
 
 import torch
@@ -31,23 +31,6 @@ MaskColumns = tuple[Tensor, Tensor]
 """(key ``[B, N]``, query ``[B, N]``) int64: position i attends to j of its own sequence where ``key[j] <= query[i]``."""
 
 
-@dataclass(frozen=True)
-class MaskedSequence:
-    """Inputs and targets of one batch of histories.
-
-    input_ids: ``[B, N]`` int64, right-padded with 0. At replaced positions the id is a stand-in (never 0,
-    so that ``input_ids != 0`` still marks the real positions) whose embedding must not be read. replaced:
-    ``[B, N]`` bool, positions that receive the mask embedding. lengths: ``[B]`` int64, real positions of
-    ``input_ids``. targets: ``[B, N]`` int64, the item to name at each position, 0 = none.
-    """
-
-    input_ids: Tensor
-    replaced: Tensor
-    lengths: Tensor
-    targets: Tensor
-    attention_mask: MaskColumns
-
-
 class MaskedObjective(Objective):
     """Hidden positions of whole histories are predicted; queries read a mask slot behind the history."""
 
@@ -59,54 +42,45 @@ class MaskedObjective(Objective):
     def choose(self, real: Tensor, draws: Draws = None) -> tuple[Tensor, MaskColumns]:
         """Positions to hide, ``[B, N]`` bool, among the ``real [B, N]`` ones, and the terms of the attention mask."""
 
-    def training(self, item_ids: Tensor, lengths: Tensor, draws: Draws = None) -> MaskedSequence:
-        """One training pass over histories ``item_ids [B, N]``, ``lengths [B]`` int64."""
-        real = torch.arange(item_ids.shape[1], device=lengths.device) < lengths[:, None]
-        hidden, mask = self.choose(real, draws)
-        return MaskedSequence(item_ids, hidden, lengths, item_ids.where(hidden, 0), mask)
-
-    def inference(self, item_ids: Tensor, lengths: Tensor) -> MaskedSequence:
-        """Histories one column wider, with a mask slot after the last item, position ``lengths [B]``, to name what follows."""
-        wider = F.pad(item_ids, (0, 1))
-        slot = torch.arange(wider.shape[1], device=item_ids.device) == lengths[:, None]
-        # The stand-in is a copy of the last item, 1 in an empty row: padding's id would hide the slot itself.
-        last = wider.gather(1, (lengths - 1).clamp(min=0)[:, None]).clamp(min=1)
-        ids, nothing = torch.where(slot, last, wider), torch.zeros_like(wider)
-        key = nothing if self.hidden_are_seen else slot.long()
-        return MaskedSequence(ids, slot, lengths + 1, nothing, (key, nothing))
-
     def first_target(self, batch: LoadedBatch) -> None:
         """None: how many targets other processes have depends on what is hidden there."""
         return
 
     def example(self, columns: Mapping[str, Tensor], draws: Draws = None) -> TrainingExample:
-        masked = self.training(columns["item_ids"], columns["lengths"], draws)
-        events = hidden_events(columns, masked.replaced, masked.lengths)
-        features = SequentialFeatures(masked.lengths, masked.input_ids, events)
-        layout = masked_layout(masked)
-        read = layout.flatten(masked.targets).nonzero()[:, 0]
-        example = make_example(features, layout, masked.targets, None, columns["user_ids"], read)
-        return replace(example, replaced=layout.flatten(masked.replaced))
+        item_ids, lengths = columns["item_ids"], columns["lengths"]
+        real = torch.arange(item_ids.shape[1], device=lengths.device) < lengths[:, None]
+        hidden, mask = self.choose(real, draws)
+        features = SequentialFeatures(lengths, item_ids, hidden_events(columns, hidden, lengths))
+        layout = masked_layout(features, mask)
+        replaced, targets = layout.flatten(hidden), item_ids.where(hidden, 0)
+        read = replaced.nonzero()[:, 0]
+        example = make_example(features, layout, targets, None, columns["user_ids"], read)
+        return replace(example, replaced=replaced)
 
     def query(self, features: SequentialFeatures, padded: bool = False) -> ModelInputs:
-        """The history with a mask slot behind its last event, which is read."""
-        lengths = features.past_lengths
-        masked = self.inference(features.past_ids, lengths)
-        layout = masked_layout(masked, padded)
-        events = events_with_slot(features.past_events, lengths, masked.input_ids.shape[1])
+        """The history with a mask slot behind its last event, position ``past_lengths [B]``, which is read."""
+        lengths, wider = features.past_lengths, F.pad(features.past_ids, (0, 1))
+        slot = torch.arange(wider.shape[1], device=wider.device) == lengths[:, None]
+        # The stand-in is a copy of the last item, 1 in an empty row: padding's id would hide the slot itself.
+        last = wider.gather(1, (lengths - 1).clamp(min=0)[:, None]).clamp(min=1)
+        events = events_with_slot(features.past_events, lengths, wider.shape[1])
+        features = SequentialFeatures(lengths + 1, torch.where(slot, last, wider), events)
+        nothing = torch.zeros_like(wider)
+        key = nothing if self.hidden_are_seen else slot.long()
+        layout = masked_layout(features, (key, nothing), padded)
         return ModelInputs(
-            features=SequentialFeatures(masked.lengths, masked.input_ids, events),
+            features=features,
             layout=layout,
-            past_ids=layout.flatten(masked.input_ids),
+            past_ids=layout.flatten(features.past_ids),
             read=layout.starts + lengths.to(layout.device),
-            replaced=layout.flatten(masked.replaced),
+            replaced=layout.flatten(slot),
         )
 
 
-def masked_layout(masked: MaskedSequence, padded: bool = False) -> Layout:
-    """The layout of a masked sequence, with its attention mask."""
-    layout = layout_of(masked.lengths, masked.input_ids, padded)
-    return layout.with_attention_mask(AttentionMask(*(layout.flatten(x) for x in masked.attention_mask)))
+def masked_layout(features: SequentialFeatures, mask: MaskColumns, padded: bool = False) -> Layout:
+    """The layout of histories, with their attention mask."""
+    layout = layout_of(features.past_lengths, features.past_ids, padded)
+    return layout.with_attention_mask(AttentionMask(*(layout.flatten(each) for each in mask)))
 
 
 @register_objective("masked", gin_name="masked_objective")

@@ -111,9 +111,7 @@ class BatchItems:
 class NegativesSampler(torch.nn.Module, ABC):
     """Base. num_negatives: R drawn for each unit of sharing. log_q_correction: give `Negatives.log_q`."""
 
-    SUPPLIED = frozenset(
-        {"num_items", "num_negatives", "sharing", "counts", "samplers", "assignment", "class_weights"}
-    )
+    SUPPLIED = frozenset({"num_items", "num_negatives", "sharing", "counts", "samplers", "assignment"})
     """Passed by the program where a constructor asks for it; what else it takes are options.
 
     counts: ``[V]`` training events of each item; samplers: those of a mixture; assignment: ``[C, V]`` bool, items of classes.
@@ -305,13 +303,12 @@ class MultiClassNegativesSampler(NegativesSampler):
     """Uniform over the items of one class, chosen per unit by a selector.
 
     assignment: ``[C, V]`` bool, which items (id i + 1) belong to which class.
-    selector: "random", a class with probability ``class_weights [C]`` (uniform when None), or "target", one of the classes of
-    the token's target (at random where it has none); a target's class cannot be shared by tokens.
+    selector: "random", any class, or "target", one of the classes of the token's target (any where it has none); a target's
+    class cannot be shared by tokens.
     """
 
     members: torch.Tensor
     starts: torch.Tensor
-    cumulative: torch.Tensor
     classes: torch.Tensor
     class_starts: torch.Tensor
 
@@ -320,7 +317,6 @@ class MultiClassNegativesSampler(NegativesSampler):
         assignment: torch.Tensor,
         num_negatives: int,
         sharing: Sharing,
-        class_weights: torch.Tensor | None = None,
         selector: ClassSelector = "random",
     ) -> None:
         super().__init__(num_negatives, sharing)
@@ -332,8 +328,6 @@ class MultiClassNegativesSampler(NegativesSampler):
                 'multi-class negatives: class_selector "target" needs negatives_sharing "position", not '
                 f"{sharing.granularity!r}"
             )
-        weights = torch.ones(len(assignment)) if class_weights is None else class_weights.float()
-        self.register_buffer("cumulative", (weights / weights.sum()).cumsum(0), persistent=False)
         # Both ways jagged: the items of each class, and the classes of each item.
         of_class, of_item = (("members", "starts"), assignment), (("classes", "class_starts"), assignment.T)
         for (name, starts), matrix in (of_class, of_item):
@@ -350,8 +344,8 @@ class MultiClassNegativesSampler(NegativesSampler):
     def _classes(self, key: Key, units: torch.Tensor, targets: torch.Tensor | None) -> torch.Tensor:
         """``[G]`` int64."""
         choice = counter_uniform(stream_key(key, 1), units, 1)[:, 0]
-        last = self.cumulative.numel() - 1
-        chosen = torch.searchsorted(self.cumulative, choice, right=True).clamp(max=last)
+        last = len(self.starts) - 2
+        chosen = (choice * (last + 1)).long().clamp(max=last)
         if not self.by_target:
             return chosen
         assert targets is not None  # the trainer gives them

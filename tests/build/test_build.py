@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from generative_recommenders.build.objectives import auxiliary_weights
+from generative_recommenders.build.model import auxiliary_weights
 from generative_recommenders.build.parts import (
     build_criterion,
     build_model,

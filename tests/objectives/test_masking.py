@@ -13,16 +13,18 @@ from torch import Tensor
 import tiny_models
 from generative_recommenders.build.parts import build_task
 from generative_recommenders.errors import UserError
+from generative_recommenders.modeling.inputs import ModelInputs
 from generative_recommenders.modeling.items import ItemRows
 from generative_recommenders.modeling.model import MaskEmbedding
 from generative_recommenders.objectives.causal import CausalLastObjective, CausalObjective
+from generative_recommenders.objectives.examples import TrainingExample
 from generative_recommenders.objectives.masked import (
     MaskedItemObjective,
     MaskedObjective,
-    MaskedSequence,
     PermutedObjective,
 )
 from generative_recommenders.objectives.replaced import ReplacedDetectionCriterion, sample_from_catalogue
+from generative_recommenders.types import SequentialFeatures
 
 HIDING: dict[str, MaskedObjective] = {
     "mlm": MaskedItemObjective(),
@@ -45,14 +47,26 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def same(one: MaskedSequence, other: MaskedSequence) -> bool:
-    fields = ("input_ids", "replaced", "lengths", "targets")
-    return all(torch.equal(getattr(one, name), getattr(other, name)) for name in fields)
+def training(objective: MaskedObjective, item_ids: Tensor, counts: Tensor, seed: int) -> TrainingExample:
+    columns = {"item_ids": item_ids, "lengths": counts, "user_ids": counts}
+    return objective.example(columns, seeded(seed))
 
 
-def sees(sequence: MaskedSequence) -> Tensor:
+def rectangle(inputs: ModelInputs, values: Tensor) -> Tensor:
+    """Values of tokens as ``[B, N]``, 0 behind a row's length."""
+    padded = values.new_zeros(inputs.features.past_ids.shape)
+    padded[inputs.layout.row_of, inputs.layout.positions] = values
+    return padded
+
+
+def hidden_positions(inputs: ModelInputs) -> Tensor:
+    return rectangle(inputs, inputs.replaced)
+
+
+def sees(inputs: ModelInputs) -> Tensor:
     """``[B, N, N]`` bool: position i sees j."""
-    key, query = sequence.attention_mask
+    mask = inputs.layout.attention_mask
+    key, query = rectangle(inputs, mask.key), rectangle(inputs, mask.query)
     return key[:, None, :] <= query[:, :, None]
 
 
@@ -62,23 +76,24 @@ def sees(sequence: MaskedSequence) -> Tensor:
 def test_hidden_positions(name, lengths, seed):
     item_ids, counts = histories(lengths)
     before = item_ids.clone(), counts.clone()
-    sequence = HIDING[name].training(item_ids, counts, seeded(seed))
+    example = training(HIDING[name], item_ids, counts, seed)
     assert torch.equal(item_ids, before[0]) and torch.equal(counts, before[1])
-    assert same(sequence, HIDING[name].training(item_ids, counts, seeded(seed)))
-    hidden, many = sequence.replaced.sum(1), counts >= 2
-    assert not (sequence.replaced & (item_ids == 0)).any()
+    replaced = hidden_positions(example)
+    assert torch.equal(replaced, hidden_positions(training(HIDING[name], item_ids, counts, seed)))
+    hidden, many = replaced.sum(1), counts >= 2
     assert (hidden[many] >= 1).all() and (hidden < counts)[many].all() and not hidden[~many].any()
-    assert torch.equal(sequence.targets, item_ids * sequence.replaced)
-    assert torch.equal(sequence.input_ids != 0, item_ids != 0)
-    assert torch.equal(sequence.lengths, counts)
+    assert torch.equal(example.targets, item_ids[replaced]) and bool((example.weights == 1).all())
+    assert torch.equal(example.read, example.replaced.nonzero()[:, 0])
+    assert torch.equal(example.features.past_ids != 0, item_ids != 0)
+    assert torch.equal(example.features.past_lengths, counts)
 
 
 @pytest.mark.parametrize("name", HIDING)
 def test_draws_differ_between_rows_and_seeds(name):
     item_ids, counts = histories([12] * 60)
-    replaced = HIDING[name].training(item_ids, counts, seeded(0)).replaced
+    replaced, others = (hidden_positions(training(HIDING[name], item_ids, counts, seed)) for seed in (0, 1))
     assert len(replaced.unique(dim=0)) > 5
-    assert not torch.equal(replaced, HIDING[name].training(item_ids, counts, seeded(1)).replaced)
+    assert not torch.equal(replaced, others)
 
 
 @settings(max_examples=25, deadline=None)
@@ -98,29 +113,32 @@ def test_causal_targets_are_the_next_items(lengths, last_only):
 
 
 @pytest.mark.parametrize("name", HIDING)
-def test_inference_asks_at_a_slot_after_the_last_item(name):
+def test_a_query_asks_at_a_slot_after_the_last_item(name):
     item_ids, counts = histories([0, 1, 5, 12])
-    sequence = HIDING[name].inference(item_ids, counts)
-    assert sequence.input_ids.shape == (4, 13)
-    assert torch.equal(sequence.lengths, counts + 1)
-    assert sequence.replaced.sum(1).tolist() == [1, 1, 1, 1]
-    assert sequence.replaced.gather(1, counts[:, None]).all() and not sequence.targets.any()
+    query = HIDING[name].query(SequentialFeatures(counts, item_ids, {}))
+    input_ids, replaced = query.features.past_ids, hidden_positions(query)
+    assert input_ids.shape == (4, 13)
+    assert torch.equal(query.features.past_lengths, counts + 1)
+    assert replaced.sum(1).tolist() == [1, 1, 1, 1]
+    assert replaced.gather(1, counts[:, None]).all()
+    assert torch.equal(query.read, query.replaced.nonzero()[:, 0])
     for row, length in enumerate([0, 1, 5, 12]):
-        assert torch.equal(sequence.input_ids[row, :length], item_ids[row, :length])
-        assert (sequence.input_ids[row] != 0).sum() == length + 1
-        assert sees(sequence)[row, length, :length].all()
+        assert torch.equal(input_ids[row, :length], item_ids[row, :length])
+        assert (input_ids[row] != 0).sum() == length + 1
+        assert sees(query)[row, length, :length].all()
 
 
 def test_masked_items_see_both_sides():
     item_ids, counts = histories([3, 12])
-    assert sees(MaskedItemObjective().training(item_ids, counts, seeded(0))).all()
+    assert sees(training(MaskedItemObjective(), item_ids, counts, 0)).all()
 
 
 @pytest.mark.parametrize("name", ["plm", "plm_dense", "plm_all"])
 def test_permuted_attention(name):
     item_ids, counts = histories([2, 6, 12, 12] * 10)
-    sequence = HIDING[name].training(item_ids, counts, seeded(2))
-    visible, hidden, open_ = ~sequence.replaced, sequence.replaced, sees(sequence)
+    example = training(HIDING[name], item_ids, counts, 2)
+    hidden, open_ = hidden_positions(example), sees(example)
+    visible = ~hidden
     assert open_[visible[:, None, :].expand_as(open_)].all()
     assert not open_[hidden[:, None, :] & visible[:, :, None]].any()
     both = hidden[:, None, :] & hidden[:, :, None]
@@ -133,15 +151,15 @@ def test_permuted_attention(name):
         assert sorted(seen[row, hidden[row]].tolist()) == list(range(int(hidden[row].sum())))
 
 
-def test_permutation_inference_keeps_the_slot_from_the_items():
+def test_a_query_of_permutations_keeps_the_slot_from_the_items():
     item_ids, counts = histories([4])
-    sequence = PermutedObjective().inference(item_ids, counts)
-    assert not sees(sequence)[0, :, 4].any()
+    query = PermutedObjective().query(SequentialFeatures(counts, item_ids, {}))
+    assert not sees(query)[0, :, 4].any()
 
 
 def test_permuted_spans_and_shares():
     item_ids, counts = histories([120] * 300, width=120)
-    replaced = PermutedObjective(1 / 6, 5).training(item_ids, counts, seeded(0)).replaced
+    replaced = hidden_positions(training(PermutedObjective(1 / 6, 5), item_ids, counts, 0))
     # One span in every context of 6 times its length, the last context possibly cut.
     assert abs(replaced.float().mean() - 1 / 6) < 0.01
     edges = torch.nn.functional.pad(replaced.int(), (1, 1)).diff(dim=1)
@@ -151,15 +169,14 @@ def test_permuted_spans_and_shares():
 
 def test_permute_all_shows_a_random_single_item():
     item_ids, counts = histories([12] * 300)
-    shown = (~PermutedObjective(permute_all=True).training(item_ids, counts, seeded(0)).replaced).nonzero()[
-        :, 1
-    ]
+    replaced = hidden_positions(training(PermutedObjective(permute_all=True), item_ids, counts, 0))
+    shown = (~replaced).nonzero()[:, 1]
     assert len(shown) == 300 and set(shown.tolist()) == set(range(12))
 
 
 def test_masked_share():
     item_ids, counts = histories([100] * 300, width=100)
-    replaced = MaskedItemObjective(0.2).training(item_ids, counts, seeded(0)).replaced
+    replaced = hidden_positions(training(MaskedItemObjective(0.2), item_ids, counts, 0))
     assert abs(replaced.float().mean() - (0.2 + 0.8 / 100)) < 0.01
 
 

@@ -85,79 +85,55 @@ class CatalogueLoss(nn.Module, ABC):
         hidden: ``[T, D]`` float. item_weight: ``[V, D]`` float.
         positives: ``[T]`` or ``[T, P]`` int64 rows of ``item_weight``, -1 = none.
         weights: like ``positives``, float or bool; 1 by default.
-        shard: where ``item_weight`` holds this process's items alone, see `_sharded`; positives are of the whole catalogue.
+        shard: where ``item_weight`` holds this process's items alone; positives are of the whole catalogue. The loss is then
+        that of the tokens of all processes: each computes the logits of its own items, and positive logits and row statistics
+        are merged (Megatron's vocabulary-parallel loss, arXiv 1909.08053). Its number and weight stand on the main process
+        alone; gradients flow on all, into the items those of all tokens.
         Raises ``UserError`` for positives out of range, an empty catalogue, or shapes that do not agree.
         """
         num_items = len(item_weight) if shard is None else shard.num_items
-        labels, weights = _labels_and_weights(positives, weights, len(hidden), num_items)
-        if shard is not None:
-            return self._sharded(hidden, item_weight, labels, weights, shard)
+        labels, weights = labels_and_weights(positives, weights, len(hidden), num_items)
         with dispatch.autocast(hidden, None):
             hidden, item_weight = full_precision(hidden), full_precision(item_weight)
-            weights = weights.to(hidden.dtype)
-            positive = (hidden[:, None, :] * item_weight[labels.clamp(min=0)]).sum(-1)
-            excluded = labels if self.excludes_labels else None
-            total, weight, _ = catalogue_sum(
-                hidden,
-                item_weight,
-                positive,
-                weights,
-                excluded,
-                self.statistic,
-                self.row_loss,
-                self.memory_bytes,
-            )
-            extra = self.linear_term(positive, labels, weights, lambda: hidden @ item_weight.mean(0))
-            return LossOutput(total + extra, weight)
+            weights, local, shared = weights.to(hidden.dtype), labels, None
+            if shard is not None:
+                hidden, labels, weights = (shard.joined(each) for each in (hidden, labels, weights))
+                local, shared = labels - shard.before, Shared(shard.parts, shard.largest)
 
-    def _sharded(
-        self, hidden: Tensor, item_weight: Tensor, labels: Tensor, weights: Tensor, shard: RowShard
-    ) -> LossOutput:
-        """The loss of the tokens of all processes, of which each computes the logits of its own items ``item_weight [v, D]``:
-        positive logits and row statistics are merged over processes (Megatron's vocabulary-parallel loss, arXiv 1909.08053).
+            def total_of(x: Tensor) -> Tensor:
+                return x if shard is None else shard.total(x)
 
-        Its number and weight stand on the main process alone; gradients flow on all, into the items those of all tokens.
-        """
-        with dispatch.autocast(hidden, None):
-            hidden, item_weight = shard.joined(full_precision(hidden)), full_precision(item_weight)
-            labels, weights = shard.joined(labels), shard.joined(weights.to(hidden.dtype))
-            local = labels - shard.before
             # Each label's logit is computed where its item lies, and is 0 elsewhere.
             held = (labels >= 0) & (local >= 0) & (local < len(item_weight))
             products = (hidden[:, None, :] * item_weight[local.clamp(0, len(item_weight) - 1)]).sum(-1)
-            positive = shard.total(products * held)
+            positive = total_of(products * held)
             excluded = local.masked_fill(~held, -1) if self.excludes_labels else None
             total, weight, _ = catalogue_sum(
                 hidden, item_weight, positive, weights, excluded, self.statistic, self.row_loss, self.memory_bytes,
-                Shared(shard.parts, shard.largest),
+                shared,
             )  # fmt: skip
-            extra = self.linear_term(
-                positive, labels, weights,
-                lambda: shard.total(hidden @ (item_weight.sum(0) / shard.num_items)),
-            )  # fmt: skip
-            total = total + extra
+            total = total + self.linear_term(
+                positive, labels, weights, lambda: total_of(hidden @ (item_weight.sum(0) / num_items))
+            )
+            if shard is None:
+                return LossOutput(total, weight)
             on_main = float(shard.collectives.is_main)
             # Where it is counted once, the sum over processes is that of one process; total - total brings the gradient.
             return LossOutput(total.detach() * on_main + (total - total.detach()), weight * on_main)
 
     def from_logits(self, logits: Tensor, positives: Tensor, weights: Tensor | None = None) -> LossOutput:
         """The loss from logits ``[T, V]`` that are held anyway; the rest as in ``forward``."""
-        labels, weights = _labels_and_weights(positives, weights, *logits.shape)
+        labels, weights = labels_and_weights(positives, weights, *logits.shape)
         logits = full_precision(logits)
-        weights = weights.to(logits.dtype)
-        total, weight, _ = weighted(*self.terms_of_logits(logits, labels, weights))
-        positive = logits.gather(1, labels.clamp(min=0))
+        weights, positive = weights.to(logits.dtype), logits.gather(1, labels.clamp(min=0))
+        if self.statistic is SOFTPLUS_SUM:
+            statistic = F.softplus(logits).sum(1)
+        else:
+            excluded = is_label(labels, logits.shape[1]) if self.excludes_labels else None
+            statistic = (logits if excluded is None else logits.masked_fill(excluded, -math.inf)).logsumexp(1)
+        total, weight, _ = self.row_loss(positive, statistic, weights)
         extra = self.linear_term(positive, labels, weights, lambda: logits.mean(1))
         return LossOutput(total + extra, weight)
-
-    def terms_of_logits(self, logits: Tensor, labels: Tensor, weights: Tensor) -> Terms:
-        """`row_terms` from all logits ``[T, V]`` in full precision and labels ``[T, P]``, without the linear term."""
-        positive = logits.gather(1, labels.clamp(min=0))
-        if self.statistic is SOFTPLUS_SUM:
-            return self.row_terms(positive, F.softplus(logits).sum(1), weights)
-        if self.excludes_labels:
-            logits = logits.masked_fill(is_label(labels, logits.shape[1]), -math.inf)
-        return self.row_terms(positive, logits.logsumexp(1), weights)
 
 
 @register_loss("CE", "CEWeighted", "SequenceLoss")
@@ -257,7 +233,7 @@ def is_label(labels: Tensor, num_items: int) -> Tensor:
     return marked.scatter_(1, labels + 1, True)[:, 1:]
 
 
-def _labels_and_weights(
+def labels_and_weights(
     positives: Tensor, weights: Tensor | None, num_tokens: int, num_items: int
 ) -> tuple[Tensor, Tensor]:
     """Labels ``[T, P]`` and their weights, 0 where there is no label."""

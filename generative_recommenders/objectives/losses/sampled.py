@@ -66,14 +66,6 @@ def check_label_smoothing(value: float) -> float:
     return value
 
 
-def check_shapes(positive: Tensor, negative: Tensor, weights: Tensor, mask: Tensor) -> None:
-    """ValueError unless scores are ``[T, P]`` and ``[T, R]`` with weights and mask of their shapes."""
-    matrices = positive.dim() == 2 and negative.dim() == 2 and len(positive) == len(negative)
-    if not matrices or positive.shape != weights.shape or negative.shape != mask.shape:
-        shapes = ", ".join(str(list(x.shape)) for x in (positive, negative, weights, mask))
-        raise ValueError(f"scores, weights and mask must be [T, P], [T, R], [T, P] and [T, R], got {shapes}")
-
-
 class SampledLoss(nn.Module, ABC):
     """A loss over positive and negative scores."""
 
@@ -90,6 +82,7 @@ class SampledLoss(nn.Module, ABC):
         negative_scores: Tensor,
         positive_weights: Tensor,
         negative_mask: Tensor,
+        positive_ratings: Tensor | None = None,
     ) -> LossOutput:
         """Loss of T tokens.
 
@@ -97,15 +90,23 @@ class SampledLoss(nn.Module, ABC):
         negative_scores: ``[T, R]`` float.
         positive_weights: ``[T, P]`` float, 0 = the positive does not count.
         negative_mask: ``[T, R]`` bool, True = the negative counts (no collision, no padding).
+        positive_ratings: ``[T, P]``, where `needs_ratings`.
         Raises ``ValueError`` for shapes that do not agree.
         """
-        check_shapes(positive_scores, negative_scores, positive_weights, negative_mask)
-        positive, negative = full_precision(positive_scores), full_precision(negative_scores)
-        return weighted(*self.terms(positive, negative, positive_weights, negative_mask))
+        given = positive_scores, negative_scores, positive_weights, negative_mask
+        matrices = positive_scores.dim() == negative_scores.dim() == 2 and len({len(x) for x in given}) == 1
+        if not matrices or [x.shape for x in given[:2]] != [x.shape for x in given[2:]]:
+            shapes = ", ".join(str(list(x.shape)) for x in given)
+            raise ValueError(
+                f"scores, weights and mask must be [T, P], [T, R], [T, P] and [T, R], got {shapes}"
+            )
+        scores = full_precision(positive_scores), full_precision(negative_scores)
+        ratings = (positive_ratings,) if self.needs_ratings else ()
+        return weighted(*self.terms(*scores, positive_weights, negative_mask, *ratings))
 
     @abstractmethod
     def terms(self, positive: Tensor, negative: Tensor, weights: Tensor, mask: Tensor) -> Terms:
-        """The loss of scores in full precision, before it is summed; arguments as of `forward`."""
+        """The loss of scores in full precision, before it is summed; arguments as of `forward`, ratings where it needs them."""
 
 
 @register_loss("SampledSoftmaxLoss", "CESampled", "LogOutCESampled", "ContrastiveLoss")
@@ -172,31 +173,21 @@ class BCELossWithRatings(SampledLoss):
         super().__init__()
         self.threshold = threshold
 
-    def forward(
-        self,
-        positive_scores: Tensor,
-        negative_scores: Tensor,
-        positive_weights: Tensor,
-        negative_mask: Tensor,
-        positive_ratings: Tensor | None = None,
-    ) -> LossOutput:
-        """As ``SampledLoss.forward``; ``positive_ratings`` is ``[T, P]``. ``UserError`` without ratings."""
-        if positive_ratings is None:
-            return super().forward(positive_scores, negative_scores, positive_weights, negative_mask)
-        check_shapes(positive_scores, negative_scores, positive_weights, negative_mask)
-        positive = full_precision(positive_scores)
+    def terms(
+        self, positive: Tensor, negative: Tensor, weights: Tensor, mask: Tensor, ratings: Tensor | None = None
+    ) -> Terms:
+        """``UserError`` without ratings ``[T, P]``, and where they are no targets."""
+        if ratings is None:
+            raise UserError(
+                "BCELossWithRatings needs ratings, and the data has none: choose another loss_module"
+            )
         if self.threshold is not None:
-            target = (positive_ratings >= self.threshold).to(positive.dtype)
-        elif (((positive_ratings < 0) | (positive_ratings > 1)) & (positive_weights != 0)).any():
+            ratings = ratings >= self.threshold
+        elif (((ratings < 0) | (ratings > 1)) & (weights != 0)).any():
             raise UserError(
                 "BCELossWithRatings: ratings outside [0, 1] are no probabilities: set a threshold"
             )
-        else:
-            target = positive_ratings.to(positive.dtype)
-        return weighted(F.softplus(positive) - target * positive, positive_weights)
-
-    def terms(self, positive: Tensor, negative: Tensor, weights: Tensor, mask: Tensor) -> Terms:
-        raise UserError("BCELossWithRatings needs ratings, and the data has none: choose another loss_module")
+        return Terms(F.softplus(positive) - ratings.to(positive.dtype) * positive, weights)
 
 
 class BoundedLogarithms(SampledLoss):

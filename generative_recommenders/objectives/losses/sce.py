@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from generative_recommenders.config.fields import Size
 from generative_recommenders.config.registry import register_loss
 from generative_recommenders.errors import UserError
+from generative_recommenders.objectives.losses.catalogue import labels_and_weights
 from generative_recommenders.objectives.losses.sampled import full_precision, weighted
 from generative_recommenders.ops import dispatch
 from generative_recommenders.types import LossOutput
@@ -70,21 +71,15 @@ class ScalableCrossEntropyLoss(nn.Module):
         normals: Z itself, instead of drawing it.
         Raises ``UserError`` for positives out of range.
         """
-        if (
-            not dispatch.waits(positives)
-            and positives.numel()
-            and (positives.min() < -1 or positives.max() >= len(item_weight))
-        ):
-            raise UserError(f"positives must be rows 0..{len(item_weight) - 1}, or -1 for none")
+        own_labels, own_weights = labels_and_weights(positives, weights, len(hidden), len(item_weight))
         with dispatch.autocast(hidden, None):
             hidden, item_weight = full_precision(hidden), full_precision(item_weight)
-            weights = weights.to(hidden.dtype) * (positives >= 0)
+            weights, labels = own_weights[:, 0].to(hidden.dtype), own_labels[:, 0].clamp(min=0)
             if selectable is None:
                 selectable = weights != 0
             tokens, items = self._buckets(
                 hidden.detach(), item_weight.detach(), selectable, generator, normals
             )
-            labels = positives.clamp(min=0)
             own = (hidden * item_weight[labels]).sum(1)[tokens]
             logits = hidden[tokens] @ item_weight[items].transpose(1, 2)
             # The label is among the items of some buckets; it counts once, as the positive.
