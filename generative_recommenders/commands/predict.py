@@ -127,7 +127,9 @@ def _ids(path: str, flag: str, column: str) -> list[str]:
     try:
         if Path(path).suffix in (".csv", ".parquet"):
             # as text: 0307887898 is no number
-            frame = pl.read_csv(path, infer_schema=False) if path.endswith(".csv") else pl.read_parquet(path)
+            frame = (
+                pl.read_csv(path, infer_schema_length=0) if path.endswith(".csv") else pl.read_parquet(path)
+            )
             if column not in frame.columns:
                 raise UserError(f"{flag}={path} has no column {column!r}; it has: {', '.join(frame.columns)}")
             return frame[column].cast(pl.String).unique(maintain_order=True).drop_nulls().to_list()

@@ -15,8 +15,6 @@ from generative_recommenders.ops import dispatch
 from generative_recommenders.retrieval.product_search import search_products
 from generative_recommenders.retrieval.recommender import Recommender
 
-INDEX_KINDS = ("exact", "ivf", "hnsw")
-
 
 class QueryEncoder(torch.nn.Module):
     """States of histories from plain tensors, as it is exported. names: of the event columns, in their order."""

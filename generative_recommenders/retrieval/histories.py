@@ -74,7 +74,13 @@ class HistoryReader:
     def internal(self, items: Any) -> np.ndarray:
         """Internal ids ``[n]`` int64 of original ones, 0 for unknown ones."""
         text = whole_ids(pl.Series("items", items, strict=False)).cast(pl.String)
-        return self._items.get_indexer(pd.Index(text.to_list(), dtype=object)).astype(np.int64) + 1
+        return _internal_ids(self._items, text.to_list())
+
+    def internal_users(self, users: list[Any]) -> np.ndarray:
+        """``[B]`` internal ids of users that the model was trained on, 0 for new ones."""
+        if self._users is None:
+            return np.zeros(len(users), np.int64)
+        return _internal_ids(self._users, [str(user) for user in users])
 
     def known(self, items: list[Any], what: str = "item") -> torch.Tensor:
         """`internal` as a tensor; UserError for an unknown item."""
@@ -99,24 +105,26 @@ class HistoryReader:
                 f"the model reads {' and '.join(missing)} of each event, and the histories have no such column"
             )
         numeric = frame["item_id"].dtype.is_integer()
-        ids = self.internal(frame["item_id"])
-        frame = frame.with_columns(pl.Series("_item", ids), pl.int_range(pl.len()).alias("_place"))
+        frame = frame.with_columns(pl.Series("_item", self.internal(frame["item_id"]))).with_row_index(
+            "_user"
+        )
+        # The row of a user's first event stands for the user, and rises in the order in which users are named.
+        frame = frame.with_columns(pl.col("_user").min().over("user_id"))
         frame = frame.with_columns(_event_column(frame[each["name"]], each) for each in self.event_columns)
         if "timestamp" in frame.columns:
             # Stable: events of one time keep the order in which they were given.
             frame = frame.sort("timestamp", maintain_order=True)
-        order = frame.sort("_place")["user_id"].unique(maintain_order=True)
         known = self._with_numbers(frame.filter(pl.col("_item") > 0))
         if warn:
-            self._warn(frame, known, order, at, keep_empty)
-        groups = {
-            key[0]: part
-            for key, part in known.partition_by("user_id", as_dict=True, maintain_order=True).items()
-        }
-        users = [user for user in order.to_list() if keep_empty or user in groups]
+            self._warn(frame, known, at, keep_empty)
+        known = known.sort("_user", maintain_order=True)
+        users = (frame if keep_empty else known).select("_user", "user_id").unique("_user").sort("_user")
+        names, of_events = users["user_id"].to_list(), known["_user"].to_numpy()
         for start in range(0, len(users), batch_size):
-            some = users[start : start + batch_size]
-            yield self._batch(some, [groups.get(user) for user in some], at, numeric)
+            some = users["_user"][start : start + batch_size].to_numpy()
+            first, stop = np.searchsorted(of_events, [some[0], some[-1] + 1])
+            rows = np.searchsorted(some, of_events[first:stop])
+            yield self._batch(names[start : start + batch_size], rows, known[first:stop], at, numeric)
 
     def _with_numbers(self, known: pl.DataFrame) -> pl.DataFrame:
         """Ratings and times as numbers; UserError with the first that is none, or that has no embedding."""
@@ -139,13 +147,11 @@ class HistoryReader:
             known = known.with_columns(values)
         return known
 
-    def _warn(
-        self, frame: pl.DataFrame, known: pl.DataFrame, users: pl.Series, at: int | None, keep_empty: bool
-    ) -> None:
+    def _warn(self, frame: pl.DataFrame, known: pl.DataFrame, at: int | None, keep_empty: bool) -> None:
         unknown = len(frame) - len(known) - frame["item_id"].null_count()
         if unknown:
             logging.warning("%d events of items that the model does not know are dropped", unknown)
-        lost = len(users) - known["user_id"].n_unique()
+        lost = frame["_user"].n_unique() - known["_user"].n_unique()
         if lost and not keep_empty:
             logging.warning("%d users have no item that the model knows and are left out", lost)
         unread = int((known["_item"] > self.readable).sum())
@@ -157,15 +163,15 @@ class HistoryReader:
             )
 
     def _batch(
-        self, users: list[Any], parts: list[pl.DataFrame | None], at: int | None, numeric: bool
+        self, users: list[Any], rows: np.ndarray, events: pl.DataFrame, at: int | None, numeric: bool
     ) -> Histories:
-        """Columns of the last events of each user, right-padded to the longest of them."""
-        kept = [
-            part.filter(pl.col("_item") <= self.readable).tail(self.max_length) if part is not None else None
-            for part in parts
-        ]
-        lengths = torch.tensor([0 if part is None else len(part) for part in kept])
-        shape = (len(users), self.max_length)
+        """Columns of the last events of each user, right-padded to the window. rows: of the events, rising."""
+        items = events["_item"].to_numpy()
+        places = np.flatnonzero(items <= self.readable)
+        counts = np.bincount(rows[places], minlength=len(users))
+        windows = np.minimum(counts, self.max_length)
+        column = np.arange(len(places)) - (np.cumsum(counts) - windows)[rows[places]]
+        places, column = places[column >= 0], column[column >= 0]
         sources: dict[str, tuple[str, type]] = {"item_ids": ("_item", np.int64)}
         if self.needs_ratings:
             sources["ratings"] = ("rating", np.float32)
@@ -173,29 +179,22 @@ class HistoryReader:
             sources["timestamps"] = ("timestamp", np.int64)
         for each in self.event_columns:
             sources[each["name"]] = (each["name"], np.int64 if each["kind"] != "numerical" else np.float32)
+        lengths = torch.from_numpy(windows)
         batch = {"lengths": lengths, "user_ids": torch.from_numpy(self.internal_users(users))}
-        for name, (column, kind) in sources.items():
-            values: np.ndarray = np.zeros(shape, kind)
-            for row, part in enumerate(kept):
-                if part is not None:
-                    values[row, : len(part)] = part[column].to_numpy()
+        for name, (source, kind) in sources.items():
+            values: np.ndarray = np.zeros((len(users), self.max_length), kind)
+            values[rows[places], column] = events[source].to_numpy()[places]
             batch[name] = torch.from_numpy(values)
         if self.needs_timestamps:
             last = batch["timestamps"].gather(1, (lengths - 1).clamp(min=0)[:, None])[:, 0]
             batch["next_timestamps"] = last if at is None else torch.full_like(last, at)
-        seen = [
-            np.empty(0, np.int64) if part is None else np.unique(part["_item"].to_numpy()) for part in parts
-        ]
+        ends = np.cumsum(np.bincount(rows, minlength=len(users)))
+        seen = [np.unique(each) for each in np.split(items, ends[:-1])]
         return Histories(users, batch, seen, numeric)
 
-    def internal_users(self, users: list[Any]) -> np.ndarray:
-        """``[B]`` internal ids of users that the model was trained on, 0 for new ones."""
-        if self._users is None:
-            return np.zeros(len(users), np.int64)
-        return (
-            self._users.get_indexer(pd.Index([str(user) for user in users], dtype=object)).astype(np.int64)
-            + 1
-        )
+
+def _internal_ids(known: pd.Index, texts: list[str | None]) -> np.ndarray:
+    return known.get_indexer(pd.Index(texts, dtype=object)).astype(np.int64) + 1
 
 
 def _event_column(values: pl.Series, column: Mapping[str, Any]) -> pl.Series:
