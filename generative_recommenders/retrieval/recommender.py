@@ -209,10 +209,10 @@ class Recommender:
         product = self.model.similarity.operands(queries.states[:0], self.snapshot.embeddings[:0]) is not None
         if product and not empty.any() and (allowed is None or allowed.dim() == 1):
             return self._search(queries, k, seen, allowed)
-        by_row = allowed if allowed is not None and allowed.dim() == 2 else None
         with torch.no_grad():
-            scores = self.model.score(queries, self.snapshot if by_row is None else by_row).float().cpu()
-        ids = torch.arange(1, len(self.item_ids) + 1).expand(len(scores), -1) if by_row is None else by_row
+            scores = self.model.score(queries, self.snapshot if allowed is None else allowed).float().cpu()
+        ids = torch.arange(1, len(self.item_ids) + 1) if allowed is None else allowed
+        ids = ids.expand(len(scores), -1)
         if empty.any():
             if self.counts is None:
                 raise UserError(
@@ -220,8 +220,6 @@ class Recommender:
                 )
             counts = self.counts.float()[(ids[empty] - 1).clamp(min=0)]
             scores[empty] = counts.masked_fill(ids[empty] == 0, -torch.inf)
-        if allowed is not None and allowed.dim() == 1:
-            scores, ids = scores[:, allowed - 1], allowed.expand(len(scores), -1)
         if seen is not None:
             left_out = torch.zeros(len(scores), len(self.item_ids) + 1, dtype=torch.bool).scatter_(
                 1, seen, True

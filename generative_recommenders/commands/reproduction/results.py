@@ -50,19 +50,11 @@ def write_failed(path: Path, run: Run, lane: str, line: str) -> None:
 
 def _write(path: Path, record: Mapping[str, Any]) -> None:
     """One line a field, so that files compare; written to another name first: the machine may go at any moment."""
-    lines = [f"{json.dumps(name)}: {json.dumps(_rounded(value))}" for name, value in record.items()]
-    path.parent.mkdir(parents=True, exist_ok=True)
+    # Six digits of numbers, which is more than the data bear.
+    rounded = json.loads(json.dumps(record), parse_float=lambda text: float(f"{float(text):.6g}"))
+    lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in rounded.items()]
     with new_file(path) as scratch:
         scratch.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
-
-
-def _rounded(value: Any) -> Any:
-    """Six digits of numbers, which is more than the data bear."""
-    if isinstance(value, float):
-        return float(f"{value:.6g}")
-    if isinstance(value, Mapping):
-        return {name: _rounded(each) for name, each in value.items()}
-    return [_rounded(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:

@@ -2,7 +2,8 @@
 
 A loss scores through its ``logits_callback``, which the model sets: ``callback(h)`` gives logits ``[M, V]`` of hidden states
 ``[M, D]``; ``callback(h, ids)`` gives ``[M, K]`` for ids ``[K]`` (shared) or ``[M, K]``. Only positions with a target are
-scored. Because the callback hands over logits, losses over the catalogue hold ``[M, V]`` here; those of training do not.
+scored. Because the callback hands over logits, losses over the catalogue hold ``[M, V]`` here, and are sampled losses whose
+negatives are all items; those of training do not hold them.
 
 Forward takes ``model_embeddings [B, L, D]``, ``positive_labels [B, L, P]`` int64, for sampled losses ``negative_labels``
 (``[K]``, ``[B, K]`` or ``[B, L, K]``), and ``target_padding_mask [B, L, P]`` bool, True = counts. The result is a scalar; no
@@ -20,7 +21,6 @@ leaves the caller's mask as it was.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -30,10 +30,9 @@ from torch.nn import functional as F
 
 from generative_recommenders.compat.replay.nn.protocols import LogitsCallback, LossProto
 from generative_recommenders.errors import UserError
-from generative_recommenders.objectives.losses import catalogue, sampled
+from generative_recommenders.objectives.losses import sampled
 from generative_recommenders.objectives.losses.catalogue import is_label
 from generative_recommenders.objectives.losses.sampled import Terms, full_precision
-from generative_recommenders.ops.products.masked_logsumexp import masked_logsumexp
 
 __all__ = [
     "BCE",
@@ -61,7 +60,7 @@ class Scores(NamedTuple):
     collided: Tensor  # [M, K] bool: the negative is a label of its position
 
 
-class ReplayLoss(nn.Module, ABC):
+class ReplayLoss(nn.Module):
     """The arguments that all losses take, choice of positions, reduction.
 
     ignore_index, padding_idx: labels that are no labels at all.
@@ -69,6 +68,7 @@ class ReplayLoss(nn.Module, ABC):
     Of the further arguments of torch's losses, those in ``takes`` act. Any other name is a ``UserError``.
     """
 
+    core: sampled.SampledLoss
     takes: ClassVar[tuple[str, ...]] = ()
     weight: Tensor | None
     pos_weight: Tensor | None
@@ -114,10 +114,11 @@ class ReplayLoss(nn.Module, ABC):
             raise self.error("every target is masked, there is nothing to learn from")
         return chosen, labels.masked_fill(ignored, -1)[chosen], counts[chosen]
 
-    @abstractmethod
     def terms(self, scores: Scores) -> Terms:
         """The loss before it is summed: values, multiplied by their weights already, and weights of positions ``[M]`` or
         targets ``[M, P]``."""
+        weights = scores.counts.to(scores.positive.dtype)
+        return self.core.terms(scores.positive, scores.negative, weights, scores.kept)
 
     def reduced(self, terms: Terms, chosen: Tensor, counts: Tensor) -> Tensor:
         """A scalar, or the terms at their places. Targets that do not count are left out."""
@@ -132,8 +133,6 @@ class ReplayLoss(nn.Module, ABC):
 
 class CatalogueLoss(ReplayLoss):
     """A loss against all items. cardinality: items of the catalogue, None for as many as there are logits."""
-
-    core: catalogue.CatalogueLoss
 
     def __init__(
         self, cardinality: int | None = None, negative_labels_ignore_index: int = -100, **arguments: Any
@@ -166,11 +165,6 @@ class CatalogueLoss(ReplayLoss):
         positive = logits.gather(1, labels.clamp(min=0))
         return Scores(positive, logits, labels, counts, items, kept, collided)
 
-    def terms(self, scores: Scores) -> Terms:
-        negative, excludes = scores.negative, self.core.excludes_labels
-        statistic = masked_logsumexp(negative, scores.kept) if excludes else negative.logsumexp(1)
-        return self.core.row_terms(scores.positive, statistic, scores.counts.to(scores.positive.dtype))
-
 
 class SampledLoss(ReplayLoss):
     """A loss against sampled negatives.
@@ -180,8 +174,6 @@ class SampledLoss(ReplayLoss):
 
     negative_labels_ignore_index: a negative that does not count.
     """
-
-    core: sampled.SampledLoss
 
     def forward(
         self,
@@ -228,18 +220,15 @@ class SampledLoss(ReplayLoss):
         terms = self.terms(Scores(*both, labels, counts, own, ~(ignored | collided), collided))
         return self.reduced(terms, chosen, counts)
 
-    def terms(self, scores: Scores) -> Terms:
-        weights = scores.counts.to(scores.positive.dtype)
-        return self.core.terms(scores.positive, scores.negative, weights, scores.kept)
-
 
 class CrossEntropy(ReplayLoss):
-    """``-ln softmax`` of each target, with torch's ``weight`` by item and ``label_smoothing``: the first base of such a loss.
+    """``-ln softmax`` of each target, with torch's ``weight`` by item and ``label_smoothing``.
 
     As in torch's cross-entropy: the label's weight for its own term, every class's for its share of the smoothing, which is
     spread over the target and the negatives that compete.
     """
 
+    core = sampled.CESampled()
     takes = ("weight", "label_smoothing")
 
     def terms(self, scores: Scores) -> Terms:
@@ -249,7 +238,7 @@ class CrossEntropy(ReplayLoss):
             # An id below 0 is no item and left out of every sum: any weight will do.
             return self.weight[ids.clamp(min=0)].to(scores.positive.dtype)
 
-        own, weights = super().terms(scores).values, weights_of(scores.labels)  # type: ignore[safe-super]
+        own, weights = super().terms(scores).values, weights_of(scores.labels)
         weighted = weights * own
         if self.label_smoothing == 0:
             return Terms(weighted, weights)
@@ -288,8 +277,6 @@ class BCE(CatalogueLoss):
 
 class CE(CrossEntropy, CatalogueLoss):
     """Softmax cross-entropy over all items, one positive a position, mean over positions (by their labels' weights)."""
-
-    core = catalogue.CE()
 
     def targets(self, labels: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if (count := labels.shape[-1]) != 1:
@@ -342,7 +329,7 @@ class LogInCE(CatalogueLoss):
     ) -> None:
         super().__init__(cardinality, negative_labels_ignore_index, **kwargs)
         self.log_epsilon, self.clamp_border = log_epsilon, clamp_border
-        self.core = catalogue.LogInCE(log_epsilon, clamp_border)
+        self.core = sampled.LogInCESampled(log_epsilon, clamp_border)
 
 
 class LogOutCE(CrossEntropy, CatalogueLoss):
@@ -350,8 +337,6 @@ class LogOutCE(CrossEntropy, CatalogueLoss):
 
     cardinality: items of the catalogue, padding not counted.
     """
-
-    core = catalogue.LogOutCE()
 
 
 class _BoundedLogarithms(SampledLoss):
@@ -392,8 +377,6 @@ class LogInCESampled(_BoundedLogarithms):
 
 class CESampled(CrossEntropy, SampledLoss):
     """Softmax cross-entropy of a positive among itself and its negatives, mean over positives."""
-
-    core = sampled.CESampled()
 
 
 LogOutCESampled = CESampled
