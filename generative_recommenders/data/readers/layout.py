@@ -103,7 +103,8 @@ def find_columns(source: TableSource, requests: Requests | None) -> list[Column]
                 "--columns=user,item,rating,timestamp with _ for one to skip; where line 1 names them, say which is what, as "
                 f"--columns='user={source.first_fields[0][:40]},item=...'"
             )
-        found = _by_known_names(path, header)
+        roles = {role: places for role in KNOWN if (places := _known_places(header, role))}
+        found = [(ColumnRequest(role), _one_place(path, header, role, at)) for role, at in roles.items()]
     # Known names alone, one for every column, some to skip: they tell places, whatever the header calls the rest.
     elif (
         header is None
@@ -120,9 +121,8 @@ def find_columns(source: TableSource, requests: Requests | None) -> list[Column]
     columns = [_column(path, request, place, header) for request, place in found]
     for role in ("user", "item"):
         if role not in [column.name for column in columns]:
-            raise UserError(
-                f"{path}: no column is the {role}; name it with --columns, as --columns=user=...,item=..."
-            )
+            among = "" if header is None else f" among: {', '.join(header)[:200]}"
+            raise UserError(f"{path}: no {role}{among}; name the columns, as --columns=user=...,item=...")
     places = [column.place for column in columns]
     for column in columns:
         if column.header and (header or []).count(column.header) > 1:
@@ -137,19 +137,6 @@ def find_columns(source: TableSource, requests: Requests | None) -> list[Column]
 
 Found = list[tuple[ColumnRequest, int]]
 """Requests with the places of their columns."""
-
-
-def _by_known_names(path: Path, header: Sequence[str]) -> Found:
-    found = []
-    for role in KNOWN:
-        if places := _known_places(header, role):
-            found.append((ColumnRequest(role), _one_place(path, header, role, places)))
-        elif role in ("user", "item"):
-            names = ", ".join(header)[:200]
-            raise UserError(
-                f"{path}: no {role} among: {names}; name the columns, as --columns=user=...,item=..."
-            )
-    return found
 
 
 def _by_name(path: Path, header: Sequence[str], requests: Requests) -> Found:

@@ -47,9 +47,6 @@ def open_source(path: Path, options: TextOptions, requests: Requests | None) -> 
     return ParquetSource(path) if kind == "parquet" else ArrowSource(path)
 
 
-_ONE_MARK = tuple(each for each in text.DELIMITERS if each and len(each) == 1)
-
-
 class TextSource(TableSource):
     """Delimited text, gzip and zstd included."""
 
@@ -98,15 +95,15 @@ def find_dialect(
     if options.delimiter is not None:
         mark = None if options.delimiter == " " else options.delimiter
         return text.Dialect(mark, _quotes(options, options.delimiter))
+    tried = [each for each in text.DELIMITERS if options.quoting != "csv" or (each and len(each) == 1)]
     fitting: list[tuple[text.Dialect, list[str]]] = []
-    for delimiter in _ONE_MARK if options.quoting == "csv" else text.DELIMITERS:
+    for delimiter in tried:
         dialect = text.Dialect(delimiter, _quotes(options, delimiter))
         rows = [dialect.split(line) for line in lines]
         if len(rows[0]) > 1 and all(len(row) == len(rows[0]) for row in rows):
             fitting.append((dialect, rows[0]))
     if not fitting:  # a faulty line: read by the delimiter of line 1, its fault is named later
-        marks = _ONE_MARK if options.quoting == "csv" else text.DELIMITERS[:-1]
-        first = next((each for each in marks if each and each in lines[0]), None)
+        first = next((each for each in tried if each and each in lines[0]), None)
         return text.Dialect(first, _quotes(options, first))
     if len(fitting) > 1:
         # One that finds the columns, or as many as are asked for, or a mark rather than blanks.

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import csv
+import io
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -220,45 +221,43 @@ def _line_at(block: Block, position: int) -> int:
 def _fault(path: Path, block: Block, dialect: Dialect, separator: str, num_fields: int, fault: str) -> str:
     """What is wrong with a block that cannot be parsed, with the line: looked for one line at a time, as it is told once."""
     try:
-        text = block.data.decode()
+        block.data.decode()
+        for line, fields in _rows(block, dialect, separator, strict=True):
+            if len(fields) != num_fields:
+                shown = "" if dialect.quoting else f": {separator.join(fields)[:100]!r}"
+                return f"{path}, line {line}: {len(fields)} fields where {num_fields} are expected{shown}"
     except UnicodeDecodeError as error:
         return f"{path}, line {_line_at(block, error.start)}: not UTF-8 text; convert the file to UTF-8"
+    except csv.Error as error:
+        return f"{path}, {error}; --quoting=none reads quotes as text"
+    return f"{path}, near line {block.first_line}: {fault[:200]}"
+
+
+def _rows(
+    block: Block, dialect: Dialect, separator: str, strict: bool = False
+) -> Iterator[tuple[int, list[str]]]:
+    """Rows that are not blank, with the line that each begins on. csv.Error: a line whose quotes are wrong where ``strict``."""
+    text = block.data.decode(errors="replace")
     if not dialect.quoting:
-        for number, line in enumerate(text.split("\n"), block.first_line):
-            found = line.count(separator) + 1
-            if line.strip(" \t") and found != num_fields:
-                return (
-                    f"{path}, line {number}: {found} fields where {num_fields} are expected: {line[:100]!r}"
-                )
-        return f"{path}, near line {block.first_line}: {fault[:200]}"
-    reader = csv.reader(text.splitlines(keepends=True), delimiter=separator, strict=True)
-    start = 0
+        lines = enumerate(text.split("\n"), block.first_line)
+        yield from ((number, line.split(separator)) for number, line in lines if line.strip(" \t"))
+        return
+    reader, begin = csv.reader(io.StringIO(text), delimiter=separator, strict=strict), block.first_line
     try:
         for fields in reader:
-            if fields and len(fields) != num_fields:
-                at = block.first_line + start
-                return f"{path}, line {at}: {len(fields)} fields where {num_fields} are expected"
-            start = reader.line_num
+            if fields:
+                yield begin, fields
+            begin = block.first_line + reader.line_num
     except csv.Error as error:
-        return f"{path}, line {block.first_line + start}: {error}; --quoting=none reads quotes as text"
-    return f"{path}, near line {block.first_line}: {fault[:200]}"
+        raise csv.Error(f"line {begin}: {error}") from error
 
 
 def rows_of(path: Path, block: Block, dialect: Dialect) -> Rows:
     """The rows of a parsed block, blank lines not counted, which know the lines that they begin on."""
 
     def line_of(row: int) -> str:
-        if not dialect.quoting or b'"' not in block.data:
-            lines = (number for number, line in enumerate(block.data.split(b"\n")) if line.strip(b" \t"))
-            return f"line {block.first_line + next((number for seen, number in enumerate(lines) if seen == row), 0)}"
-        text = block.data.decode().splitlines(keepends=True)
-        reader = csv.reader(text, delimiter=dialect.delimiter or " ")
-        seen, start = -1, 0
-        for fields in reader:
-            seen += bool(fields)
-            if seen == row:
-                break
-            start = reader.line_num
-        return f"line {block.first_line + start}"
+        rows = _rows(block, dialect, dialect.delimiter or " ")
+        line, _ = next(islice(rows, row, None), (block.first_line, []))
+        return f"line {line}"
 
     return Rows(str(path), line_of)
