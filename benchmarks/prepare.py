@@ -101,9 +101,8 @@ def prepare_measured(ratings: Path, out: Path, memory_limit: int) -> dict[str, o
     start = time.monotonic()
     from generative_recommenders.data.preparation.prepare import prepare
     from generative_recommenders.data.readers.events import RawRatings, ReadOptions
-    from generative_recommenders.data.readers.sources import TextOptions
 
-    options = ReadOptions("user,item,rating,timestamp", TextOptions(",", header=False))
+    options = ReadOptions("user,item,rating,timestamp", ",", header=False)
     manifest = prepare(RawRatings("bench", [ratings], options, "amazon_five"), out, memory_limit)
     return {
         "seconds": round(time.monotonic() - start, 2),

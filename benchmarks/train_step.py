@@ -39,7 +39,6 @@ from generative_recommenders.config.registry import ENCODERS
 from generative_recommenders.data.loader import LoadedBatch
 from generative_recommenders.data.preparation.prepare import prepare
 from generative_recommenders.data.readers.events import RawRatings, ReadOptions
-from generative_recommenders.data.readers.sources import TextOptions
 from generative_recommenders.data.splits import make_split
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.distributed.collectives import Collectives
@@ -108,7 +107,7 @@ def made_dataset(
     times = 10**9 + np.cumsum(generator.integers(1, 3600, users.size))
     table = pa.table({"user": users, "item": items, "timestamp": times})
     pa.csv.write_csv(table, folder / "events.csv", pa.csv.WriteOptions(include_header=False))
-    options = ReadOptions("user,item,timestamp", TextOptions(",", header=False))
+    options = ReadOptions("user,item,timestamp", ",", header=False)
     raw = RawRatings(name="made", files=[folder / "events.csv"], options=options)
     prepare(raw, folder / "prepared")
     dataset = SequenceDataset.open(folder / "prepared")

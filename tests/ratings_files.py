@@ -13,12 +13,11 @@ import pytest
 from generative_recommenders.data.manifest import Manifest
 from generative_recommenders.data.preparation.prepare import prepare
 from generative_recommenders.data.readers.events import EventReader, RawRatings, ReadOptions
-from generative_recommenders.data.readers.sources import TextOptions
 from generative_recommenders.data.readers.times import NANOSECONDS
 from generative_recommenders.errors import UserError
 
-COMMAS = ReadOptions("user,item,rating,timestamp", TextOptions(",", header=False))
-PAIRS = ReadOptions("user,item", TextOptions(" ", header=False))
+COMMAS = ReadOptions("user,item,rating,timestamp", ",", header=False)
+PAIRS = ReadOptions("user,item", " ", header=False)
 
 
 def read(path: Path, options: ReadOptions = COMMAS) -> dict[str, list]:

@@ -18,7 +18,6 @@ from generative_recommenders.data.preparation.folder import check_file
 from generative_recommenders.data.preparation.order import DUPLICATES, TIE_ORDERS
 from generative_recommenders.data.preparation.prepare import find_prepared, prepare, prepared_path
 from generative_recommenders.data.readers.events import ReadOptions
-from generative_recommenders.data.readers.sources import TextOptions
 from generative_recommenders.data.sources.public import resolve
 from generative_recommenders.data.sources.synthetic_books import MAX_LENGTH, SyntheticBooksSettings
 from generative_recommenders.data.statistics import summary
@@ -153,8 +152,7 @@ def read_options() -> ReadOptions:
         )
     header = {"auto": None, "yes": True, "no": False}[given.header]
     unit = None if given.time_unit == "auto" else given.time_unit
-    text = TextOptions(delimiter, header, given.quoting)
-    return ReadOptions(given.columns, text, unit, given.drop_missing)
+    return ReadOptions(given.columns, delimiter, header, given.quoting, unit, given.drop_missing)
 
 
 def _export(folder: Path) -> None:

@@ -36,41 +36,36 @@ class LoadedBatch:
     global_tokens: int
 
 
-class SequenceRows:
-    """Cuts the last events before a stop out of the users' sequences."""
+def cut_histories(
+    dataset: SequenceDataset, users: np.ndarray, stops: np.ndarray, width: int, keep: np.ndarray | None = None
+) -> dict[str, torch.Tensor]:
+    """The last ``width`` events before each user's stop, as columns of a batch.
 
-    def __init__(self, dataset: SequenceDataset, width: int) -> None:
-        self.dataset = dataset
-        self.width = width
-
-    def cut(self, users: np.ndarray, stops: np.ndarray) -> dict[str, torch.Tensor]:
-        """The last ``width`` events before each user's stop, a position in the sequence; both arguments ``[B]``."""
-        lengths = np.minimum(stops, self.width)
-        events = (self.dataset.offsets[users] + stops - lengths)[:, None] + np.arange(self.width)
-        real = np.arange(self.width) < lengths[:, None]
-        # Places beyond the data's end cannot be read: padding reads event 0, and `_columns` clears it.
-        return self._columns(users, lengths, np.where(real, events, 0), real)
-
-    def cut_kept(self, users: np.ndarray, stops: np.ndarray, keep: np.ndarray) -> dict[str, torch.Tensor]:
-        """The last ``width`` kept events before each stop; keep: bool for all those users' events, one after the other."""
-        rows = np.repeat(np.arange(users.size), stops)
-        ends = np.cumsum(stops)
-        within = np.arange(rows.size) - (ends - stops)[rows]
-        rows, within = rows[keep], within[keep]
+    users, stops (positions in the sequences): ``[B]``. keep: bool for all events before the stops, one user's behind the
+    other's: which count; None for all.
+    """
+    if keep is None:
+        lengths = np.minimum(stops, width)
+        events = (dataset.offsets[users] + stops - lengths)[:, None] + np.arange(width)
+    else:
+        rows, kept = np.repeat(np.arange(users.size), stops)[keep], flat_events(dataset, users, stops)[keep]
         counts = np.bincount(rows, minlength=users.size)
-        lengths = np.minimum(counts, self.width)
+        lengths = np.minimum(counts, width)
         column = np.arange(rows.size) - (np.cumsum(counts) - lengths)[rows]
-        chosen = column >= 0
-        events = np.zeros((users.size, self.width), dtype=np.int64)
-        events[rows[chosen], column[chosen]] = self.dataset.offsets[users[rows[chosen]]] + within[chosen]
-        real = np.arange(self.width) < lengths[:, None]
-        return self._columns(users, lengths, events, real)
+        events, last = np.zeros((users.size, width), dtype=np.int64), column >= 0
+        events[rows[last], column[last]] = kept[last]
+    real = np.arange(width) < lengths[:, None]
+    columns = {"user_ids": users.astype(np.int64) + 1, "lengths": lengths.astype(np.int64)}
+    # Places beyond the data's end cannot be read: padding reads event 0, and is cleared.
+    for name, values in event_values(dataset, np.where(real, events, 0)).items():
+        columns[name] = np.where(real, values, values.dtype.type(0))
+    return {name: torch.from_numpy(np.ascontiguousarray(x)) for name, x in columns.items()}
 
-    def _columns(self, users, lengths, events, real) -> dict[str, torch.Tensor]:
-        columns = {"user_ids": users.astype(np.int64) + 1, "lengths": lengths.astype(np.int64)}
-        for name, values in event_values(self.dataset, events).items():
-            columns[name] = np.where(real, values, values.dtype.type(0))
-        return {name: torch.from_numpy(np.ascontiguousarray(x)) for name, x in columns.items()}
+
+def flat_events(dataset: SequenceDataset, users: np.ndarray, stops: np.ndarray) -> np.ndarray:
+    """``[T]`` places in the flat columns of all events before the users' stops, one user's behind the other's."""
+    firsts = dataset.offsets[users] - (np.cumsum(stops) - stops)
+    return np.arange(stops.sum()) + np.repeat(firsts, stops)
 
 
 def event_values(dataset: SequenceDataset, events: np.ndarray) -> dict[str, np.ndarray]:
@@ -108,7 +103,7 @@ class SequenceLoader:
     ) -> None:
         if not 0.0 < sampling_ratio <= 1.0:
             raise ValueError(f"positional_sampling_ratio must be in (0, 1], got {sampling_ratio}")
-        self.rows = SequenceRows(dataset, max_length + 1)
+        self.dataset, self.width = dataset, max_length + 1
         stops = train_stops.astype(np.int64)
         users = np.flatnonzero(stops >= 2)
         # Of a history's stop - 1 targets, max_length go into a row: the quotient rounded up.
@@ -137,12 +132,12 @@ class SequenceLoader:
         if self.sampling_ratio < 1.0:
             # Every process draws for the whole global batch, and so gets the same lengths of all of its rows.
             keep = self._generator(epoch, 1 + step).random(int(stops.sum())) < self.sampling_ratio
-            columns = self.rows.cut_kept(users, stops, keep)
+            columns = cut_histories(self.dataset, users, stops, self.width, keep)
             lengths = columns["lengths"].numpy()
             columns = {name: values[mine] for name, values in columns.items()}
         else:
-            columns = self.rows.cut(users[mine], stops[mine])
-            lengths = np.minimum(stops, self.rows.width)
+            columns = cut_histories(self.dataset, users[mine], stops[mine], self.width)
+            lengths = np.minimum(stops, self.width)
         targets = np.maximum(lengths - 1, 0)
         return LoadedBatch(columns, step, bounds[0], int(targets[: bounds[0]].sum()), int(targets.sum()))
 
@@ -169,7 +164,7 @@ class EvaluationLoader:
         world_size: int = 1,
         users: np.ndarray | None = None,
     ) -> None:
-        self.rows = SequenceRows(dataset, max_length)
+        self.dataset, self.max_length = dataset, max_length
         self.targets = targets.astype(np.int64)
         self.users = np.flatnonzero(self.targets >= 0) if users is None else users
         starts = range(rank * batch_size, self.users.size, world_size * batch_size)
@@ -186,17 +181,16 @@ class EvaluationLoader:
         return map(self.batch, self.batches)
 
     def batch(self, users: np.ndarray) -> dict[str, torch.Tensor]:
-        dataset, stops = self.rows.dataset, self.targets[users]
-        columns = self.rows.cut(users, stops)
-        events = dataset.offsets[users] + stops
+        stops = self.targets[users]
+        columns = cut_histories(self.dataset, users, stops, self.max_length)
         names = {"item_ids": "target_ids", "timestamps": "next_timestamps"}
-        for name, values in event_values(dataset, events).items():
+        for name, values in event_values(self.dataset, self.dataset.offsets[users] + stops).items():
             columns[names.get(name, f"target_{name}")] = torch.from_numpy(values)
         return columns
 
     def histories(self, users: np.ndarray) -> Histories:
         """Everything that each of the users ``[B]`` (from 0) had before the target."""
-        return Histories(self.rows.dataset, users, self.targets[users])
+        return Histories(self.dataset, users, self.targets[users])
 
 
 class Histories:
@@ -214,10 +208,7 @@ class Histories:
 
     @cached_property
     def _columns(self) -> dict[str, np.ndarray]:
-        ends = np.cumsum(self.stops)
-        places = np.arange(ends[-1] if len(ends) else 0)
-        firsts = self.dataset.offsets[self.users] - (ends - self.stops)
-        return event_values(self.dataset, places + np.repeat(firsts, self.stops))
+        return event_values(self.dataset, flat_events(self.dataset, self.users, self.stops))
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return torch.from_numpy(self._columns[name])

@@ -26,7 +26,8 @@ def sequence_statistics(dataset: SequenceDataset, tied: np.ndarray | None) -> di
     found = dict.fromkeys(("consecutive_repeats", *("duplicates", "tied_events") * (tied is not None)), 0)
     rankings = [] if tied is None else _item_rankings(dataset)
     pairs, rising = 0, [0] * len(rankings)
-    tied_pairs, untied_pairs = _Pairs(), _Pairs()
+    tied_pairs: list[np.ndarray] = []
+    untied_pairs: list[np.ndarray] = []
     for first, last in dataset.user_blocks():
         events = slice(int(dataset.offsets[first]), int(dataset.offsets[last]))
         items = dataset.items[events]
@@ -46,8 +47,9 @@ def sequence_statistics(dataset: SequenceDataset, tied: np.ndarray | None) -> di
         pairs += len(second)
         for number, rank in enumerate(rankings):
             rising[number] += int((rank[items[second]] > rank[items[second - 1]]).sum())
-        tied_pairs.add(items, second)
-        untied_pairs.add(items, np.flatnonzero(~ties[1:] & follows[1:] & changes) + 1)
+        untied = np.flatnonzero(~ties[1:] & follows[1:] & changes) + 1
+        for pairs_of, places in ((tied_pairs, second), (untied_pairs, untied)):
+            pairs_of.append(_pair_keys(items, places[: _MOST_PAIRS - sum(map(len, pairs_of))]))
     split = make_split(dataset, "leave_one_out")
     names = ("test_users", "repeated_test_targets", "unseen_test_targets")
     targets = {name: split.counts[name] for name in names}
@@ -58,8 +60,8 @@ def sequence_statistics(dataset: SequenceDataset, tied: np.ndarray | None) -> di
         places = dataset.offsets[:-1][scored] + split.test_targets[scored]
         targets["tied_test_targets"] = int(tied[places].sum())
     shares = [max(count, pairs - count) / pairs for count in rising if pairs >= _FEWEST_PAIRS]
-    if untied_pairs.agreement() < _USERS_OWN_ORDER:
-        shares.append(tied_pairs.agreement())
+    if _agreement(untied_pairs) < _USERS_OWN_ORDER:
+        shares.append(_agreement(tied_pairs))
     in_order = {"tied_pairs_in_item_order": round(max(shares), 4)} if shares else {}
     return {**found, **in_order, **targets}
 
@@ -78,32 +80,23 @@ def _item_rankings(dataset: SequenceDataset) -> list[np.ndarray]:
     return [np.arange(dataset.num_items + 1), rank]
 
 
-class _Pairs:
-    """Pairs of items that follow each other, the first million of them: do the same two come in the same order again?"""
+def _pair_keys(items: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Keys of the pairs of items at the places ``second`` and just before them, whose last bit is the order."""
+    a, b = items[second - 1].astype(np.int64), items[second].astype(np.int64)
+    # The pair without its order in the upper bits, so that sorted keys bring both orders of a pair together.
+    return (np.minimum(a, b) << 32 | np.maximum(a, b)) * 2 + (a < b)
 
-    def __init__(self) -> None:
-        self.keys: list[np.ndarray] = []
-        self.count = 0
 
-    def add(self, items: np.ndarray, second: np.ndarray) -> None:
-        """Items at the places ``second`` and those before them."""
-        second = second[: _MOST_PAIRS - self.count]
-        self.count += len(second)
-        a, b = items[second - 1].astype(np.int64), items[second].astype(np.int64)
-        # The pair without its order in the upper bits, so that sorted keys bring both orders of a pair together; the order in
-        # the last one.
-        self.keys.append((np.minimum(a, b) << 32 | np.maximum(a, b)) * 2 + (a < b))
-
-    def agreement(self) -> float:
-        """The share of pairs seen before that come in the order in which the two mostly come: 1 where some order of all items
-        rules, about half for chance; 0 where too few come again."""
-        keys, counts = np.unique(np.concatenate([np.empty(0, np.int64), *self.keys]), return_counts=True)
-        _, first = np.unique(keys // 2, return_index=True)
-        if not len(first):
-            return 0.0
-        again = np.add.reduceat(counts, first) - 1
-        agree = np.maximum.reduceat(counts, first) - 1
-        return float(agree.sum() / again.sum()) if again.sum() >= _FEWEST_PAIRS else 0.0
+def _agreement(pairs: list[np.ndarray]) -> float:
+    """The share of pairs seen before that come in the order in which the two mostly come: 1 where some order of all items
+    rules, about half for chance; 0 where too few come again. pairs: `_pair_keys`."""
+    keys, counts = np.unique(np.concatenate([np.empty(0, np.int64), *pairs]), return_counts=True)
+    _, first = np.unique(keys // 2, return_index=True)
+    if not len(first):
+        return 0.0
+    again = np.add.reduceat(counts, first) - 1
+    agree = np.maximum.reduceat(counts, first) - 1
+    return float(agree.sum() / again.sum()) if again.sum() >= _FEWEST_PAIRS else 0.0
 
 
 def summary(manifest: Manifest) -> str:

@@ -205,7 +205,7 @@ class Evaluator:
         ranks.clamp_(max=self.num_items + 1)
         of_lists = {} if lists is None else lists.compute(self.collectives)
         scored = ranks.nonzero()[:, 0]
-        histogram, data = RankHistogram(self.num_items), self.loader.rows.dataset
+        histogram, data = RankHistogram(self.num_items), self.loader.dataset
         high_rated = None
         if data.ratings is not None:
             events = data.offsets[scored.numpy()] + self.loader.targets[scored.numpy()]

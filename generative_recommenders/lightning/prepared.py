@@ -22,7 +22,7 @@ from generative_recommenders.data.loader import (
     Histories,
     LoadedBatch,
     SequenceLoader,
-    SequenceRows,
+    cut_histories,
 )
 from generative_recommenders.data.splits import Split, make_split
 from generative_recommenders.data.store import SequenceDataset
@@ -77,13 +77,13 @@ class DataModule(lightning.LightningDataModule):
         """All events of every user, for recommendations of what comes next."""
         rank, world = self._place()
         size = self.settings.evaluation.eval_batch_size
-        rows = SequenceRows(self.dataset, self.settings.data.max_sequence_length)
+        width = self.settings.data.max_sequence_length
         mine = np.arange(self.dataset.num_users)[rank::world]
 
         def batches() -> Iterator[dict[str, Any]]:
             for users in (mine[start : start + size] for start in range(0, len(mine), size)):
                 stops = np.asarray(self.dataset.lengths[users], dtype=np.int64)
-                columns = rows.cut(users, stops)
+                columns = cut_histories(self.dataset, users, stops, width)
                 histories = Histories(self.dataset, users, stops)
                 seen = _rectangle(histories.rows, histories["item_ids"], len(users))
                 yield {"history": columns, "query_id": columns["user_ids"], "seen_ids": seen, "train": seen}

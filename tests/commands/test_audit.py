@@ -13,7 +13,6 @@ from generative_recommenders.commands import audit
 from generative_recommenders.data.audit import event_columns, length_curve, popularity_curve, timeline
 from generative_recommenders.data.preparation.prepare import prepare
 from generative_recommenders.data.readers.events import RawRatings, ReadOptions
-from generative_recommenders.data.readers.sources import TextOptions
 from generative_recommenders.data.splits import make_split
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.errors import UserError
@@ -34,7 +33,7 @@ def columns_dataset(folder: Path) -> SequenceDataset:
         for t in range(12)
     ]
     (folder / "r.csv").write_text("".join(lines))
-    options = ReadOptions(KINDS, TextOptions(",", header=False))
+    options = ReadOptions(KINDS, ",", header=False)
     prepare(RawRatings("kinds", [folder / "r.csv"], options), folder / "prepared" / "kinds")
     return SequenceDataset.open(folder / "prepared" / "kinds")
 
@@ -57,7 +56,7 @@ def test_leakage_in_time_is_the_share_of_later_training_events(tmp_path: Path) -
     rng = np.random.default_rng(3)
     rows = [(u, i, int(t)) for u in range(30) for i, t in enumerate(rng.integers(0, 500, 9))]
     (tmp_path / "r.csv").write_text("".join(f"u{u},i{i},{t}\n" for u, i, t in rows))
-    options = ReadOptions("user,item,timestamp", TextOptions(",", header=False))
+    options = ReadOptions("user,item,timestamp", ",", header=False)
     prepare(RawRatings("t", [tmp_path / "r.csv"], options), tmp_path / "out")
     dataset = SequenceDataset.open(tmp_path / "out")
     found = timeline(dataset, make_split(dataset))

@@ -17,7 +17,6 @@ from generative_recommenders.data.manifest import Manifest
 from generative_recommenders.data.preparation.prepare import DEFAULT_MEMORY_LIMIT, prepare
 from generative_recommenders.data.readers import text as delimited_text
 from generative_recommenders.data.readers.events import EventReader, ReadOptions
-from generative_recommenders.data.readers.sources import TextOptions
 from generative_recommenders.data.sources.public import resolve
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.errors import UserError
@@ -27,7 +26,7 @@ from tiny_data import dataset_of
 HEADER = "index,user_id,sequence_item_ids,sequence_ratings,sequence_timestamps\n"
 
 
-EXCHANGE = ReadOptions(text=TextOptions(exchange=True), time_unit="s")
+EXCHANGE = ReadOptions(exchange=True, time_unit="s")
 
 
 def import_text(

@@ -16,7 +16,7 @@ from generative_recommenders.data.loader import (
     EvaluationLoader,
     LoadedBatch,
     SequenceLoader,
-    SequenceRows,
+    cut_histories,
     prefetch,
 )
 from generative_recommenders.data.splits import make_split
@@ -58,13 +58,12 @@ def test_cut_by_a_plain_walk(rows: list[tuple[int, int]], width: int, seed: int)
         dataset = tiny_dataset(Path(folder), [[*range(1, length + 1)] for length in lengths])
         users = generator.permutation(len(rows))
         stops = np.array([min(rows[u][1], lengths[u]) for u in users])
-        cutter = SequenceRows(dataset, width)
         kept = [[*range(max(0, stop - width), stop)] for stop in stops.tolist()]
-        assert_rows(dataset, cutter.cut(users, stops), kept, width)
+        assert_rows(dataset, cut_histories(dataset, users, stops, width), kept, width)
         keep = generator.random(int(stops.sum())) < 0.5
         pieces = np.split(keep, np.cumsum(stops)[:-1])
         kept = [np.flatnonzero(piece)[-width:].tolist() for piece in pieces]
-        assert_rows(dataset, cutter.cut_kept(users, stops, keep), kept, width)
+        assert_rows(dataset, cut_histories(dataset, users, stops, width, keep), kept, width)
 
 
 @pytest.mark.parametrize(

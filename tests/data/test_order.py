@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from generative_recommenders.data.manifest import Manifest
 from generative_recommenders.data.preparation.prepare import DEFAULT_MEMORY_LIMIT, prepare
 from generative_recommenders.data.readers.events import RawRatings, ReadOptions
-from generative_recommenders.data.readers.sources import TextOptions
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.errors import UserError
 from ratings_files import COMMAS, PAIRS, Row, write_csv
@@ -171,7 +170,7 @@ def test_choices_that_cannot_act_are_refused(tmp_path: Path, choices: dict[str, 
 
 def test_ties_are_told_to_the_precision_of_the_file(tmp_path: Path) -> None:
     (tmp_path / "r.csv").write_text("u,b,1500000000002\nu,a,1500000000001\nu,a,1500000000001\n")
-    options = ReadOptions("user,item,timestamp", TextOptions(",", header=False))
+    options = ReadOptions("user,item,timestamp", ",", header=False)
     raw = RawRatings("t", [tmp_path / "r.csv"], options)
     found = prepare(raw, tmp_path / "out").statistics
     assert (found["tied_events"], found["duplicates"], found["consecutive_repeats"]) == (1, 1, 1)

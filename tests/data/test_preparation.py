@@ -18,7 +18,6 @@ from generative_recommenders.data.preparation import prepare as preparation
 from generative_recommenders.data.preparation.digests import EventDigests
 from generative_recommenders.data.preparation.prepare import prepare
 from generative_recommenders.data.readers.events import RawRatings, ReadOptions
-from generative_recommenders.data.readers.sources import TextOptions
 from generative_recommenders.data.schema import KNOWN_KINDS
 from generative_recommenders.data.statistics import summary
 from generative_recommenders.data.store import SequenceDataset
@@ -219,9 +218,7 @@ def test_several_files_are_read_in_order_and_ties_keep_it(tmp_path: Path) -> Non
 def test_without_ratings_and_times_the_file_order_is_the_order(tmp_path: Path) -> None:
     path = tmp_path / "r.txt"
     path.write_text("u2 x\nu1 y\nu1 x\nu2 y\nu1 y\n")
-    manifest = prepare(
-        RawRatings("t", [path], ReadOptions("user,item", TextOptions(" ", header=False))), tmp_path / "out"
-    )
+    manifest = prepare(RawRatings("t", [path], ReadOptions("user,item", " ", header=False)), tmp_path / "out")
     dataset = SequenceDataset.open(tmp_path / "out")
     assert dataset.ratings is None
     assert dataset.timestamps is None
@@ -302,7 +299,7 @@ def test_the_hash_does_not_depend_on_the_order_of_users_but_on_everything_else()
 def test_parquet_out_and_in_again_is_the_same_data(tmp_path: Path, columns: tuple[str, ...]) -> None:
     path = write_csv(tmp_path / "r.csv", [*random_rows(4, 300, 30, 20), ("ü,1", "漢", 1.0, 3)])
     names = ",".join(name if name in columns else "_" for name in ("user", "item", "rating", "timestamp"))
-    options = ReadOptions(names, TextOptions(",", header=False))
+    options = ReadOptions(names, ",", header=False)
     first = prepare(RawRatings("t", [path], options), tmp_path / "out")
     export_parquet(SequenceDataset.open(tmp_path / "out"), tmp_path / "e" / "r.parquet")
     second = prepare(RawRatings("t", [tmp_path / "e" / "r.parquet"], ReadOptions()), tmp_path / "again")

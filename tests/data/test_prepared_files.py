@@ -13,7 +13,6 @@ from generative_recommenders.data.preparation import columns
 from generative_recommenders.data.preparation import prepare as preparation
 from generative_recommenders.data.preparation.prepare import prepare
 from generative_recommenders.data.readers.events import RawRatings, ReadOptions
-from generative_recommenders.data.readers.sources import TextOptions
 from generative_recommenders.data.sources.public import resolve
 from generative_recommenders.data.splits import make_split
 from generative_recommenders.data.statistics import summary
@@ -104,7 +103,7 @@ def test_a_disk_that_fills_with_columns_is_reported(tmp_path: Path, monkeypatch:
 def test_the_hash_of_every_split_is_stored_and_printed(tmp_path: Path, timed: bool) -> None:
     path = write_csv(tmp_path / "r.csv", [("u", item, 1.0, 1) for item in "abcd"])
     columns = "user,item,rating," + ("timestamp" if timed else "_")
-    options = ReadOptions(columns, TextOptions(",", header=False))
+    options = ReadOptions(columns, ",", header=False)
     manifest = prepare(RawRatings("t", [path], options), tmp_path / "out")
     dataset = SequenceDataset.open(tmp_path / "out")
     protocols = ["leave_one_out", "paper", *["global_time"] * timed]

@@ -13,7 +13,6 @@ import pytest
 from generative_recommenders.data.preparation.prepare import prepare
 from generative_recommenders.data.preparation.spark import prepare_with_spark
 from generative_recommenders.data.readers.events import RawRatings, ReadOptions
-from generative_recommenders.data.readers.sources import TextOptions
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.errors import UserError
 from ratings_files import COMMAS
@@ -24,7 +23,7 @@ MASTER = "local[2]"
 def test_missing_pyspark_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "pyspark.sql", None)
     (tmp_path / "r.csv").write_text("u,i\n")
-    raw = RawRatings("t", [tmp_path / "r.csv"], ReadOptions("user,item", TextOptions(",", header=False)))
+    raw = RawRatings("t", [tmp_path / "r.csv"], ReadOptions("user,item", ",", header=False))
     with pytest.raises(UserError, match=r"pyspark is not installed; the extra 'spark' has it"):
         prepare_with_spark(raw, tmp_path / "out", MASTER)
 
@@ -79,14 +78,14 @@ def test_csv(tmp_path: Path, filter_name: str) -> None:
     zipped.write_bytes(
         gzip.compress(("user,item,rating,timestamp\r\n" + csv_text(table(2, 300), "\r\n")).encode())
     )
-    assert_same(RawRatings("t", [plain, zipped], ReadOptions(text=TextOptions(",")), filter_name), tmp_path)
+    assert_same(RawRatings("t", [plain, zipped], ReadOptions(delimiter=","), filter_name), tmp_path)
 
 
 def test_text_and_parquet(tmp_path: Path) -> None:
     pytest.importorskip("pyspark")
     text, parquet = tmp_path / "r.txt", tmp_path / "r.parquet"
     text.write_text("2 x\n10 y\n2 z\n\n10  x\n2 x\n")
-    assert_same(RawRatings("t", [text], ReadOptions("user,item", TextOptions(" ", header=False))), tmp_path)
+    assert_same(RawRatings("t", [text], ReadOptions("user,item", " ", header=False)), tmp_path)
     columns = table(3, 500)
     pq.write_table(pa.table({**columns, "item": pa.array(range(500))}), parquet, row_group_size=100)
     assert_same(RawRatings("t", [parquet], ReadOptions()), tmp_path)
@@ -98,7 +97,7 @@ def test_a_line_like_the_header_is_a_rating(tmp_path: Path) -> None:
     files[0].write_text("\ufeffuser,item\na,b\nuser,item\n", encoding="utf-8")
     files[1].write_text("\n \r\nuser,item\nuser,item\n")
     files[2].write_text("user,item\n" + ("a" * 1000 + ",b\nuser,item\n") * 10_000)  # two blocks
-    raw = RawRatings("t", files, ReadOptions("user,item", TextOptions(",", header=True)))
+    raw = RawRatings("t", files, ReadOptions("user,item", ",", header=True))
     assert_same(raw, tmp_path)
     assert SequenceDataset.open(tmp_path / "one").num_events == 2 + 1 + 20_000
 

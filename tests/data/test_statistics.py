@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from generative_recommenders.data.preparation.prepare import prepare
 from generative_recommenders.data.readers.events import RawRatings, ReadOptions
-from generative_recommenders.data.readers.sources import TextOptions
 from generative_recommenders.data.statistics import summary
 from ratings_files import PAIRS, prepare_rows
 
@@ -137,7 +136,7 @@ def test_without_times_nothing_is_said_of_ties(tmp_path: Path) -> None:
 
 def test_a_numbered_file_of_one_column_of_ties(tmp_path: Path) -> None:
     (tmp_path / "r.csv").write_text("".join(f"u{n % 3},{n},7\n" for n in range(90)))
-    options = ReadOptions("user,item,timestamp", TextOptions(",", header=False))
+    options = ReadOptions("user,item,timestamp", ",", header=False)
     found = prepare(RawRatings("t", [tmp_path / "r.csv"], options), tmp_path / "out").statistics
     assert found["tied_pairs_in_item_order"] == 1.0
     assert found["tied_events"] == 87

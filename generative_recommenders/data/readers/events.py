@@ -13,8 +13,8 @@ import pyarrow as pa
 from absl import logging
 
 from generative_recommenders.data.readers import times, values
-from generative_recommenders.data.readers.layout import Column, find_columns, parse_columns
-from generative_recommenders.data.readers.sources import TextOptions, open_source
+from generative_recommenders.data.readers.layout import Column, Requests, find_columns, parse_columns
+from generative_recommenders.data.readers.sources import open_source
 from generative_recommenders.data.readers.tables import TableSource
 from generative_recommenders.data.readers.times import TimeFormat
 from generative_recommenders.data.schema import KINDS, KNOWN
@@ -25,16 +25,25 @@ SHOWN_EVENTS = 3
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """What the user says of raw files. columns: ``--columns``, None to find them by the header.
+    """What the user says of raw files; None is found out.
 
-    time_unit: of numeric times ("s", "ms", "us", "ns"), None to recognise it by their size. drop_missing: events without a
-    user or an item are left out and counted; otherwise they are a fault.
+    columns: ``--columns``, by the header where None. delimiter, quoting, header (whether line 1 names the columns): of text.
+    time_unit: of numeric times ("s", "ms", "us", "ns"). drop_missing: events without a user or an item are left out and
+    counted; otherwise they are a fault. exchange: a line is a user's sequence in the exchange format.
     """
 
     columns: str | None = None
-    text: TextOptions = field(default_factory=TextOptions)
+    delimiter: str | None = None
+    header: bool | None = None
+    quoting: str = "auto"
     time_unit: str | None = None
     drop_missing: bool = False
+    exchange: bool = False
+
+    @property
+    def requests(self) -> Requests | None:
+        """The entries of ``--columns``."""
+        return None if self.columns is None else parse_columns(self.columns)
 
 
 @dataclass(frozen=True)
@@ -71,12 +80,11 @@ class EventReader:
 
     def __init__(self, files: list[Path], options: ReadOptions) -> None:
         self.files, self.options = files, options
-        self.requests = None if options.columns is None else parse_columns(options.columns)
-        first = open_source(files[0], options.text, self.requests)
+        first = open_source(files[0], options)
         if not len(first.sample):
             raise UserError(f"{files[0]}: the file is empty: it holds no event")
         order = {name: place for place, name in enumerate(KNOWN)}
-        columns = find_columns(first, self.requests)
+        columns = find_columns(first, options.requests)
         self.columns = sorted(columns, key=lambda each: order.get(each.name, len(order)))
         self.time_formats: dict[str, TimeFormat] = {}
         for column in self.columns:
@@ -141,10 +149,10 @@ class EventReader:
 
     def file_batches(self, path: Path) -> Iterator[pa.Table]:
         """The events of one of the files, see `batches`."""
-        source = open_source(path, self.options.text, self.requests)
+        source = open_source(path, self.options)
         columns = self.columns
         if path != self.files[0]:
-            mine = {column.name: column for column in find_columns(source, self.requests)}
+            mine = {column.name: column for column in find_columns(source, self.options.requests)}
             if {each.name: each.header for each in mine.values()} != {
                 each.name: each.header for each in columns
             }:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import polars as pl
 
 from generative_recommenders.data.readers import text
 from generative_recommenders.data.readers.exchange import ExchangeSource
 from generative_recommenders.data.readers.files import kind_of
-from generative_recommenders.data.readers.layout import Requests, has_known_names, is_named
+from generative_recommenders.data.readers.layout import has_known_names, is_named
 from generative_recommenders.data.readers.tables import (
     SAMPLE_ROWS,
     ArrowSource,
@@ -21,25 +21,17 @@ from generative_recommenders.data.readers.tables import (
 )
 from generative_recommenders.errors import UserError
 
-
-@dataclass(frozen=True)
-class TextOptions:
-    """What is said of delimited text; None is found out. header: whether line 1 names the columns. exchange: a line is a user's
-    sequence in the exchange format."""
-
-    delimiter: str | None = None
-    header: bool | None = None
-    quoting: str = "auto"
-    exchange: bool = False
+if TYPE_CHECKING:
+    from generative_recommenders.data.readers.events import ReadOptions
 
 
-def open_source(path: Path, options: TextOptions, requests: Requests | None) -> TableSource:
-    """The file by its kind. requests: ``--columns``, which help to find the delimiter and the header of text."""
+def open_source(path: Path, options: ReadOptions) -> TableSource:
+    """The file by its kind."""
     if options.exchange:
         return ExchangeSource(path)
     kind = kind_of(path)
     if kind == "text":
-        return TextSource(path, options, requests)
+        return TextSource(path, options)
     if options.delimiter is not None:
         raise UserError(f"{path}: --delimiter is for delimited text, and this is {kind}")
     if kind == "json":
@@ -50,10 +42,11 @@ def open_source(path: Path, options: TextOptions, requests: Requests | None) -> 
 class TextSource(TableSource):
     """Delimited text, gzip and zstd included."""
 
-    def __init__(self, path: Path, options: TextOptions, requests: Requests | None) -> None:
+    def __init__(self, path: Path, options: ReadOptions) -> None:
         super().__init__(path)
+        requests = options.requests  # which help to find the delimiter and the header
         lines, self.first_line = text.first_lines(path)
-        self.dialect = find_dialect(path, lines, options, requests)
+        self.dialect = find_dialect(path, lines, options)
         rows = [self.dialect.split(line) for line in lines]
         self.first_fields = rows[0]
         self.num_fields = len(rows[0])
@@ -88,9 +81,7 @@ class TextSource(TableSource):
             yield text.rows_of(self.path, block, self.dialect), pl.DataFrame(pl.from_arrow(table))
 
 
-def find_dialect(
-    path: Path, lines: list[str], options: TextOptions, requests: Requests | None
-) -> text.Dialect:
+def find_dialect(path: Path, lines: list[str], options: ReadOptions) -> text.Dialect:
     """The delimiter as given, or the only one that divides all first lines alike; UserError where several may be meant."""
     if options.delimiter is not None:
         mark = None if options.delimiter == " " else options.delimiter
@@ -107,6 +98,7 @@ def find_dialect(
         return text.Dialect(first, _quotes(options, first))
     if len(fitting) > 1:
         # One that finds the columns, or as many as are asked for, or a mark rather than blanks.
+        requests = options.requests
         if requests is None:
             better = [each for each in fitting if has_known_names(each[1])]
         else:
@@ -120,7 +112,7 @@ def find_dialect(
     return fitting[0][0]
 
 
-def _quotes(options: TextOptions, delimiter: str | None) -> bool:
+def _quotes(options: ReadOptions, delimiter: str | None) -> bool:
     """RFC 4180 quotes are of CSV: one mark that is no tab or blank between the fields."""
     one = delimiter is not None and len(delimiter) == 1 and delimiter != " "
     if options.quoting == "csv" and not one:

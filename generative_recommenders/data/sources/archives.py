@@ -13,7 +13,6 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, Self
@@ -35,18 +34,10 @@ _TAR_OPENERS: tuple[tuple[str, Callable[..., Any]], ...] = (
 )
 
 
-@dataclass(frozen=True)
-class Limits:
-    """Bounds on what an archive may hold.
-
-    total_bytes: unpacked size of all wanted files. members: entries. ratio: unpacked to packed size of the
-    whole archive, looked at beyond `free_bytes` unpacked.
-    """
-
-    total_bytes: int = 64 << 30
-    members: int = 100_000
-    ratio: int = 200
-    free_bytes: int = 64 << 20
+MOST_BYTES, MOST_MEMBERS = 64 << 30, 100_000
+"""What an archive may hold, unpacked."""
+MOST_RATIO, FREE_BYTES = 200, 64 << 20
+"""Of the unpacked to the packed size, looked at beyond so many bytes."""
 
 
 class _Member(NamedTuple):
@@ -67,9 +58,7 @@ def is_archive(path: Path) -> bool:
     return _tar_mode(path) is not None
 
 
-def extract(
-    archive: Path, folder: Path, wanted: Callable[[str], bool], limits: Limits | None = None
-) -> list[Path]:
+def extract(archive: Path, folder: Path, wanted: Callable[[str], bool]) -> list[Path]:
     """Unpack the files whose base name is `wanted` into `folder` and return their paths, in archive order.
 
     Folders of the archive are not kept: a file lands at ``folder / base name``, and appears there only when
@@ -77,13 +66,13 @@ def extract(
 
     Raises:
         UserError: not an archive, damaged, or unsafe (a path that is absolute, has ``..``, a drive or a
-            backslash; a link or device; two wanted files of one name; more than `limits` allow).
+            backslash; a link or device; two wanted files of one name; more than the bounds allow).
     """
     folder.mkdir(parents=True, exist_ok=True)
     names: list[str] = []
     with tempfile.TemporaryDirectory(dir=folder, prefix=".unpacking-") as temporary:
         try:
-            for member in _safe_members(archive, limits or Limits()):
+            for member in _safe_members(archive):
                 name = PurePosixPath(member.name).name
                 if member.is_folder or not wanted(name):
                     continue
@@ -105,16 +94,16 @@ def extract(
     return [folder / name for name in names]
 
 
-def _safe_members(archive: Path, limits: Limits) -> Iterator[_Member]:
+def _safe_members(archive: Path) -> Iterator[_Member]:
     """The members one after the other; UserError at the first that no archive of data has."""
-    allowed = min(limits.total_bytes, max(limits.free_bytes, archive.stat().st_size * limits.ratio))
+    allowed = min(MOST_BYTES, max(FREE_BYTES, archive.stat().st_size * MOST_RATIO))
     declared = 0
     for number, member in enumerate(_members(archive), start=1):
         path = PurePosixPath(member.name)
         outside = path.is_absolute() or ".." in path.parts or _FOREIGN.search(member.name)
         is_top = member.is_folder and not path.parts  # "." or "./", which archives of a folder begin with
-        if number > limits.members:
-            raise UserError(f"{archive}: more than {limits.members} files in the archive")
+        if number > MOST_MEMBERS:
+            raise UserError(f"{archive}: more than {MOST_MEMBERS} files in the archive")
         if outside or not (path.name or is_top):
             raise UserError(f"{archive}: member {member.name!r} would leave the folder; not unpacked")
         if not member.is_folder and not member.is_plain:

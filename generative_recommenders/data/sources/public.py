@@ -21,7 +21,6 @@ import pyarrow.parquet
 from generative_recommenders.config.registry import DATA_SOURCES, register_data_source
 from generative_recommenders.data.readers.events import RawRatings, ReadOptions
 from generative_recommenders.data.readers.files import data_files, data_suffix
-from generative_recommenders.data.readers.sources import TextOptions
 from generative_recommenders.data.sources import movielens
 from generative_recommenders.data.sources.archives import extract, is_archive
 from generative_recommenders.data.sources.download import RemoteFile, fetch, file_digest
@@ -80,9 +79,7 @@ def _remote(
 
 def _without_header(delimiter: str) -> ReadOptions:
     """Text as published: no header and no quotes."""
-    return ReadOptions(
-        "user,item,rating,timestamp", TextOptions(delimiter, header=False, quoting="none"), time_unit="s"
-    )
+    return ReadOptions("user,item,rating,timestamp", delimiter, header=False, quoting="none", time_unit="s")
 
 
 PUBLISHED = {
@@ -114,9 +111,7 @@ PUBLISHED = {
         archive=_remote(_GROUPLENS, "ml-20m.zip", "cd245b17a1ae2cc31bb14903e1204af3"),
         ratings="ratings.csv",
         ratings_bytes=533_444_411,
-        options=ReadOptions(
-            "user=userId,item=movieId,rating,timestamp", TextOptions(",", header=True), time_unit="s"
-        ),
+        options=ReadOptions("user=userId,item=movieId,rating,timestamp", ",", header=True, time_unit="s"),
         num_items=26_744,
         num_users=138_493,
         items=("movies.csv",),
@@ -250,7 +245,7 @@ def _sasrec_text(request: Request) -> RawRatings:
     return RawRatings(
         name=request.name,
         files=[interactions],
-        options=ReadOptions("user,item", TextOptions(" ")),
+        options=ReadOptions("user,item", " "),
         item_features=_side_table(["movies.dat"], files),
         user_features=_side_table(["users.dat"], files),
         source={"dataset": request.name, "input": origin.name},
@@ -264,7 +259,7 @@ def _exchange_text(request: Request) -> RawRatings:
     return RawRatings(
         name=request.name,
         files=[origin],
-        options=ReadOptions(text=TextOptions(exchange=True), time_unit="s"),
+        options=ReadOptions(exchange=True, time_unit="s"),
         source={"dataset": "exchange text", "input": origin.name},
     )
 

@@ -14,16 +14,14 @@ import pyarrow.parquet
 import pytest
 
 import ratings_files
-from generative_recommenders.data.readers.events import EventReader, ReadOptions, TextOptions
+from generative_recommenders.data.readers.events import EventReader, ReadOptions
 from generative_recommenders.errors import UserError
 from ratings_files import error_of, write
 
 
-def read(
-    path: Path, columns: str | None = None, text: TextOptions | None = None, **options: Any
-) -> dict[str, list]:
+def read(path: Path, columns: str | None = None, **options: Any) -> dict[str, list]:
     """The events of one file as lists by column, times in seconds."""
-    return ratings_files.read(path, ReadOptions(columns, text or TextOptions(), **options))
+    return ratings_files.read(path, ReadOptions(columns, **options))
 
 
 def refused(path: Path, columns: str | None = None, **options: Any) -> str:
@@ -98,12 +96,12 @@ def test_quotes(tmp_path: Path) -> None:
     tsv = write(tmp_path, 'u\t1241100000\tm1\t"Weird Al" Yankovic\nu\t1241100100\tm2\tOther\n', "a.tsv")
     assert read(tsv, "user,timestamp,item,_")["item"] == ["m1", "m2"]
     text = write(tmp_path, 'user,item\nu,"Heroes"\nu,Heroes\n', "b.csv")
-    assert read(text, text=TextOptions(quoting="none"))["item"] == ['"Heroes"', "Heroes"]
+    assert read(text, quoting="none")["item"] == ['"Heroes"', "Heroes"]
     assert read(text)["item"] == ["Heroes", "Heroes"]
     quoted = write(tmp_path, 'user\titem\nu\t"two\ttabs"\n', "c.tsv")
-    assert read(quoted, text=TextOptions(quoting="csv"))["item"] == ["two\ttabs"]
+    assert read(quoted, quoting="csv")["item"] == ["two\ttabs"]
     with pytest.raises(UserError, match="--quoting=csv needs a delimiter of one character"):
-        read(quoted, text=TextOptions("::", quoting="csv"))
+        read(quoted, delimiter="::", quoting="csv")
 
 
 def test_missing_ids_are_refused_with_their_number_or_dropped(

@@ -8,7 +8,6 @@ import pyarrow as pa
 import pytest
 
 from generative_recommenders.data.readers.events import EventReader, ReadOptions
-from generative_recommenders.data.readers.sources import TextOptions
 from generative_recommenders.errors import UserError
 
 SECOND = 10**9
@@ -113,4 +112,4 @@ def test_a_published_format_with_a_doubtful_time_asks_for_columns(tmp_path: Path
     path = tmp_path / file
     path.write_text(text)
     with pytest.raises(UserError, match="--columns"):
-        EventReader([path], ReadOptions(text=TextOptions()))
+        EventReader([path], ReadOptions())

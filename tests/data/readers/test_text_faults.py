@@ -18,18 +18,17 @@ import pytest
 from generative_recommenders.data.readers import tables
 from generative_recommenders.data.readers import text as delimited_text
 from generative_recommenders.data.readers.events import EventReader, ReadOptions
-from generative_recommenders.data.readers.sources import TextOptions
 from generative_recommenders.errors import UserError
 from memory import memory_grows_at_most
 from ratings_files import COMMAS, PAIRS, error_of, read, write
 
 FOUND = ReadOptions()
-PAIRS_OF_COMMAS = ReadOptions("user,item", TextOptions(",", header=False))
+PAIRS_OF_COMMAS = ReadOptions("user,item", ",", header=False)
 FOUR = "user,item,rating,timestamp"
 
 
 def delimited(delimiter: str, columns: str = FOUR, header: bool | None = False) -> ReadOptions:
-    return ReadOptions(columns, TextOptions(delimiter, header))
+    return ReadOptions(columns, delimiter, header)
 
 
 ONE_ROW = {"user": ["u"], "item": ["i"], "rating": [4.0], "timestamp": [7]}
@@ -56,7 +55,7 @@ ONE_ROW = {"user": ["u"], "item": ["i"], "rating": [4.0], "timestamp": [7]}
         ("userId,movieId,rating,timestamp\nu,i,4,7\n", FOUND),
         (
             "\ufeffTimestamp;x;item_id:token;user_id:token;rating\r\n7;x;i;u;4\r\n",
-            ReadOptions(text=TextOptions(";")),
+            ReadOptions(delimiter=";"),
         ),
     ],
 )
@@ -292,14 +291,14 @@ def test_delimiters_are_found_or_refused(
     path = write(tmp_path, data)
     if delimiter is None:
         assert "the delimiter may be" in error_of(path, ReadOptions(columns))
-        assert read(path, ReadOptions(columns, TextOptions("\t")))["item"] == ["Hello, world"]
+        assert read(path, ReadOptions(columns, "\t"))["item"] == ["Hello, world"]
     else:
-        assert read(path, ReadOptions(columns)) == read(path, ReadOptions(columns, TextOptions(delimiter)))
+        assert read(path, ReadOptions(columns)) == read(path, ReadOptions(columns, delimiter))
 
 
 def test_missing_columns_are_named(tmp_path: Path) -> None:
     message = error_of(
-        write(tmp_path, "user,rating,timestamp\nu,1,2\n"), ReadOptions(text=TextOptions(",", True))
+        write(tmp_path, "user,rating,timestamp\nu,1,2\n"), ReadOptions(delimiter=",", header=True)
     )
     assert "no item among: user, rating, timestamp" in message
 

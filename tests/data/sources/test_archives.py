@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from generative_recommenders.data.sources.archives import Limits, extract, is_archive
+from generative_recommenders.data.sources import archives
+from generative_recommenders.data.sources.archives import extract, is_archive
 from generative_recommenders.errors import UserError
 
 UNSAFE_NAMES = ["../evil.csv", "a/../../evil.csv", "/etc/evil.csv", "C:/evil.csv", "..\\evil.csv", "a/.."]
@@ -22,6 +23,11 @@ Writer = Callable[[Path, dict[str, bytes]], Path]
 
 def everything(_: str) -> bool:
     return True
+
+
+def bound(monkeypatch: pytest.MonkeyPatch, **bounds: int) -> None:
+    for name, value in bounds.items():
+        monkeypatch.setattr(archives, name, value)
 
 
 def write_zip(path: Path, members: dict[str, bytes]) -> Path:
@@ -104,29 +110,37 @@ def test_a_symlink_in_a_zip_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("write", [write_zip, write_tar])
-def test_bombs_are_refused_and_leave_nothing(tmp_path: Path, write: Writer) -> None:
+def test_bombs_are_refused_and_leave_nothing(
+    tmp_path: Path, write: Writer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     archive = write(tmp_path / "a", {"small.csv": b"1", "big.csv": bytes(3_000_000)})
-    tight = Limits(free_bytes=1_000_000, ratio=2)
-    for wanted in (everything, {"small.csv"}.__contains__):
-        with pytest.raises(UserError, match="zip bomb"):
-            extract(archive, tmp_path / "out", wanted, tight)
+    with monkeypatch.context() as tight:
+        bound(tight, FREE_BYTES=1_000_000, MOST_RATIO=2)
+        for wanted in (everything, {"small.csv"}.__contains__):
+            with pytest.raises(UserError, match="zip bomb"):
+                extract(archive, tmp_path / "out", wanted)
     assert files_under(tmp_path / "out") == []
     assert len(extract(archive, tmp_path / "out", everything)) == 2
+    bound(monkeypatch, MOST_BYTES=1000)
     with pytest.raises(UserError, match="zip bomb"):
-        extract(archive, tmp_path / "out", everything, Limits(total_bytes=1000))
+        extract(archive, tmp_path / "out", everything)
 
 
-def test_a_zip_that_lies_about_its_size_is_refused(tmp_path: Path) -> None:
+def test_a_zip_that_lies_about_its_size_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bound(monkeypatch, FREE_BYTES=1000, MOST_RATIO=1)
     archive = write_zip(tmp_path / "a.zip", {"big.csv": bytes(3_000_000)})
     honest = (3_000_000).to_bytes(4, "little")
     archive.write_bytes(archive.read_bytes().replace(honest, (10).to_bytes(4, "little")))
     with pytest.raises(UserError):
-        extract(archive, tmp_path / "out", everything, Limits(free_bytes=1000, ratio=1))
+        extract(archive, tmp_path / "out", everything)
     assert files_under(tmp_path / "out") == []
 
 
 @pytest.mark.parametrize("in_header", [True, False])
-def test_a_negative_size_does_not_pay_for_another_member(tmp_path: Path, in_header: bool) -> None:
+def test_a_negative_size_does_not_pay_for_another_member(
+    tmp_path: Path, in_header: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bound(monkeypatch, MOST_BYTES=2_900)
     with tarfile.open(
         tmp_path / "a.tar", "w", format=tarfile.GNU_FORMAT if in_header else tarfile.PAX_FORMAT
     ) as tar:
@@ -141,16 +155,17 @@ def test_a_negative_size_does_not_pay_for_another_member(tmp_path: Path, in_head
         big.size = 3_000
         tar.addfile(big, io.BytesIO(bytes(big.size)))
     with pytest.raises(UserError, match="damaged archive"):
-        extract(tmp_path / "a.tar", tmp_path / "out", everything, Limits(total_bytes=2_900))
+        extract(tmp_path / "a.tar", tmp_path / "out", everything)
     assert files_under(tmp_path / "out") == []
 
 
-def test_too_many_members_and_doubled_names(tmp_path: Path) -> None:
+def test_too_many_members_and_doubled_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     archive = write_zip(tmp_path / "a.zip", {"a/x.csv": b"1", "b/x.csv": b"2", "c/y.csv": b"3"})
-    with pytest.raises(UserError, match="more than 2 files"):
-        extract(archive, tmp_path / "out", {"y.csv"}.__contains__, Limits(members=2))
     with pytest.raises(UserError, match=r"two files named x\.csv"):
         extract(archive, tmp_path / "out", everything)
+    bound(monkeypatch, MOST_MEMBERS=2)
+    with pytest.raises(UserError, match="more than 2 files"):
+        extract(archive, tmp_path / "out", {"y.csv"}.__contains__)
 
 
 def test_an_encrypted_member_is_reported(tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ import pytest
 
 from generative_recommenders.config.registry import DATA_SOURCES
 from generative_recommenders.data.readers.events import EventReader, RawRatings, ReadOptions
-from generative_recommenders.data.readers.sources import TextOptions
 from generative_recommenders.data.sources import public as public_datasets
 from generative_recommenders.data.sources.download import RemoteFile
 from generative_recommenders.data.sources.public import PUBLISHED, resolve
@@ -89,9 +88,7 @@ def test_movielens_from_folder_and_archives(tmp_path: Path, name: str, pack: Pac
 
 
 def test_layouts_of_the_published_files() -> None:
-    layouts = {
-        name: (each.options.text.delimiter, each.options.text.header) for name, each in PUBLISHED.items()
-    }
+    layouts = {name: (each.options.delimiter, each.options.header) for name, each in PUBLISHED.items()}
     assert layouts == {
         "amzn-books": (",", False), "ml-1m": ("::", False), "ml-20m": (",", True), "ml-100k": ("\t", False),
     }  # fmt: skip
@@ -262,7 +259,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path, name: str) -> N
     ("sasrec-text", {}, "needs --raw_path"),
     ("csv", {"raw_path": Path("nowhere.csv")}, "nowhere.csv does not exist"),
     ("ml-1m", {"options": ReadOptions("user,item")}, "of ml-1m are known"),
-    ("ml-1m", {"options": ReadOptions(text=TextOptions(";"))}, "of ml-1m are known"),
+    ("ml-1m", {"options": ReadOptions(delimiter=";")}, "of ml-1m are known"),
     ("csv", {"k_core": 0}, "--k_core=0 must be at least 1"),
     ("csv", {"result_name": "../up"}, "--name='../up'"),
     ("synthetic-books", {"raw_path": Path()}, "generated"),
