@@ -48,7 +48,7 @@ def load_settings(gin_files: Sequence[str | Path], bindings: Sequence[str] = ())
     Nothing in them runs: imports and references to functions are refused. Raises UserError in one line: a missing file, a
     syntax error with its place, an unknown name with the nearest one, a value that cannot be.
     """
-    settings = _parse(gin_files, bindings).over(s.RunSettings())
+    settings = _bound(s.RunSettings(), _parse(gin_files, bindings))
     return settings, resolved_text(settings)
 
 
@@ -56,19 +56,20 @@ def load_ablation(
     path: str | Path, bindings: Sequence[str], names: Collection[str]
 ) -> tuple[dict[str, Any], s.RunSettings]:
     """What a file binds of ``names`` on ``ablation``, and the settings that it gives as `load_settings` does."""
-    parsed = _parse([path], bindings, names)
-    settings = parsed.over(s.RunSettings())
-    return {name: parsed.resolved(value, place) for name, (place, value) in parsed.apart.items()}, settings
+    values, beginning = _parse([path], bindings, names), f"{ABLATION}."
+    own = [name for name in values if name.startswith(beginning)]
+    return {name.removeprefix(beginning): values.pop(name) for name in own}, _bound(s.RunSettings(), values)
 
 
 def override(settings: s.RunSettings, bindings: Sequence[str]) -> s.RunSettings:
     """The settings with bindings applied over them, as for evaluating a checkpoint under another seen filter."""
-    return _parse([], bindings).over(settings)
+    return _bound(settings, _parse([], bindings))
 
 
 def _parse(
     gin_files: Sequence[str | Path], bindings: Sequence[str], names: Collection[str] | None = None
-) -> _Parsed:
+) -> dict[str, Any]:
+    """Names and values that files and bindings give. names: what may be bound on `ABLATION`; None where nothing may."""
     parsed = _Parsed(names)
     for path in gin_files:
         found = find_config(path)
@@ -84,7 +85,20 @@ def _parse(
             raise UserError(f"no gin file at {path}; {meant}")
         _bind_file(found, parsed)
     _bind_text("\n".join(bindings), BINDINGS, parsed)
-    return parsed
+    return parsed.values()
+
+
+def _bound(settings: s.RunSettings, values: dict[str, Any]) -> s.RunSettings:
+    """The settings with what is bound; UserError for what no setting is, and for values that cannot be."""
+    settings = settings.bind(values)
+    for published in filter(values.__contains__, PUBLISHED):
+        for part, target in settings.readers(published):
+            own, there = f"{part.gin_name}.{target.option}", values[published]
+            if own in values and values[own] != there:
+                raise UserError(
+                    f"gin: {own} = {values[own]!r} and {published} = {there!r} are one option: bind one of them"
+                )
+    return settings
 
 
 def find_config(path: str | Path) -> Path:
@@ -103,41 +117,23 @@ class _Macro:
 
 class _Parsed(config_parser.ParserDelegate):  # type: ignore[misc]
     """What the texts of one configuration hold. files: their number ends includes that go in a circle or multiply.
-
-    names: what may be bound on `ABLATION`, which is no setting; None where nothing may.
+    entries: their number ends values that do.
     """
 
-    def __init__(self, names: Collection[str] | None = None) -> None:
-        self.files = 0
-        self.names = names
-        self.apart: dict[str, tuple[str, Any]] = {}
-        """What is bound on `ABLATION`: place and value."""
+    def __init__(self, names: Collection[str] | None) -> None:
+        self.files = self.entries = 0
         self.macros: dict[str, tuple[str, Any]] = {}
         """Name to the place where it is given a value, and the value."""
         self.bound: dict[str, tuple[str, Any]] = {}
         """Name to place and value."""
         self.used: set[str] = set()
         """Names that a %name refers to."""
-        self.known: dict[str, list[str]] = {}
+        self.known: dict[str, list[str]] = {} if names is None else {ABLATION: list(names)}
         """Every owner with the names that can be bound on it."""
         for owner, _, name in (name.partition(".") for name in s.NAMES):
             self.known.setdefault(owner, []).append(name)
         for owner, part in parts_by_gin_name().items():
             self.known.setdefault(owner, []).extend(part.options.model_fields)
-
-    def bind_apart(self, argument: str, value: Any, place: str) -> None:
-        """UserError for what the caller does not read, and for a value that grows without measure."""
-        if self.names is None:
-            raise UserError(
-                f"gin: {place}: an ablation is run by python -m generative_recommenders.ablate FILE"
-            )
-        if argument not in self.names:
-            raise UserError(
-                f"gin: {place}: {ABLATION} has no parameter {argument!r}{nearest(argument, self.names)}"
-            )
-        if self.entries(value, {}) > MAX_ENTRIES:
-            raise UserError(f"gin: {place}: a value of more than {MAX_ENTRIES} entries")
-        self.apart[argument] = place, value
 
     def macro(self, macro_name: str) -> _Macro:
         self.used.add(macro_name)
@@ -148,10 +144,8 @@ class _Parsed(config_parser.ParserDelegate):  # type: ignore[misc]
             f"a configuration cannot refer to @{scoped_configurable_name}: write the value itself"
         )
 
-    def over(self, settings: s.RunSettings) -> s.RunSettings:
-        """The settings with what is bound; UserError for what no setting is, for values that grow without measure, and
-        for values that cannot be.
-        """
+    def values(self) -> dict[str, Any]:
+        """What is bound, with the values of macros in their places."""
         for name, (place, _) in self.macros.items():
             if name not in self.used:  # most often a setting whose owner was left out
                 close = [each for each in s.NAMES if each.endswith("." + name)] or difflib.get_close_matches(
@@ -159,47 +153,27 @@ class _Parsed(config_parser.ParserDelegate):  # type: ignore[misc]
                 )
                 hint = f"; did you mean {close[0]!r}?" if close else ": write it as OWNER.NAME"
                 raise UserError(f"gin: {place}: {name!r} is no setting, and no %{name} refers to it{hint}")
-        known: dict[str, int] = {}
         values: dict[str, Any] = {}
         for name, (place, value) in self.bound.items():
-            if self.entries(value, known) > MAX_ENTRIES:
-                raise UserError(
-                    f"gin: {place}: a value of more than {MAX_ENTRIES} entries, or one that holds itself"
-                )
+            self.entries = 0
             values[name] = self.resolved(value, place)
-        settings = settings.bind(values)
-        for published in filter(values.__contains__, PUBLISHED):
-            for part, target in settings.readers(published):
-                own, there = f"{part.gin_name}.{target.option}", values[published]
-                if own in values and values[own] != there:
-                    raise UserError(
-                        f"gin: {own} = {values[own]!r} and {published} = {there!r} are one option: bind one of them"
-                    )
-        return settings
+        return values
 
-    def entries(self, value: Any, known: dict[str, int]) -> int:
-        if isinstance(value, _Macro):
-            if value.name not in known:
-                known[value.name] = MAX_ENTRIES + 1  # found again below itself, it would never end
-                given = self.macros.get(value.name, ("", None))[1]
-                known[value.name] = self.entries(given, known)
-            return known[value.name]
-        if isinstance(value, dict):
-            return 1 + sum(self.entries(x, known) for pair in value.items() for x in pair)
-        if isinstance(value, (list, tuple)):
-            return 1 + sum(self.entries(x, known) for x in value)
-        return 1
-
-    def resolved(self, value: Any, place: str) -> Any:
-        """With the values of macros in their places."""
+    def resolved(self, value: Any, place: str, within: tuple[str, ...] = ()) -> Any:
+        """With the values of macros in their places; within: the macros that the value is a part of."""
+        self.entries += 1
+        if self.entries > MAX_ENTRIES or (isinstance(value, _Macro) and value.name in within):
+            raise UserError(
+                f"gin: {place}: a value of more than {MAX_ENTRIES} entries, or one that holds itself"
+            )
         if isinstance(value, _Macro):
             if value.name not in self.macros:
                 raise UserError(f"gin: {place}: nothing gives %{value.name} a value")
-            return self.resolved(self.macros[value.name][1], place)
+            return self.resolved(self.macros[value.name][1], place, (*within, value.name))
         if isinstance(value, (list, tuple)):
-            return type(value)(self.resolved(each, place) for each in value)
+            return type(value)(self.resolved(each, place, within) for each in value)
         if isinstance(value, dict):
-            pairs = [(self.resolved(key, place), self.resolved(each, place)) for key, each in value.items()]
+            pairs = [tuple(self.resolved(each, place, within) for each in pair) for pair in value.items()]
             if not all(isinstance(key, (str, int, float, bool, type(None))) for key, _ in pairs):
                 raise UserError(f"gin: {place}: keys are names or numbers")
             return dict(pairs)
@@ -304,10 +278,11 @@ def _bind(statement: Any, place: str, parsed: _Parsed) -> None:
             raise UserError(
                 f"gin: {place}: scopes cannot act here; write {owner}.{argument} without {scope + '/'!r}"
             )
-        if owner == ABLATION:
-            parsed.bind_apart(argument, statement.value, place)
-            return
         owner, known = owner.removeprefix(MODULE), parsed.known
+        if owner == ABLATION and owner not in known:
+            raise UserError(
+                f"gin: {place}: an ablation is run by python -m generative_recommenders.ablate FILE"
+            )
         if owner not in known:
             raise UserError(f"gin: {place}: there is no configurable {owner!r}{nearest(owner, known)}")
         instead = ELSEWHERE.get(f"{owner}.{argument}")
