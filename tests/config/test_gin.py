@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 
-import generative_recommenders.build.parts  # noqa: F401  (registers the built-in parts)
+from generative_recommenders.commands.lists import register_built_in_parts
 from generative_recommenders.config.gin import differences, load_settings, override
 from generative_recommenders.config.schema import FIELDS, RunSettings
 from generative_recommenders.errors import UserError
 
 ROOT = Path(__file__).parents[2]
+register_built_in_parts()
 CONFIGS = sorted(
     path.relative_to(ROOT).as_posix()
     for path in (ROOT / "configs").glob("*/*.gin")
