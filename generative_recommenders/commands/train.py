@@ -32,7 +32,8 @@ from generative_recommenders.distributed.launch import launch
 from generative_recommenders.distributed.signals import INTERRUPTED, StopRequest
 from generative_recommenders.distributed.sync import from_main, on_main
 from generative_recommenders.errors import UserError
-from generative_recommenders.evaluation.ranks import Ranks
+from generative_recommenders.evaluation.evaluator import EvaluationResult
+from generative_recommenders.evaluation.ranks import Ranks, user_ranks
 from generative_recommenders.run import summary as report
 from generative_recommenders.run.directory import RunFolder
 from generative_recommenders.run.epoch_log import EpochLog
@@ -40,7 +41,7 @@ from generative_recommenders.run.logging import show
 from generative_recommenders.run.model_summary import model_summary
 from generative_recommenders.training.debug import step_profiler
 from generative_recommenders.training.fine_tuning import initialize
-from generative_recommenders.training.trainer import Trainer, TrainResult
+from generative_recommenders.training.trainer import Trainer
 
 
 def train(
@@ -99,8 +100,8 @@ def train_worker(rank: int, world_size: int, options: Options) -> int:
         with StopRequest() as stop, step_profiler(folder if options.profile and run else None) as on_step:
             result = trainer.train(store, options.max_steps, lambda: stop.requested, on_step)
         go_on = f"go on with --resume --run_dir={folder}"
-        if not result.finished:
-            logging.info("stopped on request after step %d; %s", result.progress.step, go_on)
+        if result is None:
+            logging.info("stopped on request after step %d; %s", trainer.progress.step, go_on)
             return INTERRUPTED
         try:
             ranks: dict[str, Ranks] = {}
@@ -108,10 +109,10 @@ def train_worker(rank: int, world_size: int, options: Options) -> int:
                 rows = trainer.evaluation.baselines(ranks)
             if run is not None:
                 finish(trainer, run, store, result, rows)
-                if result.ranks is not None:
-                    write_users_metrics(options, dataset, result.ranks)
-                if options.report and result.ranks is not None:
-                    write_page(run.path, dataset, split, {settings.model.main_module: result.ranks, **ranks})
+                of_model = user_ranks(dataset, split, result.ranks)
+                write_users_metrics(options, dataset, of_model)
+                if options.report:
+                    write_page(run.path, dataset, split, {settings.model.main_module: of_model, **ranks})
         except KeyboardInterrupt:
             logging.info("interrupted before the final report, which the checkpoint is kept for; %s", go_on)
             raise
@@ -142,21 +143,22 @@ def finish(
     trainer: Trainer,
     run: RunFolder,
     store: CheckpointStore,
-    result: TrainResult,
+    result: EvaluationResult,
     baselines: Mapping[str, Mapping[str, float]],
 ) -> None:
     """The final record, the curves, and the table."""
     from generative_recommenders.run.report.pictures import plot_curves  # brings matplotlib
 
-    settings, dataset, progress = trainer.settings, trainer.dataset, result.progress
-    of_model = report.model_rows(settings, result.test, result.high_rated)
-    rows = {**baselines, **of_model, **result.standard_errors}
+    settings, dataset, progress = trainer.settings, trainer.dataset, trainer.progress
+    metrics, conditions = result.metrics(), trainer.evaluation.conditions(result)
+    of_model = report.model_rows(settings, metrics, result.high_rated_metrics())
+    rows = {**baselines, **of_model, **trainer.evaluation.standard_errors(result)}
     final = {
         "part": "final",
         "seconds": progress.seconds,
         "model": settings.model.main_module,
         "results": rows,
-        "conditions": result.conditions,
+        "conditions": conditions,
         "split_hash": trainer.split.hash,
         "spent": dict(trainer.log.spent),
         "environment": report.environment(trainer.collectives),
@@ -165,7 +167,7 @@ def finish(
     if result.lists:
         final["list_metrics"] = result.lists
     run.write_metrics(progress.step, final)
-    test = {f"test/{name}": value for name, value in {**result.test, **result.lists}.items()}
+    test = {f"test/{name}": value for name, value in {**metrics, **result.lists}.items()}
     run.write_result(progress.step, test, gin_registry.resolved_values(settings))
     curves, best = run.path / "curves.png", progress.best_epoch
     try:
@@ -179,7 +181,7 @@ def finish(
     checkpoint = kept.path if kept is not None else next(iter(store.paths()[::-1]), None)
     show(
         report.final_report(
-            rows, dataset, trainer.split, result.conditions, best, run.path, checkpoint, result.lists
+            rows, dataset, trainer.split, conditions, best, run.path, checkpoint, result.lists
         )
     )
     if line := unlike_published_run(settings, dataset):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from time import perf_counter
 
@@ -30,8 +29,8 @@ from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.distributed.signals import StopRequested
 from generative_recommenders.distributed.sync import together
 from generative_recommenders.errors import UserError
+from generative_recommenders.evaluation.evaluator import EvaluationResult
 from generative_recommenders.evaluation.model_evaluation import ModelEvaluation
-from generative_recommenders.evaluation.ranks import Ranks, user_ranks
 from generative_recommenders.ops.counter_random import stream_key
 from generative_recommenders.retrieval.methods import check_top_k
 from generative_recommenders.training.callbacks import Recorder
@@ -44,22 +43,6 @@ from generative_recommenders.training.step import TABLE, StepResult, TrainingSte
 BEST_BY = "ndcg@10"
 ACCELERATOR_CHECK = 20
 """Steps between looks at the loss on an accelerator, which each wait for it; on a CPU every step is looked at."""
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """test: metrics of the best (in protocol "paper", the last) state; high_rated: over highly rated targets alone;
-    finished: False after a stop request, and then there are no metrics; lists: of the top-k lists, where asked for;
-    conditions, standard_errors: see `ModelEvaluation`; ranks: see `user_ranks`."""
-
-    test: dict[str, float]
-    high_rated: dict[str, float]
-    progress: Progress
-    finished: bool
-    lists: dict[str, float] = field(default_factory=dict)
-    conditions: str = ""
-    ranks: Ranks | None = None
-    standard_errors: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 class Trainer:
@@ -140,8 +123,9 @@ class Trainer:
         max_steps: int | None = None,
         stop: Callable[[], bool] = lambda: False,
         on_step: Callable[[], None] = lambda: None,
-    ) -> TrainResult:
-        """Trains to the end (or to max_steps, or until stop() on any process), then scores the test targets.
+    ) -> EvaluationResult | None:
+        """Trains to the end (or to max_steps, or until stop() on any process), then scores the test targets: those of the best
+        (in protocol "paper", the last) state. None after a stop.
 
         store: where the main process keeps checkpoints. on_step: called after each step, for a profiler.
         """
@@ -163,20 +147,15 @@ class Trainer:
         except StopRequested:
             self.save(store)
             self.collectives.barrier()  # nobody ends, and so ends the others, before the checkpoint is written
-            return TrainResult({}, {}, p, False)
+            return None
         # The last state goes to the disk before the best one takes its place here: more epochs go on from the last.
         self.save(store)
         self._load_best(store)
         try:
             with self.log.timed("test"):
-                result = self.evaluation.test(self.model, stop)
+                return self.evaluation.test(self.model, stop)
         except StopRequested:
-            return TrainResult({}, {}, p, False)
-        return TrainResult(
-            result.metrics(), result.high_rated_metrics(), p, True, result.lists,
-            self.evaluation.conditions(result), user_ranks(self.dataset, self.split, result.ranks),
-            self.evaluation.standard_errors(result),
-        )  # fmt: skip
+            return None
 
     def _steps(
         self,

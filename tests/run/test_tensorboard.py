@@ -30,18 +30,18 @@ def test_events_of_a_run_can_be_read_back(ragged_dataset: SequenceDataset, tmp_p
         log = EpochLog.of(run, chosen)
         trainer = Trainer(chosen, ragged_dataset, split, Collectives(torch.device("cpu")), log)
         result = trainer.train()
-        test = {f"test/{name}": value for name, value in result.test.items()}
-        run.write_result(result.progress.step, test, resolved_values(chosen))
+        test = {f"test/{name}": value for name, value in result.metrics().items()}
+        run.write_result(trainer.progress.step, test, resolved_values(chosen))
     events = EventAccumulator(str(run.tensorboard)).Reload()
     steps = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
     for tag in ("loss", "learning_rate", "gradient_norm", "tokens_per_second"):
         recorded = steps[f"train/{tag}"]
-        assert [event.step for event in recorded] == list(range(3, result.progress.step + 1, 3)), tag
+        assert [event.step for event in recorded] == list(range(3, trainer.progress.step + 1, 3)), tag
         assert all(event.value > 0 for event in recorded), tag
     rates = [event.value for event in steps["train/learning_rate"]]
     assert rates[0] == pytest.approx(0.01 * 3 / 5) and rates[1] == pytest.approx(0.01)
     assert [(event.step, event.value) for event in steps["test/ndcg@10"]] == [
-        (result.progress.step + 1, pytest.approx(result.test["ndcg@10"]))
+        (trainer.progress.step + 1, pytest.approx(result.metrics()["ndcg@10"]))
     ]
     plugin = events.SummaryMetadata("_hparams_/session_start_info").plugin_data
     assert plugin.plugin_name == "hparams"

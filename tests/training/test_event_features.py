@@ -54,7 +54,7 @@ def make_trainer(dataset: SequenceDataset, *features: str, **choices: Any) -> Tr
 
 
 def ndcg(dataset: SequenceDataset, *features: str, **choices: Any) -> float:
-    return make_trainer(dataset, *features, **choices).train().test["ndcg@10"]
+    return make_trainer(dataset, *features, **choices).train().metrics()["ndcg@10"]
 
 
 @pytest.mark.parametrize("encoder", ["SASRec", "HSTU", "DiffTransformer", "Transformer"])

@@ -123,7 +123,7 @@ def test_nothing_changes_where_the_data_are_the_same(
         if name.startswith(("model.", "criterion.")):
             assert torch.equal(value, newest.tensors[name]), name
     assert tuned.progress.step == 0 and not tuned.step.optimizer.state_tensors()
-    assert torch.isfinite(torch.tensor(tuned.train().test["mrr"]))
+    assert torch.isfinite(torch.tensor(tuned.train().metrics()["mrr"]))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -177,7 +177,7 @@ def test_rows_go_where_their_items_users_and_categories_are_now(
     if kind == "event columns":
         name = "model.sequence.event_features.weights.of_shelf"
         assert torch.equal(own[name], old[name])  # the same nine shelves
-    assert torch.isfinite(torch.tensor(tuned.train().test["mrr"]))
+    assert torch.isfinite(torch.tensor(tuned.train().metrics()["mrr"]))
 
 
 def check(own: torch.Tensor, old: torch.Tensor, new: torch.Tensor, rows: dict[int, int]) -> None:
