@@ -26,7 +26,7 @@ from generative_recommenders.data.loader import (
 )
 from generative_recommenders.data.splits import Split, make_split
 from generative_recommenders.data.store import SequenceDataset
-from generative_recommenders.evaluation import seen_filters  # noqa: F401  (register)
+from generative_recommenders.evaluation.seen_filters import SeenItems
 
 
 class DataModule(lightning.LightningDataModule):
@@ -85,7 +85,7 @@ class DataModule(lightning.LightningDataModule):
                 stops = np.asarray(self.dataset.lengths[users], dtype=np.int64)
                 columns = cut_histories(self.dataset, users, stops, width)
                 histories = Histories(self.dataset, users, stops)
-                seen = _rectangle(histories.rows, histories["item_ids"], len(users))
+                seen = self._rectangle(histories.rows, histories["item_ids"], len(users))
                 yield {"history": columns, "query_id": columns["user_ids"], "seen_ids": seen, "train": seen}
 
         return _Batches(math.ceil(len(mine) / size), batches)
@@ -114,11 +114,16 @@ class DataModule(lightning.LightningDataModule):
                     "history": columns,
                     "query_id": columns["user_ids"],
                     "ground_truth": columns["target_ids"].masked_fill(absent, -1)[:, None],
-                    "seen_ids": _rectangle(rows, ids, len(users)),
-                    "train": _rectangle(histories.rows, histories["item_ids"], len(users)),
+                    "seen_ids": self._rectangle(rows, ids, len(users)),
+                    "train": self._rectangle(histories.rows, histories["item_ids"], len(users)),
                 }
 
         return _Batches(len(loader), batches)
+
+    def _rectangle(self, rows: torch.Tensor, ids: torch.Tensor, num_rows: int) -> torch.Tensor:
+        """Pairs of row and id as ``[num_rows, S]``, each once, padded with -1."""
+        padded = SeenItems.of(rows, ids, self.dataset.num_items).rectangle(num_rows)
+        return padded.masked_fill(padded == 0, -1)
 
     def _place(self) -> tuple[int, int]:
         """Rank of this process and the number of all."""
@@ -155,10 +160,3 @@ class _Batches:
 
     def __iter__(self) -> Iterator[Any]:
         return self.batches()
-
-
-def _rectangle(rows: torch.Tensor, ids: torch.Tensor, num_rows: int) -> torch.Tensor:
-    """Pairs of row and id as ``[num_rows, S]``, padded with -1."""
-    counts = torch.bincount(rows, minlength=num_rows)
-    of_rows = ids[rows.argsort(stable=True)].split(counts.tolist())
-    return torch.nn.utils.rnn.pad_sequence(of_rows, batch_first=True, padding_value=-1)

@@ -79,11 +79,8 @@ def read_meta_checkpoint(path: Path | str) -> dict[str, Tensor]:
 
 def read_state(path: Path | str, key: str, wanted: str) -> dict[str, Tensor]:
     """The tensors below ``key`` of a file by ``torch.save``, on the CPU. wanted: what to give instead, for errors."""
-    # A few bytes of pickle make a bytearray as long as they like, and tensors need none.
-    if _builds_bytearray(Path(path)):
-        raise UserError(
-            f"{path} is not a checkpoint that can be read as plain tensors: it builds a bytearray"
-        )
+    if (reason := _builds_more_than_it_holds(Path(path))) is not None:
+        raise UserError(f"{path} is not a checkpoint that can be read as plain tensors: {reason}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the pickle protocol of files that are refused anyway
@@ -97,26 +94,21 @@ def read_state(path: Path | str, key: str, wanted: str) -> dict[str, Tensor]:
     return {str(name): value for name, value in state.items()}
 
 
-def _builds_bytearray(path: Path) -> bool:
-    """Whether the pickle of a file names ``bytearray``; UserError for a file that fills more memory than it has bytes."""
-    word = b"bytearray"
+def _builds_more_than_it_holds(path: Path) -> str | None:
+    """Why reading a file could fill more memory than it has bytes; None where it cannot, or where ``torch.load`` says more."""
     try:
-        if not zipfile.is_zipfile(path):
-            with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-                return content.find(word) >= 0
-        with zipfile.ZipFile(path) as pack:
-            entries = pack.infolist()
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as pack:
+                entries = pack.infolist()
             # torch.save packs nothing.
             packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
             if packed or sum(entry.file_size for entry in entries) > path.stat().st_size:
-                raise UserError(
-                    f"{path} is not a checkpoint that can be read as plain tensors: its entries are packed"
-                )
-            return any(word in pack.read(entry) for entry in entries if entry.filename.endswith(".pkl"))
-    except UserError:
-        raise
-    except (*_UNREADABLE, zipfile.BadZipFile):  # torch.load says what it is
-        return False
+                return "its entries are packed"
+        # A few bytes of pickle make a bytearray as long as they like, and tensors need none.
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return "it builds a bytearray" if content.find(b"bytearray") >= 0 else None
+    except (*_UNREADABLE, zipfile.BadZipFile):
+        return None
 
 
 def rename_parameters(values: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from generative_recommenders.compat.replay.nn.transform import TensorBatch, require_tensor
 from generative_recommenders.errors import UserError
+from generative_recommenders.objectives.losses.catalogue import is_label
 
 __all__ = ["PostprocessorBase", "SeenItemsFilter"]
 
@@ -54,10 +55,8 @@ class SeenItemsFilter(PostprocessorBase):
             raise UserError(f"SeenItemsFilter: candidates must be between 0 and {self.item_count - 1}")
         columns = items.to(logits.device).expand(len(logits), -1)
         seen_ids = seen_ids.to(logits.device)
-        real = (seen_ids >= 0) & (seen_ids < self.item_count)
-        seen = torch.zeros(len(logits), self.item_count + 1, dtype=torch.bool, device=logits.device)
-        seen.scatter_(1, seen_ids.where(real, self.item_count), True)
-        return logits.masked_fill(seen[:, : self.item_count].gather(1, columns), -torch.inf)
+        seen_ids = seen_ids.masked_fill((seen_ids < 0) | (seen_ids >= self.item_count), -1)
+        return logits.masked_fill(is_label(seen_ids, self.item_count).gather(1, columns), -torch.inf)
 
     def on_validation(self, batch: TensorBatch, logits: Tensor) -> Tensor:
         return self.on_prediction(batch, logits)
