@@ -16,6 +16,7 @@ import polars as pl
 import torch
 from lightning import Callback, LightningModule, Trainer
 
+from generative_recommenders.distributed.process_group import process_collectives
 from generative_recommenders.errors import UserError
 from generative_recommenders.evaluation.list_metrics import ListMetrics
 from generative_recommenders.retrieval.selection import largest
@@ -95,25 +96,20 @@ class ComputeMetricsCallback(Callback):
         self._totals[dataloader_idx].add(listed, ids_of(self.ground_truth_column), seen)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        def most(number: int) -> int:
-            number_here = torch.tensor(number, device=pl_module.device)
-            return int(trainer.strategy.reduce(number_here, reduce_op="max"))
-
-        # Every process makes the same calls, also one that had no batch of a loader.
-        totals: dict[int, ListMetrics] = {}
-        for number in range(most(1 + max(self._totals, default=-1))):
-            own = self._totals.get(number)
-            largest_id = most(0 if own is None else own.recommended.shape[1] - 1)
-            total = ListMetrics(self.ks, largest_id, device=pl_module.device)
-            if own is not None:  # widened: each process has seen another largest id
+        collectives = process_collectives(pl_module.device)
+        # Every process makes the same calls, also one that had no batch of a loader, and each has seen another largest id.
+        widths: dict[str, int] = {}
+        own_widths = {str(number): own.recommended.shape[1] for number, own in self._totals.items()}
+        for each in collectives.gather_object_json(own_widths):
+            widths |= {number: max(width, widths.get(number, 0)) for number, width in each.items()}
+        for number, width in sorted(widths.items()):
+            total = ListMetrics(self.ks, width - 1, device=pl_module.device)
+            if (own := self._totals.get(int(number))) is not None:
                 total.sums, total.users = own.sums, own.users
                 total.recommended[:, : own.recommended.shape[1]] = own.recommended
-            for name in ("sums", "users", "recommended"):
-                setattr(total, name, trainer.strategy.reduce(getattr(total, name), reduce_op="sum"))
-            if int(total.users):
-                totals[number] = total
-        for number, total in totals.items():
-            suffix = f"/dataloader_idx_{number}" if len(totals) > 1 else ""
+            for part in (total.sums, total.users, total.recommended):
+                collectives.sum_(part)
+            suffix = f"/dataloader_idx_{number}" if len(widths) > 1 else ""
             values = total.compute()
             for row, k in enumerate(self.ks):  # a share of the catalogue's items, not of the scores' columns
                 listed = int((total.recommended[row, 1:] > 0).sum())
