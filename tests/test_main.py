@@ -15,10 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from books_oracle import oracle
 from generative_recommenders.build.parts import Catalogue, build_model
 from generative_recommenders.config.gin import load_settings
 from generative_recommenders.data.sources.synthetic_books import SyntheticBooksSettings
+from generative_recommenders.data.sources.synthetic_oracle import oracle
 from generative_recommenders.data.splits import make_split
 from generative_recommenders.data.store import SequenceDataset
 from programs import ROOT, run_program

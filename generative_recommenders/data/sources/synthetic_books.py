@@ -9,7 +9,7 @@ before are passed over. At ``predictability = 0`` there are neither threads nor 
 is an independent Zipf draw.
 
 Every random number is a hash of (seed, reader, step, purpose), so the data do not depend on how readers are
-cut into chunks, and any slice of readers is made without those before it. `tests/books_oracle.py` computes
+cut into chunks, and any slice of readers is made without those before it. `synthetic_oracle` computes
 the best possible score, that of a recommender which knows all this.
 """
 

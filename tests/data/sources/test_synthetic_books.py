@@ -11,7 +11,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from books_oracle import oracle
 from generative_recommenders.data.sources import synthetic_books
 from generative_recommenders.data.sources.synthetic_books import (
     MAX_LENGTH,
@@ -29,6 +28,7 @@ from generative_recommenders.data.sources.synthetic_catalogue import (
     BookCatalogue,
     make_catalogue,
 )
+from generative_recommenders.data.sources.synthetic_oracle import oracle
 from generative_recommenders.errors import UserError
 
 DEFAULT = SyntheticBooksSettings()
