@@ -11,10 +11,15 @@ from typing import Any
 from absl import logging
 from matplotlib.figure import Figure
 
-from generative_recommenders.data.audit import event_columns, length_curve, popularity_curve, timeline
 from generative_recommenders.data.preparation.folder import new_file
 from generative_recommenders.data.splits import make_split
-from generative_recommenders.data.statistics import statistics_lines
+from generative_recommenders.data.statistics import (
+    event_columns,
+    length_curve,
+    popularity_curve,
+    statistics_lines,
+    timeline,
+)
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.errors import UserError
 from generative_recommenders.evaluation.order_dependence import METRIC, SHUFFLES, order_dependence

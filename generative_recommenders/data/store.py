@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -205,10 +206,8 @@ class SequenceDataset:
 
 
 def _check_rows(path: Path, expected: int) -> None:
-    try:
-        metadata = pq.read_metadata(_regular(path))
-    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: missing, damaged or cut short; prepare the data again") from error
+    with _reading(path):
+        metadata = pq.read_metadata(path)
     check_parquet(path, metadata)
     if metadata.num_rows != expected:
         raise UserError(
@@ -216,19 +215,23 @@ def _check_rows(path: Path, expected: int) -> None:
         )
 
 
-def _regular(path: Path) -> Path:
-    """The path of a file; OSError for a pipe or device, which would keep the reader waiting."""
-    if path.exists() and not path.is_file():
-        raise OSError("not a regular file")
-    return path
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turns what reading a damaged table raises into UserError; a pipe or device would keep the reader waiting."""
+    try:
+        if path.exists() and not path.is_file():
+            raise OSError("not a regular file")
+        yield
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: missing, damaged or cut short; prepare the data again") from error
 
 
 def read_rows(path: Path, columns: list[str], rows: int) -> pa.Table:
     """Columns of a Parquet file that must have so many rows; UserError for another, or for one that is damaged."""
     unpacked, batches = 0, []
-    try:
+    with _reading(path):
         most = MOST_UNPACKED * path.stat().st_size + (64 << 20)
-        with pq.ParquetFile(_regular(path)) as file:
+        with pq.ParquetFile(path) as file:
             schema = file.schema_arrow
             if missing := set(columns) - set(schema.names):
                 raise UserError(f"{path}: column {min(missing)!r} is missing; prepare the data again")
@@ -243,8 +246,6 @@ def read_rows(path: Path, columns: list[str], rows: int) -> pa.Table:
         empty = pa.schema([schema.field(name) for name in columns]).empty_table()
         table = (pa.Table.from_batches(batches) if batches else empty).select(columns)
         table.validate(full=True)
-    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: missing, damaged or cut short; prepare the data again") from error
     if len(table) != rows:
         raise UserError(f"{path}: damaged; prepare the data again")
     return table

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from generative_recommenders.commands import audit
-from generative_recommenders.data.audit import event_columns, length_curve, popularity_curve, timeline
 from generative_recommenders.data.preparation.prepare import prepare
 from generative_recommenders.data.readers.events import RawRatings, ReadOptions
 from generative_recommenders.data.splits import make_split
+from generative_recommenders.data.statistics import event_columns, length_curve, popularity_curve, timeline
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.errors import UserError
 from generative_recommenders.evaluation import order_dependence as dependence

@@ -37,7 +37,6 @@ from generative_recommenders.data.preparation.event_store import (
     chunks,
     collect_events,
 )
-from generative_recommenders.data.preparation.filters import apply_filter, parse_filter
 from generative_recommenders.data.preparation.folder import new_folder
 from generative_recommenders.data.readers.events import EventReader, RawRatings
 from generative_recommenders.data.readers.times import NANOSECONDS
@@ -108,7 +107,7 @@ def prepare(raw: RawRatings, out_dir: str | Path, memory_limit: int = DEFAULT_ME
 
 def open_reader(raw: RawRatings) -> tuple[EventReader, dict[str, str]]:
     """The reader of the raw files, and the kinds of their columns; UserError where they or the choices cannot be."""
-    parse_filter(raw.filter)
+    order.parse_filter(raw.filter)
     reader = EventReader(raw.files, raw.options)
     order.check_choices(raw.tie_order, raw.duplicates, "timestamp" in reader.schema.names)
     return reader, event_kinds(reader.schema)
@@ -137,7 +136,7 @@ def prepare_batches(
                 events, raw.tie_order, raw.duplicates, ticks_per_second, bucket_events
             )
             dropped = 0 if kept is None else int(len(kept) - kept.sum())
-            chosen = apply_filter(events, raw.filter, kept)
+            chosen = order.apply_filter(events, raw.filter, kept)
             choices = {"tie_order": raw.tie_order, "duplicates": raw.duplicates}
             if raw.tie_order == "published":
                 ties, recorded = order.published_ranks(events, chosen.table)

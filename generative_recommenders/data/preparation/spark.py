@@ -29,9 +29,8 @@ from generative_recommenders.data.preparation.columns import (
     write_columns,
     write_tables,
 )
-from generative_recommenders.data.preparation.filters import parse_filter
 from generative_recommenders.data.preparation.folder import new_folder
-from generative_recommenders.data.preparation.order import tie_hashes
+from generative_recommenders.data.preparation.order import parse_filter, tie_hashes
 from generative_recommenders.data.preparation.prepare import open_reader, phase
 from generative_recommenders.data.readers.events import EventReader, RawRatings
 from generative_recommenders.data.readers.times import NANOSECONDS
@@ -207,7 +206,7 @@ def _at_least(events: Any, role: str, least: int) -> Any:
 
 
 def _filtered(events: Any, name: str, least: int) -> tuple[Any, Any]:
-    """The events that stay, and the items of the catalogue: see `filters.apply_filter`."""
+    """The events that stay, and the items of the catalogue: see `order.apply_filter`."""
 
     def frequent(events: Any) -> Any:
         users, items = _at_least(events, "user", least), _at_least(events, "item", least)

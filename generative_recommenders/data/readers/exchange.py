@@ -42,16 +42,15 @@ class ExchangeSource(TableSource):
         if sample is None:
             raise UserError(f"{path}: the file is empty: it holds no event")
         self.header = [name for name in _EVENT if name not in zero]
-        self.num_fields = len(self.header)
-        self.sample = self._by_place(sample, range(self.num_fields))
+        self.sample = self._by_place(sample, range(len(self.header)))
 
     def batches(self, places):
         for rows, events in self._events():
             yield rows, self._by_place(events, places)
 
     def _by_place(self, events: pl.DataFrame, places) -> pl.DataFrame:
-        assert self.header is not None
-        return events.select(pl.col(self.header[place]).alias(str(place)) for place in places)
+        names = zip(self.names(places), map(str, places))
+        return events.select(pl.col(name).alias(place) for name, place in names)
 
     def _events(self) -> Iterator[tuple[Rows, pl.DataFrame]]:
         """User, item, rating and time of the events as text; UserError for lists of unequal length and items that are no

@@ -111,11 +111,11 @@ def find_columns(source: TableSource, requests: Requests | None) -> list[Column]
         or not is_named(requests, header)
         or (
             all(each is None or each == ColumnRequest(each.name) for each in requests)
-            and len(requests) == source.num_fields
+            and len(requests) == source.sample.width
             and None in requests
         )
     ):
-        found = _by_place(path, header, source.num_fields, requests)
+        found = _by_place(path, header, source.sample.width, requests)
     else:
         found = _by_name(path, header, requests)
     columns = [_column(path, request, place, header) for request, place in found]

@@ -49,9 +49,8 @@ class TextSource(TableSource):
         self.dialect = find_dialect(path, lines, options)
         rows = [self.dialect.split(line) for line in lines]
         self.first_fields = rows[0]
-        self.num_fields = len(rows[0])
         # A line of another number of fields is a fault, which is named with its number when the file is read.
-        body = [row for row in rows[1:] if len(row) == self.num_fields]
+        body = [row for row in rows[1:] if len(row) == len(rows[0])]
         if options.header is not None:
             has_header = options.header
         elif requests is None:
@@ -59,7 +58,7 @@ class TextSource(TableSource):
         else:  # it has names that are asked for, or words above numbers
             places = [
                 place
-                for place, each in enumerate(requests[: self.num_fields])
+                for place, each in enumerate(requests[: len(rows[0])])
                 if each and (each.name in ("rating", "timestamp") or each.kind in ("numerical", "time"))
             ]
             words = all(rows[0][place] and not _has_digit(rows[0][place]) for place in places)
@@ -68,7 +67,7 @@ class TextSource(TableSource):
         self.header = rows[0] if has_header else None
         if self.header is None:
             body = [rows[0], *body]
-        names = [str(place) for place in range(self.num_fields)]
+        names = [str(place) for place in range(len(rows[0]))]
         self.sample = pl.DataFrame(body, dict.fromkeys(names, pl.String), orient="row")
 
     def batches(self, places):
@@ -77,7 +76,7 @@ class TextSource(TableSource):
             block = whole.after_line(skip)
             if not block.data.strip(b" \t\n"):
                 continue
-            table = text.parse(self.path, block, self.dialect, self.num_fields, list(places))
+            table = text.parse(self.path, block, self.dialect, self.sample.width, list(places))
             yield text.rows_of(self.path, block, self.dialect), pl.DataFrame(pl.from_arrow(table))
 
 
@@ -129,7 +128,6 @@ class JsonSource(TableSource):
         block = text.Block("\n".join(lines).encode(), self.first_line)
         self.sample = _read_json(path, block, None)
         self.header = self.sample.columns
-        self.num_fields = len(self.header)
         # Refused where they are asked for; reviews have lists of images beside the columns of an event.
         self.nested = [name for name in self.header if self.sample[name].dtype.is_nested()]
         self.sample = self.sample.with_columns(pl.lit(None).alias(name) for name in self.nested).rename(
@@ -137,8 +135,7 @@ class JsonSource(TableSource):
         )
 
     def batches(self, places):
-        assert self.header is not None
-        names = [self.header[place] for place in places]
+        names = self.names(places)
         if nested := set(names) & set(self.nested):
             raise UserError(
                 f"{self.path}: {min(nested)!r} is an object or list, which is no value of an event"

@@ -30,13 +30,17 @@ class TableSource(ABC):
     """One raw file. header: names of its columns, or None where line 1 is data. sample: its first rows, all columns."""
 
     header: list[str] | None
-    num_fields: int
     sample: pl.DataFrame
     first_fields: Sequence[str] = ()
     """Of line 1 of delimited text."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+
+    def names(self, places: Sequence[int]) -> list[str]:
+        """Names of the columns at ``places``, by the header."""
+        assert self.header is not None
+        return [self.header[place] for place in places]
 
     @abstractmethod
     def batches(self, places: Sequence[int]) -> Iterator[tuple[Rows, pl.DataFrame]]:
@@ -55,7 +59,6 @@ class ParquetSource(TableSource):
         if self.num_rows == 0:
             raise UserError(f"{path}: the file is empty: it holds no event")
         self.header = schema.names
-        self.num_fields = len(self.header)
         # text is read as dictionaries, so that a long value that every row repeats is held once
         self.text_columns = [field.name for field in schema if field.type in (pa.string(), pa.large_string())]
         # text as differences to the one before: a row may stand for a long text of few bytes, so that few are read at a time
@@ -76,8 +79,7 @@ class ParquetSource(TableSource):
             ) from error
 
     def batches(self, places):
-        assert self.header is not None
-        names = [self.header[place] for place in places]
+        names = self.names(places)
         for first, batch in self._read(names, _batch_rows(places)):
             yield _rows_and_frame(self.path, first, batch, names, places)
 
@@ -134,7 +136,6 @@ class ArrowSource(TableSource):
                 break
         if not len(self.sample):
             raise UserError(f"{path}: the file is empty: it holds no event")
-        self.num_fields = len(self.header or [])
 
     def _record_batches(self) -> Iterator[pa.RecordBatch]:
         done = 0
@@ -154,9 +155,7 @@ class ArrowSource(TableSource):
             raise UserError(f"{self.path}: damaged or cut short: {one_line(error)}") from error
 
     def batches(self, places):
-        assert self.header is not None
-        names = [self.header[place] for place in places]
-        done = 0
+        names, done = self.names(places), 0
         for batch in self._record_batches():
             for first in range(0, batch.num_rows, _batch_rows(places)):
                 part = batch.slice(first, _batch_rows(places))

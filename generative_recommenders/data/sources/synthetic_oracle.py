@@ -66,7 +66,7 @@ def oracle(
     catalogue = make_catalogue(settings.num_items, settings.seed)
     steps = make_steps(settings, catalogue, 0, settings.num_users)
     owner = steps.owners()
-    # As `preparation.filters` counts: users and books at once, and then users once more.
+    # As `preparation.order` counts: users and books at once, and then users once more.
     frequent = np.bincount(steps.items, minlength=settings.num_items)[steps.items] >= _FIVE
     kept = np.flatnonzero(frequent & (np.diff(steps.offsets)[owner] >= _FIVE))
     kept = kept[np.bincount(owner[kept], minlength=settings.num_users)[owner[kept]] >= _FIVE]

@@ -21,12 +21,11 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from generative_recommenders.data.audit import length_curve, popularity_curve, timeline
 from generative_recommenders.data.export import event_table
 from generative_recommenders.data.manifest import FeatureSpec
 from generative_recommenders.data.preparation.folder import new_file
 from generative_recommenders.data.splits import Split
-from generative_recommenders.data.statistics import statistics_lines
+from generative_recommenders.data.statistics import length_curve, popularity_curve, statistics_lines, timeline
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.errors import UserError
 from generative_recommenders.evaluation.baselines import training_counts

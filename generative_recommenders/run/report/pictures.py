@@ -226,14 +226,14 @@ def data_curves(data: Mapping[str, Any]) -> Markup:
 
 
 def draw_lengths(axes: Axes, lengths: Mapping[str, Any]) -> None:
-    """The curve of `data.audit.length_curve`."""
+    """The curve of `data.statistics.length_curve`."""
     shares, title = lengths["share_of_users_with_at_least"], "users with at least so many events"
     axes.step(list(map(int, shares)), list(shares.values()), where="post", marker=".")
     axes.set(xscale="log", xlabel="events", ylabel="share of users", ylim=(0, 1.02), title=title)
 
 
 def draw_popularity(axes: Axes, popularity: Mapping[str, Any]) -> None:
-    """The curve of `data.audit.popularity_curve`."""
+    """The curve of `data.statistics.popularity_curve`."""
     ranks = popularity["events_by_rank"]
     axes.plot(list(map(int, ranks)), list(ranks.values()))
     scales = {"xscale": "log", "yscale": "log"}
@@ -241,7 +241,7 @@ def draw_popularity(axes: Axes, popularity: Mapping[str, Any]) -> None:
 
 
 def draw_timeline(axes: Axes, times: Mapping[str, Any], every: int, characters: int) -> None:
-    """The bins of `data.audit.timeline`, of which every so many have so many characters of their date below."""
+    """The bins of `data.statistics.timeline`, of which every so many have so many characters of their date below."""
     dates = times["bins_start"]
     for name, counts in times["events"].items():
         if total := sum(counts):
