@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from generative_recommenders.objectives.losses.catalogue import CATALOGUE_LOSSES
+from generative_recommenders.config.registry import LOSSES
+from generative_recommenders.objectives.losses.catalogue import CatalogueLoss
 
 _BLOCK, _TILE = 256, 4096  # tokens and items of a product: 4 MB of logits
 
@@ -87,7 +88,7 @@ def measure(name: str, tokens: int, items: int, dim: int) -> dict[str, float | i
     hidden = (torch.randn(tokens, dim) / dim**0.5).requires_grad_()
     item_weight = torch.randn(items, dim).requires_grad_()
     positives = torch.randint(0, items, (tokens,))
-    loss = CATALOGUE_LOSSES[name]()
+    loss = LOSSES[name].make()
     loss(hidden[:64], item_weight[:_TILE], positives[:64] % min(_TILE, items)).sum.backward()
     hidden.grad = item_weight.grad = None
 
@@ -127,7 +128,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=14_000)
     parser.add_argument("--items", type=int, default=700_000)
     parser.add_argument("--dim", type=int, default=64)
-    parser.add_argument("--loss", choices=sorted(CATALOGUE_LOSSES), default="CE")
+    parser.add_argument(
+        "--loss",
+        choices=sorted(name for name in LOSSES.names() if issubclass(LOSSES[name].make, CatalogueLoss)),
+        default="CE",
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output", type=Path, help="also write the JSON object to this file")
     flags = parser.parse_args()

@@ -40,6 +40,7 @@ from gpu_setup import (
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from generative_recommenders.build.parts import Catalogue, build_task
+from generative_recommenders.config.registry import LOSSES
 from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.data.loader import SequenceLoader
 from generative_recommenders.data.splits import make_split
@@ -82,9 +83,10 @@ def parity(bench: Bench) -> dict[str, Any]:
     """Every encoder and loss, without dropout and TF32: relative differences from a CPU of the loss and of the worst
     gradient."""
     dataset = made_dataset(np.array([3, 40, 1, 17, 60, 25, 9, 33] * 2), 500)
-    losses = {kind: name for name, kind in {**sampled.SAMPLED_LOSSES, **catalogue.CATALOGUE_LOSSES}.items()}
+    both = (sampled.SampledLoss, catalogue.CatalogueLoss)
+    losses = [part.name for part in LOSSES.parts() if issubclass(part.make, both)]
     cases: dict[str, tuple[str, list[str]]] = {encoder: (encoder, []) for encoder in bench.encoders()}
-    cases |= {f"SASRec, {name}": ("SASRec", [f"train_fn.loss_module = '{name}'"]) for name in losses.values()}
+    cases |= {f"SASRec, {name}": ("SASRec", [f"train_fn.loss_module = '{name}'"]) for name in losses}
     cases |= {
         f"SASRec, {sharing}": ("SASRec", [f"train_fn.negatives_sharing = '{sharing}'"])
         for sharing in ("block", "batch")

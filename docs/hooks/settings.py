@@ -5,6 +5,7 @@ A page asks by a line of its own, ``<!-- settings: NAME ARGUMENTS -->``; what is
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
 from collections.abc import Callable
@@ -62,6 +63,30 @@ def code(text: str) -> str:
     return re.sub(r"``(.+?)``", r"`\1`", " ".join(text.split())).replace("|", "\\|")
 
 
+COMMON_OPTIONS = {
+    "num_blocks": "Blocks, one upon the other.",
+    "num_heads": "Heads of a block's attention.",
+    "dropout_rate": "Share of the entries that dropout zeroes in training.",
+    "activation_checkpoint": "Activations are computed again in the backward pass, which saves memory.",
+}
+"""Descriptions of options that mean the same in every part that has them; a part's docstring goes before them."""
+
+
+def help_of(part: Part, option: str) -> str:
+    """What the docstrings say of an option: the text behind ``OPTION: `` at the beginning of a line, of the part's own, its
+    bases' or its constructor's; "" where they say nothing.
+    """
+    described = part.options.model_fields[option].description
+    if described:
+        return described
+    owners = part.make.__mro__ if isinstance(part.make, type) else (part.make,)
+    texts = [inspect.cleandoc(each.__doc__) for each in owners if each.__doc__]
+    pattern = rf"^(?:\w+, )*{option}(?:, \w+)*: (.*?)(?=\n\n|\n\w+(?:, \w+)*: |\Z)"
+    found = [re.search(pattern, text, re.MULTILINE | re.DOTALL) for text in texts]
+    own = next((" ".join(match[1].split()) for match in found if match), None)
+    return own or COMMON_OPTIONS.get(option, "")
+
+
 def settings_table(_: str) -> str:
     """All groups of settings."""
     sections = []
@@ -92,7 +117,7 @@ def published_table(_: str) -> str:
         part, option = filled[0]
         field = part.options.model_fields[option]
         default = RunSettings().value(gin_name)
-        rows.append(row(gin_name, field, default, f"{part.help(option)} Fills {parts}."))
+        rows.append(row(gin_name, field, default, f"{help_of(part, option)} Fills {parts}."))
     return f"{HEAD}\n" + "\n".join(rows)
 
 
@@ -105,7 +130,7 @@ def part_table(asked: str) -> str:
     rows = []
     for option, field in part.options.model_fields.items():
         published, default = filled.get(option, ("", None))
-        meaning = part.help(option) + (f" By `{published}`." if published else "")
+        meaning = help_of(part, option) + (f" By `{published}`." if published else "")
         rows.append(
             row(
                 f"{part.gin_name}.{option}",

@@ -45,88 +45,73 @@ class FeatureReader:
 
     def encodings(self, names: Sequence[str]) -> dict[str, dict[str, Any]]:
         """How values become what `read` gives, as JSON: categories in the order of their ids, or mean and deviation."""
-        kinds = {spec.name: spec.kind for spec in self.dataset.feature_specs(self.owner)}
-        found: dict[str, dict[str, Any]] = {}
+        kinds, found = self._kinds(), dict[str, dict[str, Any]]()
         for name in names:
-            column = self._table().column(name).combine_chunks()
             if kinds[name] == "numerical":
-                mean, std = self._scale(name, column.cast(pa.float64()).to_numpy(zero_copy_only=False))
+                _, mean, std = self._numbers(name)
                 found[name] = {"mean": mean, "std": std}
             else:
-                found[name] = {"categories": list(self._vocabulary(name, self._lists(name, kinds[name])))}
+                found[name] = {"categories": list(self._categories(name, kinds[name])[1])}
         return found
 
-    def _lists(self, name: str, kind: str) -> list[list[Hashable] | None]:
-        entries = self._table().column(name).to_pylist()
-        return entries if kind == "categorical_list" else [[value] for value in entries]
-
-    def _scale(self, name: str, values: np.ndarray) -> tuple[float, float]:
-        """Mean and standard deviation over what occurs in training."""
-        reference = values[np.isfinite(values) & self.seen]
-        if reference.size == 0:
-            raise UserError(
-                f"{self.owner} feature {name!r} is empty for everything that occurs in training; leave it out"
-            )
-        return float(reference.mean()), max(float(reference.std()), 1e-12)
+    def _kinds(self) -> dict[str, str]:
+        specs = self.dataset.feature_specs(self.owner)
+        return {spec.name: spec.kind for spec in specs if spec.kind in KINDS}
 
     def _read(self, name: str, dim: int, asked_by: str, reduction: ListReduction) -> EntityFeature:
-        specs = {
-            spec.name: spec.kind for spec in self.dataset.feature_specs(self.owner) if spec.kind in KINDS
-        }
-        if name not in specs:
-            known = ", ".join(specs) or "none"
+        kinds = self._kinds()
+        if name not in kinds:
+            known = ", ".join(kinds) or "none"
             where = f"{self.owner} feature of {self.dataset.manifest.name}"
             raise UserError(f"{asked_by}: {name!r} is no {where}; known: {known}")
-        kind = specs[name]
-        column = self._table().column(name).combine_chunks()
-        if kind == "numerical":
-            return EntityFeature(EmbeddingSpec(name, "numerical", dim), self._numbers(name, column))
-        lists = self._lists(name, kind)
-        vocabulary = self._vocabulary(name, lists)
-        ids = self._ids(name, lists, vocabulary)
-        if kind == "categorical":
+        if kinds[name] == "numerical":
+            numbers, mean, std = self._numbers(name)
+            known_ones = np.isfinite(numbers)
+            self._warn_missing(name, int((~known_ones).sum()), "count as the mean")
+            scaled = np.where(known_ones, (numbers - mean) / std, 0.0)
+            values = torch.from_numpy(np.concatenate([[0.0], scaled])).float()
+            return EntityFeature(EmbeddingSpec(name, "numerical", dim), values)
+        lists, vocabulary = self._categories(name, kinds[name])
+        lengths = torch.tensor([len(row) for row in lists])
+        flat = category_ids([value for row in lists for value in row], vocabulary, name)
+        self._warn_missing(name, int((flat == 0).sum()), "share the unknown bucket")
+        ids = torch.zeros(len(lists) + 1, int(lengths.max()), dtype=torch.int64)  # row 0 is padding
+        ids[1:][torch.arange(ids.shape[1]) < lengths[:, None]] = flat.masked_fill(
+            flat == 0, len(vocabulary) + 1
+        )
+        if kinds[name] == "categorical":
             return EntityFeature(EmbeddingSpec(name, "categorical", dim, len(vocabulary)), ids[:, 0])
         spec = EmbeddingSpec(name, "categorical_list", dim, len(vocabulary), list_reduction=reduction)
         return EntityFeature(spec, ids)
 
-    def _table(self) -> pa.Table:
+    def _column(self, name: str) -> pa.Array:
         table = self.dataset.item_features() if self.owner == "item" else self.dataset.user_features()
         assert table is not None  # the manifest names features
-        return table
+        return table.column(name).combine_chunks()
 
-    def _vocabulary(self, name: str, lists: list[list[Hashable] | None]) -> dict[Hashable, int]:
-        """Category to id 1..C, in the categories' order."""
-        found = {
-            value for row, seen in zip(lists, self.seen) if seen for value in row or () if value is not None
-        }
+    def _numbers(self, name: str) -> tuple[np.ndarray, float, float]:
+        """Values ``[n]``, their mean and standard deviation over what occurs in training."""
+        values = self._column(name).cast(pa.float64()).to_numpy(zero_copy_only=False)
+        reference = values[np.isfinite(values) & self.seen]
+        if reference.size == 0:
+            raise self._empty(name)
+        return values, float(reference.mean()), max(float(reference.std()), 1e-12)
+
+    def _categories(self, name: str, kind: str) -> tuple[list[list[Hashable]], dict[Hashable, int]]:
+        """The categories of each, [None] where there are none, and category to id 1..C, in the categories' order."""
+        entries = self._column(name).to_pylist()
+        rows = entries if kind == "categorical_list" else [[value] for value in entries]
+        lists = [[value for value in row or () if value is not None] for row in rows]
+        found = {value for row, seen in zip(lists, self.seen) if seen for value in row}
         if not found:
-            raise UserError(
-                f"{self.owner} feature {name!r} is empty for everything that occurs in training; leave it out"
-            )
-        return {value: number for number, value in enumerate(sorted(found, key=str), start=1)}
+            raise self._empty(name)
+        vocabulary = {value: number for number, value in enumerate(sorted(found, key=str), start=1)}
+        return [row or [None] for row in lists], vocabulary
 
-    def _ids(
-        self, name: str, lists: list[list[Hashable] | None], vocabulary: dict[Hashable, int]
-    ) -> torch.Tensor:
-        """``[1 + n, K]`` int64, padded with 0; row 0 is padding."""
-        entries = [[value for value in row or () if value is not None] or [None] for row in lists]
-        lengths = torch.tensor([len(row) for row in entries])
-        flat = category_ids([value for row in entries for value in row], vocabulary, name)
-        self._warn_missing(name, int((flat == 0).sum()), "share the unknown bucket")
-        rows = torch.arange(1, len(entries) + 1).repeat_interleave(lengths)
-        places = torch.arange(len(flat)) - (lengths.cumsum(0) - lengths)[rows - 1]
-        ids = torch.zeros(len(entries) + 1, int(lengths.max()), dtype=torch.int64)
-        ids[rows, places] = flat.masked_fill(flat == 0, len(vocabulary) + 1)
-        return ids
-
-    def _numbers(self, name: str, column: pa.Array) -> torch.Tensor:
-        """``[1 + n]`` float32 with mean 0 and variance 1 over what occurs in training; missing ones are 0."""
-        values = column.cast(pa.float64()).to_numpy(zero_copy_only=False)
-        known = np.isfinite(values)
-        self._warn_missing(name, int((~known).sum()), "count as the mean")
-        mean, std = self._scale(name, values)
-        scaled = (values - mean) / std
-        return torch.from_numpy(np.concatenate([[0.0], np.where(known, scaled, 0.0)])).float()
+    def _empty(self, name: str) -> UserError:
+        return UserError(
+            f"{self.owner} feature {name!r} is empty for everything that occurs in training; leave it out"
+        )
 
     def _warn_missing(self, name: str, count: int, consequence: str) -> None:
         if count:

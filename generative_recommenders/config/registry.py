@@ -8,7 +8,6 @@ stand there; gin binds it as ``GIN_NAME.OPTION``. An argument whose type is an `
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,14 +27,6 @@ from generative_recommenders.config.plugins import Plugin, plugin_of
 from generative_recommenders.errors import UserError
 
 Made = TypeVar("Made", bound=Callable[..., Any])
-
-COMMON_OPTIONS = {
-    "num_blocks": "Blocks, one upon the other.",
-    "num_heads": "Heads of a block's attention.",
-    "dropout_rate": "Share of the entries that dropout zeroes in training.",
-    "activation_checkpoint": "Activations are computed again in the backward pass, which saves memory.",
-}
-"""Descriptions of options that mean the same in every part that has them; a part's docstring goes before them."""
 
 
 @dataclass(frozen=True)
@@ -153,20 +144,6 @@ class Part:
             return self.make(**options, **passed)
         except (ValueError, OverflowError) as error:
             raise UserError(f"{self.gin_name}: {error}") from error
-
-    def help(self, option: str) -> str:
-        """What the docstrings say of an option: the text behind ``OPTION: `` at the beginning of a line, of the part's own, its
-        bases' or its constructor's; "" where they say nothing.
-        """
-        described = self.options.model_fields[option].description
-        if described:
-            return described
-        owners = self.make.__mro__ if isinstance(self.make, type) else (self.make,)
-        texts = [inspect.cleandoc(each.__doc__) for each in owners if each.__doc__]
-        pattern = rf"^(?:\w+, )*{option}(?:, \w+)*: (.*?)(?=\n\n|\n\w+(?:, \w+)*: |\Z)"
-        found = [re.search(pattern, text, re.MULTILINE | re.DOTALL) for text in texts]
-        own = next((" ".join(match[1].split()) for match in found if match), None)
-        return own or COMMON_OPTIONS.get(option, "")
 
     @property
     def signature(self) -> inspect.Signature:

@@ -232,17 +232,13 @@ class Evaluator:
     ) -> Iterator[tuple[RankedUsers, torch.Tensor]]:
         """Users and the ranks ``[n]`` of their targets, as they are found."""
         prepared = self.prepared() if self.kept is None else self.kept
-        if isinstance(score, ProductScores) and score.shard is not None:
-            yield from self._by_shards(score, score.shard, lists, prepared)
-        elif isinstance(score, Ranker):
+        if isinstance(score, Ranker):
             for users in prepared:
                 yield users, score.ranks(users.batch, users.targets, users.removed)
-        elif isinstance(score, ProductScores) and lists is None and dispatch.fast_on_cpu(score.items):
-            # Batches as the loader makes them are encoded: only so are states the same whatever was done before.
-            encoded = (replace(each, batch={"queries": score.queries(each.batch)}) for each in prepared)
-            for users in _regrouped(encoded, USERS):
-                queries, removed = users.batch["queries"], users.removed
-                yield users, product_ranks(queries, score.items, users.targets, removed, dtype=score.dtype)
+        elif isinstance(score, ProductScores) and (
+            score.shard is not None or (lists is None and dispatch.fast_on_cpu(score.items))
+        ):
+            yield from self._by_products(score, lists, prepared)
         else:
             chunk = max(1, MAX_SCORES // max(self.num_items, 1))
             for users in prepared:
@@ -258,26 +254,29 @@ class Evaluator:
                         lists.add(scores, part.user_ids, part.targets, seen, own)
                     yield part, exact_ranks(scores, part.targets.to(scores.device), seen)
 
-    def _by_shards(
-        self,
-        score: ProductScores,
-        shard: RowShard,
-        lists: TopLists | None,
-        prepared: Iterable[RankedUsers],
+    def _by_products(
+        self, score: ProductScores, lists: TopLists | None, prepared: Iterable[RankedUsers]
     ) -> Iterator[tuple[RankedUsers, torch.Tensor]]:
-        """Users of all processes are ranked by each of them among its own items; the main process has them, the others none."""
-        own, none = self.collectives.is_main, slice(0, None if self.collectives.is_main else 0)
-        for users in _regrouped(_of_all_processes(prepared, score, self.collectives), USERS):
-            queries, removed = users.batch["queries"], users.removed
-            targets = users.targets.to(queries.device)
-            here = None if removed is None else removed.to(queries.device)
-            ranks = product_ranks(queries, score.items, targets, here, shard, score.dtype)
-            if lists is not None:
-                seen = None if here is None else here.rectangle(len(queries))
+        """Users in blocks of one size. Of a sharded catalogue users of all processes are ranked by each of them among its own
+        items; the main process has them, the others none.
+        """
+        shard, is_main = score.shard, self.collectives.is_main
+        if shard is not None:
+            encoded = _of_all_processes(prepared, score, self.collectives)
+        else:
+            # Batches as the loader makes them are encoded: only so are states the same whatever was done before.
+            encoded = (replace(each, batch={"queries": score.queries(each.batch)}) for each in prepared)
+        for users in _regrouped(encoded, USERS):
+            queries = users.batch["queries"]
+            there = users.to(queries.device)
+            ranks = product_ranks(queries, score.items, there.targets, there.removed, shard, score.dtype)
+            if lists is not None and shard is not None:
+                seen = None if there.removed is None else there.removed.rectangle(len(queries))
                 _, ids = search_shards(queries, score.items, lists.k, shard, seen)
-                if own:
+                if is_main:
                     lists.add_lists(ids.cpu(), users.user_ids, users.targets, self._had(users))
-            yield users.rows(0, len(ranks[none])), ranks[none]
+            count = len(ranks) if shard is None or is_main else 0
+            yield users.rows(0, count), ranks[:count]
 
     def _had(self, users: RankedUsers) -> SeenItems:
         """Everything that the users had before their targets, also what is no longer in the window."""

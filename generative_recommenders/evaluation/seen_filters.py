@@ -98,10 +98,8 @@ class SeenItems:
     def rectangle(self, num_rows: int) -> torch.Tensor:
         """``[n, S]`` ids of n rows, padded with 0."""
         counts = torch.bincount(self.rows, minlength=num_rows)
-        starts = counts.cumsum(0) - counts
-        place = torch.arange(len(self.rows), device=self.rows.device) - starts[self.rows]
         padded = self.ids.new_zeros(num_rows, int(counts.max()) if num_rows else 0)
-        padded[self.rows, place] = self.ids
+        padded[torch.arange(padded.shape[1], device=counts.device) < counts[:, None]] = self.ids
         return padded
 
     def to(self, device: torch.device | str) -> SeenItems:

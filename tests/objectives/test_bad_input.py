@@ -15,12 +15,11 @@ from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.errors import UserError
 from generative_recommenders.objectives.causal import CausalObjective
 from generative_recommenders.objectives.examples import TrainingExample
-from generative_recommenders.objectives.losses.catalogue import CATALOGUE_LOSSES
-from generative_recommenders.objectives.losses.sampled import SAMPLED_LOSSES
 from generative_recommenders.objectives.negative_samplers import SHARINGS
 from generative_recommenders.training.debug import NonFiniteError
 from generative_recommenders.training.step import StepResult, TrainingStep
 from generative_recommenders.training.trainer import Trainer
+from losses_by_name import CATALOGUE_LOSSES, SAMPLED_LOSSES
 from tiny_models import NUM_ITEMS, catalogue, loaded, settings, ten_users, training_step
 
 MOL = {"interaction_module_type": "MoL", "top_k_method": "MoLBruteForceTopK", "num_negatives": 2}

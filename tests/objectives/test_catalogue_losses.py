@@ -10,7 +10,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from generative_recommenders.errors import UserError
 from generative_recommenders.objectives.losses.catalogue import (
     BCE,
-    CATALOGUE_LOSSES,
     CE,
     MEMORY_BYTES,
     CatalogueLoss,
@@ -20,6 +19,7 @@ from generative_recommenders.objectives.losses.catalogue import (
 )
 from generative_recommenders.ops.products.catalogue import Blocks
 from golden_parity import assert_gradients, assert_near, load_golden
+from losses_by_name import CATALOGUE_LOSSES
 
 FAMILY = {**CATALOGUE_LOSSES, "CE smoothed": lambda **kw: CE(label_smoothing=0.1, **kw)}
 SMALL = 40 * 8 * 37  # bytes: 40 float64 tokens of a catalogue of 37 items

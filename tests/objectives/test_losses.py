@@ -8,7 +8,6 @@ from torch.nn import functional as F
 
 from generative_recommenders.errors import UserError
 from generative_recommenders.objectives.losses.sampled import (
-    SAMPLED_LOSSES,
     BCELoss,
     BCELossWithRatings,
     BCESampled,
@@ -20,6 +19,7 @@ from generative_recommenders.objectives.losses.sampled import (
 from generative_recommenders.ops import dispatch
 from generative_recommenders.ops.products.masked_logsumexp import masked_logsumexp
 from golden_parity import GoldenFile, assert_gradients, assert_near, load_golden
+from losses_by_name import SAMPLED_LOSSES
 
 
 def drawn(seed: int, tokens: int = 7, positives: int = 1, negatives: int = 5):

@@ -29,7 +29,7 @@ from generative_recommenders.modeling.similarity.dot_product import DotProductSi
 from generative_recommenders.objectives import task as task_module
 from generative_recommenders.objectives.causal import CausalLastObjective, CausalObjective
 from generative_recommenders.objectives.criterion import CatalogueCriterion, Criterion, SampledCriterion
-from generative_recommenders.objectives.losses.catalogue import CATALOGUE_LOSSES
+from generative_recommenders.objectives.losses.catalogue import CE
 from generative_recommenders.objectives.losses.sampled import SampledSoftmaxLoss
 from generative_recommenders.objectives.negative_samplers import (
     InBatchNegativesSampler,
@@ -68,7 +68,7 @@ def sampler_of(case: Case, num_items: int) -> NegativesSampler | None:
 
 def criterion_of(case: Case) -> Criterion:
     if case.negatives == "catalogue":
-        return CatalogueCriterion(CATALOGUE_LOSSES["CE"]())
+        return CatalogueCriterion(CE())
     return SampledCriterion(SampledSoftmaxLoss())
 
 

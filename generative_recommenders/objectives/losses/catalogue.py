@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from generative_recommenders.config.fields import NonNegative, Period, Positive, Share
-from generative_recommenders.config.registry import LOSSES, register_loss
+from generative_recommenders.config.registry import register_loss
 from generative_recommenders.distributed.row_shards import RowShard
 from generative_recommenders.errors import UserError
 from generative_recommenders.objectives.losses.sampled import (
@@ -141,7 +141,8 @@ class CE(CatalogueLoss):
     """Softmax cross-entropy over the catalogue: ``w (ln sum_v exp(x_v) - x_p)`` for each positive p.
 
     ``weight`` is the sum of the weights. With several positives, each pair is a term of its own and the other
-    positives stay in the denominator. ``CEWeighted`` is the same class: its sample weights are ``weights``.
+    positives stay in the denominator. ``CEWeighted`` is the same class: its sample weights are ``weights``;
+    so is genrec's ``SequenceLoss``.
 
     label_smoothing: share of the target spread evenly over the catalogue, in [0, 1).
     """
@@ -259,11 +260,3 @@ def labels_and_weights(
         )
     labels = positives[:, None] if positives.dim() == 1 else positives
     return labels, weights.reshape(labels.shape) * (labels >= 0)
-
-
-CATALOGUE_LOSSES: dict[str, type[CatalogueLoss]] = {
-    name: kind
-    for name in LOSSES.names()
-    if isinstance(kind := LOSSES[name].make, type) and issubclass(kind, CatalogueLoss)
-}
-"""The built-in losses that read the whole catalogue. genrec's ``SequenceLoss`` is CE."""

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from generative_recommenders.config.fields import NonNegative, Positive, Probability, Share
-from generative_recommenders.config.registry import LOSSES, register_loss
+from generative_recommenders.config.registry import register_loss
 from generative_recommenders.errors import UserError
 from generative_recommenders.ops.products.masked_logsumexp import masked_logsumexp
 from generative_recommenders.types import LossOutput
@@ -115,7 +115,8 @@ class SampledSoftmaxLoss(SampledLoss):
 
     Sampled cross-entropy; RePlay's ``CESampled``; the loss of the HSTU program (arXiv 2402.17152), which
     sets the score of a collision to -50,000 where this one leaves it out. Other positives of a position are
-    not in the denominator. ``weight`` is the sum of the positive weights.
+    not in the denominator. ``weight`` is the sum of the positive weights. InfoNCE, genrec's ``ContrastiveLoss``, is this loss
+    of cosines (``item_l2_norm``, ``user_embedding_norm`` "l2_norm").
 
     label_smoothing: share in [0, 1) of the target spread evenly over the positive and those negatives.
     """
@@ -281,13 +282,3 @@ def _masked_softplus(scores: Tensor, mask: Tensor) -> Tensor:
 
 def _masked_softplus_sum(scores: Tensor, mask: Tensor) -> Tensor:
     return _masked_softplus(scores, mask).sum(1)
-
-
-SAMPLED_LOSSES: dict[str, type[SampledLoss]] = {
-    name: kind
-    for name in LOSSES.names()
-    if isinstance(kind := LOSSES[name].make, type) and issubclass(kind, SampledLoss)
-}
-"""The built-in losses that take sampled negatives. InfoNCE, genrec's ``ContrastiveLoss``, is the sampled softmax of cosines
-(``item_l2_norm``, ``user_embedding_norm`` "l2_norm").
-"""
