@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from generative_recommenders.errors import UserError
 from generative_recommenders.objectives.masked import MaskedItemObjective, PermutedObjective
-from generative_recommenders.objectives.replaced import gumbel_like
 
 __all__ = [
     "CausalLanguageModeling",
@@ -322,4 +322,4 @@ class ReplacementLanguageModeling(MaskedLanguageModeling):
         """One index per row of ``logits [P, V]``, distributed as their softmax, ``[P]`` int64."""
         if not len(logits):
             return logits.new_empty(0, dtype=torch.int64)
-        return (logits.detach() + gumbel_like(logits.detach(), None)).argmax(-1)
+        return F.gumbel_softmax(logits.detach().float()).argmax(-1)
