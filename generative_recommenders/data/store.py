@@ -23,7 +23,7 @@ from generative_recommenders.data.manifest import (
     vocabulary_file,
 )
 from generative_recommenders.data.preparation.digests import EventDigests
-from generative_recommenders.data.preparation.event_store import user_blocks
+from generative_recommenders.data.preparation.event_store import CHUNK_EVENTS, user_blocks
 from generative_recommenders.data.readers.tables import check_parquet
 from generative_recommenders.data.schema import KNOWN_KINDS, STORED, large_strings
 from generative_recommenders.data.sources.download import file_digest
@@ -119,9 +119,9 @@ class SequenceDataset:
         """``[U]`` int64, events of each user."""
         return np.diff(self.offsets)
 
-    def user_blocks(self, events: int = 1 << 22) -> Iterator[tuple[int, int]]:
-        """First and last (exclusive) of consecutive users who have about so many events together."""
-        return user_blocks(self.offsets, events)
+    def user_blocks(self) -> Iterator[tuple[int, int]]:
+        """First and last (exclusive) of consecutive users who have about as many events together as are held at once."""
+        return user_blocks(self.offsets, CHUNK_EVENTS)
 
     def original_user_ids(self) -> pa.ChunkedArray:
         """``[U]`` strings; row u is user u."""

@@ -131,9 +131,8 @@ def write_tables(
         },
         choices=choices,
     )
-    write_manifest(
-        folder, manifest
-    )  # so that the folder can be opened, from which the statistics are counted
+    write_manifest(folder, manifest)
+    # The folder can be opened now, from which the statistics are counted.
     tied = np.memmap(folder / _TIED, np.bool_, "r") if has_timestamps else None
     statistics = sequence_statistics(SequenceDataset.open(folder), tied)
     (folder / _TIED).unlink(missing_ok=True)

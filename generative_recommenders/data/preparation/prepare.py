@@ -172,17 +172,17 @@ def number_texts(events: Events, kept: np.ndarray, kept_items: np.ndarray) -> Se
     texts, lengths = {}, np.empty(0, np.int64)
     for name, every in events.texts.items():
         codes = np.flatnonzero(kept_items if name == "item" else counts[name])
-        order = codes[pc.sort_indices(every.take(pa.array(codes))).to_numpy()]
-        texts[name] = every.take(pa.array(order))
+        codes = codes[pc.sort_indices(every.take(pa.array(codes))).to_numpy()]
+        texts[name] = every.take(pa.array(codes))
         number = np.full(len(every) + 1, -1, np.int32)  # the last place is that of a missing value
-        number[order] = np.arange(len(order), dtype=np.int32)
+        number[codes] = np.arange(len(codes), dtype=np.int32)
         column = events.columns[name]
         for part in chunks(len(events)):
             column[part] = number[column[part]]
             if name == "user":
                 column[part][~kept[part]] = -1
         if name == "user":
-            lengths = counts[name][order]
+            lengths = counts[name][codes]
     kinds = {
         name: "categorical" if name in texts else "numerical" if values.dtype.kind == "f" else "time"
         for name, values in events.columns.items()

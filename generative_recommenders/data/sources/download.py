@@ -25,17 +25,17 @@ class RemoteFile:
     """A published file: where it can be had and how to know it.
 
     urls: mirrors in order of preference; the first is the one that people are pointed to.
-    checksum: lower-case hexadecimal digest by `algorithm`, or None where none is published.
+    checksum: lower-case hexadecimal digest by `algorithm`.
     """
 
     file_name: str
     urls: Sequence[str]
-    checksum: str | None = None
+    checksum: str
     algorithm: Literal["md5", "sha256"] = "md5"
 
     def describes(self, path: Path) -> bool:
         """Whether the file at `path` is this one by its published checksum."""
-        return self.checksum is not None and file_digest(path, self.algorithm) == self.checksum
+        return file_digest(path, self.algorithm) == self.checksum
 
 
 class _WrongFileError(Exception):
@@ -56,7 +56,7 @@ def fetch(remote: RemoteFile, folder: Path, *, progress: bool = True) -> Path:
     from urllib3.exceptions import HTTPError
 
     target, part = folder / remote.file_name, folder / f"{remote.file_name}.part"
-    if target.exists() and (remote.checksum is None or remote.describes(target)):
+    if target.exists() and remote.describes(target):
         return target
     hosts_of: dict[str, dict[str, None]] = {}
     for url in remote.urls:
@@ -68,7 +68,7 @@ def fetch(remote: RemoteFile, folder: Path, *, progress: bool = True) -> Path:
                 pooch.HTTPDownloader(bar, BLOCK_BYTES, headers=_HEADERS, timeout=TIMEOUT_SECONDS)(
                     url, sink, None
                 )
-            if remote.checksum is not None and not remote.describes(part):
+            if not remote.describes(part):
                 raise _WrongFileError(f"its {remote.algorithm} is not the published {remote.checksum}")
             return part.replace(target)
         # A malformed address of a mirror or proxy is a ValueError or urllib3's own error.

@@ -8,16 +8,15 @@ categorical (strings), categorical lists (lists of strings) or numerical, except
 from __future__ import annotations
 
 import csv
-import gzip
 import io
 import re
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow as pa
 
+from generative_recommenders.data.readers.files import READ_FAULTS, is_packed, open_unpacked
 from generative_recommenders.errors import UserError
 
 GENRES_100K = (
@@ -133,16 +132,13 @@ def read_side_file(name: str, path: Path) -> pa.Table:
 def _read_text(path: Path) -> str:
     """Text of a file, gzip or not: UTF-8, else Latin-1, which the older sets are in."""
     try:
-        with path.open("rb") as file:
-            packed = file.read(2) == b"\x1f\x8b"
-            file.seek(0)
-            content = (gzip.GzipFile(fileobj=file) if packed else file).read(MAX_BYTES + 1)
-    except (OSError, EOFError, zlib.error) as fault:
+        with open_unpacked(path) as stream:
+            content = stream.read(MAX_BYTES + 1)
+    except READ_FAULTS as fault:
         raise UserError(f"{path}: cannot be read ({fault})") from None
     if len(content) > MAX_BYTES:
-        raise UserError(
-            f"{path}: longer than {MAX_BYTES} bytes{' unpacked' * packed}; not a MovieLens side file"
-        )
+        unpacked = " unpacked" * is_packed(path)
+        raise UserError(f"{path}: longer than {MAX_BYTES} bytes{unpacked}; not a MovieLens side file")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError:  # what is not UTF-8 fails at its first accent; Latin-1 would take anything

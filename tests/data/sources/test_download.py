@@ -65,8 +65,8 @@ def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
     server.server_close()
 
 
-def _remote(*urls: str, checksum: str | None = MD5) -> RemoteFile:
-    return RemoteFile("data.bin", urls, checksum)
+def _remote(*urls: str) -> RemoteFile:
+    return RemoteFile("data.bin", urls, MD5)
 
 
 def test_downloads_once_and_leaves_no_part(site: Site, tmp_path: Path) -> None:
@@ -104,19 +104,9 @@ def test_every_fault_is_one_line_with_its_reason(site: Site, tmp_path: Path, pag
         fetch(_remote(site.url(page)), tmp_path, progress=False)
 
 
-@pytest.mark.parametrize("page", ["cut", "missing"])
-def test_without_a_checksum_a_file_is_whole_or_not_there(site: Site, tmp_path: Path, page: str) -> None:
-    with pytest.raises(UserError, match="cannot download"):
-        fetch(_remote(site.url(page), checksum=None), tmp_path, progress=False)
-    assert list(tmp_path.iterdir()) == []
-    path = fetch(_remote(site.url(page), site.url("good"), checksum=None), tmp_path, progress=False)
-    assert path.read_bytes() == CONTENT
-
-
-@pytest.mark.parametrize("checksum", [MD5, None])
-def test_what_a_killed_download_left_is_not_trusted(site: Site, tmp_path: Path, checksum: str | None) -> None:
+def test_what_a_killed_download_left_is_not_trusted(site: Site, tmp_path: Path) -> None:
     (tmp_path / "data.bin.part").write_bytes(CONTENT[:1000])
-    fetch(_remote(site.url("good"), checksum=checksum), tmp_path, progress=False)
+    fetch(_remote(site.url("good")), tmp_path, progress=False)
     assert [(each.name, each.read_bytes()) for each in tmp_path.iterdir()] == [("data.bin", CONTENT)]
 
 
