@@ -125,8 +125,12 @@ def write_tables(results: Mapping[str, Any], out: Path, title: str) -> str:
         with new_file(out / name) as scratch:
             scratch.write_text(content, encoding="utf-8")
     if results["cells"]:
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(8, 1.2 + 0.35 * len(results["cells"])), layout="constrained")
+        draw_means(figure.subplots(), results, {})
         with new_file(out / "table.png") as scratch:
-            draw(results, scratch)
+            figure.savefig(scratch, format="png", dpi=120)
     return text
 
 
@@ -205,17 +209,9 @@ def markdown_table(table: Sequence[Sequence[str]]) -> list[str]:
     return [head, f"|{'---|' * len(table[0])}", *rows]
 
 
-def draw(results: Mapping[str, Any], path: Path) -> None:
-    """Means of the metric with their intervals over users, best on top, as a PNG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 1.2 + 0.35 * len(results["cells"])), layout="constrained")
-    draw_means(figure.subplots(), results, {})
-    figure.savefig(path, format="png", dpi=120)
-
-
 def draw_means(axes: Axes, results: Mapping[str, Any], published: Mapping[str, float]) -> None:
-    """published: figures of the metric by cell, as crosses beside the measured ones."""
+    """Means of the metric with their intervals over users, best on top. published: figures of the metric by cell, as crosses
+    beside the measured ones."""
     rows = results["cells"][::-1]
     for place, row in enumerate(rows):
         if row["cell"] in published:
