@@ -111,29 +111,26 @@ class RankedUsers:
     user_ids: torch.Tensor
     batch: Mapping[str, torch.Tensor]
     targets: torch.Tensor
-    removed: SeenItems | None
+    removed: SeenItems
     removed_targets: torch.Tensor
 
     def to(self, device: torch.device) -> RankedUsers:
         """The same with all that a model reads on a device, but for the lengths, which lay out its tokens."""
         batch = {name: x if name == "lengths" else x.to(device) for name, x in self.batch.items()}
-        removed = None if self.removed is None else self.removed.to(device)
-        return replace(self, batch=batch, targets=self.targets.to(device), removed=removed)
+        return replace(self, batch=batch, targets=self.targets.to(device), removed=self.removed.to(device))
 
     def rows(self, start: int, stop: int) -> RankedUsers:
         """The users [start, stop) of these."""
         some = slice(start, stop)
         return RankedUsers(
             self.user_ids[some], {name: x[some] for name, x in self.batch.items()}, self.targets[some],
-            None if self.removed is None else self.removed.rows_between(start, stop), self.removed_targets[some],
+            self.removed.rows_between(start, stop), self.removed_targets[some],
         )  # fmt: skip
 
     def and_then(self, others: RankedUsers) -> RankedUsers:
         """These users and others, whose batches have the same columns."""
-        removed = self.removed
-        if removed is not None and others.removed is not None:
-            rows = torch.cat([removed.rows, others.removed.rows + len(self.user_ids)])
-            removed = SeenItems(rows, torch.cat([removed.ids, others.removed.ids]))
+        rows = torch.cat([self.removed.rows, others.removed.rows + len(self.user_ids)])
+        removed = SeenItems(rows, torch.cat([self.removed.ids, others.removed.ids]))
         return RankedUsers(
             torch.cat([self.user_ids, others.user_ids]),
             {name: torch.cat([x, others.batch[name]]) for name, x in self.batch.items()},
@@ -218,11 +215,9 @@ class Evaluator:
         for batch in self.shown(self.loader):
             user_ids = batch["user_ids"]
             pairs = self.seen_filter.removed(batch, self.loader.histories(user_ids.numpy() - 1))
-            removed = None if pairs is None else SeenItems.of(*pairs, self.num_items)
-            taken = torch.zeros_like(user_ids, dtype=torch.bool)
-            if removed is not None:
-                taken = removed.contains(batch["target_ids"])
+            removed = SeenItems.none() if pairs is None else SeenItems.of(*pairs, self.num_items)
             targets = batch["target_ids"]
+            taken = removed.contains(targets)
             if self.missed_targets is not None:  # id 0 is no item, so a miss
                 targets = targets.masked_fill(self.missed_targets[user_ids - 1], 0)
             yield RankedUsers(user_ids, batch, targets, removed, taken)
@@ -245,9 +240,8 @@ class Evaluator:
                 had = None if lists is None else self._had(users)
                 for start in range(0, len(users.targets), chunk):
                     part = users.rows(start, start + chunk)
-                    scores, seen = score(part.batch), part.removed
-                    if seen is not None:
-                        seen = seen.to(scores.device)
+                    scores = score(part.batch)
+                    seen = part.removed.to(scores.device)
                     if lists is not None and had is not None:
                         # A target that is removed or missed is in no list: recall@k is HR@k.
                         own = had.rows_between(start, start + chunk)
@@ -271,7 +265,7 @@ class Evaluator:
             there = users.to(queries.device)
             ranks = product_ranks(queries, score.items, there.targets, there.removed, shard, score.dtype)
             if lists is not None and shard is not None:
-                seen = None if there.removed is None else there.removed.rectangle(len(queries))
+                seen = there.removed.rectangle(len(queries))
                 _, ids = search_shards(queries, score.items, lists.k, shard, seen)
                 if is_main:
                     lists.add_lists(ids.cpu(), users.user_ids, users.targets, self._had(users))
@@ -293,16 +287,14 @@ def _of_all_processes(
     while collectives.any((own := next(batches, None)) is not None):
         queries = score.queries({} if own is None else own.batch)
         if own is None:
-            own = RankedUsers(none, {}, none, SeenItems(none, none), none.bool())
+            own = RankedUsers(none, {}, none, SeenItems.none(), none.bool())
         sizes = gather(torch.tensor([len(own.user_ids)]))
         first = int(sizes[: collectives.rank].sum())
-        removed, filters = own.removed, collectives.any(own.removed is not None and len(own.user_ids) > 0)
-        if filters:
-            pairs = SeenItems(none, none) if removed is None else removed.to("cpu")
-            removed = SeenItems(gather(pairs.rows + first), gather(pairs.ids))
+        pairs = own.removed.to("cpu")
+        removed = SeenItems(gather(pairs.rows + first), gather(pairs.ids))
         yield RankedUsers(
             gather(own.user_ids), {"queries": gather(queries)}, gather(own.targets.cpu()),
-            removed if filters else None, gather(own.removed_targets),
+            removed, gather(own.removed_targets),
         )  # fmt: skip
 
 

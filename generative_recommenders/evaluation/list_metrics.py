@@ -208,7 +208,7 @@ class TopLists:
         scores: torch.Tensor,
         user_ids: torch.Tensor,
         target_ids: torch.Tensor,
-        removed: SeenItems | None,
+        removed: SeenItems,
         history: SeenItems,
     ) -> None:
         """Users with their scores ``[n, V]``, each once over all calls and processes.
@@ -216,7 +216,7 @@ class TopLists:
         user_ids: ``[n]``. target_ids: ``[n]`` or ``[n, G]`` the relevant items, 0 for none. removed: items that are no
         candidates. history: items that are not new to the user. A score of -inf or NaN is no candidate either.
         """
-        if removed is not None:
+        if len(removed.rows):
             scores = scores.clone()
             scores[removed.rows, removed.ids - 1] = -torch.inf
         values, columns = largest(scores, self.k)

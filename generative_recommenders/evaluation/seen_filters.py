@@ -74,6 +74,11 @@ class SeenItems:
         return cls(keys // (num_items + 1), keys % (num_items + 1))
 
     @classmethod
+    def none(cls) -> SeenItems:
+        """No item of any row."""
+        return cls(torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))
+
+    @classmethod
     def padded(cls, ids: torch.Tensor, num_items: int) -> SeenItems:
         """From rectangles ``[n, S]``, padded with 0."""
         rows = torch.arange(len(ids), device=ids.device)[:, None].expand_as(ids)

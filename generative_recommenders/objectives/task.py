@@ -118,12 +118,11 @@ class TrainingTask(torch.nn.Module):
         self, example: TrainingExample, negatives: Negatives | None, pool: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Item ids that are scored and table rows that are read, as of `sorted_unique`; None for all."""
-        items = self.model.items
+        items, ids = self.model.items, [] if pool is None else [pool]
+        if negatives is not None:
+            ids += [example.targets.flatten(), negatives.ids.flatten()]
         if items.shard is not None:
-            ids = [example.past_ids]
-            if negatives is not None:
-                ids += [example.targets.flatten(), negatives.ids.flatten(), *([] if pool is None else [pool])]
-            return None, sorted_unique(torch.cat(ids), items.num_items)
+            return None, sorted_unique(torch.cat([*ids, example.past_ids]), items.num_items)
         if negatives is None:
             return None, None
         read = negatives.ids.numel() + example.targets.numel() + example.past_ids.numel()
@@ -133,7 +132,6 @@ class TrainingTask(torch.nn.Module):
         # What an accelerator gathers is as much as is read, a CPU's tower computes each item once.
         if read * share > items.table.shape[0] and not (on_cpu and items.tower is not None):
             return None, None
-        ids = [example.targets.flatten(), negatives.ids.flatten(), *([] if pool is None else [pool])]
         if items.tower is None:  # scored are rows of the table: no need to tell them from those of histories
             scored = sorted_unique(torch.cat([*ids, example.past_ids]), items.num_items)
             return scored, items.table_rows(scored)

@@ -119,7 +119,7 @@ def test_two_processes_equal_one() -> None:
     targets = torch.randint(1, ITEMS + 1, (9,), generator=generator)
     whole, mine, other = (TopLists(4, ITEMS, torch.arange(ITEMS)) for _ in range(3))
     for lists, rows in ((whole, slice(None)), (mine, slice(0, 9, 2)), (other, slice(1, 9, 2))):
-        lists.add(scores[rows], users[rows], targets[rows], None, padded(targets[rows, None]))
+        lists.add(scores[rows], users[rows], targets[rows], SeenItems.none(), padded(targets[rows, None]))
     assert mine.compute(Recorded(other)) == whole.compute(Collectives())
 
 
@@ -173,8 +173,8 @@ def test_any_number_of_targets(k: int, levels: int) -> None:
 def test_no_targets_at_all(width: int) -> None:
     lists = TopLists(3, ITEMS)
     none = torch.zeros(2, width, dtype=torch.int64)
-    lists.add(torch.rand(2, ITEMS), torch.tensor([1, 2]), none, None, padded(none))
-    lists.add(torch.rand(0, ITEMS), torch.arange(0), none[:0], None, padded(none[:0]))
+    lists.add(torch.rand(2, ITEMS), torch.tensor([1, 2]), none, SeenItems.none(), padded(none))
+    lists.add(torch.rand(0, ITEMS), torch.arange(0), none[:0], SeenItems.none(), padded(none[:0]))
     metrics = lists.compute(Collectives())
     assert (metrics["recall@3"], metrics["ndcg@3"], metrics["novelty@3"]) == (0, 0, 1)
 
@@ -184,7 +184,7 @@ def test_one_target_in_a_column_is_one_target() -> None:
     targets = torch.arange(9)
     flat, wide = TopLists(4, ITEMS), TopLists(4, ITEMS)
     for lists, given in ((flat, targets), (wide, torch.nn.functional.pad(targets[:, None], (2, 1)))):
-        lists.add(scores, users, given, None, padded(targets[:, None]))
+        lists.add(scores, users, given, SeenItems.none(), padded(targets[:, None]))
     assert flat.compute(Collectives()) == wide.compute(Collectives())
 
 
@@ -194,7 +194,7 @@ def test_a_process_without_users() -> None:
         torch.rand(2, ITEMS),
         torch.tensor([1, 2]),
         torch.tensor([4, 5]),
-        None,
+        SeenItems.none(),
         padded(torch.zeros(2, 0).long()),
     )
     assert empty.compute(Recorded(other))["coverage@3"] > 0
