@@ -15,10 +15,14 @@ PINNED = {
     "search": "requirements-extras.txt",
     "spark": "requirements-spark.txt",
     "gpu": "requirements-gpu.txt",
+    "torchrec": "requirements-torchrec.txt",
 }
 TOOLS = ("dev", "docs")
 """Extras of those who work on the program: nothing that a user runs needs them."""
-LOCKED = {"requirements-gpu.txt": "requirements-gpu-lock.txt"}
+LOCKED = {
+    "requirements-gpu.txt": "requirements-gpu-lock.txt",
+    "requirements-torchrec.txt": "requirements-torchrec-lock.txt",
+}
 
 
 def pins(file: str) -> dict[str, str]:

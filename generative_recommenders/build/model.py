@@ -32,7 +32,7 @@ from generative_recommenders.modeling.events import EventFeatures
 from generative_recommenders.modeling.initialization import xavier_normal_matrices_
 from generative_recommenders.modeling.items import ItemEmbedding
 from generative_recommenders.modeling.model import SequenceEncoder, SequenceRecommender
-from generative_recommenders.modeling.sharded_items import ShardedItemEmbedding
+from generative_recommenders.modeling.sharded_items import ShardedItemEmbedding, TorchRecItemEmbedding
 from generative_recommenders.objectives import causal, masked, replaced  # noqa: F401  (register)
 from generative_recommenders.objectives.objective import Objective
 
@@ -67,7 +67,8 @@ def build_model(
             f"train_fn.embedding_module_type {own!r} cannot act in {settings.model.main_module}, which has an item "
             "tower: unset it"
         )
-    width = settings.items.item_embedding_dim
+    width, item_table = settings.items.item_embedding_dim, settings.items.item_table
+    sharded = item_table != "replicated"
 
     def read_item_features(names: Sequence[str], list_reduction: ListReduction) -> list[EntityFeature]:
         return (
@@ -86,11 +87,12 @@ def build_model(
     if bf16 is not None:
         switched_on["bf16_training"] = True
     try:
-        if settings.items.item_table == "sharded":
+        if sharded:
             _check_sharded(settings)
-        if settings.items.item_table == "sharded" and collectives is not None and collectives.world_size > 1:
+        if sharded and collectives is not None and collectives.world_size > 1:
             options = options_of(settings, ITEM_EMBEDDINGS, settings.item_embedding)
-            items: ItemEmbedding = ShardedItemEmbedding(catalogue.num_items, width, collectives, **options)
+            kind = TorchRecItemEmbedding if item_table == "torchrec" else ShardedItemEmbedding
+            items: ItemEmbedding = kind(catalogue.num_items, width, collectives, **options)
         else:
             items = build_part(settings, ITEM_EMBEDDINGS, settings.item_embedding, supplies)
         sequence = build_sequence(settings, catalogue)
@@ -100,12 +102,9 @@ def build_model(
         )  # fmt: skip
     except ValueError as error:
         raise UserError(str(error)) from error
-    if (
-        settings.items.item_table == "sharded"
-        and similarity.operands(torch.empty(0, width), torch.empty(0, width)) is None
-    ):
+    if sharded and similarity.operands(torch.empty(0, width), torch.empty(0, width)) is None:
         raise UserError(
-            f"train_fn.item_table 'sharded' needs scores that are products, and those of {similarity_name} are none: set "
+            f"train_fn.item_table {item_table!r} needs scores that are products, and those of {similarity_name} are none: set "
             "'replicated'"
         )
     missing = sorted(set(auxiliary_weights(settings)) - similarity.auxiliary_loss_names)
@@ -118,16 +117,24 @@ def build_model(
 
 
 def _check_sharded(settings: RunSettings) -> None:
-    """UserError where the table of the settings cannot be sharded."""
+    """UserError where the table of the settings cannot be sharded as they say."""
+    asked = f"train_fn.item_table {settings.items.item_table!r}"
     if settings.item_embedding != "local":
         raise UserError(
-            f"train_fn.item_table 'sharded' needs a row for each item, and item embedding {settings.item_embedding!r} has "
+            f"{asked} needs a row for each item, and item embedding {settings.item_embedding!r} has "
             "others: set 'replicated'"
         )
     if settings.fine_tuning.initialize_from is not None:
         raise UserError(
-            "train_fn.item_table 'sharded' cannot begin with another run's rows: unset train_fn.initialize_from, or set "
-            "'replicated'"
+            f"{asked} cannot begin with another run's rows: unset train_fn.initialize_from, or set 'replicated'"
+        )
+    updates = settings.updates
+    if settings.items.item_table == "torchrec" and (
+        updates.optimizer != "rowwise_adagrad" or updates.weight_decay or updates.max_grad_norm is not None
+    ):
+        raise UserError(
+            f"{asked} updates rows in its backward pass by row-wise Adagrad alone: set train_fn.optimizer = 'rowwise_adagrad', "
+            "train_fn.weight_decay = 0 and train_fn.max_grad_norm = None, or item_table to 'sharded'"
         )
 
 

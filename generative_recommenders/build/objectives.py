@@ -58,8 +58,14 @@ def build_criterion(
         if isinstance(loss, ScalableCrossEntropyLoss) and settings.value("train_fn.num_positives") > 1:
             raise UserError(f"{name} takes one positive a position: leave num_positives at 1")
         criterion = CatalogueCriterion(loss)
-    sharded = settings.items.item_table == "sharded"
-    if sharded and (objective.needs_item_table or isinstance(loss, ScalableCrossEntropyLoss)):
+    if settings.items.item_table == "torchrec" and isinstance(criterion, CatalogueCriterion):
+        raise UserError(
+            f"{name} reads every row of the item table, and train_fn.item_table 'torchrec' gives those that a step gathers: "
+            "choose a sampled loss, or 'sharded'"
+        )
+    if settings.items.item_table != "replicated" and (
+        objective.needs_item_table or isinstance(loss, ScalableCrossEntropyLoss)
+    ):
         named = f"objective {learned!r}" if objective.needs_item_table else name
         raise UserError(
             f"{named} reads the whole item table in one process: set train_fn.item_table to 'replicated'"

@@ -96,8 +96,8 @@ class ItemSettings(Section):
     """The item embedding; TwoTower brings one of its own."""
     item_embedding_dim: Width = 240
     """Width of an item's embedding and of the encoder, D."""
-    item_table: Literal["replicated", "sharded"] = "replicated"
-    """Whether every process holds the whole item table, or a part of its rows."""
+    item_table: Literal["replicated", "sharded", "torchrec"] = "replicated"
+    """Whether every process holds the whole item table, or a part of its rows, by the program itself or by TorchRec."""
     category_feature: Annotated[str | None, SuppliedTo("item_embeddings", "item_category")] = None
     """Item feature that ``embedding_module_type = "categorical"`` groups items by."""
 

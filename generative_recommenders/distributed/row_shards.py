@@ -25,21 +25,23 @@ class RowShard:
     """Rows [first, stop) of a table of num_rows rows, those of this process; lower ranks hold the rows before.
 
     Row 0 is that of padding, row i that of item id i: ``before`` items lie on lower ranks. largest: rows of the largest shard.
-    Every method is called by all processes together. UserError where a process would get fewer than two rows.
+    All shards but the last have as many rows. Every method is called by all processes together. UserError where a process would
+    get fewer than two rows.
     """
 
     def __init__(self, num_rows: int, collectives: Collectives) -> None:
         world, rank = collectives.world_size, collectives.rank
-        if num_rows < 2 * world:
+        block = -(-num_rows // world)
+        if num_rows - block * (world - 1) < 2:
             raise UserError(
-                f"train_fn.item_table 'sharded': {num_rows - 1} items are too few for {world} processes: set 'replicated'"
+                f"train_fn.item_table: {num_rows - 1} items are too few to be sharded over {world} processes: set 'replicated'"
             )
         self.collectives, self.num_rows = collectives, num_rows
-        self.bounds = [num_rows * each // world for each in range(world + 1)]
+        self.bounds = [min(block * each, num_rows) for each in range(world + 1)]
         self.first, self.stop = self.bounds[rank : rank + 2]
         self.before = max(self.first - 1, 0)
         self.num_items = num_rows - 1
-        self.largest = max(stop - first for first, stop in pairwise(self.bounds))
+        self.largest = block
 
     # -- rows of a step -----------------------------------------------------------------------------------------
 

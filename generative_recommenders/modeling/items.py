@@ -13,6 +13,7 @@ import torch
 from generative_recommenders.config.fields import Positive
 from generative_recommenders.config.registry import register_item_embedding
 from generative_recommenders.distributed.row_shards import RowShard
+from generative_recommenders.distributed.torchrec_table import TorchRecTable
 from generative_recommenders.modeling.initialization import truncated_normal_
 from generative_recommenders.ops.embedding import LateGradients, lookup_rows, places_of, sorted_unique
 from generative_recommenders.ops.normalization import l2_normalize
@@ -102,6 +103,8 @@ class ItemEmbedding(torch.nn.Module):
 
     shard: RowShard | None = None
     """The rows that this process holds of a table that is sharded; None where the table is whole."""
+    kept: TorchRecTable | None = None
+    """What keeps and updates these rows where the program does not."""
 
     def initial_table(self, num_rows: int, std: float) -> torch.Tensor:
         """The table as training begins with it."""

@@ -13,6 +13,7 @@ import torch
 from generative_recommenders.config.fields import Positive
 from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.distributed.row_shards import Route, RowShard
+from generative_recommenders.distributed.torchrec_table import TorchRecTable
 from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.initialization import drawn_rows
 from generative_recommenders.modeling.items import ItemEmbedding, ItemRows
@@ -86,9 +87,9 @@ class ShardedItemEmbedding(ItemEmbedding):
         """``[v, D]``, those of this process's items: row i belongs to item id ``shard.before + i + 1``."""
         return self.scored_rows(ShardRows(self.table, shard=self.shard), None).catalogue()
 
-    def gradients(self, rows: RoutedRows, world_size: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def gradients(self, rows: ItemRows, world_size: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Of this process's rows, summed over processes: their numbers in the shard (None: all) and gradients ``[U, D]``."""
-        assert rows.route is not None and rows.own is not None
+        assert isinstance(rows, RoutedRows) and rows.route is not None and rows.own is not None
         if not rows.weight.requires_grad:
             return None, None
         gathered = rows.gradient()
@@ -97,3 +98,45 @@ class ShardedItemEmbedding(ItemEmbedding):
         ids, sums = self.shard.sums(sent, rows.route)
         whole = rows.own.weight.grad
         return (ids, sums) if whole is None else (None, whole.div_(world_size).index_add_(0, ids, sums))
+
+
+class TorchRecItemEmbedding(ShardedItemEmbedding):
+    """A sharded table whose rows TorchRec keeps, exchanges and, by row-wise Adagrad in its backward pass, updates.
+
+    The numbers are those of `ShardedItemEmbedding` and that optimizer. What is scored are gathered rows, not the shard.
+    """
+
+    def __init__(
+        self,
+        num_items: int,
+        embedding_dim: int,
+        collectives: Collectives,
+        *,
+        item_l2_norm: bool = False,
+        l2_norm_eps: Positive = 1e-6,
+    ) -> None:
+        self.kept: TorchRecTable = TorchRecTable(1 + num_items, embedding_dim, collectives)
+        super().__init__(
+            num_items, embedding_dim, collectives, item_l2_norm=item_l2_norm, l2_norm_eps=l2_norm_eps
+        )
+
+    def initial_table(self, num_rows: int, std: float) -> torch.Tensor:
+        return self.kept.weight.copy_(super().initial_table(num_rows, std))
+
+    def step_rows(self, row_ids: torch.Tensor | None) -> ItemRows:
+        assert row_ids is not None  # a task with a sharded table always gathers
+        learns = self.table.requires_grad
+        gathered = self.kept.lookup(row_ids, learns=learns).requires_grad_(learns)
+        return ItemRows(gathered, row_ids, late=[])
+
+    def rows(self, item_ids: torch.Tensor) -> ItemRows:
+        ids = sorted_unique(item_ids, self.num_items)
+        return ItemRows(self.kept.lookup(ids), ids)
+
+    def gradients(self, rows: ItemRows, world_size: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """This process's part of the gradients of the rows that it read, which `TorchRecTable.update` sums over processes."""
+        if not rows.weight.requires_grad:
+            return None, None
+        gathered = rows.gradient()
+        assert gathered is not None  # a sampled loss reads histories
+        return rows.ids, gathered / world_size

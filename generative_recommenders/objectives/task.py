@@ -101,13 +101,12 @@ class TrainingTask(torch.nn.Module):
             pool = torch.unique(self.collectives.gather_variable(torch.unique(targets)))
         negatives = None
         if self.sampler is not None:
-            drawn_from = None
+            items = BatchItems(targets=targets if targets.dim() == 1 else targets[:, 0])
             if self.sampler.uses_batch_pool:
                 # The published pool: every item of the batch's histories, targets included.
                 local = torch.unique(torch.cat([example.past_ids, targets.flatten()]))
                 everywhere = torch.unique(self.collectives.gather_variable(local))
-                drawn_from = everywhere[everywhere > 0]
-            items = BatchItems(drawn_from, targets if targets.dim() == 1 else targets[:, 0])
+                items = BatchItems(everywhere[everywhere > 0], items.targets)
             negatives = self.sampler(key, first_target, len(targets), items)
         scored, rows = self.rows_read(example, negatives, pool)
         return PreparedBatch(

@@ -16,6 +16,7 @@ import torch
 
 from generative_recommenders.config.fields import Positive
 from generative_recommenders.config.registry import register_optimizer
+from generative_recommenders.distributed.torchrec_table import TorchRecTable
 from generative_recommenders.errors import UserError
 from generative_recommenders.ops import dispatch
 from generative_recommenders.ops.threads import in_threads
@@ -178,6 +179,26 @@ class AdamW:
         return None
 
 
+class FusedRowwiseAdagrad(TableOptimizer):
+    """`RowwiseAdagrad` by fbgemm, of a table that TorchRec keeps. `step` sums over processes by itself.
+
+    rows: what that optimizer of the whole table would be, of which the rates are taken.
+    """
+
+    def __init__(self, kept: TorchRecTable, rows: TableOptimizer) -> None:
+        super().__init__(rows.table, rows.learning_rate, weight_decay=0.0)
+        self.kept, self.relative_rate = kept, rows.relative_rate
+        self.state = {"sum_of_squares": kept.sum_of_squares}
+
+    def step(self, rows: torch.Tensor | None, grads: torch.Tensor) -> None:
+        self.update(slice(None), grads)  # rows are where the lookup found them
+
+    def update(
+        self, rows: torch.Tensor | slice, grads: torch.Tensor, touched: torch.Tensor | None = None
+    ) -> None:
+        self.kept.update(grads)
+
+
 @register_optimizer("lazy_adamw", gin_name="lazy_adamw")
 class LazyRows(AdamW):
     """AdamW; the item table by `LazyAdamW`."""
@@ -212,6 +233,7 @@ class Optimizer:
     rule: the part by ``train_fn.optimizer``. max_grad_norm: total L2 norm over dense and table gradients, None for no clipping.
     cosine_steps: steps of the whole run, over which the learning rate falls to 0 along half a cosine; None leaves it.
     sum_over_shards: sums a number over processes, where each holds rows of the table of its own.
+    kept: what keeps and updates the table where TorchRec does.
     """
 
     def __init__(
@@ -223,9 +245,12 @@ class Optimizer:
         max_grad_norm: float | None = None,
         cosine_steps: int | None = None,
         sum_over_shards: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        kept: TorchRecTable | None = None,
     ) -> None:
         self.rule, self.table, self.sum_over_shards = rule, table, sum_over_shards
         self.sparse = rule.rows(table) if table.requires_grad else None
+        if self.sparse is not None and kept is not None:
+            self.sparse = FusedRowwiseAdagrad(kept, self.sparse)
         # A row-wise optimizer takes the table out of the dense one, whose moments would move every row at every step.
         self.parameters = [p for p in (*dense, *(() if self.sparse else (table,))) if p.requires_grad]
         self.dense = rule.dense(self.parameters) if self.parameters else None
@@ -236,6 +261,11 @@ class Optimizer:
     def zero_grad(self) -> None:
         for parameter in (*self.parameters, self.table):
             parameter.grad = None
+
+    def before_lookup(self, step: int) -> None:
+        """Comes before the rows of a step are looked up. step: as of `step`."""
+        if isinstance(self.sparse, FusedRowwiseAdagrad):  # fbgemm takes the rate with the lookup
+            self.sparse.kept.set_learning_rate(self.rate(step) * self.sparse.relative_rate)
 
     @property
     def capturable(self) -> bool:
@@ -272,6 +302,11 @@ class Optimizer:
         self, rate: float | torch.Tensor, rows: torch.Tensor | None, grads: torch.Tensor
     ) -> None:
         """The rows' own update, or their gradient in the dense one's."""
+        if self.sparse is not None:
+            self.sparse.learning_rate = rate * self.sparse.relative_rate
+        if isinstance(self.sparse, FusedRowwiseAdagrad):
+            self.sparse.step(rows, grads)
+            return
         if rows is not None and dispatch.waits(rows):
             # What fills up the end of `sorted_unique` has no gradient of its own, and writes what its row gets.
             grads = grads[torch.searchsorted(rows, rows)]
@@ -280,16 +315,15 @@ class Optimizer:
                 grads if rows is None else torch.zeros_like(self.table).index_copy_(0, rows, grads)
             )
         else:
-            self.sparse.learning_rate = rate * self.sparse.relative_rate
             self.sparse.step(rows, grads)
 
     def gradient_norm(self, table_grads: torch.Tensor | None) -> torch.Tensor:
         """The L2 norm ``[]`` over dense and table gradients together, as if the table were an ordinary parameter.
 
-        Before `update`, which clips.
+        Before `update`, which clips. Of dense gradients alone where TorchRec keeps the table, and sums its gradients later.
         """
         norms = [p.grad.norm() for p in self.parameters if p.grad is not None]
-        if table_grads is not None:
+        if table_grads is not None and not isinstance(self.sparse, FusedRowwiseAdagrad):
             own = table_grads.norm()
             shards = self.sum_over_shards
             norms.append(own if shards is None else shards(own.square()).sqrt())

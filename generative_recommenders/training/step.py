@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from generative_recommenders.data.loader import LoadedBatch
 from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.modeling.items import ItemRows
-from generative_recommenders.modeling.sharded_items import RoutedRows, ShardedItemEmbedding
+from generative_recommenders.modeling.sharded_items import ShardedItemEmbedding
 from generative_recommenders.objectives.criterion import PreparedBatch
 from generative_recommenders.objectives.task import TrainingTask
 from generative_recommenders.training.optimizers import Optimizer
@@ -56,6 +56,7 @@ class TrainingStep:
         which no target of any process counts: momentum and weight decay rest too, and the step has its number all the same.
         """
         self.optimizer.zero_grad()
+        self.optimizer.before_lookup(step)
         rows, output = self.forward(batch)
         total = self.collectives.sum_(output.weight.detach().clone())
         read_total = read_later(total)
@@ -115,7 +116,7 @@ class TrainingStep:
         """Summed over processes: row ids (None for all) and their gradients (None for a frozen table); of a sharded table those
         of this process."""
         world, leaf, items = self.collectives.world_size, rows.weight, self.task.model.items
-        if isinstance(items, ShardedItemEmbedding) and isinstance(rows, RoutedRows):
+        if isinstance(items, ShardedItemEmbedding):
             return items.gradients(rows, world)
         if not leaf.requires_grad:
             return None, None

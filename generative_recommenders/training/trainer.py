@@ -76,6 +76,7 @@ class Trainer:
             build_part(settings, OPTIMIZERS, updates.optimizer, rates), updates.num_warmup_steps, updates.max_grad_norm,
             steps if updates.learning_rate_schedule == "cosine" else None,
             None if self.model.items.shard is None else collectives.sum_,
+            self.model.items.kept,
         )  # fmt: skip
         self.task.updates_rows = optimizer.sparse is not None
         parts, rows = (self.task, optimizer, collectives), schedule.local_batch_size

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +54,28 @@ CASES: dict[str, dict[str, Any]] = {
     "catalogue, binary": {**ROWWISE, "train_fn.loss_module": "BCE", "train_fn.learning_rate": 1e-3},
     "frozen table": {**LAZY, "train_fn.freeze": ("items.table",)},
 }  # fmt: skip
+NO_DECAY = {**ROWWISE, "train_fn.weight_decay": 0.0}
+OF_TORCHREC: dict[str, dict[str, Any]] = {
+    "TorchRec": NO_DECAY,
+    "TorchRec, a block's negatives, normalised": {
+        **NO_DECAY, "train_fn.negatives_sharing": "block", "train_fn.item_l2_norm": True, "train_fn.num_warmup_steps": 3,
+        "rowwise_adagrad.item_learning_rate": 0.05,
+    },
+    "TorchRec, HSTU, in-batch": {
+        **NO_DECAY, "train_fn.main_module": "HSTU", "train_fn.sampling_strategy": "in-batch",
+    },
+}  # fmt: skip
+"""Cases whose table TorchRec keeps; where it is installed, which takes an environment of its own."""
+if find_spec("torchrec"):
+    CASES |= OF_TORCHREC
 WORLDS = (2, 3)
 OF_TWO = ("a position's negatives, Adagrad", "a block's negatives, clipped", "catalogue, several positives")
 """Three processes, one of which has an inner shard, go through all cases; two through these, and in slow tests through all."""
 
 
 def settings_of(case: str, world: int, table: str) -> RunSettings:
-    sizes = {"train_fn.local_batch_size": GLOBAL_BATCH // world, "train_fn.item_table": table}
+    kept = "torchrec" if case in OF_TORCHREC and table == "sharded" else table
+    sizes = {"train_fn.local_batch_size": GLOBAL_BATCH // world, "train_fn.item_table": kept}
     return RunSettings().bind(COMMON | CASES[case] | sizes)
 
 
@@ -333,12 +349,18 @@ def test_a_shard_answers_unsharded(results: Measured, world: int) -> None:
         ({"train_fn.loss_module": "ScalableCrossEntropyLoss"}, "ScalableCrossEntropyLoss"),
         ({"train_fn.objective": "replaced", "train_fn.loss_module": "CE"}, "replaced"),
         ({"train_fn.initialize_from": "elsewhere"}, "initialize_from"),
+        ({"train_fn.item_table": "torchrec"}, "weight_decay = 0"),
+        (
+            {"train_fn.item_table": "torchrec", **NO_DECAY, "train_fn.max_grad_norm": 1.0},
+            "max_grad_norm = None",
+        ),
+        ({"train_fn.item_table": "torchrec", **NO_DECAY, "train_fn.loss_module": "CE"}, "sampled loss"),
     ],
 )
 def test_what_needs_the_whole_table_is_refused(
     ragged_dataset: SequenceDataset, changes: dict[str, Any], named: str
 ) -> None:
-    settings = RunSettings().bind(COMMON | changes | {"train_fn.item_table": "sharded"})
+    settings = RunSettings().bind(COMMON | {"train_fn.item_table": "sharded"} | changes)
     with pytest.raises(UserError, match=named) as caught:
         Trainer(settings, ragged_dataset, make_split(ragged_dataset), process_collectives("cpu"))
     assert "item_table" in str(caught.value) and "\n" not in str(caught.value)

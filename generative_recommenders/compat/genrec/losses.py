@@ -12,11 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from generative_recommenders.errors import UserError
-from generative_recommenders.objectives.losses.sampled import (
-    SampledSoftmaxLoss,
-    check_label_smoothing,
-    full_precision,
-)
+from generative_recommenders.objectives.losses.catalogue import CE
+from generative_recommenders.objectives.losses.sampled import SampledSoftmaxLoss
 
 
 class VQVAELoss(nn.Module):
@@ -66,7 +63,8 @@ class SequenceLoss(nn.Module):
         super().__init__()
         self.vocab_size = vocab_size
         self.ignore_index = ignore_index
-        self.label_smoothing = check_label_smoothing(label_smoothing)
+        self.label_smoothing = label_smoothing
+        self.criterion = CE(label_smoothing=label_smoothing)
 
     def forward(
         self, logits: Tensor, labels: Tensor, attention_mask: Tensor | None = None
@@ -90,8 +88,7 @@ class SequenceLoss(nn.Module):
                 f"(ignored: {self.ignore_index})"
             )
         accuracy = (chosen.detach().argmax(-1) == wanted).float().mean()
-        loss = F.cross_entropy(full_precision(chosen), wanted, label_smoothing=self.label_smoothing)
-        return {"loss": loss, "accuracy": accuracy}
+        return {"loss": self.criterion.from_logits(chosen, wanted).mean(), "accuracy": accuracy}
 
 
 class ContrastiveLoss(nn.Module):

@@ -228,7 +228,7 @@ class CrossEntropy(ReplayLoss):
     spread over the target and the negatives that compete.
     """
 
-    core = sampled.SampledSoftmaxLoss()
+    core = sampled.CESampled()
     takes = ("weight", "label_smoothing")
 
     def terms(self, scores: Scores) -> Terms:
