@@ -20,6 +20,7 @@ from generative_recommenders.objectives.losses import catalogue as catalogue_los
 from generative_recommenders.objectives.losses.sampled import SampledLoss
 from generative_recommenders.objectives.losses.sce import ScalableCrossEntropyLoss
 from generative_recommenders.objectives.negative_samplers import NegativesSampler, Sharing
+from generative_recommenders.objectives.objective import Objective
 
 
 def build_criterion(
@@ -58,18 +59,7 @@ def build_criterion(
         if isinstance(loss, ScalableCrossEntropyLoss) and settings.value("train_fn.num_positives") > 1:
             raise UserError(f"{name} takes one positive a position: leave num_positives at 1")
         criterion = CatalogueCriterion(loss)
-    if settings.items.item_table == "torchrec" and isinstance(criterion, CatalogueCriterion):
-        raise UserError(
-            f"{name} reads every row of the item table, and train_fn.item_table 'torchrec' gives those that a step gathers: "
-            "choose a sampled loss, or 'sharded'"
-        )
-    if settings.items.item_table != "replicated" and (
-        objective.needs_item_table or isinstance(loss, ScalableCrossEntropyLoss)
-    ):
-        named = f"objective {learned!r}" if objective.needs_item_table else name
-        raise UserError(
-            f"{named} reads the whole item table in one process: set train_fn.item_table to 'replicated'"
-        )
+    _check_item_table(settings, objective, loss)
     if objective.needs_item_table and (
         settings.uses_item_tower or settings.model.interaction_module_type == "MoL"
     ):
@@ -85,6 +75,21 @@ def build_criterion(
         return model.sequence
 
     return objective.criterion(criterion, encoder)
+
+
+def _check_item_table(settings: RunSettings, objective: Objective, loss: torch.nn.Module) -> None:
+    """UserError where the objective or the loss reads rows that ``train_fn.item_table`` does not give."""
+    table, name = settings.items.item_table, settings.loss.loss_module
+    if table == "torchrec" and not isinstance(loss, SampledLoss):
+        raise UserError(
+            f"{name} reads every row of the item table, and train_fn.item_table 'torchrec' gives those that a step gathers: "
+            "choose a sampled loss, or 'sharded'"
+        )
+    if table != "replicated" and (objective.needs_item_table or isinstance(loss, ScalableCrossEntropyLoss)):
+        named = f"objective {settings.loss.objective!r}" if objective.needs_item_table else name
+        raise UserError(
+            f"{named} reads the whole item table in one process: set train_fn.item_table to 'replicated'"
+        )
 
 
 def build_sampler(settings: RunSettings, catalogue: Catalogue, name: str | None = None) -> NegativesSampler:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 
@@ -17,8 +19,8 @@ class TorchRecTable:
     """Rows of this process of a table ``[num_rows, width]``, in row-wise shards of TorchRec; see `RowShard` for which.
 
     ``weight [rows, width]`` and ``sum_of_squares [rows]`` float32, Adagrad's accumulator, are the memory that lookups read and
-    updates write. All methods are called by all processes together. UserError where TorchRec is not installed, or
-    for a width that fbgemm cannot hold.
+    updates write. All methods are called by all processes together. UserError where TorchRec is not installed, or for a width
+    that fbgemm cannot hold.
     """
 
     def __init__(self, num_rows: int, width: int, collectives: Collectives) -> None:
@@ -28,37 +30,12 @@ class TorchRecTable:
                 "numbers at once"
             )
         try:
-            from fbgemm_gpu.split_embedding_configs import EmbOptimType
-            from torchrec import EmbeddingCollection, EmbeddingConfig, KeyedJaggedTensor
-            from torchrec.distributed import ShardingEnv
-            from torchrec.distributed.comm_ops import set_gradient_division
-            from torchrec.distributed.embedding import EmbeddingCollectionSharder
-            from torchrec.distributed.embedding_types import EmbeddingComputeKernel
-            from torchrec.distributed.sharding_plan import construct_module_sharding_plan, row_wise
+            self.sharded = _sharded_collection(num_rows, width, collectives)
         except ImportError as error:
             raise UserError(
                 f"train_fn.item_table 'torchrec' needs TorchRec in an environment of its own ({error}): see docs/scale.md, or "
                 "set 'sharded'"
             ) from error
-        # `update` hands over gradients that are divided already.
-        set_gradient_division(False)
-        device, world = collectives.device, collectives.world_size
-        table = EmbeddingConfig(
-            name=TABLE, embedding_dim=width, num_embeddings=num_rows, feature_names=[FEATURE]
-        )
-        module = EmbeddingCollection(tables=[table], device=torch.device("meta"))
-        sharder = EmbeddingCollectionSharder(
-            fused_params={"optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD, "eps": EPSILON}
-        )
-        plan = construct_module_sharding_plan(
-            module, {TABLE: row_wise(compute_kernel=EmbeddingComputeKernel.FUSED.value)}, sharder=sharder,
-            local_size=world, world_size=world, device_type=device.type,
-        )  # fmt: skip
-        env = ShardingEnv.from_process_group(dist.group.WORLD)
-        # It draws rows of its own, which are not kept.
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            self.sharded = sharder.shard(module, plan, env, device)
-        self.batch = KeyedJaggedTensor
         self.weight: torch.Tensor = self.sharded.state_dict()[f"embeddings.{TABLE}.weight"].local_tensor()
         (state,) = self.sharded.fused_optimizer.state_dict()["state"].values()
         self.sum_of_squares: torch.Tensor = state[f"{TABLE}.momentum1"].local_tensor()
@@ -66,11 +43,13 @@ class TorchRecTable:
 
     def lookup(self, ids: torch.Tensor, *, learns: bool = False) -> torch.Tensor:
         """``[U, width]`` rows of ``ids [U]`` int64, in their order. learns: `update` will follow, if anything does."""
+        from torchrec import KeyedJaggedTensor
+
         # fbgemm looks up for a backward pass alone, and keeps what it read: in evaluation that is dropped with the rows.
         with torch.inference_mode(False), torch.enable_grad():
             lengths = torch.tensor([len(ids)], device=ids.device)
-            batch = self.batch(keys=[FEATURE], values=ids.clone(), lengths=lengths)
-            rows = self.sharded(batch)[FEATURE].values()
+            batch = KeyedJaggedTensor(keys=[FEATURE], values=ids.clone(), lengths=lengths)
+            rows: torch.Tensor = self.sharded(batch)[FEATURE].values()
         if learns:
             self.read = rows
         return rows.detach()
@@ -87,3 +66,29 @@ class TorchRecTable:
         assert self.read is not None  # a lookup goes before
         self.read.backward(gradients)
         self.read = None
+
+
+def _sharded_collection(num_rows: int, width: int, collectives: Collectives) -> Any:
+    """TorchRec's embeddings of one table, dealt to the processes by rows; ImportError without TorchRec."""
+    from fbgemm_gpu.split_embedding_configs import EmbOptimType
+    from torchrec import EmbeddingCollection, EmbeddingConfig
+    from torchrec.distributed import ShardingEnv
+    from torchrec.distributed.comm_ops import set_gradient_division
+    from torchrec.distributed.embedding import EmbeddingCollectionSharder
+    from torchrec.distributed.embedding_types import EmbeddingComputeKernel
+    from torchrec.distributed.sharding_plan import construct_module_sharding_plan, row_wise
+
+    set_gradient_division(False)  # gradients come to `update` divided already
+    device, world = collectives.device, collectives.world_size
+    table = EmbeddingConfig(name=TABLE, embedding_dim=width, num_embeddings=num_rows, feature_names=[FEATURE])
+    module = EmbeddingCollection(tables=[table], device=torch.device("meta"))
+    sharder = EmbeddingCollectionSharder(
+        fused_params={"optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD, "eps": EPSILON}
+    )
+    plan = construct_module_sharding_plan(
+        module, {TABLE: row_wise(compute_kernel=EmbeddingComputeKernel.FUSED.value)}, sharder=sharder,
+        local_size=world, world_size=world, device_type=device.type,
+    )  # fmt: skip
+    # Rows are drawn that are not kept: the run's own draws must not depend on them.
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        return sharder.shard(module, plan, ShardingEnv.from_process_group(dist.group.WORLD), device)
