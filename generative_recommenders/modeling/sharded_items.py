@@ -106,21 +106,10 @@ class TorchRecItemEmbedding(ShardedItemEmbedding):
     The numbers are those of `ShardedItemEmbedding` and that optimizer. What is scored are gathered rows, not the shard.
     """
 
-    def __init__(
-        self,
-        num_items: int,
-        embedding_dim: int,
-        collectives: Collectives,
-        *,
-        item_l2_norm: bool = False,
-        l2_norm_eps: Positive = 1e-6,
-    ) -> None:
-        self.kept: TorchRecTable = TorchRecTable(1 + num_items, embedding_dim, collectives)
-        super().__init__(
-            num_items, embedding_dim, collectives, item_l2_norm=item_l2_norm, l2_norm_eps=l2_norm_eps
-        )
+    kept: TorchRecTable
 
     def initial_table(self, num_rows: int, std: float) -> torch.Tensor:
+        self.kept = TorchRecTable(num_rows, self.embedding_dim, self.shard.collectives)
         return self.kept.weight.copy_(super().initial_table(num_rows, std))
 
     def step_rows(self, row_ids: torch.Tensor | None) -> ItemRows:
