@@ -22,13 +22,14 @@ from pathlib import Path
 import pytest
 import torch
 
-import generative_recommenders.build.parts  # noqa: F401  # registers the built-in parts, whose options gin blocks name
 from docs import pages
 from generative_recommenders import serve
 from generative_recommenders.commands.ablation.plan import AblationSettings
+from generative_recommenders.commands.lists import register_built_in_parts
 from generative_recommenders.config.gin import load_ablation, load_settings
 from generative_recommenders.distributed.launch import launch
 
+register_built_in_parts()  # gin blocks name their options
 NOT_RUN = (
     ".",
     "pip",
