@@ -69,8 +69,10 @@ class RowShard:
     def total(self, x: torch.Tensor) -> torch.Tensor:
         """The sum of ``x`` (one shape on all processes) over processes, with the gradient of this one's part."""
         own = x.detach()
+        total = self.collectives.sum_(own.clone())
         # In this order the number is the sum itself, the same on all processes: x - own is 0 and brings the gradient.
-        return self.collectives.sum_(own.clone()) + (x - own)
+        # Where none is asked for, x may be infinite.
+        return total + (x - own) if x.requires_grad else total
 
     def parts(self, x: torch.Tensor) -> torch.Tensor:
         """``[processes, ...]`` of ``x [...]``, of which this process's part has a gradient."""

@@ -183,6 +183,13 @@ def search_input() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return items, queries, torch.randint(0, 42, (9, 6), generator=generator)
 
 
+def infinite_input() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`search_input` with items in two shards whose scores are infinite, or no numbers."""
+    items, queries, seen = search_input()
+    items[3], items[35] = torch.tensor([-torch.inf, 1.0, 1.0]), torch.tensor([1.0, 1.0, torch.inf])
+    return items, queries, seen
+
+
 def member(rank: int, world: int, cases: Sequence[str], folder: str, results: str) -> None:
     torch.set_num_threads(1)
     rendezvous = f"file://{results}/rendezvous-{world}"
@@ -199,6 +206,7 @@ def member(rank: int, world: int, cases: Sequence[str], folder: str, results: st
     found["stopped"] = stopped(trainer_of(dataset, next(iter(CASES)), "sharded"))
     found["diverged"] = diverged(trainer_of(dataset, next(iter(CASES)), "sharded"))
     found["ranks"] = ranks_of(*search_input())
+    found["ranks beside infinite scores"] = ranks_of(*infinite_input())
     found["lists"] = [top_lists(*search_input(), k) for k in (1, 5, 30, 50)]
     torch.save(found, f"{results}/{world}-{rank}.pt")
     dist.destroy_process_group()
@@ -304,11 +312,14 @@ def test_top_lists_are_merged_with_their_ties(results: Measured, world: int) -> 
 
 @WORLD
 def test_ranks_are_counted_over_shards_with_their_ties(results: Measured, world: int) -> None:
-    items, queries, seen = search_input()
-    targets, (rows, seen_items) = every_pair(items, queries, seen)
-    expected = exact_ranks(rows @ items.T, targets, seen_items)
-    for each in results.several(world):
-        assert all(torch.equal(ranks, expected) for ranks in each["ranks"])
+    for name, (items, queries, seen) in {
+        "ranks": search_input(),
+        "ranks beside infinite scores": infinite_input(),
+    }.items():
+        targets, (rows, seen_items) = every_pair(items, queries, seen)
+        expected = exact_ranks(rows @ items.T, targets, seen_items)
+        for each in results.several(world):
+            assert all(torch.equal(ranks, expected) for ranks in each[name])
 
 
 @WORLD
