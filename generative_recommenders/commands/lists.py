@@ -25,8 +25,7 @@ def show_list(name: str, plugins: Sequence[str], data_root: Path) -> int:
     if name == "configs":  # by the name that --gin_config_file takes, with what the first line says
         lines = []
         for path in sorted((ROOT / "configs").rglob("*.gin")):
-            with open(path, encoding="utf-8") as file:
-                first = file.readline()
+            first = path.read_text(encoding="utf-8").partition("\n")[0]
             said = first.lstrip("# ").strip() if first.startswith("#") else ""
             lines.append(f"{path.relative_to(ROOT)}  {said}")
     elif name == "prepared":

@@ -79,20 +79,12 @@ class SharedScores:
 
 
 class MostPopular:
-    """Scores an item by its number of training events, the same for every user.
+    """Scores an item by its number of training events, the same for every user. Fitted on columns as of `training_counts`."""
 
-    scores: ``[V]`` float32, counts; column i belongs to item i + 1.
-    """
-
-    def __init__(self, scores: torch.Tensor) -> None:
-        self.shared = SharedScores(scores)
-
-    @classmethod
-    def fit(
-        cls, items: np.ndarray, offsets: np.ndarray, train_stops: np.ndarray, num_items: int
-    ) -> MostPopular:
-        """Arguments as in `training_counts`."""
-        return cls(training_counts(items, offsets, train_stops, num_items).float())
+    def __init__(
+        self, items: np.ndarray, offsets: np.ndarray, train_stops: np.ndarray, num_items: int
+    ) -> None:
+        self.shared = SharedScores(training_counts(items, offsets, train_stops, num_items).float())
 
     def ranks(
         self, batch: Mapping[str, torch.Tensor], target_ids: torch.Tensor, removed: SeenItems | None
@@ -106,9 +98,7 @@ class MarkovSuccessor:
 
     Equal counts are ordered by popularity, and so are the items that never followed, behind all that did. A
     last item without successors, and an empty history, leave plain popularity. The counts are sparse: memory
-    is O(V + distinct pairs), at most O(V + E).
-
-    popularity: ``[V]`` float32 in [0, 1).
+    is O(V + distinct pairs), at most O(V + E). Fitted on columns as of `training_counts`.
 
     Attributes:
         starts: ``[V + 2]`` int64; the successors of item i are entries ``[starts[i], starts[i + 1])``.
@@ -117,16 +107,8 @@ class MarkovSuccessor:
     """
 
     def __init__(
-        self, popularity: torch.Tensor, starts: torch.Tensor, successors: torch.Tensor, values: torch.Tensor
+        self, items: np.ndarray, offsets: np.ndarray, train_stops: np.ndarray, num_items: int
     ) -> None:
-        self.shared = SharedScores(popularity)
-        self.starts, self.successors, self.values = starts, successors, values
-
-    @classmethod
-    def fit(
-        cls, items: np.ndarray, offsets: np.ndarray, train_stops: np.ndarray, num_items: int
-    ) -> MarkovSuccessor:
-        """Arguments as in `MostPopular.fit`."""
         counts = training_counts(items, offsets, train_stops, num_items).numpy().astype(np.float64)
         popularity = counts / (counts.max(initial=0) + 1)  # below 1: it orders equal counts and no others
         follows = training_events(offsets, train_stops)
@@ -145,9 +127,10 @@ class MarkovSuccessor:
         # The place counts distinct (count, popularity) from 1 upwards, so it stays exact in float32.
         place = np.empty_like(step)
         place[order] = step - np.maximum.accumulate(np.where(new_item, step, 0)) + 1
-        starts = np.searchsorted(previous, np.arange(num_items + 2))
-        columns = (popularity.astype(np.float32), starts, successor, place.astype(np.float32))
-        return cls(*(torch.from_numpy(column) for column in columns))
+        self.shared = SharedScores(torch.from_numpy(popularity.astype(np.float32)))
+        self.starts = torch.from_numpy(np.searchsorted(previous, np.arange(num_items + 2)))
+        self.successors = torch.from_numpy(successor)
+        self.values = torch.from_numpy(place.astype(np.float32))
 
     def ranks(
         self, batch: Mapping[str, torch.Tensor], target_ids: torch.Tensor, removed: SeenItems | None

@@ -31,8 +31,8 @@ class RankHistogram:
             add theirs up with one sum over this tensor.
     """
 
-    def __init__(self, num_items: int, device: torch.device | str = "cpu") -> None:
-        self.counts = torch.zeros(2, num_items + 1, dtype=torch.int64, device=device)
+    def __init__(self, num_items: int) -> None:
+        self.counts = torch.zeros(2, num_items + 1, dtype=torch.int64)
 
     def add(self, ranks: torch.Tensor, subset: torch.Tensor | None = None) -> None:
         """Count ranks ``[n]`` int64 in 1..V + 1; subset ``[n]`` bool: which also count in row 1."""
@@ -52,7 +52,7 @@ class RankHistogram:
         MRR = mean 1 / rank, without a cutoff and with rank V + 1 for a miss. ``mrr@2500`` is what the HSTU authors' evaluation
         calls MRR: a rank beyond `PUBLISHED_DEPTH`, as a miss is, counts as the one behind it.
         """
-        counts = self.counts[int(subset)].cpu()
+        counts = self.counts[int(subset)]
         total = max(int(counts.sum()), 1)
         # Counts are summed first and divided last, so that the digits do not depend on the order of users.
         discounts = self._discounts(cutoffs).items()
@@ -61,7 +61,7 @@ class RankHistogram:
     def standard_errors(self, population: int) -> dict[str, float]:
         """Standard errors of `compute`'s means, where the targets are a random sample of ``population`` ones, drawn without
         replacement: ``sqrt(s^2 / n (1 - n / N))`` with the sample's variance s^2."""
-        counts, total = self.counts[0].cpu().double(), self.total()
+        counts, total = self.counts[0].double(), self.total()
         left = max(0.0, 1 - total / max(population, 1)) / max(total, 1)
         errors: dict[str, float] = {}
         for name, by in self._discounts(CUTOFFS).items():

@@ -101,7 +101,7 @@ class ModelEvaluation:
         columns = (self.dataset.items, self.dataset.offsets, self.split.train_stops, self.dataset.num_items)
         evaluate, rows = self._evaluator("test", None), {}
         for name, kind in BASELINES.items():
-            result = evaluate(kind.fit(*columns))
+            result = evaluate(kind(*columns))
             rows[name] = result.metrics()
             if ranks is not None:
                 ranks[name] = user_ranks(self.dataset, self.split, result.ranks)

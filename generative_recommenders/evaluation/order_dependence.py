@@ -21,7 +21,7 @@ from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.distributed.progress import progress_bar
 from generative_recommenders.errors import UserError
-from generative_recommenders.evaluation.baselines import MarkovSuccessor, MostPopular
+from generative_recommenders.evaluation.baselines import BASELINES
 from generative_recommenders.evaluation.evaluator import Evaluator, Ranker, Score
 from generative_recommenders.evaluation.model_evaluation import catalogue_scores
 from generative_recommenders.evaluation.seen_filters import HistoryFilter, NoFilter
@@ -58,8 +58,7 @@ def order_dependence(dataset: SequenceDataset, seed: int = 0, steps: int = STEPS
     repeats = split.counts["repeated_test_targets"] > 0.01 * split.counts["test_users"]
     columns = (data.items, data.offsets, split.train_stops, data.num_items)
     methods: dict[str, Score | Ranker] = {
-        "most popular": MostPopular.fit(*columns),
-        "last item's successor": MarkovSuccessor.fit(*columns),
+        **{name: kind(*columns) for name, kind in BASELINES.items()},
         "SASRec": _trained_scores(data, split, steps, seed),
     }
     histories = {"true": [data], "shuffled": [shuffled(data, split, rng) for _ in range(SHUFFLES)]}

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from generative_recommenders.config.fields import NonNegative, Probability
 from generative_recommenders.config.registry import register_objective
-from generative_recommenders.data.token_masks import Draws
 from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.events import token_events
 from generative_recommenders.modeling.items import ItemRows
@@ -132,21 +131,9 @@ class ReplacedObjective(MaskedItemObjective):
         )
 
 
-def gumbel_like(logits: Tensor, draws: Draws) -> Tensor:
-    """Standard Gumbel noise of the shape of ``logits [P, V]``, float32: -ln of an exponential draw."""
-    if isinstance(draws, CounterDraws):
-        exponential = -torch.log1p(-draws.uniform(logits.shape[1]))
-    else:
-        device = logits.device if draws is None else draws.device
-        exponential = torch.empty(logits.shape, dtype=torch.float32, device=device).exponential_(
-            generator=draws
-        )
-    return -exponential.clamp(min=torch.finfo(torch.float32).tiny).log().to(logits.device)
-
-
 @torch.no_grad()
 def sample_from_catalogue(
-    hidden: Tensor, item_weight: Tensor, draws: Draws = None, block_size: int = 65536
+    hidden: Tensor, item_weight: Tensor, draws: CounterDraws, block_size: int = 65536
 ) -> Tensor:
     """One item id (1..V) per row, distributed as softmax(hidden . item); at most ``[P, block_size]`` is held.
 
@@ -158,7 +145,10 @@ def sample_from_catalogue(
     items = torch.ones(len(hidden), dtype=torch.long, device=hidden.device)
     for start in range(0, len(item_weight), block_size):
         logits = hidden @ item_weight[start : start + block_size].T
-        score, index = (logits + gumbel_like(logits, draws)).max(-1)
+        # Standard Gumbel noise: -ln of an exponential draw, which is above 0.
+        exponential = -torch.log1p(-draws.uniform(logits.shape[1]))
+        noise = -exponential.clamp(min=torch.finfo(torch.float32).tiny).log().to(logits.device)
+        score, index = (logits + noise).max(-1)
         items = torch.where(score > best, index + start + 1, items)
         best = torch.maximum(best, score)
     return items

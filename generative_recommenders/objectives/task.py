@@ -101,12 +101,13 @@ class TrainingTask(torch.nn.Module):
             pool = torch.unique(self.collectives.gather_variable(torch.unique(targets)))
         negatives = None
         if self.sampler is not None:
-            items = BatchItems(targets=targets if targets.dim() == 1 else targets[:, 0])
+            drawn_from = None
             if self.sampler.uses_batch_pool:
                 # The published pool: every item of the batch's histories, targets included.
                 local = torch.unique(torch.cat([example.past_ids, targets.flatten()]))
                 everywhere = torch.unique(self.collectives.gather_variable(local))
-                items = BatchItems(everywhere[everywhere > 0], items.targets)
+                drawn_from = everywhere[everywhere > 0]
+            items = BatchItems(drawn_from, targets if targets.dim() == 1 else targets[:, 0])
             negatives = self.sampler(key, first_target, len(targets), items)
         scored, rows = self.rows_read(example, negatives, pool)
         return PreparedBatch(

@@ -42,7 +42,7 @@ def order_of(model: MostPopular | MarkovSuccessor, history: list[int], num_items
 def test_most_popular_counts_training_events_only(seed):
     items, offsets, stops, count = random_columns(seed)
     popular = Counter(i for sequence in sequences(items, offsets, stops) for i in sequence)
-    model = MostPopular.fit(items, offsets, stops, count)
+    model = MostPopular(items, offsets, stops, count)
     expected = sorted(range(1, count + 1), key=lambda i: (-popular[i], i))
     assert order_of(model, [], count) == order_of(model, [3, 1], count) == expected
 
@@ -53,7 +53,7 @@ def test_markov_orders_by_successor_count_then_popularity_then_id(seed):
     rows = sequences(items, offsets, stops)
     popular = Counter(i for row in rows for i in row)
     pairs = Counter(pair for row in rows for pair in pairwise(row))
-    model = MarkovSuccessor.fit(items, offsets, stops, count)
+    model = MarkovSuccessor(items, offsets, stops, count)
     for last in range(1, count + 1):
         expected = sorted(range(1, count + 1), key=lambda i: (-pairs[last, i], -popular[i], i))
         assert order_of(model, [3, 1, last], count) == expected
@@ -61,7 +61,7 @@ def test_markov_orders_by_successor_count_then_popularity_then_id(seed):
 
 def test_markov_reads_the_last_real_item_of_each_row():
     items = np.array([1, 2, 3, 4, 3, 4], dtype=np.int32)
-    model = MarkovSuccessor.fit(items, np.array([0, 2, 4, 6]), np.array([2, 2, 2]), 4)
+    model = MarkovSuccessor(items, np.array([0, 2, 4, 6]), np.array([2, 2, 2]), 4)
     batch = {
         "item_ids": torch.tensor([[3, 1, 0], [1, 3, 0], [3, 1, 3], [0, 0, 0]]),
         "lengths": torch.tensor([2, 2, 3, 0]),
@@ -72,7 +72,7 @@ def test_markov_reads_the_last_real_item_of_each_row():
 
 
 def test_markov_pairs_never_cross_users():
-    model = MarkovSuccessor.fit(
+    model = MarkovSuccessor(
         np.array([1, 2], dtype=np.int32), np.array([0, 1, 1, 2, 2]), np.array([1, 0, 1, 0]), 2
     )
     assert len(model.successors) == 0
@@ -81,12 +81,12 @@ def test_markov_pairs_never_cross_users():
 def test_markov_order_survives_large_counts():
     items = np.array([1, 2] * 40_000 + [1, 3] * 40_000 + [3], dtype=np.int32)
     offsets = np.array([0, 80_000, 160_000, 160_001])
-    model = MarkovSuccessor.fit(items, offsets, np.array([80_000, 80_000, 1]), 3)
+    model = MarkovSuccessor(items, offsets, np.array([80_000, 80_000, 1]), 3)
     assert order_of(model, [1], 3)[0] == 3
 
 
 def test_without_training_events_all_scores_are_equal():
-    model = MarkovSuccessor.fit(np.array([1, 2], dtype=np.int32), np.array([0, 2]), np.array([0]), 3)
+    model = MarkovSuccessor(np.array([1, 2], dtype=np.int32), np.array([0, 2]), np.array([0]), 3)
     assert order_of(model, [1, 2], 3) == [1, 2, 3]
 
 

@@ -24,6 +24,7 @@ from generative_recommenders.objectives.masked import (
     PermutedObjective,
 )
 from generative_recommenders.objectives.replaced import ReplacedDetectionCriterion, sample_from_catalogue
+from generative_recommenders.ops.counter_random import CounterDraws, stream_key
 from generative_recommenders.types import SequentialFeatures
 
 HIDING: dict[str, MaskedObjective] = {
@@ -45,6 +46,10 @@ def histories(lengths: list[int], width: int = 12) -> tuple[Tensor, Tensor]:
 
 def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def counted(rows: int) -> CounterDraws:
+    return CounterDraws(stream_key(0), torch.arange(rows))
 
 
 def training(objective: MaskedObjective, item_ids: Tensor, counts: Tensor, seed: int) -> TrainingExample:
@@ -200,7 +205,7 @@ def test_samples_follow_the_softmax_whatever_the_blocks():
     )
     expected = (hidden @ weight.T).softmax(1)
     for block in (1, 2, 99):
-        ids = sample_from_catalogue(hidden.repeat(8000, 1), weight, seeded(0), block).reshape(-1, 2)
+        ids = sample_from_catalogue(hidden.repeat(8000, 1), weight, counted(16000), block).reshape(-1, 2)
         for row in range(2):
             shares = torch.bincount(ids[:, row], minlength=4)[1:] / 8000
             assert torch.allclose(shares, expected[row], atol=0.02)
@@ -237,5 +242,7 @@ def test_bad_options_are_refused():
 
 def test_half_precision_samples_keep_their_shares():
     logits = torch.tensor([3.0, 3.0, 3.0, 4.0], dtype=torch.bfloat16)
-    ids = sample_from_catalogue(torch.ones(20000, 1, dtype=torch.bfloat16), logits[:, None], seeded(1), 3)
+    ids = sample_from_catalogue(
+        torch.ones(20000, 1, dtype=torch.bfloat16), logits[:, None], counted(20000), 3
+    )
     assert torch.allclose(torch.bincount(ids)[1:] / 20000, logits.float().softmax(0), atol=0.02)

@@ -12,8 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from generative_recommenders.errors import UserError
-from generative_recommenders.objectives.losses.catalogue import CE
-from generative_recommenders.objectives.losses.sampled import SampledSoftmaxLoss
+from generative_recommenders.objectives.losses.sampled import (
+    SampledSoftmaxLoss,
+    check_label_smoothing,
+    full_precision,
+)
 
 
 class VQVAELoss(nn.Module):
@@ -63,8 +66,7 @@ class SequenceLoss(nn.Module):
         super().__init__()
         self.vocab_size = vocab_size
         self.ignore_index = ignore_index
-        self.label_smoothing = label_smoothing
-        self.criterion = CE(label_smoothing=label_smoothing)
+        self.label_smoothing = check_label_smoothing(label_smoothing)
 
     def forward(
         self, logits: Tensor, labels: Tensor, attention_mask: Tensor | None = None
@@ -88,7 +90,8 @@ class SequenceLoss(nn.Module):
                 f"(ignored: {self.ignore_index})"
             )
         accuracy = (chosen.detach().argmax(-1) == wanted).float().mean()
-        return {"loss": self.criterion.from_logits(chosen, wanted).mean(), "accuracy": accuracy}
+        loss = F.cross_entropy(full_precision(chosen), wanted, label_smoothing=self.label_smoothing)
+        return {"loss": loss, "accuracy": accuracy}
 
 
 class ContrastiveLoss(nn.Module):

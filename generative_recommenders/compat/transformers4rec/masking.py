@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from generative_recommenders.errors import UserError
 from generative_recommenders.objectives.masked import MaskedItemObjective, PermutedObjective
-from generative_recommenders.objectives.replaced import gumbel_like
 
 __all__ = [
     "CausalLanguageModeling",
@@ -93,24 +93,26 @@ class MaskSequence(nn.Module):
         """The last item is the target and hidden; or every next item."""
         if not self.eval_on_last_item_seq_only:
             return self.predict_all(item_ids)
-        targets = keep_last(item_ids, self.lengths(item_ids), self.padding_idx)
-        return MaskingInfo(targets != self.padding_idx, targets)
+        return self.where_known(self.last(item_ids))
 
     def inference_targets(self, item_ids: Tensor) -> MaskingInfo:
         """One more column: its schema is True at the slot after each last item, which holds a copy of that item."""
-        lengths = self.lengths(item_ids)
         wider = nn.functional.pad(item_ids, (0, 1), value=self.padding_idx)
-        slots = keep_last(wider, lengths, self.padding_idx).roll(1, dims=1)
-        return MaskingInfo(slots != self.padding_idx, slots)
-
-    def lengths(self, item_ids: Tensor) -> Tensor:
-        """Items of each row that are not padding, ``[B]`` int64."""
-        return (item_ids != self.padding_idx).sum(1)
+        return self.where_known(self.last(wider).roll(1, dims=1))
 
     def predict_all(self, item_ids: Tensor) -> MaskingInfo:
         """Targets: the next item at every position; schema: where there is one."""
-        targets = nn.functional.pad(item_ids[:, 1:], (0, 1), value=self.padding_idx)
+        return self.where_known(nn.functional.pad(item_ids[:, 1:], (0, 1), value=self.padding_idx))
+
+    def where_known(self, targets: Tensor) -> MaskingInfo:
+        """The targets ``[B, N]``, with a schema that is True where there is one."""
         return MaskingInfo(targets != self.padding_idx, targets)
+
+    def last(self, item_ids: Tensor) -> Tensor:
+        """``item_ids [B, N]`` at each row's last item, padding everywhere else."""
+        lengths = (item_ids != self.padding_idx).sum(1, keepdim=True)
+        is_last = torch.arange(item_ids.shape[1], device=item_ids.device) == lengths - 1
+        return item_ids.where(is_last, self.padding_idx)
 
     def apply_mask_to_inputs(self, inputs: Tensor, schema: Tensor) -> Tensor:
         """``inputs [B, N, D]`` with the mask embedding where ``schema`` is True.
@@ -187,8 +189,7 @@ class CausalLanguageModeling(MaskSequence):
         info = self.predict_all(item_ids)
         if not last_only:
             return info
-        targets = keep_last(info.targets, info.schema.sum(1), self.padding_idx)
-        return MaskingInfo(item_ids != self.padding_idx, targets)
+        return MaskingInfo(item_ids != self.padding_idx, self.last(info.targets))
 
     def apply_mask_to_inputs(self, inputs: Tensor, mask_schema: Tensor) -> Tensor:
         """``inputs [B, N, D]`` where the schema is True, else the mask embedding.
@@ -321,10 +322,4 @@ class ReplacementLanguageModeling(MaskedLanguageModeling):
         """One index per row of ``logits [P, V]``, distributed as their softmax, ``[P]`` int64."""
         if not len(logits):
             return logits.new_empty(0, dtype=torch.int64)
-        return (logits.detach() + gumbel_like(logits.detach(), None)).argmax(-1)
-
-
-def keep_last(values: Tensor, lengths: Tensor, padding: int) -> Tensor:
-    """``values [B, N]`` at each row's last real position, ``padding`` everywhere else."""
-    last = torch.arange(values.shape[1], device=values.device) == lengths[:, None] - 1
-    return values.where(last, padding)
+        return F.gumbel_softmax(logits.detach().float()).argmax(-1)

@@ -1,10 +1,8 @@
 """Losses over the whole catalogue: CE, CEWeighted, BCE, LogInCE, LogOutCE.
 
-``forward(hidden, item_weight, positives, weights)`` never holds all logits
-(``ops/products/catalogue.py``) and forms its gradients in the forward pass; ``from_logits`` is the same
-formula for logits that exist already. Everything is float32 (float64 stays), also under autocast; NaN logits
-give a NaN loss. Gradients can be taken once, second derivatives not. Temperature and L2 norm are applied to
-``hidden`` and ``item_weight`` by the caller.
+``forward(hidden, item_weight, positives, weights)`` never holds all logits (``ops/products/catalogue.py``) and forms its
+gradients in the forward pass. Everything is float32 (float64 stays), also under autocast; NaN logits give a NaN loss. Gradients
+can be taken once, second derivatives not. Temperature and L2 norm are applied to ``hidden`` and ``item_weight`` by the caller.
 
 ``positives`` are rows of ``item_weight``, -1 = none. A label of weight 0 adds no term, and yet is no negative
 of its position: RePlay's reading of a partly masked position. Give -1 to drop a label entirely.
@@ -18,7 +16,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from generative_recommenders.config.fields import NonNegative, Period, Positive, Share
 from generative_recommenders.config.registry import register_loss
@@ -121,20 +118,6 @@ class CatalogueLoss(nn.Module, ABC):
             # Where it is counted once, the sum over processes is that of one process; total - total brings the gradient.
             return LossOutput(total.detach() * on_main + (total - total.detach()), weight * on_main)
 
-    def from_logits(self, logits: Tensor, positives: Tensor, weights: Tensor | None = None) -> LossOutput:
-        """The loss from logits ``[T, V]`` that are held anyway; the rest as in ``forward``."""
-        labels, weights = labels_and_weights(positives, weights, *logits.shape)
-        logits = full_precision(logits)
-        weights, positive = weights.to(logits.dtype), logits.gather(1, labels.clamp(min=0))
-        if self.statistic is SOFTPLUS_SUM:
-            statistic = F.softplus(logits).sum(1)
-        else:
-            excluded = is_label(labels, logits.shape[1]) if self.excludes_labels else None
-            statistic = (logits if excluded is None else logits.masked_fill(excluded, -math.inf)).logsumexp(1)
-        total, weight, _ = self.row_loss(positive, statistic, weights)
-        extra = self.linear_term(positive, labels, weights, lambda: logits.mean(1))
-        return LossOutput(total + extra, weight)
-
 
 @register_loss("CE", "CEWeighted", "SequenceLoss")
 class CE(CatalogueLoss):
@@ -160,9 +143,6 @@ class CE(CatalogueLoss):
         if self.label_smoothing == 0:
             return positive.new_zeros(())
         return self.label_smoothing * weighted(positive - mean_logit()[:, None], weights).sum
-
-
-CEWeighted = CE
 
 
 @register_loss("BCE")

@@ -136,10 +136,6 @@ class SampledSoftmaxLoss(SampledLoss):
         return Terms(log_total - target_score, weights)
 
 
-CESampled = SampledSoftmaxLoss
-LogOutCESampled = SampledSoftmaxLoss
-
-
 @register_loss("BCELoss")
 class BCELoss(SampledLoss):
     """Binary cross-entropy of the HSTU program: half from the positive, half from the negatives.

@@ -6,7 +6,7 @@ from 1 and padding 0. The difference ends here and in `replay.nn.embedding`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -102,8 +102,13 @@ class TensorFeatureInfo:
         return self.feature_type in (FeatureType.CATEGORICAL_LIST, FeatureType.NUMERICAL_LIST)
 
 
+def _features(wanted: Callable[[TensorFeatureInfo], bool]) -> property:
+    """The features that are wanted, as a schema."""
+    return property(lambda schema: TensorSchema([each for each in schema.all_features if wanted(each)]))
+
+
 def _features_with(hint: FeatureHint) -> property:
-    return property(lambda schema: schema.filter(feature_hint=hint))
+    return _features(lambda feature: feature.feature_hint is hint)
 
 
 def _name_with(hint: FeatureHint) -> property:
@@ -168,15 +173,6 @@ class TensorSchema(dict[str, TensorFeatureInfo]):
     query_id_feature_name = _name_with(FeatureHint.QUERY_ID)
     timestamp_feature_name = _name_with(FeatureHint.TIMESTAMP)
     rating_feature_name = _name_with(FeatureHint.RATING)
-
-    @property
-    def sequential_features(self) -> TensorSchema:
-        return self.filter(is_seq=True)
-
-    @property
-    def categorical_features(self) -> TensorSchema:
-        return TensorSchema([feature for feature in self.all_features if feature.is_cat])
-
-    @property
-    def numerical_features(self) -> TensorSchema:
-        return TensorSchema([feature for feature in self.all_features if feature.is_num])
+    sequential_features = _features(lambda feature: feature.is_seq)
+    categorical_features = _features(lambda feature: feature.is_cat)
+    numerical_features = _features(lambda feature: feature.is_num)

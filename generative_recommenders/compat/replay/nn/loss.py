@@ -228,7 +228,7 @@ class CrossEntropy(ReplayLoss):
     spread over the target and the negatives that compete.
     """
 
-    core = sampled.CESampled()
+    core = sampled.SampledSoftmaxLoss()
     takes = ("weight", "label_smoothing")
 
     def terms(self, scores: Scores) -> Terms:
