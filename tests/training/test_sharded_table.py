@@ -18,9 +18,11 @@ from generative_recommenders.checkpoint.store import CheckpointStore
 from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.data.splits import make_split
 from generative_recommenders.data.store import SequenceDataset
+from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.distributed.process_group import process_collectives
 from generative_recommenders.distributed.row_shards import RowShard
 from generative_recommenders.distributed.signals import StopRequested
+from generative_recommenders.distributed.torchrec_table import TorchRecTable
 from generative_recommenders.errors import UserError
 from generative_recommenders.evaluation.product_ranks import product_ranks, product_ranks_reference
 from generative_recommenders.evaluation.ranks import exact_ranks
@@ -375,3 +377,15 @@ def test_what_needs_the_whole_table_is_refused(
     with pytest.raises(UserError, match=named) as caught:
         Trainer(settings, ragged_dataset, make_split(ragged_dataset), process_collectives("cpu"))
     assert "item_table" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(find_spec("torchrec") is not None, reason="TorchRec is installed")
+def test_torchrec_that_is_missing_is_one_line() -> None:
+    with pytest.raises(UserError, match="needs TorchRec in an environment of its own .*torchrec") as caught:
+        TorchRecTable(11, 8, Collectives())
+    assert "\n" not in str(caught.value)
+
+
+def test_a_width_that_fbgemm_cannot_hold_is_refused() -> None:
+    with pytest.raises(UserError, match="item_embedding_dim that 4 divides, not 6"):
+        TorchRecTable(11, 6, Collectives())
