@@ -6,6 +6,7 @@ import contextlib
 import gc
 import json
 import os
+import signal
 import socket
 import sys
 import time
@@ -202,6 +203,9 @@ def _report(error: ProcessExitedException, received: list[int], store: dist.Stor
 def _spawned(rank: int, job: Job, port: int) -> None:
     """One spawned process: it leaves the first failure of the run in the store, and its exit code to the launcher."""
     os.setpgrp()  # the terminal's Ctrl-C reaches the launcher alone, which relays it once
+    # The kernel sends a killed launcher's children one signal for each of its threads that outlives another. Torch asks for
+    # SIGINT, of which a second one ends a run at once, without a checkpoint.
+    torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGTERM)  # type: ignore[attr-defined]
     os.environ["LOCAL_RANK"] = str(rank)
     loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):

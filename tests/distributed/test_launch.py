@@ -6,6 +6,7 @@ import re
 import signal
 import socket
 import sys
+import threading
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -192,12 +193,14 @@ def until_stopped(rank: int, world_size: int, folder: str) -> int:
         (Path(folder) / f"pid{rank}").write_text(str(os.getpid()))
         while not stop.requested:
             time.sleep(0.01)
-    (Path(folder) / f"checkpoint{rank}").write_text("")
+        (Path(folder) / f"checkpoint{rank}").write_text("")
     return 0
 
 
 def as_user(folder: str) -> None:
     launching.START_METHOD = "fork"  # this process is a fresh one, and small
+    for _ in range(100):  # as a library's: any that outlives the main thread may tell the members of its end
+        threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
     sys.exit(on_cpu(until_stopped, folder))
 
 
