@@ -73,12 +73,22 @@ class LightningModule(lightning.LightningModule):
         self._candidates = candidates
 
     def forward(self, batch: Any) -> Mapping[str, Any]:
-        """The model's output for a batch, which stays as it is: keys that the model does not take are for callbacks.
+        """The model's output for a batch, which stays as it is: keys that the model does not take are for callbacks. A
+        recommender reads the batch's group "history", or its columns themselves.
 
         UserError where the model needs a key that the batch lacks.
         """
         if isinstance(self.model, TrainingTask | SequenceRecommender):
-            return self._training_output(batch) if self.training else self._scores(batch)
+            if self.training:
+                return self._training_output(batch)
+            model = self.model.model if isinstance(self.model, TrainingTask) else self.model
+            queries = model.encode_query(batch.get("history", batch))
+            if self._candidates is not None:
+                logits = model.score(queries, self._candidates.to(self.device))
+            else:
+                snapshot = self._snapshot if self._snapshot is not None else model.catalogue()
+                logits = torch.nn.functional.pad(model.score(queries, snapshot), (1, 0), value=-torch.inf)
+            return {"logits": logits, "hidden_states": (queries.states,)}
         given = {name: x for name, x in batch.items() if self._takes_all or name in self._takes}
         if not self.training and self._candidates is not None and CANDIDATES in self._takes:
             given.setdefault(CANDIDATES, self._candidates.to(self.device))
@@ -104,17 +114,6 @@ class LightningModule(lightning.LightningModule):
         auxiliary = torch.zeros_like(loss) + sum(output.auxiliary.values())  # of all processes already
         # DDP averages gradients over processes, and the logger values; the sum over processes is wanted of both.
         return {"loss": (loss + auxiliary) * world - auxiliary.detach() * (world - 1)}
-
-    def _scores(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Scores of the batch's histories: its group "history", or its columns themselves."""
-        model: SequenceRecommender = self.model.model if isinstance(self.model, TrainingTask) else self.model  # type: ignore[assignment]
-        queries = model.encode_query(batch.get("history", batch))
-        if self._candidates is not None:
-            logits = model.score(queries, self._candidates.to(self.device))
-        else:
-            snapshot = self._snapshot if self._snapshot is not None else model.catalogue()
-            logits = torch.nn.functional.pad(model.score(queries, snapshot), (1, 0), value=-torch.inf)
-        return {"logits": logits, "hidden_states": (queries.states,)}
 
     def setup(self, stage: str) -> None:
         """Lets the task know the processes that Lightning has started."""

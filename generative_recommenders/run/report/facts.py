@@ -51,8 +51,8 @@ RANK = "rank: "
 
 @dataclass(frozen=True)
 class Facts:
-    """data: see `_of_data`. users, items, examples: the tables; a rank above V is a miss. methods: the model, then baselines.
-    example_users: ``user_id``, ``item_id`` of the target and ``at``, its time."""
+    """data: what `write_facts` says of them. users, items, examples: the tables; a rank above V is a miss. methods: the
+    model, then baselines. example_users: ``user_id``, ``item_id`` of the target and ``at``, its time."""
 
     data: dict[str, Any]
     users: pl.DataFrame
@@ -102,9 +102,22 @@ def write_facts(run: Path, dataset: SequenceDataset, split: Split, ranks: Mappin
         [targets, *(dataset.items[slice(*_history(dataset, split, u))] for u in users[drawn] - 1)]
     )
     items = _items(dataset, counts, item_ids, np.unique(shown))
+    manifest = dataset.manifest
     facts = {
         "version": 1,
-        "data": _of_data(dataset, split),
+        "data": {
+            "name": manifest.name,
+            "counts_before": manifest.counts_before,
+            "counts": manifest.counts,
+            "filter": manifest.filter,
+            "choices": manifest.choices,
+            "statistics": statistics_lines(manifest),
+            "data_hash": manifest.data_hash,
+            "split": {"protocol": split.protocol, "hash": split.hash, "counts": split.counts},
+            "lengths": length_curve(dataset),
+            "popularity": popularity_curve(dataset),
+            "timeline": timeline(dataset, split),
+        },
         "users_tested": len(tested),
         "examples": example_users,
     }
@@ -133,23 +146,6 @@ def read_facts(run: Path) -> Facts | None:
         raise UserError(
             f"{folder}: cannot be read: {type(error).__name__} {first}; write it again by --mode=evaluate"
         ) from error
-
-
-def _of_data(dataset: SequenceDataset, split: Split) -> dict[str, Any]:
-    manifest = dataset.manifest
-    return {
-        "name": manifest.name,
-        "counts_before": manifest.counts_before,
-        "counts": manifest.counts,
-        "filter": manifest.filter,
-        "choices": manifest.choices,
-        "statistics": statistics_lines(manifest),
-        "data_hash": manifest.data_hash,
-        "split": {"protocol": split.protocol, "hash": split.hash, "counts": split.counts},
-        "lengths": length_curve(dataset),
-        "popularity": popularity_curve(dataset),
-        "timeline": timeline(dataset, split),
-    }
 
 
 def _history(dataset: SequenceDataset, split: Split, user: int) -> tuple[int, int]:
