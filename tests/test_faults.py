@@ -242,11 +242,12 @@ def test_a_worker_out_of_memory_is_one_line(
 ) -> None:
     quick_start()
     monkeypatch.setattr(launching, "START_METHOD", "forkserver")
+    monkeypatch.setattr(launching, "GRACE_SECONDS", 0.5)
     options = options_of(
         data_root,
         tmp_path / "run",
         "sasrec_encoder.ffn_hidden_dim = 65536",
-        "sasrec_encoder.num_blocks = 200",
+        "sasrec_encoder.num_blocks = 40",
     )
     assert launch(limited, (options,), 2, 0, device_type="cpu") == 1
     line = capfd.readouterr().err.splitlines()[-1]
