@@ -11,7 +11,6 @@ One run times both: the loss with its gradients, and the three products (logits,
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import threading
 import time
@@ -23,6 +22,8 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import records
+
 from generative_recommenders.config.registry import LOSSES
 from generative_recommenders.objectives.losses.catalogue import CatalogueLoss
 
@@ -137,11 +138,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="also write the JSON object to this file")
     flags = parser.parse_args()
     torch.set_num_threads(flags.threads)
-    line = json.dumps(measure(flags.loss, flags.tokens, flags.items, flags.dim))
-    if flags.output:
-        flags.output.parent.mkdir(parents=True, exist_ok=True)
-        flags.output.write_text(line + "\n")
-    print(line)
+    records.finish(measure(flags.loss, flags.tokens, flags.items, flags.dim), flags.output)
 
 
 if __name__ == "__main__":

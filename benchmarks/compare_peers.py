@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import records
 
 ROOT = Path(__file__).resolve().parents[1]
 TORCH = "torch==2.13.0"
@@ -157,12 +158,10 @@ def main() -> None:
         results[encoder] = {name: best(each) for name, each in runs.items()}
     print(table(results))
     summary = {
-        "benchmark": "compare_peers", "date": time.strftime("%Y-%m-%d"), "users": flags.users, "items": flags.items,
-        "packages": {name: PEERS[name][0][0] for name in flags.peers}, "torch": TORCH, "results": results,
+        "users": flags.users, "items": flags.items,
+        "packages": {name: PEERS[name][0][0] for name in flags.peers}, "results": results,
     }  # fmt: skip
-    if flags.output:
-        flags.output.write_text(json.dumps(summary, indent=1) + "\n")
-    print(json.dumps(summary))
+    records.finish(summary, flags.output)
 
 
 def table(results: dict[str, dict[str, object]]) -> str:

@@ -24,6 +24,7 @@ import numpy as np
 from absl import app, flags
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import records
 import train_step
 
 from generative_recommenders.config import gin as gin_registry
@@ -66,7 +67,6 @@ def run(prepared: Path, folder: Path) -> dict[str, object]:
     settings, _ = gin_registry.load_settings([config], bindings)
     tokens = tokens_of(dataset, int(settings.value("train_fn.max_sequence_length")))
     return {
-        "benchmark": "epoch",
         "profile": flags.FLAGS.profile,
         "prepared": flags.FLAGS.prepared or "made",
         "users": dataset.num_users,
@@ -87,14 +87,14 @@ def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         if flags.FLAGS.prepared is not None:
-            print(json.dumps(run(Path(flags.FLAGS.prepared).resolve(), folder)))
+            records.finish(run(Path(flags.FLAGS.prepared).resolve(), folder))
             return
         profile = flags.FLAGS.profile
         items = flags.FLAGS.num_items or train_step.NUM_ITEMS[profile]
         made = folder / "prepared"
         made.mkdir()
         train_step.made_dataset(made, _USERS.value or USERS[profile], items, profile)
-        print(json.dumps(run(made / "prepared", folder)))
+        records.finish(run(made / "prepared", folder))
 
 
 if __name__ == "__main__":

@@ -13,8 +13,6 @@ grows by over queries, items and histories.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import sys
 import time
 from collections.abc import Sequence
@@ -23,6 +21,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import records
 from catalogue_loss import PeakMemory
 
 from generative_recommenders.distributed.memory import keep_freed_memory
@@ -80,15 +79,14 @@ def main() -> None:
     }
     best = max(rates.values())
     result = {
-        "benchmark": "evaluate",
-        "setup": vars(args) | {"threads": torch.get_num_threads(), "machine": platform.machine()},
+        "setup": vars(args) | {"threads": torch.get_num_threads()},
         "seconds": round(seconds, 2),
         "users_per_second": round(args.users / seconds, 1),
         "products_users_per_second": {name: round(rate, 1) for name, rate in rates.items()},
         "ratio": round(best * seconds / args.users, 3),
         "peak_mb_beyond_inputs": round(memory.growth / 1e6, 1),
     }
-    print(json.dumps(result))
+    records.finish(result)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import time
 import traceback
@@ -15,6 +14,8 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import records
+
 from generative_recommenders.config import gin as gin_registry
 from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.data.loader import prefetch
@@ -217,16 +218,8 @@ def guarded(work: Callable[[], Any]) -> Any:
 
 
 def machine(bench: Bench) -> dict[str, Any]:
-    commit = subprocess.run(
-        ["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
     card = torch.cuda.get_device_name() if bench.device.type == "cuda" else "CPU"
-    return {
-        "card": card,
-        "torch": torch.__version__,
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": commit or None,
-    }
+    return {"card": card, **records.stamp()}
 
 
 def table(results: dict[str, Any]) -> str:

@@ -6,8 +6,6 @@ The last line is one JSON object: for every encoder the median time of both, and
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
 import sys
 import time
@@ -17,6 +15,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import records
+
 from generative_recommenders.modeling.encoders.hstu import HSTU
 from generative_recommenders.modeling.encoders.sasrec import SASRec
 from generative_recommenders.modeling.input_preprocessors import (
@@ -80,8 +80,8 @@ def main() -> None:
     for encoder in ENCODERS:
         results[encoder] = measure(encoder, args)
         print(encoder, results[encoder], flush=True)
-    setup = vars(args) | {"threads": torch.get_num_threads(), "machine": platform.machine()}
-    print(json.dumps({"benchmark": "incremental", "setup": setup, "results": results}))
+    setup = vars(args) | {"threads": torch.get_num_threads()}
+    records.finish({"setup": setup, "results": results})
 
 
 def _arguments() -> argparse.Namespace:

@@ -8,8 +8,6 @@ positions. Both ways are timed by turns; a number is a median.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
 import sys
 import time
@@ -19,6 +17,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import records
+
 from generative_recommenders.ops import dispatch
 from generative_recommenders.ops.jagged import jagged_to_padded, padded_to_jagged, row_positions
 
@@ -93,13 +93,9 @@ def main() -> None:
         "seed": args.seed,
         "device": args.device,
         "threads": args.threads,
-        "machine": platform.machine(),
     }
-    report = {"benchmark": "jagged", "setup": setup, "results": results}
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(report, indent=1) + "\n")
-    print(json.dumps(report))
+    report = {"setup": setup, "results": results}
+    records.finish(report, args.output)
 
 
 if __name__ == "__main__":

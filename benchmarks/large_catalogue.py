@@ -27,6 +27,8 @@ import pyarrow as pa
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import records
+
 from generative_recommenders.checkpoint.broadcast import checkpoint_from_main
 from generative_recommenders.checkpoint.store import CheckpointStore
 from generative_recommenders.config.schema import RunSettings
@@ -144,7 +146,7 @@ def main() -> int:
         made_dataset(Path(folder), args.users)
         code = launch(worker, (args, folder), args.processes, 0, device_type="cpu")
         if code == 0:
-            print((Path(folder) / "result.json").read_text())
+            records.finish(json.loads((Path(folder) / "result.json").read_text()))
     return code
 
 

@@ -9,7 +9,6 @@ through the rest gains from its beginning to its end.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import tempfile
@@ -22,6 +21,8 @@ import torch
 from absl import app, flags, logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import records
+
 from generative_recommenders.checkpoint.store import CheckpointStore
 from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.data.preparation.prepare import prepare_batches
@@ -91,27 +92,21 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.ERROR)
     torch.set_num_threads(1)
     keep_freed_memory()
-    load, started = os.getloadavg()[0], time.perf_counter()
+    started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         at, resident = resident_over_a_run(Path(folder), _STEPS.value, _SAMPLES.value)
     settled = slice(len(at) // 5, None)
     slope = np.polyfit(at[settled], resident[settled], 1)[0]
     result = {
-        "benchmark": "long_run",
         "steps": _STEPS.value,
         "seconds": round(time.perf_counter() - started, 1),
-        "load_before": round(load, 2),
         "growth_mb": round(float(slope) * (at[-1] - at[settled][0]), 2),
         "first_settled_mb": round(resident[settled][0], 1),
         "last_mb": round(resident[-1], 1),
         "highest_mb": round(max(resident), 1),
         "resident_mb": [round(each, 1) for each in resident[:: max(1, len(resident) // 20)]],
-        "torch": torch.__version__,
     }
-    line = json.dumps(result)
-    if _RESULT.value is not None:
-        Path(_RESULT.value).write_text(line + "\n")
-    print(line)
+    records.finish(result, _RESULT.value and Path(_RESULT.value))
 
 
 if __name__ == "__main__":

@@ -10,9 +10,7 @@ its own, whose wall-clock time and peak resident memory are reported, with the m
 
 from __future__ import annotations
 
-import json
 import multiprocessing
-import os
 import resource
 import sys
 import tempfile
@@ -26,6 +24,8 @@ import pyarrow.csv
 from absl import app, flags
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import records
 
 from generative_recommenders.data.preparation.digests import mix
 
@@ -119,14 +119,17 @@ def measure(folder: Path, lines: int, memory_limit: int) -> dict[str, object]:
     ratings = folder / "ratings.csv"
     if not ratings.exists():
         write_ratings(ratings, lines)
-    load = round(os.getloadavg()[0], 2)
+    started = time.monotonic()
+    with ratings.open("rb") as source:
+        while source.read(1 << 24):
+            pass
+    reading = round(time.monotonic() - started, 3)
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         result = process.submit(prepare_measured, ratings, folder / "prepared", memory_limit).result()
     head = {
         "lines": lines,
         "file_mb": round(ratings.stat().st_size / 1e6),
-        "cpus": len(os.sched_getaffinity(0)),
-        "load_before": load,
+        "reading_seconds": reading,
     }
     return {**head, "memory_limit_mb": memory_limit >> 20, **result}
 
@@ -136,10 +139,8 @@ def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(_FOLDER.value or scratch)
         folder.mkdir(parents=True, exist_ok=True)
-        line = json.dumps(measure(folder, _LINES.value, _MEMORY_LIMIT.value))
-    if _RESULT.value is not None:
-        Path(_RESULT.value).write_text(line + "\n")
-    print(line)
+        result = measure(folder, _LINES.value, _MEMORY_LIMIT.value)
+    records.finish(result, _RESULT.value and Path(_RESULT.value))
 
 
 if __name__ == "__main__":

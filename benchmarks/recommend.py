@@ -12,8 +12,6 @@ repeats, taken by turns.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
 import sys
 import time
@@ -24,6 +22,8 @@ import pyarrow as pa
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import records
+
 from generative_recommenders.build.parts import Catalogue, build_model
 from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.retrieval import product_search, quantized_search
@@ -120,8 +120,8 @@ def main() -> None:
     }
     for name, result in results.items():
         print(name, result)
-    setup = vars(args) | {"threads": torch.get_num_threads(), "machine": platform.machine()}
-    print(json.dumps({"benchmark": "recommend", "setup": setup, "results": results}))
+    setup = vars(args) | {"threads": torch.get_num_threads()}
+    records.finish({"setup": setup, "results": results})
 
 
 if __name__ == "__main__":

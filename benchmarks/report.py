@@ -5,7 +5,8 @@
 A floor is the least that the same work could take here: the matrix products of a training step, made again alone at the same
 shapes (`floors.py`), and what it must read and write of the item table at the rate of a copy; the products of exact evaluation
 in the best of several blockings; those of a loss over the catalogue; those of exact search, which for one user wait for the
-items' bytes. "of it bytes" is the part of a floor that is memory. Records without a floor are left out.
+items' bytes; ``import torch`` for the start; reading a file for preparing it. "of it bytes" is the part of a floor that is
+memory. Records without a floor are left out.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+import records
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -34,7 +37,9 @@ def of_steps(record: dict) -> Iterator[Measured]:
             continue
         shared = each["negatives_sharing"]
         shared = f"{shared} of {each['negatives_block_size']}" if shared == "block" else shared
-        what = f"step, {each['encoder']}, {each['profile']}, {each['num_negatives']} negatives a {shared}"
+        what = f"step, {each['encoder']}, {each['num_items']:,} items, {each['num_negatives']} negatives a {shared}"
+        if each.get("optimizer", "adamw") != "adamw":
+            what += f", {each['optimizer']}"
         read = each.get("bytes_seconds", 0.0)
         yield Measured(what, each["step_seconds"], each["products_seconds"] + read, read)
 
@@ -60,11 +65,24 @@ def of_search(record: dict) -> Iterator[Measured]:
     yield Measured(what, one["search"]["median"] / 1e3, floor, floor)
 
 
+def of_startup(record: dict) -> Iterator[Measured]:
+    for name, what in (("help", "main.py --help"), ("first_step", "main.py to the end of its first step")):
+        yield Measured(what, record[f"{name}_seconds"], record["import_torch_seconds"])
+
+
+def of_preparation(record: dict) -> Iterator[Measured]:
+    for each in record.get("runs", [record]):
+        if reading := each.get("reading_seconds"):
+            yield Measured(f"preparation of {each['lines']:,} ratings", each["seconds"], reading, reading)
+
+
 READERS = {
     "train_step.json": of_steps,
     "evaluate.json": of_evaluation,
     "catalogue_loss.json": of_catalogue_loss,
     "recommend.json": of_search,
+    "startup.json": of_startup,
+    "prepare.json": of_preparation,
 }
 
 
@@ -116,7 +134,7 @@ def main() -> None:
     if rows:
         plot(rows, out / "report.png")
     print(table(rows))
-    print(json.dumps({"benchmark": "report", "rows": len(rows)}))
+    records.finish({"rows": len(rows)})
 
 
 if __name__ == "__main__":

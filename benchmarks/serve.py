@@ -8,8 +8,6 @@ Weights are random, histories full. An engine that is not installed is left out.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
 import sys
 import tempfile
@@ -22,6 +20,8 @@ import pyarrow as pa
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import records
+
 from generative_recommenders.build.parts import Catalogue, build_model
 from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.retrieval.export import export_program, query_inputs, write_onnx
@@ -92,8 +92,8 @@ def main() -> None:
                 inputs["item_ids"] = torch.randint(1, args.items + 1, (batch, args.length))
                 results[name][f"batch_{batch}_ms"] = milliseconds(lambda: encode(inputs), args.repeats)  # noqa: B023
             print(name, results[name], flush=True)
-    setup = vars(args) | {"threads": torch.get_num_threads(), "machine": platform.machine()}
-    print(json.dumps({"benchmark": "serve", "setup": setup, "results": results}))
+    setup = vars(args) | {"threads": torch.get_num_threads()}
+    records.finish({"setup": setup, "results": results})
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import contextlib
 import http.client
 import json
 import os
-import platform
 import random
 import socket
 import subprocess
@@ -25,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import records
 from serve import recommender  # of this folder
 
 from generative_recommenders.retrieval.recommender import Recommender
@@ -107,10 +107,7 @@ def main() -> None:
                 print(clients, results[f"clients_{clients}"], flush=True)
             grown = round(resident_mb(process) - before, 1)
     setup = {name: str(value) if name == "run" else value for name, value in vars(args).items()}
-    setup |= {"cores": len(os.sched_getaffinity(0)), "machine": platform.machine()}
-    print(
-        json.dumps({"benchmark": "serve_load", "setup": setup, "results": results, "server_grew_mb": grown})
-    )
+    records.finish({"setup": setup, "results": results, "server_grew_mb": grown})
 
 
 if __name__ == "__main__":

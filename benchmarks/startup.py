@@ -9,7 +9,6 @@ first; a plug-in ends the run behind its first step. On a machine that does othe
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -17,6 +16,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+import records
 
 MAIN = Path(__file__).resolve().parents[1] / "main.py"
 PLUGIN = """
@@ -71,8 +72,8 @@ def main() -> None:
                 result[f"{name}_{kind}"] / result[f"import_torch_{kind}"]
             )
     threads = os.environ.get("OMP_NUM_THREADS", "all")
-    print(json.dumps({"rounds": args.rounds, "threads": threads, "load": os.getloadavg()[0],
-                      **{name: round(value, 3) for name, value in result.items()}}))  # fmt: skip
+    rounded = {name: round(value, 3) for name, value in result.items()}
+    records.finish({"rounds": args.rounds, "threads": threads, **rounded})
 
 
 if __name__ == "__main__":

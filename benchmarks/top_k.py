@@ -10,8 +10,6 @@ one finds; "mips" is plain dot-product search, for its time.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
 import sys
 import time
@@ -21,6 +19,8 @@ import torch
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import records
+
 from generative_recommenders.build.factories import create_mol_interaction_module
 from generative_recommenders.modeling.similarity.dot_product import DotProductSimilarity
 from generative_recommenders.modeling.similarity.mixture_of_logits import MoLSimilarity
@@ -103,8 +103,8 @@ def main() -> None:
         results[method], ids = measure(method, similarity, items, args)
         results[method]["recall"] = round(recall(ids, exact), 4)
         print(method, results[method], flush=True)
-    setup = vars(args) | {"threads": torch.get_num_threads(), "machine": platform.machine()}
-    print(json.dumps({"benchmark": "top_k", "setup": setup, "results": results}))
+    setup = vars(args) | {"threads": torch.get_num_threads()}
+    records.finish({"setup": setup, "results": results})
 
 
 def _arguments() -> argparse.Namespace:

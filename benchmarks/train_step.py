@@ -13,7 +13,6 @@ the rate of a copy: each row once in and once out, of AdamW's two moments as wel
 
 from __future__ import annotations
 
-import json
 import resource
 import statistics
 import sys
@@ -32,6 +31,7 @@ from absl import app, flags
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import floors
 import plain_step
+import records
 
 from generative_recommenders.build import factories  # noqa: F401  (registers the encoders)
 from generative_recommenders.config import gin as gin_registry
@@ -202,6 +202,7 @@ def run(dataset: SequenceDataset) -> dict[str, object]:
         "prepared": _PREPARED.value or "made",
         "negatives_sharing": _SHARING.value,
         "negatives_block_size": _BLOCK.value if _SHARING.value == "block" else None,
+        "optimizer": trainer.settings.value("train_fn.optimizer"),
         "loss": _LOSS.value or trainer.settings.value("train_fn.loss_module"),
         "num_negatives": num_negatives(),
         "num_items": dataset.num_items,
@@ -236,12 +237,12 @@ def main(argv: list[str]) -> None:
     if _THREADS.value:
         torch.set_num_threads(_THREADS.value)
     if _PREPARED.value is not None:
-        print(json.dumps(run(SequenceDataset.open(_PREPARED.value))))
+        records.finish(run(SequenceDataset.open(_PREPARED.value)))
         return
     with tempfile.TemporaryDirectory() as folder:
         items = _ITEMS.value or NUM_ITEMS[_PROFILE.value]
         users = 6040 if _PROFILE.value == "ml-1m" else 12_000
-        print(json.dumps(run(made_dataset(Path(folder), users, items, _PROFILE.value))))
+        records.finish(run(made_dataset(Path(folder), users, items, _PROFILE.value)))
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ POSITIVE = {
     ),
 }
 NEEDED = {"serve_load": ("fastapi", "uvicorn", "prometheus_client")}
-NO_PROGRAMS = {"floors", "gpu_setup", "plain_step"}
+NO_PROGRAMS = {"floors", "gpu_setup", "plain_step", "records"}
 
 
 def run(name: str, arguments: list[str], folder: Path) -> dict:
@@ -94,6 +94,10 @@ def test_it_prints_json(name: str, tmp_path: Path) -> None:
         for key in path.split("."):
             value = value[key]
         assert value > 0, path
+    stamped = result["machine"] if name == "gpu" else result
+    assert (
+        stamped["benchmark"] == name and {"date", "commit", "torch", "cores", "load_before"} <= stamped.keys()
+    )
 
 
 @pytest.mark.slow
