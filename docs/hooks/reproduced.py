@@ -1,6 +1,7 @@
 """Reproduced figures in the documentation: what the JSON files below docs/results say of the runs that chose a part.
 
-A page asks by a line of its own, ``<!-- reproduced: KIND NAME -->``, and gets a table, or nothing where there are no runs yet.
+A page asks by a line of its own, ``<!-- reproduced: KIND NAME -->`` or, for one data set,
+``<!-- reproduced: KIND NAME DATA -->``, and gets a table, or nothing where there are no runs yet.
 """
 
 from __future__ import annotations
@@ -23,20 +24,25 @@ from generative_recommenders.config.gin import load_ablation  # noqa: E402
 from generative_recommenders.config.registry import REGISTRIES  # noqa: E402
 
 RESULTS, CONFIGS = ROOT / "docs" / "results", ROOT / "configs" / "reproduce"
-MARK = re.compile(r"^<!-- reproduced: (\w+) (\S+) -->$", re.MULTILINE)
+MARK = re.compile(r"^<!-- reproduced: (\w+) (\S+)(?: (\S+))? -->$", re.MULTILINE)
 HEAD = "| data | lane | run | seeds | HR@10 | NDCG@10 |\n| --- | --- | --- | --- | --- | --- |"
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """The page with its tables."""
-    return MARK.sub(lambda mark: runs_of(mark[1], mark[2]), markdown)
+    return MARK.sub(lambda mark: runs_of(mark[1], mark[2], data=mark[3]), markdown)
 
 
-def runs_of(kind: str, name: str, results: Path = RESULTS, configs: Path = CONFIGS) -> str:
-    """A line for each cell whose run chose the part, best NDCG@10 first in a lane. Figures are of the test item."""
+def runs_of(
+    kind: str, name: str, results: Path = RESULTS, configs: Path = CONFIGS, data: str | None = None
+) -> str:
+    """A line for each cell whose run chose the part, best NDCG@10 first in a lane. Figures are of the test item.
+
+    data: the name of one data set; all of them where None.
+    """
     registry = REGISTRIES[kind]
     found: dict[tuple[str, str, str], list[dict[str, float]]] = defaultdict(list)
-    for path in sorted(results.glob("*/*.json")):
+    for path in sorted(results.glob(f"{data or '*'}/*.json")):
         record = json.loads(path.read_text())
         if "test" in record and (results / f"{path.parent.name}.md").exists():
             file = configs / path.parent.name / f"{record['lane']}.gin"
@@ -48,8 +54,8 @@ def runs_of(kind: str, name: str, results: Path = RESULTS, configs: Path = CONFI
         for key, runs in found.items()
     }
     rows = [
-        f"| [{data}](../results/{data}.md) | `{lane}` | {cell} | {count} | {hits:.4f} | {gain:.4f} |"
-        for (data, lane, cell), (count, hits, gain) in sorted(
+        f"| [{of}](../results/{of}.md) | `{lane}` | {cell} | {count} | {hits:.4f} | {gain:.4f} |"
+        for (of, lane, cell), (count, hits, gain) in sorted(
             means.items(), key=lambda item: (*item[0][:2], -item[1][2])
         )
     ]
@@ -58,8 +64,12 @@ def runs_of(kind: str, name: str, results: Path = RESULTS, configs: Path = CONFI
 
 @cache
 def chosen_parts(file: Path, bindings: tuple[str, ...]) -> dict[str, str]:
-    """Kind of parts -> the name that a cell of a lane's file chooses; of encoders and losses."""
+    """Kind of parts -> the name that a cell of a lane's file chooses; of encoders, losses and similarities."""
     if not file.exists():
         return {}
     _, settings = load_ablation(file, bindings, AblationSettings.model_fields)
-    return {"encoders": settings.model.main_module, "losses": settings.loss.loss_module}
+    return {
+        "encoders": settings.model.main_module,
+        "losses": settings.loss.loss_module,
+        "similarities": settings.model.interaction_module_type or "DotProduct",
+    }

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from generative_recommenders.commands.reproduction.lanes import lanes_of
+from generative_recommenders.commands.reproduction.page import write_page
 from programs import ROOT, forked_jobs, run_program, started
 from tiny_data import ragged_sequences, tiny_dataset
 
@@ -109,3 +111,12 @@ def test_data_that_cannot_be_had_are_named_and_the_page_is_made(tmp_path: Path) 
     page = (tmp_path / "results" / "ml-100k.md").read_text()
     line = next(line for line in page.splitlines() if line.startswith("Not run on this machine: "))
     assert "ml-100k cannot be had" in line and "does not exist" in line and "| hstu-no-time |" in page
+
+
+def test_a_page_says_what_the_runs_of_a_lane_need(tmp_path: Path) -> None:
+    lanes = lanes_of("ml-20m", tmp_path / "runs", None)
+    (tmp_path / "ml-20m").mkdir()
+    lines = write_page("ml-20m", lanes, tmp_path, {}).splitlines()
+    (told,) = (lane.plan.settings.needs for lane in lanes)
+    heading = next(number for number, line in enumerate(lines) if line.startswith("## "))
+    assert told and lines[heading + 2] == f"Needs: {told}."

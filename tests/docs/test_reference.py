@@ -132,6 +132,7 @@ def test_pages_of_parts_show_reproduced_runs(tmp_path: Path) -> None:
         ("a", 1, [], 0.1),
         ("a", 2, [], 0.2),
         ("b", 1, ["train_fn.main_module = 'HSTU'"], 0.3),
+        ("c", 1, ["train_fn.main_module = 'HSTU'", "train_fn.interaction_module_type = 'MoL'"], 0.4),
     ):
         record = {"lane": "lane", "cell": cell, "seed": seed, "bindings": bound}
         record["test"] = {"hr@10": 2 * gain, "ndcg@10": gain}
@@ -143,6 +144,10 @@ def test_pages_of_parts_show_reproduced_runs(tmp_path: Path) -> None:
     assert lines[2:] == ["| [made](../results/made.md) | `lane` | a | 2 | 0.3000 | 0.1500 |"]
     assert "| b | 1 | 0.6000 | 0.3000 |" in REPRODUCED.runs_of("encoders", "HSTU", results, configs)
     assert REPRODUCED.runs_of("encoders", "FuXi", results, configs) == ""
+    assert REPRODUCED.runs_of("encoders", "SASRec", results, configs, "made").splitlines() == lines
+    assert REPRODUCED.runs_of("encoders", "SASRec", results, configs, "other") == ""
+    mixtures = REPRODUCED.runs_of("similarities", "MoL", results, configs).splitlines()
+    assert mixtures[2:] == ["| [made](../results/made.md) | `lane` | c | 1 | 0.8000 | 0.4000 |"]
 
 
 def test_docstrings_become_lists_of_arguments() -> None:

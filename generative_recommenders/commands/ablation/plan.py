@@ -39,7 +39,7 @@ class AblationSettings(Section):
     seeds: runs of a cell, one where it is not named.
 
     For `generative_recommenders.reproduce`: title of the lane. tables: cells by table. published: figures by cell, with their
-    ``source``. data: counts of the data that the figures are of. needs: what the published runs had.
+    ``source``. data: counts of the data that the figures are of. needs: what the runs want of a machine.
     """
 
     gin_name: ClassVar[str] = ABLATION

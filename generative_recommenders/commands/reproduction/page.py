@@ -53,6 +53,8 @@ def write_page(name: str, lanes: Sequence[Lane], results: Path, missing: Mapping
 def _lane(lane: Lane, records: Sequence[Mapping[str, Any]], folder: Path, missing: str | None) -> list[str]:
     settings = lane.plan.settings
     lines = [f"## {settings.title or lane.name}", ""]
+    if settings.needs:
+        lines += [f"Needs: {settings.needs}.", ""]
     if missing:
         lines += [f"Not run on this machine: {missing}", ""]
     known = {cell.name for cell in lane.cells}
