@@ -40,7 +40,8 @@ def show_list(name: str, plugins: Sequence[str], data_root: Path) -> int:
         lines = lines or [f"nothing is prepared in {data_root / 'prepared'}"]
     else:
         register_built_in_parts()
-        lines = REGISTRIES["data_sources"].names() if name == "datasets" else describe(REGISTRIES[name])
+        of_data = name in ("datasets", "data_sources")  # functions that take no options, some by many names
+        lines = REGISTRIES["data_sources"].names() if of_data else describe(REGISTRIES[name])
     show("\n".join(lines))
     return 0
 

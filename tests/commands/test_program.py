@@ -73,10 +73,9 @@ def test_lists_name_what_there_is(tmp_path: Path) -> None:
     assert alone.stdout == run_program("main.py", "--list=losses").stdout
     for kind, registry in REGISTRIES.items():
         listed = run_program("main.py", f"--list={kind}").stdout.splitlines()
+        names = registry.names() if kind == "data_sources" else [part.name for part in registry.parts()]
         own = [
-            part.name
-            for part in registry.parts()
-            if part.make.__module__.startswith("generative_recommenders.")
+            name for name in names if registry[name].make.__module__.startswith("generative_recommenders.")
         ]
         assert [line.split(" (")[0] for line in listed] == own
 
