@@ -21,6 +21,7 @@ from generative_recommenders.data.loader import EvaluationLoader, cut_histories
 from generative_recommenders.data.preparation.folder import new_file
 from generative_recommenders.data.splits import make_split
 from generative_recommenders.data.store import SequenceDataset
+from generative_recommenders.distributed.memory import keep_freed_memory
 from generative_recommenders.errors import UserError
 from generative_recommenders.retrieval.histories import Histories
 from generative_recommenders.retrieval.recommender import Recommender
@@ -54,6 +55,7 @@ def predict(
         raise UserError("--mode=predict needs --run_dir, the folder of a trained run")
     if output.suffix not in FORMATS:
         raise UserError(f"--output={output}: the name must end in {', '.join(FORMATS)}")
+    keep_freed_memory()
     recommender = Recommender.load(options.run_dir, plugins=options.plugins)
     data = recommender.settings.data
     dataset = prepared_dataset(data.dataset_name, options.data_root).with_catalogue(data.catalogue)
