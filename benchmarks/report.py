@@ -42,6 +42,9 @@ def of_steps(record: dict) -> Iterator[Measured]:
             what += f", {each['optimizer']}"
         read = each.get("bytes_seconds", 0.0)
         yield Measured(what, each["step_seconds"], each["products_seconds"] + read, read)
+        if floor := each.get("evaluation_products_seconds"):
+            what = f"evaluation, {each['encoder']}, {each['evaluation_users']:,} users, {each['num_items']:,} items"
+            yield Measured(what, each["evaluation_seconds"], floor)
 
 
 def of_evaluation(record: dict) -> Iterator[Measured]:

@@ -8,7 +8,8 @@ batches. Without ``--prepared=DIR`` it makes sequences with timestamps: ``--prof
 lengths (mean 165, median 95, longest 2276) over 3,706 items, ``--profile=amzn-books`` with 9 events a user, of which 7 are for
 training, over 801,350 items, most of them in nobody's history. ``--num_items`` makes another catalogue. products_seconds is
 what the matrix products of a step take alone (`floors.py`), bytes_seconds what its reads and writes of the item table take at
-the rate of a copy: each row once in and once out, of AdamW's two moments as well.
+the rate of a copy: each row once in and once out, of AdamW's two moments as well. ``--evaluations=3`` then times the exact
+ranks of all validation targets, encoding included, and their products alone.
 """
 
 from __future__ import annotations
@@ -81,6 +82,7 @@ _STEPS = flags.DEFINE_integer("steps", 30, "timed steps", lower_bound=1)
 _PREPARED = flags.DEFINE_string("prepared", None, "a prepared data set instead of made sequences")
 _THREADS = flags.DEFINE_integer("threads", 0, "torch threads; 0 for torch's own choice", lower_bound=0)
 _PLAIN_STEPS = flags.DEFINE_integer("plain_steps", 0, "steps of a plain SASRec, on the CPU", lower_bound=0)
+_EVALUATIONS = flags.DEFINE_integer("evaluations", 0, "evaluations to time", lower_bound=0)
 _BINDINGS = flags.DEFINE_multi_string("gin_bindings", [], "further bindings")
 
 
@@ -229,7 +231,24 @@ def run(dataset: SequenceDataset) -> dict[str, object]:
     if _PLAIN_STEPS.value:
         plain = timed_plain_steps(trainer, _PLAIN_STEPS.value)
         result["plain_step_seconds"] = round(statistics.median(plain), 5)
+    if _EVALUATIONS.value:
+        result |= timed_evaluations(trainer, _EVALUATIONS.value)
     return result
+
+
+def timed_evaluations(trainer: Trainer, repeats: int) -> dict[str, Any]:
+    """The median of some evaluations; one before them is not counted."""
+    seconds = []
+    for _ in range(1 + repeats):
+        started = time.perf_counter()
+        users = len(trainer.evaluation.validation(trainer.model).ranks)
+        seconds.append(time.perf_counter() - started)
+    products = floors.products_of(lambda: trainer.evaluation.validation(trainer.model))
+    return {
+        "evaluation_users": users,
+        "evaluation_seconds": round(statistics.median(seconds[1:]), 4),
+        "evaluation_products_seconds": products["seconds"],
+    }
 
 
 def main(argv: list[str]) -> None:

@@ -37,7 +37,7 @@ TINY = {
     "serve_load": ["--items=30", "--length=4", "--requests=20", "--clients", "1", "4"],
     "startup": ["--rounds=1", "--users=300"],
     "top_k": ["--items=300", "--queries=4", "--k=5", "--dim=16", "--fit_steps=2", "--repeats=1"],
-    "train_step": ["--steps=1", "--num_negatives=4", "--plain_steps=1"],
+    "train_step": ["--steps=1", "--num_negatives=4", "--plain_steps=1", "--evaluations=1"],
 }
 POSITIVE = {
     "catalogue_loss": ("seconds", "products_seconds", "ratio"),
@@ -65,6 +65,8 @@ POSITIVE = {
         "data_seconds",
         "peak_rss_mb",
         "plain_step_seconds",
+        "evaluation_seconds",
+        "evaluation_products_seconds",
         "products_seconds",
         "bytes_seconds",
     ),
