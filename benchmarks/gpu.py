@@ -47,6 +47,7 @@ from generative_recommenders.data.splits import make_split
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.objectives.losses import catalogue, sampled
+from generative_recommenders.objectives.losses.sce import ScalableCrossEntropyLoss
 from generative_recommenders.ops import dispatch
 from generative_recommenders.training.step import TrainingStep
 from generative_recommenders.training.trainer import Trainer, set_precision
@@ -83,8 +84,8 @@ def parity(bench: Bench) -> dict[str, Any]:
     """Every encoder and loss, without dropout and TF32: relative differences from a CPU of the loss and of the worst
     gradient."""
     dataset = made_dataset(np.array([3, 40, 1, 17, 60, 25, 9, 33] * 2), 500)
-    both = (sampled.SampledLoss, catalogue.CatalogueLoss)
-    losses = [part.name for part in LOSSES.parts() if issubclass(part.make, both)]
+    kinds = (sampled.SampledLoss, catalogue.CatalogueLoss, ScalableCrossEntropyLoss)
+    losses = [part.name for part in LOSSES.parts() if issubclass(part.make, kinds)]
     cases: dict[str, tuple[str, list[str]]] = {encoder: (encoder, []) for encoder in bench.encoders()}
     cases |= {f"SASRec, {name}": ("SASRec", [f"train_fn.loss_module = '{name}'"]) for name in losses}
     cases |= {
@@ -114,6 +115,9 @@ def differences_from_cpu(settings: RunSettings, dataset: SequenceDataset, bench:
         torch.manual_seed(0)  # parameters are drawn on the CPU
         task = build_task(settings, facts, Collectives(device))
         task.eval()  # no dropout
+        for part in task.modules():
+            if isinstance(part, ScalableCrossEntropyLoss):
+                part.register_forward_pre_hook(directions_of_a_cpu, with_kwargs=True)
         output = task.loss(batch, step=0)
         loss = output.sum / output.weight + sum(output.auxiliary.values())
         loss.backward()
@@ -127,6 +131,16 @@ def differences_from_cpu(settings: RunSettings, dataset: SequenceDataset, bench:
         for name, x in reference.items()
     }
     return [float(f"{value:.2e}") for value in (relative.pop("loss"), max(relative.values()))]
+
+
+def directions_of_a_cpu(
+    loss: ScalableCrossEntropyLoss, arguments: tuple[Any, ...], named: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Gives the loss its normal numbers: it draws on the states' device, whose generators differ."""
+    length, width = arguments[0].shape
+    shape = (length, loss.n_buckets) if loss.mix_x else (loss.n_buckets, width)
+    normals = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    return arguments, {**named, "normals": normals.to(arguments[0].device)}
 
 
 def no_waiting(bench: Bench) -> dict[str, Any]:
