@@ -1,10 +1,10 @@
-"""What a GPU makes of training: numbers equal to a CPU's, no waiting in a step, times, memory; the last line is JSON.
+"""GPU benchmark of training: parity with a CPU, waits within a step, step times, memory; the last line is JSON.
 
     python benchmarks/gpu.py --output=benchmarks/results/gpu.json
     python benchmarks/gpu.py --device=cpu --quick         # does it run at all
 
-One call measures everything, some three minutes on an H200. A part that fails is reported and the rest goes on; parts that find
-no time left in ``--seconds`` are left out. Data are made in memory, with the lengths of ML-1M and of Amazon Books, so that
+One call measures everything, some three minutes on an H200. A part that fails is reported and the rest continues; parts that
+find no time left in ``--seconds`` are left out. Data are made in memory, with the lengths of ML-1M and of Amazon Books, so that
 nothing but the program, torch and numpy is needed.
 """
 

@@ -1,4 +1,4 @@
-"""What the parts of `gpu.py` share: a clock, made data, settings and trainers."""
+"""Shared set-up of the parts of `gpu.py`: a clock, made data, settings and trainers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a batch of histories is, and the letters that shapes are written in.
+"""Batch types and the legend of shape letters.
 
 Shape legend, used in every docstring of the package:
 
@@ -14,7 +14,7 @@ H     attention heads
 U     unique items that a step reads
 ====  =======================================================
 
-Rectangles ``[B, N]`` hold small integers and are right-padded (oldest event first, 0 behind the last).
+Rectangles ``[B, N]`` hold small integers and are right-padded (oldest event first, 0 after the last).
 Jagged tensors ``[T, ...]`` hold one row per real token, users one after the other, with ``offsets [B + 1]``.
 """
 

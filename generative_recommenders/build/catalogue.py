@@ -1,4 +1,4 @@
-"""What models, losses and samplers need to know of a data set."""
+"""Data-set facts for building models, losses and samplers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Catalogue:
 
     counts: ``[V]`` training events of item id i + 1. rating_range: lowest and highest rating, or None.
     categories: ``[V]`` int64 of the asked category feature, from 0, or None. items, users: read their features when
-    asked; None where there is no data set behind. event_features: columns that histories can be read with, by name.
+    asked; None without a data set. event_features: columns that histories can be read with, by name.
     """
 
     num_items: int

@@ -1,4 +1,4 @@
-"""From settings to the retriever and its objective, each choice that a name makes from its registry."""
+"""Builders of the model and its objective from settings; named parts come from their registries."""
 
 from __future__ import annotations
 

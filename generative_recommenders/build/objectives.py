@@ -1,4 +1,4 @@
-"""From settings to what is learned by: criterion, negative sampler."""
+"""Builders of the criterion and the negative sampler from settings."""
 
 from __future__ import annotations
 

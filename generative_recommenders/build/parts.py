@@ -1,4 +1,4 @@
-"""From settings to objects: a training task of the model (`build.model`) and what it learns by (`build.objectives`)."""
+"""Builder of a training task from settings: the model (`build.model`), and its criterion and sampler (`build.objectives`)."""
 
 from __future__ import annotations
 

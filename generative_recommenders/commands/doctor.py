@@ -1,4 +1,4 @@
-"""What a machine offers to the program, and a short self-test: versions, device, memory, speed, a few training steps."""
+"""Machine diagnostics (versions, device, memory, speed) and a short self-test of a few training steps."""
 
 from __future__ import annotations
 

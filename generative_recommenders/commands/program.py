@@ -1,4 +1,4 @@
-"""What the programs share: grouped help; faults of flags, of the input and of the system as one line, with an exit code."""
+"""Shared command-line helpers: grouped help, one-line errors, exit codes."""
 
 from __future__ import annotations
 

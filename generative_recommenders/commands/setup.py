@@ -1,4 +1,4 @@
-"""What every process of a run begins with: the command line, prepared data, and settings that all agree on."""
+"""Common set-up of a run's processes: options, prepared data, and settings that all agree on."""
 
 from __future__ import annotations
 

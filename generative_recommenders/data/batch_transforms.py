@@ -1,4 +1,4 @@
-"""What is seen and what is predicted: the loader's columns as histories and targets.
+"""Split of loader batches into histories and targets.
 
 Rectangles ``[B, N]`` are right-padded with 0; a batch is never changed, a new mapping is returned.
 """

@@ -1,4 +1,4 @@
-"""Tables and lists of people: histories, candidates and times as they hand them over, answers as they get them."""
+"""Conversion of user-supplied tables and lists (histories, candidates, times) to arrays, and of results back."""
 
 from __future__ import annotations
 

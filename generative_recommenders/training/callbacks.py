@@ -104,7 +104,7 @@ class Recorder:
         self.spent = TypeAdapter(dict[str, float]).validate_python(spent, strict=True)
 
     def begin(self, step: int, last_step: int) -> None:
-        """The run goes on behind this step, at most to the last one."""
+        """Training starts or resumes after ``step`` and ends at ``last_step`` at the latest."""
 
     def watch(self, batches: Iterable[T], total: int, done: int, epoch: int) -> Iterable[T]:
         """The batches as they are; a recorder may show how many of the epoch's ``total`` are done."""
@@ -121,4 +121,4 @@ class Recorder:
         """Before a checkpoint is written."""
 
     def truncate_after(self, step: int, epoch: int = 0) -> None:
-        """Forgets what was recorded behind the state that a run goes on from."""
+        """Discards what was recorded after ``step``, in ``epoch``, from which the run resumes."""

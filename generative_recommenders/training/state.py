@@ -1,4 +1,4 @@
-"""State of a run in its checkpoints: what is written beside the model, and how a run goes on from it."""
+"""State of a run in its checkpoints: what is written beside the model, and how a run resumes from it."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def write_state(trainer: Trainer, store: CheckpointStore, metric: float | None, 
         "world_size": trainer.collectives.world_size,
         "global_batch": trainer.loader.global_batch,
     }
-    trainer.log.flush()  # first: a run that goes on keeps the records up to its checkpoint's step, which must be there
+    trainer.log.flush()  # first: a resumed run keeps the records up to its checkpoint's step, which must be there
     position = trainer.progress.epoch, trainer.progress.step
     try:
         store.save(position, tensors, state, metric, is_best, shards)

@@ -71,7 +71,8 @@ class TrainingStep:
         if read_total() == 0:
             if not self.warned_empty:
                 logging.warning(
-                    "no target of step %d counts: it updates nothing, nor will others like it", step + 1
+                    "step %d has no target with weight: update skipped (later such steps are not logged)",
+                    step + 1,
                 )
             self.warned_empty = True
             return StepResult(mean, total, 0.0)
@@ -139,7 +140,7 @@ TABLE = "model.items.table"
 
 
 def read_later(value: torch.Tensor) -> Callable[[], float]:
-    """A scalar that is asked for now and waited for when called: what an accelerator was given since then goes on."""
+    """Asynchronous copy of a scalar to the host; calling the result waits for it, and for no work queued later."""
     if value.device.type != "cuda":
         return lambda: float(value)
     copy = torch.empty((), dtype=value.dtype, pin_memory=True).copy_(value, non_blocking=True)

@@ -138,7 +138,7 @@ class Trainer:
         self.log.begin(p.step, last_step)
         try:
             while p.epoch < schedule.num_epochs and p.epochs_without_gain < patience:
-                # A run that stopped in an evaluation resumes behind the last step of its epoch.
+                # A run that stopped in an evaluation resumes after the last step of its epoch.
                 if p.step_in_epoch < epoch_length:
                     if p.step >= last_step:
                         break
@@ -147,9 +147,9 @@ class Trainer:
                     self._end_of_epoch(store, stop)
         except StopRequested:
             self.save(store)
-            self.collectives.barrier()  # nobody ends, and so ends the others, before the checkpoint is written
+            self.collectives.barrier()  # no rank exits before the checkpoint is written, since that aborts its peers
             return None
-        # The last state goes to the disk before the best one takes its place here: more epochs go on from the last.
+        # The last state is saved before the best one replaces it here: further epochs continue from the last.
         self.save(store)
         self._load_best(store)
         try:
@@ -258,7 +258,7 @@ class Trainer:
             p.epochs_without_gain += 1
         self.log.epoch(p.step, p.history[-1])
         due = p.epoch > 0 and p.epoch % self.settings.checkpoints.save_ckpt_every_n == 0
-        # Before the checkpoint, so that a run that goes on from it begins the next epoch.
+        # Before the checkpoint, so that a run resumed from it begins the next epoch.
         p.epoch, p.step_in_epoch, p.epoch_loss, p.epoch_targets = p.epoch + 1, 0, 0.0, 0.0
         if better or due:
             self.save(store, metrics[BEST_BY], better)

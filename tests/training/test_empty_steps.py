@@ -1,4 +1,4 @@
-"""A step in which no target counts: nothing moves, and the run goes on as if it had not been but for its number."""
+"""A step in which no target counts: nothing moves, and the run continues as if it had not been but for its number."""
 
 from __future__ import annotations
 
@@ -101,13 +101,13 @@ def test_targets_of_another_process_count() -> None:
     assert not torch.equal(state_of(step)["model.items.table"], before["model.items.table"])
 
 
-def test_it_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_warning_is_logged_once(monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
     monkeypatch.setattr(logging, "warning", lambda text, *values: lines.append(text % values))
     step, example = step_and_example(CASES["catalogue"])
     for number, each in enumerate([example, uncounted(example), example, uncounted(example)]):
         run(step, each, number)
-    assert len(lines) == 1 and "no target of step 2 counts" in lines[0]
+    assert len(lines) == 1 and "step 2 has no target with weight" in lines[0]
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

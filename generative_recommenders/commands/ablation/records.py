@@ -1,4 +1,4 @@
-"""What a run of an ablation has left in its folder."""
+"""Records that a run of an ablation keeps in its folder."""
 
 from __future__ import annotations
 

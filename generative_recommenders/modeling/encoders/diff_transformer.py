@@ -130,7 +130,7 @@ class DiffTransformerBlock(nn.Module):
         return layout.mask(self.residuals(x, partial(self.attend, layout=layout)))
 
     def residuals(self, x: torch.Tensor, attend: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        """``[..., D]`` to ``[..., D]``; attend knows who may look at whom."""
+        """``[..., D]`` to ``[..., D]``; `attend` applies the attention mask."""
         if self.norm == "pre":
             x = x + attend(self.attn_norm(x))
             return x + self.dropout(self.ff(self.ff_norm(x)))

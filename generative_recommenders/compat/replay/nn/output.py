@@ -1,4 +1,4 @@
-"""What a model returns: mappings whose keys are attributes too."""
+"""Model outputs: mappings whose keys are attributes too."""
 
 from __future__ import annotations
 
