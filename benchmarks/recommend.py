@@ -89,7 +89,7 @@ def measure(users: int, num_items: int, args: argparse.Namespace, repeats: int) 
         "products": lambda: bare_products(queries, items),
         "search": lambda: search_products(queries, items, args.k, seen),
     }
-    if quantized_search.pays(queries, num_items):
+    if quantized_search.is_faster(queries, num_items):
         quantized = QuantizedItems(items)
         calls["quantized_search"] = lambda: quantized.search(queries, args.k, seen)
     indexed = faiss_search(items, queries, args.k)

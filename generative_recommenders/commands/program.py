@@ -17,7 +17,7 @@ from absl import app, flags, logging
 from generative_recommenders.distributed.memory import out_of_memory
 from generative_recommenders.distributed.signals import INTERRUPTED, interrupts
 from generative_recommenders.errors import UserError, fault_of
-from generative_recommenders.run.logging import set_up_logging, to_nowhere
+from generative_recommenders.run.logging import redirect_to_devnull, set_up_logging
 
 COMMAND = "next-item"
 """The console script; its sub-commands are in `generative_recommenders.__main__`."""
@@ -119,5 +119,5 @@ def exit_code(program: Callable[[], int]) -> int:
         try:
             stream.flush()
         except OSError:
-            to_nowhere(stream)
+            redirect_to_devnull(stream)
     return code

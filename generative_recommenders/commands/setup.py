@@ -30,7 +30,7 @@ from generative_recommenders.distributed.process_group import (
     process_collectives,
     process_device,
 )
-from generative_recommenders.distributed.sync import from_main, together
+from generative_recommenders.distributed.sync import from_main, raise_on_all_ranks
 from generative_recommenders.errors import UserError
 from generative_recommenders.run.logging import set_up_logging
 
@@ -91,7 +91,7 @@ def shared_dataset(settings: RunSettings, data_root: Path, collectives: Collecti
     """`prepared_dataset` for all processes of a run: made and read against its hash once a host."""
     name = settings.data.dataset_name
     # The others of a host wait in this exchange, and find behind it what the first one has made and verified.
-    together(collectives, lambda: prepared_dataset(name, data_root) if is_first_on_host() else None)
+    raise_on_all_ranks(collectives, lambda: prepared_dataset(name, data_root) if is_first_on_host() else None)
     return SequenceDataset.open(find_prepared(name, data_root)).with_catalogue(settings.data.catalogue)
 
 
@@ -120,7 +120,7 @@ def run_settings(options: Options, collectives: Collectives) -> RunSettings:
                 registry[given.value(registry.setting)]  # an unknown name is told before data are read
         return given
 
-    return together(collectives, settings)
+    return raise_on_all_ranks(collectives, settings)
 
 
 def settings_and_data(
@@ -164,7 +164,7 @@ def check_same_everywhere(
                 "give every host the same"
             )
 
-    together(collectives, compare)
+    raise_on_all_ranks(collectives, compare)
 
 
 def checkpoints_of(options: Options) -> Path:

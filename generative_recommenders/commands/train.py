@@ -67,8 +67,8 @@ def train(
     return Path(run_dir)
 
 
-def goes_on(options: Options) -> bool:
-    """Whether the run began before; the main process looks."""
+def is_resumed(options: Options) -> bool:
+    """Whether an earlier run is resumed; the main process looks."""
     return options.resume or (options.auto_resume and checkpoints_of(options).parent.is_dir())
 
 
@@ -76,7 +76,7 @@ def train_worker(rank: int, world_size: int, options: Options) -> int:
     """One process of a training run; returns its exit code."""
     check_users_metrics(options)
     collectives = begin(rank, options)
-    options = dataclasses.replace(options, resume=from_main(collectives, lambda: goes_on(options)))
+    options = dataclasses.replace(options, resume=from_main(collectives, lambda: is_resumed(options)))
     settings, dataset, split = settings_and_data(options, collectives)
     name = f"{Path(settings.data.dataset_name).name}-{settings.model.main_module}"
     run = on_main(collectives, lambda: RunFolder.create_or_open(options.run_dir, options.resume, name))
@@ -99,9 +99,9 @@ def train_worker(rank: int, world_size: int, options: Options) -> int:
             store.attach(dataset.original_item_ids().combine_chunks(), settings.to_json(), resolved)
         with StopRequest() as stop, step_profiler(folder if options.profile and run else None) as on_step:
             result = trainer.train(store, options.max_steps, lambda: stop.requested, on_step)
-        go_on = f"go on with --resume --run_dir={folder}"
+        how_to_resume = f"resume with --resume --run_dir={folder}"
         if result is None:
-            logging.info("stopped on request after step %d; %s", trainer.progress.step, go_on)
+            logging.info("stopped on request after step %d; %s", trainer.progress.step, how_to_resume)
             return INTERRUPTED
         try:
             ranks: dict[str, Ranks] = {}
@@ -114,13 +114,13 @@ def train_worker(rank: int, world_size: int, options: Options) -> int:
                 if options.report:
                     write_page(run.path, dataset, split, {settings.model.main_module: of_model, **ranks})
         except KeyboardInterrupt:
-            logging.info("interrupted before the final report, which the checkpoint is kept for; %s", go_on)
+            logging.info("interrupted before the final report; the checkpoint is kept: %s", how_to_resume)
             raise
         return 0
 
 
 def resume(trainer: Trainer, store: CheckpointStore) -> bool:
-    """Goes on from the newest checkpoint; False, and the run starts from its beginning, where there is none."""
+    """Resumes from the newest checkpoint; False, and the run starts from its beginning, where there is none."""
     before = from_main(trainer.collectives, lambda: len(store.paths()))
     checkpoint = checkpoint_from_main(trainer.collectives, store.load_newest)
     if checkpoint is None and before:

@@ -16,11 +16,11 @@ from typing import Any
 
 from gin import config_parser
 
-from generative_recommenders.config import schema as s
 from generative_recommenders.config.elsewhere import ELSEWHERE
 from generative_recommenders.config.fields import nearest
 from generative_recommenders.config.published import PUBLISHED
 from generative_recommenders.config.registry import parts_by_gin_name
+from generative_recommenders.config.schema import NAMES, RunSettings
 from generative_recommenders.errors import UserError
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -42,26 +42,26 @@ MODULE = "generative_recommenders."
 """May stand before every owner's name."""
 
 
-def load_settings(gin_files: Sequence[str | Path], bindings: Sequence[str] = ()) -> tuple[s.RunSettings, str]:
+def load_settings(gin_files: Sequence[str | Path], bindings: Sequence[str] = ()) -> tuple[RunSettings, str]:
     """Parses files and bindings into settings, and gives the resolved configuration, defaults included.
 
     Nothing in them runs: imports and references to functions are refused. Raises UserError in one line: a missing file, a
     syntax error with its place, an unknown name with the nearest one, a value that cannot be.
     """
-    settings = _bound(s.RunSettings(), _parse(gin_files, bindings))
+    settings = _bound(RunSettings(), _parse(gin_files, bindings))
     return settings, resolved_text(settings)
 
 
 def load_ablation(
     path: str | Path, bindings: Sequence[str], names: Collection[str]
-) -> tuple[dict[str, Any], s.RunSettings]:
+) -> tuple[dict[str, Any], RunSettings]:
     """What a file binds of ``names`` on ``ablation``, and the settings that it gives as `load_settings` does."""
     values, beginning = _parse([path], bindings, names), f"{ABLATION}."
     own = [name for name in values if name.startswith(beginning)]
-    return {name.removeprefix(beginning): values.pop(name) for name in own}, _bound(s.RunSettings(), values)
+    return {name.removeprefix(beginning): values.pop(name) for name in own}, _bound(RunSettings(), values)
 
 
-def override(settings: s.RunSettings, bindings: Sequence[str]) -> s.RunSettings:
+def override(settings: RunSettings, bindings: Sequence[str]) -> RunSettings:
     """The settings with bindings applied over them, as for evaluating a checkpoint under another seen filter."""
     return _bound(settings, _parse([], bindings))
 
@@ -88,7 +88,7 @@ def _parse(
     return parsed.values()
 
 
-def _bound(settings: s.RunSettings, values: dict[str, Any]) -> s.RunSettings:
+def _bound(settings: RunSettings, values: dict[str, Any]) -> RunSettings:
     """The settings with what is bound; UserError for what no setting is, and for values that cannot be."""
     settings = settings.bind(values)
     for published in filter(values.__contains__, PUBLISHED):
@@ -130,7 +130,7 @@ class _Parsed(config_parser.ParserDelegate):  # type: ignore[misc]
         """Names that a %name refers to."""
         self.known: dict[str, list[str]] = {} if names is None else {ABLATION: list(names)}
         """Every owner with the names that can be bound on it."""
-        for owner, _, name in (name.partition(".") for name in s.NAMES):
+        for owner, _, name in (name.partition(".") for name in NAMES):
             self.known.setdefault(owner, []).append(name)
         for owner, part in parts_by_gin_name().items():
             self.known.setdefault(owner, []).extend(part.options.model_fields)
@@ -148,8 +148,8 @@ class _Parsed(config_parser.ParserDelegate):  # type: ignore[misc]
         """What is bound, with the values of macros in their places."""
         for name, (place, _) in self.macros.items():
             if name not in self.used:  # most often a setting whose owner was left out
-                close = [each for each in s.NAMES if each.endswith("." + name)] or difflib.get_close_matches(
-                    name, s.NAMES, 1, 0.5
+                close = [each for each in NAMES if each.endswith("." + name)] or difflib.get_close_matches(
+                    name, NAMES, 1, 0.5
                 )
                 hint = f"; did you mean {close[0]!r}?" if close else ": write it as OWNER.NAME"
                 raise UserError(f"gin: {place}: {name!r} is no setting, and no %{name} refers to it{hint}")
@@ -297,7 +297,7 @@ def _bind(statement: Any, place: str, parsed: _Parsed) -> None:
         parsed.bound[f"{owner}.{argument}"] = place, statement.value
 
 
-def resolved_text(settings: s.RunSettings) -> str:
+def resolved_text(settings: RunSettings) -> str:
     """Every gin name with its value, defaults included, as a gin file that gives the same settings."""
     lines, last = [], ""
     for name, value in resolved_values(settings).items():
@@ -307,7 +307,7 @@ def resolved_text(settings: s.RunSettings) -> str:
     return "\n".join([*lines, ""])
 
 
-def resolved_values(settings: s.RunSettings) -> dict[str, Any]:
+def resolved_values(settings: RunSettings) -> dict[str, Any]:
     """Every gin name with its value, defaults included: settings first, then options of the chosen parts."""
     sections = settings.to_json()
     options, _ = sections.pop("options"), sections.pop("plugins")
@@ -320,10 +320,10 @@ def _one_line(text: str) -> str:
     return " ".join(without_addresses.split())[:300]
 
 
-def differences(before: s.RunSettings, now: s.RunSettings) -> list[tuple[str, Any, Any]]:
+def differences(before: RunSettings, now: RunSettings) -> list[tuple[str, Any, Any]]:
     """(gin name, value before, value now) of every setting that differs."""
     keys = {
         f"{part}.{key}" for side in (before, now) for part, given in side.options.items() for key in given
     }
-    values = ((name, before.value(name), now.value(name)) for name in (*s.NAMES, *sorted(keys)))
+    values = ((name, before.value(name), now.value(name)) for name in (*NAMES, *sorted(keys)))
     return [(name, was, is_now) for name, was, is_now in values if was != is_now]

@@ -14,8 +14,8 @@ from generative_recommenders.config.sections import MAX_PREFETCH
 
 
 def log_notices(settings: RunSettings) -> None:
-    """Says once, in a line each, what is accepted but cannot act here, or is likely a slip."""
-    for line in [*inert(settings), *likely_slips(settings), *unlike_published(settings)]:
+    """Logs, in a line each, which settings are accepted but have no effect here, or are likely a slip."""
+    for line in [*settings_without_effect(settings), *likely_slips(settings), *unlike_published(settings)]:
         logging.info("%s", line)
 
 
@@ -36,9 +36,9 @@ def likely_slips(settings: RunSettings) -> list[str]:
     return lines
 
 
-def inert(settings: RunSettings) -> list[str]:
-    """One line for each accepted name that cannot act here, where its value is not the default. (MoL says itself what
-    published runs ignored.)
+def settings_without_effect(settings: RunSettings) -> list[str]:
+    """One line for each reason why accepted names have no effect here, of those whose value is not the default. Options that
+    published MoL runs ignored are logged by MoL itself.
     """
     default, idle = RunSettings(), dict[str, list[str]]()
     for name in NAMES:
@@ -61,14 +61,14 @@ def inert(settings: RunSettings) -> list[str]:
             f"train_fn.top_k_method = {settings.model.top_k_method!r}: ranks are counted exactly over the whole "
             "catalogue; it acts in retrieval.methods.build_top_k alone"
         )
-    return [*lines, *_beyond_this_machine(settings)]
+    return [*lines, *_unsupported_here(settings)]
 
 
 def _reason(settings: RunSettings, name: str) -> str | None:
     """Why a setting has no effect in this run, None where it has."""
     if name not in FIELDS:
         registry = PUBLISHED[name][0].registry
-        return None if settings.readers(name) else _no_part(settings, registry, "has no such option")
+        return None if settings.readers(name) else _no_part_uses(settings, registry, "has no such option")
     group, field = FIELDS[name]
     for condition in GROUPS[group].model_fields[field].metadata:
         if isinstance(condition, Unless) and settings.value(condition.setting) in condition.values:
@@ -79,24 +79,24 @@ def _reason(settings: RunSettings, name: str) -> str | None:
             if isinstance(condition, OptionOf) and not any(
                 field in part.options.model_fields for part in parts
             ):
-                return _no_part(settings, registry, "has no such option")
+                return _no_part_uses(settings, registry, "has no such option")
             if isinstance(condition, SuppliedTo) and not any(
                 condition.name is None or condition.name in part.supplied for part in parts
             ):
-                return _no_part(settings, registry, "does not read it")
+                return _no_part_uses(settings, registry, "does not read it")
     if name == NEGATIVE_SAMPLERS.setting and not settings.draws_negatives:
-        return _no_part(settings, NEGATIVE_SAMPLERS, "")
+        return _no_part_uses(settings, NEGATIVE_SAMPLERS, "")
     return None
 
 
-def _no_part(settings: RunSettings, registry: Registry, why: str) -> str:
-    """Says that no chosen part of a kind takes a setting."""
+def _no_part_uses(settings: RunSettings, registry: Registry, why: str) -> str:
+    """The reason that no chosen part of a kind reads a setting."""
     if registry is NEGATIVE_SAMPLERS and not settings.draws_negatives:
         return f"{settings.loss.loss_module} scores the catalogue and draws no negatives"
     return f"{registry.setting} = {settings.value(registry.setting)!r} {why}"
 
 
-def _beyond_this_machine(settings: RunSettings) -> list[str]:
+def _unsupported_here(settings: RunSettings) -> list[str]:
     loader, lines = settings.loader, []
     if loader.num_workers > 0:
         lines.append(

@@ -52,7 +52,7 @@ class DataSettings(Section):
     max_sequence_length: Length = 200
     """Events of a history that the model reads, the newest ones."""
     gr_output_length: Annotated[int, Ge(0), Le(1 << 20)] = 10
-    """Positions kept free behind a history; with max_sequence_length + 1 they make HSTU's constant divisor."""
+    """Positions kept free after a history; with max_sequence_length + 1 they make HSTU's constant divisor."""
     positional_sampling_ratio: Annotated[float, Gt(0.0), Le(1.0)] = 1.0
     """Share of each history's events that an epoch trains on, drawn anew in each."""
     training_windows: TrainingWindows = "last"
@@ -154,7 +154,7 @@ class UpdateSettings(Section):
     num_warmup_steps: Count = 0
     """Steps over which the learning rate rises linearly from 0."""
     learning_rate_schedule: RateSchedule = "constant"
-    """Whether the learning rate stays as it is behind the warm-up, or falls along half a cosine to 0 at the run's end."""
+    """Whether the learning rate stays as it is after the warm-up, or falls along half a cosine to 0 at the run's end."""
     max_grad_norm: Positive | None = None
     """L2 norm over all gradients that they are scaled down to; None leaves them."""
 
@@ -220,7 +220,7 @@ class EvaluationSettings(Section):
 
 
 class CheckpointSettings(Section):
-    """Checkpoints: behind epochs n, 2 n and so on, counted from 0 as published, and every so many minutes."""
+    """Checkpoints: after epochs n, 2 n and so on, counted from 0 as published, and every so many minutes."""
 
     gin_name: ClassVar[str] = "train_fn"
 

@@ -172,7 +172,7 @@ def statistics_lines(manifest: Manifest) -> list[str]:
 
 
 def tie_lines(manifest: Manifest) -> list[str]:
-    """What is to be known of ties in time; none where there are none."""
+    """Summary lines about ties in time; empty if there are none."""
     found = manifest.statistics
     if not found.get("tied_events"):
         return []

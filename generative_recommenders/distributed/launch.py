@@ -57,8 +57,8 @@ class Job:
     timeout: timedelta
 
     def work(self, rank: int) -> int:
-        """The worker's exit code, behind the last process: the end of one would be the loss of a peer to the others, of
-        which one may still be writing the checkpoint."""
+        """The worker's exit code, after a barrier: an early exit would look like a lost peer to the others, of which one may
+        still be writing the checkpoint."""
         code = self.worker(rank, self.world_size, *self.args)
         if code in (0, INTERRUPTED):
             process_collectives(process_device(self.device_type)).barrier()

@@ -13,11 +13,11 @@ from generative_recommenders.errors import UserError
 
 @dataclass(frozen=True)
 class Route:
-    """Where the rows of a step lie. asked: how many each process is asked for; given: how many each of them gets from this one;
-    rows: ``[sum of given]`` int64, numbers of those in the shard."""
+    """The all-to-all of a step's rows. receive_counts: rows that each process sends here; send_counts: rows that this process
+    sends to each; rows: ``[sum of send_counts]`` int64, numbers of those in the shard."""
 
-    asked: list[int]
-    given: list[int]
+    receive_counts: list[int]
+    send_counts: list[int]
     rows: torch.Tensor
 
 
@@ -49,18 +49,19 @@ class RowShard:
         """Asks the other processes for the rows ``ids [U]``, int64 and sorted."""
         edges = torch.tensor(self.bounds[1:-1], device=ids.device, dtype=torch.int64)
         cuts = [0, *torch.searchsorted(ids, edges).tolist(), len(ids)]
-        asked = [stop - start for start, stop in pairwise(cuts)]
-        wanted, given = self.collectives.exchange(ids, asked)
-        return Route(asked, given, wanted - self.first)
+        receive_counts = [stop - start for start, stop in pairwise(cuts)]
+        wanted, send_counts = self.collectives.exchange(ids, receive_counts)
+        return Route(receive_counts, send_counts, wanted - self.first)
 
     def gather(self, table: torch.Tensor, route: Route) -> torch.Tensor:
         """``[U, D]``, the rows that this process asked for. table: the shard ``[stop - first, D]``."""
-        return self.collectives.exchange(table.detach()[route.rows], route.given, route.asked)[0]
+        rows = table.detach()[route.rows]
+        return self.collectives.exchange(rows, route.send_counts, route.receive_counts)[0]
 
     def sums(self, gradients: torch.Tensor, route: Route) -> tuple[torch.Tensor, torch.Tensor]:
         """Gradients ``[U, D]`` of the rows asked for, sent to where these lie and summed there over processes: numbers of rows
         in the shard, sorted and each once, and their gradients."""
-        received, _ = self.collectives.exchange(gradients, route.asked, route.given)
+        received, _ = self.collectives.exchange(gradients, route.receive_counts, route.send_counts)
         rows, place = torch.unique(route.rows, return_inverse=True)
         return rows, received.new_zeros(len(rows), received.shape[1]).index_add_(0, place, received)
 

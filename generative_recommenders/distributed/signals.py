@@ -79,7 +79,7 @@ def interrupts(grace_seconds: float = GRACE_SECONDS) -> Iterator[None]:
         raised.set()
         raise KeyboardInterrupt
 
-    def end_what_is_held_up() -> None:
+    def exit_after_grace() -> None:
         while received := os.read(reader, 1):  # nothing more once the writer is closed
             if received[0] in STOP_SIGNALS and not raised.wait(grace_seconds):
                 os.write(2, b"error: interrupted\n")
@@ -90,7 +90,7 @@ def interrupts(grace_seconds: float = GRACE_SECONDS) -> Iterator[None]:
     os.set_blocking(writer, False)
     before = signal.set_wakeup_fd(writer)
     previous = {number: signal.signal(number, interrupt) for number in STOP_SIGNALS}
-    watcher = threading.Thread(target=end_what_is_held_up, daemon=True)
+    watcher = threading.Thread(target=exit_after_grace, daemon=True)
     watcher.start()
     try:
         yield

@@ -11,7 +11,7 @@ from generative_recommenders.errors import UserError
 Result = TypeVar("Result")
 
 
-def together(collectives: Collectives, work: Callable[[], Result]) -> Result:
+def raise_on_all_ranks(collectives: Collectives, work: Callable[[], Result]) -> Result:
     """``work()`` on every process; a UserError of any process is raised on all of them."""
     fault: UserError | None = None
     try:
@@ -31,7 +31,7 @@ def together(collectives: Collectives, work: Callable[[], Result]) -> Result:
 
 def on_main(collectives: Collectives, work: Callable[[], Result]) -> Result | None:
     """``work()`` of the main process, which alone calls it and has its result; its UserError is raised on all."""
-    return together(collectives, lambda: work() if collectives.is_main else None)
+    return raise_on_all_ranks(collectives, lambda: work() if collectives.is_main else None)
 
 
 def from_main(collectives: Collectives, make: Callable[[], Any]) -> Any:

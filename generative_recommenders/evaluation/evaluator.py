@@ -35,7 +35,7 @@ Score = Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
 
 @runtime_checkable
 class Ranker(Protocol):
-    """What knows ranks without the scores of all items."""
+    """Computes ranks without the scores of all items."""
 
     def ranks(
         self, batch: Mapping[str, torch.Tensor], target_ids: torch.Tensor, removed: SeenItems | None
@@ -127,7 +127,7 @@ class RankedUsers:
             self.removed.rows_between(start, stop), self.removed_targets[some],
         )  # fmt: skip
 
-    def and_then(self, others: RankedUsers) -> RankedUsers:
+    def concatenate(self, others: RankedUsers) -> RankedUsers:
         """These users and others, whose batches have the same columns."""
         rows = torch.cat([self.removed.rows, others.removed.rows + len(self.user_ids)])
         removed = SeenItems(rows, torch.cat([self.removed.ids, others.removed.ids]))
@@ -237,14 +237,14 @@ class Evaluator:
         else:
             chunk = max(1, MAX_SCORES // max(self.num_items, 1))
             for users in prepared:
-                had = None if lists is None else self._had(users)
+                seen_before = None if lists is None else self._seen_before_target(users)
                 for start in range(0, len(users.targets), chunk):
                     part = users.rows(start, start + chunk)
                     scores = score(part.batch)
                     seen = part.removed.to(scores.device)
-                    if lists is not None and had is not None:
+                    if lists is not None and seen_before is not None:
                         # A target that is removed or missed is in no list: recall@k is HR@k.
-                        own = had.rows_between(start, start + chunk)
+                        own = seen_before.rows_between(start, start + chunk)
                         lists.add(scores, part.user_ids, part.targets, seen, own)
                     yield part, exact_ranks(scores, part.targets.to(scores.device), seen)
 
@@ -268,12 +268,12 @@ class Evaluator:
                 seen = there.removed.rectangle(len(queries))
                 _, ids = search_shards(queries, score.items, lists.k, shard, seen)
                 if is_main:
-                    lists.add_lists(ids.cpu(), users.user_ids, users.targets, self._had(users))
+                    lists.add_lists(ids.cpu(), users.user_ids, users.targets, self._seen_before_target(users))
             count = len(ranks) if shard is None or is_main else 0
             yield users.rows(0, count), ranks[:count]
 
-    def _had(self, users: RankedUsers) -> SeenItems:
-        """Everything that the users had before their targets, also what is no longer in the window."""
+    def _seen_before_target(self, users: RankedUsers) -> SeenItems:
+        """Every item that the users had before their targets, also what is no longer in the window."""
         histories = self.loader.histories(users.user_ids.numpy() - 1)
         return SeenItems.of(histories.rows, histories["item_ids"], self.num_items)
 
@@ -302,7 +302,7 @@ def _regrouped(parts: Iterable[RankedUsers], size: int) -> Iterator[RankedUsers]
     """The same users in order, ``size`` at a time."""
     waiting: RankedUsers | None = None
     for part in parts:
-        waiting = part if waiting is None else waiting.and_then(part)
+        waiting = part if waiting is None else waiting.concatenate(part)
         while len(waiting.user_ids) >= size:
             yield waiting.rows(0, size)
             waiting = waiting.rows(size, len(waiting.user_ids))

@@ -52,8 +52,8 @@ class ModelEvaluation:
     An evaluation of everyone has the metrics of top-k lists too, where ``train_fn.list_metrics_k`` asks for them. Targets that
     training never saw are misses; in protocol "paper" they rank as they are scored, as in the published program.
 
-    folder: of the run, where an evaluation that is stopped keeps its ranks, so that the next one of the same weights goes on
-    with them to the same numbers; one that makes lists begins anew.
+    folder: of the run, where an evaluation that is stopped keeps its ranks, so that the next one of the same weights resumes
+    from them to the same numbers; one that makes lists begins anew.
     """
 
     folder: Path | None = None

@@ -104,12 +104,12 @@ def _ranks_of_block(
     if not candidate.any():
         return misses
     users = _BlockOfUsers(queries, items, target_ids.where(candidate, 0), seen, before, dtype)
-    # A product apart may differ from the block's own in the last bit, and what is compared must be the block's own.
-    expected = total(users.apart()).where(candidate, torch.nan)
-    ahead, own = users.ahead(expected)
+    # A separate product may differ from the block's own in the last bit, and what is compared must be the block's own.
+    expected = total(users.target_scores()).where(candidate, torch.nan)
+    ahead, own = users.count_ahead(expected)
     own = total(own).where(candidate, torch.nan)
     if not ((expected == own) | (expected.isnan() & own.isnan())).all():
-        ahead, _ = users.ahead(own)
+        ahead, _ = users.count_ahead(own)
     ranks = torch.where(candidate, 1 + total(ahead), misses)
     for row in (candidate & (own == -torch.inf)).nonzero()[:, 0].tolist():  # below it there is no number
         alone = None if seen is None else seen.rows_between(row, row + 1)
@@ -150,13 +150,13 @@ class _BlockOfUsers:
         self.seen_cells = seen_places % ITEMS * USERS + self.seen_rows
         self.width = min(ITEMS, len(items))
 
-    def apart(self) -> torch.Tensor:
+    def target_scores(self) -> torch.Tensor:
         """``[n]``: the targets' scores by a product of their own, 0 for those that are not here."""
         rows = self.items[self.places.clamp(0, len(self.items) - 1)]
         scores = (rows @ self.columns)[:, : self.count].diagonal()
         return rounded(scores, self.dtype).where(self.held, 0.0)
 
-    def ahead(self, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def count_ahead(self, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """``[n]`` int64, the candidates ahead of targets of these scores ``[n]``, and the scores that the blocks give them, 0
         for those that are not here.
         """

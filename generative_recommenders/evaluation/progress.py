@@ -1,4 +1,4 @@
-"""Ranks of an evaluation under way, kept in a file of the run's folder so that a stopped one goes on where it was."""
+"""Ranks of an evaluation under way, kept in a file of the run's folder so that a stopped one resumes where it was."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class EvaluationProgress:
             saved = self._read()
             if saved is not None and saved.shape == ranks.shape:
                 ranks = saved.long()
-                logging.info("the evaluation goes on behind %d users, ranked before", int((ranks > 0).sum()))
+                logging.info("evaluation resumed: %d users already ranked", int((ranks > 0).sum()))
         return self.collectives.broadcast_(ranks)
 
     def _read(self) -> torch.Tensor | None:
@@ -64,7 +64,7 @@ class EvaluationProgress:
             return None
 
     def save(self, ranks: torch.Tensor) -> None:
-        """ranks: as `load` gives them. A folder that cannot be written to is said, and nothing else."""
+        """ranks: as `load` gives them. A write failure is logged as a warning."""
         self._saved_at = perf_counter()
         if not self.collectives.is_main:
             return
@@ -72,10 +72,10 @@ class EvaluationProgress:
             with new_file(self.path) as scratch:
                 safetensors.torch.save_file({_RANKS: ranks.int()}, scratch, {"key": self.key})
         except (UserError, safetensors.SafetensorError) as error:
-            logging.warning("an evaluation that is stopped cannot go on: %s", error)
+            logging.warning("a stopped evaluation will start over, its ranks cannot be saved: %s", error)
 
     def finish(self) -> None:
-        """Nothing is left to go on with."""
+        """Removes the file: nothing is left to resume."""
         if self.collectives.is_main:
             with suppress(OSError):  # it may be a folder that may only be read
                 self.path.unlink(missing_ok=True)

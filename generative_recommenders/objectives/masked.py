@@ -43,7 +43,7 @@ class MaskedObjective(Objective):
         """Positions to hide, ``[B, N]`` bool, among the ``real [B, N]`` ones, and the terms of the attention mask."""
 
     def first_target(self, batch: LoadedBatch) -> None:
-        """None: how many targets other processes have depends on what is hidden there."""
+        """None: target counts on other ranks depend on their masks."""
         return
 
     def example(self, columns: Mapping[str, Tensor], draws: Draws = None) -> TrainingExample:

@@ -32,7 +32,7 @@ ROUNDING = 4e-6
 """Of the float32 operations that make a bound, relative to the largest possible product."""
 
 
-def pays(queries: torch.Tensor, num_items: int) -> bool:
+def is_faster(queries: torch.Tensor, num_items: int) -> bool:
     """Whether queries ``[n, D]`` are searched faster by `QuantizedItems`."""
     few = len(queries) <= FEW_QUERIES and num_items >= MANY_ITEMS
     return few and queries.dtype == torch.float32 and dispatch.multiplies_integers(queries)

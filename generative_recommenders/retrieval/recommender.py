@@ -243,7 +243,7 @@ class Recommender:
         states, items = operands
         seen = None if seen is None else seen.to(items.device)
         found = None
-        if allowed is None and quantized_search.pays(states, len(items)):
+        if allowed is None and quantized_search.is_faster(states, len(items)):
             self._quantized = self._quantized or QuantizedItems(items)
             found = self._quantized.search(states, k, seen)
         values, ids = found or search_products(states, items, k, seen)

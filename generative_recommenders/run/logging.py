@@ -95,12 +95,12 @@ def show(text: str) -> None:
     try:
         print(text, flush=True)
     except BrokenPipeError:
-        to_nowhere(sys.stdout)
+        redirect_to_devnull(sys.stdout)
     to_log_file(python_logging.INFO, text.strip())
 
 
-def to_nowhere(stream: TextIO) -> None:
-    """What is written to the stream from now on vanishes."""
+def redirect_to_devnull(stream: TextIO) -> None:
+    """Discards what is written to the stream from now on."""
     with open(os.devnull, "w") as nowhere, contextlib.suppress(OSError, ValueError):
         os.dup2(nowhere.fileno(), stream.fileno())
 

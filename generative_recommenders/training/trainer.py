@@ -27,7 +27,7 @@ from generative_recommenders.data.splits import Split
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.distributed.signals import StopRequested
-from generative_recommenders.distributed.sync import together
+from generative_recommenders.distributed.sync import raise_on_all_ranks
 from generative_recommenders.errors import UserError
 from generative_recommenders.evaluation.evaluator import EvaluationResult
 from generative_recommenders.evaluation.model_evaluation import ModelEvaluation
@@ -276,7 +276,7 @@ class Trainer:
 
     def _check_parameters(self) -> None:
         """NonFiniteError, on all processes, where one holds weights that are not finite."""
-        together(self.collectives, lambda: check_finite_parameters(self.progress.step, self.task))
+        raise_on_all_ranks(self.collectives, lambda: check_finite_parameters(self.progress.step, self.task))
 
     restore = restore_state  # in the module that also says what a checkpoint holds
 

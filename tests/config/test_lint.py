@@ -10,7 +10,7 @@ import pytest
 import generative_recommenders.build.parts  # noqa: F401  (registers the built-in parts)
 from generative_recommenders.config import lint as notices
 from generative_recommenders.config.gin import load_settings
-from generative_recommenders.config.lint import inert, likely_slips
+from generative_recommenders.config.lint import likely_slips, settings_without_effect
 from generative_recommenders.config.schema import RunSettings
 from tiny_models import OWNERS
 
@@ -24,7 +24,7 @@ def chosen(**choices: Any) -> RunSettings:
 
 
 def test_all_acts_by_default() -> None:
-    assert inert(RunSettings()) == likely_slips(RunSettings()) == []
+    assert settings_without_effect(RunSettings()) == likely_slips(RunSettings()) == []
 
 
 @pytest.mark.parametrize(
@@ -73,16 +73,16 @@ def test_settings_without_effect_are_reported(
     idle: dict, acting: dict, line: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(notices, "has_bfloat16", lambda: True)
-    (said,) = inert(chosen(**idle))
+    (said,) = settings_without_effect(chosen(**idle))
     assert line in said
-    assert inert(chosen(**idle, **acting)) == []
+    assert settings_without_effect(chosen(**idle, **acting)) == []
 
 
 def test_losses_over_the_catalogue_draw_nothing() -> None:
     settings = chosen(
         loss_module="CE", negatives_sharing="block", calibration=0.5, loss_activation_checkpoint=True
     )
-    assert inert(settings) == [
+    assert settings_without_effect(settings) == [
         "train_fn.loss_activation_checkpoint, train_fn.negatives_sharing cannot act: CE scores the catalogue and draws no "
         "negatives",
         "train_fn.calibration cannot act: train_fn.loss_module = 'CE' has no such option",
@@ -91,14 +91,16 @@ def test_losses_over_the_catalogue_draw_nothing() -> None:
 
 def test_what_this_machine_lacks_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(notices, "has_bfloat16", lambda: False)
-    lines = inert(chosen(loader__num_workers=8, loader__prefetch_factor=1024, main_module_bf16=True))
+    lines = settings_without_effect(
+        chosen(loader__num_workers=8, loader__prefetch_factor=1024, main_module_bf16=True)
+    )
     assert [line.partition(":")[0].partition(" = ")[0] for line in lines] == [
         "create_data_loader.num_workers", "create_data_loader.prefetch_factor", "train_fn.main_module_bf16",
     ]  # fmt: skip
 
 
 def test_an_approximate_top_k_is_reported_to_have_no_effect() -> None:
-    (line,) = inert(chosen(interaction_module_type="MoL", top_k_method="MoLAvgTopK100"))
+    (line,) = settings_without_effect(chosen(interaction_module_type="MoL", top_k_method="MoLAvgTopK100"))
     assert "MoLAvgTopK100" in line and "exactly" in line
 
 
@@ -122,5 +124,5 @@ SHIPPED = sorted(path for path in CONFIGS.glob("*/*.gin") if path.parent.name !=
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_shipped_configurations_hold_nothing_idle(path: Path) -> None:
-    lines = inert(load_settings([path])[0])
+    lines = settings_without_effect(load_settings([path])[0])
     assert [line for line in lines if "cannot act" in line] == []

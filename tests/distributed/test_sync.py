@@ -14,7 +14,7 @@ from generative_recommenders.checkpoint.store import Checkpoint, Position
 from generative_recommenders.distributed import process_group as distributed
 from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.distributed.process_group import process_collectives
-from generative_recommenders.distributed.sync import from_main, together
+from generative_recommenders.distributed.sync import from_main, raise_on_all_ranks
 from generative_recommenders.errors import UserError
 from programs import quick_start
 
@@ -45,7 +45,7 @@ def fault_of(collectives: Collectives, failing: int) -> tuple[str, int] | None:
             raise OtherFault(f"the fault of rank {failing}")
 
     try:
-        together(collectives, work)
+        raise_on_all_ranks(collectives, work)
     except UserError as error:
         return str(error), error.exit_code
     return None
@@ -57,7 +57,8 @@ def checks(group: Collectives) -> list[str]:
     found = checkpoint_from_main(group, lambda: on_rank(0, CHECKPOINT, group.rank))
     assert found is not None
     results = {
-        "no fault": together(group, lambda: group.rank) == group.rank and fault_of(group, -1) is None,
+        "no fault": raise_on_all_ranks(group, lambda: group.rank) == group.rank
+        and fault_of(group, -1) is None,
         "fault": all(
             fault_of(group, rank) == (f"the fault of rank {rank}", 3) for rank in range(group.world_size)
         ),

@@ -1,4 +1,4 @@
-"""A stopped evaluation goes on to the same numbers, and only with the same weights."""
+"""A stopped evaluation resumes to the same numbers, and only with the same weights."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def encoded_users(model: SequenceRecommender, monkeypatch: pytest.MonkeyPatch) -
     return counts
 
 
-def test_it_goes_on_to_the_same_numbers(scene, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_evaluation_resumes_to_the_same_numbers(scene, monkeypatch: pytest.MonkeyPatch) -> None:
     evaluation, model = scene
     expected = evaluation.test(model)
     assert list(evaluation.folder.iterdir()) == []
@@ -116,4 +116,4 @@ def test_a_folder_that_cannot_be_written_to_is_said(scene, caplog: pytest.LogCap
     evaluation.folder.write_text("")
     with pytest.raises(StopRequested):
         evaluation.test(model, stop_behind(2))
-    assert "cannot go on" in caplog.text
+    assert "its ranks cannot be saved" in caplog.text

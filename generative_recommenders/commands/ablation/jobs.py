@@ -44,7 +44,7 @@ def slots(jobs: int | None) -> list[Slot]:
     if gpus:
         visible = [each for each in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if each] or gpus
         names = [visible[i % len(visible)] for i in range(jobs or len(visible))]
-        # Threads of a run that wait for its GPU turn round on their cores, which other runs on this host need.
+        # Threads of a run that wait for its GPU spin on their cores, which other runs on this host need.
         threads = str(max(1, len(os.sched_getaffinity(0)) // len(names)))
         return [Slot({"CUDA_VISIBLE_DEVICES": name, "OMP_NUM_THREADS": threads}) for name in names]
     cores, count = sorted(os.sched_getaffinity(0)), jobs or 1
@@ -72,7 +72,7 @@ def next_command(run: Run, flags: Sequence[str], training: Sequence[str] = ()) -
 
 
 @dataclass
-class _Working:
+class _RunningJob:
     run: Run
     slot: Slot
     command: list[str]
@@ -103,9 +103,9 @@ def run_all(
     KeyboardInterrupt here, stop all processes, each with a checkpoint.
     """
     free, more = list(free), True
-    working: list[_Working] = []
+    running: list[_RunningJob] = []
     try:
-        while more or working:
+        while more or running:
             while more and free:
                 run = next_run()
                 if run is None:
@@ -118,16 +118,16 @@ def run_all(
                     continue
                 run.config.write_text(run.resolved, encoding="utf-8")
                 logging.info("%s begins", run.name)
-                working.append(_Working(run, free.pop(), command))
-            for each in list(working):
+                running.append(_RunningJob(run, free.pop(), command))
+            for each in list(running):
                 code = each.process.poll()
                 if code is None:
                     continue
-                working.remove(each)
+                running.remove(each)
                 # Trained, it may still have kept no ranks of its users.
                 command = command_of(each.run) if code == 0 else None
                 if command is not None and command != each.command:
-                    working.append(_Working(each.run, each.slot, command))
+                    running.append(_RunningJob(each.run, each.slot, command))
                     continue
                 free.append(each.slot)
                 if code == 0 and command is None:
@@ -136,9 +136,9 @@ def run_all(
                 lines = [line.strip() for line in each.run.log.read_text(errors="replace").splitlines()]
                 told = [line for line in lines if line.startswith("error: ")] or [*filter(None, lines)]
                 done(each.run, f"{(told or ['no output'])[-1]} (exit code {code}, {each.run.log})")
-            time.sleep(POLL_SECONDS if working else 0)
+            time.sleep(POLL_SECONDS if running else 0)
     finally:
-        _stop([each.process for each in working])
+        _stop([each.process for each in running])
 
 
 def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:

@@ -12,13 +12,13 @@ from generative_recommenders.ops import dispatch
 from generative_recommenders.ops.attention.softmax import softmax_attention
 from generative_recommenders.ops.attention.tiles import (
     add_products,
-    corner,
     drawn,
     hide,
     join_groups,
     keep_masks,
     keys_of,
     plan_of,
+    top_left_view,
 )
 from generative_recommenders.ops.layout import Layout
 
@@ -77,14 +77,14 @@ class _GroupedDifference(torch.autograd.Function):
                 rows, seen = tile.rows * heads, tile.keys
                 probabilities, kept = [], []
                 for q_t, k_, source in zip(qs_t, ks_, masks):
-                    p = torch.softmax(hide(torch.bmm(q_t, corner(k_, rows, seen).mT), tile, heads), -1)
+                    p = torch.softmax(hide(torch.bmm(q_t, top_left_view(k_, rows, seen).mT), tile, heads), -1)
                     if tile.sees is not None:  # a token may see nothing
                         p.unflatten(0, (-1, heads)).mul_(tile.sees.any(-1, keepdim=True))
                     probabilities.append(p)
                     kept.append(p if source is None else drawn(source, p.shape, layout, group, tile).mul_(p))
                 first, second = (x.unflatten(0, (-1, heads)) for x in kept)
                 weights = torch.addcmul(first, second, lambdas[:, None, None], value=-1.0).flatten(0, 1)
-                torch.bmm(weights, corner(v_, rows, seen), out=out_t)
+                torch.bmm(weights, top_left_view(v_, rows, seen), out=out_t)
                 saved += [*probabilities, *kept, weights]
             if dropout_rate:
                 out[-1].mul_(1.0 / (1.0 - dropout_rate))
@@ -117,8 +117,8 @@ class _GroupedDifference(torch.autograd.Function):
                 *qs_t, d_first_q, d_second_q, d_out_t = parts
                 *probabilities, first, second, weights = of_tile
                 rows, seen = tile.rows * heads, tile.keys
-                add_products(corner(d_v_, rows, seen), written, (weights.mT, d_out_t))
-                d_w = torch.bmm(d_out_t, corner(v_, rows, seen).mT)
+                add_products(top_left_view(d_v_, rows, seen), written, (weights.mT, d_out_t))
+                d_w = torch.bmm(d_out_t, top_left_view(v_, rows, seen).mT)
                 taken_off = torch.bmm(d_w.view(rows, 1, -1), second.view(rows, -1, 1))
                 d_lambdas -= taken_off.view(-1, heads).sum(0)
                 # The second softmax's gradients lack their factor -lambda: it comes later, a number a token.
@@ -129,8 +129,8 @@ class _GroupedDifference(torch.autograd.Function):
                     else:
                         d_s = d_w * dropped
                         d_s.addcmul_(p, d_s.sum(-1, keepdim=True), value=-1.0)
-                    torch.bmm(d_s, corner(k_, rows, seen), out=d_q_t)
-                    add_products(corner(d_k_, rows, seen), written, (d_s.mT, q_t))
+                    torch.bmm(d_s, top_left_view(k_, rows, seen), out=d_q_t)
+                    add_products(top_left_view(d_k_, rows, seen), written, (d_s.mT, q_t))
                 written = rows
             for half in range(2):
                 d_qs[half].append(d_qs_[half].mul_(scale))

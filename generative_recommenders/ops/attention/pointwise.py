@@ -17,16 +17,16 @@ from generative_recommenders.ops.attention.tiles import (
     TableBias,
     add_by_index,
     add_products,
-    corner,
     drawn,
     hide,
     join_groups,
     keep_masks,
     keys_of,
-    looked_up,
     plan_of,
     rows_for_sums,
+    sum_of_table_lookups,
     takes_kernel,
+    top_left_view,
 )
 from generative_recommenders.ops.layout import Layout
 
@@ -76,15 +76,15 @@ class _GroupedPointwise(torch.autograd.Function):
             parts = zip(group_tiles, group.queries.split(q_, heads), group.queries.split(out[-1], heads))
             for tile, q_t, out_t in parts:
                 rows, seen = tile.rows * heads, tile.keys
-                logits = torch.bmm(q_t, corner(k_, rows, seen).mT)
+                logits = torch.bmm(q_t, top_left_view(k_, rows, seen).mT)
                 if tables:
-                    logits.unflatten(0, (-1, heads)).add_(looked_up(tables, next(remaining), tile))
+                    logits.unflatten(0, (-1, heads)).add_(sum_of_table_lookups(tables, next(remaining), tile))
                 if not tables or tile.sees is not None:
                     hide(logits, tile, heads)
                 weights = F.silu(logits)
                 kept = None if masks is None else drawn(masks, weights.shape, layout, group, tile)
                 weights = weights if kept is None else weights.mul_(kept)
-                torch.bmm(weights, corner(v_, rows, seen), out=out_t)
+                torch.bmm(weights, top_left_view(v_, rows, seen), out=out_t)
                 saved += [logits, kept, weights]
         ctx.save_for_backward(*tables, *saved)
         ctx.settings = (
@@ -115,11 +115,11 @@ class _GroupedPointwise(torch.autograd.Function):
             # Last tile first, see `add_products`.
             for tile, q_t, d_q_t, d_out_t, (logits, kept, weights, index) in reversed(list(by_tile)):
                 rows, seen = tile.rows * heads, tile.keys
-                add_products(corner(d_v_, rows, seen), written, (weights.mT, d_out_t))
-                d_w = torch.bmm(d_out_t, corner(v_, rows, seen).mT)
+                add_products(top_left_view(d_v_, rows, seen), written, (weights.mT, d_out_t))
+                d_w = torch.bmm(d_out_t, top_left_view(v_, rows, seen).mT)
                 d_s = torch.ops.aten.silu_backward(d_w if kept is None else d_w.mul_(kept), logits)
-                torch.bmm(d_s, corner(k_, rows, seen), out=d_q_t)
-                add_products(corner(d_k_, rows, seen), written, (d_s.mT, q_t))
+                torch.bmm(d_s, top_left_view(k_, rows, seen), out=d_q_t)
+                add_products(top_left_view(d_k_, rows, seen), written, (d_s.mT, q_t))
                 if d_tables:
                     # Heads share the tables; adding their few parts is faster than a sum over the axis.
                     d_cells = functools.reduce(torch.add, d_s.unflatten(0, (-1, heads)).unbind(1))

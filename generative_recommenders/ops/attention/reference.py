@@ -17,9 +17,9 @@ from generative_recommenders.ops.attention.tiles import (
     drawn,
     gathered,
     keep_masks,
-    looked_up,
     lowest,
     plan_of,
+    sum_of_table_lookups,
 )
 from generative_recommenders.ops.layout import Layout
 
@@ -56,7 +56,7 @@ def pointwise_attention_reference(
     with dispatch.autocast(q, None):
         logits = torch.einsum("ihd,jhd->hij", q, k)
         if bias is not None:
-            parts = (looked_up(bias.tables, index) for index in bias.indices)
+            parts = (sum_of_table_lookups(bias.tables, index) for index in bias.indices)
             logits = logits + dense(parts, layout, torch.zeros_like(logits))
         weights = F.silu(logits) * seen(layout) / divisor
         observe(weights)

@@ -16,7 +16,7 @@ from generative_recommenders.ops.attention.tiles import (
     Tile,
     drawn,
     keep_masks,
-    looked_up,
+    sum_of_table_lookups,
     takes_kernel,
     tiles,
 )
@@ -100,7 +100,7 @@ class RelativeBias(torch.nn.Module):
     def forward(self, inputs: BiasInputs) -> torch.Tensor:
         """``[1, n, c]`` or ``[g, 1, n, c]``."""
         known = [index for index in inputs if index is not None]
-        return looked_up((self.position, self.time), known)
+        return sum_of_table_lookups((self.position, self.time), known)
 
     def tables(self, inputs: BatchInputs) -> TableBias | PairBias:
         """The same for each tile of a layout, or for all pairs, looked up where it is used."""

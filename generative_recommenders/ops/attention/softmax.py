@@ -14,7 +14,6 @@ from generative_recommenders.ops import dispatch, numbered_rows
 from generative_recommenders.ops.attention.reference import softmax_attention_reference
 from generative_recommenders.ops.attention.tiles import (
     add_products,
-    corner,
     drawn,
     hide,
     join_groups,
@@ -22,6 +21,7 @@ from generative_recommenders.ops.attention.tiles import (
     keys_of,
     plan_of,
     takes_kernel,
+    top_left_view,
     visible,
 )
 from generative_recommenders.ops.layout import Layout
@@ -86,12 +86,12 @@ class _GroupedSoftmax(torch.autograd.Function):
             parts = zip(group_tiles, group.queries.split(q_, heads), group.queries.split(out[-1], heads))
             for tile, q_t, out_t in parts:
                 rows, seen = tile.rows * heads, tile.keys
-                k_t = corner(k_, rows, seen)
+                k_t = top_left_view(k_, rows, seen)
                 p = torch.softmax(hide(torch.bmm(q_t, k_t.mT), tile, heads), -1)
                 if tile.sees is not None:  # a token may see nothing
                     p.unflatten(0, (-1, heads)).mul_(tile.sees.any(-1, keepdim=True))
                 dropped = p if masks is None else drawn(masks, p.shape, layout, group, tile).mul_(p)
-                torch.bmm(dropped, k_t if v is None else corner(v_, rows, seen), out=out_t)
+                torch.bmm(dropped, k_t if v is None else top_left_view(v_, rows, seen), out=out_t)
                 saved += [p, dropped]
             if dropout_rate:
                 out[-1].mul_(1.0 / kept_share)
@@ -127,16 +127,16 @@ class _GroupedSoftmax(torch.autograd.Function):
             # Last tile first, see `add_products`.
             for tile, q_t, d_q_t, d_out_t, dots_t, (p, dropped) in reversed(list(by_tile)):
                 rows, seen = tile.rows * heads, tile.keys
-                k_t = corner(k_, rows, seen)
-                d_s = torch.bmm(d_out_t, (k_t if one else corner(v_, rows, seen)).mT).mul_(dropped)
+                k_t = top_left_view(k_, rows, seen)
+                d_s = torch.bmm(d_out_t, (k_t if one else top_left_view(v_, rows, seen)).mT).mul_(dropped)
                 d_s.addcmul_(p, dots_t, value=-1.0)
                 torch.bmm(d_s, k_t, out=d_q_t)
                 for_keys, for_values = (d_s.mT, q_t), (dropped.mT, d_out_t)
                 if d_v_ is None:
-                    add_products(corner(d_k_, rows, seen), written, for_keys, for_values)
+                    add_products(top_left_view(d_k_, rows, seen), written, for_keys, for_values)
                 else:
-                    add_products(corner(d_k_, rows, seen), written, for_keys)
-                    add_products(corner(d_v_, rows, seen), written, for_values)
+                    add_products(top_left_view(d_k_, rows, seen), written, for_keys)
+                    add_products(top_left_view(d_v_, rows, seen), written, for_values)
                 written = rows
             d_q.append(d_q_ if scale == 1.0 else d_q_.mul_(scale))
             d_k.append(d_k_.flatten(0, 1))

@@ -13,12 +13,12 @@ from generative_recommenders.ops.attention.tiles import (
     Tile,
     add_by_index,
     add_products,
-    corner,
     gathered,
     join_groups,
     keys_of,
     plan_of,
     rows_for_sums,
+    top_left_view,
 )
 from generative_recommenders.ops.layout import Layout
 
@@ -60,7 +60,7 @@ class _GroupedTables(torch.autograd.Function):
             for attended in out:
                 attended.append(group.queries.empty(v))
             for tile, *parts in zip(group_tiles, *(group.queries.split(each[-1], 1) for each in out)):
-                values = corner(v_, tile.rows, tile.keys)
+                values = top_left_view(v_, tile.rows, tile.keys)
                 for table, index, part in zip(tables, next(remaining), parts):
                     weights = _seen_cells(gathered(table, index).to(v.dtype), tile)
                     torch.bmm(weights.expand(tile.rows, -1, -1), values, out=part)
@@ -86,9 +86,9 @@ class _GroupedTables(torch.autograd.Function):
             written = 0
             # Last tile first, see `add_products`.
             for tile, (weights, index), *d_parts in reversed(by_tile):
-                rows, values = tile.rows, corner(v_, tile.rows, tile.keys)
+                rows, values = tile.rows, top_left_view(v_, tile.rows, tile.keys)
                 products = [(each.mT.expand(rows, -1, -1), d_out) for each, d_out in zip(weights, d_parts)]
-                add_products(corner(d_v_, rows, tile.keys), written, *products)
+                add_products(top_left_view(d_v_, rows, tile.keys), written, *products)
                 for total, own, d_out in zip(d_tables, index, d_parts):
                     add_by_index(total, own, _seen_cells(torch.bmm(d_out, values.mT), tile))
                 written = rows

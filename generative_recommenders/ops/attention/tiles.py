@@ -144,7 +144,7 @@ def drawn(
     return masks.draw(shape, numbers.flatten())
 
 
-def looked_up(
+def sum_of_table_lookups(
     tables: Sequence[torch.Tensor], indices: Sequence[torch.Tensor], tile: Tile | None = None
 ) -> torch.Tensor:
     """The sum of ``table[index]``, with an axis for the heads: ``[1, rows, keys]`` or ``[g, 1, rows, keys]``.
@@ -188,7 +188,7 @@ def join_groups(cells: list[torch.Tensor], at: Places, shape: torch.Size, like: 
     return at.ungather(cells[0] if len(cells) == 1 else torch.cat(cells), shape[1])
 
 
-def corner(rectangle: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+def top_left_view(rectangle: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     """``rectangle[:rows, :columns]`` in one step."""
     return rectangle.as_strided((rows, columns, rectangle.shape[2]), rectangle.stride())
 
