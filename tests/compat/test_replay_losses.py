@@ -25,6 +25,7 @@ from generative_recommenders.compat.replay.nn.loss import (
     LogOutCESampled,
 )
 from generative_recommenders.compat.replay.nn.sequential import NextItemModel
+from generative_recommenders.config.registry import LOSSES
 from generative_recommenders.errors import UserError
 from generative_recommenders.objectives.losses import catalogue
 from generative_recommenders.objectives.losses import sce as scalable_cross_entropy
@@ -111,11 +112,30 @@ def test_recorded_sce_draws_from_the_global_generator():
     ],
 )
 def test_a_loss_is_the_one_of_training(theirs, ours):
-    """By RePlay's name, from logits of a callback; by gin's, in blocks of the catalogue."""
+    """By RePlay's name, from logits of a callback; by gin's, in blocks of the catalogue: one class computes both."""
+    assert type(theirs.core) is type(ours)
     weight, hidden, labels, mask = scene(positives=1 if isinstance(theirs, CE) else 2)
     mask[1, 0, 1:] = False
     expected = ours(hidden.flatten(0, 1), weight, labels.flatten(0, 1), mask.flatten(0, 1)).mean()
     assert_near(with_logits(theirs, weight)(hidden, labels, mask), expected, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "name"),
+    [
+        (CE(), "CE"),
+        (CEWeighted("importance"), "CEWeighted"),
+        (BCE(), "BCE"),
+        (LogInCE(9), "LogInCE"),
+        (LogOutCE(9), "LogOutCE"),
+        (CESampled(), "CESampled"),
+        (LogOutCESampled(), "LogOutCESampled"),
+        (BCESampled(), "BCESampled"),
+        (LogInCESampled(), "LogInCESampled"),
+    ],
+)
+def test_a_loss_computes_by_the_class_that_gin_names(theirs, name):
+    assert type(theirs.core) is LOSSES[name].make
 
 
 @pytest.mark.parametrize("name", ["ignore_index", "padding_idx"])

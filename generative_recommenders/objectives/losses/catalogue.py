@@ -1,8 +1,9 @@
 """Losses over the whole catalogue: CE, CEWeighted, BCE, LogInCE, LogOutCE.
 
 ``forward(hidden, item_weight, positives, weights)`` never holds all logits (``ops/products/catalogue.py``) and forms its
-gradients in the forward pass. Everything is float32 (float64 stays), also under autocast; NaN logits give a NaN loss. Gradients
-can be taken once, second derivatives not. Temperature and L2 norm are applied to ``hidden`` and ``item_weight`` by the caller.
+gradients in the forward pass; ``terms`` is the same loss of logits that a caller holds. Everything is float32 (float64 stays),
+also under autocast; NaN logits give a NaN loss. Gradients of ``forward`` can be taken once, second derivatives not. Temperature
+and L2 norm are applied to ``hidden`` and ``item_weight`` by the caller.
 
 ``positives`` are rows of ``item_weight``, -1 = none. A label of weight 0 adds no term, and yet is no negative
 of its position: RePlay's reading of a partly masked position. Give -1 to drop a label entirely.
@@ -16,6 +17,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from generative_recommenders.config.fields import NonNegative, Period, Positive, Share
 from generative_recommenders.config.registry import register_loss
@@ -36,6 +38,7 @@ from generative_recommenders.ops.products.catalogue import (
     Statistic,
     catalogue_sum,
 )
+from generative_recommenders.ops.products.masked_logsumexp import masked_logsumexp
 from generative_recommenders.types import LossOutput
 
 MEMORY_BYTES = 512 * 2**20
@@ -58,6 +61,14 @@ class CatalogueLoss(nn.Module, ABC):
     @abstractmethod
     def row_terms(self, positive: Tensor, statistic: Tensor, weights: Tensor) -> Terms:
         """Loss of rows before it is summed, from positive logits ``[t, P]``, the row statistic ``[t]``, weights ``[t, P]``."""
+
+    def terms(self, positive: Tensor, logits: Tensor, weights: Tensor, mask: Tensor, own: Tensor) -> Terms:
+        """Loss of held logits ``[T, V]`` in full precision, before it is summed and without label smoothing.
+
+        positive, weights: ``[T, P]``. mask, own: ``[T, V]`` bool, True = a negative of the row, a label of it (`is_label`).
+        """
+        counted = mask if self.excludes_labels else mask | own
+        return self.row_terms(positive, masked_logsumexp(logits, counted), weights)
 
     def row_loss(self, positive: Tensor, statistic: Tensor, weights: Tensor) -> LossOutput:
         """Summed loss of rows; arguments as of `row_terms`."""
@@ -154,6 +165,16 @@ class BCE(CatalogueLoss):
     """
 
     statistic = SOFTPLUS_SUM
+
+    def terms(
+        self, positive: Tensor, logits: Tensor, weights: Tensor, mask: Tensor, own: Tensor, *item_weights: Tensor | None
+    ) -> Terms:  # fmt: skip
+        """Over all items; item_weights: torch's ``weight`` and ``pos_weight`` ``[V]``."""
+        weight, pos_weight = item_weights or (None, None)
+        values = F.binary_cross_entropy_with_logits(
+            logits, own.to(logits.dtype), weight, reduction="none", pos_weight=pos_weight
+        )
+        return Terms(values.sum(1), weights.amax(1))
 
     def row_terms(self, positive: Tensor, statistic: Tensor, weights: Tensor) -> Terms:
         return Terms(statistic, weights.amax(1))

@@ -66,6 +66,12 @@ def check_label_smoothing(value: float) -> float:
     return value
 
 
+def smoothed(own: Tensor, others: Tensor, mask: Tensor, share: float) -> Tensor:
+    """``own [T, P]``, a share of it replaced by the mean of itself and those ``others [T, R]`` that count (``mask``)."""
+    kept_sum = torch.where(mask, others, 0.0).sum(1, keepdim=True)
+    return torch.lerp(own, (own + kept_sum) / (1 + mask.sum(1, keepdim=True)), share)
+
+
 class SampledLoss(nn.Module, ABC):
     """A loss over positive and negative scores."""
 
@@ -129,10 +135,7 @@ class SampledSoftmaxLoss(SampledLoss):
         log_total = torch.logaddexp(positive, masked_logsumexp(negative, mask)[:, None])
         target_score = positive
         if self.label_smoothing > 0:
-            kept_sum = torch.where(mask, negative, 0.0).sum(1, keepdim=True)
-            count = 1 + mask.sum(1, keepdim=True)
-            mean_score = (positive + kept_sum) / count
-            target_score = torch.lerp(positive, mean_score, self.label_smoothing)
+            target_score = smoothed(positive, negative, mask, self.label_smoothing)
         return Terms(log_total - target_score, weights)
 
 

@@ -1,9 +1,8 @@
-"""RePlay's losses under their documented names, arguments and defaults, over the formulas of ``objectives.losses``.
+"""RePlay's losses under their documented names, arguments and defaults; each computes by the class of ``objectives.losses``.
 
 A loss scores through its ``logits_callback``, which the model sets: ``callback(h)`` gives logits ``[M, V]`` of hidden states
 ``[M, D]``; ``callback(h, ids)`` gives ``[M, K]`` for ids ``[K]`` (shared) or ``[M, K]``. Only positions with a target are
-scored. Because the callback hands over logits, losses over the catalogue hold ``[M, V]`` here, and are sampled losses whose
-negatives are all items; those of training do not hold them.
+scored. Because the callback hands over logits, losses over the catalogue hold ``[M, V]`` here; in training they do not.
 
 Forward takes ``model_embeddings [B, L, D]``, ``positive_labels [B, L, P]`` int64, for sampled losses ``negative_labels``
 (``[K]``, ``[B, K]`` or ``[B, L, K]``), and ``target_padding_mask [B, L, P]`` bool, True = counts. The result is a scalar; no
@@ -26,13 +25,11 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from generative_recommenders.compat.replay.nn.protocols import LogitsCallback, LossProto
 from generative_recommenders.errors import UserError
-from generative_recommenders.objectives.losses import sampled
-from generative_recommenders.objectives.losses.catalogue import is_label
-from generative_recommenders.objectives.losses.sampled import Terms, full_precision
+from generative_recommenders.objectives.losses import catalogue, sampled
+from generative_recommenders.objectives.losses.sampled import Terms, full_precision, smoothed
 
 __all__ = [
     "BCE",
@@ -61,14 +58,14 @@ class Scores(NamedTuple):
 
 
 class ReplayLoss(nn.Module):
-    """The arguments that all losses take, choice of positions, reduction.
+    """The arguments that all losses take, choice of positions, reduction. The formula is that of ``core``.
 
     ignore_index, padding_idx: labels that are no labels at all.
     reduction: "mean", "sum", or "none": ``[B, L]`` or ``[B, L, P]`` with 0 where nothing counts.
     Of the further arguments of torch's losses, those in ``takes`` act. Any other name is a ``UserError``.
     """
 
-    core: sampled.SampledLoss
+    core: catalogue.CatalogueLoss | sampled.SampledLoss
     takes: ClassVar[tuple[str, ...]] = ()
     weight: Tensor | None
     pos_weight: Tensor | None
@@ -117,8 +114,11 @@ class ReplayLoss(nn.Module):
     def terms(self, scores: Scores) -> Terms:
         """The loss before it is summed: values, multiplied by their weights already, and weights of positions ``[M]`` or
         targets ``[M, P]``."""
-        weights = scores.counts.to(scores.positive.dtype)
-        return self.core.terms(scores.positive, scores.negative, weights, scores.kept)
+        return self.core.terms(*self.arguments(scores))
+
+    def arguments(self, scores: Scores) -> tuple[Tensor, ...]:
+        """Those of the core's ``terms``."""
+        return scores.positive, scores.negative, scores.counts.to(scores.positive.dtype), scores.kept
 
     def reduced(self, terms: Terms, chosen: Tensor, counts: Tensor) -> Tensor:
         """A scalar, or the terms at their places. Targets that do not count are left out."""
@@ -159,11 +159,14 @@ class CatalogueLoss(ReplayLoss):
         if (outside & counts).any():
             raise self.error(f"a positive label lies outside of 0..{num_items - 1}")
         labels = labels.masked_fill(outside, -1)
-        collided = is_label(labels, num_items)
+        collided = catalogue.is_label(labels, num_items)
         items = torch.arange(num_items, device=logits.device)
         kept = ~collided & (items != self.negative_labels_ignore_index)
         positive = logits.gather(1, labels.clamp(min=0))
         return Scores(positive, logits, labels, counts, items, kept, collided)
+
+    def arguments(self, scores: Scores) -> tuple[Tensor, ...]:
+        return *super().arguments(scores), scores.collided
 
 
 class SampledLoss(ReplayLoss):
@@ -228,26 +231,21 @@ class CrossEntropy(ReplayLoss):
     spread over the target and the negatives that compete.
     """
 
-    core = sampled.SampledSoftmaxLoss()
+    core: catalogue.CatalogueLoss | sampled.SampledLoss = sampled.SampledSoftmaxLoss()
     takes = ("weight", "label_smoothing")
 
     def terms(self, scores: Scores) -> Terms:
         def weights_of(ids: Tensor) -> Tensor:
-            if self.weight is None:
-                return scores.positive.new_ones(ids.shape)
             # An id below 0 is no item and left out of every sum: any weight will do.
-            return self.weight[ids.clamp(min=0)].to(scores.positive.dtype)
+            own = torch.ones_like(ids) if self.weight is None else self.weight[ids.clamp(min=0)]
+            return own.to(scores.positive.dtype)
 
         own, weights = super().terms(scores).values, weights_of(scores.labels)
-        weighted = weights * own
         if self.label_smoothing == 0:
-            return Terms(weighted, weights)
-        log_total = own + scores.positive
-        shares = weights_of(scores.items) * scores.kept
-        log_scores = (shares * scores.negative.where(scores.kept, 0.0)).sum(1, keepdim=True)
-        others = log_total * shares.sum(1, keepdim=True) - log_scores
-        smooth = (weighted + others) / (1 + scores.kept.sum(1, keepdim=True))
-        return Terms(torch.lerp(weighted, smooth, self.label_smoothing), weights)
+            return Terms(weights * own, weights)
+        others, rest = weights_of(scores.items), (scores.kept, self.label_smoothing)
+        total = smoothed(weights, others, *rest) * (own + scores.positive)
+        return Terms(total - smoothed(weights * scores.positive, others * scores.negative, *rest), weights)
 
 
 class BCE(CatalogueLoss):
@@ -258,6 +256,7 @@ class BCE(CatalogueLoss):
         target of 1 all the same, what RePlay's code computes.
     """
 
+    core = catalogue.BCE()
     takes = ("weight", "pos_weight")
 
     def __init__(self, *, masked_labels: Literal["ignored", "targets"] = "ignored", **kwargs: Any) -> None:
@@ -267,16 +266,15 @@ class BCE(CatalogueLoss):
         self.masked_labels = masked_labels
 
     def terms(self, scores: Scores) -> Terms:
-        ignored = ~scores.counts if self.masked_labels == "ignored" else torch.zeros_like(scores.counts)
-        target = is_label(scores.labels.masked_fill(ignored, -1), scores.negative.shape[1])
-        values = F.binary_cross_entropy_with_logits(
-            scores.negative, target.to(scores.negative.dtype), self.weight, reduction="none", pos_weight=self.pos_weight,
-        ).sum(1)  # fmt: skip
-        return Terms(values, torch.ones_like(values))
+        ignored = ~scores.counts & (self.masked_labels == "ignored")
+        own = catalogue.is_label(scores.labels.masked_fill(ignored, -1), scores.negative.shape[1])
+        return self.core.terms(*self.arguments(scores._replace(collided=own)), self.weight, self.pos_weight)
 
 
 class CE(CrossEntropy, CatalogueLoss):
     """Softmax cross-entropy over all items, one positive a position, mean over positions (by their labels' weights)."""
+
+    core = catalogue.CE()
 
     def targets(self, labels: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if (count := labels.shape[-1]) != 1:
@@ -329,7 +327,7 @@ class LogInCE(CatalogueLoss):
     ) -> None:
         super().__init__(cardinality, negative_labels_ignore_index, **kwargs)
         self.log_epsilon, self.clamp_border = log_epsilon, clamp_border
-        self.core = sampled.LogInCESampled(log_epsilon, clamp_border)
+        self.core = catalogue.LogInCE(log_epsilon, clamp_border)
 
 
 class LogOutCE(CrossEntropy, CatalogueLoss):
@@ -337,6 +335,8 @@ class LogOutCE(CrossEntropy, CatalogueLoss):
 
     cardinality: items of the catalogue, padding not counted.
     """
+
+    core = catalogue.LogOutCE()
 
 
 class _BoundedLogarithms(SampledLoss):
