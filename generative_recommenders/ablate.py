@@ -20,7 +20,7 @@ from generative_recommenders.commands.ablation.records import Finished
 from generative_recommenders.commands.ablation.search import Search
 from generative_recommenders.commands.ablation.tables import collect, write_tables
 from generative_recommenders.commands.program import exit_code
-from generative_recommenders.config.plugins import load_plugins
+from generative_recommenders.config.plugins import add_plugin_flag, load_plugins
 from generative_recommenders.errors import UserError
 from generative_recommenders.run.logging import set_up_logging, show
 
@@ -50,9 +50,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--gin_bindings", action="append", default=[], help="a binding over every cell; repeatable"
     )
-    made.add_argument(
-        "--plugin", action="append", default=[], help="a file or module that registers parts of your own"
-    )
+    add_plugin_flag(made)
     return made
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import generative_recommenders.build.registered  # noqa: F401  the parts that settings name
 from generative_recommenders.commands.program import exit_code
-from generative_recommenders.config.plugins import load_plugins
+from generative_recommenders.config.plugins import add_plugin_flag, load_plugins
 from generative_recommenders.run.logging import set_up_logging, show
 from generative_recommenders.run.report.page import write_comparison, write_report
 
@@ -20,9 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--output", default="comparison.html", help="the page of several runs, %(default)s by default"
     )
-    parser.add_argument(
-        "--plugin", action="append", default=[], help="a file that registers parts of the runs' own"
-    )
+    add_plugin_flag(parser)
     args = parser.parse_args(argv)
 
     def write() -> int:

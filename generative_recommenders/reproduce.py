@@ -22,6 +22,7 @@ from generative_recommenders.commands.program import exit_code
 from generative_recommenders.commands.reproduction import results
 from generative_recommenders.commands.reproduction.lanes import Lane, data_root_of, known_names, lanes_of
 from generative_recommenders.commands.reproduction.page import TABLES, write_page
+from generative_recommenders.config.plugins import add_plugin_flag, load_plugins
 from generative_recommenders.data.preparation.prepare import prepared_path
 from generative_recommenders.data.splits import make_split
 from generative_recommenders.data.store import SequenceDataset
@@ -46,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--results_dir", help="where NAME.md and NAME/*.json go; docs/results by default")
     made.add_argument("--raw_path", help="raw files of the data, instead of a download")
     made.add_argument("--data_root", default="data", help="where raw/ and prepared/ data sets lie")
+    add_plugin_flag(made)
     made.add_argument("--commit", help="of this code, for the results, where git is not there to tell")
     made.add_argument(
         "--report_only",
@@ -69,6 +71,7 @@ def run(args: argparse.Namespace) -> int:
     """Runs what is missing and writes the page; 1 where a run failed or a lane cannot be had."""
     if any(given is not None and given < 1 for given in (args.seeds, args.jobs, args.epochs)):
         raise UserError("--seeds, --jobs and --epochs must be 1 or more")
+    load_plugins(args.plugin)
     out = Path(args.results_dir or Path("docs") / "results")
     lanes = lanes_of(args.name, Path(args.runs_dir or Path("runs") / "reproduce" / args.name), args.epochs)
     if args.report_only:
@@ -105,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
             planned += _plan(lane, cells, args, root, machine, out / args.name)
     # A first number of every cell comes before a second one.
     planned.sort(key=lambda each: each.run.settings.schedule.random_seed)
-    failed = _run_all(planned, slots)
+    failed = _run_all(planned, slots, [f"--plugin={each}" for each in args.plugin])
     show(write_page(args.name, lanes, out, missing))
     logging.info("the page is %s, the runs are in %s", out / f"{args.name}.md", lanes[0].plan.out.parent)
     return 1 if failed or missing else 0
@@ -138,8 +141,8 @@ def _plan(
     return planned
 
 
-def _run_all(planned: Sequence[_Planned], slots: Sequence[jobs.Slot]) -> int:
-    """Runs all, each result written as soon as it is there; returns how many failed."""
+def _run_all(planned: Sequence[_Planned], slots: Sequence[jobs.Slot], flags: Sequence[str]) -> int:
+    """Runs all, each result written as soon as it is there; returns how many failed. flags: of every run."""
     by_folder = {each.run.folder: each for each in planned}
     failed: list[str] = []
 
@@ -154,7 +157,9 @@ def _run_all(planned: Sequence[_Planned], slots: Sequence[jobs.Slot]) -> int:
             logging.error("%s/%s failed: %s", own.lane, run.name, failure)
 
     def command_of(run: Run) -> list[str] | None:
-        return jobs.next_command(run, [f"--data_root={by_folder[run.folder].data_root}"], ["--noreport"])
+        return jobs.next_command(
+            run, [f"--data_root={by_folder[run.folder].data_root}", *flags], ["--noreport"]
+        )
 
     jobs.run_all(iter([*(each.run for each in planned), None]).__next__, done, slots, command_of)
     return len(failed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from generative_recommenders.config.plugins import add_plugin_flag
 from generative_recommenders.distributed.memory import keep_freed_memory
 from generative_recommenders.errors import UserError, not_installed
 from generative_recommenders.retrieval.recommender import Recommender
@@ -21,9 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--device", default="auto")
-    parser.add_argument(
-        "--plugin", action="append", default=[], help="a file that registers parts of the run's own"
-    )
+    add_plugin_flag(parser)
     parser.add_argument("--max_batch", type=int, default=limits.max_batch, help="requests answered together")
     parser.add_argument(
         "--wait_ms", type=float, default=1000 * limits.wait, help="how long a request waits for others"

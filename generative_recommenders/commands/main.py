@@ -12,6 +12,7 @@ from absl import flags, logging
 
 from generative_recommenders.commands.lists import LISTS, show_list
 from generative_recommenders.commands.program import Help, start_program
+from generative_recommenders.config.plugins import PLUGIN_HELP
 from generative_recommenders.errors import UserError
 
 flags.DEFINE_multi_string("gin_config_file", None, "gin file(s); the embedded example by default")
@@ -45,9 +46,7 @@ flags.DEFINE_integer(
     lower_bound=1,
 )
 flags.DEFINE_integer("max_steps", None, "stop after so many steps of the run", lower_bound=1)
-flags.DEFINE_multi_string(
-    "plugin", [], "a Python file or module that registers encoders, losses or other parts of your own"
-)
+flags.DEFINE_multi_string("plugin", [], PLUGIN_HELP)
 flags.DEFINE_string("list", None, f"print names, of parts with their options, and stop: {', '.join(LISTS)}")
 flags.DEFINE_string(
     "users",

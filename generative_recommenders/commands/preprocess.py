@@ -11,7 +11,7 @@ from absl import flags
 
 from generative_recommenders.commands.lists import show_list
 from generative_recommenders.commands.program import Help, start_program
-from generative_recommenders.config.plugins import load_plugins
+from generative_recommenders.config.plugins import PLUGIN_HELP, load_plugins
 from generative_recommenders.data.export import export_parquet, export_text
 from generative_recommenders.data.manifest import Manifest
 from generative_recommenders.data.preparation.folder import check_file
@@ -28,7 +28,7 @@ from generative_recommenders.run.logging import show
 _DEFAULTS = SyntheticBooksSettings()
 
 flags.DEFINE_string("dataset", "synthetic-books", "the data set; --list names them")
-flags.DEFINE_multi_string("plugin", [], "a Python file or module that registers data sources of your own")
+flags.DEFINE_multi_string("plugin", [], PLUGIN_HELP)
 flags.DEFINE_bool("list", False, "print the data sets by name, those of plug-ins too, and stop")
 flags.DEFINE_string("raw_path", None, "local file, folder or archive instead of a download")
 flags.DEFINE_string(

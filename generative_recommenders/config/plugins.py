@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import importlib
 import importlib.util
@@ -17,6 +18,8 @@ from generative_recommenders.errors import UserError
 
 PACKAGE = "gr_plugins"
 """Files are imported as ``gr_plugins.STEM``."""
+PLUGIN_HELP = "a Python file or module that registers parts of your own"
+"""Help of ``--plugin``, in every program."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,11 @@ class Plugin:
 
 
 _LOADED: dict[str, Plugin] = {}
+
+
+def add_plugin_flag(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--plugin`` to a program without absl's flags."""
+    parser.add_argument("--plugin", action="append", default=[], help=f"{PLUGIN_HELP}; repeatable")
 
 
 def load_plugins(sources: Sequence[str]) -> list[Plugin]:

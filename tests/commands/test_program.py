@@ -151,8 +151,10 @@ def test_one_command_for_all_programs(tmp_path: Path) -> None:
     assert wrong.returncode == 2 and "did you mean 'predict'" in wrong.stderr
     shown = python(*module, "evaluate", "--help", folder=tmp_path)
     assert shown.returncode == 0 and "next-item train" in shown.stdout
-    for program in ("ablate", "reproduce", "report", "doctor"):
-        assert run_program("generative_recommenders", program, "--help", folder=tmp_path).returncode == 0
+    for program in ("ablate", "reproduce", "report", "serve", "doctor"):
+        shown = run_program("generative_recommenders", program, "--help", folder=tmp_path)
+        assert shown.returncode == 0
+        assert ("--plugin" in shown.stdout) == (program != "doctor")
 
 
 def test_log_lines_have_the_time_to_the_second_and_the_level(tmp_path: Path) -> None:

@@ -33,10 +33,14 @@ def flags(data_root: Path, out: Path, *more: str) -> list[str]:
 
 
 def test_runs_become_results_and_a_page_and_are_made_once(data_root: Path, tmp_path: Path) -> None:
-    """A cell that cannot run on the data is named with its line, and the others go on."""
-    wanted = ("--epochs=1", "--only=sasrec,two-tower-genres", "--seeds=2", "--jobs=2", "--commit=abc")
+    """A cell that cannot run on the data is named with its line, and the others go on; a plug-in is loaded by every run."""
+    plugin, loaded = tmp_path / "own.py", tmp_path / "loaded"
+    plugin.write_text(f"import os\nopen({str(loaded)!r}, 'a').write(f'{{os.getpid()}}\\n')\n")
+    wanted = ("--epochs=1", "--only=sasrec,two-tower-genres", "--seeds=2", "--jobs=2", "--commit=abc",
+              f"--plugin={plugin}")  # fmt: skip
     done = run_program(PROGRAM, *flags(data_root, tmp_path, *wanted), before=forked_jobs)
     assert done.returncode == 1, done.stderr[-3000:]
+    assert len({*loaded.read_text().split()}) > 4  # the program and its four runs
     results = tmp_path / "results" / "synthetic-books"
     found = {path.name: json.loads(path.read_text()) for path in results.glob("*.json")}
     first, second = (found[f"leave_one_out-sasrec-seed-{seed}.json"] for seed in (42, 43))
