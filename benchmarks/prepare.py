@@ -55,7 +55,7 @@ def zipf_ranks(rng: np.random.Generator, exponent: float, names: int, lines: int
 
 
 def in_digits(values: np.ndarray, base: int, width: int, prefix: bytes = b"") -> pa.Array:
-    """``values`` uint64 written in ``base`` with ``width`` digits behind ``prefix``, as strings."""
+    """``values`` uint64 written in ``base`` with ``width`` digits after ``prefix``, as strings."""
     letters = np.empty((len(values), len(prefix) + width), np.uint8)
     letters[:, : len(prefix)] = np.frombuffer(prefix, np.uint8)
     for position in range(width - 1, -1, -1):

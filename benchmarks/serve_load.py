@@ -55,7 +55,7 @@ def served(run: Path) -> Iterator[tuple[int, int]]:
 
 
 def client(port: int, bodies: list[str]) -> list[float]:
-    """Milliseconds of each request, asked one behind the other."""
+    """Milliseconds of each request, asked one after the other."""
     connection, times = http.client.HTTPConnection("127.0.0.1", port, timeout=60), []
     for body in bodies:
         start = time.perf_counter()

@@ -3,7 +3,7 @@
     python benchmarks/startup.py --rounds=5
 
 The last line is JSON: medians of wall-clock and CPU seconds, and ratios to ``import torch``. The embedded data are prepared
-first; a plug-in ends the run behind its first step. On a machine that does other work the CPU seconds say more.
+first; a plug-in ends the run after its first step. On a machine that does other work the CPU seconds say more.
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ def made_dataset(
     folder: Path, num_users: int = 6040, num_items: int = 3706, profile: str = "ml-1m"
 ) -> SequenceDataset:
     """Zipf items, seconds between ratings; written as CSV and prepared like any other data set, with the items that nobody has
-    rated behind the others.
+    rated after the others.
     """
     generator = np.random.default_rng(0)
     if profile == "ml-1m":

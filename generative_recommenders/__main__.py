@@ -10,7 +10,7 @@ from generative_recommenders.config.fields import nearest
 
 PROGRAMS = {
     "prepare": ("commands.preprocess", "raw ratings to a prepared data set"),
-    "train": ("commands.main", "train a model; --resume goes on"),
+    "train": ("commands.main", "train a model; --resume continues a run"),
     "evaluate": ("commands.main", "score the best checkpoint of a run"),
     "predict": ("commands.main", "recommendations of a run for all users"),
     "export": ("commands.main", "a run's model for other programs"),

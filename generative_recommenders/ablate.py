@@ -1,7 +1,7 @@
 """Ablations: ``python -m generative_recommenders.ablate FILE.gin [--seeds=3] [--jobs=N] [--search=optuna --trials=40]``.
 
 The gin file holds a base configuration and, as ``ablation.cells``, ``ablation.grid`` or ``ablation.search``, what is varied.
-Each cell is a run of main.py for each seed. Started again, finished runs are left alone and interrupted ones go on.
+Each cell is a run of main.py for each seed. Started again, finished runs are left alone and interrupted ones resume.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Prepares the data or takes what is prepared, runs what configs/reproduce/NAME/*.gin ask for, and writes docs/results/NAME.md
 with published beside measured figures. Each run's JSON file is written as soon as it is done. Started again, finished runs are
-left alone and interrupted ones go on; ``--report_only`` makes the page of the JSON files alone.
+left alone and interrupted ones resume; ``--report_only`` makes the page of the JSON files alone.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ class MarkdownDocstrings(griffe.Extension):
 
 
 def as_markdown(text: str) -> str:
-    """Runs of lines ``name: what it is`` become a list; a continued line goes on with its point."""
+    """Runs of lines ``name: what it is`` become a list; a continued line stays with its point."""
     paragraphs = []
     for paragraph in text.split("\n\n"):
         start = ARGUMENT.search(paragraph)

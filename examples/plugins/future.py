@@ -28,7 +28,7 @@ class FutureObjective(CausalObjective):
     def example(self, columns: Mapping[str, torch.Tensor], draws: Draws = None) -> TrainingExample:
         """Draws are keyed by row, so that processes and resumed runs draw the same."""
         every = super().example(columns, draws)
-        targets = every.targets.view(len(every.targets), -1)  # [T, horizon], 0 behind a history's end
+        targets = every.targets.view(len(every.targets), -1)  # [T, horizon], 0 past a history's end
         width = every.features.past_ids.shape[1]
         share = every.layout.flatten(uniform((len(columns["lengths"]), width), targets.device, draws))
         count = (targets > 0).sum(1, keepdim=True)

@@ -154,7 +154,7 @@ class CheckpointStore:
                 write_tensors(writing / TENSORS, tensors)
                 for name, content in {STATE: json_bytes(state), **self.attached}.items():
                     write_bytes(writing / name, content)
-                written = []  # how many there are, which their names say, is known behind the last one
+                written = []  # how many there are, which their names say, is known after the last one
                 for first, stop, rows in shards:
                     written.append([first, stop])
                     write_tensors(writing / f"rows-{len(written)}.safetensors", rows)

@@ -69,7 +69,7 @@ def score_run(options: Options, collectives: Collectives) -> ScoredRun:
     """
     alone = collectives.world_size == 1
     store = CheckpointStore(checkpoints_of(options), read_only=True, joins_rows=alone)
-    checkpoint = checkpoint_from_main(  # twice: a run that goes on may replace its best one meanwhile
+    checkpoint = checkpoint_from_main(  # twice: a resumed run may replace its best one meanwhile
         collectives, lambda: store.load_best() or store.load_best() or store.load_newest()
     )
     if checkpoint is None:
@@ -108,7 +108,7 @@ def evaluate_worker(rank: int, world_size: int, options: Options) -> int:
     """Scores a run, see `score_run`, and another one to compare with where ``--compare`` names it.
 
     The numbers are shown and go into the run's ``evaluation.json``; each user's rank into ``--users_metrics``. A long
-    evaluation that is stopped goes on when it is asked for again.
+    evaluation that is stopped resumes when it is asked for again.
     """
     check_users_metrics(options)
     collectives = begin(rank, options)
@@ -118,7 +118,7 @@ def evaluate_worker(rank: int, world_size: int, options: Options) -> int:
         if options.compare:
             other = score_run(dataclasses.replace(options, run_dir=options.compare), collectives)
     except StopRequested:
-        logging.info("stopped on request; the same command goes on with the users that are left")
+        logging.info("stopped on request; the same command resumes with the remaining users")
         return INTERRUPTED
     checkpoint, settings, dataset, split, evaluation, test = scored
     of_baselines: dict[str, Ranks] = {}

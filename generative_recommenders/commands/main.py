@@ -27,7 +27,7 @@ flags.DEFINE_enum(
 flags.DEFINE_string("meta_checkpoint", None, "a checkpoint of the HSTU authors' program, for --mode=import")
 flags.DEFINE_string("data_root", "data", "where raw/ and prepared/ data sets lie")
 flags.DEFINE_string("run_dir", None, "the run's folder; runs/TIME-DATASET-ENCODER by default")
-flags.DEFINE_bool("resume", False, "go on with the run in --run_dir from its newest whole checkpoint")
+flags.DEFINE_bool("resume", False, "resume the run in --run_dir from its newest whole checkpoint")
 flags.DEFINE_bool(
     "auto_resume", False, "--resume where --run_dir exists, else start there: for jobs that are started again"
 )

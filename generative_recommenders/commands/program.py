@@ -50,7 +50,7 @@ class Help:
                 value = f"{flag.name}={'|'.join(choices) if choices else 'VALUE'}"
                 form = f"  --[no]{flag.name}" if kind == "bool" else f"  --{value}"
                 lines += wrap(form, break_on_hyphens=False)
-                # absl adds the kind before its text, and that a flag may be repeated behind it
+                # absl adds the kind before its text, and after it that a flag may be repeated
                 text = re.sub(r"^<[^>]*>: |;\s+repeat this option.*", "", flag.help or "", flags=re.DOTALL)
                 if kind.startswith("multi"):
                     text += " (repeatable)"

@@ -90,7 +90,7 @@ def prepare_once(folder: Path, raw: Callable[[], RawRatings]) -> None:
 def shared_dataset(settings: RunSettings, data_root: Path, collectives: Collectives) -> SequenceDataset:
     """`prepared_dataset` for all processes of a run: made and read against its hash once a host."""
     name = settings.data.dataset_name
-    # The others of a host wait in this exchange, and find behind it what the first one has made and verified.
+    # The others of a host wait in this exchange, and then find what the first one has made and verified.
     raise_on_all_ranks(collectives, lambda: prepared_dataset(name, data_root) if is_first_on_host() else None)
     return SequenceDataset.open(find_prepared(name, data_root)).with_catalogue(settings.data.catalogue)
 

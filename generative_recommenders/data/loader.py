@@ -41,7 +41,7 @@ def cut_histories(
 ) -> dict[str, torch.Tensor]:
     """The last ``width`` events before each user's stop, as columns of a batch.
 
-    users, stops (positions in the sequences): ``[B]``. keep: bool for all events before the stops, one user's behind the
+    users, stops (positions in the sequences): ``[B]``. keep: bool for all events before the stops, one user's after the
     other's: which count; None for all.
     """
     if keep is None:
@@ -63,7 +63,7 @@ def cut_histories(
 
 
 def flat_events(dataset: SequenceDataset, users: np.ndarray, stops: np.ndarray) -> np.ndarray:
-    """``[T]`` places in the flat columns of all events before the users' stops, one user's behind the other's."""
+    """``[T]`` places in the flat columns of all events before the users' stops, one user's after the other's."""
     firsts = dataset.offsets[users] - (np.cumsum(stops) - stops)
     return np.arange(stops.sum()) + np.repeat(firsts, stops)
 

@@ -243,7 +243,7 @@ def timeline(dataset: SequenceDataset, split: Split) -> dict[str, Any] | None:
     parts = {"training": train}
     for name, targets in (("validation", split.validation_targets), ("test", split.test_targets)):
         parts[name] = np.histogram(times[(dataset.offsets[:-1] + targets)[targets >= 0]], edges)[0]
-    later = 1 - np.cumsum(train) / max(train.sum(), 1)  # of the bins behind
+    later = 1 - np.cumsum(train) / max(train.sum(), 1)  # in the later bins
     test = parts["test"]
     quantiles = {}  # as the starts of their bins
     for name, reached in ((name, np.cumsum(counts)) for name, counts in parts.items() if counts.any()):

@@ -43,7 +43,7 @@ class SequenceDataset:
 
     items: ``[E]`` int32, internal ids 1..V. ratings: ``[E]`` float32 or None. timestamps: ``[E]`` int64
     seconds or None. offsets: ``[U + 1]`` int64; user u (0-based) owns events ``offsets[u]`` to ``offsets[u +
-    1]``, oldest first. extra: further columns of the events, ``[E]``, by name, see `schema.STORED`. unrated: items behind the
+    1]``, oldest first. extra: further columns of the events, ``[E]``, by name, see `schema.STORED`. unrated: items after the
     rated ones that belong to the catalogue, see `with_catalogue`.
     """
 

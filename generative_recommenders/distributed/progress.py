@@ -16,7 +16,7 @@ TERMINAL_SECONDS, LOG_SECONDS = 0.5, 30.0
 def progress_bar(
     items: Iterable[T], total: int, description: str, done: int = 0, shown: bool = True
 ) -> Iterable[T]:
-    """``items`` behind a bar on standard error: how many of ``total`` are done, the speed, the remaining time.
+    """``items``, shown by a progress bar on standard error: how many of ``total`` are done, the speed, the remaining time.
 
     done: how many were done before (a resumed epoch); they do not count as speed. shown: False on all processes but the
     main one.

@@ -24,7 +24,7 @@ class StopRequest(contextlib.ExitStack):
     """While the context is open, SIGTERM and SIGINT set ``requested`` instead of ending the process.
 
     A second Ctrl-C raises KeyboardInterrupt at once. With several processes ask
-    ``collectives.any(stop.requested)``, so that all stop behind the same step.
+    ``collectives.any(stop.requested)``, so that all stop after the same step.
     """
 
     requested = False

@@ -96,7 +96,7 @@ class MostPopular:
 class MarkovSuccessor:
     """Scores an item by how often it followed the history's last item in training.
 
-    Equal counts are ordered by popularity, and so are the items that never followed, behind all that did. A
+    Equal counts are ordered by popularity, and so are the items that never followed, after all that did. A
     last item without successors, and an empty history, leave plain popularity. The counts are sparse: memory
     is O(V + distinct pairs), at most O(V + E). Fitted on columns as of `training_counts`.
 

@@ -50,7 +50,7 @@ class RankHistogram:
 
         One relevant item a user, so HR@K = mean [rank <= K], NDCG@K = mean [rank <= K] / log2(rank + 1) and
         MRR = mean 1 / rank, without a cutoff and with rank V + 1 for a miss. ``mrr@2500`` is what the HSTU authors' evaluation
-        calls MRR: a rank beyond `PUBLISHED_DEPTH`, as a miss is, counts as the one behind it.
+        calls MRR: a rank beyond `PUBLISHED_DEPTH`, as a miss is, counts as `PUBLISHED_DEPTH` + 1.
         """
         counts = self.counts[int(subset)]
         total = max(int(counts.sum()), 1)
@@ -73,7 +73,7 @@ class RankHistogram:
         return errors
 
     def _discounts(self, cutoffs: Sequence[int]) -> dict[str, torch.Tensor]:
-        """By metric, what a hit at rank 1, 2, ... is divided by, float64; ranks behind the last of these count nothing."""
+        """By metric, what a hit at rank 1, 2, ... is divided by, float64; ranks past the last of these count nothing."""
         num_items = self.counts.shape[1] - 1
         ranks = torch.arange(1, num_items + 2, dtype=torch.float64)
         discounts: dict[str, torch.Tensor] = {}

@@ -2,7 +2,7 @@
 
 A block of items meets a block of users while the scores lie in a core's cache: one product, one comparison with each user's
 threshold, one sum; every thread has items of its own. An item before the target counts where its score is at least the
-target's, one behind it where it is greater: so the threshold of the blocks before the target's own is the next smaller number,
+target's, one after it where it is greater: so the threshold of the blocks before the target's own is the next smaller number,
 and ties need no second look.
 """
 
@@ -182,7 +182,7 @@ class _BlockOfUsers:
                 if last > first:
                     rows = self.place_rows[first:last]
                     own_blocks[rows, : len(block)] = scores[:, rows].T
-                    threshold[rows] = strict[rows]  # from here on ties are behind
+                    threshold[rows] = strict[rows]  # from here on ties rank lower
                 counts.add_(scores.gt_(threshold).sum(0))
             return counts
 

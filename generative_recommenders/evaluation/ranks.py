@@ -32,7 +32,7 @@ def exact_ranks(
     scores: ``[n, V]`` float; column i belongs to item i + 1.
     target_ids: ``[n]`` int64. An id outside 1..V or among the row's seen items gets rank V + 1, a miss.
 
-    Returns ``[n]`` int64. A NaN never counts as better than a target; a target scored NaN is placed behind
+    Returns ``[n]`` int64. A NaN never counts as better than a target; a target scored NaN is ranked below
     every other candidate, so that a diverged model does not look good.
     """
     target_scores = scores_of(scores, target_ids)

@@ -242,7 +242,7 @@ class SparkTopItemsCallback(TopItemsCallback):
 
 
 class TorchTopItemsCallback(TopItemsCallback):
-    """Recommendations as tensors: items ``[n, k]`` and scores ``[n, k]``, behind the query ids ``[n]`` where query_column
+    """Recommendations as tensors: items ``[n, k]`` and scores ``[n, k]``, after the query ids ``[n]`` where query_column
     is given."""
 
     def __init__(

@@ -188,7 +188,7 @@ def append_tokens(
 
 
 def new_layout(encoded: torch.Tensor, new_lengths: torch.Tensor, device: torch.device) -> Layout:
-    """The jagged layout of new items alone, with positions that go on from the ``encoded [B]`` items of each history."""
+    """The jagged layout of new items alone, with positions that continue from the ``encoded [B]`` items of each history."""
     layout = jagged_layout(new_lengths, int(new_lengths.max()) if new_lengths.numel() else 0, device)
     return _shifted(layout, encoded)
 

@@ -71,7 +71,7 @@ def next_times(
 ) -> torch.Tensor:
     """Time of the event after each position, ``[B, N]``.
 
-    timestamps ``[B, N]``; the slot behind a row's end may hold the next event's time, 0 if unknown. next_known ``[B]``
+    timestamps ``[B, N]``; the slot after a row's end may hold the next event's time, 0 if unknown. next_known ``[B]``
     replaces that slot. A full row without next_known repeats its own last time.
     """
     last = timestamps[:, -1:] if next_known is None else next_known[:, None]

@@ -87,7 +87,7 @@ class LearnablePositionalEmbeddingFromEnd(InputPreprocessor):
 
     def forward(self, items: torch.Tensor, layout: Layout, events: TokenEvents) -> EncoderInput:
         to_end = layout.lengths.index_select(0, layout.row_of) - layout.positions
-        # Behind a padded row's end the count goes below 0; those tokens are masked afterwards.
+        # Past a padded row's end the count goes below 0; those tokens are masked afterwards.
         places = (len(self.position) - to_end).clamp(max=len(self.position) - 1)
         x = torch.add(lookup_rows(self.position, places), items, alpha=self.embedding_dim**0.5)
         return EncoderInput(layout.mask(self.dropout(x)), layout, dict(events))
@@ -175,7 +175,7 @@ def double_layout(layout: Layout) -> Layout:
             lengths = torch.from_numpy(layout.host_lengths * 2)
             doubled = jagged_layout(lengths, layout.max_length * 2, layout.device)
         positions = torch.stack([2 * layout.positions, 2 * layout.positions + 1], dim=1).flatten()
-        doubled = replace(doubled, positions=positions)  # a history that goes on does not begin at 0
+        doubled = replace(doubled, positions=positions)  # an extended history does not begin at 0
     if layout.attention_mask is None:
         return doubled
     repeated = (_twice(x) for x in (layout.attention_mask.key, layout.attention_mask.query))

@@ -101,7 +101,7 @@ class SequenceEncoder(torch.nn.Module):
         layout: Layout,
         events: Mapping[str, torch.Tensor],
     ) -> tuple[torch.Tensor, HistoryCache]:
-        """The states ``[B, D']`` after `forward` of histories that go on with ``items [T, D]``, and their cache.
+        """The states ``[B, D']`` after `forward` of histories extended by ``items [T, D]``, and their cache.
 
         layout: jagged, of the new items alone (see `modeling.cache.new_layout`). UserError where histories cannot be encoded
         piece by piece.
@@ -259,12 +259,12 @@ class SequenceRecommender(torch.nn.Module):
         new_ids: torch.Tensor,
         new_events: Mapping[str, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, HistoryCache]:
-        """`encode_query` of the cached histories with further items behind them, computed on the new items alone.
+        """`encode_query` of the cached histories followed by further items, computed on the new items alone.
 
         cache: what the last call gave, None to begin. new_lengths ``[B]`` (0: none in this row), new_ids ``[B, M]``;
         new_events: `types.SequentialFeatures`'s of the new items, the same names in every call;
         ``next_timestamps [B]`` where the time of the event to predict is known, 0 otherwise.
-        Returns the states ``[B, D]`` and the cache that a later call goes on from. No gradients.
+        Returns the states ``[B, D]`` and the cache that a later call continues from. No gradients.
 
         HSTU with ``next_time = "given"`` encodes each row's last old item again, as the time of the event after it is
         known now. UserError: histories that outgrow the window, encoders and objectives that cannot append.
@@ -280,7 +280,7 @@ class SequenceRecommender(torch.nn.Module):
         layout = new_layout(encoded, new_lengths, new_ids.device)
         events = dict(new_events or {})
         if "timestamps" in events:
-            events["timestamps"] = F.pad(events["timestamps"], (0, 1))  # a slot behind every row: unknown
+            events["timestamps"] = F.pad(events["timestamps"], (0, 1))  # a slot after every row: unknown
         if cache is not None and "timestamps" in events and "next_timestamps" in cache.last_events:
             # The time of the event after each row's last item is known now.
             first, following = events["timestamps"][:, 0], events.get("next_timestamps")

@@ -84,7 +84,7 @@ class CausalLastObjective(CausalObjective):
 
 
 def following(values: torch.Tensor, lengths: torch.Tensor, count: int) -> torch.Tensor:
-    """``[B, N, count]``: each place of ``values [B, N]`` and those behind it, 0 beyond a row's length."""
+    """``[B, N, count]``: each place of ``values [B, N]`` and those after it, 0 beyond a row's length."""
     width = values.shape[1]
     values = values * (torch.arange(width, device=values.device) < lengths[:, None])
     return F.pad(values, (0, count - 1)).unfold(1, count, 1)

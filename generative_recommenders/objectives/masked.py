@@ -32,7 +32,7 @@ MaskColumns = tuple[Tensor, Tensor]
 
 
 class MaskedObjective(Objective):
-    """Hidden positions of whole histories are predicted; queries read a mask slot behind the history."""
+    """Hidden positions of whole histories are predicted; queries read a mask slot after the history."""
 
     uses_mask = True
     hidden_are_seen = True
@@ -58,7 +58,7 @@ class MaskedObjective(Objective):
         return replace(example, replaced=replaced)
 
     def query(self, features: SequentialFeatures, padded: bool = False) -> ModelInputs:
-        """The history with a mask slot behind its last event, position ``past_lengths [B]``, which is read."""
+        """The history with a mask slot after its last event, position ``past_lengths [B]``, which is read."""
         lengths, wider = features.past_lengths, F.pad(features.past_ids, (0, 1))
         slot = torch.arange(wider.shape[1], device=wider.device) == lengths[:, None]
         # The stand-in is a copy of the last item, 1 in an empty row: padding's id would hide the slot itself.
@@ -157,7 +157,7 @@ class PermutedObjective(MaskedObjective):
         span = (span_draw * self.max_span_length).long() + 1
         context = contexts[span - 1]
         begin = context.cumsum(1) - context + (place_draw * (context - span + 1)).long()
-        # +1 where a span begins and -1 behind its end, so that a running sum is above 0 within spans.
+        # +1 where a span begins and -1 after its end, so that a running sum is above 0 within spans.
         edges = real.new_zeros(rows, width + 1, dtype=torch.long)
         edges.scatter_add_(1, begin.minimum(lengths), torch.ones_like(begin))
         edges.scatter_add_(1, (begin + span).minimum(lengths), -torch.ones_like(begin))

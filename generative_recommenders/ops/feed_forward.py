@@ -93,7 +93,7 @@ class PointWiseFeedForward(nn.Module):
     residual.
 
     embedding_dim: width D of input and output.
-    dropout: rate behind the activation and behind the second layer.
+    dropout: rate after the activation and after the second layer.
     activation: "gelu" (erf form) or "relu".
     hidden_dim: width between the layers, D unless given.
     """
@@ -173,7 +173,7 @@ class _SwiGlu(torch.autograd.Function):
 
 
 class SwiGLUEncoder(nn.Module):
-    """Two residual SwiGLU layers, each with an RMS norm behind: y = RMS(S1(x) + x), out = RMS(S2(y) + y)."""
+    """Two residual SwiGLU layers, each followed by an RMS norm: y = RMS(S1(x) + x), out = RMS(S2(y) + y)."""
 
     def __init__(self, embedding_dim: int, hidden_dim: int) -> None:
         super().__init__()

@@ -26,7 +26,7 @@ def jagged_to_padded_reference(values: torch.Tensor, offsets: torch.Tensor, max_
     rows = torch.arange(len(offsets) - 1, device=values.device)
     row_of = torch.repeat_interleave(rows, offsets.diff(), output_size=num_tokens)
     column = torch.arange(num_tokens, device=values.device) - offsets[row_of]
-    # Cut tokens go to a cell of their own, behind all others.
+    # Cut tokens go to a cell of their own, after all others.
     cell = torch.where(column < max_length, row_of * max_length + column, cells)
     out = values.new_zeros(cells + 1, *values.shape[1:]).index_copy(0, cell, values)
     return out[:-1].view(len(offsets) - 1, max_length, *values.shape[1:])

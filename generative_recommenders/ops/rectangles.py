@@ -12,11 +12,11 @@ import torch
 
 @dataclass(frozen=True)
 class Rectangles:
-    """Rectangles ``[rows, columns]`` of tokens, one behind the other in memory.
+    """Rectangles ``[rows, columns]`` of tokens, one after the other in memory.
 
     shapes: rows and columns of each.
-    tokens: ``[cells]`` int32, the token in each cell; cells behind the end of a sequence repeat its last token.
-    real: ``[cells]`` bool, False behind the end of a sequence.
+    tokens: ``[cells]`` int32, the token in each cell; cells past the end of a sequence repeat its last token.
+    real: ``[cells]`` bool, False past the end of a sequence.
 
     With H heads a rectangle is ``[rows, H, columns]``.
     """
@@ -45,7 +45,7 @@ class Rectangles:
         return x.new_empty(self.tokens.numel() * x.shape[1], x.shape[2])
 
     def hide_padding(self, cells: torch.Tensor, heads: int) -> torch.Tensor:
-        """``[cells * H, d]`` in place: 0 behind the end of a sequence."""
+        """``[cells * H, d]`` in place: 0 past the end of a sequence."""
         if heads not in self._weights:
             weights = self.real.to(cells.dtype)
             self._weights[heads] = self._for_heads(weights, weights.new_zeros(heads))[:, None]
@@ -96,7 +96,7 @@ class Places:
         if heads == 1:
             return self.cells
         if heads not in self._indices:
-            # A rectangle is [rows, H, columns]: head h of a row lies h times its columns behind the first head.
+            # A rectangle is [rows, H, columns]: head h of a row lies h times its columns after the first head.
             run = torch.searchsorted(self.runs, self.cells, right=True)
             first = self.runs[run - 1]
             columns = self.runs[run] - first

@@ -18,7 +18,7 @@ from generative_recommenders.retrieval.top_k import TopKModule
 def make_top_k(
     method: str, similarity: Similarity, item_embeddings: torch.Tensor, options: dict[str, Any] | None = None
 ) -> TopKModule:
-    """The search of a name: of `TOP_K_MODULES`, with the values of its options behind it as published (``MoLCombTopK5_500``
+    """The search of a name: of `TOP_K_MODULES`, followed by the values of its options as published (``MoLCombTopK5_500``
     has ``k_per_group = 5`` and ``avg_top_k = 500``).
 
     similarity: what the model was trained with; a search for another kind of similarity is refused.

@@ -295,7 +295,7 @@ class Recommender:
     # -- sessions and new items ---------------------------------------------------------------------------------
 
     def session(self, user: Any = None, history: Any = ()) -> Session:
-        """A history that goes on by `append`. history: items, oldest first, or a DataFrame as for `recommend` without users."""
+        """A history that `append` extends. history: items, oldest first, or a DataFrame as for `recommend` without users."""
         session = Session(user, self.reader.max_length)
         if is_table(history):
             frame = as_frame(history)

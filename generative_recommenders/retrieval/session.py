@@ -1,4 +1,4 @@
-"""Sessions: histories that go on event by event, encoded on their new events alone where the encoder allows it."""
+"""Sessions: histories that grow event by event, encoded on their new events alone where the encoder allows it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Session:
         return self._total
 
     def add(self, histories: Histories) -> None:
-        """Further events of this user, as a reader gives them: behind the others, or by their times where there are some."""
+        """Further events of this user, as a reader gives them: after the others, or by their times where there are some."""
         batch, length = histories.batch, int(histories.batch["lengths"][0])
         self.seen |= set(histories.seen[0].tolist())
         self.numeric = histories.numeric
@@ -49,7 +49,7 @@ class Session:
         if times is not None and (times.diff(dim=1) < 0).any():
             order = times.argsort(dim=1, stable=True)
             columns = {name: x.gather(1, order) for name, x in columns.items()}
-            self._cache = None  # what was encoded behind the new event is no longer true
+            self._cache = None  # states encoded after the new event are out of date
         self._columns = {name: x[:, -self.window :] for name, x in columns.items()}
         if "next_timestamps" in self._of_user:
             # Unless a request brings its own, the time of the last event.
@@ -80,7 +80,7 @@ class Session:
         encoder: Any = model.sequence.encoder
         appends = encoder.causal and isinstance(encoder, IncrementalEncoder) and model.mask_embedding is None
         appends = appends and model.sequence.preprocessor.appendable
-        # behind the window every position moves, and a time that is asked again has no new event: both encode the window
+        # past the window every position moves, and another request time brings no new event: both encode the window
         if not appends or self._total > self.window or self._encoded == self._total:
             self._cache = None if self._total > self.window else self._cache
             return model.encode_query(batch).states

@@ -66,7 +66,7 @@ class RunFolder:
         results, where another process has the folder open, or where it cannot be written to.
         """
         if path is None and resume:
-            raise UserError("--resume needs the folder of the run to go on with: give --run_dir")
+            raise UserError("--resume needs the folder of the run to resume: give --run_dir")
         folder = Path(path) if path is not None else None
         try:
             if folder is None:
@@ -75,7 +75,7 @@ class RunFolder:
                 raise UserError(f"no run to resume at {folder}")
             elif not resume and holds_run(folder):
                 raise UserError(
-                    f"{folder} holds a run already: go on with it by --resume, or give another --run_dir"
+                    f"{folder} holds a run already: resume it with --resume, or give another --run_dir"
                 )
             folder.mkdir(parents=True, exist_ok=True)
             for file in _WRITTEN:
@@ -130,7 +130,7 @@ class RunFolder:
 
     def write_result(self, step: int, metrics: Mapping[str, float], settings: Mapping[str, Any]) -> None:
         """Adds the test result to TensorBoard, with the settings as hyperparameters, so that its table compares runs by
-        them. step: the run's last; the result stands one behind it, so that a run that goes on from there purges it.
+        them. step: the run's last; the result is written one step later, so that a run resumed from there purges it.
         metrics: by tag, as ``test/mrr``. settings: by gin name."""
         self.write_scalars(step + 1, metrics)
         if self._writer is None:  # without TensorBoard
@@ -144,7 +144,7 @@ class RunFolder:
 
     def truncate_after(self, step: int, epoch: int | None = None) -> None:
         """Removes what was recorded after ``step``: lines of metrics.jsonl, and TensorBoard events by its
-        purge step. Final results are removed too: a run that goes on writes them anew.
+        purge step. Final results are removed too: a resumed run writes them anew.
 
         epoch: the one (from 0) that the checkpoint is in, whose record is still to come: one that was written
         at this very step is removed too. Call it before anything is written.
@@ -153,7 +153,7 @@ class RunFolder:
         lines = self.metrics_path.read_bytes().splitlines(keepends=True)
         found = [(line, _kept_record(line, step, epoch)) for line in lines]
         kept = [(line, record) for line, record in found if record is not None]
-        # A run of release 0.1.0 goes on under today's names of its metrics.
+        # A run of release 0.1.0 is resumed under today's names of its metrics.
         text = "".join(line.decode() for line, _ in kept).replace('"liked_', '"high_rated_')
         self._write(self.metrics_path.name, text)
         self._metrics = _open_lines(self.metrics_path)
@@ -234,7 +234,7 @@ def holds_run(folder: Path) -> bool:
 
 
 def _new_folder(root: Path, name: str) -> Path:
-    """A folder named by the time, with a number behind it where that one exists."""
+    """A folder named by the time, followed by a number where that one exists."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     root.mkdir(parents=True, exist_ok=True)
     attempt = 1

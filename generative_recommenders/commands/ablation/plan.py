@@ -123,7 +123,7 @@ class Ablation:
             raise UserError(f"{self.file}, cell {cell.name}: {error}") from error
         run = Run(cell, self.out / cell.name / f"seed-{seed}", settings, resolved_text(settings))
         if (made := made_settings(run)) is not None:
-            # More epochs than before are the same run, which goes on; fewer are another one.
+            # More epochs than before are the same run, which is resumed; fewer are another one.
             other = [each for each in differences(made, settings) if each[0] != EPOCHS or each[2] < each[1]]
             for name, before, now in other[:1]:
                 raise UserError(

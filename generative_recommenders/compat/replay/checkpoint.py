@@ -98,7 +98,7 @@ def save_as_run(
         own[f"sequence.encoder.{ours}"].copy_(value)
     if isinstance(model, TwoTower):
         # Ours reads ids scaled by sqrt(D), RePlay's as they are: the first layer is scaled with its input, which the RMS
-        # norm behind it takes out again.
+        # norm after it takes out again.
         scale = table.shape[1] ** 0.5
         first = {"WG.weight": 1 / scale, "W1.weight": 1 / scale, "W2.weight": scale, "W2.bias": scale}
         for name, value in model.body.item_tower.encoder.state_dict().items():  # type: ignore[attr-defined]

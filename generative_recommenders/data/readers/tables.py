@@ -225,7 +225,7 @@ class _FlatTable:
     def place(self, field: int) -> int:
         """Where a field lies; 0 where it is absent."""
         # A table begins with the distance back to its list of offsets, which begins with its own size; a field that was not
-        # written has the offset 0, or lies behind the end of a list of an older program.
+        # written has the offset 0, or lies past the end of a list of an older program.
         places = self.start - struct.unpack_from("<i", self.data, self.start)[0]
         (size,) = struct.unpack_from("<H", self.data, places)
         offset = struct.unpack_from("<H", self.data, places + 4 + 2 * field)[0] if 4 + 2 * field < size else 0

@@ -64,7 +64,7 @@ class Block:
     first_line: int
 
     def after_line(self, number: int) -> Block:
-        """The lines behind line ``number`` of the file."""
+        """The lines after line ``number`` of the file."""
         count = number - self.first_line + 1
         if count <= 0:
             return self

@@ -112,7 +112,7 @@ def _parse_text(values: pl.Series, form: str) -> pl.Series:
     zone = pl.Series([None] * len(text), dtype=pl.String)
     # Zones are taken apart here: polars would want all times of a column to have one, or none.
     if ":" in (values.drop_nulls().head(1).item() if len(values.drop_nulls()) else ""):
-        # Behind the date, whose own dashes are no zone.
+        # After the date, whose own dashes are no zone.
         zone = text.str.slice(10).str.extract_groups(_ZONE).struct[0]
         text = text.set(zone.is_not_null(), None).fill_null(text.str.replace(r"\s*" + _ZONE, ""))
     if form in ("%Y-%m-%d", "%Y/%m/%d"):

@@ -2,7 +2,7 @@
 
 A reader keeps two threads of reading: the book read last, and the last book of the thread before it. A step
 is *predictable* with probability ``predictability``: the reader takes the next volume of one of the two
-threads (the older one with probability ``interleaving``); behind the last volume comes the author's next
+threads (the older one with probability ``interleaving``); after the last volume comes the author's next
 work. Otherwise a fresh book opens a new thread: a genre by the reader's taste, which drifts from one
 favourite genre to another over the reader's life, and a book of that genre by Zipf popularity. Books read
 before are passed over. At ``predictability = 0`` there are neither threads nor tastes nor memory: every step
@@ -48,8 +48,8 @@ SECONDS_A_DAY = 86_400
 class SyntheticBooksSettings:
     """Settings of the generator. Counts are those of the raw file: the filter leaves about 6,000 users and 3,000 books.
 
-    predictability: probability in [0, 1] that a step goes on with one of the reader's two threads.
-    interleaving: probability in [0, 1] that such a step goes on with the older of the two.
+    predictability: probability in [0, 1] that a step continues one of the reader's two threads.
+    interleaving: probability in [0, 1] that such a step continues the older of the two.
     min_length, mean_length: ratings a reader; heavy-tailed, at most `MAX_LENGTH`.
 
     The size of the real Amazon Books: 8_026_324 users, 2_330_066 items, min_length 1, mean_length 2.75.
@@ -246,7 +246,7 @@ def _walk(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Items of all steps of all readers of a slice, and the heads of both threads before each; arrays ``[T]`` as in `Steps`.
 
-    older: whether the older thread goes on. attempts: to pass over books read before. Readers are sorted, longest first, so
+    older: whether the older thread continues. attempts: to pass over books read before. Readers are sorted, longest first, so
     that those who still read at a step are a prefix.
     """
     lengths = np.diff(offsets)
@@ -259,20 +259,20 @@ def _walk(
     items, last, other = (np.empty(offsets[-1], dtype=np.int64) for _ in range(3))
     for step, active in zip(steps, reading):
         rows = starts[:active] + step
-        newest, behind = last[rows], other[rows] = heads[:, :active]
-        goes_on = predictable[rows]
-        # Where there is no older thread yet, the newest one goes on.
-        from_older = goes_on & older[rows] & (behind >= 0)
-        book = np.where(goes_on, successor[np.where(from_older, behind, newest)], -1)
-        book[~goes_on] = fresh(rows[~goes_on], 0)
+        newest, older_head = last[rows], other[rows] = heads[:, :active]
+        continues = predictable[rows]
+        # Where there is no older thread yet, the newest one continues.
+        from_older = continues & older[rows] & (older_head >= 0)
+        book = np.where(continues, successor[np.where(from_older, older_head, newest)], -1)
+        book[~continues] = fresh(rows[~continues], 0)
         for attempt in range(1, attempts + 1):
             again = np.flatnonzero((read[:active, :step] == book[:, None]).any(axis=1))
             if len(again) == 0:
                 break
-            onward = goes_on[again]
+            onward = continues[again]
             book[again[onward]] = successor[book[again[onward]]]
             book[again[~onward]] = fresh(rows[again[~onward]], attempt)
-        heads[:, :active] = book, np.where(goes_on & ~from_older, behind, newest)
+        heads[:, :active] = book, np.where(continues & ~from_older, older_head, newest)
         read[:active, step] = book
         items[rows] = book
     return items, last, other

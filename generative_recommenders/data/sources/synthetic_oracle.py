@@ -87,7 +87,7 @@ def oracle(
         filtered_rank = 0 if repeats_count else settings.num_items
         by_rank = np.zeros(settings.num_items + 1)
         by_rank[filtered_rank] = probability[filtered].sum()
-        # What is filtered competes with nobody: behind all others, and there without a probability.
+        # What is filtered competes with nobody: ranked below all others, and there without a probability.
         competing = np.where(~filtered & available, probability, -1.0)
         target = steps.items[block]
         own = competing[np.arange(len(block)), target][:, None]
@@ -109,7 +109,7 @@ class _RankWeights:
         hits = [(rank < cutoff).astype(np.float64) for cutoff in cutoffs]
         self._cutoffs = list(cutoffs)
         table = np.stack([*hits, *(hit / np.log2(rank + 2) for hit in hits), 1 / (rank + 1)])
-        self.table = np.pad(table, ((0, 0), (0, 1)))  # a miss, the rank behind all, adds nothing
+        self.table = np.pad(table, ((0, 0), (0, 1)))  # a miss, the rank below all, adds nothing
 
     def score(self, sums: np.ndarray, users: int, realised: OracleScore | None = None) -> OracleScore:
         count = len(self._cutoffs)

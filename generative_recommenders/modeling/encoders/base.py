@@ -38,7 +38,7 @@ class BlockEncoder(torch.nn.Module):
         return ()
 
     def cached_inputs(self, events: Mapping[str, torch.Tensor], appended: Appended) -> tuple[Any, ...]:
-        """The same for tokens behind cached ones; events: of these tokens."""
+        """The same for tokens after cached ones; events: of these tokens."""
         return ()
 
     def output(self, x: torch.Tensor) -> torch.Tensor:

@@ -100,7 +100,7 @@ class DiffTransformerBlock(nn.Module):
     """Differential attention, then SwiGLU, each with a residual and an RMS norm; vdim and SwiGLU's width are
     2 D.
 
-    norm: "post" norms behind the residual, y = RMS(A(x) + x), out = RMS(S(y) + y) (RePlay's form); "pre"
+    norm: "post" norms after the residual, y = RMS(A(x) + x), out = RMS(S(y) + y) (RePlay's form); "pre"
     norms each branch's input, y = x + A(RMS(x)), out = y + S(RMS(y)) (arXiv 2410.05258, eq. 4 and 5).
     dropout_rate: on the probabilities of both attentions and on what each branch adds to its residual.
     """
@@ -165,10 +165,10 @@ class DiffTransformerBlock(nn.Module):
 class DiffTransformer(BlockEncoder):
     """DiffTransformer: a stack of `DiffTransformerBlock`, one softmax attention less a share of another (arXiv 2410.05258).
 
-    ``forward(x [T, D], layout, events) -> [T, D]``, in x's float dtype; no norm behind the last block, whose lambda_init is
+    ``forward(x [T, D], layout, events) -> [T, D]``, in x's float dtype; no norm after the last block, whose lambda_init is
     0.8 - 0.6 exp(-0.3 block). UserError where num_heads does not divide D.
 
-    norm: "post" norms behind the residual (RePlay's form), "pre" each branch's input (the paper's).
+    norm: "post" norms after the residual (RePlay's form), "pre" each branch's input (the paper's).
     dropout_rate: dropout on the probabilities of both attentions and on what each branch adds.
     """
 

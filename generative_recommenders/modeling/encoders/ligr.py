@@ -95,7 +95,7 @@ class LigrBlock(torch.nn.Module):
 
 @register_encoder("LiGR", gin_name="ligr_encoder")
 class LiGR(BlockEncoder):
-    """LiGR: a stack of `LigrBlock`, a pre-norm Transformer with gated residuals (arXiv 2502.03417); no norm behind the last.
+    """LiGR: a stack of `LigrBlock`, a pre-norm Transformer with gated residuals (arXiv 2502.03417); no norm after the last.
 
     ``forward(x [T, D], layout, events) -> [T, D]``, in x's float dtype. UserError where num_heads does not divide D.
 

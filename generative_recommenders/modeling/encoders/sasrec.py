@@ -112,7 +112,7 @@ class SASRec(BlockEncoder):
     ffn_activation_fn: its activation.
     ffn_dropout_rate: dropout on the attention's weights and within the feed-forward.
     norm_weights: layer norms carry weights and biases.
-    final_norm: layer norm with weights behind the last block (RePlay's body).
+    final_norm: layer norm with weights after the last block (RePlay's body).
     """
 
     def __init__(

@@ -62,7 +62,7 @@ class Group:
         return x.index_select(0, self.keys.tokens).view(self.lengths.shape[0], self.width, *x.shape[1:])
 
     def real(self) -> torch.Tensor:
-        """``[g, n]`` bool, False behind a row's end."""
+        """``[g, n]`` bool, False past a row's end."""
         return self.keys.real.view(self.lengths.shape[0], self.width)
 
 
@@ -93,7 +93,7 @@ def groups_of_rows(lengths: np.ndarray, causal: bool) -> Grouping:
         rows = order[first : first + fits]
         own = lengths[rows]
         columns = np.arange(width)
-        # cells behind a row's end hold its last token: finite numbers, which no real query sees
+        # cells past a row's end hold its last token: finite numbers, which no real query sees
         tokens = (starts[rows][:, None] + np.minimum(columns, own[:, None] - 1)).astype(np.int32)
         cells = torch.from_numpy(tokens), torch.from_numpy(columns < own[:, None])
         steps, keys = _steps(own), _cut(*cells, _whole(*tokens.shape))

@@ -20,7 +20,7 @@ BUCKETS = tl.constexpr(128)
 
 @triton.jit
 def _tokens(x, rows, length, step, columns, COUNT: tl.constexpr):
-    """``[rows, columns]`` of a row's tokens, 0 behind its end."""
+    """``[rows, columns]`` of a row's tokens, 0 past its end."""
     mask = (rows[:, None] < length) & (columns[None, :] < COUNT)
     return tl.load(x + rows[:, None] * step + columns[None, :], mask=mask, other=0.0)
 
@@ -83,7 +83,7 @@ def forward(
         if SOFTMAX:
             logits = tl.where(seen, logits, -float("inf"))
             higher = tl.maximum(top, tl.max(logits, axis=1))
-            higher = tl.where(i < length, higher, 0.0)  # nothing is seen from behind the row's end
+            higher = tl.where(i < length, higher, 0.0)  # queries past the row's end see nothing
             weights = tl.exp(logits - higher[:, None])
             kept_share = tl.exp(top - higher)
             total = total * kept_share + tl.sum(weights, axis=1)

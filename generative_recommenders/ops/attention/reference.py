@@ -132,7 +132,7 @@ def _by_row(x: torch.Tensor, layout: Layout) -> torch.Tensor:
 
 
 def _sees(layout: Layout) -> torch.Tensor:
-    """bool ``[B, 1, N, N]`` or ``[N, N]``; where all is causal padding lies behind what is real, and is not seen."""
+    """bool ``[B, 1, N, N]`` or ``[N, N]``; where all is causal padding lies after what is real, and is not seen."""
     columns = torch.arange(layout.max_length, device=layout.device)
     if layout.attention_mask is None:
         return columns <= columns[:, None]

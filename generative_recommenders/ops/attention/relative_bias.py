@@ -39,7 +39,7 @@ def time_buckets(query_times: torch.Tensor, key_times: torch.Tensor) -> torch.Te
 class BiasInputs(NamedTuple):
     """What relative biases are looked up by: ``distance [n, c]`` and ``buckets [g, n, c]`` int64, or None without times.
 
-    n queries against c keys: those of a tile, or of a whole group. For tokens behind cached ones, both are ``[B, n, c]``.
+    n queries against c keys: those of a tile, or of a whole group. For tokens after cached ones, both are ``[B, n, c]``.
     """
 
     distance: torch.Tensor
@@ -67,7 +67,7 @@ def bias_inputs(
         if times is None:
             return PairInputs(None)
         cells = layout.starts[:, None] + torch.arange(layout.longest, device=layout.device)
-        cells = cells.clamp(max=max(layout.num_tokens - 1, 0))  # behind a row's end buckets hold anything
+        cells = cells.clamp(max=max(layout.num_tokens - 1, 0))  # past a row's end buckets hold anything
         return PairInputs(time_buckets(*(each[cells] for each in times)).to(torch.uint8))
     inputs = []
     for group in layout.groups:

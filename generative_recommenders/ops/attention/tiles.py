@@ -71,7 +71,7 @@ def takes_kernel(layout: Layout) -> bool:
 
 
 def tiles(group: Group, layout: Layout) -> list[Tile]:
-    """Attention mask, by the steps of a causal group. Cells behind a row's end are never seen by real ones."""
+    """Attention mask, by the steps of a causal group. Cells past a row's end are never seen by real ones."""
     width = group.width
     if layout.attention_mask is not None:
         return [Tile(group.lengths.shape[0], 0, width, width, 0, visible(group, layout.attention_mask))]
@@ -79,7 +79,7 @@ def tiles(group: Group, layout: Layout) -> list[Tile]:
 
 
 def visible(group: Group, by: AttentionMask) -> torch.Tensor:
-    """Bool ``[g, 1, n, n]``, False for what lies behind a row's end."""
+    """Bool ``[g, 1, n, n]``, False for what lies past a row's end."""
     out_of_reach = torch.iinfo(torch.int64).max
     key = group.gather(by.key).masked_fill(~group.real(), out_of_reach)
     return (key[:, None, :] <= group.gather(by.query)[:, :, None])[:, None]

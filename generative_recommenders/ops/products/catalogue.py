@@ -37,7 +37,7 @@ class Statistic(NamedTuple):
     """A row statistic: its value over a tile, its total over tiles, and its derivative by the logits."""
 
     tile: Callable[[Tensor], tuple[Tensor, Tensor]]
-    """Logits ``[t, v]`` -> (value, log scale), ``[t]``; leaves the derivative up to a factor a row behind."""
+    """Logits ``[t, v]`` -> (value, log scale), ``[t]``; overwrites them with the derivative, up to a factor per row."""
     total: Callable[[Tensor], Tensor]
     """Values ``[tiles, t]`` -> statistic ``[t]``."""
     factors: Callable[[Tensor, Tensor], Tensor]

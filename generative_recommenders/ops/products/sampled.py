@@ -103,9 +103,9 @@ def block_products_reference(
 
 
 def split_blocks(x: torch.Tensor, num_blocks: int, block_size: int, lead: int) -> torch.Tensor:
-    """``[T, D]`` values of tokens as ``[G, block_size, D]``, 0 in front of the first token and behind the last."""
-    behind = num_blocks * block_size - lead - x.shape[0]
-    return F.pad(x, (0, 0, lead, behind)).unflatten(0, (-1, block_size))
+    """``[T, D]`` values of tokens as ``[G, block_size, D]``, 0 before the first token and after the last."""
+    trailing = num_blocks * block_size - lead - x.shape[0]
+    return F.pad(x, (0, 0, lead, trailing)).unflatten(0, (-1, block_size))
 
 
 def join_blocks(blocks: torch.Tensor, num_tokens: int, lead: int) -> torch.Tensor:

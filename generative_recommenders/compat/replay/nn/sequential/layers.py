@@ -100,7 +100,7 @@ class DiffTransformerBlock(core.DiffTransformerBlock):
 
 
 class DiffTransformerLayer(nn.Module):
-    """A stack of `DiffTransformerBlock` with lambda_init = 0.8 - 0.6 exp(-0.3 block); no norm behind the last."""
+    """A stack of `DiffTransformerBlock` with lambda_init = 0.8 - 0.6 exp(-0.3 block); no norm after the last."""
 
     def __init__(
         self, embedding_dim: int, num_heads: int, num_blocks: int, norm: Literal["post", "pre"] = "post"

@@ -107,7 +107,7 @@ class NextItemModel(nn.Module, ABC):
         return TrainOutput(loss, hidden_states)
 
     def hidden_states(self, feature_tensors: protocols.Tensors, padding_mask: Tensor) -> tuple[Tensor, ...]:
-        """The body's output, and behind it what is made of it; the last one is scored."""
+        """The body's output, followed by what is computed from it; the last one is scored."""
         return (self.body(feature_tensors, padding_mask),)
 
     def get_logits(self, model_embeddings: Tensor, candidates_to_score: Tensor | None = None) -> Tensor:
