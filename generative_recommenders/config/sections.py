@@ -32,6 +32,7 @@ NextTime = Literal["given", "hidden"]
 Catalogue = Literal["rated", "all"]
 TrainingWindows = Literal["last", "all"]
 RateSchedule = Literal["constant", "cosine"]
+FeatureKind = Literal["categorical", "categorical_list", "numerical"]
 ListReduction = Literal["sum", "mean", "max"]
 MAX_PREFETCH = 64
 """Batches that a loader makes ahead at most."""

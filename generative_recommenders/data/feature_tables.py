@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from absl import logging
 
-from generative_recommenders.data.manifest import FeatureKind, FeatureSpec
+from generative_recommenders.data.manifest import FeatureSpec, StoredKind
 from generative_recommenders.data.schema import large_strings
 from generative_recommenders.errors import UserError
 
@@ -42,7 +42,7 @@ def describe(owner: str, features: pa.Table) -> list[FeatureSpec]:
     feature's."""
     specs = []
     for field, column in zip(features.schema, features.columns):
-        described: FeatureKind
+        described: StoredKind
         kind, values = field.type, column
         if (field.metadata or {}).get(b"kind") == b"text":
             described = "text"

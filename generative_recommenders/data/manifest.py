@@ -23,6 +23,7 @@ from pydantic import (
     ValidationError,
 )
 
+from generative_recommenders.config.sections import FeatureKind
 from generative_recommenders.data.schema import KNOWN, KNOWN_KINDS, STORED, EventColumn
 from generative_recommenders.errors import UserError
 
@@ -35,8 +36,8 @@ UNRATED = "unrated_items.parquet"
 """Rows like those of ``items.parquet``, of items that nobody rated: ids V + 1 on where a run takes them in."""
 OFFSETS = "offsets.int64.bin"
 
-FeatureKind = Literal["categorical", "categorical_list", "numerical", "text"]
-"""Of these, text is shown and not learnt from."""
+StoredKind = Literal[FeatureKind, "text"]
+"""Text is shown and not learnt from."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class FeatureSpec:
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     name: StrictStr
-    kind: FeatureKind
+    kind: StoredKind
     cardinality: StrictInt
     source: StrictStr
     owner: StrictStr

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from generative_recommenders.config.sections import Catalogue
 from generative_recommenders.data.feature_tables import describe
 from generative_recommenders.data.manifest import (
     OFFSETS,
@@ -77,7 +77,7 @@ class SequenceDataset:
         assert items is not None
         return cls(folder, manifest, items, ratings, timestamps, offsets, maps)
 
-    def with_catalogue(self, catalogue: Literal["rated", "all"]) -> SequenceDataset:
+    def with_catalogue(self, catalogue: Catalogue) -> SequenceDataset:
         """The same data with "all" items of the item table in the catalogue: those that nobody rated have ids V + 1 on.
 
         UserError for a folder of a release that did not keep them.

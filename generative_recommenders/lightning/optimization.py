@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
 from generative_recommenders.errors import UserError
+
+OptimizerName = Literal["adam", "adamw", "sgd"]
 
 
 class BaseOptimizerFactory(ABC):
@@ -24,14 +26,14 @@ class OptimizerFactory(BaseOptimizerFactory):
 
     def __init__(
         self,
-        optimizer: Literal["adam", "adamw", "sgd"] = "adam",
+        optimizer: OptimizerName = "adam",
         learning_rate: float = 0.001,
         weight_decay: float = 0.0,
         sgd_momentum: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.98),
     ) -> None:
-        if optimizer not in ("adam", "adamw", "sgd"):
-            raise UserError(f"OptimizerFactory: optimizer {optimizer!r} is none of adam, adamw, sgd")
+        if optimizer not in (names := get_args(OptimizerName)):
+            raise UserError(f"OptimizerFactory: optimizer {optimizer!r} is none of {', '.join(names)}")
         self.optimizer = optimizer
         self.shared: dict[str, Any] = {"lr": learning_rate, "weight_decay": weight_decay}
         self.sgd_momentum, self.betas = sgd_momentum, betas

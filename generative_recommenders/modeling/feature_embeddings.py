@@ -7,16 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from absl import logging
 from torch import nn
 
-from generative_recommenders.config.sections import ListReduction
+from generative_recommenders.config.sections import FeatureKind, ListReduction
 from generative_recommenders.errors import UserError
-
-FeatureKind = Literal["categorical", "categorical_list", "numerical"]
 
 
 @dataclass(frozen=True)
@@ -58,8 +56,8 @@ class EmbeddingRows(nn.Module):
         self, rows: int, embedding_dim: int, padding_index: int, list_reduction: ListReduction | None
     ) -> None:
         super().__init__()
-        if list_reduction not in (None, "sum", "mean", "max"):
-            raise UserError(f"list reduction {list_reduction!r} is none of sum, mean, max")
+        if list_reduction not in (None, *(known := get_args(ListReduction))):
+            raise UserError(f"list reduction {list_reduction!r} is none of {', '.join(known)}")
         self.list_reduction = list_reduction
         if list_reduction is None:
             self.emb: nn.Embedding | nn.EmbeddingBag = nn.Embedding(rows, embedding_dim, padding_index)

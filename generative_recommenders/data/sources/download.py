@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from generative_recommenders.errors import UserError
 
+Digest = Literal["md5", "sha256"]
 BLOCK_BYTES = 1 << 20
 TIMEOUT_SECONDS = 30.0
 _HEADERS = {"User-Agent": "generative-recommenders", "Accept-Encoding": "identity"}
@@ -31,7 +32,7 @@ class RemoteFile:
     file_name: str
     urls: Sequence[str]
     checksum: str
-    algorithm: Literal["md5", "sha256"] = "md5"
+    algorithm: Digest = "md5"
 
     def describes(self, path: Path) -> bool:
         """Whether the file at `path` is this one by its published checksum."""

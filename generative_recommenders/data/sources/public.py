@@ -13,7 +13,6 @@ import zlib
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -23,7 +22,7 @@ from generative_recommenders.data.readers.events import RawRatings, ReadOptions
 from generative_recommenders.data.readers.files import data_files, data_suffix
 from generative_recommenders.data.sources import movielens
 from generative_recommenders.data.sources.archives import extract, is_archive
-from generative_recommenders.data.sources.download import RemoteFile, fetch, file_digest
+from generative_recommenders.data.sources.download import Digest, RemoteFile, fetch, file_digest
 from generative_recommenders.data.sources.synthetic_books import SyntheticBooksSettings, write_synthetic_books
 from generative_recommenders.errors import UserError
 
@@ -71,9 +70,7 @@ class PublishedRatings:
     users: tuple[str, ...] = ()
 
 
-def _remote(
-    mirrors: tuple[str, ...], name: str, checksum: str, algorithm: Literal["md5", "sha256"] = "md5"
-) -> RemoteFile:
+def _remote(mirrors: tuple[str, ...], name: str, checksum: str, algorithm: Digest = "md5") -> RemoteFile:
     return RemoteFile(name, [mirror + name for mirror in mirrors], checksum, algorithm)
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import repeat
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,8 @@ from generative_recommenders.ops.jagged import jagged_to_padded
 from generative_recommenders.ops.layout import Layout
 from generative_recommenders.ops.recomputation import run_block
 
-LINEAR_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"silu": F.silu, "none": lambda x: x}
+LinearConfig = Literal["uvqk"]
+LinearActivation = Literal["silu", "none"]
 """Of the one projection to U, V, Q and K."""
 
 
@@ -118,6 +119,11 @@ class TimedEncoder(BlockEncoder):
         return BiasInputs(self.max_length - 1 + appended.distances(), buckets)
 
 
+def linear_activation_of(name: LinearActivation) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The activation by its name."""
+    return F.silu if name == "silu" else lambda x: x
+
+
 def check_heads(width: int, num_heads: int) -> None:
     """ValueError where the heads do not divide the width."""
     if num_heads < 1 or width % num_heads:
@@ -133,7 +139,7 @@ def check_positive(**sizes: int) -> None:
             raise ValueError(f"{name} {size} must be 1 or more")
 
 
-def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
-    """ValueError naming the choices where the value is none of them."""
-    if value not in choices:
+def check_choice(name: str, value: str, choice: Any) -> None:
+    """ValueError naming the values of a Literal where the value is none of them. (A `Part` has refused it already.)"""
+    if value not in (choices := get_args(choice)):
         raise ValueError(f"unknown {name} {value!r}; known: {', '.join(choices)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ from generative_recommenders.ops.feed_forward import FLOAT32_EPS, SwiGLU
 from generative_recommenders.ops.layout import Layout
 from generative_recommenders.ops.normalization import RMSNorm, rms_norm
 
+NormPlace = Literal["post", "pre"]
 HEAD_NORM_EPS = 1e-5
 _LAMBDA_STD = 0.1  # of the lambda vectors at the start, as in the public code of the paper's authors
 
@@ -112,12 +113,12 @@ class DiffTransformerBlock(nn.Module):
         embedding_dim: int,
         num_heads: int,
         lambda_init: float,
-        norm: Literal["post", "pre"] = "post",
+        norm: NormPlace = "post",
         dropout_rate: float = 0.0,
     ) -> None:
         super().__init__()
-        if norm not in ("post", "pre"):
-            raise UserError(f"norm {norm!r} of DiffTransformerBlock: choose 'post' or 'pre'")
+        if norm not in (places := get_args(NormPlace)):
+            raise UserError(f"norm {norm!r} of DiffTransformerBlock: choose one of {', '.join(places)}")
         self.norm = norm
         self.attn_norm = RMSNorm(embedding_dim, eps=FLOAT32_EPS)
         self.attn = self.attention_class(embedding_dim, num_heads, lambda_init, vdim=2 * embedding_dim)
@@ -177,7 +178,7 @@ class DiffTransformer(BlockEncoder):
         embedding_dim: int,
         num_blocks: Layers = 2,
         num_heads: Layers = 1,
-        norm: Literal["post", "pre"] = "post",
+        norm: NormPlace = "post",
         dropout_rate: Share = 0.0,
         activation_checkpoint: bool = False,
     ) -> None:

@@ -14,7 +14,7 @@ meaning, place and time attend apart, where HSTU adds place and time to the logi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,10 +25,12 @@ from generative_recommenders.config.registry import register_encoder
 from generative_recommenders.config.sections import NextTime
 from generative_recommenders.modeling.cache import Appended, KeysValues, pointwise_over_cache
 from generative_recommenders.modeling.encoders.base import (
-    LINEAR_ACTIVATIONS,
+    LinearActivation,
+    LinearConfig,
     TimedEncoder,
     check_choice,
     check_positive,
+    linear_activation_of,
 )
 from generative_recommenders.ops.attention.pointwise import pointwise_attention
 from generative_recommenders.ops.attention.relative_bias import (
@@ -43,6 +45,7 @@ from generative_recommenders.ops.feed_forward import SwiGLU
 from generative_recommenders.ops.layout import Layout
 
 CHANNELS = 3
+Normalization = Literal["rel_bias"]
 
 
 class FuxiBlock(torch.nn.Module):
@@ -56,13 +59,13 @@ class FuxiBlock(torch.nn.Module):
         dv: int,
         max_length: int,
         ffn_hidden_dim: int,
-        linear_activation: str = "silu",
+        linear_activation: LinearActivation = "silu",
         linear_dropout_rate: float = 0.0,
         attn_dropout_rate: float = 0.0,
     ) -> None:
         super().__init__()
         self.num_heads, self.dqk, self.dv, self.max_length = num_heads, dqk, dv, max_length
-        self.activation = LINEAR_ACTIVATIONS[linear_activation]
+        self.activation = linear_activation_of(linear_activation)
         self.attn_dropout_rate = Dropout(attn_dropout_rate).rate
         self.uvqk = torch.nn.Parameter(
             torch.empty(embedding_dim, num_heads * ((CHANNELS + 1) * dv + 2 * dqk)).normal_(std=0.02)
@@ -153,9 +156,9 @@ class FuXi(TimedEncoder):
         num_heads: Layers = 1,
         dqk: Width = 64,
         dv: Width = 64,
-        normalization: Literal["rel_bias"] = "rel_bias",
-        linear_config: Literal["uvqk"] = "uvqk",
-        linear_activation: Literal["silu", "none"] = "silu",
+        normalization: Normalization = "rel_bias",
+        linear_config: LinearConfig = "uvqk",
+        linear_activation: LinearActivation = "silu",
         linear_dropout_rate: Share = 0.0,
         attn_dropout_rate: Share = 0.0,
         ffn_multiply: Annotated[float, Gt(0.0), Le(64.0)] = 1.0,
@@ -165,10 +168,10 @@ class FuXi(TimedEncoder):
         activation_checkpoint: bool = False,
     ) -> None:
         super().__init__()
-        check_choice("normalization", normalization, ("rel_bias",))
-        check_choice("linear_config", linear_config, ("uvqk",))
-        check_choice("linear_activation", linear_activation, LINEAR_ACTIVATIONS)
-        check_choice("next_time", next_time, get_args(NextTime))
+        check_choice("normalization", normalization, Normalization)
+        check_choice("linear_config", linear_config, LinearConfig)
+        check_choice("linear_activation", linear_activation, LinearActivation)
+        check_choice("next_time", next_time, NextTime)
         check_positive(num_blocks=num_blocks, num_heads=num_heads, dqk=dqk, dv=dv)
         hidden = 0 if ffn_single_stage else max(1, int(embedding_dim * ffn_multiply))
         self.output_dim = embedding_dim

@@ -11,7 +11,7 @@ A block, over the tokens x of a batch; act is SiLU, LN has eps 1e-6, and N is th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 
@@ -21,10 +21,12 @@ from generative_recommenders.config.sections import NextTime
 from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.cache import Appended, KeysValues, pointwise_over_cache
 from generative_recommenders.modeling.encoders.base import (
-    LINEAR_ACTIVATIONS,
+    LinearActivation,
+    LinearConfig,
     TimedEncoder,
     check_choice,
     check_positive,
+    linear_activation_of,
 )
 from generative_recommenders.ops.attention.pointwise import pointwise_attention
 from generative_recommenders.ops.attention.relative_bias import (
@@ -37,6 +39,9 @@ from generative_recommenders.ops.attention.relative_bias import (
 from generative_recommenders.ops.dropout import Dropout
 from generative_recommenders.ops.layout import Layout
 from generative_recommenders.ops.normalization import layer_norm
+
+Normalization = Literal["rel_bias", "softmax_rel_bias"]
+Divisor = Literal["max_length", "length"]
 
 
 class HstuBlock(torch.nn.Module):
@@ -53,8 +58,8 @@ class HstuBlock(torch.nn.Module):
         dqk: int,
         dv: int,
         max_length: int,
-        normalization: str = "rel_bias",
-        linear_activation: str = "silu",
+        normalization: Normalization = "rel_bias",
+        linear_activation: LinearActivation = "silu",
         linear_dropout_rate: float = 0.0,
         attn_dropout_rate: float = 0.0,
         concat_ua: bool = False,
@@ -63,7 +68,7 @@ class HstuBlock(torch.nn.Module):
         super().__init__()
         self.num_heads, self.dqk, self.dv, self.max_length = num_heads, dqk, dv, max_length
         self.normalization = normalization
-        self.activation = LINEAR_ACTIVATIONS[linear_activation]
+        self.activation = linear_activation_of(linear_activation)
         self.attn_dropout_rate = Dropout(attn_dropout_rate).rate
         self.concat_ua = concat_ua
         self.uvqk = torch.nn.Parameter(
@@ -175,24 +180,25 @@ class HSTU(TimedEncoder):
         num_heads: Layers = 1,
         dqk: Width = 64,
         dv: Width = 64,
-        normalization: Literal["rel_bias", "softmax_rel_bias"] = "rel_bias",
-        linear_config: Literal["uvqk"] = "uvqk",
-        linear_activation: Literal["silu", "none"] = "silu",
+        normalization: Normalization = "rel_bias",
+        linear_config: LinearConfig = "uvqk",
+        linear_activation: LinearActivation = "silu",
         linear_dropout_rate: Share = 0.0,
         attn_dropout_rate: Share = 0.0,
         concat_ua: bool = False,
         enable_relative_attention_bias: bool = True,
         enable_relative_time_bias: bool = True,
         enable_relative_position_bias: bool = True,
-        attn_divisor: Literal["max_length", "length"] = "max_length",
+        attn_divisor: Divisor = "max_length",
         next_time: NextTime = "given",
         activation_checkpoint: bool = False,
     ) -> None:
         super().__init__()
-        check_choice("normalization", normalization, ("rel_bias", "softmax_rel_bias"))
-        check_choice("linear_config", linear_config, ("uvqk",))
-        check_choice("linear_activation", linear_activation, LINEAR_ACTIVATIONS)
-        check_choice("next_time", next_time, get_args(NextTime))
+        check_choice("normalization", normalization, Normalization)
+        check_choice("linear_config", linear_config, LinearConfig)
+        check_choice("linear_activation", linear_activation, LinearActivation)
+        check_choice("attn_divisor", attn_divisor, Divisor)
+        check_choice("next_time", next_time, NextTime)
         check_positive(num_blocks=num_blocks, num_heads=num_heads, dqk=dqk, dv=dv)
         self.causal = normalization == "rel_bias"
         if attn_divisor == "length" and not self.causal:

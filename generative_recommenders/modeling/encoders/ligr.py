@@ -28,7 +28,7 @@ from generative_recommenders.ops.dropout import Dropout
 from generative_recommenders.ops.feed_forward import SwiGLU
 from generative_recommenders.ops.layout import Layout
 
-ACTIVATIONS = {"relu": torch.nn.ReLU, "gelu": torch.nn.GELU}
+Activation = Literal["swiglu", "relu", "gelu"]
 
 
 class LigrBlock(torch.nn.Module):
@@ -39,7 +39,7 @@ class LigrBlock(torch.nn.Module):
         embedding_dim: int,
         num_heads: int,
         ffn_hidden_dim: int,
-        ffn_activation_fn: str = "swiglu",
+        ffn_activation_fn: Activation = "swiglu",
         ffn_bias: bool = False,
         dropout_rate: float = 0.0,
     ) -> None:
@@ -57,7 +57,7 @@ class LigrBlock(torch.nn.Module):
         else:
             self.ffn = torch.nn.Sequential(
                 torch.nn.Linear(embedding_dim, ffn_hidden_dim, ffn_bias),
-                ACTIVATIONS[ffn_activation_fn](),
+                torch.nn.ReLU() if ffn_activation_fn == "relu" else torch.nn.GELU(),
                 Dropout(dropout_rate),
                 torch.nn.Linear(ffn_hidden_dim, embedding_dim, ffn_bias),
             )
@@ -111,7 +111,7 @@ class LiGR(BlockEncoder):
         num_blocks: Layers = 2,
         num_heads: Layers = 1,
         ffn_multiply: Annotated[int, Ge(1), Le(64)] = 4,
-        ffn_activation_fn: Literal["swiglu", "relu", "gelu"] = "swiglu",
+        ffn_activation_fn: Activation = "swiglu",
         ffn_bias: bool = False,
         dropout_rate: Share = 0.2,
         activation_checkpoint: bool = False,
@@ -119,7 +119,7 @@ class LiGR(BlockEncoder):
         super().__init__()
         check_heads(embedding_dim, num_heads)
         check_positive(num_blocks=num_blocks, ffn_multiply=ffn_multiply)
-        check_choice("ffn_activation_fn", ffn_activation_fn, ("swiglu", *ACTIVATIONS))
+        check_choice("ffn_activation_fn", ffn_activation_fn, Activation)
         self.output_dim = embedding_dim
         self.activation_checkpoint = activation_checkpoint
         hidden = ffn_multiply * embedding_dim

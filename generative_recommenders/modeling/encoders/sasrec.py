@@ -32,11 +32,8 @@ from generative_recommenders.ops.feed_forward import feed_forward
 from generative_recommenders.ops.layout import Layout
 from generative_recommenders.ops.normalization import LayerNorm
 
-ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "silu": F.silu,
-}
+Activation = Literal["relu", "gelu", "silu"]
+"""As ``torch.nn.functional`` names them."""
 
 
 class SasrecBlock(torch.nn.Module):
@@ -47,16 +44,16 @@ class SasrecBlock(torch.nn.Module):
         embedding_dim: int,
         num_heads: int,
         ffn_hidden_dim: int,
-        activation: str = "relu",
+        activation: Activation = "relu",
         dropout_rate: float = 0.0,
         norm_weights: bool = False,
     ) -> None:
         super().__init__()
         check_heads(embedding_dim, num_heads)
-        check_choice("activation", activation, ACTIVATIONS)
+        check_choice("activation", activation, Activation)
         self.num_heads = num_heads
         self.dropout_rate = Dropout(dropout_rate).rate
-        self.activation = ACTIVATIONS[activation]
+        self.activation: Callable[[torch.Tensor], torch.Tensor] = getattr(F, activation)
         norm = partial(torch.nn.LayerNorm, embedding_dim) if norm_weights else LayerNorm
         self.query_norm = norm(eps=1e-8)
         # One matrix of q, k and v, as in the checkpoints of the published programs.
@@ -121,7 +118,7 @@ class SASRec(BlockEncoder):
         num_blocks: Layers = 2,
         num_heads: Layers = 1,
         ffn_hidden_dim: Width = 64,
-        ffn_activation_fn: Literal["relu", "gelu", "silu"] = "relu",
+        ffn_activation_fn: Activation = "relu",
         ffn_dropout_rate: Share = 0.2,
         norm_weights: bool = False,
         final_norm: bool = False,

@@ -21,7 +21,7 @@ leaves the caller's mask as it was.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,8 @@ __all__ = [
     "LogOutCESampled",
     "LossProto",
 ]
+
+MaskedLabels = Literal["ignored", "targets"]
 
 
 class Scores(NamedTuple):
@@ -259,10 +261,10 @@ class BCE(CatalogueLoss):
     core = catalogue.BCE()
     takes = ("weight", "pos_weight")
 
-    def __init__(self, *, masked_labels: Literal["ignored", "targets"] = "ignored", **kwargs: Any) -> None:
+    def __init__(self, *, masked_labels: MaskedLabels = "ignored", **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if masked_labels not in ("ignored", "targets"):
-            raise self.error(f"masked_labels is {masked_labels!r}: give 'ignored' or 'targets'")
+        if masked_labels not in (known := get_args(MaskedLabels)):
+            raise self.error(f"masked_labels is {masked_labels!r}: give one of {', '.join(known)}")
         self.masked_labels = masked_labels
 
     def terms(self, scores: Scores) -> Terms:
