@@ -13,7 +13,7 @@ from generative_recommenders.build.parts import (
     build_task,
 )
 from generative_recommenders.config.plugins import load_plugins
-from generative_recommenders.config.registry import ENCODERS
+from generative_recommenders.config.registry import ENCODERS, Registry
 from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.data.batch_transforms import next_token_batch
 from generative_recommenders.data.loader import LoadedBatch
@@ -23,9 +23,19 @@ from generative_recommenders.training.optimizers import AdamW, Optimizer
 from generative_recommenders.training.step import TrainingStep
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples" / "plugins"
-load_plugins([str(EXAMPLES / "gru4rec.py"), str(EXAMPLES / "bpr.py")])  # tested as the built-in parts are
+STEMS = ("gru4rec", "bpr", "future", "newest", "cooldown")
+load_plugins([str(EXAMPLES / f"{stem}.py") for stem in STEMS])  # tested as the built-in parts are
 NUM_ITEMS = 20
 LENGTHS = torch.tensor([6, 1, 0, 4])
+
+
+def contracted(registry: Registry) -> list[str]:
+    """Names of the built-in parts of a kind, and of those of `examples/plugins`, which hold the same contract."""
+    return [
+        name
+        for name in registry.names()
+        if (plugin := registry[name].plugin) is None or Path(plugin.source).parent == EXAMPLES
+    ]
 
 
 OWNERS = {
@@ -107,6 +117,7 @@ EASY: dict[str, dict[str, Any]] = {
     },
     "SCE": {**CE, "loss_module": "SCE", "sce.n_buckets": 8, "sce.bucket_size_x": 32, "sce.bucket_size_y": 16},
     "causal_last": {**CE, "objective": "causal_last"},
+    "future": {**CE, "objective": "future"},
     "masked": {**CE, "objective": "masked", "mask_probability": 0.3},
     "permuted": {**CE, "objective": "permuted", "mask_probability": 0.3},
     "replaced": {**CE, "objective": "replaced", "mask_probability": 0.3, "discriminator_weight": 1.0},

@@ -21,7 +21,7 @@ from generative_recommenders.objectives.negative_samplers import NegativesSample
 from generative_recommenders.ops.counter_random import counter_integers
 
 
-@register_negative_sampler("newest", gin_name="newest_negatives")
+@register_negative_sampler("latest", gin_name="newest_negatives")
 class Newest(NegativesSampler):
     """Uniform over the items with the largest ids."""
 
@@ -29,10 +29,11 @@ class Newest(NegativesSampler):
         self, num_items: int, num_negatives: int, sharing: Sharing, newest: Annotated[int, Ge(1)] = 5
     ) -> None:
         super().__init__(num_negatives, sharing)
-        self.oldest = num_items - newest
+        self.newest = min(newest, num_items)
+        self.before = num_items - self.newest
 
     def draw(self, key, units, draws, batch):
-        return counter_integers(key, units, draws, 20 - self.oldest) + self.oldest + 1, None
+        return counter_integers(key, units, draws, self.newest) + self.before + 1, None
 
 
 @register_output_postprocessor("scaled", gin_name="scaled")

@@ -18,7 +18,7 @@ from tiny_models import catalogue, loaded, settings, ten_users, training_step
 PLUGIN = Path(__file__).parent / "plugin_parts.py"
 load_plugins([str(PLUGIN)])
 CHOICES = {
-    "sampling_strategy": "newest",
+    "sampling_strategy": "latest",
     "user_embedding_norm": "scaled",
     "input_preprocessor": "ItemsAlone",
     "embedding_module_type": "halved",
@@ -52,16 +52,16 @@ def test_each_part_trains_by_itself(setting: str) -> None:
 
 
 def test_a_mixture_takes_a_plugin_sampler() -> None:
-    mixed = settings(sampling_strategy="mixed", mixed_shares={"newest": 1.0, "local": 3.0}, num_negatives=8)
+    mixed = settings(sampling_strategy="mixed", mixed_shares={"latest": 1.0, "local": 3.0}, num_negatives=8)
     ids = build_sampler(mixed, catalogue())(7, 0, 50).ids
     assert ids[:, :2].min() >= 16 and ids.min() < 16
-    assert [each["name"] for each in mixed.plugin_parts()] == ["newest"]
+    assert [each["name"] for each in mixed.plugin_parts()] == ["latest"]
 
 
 def test_checkpoints_say_where_each_part_comes_from() -> None:
     written = chosen().to_json()
     assert {each["name"]: each["options"] for each in written["plugins"]} == dict(
-        zip(("ItemsAlone", "scaled", "halved", "Cosine", "newest"),
+        zip(("ItemsAlone", "scaled", "halved", "Cosine", "latest"),
             (OPTIONS[name] for name in ("items_alone", "scaled", "halved", "cosine", "newest_negatives")))
     )  # fmt: skip
     assert {each["plugin"] for each in written["plugins"]} == {str(PLUGIN)}
@@ -82,7 +82,7 @@ def test_gin_binds_their_options_and_resolved_text_gives_them_back() -> None:
 
 def test_an_unknown_name_lists_all_and_the_nearest() -> None:
     with pytest.raises(
-        UserError, match="unknown negative sampler 'populariti' .*did you mean 'popularity'.*newest"
+        UserError, match="unknown negative sampler 'populariti' .*did you mean 'popularity'.*latest"
     ):
         build_sampler(settings(sampling_strategy="populariti"), catalogue())
 
@@ -99,4 +99,4 @@ def test_an_unknown_name_lists_all_and_the_nearest() -> None:
 )  # fmt: skip
 def test_parts_are_described_with_their_options(kind: str, line: str) -> None:
     assert line in "\n".join(describe(REGISTRIES[kind]))
-    assert NEGATIVE_SAMPLERS["newest"].plugin is not None
+    assert NEGATIVE_SAMPLERS["latest"].plugin is not None

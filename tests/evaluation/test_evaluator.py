@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from generative_recommenders.build.parts import build_model
+from generative_recommenders.config.registry import SEEN_FILTERS
 from generative_recommenders.data.loader import EvaluationLoader
 from generative_recommenders.data.splits import Split, make_split
 from generative_recommenders.data.store import SequenceDataset
@@ -17,12 +18,16 @@ from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.evaluation import evaluator as evaluator_module
 from generative_recommenders.evaluation.evaluator import EvaluationResult, Evaluator
 from generative_recommenders.evaluation.model_evaluation import ModelEvaluation
-from generative_recommenders.evaluation.seen_filters import HistoryFilter, NoFilter, WindowFilter
-from tiny_data import tiny_dataset
-from tiny_models import catalogue, settings
+from generative_recommenders.evaluation.seen_filters import HistoryFilter, NoFilter
+from tiny_data import SECONDS_BETWEEN, tiny_dataset
+from tiny_models import catalogue, contracted, settings
 
 WINDOW, THRESHOLD = 6, 4.0
-FILTERS = {"history": HistoryFilter(), "window": WindowFilter(), "none": NoFilter()}
+DAYS = 9 * SECONDS_BETWEEN / 86400
+FILTERS = {
+    name: SEEN_FILTERS[name].build({"days": DAYS} if name == "cooldown" else {}, {})
+    for name in contracted(SEEN_FILTERS)
+}
 
 
 def scores_of(users: torch.Tensor, num_items: int) -> torch.Tensor:
@@ -41,7 +46,10 @@ def brute_force_ranks(dataset: SequenceDataset, split: Split, seen_filter: str) 
     for user in np.flatnonzero(split.test_targets >= 0).tolist():
         history = dataset.items[dataset.offsets[user] :][: split.test_targets[user]].tolist()
         target = int(dataset.items[dataset.offsets[user] + split.test_targets[user]])
-        seen = {"history": set(history), "window": set(history[-WINDOW:]), "none": set()}[seen_filter]
+        seen = {
+            "history": set(history), "window": set(history[-WINDOW:]), "none": set(),
+            "cooldown": set(history[-8:]),  # an event is SECONDS_BETWEEN after the one before it
+        }[seen_filter]  # fmt: skip
         missed = split.unseen_test_targets[user] or target in seen
         scores = scores_of(torch.tensor([user + 1]), dataset.num_items)[0].tolist()
         items = [i for i in range(1, dataset.num_items + 1) if i not in seen]
@@ -92,15 +100,16 @@ def test_equals_brute_force(ragged_dataset: SequenceDataset, seen_filter: str, k
 
 def test_a_target_that_the_filter_takes_out_is_a_counted_miss(ragged_dataset: SequenceDataset) -> None:
     split = make_split(ragged_dataset)
-    results = {each: evaluate(ragged_dataset, each) for each in FILTERS}
+    names = ("history", "window", "none")
+    results = {each: evaluate(ragged_dataset, each) for each in names}
     repeated, in_window = 0, 0
     for user in np.flatnonzero(split.test_targets >= 0).tolist():
         events = ragged_dataset.items[ragged_dataset.offsets[user] :][: split.test_targets[user] + 1].tolist()
         repeated += events[-1] in events[:-1]
         in_window += events[-1] in events[-1 - WINDOW : -1]
     assert repeated > in_window > 0
-    assert [results[each].removed_targets for each in FILTERS] == [repeated, in_window, 0]
-    misses = [int(results[each].histogram.counts[0, 30]) for each in FILTERS]
+    assert [results[each].removed_targets for each in names] == [repeated, in_window, 0]
+    misses = [int(results[each].histogram.counts[0, 30]) for each in names]
     unseen = int(split.unseen_test_targets.sum())
     assert misses == [repeated + unseen, in_window + unseen, unseen]
 

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from generative_recommenders.build.parts import build_model
-from generative_recommenders.config.registry import ENCODERS
+from generative_recommenders.config.registry import ENCODERS, OBJECTIVES
 from generative_recommenders.modeling.events import token_events
 from generative_recommenders.modeling.inputs import Queries, history_inputs
 from generative_recommenders.modeling.items import ItemRows
 from generative_recommenders.modeling.model import SequenceRecommender
 from generative_recommenders.ops.layout import AttentionMask, jagged_layout
 from generative_recommenders.types import SequentialFeatures
-from tiny_models import EASY, LENGTHS, catalogue, histories, overfit, settings
+from tiny_models import EASY, LENGTHS, catalogue, contracted, histories, overfit, settings
 
 CHOICES: dict[str, dict[str, object]] = {
     **{name: {"main_module": name} for name in ENCODERS.names()},
@@ -186,8 +186,9 @@ def test_masked_objectives_show_encoders_both_sides(encoder: str) -> None:
     torch.testing.assert_close(states[0][last + 1 :], states[1][last + 1 :])
 
 
-def test_every_encoder_is_asked_to_overfit() -> None:
+def test_every_encoder_and_objective_is_asked_to_overfit() -> None:
     assert {*ENCODERS.names()} <= {choice.get("main_module", "SASRec") for choice in EASY.values()}
+    assert {*contracted(OBJECTIVES)} <= {choice.get("objective", "causal") for choice in EASY.values()}
 
 
 @pytest.mark.parametrize("name", EASY)

@@ -9,6 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from generative_recommenders.build.factories import get_negatives_sampler
+from generative_recommenders.config.registry import NEGATIVE_SAMPLERS
 from generative_recommenders.errors import UserError
 from generative_recommenders.objectives.negative_samplers import (
     BatchItems,
@@ -23,6 +25,7 @@ from generative_recommenders.objectives.negative_samplers import (
 )
 from generative_recommenders.ops.counter_random import stream_key
 from golden_parity import assert_near, load_golden
+from tiny_models import contracted
 
 KEY = stream_key(1, 2)
 POOL = torch.tensor([2, 3, 5, 7, 11, 13])
@@ -55,8 +58,19 @@ def mixed(sharing: Sharing) -> NegativesSampler:
     return in_shares([local(sharing), popularity(sharing), in_batch(sharing)], [2, 1, 1], 4)
 
 
-BUILDERS = [local, in_batch, popularity, multi_class, mixed]
-of_every_kind = pytest.mark.parametrize("build", BUILDERS)
+def newest(sharing: Sharing) -> NegativesSampler:
+    return get_negatives_sampler("newest", 6, 4, sharing, newest=4)
+
+
+BUILDERS = {
+    "local": local, "in-batch": in_batch, "popularity": popularity, "mixed": mixed, "multi-class": multi_class,
+    "newest": newest,
+}  # fmt: skip
+of_every_kind = pytest.mark.parametrize("build", BUILDERS.values(), ids=BUILDERS)
+
+
+def test_every_sampler_is_tested() -> None:
+    assert BUILDERS.keys() == {*contracted(NEGATIVE_SAMPLERS)}
 
 
 def pool_of(sampler: NegativesSampler) -> BatchItems | None:

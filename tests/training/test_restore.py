@@ -14,13 +14,14 @@ from absl import logging
 
 from generative_recommenders.checkpoint.store import Checkpoint, CheckpointStore
 from generative_recommenders.checkpoint.weights import load_model
+from generative_recommenders.config.registry import OBJECTIVES
 from generative_recommenders.data.splits import make_split
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.errors import UserError
 from generative_recommenders.training.debug import NonFiniteError
 from generative_recommenders.training.trainer import Trainer
-from tiny_models import settings
+from tiny_models import contracted, settings
 
 
 def make_trainer(dataset: SequenceDataset, batch: int = 16, **others: Any) -> Trainer:
@@ -235,7 +236,7 @@ def stopped_after(dataset: SequenceDataset, store: CheckpointStore, steps: int, 
     trainer.train(store, stop=lambda: trainer.progress.step == steps)
 
 
-@pytest.mark.parametrize("objective", ["causal_last", "masked", "permuted", "replaced"])
+@pytest.mark.parametrize("objective", contracted(OBJECTIVES))
 def test_a_resumed_run_ends_bit_for_bit_as_an_uninterrupted_one(
     ragged_dataset: SequenceDataset, tmp_path: Path, objective: str
 ) -> None:
