@@ -18,8 +18,9 @@ from pydantic_core import PydanticCustomError
 from generative_recommenders.errors import UserError
 
 Count = Annotated[int, Ge(0)]
-Period = Annotated[int, Ge(1)]
-"""Steps, batches, epochs or files from one time to the next."""
+PositiveInt = Annotated[int, Ge(1)]
+Period = PositiveInt
+"""Steps, batches or epochs from one time to the next."""
 Size = Annotated[int, Ge(1), Le(1 << 20)]
 """Rows, draws or entries that are held at a time."""
 TableRows = Annotated[int, Ge(1), Le(1 << 31)]
@@ -29,8 +30,8 @@ Width = Annotated[int, Ge(1), Le(1 << 16)]
 """Columns of a weight."""
 HiddenWidth = Annotated[int, Le(1 << 16)]
 """Columns of a hidden layer; 0 or below for none."""
-Layers = Annotated[int, Ge(1), Le(1000)]
-"""Blocks, heads or groups."""
+SmallCount = Annotated[int, Ge(1), Le(1000)]
+"""Blocks, heads, groups, or targets of one position."""
 Positive = Annotated[float, Gt(0.0)]
 NonNegative = Annotated[float, Ge(0.0)]
 Share = Annotated[float, Ge(0.0), Lt(1.0)]

@@ -18,6 +18,7 @@ from generative_recommenders.config.fields import (
     OptionOf,
     Period,
     Positive,
+    PositiveInt,
     Section,
     Size,
     SuppliedTo,
@@ -169,7 +170,7 @@ class ScheduleSettings(Section):
     """Passes over the users."""
     local_batch_size: Size = 128
     """Users of a batch on each process."""
-    early_stopping_patience: Period | None = None
+    early_stopping_patience: PositiveInt | None = None
     """Full evaluations without a better validation NDCG@10 after which a run ends; None runs on."""
     random_seed: Count = 42
     """Seed of everything that is drawn."""
@@ -210,7 +211,7 @@ class EvaluationSettings(Section):
     """Steps from one scored batch of users to the next."""
     full_eval_every_n: Period = 1
     """Epochs from one evaluation of all users to the next."""
-    partial_eval_num_iters: Annotated[Period, Unless("train_fn.full_eval_every_n", (1,))] = 32
+    partial_eval_num_iters: Annotated[PositiveInt, Unless("train_fn.full_eval_every_n", (1,))] = 32
     """Batches of users that are scored in epochs between full evaluations."""
     seen_filter: str = "history"
     """Which items are no candidates because the user had them."""
@@ -227,7 +228,7 @@ class CheckpointSettings(Section):
 
     save_ckpt_every_n: Period = 1000
     """Epochs from one kept checkpoint to the next, counted from 0 as published."""
-    keep_checkpoints: Period = 3
+    keep_checkpoints: PositiveInt = 3
     """Newest checkpoints that stay, beside the best one."""
     checkpoint_minutes: Positive = 15.0
     """Minutes from one checkpoint to the next, also within an epoch."""

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from generative_recommenders.config.fields import Layers
+from generative_recommenders.config.fields import SmallCount
 from generative_recommenders.config.registry import register_objective
 from generative_recommenders.data.batch_transforms import next_token_batch
 from generative_recommenders.data.loader import LoadedBatch
@@ -35,7 +35,7 @@ class CausalObjective(Objective):
     last_only = False
 
     def __init__(
-        self, num_positives: Layers = 1, target_weights: Literal["equal", "rating"] = "equal"
+        self, num_positives: SmallCount = 1, target_weights: Literal["equal", "rating"] = "equal"
     ) -> None:
         self.num_positives, self.target_weights = num_positives, target_weights
 

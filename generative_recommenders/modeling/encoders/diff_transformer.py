@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import torch
 from torch import nn
 
-from generative_recommenders.config.fields import Layers, Share
+from generative_recommenders.config.fields import Share, SmallCount
 from generative_recommenders.config.registry import register_encoder
 from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.cache import Appended, KeysValues, softmax_over_cache
@@ -176,8 +176,8 @@ class DiffTransformer(BlockEncoder):
     def __init__(
         self,
         embedding_dim: int,
-        num_blocks: Layers = 2,
-        num_heads: Layers = 1,
+        num_blocks: SmallCount = 2,
+        num_heads: SmallCount = 1,
         norm: NormPlace = "post",
         dropout_rate: Share = 0.0,
         activation_checkpoint: bool = False,

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from annotated_types import Gt, Le
 
-from generative_recommenders.config.fields import Layers, Share, Width
+from generative_recommenders.config.fields import Share, SmallCount, Width
 from generative_recommenders.config.registry import register_encoder
 from generative_recommenders.config.sections import NextTime
 from generative_recommenders.modeling.cache import Appended, KeysValues, pointwise_over_cache
@@ -152,8 +152,8 @@ class FuXi(TimedEncoder):
         self,
         embedding_dim: int,
         max_length: int,
-        num_blocks: Layers = 2,
-        num_heads: Layers = 1,
+        num_blocks: SmallCount = 2,
+        num_heads: SmallCount = 1,
         dqk: Width = 64,
         dv: Width = 64,
         normalization: Normalization = "rel_bias",

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 
-from generative_recommenders.config.fields import Layers, Share, Width
+from generative_recommenders.config.fields import Share, SmallCount, Width
 from generative_recommenders.config.registry import register_encoder
 from generative_recommenders.config.sections import NextTime
 from generative_recommenders.errors import UserError
@@ -176,8 +176,8 @@ class HSTU(TimedEncoder):
         self,
         embedding_dim: int,
         max_length: int,
-        num_blocks: Layers = 2,
-        num_heads: Layers = 1,
+        num_blocks: SmallCount = 2,
+        num_heads: SmallCount = 1,
         dqk: Width = 64,
         dv: Width = 64,
         normalization: Normalization = "rel_bias",

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from annotated_types import Ge, Le
 
-from generative_recommenders.config.fields import Layers, Share
+from generative_recommenders.config.fields import Share, SmallCount
 from generative_recommenders.config.registry import register_encoder
 from generative_recommenders.modeling.cache import Appended, KeysValues, softmax_over_cache
 from generative_recommenders.modeling.encoders.base import (
@@ -108,8 +108,8 @@ class LiGR(BlockEncoder):
     def __init__(
         self,
         embedding_dim: int,
-        num_blocks: Layers = 2,
-        num_heads: Layers = 1,
+        num_blocks: SmallCount = 2,
+        num_heads: SmallCount = 1,
         ffn_multiply: Annotated[int, Ge(1), Le(64)] = 4,
         ffn_activation_fn: Activation = "swiglu",
         ffn_bias: bool = False,

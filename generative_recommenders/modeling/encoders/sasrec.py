@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from generative_recommenders.config.fields import Layers, Share, Width
+from generative_recommenders.config.fields import Share, SmallCount, Width
 from generative_recommenders.config.registry import register_encoder
 from generative_recommenders.modeling.cache import Appended, KeysValues, softmax_over_cache
 from generative_recommenders.modeling.encoders.base import (
@@ -115,8 +115,8 @@ class SASRec(BlockEncoder):
     def __init__(
         self,
         embedding_dim: int,
-        num_blocks: Layers = 2,
-        num_heads: Layers = 1,
+        num_blocks: SmallCount = 2,
+        num_heads: SmallCount = 1,
         ffn_hidden_dim: Width = 64,
         ffn_activation_fn: Activation = "relu",
         ffn_dropout_rate: Share = 0.2,

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from generative_recommenders.config.fields import Layers, Share, Width
+from generative_recommenders.config.fields import Share, SmallCount, Width
 from generative_recommenders.config.registry import register_encoder
 from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.encoders.base import check_heads, check_positive
@@ -106,8 +106,8 @@ class Transformer(torch.nn.Module):
         self,
         embedding_dim: int,
         max_length: int,
-        num_blocks: Layers = 2,
-        num_heads: Layers = 1,
+        num_blocks: SmallCount = 2,
+        num_heads: SmallCount = 1,
         ffn_hidden_dim: Width = 64,
         dropout_rate: Share = 0.1,
         activation_checkpoint: bool = False,

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from generative_recommenders.config.fields import Layers, Positive
+from generative_recommenders.config.fields import Positive, SmallCount
 from generative_recommenders.config.registry import register_encoder, register_item_embedding
 from generative_recommenders.config.sections import ListReduction
 from generative_recommenders.errors import UserError
@@ -106,7 +106,7 @@ class ItemTowerEmbedding(ItemEmbedding):
         read_features: ReadFeatures,
         features: tuple[str, ...] = (ITEM_ID,),
         list_reduction: ListReduction = "mean",
-        num_blocks: Layers = 1,
+        num_blocks: SmallCount = 1,
         *,
         item_l2_norm: bool = False,
         l2_norm_eps: Positive = 1e-6,

@@ -12,10 +12,10 @@ from torch.nn import functional as F
 
 from generative_recommenders.config.fields import (
     HiddenWidth,
-    Layers,
     NonNegative,
     OptionGroup,
     Share,
+    SmallCount,
     TableRows,
 )
 from generative_recommenders.errors import UserError
@@ -35,7 +35,7 @@ class QueryOptions(OptionGroup):
 
     prefix: ClassVar[str] = "query_"
 
-    dot_product_groups: Layers = 8
+    dot_product_groups: SmallCount = 8
     """Components of a query, Pq, those of the user's id among them."""
     use_identity_fn: bool = False
     """The first component is the embedding itself, cut to the width of a component; the others are one linear layer of it."""
@@ -52,7 +52,7 @@ class ItemOptions(OptionGroup):
 
     prefix: ClassVar[str] = "item_"
 
-    dot_product_groups: Layers = 4
+    dot_product_groups: SmallCount = 4
     """Components of an item, Pi."""
     use_identity_fn: bool = False
     """The first component is the embedding itself, cut to the width of a component; the others are one linear layer of it."""

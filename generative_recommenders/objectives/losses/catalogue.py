@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from generative_recommenders.config.fields import NonNegative, Period, Positive, Share
+from generative_recommenders.config.fields import NonNegative, Positive, PositiveInt, Share
 from generative_recommenders.config.registry import register_loss
 from generative_recommenders.distributed.row_shards import RowShard
 from generative_recommenders.errors import UserError
@@ -54,7 +54,7 @@ class CatalogueLoss(nn.Module, ABC):
     statistic: Statistic = LOGSUMEXP
     excludes_labels = False
 
-    def __init__(self, memory_bytes: Period = MEMORY_BYTES) -> None:
+    def __init__(self, memory_bytes: PositiveInt = MEMORY_BYTES) -> None:
         super().__init__()
         self.memory_bytes = memory_bytes
 
@@ -141,7 +141,7 @@ class CE(CatalogueLoss):
     label_smoothing: share of the target spread evenly over the catalogue, in [0, 1).
     """
 
-    def __init__(self, label_smoothing: Share = 0.0, memory_bytes: Period = MEMORY_BYTES) -> None:
+    def __init__(self, label_smoothing: Share = 0.0, memory_bytes: PositiveInt = MEMORY_BYTES) -> None:
         super().__init__(memory_bytes)
         self.label_smoothing = check_label_smoothing(label_smoothing)
 
@@ -204,7 +204,7 @@ class LogInCE(CatalogueLoss):
         self,
         epsilon: NonNegative = 0.0,
         clamp_border: Positive = math.inf,
-        memory_bytes: Period = MEMORY_BYTES,
+        memory_bytes: PositiveInt = MEMORY_BYTES,
     ) -> None:
         super().__init__(memory_bytes)
         self.epsilon = epsilon
