@@ -53,6 +53,7 @@ CASES = {
     },
     "frozen items": {**LOCAL, "freeze": ("items.table", "sequence.encoder.blocks.0"), "learning_rate": 1e-2},
     "frozen encoder": {**LOCAL, "freeze": ("sequence",), "optimizer": "lazy_adamw", "learning_rate": 1e-2},
+    "last position": {"objective": "causal_last", "loss_module": "CE"},
     "masked": {"objective": "masked", "loss_module": "CE"},
     "permuted, sampled": {"objective": "permuted", **LOCAL, "negatives_sharing": "block"},
     "replaced": {"objective": "replaced", "loss_module": "CE"},
