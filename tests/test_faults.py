@@ -100,6 +100,17 @@ def test_killed_runs_of_two_processes(
     run_with_kills(run_two, data_root, tmp_path, whole_of_two, count, 2)
 
 
+def test_a_killed_run_that_detects_replaced_items(data_root: Path, tmp_path: Path) -> None:
+    """The objective with weights of its own; others resume in `tests/training/test_restore.py`."""
+    bindings = ('train_fn.objective = "replaced"', "train_fn.dropout_rate = 0.2", "train_fn.num_epochs = 2")
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert run_alone(options_of(data_root, whole, *bindings)) == 0, log_of(whole)
+    kill = Kill("training.trainer.Trainer.run_step", 11, True)
+    assert run_alone(options_of(data_root, run, *bindings), kill) == -signal.SIGKILL
+    assert run_alone(options_of(data_root, run, *bindings)) == 0, log_of(run)
+    assert_same_run(run, whole)
+
+
 def test_a_killed_run_with_a_sharded_item_table(data_root: Path, tmp_path: Path) -> None:
     root = tmp_path / "root"
     root.mkdir()
