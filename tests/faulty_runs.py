@@ -70,7 +70,7 @@ class Kill:
 
 
 def options_of(data_root: Path, run: Path, *bindings: str) -> Options:
-    """Of a new run, or of one that goes on where its folder exists."""
+    """Of a new run, or of one that resumes where its folder exists."""
     return Options(
         (str(data_root / "x.gin"),), bindings, data_root, str(run), run.exists(), None, False, report=False
     )
@@ -188,7 +188,7 @@ def run_with_kills(
     count: int,
     world: int,
 ) -> None:
-    """Kills runs ``count`` times in all, at most 4 times each; then each goes on to its end."""
+    """Kills runs ``count`` times in all, at most 4 times each; then each resumes to its end."""
     moments = kills(random.Random(3), world)
     struck, number = 0, 0
     while struck < count:

@@ -68,7 +68,7 @@ def run_program(
     before: Callable[[], None] | None = None,
 ) -> CompletedProcess[str]:
     """``python program arguments`` in a folder, with one thread. program: a script below the project's folder, or the name of
-    a module, as behind ``python -m``. before: called in its process, to change what it may do. Training writes no report
+    a module, as after ``python -m``. before: called in its process, to change what it may do. Training writes no report
     and draws no curves unless ``--report`` asks for it: they take longer than a small run."""
     script = str(ROOT / program) if program.endswith(".py") else program
     command = [script, *["--noreport"] * (program == "main.py"), *arguments]

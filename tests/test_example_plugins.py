@@ -29,7 +29,7 @@ def main(*arguments: str):
 
 
 @pytest.mark.parametrize("stem", CASES)
-def test_a_plugin_trains_resumes_and_is_asked_for(stem: str, tmp_path: Path) -> None:
+def test_a_plugin_trains_and_resumes_and_is_required_to_resume(stem: str, tmp_path: Path) -> None:
     name, own = CASES[stem]
     plugin = f"--plugin=examples/plugins/{stem}.py"
     shutil.copytree(PREPARED, tmp_path / "data" / "prepared")
@@ -95,7 +95,7 @@ def test_published_and_own_name_of_one_option() -> None:
     assert "GBCELoss.calibration = 0.25 and train_fn.calibration = 0.5 are one option" in clash.stderr
 
 
-def test_an_unknown_option_and_a_wrong_value_are_one_line() -> None:
+def test_an_unknown_option_and_a_wrong_value_report_one_line_errors() -> None:
     for binding, message in (
         ("bpr.margn = 1.0", "bpr has no parameter 'margn'; did you mean 'margin'"),
         ("bpr.margin = -1.0", "bpr.margin must be 0 or more, got -1.0"),

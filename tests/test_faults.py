@@ -77,7 +77,7 @@ def whole_of_two(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture(scope="module")
 def killed(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of one process that was killed in its last epoch, with three checkpoints behind it."""
+    """A run of one process that was killed in its last epoch, with three checkpoints by then."""
     run = tmp_path_factory.mktemp("killed") / "run"
     assert (
         run_alone(options_of(data_root, run), Kill("training.trainer.Trainer.run_step", 23, True))
@@ -133,7 +133,7 @@ def test_a_killed_run_with_a_sharded_item_table(data_root: Path, tmp_path: Path)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2])
-def test_killed_behind_a_checkpoint_within_an_epoch(
+def test_killed_after_a_checkpoint_within_an_epoch(
     data_root: Path, tmp_path: Path, whole: Path, whole_of_two: Path, world: int
 ) -> None:
     """The checkpoint is of step 5, which ends no epoch; the kill comes two steps later."""
@@ -147,7 +147,7 @@ def test_killed_behind_a_checkpoint_within_an_epoch(
     assert_same_run(run, expected)
 
 
-def test_a_run_that_is_started_again_goes_on(data_root: Path, tmp_path: Path, whole: Path) -> None:
+def test_a_run_that_is_started_again_resumes(data_root: Path, tmp_path: Path, whole: Path) -> None:
     """By one and the same command: without a folder, without a checkpoint, and from the newest one."""
     options = dataclasses.replace(options_of(data_root, tmp_path / "run"), auto_resume=True)
     for call in (3, 14):
@@ -176,7 +176,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(
 
 
 def test_at_another_number_of_processes(data_root: Path, killed: Path, tmp_path: Path, whole: Path) -> None:
-    """Two processes go on with a run of one, at its global batch, from where it was."""
+    """Two processes resume a run of one, at its global batch, from where it was."""
     run = Path(shutil.copytree(killed, tmp_path / "run"))
     assert run_two(options_of(data_root, run, "train_fn.local_batch_size = 4")) == 0
     assert "resuming a run of 1 processes on 2" in (run / "train.log").read_text()
@@ -248,7 +248,7 @@ def limited(rank: int, world_size: int, options: Options) -> int:
     return train_worker(rank, world_size, options)
 
 
-def test_a_worker_out_of_memory_is_one_line(
+def test_a_worker_out_of_memory_reports_one_line_error(
     data_root: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     quick_start()
@@ -277,7 +277,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def test_a_disk_that_fills_up_ends_the_run_and_it_goes_on_later(
+def test_a_disk_that_fills_up_ends_the_run_and_it_resumes_later(
     data_root: Path, killed: Path, tmp_path: Path, small_disk: Path, whole: Path
 ) -> None:
     run = Path(shutil.copytree(killed, small_disk / "run"))
@@ -293,7 +293,9 @@ def test_a_disk_that_fills_up_ends_the_run_and_it_goes_on_later(
     assert_same_run(run, whole)
 
 
-def test_a_read_only_run_folder_is_one_line(data_root: Path, tmp_path: Path, small_disk: Path) -> None:
+def test_a_read_only_run_folder_reports_one_line_error(
+    data_root: Path, tmp_path: Path, small_disk: Path
+) -> None:
     run = small_disk / "run"
     Path(f"{run}.log").symlink_to(tmp_path / "log")
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)

@@ -69,18 +69,18 @@ def test_imports_point_one_way(path: Path) -> None:
     assert not parts_imported(path) - allowed
 
 
-def test_who_knows_torch_distributed() -> None:
+def test_only_listed_parts_import_torch_distributed() -> None:
     knowing = {part_of(path) for path in FILES if knows(path, "torch.distributed")}
     assert knowing <= KNOW_DISTRIBUTED
     assert knowing  # the rule finds what it looks for
 
 
-def test_who_knows_gin() -> None:
+def test_only_config_imports_gin() -> None:
     knowing = {part_of(path) for path in FILES if knows(path, "gin")}
     assert knowing == KNOW_GIN
 
 
-def test_who_knows_lightning() -> None:
+def test_only_the_extra_imports_lightning() -> None:
     """An extra: nothing else may need it."""
     assert {part_of(path) for path in FILES if knows(path, "lightning")} == {"lightning"}
 

@@ -128,7 +128,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(data_root: Path, tmp_path: Pat
     assert final_results(tmp_path / "whole") == final_results(tmp_path / "parts")
 
 
-def test_a_stopped_run_leaves_a_checkpoint_to_go_on_from(data_root: Path, tmp_path: Path) -> None:
+def test_a_stopped_run_leaves_a_checkpoint_to_resume_from(data_root: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     arguments = [f"--data_root={data_root}", f"--run_dir={run}", *bindings("train_fn.num_epochs = 400")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -259,14 +259,14 @@ def test_dry_run_counts_what_two_parts_share_once(data_root: Path) -> None:
 
 
 @pytest.mark.parametrize("width", [10**10, 10**16])
-def test_a_size_that_no_machine_holds_is_one_line(data_root: Path, width: int) -> None:
+def test_a_size_that_no_machine_holds_reports_one_line_error(data_root: Path, width: int) -> None:
     huge = bindings(f"train_fn.item_embedding_dim = {width}")
     done = program("main.py", f"--data_root={data_root}", "--dry_run", *huge, check=2)
     assert done.stderr.splitlines()[-1].startswith("error: train_fn.item_embedding_dim must be at most")
     assert "Traceback" not in done.stderr
 
 
-def test_memory_that_the_machine_has_not_is_one_line(data_root: Path) -> None:
+def test_memory_that_the_machine_has_not_reports_one_line_error(data_root: Path) -> None:
     positions = bindings(
         "train_fn.max_sequence_length = 1048576", "train_fn.item_embedding_dim = 65536"
     )  # 275 GB

@@ -78,7 +78,7 @@ def slow_worker(rank: int, world_size: int, options: Options, mode: str, mark: s
     without_curves()
     evaluator.USERS = 1  # ranks one user at a time, so that an evaluation takes many calls
     if mode == "validation":
-        slow_from(evaluator, "product_ranks", 35, mark)  # behind the two partial evaluations of 16 users
+        slow_from(evaluator, "product_ranks", 35, mark)  # after the two partial evaluations of 16 users
     elif mode == "test":
         original = train.Trainer._load_best
 

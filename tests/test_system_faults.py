@@ -65,7 +65,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("case", FAULTS)
-def test_a_fault_is_one_line(place: Path, case: str) -> None:
+def test_a_fault_reports_one_line_error(place: Path, case: str) -> None:
     script, *arguments = (each.replace("{place}", str(place)) for each in FAULTS[case])
     done = run_program(script, *arguments, timeout=60)
     check(done)
@@ -79,7 +79,7 @@ def check(done: CompletedProcess[str]) -> None:
 
 
 def at_start(limit: Callable[[], None]) -> None:
-    """Behind the imports of the program."""
+    """Runs the program with a limit that is set after its imports."""
     whole = app.run
 
     def limited(*arguments, **named) -> None:
@@ -101,7 +101,7 @@ def nobody() -> None:
 
 
 @pytest.mark.parametrize("before", [few_files, nobody])
-def test_what_the_system_refuses_is_one_line(place: Path, before: Callable[[], None]) -> None:
+def test_what_the_system_refuses_reports_one_line_error(place: Path, before: Callable[[], None]) -> None:
     if before is nobody and os.geteuid() != 0:
         pytest.skip("only root becomes another user")
     root, raw = f"--data_root={place}", f"--raw_path={place}/r.csv"

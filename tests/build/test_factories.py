@@ -49,7 +49,7 @@ def test_the_mixture_has_documented_options_and_switches() -> None:
         ("TwoTower", {"query_module": "TwoTower"}, "has a query tower itself"),
     ],
 )
-def test_what_cannot_be_is_one_line(name: str, options: dict, message: str) -> None:
+def test_what_cannot_be_reports_one_line_error(name: str, options: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         build.get_sequential_encoder(name, 8, 12, **options)
 

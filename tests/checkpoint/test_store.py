@@ -1,3 +1,5 @@
+"""Checkpoint store: writing, retention, damaged checkpoints, shards, and failing disks."""
+
 import contextlib
 import errno
 import os
@@ -297,7 +299,7 @@ def test_values_that_are_not_json_leave_nothing(tmp_path):
     assert list(tmp_path.glob(".*")) == []
 
 
-def test_file_size_limit_is_one_line_and_leaves_the_older_ones(tmp_path):
+def test_file_size_limit_reports_one_line_error_and_leaves_the_older_ones(tmp_path):
     """A limit on the size of files stands in for a full disk where none can be mounted."""
     store = store_with(tmp_path, 2)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -187,7 +187,7 @@ def test_a_search_chooses_by_validation_and_says_what(tmp_path: Path) -> None:
     assert collect(found, "ndcg@10", by_validation=True)["cells"][0]["cell"] == "trial-000"
 
 
-def test_a_stopped_ablation_stops_its_runs_and_goes_on(data_root: Path, tmp_path: Path) -> None:
+def test_a_stopped_ablation_stops_its_runs_and_resumes(data_root: Path, tmp_path: Path) -> None:
     file = tmp_path / "long.gin"
     file.write_text(BASE.replace("num_epochs = 1", "num_epochs = 400") + 'ablation.cells = {"only": {}}\n')
     module = [sys.executable, "-m", "generative_recommenders.ablate"]
@@ -251,7 +251,7 @@ def test_a_grid_is_every_combination_of_each_cell(tmp_path: Path) -> None:
         ('ablation.grid = {"a.b": [1], "c.b": [1], "train_fn.num_epochs": [1, 1]}', "two cells are named"),
     ],
 )
-def test_what_cannot_be_meant_is_one_line(tmp_path: Path, text: str, message: str) -> None:
+def test_what_cannot_be_meant_reports_one_line_error(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "wrong.gin"
     file.write_text(BASE + text + "\n")
     with pytest.raises(UserError, match=message) as refused:
@@ -284,7 +284,7 @@ def test_flags_that_cannot_go_together(tmp_path: Path, data_root: Path) -> None:
         assert done.returncode == 2 and message in done.stderr.splitlines()[-1], done.stderr
 
 
-def test_a_search_chooses_on_validation_and_goes_on(data_root: Path, tmp_path: Path) -> None:
+def test_a_search_chooses_on_validation_and_resumes(data_root: Path, tmp_path: Path) -> None:
     pytest.importorskip("optuna")
     file = tmp_path / "search.gin"
     file.write_text(

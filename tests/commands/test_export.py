@@ -59,7 +59,7 @@ def test_items_as_parquet(run: Path, tmp_path: Path) -> None:
     assert table["embedding"].type.list_size == about["width"] and len(table) == about["items"]
 
 
-def test_flags_that_cannot_act_are_one_line(run: Path) -> None:
+def test_flags_without_effect_report_one_line_error(run: Path) -> None:
     done = export(run, "torch", "--resume")
     assert done.returncode == 2
     assert "--resume cannot go with --mode=export" in done.stderr.splitlines()[-1]

@@ -80,7 +80,7 @@ def test_some_users_candidates_and_text(folder: Path) -> None:
         ("recs.csv", ("--resume",), "--resume cannot go with --mode=predict"),
     ],
 )
-def test_faults_are_one_line_and_nothing_is_written(
+def test_faults_report_one_line_errors_and_nothing_is_written(
     folder: Path, output: str, flags: tuple[str, ...], words: str
 ) -> None:
     done = run(folder, output, *flags)

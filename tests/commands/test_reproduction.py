@@ -33,7 +33,7 @@ def flags(data_root: Path, out: Path, *more: str) -> list[str]:
 
 
 def test_runs_become_results_and_a_page_and_are_made_once(data_root: Path, tmp_path: Path) -> None:
-    """A cell that cannot run on the data is named with its line, and the others go on; a plug-in is loaded by every run."""
+    """A cell that cannot run on the data is named with its line, and the others continue; a plug-in is loaded by every run."""
     plugin, loaded = tmp_path / "own.py", tmp_path / "loaded"
     plugin.write_text(f"import os\nopen({str(loaded)!r}, 'a').write(f'{{os.getpid()}}\\n')\n")
     wanted = ("--epochs=1", "--only=sasrec,two-tower-genres", "--seeds=2", "--jobs=2", "--commit=abc",
@@ -70,7 +70,7 @@ def test_runs_become_results_and_a_page_and_are_made_once(data_root: Path, tmp_p
     assert (tmp_path / "results" / "synthetic-books.md").read_text() == page
 
 
-def test_a_stopped_reproduction_goes_on(data_root: Path, tmp_path: Path) -> None:
+def test_a_stopped_reproduction_resumes(data_root: Path, tmp_path: Path) -> None:
     wanted = flags(data_root, tmp_path, "--epochs=12", "--only=sasrec", "--seeds=1")
     run = tmp_path / "runs" / "leave_one_out" / "sasrec" / "seed-42"
     process = started([PROGRAM, *wanted], ROOT, tmp_path / "out", tmp_path / "err", forked_jobs)

@@ -1,3 +1,5 @@
+"""RePlay's aggregators of feature embeddings against golden numbers, and refused widths."""
+
 from __future__ import annotations
 
 import pytest

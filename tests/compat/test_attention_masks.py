@@ -1,3 +1,5 @@
+"""RePlay's attention masks: shapes, golden values, and finite results for hidden rows."""
+
 from __future__ import annotations
 
 import pytest

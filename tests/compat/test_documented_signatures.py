@@ -1,6 +1,6 @@
 """The documented signatures, typed from the documentation: parameter names, their order, kinds and defaults.
 
-We may take more than is documented, behind it or by keyword, and ask for less: what we add has a default.
+We may take more than is documented, after it or by keyword, and ask for less: what we add has a default.
 """
 
 from __future__ import annotations

@@ -1,3 +1,5 @@
+"""Genrec's Transformer encoder and attention against torch's and their equations."""
+
 from __future__ import annotations
 
 import math

@@ -1,4 +1,4 @@
-# ruff: noqa: E402 - what needs the extra is imported behind the look for it
+# ruff: noqa: E402 - what needs the extra is imported after the check for it
 """Lightning over this program's tasks and over RePlay's models; needs the extra ``lightning``."""
 
 from __future__ import annotations
@@ -416,7 +416,7 @@ def test_training_rows_are_shuffled_anew_each_epoch(tmp_path: Path, dataset: Seq
         ({"batch_size": 0}, "batch_size"),
     ],
 )
-def test_bad_tables_are_one_line(tmp_path: Path, change: dict, words: str) -> None:
+def test_bad_tables_report_one_line_errors(tmp_path: Path, change: dict, words: str) -> None:
     polars.DataFrame({"user": [1], "items": [[2]]}).write_parquet(tmp_path / "a.parquet")
     arguments = {
         "batch_size": 2, "metadata": {"train": {"user": {}}}, "transforms": {},

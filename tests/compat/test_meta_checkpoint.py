@@ -1,3 +1,5 @@
+"""Conversion of the published HSTU and SASRec checkpoints, and refusal of unsafe files."""
+
 import json
 import os
 import pickle
@@ -141,7 +143,7 @@ def changed(values: dict[str, torch.Tensor], how: str) -> dict[str, torch.Tensor
         ("short", r"position is \[5, 8\] in the checkpoint"),
     ],
 )
-def test_a_checkpoint_of_another_model_is_one_line(tmp_path, how, said):
+def test_a_checkpoint_of_another_model_reports_one_line_error(tmp_path, how, said):
     config, arrays = golden("meta_sasrec")
     path = save(tmp_path / "ckpt", changed(parameters(arrays), how))
     with pytest.raises(UserError, match=said) as caught:

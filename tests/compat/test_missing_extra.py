@@ -10,7 +10,7 @@ import pytest
 from generative_recommenders.errors import UserError
 
 
-def test_lightning_is_asked_for_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_lightning_reports_one_line_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "generative_recommenders.lightning", raising=False)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"the extra 'lightning' has it: pip install '\.\[lightning\]'"):

@@ -1,3 +1,5 @@
+"""RePlay's differential attention, block and layer against golden numbers and their equations."""
+
 from __future__ import annotations
 
 import pytest

@@ -1,3 +1,5 @@
+"""RePlay's SasRec and TwoTower models: training, inference, features, and refused tables."""
+
 from __future__ import annotations
 
 import copy

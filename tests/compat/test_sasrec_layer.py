@@ -1,3 +1,5 @@
+"""RePlay's SASRec layer against golden numbers, with padding, gradients and dtypes."""
+
 from __future__ import annotations
 
 import pytest

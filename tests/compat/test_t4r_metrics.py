@@ -1,3 +1,5 @@
+"""Transformers4Rec's ranking metrics against a plain loop and golden numbers."""
+
 from __future__ import annotations
 
 import math

@@ -112,7 +112,7 @@ def test_the_mixtures_of_rails_weigh_its_auxiliary_losses(dataset: str) -> None:
         assert settings.schedule.num_epochs == {"ml-1m": 101, "ml-20m": 151, "amzn-books": 201}[dataset]
 
 
-def test_data_of_ml_3b_are_asked_for_with_what_makes_them(tmp_path: Path) -> None:
+def test_missing_ml_3b_names_the_program_that_makes_it(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match="fractal expansion .*run_fractal_expansion.py.* --name=ml-3b"
     ) as refused:

@@ -97,7 +97,7 @@ def run(settings: dict[str, Any], data_root: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("name", CHOICES)
-def test_extreme_values_build_or_are_one_line(
+def test_extreme_values_build_or_report_one_line_error(
     name: str, data_root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -49,7 +49,7 @@ def test_a_module_registers_its_parts(tmp_path: Path, monkeypatch: pytest.Monkey
     "text, message",
     [("x = 1\nraise RuntimeError('not\\nnow')", "line 2: RuntimeError: not now"), ("x = (", "SyntaxError")],
 )
-def test_a_file_that_fails_is_one_line(tmp_path: Path, text: str, message: str) -> None:
+def test_a_file_that_fails_reports_one_line_error(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "failing.py"
     path.write_text(text)
     with pytest.raises(UserError, match=message):
@@ -57,7 +57,7 @@ def test_a_file_that_fails_is_one_line(tmp_path: Path, text: str, message: str) 
     assert "gr_plugins.failing" not in sys.modules
 
 
-def test_what_is_not_there_is_one_line(tmp_path: Path) -> None:
+def test_a_missing_plugin_reports_one_line_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no file at"):
         load_plugins([str(tmp_path / "none.py")])
     with pytest.raises(UserError, match="there is no module"):

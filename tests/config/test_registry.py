@@ -49,7 +49,7 @@ def test_options_are_the_arguments_that_are_not_supplied() -> None:
     assert (toy.width, toy.layers, toy.rate, toy.sizes) == (7, 2, 0, (3, 4))
 
 
-def test_a_supply_may_be_computed_when_it_is_asked_for() -> None:
+def test_a_supply_may_be_a_function_of_the_options() -> None:
     toy = registry_with_part()["Toy"].build({"layers": 3}, {"width": lambda options: 10 * options["layers"]})
     assert toy.width == 30
 
@@ -75,7 +75,7 @@ def test_a_supply_may_be_computed_when_it_is_asked_for() -> None:
         ({"width": 3}, "toy_part has no parameter 'width'"),
     ],
 )
-def test_an_option_that_cannot_be_is_one_line(given: dict, message: str) -> None:
+def test_an_option_that_cannot_be_reports_one_line_error(given: dict, message: str) -> None:
     with pytest.raises(UserError, match=message) as raised:
         registry_with_part()["Toy"].option_values(given)
     assert "\n" not in str(raised.value)

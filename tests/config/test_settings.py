@@ -31,7 +31,7 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("name", [*NAMES, *OPTIONS])
-def test_extreme_values_give_settings_or_one_line(name: str) -> None:
+def test_extreme_values_give_settings_or_one_line_error(name: str) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for value in EXTREME:
         try:

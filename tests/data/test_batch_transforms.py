@@ -15,7 +15,7 @@ ragged = st.lists(st.integers(0, 9), min_size=1, max_size=8)
 
 
 def histories(lengths: list[int], width: int, seed: int = 0) -> dict[str, Tensor]:
-    """A loader's batch: random ids, ratings and increasing times, zeros behind each row's length."""
+    """A loader's batch: random ids, ratings and increasing times, zeros past each row's length."""
     generator = torch.Generator().manual_seed(seed)
     shape, counts = (len(lengths), width), torch.tensor(lengths)
     real = torch.arange(width) < counts[:, None]

@@ -207,7 +207,7 @@ def test_very_large_ratings_come_back(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("export", [export_text, export_parquet])
 @pytest.mark.parametrize("name", ["", ".", "r.csv/x", "n" * 250])
-def test_a_place_that_cannot_be_written_is_one_line(
+def test_a_place_that_cannot_be_written_reports_one_line_error(
     tmp_path: Path, export: Callable, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

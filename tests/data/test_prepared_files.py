@@ -82,7 +82,9 @@ def test_manifest_is_plain_json(tmp_path: Path) -> None:
     assert stored["version"] == 2
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_reports_one_line_error_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -119,7 +121,7 @@ def test_a_name_that_is_not_utf8_is_kept(tmp_path: Path) -> None:
     assert SequenceDataset.open(tmp_path / "out").manifest.source["input"] == path.name
 
 
-def test_a_target_that_is_too_long_is_one_line(tmp_path: Path) -> None:
+def test_a_target_that_is_too_long_reports_one_line_error(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "r.csv", [("u", "a", 1.0, 1)])
     with pytest.raises(UserError, match="cannot be written: File name too long"):
         prepare(RawRatings("t", [path], COMMAS), tmp_path / ("n" * 300))

@@ -52,7 +52,7 @@ def test_prepares_exports_and_imports(tmp_path: Path) -> None:
     assert SequenceDataset.open(tmp_path / "prepared" / "back").items.tolist() == dataset.items.tolist()
 
 
-def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
+def test_bad_input_reports_one_line_error_and_exit_code_2(tmp_path: Path) -> None:
     (tmp_path / "r.csv").write_text("u,a,1,1\nu,a,1,-5\n")
     done = run(
         "--dataset=csv",
@@ -72,7 +72,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("flag", ["--k_core=abc", "--engine=flink", "--predictability=x", "--colums=a,b"])
-def test_a_flag_that_cannot_be_read_is_one_line(flag: str) -> None:
+def test_a_flag_that_cannot_be_read_reports_one_line_error(flag: str) -> None:
     done = run(flag)
     assert done.returncode == 2
     errors = done.stderr.splitlines()

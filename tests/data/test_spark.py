@@ -20,7 +20,7 @@ from ratings_files import COMMAS
 MASTER = "local[2]"
 
 
-def test_missing_pyspark_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_pyspark_reports_one_line_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "pyspark.sql", None)
     (tmp_path / "r.csv").write_text("u,i\n")
     raw = RawRatings("t", [tmp_path / "r.csv"], ReadOptions("user,item", ",", header=False))

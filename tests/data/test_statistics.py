@@ -126,7 +126,7 @@ def test_repeated_targets_name_the_seen_filter(tmp_path: Path) -> None:
     assert "seen_filter" not in text and "ties:" not in text and "duplicates" not in text
 
 
-def test_without_times_nothing_is_said_of_ties(tmp_path: Path) -> None:
+def test_ties_are_not_reported_without_times(tmp_path: Path) -> None:
     (tmp_path / "r.txt").write_text("u a\nu a\nu b\nu c\n")
     manifest = prepare(RawRatings("t", [tmp_path / "r.txt"], PAIRS), tmp_path / "out")
     assert "duplicates" not in manifest.statistics and "tied_events" not in manifest.statistics

@@ -368,7 +368,7 @@ def with_unrated(tmp_path: Path) -> Path:
     return dataset_of(columns, tmp_path / "plain", item_features=features).folder
 
 
-def test_items_without_ratings_lie_behind_the_rated_ones(with_unrated: Path) -> None:
+def test_items_without_ratings_come_after_the_rated_ones(with_unrated: Path) -> None:
     rated = SequenceDataset.open(with_unrated)
     rated.verify()
     whole = rated.with_catalogue("all")

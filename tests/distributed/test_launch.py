@@ -1,3 +1,5 @@
+"""Launcher of processes: errors, exit codes, ports, signals, and lost peers."""
+
 import contextlib
 import ipaddress
 import multiprocessing
@@ -78,7 +80,7 @@ def user_error(rank: int, world_size: int, failing: int) -> int:
 
 
 @pytest.mark.parametrize(("count", "failing"), [(1, 0), (2, 1)])
-def test_a_user_error_is_one_line(capfd, count, failing):
+def test_a_user_error_is_printed_as_one_line(capfd, count, failing):
     assert on_cpu(user_error, failing, num_processes=count) == 2
     assert capfd.readouterr().err == f"error: item 7 of rank {failing} is unknown: check it\n"
 

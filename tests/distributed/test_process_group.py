@@ -1,3 +1,5 @@
+"""Process group: collectives of one and several processes, and their devices."""
+
 import os
 
 import pytest

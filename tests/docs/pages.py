@@ -32,7 +32,7 @@ SHORT = (
 @dataclass(frozen=True)
 class Block:
     """One fenced block. mark: "parsed" for what needs an extra, a cluster or a download; "fails" for a command whose error
-    stands in the block behind it; else None."""
+    stands in the block after it; else None."""
 
     page: str
     line: int

@@ -1,3 +1,5 @@
+"""Popularity and Markov baselines, and their ranks, against plain counts."""
+
 from __future__ import annotations
 
 from collections import Counter
@@ -67,7 +69,7 @@ def test_markov_reads_the_last_real_item_of_each_row():
         "lengths": torch.tensor([2, 2, 3, 0]),
     }
     assert model.ranks(batch, torch.tensor([2, 4, 4, 3]), None).tolist() == [1, 1, 1, 1]
-    # Behind the successor come the others by popularity, 3 and 4 (two events each) before 1 and 2.
+    # After the successor come the others by popularity, 3 and 4 (two events each) before 1 and 2.
     assert model.ranks(batch, torch.tensor([3, 3, 1, 1]), None).tolist() == [2, 2, 3, 3]
 
 

@@ -1,3 +1,5 @@
+"""Metrics of top-k lists against plain loops, definitions and golden numbers."""
+
 from __future__ import annotations
 
 import math

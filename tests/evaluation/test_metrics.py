@@ -1,3 +1,5 @@
+"""Ranking metrics of rank histograms against a loop over users and golden numbers."""
+
 from __future__ import annotations
 
 import math

@@ -33,7 +33,7 @@ def scene(
     return evaluation, build_model(chosen, catalogue(num_items=ragged_dataset.num_items)).eval()
 
 
-def stop_behind(calls: int):
+def stop_after(calls: int):
     asked: list[int] = []
 
     def stop() -> bool:
@@ -60,7 +60,7 @@ def test_a_stopped_evaluation_resumes_to_the_same_numbers(scene, monkeypatch: py
     expected = evaluation.test(model)
     assert list(evaluation.folder.iterdir()) == []
     with pytest.raises(StopRequested):
-        evaluation.test(model, stop_behind(3))
+        evaluation.test(model, stop_after(3))
     assert len(list(evaluation.folder.iterdir())) == 1
     counts = encoded_users(model, monkeypatch)
     result = evaluation.test(model)
@@ -96,7 +96,7 @@ def test_the_file_of_a_killed_evaluation_is_taken_too(scene, monkeypatch: pytest
 def test_other_ranks_are_not_taken(scene, what: str, caplog: pytest.LogCaptureFixture) -> None:
     evaluation, model = scene
     with pytest.raises(StopRequested):
-        evaluation.test(model, stop_behind(2))
+        evaluation.test(model, stop_after(2))
     (file,) = evaluation.folder.iterdir()
     if what == "weights":
         with torch.no_grad():
@@ -110,10 +110,10 @@ def test_other_ranks_are_not_taken(scene, what: str, caplog: pytest.LogCaptureFi
     assert ("cannot be read" in caplog.text) == (what == "damaged")
 
 
-def test_a_folder_that_cannot_be_written_to_is_said(scene, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_folder_that_cannot_be_written_to_is_warned_of(scene, caplog: pytest.LogCaptureFixture) -> None:
     evaluation, model = scene
     evaluation.folder = evaluation.folder / "file"
     evaluation.folder.write_text("")
     with pytest.raises(StopRequested):
-        evaluation.test(model, stop_behind(2))
+        evaluation.test(model, stop_after(2))
     assert "its ranks cannot be saved" in caplog.text

@@ -1,3 +1,5 @@
+"""Exact ranks against a sort: ties, seen items, NaN and infinite scores."""
+
 from __future__ import annotations
 
 import numpy as np

@@ -67,7 +67,7 @@ def test_a_goodreads_file_is_prepared_and_trained(tmp_path: Path, form: str) -> 
         assert (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
-def test_it_is_listed_asked_for_and_needs_its_file(tmp_path: Path) -> None:
+def test_the_plugin_source_is_listed_and_needs_its_file(tmp_path: Path) -> None:
     listed = run_program("preprocess_public_data.py", PLUGIN, "--list")
     assert listed.returncode == 0, listed.stderr
     assert {"ml-1m", "csv", "goodreads", "exchange-text"} <= set(listed.stdout.split())

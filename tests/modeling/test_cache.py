@@ -108,7 +108,7 @@ def compare(model: SequenceRecommender, with_times: bool = True, next_known: boo
         whole, ids, events = inputs_of(so_far * 0, so_far, with_times, next_known)
         if (
             not next_known
-        ):  # a free slot behind every row, as the incremental entrance takes the time for unknown
+        ):  # a free slot after every row, as the incremental entrance takes the time for unknown
             ids, events = widen(ids), {name: widen(values) for name, values in events.items()}
         with torch.no_grad():
             expected = model.encode_query(SequentialFeatures(whole, ids, events)).states

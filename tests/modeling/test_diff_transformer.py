@@ -1,3 +1,5 @@
+"""DiffTransformer encoder against golden numbers and RePlay's dense layer."""
+
 from __future__ import annotations
 
 import pytest

@@ -1,3 +1,5 @@
+"""Dot-product similarity: golden shapes, shared items, and rows of a table."""
+
 from __future__ import annotations
 
 import json
@@ -61,7 +63,7 @@ def test_rows_of_a_table():
     single, _ = DotProductSimilarity().score_rows(queries[:1], items, rows[:1])
     torch.testing.assert_close(single, scores[:1])
     shared = [(slice(0, 1), torch.tensor([5, 0])), (slice(1, 4), torch.tensor([2, 2]))]
-    behind = DotProductSimilarity().score_negatives(queries, items, shared)
+    of_shared = DotProductSimilarity().score_negatives(queries, items, shared)
     expected = (queries @ items.T).gather(1, torch.tensor([[5, 0], [2, 2], [2, 2], [2, 2]]))
-    torch.testing.assert_close(behind, expected)
+    torch.testing.assert_close(of_shared, expected)
     torch.testing.assert_close(DotProductSimilarity().score_negatives(queries, items, rows), scores)

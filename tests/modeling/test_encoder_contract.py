@@ -69,7 +69,7 @@ COMBINATIONS = [
         enumerate(CHOICES), enumerate(PREPROCESSORS), enumerate(POSTPROCESSORS), (False, True)
     )
 ]
-"""Each encoder behind each preprocessor, with every postprocessor and similarity once at least; slow tests take all."""
+"""Each encoder after each preprocessor, with every postprocessor and similarity once at least; slow tests take all."""
 
 
 @pytest.mark.parametrize(("encoder", "preprocessor", "postprocessor", "mol"), COMBINATIONS)

@@ -1,3 +1,5 @@
+"""Embeddings of categories, lists and numbers, and refused specifications."""
+
 from __future__ import annotations
 
 import logging

@@ -77,7 +77,7 @@ def test_dropout_acts_in_training_only() -> None:
 
 
 @pytest.mark.parametrize("entrance", ENTRANCES)
-def test_combined_reads_the_state_behind_each_rating(entrance: str) -> None:
+def test_combined_reads_the_state_after_each_rating(entrance: str) -> None:
     layout = LAYOUTS[entrance](torch.tensor([2, 1]), 2)
     events = {"ratings": torch.ones(layout.num_tokens, dtype=torch.int64)}
     out = CombinedItemAndRatingInputFeaturesPreprocessor(2, 4, 0.0, 6)(

@@ -1,3 +1,5 @@
+"""Item tower of TwoTower: features, catalogue in blocks, gradients, and saved classes."""
+
 from __future__ import annotations
 
 import logging

@@ -1,3 +1,5 @@
+"""Mixture-of-logits similarity: scores, gates, dropout, precision and options."""
+
 from __future__ import annotations
 
 import logging
@@ -280,7 +282,7 @@ def test_user_tables_act_only_when_on():
     assert create_mol_interaction_module(6, 5, False, **SMALL)(queries, items)[1] == {}
 
 
-def test_user_ids_that_are_missing_are_asked_for():
+def test_missing_user_ids_are_reported():
     with pytest.raises(UserError, match="user ids"):
         small_model(uid_embedding_hash_sizes=(5,))(torch.randn(1, 6), torch.randn(2, 5))
 

@@ -1,3 +1,5 @@
+"""Transformer encoder against torch's, its attention mask, and its positions."""
+
 from __future__ import annotations
 
 import pytest

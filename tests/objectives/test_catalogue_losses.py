@@ -93,11 +93,11 @@ def test_gradients_are_right(name):
     hidden, weight, labels, weights = drawn(2, tokens=6, items=7)
     loss = FAMILY[name]()
     step = [1e-6 * torch.randn_like(leaf) for leaf in (hidden, weight)]
-    ahead = loss(hidden + step[0], weight + step[1], labels, weights).sum
-    behind = loss(hidden - step[0], weight - step[1], labels, weights).sum
+    forward = loss(hidden + step[0], weight + step[1], labels, weights).sum
+    backward = loss(hidden - step[0], weight - step[1], labels, weights).sum
     slopes = torch.autograd.grad(loss(hidden, weight, labels, weights).sum, (hidden, weight))
     predicted = sum((2 * d * slope).sum() for d, slope in zip(step, slopes))
-    assert_near((ahead - behind) * 1e5, predicted * 1e5, 1e-4)
+    assert_near((forward - backward) * 1e5, predicted * 1e5, 1e-4)
 
 
 class LargestResult(TorchDispatchMode):

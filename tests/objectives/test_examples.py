@@ -73,7 +73,7 @@ def test_a_hidden_item_has_the_time_of_what_is_seen_before_it() -> None:
     hidden = Hides((0, 1), (0, 2), (2, 0))
     events = hidden.example(columns, GENERATOR).features.past_events
     assert events["timestamps"].tolist() == [[10, 10, 10, 40], [50, 0, 0, 0], [70, 70, 80, 0]]
-    # the own time of a hidden item is its next time; elsewhere what the input says, 0 behind the end
+    # the own time of a hidden item is its next time; elsewhere what the input says, 0 past the end
     following = events["next_timestamps"]
     assert following[0].tolist() == [10, 20, 30, 0]
     assert following[1, 0] == 0 and following[2].tolist()[:3] == [60, 80, 0]

@@ -58,7 +58,7 @@ def training(objective: MaskedObjective, item_ids: Tensor, counts: Tensor, seed:
 
 
 def rectangle(inputs: ModelInputs, values: Tensor) -> Tensor:
-    """Values of tokens as ``[B, N]``, 0 behind a row's length."""
+    """Values of tokens as ``[B, N]``, 0 past a row's length."""
     padded = values.new_zeros(inputs.features.past_ids.shape)
     padded[inputs.layout.row_of, inputs.layout.positions] = values
     return padded

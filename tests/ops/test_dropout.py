@@ -1,4 +1,4 @@
-"""Dropout: rate, scale, seed, and the elements behind the last whole word of random bits."""
+"""Dropout: rate, scale, seed, and the elements after the last whole word of random bits."""
 
 from __future__ import annotations
 

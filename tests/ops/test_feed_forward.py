@@ -1,3 +1,5 @@
+"""Feed-forward layers against golden numbers and their equations."""
+
 from __future__ import annotations
 
 import pytest

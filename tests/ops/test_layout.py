@@ -145,7 +145,7 @@ def test_mask_changes_padding_only() -> None:
     assert jagged.mask(x[:3]).equal(x[:3])
 
 
-def test_nothing_at_all() -> None:
+def test_layouts_without_tokens() -> None:
     for lengths in ([], [0, 0]):
         layout = jagged_layout(torch.tensor(lengths, dtype=torch.int64), 4)
         assert (layout.num_rows, layout.num_tokens, layout.groups) == (len(lengths), 0, ())

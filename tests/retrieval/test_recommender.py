@@ -197,7 +197,7 @@ def test_similar_items_and_embeddings(rec: Recommender) -> None:
     assert rec.embed({"a": ["i00001"]}).shape == (1, 8)
 
 
-def test_faults_are_one_line(rec: Recommender, tmp_path: Path, dataset: SequenceDataset) -> None:
+def test_faults_report_one_line_errors(rec: Recommender, tmp_path: Path, dataset: SequenceDataset) -> None:
     folder = make_run(tmp_path / "whole", dataset, {"main_module": "SASRec"})[0]
     for call in (
         lambda: rec.recommend({"a": ["i00001"]}, k=0),
@@ -229,7 +229,7 @@ def test_faults_are_one_line(rec: Recommender, tmp_path: Path, dataset: Sequence
 
 
 @pytest.mark.parametrize("output", ["pandas", "polars", "torch"])
-def test_output_has_the_form_that_is_asked_for(rec: Recommender, output: str) -> None:
+def test_output_has_the_requested_form(rec: Recommender, output: str) -> None:
     history = {"a": ["i00003", "i00004"]}
     expected = rec.recommend(history, k=3)
     answer = rec.recommend(history, k=3, output=output)

@@ -61,7 +61,7 @@ def test_requests_answered_together_are_answered_as_alone(rec: Recommender) -> N
     assert answers[5][:3] == answers[0]
 
 
-def test_columns_that_the_model_reads_are_asked_for(tmp_path: Path) -> None:
+def test_missing_columns_that_the_model_reads_are_refused(tmp_path: Path) -> None:
     dataset = tiny_dataset(tmp_path / "data", ragged_sequences(57, 30, seed=5))
     rec = Recommender.load(make_run(tmp_path, dataset, {"main_module": "HSTU", "next_time": "given"})[0])
     columns = {"timestamp": [5000, 9000]}
@@ -212,7 +212,7 @@ def test_it_ends_when_it_is_told_to(run: Path) -> None:
     assert "Traceback" not in server.process.stderr.read()
 
 
-def test_a_folder_without_a_run_is_one_line(tmp_path: Path) -> None:
+def test_a_folder_without_a_run_reports_one_line_error(tmp_path: Path) -> None:
     pytest.importorskip("uvicorn")
     command = [sys.executable, "-m", "generative_recommenders.serve", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -1,3 +1,5 @@
+"""Top-k search, exact and approximate, against a sort of all scores."""
+
 from __future__ import annotations
 
 import copy

@@ -1,3 +1,5 @@
+"""Run folders: resuming, locks, unsafe links, and disks that fail."""
+
 import contextlib
 import json
 import os
@@ -55,7 +57,7 @@ def test_an_unfinished_line_never_merges_with_the_next(tmp_path):
         assert records(run) == [{"step": 1}, {"step": 2}]
 
 
-def test_tensorboard_hides_the_steps_behind_the_checkpoint(tmp_path):
+def test_tensorboard_hides_the_steps_after_the_checkpoint(tmp_path):
     with RunFolder.create_or_open(tmp_path) as run:
         for step in range(1, 6):
             run.write_scalars(step, {"train/loss": 1.0})
@@ -86,7 +88,7 @@ def scalars(run: RunFolder) -> dict[str, list[tuple[int, float]]]:
 
 
 @pytest.mark.parametrize("killed_between", [False, True])
-def test_an_epoch_is_recorded_once_behind_a_checkpoint_on_its_last_step(tmp_path, killed_between):
+def test_an_epoch_is_recorded_once_after_a_checkpoint_on_its_last_step(tmp_path, killed_between):
     """The checkpoint is of step 4, before epoch 1 was scored; the kill came while it was recorded, or later."""
     with RunFolder.create_or_open(tmp_path) as run:
         run.write_scalars(3, {"train/loss": 3.0})
@@ -295,7 +297,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def test_a_full_disk_is_one_line(small_disk, capfd):
+def test_a_full_disk_reports_one_line_error(small_disk, capfd):
     with RunFolder.create_or_open(small_disk / "run") as run:
         run.write_metrics(1, {"loss": 0.5})
         with contextlib.suppress(OSError):
@@ -315,7 +317,7 @@ def test_a_full_disk_is_one_line(small_disk, capfd):
 
 
 @pytest.mark.parametrize("name", [None, "", "inside"])
-def test_read_only_folder_is_one_line(read_only: Path, name):
+def test_read_only_folder_reports_one_line_error(read_only: Path, name):
     path = None if name is None else read_only / name
     with pytest.raises(UserError, match=r"cannot write to run folder .*--run_dir") as caught:
         RunFolder.create_or_open(path, root=read_only)

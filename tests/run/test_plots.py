@@ -1,3 +1,5 @@
+"""Plots of a run's loss and metrics."""
+
 from __future__ import annotations
 
 import pytest

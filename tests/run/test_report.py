@@ -174,7 +174,9 @@ def test_runs_on_other_data_are_refused_in_one_line(
     assert "is no folder of a run" in capsys.readouterr().err
 
 
-def test_damaged_facts_are_one_line(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damaged_facts_report_one_line_error(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = shutil.copytree(root / "one", tmp_path / "run")
     (run / "report" / "users.parquet").write_bytes(b"PAR1")
     assert report([str(run)]) == 2

@@ -73,7 +73,7 @@ def test_steps_between_records_measure_no_norm(ragged_dataset: SequenceDataset) 
     assert measured == [(step + 1) % 3 == 0 for step in range(len(measured))]
 
 
-def test_the_time_spent_goes_on_in_a_resumed_run() -> None:
+def test_the_time_spent_continues_in_a_resumed_run() -> None:
     log = EpochLog.of(None, settings())
     with log.timed("evaluation"):
         pass

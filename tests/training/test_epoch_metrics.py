@@ -162,7 +162,7 @@ def test_without_validation_targets_the_last_epoch_is_kept(
 
 
 def test_checkpoints_are_counted_as_published(ragged_dataset: SequenceDataset, tmp_path: Path) -> None:
-    """Behind epochs 2 and 4, counted from 0, and at the end; protocol "paper" keeps no best one besides."""
+    """After epochs 2 and 4, counted from 0, and at the end; protocol "paper" keeps no best one besides."""
     chosen = settings(
         num_epochs=6, local_batch_size=64, eval_batch_size=64, protocol="paper", save_ckpt_every_n=2
     )

@@ -224,7 +224,7 @@ def test_another_objective_starts_its_mask_slot_anew_or_leaves_it(
         ({"freeze": ("items", "sequence")}, "leaves nothing to train"),
     ],
 )
-def test_what_does_not_fit_is_one_line(
+def test_what_does_not_fit_reports_one_line_error(
     choices: dict, message: str, before: SequenceDataset, tmp_path: Path
 ) -> None:
     trained(tmp_path, before, num_epochs=0)
@@ -306,7 +306,7 @@ def test_the_same_gradients_reach_what_is_not_frozen(before: SequenceDataset) ->
                 torch.testing.assert_close(value, wanted[name], msg=f"{kind}, {part}, {name}")
 
 
-def test_a_run_of_the_program_goes_on_from_another(before: SequenceDataset, tmp_path: Path) -> None:
+def test_a_run_of_the_program_starts_from_another(before: SequenceDataset, tmp_path: Path) -> None:
     """By gin; `resolved.gin` keeps the names, one process and two do the same, and a resumed run does not read its source."""
     shutil.copytree(before.folder, tmp_path / "prepared" / "books")
     gin = tmp_path / "run.gin"

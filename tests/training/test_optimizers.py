@@ -85,7 +85,7 @@ def test_adamw_decays_and_moves_untouched_rows() -> None:
     torch.testing.assert_close(ours[2][untouched].detach(), before[untouched] * (1 - RATE * DECAY))
     once = ours[2].detach().clone()
     take(optimizer, ours, 1, torch.tensor([0]))
-    assert (ours[2][[1, 4]] != once[[1, 4]] * (1 - RATE * DECAY)).all()  # their momentum goes on
+    assert (ours[2][[1, 4]] != once[[1, 4]] * (1 - RATE * DECAY)).all()  # their momentum continues
 
 
 @pytest.mark.parametrize("name", ["lazy_adamw", "rowwise_adagrad"])
@@ -169,7 +169,7 @@ def test_warm_up_is_linear(name: str) -> None:
         torch.testing.assert_close(ours, torch_adamw(6, rates), rtol=1e-5, atol=1e-6)
 
 
-def test_the_rate_falls_along_half_a_cosine_behind_the_warm_up() -> None:
+def test_the_rate_falls_along_half_a_cosine_after_the_warm_up() -> None:
     optimizer, ours = optimizer_of("adamw", num_warmup_steps=2, cosine_steps=8)
     rates = [take(optimizer, ours, step) for step in range(9)]
     cosine = [(1 + math.cos(math.pi * step / 8)) / 2 for step in range(9)]

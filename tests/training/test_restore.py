@@ -114,7 +114,7 @@ def test_a_long_evaluation_says_how_long_it_takes(
     assert re.search(r"evaluation: .* 2/6 \[.*<.*\]", capsys.readouterr().err)
 
 
-def test_a_run_goes_on_from_weights_alone(ragged_dataset: SequenceDataset, tmp_path: Path) -> None:
+def test_a_run_resumes_from_weights_alone(ragged_dataset: SequenceDataset, tmp_path: Path) -> None:
     store, trainer = CheckpointStore(tmp_path), make_trainer(ragged_dataset)
     trainer.save(store)
     resumed, newest = make_trainer(ragged_dataset), store.load_newest()
@@ -136,7 +136,7 @@ def test_other_features_are_refused(ragged_dataset: SequenceDataset, saved: Chec
 def test_the_place_in_the_epoch_is_counted_in_users(
     ragged_dataset: SequenceDataset, tmp_path: Path, steps: int, batch: int, expected: int
 ) -> None:
-    """52 users, 16 a step before; the ones behind the whole steps of the new batch are seen again."""
+    """52 users, 16 a step before; the ones after the whole steps of the new batch are seen again."""
     store, trainer = CheckpointStore(tmp_path), make_trainer(ragged_dataset)
     assert trainer.loader.users.size == 52
     done = iter(range(1, steps + 1))

@@ -105,7 +105,7 @@ def measured(trainer: Trainer) -> dict[str, Any]:
 
 
 def of_case(dataset: SequenceDataset, case: str, table: str, folder: Path) -> dict[str, Any]:
-    """Losses of steps, then a checkpoint; what a trainer that reads it measures and how it goes on."""
+    """Losses of steps, then a checkpoint; what a trainer that reads it measures and how it continues."""
     trainer = trainer_of(dataset, case, table)
     losses = losses_of_steps(trainer)
     store = CheckpointStore(
@@ -291,7 +291,7 @@ def test_ranks_and_lists_of_the_same_weights(results: Measured, world: int, case
 
 
 @EVERY
-def test_checkpoints_go_on_with_any_number_of_processes(results: Measured, world: int, case: str) -> None:
+def test_checkpoints_resume_with_any_number_of_processes(results: Measured, world: int, case: str) -> None:
     for each in (every[case] for every in results.several(world)):
         assert each["of one"]["later"] == pytest.approx(results.alone(case)["later"], rel=1e-3, abs=1e-4)
         if "replicated" in each:
@@ -380,7 +380,7 @@ def test_what_needs_the_whole_table_is_refused(
 
 
 @pytest.mark.skipif(find_spec("torchrec") is not None, reason="TorchRec is installed")
-def test_torchrec_that_is_missing_is_one_line() -> None:
+def test_torchrec_that_is_missing_reports_one_line_error() -> None:
     with pytest.raises(UserError, match="needs TorchRec in an environment of its own .*torchrec") as caught:
         TorchRecTable(11, 8, Collectives())
     assert "\n" not in str(caught.value)

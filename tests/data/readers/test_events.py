@@ -115,7 +115,7 @@ def test_missing_ids_are_refused_with_their_number_or_dropped(
     assert "2 events" in caplog.text
 
 
-def test_nothing_left_after_dropping_is_one_line(tmp_path: Path) -> None:
+def test_nothing_left_after_dropping_reports_one_line_error(tmp_path: Path) -> None:
     path = write(tmp_path, "user,item\nNA,i\n,j\n")
     assert "nothing is left" in refused(path, drop_missing=True)
 
@@ -156,7 +156,9 @@ def test_two_columns_of_one_name_are_refused(tmp_path: Path, suffix: str) -> Non
         (pa.array([5.0, float("nan")]), "row 2: the timestamp 'nan' is missing"),
     ],
 )  # fmt: skip
-def test_typed_columns_that_are_no_time_are_one_line(tmp_path: Path, values: pa.Array, word: str) -> None:
+def test_typed_columns_that_are_no_time_report_one_line_error(
+    tmp_path: Path, values: pa.Array, word: str
+) -> None:
     path = tmp_path / "a.parquet"
     pa.parquet.write_table(pa.table({"user": ["u", "v"], "item": ["i", "j"], "timestamp": values}), path)
     assert word in refused(path)

@@ -225,11 +225,11 @@ def test_arrow_buffers_that_claim_much_are_refused_before_they_are_read(
         assert "bytes that unpack to" in error_of(tmp_path / "r.arrow", FOUND)
 
 
-def test_an_arrow_footer_that_points_behind_the_messages_is_refused(tmp_path: Path) -> None:
+def test_an_arrow_footer_that_points_past_the_messages_is_refused(tmp_path: Path) -> None:
     data = bytearray(arrow_bytes(pa.ipc.new_file, None))
     (size,) = struct.unpack_from("<i", data, len(data) - 10)
     footer = len(data) - 10 - size
-    # Behind the schema lies the dictionary, the first message that the footer names.
+    # After the schema lies the dictionary, the first message that the footer names.
     first = data.index(b"\xff\xff\xff\xff", 16)
     place = data.index(struct.pack("<q", first), footer)
     struct.pack_into("<q", data, place, len(data))

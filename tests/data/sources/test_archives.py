@@ -1,3 +1,5 @@
+"""Extraction of archives: formats, unsafe members, bombs and damage."""
+
 from __future__ import annotations
 
 import gzip

@@ -1,3 +1,5 @@
+"""Downloads from mirrors: checksums, failures, and what to do without a network."""
+
 from __future__ import annotations
 
 import hashlib
@@ -78,7 +80,7 @@ def test_downloads_once_and_leaves_no_part(site: Site, tmp_path: Path) -> None:
     assert site.requests == ["good"]
 
 
-def test_goes_on_to_the_next_mirror(site: Site, tmp_path: Path) -> None:
+def test_tries_the_next_mirror(site: Site, tmp_path: Path) -> None:
     remote = _remote("http://127.0.0.1:9/refused", *map(site.url, [*BAD, "good", "never-asked"]))
     assert fetch(remote, tmp_path, progress=False).read_bytes() == CONTENT
     assert site.requests == [*BAD, "good"]
@@ -96,7 +98,7 @@ def test_a_bad_mirror_does_not_cost_the_file_that_is_there(site: Site, tmp_path:
 
 
 @pytest.mark.parametrize("page", BAD)
-def test_every_fault_is_one_line_with_its_reason(site: Site, tmp_path: Path, page: str) -> None:
+def test_every_fault_reports_one_line_error_with_its_reason(site: Site, tmp_path: Path, page: str) -> None:
     reason = {"cut": r"IncompleteRead\(.*\)", "missing": "404.*Not Found.*"}.get(page, "its md5 is not .*")
     with pytest.raises(
         UserError, match=rf"^cannot download data\.bin \(127\.0\.0\.1:\d+: {reason}\): [^\n]+$"
@@ -149,7 +151,7 @@ def test_a_malformed_mirror_is_one_that_failed(site: Site, tmp_path: Path, url: 
 
 
 @pytest.mark.parametrize("proxy", ["http://[::1", "http:/proxy", "http://proxy:port"])
-def test_a_malformed_proxy_is_one_line(
+def test_a_malformed_proxy_reports_one_line_error(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, proxy: str
 ) -> None:
     monkeypatch.setenv("no_proxy", "")

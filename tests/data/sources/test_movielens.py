@@ -1,3 +1,5 @@
+"""Readers of MovieLens' films and users, and their faults."""
+
 from __future__ import annotations
 
 import gzip
@@ -108,7 +110,7 @@ def test_a_file_that_unpacks_without_end(
 @pytest.mark.parametrize("inputs", [200, pytest.param(20_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", GOOD)
 @memory_grows_at_most(256)
-def test_damage_gives_rows_or_one_line(tmp_path: Path, name: str, inputs: int) -> None:
+def test_damage_gives_rows_or_one_line_error(tmp_path: Path, name: str, inputs: int) -> None:
     """Damaged inputs of each format: cut, doubled and overwritten bytes."""
     rng = random.Random(name)
     good = GOOD[name]

@@ -1,3 +1,5 @@
+"""Data sources by name: published files, checksums, CSV files and their options."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -267,7 +269,9 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path, name: str) -> N
     ("sasrec-text", {"raw_path": Path(__file__).parent}, "holds no interactions.txt"),
     ("csv", {"raw_path": Path(__file__).parents[3] / "benchmarks"}, "holds no file that ends in"),
 ])  # fmt: skip
-def test_faults_are_one_line(tmp_path: Path, name: str, options: dict[str, object], message: str) -> None:
+def test_faults_report_one_line_errors(
+    tmp_path: Path, name: str, options: dict[str, object], message: str
+) -> None:
     with pytest.raises(UserError, match=message) as caught:
         _resolve(name, tmp_path, **{"raw_path": None, **options})  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)

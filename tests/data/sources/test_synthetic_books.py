@@ -1,3 +1,5 @@
+"""Synthetic books: the generator's statistics, files and features, and its oracle."""
+
 from __future__ import annotations
 
 import csv
@@ -78,7 +80,7 @@ def test_share_of_predictable_steps_is_as_asked(predictability: float) -> None:
 
 
 def test_predictable_steps_follow_the_threads_of_the_history(default: tuple[BookCatalogue, Steps]) -> None:
-    """Replayed in plain Python: a predictable book is the first unread one behind a head."""
+    """Replayed in plain Python: a predictable book is the first unread one after a head."""
     catalogue, steps = default
     behind_last = behind_other = 0
     for reader in range(300):
@@ -100,7 +102,7 @@ def test_predictable_steps_follow_the_threads_of_the_history(default: tuple[Book
 
 
 def _onward(catalogue: BookCatalogue, head: int, read: set[int]) -> int:
-    """The book behind `head`; books read before are passed over, up to a limit."""
+    """The book after `head`; books read before are passed over, up to a limit."""
     book = int(catalogue.successor[head])
     for _ in range(REDRAWS):
         if book not in read:

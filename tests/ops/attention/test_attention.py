@@ -305,7 +305,7 @@ def test_scale() -> None:
     torch.testing.assert_close(scaled, softmax_attention(q * 0.2 * 3**0.5, k, v, layout))
 
 
-def test_visible_hides_cells_behind_a_row() -> None:
+def test_visible_hides_cells_past_a_rows_end() -> None:
     layout = padded_layout(torch.tensor([1, 3]), 3)
     layout = layout.with_attention_mask(
         AttentionMask(*(torch.zeros_like(layout.positions) for _ in range(2)))
