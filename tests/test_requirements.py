@@ -13,6 +13,7 @@ PINNED = {
     "export": "requirements-extras.txt",
     "serve": "requirements-extras.txt",
     "search": "requirements-extras.txt",
+    "kernels": "requirements-extras.txt",
     "spark": "requirements-spark.txt",
     "gpu": "requirements-gpu.txt",
     "torchrec": "requirements-torchrec.txt",
