@@ -4,21 +4,17 @@ alike."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from generative_recommenders.errors import UserError
 from generative_recommenders.ops import dispatch
 from generative_recommenders.ops.dropout import Dropout, KeepMasks, dropout
 from generative_recommenders.ops.normalization import RMSNorm, column_sums
 
 FLOAT32_EPS = torch.finfo(torch.float32).eps
 """The epsilon of the RMS norms here, whatever the dtype of the activations."""
-
-_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"relu": F.relu, "gelu": F.gelu}
 
 
 def feed_forward(
@@ -86,40 +82,6 @@ class _ReluFeedForward(torch.autograd.Function):
         d_weights1 = d_hidden.T @ x, column_sums(d_hidden)
         d_weights2 = (d_out.T @ hidden).mul_(ctx.scale**2), column_sums(d_out).mul_(ctx.scale)
         return torch.mm(d_hidden, weight1, out=d_out).add_(grad), *d_weights1, *d_weights2, None
-
-
-class PointWiseFeedForward(nn.Module):
-    """x + W2 act(W1 x + b1) + b2, the feed-forward of SASRec (arXiv 1808.09781, section 3.3) with its
-    residual.
-
-    embedding_dim: width D of input and output.
-    dropout: rate after the activation and after the second layer.
-    activation: "gelu" (erf form) or "relu".
-    hidden_dim: width between the layers, D unless given.
-    """
-
-    def __init__(
-        self,
-        embedding_dim: int,
-        dropout: float,
-        activation: Literal["relu", "gelu"] = "gelu",
-        hidden_dim: int | None = None,
-    ) -> None:
-        super().__init__()
-        if activation not in _ACTIVATIONS:
-            raise UserError(
-                f"activation {activation!r} of PointWiseFeedForward: choose one of {sorted(_ACTIVATIONS)}"
-            )
-        hidden_dim = hidden_dim or embedding_dim
-        self.activation = _ACTIVATIONS[activation]
-        self.linear1 = nn.Linear(embedding_dim, hidden_dim)
-        self.linear2 = nn.Linear(hidden_dim, embedding_dim)
-        self.dropout = Dropout(dropout)
-
-    def forward(self, input_embeddings: torch.Tensor) -> torch.Tensor:
-        """``[..., D]`` to ``[..., D]``."""
-        rate = self.dropout.rate if self.training else 0.0
-        return feed_forward(input_embeddings, self.linear1, self.linear2, self.activation, rate)
 
 
 class SwiGLU(nn.Module):

@@ -13,6 +13,7 @@ from torch import nn
 from generative_recommenders.compat.meta.checkpoint import read_state
 from generative_recommenders.compat.replay.nn.agg import PositionAwareAggregator, SumAggregator
 from generative_recommenders.compat.replay.nn.embedding import SequenceEmbedding
+from generative_recommenders.compat.replay.nn.ffn import PointWiseFeedForward, SwiGLUEncoder
 from generative_recommenders.compat.replay.nn.mask import DefaultAttentionMask
 from generative_recommenders.compat.replay.nn.sequential import (
     QueryTower,
@@ -26,7 +27,6 @@ from generative_recommenders.data.splits import make_split
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.errors import UserError
-from generative_recommenders.ops.feed_forward import PointWiseFeedForward, SwiGLUEncoder
 from generative_recommenders.run.directory import RunFolder
 from generative_recommenders.training.trainer import Trainer
 

@@ -9,10 +9,10 @@ from typing import Literal
 from torch import Tensor, nn
 
 from generative_recommenders.compat.replay.nn.attention import MultiHeadDifferentialAttention
+from generative_recommenders.compat.replay.nn.ffn import Activation, PointWiseFeedForward
 from generative_recommenders.compat.replay.nn.mask import hide_padded_keys, mask_for, mask_per_head
 from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.encoders import diff_transformer as core
-from generative_recommenders.ops.feed_forward import PointWiseFeedForward
 
 LAYER_NORM_EPS = 1e-8  # of the published SASRec, and so of RePlay's checkpoints
 
@@ -35,7 +35,7 @@ class SasRecTransformerLayer(nn.Module):
         num_heads: int,
         num_blocks: int,
         dropout: float,
-        activation: Literal["relu", "gelu"] = "gelu",
+        activation: Activation = "gelu",
         hidden_dim: int | None = None,
     ) -> None:
         super().__init__()
