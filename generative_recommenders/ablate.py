@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _list(ablation: Ablation, args: argparse.Namespace) -> Callable[[], Run | None]:
-    """All runs of the file's cells, made before the first begins, so that what cannot be is said at once."""
+    """All runs of the file's cells, made before the first begins, so that an invalid one is reported at once."""
     cells, only = cells_of(ablation.settings, ablation.file), [each for each in args.only.split(",") if each]
     unknown = sorted({*only} - {cell.name for cell in cells})
     if unknown:

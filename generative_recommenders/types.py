@@ -28,7 +28,7 @@ from typing import NamedTuple
 import torch
 
 Batch = Mapping[str, torch.Tensor]
-"""What a loader yields: names to small integer tensors (``[B, N]`` ids, ratings, timestamps; ``[B]`` lengths)."""
+"""A loader's batch: names to small integer tensors (``[B, N]`` ids, ratings, timestamps; ``[B]`` lengths)."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class SequentialFeatures:
 
 
 class LossOutput(NamedTuple):
-    """What a loss returns. A trainer divides ``sum`` by ``weight``, each summed over all processes.
+    """Output of a loss. A trainer divides ``sum`` by ``weight``, each summed over all processes.
 
     sum: scalar, differentiable.
     weight: scalar, no gradient; 0 when nothing counts (``sum`` is then 0 and the trainer changes nothing).

@@ -90,7 +90,7 @@ class Catalogue:
         return list(reader.read(names, embedding_dim, asked_by, list_reduction))
 
     def facts(self, model: SequenceRecommender, dataset: SequenceDataset) -> dict[str, Any]:
-        """What a checkpoint keeps of the data, as JSON, so that `of_facts` builds the model again without them."""
+        """The data-set facts that a checkpoint keeps, as JSON, so that `of_facts` builds the model again without them."""
         read = model.sequence.event_features
         used = {feature.name for feature in read.features} if read is not None else set()
         facts: dict[str, Any] = {

@@ -44,7 +44,7 @@ class FeatureReader:
         return [self._read(name, embedding_dim, asked_by, list_reduction) for name in names]
 
     def encodings(self, names: Sequence[str]) -> dict[str, dict[str, Any]]:
-        """How values become what `read` gives, as JSON: categories in the order of their ids, or mean and deviation."""
+        """The encoding of values that `read` applies, as JSON: categories in the order of their ids, or mean and deviation."""
         kinds, found = self._kinds(), dict[str, dict[str, Any]]()
         for name in names:
             if kinds[name] == "numerical":

@@ -38,7 +38,7 @@ from generative_recommenders.objectives.objective import Objective
 
 
 def build_objective(settings: RunSettings) -> Objective:
-    """What is predicted: the next items of every position or of the last one, or hidden positions."""
+    """The objective: next items of every position or of the last one, or hidden positions."""
     supplies = {"embedding_dim": settings.items.item_embedding_dim}
     objective: Objective = build_part(settings, OBJECTIVES, settings.loss.objective, supplies)
     return objective
@@ -64,7 +64,7 @@ def build_model(
     own = settings.items.embedding_module_type
     if own not in (settings.item_embedding, "local"):  # the default contradicts nothing
         raise UserError(
-            f"train_fn.embedding_module_type {own!r} cannot act in {settings.model.main_module}, which has an item "
+            f"train_fn.embedding_module_type {own!r} has no effect in {settings.model.main_module}, which has an item "
             "tower: unset it"
         )
     width, item_table = settings.items.item_embedding_dim, settings.items.item_table

@@ -19,7 +19,7 @@ from generative_recommenders.errors import UserError
 def checkpoint_from_main(
     collectives: Collectives, read: Callable[[], Checkpoint | None]
 ) -> Checkpoint | None:
-    """What ``read()`` of the main process returns, on every process; only there it is called.
+    """Result of ``read()``, which the main process alone calls, on every process.
 
     Elsewhere its path is the main process's, where there may be no files.
     """

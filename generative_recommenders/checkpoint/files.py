@@ -35,7 +35,7 @@ class DamagedCheckpoint(UserError):
 
 
 class Manifest(StrictModel):
-    """What a checkpoint says of itself. metric: the validation metric that "best" is judged by, None if not measured.
+    """Header of a checkpoint. metric: the validation metric that "best" is judged by, None if not measured.
 
     row_files: those of a sharded item table, and which of its rows [first, stop) each holds.
     """

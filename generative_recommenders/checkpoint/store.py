@@ -119,7 +119,7 @@ class CheckpointStore:
                     shutil.rmtree(entry, ignore_errors=True)
 
     def attach(self, item_ids: pa.Array, settings: Mapping[str, Any], resolved_gin: str) -> None:
-        """What every later checkpoint carries, so that it loads alone: original item ids ``[V]`` (strings), settings and
+        """Attaches to every later checkpoint, so that it loads alone: original item ids ``[V]`` (strings), settings and
         resolved gin text. Earlier ones keep what they were saved with."""
         self.attached = {
             ITEM_IDS: item_id_bytes(item_ids),

@@ -84,7 +84,7 @@ def user_ids(checkpoint: Checkpoint) -> pa.Array | None:
 
 
 def data_facts(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What the trainer recorded of the data (`Catalogue.facts`); empty in checkpoints of releases before 0.2.0."""
+    """The data-set facts that the trainer recorded (`Catalogue.facts`); empty in checkpoints of releases before 0.2.0."""
     facts = checkpoint.state.get("data", {})
     if not isinstance(facts, dict):
         raise UserError(f"{checkpoint.path}: its record of the data is no object")

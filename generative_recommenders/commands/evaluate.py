@@ -155,7 +155,7 @@ def evaluate_worker(rank: int, world_size: int, options: Options) -> int:
 
 
 def keep_facts(run: Path, dataset: SequenceDataset, split: Split, ranks: Mapping[str, Ranks]) -> bool:
-    """What the run's report needs of the data; one warning, and False, where it cannot be written."""
+    """Writes the data-set facts for the run's report; one warning, and False, where they cannot be written."""
     try:
         write_facts(run, dataset, split, ranks)
     except Exception as error:  # a report is worth no run

@@ -142,7 +142,7 @@ def parse_bytes(text: str) -> int:
 
 
 def read_options() -> ReadOptions:
-    """How the flags say that raw files are laid out."""
+    """The layout of raw files, from the flags."""
     given, delimiter = flags.FLAGS, flags.FLAGS.delimiter
     named = {"tab": "\t", "\\t": "\t", "space": " ", "whitespace": " ", " ": " "}
     delimiter = None if delimiter is None else named.get(delimiter, delimiter)
@@ -167,7 +167,7 @@ def _export(folder: Path) -> None:
 
 
 def _check_flags() -> None:
-    """UserError for a flag that is given but cannot act, by itself or beside the others."""
+    """UserError for a flag that is given but has no effect, by itself or beside the others."""
     given = flags.FLAGS
     for name in ("export_text", "export_parquet"):
         if (path := given[name].value) is not None:

@@ -99,7 +99,7 @@ def parse_flags(argv: list[str], help: Help) -> list[str]:
 
 
 def exit_code(program: Callable[[], int]) -> int:
-    """What ``program`` returns; the code of a fault of the input or the system, which is told in one line."""
+    """Exit code of ``program``; that of a fault of the input or the system, which is printed in one line."""
     line = ""
     try:
         with interrupts():

@@ -126,7 +126,7 @@ def run_settings(options: Options, collectives: Collectives) -> RunSettings:
 def settings_and_data(
     options: Options, collectives: Collectives
 ) -> tuple[RunSettings, SequenceDataset, Split]:
-    """What a run trains by and on, the same on every process."""
+    """Settings and data of a run, the same on every process."""
     settings = run_settings(options, collectives)
     log_notices(settings)
     dataset = shared_dataset(settings, options.data_root, collectives)

@@ -35,7 +35,7 @@ MAX_ENTRIES = 10_000
 MAX_STRINGS = 100
 """In a row: gin joins them one by one, each time copying what it has."""
 PARSER_FAULTS = (ValueError, TypeError, AttributeError, LookupError)
-"""What gin's parser raises for texts that it cannot make sense of, beside SyntaxError."""
+"""Errors that gin's parser raises for malformed texts, beside SyntaxError."""
 ABLATION = "ablation"
 """Owner of what a file of `generative_recommenders.ablate` says beside settings."""
 MODULE = "generative_recommenders."
@@ -55,7 +55,7 @@ def load_settings(gin_files: Sequence[str | Path], bindings: Sequence[str] = ())
 def load_ablation(
     path: str | Path, bindings: Sequence[str], names: Collection[str]
 ) -> tuple[dict[str, Any], RunSettings]:
-    """What a file binds of ``names`` on ``ablation``, and the settings that it gives as `load_settings` does."""
+    """The values that a file binds of ``names`` on ``ablation``, and the settings that it gives as `load_settings` does."""
     values, beginning = _parse([path], bindings, names), f"{ABLATION}."
     own = [name for name in values if name.startswith(beginning)]
     return {name.removeprefix(beginning): values.pop(name) for name in own}, _bound(RunSettings(), values)
@@ -116,7 +116,7 @@ class _Macro:
 
 
 class _Parsed(config_parser.ParserDelegate):  # type: ignore[misc]
-    """What the texts of one configuration hold. files: their number ends includes that go in a circle or multiply.
+    """Contents of the texts of one configuration. files: their number ends includes that go in a circle or multiply.
     entries: their number ends values that do.
     """
 
@@ -145,7 +145,7 @@ class _Parsed(config_parser.ParserDelegate):  # type: ignore[misc]
         )
 
     def values(self) -> dict[str, Any]:
-        """What is bound, with the values of macros in their places."""
+        """The bound values, with macros resolved."""
         for name, (place, _) in self.macros.items():
             if name not in self.used:  # most often a setting whose owner was left out
                 close = [each for each in NAMES if each.endswith("." + name)] or difflib.get_close_matches(
@@ -224,7 +224,7 @@ def _bind_text(text: str, place: str, parsed: _Parsed) -> None:
 
 
 def _without_quotes(message: str, text: str, line: int) -> str | None:
-    """What to say of a word where a value should be, most often a string whose quotes a shell took."""
+    """The error text for a word in place of a value, most often a string whose quotes a shell took."""
     token = re.search(r"Failed to parse token '(.+?)'", message)
     if token is None:
         return None
@@ -276,7 +276,7 @@ def _bind(statement: Any, place: str, parsed: _Parsed) -> None:
             return
         if scope:
             raise UserError(
-                f"gin: {place}: scopes cannot act here; write {owner}.{argument} without {scope + '/'!r}"
+                f"gin: {place}: scopes have no effect here; write {owner}.{argument} without {scope + '/'!r}"
             )
         owner, known = owner.removeprefix(MODULE), parsed.known
         if owner == ABLATION and owner not in known:

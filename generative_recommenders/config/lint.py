@@ -55,11 +55,14 @@ def settings_without_effect(settings: RunSettings) -> list[str]:
         ]
         if names:
             idle.setdefault("this run has no such part", []).extend(names)
-    lines = [f"{', '.join(names)} cannot act: {why}" for why, names in idle.items()]
+    lines = [
+        f"{', '.join(names)} {'has' if len(names) == 1 else 'have'} no effect: {why}"
+        for why, names in idle.items()
+    ]
     if "BruteForce" not in settings.model.top_k_method:
         lines.append(
             f"train_fn.top_k_method = {settings.model.top_k_method!r}: ranks are counted exactly over the whole "
-            "catalogue; it acts in retrieval.methods.build_top_k alone"
+            "catalogue; it is used by retrieval.methods.build_top_k alone"
         )
     return [*lines, *_unsupported_here(settings)]
 

@@ -64,7 +64,7 @@ class Part:
 
     @cached_property
     def supplied(self) -> frozenset[str]:
-        """What the constructor asks for of what the program supplies."""
+        """The constructor's arguments that the program supplies."""
         offered = self.registry.supplied | set(getattr(self.make, "SUPPLIED", ()))
         return frozenset(self._parameters) & offered
 

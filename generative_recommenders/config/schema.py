@@ -180,7 +180,7 @@ class RunSettings(Section):
         return self.options.get(owner, {}).get(name)
 
     def part_options(self, part: Part) -> dict[str, Any]:
-        """What a part is given: its own options, and those that published names fill where its own are not given."""
+        """The options of a part: its own, and those that published names fill where its own are not given."""
         own = dict(self.options.get(part.gin_name, {}))
         for published, target in targets_in(part).items():
             value = (
@@ -230,7 +230,7 @@ class RunSettings(Section):
         return name not in LOSSES or bool(getattr(LOSSES[name].make, "needs_negatives", False))
 
     def plugin_parts(self) -> list[dict[str, Any]]:
-        """What a checkpoint says of each part that comes from a plug-in."""
+        """The record in a checkpoint of each part that comes from a plug-in."""
         found = []
         for part in self.chosen_parts():
             if part.plugin is not None:
@@ -240,7 +240,7 @@ class RunSettings(Section):
         return found
 
     def to_json(self) -> dict[str, Any]:
-        """What a checkpoint keeps: with the defaults of the chosen parts, so that a later release may change them."""
+        """Settings for a checkpoint: with the defaults of the chosen parts, so that a later release may change them."""
         sections: dict[str, Any] = {}
         for name in NAMES:
             readers = self.readers(name) if name in PUBLISHED else []

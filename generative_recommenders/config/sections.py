@@ -80,13 +80,13 @@ class ModelSettings(Section):
     """Item embeddings, the encoder's products and the scores in bfloat16, in training and evaluation. Weights, their updates
     and sums stay float32, where the published programs keep everything in bfloat16."""
     input_preprocessor: str = "LearnablePositionalEmbedding"
-    """What makes the encoder's inputs of item embeddings, positions and ratings."""
+    """The preprocessor, which makes the encoder's inputs of item embeddings, positions and ratings."""
     user_embedding_norm: str = "l2_norm"
-    """What is done to the encoder's states before they are scored."""
+    """The postprocessor of the encoder's states, applied before they are scored."""
     interaction_module_type: str = "DotProduct"
     """The similarity of a state and an item; "" is "DotProduct"."""
     top_k_method: str = "MIPSBruteForceTopK"
-    """How the best items are found after training; by mixtures of logits also approximately."""
+    """The search for the best items after training; by mixtures of logits also approximate."""
 
 
 class ItemSettings(Section):
@@ -129,7 +129,7 @@ class NegativesSettings(Section):
     num_negatives: Annotated[Size, SuppliedTo("negative_samplers", "num_negatives")] = 1
     """Negatives drawn for each unit of sharing, R."""
     negatives_sharing: Annotated[NegativesSharing, SuppliedTo("negative_samplers")] = "position"
-    """Who shares a draw of negatives: no one, blocks of consecutive positions, or the whole batch."""
+    """Positions that share a draw of negatives: none, blocks of consecutive ones, or the whole batch."""
     negatives_block_size: Annotated[
         Size, SuppliedTo("negative_samplers"), Unless("train_fn.negatives_sharing", ("position", "batch"))
     ] = 256

@@ -38,7 +38,7 @@ def unrated_items(ids: pa.Array, raw: pa.Table) -> pa.Table:
 
 
 def describe(owner: str, features: pa.Table) -> list[FeatureSpec]:
-    """What the manifest says about feature columns of ``item`` or ``user``; UserError for a type that is no
+    """The manifest's entries of the feature columns of ``item`` or ``user``; UserError for a type that is no
     feature's."""
     specs = []
     for field, column in zip(features.schema, features.columns):

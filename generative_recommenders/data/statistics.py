@@ -135,7 +135,7 @@ def summary(manifest: Manifest) -> str:
 
 
 def statistics_lines(manifest: Manifest) -> list[str]:
-    """What the statistics say, a line each; none for folders that have none."""
+    """Lines that summarise the statistics; none for folders that have none."""
     found, events = manifest.statistics, manifest.counts["events"]
     lines: list[str] = []
     if not found:
@@ -206,7 +206,7 @@ def length_curve(dataset: SequenceDataset) -> dict[str, Any]:
 
 
 def popularity_curve(dataset: SequenceDataset) -> dict[str, Any]:
-    """How events are spread over items: the share of the most popular, Gini's coefficient, and counts by rank for the plot."""
+    """Distribution of events over items: the share of the most popular, Gini's coefficient, and counts by rank for the plot."""
     counts = np.zeros(dataset.num_items + 1, np.int64)
     for first, last in dataset.user_blocks():
         items = dataset.items[int(dataset.offsets[first]) : int(dataset.offsets[last])]

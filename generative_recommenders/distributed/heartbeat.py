@@ -15,7 +15,7 @@ STALE_POLLS = 10
 """After how many of its own polls without a heartbeat a process takes a peer for lost. Polls, not seconds: one that was
 held up itself blames nobody."""
 GRACE_SECONDS = 5.0
-"""What a process has to end by itself after it lost the store: rank 0 may have failed, or the run may be over."""
+"""Time for a process to end by itself after it lost the store: rank 0 may have failed, or the run may be over."""
 
 
 class Heartbeat:

@@ -33,11 +33,11 @@ TIMEOUT = timedelta(minutes=10)
 START_METHOD = "spawn"
 LOOPBACK = "127.0.0.1"
 GRACE_SECONDS = 5.0
-"""What the other processes have after a failure to end by themselves, and again between SIGTERM and SIGKILL."""
+"""Time for the other processes to end by themselves after a failure, and again between SIGTERM and SIGKILL."""
 POLL_SECONDS = 0.2
 """How long a signal may wait until it is relayed."""
 SETTLE_SECONDS = 0.5
-"""How much later a process ends that raised: one that was killed, whose loss may be the cause, is then seen first."""
+"""Delay before a process that raised ends: one that was killed, whose loss may be the cause, is then seen first."""
 REPORT_BYTES = 30_000
 """Of a longer error message both ends are shown."""
 
@@ -48,7 +48,7 @@ Worker = Callable[..., int]
 
 @dataclass(frozen=True)
 class Job:
-    """What every process of a run is given; pickled for those that are spawned."""
+    """Arguments of every process of a run; pickled for those that are spawned."""
 
     worker: Worker
     args: tuple[Any, ...]

@@ -14,7 +14,7 @@ from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.errors import UserError
 
 BROADCAST_BYTES = 64 << 20
-"""What is sent at once of a tensor that may be larger than a device's free memory."""
+"""Size of the parts in which a tensor is sent that may be larger than a device's free memory."""
 
 
 class ProcessGroup(Collectives):

@@ -13,7 +13,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 INTERRUPTED = 130
 """Exit code of a run that stopped in good order because it was asked to."""
 GRACE_SECONDS = 4.0
-"""How long a call into a library, which no signal interrupts, may hold up the end of a program."""
+"""Seconds that a library's call, which no signal interrupts, may delay the end of a program."""
 
 
 class StopRequested(KeyboardInterrupt):

@@ -35,5 +35,5 @@ def on_main(collectives: Collectives, work: Callable[[], Result]) -> Result | No
 
 
 def from_main(collectives: Collectives, make: Callable[[], Any]) -> Any:
-    """What ``make()`` of the main process returns, as JSON, on every process; only there it is called."""
+    """Result of ``make()``, which the main process alone calls, as JSON on every process."""
     return collectives.broadcast_object_json(on_main(collectives, make))

@@ -162,7 +162,7 @@ class Evaluator:
         self.seen_filter, self.collectives = seen_filter, collectives
         self.missed_targets, self.rating_threshold = missed_targets, rating_threshold
         self.kept: Iterable[RankedUsers] | None = None
-        """What `prepared` gave in an evaluation before, to be taken again."""
+        """Result of `prepared` in an earlier evaluation, for reuse."""
 
     def __call__(
         self,

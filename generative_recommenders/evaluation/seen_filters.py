@@ -23,7 +23,7 @@ class SeenFilter(ABC):
 
     @abstractmethod
     def removed(self, batch: Mapping[str, torch.Tensor], histories: Histories) -> RowsAndItems | None:
-        """What is removed, None for nothing.
+        """The removed items, None for none.
 
         batch: columns of the evaluation loader, the model's window ``item_ids [B, N]`` and ``lengths [B]`` among them.
         histories: everything before the targets, also what is older than the window; read where it is asked for.

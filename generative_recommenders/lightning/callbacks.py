@@ -149,7 +149,7 @@ class _PredictionCallback(Callback):
     def parts(
         self, pl_module: LightningModule, outputs: Mapping[str, Any], batch: Batch
     ) -> tuple[torch.Tensor, ...]:
-        """What is kept of a batch, one row a query."""
+        """The results kept of a batch, one row a query."""
 
     def collected(self) -> tuple[torch.Tensor, ...]:
         """The parts of all batches; UserError before the first prediction."""
@@ -201,7 +201,7 @@ class TopItemsCallback(_PredictionCallback):
 
     @abstractmethod
     def get_result(self) -> Any:
-        """What was recommended in the last prediction."""
+        """Recommendations of the last prediction."""
 
 
 class PandasTopItemsCallback(TopItemsCallback):

@@ -14,7 +14,7 @@ OptimizerName = Literal["adam", "adamw", "sgd"]
 
 
 class BaseOptimizerFactory(ABC):
-    """What `LightningModule` makes its optimizer by."""
+    """Factory of `LightningModule`'s optimizer."""
 
     @abstractmethod
     def create(self, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
@@ -46,7 +46,7 @@ class OptimizerFactory(BaseOptimizerFactory):
 
 
 class BaseLRSchedulerFactory(ABC):
-    """What `LightningModule` makes its learning rate schedule by."""
+    """Factory of `LightningModule`'s learning rate schedule."""
 
     @abstractmethod
     def create(self, optimizer: torch.optim.Optimizer) -> Any:

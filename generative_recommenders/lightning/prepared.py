@@ -52,7 +52,7 @@ class DataModule(lightning.LightningDataModule):
         return make_split(self.dataset, self.settings.data.protocol)
 
     def catalogue(self) -> Catalogue:
-        """What ``build_task(settings, catalogue)`` asks for."""
+        """Arguments of ``build_task(settings, catalogue)``."""
         return Catalogue.of(self.dataset, self.split.train_stops, self.settings.items.category_feature)
 
     def train_dataloader(self) -> Any:

@@ -21,7 +21,7 @@ from generative_recommenders.ops.layout import Layout, jagged_layout
 
 @dataclass(frozen=True)
 class KeysValues:
-    """What one block keeps of the tokens so far, right-padded: keys ``[B, C, H, dqk]``, values ``[B, C, H, dv]``."""
+    """Cache of one block for the tokens so far, right-padded: keys ``[B, C, H, dqk]``, values ``[B, C, H, dv]``."""
 
     keys: torch.Tensor
     values: torch.Tensor

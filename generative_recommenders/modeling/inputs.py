@@ -12,7 +12,7 @@ from generative_recommenders.types import SequentialFeatures
 
 
 class Queries(NamedTuple):
-    """What items are scored against. states: ``[B, D]`` float32. user_ids: ``[B]`` int64, or None where unknown."""
+    """Queries that items are scored against. states: ``[B, D]`` float32. user_ids: ``[B]`` int64, or None where unknown."""
 
     states: torch.Tensor
     user_ids: torch.Tensor | None = None

@@ -70,7 +70,7 @@ class ItemRows:
 
 
 class ItemEmbedding(torch.nn.Module):
-    """What samplers, losses, index and evaluator know of items. Ids are 1..V; 0 is padding.
+    """Items as samplers, losses, index and evaluator see them. Ids are 1..V; 0 is padding.
 
     ``embed_history`` is what a history looks up and ``get_item_embeddings`` what is scored; they differ only where an item
     tower computes the latter. ``table [rows, D]`` is the one large parameter of which a step reads few rows: a training step
@@ -127,7 +127,7 @@ class ItemEmbedding(torch.nn.Module):
         return ItemRows(self.table)
 
     def catalogue_rows(self, rows: ItemRows) -> ItemRows:
-        """What a loss over the catalogue is computed from, of a step's rows."""
+        """Inputs of a loss over the catalogue, of a step's rows."""
         return rows
 
     def table_rows(self, item_ids: torch.Tensor) -> torch.Tensor:
@@ -135,7 +135,7 @@ class ItemEmbedding(torch.nn.Module):
         return item_ids
 
     def history_rows(self, leaf: ItemRows) -> ItemRows:
-        """What histories look up, from the gathered table rows."""
+        """Input embeddings of histories, from the gathered table rows."""
         return leaf
 
     def raw_rows(self, leaf: ItemRows, item_ids: torch.Tensor | None) -> ItemRows:
@@ -143,7 +143,7 @@ class ItemEmbedding(torch.nn.Module):
         return leaf
 
     def scored_rows(self, leaf: ItemRows, item_ids: torch.Tensor | None) -> ItemRows:
-        """What is scored for the sorted unique items ``item_ids`` (None: all), from the gathered table rows."""
+        """Scored embeddings of the sorted unique items ``item_ids`` (None: all), from the gathered table rows."""
         return self.unscored_rows(leaf, item_ids).normalized()
 
     def unscored_rows(self, leaf: ItemRows, item_ids: torch.Tensor | None) -> ItemRows:

@@ -62,7 +62,7 @@ class SequenceEncoder(torch.nn.Module):
     def encoder_input(
         self, items: torch.Tensor, layout: Layout, events: Mapping[str, torch.Tensor]
     ) -> EncoderInput:
-        """What the encoder reads of the history's tokens."""
+        """The encoder's input of the history's tokens."""
         if self.event_features is not None:
             items = self.event_features(items, events)
         return self.preprocessor(items, layout, events)
@@ -185,7 +185,7 @@ class SequenceRecommender(torch.nn.Module):
         return getattr(self.sequence.encoder, "max_length", None)
 
     def encode_query(self, batch: Batch | SequentialFeatures, padded: bool = False) -> Queries:
-        """What names the next item after each history.
+        """Queries for the next item after each history.
 
         batch: the columns of an evaluation loader (``item_ids [B, N]``, ``lengths [B]``, event columns), or features. A
         row without events gets the state 0, or in a masked model that of its mask slot alone. padded: computes whole

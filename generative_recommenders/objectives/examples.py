@@ -13,7 +13,7 @@ from generative_recommenders.types import SequentialFeatures
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingExample(ModelInputs):
-    """What a step learns from.
+    """Training example of a step.
 
     targets: ``[M]`` item ids, or ``[M, P]`` where a position predicts several. weights, ratings (or None): float32, of the
     targets, like them. users: ``[M]`` ids.

@@ -35,7 +35,7 @@ SHARINGS: tuple[str, ...] = get_args(NegativesSharing)
 
 @dataclass(frozen=True)
 class Sharing:
-    """How many positions share one draw: each its own, blocks of consecutive ones, or the whole batch."""
+    """Positions that share one draw: each its own, blocks of consecutive ones, or the whole batch."""
 
     granularity: str = "position"
     block_size: int = 256
@@ -100,7 +100,7 @@ class Negatives:
 
 @dataclass(frozen=True)
 class BatchItems:
-    """What a sampler may know of a step. pool: ``[M]`` int64 sorted unique ids of the global batch; targets: ``[T]`` int64,
+    """Inputs of a sampler in a step. pool: ``[M]`` int64 sorted unique ids of the global batch; targets: ``[T]`` int64,
     those of this process's tokens.
     """
 

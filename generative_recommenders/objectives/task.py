@@ -28,7 +28,7 @@ _MASKS, _ENCODER, _SCORING = 1 << 32, 1 << 33, 1 << 34
 
 
 class TrainingTask(torch.nn.Module):
-    """What a model learns: inputs and targets by an objective, negatives by a sampler, a loss by a criterion.
+    """Training task of a model: inputs and targets by an objective, negatives by a sampler, a loss by a criterion.
 
     sampler: None for losses over the catalogue. seed: of masks and negatives; both are drawn by (seed, step, place in the
     global batch), so that the number of processes changes no draw. collectives: the processes that share a batch.

@@ -21,7 +21,7 @@ _HAS_VNNI = hasattr(torch, "_int_mm") and torch.cpu._is_vnni_supported()
 _IMPORT_FAULTS = (
     ImportError, OSError, RuntimeError, AttributeError, LookupError, TypeError, ValueError, AssertionError,
 )  # fmt: skip
-"""What libraries built for another torch raise while they register their operators, or at the first call."""
+"""Errors that libraries built for another torch raise while they register their operators, or at the first call."""
 _FBGEMM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _FBGEMM_CPU_DTYPES = (*_FBGEMM_DTYPES, torch.int64, torch.int32)
 

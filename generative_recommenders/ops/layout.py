@@ -105,7 +105,7 @@ class Layout:
 
     @functools.cached_property
     def memo(self) -> dict[str | int, object]:
-        """What was made of the layout once for all blocks of an encoder."""
+        """Values computed from the layout once for all blocks of an encoder."""
         return {}
 
     def mask(self, x: torch.Tensor) -> torch.Tensor:

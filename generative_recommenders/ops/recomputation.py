@@ -21,7 +21,7 @@ def run_block(block: torch.nn.Module, checkpoint: bool, *inputs):
 
 
 def recomputed(function: Callable[..., T], *inputs: Any) -> T:
-    """What the function gives, computed again in the backward pass under the same dropout masks."""
+    """Results of the function, computed again in the backward pass under the same dropout masks."""
     return torch.utils.checkpoint.checkpoint(
         function, *inputs, use_reentrant=False, context_fn=numbered_rows.recomputed
     )

@@ -19,7 +19,7 @@ Result = TypeVar("Result")
 
 
 def in_threads(function: Callable[[Part], Result], parts: Sequence[Part]) -> list[Result]:
-    """What the function gives for each part, in their order; without gradients.
+    """Results of the function for each part, in their order; without gradients.
 
     There should be as many parts as `torch.get_num_threads`. One part alone has all of torch's threads for its operations.
     """

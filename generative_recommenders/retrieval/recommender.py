@@ -367,7 +367,7 @@ class Recommender:
         return torch.from_numpy(np.unique(ids[ids > 0]))
 
     def queries(self, histories: Histories) -> Queries:
-        """What items are scored against, of a batch of histories."""
+        """Queries of a batch of histories, which items are scored against."""
         threads = torch.get_num_threads()
         few = int(histories.batch["lengths"].sum()) <= FEW_TOKENS and dispatch.fast_on_cpu(
             self.snapshot.embeddings

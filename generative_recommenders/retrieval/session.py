@@ -68,7 +68,7 @@ class Session:
 
     @torch.no_grad()
     def encode(self, model: SequenceRecommender, at: int | None) -> Queries:
-        """What `SequenceRecommender.encode_query` gives for the window. at: the time of the request."""
+        """Result of `SequenceRecommender.encode_query` for the window. at: the time of the request."""
         batch = self.histories().batch
         if at is not None and "next_timestamps" in batch:
             batch["next_timestamps"] = torch.full_like(batch["next_timestamps"], at)

@@ -32,7 +32,7 @@ def results_table(rows: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def measured_part(settings: RunSettings) -> str:
-    """What epochs are measured on."""
+    """The part of the split that epochs are measured on."""
     return "test" if settings.data.protocol == "paper" else "validation"
 
 
@@ -73,7 +73,7 @@ def peak_memory() -> dict[str, int]:
 
 
 def environment(collectives: Collectives) -> dict[str, str]:
-    """What the run ran on."""
+    """The run's device, number of processes and versions."""
     device = torch.device(collectives.device)
     on_gpu = device != torch.device("cpu")
     return {

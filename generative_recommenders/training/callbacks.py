@@ -1,4 +1,4 @@
-"""Callbacks of a training run: what the trainer tells whoever keeps records."""
+"""Callbacks of a training run: the events that the trainer reports to a recorder."""
 
 from __future__ import annotations
 

@@ -342,7 +342,7 @@ class Optimizer:
 
     @property
     def table_prefix(self) -> str:
-        """What the names in `state_tensors` of the table's state begin with."""
+        """Prefix of the names in `state_tensors` of the table's state."""
         index = next((i for i, each in enumerate(self.parameters) if each is self.table), None)
         return "table." if self.sparse is not None else f"{DENSE}{index}."
 

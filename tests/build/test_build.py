@@ -445,7 +445,7 @@ def test_decay_of_user_embeddings_is_a_weight_of_their_norm() -> None:
 
 @pytest.mark.parametrize("kind", ["categorical", "foo"])
 def test_an_embedding_beside_the_item_tower_is_refused(kind: str) -> None:
-    with pytest.raises(UserError, match=f"embedding_module_type '{kind}' cannot act in TwoTower"):
+    with pytest.raises(UserError, match=f"embedding_module_type '{kind}' has no effect in TwoTower"):
         build_model(settings(main_module="TwoTower", embedding_module_type=kind), catalogue())
 
 

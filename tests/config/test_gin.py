@@ -393,7 +393,7 @@ def test_sizes_bound_by_gin_are_checked_too(write) -> None:
         (["wholly_else = 7"], "write it as OWNER.NAME"),
         (
             ["a/train_fn.num_negatives = 7"],
-            "scopes cannot act here; write train_fn.num_negatives without 'a/'",
+            "scopes have no effect here; write train_fn.num_negatives without 'a/'",
         ),
     ],
 )

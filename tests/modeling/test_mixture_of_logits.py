@@ -261,7 +261,7 @@ def test_lines_of_the_log_say_which_published_code_ignores_an_option(caplog):
         for _ in range(2):
             small_model(uid_embedding_hash_sizes=(3,))
     idle, acting, tables = (record.getMessage() for record in caplog.records)
-    assert "item_nonlinearity = reglu cannot act: item_hidden_dim" in idle
+    assert "item_nonlinearity = reglu has no effect: item_hidden_dim" in idle
     assert "query_nonlinearity = geglu acts, as in rails' code; Meta's is swiglu" in acting
     assert "uid_embedding_hash_sizes acts, as in rails' code; Meta's ignores it" in tables
 

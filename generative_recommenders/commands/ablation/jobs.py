@@ -24,7 +24,7 @@ IMPORTS = str(Path(generative_recommenders.__file__).parents[1])
 """Where runs find this package, installed or not."""
 POLL_SECONDS = 0.2
 STOP_SECONDS = 120.0
-"""What a run has to write its checkpoint when all are stopped."""
+"""Time for a run to write its checkpoint when all are stopped."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def slots(jobs: int | None) -> list[Slot]:
 
 
 def next_command(run: Run, flags: Sequence[str], training: Sequence[str] = ()) -> list[str] | None:
-    """What a run needs next: its training, or the ranks of its users where it kept none; None where it is done.
+    """The next command of a run: its training, or the ranks of its users where it kept none; None where it is done.
 
     flags: for both. training: for training alone.
     """

@@ -31,7 +31,7 @@ EPOCHS, SEED = "train_fn.num_epochs", "train_fn.random_seed"
 
 
 class AblationSettings(Section):
-    """What an ablation's gin file says beside the settings that all of its cells share.
+    """Contents of an ablation's gin file beside the settings that all of its cells share.
 
     cells: by name, what a cell binds, ``{"NAME": {"train_fn.loss_module": "CE"}}``; ``"include"`` names gin files that come
     before its bindings. grid: values by gin name, of which every combination is a cell, of each of ``cells`` where there are

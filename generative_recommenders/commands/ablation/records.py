@@ -15,7 +15,7 @@ from generative_recommenders.evaluation.baselines import BASELINES
 from generative_recommenders.run.report.records import read_records
 
 SELECTION = "ndcg@10"
-"""What the best epoch has most of."""
+"""Metric by which the best epoch is chosen."""
 
 
 def is_trained(run: Run) -> bool:
@@ -38,7 +38,7 @@ def best_validation(summary: Mapping[str, Any], metric: str) -> float | None:
 
 
 class Finished(NamedTuple):
-    """What tables are made of: the summary of a finished run, and its users' ranks where they are known."""
+    """Contents of the tables: the summary of a finished run, and its users' ranks where they are known."""
 
     summary: dict[str, Any]
     ranks: pl.DataFrame | None

@@ -81,7 +81,7 @@ def finished_of(record: Mapping[str, Any]) -> Finished:
 
 
 def machine_facts(jobs: int, commit: str | None) -> dict[str, Any]:
-    """What all runs of this start have in common. jobs: runs at a time, which share the machine and its seconds. commit: of
+    """Common facts of all runs of this start. jobs: runs at a time, which share the machine and its seconds. commit: of
     this code, else what git says, with a + where files were changed since; "unknown" without git."""
     git = ["git", "-C", str(ROOT)]
     try:

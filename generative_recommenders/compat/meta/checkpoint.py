@@ -40,7 +40,7 @@ _UNREADABLE = (
     pickle.UnpicklingError, struct.error, RuntimeError, OSError, EOFError, ValueError, TypeError, LookupError,
     AttributeError, ArithmeticError, AssertionError, MemoryError,
 )  # fmt: skip
-"""What ``torch.load`` raises for files that it did not write."""
+"""Errors that ``torch.load`` raises for files that it did not write."""
 
 
 def load_meta_checkpoint(model: torch.nn.Module, path: Path | str, item_ids: pa.Array | None) -> None:

@@ -38,7 +38,7 @@ _TIED = "tied.bin"
 
 @dataclass(frozen=True)
 class Sequences:
-    """What the prepared folder will hold.
+    """Contents of the prepared folder.
 
     texts: ids of users ``[U]`` and items ``[V]``, and categories that kept events have, by column: large_string, UTF-8 order.
     offsets: ``[U + 1]`` int64. kinds: of all columns but the user, in their order.

@@ -32,7 +32,7 @@ class Events:
         return len(self.columns["user"])
 
     def counts(self, name: str, keep: np.ndarray | None = None) -> np.ndarray:
-        """How often each text of a column occurs. keep: ``[E]`` bool, the events that count; None for all."""
+        """Counts of each text of a column. keep: ``[E]`` bool, the events that count; None for all."""
         codes, found = self.columns[name], np.zeros(len(self.texts[name]) + 1, np.int64)
         for part in chunks(len(self)):
             counted = codes[part] if keep is None else codes[part][keep[part]]

@@ -25,7 +25,7 @@ SHOWN_EVENTS = 3
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """What the user says of raw files; None is found out.
+    """Options of raw files, as the user gives them; None is found out.
 
     columns: ``--columns``, by the header where None. delimiter, quoting, header (whether line 1 names the columns): of text.
     time_unit: of numeric times ("s", "ms", "us", "ns"). drop_missing: events without a user or an item are left out and

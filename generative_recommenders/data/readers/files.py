@@ -20,7 +20,7 @@ _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 MOST_UNPACKED = 100
 """A file that unpacks to more than so many times its own size, and is not small, holds no events."""
 READ_FAULTS = (EOFError, OSError, zlib.error, gzip.BadGzipFile, pa.ArrowException)
-"""What a damaged or unreadable file raises while it is read."""
+"""Errors raised while a damaged or unreadable file is read."""
 
 
 def data_suffix(path: Path) -> str | None:

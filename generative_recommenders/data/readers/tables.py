@@ -22,7 +22,7 @@ SAMPLE_ROWS = 100
 _BATCH_BYTES = 64 << 20
 """Values of a batch are taken on within about so many bytes."""
 SMALL_BYTES, _PART_BYTES = 64 << 20, 2 << 30
-"""What any table may unpack to, and what a row group or record batch may, of which much is unpacked at once."""
+"""Limit of the unpacked size of a table, and of a row group or record batch, of which much is unpacked at once."""
 _DIFFERENCE_ROWS = 128
 
 

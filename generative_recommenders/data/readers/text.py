@@ -22,7 +22,7 @@ BLOCK_BYTES, BLOCK_LINES = 16 << 20, 1 << 19
 """Bounds on a block: a line may be short, and each of its fields takes some ten bytes more when it is read."""
 MAX_LINE_BYTES = 1 << 20
 SMALL_BYTES = 256 << 20
-"""What any packed file may unpack to; it is read a block at a time."""
+"""Limit of the unpacked size of a packed file; it is read a block at a time."""
 SAMPLE_LINES = 100
 _READ_BYTES = 1 << 18
 _BOM = b"\xef\xbb\xbf"
@@ -31,12 +31,12 @@ MAX_FIELD_BYTES = 1 << 28
 """Of a whole sequence in the exchange format; other lines are shorter."""
 csv.field_size_limit(MAX_FIELD_BYTES)  # of Python's csv, which names the line of a fault: 128 KiB by default
 DELIMITERS = ("::", "\t", ",", ";", "|", None)
-"""What is tried where none is given; None is runs of spaces and tabs."""
+"""Tried where none is given; None is runs of spaces and tabs."""
 
 
 @dataclass(frozen=True)
 class Dialect:
-    """How lines are divided: delimiter (None: runs of spaces and tabs), and whether ``"`` quotes a field (RFC 4180)."""
+    """Division of lines into fields: delimiter (None: runs of spaces and tabs), and whether ``"`` quotes a field (RFC 4180)."""
 
     delimiter: str | None
     quoting: bool
@@ -219,7 +219,7 @@ def _line_at(block: Block, position: int) -> int:
 
 
 def _fault(path: Path, block: Block, dialect: Dialect, separator: str, num_fields: int, fault: str) -> str:
-    """What is wrong with a block that cannot be parsed, with the line: looked for one line at a time, as it is told once."""
+    """The fault of a block that cannot be parsed, with the line: looked for one line at a time, as it is told once."""
     try:
         block.data.decode()
         for line, fields in _rows(block, dialect, separator, strict=True):

@@ -29,7 +29,7 @@ _OTHER_FORMATS = ("%a %b %d %H:%M:%S %z %Y",)  # Goodreads: Tue Sep 26 09:43:46 
 
 @dataclass(frozen=True)
 class TimeFormat:
-    """What the times of a file are: numbers of a unit ("s", "ms", "us", "ns"), or text of a format (`strptime`)."""
+    """Format of a file's times: numbers of a unit ("s", "ms", "us", "ns"), or text of a format (`strptime`)."""
 
     unit: str | None = None
     text: str | None = None

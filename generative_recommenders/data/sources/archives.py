@@ -35,7 +35,7 @@ _TAR_OPENERS: tuple[tuple[str, Callable[..., Any]], ...] = (
 
 
 MOST_BYTES, MOST_MEMBERS = 64 << 30, 100_000
-"""What an archive may hold, unpacked."""
+"""Limit of the unpacked size of an archive."""
 MOST_RATIO, FREE_BYTES = 200, 64 << 20
 """Of the unpacked to the packed size, looked at beyond so many bytes."""
 

@@ -102,7 +102,7 @@ def oracle(
 
 
 class _RankWeights:
-    """What a target at each rank (from 0) adds to each metric: rows HR@K..., NDCG@K..., MRR."""
+    """Contribution of a target at each rank (from 0) to each metric: rows HR@K..., NDCG@K..., MRR."""
 
     def __init__(self, cutoffs: Sequence[int], num_items: int) -> None:
         rank = np.arange(num_items)

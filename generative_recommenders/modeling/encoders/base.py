@@ -35,7 +35,7 @@ class BlockEncoder(torch.nn.Module):
     blocks: Any
 
     def inputs(self, layout: Layout, events: Mapping[str, torch.Tensor]) -> tuple[Any, ...]:
-        """What every block of a batch is given beside its tokens, computed once."""
+        """Inputs of every block of a batch beside its tokens, computed once."""
         return ()
 
     def cached_inputs(self, events: Mapping[str, torch.Tensor], appended: Appended) -> tuple[Any, ...]:

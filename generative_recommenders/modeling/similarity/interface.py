@@ -27,7 +27,7 @@ def rounded(x: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
 
 
 def score_dtype(similarity: Similarity) -> torch.dtype | None:
-    """What scores that are products are rounded to, those by `Similarity.operands` too; None, as of most, for nothing."""
+    """The dtype that product scores are rounded to, those by `Similarity.operands` too; None, as of most, for no rounding."""
     return getattr(similarity, "score_dtype", None)
 
 

@@ -71,7 +71,7 @@ class GatingOptions(OptionGroup):
     qi_dropout_rate: Share = 0.0
     """Dropout before the gate over the logits."""
     combination_type: CombinationName = "glu_silu"
-    """How the gates are put together: SiLU of (query's times item's plus logits'), or of its layer norm, or their sum."""
+    """The combination of the gates: SiLU of (query's times item's plus logits'), or of its layer norm, or their sum."""
 
 
 @register_similarity("MoL", gin_name="create_mol_interaction_module")

@@ -31,7 +31,7 @@ DEFAULT_UNIT: GatedUnitName = "geglu"
 
 
 class QueryOptions(OptionGroup):
-    """How an embedding becomes the query's components: dropout, a gated hidden layer, a linear layer."""
+    """Projection of an embedding to the query's components: dropout, a gated hidden layer, a linear layer."""
 
     prefix: ClassVar[str] = "query_"
 
@@ -170,7 +170,7 @@ class MoLComponents(nn.Module):
         return QueryComponents(query, self.query_gate(queries) if self.query_gate else None), losses
 
     def item_components(self, items: torch.Tensor) -> ItemComponents:
-        """What the mixture needs of items ``[..., D']``; may be computed once for evaluation."""
+        """Item-side inputs of the mixture, of items ``[..., D']``; may be computed once for evaluation."""
         components = self._split(self.item_projection(items))
         return ItemComponents(components, self.item_gate(items) if self.item_gate else None)
 
@@ -195,7 +195,7 @@ def side_projection(
         if options.nonlinearity != "swiglu":
             say_once(f"{unit} acts, as in rails' code; Meta's is swiglu whatever it says")
     elif options.nonlinearity != DEFAULT_UNIT:
-        say_once(f"{unit} cannot act: {name}_hidden_dim gives the {name} no hidden layer")
+        say_once(f"{unit} has no effect: {name}_hidden_dim gives the {name} no hidden layer")
     if not options.use_identity_fn:
         return projection(
             embedding_dim, options.hidden_dim, groups * width, options.dropout_rate, options.nonlinearity

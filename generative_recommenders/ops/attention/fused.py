@@ -19,7 +19,7 @@ _DIAGONALS, _QUERIES = 16, 16
 
 
 class Weights(NamedTuple):
-    """How logits become weights: softmax(logit_scale q kᵀ), or silu(q kᵀ + bias) / divisor."""
+    """The weights of logits: softmax(logit_scale q kᵀ), or silu(q kᵀ + bias) / divisor."""
 
     softmax: bool
     logit_scale: float = 1.0

@@ -24,7 +24,7 @@ MIN_ROWS = 4
 """Rows that share a rectangle whatever their lengths."""
 
 STEP_COST = 40_000
-"""What a step of a group costs beside its cells, in cells."""
+"""Cost of a step of a group beside its cells, in cells."""
 
 MAX_CUTS = 25
 """Places where a group may be cut into steps."""

@@ -41,6 +41,6 @@ def observed_weights() -> Iterator[list[Observed]]:
 
 
 def observe(weights: torch.Tensor, by: str = "") -> None:
-    """Shows weights ``[H, T, T]`` to whoever observes; by: see `Observed`."""
+    """Shows weights ``[H, T, T]`` to the observer; by: see `Observed`."""
     for collected in _open:
         collected.append(Observed(weights.detach().float().cpu(), by))

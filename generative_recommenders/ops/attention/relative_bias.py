@@ -37,7 +37,7 @@ def time_buckets(query_times: torch.Tensor, key_times: torch.Tensor) -> torch.Te
 
 
 class BiasInputs(NamedTuple):
-    """What relative biases are looked up by: ``distance [n, c]`` and ``buckets [g, n, c]`` int64, or None without times.
+    """Indices of the relative biases: ``distance [n, c]`` and ``buckets [g, n, c]`` int64, or None without times.
 
     n queries against c keys: those of a tile, or of a whole group. For tokens after cached ones, both are ``[B, n, c]``.
     """

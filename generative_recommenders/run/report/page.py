@@ -109,7 +109,7 @@ def _measured(facts: Facts, to_first: bool) -> dict[str, Any]:
 
 
 def _answers(run: Run, facts: Facts) -> dict[str, Any]:
-    """What the model itself says; the reason where it cannot be asked."""
+    """Contents that the model itself computes; the reason where it cannot."""
     try:
         recommender = Recommender.of_checkpoint(run.checkpoint, torch.device("cpu"))
         names = answers.ItemNames(facts.items)

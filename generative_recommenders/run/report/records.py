@@ -17,7 +17,7 @@ from generative_recommenders.run.report.facts import Facts, read_facts
 
 @dataclass(frozen=True)
 class Run:
-    """What a run's folder holds beside its model.
+    """Records in a run's folder beside its model.
 
     epochs, steps: records of metrics.jsonl. final: the last one of all, or that of ``evaluation.json``; empty without
     either. best_epoch: counted from 0, None where none was picked.
@@ -100,7 +100,7 @@ TIE_ORDERS = {
 
 
 def conditions(run: Run, own: bool = True) -> list[str]:
-    """How the numbers are to be read: lane, protocol, seen filter, ties, hidden or given time. own: with what the run itself
+    """The conditions of the numbers: lane, protocol, seen filter, ties, hidden or given time. own: with what the run itself
     says of its test."""
     ties = "file" if run.facts is None else run.facts.data["choices"].get("tie_order", "file")
     order = TIE_ORDERS.get(ties, ties)

@@ -16,7 +16,7 @@ __all__ = ["AggregatorProto", "ConcatAggregator", "PositionAwareAggregator", "Su
 
 
 class _Aggregator(nn.Module):
-    """What the aggregators of embeddings have in common: the width of their result."""
+    """Base class of the aggregators of embeddings: the width of their result."""
 
     def __init__(self, embedding_dim: int) -> None:
         super().__init__()
