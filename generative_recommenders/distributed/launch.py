@@ -38,6 +38,8 @@ POLL_SECONDS = 0.2
 """How long a signal may wait until it is relayed."""
 SETTLE_SECONDS = 0.5
 """Delay before a process that raised ends: one that was killed, whose loss may be the cause, is then seen first."""
+MOST_PROCESSES = 1024
+"""On one host, which has fewer cores and GPUs: a larger number is a slip, and would take the host's memory."""
 REPORT_BYTES = 30_000
 """Of a longer error message both ends are shown."""
 
@@ -122,8 +124,8 @@ def _process_count(requested: int | None, device_type: str | None) -> int:
     gpus = torch.cuda.device_count() if use_gpus else 0
     if requested is None:
         return max(gpus, 1)
-    if requested < 1:
-        raise UserError(f"num_processes is {requested}; it must be 1 or more")
+    if not 1 <= requested <= MOST_PROCESSES:
+        raise UserError(f"num_processes is {requested}; it must be from 1 to {MOST_PROCESSES}")
     if use_gpus and requested > gpus:
         raise UserError(f"num_processes is {requested} but there are {gpus} GPUs: at most one process a GPU")
     return requested

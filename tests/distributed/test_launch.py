@@ -85,6 +85,12 @@ def test_a_user_error_is_printed_as_one_line(capfd, count, failing):
     assert capfd.readouterr().err == f"error: item 7 of rank {failing} is unknown: check it\n"
 
 
+@pytest.mark.parametrize("count", [0, 1025])
+def test_a_number_of_processes_that_cannot_be_meant_is_one_line(capfd, count):
+    assert on_cpu(return_code, num_processes=count) == 2
+    assert capfd.readouterr().err == f"error: num_processes is {count}; it must be from 1 to 1024\n"
+
+
 def fault(rank: int, world_size: int, how: str) -> int:
     process_collectives("cpu").barrier()
     if rank == 1:

@@ -226,7 +226,7 @@ def test_the_others_cannot_be_met(monkeypatch, capfd):
     assert last.startswith("error: rank 1: cannot meet the other 1 processes at")
 
 
-@pytest.mark.parametrize(("count", "said"), [(0, "must be 1 or more"), (3, "at most one process a GPU")])
+@pytest.mark.parametrize(("count", "said"), [(0, "must be from 1 to 1024"), (3, "at most one process a GPU")])
 def test_a_count_that_cannot_be(monkeypatch, capfd, count, said):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert launch(report, ("",), count, device_type="cuda") == 2
