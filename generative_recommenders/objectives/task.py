@@ -53,7 +53,7 @@ class TrainingTask(torch.nn.Module):
         self.collectives = collectives or Collectives(model.items.table.device)
         if self.collectives.world_size > 1 and self.collectives.is_main and not criterion.sums_over_tokens:
             logging.warning(
-                "the loss draws its buckets from each process's tokens: its numbers depend on the number of processes"
+                "SCE draws its buckets from each process's tokens: its numbers depend on the number of processes"
             )
 
     def loss(self, batch: LoadedBatch, step: int, rows: ItemRows | None = None) -> LossOutput:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from absl import logging
 
 from generative_recommenders.build.model import auxiliary_weights
 from generative_recommenders.build.parts import (
@@ -14,9 +15,11 @@ from generative_recommenders.build.parts import (
     build_model,
     build_objective,
     build_sampler,
+    build_task,
 )
 from generative_recommenders.config.registry import LOSSES
 from generative_recommenders.config.schema import RunSettings
+from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.errors import UserError
 from generative_recommenders.evaluation.model_evaluation import catalogue_scores
 from generative_recommenders.modeling.encoders.two_tower import EntityFeature, FeatureMerger
@@ -272,6 +275,21 @@ def test_settings_survive_json() -> None:
 
     chosen = settings(**TOWER, **{"item_tower.features": ("item_id", "genre"), "sce.mix_x": True})
     assert RunSettings.from_json(json.loads(json.dumps(chosen.to_json()))) == chosen
+
+
+class OneOfTwo(Collectives):
+    world_size = 2
+
+
+@pytest.mark.parametrize(("name", "world_size"), [("SCE", 1), ("SCE", 2), ("SASRec", 2)])
+def test_a_loss_that_depends_on_the_number_of_processes_says_so(
+    monkeypatch: pytest.MonkeyPatch, name: str, world_size: int
+) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(logging, "warning", lambda text, *values: lines.append(text % values))
+    build_task(settings(**EASY[name]), catalogue(), OneOfTwo() if world_size == 2 else Collectives())
+    told = "SCE draws its buckets from each process's tokens: its numbers depend on the number of processes"
+    assert lines == [told] * (name == "SCE" and world_size == 2)
 
 
 @pytest.mark.parametrize("loss", LOSSES.names())
