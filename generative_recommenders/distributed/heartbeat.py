@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import sys
 import threading
 from datetime import timedelta
 from types import TracebackType
 
 import torch.distributed as dist
+from absl import logging
 
 POLL_SECONDS = 1.0
 STALE_POLLS = 10
@@ -57,5 +57,6 @@ class Heartbeat:
                 self._end(f"rank {lost} gave no heartbeat for {STALE_POLLS * POLL_SECONDS:g} s")
 
     def _end(self, reason: str) -> None:
-        print(f"rank {self.rank}: ended, {reason}", file=sys.stderr, flush=True)
+        logging.error("rank %d: ended, %s", self.rank, reason)  # on the screen, and in the log of an open run
+        logging.flush()
         os._exit(1)

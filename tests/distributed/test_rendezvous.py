@@ -19,6 +19,7 @@ from generative_recommenders.distributed.launch import launch
 from generative_recommenders.distributed.process_group import process_collectives
 from generative_recommenders.distributed.rendezvous import first_host, given_rendezvous
 from generative_recommenders.errors import UserError
+from generative_recommenders.run.logging import add_log_file, set_up_logging
 from launching import free_port, launch_quickly, on_cpu, report, reported, return_code, wait_for_ever
 from programs import quick_start
 
@@ -61,9 +62,14 @@ def test_joins_under_slurm_variables(tmp_path):
     assert [each[:3] for each in reported(tmp_path)] == [["2", "3.0", "0"]] * 2
 
 
-def fail_while_the_other_hears_nothing(rank: int, world_size: int, failing: int, how: str) -> int:
+def fail_while_the_other_hears_nothing(
+    rank: int, world_size: int, failing: int, how: str, folder: str
+) -> int:
     process_collectives("cpu").barrier()
     if rank != failing:
+        os.dup2(os.open(f"{folder}/screen", os.O_WRONLY | os.O_CREAT), 2)
+        set_up_logging(is_main=rank == 0)
+        add_log_file(Path(folder) / "train.log")
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         return wait_for_ever()
     if how == "killed":
@@ -80,8 +86,10 @@ def fail_while_the_other_hears_nothing(rank: int, world_size: int, failing: int,
         (1, "killed", [1, -signal.SIGKILL]),
     ],
 )
-def test_a_failure_ends_the_peers_that_something_else_started(failing, how, codes):
-    assert exit_codes_under_slurm(fail_while_the_other_hears_nothing, failing, how) == codes
+def test_a_failure_ends_the_peers_that_something_else_started(tmp_path, failing, how, codes):
+    assert exit_codes_under_slurm(fail_while_the_other_hears_nothing, failing, how, str(tmp_path)) == codes
+    for name in ("screen", "train.log"):
+        assert (tmp_path / name).read_text().count(f"rank {1 - failing}: ended, rank {failing}") == 1
 
 
 def finish_late(rank: int, world_size: int) -> int:
