@@ -131,7 +131,7 @@ class Padded(torch.nn.Module):
 def test_a_padded_layout_can_be_exported() -> None:
     """For other lengths than it was traced with; what is exported runs without gradients."""
     model, x = Padded().eval(), torch.randn(8, 8)
-    tiles._kept_future.cache_clear()  # as in a process that has attended to nothing yet
+    tiles.kept_future.cache_clear()  # as in a process that has attended to nothing yet
     exported = torch.export.export(model, (x, torch.tensor([2, 4]))).module()
     for lengths in ([2, 4], [3, 1]):
         torch.testing.assert_close(exported(x, torch.tensor(lengths)), model(x, torch.tensor(lengths)))

@@ -290,7 +290,7 @@ def test_the_same_gradients_reach_what_is_not_frozen(before: SequenceDataset) ->
         batch = next(iter(free.loader.epoch(0)))
 
         def gradients(trainer: Trainer, batch: Any = batch) -> dict[str, torch.Tensor]:
-            trainer._seed(0)
+            torch.manual_seed(0)
             rows, output = trainer.step.forward(trainer.task.prepare(batch, 0))
             (output.sum + sum(output.auxiliary.values())).backward()
             found = {name: p.grad for name, p in trainer.task.named_parameters() if p.grad is not None}

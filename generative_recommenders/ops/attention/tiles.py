@@ -90,7 +90,7 @@ def _new_future(height: int, dtype: torch.dtype, device: torch.device) -> torch.
     return torch.full((height, height), lowest(dtype), dtype=dtype, device=device).triu(1)
 
 
-_kept_future = functools.lru_cache(maxsize=8)(_new_future)
+kept_future = functools.lru_cache(maxsize=8)(_new_future)
 
 
 def lowest(dtype: torch.dtype) -> float:
@@ -104,7 +104,7 @@ def hide(logits: torch.Tensor, tile: Tile, heads: int) -> torch.Tensor:
     if tile.sees is None:
         height = logits.shape[-2]
         # a tensor of a trace must not be kept: it holds no numbers
-        future_of = _new_future if torch.compiler.is_compiling() else _kept_future
+        future_of = _new_future if torch.compiler.is_compiling() else kept_future
         future = future_of(-(-height // _MASK_UNIT) * _MASK_UNIT, logits.dtype, logits.device)
         logits[..., tile.known :].add_(future[:height, :height])
     else:
