@@ -60,7 +60,7 @@ def takes_kernels(x: torch.Tensor) -> bool:
 
 
 def takes_fbgemm(x: torch.Tensor) -> bool:
-    """Whether fbgemm's jagged operators are taken for ``x``; its CUDA ones know no integers."""
+    """Whether fbgemm's jagged operators are taken for ``x``; its CUDA ones know no integers, and are not measured."""
     dtypes = _FBGEMM_CPU_DTYPES if x.device.type == "cpu" else _FBGEMM_DTYPES
     return fast(x) and x.dtype in dtypes and x.numel() > 0 and fbgemm_runs_on(x.device.type)
 
