@@ -104,9 +104,16 @@ class SwiGLU(nn.Module):
         """``[..., D]`` to ``[..., D]``."""
         x, drops = input_embeddings, self.training and self.dropout.rate > 0.0
         if drops or not dispatch.fast_on_cpu_in_one_dtype(x):
-            return self.W2(self.dropout(F.silu(self.WG(x)) * self.W1(x)))
+            return swiglu_reference(x, self.WG, self.W1, self.W2, self.dropout)
         weights = (each for layer in (self.WG, self.W1, self.W2) for each in (layer.weight, layer.bias))
         return _SwiGlu.apply(x.flatten(0, -2), *weights).view(x.shape)
+
+
+def swiglu_reference(
+    x: torch.Tensor, gate: nn.Module, first: nn.Module, second: nn.Module, drop: nn.Module
+) -> torch.Tensor:
+    """`SwiGLU` as its equation, with dropout on the gated layer."""
+    return second(drop(F.silu(gate(x)) * first(x)))
 
 
 class _SwiGlu(torch.autograd.Function):

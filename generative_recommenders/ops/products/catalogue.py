@@ -42,6 +42,8 @@ class Statistic(NamedTuple):
     """Values ``[tiles, t]`` -> statistic ``[t]``."""
     factors: Callable[[Tensor, Tensor], Tensor]
     """(log scales ``[tiles, t]``, statistic ``[t]``) -> factors of the overwritten tiles ``[tiles, t]``."""
+    reference: Callable[[Tensor], Tensor]
+    """All logits ``[t, V]`` -> statistic ``[t]``, as its equation."""
 
 
 def _exp_tile(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,9 +64,13 @@ LOGSUMEXP = Statistic(
     lambda values: values.logsumexp(0),
     # inf - inf is NaN: a tile of nothing but excluded items gets 0
     lambda tops, total: (tops - total).masked_fill(tops == -math.inf, -math.inf).exp(),
+    lambda x: x.logsumexp(1),
 )
 SOFTPLUS_SUM = Statistic(
-    _softplus_tile, lambda values: values.sum(0), lambda zeros, _: torch.ones_like(zeros)
+    _softplus_tile,
+    lambda values: values.sum(0),
+    lambda zeros, _: torch.ones_like(zeros),
+    lambda x: F.softplus(x).sum(1),
 )
 
 
@@ -239,6 +245,10 @@ def catalogue_sum(
     memory_bytes: bound of the logits held at a time. shared: where other processes hold the rest of the catalogue; hidden and
     positive are then the same on all, and this one's part of their gradients is given.
     """
+    if not dispatch.fast(hidden):
+        return catalogue_sum_reference(
+            hidden, item_weight, positive, weights, excluded, statistic, row_loss, shared
+        )
     if dispatch.takes_kernels(hidden):
         from generative_recommenders.ops.products import catalogue_kernels
 
@@ -253,3 +263,31 @@ def catalogue_sum(
         *leaves, weights, excluded, statistic, row_loss, memory_bytes, train, shared
     )
     return LossOutput(total, weight)
+
+
+def catalogue_sum_reference(
+    hidden: Tensor,
+    item_weight: Tensor,
+    positive: Tensor,
+    weights: Tensor,
+    excluded: Tensor | None,
+    statistic: Statistic,
+    row_loss: RowLoss,
+    shared: Shared | None = None,
+) -> LossOutput:
+    """`catalogue_sum` of all logits at once."""
+    total = row_statistic_reference(hidden, item_weight, excluded, statistic)
+    if shared is not None:
+        total = statistic.total(shared.parts(total))
+    return row_loss(positive, total, weights)
+
+
+def row_statistic_reference(
+    hidden: Tensor, item_weight: Tensor, excluded: Tensor | None, statistic: Statistic
+) -> Tensor:
+    """``[T]``: the statistic of each token's logits, of which excluded ones are -inf."""
+    logits = hidden @ item_weight.t()
+    if excluded is not None:
+        out = logits.new_zeros(len(logits), logits.shape[1] + 1, dtype=torch.bool)
+        logits = logits.masked_fill(out.scatter_(1, excluded + 1, True)[:, 1:], -math.inf)
+    return statistic.reference(logits)
