@@ -185,6 +185,22 @@ def padded_layout(lengths: torch.Tensor, max_length: int) -> Layout:
     )
 
 
+def attended_tokens(layout: Layout) -> torch.Tensor:
+    """``[T]`` int64: how many tokens each one attends to, 1 at least."""
+    mask = layout.attention_mask
+    if mask is None or not layout.num_tokens:
+        return layout.positions + 1
+    # key <= query counts within a row, in a list sorted by row and key: a binary search for each query.
+    lowest = torch.minimum(mask.key.min(), mask.query.min())
+    width = torch.maximum(mask.key.max(), mask.query.max()) - lowest + 2
+    rows = layout.row_of * width  # so that all rows are searched as one sorted list
+    keys = rows + mask.key - lowest
+    if layout.valid is not None:
+        keys = torch.where(layout.valid[:, 0], keys, rows + width - 1)  # beyond every query
+    found = torch.searchsorted(keys.sort().values, rows + mask.query - lowest, right=True)
+    return (found - layout.starts[layout.row_of]).clamp(min=1)
+
+
 def moved(value: Any, device: torch.device) -> Any:
     """The same with all tensors inside (nested) dataclasses, tuples and dictionaries on another device; copies from
     pinned memory do not wait."""

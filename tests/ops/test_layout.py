@@ -10,7 +10,13 @@ from hypothesis import strategies as st
 from generative_recommenders.modeling.encoders.sasrec import SASRec
 from generative_recommenders.ops.attention import groups as groups_module
 from generative_recommenders.ops.attention import tiles
-from generative_recommenders.ops.layout import AttentionMask, Layout, jagged_layout, padded_layout
+from generative_recommenders.ops.layout import (
+    AttentionMask,
+    Layout,
+    attended_tokens,
+    jagged_layout,
+    padded_layout,
+)
 
 lengths_lists = st.lists(st.integers(0, 9), min_size=1, max_size=12)
 
@@ -116,6 +122,17 @@ def test_steps_leave_out_most_of_what_nobody_sees() -> None:
     computed = sum((step.stop - step.start) * step.stop * step.rows for step in group.steps)
     needed = int((lengths * (lengths + 1) // 2).sum())
     assert needed <= computed <= 1.5 * needed
+
+
+def test_attended_tokens_of_causal_masked_and_padded_layouts() -> None:
+    lengths, masked = torch.tensor([4, 0, 3]), torch.tensor([0, 5, 5, 0, 0, 2, 9])
+    causal = jagged_layout(lengths, 6)
+    assert attended_tokens(causal).tolist() == [1, 2, 3, 4, 1, 2, 3]
+    both = causal.with_attention_mask(AttentionMask(masked, torch.full((7,), 4)))
+    assert attended_tokens(both).tolist() == [2, 2, 2, 2, 2, 2, 2]
+    padded = padded_layout(lengths, 5)
+    full = padded.with_attention_mask(AttentionMask(torch.zeros(15).long(), torch.zeros(15).long()))
+    assert attended_tokens(full).view(3, 5)[0].tolist() == [4] * 5
 
 
 class Padded(torch.nn.Module):

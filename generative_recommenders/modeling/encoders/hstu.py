@@ -37,7 +37,7 @@ from generative_recommenders.ops.attention.relative_bias import (
     softmax_over_all_columns,
 )
 from generative_recommenders.ops.dropout import Dropout
-from generative_recommenders.ops.layout import Layout
+from generative_recommenders.ops.layout import Layout, attended_tokens
 from generative_recommenders.ops.normalization import layer_norm
 
 Normalization = Literal["rel_bias", "softmax_rel_bias"]
@@ -234,19 +234,3 @@ class HSTU(TimedEncoder):
     def scale(self, layout: Layout) -> torch.Tensor | None:
         """``[T]`` float32: N over the number of tokens that each one attends to; None where N divides."""
         return None if self.attn_divisor == "max_length" else self.max_length / attended_tokens(layout)
-
-
-def attended_tokens(layout: Layout) -> torch.Tensor:
-    """``[T]`` int64: how many tokens each one attends to, 1 at least."""
-    mask = layout.attention_mask
-    if mask is None or not layout.num_tokens:
-        return layout.positions + 1
-    # key <= query counts within a row, in a list sorted by row and key: a binary search for each query.
-    lowest = torch.minimum(mask.key.min(), mask.query.min())
-    width = torch.maximum(mask.key.max(), mask.query.max()) - lowest + 2
-    rows = layout.row_of * width  # so that all rows are searched as one sorted list
-    keys = rows + mask.key - lowest
-    if layout.valid is not None:
-        keys = torch.where(layout.valid[:, 0], keys, rows + width - 1)  # beyond every query
-    found = torch.searchsorted(keys.sort().values, rows + mask.query - lowest, right=True)
-    return (found - layout.starts[layout.row_of]).clamp(min=1)
