@@ -91,7 +91,7 @@ def test_a_rank_does_not_depend_on_who_is_ranked_beside() -> None:
 
 
 def test_targets_are_compared_by_the_scores_of_their_own_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module._BlockOfUsers, "apart", lambda self: torch.full((self.count,), 0.1))
+    monkeypatch.setattr(module._BlockOfUsers, "target_scores", lambda self: torch.full((self.count,), 0.1))
     queries, table = whole_numbers(1, 20, 50)
     targets = some_ids(5, 50, 20).clamp(1, 50)
     assert torch.equal(product_ranks(queries, table, targets), exact_ranks(queries @ table.T, targets))
