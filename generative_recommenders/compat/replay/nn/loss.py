@@ -114,8 +114,7 @@ class ReplayLoss(nn.Module):
         return chosen, labels.masked_fill(ignored, -1)[chosen], counts[chosen]
 
     def terms(self, scores: Scores) -> Terms:
-        """The loss before it is summed: values, multiplied by their weights already, and weights of positions ``[M]`` or
-        targets ``[M, P]``."""
+        """Values, multiplied by their weights already, and weights, of positions ``[M]`` or of targets ``[M, P]``."""
         return self.core.terms(*self.arguments(scores))
 
     def arguments(self, scores: Scores) -> tuple[Tensor, ...]:
@@ -128,8 +127,7 @@ class ReplayLoss(nn.Module):
         if values.dim() == 2:
             values, weights = values.where(counts, 0.0), weights.where(counts, 0.0)
         if self.reduction == "none":
-            places = values.new_zeros((*chosen.shape, *values.shape[1:]))
-            return places.index_put((chosen,), values)
+            return values.new_zeros((*chosen.shape, *values.shape[1:])).index_put((chosen,), values)
         return values.sum() if self.reduction == "sum" else values.sum() / weights.sum()
 
 
@@ -164,8 +162,7 @@ class CatalogueLoss(ReplayLoss):
         collided = catalogue.is_label(labels, num_items)
         items = torch.arange(num_items, device=logits.device)
         kept = ~collided & (items != self.negative_labels_ignore_index)
-        positive = logits.gather(1, labels.clamp(min=0))
-        return Scores(positive, logits, labels, counts, items, kept, collided)
+        return Scores(logits.gather(1, labels.clamp(min=0)), logits, labels, counts, items, kept, collided)
 
     def arguments(self, scores: Scores) -> tuple[Tensor, ...]:
         return *super().arguments(scores), scores.collided
@@ -221,9 +218,8 @@ class SampledLoss(ReplayLoss):
                 negative = torch.cat([self.logits(row, ids) for row, ids in zip(rows, asked) if len(row)])
         except IndexError as error:
             raise self.error(f"a label or negative lies beyond the catalogue ({error})") from error
-        both = full_precision(positive), full_precision(negative)
-        terms = self.terms(Scores(*both, labels, counts, own, ~(ignored | collided), collided))
-        return self.reduced(terms, chosen, counts)
+        both, kept = (full_precision(positive), full_precision(negative)), ~(ignored | collided)
+        return self.reduced(self.terms(Scores(*both, labels, counts, own, kept, collided)), chosen, counts)
 
 
 class CrossEntropy(ReplayLoss):
