@@ -73,7 +73,7 @@ COMMON_OPTIONS = {
 
 
 def help_of(part: Part, option: str) -> str:
-    """What the docstrings say of an option: the text behind ``OPTION: `` at the beginning of a line, of the part's own, its
+    """What the docstrings say of an option: the text after ``OPTION: `` at the beginning of a line, of the part's own, its
     bases' or its constructor's; "" where they say nothing.
     """
     described = part.options.model_fields[option].description

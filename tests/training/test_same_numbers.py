@@ -115,7 +115,7 @@ QUICK = {
 SLOW = {2: list(OF_OTHERS), 3: [case for case in CASES if case not in QUICK[3]], 4: ["position"]}
 """Cases by number of processes."""
 RESUMED, DONE = "full cross-entropy", 3
-"""A run of one process that stops within an epoch, after so many steps, and goes on as two."""
+"""A run of one process that stops within an epoch, after so many steps, and resumes as two."""
 
 
 def settings_of(case: str, world_size: int) -> RunSettings:
@@ -158,7 +158,7 @@ def weights_of(trainer: Trainer) -> str:
 
 
 def rest_of_the_epoch(dataset: SequenceDataset, checkpoints: str) -> dict[str, list]:
-    """Users and losses of the steps behind a checkpoint."""
+    """Users and losses of the steps after a checkpoint."""
     group = process_collectives("cpu")
     trainer = Trainer(settings_of(RESUMED, group.world_size), dataset, make_split(dataset), group)
     newest = CheckpointStore(checkpoints, read_only=True).load_newest()
@@ -258,7 +258,7 @@ def test_two_processes_go_on_within_an_epoch_of_one(
     both = [each["resumed"] for each in measured.several(2, False)]
     stops = make_split(ragged_dataset).train_stops
     loader = SequenceLoader(ragged_dataset, stops, COMMON["max_sequence_length"], GLOBAL_BATCH, 42)
-    behind = [user for batch in loader.epoch(0, DONE) for user in batch.columns["user_ids"].tolist()]
-    assert sorted(both[0]["users"] + both[1]["users"]) == sorted(behind)
+    later = [user for batch in loader.epoch(0, DONE) for user in batch.columns["user_ids"].tolist()]
+    assert sorted(both[0]["users"] + both[1]["users"]) == sorted(later)
     expected = measured.alone(RESUMED)["losses"][DONE : len(loader)]
     assert both[0]["losses"] == both[1]["losses"] == pytest.approx(expected, rel=1e-4, abs=1e-5)
