@@ -202,12 +202,13 @@ def until_stopped(rank: int, world_size: int, folder: str) -> int:
         while not stop.requested:
             time.sleep(0.01)
         (Path(folder) / f"checkpoint{rank}").write_text("")
+        time.sleep(1)  # a killed launcher's threads end one by one, and each may signal
     return 0
 
 
 def as_user(folder: str) -> None:
     launching.START_METHOD = "fork"  # this process is a fresh one, and small
-    for _ in range(100):  # as a library's: any that outlives the main thread may tell the members of its end
+    for _ in range(20):  # as a library's: any that outlives the main thread may tell the members of its end
         threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
     sys.exit(on_cpu(until_stopped, folder))
 
