@@ -43,7 +43,12 @@ class RecordedProducts(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
-        if name in PRODUCTS:
+        if name not in PRODUCTS:
+            with self:  # where no gradient is asked for, linear and matmul come as they are
+                parts = func.decompose(*args, **kwargs)
+            if parts is not NotImplemented:
+                return parts
+        else:
             forms = tree_map(_form, (tuple(args), tuple(sorted(kwargs.items()))))
             self.calls[func, forms] += 1
             first, second = [x for x in args if isinstance(x, torch.Tensor)][-2:]
@@ -59,8 +64,11 @@ def _form(value: Any) -> Any:
 
 def products_of(work: Callable[[], object], repeats: int = 5) -> dict[str, float]:
     """``seconds`` and ``gflop`` of the products of some work, the fastest of some repeats of each."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # work that is shared out over threads is then done in this one, which alone is recorded
     with RecordedProducts() as recorded:
         work()
+    torch.set_num_threads(threads)
     total = 0.0
     for (func, (args, named)), count in recorded.calls.items():
         made = [x.made() if isinstance(x, Form) else x for x in args]

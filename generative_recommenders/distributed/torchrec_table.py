@@ -31,10 +31,8 @@ class TorchRecTable:
             )
         try:
             self.sharded = _sharded_collection(num_rows, width, collectives)
-        except (
-            ImportError,
-            OSError,
-        ) as error:  # fbgemm's CUDA build lacks its libraries where there is no CUDA
+        except (ImportError, OSError) as error:
+            # An OSError: fbgemm's CUDA build lacks its libraries where there is no CUDA.
             raise UserError(
                 f"train_fn.item_table 'torchrec' needs TorchRec in an environment of its own ({error}): see docs/scale.md, or "
                 "set 'sharded'"

@@ -106,9 +106,8 @@ def compare(model: SequenceRecommender, with_times: bool = True, next_known: boo
         states, cache = model.encode_incremental(cache, *inputs_of(so_far, lengths, with_times, next_known))
         so_far = so_far + lengths
         whole, ids, events = inputs_of(so_far * 0, so_far, with_times, next_known)
-        if (
-            not next_known
-        ):  # a free slot after every row, as the incremental entrance takes the time for unknown
+        if not next_known:
+            # A free slot after every row, as the incremental entrance takes the time for unknown.
             ids, events = widen(ids), {name: widen(values) for name, values in events.items()}
         with torch.no_grad():
             expected = model.encode_query(SequentialFeatures(whole, ids, events)).states

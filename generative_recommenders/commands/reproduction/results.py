@@ -91,7 +91,10 @@ def machine_facts(jobs: int, commit: str | None) -> dict[str, Any]:
         ]
     except (OSError, subprocess.CalledProcessError):
         told = ["unknown", ""]
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return {
         "commit": commit or told[0] + "+" * bool(told[1]),
