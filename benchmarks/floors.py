@@ -65,7 +65,8 @@ def _form(value: Any) -> Any:
 def products_of(work: Callable[[], object], repeats: int = 5) -> dict[str, float]:
     """``seconds`` and ``gflop`` of the products of some work, the fastest of some repeats of each."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # work that is shared out over threads is then done in this one, which alone is recorded
+    # Work that is shared out over threads is then done in this one, which alone is recorded.
+    torch.set_num_threads(1)
     with RecordedProducts() as recorded:
         work()
     torch.set_num_threads(threads)
