@@ -6,7 +6,6 @@ import argparse
 import sys
 
 from generative_recommenders.config.plugins import add_plugin_flag
-from generative_recommenders.distributed.memory import keep_freed_memory
 from generative_recommenders.errors import UserError, not_installed
 from generative_recommenders.retrieval.recommender import Recommender
 from generative_recommenders.retrieval.serve import Limits, make_app
@@ -28,7 +27,6 @@ def main(argv: list[str] | None = None) -> int:
         "--wait_ms", type=float, default=1000 * limits.wait, help="how long a request waits for others"
     )
     args = parser.parse_args(argv)
-    keep_freed_memory(one_arena=True)  # a thread answers
     try:
         if args.max_batch < 1 or not 0 <= args.wait_ms < 60_000 or not 0 <= args.port < 1 << 16:
             raise UserError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import sys
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # of mallopt(3)
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 _MMAP_BYTES = 1 << 30
 _TRIM_BYTES = -1  # never
 _HUGE_PAGE, _MADV_HUGEPAGE = 1 << 21, 14  # of madvise(2)
@@ -15,15 +15,13 @@ _CPU_MARKS = ("DefaultCPUAllocator", "Storage size calculation overflowed")
 """PyTorch's CPU allocator has no error class of its own; one of these stands in the message."""
 
 
-def keep_freed_memory(one_arena: bool = False) -> bool:
+def keep_freed_memory() -> bool:
     """Lets glibc keep freed memory in the process, in huge pages; False where the C library is another one.
 
     By default glibc returns blocks above a threshold to the system at once and gets them back zeroed, page by page, at the
     next request; keeping them took an eighth to a quarter off a training step on a CPU. Huge pages save the translation of
     addresses: where Linux gives them to those who ask (the usual setting, "madvise" in
     /sys/kernel/mm/transparent_hugepage/enabled), asking took another twenty-fifth off (ML-1M, SASRec, 128 negatives a block).
-
-    one_arena: threads that are started later keep theirs too: an arena of their own holds no block above 64 MB.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -33,8 +31,6 @@ def keep_freed_memory(one_arena: bool = False) -> bool:
     except AttributeError:
         return False
     if not (mallopt(_MMAP_THRESHOLD, _MMAP_BYTES) and mallopt(_TRIM_THRESHOLD, _TRIM_BYTES)):
-        return False
-    if one_arena and not mallopt(_ARENA_MAX, 1):
         return False
     # Huge pages are asked for by address, before there are tensors: the next blocks of the heap are reserved, marked and
     # freed again, so that malloc serves later requests from them.

@@ -11,13 +11,11 @@ PROGRAM = """
 import resource
 import sys
 from pathlib import Path
-from threading import Thread
 import torch
 from generative_recommenders.commands.predict import predict
 from generative_recommenders.commands.setup import Options
 from generative_recommenders.distributed.memory import keep_freed_memory
 from generative_recommenders.errors import UserError
-from generative_recommenders.serve import main
 
 def new_pages():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -36,16 +34,9 @@ try:
 except UserError:
     twice()
 """
-IN_A_THREAD = """
-thread = Thread(target=twice)
-thread.start()
-thread.join()
-"""
 ENTRIES = {
     "itself": "assert keep_freed_memory()\ntwice()",
-    "in a thread": f"assert keep_freed_memory(one_arena=True){IN_A_THREAD}",
     "predict": NO_RUN,
-    "server": f"assert main(['none']) > 0{IN_A_THREAD}",
 }
 """What keeps it, called as a program does; the commands end at the run that there is not."""
 
