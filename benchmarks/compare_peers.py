@@ -10,6 +10,9 @@ the start of the process to the end of the first step, and the process's peak me
 
 Evaluation is the ten best unseen items of all users in RePlay and RecTools, ranks of their targets in RecBole and here. Where a
 system has no such encoder, there is no figure; HSTU is RecTools', with both biases.
+
+Two figures have a floor, made in this program's worker: the evaluation has its matrix products (`floors.py`), memory what the
+process takes once everything is imported, with each weight, its gradient and its two moments of AdamW.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ PEERS = {
 }
 """Packages, and the encoders it has of those that are compared."""
 FIGURES = ("step", "epoch", "evaluation", "first_step", "peak_rss_mb")
+FLOORS = ("evaluation_floor", "peak_rss_mb_floor")
 
 
 def made_events(users: int, items: int) -> pd.DataFrame:
@@ -124,7 +128,8 @@ def best(rounds: list[dict[str, object]]) -> dict[str, object]:
     good = [each for each in rounds if "error" not in each]
     if not good:
         return rounds[-1]
-    return {**good[-1], **{name: min(each[name] for each in good) for name in FIGURES}}  # type: ignore[type-var]
+    names = [name for name in (*FIGURES, *FLOORS) if name in good[-1]]
+    return good[-1] | {name: min(each[name] for each in good) for name in names}
 
 
 def main() -> None:
@@ -177,6 +182,8 @@ def table(results: dict[str, dict[str, object]]) -> str:
                 times = f" ({value / base:.1f}x)" if value and base and name != "ours" else ""
                 row += f"{'-' if value is None else f'{value:g}' + times:>22}"
             lines.append(row)
+        floors = (f"{ours[f'{name}_floor']:g}" if f"{name}_floor" in ours else "" for name in FIGURES)
+        lines.append(f"{encoder + ', floor':<28}" + "".join(f"{each:>22}" for each in floors))
     return "\n".join(lines)
 
 

@@ -52,8 +52,13 @@ class Clock:
                 {
                     "first_step": round(self.first or 0.0, 2),
                     "step": round(statistics.median(settled), 4),
+                    "peak_rss_mb": peak_rss_mb(),
                     **{name: round(x, 3) if isinstance(x, float) else x for name, x in figures.items()},
-                    "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
                 }
             )
         )
+
+
+def peak_rss_mb() -> int:
+    """Of this process so far."""
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)

@@ -7,7 +7,9 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from common import Clock, arguments
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import floors
+from common import Clock, arguments, peak_rss_mb
 
 from generative_recommenders.config import gin as gin_registry
 from generative_recommenders.data.loader import prefetch
@@ -31,6 +33,7 @@ OPTIONS = {
 def main() -> None:
     flags = arguments()
     clock = Clock(flags.started)
+    imported = peak_rss_mb()
     keep_freed_memory()
     bindings = [
         f"train_fn.main_module = '{flags.encoder}'",
@@ -57,7 +60,16 @@ def main() -> None:
     trainer.model.eval()
     begun = time.perf_counter()
     trainer.evaluation.test(trainer.model)
-    clock.report(epoch=epoch, evaluation=time.perf_counter() - begun, steps=len(clock.steps) + 1)
+    figures = {"evaluation": time.perf_counter() - begun, "peak_rss_mb": peak_rss_mb()}
+    # AdamW holds a gradient and two moments beside each weight.
+    state = 4 * sum(each.nbytes for each in trainer.model.parameters())
+    clock.report(
+        epoch=epoch,
+        steps=len(clock.steps) + 1,
+        evaluation_floor=floors.products_of(lambda: trainer.evaluation.test(trainer.model))["seconds"],
+        peak_rss_mb_floor=imported + round(state / 2**20),
+        **figures,
+    )
 
 
 if __name__ == "__main__":

@@ -177,15 +177,19 @@ def peers(_: str) -> str:
         times = "" if own or not value or not ours else f" ({value / ours:.1f}x)"
         return "" if value is None else f"{value:,.3g}{times}" if value < 100 else f"{value:,.0f}{times}"
 
-    rows = [
-        (f"{encoder}, {found['packages'].get(name, name)}",
-         *(cell(each.get(figure), systems["ours"].get(figure), name == "ours") for figure in figures))
-        for encoder, systems in found["results"].items()
-        for name, each in systems.items()
-    ]  # fmt: skip
+    rows = []
+    for encoder, systems in found["results"].items():
+        ours = systems["ours"]
+        for name, each in systems.items():
+            cells = (cell(each.get(figure), ours.get(figure), name == "ours") for figure in figures)
+            rows.append((f"{encoder}, {found['packages'].get(name, name)}", *cells))
+        floors = (cell(ours.get(f"{figure}_floor"), None, True) for figure in figures)
+        rows.append((f"*{encoder}, floor*", *floors))
     said = (
-        f"{found['users']:,} users of ML-1M's lengths, {found['items']:,} items, {found['torch']}, {found['date']}: "
-        f"`python benchmarks/compare_peers.py --users={found['users']}`; times ours in brackets. "
+        f"{found['users']:,} users of ML-1M's lengths, {found['items']:,} items, torch {found['torch']}, commit "
+        f"`{found['commit']}`, {found['date']}: `python benchmarks/compare_peers.py --users={found['users']}`; times ours in "
+        "brackets. The floor of an evaluation is its matrix products alone, that of memory the imported libraries with the "
+        "weights, gradients and moments. "
         "RecBole has a row for each prefix of a history, so that its step predicts 128 targets where the others predict one at "
         "every position, and its epoch has 1,548 steps instead of 10."
     )
