@@ -30,7 +30,7 @@ class Weights(NamedTuple):
 class _Launch(NamedTuple):
     """Programs of a launch, numbers that the kernels are given, and what they are compiled for."""
 
-    grid: tuple[int, int]
+    grid: tuple[int, int, int]
     numbers: tuple[float, ...]
     options: dict[str, Any]
 
@@ -125,5 +125,5 @@ def _launch(q, k, v, layout: Layout, weights: Weights, position, time) -> _Launc
         "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
         "BLOCK": block,
     }
-    grid = triton.cdiv(layout.longest, block), layout.num_rows * heads
+    grid = triton.cdiv(layout.longest, block), heads, layout.num_rows
     return _Launch(grid, (*strides, layout.longest, reach, *scales), options)

@@ -58,8 +58,8 @@ def forward(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Attended values ``[T, H, dv]``, and for softmax ``normalisers [T, H]``: ln sum exp of each query's logits."""
-    cell = tl.program_id(1)
-    row, head = cell // H, cell % H
+    row, head = tl.program_id(2), tl.program_id(1)
+    cell = row * H + head
     start, length = tl.load(starts + row), tl.load(lengths + row).to(tl.int32)
     first = tl.program_id(0) * BLOCK
     if first >= length:
@@ -137,8 +137,8 @@ def backward_queries(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradients of queries and, where there is a bias, of the logits ``[B, H, n, n]`` that count."""
-    cell = tl.program_id(1)
-    row, head = cell // H, cell % H
+    row, head = tl.program_id(2), tl.program_id(1)
+    cell = row * H + head
     start, length = tl.load(starts + row), tl.load(lengths + row).to(tl.int32)
     first = tl.program_id(0) * BLOCK
     if first >= length:
@@ -186,8 +186,8 @@ def backward_keys(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradients of keys and values."""
-    cell = tl.program_id(1)
-    row, head = cell // H, cell % H
+    row, head = tl.program_id(2), tl.program_id(1)
+    cell = row * H + head
     start, length = tl.load(starts + row), tl.load(lengths + row).to(tl.int32)
     first = tl.program_id(0) * BLOCK
     if first >= length:

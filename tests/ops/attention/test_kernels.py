@@ -116,6 +116,15 @@ def test_a_layout_made_on_a_device_attends_alike() -> None:
     assert torch.equal(*outputs)
 
 
+@pytest.mark.gpu
+def test_more_rows_and_heads_than_one_axis_of_a_grid_holds() -> None:
+    layout = jagged_layout(torch.ones(40_000, dtype=torch.int64, device=DEVICE), 1)
+    q, k, v = heads(layout, 5, 5, 7)
+    out = fused_attention(q, k, v, layout, Weights(True))
+    assert torch.equal(out, v)  # a token attends to itself alone
+    out.sum().backward()
+
+
 @pytest.mark.parametrize("width", [1, 7, 50])
 def test_layer_norm(width: int) -> None:
     torch.manual_seed(0)
