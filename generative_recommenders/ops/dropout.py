@@ -2,8 +2,8 @@
 
 torch draws one Bernoulli variable per element from a slow serial generator; here 64 bits of SFC64 (numpy's) serve eight
 elements. Eight bits hold a rate to a multiple of 1 / 256, so each source of masks takes one of the two multiples around the
-rate, drawn so that an element is dropped with the rate itself. Each source begins in a state drawn from torch's default
-generator, so `torch.manual_seed` decides them all. Within `ops.numbered_rows` masks are drawn by the rows' numbers instead.
+rate, drawn so that an element is dropped with the rate itself. Each source is seeded by torch's default generator, so
+`torch.manual_seed` decides them all. Within `numbered_rows.opened` masks are drawn by the rows' numbers instead.
 """
 
 from __future__ import annotations
@@ -19,13 +19,6 @@ from generative_recommenders.ops.counter_random import counter_bits, stream_key
 
 _LEVELS = 1 << 8
 _BLOCK = 1 << 24  # elements, 16 MiB of bits
-
-
-class _Drawn(np.random.bit_generator.ISeedSequence):
-    """A generator's first state from torch's default one: random already, so numpy need not mix it, which takes longer."""
-
-    def generate_state(self, n_words, dtype=np.uint32):
-        return torch.empty(n_words, dtype=torch.int64).random_().numpy().astype(dtype)
 
 
 class KeepMasks:
@@ -86,7 +79,7 @@ def dropout(
     """``x`` with a share ``rate`` of elements set to 0 and the rest scaled by 1 / (1 - rate), when training; plus the
     residual."""
     if training and rate > 0.0:
-        if not dispatch.fast(x) or (dispatch.waits(x) and numbered_rows.current() is not None):
+        if not dispatch.fast() or (dispatch.waits(x) and numbered_rows.current() is not None):
             return dropout_reference(x, rate, residual)
         if dispatch.fast_on_cpu(x):
             return _Dropout.apply(x, residual, rate)

@@ -25,7 +25,7 @@ def lookup_rows(weight: torch.Tensor, rows: torch.Tensor, late: LateGradients | 
     late: takes the gradient of few rows of many on a CPU, where one of the whole weight, and autograd's sum of it and others,
     would be several passes over memory. The weight is then a leaf.
     """
-    if not dispatch.fast(weight):
+    if not dispatch.fast():
         return lookup_rows_reference(weight, rows)
     return _Lookup.apply(weight, rows, late)
 
@@ -42,9 +42,8 @@ def bags_of_rows(rows: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch
     # A sort of 16-bit numbers takes half the passes.
     dtype = torch.int16 if num_rows <= torch.iinfo(torch.int16).max else torch.int32
     ordered, order = rows.to(dtype).sort(stable=True)
-    if dispatch.fast_on_cpu(rows) and _FEW * num_rows > len(
-        rows
-    ):  # bags are short: counted faster than searched for
+    if dispatch.fast_on_cpu(rows) and _FEW * num_rows > len(rows):
+        # Bags are short: counted faster than searched for.
         return order, F.pad(torch.bincount(rows, minlength=num_rows).cumsum(0), (1, 0))
     return order, torch.searchsorted(ordered, torch.arange(num_rows + 1, device=rows.device).to(dtype))
 
@@ -54,7 +53,7 @@ def sorted_unique(ids: torch.Tensor, largest: int | None = None) -> torch.Tensor
     as came in, the largest one filling up the end. largest: that no id of 0 or more exceeds, where it is known.
     """
     if not dispatch.waits(ids):
-        if largest is None or not dispatch.fast(ids) or _FEW * ids.numel() < largest:
+        if largest is None or not dispatch.fast() or _FEW * ids.numel() < largest:
             return torch.unique(ids)
         marked = torch.zeros(largest + 1, dtype=torch.bool)  # a byte an id, read through once
         return marked.index_fill_(0, ids.flatten(), True).nonzero()[:, 0]
@@ -68,7 +67,7 @@ def sorted_unique(ids: torch.Tensor, largest: int | None = None) -> torch.Tensor
 
 def places_of(held: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """Where each of ``ids``, of any shape, stands in ``held``, which has them all, as of `sorted_unique`; int64."""
-    if dispatch.waits(held) or not dispatch.fast(held) or not len(held):
+    if dispatch.waits(held) or not dispatch.fast() or not len(held):
         return places_of_reference(held, ids)
     if _FEW * ids.numel() <= int(held[-1]):
         return places_of_reference(held, ids)

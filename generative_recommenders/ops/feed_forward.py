@@ -25,7 +25,7 @@ def feed_forward(
     dropout_rate: float = 0.0,
 ) -> torch.Tensor:
     """``x + D(W2 D(act(W1 x + b1)) + b2)`` on ``[..., D]``, D being dropout."""
-    if not dispatch.fast(x):
+    if not dispatch.fast():
         return feed_forward_reference(x, first, second, activation, dropout_rate)
     written_out = activation is F.relu and dispatch.fast_on_cpu_in_one_dtype(x)
     if written_out and dropout_rate > 0.0:

@@ -8,7 +8,7 @@ from generative_recommenders.ops import dispatch
 
 
 def integer_products(rows: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
-    """``[V]`` int32 products of ``rows [V, D]`` int8 with ``vector [D]`` int8, exact for D up to 2^17."""
+    """``[V]`` int32 products of ``rows [V, D]`` int8 with ``vector [D]`` int8, exact for D below 2^17."""
     if not dispatch.multiplies_integers(rows):
         return integer_products_reference(rows, vector)
     return torch._int_mm(rows, vector[:, None])[:, 0]

@@ -44,7 +44,7 @@ def pointwise_attention(
 
     q, k: ``[T, H, d]``; v: ``[T, H, dv]``; returns ``[T, H, dv]``.
     """
-    if not dispatch.fast(q):
+    if not dispatch.fast():
         assert not isinstance(bias, PairBias)
         return pointwise_attention_reference(q, k, v, layout, bias, divisor, dropout_rate)
     if takes_kernel(layout) and not isinstance(bias, TableBias):

@@ -41,7 +41,7 @@ def softmax_attention(
     unless given. A token that sees nothing gets 0.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if not dispatch.fast(q):
+    if not dispatch.fast():
         return softmax_attention_reference(q, k, v, layout, dropout_rate, scale)
     if dispatch.fast_on_cpu(q) or numbered_rows.current() is not None:
         with dispatch.autocast(q, None):  # in the dtype that q, k and v come in

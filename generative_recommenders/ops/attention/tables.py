@@ -38,7 +38,7 @@ def table_attention(v: torch.Tensor, layout: Layout, bias: TableBias | PairBias)
             weights.append(F.embedding(bias.buckets.int(), bias.time[:, None]).squeeze(-1))
         pad = (0, 0, 0, layout.max_length - n)
         return [layout.flatten(F.pad(each.tril().to(v.dtype) @ values, pad)).view_as(v) for each in weights]
-    if not dispatch.fast(v):
+    if not dispatch.fast():
         return table_attention_reference(v, layout, bias)
     shared = v.flatten(1).unsqueeze(1)  # one product for all heads
     with dispatch.autocast(v, None):  # in the dtype that v comes in

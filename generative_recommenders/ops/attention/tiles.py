@@ -14,7 +14,7 @@ from typing import NamedTuple, cast
 
 import torch
 
-from generative_recommenders.ops import dispatch, numbered_rows
+from generative_recommenders.ops import dispatch
 from generative_recommenders.ops.attention.groups import Group
 from generative_recommenders.ops.dropout import KeepMasks
 from generative_recommenders.ops.layout import AttentionMask, Layout
@@ -62,12 +62,8 @@ class PairBias(NamedTuple):
 
 
 def takes_kernel(layout: Layout) -> bool:
-    """Whether a kernel computes the attention of all tokens at once, without tiles; its dropout knows no numbered rows."""
-    return (
-        layout.attention_mask is None
-        and numbered_rows.current() is None
-        and dispatch.takes_kernels(layout.positions)
-    )
+    """Whether a kernel computes the attention of all tokens at once, without tiles."""
+    return layout.attention_mask is None and dispatch.takes_kernels(layout.positions)
 
 
 def tiles(group: Group, layout: Layout) -> list[Tile]:

@@ -189,7 +189,7 @@ class _CatalogueSum(torch.autograd.Function):
         shared: Shared | None,
     ) -> tuple[Tensor, Tensor]:
         leaves = (hidden, item_weight, positive)
-        ctx.gradients = _Gradients(*map(torch.zeros_like, leaves)) if train else None
+        ctx.gradients = every = _Gradients(*map(torch.zeros_like, leaves)) if train else None
         total, weight = hidden.new_zeros(()), hidden.new_zeros(())
         blocks = Blocks.plan(hidden, len(item_weight) if shared is None else shared.largest, memory_bytes)
         memory = hidden.new_empty(blocks.elements)
@@ -197,15 +197,8 @@ class _CatalogueSum(torch.autograd.Function):
             rows = slice(start, start + blocks.tokens)
             out = None if excluded is None else excluded[rows]
             tiles = _Tiles(hidden[rows], item_weight, out, blocks.items, memory)
-            part = _add_block(
-                tiles,
-                positive[rows],
-                weights[rows],
-                statistic,
-                row_loss,
-                _of_rows(ctx.gradients, rows),
-                shared,
-            )
+            own = every and every._replace(hidden=every.hidden[rows], positive=every.positive[rows])
+            part = _add_block(tiles, positive[rows], weights[rows], statistic, row_loss, own, shared)
             total, weight = total + part.sum, weight + part.weight
         ctx.mark_non_differentiable(weight)
         return total, weight
@@ -219,12 +212,6 @@ class _CatalogueSum(torch.autograd.Function):
         scaled = [gradient.mul_(upstream[0]) for gradient in ctx.gradients]
         ctx.gradients = None
         return (*scaled, None, None, None, None, None, None, None)
-
-
-def _of_rows(gradients: _Gradients | None, rows: slice) -> _Gradients | None:
-    if gradients is None:
-        return None
-    return _Gradients(gradients.hidden[rows], gradients.item_weight, gradients.positive[rows])
 
 
 def catalogue_sum(
@@ -245,7 +232,7 @@ def catalogue_sum(
     memory_bytes: bound of the logits held at a time. shared: where other processes hold the rest of the catalogue; hidden and
     positive are then the same on all, and this one's part of their gradients is given.
     """
-    if not dispatch.fast(hidden):
+    if not dispatch.fast():
         return catalogue_sum_reference(
             hidden, item_weight, positive, weights, excluded, statistic, row_loss, shared
         )

@@ -14,7 +14,7 @@ def masked_logsumexp(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
     scores: ``[T, R]`` float. mask: ``[T, R]`` bool. Returns ``[T]``; -inf, with gradients of 0, for a row without any.
     """
-    if dispatch.fast(scores):
+    if dispatch.fast():
         return _MaskedLogSumExp.apply(scores, mask)
     return masked_logsumexp_reference(scores, mask)
 

@@ -28,7 +28,7 @@ def sampled_products(hidden: torch.Tensor, weight: torch.Tensor, rows: torch.Ten
 
     hidden: ``[T, D]``. weight: ``[U, D]``. rows: ``[T, R]`` int64. Returns ``[T, R]``.
     """
-    if not dispatch.fast(hidden):
+    if not dispatch.fast():
         return sampled_products_reference(hidden, weight, rows)
     if rows.shape[1] >= weight.shape[0]:  # all products are fewer, and torch samples no more than all
         return (hidden @ weight.T).gather(1, rows)
@@ -65,7 +65,7 @@ def scored_products(
     hidden: ``[T, D]``. weight: ``[U, D]``. positives: ``[T, P]`` and negatives: ``[T, R]`` int64. eps: None for the rows as
     they are. Returns ``[T, P]`` and ``[T, R]``.
     """
-    if not dispatch.fast(hidden):
+    if not dispatch.fast():
         return scored_products_reference(hidden, weight, positives, negatives, eps)
     return _ScoredProducts.apply(hidden, weight, positives, negatives, eps)
 
@@ -89,7 +89,7 @@ def block_products(hidden: torch.Tensor, drawn: torch.Tensor, block_size: int, l
     hidden: ``[T, D]``. drawn: ``[G, R, D]``, the rows of each block of block_size tokens; the first ``lead`` tokens of the
     first block are not among the T, nor need the last block be full. Returns ``[T, R]``.
     """
-    if not dispatch.fast(hidden):
+    if not dispatch.fast():
         return block_products_reference(hidden, drawn, block_size, lead)
     return _BlockProducts.apply(hidden, drawn, block_size, lead)
 
