@@ -101,15 +101,13 @@ def build_index(embeddings: np.ndarray, kind: str) -> Any:
     except ImportError as error:
         raise not_installed("faiss", "export") from error
     count, dim = embeddings.shape
-    flat = faiss.IndexFlatIP(dim)
-    if kind == "exact":
-        index = flat
-    elif kind == "ivf":
+    index: Any = faiss.IndexFlatIP(dim)
+    if kind == "ivf":
         lists = max(1, min(int(4 * count**0.5), count // 39 or 1))  # faiss asks for 39 points a list
-        index = faiss.IndexIVFFlat(flat, dim, lists, faiss.METRIC_INNER_PRODUCT)
+        index = faiss.IndexIVFFlat(index, dim, lists, faiss.METRIC_INNER_PRODUCT)
         index.nprobe = max(1, lists // 16)
         index.train(embeddings)
-    else:
+    elif kind == "hnsw":
         index = faiss.IndexHNSWFlat(dim, 32, faiss.METRIC_INNER_PRODUCT)
         index.hnsw.efConstruction, index.hnsw.efSearch = 200, 128
     index.add(embeddings)

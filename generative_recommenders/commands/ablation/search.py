@@ -105,8 +105,9 @@ def distribution(name: str, given: Any, file: Path) -> BaseDistribution:
         raise wrong
     try:
         check_sizes(values)
+        low, high = values
         if kind == "int":
-            return IntDistribution(*values)
-        return FloatDistribution(*values, log=kind == "log")
+            return IntDistribution(low, high)
+        return FloatDistribution(low, high, log=kind == "log")
     except (ValueError, TypeError) as error:
         raise UserError(f"{wrong} ({str(error).splitlines()[0]})") from error
