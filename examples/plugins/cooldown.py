@@ -1,4 +1,4 @@
-"""A seen filter of one's own: items are candidates again some days after their last event.
+r"""A seen filter of one's own: items are candidates again some days after their last event.
 
     python main.py --plugin=examples/plugins/cooldown.py --gin_bindings='train_fn.seen_filter = "cooldown"' \
         --gin_bindings='cooldown.days = 7.0'

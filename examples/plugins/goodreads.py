@@ -1,6 +1,6 @@
-"""Goodreads interactions (the UCSD book graph, as published: JSON lines, or CSV with the same names) as a data source.
+r"""Goodreads interactions (the UCSD book graph, as published: JSON lines, or CSV with the same names) as a data source.
 
-python preprocess_public_data.py --plugin=examples/plugins/goodreads.py --dataset=goodreads \\
+python preprocess_public_data.py --plugin=examples/plugins/goodreads.py --dataset=goodreads \
     --raw_path=goodreads_interactions_poetry.json.gz
 """
 

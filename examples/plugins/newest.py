@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import torch
 from annotated_types import Ge
 
 from generative_recommenders import register_negative_sampler
@@ -28,7 +27,6 @@ class NewestNegativesSampler(NegativesSampler):
         super().__init__(num_negatives, sharing)
         self.newest = min(newest, num_items)
         self.before = num_items - self.newest
-        self.register_buffer("_device", torch.empty(0), persistent=False)  # says where draws are made
 
     def draw(self, key, units, draws, batch):
         """ids ``[G, draws]``, the same for the same key and units; None: no correction by probability."""
