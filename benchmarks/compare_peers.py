@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -149,7 +150,10 @@ def main() -> None:
     flags = parser.parse_args()
     flags.folder = (flags.folder or flags.environments / f"data-{flags.users}-{flags.items}").resolve()
     if not flags.folder.exists():
-        write_data(flags.folder, made_events(flags.users, flags.items))
+        part = flags.folder.with_name(f"{flags.folder.name}.part")  # so that a folder of this name is whole
+        shutil.rmtree(part, ignore_errors=True)
+        write_data(part, made_events(flags.users, flags.items))
+        part.rename(flags.folder)
     pythons = {name: environment(flags.environments.resolve(), name) for name in flags.peers}
     results: dict[str, dict[str, object]] = {}
     for encoder in flags.encoders:
