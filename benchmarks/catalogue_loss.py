@@ -2,10 +2,9 @@
 
     python benchmarks/catalogue_loss.py --tokens 14000 --items 700000 --dim 64
 
-One run times both: the loss with its gradients, and the three products (logits, gradient of the hidden
-    states, gradient of the items) in blocks of the shape that suits the processor's cache, with nothing
-    between them. Peak memory is the growth of the process's resident memory over the inputs, less the
-    gradients. The last line is one JSON object.
+One run times both: the loss with its gradients, and the three products (logits, gradient of the hidden states, gradient of the
+items) in blocks of the shape that suits the processor's cache, with nothing between them. Peak memory is the growth of the
+process's resident memory over the inputs, less the gradients. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -38,12 +37,10 @@ class Seconds(NamedTuple):
 
 
 class PeakMemory:
-    """Largest resident memory of this process, sampled every 10 ms while the context is open; bytes over its
-    start.
-    """
+    """Largest resident memory of this process, sampled every 10 ms while the context is open; bytes over its start."""
 
     def __enter__(self) -> PeakMemory:
-        self.start = self.peak = _resident_bytes()
+        self.start = self.peak = records.resident_bytes()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
@@ -51,23 +48,16 @@ class PeakMemory:
 
     def _watch(self) -> None:
         while not self._done.wait(0.01):
-            self.peak = max(self.peak, _resident_bytes())
+            self.peak = max(self.peak, records.resident_bytes())
 
     def __exit__(self, *_: object) -> None:
         self._done.set()
         self._thread.join()
-        self.peak = max(self.peak, _resident_bytes())
+        self.peak = max(self.peak, records.resident_bytes())
 
     @property
     def growth(self) -> int:
         return self.peak - self.start
-
-
-def _resident_bytes() -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) * 1024
-    raise OSError("no VmRSS in /proc/self/status: this benchmark reads memory on Linux only")
 
 
 def products(hidden: Tensor, item_weight: Tensor) -> None:

@@ -33,7 +33,8 @@ from generative_recommenders.data.store import SequenceDataset
 
 USERS = {"ml-1m": 600, "amzn-books": 3000}
 
-# --profile, --prepared, --num_items and --gin_bindings are flags of train_step.
+SHARED = {"profile", "prepared", "num_items", "gin_bindings"}
+"""Flags of `train_step` that count here, too."""
 _USERS = flags.DEFINE_integer("users", None, "users of made data: 600, of amzn-books 3000", lower_bound=30)
 
 
@@ -84,6 +85,9 @@ def run(prepared: Path, folder: Path) -> dict[str, object]:
 
 
 def main(argv: list[str]) -> None:
+    others = [flag for flag in flags.FLAGS.get_flags_for_module(train_step) if flag.name not in SHARED]
+    if given := [f"--{flag.name}" for flag in others if flag.present]:
+        sys.exit(f"{', '.join(given)}: of train_step.py alone; bind settings by --gin_bindings")
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         if flags.FLAGS.prepared is not None:

@@ -6,8 +6,7 @@
 
 Queries and items are random, histories of ``--seen`` items among them; encoding is not part of it. The floor is the fastest of
 several blockings of the bare products, each shared out by torch or with items of its own for each thread, measured on
-``--floor_users`` users before and after. Peak memory is what the process
-grows by over queries, items and histories.
+``--floor_users`` users before and after. Peak memory is what the process grows by over queries, items and histories.
 """
 
 from __future__ import annotations

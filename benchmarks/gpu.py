@@ -373,6 +373,9 @@ def main() -> None:
         time.perf_counter() + flags.seconds,
         flags.profiles,
     )
+    for folder in (flags.profiles, flags.output and flags.output.parent):
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {"machine": machine(bench)}
     for name in flags.parts:
         started = time.perf_counter()

@@ -1,5 +1,7 @@
 """Incremental encoding of one more item against encoding from scratch, in milliseconds a batch.
 
+    python benchmarks/incremental.py --rows=128 --length=200
+
 The last line is one JSON object: for every encoder the median time of both, and the largest difference of their states.
 """
 

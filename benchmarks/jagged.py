@@ -1,5 +1,7 @@
 """Conversions between jagged tokens and padded rectangles by fbgemm and by plain torch, in microseconds a call.
 
+    python benchmarks/jagged.py --repeats=200                # where fbgemm is installed
+
 The last line is one JSON object. For every shape: float32 tokens ``[T, D]`` padded and taken back, forward and backward;
 and what every batch asks of its layout, forward alone: the cells of its tokens (int64 ``[B, N]`` to ``[T]``) and their
 positions. Both ways are timed by turns; a number is a median.
@@ -88,14 +90,8 @@ def main() -> None:
         name = "x".join(map(str, shape))
         calls = conversions(*shape, device)
         results[name] = {each: compare(call, args.repeats, device) for each, call in calls.items()}
-    setup = {
-        "repeats": args.repeats,
-        "seed": args.seed,
-        "device": args.device,
-        "threads": args.threads,
-    }
-    report = {"setup": setup, "results": results}
-    records.finish(report, args.output)
+    setup = {name: value for name, value in vars(args).items() if name != "output"}
+    records.finish({"setup": setup, "results": results}, args.output)
 
 
 if __name__ == "__main__":

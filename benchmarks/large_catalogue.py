@@ -101,7 +101,7 @@ def worker(rank: int, world_size: int, args: argparse.Namespace, folder: str) ->
                     break
 
     stage("steps", train)
-    stage("evaluation", lambda: trainer.evaluation.test(trainer.model))
+    users = stage("evaluation", lambda: trainer.evaluation.test(trainer.model)).targets
     checkpoints = Path(folder) / "checkpoints"
     store = CheckpointStore(checkpoints, read_only=not collectives.is_main, joins_rows=world_size == 1)
     if args.checkpoint:
@@ -117,7 +117,7 @@ def worker(rank: int, world_size: int, args: argparse.Namespace, folder: str) ->
         result = {
             "items": args.items, "dim": args.dim, "processes": world_size, "optimizer": args.optimizer,
             "table_mb": round(4 * args.items * args.dim / 2**20), "step_seconds": round(statistics.median(steps[WARM_UP:]), 4),
-            "eval_users_per_second": round(args.eval_users / seconds["evaluation"], 1),
+            "eval_users_per_second": round(users / seconds["evaluation"], 1),
             "threads": torch.get_num_threads(), "seconds": seconds, "peak_mb": peaks,
         }  # fmt: skip
         (Path(folder) / "result.json").write_text(json.dumps(result))

@@ -9,7 +9,6 @@ through the rest gains from its beginning to its end.
 
 from __future__ import annotations
 
-import os
 import sys
 import tempfile
 import time
@@ -48,11 +47,6 @@ _SAMPLES = flags.DEFINE_integer("samples", 100, "how often memory is looked at",
 _RESULT = flags.DEFINE_string("result", None, "where the JSON line is written too")
 
 
-def resident_mb() -> float:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGESIZE") / 2**20
-
-
 def random_dataset(folder: Path) -> SequenceDataset:
     generator = np.random.default_rng(0)
     users = np.repeat(np.arange(USERS), EVENTS_EACH)
@@ -81,7 +75,7 @@ def resident_over_a_run(folder: Path, steps: int, samples: int) -> tuple[list[in
         def look() -> None:
             if trainer.progress.step % max(1, steps // samples) == 0:
                 at.append(trainer.progress.step)
-                resident.append(resident_mb())
+                resident.append(records.resident_bytes() / 2**20)
 
         trainer.train(CheckpointStore(folder / "run" / "checkpoints"), steps, on_step=look)
     return at, resident

@@ -96,9 +96,8 @@ def measure(users: int, num_items: int, args: argparse.Namespace, repeats: int) 
     if indexed is not None:
         calls["faiss"] = indexed
     found = milliseconds(calls, repeats)
-    if (
-        "quantized_search" in calls
-    ):  # by itself: threads of other libraries still spin when their turn is over
+    if "quantized_search" in calls:
+        # By itself: threads of other libraries still spin when their turn is over.
         found |= milliseconds({"whole_answer": whole_answer(items, seen[0], args.k)}, repeats)
     ratio = {kind: round(found["search"][kind] / found["products"][kind], 3) for kind in ("median", "least")}
     return {"milliseconds": found, "search_to_products": ratio}

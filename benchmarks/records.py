@@ -30,6 +30,14 @@ def stamp() -> dict[str, Any]:
     }
 
 
+def resident_bytes(process: int | str = "self") -> int:
+    """Resident memory of a process, by its number, as it is now."""
+    pages = Path(f"/proc/{process}/statm")
+    if not pages.exists():
+        raise SystemExit("no /proc/PID/statm here: this benchmark reads memory on Linux only")
+    return int(pages.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 def finish(result: Mapping[str, Any], output: Path | None = None) -> None:
     """Prints the record as the last line, and writes it to a file where one is asked for."""
     record = {**stamp(), **result}

@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import http.client
 import json
-import os
 import random
 import socket
 import subprocess
@@ -78,11 +77,6 @@ def measure(port: int, bodies: list[str], clients: int) -> dict[str, float]:
     return {"per_second": round(len(times) / seconds, 1), "p50_ms": p50, "p95_ms": p95, "p99_ms": p99}
 
 
-def resident_mb(process: int) -> float:
-    pages = Path(f"/proc/{process}/statm").read_text().split()[1]
-    return int(pages) * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--run", type=Path, help="the folder of a run whose model reads items alone")
@@ -101,11 +95,11 @@ def main() -> None:
         bodies = [json.dumps({"history": history, "k": 10}) for history in histories]
         with served(run) as (port, process):
             measure(port, bodies, max(args.clients))  # fills caches and pools
-            before = resident_mb(process)
+            before = records.resident_bytes(process)
             for clients in args.clients:
                 results[f"clients_{clients}"] = measure(port, bodies, clients)
                 print(clients, results[f"clients_{clients}"], flush=True)
-            grown = round(resident_mb(process) - before, 1)
+            grown = round((records.resident_bytes(process) - before) / 2**20, 1)
     setup = {name: str(value) if name == "run" else value for name, value in vars(args).items()}
     records.finish({"setup": setup, "results": results, "server_grew_mb": grown})
 

@@ -68,9 +68,8 @@ def main() -> None:
         result[f"{name}_seconds"], result[f"{name}_cpu_seconds"] = map(statistics.median, zip(*spent))
     for kind in ("seconds", "cpu_seconds"):
         for name in ("help", "first_step"):
-            result[f"{name}_ratio" if kind == "seconds" else f"{name}_cpu_ratio"] = (
-                result[f"{name}_{kind}"] / result[f"import_torch_{kind}"]
-            )
+            ratio = result[f"{name}_{kind}"] / result[f"import_torch_{kind}"]
+            result[f"{name}_{kind.replace('seconds', 'ratio')}"] = ratio
     threads = os.environ.get("OMP_NUM_THREADS", "all")
     rounded = {name: round(value, 3) for name, value in result.items()}
     records.finish({"rounds": args.rounds, "threads": threads, **rounded})

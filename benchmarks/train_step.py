@@ -241,7 +241,7 @@ def timed_evaluations(trainer: Trainer, repeats: int) -> dict[str, Any]:
     seconds = []
     for _ in range(1 + repeats):
         started = time.perf_counter()
-        users = len(trainer.evaluation.validation(trainer.model).ranks)
+        users = trainer.evaluation.validation(trainer.model).targets
         seconds.append(time.perf_counter() - started)
     products = floors.products_of(lambda: trainer.evaluation.validation(trainer.model))
     return {

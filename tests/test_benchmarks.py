@@ -18,7 +18,7 @@ TINY = {
     ],
     "epoch": ["--users=60", "--num_items=50", "--gin_bindings=train_fn.max_sequence_length=20"],
     "evaluate": ["--users=600", "--items=700", "--dim=8", "--seen=3"],
-    "gpu": ["--device=cpu", "--quick"],
+    "gpu": ["--device=cpu", "--quick", "--output=results/gpu.json"],
     "incremental": ["--rows=2", "--length=8", "--repeats=1"],
     "jagged": ["--repeats=4"],
     "large_catalogue": ["--items=3000", "--users=400", "--steps=2", "--eval_users=50"],
@@ -104,8 +104,17 @@ def test_it_prints_json(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_catalogue_in_shards(tmp_path: Path) -> None:
-    result = run("large_catalogue", [*TINY["large_catalogue"], "--processes=2"], tmp_path)
+    result = run(
+        "large_catalogue", [*TINY["large_catalogue"], "--processes=2", "--eval_users=5000"], tmp_path
+    )
     assert result["processes"] == 2 and result["step_seconds"] > 0
+    # of the users that there are
+    assert result["eval_users_per_second"] * result["seconds"]["evaluation"] == pytest.approx(400, rel=0.01)
+
+
+def test_an_epoch_takes_no_flag_of_a_step(tmp_path: Path) -> None:
+    done = run_program("benchmarks/epoch.py", "--encoder=HSTU", "--users=60", folder=tmp_path)
+    assert done.returncode == 1 and done.stderr.startswith("--encoder: of train_step.py alone")
 
 
 def test_steps_of_a_catalogue_of_books(tmp_path: Path) -> None:
