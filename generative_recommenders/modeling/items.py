@@ -60,13 +60,11 @@ class ItemRows:
             return self
         return replace(self, weight=l2_normalize(self.weight.float(), self.norm_eps), norm_eps=None)
 
-    def catalogue(self, num_items: int | None = None) -> torch.Tensor:
+    def catalogue(self) -> torch.Tensor:
         """``[V, D]``: row i belongs to item id i + 1. Only where all items are held."""
-        if self.row_of_item is not None:
-            return self.weight[self.row_of_item[1:]]
-        if num_items is not None and self.weight.shape[0] != num_items + 1:
-            raise ValueError(f"{self.weight.shape[0]} rows are held, the whole catalogue has {num_items + 1}")
-        return self.weight[1:]
+        if self.ids is not None:
+            raise ValueError(f"{len(self.ids)} rows are held, not those of the whole catalogue")
+        return self.weight[1:] if self.row_of_item is None else self.weight[self.row_of_item[1:]]
 
 
 class ItemEmbedding(torch.nn.Module):
@@ -139,18 +137,17 @@ class ItemEmbedding(torch.nn.Module):
         return leaf
 
     def raw_rows(self, leaf: ItemRows, item_ids: torch.Tensor | None) -> ItemRows:
-        """`scored_rows` before their normalisation."""
+        """`unnormalized_rows` without their ``norm_eps``."""
         return leaf
+
+    def unnormalized_rows(self, leaf: ItemRows, item_ids: torch.Tensor | None) -> ItemRows:
+        """`scored_rows` that are still to be normalised, with the ``norm_eps`` to do it by."""
+        norm_eps = self.l2_norm_eps if self.item_l2_norm else None
+        return replace(self.raw_rows(leaf, item_ids), norm_eps=norm_eps)
 
     def scored_rows(self, leaf: ItemRows, item_ids: torch.Tensor | None) -> ItemRows:
         """Scored embeddings of the sorted unique items ``item_ids`` (None: all), from the gathered table rows."""
-        return self.unscored_rows(leaf, item_ids).normalized()
-
-    def unscored_rows(self, leaf: ItemRows, item_ids: torch.Tensor | None) -> ItemRows:
-        """`scored_rows` that whoever scores them has still to normalise."""
-        return replace(
-            self.raw_rows(leaf, item_ids), norm_eps=self.l2_norm_eps if self.item_l2_norm else None
-        )
+        return self.unnormalized_rows(leaf, item_ids).normalized()
 
     def embed_history(self, item_ids: torch.Tensor) -> torch.Tensor:
         """``[..., D]`` for ids of any shape."""
@@ -158,11 +155,12 @@ class ItemEmbedding(torch.nn.Module):
 
     def get_item_embeddings(self, item_ids: torch.Tensor) -> torch.Tensor:
         """``[..., D]`` for ids of any shape, as scored against queries."""
-        return self.scored_rows(self.rows(item_ids), None).lookup(item_ids)
+        rows = self.unnormalized_rows(self.rows(item_ids), None)
+        return ItemRows(rows.lookup(item_ids), norm_eps=rows.norm_eps).normalized().weight
 
     def all_item_embeddings(self) -> torch.Tensor:
         """``[V, D]``: row i belongs to item id i + 1."""
-        return self.scored_rows(self.all_rows(), None).catalogue(self.num_items)
+        return self.scored_rows(self.all_rows(), None).catalogue()
 
 
 @register_item_embedding("local")

@@ -26,7 +26,7 @@ class ShardRows(ItemRows):
 
     shard: RowShard | None = None
 
-    def catalogue(self, num_items: int | None = None) -> torch.Tensor:
+    def catalogue(self) -> torch.Tensor:
         """``[v, D]``: row i belongs to item id ``shard.before + i + 1``."""
         return self.weight[1:] if self.shard is None or self.shard.first == 0 else self.weight
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from generative_recommenders.modeling.initialization import truncated_normal_
 from generative_recommenders.modeling.items import (
@@ -43,6 +44,26 @@ def test_gathered_rows_give_what_the_whole_table_gives(items: ItemEmbedding) -> 
     assert torch.equal(torch.zeros_like(items.table).index_copy(0, rows, leaf.grad), items.table.grad)
 
 
+class LargestResult(TorchDispatchMode):
+    """Numbers in the largest tensor that an operation makes."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and not func.is_view:
+            self.size = max(self.size, made.numel())
+        return made
+
+
+def test_few_items_are_scored_without_a_pass_over_the_table() -> None:
+    items, ids = LocalEmbeddingModule(5000, 8, item_l2_norm=True), torch.tensor([[3, 4999], [17, 3]])
+    with LargestResult() as largest:
+        scored = items.get_item_embeddings(ids)
+    assert largest.size == ids.numel() * 8
+    assert torch.equal(scored, items.all_item_embeddings()[ids - 1])
+
+
 def test_items_of_a_category_share_a_row() -> None:
     items = CategoricalEmbeddingModule(CATEGORIES, 3)
     everything = items.all_item_embeddings()
@@ -55,7 +76,7 @@ def test_items_of_a_category_share_a_row() -> None:
 
 def test_catalogue_of_a_part_is_refused() -> None:
     with pytest.raises(ValueError, match="3 rows are held"):
-        ItemRows(torch.zeros(3, 2), torch.tensor([1, 2, 3])).catalogue(6)
+        ItemRows(torch.zeros(3, 2), torch.tensor([1, 2, 3])).catalogue()
 
 
 @pytest.mark.parametrize("categories", [torch.tensor([], dtype=torch.int64), torch.tensor([0, -1])])
