@@ -18,7 +18,7 @@ from generative_recommenders.ops.dropout import Dropout
 GatedUnitName = Literal["swiglu", "geglu", "reglu", "glu"]
 CombinationName = Literal["glu_silu", "glu_silu_ln", "none"]
 
-GATED_UNITS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+GATED_UNITS: dict[GatedUnitName, Callable[[torch.Tensor], torch.Tensor]] = {
     "swiglu": F.silu,
     "geglu": F.gelu,
     "reglu": F.relu,
@@ -29,7 +29,7 @@ GATED_UNITS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 class GatedUnit(nn.Module):
     """act(l) * r with [l, r] = x W + b (arXiv 2002.05202)."""
 
-    def __init__(self, in_features: int, out_features: int, name: str) -> None:
+    def __init__(self, in_features: int, out_features: int, name: GatedUnitName) -> None:
         super().__init__()
         self.linear = nn.Linear(in_features, 2 * out_features)
         self.activation = GATED_UNITS[name]
@@ -50,7 +50,9 @@ def _linear(in_features: int, out_features: int, bias: bool = True) -> nn.Linear
     return layer
 
 
-def projection(in_features: int, hidden: int, out_features: int, rate: float, name: str) -> nn.Sequential:
+def projection(
+    in_features: int, hidden: int, out_features: int, rate: float, name: GatedUnitName
+) -> nn.Sequential:
     """Dropout, gated hidden layer (none where hidden <= 0), linear layer."""
     if hidden <= 0:
         return nn.Sequential(Dropout(rate), _linear(in_features, out_features))
@@ -63,7 +65,9 @@ class IdentityProjection(nn.Module):
     def __init__(self, in_features: int, groups: int, width: int, rate: float) -> None:
         super().__init__()
         self.width = width
-        self.others = projection(in_features, 0, (groups - 1) * width, rate, "") if groups > 1 else None
+        self.others: nn.Module | None = None
+        if groups > 1:
+            self.others = nn.Sequential(Dropout(rate), _linear(in_features, (groups - 1) * width))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         first = x[..., : self.width]
