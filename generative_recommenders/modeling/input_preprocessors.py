@@ -61,8 +61,12 @@ class InputPreprocessor(torch.nn.Module):
         truncated_normal_(self.position.data, std=embedding_dim**-0.5)
         self.dropout = Dropout(dropout_rate)
 
+    def places(self, layout: Layout) -> torch.Tensor:
+        """``[T]`` int64: the learned position of each token."""
+        return layout.positions
+
     def add_positions(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
-        x = torch.add(lookup_rows(self.position, layout.positions), x, alpha=self.embedding_dim**0.5)
+        x = torch.add(lookup_rows(self.position, self.places(layout)), x, alpha=self.embedding_dim**0.5)
         return layout.mask(self.dropout(x))
 
 
@@ -77,7 +81,7 @@ class LearnablePositionalEmbeddingInputFeaturesPreprocessor(InputPreprocessor):
 
 
 @register_input_preprocessor("LearnablePositionalEmbeddingFromEnd")
-class LearnablePositionalEmbeddingFromEnd(InputPreprocessor):
+class LearnablePositionalEmbeddingFromEnd(LearnablePositionalEmbeddingInputFeaturesPreprocessor):
     """``sqrt(D) item + position``, the newest event at the last row, as in programs that pad on the left (RePlay, RecTools).
 
     A further event moves all others by one, so histories cannot be encoded piece by piece.
@@ -85,12 +89,10 @@ class LearnablePositionalEmbeddingFromEnd(InputPreprocessor):
 
     appendable = False
 
-    def forward(self, items: torch.Tensor, layout: Layout, events: TokenEvents) -> EncoderInput:
+    def places(self, layout: Layout) -> torch.Tensor:
         to_end = layout.lengths.index_select(0, layout.row_of) - layout.positions
         # Past a padded row's end the count goes below 0; those tokens are masked afterwards.
-        places = (len(self.position) - to_end).clamp(max=len(self.position) - 1)
-        x = torch.add(lookup_rows(self.position, places), items, alpha=self.embedding_dim**0.5)
-        return EncoderInput(layout.mask(self.dropout(x)), layout, dict(events))
+        return (len(self.position) - to_end).clamp(max=len(self.position) - 1)
 
 
 @register_input_preprocessor(
