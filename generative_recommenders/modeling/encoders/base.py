@@ -120,7 +120,8 @@ class TimedEncoder(BlockEncoder):
 
 
 def linear_activation_of(name: LinearActivation) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The activation by its name."""
+    """The activation by its name; ValueError for another name."""
+    check_choice("linear_activation", name, LinearActivation)
     return F.silu if name == "silu" else lambda x: x
 
 

@@ -170,7 +170,6 @@ class FuXi(TimedEncoder):
         super().__init__()
         check_choice("normalization", normalization, Normalization)
         check_choice("linear_config", linear_config, LinearConfig)
-        check_choice("linear_activation", linear_activation, LinearActivation)
         check_choice("next_time", next_time, NextTime)
         check_positive(num_blocks=num_blocks, num_heads=num_heads, dqk=dqk, dv=dv)
         hidden = 0 if ffn_single_stage else max(1, int(embedding_dim * ffn_multiply))

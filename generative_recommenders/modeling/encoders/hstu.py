@@ -84,8 +84,7 @@ class HstuBlock(torch.nn.Module):
     ) -> torch.Tensor:
         """x: ``[T, D]``; inputs: see `bias_inputs`; scale: ``[T]``, of the attention's output, see `HSTU.scale`."""
         u, q, k, v = self.project(x)
-        attended = self.attention(q, k, v, layout, inputs)
-        return layout.mask(self.combine(x, u, attended if scale is None else attended * scale[:, None, None]))
+        return layout.mask(self.combine(x, u, self.attention(q, k, v, layout, inputs), scale))
 
     def keys_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """k ``[T, H, dqk]`` and v ``[T, H, dv]``."""
@@ -111,7 +110,7 @@ class HstuBlock(torch.nn.Module):
         bias = None if self.bias is None else self.bias(inputs)
         q = q.unflatten(-1, (self.num_heads, -1))
         attended = pointwise_over_cache(q, block, appended, bias, float(self.max_length))
-        return self.combine(x, u, attended if scale is None else attended * scale[:, None, None])
+        return self.combine(x, u, attended, scale)
 
     @property
     def widths(self) -> list[int]:
@@ -135,8 +134,12 @@ class HstuBlock(torch.nn.Module):
         biases = None if self.bias is None else [self.bias(each) for each in inputs]
         return softmax_over_all_columns(q, k, v, layout, biases, self.max_length, rate)
 
-    def combine(self, x: torch.Tensor, u: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+    def combine(
+        self, x: torch.Tensor, u: torch.Tensor, attended: torch.Tensor, scale: torch.Tensor | None
+    ) -> torch.Tensor:
         """Eq. 3. x: ``[T, D]``; u: ``[T, H dv]``; attended: ``[T, H, dv]``."""
+        if scale is not None:
+            attended = attended * scale[:, None, None]
         # Sums over few and over many tokens come to one scale here, which a softmax would have had from the start.
         a = layer_norm(attended.flatten(1), eps=1e-6)
         gated = torch.cat([u, a, u * a], dim=-1) if self.concat_ua else u * a
@@ -196,7 +199,6 @@ class HSTU(TimedEncoder):
         super().__init__()
         check_choice("normalization", normalization, Normalization)
         check_choice("linear_config", linear_config, LinearConfig)
-        check_choice("linear_activation", linear_activation, LinearActivation)
         check_choice("attn_divisor", attn_divisor, Divisor)
         check_choice("next_time", next_time, NextTime)
         check_positive(num_blocks=num_blocks, num_heads=num_heads, dqk=dqk, dv=dv)
