@@ -172,8 +172,8 @@ def append_tokens(
     x = merged(old.last_input, x)
     tokens = {name: merged(old.last_events[name], values) for name, values in events.items()}
     lengths, computed = old.lengths + layout.lengths.cpu(), layout.lengths.cpu() + again
-    layout = jagged_layout(computed, int(computed.max()), layout.device)
-    appended = Appended(_shifted(layout, old.lengths - again.long()), int(lengths.max()))
+    layout = new_layout(old.lengths - again.long(), computed, layout.device)
+    appended = Appended(layout, _longest(lengths))
     if "timestamps" in tokens:
         appended = replace(appended, times=appended.extend(old.times, tokens["timestamps"]))
     output, blocks = encoder.encode_appended(x, tokens, appended, old.blocks)
@@ -189,29 +189,34 @@ def append_tokens(
 
 def new_layout(encoded: torch.Tensor, new_lengths: torch.Tensor, device: torch.device) -> Layout:
     """The jagged layout of new items alone, with positions that continue from the ``encoded [B]`` items of each history."""
-    layout = jagged_layout(new_lengths, int(new_lengths.max()) if new_lengths.numel() else 0, device)
-    return _shifted(layout, encoded)
+    layout = jagged_layout(new_lengths, _longest(new_lengths), device)
+    return replace(layout, positions=layout.positions + encoded.to(device)[layout.row_of])
 
 
-def check_append(encoded: torch.Tensor, new_lengths: torch.Tensor, window: int) -> None:
-    """UserError where the rows are not those of the ``encoded [B]`` histories, or one would outgrow the window."""
+def check_append(encoded: torch.Tensor, new_lengths: torch.Tensor, columns: int, window: int) -> None:
+    """UserError where the rows are not those of the ``encoded [B]`` histories, or one has more new items than columns, or would
+    outgrow the window."""
     lengths = new_lengths.cpu()
     if encoded.shape != lengths.shape:
         raise UserError(
             f"encode_incremental: the cache holds {encoded.numel()} rows and new_lengths "
             f"{lengths.numel()}: append to all of them, 0 items where there is none"
         )
+    if _longest(lengths) > columns:
+        raise UserError(
+            f"encode_incremental: row {int(lengths.argmax())} has {int(lengths.max())} new items and new_ids {columns} "
+            "columns: widen new_ids, or shorten new_lengths"
+        )
     lengths = lengths + encoded
-    if lengths.numel() and int(lengths.max()) > window:
+    if _longest(lengths) > window:
         raise UserError(
             f"encode_incremental: row {int(lengths.argmax())} would hold {int(lengths.max())} items and the window holds "
             f"{window}: encode its latest {window} items anew"
         )
 
 
-def _shifted(layout: Layout, first: torch.Tensor) -> Layout:
-    """Positions that begin at ``first [B]`` in each row."""
-    return replace(layout, positions=layout.positions + first.to(layout.device)[layout.row_of])
+def _longest(lengths: torch.Tensor) -> int:
+    return max(lengths.tolist(), default=0)
 
 
 def _heads_first(q: torch.Tensor, appended: Appended) -> torch.Tensor:

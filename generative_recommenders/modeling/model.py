@@ -24,7 +24,7 @@ from generative_recommenders.modeling.inputs import LastEventReader, ModelInputs
 from generative_recommenders.modeling.items import ItemEmbedding, ItemRows
 from generative_recommenders.modeling.similarity.interface import Similarity, Snapshot, rounded
 from generative_recommenders.ops import dispatch
-from generative_recommenders.ops.layout import Layout, padded_layout
+from generative_recommenders.ops.layout import Layout, last_tokens_pay, padded_layout
 from generative_recommenders.types import Batch, SequentialFeatures
 
 
@@ -70,14 +70,12 @@ class SequenceEncoder(torch.nn.Module):
     def last(self, items: torch.Tensor, layout: Layout, events: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """``[B, D']``: the state after each row's last token, 0 for a row without tokens.
 
-        On a CPU an encoder with ``encode_last(x, layout, events) -> [R, D]`` computes its last block for the last tokens of the
-        R rows that have some; in evaluation, of causal histories.
+        Where that pays, an encoder with ``encode_last(x, layout, events) -> [R, D]`` computes its last block for the last
+        tokens of the R rows that have some; in evaluation, of causal histories.
         """
         encoder: Any = self.encoder
         alone = hasattr(encoder, "encode_last") and encoder.causal and not self.training
-        causal = layout.valid is None and layout.attention_mask is None and layout.num_tokens > 0
-        # A GPU computes the other tokens in the same time, and a padded layout is there to be exported as it is.
-        if not (alone and causal and dispatch.fast_on_cpu_in_one_dtype(items)):
+        if not (alone and last_tokens_pay(layout, items)):
             return layout.at_end(self(items, layout, events))
         inputs = self.encoder_input(items, layout, events)
         filled = layout.lengths > 0
@@ -276,7 +274,8 @@ class SequenceRecommender(torch.nn.Module):
             )
         per_item = self.sequence.preprocessor.tokens_per_item
         encoded = torch.zeros_like(new_lengths, device="cpu") if cache is None else cache.lengths // per_item
-        check_append(encoded, new_lengths, window=len(self.sequence.preprocessor.position) // per_item)
+        window = len(self.sequence.preprocessor.position) // per_item
+        check_append(encoded, new_lengths, new_ids.shape[1], window)
         layout = new_layout(encoded, new_lengths, new_ids.device)
         events = dict(new_events or {})
         if "timestamps" in events:

@@ -14,6 +14,8 @@ from typing import Any, cast
 import numpy as np
 import torch
 
+from generative_recommenders.errors import UserError
+from generative_recommenders.ops import dispatch
 from generative_recommenders.ops.attention.groups import (
     Group,
     Grouping,
@@ -150,10 +152,16 @@ class Layout:
 def jagged_layout(lengths: torch.Tensor, max_length: int, device: torch.device | None = None) -> Layout:
     """The layout of the real tokens alone.
 
-    lengths: ``[B]`` int64; kept on the CPU by loaders, so that nothing waits for an accelerator.
+    lengths: ``[B]`` int64; kept on the CPU by loaders, so that nothing waits for an accelerator. UserError for lengths that
+    are none of a row of max_length columns.
     """
     device = device or lengths.device
     host = lengths.cpu().numpy().astype(np.int64)
+    least, longest = host.min(initial=0), host.max(initial=0)
+    if least < 0 or longest > max_length:
+        raise UserError(
+            f"lengths reach from {least} to {longest}, and a row has {max_length} columns: cut them to 0..{max_length}"
+        )
     offsets = torch.from_numpy(np.concatenate(([0], np.cumsum(host))))
     fields = {
         "lengths": torch.from_numpy(host),
@@ -183,6 +191,14 @@ def padded_layout(lengths: torch.Tensor, max_length: int) -> Layout:
     return Layout(
         lengths, max_length, positions, row_of, torch.arange(rows, device=device) * max_length, valid=valid
     )
+
+
+def last_tokens_pay(layout: Layout, x: torch.Tensor) -> bool:
+    """Whether a block of a causal encoder takes less time for the last token of each row alone than for all ``x [T, D]``: on a
+    CPU. A GPU computes the others in the same time, and a padded layout is there to be exported as it is.
+    """
+    causal = layout.valid is None and layout.attention_mask is None and layout.num_tokens > 0
+    return causal and dispatch.fast_on_cpu_in_one_dtype(x)
 
 
 def attended_tokens(layout: Layout) -> torch.Tensor:

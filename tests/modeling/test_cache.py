@@ -117,6 +117,22 @@ def compare(model: SequenceRecommender, with_times: bool = True, next_known: boo
     assert (states[4] == 0).all()
 
 
+def test_no_histories_at_all() -> None:
+    nothing = torch.zeros(0, dtype=torch.int64)
+    model, cache = build("HSTU"), None
+    for _ in range(2):
+        states, cache = model.encode_incremental(cache, nothing, torch.zeros(0, 3, dtype=torch.int64))
+        assert states.shape == (0, DIM)
+
+
+def test_lengths_beyond_the_columns_are_refused() -> None:
+    model, ids, lengths = build("SASRec"), torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.tensor([4, 1])
+    with pytest.raises(UserError, match="row 0 has 4 new items and new_ids 3 columns"):
+        model.encode_incremental(None, lengths, ids)
+    with pytest.raises(UserError, match="lengths reach from 0 to 4, and a row has 3 columns"):
+        model.encode_query({"item_ids": ids, "lengths": lengths})
+
+
 def widen(rectangle: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(rectangle, (0, 1))
 
