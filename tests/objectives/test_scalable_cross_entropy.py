@@ -100,5 +100,7 @@ def test_bad_input_is_refused():
         ScalableCrossEntropyLoss(0, 4, 3)
     with pytest.raises(UserError, match="positives"):
         loss(hidden, weight, labels + 15, weights)
+    with pytest.raises(UserError, match="one positive for each token"):
+        loss(hidden, weight, labels[:, None].repeat(1, 2), weights[:, None].repeat(1, 2))
     with pytest.raises(UserError, match="normal numbers"):
         loss(hidden, weight, labels, weights, normals=torch.zeros(3, 6))

@@ -69,8 +69,10 @@ class ScalableCrossEntropyLoss(nn.Module):
         generator: of the normal numbers, on hidden's device.
         selectable: ``[T]`` bool, tokens that buckets choose first; those of non-zero weight by default.
         normals: Z itself, instead of drawing it.
-        Raises ``UserError`` for positives out of range.
+        Raises ``UserError`` for positives out of range, or several of a token.
         """
+        if positives.dim() != 1:
+            raise UserError(f"SCE takes one positive for each token, not positives {tuple(positives.shape)}")
         own_labels, own_weights = labels_and_weights(positives, weights, len(hidden), len(item_weight))
         with dispatch.autocast(hidden, None):
             hidden, item_weight = full_precision(hidden), full_precision(item_weight)
