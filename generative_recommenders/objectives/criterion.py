@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.items import ItemRows
 from generative_recommenders.modeling.sharded_items import ShardRows
 from generative_recommenders.modeling.similarity.interface import Similarity
@@ -102,9 +103,11 @@ class Criterion(torch.nn.Module):
         normalised."""
 
     def auxiliary(self, sums: Sums, similarity: Similarity) -> dict[str, torch.Tensor]:
-        """Weighted auxiliary losses of all processes' sums."""
+        """Weighted auxiliary losses of all processes' sums; none of those that are made in training mode alone."""
         losses = similarity.auxiliary_losses(sums)
-        return {name: weight * losses[name] for name, weight in self.auxiliary_weights.items()}
+        return {
+            name: weight * losses[name] for name, weight in self.auxiliary_weights.items() if name in losses
+        }
 
 
 class SampledCriterion(Criterion):
@@ -121,17 +124,13 @@ class SampledCriterion(Criterion):
         self.checkpoint = checkpoint
 
     def forward(self, states, items, batch, similarity):
-        arguments = states, items.weight, items, batch, similarity
-        if not self.checkpoint:
-            return self._loss(*arguments)
-        return recomputed(self._loss, *arguments)
+        arguments = states, items, batch, similarity
+        return recomputed(self._loss, *arguments) if self.checkpoint else self._loss(*arguments)
 
-    def _loss(self, states, weight, items, batch, similarity):
-        example = batch.example
-        items = replace(items, weight=weight)
-        positive_items = items if self.loss.raw_positives else None
+    def _loss(self, states, items, batch, similarity):
+        example, raw = batch.example, self.loss.raw_positives
         scores = sampled_scores(
-            states, items, example.targets, batch.negatives, similarity, example.users, positive_items
+            states, items, example.targets, batch.negatives, similarity, example.users, raw
         )
         columns = scores.positive.shape
         ratings = []
@@ -141,6 +140,19 @@ class SampledCriterion(Criterion):
             scores.positive, scores.negative, example.weights.view(columns), scores.negative_mask, *ratings
         )
         return output.sum, output.weight, scores.sums
+
+
+def product_operands(
+    similarity: Similarity, states: torch.Tensor, weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`Similarity.operands`; UserError where scores are no products."""
+    operands = similarity.operands(states, weight)
+    if operands is None:
+        raise UserError(
+            f"scores of {type(similarity).__name__} are no products of states and items, which this loss or objective "
+            "multiplies: choose a loss of sampled negatives, and no objective of replaced items"
+        )
+    return operands
 
 
 class CatalogueCriterion(Criterion):
@@ -155,7 +167,7 @@ class CatalogueCriterion(Criterion):
 
     def forward(self, states, items, batch, similarity):
         scored = items.normalized()
-        query, weight = similarity.operands(states, scored.weight)
+        query, weight = product_operands(similarity, states, scored.weight)
         catalogue = replace(scored, weight=weight).catalogue()
         arguments = query, catalogue, batch.example.targets - 1, batch.example.weights
         # A plug-in's loss need not know shards.

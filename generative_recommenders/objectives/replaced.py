@@ -17,7 +17,7 @@ from generative_recommenders.modeling.events import token_events
 from generative_recommenders.modeling.items import ItemRows
 from generative_recommenders.modeling.model import SequenceEncoder
 from generative_recommenders.modeling.similarity.interface import Similarity
-from generative_recommenders.objectives.criterion import Criterion, PreparedBatch, Sums
+from generative_recommenders.objectives.criterion import Criterion, PreparedBatch, Sums, product_operands
 from generative_recommenders.objectives.masked import MaskedItemObjective
 from generative_recommenders.ops.counter_random import CounterDraws
 
@@ -68,9 +68,7 @@ class ReplacedDetectionCriterion(Criterion):
     def fakes(self, states: Tensor, items: ItemRows, batch: PreparedBatch, similarity: Similarity) -> Tensor:
         """``[M]`` ids sampled from the generator's softmax at the hidden positions."""
         scored = items.normalized()
-        operands = similarity.operands(states, scored.weight)
-        assert operands is not None  # build refuses other similarities
-        query, weight = operands
+        query, weight = product_operands(similarity, states, scored.weight)
         if not len(query):
             return batch.example.targets
         scored = replace(scored, weight=weight)

@@ -10,7 +10,7 @@ from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.items import ItemRows
 from generative_recommenders.modeling.similarity.interface import Similarity, rounded, score_dtype
 from generative_recommenders.objectives.negative_samplers import Negatives
-from generative_recommenders.ops import dispatch
+from generative_recommenders.ops.embedding import range_of
 from generative_recommenders.ops.products.sampled import (
     block_products,
     many_rows,
@@ -38,44 +38,47 @@ def sampled_scores(
     negatives: Negatives,
     similarity: Similarity,
     user_ids: torch.Tensor,
-    positive_items: ItemRows | None = None,
+    raw_positives: bool = False,
 ) -> SampledScores:
     """Scores of a step's positives and negatives.
 
     states: ``[T, D]``. items: normalised here, if they are not. positives: ``[T]`` or ``[T, P]`` item ids. user_ids: ``[T]``.
-    positive_items: rows that the positives are looked up in instead, for losses that ask for other ones.
+    raw_positives: the positives' items are scored as they are.
 
     A similarity that is no product scores positives and negatives in two calls, as the published program does, and keeps
     memory within bounds; its auxiliary losses are of the positives alone. UserError for ids that are no items.
     """
     targets = positives if positives.dim() == 2 else positives[:, None]
-    if items.ids is None and not dispatch.waits(targets) and targets.numel():
-        # Looked at where all items are held on a CPU: elsewhere a look would wait for the device.
+    reach = range_of(targets) if items.ids is None else None
+    if reach is not None:
         last = len(items.weight if items.row_of_item is None else items.row_of_item) - 1
-        lowest, highest = (int(each) for each in targets.aminmax())
-        if lowest < 0 or highest > last:
-            raise UserError(f"positives: item ids reach from {lowest} to {highest}, outside 0..{last}")
+        if reach[0] < 0 or reach[1] > last:
+            raise UserError(f"positives: item ids reach from {reach[0]} to {reach[1]}, outside 0..{last}")
     mask = no_collisions(targets, negatives)
     # Of a large catalogue no normalised copy of the rows is made: products are divided by the norms of their rows.
-    fused = negatives.sharing.granularity == "position" and positive_items is None
+    fused = negatives.sharing.granularity == "position" and not raw_positives
     if fused and many_rows(items.weight, negatives.ids):
         operands = similarity.operands(states, items.weight)
         if operands is not None and operands[1] is items.weight:
             rows = items.index(targets), items.index(negatives.ids)
             positive, negative = scored_products(*operands, *rows, items.norm_eps)
             return SampledScores(positive, corrected(negative, negatives), mask, {})
-    items = items.normalized()
+    raw, items = items, items.normalized()
     operands = similarity.operands(states, items.weight)
     if operands is not None:
         (query, weight), dtype = operands, score_dtype(similarity)
-        source = replace(items, weight=weight) if positive_items is None else positive_items
         # Positives are few: a product of rows each, where negatives take a matrix product.
-        positive = (query[:, None] * source.lookup(targets).float()).sum(-1)
+        if raw_positives:
+            own = rounded(raw.lookup(targets).float(), dtype)
+        else:
+            own = replace(items, weight=weight).lookup(targets)
+        positive = (query[:, None] * own).sum(-1)
         negative = negative_products(query, weight, items.index(negatives.ids), negatives)
         positive, negative = rounded(positive, dtype), rounded(negative, dtype)
         return SampledScores(positive, corrected(negative, negatives), mask, {})
     weight, drawn = items.weight.float(), items.index(negatives.ids)
-    positive, sums = similarity.score_rows(states, weight, items.index(targets), user_ids)
+    own = raw.weight.float() if raw_positives else weight
+    positive, sums = similarity.score_rows(states, own, items.index(targets), user_ids)
     spans = negatives.spans(len(states)) if len(states) else None
     if not len(states):  # no pairs, of the shape that the rest expects
         drawn = drawn[:0]

@@ -17,12 +17,9 @@ from generative_recommenders.objectives.negative_samplers import BatchItems, Neg
 from generative_recommenders.objectives.objective import Objective
 from generative_recommenders.ops import dispatch
 from generative_recommenders.ops.counter_random import CounterDraws, Key, stream_key
-from generative_recommenders.ops.embedding import sorted_unique
+from generative_recommenders.ops.embedding import gathering_pays, sorted_unique
 from generative_recommenders.types import LossOutput
 
-DENSE_SHARE = 4
-"""A step that reads more than 1 / DENSE_SHARE of the table works on all of it: no search for unique rows. On a CPU an optimizer
-of single rows leaves the others alone, so that gathering pays up to the whole table."""
 _MASKS, _ENCODER, _SCORING = 1 << 32, 1 << 33, 1 << 34
 """Purposes of draws: of masked positions, of dropout masks in the encoder, and of those where items are scored."""
 
@@ -126,11 +123,7 @@ class TrainingTask(torch.nn.Module):
         if negatives is None:
             return None, None
         read = negatives.ids.numel() + example.targets.numel() + example.past_ids.numel()
-        on_cpu = not dispatch.waits(items.table)
-        # 1 as a rule; 0, with which tests have rows gathered however small the table is, stays 0.
-        share = min(1, DENSE_SHARE) if on_cpu and self.updates_rows else DENSE_SHARE
-        # What an accelerator gathers is as much as is read, a CPU's tower computes each item once.
-        if read * share > items.table.shape[0] and not (on_cpu and items.tower is not None):
+        if not gathering_pays(read, items.table, self.updates_rows, items.tower is not None):
             return None, None
         if items.tower is None:  # scored are rows of the table: no need to tell them from those of histories
             scored = sorted_unique(torch.cat([*ids, example.past_ids]), items.num_items)
@@ -145,7 +138,7 @@ class TrainingTask(torch.nn.Module):
         with dispatch.autocast(items.table.device, None), batch.token_rows(_ENCODER):
             states = self.model.states(batch.example, rows)
         scored = rows if self.criterion.needs_negatives else items.catalogue_rows(rows)
-        scored = items.unscored_rows(scored, batch.scored_ids)
+        scored = items.unnormalized_rows(scored, batch.scored_ids)
         with batch.target_rows(_SCORING, scored):
             total, weight, sums = self.criterion(states.float(), scored, batch, similarity)
         if self.collectives.world_size > 1:

@@ -11,6 +11,9 @@ _SORTED_FROM = 1 << 15
 """Rows of a lookup, at least, whose gradient is summed sorted."""
 _BLOCK = 1 << 22
 """Numbers that are looked at together."""
+DENSE_SHARE = 4
+"""A step that reads more than 1 / DENSE_SHARE of a table works on all of it: no search for unique rows. On a CPU an optimizer
+of single rows leaves the others alone, so that gathering pays up to the whole table."""
 _FEW = 8
 """Ids are few where more than so many times their number could be."""
 
@@ -63,6 +66,29 @@ def sorted_unique(ids: torch.Tensor, largest: int | None = None) -> torch.Tensor
     ends = values[-1:].repeat(len(values))
     ends[:1] = values[:1]
     return ends.scatter_(0, slots, values[1:])
+
+
+def range_of(ids: torch.Tensor) -> tuple[int, int] | None:
+    """The least and the largest id; None where there are none, or where a look would wait for an accelerator."""
+    if dispatch.waits(ids) or not ids.numel():
+        return None
+    least, largest = ids.aminmax()
+    return int(least), int(largest)
+
+
+def gathering_pays(num_read: int, table: torch.Tensor, updates_rows: bool, tower: bool) -> bool:
+    """Whether a step gathers the rows that it reads, ``num_read`` of them with repeats, and does not work on the whole table.
+
+    updates_rows: the optimizer updates single rows. tower: items that are scored are computed from their rows.
+    """
+    on_cpu = not dispatch.waits(table)
+    if (
+        on_cpu and tower
+    ):  # which then computes each item once; an accelerator would compute as many as are read
+        return True
+    # 1 as a rule; 0, with which tests have rows gathered however small the table is, stays 0.
+    share = min(1, DENSE_SHARE) if on_cpu and updates_rows else DENSE_SHARE
+    return num_read * share <= len(table)
 
 
 def places_of(held: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

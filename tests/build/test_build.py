@@ -427,8 +427,9 @@ def test_auxiliary_losses_are_weighted_and_made_only_when_asked() -> None:
     chosen = settings(
         **MOL, **{"loss_weights": weights, "mol.uid_embedding_hash_sizes": (10,)}, num_negatives=4
     )
-    output = training_step(chosen, catalogue()).task.loss(loaded(ten_users()), 0)
-    assert set(output.auxiliary) == set(weights)
+    task = training_step(chosen, catalogue()).task
+    assert set(task.loss(loaded(ten_users()), 0).auxiliary) == set(weights)
+    assert task.eval().loss(loaded(ten_users()), 0).auxiliary == {}
     silent = training_step(settings(**MOL, num_negatives=4), catalogue())
     assert silent.task.model.similarity.auxiliary_loss_names == frozenset()
 

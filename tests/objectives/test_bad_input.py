@@ -13,6 +13,7 @@ from generative_recommenders.data.splits import make_split
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.errors import UserError
+from generative_recommenders.modeling.similarity.interface import Similarity
 from generative_recommenders.objectives.causal import CausalObjective
 from generative_recommenders.objectives.examples import TrainingExample
 from generative_recommenders.objectives.negative_samplers import SHARINGS
@@ -102,6 +103,25 @@ def test_no_ratings_for_a_loss_that_reads_them() -> None:
     assert float(run(step, example).loss) > 0
     with pytest.raises(UserError, match="needs ratings"):
         run(step, dataclasses.replace(example, ratings=None), 1)
+
+
+class Distance(Similarity):
+    """A score that is no product: the negative squared distance."""
+
+    def score(self, queries, items, user_ids=None):
+        return -(queries[:, None] - items).square().sum(-1), {}
+
+
+@pytest.mark.parametrize(("loss", "objective"), [("CE", "causal"), ("SampledSoftmaxLoss", "replaced")])
+def test_a_similarity_without_products(loss: str, objective: str) -> None:
+    """A plug-in's, of which only its scores show that they are none."""
+    step = training_step(
+        settings(loss_module=loss, objective=objective, num_negatives=4, sampling_strategy="local"),
+        catalogue(),
+    )
+    step.task.model.similarity = Distance()
+    with pytest.raises(UserError, match="scores of Distance are no products"):
+        step.task.loss(loaded(ten_users()), 0)
 
 
 @pytest.mark.parametrize("loss", ["CE", "SampledSoftmaxLoss", "gBCE"])

@@ -77,27 +77,31 @@ def test_no_tokens(sharing: Sharing) -> None:
     assert (weight.grad == 0).all()
 
 
+class NoProduct(DotProductSimilarity):
+    """A dot product that is asked for rows of items, as learned similarities are."""
+
+    def operands(self, states: torch.Tensor, weight: torch.Tensor) -> None:
+        return None
+
+
 @pytest.mark.parametrize("raw_positives", [True, False])
 @over_sharings
-def test_scores_of_a_product(sharing: Sharing, raw_positives: bool) -> None:
+@pytest.mark.parametrize("is_product", [True, False])
+def test_scores_of_positives_and_negatives(sharing: Sharing, raw_positives: bool, is_product: bool) -> None:
     hidden, weight = hidden_and_weight(torch.float32)
     negatives, targets = draws(sharing), torch.randint(1, ITEMS + 1, (TOKENS, 2))
-    normed, similarity = F.normalize(weight, dim=-1), DotProductSimilarity(0.05)
-    of_positives = ItemRows(weight) if raw_positives else None
-    scores = sampled_scores(hidden, ItemRows(normed), targets, negatives, similarity, USERS, of_positives)
+    normed, similarity = (
+        F.normalize(weight, dim=-1),
+        (DotProductSimilarity if is_product else NoProduct)(0.05),
+    )
+    items = ItemRows(weight, norm_eps=1e-6)
+    scores = sampled_scores(hidden, items, targets, negatives, similarity, USERS, raw_positives)
     ids = negatives.per_token(negatives.ids, TOKENS)
     positive = gathered(hidden, weight if raw_positives else normed, targets) / 0.05
     torch.testing.assert_close(scores.positive, positive, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(scores.negative, gathered(hidden, normed, ids) / 0.05, rtol=1e-4, atol=1e-4)
     assert torch.equal(scores.negative_mask, (ids[:, :, None] != targets[:, None, :]).all(2))
     assert scores.sums == {}
-
-
-class NoProduct(DotProductSimilarity):
-    """A dot product that is asked for rows of items, as learned similarities are."""
-
-    def operands(self, states: torch.Tensor, weight: torch.Tensor) -> None:
-        return None
 
 
 SIMILARITIES = (DotProductSimilarity(0.1), NoProduct(0.1))
@@ -186,8 +190,6 @@ def test_golden_losses(
     choose_backend(monkeypatch, backend)
     golden, loss = load_golden(case), LOSSES[case]
     c = golden.config
-    if scorer is NoProduct and loss.raw_positives:
-        pytest.skip("a learned similarity scores all items alike")
     hidden = golden.inputs["output_embeddings"].requires_grad_()
     states = hidden
     if entrance == "padded":  # there and back through the rectangle
@@ -196,11 +198,10 @@ def test_golden_losses(
     table = golden.parameters["item_emb.weight"].requires_grad_()
     negatives = Negatives(golden.inputs["sampled_ids"].long(), Sharing())
     targets, weights = golden.inputs["supervision_ids"].long(), golden.inputs["supervision_weights"]
-    rows = ItemRows(F.normalize(table, dim=-1, eps=c["l2_eps"]))
+    rows, users = ItemRows(table, norm_eps=c["l2_eps"]), torch.zeros_like(targets)
     scores = sampled_scores(
-        states, rows, targets, negatives, scorer(c["temperature"]), torch.zeros_like(targets),
-        ItemRows(table) if loss.raw_positives else None,
-    )  # fmt: skip
+        states, rows, targets, negatives, scorer(c["temperature"]), users, loss.raw_positives
+    )
     total, weight, _ = loss(scores.positive, scores.negative, weights[:, None], scores.negative_mask)
     value = total / weight
     assert_near(value, golden.outputs["loss"])

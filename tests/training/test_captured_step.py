@@ -9,8 +9,7 @@ import torch
 
 from generative_recommenders.data.splits import make_split
 from generative_recommenders.distributed.collectives import Collectives
-from generative_recommenders.objectives import task
-from generative_recommenders.ops import dispatch
+from generative_recommenders.ops import dispatch, embedding
 from generative_recommenders.training.captured_step import CapturedStep
 from generative_recommenders.training.step import TrainingStep
 from generative_recommenders.training.trainer import Trainer
@@ -71,7 +70,7 @@ def test_tokens_that_fill_up_change_no_number(choices: dict, tmp_path: Path) -> 
 def test_rows_of_an_accelerator_are_padded_and_change_no_number(
     optimizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(task, "DENSE_SHARE", 0)  # rows are gathered, however small the table
+    monkeypatch.setattr(embedding, "DENSE_SHARE", 0)  # rows are gathered, however small the table
     choices = {"optimizer": optimizer, "max_grad_norm": 0.5}
     unique, padded = (trainer(tmp_path, torch.device("cpu"), **choices) for _ in range(2))
     for number, batch in enumerate([*unique.loader.epoch(0), *unique.loader.epoch(1)]):
@@ -89,7 +88,7 @@ def test_rows_of_an_accelerator_are_padded_and_change_no_number(
 def test_graphs_give_the_numbers_of_plain_steps(
     choices: dict, gathers: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(task, "DENSE_SHARE", 0 if gathers else 1_000_000)
+    monkeypatch.setattr(embedding, "DENSE_SHARE", 0 if gathers else 1_000_000)
     device = torch.device("cuda")
     plain, captured = trainer(tmp_path, device, **choices), trainer(tmp_path, device, **choices)
     plain.step = TrainingStep(plain.task, plain.step.optimizer, plain.collectives)

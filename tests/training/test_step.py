@@ -26,7 +26,6 @@ from generative_recommenders.modeling.items import (
 from generative_recommenders.modeling.model import SequenceEncoder, SequenceRecommender
 from generative_recommenders.modeling.output_postprocessors import L2NormEmbeddingPostprocessor
 from generative_recommenders.modeling.similarity.dot_product import DotProductSimilarity
-from generative_recommenders.objectives import task as task_module
 from generative_recommenders.objectives.causal import CausalLastObjective, CausalObjective
 from generative_recommenders.objectives.criterion import CatalogueCriterion, Criterion, SampledCriterion
 from generative_recommenders.objectives.losses.catalogue import CE
@@ -38,6 +37,7 @@ from generative_recommenders.objectives.negative_samplers import (
     Sharing,
 )
 from generative_recommenders.objectives.task import TrainingTask
+from generative_recommenders.ops import embedding
 from generative_recommenders.training.optimizers import Optimizer
 from generative_recommenders.training.step import TrainingStep
 from programs import quick_start
@@ -113,7 +113,7 @@ def train(dataset: SequenceDataset, case: Case, steps: int = STEPS) -> dict[str,
 
 
 def with_rows(monkeypatch: pytest.MonkeyPatch, dataset: SequenceDataset, case: Case, share: int) -> dict:
-    monkeypatch.setattr(task_module, "DENSE_SHARE", share)
+    monkeypatch.setattr(embedding, "DENSE_SHARE", share)
     return train(dataset, case, steps=3)
 
 
@@ -163,7 +163,7 @@ def process(rank: int, folder: str, rendezvous: str, results: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
     dataset = SequenceDataset.open(folder)
     for number, case in enumerate(CASES):
-        task_module.DENSE_SHARE = case.dense_share
+        embedding.DENSE_SHARE = case.dense_share
         torch.save(train(dataset, case), f"{results}/{number}-{rank}.pt")
     dist.destroy_process_group()
 
@@ -187,7 +187,7 @@ def two_processes(ragged_dataset: SequenceDataset, tmp_path_factory: pytest.Temp
 def test_two_processes_equal_one_with_the_doubled_batch(
     monkeypatch, ragged_dataset: SequenceDataset, two_processes: Path, number: int
 ) -> None:
-    monkeypatch.setattr(task_module, "DENSE_SHARE", CASES[number].dense_share)
+    monkeypatch.setattr(embedding, "DENSE_SHARE", CASES[number].dense_share)
     first, second = (torch.load(two_processes / f"{number}-{rank}.pt") for rank in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
     alone = train(ragged_dataset, CASES[number])

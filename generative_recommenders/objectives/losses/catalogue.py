@@ -31,6 +31,7 @@ from generative_recommenders.objectives.losses.sampled import (
     weighted,
 )
 from generative_recommenders.ops import dispatch
+from generative_recommenders.ops.embedding import range_of
 from generative_recommenders.ops.products.catalogue import (
     LOGSUMEXP,
     SOFTPLUS_SUM,
@@ -250,14 +251,10 @@ def labels_and_weights(
         raise UserError(
             f"weights {tuple(weights.shape)} and positives {tuple(positives.shape)} must have one shape"
         )
-    if (
-        not dispatch.waits(positives)
-        and positives.numel()
-        and (positives.min() < -1 or positives.max() >= num_items)
-    ):
-        low, high = int(positives.min()), int(positives.max())
+    reach = range_of(positives)
+    if reach is not None and (reach[0] < -1 or reach[1] >= num_items):
         raise UserError(
-            f"positives reach from {low} to {high}: they must be rows 0..{num_items - 1}, or -1 for none"
+            f"positives reach from {reach[0]} to {reach[1]}: they must be rows 0..{num_items - 1}, or -1 for none"
         )
     labels = positives[:, None] if positives.dim() == 1 else positives
     return labels, weights.reshape(labels.shape) * (labels >= 0)
