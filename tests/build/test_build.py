@@ -83,7 +83,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "interaction": ({"interaction_module_type": "x"}, "unknown similarity 'x'"),
     "embedding": ({"embedding_module_type": "x"}, "known: local, categorical, item_tower"),
-    "objective": ({"objective": "x"}, "known: causal, causal_last, masked, permuted, replaced"),
+    "objective": ({"objective": "x"}, r"unknown objective .x. \(train_fn.objective\); known: .*causal_last"),
     "loss": ({"loss_module": "x"}, "unknown loss 'x' .*; known: SampledSoftmaxLoss, .*SCE"),
     "sampler": ({"sampling_strategy": "x"}, "known: local, in-batch, popularity, mixed, multi-class"),
     "sharing": (

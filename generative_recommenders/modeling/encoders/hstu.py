@@ -135,7 +135,7 @@ class HstuBlock(torch.nn.Module):
         return softmax_over_all_columns(q, k, v, layout, biases, self.max_length, rate)
 
     def combine(
-        self, x: torch.Tensor, u: torch.Tensor, attended: torch.Tensor, scale: torch.Tensor | None
+        self, x: torch.Tensor, u: torch.Tensor, attended: torch.Tensor, scale: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Eq. 3. x: ``[T, D]``; u: ``[T, H dv]``; attended: ``[T, H, dv]``."""
         if scale is not None:
