@@ -92,23 +92,28 @@ flags.DEFINE_bool("dry_run", False, "build everything, say what it is, and stop"
 flags.DEFINE_bool("profile", False, "write a torch profiler trace of a few steps to the run's folder")
 
 
+_ANSWERS, _EXPORTS = "users history top_k exclude_seen candidates", "format index"
 _OF_A_RUN = (
     "gin_config_file gin_bindings resume auto_resume max_steps dry_run profile meta_checkpoint num_processes users_metrics "
-    "compare",
-    "it takes the run of --run_dir as it is, in one process",
+    "compare"
 )
+_AS_IT_IS = "it takes the run of --run_dir as it is, in one process"
 IDLE = {
-    "train": ("meta_checkpoint compare", "only --mode=import and --mode=evaluate read them"),
+    "train": (
+        f"meta_checkpoint compare output {_ANSWERS} {_EXPORTS}",
+        "--mode=import, evaluate, predict and export read them, see --help",
+    ),
     "import": (
-        "resume auto_resume max_steps dry_run profile users_metrics compare", "it makes a run and trains nothing",
+        f"resume auto_resume max_steps dry_run profile users_metrics compare output {_ANSWERS} {_EXPORTS}",
+        "it makes a run and trains nothing",
     ),
-    "predict": _OF_A_RUN,
-    "export": _OF_A_RUN,
+    "predict": (f"{_OF_A_RUN} {_EXPORTS}", _AS_IT_IS),
+    "export": (f"{_OF_A_RUN} {_ANSWERS}", _AS_IT_IS),
     "evaluate": (
-        "gin_config_file resume auto_resume max_steps dry_run profile meta_checkpoint",
-        "it rebuilds the run of --run_dir from its checkpoint; --gin_bindings change it",
+        f"gin_config_file resume auto_resume max_steps dry_run profile meta_checkpoint output {_ANSWERS} {_EXPORTS}",
+        "it rebuilds the run of --run_dir from its checkpoint; --gin_bindings change it, --users_metrics=FILE keeps ranks",
     ),
-}  # fmt: skip
+}
 """By mode, the flags that could not act in it and are refused, and why."""
 
 
@@ -119,8 +124,10 @@ def run(arguments: list[str]) -> int:
     if given.list is not None:
         return show_list(given.list, given.plugin, Path(given.data_root))
     names, why = IDLE[given.mode]
-    if idle := [f"--{name}" for name in names.split() if given[name].value]:
+    if idle := [f"--{name}" for name in names.split() if given[name].value != given[name].default]:
         raise UserError(f"{', '.join(idle)} cannot go with --mode={given.mode}: {why}")
+    if given.index != "exact" and given.format != "faiss":
+        raise UserError(f"--index={given.index} is for --format=faiss, and this is {given.format}")
     from generative_recommenders.commands.setup import Options
     from generative_recommenders.distributed.launch import Worker, launch
 
