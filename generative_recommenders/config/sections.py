@@ -86,7 +86,8 @@ class ModelSettings(Section):
     interaction_module_type: str = "DotProduct"
     """The similarity of a state and an item; "" is "DotProduct"."""
     top_k_method: str = "MIPSBruteForceTopK"
-    """The search for the best items after training; by mixtures of logits also approximate."""
+    """The search that `retrieval.methods.build_top_k` makes, for mixtures of logits also approximate. Evaluation and recommendations
+    are exact whatever it is."""
 
 
 class ItemSettings(Section):
@@ -227,7 +228,7 @@ class CheckpointSettings(Section):
     gin_name: ClassVar[str] = "train_fn"
 
     save_ckpt_every_n: Period = 1000
-    """Epochs from one kept checkpoint to the next, counted from 0 as published."""
+    """Epochs from one checkpoint to the next, counted from 0 as published, beside those by minutes and of best epochs."""
     keep_checkpoints: PositiveInt = 3
     """Newest checkpoints that stay, beside the best one."""
     checkpoint_minutes: Positive = 15.0
