@@ -38,7 +38,7 @@ flags.DEFINE_string("name", None, "name of the prepared data set; the data set's
 flags.DEFINE_string(
     "columns",
     None,
-    "csv only: the columns to read, each as NAME, NAME=COLUMN, NAME:KIND or NAME=COLUMN:KIND (user, item, rating, timestamp, or "
+    "csv only: the columns to read, as NAME, NAME=COLUMN, NAME:KIND or NAME=COLUMN:KIND (user, item, rating, timestamp, or "
     "an event column of kind categorical, numerical or time); in file order with _ for one to skip where there is no header",
 )
 flags.DEFINE_string(

@@ -86,8 +86,8 @@ class ModelSettings(Section):
     interaction_module_type: str = "DotProduct"
     """The similarity of a state and an item; "" is "DotProduct"."""
     top_k_method: str = "MIPSBruteForceTopK"
-    """The search that `retrieval.methods.build_top_k` makes, for mixtures of logits also approximate. Evaluation and recommendations
-    are exact whatever it is."""
+    """The search that ``retrieval.methods.build_top_k`` makes; by mixtures of logits also approximate. Evaluation and
+    recommendations do not use it: they are exact."""
 
 
 class ItemSettings(Section):
