@@ -28,7 +28,7 @@ from generative_recommenders.ops.rectangles import Places
 
 @dataclass(frozen=True)
 class AttentionMask:
-    """Position i of a sequence sees its position j where ``key[j] <= query[i]``; both ``[T]`` int64."""
+    """Position i of a sequence attends to its position j where ``key[j] <= query[i]``; both ``[T]`` int64."""
 
     key: torch.Tensor
     query: torch.Tensor

@@ -74,17 +74,17 @@ def test_groups_cover_every_token_once(lengths: list[int], cells: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(groups_module, "GROUP_CELLS", cells)
         layout = jagged_layout(torch.tensor(lengths), 9)
-    rows = [row for group in layout.groups for row in group.rows.tolist()]
-    assert sorted(rows) == [row for row, length in enumerate(lengths) if length]
     everything = torch.arange(layout.num_tokens)
+    rows_of = [layout.row_of[group.gather(everything)] for group in layout.groups]
+    held = sorted(row for rows in rows_of for row in rows[:, 0].tolist())
+    assert held == [row for row, length in enumerate(lengths) if length]
     gathered = [group.gather(everything).flatten() for group in layout.groups]
     if gathered:
         assert torch.equal(torch.cat(gathered)[layout.keys.cells.long()], everything)
-    for group in layout.groups:
+    for group, rows in zip(layout.groups, rows_of):
         assert group.width == max(group.lengths.tolist())
-        assert group.lengths.tolist() == [lengths[row] for row in group.rows]
-        in_row = layout.row_of[group.gather(everything)]
-        assert (in_row == group.rows[:, None]).all()
+        assert group.lengths.tolist() == [lengths[row] for row in rows[:, 0]]
+        assert (rows == rows[:, :1]).all()
         assert group.real().sum(1).tolist() == group.lengths.tolist()
 
 
@@ -175,7 +175,7 @@ def test_to_moves_every_tensor() -> None:
     moved = layout.to(torch.device("meta"))
     tensors = [moved.lengths, moved.positions, moved.row_of, moved.starts]
     for group in moved.groups:
-        tensors += [group.lengths, group.rows, group.keys.tokens, group.keys.real, group.queries.tokens]
+        tensors += [group.lengths, group.keys.tokens, group.keys.real, group.queries.tokens]
     tensors += [t for found in (moved.keys, moved.queries) for t in (found.cells, found.runs)]
     assert moved.attention_mask is not None
     tensors += [moved.attention_mask.key, moved.attention_mask.query]

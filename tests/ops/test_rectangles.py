@@ -45,11 +45,12 @@ def test_a_rectangle_by_a_plain_walk(lengths: list[int], heads: int) -> None:
     wide = torch.randn(layout.num_tokens, 5 * heads)
     x = wide[:, 2 * heads : 4 * heads].unflatten(1, (heads, 2))
     for group in layout.groups:
+        rows = layout.row_of[group.gather(torch.arange(layout.num_tokens))][:, 0]
         parts = group.queries.split(group.queries.gather(x), heads)
         assert len(parts) == len(group.steps)
         for step, part in zip(group.steps, parts):
             for row in range(step.rows):
-                source, last = group.rows[row], group.lengths[row] - 1
+                source, last = rows[row], group.lengths[row] - 1
                 for column in range(step.start, step.stop):
                     token = layout.starts[source] + min(column, int(last))
                     for head in range(heads):

@@ -13,11 +13,11 @@ from generative_recommenders.ops.attention.softmax import softmax_attention
 from generative_recommenders.ops.attention.tiles import (
     add_products,
     drawn,
-    hide,
     join_groups,
     keep_masks,
     keys_of,
     plan_of,
+    probabilities,
     top_left_view,
 )
 from generative_recommenders.ops.layout import Layout
@@ -31,7 +31,8 @@ def differential_attention(
     layout: Layout,
     dropout_rate: float = 0.0,
 ) -> torch.Tensor:
-    """(softmax(q1 k1ᵀ / sqrt(d)) - lambda softmax(q2 k2ᵀ / sqrt(d))) v over what each token sees, dropout on both softmaxes.
+    """(softmax(q1 k1ᵀ / sqrt(d)) - lambda softmax(q2 k2ᵀ / sqrt(d))) v over what each token attends to, dropout on both
+    softmaxes.
 
     q, k: ``[T, H, 2 d]``, a head's first half beside its second. v: ``[T, H, dv]``. lambdas: ``[H]``. Returns ``[T, H, dv]``.
     """
@@ -74,18 +75,16 @@ class _GroupedDifference(torch.autograd.Function):
                 group.queries.split(out[-1], heads),
             )
             for tile, *qs_t, out_t in by_tile:
-                rows, seen = tile.rows * heads, tile.keys
-                probabilities, kept = [], []
+                rows, keys = tile.rows * heads, tile.keys
+                softmaxes, kept = [], []
                 for q_t, k_, source in zip(qs_t, ks_, masks):
-                    p = torch.softmax(hide(torch.bmm(q_t, top_left_view(k_, rows, seen).mT), tile, heads), -1)
-                    if tile.sees is not None:  # a token may see nothing
-                        p.unflatten(0, (-1, heads)).mul_(tile.sees.any(-1, keepdim=True))
-                    probabilities.append(p)
+                    p = probabilities(torch.bmm(q_t, top_left_view(k_, rows, keys).mT), tile, heads)
+                    softmaxes.append(p)
                     kept.append(p if source is None else drawn(source, p.shape, layout, group, tile).mul_(p))
                 first, second = (x.unflatten(0, (-1, heads)) for x in kept)
                 weights = torch.addcmul(first, second, lambdas[:, None, None], value=-1.0).flatten(0, 1)
-                torch.bmm(weights, top_left_view(v_, rows, seen), out=out_t)
-                saved += [*probabilities, *kept, weights]
+                torch.bmm(weights, top_left_view(v_, rows, keys), out=out_t)
+                saved += [*softmaxes, *kept, weights]
             if dropout_rate:
                 out[-1].mul_(1.0 / (1.0 - dropout_rate))
         ctx.save_for_backward(lambdas, *saved)
@@ -115,22 +114,22 @@ class _GroupedDifference(torch.autograd.Function):
             # Last tile first, see `add_products`.
             for tile, *parts, of_tile in reversed(list(zip(group_tiles, *split, kept_of))):
                 *qs_t, d_first_q, d_second_q, d_out_t = parts
-                *probabilities, first, second, weights = of_tile
-                rows, seen = tile.rows * heads, tile.keys
-                add_products(top_left_view(d_v_, rows, seen), written, (weights.mT, d_out_t))
-                d_w = torch.bmm(d_out_t, top_left_view(v_, rows, seen).mT)
+                *softmaxes, first, second, weights = of_tile
+                rows, keys = tile.rows * heads, tile.keys
+                add_products(top_left_view(d_v_, rows, keys), written, (weights.mT, d_out_t))
+                d_w = torch.bmm(d_out_t, top_left_view(v_, rows, keys).mT)
                 taken_off = torch.bmm(d_w.view(rows, 1, -1), second.view(rows, -1, 1))
                 d_lambdas -= taken_off.view(-1, heads).sum(0)
                 # The second softmax's gradients lack their factor -lambda: it comes later, a number a token.
-                halves = zip(probabilities, (first, second), qs_t, ks_, (d_first_q, d_second_q), d_ks_)
+                halves = zip(softmaxes, (first, second), qs_t, ks_, (d_first_q, d_second_q), d_ks_)
                 for p, dropped, q_t, k_, d_q_t, d_k_ in halves:
                     if dropped is p:
                         d_s = torch.ops.aten._softmax_backward_data(d_w, p, -1, p.dtype)
                     else:
                         d_s = d_w * dropped
                         d_s.addcmul_(p, d_s.sum(-1, keepdim=True), value=-1.0)
-                    torch.bmm(d_s, top_left_view(k_, rows, seen), out=d_q_t)
-                    add_products(top_left_view(d_k_, rows, seen), written, (d_s.mT, q_t))
+                    torch.bmm(d_s, top_left_view(k_, rows, keys), out=d_q_t)
+                    add_products(top_left_view(d_k_, rows, keys), written, (d_s.mT, q_t))
                 written = rows
             for half in range(2):
                 d_qs[half].append(d_qs_[half].mul_(scale))

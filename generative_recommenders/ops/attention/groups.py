@@ -45,8 +45,7 @@ class Group:
     width: columns n of the group's rectangle.
     keys: one rectangle ``[g, n]``.
     queries: a rectangle for each step, or the same as the keys where not all is causal.
-    lengths: ``[g]`` int64, real cells a row.
-    rows: ``[g]`` int64, which rows of the batch these are, longest first.
+    lengths: ``[g]`` int64, real cells a row; of a jagged layout the longest first.
     steps: what a causal attention computes, from the first query to the last.
     """
 
@@ -54,7 +53,6 @@ class Group:
     keys: Rectangles
     queries: Rectangles
     lengths: torch.Tensor
-    rows: torch.Tensor
     steps: tuple[Step, ...]
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
@@ -93,12 +91,12 @@ def groups_of_rows(lengths: np.ndarray, causal: bool) -> Grouping:
         rows = order[first : first + fits]
         own = lengths[rows]
         columns = np.arange(width)
-        # cells past a row's end hold its last token: finite numbers, which no real query sees
+        # cells past a row's end hold its last token: finite numbers, which no real query attends to
         tokens = (starts[rows][:, None] + np.minimum(columns, own[:, None] - 1)).astype(np.int32)
         cells = torch.from_numpy(tokens), torch.from_numpy(columns < own[:, None])
         steps, keys = _steps(own), _cut(*cells, _whole(*tokens.shape))
         queries = _cut(*cells, steps) if causal else keys
-        groups.append(Group(width, keys, queries, torch.from_numpy(own), torch.from_numpy(rows), steps))
+        groups.append(Group(width, keys, queries, torch.from_numpy(own), steps))
         first += rows.size
     found = places([group.keys for group in groups], int(lengths.sum()))
     queried = places([group.queries for group in groups], int(lengths.sum())) if causal else found
@@ -113,7 +111,7 @@ def groups_of_rectangle(lengths: torch.Tensor, valid: torch.Tensor, causal: bool
     tokens = torch.arange(rows * width, dtype=torch.int32, device=device).view(rows, width)
     keys = _cut(tokens, valid, _whole(rows, width))
     queries = _cut(tokens, valid, steps) if causal else keys
-    group = Group(width, keys, queries, lengths, torch.arange(rows, device=device), steps)
+    group = Group(width, keys, queries, lengths, steps)
     if not known:
         every = Places(keys.tokens, torch.arange(rows + 1, dtype=torch.int32, device=device) * width)
         return Grouping((group,), every, every)

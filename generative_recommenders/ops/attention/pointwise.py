@@ -40,7 +40,7 @@ def pointwise_attention(
     divisor: float,
     dropout_rate: float = 0.0,
 ) -> torch.Tensor:
-    """SiLU(q kᵀ + bias) / divisor · v over what each token sees (arXiv 2402.17152, eq. 2), no softmax.
+    """SiLU(q kᵀ + bias) / divisor · v over what each token attends to (arXiv 2402.17152, eq. 2), no softmax.
 
     q, k: ``[T, H, d]``; v: ``[T, H, dv]``; returns ``[T, H, dv]``.
     """
@@ -75,16 +75,16 @@ class _GroupedPointwise(torch.autograd.Function):
             saved += [q_, k_, v_]
             parts = zip(group_tiles, group.queries.split(q_, heads), group.queries.split(out[-1], heads))
             for tile, q_t, out_t in parts:
-                rows, seen = tile.rows * heads, tile.keys
-                logits = torch.bmm(q_t, top_left_view(k_, rows, seen).mT)
+                rows, keys = tile.rows * heads, tile.keys
+                logits = torch.bmm(q_t, top_left_view(k_, rows, keys).mT)
                 if tables:
                     logits.unflatten(0, (-1, heads)).add_(sum_of_table_lookups(tables, next(remaining), tile))
-                if not tables or tile.sees is not None:
+                if not tables or tile.mask is not None:
                     hide(logits, tile, heads)
                 weights = F.silu(logits)
                 kept = None if masks is None else drawn(masks, weights.shape, layout, group, tile)
                 weights = weights if kept is None else weights.mul_(kept)
-                torch.bmm(weights, top_left_view(v_, rows, seen), out=out_t)
+                torch.bmm(weights, top_left_view(v_, rows, keys), out=out_t)
                 saved += [logits, kept, weights]
         ctx.save_for_backward(*tables, *saved)
         ctx.settings = (
@@ -114,12 +114,12 @@ class _GroupedPointwise(torch.autograd.Function):
             written = 0
             # Last tile first, see `add_products`.
             for tile, q_t, d_q_t, d_out_t, (logits, kept, weights, index) in reversed(list(by_tile)):
-                rows, seen = tile.rows * heads, tile.keys
-                add_products(top_left_view(d_v_, rows, seen), written, (weights.mT, d_out_t))
-                d_w = torch.bmm(d_out_t, top_left_view(v_, rows, seen).mT)
+                rows, keys = tile.rows * heads, tile.keys
+                add_products(top_left_view(d_v_, rows, keys), written, (weights.mT, d_out_t))
+                d_w = torch.bmm(d_out_t, top_left_view(v_, rows, keys).mT)
                 d_s = torch.ops.aten.silu_backward(d_w if kept is None else d_w.mul_(kept), logits)
-                torch.bmm(d_s, top_left_view(k_, rows, seen), out=d_q_t)
-                add_products(top_left_view(d_k_, rows, seen), written, (d_s.mT, q_t))
+                torch.bmm(d_s, top_left_view(k_, rows, keys), out=d_q_t)
+                add_products(top_left_view(d_k_, rows, keys), written, (d_s.mT, q_t))
                 if d_tables:
                     # Heads share the tables; adding their few parts is faster than a sum over the axis.
                     d_cells = functools.reduce(torch.add, d_s.unflatten(0, (-1, heads)).unbind(1))

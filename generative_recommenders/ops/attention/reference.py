@@ -30,9 +30,9 @@ def softmax_attention_reference(
     """`ops.attention.softmax.softmax_attention`, under the dropout masks that it draws on a CPU from the same seed."""
     if layout.valid is not None and dropout_rate == 0.0:
         q, k, v = (_by_row(x, layout) for x in (q, k, v))
-        return _as_tokens(_softmax(q @ k.mT * scale, _sees(layout)) @ v)
+        return _as_tokens(_softmax(q @ k.mT * scale, _row_mask(layout)) @ v)
     with dispatch.autocast(q, None):
-        weights = _softmax(torch.einsum("ihd,jhd->hij", q, k) * scale, seen(layout))
+        weights = _softmax(torch.einsum("ihd,jhd->hij", q, k) * scale, token_mask(layout))
         observe(weights)
         return torch.einsum("hij,jhd->ihd", dropped(weights, q, layout, dropout_rate), v)
 
@@ -52,13 +52,13 @@ def pointwise_attention_reference(
         logits = q @ k.mT
         for table, index in zip(bias.tables, bias.indices[0]) if bias else ():
             logits = logits + table[index].unsqueeze(-3)  # the same for all heads
-        return _as_tokens(F.silu(logits) * _sees(layout) / divisor @ v)
+        return _as_tokens(F.silu(logits) * _row_mask(layout) / divisor @ v)
     with dispatch.autocast(q, None):
         logits = torch.einsum("ihd,jhd->hij", q, k)
         if bias is not None:
             parts = (sum_of_table_lookups(bias.tables, index) for index in bias.indices)
             logits = logits + dense(parts, layout, torch.zeros_like(logits))
-        weights = F.silu(logits) * seen(layout) / divisor
+        weights = F.silu(logits) * token_mask(layout) / divisor
         observe(weights)
         return torch.einsum("hij,jhd->ihd", dropped(weights, q, layout, dropout_rate), v)
 
@@ -66,26 +66,27 @@ def pointwise_attention_reference(
 def table_attention_reference(v: torch.Tensor, layout: Layout, bias: TableBias) -> list[torch.Tensor]:
     """`ops.attention.tables.table_attention`."""
     if layout.valid is not None and len(bias.indices) == 1:
-        v, sees = _by_row(v, layout), _sees(layout)
+        v, mask = _by_row(v, layout), _row_mask(layout)
         indexed = zip(bias.tables, bias.indices[0])
-        return [_as_tokens(table[index].unsqueeze(-3) * sees @ v) for table, index in indexed]
+        return [_as_tokens(table[index].unsqueeze(-3) * mask @ v) for table, index in indexed]
     outputs = []
     for place, table in enumerate(bias.tables):
         parts = (gathered(table, index[place]).unsqueeze(-3) for index in bias.indices)
-        weights = dense(parts, layout, v.new_zeros(1, layout.num_tokens, layout.num_tokens)) * seen(layout)
+        weights = dense(parts, layout, v.new_zeros(1, layout.num_tokens, layout.num_tokens))
+        weights *= token_mask(layout)
         observe(weights, ("place", "time")[place])  # the order of `RelativeBias.tables`
         outputs.append(torch.einsum("ij,jhd->ihd", weights[0], v))
     return outputs
 
 
-def seen(layout: Layout) -> torch.Tensor:
+def token_mask(layout: Layout) -> torch.Tensor:
     """``[T, T]`` bool: which tokens (columns) each token attends to."""
     places = torch.arange(layout.num_tokens, device=layout.device)
     one_row = layout.row_of[:, None] == layout.row_of
     if layout.attention_mask is None:
         return one_row & (places <= places[:, None])
-    sees = one_row & (layout.attention_mask.key <= layout.attention_mask.query[:, None])
-    return sees if layout.valid is None else sees & layout.valid.T
+    mask = one_row & (layout.attention_mask.key <= layout.attention_mask.query[:, None])
+    return mask if layout.valid is None else mask & layout.valid.T
 
 
 def dropped(weights: torch.Tensor, q: torch.Tensor, layout: Layout, rate: float) -> torch.Tensor:
@@ -115,10 +116,10 @@ def dense(parts: Iterable[torch.Tensor], layout: Layout, into: torch.Tensor) -> 
     return into
 
 
-def _softmax(logits: torch.Tensor, sees: torch.Tensor) -> torch.Tensor:
-    # The lowest finite number, not -inf: a row that sees nothing is then uniform, not NaN, and set to 0.
-    weights = logits.masked_fill(~sees, lowest(logits.dtype)).softmax(-1)
-    return weights * sees.any(-1, keepdim=True)
+def _softmax(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    # The lowest finite number, not -inf: a row that attends to nothing is then uniform, not NaN, and set to 0.
+    weights = logits.masked_fill(~mask, lowest(logits.dtype)).softmax(-1)
+    return weights * mask.any(-1, keepdim=True)
 
 
 def _as_tokens(attended: torch.Tensor) -> torch.Tensor:
@@ -131,8 +132,8 @@ def _by_row(x: torch.Tensor, layout: Layout) -> torch.Tensor:
     return x.reshape(layout.num_rows, layout.max_length, x.shape[1], x.shape[2]).transpose(1, 2)
 
 
-def _sees(layout: Layout) -> torch.Tensor:
-    """bool ``[B, 1, N, N]`` or ``[N, N]``; where all is causal padding lies after what is real, and is not seen."""
+def _row_mask(layout: Layout) -> torch.Tensor:
+    """bool ``[B, 1, N, N]`` or ``[N, N]``; where all is causal padding lies after what is real, which does not attend to it."""
     columns = torch.arange(layout.max_length, device=layout.device)
     if layout.attention_mask is None:
         return columns <= columns[:, None]

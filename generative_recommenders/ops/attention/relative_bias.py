@@ -75,9 +75,9 @@ def bias_inputs(
         own = None if times is None else [group.gather(each) for each in times]
         everything = (group.lengths.shape[0], 0, group.width, group.width)
         parts = [everything] if whole else [tile[:4] for tile in tiles(group, layout)]
-        for rows, start, stop, seen in parts:
-            distance = max_length - 1 + columns[None, :seen] - columns[start:stop, None]
-            buckets = time_buckets(own[0][:rows, start:stop], own[1][:rows, :seen]) if own else None
+        for rows, start, stop, keys in parts:
+            distance = max_length - 1 + columns[None, :keys] - columns[start:stop, None]
+            buckets = time_buckets(own[0][:rows, start:stop], own[1][:rows, :keys]) if own else None
             inputs.append(BiasInputs(distance, buckets))
     return inputs
 

@@ -15,14 +15,14 @@ from generative_recommenders.ops.attention.reference import softmax_attention_re
 from generative_recommenders.ops.attention.tiles import (
     add_products,
     drawn,
-    hide,
+    group_mask,
     join_groups,
     keep_masks,
     keys_of,
     plan_of,
+    probabilities,
     takes_kernel,
     top_left_view,
-    visible,
 )
 from generative_recommenders.ops.layout import Layout
 
@@ -35,10 +35,10 @@ def softmax_attention(
     dropout_rate: float = 0.0,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """softmax(q kᵀ · scale) v over what each token sees, dropout on the probabilities.
+    """softmax(q kᵀ · scale) v over what each token attends to, dropout on the probabilities.
 
     q, k: ``[T, H, d]``; v: ``[T, H, dv]``, or k itself, which is then gathered once; returns ``[T, H, dv]``. scale: 1 / sqrt(d)
-    unless given. A token that sees nothing gets 0.
+    unless given. A token that attends to nothing gets 0.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if not dispatch.fast():
@@ -58,7 +58,7 @@ def softmax_attention(
         # the fused kernels take widths that are multiples of 8 alone, and would leave others to one that writes out [G, n, n]
         padded = (F.pad(keys_of(group, x), (0, -x.shape[-1] % 8)) for x in (q, k, v))
         q_, k_, v_ = (x.unflatten(0, (-1, q.shape[1])) for x in padded)
-        mask = None if by is None else visible(group, by)
+        mask = None if by is None else group_mask(group, by)
         out = F.scaled_dot_product_attention(
             q_, k_, v_, mask, dropout_rate, is_causal=by is None, scale=scale
         )
@@ -85,13 +85,11 @@ class _GroupedSoftmax(torch.autograd.Function):
             saved += [q_, k_] if v is None else [q_, k_, v_]
             parts = zip(group_tiles, group.queries.split(q_, heads), group.queries.split(out[-1], heads))
             for tile, q_t, out_t in parts:
-                rows, seen = tile.rows * heads, tile.keys
-                k_t = top_left_view(k_, rows, seen)
-                p = torch.softmax(hide(torch.bmm(q_t, k_t.mT), tile, heads), -1)
-                if tile.sees is not None:  # a token may see nothing
-                    p.unflatten(0, (-1, heads)).mul_(tile.sees.any(-1, keepdim=True))
+                rows, keys = tile.rows * heads, tile.keys
+                k_t = top_left_view(k_, rows, keys)
+                p = probabilities(torch.bmm(q_t, k_t.mT), tile, heads)
                 dropped = p if masks is None else drawn(masks, p.shape, layout, group, tile).mul_(p)
-                torch.bmm(dropped, k_t if v is None else top_left_view(v_, rows, seen), out=out_t)
+                torch.bmm(dropped, k_t if v is None else top_left_view(v_, rows, keys), out=out_t)
                 saved += [p, dropped]
             if dropout_rate:
                 out[-1].mul_(1.0 / kept_share)
@@ -126,17 +124,17 @@ class _GroupedSoftmax(torch.autograd.Function):
             written = 0
             # Last tile first, see `add_products`.
             for tile, q_t, d_q_t, d_out_t, dots_t, (p, dropped) in reversed(list(by_tile)):
-                rows, seen = tile.rows * heads, tile.keys
-                k_t = top_left_view(k_, rows, seen)
-                d_s = torch.bmm(d_out_t, (k_t if one else top_left_view(v_, rows, seen)).mT).mul_(dropped)
+                rows, keys = tile.rows * heads, tile.keys
+                k_t = top_left_view(k_, rows, keys)
+                d_s = torch.bmm(d_out_t, (k_t if one else top_left_view(v_, rows, keys)).mT).mul_(dropped)
                 d_s.addcmul_(p, dots_t, value=-1.0)
                 torch.bmm(d_s, k_t, out=d_q_t)
                 for_keys, for_values = (d_s.mT, q_t), (dropped.mT, d_out_t)
                 if d_v_ is None:
-                    add_products(top_left_view(d_k_, rows, seen), written, for_keys, for_values)
+                    add_products(top_left_view(d_k_, rows, keys), written, for_keys, for_values)
                 else:
-                    add_products(top_left_view(d_k_, rows, seen), written, for_keys)
-                    add_products(top_left_view(d_v_, rows, seen), written, for_values)
+                    add_products(top_left_view(d_k_, rows, keys), written, for_keys)
+                    add_products(top_left_view(d_v_, rows, keys), written, for_values)
                 written = rows
             d_q.append(d_q_ if scale == 1.0 else d_q_.mul_(scale))
             d_k.append(d_k_.flatten(0, 1))

@@ -24,7 +24,7 @@ from generative_recommenders.ops.layout import Layout
 
 
 def table_attention(v: torch.Tensor, layout: Layout, bias: TableBias | PairBias) -> list[torch.Tensor]:
-    """For each table, ``A v`` with ``A[i, j] = table[index(i, j)]`` over what each token sees.
+    """For each table, ``A v`` with ``A[i, j] = table[index(i, j)]`` over what each token attends to.
 
     The weights are neither normalised nor divided, and all heads share them. v: ``[T, H, dv]``; returns ``[T, H, dv]`` a table.
     """
@@ -62,7 +62,7 @@ class _GroupedTables(torch.autograd.Function):
             for tile, *parts in zip(group_tiles, *(group.queries.split(each[-1], 1) for each in out)):
                 values = top_left_view(v_, tile.rows, tile.keys)
                 for table, index, part in zip(tables, next(remaining), parts):
-                    weights = _seen_cells(gathered(table, index).to(v.dtype), tile)
+                    weights = _masked(gathered(table, index).to(v.dtype), tile)
                     torch.bmm(weights.expand(tile.rows, -1, -1), values, out=part)
                     saved.append(weights)
         ctx.save_for_backward(*tables, *saved)
@@ -90,15 +90,15 @@ class _GroupedTables(torch.autograd.Function):
                 products = [(each.mT.expand(rows, -1, -1), d_out) for each, d_out in zip(weights, d_parts)]
                 add_products(top_left_view(d_v_, rows, tile.keys), written, *products)
                 for total, own, d_out in zip(d_tables, index, d_parts):
-                    add_by_index(total, own, _seen_cells(torch.bmm(d_out, values.mT), tile))
+                    add_by_index(total, own, _masked(torch.bmm(d_out, values.mT), tile))
                 written = rows
             d_v.append(d_v_.flatten(0, 1))
         return join_groups(d_v, layout.keys, shape, grads[0]), None, None, *(each.sum(0) for each in d_tables)
 
 
-def _seen_cells(cells: torch.Tensor, tile: Tile) -> torch.Tensor:
-    """``cells [..., queries, keys]``, a new tensor's, with 0 where the tile's queries do not see."""
-    if tile.sees is not None:
-        return cells * tile.sees[:, 0]
+def _masked(cells: torch.Tensor, tile: Tile) -> torch.Tensor:
+    """``cells [..., queries, keys]``, a new tensor's, with 0 where the tile's queries do not attend."""
+    if tile.mask is not None:
+        return cells * tile.mask[:, 0]
     cells[..., tile.known :].tril_()
     return cells

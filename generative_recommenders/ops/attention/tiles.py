@@ -1,9 +1,9 @@
 """Tiles of attention: which queries of a group meet which keys, with the biases and dropout masks of the tiles.
 
 The keys of a group are a rectangle ``[G, n, d]`` with G = g * H, one for each row and head; a row never attends beyond itself,
-and grouping changes no number. A causal group is done in tiles of queries that leave out the keys none of them sees, rectangles
-are gathered and ungathered by index (a gradient is never scattered), and what a tile's backward pass needs is kept from its
-forward pass.
+and grouping changes no number. A causal group is done in tiles of queries that leave out the keys that none of them attends to,
+rectangles are gathered and ungathered by index (a gradient is never scattered), and what a tile's backward pass needs is kept
+from its forward pass.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _MASK_UNIT = 64
 class Tile(NamedTuple):
     """Queries start..stop of a group's first ``rows`` rows against their first ``keys`` keys.
 
-    Keys before ``known`` are seen by all of these queries. sees: bool ``[g, 1, stop - start, keys - known]``, which of the
-    others; None where that is a triangle.
+    All of these queries attend to keys before ``known``. mask: bool ``[g, 1, stop - start, keys - known]``, to which of the
+    others a query attends; None where that is a triangle.
     """
 
     rows: int
@@ -36,7 +36,7 @@ class Tile(NamedTuple):
     stop: int
     keys: int
     known: int
-    sees: torch.Tensor | None
+    mask: torch.Tensor | None
 
 
 class TableBias(NamedTuple):
@@ -67,15 +67,15 @@ def takes_kernel(layout: Layout) -> bool:
 
 
 def tiles(group: Group, layout: Layout) -> list[Tile]:
-    """Attention mask, by the steps of a causal group. Cells past a row's end are never seen by real ones."""
+    """Attention mask, by the steps of a causal group. Cells past a row's end are never attended to by real ones."""
     width = group.width
     if layout.attention_mask is not None:
-        return [Tile(group.lengths.shape[0], 0, width, width, 0, visible(group, layout.attention_mask))]
+        return [Tile(group.lengths.shape[0], 0, width, width, 0, group_mask(group, layout.attention_mask))]
     return [Tile(rows, start, stop, stop, start, None) for start, stop, rows in group.steps]
 
 
-def visible(group: Group, by: AttentionMask) -> torch.Tensor:
-    """Bool ``[g, 1, n, n]``, False for what lies past a row's end."""
+def group_mask(group: Group, by: AttentionMask) -> torch.Tensor:
+    """Bool ``[g, 1, n, n]``: which cells (last axis) each cell of a row attends to; none past the row's end."""
     out_of_reach = torch.iinfo(torch.int64).max
     key = group.gather(by.key).masked_fill(~group.real(), out_of_reach)
     return (key[:, None, :] <= group.gather(by.query)[:, :, None])[:, None]
@@ -95,17 +95,25 @@ def lowest(dtype: torch.dtype) -> float:
 
 
 def hide(logits: torch.Tensor, tile: Tile, heads: int) -> torch.Tensor:
-    """``logits [rows * H, queries, keys]`` in place, very low where the tile's queries do not see; a triangle also in what
-    all rows share, ``[queries, keys]``."""
-    if tile.sees is None:
+    """``logits [rows * H, queries, keys]`` in place, very low where the tile's queries do not attend; a triangle also in
+    what all rows share, ``[queries, keys]``."""
+    if tile.mask is None:
         height = logits.shape[-2]
         # a tensor of a trace must not be kept: it holds no numbers
         future_of = _new_future if torch.compiler.is_compiling() else kept_future
         future = future_of(-(-height // _MASK_UNIT) * _MASK_UNIT, logits.dtype, logits.device)
         logits[..., tile.known :].add_(future[:height, :height])
     else:
-        logits.unflatten(0, (-1, heads)).masked_fill_(~tile.sees, lowest(logits.dtype))
+        logits.unflatten(0, (-1, heads)).masked_fill_(~tile.mask, lowest(logits.dtype))
     return logits
+
+
+def probabilities(logits: torch.Tensor, tile: Tile, heads: int) -> torch.Tensor:
+    """The softmax of ``logits [rows * H, queries, keys]``, which are overwritten; 0 for a query that attends to nothing."""
+    p = torch.softmax(hide(logits, tile, heads), -1)
+    if tile.mask is not None:
+        p.unflatten(0, (-1, heads)).mul_(tile.mask.any(-1, keepdim=True))
+    return p
 
 
 Plan = list[tuple[Group, list[Tile]]]
@@ -145,11 +153,11 @@ def sum_of_table_lookups(
 ) -> torch.Tensor:
     """The sum of ``table[index]``, with an axis for the heads: ``[1, rows, keys]`` or ``[g, 1, rows, keys]``.
 
-    tile: a triangle that its queries do not see is hidden too, where that costs least.
+    tile: a triangle that its queries do not attend to is hidden too, where that costs least.
     """
     # What all rows share first: it is the smallest, and the triangle is hidden in it once.
     shared, *own = sorted((gathered(*each) for each in zip(tables, indices)), key=torch.Tensor.dim)
-    if tile is not None and tile.sees is None:
+    if tile is not None and tile.mask is None:
         hide(shared, tile, heads=1)
     return functools.reduce(lambda total, part: part.add_(total), own, shared).unsqueeze(-3)
 

@@ -13,7 +13,7 @@ from generative_recommenders.ops import dispatch
 from generative_recommenders.ops.attention import groups as groups_module
 from generative_recommenders.ops.attention.pointwise import pointwise_attention
 from generative_recommenders.ops.attention.softmax import softmax_attention
-from generative_recommenders.ops.attention.tiles import TableBias, tiles, visible
+from generative_recommenders.ops.attention.tiles import TableBias, group_mask, tiles
 from generative_recommenders.ops.layout import AttentionMask, Layout, jagged_layout, padded_layout
 
 DIVISOR = 11.0
@@ -311,7 +311,7 @@ def test_visible_hides_cells_past_a_rows_end() -> None:
         AttentionMask(*(torch.zeros_like(layout.positions) for _ in range(2)))
     )
     assert layout.attention_mask is not None
-    sees = visible(layout.groups[0], layout.attention_mask)
+    sees = group_mask(layout.groups[0], layout.attention_mask)
     assert sees[:, 0, 0].tolist() == [[True, False, False], [True, True, True]]
 
 
