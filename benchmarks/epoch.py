@@ -38,12 +38,6 @@ SHARED = {"profile", "prepared", "num_items", "gin_bindings"}
 _USERS = flags.DEFINE_integer("users", None, "users of made data: 600, of amzn-books 3000", lower_bound=30)
 
 
-def tokens_of(dataset: SequenceDataset, max_length: int) -> int:
-    """Events of all training histories, cut to a model's longest."""
-    stops = make_split(dataset, "leave_one_out").train_stops
-    return int(np.minimum(stops, max_length).sum())
-
-
 def run(prepared: Path, folder: Path) -> dict[str, object]:
     config = train_step.ROOT / train_step.CONFIGS[flags.FLAGS.profile][""]
     bindings = [
@@ -66,7 +60,8 @@ def run(prepared: Path, folder: Path) -> dict[str, object]:
     training = max(line["seconds"] for line in lines if "seconds" in line)
     dataset = SequenceDataset.open(prepared)
     settings, _ = gin_registry.load_settings([config], bindings)
-    tokens = tokens_of(dataset, int(settings.value("train_fn.max_sequence_length")))
+    stops = make_split(dataset, "leave_one_out").train_stops
+    tokens = int(np.minimum(stops, settings.data.max_sequence_length).sum())
     return {
         "profile": flags.FLAGS.profile,
         "prepared": flags.FLAGS.prepared or "made",

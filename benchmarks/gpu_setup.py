@@ -94,9 +94,6 @@ class Bench:
         """Seconds."""
         return self.until - time.perf_counter()
 
-    def collectives(self) -> Collectives:
-        return Collectives(self.device)
-
 
 def made_dataset(lengths: np.ndarray, num_items: int) -> SequenceDataset:
     """Zipf items, seconds between events, ratings from 1 to 5. lengths: ``[U]``."""
@@ -144,7 +141,7 @@ def movie_settings(encoder: str, bench: Bench, *bindings: str) -> RunSettings:
 
 def make_trainer(settings: RunSettings, dataset: SequenceDataset, bench: Bench) -> Trainer:
     split = make_split(dataset, settings.data.protocol)
-    return Trainer(settings, dataset, split, bench.collectives())
+    return Trainer(settings, dataset, split, Collectives(bench.device))
 
 
 def timed_steps(

@@ -86,12 +86,6 @@ _EVALUATIONS = flags.DEFINE_integer("evaluations", 0, "evaluations to time", low
 _BINDINGS = flags.DEFINE_multi_string("gin_bindings", [], "further bindings")
 
 
-def made_lengths(num_users: int, generator: np.random.Generator) -> np.ndarray:
-    """Lengths with ML-1M's shape: log-normal around the median 95 from 18 on, longest 2276, mean about 165."""
-    lengths = np.exp(generator.normal(np.log(95 - 17), 1.16, num_users)) + 17
-    return np.minimum(lengths, 2276).astype(np.int64)
-
-
 def made_dataset(
     folder: Path, num_users: int = 6040, num_items: int = 3706, profile: str = "ml-1m"
 ) -> SequenceDataset:
@@ -100,7 +94,10 @@ def made_dataset(
     """
     generator = np.random.default_rng(0)
     if profile == "ml-1m":
-        lengths = made_lengths(num_users, generator)
+        # log-normal around the median 95 from 18 on
+        lengths = np.minimum(np.exp(generator.normal(np.log(95 - 17), 1.16, num_users)) + 17, 2276).astype(
+            int
+        )
     else:
         lengths = 4 + generator.geometric(0.2, num_users)
     users = np.repeat(np.arange(num_users), lengths)
