@@ -17,7 +17,7 @@ from absl import logging
 from tqdm import tqdm
 
 from generative_recommenders.commands.setup import Options, prepared_dataset
-from generative_recommenders.data.loader import EvaluationLoader, cut_histories
+from generative_recommenders.data.loader import EvaluationLoader, query_histories
 from generative_recommenders.data.preparation.folder import new_file
 from generative_recommenders.data.splits import make_split
 from generative_recommenders.data.store import SequenceDataset
@@ -103,11 +103,7 @@ def _batch(
     """Histories as the evaluation cuts them; the time of a request is that of the test target, else of the last event."""
     if history == "test":
         return EvaluationLoader(dataset, stops, width, len(users)).batch(users)
-    batch = cut_histories(dataset, users, stops[users], width)
-    if "timestamps" in batch:
-        last = (batch["lengths"] - 1).clamp(min=0)[:, None]
-        batch["next_timestamps"] = batch["timestamps"].gather(1, last)[:, 0]
-    return batch
+    return query_histories(dataset, users, stops[users], width)
 
 
 def _users(dataset: SequenceDataset, wanted: str) -> np.ndarray:

@@ -62,6 +62,17 @@ def cut_histories(
     return {name: torch.from_numpy(np.ascontiguousarray(x)) for name, x in columns.items()}
 
 
+def query_histories(
+    dataset: SequenceDataset, users: np.ndarray, stops: np.ndarray, width: int
+) -> dict[str, torch.Tensor]:
+    """`cut_histories`, to recommend what comes next: the time of the request, ``next_timestamps``, is the last event's."""
+    columns = cut_histories(dataset, users, stops, width)
+    if "timestamps" in columns:
+        last = (columns["lengths"] - 1).clamp(min=0)[:, None]
+        columns["next_timestamps"] = columns["timestamps"].gather(1, last)[:, 0]
+    return columns
+
+
 def flat_events(dataset: SequenceDataset, users: np.ndarray, stops: np.ndarray) -> np.ndarray:
     """``[T]`` places in the flat columns of all events before the users' stops, one user's after the other's."""
     firsts = dataset.offsets[users] - (np.cumsum(stops) - stops)

@@ -2,7 +2,7 @@
 
 Postprocessors change scores before they are ranked: ``on_validation(batch, logits)`` and ``on_prediction(batch, logits)``
 return new ones; an attribute ``candidates`` tells them which item a column is, None where column j is item j. An item
-whose score is -inf is in no list.
+whose score is -inf counts in no metric and in no table; `TorchTopItemsCallback` returns its score beside it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from lightning import Callback, LightningModule, Trainer
 from generative_recommenders.distributed.process_group import process_collectives
 from generative_recommenders.errors import UserError
 from generative_recommenders.evaluation.list_metrics import ListMetrics
+from generative_recommenders.objectives.losses.sampled import full_precision
 from generative_recommenders.retrieval.selection import largest
 
 METRICS = ("recall", "precision", "ndcg", "map", "mrr", "novelty", "coverage")
@@ -41,7 +42,8 @@ class ComputeMetricsCallback(Callback):
     metrics: of recall, precision, ndcg, map, mrr, novelty and coverage; map, ndcg and recall unless given.
     ks: cutoffs, [1, 5, 10, 20] unless given. item_count: items of the catalogue, for coverage alone.
     ground_truth_column: relevant items of each row ``[B, G]``; train_column: items that are not new, for novelty
-        ``[B, S]``. Ids that are no items (below 0, or from the number of scores on) are padding.
+        ``[B, S]``. Ids that are no items are padding: those below 0, and those above both the largest id that is scored and
+        item_count - 1.
     """
 
     def __init__(
@@ -59,6 +61,8 @@ class ComputeMetricsCallback(Callback):
         unknown = [name for name in self.metrics if name not in METRICS]
         if unknown:
             raise UserError(f"ComputeMetricsCallback: {unknown[0]!r} is none of {', '.join(METRICS)}")
+        if self.ks[0] < 1:
+            raise UserError(f"ComputeMetricsCallback: ks must be 1 or more, not {self.ks[0]}")
         if "coverage" in self.metrics and item_count is None:
             raise UserError("ComputeMetricsCallback: coverage is a share of item_count: give it")
         self.postprocessors, self.item_count = list(postprocessors or ()), item_count
@@ -82,8 +86,10 @@ class ComputeMetricsCallback(Callback):
         for each in self.postprocessors:
             logits = each.on_validation(batch, logits)
         scores, items = top_items(logits, max(self.ks), pl_module)
-        # Columns may be candidates, whose ids are larger than their number.
-        num_items = 1 + max(logits.shape[1] - 1, int(items.max()), (self.item_count or 1) - 1)
+        candidates = _candidates(pl_module)
+        # Ids of candidates are larger than their number.
+        scored = logits.shape[1] if candidates is None else 1 + int(candidates.max())
+        num_items = max(scored, self.item_count or 0)
         if dataloader_idx not in self._totals:
             self._totals[dataloader_idx] = ListMetrics(self.ks, num_items, device=logits.device)
         listed = (items + 1).masked_fill(scores == -torch.inf, 0)  # the metrics' ids begin at 1
@@ -283,7 +289,8 @@ class HiddenStatesCallback(_PredictionCallback):
 def top_items(logits: torch.Tensor, k: int, pl_module: LightningModule) -> tuple[torch.Tensor, torch.Tensor]:
     """Scores and item ids ``[n, min(k, C)]``, best first, the smaller column first among equals."""
     scores, columns = largest(logits, k)
-    candidates = getattr(pl_module, "candidates_to_score", None)
+    candidates = _candidates(pl_module)
+    scores = full_precision(scores)  # numpy has no bfloat16
     return scores, columns if candidates is None else candidates.to(columns.device)[columns]
 
 
@@ -297,4 +304,9 @@ def column_of(batch: Batch, name: str, who: str) -> torch.Tensor:
 def _set_candidates(postprocessors: Sequence[Postprocessor], pl_module: LightningModule) -> None:
     for each in postprocessors:
         # Before every epoch: the module's candidates may be set between two of them.
-        each.candidates = getattr(pl_module, "candidates_to_score", None)  # type: ignore[attr-defined]
+        each.candidates = _candidates(pl_module)  # type: ignore[attr-defined]
+
+
+def _candidates(pl_module: LightningModule) -> torch.Tensor | None:
+    """The item of each column of scores, None where column j is item j."""
+    return getattr(pl_module, "candidates_to_score", None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning
@@ -64,11 +64,12 @@ class LightningModule(lightning.LightningModule):
             candidates.dim() != 1
             or candidates.dtype != torch.int64
             or len(candidates.unique()) != len(candidates)
+            or (candidates < 0).any()
         ):
             raise UserError(
-                "candidates_to_score must be distinct item ids, int64 [C], "
+                "candidates_to_score must be distinct item ids from 0 on, int64 [C], "
                 f"not {candidates.dtype} {list(candidates.shape)}"
-                + (" with repeats" if candidates.dim() == 1 else "")
+                + (" with repeats or ids below 0" if candidates.dim() == 1 else "")
             )
         self._candidates = candidates
 
@@ -82,29 +83,34 @@ class LightningModule(lightning.LightningModule):
             if self.training:
                 return self._training_output(batch)
             model = self.model.model if isinstance(self.model, TrainingTask) else self.model
-            queries = model.encode_query(batch.get("history", batch))
+            history = batch.get("history", batch)
+            _check_keys(model, ("item_ids", "lengths"), history)
+            queries = model.encode_query(history)
             if self._candidates is not None:
                 logits = model.score(queries, self._candidates.to(self.device))
             else:
                 snapshot = self._snapshot if self._snapshot is not None else model.catalogue()
                 logits = torch.nn.functional.pad(model.score(queries, snapshot), (1, 0), value=-torch.inf)
             return {"logits": logits, "hidden_states": (queries.states,)}
-        given = {name: x for name, x in batch.items() if self._takes_all or name in self._takes}
-        if not self.training and self._candidates is not None and CANDIDATES in self._takes:
+        given = dict(batch)
+        if not self.training and self._candidates is not None:
+            if not self._takes_all and CANDIDATES not in self._takes:
+                raise UserError(
+                    f"{type(self.model).__name__} takes no {CANDIDATES}: set it to None, to score all items"
+                )
             given.setdefault(CANDIDATES, self._candidates.to(self.device))
-        missing = [name for name in self._needs if name not in given]
-        if missing:
-            raise UserError(
-                f"{type(self.model).__name__} needs {', '.join(missing)}, and the batch has {', '.join(map(str, batch))}: "
-                "see the transforms of the data module"
-            )
+        _check_keys(self.model, self._needs, given)
+        if not self._takes_all:
+            given = {name: x for name, x in given.items() if name in self._takes}
         return self.model(**given)
 
-    def _training_output(self, batch: LoadedBatch) -> Mapping[str, Any]:
+    def _training_output(self, batch: Any) -> Mapping[str, Any]:
         """The loss of a loaded batch, under main.py's draws."""
         task = self.model
         if not isinstance(task, TrainingTask):
             raise UserError("a model alone has no loss: give LightningModule the task of build_task(...)")
+        if not isinstance(batch, LoadedBatch):
+            raise UserError("a training task reads the batches of DataModule: give the trainer one")
         step, world = self.global_step, task.collectives.world_size
         # Dropout draws from torch's generator, which main.py's trainer seeds anew each step.
         torch.manual_seed(stream_key(task.seed, step, task.collectives.rank))
@@ -118,7 +124,8 @@ class LightningModule(lightning.LightningModule):
     def setup(self, stage: str) -> None:
         """Lets the task know the processes that Lightning has started."""
         if isinstance(self.model, TrainingTask):
-            self.model.collectives = process_collectives(self.device)
+            # The module itself is moved to this device after its setup.
+            self.model.collectives = process_collectives(self.trainer.strategy.root_device)
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         loss: torch.Tensor = self(batch)["loss"]
@@ -152,6 +159,15 @@ class LightningModule(lightning.LightningModule):
 
     on_test_epoch_start = on_predict_epoch_start = on_validation_epoch_start
     on_test_epoch_end = on_predict_epoch_end = on_validation_epoch_end
+
+
+def _check_keys(model: torch.nn.Module, needed: Sequence[str], batch: Mapping[str, Any]) -> None:
+    missing = [name for name in needed if name not in batch]
+    if missing:
+        raise UserError(
+            f"{type(model).__name__} needs {', '.join(missing)}, and the batch has {', '.join(map(str, batch))}: "
+            "see the transforms of the data module"
+        )
 
 
 def _rows(batch: Any) -> int:

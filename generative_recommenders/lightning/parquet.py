@@ -79,6 +79,8 @@ class ParquetModule(lightning.LightningDataModule):
             self._sources = {**{split: [table] for split, table in tables.items()}, **self._sources}
 
     def train_dataloader(self) -> Any:
+        if (given := len(self._sources.get("train", []))) != 1:
+            raise UserError(f"ParquetModule: training reads one train_path, and {given} are given")
         return self._loaders("train")[0]
 
     def val_dataloader(self) -> Any:
@@ -126,17 +128,25 @@ class ParquetBatches:
         self.metadata, self.batch_size, self.shuffle = metadata, batch_size, shuffle
         self.generator, self.trainer = generator, trainer
         self.name = source if isinstance(source, str | Path) else "the prepared folder"
-        self.table = source if isinstance(source, pa.Table) else read_columns(Path(source), list(metadata))
-        require_columns(self.table.column_names, list(metadata), self.name)
+        table = source if isinstance(source, pa.Table) else read_columns(Path(source), list(metadata))
+        require_columns(table.column_names, list(metadata), self.name)
+        # Of a column in several chunks, each `take` of a batch would join them all anew.
+        self.table = table.combine_chunks()
 
     def __len__(self) -> int:
-        return math.ceil(len(self._rows(0)) / self.batch_size)
+        rank, world = self._place()
+        rows = self.table.num_rows
+        mine = rows // world if self.shuffle else len(range(rank, rows, world))
+        return math.ceil(mine / self.batch_size)
+
+    def _place(self) -> tuple[int, int]:
+        """Rank of this process and the number of all."""
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
     def _rows(self, epoch: int) -> np.ndarray:
         """This process's rows, in the order of the epoch; all processes have equally many to train on."""
         rows = np.arange(self.table.num_rows)
-        at = self.trainer
-        rank, world = (0, 1) if at is None else (at.global_rank, at.world_size)
+        rank, world = self._place()
         if self.shuffle:
             generator = self.generator or torch.Generator().manual_seed(
                 (torch.initial_seed() + epoch) % 2**63

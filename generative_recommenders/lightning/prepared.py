@@ -22,10 +22,11 @@ from generative_recommenders.data.loader import (
     Histories,
     LoadedBatch,
     SequenceLoader,
-    cut_histories,
+    query_histories,
 )
 from generative_recommenders.data.splits import Split, make_split
 from generative_recommenders.data.store import SequenceDataset
+from generative_recommenders.evaluation.model_evaluation import of_sample
 from generative_recommenders.evaluation.seen_filters import SeenItems
 
 
@@ -45,7 +46,7 @@ class DataModule(lightning.LightningDataModule):
 
     @cached_property
     def dataset(self) -> SequenceDataset:
-        return SequenceDataset.open(self.folder)
+        return SequenceDataset.open(self.folder).with_catalogue(self.settings.data.catalogue)
 
     @cached_property
     def split(self) -> Split:
@@ -74,7 +75,7 @@ class DataModule(lightning.LightningDataModule):
         return self._targets(self.split.test_targets, self.split.unseen_test_targets)
 
     def predict_dataloader(self) -> Any:
-        """All events of every user, for recommendations of what comes next."""
+        """All events of every user, for recommendations of what comes next, as of ``--mode=predict``."""
         rank, world = self._place()
         size = self.settings.evaluation.eval_batch_size
         width = self.settings.data.max_sequence_length
@@ -83,7 +84,7 @@ class DataModule(lightning.LightningDataModule):
         def batches() -> Iterator[dict[str, Any]]:
             for users in (mine[start : start + size] for start in range(0, len(mine), size)):
                 stops = np.asarray(self.dataset.lengths[users], dtype=np.int64)
-                columns = cut_histories(self.dataset, users, stops, width)
+                columns = query_histories(self.dataset, users, stops, width)
                 histories = Histories(self.dataset, users, stops)
                 seen = self._rectangle(histories.rows, histories["item_ids"], len(users))
                 yield {"history": columns, "query_id": columns["user_ids"], "seen_ids": seen, "train": seen}
@@ -96,6 +97,8 @@ class DataModule(lightning.LightningDataModule):
         size = min(
             evaluation.eval_batch_size, evaluation.eval_user_max_batch_size or evaluation.eval_batch_size
         )
+        if evaluation.eval_users is not None:
+            targets = of_sample(targets, evaluation.eval_users, self.settings.schedule.random_seed)
         # Users, not batches, are dealt to the processes: Lightning's hooks wait for one that had no batch.
         mine = np.flatnonzero(targets >= 0)[rank::world]
         loader = EvaluationLoader(self.dataset, targets, data.max_sequence_length, size, users=mine)

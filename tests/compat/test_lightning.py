@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -263,7 +264,7 @@ def test_candidates_are_scored_alone(tmp_path: Path, dataset: SequenceDataset) -
     trainer(tmp_path, top).predict(module, datamodule=data, return_predictions=False)
     queries, items, _ = top.get_result()
     assert queries.tolist() == list(range(57)) and set(items.unique().tolist()) <= set(candidates.tolist())
-    for wrong in (torch.tensor([1, 1]), torch.tensor([[1]]), torch.tensor([0.5])):
+    for wrong in (torch.tensor([1, 1]), torch.tensor([[1]]), torch.tensor([0.5]), torch.tensor([-1, 1])):
         with pytest.raises(UserError, match="distinct item ids"):
             module.candidates_to_score = wrong
     run = chosen(loss_module="CE")
@@ -273,6 +274,64 @@ def test_candidates_are_scored_alone(tmp_path: Path, dataset: SequenceDataset) -
     top = TorchTopItemsCallback(4)
     trainer(tmp_path, top).predict(program, own, return_predictions=False)
     assert set(top.get_result()[0].unique().tolist()) == set(candidates.tolist())
+
+
+class Given(torch.nn.Module):
+    """Scores that the batch holds."""
+
+    def forward(self, scores, **arguments):
+        return {"logits": scores, "hidden_states": ()}
+
+
+def loader(batches: list[dict[str, torch.Tensor]]) -> torch.utils.data.DataLoader:
+    """One loader of these batches; a list of them would be several loaders."""
+    return torch.utils.data.DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+
+
+class OfAllItems(Given):
+    """The same without candidates."""
+
+    def forward(self, scores):
+        return super().forward(scores)
+
+
+def test_candidates_reach_a_model_that_takes_anything_and_are_refused_by_one_that_takes_none(
+    tmp_path: Path,
+) -> None:
+    class Kept(Given):
+        def forward(self, scores, **arguments):
+            self.arguments = arguments
+            return super().forward(scores)
+
+    candidates, batch = torch.tensor([7, 3]), {"scores": torch.zeros(1, 2), "ground_truth": torch.ones(1, 1)}
+    module = LightningModule(Kept()).eval()
+    module.candidates_to_score = candidates
+    module(batch)
+    assert module.model.arguments["candidates_to_score"] is candidates
+    module = LightningModule(OfAllItems()).eval()
+    module.candidates_to_score = candidates
+    with pytest.raises(UserError, match="OfAllItems takes no candidates_to_score"):
+        module(batch)
+
+
+def test_a_later_batch_may_list_a_candidate_with_a_larger_id(tmp_path: Path) -> None:
+    module = LightningModule(Given())
+    module.candidates_to_score = torch.tensor([3, 7, 21])
+    batches = [
+        {"scores": torch.eye(3)[[column]], "ground_truth": torch.tensor([[wanted, 21]])}
+        for column, wanted in ((0, 3), (2, 7))
+    ]
+    metrics = ComputeMetricsCallback(["recall"], [1])
+    (measured,) = trainer(tmp_path, metrics).validate(module, loader(batches), verbose=False)
+    assert measured["recall@1"] == 0.5
+
+
+def test_half_precision_scores_are_shown(tmp_path: Path) -> None:
+    batches = [{"scores": torch.tensor([[0.5, 2.0, 1.0]], dtype=torch.bfloat16), "user": torch.tensor([8])}]
+    pandas, polars_ = (kind(2, "user", "item") for kind in (PandasTopItemsCallback, PolarsTopItemsCallback))
+    trainer(tmp_path, pandas, polars_).predict(LightningModule(Given()), loader(batches))
+    assert pandas.get_result().to_dict("list") == {"user": [8, 8], "item": [1, 2], "rating": [2.0, 1.0]}
+    assert polars_.get_result()["rating"].to_list() == [2.0, 1.0]
 
 
 class Forbid(PostprocessorBase):
@@ -313,6 +372,46 @@ def test_keys_are_checked_and_stay_in_the_batch(dataset: SequenceDataset) -> Non
     batch["pading_mask"] = batch.pop("padding_mask")
     with pytest.raises(UserError, match="SasRec needs padding_mask, and the batch has feature_tensors"):
         module(batch)
+
+
+def test_a_task_reads_the_batches_of_its_own_data_module(dataset: SequenceDataset) -> None:
+    run = chosen(loss_module="CE")
+    module = LightningModule(build_task(run, DataModule(dataset.folder, run).catalogue()))
+    batch = {"query_id": torch.ones(1)}
+    with pytest.raises(UserError, match="a training task reads the batches of DataModule"):
+        module(batch)
+    with pytest.raises(
+        UserError, match="SequenceRecommender needs item_ids, lengths, and the batch has query"
+    ):
+        module.eval()(batch)
+
+
+def test_a_task_exchanges_on_the_device_that_it_is_going_to_be_on(dataset: SequenceDataset) -> None:
+    run = chosen(loss_module="CE")
+    module = LightningModule(build_task(run, DataModule(dataset.folder, run).catalogue()))
+    started = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cuda", 0)))
+    module.trainer = started
+    module.setup("fit")
+    assert module.model.collectives.device == torch.device("cuda", 0)
+
+
+def test_data_follow_the_settings_of_an_evaluation(tmp_path: Path) -> None:
+    data = tiny_dataset(tmp_path, ragged_sequences(57, NUM_ITEMS, seed=5), item_features=True, unrated=2)
+    few = DataModule(data.folder, chosen(eval_users=5, catalogue="all"))
+    run, asked = few.settings, []
+    for batch in few.val_dataloader():
+        asked += batch["query_id"].tolist()
+    ranks = ModelEvaluation(run, few.dataset, few.split, Collectives()).validation(
+        build_model(run, few.catalogue())
+    )
+    assert len(asked) == 5 and np.flatnonzero(ranks.ranks.numpy()).tolist() == [user - 1 for user in asked]
+    assert few.catalogue().num_items == NUM_ITEMS + 2
+
+
+def test_what_comes_next_is_asked_for_at_the_time_of_the_last_event(dataset: SequenceDataset) -> None:
+    (batch,) = DataModule(dataset.folder, chosen()).predict_dataloader()
+    last = dataset.timestamps[dataset.offsets[1:] - 1]
+    assert batch["history"]["next_timestamps"].tolist() == last.tolist()
 
 
 def test_several_loaders_have_a_suffix(tmp_path: Path, dataset: SequenceDataset) -> None:
@@ -385,6 +484,19 @@ def test_columns_are_padded_on_the_left(tmp_path: Path) -> None:
     assert batch["price"].dtype == torch.float32 and batch["user_mask"].all()
 
 
+def test_the_number_of_batches_costs_no_draw(tmp_path: Path) -> None:
+    polars.DataFrame({"user": range(20)}).write_parquet(tmp_path / "a.parquet")
+
+    def order(asked: int) -> list[int]:
+        drawn = {"train": {"generator": torch.Generator().manual_seed(1)}}
+        data = ParquetModule(8, {"train": {"user": {}}}, {}, drawn, train_path=tmp_path)
+        batches = data.train_dataloader()
+        assert [len(batches) for _ in range(asked)] == [3] * asked
+        return torch.cat([batch["user"] for batch in batches]).tolist()
+
+    assert order(asked=0) == order(asked=2)
+
+
 def test_training_rows_are_shuffled_anew_each_epoch(tmp_path: Path, dataset: SequenceDataset) -> None:
     class Seen(lightning.Callback):
         def __init__(self) -> None:
@@ -413,6 +525,8 @@ def test_training_rows_are_shuffled_anew_each_epoch(tmp_path: Path, dataset: Seq
         ({"metadata": {"dev": {}}}, "metadata of 'dev': the splits are train"),
         ({"train_path": "nowhere.parquet"}, "there is no Parquet file at nowhere.parquet"),
         ({"train_path": None}, "at least one of the paths"),
+        ({"train_path": None, "test_path": "a.parquet"}, "training reads one train_path, and 0 are given"),
+        ({"train_path": ["a.parquet", "b.parquet"]}, "training reads one train_path, and 2 are given"),
         ({"batch_size": 0}, "batch_size"),
     ],
 )
@@ -431,6 +545,8 @@ def test_bad_callbacks_and_factories_are_refused(tmp_path: Path, dataset: Sequen
         ComputeMetricsCallback(["auc"])
     with pytest.raises(UserError, match="item_count"):
         ComputeMetricsCallback(["coverage"])
+    with pytest.raises(UserError, match="ks must be 1 or more, not 0"):
+        ComputeMetricsCallback(["recall"], [5, 0])
     with pytest.raises(UserError, match="top_k"):
         TorchTopItemsCallback(0)
     with pytest.raises(UserError, match="predict first"):
