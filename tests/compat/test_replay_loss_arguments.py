@@ -132,6 +132,13 @@ def test_arguments_without_a_meaning_are_refused_by_name(loss, takes, name):
         loss(**{name: value})
 
 
+def test_bce_refuses_an_item_that_is_no_negative():
+    with pytest.raises(
+        UserError, match="BCE: every item counts: 'negative_labels_ignore_index' means nothing"
+    ):
+        BCE(negative_labels_ignore_index=3)
+
+
 @pytest.mark.parametrize("value", [-0.1, 1.1, None, "0.1"])
 def test_label_smoothing_that_is_no_share_is_refused(value):
     with pytest.raises(UserError, match="CESampled: label_smoothing"):

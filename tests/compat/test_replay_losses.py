@@ -184,6 +184,8 @@ def test_weighted_ce_weighs_samples():
     assert_near(actual, (rows * sample_weights.flatten())[mask.flatten()].mean(), 1e-6)
     with pytest.raises(UserError, match="importance"):
         loss(hidden, labels, mask)
+    with pytest.raises(UserError, match=r"'importance' \(2,\): give a weight for each position, \(2, 3\)"):
+        loss(hidden, labels, mask, feature_tensors={"importance": torch.ones(2)})
 
 
 @pytest.mark.parametrize("loss", [LogInCE, LogOutCE])

@@ -441,3 +441,12 @@ def test_faults_of_columns_and_weights_are_one_clear_line():
     ]:
         with pytest.raises(UserError, match=words):
             make()
+
+
+@pytest.mark.parametrize(
+    "transform", [TrimTransform(2, "user"), SequenceRollTransform("user"), NextTokenTransform("user")]
+)
+def test_a_column_without_sequences_is_refused(transform):
+    batch = {"user": torch.arange(3), "user_mask": torch.ones(3, dtype=torch.bool)}
+    with pytest.raises(UserError, match=r"'user' \(3,\) holds no sequences \[B, L\]"):
+        transform(batch)

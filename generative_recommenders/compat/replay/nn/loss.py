@@ -258,6 +258,8 @@ class BCE(CatalogueLoss):
     takes = ("weight", "pos_weight")
 
     def __init__(self, *, masked_labels: MaskedLabels = "ignored", **kwargs: Any) -> None:
+        if "negative_labels_ignore_index" in kwargs:
+            raise self.error("every item counts: 'negative_labels_ignore_index' means nothing here")
         super().__init__(**kwargs)
         if masked_labels not in (known := get_args(MaskedLabels)):
             raise self.error(f"masked_labels is {masked_labels!r}: give one of {', '.join(known)}")
@@ -303,7 +305,13 @@ class CEWeighted(CE):
         if feature_tensors is None or self.feature_name not in feature_tensors:
             raise self.error(f"the batch has no feature {self.feature_name!r} to weigh samples by")
         chosen, labels, counts = self.targets(positive_labels, target_padding_mask)
-        sample_weights = feature_tensors[self.feature_name].reshape(positive_labels.shape)[chosen]
+        sample_weights = feature_tensors[self.feature_name]
+        if sample_weights.numel() != positive_labels.numel():
+            given, wanted = tuple(sample_weights.shape), tuple(positive_labels.shape[:2])
+            raise self.error(
+                f"feature {self.feature_name!r} {given}: give a weight for each position, {wanted}"
+            )
+        sample_weights = sample_weights.reshape(positive_labels.shape)[chosen]
         values = self.terms(self.scores(model_embeddings[chosen], labels, counts)).values * sample_weights
         return self.reduced(Terms(values, torch.ones_like(values)), chosen, counts)
 

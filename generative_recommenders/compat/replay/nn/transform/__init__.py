@@ -70,6 +70,13 @@ class Transform(nn.Module):
         """A column of the batch; ``UserError``, in the transform's name, where it is missing or no tensor."""
         return require_tensor(batch, name, type(self).__name__)
 
+    def sequences(self, batch: TensorBatch, name: str) -> Tensor:
+        """A column ``[B, L, ...]`` of the batch; ``UserError`` where it has no second axis."""
+        column = self.tensor(batch, name)
+        if column.dim() < 2:
+            raise self.error(f"'{name}' {tuple(column.shape)} holds no sequences [B, L]")
+        return column
+
 
 @dataclass(eq=False, repr=False)
 class CopyTransform(Transform):
@@ -187,7 +194,7 @@ class SequenceRollTransform(Transform):
     padding_value: int = 0
 
     def forward(self, batch: TensorBatch) -> dict[str, Any]:
-        column = self.tensor(batch, self.field_name)
+        column = self.sequences(batch, self.field_name)
         rolled = column.roll(self.roll, dims=1)
         source = torch.arange(column.shape[1], device=column.device) - self.roll
         rolled[:, (source < 0) | (source >= column.shape[1])] = self.padding_value
@@ -218,9 +225,9 @@ class NextTokenTransform(Transform):
             self.query_features = (self.query_features,)
 
     def forward(self, batch: TensorBatch) -> dict[str, Any]:
-        labels = self.tensor(batch, self.label_field)
+        labels = self.sequences(batch, self.label_field)
         mask = self.tensor(batch, self.label_field + self.mask_postfix)
-        if labels.dim() < 2 or labels.shape[1] <= self.shift:
+        if labels.shape[1] <= self.shift:
             raise self.error(
                 f"'{self.label_field}' {tuple(labels.shape)} is too short for shift {self.shift}"
             )
@@ -295,7 +302,7 @@ class TrimTransform(Transform):
     def forward(self, batch: TensorBatch) -> dict[str, Any]:
         trimmed = dict(batch)
         for name in self.feature_names:
-            feature = self.tensor(batch, name)
+            feature = self.sequences(batch, name)
             if feature.shape[1] < self.seq_len:
                 raise self.error(f"'{name}' has {feature.shape[1]} columns, fewer than {self.seq_len}")
             trimmed[name] = feature[:, -self.seq_len :]
