@@ -11,7 +11,9 @@ import torch
 from generative_recommenders.compat.replay.checkpoint import load_replay_checkpoint, save_as_run
 from generative_recommenders.compat.replay.data import FeatureHint, FeatureType
 from generative_recommenders.compat.replay.data.nn import TensorFeatureInfo, TensorSchema
+from generative_recommenders.compat.replay.nn.ffn import SwiGLUEncoder
 from generative_recommenders.compat.replay.nn.sequential import SasRec, SasRecTransformerLayer, TwoTower
+from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.errors import UserError
 from generative_recommenders.retrieval.recommender import Recommender
@@ -148,3 +150,20 @@ def test_models_without_a_counterpart_are_refused(tmp_path: Path, dataset: Seque
         save_as_run(sasrec((genre,)), dataset.folder, tmp_path / "run")
     with pytest.raises(UserError, match="item_ids lack 'i00001'"):
         save_as_run(sasrec(), dataset.folder, tmp_path / "run", ["a", "b"])
+    with pytest.raises(UserError, match="item_ids name 31 items, the model has 30"):
+        save_as_run(sasrec(), dataset.folder, tmp_path / "run", [*map(str, range(NUM_ITEMS + 1))])
+    wide = TwoTower.from_params(schema(), {"item_id": torch.arange(NUM_ITEMS)}, 16, 2, 2)
+    wide.body.item_tower.encoder = SwiGLUEncoder(16, 48)
+    with pytest.raises(UserError, match=r"SwiGLUEncoder\(D, 2 D\)"):
+        save_as_run(wide, dataset.folder, tmp_path / "run")
+
+
+def test_a_run_over_all_items_has_those_without_ratings(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    data = tiny_dataset(folder, ragged_sequences(57, NUM_ITEMS - 2, seed=5), item_features=True, unrated=2)
+    assert data.num_items == NUM_ITEMS - 2
+    everything = RunSettings().bind({"train_fn.catalogue": "all"})
+    answer = Recommender.load(save_as_run(sasrec(), data.folder, tmp_path / "run", settings=everything))
+    answered = answer.recommend({"someone": ["i00001"]}, k=NUM_ITEMS, exclude_seen=False)
+    assert {"j0", "j1"} <= set(answered["item_id"])

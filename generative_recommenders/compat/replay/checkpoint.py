@@ -72,12 +72,13 @@ def save_as_run(
     which is that of ``ParquetModule(prepared_folder=...)``. settings: of everything but the model. UserError for a model
     with further features or blocks of one's own, which have no counterpart.
     """
-    dataset = SequenceDataset.open(Path(folder))
+    settings = settings or RunSettings()
+    dataset = SequenceDataset.open(Path(folder)).with_catalogue(settings.data.catalogue)
     body = model.body.query_tower if isinstance(model, TwoTower) else model.body
     if not _has_counterpart(model, body):
         raise UserError(
             "only a SasRec or TwoTower over item ids alone, of SumAggregator, PositionAwareAggregator, DefaultAttentionMask, "
-            "SasRecTransformerLayer, LayerNorm and SwiGLUEncoder, can become a run"
+            "SasRecTransformerLayer, LayerNorm and SwiGLUEncoder(D, 2 D), can become a run"
         )
     embedder: Any = body.embedder
     aggregator: Any = body.embedding_aggregator
@@ -85,7 +86,7 @@ def save_as_run(
     table = embedder.get_item_weights()
     rows = _rows_of_items(dataset, table, item_ids)
     bound = {"train_fn.dataset_name": dataset.manifest.name, "train_fn.item_embedding_dim": table.shape[1]}
-    settings = (settings or RunSettings()).bind(bound | _bindings(model, aggregator, layer))
+    settings = settings.bind(bound | _bindings(model, aggregator, layer))
     trainer = Trainer(settings, dataset, make_split(dataset, settings.data.protocol), Collectives())
     own = trainer.model.state_dict()
     own["items.table"][1:] = table[rows]
@@ -114,7 +115,8 @@ def _has_counterpart(model: SasRec | TwoTower, body: QueryTower) -> bool:
     """Whether the program's encoder computes what the model does."""
     aggregator, norm = body.embedding_aggregator, body.output_normalization
     own_items = not isinstance(model, TwoTower) or (
-        isinstance(model.body.item_tower.encoder, SwiGLUEncoder)
+        isinstance(encoder := model.body.item_tower.encoder, SwiGLUEncoder)
+        and encoder.sw1.W2.in_features == 2 * encoder.sw1.W2.out_features
         and isinstance(model.body.item_tower.embedding_aggregator, SumAggregator)
         and model.context_merger is None
     )
@@ -172,6 +174,8 @@ def _rows_of_items(
             )
         return torch.arange(dataset.num_items)
     places = {str(name): row for row, name in enumerate(item_ids)}
+    if len(item_ids) > len(table):
+        raise UserError(f"item_ids name {len(item_ids)} items, the model has {len(table)}")
     wanted = dataset.original_item_ids().to_pylist()
     missing = [name for name in wanted if name not in places]
     if missing:
