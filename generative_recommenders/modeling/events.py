@@ -123,6 +123,13 @@ def events_with_slot(events: Events, lengths: torch.Tensor, width: int) -> dict[
     return widened
 
 
+def required(events: Events, name: str, needed_by: torch.nn.Module) -> torch.Tensor:
+    """The column, or ValueError naming it and the module that needs it."""
+    if name not in events:
+        raise ValueError(f"{type(needed_by).__name__} needs {name}, and the data have none")
+    return events[name]
+
+
 @dataclass(frozen=True)
 class EventFeature:
     """name: key of the event column. num_categories: C, ids 1..C, 0 for none; None for numbers, of this mean and std."""
@@ -152,7 +159,7 @@ class EventFeatures(torch.nn.Module):
     def forward(self, items: torch.Tensor, events: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """``items [T, D]`` with the features of their events (``[T]`` columns) added."""
         for feature in self.features:
-            values, weight = events[feature.name], self.weights[f"of_{feature.name}"]
+            values, weight = required(events, feature.name, self), self.weights[f"of_{feature.name}"]
             if feature.num_categories is not None:
                 items = items + lookup_rows(weight, values)
             else:

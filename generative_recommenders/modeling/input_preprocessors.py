@@ -14,6 +14,8 @@ import torch
 
 from generative_recommenders.config.fields import Share, Width
 from generative_recommenders.config.registry import register_input_preprocessor
+from generative_recommenders.errors import UserError
+from generative_recommenders.modeling.events import required
 from generative_recommenders.modeling.initialization import truncated_normal_
 from generative_recommenders.ops.dropout import Dropout
 from generative_recommenders.ops.embedding import lookup_rows
@@ -66,6 +68,10 @@ class InputPreprocessor(torch.nn.Module):
         return layout.positions
 
     def add_positions(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
+        if layout.longest > len(self.position):
+            raise UserError(
+                f"a history of {layout.longest} tokens, and the model has {len(self.position)} positions: keep the latest alone"
+            )
         x = torch.add(lookup_rows(self.position, self.places(layout)), x, alpha=self.embedding_dim**0.5)
         return layout.mask(self.dropout(x))
 
@@ -157,13 +163,6 @@ class CombinedItemAndRatingInputFeaturesPreprocessor(InputPreprocessor):
 
 def rating_table(num_ratings: int, embedding_dim: int) -> torch.nn.Parameter:
     return torch.nn.Parameter(truncated_normal_(torch.empty(num_ratings, embedding_dim), std=0.02))
-
-
-def required(events: TokenEvents, name: str, needed_by: torch.nn.Module) -> torch.Tensor:
-    """The column, or ValueError naming it and the module that needs it."""
-    if name not in events:
-        raise ValueError(f"{type(needed_by).__name__} needs {name}, and the data have none")
-    return events[name]
 
 
 def double_layout(layout: Layout) -> Layout:

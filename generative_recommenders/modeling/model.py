@@ -24,6 +24,7 @@ from generative_recommenders.modeling.inputs import LastEventReader, ModelInputs
 from generative_recommenders.modeling.items import ItemEmbedding, ItemRows
 from generative_recommenders.modeling.similarity.interface import Similarity, Snapshot, rounded
 from generative_recommenders.ops import dispatch
+from generative_recommenders.ops.embedding import range_of
 from generative_recommenders.ops.layout import Layout, last_tokens_pay, padded_layout
 from generative_recommenders.types import Batch, SequentialFeatures
 
@@ -200,9 +201,15 @@ class SequenceRecommender(torch.nn.Module):
         return self.similarity.snapshot(self.items.all_item_embeddings())
 
     def score(self, queries: Queries, items: Snapshot | torch.Tensor) -> torch.Tensor:
-        """``[B, V]`` scores of the catalogue, or ``[B, R]`` of item ids ``[R]`` or ``[B, R]`` (-inf for padding, 0)."""
+        """``[B, V]`` scores of the catalogue, or ``[B, R]`` of item ids ``[R]`` or ``[B, R]`` (-inf for padding, 0).
+        UserError for ids on the CPU that are no items."""
         if not isinstance(items, torch.Tensor):
             return self.similarity.scores(queries.states, items, queries.user_ids)
+        reach = range_of(items)
+        if reach is not None and (reach[0] < 0 or reach[1] > self.items.num_items):
+            raise UserError(
+                f"score: item ids reach from {reach[0]} to {reach[1]}, outside 0..{self.items.num_items}"
+            )
         ids = items.to(queries.states.device)
         scores, _ = self.similarity.score(queries.states, self.get_item_embeddings(ids), queries.user_ids)
         return scores.masked_fill(ids == 0, -torch.inf)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
+from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.encoders.hstu import HSTU
 from generative_recommenders.modeling.encoders.sasrec import SASRec
-from generative_recommenders.modeling.events import next_times, token_events
+from generative_recommenders.modeling.events import EventFeature, EventFeatures, next_times, token_events
 from generative_recommenders.modeling.input_preprocessors import (
     CombinedItemAndRatingInputFeaturesPreprocessor,
     LearnablePositionalEmbeddingInputFeaturesPreprocessor,
     LearnablePositionalEmbeddingRatedInputFeaturesPreprocessor,
 )
-from generative_recommenders.modeling.inputs import history_inputs
+from generative_recommenders.modeling.inputs import Queries, history_inputs
 from generative_recommenders.modeling.items import LocalEmbeddingModule
 from generative_recommenders.modeling.model import (
     SequenceEncoder,
@@ -183,6 +184,33 @@ def test_a_batch_without_events(encoder: str, preprocessor: str) -> None:
     assert torch.equal(
         model.encode_query(SequentialFeatures(lengths, ids, {"ratings": ids})).states, torch.zeros(2, DIM)
     )
+
+
+@pytest.mark.parametrize("entrance", ["padded", "jagged"])
+def test_histories_beyond_the_positions_are_refused(entrance: str) -> None:
+    lengths, ids = torch.tensor([WIDTH + 1, 1]), torch.ones(2, WIDTH + 1, dtype=torch.int64)
+    model = build("SASRec", "positions", "l2")
+    with pytest.raises(
+        UserError, match=rf"history of {WIDTH + 1} tokens, and the model has {WIDTH} positions"
+    ):
+        if entrance == "padded":
+            model(lengths, ids)
+        else:
+            model.encode_query(SequentialFeatures(lengths, ids))
+
+
+@pytest.mark.parametrize("wrong", [-1, ITEMS + 1])
+def test_ids_that_are_no_items_have_no_score(wrong: int) -> None:
+    model = build("SASRec", "positions", "l2")
+    with pytest.raises(UserError, match=rf"score: item ids reach from .*{wrong}.*, outside 0..{ITEMS}"):
+        model.score(Queries(torch.zeros(2, DIM)), torch.tensor([3, wrong]))
+
+
+def test_an_event_feature_that_is_not_given_is_named() -> None:
+    model = build("SASRec", "positions", "l2")
+    model.sequence.event_features = EventFeatures([EventFeature("category", 3)], DIM)
+    with pytest.raises(ValueError, match="EventFeatures needs category"):
+        model.encode_query(SequentialFeatures(torch.tensor([1]), torch.ones(1, 2, dtype=torch.int64)))
 
 
 def test_next_times() -> None:
