@@ -237,10 +237,10 @@ class PopularityNegativesSampler(NegativesSampler):
         log_q_correction: bool = False,
     ) -> None:
         super().__init__(num_negatives, sharing, log_q_correction)
-        if not bool((counts > 0).any()) or not math.isfinite(power):
-            raise ValueError(
-                f"popularity negatives: no item occurs in the training data, or the power is {power}"
-            )
+        if not bool((counts > 0).any()):
+            raise ValueError("popularity negatives: no item occurs in the training data")
+        if not math.isfinite(power):
+            raise ValueError(f"popularity negatives: the power is {power}, and must be a finite number")
         # In logarithms, since a count to a large power overflows.
         logs = (power * counts.clamp(min=1).double().log()).masked_fill(counts <= 0, -math.inf)
         probability = torch.softmax(logs, 0)
@@ -275,7 +275,9 @@ class MixedNegativesSampler(NegativesSampler):
     ) -> None:
         sizes = list(shares.values())
         if not samplers or len(samplers) != len(sizes) or not min(sizes) > 0:
-            raise ValueError(f"mixed negatives: {len(samplers)} samplers with shares {sizes}")
+            raise ValueError(
+                f"mixed negatives: {len(samplers)} samplers with shares {sizes}: each needs one above 0"
+            )
         super().__init__(num_negatives, samplers[0].sharing)
         self.parts = list(samplers)
         self.samplers = torch.nn.ModuleList(samplers)  # registered, so that they move with this one

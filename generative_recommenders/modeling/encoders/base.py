@@ -111,7 +111,7 @@ class TimedEncoder(BlockEncoder):
         """Places and times of appended tokens against those of all; UserError beyond max_length."""
         if appended.capacity > self.max_length:
             raise UserError(
-                f"encode_incremental: {appended.capacity} tokens, and {type(self).__name__}'s max_length is {self.max_length}"
+                f"a history of {appended.capacity} tokens, and {type(self).__name__}'s max_length is {self.max_length}"
             )
         times, buckets = self.times(events), None
         if times is not None and appended.times is not None:

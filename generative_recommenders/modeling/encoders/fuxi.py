@@ -85,25 +85,6 @@ class FuxiBlock(torch.nn.Module):
         relative = table_attention(v, layout, self.channels.tables(inputs))
         return layout.mask(self.combine(x, u, [*relative, semantic]))
 
-    def keys_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """k ``[T, H, dqk]`` and v ``[T, H, dv]``."""
-        _, _, k, v = self.project(x)
-        return k, v
-
-    def over_cache(
-        self, x: torch.Tensor, block: KeysValues, appended: Appended, inputs: BiasInputs
-    ) -> torch.Tensor:
-        """`forward` of the tokens ``x [T, D]`` alone, over what the block keeps of all."""
-        u, q, _, v = self.project(x)
-        sees, values = appended.distances() <= 0, block.values.flatten(2)
-        attended = [
-            appended.layout.flatten(table[index] * sees @ values).view_as(v)
-            for table, index in zip((self.channels.position, self.channels.time), inputs)
-            if index is not None
-        ]
-        semantic = pointwise_over_cache(q, block, appended, None, float(self.max_length))
-        return self.combine(x, u, [*attended, semantic])
-
     def project(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Projections: u ``[T, 3 H dv]``; q, k ``[T, H, dqk]``; v ``[T, H, dv]``."""
         heads, width = self.num_heads, self.num_heads * self.dv
@@ -122,6 +103,25 @@ class FuxiBlock(torch.nn.Module):
         if self.feed_forward is None:
             return o
         return o + self.feed_forward(self.dropout(F.rms_norm(o, o.shape[-1:], eps=1e-6)))
+
+    def keys_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """k ``[T, H, dqk]`` and v ``[T, H, dv]``."""
+        _, _, k, v = self.project(x)
+        return k, v
+
+    def over_cache(
+        self, x: torch.Tensor, block: KeysValues, appended: Appended, inputs: BiasInputs
+    ) -> torch.Tensor:
+        """`forward` of the tokens ``x [T, D]`` alone, over what the block keeps of all."""
+        u, q, _, v = self.project(x)
+        sees, values = appended.distances() <= 0, block.values.flatten(2)
+        attended = [
+            appended.layout.flatten(table[index] * sees @ values).view_as(v)
+            for table, index in zip((self.channels.position, self.channels.time), inputs)
+            if index is not None
+        ]
+        semantic = pointwise_over_cache(q, block, appended, None, float(self.max_length))
+        return self.combine(x, u, [*attended, semantic])
 
 
 @register_encoder("FuXi", gin_name="fuxi_encoder")

@@ -66,14 +66,13 @@ class HstuBlock(torch.nn.Module):
         bias: RelativeBias | None = None,
     ) -> None:
         super().__init__()
-        self.num_heads, self.dqk, self.dv, self.max_length = num_heads, dqk, dv, max_length
+        self.num_heads, self.max_length = num_heads, max_length
+        self.widths = [num_heads * width for width in (dv, dv, dqk, dqk)]  # of U, V, Q and K in one matrix
         self.normalization = normalization
         self.activation = linear_activation_of(linear_activation)
         self.attn_dropout_rate = Dropout(attn_dropout_rate).rate
         self.concat_ua = concat_ua
-        self.uvqk = torch.nn.Parameter(
-            torch.empty(embedding_dim, 2 * num_heads * (dqk + dv)).normal_(std=0.02)
-        )
+        self.uvqk = torch.nn.Parameter(torch.empty(embedding_dim, sum(self.widths)).normal_(std=0.02))
         self.bias = bias
         self.output = torch.nn.Linear(num_heads * dv * (3 if concat_ua else 1), embedding_dim)
         torch.nn.init.xavier_uniform_(self.output.weight)
@@ -85,37 +84,6 @@ class HstuBlock(torch.nn.Module):
         """x: ``[T, D]``; inputs: see `bias_inputs`; scale: ``[T]``, of the attention's output, see `HSTU.scale`."""
         u, q, k, v = self.project(x)
         return layout.mask(self.combine(x, u, self.attention(q, k, v, layout, inputs), scale))
-
-    def keys_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """k ``[T, H, dqk]`` and v ``[T, H, dv]``."""
-        normed = layer_norm(x, eps=1e-6)
-        # u and q of a token are never read again: half of the projection is enough.
-        _, v, _, k = self.uvqk.split(self.widths, dim=-1)
-        k, v = (self.activation(normed @ part).unflatten(-1, (self.num_heads, -1)) for part in (k, v))
-        return k, v
-
-    def over_cache(
-        self,
-        x: torch.Tensor,
-        block: KeysValues,
-        appended: Appended,
-        inputs: BiasInputs,
-        scale: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """`forward` of the tokens ``x [T, D]`` alone, over what the block keeps of all; "rel_bias" only."""
-        normed = layer_norm(x, eps=1e-6)
-        # The other half: k and v lie in the cache already.
-        u, _, q, _ = self.uvqk.split(self.widths, dim=-1)
-        u, q = (self.activation(normed @ part) for part in (u, q))
-        bias = None if self.bias is None else self.bias(inputs)
-        q = q.unflatten(-1, (self.num_heads, -1))
-        attended = pointwise_over_cache(q, block, appended, bias, float(self.max_length))
-        return self.combine(x, u, attended, scale)
-
-    @property
-    def widths(self) -> list[int]:
-        """Columns of u, v, q and k in ``uvqk``."""
-        return [self.num_heads * width for width in (self.dv, self.dv, self.dqk, self.dqk)]
 
     def project(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Eq. 1: u ``[T, H dv]``; q, k ``[T, H, dqk]``; v ``[T, H, dv]``."""
@@ -144,6 +112,32 @@ class HstuBlock(torch.nn.Module):
         a = layer_norm(attended.flatten(1), eps=1e-6)
         gated = torch.cat([u, a, u * a], dim=-1) if self.concat_ua else u * a
         return self.output(self.dropout(gated)) + x
+
+    def keys_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """k ``[T, H, dqk]`` and v ``[T, H, dv]``."""
+        k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in self.parts(x, "kv"))
+        return k, v
+
+    def over_cache(
+        self,
+        x: torch.Tensor,
+        block: KeysValues,
+        appended: Appended,
+        inputs: BiasInputs,
+        scale: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """`forward` of the tokens ``x [T, D]`` alone, over what the block keeps of all; "rel_bias" only."""
+        u, q = self.parts(x, "uq")
+        q = q.unflatten(-1, (self.num_heads, -1))
+        bias = None if self.bias is None else self.bias(inputs)
+        attended = pointwise_over_cache(q, block, appended, bias, float(self.max_length))
+        return self.combine(x, u, attended, scale)
+
+    def parts(self, x: torch.Tensor, names: str) -> list[torch.Tensor]:
+        """Eq. 1 of the named ones of U, V, Q and K alone, ``[T, H d]`` each, where the others are never read."""
+        weights = dict(zip("uvqk", self.uvqk.split(self.widths, dim=-1)))
+        normed = layer_norm(x, eps=1e-6)
+        return [self.activation(normed @ weights[name]) for name in names]
 
 
 @register_encoder("HSTU", gin_name="hstu_encoder")

@@ -76,6 +76,11 @@ class LigrBlock(torch.nn.Module):
         )
         return layout.mask(self.combine(x, attended))
 
+    def combine(self, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        """z, from what the attention adds; ``[T, D]`` each."""
+        y = x + F.sigmoid(self.attn_gate(x)) * self.dropout(attended)
+        return y + F.sigmoid(self.ffn_gate(y)) * self.dropout(self.ffn(self.ffn_norm(y)))
+
     def keys_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """``[T, H, D / H]`` each."""
         normed = self.attn_norm(x)
@@ -86,11 +91,6 @@ class LigrBlock(torch.nn.Module):
         """`forward` of the tokens ``x [T, D]`` alone, over what the block keeps of all."""
         q = project_heads(self.attn_norm(x), self.in_proj, self.num_heads, 0)
         return self.combine(x, self.out_proj(softmax_over_cache(q, block, appended).flatten(1)))
-
-    def combine(self, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-        """z, from what the attention adds; ``[T, D]`` each."""
-        y = x + F.sigmoid(self.attn_gate(x)) * self.dropout(attended)
-        return y + F.sigmoid(self.ffn_gate(y)) * self.dropout(self.ffn(self.ffn_norm(y)))
 
 
 @register_encoder("LiGR", gin_name="ligr_encoder")

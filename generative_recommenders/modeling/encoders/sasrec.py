@@ -76,6 +76,16 @@ class SasrecBlock(torch.nn.Module):
         # The residual is the normalised query, not x (III-C); keys and values come from x as it is.
         return layout.mask(self.transform(query + attended))
 
+    def transform(self, attended: torch.Tensor) -> torch.Tensor:
+        """F of ``S [T, D]``."""
+        y = self.ffn_norm(attended)
+        return feed_forward(y, self.ffn_in, self.ffn_out, self.activation, self.active_dropout)
+
+    @property
+    def active_dropout(self) -> float:
+        """The rate now: 0 in evaluation mode."""
+        return self.dropout_rate if self.training else 0.0
+
     def keys_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """``[T, H, D / H]`` each."""
         k, v = (project_heads(x, self.in_proj, self.num_heads, part) for part in (1, 2))
@@ -87,16 +97,6 @@ class SasrecBlock(torch.nn.Module):
         q = project_heads(query, self.in_proj, self.num_heads, 0)
         attended = softmax_over_cache(q, block, appended).flatten(1)
         return self.transform(query + self.out_proj(attended))
-
-    def transform(self, attended: torch.Tensor) -> torch.Tensor:
-        """F of ``S [T, D]``."""
-        y = self.ffn_norm(attended)
-        return feed_forward(y, self.ffn_in, self.ffn_out, self.activation, self.active_dropout)
-
-    @property
-    def active_dropout(self) -> float:
-        """The rate now: 0 in evaluation mode."""
-        return self.dropout_rate if self.training else 0.0
 
 
 @register_encoder("SASRec", gin_name="sasrec_encoder")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 from torch.nn import functional as F
@@ -49,6 +49,10 @@ _KEPT_FLOATS = 2**30
 
 ItemsOf = Callable[[slice, slice], ItemComponents]
 """The items of a block of rows and columns: ``[c, ...]`` shared by the rows, or ``[r, c, ...]``."""
+
+
+MixtureSums = tuple[torch.Tensor, torch.Tensor]
+"""Over the pairs of a block: the sums of p ``[E]`` and of p ln p."""
 
 
 class GatingOptions(OptionGroup):
@@ -237,7 +241,7 @@ class MoLSimilarity(Similarity, MoLComponents):
 
     def _of_rows(
         self, query: QueryComponents, items: torch.Tensor, rows: torch.Tensor, purpose: int
-    ) -> tuple[torch.Tensor, list[_Mixed]]:
+    ) -> tuple[torch.Tensor, list[MixtureSums]]:
         drops = self.training and self.item_dropout
         # Few pairs are made one by one; but how many a process has must not decide what numbered rows draw.
         few = rows.numel() <= len(items) and numbered_rows.current() is None
@@ -272,8 +276,8 @@ class MoLSimilarity(Similarity, MoLComponents):
         span: slice | None = None,
         purpose: int = 0,
         kept_per_item: int = 0,
-    ) -> tuple[torch.Tensor, list[_Mixed]]:
-        """``[m, num_items]`` scores of the m queries of a span (all by default), and the blocks in which they were made.
+    ) -> tuple[torch.Tensor, list[MixtureSums]]:
+        """``[m, num_items]`` scores of the m queries of a span (all by default), and the sums of their blocks.
 
         purpose: of the pairs, for dropout: 0 for positives, 1 for negatives. kept_per_item: floats that items_of keeps of
         each pair.
@@ -286,7 +290,7 @@ class MoLSimilarity(Similarity, MoLComponents):
         # What a backward pass would keep; beyond _KEPT_FLOATS it is computed again, block by block.
         kept = len(query.components) * num_items * (self.kept_per_pair + kept_per_item)
         again = torch.is_grad_enabled() and (self.activation_checkpoint or kept > _KEPT_FLOATS)
-        scores, mixed = [], []
+        scores, sums = [], []
         for rows in _slices(first, stop, max(1, pairs // columns)):
             done = [
                 recomputed(self._mix, query, items_of, rows, columns, purpose)
@@ -294,13 +298,14 @@ class MoLSimilarity(Similarity, MoLComponents):
                 else self._mix(query, items_of, rows, columns, purpose)
                 for columns in column_blocks
             ]
-            scores.append(torch.cat([block.scores for block in done], dim=1))
-            mixed += done
-        return torch.cat(scores), mixed
+            scores.append(torch.cat([of_block for of_block, _ in done], dim=1))
+            sums += [of_block for _, of_block in done if of_block is not None]
+        return torch.cat(scores), sums
 
     def _mix(
         self, query: QueryComponents, items_of: ItemsOf, rows: slice, columns: slice, purpose: int
-    ) -> _Mixed:
+    ) -> tuple[torch.Tensor, MixtureSums | None]:
+        """Scores ``[r, c]`` float32 of a block of rows and columns, and its sums where ``mi_loss`` needs them."""
         query_gate = None if query.gate is None else query.gate[rows][:, None]
         with numbered_rows.of_block(rows, 2 * columns.start + purpose):
             items = items_of(rows, columns)
@@ -325,29 +330,16 @@ class MoLSimilarity(Similarity, MoLComponents):
             scores = scores / self.temperature
         # mi_loss is over the positives alone, as published.
         if not (self.training and self.mutual_information) or purpose:
-            return _Mixed(scores, None, None)
-        return _Mixed(scores, p.sum((0, 1)), (p * torch.log(p + _EPS)).sum())
+            return scores, None
+        return scores, (p.sum((0, 1)), (p * torch.log(p + _EPS)).sum())
 
-    def _mixture_sums(self, blocks: list[_Mixed], num_pairs: int) -> dict[str, torch.Tensor]:
+    def _mixture_sums(self, blocks: list[MixtureSums], num_pairs: int) -> dict[str, torch.Tensor]:
         """Of ``mi_loss``: ``[E + 2]``, the sums of p and of p ln p over the blocks' pairs, and the number of pairs."""
-        used = [block.used for block in blocks if block.used is not None]
-        negative_entropy = [block.negative_entropy for block in blocks if block.negative_entropy is not None]
-        if not used:
+        if not blocks:
             return {}
-        pairs = used[0].new_full((1,), num_pairs)
-        return {
-            "mi_loss": torch.cat([torch.stack(used).sum(0), torch.stack(negative_entropy).sum()[None], pairs])
-        }
-
-
-class _Mixed(NamedTuple):
-    """scores ``[r, c]`` float32; over the block's pairs the sums of p ``[E]`` and of p ln p, where they are
-    needed.
-    """
-
-    scores: torch.Tensor
-    used: torch.Tensor | None
-    negative_entropy: torch.Tensor | None
+        used, negative_entropy = (torch.stack(each) for each in zip(*blocks))
+        pairs = used.new_full((1,), num_pairs)
+        return {"mi_loss": torch.cat([used.sum(0), negative_entropy.sum()[None], pairs])}
 
 
 def _shared(items: ItemComponents) -> ItemsOf:
