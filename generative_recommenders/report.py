@@ -15,7 +15,10 @@ from generative_recommenders.run.report.page import write_comparison, write_repo
 
 def main(argv: list[str] | None = None) -> int:
     """Writes RUN/report.html of one run; of several a comparison with paired tests of significance."""
-    parser = argparse.ArgumentParser(prog="python -m generative_recommenders.report", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m generative_recommenders.report",
+        description="Writes RUN/report.html again, or one page that compares several runs.",
+    )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="the folder of a trained run")
     parser.add_argument(
         "--output", default="comparison.html", help="the page of several runs, %(default)s by default"

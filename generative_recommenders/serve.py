@@ -14,17 +14,27 @@ from generative_recommenders.retrieval.serve import Limits, make_app
 def main(argv: list[str] | None = None) -> int:
     """Serves until SIGTERM or Ctrl-C; requests that have begun are answered first."""
     limits = Limits()
-    parser = argparse.ArgumentParser(prog="python -m generative_recommenders.serve", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m generative_recommenders.serve", description="Serves a trained run over HTTP."
+    )
     parser.add_argument("run", help="the folder of a trained run")
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on; this machine alone by default"
     )
-    parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--port", type=int, default=8000, help="TCP port, %(default)s by default")
+    parser.add_argument("--device", default="auto", help="cpu or cuda; a GPU if there is one by default")
     add_plugin_flag(parser)
-    parser.add_argument("--max_batch", type=int, default=limits.max_batch, help="requests answered together")
     parser.add_argument(
-        "--wait_ms", type=float, default=1000 * limits.wait, help="how long a request waits for others"
+        "--max_batch",
+        type=int,
+        default=limits.max_batch,
+        help="requests answered together, %(default)s by default",
+    )
+    parser.add_argument(
+        "--wait_ms",
+        type=float,
+        default=1000 * limits.wait,
+        help="milliseconds that a request waits for others, %(default)s by default",
     )
     args = parser.parse_args(argv)
     try:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from docs.pages import PAGES, ROOT, blocks
+from docs.pages import PAGES, ROOT, blocks, execute
 from generative_recommenders.build.parts import build_task
 from generative_recommenders.commands.lists import register_built_in_parts
 from generative_recommenders.config.elsewhere import ELSEWHERE
@@ -133,6 +133,23 @@ def test_gin_names_on_pages_are_known() -> None:
         for name in re.findall(r"\b([A-Za-z]\w*\.[a-z]\w*)\b", page.read_text(encoding="utf-8")):
             ours = name.partition(".")[0] in owners and not name.endswith(".py")
             assert not ours or name in known or name in wrong, f"{page}: {name}"
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "main.py",
+        "preprocess_public_data.py",
+        *(f"generative_recommenders.{m}" for m in ("ablate", "reproduce", "report", "serve")),
+    ],
+)
+def test_every_flag_of_a_program_is_on_a_page(program: str, tmp_path: Path) -> None:
+    words = ["python", str(ROOT / program)] if program.endswith(".py") else ["python", "-m", program]
+    flags = set(
+        re.findall(r"^  --(?:\[no\])?(\w+)", execute(tmp_path, [*words, "--help"]).stdout, re.MULTILINE)
+    )
+    text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES if page.parent.name != "results")
+    assert flags and not {flag for flag in flags if not re.search(rf"--(no)?{flag}\b", text)}
 
 
 def test_every_ablation_has_a_row() -> None:
