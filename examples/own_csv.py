@@ -19,13 +19,13 @@ from generative_recommenders.data.sources.public import resolve
 
 
 def main(file: Path, folder: Path, columns: str | None = None, epochs: int = 20) -> pd.DataFrame:
-    """Ten recommendations for each of the first five users."""
+    """Ten recommendations for each of the first five users; a run of the same file in the folder is resumed."""
     data = folder / "prepared" / "own"
     prepare(resolve("csv", raw_path=file, data_root=folder, options=ReadOptions(columns)), data)
     bindings = [
         "train_fn.dataset_name = 'own'", f"train_fn.num_epochs = {epochs}", "train_fn.early_stopping_patience = 3",
     ]  # fmt: skip
-    run = train(folder / "run", bindings, data_root=folder)
+    run = train(folder / "run", bindings, data_root=folder, auto_resume=True)
     dataset = SequenceDataset.open(data)
     users, items = dataset.original_user_ids()[:5].to_pylist(), dataset.original_item_ids().to_pylist()
     histories = {}

@@ -51,15 +51,17 @@ def train(
     data_root: str | Path = "data",
     plugins: Sequence[str] = (),
     report: bool = False,
+    auto_resume: bool = False,
 ) -> Path:
     """Trains in this process as ``main.py`` does, and returns the run's folder.
 
-    bindings, gin_files: as ``--gin_bindings`` and ``--gin_config_file``. UserError where training does not end well, with the
-    line printed before.
+    bindings, gin_files: as ``--gin_bindings`` and ``--gin_config_file``. report: writes ``report.html``. auto_resume: resumes a
+    run that is in the folder, which is refused otherwise; one that is finished is left as it is. UserError where training does
+    not end well, with the line printed before.
     """
     options = Options(
         tuple(gin_files), tuple(bindings), Path(data_root), str(run_dir), plugins=tuple(plugins), report=report,
-        verbosity=logging.get_verbosity(),
+        verbosity=logging.get_verbosity(), auto_resume=auto_resume,
     )  # fmt: skip
     code = launch(train_worker, (options,), 1)
     if code:

@@ -101,8 +101,10 @@ class HistoryReader:
         frame = history_frame(histories)
         missing = [name for name in self.needed_columns if name not in frame.columns]
         if missing:
+            columns = ", ".join(["user_id", "item_id", *self.needed_columns])
             raise UserError(
-                f"the model reads {' and '.join(missing)} of each event, and the histories have no such column"
+                f"the model reads {' and '.join(missing)} of each event, and the histories have no such column: give a table "
+                f"of {columns}, or to append {missing[0]}=..."
             )
         numeric = frame["item_id"].dtype.is_integer()
         frame = frame.with_columns(pl.Series("_item", self.internal(frame["item_id"]))).with_row_index(

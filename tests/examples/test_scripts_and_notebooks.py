@@ -32,6 +32,8 @@ def test_the_quickstart_answers_for_a_new_reader(tmp_path: Path) -> None:
     assert answer["user_id"].unique().tolist() == ["a new reader"]
     assert answer["rank"].tolist() == [1, 2, 3, 4, 5]
     assert (tmp_path / "run" / "checkpoints").is_dir()
+    again = example("quickstart").main(tmp_path, epochs=1)  # by the run that is there
+    assert again.equals(answer)
 
 
 def test_a_file_of_ones_own(tmp_path: Path) -> None:

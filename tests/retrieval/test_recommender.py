@@ -224,7 +224,9 @@ def test_faults_report_one_line_errors(rec: Recommender, tmp_path: Path, dataset
             call()
         assert "\n" not in str(error.value)
     timed = Recommender.load(make_run(tmp_path, dataset, {"main_module": "HSTU"})[0])
-    with pytest.raises(UserError, match="timestamp"):
+    with pytest.raises(
+        UserError, match="give a table of user_id, item_id, timestamp, or to append timestamp="
+    ):
         timed.recommend({"a": ["i00001"]})
 
 
