@@ -11,21 +11,22 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from absl import logging
 
-from generative_recommenders.data.preparation.event_store import chunks
+from generative_recommenders.data.preparation.event_store import chunks, user_blocks
 from generative_recommenders.data.preparation.folder import new_file
 from generative_recommenders.data.readers.exchange import HEADER
 from generative_recommenders.data.schema import KINDS, is_missing
 from generative_recommenders.data.store import SequenceDataset
 
-USERS_AT_ONCE = 1 << 16
+EVENTS_AT_ONCE = 1 << 20
+"""Of the users whose lines are joined together: pyarrow's text has at most 2 GiB."""
 
 
 def export_text(dataset: SequenceDataset, path: str | Path) -> None:
     """Write ``dataset`` to the file ``path``, through a temporary name beside it; warnings name what the format cannot hold."""
     with new_file(Path(path)) as scratch, scratch.open("wb") as out:
         out.write((",".join(HEADER) + "\n").encode())
-        for first in range(0, dataset.num_users, USERS_AT_ONCE):
-            out.write(_lines(dataset, first, min(first + USERS_AT_ONCE, dataset.num_users)))
+        for first, last in user_blocks(dataset.offsets, EVENTS_AT_ONCE):
+            out.write(_lines(dataset, first, last))
     for name, values in (("ratings", dataset.ratings), ("timestamps", dataset.timestamps)):
         if values is not None and not any(values[part].any() for part in chunks(len(values))):
             logging.warning("%s: all %s are zero; the exchange format reads that as none", path, name)

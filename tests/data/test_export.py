@@ -48,7 +48,7 @@ def test_export_is_what_hstu_users_read(tmp_path: Path) -> None:
     assert [p.name for p in (tmp_path / "text").iterdir()] == ["s.csv"]
 
 
-@pytest.mark.parametrize("users_at_once", [1, 100])
+@pytest.mark.parametrize("events_at_once", [1, 100])
 @pytest.mark.parametrize(
     "extra",
     [
@@ -58,8 +58,10 @@ def test_export_is_what_hstu_users_read(tmp_path: Path) -> None:
         {"rating": [1, 2, 3, 4], "timestamp": [3, 2, 1, 2]},
     ],
 )
-def test_round_trip(tmp_path: Path, extra: dict, users_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export, "USERS_AT_ONCE", users_at_once)
+def test_round_trip(
+    tmp_path: Path, extra: dict, events_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export, "EVENTS_AT_ONCE", events_at_once)
     dataset = dataset_of({**IDS, **extra}, tmp_path / "out")
     export_text(dataset, tmp_path / "s.csv")
     import_text(tmp_path / "s.csv", tmp_path / "back", "back")

@@ -11,6 +11,7 @@ import pytest
 
 from generative_recommenders.data.preparation import columns
 from generative_recommenders.data.preparation import prepare as preparation
+from generative_recommenders.data.preparation.folder import new_file
 from generative_recommenders.data.preparation.prepare import prepare
 from generative_recommenders.data.readers.events import RawRatings, ReadOptions
 from generative_recommenders.data.sources.public import resolve
@@ -66,6 +67,14 @@ def test_leftovers_of_a_killed_run_are_removed(tmp_path: Path) -> None:
     prepare_rows([("u", "a", 1.0, 1)], tmp_path)
     assert not leftover.exists()
     assert elsewhere.exists()  # its process cannot be seen from here
+
+
+def test_leftovers_of_a_file_are_removed_whatever_its_name(tmp_path: Path) -> None:
+    leftover = tmp_path / f".events[1].csv.tmp-{socket.gethostname()}-999999999"
+    leftover.write_bytes(b"half")
+    with new_file(tmp_path / "events[1].csv") as scratch:
+        scratch.write_bytes(b"whole")
+    assert [path.name for path in tmp_path.iterdir()] == ["events[1].csv"]
 
 
 def test_an_odd_name_is_named_without_a_flag() -> None:

@@ -69,13 +69,15 @@ def collect_events(batches: Iterable[pa.Table], run_events: int, spill: Path) ->
     """
     runs = _Runs(spill)
     pending: list[pa.Table] = []
+    waiting = 0
     with ThreadPoolExecutor(2) as pool:
         encoding: dict[str, Future] = {}
         for batch in batches:
             pending.append(batch)
-            if sum(table.num_rows for table in pending) >= run_events:
+            waiting += batch.num_rows
+            if waiting >= run_events:
                 runs.add(encoding)
-                table, pending = pa.concat_tables(pending), []
+                table, pending, waiting = pa.concat_tables(pending), [], 0
                 encoding = {name: pool.submit(_encode, table[name]) for name in table.column_names}
         runs.add(encoding)
         if pending:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import glob
 import os
 import shutil
 import socket
@@ -102,7 +103,7 @@ def scratch_owner() -> str:
 
 def remove_leftovers(folder: Path, prefix: str) -> None:
     """Remove what killed runs of this host left under names of ``prefix`` and `scratch_owner`."""
-    for path in folder.glob(f"{prefix}{socket.gethostname()}-*"):
+    for path in folder.glob(f"{glob.escape(prefix)}{socket.gethostname()}-*"):
         process = path.name.rpartition("-")[2]
         if process.isdecimal() and (int(process) == os.getpid() or not Path(f"/proc/{process}").exists()):
             if path.is_dir():

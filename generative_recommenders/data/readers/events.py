@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -71,6 +72,23 @@ class RawRatings:
     source: dict[str, Any] = field(default_factory=dict)
 
 
+def _no_time(path: Path, column: Column, sample: pl.Series) -> UserError:
+    """The error of a column of times whose first rows are of no known format."""
+    there = sample.is_not_null()
+    if sample.dtype == pl.String:
+        there &= ~sample.str.strip_chars().is_in(times.MISSING)
+    row = there.arg_max()
+    if row is None or not there[row]:
+        return UserError(
+            f"{path}: the first {len(sample)} rows have no {column.name}, so that its format cannot be told; put a row "
+            "that has one among them, or leave the column out of --columns"
+        )
+    return UserError(
+        f"{path}: the {column.name} {str(sample[row])[:40]!r} (row {row + 1}) is no time; times are numbers since 1970 or "
+        "ISO 8601, as 2023-05-31 14:05: write them so, or name another column in --columns"
+    )
+
+
 class EventReader:
     """The events of raw files. Layout and formats of time are those of the first file; the others must have the same.
 
@@ -82,6 +100,7 @@ class EventReader:
         self.files, self.options = files, options
         first = open_source(files[0], options)
         if not len(first.sample):
+            deque(first.batches([0]), maxlen=0)  # where no line is like the first one, its fault is told
             raise UserError(f"{files[0]}: the file is empty: it holds no event")
         order = {name: place for place, name in enumerate(KNOWN)}
         columns = find_columns(first, options.requests)
@@ -93,12 +112,7 @@ class EventReader:
             sample = first.sample[str(column.place)]
             form = times.recognise(sample, options.time_unit)
             if form is None:
-                row = cast(int, sample.is_not_null().arg_max())
-                value = "" if sample[row] is None else str(sample[row])[:40]
-                raise UserError(
-                    f"{files[0]}: the {column.name} {value!r} (row {row + 1}) is no time; times are numbers since 1970 or "
-                    "ISO 8601, as 2023-05-31 14:05: write them so, or name another column in --columns"
-                )
+                raise _no_time(files[0], column, sample)
             self.time_formats[column.name] = form
         self.dropped = 0
         self._first_missing = ""

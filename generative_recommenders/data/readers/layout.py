@@ -79,7 +79,7 @@ def parse_columns(text: str) -> list[ColumnRequest | None]:
                 f"--columns: {entry!r} is no entry; write NAME, NAME=COLUMN or NAME:KIND ({', '.join(KINDS)})"
             )
         name, file_column, kind = match.groups()
-        if kind is not None and name in ("user", "item", "rating"):
+        if kind is not None and name in KNOWN and (name, kind) != ("timestamp", "time"):
             raise UserError(f"--columns: {name} has its own kind; write {name} without {':' + kind!r}")
         requests.append(ColumnRequest(name, file_column, kind))
     names = [each.name for each in requests if each is not None]
@@ -125,6 +125,11 @@ def find_columns(source: TableSource, requests: Requests | None) -> list[Column]
             raise UserError(f"{path}: no {role}{among}; name the columns, as --columns=user=...,item=...")
     places = [column.place for column in columns]
     for column in columns:
+        same = [repr(each.header) for each in columns if each.name == column.name]
+        if len(same) > 1:
+            raise UserError(
+                f"{path}: {' and '.join(same)} may each be the {column.name}; name one of them in --columns"
+            )
         if column.header and (header or []).count(column.header) > 1:
             raise UserError(f"{path}: several columns are called {column.header!r}; rename all but one")
         if places.count(column.place) > 1:

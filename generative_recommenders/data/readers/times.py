@@ -22,6 +22,8 @@ _SMALLEST = {"ns": 10**17, "us": 10**14, "ms": 10**11}
 """Numbers from here on have this unit: as a coarser one they would lie after the year 4000."""
 _NUMBER = r"^\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?\s*$"
 _ZONE = r"([+-]\d{2}:?\d{2}|[+-]\d{2})$"
+_NANOSECOND_YEARS = ("1700", "2250")
+"""Within what 64 bits of nanoseconds hold: polars takes a later or earlier time for another one in between."""
 # As polars writes formats: %.f is a fraction with its point, or nothing. Of several that fit as many times the first is taken.
 _ISO_FORMATS = ("%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%d %H:%M", "%Y-%m-%d", "%Y/%m/%d %H:%M:%S%.f", "%Y/%m/%d")
 _OTHER_FORMATS = ("%a %b %d %H:%M:%S %z %Y",)  # Goodreads: Tue Sep 26 09:43:46 -0700 2017
@@ -41,7 +43,7 @@ class TimeFormat:
 
 
 def recognise(values: pl.Series, unit: str | None = None) -> TimeFormat | None:
-    """The format of a file's first times; None where they have none that is known.
+    """The format of a file's first times; None where they have none that is known, or are all missing.
 
     values: text, numbers, dates or datetimes; empty and null ones are passed over. unit: the unit of numbers, if the user
     names it.
@@ -107,20 +109,23 @@ def _scale(values: pl.Series, factor: int) -> pl.Series:
 def _parse_text(values: pl.Series, form: str) -> pl.Series:
     """Text of a `strptime` format as int64 nanoseconds; an ISO time without a zone is in UTC."""
     if form in _OTHER_FORMATS:
+        values = _without_far_years(values, values.str.tail(4))
         return values.str.to_datetime(form, time_unit="ns", strict=False).cast(pl.Int64)
-    text = values.str.strip_chars().str.replace("T", " ", literal=True).str.replace(r"\s*(Z|UTC)$", "")
-    zone = pl.Series([None] * len(text), dtype=pl.String)
-    # Zones are taken apart here: polars would want all times of a column to have one, or none.
-    if ":" in (values.drop_nulls().head(1).item() if len(values.drop_nulls()) else ""):
-        # After the date, whose own dashes are no zone.
-        zone = text.str.slice(10).str.extract_groups(_ZONE).struct[0]
-        text = text.set(zone.is_not_null(), None).fill_null(text.str.replace(r"\s*" + _ZONE, ""))
-    if form in ("%Y-%m-%d", "%Y/%m/%d"):
-        parsed = text.str.to_date(form, strict=False).cast(pl.Datetime("ns"))
-    else:
-        parsed = text.str.to_datetime(form, time_unit="ns", strict=False, exact=True)
+    text = values.str.strip_chars().str.replace(r"\s*(Z|UTC)$", "").str.replace("T", " ", literal=True)
+    text = _without_far_years(text, text.str.head(4))
+    if "%H" not in form:
+        return text.str.to_date(form, strict=False).cast(pl.Datetime("ns")).cast(pl.Int64)
+    # Zones are taken apart here: polars would want all times of a column to have one, or none. The date's dashes are no zone.
+    zone = text.str.slice(10).str.extract_groups(_ZONE).struct[0]
+    text = text.set(zone.is_not_null(), None).fill_null(text.str.replace(r"\s*" + _ZONE, ""))
+    parsed = text.str.to_datetime(form, time_unit="ns", strict=False, exact=True)
     digits = zone.str.replace(":", "", literal=True)
     hours = digits.str.slice(1, 2).cast(pl.Int64, strict=False).fill_null(0)
     minutes = digits.str.slice(3, 2).cast(pl.Int64, strict=False).fill_null(0)
     sign = 1 - 2 * digits.str.starts_with("-").fill_null(False).cast(pl.Int64)
     return parsed.cast(pl.Int64) - sign * (hours * 60 + minutes) * 60 * 10**9
+
+
+def _without_far_years(text: pl.Series, year: pl.Series) -> pl.Series:
+    first, last = _NANOSECOND_YEARS
+    return text.set(((year < first) | (year > last)).fill_null(False), None)

@@ -104,7 +104,7 @@ def times(values: pl.Series, name: str, form: TimeFormat, rows: Rows, optional: 
         raise rows.fault(row, name, None, "lies outside the years 1970 to 2200")
     reason = "is not a time"
     if form.text is not None:
-        reason = f"is not written like the times before it ({form})"
+        reason = f"is not written like the times before it ({form}), or lies outside the years 1970 to 2200"
     else:
         try:
             number = float(values[row])
