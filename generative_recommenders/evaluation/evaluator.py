@@ -266,7 +266,7 @@ class Evaluator:
             ranks = product_ranks(queries, score.items, there.targets, there.removed, shard, score.dtype)
             if lists is not None and shard is not None:
                 seen = there.removed.rectangle(len(queries))
-                _, ids = search_shards(queries, score.items, lists.k, shard, seen)
+                _, ids = search_shards(queries, score.items, lists.k, shard, seen, score.dtype)
                 if is_main:
                     lists.add_lists(ids.cpu(), users.user_ids, users.targets, self._seen_before_target(users))
             count = len(ranks) if shard is None or is_main else 0

@@ -11,6 +11,7 @@ from itertools import pairwise
 import torch
 
 from generative_recommenders.distributed.row_shards import RowShard
+from generative_recommenders.modeling.similarity.interface import rounded
 from generative_recommenders.ops import dispatch
 from generative_recommenders.retrieval.selection import fill, largest, scan
 
@@ -23,15 +24,21 @@ LANES = 64
 
 @torch.no_grad()
 def search_products(
-    queries: torch.Tensor, items: torch.Tensor, k: int, seen_ids: torch.Tensor | None = None
+    queries: torch.Tensor,
+    items: torch.Tensor,
+    k: int,
+    seen_ids: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scores and ids ``[n, k]`` of the k largest products of ``queries [n, D]`` with ``items [V, D]``, as `selection.scan`.
 
-    seen_ids: ``[n, S]`` int64, padded with 0: items left out of a row.
+    seen_ids: ``[n, S]`` int64, padded with 0: items left out of a row. dtype: what products are rounded to, see `score_dtype`.
     """
     if not dispatch.fast_on_cpu(queries):
         block = max(1, 8 * BLOCK_SCORES // max(1, len(queries)))
-        return scan(lambda start, stop: queries @ items[start:stop].T, len(items), k, block, seen_ids)
+        return scan(
+            lambda start, stop: rounded(queries @ items[start:stop].T, dtype), len(items), k, block, seen_ids
+        )
     values = queries.new_full((len(queries), k), -torch.inf)
     ids = torch.zeros(len(queries), k, dtype=torch.int64)
     if not len(items):
@@ -43,12 +50,17 @@ def search_products(
     for start in range(0, len(queries), rows):
         some = slice(start, start + rows)
         seen = None if seen_ids is None else seen_ids[some]
-        _search(queries[some], items, lanes, buffer, seen, _Best(values[some], ids[some]))
+        _search(queries[some], items, lanes, buffer, seen, dtype, _Best(values[some], ids[some]))
     return values, ids.masked_fill_(values == -torch.inf, 0)
 
 
 def search_shards(
-    queries: torch.Tensor, items: torch.Tensor, k: int, shard: RowShard, seen_ids: torch.Tensor | None = None
+    queries: torch.Tensor,
+    items: torch.Tensor,
+    k: int,
+    shard: RowShard,
+    seen_ids: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`search_products` of the whole catalogue, on every process.
 
@@ -57,7 +69,7 @@ def search_shards(
     if seen_ids is not None:
         local = seen_ids - shard.before
         seen_ids = local.masked_fill((local < 1) | (local > len(items)), 0)
-    values, ids = search_products(queries, items, min(k, len(items)), seen_ids)
+    values, ids = search_products(queries, items, min(k, len(items)), seen_ids, dtype)
     values, ids = fill(values, ids + shard.before, k)
     # Lower ranks hold smaller ids, so that ties are settled by column.
     every = [
@@ -73,6 +85,7 @@ def _search(
     lanes: int,
     buffer: torch.Tensor,
     seen_ids: torch.Tensor | None,
+    dtype: torch.dtype | None,
     best: _Best,
 ) -> None:
     width = buffer.shape[1]
@@ -87,6 +100,8 @@ def _search(
         count = min(width, len(items) - start)
         scores = buffer[: len(queries), : -(-count // lanes) * lanes]
         torch.mm(queries, items[start : start + count].T, out=scores[:, :count])
+        if dtype is not None:
+            scores.copy_(scores.to(dtype))
         scores[:, count:] = -torch.inf
         if seen_ids is not None:
             scores[next(seen)] = -torch.inf

@@ -20,7 +20,7 @@ from generative_recommenders.retrieval.mol_top_k import (
     MoLNaiveTopK,
 )
 from generative_recommenders.retrieval.selection import largest
-from generative_recommenders.retrieval.top_k import MIPSBruteForceTopK
+from generative_recommenders.retrieval.top_k import BruteForceTopK, MIPSBruteForceTopK
 
 V = 40
 
@@ -92,6 +92,18 @@ def test_dot_product_search_equals_a_sort_with_ties_and_seen_items(small_blocks,
     assert (scores[~found] == -torch.inf).all()
     unfiltered = MIPSBruteForceTopK(DotProductSimilarity(), items)(queries, k)[1]
     assert unfiltered.tolist() == [slow_top_k(s, [], k) for s in all_scores.tolist()]
+
+
+@pytest.mark.parametrize("k", [1, 7, 60])
+def test_scores_rounded_to_bf16_are_ranked_as_rounded(small_blocks, k):
+    _, _, seen = tied_case(k)
+    generator = torch.Generator().manual_seed(k)
+    queries, items = torch.randn(12, 3, generator=generator), torch.randn(V, 3, generator=generator)
+    similarity = DotProductSimilarity(score_dtype=torch.bfloat16)
+    expected = BruteForceTopK(similarity, items)(queries, k, seen)
+    scores, ids = MIPSBruteForceTopK(similarity, items)(queries, k, seen)
+    assert torch.equal(ids, expected[1]) and torch.equal(scores, expected[0])
+    assert torch.equal(scores, scores.bfloat16().float())
 
 
 @pytest.mark.parametrize("k", [3, 60])
