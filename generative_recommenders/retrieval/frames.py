@@ -47,8 +47,11 @@ def as_frame(given: Any, what: str = "histories") -> pl.DataFrame:
         ) from error
 
 
-def history_frame(histories: Any) -> pl.DataFrame:
-    """Histories as one row an event; UserError where columns are missing, or ids of users are."""
+def history_frame(histories: Any, further: Iterable[str] = (), what: str = "histories") -> pl.DataFrame:
+    """Histories as one row an event, with those of the further columns that there are.
+
+    UserError where ``user_id`` or ``item_id`` is no column, ids of users are missing, or values are lists.
+    """
     if isinstance(histories, Mapping):
         lists = {user: listed(items, f"the history of user {user!r}") for user, items in histories.items()}
         users = [user for user, items in lists.items() for _ in items]
@@ -59,17 +62,30 @@ def history_frame(histories: Any) -> pl.DataFrame:
         frame = pl.DataFrame(columns, strict=False)
         frame = frame if items else frame.cast({"item_id": pl.String})
     else:
-        frame = as_frame(histories)
-    for name in ("user_id", "item_id"):
+        frame = as_frame(histories, what)
+    for name in ("item_id", "user_id"):
         if name not in frame.columns:
-            raise UserError(f"histories have no column {name!r}; they have: {', '.join(frame.columns)}")
-        if frame[name].dtype.is_nested() or frame[name].dtype == pl.Object:
-            raise UserError(f"histories: {name} holds {frame[name].dtype}; an id is a text or a number")
+            raise UserError(f"{what} have no column {name!r}; they have: {', '.join(frame.columns)}")
+    names = dict.fromkeys(["user_id", "item_id", *further])
+    frame = frame.select(name for name in names if name in frame.columns)
+    for column in frame:
+        if column.dtype.is_nested() or column.dtype in (pl.Object, pl.Binary, pl.Time, pl.Duration):
+            raise UserError(
+                f"{what}: {column.name} holds {column.dtype}; a value is a text, a number or a date"
+            )
     if frame["user_id"].null_count():
-        raise UserError(f"histories: user_id is missing in {frame['user_id'].null_count()} rows")
-    if "timestamp" in frame.columns and frame["timestamp"].dtype.is_temporal():
-        frame = frame.with_columns(pl.col("timestamp").cast(pl.Datetime("us")).dt.epoch("s"))
+        raise UserError(f"{what}: user_id is missing in {frame['user_id'].null_count()} rows")
     return frame.with_columns(whole_ids(frame["item_id"]))
+
+
+def whole_seconds(times: pl.Series) -> pl.Series:
+    """Times as seconds since 1970, where they are dates or text of numbers; others as they are."""
+    if times.dtype.is_temporal():
+        return times.cast(pl.Datetime("us")).dt.epoch("s")
+    if times.dtype == pl.String:
+        numbers = times.cast(pl.Float64, strict=False)
+        return numbers if numbers.null_count() == times.null_count() else times
+    return times
 
 
 def whole_ids(ids: pl.Series) -> pl.Series:
@@ -99,7 +115,7 @@ def candidate_lists(candidates: Any) -> list[Any] | dict[str, list[Any]]:
         frame = as_frame(candidates, "candidates")
         if "user_id" not in frame.columns and "item_id" in frame.columns:
             return frame["item_id"].to_list()
-        groups = history_frame(frame).group_by("user_id").agg("item_id")
+        groups = history_frame(frame, what="candidates").group_by("user_id").agg("item_id")
         candidates = dict(zip(groups["user_id"].to_list(), groups["item_id"].to_list()))
     if not isinstance(candidates, Mapping):
         return listed(candidates, "candidates")
@@ -133,8 +149,11 @@ def answer_frame(
     """
     row, column = (items > 0).nonzero(as_tuple=True)
     taken = item_ids.take(pa.array((items[row, column] - 1).numpy()))
-    with contextlib.suppress(pa.ArrowInvalid):  # there may be items whose ids are no numbers
-        taken = taken.cast(pa.int64()) if numeric else taken
+    if numeric:
+        with contextlib.suppress(pa.ArrowInvalid):  # there may be items whose ids are no numbers
+            numbers = taken.cast(pa.int64())
+            # "007" is none either: as 7 it would be another item
+            taken = numbers if numbers.cast(taken.type).equals(taken) else taken
     frame = pl.DataFrame(
         {
             "user_id": pl.Series(users, strict=False).gather(row.numpy()) if users else [],

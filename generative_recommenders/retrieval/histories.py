@@ -16,7 +16,7 @@ import torch
 from absl import logging
 
 from generative_recommenders.errors import UserError
-from generative_recommenders.retrieval.frames import history_frame, whole_ids
+from generative_recommenders.retrieval.frames import history_frame, whole_ids, whole_seconds
 
 
 @dataclass(frozen=True)
@@ -73,14 +73,13 @@ class HistoryReader:
 
     def internal(self, items: Any) -> np.ndarray:
         """Internal ids ``[n]`` int64 of original ones, 0 for unknown ones."""
-        text = whole_ids(pl.Series("items", items, strict=False)).cast(pl.String)
-        return _internal_ids(self._items, text.to_list())
+        return _internal_ids(self._items, items)
 
     def internal_users(self, users: list[Any]) -> np.ndarray:
         """``[B]`` internal ids of users that the model was trained on, 0 for new ones."""
         if self._users is None:
             return np.zeros(len(users), np.int64)
-        return _internal_ids(self._users, [str(user) for user in users])
+        return _internal_ids(self._users, users)
 
     def known(self, items: list[Any], what: str = "item") -> torch.Tensor:
         """`internal` as a tensor; UserError for an unknown item."""
@@ -93,12 +92,12 @@ class HistoryReader:
     def read(
         self, histories: Any, at: int | None, batch_size: int, keep_empty: bool = False, warn: bool = True
     ) -> Iterator[Histories]:
-        """Some users at a time; those with no known item are counted and left out unless kept.
+        """Some users at a time; those with no item that can be in a window are counted and left out unless kept.
 
         histories, at: see `Recommender.recommend`. warn: whether what is dropped is counted in the log. UserError
         where columns are missing or ids are empty.
         """
-        frame = history_frame(histories)
+        frame = history_frame(histories, [*self.needed_columns, "timestamp"])
         missing = [name for name in self.needed_columns if name not in frame.columns]
         if missing:
             columns = ", ".join(["user_id", "item_id", *self.needed_columns])
@@ -115,10 +114,14 @@ class HistoryReader:
         frame = frame.with_columns(_event_column(frame[each["name"]], each) for each in self.event_columns)
         if "timestamp" in frame.columns:
             # Stable: events of one time keep the order in which they were given.
-            frame = frame.sort("timestamp", maintain_order=True)
+            frame = frame.with_columns(whole_seconds(frame["timestamp"])).sort(
+                "timestamp", maintain_order=True
+            )
         known = self._with_numbers(frame.filter(pl.col("_item") > 0))
         if warn:
             self._warn(frame, known, at, keep_empty)
+        if not keep_empty and self.readable < len(self.item_ids):
+            known = known.filter((pl.col("_item") <= self.readable).any().over("_user"))
         known = known.sort("_user", maintain_order=True)
         users = (frame if keep_empty else known).select("_user", "user_id").unique("_user").sort("_user")
         names, of_events = users["user_id"].to_list(), known["_user"].to_numpy()
@@ -153,10 +156,11 @@ class HistoryReader:
         unknown = len(frame) - len(known) - frame["item_id"].null_count()
         if unknown:
             logging.warning("%d events of items that the model does not know are dropped", unknown)
-        lost = frame["_user"].n_unique() - known["_user"].n_unique()
+        read = known.filter(pl.col("_item") <= self.readable)
+        lost = frame["_user"].n_unique() - read["_user"].n_unique()
         if lost and not keep_empty:
-            logging.warning("%d users have no item that the model knows and are left out", lost)
-        unread = int((known["_item"] > self.readable).sum())
+            logging.warning("%d users have no item that the model can read and are left out", lost)
+        unread = len(known) - len(read)
         if unread:
             logging.warning("%d events of items that were added after training are seen, not read", unread)
         if self.uses_next_time and at is None and len(known):
@@ -195,22 +199,31 @@ class HistoryReader:
         return Histories(users, batch, seen, numeric)
 
 
-def _internal_ids(known: pd.Index, texts: list[str | None]) -> np.ndarray:
-    return known.get_indexer(pd.Index(texts, dtype=object)).astype(np.int64) + 1
+def _internal_ids(known: pd.Index, ids: Any) -> np.ndarray:
+    """Internal ids ``[n]`` int64 of original ones, 0 for unknown ones. known: as text, row i is internal id i + 1."""
+    text = whole_ids(pl.Series("ids", ids, strict=False)).cast(pl.String)
+    return known.get_indexer(pd.Index(text.to_list(), dtype=object)).astype(np.int64) + 1
 
 
 def _event_column(values: pl.Series, column: Mapping[str, Any]) -> pl.Series:
     """An event column as the model reads it: ids of categories, standardised numbers, seconds; 0 where missing."""
     if column["kind"] == "categorical":
         known = pa.array(column["categories"], pa.large_string())
-        ids = pc.index_in(values.cast(pl.String).to_arrow().cast(pa.large_string()), value_set=known)
+        text = values.cast(pl.String)
+        # Integers may have become floats, where one is missing; a float is a category of its own where the data have it.
+        ids = pc.coalesce(
+            *(
+                pc.index_in(each.str.strip_chars().to_arrow().cast(pa.large_string()), value_set=known)
+                for each in (text, whole_ids(values).cast(pl.String))
+            )
+        )
         return (pl.Series(values.name, pl.from_arrow(ids)).cast(pl.Int64) + 1).fill_null(0)
     if column["kind"] == "numerical":
         numbers = _numbers(values, pl.Float64).fill_nan(None)
         if numbers.is_infinite().any():
             raise UserError(f"column {values.name!r} holds a number that is not finite")
         return ((numbers - column["mean"]) / (column["std"] or 1.0)).fill_null(0.0)
-    return _numbers(values, pl.Int64).fill_null(0)
+    return _numbers(whole_seconds(values), pl.Int64).fill_null(0)
 
 
 def _numbers(values: pl.Series, kind: type[pl.DataType]) -> pl.Series:

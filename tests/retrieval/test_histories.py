@@ -1,0 +1,75 @@
+"""Histories in the users' own ids and types are read as the model was trained on them."""
+
+from __future__ import annotations
+
+import datetime
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pytest
+import torch
+
+from generative_recommenders.errors import UserError
+from generative_recommenders.retrieval.frames import candidate_lists
+from generative_recommenders.retrieval.histories import HistoryReader
+
+ITEMS = pa.array(["a", "b", "c"])
+
+
+def read(column: str, values: list[Any], **columns: Any) -> dict[str, torch.Tensor]:
+    """The batch of one user with items a, b, c, whose events have these values."""
+    frame = pd.DataFrame({"user_id": "u", "item_id": ["a", "b", "c"], column: values})
+    (histories,) = HistoryReader(ITEMS, None, 3, 3, **columns).read(frame, None, 9)
+    return histories.batch
+
+
+@pytest.mark.parametrize("needs_timestamps", [False, True])
+@pytest.mark.parametrize("values", [
+    [900, 1000, 80], ["900", "1000", "80"], ["900.0", "1000.0", "80.0"],
+    [datetime.datetime.fromtimestamp(each, datetime.UTC) for each in (900, 1000, 80)],
+])  # fmt: skip
+def test_events_are_in_the_order_of_their_times_whatever_their_type(
+    values: list[Any], needs_timestamps: bool
+) -> None:
+    batch = read("timestamp", values, needs_timestamps=needs_timestamps)
+    assert batch["item_ids"].tolist() == [[3, 1, 2]]
+    if needs_timestamps:
+        assert batch["timestamps"].tolist() == [[80, 900, 1000]]
+
+
+@pytest.mark.parametrize("values", [[2, 1, None], ["2", " 1", None], [2.0, 1.0, None]])
+def test_categories_that_became_floats_are_known(values: list[Any]) -> None:
+    column = {"name": "shelf", "kind": "categorical", "categories": ["1", "2"]}
+    assert read("shelf", values, event_columns=[column])["shelf"].tolist() == [[2, 1, 0]]
+    floats = {**column, "categories": ["1.0", "2", "2.0"]}  # of a file whose column is one of floats
+    assert read("shelf", [1.0, 2.0, None], event_columns=[floats])["shelf"].tolist() == [[1, 3, 0]]
+
+
+def test_dates_of_a_time_column_are_seconds() -> None:
+    days = [datetime.date(1970, 1, day) for day in (2, 3, 4)]
+    batch = read("due", days, event_columns=[{"name": "due", "kind": "time"}])
+    assert batch["due"].tolist() == [[86_400, 172_800, 259_200]]
+
+
+def test_users_that_became_floats_are_known() -> None:
+    reader = HistoryReader(ITEMS, pa.array(["7", "8"]), 3, 3)
+    assert reader.internal_users([8.0, 7.0, 9.0]).tolist() == [2, 1, 0]
+
+
+def test_columns_that_nothing_reads_are_left_alone() -> None:
+    for name in ("_user", "_item", "index"):
+        assert read(name, [[1], [2], [3]])["item_ids"].tolist() == [[1, 2, 3]]
+
+
+@pytest.mark.parametrize("values", [[[1], [2], [3]], [datetime.time(1)] * 3, [datetime.timedelta(1)] * 3])
+def test_values_that_are_none_are_refused(values: list[Any]) -> None:
+    for reads in ({"needs_timestamps": True}, {}):
+        with pytest.raises(UserError, match="histories: timestamp holds"):
+            read("timestamp", values, **reads)
+
+
+def test_a_table_of_candidates_is_named_where_it_lacks_a_column() -> None:
+    for frame in (pd.DataFrame({"item": ["a"]}), pd.DataFrame({"user_id": ["u"]})):
+        with pytest.raises(UserError, match="candidates have no column 'item_id'"):
+            candidate_lists(frame)
