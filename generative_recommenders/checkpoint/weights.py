@@ -57,9 +57,11 @@ def _load(module: torch.nn.Module, checkpoint: Checkpoint, prefix: str) -> None:
         raise UserError(f"{checkpoint.path} does not fit the configuration: {first}") from error
 
 
-def data_tensors(item_counts: torch.Tensor, user_ids: pa.ChunkedArray | None) -> dict[str, torch.Tensor]:
+def data_tensors(
+    item_counts: torch.Tensor | None, user_ids: pa.ChunkedArray | None
+) -> dict[str, torch.Tensor]:
     """Tensors of a checkpoint. item_counts: ``[V]`` training events. user_ids: original ids, of models that read users."""
-    tensors = {_COUNTS: item_counts}
+    tensors = {} if item_counts is None else {_COUNTS: item_counts}
     if user_ids is not None:
         text = user_ids.cast(pa.large_string()).combine_chunks()
         texts = [each.encode() for each in text.to_pylist()]

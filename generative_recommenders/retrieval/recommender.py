@@ -11,6 +11,7 @@ import pandas as pd
 import polars as pl
 import pyarrow as pa
 import torch
+import torch.nn.functional as F
 from absl import logging
 
 from generative_recommenders.build.catalogue import Catalogue
@@ -28,6 +29,7 @@ from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.inputs import Queries
 from generative_recommenders.modeling.model import SequenceRecommender
+from generative_recommenders.modeling.similarity.interface import score_dtype
 from generative_recommenders.ops import dispatch
 from generative_recommenders.retrieval import quantized_search
 from generative_recommenders.retrieval.frames import (
@@ -205,26 +207,39 @@ class Recommender:
         if exclude_seen:
             rows = [torch.from_numpy(each) for each in histories.seen]
             seen = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        empty = histories.batch["lengths"] == 0
         product = self.model.similarity.operands(queries.states[:0], self.snapshot.embeddings[:0]) is not None
-        if product and not empty.any() and (allowed is None or allowed.dim() == 1):
-            return self._search(queries, k, seen, allowed)
-        with torch.no_grad():
-            scores = self.model.score(queries, self.snapshot if allowed is None else allowed).float().cpu()
+        if product and (allowed is None or allowed.dim() == 1):
+            values, ids = self._search(queries, k, seen, allowed)
+        else:
+            with torch.no_grad():
+                scores = self.model.score(queries, self.snapshot if allowed is None else allowed)
+            values, ids = self._best_of_scores(scores.float().cpu(), k, seen, allowed)
+        empty = (histories.batch["lengths"] == 0).nonzero()[:, 0]
+        if len(empty):
+            seen = None if seen is None else seen[empty]
+            allowed = allowed if allowed is None or allowed.dim() == 1 else allowed[empty]
+            popularity = self._popularity(allowed).expand(len(empty), -1)
+            values[empty], ids[empty] = self._best_of_scores(popularity, k, seen, allowed)
+        return values, ids
+
+    def _popularity(self, allowed: torch.Tensor | None) -> torch.Tensor:
+        """Training events of all items ``[V]``, or of those allowed, minus infinity for padding."""
+        if self.counts is None:
+            raise UserError(
+                "fallback='popular': checkpoints of releases before 0.2.0 have no counts of items"
+            )
+        counts = self.counts.float()
+        return counts if allowed is None else F.pad(counts, (1, 0), value=-torch.inf)[allowed]
+
+    def _best_of_scores(
+        self, scores: torch.Tensor, k: int, seen: torch.Tensor | None, allowed: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`best` by the scores ``[n, V]`` of all items, or ``[n, R]`` of those allowed."""
         ids = torch.arange(1, len(self.item_ids) + 1) if allowed is None else allowed
         ids = ids.expand(len(scores), -1)
-        if empty.any():
-            if self.counts is None:
-                raise UserError(
-                    "fallback='popular': checkpoints of releases before 0.2.0 have no counts of items"
-                )
-            counts = self.counts.float()[(ids[empty] - 1).clamp(min=0)]
-            scores[empty] = counts.masked_fill(ids[empty] == 0, -torch.inf)
         if seen is not None:
-            left_out = torch.zeros(len(scores), len(self.item_ids) + 1, dtype=torch.bool).scatter_(
-                1, seen, True
-            )
-            scores = scores.masked_fill(left_out.gather(1, ids), -torch.inf)
+            left_out = torch.zeros(len(scores), len(self.item_ids) + 1, dtype=torch.bool)
+            scores = scores.masked_fill(left_out.scatter_(1, seen, True).gather(1, ids), -torch.inf)
         values, columns = largest(scores, k)
         return fill(values, ids.gather(1, columns), k)
 
@@ -238,16 +253,17 @@ class Recommender:
             place = torch.zeros(len(self.item_ids) + 1, dtype=torch.int64)
             place[allowed] = torch.arange(1, len(allowed) + 1)
             seen = None if seen is None else place[seen]
-        operands = self.model.similarity.operands(queries.states, rows)
+        similarity = self.model.similarity
+        operands, dtype = similarity.operands(queries.states, rows), score_dtype(similarity)
         assert operands is not None
         states, items = operands
         seen = None if seen is None else seen.to(items.device)
         found = None
-        if allowed is None and quantized_search.is_faster(states, len(items)):
+        if allowed is None and dtype is None and quantized_search.is_faster(states, len(items)):
             self._quantized = self._quantized or QuantizedItems(items)
             found = self._quantized.search(states, k, seen)
-        values, ids = found or search_products(states, items, k, seen)
-        ids = ids.cpu() if allowed is None else torch.nn.functional.pad(allowed, (1, 0))[ids.cpu()]
+        values, ids = found or search_products(states, items, k, seen, dtype)
+        ids = ids.cpu() if allowed is None else F.pad(allowed, (1, 0))[ids.cpu()]
         return values.float().cpu(), ids
 
     def score(self, histories: Any, candidates: Sequence[Any], *, at: Any = None) -> pd.DataFrame:
@@ -284,7 +300,7 @@ class Recommender:
         one = isinstance(items, (str, int, np.integer))
         k, items = self._checked(k), listed([items] if one else items, "items")
         own = self.reader.known(items)
-        every = torch.nn.functional.normalize(self.snapshot.embeddings.float(), dim=-1)
+        every = F.normalize(self.snapshot.embeddings.float(), dim=-1)
         cosines, ids = search_products(
             every[own.to(every.device) - 1], every, k, own[:, None].to(every.device)
         )
@@ -349,8 +365,8 @@ class Recommender:
         store.attach(self.item_ids, self.settings.to_json(), "")
         users = None if self.known_users is None else pa.chunked_array([self.known_users])
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
-        counts = torch.zeros(len(self.item_ids), dtype=torch.int64) if self.counts is None else self.counts
-        store.save((0, 0), {**tensors, **data_tensors(counts, users)}, {"data": self.facts}, is_best=True)
+        tensors |= data_tensors(self.counts, users)
+        store.save((0, 0), tensors, {"data": self.facts}, is_best=True)
 
     # -- parts --------------------------------------------------------------------------------------------------
 

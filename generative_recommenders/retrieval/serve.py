@@ -135,17 +135,16 @@ def _ranked(
             for request in requests
         ]
         allowed = torch.nn.utils.rnn.pad_sequence(lists, batch_first=True)
-    popular = recommender.counts is not None
-    known = (batch["lengths"] > 0).tolist()
-    if not popular:  # nothing to fall back on: such rows are not looked at
-        batch["lengths"].clamp_(min=1)
+    popular = torch.tensor([request.popular and recommender.counts is not None for request in requests])
+    answered = popular | (batch["lengths"] > 0)
+    batch["lengths"][~answered] = 1  # of padding, so that nobody looks for the most popular items
     scores, ids = recommender.best(
         histories, recommender.queries(histories), max(r.k for r in requests), exclude_seen, allowed
     )
     found: list[list[dict[str, Any]]] = []
-    for request, row_scores, row_ids, is_known in zip(requests, scores.tolist(), ids.tolist(), known):
-        wanted = is_known or (request.popular and popular)
-        pairs = list(zip(row_ids, row_scores))[: request.k] if wanted else []
+    rows = zip(requests, scores.tolist(), ids.tolist(), answered.tolist())
+    for request, row_scores, row_ids, is_answered in rows:
+        pairs = list(zip(row_ids, row_scores))[: request.k] if is_answered else []
         found.append(
             [{"item_id": recommender.item_ids[i - 1].as_py(), "score": score} for i, score in pairs if i > 0]
         )
@@ -264,7 +263,7 @@ def make_app(recommender: Recommender, limits: Limits | None = None) -> Any:
 
     @app.post("/similar", summary="The k nearest other items of items")
     async def similar(request: SimilarRequest) -> dict[str, Any]:
-        items = [str(item) for item in request.items]
+        items = list(dict.fromkeys(str(item) for item in request.items))
         loop = asyncio.get_running_loop()
         try:
             frame = await loop.run_in_executor(batcher.thread, recommender.similar_items, items, request.k)

@@ -150,6 +150,8 @@ def test_ids_that_are_numbers(tmp_path: Path, dataset: SequenceDataset, rec: Rec
     pd.testing.assert_frame_equal(numbered.recommend(missing, k=3), expected)
     every = numbered.recommend({7: [101]}, k=10**12)
     assert len(every) == 29 and "last" in every["item_id"].tolist()  # which is no number
+    zeros = Recommender(rec.settings, rec.model, pa.array(["007", "7", *map(str, range(100, 128))]))
+    assert {"007", "7"} <= set(zeros.recommend({7: [101]}, k=30)["item_id"])  # 7 would be both
     assert numbered.similar_items(101, k=2).equals(numbered.similar_items(pd.Series([101], index=[5]), k=2))
 
 
@@ -339,6 +341,13 @@ def test_new_items_are_known_by_their_features(
     read = rec.recommend({"a": ["i00001", "n1"]}, k=100)
     expected = rec.recommend({"a": ["i00001"]}, k=100)
     assert read["item_id"].tolist() == [item for item in expected["item_id"] if item != "n1"]
+    with caplog.at_level(logging.WARNING, logger="absl"):
+        unread = rec.recommend({"a": ["n1"], "b": ["i00001"]}, k=100)
+    assert unread["user_id"].unique().tolist() == ["b"]
+    assert "1 users have no item that the model can read" in caplog.text
+    popular = rec.recommend({"a": ["n1"], "b": ["i00001"]}, k=100, fallback="popular")
+    pd.testing.assert_frame_equal(popular[popular["user_id"] == "b"].reset_index(drop=True), unread)
+    assert set(popular[popular["user_id"] == "a"]["item_id"]) == set(after.index) - {"n1"}
     rec.save(tmp_path / "grown")
     again = Recommender.load(tmp_path / "grown")
     pd.testing.assert_frame_equal(again.item_embeddings(), after)
@@ -360,3 +369,24 @@ def test_new_items_are_known_by_their_features(
 def test_new_items_are_refused_where_the_model_knows_ids(rec: Recommender) -> None:
     with pytest.raises(UserError, match="without 'item_id'"):
         rec.add_items(pd.DataFrame({"item_id": ["n1"]}))
+
+
+def test_scores_of_bf16_are_rounded_as_the_evaluation_has_them(
+    tmp_path: Path, dataset: SequenceDataset
+) -> None:
+    rec = Recommender.load(
+        make_run(tmp_path, dataset, {"main_module": "SASRec", "main_module_bf16": True})[0]
+    )
+    some = [f"i{number:05}" for number in range(1, 21)]
+    for candidates in (None, some, {"a": some}):
+        answer = rec.recommend({"a": ["i00001"]}, k=30, candidates=candidates)
+        scores = torch.tensor(answer["score"].to_numpy())
+        assert torch.equal(scores, scores.bfloat16().float())
+        ranked = answer.sort_values(["score", "item_id"], ascending=[False, True])
+        assert answer["item_id"].tolist() == ranked["item_id"].tolist()
+
+
+def test_a_run_without_counts_stays_one_when_it_is_saved(tmp_path: Path, rec: Recommender) -> None:
+    Recommender(rec.settings, rec.model, rec.item_ids, facts=rec.facts).save(tmp_path / "run")
+    with pytest.raises(UserError, match="have no counts of items"):
+        Recommender.load(tmp_path / "run").recommend({"a": []}, fallback="popular")

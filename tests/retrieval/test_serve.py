@@ -156,7 +156,7 @@ def test_answers_over_http(server: Server, rec: Recommender) -> None:
     assert status == 200
     expected = rec.recommend({"a": ["i00003", "i00004"]}, k=3)["item_id"].tolist()
     assert [each["item_id"] for each in json.loads(text)["items"]] == expected
-    status, text = server.ask("POST", "/similar", {"items": ["i00003"], "k": 2})
+    status, text = server.ask("POST", "/similar", {"items": ["i00003", "i00003"], "k": 2})
     near = rec.similar_items(["i00003"], 2)["similar_id"].tolist()
     assert status == 200 and [each["item_id"] for each in json.loads(text)["items"]["i00003"]] == near
     assert server.ask("GET", "/docs")[0] == 200
