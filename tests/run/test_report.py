@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 import pytest
 import torch
 from absl import logging
@@ -23,11 +24,12 @@ from generative_recommenders.run.report import breakdown, pictures
 from generative_recommenders.run.report.answers import AttentionMap, layer_weights
 from generative_recommenders.run.report.facts import read_facts, write_facts
 from generative_recommenders.run.report.page import write_report
+from generative_recommenders.run.report.records import read_run
 from generative_recommenders.run.summary import COLUMNS
 from programs import run_program
 from recommender_runs import CHOICES, make_run
 from report_runs import HOSTILE, ranks_of, titled_dataset
-from tiny_data import ragged_sequences, tiny_dataset
+from tiny_data import dataset_of, ragged_sequences, tiny_dataset
 
 SETTINGS = (
     "train_fn.dataset_name = 'tiny'", "train_fn.max_sequence_length = 12", "train_fn.item_embedding_dim = 16",
@@ -100,7 +102,7 @@ def test_a_run_writes_one_page_without_the_network(root: Path) -> None:
 
 def test_the_kept_ranks_give_the_numbers_of_the_final_record(root: Path) -> None:
     final = json.loads((root / "one" / "metrics.jsonl").read_text().splitlines()[-1])
-    facts = read_facts(root / "one")
+    facts = read_run(root / "one").facts
     assert facts is not None and facts.methods == ["SASRec", "most popular", "last item's successor"]
     for method, metrics in breakdown.results(facts).items():
         for name, interval in metrics.items():
@@ -145,7 +147,7 @@ def test_runs_are_compared_over_the_same_users_by_id(root: Path, tmp_path: Path)
 
 
 def test_the_tests_are_those_of_the_users_metrics(root: Path) -> None:
-    facts = {name: read_facts(root / name) for name in ("one", "two")}
+    facts = {name: read_run(root / name).facts for name in ("one", "two")}
     joint = breakdown.of_common_users(facts)  # type: ignore[arg-type]
     ranks = {name: joint.ranks(name) for name in joint.methods}
     found = breakdown.compared(ranks, joint.num_items, ("ndcg@10", "mrr"))
@@ -172,6 +174,41 @@ def test_runs_on_other_data_are_refused_in_one_line(
     assert f"{other} has split hash 000" in error and "do not compare" in error and error.count("\n") == 1
     assert report([str(tmp_path / "none")]) == 2
     assert "is no folder of a run" in capsys.readouterr().err
+
+
+def test_unrated_items_of_the_catalogue_are_candidates_in_the_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rated = tiny_dataset(tmp_path, ragged_sequences(20, 12, seed=5), item_features=True, unrated=3)
+    runs = []
+    for catalogue in ("rated", "all"):
+        dataset = rated.with_catalogue(catalogue)  # type: ignore[arg-type]
+        run, _, _ = make_run(tmp_path / catalogue, dataset, {"catalogue": catalogue})
+        users, targets, ranks = ranks_of(dataset)
+        ranks[:] = dataset.num_items  # the last place
+        write_facts(run, dataset, make_split(dataset, "leave_one_out"), {"model": (users, targets, ranks)})
+        runs.append(run)
+        assert "a miss" not in Page(write_report(run).read_text()).text
+        hits = breakdown.results(read_run(run).facts)["model"]["hr@50"]  # type: ignore[arg-type]
+        assert hits.mean == 1.0
+    assert report([*map(str, runs), f"--output={tmp_path / 'both.html'}"]) == 2
+    error = capsys.readouterr().err
+    assert f"{runs[1]} has catalogue size 15, {runs[0]} 12: their numbers do not compare" in error
+
+
+def test_a_single_category_of_each_item_is_its_genre_and_a_list_is_no_title(tmp_path: Path) -> None:
+    items = [f"i{number}" for number in range(4)]
+    features = pa.table(
+        {"item": items, "category": ["odd", "even", None, "even"], "name": [["a", "b"], ["c"], [], ["b"]]}
+    )
+    columns = {"user": ["u", "v"] * 4, "item": items * 2, "timestamp": [*range(8)]}
+    dataset = dataset_of(columns, tmp_path / "tiny", item_features=features)
+    split = make_split(dataset, "leave_one_out")
+    write_facts(tmp_path / "run", dataset, split, {"model": ranks_of(dataset)})
+    facts = read_facts(tmp_path / "run", "rated")
+    assert facts is not None
+    assert facts.items["genres"].to_list() == [["odd"], ["even"], [], ["even"]]
+    assert facts.items["title"].to_list() == [None] * 4
 
 
 def test_damaged_facts_report_one_line_error(
@@ -280,7 +317,7 @@ def test_metrics_of_users_are_those_of_the_histogram() -> None:
 def test_groups_hold_every_target_once_and_genres_each_of_its_own(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    facts = read_facts(root / "one")
+    facts = read_run(root / "one").facts
     assert facts is not None
     for column in ("history_length", "item_events"):
         found = breakdown.by_size(facts, column, "hr@10")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -72,7 +71,7 @@ class AttentionMap:
 
 def examples(recommender: Recommender, facts: Facts, names: ItemNames) -> list[Example]:
     """The top recommendations of the run's example users, from what they had before the test target."""
-    ranks = dict(facts.users.select("user_id", facts.users.columns[4]).iter_rows())
+    ranks = dict(zip(facts.users["user_id"], facts.ranks(facts.methods[0])))
     found = []
     for each in facts.example_users:
         history = facts.examples.filter(pl.col("user_id") == each["user_id"])
@@ -80,7 +79,7 @@ def examples(recommender: Recommender, facts: Facts, names: ItemNames) -> list[E
             history, TOP_K, exclude_seen=recommender.settings.evaluation.seen_filter != "none", at=each["at"],
             output="polars",
         )  # fmt: skip
-        rank = ranks[each["user_id"]]
+        rank = int(ranks[each["user_id"]])
         found.append(
             Example(
                 each["user_id"],
@@ -153,15 +152,15 @@ def layer_weights(
 
 @dataclass(frozen=True)
 class ItemMap:
-    """Places ``[n, 2]`` of the items of most training events. by: how they were found, in words."""
+    """Places ``[n, 2]`` of the items of most training events. variance: the share of it that the two axes hold."""
 
     places: np.ndarray
     items: list[Item]
-    by: str
+    variance: float
 
 
 def item_map(recommender: Recommender, facts: Facts) -> ItemMap | None:
-    """Items as scored, in two dimensions: by UMAP where it is installed, else by PCA. None for fewer than three items."""
+    """Items as scored, in two dimensions by PCA. None for fewer than three items."""
     frame = facts.items.sort("events", "item_id", descending=[True, False]).head(MAP_ITEMS)
     ids = recommender.reader.internal(frame["item_id"])
     frame, ids = frame.filter(pl.Series(ids > 0)), ids[ids > 0]
@@ -170,11 +169,7 @@ def item_map(recommender: Recommender, facts: Facts) -> ItemMap | None:
     rows = recommender.snapshot.embeddings[torch.from_numpy(ids - 1)].float().cpu().numpy()
     names = ItemNames(frame)
     items = [names[item] for item in frame["item_id"]]
-    if importlib.util.find_spec("umap") is not None and len(rows) > 15:
-        from umap import UMAP
-
-        return ItemMap(UMAP(random_state=0, n_jobs=1).fit_transform(rows), items, "UMAP")
     centred = rows - rows.mean(0)
     _, sizes, directions = np.linalg.svd(centred, full_matrices=False)
     share = float((sizes[:2] ** 2).sum() / max((sizes**2).sum(), 1e-30))
-    return ItemMap(centred @ directions[:2].T, items, f"PCA, whose two axes hold {share:.0%} of the variance")
+    return ItemMap(centred @ directions[:2].T, items, share)

@@ -21,6 +21,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
+from generative_recommenders.config.sections import Catalogue
 from generative_recommenders.data.export import event_table
 from generative_recommenders.data.manifest import FeatureSpec
 from generative_recommenders.data.preparation.folder import new_file
@@ -52,18 +53,14 @@ RANK = "rank: "
 @dataclass(frozen=True)
 class Facts:
     """data: what `write_facts` says of them. users, items, examples: the tables; a rank above V is a miss. methods: the
-    model, then baselines. example_users: ``user_id``, ``item_id`` of the target and ``at``, its time."""
+    model, then baselines. example_users: ``user_id``, ``item_id`` of the target and ``at``, its time. num_items: V."""
 
     data: dict[str, Any]
     users: pl.DataFrame
     items: pl.DataFrame
     examples: pl.DataFrame
     example_users: list[dict[str, Any]]
-
-    @property
-    def num_items(self) -> int:
-        """V of the catalogue."""
-        return int(self.data["counts"]["items"])
+    num_items: int
 
     @property
     def methods(self) -> list[str]:
@@ -129,8 +126,8 @@ def write_facts(run: Path, dataset: SequenceDataset, split: Split, ranks: Mappin
         scratch.write_text(json.dumps(facts, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def read_facts(run: Path) -> Facts | None:
-    """None for a run that keeps none; UserError for what cannot be read."""
+def read_facts(run: Path, catalogue: Catalogue) -> Facts | None:
+    """None for a run that keeps none; UserError for what cannot be read. catalogue: ``train_fn.catalogue`` of the run."""
     folder = run / FOLDER
     if not (folder / "facts.json").is_file():
         return None
@@ -139,8 +136,9 @@ def read_facts(run: Path) -> Facts | None:
         users, items, examples = (
             pl.read_parquet(folder / f"{name}.parquet") for name in ("users", "items", "examples")
         )
-        data = {**facts["data"], "users_tested": facts["users_tested"]}
-        return Facts(data, users, items, examples, facts["examples"])
+        data, counts = {**facts["data"], "users_tested": facts["users_tested"]}, facts["data"]["counts"]
+        num_items = counts["items"] + (counts.get("unrated_items", 0) if catalogue == "all" else 0)
+        return Facts(data, users, items, examples, facts["examples"], num_items)
     except (OSError, ValueError, KeyError, TypeError, pl.exceptions.PolarsError) as error:
         first = (str(error).splitlines() or [""])[0][:200]
         raise UserError(
@@ -177,7 +175,8 @@ def _items(
     rows = np.union1d(popular, shown - 1)
     taken = pa.array(rows)
     table, specs = dataset.item_features(), dataset.feature_specs("item")
-    title, genre = _named(specs, TITLES, "text"), _named(specs, GENRES, "categorical_list")
+    titles = [spec for spec in specs if spec.kind in ("text", "categorical")]
+    title, genre = _named(titles, TITLES, "text"), _named(specs, GENRES, "categorical_list")
     columns = {
         "item_id": pl.Series(pl.from_arrow(item_ids.take(taken))),
         "title": pl.Series([None] * len(rows), dtype=pl.String),
@@ -187,8 +186,9 @@ def _items(
     if table is not None and title is not None:
         columns["title"] = pl.Series(pl.from_arrow(table[title].take(taken))).cast(pl.String)
     if table is not None and genre is not None:
-        values = pl.Series(pl.from_arrow(table[genre].take(taken)))
-        columns["genres"] = values if values.dtype == pl.List(pl.String) else values.cast(pl.List(pl.String))
+        values = pl.DataFrame({"genres": pl.Series(pl.from_arrow(table[genre].take(taken)))})
+        lists = pl.concat_list("genres").cast(pl.List(pl.String))  # of one where each item has one value
+        columns["genres"] = values.select(lists.list.drop_nulls())["genres"]
     return pl.DataFrame(columns)
 
 

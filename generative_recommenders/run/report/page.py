@@ -128,16 +128,17 @@ def _answers(run: Run, facts: Facts) -> dict[str, Any]:
 
 
 def comparison_page(runs: Sequence[Run]) -> dict[str, Any]:
-    """Values of comparison.html; UserError where the runs are of other data, another split or another seen filter."""
+    """Values of comparison.html; UserError where the runs are of other data, another split, or other candidates."""
     for run in runs:
         if run.facts is None:
             raise UserError(
                 f"{run.path} keeps no ranks of its users: python main.py --mode=evaluate --run_dir={run.path} writes them"
             )
-        for what, here, there in zip(("data hash", "split hash", "seen filter"), _kind(run), _kind(runs[0])):
-            if here != there:
+        first = _measured_on(runs[0])
+        for what, own in _measured_on(run).items():
+            if own != first[what]:
                 raise UserError(
-                    f"{run.path} has {what} {here}, {runs[0].path} {there}: their numbers do not compare"
+                    f"{run.path} has {what} {own}, {runs[0].path} {first[what]}: their numbers do not compare"
                 )
     facts = {name: run.facts for name, run in zip(_names(runs), runs) if run.facts is not None}
     joint = breakdown.of_common_users(facts)
@@ -168,10 +169,16 @@ def comparison_page(runs: Sequence[Run]) -> dict[str, Any]:
     }
 
 
-def _kind(run: Run) -> tuple[str, str, str]:
+def _measured_on(run: Run) -> dict[str, str]:
+    """What must be the same in runs whose ranks are compared."""
     assert run.facts is not None
     data = run.facts.data
-    return data["data_hash"], data["split"]["hash"], run.settings.evaluation.seen_filter
+    return {
+        "data hash": data["data_hash"],
+        "split hash": data["split"]["hash"],
+        "catalogue size": f"{run.facts.num_items:,}",
+        "seen filter": run.settings.evaluation.seen_filter,
+    }
 
 
 def _names(runs: Sequence[Run]) -> list[str]:

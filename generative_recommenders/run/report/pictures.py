@@ -322,7 +322,7 @@ def item_map(found: ItemMap) -> Markup:
         bar.ax.tick_params(colors=_INK)
         bar.outline.set_visible(False)
     axes.set_axis_off()
-    return svg(made, f"Items by their embeddings: {found.by}")
+    return svg(made, "Items by their embeddings, in two dimensions by PCA")
 
 
 @in_style

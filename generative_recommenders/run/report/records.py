@@ -53,14 +53,15 @@ def read_run(path: Path) -> Run:
     final: dict[str, Any] = next((each for each in reversed(records) if each.get("part") == "final"), {})
     if not final and (path / "evaluation.json").is_file():
         final = next(iter(read_records(path / "evaluation.json", whole=True)), {})
+    settings = RunSettings.from_json(checkpoint.settings())
     return Run(
         path,
-        RunSettings.from_json(checkpoint.settings()),
+        settings,
         checkpoint,
         [each for each in records if "epoch" in each and "train_loss" in each],
         [each for each in records if "train/loss" in each and "step" in each],
         final,
-        read_facts(path),
+        read_facts(path, settings.data.catalogue),
     )
 
 
