@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--seeds, --jobs and --trials must be 1 or more")
     if args.search and ((args.seeds or 1) > 1 or args.only):
         raise UserError("--search runs one seed of every trial: leave out --seeds and --only")
-    load_plugins(tuple(args.plugin))
+    load_plugins(args.plugin)
     out = Path(args.runs or Path("runs") / "ablations" / file.stem)
     ablation = Ablation.load(file, args.gin_bindings, out)
     finished: dict[str, list[Finished]] = {}
@@ -115,8 +115,7 @@ def _list(ablation: Ablation, args: argparse.Namespace) -> Callable[[], Run | No
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    logging.set_verbosity(logging.INFO)
-    set_up_logging(level=logging.INFO)
+    set_up_logging()
     return exit_code(lambda: run(args))
 
 

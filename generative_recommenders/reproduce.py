@@ -167,8 +167,7 @@ def _run_all(planned: Sequence[_Planned], slots: Sequence[jobs.Slot], flags: Seq
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    logging.set_verbosity(logging.INFO)
-    set_up_logging(level=logging.INFO)
+    set_up_logging()
     return exit_code(lambda: run(args))
 
 

@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from generative_recommenders.config.plugins import add_plugin_flag
-from generative_recommenders.errors import UserError, not_installed
+from generative_recommenders.errors import UserError, fault_of, not_installed
 from generative_recommenders.retrieval.recommender import Recommender
 from generative_recommenders.retrieval.serve import Limits, make_app
 
@@ -38,9 +38,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     try:
-        if args.max_batch < 1 or not 0 <= args.wait_ms < 60_000 or not 0 <= args.port < 1 << 16:
+        if args.max_batch < 1 or not 0 <= args.wait_ms <= 60_000 or not 0 < args.port < 1 << 16:
             raise UserError(
-                "--max_batch must be 1 or more, --wait_ms from 0 to 60000, --port from 0 to 65535"
+                "--max_batch must be 1 or more, --wait_ms from 0 to 60000, --port from 1 to 65535"
             )
         try:
             import uvicorn
@@ -48,9 +48,12 @@ def main(argv: list[str] | None = None) -> int:
             raise not_installed("uvicorn", "serve") from error
         recommender = Recommender.load(args.run, args.device, args.plugin)
         app = make_app(recommender, Limits(args.max_batch, args.wait_ms / 1000))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    except Exception as error:
+        fault = fault_of(error)
+        if fault is None:
+            raise
+        print(f"error: {fault}", file=sys.stderr)
+        return fault.exit_code
     print(f"answers at http://{args.host}:{args.port}/docs; Ctrl-C ends the server", flush=True)
     uvicorn.run(app, host=args.host, port=args.port, log_level="warning", timeout_graceful_shutdown=10)
     return 0

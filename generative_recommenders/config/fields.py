@@ -7,7 +7,7 @@ import math
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
@@ -184,7 +184,8 @@ def _one_line(error: ValidationError, model: type[BaseModel], owner: str) -> str
     if kind == "literal_error":
         return f"{where} {got} is unknown; known: {declared}"
     if kind in _RANGES:
-        must = _RANGES[kind].format(**context)
+        text, limit = _RANGES[kind]
+        must = text.format(_number(context[limit]))
     elif kind in ("size", "value_error"):
         must = str(first["msg"]).removeprefix("Value error, ")
     else:
@@ -193,11 +194,17 @@ def _one_line(error: ValidationError, model: type[BaseModel], owner: str) -> str
 
 
 _RANGES = {
-    "greater_than": "must be above {gt:g}",
-    "greater_than_equal": "must be {ge:g} or more",
-    "less_than": "must be below {lt:g}",
-    "less_than_equal": "must be at most {le:g}",
+    "greater_than": ("must be above {}", "gt"),
+    "greater_than_equal": ("must be {} or more", "ge"),
+    "less_than": ("must be below {}", "lt"),
+    "less_than_equal": ("must be at most {}", "le"),
 }
+"""pydantic's name of an error to its text, and to the name of the limit in its context."""
+
+
+def _number(limit: float) -> str:
+    """A limit as people write it; an integer keeps all its digits."""
+    return str(limit) if isinstance(limit, int) else f"{limit:g}"
 
 
 def shortened(value: Any) -> str:
@@ -213,9 +220,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
     names = list(known)
     of_case = {each.casefold(): each for each in names}
     close = difflib.get_close_matches(name.casefold(), of_case, n=1, cutoff=0.5)
-    return (
-        f"; did you mean {of_case[close[0]]!r}?" if close else ""
-    ) + f"; known: {', '.join(names) or 'none'}"
+    hint = f"; did you mean {of_case[close[0]]!r}?" if close else ""
+    return f"{hint}; known: {', '.join(names) or 'none'}"
 
 
 def type_name(annotation: Any) -> str:
@@ -239,20 +245,8 @@ def describe_field(name: str, field: FieldInfo, default: Any = None) -> str:
     text = f"{name}: {type_name(field.annotation)}"
     if default is not None or not field.is_required():
         text += f" = {field.get_default(call_default_factory=True) if default is None else default!r}"
-    limits = range_of(field)
+    signs = {Ge: ">=", Gt: ">", Le: "<=", Lt: "<"}
+    of_entries = [each for inner in get_args(field.annotation) for each in getattr(inner, "__metadata__", ())]
+    bounds = [each for each in (*field.metadata, *of_entries) if type(each) in signs]
+    limits = ", ".join(f"{signs[type(each)]} {_number(*astuple(each))}" for each in bounds)
     return f"{text} ({limits})" if limits else text
-
-
-def range_of(field: FieldInfo) -> str:
-    """``>= 1, <= 1000``, or "" where every value of the type will do."""
-    signs = {Ge: (">=", "ge"), Gt: (">", "gt"), Le: ("<=", "le"), Lt: ("<", "lt")}
-    bounds = [each for each in field.metadata if type(each) in signs] or [
-        bound for each in get_args(field.annotation) for bound in getattr(each, "__metadata__", ())
-    ]
-    return ", ".join(
-        f"{sign} {bound if isinstance(bound, int) else format(bound, 'g')}"
-        for each in bounds
-        if type(each) in signs
-        for sign, name in [signs[type(each)]]
-        for bound in [getattr(each, name)]
-    )

@@ -11,7 +11,6 @@ import sys
 import types
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 from generative_recommenders.errors import UserError
@@ -51,20 +50,24 @@ def plugin_of(module: str) -> Plugin | None:
 
 def _load(source: str) -> Plugin:
     is_file = source.endswith(".py") or "/" in source
-    name = source
     if is_file:
         path = Path(source)
         if not path.is_file():
             raise UserError(f"--plugin: no file at {path}")
+        if path.suffix != ".py":
+            raise UserError(f"--plugin: {path} is no Python file: its name must end with .py")
         source = str(path.resolve())
         name = f"{PACKAGE}.{re.sub(r'[^0-9a-zA-Z_]', '_', path.stem)}"
         sys.modules.setdefault(PACKAGE, types.ModuleType(PACKAGE))
-    elif name in _LOADED:
-        return _LOADED[name]
-    try:
-        spec = importlib.util.spec_from_file_location(name, source) if is_file else find_spec(name)
-    except Exception as error:  # of the package around a module, which is imported to find it
-        raise _failed(source, error) from error
+        spec = importlib.util.spec_from_file_location(name, source)
+    elif source in _LOADED:
+        return _LOADED[source]
+    else:
+        name = source
+        try:
+            spec = importlib.util.find_spec(name)
+        except Exception as error:  # of the package around a module, which is imported to find it
+            raise _failed(source, error) from error
     if spec is None or spec.loader is None:
         raise UserError(
             f"--plugin: there is no module {source!r}; a file is named by its path, as ./{source}.py"

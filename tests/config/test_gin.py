@@ -421,3 +421,8 @@ def test_values_that_grow_without_measure_are_refused() -> None:
 @pytest.mark.parametrize("name", ["sasrec_encoder.num_blocks", "hstu_encoder.num_heads"])
 def test_more_parts_than_anybody_means_are_refused(name: str) -> None:
     assert f"{name} must be at most 1000, got 20000" in message([], [f"{name} = 20000"])
+
+
+def test_limits_are_shown_with_all_their_digits() -> None:
+    assert "must be at most 1048576, got 1048577" in message([], ["train_fn.max_sequence_length = 1048577"])
+    assert "must be below 1, got 1.0" in message([], ["train_fn.dropout_rate = 1.0"])

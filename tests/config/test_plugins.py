@@ -60,5 +60,8 @@ def test_a_file_that_fails_reports_one_line_error(tmp_path: Path, text: str, mes
 def test_a_missing_plugin_reports_one_line_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no file at"):
         load_plugins([str(tmp_path / "none.py")])
+    (tmp_path / "parts.txt").touch()
+    with pytest.raises(UserError, match="parts.txt is no Python file: its name must end with .py"):
+        load_plugins([str(tmp_path / "parts.txt")])
     with pytest.raises(UserError, match="there is no module"):
         load_plugins(["no_such_module_anywhere"])

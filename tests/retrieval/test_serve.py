@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from generative_recommenders import Recommender
+from generative_recommenders import Recommender, serve
 from generative_recommenders.errors import UserError
 from generative_recommenders.retrieval.serve import Batcher, Limits, RecommendRequest, answer
 from recommender_runs import make_run
@@ -217,3 +217,11 @@ def test_a_folder_without_a_run_reports_one_line_error(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "generative_recommenders.serve", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "is no folder of a run" in done.stderr
+
+
+def test_a_fault_of_the_system_reports_one_line_error(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("uvicorn")
+    assert serve.main(["x" * 300]) == 2
+    assert "File name too long" in capsys.readouterr().err
+    assert serve.main(["run", "--port=0"]) == 2
+    assert "--port from 1 to 65535" in capsys.readouterr().err

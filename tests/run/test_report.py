@@ -117,6 +117,8 @@ def test_the_kept_ranks_give_the_numbers_of_the_final_record(root: Path) -> None
 def test_the_folder_alone_suffices(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = shutil.copytree(root / "one", tmp_path / "elsewhere")
     (run / "report.html").unlink()
+    assert report([str(run), f"--output={tmp_path / 'page.html'}"]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'page.html'}\n" and not (run / "report.html").exists()
     logging.set_verbosity(logging.INFO)
     try:
         assert report([str(run)]) == 0

@@ -21,17 +21,16 @@ from generative_recommenders.run.report.facts import Facts
 from generative_recommenders.run.report.records import Run, conditions, machine, read_run, spent
 from generative_recommenders.run.summary import COLUMNS, curve_rows, measured_part
 
-FILE_NAME = "report.html"
 BY = "ndcg@10"
 TESTED = ("hr@10", BY, "mrr")
 
 
-def write_report(path: Path) -> Path:
-    """Writes the page of one run into its folder and returns its place.
+def write_report(path: Path, output: Path | None = None) -> Path:
+    """Writes the page of one run, into its folder unless ``output`` says otherwise, and returns its place.
 
     UserError where the run cannot be read or the page not be written.
     """
-    return _write(path / FILE_NAME, "run.html", run_page(read_run(path)))
+    return _write(output or path / "report.html", "run.html", run_page(read_run(path)))
 
 
 def write_comparison(paths: Sequence[Path], output: Path) -> Path:
