@@ -44,6 +44,7 @@ from generative_recommenders.data.splits import make_split
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.distributed.memory import keep_freed_memory
+from generative_recommenders.objectives.negative_samplers import SHARINGS
 from generative_recommenders.training.trainer import Trainer
 
 SIZES = {
@@ -68,9 +69,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 _ENCODER = flags.DEFINE_enum("encoder", "SASRec", sorted({*ENCODERS.names(), *SIZES}), "which encoder")
 _PROFILE = flags.DEFINE_enum("profile", "ml-1m", sorted(CONFIGS), "whose configuration and lengths")
-_SHARING = flags.DEFINE_enum(
-    "negatives_sharing", "position", ["position", "block", "batch"], "who shares negatives"
-)
+_SHARING = flags.DEFINE_enum("negatives_sharing", "position", list(SHARINGS), "who shares negatives")
 _LOSS = flags.DEFINE_string("loss", None, "a loss by name instead of the configuration's")
 _ITEMS = flags.DEFINE_integer("num_items", None, "items of the catalogue; the profile's own otherwise")
 _BATCH = flags.DEFINE_integer("batch_size", 128, "users of a step", lower_bound=1)

@@ -87,7 +87,7 @@ class Catalogue:
         reader = self.items if owner == "item" else self.users
         if reader is None:
             raise UserError(f"{asked_by}: there is no data set to read {', '.join(names)} from")
-        return list(reader.read(names, embedding_dim, asked_by, list_reduction))
+        return reader.read(names, embedding_dim, asked_by, list_reduction)
 
     def facts(self, model: SequenceRecommender, dataset: SequenceDataset) -> dict[str, Any]:
         """The data-set facts that a checkpoint keeps, as JSON, so that `of_facts` builds the model again without them."""

@@ -18,8 +18,6 @@ from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.encoders.two_tower import EntityFeature
 from generative_recommenders.modeling.feature_embeddings import EmbeddingSpec, ListReduction, category_ids
 
-KINDS = ("categorical", "categorical_list", "numerical")
-
 
 @dataclass(frozen=True)
 class FeatureReader:
@@ -56,7 +54,7 @@ class FeatureReader:
 
     def _kinds(self) -> dict[str, str]:
         specs = self.dataset.feature_specs(self.owner)
-        return {spec.name: spec.kind for spec in specs if spec.kind in KINDS}
+        return {spec.name: spec.kind for spec in specs if spec.kind != "text"}
 
     def _read(self, name: str, dim: int, asked_by: str, reduction: ListReduction) -> EntityFeature:
         kinds = self._kinds()

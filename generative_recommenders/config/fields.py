@@ -24,6 +24,7 @@ Period = PositiveInt
 Size = Annotated[int, Ge(1), Le(1 << 20)]
 """Rows, draws or entries that are held at a time."""
 TableRows = Annotated[int, Ge(1), Le(1 << 31)]
+"""Rows of an embedding table."""
 Length = Annotated[int, Ge(1), Le(1 << 20)]
 """Events of a history."""
 Width = Annotated[int, Ge(1), Le(1 << 16)]
@@ -36,11 +37,12 @@ Positive = Annotated[float, Gt(0.0)]
 NonNegative = Annotated[float, Ge(0.0)]
 Share = Annotated[float, Ge(0.0), Lt(1.0)]
 """A dropout rate, or a part of a whole."""
-
 Probability = Annotated[float, Ge(0.0), Le(1.0)]
 
 SMALLEST, LARGEST = 1e-30, 1e30
 """Sizes of numbers that float32 holds with room for squares of sums."""
+MAX_TEXT = 1000
+"""Characters of a name or a path."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +67,6 @@ class Unless:
     setting: str
     values: tuple[Any, ...]
 
-
-MAX_TEXT = 1000
-"""Characters of a name or a path."""
 
 Model = TypeVar("Model", bound="StrictModel")
 

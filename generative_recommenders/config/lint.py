@@ -61,8 +61,8 @@ def settings_without_effect(settings: RunSettings) -> list[str]:
     ]
     if "BruteForce" not in settings.model.top_k_method:
         lines.append(
-            f"train_fn.top_k_method = {settings.model.top_k_method!r}: ranks are counted exactly over the whole "
-            "catalogue; it is used by retrieval.methods.build_top_k alone"
+            f"train_fn.top_k_method = {settings.model.top_k_method!r}: ranks are counted and recommendations found "
+            "exactly over the whole catalogue; retrieval.methods.build_top_k alone uses it"
         )
     return [*lines, *_unsupported_here(settings)]
 

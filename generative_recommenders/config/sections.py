@@ -22,7 +22,6 @@ from generative_recommenders.config.fields import (
     Section,
     Size,
     SuppliedTo,
-    TableRows,
     Unless,
     Width,
 )
@@ -203,7 +202,7 @@ class EvaluationSettings(Section):
     """Users that are scored at a time on each process."""
     eval_user_max_batch_size: Size | None = None
     """Bound of eval_batch_size, as published; None for none."""
-    eval_users: TableRows | None = None
+    eval_users: PositiveInt | None = None
     """Users of each full evaluation, drawn by the seed; None for all."""
     eval_bf16: bool = False
     """The encoder's products in bfloat16 in evaluation alone, scores in float32; the published programs round states and items

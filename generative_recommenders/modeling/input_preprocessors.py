@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import torch
+from annotated_types import Ge, Le
 
 from generative_recommenders.config.fields import Share, Width
 from generative_recommenders.config.registry import register_input_preprocessor
@@ -29,6 +31,8 @@ from generative_recommenders.ops.layout import (
 
 TokenEvents = Mapping[str, torch.Tensor]
 """Per token ``[T]``: ``ratings``, float32; ``timestamps``, ``next_timestamps`` (time of the event after it), int64."""
+NumRatings = Annotated[int, Ge(1), Le(1 << 16)]
+"""Rating values that have an embedding: 0 and those after it."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +123,7 @@ class LearnablePositionalEmbeddingRatedInputFeaturesPreprocessor(InputPreprocess
         item_embedding_dim: int,
         dropout_rate: Share = 0.2,
         rating_embedding_dim: Width = 8,
-        num_ratings: Width = 6,
+        num_ratings: NumRatings = 6,
     ) -> None:
         super().__init__(max_length, item_embedding_dim + rating_embedding_dim, dropout_rate)
         self.rating = rating_table(num_ratings, rating_embedding_dim)
@@ -143,7 +147,7 @@ class CombinedItemAndRatingInputFeaturesPreprocessor(InputPreprocessor):
     needs_ratings = True
 
     def __init__(
-        self, max_length: int, item_embedding_dim: int, dropout_rate: Share = 0.2, num_ratings: Width = 6
+        self, max_length: int, item_embedding_dim: int, dropout_rate: Share = 0.2, num_ratings: NumRatings = 6
     ) -> None:
         super().__init__(2 * max_length, item_embedding_dim, dropout_rate)
         self.rating = rating_table(num_ratings, item_embedding_dim)
