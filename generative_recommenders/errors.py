@@ -16,6 +16,11 @@ class UserError(Exception):
         return line.encode(errors="backslashreplace").decode()
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what another library's error says, or its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
 def not_installed(package: str, extra: str) -> UserError:
     """The line for a package that an extra of this one brings."""
     return UserError(

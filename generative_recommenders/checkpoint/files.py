@@ -21,7 +21,7 @@ from annotated_types import Len
 from pydantic import Field
 
 from generative_recommenders.config.fields import Count, StrictModel, validated
-from generative_recommenders.errors import UserError
+from generative_recommenders.errors import UserError, first_line
 
 FORMAT = "generative_recommenders checkpoint"
 VERSION = 2
@@ -198,12 +198,6 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def one_line(error: BaseException) -> str:
-    """The first line of an error's message."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:200]
-
-
 def _checksum(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -245,4 +239,4 @@ def _parsing(path: Path) -> Iterator[None]:
         KeyError,
         RecursionError,
     ) as error:
-        raise UserError(f"checkpoint {path.parent}: {path.name}: {one_line(error)}") from error
+        raise UserError(f"checkpoint {path.parent}: {path.name}: {first_line(error)}") from error

@@ -41,7 +41,6 @@ from generative_recommenders.checkpoint.files import (
     RowFiles,
     item_id_bytes,
     json_bytes,
-    one_line,
     read_item_ids,
     read_json,
     read_manifest,
@@ -51,7 +50,7 @@ from generative_recommenders.checkpoint.files import (
     write_manifest,
     write_tensors,
 )
-from generative_recommenders.errors import UserError
+from generative_recommenders.errors import UserError, first_line
 
 _NAME = re.compile(r"(\d{6,})-epoch-\d+-step-\d+")
 _WRITING, _REMOVED, _DAMAGED = ".writing-", ".removed-", "damaged-"
@@ -251,7 +250,7 @@ class CheckpointStore:
         try:
             yield
         except OSError as error:
-            reason = error.strerror or one_line(error)
+            reason = error.strerror or first_line(error)
             raise UserError(
                 f"could not write a checkpoint to {self.folder}: {reason}; older checkpoints are whole"
             ) from error

@@ -35,7 +35,7 @@ from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.distributed.signals import INTERRUPTED, StopRequest, StopRequested
 from generative_recommenders.distributed.sync import from_main, on_main
-from generative_recommenders.errors import UserError
+from generative_recommenders.errors import UserError, first_line
 from generative_recommenders.evaluation.evaluator import EvaluationResult
 from generative_recommenders.evaluation.model_evaluation import ModelEvaluation
 from generative_recommenders.evaluation.ranks import Ranks, user_ranks
@@ -166,7 +166,7 @@ def keep_facts(run: Path, dataset: SequenceDataset, split: Split, ranks: Mapping
 
 def fault_line(error: Exception) -> str:
     """An error as one line."""
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def users_frame(

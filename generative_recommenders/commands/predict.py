@@ -22,7 +22,7 @@ from generative_recommenders.data.preparation.folder import new_file
 from generative_recommenders.data.splits import make_split
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.distributed.memory import keep_freed_memory
-from generative_recommenders.errors import UserError
+from generative_recommenders.errors import UserError, first_line
 from generative_recommenders.retrieval.histories import Histories
 from generative_recommenders.retrieval.recommender import Recommender
 
@@ -133,7 +133,7 @@ def _ids(path: str, flag: str, column: str) -> list[str]:
             return frame[column].cast(pl.String).unique(maintain_order=True).drop_nulls().to_list()
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError, pl.exceptions.PolarsError) as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        reason = getattr(error, "strerror", None) or first_line(error)
         raise UserError(f"{flag}={path}: cannot be read: {reason}") from error
     return [line.strip() for line in lines if line.strip()]
 

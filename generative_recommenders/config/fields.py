@@ -244,8 +244,13 @@ def describe_field(name: str, field: FieldInfo, default: Any = None) -> str:
     text = f"{name}: {type_name(field.annotation)}"
     if default is not None or not field.is_required():
         text += f" = {field.get_default(call_default_factory=True) if default is None else default!r}"
+    limits = range_of(field)
+    return f"{text} ({limits})" if limits else text
+
+
+def range_of(field: FieldInfo) -> str:
+    """``>= 1, <= 1000``, or "" where every value of the type will do."""
     signs = {Ge: ">=", Gt: ">", Le: "<=", Lt: "<"}
     of_entries = [each for inner in get_args(field.annotation) for each in getattr(inner, "__metadata__", ())]
     bounds = [each for each in (*field.metadata, *of_entries) if type(each) in signs]
-    limits = ", ".join(f"{signs[type(each)]} {_number(*astuple(each))}" for each in bounds)
-    return f"{text} ({limits})" if limits else text
+    return ", ".join(f"{signs[type(each)]} {_number(*astuple(each))}" for each in bounds)

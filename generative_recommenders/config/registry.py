@@ -24,7 +24,7 @@ from generative_recommenders.config.fields import (
     validated,
 )
 from generative_recommenders.config.plugins import Plugin, plugin_of
-from generative_recommenders.errors import UserError
+from generative_recommenders.errors import UserError, first_line
 
 Made = TypeVar("Made", bound=Callable[..., Any])
 
@@ -101,8 +101,9 @@ class Part:
                 f"{self.gin_name}: option {error.args[0]!r} needs a type in the signature"
             ) from None
         except Exception as error:  # whatever a plug-in's annotations raise
-            line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UserError(f"{self.gin_name}: the types in its signature cannot be used: {line}") from error
+            raise UserError(
+                f"{self.gin_name}: the types in its signature cannot be used: {first_line(error)}"
+            ) from error
 
     def option_values(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """All options with their values, those of ``given`` over the defaults; UserError for what cannot be."""

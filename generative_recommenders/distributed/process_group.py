@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from generative_recommenders.distributed.collectives import Collectives
-from generative_recommenders.errors import UserError
+from generative_recommenders.errors import UserError, first_line
 
 BROADCAST_BYTES = 64 << 20
 """Size of the parts in which a tensor is sent that may be larger than a device's free memory."""
@@ -140,8 +140,9 @@ def join_group(
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     except dist.DistError as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        reason = str(error).splitlines()[0]
-        raise UserError(f"cannot meet the other {world_size - 1} processes at {where}: {reason}") from error
+        raise UserError(
+            f"cannot meet the other {world_size - 1} processes at {where}: {first_line(error)}"
+        ) from error
 
 
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import torch
 from absl import logging
 
+from generative_recommenders.errors import first_line
 from generative_recommenders.ops import numbered_rows
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -73,7 +74,7 @@ def fbgemm_fault(device_type: str) -> str | None:
             one = torch.ones(1, 1, 1, device=device_type)  # a mismatched pair may fail at its first call only
             torch.ops.fbgemm.dense_to_jagged(one, [torch.tensor([0, 1], device=device_type)], 1)
     except Exception as error:  # a library built for another torch raises anything
-        return (str(error).splitlines() or [type(error).__name__])[0]
+        return first_line(error)
     finally:
         python_logging.disable(before)
     return None

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from generative_recommenders.errors import UserError, not_installed
+from generative_recommenders.errors import UserError, first_line, not_installed
 from generative_recommenders.modeling.model import SequenceRecommender
 from generative_recommenders.ops import dispatch
 from generative_recommenders.retrieval.product_search import search_products
@@ -64,9 +64,8 @@ def export_program(recommender: Recommender) -> torch.export.ExportedProgram:
         with torch.no_grad(), dispatch.references():
             return torch.export.export(encoder, tuple(inputs.values()), dynamic_shapes=dynamic, strict=False)
     except Exception as error:  # whatever a plug-in's encoder does that a tracer cannot follow
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         name = type(recommender.model.sequence.encoder).__name__
-        raise UserError(f"encoder {name} cannot be exported: {line}") from error
+        raise UserError(f"encoder {name} cannot be exported: {first_line(error)}") from error
 
 
 def check_products(recommender: Recommender) -> None:

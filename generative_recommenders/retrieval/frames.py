@@ -13,7 +13,7 @@ import polars as pl
 import pyarrow as pa
 import torch
 
-from generative_recommenders.errors import UserError, not_installed
+from generative_recommenders.errors import UserError, first_line, not_installed
 
 Output = Literal["pandas", "polars", "spark", "torch"]
 OUTPUTS: tuple[str, ...] = get_args(Output)
@@ -43,7 +43,7 @@ def as_frame(given: Any, what: str = "histories") -> pl.DataFrame:
     except (pa.ArrowException, ValueError, TypeError) as error:
         # A column of texts and numbers, a text, a number.
         raise UserError(
-            f"{what}: {str(error).splitlines()[0]}; give a table whose columns have one type each"
+            f"{what}: {first_line(error)}; give a table whose columns have one type each"
         ) from error
 
 

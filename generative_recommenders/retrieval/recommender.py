@@ -26,7 +26,7 @@ from generative_recommenders.checkpoint.weights import (
 )
 from generative_recommenders.config.plugins import load_plugins
 from generative_recommenders.config.schema import RunSettings
-from generative_recommenders.errors import UserError
+from generative_recommenders.errors import UserError, first_line
 from generative_recommenders.modeling.inputs import Queries
 from generative_recommenders.modeling.model import SequenceRecommender
 from generative_recommenders.modeling.similarity.interface import score_dtype
@@ -118,7 +118,7 @@ class Recommender:
             torch.empty(0, device=name)
         except (RuntimeError, AssertionError) as error:
             # A name that torch does not know, a GPU that is not there.
-            raise UserError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+            raise UserError(f"device {name!r} cannot be used here: {first_line(error)}") from error
         return cls.of_checkpoint(checkpoint, torch.device(name))
 
     @classmethod

@@ -16,6 +16,7 @@ from absl import logging
 
 from generative_recommenders.data.loader import LoadedBatch
 from generative_recommenders.distributed.collectives import Collectives
+from generative_recommenders.errors import first_line
 from generative_recommenders.objectives.task import TrainingTask
 from generative_recommenders.ops import dispatch
 from generative_recommenders.ops.counter_random import stream_key
@@ -89,8 +90,9 @@ class CapturedStep(TrainingStep):
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 loss, targets, _ = self.padded_step(tokens)
         except RuntimeError as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            logging.warning("steps are not captured as CUDA graphs, which makes them slower: %s", reason)
+            logging.warning(
+                "steps are not captured as CUDA graphs, which makes them slower: %s", first_line(error)
+            )
             self._captures = False
             self._graphs.clear()
             # A capture that fails leaves the random generator waiting for its end; a copy of its state does not.

@@ -10,7 +10,7 @@ from generative_recommenders.commands.ablation.plan import Ablation, Cell, Run
 from generative_recommenders.commands.ablation.records import best_validation, summary
 from generative_recommenders.config.fields import check_sizes
 from generative_recommenders.data.preparation.folder import new_file
-from generative_recommenders.errors import UserError, not_installed
+from generative_recommenders.errors import UserError, first_line, not_installed
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -110,4 +110,4 @@ def distribution(name: str, given: Any, file: Path) -> BaseDistribution:
             return IntDistribution(low, high)
         return FloatDistribution(low, high, log=kind == "log")
     except (ValueError, TypeError) as error:
-        raise UserError(f"{wrong} ({str(error).splitlines()[0]})") from error
+        raise UserError(f"{wrong} ({first_line(error)})") from error

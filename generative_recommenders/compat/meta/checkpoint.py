@@ -19,7 +19,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from generative_recommenders.errors import UserError
+from generative_recommenders.errors import UserError, first_line
 
 ITEM_TABLE = "items.table"
 POSITIONS = "sequence.preprocessor.position"
@@ -86,8 +86,9 @@ def read_state(path: Path | str, key: str, wanted: str) -> dict[str, Tensor]:
             warnings.simplefilter("ignore")  # about the pickle protocol of files that are refused anyway
             content = torch.load(path, map_location="cpu", weights_only=True)
     except _UNREADABLE as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path} is not a checkpoint that can be read as plain tensors: {reason}") from error
+        raise UserError(
+            f"{path} is not a checkpoint that can be read as plain tensors: {first_line(error)}"
+        ) from error
     state = content.get(key) if isinstance(content, dict) else None
     if not isinstance(state, Mapping) or not all(isinstance(each, Tensor) for each in state.values()):
         raise UserError(f"{path} holds no {key} of tensors: give {wanted}")

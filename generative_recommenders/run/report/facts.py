@@ -28,7 +28,7 @@ from generative_recommenders.data.preparation.folder import new_file
 from generative_recommenders.data.splits import Split
 from generative_recommenders.data.statistics import length_curve, popularity_curve, statistics_lines, timeline
 from generative_recommenders.data.store import SequenceDataset
-from generative_recommenders.errors import UserError
+from generative_recommenders.errors import UserError, first_line
 from generative_recommenders.evaluation.baselines import training_counts
 from generative_recommenders.evaluation.ranks import Ranks
 
@@ -140,9 +140,8 @@ def read_facts(run: Path, catalogue: Catalogue) -> Facts | None:
         num_items = counts["items"] + (counts.get("unrated_items", 0) if catalogue == "all" else 0)
         return Facts(data, users, items, examples, facts["examples"], num_items)
     except (OSError, ValueError, KeyError, TypeError, pl.exceptions.PolarsError) as error:
-        first = (str(error).splitlines() or [""])[0][:200]
         raise UserError(
-            f"{folder}: cannot be read: {type(error).__name__} {first}; write it again by --mode=evaluate"
+            f"{folder} cannot be read: {type(error).__name__}: {first_line(error)}; write it again by --mode=evaluate"
         ) from error
 
 
