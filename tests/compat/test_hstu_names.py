@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from importlib import import_module
 
 import pytest
 import torch
@@ -12,26 +11,6 @@ from generative_recommenders.build.parts import build_model
 from generative_recommenders.compat.meta.modules import GeneralizedInteractionModule, truncated_normal
 from generative_recommenders.modeling.model import SequenceRecommender
 from tiny_models import LENGTHS, catalogue, histories, settings
-
-NAMES = {
-    "build.factories": ["create_mol_interaction_module", "get_sequential_encoder"],
-    "modeling.input_preprocessors": [
-        "CombinedItemAndRatingInputFeaturesPreprocessor",
-        "LearnablePositionalEmbeddingInputFeaturesPreprocessor",
-        "LearnablePositionalEmbeddingRatedInputFeaturesPreprocessor",
-    ],
-    "modeling.items": ["CategoricalEmbeddingModule", "LocalEmbeddingModule"],
-    "modeling.output_postprocessors": ["L2NormEmbeddingPostprocessor", "LayerNormEmbeddingPostprocessor"],
-    "modeling.similarity.dot_product": ["DotProductSimilarity"],
-    "objectives.losses.sampled": ["BCELoss", "SampledSoftmaxLoss"],
-    "objectives.negative_samplers": ["InBatchNegativesSampler", "LocalNegativesSampler"],
-}
-"""By our modules."""
-
-
-@pytest.mark.parametrize(("path", "name"), [(path, name) for path, names in NAMES.items() for name in names])
-def test_documented_names_are_there(path: str, name: str) -> None:
-    assert callable(getattr(import_module(f"generative_recommenders.{path}"), name))
 
 
 def test_a_model_has_the_documented_arguments() -> None:

@@ -159,11 +159,22 @@ def test_every_ablation_has_a_row() -> None:
     }
 
 
-def test_names_of_replay_are_where_their_row_says() -> None:
-    for head, cells in table("docs/from/replay.md", "RePlay").items():
-        same = re.fullmatch(r"the same under `(compat\.replay[\w.]*)`", cells["here"])
-        if same:
-            module = import_module(f"generative_recommenders.{same[1]}")
+@pytest.mark.parametrize(
+    ("page", "first", "place"),
+    [
+        ("replay", "RePlay", r"the same under `(compat\.replay[\w.]*)`"),
+        ("meta", "there", r"`generative_recommenders\.?([\w.]*)`"),
+    ],
+)
+def test_names_of_others_are_where_their_row_says(page: str, first: str, place: str) -> None:
+    rows = [
+        (head, re.fullmatch(place, cells["here"]))
+        for head, cells in table(f"docs/from/{page}.md", first).items()
+    ]
+    assert sum(found is not None for _, found in rows) > 4
+    for head, found in rows:
+        if found:
+            module = import_module(f"generative_recommenders.{found[1]}".rstrip("."))
             known = getattr(module, "__all__", dir(module))  # what is imported on first use needs an extra
             for name in re.findall(r"`(?:[\w.]+\.)?(\w+)`", head.partition(":")[2] or head):
                 assert name in known or find_spec(f"{module.__name__}.{name}"), f"{module.__name__}: {name}"

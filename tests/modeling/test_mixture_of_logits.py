@@ -13,7 +13,6 @@ from generative_recommenders.build.factories import create_mol_interaction_modul
 from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.items import ItemRows
 from generative_recommenders.modeling.similarity import mixture_of_logits, mol_components
-from generative_recommenders.modeling.similarity.interface import Similarity
 from generative_recommenders.modeling.similarity.mixture_of_logits import MoLSimilarity
 from generative_recommenders.objectives.negative_samplers import LocalNegativesSampler, Sharing
 from generative_recommenders.objectives.scoring import sampled_scores
@@ -328,10 +327,6 @@ def test_no_queries_and_no_items():
     assert scores.shape == (0, 3)
     assert losses["mi_loss"].item() == 0.0
     assert model(torch.randn(2, 6), torch.zeros(0, 5))[0].shape == (2, 0)
-
-
-def test_is_a_similarity():
-    assert isinstance(small_model(), Similarity)
 
 
 @pytest.mark.parametrize(
