@@ -16,6 +16,7 @@ import polars as pl
 import torch
 from lightning import Callback, LightningModule, Trainer
 
+from generative_recommenders.data.list_columns import require_columns
 from generative_recommenders.distributed.process_group import process_collectives
 from generative_recommenders.errors import UserError
 from generative_recommenders.evaluation.list_metrics import ListMetrics
@@ -296,8 +297,7 @@ def top_items(logits: torch.Tensor, k: int, pl_module: LightningModule) -> tuple
 
 def column_of(batch: Batch, name: str, who: str) -> torch.Tensor:
     """The batch's column; UserError, in the callback's name, where it has none such."""
-    if name not in batch:
-        raise UserError(f"{who}: the batch has no {name!r}; it has {', '.join(map(str, batch))}")
+    require_columns(list(batch), [name], f"{who}: the batch")
     return batch[name]
 
 

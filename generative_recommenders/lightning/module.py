@@ -79,19 +79,8 @@ class LightningModule(lightning.LightningModule):
 
         UserError where the model needs a key that the batch lacks.
         """
-        if isinstance(self.model, TrainingTask | SequenceRecommender):
-            if self.training:
-                return self._training_output(batch)
-            model = self.model.model if isinstance(self.model, TrainingTask) else self.model
-            history = batch.get("history", batch)
-            _check_keys(model, ("item_ids", "lengths"), history)
-            queries = model.encode_query(history)
-            if self._candidates is not None:
-                logits = model.score(queries, self._candidates.to(self.device))
-            else:
-                snapshot = self._snapshot if self._snapshot is not None else model.catalogue()
-                logits = torch.nn.functional.pad(model.score(queries, snapshot), (1, 0), value=-torch.inf)
-            return {"logits": logits, "hidden_states": (queries.states,)}
+        if self._recommender is not None:
+            return self._training_output(batch) if self.training else self._scores(self._recommender, batch)
         given = dict(batch)
         if not self.training and self._candidates is not None:
             if not self._takes_all and CANDIDATES not in self._takes:
@@ -103,6 +92,24 @@ class LightningModule(lightning.LightningModule):
         if not self._takes_all:
             given = {name: x for name, x in given.items() if name in self._takes}
         return self.model(**given)
+
+    @property
+    def _recommender(self) -> SequenceRecommender | None:
+        """The program's model, alone or of a task; None for a module of RePlay's form."""
+        model = self.model.model if isinstance(self.model, TrainingTask) else self.model
+        return model if isinstance(model, SequenceRecommender) else None
+
+    def _scores(self, model: SequenceRecommender, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Scores of the histories of a batch with the candidates, or with all items and padding."""
+        history = batch.get("history", batch)
+        _check_keys(model, ("item_ids", "lengths"), history)
+        queries = model.encode_query(history)
+        if self._candidates is not None:
+            logits = model.score(queries, self._candidates.to(self.device))
+        else:
+            snapshot = self._snapshot if self._snapshot is not None else model.catalogue()
+            logits = torch.nn.functional.pad(model.score(queries, snapshot), (1, 0), value=-torch.inf)
+        return {"logits": logits, "hidden_states": (queries.states,)}
 
     def _training_output(self, batch: Any) -> Mapping[str, Any]:
         """The loss of a loaded batch, under main.py's draws."""
@@ -150,9 +157,8 @@ class LightningModule(lightning.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """The items as scored, once for all batches of an evaluation."""
-        model = self.model.model if isinstance(self.model, TrainingTask) else self.model
-        if isinstance(model, SequenceRecommender):
-            self._snapshot = model.catalogue()
+        if self._recommender is not None:
+            self._snapshot = self._recommender.catalogue()
 
     def on_validation_epoch_end(self) -> None:
         self._snapshot = None  # the next step of training changes the items

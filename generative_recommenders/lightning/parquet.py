@@ -134,19 +134,15 @@ class ParquetBatches:
         self.table = table.combine_chunks()
 
     def __len__(self) -> int:
-        rank, world = self._place()
+        rank, world = place_of(self.trainer)
         rows = self.table.num_rows
         mine = rows // world if self.shuffle else len(range(rank, rows, world))
         return math.ceil(mine / self.batch_size)
 
-    def _place(self) -> tuple[int, int]:
-        """Rank of this process and the number of all."""
-        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
-
     def _rows(self, epoch: int) -> np.ndarray:
         """This process's rows, in the order of the epoch; all processes have equally many to train on."""
         rows = np.arange(self.table.num_rows)
-        rank, world = self._place()
+        rank, world = place_of(self.trainer)
         if self.shuffle:
             generator = self.generator or torch.Generator().manual_seed(
                 (torch.initial_seed() + epoch) % 2**63
@@ -172,6 +168,11 @@ class ParquetBatches:
                     raise UserError(f"column {name!r} of {self.name}: {error}") from error
                 batch[name], batch[f"{name}_mask"] = torch.from_numpy(values), torch.from_numpy(mask)
             yield batch
+
+
+def place_of(trainer: lightning.Trainer | None) -> tuple[int, int]:
+    """Rank of this process and the number of all."""
+    return (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
 
 
 def prepared_tables(dataset: SequenceDataset, protocol: str) -> dict[str, pa.Table]:

@@ -28,6 +28,7 @@ from generative_recommenders.data.splits import Split, make_split
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.evaluation.model_evaluation import of_sample
 from generative_recommenders.evaluation.seen_filters import SeenItems
+from generative_recommenders.lightning.parquet import place_of
 
 
 class DataModule(lightning.LightningDataModule):
@@ -60,7 +61,7 @@ class DataModule(lightning.LightningDataModule):
         data, schedule = self.settings.data, self.settings.schedule
         loader = SequenceLoader(
             self.dataset, self.split.train_stops, data.max_sequence_length, schedule.local_batch_size,
-            schedule.random_seed, data.positional_sampling_ratio, *self._place(), data.training_windows,
+            schedule.random_seed, data.positional_sampling_ratio, *place_of(self.trainer), data.training_windows,
         )  # fmt: skip
         trainer = self.trainer
         return _Batches(len(loader), lambda: loader.epoch(trainer.current_epoch if trainer else 0))
@@ -76,7 +77,7 @@ class DataModule(lightning.LightningDataModule):
 
     def predict_dataloader(self) -> Any:
         """All events of every user, for recommendations of what comes next, as of ``--mode=predict``."""
-        rank, world = self._place()
+        rank, world = place_of(self.trainer)
         size = self.settings.evaluation.eval_batch_size
         width = self.settings.data.max_sequence_length
         mine = np.arange(self.dataset.num_users)[rank::world]
@@ -93,7 +94,7 @@ class DataModule(lightning.LightningDataModule):
 
     def _targets(self, targets: np.ndarray, unseen: np.ndarray) -> _Batches:
         """Histories before a target, with it and with what is removed from the ranking."""
-        data, evaluation, (rank, world) = self.settings.data, self.settings.evaluation, self._place()
+        data, evaluation, (rank, world) = self.settings.data, self.settings.evaluation, place_of(self.trainer)
         size = min(
             evaluation.eval_batch_size, evaluation.eval_user_max_batch_size or evaluation.eval_batch_size
         )
@@ -127,10 +128,6 @@ class DataModule(lightning.LightningDataModule):
         """Pairs of row and id as ``[num_rows, S]``, each once, padded with -1."""
         padded = SeenItems.of(rows, ids, self.dataset.num_items).rectangle(num_rows)
         return padded.masked_fill(padded == 0, -1)
-
-    def _place(self) -> tuple[int, int]:
-        """Rank of this process and the number of all."""
-        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """A task draws on the CPU for a batch, which it then moves itself."""

@@ -556,7 +556,7 @@ def test_bad_callbacks_and_factories_are_refused(tmp_path: Path, dataset: Sequen
     with pytest.raises(UserError, match="above 0"):
         LambdaLRSchedulerFactory(1, normal_lr=0.0)
     metrics = ComputeMetricsCallback(["recall"], ground_truth_column="truth")
-    with pytest.raises(UserError, match="no 'truth'; it has"):
+    with pytest.raises(UserError, match="no column 'truth'; it has"):
         trainer(tmp_path, metrics).validate(
             LightningModule(replay_model("SasRec")), datamodule=tables(dataset), verbose=False
         )

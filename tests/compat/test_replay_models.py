@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -26,6 +27,7 @@ from generative_recommenders.compat.replay.nn.sequential import (
     TwoTowerBody,
 )
 from generative_recommenders.compat.replay.nn.sequential.twotower import FeaturesReader
+from generative_recommenders.compat.replay.nn.transform.template import make_default_sasrec_transforms
 from generative_recommenders.errors import UserError
 from golden_parity import assert_gradients, assert_near, load_golden, load_parameters
 
@@ -346,3 +348,15 @@ def test_schema_selects_and_refuses() -> None:
         TensorFeatureInfo("x", FeatureType.CATEGORICAL, cardinality=3, tensor_dim=2)
     with pytest.raises(UserError, match="differ"):
         schema + schema
+
+
+def test_who_needs_an_item_id_says_so(tmp_path: Path) -> None:
+    schema = TensorSchema([replace(_item(), feature_hint=None)])
+    asked = {
+        "SasRec": lambda: SasRec.from_params(schema),
+        "FeaturesReader": lambda: FeaturesReader(schema, {}, tmp_path / "items.parquet"),
+        "make_default_sasrec_transforms": lambda: make_default_sasrec_transforms(schema),
+    }
+    for who, ask in asked.items():
+        with pytest.raises(UserError, match=f"{who}: the schema has no item id feature"):
+            ask()

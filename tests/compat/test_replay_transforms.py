@@ -399,7 +399,7 @@ def test_faults_of_columns_and_weights_are_one_clear_line():
     for transform, words in [
         (
             CopyTransform({"x": "y"}),
-            "CopyTransform: the batch has no column 'x'; its columns: item_ids, lengths",
+            "CopyTransform: the batch has no column 'x'; it has item_ids, lengths",
         ),
         (RenameTransform({"x": "y"}), "no column 'x'"),
         (RenameTransform({"item_ids": "lengths"}), "would overwrite"),

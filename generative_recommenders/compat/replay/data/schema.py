@@ -176,3 +176,13 @@ class TensorSchema(dict[str, TensorFeatureInfo]):
     sequential_features = _features(lambda feature: feature.is_seq)
     categorical_features = _features(lambda feature: feature.is_cat)
     numerical_features = _features(lambda feature: feature.is_num)
+
+
+def item_id_feature(schema: TensorSchema, who: str) -> TensorFeatureInfo:
+    """The feature of item ids; UserError, in the name of who needs it, where there is none, or several."""
+    found = schema.item_id_features
+    if len(found) != 1:
+        raise UserError(
+            f"{who}: the schema has {len(found) or 'no'} item id features; one must have feature_hint=FeatureHint.ITEM_ID"
+        )
+    return found.item()

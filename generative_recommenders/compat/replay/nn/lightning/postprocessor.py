@@ -48,15 +48,16 @@ class SeenItemsFilter(PostprocessorBase):
                 f"SeenItemsFilter: '{self.seen_items_column}' {tuple(seen_ids.shape)} must be [B, S] for "
                 f"scores [B, C], here {tuple(logits.shape)}"
             )
-        items = torch.arange(self.item_count) if self.candidates is None else self.candidates
-        if items.shape[-1] != logits.shape[1]:
-            raise UserError(f"SeenItemsFilter: {logits.shape[1]} scores a row for {items.shape[-1]} items")
-        if items.numel() and not 0 <= int(items.min()) <= int(items.max()) < self.item_count:
-            raise UserError(f"SeenItemsFilter: candidates must be between 0 and {self.item_count - 1}")
-        columns = items.to(logits.device).expand(len(logits), -1)
+        items, num_items = self.candidates, self.item_count
+        if (wanted := num_items if items is None else items.shape[-1]) != logits.shape[1]:
+            raise UserError(f"SeenItemsFilter: {logits.shape[1]} scores a row for {wanted} items")
         seen_ids = seen_ids.to(logits.device)
-        seen_ids = seen_ids.masked_fill((seen_ids < 0) | (seen_ids >= self.item_count), -1)
-        return logits.masked_fill(is_label(seen_ids, self.item_count).gather(1, columns), -torch.inf)
+        seen = is_label(seen_ids.masked_fill((seen_ids < 0) | (seen_ids >= num_items), -1), num_items)
+        if items is not None:
+            if items.numel() and not 0 <= int(items.min()) <= int(items.max()) < num_items:
+                raise UserError(f"SeenItemsFilter: candidates must be between 0 and {num_items - 1}")
+            seen = seen.gather(1, items.to(logits.device).expand(len(logits), -1))
+        return logits.masked_fill(seen, -torch.inf)
 
     def on_validation(self, batch: TensorBatch, logits: Tensor) -> Tensor:
         return self.on_prediction(batch, logits)

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from generative_recommenders.compat.replay.data.schema import TensorSchema
+from generative_recommenders.compat.replay.data.schema import TensorSchema, item_id_feature
 from generative_recommenders.compat.replay.nn import protocols
 from generative_recommenders.compat.replay.nn.agg import PositionAwareAggregator, SumAggregator
 from generative_recommenders.compat.replay.nn.embedding import SequenceEmbedding
@@ -177,7 +177,7 @@ class SasRec(NextItemModel):
         embedded in ``embedding_dim`` columns.
         """
         schema = embedded_schema(schema, excluded_features, embedding_dim)
-        item = schema.item_id_features.item()
+        item = item_id_feature(schema, cls.__name__)
         body = SasRecBody(
             embedder=SequenceEmbedding(schema, None, categorical_list_feature_aggregation_method),
             embedding_aggregator=PositionAwareAggregator(

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor, nn
 
-from generative_recommenders.compat.replay.data.schema import TensorFeatureInfo, TensorSchema
+from generative_recommenders.compat.replay.data.schema import TensorFeatureInfo, TensorSchema, item_id_feature
 from generative_recommenders.compat.replay.nn import protocols
 from generative_recommenders.compat.replay.nn.agg import SumAggregator
 from generative_recommenders.compat.replay.nn.sequential.sasrec import (
@@ -46,11 +46,7 @@ class FeaturesReader:
     def __init__(
         self, schema: TensorSchema, metadata: Mapping[str, Mapping[str, Any]], path: str | Path
     ) -> None:
-        item = schema.item_id_feature_name
-        if item is None:
-            raise UserError(
-                "FeaturesReader: the schema has no item id feature (feature_hint=FeatureHint.ITEM_ID)"
-            )
+        item = item_id_feature(schema, "FeaturesReader").name
         unknown = [name for name in metadata if name not in schema]
         if unknown:
             raise UserError(
@@ -126,7 +122,7 @@ class ItemTower(nn.Module):
         self.embedder = embedder
         self.embedding_aggregator = embedding_aggregator
         self.encoder = encoder
-        item = schema.item_id_features.item()
+        item = item_id_feature(schema, "ItemTower")
         if item.cardinality is None:
             raise UserError(f"item id feature {item.name!r}: give its cardinality")
         # A padding id that ends the range of ids is no item; one within it is an id like the others.

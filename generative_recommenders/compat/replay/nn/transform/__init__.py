@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from generative_recommenders.data.list_columns import require_columns
 from generative_recommenders.data.token_masks import uniform
 from generative_recommenders.errors import UserError
 
@@ -41,9 +42,7 @@ TensorBatch = Mapping[str, Any]
 
 def require(batch: TensorBatch, name: str, who: str) -> Any:
     """``batch[name]``; a missing name is a ``UserError`` that lists the columns present."""
-    if name not in batch:
-        known = ", ".join(map(str, batch)) or "none"
-        raise UserError(f"{who}: the batch has no column '{name}'; its columns: {known}")
+    require_columns(list(batch), [name], f"{who}: the batch")
     return batch[name]
 
 
@@ -369,6 +368,7 @@ class UniformNegativeSamplingTransform(NegativeSampling):
                 f"weights have shape {tuple(weights.shape)}, expected one per item: ({cardinality},)"
             )
         super().__init__(weights, num_negative_samples, out_feature_name, generator)
+        # A zero among the weights would change which items a generator draws.
         self.register_buffer("pool", self.weights.nonzero()[:, 0], persistent=False)
         self.weights = self.weights[self.pool]
 

@@ -35,7 +35,7 @@ def make_default_sasrec_transforms(
     """
     item = tensor_schema.item_id_feature_name
     if item is None:
-        raise UserError("make_default_sasrec_transforms: the tensor schema has no item id feature")
+        raise UserError("make_default_sasrec_transforms: the schema has no item id feature")
     group = {"feature_tensors": list(tensor_schema.names)}
     train: list[nn.Module] = [
         NextTokenTransform(label_field=item, query_features=[query_column, f"{query_column}_mask"]),
