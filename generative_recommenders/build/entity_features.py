@@ -88,12 +88,14 @@ class FeatureReader:
         return table.column(name).combine_chunks()
 
     def _numbers(self, name: str) -> tuple[np.ndarray, float, float]:
-        """Values ``[n]``, their mean and standard deviation over what occurs in training."""
+        """Values ``[n]``, and by which mean and deviation they are scaled: those of what occurs in training, or a deviation
+        of 1 where that is one value alone."""
         values = self._column(name).cast(pa.float64()).to_numpy(zero_copy_only=False)
         reference = values[np.isfinite(values) & self.seen]
         if reference.size == 0:
             raise self._empty(name)
-        return values, float(reference.mean()), max(float(reference.std()), 1e-12)
+        deviation = float(reference.std()) if reference.min() < reference.max() else 1.0
+        return values, float(reference.mean()), deviation
 
     def _categories(self, name: str, kind: str) -> tuple[list[list[Hashable]], dict[Hashable, int]]:
         """The categories of each, [None] where there are none, and category to id 1..C, in the categories' order."""

@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import re
 import sys
+import traceback
 import types
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -100,12 +101,9 @@ def _failed(source: str, error: BaseException) -> BaseException:
         return error
     if isinstance(error, UserError):
         return UserError(f"--plugin={source}: {error}")
-    trace, line = error.__traceback__, 0
-    while trace is not None:
-        if trace.tb_frame.f_code.co_filename == source:
-            line = trace.tb_lineno
-        trace = trace.tb_next
-    place = f", line {line}" if line else ""
+    calls = traceback.walk_tb(error.__traceback__)
+    lines = [line for frame, line in calls if frame.f_code.co_filename == source]
+    place = f", line {lines[-1]}" if lines else ""
     return UserError(
         f"--plugin={source}{place}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
     )

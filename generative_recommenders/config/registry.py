@@ -73,14 +73,13 @@ class Part:
         function = self.make.__init__ if isinstance(self.make, type) else self.make  # type: ignore[misc]
         return get_type_hints(function, include_extras=True)  # the extras are the ranges in Annotated
 
-    @property
+    @cached_property
     def groups(self) -> dict[str, type[OptionGroup]]:
         """Arguments that stand for several options."""
-        hints = {name: self._hints.get(name) for name in self._parameters if name not in self.supplied}
         return {
             name: hint
-            for name, hint in hints.items()
-            if isinstance(hint, type) and issubclass(hint, OptionGroup)
+            for name, hint in self._hints.items()
+            if name in self._parameters and isinstance(hint, type) and issubclass(hint, OptionGroup)
         }
 
     @cached_property

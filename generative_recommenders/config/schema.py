@@ -122,7 +122,7 @@ class RunSettings(Section):
 
     def _differing_published(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """What is given by published names, checked, without that which the chosen parts have by default, or any part where
-        they lack the option. None leaves the part's own.
+        they lack the option. None is as good as not given.
         """
         kept = {}
         for name in [name for name, value in given.items() if value is not None]:

@@ -120,9 +120,7 @@ def final_report(
         "checkpoint": checkpoint or "none",
         "resolved config": folder / "resolved.gin",
         "TensorBoard log": folder / "tensorboard",
-        "curves": folder / "curves.png"
-        if (folder / "curves.png").exists()
-        else "none, no epoch was finished",
+        "curves": curves if (curves := folder / "curves.png").exists() else "none",
     }
     lines = [
         "",

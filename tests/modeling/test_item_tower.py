@@ -170,6 +170,11 @@ def test_numbers_are_standardised_over_training_items(reader: FeatureReader) -> 
     torch.testing.assert_close(year.values, torch.tensor([0.0, -1.0, 1.0, 0.0, 3.0]))
 
 
+def test_a_number_that_training_items_share_scales_others_by_one(featured: SequenceDataset) -> None:
+    (year,) = FeatureReader(featured, "item", np.array([True, False, False, False])).read(["year"], DIM, "x")
+    assert year.values.tolist() == [0, 0, 10, 0, 20]
+
+
 def test_features_that_do_not_exist_or_are_empty(reader: FeatureReader, featured: SequenceDataset) -> None:
     with pytest.raises(
         UserError, match="here: 'genre' is no item feature of featured; known: genres, author, year"
