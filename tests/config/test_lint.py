@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import generative_recommenders.build.parts  # noqa: F401  (registers the built-in parts)
 from generative_recommenders.config import lint as notices
@@ -97,6 +98,16 @@ def test_what_this_machine_lacks_is_reported(monkeypatch: pytest.MonkeyPatch) ->
     assert [line.partition(":")[0].partition(" = ")[0] for line in lines] == [
         "create_data_loader.num_workers", "create_data_loader.prefetch_factor", "train_fn.main_module_bf16",
     ]  # fmt: skip
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU decides there")
+@pytest.mark.parametrize(("unit", "has_it"), [("", False), ("avx512_bf16", True), ("amx_bf16", True)])
+def test_avx_512_alone_has_no_bfloat16_units(
+    unit: str, has_it: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = f"flags\t\t: avx2 avx512f avx512dq avx512bw avx512vl {unit}\n"
+    monkeypatch.setattr(Path, "read_text", lambda self: text)
+    assert notices.has_bfloat16() == has_it
 
 
 def test_an_approximate_top_k_is_reported_to_have_no_effect() -> None:
