@@ -33,7 +33,6 @@ from generative_recommenders.evaluation.progress import EvaluationProgress, fing
 from generative_recommenders.evaluation.ranks import Ranks, user_ranks
 from generative_recommenders.modeling.inputs import Queries
 from generative_recommenders.modeling.model import SequenceRecommender
-from generative_recommenders.modeling.similarity.interface import score_dtype
 from generative_recommenders.ops import dispatch
 from generative_recommenders.types import Batch
 
@@ -242,7 +241,7 @@ def catalogue_scores(model: SequenceRecommender, autocast: torch.dtype | None = 
         return operands[0]
 
     encoded = torch.inference_mode()(queries)
-    return ProductScores(encoded, operands[1], model.items.shard, score_dtype(similarity))
+    return ProductScores(encoded, operands[1], model.items.shard, similarity.score_dtype)
 
 
 def of_sample(targets: np.ndarray, users: int, seed: int) -> np.ndarray:

@@ -8,7 +8,7 @@ import torch
 
 from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.items import ItemRows
-from generative_recommenders.modeling.similarity.interface import Similarity, rounded, score_dtype
+from generative_recommenders.modeling.similarity.interface import Similarity, rounded
 from generative_recommenders.objectives.negative_samplers import Negatives
 from generative_recommenders.ops.embedding import range_of
 from generative_recommenders.ops.products.sampled import (
@@ -66,7 +66,7 @@ def sampled_scores(
     raw, items = items, items.normalized()
     operands = similarity.operands(states, items.weight)
     if operands is not None:
-        (query, weight), dtype = operands, score_dtype(similarity)
+        (query, weight), dtype = operands, similarity.score_dtype
         # Positives are few: a product of rows each, where negatives take a matrix product.
         if raw_positives:
             own = rounded(raw.lookup(targets).float(), dtype)

@@ -26,18 +26,15 @@ def rounded(x: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     return x if dtype is None else x.to(dtype).to(x.dtype)
 
 
-def score_dtype(similarity: Similarity) -> torch.dtype | None:
-    """The dtype that product scores are rounded to, those by `Similarity.operands` too; None, as of most, for no rounding."""
-    return getattr(similarity, "score_dtype", None)
-
-
 class Similarity(torch.nn.Module):
     """A learned or fixed score of (query, item). `score` must be written; everything else follows from it until overridden.
 
-    temperature: what scores are divided by.
+    temperature: what scores are divided by. score_dtype: what product scores are rounded to, those by `operands` too; None, as
+    of most, for no rounding.
     """
 
     temperature: float = 1.0
+    score_dtype: torch.dtype | None = None
 
     @property
     def auxiliary_loss_names(self) -> frozenset[str]:
