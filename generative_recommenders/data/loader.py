@@ -26,7 +26,8 @@ class LoadedBatch:
     columns: ``user_ids [B]``, ``lengths [B]``, ``item_ids [B, W]`` and, where the data have them, ``timestamps [B, W]``,
         int64, ``ratings [B, W]``, float32, and further event columns by name (see
         `schema.EventColumn.scaled`); right-padded with 0. first_row: place of row 0 in the global batch.
-        first_token: how many next-item targets the rows before have (see `SequenceLoader`). step: place in the epoch.
+        first_token: how many next-item targets the rows before have (see `SequenceLoader`). first_last_target: how many of the
+        rows before have any. step: place in the epoch.
     """
 
     columns: dict[str, torch.Tensor]
@@ -34,6 +35,7 @@ class LoadedBatch:
     first_row: int
     first_token: int
     global_tokens: int
+    first_last_target: int = 0
 
 
 def cut_histories(
@@ -150,7 +152,10 @@ class SequenceLoader:
             columns = cut_histories(self.dataset, users[mine], stops[mine], self.width)
             lengths = np.minimum(stops, self.width)
         targets = np.maximum(lengths - 1, 0)
-        return LoadedBatch(columns, step, bounds[0], int(targets[: bounds[0]].sum()), int(targets.sum()))
+        before = targets[: bounds[0]]
+        return LoadedBatch(
+            columns, step, bounds[0], int(before.sum()), int(targets.sum()), np.count_nonzero(before)
+        )
 
     def _generator(self, epoch: int, purpose: int) -> np.random.Generator:
         # purpose 0 is the order of an epoch, 1 + step the sampling of a step: no state to save, whatever is resumed.

@@ -44,8 +44,8 @@ class CausalObjective(Objective):
         return not self.last_only and self.target_weights == "equal"
 
     def first_target(self, batch: LoadedBatch) -> int:
-        """Targets are numbered by row, or by token."""
-        return batch.first_row if self.last_only else batch.first_token
+        """Targets are numbered by row, of those that have one, or by token."""
+        return batch.first_last_target if self.last_only else batch.first_token
 
     def example(self, columns: Mapping[str, torch.Tensor], draws: Draws = None) -> TrainingExample:
         batch = next_token_batch(columns)

@@ -5,10 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
+from generative_recommenders.build.parts import build_task
+from generative_recommenders.data.loader import SequenceLoader
+from generative_recommenders.data.splits import make_split
+from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.data.token_masks import Draws
 from generative_recommenders.errors import UserError
 from generative_recommenders.objectives.causal import CausalLastObjective, CausalObjective
 from generative_recommenders.objectives.masked import MaskColumns, MaskedObjective
+from tiny_models import catalogue, settings
 
 COLUMNS = {
     "user_ids": torch.tensor([1, 2, 3]),
@@ -25,6 +30,25 @@ def test_the_next_items_are_the_positives() -> None:
     assert example.targets.tolist() == [[2, 3, 4], [3, 4, 0], [4, 0, 0], [7, 8, 0], [8, 0, 0]]
     assert torch.equal(example.weights, (example.targets > 0).float())
     assert example.ratings.tolist() == [[4.5, 3, 0.5], [3, 0.5, 0], [0.5, 0, 0], [-1, 2.5, 0], [2.5, 0, 0]]
+
+
+@pytest.mark.parametrize("objective", ["causal", "causal_last"])
+def test_negatives_do_not_depend_on_the_number_of_processes(
+    ragged_dataset: SequenceDataset, objective: str
+) -> None:
+    """Also where sampling leaves rows without a target."""
+    task = build_task(
+        settings(objective=objective, sampling_strategy="local", num_negatives=6), catalogue(num_items=30)
+    )
+    stops = make_split(ragged_dataset).train_stops
+
+    def negatives(rank: int, world_size: int) -> torch.Tensor:
+        loader = SequenceLoader(ragged_dataset, stops, 7, 12 // world_size, 5, 0.1, rank, world_size)
+        prepared = task.prepare(next(loader.epoch(0)), 0)
+        assert prepared.negatives is not None
+        return prepared.negatives.ids
+
+    assert torch.equal(torch.cat([negatives(rank, 3) for rank in range(3)]), negatives(0, 1))
 
 
 def test_more_positives_than_events() -> None:
