@@ -154,7 +154,7 @@ class SequenceLoader:
         targets = np.maximum(lengths - 1, 0)
         before = targets[: bounds[0]]
         return LoadedBatch(
-            columns, step, bounds[0], int(before.sum()), int(targets.sum()), np.count_nonzero(before)
+            columns, step, bounds[0], int(before.sum()), int(targets.sum()), int((before > 0).sum())
         )
 
     def _generator(self, epoch: int, purpose: int) -> np.random.Generator:

@@ -32,7 +32,7 @@ def search_products(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scores and ids ``[n, k]`` of the k largest products of ``queries [n, D]`` with ``items [V, D]``, as `selection.scan`.
 
-    seen_ids: ``[n, S]`` int64, padded with 0: items left out of a row. dtype: what products are rounded to, see `score_dtype`.
+    seen_ids: ``[n, S]`` int64, padded with 0: items left out of a row. dtype: what products are rounded to, see `Similarity`.
     """
     if not dispatch.fast_on_cpu(queries):
         block = max(1, 8 * BLOCK_SCORES // max(1, len(queries)))

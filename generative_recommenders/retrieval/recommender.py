@@ -29,7 +29,6 @@ from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.errors import UserError, first_line
 from generative_recommenders.modeling.inputs import Queries
 from generative_recommenders.modeling.model import SequenceRecommender
-from generative_recommenders.modeling.similarity.interface import score_dtype
 from generative_recommenders.ops import dispatch
 from generative_recommenders.retrieval import quantized_search
 from generative_recommenders.retrieval.frames import (
@@ -254,7 +253,7 @@ class Recommender:
             place[allowed] = torch.arange(1, len(allowed) + 1)
             seen = None if seen is None else place[seen]
         similarity = self.model.similarity
-        operands, dtype = similarity.operands(queries.states, rows), score_dtype(similarity)
+        operands, dtype = similarity.operands(queries.states, rows), similarity.score_dtype
         assert operands is not None
         states, items = operands
         seen = None if seen is None else seen.to(items.device)

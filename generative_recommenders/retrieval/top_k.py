@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from generative_recommenders.config.registry import register_top_k
-from generative_recommenders.modeling.similarity.interface import Similarity, score_dtype
+from generative_recommenders.modeling.similarity.interface import Similarity
 from generative_recommenders.retrieval.product_search import search_products
 from generative_recommenders.retrieval.selection import scan
 
@@ -88,4 +88,4 @@ class MIPSBruteForceTopK(BruteForceTopK):
         operands = self.similarity.operands(queries, self.item_embeddings)
         if operands is None:
             return super().search(queries, k, seen_ids, user_ids)
-        return search_products(*operands, k, seen_ids, score_dtype(self.similarity))
+        return search_products(*operands, k, seen_ids, self.similarity.score_dtype)
