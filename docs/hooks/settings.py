@@ -64,9 +64,9 @@ def code(text: str) -> str:
 
 
 COMMON_OPTIONS = {
-    "num_blocks": "Blocks, one upon the other.",
-    "num_heads": "Heads of a block's attention.",
-    "dropout_rate": "Share of the entries that dropout zeroes in training.",
+    "num_blocks": "Number of blocks.",
+    "num_heads": "Number of attention heads of a block.",
+    "dropout_rate": "Dropout rate.",
     "activation_checkpoint": "Activations are computed again in the backward pass, which saves memory.",
 }
 """Descriptions of options that mean the same in every part that has them; a part's docstring goes before them."""
@@ -117,7 +117,7 @@ def published_table(_: str) -> str:
         part, option = filled[0]
         field = part.options.model_fields[option]
         default = RunSettings().value(gin_name)
-        rows.append(row(gin_name, field, default, f"{help_of(part, option)} Fills {parts}."))
+        rows.append(row(gin_name, field, default, f"{help_of(part, option)} Sets {parts}."))
     return f"{HEAD}\n" + "\n".join(rows)
 
 
@@ -130,7 +130,7 @@ def part_table(asked: str) -> str:
     rows = []
     for option, field in part.options.model_fields.items():
         published, default = filled.get(option, ("", None))
-        meaning = help_of(part, option) + (f" By `{published}`." if published else "")
+        meaning = help_of(part, option) + (f" Set by `{published}`." if published else "")
         rows.append(
             row(
                 f"{part.gin_name}.{option}",

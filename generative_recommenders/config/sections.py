@@ -46,8 +46,8 @@ class DataSettings(Section):
     dataset_name: str = "synthetic-books"
     """A prepared data set's name below ``--data_root``, or its folder."""
     protocol: Protocol = "leave_one_out"
-    """What is trained on and scored: the last two items of each user held out, the published programs' last one alone,
-    or times after a quantile of all."""
+    """Which events are for validation and test: the last two of each user, only the last one, as in the published
+    programs, or those after a quantile of all times."""
     catalogue: Catalogue = "rated"
     """Negatives and candidates: the rated items, or all of the item table, as the published programs have it for MovieLens."""
     max_sequence_length: Length = 200
@@ -57,10 +57,10 @@ class DataSettings(Section):
     positional_sampling_ratio: Annotated[float, Gt(0.0), Le(1.0)] = 1.0
     """Share of each history's events that an epoch trains on, drawn anew in each."""
     training_windows: TrainingWindows = "last"
-    """Trained on: the last max_sequence_length targets of each history, as in the published programs, or all, a longer
-    history cut into several rows."""
+    """Targets trained on: the last max_sequence_length of each history, as in the published programs, or all, for which a
+    longer history is cut into several rows."""
     event_features: tuple[str, ...] = ()
-    """Event columns that histories are read with, beside the items."""
+    """Event columns that are inputs of the model, beside the items."""
 
     @property
     def max_tokens(self) -> int:
@@ -74,16 +74,16 @@ class ModelSettings(Section):
     gin_name: ClassVar[str] = "train_fn"
 
     main_module: str = "SASRec"
-    """The encoder."""
+    """The encoder: a name of ``--list=encoders``."""
     main_module_bf16: bool = False
     """Item embeddings, the encoder's products and the scores in bfloat16, in training and evaluation. Weights, their updates
     and sums stay float32, where the published programs keep everything in bfloat16."""
     input_preprocessor: str = "LearnablePositionalEmbedding"
-    """The preprocessor, which makes the encoder's inputs of item embeddings, positions and ratings."""
+    """Makes the encoder's inputs of item embeddings, positions and ratings: a name of ``--list=input_preprocessors``."""
     user_embedding_norm: str = "l2_norm"
-    """The postprocessor of the encoder's states, applied before they are scored."""
+    """Normalises the encoder's states before they are scored: a name of ``--list=output_postprocessors``."""
     interaction_module_type: str = "DotProduct"
-    """The similarity of a state and an item; "" is "DotProduct"."""
+    """The similarity of a state and an item: a name of ``--list=similarities``, or "", which is "DotProduct"."""
     top_k_method: str = "MIPSBruteForceTopK"
     """The search that ``retrieval.methods.build_top_k`` makes; by mixtures of logits also approximate. Evaluation and
     recommendations do not use it: they are exact."""
@@ -95,11 +95,11 @@ class ItemSettings(Section):
     gin_name: ClassVar[str] = "train_fn"
 
     embedding_module_type: str = "local"
-    """The item embedding; TwoTower brings one of its own."""
+    """The item embedding: a name of ``--list=item_embeddings``; TwoTower brings its own."""
     item_embedding_dim: Width = 240
     """Width of an item's embedding and of the encoder, D."""
     item_table: Literal["replicated", "sharded", "torchrec"] = "replicated"
-    """Whether every process holds the whole item table, or a part of its rows, by the program itself or by TorchRec."""
+    """Whether each process holds all rows of the item table, or a part of them, kept by this program or by TorchRec."""
     category_feature: Annotated[str | None, SuppliedTo("item_embeddings", "item_category")] = None
     """Item feature that ``embedding_module_type = "categorical"`` groups items by."""
 
@@ -110,9 +110,9 @@ class LossSettings(Section):
     gin_name: ClassVar[str] = "train_fn"
 
     objective: str = "causal"
-    """What is predicted from what."""
+    """What is predicted from what: a name of ``--list=objectives``."""
     loss_module: str = "SampledSoftmaxLoss"
-    """The loss, over sampled negatives or the whole catalogue."""
+    """The loss, over sampled negatives or the whole catalogue: a name of ``--list=losses``."""
     loss_weights: dict[str, NonNegative] = Field(default_factory=dict)
     """Weights of auxiliary losses by name, as ``{"mi_loss": 0.001}`` of mixtures of logits."""
     loss_activation_checkpoint: Annotated[bool, SuppliedTo("negative_samplers")] = False
@@ -125,7 +125,7 @@ class NegativesSettings(Section):
     gin_name: ClassVar[str] = "train_fn"
 
     sampling_strategy: str = "in-batch"
-    """The negative sampler."""
+    """The negative sampler: a name of ``--list=negative_samplers``."""
     num_negatives: Annotated[Size, SuppliedTo("negative_samplers", "num_negatives")] = 1
     """Negatives drawn for each unit of sharing, R."""
     negatives_sharing: Annotated[NegativesSharing, SuppliedTo("negative_samplers")] = "position"
@@ -148,17 +148,17 @@ class UpdateSettings(Section):
     gin_name: ClassVar[str] = "train_fn"
 
     optimizer: str = "adamw"
-    """Rule of the item table's updates; everything else goes by AdamW."""
+    """The optimizer of the item table, a name of ``--list=optimizers``; other parameters are updated by AdamW."""
     learning_rate: Positive = 1e-3
-    """Of the global batch; it is not scaled by the number of processes."""
+    """Learning rate for the global batch; it is not scaled by the number of processes."""
     weight_decay: NonNegative = 1e-3
-    """Decoupled from the gradients, as in AdamW."""
+    """Weight decay, decoupled from the gradients as in AdamW."""
     num_warmup_steps: Count = 0
     """Steps over which the learning rate rises linearly from 0."""
     learning_rate_schedule: RateSchedule = "constant"
     """Whether the learning rate stays as it is after the warm-up, or falls along half a cosine to 0 at the run's end."""
     max_grad_norm: Positive | None = None
-    """L2 norm over all gradients that they are scaled down to; None leaves them."""
+    """Gradients are clipped to this L2 norm over all of them; None for no clipping."""
 
 
 class ScheduleSettings(Section):
@@ -171,13 +171,13 @@ class ScheduleSettings(Section):
     local_batch_size: Size = 128
     """Users of a batch on each process."""
     early_stopping_patience: PositiveInt | None = None
-    """Full evaluations without a better validation NDCG@10 after which a run ends; None runs on."""
+    """A run ends after so many full evaluations without a better validation NDCG@10; None trains all epochs."""
     random_seed: Count = 42
-    """Seed of everything that is drawn."""
+    """Seed of all random numbers."""
     deterministic: bool = False
-    """N processes drop what one would, at some cost in speed, so that a run does not depend on their number."""
+    """Dropout masks do not depend on the number of processes, at some cost in speed."""
     enable_tf32: bool = False
-    """Products in TF32 on GPUs that have it."""
+    """Matrix products in TF32 on GPUs that have it."""
 
 
 class FineTuningSettings(Section):
@@ -186,7 +186,7 @@ class FineTuningSettings(Section):
     gin_name: ClassVar[str] = "train_fn"
 
     initialize_from: str | None = None
-    """A run's folder (its best checkpoint) or a checkpoint to start from; rows of items and users go by their original ids."""
+    """A run's folder (its best checkpoint) or a checkpoint to start from; items and users are matched by their original ids."""
     freeze: tuple[str, ...] = ()
     """Parameters that stay as they are, by their names or beginnings of names, as
     ``("items.table", "sequence.encoder.blocks.0")``."""
@@ -201,20 +201,20 @@ class EvaluationSettings(Section):
     eval_batch_size: Size = 128
     """Users that are scored at a time on each process."""
     eval_user_max_batch_size: Size | None = None
-    """Bound of eval_batch_size, as published; None for none."""
+    """Upper bound of eval_batch_size, as published; None for none."""
     eval_users: PositiveInt | None = None
-    """Users of each full evaluation, drawn by the seed; None for all."""
+    """Number of users of each full evaluation, drawn by the seed; None for all users."""
     eval_bf16: bool = False
     """The encoder's products in bfloat16 in evaluation alone, scores in float32; the published programs round states and items
     instead."""
     eval_interval: Period = 100
-    """Steps from one scored batch of users to the next."""
+    """Steps from one evaluation of a batch of users to the next."""
     full_eval_every_n: Period = 1
     """Epochs from one evaluation of all users to the next."""
     partial_eval_num_iters: Annotated[PositiveInt, Unless("train_fn.full_eval_every_n", (1,))] = 32
     """Batches of users that are scored in epochs between full evaluations."""
     seen_filter: str = "history"
-    """Which items are no candidates because the user had them."""
+    """Which items are no candidates because the user had them: a name of ``--list=seen_filters``."""
     list_metrics_k: Size | None = None
     """Length of the lists whose recall, MAP, novelty, coverage and diversity are reported; None for none."""
     rating_threshold: float = 4.0
@@ -229,7 +229,7 @@ class CheckpointSettings(Section):
     save_ckpt_every_n: Period = 1000
     """Epochs from one checkpoint to the next, counted from 0 as published, beside those by minutes and of best epochs."""
     keep_checkpoints: PositiveInt = 3
-    """Newest checkpoints that stay, beside the best one."""
+    """How many of the newest checkpoints are kept, beside the best one."""
     checkpoint_minutes: Positive = 15.0
     """Minutes from one checkpoint to the next, also within an epoch."""
 
@@ -249,9 +249,9 @@ class LoaderSettings(Section):
     gin_name: ClassVar[str] = "create_data_loader"
 
     prefetch_factor: Count = 2
-    """Batches that are cut ahead, at most 64."""
+    """Batches that are prefetched, at most 64."""
     num_workers: Count = 0
-    """Accepted; batches are cut by one thread, which is not what a step waits for."""
+    """Accepted without effect: batches are made by one thread, for which no step waits."""
 
 
 class WeightedLossSettings(Section):

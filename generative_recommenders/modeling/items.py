@@ -76,7 +76,7 @@ class ItemEmbedding(torch.nn.Module):
     ``tower`` is the dense network that computes scored embeddings, where there is one.
 
     item_l2_norm: scored embeddings are divided by max(norm, l2_norm_eps).
-    l2_norm_eps: least norm that is divided by.
+    l2_norm_eps: lower bound of the norm that is divided by.
     """
 
     SUPPLIED = frozenset({"num_items", "embedding_dim", "num_rows", "item_category"})

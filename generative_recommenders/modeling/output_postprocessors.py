@@ -13,7 +13,7 @@ from generative_recommenders.ops.normalization import l2_normalize, layer_norm
 class L2NormEmbeddingPostprocessor(torch.nn.Module):
     """``v / max(|v|, eps)`` on ``[..., D]``.
 
-    eps: least norm that is divided by.
+    eps: lower bound of the norm that is divided by.
     embedding_dim: D, the first columns of wider states (those of a preprocessor that puts ratings beside the items), as in
     HSTU's public runs; all columns unless given.
     """

@@ -27,9 +27,9 @@ from generative_recommenders.types import SequentialFeatures
 class CausalObjective(Objective):
     """Every position predicts the next item (CLM).
 
-    num_positives: P, the next so many items (the dense all-action loss of PinnerFormer, arXiv 2205.04507, over a count
-    instead of a time).
-    target_weights: what a target counts, the same or its rating.
+    num_positives: P, how many next items are predicted (the dense all-action loss of PinnerFormer, arXiv 2205.04507, over a
+    count instead of a time).
+    target_weights: weight of a target in the loss, the same for all or its rating.
     """
 
     last_only = False

@@ -172,7 +172,7 @@ class InBatchNegativesSampler(NegativesSampler):
     the same from the stream); n is the number that gives M ids on average.
 
     counts: ``[V]`` occurrences of item id i + 1 in the training data; the correction needs them.
-    log_q_correction: ln of that probability is taken off the scores of negatives.
+    log_q_correction: the logarithm of this probability is subtracted from the scores of negatives.
     """
 
     uses_batch_pool = True
@@ -220,8 +220,8 @@ class PopularityNegativesSampler(NegativesSampler):
     """Item i with probability proportional to count(i)^power, by the alias method (Walker 1977; Vose 1991).
 
     counts: ``[V]`` occurrences of item id i + 1 in the training data; unseen items are never drawn.
-    power: 1 is by frequency, 0 uniform over the items that occur.
-    log_q_correction: ln of an item's probability is taken off the scores of negatives.
+    power: exponent of the counts; 1 draws by frequency, 0 uniformly over the items that occur.
+    log_q_correction: the logarithm of an item's probability is subtracted from the scores of negatives.
     """
 
     accept: torch.Tensor
@@ -264,7 +264,7 @@ LOCAL_AND_POPULAR = {"local": 0.5, "popularity": 0.5}
 class MixedNegativesSampler(NegativesSampler):
     """Fixed shares of the draws come from each of several samplers, in their order.
 
-    shares: by the samplers' names; only their ratios count.
+    shares: of each sampler, by its name; only their ratios count.
     """
 
     def __init__(

@@ -101,7 +101,7 @@ class ReplacedObjective(MaskedItemObjective):
     mask_probability: share of a history that is hidden, beside the one position that always is.
     fakes_from: where the replacements are drawn from, the hidden items of the batch or the whole catalogue.
     tie_discriminator: the discriminator is the model's own encoder.
-    discriminator_weight: weight of its loss beside the model's.
+    discriminator_weight: weight of the discriminator's loss beside the model's.
     """
 
     needs_item_table = True

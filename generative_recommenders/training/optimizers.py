@@ -211,8 +211,8 @@ class LazyRows(AdamW):
 class AdagradRows(AdamW):
     """AdamW; the item table by `RowwiseAdagrad`.
 
-    item_learning_rate: of the item table; None for that of everything else. Adagrad's steps shrink with the square root of what
-    a row has seen, and all of its numbers share one size, so that the rates which suit AdamW are far too small for it.
+    item_learning_rate: of the item table; None for that of all other parameters. Adagrad's steps shrink with the square root of
+    what a row has seen, and all of its numbers share one size, so that the rates which suit AdamW are far too small for it.
     """
 
     def __init__(

@@ -135,7 +135,7 @@ class FuXi(TimedEncoder):
     dv: width of a head's values, in each channel.
     normalization: accepted as published.
     linear_config: accepted as published; there is one projection to U, V, Q and K.
-    linear_activation: of that projection.
+    linear_activation: activation after that projection.
     linear_dropout_rate: dropout before both stages of the feed-forward.
     attn_dropout_rate: dropout on the channel of meaning (the authors' code takes it and drops nothing).
     ffn_multiply: hidden width of the second stage over D.

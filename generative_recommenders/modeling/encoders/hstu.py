@@ -151,7 +151,7 @@ class HSTU(TimedEncoder):
     dv: width of a head's values and gates.
     normalization: "rel_bias" as published, or a softmax over all N columns in place of SiLU.
     linear_config: accepted as published; there is one projection to U, V, Q and K.
-    linear_activation: of that projection.
+    linear_activation: activation after that projection.
     linear_dropout_rate: dropout before the output projection.
     attn_dropout_rate: dropout on the attention's weights.
     concat_ua: the output projection takes ``[U, LN(A V), U * LN(A V)]`` instead of the product alone.

@@ -92,7 +92,7 @@ ReadFeatures = Callable[[Sequence[str], ListReduction], Sequence[EntityFeature]]
 class ItemTowerEmbedding(ItemEmbedding):
     """Items through a tower over their features: histories look up the id table, what is scored comes out of an `ItemTower`.
 
-    features: of the prepared items table; "item_id" is the id itself, by the row of the table that histories look up.
+    features: columns of the prepared items table; "item_id" is the id itself, by the row of the table that histories look up.
     list_reduction: how the embeddings of a list's categories become one.
     num_blocks: blocks of the tower.
     """

@@ -73,7 +73,7 @@ class UserOptions(OptionGroup):
     prefix: ClassVar[str] = "uid_"
 
     dropout_rate: Share = 0.5
-    """Dropout on what is looked up."""
+    """Dropout on the looked-up embeddings of the user's id."""
     embedding_hash_sizes: tuple[TableRows, ...] | None = None
     """Rows of each table; None for no component of the user's id."""
     embedding_level_dropout: bool = False
