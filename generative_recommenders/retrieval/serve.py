@@ -304,13 +304,16 @@ def _add_metrics(app: Any) -> Any:
 
     @app.middleware("http")
     async def measure(request, call_next):  # type: ignore[no-untyped-def]
-        start = time.perf_counter()
-        response = await call_next(request)
-        route = request.scope.get("route")  # paths that do not exist share one name
-        path = getattr(route, "path", "other")
-        requests.labels(path, response.status_code).inc()
-        seconds.labels(path).observe(time.perf_counter() - start)
-        return response
+        start, status = time.perf_counter(), 500  # what a fault of the program is answered with, further out
+        try:
+            response = await call_next(request)
+            status = response.status_code
+            return response
+        finally:
+            route = request.scope.get("route")  # paths that do not exist share one name
+            path = getattr(route, "path", "other")
+            requests.labels(path, status).inc()
+            seconds.labels(path).observe(time.perf_counter() - start)
 
     @app.get("/metrics")
     async def metrics() -> Any:

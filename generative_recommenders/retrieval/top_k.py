@@ -51,8 +51,8 @@ class TopKModule(torch.nn.Module):
             similarities that read them. A row with fewer than k items left ends with minus infinity and id 0.
         """
         parts = []
-        for some in torch.arange(max(len(queries), 1)).split(self.rows_at_a_time):
-            rows = slice(int(some[0]), int(some[-1]) + 1)
+        for start in range(0, max(len(queries), 1), self.rows_at_a_time):
+            rows = slice(start, start + self.rows_at_a_time)
             of_rows = (None if each is None else each[rows] for each in (seen_ids, user_ids))
             parts.append(self.search(queries[rows], k, *of_rows))
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])

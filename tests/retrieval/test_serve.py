@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import http.client
 import json
 import os
@@ -19,7 +20,7 @@ import pytest
 
 from generative_recommenders import Recommender, serve
 from generative_recommenders.errors import UserError
-from generative_recommenders.retrieval.serve import Batcher, Limits, RecommendRequest, answer
+from generative_recommenders.retrieval.serve import Batcher, Limits, RecommendRequest, answer, make_app
 from recommender_runs import make_run
 from tiny_data import ragged_sequences, tiny_dataset
 
@@ -110,6 +111,35 @@ def test_a_fault_of_the_program_leaves_the_server_answering(
 
     failed, answered = asyncio.run(asyncio.wait_for(ask_twice(), 60))
     assert isinstance(failed, ZeroDivisionError) and len(answered) == 2
+
+
+def test_an_answer_of_status_500_is_counted(rec: Recommender, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("fastapi")
+    pytest.importorskip("prometheus_client")
+    app = make_app(rec)
+
+    async def ask(method: str, path: str, body: bytes = b"") -> bytes:
+        sent: list[dict] = []
+
+        async def receive() -> dict:
+            return {"type": "http.request", "body": body}
+
+        async def send(message: dict) -> None:
+            sent.append(message)
+
+        headers = [(b"content-type", b"application/json")]
+        scope = {"type": "http", "method": method, "path": path, "query_string": b"", "headers": headers}
+        with contextlib.suppress(ZeroDivisionError):  # which the server logs
+            await app(scope, receive, send)
+        return b"".join(each.get("body", b"") for each in sent)
+
+    async def counts() -> bytes:
+        async with app.router.lifespan_context(app):
+            await ask("POST", "/similar", b'{"items": ["i00003"]}')
+            return await ask("GET", "/metrics")
+
+    monkeypatch.setattr(rec, "similar_items", lambda *_: 1 / 0)
+    assert b'requests_total{path="/similar",status="500"} 1.0' in asyncio.run(asyncio.wait_for(counts(), 60))
 
 
 class Server:
