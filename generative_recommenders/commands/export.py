@@ -21,6 +21,7 @@ from generative_recommenders.retrieval.export import (
     check_products,
     export_program,
     measured_recall,
+    plain_products,
     query_inputs,
     write_onnx,
 )
@@ -41,14 +42,15 @@ def export(options: Options, form: str, output: Path | None, index: str) -> int:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output={folder}: {error.strerror}") from error
-    similarity, items = recommender.model.similarity, recommender.snapshot.embeddings
-    product = similarity.operands(items[:0], items[:0]) is not None
+    temperature = recommender.model.similarity.temperature
     about: dict[str, Any] = {
         "run": Path(options.run_dir).name,
         "items": len(recommender.item_ids),
         "width": recommender.snapshot.embeddings.shape[1],
         "max_length": recommender.reader.max_length,
-        "score": f"states @ item_embeddings.T / {similarity.temperature}" if product else "no product",
+        "score": f"states @ item_embeddings.T / {temperature}"
+        if plain_products(recommender)
+        else "no product",
     }
     with contextlib.suppress(OSError, ValueError, AttributeError):  # there is none yet, or it is not ours
         before = json.loads((folder / "export.json").read_text(encoding="utf-8"))

@@ -68,10 +68,26 @@ def export_program(recommender: Recommender) -> torch.export.ExportedProgram:
         raise UserError(f"encoder {name} cannot be exported: {first_line(error)}") from error
 
 
+def plain_products(recommender: Recommender) -> bool:
+    """Whether scores are products of states and items as they are exported, over the temperature.
+
+    A plug-in's similarity may have products of what it makes of them, as cosines are.
+    """
+    similarity, items = recommender.model.similarity, recommender.snapshot.embeddings
+    rows = torch.randn(4, items.shape[1], generator=torch.Generator().manual_seed(0)).to(items)
+    operands = similarity.operands(rows, rows)
+    if operands is None:
+        return False
+    states, weight = operands[0] * similarity.temperature, operands[1]
+    # to the precision of bf16, which they may be rounded to
+    return all(
+        each.shape == rows.shape and torch.allclose(each, rows, rtol=0.01) for each in (states, weight)
+    )
+
+
 def check_products(recommender: Recommender) -> None:
     """UserError where scores are no product of a state and an item, so that the two sides are not enough."""
-    embeddings = recommender.snapshot.embeddings
-    if recommender.model.similarity.operands(embeddings[:0], embeddings[:0]) is None:
+    if not plain_products(recommender):
         name = type(recommender.model.similarity).__name__
         raise UserError(
             f"scores of {name} are no products of a state and an item: export its items as parquet or safetensors, and serve "

@@ -10,8 +10,10 @@ import torch
 from generative_recommenders import Recommender
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.errors import UserError
+from generative_recommenders.modeling.similarity.dot_product import DotProductSimilarity
 from generative_recommenders.retrieval.export import (
     build_index,
+    check_products,
     export_program,
     measured_recall,
     query_inputs,
@@ -89,3 +91,20 @@ def test_an_index_finds_what_its_recall_says(tmp_path: Path, dataset: SequenceDa
     assert index.ntotal == 30
     recall = measured_recall(rec, index)
     assert recall == pytest.approx(1.0) if kind != "ivf" else 0.1 < recall <= 1.0
+
+
+class Cosine(DotProductSimilarity):
+    """As a plug-in may have it: what is multiplied is not what is exported."""
+
+    def operands(self, states: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return super().operands(torch.nn.functional.normalize(states, dim=1), weight)
+
+
+def test_products_of_other_states_are_refused(tmp_path: Path, dataset: SequenceDataset) -> None:
+    rec = Recommender.load(make_run(tmp_path, dataset, {"main_module": "SASRec", "temperature": 0.3})[0])
+    check_products(rec)
+    rec.model.similarity = DotProductSimilarity(0.3, torch.bfloat16)
+    check_products(rec)
+    rec.model.similarity = Cosine(0.3)
+    with pytest.raises(UserError, match="scores of Cosine are no products"):
+        check_products(rec)
