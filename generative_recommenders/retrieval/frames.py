@@ -96,6 +96,15 @@ def whole_ids(ids: pl.Series) -> pl.Series:
     return known.cast(pl.Int64, strict=False) if (known == known.floor()).all() else ids
 
 
+def as_numbers(values: pl.Series, kind: type[pl.DataType]) -> pl.Series:
+    """Values as numbers, missing ones stay so; UserError with the first that is none."""
+    found = values.cast(kind, strict=False)
+    wrong = found.is_null() & values.is_not_null()
+    if wrong.any():
+        raise UserError(f"column {values.name!r}: {values[int(wrong.arg_max() or 0)]!r} is no number")
+    return found
+
+
 def listed(values: Any, what: str) -> list[Any]:
     """Ids as a list; UserError for a text, a table or a mapping, whose elements are no ids."""
     found = values.tolist() if hasattr(values, "tolist") else values

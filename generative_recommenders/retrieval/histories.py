@@ -16,7 +16,7 @@ import torch
 from absl import logging
 
 from generative_recommenders.errors import UserError
-from generative_recommenders.retrieval.frames import history_frame, whole_ids, whole_seconds
+from generative_recommenders.retrieval.frames import as_numbers, history_frame, whole_ids, whole_seconds
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class HistoryReader:
         for name, kind in (("rating", pl.Float32), ("timestamp", pl.Int64)):
             if name not in self.needed_columns:
                 continue
-            values, wanted = _numbers(known[name], kind), "a finite number"
+            values, wanted = as_numbers(known[name], kind), "a finite number"
             fits = values.is_not_null()
             if name == "rating":
                 fits &= values.is_finite()
@@ -219,17 +219,8 @@ def _event_column(values: pl.Series, column: Mapping[str, Any]) -> pl.Series:
         )
         return (pl.Series(values.name, pl.from_arrow(ids)).cast(pl.Int64) + 1).fill_null(0)
     if column["kind"] == "numerical":
-        numbers = _numbers(values, pl.Float64).fill_nan(None)
+        numbers = as_numbers(values, pl.Float64).fill_nan(None)
         if numbers.is_infinite().any():
             raise UserError(f"column {values.name!r} holds a number that is not finite")
         return ((numbers - column["mean"]) / (column["std"] or 1.0)).fill_null(0.0)
-    return _numbers(whole_seconds(values), pl.Int64).fill_null(0)
-
-
-def _numbers(values: pl.Series, kind: type[pl.DataType]) -> pl.Series:
-    """Values as numbers, missing ones stay so; UserError with the first that is none."""
-    numbers = values.cast(kind, strict=False)
-    wrong = numbers.is_null() & values.is_not_null()
-    if wrong.any():
-        raise UserError(f"column {values.name!r}: {values[int(wrong.arg_max() or 0)]!r} is no number")
-    return numbers
+    return as_numbers(whole_seconds(values), pl.Int64).fill_null(0)

@@ -15,6 +15,7 @@ from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.encoders.two_tower import ItemTowerEmbedding
 from generative_recommenders.modeling.feature_embeddings import EmbeddingSpec
 from generative_recommenders.modeling.items import ItemEmbedding
+from generative_recommenders.retrieval.frames import as_numbers
 
 
 def add_rows(items: ItemEmbedding, frame: pl.DataFrame, encodings: Mapping[str, Mapping[str, Any]]) -> None:
@@ -58,16 +59,20 @@ def _values(
         )
     encoding, column = encodings[spec.name], frame[spec.name]
     if spec.kind == "numerical":
-        values = column.cast(pl.Float64, strict=False).to_numpy()
-        scaled = (values - encoding["mean"]) / encoding["std"]
+        scaled = (as_numbers(column, pl.Float64).to_numpy() - encoding["mean"]) / encoding["std"]
         return torch.from_numpy(np.where(np.isfinite(scaled), scaled, 0.0)).float()
     listed = spec.kind == "categorical_list"
     ids = {str(value): number for number, value in enumerate(encoding["categories"], start=1)}
+
+    def category(value: Any) -> int:
+        """Its id; 0 where training did not have it. Integers become floats where one is missing."""
+        whole = isinstance(value, float) and value.is_integer()
+        return ids.get(str(value)) or (ids.get(str(int(value)), 0) if whole else 0)
+
     # a value alone is a list of one
     rows = [row if isinstance(row, list) else [row] for row in column.to_list()]
     found = [
-        [ids.get(str(value), 0) for value in row if value is not None] or [spec.cardinality + 1]
-        for row in rows
+        [category(value) for value in row if value is not None] or [spec.cardinality + 1] for row in rows
     ]
     unknown = sum(row.count(0) for row in found)
     if unknown:

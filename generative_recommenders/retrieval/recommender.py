@@ -40,6 +40,7 @@ from generative_recommenders.retrieval.frames import (
     is_table,
     listed,
     seconds,
+    whole_ids,
 )
 from generative_recommenders.retrieval.histories import Histories, HistoryReader
 from generative_recommenders.retrieval.new_items import add_rows
@@ -349,7 +350,7 @@ class Recommender:
         frame = as_frame(items, "add_items")
         if "item_id" not in frame.columns:
             raise UserError(f"add_items: there is no column 'item_id'; there are: {', '.join(frame.columns)}")
-        names = frame["item_id"].cast(pl.String)
+        names = whole_ids(frame["item_id"]).cast(pl.String)
         if names.null_count() or names.n_unique() < len(names) or (self.reader.internal(names) > 0).any():
             raise UserError("add_items: item_id holds an item that is missing, given twice or known already")
         add_rows(self.model.items, frame, self.facts.get("item_encodings", {}))

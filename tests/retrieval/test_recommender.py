@@ -359,7 +359,17 @@ def test_new_items_are_known_by_their_features(
     again.add_items(pd.DataFrame({"item_id": ["l"], "genres": [[genre]], "year": [None]}))
     grown = again.item_embeddings()
     assert np.array_equal(grown.loc["t"], grown.loc["l"])
+    again.add_items(pd.DataFrame({"item_id": [7.0], "genres": [[genre]], "year": ["1999"]}))
+    assert again.item_embeddings().index[-1] == "7"
+    genres_of_training = again.facts["item_encodings"]["genres"]
+    genres_of_training["categories"] = [str(each) for each in range(len(genres_of_training["categories"]))]
+    again.add_items(pd.DataFrame({"item_id": ["text", "none"], "genres": ["1", None], "year": [None, None]}))
+    again.add_items(pd.DataFrame({"item_id": ["float", "nan"], "genres": [1, None], "year": [None, None]}))
+    grown = again.item_embeddings()
+    assert np.array_equal(grown.loc["text"], grown.loc["float"])
+    assert np.array_equal(grown.loc["none"], grown.loc["nan"])
     for faulty, words in (
+        (frame.assign(item_id=["x", "y"], year=["MCM", None]), "year.*'MCM' is no number"),
         (frame, "known already"), (frame[["item_id"]].assign(item_id=["x", "y"]), "reads genres"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=words):
