@@ -129,11 +129,8 @@ def main(
     metrics = ComputeMetricsCallback(["ndcg", "recall", "coverage"], [10], postprocessors, num_items)
     best = ModelCheckpoint(folder / "checkpoints", monitor="ndcg@10", mode="max")
     top = PandasTopItemsCallback(10, "query_id", "item_id", postprocessors=postprocessors)
-    limits = (
-        {}
-        if limit is None
-        else dict.fromkeys((f"limit_{stage}_batches" for stage in ("train", "val", "test", "predict")), limit)
-    )
+    stages = ("train", "val", "test", "predict")
+    limits = {} if limit is None else {f"limit_{stage}_batches": limit for stage in stages}
     trainer = L.Trainer(max_epochs=max_epochs, callbacks=[metrics, best, top], logger=False, **limits)
     trainer.fit(model, datamodule=data)
     weights = {"ckpt_path": best.best_model_path, "weights_only": False}
