@@ -25,6 +25,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -99,7 +100,7 @@ def environment(root: Path, name: str) -> Path | None:
     return python
 
 
-def measured(python: Path | str, worker: str, encoder: str, flags: argparse.Namespace) -> dict[str, object]:
+def measured(python: Path | str, worker: str, encoder: str, flags: argparse.Namespace) -> dict[str, Any]:
     """One run of a worker: its figures, or the last line of its error."""
     command = [
         python, ROOT / "benchmarks" / "peers" / worker, f"--folder={flags.folder}", f"--encoder={encoder}",
@@ -124,7 +125,7 @@ def measured(python: Path | str, worker: str, encoder: str, flags: argparse.Name
     return json.loads(lines[-1])
 
 
-def best(rounds: list[dict[str, object]]) -> dict[str, object]:
+def best(rounds: list[dict[str, Any]]) -> dict[str, Any]:
     """The least of each figure over the rounds that gave any."""
     good = [each for each in rounds if "error" not in each]
     if not good:
@@ -155,10 +156,10 @@ def main() -> None:
         write_data(part, made_events(flags.users, flags.items))
         part.rename(flags.folder)
     pythons = {name: environment(flags.environments.resolve(), name) for name in flags.peers}
-    results: dict[str, dict[str, object]] = {}
+    results: dict[str, dict[str, dict[str, Any]]] = {}
     for encoder in flags.encoders:
         systems = [name for name in flags.peers if encoder in PEERS[name][1] and pythons[name]]
-        runs: dict[str, list[dict[str, object]]] = {name: [] for name in ("ours", *systems)}
+        runs: dict[str, list[dict[str, Any]]] = {name: [] for name in ("ours", *systems)}
         for _ in range(flags.rounds):
             for name, found in runs.items():  # by turns, so that a busy minute of the machine meets all
                 worker = "ours.py" if name == "ours" else f"{name}_worker.py"
@@ -173,7 +174,7 @@ def main() -> None:
     records.finish(summary, flags.output)
 
 
-def table(results: dict[str, dict[str, object]]) -> str:
+def table(results: dict[str, dict[str, dict[str, Any]]]) -> str:
     """Figures of each system, and how many times ours they are."""
     lines = [f"{'':<28}" + "".join(f"{name:>22}" for name in FIGURES)]
     for encoder, systems in results.items():
@@ -181,8 +182,7 @@ def table(results: dict[str, dict[str, object]]) -> str:
         for name, figures in systems.items():
             row = f"{encoder + ', ' + name:<28}"
             for figure in FIGURES:
-                value = figures.get(figure) if isinstance(figures, dict) else None
-                base = ours.get(figure) if isinstance(ours, dict) else None
+                value, base = figures.get(figure), ours.get(figure)
                 times = f" ({value / base:.1f}x)" if value and base and name != "ours" else ""
                 row += f"{'-' if value is None else f'{value:g}' + times:>22}"
             lines.append(row)

@@ -28,8 +28,8 @@ class Clock:
     def __init__(self, started: float) -> None:
         self.started, self.first = started, None
         self.steps: list[float] = []
-        self.figures: dict[str, object] = {}
-        self._last = time.perf_counter()
+        self.epoch = 0.0
+        self.begin_epoch()
 
     def step(self) -> None:
         """Called at the end of each training step."""
@@ -40,23 +40,24 @@ class Clock:
             self.steps.append(now - self._last)
         self._last = now
 
-    def pause(self) -> None:
+    def begin_epoch(self) -> None:
         """What lies between two epochs is no step."""
-        self._last = time.perf_counter()
+        self._begun = self._last = time.perf_counter()
+
+    def end_epoch(self) -> None:
+        self.epoch = time.perf_counter() - self._begun
 
     def report(self, **figures: object) -> None:
-        """Prints the figures as the last line; seconds but for memory."""
+        """Prints the last epoch's figures, and these, as the last line; seconds but for memory."""
         settled = self.steps[2:] or self.steps
-        print(
-            json.dumps(
-                {
-                    "first_step": round(self.first or 0.0, 2),
-                    "step": round(statistics.median(settled), 4),
-                    "peak_rss_mb": peak_rss_mb(),
-                    **{name: round(x, 3) if isinstance(x, float) else x for name, x in figures.items()},
-                }
-            )
-        )
+        figures = {"epoch": self.epoch, "steps": len(self.steps) + 1, **figures}
+        record = {
+            "first_step": round(self.first or 0.0, 2),
+            "step": round(statistics.median(settled), 4),
+            "peak_rss_mb": peak_rss_mb(),
+            **{name: round(x, 3) if isinstance(x, float) else x for name, x in figures.items()},
+        }
+        print(json.dumps(record))
 
 
 def peak_rss_mb() -> int:

@@ -19,15 +19,13 @@ from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.distributed.memory import keep_freed_memory
 from generative_recommenders.training.trainer import Trainer
 
-OPTIONS = {
-    "SASRec": ["sasrec_encoder.num_heads = 1", "sasrec_encoder.num_blocks = {blocks}"],
-    "TwoTower": ["sasrec_encoder.num_heads = 1", "sasrec_encoder.num_blocks = {blocks}"],
-    "DiffTransformer": [
-        "diff_transformer_encoder.num_heads = 1",
-        "diff_transformer_encoder.num_blocks = {blocks}",
-    ],
-    "HSTU": ["hstu_encoder.num_heads = 1", "hstu_encoder.num_blocks = {blocks}"],
+BLOCKS = {
+    "SASRec": "sasrec_encoder",
+    "TwoTower": "sasrec_encoder",
+    "DiffTransformer": "diff_transformer_encoder",
+    "HSTU": "hstu_encoder",
 }
+"""The gin name of each encoder's blocks."""
 
 
 def main() -> None:
@@ -43,20 +41,19 @@ def main() -> None:
         f"train_fn.item_embedding_dim = {flags.width}",
         "train_fn.dropout_rate = 0.2",
         "train_fn.item_l2_norm = False",
-        *(each.format(blocks=flags.blocks) for each in OPTIONS[flags.encoder]),
+        f"{BLOCKS[flags.encoder]}.num_heads = 1",
+        f"{BLOCKS[flags.encoder]}.num_blocks = {flags.blocks}",
     ]
     settings, _ = gin_registry.load_settings([], bindings)
     dataset = SequenceDataset.open(flags.folder / "prepared" / "ours")
     trainer = Trainer(settings, dataset, make_split(dataset, "leave_one_out"), Collectives("cpu"))
     trainer.model.train()
-    epoch = 0.0
     for number in range(2):
-        clock.pause()
-        begun = time.perf_counter()
+        clock.begin_epoch()
         for batch in prefetch(trainer.loader.epoch(number), 4):
             float(trainer.run_step(batch).loss)
             clock.step()
-        epoch = time.perf_counter() - begun
+        clock.end_epoch()
     trainer.model.eval()
     begun = time.perf_counter()
     trainer.evaluation.test(trainer.model)
@@ -64,8 +61,6 @@ def main() -> None:
     # AdamW holds a gradient and two moments beside each weight.
     state = 4 * sum(each.nbytes for each in trainer.model.parameters())
     clock.report(
-        epoch=epoch,
-        steps=len(clock.steps) + 1,
         evaluation_floor=floors.products_of(lambda: trainer.evaluation.test(trainer.model))["seconds"],
         peak_rss_mb_floor=imported + round(state / 2**20),
         **figures,

@@ -39,7 +39,7 @@ def main() -> None:
     model = get_model(config["model"])(config, train.dataset)
     trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, model)
     model.train()
-    clock.pause()
+    clock.begin_epoch()
     for number, batch in enumerate(train):
         trainer.optimizer.zero_grad()
         model.calculate_loss(batch).backward()
