@@ -53,6 +53,22 @@ def test_columns_follow_their_events(tmp_path: Path, memory: int) -> None:
     assert "shelf (categorical of 3), progress (numerical), seen_at (time)" in summary(dataset.manifest)
 
 
+@pytest.mark.parametrize("shelves", [["", "x", "y", "", "x"], ["", "", "y", "x"], ["y", "", "x"], ["", ""]])
+@pytest.mark.parametrize("memory", [1 << 30, 1])
+def test_categories_that_are_missing_throughout_a_part(
+    tmp_path: Path, shelves: list[str], memory: int
+) -> None:
+    header = "user,item,shelf\n"
+    for number, shelf in enumerate(shelves):
+        (tmp_path / f"{number}.csv").write_text(f"{header}u,i{number},{shelf}\n")
+    (tmp_path / "last.csv").write_text(f"{header}NA,i,x\n")
+    options = ReadOptions("user,item,shelf:categorical", drop_missing=True)
+    prepare(RawRatings("t", sorted(tmp_path.glob("*.csv")), options), tmp_path / "out", memory)
+    dataset = SequenceDataset.open(tmp_path / "out")
+    names = ["", *dataset.vocabulary("shelf").to_pylist()]
+    assert [names[number] for number in dataset.extra["shelf"]] == shelves
+
+
 def test_data_hash_knows_known_columns_alone(tmp_path: Path) -> None:
     with_columns = prepared(tmp_path / "one").manifest
     without = prepared(tmp_path / "two", columns="user,item,timestamp=when").manifest

@@ -80,7 +80,7 @@ def collect_events(batches: Iterable[pa.Table], run_events: int, spill: Path) ->
                 table, pending, waiting = pa.concat_tables(pending), [], 0
                 encoding = {name: pool.submit(_encode, table[name]) for name in table.column_names}
         runs.add(encoding)
-        if pending:
+        if waiting:
             table = pa.concat_tables(pending)
             runs.add({name: pool.submit(_encode, table[name]) for name in table.column_names})
         dictionaries = dict(zip(runs.dictionaries, pool.map(runs.merge, runs.dictionaries)))
@@ -119,10 +119,14 @@ class _Runs:
 
     def merge(self, name: str) -> pa.Array:
         """The texts of all runs, each once; the codes of the runs become codes into them."""
-        if len(self.dictionaries[name]) == 1:
-            return self.dictionaries[name][0]
-        merged = pa.chunked_array(self.dictionaries[name]).dictionary_encode()
-        for codes, run in zip(self.columns[name], merged.chunks):
+        # A run without any text has no code to change, and pyarrow leaves its empty chunk out.
+        with_texts = [
+            (own, codes) for own, codes in zip(self.dictionaries[name], self.columns[name]) if len(own)
+        ]
+        if len(with_texts) < 2:
+            return with_texts[0][0] if with_texts else self.dictionaries[name][0]
+        merged = pa.chunked_array([own for own, _ in with_texts]).dictionary_encode()
+        for (_, codes), run in zip(with_texts, merged.chunks):
             new_code = np.append(run.indices.to_numpy(), np.int32(-1))  # a missing value stays -1
             for part in chunks(len(codes)):
                 codes[part] = new_code[codes[part]]
