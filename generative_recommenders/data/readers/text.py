@@ -240,7 +240,8 @@ def _rows(
     text = block.data.decode(errors="replace")
     if not dialect.quoting:
         lines = enumerate(text.split("\n"), block.first_line)
-        yield from ((number, line.split(separator)) for number, line in lines if line.strip(" \t"))
+        blanks = " \t" if dialect.delimiter is None else ""  # which are fields where they do not divide them
+        yield from ((number, line.split(separator)) for number, line in lines if line.strip(blanks))
         return
     reader, begin = csv.reader(io.StringIO(text), delimiter=separator, strict=strict), block.first_line
     try:

@@ -250,6 +250,7 @@ def test_columns_that_stand_for_one_role_are_refused(tmp_path: Path, columns: st
         ("user,item,timestamp\nu,i,soon\n", None, ["'soon'", "no time"]),
         ("user,item,seen\nu,i,\nu,j,NA\n", "user,item,seen:time", ["the first 2 rows have no seen", "leave the column"]),
         ("user,item\nu,i\n", "user,thing=itm", ["no column 'itm'", "'item'"]),
+        ("user\titem\nu\ti\n   \nv\tj\n", None, ["line 3", "1 fields where 2 are expected"]),
         ("user,item\n1,u,i\n2,v,j\n", None, ["line 2", "3 fields where 2 are expected"]),
         ("user,item,timestamp\nu,i,5\n", "user,item,timestamp:categorical", ["timestamp has its own kind"]),
         ("user,item\nu," + "x" * 2000 + "\n", None, ["line 2", "1024 bytes"]),
