@@ -77,16 +77,15 @@ def oracle(
     rows = rows[np.linspace(0, len(rows) - 1, min(max_users, len(rows))).astype(np.int64)]
     available = np.zeros(settings.num_items, dtype=bool)
     available[steps.items[kept]] = True
-    weights = _RankWeights(cutoffs, settings.num_items)
-    expected, realised = np.zeros(weights.table.shape[0]), np.zeros(weights.table.shape[0])
+    # Targets at each rank from 0, expected and drawn; the last place, below all, is a miss.
+    expected, realised = np.zeros(settings.num_items + 1), np.zeros(settings.num_items + 1)
     for block in np.array_split(rows, -(-len(rows) * settings.num_items // _CELLS)):
         seen = _books_before(steps, owner, block, settings.num_items)
         probability = _next_book(settings, catalogue, steps, owner, block, seen) * available
         probability /= probability.sum(axis=1, keepdims=True)
         filtered = seen & available if history_filter else np.zeros_like(seen)
         filtered_rank = 0 if repeats_count else settings.num_items
-        by_rank = np.zeros(settings.num_items + 1)
-        by_rank[filtered_rank] = probability[filtered].sum()
+        expected[filtered_rank] += probability[filtered].sum()
         # What is filtered competes with nobody: ranked below all others, and there without a probability.
         competing = np.where(~filtered & available, probability, -1.0)
         target = steps.items[block]
@@ -94,33 +93,25 @@ def oracle(
         first = np.arange(settings.num_items) < target[:, None]
         drawn = ((competing > own) | (first & (competing == own))).sum(axis=1)
         drawn = np.where(own[:, 0] < 0, filtered_rank, drawn)
+        realised += np.bincount(drawn, minlength=len(realised))
         competing.sort(axis=1)
-        by_rank[:-1] += competing[:, ::-1].clip(min=0).sum(axis=0)
-        expected += weights.table @ by_rank
-        realised += weights.table[:, drawn].sum(axis=1)
-    return weights.score(expected, len(rows), weights.score(realised, len(rows)))
+        expected[:-1] += competing[:, ::-1].clip(min=0).sum(axis=0)
+    return _score(expected, cutoffs, len(rows), _score(realised, cutoffs, len(rows)))
 
 
-class _RankWeights:
-    """Contribution of a target at each rank (from 0) to each metric: rows HR@K..., NDCG@K..., MRR."""
-
-    def __init__(self, cutoffs: Sequence[int], num_items: int) -> None:
-        rank = np.arange(num_items)
-        hits = [(rank < cutoff).astype(np.float64) for cutoff in cutoffs]
-        self._cutoffs = list(cutoffs)
-        table = np.stack([*hits, *(hit / np.log2(rank + 2) for hit in hits), 1 / (rank + 1)])
-        self.table = np.pad(table, ((0, 0), (0, 1)))  # a miss, the rank below all, adds nothing
-
-    def score(self, sums: np.ndarray, users: int, realised: OracleScore | None = None) -> OracleScore:
-        count = len(self._cutoffs)
-        means = (sums / users).tolist()
-        return OracleScore(
-            hit_rate=dict(zip(self._cutoffs, means[:count])),
-            ndcg=dict(zip(self._cutoffs, means[count : 2 * count])),
-            mrr=means[-1],
-            users=users,
-            realised=realised,
-        )
+def _score(
+    by_rank: np.ndarray, cutoffs: Sequence[int], users: int, realised: OracleScore | None = None
+) -> OracleScore:
+    """Metrics of ``users`` targets, of which so many have each rank: ``[V + 1]``, the last for misses."""
+    ranked, place = by_rank[:-1], np.arange(1, len(by_rank))
+    gains = ranked / np.log2(place + 1)
+    return OracleScore(
+        hit_rate={cutoff: float(ranked[:cutoff].sum() / users) for cutoff in cutoffs},
+        ndcg={cutoff: float(gains[:cutoff].sum() / users) for cutoff in cutoffs},
+        mrr=float((ranked / place).sum() / users),
+        users=users,
+        realised=realised,
+    )
 
 
 def _books_before(steps: Steps, owner: np.ndarray, rows: np.ndarray, num_items: int) -> np.ndarray:
