@@ -161,6 +161,14 @@ def test_further_columns_of_every_kind(tmp_path: Path) -> None:
     assert_same(RawRatings("t", [path], ReadOptions(names), filter="k_core:3"), tmp_path)
 
 
+def test_columns_whose_names_differ_in_case_alone(tmp_path: Path) -> None:
+    pytest.importorskip("pyspark")
+    path = tmp_path / "r.csv"
+    path.write_text("user,item,timestamp,User,none\na,b,1,x,\na,c,2,,\nB,c,2,y,\n")
+    columns = "user,item,timestamp,User:categorical,none:categorical"
+    assert_same(RawRatings("t", [path], ReadOptions(columns)), tmp_path)
+
+
 @pytest.mark.parametrize(
     ("tie_order", "duplicates"),
     [

@@ -114,6 +114,7 @@ def spark_session(master: str) -> Iterator[Any]:
     session = spark.newSession()  # so that the settings below leave a session of the caller's as it is
     session.conf.set("spark.sql.session.timeZone", "UTC")
     session.conf.set("spark.sql.ansi.enabled", "false")
+    session.conf.set("spark.sql.caseSensitive", "true")
     try:
         yield session
     finally:
