@@ -77,6 +77,13 @@ def test_leftovers_of_a_file_are_removed_whatever_its_name(tmp_path: Path) -> No
     assert [path.name for path in tmp_path.iterdir()] == ["events[1].csv"]
 
 
+def test_a_folder_that_is_being_written_is_no_prepared_data(tmp_path: Path) -> None:
+    for name in (".a.tmp-host-1", "b", "a"):
+        (tmp_path / "prepared" / name).mkdir(parents=True)
+        (tmp_path / "prepared" / name / "manifest.json").write_text("{}")
+    assert preparation.prepared_names(tmp_path) == ["a", "b"]
+
+
 def test_an_odd_name_is_named_without_a_flag() -> None:
     with pytest.raises(UserError, match=r"the name '../x' of a data set must consist of letters"):
         preparation.prepared_path("data", "../x")

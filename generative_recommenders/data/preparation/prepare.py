@@ -57,7 +57,8 @@ def prepared_path(data_root: str | Path, name: str) -> Path:
 
 def prepared_names(data_root: Path) -> list[str]:
     """Names of the data sets that are prepared below ``data_root``."""
-    return sorted(each.parent.name for each in (data_root / "prepared").glob(f"*/{FILE_NAME}"))
+    # without the folders, of hidden names, that are being written
+    return sorted(each.parent.name for each in (data_root / "prepared").glob(f"[!.]*/{FILE_NAME}"))
 
 
 def find_prepared(name: str, data_root: Path) -> Path:

@@ -32,8 +32,14 @@ def open_source(path: Path, options: ReadOptions) -> TableSource:
     kind = kind_of(path)
     if kind == "text":
         return TextSource(path, options)
-    if options.delimiter is not None:
-        raise UserError(f"{path}: --delimiter is for delimited text, and this is {kind}")
+    of_text = {
+        "delimiter": options.delimiter is not None,
+        "header": options.header is not None,
+        "quoting": options.quoting != "auto",
+    }
+    for flag, given in of_text.items():
+        if given:
+            raise UserError(f"{path}: --{flag} is for delimited text, and this is {kind}")
     if kind == "json":
         return JsonSource(path)
     return ParquetSource(path) if kind == "parquet" else ArrowSource(path)

@@ -84,6 +84,13 @@ def test_arrow_and_packed_files_hold_the_same_events(tmp_path: Path) -> None:
         assert read(tmp_path / name) == expected, name
 
 
+@pytest.mark.parametrize("option", [{"delimiter": ","}, {"header": True}, {"quoting": "none"}])
+def test_options_of_text_are_refused_for_other_files(tmp_path: Path, option: dict[str, Any]) -> None:
+    lines = write(tmp_path, '{"user": "u", "item": "i"}\n', "a.jsonl")
+    (name,) = option
+    assert f"--{name} is for delimited text, and this is json" in refused(lines, **option)
+
+
 def test_no_header_is_refused_and_the_fields_are_shown(tmp_path: Path) -> None:
     path = write(tmp_path, "11,2014-04-07T10:51:09.277Z,214536502,0\n", "a.dat")
     message = refused(path)
