@@ -82,9 +82,8 @@ def gathering_pays(num_read: int, table: torch.Tensor, updates_rows: bool, tower
     updates_rows: the optimizer updates single rows. tower: items that are scored are computed from their rows.
     """
     on_cpu = not dispatch.waits(table)
-    if (
-        on_cpu and tower
-    ):  # which then computes each item once; an accelerator would compute as many as are read
+    if on_cpu and tower:
+        # Each item is then computed once; an accelerator would compute as many as are read.
         return True
     # 1 as a rule; 0, with which tests have rows gathered however small the table is, stays 0.
     share = min(1, DENSE_SHARE) if on_cpu and updates_rows else DENSE_SHARE
