@@ -26,7 +26,7 @@ def bootstrap_interval(
     values: ``[n]``, one a user, finite. Returns the (1 - level) / 2 and (1 + level) / 2 quantiles of ``resamples`` means; the
     same seed gives the same interval. ValueError without users. Efron and Tibshirani, An Introduction to the Bootstrap, 13.3.
     """
-    distinct, counts = np.unique(_users(values), return_counts=True)
+    distinct, counts = _distinct(_users(values))
     n, rng = counts.sum(), np.random.default_rng(seed)
     means = [
         rng.multinomial(n, counts / n, size=size) @ distinct / n for size in _blocks(resamples, len(distinct))
@@ -47,7 +47,7 @@ def paired_permutation(a: ArrayLike, b: ArrayLike, seed: int = 0, permutations: 
     if len(first) != len(second):
         raise ValueError(f"paired values of {len(first)} and of {len(second)} users")
     differences = first - second
-    sizes, counts = np.unique(np.abs(differences[differences != 0]), return_counts=True)
+    sizes, counts = _distinct(np.abs(differences[differences != 0]))
     rng = np.random.default_rng(seed)
     # Sums that are equal but for the order of their additions are as far from 0.
     observed = abs(differences.sum()) - 1e-9 * (sizes @ counts)
@@ -73,6 +73,12 @@ def _users(values: Any) -> np.ndarray:
     if users.ndim != 1 or not len(users) or not np.isfinite(users).all():
         raise ValueError(f"one finite number for each of at least one user is needed, got {users.shape}")
     return users
+
+
+def _distinct(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The different values and how often each occurs. Means over seeds may differ in their last bits by the order in which they
+    were added; as two values they would draw other samples."""
+    return np.unique(values.round(12), return_counts=True)
 
 
 def _blocks(draws: int, width: int) -> Iterator[int]:

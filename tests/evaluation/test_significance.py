@@ -34,6 +34,15 @@ def test_the_interval_is_that_of_users_drawn_one_by_one() -> None:
     assert found == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), rel=0.02)
 
 
+def test_the_order_in_which_seeds_are_added_changes_nothing() -> None:
+    rng = np.random.default_rng(2)
+    a, b, c = 1 / np.log2(rng.integers(2, 12, (3, 500)))
+    first, second = (a + b + c) / 3, (c + b + a) / 3
+    assert (first != second).any() and np.allclose(first, second)
+    assert bootstrap_interval(first) == bootstrap_interval(second)
+    assert paired_permutation(first, a) == paired_permutation(second, a)
+
+
 def test_equal_users_leave_no_doubt() -> None:
     assert bootstrap_interval([0.5] * 9) == (0.5, 0.5)
 

@@ -119,10 +119,10 @@ def _conditions(lane: Lane, done: Sequence[Mapping[str, Any]]) -> list[str]:
             lines.append("Items that nobody rated, candidates in the published runs, are not in these data.")
     machines = {
         f"{each['environment'].get('device')}, {each.get('processor')} ({each.get('cores')} cores), torch "
-        f"{each['environment'].get('torch')}, {each.get('runs_at_a_time')} runs at a time"
+        f"{each['environment'].get('torch')}, runs at a time: {each.get('runs_at_a_time')}"
         for each in done
     }
-    lines.append(f"Ran on {'; '.join(sorted(machines))}. Seconds are of runs that shared it.")
+    lines.append(f"Ran on {'; '.join(sorted(machines))}. Runs at a time share the machine and its seconds.")
     return [f"- {line}" for line in lines]
 
 
