@@ -43,3 +43,24 @@ def test_unique_ids_of_an_accelerator_keep_their_number(
     found = sorted_unique(torch.tensor([ids], dtype=torch.int64))
     distinct = sorted(set(ids))
     assert found.tolist() == distinct + distinct[-1:] * (len(ids) - len(distinct))
+
+
+def test_the_range_of_ids_is_looked_at_where_nothing_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = torch.tensor([[4, 0], [9, 2]])
+    assert embedding.range_of(ids) == (0, 9)
+    assert embedding.range_of(ids[:0]) is None
+    monkeypatch.setattr(dispatch, "waits", lambda x: True)
+    assert embedding.range_of(ids) is None
+
+
+def test_few_rows_of_a_table_are_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quarter of it; all of it for an optimizer of single rows on a CPU, whatever is read for a tower there."""
+    table = torch.zeros(100, 2)
+
+    def most(**how: bool) -> int:
+        given = {"updates_rows": False, "tower": False, **how}
+        return max(n for n in range(1000) if embedding.gathering_pays(n, table, **given))
+
+    assert (most(), most(updates_rows=True), most(tower=True)) == (25, 100, 999)
+    monkeypatch.setattr(dispatch, "waits", lambda x: True)
+    assert (most(), most(updates_rows=True), most(tower=True)) == (25, 25, 25)

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.encoders.sasrec import SASRec
 from generative_recommenders.ops.attention import groups as groups_module
 from generative_recommenders.ops.attention import tiles
@@ -192,3 +193,9 @@ def test_layout_made_for_a_gpu_equals_the_one_moved_there() -> None:
     assert made.device.type == "cuda"
     assert torch.equal(made.queries.cells, moved.queries.cells)
     assert torch.equal(made.row_of, moved.row_of)
+
+
+@pytest.mark.parametrize("lengths", [[2, 4], [-1, 2]])
+def test_lengths_that_no_row_can_have(lengths: list[int]) -> None:
+    with pytest.raises(UserError, match="lengths reach from .* and a row has 3 columns"):
+        jagged_layout(torch.tensor(lengths), 3)
