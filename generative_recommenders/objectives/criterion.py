@@ -103,8 +103,13 @@ class Criterion(torch.nn.Module):
         normalised."""
 
     def auxiliary(self, sums: Sums, similarity: Similarity) -> dict[str, torch.Tensor]:
-        """Weighted auxiliary losses of all processes' sums; none of those that are made in training mode alone."""
+        """Weighted auxiliary losses of all processes' sums; outside training mode those alone that a similarity makes there."""
         losses = similarity.auxiliary_losses(sums)
+        missing = self.auxiliary_weights.keys() - losses.keys()
+        if missing and similarity.training:
+            raise UserError(
+                f"{type(similarity).__name__} made no auxiliary loss {', '.join(sorted(missing))} in training"
+            )
         return {
             name: weight * losses[name] for name, weight in self.auxiliary_weights.items() if name in losses
         }

@@ -124,6 +124,14 @@ def test_a_similarity_without_products(loss: str, objective: str) -> None:
         step.task.loss(loaded(ten_users()), 0)
 
 
+def test_an_auxiliary_loss_that_a_similarity_does_not_make() -> None:
+    task = training_step(chosen("SampledSoftmaxLoss"), catalogue()).task
+    task.criterion.auxiliary_weights = {"mi_loss": 0.1}
+    with pytest.raises(UserError, match="DotProductSimilarity made no auxiliary loss mi_loss in training"):
+        task.loss(loaded(ten_users()), 0)
+    assert task.eval().loss(loaded(ten_users()), 0).auxiliary == {}
+
+
 @pytest.mark.parametrize("loss", ["CE", "SampledSoftmaxLoss", "gBCE"])
 @pytest.mark.parametrize("module", ["preprocessor.dropout", "encoder.blocks.1", "postprocessor"])
 def test_nan_names_the_first_module(
