@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from importlib import import_module
+from itertools import takewhile
 from pathlib import Path
 
 from generative_recommenders.config.fields import nearest
@@ -22,12 +24,14 @@ def show_list(name: str, plugins: Sequence[str], data_root: Path) -> int:
     if name not in LISTS:
         raise UserError(f"unknown --list={name}{nearest(name, LISTS)}")
     load_plugins(plugins)
-    if name == "configs":  # by the name that --gin_config_file takes, with what the first line says
+    if name == "configs":  # by the name that --gin_config_file takes, with the first sentence of its comment
         lines = []
         for path in sorted((ROOT / "configs").rglob("*.gin")):
-            first = path.read_text(encoding="utf-8").partition("\n")[0]
-            said = first.lstrip("# ").strip() if first.startswith("#") else ""
-            lines.append(f"{path.relative_to(ROOT)}  {said}")
+            comment = takewhile(
+                lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines()
+            )
+            said = " ".join(line.lstrip("# ").strip() for line in comment)
+            lines.append(f"{path.relative_to(ROOT)}  {re.split(r'(?<=[.]) (?=[A-Z])', said)[0]}")
     elif name == "prepared":
         from generative_recommenders.data.manifest import read_manifest
         from generative_recommenders.data.preparation.prepare import prepared_names

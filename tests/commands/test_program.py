@@ -65,6 +65,7 @@ def test_lists_name_what_there_is(tmp_path: Path) -> None:
         in run_program("main.py", "--list=prepared", f"--data_root={tmp_path / 'no'}").stdout
     )
     configs = run_program("main.py", "--list=configs").stdout.splitlines()
+    assert all(line.partition("  ")[2].endswith(".") for line in configs), "each with a whole sentence"
     assert {line.split()[0] for line in configs} == {
         str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.gin")
     }
