@@ -77,7 +77,9 @@ def extract(archive: Path, folder: Path, wanted: Callable[[str], bool]) -> list[
                 if member.is_folder or not wanted(name):
                     continue
                 if name in names:
-                    raise UserError(f"{archive}: holds two files named {name}")
+                    raise UserError(
+                        f"{archive}: holds two files named {name}; unpack it and name one of them with --raw_path"
+                    )
                 names.append(name)
                 # Neither module reads a member beyond its declared size, which is within bounds.
                 with member.open() as source, (Path(temporary) / name).open("wb") as sink:
