@@ -13,6 +13,7 @@ import polars as pl
 import pyarrow as pa
 import torch
 
+from generative_recommenders.data.readers.times import recognise, to_nanoseconds
 from generative_recommenders.errors import UserError, first_line, not_installed
 
 Output = Literal["pandas", "polars", "spark", "torch"]
@@ -78,14 +79,21 @@ def history_frame(histories: Any, further: Iterable[str] = (), what: str = "hist
     return frame.with_columns(whole_ids(frame["item_id"]))
 
 
+def parsed_times(times: pl.Series) -> pl.Series:
+    """Text as the times that preparation reads in it, or as numbers, so that their order is that of time; else as it is."""
+    if times.dtype != pl.String:
+        return times
+    form = recognise(times)
+    if form is None or form.text is None:
+        found = times.cast(pl.Float64, strict=False)
+    else:
+        found = to_nanoseconds(times, form).cast(pl.Datetime("ns"))
+    return found if found.null_count() == times.null_count() else times
+
+
 def whole_seconds(times: pl.Series) -> pl.Series:
-    """Times as seconds since 1970, where they are dates or text of numbers; others as they are."""
-    if times.dtype.is_temporal():
-        return times.cast(pl.Datetime("us")).dt.epoch("s")
-    if times.dtype == pl.String:
-        numbers = times.cast(pl.Float64, strict=False)
-        return numbers if numbers.null_count() == times.null_count() else times
-    return times
+    """Dates as seconds since 1970; numbers are such already."""
+    return times.cast(pl.Datetime("us")).dt.epoch("s") if times.dtype.is_temporal() else times
 
 
 def whole_ids(ids: pl.Series) -> pl.Series:

@@ -16,7 +16,13 @@ import torch
 from absl import logging
 
 from generative_recommenders.errors import UserError
-from generative_recommenders.retrieval.frames import as_numbers, history_frame, whole_ids, whole_seconds
+from generative_recommenders.retrieval.frames import (
+    as_numbers,
+    history_frame,
+    parsed_times,
+    whole_ids,
+    whole_seconds,
+)
 
 
 @dataclass(frozen=True)
@@ -114,7 +120,7 @@ class HistoryReader:
         frame = frame.with_columns(_event_column(frame[each["name"]], each) for each in self.event_columns)
         if "timestamp" in frame.columns:
             # Stable: events of one time keep the order in which they were given.
-            frame = frame.with_columns(whole_seconds(frame["timestamp"])).sort(
+            frame = frame.with_columns(parsed_times(frame["timestamp"])).sort(
                 "timestamp", maintain_order=True
             )
         known = self._with_numbers(frame.filter(pl.col("_item") > 0))
@@ -136,7 +142,7 @@ class HistoryReader:
         for name, kind in (("rating", pl.Float32), ("timestamp", pl.Int64)):
             if name not in self.needed_columns:
                 continue
-            values, wanted = as_numbers(known[name], kind), "a finite number"
+            values, wanted = as_numbers(whole_seconds(known[name]), kind), "a finite number"
             fits = values.is_not_null()
             if name == "rating":
                 fits &= values.is_finite()
@@ -223,4 +229,4 @@ def _event_column(values: pl.Series, column: Mapping[str, Any]) -> pl.Series:
         if numbers.is_infinite().any():
             raise UserError(f"column {values.name!r} holds a number that is not finite")
         return ((numbers - column["mean"]) / (column["std"] or 1.0)).fill_null(0.0)
-    return as_numbers(whole_seconds(values), pl.Int64).fill_null(0)
+    return as_numbers(whole_seconds(parsed_times(values)), pl.Int64).fill_null(0)

@@ -28,6 +28,7 @@ def read(column: str, values: list[Any], **columns: Any) -> dict[str, torch.Tens
 @pytest.mark.parametrize("values", [
     [900, 1000, 80], ["900", "1000", "80"], ["900.0", "1000.0", "80.0"],
     [datetime.datetime.fromtimestamp(each, datetime.UTC) for each in (900, 1000, 80)],
+    ["1970-01-01 00:15:00", "1970-01-01T00:16:40Z", "1970-01-01 01:01:20+01:00"],
 ])  # fmt: skip
 def test_events_are_in_the_order_of_their_times_whatever_their_type(
     values: list[Any], needs_timestamps: bool
@@ -36,6 +37,14 @@ def test_events_are_in_the_order_of_their_times_whatever_their_type(
     assert batch["item_ids"].tolist() == [[3, 1, 2]]
     if needs_timestamps:
         assert batch["timestamps"].tolist() == [[80, 900, 1000]]
+
+
+def test_events_of_one_second_are_in_the_order_of_its_parts() -> None:
+    days = [f"1970-01-01 00:01:20.{part}" for part in (3, 9, 1)]
+    for values in (days, [datetime.datetime.fromisoformat(f"{day}00") for day in days], [80.3, 80.9, 80.1]):
+        batch = read("timestamp", values, needs_timestamps=True)
+        assert batch["item_ids"].tolist() == [[3, 1, 2]]
+        assert batch["timestamps"].tolist() == [[80, 80, 80]]
 
 
 @pytest.mark.parametrize("values", [[2, 1, None], ["2", " 1", None], [2.0, 1.0, None]])
