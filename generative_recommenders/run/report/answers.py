@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -33,15 +34,15 @@ class Item:
         return self.title or self.item_id
 
 
-class ItemNames:
-    """Titles of items by their original id."""
+class ItemNames(dict[str, Item]):
+    """Items by their original id; one that the run does not keep has its id alone."""
 
     def __init__(self, items: pl.DataFrame) -> None:
-        columns = items.select("item_id", "title", "genres", "events").iter_rows()
-        self._items = {row[0]: Item(row[0], row[1], row[2] or [], row[3]) for row in columns}
+        rows = items.select("item_id", "title", "genres", "events").iter_rows()
+        super().__init__((row[0], Item(row[0], row[1], row[2] or [], row[3])) for row in rows)
 
-    def __getitem__(self, item_id: str) -> Item:
-        return self._items.get(item_id) or Item(item_id, None, [], None)
+    def __missing__(self, item_id: str) -> Item:
+        return Item(item_id, None, [], None)
 
 
 @dataclass(frozen=True)
@@ -136,16 +137,10 @@ def layer_weights(
     """
     lists = [each for each in model.sequence.encoder.modules() if isinstance(each, torch.nn.ModuleList)]
     started: list[int] = []
-    with observed_weights() as weights, torch.no_grad():
-        hooks = [
-            block.register_forward_pre_hook(lambda *_: started.append(len(weights)))
-            for block in (lists[0] if lists else ())
-        ]
-        try:
-            model.encode_query(batch)
-        finally:
-            for hook in hooks:
-                hook.remove()
+    with observed_weights() as weights, torch.no_grad(), contextlib.ExitStack() as hooks:
+        for block in lists[0] if lists else ():
+            hooks.enter_context(block.register_forward_pre_hook(lambda *_: started.append(len(weights))))
+        model.encode_query(batch)
     places = np.searchsorted(np.array(started, np.int64), np.arange(len(weights)), side="right") - 1
     return [(max(int(place), 0), each) for place, each in zip(places, weights)]
 

@@ -72,41 +72,37 @@ def results(facts: Facts) -> dict[str, dict[str, Interval]]:
 
 
 def by_size(facts: Facts, column: str, metric: str) -> list[Group]:
-    """Groups of about as many targets each, by a number of each target; an empty list where there is one group alone."""
+    """Groups of about as many targets each, by a number of each target."""
     sizes = facts.users[column].to_numpy()
     edges = np.unique(np.quantile(sizes, np.linspace(0, 1, GROUPS + 1)[1:-1], method="inverted_cdf"))
     place = np.searchsorted(edges, sizes)
-    members = [place == number for number in range(len(edges) + 1)]
-    members = [each for each in members if each.any()]
-    if len(members) < 2:
-        return []
-    labels = []
-    for each in members:
-        low, high = int(sizes[each].min()), int(sizes[each].max())
-        labels.append(f"{low:,}" if low == high else f"{low:,}–{high:,}")
-    return _groups(facts, metric, dict(zip(labels, members)))
+    members: dict[str, np.ndarray] = {}
+    for number in np.unique(place):
+        rows = np.flatnonzero(place == number)
+        low, high = int(sizes[rows].min()), int(sizes[rows].max())
+        members[f"{low:,}" if low == high else f"{low:,}–{high:,}"] = rows
+    return _groups(facts, metric, members)
 
 
 def by_genre(facts: Facts, metric: str) -> list[Group]:
     """The genres of most targets; a target counts in each of its genres. Genres of few targets are left out."""
     genres = facts.items.select("item_id", "genres")
     targets = facts.users.select("item_id").with_row_index("row").join(genres, on="item_id", how="left")
-    pairs = targets.explode("genres").drop_nulls("genres").group_by("genres").agg("row")
-    rows = {name: rows for name, rows in pairs.iter_rows() if len(rows) >= FEWEST_TARGETS}
+    pairs = (
+        targets.explode("genres").drop_nulls("genres").group_by("genres").agg(pl.col("row").unique().sort())
+    )
+    rows = {name: np.array(rows) for name, rows in pairs.iter_rows() if len(rows) >= FEWEST_TARGETS}
     largest = sorted(rows, key=lambda name: (-len(rows[name]), name))[:MOST_GENRES]
-    if len(largest) < 2:
-        return []
-    members = {}
-    for name in largest:
-        members[name] = np.zeros(len(targets), bool)
-        members[name][np.array(rows[name])] = True
-    return _groups(facts, metric, members)
+    return _groups(facts, metric, {name: rows[name] for name in largest})
 
 
 def _groups(facts: Facts, metric: str, members: Mapping[str, np.ndarray]) -> list[Group]:
+    """The groups of the targets in these rows, by label; an empty list where there is one group alone."""
+    if len(members) < 2:
+        return []
     values = {method: user_values(facts.ranks(method), metric, facts.num_items) for method in facts.methods}
     return [
-        Group(label, int(rows.sum()), {method: Interval.of(own[rows]) for method, own in values.items()})
+        Group(label, len(rows), {method: Interval.of(own[rows]) for method, own in values.items()})
         for label, rows in members.items()
     ]
 
