@@ -32,7 +32,7 @@ CHOICES: dict[str, dict] = {
 
 def make_run(folder: Path, dataset: SequenceDataset, choice: dict) -> tuple[Path, torch.nn.Module, object]:
     """A run's folder with the checkpoint that a trainer writes of an untrained model."""
-    chosen = settings(seen_filter="history", negatives_sharing="block", **choice)
+    chosen = settings(**{"seen_filter": "history", "negatives_sharing": "block", **choice})
     trainer = Trainer(chosen, dataset, make_split(dataset, "leave_one_out"), Collectives())
     folder.mkdir(exist_ok=True)
     store = CheckpointStore(folder / "run" / "checkpoints")

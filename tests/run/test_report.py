@@ -24,7 +24,7 @@ from generative_recommenders.run.report import breakdown, pictures
 from generative_recommenders.run.report.answers import AttentionMap, layer_weights
 from generative_recommenders.run.report.facts import read_facts, write_facts
 from generative_recommenders.run.report.page import write_report
-from generative_recommenders.run.report.records import read_run
+from generative_recommenders.run.report.records import conditions, read_run
 from generative_recommenders.run.summary import COLUMNS
 from programs import run_program
 from recommender_runs import CHOICES, make_run
@@ -283,6 +283,19 @@ def test_models_of_every_kind_have_a_page(tmp_path: Path, kind: str, maps: int) 
     assert "Recommendations for 5 users" in page.text and "two dimensions" in page.text
     assert ("[mask]" in page.text) == (kind in ("masked", "permuted"))
     assert ("(rating)" in page.text) == (kind == "ratings")
+
+
+@pytest.mark.parametrize(
+    ("seen_filter", "candidates"),
+    [
+        ("none", "whole catalogue. "),
+        ("window", "whole catalogue but the seen items (seen filter 'window'). "),
+    ],
+)
+def test_conditions_say_which_items_are_candidates(tmp_path: Path, seen_filter: str, candidates: str) -> None:
+    dataset = tiny_dataset(tmp_path, ragged_sequences(20, 12, seed=5))
+    run, _, _ = make_run(tmp_path, dataset, {"seen_filter": seen_filter})
+    assert any(f"Each target is ranked among the {candidates}" in line for line in conditions(read_run(run)))
 
 
 @pytest.mark.parametrize("kind", ["SASRec", "HSTU", "Transformer"])

@@ -111,9 +111,12 @@ def conditions(run: Run, own: bool = True) -> list[str]:
     ]
     if own and run.final.get("conditions"):
         lines.append(f"Conditions of the test: {run.final['conditions']}.")
+    candidates = "the whole catalogue"
+    if (seen := run.settings.evaluation.seen_filter) != "none":
+        candidates += f" but the seen items (seen filter {seen!r})"
     lines.append(
-        "Each target is ranked among the whole catalogue but the seen items. Equal scores are ranked by item id. A rank is "
-        "counted exactly, no candidates are sampled."
+        f"Each target is ranked among {candidates}. Equal scores are ranked by item id. A rank is counted exactly, no "
+        "candidates are sampled."
     )
     return lines
 
