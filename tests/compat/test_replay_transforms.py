@@ -335,6 +335,7 @@ def test_columns_move_as_told():
     grouped = GroupTransform({"g": ["a"], "h": ["a", "b"]})(batch)
     assert grouped == {"g": {"a": a}, "h": {"a": a, "b": b}}
     assert SelectTransform([("h", "b"), ("h", "a")])(grouped) == {"h": {"b": b, "a": a}}
+    assert SelectTransform(["h", ("h", "a")])(grouped) == {"h": {"a": a, "b": b}}
     assert UnsqueezeTransform("b", 1)(batch)["b"].shape == (1, 1, 3)
 
 
@@ -405,14 +406,15 @@ def test_faults_of_columns_and_weights_are_one_clear_line():
         (RenameTransform({"item_ids": "lengths"}), "would overwrite"),
         (GroupTransform({"lengths": ["item_ids"]}), "already a column"),
         (SelectTransform([("item_ids",), "x"]), "no column 'x'"),
+        (SelectTransform([("item_ids", "x")]), "SelectTransform: 'item_ids' is no group of columns"),
         (
             MultiClassNegativeSamplingTransform(1, torch.ones(2, 3), negative_selector_name="lengths"),
             "between 0 and 1",
         ),
         (MultiClassNegativeSamplingTransform(1, torch.ones(2, 3)), "no column 'negative_selector'"),
         (NextTokenTransform("item_ids"), "item_ids_mask"),
-        (NextTokenTransform("item_ids", shift=2, mask_postfix=""), "too short"),
-        (TrimTransform(3, "item_ids"), "fewer than 3"),
+        (NextTokenTransform("item_ids", shift=2, mask_postfix=""), "with L at least 3"),
+        (TrimTransform(3, "item_ids"), "with L at least 3"),
         (TokenMaskTransform("absent"), "no column 'absent'"),
     ]:
         with pytest.raises(UserError, match=words):
@@ -448,5 +450,5 @@ def test_faults_of_columns_and_weights_are_one_clear_line():
 )
 def test_a_column_without_sequences_is_refused(transform):
     batch = {"user": torch.arange(3), "user_mask": torch.ones(3, dtype=torch.bool)}
-    with pytest.raises(UserError, match=r"'user' \(3,\) holds no sequences \[B, L\]"):
+    with pytest.raises(UserError, match=r"'user' \(3,\) must be \[B, L\]"):
         transform(batch)

@@ -69,11 +69,11 @@ class Transform(nn.Module):
         """A column of the batch; ``UserError``, in the transform's name, where it is missing or no tensor."""
         return require_tensor(batch, name, type(self).__name__)
 
-    def sequences(self, batch: TensorBatch, name: str) -> Tensor:
-        """A column ``[B, L, ...]`` of the batch; ``UserError`` where it has no second axis."""
+    def sequences(self, batch: TensorBatch, name: str, at_least: int = 0) -> Tensor:
+        """A column ``[B, L, ...]`` of the batch; ``UserError`` where it has no second axis, or L is less than that."""
         column = self.tensor(batch, name)
-        if column.dim() < 2:
-            raise self.error(f"'{name}' {tuple(column.shape)} holds no sequences [B, L]")
+        if column.dim() < 2 or column.shape[1] < at_least:
+            raise self.error(f"'{name}' {tuple(column.shape)} must be [B, L], with L at least {at_least}")
         return column
 
 
@@ -152,12 +152,12 @@ class SelectTransform(Transform):
 
     def forward(self, batch: TensorBatch) -> dict[str, Any]:
         selected: dict[str, Any] = {}
-        groups: dict[str, dict[str, Any]] = {}
         for name, *inner in self.paths:
-            selected[name] = column = require(batch, name, "SelectTransform")
-            for each in inner:
-                one = {each: require(column, each, f"SelectTransform in '{name}'")}
-                selected[name] = groups[name] = {**groups.get(name, {}), **one}
+            column = require(batch, name, "SelectTransform")
+            if inner and not isinstance(column, Mapping):
+                raise self.error(f"'{name}' is no group of columns")
+            parts = {each: require(column, each, f"SelectTransform in '{name}'") for each in inner}
+            selected[name] = {**selected.get(name, {}), **parts} if parts else column
         return selected
 
 
@@ -224,12 +224,8 @@ class NextTokenTransform(Transform):
             self.query_features = (self.query_features,)
 
     def forward(self, batch: TensorBatch) -> dict[str, Any]:
-        labels = self.sequences(batch, self.label_field)
+        labels = self.sequences(batch, self.label_field, at_least=self.shift + 1)
         mask = self.tensor(batch, self.label_field + self.mask_postfix)
-        if labels.shape[1] <= self.shift:
-            raise self.error(
-                f"'{self.label_field}' {tuple(labels.shape)} is too short for shift {self.shift}"
-            )
         return {
             **self.shortened(batch),
             self.out_feature_name: labels[:, self.shift :],
@@ -301,10 +297,7 @@ class TrimTransform(Transform):
     def forward(self, batch: TensorBatch) -> dict[str, Any]:
         trimmed = dict(batch)
         for name in self.feature_names:
-            feature = self.sequences(batch, name)
-            if feature.shape[1] < self.seq_len:
-                raise self.error(f"'{name}' has {feature.shape[1]} columns, fewer than {self.seq_len}")
-            trimmed[name] = feature[:, -self.seq_len :]
+            trimmed[name] = self.sequences(batch, name, at_least=self.seq_len)[:, -self.seq_len :]
         return trimmed
 
 
