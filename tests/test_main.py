@@ -247,6 +247,15 @@ def test_bad_input_gives_one_clear_line(data_root: Path, arguments: list[str], w
     assert "Traceback" not in done.stderr
 
 
+def test_verbosity_shows_the_code_that_a_fault_came_from(data_root: Path) -> None:
+    given = ["--dry_run", f"--data_root={data_root}", "--gin_bindings=train_fn.num_epoch = 3"]
+    lines = program("main.py", "--verbosity=1", *given, check=2).stderr.splitlines()
+    assert lines[-1].startswith("error: ") and any(line.startswith("Traceback") for line in lines)
+    assert not any(
+        line.startswith("Traceback") for line in program("main.py", *given, check=2).stderr.splitlines()
+    )
+
+
 def test_dry_run_says_parts_parameters_and_memory(data_root: Path) -> None:
     done = program("main.py", f"--data_root={data_root}", "--dry_run", *bindings())
     for shown in ("SasrecBlock", "parameters", "MiB", "split leave_one_out"):

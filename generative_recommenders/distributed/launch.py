@@ -108,6 +108,7 @@ def launch(
         port = DEFAULT_PORT if master_port is None else master_port
         return _spawn(Job(worker, tuple(args), count, device_type, timeout), port)
     except UserError as error:
+        logging.debug("the fault came from here", exc_info=True)
         line, code = str(error), error.exit_code
     except (MemoryError, RuntimeError) as error:
         found = out_of_memory(error)
@@ -224,6 +225,7 @@ def _spawned(rank: int, job: Job, port: int) -> None:
             ended = job.work(rank)
         except Exception as error:  # whatever it is, it is reported and ends the run
             if (fault := fault_of(error)) is not None:
+                logging.debug("the fault came from here", exc_info=True)
                 ended, text = fault.exit_code, str(fault)
             else:
                 text = out_of_memory(error) or traceback.format_exc()
