@@ -26,6 +26,7 @@ _NANOSECOND_YEARS = ("1700", "2250")
 """Within what 64 bits of nanoseconds hold: polars takes a later or earlier time for another one in between."""
 # As polars writes formats: %.f is a fraction with its point, or nothing. Of several that fit as many times the first is taken.
 _ISO_FORMATS = ("%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%d %H:%M", "%Y-%m-%d", "%Y/%m/%d %H:%M:%S%.f", "%Y/%m/%d")
+_COMPACT_DATE = "%Y%m%d"  # 20230531, which as a number of seconds would be a day of 1970
 _OTHER_FORMATS = ("%a %b %d %H:%M:%S %z %Y",)  # Goodreads: Tue Sep 26 09:43:46 -0700 2017
 
 
@@ -54,6 +55,11 @@ def recognise(values: pl.Series, unit: str | None = None) -> TimeFormat | None:
     if values.dtype == pl.String:
         values = values.str.strip_chars()
         values = values.filter(~values.is_in(MISSING))
+    if unit is None and len(values) and (values.dtype == pl.String or values.dtype.is_integer()):
+        compact = TimeFormat(text=_COMPACT_DATE)
+        if 2 * int(to_nanoseconds(values, compact).is_not_null().sum()) > len(values):
+            return compact
+    if values.dtype == pl.String:
         number = values.str.contains(_NUMBER)
         # The most of them decide: a faulty value is named later, with its line.
         if 2 * int(number.sum()) < len(values) or not len(values):
@@ -113,6 +119,10 @@ def _parse_text(values: pl.Series, form: str) -> pl.Series:
         return values.str.to_datetime(form, time_unit="ns", strict=False).cast(pl.Int64)
     text = values.str.strip_chars().str.replace(r"\s*(Z|UTC)$", "").str.replace("T", " ", literal=True)
     text = _without_far_years(text, text.str.head(4))
+    if form == _COMPACT_DATE:
+        text = text.set(
+            (text.str.len_bytes() != 8).fill_null(False), None
+        )  # of fewer digits polars reads dates, too
     if "%H" not in form:
         return text.str.to_date(form, strict=False).cast(pl.Datetime("ns")).cast(pl.Int64)
     # Zones are taken apart here: polars would want all times of a column to have one, or none. The date's dashes are no zone.

@@ -40,6 +40,10 @@ def refused(path: Path, columns: str | None = None, **options: Any) -> str:
         ("zone.csv", "user,item,time\nA,B,2010-10-19T23:55:27+02:00\n", None, [1287525327]),
         ("utc.csv", "user,item,time\nA,B,2010-10-19 23:55:27.5 UTC\n", None, [1287532527.5]),
         ("date.csv", "customer_id,article_id,date\nA,B,2010-10-19\n", None, [1287446400]),
+        ("compact.csv", "user,item,date\nA,B,20101019\n", None, [1287446400]),
+        ("compact.jsonl", '{"user": 1, "item": 2, "date": 20101019}\n', None, [1287446400]),
+        ("seconds.csv", "user,item,time\nA,B,20101019\nA,C,20101399\n", None, [20101019, 20101399]),
+        ("seven.csv", "user,item,time\nA,B,1970111\n", None, [1970111]),
         ("blanks.txt", "1  17   1502254774\n1 29 1502251833\n", "user,item,timestamp", [1502254774, 1502251833]),
         ("colons.dat", "1::17::4::978300760\n", "user,item,rating,timestamp", [978300760]),
         ("atomic.inter", "user_id:token\titem_id:token\ttimestamp:float\n1\t2\t8.9e8\n", None, [890000000]),
@@ -133,6 +137,7 @@ def test_nothing_left_after_dropping_reports_one_line_error(tmp_path: Path) -> N
     [
         ("user,item,when\nu,i,2014-04-07\n", "'when' may be the time"),
         ("user,item,t\nu,i,1600000000\n", "'t' may be the time"),
+        ("user,item,t\nu,i,20101019\n", "'t' may be the time"),
         ("user,item,time,date\nu,i,5,2014-04-07\n", "may each be the timestamp"),
     ],
 )
@@ -254,6 +259,7 @@ def test_columns_that_stand_for_one_role_are_refused(tmp_path: Path, columns: st
     [
         ("user,item,rating\nu,i,5\nu,i,x\n", None, ["line 3", "'x'", "not a number"]),
         ("user,item,timestamp\nu,i,5\nu,i,7\nu,i,1588687728923\n", None, ["line 4", "after the year 2200", "--time_unit"]),
+        ("user,item,date\nu,i,20230530\nu,i,20230531\nu,i,20230532\n", None, ["line 4", "not written like the times"]),
         ("user,item,timestamp\nu,i,soon\n", None, ["'soon'", "no time"]),
         ("user,item,seen\nu,i,\nu,j,NA\n", "user,item,seen:time", ["the first 2 rows have no seen", "leave the column"]),
         ("user,item\nu,i\n", "user,thing=itm", ["no column 'itm'", "'item'"]),
