@@ -156,6 +156,9 @@ def test_models_without_a_counterpart_are_refused(tmp_path: Path, dataset: Seque
     wide.body.item_tower.encoder = SwiGLUEncoder(16, 48)
     with pytest.raises(UserError, match=r"SwiGLUEncoder\(D, 2 D\)"):
         save_as_run(wide, dataset.folder, tmp_path / "run")
+    turned = TwoTower.from_params(schema(), {"item_id": torch.arange(NUM_ITEMS).flip(0)}, 16, 2, 2)
+    with pytest.raises(UserError, match="over item ids alone"):
+        save_as_run(turned, dataset.folder, tmp_path / "run")
 
 
 def test_a_run_over_all_items_has_those_without_ratings(tmp_path: Path) -> None:

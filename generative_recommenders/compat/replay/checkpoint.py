@@ -114,12 +114,17 @@ def save_as_run(
 def _has_counterpart(model: SasRec | TwoTower, body: QueryTower) -> bool:
     """Whether the program's encoder computes what the model does."""
     aggregator, norm = body.embedding_aggregator, body.output_normalization
-    own_items = not isinstance(model, TwoTower) or (
-        isinstance(encoder := model.body.item_tower.encoder, SwiGLUEncoder)
-        and encoder.sw1.W2.in_features == 2 * encoder.sw1.W2.out_features
-        and isinstance(model.body.item_tower.embedding_aggregator, SumAggregator)
-        and model.context_merger is None
-    )
+    own_items = True
+    if isinstance(model, TwoTower):
+        tower = model.body.item_tower
+        own_items = (
+            isinstance(tower.encoder, SwiGLUEncoder)
+            and tower.encoder.sw1.W2.in_features == 2 * tower.encoder.sw1.W2.out_features
+            and isinstance(tower.embedding_aggregator, SumAggregator)
+            # Its features are the items' own ids.
+            and all(torch.equal(ids.cpu(), torch.arange(len(ids))) for ids in tower.buffers(recurse=False))
+            and model.context_merger is None
+        )
     return (
         own_items
         and isinstance(body.embedder, SequenceEmbedding)

@@ -4,6 +4,7 @@ Transformer (arXiv 2410.05258). The public building blocks of bodies that are as
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Literal
 
 from torch import Tensor, nn
@@ -45,7 +46,7 @@ class SasRecTransformerLayer(nn.Module):
             )
         self.num_heads = num_heads
         blocks = range(num_blocks)
-        norm = lambda: nn.LayerNorm(embedding_dim, eps=LAYER_NORM_EPS)  # noqa: E731
+        norm = partial(nn.LayerNorm, embedding_dim, eps=LAYER_NORM_EPS)
         self.attention_layers = nn.ModuleList(
             nn.MultiheadAttention(embedding_dim, num_heads, dropout, batch_first=True) for _ in blocks
         )
