@@ -76,7 +76,7 @@ def history_frame(histories: Any, further: Iterable[str] = (), what: str = "hist
             )
     if frame["user_id"].null_count():
         raise UserError(f"{what}: user_id is missing in {frame['user_id'].null_count()} rows")
-    return frame.with_columns(whole_ids(frame["item_id"]))
+    return frame.with_columns(whole_ids(frame["item_id"])) if frame["item_id"].dtype.is_float() else frame
 
 
 def parsed_times(times: pl.Series) -> pl.Series:

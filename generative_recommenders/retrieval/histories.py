@@ -112,17 +112,16 @@ class HistoryReader:
                 f"of {columns}, or to append {missing[0]}=..."
             )
         numeric = frame["item_id"].dtype.is_integer()
-        frame = frame.with_columns(pl.Series("_item", self.internal(frame["item_id"]))).with_row_index(
-            "_user"
-        )
+        values = [pl.Series("_item", self.internal(frame["item_id"]))]
+        values += [_event_column(frame[each["name"]], each) for each in self.event_columns]
+        if "timestamp" in frame.columns:
+            values.append(parsed_times(frame["timestamp"]))
         # The row of a user's first event stands for the user, and rises in the order in which users are named.
+        frame = frame.with_columns(values).with_row_index("_user")
         frame = frame.with_columns(pl.col("_user").min().over("user_id"))
-        frame = frame.with_columns(_event_column(frame[each["name"]], each) for each in self.event_columns)
         if "timestamp" in frame.columns:
             # Stable: events of one time keep the order in which they were given.
-            frame = frame.with_columns(parsed_times(frame["timestamp"])).sort(
-                "timestamp", maintain_order=True
-            )
+            frame = frame.sort("timestamp", maintain_order=True)
         known = self._with_numbers(frame.filter(pl.col("_item") > 0))
         if warn:
             self._warn(frame, known, at, keep_empty)
@@ -162,7 +161,9 @@ class HistoryReader:
         unknown = len(frame) - len(known) - frame["item_id"].null_count()
         if unknown:
             logging.warning("%d events of items that the model does not know are dropped", unknown)
-        read = known.filter(pl.col("_item") <= self.readable)
+        read = (
+            known if self.readable == len(self.item_ids) else known.filter(pl.col("_item") <= self.readable)
+        )
         lost = frame["_user"].n_unique() - read["_user"].n_unique()
         if lost and not keep_empty:
             logging.warning("%d users have no item that the model can read and are left out", lost)
