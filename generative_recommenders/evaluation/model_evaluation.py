@@ -117,7 +117,7 @@ class ModelEvaluation:
     def conditions(self, result: EvaluationResult) -> str:
         """The conditions of test numbers: what became of targets that repeat or that training never saw, and next_time
         where the encoder has a time bias."""
-        unseen = int(self.split.unseen_test_targets.sum())
+        unseen = int(self.split.unseen_test_targets[result.ranks.numpy() > 0].sum())
         shown = f"seen filter {self.settings.evaluation.seen_filter!r}"
         if self.settings.evaluation.seen_filter != "none":
             shown += (

@@ -70,6 +70,11 @@ def test_repeated_and_unseen_targets_are_told(tmp_path: Path, monkeypatch: pytes
         and 'seen_filter = "none"' in warnings[0]
     )
     without = evaluation(dataset, seen_filter="none")
+    for user in range(4):  # a sample has its own targets
+        ranks = torch.zeros(4, dtype=torch.int64)
+        ranks[user] = 1
+        told = without.conditions(EvaluationResult(RankHistogram(6), ranks))
+        assert f"misses: {int(without.split.unseen_test_targets[user])}" in told
     assert without.conditions(without.test(model)).startswith(
         "seen filter 'none', targets unseen in training, misses: 2"
     )
