@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from importlib.util import find_spec
+from typing import Any
 
+from generative_recommenders.commands.program import exit_code
 from generative_recommenders.config.plugins import add_plugin_flag
-from generative_recommenders.errors import UserError, fault_of, not_installed
+from generative_recommenders.errors import UserError, not_installed
 from generative_recommenders.retrieval.recommender import Recommender
 from generative_recommenders.retrieval.serve import Limits, make_app
 
@@ -37,25 +40,25 @@ def main(argv: list[str] | None = None) -> int:
         help="milliseconds that a request waits for others, %(default)s by default",
     )
     args = parser.parse_args(argv)
-    try:
+    loaded: list[Any] = []
+
+    def load() -> int:
         if args.max_batch < 1 or not 0 <= args.wait_ms <= 60_000 or not 0 < args.port < 1 << 16:
             raise UserError(
                 "--max_batch must be 1 or more, --wait_ms from 0 to 60000, --port from 1 to 65535"
             )
-        try:
-            import uvicorn
-        except ImportError as error:
-            raise not_installed("uvicorn", "serve") from error
+        if find_spec("uvicorn") is None:
+            raise not_installed("uvicorn", "serve")
         recommender = Recommender.load(args.run, args.device, args.plugin)
-        app = make_app(recommender, Limits(args.max_batch, args.wait_ms / 1000))
-    except Exception as error:
-        fault = fault_of(error)
-        if fault is None:
-            raise
-        print(f"error: {fault}", file=sys.stderr)
-        return fault.exit_code
+        loaded.append(make_app(recommender, Limits(args.max_batch, args.wait_ms / 1000)))
+        return 0
+
+    if code := exit_code(load):
+        return code
+    import uvicorn  # which has its own way with SIGTERM and Ctrl-C
+
     print(f"answers at http://{args.host}:{args.port}/docs; Ctrl-C ends the server", flush=True)
-    uvicorn.run(app, host=args.host, port=args.port, log_level="warning", timeout_graceful_shutdown=10)
+    uvicorn.run(loaded[0], host=args.host, port=args.port, log_level="warning", timeout_graceful_shutdown=10)
     return 0
 
 

@@ -249,9 +249,18 @@ def test_a_folder_without_a_run_reports_one_line_error(tmp_path: Path) -> None:
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "is no folder of a run" in done.stderr
 
 
-def test_a_fault_of_the_system_reports_one_line_error(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_fault_of_the_system_reports_one_line_error(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("uvicorn")
     assert serve.main(["x" * 300]) == 2
     assert "File name too long" in capsys.readouterr().err
+
+    def too_large(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(serve.Recommender, "load", too_large)
+    assert serve.main(["run"]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
     assert serve.main(["run", "--port=0"]) == 2
     assert "--port from 1 to 65535" in capsys.readouterr().err
