@@ -19,8 +19,8 @@ from generative_recommenders.errors import UserError, first_line, not_installed
 Output = Literal["pandas", "polars", "spark", "torch"]
 OUTPUTS: tuple[str, ...] = get_args(Output)
 
-MAX_SECONDS = 1 << 53
-"""Times lie between this and its negative: whole numbers that JSON and floats keep."""
+MAX_NUMBER = 1 << 53
+"""Numbers, times among them, lie between this and its negative: whole ones that JSON and floats keep."""
 
 
 def is_table(given: Any) -> bool:
@@ -146,7 +146,7 @@ def seconds(at: Any) -> int | None:
         return int((stamp.tz_localize("UTC") if stamp.tz is None else stamp).timestamp())
     if at is None:
         return None
-    if not isinstance(at, (int, float, np.integer, np.floating)) or not -MAX_SECONDS <= at <= MAX_SECONDS:
+    if not isinstance(at, (int, float, np.integer, np.floating)) or not -MAX_NUMBER <= at <= MAX_NUMBER:
         raise UserError(f"at={at!r} is no time: give seconds since 1970 or a datetime")
     return int(at)
 

@@ -361,8 +361,12 @@ class Recommender:
         self._set_items(pa.concat_arrays([self.item_ids, names.to_arrow().cast(pa.large_string())]))
 
     def save(self, run: str | Path) -> None:
-        """Writes a run's folder with this model and its items, which `load` reads."""
+        """Writes a run's folder with this model and its items, which `load` reads. UserError for that of a training run."""
         store = CheckpointStore(Path(run) / "checkpoints")
+        if not all(path.name.endswith("-epoch-0-step-0") for path in store.paths()):
+            raise UserError(
+                f"{run} has checkpoints of a training run, which this would replace: save to another folder"
+            )
         store.attach(self.item_ids, self.settings.to_json(), "")
         users = None if self.known_users is None else pa.chunked_array([self.known_users])
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}

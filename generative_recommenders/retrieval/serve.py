@@ -16,11 +16,10 @@ from absl import logging
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from generative_recommenders.errors import UserError, not_installed
+from generative_recommenders.retrieval.frames import MAX_NUMBER
 from generative_recommenders.retrieval.recommender import Recommender
 
 MAX_HISTORY, MAX_CANDIDATES, MAX_K = 10_000, 10_000, 1000
-MAX_NUMBER = 1 << 53
-"""Numbers of events, times among them, lie between this and its negative."""
 Item = Annotated[str, Field(max_length=1000)] | int
 Cell = float | int | str | None
 

@@ -376,6 +376,14 @@ def test_new_items_are_known_by_their_features(
             again.add_items(faulty)
 
 
+def test_checkpoints_of_a_training_run_are_not_replaced(tmp_path: Path, rec: Recommender) -> None:
+    rec.save(tmp_path / "saved")
+    rec.save(tmp_path / "saved")
+    (tmp_path / "trained" / "checkpoints" / "000001-epoch-2-step-30").mkdir(parents=True)
+    with pytest.raises(UserError, match="save to another folder"):
+        rec.save(tmp_path / "trained")
+
+
 def test_new_items_are_refused_where_the_model_knows_ids(rec: Recommender) -> None:
     with pytest.raises(UserError, match="without 'item_id'"):
         rec.add_items(pd.DataFrame({"item_id": ["n1"]}))
