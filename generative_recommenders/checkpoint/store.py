@@ -209,6 +209,11 @@ class CheckpointStore:
         """The last checkpoint that was saved as the best, or None; damaged ones are set aside with a warning."""
         return self._first_whole([name for name in self._names()[::-1] if self._is_best(name)])
 
+    def load_best_or_newest(self) -> Checkpoint | None:
+        """The best checkpoint, or the newest where none was saved as the best."""
+        # twice: a run that goes on may replace its best one meanwhile
+        return self.load_best() or self.load_best() or self.load_newest()
+
     def paths(self) -> list[Path]:
         """Folders of all checkpoints, oldest first, not validated."""
         return [self.folder / name for name in self._names()]

@@ -69,9 +69,7 @@ def score_run(options: Options, collectives: Collectives) -> ScoredRun:
     """
     alone = collectives.world_size == 1
     store = CheckpointStore(checkpoints_of(options), read_only=True, joins_rows=alone)
-    checkpoint = checkpoint_from_main(  # twice: a resumed run may replace its best one meanwhile
-        collectives, lambda: store.load_best() or store.load_best() or store.load_newest()
-    )
+    checkpoint = checkpoint_from_main(collectives, store.load_best_or_newest)
     if checkpoint is None:
         raise UserError(f"there is no checkpoint in {store.folder}")
     settings = RunSettings.from_json(from_main(collectives, checkpoint.settings))

@@ -110,7 +110,7 @@ class Recommender:
         if not folder.is_dir():
             raise UserError(f"{run} is no folder of a run: it has no checkpoints")
         store = CheckpointStore(folder, read_only=True)
-        checkpoint = store.load_best() or store.load_newest()
+        checkpoint = store.load_best_or_newest()
         if checkpoint is None:
             raise UserError(f"there is no whole checkpoint in {folder}")
         name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device

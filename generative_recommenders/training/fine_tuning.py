@@ -66,7 +66,7 @@ def checkpoint_of(source: str) -> Checkpoint:
     try:
         if (folder / "checkpoints").is_dir():
             store = CheckpointStore(folder / "checkpoints", read_only=True)
-            found = store.load_best() or store.load_newest()
+            found = store.load_best_or_newest()
         elif (folder / "manifest.json").is_file():
             found = CheckpointStore(folder.parent, read_only=True).load(folder)
     except (OSError, ValueError):  # a name that no file can have

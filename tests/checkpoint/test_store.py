@@ -92,6 +92,21 @@ def test_keeps_the_last_and_the_best(tmp_path):
     assert store.load_newest().position.step == 6
 
 
+def test_a_best_one_that_is_replaced_while_it_is_read(tmp_path, monkeypatch):
+    writer = CheckpointStore(tmp_path, keep_last=1)
+    writer.save((1, 1), tensors(1.0), {"seen": 1}, is_best=True)
+    load = CheckpointStore.load
+
+    def replaced(store, path):
+        monkeypatch.setattr(CheckpointStore, "load", load)
+        writer.save((2, 2), tensors(2.0), {"seen": 2}, is_best=True)
+        writer.save((3, 3), tensors(3.0), {"seen": 3})
+        return load(store, path)
+
+    monkeypatch.setattr(CheckpointStore, "load", replaced)
+    assert CheckpointStore(tmp_path, read_only=True).load_best_or_newest().state == {"seen": 2}
+
+
 def test_nothing_saved(tmp_path):
     store = CheckpointStore(tmp_path / "new")
     assert store.load_newest() is None and store.load_best() is None and store.paths() == []

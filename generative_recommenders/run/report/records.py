@@ -46,7 +46,7 @@ def read_run(path: Path) -> Run:
     if not (path / "checkpoints").is_dir():
         raise UserError(f"{path} is no folder of a run: it has no checkpoints")
     store = CheckpointStore(path / "checkpoints", read_only=True)
-    checkpoint = store.load_best() or store.load_newest()
+    checkpoint = store.load_best_or_newest()
     if checkpoint is None:
         raise UserError(f"there is no whole checkpoint in {path / 'checkpoints'}")
     records = read_records(path / "metrics.jsonl")
