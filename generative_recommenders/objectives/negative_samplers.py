@@ -27,7 +27,7 @@ from generative_recommenders.ops.counter_random import (
     counter_uniform,
     stream_key,
 )
-from generative_recommenders.ops.products.sampled import join_blocks, split_blocks
+from generative_recommenders.ops.products.sampled import join_blocks
 
 ClassSelector = Literal["random", "target"]
 SHARINGS: tuple[str, ...] = get_args(NegativesSharing)
@@ -77,7 +77,7 @@ class Negatives:
             return values
         if self.sharing.granularity == "batch":
             return values.expand(num_tokens, -1)
-        return self.tokens(values[:, None].expand(-1, self.sharing.block_size, -1), num_tokens)
+        return join_blocks(values[:, None].expand(-1, self.sharing.block_size, -1), num_tokens, self.lead)
 
     def spans(self, num_tokens: int) -> list[slice] | None:
         """The tokens that each row of ids belongs to, or None where every token has a row of its own."""
@@ -88,14 +88,6 @@ class Negatives:
         size = self.sharing.block_size
         starts = range(-self.lead, num_tokens, size)
         return [slice(max(start, 0), min(start + size, num_tokens)) for start in starts]
-
-    def blocks(self, x: torch.Tensor) -> torch.Tensor:
-        """``[T, D]`` values of tokens as ``[G, block_size, D]``, 0 beyond the tokens of this process."""
-        return split_blocks(x, len(self.ids), self.sharing.block_size, self.lead)
-
-    def tokens(self, blocks: torch.Tensor, num_tokens: int) -> torch.Tensor:
-        """``[G, block_size, D]`` as ``[T, D]``: the inverse of `blocks`."""
-        return join_blocks(blocks, num_tokens, self.lead)
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,11 @@ from generative_recommenders.objectives.negative_samplers import Negatives
 from generative_recommenders.ops.embedding import range_of
 from generative_recommenders.ops.products.sampled import (
     block_products,
+    join_blocks,
     many_rows,
     sampled_products,
     scored_products,
+    split_blocks,
 )
 
 
@@ -115,11 +117,14 @@ def no_collisions(targets: torch.Tensor, negatives: Negatives) -> torch.Tensor:
     """``[T, R]`` bool, False where a negative is one of the token's positives ``[T, P]``."""
     ids, targets, tokens = negatives.ids.int(), targets.int(), len(targets)  # compared in half the time
     if negatives.sharing.granularity == "block":
-        ids, targets = ids[:, None], negatives.blocks(targets)
+        ids, targets = (
+            ids[:, None],
+            split_blocks(targets, len(ids), negatives.sharing.block_size, negatives.lead),
+        )
     mask = _differ(ids, targets[..., :1])
     for column in range(1, targets.shape[-1]):
         mask &= _differ(ids, targets[..., column, None])
-    return negatives.tokens(mask, tokens) if mask.dim() == 3 else mask
+    return join_blocks(mask, tokens, negatives.lead) if mask.dim() == 3 else mask
 
 
 def _differ(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -167,7 +167,7 @@ class DiffTransformer(BlockEncoder):
     """DiffTransformer: a stack of `DiffTransformerBlock`, one softmax attention less a share of another (arXiv 2410.05258).
 
     ``forward(x [T, D], layout, events) -> [T, D]``, in x's float dtype; no norm after the last block, whose lambda_init is
-    0.8 - 0.6 exp(-0.3 block). UserError where num_heads does not divide D.
+    0.8 - 0.6 exp(-0.3 block). ValueError where num_heads does not divide D.
 
     norm: "post" norms after the residual (RePlay's form), "pre" each branch's input (the paper's).
     dropout_rate: dropout on the probabilities of both attentions and on what each branch adds.

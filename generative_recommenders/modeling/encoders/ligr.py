@@ -97,7 +97,7 @@ class LigrBlock(torch.nn.Module):
 class LiGR(BlockEncoder):
     """LiGR: a stack of `LigrBlock`, a pre-norm Transformer with gated residuals (arXiv 2502.03417); no norm after the last.
 
-    ``forward(x [T, D], layout, events) -> [T, D]``, in x's float dtype. UserError where num_heads does not divide D.
+    ``forward(x [T, D], layout, events) -> [T, D]``, in x's float dtype. ValueError where num_heads does not divide D.
 
     ffn_multiply: hidden width of the feed-forward over D.
     ffn_activation_fn: "swiglu" for gated units of three weights, else the activation between two.

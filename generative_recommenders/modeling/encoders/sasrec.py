@@ -103,7 +103,7 @@ class SasrecBlock(torch.nn.Module):
 class SASRec(BlockEncoder):
     """SASRec: a stack of `SasrecBlock`, self-attention over the past and a feed-forward network (arXiv 1808.09781, eq. 2 to 5).
 
-    ``forward(x [T, D], layout, events) -> [T, D]``, in x's float dtype. UserError where num_heads does not divide D.
+    ``forward(x [T, D], layout, events) -> [T, D]``, in x's float dtype. ValueError where num_heads does not divide D.
 
     ffn_hidden_dim: hidden width of the feed-forward.
     ffn_activation_fn: its activation.

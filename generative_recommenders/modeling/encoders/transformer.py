@@ -94,7 +94,7 @@ class TransformerBlock(nn.Module):
 class Transformer(torch.nn.Module):
     """The post-norm Transformer with sinusoidal positions (arXiv 1706.03762); the preprocessor's learned ones come on top.
 
-    ``forward(x [T, D], layout, events) -> [T, D]``, in x's float dtype. UserError where num_heads does not divide D.
+    ``forward(x [T, D], layout, events) -> [T, D]``, in x's float dtype. ValueError where num_heads does not divide D.
 
     max_length: rows of the position table.
     ffn_hidden_dim: hidden width of the feed-forward.
