@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from functools import cached_property
+from functools import cache
 from pathlib import Path
 from time import perf_counter
 
@@ -31,12 +31,8 @@ class EvaluationProgress:
     def __init__(
         self, path: Path, key: Callable[[], str], collectives: Collectives, minutes: float = 5.0
     ) -> None:
-        self.path, self._make_key, self.collectives, self.minutes = path, key, collectives, minutes
+        self.path, self.key, self.collectives, self.minutes = path, cache(key), collectives, minutes
         self._saved_at = perf_counter()
-
-    @cached_property
-    def key(self) -> str:
-        return self._make_key()
 
     @property
     def due(self) -> bool:
@@ -57,7 +53,7 @@ class EvaluationProgress:
     def _read(self) -> torch.Tensor | None:
         try:
             with safetensors.safe_open(self.path, "pt") as file:
-                same = (file.metadata() or {}).get("key") == self.key
+                same = (file.metadata() or {}).get("key") == self.key()
                 return file.get_tensor(_RANKS) if same else None
         except (OSError, safetensors.SafetensorError):
             logging.warning("%s cannot be read: the evaluation starts from its beginning", self.path)
@@ -70,7 +66,7 @@ class EvaluationProgress:
             return
         try:
             with new_file(self.path) as scratch:
-                safetensors.torch.save_file({_RANKS: ranks.int()}, scratch, {"key": self.key})
+                safetensors.torch.save_file({_RANKS: ranks.int()}, scratch, {"key": self.key()})
         except (UserError, safetensors.SafetensorError) as error:
             logging.warning("a stopped evaluation will start over, its ranks cannot be saved: %s", error)
 
