@@ -31,9 +31,9 @@ BINDINGS = "the bindings"
 FILE_LIMIT = 1 << 20  # bytes
 MAX_FILES = 100
 MAX_ENTRIES = 10_000
-"""Of a value, with names for values put in their places."""
+"""Entries of a value in which the values of macros stand for their names."""
 MAX_STRINGS = 100
-"""In a row: gin joins them one by one, each time copying what it has."""
+"""String literals in a row: gin joins them one by one, each time copying what it has."""
 PARSER_FAULTS = (ValueError, TypeError, AttributeError, LookupError)
 """Errors that gin's parser raises for malformed texts, beside SyntaxError."""
 ABLATION = "ablation"
@@ -116,8 +116,10 @@ class _Macro:
 
 
 class _Parsed(config_parser.ParserDelegate):  # type: ignore[misc]
-    """Contents of the texts of one configuration. files: their number ends includes that go in a circle or multiply.
-    entries: their number ends values that do.
+    """What the texts of one configuration bind.
+
+    files, entries: how many were read, of the configuration and of the value at hand; their limits end includes and macros
+    that go in a circle or multiply.
     """
 
     def __init__(self, names: Collection[str] | None) -> None:
