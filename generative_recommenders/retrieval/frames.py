@@ -101,7 +101,9 @@ def whole_ids(ids: pl.Series) -> pl.Series:
     if not ids.dtype.is_float():
         return ids
     known = ids.fill_nan(None)
-    return known.cast(pl.Int64, strict=False) if (known == known.floor()).all() else ids
+    # a float from MAX_NUMBER on may have been another id
+    whole = (known == known.floor()) & (known.abs() < MAX_NUMBER)
+    return known.cast(pl.Int64, strict=False) if whole.all() else ids
 
 
 def as_numbers(values: pl.Series, kind: type[pl.DataType]) -> pl.Series:

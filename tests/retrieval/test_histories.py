@@ -66,6 +66,14 @@ def test_users_that_became_floats_are_known() -> None:
     assert reader.internal_users([8.0, 7.0, 9.0]).tolist() == [2, 1, 0]
 
 
+def test_floats_that_may_have_been_another_id_are_unknown() -> None:
+    numbers = [2**53 - 1, 2**53, 2**53 + 1]
+    reader = HistoryReader(pa.array([str(each) for each in numbers]), None, 3, 3)
+    assert reader.internal(numbers).tolist() == [1, 2, 3]
+    assert reader.internal([float(numbers[0]), None]).tolist() == [1, 0]
+    assert reader.internal([float(numbers[2]), None]).tolist() == [0, 0]  # as a float it is 2**53
+
+
 def test_columns_that_nothing_reads_are_left_alone() -> None:
     for name in ("_user", "_item", "index"):
         assert read(name, [[1], [2], [3]])["item_ids"].tolist() == [[1, 2, 3]]
