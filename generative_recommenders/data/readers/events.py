@@ -175,6 +175,15 @@ class EventReader:
                     f"{path}: it has {found}; {self.files[0]} has {expected}; all files must have the same"
                 )
             columns = [mine[column.name] for column in columns]
+            for (
+                name,
+                form,
+            ) in self.time_formats.items():  # numbers in another unit would be read as other times
+                own = times.recognise(source.sample[str(mine[name].place)], self.options.time_unit)
+                if form.unit is not None and own not in (None, form, TimeFormat()):
+                    raise UserError(
+                        f"{path}: the {name} is in {own}; {self.files[0]} has {form}; all files must have the same"
+                    )
         read = 0
         for rows, frame in source.batches([column.place for column in columns]):
             read += len(frame)

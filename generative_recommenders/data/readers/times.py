@@ -32,7 +32,8 @@ _OTHER_FORMATS = ("%a %b %d %H:%M:%S %z %Y",)  # Goodreads: Tue Sep 26 09:43:46 
 
 @dataclass(frozen=True)
 class TimeFormat:
-    """Format of a file's times: numbers of a unit ("s", "ms", "us", "ns"), or text of a format (`strptime`)."""
+    """Format of a file's times: numbers of a unit ("s", "ms", "us", "ns"), text of a format (`strptime`), or, with neither,
+    values whose type is that of dates or datetimes."""
 
     unit: str | None = None
     text: str | None = None
@@ -40,6 +41,8 @@ class TimeFormat:
     def __str__(self) -> str:
         if self.unit is not None:
             return UNIT_NAMES[self.unit]
+        if self.text is None:
+            return "dates or datetimes"
         return "ISO 8601" if self.text in _ISO_FORMATS else f"dates like {self.text!r}"
 
 
@@ -51,7 +54,7 @@ def recognise(values: pl.Series, unit: str | None = None) -> TimeFormat | None:
     """
     values = values.drop_nulls()
     if values.dtype in (pl.Date, pl.Datetime):
-        return TimeFormat(unit="ns")
+        return TimeFormat()
     if values.dtype == pl.String:
         values = values.str.strip_chars()
         values = values.filter(~values.is_in(MISSING))
@@ -86,8 +89,10 @@ def to_nanoseconds(values: pl.Series, form: TimeFormat) -> pl.Series:
         times = _scale(values.to_physical(), NANOSECONDS[values.dtype.time_unit])
     elif form.text is not None:
         times = _parse_text(values.cast(pl.String), form.text)
+    elif form.unit is not None:
+        times = _scale(values, NANOSECONDS[form.unit])
     else:
-        times = _scale(values, NANOSECONDS[form.unit or "s"])
+        times = pl.repeat(None, len(values), dtype=pl.Int64, eager=True)
     return times.set(times.is_between(0, MAX_SECONDS * 10**9).not_().fill_null(False), None)
 
 
@@ -120,9 +125,8 @@ def _parse_text(values: pl.Series, form: str) -> pl.Series:
     text = values.str.strip_chars().str.replace(r"\s*(Z|UTC)$", "").str.replace("T", " ", literal=True)
     text = _without_far_years(text, text.str.head(4))
     if form == _COMPACT_DATE:
-        text = text.set(
-            (text.str.len_bytes() != 8).fill_null(False), None
-        )  # of fewer digits polars reads dates, too
+        # Of fewer digits polars reads dates, too.
+        text = text.set((text.str.len_bytes() != 8).fill_null(False), None)
     if "%H" not in form:
         return text.str.to_date(form, strict=False).cast(pl.Datetime("ns")).cast(pl.Int64)
     # Zones are taken apart here: polars would want all times of a column to have one, or none. The date's dashes are no zone.

@@ -103,14 +103,14 @@ def times(values: pl.Series, name: str, form: TimeFormat, rows: Rows, optional: 
     if values.dtype.is_temporal():  # which may be no time that Python can show
         raise rows.fault(row, name, None, "lies outside the years 1970 to 2200")
     reason = "is not a time"
-    if form.text is not None:
+    if form.unit is None:
         reason = f"is not written like the times before it ({form}), or lies outside the years 1970 to 2200"
     else:
         try:
             number = float(values[row])
             if number < 0:
                 reason = "is before 1970"
-            elif math.isfinite(number) and number * NANOSECONDS[form.unit or "s"] > MAX_SECONDS * 10**9:
+            elif math.isfinite(number) and number * NANOSECONDS[form.unit] > MAX_SECONDS * 10**9:
                 units = ", ".join(UNIT_NAMES)
                 reason = f"lies after the year 2200 in {form}; give its unit with --time_unit ({units})"
         except (TypeError, ValueError):

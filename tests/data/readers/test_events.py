@@ -307,6 +307,38 @@ def test_parts_of_other_columns_are_refused(tmp_path: Path) -> None:
         list(EventReader([first, fewer], ReadOptions()).batches())
 
 
+@pytest.mark.parametrize("time", ["1600000000", "20201019"])
+def test_parts_whose_times_have_other_units_are_refused(tmp_path: Path, time: str) -> None:
+    first = write(tmp_path, "user,item,time\nu,i,1600000000000\n")
+    other = write(tmp_path, f"user,item,time\nu,j,{time}\n", "s.csv")
+    with pytest.raises(
+        UserError, match=r"s.csv: the timestamp is in .*has milliseconds; all files must have the same"
+    ):
+        list(EventReader([first, other], ReadOptions()).batches())
+    assert len(list(EventReader([first, other], ReadOptions(time_unit="ms")).batches())) == 2
+
+
+@pytest.mark.parametrize("numbers_first", [False, True])
+def test_parts_whose_times_have_other_types(tmp_path: Path, numbers_first: bool) -> None:
+    seconds = pa.array([1_600_000_000])
+    kinds = (
+        (seconds, seconds.cast(pa.timestamp("s")))
+        if numbers_first
+        else (seconds.cast(pa.timestamp("s")), seconds)
+    )
+    paths = [tmp_path / "a.parquet", tmp_path / "b.parquet"]
+    for path, times in zip(paths, kinds):
+        pa.parquet.write_table(pa.table({"user": ["u"], "item": ["i"], "timestamp": times}), path)
+    reader = EventReader(paths, ReadOptions())
+    if numbers_first:
+        assert pa.concat_tables(reader.batches())["timestamp"].to_pylist() == [1_600_000_000 * 10**9] * 2
+    else:
+        with pytest.raises(
+            UserError, match=r"b.parquet, row 1: .* not written like the times before it \(dates or"
+        ):
+            list(reader.batches())
+
+
 def test_a_value_of_a_hundred_megabytes_costs_neither_time_nor_memory(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     users = pa.DictionaryArray.from_arrays(pa.array([0] * 100_000, pa.int32()), pa.array(["x" * 10_000_000]))
