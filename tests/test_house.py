@@ -12,7 +12,7 @@ FIRST = '''"""A module."""
 from generative_recommenders.data import second
 # says why
 def read(x):
-    return _helper(x) if x else x
+    return _helper(x) if x.device.type == "cpu" else x
 
 def _helper(x):
     return second.twice(x) + second.twice(x)
@@ -21,7 +21,7 @@ SECOND = """def twice(x):
     from generative_recommenders.data.first import read
     return x
 """
-CLASS = "class Sum(Base):\n    pass\n"
+OPERATOR = "class Sum(torch.autograd.Function):\n    pass\n"
 
 
 def run(*arguments: str) -> str:
@@ -34,8 +34,8 @@ def test_numbers_of_a_small_checkout(tmp_path: Path) -> None:
     for name, text in {
         "data/first.py": FIRST,
         "data/second.py": SECOND,
-        "build.py": CLASS,
-        "ops/x.py": CLASS,
+        "build.py": OPERATOR,
+        "ops/x.py": OPERATOR,
     }.items():
         path = tmp_path / "generative_recommenders" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -52,6 +52,8 @@ def test_numbers_of_a_small_checkout(tmp_path: Path) -> None:
     assert found["private functions used once"] == ["generative_recommenders/data/first.py:_helper"]
     assert found["public functions used once"] == []
     assert found["comment share"] == found["docstring share"] == round(1 / 15, 4)
+    assert found["device.type outside ops"] == {"generative_recommenders/data/first.py": 1}
+    assert found["autograd functions outside ops"] == {"generative_recommenders/build.py": ["Sum"]}
     assert run(f"--repo={tmp_path}", "--once") == "generative_recommenders/data/first.py: _helper\n"
 
 

@@ -1,4 +1,4 @@
-"""A mirror of the code's shape: folders, circles, lengths, functions used once, comments.
+"""A mirror of the code's shape: folders, circles, lengths, functions used once, comments, devices.
 
 ::
 
@@ -50,7 +50,10 @@ def measure(root: Path) -> dict[str, Any]:
     functions = [node for tree in trees.values() for node in ast.walk(tree) if isinstance(node, Function)]
     lengths = sorted((node.end_lineno or node.lineno) - node.lineno + 1 for node in functions)
     once = used_once(trees)
+    outside = {name: tree for name, tree in trees.items() if not name.startswith(f"{PACKAGE}/ops/")}
     tests = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in (root / "tests").rglob("*.py"))
+    devices = {name: count for name, tree in outside.items() if (count := device_looks(tree))}
+    autograd = {name: names for name, tree in outside.items() if (names := autograd_functions(tree))}
     return {
         "modules": len(texts),
         "modules a folder": dict(Counter(str(Path(name).parent) for name in texts).most_common()),
@@ -67,6 +70,8 @@ def measure(root: Path) -> dict[str, Any]:
         "public functions used once": [name for name in once if not is_private(name.rpartition(":")[2])],
         "comment share": round(sum(map(comment_lines, texts.values())) / total, 4),
         "docstring share": round(sum(map(docstring_lines, trees.values())) / total, 4),
+        "device.type outside ops": devices,
+        "autograd functions outside ops": autograd,
         f"files above {LONG_FILE} lines": {name: count for name, count in lines.items() if count > LONG_FILE},
     }
 
@@ -144,6 +149,22 @@ def docstring_lines(tree: ast.Module) -> int:
     return sum((node.end_lineno or node.lineno) - node.lineno + 1 for node in strings)
 
 
+def device_looks(tree: ast.Module) -> int:
+    """How often the kind of a device is read: ``x.device.type``, ``device.type`` and ``x.is_cuda``."""
+    attributes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    kinds = [
+        node for node in attributes if node.attr == "type" and ast.unparse(node.value).endswith("device")
+    ]
+    return len(kinds) + sum(node.attr in ("is_cuda", "is_cpu") for node in attributes)
+
+
+def autograd_functions(tree: ast.Module) -> list[str]:
+    classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    return [
+        node.name for node in classes if any("autograd.Function" in ast.unparse(base) for base in node.bases)
+    ]
+
+
 def measure_revision(repo: Path, revision: str) -> dict[str, Any]:
     archive = subprocess.run(
         ["git", "-C", str(repo), "archive", revision], capture_output=True, check=True
@@ -158,8 +179,12 @@ def short(name: str, value: Any) -> str:
     """One cell of the table."""
     if name == "modules a folder":
         return f"at most {max(value.values())}"
+    if name == "device.type outside ops":
+        return f"{sum(value.values())} in {len(value)} files"
     if name.endswith("share"):
         return f"{value:.1%}"
+    if name.startswith("autograd"):
+        return str(sum(map(len, value.values())))
     return str(len(value)) if isinstance(value, (dict, list)) else f"{value:,}"
 
 
