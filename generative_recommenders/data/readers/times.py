@@ -22,7 +22,7 @@ _SMALLEST = {"ns": 10**17, "us": 10**14, "ms": 10**11}
 """Numbers from here on have this unit: as a coarser one they would lie after the year 4000."""
 _NUMBER = r"^\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?\s*$"
 _ZONE = r"([+-]\d{2}:?\d{2}|[+-]\d{2})$"
-_NANOSECOND_YEARS = ("1700", "2250")
+_NANOSECOND_YEARS = (1700, 2250)
 """Within what 64 bits of nanoseconds hold: polars takes a later or earlier time for another one in between."""
 # As polars writes formats: %.f is a fraction with its point, or nothing. Of several that fit as many times the first is taken.
 _ISO_FORMATS = ("%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%d %H:%M", "%Y-%m-%d", "%Y/%m/%d %H:%M:%S%.f", "%Y/%m/%d")
@@ -141,5 +141,6 @@ def _parse_text(values: pl.Series, form: str) -> pl.Series:
 
 
 def _without_far_years(text: pl.Series, year: pl.Series) -> pl.Series:
-    first, last = _NANOSECOND_YEARS
-    return text.set(((year < first) | (year > last)).fill_null(False), None)
+    """The texts, null where the year is none of four digits within `_NANOSECOND_YEARS`."""
+    within = year.cast(pl.Int32, strict=False).is_between(*_NANOSECOND_YEARS)
+    return text.set(within.not_().fill_null(True), None)

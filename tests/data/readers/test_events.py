@@ -260,6 +260,8 @@ def test_columns_that_stand_for_one_role_are_refused(tmp_path: Path, columns: st
         ("user,item,rating\nu,i,5\nu,i,x\n", None, ["line 3", "'x'", "not a number"]),
         ("user,item,timestamp\nu,i,5\nu,i,7\nu,i,1588687728923\n", None, ["line 4", "after the year 2200", "--time_unit"]),
         ("user,item,date\nu,i,20230530\nu,i,20230531\nu,i,20230532\n", None, ["line 4", "not written like the times"]),
+        ("user,item,date\nu,i,20-02-03\n", None, ["'20-02-03'", "no time"]),
+        ("user,item,time\nu,i,2-02-03 10:00:00\n", None, ["'2-02-03 10:00:00'", "no time"]),
         ("user,item,timestamp\nu,i,soon\n", None, ["'soon'", "no time"]),
         ("user,item,seen\nu,i,\nu,j,NA\n", "user,item,seen:time", ["the first 2 rows have no seen", "leave the column"]),
         ("user,item\nu,i\n", "user,thing=itm", ["no column 'itm'", "'item'"]),
