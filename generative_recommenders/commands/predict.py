@@ -80,7 +80,7 @@ def predict(
             seen = [np.unique(dataset.items[first : first + stop]).astype(np.int64) for first, stop in bounds]
             histories = Histories(some.tolist(), batch, seen)
             queries = recommender.queries(histories)
-            scores, items = recommender.best(histories, queries, top_k, exclude_seen, allowed)
+            scores, items = recommender.search.best(histories, queries, top_k, exclude_seen, allowed)
             row, column = (items > 0).nonzero(as_tuple=True)
             write(
                 pa.table(

@@ -30,7 +30,6 @@ from generative_recommenders.errors import UserError, first_line
 from generative_recommenders.modeling.inputs import Queries
 from generative_recommenders.modeling.model import SequenceRecommender
 from generative_recommenders.ops import dispatch
-from generative_recommenders.retrieval import quantized_search
 from generative_recommenders.retrieval.frames import (
     OUTPUTS,
     Output,
@@ -43,10 +42,9 @@ from generative_recommenders.retrieval.frames import (
     whole_ids,
 )
 from generative_recommenders.retrieval.histories import Histories, HistoryReader
+from generative_recommenders.retrieval.item_search import ItemSearch
 from generative_recommenders.retrieval.new_items import add_rows
 from generative_recommenders.retrieval.product_search import search_products
-from generative_recommenders.retrieval.quantized_search import QuantizedItems
-from generative_recommenders.retrieval.selection import fill, largest
 from generative_recommenders.retrieval.session import Session
 
 MAX_USERS = 1024
@@ -96,7 +94,7 @@ class Recommender:
             num_ratings=None if ratings is None else len(ratings),
         )
         self.snapshot = self.model.catalogue()
-        self._quantized: QuantizedItems | None = None  # made by the first question that is answered by it
+        self.search = ItemSearch(self.model, self.snapshot, self.counts)
 
     @classmethod
     def load(cls, run: str | Path, device: str = "auto", plugins: str | Sequence[str] = ()) -> Recommender:
@@ -175,7 +173,7 @@ class Recommender:
                 none = torch.empty(0, dtype=torch.int64)
                 rows = [of_users.get(str(user), none) for user in some.users]
                 allowed = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-            best, found = self.best(some, queries, k, exclude_seen, allowed)
+            best, found = self.search.best(some, queries, k, exclude_seen, allowed)
             users += some.users
             values.append(best)
             ids.append(found)
@@ -190,82 +188,6 @@ class Recommender:
         if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
             raise UserError(f"k must be a whole number of 1 or more, got {k!r}")
         return min(int(k), len(self.item_ids))
-
-    def best(
-        self,
-        histories: Histories,
-        queries: Queries,
-        k: int,
-        exclude_seen: bool = True,
-        allowed: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scores and internal ids ``[B, k]`` of the best items, on the CPU.
-
-        queries: of the histories. allowed: sorted internal ids of candidates, ``[R]`` or by row ``[B, R]``, padded with 0. An
-        empty history gets the most popular items. Places without an item have minus infinity and id 0.
-        """
-        k, seen = min(k, len(self.item_ids)), None
-        if exclude_seen:
-            rows = [torch.from_numpy(each) for each in histories.seen]
-            seen = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        product = self.model.similarity.operands(queries.states[:0], self.snapshot.embeddings[:0]) is not None
-        if product and (allowed is None or allowed.dim() == 1):
-            values, ids = self._search(queries, k, seen, allowed)
-        else:
-            with torch.no_grad():
-                scores = self.model.score(queries, self.snapshot if allowed is None else allowed)
-            values, ids = self._best_of_scores(scores.float().cpu(), k, seen, allowed)
-        empty = (histories.batch["lengths"] == 0).nonzero()[:, 0]
-        if len(empty):
-            seen = None if seen is None else seen[empty]
-            allowed = allowed if allowed is None or allowed.dim() == 1 else allowed[empty]
-            popularity = self._popularity(allowed).expand(len(empty), -1)
-            values[empty], ids[empty] = self._best_of_scores(popularity, k, seen, allowed)
-        return values, ids
-
-    def _popularity(self, allowed: torch.Tensor | None) -> torch.Tensor:
-        """Training events of all items ``[V]``, or of those allowed, minus infinity for padding."""
-        if self.counts is None:
-            raise UserError(
-                "fallback='popular': checkpoints of releases before 0.2.0 have no counts of items"
-            )
-        counts = self.counts.float()
-        return counts if allowed is None else F.pad(counts, (1, 0), value=-torch.inf)[allowed]
-
-    def _best_of_scores(
-        self, scores: torch.Tensor, k: int, seen: torch.Tensor | None, allowed: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`best` by the scores ``[n, V]`` of all items, or ``[n, R]`` of those allowed."""
-        ids = torch.arange(1, len(self.item_ids) + 1) if allowed is None else allowed
-        ids = ids.expand(len(scores), -1)
-        if seen is not None:
-            left_out = torch.zeros(len(scores), len(self.item_ids) + 1, dtype=torch.bool)
-            scores = scores.masked_fill(left_out.scatter_(1, seen, True).gather(1, ids), -torch.inf)
-        values, columns = largest(scores, k)
-        return fill(values, ids.gather(1, columns), k)
-
-    def _search(
-        self, queries: Queries, k: int, seen: torch.Tensor | None, allowed: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`best` of scores that are products, without holding them all."""
-        rows = self.snapshot.embeddings
-        if allowed is not None:
-            rows = rows[(allowed - 1).to(rows.device)]
-            place = torch.zeros(len(self.item_ids) + 1, dtype=torch.int64)
-            place[allowed] = torch.arange(1, len(allowed) + 1)
-            seen = None if seen is None else place[seen]
-        similarity = self.model.similarity
-        operands, dtype = similarity.operands(queries.states, rows), similarity.score_dtype
-        assert operands is not None
-        states, items = operands
-        seen = None if seen is None else seen.to(items.device)
-        found = None
-        if allowed is None and dtype is None and quantized_search.is_faster(states, len(items)):
-            self._quantized = self._quantized or QuantizedItems(items)
-            found = self._quantized.search(states, k, seen)
-        values, ids = found or search_products(states, items, k, seen, dtype)
-        ids = ids.cpu() if allowed is None else F.pad(allowed, (1, 0))[ids.cpu()]
-        return values.float().cpu(), ids
 
     def score(self, histories: Any, candidates: Sequence[Any], *, at: Any = None) -> pd.DataFrame:
         """Scores of the candidates for each user: a frame with a row a user and a column an item; unknown items are refused."""

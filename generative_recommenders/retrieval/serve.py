@@ -137,7 +137,7 @@ def _ranked(
     popular = torch.tensor([request.popular and recommender.counts is not None for request in requests])
     answered = popular | (batch["lengths"] > 0)
     batch["lengths"][~answered] = 1  # of padding, so that nobody looks for the most popular items
-    scores, ids = recommender.best(
+    scores, ids = recommender.search.best(
         histories, recommender.queries(histories), max(r.k for r in requests), exclude_seen, allowed
     )
     found: list[list[dict[str, Any]]] = []

@@ -103,7 +103,7 @@ def test_a_fault_of_the_program_leaves_the_server_answering(
         task = asyncio.create_task(batcher.run())
         request = RecommendRequest(history=["i00003"], k=2)
         with monkeypatch.context() as patch:
-            patch.setattr(rec, "best", lambda *_: 1 / 0)
+            patch.setattr(rec.search, "best", lambda *_: 1 / 0)
             (failed,) = await asyncio.gather(batcher.ask(request), return_exceptions=True)
         answered = await batcher.ask(request)
         task.cancel()

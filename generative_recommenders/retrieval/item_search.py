@@ -1,0 +1,105 @@
+"""The best items of the catalogue for histories and their queries: by products, by all scores, by popularity."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from generative_recommenders.errors import UserError
+from generative_recommenders.modeling.inputs import Queries
+from generative_recommenders.modeling.model import SequenceRecommender
+from generative_recommenders.modeling.similarity.interface import Snapshot
+from generative_recommenders.retrieval import quantized_search
+from generative_recommenders.retrieval.histories import Histories
+from generative_recommenders.retrieval.product_search import search_products
+from generative_recommenders.retrieval.quantized_search import QuantizedItems
+from generative_recommenders.retrieval.selection import fill, largest
+
+
+class ItemSearch:
+    """Finds each query's best items.
+
+    snapshot: the model's catalogue. counts: training events ``[V]``, by which histories without items are answered; None where
+    they are not known.
+    """
+
+    def __init__(self, model: SequenceRecommender, snapshot: Snapshot, counts: torch.Tensor | None) -> None:
+        self.model, self.snapshot, self.counts = model, snapshot, counts
+        self.num_items = len(snapshot.embeddings)
+        self._quantized: QuantizedItems | None = None  # made by the first question that is answered by it
+
+    def best(
+        self,
+        histories: Histories,
+        queries: Queries,
+        k: int,
+        exclude_seen: bool = True,
+        allowed: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scores and internal ids ``[B, k]`` of the best items, on the CPU.
+
+        queries: of the histories. allowed: sorted internal ids of candidates, ``[R]`` or by row ``[B, R]``, padded with 0. An
+        empty history gets the most popular items. Places without an item have minus infinity and id 0.
+        """
+        k, seen = min(k, self.num_items), None
+        if exclude_seen:
+            rows = [torch.from_numpy(each) for each in histories.seen]
+            seen = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        product = self.model.similarity.operands(queries.states[:0], self.snapshot.embeddings[:0]) is not None
+        if product and (allowed is None or allowed.dim() == 1):
+            values, ids = self._search(queries, k, seen, allowed)
+        else:
+            with torch.no_grad():
+                scores = self.model.score(queries, self.snapshot if allowed is None else allowed)
+            values, ids = self._best_of_scores(scores.float().cpu(), k, seen, allowed)
+        empty = (histories.batch["lengths"] == 0).nonzero()[:, 0]
+        if len(empty):
+            seen = None if seen is None else seen[empty]
+            allowed = allowed if allowed is None or allowed.dim() == 1 else allowed[empty]
+            popularity = self._popularity(allowed).expand(len(empty), -1)
+            values[empty], ids[empty] = self._best_of_scores(popularity, k, seen, allowed)
+        return values, ids
+
+    def _popularity(self, allowed: torch.Tensor | None) -> torch.Tensor:
+        """Training events of all items ``[V]``, or of those allowed, minus infinity for padding."""
+        if self.counts is None:
+            raise UserError(
+                "fallback='popular': checkpoints of releases before 0.2.0 have no counts of items"
+            )
+        counts = self.counts.float()
+        return counts if allowed is None else F.pad(counts, (1, 0), value=-torch.inf)[allowed]
+
+    def _best_of_scores(
+        self, scores: torch.Tensor, k: int, seen: torch.Tensor | None, allowed: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`best` by the scores ``[n, V]`` of all items, or ``[n, R]`` of those allowed."""
+        ids = torch.arange(1, self.num_items + 1) if allowed is None else allowed
+        ids = ids.expand(len(scores), -1)
+        if seen is not None:
+            left_out = torch.zeros(len(scores), self.num_items + 1, dtype=torch.bool)
+            scores = scores.masked_fill(left_out.scatter_(1, seen, True).gather(1, ids), -torch.inf)
+        values, columns = largest(scores, k)
+        return fill(values, ids.gather(1, columns), k)
+
+    def _search(
+        self, queries: Queries, k: int, seen: torch.Tensor | None, allowed: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`best` of scores that are products, without holding them all."""
+        rows = self.snapshot.embeddings
+        if allowed is not None:
+            rows = rows[(allowed - 1).to(rows.device)]
+            place = torch.zeros(self.num_items + 1, dtype=torch.int64)
+            place[allowed] = torch.arange(1, len(allowed) + 1)
+            seen = None if seen is None else place[seen]
+        similarity = self.model.similarity
+        operands, dtype = similarity.operands(queries.states, rows), similarity.score_dtype
+        assert operands is not None
+        states, items = operands
+        seen = None if seen is None else seen.to(items.device)
+        found = None
+        if allowed is None and dtype is None and quantized_search.is_faster(states, len(items)):
+            self._quantized = self._quantized or QuantizedItems(items)
+            found = self._quantized.search(states, k, seen)
+        values, ids = found or search_products(states, items, k, seen, dtype)
+        ids = ids.cpu() if allowed is None else F.pad(allowed, (1, 0))[ids.cpu()]
+        return values.float().cpu(), ids
