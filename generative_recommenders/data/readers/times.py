@@ -131,13 +131,17 @@ def _parse_text(values: pl.Series, form: str) -> pl.Series:
         return text.str.to_date(form, strict=False).cast(pl.Datetime("ns")).cast(pl.Int64)
     # Zones are taken apart here: polars would want all times of a column to have one, or none. The date's dashes are no zone.
     zone = text.str.slice(10).str.extract_groups(_ZONE).struct[0]
-    text = text.set(zone.is_not_null(), None).fill_null(text.str.replace(r"\s*" + _ZONE, ""))
-    parsed = text.str.to_datetime(form, time_unit="ns", strict=False, exact=True)
+    has_zone = zone.is_not_null()
+    if has_zone.any():
+        text = text.str.replace(r"\s*" + _ZONE, "").zip_with(has_zone, text)
+    parsed = text.str.to_datetime(form, time_unit="ns", strict=False, exact=True).cast(pl.Int64)
+    if not has_zone.any():
+        return parsed
     digits = zone.str.replace(":", "", literal=True)
     hours = digits.str.slice(1, 2).cast(pl.Int64, strict=False).fill_null(0)
     minutes = digits.str.slice(3, 2).cast(pl.Int64, strict=False).fill_null(0)
     sign = 1 - 2 * digits.str.starts_with("-").fill_null(False).cast(pl.Int64)
-    return parsed.cast(pl.Int64) - sign * (hours * 60 + minutes) * 60 * 10**9
+    return parsed - sign * (hours * 60 + minutes) * 60 * 10**9
 
 
 def _without_far_years(text: pl.Series, year: pl.Series) -> pl.Series:
