@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -12,6 +13,10 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = (
+        "1"  # read as the kernels are defined, by whichever test imports them first
+    )
 
 from generative_recommenders.data.store import SequenceDataset
 from tiny_data import ragged_sequences, tiny_dataset

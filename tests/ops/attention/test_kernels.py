@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read as the kernels are defined
 pytest.importorskip("triton")
 
 from generative_recommenders.ops.attention.fused import Weights, fused_attention

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read as the kernels are defined
 pytest.importorskip("triton")
 
 from generative_recommenders.ops.products import catalogue_kernels
