@@ -1,6 +1,7 @@
 """Helpers of the tests that launch processes: workers that report, on a CPU, without inherited launch variables."""
 
 import os
+import signal
 import socket
 import time
 from pathlib import Path
@@ -8,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from generative_recommenders.distributed import launch as launching
-from generative_recommenders.distributed.launch import launch
+from generative_recommenders.distributed.launch import launch, log_failures_to
 from generative_recommenders.distributed.process_group import process_collectives
+from generative_recommenders.errors import UserError
 from programs import quick_start
 
 LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
@@ -47,6 +49,24 @@ def wait_for_ever(*_) -> int:
 def return_code(rank: int, world_size: int) -> int:
     process_collectives("cpu").barrier()
     return 3 * rank
+
+
+def fail_beside_a_log(rank: int, world_size: int, how: str, log: str) -> int:
+    """Rank 1 fails while rank 0, whose log has a line, waits for it; or both do, and the line is that of the fault."""
+    fault = UserError("item 7 is unknown: check it")
+    if rank == 0:
+        Path(log).write_text(f"UserError: {fault}\n" if how == "both" else "begun\n")
+        log_failures_to(Path(log))
+    group = process_collectives("cpu")
+    group.barrier()
+    if how == "both" or (rank == 1 and how == "input"):
+        raise fault
+    if rank == 1 and how == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if rank == 1:
+        raise ValueError("the fault of this rank")
+    group.barrier()
+    return 0
 
 
 def free_port() -> int:

@@ -396,6 +396,8 @@ def test_hosts_without_a_shared_disk(
         options = Options(config, (), data_root, "run", resume, None, False, report=False)
         code = launch(on_own_disk, (options, kill, str(tmp_path)), 2, 0, device_type="cpu")
         assert code == (0 if resume else 1)
+    log = (tmp_path / "host0" / "run" / "train.log").read_text()
+    assert "ERROR rank 0 failed: it was killed by SIGKILL" in log
     assert_same_run(tmp_path / "host0" / "run", whole_of_two)
     assert list((tmp_path / "host1").iterdir()) == []
 

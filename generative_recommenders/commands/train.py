@@ -28,7 +28,7 @@ from generative_recommenders.config import gin as gin_registry
 from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.data.splits import Split
 from generative_recommenders.data.store import SequenceDataset
-from generative_recommenders.distributed.launch import launch
+from generative_recommenders.distributed.launch import launch, log_failures_to
 from generative_recommenders.distributed.signals import INTERRUPTED, StopRequest
 from generative_recommenders.distributed.sync import from_main, on_main
 from generative_recommenders.errors import UserError
@@ -90,6 +90,7 @@ def train_worker(rank: int, world_size: int, options: Options) -> int:
             joins_rows=collectives.world_size == 1,
         )  # fmt: skip
         if run is not None:
+            log_failures_to(folder / "train.log")
             logging.info("run folder %s\n%s", folder, report.data_summary(dataset, split))
         trainer = Trainer(settings, dataset, split, collectives, EpochLog.of(run, settings))
         trainer.evaluation.folder = folder

@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,6 +43,8 @@ MOST_PROCESSES = 1024
 """On one host, which has fewer cores and GPUs: a larger number is a slip, and would take the host's memory."""
 REPORT_BYTES = 30_000
 """Of a longer error message both ends are shown."""
+_met: list[dist.Store] = []
+"""Where this process has met the others of its run, and each leaves its failure."""
 
 Worker = Callable[..., int]
 """``worker(rank, world_size, *args) -> exit code``. Sees its peers through
@@ -120,6 +123,12 @@ def launch(
     return code
 
 
+def log_failures_to(path: Path) -> None:
+    """Names the run's log file, a call for the main process: where any process of the run fails, the reason is added to it."""
+    for store in _met:
+        store.set("log", json.dumps(str(path.absolute())))
+
+
 def _process_count(requested: int | None, device_type: str | None) -> int:
     use_gpus = process_device(device_type).type == "cuda"
     gpus = torch.cuda.device_count() if use_gpus else 0
@@ -146,9 +155,21 @@ def _join_given(given: Rendezvous, job: Job) -> int:
     join_group(given.rank, given.world_size, neighbours, job.device_type, job.timeout, store)
     peers: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
     if not given.is_supervised:
-        peers = Heartbeat(given.rank, given.world_size, given.address, given.port, job.timeout)
+        heartbeat = Heartbeat(given.rank, given.world_size, given.address, given.port, job.timeout)
+        peers, store = heartbeat, heartbeat.store
     with peers:
-        return job.work(given.rank)
+        _met[:] = [] if store is None else [store]
+        try:
+            return job.work(given.rank)
+        except BaseException as error:
+            for store in _met:
+                if isinstance(error, Exception):
+                    _leave_failure(store, given.rank, *_code_and_text(error))
+                if given.rank == 0:
+                    _log_failure(store)
+            raise
+        finally:
+            _met.clear()
 
 
 def _spawn(job: Job, port: int) -> int:
@@ -190,17 +211,19 @@ def _report(error: ProcessExitedException, received: list[int], store: dist.Stor
     if received and (code < 0 or code == INTERRUPTED):
         return INTERRUPTED
     if code < 0:
-        text = f"it was killed by {error.signal_name}; SIGKILL is often the system running out of memory"
+        often = ", which is often the system running out of memory" if -code == signal.SIGKILL else ""
+        failure = json.dumps([rank, None, f"it was killed by {error.signal_name}{often}"])
+        store.set("failure", failure)
     elif not store.check(["failure"]):
         return code
-    else:
-        rank, code, text = json.loads(store.get("failure"))
-        if text and code is not None:
-            print(f"error: {text}", file=sys.stderr, flush=True)
-        if code is not None:
-            return int(code)
-    print(f"rank {rank} failed, the other processes are ended: {text}", file=sys.stderr, flush=True)
-    return 1
+    _log_failure(store)
+    rank, code, text = json.loads(store.get("failure"))
+    if code is None:
+        print(f"rank {rank} failed, the other processes are ended: {text}", file=sys.stderr, flush=True)
+        return 1
+    if text:
+        print(f"error: {text}", file=sys.stderr, flush=True)
+    return int(code)
 
 
 def _spawned(rank: int, job: Job, port: int) -> None:
@@ -214,6 +237,7 @@ def _spawned(rank: int, job: Job, port: int) -> None:
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         os.environ.setdefault(variable, loopback)
     store = dist.TCPStore(LOOPBACK, port, None, is_master=False, timeout=job.timeout)
+    _met[:] = [store]
     code = INTERRUPTED
     # An interrupted process ends while its peers still talk to it: their error is then seen together with their own
     # signal, which comes first here.
@@ -224,18 +248,11 @@ def _spawned(rank: int, job: Job, port: int) -> None:
             join_group(rank, job.world_size, job.world_size, job.device_type, job.timeout, store)
             ended = job.work(rank)
         except Exception as error:  # whatever it is, it is reported and ends the run
-            if (fault := fault_of(error)) is not None:
+            ended, text = _code_and_text(error)
+            if ended is not None:
                 logging.debug("the fault came from here", exc_info=True)
-                ended, text = fault.exit_code, str(fault)
-            else:
-                text = out_of_memory(error) or traceback.format_exc()
         if ended not in (0, INTERRUPTED):
-            encoded = text.encode(errors="backslashreplace")
-            if len(encoded) > REPORT_BYTES:
-                encoded = encoded[: REPORT_BYTES // 2] + b" [...] " + encoded[-REPORT_BYTES // 2 :]
-            failure = json.dumps([rank, ended, encoded.decode(errors="ignore")])
-            with contextlib.suppress(dist.DistError):  # the launcher is gone
-                store.compare_set("failure", "", failure)  # the first one of all processes stands
+            _leave_failure(store, rank, ended, text)
         if ended is None:
             time.sleep(SETTLE_SECONDS)
         code = 1 if ended is None else ended
@@ -244,3 +261,33 @@ def _spawned(rank: int, job: Job, port: int) -> None:
     sys.stderr.flush()
     if code:
         os._exit(code)  # without waiting for peers that may never answer
+
+
+def _code_and_text(error: Exception) -> tuple[int | None, str]:
+    """Exit code and line of a fault that the program is not to blame for; None and the traceback of any other error."""
+    if (fault := fault_of(error)) is not None:
+        return fault.exit_code, str(fault)
+    return None, out_of_memory(error) or "".join(traceback.format_exception(error))
+
+
+def _leave_failure(store: dist.Store, rank: int, code: int | None, text: str) -> None:
+    """Leaves why a process ended; the first failure of all processes stands."""
+    encoded = text.encode(errors="backslashreplace")
+    if len(encoded) > REPORT_BYTES:
+        encoded = encoded[: REPORT_BYTES // 2] + b" [...] " + encoded[-REPORT_BYTES // 2 :]
+    failure = json.dumps([rank, code, encoded.decode(errors="ignore")])
+    with contextlib.suppress(dist.DistError):  # what serves the store is gone
+        store.compare_set("failure", "", failure)
+
+
+def _log_failure(store: dist.Store) -> None:
+    """Adds the failure that was left to the log file, where the main process did not end it with the same line."""
+    with contextlib.suppress(dist.DistError, OSError):  # the screen has it too
+        if not store.check(["failure"]) or not store.check(["log"]):
+            return
+        rank, _, text = json.loads(store.get("failure"))
+        path = Path(json.loads(store.get("log")))
+        if path.is_symlink() or path.read_text(errors="replace").rstrip().endswith(text.strip()):
+            return
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} ERROR rank {rank} failed: {text.strip()}\n")

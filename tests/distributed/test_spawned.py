@@ -1,6 +1,7 @@
 """Failures and signals of processes that were spawned on this host."""
 
 import os
+import re
 import signal
 import time
 from datetime import timedelta
@@ -12,7 +13,7 @@ from generative_recommenders.distributed import launch as launching
 from generative_recommenders.distributed.process_group import process_collectives
 from generative_recommenders.distributed.signals import INTERRUPTED, StopRequest, handled_signals
 from generative_recommenders.errors import UserError
-from launching import launch_quickly, on_cpu, wait_for_ever
+from launching import fail_beside_a_log, launch_quickly, on_cpu, wait_for_ever
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +49,29 @@ def test_the_first_failure_is_named(capfd):
     assert on_cpu(fail_one_by_one) == 1
     text = capfd.readouterr().err
     assert text.startswith("rank 1 failed") and text.endswith("ValueError: the fault of rank 1\n\n")
+
+
+@pytest.mark.parametrize(
+    ("how", "code", "said"),
+    [
+        ("input", 2, r"rank 1 failed: item 7 is unknown: check it"),
+        ("raised", 1, r"rank 1 failed: Traceback[^$]*ValueError: the fault of this rank"),
+        (
+            "killed",
+            1,
+            r"rank 1 failed: it was killed by SIGKILL, which is often the system running out of memory",
+        ),
+    ],
+)
+def test_the_log_says_why_another_process_failed(tmp_path, how, code, said):
+    log = tmp_path / "train.log"
+    assert on_cpu(fail_beside_a_log, how, str(log)) == code
+    assert re.fullmatch(rf"begun\n\S+ \S+ ERROR {said}\n", log.read_text())
+
+
+def test_the_log_has_a_fault_of_all_processes_once(tmp_path):
+    assert on_cpu(fail_beside_a_log, "both", str(tmp_path / "train.log")) == 2
+    assert (tmp_path / "train.log").read_text() == "UserError: item 7 is unknown: check it\n"
 
 
 def fail_at_length(rank: int, world_size: int, kind: type, character: str) -> int:
