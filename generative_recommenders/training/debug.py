@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from absl import logging
 
+from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.errors import UserError
 from generative_recommenders.ops.embedding import all_finite
 
@@ -23,20 +24,28 @@ class NonFiniteError(UserError):
     exit_code = 3
 
 
-def check_finite(loss: float, step: int, model: torch.nn.Module, rerun: Callable[[], object]) -> None:
-    """Raises NonFiniteError for a NaN or infinite loss. rerun: computes the step's forward pass again."""
+def check_finite(
+    loss: float,
+    step: int,
+    model: torch.nn.Module,
+    rerun: Callable[[], object],
+    collectives: Collectives | None = None,
+) -> None:
+    """Raises NonFiniteError for a NaN or infinite loss, on all processes with the same line.
+
+    loss: of all processes, each of which runs its own part of the step again. rerun: computes the step's forward pass again.
+    """
     if math.isfinite(loss):
         return
-    parameter = _non_finite_parameter(model)
-    if parameter is not None:
-        origin = f"the parameter {parameter} is not finite: the update before was too large"
-    else:
-        module = first_non_finite_module(model, rerun)
-        origin = (
-            f"the first output that is not finite is that of {module}"
-            if module
-            else "the outputs of all modules are finite here, so it began in the loss or on another process"
-        )
+    collectives = collectives or Collectives()
+    origin = "the outputs of all modules are finite, so it began in the loss"
+    for rank, (parameter, module) in enumerate(collectives.gather_object_json(_origin(model, rerun))):
+        if parameter or module:
+            where = f" on rank {rank}" if collectives.world_size > 1 else ""
+            origin = f"the first output that is not finite is that of {module}{where}"
+            if parameter:
+                origin = f"the parameter {parameter} is not finite: the update before was too large"
+            break
     raise NonFiniteError(
         f"the loss is {loss} at step {step}: {origin}; check the data for NaN, or lower learning_rate"
     )
@@ -49,6 +58,12 @@ def check_finite_parameters(step: int, model: torch.nn.Module) -> None:
         raise NonFiniteError(
             f"the parameter {parameter} is not finite after step {step}: the update was too large; lower learning_rate"
         )
+
+
+def _origin(model: torch.nn.Module, rerun: Callable[[], object]) -> tuple[str | None, str | None]:
+    """The parameter, or else the module, that a loss is not finite by."""
+    parameter = _non_finite_parameter(model)
+    return parameter, None if parameter else first_non_finite_module(model, rerun)
 
 
 def _non_finite_parameter(model: torch.nn.Module) -> str | None:

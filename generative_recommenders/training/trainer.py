@@ -233,7 +233,7 @@ class Trainer:
             loss, targets = float(result.loss), float(result.targets)
             if self.model.items.shard is not None and not math.isfinite(loss):
                 self._check_parameters()  # one process's rows may be the cause, and to rerun the step takes all
-            check_finite(loss, step + 1, self.task, partial(rerun, loaded, step))
+            check_finite(loss, step + 1, self.task, partial(rerun, loaded, step), self.collectives)
             p.epoch_loss, p.epoch_targets = p.epoch_loss + loss * targets, p.epoch_targets + targets
             self.last = result
         waiting.clear()

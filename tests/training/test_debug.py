@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.training.debug import NonFiniteError, check_finite, first_non_finite_module
 
 
@@ -105,3 +106,18 @@ def test_a_parameter_that_is_not_finite_is_named():
 
 def test_a_finite_loss_runs_nothing_again():
     check_finite(3.0, 7, nn.Linear(2, 2), lambda: pytest.fail("ran again"))
+
+
+class OfTwo(Collectives):
+    """This process and another one, which found a module."""
+
+    world_size = 2
+
+    def gather_object_json(self, value):
+        return [value, (None, "blocks.1")]
+
+
+def test_an_origin_on_another_process_is_named():
+    model = nn.Linear(2, 2)
+    with pytest.raises(NonFiniteError, match=r"is that of blocks\.1 on rank 1;"):
+        check_finite(math.nan, 7, model, lambda: model(torch.ones(2)), OfTwo())

@@ -84,5 +84,5 @@ def test_of_several_steps_the_first_is_named(ragged_dataset: SequenceDataset) ->
     results = [trainer.run_step(batch) for batch in batches]
     for place in (1, 3):
         results[place] = dataclasses.replace(results[place], loss=torch.tensor(torch.nan))
-    with pytest.raises(NonFiniteError, match="nan at step 2: the outputs of all modules are finite here"):
+    with pytest.raises(NonFiniteError, match="nan at step 2: the outputs of all modules are finite, so"):
         trainer.account([*zip(batches, results)])
