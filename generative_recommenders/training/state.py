@@ -153,5 +153,7 @@ def restore_state(trainer: Trainer, checkpoint: Checkpoint) -> None:
             "resuming with a global batch of %d users, which was %d: after %d users of the epoch, %d of them are seen again",
             now, batch, done, done - min(progress.step_in_epoch * now, users),
         )  # fmt: skip
+    # An epoch has fewer steps than when it began where other training_windows were chosen.
+    progress.step_in_epoch = min(progress.step_in_epoch, len(trainer.loader))
     trainer.progress = progress
     trainer.log.truncate_after(trainer.progress.step, trainer.progress.epoch)

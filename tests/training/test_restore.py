@@ -150,6 +150,21 @@ def test_the_place_in_the_epoch_is_counted_in_users(
     assert left == users[expected * batch :]
 
 
+def test_a_run_resumes_where_an_epoch_has_fewer_steps_than_before(
+    ragged_dataset: SequenceDataset, tmp_path: Path
+) -> None:
+    store, trainer = CheckpointStore(tmp_path), make_trainer(ragged_dataset, 8, training_windows="all")
+    resumed = make_trainer(ragged_dataset, 8, training_windows="last")
+    done = len(trainer.loader) - 1
+    assert done > len(resumed.loader)
+    trainer.train(store, stop=lambda: trainer.progress.step == done)
+    newest = store.load_newest()
+    assert newest is not None
+    resumed.restore(newest)
+    assert resumed.train() is not None
+    assert (resumed.progress.epoch, resumed.progress.step) == (1, done)
+
+
 @pytest.mark.parametrize(
     ("section", "key", "value"),
     [
