@@ -127,10 +127,15 @@ def join_group(
     """Makes this process a member of the default group: NCCL where it computes on a GPU, gloo on a CPU.
 
     neighbours: processes that share this host's CPU cores. store: where the members meet; None: at
-    MASTER_ADDR and MASTER_PORT. Raises UserError where the others cannot be met.
+    MASTER_ADDR and MASTER_PORT. Raises UserError where the others cannot be met, or there is no GPU for this process.
     """
     device = process_device(device_type)
     if device.type == "cuda":
+        if device.index >= torch.cuda.device_count():
+            raise UserError(
+                f"there is no GPU for local rank {device.index}: at most one process a GPU, and this host has "
+                f"{torch.cuda.device_count()}"
+            )
         torch.cuda.set_device(device)
     elif neighbours > 1 and "OMP_NUM_THREADS" not in os.environ:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -52,7 +52,9 @@ def given_rendezvous(environment: Mapping[str, str], port: int | None = None) ->
         )
     if "MASTER_PORT" in environment:
         port = _integer(environment, "MASTER_PORT")
-    elif port is None:
+        if not 0 <= port <= 65535:
+            raise UserError(f"MASTER_PORT={port} in the environment is no port: give one from 1 to 65535")
+    elif not port:  # any, which the others could not know
         port = DEFAULT_PORT
         if "SLURM_JOB_ID" in environment and "SLURM_STEP_ID" in environment:
             # Jobs and steps on one host share it seldom.
@@ -63,8 +65,8 @@ def given_rendezvous(environment: Mapping[str, str], port: int | None = None) ->
 
 def first_host(node_list: str) -> str:
     """First host of a list as SLURM writes it: ``node[03-05,9],other`` is node03."""
-    found = re.match(r"([^,\[]*)(?:\[([^,\-\]]+)[^\]]*\]([^,]*))?", node_list)
-    return "".join(part or "" for part in found.groups()) if found else ""
+    first = re.sub(r"\[([^,\-\]]+)[^\]]*\]", r"\1", node_list)
+    return first.partition(",")[0]
 
 
 def _integer(environment: Mapping[str, str], name: str) -> int:

@@ -1,13 +1,19 @@
 """Process group: collectives of one and several processes, and their devices."""
 
 import os
+from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from generative_recommenders.distributed.collectives import Collectives
-from generative_recommenders.distributed.process_group import process_collectives, process_device
+from generative_recommenders.distributed.process_group import (
+    join_group,
+    process_collectives,
+    process_device,
+)
+from generative_recommenders.errors import UserError
 from programs import quick_start
 
 DTYPES = (torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.uint8)
@@ -77,3 +83,12 @@ def test_device(monkeypatch):
     assert process_device("cuda") == torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert process_device() == torch.device("cpu")
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setitem(os.environ, "LOCAL_RANK", "2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(
+        UserError, match="no GPU for local rank 2: at most one process a GPU, and this host has 2"
+    ):
+        join_group(2, 3, 3, "cuda", timedelta(seconds=1))

@@ -20,7 +20,16 @@ from generative_recommenders.distributed.process_group import process_collective
 from generative_recommenders.distributed.rendezvous import first_host, given_rendezvous
 from generative_recommenders.errors import UserError
 from generative_recommenders.run.logging import add_log_file, set_up_logging
-from launching import free_port, launch_quickly, on_cpu, report, reported, return_code, wait_for_ever
+from launching import (
+    fail_beside_a_log,
+    free_port,
+    launch_quickly,
+    on_cpu,
+    report,
+    reported,
+    return_code,
+    wait_for_ever,
+)
 from programs import quick_start
 
 
@@ -90,6 +99,16 @@ def test_a_failure_ends_the_peers_that_something_else_started(tmp_path, failing,
     assert exit_codes_under_slurm(fail_while_the_other_hears_nothing, failing, how, str(tmp_path)) == codes
     for name in ("screen", "train.log"):
         assert (tmp_path / name).read_text().count(f"rank {1 - failing}: ended, rank {failing}") == 1
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [("input", "item 7 is unknown: check it"), ("raised", "ValueError: the fault of this rank")],
+)
+def test_the_log_says_why_another_task_failed(tmp_path, how, said):
+    log = tmp_path / "train.log"
+    assert 0 not in exit_codes_under_slurm(fail_beside_a_log, how, str(log))
+    assert re.fullmatch(rf"begun\n\S+ \S+ ERROR rank 1 failed: [^$]*{said}\n", log.read_text())
 
 
 def finish_late(rank: int, world_size: int) -> int:
@@ -200,6 +219,7 @@ def test_the_given_rendezvous():
     found = given_rendezvous(slurm)
     assert (found.address, found.port) == ("gpu04", 10_000 + (8 * 7654321 + 3) % 20_000)
     assert given_rendezvous(slurm, 7).port == 7
+    assert given_rendezvous(slurm, 0).port == found.port  # any: one that all find
 
 
 @pytest.mark.parametrize(
@@ -209,6 +229,10 @@ def test_the_given_rendezvous():
         ({"RANK": "2"}, "RANK=2 does not fit WORLD_SIZE=2"),
         ({"MASTER_ADDR": ""}, "MASTER_ADDR is not set"),
         ({"MASTER_PORT": "http"}, "MASTER_PORT='http'"),
+        (
+            {"MASTER_PORT": "70000"},
+            "MASTER_PORT=70000 in the environment is no port: give one from 1 to 65535",
+        ),
     ],
 )
 def test_a_rendezvous_that_makes_no_sense(changed, said):
@@ -219,7 +243,15 @@ def test_a_rendezvous_that_makes_no_sense(changed, said):
 
 @pytest.mark.parametrize(
     ("nodes", "first"),
-    [("a", "a"), ("a,b", "a"), ("n[1-3],m", "n1"), ("n[07,9]", "n07"), ("n[1-2]-ib", "n1-ib"), ("", "")],
+    [
+        ("a", "a"),
+        ("a,b", "a"),
+        ("n[1-3],m", "n1"),
+        ("n[07,9]", "n07"),
+        ("n[1-2]-ib", "n1-ib"),
+        ("", ""),
+        ("r[2-3]n[05-06],m", "r2n05"),
+    ],
 )
 def test_first_host(nodes, first):
     assert first_host(nodes) == first
