@@ -327,7 +327,7 @@ class Optimizer:
             own = table_grads.norm()
             shards = self.sum_over_shards
             norms.append(own if shards is None else shards(own.square()).sqrt())
-        return torch.stack(norms).norm()
+        return torch.stack(norms).norm() if norms else torch.zeros(())
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
         """All state by name, for `load_state_tensors`."""

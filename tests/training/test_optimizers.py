@@ -311,3 +311,11 @@ def test_many_rows_are_updated_as_few(kind: type[TableOptimizer], whole: bool) -
     torch.testing.assert_close(ours.table, expected.table)
     for name, value in expected.state.items():
         torch.testing.assert_close(ours.state[name], value)
+
+
+def test_the_norm_of_no_gradient_is_0():
+    optimizer, ours = optimizer_of("adamw", max_grad_norm=1.0)
+    optimizer.zero_grad()
+    assert optimizer.gradient_norm(None) == 0.0
+    optimizer.update(RATE, None, None)
+    assert all(torch.equal(one, other) for one, other in zip(ours, parameters()))
