@@ -90,9 +90,9 @@ def launch(
     args must be picklable.
 
     device_type: "cpu" or "cuda", None for a GPU where there is one. master_port: 0 for any; one that is in use is
-    replaced; None: `DEFAULT_PORT`, or under SLURM one by the numbers of job and step. A worker's UserError is printed
-    as its one line and gives the exit code; a failed allocation is one line too, exit code 1. Any other failure of a
-    spawned worker ends all of them, with its traceback, exit code 1; of this process it is raised.
+    replaced; None: `DEFAULT_PORT`; under SLURM 0 and None are one by the numbers of job and step. A worker's UserError is
+    printed as its one line and gives the exit code; a failed allocation is one line too, exit code 1. Any other failure of
+    a spawned worker ends all of them, with its traceback, exit code 1; of this process it is raised.
     """
     prefix = ""
     try:
