@@ -29,7 +29,7 @@ from generative_recommenders.commands.setup import (
 from generative_recommenders.config import gin as gin_registry
 from generative_recommenders.config.lint import log_notices
 from generative_recommenders.config.schema import RunSettings
-from generative_recommenders.data.preparation.folder import new_file
+from generative_recommenders.data.preparation.folder import check_file, new_file
 from generative_recommenders.data.splits import Split, make_split
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.distributed.collectives import Collectives
@@ -47,59 +47,76 @@ from generative_recommenders.training.step import TABLE
 from generative_recommenders.training.trainer import set_precision
 
 
-class ScoredRun(NamedTuple):
-    """A run's checkpoint, scored on the test targets."""
+class OpenedRun(NamedTuple):
+    """A run's checkpoint, and the settings and data that it is scored with."""
 
+    folder: Path
     checkpoint: Checkpoint
     settings: RunSettings
     dataset: SequenceDataset
     split: Split
-    evaluation: ModelEvaluation
-    test: EvaluationResult
-
-    @property
-    def ranks(self) -> Ranks:
-        return user_ranks(self.dataset, self.split, self.test.ranks)
 
 
-def score_run(options: Options, collectives: Collectives) -> ScoredRun:
-    """Scores the best (else the newest) checkpoint of ``--run_dir``; the model is rebuilt from its settings.
+def open_run(options: Options, collectives: Collectives) -> OpenedRun:
+    """The best (else the newest) checkpoint of ``--run_dir``, with its settings under the bindings.
 
-    StopRequested where it was asked to stop.
+    UserError for data other than those it was trained on.
     """
     alone = collectives.world_size == 1
     store = CheckpointStore(checkpoints_of(options), read_only=True, joins_rows=alone)
     checkpoint = checkpoint_from_main(collectives, store.load_best_or_newest)
     if checkpoint is None:
         raise UserError(f"there is no checkpoint in {store.folder}")
-    settings = RunSettings.from_json(from_main(collectives, checkpoint.settings))
-    if options.bindings:
-        settings = gin_registry.override(settings, options.bindings)
+    # At once: a training that goes on beside may remove the checkpoint while the data are read.
+    saved = RunSettings.from_json(from_main(collectives, checkpoint.settings))
+    item_ids = on_main(collectives, checkpoint.item_ids)
+    settings = gin_registry.override(saved, options.bindings) if options.bindings else saved
     log_notices(settings)
-    set_precision(settings, collectives.device)
     dataset = shared_dataset(settings, options.data_root, collectives)
     split = make_split(dataset, settings.data.protocol)
     check_same_everywhere(settings, split, options, collectives)
 
     def check_data() -> None:  # another protocol than in training may be asked for, not other data
-        same_split = RunSettings.from_json(checkpoint.settings()).data.protocol == settings.data.protocol
-        saved = str(checkpoint.state.get("split_hash" if same_split else "data_hash"))
-        check_same_data(saved, split.hash if same_split else dataset.manifest.data_hash)
+        same_split = saved.data.protocol == settings.data.protocol
+        then = str(checkpoint.state.get("split_hash" if same_split else "data_hash"))
+        check_same_data(then, split.hash if same_split else dataset.manifest.data_hash)
         items = dataset.original_item_ids().combine_chunks()
-        if not checkpoint.item_ids().cast(items.type).equals(items):
+        if item_ids is not None and not item_ids.cast(items.type).equals(items):
             raise UserError(f"{checkpoint.path} was trained on other items than {dataset.folder} holds")
 
     on_main(collectives, check_data)
+    return OpenedRun(store.folder.parent, checkpoint, settings, dataset, split)
+
+
+def score_run(run: OpenedRun, collectives: Collectives) -> tuple[ModelEvaluation, EvaluationResult]:
+    """Scores the model, rebuilt from its settings, on the test targets. StopRequested where it was asked to stop."""
+    folder, checkpoint, settings, dataset, split = run
+    set_precision(settings, collectives.device)
     catalogue = Catalogue.of(dataset, split.train_stops, settings.items.category_feature)
     model = build_model(settings, catalogue, collectives).to(collectives.device)
     by_rows = [name for name in checkpoint.row_shapes if name.startswith("model.")]
     load_model(model, with_rows(collectives, checkpoint, {TABLE, *by_rows}, model.items.shard))
     evaluation = ModelEvaluation(settings, dataset, split, collectives)
-    evaluation.folder = checkpoints_of(options).parent
+    evaluation.folder = folder
     # Opened for the long part alone: a signal before it ends the process at once, and nothing is lost.
     with StopRequest() as stop:
-        test = evaluation.test(model, lambda: stop.requested)
-    return ScoredRun(checkpoint, settings, dataset, split, evaluation, test)
+        return evaluation, evaluation.test(model, lambda: stop.requested)
+
+
+def check_comparable(first: OpenedRun, second: OpenedRun) -> None:
+    """UserError where the runs rank their targets among other candidates."""
+    one, other = (each.dataset.original_item_ids().cast(pa.large_string()) for each in (first, second))
+    if not one.equals(other):
+        raise UserError(
+            f"{second.folder} ranks {len(other):,} items, {first.folder} {len(one):,}, not all of them the same: their "
+            "numbers do not compare"
+        )
+    seen_filter, there = (each.settings.evaluation.seen_filter for each in (first, second))
+    if seen_filter != there:
+        raise UserError(
+            f"{second.folder} has seen filter {there!r}, {first.folder} {seen_filter!r}: their numbers do not compare; "
+            "--gin_bindings='train_fn.seen_filter = ...' sets one for both"
+        )
 
 
 def evaluate_worker(rank: int, world_size: int, options: Options) -> int:
@@ -108,26 +125,28 @@ def evaluate_worker(rank: int, world_size: int, options: Options) -> int:
     The numbers are shown and go into the run's ``evaluation.json``; each user's rank into ``--users_metrics``. A long
     evaluation that is stopped resumes when it is asked for again.
     """
-    check_users_metrics(options)
     collectives = begin(rank, options)
+    on_main(collectives, lambda: check_users_metrics(options))
+    opened, other = open_run(options, collectives), None
+    if options.compare:
+        other = open_run(dataclasses.replace(options, run_dir=options.compare), collectives)
+        check_comparable(opened, other)
     try:
-        scored = score_run(options, collectives)
-        other = None
-        if options.compare:
-            other = score_run(dataclasses.replace(options, run_dir=options.compare), collectives)
+        evaluation, test = score_run(opened, collectives)
+        tested_other = None if other is None else score_run(other, collectives)[1]
     except StopRequested:
         logging.info("stopped on request; the same command resumes with the remaining users")
         return INTERRUPTED
-    checkpoint, settings, dataset, split, evaluation, test = scored
+    run, checkpoint, settings, dataset, split = opened
+    of_model = user_ranks(dataset, split, test.ranks)
     of_baselines: dict[str, Ranks] = {}
     rows = {
         **evaluation.baselines(of_baselines),
         **report.model_rows(settings, test.metrics(), test.high_rated_metrics()),
         **evaluation.standard_errors(test),
     }
-    ranks = {settings.model.main_module: scored.ranks, **of_baselines}
     if collectives.is_main:
-        run, conditions = checkpoints_of(options).parent, evaluation.conditions(test)
+        conditions = evaluation.conditions(test)
         show(f"{checkpoint.path}, test, full catalogue, {conditions}")
         lines = [report.results_table(rows), *report.list_metrics_lines(test.lists)]
         show("\n".join([*lines, "", report.data_summary(dataset, split)]))
@@ -142,13 +161,13 @@ def evaluate_worker(rank: int, world_size: int, options: Options) -> int:
                 scratch.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         except UserError as error:  # a folder that may only be read can be evaluated, too
             logging.warning("%s", error)
-        write_users_metrics(options, dataset, scored.ranks)
-        if other is not None:
-            names = str(options.run_dir), str(options.compare)
-            frames = users_frame(dataset, *scored.ranks), users_frame(other.dataset, *other.ranks)
-            show("\n" + comparison_table(*frames, names))
+        write_users_metrics(options, dataset, of_model)
+        if other is not None and tested_other is not None:
+            of_other = user_ranks(other.dataset, other.split, tested_other.ranks)
+            frames = users_frame(dataset, *of_model), users_frame(other.dataset, *of_other)
+            show("\n" + comparison_table(*frames, (str(run), str(other.folder))))
         if not options.bindings:  # the report shows the run as it was trained
-            keep_facts(run, dataset, split, ranks)
+            keep_facts(run, dataset, split, {settings.model.main_module: of_model, **of_baselines})
     return 0
 
 
@@ -185,11 +204,14 @@ def users_frame(
 
 
 def check_users_metrics(options: Options) -> None:
-    """UserError for a name that does not say how the file is written."""
-    if options.users_metrics and Path(options.users_metrics).suffix not in _WRITERS:
+    """UserError for a name that does not say how the file is written, and for a place where none can be."""
+    if options.users_metrics is None:
+        return
+    if Path(options.users_metrics).suffix not in _WRITERS:
         raise UserError(
             f"--users_metrics={options.users_metrics}: the name must end in {', '.join(_WRITERS)}"
         )
+    check_file(options.users_metrics, "--users_metrics=")
 
 
 def write_users_metrics(options: Options, dataset: SequenceDataset, ranks: Ranks) -> None:

@@ -18,6 +18,8 @@ def import_worker(rank: int, world_size: int, options: Options) -> int:
     collectives = begin(rank, options)
     if options.meta_checkpoint is None:
         raise UserError("--mode=import needs --meta_checkpoint, a checkpoint of the HSTU authors' program")
+    if world_size > 1:
+        raise UserError("--mode=import runs in one process: start it without torchrun and srun")
     settings, dataset, split = settings_and_data(options, collectives)
     trainer = Trainer(settings, dataset, split, collectives)
     item_ids = dataset.original_item_ids().combine_chunks()

@@ -76,8 +76,8 @@ def is_resumed(options: Options) -> bool:
 
 def train_worker(rank: int, world_size: int, options: Options) -> int:
     """One process of a training run; returns its exit code."""
-    check_users_metrics(options)
     collectives = begin(rank, options)
+    on_main(collectives, lambda: check_users_metrics(options))
     options = dataclasses.replace(options, resume=from_main(collectives, lambda: is_resumed(options)))
     settings, dataset, split = settings_and_data(options, collectives)
     name = f"{Path(settings.data.dataset_name).name}-{settings.model.main_module}"
@@ -207,6 +207,7 @@ def write_page(run: Path, dataset: SequenceDataset, split: Split, ranks: Mapping
 def dry_run_worker(rank: int, world_size: int, options: Options) -> int:
     """Builds all that training builds, and prints parts, parameter counts and an estimate of memory."""
     collectives = begin(rank, options)
+    options = dataclasses.replace(options, resume=from_main(collectives, lambda: is_resumed(options)))
     settings, dataset, split = settings_and_data(options, collectives)
     trainer = Trainer(settings, dataset, split, collectives)
     initialize(settings, trainer.task, trainer.catalogue, dataset, collectives)

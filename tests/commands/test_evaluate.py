@@ -5,11 +5,19 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pytest
 
+from generative_recommenders.commands import evaluate
+from generative_recommenders.commands.setup import Options
+from generative_recommenders.data.store import SequenceDataset
+from generative_recommenders.distributed.collectives import Collectives
+from generative_recommenders.errors import UserError
 from programs import forked_members, run_program
+from recommender_runs import make_run
+from tiny_data import ragged_sequences, tiny_dataset
 
 RELEASE = Path(__file__).parents[1] / "compatibility" / "v0_1_0"
 
@@ -55,8 +63,43 @@ def test_a_file_of_another_kind_is_refused(place: list[str]) -> None:
     assert "--users_metrics=ranks.txt: the name must end in .csv, .jsonl, .parquet" in done.stderr
     training = run_program("main.py", "--users_metrics=ranks.txt")
     assert training.returncode == 2 and "the name must end in .csv" in training.stderr
+    nowhere = run_program("main.py", "--mode=evaluate", f"--users_metrics={__file__}/ranks.csv", *place)
+    assert nowhere.returncode == 2 and f"{__file__} is not a folder" in nowhere.stderr
+    assert not nowhere.stdout, "told before the run is scored"
     idle = run_program("main.py", "--compare=elsewhere")
     assert idle.returncode == 2 and "--compare cannot go with --mode=train" in idle.stderr
+
+
+def test_a_checkpoint_that_is_removed_while_the_data_are_read_is_scored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by a training that goes on beside."""
+    dataset = tiny_dataset(tmp_path, ragged_sequences(20, 12, seed=1))
+    run, _, _ = make_run(tmp_path, dataset, {"dataset_name": str(dataset.folder)})
+    read = evaluate.shared_dataset
+
+    def removed_meanwhile(*arguments: Any) -> SequenceDataset:
+        shutil.rmtree(run / "checkpoints")
+        return read(*arguments)
+
+    monkeypatch.setattr(evaluate, "shared_dataset", removed_meanwhile)
+    opened = evaluate.open_run(Options((), (), tmp_path, str(run)), Collectives())
+    _, test = evaluate.score_run(opened, Collectives())
+    assert test.targets > 0
+
+
+def test_runs_over_other_candidates_are_not_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = []
+    for name, items, seen_filter in (("a", 12, "none"), ("b", 13, "none"), ("c", 12, "history")):
+        dataset = tiny_dataset(tmp_path / name, ragged_sequences(20, items, seed=1))
+        choice = {"dataset_name": str(dataset.folder), "seen_filter": seen_filter}
+        runs.append(make_run(tmp_path / name, dataset, choice)[0])
+    for other, line in zip(runs[1:], ("ranks 13 items, .* 12, not all", "seen filter 'history', .* 'none'")):
+        with pytest.raises(UserError, match=line):
+            evaluate.evaluate_worker(0, 1, Options((), (), tmp_path, str(runs[0]), compare=str(other)))
+    assert not capsys.readouterr().out, "told before the runs are scored"
 
 
 def test_what_is_not_prepared_lists_what_is_and_the_command(place: list[str]) -> None:
