@@ -225,6 +225,9 @@ def wait_for(condition, seconds: float = 90.0) -> None:
         (["--meta_checkpoint=none.ckpt"], ["--meta_checkpoint", "--mode=import"]),
         (["--mode=import", "--meta_checkpoint=none.ckpt", "--max_steps=3"], ["--max_steps"]),
         (["--num_processes=0"], ["--num_processes=0"]),
+        (["--num_processes=2"], ["--num_processes cannot go with --dry_run"]),
+        (["--users_metrics=ranks.csv"], ["--users_metrics cannot go with --dry_run"]),
+        (["--mode=import", "--num_processes=2"], ["--num_processes cannot go with --mode=import"]),
         (
             ["--gin_bindings=sasrec_encoder.ffn_dropout_rate = 1.5"],
             ["sasrec_encoder.ffn_dropout_rate", "1.5"],

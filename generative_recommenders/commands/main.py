@@ -104,8 +104,8 @@ IDLE = {
         "--mode=import, evaluate, predict and export read them, see --help",
     ),
     "import": (
-        f"resume auto_resume max_steps dry_run profile users_metrics compare output {_ANSWERS} {_EXPORTS}",
-        "it makes a run and trains nothing",
+        f"resume auto_resume max_steps dry_run profile num_processes users_metrics compare output {_ANSWERS} {_EXPORTS}",
+        "it makes a run in one process, and trains nothing",
     ),
     "predict": (f"{_OF_A_RUN} {_EXPORTS}", _AS_IT_IS),
     "export": (f"{_OF_A_RUN} {_ANSWERS}", _AS_IT_IS),
@@ -117,15 +117,22 @@ IDLE = {
 """By mode, the flags that could not act in it and are refused, and why."""
 
 
+def _refuse(names: str, why: str, beside: str) -> None:
+    """UserError for flags of these names that are given, but could not act ``beside`` another one."""
+    given = flags.FLAGS
+    if idle := [f"--{name}" for name in names.split() if given[name].value != given[name].default]:
+        raise UserError(f"{', '.join(idle)} cannot go with {beside}: {why}")
+
+
 def run(arguments: list[str]) -> int:
     given = flags.FLAGS
     if arguments:
         raise UserError(f"unexpected arguments: {' '.join(arguments)}; options are written --name=value")
     if given.list is not None:
         return show_list(given.list, given.plugin, Path(given.data_root))
-    names, why = IDLE[given.mode]
-    if idle := [f"--{name}" for name in names.split() if given[name].value != given[name].default]:
-        raise UserError(f"{', '.join(idle)} cannot go with --mode={given.mode}: {why}")
+    _refuse(*IDLE[given.mode], f"--mode={given.mode}")
+    if given.dry_run:
+        _refuse("num_processes users_metrics", "it trains and scores nothing, in one process", "--dry_run")
     if given.index != "exact" and given.format != "faiss":
         raise UserError(f"--index={given.index} is for --format=faiss, and this is {given.format}")
     from generative_recommenders.commands.setup import Options
