@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 import torch
@@ -59,16 +61,14 @@ def predict(
     recommender = Recommender.load(options.run_dir, plugins=options.plugins)
     data = recommender.settings.data
     dataset = prepared_dataset(data.dataset_name, options.data_root).with_catalogue(data.catalogue)
-    if not dataset.original_item_ids().combine_chunks().cast(pa.large_string()).equals(recommender.item_ids):
-        raise UserError(f"{options.run_dir} was trained on other items than {dataset.folder} holds")
+    dataset = _as_trained(dataset, recommender, options.run_dir)
     allowed = None
     if candidates is not None:
         allowed = recommender.allowed(_ids(candidates, "--candidates", "item_id"))
         if not len(allowed):
             raise UserError(f"--candidates={candidates} names no item that the model knows")
     stops = dataset.lengths if history == "all" else make_split(dataset, data.protocol).test_targets
-    asked = _users(dataset, users)
-    asked = asked[stops[asked] > 0]
+    asked = _users(dataset, users, stops)
     names = dataset.original_user_ids().combine_chunks()
     with new_file(output) as scratch, writing(scratch, output.suffix) as write:
         for start in tqdm(
@@ -76,6 +76,10 @@ def predict(
         ):
             some = asked[start : start + recommender.batch_size]
             batch = _batch(dataset, stops, some, recommender.reader.max_length, history)
+            if recommender.known_users is not None:
+                # numbered as in training, where there may have been others
+                own = recommender.reader.internal_users(names.take(pa.array(some)).to_pylist())
+                batch["user_ids"] = torch.from_numpy(own)
             bounds = zip(dataset.offsets[some], stops[some])
             seen = [np.unique(dataset.items[first : first + stop]).astype(np.int64) for first, stop in bounds]
             histories = Histories(some.tolist(), batch, seen)
@@ -97,6 +101,34 @@ def predict(
     return 0
 
 
+def _as_trained(dataset: SequenceDataset, recommender: Recommender, run: str) -> SequenceDataset:
+    """The data with their event columns numbered and scaled as those of training, which may have been fewer events.
+
+    UserError where the items are others, or where a column is gone.
+    """
+    if not dataset.original_item_ids().combine_chunks().cast(pa.large_string()).equals(recommender.item_ids):
+        raise UserError(f"{run} was trained on other items than {dataset.folder} holds")
+    trained = {each["name"]: each for each in recommender.facts.get("event_columns", ())}
+    extra, described = dict(dataset.extra), []
+    if missing := sorted(trained.keys() - extra.keys()):
+        raise UserError(
+            f"{dataset.folder} has no column {missing[0]!r}, which the model reads of each event: prepare the data with it"
+        )
+    for column in dataset.manifest.event_columns:
+        then = trained.get(column.name)
+        if then is None:
+            described.append(column)
+            continue
+        described.append(replace(column, mean=then["mean"], std=then["std"]))
+        if column.kind == "categorical":
+            known = pa.array(then["categories"], pa.large_string())
+            now = dataset.vocabulary(column.name).combine_chunks().cast(pa.large_string())
+            if not now.equals(known):
+                numbers = pc.fill_null(pc.index_in(now, value_set=known), -1).to_numpy() + 1
+                extra[column.name] = np.concatenate([[0], numbers])[dataset.extra[column.name]]
+    return replace(dataset, manifest=replace(dataset.manifest, event_columns=described), extra=extra)
+
+
 def _batch(
     dataset: SequenceDataset, stops: np.ndarray, users: np.ndarray, width: int, history: str
 ) -> dict[str, torch.Tensor]:
@@ -106,22 +138,31 @@ def _batch(
     return query_histories(dataset, users, stops[users], width)
 
 
-def _users(dataset: SequenceDataset, wanted: str) -> np.ndarray:
-    """Users from 0; ids that the data do not have are counted in a warning."""
-    if wanted == "all":
-        return np.arange(dataset.num_users)
-    asked = pa.array(_ids(wanted, "--users", "user_id"), pa.large_string())
-    known = dataset.original_user_ids().combine_chunks().cast(pa.large_string())
-    places = pa.compute.index_in(asked, value_set=known)
-    if places.null_count:
-        logging.warning("%d users of %s are not in the data and are left out", places.null_count, wanted)
-    if places.null_count == len(asked):
-        raise UserError(f"--users={wanted} names no user of {dataset.folder}: give ids as the data have them")
-    return places.drop_null().to_numpy().astype(np.int64)
+def _users(dataset: SequenceDataset, wanted: str, stops: np.ndarray) -> np.ndarray:
+    """Users from 0; those that the data do not have, and those without a history, are counted in warnings.
+
+    stops: ``[U]``, events of each history.
+    """
+    asked = np.arange(dataset.num_users)
+    if wanted != "all":
+        given = pa.array(_ids(wanted, "--users", "user_id"), pa.large_string())
+        known = dataset.original_user_ids().combine_chunks().cast(pa.large_string())
+        places = pc.index_in(given, value_set=known)
+        if places.null_count:
+            logging.warning("%d users of %s are not in the data and are left out", places.null_count, wanted)
+        if places.null_count == len(given):
+            raise UserError(
+                f"--users={wanted} names no user of {dataset.folder}: give ids as the data have them"
+            )
+        asked = places.drop_null().to_numpy().astype(np.int64)
+    read = asked[stops[asked] > 0]
+    if lost := len(asked) - len(read):
+        logging.warning("%d users have no test target with events before it and are left out", lost)
+    return read
 
 
 def _ids(path: str, flag: str, column: str) -> list[str]:
-    """Ids of a text file, one a line; of a .csv or .parquet, such as this command writes, each of the column once."""
+    """Ids of a text file, one a line, or of the column of a .csv or .parquet, such as this command writes; each once."""
     try:
         if Path(path).suffix in (".csv", ".parquet"):
             # as text: 0307887898 is no number
@@ -131,11 +172,11 @@ def _ids(path: str, flag: str, column: str) -> list[str]:
             if column not in frame.columns:
                 raise UserError(f"{flag}={path} has no column {column!r}; it has: {', '.join(frame.columns)}")
             return frame[column].cast(pl.String).unique(maintain_order=True).drop_nulls().to_list()
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError, pl.exceptions.PolarsError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise UserError(f"{flag}={path}: cannot be read: {reason}") from error
-    return [line.strip() for line in lines if line.strip()]
+    return [*dict.fromkeys(line.strip() for line in lines if line.strip())]
 
 
 @contextmanager

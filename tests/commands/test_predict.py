@@ -6,11 +6,20 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 
 from generative_recommenders import Recommender
+from generative_recommenders.commands.predict import predict
+from generative_recommenders.commands.setup import Options
+from generative_recommenders.data.preparation.prepare import prepare_batches
+from generative_recommenders.data.readers.events import RawRatings
+from generative_recommenders.data.store import SequenceDataset
+from generative_recommenders.errors import UserError
 from programs import run_program
+from recommender_runs import MOL, make_run
 
 RELEASE = Path(__file__).parents[1] / "compatibility" / "v0_1_0"
 
@@ -44,7 +53,7 @@ def test_every_user_is_answered_as_by_the_recommender(folder: Path) -> None:
 
 
 def test_some_users_candidates_and_text(folder: Path) -> None:
-    (folder / "users.txt").write_text("reader-003\nnobody\n")
+    (folder / "users.txt").write_text("reader-003\nnobody\nreader-003\n", encoding="utf-8-sig")
     (folder / "items.txt").write_text("book-001\nbook-002\n")
     flags = (
         f"--users={folder / 'users.txt'}",
@@ -67,6 +76,44 @@ def test_some_users_candidates_and_text(folder: Path) -> None:
     again = (f"--users={folder / 'recs.csv'}", f"--candidates={folder / 'recs.csv'}", *flags[2:])
     assert run(folder, "again.parquet", *again).returncode == 0
     assert pd.read_parquet(folder / "again.parquet")["item_id"].tolist() == [row["item_id"] for row in rows]
+
+
+def test_data_that_grew_since_are_read_as_in_training(tmp_path: Path) -> None:
+    """With new users before the others, new categories, and numbers of another mean."""
+    rng = np.random.default_rng(0)
+    shelves, items = np.array(["b", "c", "d"]), [f"i{item}" for item in range(8)]
+    events = pd.DataFrame(
+        [(f"u{user}", item, time) for user in range(9) for time, item in enumerate(rng.permutation(items))],
+        columns=["user_id", "item_id", "timestamp"],
+    )
+    events["shelf"], events["progress"] = shelves[rng.integers(0, 3, len(events))], rng.random(len(events))
+    new = events["user_id"] < "u3"
+    events.loc[new, "shelf"] = "a"
+    events.loc[new, "progress"] += 7
+    folder = tmp_path / "prepared" / "grows"
+
+    types = {"timestamp": pa.int64(), "progress": pa.float32()}
+
+    def prepared(events: pd.DataFrame) -> SequenceDataset:
+        named = events.rename(columns={"user_id": "user", "item_id": "item"})
+        table = pa.table(
+            {name: pa.array(named[name], types.get(name, pa.large_string())) for name in named.columns}
+        )
+        prepare_batches(RawRatings("grows", [tmp_path / "grows.csv"]), [table], folder, 1 << 30)
+        return SequenceDataset.open(folder)
+
+    choice = {**MOL, "dataset_name": str(folder), "event_features": ("shelf", "progress")}
+    place, _, _ = make_run(tmp_path, prepared(events[~new]), choice)
+    prepared(events)
+    options = Options((), (), tmp_path, str(place))
+    assert predict(options, "all", "all", 5, False, None, tmp_path / "recs.parquet") == 0
+    found = pd.read_parquet(tmp_path / "recs.parquet").sort_values(["user_id", "rank"])
+    own = Recommender.load(place).recommend(events, k=5, exclude_seen=False).sort_values(["user_id", "rank"])
+    assert found["item_id"].tolist() == own["item_id"].tolist() and len(found) == 45
+    assert found["score"].tolist() == pytest.approx(own["score"].tolist(), rel=1e-4)
+    prepared(events.drop(columns="progress"))
+    with pytest.raises(UserError, match="has no column 'progress', which the model reads of each event"):
+        predict(options, "all", "all", 5, False, None, tmp_path / "none.parquet")
 
 
 @pytest.mark.parametrize(
