@@ -24,6 +24,9 @@ from generative_recommenders.config.plugins import add_plugin_flag, load_plugins
 from generative_recommenders.errors import UserError
 from generative_recommenders.run.logging import set_up_logging, show
 
+TRIALS = 40
+"""Trials of a search where ``--trials`` does not say."""
+
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
@@ -43,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
         "--search", choices=["optuna"], help="search the file's space instead of running its cells"
     )
     made.add_argument(
-        "--trials", type=int, default=40, help="trials of the search, those before this start counted"
+        "--trials", type=int, help="trials of the search, those before this start counted; 40 by default"
     )
     made.add_argument("--runs", help="folder of all runs and tables; runs/ablations/NAME_OF_FILE by default")
     made.add_argument("--data_root", default="data", help="where raw/ and prepared/ data sets lie")
@@ -59,6 +62,8 @@ def run(args: argparse.Namespace) -> int:
     file = Path(args.file)
     if any(given is not None and given < 1 for given in (args.seeds, args.trials, args.jobs)):
         raise UserError("--seeds, --jobs and --trials must be 1 or more")
+    if args.trials is not None and not args.search:
+        raise UserError("--trials needs --search=optuna")
     if args.search and ((args.seeds or 1) > 1 or args.only):
         raise UserError("--search runs one seed of every trial: leave out --seeds and --only")
     load_plugins(args.plugin)
@@ -79,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     flags = [f"--data_root={args.data_root}", *(f"--plugin={each}" for each in args.plugin)]
     command_of = partial(jobs.next_command, flags=flags)
     if args.search:
-        search = Search(ablation, args.trials)
+        search = Search(ablation, args.trials or TRIALS)
 
         def tell(run: Run, failure: str | None) -> None:
             search.tell(run, failure)

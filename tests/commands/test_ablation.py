@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
 import signal
 import statistics
 import subprocess
@@ -15,10 +16,12 @@ from pathlib import Path
 import polars as pl
 import pytest
 
+from generative_recommenders.commands.ablation.jobs import Slot, run_all
 from generative_recommenders.commands.ablation.plan import Ablation, Cell, Run, cells_of
 from generative_recommenders.commands.ablation.records import Finished, summary
 from generative_recommenders.commands.ablation.tables import collect, write_tables
 from generative_recommenders.commands.comparison import METRICS, user_values
+from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.errors import UserError
 from generative_recommenders.evaluation.significance import holm
 from programs import ROOT, forked_jobs, run_program
@@ -164,6 +167,33 @@ def test_tables_of_finished_runs(tmp_path: Path) -> None:
     assert f"c & b\\_1 & {pairs['c', 'b_1']['difference']:+.4f}" in tests and "p (Holm)" in tests
 
 
+def test_seeds_on_different_splits_are_not_compared(tmp_path: Path) -> None:
+    file = tmp_path / "x.gin"
+    file.write_text(BASE + 'ablation.cells = {"a": {}, "b": {"train_fn.learning_rate": 0.5}}')
+    ablation = Ablation.load(file, (), tmp_path)
+    runs = {
+        cell.name: [Finished.of(finished(ablation, cell, seed, [1, 1, 2, 3])) for seed in (42, 43)]
+        for cell in cells_of(ablation.settings, file)
+    }
+    runs["b"][1].summary["split_hash"] = "ba5"
+    assert runs["b"][1].ranks is not None
+    runs["b"][1] = runs["b"][1]._replace(ranks=runs["b"][1].ranks.with_columns(item_id=pl.lit("j")))
+    results = collect(runs, "ndcg@10")
+    rows = {row["cell"]: row for row in results["cells"]}
+    assert rows["a"]["users"] == 4 and rows["b"]["users"] is None and not results["pairs"]
+    assert "split ba5, f00: " in write_tables(results, tmp_path / "out", "x")
+
+
+def test_a_failure_is_told_by_the_lines_of_this_start(tmp_path: Path) -> None:
+    run = Run(Cell("x"), tmp_path / "x" / "seed-1", RunSettings(), "")
+    run.folder.parent.mkdir()
+    run.log.write_text("error: of an earlier start\n")
+    runs, told = iter([run, None]), []
+    command = ["sh", "-c", "echo was killed; exit 3"]
+    run_all(runs.__next__, lambda run, line: told.append(line), [Slot({})], lambda run: command)
+    assert told == [f"was killed (exit code 3, {run.log})"]
+
+
 def test_a_search_chooses_by_validation_and_says_what(tmp_path: Path) -> None:
     """The trial that is worse on the test targets, where it is better on validation."""
     file = tmp_path / "x.gin"
@@ -279,6 +309,7 @@ def test_flags_that_cannot_go_together(tmp_path: Path, data_root: Path) -> None:
         (["--seeds=0"], "must be 1 or more"),
         (["--only=y"], "has no cell y; it has x"),
         (["--search=optuna", "--seeds=2"], "--search runs one seed"),
+        (["--trials=3"], "--trials needs --search=optuna"),
     ):
         done = ablate(file, data_root, *flags)
         assert done.returncode == 2 and message in done.stderr.splitlines()[-1], done.stderr
@@ -306,6 +337,32 @@ def test_a_search_chooses_on_validation_and_resumes(data_root: Path, tmp_path: P
         "failed"
     ]  # of 3 heads
     assert again.returncode == (1 if results["failed"] else 0)
+
+
+def test_trials_keep_their_names_and_their_space(tmp_path: Path) -> None:
+    """The folder of one may be removed, for its run to be made anew."""
+    pytest.importorskip("optuna")
+    from generative_recommenders.commands.ablation.search import Search
+
+    def parameters(choices: str) -> list[str]:
+        file = tmp_path / "search.gin"
+        file.write_text(
+            BASE + 'ablation.search = {"train_fn.learning_rate": ["log", 1e-4, 1e-1], '
+            f'"train_fn.loss_module": ["choice", {choices}]}}\n'
+        )
+        search = Search(Ablation.load(file, (), tmp_path / "runs"), 3)
+        while search.next_run() is not None:
+            pass
+        return [path.read_text() for path in sorted((tmp_path / "runs").glob("*/parameters.json"))]
+
+    both = '"CE", "SampledSoftmaxLoss"'
+    before = parameters(both)
+    assert len(before) == 3
+    shutil.rmtree(tmp_path / "runs" / "trial-000")
+    again = parameters(both)
+    assert again[1:] == before[1:] and again[0] not in before
+    with pytest.raises(UserError, match="trial-000 is of another space than that of .*: give another folder"):
+        parameters('"BCELoss"')
 
 
 @pytest.mark.parametrize(

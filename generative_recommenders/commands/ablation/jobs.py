@@ -81,6 +81,7 @@ class _RunningJob:
         """Starts the command, in a session of its own, so that a Ctrl-C at the terminal reaches it through us alone."""
         paths = os.pathsep.join(filter(None, (IMPORTS, os.environ.get("PYTHONPATH"))))
         with open(self.run.log, "ab") as log:
+            self.log_start = log.tell()  # before it are the lines of earlier starts
             self.process = subprocess.Popen(
                 self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
                 env={**os.environ, "PYTHONPATH": paths, **self.slot.environment},
@@ -88,6 +89,14 @@ class _RunningJob:
         if self.slot.cores:
             with suppress(ProcessLookupError):
                 os.sched_setaffinity(self.process.pid, self.slot.cores)
+
+    def last_line(self) -> str:
+        """The last error that the command printed, else the last line."""
+        text = self.run.log.read_bytes()[self.log_start :].decode(errors="replace")
+        lines = [line for each in text.splitlines() if (line := each.strip())]
+        return next(
+            (line for line in reversed(lines) if line.startswith("error: ")), (lines or ["no output"])[-1]
+        )
 
 
 def run_all(
@@ -133,9 +142,7 @@ def run_all(
                 if code == 0 and command is None:
                     done(each.run, None)
                     continue
-                lines = [line.strip() for line in each.run.log.read_text(errors="replace").splitlines()]
-                told = [line for line in lines if line.startswith("error: ")] or [*filter(None, lines)]
-                done(each.run, f"{(told or ['no output'])[-1]} (exit code {code}, {each.run.log})")
+                done(each.run, f"{each.last_line()} (exit code {code}, {each.run.log})")
             time.sleep(POLL_SECONDS if running else 0)
     finally:
         _stop([each.process for each in running])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,10 +40,15 @@ class Search:
             )
         self.ablation, self.trials = ablation, trials
         self.space = {name: distribution(name, given, ablation.file) for name, given in space.items()}
-        self.known = [
-            json.loads(path.read_text(encoding="utf-8"))
-            for path in sorted(ablation.out.glob(f"trial-*/{PARAMETERS}"))
-        ][:trials]
+        self.known: dict[str, dict[str, Any]] = {
+            path.parent.name: json.loads(path.read_text(encoding="utf-8"))
+            for path in ablation.out.glob(f"trial-*/{PARAMETERS}")
+        }
+        for name, values in sorted(self.known.items()):
+            if not _fits(values, self.space):
+                raise UserError(
+                    f"{ablation.out / name} is of another space than that of {ablation.file}: give another folder of runs"
+                )
         self.asked: dict[str, Any] = {}
         self.refused: dict[str, str] = {}
         """Trials whose settings cannot be, with the line that says why."""
@@ -56,14 +62,13 @@ class Search:
     def next_run(self) -> Run | None:
         """The next trial: those that were begun first, then what the study suggests; None when there are enough."""
         while self.started < self.trials:
-            if self.started < len(self.known):
-                self.study.enqueue_trial(self.known[self.started])
+            name = f"trial-{self.started:03d}"
+            if name in self.known:
+                self.study.enqueue_trial(self.known[name])
             trial = self.study.ask(self.space)
             # values of a choice are text already
-            texts = {name: v if isinstance(v, str) else repr(v) for name, v in trial.params.items()}
-            cell = Cell(
-                f"trial-{self.started:03d}", tuple(f"{name} = {text}" for name, text in texts.items())
-            )
+            texts = {each: v if isinstance(v, str) else repr(v) for each, v in trial.params.items()}
+            cell = Cell(name, tuple(f"{each} = {text}" for each, text in texts.items()))
             self.started += 1
             with new_file(self.ablation.out / cell.name / PARAMETERS) as scratch:
                 scratch.write_text(json.dumps(trial.params) + "\n", encoding="utf-8")
@@ -85,6 +90,18 @@ class Search:
             self.study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
         else:
             self.study.tell(trial, value)
+
+
+def _fits(values: Mapping[str, Any], space: Mapping[str, BaseDistribution]) -> bool:
+    """Whether a trial is of this space: of the same settings, and of choices that there still are."""
+    if values.keys() != space.keys():
+        return False
+    try:
+        for name, value in values.items():
+            space[name].to_internal_repr(value)
+    except ValueError:
+        return False
+    return True
 
 
 def distribution(name: str, given: Any, file: Path) -> BaseDistribution:

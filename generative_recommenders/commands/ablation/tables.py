@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import polars as pl
+from absl import logging
 
 from generative_recommenders.commands.ablation.records import Finished, best_validation
 from generative_recommenders.commands.comparison import (
@@ -38,7 +39,7 @@ def collect(
     choose; else by the test targets. Of a cell: mean and deviation over seeds, the 95 % interval of the metric over users
     (their values averaged over seeds), its value on validation, seconds, memory. Of a pair: the difference, p, and p after
     Holm's correction over all pairs.
-    Cells on other splits, and those without their users' ranks, are not compared.
+    Cells on other splits, those whose seeds are on several, and those without their users' ranks, are not compared.
     """
 
     def spread(numbers: Sequence[Any]) -> dict[str, float | None]:
@@ -52,7 +53,10 @@ def collect(
     for cell, own in runs.items():
         found = [run.summary for run in own]
         users = [user_values(run.ranks, metric) for run in own if run.ranks is not None]
-        if len(users) == len(own):
+        splits = sorted({each["split_hash"] or "" for each in found})
+        if len(splits) > 1:
+            logging.warning("the runs of %s are on different splits of the data: it is not compared", cell)
+        elif len(users) == len(own):
             values[cell] = mean_over_runs(users)
         scored = [value for each in found if (value := best_validation(each, metric)) is not None]
         seconds = [each["seconds_per_epoch"] for each in found if each["seconds_per_epoch"] is not None]
@@ -69,7 +73,7 @@ def collect(
                 "seconds_per_epoch": statistics.median(seconds) if seconds else None,
                 "memory_mb": max((each["memory_mb"] for each in found if each["memory_mb"]), default=None),
                 "best_epochs": [each["best_epoch"] for each in found],
-                "split_hash": found[0]["split_hash"],
+                "split_hash": ", ".join(splits),
                 "conditions": found[0]["conditions"],
                 "bindings": found[0]["bindings"],
             }
@@ -149,7 +153,7 @@ def table_of(results: Mapping[str, Any]) -> list[list[str]]:
                 row["cell"], str(len(row["seeds"])), first, interval_text(row["interval"]), *others,
                 known(row["validation"], ".4f"), known(row["seconds_per_epoch"], ".3g"), known(row["memory_mb"], ","),
                 ", ".join(str(each) for each in row["best_epochs"] if each is not None),
-                (row["split_hash"] or "")[:8],
+                ", ".join(split[:8] for split in row["split_hash"].split(", ")),
             ]
         )  # fmt: skip
     return table
