@@ -2,7 +2,7 @@
 
 Prepares the data or takes what is prepared, runs what configs/reproduce/NAME/*.gin ask for, and writes docs/results/NAME.md
 with published beside measured figures. Each run's JSON file is written as soon as it is done. Started again, finished runs are
-left alone and interrupted ones resume; ``--report_only`` makes the page of the JSON files alone.
+left alone and interrupted ones resume; ``--report_only`` makes the page from the JSON files alone.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from absl import logging
 
 from generative_recommenders.commands.ablation import jobs
 from generative_recommenders.commands.ablation.plan import Cell, Run
-from generative_recommenders.commands.ablation.records import Finished
+from generative_recommenders.commands.ablation.records import Finished, is_trained, summary
 from generative_recommenders.commands.program import exit_code
 from generative_recommenders.commands.reproduction import results
 from generative_recommenders.commands.reproduction.lanes import Lane, data_root_of, known_names, lanes_of
@@ -52,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--report_only",
         action="store_true",
-        help="run nothing: make the page of the JSON files that are there",
+        help="run nothing: make the page from the JSON files that are there",
     )
     return made
 
@@ -125,7 +126,7 @@ def _plan(
     """The runs of a lane that have no result yet. UserError where one cannot be meant, before any of them begins."""
     base = lane.plan.base.data
     dataset = SequenceDataset.open(prepared_path(data_root, args.name)).with_catalogue(base.catalogue)
-    split = make_split(dataset, base.protocol)
+    split_hash = cache(lambda protocol: make_split(dataset, protocol).hash)
     facts = {**machine, "data": results.data_facts(dataset), "best_possible": results.best_possible(dataset)}
     kept = {each["file"]: each for each in results.read_results(out)}
     planned = []
@@ -133,9 +134,13 @@ def _plan(
         for seed in lane.plan.seeds(cell, args.seeds):
             run = lane.plan.run(cell, seed)
             path = results.file_of(out, lane.name, cell.name, seed)
-            told = kept.get(path.name, {})
-            if (told.get("settings_sha256"), told.get("split_hash")) == (run.settings_sha256, split.hash):
+            told, of_data = kept.get(path.name, {}), split_hash(run.settings.data.protocol)
+            if (told.get("settings_sha256"), told.get("split_hash")) == (run.settings_sha256, of_data):
                 logging.info("%s/%s is in %s already", lane.name, run.name, path)
+            elif is_trained(run) and summary(run)["split_hash"] != of_data:
+                raise UserError(
+                    f"{run.folder} was trained on other data than {data_root} holds: give another --runs_dir"
+                )
             else:
                 planned.append(_Planned(lane.name, run, data_root, path, facts))
     return planned

@@ -89,6 +89,22 @@ def test_a_stopped_reproduction_resumes(data_root: Path, tmp_path: Path) -> None
     assert json.loads(result.read_text())["epochs"] == 12
 
 
+def test_runs_on_other_data_are_no_results(data_root: Path, tmp_path: Path) -> None:
+    """As after the data were prepared anew."""
+    (lane,) = lanes_of("synthetic-books", tmp_path / "runs", 1)
+    (cell,) = lane.chosen(None, ["sasrec"])
+    run = lane.plan.run(cell, 42)
+    run.folder.mkdir(parents=True)
+    (run.folder / "resolved.gin").write_text(run.resolved)
+    final = {"step": 1, "part": "final", "model": "SASRec", "results": {"SASRec": {}}, "split_hash": "other"}
+    (run.folder / "metrics.jsonl").write_text(json.dumps(final) + "\n")
+    done = run_program(PROGRAM, *flags(data_root, tmp_path, "--epochs=1", "--only=sasrec", "--seeds=1"))
+    assert done.returncode == 2, done.stderr
+    line = done.stderr.splitlines()[-1]
+    assert "seed-42 was trained on other data than " in line and "give another --runs_dir" in line
+    assert not (tmp_path / "results").exists()
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

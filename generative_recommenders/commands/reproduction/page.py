@@ -38,7 +38,7 @@ def write_page(name: str, lanes: Sequence[Lane], results: Path, missing: Mapping
     records = read_results(results / name)
     lines = [
         f"# {name}: published and measured", "",
-        f"Made by `python -m generative_recommenders.reproduce {name}` of the JSON files in `{name}/`, one a run. "
+        f"Made by `python -m generative_recommenders.reproduce {name}` from the JSON files in `{name}/`, one a run. "
         "Figures of different lanes do not compare: they split the data in other ways, and choose the epoch by other users.",
     ]  # fmt: skip
     for lane in lanes:
