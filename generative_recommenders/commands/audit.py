@@ -11,7 +11,7 @@ from typing import Any
 from absl import logging
 from matplotlib.figure import Figure
 
-from generative_recommenders.data.preparation.folder import new_file
+from generative_recommenders.data.preparation.folder import check_file, new_file
 from generative_recommenders.data.splits import make_split
 from generative_recommenders.data.statistics import (
     event_columns,
@@ -28,6 +28,12 @@ from generative_recommenders.run.report import pictures
 
 def write_audit(folder: Path, output: Path | None = None) -> str:
     """Writes NAME.audit.txt, .json and .png into ``output``, by default beside the prepared ``folder``; returns the text."""
+    output = folder.absolute().parent if output is None else output
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output={output}: not a folder; name one for the reports")
+    paths = {suffix: output / f"{folder.absolute().name}.audit.{suffix}" for suffix in ("txt", "json", "png")}
+    for path in paths.values():
+        check_file(path)
     dataset = SequenceDataset.open(folder)
     dataset.verify()
     split = make_split(dataset)
@@ -50,10 +56,6 @@ def write_audit(folder: Path, output: Path | None = None) -> str:
     if split.counts["test_users"]:
         found["order"] = dataclasses.asdict(order_dependence(dataset))
     text = "\n".join(_lines(found, statistics_lines(dataset.manifest)))
-    output = folder.absolute().parent if output is None else output
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output={output}: not a folder; name one for the reports")
-    paths = {suffix: output / f"{folder.absolute().name}.audit.{suffix}" for suffix in ("txt", "json", "png")}
     with new_file(paths["txt"]) as scratch:
         scratch.write_text(text + "\n", encoding="utf-8")
     with new_file(paths["json"]) as scratch:

@@ -38,9 +38,12 @@ def show_list(name: str, plugins: Sequence[str], data_root: Path) -> int:
 
         lines = []
         for each in prepared_names(data_root):
-            counts = read_manifest(data_root / "prepared" / each).counts
-            shown = (f"{counts[of]:,} {of}" for of in ("users", "items", "events"))
-            lines.append(f"{each}  {'  '.join(shown)}")
+            try:
+                counts = read_manifest(data_root / "prepared" / each).counts
+                shown = "  ".join(f"{counts[of]:,} {of}" for of in ("users", "items", "events"))
+            except UserError as error:  # one that is damaged does not hide the others
+                shown = str(error)
+            lines.append(f"{each}  {shown}")
         lines = lines or [f"nothing is prepared in {data_root / 'prepared'}"]
     else:
         register_built_in_parts()

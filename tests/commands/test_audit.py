@@ -143,6 +143,7 @@ def test_text_json_and_png_are_written(tmp_path: Path, monkeypatch: pytest.Monke
         assert part in text
     audit.write_audit(dataset.folder, tmp_path / "elsewhere")
     assert (tmp_path / "elsewhere" / "kinds.audit.txt").is_file()
+    monkeypatch.setattr(audit, "order_dependence", None)  # refused before anything is computed
     with pytest.raises(UserError, match="not a folder"):
         audit.write_audit(dataset.folder, tmp_path / "r.csv")
 

@@ -60,6 +60,10 @@ def test_lists_name_what_there_is(tmp_path: Path) -> None:
     tiny_dataset(tmp_path / "prepared", ragged_sequences(9, 12, seed=1))
     prepared = run_program("main.py", "--list=prepared", f"--data_root={tmp_path}").stdout
     assert re.match(r"tiny  9 users  \d+ items  [\d,]+ events\n$", prepared)
+    (tmp_path / "prepared" / "broken").mkdir()
+    (tmp_path / "prepared" / "broken" / "manifest.json").write_text("{")
+    with_damaged = run_program("main.py", "--list=prepared", f"--data_root={tmp_path}").stdout.splitlines()
+    assert "damaged or cut short" in with_damaged[0] and with_damaged[1] == prepared.strip()
     assert (
         "nothing is prepared"
         in run_program("main.py", "--list=prepared", f"--data_root={tmp_path / 'no'}").stdout
