@@ -158,10 +158,10 @@ class RunFolder:
         self._write(self.metrics_path.name, text)
         self._metrics = _open_lines(self.metrics_path)
         # TensorBoard reads files in the order of their names, and a file must be read before the one that purges it. Where the
-        # clock was put back and one is named by a later time, all get small numbers in their order.
+        # clock was put back, or the next file could get the same second, all get small numbers in their order.
         found_files = ((_EVENTS.fullmatch(path.name), path) for path in sorted(self.tensorboard.glob("*")))
         files = [(match, path) for match, path in found_files if match]
-        if any(int(match["time"]) >= time.time() for match, _ in files):
+        if any(int(match["time"]) >= int(time.time()) for match, _ in files):
             with self._writable():
                 for number, (match, path) in enumerate(files, start=1):
                     path.rename(self.tensorboard / f"{match['start']}{number:010d}{match['end']}")

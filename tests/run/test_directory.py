@@ -87,6 +87,17 @@ def scalars(run: RunFolder) -> dict[str, list[tuple[int, float]]]:
     }
 
 
+def test_events_of_a_run_resumed_within_the_same_second_are_read_in_order(tmp_path):
+    """TensorBoard numbers its files within a second, and the tenth comes before the ninth by name."""
+    for step in range(12):
+        with RunFolder.create_or_open(tmp_path, resume=step > 0) as run:
+            if step:
+                run.truncate_after(step - 1)
+            run.write_scalars(step, {"train/loss": float(step)})
+            run.write_scalars(step + 1, {"train/loss": -1.0})
+    assert scalars(run) == {"train/loss": [*((step, float(step)) for step in range(12)), (12, -1.0)]}
+
+
 @pytest.mark.parametrize("killed_between", [False, True])
 def test_an_epoch_is_recorded_once_after_a_checkpoint_on_its_last_step(tmp_path, killed_between):
     """The checkpoint is of step 4, before epoch 1 was scored; the kill came while it was recorded, or later."""
