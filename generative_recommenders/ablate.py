@@ -46,7 +46,9 @@ def parser() -> argparse.ArgumentParser:
         "--search", choices=["optuna"], help="search the file's space instead of running its cells"
     )
     made.add_argument(
-        "--trials", type=int, help="trials of the search, those before this start counted; 40 by default"
+        "--trials",
+        type=int,
+        help=f"trials of the search, those before this start counted; {TRIALS} by default",
     )
     made.add_argument("--runs", help="folder of all runs and tables; runs/ablations/NAME_OF_FILE by default")
     made.add_argument("--data_root", default="data", help="where raw/ and prepared/ data sets lie")

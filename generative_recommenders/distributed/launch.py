@@ -43,8 +43,8 @@ MOST_PROCESSES = 1024
 """On one host, which has fewer cores and GPUs: a larger number is a slip, and would take the host's memory."""
 REPORT_BYTES = 30_000
 """Of a longer error message both ends are shown."""
-_met: list[dist.Store] = []
-"""Where this process has met the others of its run, and each leaves its failure."""
+_stores: list[dist.Store] = []
+"""Where the processes of the run leave their failures: at most one store, once this process has met the others."""
 
 Worker = Callable[..., int]
 """``worker(rank, world_size, *args) -> exit code``. Sees its peers through
@@ -125,7 +125,7 @@ def launch(
 
 def log_failures_to(path: Path) -> None:
     """Names the run's log file, a call for the main process: where any process of the run fails, the reason is added to it."""
-    for store in _met:
+    for store in _stores:
         store.set("log", json.dumps(str(path.absolute())))
 
 
@@ -158,18 +158,18 @@ def _join_given(given: Rendezvous, job: Job) -> int:
         heartbeat = Heartbeat(given.rank, given.world_size, given.address, given.port, job.timeout)
         peers, store = heartbeat, heartbeat.store
     with peers:
-        _met[:] = [] if store is None else [store]
+        _stores[:] = [] if store is None else [store]
         try:
             return job.work(given.rank)
         except BaseException as error:
-            for store in _met:
+            for store in _stores:
                 if isinstance(error, Exception):
                     _leave_failure(store, given.rank, *_code_and_text(error))
                 if given.rank == 0:
                     _log_failure(store)
             raise
         finally:
-            _met.clear()
+            _stores.clear()
 
 
 def _spawn(job: Job, port: int) -> int:
@@ -237,7 +237,7 @@ def _spawned(rank: int, job: Job, port: int) -> None:
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         os.environ.setdefault(variable, loopback)
     store = dist.TCPStore(LOOPBACK, port, None, is_master=False, timeout=job.timeout)
-    _met[:] = [store]
+    _stores[:] = [store]
     code = INTERRUPTED
     # An interrupted process ends while its peers still talk to it: their error is then seen together with their own
     # signal, which comes first here.

@@ -117,10 +117,8 @@ def no_collisions(targets: torch.Tensor, negatives: Negatives) -> torch.Tensor:
     """``[T, R]`` bool, False where a negative is one of the token's positives ``[T, P]``."""
     ids, targets, tokens = negatives.ids.int(), targets.int(), len(targets)  # compared in half the time
     if negatives.sharing.granularity == "block":
-        ids, targets = (
-            ids[:, None],
-            split_blocks(targets, len(ids), negatives.sharing.block_size, negatives.lead),
-        )
+        targets = split_blocks(targets, len(ids), negatives.sharing.block_size, negatives.lead)
+        ids = ids[:, None]
     mask = _differ(ids, targets[..., :1])
     for column in range(1, targets.shape[-1]):
         mask &= _differ(ids, targets[..., column, None])

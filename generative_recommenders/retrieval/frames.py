@@ -13,7 +13,7 @@ import polars as pl
 import pyarrow as pa
 import torch
 
-from generative_recommenders.data.readers.times import recognise, to_nanoseconds
+from generative_recommenders.data.readers.times import MISSING, recognise, to_nanoseconds
 from generative_recommenders.errors import UserError, first_line, not_installed
 
 Output = Literal["pandas", "polars", "spark", "torch"]
@@ -80,7 +80,8 @@ def history_frame(histories: Any, further: Iterable[str] = (), what: str = "hist
 
 
 def parsed_times(times: pl.Series) -> pl.Series:
-    """Text as the times that preparation reads in it, or as numbers, so that their order is that of time; else as it is."""
+    """Text as the times that preparation reads in it, or as numbers, so that their order is that of time; other types as they
+    are. UserError with the first text that is neither."""
     if times.dtype != pl.String:
         return times
     form = recognise(times)
@@ -88,7 +89,12 @@ def parsed_times(times: pl.Series) -> pl.Series:
         found = times.cast(pl.Float64, strict=False)
     else:
         found = to_nanoseconds(times, form).cast(pl.Datetime("ns"))
-    return found if found.null_count() == times.null_count() else times
+    wrong = found.is_null() & times.is_not_null() & ~times.str.strip_chars().is_in(MISSING)
+    if wrong.any():
+        raise UserError(
+            f"column {times.name!r}: {times[int(wrong.arg_max() or 0)]!r} is no number, and no date like 2023-05-31 14:05"
+        )
+    return found
 
 
 def whole_seconds(times: pl.Series) -> pl.Series:

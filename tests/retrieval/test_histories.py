@@ -47,6 +47,17 @@ def test_events_of_one_second_are_in_the_order_of_its_parts() -> None:
         assert batch["timestamps"].tolist() == [[80, 80, 80]]
 
 
+@pytest.mark.parametrize("needs_timestamps", [False, True])
+@pytest.mark.parametrize("values", [["900", "then", "80"], ["2023-05-31", "then", "2023-05-30"]])
+def test_a_text_that_is_no_time_is_named(values: list[Any], needs_timestamps: bool) -> None:
+    with pytest.raises(UserError, match="column 'timestamp': 'then' is no number"):
+        read("timestamp", values, needs_timestamps=needs_timestamps)
+
+
+def test_missing_times_come_first() -> None:
+    assert read("timestamp", ["900", "", "80"])["item_ids"].tolist() == [[2, 3, 1]]
+
+
 @pytest.mark.parametrize("values", [[2, 1, None], ["2", " 1", None], [2.0, 1.0, None]])
 def test_categories_that_became_floats_are_known(values: list[Any]) -> None:
     column = {"name": "shelf", "kind": "categorical", "categories": ["1", "2"]}

@@ -175,10 +175,8 @@ class EventReader:
                     f"{path}: it has {found}; {self.files[0]} has {expected}; all files must have the same"
                 )
             columns = [mine[column.name] for column in columns]
-            for (
-                name,
-                form,
-            ) in self.time_formats.items():  # numbers in another unit would be read as other times
+            # Numbers in another unit would be read as other times.
+            for name, form in self.time_formats.items():
                 own = times.recognise(source.sample[str(mine[name].place)], self.options.time_unit)
                 if form.unit is not None and own not in (None, form, TimeFormat()):
                     raise UserError(
