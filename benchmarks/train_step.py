@@ -37,6 +37,7 @@ import records
 from generative_recommenders.build import factories  # noqa: F401  (registers the encoders)
 from generative_recommenders.config import gin as gin_registry
 from generative_recommenders.config.registry import ENCODERS
+from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.data.loader import LoadedBatch
 from generative_recommenders.data.preparation.prepare import prepare
 from generative_recommenders.data.readers.events import RawRatings, ReadOptions
@@ -82,6 +83,7 @@ _PREPARED = flags.DEFINE_string("prepared", None, "a prepared data set instead o
 _THREADS = flags.DEFINE_integer("threads", 0, "torch threads; 0 for torch's own choice", lower_bound=0)
 _PLAIN_STEPS = flags.DEFINE_integer("plain_steps", 0, "steps of a plain SASRec, on the CPU", lower_bound=0)
 _EVALUATIONS = flags.DEFINE_integer("evaluations", 0, "evaluations to time", lower_bound=0)
+_CONFIG = flags.DEFINE_string("gin_config_file", None, "a configuration as it is, on the profile's sequences")
 _BINDINGS = flags.DEFINE_multi_string("gin_bindings", [], "further bindings")
 
 
@@ -117,6 +119,14 @@ def num_negatives() -> int:
 
 
 def make_trainer(dataset: SequenceDataset) -> Trainer:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    settings = load_settings()
+    return Trainer(settings, dataset, make_split(dataset, "leave_one_out"), Collectives(device))
+
+
+def load_settings() -> RunSettings:
+    if _CONFIG.value is not None:
+        return gin_registry.load_settings([Path(_CONFIG.value)], _BINDINGS.value)[0]
     module = _ENCODER.value.removesuffix("-large")
     profile, own = _PROFILE.value, []
     if _ENCODER.value not in CONFIGS[profile]:
@@ -133,9 +143,7 @@ def make_trainer(dataset: SequenceDataset) -> Trainer:
         *_BINDINGS.value,
     ]
     config = CONFIGS[profile].get(_ENCODER.value, CONFIGS[profile][""])
-    settings, _ = gin_registry.load_settings([ROOT / config], bindings)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return Trainer(settings, dataset, make_split(dataset, "leave_one_out"), Collectives(device))
+    return gin_registry.load_settings([ROOT / config], bindings)[0]
 
 
 def timed_steps(trainer: Trainer, steps: int, warmup: int = 3) -> list[tuple[float, float, int]]:
@@ -194,17 +202,20 @@ def run(dataset: SequenceDataset) -> dict[str, object]:
     rows = timed_steps(trainer, _STEPS.value)
     seconds, data, tokens = (list(column) for column in zip(*rows))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    value = trainer.settings.value
+    sharing = value("train_fn.negatives_sharing")
     result: dict[str, Any] = {
-        "encoder": _ENCODER.value,
+        "encoder": value("train_fn.main_module") if _CONFIG.value else _ENCODER.value,
+        "gin_config_file": _CONFIG.value,
         "profile": _PROFILE.value,
         "prepared": _PREPARED.value or "made",
-        "negatives_sharing": _SHARING.value,
-        "negatives_block_size": _BLOCK.value if _SHARING.value == "block" else None,
-        "optimizer": trainer.settings.value("train_fn.optimizer"),
-        "loss": _LOSS.value or trainer.settings.value("train_fn.loss_module"),
-        "num_negatives": num_negatives(),
+        "negatives_sharing": sharing,
+        "negatives_block_size": value("train_fn.negatives_block_size") if sharing == "block" else None,
+        "optimizer": value("train_fn.optimizer"),
+        "loss": value("train_fn.loss_module"),
+        "num_negatives": value("train_fn.num_negatives"),
         "num_items": dataset.num_items,
-        "batch_size": _BATCH.value,
+        "batch_size": value("train_fn.local_batch_size"),
         "steps": len(rows),
         "threads": torch.get_num_threads(),
         "device": str(trainer.collectives.device),

@@ -50,9 +50,9 @@ class _CandidateTopK(TopKModule):
         super().__init__(similarity, item_embeddings)
         self.k_per_group, self.avg_top_k = k_per_group, avg_top_k
         with torch.no_grad():
-            components, gate = similarity.snapshot(item_embeddings).components
-        self.register_buffer("item_components", components, persistent=False)
-        self.register_buffer("item_gate", gate, persistent=False)
+            items = similarity.snapshot(item_embeddings).components
+        self.register_buffer("item_components", items.components, persistent=False)
+        self.register_buffer("item_gate", items.gate, persistent=False)
         self.item_components: torch.Tensor
         self.item_gate: torch.Tensor | None
         if avg_top_k:

@@ -168,7 +168,7 @@ class MoLSimilarity(Similarity, MoLComponents):
             if items.dim() == 2:
                 scores, blocks = self._mixed(query, len(items), _shared(self.item_components(items)))
             else:
-                made = lambda rows, columns: self.item_components(items[rows, columns])  # noqa: E731
+                made = lambda r, c: self.item_components(items[r, c], normalized=False)  # noqa: E731
                 scores, blocks = self._mixed(query, items.shape[1], made, kept_per_item=self.kept_per_item)
         return scores, self.auxiliary_losses(losses | self._mixture_sums(blocks, scores.numel()))
 
@@ -246,7 +246,7 @@ class MoLSimilarity(Similarity, MoLComponents):
         # Few pairs are made one by one; but how many a process has must not decide what numbered rows draw.
         few = rows.numel() <= len(items) and numbered_rows.current() is None
         if not self.item_dropout_shared if drops else few:
-            made = lambda r, c: self.item_components(items[rows[r, c]])  # noqa: E731
+            made = lambda r, c: self.item_components(items[rows[r, c]], normalized=False)  # noqa: E731
             return self._mixed(query, rows.shape[1], made, purpose=purpose, kept_per_item=self.kept_per_item)
         with numbered_rows.of_items():
             parts = self.item_components(items)
@@ -309,8 +309,7 @@ class MoLSimilarity(Similarity, MoLComponents):
         query_gate = None if query.gate is None else query.gate[rows][:, None]
         with numbered_rows.of_block(rows, 2 * columns.start + purpose):
             items = items_of(rows, columns)
-            pairing = "bnd,xmd->bxnm" if items.components.dim() == 3 else "bnd,bxmd->bxnm"
-            logits = torch.einsum(pairing, query.components[rows], items.components).flatten(2)
+            logits = self.component_logits(query.components[rows], items)
             gate = self.cross_gate(logits)
             if self.combination == "none":
                 gate = sum((part for part in (query_gate, items.gate) if part is not None), gate)

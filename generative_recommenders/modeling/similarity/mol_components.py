@@ -8,7 +8,6 @@ from typing import ClassVar, NamedTuple
 import torch
 from absl import logging
 from torch import nn
-from torch.nn import functional as F
 
 from generative_recommenders.config.fields import (
     HiddenWidth,
@@ -26,6 +25,8 @@ from generative_recommenders.modeling.similarity.mol_layers import (
     projection,
 )
 from generative_recommenders.ops.dropout import dropout
+from generative_recommenders.ops.normalization import l2_normalize
+from generative_recommenders.ops.products.normalized import normalized_products
 
 DEFAULT_UNIT: GatedUnitName = "geglu"
 
@@ -90,14 +91,19 @@ class QueryComponents(NamedTuple):
 
 
 class ItemComponents(NamedTuple):
-    """components ``[R, Pi, d]`` or ``[n, R, Pi, d]``; gate ``[R, E]`` or ``[n, R, E]``, or None."""
+    """components ``[R, Pi, d]`` or ``[n, R, Pi, d]``; gate ``[R, E]`` or ``[n, R, E]``, or None.
+
+    scaled: components are as they are multiplied; otherwise they are still to be normalised.
+    """
 
     components: torch.Tensor
     gate: torch.Tensor | None
+    scaled: bool = True
 
     def select(self, index: slice | torch.Tensor) -> ItemComponents:
         """Those of some items, by a slice or an index tensor of any shape over the first axis."""
-        return ItemComponents(self.components[index], None if self.gate is None else self.gate[index])
+        gate = None if self.gate is None else self.gate[index]
+        return self._replace(components=self.components[index], gate=gate)
 
 
 class MoLComponents(nn.Module):
@@ -148,7 +154,8 @@ class MoLComponents(nn.Module):
         """Components and gate input of queries ``[n, D]`` of users ``[n]``. In training with user tables, also the sums of
         ``uid_embedding_l2_norm``: squares of what was looked up, over tables and users, and the number of users.
         """
-        components = [self._split(self.query_projection(queries))]
+        projected = self.query_projection(queries).unflatten(-1, (-1, self.dot_product_dimension))
+        components = [self._normalized(projected)]
         losses = {}
         if len(self.user_tables):
             if user_ids is None:
@@ -165,24 +172,32 @@ class MoLComponents(nn.Module):
             for vectors in found:
                 dropped = dropout(torch.ones_like(vectors[:, :1]) if whole else vectors, rate, self.training)
                 # Where whole, `dropped` is one number a user: 0, or dropout's scale.
-                components.append(self._normalised(vectors * dropped if whole else dropped)[:, None] * known)
+                components.append(self._normalized(vectors * dropped if whole else dropped)[:, None] * known)
         query = torch.cat(components, dim=-2) / self.logit_temperature
         return QueryComponents(query, self.query_gate(queries) if self.query_gate else None), losses
 
-    def item_components(self, items: torch.Tensor) -> ItemComponents:
-        """Item-side inputs of the mixture, of items ``[..., D']``; may be computed once for evaluation."""
-        components = self._split(self.item_projection(items))
-        return ItemComponents(components, self.item_gate(items) if self.item_gate else None)
+    def item_components(self, items: torch.Tensor, normalized: bool = True) -> ItemComponents:
+        """Item-side inputs of the mixture, of items ``[..., D']``; may be computed once for evaluation.
 
-    def _split(self, projected: torch.Tensor) -> torch.Tensor:
-        """``[..., P * d]`` as components ``[..., P, d]``, of norm 1 where asked for."""
-        components = projected.unflatten(-1, (-1, self.dot_product_dimension))
-        return self._normalised(components)
+        normalized: False leaves the norm of components to `component_logits`: less work where each is of one pair alone.
+        """
+        projected = self.item_projection(items).unflatten(-1, (-1, self.dot_product_dimension))
+        scaled = normalized or not self.dot_product_l2_norm
+        components = self._normalized(projected) if normalized else projected
+        return ItemComponents(components, self.item_gate(items) if self.item_gate else None, scaled)
 
-    def _normalised(self, components: torch.Tensor) -> torch.Tensor:
-        if not self.dot_product_l2_norm:
-            return components
-        return F.normalize(components, dim=-1, eps=self.eps)
+    def component_logits(self, query: torch.Tensor, items: ItemComponents) -> torch.Tensor:
+        """``[b, x, E]`` products of every component of queries ``[b, Pq, d]`` with every one of x items."""
+        components = items.components
+        if components.dim() == 3:
+            return torch.einsum("bnd,xmd->bxnm", query, components).flatten(2)
+        rows = components.flatten(1, 2)
+        products = rows @ query.mT if items.scaled else normalized_products(query, rows, self.eps)
+        return products.unflatten(1, components.shape[1:3]).mT.flatten(2)
+
+    def _normalized(self, components: torch.Tensor) -> torch.Tensor:
+        """Components ``[..., d]``, of norm 1 where asked for."""
+        return l2_normalize(components, self.eps) if self.dot_product_l2_norm else components
 
 
 def side_projection(
