@@ -76,6 +76,11 @@ def run(args: argparse.Namespace) -> int:
     out = Path(args.results_dir or Path("docs") / "results")
     lanes = lanes_of(args.name, Path(args.runs_dir or Path("runs") / "reproduce" / args.name), args.epochs)
     if args.report_only:
+        given = [name for name in ("table", "lane", "only", "seeds", "jobs", "epochs") if getattr(args, name)]
+        if given:
+            raise UserError(
+                f"--report_only makes the whole page of all results that are there: leave out --{given[0]}"
+            )
         show(write_page(args.name, lanes, out, {}))
         return 0
     if args.lane is not None and args.lane not in {lane.name for lane in lanes}:

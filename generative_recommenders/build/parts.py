@@ -1,4 +1,7 @@
-"""Builder of a training task from settings: the model (`build.model`), and its criterion and sampler (`build.objectives`)."""
+"""Builder of a training task from settings: the model (`build.model`), and its criterion and sampler (`build.objectives`).
+
+Importing this module registers every built-in part, so that settings which name any of them can be read.
+"""
 
 from __future__ import annotations
 

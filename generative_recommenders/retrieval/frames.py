@@ -22,6 +22,9 @@ OUTPUTS: tuple[str, ...] = get_args(Output)
 MAX_NUMBER = 1 << 53
 """Numbers, times among them, lie between this and its negative: whole ones that JSON and floats keep."""
 
+_FIRST_TIMES = 1000
+"""Times by which the form of a column is recognised."""
+
 
 def is_table(given: Any) -> bool:
     """Whether it is a table of pandas, polars, pyarrow or Spark."""
@@ -80,16 +83,21 @@ def history_frame(histories: Any, further: Iterable[str] = (), what: str = "hist
 
 
 def parsed_times(times: pl.Series) -> pl.Series:
-    """Text as the times that preparation reads in it, or as numbers, so that their order is that of time; other types as they
-    are. UserError with the first text that is neither."""
-    if times.dtype != pl.String:
+    """Times as preparation reads them, so that their order is that of time: text, numbers as 20230531 and numbers of other
+    units than seconds as datetimes, by the form of the first ones; numbers of seconds and datetimes as they are. UserError with
+    the first that is none."""
+    if times.dtype.is_temporal():
         return times
-    form = recognise(times)
-    if form is None or form.text is None:
+    is_text = times.dtype == pl.String
+    form = recognise(times.drop_nulls().head(_FIRST_TIMES))
+    if form is not None and form.unit != "s":
+        found = to_nanoseconds(times, form).cast(pl.Datetime("ns"))
+    elif is_text:
         found = times.cast(pl.Float64, strict=False)
     else:
-        found = to_nanoseconds(times, form).cast(pl.Datetime("ns"))
-    wrong = found.is_null() & times.is_not_null() & ~times.str.strip_chars().is_in(MISSING)
+        return times
+    missing = times.str.strip_chars().is_in(MISSING) if is_text else times.cast(pl.Float64).is_nan()
+    wrong = found.is_null() & times.is_not_null() & ~missing
     if wrong.any():
         raise UserError(
             f"column {times.name!r}: {times[int(wrong.arg_max() or 0)]!r} is no number, and no date like 2023-05-31 14:05"

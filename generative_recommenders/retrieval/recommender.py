@@ -144,7 +144,7 @@ class Recommender:
         """The k best items of each user.
 
         histories: a table (pandas, polars, pyarrow or Spark) of ``user_id, item_id`` and, where the model reads them,
-        ``rating``, ``timestamp`` (seconds since 1970, or dates) and its event columns; or a mapping of each user to items,
+        ``rating``, ``timestamp`` (as preparation reads them) and its event columns; or a mapping of each user to items,
         oldest first; or a `Session`. Events are sorted by ``timestamp`` where there is one. exclude_seen: no item of the
         history is recommended. candidates: the only items that may be, a list or a table ``item_id`` for all users, or by user
         a mapping or a table ``user_id, item_id``, where users without any get none. at: the time of the request, a datetime or

@@ -68,6 +68,8 @@ def test_runs_become_results_and_a_page_and_are_made_once(data_root: Path, tmp_p
     told = run_program(PROGRAM, *flags(tmp_path / "no-data", tmp_path, "--report_only"))
     assert told.returncode == 0, told.stderr[-3000:]
     assert (tmp_path / "results" / "synthetic-books.md").read_text() == page
+    part = run_program(PROGRAM, *flags(tmp_path / "no-data", tmp_path, "--report_only", "--only=sasrec"))
+    assert part.returncode == 2 and "leave out --only" in part.stderr
 
 
 def test_a_stopped_reproduction_resumes(data_root: Path, tmp_path: Path) -> None:

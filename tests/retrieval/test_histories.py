@@ -39,6 +39,16 @@ def test_events_are_in_the_order_of_their_times_whatever_their_type(
         assert batch["timestamps"].tolist() == [[80, 900, 1000]]
 
 
+@pytest.mark.parametrize("values", [
+    [20230601, 20230602, 20230531], [20230601.0, 20230602.0, 20230531.0], ["20230601", "20230602", "20230531"],
+    [1685577600000, 1685664000000, 1685491200000], ["1685577600000000", "1685664000000000", "1685491200000000"],
+])  # fmt: skip
+def test_numbers_are_the_times_that_preparation_reads_in_them(values: list[Any]) -> None:
+    batch = read("timestamp", values, needs_timestamps=True)
+    assert batch["item_ids"].tolist() == [[3, 1, 2]]
+    assert batch["timestamps"].tolist() == [[1685491200, 1685577600, 1685664000]]
+
+
 def test_events_of_one_second_are_in_the_order_of_its_parts() -> None:
     days = [f"1970-01-01 00:01:20.{part}" for part in (3, 9, 1)]
     for values in (days, [datetime.datetime.fromisoformat(f"{day}00") for day in days], [80.3, 80.9, 80.1]):

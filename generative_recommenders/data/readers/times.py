@@ -58,7 +58,7 @@ def recognise(values: pl.Series, unit: str | None = None) -> TimeFormat | None:
     if values.dtype == pl.String:
         values = values.str.strip_chars()
         values = values.filter(~values.is_in(MISSING))
-    if unit is None and len(values) and (values.dtype == pl.String or values.dtype.is_integer()):
+    if unit is None and len(values) and (values.dtype == pl.String or values.dtype.is_numeric()):
         compact = TimeFormat(text=_COMPACT_DATE)
         if 2 * int(to_nanoseconds(values, compact).is_not_null().sum()) > len(values):
             return compact
@@ -125,6 +125,7 @@ def _parse_text(values: pl.Series, form: str) -> pl.Series:
     text = values.str.strip_chars().str.replace(r"\s*(Z|UTC)$", "").str.replace("T", " ", literal=True)
     text = _without_far_years(text, text.str.head(4))
     if form == _COMPACT_DATE:
+        text = text.str.strip_suffix(".0")  # floats, which pandas makes of integers where one is missing
         # Of fewer digits polars reads dates, too.
         text = text.set((text.str.len_bytes() != 8).fill_null(False), None)
     if "%H" not in form:

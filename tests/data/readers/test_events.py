@@ -41,6 +41,7 @@ def refused(path: Path, columns: str | None = None, **options: Any) -> str:
         ("utc.csv", "user,item,time\nA,B,2010-10-19 23:55:27.5 UTC\n", None, [1287532527.5]),
         ("date.csv", "customer_id,article_id,date\nA,B,2010-10-19\n", None, [1287446400]),
         ("compact.csv", "user,item,date\nA,B,20101019\n", None, [1287446400]),
+        ("compact_float.csv", "user,item,date\nA,B,20101019.0\n", None, [1287446400]),
         ("compact.jsonl", '{"user": 1, "item": 2, "date": 20101019}\n', None, [1287446400]),
         ("seconds.csv", "user,item,time\nA,B,20101019\nA,C,20101399\n", None, [20101019, 20101399]),
         ("seven.csv", "user,item,time\nA,B,1970111\n", None, [1970111]),
