@@ -137,7 +137,9 @@ def _process_count(requested: int | None, device_type: str | None) -> int:
     if not 1 <= requested <= MOST_PROCESSES:
         raise UserError(f"num_processes is {requested}; it must be from 1 to {MOST_PROCESSES}")
     if use_gpus and requested > gpus:
-        raise UserError(f"num_processes is {requested} and the number of GPUs {gpus}: at most one process a GPU")
+        raise UserError(
+            f"num_processes is {requested} and the number of GPUs {gpus}: at most one process a GPU"
+        )
     return requested
 
 

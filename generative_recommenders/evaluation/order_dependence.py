@@ -42,12 +42,13 @@ class OrderDependence:
     scores: dict[str, dict[str, float]]
 
 
-def order_dependence(dataset: SequenceDataset, seed: int = 0, steps: int = STEPS) -> OrderDependence:
+def order_dependence(dataset: SequenceDataset, seed: int = 0, steps: int | None = None) -> OrderDependence:
     """NDCG@10 on true and on shuffled histories; UserError where no user has three events.
 
     At most `MOST_USERS` users, drawn at random, with their last `MOST_EVENTS` events, so that neither time nor memory grows
     with the data set; the catalogue is what these users have.
     """
+    steps = STEPS if steps is None else steps
     rng = np.random.default_rng(seed)
     scored = np.flatnonzero(dataset.lengths >= 3)
     if not len(scored):

@@ -131,7 +131,6 @@ def test_users_are_sampled_and_their_items_numbered_anew(
 def test_text_json_and_png_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = columns_dataset(tmp_path)
     monkeypatch.setattr(dependence, "STEPS", 3)
-    monkeypatch.setattr(dependence.order_dependence, "__defaults__", (0, 3))
     text = audit.write_audit(dataset.folder)
     names = sorted(path.name for path in dataset.folder.parent.iterdir())
     assert names == ["kinds", "kinds.audit.json", "kinds.audit.png", "kinds.audit.txt"]

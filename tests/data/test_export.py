@@ -105,7 +105,7 @@ def test_beyond_the_memory_limit_events_go_to_files(
         times = ["0" if zeros == "timestamps" else str(step) for step, _ in enumerate(items)]
         lines.append(f'{user},{user},"{",".join(items)}","{",".join(ratings)}","{",".join(times)}"\n')
     (tmp_path / "s.csv").write_text(HEADER + "".join(lines))
-    monkeypatch.setattr(delimited_text.read_blocks, "__defaults__", (2_000, 1 << 20))
+    monkeypatch.setattr(delimited_text, "BLOCK_BYTES", 2_000)
     said = "events are kept in files"
     with caplog.at_level(logging.INFO, logger="absl"):
         inside = import_text(tmp_path / "s.csv", tmp_path / "inside", "t")

@@ -73,18 +73,19 @@ class Block:
 
 
 def read_blocks(
-    path: Path, quoting: bool, block_bytes: int = BLOCK_BYTES, max_line_bytes: int = MAX_LINE_BYTES
+    path: Path, quoting: bool, block_bytes: int | None = None, max_line_bytes: int = MAX_LINE_BYTES
 ) -> Iterator[Block]:
     """Blocks of whole lines of a plain or packed file, without byte-order mark and ``\\r`` of line ends.
 
-    quoting: a line end between two quotes is part of a field, so no block ends there. UserError: damaged files, lines longer
+    quoting: a line end between two quotes is part of a field, so no block ends there. block_bytes: `BLOCK_BYTES` by default.
+    UserError: damaged files, lines longer
     than a text file has.
     """
     rest, line = b"", 1
     unpacked, most = 0, unpacked_limit(path, SMALL_BYTES) if is_packed(path) else float("inf")
     with open_unpacked(path) as stream:
         while True:
-            chunk = _read_chunk(path, stream, block_bytes, line)
+            chunk = _read_chunk(path, stream, block_bytes or BLOCK_BYTES, line)
             unpacked += len(chunk)
             if unpacked > most:
                 raise UserError(f"{path}: it unpacks to more than {most} bytes; is this a file of events?")

@@ -105,7 +105,7 @@ def test_bad_lines_are_named(tmp_path: Path, line: str, what: str) -> None:
 
 def test_the_line_is_named_in_a_later_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path, "a,b,1,2\n" * 50 + "a,b,?,2\n")
-    monkeypatch.setattr(delimited_text.read_blocks, "__defaults__", (64, 1 << 20))
+    monkeypatch.setattr(delimited_text, "BLOCK_BYTES", 64)
     assert f"{path}, line 51: the rating '?'" in error_of(path)
 
 
@@ -142,7 +142,7 @@ def test_truncated_gzip_says_the_last_whole_line(
     data = gzip.compress(lines.encode())[:-2_000]
     whole = zlib.decompressobj(wbits=31).decompress(data).count(b"\n")
     assert 1_000 < whole < 2_000
-    monkeypatch.setattr(delimited_text.read_blocks, "__defaults__", (block_bytes, 1 << 20))
+    monkeypatch.setattr(delimited_text, "BLOCK_BYTES", block_bytes)
     assert f"cannot be read after line {whole}:" in error_of(write(tmp_path, data))
 
 
