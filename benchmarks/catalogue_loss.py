@@ -2,9 +2,9 @@
 
     python benchmarks/catalogue_loss.py --tokens 14000 --items 700000 --dim 64
 
-One run times both: the loss with its gradients, and the three products (logits, gradient of the hidden states, gradient of the
-items) in blocks of the shape that suits the processor's cache, with nothing between them. Peak memory is the growth of the
-process's resident memory over the inputs, less the gradients. The last line is one JSON object.
+One run times both: the loss with its gradients, and the three products (logits, gradient of the hidden states, gradient
+of the items) in blocks of the shape that suits the processor's cache, with nothing between them. Peak memory is the
+growth of the process's resident memory over the inputs, less the gradients. The last line is one JSON object.
 """
 
 from __future__ import annotations

@@ -2,17 +2,17 @@
 
     python benchmarks/compare_peers.py --environments=/tmp/peers --output=benchmarks/results/peers.json
 
-Each system comes from PyPI into an environment of its own under --environments, made where it is missing (a few minutes each),
-and runs in a process of its own, by turns, ``--rounds`` times; the fastest round counts. The work: two blocks of width 64 with
-one head, histories of up to 200 events, 128 users a step, softmax over the whole catalogue, two epochs by each system's own
-trainer on its own data pipeline, then all users exactly. Figures: seconds of a step, the second epoch, that evaluation, from
-the start of the process to the end of the first step, and the process's peak memory.
+Each system comes from PyPI into an environment of its own under --environments, made where it is missing (a few minutes
+each), and runs in a process of its own, by turns, ``--rounds`` times; the fastest round counts. The work: two blocks of
+width 64 with one head, histories of up to 200 events, 128 users a step, softmax over the whole catalogue, two epochs by
+each system's own trainer on its own data pipeline, then all users exactly. Figures: seconds of a step, the second
+epoch, that evaluation, from the start of the process to the end of the first step, and the process's peak memory.
 
-Evaluation is the ten best unseen items of all users in RePlay and RecTools, ranks of their targets in RecBole and here. Where a
-system has no such encoder, there is no figure; HSTU is RecTools', with both biases.
+Evaluation is the ten best unseen items of all users in RePlay and RecTools, ranks of their targets in RecBole and here.
+Where a system has no such encoder, there is no figure; HSTU is RecTools', with both biases.
 
-Two figures have a floor, made in this program's worker: the evaluation has its matrix products (`floors.py`), memory what the
-process takes once everything is imported, with each weight, its gradient and its two moments of AdamW.
+Two figures have a floor, made in this program's worker: the evaluation has its matrix products (`floors.py`), memory
+what the process takes once everything is imported, with each weight, its gradient and its two moments of AdamW.
 """
 
 from __future__ import annotations
@@ -75,9 +75,7 @@ def write_data(folder: Path, events: pd.DataFrame) -> None:
     rows.assign(train=rows["item_id"]).to_parquet(replay / "predict.parquet")
     pd.DataFrame({"item_id": np.arange(len(names))}).to_parquet(replay / "items.parquet")
     (replay / "facts.json").write_text(json.dumps({"items": len(names)}))
-    named = events.rename(
-        columns={"user": "user:token", "item": "item:token", "timestamp": "timestamp:float"}
-    )
+    named = events.rename(columns={"user": "user:token", "item": "item:token", "timestamp": "timestamp:float"})
     named.to_csv(recbole / "ratings.inter", sep="\t", index=False)
 
 
@@ -135,9 +133,7 @@ def best(rounds: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--environments", type=Path, required=True, help="folder of the peers' environments")
     parser.add_argument("--folder", type=Path, help="of the data; default: beside the environments")
     parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=PEERS)

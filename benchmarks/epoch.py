@@ -1,12 +1,13 @@
-"""One epoch end to end: `main.py` in a process of its own, from its start to the metrics of the test; the last line is JSON.
+"""One epoch end to end: `main.py` in a process of its own, from its start to the metrics of the test; the last line is
+JSON.
 
     python benchmarks/epoch.py --profile=ml-1m                         # 600 users of ML-1M's lengths, under a minute
     python benchmarks/epoch.py --profile=amzn-books --users=969656 --gin_bindings="train_fn.negatives_sharing='block'"
     python benchmarks/epoch.py --profile=amzn-books --prepared=data/prepared/synthetic-books
 
-seconds: the whole process. training_seconds: the epoch alone, and tokens_per_second those of its histories in that time. The
-rest is start-up, two evaluations (validation, test), baselines and the checkpoint. Data and configuration are those of
-`train_step.py`.
+seconds: the whole process. training_seconds: the epoch alone, and tokens_per_second those of its histories in that
+time. The rest is start-up, two evaluations (validation, test), baselines and the checkpoint. Data and configuration are
+those of `train_step.py`.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ def run(prepared: Path, folder: Path) -> dict[str, object]:
         *flags.FLAGS.gin_bindings,
     ]
     command = [
-        sys.executable, str(train_step.ROOT / "main.py"), f"--gin_config_file={config}", "--num_processes=1", "--noreport",
+        sys.executable, str(train_step.ROOT / "main.py"), f"--gin_config_file={config}", "--num_processes=1",
+        "--noreport",
         f"--data_root={prepared.parents[1]}", f"--run_dir={folder / 'run'}",
         *(f"--gin_bindings={each}" for each in bindings),
     ]  # fmt: skip

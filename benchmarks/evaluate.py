@@ -4,9 +4,10 @@
     python benchmarks/evaluate.py --users=8192 --items=801350
     python benchmarks/evaluate.py --users=6040 --items=3416 --dim=50
 
-Queries and items are random, histories of ``--seen`` items among them; encoding is not part of it. The floor is the fastest of
-several blockings of the bare products, each shared out by torch or with items of its own for each thread, measured on
-``--floor_users`` users before and after. Peak memory is what the process grows by over queries, items and histories.
+Queries and items are random, histories of ``--seen`` items among them; encoding is not part of it. The floor is the
+fastest of several blockings of the bare products, each shared out by torch or with items of its own for each thread,
+measured on ``--floor_users`` users before and after. Peak memory is what the process grows by over queries, items and
+histories.
 """
 
 from __future__ import annotations
@@ -73,9 +74,7 @@ def main() -> None:
             seen = torch.randint(1, args.items + 1, (len(queries[rows]), args.seen))
             product_ranks(queries[rows], items, targets[rows], SeenItems.padded(seen, args.items))
     seconds = time.perf_counter() - start
-    rates = {
-        name: max(rate, after) for (name, rate), after in zip(before.items(), floor(some, items).values())
-    }
+    rates = {name: max(rate, after) for (name, rate), after in zip(before.items(), floor(some, items).values())}
     best = max(rates.values())
     result = {
         "setup": vars(args) | {"threads": torch.get_num_threads()},

@@ -1,4 +1,5 @@
-"""Floors of a measured piece of work: its own matrix products, made again alone, in torch's operators and at the same shapes.
+"""Floors of a measured piece of work: its own matrix products, made again alone, in torch's operators and at the same
+shapes.
 
 What is recorded are the products that the work really makes, forward and back, with the strides of their operands; each
 distinct one is then timed by itself.
@@ -33,7 +34,8 @@ class Form(NamedTuple):
 
 
 class RecordedProducts(TorchDispatchMode):
-    """Counts the products that are made while it is open, by operator and forms of the operands. operations: of floats."""
+    """Counts the products that are made while it is open, by operator and forms of the operands. operations: of
+    floats."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -3,9 +3,9 @@
     python benchmarks/gpu.py --output=benchmarks/results/gpu.json
     python benchmarks/gpu.py --device=cpu --quick         # does it run at all
 
-One call measures everything, some three minutes on an H200. A part that fails is reported and the rest continues; parts that
-find no time left in ``--seconds`` are left out. Data are made in memory, with the lengths of ML-1M and of Amazon Books, so that
-nothing but the program, torch and numpy is needed.
+One call measures everything, some three minutes on an H200. A part that fails is reported and the rest continues; parts
+that find no time left in ``--seconds`` are left out. Data are made in memory, with the lengths of ML-1M and of Amazon
+Books, so that nothing but the program, torch and numpy is needed.
 """
 
 from __future__ import annotations
@@ -97,9 +97,7 @@ def parity(bench: Bench) -> dict[str, Any]:
     for name, (encoder, bindings) in list(cases.items())[: 4 if bench.quick else None]:
         settings = movie_settings(encoder, bench, "train_fn.max_sequence_length = 48", *bindings)
         found[name] = guarded(lambda s=settings: differences_from_cpu(s, dataset, bench))
-    bad = [
-        name for name, value in found.items() if isinstance(value, str) or not max(value) < PARITY_TOLERANCE
-    ]
+    bad = [name for name, value in found.items() if isinstance(value, str) or not max(value) < PARITY_TOLERANCE]
     return {"tolerance": PARITY_TOLERANCE, "failed": bad, "differences": found}
 
 
@@ -128,8 +126,7 @@ def differences_from_cpu(settings: RunSettings, dataset: SequenceDataset, bench:
     assert reference.keys() == found.keys()
     scale = max(float(x.norm()) for x in reference.values())
     relative = {
-        name: float((found[name] - x).norm() / x.norm().clamp(min=1e-4 * scale))
-        for name, x in reference.items()
+        name: float((found[name] - x).norm() / x.norm().clamp(min=1e-4 * scale)) for name, x in reference.items()
     }
     return [float(f"{value:.2e}") for value in (relative.pop("loss"), max(relative.values()))]
 
@@ -177,7 +174,8 @@ def without_dropout(encoder: str, bench: Bench) -> RunSettings:
 
 
 def captured_steps(bench: Bench) -> dict[str, Any]:
-    """Steps by CUDA graphs and the same kernel by kernel, without dropout: the greatest relative difference of the losses."""
+    """Steps by CUDA graphs and the same kernel by kernel, without dropout: the greatest relative difference of the
+    losses."""
     dataset = movies(bench)
 
     def difference(encoder: str) -> float:
@@ -199,8 +197,8 @@ def launch_by_launch(trainer: Trainer) -> None:
 
 
 def training_steps(bench: Bench) -> dict[str, Any]:
-    """Milliseconds of a step of each encoder at ML-1M's shape, published configuration (TF32), batches made in a thread: kernel
-    by kernel, and as the trainer does it, by CUDA graphs where it can."""
+    """Milliseconds of a step of each encoder at ML-1M's shape, published configuration (TF32), batches made in
+    a thread: kernel by kernel, and as the trainer does it, by CUDA graphs where it can."""
     dataset, found = movies(bench), {}
 
     def measured(encoder: str, plain: bool) -> dict[str, Any]:
@@ -219,9 +217,7 @@ def exact_evaluation(bench: Bench) -> dict[str, Any]:
     """Exact ranks of all users of ML-1M's size, by HSTU-large and by SASRec."""
     dataset, found = movies(bench), {}
     for encoder in ("SASRec", "HSTU-large"):
-        trainer = make_trainer(
-            movie_settings(encoder, bench, "train_fn.eval_batch_size = 2048"), dataset, bench
-        )
+        trainer = make_trainer(movie_settings(encoder, bench, "train_fn.eval_batch_size = 2048"), dataset, bench)
         seconds = bench.seconds(lambda t=trainer: t.evaluation.validation(t.model), 2)
         found[encoder] = {
             "seconds": round(seconds, 3),
@@ -266,9 +262,11 @@ def epochs(bench: Bench) -> dict[str, Any]:
 
 
 def catalogue_losses(bench: Bench) -> dict[str, Any]:
-    """Softmax cross-entropy over all items, forward and backward, in TF32: by kernels that write no logits, and by blocks.
+    """Softmax cross-entropy over all items, forward and backward, in TF32: by kernels that write no logits, and by
+    blocks.
 
-    multiples_of_the_products: time over that of five products of these sizes at the card's rate; memory beside the operands.
+    multiples_of_the_products: time over that of five products of these sizes at the card's rate; memory beside the
+    operands.
     """
     torch.backends.cuda.matmul.allow_tf32 = True
     shapes = {
@@ -314,7 +312,8 @@ def catalogue_losses(bench: Bench) -> dict[str, Any]:
 def books_steps(bench: Bench) -> dict[str, Any]:
     """A step over 801,350 items of width 64, 128 users: published negatives (512 a position) and 512 a block of 64.
 
-    table_passes_in_that_time: how often the card reads or writes the table at its copy rate; dense AdamW alone asks for 7.
+    table_passes_in_that_time: how often the card reads or writes the table at its copy rate; dense AdamW alone asks for
+    7.
     """
     dataset, found, rate = books(bench), {}, copy_rate(bench)
 
@@ -351,9 +350,7 @@ PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--quick", action="store_true", help="tiny sizes")
     parser.add_argument("--epochs", type=int, default=EPOCHS, help="epochs of HSTU-large, at most")

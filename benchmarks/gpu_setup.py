@@ -54,8 +54,8 @@ BOOKS_ITEMS, BOOKS_CONFIG = 801_350, "configs/amzn-books/sasrec-sampled-softmax-
 class Bench:
     """What is measured and how much of it.
 
-    quick: tiny sizes. epochs: to train, at most. until: `time.perf_counter` of the end. profiles: folder of the tables of the
-    slowest kernels, or None.
+    quick: tiny sizes. epochs: to train, at most. until: `time.perf_counter` of the end. profiles: folder of the tables
+    of the slowest kernels, or None.
     """
 
     device: torch.device
@@ -115,7 +115,8 @@ def made_dataset(lengths: np.ndarray, num_items: int) -> SequenceDataset:
 
 
 def movies(bench: Bench) -> SequenceDataset:
-    """ML-1M's users and items, and its shape of lengths: log-normal around the median 95 from 18 on, longest 2276, mean 165."""
+    """ML-1M's users and items, and its shape of lengths: log-normal around the median 95 from 18 on, longest 2276, mean
+    165."""
     users, items = (200, 300) if bench.quick else (6040, 3706)
     drawn = np.exp(np.random.default_rng(0).normal(np.log(95 - 17), 1.16, users)) + 17
     return made_dataset(np.minimum(drawn, 60 if bench.quick else 2276).astype(np.int64), items)
@@ -144,9 +145,7 @@ def make_trainer(settings: RunSettings, dataset: SequenceDataset, bench: Bench) 
     return Trainer(settings, dataset, split, Collectives(bench.device))
 
 
-def timed_steps(
-    trainer: Trainer, name: str, bench: Bench, warmup: int = 10, steps: int = 60
-) -> dict[str, Any]:
+def timed_steps(trainer: Trainer, name: str, bench: Bench, warmup: int = 10, steps: int = 60) -> dict[str, Any]:
     """Time of steps that follow each other, memory, and, where asked for, a table of the slowest kernels."""
     trainer.model.train()
     batches = prefetch((each for epoch in range(1000) for each in trainer.loader.epoch(epoch)), 8)
@@ -186,12 +185,8 @@ def profiled(trainer: Trainer, batches: Any, path: Path, bench: Bench, steps: in
         bench.wait()
     events = profiler.key_averages()
     columns = ["self_device_time_total", "self_cpu_time_total"]
-    path.write_text(
-        "\n".join(events.table(sort_by=c, row_limit=40, max_name_column_width=70) for c in columns)
-    )
-    kernels = [
-        e for e in events if e.self_device_time_total > 0 and e.device_type != torch.autograd.DeviceType.CPU
-    ]
+    path.write_text("\n".join(events.table(sort_by=c, row_limit=40, max_name_column_width=70) for c in columns))
+    kernels = [e for e in events if e.self_device_time_total > 0 and e.device_type != torch.autograd.DeviceType.CPU]
     return {
         "kernels_a_step": round(sum(e.count for e in kernels) / steps),
         "device_ms_a_step": round(sum(e.self_device_time_total for e in kernels) / steps / 1e3, 3),

@@ -2,9 +2,9 @@
 
     python benchmarks/jagged.py --repeats=200                # where fbgemm is installed
 
-The last line is one JSON object. For every shape: float32 tokens ``[T, D]`` padded and taken back, forward and backward;
-and what every batch asks of its layout, forward alone: the cells of its tokens (int64 ``[B, N]`` to ``[T]``) and their
-positions. Both ways are timed by turns; a number is a median.
+The last line is one JSON object. For every shape: float32 tokens ``[T, D]`` padded and taken back, forward and
+backward; and what every batch asks of its layout, forward alone: the cells of its tokens (int64 ``[B, N]`` to ``[T]``)
+and their positions. Both ways are timed by turns; a number is a median.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
     python benchmarks/large_catalogue.py --items=10000000 --processes=2 --optimizer=lazy_adamw
 
 SASRec of 4 blocks over made histories of Amazon Books' lengths (mean about 7, at most 50), 512 negatives a block of 64
-positions, 128 users a step in all. With several processes the item table is sharded over them. peak_mb is the most that the
-processes have held together up to the end of each stage, in MiB; the table alone takes table_mb.
+positions, 128 users a step in all. With several processes the item table is sharded over them. peak_mb is the most that
+the processes have held together up to the end of each stage, in MiB; the table alone takes table_mb.
 """
 
 from __future__ import annotations
@@ -54,9 +54,7 @@ def made_dataset(folder: Path, users: int) -> SequenceDataset:
         "item": pa.array(["i"] * len(names), pa.large_string()),
     }
     columns["timestamp"] = pa.array(np.arange(len(names)))
-    prepare_batches(
-        RawRatings("made", [folder / "made.csv"]), [pa.table(columns)], folder / "prepared", 1 << 30
-    )
+    prepare_batches(RawRatings("made", [folder / "made.csv"]), [pa.table(columns)], folder / "prepared", 1 << 30)
     return SequenceDataset.open(folder / "prepared")
 
 
@@ -71,11 +69,12 @@ def worker(rank: int, world_size: int, args: argparse.Namespace, folder: str) ->
     collectives = process_collectives(process_device())
     dataset = with_items(SequenceDataset.open(Path(folder) / "prepared"), args.items)
     settings = RunSettings().bind({
-        "train_fn.max_sequence_length": LONGEST, "train_fn.item_embedding_dim": args.dim, "train_fn.optimizer": args.optimizer,
-        "train_fn.local_batch_size": args.batch_size // world_size, "train_fn.sampling_strategy": "local",
-        "train_fn.negatives_sharing": "block", "train_fn.negatives_block_size": 64,
-        "train_fn.num_negatives": 512, "train_fn.item_table": "sharded" if world_size > 1 else "replicated",
-        "sasrec_encoder.num_blocks": 4, "sasrec_encoder.ffn_hidden_dim": args.dim, "train_fn.eval_users": args.eval_users,
+        "train_fn.max_sequence_length": LONGEST, "train_fn.item_embedding_dim": args.dim,
+        "train_fn.optimizer": args.optimizer, "train_fn.local_batch_size": args.batch_size // world_size,
+        "train_fn.sampling_strategy": "local", "train_fn.negatives_sharing": "block",
+        "train_fn.negatives_block_size": 64, "train_fn.num_negatives": 512,
+        "train_fn.item_table": "sharded" if world_size > 1 else "replicated", "sasrec_encoder.num_blocks": 4,
+        "sasrec_encoder.ffn_hidden_dim": args.dim, "train_fn.eval_users": args.eval_users,
     })  # fmt: skip
     seconds: dict[str, float] = {}
     peaks: dict[str, int] = {"imports": peak(collectives.sum_scalar)}
@@ -116,9 +115,10 @@ def worker(rank: int, world_size: int, args: argparse.Namespace, folder: str) ->
     if collectives.is_main:
         result = {
             "items": args.items, "dim": args.dim, "processes": world_size, "optimizer": args.optimizer,
-            "table_mb": round(4 * args.items * args.dim / 2**20), "step_seconds": round(statistics.median(steps[WARM_UP:]), 4),
-            "eval_users_per_second": round(users / seconds["evaluation"], 1),
-            "threads": torch.get_num_threads(), "seconds": seconds, "peak_mb": peaks,
+            "table_mb": round(4 * args.items * args.dim / 2**20),
+            "step_seconds": round(statistics.median(steps[WARM_UP:]), 4),
+            "eval_users_per_second": round(users / seconds["evaluation"], 1), "threads": torch.get_num_threads(),
+            "seconds": seconds, "peak_mb": peaks,
         }  # fmt: skip
         (Path(folder) / "result.json").write_text(json.dumps(result))
     return 0

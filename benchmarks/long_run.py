@@ -52,9 +52,7 @@ def random_dataset(folder: Path) -> SequenceDataset:
     users = np.repeat(np.arange(USERS), EVENTS_EACH)
     columns = {
         "user": pa.array([f"u{user}" for user in users], pa.large_string()),
-        "item": pa.array(
-            [f"i{item}" for item in generator.integers(0, ITEMS, users.size)], pa.large_string()
-        ),
+        "item": pa.array([f"i{item}" for item in generator.integers(0, ITEMS, users.size)], pa.large_string()),
         "timestamp": pa.array(np.arange(users.size), pa.int64()),
     }
     source = RawRatings("random", [folder / "random.csv"])
@@ -68,9 +66,7 @@ def resident_over_a_run(folder: Path, steps: int, samples: int) -> tuple[list[in
     at: list[int] = []
     resident: list[float] = []
     with RunFolder.create_or_open(folder / "run") as run:
-        trainer = Trainer(
-            SETTINGS, dataset, make_split(dataset), Collectives("cpu"), EpochLog.of(run, SETTINGS)
-        )
+        trainer = Trainer(SETTINGS, dataset, make_split(dataset), Collectives("cpu"), EpochLog.of(run, SETTINGS))
 
         def look() -> None:
             if trainer.progress.step % max(1, steps // samples) == 0:

@@ -1,8 +1,8 @@
-"""A SASRec training step as it is usually written, for a ratio in one run: whole rectangles, `torch.nn.MultiheadAttention`,
-an embedding gathered for each negative of each position.
+"""A SASRec training step as it is usually written, for a ratio in one run: whole rectangles,
+`torch.nn.MultiheadAttention`, an embedding gathered for each negative of each position.
 
-The model, loss and batches of `train_step.py --encoder=SASRec --negatives_sharing=position`, whatever it is asked to train, on
-the CPU.
+The model, loss and batches of `train_step.py --encoder=SASRec --negatives_sharing=position`, whatever it is asked to
+train, on the CPU.
 """
 
 from __future__ import annotations
@@ -24,9 +24,7 @@ class PlainBlock(nn.Module):
 
     def __init__(self, width: int, hidden: int, heads: int, rate: float) -> None:
         super().__init__()
-        self.query_norm, self.ffn_norm = (
-            nn.LayerNorm(width, eps=1e-8, elementwise_affine=False) for _ in range(2)
-        )
+        self.query_norm, self.ffn_norm = (nn.LayerNorm(width, eps=1e-8, elementwise_affine=False) for _ in range(2))
         self.attention = nn.MultiheadAttention(width, heads, rate, batch_first=True)
         self.ffn = nn.Sequential(
             nn.Conv1d(width, hidden, 1),

@@ -36,12 +36,8 @@ _CHUNK_LINES = 1_000_000
 _DIGITS = np.frombuffer(b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ", np.uint8)
 
 _LINES = flags.DEFINE_integer("lines", REAL_LINES, "lines; users and items shrink with it", lower_bound=100)
-_FOLDER = flags.DEFINE_string(
-    "folder", None, "where file and result go and stay; by default a temporary folder"
-)
-_MEMORY_LIMIT = flags.DEFINE_integer(
-    "memory_limit", 4 << 30, "bytes for events, as in preprocess_public_data.py"
-)
+_FOLDER = flags.DEFINE_string("folder", None, "where file and result go and stay; by default a temporary folder")
+_MEMORY_LIMIT = flags.DEFINE_integer("memory_limit", 4 << 30, "bytes for events, as in preprocess_public_data.py")
 _RESULT = flags.DEFINE_string("result", None, "also write the JSON line to this file")
 
 

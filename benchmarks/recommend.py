@@ -3,10 +3,10 @@
     python benchmarks/recommend.py --users=1000 --items=700000 --one_user_items=1000000
 
 Items and users are random and of the same width. "products" are the scores alone, in blocks of the same size, kept by
-nobody; "search" finds the k best of each user without what the user has seen. For one user, "quantized_search" finds the
-same by way of 8-bit integers, and "whole_answer" is `Recommender.recommend`, the history's ids in, a frame of ids out.
-faiss is measured where it is installed, without seen items, which its index does not filter. Every time is the median of the
-repeats, taken by turns.
+nobody; "search" finds the k best of each user without what the user has seen. For one user, "quantized_search" finds
+the same by way of 8-bit integers, and "whole_answer" is `Recommender.recommend`, the history's ids in, a frame of ids
+out. faiss is measured where it is installed, without seen items, which its index does not filter. Every time is the
+median of the repeats, taken by turns.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ def faiss_search(items: torch.Tensor, queries: torch.Tensor, k: int) -> Callable
 
 
 def whole_answer(items: torch.Tensor, history: torch.Tensor, k: int) -> Callable[[], object]:
-    """One user's `Recommender.recommend`, of an untrained SASRec over these items: reading, encoding, search and frame."""
+    """One user's `Recommender.recommend`, of an untrained SASRec over these items: reading, encoding, search and
+    frame."""
     settings = RunSettings()
     settings = settings.changed(
         data=settings.data.changed(max_sequence_length=len(history)),

@@ -1,12 +1,12 @@
 """One table and one plot of what was measured beside its floor, from the records in benchmarks/results.
 
-    python benchmarks/report.py                                        # writes report.md and report.png beside the records
+    python benchmarks/report.py  # writes report.md and report.png beside the records
 
-A floor is the least that the same work could take here: the matrix products of a training step, made again alone at the same
-shapes (`floors.py`), and what it must read and write of the item table at the rate of a copy; the products of exact evaluation
-in the best of several blockings; those of a loss over the catalogue; those of exact search, which for one user wait for the
-items' bytes; ``import torch`` for the start; reading a file for preparing it. "of it bytes" is the part of a floor that is
-memory. Records without a floor are left out.
+A floor is the least that the same work could take here: the matrix products of a training step, made again alone at the
+same shapes (`floors.py`), and what it must read and write of the item table at the rate of a copy; the products of
+exact evaluation in the best of several blockings; those of a loss over the catalogue; those of exact search, which for
+one user wait for the items' bytes; ``import torch`` for the start; reading a file for preparing it. "of it bytes" is
+the part of a floor that is memory. Records without a floor are left out.
 """
 
 from __future__ import annotations
@@ -124,9 +124,7 @@ def plot(rows: list[Measured], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of records")
     parser.add_argument("--out", type=Path, help="folder of the report, unless that of the records")
     args = parser.parse_args()

@@ -1,4 +1,5 @@
-"""Latency of the encoder of queries: eager, ONNX Runtime and OpenVINO, at two batch sizes; the last line is one JSON object.
+"""Latency of the encoder of queries: eager, ONNX Runtime and OpenVINO, at two batch sizes; the last line is one JSON
+object.
 
     python benchmarks/serve.py --encoder=SASRec --items=3416 --length=50
 

@@ -2,8 +2,9 @@
 
     python benchmarks/serve_load.py --encoder=SASRec --items=3416 --length=20 --requests=2000
 
-Without ``--run`` an untrained model of this size is served. Server and clients share the machine's cores; every client keeps
-one connection, and asks again as soon as it is answered. Latencies are in milliseconds. Needs the extra ``serve``.
+Without ``--run`` an untrained model of this size is served. Server and clients share the machine's cores; every client
+keeps one connection, and asks again as soon as it is answered. Latencies are in milliseconds. Needs the extra
+``serve``.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""Start-up times by turns: ``import torch``, ``main.py --help``, and from the start of main.py to the end of its first step.
+"""Start-up times by turns: ``import torch``, ``main.py --help``, and from the start of main.py to the end of its first
+step.
 
     python benchmarks/startup.py --rounds=5
 
-The last line is JSON: medians of wall-clock and CPU seconds, and ratios to ``import torch``. The embedded data are prepared
-first; a plug-in ends the run after its first step. On a machine that does other work the CPU seconds say more.
+The last line is JSON: medians of wall-clock and CPU seconds, and ratios to ``import torch``. The embedded data are
+prepared first; a plug-in ends the run after its first step. On a machine that does other work the CPU seconds say more.
 """
 
 from __future__ import annotations

@@ -2,14 +2,14 @@
 
     python benchmarks/train_step.py --encoder=SASRec --profile=ml-1m --negatives_sharing=block --steps=30
 
-matmul_gflops is the speed of a plain matrix product on the same device before and after the steps: where two runs differ
-in it, the machine did. ``--plain_steps=3`` then times a SASRec written the usual way (`plain_step.py`) on the same
-batches. Without ``--prepared=DIR`` it makes sequences with timestamps: ``--profile=ml-1m`` with ML-1M's distribution of
-lengths (mean 165, median 95, longest 2276) over 3,706 items, ``--profile=amzn-books`` with 9 events a user, of which 7 are for
-training, over 801,350 items, most of them in nobody's history. ``--num_items`` makes another catalogue. products_seconds is
-what the matrix products of a step take alone (`floors.py`), bytes_seconds what its reads and writes of the item table take at
-the rate of a copy: each row once in and once out, of AdamW's two moments as well. ``--evaluations=3`` then times the exact
-ranks of all validation targets, encoding included, and their products alone.
+matmul_gflops is the speed of a plain matrix product on the same device before and after the steps: where two runs
+differ in it, the machine did. ``--plain_steps=3`` then times a SASRec written the usual way (`plain_step.py`) on the
+same batches. Without ``--prepared=DIR`` it makes sequences with timestamps: ``--profile=ml-1m`` with ML-1M's
+distribution of lengths (mean 165, median 95, longest 2276) over 3,706 items, ``--profile=amzn-books`` with 9 events a
+user, of which 7 are for training, over 801,350 items, most of them in nobody's history. ``--num_items`` makes another
+catalogue. products_seconds is what the matrix products of a step take alone (`floors.py`), bytes_seconds what its reads
+and writes of the item table take at the rate of a copy: each row once in and once out, of AdamW's two moments as well.
+``--evaluations=3`` then times the exact ranks of all validation targets, encoding included, and their products alone.
 """
 
 from __future__ import annotations
@@ -87,18 +87,14 @@ _CONFIG = flags.DEFINE_string("gin_config_file", None, "a configuration as it is
 _BINDINGS = flags.DEFINE_multi_string("gin_bindings", [], "further bindings")
 
 
-def made_dataset(
-    folder: Path, num_users: int = 6040, num_items: int = 3706, profile: str = "ml-1m"
-) -> SequenceDataset:
-    """Zipf items, seconds between ratings; written as CSV and prepared like any other data set, with the items that nobody has
-    rated after the others.
+def made_dataset(folder: Path, num_users: int = 6040, num_items: int = 3706, profile: str = "ml-1m") -> SequenceDataset:
+    """Zipf items, seconds between ratings; written as CSV and prepared like any other data set, with the items that
+    nobody has rated after the others.
     """
     generator = np.random.default_rng(0)
     if profile == "ml-1m":
         # log-normal around the median 95 from 18 on
-        lengths = np.minimum(np.exp(generator.normal(np.log(95 - 17), 1.16, num_users)) + 17, 2276).astype(
-            int
-        )
+        lengths = np.minimum(np.exp(generator.normal(np.log(95 - 17), 1.16, num_users)) + 17, 2276).astype(int)
     else:
         lengths = 4 + generator.geometric(0.2, num_users)
     users = np.repeat(np.arange(num_users), lengths)

@@ -85,9 +85,7 @@ def sasrec_body(schema: TensorSchema) -> SasRecBody:
         embedding_aggregator=PositionAwareAggregator(
             embedding_aggregator=SumAggregator(embedding_dim=WIDTH), max_sequence_length=LENGTH, dropout=0.2
         ),
-        attn_mask_builder=DefaultAttentionMask(
-            reference_feature_name=schema.item_id_feature_name, num_heads=HEADS
-        ),
+        attn_mask_builder=DefaultAttentionMask(reference_feature_name=schema.item_id_feature_name, num_heads=HEADS),
         encoder=SasRecTransformerLayer(
             embedding_dim=WIDTH, num_heads=HEADS, num_blocks=2, dropout=0.2, activation="relu"
         ),

@@ -2,8 +2,8 @@
 
     python -m examples.own_csv ratings.csv [FOLDER] [COLUMNS]
 
-COLUMNS are those of the file in the words of ``--columns``, as ``user=who,item=what,timestamp=when``; a header with known
-names needs none. Delimiter, header and the unit of times are found out.
+COLUMNS are those of the file in the words of ``--columns``, as ``user=who,item=what,timestamp=when``; a header with
+known names needs none. Delimiter, header and the unit of times are found out.
 """
 
 from __future__ import annotations

@@ -17,9 +17,7 @@ from generative_recommenders import Recommender, train
 
 def main(folder: Path, epochs: int = 5) -> pd.DataFrame:
     """Recommendations for a new reader; the run stays in ``folder / "run"``, and is taken from there the next time."""
-    run = train(
-        folder / "run", [f"train_fn.num_epochs = {epochs}"], data_root=folder / "data", auto_resume=True
-    )
+    run = train(folder / "run", [f"train_fn.num_epochs = {epochs}"], data_root=folder / "data", auto_resume=True)
     recommender = Recommender.load(run)
     read = recommender.item_ids[:3].to_pylist()  # ids as they stand in the data
     print(recommender.similar_items(read[:1], k=3))

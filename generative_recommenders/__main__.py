@@ -20,7 +20,8 @@ PROGRAMS = {
     "serve": ("serve", "answers of a run over HTTP"),
     "doctor": ("commands.doctor", "what this machine offers, and a short self-test"),
 }
-"""Sub-command -> module below the package, and what it does. Modules of absl's flags have ``start``, others ``main``."""
+"""Sub-command -> module below the package, and what it does. Modules of absl's flags have ``start``, others
+``main``."""
 
 
 def main() -> int:

@@ -1,7 +1,9 @@
-"""Ablations: ``python -m generative_recommenders.ablate FILE.gin [--seeds=3] [--jobs=N] [--search=optuna --trials=40]``.
+"""Ablations:
+``python -m generative_recommenders.ablate FILE.gin [--seeds=3] [--jobs=N] [--search=optuna --trials=40]``.
 
-The gin file holds a base configuration and, as ``ablation.cells``, ``ablation.grid`` or ``ablation.search``, what is varied.
-Each cell is a run of main.py for each seed. Started again, finished runs are left alone and interrupted ones resume.
+The gin file holds a base configuration and, as ``ablation.cells``, ``ablation.grid`` or ``ablation.search``, what is
+varied. Each cell is a run of main.py for each seed. Started again, finished runs are left alone and interrupted ones
+resume.
 """
 
 from __future__ import annotations
@@ -29,9 +31,7 @@ TRIALS = 40
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
-        prog="python -m generative_recommenders.ablate", description=__doc__.splitlines()[0]
-    )
+    made = argparse.ArgumentParser(prog="python -m generative_recommenders.ablate", description=__doc__.splitlines()[0])
     made.add_argument("file", help="the ablation's gin file, as configs/ablations/ml-1m-losses.gin")
     made.add_argument(
         "--seeds",
@@ -39,12 +39,8 @@ def parser() -> argparse.ArgumentParser:
         help="runs of each cell, by the file's seed and those after it; as the file says, or one, by default",
     )
     made.add_argument("--jobs", type=int, help="runs at a time; one a GPU, or one, by default")
-    made.add_argument(
-        "--only", default="", help="names of the cells to run, with commas between; all by default"
-    )
-    made.add_argument(
-        "--search", choices=["optuna"], help="search the file's space instead of running its cells"
-    )
+    made.add_argument("--only", default="", help="names of the cells to run, with commas between; all by default")
+    made.add_argument("--search", choices=["optuna"], help="search the file's space instead of running its cells")
     made.add_argument(
         "--trials",
         type=int,
@@ -52,9 +48,7 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--runs", help="folder of all runs and tables; runs/ablations/NAME_OF_FILE by default")
     made.add_argument("--data_root", default="data", help="where raw/ and prepared/ data sets lie")
-    made.add_argument(
-        "--gin_bindings", action="append", default=[], help="a binding over every cell; repeatable"
-    )
+    made.add_argument("--gin_bindings", action="append", default=[], help="a binding over every cell; repeatable")
     add_plugin_flag(made)
     return made
 

@@ -39,8 +39,6 @@ def fault_of(error: BaseException) -> UserError | None:
     if isinstance(error, UnicodeEncodeError):
         return UserError(f"{error.object[:200]!r} is not UTF-8 text; rename the file or folder")
     if isinstance(error, OSError) and not isinstance(error, ConnectionError):
-        names = [
-            os.fsdecode(each) for each in (error.filename, error.filename2) if isinstance(each, (str, bytes))
-        ]
+        names = [os.fsdecode(each) for each in (error.filename, error.filename2) if isinstance(each, (str, bytes))]
         return UserError(": ".join([*names, error.strerror or str(error) or type(error).__name__]))
     return None

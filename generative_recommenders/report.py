@@ -1,4 +1,5 @@
-"""Report of a trained run, or of several beside each other: ``python -m generative_recommenders.report RUN [RUN ...]``."""
+"""Report of a trained run, or of several beside each other:
+``python -m generative_recommenders.report RUN [RUN ...]``."""
 
 from __future__ import annotations
 

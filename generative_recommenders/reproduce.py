@@ -1,8 +1,9 @@
 """Reproduction of published tables: ``python -m generative_recommenders.reproduce ml-1m [--table=hstu] [--jobs=N]``.
 
-Prepares the data or takes what is prepared, runs what configs/reproduce/NAME/*.gin ask for, and writes docs/results/NAME.md
-with published beside measured figures. Each run's JSON file is written as soon as it is done. Started again, finished runs are
-left alone and interrupted ones resume; ``--report_only`` makes the page from the JSON files alone.
+Prepares the data or takes what is prepared, runs what configs/reproduce/NAME/*.gin ask for, and writes
+docs/results/NAME.md with published beside measured figures. Each run's JSON file is written as soon as it is done.
+Started again, finished runs are left alone and interrupted ones resume; ``--report_only`` makes the page from the JSON
+files alone.
 """
 
 from __future__ import annotations
@@ -78,19 +79,13 @@ def run(args: argparse.Namespace) -> int:
     if args.report_only:
         given = [name for name in ("table", "lane", "only", "seeds", "jobs", "epochs") if getattr(args, name)]
         if given:
-            raise UserError(
-                f"--report_only makes the whole page of all results that are there: leave out --{given[0]}"
-            )
+            raise UserError(f"--report_only makes the whole page of all results that are there: leave out --{given[0]}")
         show(write_page(args.name, lanes, out, {}))
         return 0
     if args.lane is not None and args.lane not in {lane.name for lane in lanes}:
-        raise UserError(
-            f"--lane={args.lane} is none of {args.name}: {', '.join(lane.name for lane in lanes)}"
-        )
+        raise UserError(f"--lane={args.lane} is none of {args.name}: {', '.join(lane.name for lane in lanes)}")
     only = [each for each in args.only.split(",") if each]
-    names = {
-        name for lane in lanes for cell in lane.cells for name in (cell.name, f"{lane.name}/{cell.name}")
-    }
+    names = {name for lane in lanes for cell in lane.cells for name in (cell.name, f"{lane.name}/{cell.name}")}
     if unknown := sorted({*only} - names):
         raise UserError(f"{args.name} has no cell {', '.join(unknown)}; it has {', '.join(sorted(names))}")
     slots = jobs.slots(args.jobs)
@@ -100,9 +95,7 @@ def run(args: argparse.Namespace) -> int:
     for lane in lanes:
         if args.lane in (None, lane.name) and (cells := lane.chosen(args.table, only)):
             try:
-                root = data_root_of(
-                    lane, args.name, Path(args.data_root), args.raw_path and Path(args.raw_path)
-                )
+                root = data_root_of(lane, args.name, Path(args.data_root), args.raw_path and Path(args.raw_path))
             except UserError as error:
                 missing[lane.name] = str(error)
                 logging.error("lane %s: %s", lane.name, error)
@@ -167,9 +160,7 @@ def _run_all(planned: Sequence[_Planned], slots: Sequence[jobs.Slot], flags: Seq
             logging.error("%s/%s failed: %s", own.lane, run.name, failure)
 
     def command_of(run: Run) -> list[str] | None:
-        return jobs.next_command(
-            run, [f"--data_root={by_folder[run.folder].data_root}", *flags], ["--noreport"]
-        )
+        return jobs.next_command(run, [f"--data_root={by_folder[run.folder].data_root}", *flags], ["--noreport"])
 
     jobs.run_all(iter([*(each.run for each in planned), None]).__next__, done, slots, command_of)
     return len(failed)

@@ -21,9 +21,7 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m generative_recommenders.serve", description="Serves a trained run over HTTP."
     )
     parser.add_argument("run", help="the folder of a trained run")
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on; this machine alone by default"
-    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; this machine alone by default")
     parser.add_argument("--port", type=int, default=8000, help="TCP port, %(default)s by default")
     parser.add_argument("--device", default="auto", help="cpu or cuda; a GPU if there is one by default")
     add_plugin_flag(parser)
@@ -44,9 +42,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def load() -> int:
         if args.max_batch < 1 or not 0 <= args.wait_ms <= 60_000 or not 0 < args.port < 1 << 16:
-            raise UserError(
-                "--max_batch must be 1 or more, --wait_ms from 0 to 60000, --port from 1 to 65535"
-            )
+            raise UserError("--max_batch must be 1 or more, --wait_ms from 0 to 60000, --port from 1 to 65535")
         if find_spec("uvicorn") is None:
             raise not_installed("uvicorn", "serve")
         recommender = Recommender.load(args.run, args.device, args.plugin)

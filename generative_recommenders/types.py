@@ -38,8 +38,8 @@ class SequentialFeatures:
     past_lengths: ``[B]`` int64, real events a row.
     past_ids: ``[B, N]`` int64, right-padded with 0.
     past_events: further ``[B, N]`` columns: ``ratings`` float32, ``timestamps`` int64 (seconds), and per-row
-        ``[B]`` columns: ``next_timestamps`` int64 (time of the event to predict, 0 where unknown; or ``[B, N]``, of every
-        position), ``user_ids``.
+        ``[B]`` columns: ``next_timestamps`` int64 (time of the event to predict, 0 where unknown; or ``[B, N]``, of
+        every position), ``user_ids``.
     """
 
     past_lengths: torch.Tensor

@@ -14,9 +14,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = (
-        "1"  # read as the kernels are defined, by whichever test imports them first
-    )
+    os.environ["TRITON_INTERPRET"] = "1"  # read as the kernels are defined, by whichever test imports them first
 
 from generative_recommenders.data.store import SequenceDataset
 from tiny_data import ragged_sequences, tiny_dataset

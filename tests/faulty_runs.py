@@ -71,9 +71,7 @@ class Kill:
 
 def options_of(data_root: Path, run: Path, *bindings: str) -> Options:
     """Of a new run, or of one that resumes where its folder exists."""
-    return Options(
-        (str(data_root / "x.gin"),), bindings, data_root, str(run), run.exists(), None, False, report=False
-    )
+    return Options((str(data_root / "x.gin"),), bindings, data_root, str(run), run.exists(), None, False, report=False)
 
 
 def arm(kill: Kill) -> None:
@@ -165,9 +163,7 @@ def assert_nothing_lost(run: Path, reached: int) -> int:
     store = CheckpointStore(run / "checkpoints", read_only=True)
     steps = [store.load(path).position.step for path in store.paths()]
     assert steps == sorted(steps) and max(steps, default=0) >= reached
-    for line in (
-        (run / "metrics.jsonl").read_text().split("\n")[:-1] if (run / "metrics.jsonl").exists() else []
-    ):
+    for line in (run / "metrics.jsonl").read_text().split("\n")[:-1] if (run / "metrics.jsonl").exists() else []:
         json.loads(line)
     return max(steps, default=0)
 

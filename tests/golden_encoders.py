@@ -43,9 +43,7 @@ def choose_backend(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
 def recommender_of(golden: GoldenFile, encoder: torch.nn.Module) -> SequenceRecommender:
     """The encoder between positions and the file's postprocessor, with its parameters, in evaluation mode."""
     c = golden.config
-    preprocessor = LearnablePositionalEmbeddingInputFeaturesPreprocessor(
-        c["position_rows"], c["embedding_dim"], 0.0
-    )
+    preprocessor = LearnablePositionalEmbeddingInputFeaturesPreprocessor(c["position_rows"], c["embedding_dim"], 0.0)
     sequence = SequenceEncoder(preprocessor, encoder, POSTPROCESSORS[c.get("postprocessor", "l2")]())
     items = LocalEmbeddingModule(c["num_items"], c["embedding_dim"])
     model = SequenceRecommender(items, sequence, DotProductSimilarity()).eval()

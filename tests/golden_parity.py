@@ -42,9 +42,7 @@ def load_golden(case: str) -> GoldenFile:
         return {_renamed(k[len(prefix) + 1 :]): v for k, v in arrays.items() if k.startswith(prefix + "/")}
 
     parameters = {k: v for k, v in part("param").items() if k.rpartition(".")[2] not in DERIVED}
-    return GoldenFile(
-        meta["config"], meta["gradient_of"], parameters, part("input"), part("output"), part("grad")
-    )
+    return GoldenFile(meta["config"], meta["gradient_of"], parameters, part("input"), part("output"), part("grad"))
 
 
 def load_parameters(module: nn.Module, values: dict[str, torch.Tensor]) -> None:

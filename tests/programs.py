@@ -1,7 +1,7 @@
 """Programs run as by their users, in processes forked after the slow imports.
 
-A server that has imported torch and its like is forked for each run, and the script is then executed as ``__main__`` with
-its own arguments, folder and output: what a shell starts, but for some seconds of imports.
+A server that has imported torch and its like is forked for each run, and the script is then executed as ``__main__``
+with its own arguments, folder and output: what a shell starts, but for some seconds of imports.
 """
 
 from __future__ import annotations
@@ -67,9 +67,9 @@ def run_program(
     timeout: float = 240,
     before: Callable[[], None] | None = None,
 ) -> CompletedProcess[str]:
-    """``python program arguments`` in a folder, with one thread. program: a script below the project's folder, or the name of
-    a module, as after ``python -m``. before: called in its process, to change what it may do. Training writes no report
-    and draws no curves unless ``--report`` asks for it: they take longer than a small run."""
+    """``python program arguments`` in a folder, with one thread. program: a script below the project's folder, or the
+    name of a module, as after ``python -m``. before: called in its process, to change what it may do. Training writes
+    no report and draws no curves unless ``--report`` asks for it: they take longer than a small run."""
     script = str(ROOT / program) if program.endswith(".py") else program
     command = [script, *["--noreport"] * (program == "main.py"), *arguments]
     if "--report" not in arguments:
@@ -92,8 +92,8 @@ def forked_members() -> None:
 
 
 def forked_jobs() -> None:
-    """This process has the runs of an ablation or a reproduction forked, which it starts anew for users; by a process that has
-    no threads yet, since this one gets some."""
+    """This process has the runs of an ablation or a reproduction forked, which it starts anew for users; by a process
+    that has no threads yet, since this one gets some."""
     ours, theirs = multiprocessing.Pipe()
     if os.fork() == 0:  # no `Process`, whose end this one would wait for
         ours.close()

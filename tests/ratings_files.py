@@ -50,12 +50,8 @@ def write_parquet(tmp_path: Path, columns: dict, name: str = "r.parquet") -> Pat
 Row = tuple[str, str, float, int]
 
 
-def write_csv(
-    path: Path, rows: list[Row], line_end: str = "\n", bom: bool = False, zipped: bool = False
-) -> Path:
-    quoted = [
-        [f'"{text}"' if set(text) & set(',"') else text for text in map(_double, row[:2])] for row in rows
-    ]
+def write_csv(path: Path, rows: list[Row], line_end: str = "\n", bom: bool = False, zipped: bool = False) -> Path:
+    quoted = [[f'"{text}"' if set(text) & set(',"') else text for text in map(_double, row[:2])] for row in rows]
     lines = [f"{user},{item},{row[2]},{row[3]}" for (user, item), row in zip(quoted, rows)]
     data = ("\ufeff" * bom + line_end.join(lines) + line_end).encode()
     path.write_bytes(gzip.compress(data) if zipped else data)

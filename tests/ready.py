@@ -1,4 +1,5 @@
-"""What every program begins with, done once where programs are forked from: parts registered, their options' models built."""
+"""What every program begins with, done once where programs are forked from: parts registered, their options' models
+built."""
 
 from __future__ import annotations
 

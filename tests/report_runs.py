@@ -22,8 +22,7 @@ def titled_dataset(folder: Path, seed: int = 5) -> SequenceDataset:
     """60 users over 30 items with titles and genres; one title means harm."""
     events = [(u, i) for u, items in enumerate(ragged_sequences(60, 30, seed)) for i in items]
     users, items = (
-        pa.array([f"{kind}{n:05}" for n in column], pa.large_string())
-        for kind, column in zip("ui", zip(*events))
+        pa.array([f"{kind}{n:05}" for n in column], pa.large_string()) for kind, column in zip("ui", zip(*events))
     )
     times = pa.array(range(len(events)), pa.int64())
     table = pa.table({"user": users, "item": items, "timestamp": times})

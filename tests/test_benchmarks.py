@@ -97,16 +97,12 @@ def test_it_prints_json(name: str, tmp_path: Path) -> None:
             value = value[key]
         assert value > 0, path
     stamped = result["machine"] if name == "gpu" else result
-    assert (
-        stamped["benchmark"] == name and {"date", "commit", "torch", "cores", "load_before"} <= stamped.keys()
-    )
+    assert stamped["benchmark"] == name and {"date", "commit", "torch", "cores", "load_before"} <= stamped.keys()
 
 
 @pytest.mark.slow
 def test_a_catalogue_in_shards(tmp_path: Path) -> None:
-    result = run(
-        "large_catalogue", [*TINY["large_catalogue"], "--processes=2", "--eval_users=5000"], tmp_path
-    )
+    result = run("large_catalogue", [*TINY["large_catalogue"], "--processes=2", "--eval_users=5000"], tmp_path)
     assert result["processes"] == 2 and result["step_seconds"] > 0
     # of the users that there are
     assert result["eval_users_per_second"] * result["seconds"]["evaluation"] == pytest.approx(400, rel=0.01)

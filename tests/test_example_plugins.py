@@ -73,9 +73,7 @@ def test_parts_are_listed_a_line_each() -> None:
     assert listed.returncode == 0, listed.stderr
     lines = listed.stdout.splitlines()
     assert {line.split(" ")[0] for line in lines} >= {"SASRec", "HSTU", "GRU4Rec"}
-    assert "hidden_dim: int = 64 (>= 1, <= 4096)" in next(
-        line for line in lines if line.startswith("GRU4Rec")
-    )
+    assert "hidden_dim: int = 64 (>= 1, <= 4096)" in next(line for line in lines if line.startswith("GRU4Rec"))
     objectives = main("--list=objectives", "--plugin=examples/plugins/future.py").stdout
     assert "permuted (permuted_objective): mask_probability: float = 0.16" in objectives
     assert "horizon: int = 10 (>= 1, <= 1000)" in objectives

@@ -79,24 +79,17 @@ def whole_of_two(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 def killed(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one process that was killed in its last epoch, with three checkpoints by then."""
     run = tmp_path_factory.mktemp("killed") / "run"
-    assert (
-        run_alone(options_of(data_root, run), Kill("training.trainer.Trainer.run_step", 23, True))
-        == -signal.SIGKILL
-    )
+    assert run_alone(options_of(data_root, run), Kill("training.trainer.Trainer.run_step", 23, True)) == -signal.SIGKILL
     return run
 
 
 @pytest.mark.parametrize("count", [5, pytest.param(50, marks=pytest.mark.slow)])
-def test_killed_runs_end_as_if_nothing_had_been(
-    data_root: Path, tmp_path: Path, whole: Path, count: int
-) -> None:
+def test_killed_runs_end_as_if_nothing_had_been(data_root: Path, tmp_path: Path, whole: Path, count: int) -> None:
     run_with_kills(run_alone, data_root, tmp_path, whole, count, 1)
 
 
 @pytest.mark.parametrize("count", [1, pytest.param(20, marks=pytest.mark.slow)])
-def test_killed_runs_of_two_processes(
-    data_root: Path, tmp_path: Path, whole_of_two: Path, count: int
-) -> None:
+def test_killed_runs_of_two_processes(data_root: Path, tmp_path: Path, whole_of_two: Path, count: int) -> None:
     run_with_kills(run_two, data_root, tmp_path, whole_of_two, count, 2)
 
 
@@ -162,9 +155,7 @@ def test_a_finished_run_that_is_resumed_changes_nothing(data_root: Path, tmp_pat
     assert_same_run(run, whole)
 
 
-def test_a_damaged_newest_checkpoint_is_passed_over(
-    data_root: Path, killed: Path, tmp_path: Path, whole: Path
-) -> None:
+def test_a_damaged_newest_checkpoint_is_passed_over(data_root: Path, killed: Path, tmp_path: Path, whole: Path) -> None:
     run = Path(shutil.copytree(killed, tmp_path / "run"))
     newest = CheckpointStore(run / "checkpoints", read_only=True).paths()[-1]
     with open(newest / "tensors.safetensors", "r+b") as file:
@@ -216,9 +207,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_checkpoint(
     assert line.startswith("error: the loss is nan at step") and "not finite" in line
     assert store.paths() == before
     newest = store.load_newest()
-    assert newest is not None and all(
-        x.isfinite().all() for x in newest.tensors.values() if x.is_floating_point()
-    )
+    assert newest is not None and all(x.isfinite().all() for x in newest.tensors.values() if x.is_floating_point())
 
 
 @pytest.mark.parametrize("part", ["items.table", "sequence"])
@@ -293,9 +282,7 @@ def test_a_disk_that_fills_up_ends_the_run_and_it_resumes_later(
     assert_same_run(run, whole)
 
 
-def test_a_read_only_run_folder_reports_one_line_error(
-    data_root: Path, tmp_path: Path, small_disk: Path
-) -> None:
+def test_a_read_only_run_folder_reports_one_line_error(data_root: Path, tmp_path: Path, small_disk: Path) -> None:
     run = small_disk / "run"
     Path(f"{run}.log").symlink_to(tmp_path / "log")
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
@@ -310,9 +297,7 @@ def prepare_tiny(folder: str) -> None:
 
 
 @pytest.mark.parametrize("count", [5, pytest.param(50, marks=pytest.mark.slow)])
-def test_killed_preparation_leaves_a_whole_folder_or_none(
-    tmp_path: Path, data_root: Path, count: int
-) -> None:
+def test_killed_preparation_leaves_a_whole_folder_or_none(tmp_path: Path, data_root: Path, count: int) -> None:
     expected = SequenceDataset.open(data_root / "prepared" / "tiny").manifest.data_hash
     context, generator = quick_start(), random.Random(0)
     for _ in range(count):
@@ -348,9 +333,7 @@ def test_torchrun_starts_main(data_root: Path, tmp_path: Path, whole_of_two: Pat
             f"--run_dir={run}",
         ),
     ]
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=240
-    )
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stderr.count("epoch 4/4") == 1  # lines are logged once
     assert "find_unused_parameters" not in done.stderr
@@ -366,8 +349,7 @@ def task_of_slurm(options: Options, rank: int, port: int) -> None:
 def test_tasks_of_slurm_train_as_two_processes(data_root: Path, tmp_path: Path, whole_of_two: Path) -> None:
     run, port = tmp_path / "run", free_port()
     tasks = [
-        quick_start().Process(target=task_of_slurm, args=(options_of(data_root, run), rank, port))
-        for rank in (0, 1)
+        quick_start().Process(target=task_of_slurm, args=(options_of(data_root, run), rank, port)) for rank in (0, 1)
     ]
     for task in tasks:
         task.start()

@@ -25,9 +25,7 @@ OPERATOR = "class Sum(torch.autograd.Function):\n    pass\n"
 
 
 def run(*arguments: str) -> str:
-    return subprocess.run(
-        [sys.executable, TOOL, *arguments], capture_output=True, text=True, check=True
-    ).stdout
+    return subprocess.run([sys.executable, TOOL, *arguments], capture_output=True, text=True, check=True).stdout
 
 
 def test_numbers_of_a_small_checkout(tmp_path: Path) -> None:
@@ -44,9 +42,7 @@ def test_numbers_of_a_small_checkout(tmp_path: Path) -> None:
     assert found["modules a folder"] == {
         f"generative_recommenders{name}": n for name, n in (("/data", 2), ("", 1), ("/ops", 1))
     }
-    assert found["import circles"] == [
-        ["generative_recommenders.data.first", "generative_recommenders.data.second"]
-    ]
+    assert found["import circles"] == [["generative_recommenders.data.first", "generative_recommenders.data.second"]]
     assert found["lines of package and programs"] == 15
     assert (found["functions"], found["function median"], found["function max"]) == (3, 2, 3)
     assert found["private functions used once"] == ["generative_recommenders/data/first.py:_helper"]

@@ -12,8 +12,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = "generative_recommenders"
 LEVELS = (
-    {"errors", "types"}, {"config"}, {"ops", "distributed"}, {"data", "modeling"}, {"objectives"}, {"build", "checkpoint"},
-    {"retrieval"}, {"evaluation"}, {"training"}, {"run"}, {"lightning"}, {"compat"}, {"commands"},
+    {"errors", "types"}, {"config"}, {"ops", "distributed"}, {"data", "modeling"}, {"objectives"}, {"build",
+    "checkpoint"}, {"retrieval"}, {"evaluation"}, {"training"}, {"run"}, {"lightning"}, {"compat"}, {"commands"},
     {"report", "ablate", "reproduce", "serve"}, {"__main__"},
 )  # fmt: skip
 """Lowest first. A package imports from itself and from lower levels; not from others of its own level."""
@@ -49,9 +49,7 @@ def names_in(path: Path) -> tuple[str, ...]:
 def parts_imported(path: Path) -> set[str]:
     names = (name.split(".") for name in names_in(path))
     parts = {name[1] for name in names if name[0] == PACKAGE and len(name) > 1}
-    return {
-        part for part in parts if (ROOT / PACKAGE / part).exists() or (ROOT / PACKAGE / f"{part}.py").exists()
-    }
+    return {part for part in parts if (ROOT / PACKAGE / part).exists() or (ROOT / PACKAGE / f"{part}.py").exists()}
 
 
 def knows(path: Path, module: str) -> bool:

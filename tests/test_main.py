@@ -74,9 +74,7 @@ def newest_weights(run: Path) -> dict:
 
 def test_trains_above_the_baselines_and_below_the_oracle(data_root: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    done = program(
-        "main.py", f"--data_root={data_root}", f"--run_dir={run}", *bindings("train_fn.num_epochs = 12")
-    )
+    done = program("main.py", f"--data_root={data_root}", f"--run_dir={run}", *bindings("train_fn.num_epochs = 12"))
     results = final_results(run)
     best = oracle(SyntheticBooksSettings(num_users=800, num_items=200, predictability=0.9))
     assert results["SASRec"]["ndcg@10"] > 3 * results["most popular"]["ndcg@10"]
@@ -90,9 +88,7 @@ def test_trains_above_the_baselines_and_below_the_oracle(data_root: Path, tmp_pa
 
     scored = program("main.py", "--mode=evaluate", f"--data_root={data_root}", f"--run_dir={run}")
     row = next(line for line in scored.stdout.splitlines() if line.startswith("SASRec"))
-    assert [
-        f"{results['SASRec'][m]:.4f}" for m in ("hr@10", "ndcg@10", "hr@50", "ndcg@50", "mrr")
-    ] == row.split()[1:]
+    assert [f"{results['SASRec'][m]:.4f}" for m in ("hr@10", "ndcg@10", "hr@50", "ndcg@50", "mrr")] == row.split()[1:]
     other_data_of_the_same_size_are_refused(tmp_path, run)
 
 
@@ -254,9 +250,7 @@ def test_verbosity_shows_the_code_that_a_fault_came_from(data_root: Path) -> Non
     given = ["--dry_run", f"--data_root={data_root}", "--gin_bindings=train_fn.num_epoch = 3"]
     lines = program("main.py", "--verbosity=1", *given, check=2).stderr.splitlines()
     assert lines[-1].startswith("error: ") and any(line.startswith("Traceback") for line in lines)
-    assert not any(
-        line.startswith("Traceback") for line in program("main.py", *given, check=2).stderr.splitlines()
-    )
+    assert not any(line.startswith("Traceback") for line in program("main.py", *given, check=2).stderr.splitlines())
 
 
 def test_dry_run_says_parts_parameters_and_memory(data_root: Path) -> None:
@@ -284,9 +278,7 @@ def test_a_size_that_no_machine_holds_reports_one_line_error(data_root: Path, wi
 
 
 def test_memory_that_the_machine_has_not_reports_one_line_error(data_root: Path) -> None:
-    positions = bindings(
-        "train_fn.max_sequence_length = 1048576", "train_fn.item_embedding_dim = 65536"
-    )  # 275 GB
+    positions = bindings("train_fn.max_sequence_length = 1048576", "train_fn.item_embedding_dim = 65536")  # 275 GB
     done = program("main.py", f"--data_root={data_root}", "--dry_run", *positions, check=1)
     assert "error: out of memory" in done.stderr and "Traceback" not in done.stderr
 
@@ -294,13 +286,9 @@ def test_memory_that_the_machine_has_not_reports_one_line_error(data_root: Path)
 def test_two_processes_give_the_metrics_of_one(data_root: Path, tmp_path: Path) -> None:
     common = [
         f"--data_root={data_root}",
-        *bindings(
-            "train_fn.num_epochs = 1", "train_fn.dropout_rate = 0.0", "sasrec_encoder.ffn_dropout_rate = 0.0"
-        ),
+        *bindings("train_fn.num_epochs = 1", "train_fn.dropout_rate = 0.0", "sasrec_encoder.ffn_dropout_rate = 0.0"),
     ]
-    program(
-        "main.py", *common, f"--run_dir={tmp_path / 'one'}", "--gin_bindings=train_fn.local_batch_size = 64"
-    )
+    program("main.py", *common, f"--run_dir={tmp_path / 'one'}", "--gin_bindings=train_fn.local_batch_size = 64")
     shared = program(
         "main.py", *common, f"--run_dir={tmp_path / 'two'}", "--num_processes=2",
         "--gin_bindings=train_fn.local_batch_size = 32",

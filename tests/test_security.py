@@ -79,9 +79,7 @@ def test_the_rules_see_what_they_are_for(source: str) -> None:
 def test_every_pinned_requirement_has_a_hash(name: str) -> None:
     pinned = set(re.findall(r"^([\w-]+)==([\w.]+)", (ROOT / f"{name}.txt").read_text(), re.MULTILINE))
     lock = (ROOT / f"{name}-lock.txt").read_text()
-    hashed = re.findall(
-        r"^([\w-]+)==([\w.]+)(?:\+cpu)?(?: \\\n +--hash=sha256:[0-9a-f]{64})+$", lock, re.MULTILINE
-    )
+    hashed = re.findall(r"^([\w-]+)==([\w.]+)(?:\+cpu)?(?: \\\n +--hash=sha256:[0-9a-f]{64})+$", lock, re.MULTILINE)
     assert pinned
     assert pinned <= set(hashed)
     assert len(hashed) == len(re.findall(r"==", lock))

@@ -52,7 +52,8 @@ def tiny_dataset(
 
 
 def dataset_of(columns: Mapping[str, Sequence], folder: Path, **known: Any) -> SequenceDataset:
-    """The prepared ``folder`` of these events: texts, ``rating`` numbers and ``timestamp`` seconds. known: of `RawRatings`."""
+    """The prepared ``folder`` of these events: texts, ``rating`` numbers and ``timestamp`` seconds. known: of
+    `RawRatings`."""
     kinds = {"rating": pa.float32(), "timestamp": pa.int64()}
     table = {name: pa.array(values, kinds.get(name, pa.large_string())) for name, values in columns.items()}
     raw = RawRatings(folder.name, [folder.with_suffix(".csv")], **known)

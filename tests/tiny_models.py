@@ -49,7 +49,8 @@ OWNERS = {
 
 
 def settings(**choices: Any) -> RunSettings:
-    """Width 8, two blocks, two heads, no dropout, seven positions; ``owner.name``, see `OWNERS`, or a name of ``train_fn``."""
+    """Width 8, two blocks, two heads, no dropout, seven positions; ``owner.name``, see `OWNERS`, or a name of
+    ``train_fn``."""
     values = {
         "max_sequence_length": 7,
         "gr_output_length": 2,

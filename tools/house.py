@@ -152,23 +152,17 @@ def docstring_lines(tree: ast.Module) -> int:
 def device_looks(tree: ast.Module) -> int:
     """How often the kind of a device is read: ``x.device.type``, ``device.type`` and ``x.is_cuda``."""
     attributes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
-    kinds = [
-        node for node in attributes if node.attr == "type" and ast.unparse(node.value).endswith("device")
-    ]
+    kinds = [node for node in attributes if node.attr == "type" and ast.unparse(node.value).endswith("device")]
     return len(kinds) + sum(node.attr in ("is_cuda", "is_cpu") for node in attributes)
 
 
 def autograd_functions(tree: ast.Module) -> list[str]:
     classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
-    return [
-        node.name for node in classes if any("autograd.Function" in ast.unparse(base) for base in node.bases)
-    ]
+    return [node.name for node in classes if any("autograd.Function" in ast.unparse(base) for base in node.bases)]
 
 
 def measure_revision(repo: Path, revision: str) -> dict[str, Any]:
-    archive = subprocess.run(
-        ["git", "-C", str(repo), "archive", revision], capture_output=True, check=True
-    ).stdout
+    archive = subprocess.run(["git", "-C", str(repo), "archive", revision], capture_output=True, check=True).stdout
     with tempfile.TemporaryDirectory() as folder:
         with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
             tar.extractall(folder, filter="data")
@@ -213,15 +207,9 @@ def table(columns: dict[str, dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "revisions", nargs="*", help="git revisions of the repository; none: the checkout itself"
-    )
-    parser.add_argument(
-        "--repo", type=Path, default=ROOT, help="the checkout, or the repository of the revisions"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("revisions", nargs="*", help="git revisions of the repository; none: the checkout itself")
+    parser.add_argument("--repo", type=Path, default=ROOT, help="the checkout, or the repository of the revisions")
     parser.add_argument("--json", action="store_true", help="every number and name")
     parser.add_argument("--once", action="store_true", help="names of the functions used once, by file")
     arguments = parser.parse_args()

@@ -1,4 +1,5 @@
-"""Clock, memory and arguments of the workers that `compare_peers.py` starts, one process each; standard library alone."""
+"""Clock, memory and arguments of the workers that `compare_peers.py` starts, one process each; standard library
+alone."""
 
 from __future__ import annotations
 
@@ -14,9 +15,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--folder", type=Path, required=True, help="of the data, in each system's own form")
     parser.add_argument("--encoder", required=True)
-    parser.add_argument(
-        "--started", type=float, required=True, help="time.time() when the process was started"
-    )
+    parser.add_argument("--started", type=float, required=True, help="time.time() when the process was started")
     for name, value in (("batch", 128), ("length", 200), ("width", 64), ("blocks", 2), ("steps", 8)):
         parser.add_argument(f"--{name}", type=int, default=value)
     return parser.parse_args()

@@ -1,7 +1,8 @@
 """RecBole's SASRec by its own trainer, started by `compare_peers.py` (recbole 1.2.1).
 
-RecBole makes one row of each event and its history, and learns that event alone: a batch of 128 rows has 128 targets where the
-others have up to 128 times the length. Its steps are timed over a part of an epoch; the epoch is their number times the step.
+RecBole makes one row of each event and its history, and learns that event alone: a batch of 128 rows has 128 targets
+where the others have up to 128 times the length. Its steps are timed over a part of an epoch; the epoch is their number
+times the step.
 """
 
 from __future__ import annotations

@@ -39,9 +39,7 @@ def main() -> None:
     frame["datetime"], frame["weight"] = pd.to_datetime(frame["datetime"], unit="s"), 1.0
     dataset = Dataset.construct(frame)
     kinds = {"SASRec": SASRecModel, "HSTU": HSTUModel}
-    options = (
-        {"relative_time_attention": True, "relative_pos_attention": True} if flags.encoder == "HSTU" else {}
-    )
+    options = {"relative_time_attention": True, "relative_pos_attention": True} if flags.encoder == "HSTU" else {}
     model = kinds[flags.encoder](
         n_blocks=flags.blocks, n_heads=1, n_factors=flags.width, session_max_len=flags.length,
         batch_size=flags.batch, dropout_rate=0.2, loss="softmax", lr=1e-3, get_trainer_func=trainer, **options,

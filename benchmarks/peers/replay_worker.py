@@ -108,9 +108,7 @@ def main() -> None:
         "enable_checkpointing": False,
         "limit_val_batches": 0,
     }
-    trainer = L.Trainer(
-        max_epochs=2, callbacks=[Ticks(), top], accelerator="cpu", enable_model_summary=False, **quiet
-    )
+    trainer = L.Trainer(max_epochs=2, callbacks=[Ticks(), top], accelerator="cpu", enable_model_summary=False, **quiet)
     trainer.fit(model, datamodule=data)
     begun = time.perf_counter()
     trainer.predict(model, datamodule=data, return_predictions=False)

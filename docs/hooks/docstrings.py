@@ -31,8 +31,6 @@ def as_markdown(text: str) -> str:
             paragraph[: start.start()].rstrip(),
             re.split(rf"\n(?={NAMES}: \S)", paragraph[start.start() :]),
         )
-        listed = "\n".join(
-            "- " + ARGUMENT.sub(r"`\1`: ", point.replace("\n", " "), count=1) for point in points
-        )
+        listed = "\n".join("- " + ARGUMENT.sub(r"`\1`: ", point.replace("\n", " "), count=1) for point in points)
         paragraphs.append(f"{before}\n\n{listed}" if before else listed)
     return re.sub(r"``(.+?)``", r"`\1`", "\n\n".join(paragraphs), flags=re.DOTALL)

@@ -1,4 +1,5 @@
-"""Exported names in the documentation: what a package exports lazily, for mkdocstrings, which reads no ``__getattr__``."""
+"""Exported names in the documentation: what a package exports lazily, for mkdocstrings, which reads no
+``__getattr__``."""
 
 from __future__ import annotations
 

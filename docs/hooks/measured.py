@@ -1,6 +1,7 @@
 """Measured numbers in the documentation: tables made of benchmarks/results/*.json and of the rows of results pages.
 
-A page asks by a line of its own, ``<!-- measured: NAME ARGUMENTS -->``; what is asked for and is not there stops the build.
+A page asks by a line of its own, ``<!-- measured: NAME ARGUMENTS -->``; what is asked for and is not there stops the
+build.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ def record(name: str) -> Any:
 
 
 def rows_of(asked: str) -> str:
-    """``PAGE # HEADING # BEGINNING # ...``: the rows of the first table under the heading that begin so, with its head."""
+    """``PAGE # HEADING # BEGINNING # ...``: the rows of the first table under the heading that begin so, with its
+    head."""
     page, heading, *beginnings = (each.strip() for each in asked.split("#"))
     text = (DOCS / "results" / f"{page}.md").read_text()
     section = re.split(r"^## ", text.split(f"\n## {heading}\n")[1], flags=re.MULTILINE)[0]
@@ -41,9 +43,7 @@ def rows_of(asked: str) -> str:
     if not kept:
         raise KeyError(f"no row of {page}, {heading!r} begins with {beginnings}")
     anchor = re.sub(r"[^a-z0-9-]+", "", heading.lower().replace(" ", "-"))
-    return "\n".join(
-        [*lines[:2], *kept, "", f"Data, command and machine: [{heading}](../results/{page}.md#{anchor})."]
-    )
+    return "\n".join([*lines[:2], *kept, "", f"Data, command and machine: [{heading}](../results/{page}.md#{anchor})."])
 
 
 def steps(encoders: str) -> str:
@@ -75,9 +75,7 @@ def steps(encoders: str) -> str:
                     f"{each['peak_mb']:,.0f}",
                 )
             )
-    return table(
-        ("a training step", "ms, median of each run", "tokens a second, at best", "peak memory, MB"), lines
-    )
+    return table(("a training step", "ms, median of each run", "tokens a second, at best", "peak memory, MB"), lines)
 
 
 def appending(names: str) -> str:
@@ -144,12 +142,12 @@ def gpu_summary(_: str) -> str:
             f"{machine['card']}, torch {machine['torch']}, commit `{machine['commit']}`, {machine['date']}; "
             f"`{found['command']}`; data {found['data']}.",
             "",
-            f"- The card copies {rates['copy_gb_s']:,.0f} GB/s and multiplies {rates['float32_tflops']:.0f} TFLOPS in float32, "
-            f"{rates['tf32_tflops']:.0f} in TF32, {rates['bfloat16_tflops']:.0f} in bfloat16.",
+            f"- The card copies {rates['copy_gb_s']:,.0f} GB/s and multiplies {rates['float32_tflops']:.0f} TFLOPS in "
+            f"float32, {rates['tf32_tflops']:.0f} in TF32, {rates['bfloat16_tflops']:.0f} in bfloat16.",
             f"- {len(differences)} combinations of encoders, losses and sharing give the losses and gradients "
             f"of the CPU to {max(differences):.1e} relative (bound {found['parity']['tolerance']}).",
-            f"- {epochs['epochs_measured']} epochs of HSTU-large, exact evaluation after each: {epochs['seconds']:.0f} s, "
-            f"of which {epochs['training_seconds']:.0f} s training.",
+            f"- {epochs['epochs_measured']} epochs of HSTU-large, exact evaluation after each: {epochs['seconds']:.0f} "
+            f"s, of which {epochs['training_seconds']:.0f} s training.",
             f"- Exact evaluation of {found['evaluation']['SASRec']['users']:,} users: {evaluations}.",
         ]
     )
@@ -187,16 +185,15 @@ def peers(_: str) -> str:
         rows.append((f"*{encoder}, floor*", *floors))
     said = (
         f"{found['users']:,} users of ML-1M's lengths, {found['items']:,} items, torch {found['torch']}, commit "
-        f"`{found['commit']}`, {found['date']}: `python benchmarks/compare_peers.py --users={found['users']}`; times ours in "
-        "brackets. The floor of an evaluation is its matrix products alone, that of memory the imported libraries with the "
-        "weights, gradients and moments. "
-        "RecBole has a row for each prefix of a history, so that its step predicts 128 targets where the others predict one at "
-        "every position, and its epoch has 1,548 steps instead of 10."
+        f"`{found['commit']}`, {found['date']}: `python benchmarks/compare_peers.py --users={found['users']}`; times "
+        "ours in brackets. The floor of an evaluation is its matrix products alone, that of memory the imported "
+        "libraries with the weights, gradients and moments. "
+        "RecBole has a row for each prefix of a history, so that its step predicts 128 targets where the others "
+        "predict one at every position, and its epoch has 1,548 steps instead of 10."
     )
     return "## Beside other programs\n\n" + said + "\n\n" + table(("", *figures.values()), rows)
 
 
 TABLES: dict[str, Callable[[str], str]] = {
-    each.__name__: each
-    for each in (steps, appending, gpu_steps, gpu_books, gpu_losses, gpu_summary, top_k, peers)
+    each.__name__: each for each in (steps, appending, gpu_steps, gpu_books, gpu_losses, gpu_summary, top_k, peers)
 } | {"rows": rows_of}

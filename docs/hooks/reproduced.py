@@ -33,9 +33,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     return MARK.sub(lambda mark: runs_of(mark[1], mark[2], data=mark[3]), markdown)
 
 
-def runs_of(
-    kind: str, name: str, results: Path = RESULTS, configs: Path = CONFIGS, data: str | None = None
-) -> str:
+def runs_of(kind: str, name: str, results: Path = RESULTS, configs: Path = CONFIGS, data: str | None = None) -> str:
     """A line for each cell whose run chose the part, best NDCG@10 first in a lane. Figures are of the test item.
 
     data: the name of one data set; all of them where None.
@@ -55,9 +53,7 @@ def runs_of(
     }
     rows = [
         f"| [{of}](../results/{of}.md) | `{lane}` | {cell} | {count} | {hits:.4f} | {gain:.4f} |"
-        for (of, lane, cell), (count, hits, gain) in sorted(
-            means.items(), key=lambda item: (*item[0][:2], -item[1][2])
-        )
+        for (of, lane, cell), (count, hits, gain) in sorted(means.items(), key=lambda item: (*item[0][:2], -item[1][2]))
     ]
     return f"{HEAD}\n" + "\n".join(rows) if rows else ""
 

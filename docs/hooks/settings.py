@@ -1,6 +1,7 @@
 """Settings and options in the documentation: tables made of the settings' groups and of the registries.
 
-A page asks by a line of its own, ``<!-- settings: NAME ARGUMENTS -->``; what is asked for and is not there stops the build.
+A page asks by a line of its own, ``<!-- settings: NAME ARGUMENTS -->``; what is asked for and is not there stops the
+build.
 """
 
 from __future__ import annotations
@@ -73,8 +74,8 @@ COMMON_OPTIONS = {
 
 
 def help_of(part: Part, option: str) -> str:
-    """What the docstrings say of an option: the text after ``OPTION: `` at the beginning of a line, of the part's own, its
-    bases' or its constructor's; "" where they say nothing.
+    """What the docstrings say of an option: the text after ``OPTION: `` at the beginning of a line, of the part's own,
+    its bases' or its constructor's; "" where they say nothing.
     """
     described = part.options.model_fields[option].description
     if described:
@@ -147,7 +148,8 @@ def part_table(asked: str) -> str:
 
 
 def parts_table(asked: str) -> str:
-    """``KIND [LEVEL]``: every part of a kind with its summary and options; one line and a link for those that have a page."""
+    """``KIND [LEVEL]``: every part of a kind with its summary and options; one line and a link for those that have a
+    page."""
     kind, _, level = asked.partition(" ")
     registry, sections = REGISTRIES[kind], []
     for part in registry.parts():
@@ -158,9 +160,7 @@ def parts_table(asked: str) -> str:
             link = f"{PAGES[kind]}/{page_of(part)}.md"
             sections.append(f"- [{part.name}]({link}) (`{part.gin_name}`): {summary}")
         else:
-            sections.append(
-                f"{level or '###'} {part.name}\n\n{summary}\n\n{part_table(f'{kind} {part.name}')}"
-            )
+            sections.append(f"{level or '###'} {part.name}\n\n{summary}\n\n{part_table(f'{kind} {part.name}')}")
     return ("\n" if kind in PAGES else "\n\n").join(sections)
 
 

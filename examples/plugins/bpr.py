@@ -1,6 +1,7 @@
 """BPR (arXiv 1205.2618) as a loss plug-in with an option.
 
-python main.py --plugin=examples/plugins/bpr.py --gin_bindings='train_fn.loss_module = "BPR"' --gin_bindings='bpr.margin = 0.5'
+python main.py --plugin=examples/plugins/bpr.py --gin_bindings='train_fn.loss_module = "BPR"' --gin_bindings='bpr.margin
+= 0.5'
 """
 
 from __future__ import annotations
@@ -26,9 +27,7 @@ class BPR(SampledLoss):
         super().__init__()
         self.margin = margin
 
-    def terms(
-        self, positive: torch.Tensor, negative: torch.Tensor, weights: torch.Tensor, mask: torch.Tensor
-    ) -> Terms:
+    def terms(self, positive: torch.Tensor, negative: torch.Tensor, weights: torch.Tensor, mask: torch.Tensor) -> Terms:
         """positive ``[T, P]``, negative ``[T, R]``."""
         gaps = F.softplus(self.margin + negative[:, None, :] - positive[:, :, None])
         count = mask.sum(1, keepdim=True)

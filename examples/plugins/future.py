@@ -1,4 +1,5 @@
-"""Prediction of an item some way ahead (the random all-action task of PinnerFormer, arXiv 2205.04507) as an objective plug-in.
+"""Prediction of an item some way ahead (the random all-action task of PinnerFormer, arXiv 2205.04507) as an objective
+plug-in.
 
 python main.py --plugin=examples/plugins/future.py --gin_bindings='train_fn.objective = "future"'
 """

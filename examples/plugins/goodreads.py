@@ -13,7 +13,8 @@ from generative_recommenders.data.sources.public import Request
 
 @register_data_source("goodreads")
 def goodreads(request: Request) -> RawRatings:
-    """Every event of a shelf: user_id, book_id, rating (0 where there is none) and date_added, in local time with its zone."""
+    """Every event of a shelf: user_id, book_id, rating (0 where there is none) and date_added, in local time with its
+    zone."""
     if request.raw_path is None or not request.raw_path.is_file():
         raise UserError("--dataset=goodreads needs --raw_path=FILE, interactions as JSON lines or CSV")
     return RawRatings(

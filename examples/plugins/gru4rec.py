@@ -34,9 +34,7 @@ class GRU4Rec(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.output_dim = embedding_dim
-        self.gru = torch.nn.GRU(
-            embedding_dim, hidden_dim, num_layers, batch_first=True, dropout=layer_dropout_rate
-        )
+        self.gru = torch.nn.GRU(embedding_dim, hidden_dim, num_layers, batch_first=True, dropout=layer_dropout_rate)
         self.output = torch.nn.Linear(hidden_dim, embedding_dim)
 
     def forward(self, x: torch.Tensor, layout: Layout, events: Mapping[str, torch.Tensor]) -> torch.Tensor:

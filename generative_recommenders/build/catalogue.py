@@ -39,9 +39,7 @@ class Catalogue:
     event_features: dict[str, EventFeature] = field(default_factory=dict)
 
     @classmethod
-    def of(
-        cls, dataset: SequenceDataset, train_stops: np.ndarray, category_feature: str | None = None
-    ) -> Catalogue:
+    def of(cls, dataset: SequenceDataset, train_stops: np.ndarray, category_feature: str | None = None) -> Catalogue:
         """train_stops: ``[U]``, events that each user trains on. category_feature: of the items, for
         ``categories``. UserError for item ids out of range.
         """
@@ -60,7 +58,8 @@ class Catalogue:
             (feature,) = items.read([category_feature], 1, "train_fn.category_feature")
             if feature.spec.kind != "categorical":
                 raise UserError(
-                    f"train_fn.category_feature {category_feature!r} is {feature.spec.kind}: choose one of one category an item"
+                    f"train_fn.category_feature {category_feature!r} is {feature.spec.kind}: "
+                    "choose one of one category an item"
                 )
             categories = feature.values[1:].long() - 1
         return cls(
@@ -83,14 +82,16 @@ class Catalogue:
         asked_by: str,
         list_reduction: ListReduction = "mean",
     ) -> list[EntityFeature]:
-        """The named features of items or users, see `FeatureReader.read`; UserError where there is nothing to read from."""
+        """The named features of items or users, see `FeatureReader.read`; UserError where there is nothing to read
+        from."""
         reader = self.items if owner == "item" else self.users
         if reader is None:
             raise UserError(f"{asked_by}: there is no data set to read {', '.join(names)} from")
         return reader.read(names, embedding_dim, asked_by, list_reduction)
 
     def facts(self, model: SequenceRecommender, dataset: SequenceDataset) -> dict[str, Any]:
-        """The data-set facts that a checkpoint keeps, as JSON, so that `of_facts` builds the model again without them."""
+        """The data-set facts that a checkpoint keeps, as JSON, so that `of_facts` builds the model again without
+        them."""
         read = model.sequence.event_features
         used = {feature.name for feature in read.features} if read is not None else set()
         facts: dict[str, Any] = {
@@ -119,9 +120,7 @@ class Catalogue:
         return facts
 
     @classmethod
-    def of_facts(
-        cls, facts: Mapping[str, Any], num_items: int, tensors: Mapping[str, torch.Tensor]
-    ) -> Catalogue:
+    def of_facts(cls, facts: Mapping[str, Any], num_items: int, tensors: Mapping[str, torch.Tensor]) -> Catalogue:
         """The data as a checkpoint knows them. facts: of `facts`, or empty; tensors: of the checkpoint."""
         rows, bounds = tensors.get("model.items.row_of_item"), facts.get("rating_range")
         return cls(
@@ -139,9 +138,7 @@ class Catalogue:
 
 def reads_users(model: SequenceRecommender) -> bool:
     """Whether scores depend on who the user is, beside the history: MoL's user tables, features of users."""
-    return (
-        bool(len(getattr(model.similarity, "user_tables", ()))) or model.sequence.context_merger is not None
-    )
+    return bool(len(getattr(model.similarity, "user_tables", ()))) or model.sequence.context_merger is not None
 
 
 @dataclass(frozen=True)
@@ -164,9 +161,7 @@ class SavedFeatures:
                 "to have it written"
             )
         return [
-            EntityFeature(
-                EmbeddingSpec(**saved[name][1]), self.tensors[f"{self.prefix}feature{saved[name][0]}"]
-            )
+            EntityFeature(EmbeddingSpec(**saved[name][1]), self.tensors[f"{self.prefix}feature{saved[name][0]}"])
             for name in names
         ]
 
@@ -189,7 +184,5 @@ def _event_features(dataset: SequenceDataset) -> dict[str, EventFeature]:
                 )
             features[each.name] = EventFeature(each.name, each.cardinality)
         else:  # numbers come standardised
-            features[each.name] = EventFeature(
-                each.name, None, *((each.mean, each.std) if each.kind == "time" else ())
-            )
+            features[each.name] = EventFeature(each.name, None, *((each.mean, each.std) if each.kind == "time" else ()))
     return features

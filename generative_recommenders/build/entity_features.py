@@ -42,7 +42,8 @@ class FeatureReader:
         return [self._read(name, embedding_dim, asked_by, list_reduction) for name in names]
 
     def encodings(self, names: Sequence[str]) -> dict[str, dict[str, Any]]:
-        """The encoding of values that `read` applies, as JSON: categories in the order of their ids, or mean and deviation."""
+        """The encoding of values that `read` applies, as JSON: categories in the order of their ids, or mean and
+        deviation."""
         kinds, found = self._kinds(), dict[str, dict[str, Any]]()
         for name in names:
             if kinds[name] == "numerical":
@@ -74,9 +75,7 @@ class FeatureReader:
         flat = category_ids([value for row in lists for value in row], vocabulary, name)
         self._warn_missing(name, int((flat == 0).sum()), "share the unknown bucket")
         ids = torch.zeros(len(lists) + 1, int(lengths.max()), dtype=torch.int64)  # row 0 is padding
-        ids[1:][torch.arange(ids.shape[1]) < lengths[:, None]] = flat.masked_fill(
-            flat == 0, len(vocabulary) + 1
-        )
+        ids[1:][torch.arange(ids.shape[1]) < lengths[:, None]] = flat.masked_fill(flat == 0, len(vocabulary) + 1)
         if kinds[name] == "categorical":
             return EntityFeature(EmbeddingSpec(name, "categorical", dim, len(vocabulary)), ids[:, 0])
         spec = EmbeddingSpec(name, "categorical_list", dim, len(vocabulary), list_reduction=reduction)
@@ -88,8 +87,8 @@ class FeatureReader:
         return table.column(name).combine_chunks()
 
     def _numbers(self, name: str) -> tuple[np.ndarray, float, float]:
-        """Values ``[n]``, and by which mean and deviation they are scaled: those of what occurs in training, or a deviation
-        of 1 where that is one value alone."""
+        """Values ``[n]``, and by which mean and deviation they are scaled: those of what occurs in training, or a
+        deviation of 1 where that is one value alone."""
         values = self._column(name).cast(pa.float64()).to_numpy(zero_copy_only=False)
         reference = values[np.isfinite(values) & self.seen]
         if reference.size == 0:
@@ -109,15 +108,11 @@ class FeatureReader:
         return [row or [None] for row in lists], vocabulary
 
     def _empty(self, name: str) -> UserError:
-        return UserError(
-            f"{self.owner} feature {name!r} is empty for everything that occurs in training; leave it out"
-        )
+        return UserError(f"{self.owner} feature {name!r} is empty for everything that occurs in training; leave it out")
 
     def _warn_missing(self, name: str, count: int, consequence: str) -> None:
         if count:
-            logging.warning(
-                "%s feature %s: %d values are missing and %s", self.owner, name, count, consequence
-            )
+            logging.warning("%s feature %s: %d values are missing and %s", self.owner, name, count, consequence)
 
 
 def class_assignment(feature: EntityFeature) -> torch.Tensor:

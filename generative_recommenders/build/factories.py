@@ -47,7 +47,8 @@ def get_sequential_encoder(
     """The encoder of a name, ``forward(x [T, D], layout, events) -> [T, D]``.
 
     embedding_dim: D. max_length: tokens of the longest history. activation_checkpoint: blocks are computed again in the
-    backward pass. query_encoder: gives the query tower of "TwoTower" by its name; one with default options unless given.
+    backward pass. query_encoder: gives the query tower of "TwoTower" by its name; one with default options unless
+    given.
     UserError: unknown names, options that cannot be.
     """
     part = ENCODERS[module_type]
@@ -55,9 +56,7 @@ def get_sequential_encoder(
     def query(own: dict[str, Any]) -> torch.nn.Module:
         name = own["query_module"]
         if name == module_type:
-            raise UserError(
-                f"item_tower.query_module {name!r} has a query tower itself: choose one that has none"
-            )
+            raise UserError(f"item_tower.query_module {name!r} has a query tower itself: choose one that has none")
         make = query_encoder or (
             lambda each: get_sequential_encoder(each, embedding_dim, max_length, activation_checkpoint)
         )
@@ -81,8 +80,8 @@ def get_similarity_function(
 ) -> Similarity:
     """The similarity of a name ("" is "DotProduct") between queries ``[n, D]`` and items ``[R, D']``.
 
-    bf16_training, activation_checkpoint, mutual_information: see `MoLSimilarity`; other similarities do without. score_dtype:
-    see `DotProductSimilarity`.
+    bf16_training, activation_checkpoint, mutual_information: see `MoLSimilarity`; other similarities do without.
+    score_dtype: see `DotProductSimilarity`.
     UserError: unknown names, options that cannot be.
     """
     part = SIMILARITIES[module_type or "DotProduct"]
@@ -115,9 +114,7 @@ def create_mol_interaction_module(
 create_mol_interaction_module.__signature__ = SIMILARITIES["MoL"].signature  # type: ignore[attr-defined]
 
 
-def get_input_preprocessor(
-    module_type: str, max_length: int, embedding_dim: int, **options: Any
-) -> InputPreprocessor:
+def get_input_preprocessor(module_type: str, max_length: int, embedding_dim: int, **options: Any) -> InputPreprocessor:
     """The input preprocessor of a name. max_length: events of the longest history. embedding_dim: of the items.
 
     UserError: unknown names, options that cannot be.
@@ -134,9 +131,7 @@ def get_output_postprocessor(module_type: str, embedding_dim: int, **options: An
 
     UserError: unknown names, options that cannot be.
     """
-    return cast(
-        torch.nn.Module, OUTPUT_POSTPROCESSORS[module_type].build(options, {"embedding_dim": embedding_dim})
-    )
+    return cast(torch.nn.Module, OUTPUT_POSTPROCESSORS[module_type].build(options, {"embedding_dim": embedding_dim}))
 
 
 def get_negatives_sampler(

@@ -71,9 +71,7 @@ def build_model(
     sharded = item_table != "replicated"
 
     def read_item_features(names: Sequence[str], list_reduction: ListReduction) -> list[EntityFeature]:
-        return (
-            catalogue.features("item", names, width, "item_tower.features", list_reduction) if names else []
-        )
+        return catalogue.features("item", names, width, "item_tower.features", list_reduction) if names else []
 
     supplies = {
         "num_items": catalogue.num_items,
@@ -104,8 +102,8 @@ def build_model(
         raise UserError(str(error)) from error
     if sharded and similarity.operands(torch.empty(0, width), torch.empty(0, width)) is None:
         raise UserError(
-            f"train_fn.item_table {item_table!r} needs scores that are products, and those of {similarity_name} are none: set "
-            "'replicated'"
+            f"train_fn.item_table {item_table!r} needs scores that are products, and those of {similarity_name} are "
+            "none: set 'replicated'"
         )
     missing = sorted(set(auxiliary_weights(settings)) - similarity.auxiliary_loss_names)
     if missing:
@@ -133,8 +131,9 @@ def _check_sharded(settings: RunSettings) -> None:
         updates.optimizer != "rowwise_adagrad" or updates.weight_decay or updates.max_grad_norm is not None
     ):
         raise UserError(
-            f"{asked} updates rows in its backward pass by row-wise Adagrad alone: set train_fn.optimizer = 'rowwise_adagrad', "
-            "train_fn.weight_decay = 0 and train_fn.max_grad_norm = None, or item_table to 'sharded'"
+            f"{asked} updates rows in its backward pass by row-wise Adagrad alone: set train_fn.optimizer = "
+            "'rowwise_adagrad', train_fn.weight_decay = 0 and train_fn.max_grad_norm = None, "
+            "or item_table to 'sharded'"
         )
 
 
@@ -192,11 +191,13 @@ def _event_features(settings: RunSettings, catalogue: Catalogue) -> EventFeature
 
 
 def _check_ratings(settings: RunSettings, catalogue: Catalogue) -> None:
-    """UserError where the chosen preprocessor reads ratings and the data have none, or others than it has embeddings of."""
+    """UserError where the chosen preprocessor reads ratings and the data have none, or others than it has embeddings
+    of."""
     part = INPUT_PREPROCESSORS[settings.model.input_preprocessor]
     if not catalogue.has_ratings:
         raise UserError(
-            f"input_preprocessor {settings.model.input_preprocessor!r} needs ratings, and {settings.data.dataset_name} has none"
+            f"input_preprocessor {settings.model.input_preprocessor!r} needs ratings, "
+            f"and {settings.data.dataset_name} has none"
         )
     lowest, highest = catalogue.rating_range or (0.0, 0.0)
     known = part.option_values(settings.part_options(part)).get("num_ratings")

@@ -23,16 +23,15 @@ from generative_recommenders.objectives.negative_samplers import NegativesSample
 from generative_recommenders.objectives.objective import Objective
 
 
-def build_criterion(
-    settings: RunSettings, catalogue: Catalogue, model: SequenceRecommender | None = None
-) -> Criterion:
-    """The criterion by ``train_fn.loss_module``, with what the objective adds. model: only a discriminator tied to its encoder
-    needs it."""
+def build_criterion(settings: RunSettings, catalogue: Catalogue, model: SequenceRecommender | None = None) -> Criterion:
+    """The criterion by ``train_fn.loss_module``, with what the objective adds. model: only a discriminator tied to its
+    encoder needs it."""
     objective, learned = build_objective(settings), settings.loss.objective
     name, data = settings.loss.loss_module, settings.data.dataset_name
     if name == "VQVAELoss":
         raise UserError(
-            "VQVAELoss trains a tokenizer of items, not a retriever: see compat.VQVAELoss, and choose another loss_module"
+            "VQVAELoss trains a tokenizer of items, not a retriever: see compat.VQVAELoss, "
+            "and choose another loss_module"
         )
     # An unknown name is refused beside a loss that draws none, too.
     _ = NEGATIVE_SAMPLERS[settings.negatives.sampling_strategy]
@@ -48,9 +47,7 @@ def build_criterion(
         if loss.needs_ratings and not catalogue.has_ratings:
             raise UserError(f"{name} needs ratings, and {data} has none")
         if loss.needs_ratings and objective.uses_mask:
-            raise UserError(
-                f"{name} needs ratings of the next items, which objective {learned!r} does not give"
-            )
+            raise UserError(f"{name} needs ratings of the next items, which objective {learned!r} does not give")
         weights = auxiliary_weights(settings)
         criterion: Criterion = SampledCriterion(loss, weights, settings.loss.loss_activation_checkpoint)
     else:
@@ -60,12 +57,8 @@ def build_criterion(
             raise UserError(f"{name} takes one positive a position: leave num_positives at 1")
         criterion = CatalogueCriterion(loss)
     _check_item_table(settings, objective, loss)
-    if objective.needs_item_table and (
-        settings.uses_item_tower or settings.model.interaction_module_type == "MoL"
-    ):
-        raise UserError(
-            f"objective {learned!r} samples and looks up fakes in the item table: no item tower, no MoL"
-        )
+    if objective.needs_item_table and (settings.uses_item_tower or settings.model.interaction_module_type == "MoL"):
+        raise UserError(f"objective {learned!r} samples and looks up fakes in the item table: no item tower, no MoL")
 
     def encoder(tied: bool) -> SequenceEncoder:
         if not tied:
@@ -82,14 +75,12 @@ def _check_item_table(settings: RunSettings, objective: Objective, loss: torch.n
     table, name = settings.items.item_table, settings.loss.loss_module
     if table == "torchrec" and not isinstance(loss, SampledLoss):
         raise UserError(
-            f"{name} reads every row of the item table, and train_fn.item_table 'torchrec' gives those that a step gathers: "
-            "choose a sampled loss, or 'sharded'"
+            f"{name} reads every row of the item table, and train_fn.item_table 'torchrec' gives those that a step "
+            "gathers: choose a sampled loss, or 'sharded'"
         )
     if table != "replicated" and (objective.needs_item_table or isinstance(loss, ScalableCrossEntropyLoss)):
         named = f"objective {settings.loss.objective!r}" if objective.needs_item_table else name
-        raise UserError(
-            f"{named} reads the whole item table in one process: set train_fn.item_table to 'replicated'"
-        )
+        raise UserError(f"{named} reads the whole item table in one process: set train_fn.item_table to 'replicated'")
 
 
 def build_sampler(settings: RunSettings, catalogue: Catalogue, name: str | None = None) -> NegativesSampler:
@@ -118,7 +109,5 @@ def _classes(settings: RunSettings, catalogue: Catalogue) -> torch.Tensor:
         )
     (feature,) = catalogue.features("item", [n.class_feature], 1, "train_fn.class_feature")
     if not feature.spec.is_categorical:
-        raise UserError(
-            f"train_fn.class_feature {n.class_feature!r} is {feature.spec.kind}: choose one of categories"
-        )
+        raise UserError(f"train_fn.class_feature {n.class_feature!r} is {feature.spec.kind}: choose one of categories")
     return class_assignment(feature)

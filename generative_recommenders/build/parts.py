@@ -1,4 +1,5 @@
-"""Builder of a training task from settings: the model (`build.model`), and its criterion and sampler (`build.objectives`).
+"""Builder of a training task from settings: the model (`build.model`), and its criterion and sampler
+(`build.objectives`).
 
 Importing this module registers every built-in part, so that settings which name any of them can be read.
 """
@@ -29,9 +30,7 @@ __all__ = [
 ]
 
 
-def build_task(
-    settings: RunSettings, catalogue: Catalogue, collectives: Collectives | None = None
-) -> TrainingTask:
+def build_task(settings: RunSettings, catalogue: Catalogue, collectives: Collectives | None = None) -> TrainingTask:
     """Model, objective, criterion and sampler, on the processes' device."""
     collectives = collectives or Collectives()
     model = build_model(settings, catalogue, collectives).to(collectives.device)

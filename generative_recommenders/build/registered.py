@@ -17,15 +17,13 @@ def build_part(settings: RunSettings, registry: Registry, name: str, supplies: M
 
 
 def options_of(settings: RunSettings, registry: Registry, name: str) -> dict[str, Any]:
-    """The options that the settings give a part; UserError where they choose by a published name what it has no option for,
-    and what is learned would not be what they say.
+    """The options that the settings give a part; UserError where they choose by a published name what it has no option
+    for, and what is learned would not be what they say.
     """
     fields = registry[name].options.model_fields
     for published in settings.published:
         for target in PUBLISHED[published]:
             if target.registry is registry and target.required and target.option not in fields:
-                having = [
-                    part.name for part in registry.parts() if target.option in part.options.model_fields
-                ]
+                having = [part.name for part in registry.parts() if target.option in part.options.model_fields]
                 raise UserError(f"{published} acts with {', '.join(having)}, not with {name}: unset it")
     return settings.part_options(registry[name])

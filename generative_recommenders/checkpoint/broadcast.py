@@ -16,9 +16,7 @@ from generative_recommenders.distributed.sync import on_main
 from generative_recommenders.errors import UserError
 
 
-def checkpoint_from_main(
-    collectives: Collectives, read: Callable[[], Checkpoint | None]
-) -> Checkpoint | None:
+def checkpoint_from_main(collectives: Collectives, read: Callable[[], Checkpoint | None]) -> Checkpoint | None:
     """Result of ``read()``, which the main process alone calls, on every process.
 
     Elsewhere its path is the main process's, where there may be no files.
@@ -36,9 +34,7 @@ def checkpoint_from_main(
         return None
     if own is None:
         path, position, state, metric, is_best = header["known"]
-        empty = {
-            name: torch.empty(shape, dtype=getattr(torch, dtype)) for name, dtype, shape in header["tensors"]
-        }
+        empty = {name: torch.empty(shape, dtype=getattr(torch, dtype)) for name, dtype, shape in header["tensors"]}
         shapes = {name: (getattr(torch, dtype), shape) for name, (dtype, shape) in header["rows"].items()}
         own = Checkpoint(Path(path), Position(*position), empty, state, metric, is_best, shapes)
     for name, _, _ in header["tensors"]:  # in one order, that of the main process
@@ -65,7 +61,8 @@ def with_rows(
                 continue
             if shape[0] != shard.num_rows:
                 raise UserError(
-                    f"{checkpoint.path} does not fit the configuration: {name} has {shape[0]} rows, not {shard.num_rows}"
+                    f"{checkpoint.path} does not fit the configuration: {name} has {shape[0]} rows, "
+                    f"not {shard.num_rows}"
                 )
             tensors[name] = torch.empty((shard.stop - shard.first, *shape[1:]), dtype=dtype)
             for rank, (first, stop) in enumerate(pairwise(shard.bounds)):
@@ -89,7 +86,8 @@ def _rows(checkpoint: Checkpoint, name: str, first: int, stop: int) -> torch.Ten
 def shards_on_main(
     collectives: Collectives, shard: RowShard, tensors: Mapping[str, torch.Tensor]
 ) -> Iterator[tuple[int, int, dict[str, torch.Tensor]]]:
-    """Bounds and rows of each process's shard in turn, on the main process; the others, which send theirs, get their own.
+    """Bounds and rows of each process's shard in turn, on the main process; the others, which send theirs, get their
+    own.
 
     tensors: this process's rows, by name.
     """

@@ -58,8 +58,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 def read_manifest(folder: Path, check_files: bool = True) -> Manifest:
     """The manifest of a checkpoint folder; with check_files every byte of the files is compared with it.
 
-    DamagedCheckpoint: files are missing or not what was written. UserError: the checkpoint cannot be read, or is of another
-    version of the format.
+    DamagedCheckpoint: files are missing or not what was written. UserError: the checkpoint cannot be read, or is of
+    another version of the format.
     """
     damaged = DamagedCheckpoint(f"damaged checkpoint {folder}: {MANIFEST} is not what was written")
     if not folder.is_dir():
@@ -75,8 +75,8 @@ def read_manifest(folder: Path, check_files: bool = True) -> Manifest:
         raise damaged from error
     if version != VERSION:
         raise UserError(
-            f"checkpoint {folder} has format version {str(version)[:20]}, this program reads version {VERSION}: use the "
-            "program that wrote it"
+            f"checkpoint {folder} has format version {str(version)[:20]}, this program reads version {VERSION}: use "
+            "the program that wrote it"
         )
     # Names are from a closed set, so that none leads out of the folder.
     known = {TENSORS, STATE, ITEM_IDS, SETTINGS, RESOLVED_GIN}
@@ -116,7 +116,8 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 class RowFiles:
-    """Tensors of which a checkpoint's files hold rows, one file a shard. bounds: by name of the file, as in the manifest.
+    """Tensors of which a checkpoint's files hold rows, one file a shard. bounds: by name of the file, as in the
+    manifest.
 
     shapes: dtype and shape of each whole tensor. UserError for files that do not belong together.
     """
@@ -212,8 +213,8 @@ def _describe(path: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _open(path: Path) -> Iterator[BinaryIO]:
-    """A file for reading. One that is missing is damage; one that the system does not let us read is not, so that nothing is
-    set aside for a permission or a failing disk."""
+    """A file for reading. One that is missing is damage; one that the system does not let us read is not, so that
+    nothing is set aside for a permission or a failing disk."""
     try:
         # No link leads out of the folder, no pipe keeps the program waiting.
         if path.is_symlink() or not path.is_file():

@@ -67,8 +67,8 @@ class Position(NamedTuple):
 class Checkpoint:
     """One validated checkpoint. tensors are on the CPU; metric is None where none was measured.
 
-    row_shapes: dtypes and shapes of tensors that lie in files by rows and are not among ``tensors``; rows: their files, where
-    this process sees them.
+    row_shapes: dtypes and shapes of tensors that lie in files by rows and are not among ``tensors``; rows: their files,
+    where this process sees them.
     """
 
     path: Path
@@ -94,7 +94,8 @@ class CheckpointStore:
 
     folder: created if need be. keep_last: how many of the newest are kept; the best one is kept besides.
     read_only: for evaluation beside a running training: nothing is created, renamed or removed. Only one
-    process may write to a folder. joins_rows: whether ``tensors`` of a checkpoint hold the whole of what lies in files by rows.
+    process may write to a folder. joins_rows: whether ``tensors`` of a checkpoint hold the whole of what lies in files
+    by rows.
     """
 
     def __init__(
@@ -137,8 +138,8 @@ class CheckpointStore:
     ) -> Path:
         """Writes a checkpoint and removes those that are no longer kept; returns its folder.
 
-        tensors: any dtypes and devices, storage may be shared. state: JSON values. shards: first row, end and tensors of each
-        shard, from row 0 on, which are written one after the other. Raises UserError where
+        tensors: any dtypes and devices, storage may be shared. state: JSON values. shards: first row, end and tensors
+        of each shard, from row 0 on, which are written one after the other. Raises UserError where
         the disk is full or not writable; then nothing of it is left and older checkpoints are whole.
         """
         epoch, step = (int(count) for count in position)
@@ -162,9 +163,7 @@ class CheckpointStore:
                     name = f"rows-{number}-of-{len(written)}.safetensors"
                     os.rename(writing / f"rows-{number}.safetensors", writing / name)
                     row_files[name] = bounds
-                manifest = Manifest(
-                    epoch=epoch, step=step, metric=metric, is_best=is_best, row_files=row_files
-                )
+                manifest = Manifest(epoch=epoch, step=step, metric=metric, is_best=is_best, row_files=row_files)
                 write_manifest(writing, manifest)
                 sync(writing)
                 # Only now it has a checkpoint's name: whoever reads the folder meanwhile sees whole ones alone.
@@ -185,8 +184,8 @@ class CheckpointStore:
     def load(self, path: Path | str) -> Checkpoint:
         """The checkpoint in the folder ``path``, every byte compared with its checksum.
 
-        Raises DamagedCheckpoint (a UserError) where a checksum fails, UserError where it cannot be read or its version is
-        not known.
+        Raises DamagedCheckpoint (a UserError) where a checksum fails, UserError where it cannot be read or its version
+        is not known.
         """
         folder = Path(path)
         manifest = read_manifest(folder)

@@ -23,7 +23,8 @@ def load_model(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
 
 
 def load_criterion(criterion: torch.nn.Module, checkpoint: Checkpoint) -> None:
-    """The checkpoint's weights of a loss that has some; one warning where it was written by a release that kept none."""
+    """The checkpoint's weights of a loss that has some; one warning where it was written by a release that kept
+    none."""
     if criterion.state_dict() and not any(name.startswith("criterion.") for name in checkpoint.tensors):
         logging.warning(
             "%s holds no weights of the loss (a discriminator's), as older releases wrote: they start anew",
@@ -46,7 +47,8 @@ def _load(module: torch.nn.Module, checkpoint: Checkpoint, prefix: str) -> None:
         # torch converts other dtypes without a word, and a NaN would show in the numbers alone.
         if name in own and value.dtype != own[name].dtype:
             raise UserError(
-                f"{checkpoint.path} does not fit the configuration: {prefix}{name} is {value.dtype}, not {own[name].dtype}"
+                f"{checkpoint.path} does not fit the configuration: {prefix}{name} is {value.dtype}, "
+                f"not {own[name].dtype}"
             )
         if not all_finite(value):
             raise UserError(f"{checkpoint.path}: {prefix}{name} holds numbers that are not finite")
@@ -57,10 +59,9 @@ def _load(module: torch.nn.Module, checkpoint: Checkpoint, prefix: str) -> None:
         raise UserError(f"{checkpoint.path} does not fit the configuration: {first}") from error
 
 
-def data_tensors(
-    item_counts: torch.Tensor | None, user_ids: pa.ChunkedArray | None
-) -> dict[str, torch.Tensor]:
-    """Tensors of a checkpoint. item_counts: ``[V]`` training events. user_ids: original ids, of models that read users."""
+def data_tensors(item_counts: torch.Tensor | None, user_ids: pa.ChunkedArray | None) -> dict[str, torch.Tensor]:
+    """Tensors of a checkpoint. item_counts: ``[V]`` training events. user_ids: original ids, of models that read
+    users."""
     tensors = {} if item_counts is None else {_COUNTS: item_counts}
     if user_ids is not None:
         text = user_ids.cast(pa.large_string()).combine_chunks()
@@ -86,7 +87,8 @@ def user_ids(checkpoint: Checkpoint) -> pa.Array | None:
 
 
 def data_facts(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The data-set facts that the trainer recorded (`Catalogue.facts`); empty in checkpoints of releases before 0.2.0."""
+    """The data-set facts that the trainer recorded (`Catalogue.facts`); empty in checkpoints of releases before
+    0.2.0."""
     facts = checkpoint.state.get("data", {})
     if not isinstance(facts, dict):
         raise UserError(f"{checkpoint.path}: its record of the data is no object")

@@ -27,7 +27,8 @@ from generative_recommenders.run.report import pictures
 
 
 def write_audit(folder: Path, output: Path | None = None) -> str:
-    """Writes NAME.audit.txt, .json and .png into ``output``, by default beside the prepared ``folder``; returns the text."""
+    """Writes NAME.audit.txt, .json and .png into ``output``, by default beside the prepared ``folder``; returns the
+    text."""
     output = folder.absolute().parent if output is None else output
     if output.exists() and not output.is_dir():
         raise UserError(f"--output={output}: not a folder; name one for the reports")
@@ -50,9 +51,7 @@ def write_audit(folder: Path, output: Path | None = None) -> str:
         "event_columns": event_columns(dataset),
         "order": None,
     }
-    logging.info(
-        "lengths, popularity, times and columns are counted; a small model asks whether order matters"
-    )
+    logging.info("lengths, popularity, times and columns are counted; a small model asks whether order matters")
     if split.counts["test_users"]:
         found["order"] = dataclasses.asdict(order_dependence(dataset))
     text = "\n".join(_lines(found, statistics_lines(dataset.manifest)))
@@ -72,12 +71,10 @@ def _lines(found: Mapping[str, Any], statistics: list[str]) -> Iterator[str]:
     yield from statistics
     yield "events a user: " + _quantiles(found["lengths"]["quantiles"], "{:g}")
     tops = popularity["share_of_events_of_the_top"].items()
-    yield "popularity: the top " + ", ".join(
-        f"{float(share):.1%} of the items has {part:.1%}" for share, part in tops
-    )
+    yield "popularity: the top " + ", ".join(f"{float(share):.1%} of the items has {part:.1%}" for share, part in tops)
     yield (
-        f"Gini coefficient {popularity['gini']:.3f}; {popularity['items_with_fewer_than_5_events']:,} items have fewer than 5 "
-        "events"
+        f"Gini coefficient {popularity['gini']:.3f}; {popularity['items_with_fewer_than_5_events']:,} items have fewer "
+        "than 5 events"
     )
     times = found["timeline"]
     if times is None:
@@ -87,8 +84,8 @@ def _lines(found: Mapping[str, Any], statistics: list[str]) -> Iterator[str]:
             yield f"times of {part} events: {_quantiles(quantiles)}"
         if times["training_later_than_test"] is not None:
             yield (
-                f"leakage in time under leave_one_out: {times['training_later_than_test']:.1%} of the training events are "
-                "later than a test target, in the mean over the targets; protocol global_time has none"
+                f"leakage in time under leave_one_out: {times['training_later_than_test']:.1%} of the training events "
+                "are later than a test target, in the mean over the targets; protocol global_time has none"
             )
     for each in found["event_columns"]:
         line = f"column {each['name']} ({each['kind']}): {each['missing']:.1%} missing"
@@ -103,9 +100,9 @@ def _lines(found: Mapping[str, Any], statistics: list[str]) -> Iterator[str]:
         return
     drawn = " drawn at random" if order["sampled"] else ""
     yield (
-        f"does order matter? {METRIC} of {order['users']:,} users{drawn} on histories in true order, and shuffled (mean of "
-        f"{SHUFFLES}); fitted on the true order, seen filter {order['seen_filter']!r}, SASRec of width 64 after "
-        f"{order['steps']:,} steps (arXiv 2408.12008)"
+        f"does order matter? {METRIC} of {order['users']:,} users{drawn} on histories in true order, and shuffled "
+        f"(mean of {SHUFFLES}); fitted on the true order, seen filter {order['seen_filter']!r}, SASRec of width 64 "
+        f"after {order['steps']:,} steps (arXiv 2408.12008)"
     )
     yield f"{'':24}{'true':>10}{'shuffled':>10}{'change':>10}"
     for name, scores in order["scores"].items():

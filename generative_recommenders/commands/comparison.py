@@ -21,9 +21,7 @@ def user_values(ranks: pl.DataFrame, metric: str) -> pl.DataFrame:
     A miss is 0, in MRR too. metric: ``hr@K``, ``ndcg@K`` or ``mrr``.
     """
     found = ranks["rank"].cast(pl.Float64).fill_null(math.inf).to_numpy()
-    return ranks.select(
-        "user_id", "item_id", pl.Series("value", breakdown.user_values(found, metric, math.inf))
-    )
+    return ranks.select("user_id", "item_id", pl.Series("value", breakdown.user_values(found, metric, math.inf)))
 
 
 def mean_over_runs(runs: Sequence[pl.DataFrame]) -> pl.DataFrame:
@@ -57,13 +55,12 @@ def compare(first: pl.DataFrame, second: pl.DataFrame, names: tuple[str, str]) -
             f"{other['user_id'][0]!r}: compare runs on the same data"
         )
     a, b = both["value"].to_numpy(), both["value_second"].to_numpy()
-    return Difference(
-        len(both), float(a.mean()), float(b.mean()), bootstrap_interval(a - b), paired_permutation(a, b)
-    )
+    return Difference(len(both), float(a.mean()), float(b.mean()), bootstrap_interval(a - b), paired_permutation(a, b))
 
 
 def comparison_table(first: pl.DataFrame, second: pl.DataFrame, names: tuple[str, str]) -> str:
-    """Text table of the paired tests of two runs by the main metrics. first, second: ranks of `evaluate.users_frame`."""
+    """Text table of the paired tests of two runs by the main metrics. first, second: ranks of
+    `evaluate.users_frame`."""
     tests = {m: compare(user_values(first, m), user_values(second, m), names) for m in METRICS}
     users = next(iter(tests.values())).users
     lines = [

@@ -103,18 +103,16 @@ def main(argv: list[str] | None = None) -> int:
         disk = shutil.disk_usage(".")
         fault = fbgemm_fault("cuda" if torch.cuda.is_available() else "cpu")
         packages = "  ".join(f"{name} {version(name) or 'missing'}" for name in PACKAGES)
-        extras = [
-            f"{name} ({'yes' if all(map(version, needed)) else 'no'})" for name, needed in EXTRAS.items()
-        ]
+        extras = [f"{name} ({'yes' if all(map(version, needed)) else 'no'})" for name, needed in EXTRAS.items()]
         lines = [
             f"program    {generative_recommenders.__version__} at {Path(generative_recommenders.__file__).parent}",
-            f"python     {platform.python_version()}, {platform.system()} {platform.machine()}; torch {torch.__version__}",
+            f"python     {platform.python_version()}, {platform.system()} {platform.machine()}; "
+            f"torch {torch.__version__}",
             f"packages   {packages}",
             f"extras     {'  '.join(extras)}",
             f"configs    {len(list((ROOT / 'configs').rglob('*.gin')))} in {ROOT / 'configs'}",
             f"prepared   {', '.join(prepared_names(data_root)) or 'nothing'} in {data_root / 'prepared'}",
-            f"device     {device}"
-            + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""),
+            f"device     {device}" + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""),
             f"fbgemm     {'used' if fault is None else f'not used: {fault}'}",
             f"threads    {torch.get_num_threads()} of {len(os.sched_getaffinity(0))} cores",
             f"memory     {free:.1f} of {total:.1f} GiB free",
@@ -126,9 +124,7 @@ def main(argv: list[str] | None = None) -> int:
         if disk.free < LITTLE_DISK * 2**30:
             complaints.append(f"less than {LITTLE_DISK} GiB of disk are free here")
         first, last, seconds = self_test()
-        lines.append(
-            f"self-test  loss {first:.2f} to {last:.2f} in {STEPS} steps, {seconds:.1f} s with preparation"
-        )
+        lines.append(f"self-test  loss {first:.2f} to {last:.2f} in {STEPS} steps, {seconds:.1f} s with preparation")
         if not last < first:
             complaints.append(f"the loss of {STEPS} training steps did not fall, from {first} to {last}")
         print("\n".join([*lines, *(f"problem    {each}" for each in complaints)]))

@@ -191,8 +191,8 @@ def users_frame(
 ) -> pl.DataFrame:
     """``user_id, item_id, rank`` of every test target, by user: for tests of significance between runs.
 
-    users, targets, ranks: ``[n]`` int64, internal ids from 1. The rank counts from 1 and is empty for a miss (a target that is
-    no candidate).
+    users, targets, ranks: ``[n]`` int64, internal ids from 1. The rank counts from 1 and is empty for a miss (a target
+    that is no candidate).
     """
     order = users.argsort().numpy()
     of_users, of_items = (pa.array(each.numpy()[order] - 1) for each in (users, targets))
@@ -208,9 +208,7 @@ def check_users_metrics(options: Options) -> None:
     if options.users_metrics is None:
         return
     if Path(options.users_metrics).suffix not in _WRITERS:
-        raise UserError(
-            f"--users_metrics={options.users_metrics}: the name must end in {', '.join(_WRITERS)}"
-        )
+        raise UserError(f"--users_metrics={options.users_metrics}: the name must end in {', '.join(_WRITERS)}")
     check_file(options.users_metrics, "--users_metrics=")
 
 

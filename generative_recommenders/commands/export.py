@@ -29,10 +29,11 @@ from generative_recommenders.retrieval.recommender import Recommender
 
 
 def export(options: Options, form: str, output: Path | None, index: str) -> int:
-    """Writes a format's file, item_ids.txt (line i + 1 is internal id i + 1) and export.json, which says how to use them.
+    """Writes a format's file, item_ids.txt (line i + 1 is internal id i + 1) and export.json, which says how to use
+    them.
 
-    form: "torch", "onnx", "faiss", "safetensors" or "parquet". output: a folder, RUN/export unless given. index: kind of the
-    faiss index.
+    form: "torch", "onnx", "faiss", "safetensors" or "parquet". output: a folder, RUN/export unless given. index: kind
+    of the faiss index.
     """
     if options.run_dir is None:
         raise UserError("--mode=export needs --run_dir, the folder of a trained run")
@@ -48,18 +49,14 @@ def export(options: Options, form: str, output: Path | None, index: str) -> int:
         "items": len(recommender.item_ids),
         "width": recommender.snapshot.embeddings.shape[1],
         "max_length": recommender.reader.max_length,
-        "score": f"states @ item_embeddings.T / {temperature}"
-        if plain_products(recommender)
-        else "no product",
+        "score": f"states @ item_embeddings.T / {temperature}" if plain_products(recommender) else "no product",
     }
     with contextlib.suppress(OSError, ValueError, AttributeError):  # there is none yet, or it is not ours
         before = json.loads((folder / "export.json").read_text(encoding="utf-8"))
         about["formats"] = before.get("formats", {}) if before.get("run") == about["run"] else {}
     about.setdefault("formats", {})[form] = write(recommender, folder, form, index)
     with new_file(folder / "item_ids.txt") as scratch:
-        scratch.write_text(
-            "".join(f"{item}\n" for item in recommender.item_ids.to_pylist()), encoding="utf-8"
-        )
+        scratch.write_text("".join(f"{item}\n" for item in recommender.item_ids.to_pylist()), encoding="utf-8")
     with new_file(folder / "export.json") as scratch:
         scratch.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     logging.info("%s written to %s", form, folder)

@@ -27,9 +27,7 @@ def show_list(name: str, plugins: Sequence[str], data_root: Path) -> int:
     if name == "configs":  # by the name that --gin_config_file takes, with the first sentence of its comment
         lines = []
         for path in sorted((ROOT / "configs").rglob("*.gin")):
-            comment = takewhile(
-                lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines()
-            )
+            comment = takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())
             said = " ".join(line.lstrip("# ").strip() for line in comment)
             lines.append(f"{path.relative_to(ROOT)}  {re.split(r'(?<=[.]) (?=[A-Z])', said)[0]}")
     elif name == "prepared":

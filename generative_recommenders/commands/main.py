@@ -21,8 +21,8 @@ flags.DEFINE_enum(
     "mode",
     "train",
     ["train", "evaluate", "predict", "export", "import"],
-    "train; score the best checkpoint of --run_dir; write its recommendations, or its model for other programs; or make a "
-    "run of --meta_checkpoint there",
+    "train; score the best checkpoint of --run_dir; write its recommendations, or its model for other programs; or "
+    "make a run of --meta_checkpoint there",
 )
 flags.DEFINE_string("meta_checkpoint", None, "a checkpoint of the HSTU authors' program, for --mode=import")
 flags.DEFINE_string("data_root", "data", "where raw/ and prepared/ data sets lie")
@@ -64,13 +64,14 @@ flags.DEFINE_bool("exclude_seen", True, "predict: recommend no item of the histo
 flags.DEFINE_string(
     "candidates",
     None,
-    "predict: a file of the only items that may be recommended: ids one a line, or a .csv or .parquet with a column item_id",
+    "predict: a file of the only items that may be recommended: ids one a line, "
+    "or a .csv or .parquet with a column item_id",
 )
 flags.DEFINE_string(
     "output",
     None,
-    "predict: the file to write, .parquet, .csv or .jsonl, recommendations.parquet by default; export: a folder, RUN/export "
-    "by default",
+    "predict: the file to write, .parquet, .csv or .jsonl, recommendations.parquet by default; export: a folder, "
+    "RUN/export by default",
 )
 flags.DEFINE_string(
     "users_metrics",
@@ -94,8 +95,8 @@ flags.DEFINE_bool("profile", False, "write a torch profiler trace of a few steps
 
 _ANSWERS, _EXPORTS = "users history top_k exclude_seen candidates", "format index"
 _OF_A_RUN = (
-    "gin_config_file gin_bindings resume auto_resume max_steps dry_run profile meta_checkpoint num_processes users_metrics "
-    "compare"
+    "gin_config_file gin_bindings resume auto_resume max_steps dry_run profile meta_checkpoint num_processes "
+    "users_metrics compare"
 )
 _AS_IT_IS = "it takes the run of --run_dir as it is, in one process"
 IDLE = {
@@ -104,14 +105,16 @@ IDLE = {
         "--mode=import, evaluate, predict and export read them, see --help",
     ),
     "import": (
-        f"resume auto_resume max_steps dry_run profile num_processes users_metrics compare output {_ANSWERS} {_EXPORTS}",
+        f"resume auto_resume max_steps dry_run profile num_processes users_metrics compare output {_ANSWERS} "
+        f"{_EXPORTS}",
         "it makes a run in one process, and trains nothing",
     ),
     "predict": (f"{_OF_A_RUN} {_EXPORTS}", _AS_IT_IS),
     "export": (f"{_OF_A_RUN} {_ANSWERS}", _AS_IT_IS),
     "evaluate": (
         f"gin_config_file resume auto_resume max_steps dry_run profile meta_checkpoint output {_ANSWERS} {_EXPORTS}",
-        "it rebuilds the run of --run_dir from its checkpoint; --gin_bindings change it, --users_metrics=FILE keeps ranks",
+        "it rebuilds the run of --run_dir from its checkpoint; --gin_bindings change it, "
+        "--users_metrics=FILE keeps ranks",
     ),
 }
 """By mode, the flags that could not act in it and are refused, and why."""

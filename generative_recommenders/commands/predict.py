@@ -50,8 +50,9 @@ def predict(
 ) -> int:
     """Writes the top_k items of each user; the file appears whole or not at all.
 
-    users: "all" or a file of user ids: text, one a line, or a .csv or .parquet with a column user_id. history: "all" events of
-    a user, or "test", those before the test target. candidates: likewise a file of item ids. output: .parquet, .csv or .jsonl.
+    users: "all" or a file of user ids: text, one a line, or a .csv or .parquet with a column user_id. history: "all"
+    events of a user, or "test", those before the test target. candidates: likewise a file of item ids. output:
+    .parquet, .csv or .jsonl.
     """
     if options.run_dir is None:
         raise UserError("--mode=predict needs --run_dir, the folder of a trained run")
@@ -71,9 +72,7 @@ def predict(
     asked = _users(dataset, users, stops)
     names = dataset.original_user_ids().combine_chunks()
     with new_file(output) as scratch, writing(scratch, output.suffix) as write:
-        for start in tqdm(
-            range(0, len(asked), recommender.batch_size), desc="users", unit="batch", disable=None
-        ):
+        for start in tqdm(range(0, len(asked), recommender.batch_size), desc="users", unit="batch", disable=None):
             some = asked[start : start + recommender.batch_size]
             batch = _batch(dataset, stops, some, recommender.reader.max_length, history)
             if recommender.known_users is not None:
@@ -112,7 +111,8 @@ def _as_trained(dataset: SequenceDataset, recommender: Recommender, run: str) ->
     extra, described = dict(dataset.extra), []
     if missing := sorted(trained.keys() - extra.keys()):
         raise UserError(
-            f"{dataset.folder} has no column {missing[0]!r}, which the model reads of each event: prepare the data with it"
+            f"{dataset.folder} has no column {missing[0]!r}, which the model reads of each event: "
+            "prepare the data with it"
         )
     for column in dataset.manifest.event_columns:
         then = trained.get(column.name)
@@ -132,7 +132,8 @@ def _as_trained(dataset: SequenceDataset, recommender: Recommender, run: str) ->
 def _batch(
     dataset: SequenceDataset, stops: np.ndarray, users: np.ndarray, width: int, history: str
 ) -> dict[str, torch.Tensor]:
-    """Histories as the evaluation cuts them; the time of a request is that of the test target, else of the last event."""
+    """Histories as the evaluation cuts them; the time of a request is that of the test target, else of the last
+    event."""
     if history == "test":
         return EvaluationLoader(dataset, stops, width, len(users)).batch(users)
     return query_histories(dataset, users, stops[users], width)
@@ -151,9 +152,7 @@ def _users(dataset: SequenceDataset, wanted: str, stops: np.ndarray) -> np.ndarr
         if places.null_count:
             logging.warning("%d users of %s are not in the data and are left out", places.null_count, wanted)
         if places.null_count == len(given):
-            raise UserError(
-                f"--users={wanted} names no user of {dataset.folder}: give ids as the data have them"
-            )
+            raise UserError(f"--users={wanted} names no user of {dataset.folder}: give ids as the data have them")
         asked = places.drop_null().to_numpy().astype(np.int64)
     read = asked[stops[asked] > 0]
     if lost := len(asked) - len(read):
@@ -162,13 +161,12 @@ def _users(dataset: SequenceDataset, wanted: str, stops: np.ndarray) -> np.ndarr
 
 
 def _ids(path: str, flag: str, column: str) -> list[str]:
-    """Ids of a text file, one a line, or of the column of a .csv or .parquet, such as this command writes; each once."""
+    """Ids of a text file, one a line, or of the column of a .csv or .parquet, such as this command writes; each
+    once."""
     try:
         if Path(path).suffix in (".csv", ".parquet"):
             # as text: 0307887898 is no number
-            frame = (
-                pl.read_csv(path, infer_schema_length=0) if path.endswith(".csv") else pl.read_parquet(path)
-            )
+            frame = pl.read_csv(path, infer_schema_length=0) if path.endswith(".csv") else pl.read_parquet(path)
             if column not in frame.columns:
                 raise UserError(f"{flag}={path} has no column {column!r}; it has: {', '.join(frame.columns)}")
             return frame[column].cast(pl.String).unique(maintain_order=True).drop_nulls().to_list()
@@ -184,9 +182,7 @@ def writing(path: Path, suffix: str) -> Iterator[Callable[[pa.Table], None]]:
     """Yields what appends a table of `SCHEMA` to the file, in the format of a suffix."""
     if suffix == ".jsonl":
         with path.open("w", encoding="utf-8") as file:
-            yield lambda table: file.writelines(
-                json.dumps(row, ensure_ascii=False) + "\n" for row in table.to_pylist()
-            )
+            yield lambda table: file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in table.to_pylist())
         return
     quoting = pyarrow.csv.WriteOptions(quoting_style="needed")
     with (

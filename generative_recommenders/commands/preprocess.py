@@ -38,8 +38,9 @@ flags.DEFINE_string("name", None, "name of the prepared data set; the data set's
 flags.DEFINE_string(
     "columns",
     None,
-    "csv only: the columns to read, as NAME, NAME=COLUMN, NAME:KIND or NAME=COLUMN:KIND (user, item, rating, timestamp, or "
-    "an event column of kind categorical, numerical or time); in file order with _ for one to skip where there is no header",
+    "csv only: the columns to read, as NAME, NAME=COLUMN, NAME:KIND or NAME=COLUMN:KIND (user, item, rating, "
+    "timestamp, or an event column of kind categorical, numerical or time); "
+    "in file order with _ for one to skip where there is no header",
 )
 flags.DEFINE_string(
     "delimiter",
@@ -67,14 +68,15 @@ flags.DEFINE_enum(
     "tie_order",
     "file",
     list(TIE_ORDERS),
-    "order of a user's events of one time: as in the file; as the HSTU authors' pandas sort leaves them on this machine; or "
-    "random, by a hash of user, item, time and occurrence",
+    "order of a user's events of one time: as in the file; as the HSTU authors' pandas sort leaves them on this "
+    "machine; or random, by a hash of user, item, time and occurrence",
 )
 flags.DEFINE_enum(
     "duplicates",
     "keep",
     list(DUPLICATES),
-    "before the filter, drop: leave out repeats of the same user, item and time; consecutive: items that follow themselves",
+    "before the filter, drop: leave out repeats of the same user, item and time; consecutive: "
+    "items that follow themselves",
 )
 flags.DEFINE_enum("engine", "polars", ["polars", "spark"], "polars: this machine; spark: needs the extra")
 flags.DEFINE_string("memory_limit", "4GB", "memory for events; beyond it they are kept in files")
@@ -89,12 +91,10 @@ flags.DEFINE_string(
 flags.DEFINE_bool(
     "audit",
     False,
-    "with --prepared: report lengths, popularity, times of training and test, event columns and whether order matters, as "
-    "text, JSON and PNG",
+    "with --prepared: report lengths, popularity, times of training and test, event columns and whether order matters, "
+    "as text, JSON and PNG",
 )
-flags.DEFINE_string(
-    "output", None, "with --audit: folder of the reports; beside the prepared folder by default"
-)
+flags.DEFINE_string("output", None, "with --audit: folder of the reports; beside the prepared folder by default")
 flags.DEFINE_integer("synthetic_users", _DEFAULTS.num_users, "synthetic-books: users before the filter")
 flags.DEFINE_integer("synthetic_items", _DEFAULTS.num_items, "synthetic-books: items before the filter")
 flags.DEFINE_integer(
@@ -147,9 +147,7 @@ def read_options() -> ReadOptions:
     named = {"tab": "\t", "\\t": "\t", "space": " ", "whitespace": " ", " ": " "}
     delimiter = None if delimiter is None else named.get(delimiter, delimiter)
     if delimiter not in (None, "\t", " ") and not re.fullmatch(r"[!#-/:-@\[-`{-~]{1,2}", delimiter):
-        raise UserError(
-            f"--delimiter={given.delimiter!r} is not a delimiter; write ';', ',', '|', '::', tab or space"
-        )
+        raise UserError(f"--delimiter={given.delimiter!r} is not a delimiter; write ';', ',', '|', '::', tab or space")
     header = {"auto": None, "yes": True, "no": False}[given.header]
     unit = None if given.time_unit == "auto" else given.time_unit
     return ReadOptions(given.columns, delimiter, header, given.quoting, unit, given.drop_missing)

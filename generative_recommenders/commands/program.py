@@ -27,7 +27,8 @@ WIDTH = 100
 
 @dataclass(frozen=True)
 class Help:
-    """A program's help. examples: arguments and what they do; groups: title and names of flags; subcommand: of `COMMAND`."""
+    """A program's help. examples: arguments and what they do; groups: title and names of flags; subcommand: of
+    `COMMAND`."""
 
     script: str
     subcommand: str
@@ -61,7 +62,8 @@ class Help:
 
 
 def start_program(run: Callable[[list[str]], int], help: Help) -> None:
-    """Parses the flags, runs the program and ends the process with its exit code; help goes to stdout, with exit code 0."""
+    """Parses the flags, runs the program and ends the process with its exit code; help goes to stdout, with exit code
+    0."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     logging.set_verbosity(logging.INFO)
 

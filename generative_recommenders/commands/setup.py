@@ -96,7 +96,8 @@ def shared_dataset(settings: RunSettings, data_root: Path, collectives: Collecti
 
 
 def run_settings(options: Options, collectives: Collectives) -> RunSettings:
-    """The settings of the gin files; of a resumed run without any, those of its newest checkpoint; bindings go over both."""
+    """The settings of the gin files; of a resumed run without any, those of its newest checkpoint; bindings go over
+    both."""
     saved = None
 
     def newest() -> dict[str, Any] | None:
@@ -123,9 +124,7 @@ def run_settings(options: Options, collectives: Collectives) -> RunSettings:
     return raise_on_all_ranks(collectives, settings)
 
 
-def settings_and_data(
-    options: Options, collectives: Collectives
-) -> tuple[RunSettings, SequenceDataset, Split]:
+def settings_and_data(options: Options, collectives: Collectives) -> tuple[RunSettings, SequenceDataset, Split]:
     """Settings and data of a run, the same on every process."""
     settings = run_settings(options, collectives)
     log_notices(settings)
@@ -143,9 +142,7 @@ def unlike_published_run(settings: RunSettings, dataset: SequenceDataset) -> str
     return published_runs.differences(settings, tie_order, manifest.counts.get("unrated_items", unknown) > 0)
 
 
-def check_same_everywhere(
-    settings: RunSettings, split: Split, options: Options, collectives: Collectives
-) -> None:
+def check_same_everywhere(settings: RunSettings, split: Split, options: Options, collectives: Collectives) -> None:
     """UserError on every process where one has other data, settings or flags than the main one."""
     own = {"settings": settings.to_json(), "split": split.hash, "max_steps": options.max_steps}
     main = collectives.broadcast_object_json(own)
@@ -153,9 +150,7 @@ def check_same_everywhere(
 
     def compare() -> None:
         for name, there, here in gin_registry.differences(RunSettings.from_json(main["settings"]), settings):
-            raise UserError(
-                f"{mine} has {name} = {here!r}, rank 0 has {there!r}: start all with one configuration"
-            )
+            raise UserError(f"{mine} has {name} = {here!r}, rank 0 has {there!r}: start all with one configuration")
         if main["max_steps"] != options.max_steps:
             raise UserError(f"{mine} has --max_steps={options.max_steps}, rank 0 has {main['max_steps']}")
         if main["split"] != split.hash:

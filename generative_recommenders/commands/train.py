@@ -55,9 +55,9 @@ def train(
 ) -> Path:
     """Trains in this process as ``main.py`` does, and returns the run's folder.
 
-    bindings, gin_files: as ``--gin_bindings`` and ``--gin_config_file``. report: writes ``report.html``. auto_resume: resumes a
-    run that is in the folder, which is refused otherwise; one that is finished is left as it is. UserError where training does
-    not end well, with the line printed before.
+    bindings, gin_files: as ``--gin_bindings`` and ``--gin_config_file``. report: writes ``report.html``. auto_resume:
+    resumes a run that is in the folder, which is refused otherwise; one that is finished is left as it is. UserError
+    where training does not end well, with the line printed before.
     """
     options = Options(
         tuple(gin_files), tuple(bindings), Path(data_root), str(run_dir), plugins=tuple(plugins), report=report,
@@ -182,11 +182,7 @@ def finish(
         logging.warning("%s", error)
     kept = store.load_best()
     checkpoint = kept.path if kept is not None else next(iter(store.paths()[::-1]), None)
-    show(
-        report.final_report(
-            rows, dataset, trainer.split, conditions, best, run.path, checkpoint, result.lists
-        )
-    )
+    show(report.final_report(rows, dataset, trainer.split, conditions, best, run.path, checkpoint, result.lists))
     if line := unlike_published_run(settings, dataset):
         show(line)
 

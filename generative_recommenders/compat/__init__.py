@@ -1,4 +1,5 @@
-"""Other libraries' documented names and signatures over this package: RePlay, Transformers4Rec, genrec, the HSTU program.
+"""Other libraries' documented names and signatures over this package: RePlay, Transformers4Rec, genrec, the HSTU
+program.
 
 A name is read from the first module below that exports it, on first use. RePlay's have their own module paths in
 `compat.replay`.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 ELSEWHERE = {
-    "train_fn.restore_from_ckpt": "give --resume --run_dir=RUN, or --mode=import --meta_checkpoint=FILE for a checkpoint "
-    "of the authors' program",
+    "train_fn.restore_from_ckpt": "give --resume --run_dir=RUN, or --mode=import --meta_checkpoint=FILE for a "
+    "checkpoint of the authors' program",
     "train_fn.rank": "processes are numbered by the launcher: give --num_processes, torchrun or srun",
     "train_fn.world_size": "give --num_processes, torchrun or srun",
     "train_fn.master_port": "give --master_port",

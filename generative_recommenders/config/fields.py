@@ -47,7 +47,8 @@ MAX_TEXT = 1000
 
 @dataclass(frozen=True)
 class SuppliedTo:
-    """Metadata of a setting: it acts where a chosen part of the registry ``kind`` asks for the supply ``name``, or is there."""
+    """Metadata of a setting: it acts where a chosen part of the registry ``kind`` asks for the supply ``name``, or is
+    there."""
 
     kind: str
     name: str | None = None
@@ -89,9 +90,7 @@ class StrictModel(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _sequences_and_sizes(cls, value: Any, info: ValidationInfo) -> Any:
-        check_sizes(
-            value
-        )  # before pydantic: an int beyond 64 bits or a text of megabytes would be in its message
+        check_sizes(value)  # before pydantic: an int beyond 64 bits or a text of megabytes would be in its message
         annotation = cls.model_fields[str(info.field_name)].annotation
         origins = {get_origin(each) or each for each in (annotation, *get_args(annotation))}
         if isinstance(value, list) and tuple in origins:
@@ -131,8 +130,8 @@ def check_sizes(value: Any) -> None:
 
 
 class Section(StrictModel):
-    """Settings of one owner in gin; what cannot be is a UserError that names ``GIN_NAME.FIELD``, also in a constructor call.
-    A field's docstring is its description."""
+    """Settings of one owner in gin; what cannot be is a UserError that names ``GIN_NAME.FIELD``, also in a constructor
+    call. A field's docstring is its description."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 

@@ -25,8 +25,8 @@ from generative_recommenders.errors import UserError
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 ROOT = _PACKAGE if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent
-"""``configs/`` lies here: beside the package in a checkout, within it where it is installed. Includes in gin files are looked
-up from here, then from the working directory; files of the command line the other way round."""
+"""``configs/`` lies here: beside the package in a checkout, within it where it is installed. Includes in gin files are
+looked up from here, then from the working directory; files of the command line the other way round."""
 BINDINGS = "the bindings"
 FILE_LIMIT = 1 << 20  # bytes
 MAX_FILES = 100
@@ -45,8 +45,8 @@ MODULE = "generative_recommenders."
 def load_settings(gin_files: Sequence[str | Path], bindings: Sequence[str] = ()) -> tuple[RunSettings, str]:
     """Parses files and bindings into settings, and gives the resolved configuration, defaults included.
 
-    Nothing in them runs: imports and references to functions are refused. Raises UserError in one line: a missing file, a
-    syntax error with its place, an unknown name with the nearest one, a value that cannot be.
+    Nothing in them runs: imports and references to functions are refused. Raises UserError in one line: a missing file,
+    a syntax error with its place, an unknown name with the nearest one, a value that cannot be.
     """
     settings = _bound(RunSettings(), _parse(gin_files, bindings))
     return settings, resolved_text(settings)
@@ -55,7 +55,8 @@ def load_settings(gin_files: Sequence[str | Path], bindings: Sequence[str] = ())
 def load_ablation(
     path: str | Path, bindings: Sequence[str], names: Collection[str]
 ) -> tuple[dict[str, Any], RunSettings]:
-    """The values that a file binds of ``names`` on ``ablation``, and the settings that it gives as `load_settings` does."""
+    """The values that a file binds of ``names`` on ``ablation``, and the settings that it gives as `load_settings`
+    does."""
     values, beginning = _parse([path], bindings, names), f"{ABLATION}."
     own = [name for name in values if name.startswith(beginning)]
     return {name.removeprefix(beginning): values.pop(name) for name in own}, _bound(RunSettings(), values)
@@ -77,11 +78,7 @@ def _parse(
             known = [str(each.relative_to(ROOT)) for each in sorted((ROOT / "configs").rglob("*.gin"))]
             begun = [each for each in known if each.startswith(str(path).removesuffix(".gin"))]
             close = begun[:3] or difflib.get_close_matches(str(path), known, n=3, cutoff=0.5)
-            meant = (
-                f"did you mean {' or '.join(close)}?"
-                if close
-                else "--list=configs names those of the package"
-            )
+            meant = f"did you mean {' or '.join(close)}?" if close else "--list=configs names those of the package"
             raise UserError(f"no gin file at {path}; {meant}")
         _bind_file(found, parsed)
     _bind_text("\n".join(bindings), BINDINGS, parsed)
@@ -118,8 +115,8 @@ class _Macro:
 class _Parsed(config_parser.ParserDelegate):  # type: ignore[misc]
     """What the texts of one configuration bind.
 
-    files, entries: how many were read, of the configuration and of the value at hand; their limits end includes and macros
-    that go in a circle or multiply.
+    files, entries: how many were read, of the configuration and of the value at hand; their limits end includes and
+    macros that go in a circle or multiply.
     """
 
     def __init__(self, names: Collection[str] | None) -> None:
@@ -142,9 +139,7 @@ class _Parsed(config_parser.ParserDelegate):  # type: ignore[misc]
         return _Macro(macro_name)
 
     def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> Any:
-        raise ValueError(
-            f"a configuration cannot refer to @{scoped_configurable_name}: write the value itself"
-        )
+        raise ValueError(f"a configuration cannot refer to @{scoped_configurable_name}: write the value itself")
 
     def values(self) -> dict[str, Any]:
         """The bound values, with macros resolved."""
@@ -165,9 +160,7 @@ class _Parsed(config_parser.ParserDelegate):  # type: ignore[misc]
         """With the values of macros in their places; within: the macros that the value is a part of."""
         self.entries += 1
         if self.entries > MAX_ENTRIES or (isinstance(value, _Macro) and value.name in within):
-            raise UserError(
-                f"gin: {place}: a value of more than {MAX_ENTRIES} entries, or one that holds itself"
-            )
+            raise UserError(f"gin: {place}: a value of more than {MAX_ENTRIES} entries, or one that holds itself")
         if isinstance(value, _Macro):
             if value.name not in self.macros:
                 raise UserError(f"gin: {place}: nothing gives %{value.name} a value")
@@ -267,9 +260,7 @@ def _bind(statement: Any, place: str, parsed: _Parsed) -> None:
     if isinstance(statement, config_parser.IncludeStatement):
         found = next((p for root in (ROOT, Path.cwd()) if (p := root / statement.filename).is_file()), None)
         if found is None:
-            raise UserError(
-                f"gin: {place}: no gin file at {statement.filename!r}, from {ROOT} or {Path.cwd()}"
-            )
+            raise UserError(f"gin: {place}: no gin file at {statement.filename!r}, from {ROOT} or {Path.cwd()}")
         _bind_file(found, parsed)
     elif isinstance(statement, config_parser.BindingStatement):
         scope, owner, argument = statement.scope, statement.selector, statement.arg_name
@@ -282,9 +273,7 @@ def _bind(statement: Any, place: str, parsed: _Parsed) -> None:
             )
         owner, known = owner.removeprefix(MODULE), parsed.known
         if owner == ABLATION and owner not in known:
-            raise UserError(
-                f"gin: {place}: an ablation is run by python -m generative_recommenders.ablate FILE"
-            )
+            raise UserError(f"gin: {place}: an ablation is run by python -m generative_recommenders.ablate FILE")
         if owner not in known:
             raise UserError(f"gin: {place}: there is no configurable {owner!r}{nearest(owner, known)}")
         instead = ELSEWHERE.get(f"{owner}.{argument}")
@@ -293,9 +282,7 @@ def _bind(statement: Any, place: str, parsed: _Parsed) -> None:
                 return
             raise UserError(f"gin: {place}: {owner}.{argument} is no setting here: {instead}")
         if argument not in known[owner]:
-            raise UserError(
-                f"gin: {place}: {owner} has no parameter {argument!r}{nearest(argument, known[owner])}"
-            )
+            raise UserError(f"gin: {place}: {owner} has no parameter {argument!r}{nearest(argument, known[owner])}")
         parsed.bound[f"{owner}.{argument}"] = place, statement.value
 
 
@@ -324,8 +311,6 @@ def _one_line(text: str) -> str:
 
 def differences(before: RunSettings, now: RunSettings) -> list[tuple[str, Any, Any]]:
     """(gin name, value before, value now) of every setting that differs."""
-    keys = {
-        f"{part}.{key}" for side in (before, now) for part, given in side.options.items() for key in given
-    }
+    keys = {f"{part}.{key}" for side in (before, now) for part, given in side.options.items() for key in given}
     values = ((name, before.value(name), now.value(name)) for name in (*NAMES, *sorted(keys)))
     return [(name, was, is_now) for name, was, is_now in values if was != is_now]

@@ -27,8 +27,8 @@ def likely_slips(settings: RunSettings) -> list[str]:
     lines = []
     if settings.encoder_name == "HSTU" and dqk != dv:
         lines.append(
-            f"hstu_encoder.dqk = {dqk} and hstu_encoder.dv = {dv} do not match: queries and keys are {dqk} wide, values "
-            f"{dv}; every published configuration has them equal"
+            f"hstu_encoder.dqk = {dqk} and hstu_encoder.dv = {dv} do not match: queries and keys are {dqk} wide, "
+            f"values {dv}; every published configuration has them equal"
         )
     if settings.uses_item_tower and not settings.draws_negatives:
         lines.append(
@@ -39,8 +39,8 @@ def likely_slips(settings: RunSettings) -> list[str]:
 
 
 def settings_without_effect(settings: RunSettings) -> list[str]:
-    """One line for each reason why accepted names have no effect here, of those whose value is not the default. Options that
-    published MoL runs ignored are logged by MoL itself.
+    """One line for each reason why accepted names have no effect here, of those whose value is not the default. Options
+    that published MoL runs ignored are logged by MoL itself.
     """
     default, idle = RunSettings(), dict[str, list[str]]()
     for name in NAMES:
@@ -50,16 +50,11 @@ def settings_without_effect(settings: RunSettings) -> list[str]:
     chosen = {part.gin_name for part in settings.chosen_parts()}
     for owner in [owner for owner in settings.options if owner in parts and owner not in chosen]:
         values = parts[owner].option_values(settings.options[owner])
-        names = [
-            f"{owner}.{name}"
-            for name in settings.options[owner]
-            if values[name] != parts[owner].default(name)
-        ]
+        names = [f"{owner}.{name}" for name in settings.options[owner] if values[name] != parts[owner].default(name)]
         if names:
             idle.setdefault("this run has no such part", []).extend(names)
     lines = [
-        f"{', '.join(names)} {'has' if len(names) == 1 else 'have'} no effect: {why}"
-        for why, names in idle.items()
+        f"{', '.join(names)} {'has' if len(names) == 1 else 'have'} no effect: {why}" for why, names in idle.items()
     ]
     if "BruteForce" not in settings.model.top_k_method:
         lines.append(
@@ -81,9 +76,7 @@ def _reason(settings: RunSettings, name: str) -> str | None:
         if isinstance(condition, (SuppliedTo, OptionOf)):
             registry = REGISTRIES[condition.kind]
             parts = [part for part in settings.chosen_parts() if part.registry is registry]
-            if isinstance(condition, OptionOf) and not any(
-                field in part.options.model_fields for part in parts
-            ):
+            if isinstance(condition, OptionOf) and not any(field in part.options.model_fields for part in parts):
                 return _no_part_uses(settings, registry, "has no such option")
             if isinstance(condition, SuppliedTo) and not any(
                 condition.name is None or condition.name in part.supplied for part in parts
@@ -122,9 +115,7 @@ def _unsupported_here(settings: RunSettings) -> list[str]:
         if settings.value(name)
     ]
     if asked and not has_bfloat16():
-        lines.append(
-            f"{', '.join(asked)}: this machine has no bfloat16 units; it is emulated and slower than float32"
-        )
+        lines.append(f"{', '.join(asked)}: this machine has no bfloat16 units; it is emulated and slower than float32")
     return lines
 
 

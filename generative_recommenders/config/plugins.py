@@ -70,16 +70,12 @@ def _load(source: str) -> Plugin:
         except Exception as error:  # of the package around a module, which is imported to find it
             raise _failed(source, error) from error
     if spec is None or spec.loader is None:
-        raise UserError(
-            f"--plugin: there is no module {source!r}; a file is named by its path, as ./{source}.py"
-        )
+        raise UserError(f"--plugin: there is no module {source!r}; a file is named by its path, as ./{source}.py")
     origin = Path(spec.origin or "")
     plugin = Plugin(source, name, hashlib.sha256(origin.read_bytes()).hexdigest() if origin.is_file() else "")
     if name in _LOADED:
         if _LOADED[name] != plugin:
-            raise UserError(
-                f"--plugin: {source} and {_LOADED[name].source} are both {name}, or it changed: rename one"
-            )
+            raise UserError(f"--plugin: {source} and {_LOADED[name].source} are both {name}, or it changed: rename one")
         return plugin
     _LOADED[name] = plugin  # before its parts are registered, which ask for it
     try:
@@ -104,6 +100,4 @@ def _failed(source: str, error: BaseException) -> BaseException:
     calls = traceback.walk_tb(error.__traceback__)
     lines = [line for frame, line in calls if frame.f_code.co_filename == source]
     place = f", line {lines[-1]}" if lines else ""
-    return UserError(
-        f"--plugin={source}{place}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    )
+    return UserError(f"--plugin={source}{place}: {type(error).__name__}: {' '.join(str(error).split())[:200]}")

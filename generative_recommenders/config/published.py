@@ -1,6 +1,7 @@
 """Published names that fill an option of the chosen part.
 
-The option, with its type, range and default, stands in the part's constructor. The published name stays its canonical one.
+The option, with its type, range and default, stands in the part's constructor. The published name stays its canonical
+one.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ from generative_recommenders.config.registry import (
 class Target:
     """An option that a published name fills, in each part of the registry that has it.
 
-    only: gin name of the one part that is filled, instead of what fills its kind. default: of the published programs, where it
-    is not the part's own. required: the choice changes what is learned, and is refused where the part has no such option;
-    others are said to have no effect.
+    only: gin name of the one part that is filled, instead of what fills its kind. default: of the published programs,
+    where it is not the part's own. required: the choice changes what is learned, and is refused where the part has no
+    such option; others are said to have no effect.
     """
 
     registry: Registry
@@ -74,7 +75,8 @@ PUBLISHED: dict[str, tuple[Target, ...]] = {
 
 
 def targets_in(part: Part) -> dict[str, Target]:
-    """Published name -> target, of the options that the part has; a target of this part alone goes before those of its kind."""
+    """Published name -> target, of the options that the part has; a target of this part alone goes before those of its
+    kind."""
     every = ((name, target) for name, targets in PUBLISHED.items() for target in targets)
     of_kind = [(name, target) for name, target in every if target.registry is part.registry]
     own = {name: target for name, target in of_kind if target.only == part.gin_name}

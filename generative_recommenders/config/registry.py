@@ -1,8 +1,9 @@
 """Registries of parts: a part is a class, and its constructor's keyword arguments are its options.
 
-A base class (or the registry) names in ``SUPPLIED`` what the program passes where a signature asks for it: widths, counts, and
-their like. Everything else in the signature is an option, with the type, range (``Annotated[int, Ge(1)]``) and default that
-stand there; gin binds it as ``GIN_NAME.OPTION``. An argument whose type is an `OptionGroup` stands for the options in it.
+A base class (or the registry) names in ``SUPPLIED`` what the program passes where a signature asks for it: widths,
+counts, and their like. Everything else in the signature is an option, with the type, range (``Annotated[int, Ge(1)]``)
+and default that stand there; gin binds it as ``GIN_NAME.OPTION``. An argument whose type is an `OptionGroup` stands for
+the options in it.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ Made = TypeVar("Made", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class Part:
-    """One entry of a registry. make: the class, or a function that makes the part; name: the first it was registered by."""
+    """One entry of a registry. make: the class, or a function that makes the part; name: the first it was registered
+    by."""
 
     name: str
     gin_name: str
@@ -96,9 +98,7 @@ class Part:
                     fields[name] = self._hints[name], ... if required else parameter.default
             return create_model(self.gin_name, __base__=StrictModel, **fields)
         except KeyError as error:
-            raise UserError(
-                f"{self.gin_name}: option {error.args[0]!r} needs a type in the signature"
-            ) from None
+            raise UserError(f"{self.gin_name}: option {error.args[0]!r} needs a type in the signature") from None
         except Exception as error:  # whatever a plug-in's annotations raise
             raise UserError(
                 f"{self.gin_name}: the types in its signature cannot be used: {first_line(error)}"
@@ -110,11 +110,10 @@ class Part:
         return {name: getattr(model, name) for name in self.options.model_fields}
 
     def checked(self, option: str, value: Any, called: str | None = None) -> Any:
-        """The value of one option, as `option_values` has it; others may be missing yet. called: what errors call it."""
+        """The value of one option, as `option_values` has it; others may be missing yet. called: what errors call
+        it."""
         if option not in self.options.model_fields:
-            raise UserError(
-                f"{self.gin_name} has no parameter {option!r}{nearest(option, self.options.model_fields)}"
-            )
+            raise UserError(f"{self.gin_name} has no parameter {option!r}{nearest(option, self.options.model_fields)}")
         return checked_value(called or f"{self.gin_name}.{option}", value, self.options.model_fields[option])
 
     def default(self, option: str) -> Any:
@@ -131,13 +130,9 @@ class Part:
         if missing := sorted(
             name for name in self.supplied - set(supplies) if self._parameters[name].default is no_default
         ):
-            raise UserError(
-                f"{self.gin_name} needs {', '.join(missing)}, which this program has no value for"
-            )
+            raise UserError(f"{self.gin_name} needs {', '.join(missing)}, which this program has no value for")
         passed = {name: supplies[name] for name in sorted(self.supplied & set(supplies))}
-        passed = {
-            name: value(options) if inspect.isfunction(value) else value for name, value in passed.items()
-        }
+        passed = {name: value(options) if inspect.isfunction(value) else value for name, value in passed.items()}
         for name, group in self.groups.items():
             options[name] = group(**{key: options.pop(group.prefix + key) for key in group.model_fields})
         try:
@@ -199,7 +194,8 @@ class Registry:
                 for other in registry.parts():
                     if other.gin_name == part.gin_name and not _same(other.make, make):
                         raise UserError(
-                            f"gin name {part.gin_name!r} of {self.kind} {name!r} is taken by {registry.kind} {other.name!r}"
+                            f"gin name {part.gin_name!r} of {self.kind} {name!r} is taken by {registry.kind} "
+                            f"{other.name!r}"
                         )
             self._parts.update(dict.fromkeys((name, *aliases), part))
             return make
@@ -237,9 +233,7 @@ def _registry(key: str, kind: str, setting: str, supplied: tuple[str, ...] = ())
     return REGISTRIES.setdefault(key, Registry(kind, setting, supplied))
 
 
-ENCODERS = _registry(
-    "encoders", "encoder", "train_fn.main_module", ("embedding_dim", "max_length", "query_encoder")
-)
+ENCODERS = _registry("encoders", "encoder", "train_fn.main_module", ("embedding_dim", "max_length", "query_encoder"))
 INPUT_PREPROCESSORS = _registry("input_preprocessors", "input preprocessor", "train_fn.input_preprocessor")
 OUTPUT_POSTPROCESSORS = _registry(
     "output_postprocessors", "output postprocessor", "train_fn.user_embedding_norm", ("embedding_dim",)

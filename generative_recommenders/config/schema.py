@@ -68,7 +68,8 @@ class RunSettings(Section):
     weighted_loss: WeightedLossSettings = Field(default_factory=WeightedLossSettings)
     similarity: SimilaritySettings = Field(default_factory=SimilaritySettings)
     published: dict[str, Any] = Field(default_factory=dict)
-    """Options of the chosen parts by their published names; see `config.published`. What is not given has its default."""
+    """Options of the chosen parts by their published names; see `config.published`. What is not given has its
+    default."""
     options: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Options by the parts' own gin names, those of plug-ins among them; what is not given has its default."""
 
@@ -121,8 +122,8 @@ class RunSettings(Section):
         return [(part, target) for part, target in targets if target is not None]
 
     def _differing_published(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """What is given by published names, checked, without that which the chosen parts have by default, or any part where
-        they lack the option. None is as good as not given.
+        """What is given by published names, checked, without that which the chosen parts have by default, or any part
+        where they lack the option. None is as good as not given.
         """
         kept = {}
         for name in [name for name, value in given.items() if value is not None]:
@@ -162,8 +163,8 @@ class RunSettings(Section):
         return bool(needed) and all(values[option] for option in needed)
 
     def value(self, gin_name: str) -> Any:
-        """The value of any name that gin binds, as ``train_fn.num_epochs`` or ``hstu_encoder.dqk``; its default where it is
-        not given. None for a part that is not registered and an option that is not given.
+        """The value of any name that gin binds, as ``train_fn.num_epochs`` or ``hstu_encoder.dqk``; its default where
+        it is not given. None for a part that is not registered and an option that is not given.
         """
         if gin_name in FIELDS:
             group, field = FIELDS[gin_name]
@@ -183,11 +184,7 @@ class RunSettings(Section):
         """The options of a part: its own, and those that published names fill where its own are not given."""
         own = dict(self.options.get(part.gin_name, {}))
         for published, target in targets_in(part).items():
-            value = (
-                self.value(published)
-                if published in FIELDS
-                else self.published.get(published, target.default)
-            )
+            value = self.value(published) if published in FIELDS else self.published.get(published, target.default)
             if value is not None:
                 own.setdefault(target.option, value)
         return own
@@ -216,10 +213,7 @@ class RunSettings(Section):
         if self.draws_negatives:
             sampler = self.negatives.sampling_strategy
             members = self._unchecked(NEGATIVE_SAMPLERS, sampler, "shares")  # of a mixture
-            chosen += [
-                (NEGATIVE_SAMPLERS, each)
-                for each in (sampler, *(members if isinstance(members, dict) else ()))
-            ]
+            chosen += [(NEGATIVE_SAMPLERS, each) for each in (sampler, *(members if isinstance(members, dict) else ()))]
         # Others, of a slip or of a plug-in that is not loaded, are named when they are built.
         return [registry[name] for registry, name in chosen if name in registry]
 
@@ -293,8 +287,8 @@ def _default(part: Part, target: Target) -> Any:
 
 
 def _differing(options: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Options without those that are the part's own defaults. Where a published name fills an option too, what is given stays:
-    it goes before the published one's value.
+    """Options without those that are the part's own defaults. Where a published name fills an option too, what is given
+    stays: it goes before the published one's value.
     """
     kept: dict[str, dict[str, Any]] = {owner: dict(given) for owner, given in options.items()}
     parts = parts_by_gin_name()
@@ -338,9 +332,7 @@ GROUPS: dict[str, type[Section]] = {
 """Groups of `RunSettings` and their classes."""
 
 FIELDS: dict[str, tuple[str, str]] = {
-    f"{kind.gin_name}.{field}": (group, field)
-    for group, kind in GROUPS.items()
-    for field in kind.model_fields
+    f"{kind.gin_name}.{field}": (group, field) for group, kind in GROUPS.items() for field in kind.model_fields
 }
 """The flat names, as ``train_fn.num_epochs``, and the group and field that each of them fills."""
 

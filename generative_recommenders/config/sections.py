@@ -1,7 +1,8 @@
 """Groups of settings: types, ranges and choices of their fields. The defaults are those of the published programs.
 
-A field has its published name; ``gin_name`` says before what. Several groups make up ``train_fn``. A field's docstring is its
-description in the documentation. Options of parts are no fields: they stand in the parts' constructors, see `config.published`.
+A field has its published name; ``gin_name`` says before what. Several groups make up ``train_fn``. A field's docstring
+is its description in the documentation. Options of parts are no fields: they stand in the parts' constructors, see
+`config.published`.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ class DataSettings(Section):
     """Which events are for validation and test: the last two of each user, only the last one, as in the published
     programs, or those after a quantile of all times."""
     catalogue: Catalogue = "rated"
-    """Negatives and candidates: the rated items, or all of the item table, as the published programs have it for MovieLens."""
+    """Negatives and candidates: the rated items, or all of the item table, as the published programs have it for
+    MovieLens."""
     max_sequence_length: Length = 200
     """Events of a history that the model reads, the newest ones."""
     gr_output_length: Annotated[int, Ge(0), Le(1 << 20)] = 10
@@ -57,8 +59,8 @@ class DataSettings(Section):
     positional_sampling_ratio: Annotated[float, Gt(0.0), Le(1.0)] = 1.0
     """Share of each history's events that an epoch trains on, drawn anew in each."""
     training_windows: TrainingWindows = "last"
-    """Targets trained on: the last max_sequence_length of each history, as in the published programs, or all, for which a
-    longer history is cut into several rows."""
+    """Targets trained on: the last max_sequence_length of each history, as in the published programs, or all, for which
+    a longer history is cut into several rows."""
     event_features: tuple[str, ...] = ()
     """Event columns that are inputs of the model, beside the items."""
 
@@ -76,10 +78,11 @@ class ModelSettings(Section):
     main_module: str = "SASRec"
     """The encoder: a name of ``--list=encoders``."""
     main_module_bf16: bool = False
-    """Item embeddings, the encoder's products and the scores in bfloat16, in training and evaluation. Weights, their updates
-    and sums stay float32, where the published programs keep everything in bfloat16."""
+    """Item embeddings, the encoder's products and the scores in bfloat16, in training and evaluation. Weights, their
+    updates and sums stay float32, where the published programs keep everything in bfloat16."""
     input_preprocessor: str = "LearnablePositionalEmbedding"
-    """Makes the encoder's inputs of item embeddings, positions and ratings: a name of ``--list=input_preprocessors``."""
+    """Makes the encoder's inputs of item embeddings, positions and ratings: a name of
+    ``--list=input_preprocessors``."""
     user_embedding_norm: str = "l2_norm"
     """Normalises the encoder's states before they are scored: a name of ``--list=output_postprocessors``."""
     interaction_module_type: str = "DotProduct"
@@ -156,7 +159,8 @@ class UpdateSettings(Section):
     num_warmup_steps: Count = 0
     """Steps over which the learning rate rises linearly from 0."""
     learning_rate_schedule: RateSchedule = "constant"
-    """Whether the learning rate stays as it is after the warm-up, or falls along half a cosine to 0 at the run's end."""
+    """Whether the learning rate stays as it is after the warm-up, or falls along half a cosine to 0 at the run's
+    end."""
     max_grad_norm: Positive | None = None
     """Gradients are clipped to this L2 norm over all of them; None for no clipping."""
 
@@ -186,15 +190,16 @@ class FineTuningSettings(Section):
     gin_name: ClassVar[str] = "train_fn"
 
     initialize_from: str | None = None
-    """A run's folder (its best checkpoint) or a checkpoint to start from; items and users are matched by their original ids."""
+    """A run's folder (its best checkpoint) or a checkpoint to start from; items and users are matched by their original
+    ids."""
     freeze: tuple[str, ...] = ()
     """Parameters that stay as they are, by their names or beginnings of names, as
     ``("items.table", "sequence.encoder.blocks.0")``."""
 
 
 class EvaluationSettings(Section):
-    """Evaluation. Every eval_interval steps a batch of users, and in epochs between full evaluations partial_eval_num_iters
-    batches, are drawn anew by the seed and scored."""
+    """Evaluation. Every eval_interval steps a batch of users, and in epochs between full evaluations
+    partial_eval_num_iters batches, are drawn anew by the seed and scored."""
 
     gin_name: ClassVar[str] = "train_fn"
 
@@ -205,8 +210,8 @@ class EvaluationSettings(Section):
     eval_users: PositiveInt | None = None
     """Number of users of each full evaluation, drawn by the seed; None for all users."""
     eval_bf16: bool = False
-    """The encoder's products in bfloat16 in evaluation alone, scores in float32; the published programs round states and items
-    instead."""
+    """The encoder's products in bfloat16 in evaluation alone, scores in float32; the published programs round states
+    and items instead."""
     eval_interval: Period = 100
     """Steps from one evaluation of a batch of users to the next."""
     full_eval_every_n: Period = 1
@@ -227,7 +232,8 @@ class CheckpointSettings(Section):
     gin_name: ClassVar[str] = "train_fn"
 
     save_ckpt_every_n: Period = 1000
-    """Epochs from one checkpoint to the next, counted from 0 as published, beside those by minutes and of best epochs."""
+    """Epochs from one checkpoint to the next, counted from 0 as published, beside those by minutes and of best
+    epochs."""
     keep_checkpoints: PositiveInt = 3
     """How many of the newest checkpoints are kept, beside the best one."""
     checkpoint_minutes: Positive = 15.0
@@ -269,7 +275,7 @@ class SimilaritySettings(Section):
     gin_name: ClassVar[str] = "get_similarity_function"
 
     bf16_training: Annotated[bool, OptionOf("similarities")] = False
-    """A mixture of logits multiplies in bfloat16, in evaluation too, as ``train_fn.main_module_bf16`` has it do; False leaves
-    the similarity's own option."""
+    """A mixture of logits multiplies in bfloat16, in evaluation too, as ``train_fn.main_module_bf16`` has it do; False
+    leaves the similarity's own option."""
     activation_checkpoint: Annotated[bool, OptionOf("similarities")] = False
     """A mixture of logits computes its activations again in the backward pass; False leaves its own option."""

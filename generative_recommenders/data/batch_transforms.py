@@ -15,10 +15,10 @@ from generative_recommenders.errors import UserError
 def next_token_batch(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Histories ``[B, N + 1]`` split into what training sees and what it predicts.
 
-    For every column of the shape of ``item_ids``, by its name (``ids`` for that one): ``past_NAME [B, N]``, the events before
-    the last one (0 after them), and ``target_NAME [B, N]``, the event after each of them (0 where there is none). ``lengths``
-    becomes ``past_lengths [B]`` = lengths - 1, at least 0; ``next_timestamps [B]`` is the time of the last target, 0 for an
-    empty row. Every other column stays. ``UserError`` for a rectangle of one column.
+    For every column of the shape of ``item_ids``, by its name (``ids`` for that one): ``past_NAME [B, N]``, the events
+    before the last one (0 after them), and ``target_NAME [B, N]``, the event after each of them (0 where there is
+    none). ``lengths`` becomes ``past_lengths [B]`` = lengths - 1, at least 0; ``next_timestamps [B]`` is the time of
+    the last target, 0 for an empty row. Every other column stays. ``UserError`` for a rectangle of one column.
     """
     shape = batch["item_ids"].shape
     if shape[1] < 2:

@@ -1,4 +1,5 @@
-"""Export of a prepared data set: events by original ids as Parquet, or sequences in the text format of `readers.exchange`."""
+"""Export of a prepared data set: events by original ids as Parquet, or sequences in the text format of
+`readers.exchange`."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ EVENTS_AT_ONCE = 1 << 20
 
 
 def export_text(dataset: SequenceDataset, path: str | Path) -> None:
-    """Write ``dataset`` to the file ``path``, through a temporary name beside it; warnings name what the format cannot hold."""
+    """Write ``dataset`` to the file ``path``, through a temporary name beside it; warnings name what the format cannot
+    hold."""
     with new_file(Path(path)) as scratch, scratch.open("wb") as out:
         out.write((",".join(HEADER) + "\n").encode())
         for first, last in user_blocks(dataset.offsets, EVENTS_AT_ONCE):
@@ -76,8 +78,8 @@ def export_parquet(dataset: SequenceDataset, path: str | Path) -> None:
 
 
 def event_table(dataset: SequenceDataset, texts: Mapping[str, pa.ChunkedArray], events: slice) -> pa.Table:
-    """A row an event: ``user``, ``item`` (strings), ``rating`` and ``timestamp`` where there are any, and the further columns,
-    null where a value is missing. texts: of `SequenceDataset.texts`."""
+    """A row an event: ``user``, ``item`` (strings), ``rating`` and ``timestamp`` where there are any, and the further
+    columns, null where a value is missing. texts: of `SequenceDataset.texts`."""
     rows = np.searchsorted(dataset.offsets, np.arange(events.start, events.stop), side="right") - 1
     columns = {"user": texts["user"].take(pa.array(rows)).cast(pa.large_string())}
     for name, kind in dataset.manifest.kinds.items():

@@ -20,9 +20,7 @@ def align(owner: str, ids: pa.Array, raw: pa.Table | None) -> tuple[pa.Table, li
     if raw is None:
         return pa.table({owner: ids}), []
     if owner not in raw.column_names:
-        raise UserError(
-            f"the features of {owner}s have no column {owner!r}; they have: {', '.join(raw.column_names)}"
-        )
+        raise UserError(f"the features of {owner}s have no column {owner!r}; they have: {', '.join(raw.column_names)}")
     rows = pc.index_in(ids, value_set=large_strings(raw[owner]))
     if rows.null_count:
         logging.warning("%d of %d %ss have no features; theirs are empty", rows.null_count, len(ids), owner)
@@ -31,7 +29,8 @@ def align(owner: str, ids: pa.Array, raw: pa.Table | None) -> tuple[pa.Table, li
 
 
 def unrated_items(ids: pa.Array, raw: pa.Table) -> pa.Table:
-    """Rows like those of `align` for the items of ``raw`` that are not among ``ids``, in the order of their original ids."""
+    """Rows like those of `align` for the items of ``raw`` that are not among ``ids``, in the order of their original
+    ids."""
     named = pc.unique(large_strings(raw["item"]))
     others = named.filter(pc.invert(pc.is_in(named, value_set=ids)))
     return align("item", others.take(pc.sort_indices(others)), raw)[0]

@@ -13,15 +13,14 @@ from generative_recommenders.errors import UserError
 
 
 def read_columns(path: Path, columns: Sequence[str]) -> pa.Table:
-    """The columns of a file, or of all .parquet files of a folder, memory-mapped; UserError where there is none such."""
+    """The columns of a file, or of all .parquet files of a folder, memory-mapped; UserError where there is none
+    such."""
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
     if not files or not files[0].is_file():
         raise UserError(f"there is no Parquet file at {path}")
     try:
         require_columns(pq.read_schema(files[0]).names, columns, path)
-        return pa.concat_tables(
-            [pq.read_table(file, columns=list(columns), memory_map=True) for file in files]
-        )
+        return pa.concat_tables([pq.read_table(file, columns=list(columns), memory_map=True) for file in files])
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path} cannot be read as Parquet: {error}") from error
 
@@ -36,13 +35,13 @@ def require_columns(names: Sequence[str], columns: Sequence[str], where: object)
 def padded(column: pa.Array, shape: tuple[int, ...], padding: float) -> tuple[np.ndarray, np.ndarray]:
     """Values ``[n, *shape]`` and a mask like them, True = real; lists keep their last entries, to the right.
 
-    int64, float32 or bool. ValueError where there are more or fewer levels of lists than the shape has, or empty values.
+    int64, float32 or bool. ValueError where there are more or fewer levels of lists than the shape has, or empty
+    values.
     """
     lists = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
     if lists != bool(shape):
         raise ValueError(
-            f"it holds {column.type}, and its metadata "
-            + (f"say shape {list(shape)}" if shape else "name no shape")
+            f"it holds {column.type}, and its metadata " + (f"say shape {list(shape)}" if shape else "name no shape")
         )
     if column.null_count:
         raise ValueError(f"{column.null_count} values are empty")
@@ -55,11 +54,12 @@ def padded(column: pa.Array, shape: tuple[int, ...], padding: float) -> tuple[np
     bounds = column.offsets.to_numpy()
     inner, real = padded(column.values[bounds[0] : bounds[-1]], shape[1:], padding)
     bounds = bounds - bounds[0]
-    # Counted back from each list's end, so that its last entries stand on the right; places before its begin are padding.
+    # Counted back from each list's end, so that its last entries stand on the right; places before its begin are
+    # padding.
     places = bounds[1:, None] - shape[0] + np.arange(shape[0])
     mask = places >= bounds[:-1, None]
     blank = np.full((1, *inner.shape[1:]), padding, inner.dtype)
     places = np.where(mask, places, len(inner))  # the last row of what follows is padding
-    return np.concatenate([inner, blank])[places], np.concatenate(
-        [real, np.zeros_like(real, shape=blank.shape)]
-    )[places]
+    return np.concatenate([inner, blank])[places], np.concatenate([real, np.zeros_like(real, shape=blank.shape)])[
+        places
+    ]

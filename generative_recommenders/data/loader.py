@@ -1,7 +1,7 @@
 """Batches from flat columns: vectorised, deterministic, the same whatever the number of processes.
 
-A global batch is a run of consecutive users of the epoch's order; a process takes a run of its rows. Nothing here loops over
-users in Python, and a batch depends on (seed, epoch, step) alone.
+A global batch is a run of consecutive users of the epoch's order; a process takes a run of its rows. Nothing here loops
+over users in Python, and a batch depends on (seed, epoch, step) alone.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from generative_recommenders.data.store import SequenceDataset
 class LoadedBatch:
     """A process's rows of one global batch.
 
-    columns: ``user_ids [B]``, ``lengths [B]``, ``item_ids [B, W]`` and, where the data have them, ``timestamps [B, W]``,
+    columns: ``user_ids [B]``, ``lengths [B]``, ``item_ids [B, W]`` and, where the data have them,
+    ``timestamps [B, W]``,
         int64, ``ratings [B, W]``, float32, and further event columns by name (see
         `schema.EventColumn.scaled`); right-padded with 0. first_row: place of row 0 in the global batch.
-        first_token: how many next-item targets the rows before have (see `SequenceLoader`). first_last_target: how many of the
-        rows before have any. step: place in the epoch.
+        first_token: how many next-item targets the rows before have (see `SequenceLoader`). first_last_target: how many
+        of the rows before have any. step: place in the epoch.
     """
 
     columns: dict[str, torch.Tensor]
@@ -67,7 +68,8 @@ def cut_histories(
 def query_histories(
     dataset: SequenceDataset, users: np.ndarray, stops: np.ndarray, width: int
 ) -> dict[str, torch.Tensor]:
-    """`cut_histories`, to recommend what comes next: the time of the request, ``next_timestamps``, is the last event's."""
+    """`cut_histories`, to recommend what comes next: the time of the request, ``next_timestamps``, is the last
+    event's."""
     columns = cut_histories(dataset, users, stops, width)
     if "timestamps" in columns:
         last = (columns["lengths"] - 1).clamp(min=0)[:, None]
@@ -97,9 +99,9 @@ class SequenceLoader:
     """Training batches: of every user the last ``max_length + 1`` training events, so up to max_length targets each.
 
     batch_size: rows a process. sampling_ratio: share of each history kept, drawn anew each epoch, before truncation.
-    windows: "all" cuts longer histories into rows of max_length targets, from the last target on, so that every event but a
-    user's first is a target once an epoch; "last" takes the last row alone. Users with fewer than 2 training events give
-    nothing to learn and are left out.
+    windows: "all" cuts longer histories into rows of max_length targets, from the last target on, so that every event
+    but a user's first is a target once an epoch; "last" takes the last row alone. Users with fewer than 2 training
+    events give nothing to learn and are left out.
     """
 
     def __init__(
@@ -153,9 +155,7 @@ class SequenceLoader:
             lengths = np.minimum(stops, self.width)
         targets = np.maximum(lengths - 1, 0)
         before = targets[: bounds[0]]
-        return LoadedBatch(
-            columns, step, bounds[0], int(before.sum()), int(targets.sum()), int((before > 0).sum())
-        )
+        return LoadedBatch(columns, step, bounds[0], int(before.sum()), int(targets.sum()), int((before > 0).sum()))
 
     def _generator(self, epoch: int, purpose: int) -> np.random.Generator:
         # purpose 0 is the order of an epoch, 1 + step the sampling of a step: no state to save, whatever is resumed.
@@ -163,11 +163,12 @@ class SequenceLoader:
 
 
 class EvaluationLoader:
-    """Histories and targets of the users that have one, in user order; batches are the same for any number of processes.
+    """Histories and targets of the users that have one, in user order; batches are the same for any number of
+    processes.
 
-    targets: ``[U]`` position of each user's target in the sequence, -1 for none. users: ``[n]`` those to take, rising; all that
-    have a target unless given. Process r gets batches r, r + world_size, ... Adds ``target_ids``, ``next_timestamps`` and, for
-    losses and metrics alone, the target's other columns as ``target_*``, all ``[B]``.
+    targets: ``[U]`` position of each user's target in the sequence, -1 for none. users: ``[n]`` those to take, rising;
+    all that have a target unless given. Process r gets batches r, r + world_size, ... Adds ``target_ids``,
+    ``next_timestamps`` and, for losses and metrics alone, the target's other columns as ``target_*``, all ``[B]``.
     """
 
     def __init__(
@@ -210,8 +211,8 @@ class EvaluationLoader:
 
 
 class Histories:
-    """Whole histories of a batch of users, event after event, read when asked for: ``histories["item_ids"]`` and the other
-    columns of a batch are ``[T]``, without padding, so that one long history costs its own events alone.
+    """Whole histories of a batch of users, event after event, read when asked for: ``histories["item_ids"]`` and the
+    other columns of a batch are ``[T]``, without padding, so that one long history costs its own events alone.
     """
 
     def __init__(self, dataset: SequenceDataset, users: np.ndarray, stops: np.ndarray) -> None:
@@ -231,7 +232,8 @@ class Histories:
 
 
 def prefetch(batches: Iterator, depth: int) -> Iterator:
-    """The same batches, up to ``depth`` of them made ahead in a thread; errors are raised where they would have been."""
+    """The same batches, up to ``depth`` of them made ahead in a thread; errors are raised where they would have
+    been."""
     if depth < 1:
         yield from batches
         return

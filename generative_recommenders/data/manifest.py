@@ -83,15 +83,15 @@ _Lengths = Annotated[dict[StrictStr, _Number], AfterValidator(_numbers("min", "m
 class Manifest:
     """What a prepared folder says about itself.
 
-    counts_before: events, users, items as read. counts: the same after the filter; ``unrated_items`` where features of items
-    tell of more than were rated, and no filter left any out. lengths: min, median,
+    counts_before: events, users, items as read. counts: the same after the filter; ``unrated_items`` where features of
+    items tell of more than were rated, and no filter left any out. lengths: min, median,
     mean, max of the users' sequences. data_hash: see ``digests``. source: where the ratings came from.
     tables: sha256 of ``items.parquet`` and ``users.parquet``, which hold ids and features; empty in folders of
     programs that did not write it. split_hashes: by protocol, those that fit the columns; empty likewise. They
     leave the tables out: they are of the events alone, whichever engine and Parquet writer made the folder.
-    event_columns: further columns of the events. columns_hash: of their values; "" without any. statistics: numbers that a
-    summary shows (duplicates, ties, repeated and unseen targets), by name. choices: how events were ordered and kept
-    (``tie_order``, ``duplicates``, and what makes them reproducible), by name.
+    event_columns: further columns of the events. columns_hash: of their values; "" without any. statistics: numbers
+    that a summary shows (duplicates, ties, repeated and unseen targets), by name. choices: how events were ordered and
+    kept (``tie_order``, ``duplicates``, and what makes them reproducible), by name.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -116,7 +116,8 @@ class Manifest:
 
     @property
     def kinds(self) -> dict[str, str]:
-        """Columns of the events that the folder holds, with their kinds: item, rating, timestamp and the further ones."""
+        """Columns of the events that the folder holds, with their kinds: item, rating, timestamp and the further
+        ones."""
         there = {"item": True, "rating": self.has_ratings, "timestamp": self.has_timestamps}
         known = {name: kind for name, kind in KNOWN_KINDS.items() if there[name]}
         return known | {each.name: each.kind for each in self.event_columns}

@@ -1,6 +1,7 @@
 """Columns of events: the four that every data set knows by name, and further ones by their kind.
 
-The one place that says how a kind is read, stored, hashed and given to models. A column of any name needs no other code.
+The one place that says how a kind is read, stored, hashed and given to models. A column of any name needs no other
+code.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ STORED: dict[str, np.dtype[Any]] = {
 }
 """The type in a prepared folder: ids 1..C of the vocabulary, numbers, seconds; 0, NaN and 0 where missing."""
 _RESERVED = {
-    *KNOWN, "ratings", "timestamps", "next_timestamps", "user_ids", "item_ids", "ids", "lengths", "events", "users", "items",
+    *KNOWN, "ratings", "timestamps", "next_timestamps", "user_ids", "item_ids", "ids", "lengths", "events", "users",
+    "items",
 }  # fmt: skip
 
 
@@ -34,8 +36,8 @@ _RESERVED = {
 class EventColumn:
     """A further column of a prepared data set.
 
-    cardinality: C, values of its vocabulary (0 unless categorical). mean, std: of the values that are there, by which models
-    see a number or time; over all prepared events, whatever the split.
+    cardinality: C, values of its vocabulary (0 unless categorical). mean, std: of the values that are there, by which
+    models see a number or time; over all prepared events, whatever the split.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -47,23 +49,25 @@ class EventColumn:
     std: Annotated[StrictFloat, Field(gt=0)] = 1.0
 
     def scaled(self, values: np.ndarray) -> np.ndarray:
-        """Stored values as batches hold them: ids int64, numbers float32 with mean 0 and variance 1, seconds int64; the fill,
-        which stands where a value is missing, padded or hidden, is 0."""
+        """Stored values as batches hold them: ids int64, numbers float32 with mean 0 and variance 1, seconds int64; the
+        fill, which stands where a value is missing, padded or hidden, is 0."""
         if self.kind != "numerical":
             return values.astype(np.int64)
         return np.nan_to_num((values - np.float32(self.mean)) / np.float32(self.std), nan=0.0)
 
 
 def event_kinds(schema: pa.Schema) -> dict[str, str]:
-    """The columns of a table of events but the user, with their kinds; UserError for a name that batches use otherwise."""
+    """The columns of a table of events but the user, with their kinds; UserError for a name that batches use
+    otherwise."""
     kind_of = {each: kind for kind, each in KINDS.items()}
     kinds = {field.name: kind_of[field.type] for field in schema if field.name != "user"}
     for name, kind in kinds.items():
         odd = not re.fullmatch(r"[A-Za-z]\w*", name) or name.startswith(("past_", "target_"))
         if name not in KNOWN and (odd or name in _RESERVED):
             raise UserError(
-                f"--columns: an event column cannot be called {name!r}; choose a word of letters, digits and _ that is none "
-                f"of {', '.join(sorted(_RESERVED))} and begins with neither past_ nor target_, as NAME={name}:{kind}"
+                f"--columns: an event column cannot be called {name!r}; choose a word of letters, digits and _ that is "
+                f"none of {', '.join(sorted(_RESERVED))} and begins with neither past_ nor target_, "
+                f"as NAME={name}:{kind}"
             )
     return kinds
 

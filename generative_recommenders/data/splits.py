@@ -89,16 +89,14 @@ def _targets(dataset: SequenceDataset, protocol: str) -> tuple[np.ndarray, np.nd
     lengths = dataset.lengths
     if protocol == "global_time":
         if dataset.timestamps is None:
-            raise UserError(
-                f"{dataset.folder}: protocol global_time needs timestamps, and this data set has none"
-            )
-        # In integers, as 0.8 is no binary fraction: the place, from 0, up to which at least that share of all events lies.
+            raise UserError(f"{dataset.folder}: protocol global_time needs timestamps, and this data set has none")
+        # In integers, as 0.8 is no binary fraction: the place, from 0, up to which at least that share of all events
+        # lies.
         ranks = [-(-len(dataset.timestamps) * tenths // 10) - 1 for tenths in _CUT_TENTHS]
         ordered = np.partition(dataset.timestamps, ranks)
         # Times rise within a user, and every user has an event: the events up to a cut are a prefix of each sequence.
         stops, test = (
-            np.add.reduceat(dataset.timestamps <= ordered[rank], dataset.offsets[:-1], dtype=np.int64)
-            for rank in ranks
+            np.add.reduceat(dataset.timestamps <= ordered[rank], dataset.offsets[:-1], dtype=np.int64) for rank in ranks
         )
         return stops, np.where(stops < test, stops, -1), np.where(test < lengths, test, -1)
     held_out = 2 if protocol == "leave_one_out" else 1
@@ -127,9 +125,7 @@ def training_events(offsets: np.ndarray, train_stops: np.ndarray) -> np.ndarray:
     """
     lengths = np.diff(offsets)
     if len(train_stops) != len(lengths) or (train_stops > lengths).any():
-        raise UserError(
-            "train_stops: needs one value a user, at most the user's number of events; remake the split"
-        )
+        raise UserError("train_stops: needs one value a user, at most the user's number of events; remake the split")
     # Running counts of users whose training has begun and not ended, 0 or 1: a byte an event, whatever the size.
     running = np.zeros(offsets[-1] + 1, np.int8)
     np.add.at(running, offsets[:-1], 1)

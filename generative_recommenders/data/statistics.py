@@ -1,5 +1,6 @@
-"""Statistics of a prepared data set: what says how far its numbers can be trusted (duplicates, ties in time, repeated targets),
-and the curves of an audit (lengths, popularity, times of training and test events, every column of the events).
+"""Statistics of a prepared data set: what says how far its numbers can be trusted (duplicates, ties in time, repeated
+targets), and the curves of an audit (lengths, popularity, times of training and test events, every column of the
+events).
 
 All is counted in passes over the flat columns, so that memory stays that of the catalogue and the users.
 """
@@ -22,7 +23,8 @@ IN_ORDER = 0.95
 _FEWEST_PAIRS = 10  # of fewer a share says nothing
 _MOST_PAIRS = 1 << 20  # of which keys are held in memory
 _USERS_OWN_ORDER = 0.8
-"""Agreement of pairs that are not tied from which on users themselves take items in one order, as volumes of a series."""
+"""Agreement of pairs that are not tied from which on users themselves take items in one order, as volumes of a
+series."""
 MANY_REPEATS = 0.01
 QUANTILES = (0, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1)
 TOP_SHARES = (0.001, 0.01, 0.05, 0.1, 0.2, 0.5)
@@ -34,7 +36,8 @@ _TIME_BINS, _SHOWN_BINS = 10_000, 50
 def sequence_statistics(dataset: SequenceDataset, tied: np.ndarray | None) -> dict[str, float]:
     """Counts for the manifest; targets are those of leave-one-out.
 
-    tied: ``[E]`` bool, the event has the time of its user's previous one, to the precision of the raw file; None without times.
+    tied: ``[E]`` bool, the event has the time of its user's previous one, to the precision of the raw file; None
+    without times.
     """
     found = dict.fromkeys(("consecutive_repeats", *("duplicates", "tied_events") * (tied is not None)), 0)
     rankings = [] if tied is None else _item_rankings(dataset)
@@ -80,12 +83,10 @@ def sequence_statistics(dataset: SequenceDataset, tied: np.ndarray | None) -> di
 
 
 def _item_rankings(dataset: SequenceDataset) -> list[np.ndarray]:
-    """Orders of items that a file may be sorted by, ``[V + 1]`` each: of the ids as texts, and as texts with a number, which
-    ignores case."""
+    """Orders of items that a file may be sorted by, ``[V + 1]`` each: of the ids as texts, and as texts with a number,
+    which ignores case."""
     ids = pl.DataFrame({"id": pl.Series(dataset.original_item_ids())})
-    parts = (
-        pl.col("id").str.to_lowercase().str.extract_groups(r"^(?<head>\D*)(?<number>\d{0,18})(?<tail>.*)$")
-    )
+    parts = pl.col("id").str.to_lowercase().str.extract_groups(r"^(?<head>\D*)(?<number>\d{0,18})(?<tail>.*)$")
     number = pl.col("number").cast(pl.Int64, strict=False).fill_null(-1)
     order = ids.select(parts.struct.unnest()).select(pl.arg_sort_by("head", number, "tail")).to_series()
     rank = np.zeros(dataset.num_items + 1, np.int64)
@@ -101,8 +102,8 @@ def _pair_keys(items: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 def _agreement(pairs: list[np.ndarray]) -> float:
-    """The share of pairs seen before that come in the order in which the two mostly come: 1 where some order of all items
-    rules, about half for chance; 0 where too few come again. pairs: `_pair_keys`."""
+    """The share of pairs seen before that come in the order in which the two mostly come: 1 where some order of all
+    items rules, about half for chance; 0 where too few come again. pairs: `_pair_keys`."""
     keys, counts = np.unique(np.concatenate([np.empty(0, np.int64), *pairs]), return_counts=True)
     _, first = np.unique(keys // 2, return_index=True)
     if not len(first):
@@ -165,7 +166,8 @@ def statistics_lines(manifest: Manifest) -> list[str]:
     )
     if found["repeated_test_targets"] > MANY_REPEATS * found["test_users"]:
         lines.append(
-            "warning: repeated targets count as misses under the seen filters history and window; where repeats are to be "
+            "warning: repeated targets count as misses under the seen filters history and window; "
+            "where repeats are to be "
             'predicted, train and evaluate with train_fn.seen_filter = "none"'
         )
     return lines
@@ -178,14 +180,14 @@ def tie_lines(manifest: Manifest) -> list[str]:
         return []
     following = manifest.counts["events"] - manifest.counts["users"]
     lines = [
-        f"ties: {_share(found['tied_events'], following)} of the events share the time of their user's previous event, and "
-        f"{_share(found['tied_test_targets'], found['test_users'])} of the test targets; "
+        f"ties: {_share(found['tied_events'], following)} of the events share the time of their user's previous event, "
+        f"and {_share(found['tied_test_targets'], found['test_users'])} of the test targets; "
         f"--tie_order={manifest.choices['tie_order']}"
     ]
     if found.get("tied_pairs_in_item_order", 0) >= IN_ORDER:
         lines.append(
-            "warning: the file is sorted by item inside ties, so that the order of items gives targets away: prepare it with "
-            "--tie_order=random"
+            "warning: the file is sorted by item inside ties, so that the order of items gives targets away: prepare "
+            "it with --tie_order=random"
         )
     return lines
 
@@ -206,7 +208,8 @@ def length_curve(dataset: SequenceDataset) -> dict[str, Any]:
 
 
 def popularity_curve(dataset: SequenceDataset) -> dict[str, Any]:
-    """Distribution of events over items: the share of the most popular, Gini's coefficient, and counts by rank for the plot."""
+    """Distribution of events over items: the share of the most popular, Gini's coefficient, and counts by rank for the
+    plot."""
     counts = np.zeros(dataset.num_items + 1, np.int64)
     for first, last in dataset.user_blocks():
         items = dataset.items[int(dataset.offsets[first]) : int(dataset.offsets[last])]
@@ -227,8 +230,8 @@ def timeline(dataset: SequenceDataset, split: Split) -> dict[str, Any] | None:
     """When training events and targets happened, over all users; None without times.
 
     Where each user's last event is the target, most users' training events are later than many users' targets: what was
-    popular after a target is known to the model that is asked for it. ``training_later_than_test`` is the share of training
-    events later than a test target, in the mean over the targets.
+    popular after a target is known to the model that is asked for it. ``training_later_than_test`` is the share of
+    training events later than a test target, in the mean over the targets.
     """
     times = dataset.timestamps
     if times is None:

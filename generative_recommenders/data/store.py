@@ -41,10 +41,10 @@ VERIFY_EVENTS = 1 << 21
 class SequenceDataset:
     """A prepared folder.
 
-    items: ``[E]`` int32, internal ids 1..V. ratings: ``[E]`` float32 or None. timestamps: ``[E]`` int64
-    seconds or None. offsets: ``[U + 1]`` int64; user u (0-based) owns events ``offsets[u]`` to ``offsets[u +
-    1]``, oldest first. extra: further columns of the events, ``[E]``, by name, see `schema.STORED`. unrated: items after the
-    rated ones that belong to the catalogue, see `with_catalogue`.
+    items: ``[E]`` int32, internal ids 1..V. ratings: ``[E]`` float32 or None. timestamps: ``[E]`` int64 seconds or
+    None. offsets: ``[U + 1]`` int64; user u (0-based) owns events ``offsets[u]`` to ``offsets[u + 1]``, oldest first.
+    extra: further columns of the events, ``[E]``, by name, see `schema.STORED`. unrated: items after the rated ones
+    that belong to the catalogue, see `with_catalogue`.
     """
 
     folder: Path
@@ -62,8 +62,7 @@ class SequenceDataset:
         folder = Path(folder)
         manifest = read_manifest(folder)
         maps: dict[str, np.ndarray] = {
-            name: np.memmap(column_file(folder, name, kind), STORED[kind], "r")
-            for name, kind in manifest.kinds.items()
+            name: np.memmap(column_file(folder, name, kind), STORED[kind], "r") for name, kind in manifest.kinds.items()
         }
         offsets = np.memmap(folder / OFFSETS, "<i8", "r")
         # The one column that is read whole: places of events are taken from it unchecked afterwards.
@@ -88,8 +87,8 @@ class SequenceDataset:
         # Under a filter there never are any: items that it left out are no candidates.
         if "unrated_items" not in counts and manifest.filter == "none" and self.feature_specs("item"):
             raise UserError(
-                f"{self.folder}: prepared by a release that kept no items without ratings, which train_fn.catalogue 'all' asks "
-                "for; prepare the data again"
+                f"{self.folder}: prepared by a release that kept no items without ratings, which train_fn.catalogue "
+                "'all' asks for; prepare the data again"
             )
         return replace(self, unrated=counts.get("unrated_items", 0))
 
@@ -110,7 +109,8 @@ class SequenceDataset:
 
     @property
     def columns(self) -> dict[str, np.ndarray]:
-        """``[E]`` by name, as `Manifest.kinds` lists them: item, rating, timestamp and the further columns, as stored."""
+        """``[E]`` by name, as `Manifest.kinds` lists them: item, rating, timestamp and the further columns, as
+        stored."""
         known = {"item": self.items, "rating": self.ratings, "timestamp": self.timestamps}
         return {**{name: values for name, values in known.items() if values is not None}, **self.extra}
 
@@ -120,7 +120,8 @@ class SequenceDataset:
         return np.diff(self.offsets)
 
     def user_blocks(self) -> Iterator[tuple[int, int]]:
-        """First and last (exclusive) of consecutive users who have about as many events together as are held at once."""
+        """First and last (exclusive) of consecutive users who have about as many events together as are held at
+        once."""
         return user_blocks(self.offsets, CHUNK_EVENTS)
 
     def original_user_ids(self) -> pa.ChunkedArray:
@@ -175,9 +176,7 @@ class SequenceDataset:
         """Read everything and compare with the hashes; UserError if it was changed. Takes seconds."""
         for name, checksum in self.manifest.tables.items():
             if file_digest(self.folder / name, "sha256") != checksum:
-                raise UserError(
-                    f"{self.folder / name}: not the file that was prepared; prepare the data again"
-                )
+                raise UserError(f"{self.folder / name}: not the file that was prepared; prepare the data again")
         for owner in ("item", "user"):
             features = self._features(owner)
             if features is not None and describe(owner, features) != self.feature_specs(owner):
@@ -189,9 +188,7 @@ class SequenceDataset:
         texts = {name: large_strings(values) for name, values in self.texts().items()}
         for name in self.extra.keys() & texts.keys():
             if self.extra[name].min() < 0 or self.extra[name].max() > len(texts[name]):
-                raise UserError(
-                    f"{self.folder}: ids of {name} outside 0..{len(texts[name])}; prepare the data again"
-                )
+                raise UserError(f"{self.folder}: ids of {name} outside 0..{len(texts[name])}; prepare the data again")
         digests = EventDigests(texts, self.manifest.kinds)
         for first in range(0, self.num_events, VERIFY_EVENTS):
             part = slice(first, min(first + VERIFY_EVENTS, self.num_events))
@@ -210,9 +207,7 @@ def _check_rows(path: Path, expected: int) -> None:
         metadata = pq.read_metadata(path)
     check_parquet(path, metadata)
     if metadata.num_rows != expected:
-        raise UserError(
-            f"{path}: {metadata.num_rows} rows, the manifest says {expected}; prepare the data again"
-        )
+        raise UserError(f"{path}: {metadata.num_rows} rows, the manifest says {expected}; prepare the data again")
 
 
 @contextmanager

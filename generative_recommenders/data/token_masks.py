@@ -12,7 +12,8 @@ from torch import Tensor
 from generative_recommenders.ops.counter_random import CounterDraws
 
 Draws: TypeAlias = torch.Generator | CounterDraws | None
-"""Where random choices come from: a generator, numbered rows (the same whatever else is drawn), or torch's own generator."""
+"""Where random choices come from: a generator, numbered rows (the same whatever else is drawn), or torch's own
+generator."""
 
 
 def uniform(shape: Sequence[int], device: torch.device, draws: Draws) -> Tensor:

@@ -1,7 +1,7 @@
 """Collective operations over the processes of a run, and their form on a single process.
 
-Objectives and evaluation take a `Collectives` object and so stay free of torch.distributed; the form that talks to other
-processes is `distributed.process_group.ProcessGroup`.
+Objectives and evaluation take a `Collectives` object and so stay free of torch.distributed; the form that talks to
+other processes is `distributed.process_group.ProcessGroup`.
 """
 
 from __future__ import annotations
@@ -65,16 +65,16 @@ class Collectives:
     def exchange(
         self, tensor: torch.Tensor, counts: list[int], expected: list[int] | None = None
     ) -> tuple[torch.Tensor, list[int]]:
-        """All-to-all. tensor: ``[sum of counts, ...]``, so many rows for each process, in rank order. Returns what each of them
-        has for this one, in rank order, and how many rows; expected: these numbers, where they are known.
+        """All-to-all. tensor: ``[sum of counts, ...]``, so many rows for each process, in rank order. Returns what each
+        of them has for this one, in rank order, and how many rows; expected: these numbers, where they are known.
 
         No gradient flows through it.
         """
         return tensor.detach(), counts
 
     def send_(self, tensor: torch.Tensor, source: int, target: int) -> torch.Tensor:
-        """Overwrites a contiguous tensor (dtype and shape equal on both) of one process with another one's; returns it. Only
-        these two need to call."""
+        """Overwrites a contiguous tensor (dtype and shape equal on both) of one process with another one's; returns it.
+        Only these two need to call."""
         return tensor
 
     def barrier(self) -> None:

@@ -1,4 +1,5 @@
-"""Launch of a run's processes: this one, several on this host by torch.multiprocessing, or those of torchrun or SLURM."""
+"""Launch of a run's processes: this one, several on this host by torch.multiprocessing, or those of torchrun or
+SLURM."""
 
 from __future__ import annotations
 
@@ -62,13 +63,13 @@ class Job:
     timeout: timedelta
 
     def work(self, rank: int) -> int:
-        """The worker's exit code, after a barrier: an early exit would look like a lost peer to the others, of which one may
-        still be writing the checkpoint."""
+        """The worker's exit code, after a barrier: an early exit would look like a lost peer to the others, of which
+        one may still be writing the checkpoint."""
         code = self.worker(rank, self.world_size, *self.args)
         if code in (0, INTERRUPTED):
             process_collectives(process_device(self.device_type)).barrier()
-            # DDP's reducer owns the process group too. Were it the last to go, it would wait, with the interpreter's lock in
-            # hand, for a thread of the group that waits for that lock.
+            # DDP's reducer owns the process group too. Were it the last to go, it would wait, with the interpreter's
+            # lock in hand, for a thread of the group that waits for that lock.
             gc.collect()
             dist.destroy_process_group()
         return code
@@ -90,9 +91,9 @@ def launch(
     args must be picklable.
 
     device_type: "cpu" or "cuda", None for a GPU where there is one. master_port: 0 for any; one that is in use is
-    replaced; None: `DEFAULT_PORT`; under SLURM 0 and None are one by the numbers of job and step. A worker's UserError is
-    printed as its one line and gives the exit code; a failed allocation is one line too, exit code 1. Any other failure of
-    a spawned worker ends all of them, with its traceback, exit code 1; of this process it is raised.
+    replaced; None: `DEFAULT_PORT`; under SLURM 0 and None are one by the numbers of job and step. A worker's UserError
+    is printed as its one line and gives the exit code; a failed allocation is one line too, exit code 1. Any other
+    failure of a spawned worker ends all of them, with its traceback, exit code 1; of this process it is raised.
     """
     prefix = ""
     try:
@@ -124,7 +125,8 @@ def launch(
 
 
 def log_failures_to(path: Path) -> None:
-    """Names the run's log file, a call for the main process: where any process of the run fails, the reason is added to it."""
+    """Names the run's log file, a call for the main process: where any process of the run fails, the reason is added to
+    it."""
     for store in _stores:
         store.set("log", json.dumps(str(path.absolute())))
 
@@ -137,9 +139,7 @@ def _process_count(requested: int | None, device_type: str | None) -> int:
     if not 1 <= requested <= MOST_PROCESSES:
         raise UserError(f"num_processes is {requested}; it must be from 1 to {MOST_PROCESSES}")
     if use_gpus and requested > gpus:
-        raise UserError(
-            f"num_processes is {requested} and the number of GPUs {gpus}: at most one process a GPU"
-        )
+        raise UserError(f"num_processes is {requested} and the number of GPUs {gpus}: at most one process a GPU")
     return requested
 
 
@@ -189,9 +189,7 @@ def _spawn(job: Job, port: int) -> int:
     received: list[int] = []
     with handled_signals(received.append):
         # Started within: a signal that comes meanwhile is kept, and relayed to those that are there.
-        context = start_processes(
-            _spawned, (job, port), job.world_size, join=False, start_method=START_METHOD
-        )
+        context = start_processes(_spawned, (job, port), job.world_size, join=False, start_method=START_METHOD)
         relayed = 0
         try:
             while not context.join(POLL_SECONDS, grace_period=GRACE_SECONDS):
@@ -231,8 +229,8 @@ def _report(error: ProcessExitedException, received: list[int], store: dist.Stor
 def _spawned(rank: int, job: Job, port: int) -> None:
     """One spawned process: it leaves the first failure of the run in the store, and its exit code to the launcher."""
     os.setpgrp()  # the terminal's Ctrl-C reaches the launcher alone, which relays it once
-    # The kernel sends a killed launcher's children one signal for each of its threads that outlives another. Torch asks for
-    # SIGINT, of which a second one ends a run at once, without a checkpoint.
+    # The kernel sends a killed launcher's children one signal for each of its threads that outlives another. Torch asks
+    # for SIGINT, of which a second one ends a run at once, without a checkpoint.
     torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGTERM)  # type: ignore[attr-defined]
     os.environ["LOCAL_RANK"] = str(rank)
     loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))

@@ -18,10 +18,12 @@ _CPU_MARKS = ("DefaultCPUAllocator", "Storage size calculation overflowed")
 def keep_freed_memory() -> bool:
     """Lets glibc keep freed memory in the process, in huge pages; False where the C library is another one.
 
-    By default glibc returns blocks above a threshold to the system at once and gets them back zeroed, page by page, at the
-    next request; keeping them took an eighth to a quarter off a training step on a CPU. Huge pages save the translation of
+    By default glibc returns blocks above a threshold to the system at once and gets them back zeroed, page by page, at
+    the next request; keeping them took an eighth to a quarter off a training step on a CPU. Huge pages save the
+    translation of
     addresses: where Linux gives them to those who ask (the usual setting, "madvise" in
-    /sys/kernel/mm/transparent_hugepage/enabled), asking took another twenty-fifth off (ML-1M, SASRec, 128 negatives a block).
+    /sys/kernel/mm/transparent_hugepage/enabled), asking took another twenty-fifth off (ML-1M, SASRec, 128 negatives a
+    block).
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -32,8 +34,8 @@ def keep_freed_memory() -> bool:
         return False
     if not (mallopt(_MMAP_THRESHOLD, _MMAP_BYTES) and mallopt(_TRIM_THRESHOLD, _TRIM_BYTES)):
         return False
-    # Huge pages are asked for by address, before there are tensors: the next blocks of the heap are reserved, marked and
-    # freed again, so that malloc serves later requests from them.
+    # Huge pages are asked for by address, before there are tensors: the next blocks of the heap are reserved, marked
+    # and freed again, so that malloc serves later requests from them.
     libc.malloc.restype = ctypes.c_void_p
     libc.malloc.argtypes = [ctypes.c_size_t]
     libc.free.argtypes = [ctypes.c_void_p]

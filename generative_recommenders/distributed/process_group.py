@@ -145,9 +145,7 @@ def join_group(
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     except dist.DistError as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        raise UserError(
-            f"cannot meet the other {world_size - 1} processes at {where}: {first_line(error)}"
-        ) from error
+        raise UserError(f"cannot meet the other {world_size - 1} processes at {where}: {first_line(error)}") from error
 
 
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:

@@ -13,10 +13,9 @@ TERMINAL_SECONDS, LOG_SECONDS = 0.5, 30.0
 """Between two drawings of a bar, on a terminal and in a file; work that is shorter shows none."""
 
 
-def progress_bar(
-    items: Iterable[T], total: int, description: str, done: int = 0, shown: bool = True
-) -> Iterable[T]:
-    """``items``, shown by a progress bar on standard error: how many of ``total`` are done, the speed, the remaining time.
+def progress_bar(items: Iterable[T], total: int, description: str, done: int = 0, shown: bool = True) -> Iterable[T]:
+    """``items``, shown by a progress bar on standard error: how many of ``total`` are done, the speed, the remaining
+    time.
 
     done: how many were done before (a resumed epoch); they do not count as speed. shown: False on all processes but the
     main one.

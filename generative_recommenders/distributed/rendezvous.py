@@ -41,15 +41,11 @@ def given_rendezvous(environment: Mapping[str, str], port: int | None = None) ->
     rank, world_size = (_integer(environment, name) for name in names[:2])
     local_rank = _integer(environment, names[2]) if names[2] in environment else rank
     if not 0 <= rank < world_size:
-        raise UserError(
-            f"{names[0]}={rank} does not fit {names[1]}={world_size}: ranks are 0 to {world_size - 1}"
-        )
+        raise UserError(f"{names[0]}={rank} does not fit {names[1]}={world_size}: ranks are 0 to {world_size - 1}")
     nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "")
     address = environment.get("MASTER_ADDR") or first_host(nodes)
     if not address and world_size > 1:
-        raise UserError(
-            f"{names[1]} is {world_size} but MASTER_ADDR is not set: name the host of rank 0 in it"
-        )
+        raise UserError(f"{names[1]} is {world_size} but MASTER_ADDR is not set: name the host of rank 0 in it")
     if "MASTER_PORT" in environment:
         port = _integer(environment, "MASTER_PORT")
         if not 0 <= port <= 65535:

@@ -13,8 +13,8 @@ from generative_recommenders.errors import UserError
 
 @dataclass(frozen=True)
 class Route:
-    """The all-to-all of a step's rows. receive_counts: rows that each process sends here; send_counts: rows that this process
-    sends to each; rows: ``[sum of send_counts]`` int64, numbers of those in the shard."""
+    """The all-to-all of a step's rows. receive_counts: rows that each process sends here; send_counts: rows that this
+    process sends to each; rows: ``[sum of send_counts]`` int64, numbers of those in the shard."""
 
     receive_counts: list[int]
     send_counts: list[int]
@@ -24,9 +24,9 @@ class Route:
 class RowShard:
     """Rows [first, stop) of a table of num_rows rows, those of this process; lower ranks hold the rows before.
 
-    Row 0 is that of padding, row i that of item id i: ``before`` items lie on lower ranks. largest: rows of the largest shard.
-    All shards but the last have as many rows. Every method is called by all processes together. UserError where a process would
-    get fewer than two rows.
+    Row 0 is that of padding, row i that of item id i: ``before`` items lie on lower ranks. largest: rows of the largest
+    shard. All shards but the last have as many rows. Every method is called by all processes together. UserError where
+    a process would get fewer than two rows.
     """
 
     def __init__(self, num_rows: int, collectives: Collectives) -> None:
@@ -34,7 +34,8 @@ class RowShard:
         block = -(-num_rows // world)
         if num_rows - block * (world - 1) < 2:
             raise UserError(
-                f"train_fn.item_table: {num_rows - 1} items are too few to be sharded over {world} processes: set 'replicated'"
+                f"train_fn.item_table: {num_rows - 1} items are too few to be sharded over {world} processes: "
+                "set 'replicated'"
             )
         self.collectives, self.num_rows = collectives, num_rows
         self.bounds = [min(block * each, num_rows) for each in range(world + 1)]
@@ -59,8 +60,8 @@ class RowShard:
         return self.collectives.exchange(rows, route.send_counts, route.receive_counts)[0]
 
     def sums(self, gradients: torch.Tensor, route: Route) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gradients ``[U, D]`` of the rows asked for, sent to where these lie and summed there over processes: numbers of rows
-        in the shard, sorted and each once, and their gradients."""
+        """Gradients ``[U, D]`` of the rows asked for, sent to where these lie and summed there over processes: numbers
+        of rows in the shard, sorted and each once, and their gradients."""
         received, _ = self.collectives.exchange(gradients, route.receive_counts, route.send_counts)
         rows, place = torch.unique(route.rows, return_inverse=True)
         return rows, received.new_zeros(len(rows), received.shape[1]).index_add_(0, place, received)

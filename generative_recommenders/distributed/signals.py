@@ -66,9 +66,9 @@ def handled_signals(handle: Callable[[int], object]) -> Iterator[None]:
 def interrupts(grace_seconds: float = GRACE_SECONDS) -> Iterator[None]:
     """While the context is open, SIGTERM raises KeyboardInterrupt as Ctrl-C does, and each ends the process in time.
 
-    For work that leaves nothing half done when it ends anywhere. Python raises only when the library's call that the main
-    thread is in returns; where that takes longer than grace_seconds, the process ends with exit code `INTERRUPTED`. A
-    `StopRequest` that is opened within takes the signals over.
+    For work that leaves nothing half done when it ends anywhere. Python raises only when the library's call that the
+    main thread is in returns; where that takes longer than grace_seconds, the process ends with exit code
+    `INTERRUPTED`. A `StopRequest` that is opened within takes the signals over.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

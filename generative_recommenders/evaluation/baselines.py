@@ -1,7 +1,7 @@
 """Baselines beside every result: most popular items, and successors of the last item.
 
-A model that does not beat them has learned nothing from sequences. Both are fitted on the training events alone, from the
-flat columns of a prepared data set, and are ranked as models are.
+A model that does not beat them has learned nothing from sequences. Both are fitted on the training events alone, from
+the flat columns of a prepared data set, and are ranked as models are.
 """
 
 from __future__ import annotations
@@ -17,16 +17,15 @@ from generative_recommenders.evaluation.ranks import candidates, pairs_ahead
 from generative_recommenders.evaluation.seen_filters import SeenItems
 
 
-def training_counts(
-    items: np.ndarray, offsets: np.ndarray, train_stops: np.ndarray, num_items: int
-) -> torch.Tensor:
+def training_counts(items: np.ndarray, offsets: np.ndarray, train_stops: np.ndarray, num_items: int) -> torch.Tensor:
     """``[V]`` int64 training events of item i + 1. items: int ``[E]``, ids 1..V; the rest as in `training_events`."""
     counts = np.bincount(items[training_events(offsets, train_stops)], minlength=num_items + 1)[1:]
     return torch.from_numpy(counts)
 
 
 class OwnScores(NamedTuple):
-    """Row ``rows[s]`` scores item ``ids[s]`` as ``values[s]``; all ``[S]``, sorted by row, then id, and no pair twice."""
+    """Row ``rows[s]`` scores item ``ids[s]`` as ``values[s]``; all ``[S]``, sorted by row, then id, and no pair
+    twice."""
 
     rows: torch.Tensor
     ids: torch.Tensor
@@ -47,7 +46,8 @@ class SharedScores:
     def ranks(
         self, target_ids: torch.Tensor, own: OwnScores | None = None, seen: SeenItems | None = None
     ) -> torch.Tensor:
-        """`exact_ranks` where rows score some items differently; ``[n]`` int64. Takes time by own and seen items alone."""
+        """`exact_ranks` where rows score some items differently; ``[n]`` int64. Takes time by own and seen items
+        alone."""
         candidate = candidates(target_ids, self.num_items, seen)
         targets, rows = target_ids.where(candidate, 1), torch.arange(len(target_ids))
         values = self._values(own, rows, targets)
@@ -79,11 +79,10 @@ class SharedScores:
 
 
 class MostPopular:
-    """Scores an item by its number of training events, the same for every user. Fitted on columns as of `training_counts`."""
+    """Scores an item by its number of training events, the same for every user. Fitted on columns as of
+    `training_counts`."""
 
-    def __init__(
-        self, items: np.ndarray, offsets: np.ndarray, train_stops: np.ndarray, num_items: int
-    ) -> None:
+    def __init__(self, items: np.ndarray, offsets: np.ndarray, train_stops: np.ndarray, num_items: int) -> None:
         self.shared = SharedScores(training_counts(items, offsets, train_stops, num_items).float())
 
     def ranks(
@@ -106,9 +105,7 @@ class MarkovSuccessor:
             both are.
     """
 
-    def __init__(
-        self, items: np.ndarray, offsets: np.ndarray, train_stops: np.ndarray, num_items: int
-    ) -> None:
+    def __init__(self, items: np.ndarray, offsets: np.ndarray, train_stops: np.ndarray, num_items: int) -> None:
         counts = training_counts(items, offsets, train_stops, num_items).numpy().astype(np.float64)
         popularity = counts / (counts.max(initial=0) + 1)  # below 1: it orders equal counts and no others
         follows = training_events(offsets, train_stops)
@@ -116,9 +113,7 @@ class MarkovSuccessor:
         follows[first] = False  # the first event of a user follows nothing
         position = np.flatnonzero(follows)
         base = num_items + 1  # a pair as one integer, so that distinct pairs are distinct numbers
-        keys, times = np.unique(
-            items[position - 1].astype(np.int64) * base + items[position], return_counts=True
-        )
+        keys, times = np.unique(items[position - 1].astype(np.int64) * base + items[position], return_counts=True)
         previous, successor = keys // base, keys % base
         strength = times + popularity[successor - 1]
         order = np.lexsort((strength, previous))
@@ -135,10 +130,9 @@ class MarkovSuccessor:
     def ranks(
         self, batch: Mapping[str, torch.Tensor], target_ids: torch.Tensor, removed: SeenItems | None
     ) -> torch.Tensor:
-        """``[n]`` int64, as `exact_ranks`, after right-padded histories ``item_ids [n, N]`` of the given ``lengths [n]``."""
-        last = batch["item_ids"].gather(1, (batch["lengths"] - 1).clamp(min=0)[:, None])[:, 0] * (
-            batch["lengths"] > 0
-        )
+        """``[n]`` int64, as `exact_ranks`, after right-padded histories ``item_ids [n, N]`` of the given
+        ``lengths [n]``."""
+        last = batch["item_ids"].gather(1, (batch["lengths"] - 1).clamp(min=0)[:, None])[:, 0] * (batch["lengths"] > 0)
         starts, stops = self.starts[last], self.starts[last + 1]
         rows = torch.arange(len(last)).repeat_interleave(stops - starts)
         first_entry = (stops - starts).cumsum(0) - (stops - starts)

@@ -1,7 +1,7 @@
 """Evaluator of exact ranks over the whole catalogue.
 
-Batches are fixed by user order and dealt to the processes; ranks are integers, so any number of processes gives the same
-numbers.
+Batches are fixed by user order and dealt to the processes; ranks are integers, so any number of processes gives the
+same numbers.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class ProductScores:
     """A `Score` that is a product. queries: of a batch, ``[n, D]``. items: ``[V, D]``.
 
     dtype: what products are rounded to, see `product_ranks`.
-    shard: where ``items`` are those of this process alone; ``queries({})`` then takes part in looking up the other processes'
-    histories, for no users of its own.
+    shard: where ``items`` are those of this process alone; ``queries({})`` then takes part in looking up the other
+    processes' histories, for no users of its own.
     """
 
     def __init__(
@@ -72,9 +72,10 @@ def never() -> bool:
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """histogram: ranks over all users of all processes; see `RankHistogram.compute`. ranks: ``[U]`` int64 of each user's
-    target, V + 1 for a miss, 0 for users that were not scored. lists: metrics of the top-k lists, see `TopLists.compute`; empty
-    where none were asked for. removed_targets: targets that the seen filter took out, which are misses."""
+    """histogram: ranks over all users of all processes; see `RankHistogram.compute`. ranks: ``[U]`` int64 of each
+    user's target, V + 1 for a miss, 0 for users that were not scored. lists: metrics of the top-k lists, see
+    `TopLists.compute`; empty where none were asked for. removed_targets: targets that the seen filter took out, which
+    are misses."""
 
     histogram: RankHistogram
     ranks: torch.Tensor
@@ -170,8 +171,8 @@ class Evaluator:
         lists: TopLists | None = None,
         progress: EvaluationProgress | None = None,
     ) -> EvaluationResult:
-        """score: gives ``[n, V]``, or the ranks themselves. lists: an empty collector, filled from the same scores, for list
-        metrics too. progress: what keeps the ranks of an evaluation that is stopped.
+        """score: gives ``[n, V]``, or the ranks themselves. lists: an empty collector, filled from the same scores, for
+        list metrics too. progress: what keeps the ranks of an evaluation that is stopped.
         """
         shard, stop = score.shard if isinstance(score, ProductScores) else None, self.stop
         if shard is not None:  # processes rank the same users together: none may leave off alone
@@ -222,9 +223,7 @@ class Evaluator:
                 targets = targets.masked_fill(self.missed_targets[user_ids - 1], 0)
             yield RankedUsers(user_ids, batch, targets, removed, taken)
 
-    def _measured(
-        self, score: Score | Ranker, lists: TopLists | None
-    ) -> Iterator[tuple[RankedUsers, torch.Tensor]]:
+    def _measured(self, score: Score | Ranker, lists: TopLists | None) -> Iterator[tuple[RankedUsers, torch.Tensor]]:
         """Users and the ranks ``[n]`` of their targets, as they are found."""
         prepared = self.prepared() if self.kept is None else self.kept
         if isinstance(score, Ranker):
@@ -251,8 +250,8 @@ class Evaluator:
     def _by_products(
         self, score: ProductScores, lists: TopLists | None, prepared: Iterable[RankedUsers]
     ) -> Iterator[tuple[RankedUsers, torch.Tensor]]:
-        """Users in blocks of one size. Of a sharded catalogue users of all processes are ranked by each of them among its own
-        items; the main process has them, the others none.
+        """Users in blocks of one size. Of a sharded catalogue users of all processes are ranked by each of them among
+        its own items; the main process has them, the others none.
         """
         shard, is_main = score.shard, self.collectives.is_main
         if shard is not None:
@@ -281,7 +280,8 @@ class Evaluator:
 def _of_all_processes(
     prepared: Iterable[RankedUsers], score: ProductScores, collectives: Collectives
 ) -> Iterator[RankedUsers]:
-    """Batches of all processes, one of each at a time, joined in rank order with their ``queries [n, D]``: the same on all."""
+    """Batches of all processes, one of each at a time, joined in rank order with their ``queries [n, D]``: the same on
+    all."""
     batches, gather = iter(prepared), collectives.gather_variable
     none = torch.zeros(0, dtype=torch.int64)
     while collectives.any((own := next(batches, None)) is not None):

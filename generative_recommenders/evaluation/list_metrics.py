@@ -144,9 +144,7 @@ class ListMetrics:
         self.users = torch.zeros(1, dtype=torch.int64, device=device)
         self.recommended = torch.zeros(len(self.cutoffs), num_items + 1, dtype=torch.int64, device=device)
 
-    def add(
-        self, top_ids: torch.Tensor, relevant_ids: torch.Tensor, seen_ids: torch.Tensor | None = None
-    ) -> None:
+    def add(self, top_ids: torch.Tensor, relevant_ids: torch.Tensor, seen_ids: torch.Tensor | None = None) -> None:
         """Add users: lists ``[n, K]``, relevant ``[n, G]``, seen ``[n, S]`` (None: nothing seen).
 
         ``UserError`` for listed ids outside of 0..V.
@@ -154,9 +152,7 @@ class ListMetrics:
         num_items = self.recommended.shape[1] - 1
         if top_ids.numel() and not 0 <= int(top_ids.min()) <= int(top_ids.max()) <= num_items:
             low, high = int(top_ids.min()), int(top_ids.max())
-            raise UserError(
-                f"ListMetrics: listed ids reach from {low} to {high}, not 1..{num_items} (0: none)"
-            )
+            raise UserError(f"ListMetrics: listed ids reach from {low} to {high}, not 1..{num_items} (0: none)")
         seen_ids = top_ids[:, :0] if seen_ids is None else seen_ids
         for row, k in enumerate(self.cutoffs):
             values = accuracy_metrics(top_ids, relevant_ids, k) | {"novelty": novelty(top_ids, seen_ids, k)}

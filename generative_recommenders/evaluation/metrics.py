@@ -45,12 +45,12 @@ class RankHistogram:
         return int(self.counts[int(subset)].sum())
 
     def compute(self, cutoffs: Sequence[int] = CUTOFFS, subset: bool = False) -> dict[str, float]:
-        """``hr@K``, ``ndcg@K`` for each cutoff, then ``mrr`` and ``mrr@2500``; means over targets in float64, 0.0 without
-        targets.
+        """``hr@K``, ``ndcg@K`` for each cutoff, then ``mrr`` and ``mrr@2500``; means over targets in float64, 0.0
+        without targets.
 
         One relevant item a user, so HR@K = mean [rank <= K], NDCG@K = mean [rank <= K] / log2(rank + 1) and
-        MRR = mean 1 / rank, without a cutoff and with rank V + 1 for a miss. ``mrr@2500`` is what the HSTU authors' evaluation
-        calls MRR: a rank beyond `PUBLISHED_DEPTH`, as a miss is, counts as `PUBLISHED_DEPTH` + 1.
+        MRR = mean 1 / rank, without a cutoff and with rank V + 1 for a miss. ``mrr@2500`` is what the HSTU authors'
+        evaluation calls MRR: a rank beyond `PUBLISHED_DEPTH`, as a miss is, counts as `PUBLISHED_DEPTH` + 1.
         """
         counts = self.counts[int(subset)]
         total = max(int(counts.sum()), 1)
@@ -59,7 +59,8 @@ class RankHistogram:
         return {name: float((counts[: len(by)] / by).sum()) / total for name, by in discounts}
 
     def standard_errors(self, population: int) -> dict[str, float]:
-        """Standard errors of `compute`'s means, where the targets are a random sample of ``population`` ones, drawn without
+        """Standard errors of `compute`'s means, where the targets are a random sample of ``population`` ones, drawn
+        without
         replacement: ``sqrt(s^2 / n (1 - n / N))`` with the sample's variance s^2."""
         counts, total = self.counts[0].double(), self.total()
         left = max(0.0, 1 - total / max(population, 1)) / max(total, 1)
@@ -73,7 +74,8 @@ class RankHistogram:
         return errors
 
     def _discounts(self, cutoffs: Sequence[int]) -> dict[str, torch.Tensor]:
-        """By metric, what a hit at rank 1, 2, ... is divided by, float64; ranks past the last of these count nothing."""
+        """By metric, what a hit at rank 1, 2, ... is divided by, float64; ranks past the last of these count
+        nothing."""
         num_items = self.counts.shape[1] - 1
         ranks = torch.arange(1, num_items + 2, dtype=torch.float64)
         discounts: dict[str, torch.Tensor] = {}

@@ -48,11 +48,12 @@ KEPT_BYTES = 1 << 30
 class ModelEvaluation:
     """Scores the validation or test targets of a split by a model as it is; UserError where there are no test targets.
 
-    An evaluation of everyone has the metrics of top-k lists too, where ``train_fn.list_metrics_k`` asks for them. Targets that
-    training never saw are misses; in protocol "paper" they rank as they are scored, as in the published program.
+    An evaluation of everyone has the metrics of top-k lists too, where ``train_fn.list_metrics_k`` asks for them.
+    Targets that training never saw are misses; in protocol "paper" they rank as they are scored, as in the published
+    program.
 
-    folder: of the run, where an evaluation that is stopped keeps its ranks, so that the next one of the same weights resumes
-    from them to the same numbers; one that makes lists begins anew.
+    folder: of the run, where an evaluation that is stopped keeps its ranks, so that the next one of the same weights
+    resumes from them to the same numbers; one that makes lists begins anew.
     """
 
     folder: Path | None = None
@@ -70,8 +71,8 @@ class ModelEvaluation:
         self.kept: dict[str, list[RankedUsers]] = {}
         if not (split.test_targets >= 0).any():
             raise UserError(
-                f"{settings.data.dataset_name} has no test targets under protocol {settings.data.protocol!r}: its longest "
-                f"history has {max(dataset.lengths, default=0)} events; there is nothing to measure a model by"
+                f"{settings.data.dataset_name} has no test targets under protocol {settings.data.protocol!r}: its "
+                f"longest history has {max(dataset.lengths, default=0)} events; there is nothing to measure a model by"
             )
 
     def validation(
@@ -83,7 +84,8 @@ class ModelEvaluation:
     ) -> EvaluationResult:
         """The split's validation targets; in protocol "paper" there are none and the test targets are taken.
 
-        max_batches: of all processes together, for a partial evaluation of users drawn by (seed, draw). stop: see `Evaluator`.
+        max_batches: of all processes together, for a partial evaluation of users drawn by (seed, draw). stop: see
+        `Evaluator`.
         """
         part = "test" if self.settings.data.protocol == "paper" else "validation"
         return self._of_model(model, part, None if max_batches is None else (max_batches, draw), stop)
@@ -93,7 +95,8 @@ class ModelEvaluation:
         return self._of_model(model, "test", None, stop)
 
     def baselines(self, ranks: dict[str, Ranks] | None = None) -> dict[str, dict[str, float]]:
-        """Test metrics of the most popular items and of the last item's most frequent successor, fitted on training events.
+        """Test metrics of the most popular items and of the last item's most frequent successor, fitted on training
+        events.
 
         ranks: an empty mapping, which gets those of single users by baseline.
         """
@@ -120,9 +123,7 @@ class ModelEvaluation:
         unseen = int(self.split.unseen_test_targets[result.ranks.numpy() > 0].sum())
         shown = f"seen filter {self.settings.evaluation.seen_filter!r}"
         if self.settings.evaluation.seen_filter != "none":
-            shown += (
-                f" (targets among the seen items, misses: {result.removed_targets:,} of {result.targets:,})"
-            )
+            shown += f" (targets among the seen items, misses: {result.removed_targets:,} of {result.targets:,})"
         rank = "as scored" if self.settings.data.protocol == "paper" else "misses"
         shown += f", targets unseen in training, {rank}: {unseen:,}"
         population = int((self.split.test_targets >= 0).sum())
@@ -133,18 +134,15 @@ class ModelEvaluation:
             shown += f", next_time {self.settings.value('train_fn.next_time')!r}"
         return shown
 
-    def _evaluator(
-        self, part: str, sample: tuple[int, int] | None, stop: Callable[[], bool] = never
-    ) -> Evaluator:
-        """part: "validation" or "test". sample: number of batches to draw users for, and of the draw; None for everyone."""
+    def _evaluator(self, part: str, sample: tuple[int, int] | None, stop: Callable[[], bool] = never) -> Evaluator:
+        """part: "validation" or "test". sample: number of batches to draw users for, and of the draw; None for
+        everyone."""
         world, split = self.collectives, self.split
         targets, unseen = split.test_targets, split.unseen_test_targets
         if part == "validation":
             targets, unseen = split.validation_targets, split.unseen_validation_targets
         evaluation, data = self.settings.evaluation, self.settings.data
-        batch_size = min(
-            evaluation.eval_batch_size, evaluation.eval_user_max_batch_size or evaluation.eval_batch_size
-        )
+        batch_size = min(evaluation.eval_batch_size, evaluation.eval_user_max_batch_size or evaluation.eval_batch_size)
         if evaluation.eval_users is not None:
             targets = of_sample(targets, evaluation.eval_users, self.settings.schedule.random_seed)
         users = np.flatnonzero(targets >= 0)
@@ -209,7 +207,8 @@ class ModelEvaluation:
         warns = sample is None and self.collectives.is_main and not self.warned_removed
         if warns and share > TOLERATED_REMOVED:
             logging.warning(
-                "%.1f %% of the targets are items that seen filter %r takes out, and count as misses: where such repeats are "
+                "%.1f %% of the targets are items that seen filter %r takes out, and count as misses: "
+                "where such repeats are "
                 'to be predicted, set train_fn.seen_filter = "none"',
                 100 * share, self.settings.evaluation.seen_filter,
             )  # fmt: skip
@@ -219,7 +218,8 @@ class ModelEvaluation:
 
 @torch.inference_mode()
 def catalogue_scores(model: SequenceRecommender, autocast: torch.dtype | None = None) -> Score:
-    """Scores ``[n, V]`` of evaluation batches by the model as it is now. autocast: the dtype of its encoder's products."""
+    """Scores ``[n, V]`` of evaluation batches by the model as it is now. autocast: the dtype of its encoder's
+    products."""
     snapshot, similarity = model.catalogue(), model.similarity
     embeddings = snapshot.embeddings
 

@@ -1,8 +1,8 @@
 """Dependence of a data set's scores on the order of events: is it sequential at all?
 
-A baseline and a small model learn the true order and predict the last item from histories in true and in shuffled order. Where
-both do as well, the order of events says nothing about what comes next (Klenitskiy et al., "Does It Look Sequential?",
-arXiv 2408.12008).
+A baseline and a small model learn the true order and predict the last item from histories in true and in shuffled
+order. Where both do as well, the order of events says nothing about what comes next (Klenitskiy et al., "Does It Look
+Sequential?", arXiv 2408.12008).
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ METRIC = "ndcg@10"
 
 @dataclasses.dataclass(frozen=True)
 class OrderDependence:
-    """users: how many were asked, ``sampled`` of all where fewer. seen_filter: "history", or "none" where targets repeat.
+    """users: how many were asked, ``sampled`` of all where fewer. seen_filter: "history", or "none" where targets
+    repeat.
     scores: NDCG@10 by method, ``true`` and ``shuffled`` order, the latter the mean of `SHUFFLES` shuffles."""
 
     users: int
@@ -45,8 +46,8 @@ class OrderDependence:
 def order_dependence(dataset: SequenceDataset, seed: int = 0, steps: int | None = None) -> OrderDependence:
     """NDCG@10 on true and on shuffled histories; UserError where no user has three events.
 
-    At most `MOST_USERS` users, drawn at random, with their last `MOST_EVENTS` events, so that neither time nor memory grows
-    with the data set; the catalogue is what these users have.
+    At most `MOST_USERS` users, drawn at random, with their last `MOST_EVENTS` events, so that neither time nor memory
+    grows with the data set; the catalogue is what these users have.
     """
     steps = STEPS if steps is None else steps
     rng = np.random.default_rng(seed)
@@ -77,7 +78,8 @@ def order_dependence(dataset: SequenceDataset, seed: int = 0, steps: int | None 
 
 
 def of_users(dataset: SequenceDataset, users: np.ndarray) -> SequenceDataset:
-    """The items of some users ``[n]``, numbered anew, in memory: at most the last `MOST_EVENTS` of each, no other column."""
+    """The items of some users ``[n]``, numbered anew, in memory: at most the last `MOST_EVENTS` of each, no other
+    column."""
     lengths = np.minimum(dataset.lengths[users], MOST_EVENTS)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     first = dataset.offsets[users + 1] - lengths

@@ -1,9 +1,9 @@
 """Exact ranks of scores that are products, without the scores of all items at once.
 
-A block of items meets a block of users while the scores lie in a core's cache: one product, one comparison with each user's
-threshold, one sum; every thread has items of its own. An item before the target counts where its score is at least the
-target's, one after it where it is greater: so the threshold of the blocks before the target's own is the next smaller number,
-and ties need no second look.
+A block of items meets a block of users while the scores lie in a core's cache: one product, one comparison with each
+user's threshold, one sum; every thread has items of its own. An item before the target counts where its score is at
+least the target's, one after it where it is greater: so the threshold of the blocks before the target's own is the next
+smaller number, and ties need no second look.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ def product_ranks(
 ) -> torch.Tensor:
     """`exact_ranks` of the scores ``queries [n, D] · items [V, D]ᵀ``; ``[n]`` int64.
 
-    Every product has the same shape, whatever the number of users, so that a user's rank does not depend on who is ranked
-    beside them. On an accelerator the scores are held whole. shard: where ``items`` are those of this process alone: each
-    counts its own, for the same users, and counts are summed over processes. dtype: what scores are rounded to, so that more
-    of them are equal.
+    Every product has the same shape, whatever the number of users, so that a user's rank does not depend on who is
+    ranked beside them. On an accelerator the scores are held whole. shard: where ``items`` are those of this
+    process alone: each counts its own, for the same users, and counts are summed over processes. dtype: what scores are
+    rounded to, so that more of them are equal.
     """
     if not dispatch.fast_on_cpu(queries):
         return product_ranks_reference(queries, items, target_ids, seen, shard, dtype)
@@ -157,8 +157,8 @@ class _BlockOfUsers:
         return rounded(scores, self.dtype).where(self.held, 0.0)
 
     def count_ahead(self, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """``[n]`` int64, the candidates ahead of targets of these scores ``[n]``, and the scores that the blocks give them, 0
-        for those that are not here.
+        """``[n]`` int64, the candidates ahead of targets of these scores ``[n]``, and the scores that the blocks give
+        them, 0 for those that are not here.
         """
         strict = F.pad(targets, (0, USERS - self.count), value=torch.nan)
         loose = strict.nextafter(strict.new_tensor(-torch.inf))

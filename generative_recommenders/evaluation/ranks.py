@@ -1,8 +1,8 @@
 """Exact ranks by counting, without a sort or a top-k over the catalogue.
 
 The rank of a target is 1 + the candidates scored strictly better + those scored the same with a smaller id.
-Seen items are not candidates, and a target among them is a miss. A rank is an integer that does not depend on how users are
-batched.
+Seen items are not candidates, and a target among them is a miss. A rank is an integer that does not depend on how users
+are batched.
 """
 
 from __future__ import annotations
@@ -24,9 +24,7 @@ _TIE_ELEMENTS = 2**24
 """Scores compared at a time in rows with ties: bounds a temporary of booleans."""
 
 
-def exact_ranks(
-    scores: torch.Tensor, target_ids: torch.Tensor, seen: SeenItems | None = None
-) -> torch.Tensor:
+def exact_ranks(scores: torch.Tensor, target_ids: torch.Tensor, seen: SeenItems | None = None) -> torch.Tensor:
     """Ranks of the targets among all items that are not seen.
 
     scores: ``[n, V]`` float; column i belongs to item i + 1.
@@ -77,7 +75,8 @@ def count_ahead(
     column = target_ids - first_id
     inside = (column >= 0) & (column < scores.shape[1])
     ahead = _count_where(scores, target_scores, torch.gt)
-    # Equal scores count in columns before the target's. A row without any, as nearly every row is, costs one comparison.
+    # Equal scores count in columns before the target's. A row without any, as nearly every row is, costs one
+    # comparison.
     equal = _count_where(scores, target_scores, torch.eq) - inside.long()
     columns = torch.arange(scores.shape[1], device=scores.device)
     for rows in (equal > 0).nonzero()[:, 0].split(max(1, _TIE_ELEMENTS // max(1, scores.shape[1]))):
@@ -99,7 +98,8 @@ def pairs_ahead(
     target_scores: torch.Tensor,
     target_ids: torch.Tensor,
 ) -> torch.Tensor:
-    """``[n]`` int64: of pairs of a row and an item ``[S]`` with their scores, how many are ahead of the row's target."""
+    """``[n]`` int64: of pairs of a row and an item ``[S]`` with their scores, how many are ahead of the row's
+    target."""
     own, targets = target_scores[rows], target_ids[rows]
     counted = (scores > own) | ((scores == own) & (ids < targets)) | (own.isnan() & (ids != targets))
     return torch.bincount(rows[counted], minlength=len(target_ids))

@@ -1,7 +1,7 @@
 """Training and answering under Lightning's trainer: the optional extra ``lightning``.
 
-`LightningModule` wraps a training task of this program or a model of RePlay's form, `DataModule` and `ParquetModule` feed it,
-and callbacks measure it and collect what it recommends.
+`LightningModule` wraps a training task of this program or a model of RePlay's form, `DataModule` and `ParquetModule`
+feed it, and callbacks measure it and collect what it recommends.
 """
 
 from importlib.util import find_spec

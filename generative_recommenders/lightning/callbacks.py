@@ -1,8 +1,9 @@
 """Callbacks that measure a model's lists and collect what it recommends, with RePlay's arguments.
 
-Postprocessors change scores before they are ranked: ``on_validation(batch, logits)`` and ``on_prediction(batch, logits)``
-return new ones; an attribute ``candidates`` tells them which item a column is, None where column j is item j. An item
-whose score is -inf counts in no metric and in no table; `TorchTopItemsCallback` returns its score beside it.
+Postprocessors change scores before they are ranked: ``on_validation(batch, logits)`` and
+``on_prediction(batch, logits)`` return new ones; an attribute ``candidates`` tells them which item a column is, None
+where column j is item j. An item whose score is -inf counts in no metric and in no table; `TorchTopItemsCallback`
+returns its score beside it.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ class ComputeMetricsCallback(Callback):
     metrics: of recall, precision, ndcg, map, mrr, novelty and coverage; map, ndcg and recall unless given.
     ks: cutoffs, [1, 5, 10, 20] unless given. item_count: items of the catalogue, for coverage alone.
     ground_truth_column: relevant items of each row ``[B, G]``; train_column: items that are not new, for novelty
-        ``[B, S]``. Ids that are no items are padding: those below 0, and those above both the largest id that is scored and
-        item_count - 1.
+        ``[B, S]``. Ids that are no items are padding: those below 0, and those above both the largest id that is scored
+        and item_count - 1.
     """
 
     def __init__(
@@ -104,7 +105,8 @@ class ComputeMetricsCallback(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         collectives = process_collectives(pl_module.device)
-        # Every process makes the same calls, also one that had no batch of a loader, and each has seen another largest id.
+        # Every process makes the same calls, also one that had no batch of a loader, and each has seen another largest
+        # id.
         widths: dict[str, int] = {}
         own_widths = {str(number): own.recommended.shape[1] for number, own in self._totals.items()}
         for each in collectives.gather_object_json(own_widths):
@@ -153,9 +155,7 @@ class _PredictionCallback(Callback):
         self._parts.append(tuple(part.detach().cpu() for part in self.parts(pl_module, outputs, batch)))
 
     @abstractmethod
-    def parts(
-        self, pl_module: LightningModule, outputs: Mapping[str, Any], batch: Batch
-    ) -> tuple[torch.Tensor, ...]:
+    def parts(self, pl_module: LightningModule, outputs: Mapping[str, Any], batch: Batch) -> tuple[torch.Tensor, ...]:
         """The results kept of a batch, one row a query."""
 
     def collected(self) -> tuple[torch.Tensor, ...]:
@@ -168,8 +168,8 @@ class _PredictionCallback(Callback):
 class TopItemsCallback(_PredictionCallback):
     """Collects the top_k items of each row of a prediction, best first.
 
-    query_column: the batch's key of the query ids ``[B]``, and their column in the result. item_column, rating_column: of the
-    items and their scores.
+    query_column: the batch's key of the query ids ``[B]``, and their column in the result. item_column, rating_column:
+    of the items and their scores.
     """
 
     def __init__(
@@ -186,9 +186,7 @@ class TopItemsCallback(_PredictionCallback):
         self.top_k, self.query_column, self.item_column = top_k, query_column, item_column
         self.rating_column = rating_column
 
-    def parts(
-        self, pl_module: LightningModule, outputs: Mapping[str, Any], batch: Batch
-    ) -> tuple[torch.Tensor, ...]:
+    def parts(self, pl_module: LightningModule, outputs: Mapping[str, Any], batch: Batch) -> tuple[torch.Tensor, ...]:
         """Items ``[B, k]``, their scores ``[B, k]``, and query ids ``[B]`` where there is a column of them."""
         logits = outputs["logits"]
         for each in self.postprocessors:
@@ -249,8 +247,8 @@ class SparkTopItemsCallback(TopItemsCallback):
 
 
 class TorchTopItemsCallback(TopItemsCallback):
-    """Recommendations as tensors: items ``[n, k]`` and scores ``[n, k]``, after the query ids ``[n]`` where query_column
-    is given."""
+    """Recommendations as tensors: items ``[n, k]`` and scores ``[n, k]``, after the query ids ``[n]`` where
+    query_column is given."""
 
     def __init__(
         self,
@@ -266,15 +264,14 @@ class TorchTopItemsCallback(TopItemsCallback):
 
 
 class HiddenStatesCallback(_PredictionCallback):
-    """Collects one of the model's hidden states over a prediction. hidden_state_index: its place among "hidden_states"."""
+    """Collects one of the model's hidden states over a prediction. hidden_state_index: its place among
+    "hidden_states"."""
 
     def __init__(self, hidden_state_index: int) -> None:
         super().__init__()
         self.hidden_state_index = hidden_state_index
 
-    def parts(
-        self, pl_module: LightningModule, outputs: Mapping[str, Any], batch: Batch
-    ) -> tuple[torch.Tensor, ...]:
+    def parts(self, pl_module: LightningModule, outputs: Mapping[str, Any], batch: Batch) -> tuple[torch.Tensor, ...]:
         states = outputs["hidden_states"]
         if not -len(states) <= self.hidden_state_index < len(states):
             raise UserError(

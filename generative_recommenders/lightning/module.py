@@ -29,8 +29,10 @@ class LightningModule(lightning.LightningModule):
     """A model under Lightning's trainer.
 
     model: one of three kinds.
-        A module of RePlay's form (compat's ``SasRec`` and ``TwoTower``): called with those keys of the batch that its forward
-            takes; it returns a mapping with "loss" in training mode, with "logits" and "hidden_states" in evaluation mode.
+        A module of RePlay's form (compat's ``SasRec`` and ``TwoTower``): called with those keys of the batch that its
+        forward
+            takes; it returns a mapping with "loss" in training mode, with "logits" and "hidden_states" in evaluation
+            mode.
         A `TrainingTask`: trains on the batches of `DataModule` as main.py does, draws and loss alike.
         A `SequenceRecommender` alone: gives scores, and cannot be trained.
     The scores of the latter two are ``[B, V + 1]``: column i is item id i, and column 0, padding, is -inf.
@@ -55,7 +57,8 @@ class LightningModule(lightning.LightningModule):
 
     @property
     def candidates_to_score(self) -> torch.Tensor | None:
-        """int64 ``[C]`` distinct item ids that are scored instead of the catalogue, None for all; not read in training."""
+        """int64 ``[C]`` distinct item ids that are scored instead of the catalogue, None for all; not read in
+        training."""
         return self._candidates
 
     @candidates_to_score.setter
@@ -139,9 +142,7 @@ class LightningModule(lightning.LightningModule):
         rows = _rows(batch)
         rate = self.trainer.optimizers[0].param_groups[0]["lr"]
         self.log("learning_rate", rate, on_step=True, on_epoch=True, batch_size=rows)
-        self.log(
-            "train_loss", loss, on_step=True, on_epoch=True, prog_bar=True, sync_dist=True, batch_size=rows
-        )
+        self.log("train_loss", loss, on_step=True, on_epoch=True, prog_bar=True, sync_dist=True, batch_size=rows)
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Mapping[str, Any]:

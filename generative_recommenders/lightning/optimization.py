@@ -64,7 +64,8 @@ class LRSchedulerFactory(BaseLRSchedulerFactory):
 
 
 class LambdaLRSchedulerFactory(BaseLRSchedulerFactory):
-    """The rate times warmup_lr for the first warmup_steps epochs (or steps, by update_interval), times normal_lr afterwards."""
+    """The rate times warmup_lr for the first warmup_steps epochs (or steps, by update_interval), times normal_lr
+    afterwards."""
 
     def __init__(
         self,
@@ -74,9 +75,7 @@ class LambdaLRSchedulerFactory(BaseLRSchedulerFactory):
         update_interval: Literal["epoch", "step"] = "epoch",
     ) -> None:
         if min(warmup_lr, normal_lr) <= 0:
-            raise UserError(
-                f"LambdaLRSchedulerFactory: rates must be above 0, not {warmup_lr} and {normal_lr}"
-            )
+            raise UserError(f"LambdaLRSchedulerFactory: rates must be above 0, not {warmup_lr} and {normal_lr}")
         self.warmup_steps, self.warmup_lr, self.normal_lr = warmup_steps, warmup_lr, normal_lr
         self.update_interval = update_interval
 

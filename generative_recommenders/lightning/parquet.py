@@ -1,4 +1,5 @@
-"""Data module over Parquet tables: columns as left-padded tensors with masks, transformed batch by batch on the device."""
+"""Data module over Parquet tables: columns as left-padded tensors with masks, transformed batch by batch on the
+device."""
 
 from __future__ import annotations
 
@@ -26,9 +27,9 @@ Metadata = Mapping[str, Mapping[str, Any]]
 class ParquetModule(lightning.LightningDataModule):
     """Batches of Parquet tables whose columns hold numbers or lists of numbers, one row a query.
 
-    A batch has each column of the metadata and, beside it, ``NAME_mask``, True where a value is real: a number gives ``[B]``, a
-    list ``[B, shape]`` with its last entries on the right and padding on their left. Training rows are shuffled anew each
-    epoch, by torch's seed.
+    A batch has each column of the metadata and, beside it, ``NAME_mask``, True where a value is real: a number gives
+    ``[B]``, a list ``[B, shape]`` with its last entries on the right and padding on their left. Training rows are
+    shuffled anew each epoch, by torch's seed.
 
     metadata: by split, then by column: ``{"shape": 50, "padding": 0}`` for lists (``[50, 3]`` for lists of lists;
         ``padding_value`` is read too), ``{}`` for numbers. A split that is missing takes that of "train".
@@ -114,7 +115,8 @@ class ParquetModule(lightning.LightningDataModule):
 
 
 class ParquetBatches:
-    """The batches of one table; a new pass over it is a new epoch. trainer: tells the epoch and this process's place."""
+    """The batches of one table; a new pass over it is a new epoch. trainer: tells the epoch and this process's
+    place."""
 
     def __init__(
         self,
@@ -144,9 +146,7 @@ class ParquetBatches:
         rows = np.arange(self.table.num_rows)
         rank, world = place_of(self.trainer)
         if self.shuffle:
-            generator = self.generator or torch.Generator().manual_seed(
-                (torch.initial_seed() + epoch) % 2**63
-            )
+            generator = self.generator or torch.Generator().manual_seed((torch.initial_seed() + epoch) % 2**63)
             # The processes share out one order, so torch's seed has to be the same in all (`seed_everything`).
             rows = torch.randperm(len(rows), generator=generator).numpy()
             # A process with one batch more would wait for the others' gradients for ever.
@@ -192,9 +192,7 @@ def prepared_tables(dataset: SequenceDataset, protocol: str) -> dict[str, pa.Tab
         columns["train"] = columns["item_id"]
         if targets is not None:
             wanted = np.asarray(dataset.items)[dataset.offsets[users] + targets].astype(np.int64) - 1
-            columns["ground_truth"] = pa.LargeListArray.from_arrays(
-                np.arange(len(users) + 1), pa.array(wanted)
-            )
+            columns["ground_truth"] = pa.LargeListArray.from_arrays(np.arange(len(users) + 1), pa.array(wanted))
         return pa.table(columns)
 
     tables = {"predict": table(everyone, lengths)}

@@ -34,11 +34,13 @@ from generative_recommenders.lightning.parquet import place_of
 class DataModule(lightning.LightningDataModule):
     """The batches that main.py makes of a prepared folder under the same settings.
 
-    Training batches are `LoadedBatch`. The others are mappings: "history", the columns that a model reads; "query_id" ``[B]``;
-    "ground_truth" ``[B, 1]``, -1 where the target is a miss whatever its score; "seen_ids" and "train" ``[B, S]``, what the
-    seen filter removes and what the user had, padded with -1. Ids are those of the prepared data, users and items from 1.
+    Training batches are `LoadedBatch`. The others are mappings: "history", the columns that a model reads; "query_id"
+    ``[B]``; "ground_truth" ``[B, 1]``, -1 where the target is a miss whatever its score; "seen_ids" and "train"
+    ``[B, S]``, what the seen filter removes and what the user had, padded with -1. Ids are those of the prepared data,
+    users and items from 1.
 
-    settings: of main.py; defaults unless given. A ``compat`` SeenItemsFilter of ``item_count`` V + 1 removes "seen_ids".
+    settings: of main.py; defaults unless given. A ``compat`` SeenItemsFilter of ``item_count`` V + 1 removes
+    "seen_ids".
     """
 
     def __init__(self, folder: str | Path, settings: RunSettings | None = None) -> None:
@@ -95,9 +97,7 @@ class DataModule(lightning.LightningDataModule):
     def _targets(self, targets: np.ndarray, unseen: np.ndarray) -> _Batches:
         """Histories before a target, with it and with what is removed from the ranking."""
         data, evaluation, (rank, world) = self.settings.data, self.settings.evaluation, place_of(self.trainer)
-        size = min(
-            evaluation.eval_batch_size, evaluation.eval_user_max_batch_size or evaluation.eval_batch_size
-        )
+        size = min(evaluation.eval_batch_size, evaluation.eval_user_max_batch_size or evaluation.eval_batch_size)
         if evaluation.eval_users is not None:
             targets = of_sample(targets, evaluation.eval_users, self.settings.schedule.random_seed)
         # Users, not batches, are dealt to the processes: Lightning's hooks wait for one that had no batch.

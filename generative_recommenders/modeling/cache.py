@@ -1,8 +1,8 @@
 """Incremental encoding: items appended to encoded histories, without encoding these again.
 
-A causal encoder's state of a token never changes when later tokens arrive, so what later tokens need of it is kept: keys
-and values of every block. HSTU's time bias makes one exception: the last token of a history is encoded with the time of
-the event after it, which is known only when that event arrives, so this one token is encoded again.
+A causal encoder's state of a token never changes when later tokens arrive, so what later tokens need of it is kept:
+keys and values of every block. HSTU's time bias makes one exception: the last token of a history is encoded with the
+time of the event after it, which is known only when that event arrives, so this one token is encoded again.
 """
 
 from __future__ import annotations
@@ -96,13 +96,13 @@ class IncrementalEncoder(Protocol):
         appended: Appended,
         cached: Sequence[KeysValues],
     ) -> tuple[torch.Tensor, tuple[KeysValues, ...]]:
-        """``[T, E]`` to ``[T, D]`` and the extended blocks; cached is empty at the beginning. UserError where options of
-        the encoder make every token depend on later ones."""
+        """``[T, E]`` to ``[T, D]`` and the extended blocks; cached is empty at the beginning. UserError where options
+        of the encoder make every token depend on later ones."""
 
 
 def last_tokens(layout: Layout, times: torch.Tensor | None = None) -> tuple[torch.Tensor, Appended]:
-    """The last token of each row that has one, ``[R]`` int64 among those of a jagged layout, and the same as appended to all
-    before it. times: ``[T]`` int64 seconds, or None.
+    """The last token of each row that has one, ``[R]`` int64 among those of a jagged layout, and the same as appended
+    to all before it. times: ``[T]`` int64 seconds, or None.
     """
     lengths = layout.lengths.cpu()
     one = lengths.clamp(max=1)
@@ -188,14 +188,15 @@ def append_tokens(
 
 
 def new_layout(encoded: torch.Tensor, new_lengths: torch.Tensor, device: torch.device) -> Layout:
-    """The jagged layout of new items alone, with positions that continue from the ``encoded [B]`` items of each history."""
+    """The jagged layout of new items alone, with positions that continue from the ``encoded [B]`` items of each
+    history."""
     layout = jagged_layout(new_lengths, _longest(new_lengths), device)
     return replace(layout, positions=layout.positions + encoded.to(device)[layout.row_of])
 
 
 def check_append(encoded: torch.Tensor, new_lengths: torch.Tensor, columns: int, window: int) -> None:
-    """UserError where the rows are not those of the ``encoded [B]`` histories, or one has more new items than columns, or would
-    outgrow the window."""
+    """UserError where the rows are not those of the ``encoded [B]`` histories, or one has more new items than columns,
+    or would outgrow the window."""
     lengths = new_lengths.cpu()
     if encoded.shape != lengths.shape:
         raise UserError(
@@ -210,8 +211,8 @@ def check_append(encoded: torch.Tensor, new_lengths: torch.Tensor, columns: int,
     lengths = lengths + encoded
     if _longest(lengths) > window:
         raise UserError(
-            f"encode_incremental: row {int(lengths.argmax())} would hold {int(lengths.max())} items and the window holds "
-            f"{window}: encode its latest {window} items anew"
+            f"encode_incremental: row {int(lengths.argmax())} would hold {int(lengths.max())} items and the window "
+            f"holds {window}: encode its latest {window} items anew"
         )
 
 

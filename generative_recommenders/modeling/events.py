@@ -17,8 +17,8 @@ from generative_recommenders.ops.layout import Layout
 from generative_recommenders.types import SequentialFeatures
 
 Events = Mapping[str, torch.Tensor]
-"""Columns by name: ``[B, N]`` of a history's events, whatever the data hold, and ``[B]`` of the row. The fill of a column, for
-what is padded, hidden or unknown, is 0."""
+"""Columns by name: ``[B, N]`` of a history's events, whatever the data hold, and ``[B]`` of the row. The fill of a
+column, for what is padded, hidden or unknown, is 0."""
 
 
 def columns_of(batch: Events) -> dict[str, torch.Tensor]:
@@ -28,7 +28,8 @@ def columns_of(batch: Events) -> dict[str, torch.Tensor]:
 
 
 def history_features(batch: Events) -> SequentialFeatures:
-    """The histories ``item_ids [B, N]`` of a loader's evaluation batch, with what is known of their events and users."""
+    """The histories ``item_ids [B, N]`` of a loader's evaluation batch, with what is known of their events and
+    users."""
     return SequentialFeatures(batch["lengths"], batch["item_ids"], columns_of(batch))
 
 
@@ -66,9 +67,7 @@ def token_events(
     return tokens
 
 
-def next_times(
-    timestamps: torch.Tensor, lengths: torch.Tensor, next_known: torch.Tensor | None
-) -> torch.Tensor:
+def next_times(timestamps: torch.Tensor, lengths: torch.Tensor, next_known: torch.Tensor | None) -> torch.Tensor:
     """Time of the event after each position, ``[B, N]``.
 
     timestamps ``[B, N]``; the slot after a row's end may hold the next event's time, 0 if unknown. next_known ``[B]``
@@ -86,12 +85,10 @@ def next_times(
 def hidden_events(columns: Events, hidden: torch.Tensor, lengths: torch.Tensor) -> dict[str, torch.Tensor]:
     """Events of training histories ``[B, N]`` some of whose positions are hidden (``[B, N]`` bool).
 
-    As at the mask slot of inference: a hidden item has each column's fill and the time of the last shown item before it (else
-    of the first one after it); its own time, the target's, is its next time alone.
+    As at the mask slot of inference: a hidden item has each column's fill and the time of the last shown item before it
+    (else of the first one after it); its own time, the target's, is its next time alone.
     """
-    events = {
-        name: x.masked_fill(hidden, 0) if x.dim() == 2 else x for name, x in columns_of(columns).items()
-    }
+    events = {name: x.masked_fill(hidden, 0) if x.dim() == 2 else x for name, x in columns_of(columns).items()}
     if "timestamps" in columns:
         times = columns["timestamps"]
         places = torch.arange(times.shape[1], device=times.device)
@@ -101,9 +98,7 @@ def hidden_events(columns: Events, hidden: torch.Tensor, lengths: torch.Tensor) 
         first = shown.int().argmax(1, keepdim=True)
         seen = times.where(~hidden, times.gather(1, before.where(before >= 0, first)))
         events["timestamps"] = seen
-        events["next_timestamps"] = torch.where(
-            hidden, times, next_times(seen, lengths, torch.zeros_like(lengths))
-        )
+        events["next_timestamps"] = torch.where(hidden, times, next_times(seen, lengths, torch.zeros_like(lengths)))
     return events
 
 
@@ -132,7 +127,8 @@ def required(events: Events, name: str, needed_by: torch.nn.Module) -> torch.Ten
 
 @dataclass(frozen=True)
 class EventFeature:
-    """name: key of the event column. num_categories: C, ids 1..C, 0 for none; None for numbers, of this mean and std."""
+    """name: key of the event column. num_categories: C, ids 1..C, 0 for none; None for numbers, of this mean and
+    std."""
 
     name: str
     num_categories: int | None = None

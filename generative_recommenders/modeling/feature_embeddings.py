@@ -52,9 +52,7 @@ class EmbeddingRows(nn.Module):
     list_reduction: "sum", "mean" or "max" for lists of ids, None for single ones.
     """
 
-    def __init__(
-        self, rows: int, embedding_dim: int, padding_index: int, list_reduction: ListReduction | None
-    ) -> None:
+    def __init__(self, rows: int, embedding_dim: int, padding_index: int, list_reduction: ListReduction | None) -> None:
         super().__init__()
         if list_reduction not in (None, *(known := get_args(ListReduction))):
             raise UserError(f"list reduction {list_reduction!r} is none of {', '.join(known)}")
@@ -129,9 +127,7 @@ class NamedEmbeddings(nn.Module):
         names = list(self._keys) if feature_names is None else feature_names
         missing = [name for name in names if name not in feature_tensor]
         if missing:
-            raise UserError(
-                f"features missing from the batch: {', '.join(missing)} (it has {sorted(feature_tensor)})"
-            )
+            raise UserError(f"features missing from the batch: {', '.join(missing)} (it has {sorted(feature_tensor)})")
         return {name: self.embedder(name)(feature_tensor[name]) for name in names}
 
 
@@ -144,18 +140,14 @@ class SequenceEmbedding(NamedEmbeddings):
             raise UserError(f"features of a schema must have different names, got {', '.join(names)}")
         super().__init__(
             {
-                spec.name: CategoricalEmbedding(spec)
-                if spec.is_categorical
-                else NumericalEmbedding(spec.embedding_dim)
+                spec.name: CategoricalEmbedding(spec) if spec.is_categorical else NumericalEmbedding(spec.embedding_dim)
                 for spec in schema
             }
         )
         self.schema = tuple(schema)
 
 
-def category_ids(
-    values: Iterable[Hashable], vocabulary: Mapping[Hashable, int], feature: str
-) -> torch.Tensor:
+def category_ids(values: Iterable[Hashable], vocabulary: Mapping[Hashable, int], feature: str) -> torch.Tensor:
     """Categories as ids: int64 ``[len(values)]``, 0 for None, C + 1 for values outside the vocabulary.
 
     vocabulary: value to id in 1..C. One warning in the log counts the unseen values.

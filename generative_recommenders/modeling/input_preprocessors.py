@@ -49,8 +49,8 @@ class EncoderInput:
 class InputPreprocessor(torch.nn.Module):
     """Base: item embedding scaled by sqrt(E) plus a learned position, dropout.
 
-    Positions count from 0 at the oldest event; ``max_length`` rows are learned. tokens_per_item: encoder's tokens for each
-    token of the history.
+    Positions count from 0 at the oldest event; ``max_length`` rows are learned. tokens_per_item: encoder's tokens for
+    each token of the history.
     """
 
     SUPPLIED = frozenset({"max_length", "embedding_dim", "item_embedding_dim"})
@@ -74,15 +74,14 @@ class InputPreprocessor(torch.nn.Module):
     def add_positions(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
         if layout.longest > len(self.position):
             raise UserError(
-                f"a history of {layout.longest} tokens, and the model has {len(self.position)} positions: keep the latest alone"
+                f"a history of {layout.longest} tokens, and the model has {len(self.position)} positions: "
+                "keep the latest alone"
             )
         x = torch.add(lookup_rows(self.position, self.places(layout)), x, alpha=self.embedding_dim**0.5)
         return layout.mask(self.dropout(x))
 
 
-@register_input_preprocessor(
-    "LearnablePositionalEmbedding", "LearnablePositionalEmbeddingInputFeaturesPreprocessor"
-)
+@register_input_preprocessor("LearnablePositionalEmbedding", "LearnablePositionalEmbeddingInputFeaturesPreprocessor")
 class LearnablePositionalEmbeddingInputFeaturesPreprocessor(InputPreprocessor):
     """``sqrt(D) item + position`` (SASRec, arXiv 1808.09781, section III-A, scaled as in HSTU's public runs)."""
 
@@ -92,7 +91,8 @@ class LearnablePositionalEmbeddingInputFeaturesPreprocessor(InputPreprocessor):
 
 @register_input_preprocessor("LearnablePositionalEmbeddingFromEnd")
 class LearnablePositionalEmbeddingFromEnd(LearnablePositionalEmbeddingInputFeaturesPreprocessor):
-    """``sqrt(D) item + position``, the newest event at the last row, as in programs that pad on the left (RePlay, RecTools).
+    """``sqrt(D) item + position``, the newest event at the last row, as in programs that pad on the left (RePlay,
+    RecTools).
 
     A further event moves all others by one, so histories cannot be encoded piece by piece.
     """
@@ -111,7 +111,8 @@ class LearnablePositionalEmbeddingFromEnd(LearnablePositionalEmbeddingInputFeatu
 class LearnablePositionalEmbeddingRatedInputFeaturesPreprocessor(InputPreprocessor):
     """``sqrt(E) [item ; rating] + position`` with E = D_item + D_rating.
 
-    num_ratings: rating values 0..num_ratings-1 have an embedding; half stars have that of the whole star below, as published.
+    num_ratings: rating values 0..num_ratings-1 have an embedding; half stars have that of the whole star below, as
+    published.
     rating_embedding_dim: width of a rating's embedding, D_rating.
     """
 

@@ -1,4 +1,5 @@
-"""Inputs of a retriever: histories as tokens, the positions to read, and the protocol by which an objective makes them."""
+"""Inputs of a retriever: histories as tokens, the positions to read, and the protocol by which an objective makes
+them."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from generative_recommenders.types import SequentialFeatures
 
 
 class Queries(NamedTuple):
-    """Queries that items are scored against. states: ``[B, D]`` float32. user_ids: ``[B]`` int64, or None where unknown."""
+    """Queries that items are scored against. states: ``[B, D]`` float32. user_ids: ``[B]`` int64, or None where
+    unknown."""
 
     states: torch.Tensor
     user_ids: torch.Tensor | None = None
@@ -22,8 +24,8 @@ class Queries(NamedTuple):
 class ModelInputs:
     """Histories as a model reads them.
 
-    features, layout: the histories and where their T tokens lie. past_ids: ``[T]`` items of those tokens. read: ``[M]`` int64
-    tokens whose state is wanted, or None for all T in order. replaced: ``[T]`` bool, tokens that receive the mask
+    features, layout: the histories and where their T tokens lie. past_ids: ``[T]`` items of those tokens. read: ``[M]``
+    int64 tokens whose state is wanted, or None for all T in order. replaced: ``[T]`` bool, tokens that receive the mask
     embedding instead of their item's, or None where there are none.
     """
 

@@ -1,7 +1,7 @@
 """Item embeddings: the table that histories look up and candidates are scored with.
 
-A step knows the ids it reads before its forward pass. `ItemRows` is what it works on: the gathered rows of those ids, one
-leaf to differentiate, so that the cost of a step does not grow with the catalogue.
+A step knows the ids it reads before its forward pass. `ItemRows` is what it works on: the gathered rows of those ids,
+one leaf to differentiate, so that the cost of a step does not grow with the catalogue.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from generative_recommenders.ops.normalization import l2_normalize
 class ItemRows:
     """Embeddings of some items.
 
-    weight: ``[U, D]``. ids: ``[U]`` int64 ids of those rows, as of `ops.embedding.sorted_unique`, or None when ``weight`` holds
-    0..V in order.
+    weight: ``[U, D]``. ids: ``[U]`` int64 ids of those rows, as of `ops.embedding.sorted_unique`, or None when
+    ``weight`` holds 0..V in order.
     row_of_item: ``[V + 1]`` int64, the id that an item's row goes by, or None where it is the item's own id.
     norm_eps: the least norm that ``weight`` is divided by where items are scored; None where it is scored as it is.
     late: of a leaf, what `gradient` adds to that of ``weight``.
@@ -70,10 +70,10 @@ class ItemRows:
 class ItemEmbedding(torch.nn.Module):
     """Items as samplers, losses, index and evaluator see them. Ids are 1..V; 0 is padding.
 
-    ``embed_history`` is what a history looks up and ``get_item_embeddings`` what is scored; they differ only where an item
-    tower computes the latter. ``table [rows, D]`` is the one large parameter of which a step reads few rows: a training step
-    differentiates ``history_rows`` and ``scored_rows``, both made from a leaf that holds the gathered rows of the table.
-    ``tower`` is the dense network that computes scored embeddings, where there is one.
+    ``embed_history`` is what a history looks up and ``get_item_embeddings`` what is scored; they differ only where an
+    item tower computes the latter. ``table [rows, D]`` is the one large parameter of which a step reads few rows: a
+    training step differentiates ``history_rows`` and ``scored_rows``, both made from a leaf that holds the gathered
+    rows of the table. ``tower`` is the dense network that computes scored embeddings, where there is one.
 
     item_l2_norm: scored embeddings are divided by max(norm, l2_norm_eps).
     l2_norm_eps: lower bound of the norm that is divided by.
@@ -110,8 +110,8 @@ class ItemEmbedding(torch.nn.Module):
 
     def step_rows(self, row_ids: torch.Tensor | None) -> ItemRows:
         """Rows of the table (None: all), the leaf that a training step differentiates."""
-        # A leaf of its own: its gradient is as large as the rows that are read, not as the table. ``late`` is filled by lookups
-        # as the backward pass comes to them.
+        # A leaf of its own: its gradient is as large as the rows that are read, not as the table. ``late`` is filled by
+        # lookups as the backward pass comes to them.
         table = self.table.detach()
         weight = table if row_ids is None else table.index_select(0, row_ids)
         return ItemRows(weight.requires_grad_(self.table.requires_grad), row_ids, late=[])

@@ -48,10 +48,9 @@ class SequenceEncoder(torch.nn.Module):
         self.preprocessor, self.encoder, self.postprocessor = preprocessor, encoder, postprocessor
         self.context_merger, self.event_features = context_merger, event_features
 
-    def forward(
-        self, items: torch.Tensor, layout: Layout, events: Mapping[str, torch.Tensor]
-    ) -> torch.Tensor:
-        """items: ``[T, D]`` embeddings of the history's tokens. Returns ``[T, D']``: the state after each input token."""
+    def forward(self, items: torch.Tensor, layout: Layout, events: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """items: ``[T, D]`` embeddings of the history's tokens. Returns ``[T, D']``: the state after each input
+        token."""
         inputs = self.encoder_input(items, layout, events)
         states = self.encoder(inputs.x, inputs.layout, inputs.events)
         if inputs.read is not None:
@@ -60,9 +59,7 @@ class SequenceEncoder(torch.nn.Module):
             states = self.context_merger(states, events)
         return layout.mask(self.postprocessor(states))
 
-    def encoder_input(
-        self, items: torch.Tensor, layout: Layout, events: Mapping[str, torch.Tensor]
-    ) -> EncoderInput:
+    def encoder_input(self, items: torch.Tensor, layout: Layout, events: Mapping[str, torch.Tensor]) -> EncoderInput:
         """The encoder's input of the history's tokens."""
         if self.event_features is not None:
             items = self.event_features(items, events)
@@ -71,8 +68,8 @@ class SequenceEncoder(torch.nn.Module):
     def last(self, items: torch.Tensor, layout: Layout, events: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """``[B, D']``: the state after each row's last token, 0 for a row without tokens.
 
-        Where that pays, an encoder with ``encode_last(x, layout, events) -> [R, D]`` computes its last block for the last
-        tokens of the R rows that have some; in evaluation, of causal histories.
+        Where that pays, an encoder with ``encode_last(x, layout, events) -> [R, D]`` computes its last block for the
+        last tokens of the R rows that have some; in evaluation, of causal histories.
         """
         encoder: Any = self.encoder
         alone = hasattr(encoder, "encode_last") and encoder.causal and not self.training
@@ -82,9 +79,7 @@ class SequenceEncoder(torch.nn.Module):
         filled = layout.lengths > 0
         tokens = layout.last_tokens[filled]
         # The preprocessor may read a token that is not the last of its row.
-        if inputs.read is not None and not torch.equal(
-            inputs.read[tokens], inputs.layout.last_tokens[filled]
-        ):
+        if inputs.read is not None and not torch.equal(inputs.read[tokens], inputs.layout.last_tokens[filled]):
             return layout.at_end(self(items, layout, events))
         states = encoder.encode_last(inputs.x, inputs.layout, inputs.events)
         if self.context_merger is not None:
@@ -102,27 +97,22 @@ class SequenceEncoder(torch.nn.Module):
     ) -> tuple[torch.Tensor, HistoryCache]:
         """The states ``[B, D']`` after `forward` of histories extended by ``items [T, D]``, and their cache.
 
-        layout: jagged, of the new items alone (see `modeling.cache.new_layout`). UserError where histories cannot be encoded
-        piece by piece.
+        layout: jagged, of the new items alone (see `modeling.cache.new_layout`). UserError where histories cannot be
+        encoded piece by piece.
         """
         if not self.preprocessor.appendable:
             name = type(self.preprocessor).__name__
-            raise UserError(
-                f"encode_incremental: {name} gives every event another position when one is appended"
-            )
+            raise UserError(f"encode_incremental: {name} gives every event another position when one is appended")
         if not isinstance(self.encoder, IncrementalEncoder):
             name = type(self.encoder).__name__
-            raise UserError(
-                f"encode_incremental: {name} keeps nothing of a history; SASRec, HSTU and others do"
-            )
+            raise UserError(f"encode_incremental: {name} keeps nothing of a history; SASRec, HSTU and others do")
         if layout.attention_mask is not None:
             raise UserError(
-                "encode_incremental: the layout has an attention mask of its own, and only causal histories can be appended to"
+                "encode_incremental: the layout has an attention mask of its own, "
+                "and only causal histories can be appended to"
             )
         if self.training:
-            raise UserError(
-                "encode_incremental: the model is in training mode, where dropout acts; call eval() first"
-            )
+            raise UserError("encode_incremental: the model is in training mode, where dropout acts; call eval() first")
         inputs = self.encoder_input(items, layout, events)
         cache = append_tokens(self.encoder, cache, inputs.x, inputs.layout, inputs.events)
         states = cache.last_output
@@ -149,8 +139,8 @@ class SequenceRecommender(torch.nn.Module):
 
     Item ids are 1..V, 0 is padding; rectangles are right-padded, oldest event first.
 
-    objective: makes the inputs of queries, see `QueryReader`; the state after the last event unless given. autocast: the
-    dtype of the items that the encoder reads and of its products, in training and evaluation alike, or None.
+    objective: makes the inputs of queries, see `QueryReader`; the state after the last event unless given. autocast:
+    the dtype of the items that the encoder reads and of its products, in training and evaluation alike, or None.
     """
 
     similarity: Similarity
@@ -197,7 +187,8 @@ class SequenceRecommender(torch.nn.Module):
 
     @torch.no_grad()
     def catalogue(self) -> Snapshot:
-        """All items as scored: through the tower, normalised, with MoL's components. It does not follow later updates."""
+        """All items as scored: through the tower, normalised, with MoL's components. It does not follow later
+        updates."""
         return self.similarity.snapshot(self.items.all_item_embeddings())
 
     def score(self, queries: Queries, items: Snapshot | torch.Tensor) -> torch.Tensor:
@@ -207,16 +198,14 @@ class SequenceRecommender(torch.nn.Module):
             return self.similarity.scores(queries.states, items, queries.user_ids)
         reach = range_of(items)
         if reach is not None and (reach[0] < 0 or reach[1] > self.items.num_items):
-            raise UserError(
-                f"score: item ids reach from {reach[0]} to {reach[1]}, outside 0..{self.items.num_items}"
-            )
+            raise UserError(f"score: item ids reach from {reach[0]} to {reach[1]}, outside 0..{self.items.num_items}")
         ids = items.to(queries.states.device)
         scores, _ = self.similarity.score(queries.states, self.get_item_embeddings(ids), queries.user_ids)
         return scores.masked_fill(ids == 0, -torch.inf)
 
     def states(self, inputs: ModelInputs, rows: ItemRows | None = None, last: bool = False) -> torch.Tensor:
-        """``[M, D]`` states at the positions to read. rows: of the item table, all of it unless given. last: at each row's last
-        token, ``[B, D]``, whatever is to be read.
+        """``[M, D]`` states at the positions to read. rows: of the item table, all of it unless given. last: at each
+        row's last token, ``[B, D]``, whatever is to be read.
 
         UserError where a masked model is given no masked position: its states at shown items name nothing.
         """
@@ -276,8 +265,8 @@ class SequenceRecommender(torch.nn.Module):
         """
         if self.mask_embedding is not None:
             raise UserError(
-                "encode_incremental: the model was built for a masked objective, whose items see later ones; only causal "
-                "histories can be appended to"
+                "encode_incremental: the model was built for a masked objective, whose items see later ones; only "
+                "causal histories can be appended to"
             )
         per_item = self.sequence.preprocessor.tokens_per_item
         encoded = torch.zeros_like(new_lengths, device="cpu") if cache is None else cache.lengths // per_item
@@ -296,4 +285,6 @@ class SequenceRecommender(torch.nn.Module):
         return self.sequence.append(cache, items, layout, token_events(events, new_lengths, layout))
 
 
-_NEEDS_MASK_SLOT = "the model was trained to name masked items: its states come from encode_query, which appends the mask slot"
+_NEEDS_MASK_SLOT = (
+    "the model was trained to name masked items: its states come from encode_query, which appends the mask slot"
+)

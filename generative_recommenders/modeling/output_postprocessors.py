@@ -14,8 +14,8 @@ class L2NormEmbeddingPostprocessor(torch.nn.Module):
     """``v / max(|v|, eps)`` on ``[..., D]``.
 
     eps: lower bound of the norm that is divided by.
-    embedding_dim: D, the first columns of wider states (those of a preprocessor that puts ratings beside the items), as in
-    HSTU's public runs; all columns unless given.
+    embedding_dim: D, the first columns of wider states (those of a preprocessor that puts ratings beside the items), as
+    in HSTU's public runs; all columns unless given.
     """
 
     def __init__(self, eps: Positive = 1e-6, embedding_dim: int | None = None) -> None:

@@ -1,7 +1,7 @@
 """Item embeddings whose table is sharded by rows over the processes of a run.
 
-A step asks the processes that hold them for the rows it reads, once, and sends their gradients back; each process updates its
-own rows. Losses over the catalogue meet each shard where it lies.
+A step asks the processes that hold them for the rows it reads, once, and sends their gradients back; each process
+updates its own rows. Losses over the catalogue meet each shard where it lies.
 """
 
 from __future__ import annotations
@@ -88,7 +88,8 @@ class ShardedItemEmbedding(ItemEmbedding):
         return self.scored_rows(ShardRows(self.table, shard=self.shard), None).catalogue()
 
     def gradients(self, rows: ItemRows, world_size: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Of this process's rows, summed over processes: their numbers in the shard (None: all) and gradients ``[U, D]``."""
+        """Of this process's rows, summed over processes: their numbers in the shard (None: all) and gradients
+        ``[U, D]``."""
         assert isinstance(rows, RoutedRows) and rows.route is not None and rows.own is not None
         if not rows.weight.requires_grad:
             return None, None
@@ -123,7 +124,8 @@ class TorchRecItemEmbedding(ShardedItemEmbedding):
         return ItemRows(self.kept.lookup(ids), ids)
 
     def gradients(self, rows: ItemRows, world_size: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """This process's part of the gradients of the rows that it read, which `TorchRecTable.update` sums over processes."""
+        """This process's part of the gradients of the rows that it read, which `TorchRecTable.update` sums over
+        processes."""
         if not rows.weight.requires_grad:
             return None, None
         gathered = rows.gradient()

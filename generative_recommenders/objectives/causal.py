@@ -27,16 +27,14 @@ from generative_recommenders.types import SequentialFeatures
 class CausalObjective(Objective):
     """Every position predicts the next item (CLM).
 
-    num_positives: P, how many next items are predicted (the dense all-action loss of PinnerFormer, arXiv 2205.04507, over a
-    count instead of a time).
+    num_positives: P, how many next items are predicted (the dense all-action loss of PinnerFormer, arXiv 2205.04507,
+    over a count instead of a time).
     target_weights: weight of a target in the loss, the same for all or its rating.
     """
 
     last_only = False
 
-    def __init__(
-        self, num_positives: SmallCount = 1, target_weights: Literal["equal", "rating"] = "equal"
-    ) -> None:
+    def __init__(self, num_positives: SmallCount = 1, target_weights: Literal["equal", "rating"] = "equal") -> None:
         self.num_positives, self.target_weights = num_positives, target_weights
 
     @property

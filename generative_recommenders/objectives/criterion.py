@@ -34,10 +34,11 @@ Sums = dict[str, torch.Tensor]
 class PreparedBatch:
     """An example and everything that is drawn and gathered for it.
 
-    negatives: or None for losses over the catalogue. target_pool: ``[M]`` sorted unique targets of the global batch, where
-    the criterion asks for them. scored_ids, row_ids: sorted unique items that are scored and table rows that are read; None
-    for all. key: of the step's draws; first_row, first_target: numbers in the global batch of the example's first row and
-    target. numbers_rows: whether dropout masks are drawn by the rows' numbers, so that N processes drop what one would.
+    negatives: or None for losses over the catalogue. target_pool: ``[M]`` sorted unique targets of the global batch,
+    where the criterion asks for them. scored_ids, row_ids: sorted unique items that are scored and table rows that are
+    read; None for all. key: of the step's draws; first_row, first_target: numbers in the global batch of the example's
+    first row and target. numbers_rows: whether dropout masks are drawn by the rows' numbers, so that N processes drop
+    what one would.
     """
 
     example: TrainingExample
@@ -51,13 +52,15 @@ class PreparedBatch:
     numbers_rows: bool = False
 
     def token_rows(self, purpose: int) -> AbstractContextManager[None]:
-        """Rows of dropout are the example's tokens, by their row and position in the global batch; see `numbers_rows`."""
+        """Rows of dropout are the example's tokens, by their row and position in the global batch; see
+        `numbers_rows`."""
         if not self.numbers_rows:
             return nullcontext()
         return numbered_rows.opened(NumberedRows(stream_key(self.key, purpose), self._token_numbers()))
 
     def target_rows(self, purpose: int, items: ItemRows) -> AbstractContextManager[None]:
-        """Rows of dropout are the positions that are read, and for what is computed for each item, the items by their ids."""
+        """Rows of dropout are the positions that are read, and for what is computed for each item, the items by their
+        ids."""
         if not self.numbers_rows:
             return nullcontext()
         tokens, read = self._token_numbers(), self.example.read
@@ -103,16 +106,15 @@ class Criterion(torch.nn.Module):
         normalised."""
 
     def auxiliary(self, sums: Sums, similarity: Similarity) -> dict[str, torch.Tensor]:
-        """Weighted auxiliary losses of all processes' sums; outside training mode those alone that a similarity makes there."""
+        """Weighted auxiliary losses of all processes' sums; outside training mode those alone that a similarity makes
+        there."""
         losses = similarity.auxiliary_losses(sums)
         missing = self.auxiliary_weights.keys() - losses.keys()
         if missing and similarity.training:
             raise UserError(
                 f"{type(similarity).__name__} made no auxiliary loss {', '.join(sorted(missing))} in training"
             )
-        return {
-            name: weight * losses[name] for name, weight in self.auxiliary_weights.items() if name in losses
-        }
+        return {name: weight * losses[name] for name, weight in self.auxiliary_weights.items() if name in losses}
 
 
 class SampledCriterion(Criterion):
@@ -134,9 +136,7 @@ class SampledCriterion(Criterion):
 
     def _loss(self, states, items, batch, similarity):
         example, raw = batch.example, self.loss.raw_positives
-        scores = sampled_scores(
-            states, items, example.targets, batch.negatives, similarity, example.users, raw
-        )
+        scores = sampled_scores(states, items, example.targets, batch.negatives, similarity, example.users, raw)
         columns = scores.positive.shape
         ratings = []
         if self.loss.needs_ratings and example.ratings is not None:

@@ -15,8 +15,8 @@ from generative_recommenders.types import SequentialFeatures
 class TrainingExample(ModelInputs):
     """Training example of a step.
 
-    targets: ``[M]`` item ids, or ``[M, P]`` where a position predicts several. weights, ratings (or None): float32, of the
-    targets, like them. users: ``[M]`` ids.
+    targets: ``[M]`` item ids, or ``[M, P]`` where a position predicts several. weights, ratings (or None): float32, of
+    the targets, like them. users: ``[M]`` ids.
     """
 
     targets: torch.Tensor

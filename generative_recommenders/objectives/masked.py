@@ -28,7 +28,8 @@ from generative_recommenders.ops.layout import AttentionMask, Layout
 from generative_recommenders.types import SequentialFeatures
 
 MaskColumns = tuple[Tensor, Tensor]
-"""(key ``[B, N]``, query ``[B, N]``) int64: position i attends to j of its own sequence where ``key[j] <= query[i]``."""
+"""(key ``[B, N]``, query ``[B, N]``) int64: position i attends to j of its own sequence where
+``key[j] <= query[i]``."""
 
 
 class MaskedObjective(Objective):
@@ -87,9 +88,9 @@ def masked_layout(features: SequentialFeatures, mask: MaskColumns, padded: bool 
 class MaskedItemObjective(MaskedObjective):
     """Random items are hidden and named from both sides (MLM; BERT4Rec, arXiv 1904.06690, section 3.6).
 
-    In every row one real position, drawn uniformly, is hidden for certain and every other one by the given share; if that
-    hides all of them, one is shown again. So rows of two or more items have at least one hidden and one visible; a row with
-    a single item has no target.
+    In every row one real position, drawn uniformly, is hidden for certain and every other one by the given share; if
+    that hides all of them, one is shown again. So rows of two or more items have at least one hidden and one visible; a
+    row with a single item has no target.
 
     mask_probability: share of a history that is hidden, beside the one position that always is.
     """
@@ -108,15 +109,17 @@ class MaskedItemObjective(MaskedObjective):
 
 @register_objective("permuted", gin_name="permuted_objective")
 class PermutedObjective(MaskedObjective):
-    """Spans of items are hidden and named in a random order (XLNet, arXiv 1906.08237, section 2), by one attention stream.
+    """Spans of items are hidden and named in a random order (XLNet, arXiv 1906.08237, section 2), by one attention
+    stream.
 
-    Visible items attend to each other. A hidden position attends to the visible items and to the hidden positions before it in
-    the order, never to itself; its embedding is the mask embedding, so no item is ever an input of its own prediction and the
-    second stream is not needed.
+    Visible items attend to each other. A hidden position attends to the visible items and to the hidden positions
+    before it in the order, never to itself; its embedding is the mask embedding, so no item is ever an input of its own
+    prediction and the second stream is not needed.
 
-    Walking along a row, a span length is drawn from 1..``max_span_length``, a context of ``int(span / mask_probability)`` items
-    is set aside for it, and the span is put at a random place of that context, cut at the end of the row. Every row of two or
-    more items has some hidden and some visible; a row with one item has no target.
+    Walking along a row, a span length is drawn from 1..``max_span_length``, a context of
+    ``int(span / mask_probability)`` items is set aside for it, and the span is put at a random place of that context,
+    cut at the end of the row. Every row of two or more items has some hidden and some visible; a row with one item has
+    no target.
 
     mask_probability: share of a history that is hidden.
     max_span_length: items of the longest span.

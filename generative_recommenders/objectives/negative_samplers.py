@@ -1,7 +1,8 @@
 """Negative samplers: from the catalogue, from the batch, by popularity, or mixtures.
 
-Draws are counter-based (see `counter_random`): a sampler is given a key for the step and the global numbers of the positions or
-blocks that share a draw. Padding (id 0) is never drawn; collisions with positives are masked later, in `scoring`.
+Draws are counter-based (see `counter_random`): a sampler is given a key for the step and the global numbers of the
+positions or blocks that share a draw. Padding (id 0) is never drawn; collisions with positives are masked later, in
+`scoring`.
 """
 
 from __future__ import annotations
@@ -106,7 +107,8 @@ class NegativesSampler(torch.nn.Module, ABC):
     SUPPLIED = frozenset({"num_items", "num_negatives", "sharing", "counts", "samplers", "assignment"})
     """Passed by the program where a constructor asks for it; what else it takes are options.
 
-    counts: ``[V]`` training events of each item; samplers: those of a mixture; assignment: ``[C, V]`` bool, items of classes.
+    counts: ``[V]`` training events of each item; samplers: those of a mixture; assignment: ``[C, V]`` bool, items of
+    classes.
     """
     uses_batch_pool = False
     """Whether ``BatchItems.pool`` must be given."""
@@ -120,9 +122,7 @@ class NegativesSampler(torch.nn.Module, ABC):
         self.log_q_correction = log_q_correction
         self.register_buffer("nothing", torch.empty(0), persistent=False)
 
-    def forward(
-        self, key: Key, first_token: int, num_tokens: int, batch: BatchItems | None = None
-    ) -> Negatives:
+    def forward(self, key: Key, first_token: int, num_tokens: int, batch: BatchItems | None = None) -> Negatives:
         """Draws for ``num_tokens`` consecutive tokens, the first of which is number first_token of the global batch."""
         units = self.sharing.units(first_token, num_tokens, self.device)
         ids, q = self.draw(key, units, self.num_negatives, batch or BatchItems())
@@ -160,8 +160,8 @@ class InBatchNegativesSampler(NegativesSampler):
     """Uniform over the distinct items of the global batch (published ``"in-batch"``, deduplicated).
 
     With log_q_correction an id's probability is that of being in a pool of M distinct ids, over M. An item of share f
-    of the training events is in a batch of n of them with probability ``1 - (1 - f)^n`` (Yi et al., RecSys 2019, estimate
-    the same from the stream); n is the number that gives M ids on average.
+    of the training events is in a batch of n of them with probability ``1 - (1 - f)^n`` (Yi et al., RecSys 2019,
+    estimate the same from the stream); n is the number that gives M ids on average.
 
     counts: ``[V]`` occurrences of item id i + 1 in the training data; the correction needs them.
     log_q_correction: the logarithm of this probability is subtracted from the scores of negatives.
@@ -267,9 +267,7 @@ class MixedNegativesSampler(NegativesSampler):
     ) -> None:
         sizes = list(shares.values())
         if not samplers or len(samplers) != len(sizes) or not min(sizes) > 0:
-            raise ValueError(
-                f"mixed negatives: {len(samplers)} samplers with shares {sizes}: each needs one above 0"
-            )
+            raise ValueError(f"mixed negatives: {len(samplers)} samplers with shares {sizes}: each needs one above 0")
         super().__init__(num_negatives, samplers[0].sharing)
         self.parts = list(samplers)
         self.samplers = torch.nn.ModuleList(samplers)  # registered, so that they move with this one
@@ -297,8 +295,8 @@ class MultiClassNegativesSampler(NegativesSampler):
     """Uniform over the items of one class, chosen per unit by a selector.
 
     assignment: ``[C, V]`` bool, which items (id i + 1) belong to which class.
-    selector: "random", any class, or "target", one of the classes of the token's target (any where it has none); a target's
-    class cannot be shared by tokens.
+    selector: "random", any class, or "target", one of the classes of the token's target (any where it has none); a
+    target's class cannot be shared by tokens.
     """
 
     members: torch.Tensor

@@ -31,7 +31,8 @@ class Objective(ABC):
 
     @abstractmethod
     def example(self, columns: Mapping[str, torch.Tensor], draws: Draws = None) -> TrainingExample:
-        """Inputs and targets of a batch. columns: of `data.loader.LoadedBatch`. draws: what random choices come from."""
+        """Inputs and targets of a batch. columns: of `data.loader.LoadedBatch`. draws: what random choices come
+        from."""
 
     def device_example(self, columns: Mapping[str, torch.Tensor], num_tokens: int) -> TrainingExample:
         """`example` of columns that are on a device, which is not waited for. num_tokens: T."""
@@ -49,7 +50,7 @@ class Objective(ABC):
         """
 
     def criterion(self, base: Criterion, encoder: Callable[[bool], SequenceEncoder]) -> Criterion:
-        """The chosen loss, with what the objective adds to it. encoder: another sequence encoder of the same settings, or,
-        called with True, the model's own.
+        """The chosen loss, with what the objective adds to it. encoder: another sequence encoder of the same settings,
+        or, called with True, the model's own.
         """
         return base

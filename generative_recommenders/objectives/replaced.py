@@ -1,4 +1,5 @@
-"""Replaced-item detection: a masked model, and a discriminator that finds what it made up (ELECTRA, arXiv 2003.10555)."""
+"""Replaced-item detection: a masked model, and a discriminator that finds what it made up (ELECTRA, arXiv
+2003.10555)."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ class ReplacedDetectionCriterion(Criterion):
     softmax takes the place of every hidden one, and the discriminator predicts of each token whether it was
     replaced. Both share the item table. Only the generator is used afterwards.
 
-    discriminator: its encoder. width: of its states. tied: it is the generator's own, whose weights are registered there.
+    discriminator: its encoder. width: of its states. tied: it is the generator's own, whose weights are registered
+    there.
     from_batch: fakes come from the global batch's hidden items instead of the catalogue, which must then be held whole.
     """
 
@@ -78,7 +80,8 @@ class ReplacedDetectionCriterion(Criterion):
         return batch.target_pool[sample_from_catalogue(query, scored.lookup(batch.target_pool), draws) - 1]
 
     def detection(self, fakes: Tensor, items: ItemRows, batch: PreparedBatch) -> Tensor:
-        """``[2]``: binary cross-entropy over all tokens, and their number; a fake that is the true item counts as original."""
+        """``[2]``: binary cross-entropy over all tokens, and their number; a fake that is the true item counts as
+        original."""
         example = batch.example
         assert example.read is not None  # masked objectives say what they read
         corrupted = example.past_ids.index_copy(0, example.read, fakes)
@@ -122,7 +125,8 @@ class ReplacedObjective(MaskedItemObjective):
         """The loss with the discriminator's beside it; UserError where the fakes' items are not all in a step."""
         if not self.from_batch and base.needs_negatives:
             raise UserError(
-                'fakes_from "catalogue" needs the whole item table in a step: choose CE, not a loss of sampled negatives'
+                'fakes_from "catalogue" needs the whole item table in a step: choose CE, not a loss of sampled '
+                "negatives"
             )
         return ReplacedDetectionCriterion(
             base, encoder(self.tied), self.embedding_dim, self.weight, self.tied, self.from_batch
@@ -130,9 +134,7 @@ class ReplacedObjective(MaskedItemObjective):
 
 
 @torch.no_grad()
-def sample_from_catalogue(
-    hidden: Tensor, item_weight: Tensor, draws: CounterDraws, block_size: int = 65536
-) -> Tensor:
+def sample_from_catalogue(hidden: Tensor, item_weight: Tensor, draws: CounterDraws, block_size: int = 65536) -> Tensor:
     """One item id (1..V) per row, distributed as softmax(hidden . item); at most ``[P, block_size]`` is held.
 
     hidden: ``[P, D]``; item_weight: ``[V, D]``, row i is item id i + 1. The maximum of logits plus Gumbel

@@ -23,8 +23,8 @@ from generative_recommenders.ops.products.sampled import (
 
 @dataclass(frozen=True)
 class SampledScores:
-    """positive ``[T, P]``, negative ``[T, R]``, negative_mask ``[T, R]`` bool (True counts). sums: what the similarity makes
-    its auxiliary losses from.
+    """positive ``[T, P]``, negative ``[T, R]``, negative_mask ``[T, R]`` bool (True counts). sums: what the similarity
+    makes its auxiliary losses from.
     """
 
     positive: torch.Tensor
@@ -44,11 +44,12 @@ def sampled_scores(
 ) -> SampledScores:
     """Scores of a step's positives and negatives.
 
-    states: ``[T, D]``. items: normalised here, if they are not. positives: ``[T]`` or ``[T, P]`` item ids. user_ids: ``[T]``.
+    states: ``[T, D]``. items: normalised here, if they are not. positives: ``[T]`` or ``[T, P]`` item ids. user_ids:
+    ``[T]``.
     raw_positives: the positives' items are scored as they are.
 
-    A similarity that is no product scores positives and negatives in two calls, as the published program does, and keeps
-    memory within bounds; its auxiliary losses are of the positives alone. UserError for ids that are no items.
+    A similarity that is no product scores positives and negatives in two calls, as the published program does, and
+    keeps memory within bounds; its auxiliary losses are of the positives alone. UserError for ids that are no items.
     """
     targets = positives if positives.dim() == 2 else positives[:, None]
     reach = range_of(targets) if items.ids is None else None

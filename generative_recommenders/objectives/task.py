@@ -27,8 +27,8 @@ _MASKS, _ENCODER, _SCORING = 1 << 32, 1 << 33, 1 << 34
 class TrainingTask(torch.nn.Module):
     """Training task of a model: inputs and targets by an objective, negatives by a sampler, a loss by a criterion.
 
-    sampler: None for losses over the catalogue. seed: of masks and negatives; both are drawn by (seed, step, place in the
-    global batch), so that the number of processes changes no draw. collectives: the processes that share a batch.
+    sampler: None for losses over the catalogue. seed: of masks and negatives; both are drawn by (seed, step, place in
+    the global batch), so that the number of processes changes no draw. collectives: the processes that share a batch.
     numbers_rows: see `PreparedBatch`.
     """
 
@@ -54,8 +54,8 @@ class TrainingTask(torch.nn.Module):
             )
 
     def loss(self, batch: LoadedBatch, step: int, rows: ItemRows | None = None) -> LossOutput:
-        """The loss of a loaded batch. step: since training began. rows: gathered rows of the item table, the leaf that is
-        differentiated instead of the table; without them the table gets a dense gradient.
+        """The loss of a loaded batch. step: since training began. rows: gathered rows of the item table, the leaf that
+        is differentiated instead of the table; without them the table gets a dense gradient.
         """
         return self(self.prepare(batch, step), rows)
 
@@ -73,8 +73,8 @@ class TrainingTask(torch.nn.Module):
 
     @property
     def fixed_shapes(self) -> bool:
-        """Whether all shapes of a step follow from the number of its tokens, but for those of rows that it reads, and tokens
-        whose targets do not count change no number; see `prepare_on_device`."""
+        """Whether all shapes of a step follow from the number of its tokens, but for those of rows that it reads, and
+        tokens whose targets do not count change no number; see `prepare_on_device`."""
         drawn_from_batch = self.sampler is not None and self.sampler.uses_batch_pool
         from_batch = self.criterion.needs_target_pool or drawn_from_batch
         counts_all = bool(self.criterion.auxiliary_weights)  # sums over all tokens
@@ -89,9 +89,7 @@ class TrainingTask(torch.nn.Module):
         """
         return self.draw(self.objective.device_example(columns, num_tokens), 0, key)
 
-    def draw(
-        self, example: TrainingExample, first_target: int, key: Key, first_row: int = 0
-    ) -> PreparedBatch:
+    def draw(self, example: TrainingExample, first_target: int, key: Key, first_row: int = 0) -> PreparedBatch:
         """Negatives of an example whose first target has this number, and the items and rows it reads."""
         targets, pool = example.targets, None
         if self.criterion.needs_target_pool:
@@ -107,9 +105,7 @@ class TrainingTask(torch.nn.Module):
             items = BatchItems(drawn_from, targets if targets.dim() == 1 else targets[:, 0])
             negatives = self.sampler(key, first_target, len(targets), items)
         scored, rows = self.rows_read(example, negatives, pool)
-        return PreparedBatch(
-            example, negatives, pool, scored, rows, key, first_target, first_row, self.numbers_rows
-        )
+        return PreparedBatch(example, negatives, pool, scored, rows, key, first_target, first_row, self.numbers_rows)
 
     def rows_read(
         self, example: TrainingExample, negatives: Negatives | None, pool: torch.Tensor | None

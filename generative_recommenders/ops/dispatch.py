@@ -28,8 +28,8 @@ _references_wanted: list[bool] = []
 
 @contextlib.contextmanager
 def references() -> Iterator[None]:
-    """Every operation takes its plain reference here, whatever the device: to export a model, to look at the weights of its
-    attention, and for tests."""
+    """Every operation takes its plain reference here, whatever the device: to export a model, to look at the weights of
+    its attention, and for tests."""
     _references_wanted.append(True)
     try:
         yield

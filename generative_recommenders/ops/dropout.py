@@ -1,9 +1,9 @@
 """Inverted dropout whose masks cost little on a CPU.
 
 torch draws one Bernoulli variable per element from a slow serial generator; here 64 bits of SFC64 (numpy's) serve eight
-elements. Eight bits hold a rate to a multiple of 1 / 256, so each source of masks takes one of the two multiples around the
-rate, drawn so that an element is dropped with the rate itself. Each source is seeded by torch's default generator, so
-`torch.manual_seed` decides them all. Within `numbered_rows.opened` masks are drawn by the rows' numbers instead.
+elements. Eight bits hold a rate to a multiple of 1 / 256, so each source of masks takes one of the two multiples around
+the rate, drawn so that an element is dropped with the rate itself. Each source is seeded by torch's default generator,
+so `torch.manual_seed` decides them all. Within `numbered_rows.opened` masks are drawn by the rows' numbers instead.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ class KeepMasks:
     """A source of masks: 0 with probability ``rate``, else 1, in the dtype and on the device of ``like``."""
 
     def __init__(self, rate: float, like: torch.Tensor, elements: int = 0) -> None:
-        """elements: how many will be drawn. Their bits are made together: one wait of torch's other threads, not many."""
+        """elements: how many will be drawn. Their bits are made together: one wait of torch's other threads, not
+        many."""
         self.rate, self.dtype, self.device = rate, like.dtype, like.device
         self.elements, self.numbered = elements, numbered_rows.current()
         self.on_device = dispatch.waits(like)
@@ -49,8 +50,8 @@ class KeepMasks:
     def bits(self, count: int, numbers: torch.Tensor | None = None) -> torch.Tensor:
         """``[count]`` int8 (int16 of numbered rows), on a CPU or of numbered rows: what `kept` makes a mask of.
 
-        numbers: ``[n]`` int64 of the rows that the elements belong to, count / n each, of which a part may be drawn here and
-        others in other calls; all current rows unless given.
+        numbers: ``[n]`` int64 of the rows that the elements belong to, count / n each, of which a part may be drawn
+        here and others in other calls; all current rows unless given.
         """
         if self.numbered is not None:
             self.calls += numbers is None
@@ -73,9 +74,7 @@ class KeepMasks:
         return torch.ge(bits, self.lowest_kept, out=out)
 
 
-def dropout(
-    x: torch.Tensor, rate: float, training: bool, residual: torch.Tensor | None = None
-) -> torch.Tensor:
+def dropout(x: torch.Tensor, rate: float, training: bool, residual: torch.Tensor | None = None) -> torch.Tensor:
     """``x`` with a share ``rate`` of elements set to 0 and the rest scaled by 1 / (1 - rate), when training; plus the
     residual."""
     if training and rate > 0.0:
@@ -88,7 +87,8 @@ def dropout(
 
 
 def dropout_reference(x: torch.Tensor, rate: float, residual: torch.Tensor | None = None) -> torch.Tensor:
-    """`dropout` in training as its equation, ``x * mask / (1 - rate)``, under the mask that a CPU draws from the same seed."""
+    """`dropout` in training as its equation, ``x * mask / (1 - rate)``, under the mask that a CPU draws from the same
+    seed."""
     dropped = x * KeepMasks(rate, x).draw(x.shape) / (1.0 - rate)
     return dropped if residual is None else dropped + residual
 

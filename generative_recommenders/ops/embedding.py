@@ -12,8 +12,8 @@ _SORTED_FROM = 1 << 15
 _BLOCK = 1 << 22
 """Numbers that are looked at together."""
 DENSE_SHARE = 4
-"""A step that reads more than 1 / DENSE_SHARE of a table works on all of it: no search for unique rows. On a CPU an optimizer
-of single rows leaves the others alone, so that gathering pays up to the whole table."""
+"""A step that reads more than 1 / DENSE_SHARE of a table works on all of it: no search for unique rows. On a CPU an
+optimizer of single rows leaves the others alone, so that gathering pays up to the whole table."""
 _FEW = 8
 """Ids are few where more than so many times their number could be."""
 
@@ -25,8 +25,8 @@ LateGradients = list[tuple[torch.Tensor, torch.Tensor]]
 def lookup_rows(weight: torch.Tensor, rows: torch.Tensor, late: LateGradients | None = None) -> torch.Tensor:
     """``weight[rows]`` for a table ``[U, D]`` and int64 rows of any shape.
 
-    late: takes the gradient of few rows of many on a CPU, where one of the whole weight, and autograd's sum of it and others,
-    would be several passes over memory. The weight is then a leaf.
+    late: takes the gradient of few rows of many on a CPU, where one of the whole weight, and autograd's sum of it and
+    others, would be several passes over memory. The weight is then a leaf.
     """
     if not dispatch.fast():
         return lookup_rows_reference(weight, rows)
@@ -52,8 +52,8 @@ def bags_of_rows(rows: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch
 
 
 def sorted_unique(ids: torch.Tensor, largest: int | None = None) -> torch.Tensor:
-    """Ids of any shape, int64, sorted and each once; on an accelerator, whose number of ids the host would wait for, as many
-    as came in, the largest one filling up the end. largest: that no id of 0 or more exceeds, where it is known.
+    """Ids of any shape, int64, sorted and each once; on an accelerator, whose number of ids the host would wait for, as
+    many as came in, the largest one filling up the end. largest: that no id of 0 or more exceeds, where it is known.
     """
     if not dispatch.waits(ids):
         if largest is None or not dispatch.fast() or _FEW * ids.numel() < largest:
@@ -77,7 +77,8 @@ def range_of(ids: torch.Tensor) -> tuple[int, int] | None:
 
 
 def gathering_pays(num_read: int, table: torch.Tensor, updates_rows: bool, tower: bool) -> bool:
-    """Whether a step gathers the rows that it reads, ``num_read`` of them with repeats, and does not work on the whole table.
+    """Whether a step gathers the rows that it reads, ``num_read`` of them with repeats, and does not work on the whole
+    table.
 
     updates_rows: the optimizer updates single rows. tower: items that are scored are computed from their rows.
     """

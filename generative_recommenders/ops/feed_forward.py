@@ -87,13 +87,11 @@ class _ReluFeedForward(torch.autograd.Function):
 class SwiGLU(nn.Module):
     """W2 (silu(WG x) * W1 x), no residual (arXiv 2002.05202, eq. 6).
 
-    embedding_dim: width D of input and output; hidden_dim: width of the gated layer, 2 D in DiffTransformer. bias: in all three
-    layers. dropout_rate: on the gated layer.
+    embedding_dim: width D of input and output; hidden_dim: width of the gated layer, 2 D in DiffTransformer. bias: in
+    all three layers. dropout_rate: on the gated layer.
     """
 
-    def __init__(
-        self, embedding_dim: int, hidden_dim: int, bias: bool = True, dropout_rate: float = 0.0
-    ) -> None:
+    def __init__(self, embedding_dim: int, hidden_dim: int, bias: bool = True, dropout_rate: float = 0.0) -> None:
         super().__init__()
         self.WG = nn.Linear(embedding_dim, hidden_dim, bias)
         self.W1 = nn.Linear(embedding_dim, hidden_dim, bias)

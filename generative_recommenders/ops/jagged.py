@@ -1,7 +1,7 @@
 """Conversions between jagged tokens and padded rectangles: fbgemm's operators where they run, plain torch elsewhere.
 
-``values [T, ...]`` with ``offsets [B + 1]`` int64 is the jagged form, ``[B, N, ...]``, right-padded with 0, the padded one.
-Both ways give the same numbers and gradients. Times of both: benchmarks/jagged.py.
+``values [T, ...]`` with ``offsets [B + 1]`` int64 is the jagged form, ``[B, N, ...]``, right-padded with 0, the padded
+one. Both ways give the same numbers and gradients. Times of both: benchmarks/jagged.py.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ def jagged_to_padded(values: torch.Tensor, offsets: torch.Tensor, max_length: in
 
 
 def jagged_to_padded_reference(values: torch.Tensor, offsets: torch.Tensor, max_length: int) -> torch.Tensor:
-    """`jagged_to_padded` in plain torch. Tokens go to their cells by number, since a boolean index would wait for a GPU."""
+    """`jagged_to_padded` in plain torch. Tokens go to their cells by number, since a boolean index would wait for a
+    GPU."""
     cells, num_tokens = (len(offsets) - 1) * max_length, len(values)
     rows = torch.arange(len(offsets) - 1, device=values.device)
     row_of = torch.repeat_interleave(rows, offsets.diff(), output_size=num_tokens)

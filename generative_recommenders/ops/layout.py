@@ -1,8 +1,8 @@
 """Layouts of a batch: the order of its tokens in memory, and its attention mask.
 
 Everything position-wise in an encoder runs on ``[T, D]`` without knowing how the tokens are laid out. A jagged layout
-holds the real tokens only (T = sum of lengths); a padded one holds whole rectangles (T = B * N, padding included). Attention
-asks the layout for its groups, see `ops.attention.groups`. Both layouts give the same numbers on real tokens.
+holds the real tokens only (T = sum of lengths); a padded one holds whole rectangles (T = B * N, padding included).
+Attention asks the layout for its groups, see `ops.attention.groups`. Both layouts give the same numbers on real tokens.
 """
 
 from __future__ import annotations
@@ -152,8 +152,8 @@ class Layout:
 def jagged_layout(lengths: torch.Tensor, max_length: int, device: torch.device | None = None) -> Layout:
     """The layout of the real tokens alone.
 
-    lengths: ``[B]`` int64; kept on the CPU by loaders, so that nothing waits for an accelerator. UserError for lengths that
-    are none of a row of max_length columns.
+    lengths: ``[B]`` int64; kept on the CPU by loaders, so that nothing waits for an accelerator. UserError for lengths
+    that are none of a row of max_length columns.
     """
     device = device or lengths.device
     host = lengths.cpu().numpy().astype(np.int64)
@@ -183,19 +183,19 @@ def device_layout(lengths: torch.Tensor, max_length: int, num_tokens: int) -> La
 
 
 def padded_layout(lengths: torch.Tensor, max_length: int) -> Layout:
-    """The layout of whole rectangles ``[B, N]``, padding included; no length is looked at, so that it can be exported."""
+    """The layout of whole rectangles ``[B, N]``, padding included; no length is looked at, so that it can be
+    exported."""
     device, rows = lengths.device, lengths.numel()
     positions = torch.arange(max_length, device=device).expand(rows, max_length).reshape(-1)
     row_of = torch.arange(rows, device=device)[:, None].expand(rows, max_length).reshape(-1)
     valid = (positions < lengths[row_of]).view(-1, 1)
-    return Layout(
-        lengths, max_length, positions, row_of, torch.arange(rows, device=device) * max_length, valid=valid
-    )
+    return Layout(lengths, max_length, positions, row_of, torch.arange(rows, device=device) * max_length, valid=valid)
 
 
 def last_tokens_pay(layout: Layout, x: torch.Tensor) -> bool:
-    """Whether a block of a causal encoder takes less time for the last token of each row alone than for all ``x [T, D]``: on a
-    CPU. A GPU computes the others in the same time, and a padded layout is there to be exported as it is.
+    """Whether a block of a causal encoder takes less time for the last token of each row alone than for all
+    ``x [T, D]``: on a CPU. A GPU computes the others in the same time, and a padded layout is there to be exported as
+    it is.
     """
     causal = layout.valid is None and layout.attention_mask is None and layout.num_tokens > 0
     return causal and dispatch.fast_on_cpu_in_one_dtype(x)

@@ -1,8 +1,8 @@
 """Numbered rows: dropout masks that depend on a row's place in the global batch, not on which rows a process holds.
 
 Within `opened` every source of masks (see `ops.dropout.KeepMasks`) draws by (key, number of the source, number
-of the row). Sources are counted in the order of the forward pass, which is the same on every process. So N processes drop
-what one process would.
+of the row). Sources are counted in the order of the forward pass, which is the same on every process. So N processes
+drop what one process would.
 """
 
 from __future__ import annotations

@@ -29,7 +29,8 @@ class Rectangles:
         """``[T, H, d]`` tokens as cells ``[cells * H, d]``, a copy."""
         (count, heads, width), pitch = x.shape, x.stride(0) // max(1, x.shape[2])
         if x.stride() == (pitch * width, width, 1) and pitch >= heads:
-            # a slice of a wider projection: rows of d, of which there are pitch from a token to the next, without a copy
+            # a slice of a wider projection: rows of d, of which there are pitch from a token to the next, without a
+            # copy
             rows = x.as_strided((max(0, (count - 1) * pitch + heads), width), (width, 1))
         else:
             rows, pitch = x.reshape(-1, width), heads
@@ -52,7 +53,8 @@ class Rectangles:
         return cells.mul_(self._weights[heads])
 
     def _index(self, heads: int, pitch: int) -> torch.Tensor:
-        """``[cells * H]`` int32: the row that each cell holds, where token t's heads are the rows from ``t * pitch`` on."""
+        """``[cells * H]`` int32: the row that each cell holds, where token t's heads are the rows from ``t * pitch``
+        on."""
         if pitch == 1:
             return self.tokens
         if (heads, pitch) not in self._indices:
@@ -80,8 +82,8 @@ class Rectangles:
 class Places:
     """Where tokens lie among the cells of rectangles.
 
-    cells: ``[T]`` int32, a token's cell. runs: ``[R]`` int32, the first cells of all rows of all rectangles, and the number
-    of cells.
+    cells: ``[T]`` int32, a token's cell. runs: ``[R]`` int32, the first cells of all rows of all rectangles, and the
+    number of cells.
     """
 
     cells: torch.Tensor

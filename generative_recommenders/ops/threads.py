@@ -1,7 +1,7 @@
 """Work that threads share by whole parts, each with operations that take one core.
 
-torch shares out every single operation: its threads wait for each other after each, and read what another one's core wrote.
-A thread that does all steps of its own part has the numbers in its own cache and waits once, at the end.
+torch shares out every single operation: its threads wait for each other after each, and read what another one's core
+wrote. A thread that does all steps of its own part has the numbers in its own cache and waits once, at the end.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ Result = TypeVar("Result")
 def in_threads(function: Callable[[Part], Result], parts: Sequence[Part]) -> list[Result]:
     """Results of the function for each part, in their order; without gradients.
 
-    There should be as many parts as `torch.get_num_threads`. One part alone has all of torch's threads for its operations.
+    There should be as many parts as `torch.get_num_threads`. One part alone has all of torch's threads for its
+    operations.
     """
     if len(parts) < 2:
         return [torch.no_grad()(function)(part) for part in parts]

@@ -80,9 +80,7 @@ def plain_products(recommender: Recommender) -> bool:
         return False
     states, weight = operands[0] * similarity.temperature, operands[1]
     # to the precision of bf16, which they may be rounded to
-    return all(
-        each.shape == rows.shape and torch.allclose(each, rows, rtol=0.01) for each in (states, weight)
-    )
+    return all(each.shape == rows.shape and torch.allclose(each, rows, rtol=0.01) for each in (states, weight))
 
 
 def check_products(recommender: Recommender) -> None:
@@ -90,8 +88,8 @@ def check_products(recommender: Recommender) -> None:
     if not plain_products(recommender):
         name = type(recommender.model.similarity).__name__
         raise UserError(
-            f"scores of {name} are no products of a state and an item: export its items as parquet or safetensors, and serve "
-            "the run with python -m generative_recommenders.serve"
+            f"scores of {name} are no products of a state and an item: export its items as parquet or safetensors, and "
+            "serve the run with python -m generative_recommenders.serve"
         )
 
 

@@ -46,9 +46,7 @@ def as_frame(given: Any, what: str = "histories") -> pl.DataFrame:
         return pl.from_pandas(pd.DataFrame(given))
     except (pa.ArrowException, ValueError, TypeError) as error:
         # A column of texts and numbers, a text, a number.
-        raise UserError(
-            f"{what}: {first_line(error)}; give a table whose columns have one type each"
-        ) from error
+        raise UserError(f"{what}: {first_line(error)}; give a table whose columns have one type each") from error
 
 
 def history_frame(histories: Any, further: Iterable[str] = (), what: str = "histories") -> pl.DataFrame:
@@ -74,18 +72,16 @@ def history_frame(histories: Any, further: Iterable[str] = (), what: str = "hist
     frame = frame.select(name for name in names if name in frame.columns)
     for column in frame:
         if column.dtype.is_nested() or column.dtype in (pl.Object, pl.Binary, pl.Time, pl.Duration):
-            raise UserError(
-                f"{what}: {column.name} holds {column.dtype}; a value is a text, a number or a date"
-            )
+            raise UserError(f"{what}: {column.name} holds {column.dtype}; a value is a text, a number or a date")
     if frame["user_id"].null_count():
         raise UserError(f"{what}: user_id is missing in {frame['user_id'].null_count()} rows")
     return frame.with_columns(whole_ids(frame["item_id"])) if frame["item_id"].dtype.is_float() else frame
 
 
 def parsed_times(times: pl.Series) -> pl.Series:
-    """Times as preparation reads them, so that their order is that of time: text, numbers as 20230531 and numbers of other
-    units than seconds as datetimes, by the form of the first ones; numbers of seconds and datetimes as they are. UserError with
-    the first that is none."""
+    """Times as preparation reads them, so that their order is that of time: text, numbers as 20230531 and numbers of
+    other units than seconds as datetimes, by the form of the first ones; numbers of seconds and datetimes as they are.
+    UserError with the first that is none."""
     if times.dtype.is_temporal():
         return times
     is_text = times.dtype == pl.String
@@ -100,7 +96,8 @@ def parsed_times(times: pl.Series) -> pl.Series:
     wrong = found.is_null() & times.is_not_null() & ~missing
     if wrong.any():
         raise UserError(
-            f"column {times.name!r}: {times[int(wrong.arg_max() or 0)]!r} is no number, and no date like 2023-05-31 14:05"
+            f"column {times.name!r}: {times[int(wrong.arg_max() or 0)]!r} is no number, "
+            "and no date like 2023-05-31 14:05"
         )
     return found
 
@@ -133,9 +130,7 @@ def listed(values: Any, what: str) -> list[Any]:
     """Ids as a list; UserError for a text, a table or a mapping, whose elements are no ids."""
     found = values.tolist() if hasattr(values, "tolist") else values
     if isinstance(found, (str, bytes, Mapping)) or is_table(found) or not isinstance(found, Iterable):
-        raise UserError(
-            f"{what} must be a list of item ids, got {type(values).__name__} {str(values)[:40]!r}"
-        )
+        raise UserError(f"{what} must be a list of item ids, got {type(values).__name__} {str(values)[:40]!r}")
     return list(found)
 
 
@@ -177,8 +172,8 @@ def answer_frame(
 ) -> Any:
     """One row a recommendation: ``user_id, item_id, rank, score``; places without an item are left out.
 
-    item_ids: ``[V]`` original ids as text. users: ``[B]``. items, scores: ``[B, k]``, internal ids, 0 for none. numeric: item
-    ids are given back as numbers, where all of them are.
+    item_ids: ``[V]`` original ids as text. users: ``[B]``. items, scores: ``[B, k]``, internal ids, 0 for
+    none. numeric: item ids are given back as numbers, where all of them are.
     """
     row, column = (items > 0).nonzero(as_tuple=True)
     taken = item_ids.take(pa.array((items[row, column] - 1).numpy()))

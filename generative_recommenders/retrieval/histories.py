@@ -27,8 +27,9 @@ from generative_recommenders.retrieval.frames import (
 
 @dataclass(frozen=True)
 class Histories:
-    """Some users' histories. users: as given, ``[B]``. batch: columns of an evaluation loader. seen: for each user, internal
-    ids of everything in the history, also what is older than the window. numeric: whether items were given as numbers."""
+    """Some users' histories. users: as given, ``[B]``. batch: columns of an evaluation loader. seen: for each user,
+    internal ids of everything in the history, also what is older than the window. numeric: whether items were given as
+    numbers."""
 
     users: list[Any]
     batch: dict[str, torch.Tensor]
@@ -40,11 +41,12 @@ class Histories:
 class HistoryReader:
     """Reads histories for one model.
 
-    item_ids: ``[V]`` original ids as text, row i is internal id i + 1. known_users: likewise, of models that read users.
-    max_length: events of the window. readable: items 1..readable can be in a window; later ones were added after training
-    and are seen, but not encoded. needs_ratings, needs_timestamps: columns that the model reads; event_columns: further ones,
-    as `Catalogue.facts` describes them. uses_next_time: the model reads the time of the request. num_ratings: ratings from 0 to
-    below it have an embedding; None: any rating is read.
+    item_ids: ``[V]`` original ids as text, row i is internal id i + 1. known_users: likewise, of models that read
+    users.
+    max_length: events of the window. readable: items 1..readable can be in a window; later ones were added after
+    training and are seen, but not encoded. needs_ratings, needs_timestamps: columns that the model
+    reads; event_columns: further ones, as `Catalogue.facts` describes them. uses_next_time: the model reads the time of
+    the request. num_ratings: ratings from 0 to below it have an embedding; None: any rating is read.
     """
 
     item_ids: pa.Array
@@ -108,8 +110,8 @@ class HistoryReader:
         if missing:
             columns = ", ".join(["user_id", "item_id", *self.needed_columns])
             raise UserError(
-                f"the model reads {' and '.join(missing)} of each event, and the histories have no such column: give a table "
-                f"of {columns}, or to append {missing[0]}=..."
+                f"the model reads {' and '.join(missing)} of each event, and the histories have no such column: give a "
+                f"table of {columns}, or to append {missing[0]}=..."
             )
         numeric = frame["item_id"].dtype.is_integer()
         values = [pl.Series("_item", self.internal(frame["item_id"]))]
@@ -161,9 +163,7 @@ class HistoryReader:
         unknown = len(frame) - len(known) - frame["item_id"].null_count()
         if unknown:
             logging.warning("%d events of items that the model does not know are dropped", unknown)
-        read = (
-            known if self.readable == len(self.item_ids) else known.filter(pl.col("_item") <= self.readable)
-        )
+        read = known if self.readable == len(self.item_ids) else known.filter(pl.col("_item") <= self.readable)
         lost = frame["_user"].n_unique() - read["_user"].n_unique()
         if lost and not keep_empty:
             logging.warning("%d users have no item that the model can read and are left out", lost)
@@ -171,9 +171,7 @@ class HistoryReader:
         if unread:
             logging.warning("%d events of items that were added after training are seen, not read", unread)
         if self.uses_next_time and at is None and len(known):
-            logging.warning(
-                "the time of the request is not given (at=): the time of each user's last event is taken"
-            )
+            logging.warning("the time of the request is not given (at=): the time of each user's last event is taken")
 
     def _batch(
         self, users: list[Any], rows: np.ndarray, events: pl.DataFrame, at: int | None, numeric: bool
@@ -217,7 +215,8 @@ def _event_column(values: pl.Series, column: Mapping[str, Any]) -> pl.Series:
     if column["kind"] == "categorical":
         known = pa.array(column["categories"], pa.large_string())
         text = values.cast(pl.String)
-        # Integers may have become floats, where one is missing; a float is a category of its own where the data have it.
+        # Integers may have become floats, where one is missing; a float is a category of its own where the data have
+        # it.
         ids = pc.coalesce(
             *(
                 pc.index_in(each.str.strip_chars().to_arrow().cast(pa.large_string()), value_set=known)

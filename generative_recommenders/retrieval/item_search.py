@@ -19,8 +19,8 @@ from generative_recommenders.retrieval.selection import fill, largest
 class ItemSearch:
     """Finds each query's best items.
 
-    snapshot: the model's catalogue. counts: training events ``[V]``, by which histories without items are answered; None where
-    they are not known.
+    snapshot: the model's catalogue. counts: training events ``[V]``, by which histories without items are answered;
+    None where they are not known.
     """
 
     def __init__(self, model: SequenceRecommender, snapshot: Snapshot, counts: torch.Tensor | None) -> None:
@@ -38,8 +38,8 @@ class ItemSearch:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Scores and internal ids ``[B, k]`` of the best items, on the CPU.
 
-        queries: of the histories. allowed: sorted internal ids of candidates, ``[R]`` or by row ``[B, R]``, padded with 0. An
-        empty history gets the most popular items. Places without an item have minus infinity and id 0.
+        queries: of the histories. allowed: sorted internal ids of candidates, ``[R]`` or by row ``[B, R]``, padded
+        with 0. An empty history gets the most popular items. Places without an item have minus infinity and id 0.
         """
         k, seen = min(k, self.num_items), None
         if exclude_seen:
@@ -63,9 +63,7 @@ class ItemSearch:
     def _popularity(self, allowed: torch.Tensor | None) -> torch.Tensor:
         """Training events of all items ``[V]``, or of those allowed, minus infinity for padding."""
         if self.counts is None:
-            raise UserError(
-                "fallback='popular': checkpoints of releases before 0.2.0 have no counts of items"
-            )
+            raise UserError("fallback='popular': checkpoints of releases before 0.2.0 have no counts of items")
         counts = self.counts.float()
         return counts if allowed is None else F.pad(counts, (1, 0), value=-torch.inf)[allowed]
 

@@ -18,8 +18,8 @@ from generative_recommenders.retrieval.top_k import TopKModule
 def make_top_k(
     method: str, similarity: Similarity, item_embeddings: torch.Tensor, options: dict[str, Any] | None = None
 ) -> TopKModule:
-    """The search of a name: of `TOP_K_MODULES`, followed by the values of its options as published (``MoLCombTopK5_500``
-    has ``k_per_group = 5`` and ``avg_top_k = 500``).
+    """The search of a name: of `TOP_K_MODULES`, followed by the values of its options as published
+    (``MoLCombTopK5_500`` has ``k_per_group = 5`` and ``avg_top_k = 500``).
 
     similarity: what the model was trained with; a search for another kind of similarity is refused.
     item_embeddings: ``[V, D]``, as scored; row i belongs to id i + 1.
@@ -52,9 +52,7 @@ def _named(method: str) -> tuple[Part, dict[str, int]]:
     return part, dict(zip(names, map(int, numbers)))
 
 
-def build_top_k(
-    settings: RunSettings, model: SequenceRecommender, items: torch.Tensor | None = None
-) -> TopKModule:
+def build_top_k(settings: RunSettings, model: SequenceRecommender, items: torch.Tensor | None = None) -> TopKModule:
     """The search of ``train_fn.top_k_method`` over the model's items as they are now, or over others as scored."""
     method = settings.model.top_k_method
     items = model.catalogue().embeddings if items is None else items

@@ -110,7 +110,8 @@ class MoLAvgTopK(_CandidateTopK):
 class MoLCombTopK(_CandidateTopK):
     """Candidates: those of `MoLNaiveTopK` and of `MoLAvgTopK` together.
 
-    k_per_group: candidates of each pair of a query and an item component. avg_top_k: candidates by the components' means.
+    k_per_group: candidates of each pair of a query and an item component. avg_top_k: candidates by the components'
+    means.
     """
 
     def __init__(

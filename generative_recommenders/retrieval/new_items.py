@@ -21,14 +21,14 @@ from generative_recommenders.retrieval.frames import as_numbers
 def add_rows(items: ItemEmbedding, frame: pl.DataFrame, encodings: Mapping[str, Mapping[str, Any]]) -> None:
     """Items V + 1 on, from a row of features each.
 
-    frame: a column a feature of the tower, lists for lists of categories. encodings: of `Catalogue.facts`. Categories that
-    training did not have add nothing and are counted in a warning. UserError: a tower that reads the item's id, no tower, a
-    missing column, a checkpoint that does not say what its categories are.
+    frame: a column a feature of the tower, lists for lists of categories. encodings: of `Catalogue.facts`. Categories
+    that training did not have add nothing and are counted in a warning. UserError: a tower that reads the item's id, no
+    tower, a missing column, a checkpoint that does not say what its categories are.
     """
     if not isinstance(items, ItemTowerEmbedding) or items.uses_item_id:
         raise UserError(
-            "add_items: the model scores items by what it learned of their ids; train TwoTower with item_tower.features "
-            "and without 'item_id' in them"
+            "add_items: the model scores items by what it learned of their ids; train TwoTower with "
+            "item_tower.features and without 'item_id' in them"
         )
     columns = [_values(spec, frame, encodings) for spec in items.tower.embedder.schema]
     table = items.features
@@ -48,9 +48,7 @@ def add_rows(items: ItemEmbedding, frame: pl.DataFrame, encodings: Mapping[str, 
     items.num_items += len(frame)
 
 
-def _values(
-    spec: EmbeddingSpec, frame: pl.DataFrame, encodings: Mapping[str, Mapping[str, Any]]
-) -> torch.Tensor:
+def _values(spec: EmbeddingSpec, frame: pl.DataFrame, encodings: Mapping[str, Mapping[str, Any]]) -> torch.Tensor:
     if spec.name not in frame.columns:
         raise UserError(f"add_items: the item tower reads {spec.name}, and the items have no such column")
     if spec.name not in encodings:
@@ -71,14 +69,10 @@ def _values(
 
     # a value alone is a list of one
     rows = [row if isinstance(row, list) else [row] for row in column.to_list()]
-    found = [
-        [category(value) for value in row if value is not None] or [spec.cardinality + 1] for row in rows
-    ]
+    found = [[category(value) for value in row if value is not None] or [spec.cardinality + 1] for row in rows]
     unknown = sum(row.count(0) for row in found)
     if unknown:
         logging.warning("add_items: %d values of %s were not in training and add nothing", unknown, spec.name)
     width = max((len(row) for row in found), default=1) if listed else 1
-    filled = torch.tensor([row + [0] * (width - len(row)) for row in found], dtype=torch.int64).view(
-        -1, width
-    )
+    filled = torch.tensor([row + [0] * (width - len(row)) for row in found], dtype=torch.int64).view(-1, width)
     return filled if listed else filled[:, 0]

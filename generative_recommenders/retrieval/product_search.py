@@ -1,7 +1,7 @@
 """Exact search by dot product, which on a CPU costs little more than the products themselves.
 
-There a block of scores stays in the cache. Its columns are dealt to lanes, and only lanes whose maximum beats the worst of a
-query's k best so far are looked at: after the first blocks these are few.
+There a block of scores stays in the cache. Its columns are dealt to lanes, and only lanes whose maximum beats the worst
+of a query's k best so far are looked at: after the first blocks these are few.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ def search_products(
     seen_ids: torch.Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores and ids ``[n, k]`` of the k largest products of ``queries [n, D]`` with ``items [V, D]``, as `selection.scan`.
+    """Scores and ids ``[n, k]`` of the k largest products of ``queries [n, D]`` with ``items [V, D]``, as
+    `selection.scan`.
 
-    seen_ids: ``[n, S]`` int64, padded with 0: items left out of a row. dtype: what products are rounded to, see `Similarity`.
+    seen_ids: ``[n, S]`` int64, padded with 0: items left out of a row. dtype: what products are rounded to, see
+    `Similarity`.
     """
     if not dispatch.fast_on_cpu(queries):
         block = max(1, 8 * BLOCK_SCORES // max(1, len(queries)))
-        return scan(
-            lambda start, stop: rounded(queries @ items[start:stop].T, dtype), len(items), k, block, seen_ids
-        )
+        return scan(lambda start, stop: rounded(queries @ items[start:stop].T, dtype), len(items), k, block, seen_ids)
     values = queries.new_full((len(queries), k), -torch.inf)
     ids = torch.zeros(len(queries), k, dtype=torch.int64)
     if not len(items):
@@ -72,9 +72,7 @@ def search_shards(
     values, ids = search_products(queries, items, min(k, len(items)), seen_ids, dtype)
     values, ids = fill(values, ids + shard.before, k)
     # Lower ranks hold smaller ids, so that ties are settled by column.
-    every = [
-        shard.collectives.gather_variable(each[None]).transpose(0, 1).flatten(1) for each in (values, ids)
-    ]
+    every = [shard.collectives.gather_variable(each[None]).transpose(0, 1).flatten(1) for each in (values, ids)]
     values, columns = largest(every[0], k)
     return fill(values, every[1].gather(1, columns), k)
 

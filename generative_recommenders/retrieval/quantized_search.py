@@ -5,8 +5,8 @@ x = s x' + r and q = t q' + p, with integers x' and q'. Then
 
     q . x = s t (q' . x') + (q . r + p . s x'),    |q . r + p . s x'| <= s (|q| max |r / s| + |p| max |x'|)
 
-and the integers alone, D bytes, say what an item can reach and what it reaches at least. The few items that can reach the k-th
-largest of the latter are scored in full.
+and the integers alone, D bytes, say what an item can reach and what it reaches at least. The few items that can reach
+the k-th largest of the latter are scored in full.
 """
 
 from __future__ import annotations
@@ -66,10 +66,12 @@ class QuantizedItems:
     def search(
         self, queries: torch.Tensor, k: int, seen_ids: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Scores and ids ``[n, k]`` of the k largest products with ``queries [n, D]``, best first, ties by the smaller id.
+        """Scores and ids ``[n, k]`` of the k largest products with ``queries [n, D]``, best first, ties by the smaller
+        id.
 
-        seen_ids: ``[n, S]`` int64 padded with 0, left out of a row. Scores are products in double precision, rounded. None
-        where bounds do not single out few items (many are alike, or fewer than k are left), or a number is not finite.
+        seen_ids: ``[n, S]`` int64 padded with 0, left out of a row. Scores are products in double precision, rounded.
+        None where bounds do not single out few items (many are alike, or fewer than k are left), or a number is not
+        finite.
         """
         values, ids = queries.new_empty(len(queries), k), torch.empty(len(queries), k, dtype=torch.int64)
         for row, query in enumerate(queries):

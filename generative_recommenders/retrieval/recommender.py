@@ -50,8 +50,8 @@ from generative_recommenders.retrieval.session import Session
 MAX_USERS = 1024
 """Users encoded at a time."""
 FEW_TOKENS = 256
-"""Events up to which one thread encodes at least as fast as several, and far faster beside other work: threads wait for each
-other after every operation, and each lasts microseconds."""
+"""Events up to which one thread encodes at least as fast as several, and far faster beside other work: threads wait for
+each other after every operation, and each lasts microseconds."""
 MAX_SCORES = 1 << 25
 """Scores held at a time, where all are: 128 MiB."""
 
@@ -100,8 +100,8 @@ class Recommender:
     def load(cls, run: str | Path, device: str = "auto", plugins: str | Sequence[str] = ()) -> Recommender:
         """The best checkpoint of a run (else the newest); the training data are not needed.
 
-        run: the run's folder. device: "auto" takes a GPU if there is one. plugins: files or modules that register parts of the
-        run's own. UserError: no checkpoint, or one that needs a plug-in; no such device.
+        run: the run's folder. device: "auto" takes a GPU if there is one. plugins: files or modules that register parts
+        of the run's own. UserError: no checkpoint, or one that needs a plug-in; no such device.
         """
         load_plugins([plugins] if isinstance(plugins, str) else [str(each) for each in plugins])
         folder = Path(run) / "checkpoints"
@@ -145,14 +145,15 @@ class Recommender:
 
         histories: a table (pandas, polars, pyarrow or Spark) of ``user_id, item_id`` and, where the model reads them,
         ``rating``, ``timestamp`` (as preparation reads them) and its event columns; or a mapping of each user to items,
-        oldest first; or a `Session`. Events are sorted by ``timestamp`` where there is one. exclude_seen: no item of the
-        history is recommended. candidates: the only items that may be, a list or a table ``item_id`` for all users, or by user
-        a mapping or a table ``user_id, item_id``, where users without any get none. at: the time of the request, a datetime or
-        seconds since 1970, which a model of ``next_time = "given"`` reads. fallback: what users with no known item get;
-        otherwise they are left out.
+        oldest first; or a `Session`. Events are sorted by ``timestamp`` where there is one. exclude_seen: no item of
+        the history is recommended. candidates: the only items that may be, a list or a table ``item_id`` for all users,
+        or by user a mapping or a table ``user_id, item_id``, where users without any get none. at: the time of the
+        request, a datetime or seconds since 1970, which a model of ``next_time = "given"`` reads. fallback: what users
+        with no known item get; otherwise they are left out.
 
-        Returns a frame ``user_id, item_id, rank, score``, best first; or, as "torch", scores and internal ids ``[B, k]``, k no
-        more than there are items. Equal scores are ranked by item id. Unknown items are dropped and counted in a warning.
+        Returns a frame ``user_id, item_id, rank, score``, best first; or, as "torch", scores and internal ids
+        ``[B, k]``, k no more than there are items. Equal scores are ranked by item id. Unknown items are dropped and
+        counted in a warning.
         """
         k = self._checked(k)
         if output not in OUTPUTS:
@@ -190,7 +191,8 @@ class Recommender:
         return min(int(k), len(self.item_ids))
 
     def score(self, histories: Any, candidates: Sequence[Any], *, at: Any = None) -> pd.DataFrame:
-        """Scores of the candidates for each user: a frame with a row a user and a column an item; unknown items are refused."""
+        """Scores of the candidates for each user: a frame with a row a user and a column an item; unknown items are
+        refused."""
         candidates = listed(candidates, "candidates")
         ids = self.reader.known(candidates, "candidate")
         users, scores = [], [torch.empty(0, len(ids))]
@@ -224,9 +226,7 @@ class Recommender:
         k, items = self._checked(k), listed([items] if one else items, "items")
         own = self.reader.known(items)
         every = F.normalize(self.snapshot.embeddings.float(), dim=-1)
-        cosines, ids = search_products(
-            every[own.to(every.device) - 1], every, k, own[:, None].to(every.device)
-        )
+        cosines, ids = search_products(every[own.to(every.device) - 1], every, k, own[:, None].to(every.device))
         numeric = len(items) > 0 and isinstance(items[0], (int, np.integer))
         frame = answer_frame(self.item_ids, items, ids.cpu(), cosines.cpu(), numeric)
         return frame.rename(columns={"user_id": "item_id", "item_id": "similar_id"})
@@ -234,7 +234,8 @@ class Recommender:
     # -- sessions and new items ---------------------------------------------------------------------------------
 
     def session(self, user: Any = None, history: Any = ()) -> Session:
-        """A history that `append` extends. history: items, oldest first, or a DataFrame as for `recommend` without users."""
+        """A history that `append` extends. history: items, oldest first, or a DataFrame as for `recommend` without
+        users."""
         session = Session(user, self.reader.max_length)
         if is_table(history):
             frame = as_frame(history)
@@ -245,8 +246,8 @@ class Recommender:
     def append(self, session: Session, item: Any, **columns: Any) -> Session:
         """The session after one more event; columns: of the event, as ``rating=``, ``timestamp=``.
 
-        `recommend` answers as for the whole history. Most encoders encode the new event alone until the window is full. For a
-        model that reads times, an event from before others takes its place among them.
+        `recommend` answers as for the whole history. Most encoders encode the new event alone until the window is full.
+        For a model that reads times, an event from before others takes its place among them.
         """
         return self._extend(
             session, pl.DataFrame({"item_id": [item], **{name: [value] for name, value in columns.items()}})
@@ -257,9 +258,7 @@ class Recommender:
         empty = frame["item_id"].null_count() == len(frame)
         if empty:  # the reader asks for no columns of a history without events
             names = ["rating", "timestamp", *(each["name"] for each in self.reader.event_columns)]
-            frame = frame.with_columns(
-                pl.lit(None).alias(name) for name in names if name not in frame.columns
-            )
+            frame = frame.with_columns(pl.lit(None).alias(name) for name in names if name not in frame.columns)
         (histories,) = self.reader.read(frame, None, 1, keep_empty=True)
         session.add(histories)
         return session
@@ -267,8 +266,8 @@ class Recommender:
     def add_items(self, items: Any) -> None:
         """New items, known by their features alone: a DataFrame ``item_id`` and a column a feature of the item tower.
 
-        They can be recommended at once; in histories they count as seen and are not read. They last by `save`. UserError where
-        the model knows items by their ids, or has these already.
+        They can be recommended at once; in histories they count as seen and are not read. They last by `save`.
+        UserError where the model knows items by their ids, or has these already.
         """
         frame = as_frame(items, "add_items")
         if "item_id" not in frame.columns:
@@ -283,7 +282,8 @@ class Recommender:
         self._set_items(pa.concat_arrays([self.item_ids, names.to_arrow().cast(pa.large_string())]))
 
     def save(self, run: str | Path) -> None:
-        """Writes a run's folder with this model and its items, which `load` reads. UserError for that of a training run."""
+        """Writes a run's folder with this model and its items, which `load` reads. UserError for that of a training
+        run."""
         store = CheckpointStore(Path(run) / "checkpoints")
         if not all(path.name.endswith("-epoch-0-step-0") for path in store.paths()):
             raise UserError(
@@ -303,7 +303,8 @@ class Recommender:
         return max(1, min(MAX_USERS, MAX_SCORES // max(1, len(self.item_ids))))
 
     def allowed(self, candidates: Any, warn: bool = True) -> torch.Tensor:
-        """Sorted internal ids of the known ones among the items that may be recommended; others are counted in a warning."""
+        """Sorted internal ids of the known ones among the items that may be recommended; others are counted in a
+        warning."""
         ids = self.reader.internal(listed(candidates, "candidates"))
         if warn and not ids.all():
             logging.warning("%d candidates are no items that the model knows", (ids == 0).sum())
@@ -312,9 +313,7 @@ class Recommender:
     def queries(self, histories: Histories) -> Queries:
         """Queries of a batch of histories, which items are scored against."""
         threads = torch.get_num_threads()
-        few = int(histories.batch["lengths"].sum()) <= FEW_TOKENS and dispatch.fast_on_cpu(
-            self.snapshot.embeddings
-        )
+        few = int(histories.batch["lengths"].sum()) <= FEW_TOKENS and dispatch.fast_on_cpu(self.snapshot.embeddings)
         try:
             torch.set_num_threads(1 if few else threads)
             with torch.no_grad():
@@ -322,9 +321,7 @@ class Recommender:
         finally:
             torch.set_num_threads(threads)
 
-    def _queries(
-        self, histories: Any, at: Any, keep_empty: bool = False
-    ) -> Iterator[tuple[Histories, Queries]]:
+    def _queries(self, histories: Any, at: Any, keep_empty: bool = False) -> Iterator[tuple[Histories, Queries]]:
         at = seconds(at)
         if isinstance(histories, Session):
             some = histories.histories()

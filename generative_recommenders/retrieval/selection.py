@@ -55,9 +55,7 @@ def scan(
         scores = score_items(start, min(start + block, num_items))
         if seen_ids is not None:
             columns = seen_ids - (start + 1)
-            rows, places = ((columns >= 0) & (columns < scores.shape[1]) & (seen_ids > 0)).nonzero(
-                as_tuple=True
-            )
+            rows, places = ((columns >= 0) & (columns < scores.shape[1]) & (seen_ids > 0)).nonzero(as_tuple=True)
             scores[rows, columns[rows, places]] = -torch.inf
         best, columns = largest(scores, k)
         if values is None or ids is None:

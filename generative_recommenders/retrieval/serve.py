@@ -25,7 +25,8 @@ Cell = float | int | str | None
 
 
 class RecommendRequest(BaseModel):
-    """One user's history, oldest event first. columns: of its events, as ``{"rating": [5, 3]}``, where the model reads them."""
+    """One user's history, oldest event first. columns: of its events, as ``{"rating": [5, 3]}``, where the model reads
+    them."""
 
     model_config = ConfigDict(extra="forbid")
     history: list[Item] = Field(max_length=MAX_HISTORY, examples=[["0307887898", "0312853122"]])
@@ -33,9 +34,7 @@ class RecommendRequest(BaseModel):
     exclude_seen: bool = True
     candidates: list[Item] | None = Field(None, max_length=MAX_CANDIDATES)
     columns: dict[str, list[Cell]] = Field(default_factory=dict)
-    at: int | None = Field(
-        None, ge=-MAX_NUMBER, le=MAX_NUMBER, description="time of the request, seconds since 1970"
-    )
+    at: int | None = Field(None, ge=-MAX_NUMBER, le=MAX_NUMBER, description="time of the request, seconds since 1970")
     user_id: Item | None = None
     popular: bool = Field(False, description="answer a history without known items with popular ones")
 
@@ -59,8 +58,8 @@ class SimilarRequest(BaseModel):
 
 @dataclass(frozen=True)
 class Limits:
-    """max_batch: requests answered together. wait: seconds that the first of them waits for others. max_waiting: requests
-    beyond which further ones are refused. max_body: bytes of a request."""
+    """max_batch: requests answered together. wait: seconds that the first of them waits for others. max_waiting:
+    requests beyond which further ones are refused. max_body: bytes of a request."""
 
     max_batch: int = 64
     wait: float = 0.002
@@ -68,10 +67,9 @@ class Limits:
     max_body: int = 1 << 20
 
 
-def answer(
-    recommender: Recommender, requests: list[RecommendRequest]
-) -> list[list[dict[str, Any]] | UserError]:
-    """Ranked items ``{"item_id", "score"}`` of each request; UserError in the place of one that the model cannot answer."""
+def answer(recommender: Recommender, requests: list[RecommendRequest]) -> list[list[dict[str, Any]] | UserError]:
+    """Ranked items ``{"item_id", "score"}`` of each request; UserError in the place of one that the model cannot
+    answer."""
     reader = recommender.reader
     answers: list[list[dict[str, Any]] | UserError] = []
     groups: dict[tuple[bool, bool], list[int]] = {}
@@ -130,8 +128,7 @@ def _ranked(
     allowed = None
     if not everything:
         lists = [
-            recommender.allowed([str(item) for item in request.candidates or ()], warn=False)
-            for request in requests
+            recommender.allowed([str(item) for item in request.candidates or ()], warn=False) for request in requests
         ]
         allowed = torch.nn.utils.rnn.pad_sequence(lists, batch_first=True)
     popular = torch.tensor([request.popular and recommender.counts is not None for request in requests])
@@ -144,9 +141,7 @@ def _ranked(
     rows = zip(requests, scores.tolist(), ids.tolist(), answered.tolist())
     for request, row_scores, row_ids, is_answered in rows:
         pairs = list(zip(row_ids, row_scores))[: request.k] if is_answered else []
-        found.append(
-            [{"item_id": recommender.item_ids[i - 1].as_py(), "score": score} for i, score in pairs if i > 0]
-        )
+        found.append([{"item_id": recommender.item_ids[i - 1].as_py(), "score": score} for i, score in pairs if i > 0])
     return found
 
 
@@ -156,9 +151,7 @@ class Batcher:
     def __init__(self, recommender: Recommender, limits: Limits, observe: Callable[[int], None]) -> None:
         self.recommender, self.limits, self.observe = recommender, limits, observe
         self.thread = ThreadPoolExecutor(1)
-        self.waiting: asyncio.Queue[tuple[RecommendRequest, asyncio.Future]] = asyncio.Queue(
-            limits.max_waiting
-        )
+        self.waiting: asyncio.Queue[tuple[RecommendRequest, asyncio.Future]] = asyncio.Queue(limits.max_waiting)
 
     async def ask(self, request: RecommendRequest) -> list[dict[str, Any]]:
         """UserError where the model cannot answer; `asyncio.QueueFull` where too many wait."""
@@ -228,7 +221,8 @@ class BodyLimit:
 
 
 def make_app(recommender: Recommender, limits: Limits | None = None) -> Any:
-    """The FastAPI application; its page for trying it out is at /docs. UserError where the extra ``serve`` is missing."""
+    """The FastAPI application; its page for trying it out is at /docs. UserError where the extra ``serve`` is
+    missing."""
     try:
         import fastapi
         import prometheus_client  # noqa: F401  (of the same extra)
@@ -296,9 +290,7 @@ def _add_metrics(app: Any) -> Any:
     batches = prometheus.Histogram(
         "batch_size", "requests answered together", buckets=(1, 2, 4, 8, 16, 32, 64), registry=registry
     )
-    requests = prometheus.Counter(
-        "requests", "answers by path and status", ["path", "status"], registry=registry
-    )
+    requests = prometheus.Counter("requests", "answers by path and status", ["path", "status"], registry=registry)
     seconds = prometheus.Histogram("request_seconds", "time to answer", ["path"], registry=registry)
 
     @app.middleware("http")
@@ -316,8 +308,6 @@ def _add_metrics(app: Any) -> Any:
 
     @app.get("/metrics")
     async def metrics() -> Any:
-        return fastapi.Response(
-            prometheus.generate_latest(registry), media_type=prometheus.CONTENT_TYPE_LATEST
-        )
+        return fastapi.Response(prometheus.generate_latest(registry), media_type=prometheus.CONTENT_TYPE_LATEST)
 
     return batches

@@ -37,7 +37,8 @@ class Session:
         return self._total
 
     def add(self, histories: Histories) -> None:
-        """Further events of this user, as a reader gives them: after the others, or by their times where there are some."""
+        """Further events of this user, as a reader gives them: after the others, or by their times where there are
+        some."""
         batch, length = histories.batch, int(histories.batch["lengths"][0])
         self.seen |= set(histories.seen[0].tolist())
         self.numeric = histories.numeric

@@ -74,9 +74,7 @@ class RunFolder:
             elif resume and not folder.is_dir():
                 raise UserError(f"no run to resume at {folder}")
             elif not resume and holds_run(folder):
-                raise UserError(
-                    f"{folder} holds a run already: resume it with --resume, or give another --run_dir"
-                )
+                raise UserError(f"{folder} holds a run already: resume it with --resume, or give another --run_dir")
             folder.mkdir(parents=True, exist_ok=True)
             for file in _WRITTEN:
                 if (folder / file).is_symlink():
@@ -157,8 +155,9 @@ class RunFolder:
         text = "".join(line.decode() for line, _ in kept).replace('"liked_', '"high_rated_')
         self._write(self.metrics_path.name, text)
         self._metrics = _open_lines(self.metrics_path)
-        # TensorBoard reads files in the order of their names, and a file must be read before the one that purges it. Where the
-        # clock was put back, or the next file could get the same second, all get small numbers in their order.
+        # TensorBoard reads files in the order of their names, and a file must be read before the one that purges it.
+        # Where the clock was put back, or the next file could get the same second, all get small numbers in their
+        # order.
         found_files = ((_EVENTS.fullmatch(path.name), path) for path in sorted(self.tensorboard.glob("*")))
         files = [(match, path) for match, path in found_files if match]
         if any(int(match["time"]) >= int(time.time()) for match, _ in files):
@@ -169,7 +168,8 @@ class RunFolder:
         at_step = [record for _, record in kept if record["step"] == step]
         if epoch is None or any("epoch" in record for record in at_step):
             return
-        # TensorBoard can only purge whole steps, so that the scalars of this step, but not of its epoch, are written again.
+        # TensorBoard can only purge whole steps, so that the scalars of this step, but not of its epoch, are written
+        # again.
         self._purge_step = step
         for record in at_step:
             scalars = {name: value for name, value in record.items() if "/" in name}
@@ -248,7 +248,8 @@ def _new_folder(root: Path, name: str) -> Path:
 
 
 def _lock(folder: Path) -> IO[str]:
-    """The locked lock file, which names this process. The operating system releases the lock however the process ends."""
+    """The locked lock file, which names this process. The operating system releases the lock however the process
+    ends."""
     path = folder / "run.lock"
     file = open(path, "a+", encoding="utf-8", opener=no_link)  # noqa: SIM115, held as long as the run
     try:
@@ -257,13 +258,9 @@ def _lock(folder: Path) -> IO[str]:
         file.seek(0)
         owner = file.read(32).strip() or "unknown"
         file.close()
-        raise UserError(
-            f"run folder {folder} is in use by process {owner}; wait for it or choose another"
-        ) from None
+        raise UserError(f"run folder {folder} is in use by process {owner}; wait for it or choose another") from None
     except OSError as error:
-        logging.warning(
-            "run folder %s cannot be locked (%s): start no second run in it", folder, error.strerror
-        )
+        logging.warning("run folder %s cannot be locked (%s): start no second run in it", folder, error.strerror)
     # Truncated only now: a process that did not get the lock has read the owner's id from it.
     file.truncate(0)
     file.write(f"{os.getpid()}\n")

@@ -61,9 +61,7 @@ class EpochLog(Recorder):
         if seconds > self.seconds_before:
             values["train/tokens_per_second"] = self.tokens / (seconds - self.seconds_before)
         self.tokens, self.seconds_before = 0, seconds
-        values.update(
-            {f"{self.part}_partial/{name}": quick[name] for name in ("hr@10", "ndcg@10") if name in quick}
-        )
+        values.update({f"{self.part}_partial/{name}": quick[name] for name in ("hr@10", "ndcg@10") if name in quick})
         self.run.write_scalars(step, values)
         self.run.write_metrics(step, values)
         self._warn(self.divergence.observe(loss))

@@ -45,8 +45,9 @@ def parameter_counts(parts: Iterable[tuple[str, torch.nn.Module]]) -> dict[str, 
 def kept_activations(trainer: Trainer) -> float:
     """Bytes that the forward pass of a full batch keeps for its backward pass.
 
-    What grows with the histories is extrapolated from one and two of full length; what is as long as the gathered rows of
-    the item table is counted for all of it. Blocks of MoL that a large batch computes again count as kept: an upper bound.
+    What grows with the histories is extrapolated from one and two of full length; what is as long as the gathered rows
+    of the item table is counted for all of it. Blocks of MoL that a large batch computes again count as kept: an upper
+    bound.
     """
     dataset, width = trainer.dataset, trainer.settings.data.max_sequence_length + 1
 

@@ -25,9 +25,7 @@ def results_table(rows: Mapping[str, Mapping[str, float]]) -> str:
     """Text table: one line a method, one column a metric."""
     width = max(len(name) for name in rows)
     lines = [" " * width + "".join(f"{name:>10}" for name in COLUMNS)]
-    lines += [
-        f"{name:<{width}}" + "".join(f"{values[c]:>10.4f}" for c in COLUMNS) for name, values in rows.items()
-    ]
+    lines += [f"{name:<{width}}" + "".join(f"{values[c]:>10.4f}" for c in COLUMNS) for name, values in rows.items()]
     return "\n".join(lines)
 
 
@@ -42,14 +40,13 @@ def model_rows(
     """The model's rows of the table: all targets, then the highly rated ones where there are any."""
     rows = {settings.model.main_module: metrics}
     if high_rated:
-        rows[f"{settings.model.main_module}, targets rated {settings.evaluation.rating_threshold:g}+"] = (
-            high_rated
-        )
+        rows[f"{settings.model.main_module}, targets rated {settings.evaluation.rating_threshold:g}+"] = high_rated
     return rows
 
 
 def curve_rows(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Rows for `plot_curves`, epochs counted from 1: the loss, and the table's metrics where the evaluation was a full one."""
+    """Rows for `plot_curves`, epochs counted from 1: the loss, and the table's metrics where the evaluation was a full
+    one."""
     rows = []
     for epoch in history:
         names = ("train_loss", *COLUMNS) if epoch.get("full", True) else ("train_loss",)
@@ -65,7 +62,8 @@ def list_metrics_lines(lists: Mapping[str, float]) -> list[str]:
 
 
 def peak_memory() -> dict[str, int]:
-    """Peak memory of this process in MiB: ``peak_rss_mb``, and ``peak_gpu_mb`` of torch's tensors where a GPU was used."""
+    """Peak memory of this process in MiB: ``peak_rss_mb``, and ``peak_gpu_mb`` of torch's tensors where a GPU was
+    used."""
     peaks = {"peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)}
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         peaks["peak_gpu_mb"] = round(torch.cuda.max_memory_allocated() / 2**20)
@@ -109,13 +107,9 @@ def final_report(
     lists: Mapping[str, float],
 ) -> str:
     """Text that a run prints at its end: table, metrics of lists, data, and the places of its files."""
-    chosen = (
-        "after the last step" if best_epoch is None else f"epoch {best_epoch + 1}, the best on validation"
-    )
+    chosen = "after the last step" if best_epoch is None else f"epoch {best_epoch + 1}, the best on validation"
     if split.protocol == "paper":
-        chosen = (
-            "the last epoch; protocol paper scores the test item every epoch, as the HSTU authors' code does"
-        )
+        chosen = "the last epoch; protocol paper scores the test item every epoch, as the HSTU authors' code does"
     places = {
         "checkpoint": checkpoint or "none",
         "resolved config": folder / "resolved.gin",

@@ -22,7 +22,8 @@ STATE: ConfigDict = {"strict": True, "extra": "forbid"}
 
 @dataclass(config=STATE)
 class PlateauMonitor:
-    """A warning when a loss has not fallen by ``min_change`` of its best value ``patience`` times in a row; once a plateau."""
+    """A warning when a loss has not fallen by ``min_change`` of its best value ``patience`` times in a row; once a
+    plateau."""
 
     patience: int = 10
     min_change: float = 1e-3
@@ -42,7 +43,8 @@ class PlateauMonitor:
 
 @dataclass(config=STATE)
 class DivergenceMonitor:
-    """A warning when the smoothed loss has risen to ``factor`` times its lowest value; once until it has come down again.
+    """A warning when the smoothed loss has risen to ``factor`` times its lowest value; once until it has come down
+    again.
 
     smoothing: weight of the past in the moving average, so that one hard batch is not taken for divergence.
     """
@@ -111,8 +113,8 @@ class Recorder:
         return batches
 
     def step(self, step: int, result: StepResult, seconds: float, quick: Mapping[str, float]) -> None:
-        """Every eval_interval steps. result: of the last one. seconds: of all steps of the run. quick: metrics of a partial
-        evaluation."""
+        """Every eval_interval steps. result: of the last one. seconds: of all steps of the run. quick: metrics of a
+        partial evaluation."""
 
     def epoch(self, step: int, record: Mapping[str, Any]) -> None:
         """record: epoch (from 0), train_loss, seconds, full, and the metrics."""

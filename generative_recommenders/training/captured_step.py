@@ -1,9 +1,9 @@
 """Training steps captured as CUDA graphs: a step is then one launch, whatever the number of its kernels.
 
-A graph holds for one number of tokens. Batches are filled up to one of few numbers by rows whose targets count for nothing, so
-that nothing else changes; the step of a number that was not seen before runs kernel by kernel, the second one is captured, and
-all later ones replay it. What differs from step to step (columns, the key of the draws, the learning rate) lies in one buffer,
-which one copy fills.
+A graph holds for one number of tokens. Batches are filled up to one of few numbers by rows whose targets count for
+nothing, so that nothing else changes; the step of a number that was not seen before runs kernel by kernel, the second
+one is captured, and all later ones replay it. What differs from step to step (columns, the key of the draws, the
+learning rate) lies in one buffer, which one copy fills.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ class CapturedStep(TrainingStep):
         return self.inputs.fill(batch, stream_key(self.task.seed, step), self.optimizer.rate(step))
 
     def padded_step(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Forward, backward and update on the inputs, without a look at any number: the loss, the number of targets, and the
-        norm of the gradients where it is measured."""
+        """Forward, backward and update on the inputs, without a look at any number: the loss, the number of targets,
+        and the norm of the gradients where it is measured."""
         assert self.inputs is not None
         self.optimizer.zero_grad()
         batch = self.task.prepare_on_device(self.inputs.columns, self.inputs.key, tokens)
@@ -90,9 +90,7 @@ class CapturedStep(TrainingStep):
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 loss, targets, _ = self.padded_step(tokens)
         except RuntimeError as error:
-            logging.warning(
-                "steps are not captured as CUDA graphs, which makes them slower: %s", first_line(error)
-            )
+            logging.warning("steps are not captured as CUDA graphs, which makes them slower: %s", first_line(error))
             self._captures = False
             self._graphs.clear()
             # A capture that fails leaves the random generator waiting for its end; a copy of its state does not.
@@ -111,7 +109,8 @@ class _Graph(NamedTuple):
     targets: torch.Tensor
 
     def replay(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The step on what the inputs hold now; copies of its loss and number of targets, which the next replay overwrites."""
+        """The step on what the inputs hold now; copies of its loss and number of targets, which the next replay
+        overwrites."""
         self.graph.replay()
         return self.loss.clone(), self.targets.clone()
 
@@ -135,9 +134,7 @@ class StepInputs:
             ends[name] = slice(start, size)
 
         def views(buffer: torch.Tensor) -> dict[str, torch.Tensor]:
-            return {
-                name: buffer[ends[name]].view(dtype).view(shape) for name, (shape, dtype) in shapes.items()
-            }
+            return {name: buffer[ends[name]].view(dtype).view(shape) for name, (shape, dtype) in shapes.items()}
 
         self.buffer = torch.zeros(size, dtype=torch.uint8, device=device)
         self.columns = views(self.buffer)

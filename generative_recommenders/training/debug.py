@@ -33,7 +33,8 @@ def check_finite(
 ) -> None:
     """Raises NonFiniteError for a NaN or infinite loss, on all processes with the same line.
 
-    loss: of all processes, each of which runs its own part of the step again. rerun: computes the step's forward pass again.
+    loss: of all processes, each of which runs its own part of the step again. rerun: computes the step's forward pass
+    again.
     """
     if math.isfinite(loss):
         return
@@ -46,9 +47,7 @@ def check_finite(
             if parameter:
                 origin = f"the parameter {parameter} is not finite: the update before was too large"
             break
-    raise NonFiniteError(
-        f"the loss is {loss} at step {step}: {origin}; check the data for NaN, or lower learning_rate"
-    )
+    raise NonFiniteError(f"the loss is {loss} at step {step}: {origin}; check the data for NaN, or lower learning_rate")
 
 
 def check_finite_parameters(step: int, model: torch.nn.Module) -> None:
@@ -110,7 +109,8 @@ def _tensors(value: object) -> Iterator[torch.Tensor]:
 
 @contextlib.contextmanager
 def step_profiler(folder: Path | None) -> Iterator[Callable[[], None]]:
-    """Yields a function to call after each step; with a folder, steps 6 to 10 go to ``profile.json`` (a Chrome trace) in it."""
+    """Yields a function to call after each step; with a folder, steps 6 to 10 go to ``profile.json`` (a Chrome trace)
+    in it."""
     if folder is None:
         yield lambda: None
         return

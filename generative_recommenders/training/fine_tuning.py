@@ -39,10 +39,11 @@ def initialize(
     dataset: SequenceDataset,
     collectives: Collectives | None = None,
 ) -> None:
-    """Gives a task that was just built the weights of ``train_fn.initialize_from``, where that names a run or a checkpoint.
+    """Gives a task that was just built the weights of ``train_fn.initialize_from``, where that names a run or a
+    checkpoint.
 
-    catalogue, dataset: what the task was built for. The main process reads, and sends the others what it has. UserError where
-    there is no such run, or its model does not fit.
+    catalogue, dataset: what the task was built for. The main process reads, and sends the others what it has. UserError
+    where there is no such run, or its model does not fit.
     """
     source, collectives = settings.fine_tuning.initialize_from, collectives or Collectives()
     if source is None:
@@ -87,8 +88,8 @@ def transfer(
 ) -> None:
     """Copies the checkpoint's weights into the task, and says in the log what is known, new and left out.
 
-    Rows of items, users and categories go where their original ids are now. UserError: tensors that are missing, or of another
-    shape, except where `MAY_DIFFER` lets them.
+    Rows of items, users and categories go where their original ids are now. UserError: tensors that are missing, or of
+    another shape, except where `MAY_DIFFER` lets them.
     """
     model, ids = task.model, checkpoint.item_ids().to_pylist()
     saved = RunSettings.from_json(checkpoint.settings())
@@ -118,7 +119,8 @@ def transfer(
         shapes = (own[name].shape, value.shape) if rows is None else (own[name].shape[1:], value.shape[1:])
         if shapes[0] != shapes[1]:
             raise UserError(
-                f"{checkpoint.path} does not fit: {theirs_name} is {list(value.shape)} there and {list(own[name].shape)} here"
+                f"{checkpoint.path} does not fit: {theirs_name} is {list(value.shape)} there and "
+                f"{list(own[name].shape)} here"
             )
         if rows is None:
             own[name].copy_(value)
@@ -145,14 +147,12 @@ def _moves(
     checkpoint: Checkpoint,
     items: Rows,
 ) -> tuple[dict[str, tuple[str, Rows | None] | None], list[str]]:
-    """Tables whose rows belong to items, users or categories: their names in the source, and which rows go where; None for one
-    that starts new. Beside them what is to be said of users.
+    """Tables whose rows belong to items, users or categories: their names in the source, and which rows go where; None
+    for one that starts new. Beside them what is to be said of users.
     """
     to, of = (getattr(each.items, "row_of_item", None) for each in (model, source))
     item_rows = [rows if table is None else table.cpu().numpy()[rows] for rows, table in zip(items, (to, of))]
-    moves: dict[str, tuple[str, Rows | None] | None] = {
-        "items.table": ("items.table", with_fill(first_of(*item_rows)))
-    }
+    moves: dict[str, tuple[str, Rows | None] | None] = {"items.table": ("items.table", with_fill(first_of(*item_rows)))}
     said = []
     tables = [getattr(each.similarity, "user_tables", ()) for each in (model, source)]
     if len(tables[0]):
@@ -168,8 +168,7 @@ def _moves(
             moves[name] = name, None if as_it_is else rows
     facts, saved = catalogue.facts(model, dataset), data_facts(checkpoint)
     vocabularies = [
-        {each["name"]: each["categories"] for each in of_data.get("event_columns", ())}
-        for of_data in (facts, saved)
+        {each["name"]: each["categories"] for each in of_data.get("event_columns", ())} for of_data in (facts, saved)
     ]
     for name in [name for name, names in vocabularies[0].items() if names and vocabularies[1].get(name)]:
         weight = f"sequence.event_features.weights.of_{name}"
@@ -182,8 +181,7 @@ def _moves(
         for feature, (prefix, module) in ours.items():
             old_prefix, old = theirs.get(feature, ("", None))
             categories = [
-                of_data.get(f"{owner}_encodings", {}).get(feature, {}).get("categories")
-                for of_data in (facts, saved)
+                of_data.get(f"{owner}_encodings", {}).get(feature, {}).get("categories") for of_data in (facts, saved)
             ]
             fits = old is not None and type(old) is type(module)
             rows_of: Rows | None = None

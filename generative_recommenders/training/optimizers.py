@@ -1,8 +1,8 @@
 """Optimizers: AdamW for all parameters (the published runs), or a row-wise one for the item table.
 
-A step hands over the gradient of the item table as (rows, gradients of those rows); see `ItemTable`. Dense AdamW updates the
-whole table, as the published programs do; ``lazy_adamw`` and ``rowwise_adagrad`` update the gathered rows alone, so that the
-cost of a step does not grow with the catalogue.
+A step hands over the gradient of the item table as (rows, gradients of those rows); see `ItemTable`. Dense AdamW
+updates the whole table, as the published programs do; ``lazy_adamw`` and ``rowwise_adagrad`` update the gathered rows
+alone, so that the cost of a step does not grow with the catalogue.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ def changed_rows(grads: torch.Tensor) -> torch.Tensor:
 class TableOptimizer(ABC):
     """Optimizer of single rows of one table; rows whose gradient is 0 are left alone.
 
-    On a CPU rows go in chunks that stay in the cache of a core, each from gradient to new weights at once. On an accelerator
-    `update` gets all of them and must look at no number, so that it can be captured. State tensors are named, so that a
-    checkpoint can hold them.
+    On a CPU rows go in chunks that stay in the cache of a core, each from gradient to new weights at once. On an
+    accelerator `update` gets all of them and must look at no number, so that it can be captured. State tensors are
+    named, so that a checkpoint can hold them.
     """
 
     relative_rate = 1.0
@@ -55,7 +55,8 @@ class TableOptimizer(ABC):
     def step(self, rows: torch.Tensor | None, grads: torch.Tensor) -> None:
         """Updates rows of the table.
 
-        rows: ``[U]`` int64, None for all; the same row more than once has the same gradient each time. grads: ``[U, D]``.
+        rows: ``[U]`` int64, None for all; the same row more than once has the same gradient each time. grads:
+        ``[U, D]``.
         """
         if dispatch.waits(grads):
             self.update(slice(None) if rows is None else rows, grads, grads.any(1)[:, None])
@@ -80,14 +81,13 @@ class TableOptimizer(ABC):
         )
 
     @abstractmethod
-    def update(
-        self, rows: torch.Tensor | slice, grads: torch.Tensor, touched: torch.Tensor | None = None
-    ) -> None:
+    def update(self, rows: torch.Tensor | slice, grads: torch.Tensor, touched: torch.Tensor | None = None) -> None:
         """`step` of some rows. touched: ``[U, 1]`` bool, which of them change; None for all."""
 
 
 class LazyAdamW(TableOptimizer):
-    """AdamW (arXiv 1711.05101) whose moments and decay change only for rows with a gradient; one step count for all rows."""
+    """AdamW (arXiv 1711.05101) whose moments and decay change only for rows with a gradient; one step count for all
+    rows."""
 
     def __init__(self, table: torch.nn.Parameter, learning_rate: float, weight_decay: float) -> None:
         super().__init__(table, learning_rate, weight_decay)
@@ -105,9 +105,7 @@ class LazyAdamW(TableOptimizer):
         self.correction = (1 - beta2**count).to(grads.dtype)
         super().step(rows, grads)
 
-    def update(
-        self, rows: torch.Tensor | slice, grads: torch.Tensor, touched: torch.Tensor | None = None
-    ) -> None:
+    def update(self, rows: torch.Tensor | slice, grads: torch.Tensor, touched: torch.Tensor | None = None) -> None:
         beta1, beta2 = BETAS
         rate = self.rate
         share: Any = 1 - beta1
@@ -132,9 +130,7 @@ class RowwiseAdagrad(TableOptimizer):
         super().__init__(table, learning_rate, weight_decay)
         self.state = {"sum_of_squares": torch.zeros(table.shape[0], device=table.device)}
 
-    def update(
-        self, rows: torch.Tensor | slice, grads: torch.Tensor, touched: torch.Tensor | None = None
-    ) -> None:
+    def update(self, rows: torch.Tensor | slice, grads: torch.Tensor, touched: torch.Tensor | None = None) -> None:
         decay = 1 - self.learning_rate * self.weight_decay
         if touched is not None:
             decay = torch.where(touched, decay, 1.0)
@@ -193,9 +189,7 @@ class FusedRowwiseAdagrad(TableOptimizer):
     def step(self, rows: torch.Tensor | None, grads: torch.Tensor) -> None:
         self.update(slice(None), grads)  # rows are where the lookup found them
 
-    def update(
-        self, rows: torch.Tensor | slice, grads: torch.Tensor, touched: torch.Tensor | None = None
-    ) -> None:
+    def update(self, rows: torch.Tensor | slice, grads: torch.Tensor, touched: torch.Tensor | None = None) -> None:
         self.kept.update(grads)
 
 
@@ -211,13 +205,12 @@ class LazyRows(AdamW):
 class AdagradRows(AdamW):
     """AdamW; the item table by `RowwiseAdagrad`.
 
-    item_learning_rate: of the item table; None for that of all other parameters. Adagrad's steps shrink with the square root of
-    what a row has seen, and all of its numbers share one size, so that the rates which suit AdamW are far too small for it.
+    item_learning_rate: of the item table; None for that of all other parameters. Adagrad's steps shrink with the square
+    root of what a row has seen, and all of its numbers share one size, so that the rates which suit AdamW are far too
+    small for it.
     """
 
-    def __init__(
-        self, learning_rate: float, weight_decay: float, item_learning_rate: Positive | None = None
-    ) -> None:
+    def __init__(self, learning_rate: float, weight_decay: float, item_learning_rate: Positive | None = None) -> None:
         super().__init__(learning_rate, weight_decay)
         self.item_learning_rate = item_learning_rate or learning_rate
 
@@ -230,7 +223,8 @@ class AdagradRows(AdamW):
 class Optimizer:
     """A run's updates: the chosen rule for dense parameters and the item table, with linear warm-up and clipping.
 
-    rule: the part by ``train_fn.optimizer``. max_grad_norm: total L2 norm over dense and table gradients, None for no clipping.
+    rule: the part by ``train_fn.optimizer``. max_grad_norm: total L2 norm over dense and table gradients, None for no
+    clipping.
     cosine_steps: steps of the whole run, over which the learning rate falls to 0 along half a cosine; None leaves it.
     sum_over_shards: sums a number over processes, where each holds rows of the table of its own.
     kept: what keeps and updates the table where TorchRec does.
@@ -279,11 +273,9 @@ class Optimizer:
             share *= (1 + math.cos(math.pi * min(1.0, step / self.cosine_steps))) / 2
         return self.rule.learning_rate * share
 
-    def update(
-        self, rate: float | torch.Tensor, rows: torch.Tensor | None, grads: torch.Tensor | None
-    ) -> None:
-        """One update by a learning rate, which may be a scalar on the device. rows ``[U]`` (None: all) and grads ``[U, D]`` of
-        the table, None for a frozen one.
+    def update(self, rate: float | torch.Tensor, rows: torch.Tensor | None, grads: torch.Tensor | None) -> None:
+        """One update by a learning rate, which may be a scalar on the device. rows ``[U]`` (None: all) and grads
+        ``[U, D]`` of the table, None for a frozen one.
         """
         if self.max_grad_norm is not None:
             scale = (self.max_grad_norm / self.gradient_norm(grads).clamp(min=1e-6)).clamp(max=1.0)
@@ -298,9 +290,7 @@ class Optimizer:
                 group["lr"] = rate
             self.dense.step()
 
-    def _update_table(
-        self, rate: float | torch.Tensor, rows: torch.Tensor | None, grads: torch.Tensor
-    ) -> None:
+    def _update_table(self, rate: float | torch.Tensor, rows: torch.Tensor | None, grads: torch.Tensor) -> None:
         """The rows' own update, or their gradient in the dense one's."""
         if self.sparse is not None:
             self.sparse.learning_rate = rate * self.sparse.relative_rate
@@ -311,16 +301,15 @@ class Optimizer:
             # What fills up the end of `sorted_unique` has no gradient of its own, and writes what its row gets.
             grads = grads[torch.searchsorted(rows, rows)]
         if self.sparse is None:
-            self.table.grad = (
-                grads if rows is None else torch.zeros_like(self.table).index_copy_(0, rows, grads)
-            )
+            self.table.grad = grads if rows is None else torch.zeros_like(self.table).index_copy_(0, rows, grads)
         else:
             self.sparse.step(rows, grads)
 
     def gradient_norm(self, table_grads: torch.Tensor | None) -> torch.Tensor:
         """The L2 norm ``[]`` over dense and table gradients together, as if the table were an ordinary parameter.
 
-        Before `update`, which clips. Of dense gradients alone where TorchRec keeps the table, and sums its gradients later.
+        Before `update`, which clips. Of dense gradients alone where TorchRec keeps the table, and sums its gradients
+        later.
         """
         norms = [p.grad.norm() for p in self.parameters if p.grad is not None]
         if table_grads is not None and not isinstance(self.sparse, FusedRowwiseAdagrad):

@@ -145,12 +145,14 @@ def restore_state(trainer: Trainer, checkpoint: Checkpoint) -> None:
             processes, trainer.collectives.world_size,
         )  # fmt: skip
     if batch != (now := trainer.loader.global_batch):
-        # The steps that cover the users of those done at another batch, and no more: the place in an epoch is one of users.
+        # The steps that cover the users of those done at another batch, and no more: the place in an epoch is one of
+        # users.
         users = trainer.loader.users.size
         done = min(progress.step_in_epoch * batch, users)
         progress.step_in_epoch = len(trainer.loader) if done == users else done // now
         logging.warning(
-            "resuming with a global batch of %d users, which was %d: after %d users of the epoch, %d of them are seen again",
+            "resuming with a global batch of %d users, which was %d: after %d users of the epoch, "
+            "%d of them are seen again",
             now, batch, done, done - min(progress.step_in_epoch * now, users),
         )  # fmt: skip
     # An epoch has fewer steps than when it began where other training_windows were chosen.

@@ -34,8 +34,8 @@ class StepResult:
 class TrainingStep:
     """Runs steps of a task; the same for one process and for many.
 
-    measures_norm: whether the next steps give the L2 norm of their gradients, before clipping. It reads all of them once more,
-    so the trainer asks in the steps that it records.
+    measures_norm: whether the next steps give the L2 norm of their gradients, before clipping. It reads all of them
+    once more, so the trainer asks in the steps that it records.
     """
 
     measures_norm = False
@@ -53,7 +53,8 @@ class TrainingStep:
         """Forward, backward, sums over processes, update.
 
         A loss that is not finite updates nothing on a CPU, so that its origin can still be found. Nor does a step in
-        which no target of any process counts: momentum and weight decay rest too, and the step has its number all the same.
+        which no target of any process counts: momentum and weight decay rest too, and the step has its number all the
+        same.
         """
         self.optimizer.zero_grad()
         self.optimizer.before_lookup(step)
@@ -107,15 +108,14 @@ class TrainingStep:
         unused = self.collectives.any(any(each is None for each in gradients))
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.task, [TABLE])
         with warnings.catch_warnings():
-            # torch 2.6 knows no other name, and what 2.13 proposes instead sends the buffers out, which are equal already.
-            warnings.filterwarnings(
-                "ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning
-            )
+            # torch 2.6 knows no other name, and what 2.13 proposes instead sends the buffers out, which are equal
+            # already.
+            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
             return DistributedDataParallel(self.task, find_unused_parameters=unused, broadcast_buffers=False)
 
     def _table_gradients(self, rows: ItemRows) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Summed over processes: row ids (None for all) and their gradients (None for a frozen table); of a sharded table those
-        of this process."""
+        """Summed over processes: row ids (None for all) and their gradients (None for a frozen table); of a sharded
+        table those of this process."""
         world, leaf, items = self.collectives.world_size, rows.weight, self.task.model.items
         if isinstance(items, ShardedItemEmbedding):
             return items.gradients(rows, world)

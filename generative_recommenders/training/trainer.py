@@ -1,7 +1,7 @@
 """The training run: epochs of steps, validation, the best checkpoint, the test at the end.
 
-A run's position is (epoch, step). Everything random in a step is keyed by the seed, the step and the rank, so a resumed run
-continues bit for bit.
+A run's position is (epoch, step). Everything random in a step is keyed by the seed, the step and the rank, so a resumed
+run continues bit for bit.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ class Trainer:
             )
         if collectives.world_size > 1 and collectives.is_main:
             logging.info(
-                "%d processes evaluate exactly as one does, and train as one to float rounding where nothing is dropped out or "
-                "train_fn.deterministic is set (bf16 and losses that warn of it excepted)",
+                "%d processes evaluate exactly as one does, and train as one to float rounding where nothing is "
+                "dropped out or train_fn.deterministic is set (bf16 and losses that warn of it excepted)",
                 collectives.world_size,
             )
         self.frozen = [name for name, each in self.task.named_parameters() if not each.requires_grad]
@@ -125,8 +125,8 @@ class Trainer:
         stop: Callable[[], bool] = lambda: False,
         on_step: Callable[[], None] = lambda: None,
     ) -> EvaluationResult | None:
-        """Trains to the end (or to max_steps, or until stop() on any process), then scores the test targets: those of the best
-        (in protocol "paper", the last) state. None after a stop.
+        """Trains to the end (or to max_steps, or until stop() on any process), then scores the test targets: those of
+        the best (in protocol "paper", the last) state. None after a stop.
 
         store: where the main process keeps checkpoints. on_step: called after each step, for a profiler.
         """
@@ -165,8 +165,8 @@ class Trainer:
         stop: Callable[[], bool],
         on_step: Callable[[], None],
     ) -> None:
-        """Steps to the epoch's end or to the last one, with a checkpoint every checkpoint_minutes; StopRequested where any
-        process is asked to stop."""
+        """Steps to the epoch's end or to the last one, with a checkpoint every checkpoint_minutes; StopRequested where
+        any process is asked to stop."""
         p = self.progress
         self.model.train()
         waiting: list[tuple[LoadedBatch, StepResult]] = []
@@ -214,7 +214,8 @@ class Trainer:
         return result
 
     def _seed(self, step: int) -> None:
-        """torch's generators, which dropout draws from: what it draws depends on the seed, the step and the rank alone."""
+        """torch's generators, which dropout draws from: what it draws depends on the seed, the step and the rank
+        alone."""
         key = stream_key(self.settings.schedule.random_seed, step, self.collectives.rank)
         # In a hundredth of the time of `torch.manual_seed`, which looks for devices of all kinds.
         torch.default_generator.manual_seed(key)
@@ -222,7 +223,8 @@ class Trainer:
             torch.cuda.manual_seed(key)
 
     def account(self, waiting: list[tuple[LoadedBatch, StepResult]]) -> None:
-        """Adds finished steps, the last of them the newest, to the epoch's loss; the first that is not finite ends the run."""
+        """Adds finished steps, the last of them the newest, to the epoch's loss; the first that is not finite ends the
+        run."""
         p = self.progress
 
         def rerun(loaded: LoadedBatch, step: int) -> None:
@@ -248,9 +250,7 @@ class Trainer:
             result = self.evaluation.validation(self.model, most, stop, p.epoch)
         metrics = result.all_metrics() if full else result.metrics()
         loss = p.epoch_loss / max(p.epoch_targets, 1.0)
-        p.history.append(
-            {"epoch": p.epoch, "train_loss": loss, "seconds": p.seconds, "full": full, **metrics}
-        )
+        p.history.append({"epoch": p.epoch, "train_loss": loss, "seconds": p.seconds, "full": full, **metrics})
         better = full and self.picks_best and (p.best_metric is None or metrics[BEST_BY] > p.best_metric)
         if better:
             p.best_metric, p.best_epoch, p.epochs_without_gain = metrics[BEST_BY], p.epoch, 0
@@ -266,7 +266,8 @@ class Trainer:
     # -- checkpoints --------------------------------------------------------------------------------------------
 
     def save(self, store: CheckpointStore | None, metric: float | None = None, is_best: bool = False) -> None:
-        """Model, loss, optimizer and progress, by the main process alone; NonFiniteError, on all, before they are spoilt."""
+        """Model, loss, optimizer and progress, by the main process alone; NonFiniteError, on all, before they are
+        spoilt."""
         self.saved_at = perf_counter()
         self._check_parameters()  # on all processes, of which some leave here: the main one alone writes a whole table
         if store is None or not (self.collectives.is_main or self.model.items.shard is not None):
@@ -292,9 +293,7 @@ class Trainer:
             return
         self.progress.best_epoch = None
         if self.collectives.is_main:
-            logging.warning(
-                "the checkpoint of the best epoch, %d, cannot be read: the last state is scored", epoch + 1
-            )
+            logging.warning("the checkpoint of the best epoch, %d, cannot be read: the last state is scored", epoch + 1)
 
 
 def set_precision(settings: RunSettings, device: torch.device) -> None:

@@ -25,9 +25,7 @@ from generative_recommenders.ops.counter_random import counter_integers
 class Newest(NegativesSampler):
     """Uniform over the items with the largest ids."""
 
-    def __init__(
-        self, num_items: int, num_negatives: int, sharing: Sharing, newest: Annotated[int, Ge(1)] = 5
-    ) -> None:
+    def __init__(self, num_items: int, num_negatives: int, sharing: Sharing, newest: Annotated[int, Ge(1)] = 5) -> None:
         super().__init__(num_negatives, sharing)
         self.newest = min(newest, num_items)
         self.before = num_items - self.newest

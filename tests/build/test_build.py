@@ -43,9 +43,7 @@ class FeaturesInMemory:
 
     def read(self, names, embedding_dim, asked_by, list_reduction="mean"):
         return [
-            EntityFeature(
-                dataclasses.replace(FEATURES[name].spec, embedding_dim=embedding_dim), FEATURES[name].values
-            )
+            EntityFeature(dataclasses.replace(FEATURES[name].spec, embedding_dim=embedding_dim), FEATURES[name].values)
             for name in names
         ]
 
@@ -214,9 +212,7 @@ def test_data_without_ratings(choices: dict[str, Any]) -> None:
 def test_ratings_without_an_embedding(name: str, reach: tuple[float, float]) -> None:
     chosen = settings(input_preprocessor=name)
     build_all(chosen, catalogue(rating_range=(0.5, 5.0)))
-    with pytest.raises(
-        UserError, match=r"ratings 0 to 5 \(train_fn.num_ratings\), and those of synthetic-books"
-    ):
+    with pytest.raises(UserError, match=r"ratings 0 to 5 \(train_fn.num_ratings\), and those of synthetic-books"):
         build_all(chosen, catalogue(rating_range=reach))
 
 
@@ -230,17 +226,13 @@ def test_the_rating_threshold_is_a_choice() -> None:
     assert build_criterion(chosen, catalogue()).loss.threshold == 2.5
 
 
-@pytest.mark.parametrize(
-    "loss", [name for name in LOSSES.names() if "SCE" not in name and "Scalable" not in name]
-)
+@pytest.mark.parametrize("loss", [name for name in LOSSES.names() if "SCE" not in name and "Scalable" not in name])
 def test_several_positives_train(loss: str) -> None:
     chosen = settings(loss_module=loss, num_negatives=4, sampling_strategy="local", temperature=1.0)
     assert moved(chosen.bind({"train_fn.num_positives": 3}), steps=6)
 
 
-@pytest.mark.parametrize(
-    "more", [TOWER, MOL, {"sampling_strategy": "in-batch"}, {"objective": "causal_last"}]
-)
+@pytest.mark.parametrize("more", [TOWER, MOL, {"sampling_strategy": "in-batch"}, {"objective": "causal_last"}])
 def test_several_positives_train_with(more: dict[str, Any]) -> None:
     assert moved(
         settings(
@@ -371,9 +363,7 @@ def test_a_model_in_bfloat16_scores_so_in_training_and_evaluation() -> None:
 
     def scores_of(**changes: Any) -> list[torch.Tensor]:
         torch.manual_seed(0)
-        chosen = settings(
-            item_l2_norm=True, temperature=0.05, sampling_strategy="local", num_negatives=16, **changes
-        )
+        chosen = settings(item_l2_norm=True, temperature=0.05, sampling_strategy="local", num_negatives=16, **changes)
         task, seen = training_step(chosen, catalogue()).task, []
         task.criterion.loss.register_forward_pre_hook(lambda module, inputs: seen.extend(inputs[:2]))
         task.loss(loaded(ten_users()), 0).sum.backward()
@@ -424,9 +414,7 @@ def test_bfloat16_of_the_encoder_holds_in_evaluation(name: str) -> None:
 
 def test_auxiliary_losses_are_weighted_and_made_only_when_asked() -> None:
     weights = {"mi_loss": 0.5, "uid_embedding_l2_norm": 0.25}
-    chosen = settings(
-        **MOL, **{"loss_weights": weights, "mol.uid_embedding_hash_sizes": (10,)}, num_negatives=4
-    )
+    chosen = settings(**MOL, **{"loss_weights": weights, "mol.uid_embedding_hash_sizes": (10,)}, num_negatives=4)
     task = training_step(chosen, catalogue()).task
     assert set(task.loss(loaded(ten_users()), 0).auxiliary) == set(weights)
     assert task.eval().loss(loaded(ten_users()), 0).auxiliary == {}
@@ -469,7 +457,5 @@ def test_an_embedding_beside_the_item_tower_is_refused(kind: str) -> None:
 
 
 def test_a_recurrent_plugin_cannot_read_both_sides() -> None:
-    with pytest.raises(
-        UserError, match="'masked' shows both sides of a hidden item, which encoder 'GRU4Rec'"
-    ):
+    with pytest.raises(UserError, match="'masked' shows both sides of a hidden item, which encoder 'GRU4Rec'"):
         build_model(settings(main_module="GRU4Rec", objective="masked"), catalogue())

@@ -19,9 +19,7 @@ def test_catalogue_of_a_data_set(ragged_dataset: SequenceDataset) -> None:
     expected = np.bincount(np.concatenate(seen), minlength=31)[1:]
     assert found.counts.tolist() == expected.tolist()
     assert (found.num_items, found.has_ratings, found.has_timestamps) == (30, True, True)
-    with pytest.raises(
-        UserError, match="train_fn.category_feature: 'genre' is no item feature of tiny; known: none"
-    ):
+    with pytest.raises(UserError, match="train_fn.category_feature: 'genre' is no item feature of tiny; known: none"):
         Catalogue.of(ragged_dataset, stops, "genre")
 
 

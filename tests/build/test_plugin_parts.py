@@ -81,9 +81,7 @@ def test_gin_binds_their_options_and_resolved_text_gives_them_back() -> None:
 
 
 def test_an_unknown_name_lists_all_and_the_nearest() -> None:
-    with pytest.raises(
-        UserError, match="unknown negative sampler 'populariti' .*did you mean 'popularity'.*latest"
-    ):
+    with pytest.raises(UserError, match="unknown negative sampler 'populariti' .*did you mean 'popularity'.*latest"):
         build_sampler(settings(sampling_strategy="populariti"), catalogue())
 
 
@@ -92,7 +90,8 @@ def test_an_unknown_name_lists_all_and_the_nearest() -> None:
     [
         ("negative_samplers", "power: float = 0.75, by train_fn.popularity_power; log_q_correction: bool"),
         ("input_preprocessors", "num_ratings: int = 6 (>= 1"),
-        ("output_postprocessors", "l2_norm (L2NormEmbeddingPostprocessor): eps: float = 1e-06 (> 0), by train_fn.l2_norm_eps"),
+        ("output_postprocessors",
+        "l2_norm (L2NormEmbeddingPostprocessor): eps: float = 1e-06 (> 0), by train_fn.l2_norm_eps"),
         ("item_embeddings", "item_l2_norm: bool = False, by train_fn.item_l2_norm; l2_norm_eps: float"),
         ("similarities", "DotProduct (DotProductSimilarity): temperature: float = 0.05 (> 0), by train_fn.temperature"),
     ],

@@ -160,9 +160,7 @@ def test_a_damaged_best_takes_the_place_of_no_other(tmp_path, warnings):
         store.save((0, step), tensors(step), {}, is_best=best)
     cut(store.paths()[-1] / "tensors.safetensors")
     assert store.load_newest().position.step == 2
-    assert warnings[0].endswith(
-        "the checkpoint before it is used, it is set aside as damaged-000003-epoch-0-step-3"
-    )
+    assert warnings[0].endswith("the checkpoint before it is used, it is set aside as damaged-000003-epoch-0-step-3")
     for step in (4, 5, 6):
         store.save((0, step), tensors(step), {})
     assert [store.load(path).position.step for path in store.paths()] == [1, 4, 5, 6]
@@ -213,9 +211,7 @@ def test_a_file_that_cannot_be_read_is_no_damage(tmp_path, warnings, monkeypatch
         return whole(path, *arguments, **named)
 
     monkeypatch.setattr("builtins.open", refuse)
-    with pytest.raises(
-        UserError, match=f"tensors.safetensors cannot be read: {os.strerror(number)}"
-    ) as caught:
+    with pytest.raises(UserError, match=f"tensors.safetensors cannot be read: {os.strerror(number)}") as caught:
         store.load_newest()
     assert not isinstance(caught.value, DamagedCheckpoint)
     assert sorted(tmp_path.rglob("*")) == before and not warnings
@@ -275,9 +271,7 @@ def test_unknown_version_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("generative_recommenders.checkpoint.files.VERSION", VERSION + 1)
     store.save((0, 2), tensors(), {})
     monkeypatch.undo()
-    with pytest.raises(
-        UserError, match=f"version {VERSION + 1}, this program reads version {VERSION}"
-    ) as caught:
+    with pytest.raises(UserError, match=f"version {VERSION + 1}, this program reads version {VERSION}") as caught:
         store.load_newest()
     assert not isinstance(caught.value, DamagedCheckpoint)
 

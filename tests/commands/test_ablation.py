@@ -1,4 +1,5 @@
-"""Ablations on tiny data: cells and grids, tables, what is done twice, what fails, what stops, and what cannot be meant."""
+"""Ablations on tiny data: cells and grids, tables, what is done twice, what fails, what stops, and what cannot be
+meant."""
 
 from __future__ import annotations
 
@@ -51,9 +52,7 @@ def ablate(file: Path, data_root: Path, *arguments: str) -> subprocess.Completed
     return run_program(PROGRAM, str(file), *given, *arguments, before=forked_jobs)
 
 
-def test_cells_and_seeds_become_one_table_and_nothing_is_trained_twice(
-    data_root: Path, tmp_path: Path
-) -> None:
+def test_cells_and_seeds_become_one_table_and_nothing_is_trained_twice(data_root: Path, tmp_path: Path) -> None:
     file = tmp_path / "losses.gin"
     file.write_text(
         BASE + 'ablation.cells = {"ce": {"train_fn.loss_module": "CE"}, '
@@ -82,9 +81,7 @@ def test_cells_and_seeds_become_one_table_and_nothing_is_trained_twice(
     assert len(kept) == 2 and all(path.stat().st_mtime_ns == time for path, time in kept.items())
     other = ablate(file, data_root, "--only=ce", "--gin_bindings=train_fn.learning_rate = 0.5")
     assert other.returncode == 2
-    assert (
-        "was made with train_fn.learning_rate = 0.001, not 0.5: give another folder of runs" in other.stderr
-    )
+    assert "was made with train_fn.learning_rate = 0.001, not 0.5: give another folder of runs" in other.stderr
 
 
 def finished(ablation: Ablation, cell: Cell, seed: int, ranks: list[int | None]) -> Run:
@@ -129,18 +126,13 @@ def test_tables_of_finished_runs(tmp_path: Path) -> None:
     ablation = Ablation.load(file, (), tmp_path)
     cells = cells_of(ablation.settings, file)
     ranks = {"b_1": [[1, 1, 2, 3], [1, 1, 2, 4]], "a": [[9, None, 5, 11], [9, 8, 5, 11]], "c": [[1, 1, 2, 3]]}
-    runs = {
-        c.name: [Finished.of(finished(ablation, c, 42 + i, r)) for i, r in enumerate(ranks[c.name])]
-        for c in cells
-    }
+    runs = {c.name: [Finished.of(finished(ablation, c, 42 + i, r)) for i, r in enumerate(ranks[c.name])] for c in cells}
     results = collect(runs, "ndcg@10")
     assert [row["cell"] for row in results["cells"]] == ["c", "b_1", "a"]
     row = results["cells"][1]
     by_seed = [statistics.fmean([1, 1, 1 / math.log2(3), last]) for last in (1 / 2, 1 / math.log2(5))]
     spread = row["test"]["ndcg@10"]
-    assert spread == pytest.approx(
-        {"mean": statistics.fmean(by_seed), "deviation": statistics.stdev(by_seed)}
-    )
+    assert spread == pytest.approx({"mean": statistics.fmean(by_seed), "deviation": statistics.stdev(by_seed)})
     assert (row["seconds_per_epoch"], row["memory_mb"], row["best_epochs"], row["users"]) == (
         3,
         1234,
@@ -333,9 +325,7 @@ def test_a_search_chooses_on_validation_and_resumes(data_root: Path, tmp_path: P
     results = json.loads((tmp_path / "runs" / "results.json").read_text())
     assert len(results["cells"]) + len(results["failed"]) == 4
     assert results["chosen"] == max(results["cells"], key=lambda row: row["validation"])["cell"]
-    assert all("does not divide" in line for line in results["failed"].values()), results[
-        "failed"
-    ]  # of 3 heads
+    assert all("does not divide" in line for line in results["failed"].values()), results["failed"]  # of 3 heads
     assert again.returncode == (1 if results["failed"] else 0)
 
 

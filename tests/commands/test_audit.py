@@ -107,9 +107,7 @@ def test_order_matters_where_the_next_item_follows_from_the_last(tmp_path: Path,
     assert popular["true"] == pytest.approx(popular["shuffled"])
 
 
-def test_users_are_sampled_and_their_items_numbered_anew(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_users_are_sampled_and_their_items_numbered_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = cycle(tmp_path, in_order=True)
     monkeypatch.setattr(dependence, "MOST_EVENTS", 5)
     some = of_users(dataset, np.array([0, 7]))

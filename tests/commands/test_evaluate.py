@@ -88,9 +88,7 @@ def test_a_checkpoint_that_is_removed_while_the_data_are_read_is_scored(
     assert test.targets > 0
 
 
-def test_runs_over_other_candidates_are_not_compared(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_runs_over_other_candidates_are_not_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = []
     for name, items, seen_filter in (("a", 12, "none"), ("b", 13, "none"), ("c", 12, "history")):
         dataset = tiny_dataset(tmp_path / name, ragged_sequences(20, items, seed=1))

@@ -96,9 +96,7 @@ def test_data_that_grew_since_are_read_as_in_training(tmp_path: Path) -> None:
 
     def prepared(events: pd.DataFrame) -> SequenceDataset:
         named = events.rename(columns={"user_id": "user", "item_id": "item"})
-        table = pa.table(
-            {name: pa.array(named[name], types.get(name, pa.large_string())) for name in named.columns}
-        )
+        table = pa.table({name: pa.array(named[name], types.get(name, pa.large_string())) for name in named.columns})
         prepare_batches(RawRatings("grows", [tmp_path / "grows.csv"]), [table], folder, 1 << 30)
         return SequenceDataset.open(folder)
 

@@ -64,10 +64,7 @@ def test_lists_name_what_there_is(tmp_path: Path) -> None:
     (tmp_path / "prepared" / "broken" / "manifest.json").write_text("{")
     with_damaged = run_program("main.py", "--list=prepared", f"--data_root={tmp_path}").stdout.splitlines()
     assert "damaged or cut short" in with_damaged[0] and with_damaged[1] == prepared.strip()
-    assert (
-        "nothing is prepared"
-        in run_program("main.py", "--list=prepared", f"--data_root={tmp_path / 'no'}").stdout
-    )
+    assert "nothing is prepared" in run_program("main.py", "--list=prepared", f"--data_root={tmp_path / 'no'}").stdout
     configs = run_program("main.py", "--list=configs").stdout.splitlines()
     assert all(line.partition("  ")[2].endswith(".") for line in configs), "each with a whole sentence"
     assert {line.split()[0] for line in configs} == {
@@ -79,9 +76,7 @@ def test_lists_name_what_there_is(tmp_path: Path) -> None:
     for kind, registry in REGISTRIES.items():
         listed = run_program("main.py", f"--list={kind}").stdout.splitlines()
         names = registry.names() if kind == "data_sources" else [part.name for part in registry.parts()]
-        own = [
-            name for name in names if registry[name].make.__module__.startswith("generative_recommenders.")
-        ]
+        own = [name for name in names if registry[name].make.__module__.startswith("generative_recommenders.")]
         # Sorted: parts stand in the order of their modules' imports, which is another one in this process.
         assert sorted(line.split(" (")[0] for line in listed) == sorted(own)
 
@@ -138,9 +133,7 @@ def test_a_run_on_prepared_data_by_their_path(tmp_path: Path) -> None:
     assert "\nSASRec " in run_program("main.py", "--mode=evaluate", f"--run_dir={tmp_path / 'run'}").stdout
 
 
-def test_configurations_of_the_package_from_any_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_configurations_of_the_package_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     register_built_in_parts()
     packaged = load_settings(["configs/ml-1m/esasrec.gin"])[0]

@@ -1,4 +1,5 @@
-"""Reproductions on tiny data: runs, what is done twice, what fails, what stops, and the page of the JSON files alone."""
+"""Reproductions on tiny data: runs, what is done twice, what fails, what stops, and the page of the JSON files
+alone."""
 
 from __future__ import annotations
 
@@ -28,12 +29,14 @@ def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def flags(data_root: Path, out: Path, *more: str) -> list[str]:
     return [
-        "synthetic-books", f"--data_root={data_root}", f"--runs_dir={out / 'runs'}", f"--results_dir={out / 'results'}", *more,
+        "synthetic-books", f"--data_root={data_root}", f"--runs_dir={out / 'runs'}",
+        f"--results_dir={out / 'results'}", *more,
     ]  # fmt: skip
 
 
 def test_runs_become_results_and_a_page_and_are_made_once(data_root: Path, tmp_path: Path) -> None:
-    """A cell that cannot run on the data is named with its line, and the others continue; a plug-in is loaded by every run."""
+    """A cell that cannot run on the data is named with its line, and the others continue; a plug-in is loaded by every
+    run."""
     plugin, loaded = tmp_path / "own.py", tmp_path / "loaded"
     plugin.write_text(f"import os\nopen({str(loaded)!r}, 'a').write(f'{{os.getpid()}}\\n')\n")
     wanted = ("--epochs=1", "--only=sasrec,two-tower-genres", "--seeds=2", "--jobs=2", "--commit=abc",
@@ -44,9 +47,7 @@ def test_runs_become_results_and_a_page_and_are_made_once(data_root: Path, tmp_p
     results = tmp_path / "results" / "synthetic-books"
     found = {path.name: json.loads(path.read_text()) for path in results.glob("*.json")}
     first, second = (found[f"leave_one_out-sasrec-seed-{seed}.json"] for seed in (42, 43))
-    assert (
-        first["settings_sha256"] == second["settings_sha256"] and first["split_hash"] == second["split_hash"]
-    )
+    assert first["settings_sha256"] == second["settings_sha256"] and first["split_hash"] == second["split_hash"]
     assert first["epochs"] == first["best_epoch"] == first["last"]["epoch"] == 1
     assert len(first["ranks"]) == 53 and first["ranks"] != second["ranks"]
     hits = sum(rank is not None and rank <= 10 for rank in first["ranks"]) / 53

@@ -28,7 +28,8 @@ MASKING = "hidden_size, padding_idx=0, eval_on_last_item_seq_only=True"
 AT_K = "predictions, targets, k"
 
 GENREC = {
-    "TransformerEncoder": "vocab_size, embedding_dim, num_heads, num_layers, attn_dim, dropout=0.1, max_seq_length=1024",
+    "TransformerEncoder": "vocab_size, embedding_dim, num_heads, num_layers, attn_dim, dropout=0.1, "
+    "max_seq_length=1024",
     "TransformerEncoder.forward": "input_ids, attention_mask=None",
     "PositionalEncoding": "embedding_dim, max_seq_length=5000",
     "PositionalEncoding.forward": "x",
@@ -137,9 +138,7 @@ REPLAY: dict[str, dict[str, str]] = {
         "MultiHeadDifferentialAttention.forward": "query, key, value, attn_mask",
     },
     "replay.nn.embedding": {
-        "SequenceEmbedding": (
-            "schema, excluded_features=None, categorical_list_feature_aggregation_method='sum'"
-        ),
+        "SequenceEmbedding": ("schema, excluded_features=None, categorical_list_feature_aggregation_method='sum'"),
         "SequenceEmbedding.forward": "feature_tensor, feature_names=None",
         "SequenceEmbedding.get_item_weights": "indices=None",
         "CategoricalEmbedding": "feature_info, categorical_list_feature_aggregation_method='sum'",
@@ -312,9 +311,7 @@ def ours(path: str, name: str) -> list[inspect.Parameter]:
     for part in name.split("."):
         owner, value = value, getattr(value, part)
     parameters = [*inspect.signature(value).parameters.values()]
-    takes_self = inspect.isclass(owner) and inspect.isfunction(
-        inspect.getattr_static(owner, name.rpartition(".")[2])
-    )
+    takes_self = inspect.isclass(owner) and inspect.isfunction(inspect.getattr_static(owner, name.rpartition(".")[2]))
     return parameters[1:] if takes_self else parameters
 
 

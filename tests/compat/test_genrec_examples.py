@@ -25,9 +25,7 @@ mpl.use("Agg")
 
 
 def test_using_encoders() -> None:
-    encoder = TransformerEncoder(
-        vocab_size=1000, embedding_dim=512, num_heads=8, num_layers=6, attn_dim=2048
-    ).eval()
+    encoder = TransformerEncoder(vocab_size=1000, embedding_dim=512, num_heads=8, num_layers=6, attn_dim=2048).eval()
     input_ids = torch.randint(0, 1000, (32, 50))
     attention_mask = torch.ones_like(input_ids)
     with torch.no_grad():

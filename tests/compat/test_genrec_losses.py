@@ -56,9 +56,7 @@ def test_sequence_loss_is_the_documented_code(options, mask):
     logits, labels = torch.randn(3, 4, 6, generator=generator()), torch.arange(12).view(3, 4) % 6
     labels[0, 1] = options.get("ignore_index", -100)
     losses = SequenceLoss(6, **options)(logits, labels, torch.ones_like(labels) if mask else None)
-    torch.testing.assert_close(
-        losses["loss"], F.cross_entropy(logits.view(-1, 6), labels.view(-1), **options)
-    )
+    torch.testing.assert_close(losses["loss"], F.cross_entropy(logits.view(-1, 6), labels.view(-1), **options))
     correct = (logits.argmax(-1) == labels).sum() / 11
     torch.testing.assert_close(losses["accuracy"], correct)
 

@@ -92,9 +92,7 @@ def chosen(**options: Any) -> RunSettings:
     [{"loss_module": "CE"}, {"sampling_strategy": "local"}, {"loss_module": "CE", "objective": "masked"}],
     ids=["catalogue", "sampled", "masked"],
 )
-def test_the_losses_and_metrics_are_those_of_main(
-    tmp_path: Path, dataset: SequenceDataset, options: dict
-) -> None:
+def test_the_losses_and_metrics_are_those_of_main(tmp_path: Path, dataset: SequenceDataset, options: dict) -> None:
     run = chosen(**options)
     own, losses = DataModule(dataset.folder, run), Losses()
     main = Trainer(run, dataset, own.split, Collectives())
@@ -108,9 +106,7 @@ def test_the_losses_and_metrics_are_those_of_main(
         build_task(run, own.catalogue()),
         OptimizerFactory("adamw", run.updates.learning_rate, run.updates.weight_decay),
     )
-    metrics = ComputeMetricsCallback(
-        ["ndcg", "recall", "mrr"], [1, 10], [SeenItemsFilter(NUM_ITEMS + 1)], NUM_ITEMS
-    )
+    metrics = ComputeMetricsCallback(["ndcg", "recall", "mrr"], [1, 10], [SeenItemsFilter(NUM_ITEMS + 1)], NUM_ITEMS)
     fit = trainer(tmp_path, losses, metrics, max_epochs=run.schedule.num_epochs)
     fit.fit(module, own)
     np.testing.assert_allclose(losses.values, expected, rtol=1e-4)
@@ -123,9 +119,7 @@ def test_the_losses_and_metrics_are_those_of_main(
     assert tested["ndcg@10"] == pytest.approx(ranked["ndcg@10"], abs=1e-6)
 
 
-def test_recommendations_of_a_model_alone_in_the_users_own_ids(
-    tmp_path: Path, dataset: SequenceDataset
-) -> None:
+def test_recommendations_of_a_model_alone_in_the_users_own_ids(tmp_path: Path, dataset: SequenceDataset) -> None:
     run = chosen(loss_module="CE")
     own = DataModule(dataset.folder, run)
     model = build_model(run, own.catalogue()).eval()
@@ -189,13 +183,9 @@ def replay_model(name: str) -> torch.nn.Module:
 
 @pytest.mark.parametrize("name", ["SasRec", "TwoTower"])
 def test_models_of_replay_learn_and_answer(tmp_path: Path, dataset: SequenceDataset, name: str) -> None:
-    module = LightningModule(
-        replay_model(name), OptimizerFactory(learning_rate=0.02), LRSchedulerFactory(1, 0.5)
-    )
+    module = LightningModule(replay_model(name), OptimizerFactory(learning_rate=0.02), LRSchedulerFactory(1, 0.5))
     seen = [SeenItemsFilter(NUM_ITEMS, "train")]
-    metrics = ComputeMetricsCallback(
-        ["ndcg", "novelty", "coverage", "precision"], [1, 5], seen, item_count=NUM_ITEMS
-    )
+    metrics = ComputeMetricsCallback(["ndcg", "novelty", "coverage", "precision"], [1, 5], seen, item_count=NUM_ITEMS)
     losses, top = Losses(), PandasTopItemsCallback(5, "query_id", "item_id", postprocessors=seen)
     tensors, hidden = TorchTopItemsCallback(5, seen), HiddenStatesCallback(0)
     best = lightning.pytorch.callbacks.ModelCheckpoint(tmp_path, monitor="ndcg@5", mode="max")
@@ -208,13 +198,9 @@ def test_models_of_replay_learn_and_answer(tmp_path: Path, dataset: SequenceData
     assert np.mean(losses.values[-3:]) < np.mean(losses.values[:3])
     assert fit.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.02 / 8)
     measured = fit.callback_metrics
-    assert (
-        0.95 < measured["novelty@5"] < 1.0
-    )  # one user has seen nearly everything, and gets fewer than 5 items
+    assert 0.95 < measured["novelty@5"] < 1.0  # one user has seen nearly everything, and gets fewer than 5 items
     assert 0 < measured["coverage@5"] <= 1
-    restored = LightningModule.load_from_checkpoint(
-        best.best_model_path, model=replay_model(name), weights_only=False
-    )
+    restored = LightningModule.load_from_checkpoint(best.best_model_path, model=replay_model(name), weights_only=False)
     (again,) = trainer(tmp_path, metrics).validate(restored, datamodule=data, verbose=False)
     assert again["ndcg@5"] == pytest.approx(float(best.best_model_score), abs=1e-6)
     fit.predict(module, datamodule=data)
@@ -223,9 +209,7 @@ def test_models_of_replay_learn_and_answer(tmp_path: Path, dataset: SequenceData
     assert hidden.get_result().shape == (57, 11, 16)
     whole = frame[frame["query_id"] == 4]
     assert whole["item_id"].tolist() == items[4].tolist()
-    assert not set(whole["item_id"]) & set(
-        (dataset.items[dataset.offsets[4] : dataset.offsets[5]] - 1).tolist()
-    )
+    assert not set(whole["item_id"]) & set((dataset.items[dataset.offsets[4] : dataset.offsets[5]] - 1).tolist())
 
 
 def test_metrics_are_those_of_a_loop_over_users(tmp_path: Path, dataset: SequenceDataset) -> None:
@@ -380,9 +364,7 @@ def test_a_task_reads_the_batches_of_its_own_data_module(dataset: SequenceDatase
     batch = {"query_id": torch.ones(1)}
     with pytest.raises(UserError, match="a training task reads the batches of DataModule"):
         module(batch)
-    with pytest.raises(
-        UserError, match="SequenceRecommender needs item_ids, lengths, and the batch has query"
-    ):
+    with pytest.raises(UserError, match="SequenceRecommender needs item_ids, lengths, and the batch has query"):
         module.eval()(batch)
 
 
@@ -401,9 +383,7 @@ def test_data_follow_the_settings_of_an_evaluation(tmp_path: Path) -> None:
     run, asked = few.settings, []
     for batch in few.val_dataloader():
         asked += batch["query_id"].tolist()
-    ranks = ModelEvaluation(run, few.dataset, few.split, Collectives()).validation(
-        build_model(run, few.catalogue())
-    )
+    ranks = ModelEvaluation(run, few.dataset, few.split, Collectives()).validation(build_model(run, few.catalogue()))
     assert len(asked) == 5 and np.flatnonzero(ranks.ranks.numpy()).tolist() == [user - 1 for user in asked]
     assert few.catalogue().num_items == NUM_ITEMS + 2
 

@@ -52,9 +52,7 @@ def save(path: Path, values: dict[str, torch.Tensor]) -> Path:
 
 def encoder(c: dict, length: int) -> torch.nn.Module:
     if "dqk" not in c:
-        return SASRec(
-            c["embedding_dim"], c["num_blocks"], c["num_heads"], c["ffn_hidden_dim"], c["activation"], 0.0
-        )
+        return SASRec(c["embedding_dim"], c["num_blocks"], c["num_heads"], c["ffn_hidden_dim"], c["activation"], 0.0)
     return HSTU(
         c["embedding_dim"], length, c["num_blocks"], c["num_heads"], c["dqk"], c["dv"],
         concat_ua=c["concat_ua"], enable_relative_attention_bias=c["relative_attention_bias"],
@@ -70,9 +68,7 @@ def model(c: dict) -> SequenceRecommender:
     return SequenceRecommender(items, sequence, torch.nn.Identity()).eval()
 
 
-def encode(
-    recommender: SequenceRecommender, arrays: dict[str, torch.Tensor], ids: torch.Tensor
-) -> torch.Tensor:
+def encode(recommender: SequenceRecommender, arrays: dict[str, torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
     events = {"timestamps": arrays["input/timestamps"]} if "input/timestamps" in arrays else None
     with torch.no_grad():
         return recommender(arrays["input/past_lengths"], ids, None, events)
@@ -153,9 +149,7 @@ def test_a_checkpoint_of_another_model_reports_one_line_error(tmp_path, how, sai
 
 def test_names_without_the_prefix_of_parallel_training(tmp_path):
     torch.save({"model_state_dict": {"_hstu._attention_layers.3._uvqk": torch.ones(2)}}, tmp_path / "ckpt")
-    assert list(rename_parameters(read_meta_checkpoint(tmp_path / "ckpt"))) == [
-        "sequence.encoder.blocks.3.uvqk"
-    ]
+    assert list(rename_parameters(read_meta_checkpoint(tmp_path / "ckpt"))) == ["sequence.encoder.blocks.3.uvqk"]
 
 
 TABLE = "_embedding_module._item_emb.weight"
@@ -194,15 +188,11 @@ def test_tensors_that_are_no_weights_are_refused(tmp_path, odd, item_ids):
 def test_weights_of_other_precisions_and_strides_are_read(tmp_path):
     config, arrays = golden("meta_sasrec")
     values = {
-        name: value.t().contiguous().t().double()
-        for name, value in parameters(arrays).items()
-        if value.dim() == 2
+        name: value.t().contiguous().t().double() for name, value in parameters(arrays).items() if value.dim() == 2
     }
     recommender = model(config)
     load_meta_checkpoint(recommender, save(tmp_path / "ckpt", {**parameters(arrays), **values}), None)
-    assert torch.allclose(
-        encode(recommender, arrays, arrays["input/past_ids"]), arrays["output/encoded"], atol=1e-5
-    )
+    assert torch.allclose(encode(recommender, arrays, arrays["input/past_ids"]), arrays["output/encoded"], atol=1e-5)
 
 
 class Payload:
@@ -227,9 +217,7 @@ def test_code_in_a_file_is_not_run(tmp_path, writer):
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize(
-    "content", [[1, 2], {"epoch": 1}, {"model_state_dict": {"w": 1}}, {"model_state_dict": 3}]
-)
+@pytest.mark.parametrize("content", [[1, 2], {"epoch": 1}, {"model_state_dict": {"w": 1}}, {"model_state_dict": 3}])
 def test_other_contents_are_refused(tmp_path, content):
     torch.save(content, tmp_path / "ckpt")
     with pytest.raises(UserError, match="holds no model_state_dict"):
@@ -255,9 +243,7 @@ def test_mutated_files_are_read_or_refused(tmp_path, mutants, zipped):
         content = bytearray(whole)
         for _ in range(generator.randint(1, 6)):
             content[generator.randrange(len(content))] = generator.randrange(256)
-        path.write_bytes(
-            content[: generator.randrange(len(content))] if generator.random() < 0.2 else content
-        )
+        path.write_bytes(content[: generator.randrange(len(content))] if generator.random() < 0.2 else content)
         try:
             read_meta_checkpoint(path)
         except UserError as error:
@@ -273,9 +259,7 @@ def test_a_file_that_builds_more_than_it_holds_is_refused_unread(tmp_path: Path,
             return bytearray, (2 << 30,)
 
     path = tmp_path / "a.ckpt"
-    torch.save(
-        {"model_state_dict": {"a": torch.zeros(1)}, "b": Long()}, path, _use_new_zipfile_serialization=zipped
-    )
+    torch.save({"model_state_dict": {"a": torch.zeros(1)}, "b": Long()}, path, _use_new_zipfile_serialization=zipped)
     with memory_grows_at_most(64), pytest.raises(UserError, match="it builds a bytearray"):
         read_meta_checkpoint(path)
 

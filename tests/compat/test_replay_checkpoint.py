@@ -40,11 +40,7 @@ def test_convolutions_of_a_checkpoint_become_linear_layers(tmp_path: Path, prefi
     arrays, _ = read_golden("replay_sasrec_layer")
     golden = load_golden("replay_sasrec_layer")
     c = golden.config
-    state = {
-        prefix + key.removeprefix("param/"): value
-        for key, value in arrays.items()
-        if key.startswith("param/")
-    }
+    state = {prefix + key.removeprefix("param/"): value for key, value in arrays.items() if key.startswith("param/")}
     assert any("conv1" in name for name in state)
     torch.save({"epoch": 3, "state_dict": state}, tmp_path / "last.ckpt")
     widths = c["D"], c["heads"], c["num_blocks"]
@@ -74,9 +70,7 @@ def scores_of(model: SasRec | TwoTower, dataset: SequenceDataset, user: int) -> 
 
 
 @pytest.mark.parametrize("order", ["prepared", "reversed"])
-def test_a_sasrec_becomes_a_run_with_the_same_scores(
-    tmp_path: Path, dataset: SequenceDataset, order: str
-) -> None:
+def test_a_sasrec_becomes_a_run_with_the_same_scores(tmp_path: Path, dataset: SequenceDataset, order: str) -> None:
     torch.manual_seed(1)
     model = sasrec().eval()
     names = dataset.original_item_ids().to_pylist()
@@ -93,18 +87,14 @@ def test_a_sasrec_becomes_a_run_with_the_same_scores(
         ids = torch.tensor([names.index(name) for name in scores["item_id"]])
         if given is not None:  # the model's own numbering
             history_ids = torch.tensor([[given.index(names[item - 1]) for item in items]])[:, -12:]
-            expected = model({"item_id": history_ids}, torch.ones_like(history_ids, dtype=torch.bool)).logits[
-                0
-            ]
+            expected = model({"item_id": history_ids}, torch.ones_like(history_ids, dtype=torch.bool)).logits[0]
             expected = expected.flip(0)
         else:
             expected = scores_of(model, dataset, user)
         assert_near(torch.tensor(scores["score"].to_numpy()), expected[ids].detach(), 1e-5)
 
 
-def test_a_two_tower_over_ids_becomes_a_run_with_the_same_scores(
-    tmp_path: Path, dataset: SequenceDataset
-) -> None:
+def test_a_two_tower_over_ids_becomes_a_run_with_the_same_scores(tmp_path: Path, dataset: SequenceDataset) -> None:
     torch.manual_seed(1)
     reader = {"item_id": torch.arange(NUM_ITEMS)}
     model = TwoTower.from_params(schema(), reader, 16, 2, 2, max_sequence_length=12).eval()
@@ -119,9 +109,7 @@ def test_a_two_tower_over_ids_becomes_a_run_with_the_same_scores(
         assert_near(torch.tensor(scores["score"].to_numpy()), expected, 1e-4)
 
 
-def test_a_session_of_such_a_run_answers_as_the_whole_history(
-    tmp_path: Path, dataset: SequenceDataset
-) -> None:
+def test_a_session_of_such_a_run_answers_as_the_whole_history(tmp_path: Path, dataset: SequenceDataset) -> None:
     """Its positions count from the newest event, so that nothing of a history can be kept."""
     answer = Recommender.load(save_as_run(sasrec(), dataset.folder, tmp_path / "run"))
     names = dataset.original_item_ids().to_pylist()
@@ -143,9 +131,7 @@ def test_main_scores_such_a_run(tmp_path: Path, dataset: SequenceDataset) -> Non
 
 
 def test_models_without_a_counterpart_are_refused(tmp_path: Path, dataset: SequenceDataset) -> None:
-    genre = TensorFeatureInfo(
-        "genre", FeatureType.CATEGORICAL, True, cardinality=3, padding_value=3, embedding_dim=16
-    )
+    genre = TensorFeatureInfo("genre", FeatureType.CATEGORICAL, True, cardinality=3, padding_value=3, embedding_dim=16)
     with pytest.raises(UserError, match="only a SasRec or TwoTower over item ids alone"):
         save_as_run(sasrec((genre,)), dataset.folder, tmp_path / "run")
     with pytest.raises(UserError, match="item_ids lack 'i00001'"):

@@ -104,9 +104,7 @@ def test_lists_of_numbers_are_linear_or_pass() -> None:
     assert list(same.parameters()) == []
 
 
-@pytest.mark.parametrize(
-    "sizes", [{"tensor_dim": 3, "embedding_dim": 3}, {"tensor_dim": 3}, {"embedding_dim": 3}]
-)
+@pytest.mark.parametrize("sizes", [{"tensor_dim": 3, "embedding_dim": 3}, {"tensor_dim": 3}, {"embedding_dim": 3}])
 def test_identity_takes_a_feature_and_passes_values_on(sizes: dict) -> None:
     module = IdentityEmbedding(TensorFeatureInfo("v", FeatureType.NUMERICAL_LIST, **sizes))
     values = torch.randn(2, 3)

@@ -91,9 +91,7 @@ def test_sasrec() -> None:
         ),
         output_normalization=torch.nn.LayerNorm(256),
     )
-    sasrec = SasRec(
-        body=body, loss=CESampled(padding_idx=tensor_schema.item_id_features.item().padding_value)
-    )
+    sasrec = SasRec(body=body, loss=CESampled(padding_idx=tensor_schema.item_id_features.item().padding_value))
     _step_and_score(sasrec, tensor_schema)
 
 

@@ -35,9 +35,7 @@ def test_ce_sampled_takes_label_smoothing_and_reduction():
     weight, hidden, labels, mask = scene()
     negatives = torch.tensor([100, 101]) % 9
     labels = labels.masked_fill((labels == negatives[0]) | (labels == negatives[1]), 5)
-    logits = torch.cat(
-        [(hidden * weight[labels[..., 0]]).sum(-1, keepdim=True), hidden @ weight[negatives].t()], -1
-    )
+    logits = torch.cat([(hidden * weight[labels[..., 0]]).sum(-1, keepdim=True), hidden @ weight[negatives].t()], -1)
     for options in ({"label_smoothing": 0.1}, {"reduction": "sum"}):
         expected = F.cross_entropy(logits[mask[:, :, 0]], torch.zeros(5, dtype=torch.int64), **options)
         actual = with_logits(CESampled(**options), weight)(hidden, labels, negatives, mask)
@@ -98,13 +96,9 @@ def test_the_unreduced_loss_adds_up(build):
         arguments["negative_labels"] = torch.tensor([0, 4])
     if isinstance(build("sum"), CEWeighted):
         arguments["feature_tensors"] = {"importance": torch.rand(2, 3)}
-    terms, total, mean = (
-        with_logits(build(r), weight)(hidden, labels, **arguments) for r in ("none", "sum", "mean")
-    )
+    terms, total, mean = (with_logits(build(r), weight)(hidden, labels, **arguments) for r in ("none", "sum", "mean"))
     assert terms.shape[:2] == mask.shape[:2]
-    assert (terms.reshape(2, 3)[~mask[:, :, 0]] == 0).all() and (
-        terms.reshape(2, 3)[mask[:, :, 0]] != 0
-    ).all()
+    assert (terms.reshape(2, 3)[~mask[:, :, 0]] == 0).all() and (terms.reshape(2, 3)[mask[:, :, 0]] != 0).all()
     assert_near(terms.sum(), total, 1e-5)
     assert_near(total / 5, mean, 1e-5)
 
@@ -133,9 +127,7 @@ def test_arguments_without_a_meaning_are_refused_by_name(loss, takes, name):
 
 
 def test_bce_refuses_an_item_that_is_no_negative():
-    with pytest.raises(
-        UserError, match="BCE: every item counts: 'negative_labels_ignore_index' means nothing"
-    ):
+    with pytest.raises(UserError, match="BCE: every item counts: 'negative_labels_ignore_index' means nothing"):
         BCE(negative_labels_ignore_index=3)
 
 

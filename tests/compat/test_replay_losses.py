@@ -85,9 +85,7 @@ def test_recorded_sce_draws_from_the_global_generator():
         torch.manual_seed(config["torch_seed"])
         actual = ScalableCrossEntropyLoss(params)(*rectangle, tokens_mask)
         torch.manual_seed(config["torch_seed"])
-        shape = (
-            (config["B"] * config["L"], config["n_buckets"]) if mix_x else (config["n_buckets"], config["D"])
-        )
+        shape = (config["B"] * config["L"], config["n_buckets"]) if mix_x else (config["n_buckets"], config["D"])
         normals = torch.randn(shape)
         counted = inputs["padding_mask"] if tokens_mask is None else inputs["padding_mask"] & ~tokens_mask
         expected = scalable_cross_entropy.ScalableCrossEntropyLoss(*astuple(params))(
@@ -145,9 +143,7 @@ def test_labels_named_as_padding_never_count(loss, name):
     padded = labels.masked_fill(~mask, 9)
     negatives = {"negative_labels": torch.tensor([0, 4])} if "Sampled" in loss.__name__ else {}
     everything = torch.ones_like(mask)
-    actual = with_logits(loss(**{name: 9}), weight)(
-        hidden, padded, target_padding_mask=everything, **negatives
-    )
+    actual = with_logits(loss(**{name: 9}), weight)(hidden, padded, target_padding_mask=everything, **negatives)
     expected = with_logits(loss(), weight)(hidden, labels, target_padding_mask=mask, **negatives)
     assert_near(actual, expected, 1e-6)
 
@@ -317,9 +313,7 @@ def test_ids_outside_of_the_catalogue_are_refused(loss):
     assert scored(hidden, hidden_away, negatives, mask) == scored(hidden, labels, negatives, mask)
 
 
-@pytest.mark.parametrize(
-    "loss", [BCESampled, CESampled, LogInCESampled, partial(CESampled, weight=ITEM_WEIGHTS)]
-)
+@pytest.mark.parametrize("loss", [BCESampled, CESampled, LogInCESampled, partial(CESampled, weight=ITEM_WEIGHTS)])
 def test_a_masked_label_may_be_anything(loss):
     weight, hidden, labels, mask = scene(positives=2)
     mask[:, :, 1] = False
@@ -360,9 +354,7 @@ def test_sce_whose_buckets_miss_what_counts_is_zero():
     for place in range(6):
         ignored = (torch.arange(6) != place).view(2, 3)
         torch.manual_seed(0)
-        losses.append(
-            ScalableCrossEntropyLoss(SCEParams(1, 1, 4))(hidden, labels[..., 0], weight, real, ignored)
-        )
+        losses.append(ScalableCrossEntropyLoss(SCEParams(1, 1, 4))(hidden, labels[..., 0], weight, real, ignored))
     assert sorted(loss == 0 for loss in losses) == [False] + [True] * 5
 
 

@@ -73,10 +73,7 @@ def fixed_transforms(tensors: dict[str, Tensor], meta: dict[str, Any]) -> dict[s
         "select": SelectTransform(["user_id", ("feature_tensors", "item_id")]),
         "roll_minus1": SequenceRollTransform("item_id", roll=-1, padding_value=padding),
         "roll_plus1": SequenceRollTransform("item_id", roll=1, padding_value=padding),
-        **{
-            f"equality_mask_{mode}": EqualityMaskTransform("cat", value, mode)
-            for mode in ("and", "or", "xor")
-        },
+        **{f"equality_mask_{mode}": EqualityMaskTransform("cat", value, mode) for mode in ("and", "or", "xor")},
     }
 
 
@@ -189,9 +186,7 @@ def test_documented_examples_of_columns():
         {"item_id_mask": mask, "padding_id": mask},
     )
     items = {"item_id": torch.LongTensor([[30, 22, 1]]), "item_feature": torch.LongTensor([[1, 11, 11]])}
-    example(
-        GroupTransform({"feature_tensors": ["item_id", "item_feature"]}), items, {"feature_tensors": items}
-    )
+    example(GroupTransform({"feature_tensors": ["item_id", "item_feature"]}), items, {"feature_tensors": items})
     example(RenameTransform({"item_id_mask": "padding_id"}), {"item_id_mask": mask}, {"padding_id": mask})
     example(UnsqueezeTransform("padding_id", dim=0), {"padding_id": mask}, {"padding_id": mask[None]})
     grouped = {"feature_1": torch.tensor([1]), "feature_2": torch.tensor([2])}
@@ -315,9 +310,7 @@ def test_next_token_names_a_column_that_is_no_tensor(names):
         NextTokenTransform("names")({**batch, "names": names})
 
 
-@pytest.mark.parametrize(
-    "seen_ids", [torch.tensor([0, 1]), torch.tensor([[0]]), torch.zeros(2, 1, 1), [[0], [1]]]
-)
+@pytest.mark.parametrize("seen_ids", [torch.tensor([0, 1]), torch.tensor([[0]]), torch.zeros(2, 1, 1), [[0], [1]]])
 def test_seen_ids_of_another_shape_are_refused(seen_ids):
     with pytest.raises(UserError, match="SeenItemsFilter: 'seen_ids'"):
         SeenItemsFilter(3).on_prediction({"seen_ids": seen_ids}, torch.zeros(2, 3))
@@ -359,8 +352,7 @@ def test_uniform_negatives_are_distinct_real_items():
     assert set(draws.tolist()) == {2, 5, 11}
     assert abs((draws == 11).float().mean() - 0.8) < 0.04
     repeated = [
-        UniformNegativeSamplingTransform(99, 5, generator=torch.Generator().manual_seed(7))({})
-        for _ in range(2)
+        UniformNegativeSamplingTransform(99, 5, generator=torch.Generator().manual_seed(7))({}) for _ in range(2)
     ]
     assert torch.equal(repeated[0]["negative_labels"], repeated[1]["negative_labels"])
 

@@ -45,9 +45,7 @@ def test_padded_keys_are_hidden_even_from_a_plain_causal_mask() -> None:
     changed = x.clone()
     changed[:, :2] += 1.0
     causal = additive_mask(causal_mask(4)).expand(1, 2, 4, 4)
-    assert torch.allclose(
-        layer({}, x, real, causal)[:, 2:], layer({}, changed, real, causal)[:, 2:], atol=1e-6
-    )
+    assert torch.allclose(layer({}, x, real, causal)[:, 2:], layer({}, changed, real, causal)[:, 2:], atol=1e-6)
 
 
 @pytest.mark.parametrize("training", [True, False])

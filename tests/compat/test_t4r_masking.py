@@ -65,9 +65,7 @@ def test_golden_schema_targets_inputs_and_attention(golden):
             "inputs": masked,
             **module.transformer_arguments,
         }
-        expected = {
-            key.split("/")[2]: value for key, value in tensors.items() if key.startswith(f"output/{case}/")
-        }
+        expected = {key.split("/")[2]: value for key, value in tensors.items() if key.startswith(f"output/{case}/")}
         assert results.keys() == expected.keys(), case
         for name, value in expected.items():
             assert results[name].dtype == value.dtype, (case, name)

@@ -143,14 +143,10 @@ def test_golden(name):
         rows = metric.rows(scores, labels).float()
         torch.testing.assert_close(rows, arrays[f"output/per_row/{kind}/{name}"], atol=1e-5, rtol=1e-5)
         metric.update(scores, labels)
-        torch.testing.assert_close(
-            metric.compute(), arrays[f"output/mean/{kind}/{name}"], atol=1e-5, rtol=1e-5
-        )
+        torch.testing.assert_close(metric.compute(), arrays[f"output/mean/{kind}/{name}"], atol=1e-5, rtol=1e-5)
     by_id = METRICS[name](config["top_ks"], labels_onehot=True)
     by_id.update(scores, ids)
-    torch.testing.assert_close(
-        by_id.compute(), arrays[f"output/mean/single_ids/{name}"], atol=1e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(by_id.compute(), arrays[f"output/mean/single_ids/{name}"], atol=1e-5, rtol=1e-5)
 
 
 def test_golden_ndcg_depends_on_the_largest_cutoff():

@@ -42,8 +42,8 @@ def table(output: str) -> dict[str, list[float]]:
 
 @pytest.mark.parametrize("run_dir", RUNS, indirect=True)
 def test_old_run_evaluates_to_its_recorded_numbers(run_dir: Path) -> None:
-    """Release 0.1.0 ranked a target that the user had already as if it were new: the plug-in filter keeps that rule. Under
-    today's `history` such targets are misses, so that no number is above its recorded one."""
+    """Release 0.1.0 ranked a target that the user had already as if it were new: the plug-in filter keeps that rule.
+    Under today's `history` such targets are misses, so that no number is above its recorded one."""
     evaluate = (
         "main.py",
         "--mode=evaluate",

@@ -113,9 +113,7 @@ def test_the_mixtures_of_rails_weigh_its_auxiliary_losses(dataset: str) -> None:
 
 
 def test_missing_ml_3b_names_the_program_that_makes_it(tmp_path: Path) -> None:
-    with pytest.raises(
-        UserError, match="fractal expansion .*run_fractal_expansion.py.* --name=ml-3b"
-    ) as refused:
+    with pytest.raises(UserError, match="fractal expansion .*run_fractal_expansion.py.* --name=ml-3b") as refused:
         setup.prepared_dataset("ml-3b", tmp_path)
     assert "\n" not in str(refused.value)
 
@@ -133,8 +131,7 @@ def test_the_cells_of_an_ablation(
         assert_builds(run.config, all_data, capsys)
     runs = [run.settings for run in planned]
     shared = {
-        (r.data.dataset_name, r.data.max_sequence_length, r.schedule.num_epochs, r.updates.learning_rate)
-        for r in runs
+        (r.data.dataset_name, r.data.max_sequence_length, r.schedule.num_epochs, r.updates.learning_rate) for r in runs
     }
     assert len(shared) == 1
     assert len({str(run.model_dump()) for run in runs}) == len(runs) > 1
@@ -158,7 +155,8 @@ def test_published_configurations_train_and_evaluate(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Two steps, a full evaluation and the report; batches and negatives are fewer, and no curves, for the sake of time."""
+    """Two steps, a full evaluation and the report; batches and negatives are fewer, and no curves, for the sake of
+    time."""
     monkeypatch.setattr(pictures, "plot_curves", lambda *arguments: None)
     bindings = (
         "train_fn.local_batch_size = 6",

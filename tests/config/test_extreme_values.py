@@ -24,7 +24,8 @@ from generative_recommenders.data.preparation.prepare import prepare_batches
 from generative_recommenders.data.readers.events import RawRatings
 
 EXTREME: list[Any] = [
-    2**31, 2**63 - 1, -(2**63), 2**64, 1e39, -1e39, 1e-308, math.nan, math.inf, -math.inf, "", "x" * 100_000, "\0", "é" * 300,
+    2**31, 2**63 - 1, -(2**63), 2**64, 1e39, -1e39, 1e-308, math.nan, math.inf, -math.inf, "", "x" * 100_000, "\0",
+    "é" * 300,
     True, None, b"", [], [""], ["x" * 10_000], {}, {"": 1.0}, {"x": 1e30}, 1e30, 1e-30, -1, 0,
 ]  # fmt: skip
 BESIDE = {

@@ -135,9 +135,7 @@ def test_published_names_arrive(write) -> None:
 
 
 def test_resolved_configuration_is_complete_and_gives_the_same_settings(write) -> None:
-    settings, resolved = load_settings(
-        [], ["train_fn.num_epochs = 3", "train_fn.mixed_shares = {'local': 1.0}"]
-    )
+    settings, resolved = load_settings([], ["train_fn.num_epochs = 3", "train_fn.mixed_shares = {'local': 1.0}"])
     assert all(f"{name} =" in resolved for name in FIELDS)
     again, text = load_settings([write(resolved)])
     assert text == resolved
@@ -152,9 +150,7 @@ def test_bindings_come_after_files_and_runs_do_not_mix(write) -> None:
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_includes_are_found_from_any_directory(
-    config: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_includes_are_found_from_any_directory(config: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(ROOT)
     at_home, _ = load_settings([config])
     monkeypatch.chdir(tmp_path)
@@ -308,9 +304,7 @@ def test_settings_in_groups_are_read_too() -> None:
 def test_a_published_name_and_the_parts_own_are_one_option() -> None:
     own, published = "SampledSoftmaxLoss.label_smoothing = 0.1", "train_fn.label_smoothing"
     both = message([], [own, f"{published} = 0.2"])
-    assert (
-        "SampledSoftmaxLoss.label_smoothing = 0.1 and train_fn.label_smoothing = 0.2 are one option" in both
-    )
+    assert "SampledSoftmaxLoss.label_smoothing = 0.1 and train_fn.label_smoothing = 0.2 are one option" in both
     settings, resolved = load_settings([], [own])
     assert settings.value(published) == 0.1
     assert published not in resolved and "SampledSoftmaxLoss.label_smoothing = 0.1" in resolved
@@ -322,12 +316,7 @@ def test_a_published_name_and_the_parts_own_are_one_option() -> None:
 
 def test_a_published_name_has_the_range_of_the_chosen_part() -> None:
     zero = "train_fn.mask_probability = 0.0"
-    assert (
-        load_settings([], ["train_fn.objective = 'masked'", zero])[0].value(
-            "masked_objective.mask_probability"
-        )
-        == 0
-    )
+    assert load_settings([], ["train_fn.objective = 'masked'", zero])[0].value("masked_objective.mask_probability") == 0
     assert "train_fn.mask_probability must be above 0, got 0.0" in message(
         [], ["train_fn.objective = 'permuted'", zero]
     )

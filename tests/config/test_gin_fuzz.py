@@ -31,10 +31,11 @@ STRANGE = [
 ]  # fmt: skip
 LINES = [
     "import {module}", "from {module} import x", "import {module} as gin", "from __gin__ import dynamic_registration",
-    "include '{file}'", "include '/dev/zero'", "include '../../../../etc/passwd'", "include '{module}/x/y.gin'", "include 3",
-    "include '\\0'", "macro = 3", "a.b = @train_fn()", "scope/train_fn.num_epochs = 2", "train_fn:\n  num_epochs = 2\n",
-    "train_fn:\n\tnum_epochs = 2", "gin.macro.value = 1", "gin.singleton.constructor = @train_fn", "train_fn.__class__ = 1",
-    "train_fn.num_epochs.real = 1", "#" * 2000, "'''", "\ufeff", "a" * 4000, "train_fn.", ".train_fn = 1", "x/y/z = 1",
+    "include '{file}'", "include '/dev/zero'", "include '../../../../etc/passwd'", "include '{module}/x/y.gin'",
+    "include 3", "include '\\0'", "macro = 3", "a.b = @train_fn()", "scope/train_fn.num_epochs = 2",
+    "train_fn:\n  num_epochs = 2\n", "train_fn:\n\tnum_epochs = 2", "gin.macro.value = 1",
+    "gin.singleton.constructor = @train_fn", "train_fn.__class__ = 1", "train_fn.num_epochs.real = 1", "#" * 2000,
+    "'''", "\ufeff", "a" * 4000, "train_fn.", ".train_fn = 1", "x/y/z = 1",
 ]  # fmt: skip
 WORDS = [
     "\n",
@@ -80,14 +81,10 @@ class Generator:
         kind = self.random.random()
         if kind < 0.3:
             line = self.random.choice(LINES)
-            return line.replace("{module}", "harmful_module").replace(
-                "{file}", str(self.folder / "included.gin")
-            )
+            return line.replace("{module}", "harmful_module").replace("{file}", str(self.folder / "included.gin"))
         owner = self.random.choice(list(PARAMETERS))
         value = (
-            self.random.choice(STRANGE)
-            if kind < 0.6
-            else repr(self.random.choice((0, 3, 0.5, "x", [1], {"a": 1.0})))
+            self.random.choice(STRANGE) if kind < 0.6 else repr(self.random.choice((0, 3, 0.5, "x", [1], {"a": 1.0})))
         )
         return f"{owner}.{self.random.choice(PARAMETERS[owner])} = {value}"
 

@@ -80,21 +80,17 @@ def test_settings_without_effect_are_reported(
 
 
 def test_losses_over_the_catalogue_draw_nothing() -> None:
-    settings = chosen(
-        loss_module="CE", negatives_sharing="block", calibration=0.5, loss_activation_checkpoint=True
-    )
+    settings = chosen(loss_module="CE", negatives_sharing="block", calibration=0.5, loss_activation_checkpoint=True)
     assert settings_without_effect(settings) == [
-        "train_fn.loss_activation_checkpoint, train_fn.negatives_sharing have no effect: CE scores the catalogue and draws no "
-        "negatives",
+        "train_fn.loss_activation_checkpoint, train_fn.negatives_sharing have no effect: CE scores the catalogue and "
+        "draws no negatives",
         "train_fn.calibration has no effect: train_fn.loss_module = 'CE' has no such option",
     ]
 
 
 def test_what_this_machine_lacks_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(notices, "has_bfloat16", lambda: False)
-    lines = settings_without_effect(
-        chosen(loader__num_workers=8, loader__prefetch_factor=1024, main_module_bf16=True)
-    )
+    lines = settings_without_effect(chosen(loader__num_workers=8, loader__prefetch_factor=1024, main_module_bf16=True))
     assert [line.partition(":")[0].partition(" = ")[0] for line in lines] == [
         "create_data_loader.num_workers", "create_data_loader.prefetch_factor", "train_fn.main_module_bf16",
     ]  # fmt: skip
@@ -102,9 +98,7 @@ def test_what_this_machine_lacks_is_reported(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU decides there")
 @pytest.mark.parametrize(("unit", "has_it"), [("", False), ("avx512_bf16", True), ("amx_bf16", True)])
-def test_avx_512_alone_has_no_bfloat16_units(
-    unit: str, has_it: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_avx_512_alone_has_no_bfloat16_units(unit: str, has_it: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     text = f"flags\t\t: avx2 avx512f avx512dq avx512bw avx512vl {unit}\n"
     monkeypatch.setattr(Path, "read_text", lambda self: text)
     assert notices.has_bfloat16() == has_it

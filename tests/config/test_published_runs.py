@@ -76,9 +76,7 @@ def test_protocol_paper_says_what_its_evaluations_between_steps_score() -> None:
     assert unlike_published(settings_of()) == []
 
 
-@pytest.mark.parametrize(
-    ("name", "theirs"), [("main_module_bf16", "weights"), ("eval_bf16", "states and items")]
-)
+@pytest.mark.parametrize(("name", "theirs"), [("main_module_bf16", "weights"), ("eval_bf16", "states and items")])
 def test_bfloat16_says_where_it_is_not_the_published_programs(name: str, theirs: str) -> None:
     (line,) = unlike_published(settings_of(**{name: True}))
     assert f"train_fn.{name}" in line and theirs in line

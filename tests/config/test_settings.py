@@ -17,8 +17,10 @@ from generative_recommenders.config.schema import NAMES, RunSettings
 from generative_recommenders.errors import UserError
 
 EXTREME: list[Any] = [
-    2**63 - 1, 2**63, -(2**63), 10**5000, -1, 0, 1e39, -1e39, 1e-308, math.nan, math.inf, -math.inf, "x", "", "x" * 10**5,
-    True, False, [], [2**63 - 1], [None], [[1]], {}, {"x": 1e39}, {"x": math.nan}, {"x": []}, {1: 1}, None, 0.5, 1.0, b"x",
+    2**63 - 1, 2**63, -(2**63), 10**5000, -1, 0, 1e39, -1e39, 1e-308, math.nan, math.inf, -math.inf, "x", "",
+    "x" * 10**5,
+    True, False, [], [2**63 - 1], [None], [[1]], {}, {"x": 1e39}, {"x": math.nan}, {"x": []}, {1: 1}, None, 0.5, 1.0,
+    b"x",
 ]  # fmt: skip
 REFUSED_ALWAYS = (2**63, -(2**63), 10**5000, 1e39, -1e39, 1e-308, math.inf, -math.inf, b"x")
 
@@ -46,9 +48,7 @@ def test_extreme_values_give_settings_or_one_line_error(name: str) -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 32 << 10  # KiB
 
 
-@pytest.mark.parametrize(
-    "text", ["9223372036854775807", "9223372036854775808", "1e39", "1e-308", "1e999", "None"]
-)
+@pytest.mark.parametrize("text", ["9223372036854775807", "9223372036854775808", "1e39", "1e-308", "1e999", "None"])
 def test_extreme_values_by_gin_json_and_override_agree(text: str) -> None:
     for name in NAMES:
         owner, _, field = name.partition(".")
@@ -90,9 +90,7 @@ def test_settings_are_frozen_and_changed_by_copies() -> None:
         schedule.changed(num_epochs=-1)
     with pytest.raises(UserError, match="train_fn has no parameter 'num_epoch'; did you mean 'num_epochs'"):
         schedule.changed(num_epoch=3)
-    with pytest.raises(
-        UserError, match="no setting 'train_fn.num_epoch'; did you mean 'train_fn.num_epochs'"
-    ):
+    with pytest.raises(UserError, match="no setting 'train_fn.num_epoch'; did you mean 'train_fn.num_epochs'"):
         RunSettings().bind({"train_fn.num_epoch": 3})
 
 

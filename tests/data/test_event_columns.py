@@ -30,9 +30,7 @@ u2,a,é,0.5,1970-01-02,40
 COLUMNS = "user,item,shelf=genre:categorical,progress:numerical,seen_at:time,timestamp=when"
 
 
-def prepared(
-    folder: Path, text: str = EVENTS, columns: str = COLUMNS, memory: int = 1 << 30
-) -> SequenceDataset:
+def prepared(folder: Path, text: str = EVENTS, columns: str = COLUMNS, memory: int = 1 << 30) -> SequenceDataset:
     folder.mkdir(exist_ok=True)
     (folder / "r.csv").write_text(text)
     prepare(RawRatings("t", [folder / "r.csv"], ReadOptions(columns)), folder / "out", memory)
@@ -55,9 +53,7 @@ def test_columns_follow_their_events(tmp_path: Path, memory: int) -> None:
 
 @pytest.mark.parametrize("shelves", [["", "x", "y", "", "x"], ["", "", "y", "x"], ["y", "", "x"], ["", ""]])
 @pytest.mark.parametrize("memory", [1 << 30, 1])
-def test_categories_that_are_missing_throughout_a_part(
-    tmp_path: Path, shelves: list[str], memory: int
-) -> None:
+def test_categories_that_are_missing_throughout_a_part(tmp_path: Path, shelves: list[str], memory: int) -> None:
     header = "user,item,shelf\n"
     for number, shelf in enumerate(shelves):
         (tmp_path / f"{number}.csv").write_text(f"{header}u,i{number},{shelf}\n")
@@ -77,9 +73,7 @@ def test_data_hash_knows_known_columns_alone(tmp_path: Path) -> None:
     assert without.columns_hash == "" != with_columns.columns_hash
 
 
-@pytest.mark.parametrize(
-    ("old", "new"), [("a,x,", "a,y,"), ("2.5", "2.0"), ("01-03", "01-04"), ("b,,", "b,x,")]
-)
+@pytest.mark.parametrize(("old", "new"), [("a,x,", "a,y,"), ("2.5", "2.0"), ("01-03", "01-04"), ("b,,", "b,x,")])
 def test_columns_hash_knows_every_value(tmp_path: Path, old: str, new: str) -> None:
     first = prepared(tmp_path / "one").manifest
     second = prepared(tmp_path / "two", EVENTS.replace(old, new)).manifest
@@ -87,9 +81,7 @@ def test_columns_hash_knows_every_value(tmp_path: Path, old: str, new: str) -> N
     assert first.data_hash == second.data_hash
 
 
-@pytest.mark.parametrize(
-    "file", ["event.shelf.int32.bin", "event.progress.float32.bin", "event.seen_at.int64.bin"]
-)
+@pytest.mark.parametrize("file", ["event.shelf.int32.bin", "event.progress.float32.bin", "event.seen_at.int64.bin"])
 def test_changed_values_are_found(tmp_path: Path, file: str) -> None:
     dataset = prepared(tmp_path)
     path = dataset.folder / file

@@ -58,9 +58,7 @@ def test_export_is_what_hstu_users_read(tmp_path: Path) -> None:
         {"rating": [1, 2, 3, 4], "timestamp": [3, 2, 1, 2]},
     ],
 )
-def test_round_trip(
-    tmp_path: Path, extra: dict, events_at_once: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_round_trip(tmp_path: Path, extra: dict, events_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export, "EVENTS_AT_ONCE", events_at_once)
     dataset = dataset_of({**IDS, **extra}, tmp_path / "out")
     export_text(dataset, tmp_path / "s.csv")
@@ -84,9 +82,7 @@ def test_ids_become_original_ids_in_text_order(tmp_path: Path) -> None:
 
 
 def test_k_core_is_kept(tmp_path: Path) -> None:
-    (tmp_path / "s.csv").write_text(
-        HEADER + '0,7,"1,2,3","1,1,1","1,2,3"\n1,8,"1,2","1,1","1,2"\n2,9,1,1,1\n'
-    )
+    (tmp_path / "s.csv").write_text(HEADER + '0,7,"1,2,3","1,1,1","1,2,3"\n1,8,"1,2","1,1","1,2"\n2,9,1,1,1\n')
     manifest = import_text(tmp_path / "s.csv", tmp_path / "out", "t", k_core=2)
     assert (manifest.filter, manifest.counts["users"], manifest.counts["events"]) == ("k_core:2", 2, 4)
     with pytest.raises(UserError, match="--k_core=0 must be at least 1"):
@@ -185,16 +181,12 @@ def test_a_line_break_inside_quotes_is_refused(tmp_path: Path) -> None:
 def test_what_the_format_cannot_hold_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     dataset = dataset_of({**IDS, "rating": [0, 0, 0, 0], "timestamp": [3, 2, 1, 2]}, tmp_path / "out")
     export_text(dataset, tmp_path / "s.csv")
-    assert caplog.messages == [
-        f"{tmp_path / 's.csv'}: all ratings are zero; the exchange format reads that as none"
-    ]
+    assert caplog.messages == [f"{tmp_path / 's.csv'}: all ratings are zero; the exchange format reads that as none"]
     caplog.clear()
     counts = {**dataset.manifest.counts, "items": 5}
     larger = dataclasses.replace(dataset, manifest=dataclasses.replace(dataset.manifest, counts=counts))
     export_text(dataclasses.replace(larger, ratings=None), tmp_path / "s.csv")
-    assert caplog.messages == [
-        f"{tmp_path / 's.csv'}: 2 items of the catalogue have no event and are not in it"
-    ]
+    assert caplog.messages == [f"{tmp_path / 's.csv'}: 2 items of the catalogue have no event and are not in it"]
 
 
 @pytest.mark.filterwarnings("error")

@@ -32,9 +32,7 @@ def events_of(dataset: SequenceDataset, user: int) -> dict[str, list[int]]:
     return {name: getattr(dataset, source)[own].tolist() for name, source in COLUMNS.items()}
 
 
-def assert_rows(
-    dataset: SequenceDataset, columns: dict[str, torch.Tensor], kept: list[list[int]], width: int
-) -> None:
+def assert_rows(dataset: SequenceDataset, columns: dict[str, torch.Tensor], kept: list[list[int]], width: int) -> None:
     """Row r holds those positions of its user's sequence, right-padded with 0."""
     assert columns["lengths"].tolist() == [len(row) for row in kept]
     for row, positions in enumerate(kept):
@@ -115,10 +113,7 @@ def test_windows_over_whole_histories_make_every_event_a_target_once(ragged_data
 
 
 def test_order_is_drawn_anew_each_epoch(ragged_dataset: SequenceDataset) -> None:
-    orders = [
-        torch.cat([b.columns["user_ids"] for b in loader_of(ragged_dataset).epoch(epoch)])
-        for epoch in (0, 0, 1)
-    ]
+    orders = [torch.cat([b.columns["user_ids"] for b in loader_of(ragged_dataset).epoch(epoch)]) for epoch in (0, 0, 1)]
     assert torch.equal(orders[0], orders[1])
     assert not torch.equal(orders[0], orders[2])
     other = SequenceLoader(ragged_dataset, make_split(ragged_dataset).train_stops, 10, 8, seed=4)

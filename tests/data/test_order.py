@@ -55,8 +55,7 @@ def test_duplicates_are_dropped_before_the_filter(rows, duplicates, order, filte
             # the sequences as they stand, then what is to go: rows come back as (user, item) in their order
             _, everything = prepared(rows, Path(folder), tie_order=order)
             runs = {
-                u: [x for x, before in zip(items, [None, *items]) if x != before]
-                for u, items in everything.items()
+                u: [x for x, before in zip(items, [None, *items]) if x != before] for u, items in everything.items()
             }
             counts = Counter((user, item) for user, items in runs.items() for item in items)
         else:
@@ -91,9 +90,7 @@ def test_duplicates_are_dropped_before_the_filter(rows, duplicates, order, filte
 
 def test_random_order_keeps_times_and_does_not_depend_on_the_file(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    rows: list[Row] = [
-        (f"u{u}", f"i{i}", 1.0, int(t)) for u in range(40) for i, t in enumerate([1] * 8 + [2] * 8)
-    ]
+    rows: list[Row] = [(f"u{u}", f"i{i}", 1.0, int(t)) for u in range(40) for i, t in enumerate([1] * 8 + [2] * 8)]
     one, first = prepared(rows, tmp_path, tie_order="random")
     shuffled = [rows[i] for i in rng.permutation(len(rows))]
     two, second = prepared(shuffled, tmp_path, tie_order="random")

@@ -51,9 +51,7 @@ def reference_sequences(rows: list[Row]) -> dict[str, list[Row]]:
     sequences: dict[str, list[Row]] = {}
     for row in rows:
         sequences.setdefault(row[0], []).append(row)
-    return {
-        user: sorted(sequences[user], key=lambda row: row[3]) for user in sorted(sequences, key=str.encode)
-    }
+    return {user: sorted(sequences[user], key=lambda row: row[3]) for user in sorted(sequences, key=str.encode)}
 
 
 def reference_mix(x: int) -> int:
@@ -206,9 +204,7 @@ def test_amazon_rule_fixes_the_catalogue_before_it_drops_short_users(tmp_path: P
 
 def test_several_files_are_read_in_order_and_ties_keep_it(tmp_path: Path) -> None:
     first = write_csv(tmp_path / "1.csv", [("u", "b", 1.0, 5), ("u", "a", 1.0, 5)])
-    second = write_csv(
-        tmp_path / "2.csv", [("u", "c", 1.0, 5), ("u", "d", 1.0, 4), ("u", "b", 1.0, 5)], zipped=True
-    )
+    second = write_csv(tmp_path / "2.csv", [("u", "c", 1.0, 5), ("u", "d", 1.0, 4), ("u", "b", 1.0, 5)], zipped=True)
     prepare(RawRatings("t", [first, second], COMMAS), tmp_path / "out")
     dataset = SequenceDataset.open(tmp_path / "out")
     ids = dataset.original_item_ids().to_pylist()
@@ -266,9 +262,7 @@ def test_features_are_lined_up_and_described(tmp_path: Path, caplog: pytest.LogC
     assert user_table["age"].to_pylist() == [None, 30]
 
 
-@pytest.mark.parametrize(
-    "name", ["k_core", "k_core:0", "k_core:-1", "k_core:x", "five", "none:1", "k_core:²"]
-)
+@pytest.mark.parametrize("name", ["k_core", "k_core:0", "k_core:-1", "k_core:x", "five", "none:1", "k_core:²"])
 def test_unknown_filters_list_the_known(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match="unknown filter .*amazon_five"):
         prepare(RawRatings("t", [tmp_path / "r.csv"], filter=name), tmp_path / "out")
@@ -309,9 +303,7 @@ def test_parquet_out_and_in_again_is_the_same_data(tmp_path: Path, columns: tupl
 
 def test_titles_are_kept_but_are_no_feature_to_learn_from(tmp_path: Path) -> None:
     field = pa.field("title", pa.string(), metadata={b"kind": b"text"})
-    titles = pa.table(
-        {"item": ["a", "b"], "title": ["One", "Two"]}, schema=pa.schema([("item", pa.string()), field])
-    )
+    titles = pa.table({"item": ["a", "b"], "title": ["One", "Two"]}, schema=pa.schema([("item", pa.string()), field]))
     table, specs = align("item", pa.array(["a", "b"], pa.large_string()), titles)
     assert [(spec.name, spec.kind, spec.cardinality) for spec in specs] == [("title", "text", 0)]
     assert table["title"].to_pylist() == ["One", "Two"]

@@ -98,9 +98,7 @@ def test_manifest_is_plain_json(tmp_path: Path) -> None:
     assert stored["version"] == 2
 
 
-def test_a_full_disk_reports_one_line_error_and_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_reports_one_line_error_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 

@@ -63,10 +63,7 @@ def test_bad_input_reports_one_line_error_and_exit_code_2(tmp_path: Path) -> Non
     )
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
-    assert (
-        done.stderr.splitlines()[-1]
-        == f"error: {tmp_path / 'r.csv'}, line 2: the timestamp '-5' is before 1970"
-    )
+    assert done.stderr.splitlines()[-1] == f"error: {tmp_path / 'r.csv'}, line 2: the timestamp '-5' is before 1970"
     assert not list((tmp_path / "d").rglob("*.bin"))
     assert [p.name for p in (tmp_path / "d" / "prepared").iterdir()] == []
 

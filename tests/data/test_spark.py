@@ -57,9 +57,7 @@ def csv_text(columns: dict[str, list], line_end: str = "\n") -> str:
     def quoted(text: str) -> str:
         return '"' + text.replace('"', '""') + '"' if set(text) & set(',"') else text
 
-    rows = zip(
-        map(quoted, columns["user"]), map(quoted, columns["item"]), columns["rating"], columns["timestamp"]
-    )
+    rows = zip(map(quoted, columns["user"]), map(quoted, columns["item"]), columns["rating"], columns["timestamp"])
     return "".join(",".join(map(str, row)) + line_end for row in rows)
 
 
@@ -75,9 +73,7 @@ def test_csv(tmp_path: Path, filter_name: str) -> None:
     pytest.importorskip("pyspark")
     plain, zipped = tmp_path / "1.csv", tmp_path / "2.csv.gz"
     plain.write_text("\ufeff" + "user,item,rating,timestamp\n" + csv_text(table(1, 700)), encoding="utf-8")
-    zipped.write_bytes(
-        gzip.compress(("user,item,rating,timestamp\r\n" + csv_text(table(2, 300), "\r\n")).encode())
-    )
+    zipped.write_bytes(gzip.compress(("user,item,rating,timestamp\r\n" + csv_text(table(2, 300), "\r\n")).encode()))
     assert_same(RawRatings("t", [plain, zipped], ReadOptions(delimiter=","), filter_name), tmp_path)
 
 

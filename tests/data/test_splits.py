@@ -18,9 +18,7 @@ from tiny_data import dataset_of
 
 def prepared(folder: Path, sequences: list[list[tuple[int, int]]], timed: bool = True) -> SequenceDataset:
     """A prepared folder with the given (item, time) events of each user."""
-    rows = [
-        (f"u{user:03}", f"i{item}", time) for user, events in enumerate(sequences) for item, time in events
-    ]
+    rows = [(f"u{user:03}", f"i{item}", time) for user, events in enumerate(sequences) for item, time in events]
     columns = dict(zip(("user", "item", "timestamp") if timed else ("user", "item"), zip(*rows)))
     return dataset_of(columns, folder / "out")
 
@@ -56,16 +54,12 @@ def test_equals_the_reference(sequences: list[list[tuple[int, int]]], protocol: 
         split = make_split(dataset, protocol)
         ordered = [sorted(user, key=lambda event: event[1]) for user in sequences]
         expected = reference([[time for _, time in user] for user in ordered], protocol)
-        found = list(
-            zip(split.train_stops.tolist(), split.validation_targets.tolist(), split.test_targets.tolist())
-        )
+        found = list(zip(split.train_stops.tolist(), split.validation_targets.tolist(), split.test_targets.tolist()))
         assert found == expected
         seen = {item for user, (stop, _, _) in zip(ordered, expected) for item, _ in user[:stop]}
         for position, unseen in ((1, split.unseen_validation_targets), (2, split.unseen_test_targets)):
             targets = [(user, entry[position]) for user, entry in zip(ordered, expected)]
-            assert unseen.tolist() == [
-                target >= 0 and user[target][0] not in seen for user, target in targets
-            ]
+            assert unseen.tolist() == [target >= 0 and user[target][0] not in seen for user, target in targets]
         assert split.counts["short_users"] == sum(entry[1:] == (-1, -1) for entry in expected)
         assert split.counts["train_events"] == sum(entry[0] for entry in expected)
         assert split.counts["train_users"] == sum(entry[0] > 0 for entry in expected)
@@ -77,9 +71,7 @@ def test_equals_the_reference(sequences: list[list[tuple[int, int]]], protocol: 
 def test_global_time_uses_nothing_of_the_future(tmp_path: Path) -> None:
     """Ten events at times 1..10: cuts at 8 and 9, so one validation and one test target; a lone late user
     has none."""
-    dataset = prepared(
-        tmp_path, [[(1, t) for t in (1, 3, 5, 7, 9)], [(2, t) for t in (2, 4, 6, 8)], [(3, 10)]]
-    )
+    dataset = prepared(tmp_path, [[(1, t) for t in (1, 3, 5, 7, 9)], [(2, t) for t in (2, 4, 6, 8)], [(3, 10)]])
     split = make_split(dataset, "global_time")
     assert split.train_stops.tolist() == [4, 4, 0]
     assert split.validation_targets.tolist() == [4, -1, -1]
@@ -93,8 +85,7 @@ def test_hash_tells_protocols_and_data_apart(tmp_path: Path) -> None:
     hashes = {make_split(dataset, protocol).hash for dataset in (one, two) for protocol in PROTOCOLS}
     assert len(hashes) == 6
     assert (
-        make_split(one, "paper").hash
-        == make_split(prepared(tmp_path / "3", [[(1, 1), (2, 2), (3, 3)]]), "paper").hash
+        make_split(one, "paper").hash == make_split(prepared(tmp_path / "3", [[(1, 1), (2, 2), (3, 3)]]), "paper").hash
     )
 
 

@@ -37,9 +37,7 @@ def test_counts_are_those_of_a_slow_reference(rows, tmp_path_factory: pytest.Tem
     assert found["duplicates"] == len(rows) - len({(row[0], row[1], row[3]) for row in rows})
     assert found["consecutive_repeats"] == sum(a[1] == b[1] for a, b in pairs)
     assert found["tied_events"] == sum(a[3] == b[3] for a, b in pairs)
-    assert found["tied_test_targets"] == sum(
-        events[-1][3] == events[-2][3] for events in sequences if len(events) > 2
-    )
+    assert found["tied_test_targets"] == sum(events[-1][3] == events[-2][3] for events in sequences if len(events) > 2)
     assert found["test_users"] == len(scored)
     assert found["repeated_test_targets"] == sum(items[-1] in items[:-1] for items in scored)
     assert found["unseen_test_targets"] == sum(items[-1] not in trained for items in scored)
@@ -49,9 +47,7 @@ def test_counts_are_those_of_a_slow_reference(rows, tmp_path_factory: pytest.Tem
 def test_duplicates_are_counted_and_kept(tmp_path: Path) -> None:
     (tmp_path / "r.csv").write_text("user_id,item_id,rating,timestamp\n" + "u1,i1,5,100\n" * 6)
     text = summary(prepare(RawRatings("t", [tmp_path / "r.csv"]), tmp_path / "out"))
-    assert (
-        "duplicates (same user, item and time): 5 (83.3 %) of the events are kept; --duplicates=drop" in text
-    )
+    assert "duplicates (same user, item and time): 5 (83.3 %) of the events are kept; --duplicates=drop" in text
     assert "items that follow themselves: 5 (83.3 %) of the events; --duplicates=consecutive" in text
     dropped = prepare(RawRatings("t", [tmp_path / "r.csv"], duplicates="drop"), tmp_path / "out")
     assert dropped.counts["events"] == 1
@@ -105,17 +101,13 @@ def test_an_order_that_users_have_outside_ties_too_is_no_order_of_the_file(tmp_p
 
 def test_items_by_chance_are_in_no_order(tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
-    rows = [
-        (f"u{user}", f"i{item}", 1.0, 7) for user in range(150) for item in rng.choice(60, 8, replace=False)
-    ]
+    rows = [(f"u{user}", f"i{item}", 1.0, 7) for user in range(150) for item in rng.choice(60, 8, replace=False)]
     assert prepare_rows(rows, tmp_path).statistics["tied_pairs_in_item_order"] < 0.7
 
 
 def test_repeated_targets_name_the_seen_filter(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    rows = [
-        (f"u{u}", f"i{u * 5 + i}", 1.0, t) for u in range(20) for t, i in enumerate(rng.integers(0, 4, 12))
-    ]
+    rows = [(f"u{u}", f"i{u * 5 + i}", 1.0, t) for u in range(20) for t, i in enumerate(rng.integers(0, 4, 12))]
     text = summary(prepare_rows([(u, i, r, int(t)) for u, i, r, t in rows], tmp_path))
     assert "test targets of leave_one_out: 20;" in text
     assert 'seen_filter = "none"' in text

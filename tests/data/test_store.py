@@ -107,9 +107,7 @@ def test_another_version(folder: Path) -> None:
 def test_a_manifest_without_its_numbers(folder: Path, field: str, value: dict, what: str) -> None:
     rewrite_manifest(folder, {field: value})
     message = error_of(folder)
-    assert message.startswith(f"{folder / 'manifest.json'}: {what}") and message.endswith(
-        "; prepare the data again"
-    )
+    assert message.startswith(f"{folder / 'manifest.json'}: {what}") and message.endswith("; prepare the data again")
 
 
 @pytest.mark.parametrize(
@@ -210,9 +208,7 @@ def damage(rng: random.Random, text: str) -> bytes:
     if rng.random() < 0.5:
         settings = json.loads(text)
         target = (
-            settings
-            if rng.random() < 0.6
-            else rng.choice([v for v in settings.values() if isinstance(v, dict) and v])
+            settings if rng.random() < 0.6 else rng.choice([v for v in settings.values() if isinstance(v, dict) and v])
         )
         key = rng.choice(list(target))
         target[key] = rng.choice(VALUES)
@@ -328,9 +324,7 @@ def test_a_manifest_without_measure_is_refused_unread(folder: Path) -> None:
 
 def test_a_table_that_unpacks_without_measure_is_refused(folder: Path) -> None:
     ids = pa.array(["x" * 500_000]).take(pa.array([0] * 800, pa.int64()))
-    with pq.ParquetWriter(
-        folder / "items.parquet", pa.schema([("item", pa.string())]), compression="zstd"
-    ) as writer:
+    with pq.ParquetWriter(folder / "items.parquet", pa.schema([("item", pa.string())]), compression="zstd") as writer:
         for first in range(0, 800, 100):
             writer.write_table(pa.table({"item": ids.slice(first, 100)}))
     assert (folder / "items.parquet").stat().st_size < 1 << 20
@@ -341,7 +335,8 @@ def test_a_table_that_unpacks_without_measure_is_refused(folder: Path) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "manifest.json", "items.int32.bin", "timestamps.int64.bin", "offsets.int64.bin", "items.parquet", "users.parquet",
+        "manifest.json", "items.int32.bin", "timestamps.int64.bin", "offsets.int64.bin", "items.parquet",
+        "users.parquet",
     ],
 )  # fmt: skip
 def test_a_pipe_for_a_file_is_refused_at_once(folder: Path, name: str) -> None:

@@ -190,9 +190,7 @@ def test_ports_are_bound_to_loopback(tmp_path):
     assert on_cpu(listen, str(tmp_path), os.getpid()) == 0
     for found in reported(tmp_path):
         assert "127.0.0.1" in found
-        assert all(
-            re.fullmatch(r"127\.0\.0\.1|::1|::ffff:127\.0\.0\.1|::ffff:7f00:1", each) for each in found
-        )
+        assert all(re.fullmatch(r"127\.0\.0\.1|::1|::ffff:127\.0\.0\.1|::ffff:7f00:1", each) for each in found)
 
 
 def until_stopped(rank: int, world_size: int, folder: str) -> int:

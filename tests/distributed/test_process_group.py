@@ -60,9 +60,7 @@ def test_process_group(tmp_path, world):
     context = quick_start()
     failures = context.Queue()
     rendezvous = str(tmp_path / "rendezvous")
-    members = [
-        context.Process(target=in_group, args=(rank, world, rendezvous, failures)) for rank in range(world)
-    ]
+    members = [context.Process(target=in_group, args=(rank, world, rendezvous, failures)) for rank in range(world)]
     for member in members:
         member.start()
     assert [failures.get(timeout=60) for _ in members] == [[]] * world
@@ -88,7 +86,5 @@ def test_device(monkeypatch):
 def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setitem(os.environ, "LOCAL_RANK", "2")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(
-        UserError, match="no GPU for local rank 2: at most one process a GPU, and this host has 2"
-    ):
+    with pytest.raises(UserError, match="no GPU for local rank 2: at most one process a GPU, and this host has 2"):
         join_group(2, 3, 3, "cuda", timedelta(seconds=1))

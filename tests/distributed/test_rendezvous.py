@@ -47,9 +47,7 @@ def started_by_slurm(worker, rank: int, port: int, *args) -> None:
 
 def exit_codes_under_slurm(worker, *args) -> list[int | None]:
     port = free_port()
-    tasks = [
-        quick_start().Process(target=started_by_slurm, args=(worker, rank, port, *args)) for rank in (0, 1)
-    ]
+    tasks = [quick_start().Process(target=started_by_slurm, args=(worker, rank, port, *args)) for rank in (0, 1)]
     for task in tasks:
         task.start()
     for task in tasks:
@@ -71,9 +69,7 @@ def test_joins_under_slurm_variables(tmp_path):
     assert [each[:3] for each in reported(tmp_path)] == [["2", "3.0", "0"]] * 2
 
 
-def fail_while_the_other_hears_nothing(
-    rank: int, world_size: int, failing: int, how: str, folder: str
-) -> int:
+def fail_while_the_other_hears_nothing(rank: int, world_size: int, failing: int, how: str, folder: str) -> int:
     process_collectives("cpu").barrier()
     if rank != failing:
         os.dup2(os.open(f"{folder}/screen", os.O_WRONLY | os.O_CREAT), 2)

@@ -57,11 +57,8 @@ def checks(group: Collectives) -> list[str]:
     found = checkpoint_from_main(group, lambda: on_rank(0, CHECKPOINT, group.rank))
     assert found is not None
     results = {
-        "no fault": raise_on_all_ranks(group, lambda: group.rank) == group.rank
-        and fault_of(group, -1) is None,
-        "fault": all(
-            fault_of(group, rank) == (f"the fault of rank {rank}", 3) for rank in range(group.world_size)
-        ),
+        "no fault": raise_on_all_ranks(group, lambda: group.rank) == group.rank and fault_of(group, -1) is None,
+        "fault": all(fault_of(group, rank) == (f"the fault of rank {rank}", 3) for rank in range(group.world_size)),
         "gather": group.gather_object_json(("книга" * group.rank, None))[last] == ["книга" * last, None],
         "main": from_main(group, lambda: on_rank(0, {"a": 1}, group.rank)) == {"a": 1},
         "no checkpoint": checkpoint_from_main(group, lambda: on_rank(0, None, group.rank)) is None,
@@ -88,8 +85,7 @@ def test_agreement(tmp_path: Path, world: int) -> None:
     context = quick_start()
     failures = context.Queue()
     members = [
-        context.Process(target=in_group, args=(rank, world, str(tmp_path / "met"), failures))
-        for rank in range(world)
+        context.Process(target=in_group, args=(rank, world, str(tmp_path / "met"), failures)) for rank in range(world)
     ]
     for member in members:
         member.start()

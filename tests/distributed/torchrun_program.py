@@ -1,4 +1,5 @@
-"""Program that tests run under torchrun. Arguments: a folder to write to, and the rank that is to fail at the first start."""
+"""Program that tests run under torchrun. Arguments: a folder to write to, and the rank that is to fail at the first
+start."""
 
 import os
 import sys

@@ -17,7 +17,8 @@ ROOT = programs.ROOT
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SHELL, OUTPUT = ("bash", "sh", "shell"), ("text", "console", "output")
 FENCE = re.compile(
-    r"^(?:<!-- test: (?P<mark>\w+)[^\n]*-->\n+)?(?P<indent> *)```(?P<language>[\w-]*)[^\n]*\n(?P<code>.*?)^(?P=indent)```\s*$",
+    r"^(?:<!-- test: (?P<mark>\w+)[^\n]*-->\n+)?(?P<indent> "
+    r"*)```(?P<language>[\w-]*)[^\n]*\n(?P<code>.*?)^(?P=indent)```\s*$",
     re.MULTILINE | re.DOTALL,
 )
 SHORT = (
@@ -31,8 +32,8 @@ SHORT = (
 
 @dataclass(frozen=True)
 class Block:
-    """One fenced block. mark: "parsed" for what needs an extra, a cluster or a download; "fails" for a command whose error
-    stands in the block after it; else None."""
+    """One fenced block. mark: "parsed" for what needs an extra, a cluster or a download; "fails" for a command whose
+    error stands in the block after it; else None."""
 
     page: str
     line: int
@@ -89,9 +90,7 @@ def execute(folder: Path, words: list[str]) -> CompletedProcess[str]:
 
 def trains(words: list[str]) -> bool:
     """Whether a command would train, and so is given few steps."""
-    return words[1:2] == ["main.py"] and not re.search(
-        r"--(mode|list|help|dry_run|resume)|-h\b", " ".join(words)
-    )
+    return words[1:2] == ["main.py"] and not re.search(r"--(mode|list|help|dry_run|resume)|-h\b", " ".join(words))
 
 
 def is_large(words: list[str]) -> bool:
@@ -111,9 +110,7 @@ def check_words(block: Block, words: list[str]) -> None:
             for word in words[words.index(script) + 1 :]:
                 name = re.match(r"--(\w+)", word)
                 if name:
-                    assert {name[1], name[1].removeprefix("no")} & known, (
-                        f"{block.place}: {script} has no flag {word}"
-                    )
+                    assert {name[1], name[1].removeprefix("no")} & known, f"{block.place}: {script} has no flag {word}"
 
 
 def _flags_of(script: str) -> set[str]:

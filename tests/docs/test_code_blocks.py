@@ -1,11 +1,11 @@
 """Every code block of README.md and docs/ runs, or is checked as far as it can be here.
 
-Python blocks of a page run one after the other in one namespace, shell blocks command by command in a folder that looks like a
-fresh clone. All pages share the run runs/my-run, trained for a few steps on the embedded data set, and the same prepared data
-under the names of the public sets. Training commands are given few steps and users, those of the published configurations
-``--dry_run``, and a command that stands on several pages runs once; ``<!-- test: parsed -->`` above a block says that it
-needs an extra, a cluster or a download: its syntax, programs and flags are checked and nothing is run. gin and JSON blocks are
-parsed. text and console blocks are output, and stand as such.
+Python blocks of a page run one after the other in one namespace, shell blocks command by command in a folder that looks
+like a fresh clone. All pages share the run runs/my-run, trained for a few steps on the embedded data set, and the same
+prepared data under the names of the public sets. Training commands are given few steps and users, those of the
+published configurations ``--dry_run``, and a command that stands on several pages runs once; ``<!-- test: parsed -->``
+above a block says that it needs an extra, a cluster or a download: its syntax, programs and flags are checked and
+nothing is run. gin and JSON blocks are parsed. text and console blocks are output, and stand as such.
 """
 
 from __future__ import annotations
@@ -59,9 +59,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = pages.clone(tmp_path_factory.mktemp("clone"))
     trained = pages.execute(folder, ["python", "main.py", SHARED_RUN, *pages.SHORT])
     assert trained.returncode == 0, trained.stderr
-    ranks = pages.execute(
-        folder, ["python", "main.py", "--mode=evaluate", SHARED_RUN]
-    )  # a comparison reads them
+    ranks = pages.execute(folder, ["python", "main.py", "--mode=evaluate", SHARED_RUN])  # a comparison reads them
     assert ranks.returncode == 0, ranks.stderr
     prepared = folder / "data" / "prepared"
     for name in SAME_DATA:
@@ -98,9 +96,7 @@ def test_the_blocks_of_a_page_run(clone: Path, page: Path, monkeypatch: pytest.M
         elif block.language == "json":
             json.loads(block.code)
         else:
-            assert block.language in ("toml", "yaml", "dockerfile", "bibtex", "mermaid"), (
-                f"{block.place}: what is it?"
-            )
+            assert block.language in ("toml", "yaml", "dockerfile", "bibtex", "mermaid"), f"{block.place}: what is it?"
 
 
 def run(clone: Path, block: pages.Block, words: list[str], following: pages.Block | None) -> None:

@@ -59,9 +59,7 @@ def test_configuration_names_every_setting_with_the_default_of_a_run() -> None:
 
 
 def test_every_setting_is_described_in_code() -> None:
-    missing = [
-        name for name, (group, field) in FIELDS.items() if not GROUPS[group].model_fields[field].description
-    ]
+    missing = [name for name, (group, field) in FIELDS.items() if not GROUPS[group].model_fields[field].description]
     assert not missing
 
 
@@ -86,9 +84,7 @@ def test_every_part_has_a_page_in_the_navigation_with_its_options(kind: str, nam
     for option in part.options.model_fields:
         _, _, default, meaning = row(text, f"{part.gin_name}.{option}")
         value = used(registry, part, option)
-        assert default == ("none: give a value" if value is ... else f"`{value!r}`".replace("|", "\\|")), (
-            option
-        )
+        assert default == ("none: give a value" if value is ... else f"`{value!r}`".replace("|", "\\|")), option
         assert len(meaning) > 5, f"say in the docstring of {name} what {option} is"
 
 
@@ -125,9 +121,7 @@ def test_pages_of_parts_show_reproduced_runs(tmp_path: Path) -> None:
     (results / "made").mkdir(parents=True)
     (configs / "made").mkdir(parents=True)
     (results / "made.md").write_text("# made")
-    (configs / "made" / "lane.gin").write_text(
-        'train_fn.main_module = "SASRec"\nablation.cells = {"a": {}, "b": {}}\n'
-    )
+    (configs / "made" / "lane.gin").write_text('train_fn.main_module = "SASRec"\nablation.cells = {"a": {}, "b": {}}\n')
     for cell, seed, bound, gain in (
         ("a", 1, [], 0.1),
         ("a", 2, [], 0.2),

@@ -53,9 +53,7 @@ def by_name(rows: dict[str, dict[str, str]], known: list[str]) -> dict[str, dict
 
 def built_in(registry: Registry) -> list[str]:
     """Names of the package's own parts, without those that other tests register in the same process."""
-    return [
-        part.name for part in registry.parts() if part.make.__module__.startswith("generative_recommenders.")
-    ]
+    return [part.name for part in registry.parts() if part.make.__module__.startswith("generative_recommenders.")]
 
 
 ENCODER_ROWS = by_name(table("README.md", "encoder"), built_in(ENCODERS))
@@ -95,9 +93,7 @@ def test_the_combinations_of_the_readme(loss: str, similarity: str) -> None:
 
 @pytest.mark.parametrize("objective", ["causal", "masked"])
 def test_hstu_with_softmax_takes_causal_objectives_alone(objective: str) -> None:
-    chosen = settings(
-        **{"main_module": "HSTU", "objective": objective, "hstu.normalization": "softmax_rel_bias"}
-    )
+    chosen = settings(**{"main_module": "HSTU", "objective": objective, "hstu.normalization": "softmax_rel_bias"})
     if objective == "causal":
         build_task(chosen, catalogue())
     else:
@@ -145,9 +141,7 @@ def test_gin_names_on_pages_are_known() -> None:
 )
 def test_every_flag_of_a_program_is_on_a_page(program: str, tmp_path: Path) -> None:
     words = ["python", str(ROOT / program)] if program.endswith(".py") else ["python", "-m", program]
-    flags = set(
-        re.findall(r"^  --(?:\[no\])?(\w+)", execute(tmp_path, [*words, "--help"]).stdout, re.MULTILINE)
-    )
+    flags = set(re.findall(r"^  --(?:\[no\])?(\w+)", execute(tmp_path, [*words, "--help"]).stdout, re.MULTILINE))
     text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES if page.parent.name != "results")
     assert flags and not {flag for flag in flags if not re.search(rf"--(no)?{flag}\b", text)}
 
@@ -167,10 +161,7 @@ def test_every_ablation_has_a_row() -> None:
     ],
 )
 def test_names_of_others_are_where_their_row_says(page: str, first: str, place: str) -> None:
-    rows = [
-        (head, re.fullmatch(place, cells["here"]))
-        for head, cells in table(f"docs/from/{page}.md", first).items()
-    ]
+    rows = [(head, re.fullmatch(place, cells["here"])) for head, cells in table(f"docs/from/{page}.md", first).items()]
     assert sum(found is not None for _, found in rows) > 4
     for head, found in rows:
         if found:

@@ -74,9 +74,7 @@ def test_markov_reads_the_last_real_item_of_each_row():
 
 
 def test_markov_pairs_never_cross_users():
-    model = MarkovSuccessor(
-        np.array([1, 2], dtype=np.int32), np.array([0, 1, 1, 2, 2]), np.array([1, 0, 1, 0]), 2
-    )
+    model = MarkovSuccessor(np.array([1, 2], dtype=np.int32), np.array([0, 1, 1, 2, 2]), np.array([1, 0, 1, 0]), 2)
     assert len(model.successors) == 0
 
 
@@ -99,9 +97,7 @@ def test_a_split_of_another_dataset_is_refused():
 
 @settings(max_examples=80, deadline=None)
 @given(st.integers(0, 10_000), st.integers(1, 40), st.integers(1, 6), st.booleans())
-def test_shared_scores_rank_like_all_scores_written_out(
-    seed: int, items: int, levels: int, filtered: bool
-) -> None:
+def test_shared_scores_rank_like_all_scores_written_out(seed: int, items: int, levels: int, filtered: bool) -> None:
     generator = torch.Generator().manual_seed(seed)
 
     def draw(low: int, high: int, *shape: int) -> torch.Tensor:

@@ -1,4 +1,5 @@
-"""Conditions of the numbers: what became of targets that repeat or are unseen, and whether there is anything to measure."""
+"""Conditions of the numbers: what became of targets that repeat or are unseen, and whether there is anything to
+measure."""
 
 from __future__ import annotations
 
@@ -64,11 +65,7 @@ def test_repeated_and_unseen_targets_are_told(tmp_path: Path, monkeypatch: pytes
         assert f"targets unseen in training, {'as scored' if protocol == 'paper' else 'misses'}: 2" in told
         assert int(result.histogram.counts[0, -1]) == misses
         measured.test(model)
-    assert (
-        len(warnings) == 2
-        and "25.0 % of the targets" in warnings[0]
-        and 'seen_filter = "none"' in warnings[0]
-    )
+    assert len(warnings) == 2 and "25.0 % of the targets" in warnings[0] and 'seen_filter = "none"' in warnings[0]
     without = evaluation(dataset, seen_filter="none")
     for user in range(4):  # a sample has its own targets
         ranks = torch.zeros(4, dtype=torch.int64)

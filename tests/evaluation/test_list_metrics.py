@@ -63,9 +63,7 @@ def test_metrics_equal_a_loop(seed, k):
     fast = accuracy_metrics(top, relevant, k)
     for row, (a, b) in enumerate(zip(top.tolist(), relevant.tolist())):
         assert {name: float(v[row]) for name, v in fast.items()} == pytest.approx(slow_metrics(a, b, k))
-    unseen = [
-        len([i for i in a[:k] if i > 0 and i not in b]) / k for a, b in zip(top.tolist(), seen.tolist())
-    ]
+    unseen = [len([i for i in a[:k] if i > 0 and i not in b]) / k for a, b in zip(top.tolist(), seen.tolist())]
     assert novelty(top, seen, k).tolist() == pytest.approx(unseen)
 
 
@@ -154,9 +152,7 @@ def test_golden_means():
     for part in torch.arange(len(inputs["train"])).split(4):
         metrics.add(*(inputs[name][part] for name in ("predictions", "ground_truth", "train")))
     result = metrics.compute()
-    expected = {
-        name.removeprefix("mean/"): float(v) for name, v in outputs.items() if name.startswith("mean/")
-    }
+    expected = {name.removeprefix("mean/"): float(v) for name, v in outputs.items() if name.startswith("mean/")}
     assert {name: result[name] for name in expected} == pytest.approx(expected, abs=1e-6)
 
 

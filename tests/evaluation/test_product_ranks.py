@@ -27,9 +27,7 @@ def some_ids(seed: int, items: int, *shape: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("filtered", [False, True])
 @pytest.mark.parametrize(("users", "items"), [(1, 1), (5, 7), (30, 40), (70, 41), (0, 9), (3, 0)])
-def test_equals_the_reference(
-    monkeypatch: pytest.MonkeyPatch, users: int, items: int, filtered: bool
-) -> None:
+def test_equals_the_reference(monkeypatch: pytest.MonkeyPatch, users: int, items: int, filtered: bool) -> None:
     monkeypatch.setattr(module, "USERS", 32)
     monkeypatch.setattr(module, "ITEMS", 8)
     for seed in range(5):

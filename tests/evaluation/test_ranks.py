@@ -100,9 +100,7 @@ def test_a_target_outside_the_catalogue_is_a_miss():
 
 def test_ranks_do_not_depend_on_the_chunks_of_users():
     scores, targets, seen = random_case(5)
-    parts = [
-        exact_ranks(scores[i : i + 7], targets[i : i + 7], padded(seen[i : i + 7])) for i in range(0, 40, 7)
-    ]
+    parts = [exact_ranks(scores[i : i + 7], targets[i : i + 7], padded(seen[i : i + 7])) for i in range(0, 40, 7)]
     assert torch.equal(torch.cat(parts), exact_ranks(scores, targets, padded(seen)))
 
 

@@ -34,9 +34,7 @@ def evaluate(dataset: SequenceDataset, seen_filter: str, k: int, batch_size: int
     loader = EvaluationLoader(dataset, split.test_targets, WINDOW, batch_size)
     unseen = torch.from_numpy(split.unseen_test_targets)
     counts = training_counts(dataset.items, dataset.offsets, split.train_stops, ITEMS)
-    return Evaluator(loader, ITEMS, FILTERS[seen_filter], Collectives(), unseen)(
-        score, TopLists(k, ITEMS, counts)
-    )
+    return Evaluator(loader, ITEMS, FILTERS[seen_filter], Collectives(), unseen)(score, TopLists(k, ITEMS, counts))
 
 
 def plain_lists(dataset: SequenceDataset, seen_filter: str, k: int) -> list[tuple[list[int], int, set[int]]]:

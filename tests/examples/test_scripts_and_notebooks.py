@@ -53,9 +53,7 @@ def test_a_script_runs_by_the_command_that_it_names() -> None:
     assert {name for name, text in scripts.items() if f"python -m examples.{name}" in text} == scripts.keys()
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     command = [sys.executable, "-m", "examples.own_csv", "no-such.csv"]
-    ended = subprocess.run(
-        command, cwd=EXAMPLES.parent, env=environment, capture_output=True, text=True, check=False
-    )
+    ended = subprocess.run(command, cwd=EXAMPLES.parent, env=environment, capture_output=True, text=True, check=False)
     assert ended.returncode and "no-such.csv does not exist" in ended.stderr
 
 

@@ -189,9 +189,7 @@ def test_two_continuations_of_one_cache_do_not_meet() -> None:
     ("encoder", "times", "recomputed"),
     [("SASRec", True, 0), ("HSTU", True, 1), ("HSTU", False, 0), ("HSTU-hidden", True, 0), ("HSTU-no-bias", True, 0)],
 )  # fmt: skip
-def test_what_is_computed(
-    monkeypatch: pytest.MonkeyPatch, encoder: str, times: bool, recomputed: int
-) -> None:
+def test_what_is_computed(monkeypatch: pytest.MonkeyPatch, encoder: str, times: bool, recomputed: int) -> None:
     """The new items, and the last old one of each row only where its next time became known."""
     model, tokens = build(encoder), []
     for kind in (SasrecBlock, HstuBlock):

@@ -46,9 +46,7 @@ POSTPROCESSORS = ("l2_norm", "layer_norm")
 MOL = {"interaction_module_type": "MoL", "top_k_method": "MoLBruteForceTopK"}
 
 
-def build(
-    encoder: str, preprocessor: str, postprocessor: str, mol: bool, seed: int = 0
-) -> SequenceRecommender:
+def build(encoder: str, preprocessor: str, postprocessor: str, mol: bool, seed: int = 0) -> SequenceRecommender:
     chosen = settings(
         **CHOICES[encoder],
         **(MOL if mol else {}),
@@ -121,10 +119,7 @@ def padding_changes_nothing(model, ids, events, states) -> None:
     """Further columns of padding, and other rows, leave a row's states as they were."""
     row = slice(3, 4)
     wider = torch.nn.functional.pad(ids[row], (0, 2))
-    more = {
-        name: x[row] if x.dim() == 1 else torch.nn.functional.pad(x[row], (0, 2))
-        for name, x in events.items()
-    }
+    more = {name: x[row] if x.dim() == 1 else torch.nn.functional.pad(x[row], (0, 2)) for name, x in events.items()}
     alone = model(LENGTHS[row], wider, past_events=more)
     torch.testing.assert_close(alone[:, : ids.shape[1]], states[row], rtol=1e-4, atol=1e-5)
 
@@ -167,9 +162,7 @@ def test_rated_states_are_cut_to_the_width_of_items(postprocessor: str) -> None:
     torch.testing.assert_close(states, narrow)
 
 
-@pytest.mark.parametrize(
-    "encoder", [name for name in CHOICES if "softmax" not in name and takes_attention_mask(name)]
-)
+@pytest.mark.parametrize("encoder", [name for name in CHOICES if "softmax" not in name and takes_attention_mask(name)])
 @torch.no_grad()
 def test_masked_objectives_show_encoders_both_sides(encoder: str) -> None:
     model = build(encoder, "LearnablePositionalEmbedding", "l2_norm", False)
@@ -193,7 +186,8 @@ def test_every_encoder_and_objective_is_asked_to_overfit() -> None:
 
 @pytest.mark.parametrize("name", EASY)
 def test_overfits_ten_users(name: str) -> None:
-    """The items of ten fixed histories come out first again after a few steps; a mixture of so few groups takes more."""
+    """The items of ten fixed histories come out first again after a few steps; a mixture of so few groups takes
+    more."""
     before, after = overfit(name, 140 if name == "MoL" else 80)
     assert after > 0.65
     assert before < 0.45

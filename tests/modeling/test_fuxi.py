@@ -19,9 +19,7 @@ def rms(x: torch.Tensor) -> torch.Tensor:
     return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
 
 
-def block_by_hand(
-    block: FuxiBlock, x: torch.Tensor, queries: list[int] | None, keys: list[int] | None
-) -> torch.Tensor:
+def block_by_hand(block: FuxiBlock, x: torch.Tensor, queries: list[int] | None, keys: list[int] | None) -> torch.Tensor:
     """One sequence ``x [n, D]``, position by position and head by head."""
     heads, dqk, dv, n = block.num_heads, block.dqk, block.dv, len(x)
     projected = F.silu(rms(x) @ block.uvqk)
@@ -65,9 +63,7 @@ def test_its_equations(options: dict, timed: bool) -> None:
     start = 0
     for length in lengths:
         own = slice(start, start + length)
-        queries, keys = (
-            events[name][own].tolist() if timed else None for name in ("next_timestamps", "timestamps")
-        )
+        queries, keys = (events[name][own].tolist() if timed else None for name in ("next_timestamps", "timestamps"))
         expected = x[own]
         for block in encoder.blocks:
             expected = block_by_hand(block, expected, queries, keys)

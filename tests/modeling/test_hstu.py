@@ -155,7 +155,8 @@ def test_bad_options(options: dict, message: str) -> None:
 
 
 def test_attention_divides_by_the_tokens_attended_to() -> None:
-    """One block whose layer norm hides no scale: with one head of equal values the output is the mean of SiLU weights."""
+    """One block whose layer norm hides no scale: with one head of equal values the output is the mean of SiLU
+    weights."""
     causal = jagged_layout(torch.tensor([4, 0, 3]), 6)
     constant, own = (HSTU(8, 6, 1, **SMALL, attn_divisor=each).eval() for each in ("max_length", "length"))
     own.load_state_dict(constant.state_dict())
@@ -163,9 +164,7 @@ def test_attention_divides_by_the_tokens_attended_to() -> None:
     inputs = bias_inputs(causal, 6, (events["next_timestamps"], events["timestamps"]))
     block = own.blocks[0]
     u, q, k, v = block.project(x)
-    by_hand = (
-        block.attention(q, k, v, causal, inputs) * 6 / torch.tensor([1, 2, 3, 4, 1, 2, 3])[:, None, None]
-    )
+    by_hand = block.attention(q, k, v, causal, inputs) * 6 / torch.tensor([1, 2, 3, 4, 1, 2, 3])[:, None, None]
     torch.testing.assert_close(own(x, causal, events), block.combine(x, u, by_hand))
     assert not torch.allclose(own(x, causal, events), constant(x, causal, events))
 
@@ -178,9 +177,7 @@ def test_the_bias_by_time_or_by_position_alone(left_out: str) -> None:
     layout = jagged_layout(torch.tensor([7]), 9)
     assert torch.equal(encoder(x, layout, events), encoder(x, layout, later)) == (left_out == "time")
     encoder(x, layout, events).sum().backward()
-    assert all(
-        (p.grad is None) == (left_out == "time" and "time" in n) for n, p in encoder.named_parameters()
-    )
+    assert all((p.grad is None) == (left_out == "time" and "time" in n) for n, p in encoder.named_parameters())
     inputs = BiasInputs(torch.arange(9).view(3, 3), torch.zeros(1, 3, 3, dtype=torch.int64))
     assert (encoder.blocks[0].bias(inputs).unique().numel() == 1) == (left_out == "position")
 
@@ -191,15 +188,9 @@ def test_positions_begin_as_published(main_module: str) -> None:
     shape = {"max_sequence_length": 200, "gr_output_length": 10, "item_embedding_dim": 50}
     rated = {"input_preprocessor": "LearnablePositionalEmbeddingRated", "rating_embedding_dim": 8}
     torch.manual_seed(0)
-    positions = build_model(
-        settings(main_module=main_module, **shape), catalogue()
-    ).sequence.preprocessor.position
+    positions = build_model(settings(main_module=main_module, **shape), catalogue()).sequence.preprocessor.position
     expected = math.sqrt(2 / (211 + 50)) if main_module == "HSTU" else 0.88 / math.sqrt(50)
     assert positions.std().item() == pytest.approx(expected, rel=0.02)
     assert (positions.abs().max() > 2.5 * expected) == (main_module == "HSTU")
-    ratings = build_model(
-        settings(main_module=main_module, **shape, **rated), catalogue()
-    ).sequence.preprocessor.rating
-    assert ratings.std().item() == pytest.approx(
-        math.sqrt(2 / 14) if main_module == "HSTU" else 0.0176, rel=0.3
-    )
+    ratings = build_model(settings(main_module=main_module, **shape, **rated), catalogue()).sequence.preprocessor.rating
+    assert ratings.std().item() == pytest.approx(math.sqrt(2 / 14) if main_module == "HSTU" else 0.0176, rel=0.3)

@@ -26,16 +26,12 @@ def rated(c: dict, rows: int) -> InputPreprocessor:
 
 
 def combined(c: dict, rows: int) -> InputPreprocessor:
-    return CombinedItemAndRatingInputFeaturesPreprocessor(
-        rows // 2, c["item_embedding_dim"], 0.0, c["num_ratings"]
-    )
+    return CombinedItemAndRatingInputFeaturesPreprocessor(rows // 2, c["item_embedding_dim"], 0.0, c["num_ratings"])
 
 
 @pytest.mark.parametrize("backend", ["torch", "fbgemm"])
 @pytest.mark.parametrize("entrance", ENTRANCES)
-@pytest.mark.parametrize(
-    ("case", "build"), [("meta_preproc_rated", rated), ("meta_preproc_combined", combined)]
-)
+@pytest.mark.parametrize(("case", "build"), [("meta_preproc_rated", rated), ("meta_preproc_combined", combined)])
 def test_parity(monkeypatch: pytest.MonkeyPatch, case: str, build, entrance: str, backend: str) -> None:
     choose_backend(monkeypatch, backend)
     golden = load_golden(case)

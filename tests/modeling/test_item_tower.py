@@ -126,9 +126,7 @@ def featured(tmp_path_factory: pytest.TempPathFactory) -> SequenceDataset:
     folder = tmp_path_factory.mktemp("featured")
     histories = [["i1", "i2", "i3", "i4"], ["i2", "i1", "i3", "i4"]]
     users, items = zip(*[(f"u{u}", item) for u, row in enumerate(histories) for item in row])
-    events = pa.table(
-        {"user": pa.array(users, pa.large_string()), "item": pa.array(items, pa.large_string())}
-    )
+    events = pa.table({"user": pa.array(users, pa.large_string()), "item": pa.array(items, pa.large_string())})
     features = pa.table(
         {
             "item": ["i1", "i2", "i4"],
@@ -176,9 +174,7 @@ def test_a_number_that_training_items_share_scales_others_by_one(featured: Seque
 
 
 def test_features_that_do_not_exist_or_are_empty(reader: FeatureReader, featured: SequenceDataset) -> None:
-    with pytest.raises(
-        UserError, match="here: 'genre' is no item feature of featured; known: genres, author, year"
-    ):
+    with pytest.raises(UserError, match="here: 'genre' is no item feature of featured; known: genres, author, year"):
         reader.read(["genre"], DIM, "here")
     nobody = FeatureReader(featured, "item", np.array([False, False, True, False]))
     for name in ("genres", "author", "year"):

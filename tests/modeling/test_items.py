@@ -19,9 +19,7 @@ CATEGORIES = torch.tensor([2, 0, 2, 1, 0, 0])
 
 @pytest.fixture(params=["local", "categorical"])
 def items(request: pytest.FixtureRequest) -> ItemEmbedding:
-    return (
-        LocalEmbeddingModule(6, 3) if request.param == "local" else CategoricalEmbeddingModule(CATEGORIES, 3)
-    )
+    return LocalEmbeddingModule(6, 3) if request.param == "local" else CategoricalEmbeddingModule(CATEGORIES, 3)
 
 
 def test_the_two_calls_and_the_catalogue_agree(items: ItemEmbedding) -> None:

@@ -49,9 +49,7 @@ def test_its_equations(num_heads: int, options: dict) -> None:
 def test_a_swiglu_has_no_bias_unless_asked_for() -> None:
     x = torch.randn(3, 8)
     feed_forward = LiGR(8).eval().blocks[0].ffn
-    expected = (
-        F.silu(x @ feed_forward.WG.weight.T) * (x @ feed_forward.W1.weight.T)
-    ) @ feed_forward.W2.weight.T
+    expected = (F.silu(x @ feed_forward.WG.weight.T) * (x @ feed_forward.W1.weight.T)) @ feed_forward.W2.weight.T
     torch.testing.assert_close(feed_forward(x), expected)
 
 

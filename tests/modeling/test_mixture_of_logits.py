@@ -39,20 +39,14 @@ def finished(model: MoLSimilarity, result: tuple) -> tuple:
     return result[0], model.auxiliary_losses(result[1])
 
 
-def slow_scores(
-    model: MoLSimilarity, combination: str, queries: torch.Tensor, items: torch.Tensor
-) -> torch.Tensor:
+def slow_scores(model: MoLSimilarity, combination: str, queries: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
     """One pair at a time from the formulas of the papers."""
     rows = []
     for q in queries:
         row = []
         for x in items:
-            f_q = torch.nn.functional.normalize(
-                model.query_projection(q).view(-1, model.dot_product_dimension)
-            )
-            f_x = torch.nn.functional.normalize(
-                model.item_projection(x).view(-1, model.dot_product_dimension)
-            )
+            f_q = torch.nn.functional.normalize(model.query_projection(q).view(-1, model.dot_product_dimension))
+            f_x = torch.nn.functional.normalize(model.item_projection(x).view(-1, model.dot_product_dimension))
             logits = torch.stack([a @ b / model.logit_temperature for a in f_q for b in f_x])
             gate = model.query_gate(q) * model.item_gate(x) + model.cross_gate(logits)
             inner = gate if combination == "glu_silu" else (gate - gate.mean())
@@ -76,14 +70,10 @@ def test_scores_equal_the_formulas(combination, item_hidden_dim):
 
 @pytest.mark.parametrize("query_fn, item_fn", [(True, True), (True, False), (False, True), (False, False)])
 def test_combination_none_adds_the_gates_that_exist(query_fn, item_fn):
-    model = small_model(
-        gating_combination_type="none", gating_query_fn=query_fn, gating_item_fn=item_fn
-    ).eval()
+    model = small_model(gating_combination_type="none", gating_query_fn=query_fn, gating_item_fn=item_fn).eval()
     queries, items = torch.randn(2, 6), torch.randn(3, 5)
     query, _ = model.query_components(queries)
-    logits = torch.einsum("bnd,xmd->bxnm", query.components, model.item_components(items).components).flatten(
-        2
-    )
+    logits = torch.einsum("bnd,xmd->bxnm", query.components, model.item_components(items).components).flatten(2)
     gate = model.cross_gate(logits)
     if query_fn:
         gate = gate + model.query_gate(queries)[:, None]
@@ -233,9 +223,7 @@ def test_every_matrix_begins_as_published():
         rows, columns = (1, len(parameter)) if gated else (*parameter.shape, 0)[:2]
         if columns:
             expected = math.sqrt(2 / (rows + columns))
-            assert parameter.std().item() == pytest.approx(expected, rel=4 / math.sqrt(parameter.numel())), (
-                name
-            )
+            assert parameter.std().item() == pytest.approx(expected, rel=4 / math.sqrt(parameter.numel())), name
             within = (parameter.abs() < expected).float().mean().item()
             assert within == pytest.approx(0.683, abs=2 / math.sqrt(parameter.numel())), name  # a normal's
         else:
@@ -246,10 +234,7 @@ def test_every_matrix_begins_as_published():
 
 def test_lines_of_the_log_say_which_published_code_ignores_an_option(caplog):
     queries, items = torch.randn(2, 6), torch.randn(3, 5)
-    scores = {
-        name: small_model(1, query_nonlinearity=name).eval()(queries, items)[0]
-        for name in ("swiglu", "geglu")
-    }
+    scores = {name: small_model(1, query_nonlinearity=name).eval()(queries, items)[0] for name in ("swiglu", "geglu")}
     assert not torch.allclose(scores["swiglu"], scores["geglu"])
     torch.testing.assert_close(small_model(1).eval()(queries, items)[0], scores["geglu"])  # rails' default
     mol_components.say_once.cache_clear()
@@ -288,9 +273,7 @@ def test_missing_user_ids_are_reported():
 
 @pytest.mark.parametrize("whole", [True, False])
 def test_user_dropout_drops_vectors_or_elements(whole):
-    model = small_model(
-        uid_embedding_hash_sizes=(50,), uid_dropout_rate=0.5, uid_embedding_level_dropout=whole
-    ).train()
+    model = small_model(uid_embedding_hash_sizes=(50,), uid_dropout_rate=0.5, uid_embedding_level_dropout=whole).train()
     components = model.query_components(torch.randn(400, 6), torch.arange(400))[0].components[:, -1]
     zeros = (components == 0).float().mean(1)
     assert abs(float(zeros.mean()) - 0.5) < 0.1
@@ -381,9 +364,7 @@ def test_decay_of_user_embeddings_needs_them(sizes: tuple[int, ...]) -> None:
 
 
 def test_one_hash_size_is_no_list_of_them() -> None:
-    with pytest.raises(
-        UserError, match=r"uid_embedding_hash_sizes must be of type tuple\[int, ...\] \| None, got 5"
-    ):
+    with pytest.raises(UserError, match=r"uid_embedding_hash_sizes must be of type tuple\[int, ...\] \| None, got 5"):
         small_model(uid_embedding_hash_sizes=5)
 
 

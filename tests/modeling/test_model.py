@@ -68,9 +68,7 @@ def history(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.
     return LENGTHS, ids, {"ratings": ratings, "timestamps": times, "next_timestamps": next_time}
 
 
-@pytest.fixture(
-    params=[(e, p, o) for e in ENCODERS for p in PREPROCESSORS for o in POSTPROCESSORS], ids="-".join
-)
+@pytest.fixture(params=[(e, p, o) for e in ENCODERS for p in PREPROCESSORS for o in POSTPROCESSORS], ids="-".join)
 def model(request: pytest.FixtureRequest) -> SequenceRecommender:
     return build(*request.param)
 
@@ -190,9 +188,7 @@ def test_a_batch_without_events(encoder: str, preprocessor: str) -> None:
 def test_histories_beyond_the_positions_are_refused(entrance: str) -> None:
     lengths, ids = torch.tensor([WIDTH + 1, 1]), torch.ones(2, WIDTH + 1, dtype=torch.int64)
     model = build("SASRec", "positions", "l2")
-    with pytest.raises(
-        UserError, match=rf"history of {WIDTH + 1} tokens, and the model has {WIDTH} positions"
-    ):
+    with pytest.raises(UserError, match=rf"history of {WIDTH + 1} tokens, and the model has {WIDTH} positions"):
         if entrance == "padded":
             model(lengths, ids)
         else:

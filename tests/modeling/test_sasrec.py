@@ -19,9 +19,7 @@ def test_parity(monkeypatch: pytest.MonkeyPatch, case: str, entrance: str, backe
     choose_backend(monkeypatch, backend)
     golden = load_golden(case)
     c = golden.config
-    encoder = SASRec(
-        c["embedding_dim"], c["num_blocks"], c["num_heads"], c["ffn_hidden_dim"], c["activation"], 0.0
-    )
+    encoder = SASRec(c["embedding_dim"], c["num_blocks"], c["num_heads"], c["ffn_hidden_dim"], c["activation"], 0.0)
     assert_parity(recommender_of(golden, encoder), golden, entrance)
 
 

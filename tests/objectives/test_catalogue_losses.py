@@ -79,9 +79,7 @@ def test_blocks_equal_a_loop_over_positions(name, memory_bytes):
             assert_near(actual, wanted, 1e-12)
 
 
-@pytest.mark.parametrize(
-    "memory_bytes", [2**29, 4 * 9001 * 50, 4 * 9001], ids=["kept", "blocks", "computed twice"]
-)
+@pytest.mark.parametrize("memory_bytes", [2**29, 4 * 9001 * 50, 4 * 9001], ids=["kept", "blocks", "computed twice"])
 @pytest.mark.parametrize("name", FAMILY)
 def test_tiles_of_items_equal_all_logits(name, memory_bytes):
     hidden, weight, labels, weights = drawn(1, tokens=290, items=9001, dtype=torch.float32)

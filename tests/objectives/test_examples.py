@@ -33,9 +33,7 @@ def test_the_next_items_are_the_positives() -> None:
 
 
 @pytest.mark.parametrize("objective", ["causal", "causal_last"])
-def test_negatives_do_not_depend_on_the_number_of_processes(
-    ragged_dataset: SequenceDataset, objective: str
-) -> None:
+def test_negatives_do_not_depend_on_the_number_of_processes(ragged_dataset: SequenceDataset, objective: str) -> None:
     """Also where sampling leaves rows without a target."""
     task = build_task(
         settings(objective=objective, sampling_strategy="local", num_negatives=6), catalogue(num_items=30)

@@ -90,8 +90,7 @@ def test_bce_of_hstu_means_over_negatives_and_drops_rows_without_any():
     output = BCELoss()(positive, negative, weights, mask)
     rows = [t for t in range(len(mask)) if mask[t].any()]
     expected = sum(
-        weights[t, 0] * (-F.logsigmoid(positive[t, 0]) - F.logsigmoid(-negative[t][mask[t]]).mean()) / 2
-        for t in rows
+        weights[t, 0] * (-F.logsigmoid(positive[t, 0]) - F.logsigmoid(-negative[t][mask[t]]).mean()) / 2 for t in rows
     )
     assert_near(output.sum, expected, 1e-12)
     assert_near(output.weight, weights[rows].sum(), 1e-12)
@@ -152,9 +151,7 @@ def test_ratings_are_the_labels():
     target = torch.tensor([[1.0], [0.0], [1.0]])
     expected = (weights * F.binary_cross_entropy_with_logits(scores, target, reduction="none")).sum()
     assert_near(output.sum, expected, 1e-6)
-    soft = BCELossWithRatings(threshold=None)(
-        scores, negatives[0], weights, negatives[1], positive_ratings=ratings / 5
-    )
+    soft = BCELossWithRatings(threshold=None)(scores, negatives[0], weights, negatives[1], positive_ratings=ratings / 5)
     expected = (weights * F.binary_cross_entropy_with_logits(scores, ratings / 5, reduction="none")).sum()
     assert_near(soft.sum, expected, 1e-6)
 

@@ -190,9 +190,7 @@ def test_mask_embedding_replaces_and_learns():
     embeddings = torch.randn(2, 4, 3, requires_grad=True)
     replaced = torch.tensor([[True, False, False, True], [False] * 4])
     out = module(embeddings, replaced)
-    assert torch.equal(out[replaced], module.weight.expand(2, 3)) and torch.equal(
-        out[~replaced], embeddings[~replaced]
-    )
+    assert torch.equal(out[replaced], module.weight.expand(2, 3)) and torch.equal(out[~replaced], embeddings[~replaced])
     out.sum().backward()
     assert module.weight.grad.tolist() == [2.0] * 3 and not embeddings.grad[replaced].any()
     assert torch.equal(module(embeddings.flatten(0, 1), replaced.flatten()), out.flatten(0, 1))
@@ -242,7 +240,5 @@ def test_bad_options_are_refused():
 
 def test_half_precision_samples_keep_their_shares():
     logits = torch.tensor([3.0, 3.0, 3.0, 4.0], dtype=torch.bfloat16)
-    ids = sample_from_catalogue(
-        torch.ones(20000, 1, dtype=torch.bfloat16), logits[:, None], counted(20000), 3
-    )
+    ids = sample_from_catalogue(torch.ones(20000, 1, dtype=torch.bfloat16), logits[:, None], counted(20000), 3)
     assert torch.allclose(torch.bincount(ids)[1:] / 20000, logits.float().softmax(0), atol=0.02)

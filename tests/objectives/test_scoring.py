@@ -42,9 +42,7 @@ def gathered(hidden: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor) -> t
     return torch.einsum("td,trd->tr", hidden, weight[ids])
 
 
-def assert_products_of_gathered_rows(
-    hidden: torch.Tensor, weight: torch.Tensor, negatives: Negatives
-) -> None:
+def assert_products_of_gathered_rows(hidden: torch.Tensor, weight: torch.Tensor, negatives: Negatives) -> None:
     actual = negative_products(hidden, weight, negatives.ids, negatives)
     expected = gathered(hidden, weight, negatives.per_token(negatives.ids, TOKENS))
     torch.testing.assert_close(actual, expected)
@@ -138,8 +136,7 @@ def test_log_q_is_subtracted_from_negatives_alone(sharing: Sharing) -> None:
     corrected = Negatives(plain.ids, plain.sharing, plain.lead, log_q)
     for similarity in SIMILARITIES:
         before, after = (
-            sampled_scores(hidden, ItemRows(weight), targets, n, similarity, USERS)
-            for n in (plain, corrected)
+            sampled_scores(hidden, ItemRows(weight), targets, n, similarity, USERS) for n in (plain, corrected)
         )
         torch.testing.assert_close(after.negative, before.negative - plain.per_token(log_q, TOKENS))
         assert torch.equal(after.positive, before.positive)
@@ -199,9 +196,7 @@ def test_golden_losses(
     negatives = Negatives(golden.inputs["sampled_ids"].long(), Sharing())
     targets, weights = golden.inputs["supervision_ids"].long(), golden.inputs["supervision_weights"]
     rows, users = ItemRows(table, norm_eps=c["l2_eps"]), torch.zeros_like(targets)
-    scores = sampled_scores(
-        states, rows, targets, negatives, scorer(c["temperature"]), users, loss.raw_positives
-    )
+    scores = sampled_scores(states, rows, targets, negatives, scorer(c["temperature"]), users, loss.raw_positives)
     total, weight, _ = loss(scores.positive, scores.negative, weights[:, None], scores.negative_mask)
     value = total / weight
     assert_near(value, golden.outputs["loss"])

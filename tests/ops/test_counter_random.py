@@ -83,9 +83,7 @@ def test_keys() -> None:
     assert all(-(2**63) <= key < 2**63 for key in keys)
     assert stream_key(42, 7) == KEY
     near = torch.tensor([stream_key(42, step) for step in range(2000)])
-    assert ((near[:, None] >> torch.arange(64)) & 1).double().mean(0).sub(
-        0.5
-    ).abs().max() < 5 * 0.5 / 2000**0.5
+    assert ((near[:, None] >> torch.arange(64)) & 1).double().mean(0).sub(0.5).abs().max() < 5 * 0.5 / 2000**0.5
 
 
 def test_the_numbers_stay_what_they_are() -> None:

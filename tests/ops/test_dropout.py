@@ -25,9 +25,7 @@ def test_rate_over_many_sources_and_within_one(rate: float) -> None:
     kept = draws(rate, 2000, 1001)
     assert set(kept.unique().tolist()) <= {0.0, 1.0}
     beyond_a_level = rate * LEVELS % 1
-    variance = rate * (1 - rate) / kept.numel() + beyond_a_level * (1 - beyond_a_level) / LEVELS**2 / len(
-        kept
-    )
+    variance = rate * (1 - rate) / kept.numel() + beyond_a_level * (1 - beyond_a_level) / LEVELS**2 / len(kept)
     assert abs((kept == 0).double().mean().item() - rate) < 5 * variance**0.5
     of_one = (KeepMasks(rate, torch.empty(0)).draw((400_000,)) == 0).double().mean().item()
     assert abs(of_one - rate) < 1 / LEVELS + 5 * (rate * (1 - rate) / 400_000) ** 0.5

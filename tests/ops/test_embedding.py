@@ -36,9 +36,7 @@ def test_references_are_taken_on_request() -> None:
 
 
 @pytest.mark.parametrize("ids", [[], [4], [3, 3], [9, 1, 4, 1, 9, 9, 2]])
-def test_unique_ids_of_an_accelerator_keep_their_number(
-    ids: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unique_ids_of_an_accelerator_keep_their_number(ids: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "waits", lambda x: True)
     found = sorted_unique(torch.tensor([ids], dtype=torch.int64))
     distinct = sorted(set(ids))

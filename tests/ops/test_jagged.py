@@ -116,9 +116,7 @@ def test_without_fbgemm(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not dispatch.fbgemm_runs_on.__wrapped__("cpu")
 
 
-@pytest.mark.parametrize(
-    "fault", [OSError("undefined symbol: _ZN3c10\nin file x.so"), TypeError("overload 3")]
-)
+@pytest.mark.parametrize("fault", [OSError("undefined symbol: _ZN3c10\nin file x.so"), TypeError("overload 3")])
 def test_a_broken_fbgemm_is_named_in_one_warning(
     fault: Exception,
     monkeypatch: pytest.MonkeyPatch,

@@ -63,9 +63,6 @@ def test_a_rectangle_by_a_plain_walk(lengths: list[int], heads: int) -> None:
 def test_hidden_padding(lengths: list[int], heads: int) -> None:
     for layout in layouts(lengths):
         for rectangles, _ in both(layout):
-            ones = [
-                each.hide_padding(each.empty(torch.ones(1, heads, 3)).fill_(1.0), heads)
-                for each in rectangles
-            ]
+            ones = [each.hide_padding(each.empty(torch.ones(1, heads, 3)).fill_(1.0), heads) for each in rectangles]
             total = sum(float(each.sum()) for each in ones)
             assert total == sum(lengths) * heads * 3

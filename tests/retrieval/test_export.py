@@ -40,9 +40,7 @@ def some_histories(rec: Recommender, rows: int, width: int) -> dict[str, torch.T
     if "ratings" in inputs:
         inputs["ratings"] = torch.randint(1, 6, (rows, width), generator=generator) * real.float()
     if "timestamps" in inputs:
-        inputs["timestamps"] = (
-            torch.randint(1, 9**6, (rows, width), generator=generator).sort(1).values * real
-        )
+        inputs["timestamps"] = torch.randint(1, 9**6, (rows, width), generator=generator).sort(1).values * real
         inputs["next_timestamps"] = torch.full((rows,), 2 * 9**6)
     return inputs
 

@@ -30,9 +30,7 @@ def read(column: str, values: list[Any], **columns: Any) -> dict[str, torch.Tens
     [datetime.datetime.fromtimestamp(each, datetime.UTC) for each in (900, 1000, 80)],
     ["1970-01-01 00:15:00", "1970-01-01T00:16:40Z", "1970-01-01 01:01:20+01:00"],
 ])  # fmt: skip
-def test_events_are_in_the_order_of_their_times_whatever_their_type(
-    values: list[Any], needs_timestamps: bool
-) -> None:
+def test_events_are_in_the_order_of_their_times_whatever_their_type(values: list[Any], needs_timestamps: bool) -> None:
     batch = read("timestamp", values, needs_timestamps=needs_timestamps)
     assert batch["item_ids"].tolist() == [[3, 1, 2]]
     if needs_timestamps:

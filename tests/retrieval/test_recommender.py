@@ -64,28 +64,20 @@ def test_recommend_is_the_evaluators_ranking(tmp_path: Path, dataset: SequenceDa
         own = answer[answer["user_id"] == users[user]].sort_values("rank")
         real = best[row] > -torch.inf
         assert own["item_id"].tolist() == [items[column] for column in columns[row][real]]
-        torch.testing.assert_close(
-            torch.tensor(own["score"].to_numpy()), best[row][real], atol=1e-5, rtol=1e-4
-        )
+        torch.testing.assert_close(torch.tensor(own["score"].to_numpy()), best[row][real], atol=1e-5, rtol=1e-4)
 
 
 @pytest.fixture(scope="module")
 def rec(tmp_path_factory: pytest.TempPathFactory, dataset: SequenceDataset) -> Recommender:
-    return Recommender.load(
-        make_run(tmp_path_factory.mktemp("sasrec"), dataset, {"main_module": "SASRec"})[0]
-    )
+    return Recommender.load(make_run(tmp_path_factory.mktemp("sasrec"), dataset, {"main_module": "SASRec"})[0])
 
 
 def test_histories_as_a_mapping_and_as_frames(rec: Recommender) -> None:
     mapping = {"new": ["i00003", "i00004"], "u00001": ["i00005"]}
     rows = [(user, item) for user, items in mapping.items() for item in items]
     expected = rec.recommend(mapping, k=3)
-    pd.testing.assert_frame_equal(
-        rec.recommend(pd.DataFrame(rows, columns=["user_id", "item_id"]), k=3), expected
-    )
-    frame = rec.recommend(
-        pl.DataFrame(rows, schema=["user_id", "item_id"], orient="row"), k=3, output="polars"
-    )
+    pd.testing.assert_frame_equal(rec.recommend(pd.DataFrame(rows, columns=["user_id", "item_id"]), k=3), expected)
+    frame = rec.recommend(pl.DataFrame(rows, schema=["user_id", "item_id"], orient="row"), k=3, output="polars")
     assert frame.rows() == [tuple(row) for row in expected.itertuples(index=False)]
     assert expected["user_id"].unique().tolist() == ["new", "u00001"]
     assert expected["rank"].tolist() == [1, 2, 3] * 2
@@ -174,9 +166,7 @@ def test_a_session_takes_an_older_event_where_it_belongs(tmp_path: Path, dataset
         session = rec.session("u00000", own.drop(index=own.index[late]))
         rec.recommend(session)
         event = own.iloc[late]
-        rec.append(
-            session, event["item_id"], rating=float(event["rating"]), timestamp=int(event["timestamp"])
-        )
+        rec.append(session, event["item_id"], rating=float(event["rating"]), timestamp=int(event["timestamp"]))
         rec.append(session, "what", rating=1.0, timestamp=5000)
         pd.testing.assert_frame_equal(rec.recommend(session), rec.recommend(own), rtol=1e-4)
 
@@ -226,9 +216,7 @@ def test_faults_report_one_line_errors(rec: Recommender, tmp_path: Path, dataset
             call()
         assert "\n" not in str(error.value)
     timed = Recommender.load(make_run(tmp_path, dataset, {"main_module": "HSTU"})[0])
-    with pytest.raises(
-        UserError, match="give a table of user_id, item_id, timestamp, or to append timestamp="
-    ):
+    with pytest.raises(UserError, match="give a table of user_id, item_id, timestamp, or to append timestamp="):
         timed.recommend({"a": ["i00001"]})
 
 
@@ -272,9 +260,7 @@ def test_values_that_the_model_cannot_read_are_named(
 def test_output_as_a_spark_frame(rec: Recommender) -> None:
     sql = pytest.importorskip("pyspark.sql")
     spark = sql.SparkSession.builder.master("local[1]").getOrCreate()
-    answer = rec.recommend(
-        spark.createDataFrame([("a", "i00003")], ["user_id", "item_id"]), k=2, output="spark"
-    )
+    answer = rec.recommend(spark.createDataFrame([("a", "i00003")], ["user_id", "item_id"]), k=2, output="spark")
     assert [row["rank"] for row in answer.collect()] == [1, 2]
 
 
@@ -332,9 +318,7 @@ def test_new_items_are_known_by_their_features(
     after = rec.item_embeddings()
     pd.testing.assert_frame_equal(after.head(len(before)), before)
     assert after.index[-2:].tolist() == ["n1", "n2"]
-    torch.testing.assert_close(
-        torch.tensor(after.loc["n1"].to_numpy()), torch.tensor(before.loc["i00007"].to_numpy())
-    )
+    torch.testing.assert_close(torch.tensor(after.loc["n1"].to_numpy()), torch.tensor(before.loc["i00007"].to_numpy()))
     assert len(rec.recommend({"a": ["i00001"]}, k=100)) == 31
     alone = rec.recommend({"a": ["i00001"]}, k=100, candidates=["n1", "i00002"])
     assert set(alone["item_id"]) == {"n1", "i00002"}
@@ -389,12 +373,8 @@ def test_new_items_are_refused_where_the_model_knows_ids(rec: Recommender) -> No
         rec.add_items(pd.DataFrame({"item_id": ["n1"]}))
 
 
-def test_scores_of_bf16_are_rounded_as_the_evaluation_has_them(
-    tmp_path: Path, dataset: SequenceDataset
-) -> None:
-    rec = Recommender.load(
-        make_run(tmp_path, dataset, {"main_module": "SASRec", "main_module_bf16": True})[0]
-    )
+def test_scores_of_bf16_are_rounded_as_the_evaluation_has_them(tmp_path: Path, dataset: SequenceDataset) -> None:
+    rec = Recommender.load(make_run(tmp_path, dataset, {"main_module": "SASRec", "main_module_bf16": True})[0])
     some = [f"i{number:05}" for number in range(1, 21)]
     for candidates in (None, some, {"a": some}):
         answer = rec.recommend({"a": ["i00001"]}, k=30, candidates=candidates)

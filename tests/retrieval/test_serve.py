@@ -71,9 +71,7 @@ def test_missing_columns_that_the_model_reads_are_refused(tmp_path: Path) -> Non
         [
             RecommendRequest(history=["i00003"]),
             RecommendRequest(history=["i00003", "i00004"], columns=columns),
-            RecommendRequest(
-                history=["i00003", "i00004"], columns=columns, exclude_seen=False, candidates=[]
-            ),
+            RecommendRequest(history=["i00003", "i00004"], columns=columns, exclude_seen=False, candidates=[]),
             RecommendRequest(history=["i00003", "i00004"], columns=columns, at=10**7),
         ],
     )
@@ -95,9 +93,7 @@ def test_a_value_that_the_model_cannot_read_refuses_its_request_alone(tmp_path: 
     assert len(first) == len(last) == 10
 
 
-def test_a_fault_of_the_program_leaves_the_server_answering(
-    rec: Recommender, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_fault_of_the_program_leaves_the_server_answering(rec: Recommender, monkeypatch: pytest.MonkeyPatch) -> None:
     async def ask_twice() -> tuple[object, object]:
         batcher = Batcher(rec, Limits(), lambda size: None)
         task = asyncio.create_task(batcher.run())
@@ -226,9 +222,7 @@ def test_load_without_an_error_or_growth_of_memory(server: Server) -> None:
     assert statuses == {200}
     assert server.memory() - before < 32 << 20
     text = server.ask("GET", "/metrics")[1]
-    counted = [
-        line for line in text.splitlines() if line.startswith("requests_total") and "/recommend" in line
-    ]
+    counted = [line for line in text.splitlines() if line.startswith("requests_total") and "/recommend" in line]
     assert any('status="200"' in line and float(line.split()[-1]) >= 2016 + 512 for line in counted)
     assert "batch_size_bucket" in text and "request_seconds_bucket" in text
 

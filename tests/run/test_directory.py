@@ -82,9 +82,7 @@ def record_epoch_end(run: RunFolder, step: int, loss: float) -> None:
 
 def scalars(run: RunFolder) -> dict[str, list[tuple[int, float]]]:
     events = EventAccumulator(str(run.tensorboard)).Reload()
-    return {
-        tag: [(each.step, each.value) for each in events.Scalars(tag)] for tag in events.Tags()["scalars"]
-    }
+    return {tag: [(each.step, each.value) for each in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 def test_events_of_a_run_resumed_within_the_same_second_are_read_in_order(tmp_path):
@@ -204,9 +202,7 @@ def test_tensorboard_hides_them_where_the_clock_was_put_back(tmp_path, monkeypat
 
 
 def test_a_line_that_is_no_text_is_dropped(tmp_path):
-    (tmp_path / "metrics.jsonl").write_bytes(
-        b'{"step": 1}\n\xff\xfe{"step": 2}\n{"step": 1e999}\n{"step": 3}\n'
-    )
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n\xff\xfe{"step": 2}\n{"step": 1e999}\n{"step": 3}\n')
     with RunFolder.create_or_open(tmp_path, resume=True) as run:
         run.truncate_after(3)
         assert records(run) == [{"step": 1}, {"step": 3}]

@@ -65,9 +65,7 @@ def test_the_screen_and_the_file_show_the_same(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     first, unseen, library, warned = messages(tmp_path)
     assert (first, library) == ("INFO early", "WARNING library")
-    assert unseen.startswith("WARNING feature genre: 1 values") and warned.startswith(
-        "WARNING UserWarning: beware ("
-    )
+    assert unseen.startswith("WARNING feature genre: 1 values") and warned.startswith("WARNING UserWarning: beware (")
     assert done.stderr == (tmp_path / "train.log").read_text()
 
 

@@ -33,12 +33,13 @@ from tiny_data import dataset_of, ragged_sequences, tiny_dataset
 
 SETTINGS = (
     "train_fn.dataset_name = 'tiny'", "train_fn.max_sequence_length = 12", "train_fn.item_embedding_dim = 16",
-    "train_fn.local_batch_size = 16", "train_fn.num_negatives = 8", "train_fn.num_epochs = 2", "train_fn.eval_interval = 2",
+    "train_fn.local_batch_size = 16", "train_fn.num_negatives = 8", "train_fn.num_epochs = 2",
+    "train_fn.eval_interval = 2",
 )  # fmt: skip
 SHOWN = (
-    "Result on the test targets", "95 % bootstrap interval", "most popular", "Where the time went", "Protocol leave_one_out",
-    "layer 2, head 2", "Recommendations for 5 users", "Title of 7", "PCA", "split hash", "hstu_encoder.num_heads",
-    "training events of the target", "events before the target", "in the order of the file",
+    "Result on the test targets", "95 % bootstrap interval", "most popular", "Where the time went",
+    "Protocol leave_one_out", "layer 2, head 2", "Recommendations for 5 users", "Title of 7", "PCA", "split hash",
+    "hstu_encoder.num_heads", "training events of the target", "events before the target", "in the order of the file",
 )  # fmt: skip
 RELEASE = Path(__file__).parents[1] / "compatibility" / "v0_1_0"
 
@@ -108,10 +109,7 @@ def test_the_kept_ranks_give_the_numbers_of_the_final_record(root: Path) -> None
         for name, interval in metrics.items():
             assert interval.mean == pytest.approx(final["results"][method][name], abs=1e-12)
             assert interval.low <= interval.mean <= interval.high
-    assert (
-        final["spent"].keys() >= {"evaluation", "test", "baselines"}
-        and final["environment"]["processes"] == "1"
-    )
+    assert final["spent"].keys() >= {"evaluation", "test", "baselines"} and final["environment"]["processes"] == "1"
 
 
 def test_the_folder_alone_suffices(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -132,18 +130,14 @@ def test_runs_are_compared_over_the_same_users_by_id(root: Path, tmp_path: Path)
     output = tmp_path / "both.html"
     assert report([str(root / "one"), str(root / "two"), f"--output={output}"]) == 0
     page = Page(output.read_text())
-    assert (
-        "one − two" in page.text
-        and "hstu_encoder.num_heads" not in page.text.partition("Settings that differ")[0]
-    )
+    assert "one − two" in page.text and "hstu_encoder.num_heads" not in page.text.partition("Settings that differ")[0]
     assert "train_fn.main_module" in page.text
     shuffled = shutil.copytree(root / "two", tmp_path / "two")
     users = pl.read_parquet(shuffled / "report" / "users.parquet")
     users.sample(fraction=1, shuffle=True, seed=1).write_parquet(shuffled / "report" / "users.parquet")
     assert report([str(root / "one"), str(shuffled), f"--output={tmp_path / 'again.html'}"]) == 0
     tables = [
-        re.findall(r"<table>.*?</table>", path.read_text(), re.S)[:2]
-        for path in (output, tmp_path / "again.html")
+        re.findall(r"<table>.*?</table>", path.read_text(), re.S)[:2] for path in (output, tmp_path / "again.html")
     ]
     assert tables[0] == tables[1]
 
@@ -213,9 +207,7 @@ def test_a_single_category_of_each_item_is_its_genre_and_a_list_is_no_title(tmp_
     assert facts.items["title"].to_list() == [None] * 4
 
 
-def test_damaged_facts_report_one_line_error(
-    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_damaged_facts_report_one_line_error(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = shutil.copytree(root / "one", tmp_path / "run")
     (run / "report" / "users.parquet").write_bytes(b"PAR1")
     assert report([str(run)]) == 2
@@ -274,9 +266,7 @@ def test_models_of_every_kind_have_a_page(tmp_path: Path, kind: str, maps: int) 
     )
     page = Page(write_report(run).read_text())
     channels = sum(
-        page.text.count(f"layer {layer}, by {what}, all heads")
-        for layer in (1, 2)
-        for what in ("place", "time")
+        page.text.count(f"layer {layer}, by {what}, all heads") for layer in (1, 2) for what in ("place", "time")
     )
     assert channels == (4 if kind == "FuXi" else 0)
     assert page.text.count("layer 1, head") == maps // 2 and page.text.count("layer 2, head") == maps // 2
@@ -329,9 +319,7 @@ def test_metrics_of_users_are_those_of_the_histogram() -> None:
             assert found == pytest.approx(expected[name]), (num_items, name)
 
 
-def test_groups_hold_every_target_once_and_genres_each_of_its_own(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_groups_hold_every_target_once_and_genres_each_of_its_own(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     facts = read_run(root / "one").facts
     assert facts is not None
     for column in ("history_length", "item_events"):
@@ -347,9 +335,7 @@ def test_groups_hold_every_target_once_and_genres_each_of_its_own(
 
 
 def test_titles_are_drawn_as_they_are() -> None:
-    svg = pictures.attention(
-        AttentionMap("layer 1, head 1", np.eye(2), ["$\\frac{ 5 and $6", "<b>&\x07\n日本"])
-    )
+    svg = pictures.attention(AttentionMap("layer 1, head 1", np.eye(2), ["$\\frac{ 5 and $6", "<b>&\x07\n日本"]))
     assert "$\\frac{ 5 and $6" in svg and "&lt;b&gt;&amp; 日本" in svg
     assert "currentColor" in svg and "#010203" not in svg
 

@@ -1,4 +1,5 @@
-"""Pages of reports in headless Chromium: a silent console, nothing asked of the network, nothing wider than the window."""
+"""Pages of reports in headless Chromium: a silent console, nothing asked of the network, nothing wider than the
+window."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ const wide = [...document.querySelectorAll("body *")].filter(each =>
   each.getBoundingClientRect().right > root.clientWidth + 1 && !each.closest(".scroll, svg"));
 const empty = [...document.querySelectorAll("svg")].filter(each => each.getBoundingClientRect().height < 40);
 document.title = JSON.stringify({window: root.clientWidth, page: root.scrollWidth,
-  wide: wide.map(each => each.outerHTML.slice(0, 80)), empty: empty.length, pictures: document.querySelectorAll("svg").length});
+  wide: wide.map(each => each.outerHTML.slice(0, 80)), empty: empty.length,
+  pictures: document.querySelectorAll("svg").length});
 </script></body>"""
 
 
@@ -37,9 +39,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     for seed, kind in enumerate(("HSTU", "TwoTower")):
         (root / kind).mkdir()
         run, _, _ = make_run(root / kind, dataset, CHOICES[kind])
-        ranks = {
-            method: ranks_of(dataset, number) for number, method in enumerate((kind, "most popular"), seed)
-        }
+        ranks = {method: ranks_of(dataset, number) for number, method in enumerate((kind, "most popular"), seed)}
         write_facts(run, dataset, make_split(dataset, "leave_one_out"), ranks)
         runs.append(run)
     return [*(write_report(run) for run in runs), write_comparison(runs, root / "comparison.html")]
@@ -48,8 +48,9 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def browse(page: Path, folder: Path, *flags: str) -> tuple[str, str]:
     """The page's elements after it was shown, and what Chromium logged."""
     command = [
-        str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", f"--user-data-dir={folder / 'profile'}",
-        "--disable-background-networking", "--disable-component-update", "--enable-logging=stderr", "--dump-dom", *flags,
+        str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
+        f"--user-data-dir={folder / 'profile'}", "--disable-background-networking", "--disable-component-update",
+        "--enable-logging=stderr", "--dump-dom", *flags,
         page.as_uri(),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)

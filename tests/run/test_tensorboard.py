@@ -19,7 +19,8 @@ from generative_recommenders.run.epoch_log import EpochLog
 from generative_recommenders.training.trainer import Trainer
 from tiny_models import settings
 
-CHOICES = {"num_epochs": 2, "local_batch_size": 16, "eval_interval": 3, "num_warmup_steps": 5, "sampling_strategy": "local",
+CHOICES = {"num_epochs": 2, "local_batch_size": 16, "eval_interval": 3, "num_warmup_steps": 5,
+"sampling_strategy": "local",
            "num_negatives": 4}  # fmt: skip
 
 

@@ -44,17 +44,13 @@ def uncounted(example: TrainingExample) -> TrainingExample:
 
 def without_reads(example: TrainingExample) -> TrainingExample:
     none = torch.zeros(0, dtype=torch.int64)
-    return dataclasses.replace(
-        example, read=none, targets=none, weights=none.float(), users=none, ratings=None
-    )
+    return dataclasses.replace(example, read=none, targets=none, weights=none.float(), users=none, ratings=None)
 
 
 def state_of(step: TrainingStep) -> dict[str, torch.Tensor]:
     """Copies of all weights and of the optimizer's state."""
     tensors = step.task.state_dict()
-    return {
-        name: value.detach().clone() for name, value in {**tensors, **step.optimizer.state_tensors()}.items()
-    }
+    return {name: value.detach().clone() for name, value in {**tensors, **step.optimizer.state_tensors()}.items()}
 
 
 def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
@@ -80,9 +76,7 @@ def test_nothing_moves_after_a_normal_step(case: str, optimizer: str, empty) -> 
 def test_the_schedule_goes_by_the_number_of_the_step() -> None:
     """Warm-up over five steps: the third step's rate is the same, whether or not the second counted."""
     step, example = step_and_example(CASES["sampled"])
-    rates = [
-        run(step, each, n).learning_rate for n, each in enumerate([example, uncounted(example), example])
-    ]
+    rates = [run(step, each, n).learning_rate for n, each in enumerate([example, uncounted(example), example])]
     assert rates == pytest.approx([2e-3, 0.0, 6e-3])
 
 

@@ -62,9 +62,7 @@ def test_full_evaluations_record_high_rated_targets_and_lists(
     assert {f"{part}/{name}" for name in HIGH_RATED + LISTS} <= tags
     result = trainer.evaluation.validation(trainer.model)
     last = lines[-1]
-    assert {
-        name: last[f"high_rated_{name}"] for name in result.high_rated_metrics()
-    } == result.high_rated_metrics()
+    assert {name: last[f"high_rated_{name}"] for name in result.high_rated_metrics()} == result.high_rated_metrics()
     assert {name: last[name] for name in result.lists} == result.lists
     assert {name: last[name] for name in result.metrics()} == result.metrics()
     assert last["high_rated_hr@10"] != last["hr@10"]
@@ -163,9 +161,7 @@ def test_without_validation_targets_the_last_epoch_is_kept(
 
 def test_checkpoints_are_counted_as_published(ragged_dataset: SequenceDataset, tmp_path: Path) -> None:
     """After epochs 2 and 4, counted from 0, and at the end; protocol "paper" keeps no best one besides."""
-    chosen = settings(
-        num_epochs=6, local_batch_size=64, eval_batch_size=64, protocol="paper", save_ckpt_every_n=2
-    )
+    chosen = settings(num_epochs=6, local_batch_size=64, eval_batch_size=64, protocol="paper", save_ckpt_every_n=2)
     trainer = Trainer(chosen, ragged_dataset, make_split(ragged_dataset, "paper"), Collectives())
     trainer.train(CheckpointStore(tmp_path, 9))
     assert [path.name.split("-step")[0][-1] for path in CheckpointStore(tmp_path).paths()] == ["3", "5", "6"]

@@ -63,9 +63,7 @@ def test_a_category_that_names_the_next_item_is_read(dataset: SequenceDataset, e
     assert ndcg(dataset, "shelf", main_module=encoder, num_epochs=6, negatives_sharing="block") > 0.8
 
 
-def test_nothing_is_learnt_without_the_column_or_from_a_shuffled_one(
-    dataset: SequenceDataset, tmp_path: Path
-) -> None:
+def test_nothing_is_learnt_without_the_column_or_from_a_shuffled_one(dataset: SequenceDataset, tmp_path: Path) -> None:
     assert ndcg(dataset) < 0.4
     assert ndcg(announced(tmp_path, shuffled=True), "shelf") < 0.4
 

@@ -53,7 +53,8 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def books(folder: Path, users: range, items: range) -> SequenceDataset:
-    """Histories of 6 events; ``genre`` and ``year`` of items, ``country`` of users, ``shelf`` and ``half`` of events."""
+    """Histories of 6 events; ``genre`` and ``year`` of items, ``country`` of users, ``shelf`` and ``half`` of
+    events."""
     generator = np.random.default_rng(len(items))
     read = [[items[place] for place in generator.integers(0, len(items), 6)] for _ in users]
     read[0] = list(items)  # every item occurs
@@ -113,9 +114,7 @@ def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_nothing_changes_where_the_data_are_the_same(
-    kind: str, before: SequenceDataset, tmp_path: Path
-) -> None:
+def test_nothing_changes_where_the_data_are_the_same(kind: str, before: SequenceDataset, tmp_path: Path) -> None:
     """Step 0 of the new run has the weights of the old one, those of the loss included."""
     _, newest = trained(tmp_path, before, **KINDS[kind])
     tuned = make_trainer(before, **KINDS[kind], initialize_from=str(newest.path), random_seed=7)
@@ -154,9 +153,7 @@ def test_rows_go_where_their_items_users_and_categories_are_now(
     if kind == "MoL with users":
         assert "40 of 55 users known" in caplog.text
         users = {name: number for number, name in enumerate(before.original_user_ids().to_pylist(), 1)}
-        rows = {
-            n: users[name] for n, name in enumerate(grown.original_user_ids().to_pylist(), 1) if name in users
-        }
+        rows = {n: users[name] for n, name in enumerate(grown.original_user_ids().to_pylist(), 1) if name in users}
         name = "model.similarity.user_tables.0.weight"
         check(own[name], old[name], new[name], rows)
     categories = {
@@ -168,8 +165,7 @@ def test_rows_go_where_their_items_users_and_categories_are_now(
     if kind in categories:
         name, ours, theirs, size = categories[kind]
         numbers = [
-            {c: n for n, c in enumerate(sorted({f"{e // size}" for e in each}, key=str), 1)}
-            for each in (ours, theirs)
+            {c: n for n, c in enumerate(sorted({f"{e // size}" for e in each}, key=str), 1)} for each in (ours, theirs)
         ]
         rows = {0: 0, len(numbers[0]) + 1: len(numbers[1]) + 1}
         rows |= {n: numbers[1][c] for c, n in numbers[0].items() if c in numbers[1]}
@@ -259,15 +255,12 @@ def test_what_is_frozen_stays_bit_for_bit_and_resumes(
         full = name if name in first else f"model.{name}"
         assert torch.equal(named[name], first[full]), name
     moved = [
-        name
-        for name in parameters - held
-        if not torch.equal(named[name], first.get(name, first.get(f"model.{name}")))
+        name for name in parameters - held if not torch.equal(named[name], first.get(name, first.get(f"model.{name}")))
     ]
     assert len(moved) > 0.5 * len(parameters - held)
     state = whole.step.optimizer.state_tensors()
     assert (
-        not any(value.shape == whole.model.items.table.shape for value in state.values())
-        or "items.table" not in held
+        not any(value.shape == whole.model.items.table.shape for value in state.values()) or "items.table" not in held
     )
     cut = CheckpointStore(tmp_path / "cut")
     half = make_trainer(before, **choices)
@@ -297,9 +290,7 @@ def test_the_same_gradients_reach_what_is_not_frozen(before: SequenceDataset) ->
             return found | ({"rows": rows.weight.grad} if rows.weight.grad is not None else {})
 
         wanted = gradients(free)
-        for part in sorted(
-            {name.removeprefix("model.").rsplit(".", 1)[0] for name in wanted if name != "rows"}
-        ):
+        for part in sorted({name.removeprefix("model.").rsplit(".", 1)[0] for name in wanted if name != "rows"}):
             found = gradients(make_trainer(before, **KINDS[kind], freeze=(part,)))
             assert 0 < len(found) < len(wanted), part
             for name, value in found.items():
@@ -307,7 +298,8 @@ def test_the_same_gradients_reach_what_is_not_frozen(before: SequenceDataset) ->
 
 
 def test_a_run_of_the_program_starts_from_another(before: SequenceDataset, tmp_path: Path) -> None:
-    """By gin; `resolved.gin` keeps the names, one process and two do the same, and a resumed run does not read its source."""
+    """By gin; `resolved.gin` keeps the names, one process and two do the same, and a resumed run does not read its
+    source."""
     shutil.copytree(before.folder, tmp_path / "prepared" / "books")
     gin = tmp_path / "run.gin"
     gin.write_text("\n".join([

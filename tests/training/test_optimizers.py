@@ -40,9 +40,7 @@ def optimizer_of(name: str, **options) -> tuple[Optimizer, list[torch.nn.Paramet
     return Optimizer([a, b], table, rule, **options), [a, b, table]
 
 
-def take(
-    optimizer: Optimizer, ours: list[torch.nn.Parameter], step: int, rows: torch.Tensor | None = None
-) -> float:
+def take(optimizer: Optimizer, ours: list[torch.nn.Parameter], step: int, rows: torch.Tensor | None = None) -> float:
     """One step with the gradients of that number; rows: those of the table that are touched."""
     optimizer.zero_grad()
     *dense, table = gradients(step)
@@ -53,9 +51,7 @@ def take(
     return rate
 
 
-def torch_adamw(
-    steps: int, rates: list[float] | None = None, scale=lambda grads: 1.0
-) -> list[torch.nn.Parameter]:
+def torch_adamw(steps: int, rates: list[float] | None = None, scale=lambda grads: 1.0) -> list[torch.nn.Parameter]:
     theirs = list(parameters())
     adamw = torch.optim.AdamW(theirs, lr=RATE, betas=BETAS, weight_decay=DECAY)
     for step in range(steps):
@@ -246,9 +242,7 @@ def test_dense_parameters_without_a_gradient_stay() -> None:
 
 
 def test_unknown_name() -> None:
-    with pytest.raises(
-        UserError, match="unknown optimizer 'sgd' .*known: adamw, lazy_adamw, rowwise_adagrad"
-    ):
+    with pytest.raises(UserError, match="unknown optimizer 'sgd' .*known: adamw, lazy_adamw, rowwise_adagrad"):
         optimizer_of("sgd")
 
 

@@ -25,9 +25,7 @@ from tiny_models import contracted, settings
 
 
 def make_trainer(dataset: SequenceDataset, batch: int = 16, **others: Any) -> Trainer:
-    chosen = settings(
-        item_embedding_dim=8, num_epochs=1, local_batch_size=batch, max_sequence_length=8, **others
-    )
+    chosen = settings(item_embedding_dim=8, num_epochs=1, local_batch_size=batch, max_sequence_length=8, **others)
     return Trainer(chosen, dataset, make_split(dataset), Collectives())
 
 
@@ -60,9 +58,7 @@ def test_what_was_saved_is_taken_back(ragged_dataset: SequenceDataset, saved: Ch
         assert torch.equal(value, saved.tensors[f"model.{name}"])
 
 
-def test_a_checkpoint_is_due_by_time_and_changes_no_number(
-    ragged_dataset: SequenceDataset, tmp_path: Path
-) -> None:
+def test_a_checkpoint_is_due_by_time_and_changes_no_number(ragged_dataset: SequenceDataset, tmp_path: Path) -> None:
     whole, often = make_trainer(ragged_dataset), make_trainer(ragged_dataset, checkpoint_minutes=1e-9)
     store = CheckpointStore(tmp_path, keep_last=100)
     whole.train()

@@ -101,7 +101,8 @@ DROPPED = {
 """With dropout, in deterministic runs: what is set beside the case of that name, or instead."""
 CASES |= {
     f"{name}, dropout": {
-        **CASES.get(name, {}), "dropout_rate": 0.2, "sasrec_encoder.ffn_dropout_rate": 0.3, "deterministic": True, **changes,
+        **CASES.get(name, {}), "dropout_rate": 0.2, "sasrec_encoder.ffn_dropout_rate": 0.3, "deterministic": True,
+        **changes,
     }
     for name, changes in DROPPED.items()
 }  # fmt: skip
@@ -133,9 +134,7 @@ def losses_and_trainer(dataset: SequenceDataset, case: str) -> tuple[list[float]
     losses: list[float] = []
     while len(losses) < STEPS:
         batches = trainer.loader.epoch(trainer.progress.epoch)
-        losses += [
-            float(trainer.run_step(batch).loss) for batch, _ in zip(batches, range(STEPS - len(losses)))
-        ]
+        losses += [float(trainer.run_step(batch).loss) for batch, _ in zip(batches, range(STEPS - len(losses)))]
         trainer.progress.epoch += 1
     return losses, trainer
 
@@ -243,18 +242,14 @@ def test_losses_are_those_of_one_process(measured: Measured, world: int, case: s
 
 
 @pytest.mark.parametrize(("world", "case", "slow"), BY_WORLD)
-def test_metrics_are_exactly_those_of_one_process(
-    measured: Measured, world: int, case: str, slow: bool
-) -> None:
+def test_metrics_are_exactly_those_of_one_process(measured: Measured, world: int, case: str, slow: bool) -> None:
     alone, all_of = measured.alone(case), [each[case] for each in measured.several(world, slow)]
     assert all(each["metrics"] == alone["metrics"] for each in all_of)
     for name in ("hr@10", "high_rated_hr@10", "recall@4", "diversity@4"):
         assert alone["metrics"][0][name] > 0
 
 
-def test_two_processes_go_on_within_an_epoch_of_one(
-    measured: Measured, ragged_dataset: SequenceDataset
-) -> None:
+def test_two_processes_go_on_within_an_epoch_of_one(measured: Measured, ragged_dataset: SequenceDataset) -> None:
     both = [each["resumed"] for each in measured.several(2, False)]
     stops = make_split(ragged_dataset).train_stops
     loader = SequenceLoader(ragged_dataset, stops, COMMON["max_sequence_length"], GLOBAL_BATCH, 42)

@@ -1,4 +1,5 @@
-"""An item table sharded over 2 and 3 processes gives the losses, weights, ranks, lists and checkpoints of a whole one."""
+"""An item table sharded over 2 and 3 processes gives the losses, weights, ranks, lists and checkpoints of a whole
+one."""
 
 from __future__ import annotations
 
@@ -44,8 +45,8 @@ ROWWISE, LAZY = {"train_fn.optimizer": "rowwise_adagrad"}, {"train_fn.optimizer"
 CASES: dict[str, dict[str, Any]] = {
     "a position's negatives, Adagrad": ROWWISE,
     "a block's negatives, clipped": {
-        **LAZY, "train_fn.negatives_sharing": "block", "train_fn.negatives_block_size": 16, "train_fn.max_grad_norm": 0.3,
-        "train_fn.item_l2_norm": True,
+        **LAZY, "train_fn.negatives_sharing": "block", "train_fn.negatives_block_size": 16,
+        "train_fn.max_grad_norm": 0.3, "train_fn.item_l2_norm": True,
     },
     "HSTU, in-batch, dense AdamW": {"train_fn.main_module": "HSTU", "train_fn.sampling_strategy": "in-batch"},
     "masked": {**LAZY, "train_fn.objective": "masked", "train_fn.loss_module": "CE"},
@@ -60,8 +61,8 @@ NO_DECAY = {**ROWWISE, "train_fn.weight_decay": 0.0}
 OF_TORCHREC: dict[str, dict[str, Any]] = {
     "TorchRec": NO_DECAY,
     "TorchRec, a block's negatives, normalised": {
-        **NO_DECAY, "train_fn.negatives_sharing": "block", "train_fn.item_l2_norm": True, "train_fn.num_warmup_steps": 3,
-        "rowwise_adagrad.item_learning_rate": 0.05,
+        **NO_DECAY, "train_fn.negatives_sharing": "block", "train_fn.item_l2_norm": True,
+        "train_fn.num_warmup_steps": 3, "rowwise_adagrad.item_learning_rate": 0.05,
     },
     "TorchRec, HSTU, in-batch": {
         **NO_DECAY, "train_fn.main_module": "HSTU", "train_fn.sampling_strategy": "in-batch",
@@ -72,7 +73,8 @@ if find_spec("torchrec"):
     CASES |= OF_TORCHREC
 WORLDS = (2, 3)
 OF_TWO = ("a position's negatives, Adagrad", "a block's negatives, clipped", "catalogue, several positives")
-"""Three processes, one of which has an inner shard, go through all cases; two through these, and in slow tests through all."""
+"""Three processes, one of which has an inner shard, go through all cases; two through these, and in slow tests through
+all."""
 
 
 def settings_of(case: str, world: int, table: str) -> RunSettings:
@@ -139,9 +141,7 @@ def ranks_of(items: torch.Tensor, queries: torch.Tensor, seen: torch.Tensor) -> 
     shard = RowShard(1 + len(items), process_collectives("cpu"))
     own = items[shard.before : shard.stop - 1]
     targets, pairs = every_pair(items, queries, seen)
-    return [
-        rank(pairs[0], own, targets, pairs[1], shard) for rank in (product_ranks, product_ranks_reference)
-    ]
+    return [rank(pairs[0], own, targets, pairs[1], shard) for rank in (product_ranks, product_ranks_reference)]
 
 
 def every_pair(items: torch.Tensor, queries: torch.Tensor, seen: torch.Tensor) -> Any:
@@ -270,7 +270,8 @@ def test_losses_are_those_of_a_whole_table(results: Measured, world: int, case: 
 
 @EVERY
 def test_weights_and_optimizer_state_after_steps(results: Measured, world: int, case: str) -> None:
-    """Every row's gradients went where it lies: the whole table, joined from the shards' files, is that of one process."""
+    """Every row's gradients went where it lies: the whole table, joined from the shards' files, is that of one
+    process."""
     results.several(world)
     stores = [CheckpointStore(results.folder / f"{case} of {count}", read_only=True) for count in (1, world)]
     alone, joined = (store.load(store.paths()[0]) for store in stores)
@@ -332,9 +333,7 @@ def test_an_evaluation_stops_on_all_processes(results: Measured, world: int) -> 
 @WORLD
 def test_rows_that_are_not_finite_end_all_processes_in_one_line(results: Measured, world: int) -> None:
     for each in results.several(world):
-        assert re.fullmatch(
-            "3 the parameter model.items.table is not finite after step 1: .*", each["diverged"]
-        )
+        assert re.fullmatch("3 the parameter model.items.table is not finite after step 1: .*", each["diverged"])
 
 
 @WORLD

@@ -83,14 +83,10 @@ def train(dataset: SequenceDataset, case: Case, steps: int = STEPS) -> dict[str,
     torch.manual_seed(0)
     group = process_collectives("cpu")
     preprocessor = LearnablePositionalEmbeddingInputFeaturesPreprocessor(LENGTH, DIM, 0.0)
-    sequence = SequenceEncoder(
-        preprocessor, SASRec(DIM, ffn_dropout_rate=0.0), L2NormEmbeddingPostprocessor()
-    )
+    sequence = SequenceEncoder(preprocessor, SASRec(DIM, ffn_dropout_rate=0.0), L2NormEmbeddingPostprocessor())
     model = SequenceRecommender(items_of(case, dataset.num_items), sequence, DotProductSimilarity(0.1))
     dense = [parameter for name, parameter in model.named_parameters() if name != "items.table"]
-    optimizer = Optimizer(
-        dense, model.items.table, OPTIMIZERS[case.optimizer].make(3e-3, 0.01), 5, case.max_grad_norm
-    )
+    optimizer = Optimizer(dense, model.items.table, OPTIMIZERS[case.optimizer].make(3e-3, 0.01), 5, case.max_grad_norm)
     sampler = sampler_of(case, dataset.num_items)
     task = TrainingTask(
         model,
@@ -120,9 +116,7 @@ def with_rows(monkeypatch: pytest.MonkeyPatch, dataset: SequenceDataset, case: C
 @pytest.mark.parametrize("negatives", ["block", "position", "in-batch"])
 @pytest.mark.parametrize("optimizer", ["adamw", "lazy_adamw", "rowwise_adagrad"])
 @pytest.mark.parametrize("categories", [False, True])
-def test_gathered_rows_equal_the_whole_table(
-    monkeypatch, ragged_dataset, negatives, optimizer, categories
-) -> None:
+def test_gathered_rows_equal_the_whole_table(monkeypatch, ragged_dataset, negatives, optimizer, categories) -> None:
     case = Case(negatives, optimizer, categories=categories, max_grad_norm=1.0)
     looked_up = []
     original = TrainingTask.rows_read
@@ -194,8 +188,6 @@ def test_two_processes_equal_one_with_the_doubled_batch(
     torch.testing.assert_close(first["losses"], alone["losses"], rtol=1e-4, atol=1e-5)
     for name, expected in alone.items():
         mine, weight = first[name], expected
-        if name.endswith(
-            "in_proj.bias"
-        ):  # no output depends on the keys' bias: its gradient is rounding alone
+        if name.endswith("in_proj.bias"):  # no output depends on the keys' bias: its gradient is rounding alone
             weight, mine = (torch.cat([x[:DIM], x[2 * DIM :]]) for x in (weight, mine))
         torch.testing.assert_close(mine, weight, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")

@@ -94,9 +94,7 @@ class _RunningJob:
         """The last error that the command printed, else the last line."""
         text = self.run.log.read_bytes()[self.log_start :].decode(errors="replace")
         lines = [line for each in text.splitlines() if (line := each.strip())]
-        return next(
-            (line for line in reversed(lines) if line.startswith("error: ")), (lines or ["no output"])[-1]
-        )
+        return next((line for line in reversed(lines) if line.startswith("error: ")), (lines or ["no output"])[-1])
 
 
 def run_all(

@@ -33,13 +33,14 @@ EPOCHS, SEED = "train_fn.num_epochs", "train_fn.random_seed"
 class AblationSettings(Section):
     """Contents of an ablation's gin file beside the settings that all of its cells share.
 
-    cells: by name, what a cell binds, ``{"NAME": {"train_fn.loss_module": "CE"}}``; ``"include"`` names gin files that come
-    before its bindings. grid: values by gin name, of which every combination is a cell, of each of ``cells`` where there are
-    some. search: ranges by gin name, see `search.distribution`. metric: what the tests compare and a search maximises.
+    cells: by name, what a cell binds, ``{"NAME": {"train_fn.loss_module": "CE"}}``; ``"include"`` names gin files that
+    come before its bindings. grid: values by gin name, of which every combination is a cell, of each of ``cells`` where
+    there are some. search: ranges by gin name, see `search.distribution`. metric: what the tests compare and a search
+    maximises.
     seeds: runs of a cell, one where it is not named.
 
-    For `generative_recommenders.reproduce`: title of the lane. tables: cells by table. published: figures by cell, with their
-    ``source``. data: counts of the data that the figures are of. needs: what the runs want of a machine.
+    For `generative_recommenders.reproduce`: title of the lane. tables: cells by table. published: figures by cell, with
+    their ``source``. data: counts of the data that the figures are of. needs: what the runs want of a machine.
     """
 
     gin_name: ClassVar[str] = ABLATION
@@ -66,7 +67,8 @@ class Cell:
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a cell. folder: of main.py; beside it, by the same name, lie its gin file and the log of its processes."""
+    """One run of a cell. folder: of main.py; beside it, by the same name, lie its gin file and the log of its
+    processes."""
 
     cell: Cell
     folder: Path
@@ -142,9 +144,7 @@ def cells_of(settings: AblationSettings, file: Path) -> list[Cell]:
     named = []
     for name, given in settings.cells.items():
         if name != _file_name(name) or not name.strip("."):
-            raise UserError(
-                f"{file}: cell {name!r} gives a folder its name: use letters, digits and . _ = , + -"
-            )
+            raise UserError(f"{file}: cell {name!r} gives a folder its name: use letters, digits and . _ = , + -")
         included = given.get("include", [])
         statements = [f"include {path!r}" for path in ([included] if isinstance(included, str) else included)]
         statements += [f"{each} = {value!r}" for each, value in given.items() if each != "include"]

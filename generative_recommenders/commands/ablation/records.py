@@ -27,7 +27,8 @@ def is_trained(run: Run) -> bool:
 
 
 def ranks_of(run: Run) -> pl.DataFrame | None:
-    """``user_id, item_id, rank`` (empty for a miss) of a finished run's model; None where they are still to be measured."""
+    """``user_id, item_id, rank`` (empty for a miss) of a finished run's model; None where they are still to be
+    measured."""
     return pl.read_parquet(run.measured) if run.measured.exists() else None
 
 
@@ -60,10 +61,7 @@ def summary(run: Run) -> dict[str, Any]:
     # Between full evaluations a part of the users is scored, which no epoch is chosen by.
     scored = [line for line in epochs if SELECTION in line and line.get("full", True)]
     shown = ("train_loss", *METRICS)
-    at = [
-        {"epoch": 1 + line["epoch"], **{name: line[name] for name in shown if name in line}}
-        for line in scored
-    ]
+    at = [{"epoch": 1 + line["epoch"], **{name: line[name] for name in shown if name in line}} for line in scored]
     best = max(at, key=lambda line: line[SELECTION], default=None)
     model = final["model"]
     return {
@@ -80,13 +78,9 @@ def summary(run: Run) -> dict[str, Any]:
         "last": at[-1] if at else None,
         "epochs": len(epochs),
         "history": {
-            name: [line[name] for line in at]
-            for name in ("epoch", *shown)
-            if all(name in line for line in at)
+            name: [line[name] for line in at] for name in ("epoch", *shown) if all(name in line for line in at)
         },
-        "seconds_per_epoch": statistics.median(b - a for a, b in itertools.pairwise(clock))
-        if epochs
-        else None,
+        "seconds_per_epoch": statistics.median(b - a for a, b in itertools.pairwise(clock)) if epochs else None,
         "seconds": final.get("seconds"),
         "memory_mb": final.get("peak_gpu_mb", final.get("peak_rss_mb")),
         "environment": final.get("environment", {}),

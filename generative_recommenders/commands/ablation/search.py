@@ -35,9 +35,7 @@ class Search:
         if not space:
             raise UserError(f"{ablation.file} names no space: give ablation.search")
         if ablation.base.data.protocol == "paper":
-            raise UserError(
-                f"{ablation.file}: a search needs validation targets, and protocol 'paper' has none"
-            )
+            raise UserError(f"{ablation.file}: a search needs validation targets, and protocol 'paper' has none")
         self.ablation, self.trials = ablation, trials
         self.space = {name: distribution(name, given, ablation.file) for name, given in space.items()}
         self.known: dict[str, dict[str, Any]] = {
@@ -47,7 +45,8 @@ class Search:
         for name, values in sorted(self.known.items()):
             if not _fits(values, self.space):
                 raise UserError(
-                    f"{ablation.out / name} is of another space than that of {ablation.file}: give another folder of runs"
+                    f"{ablation.out / name} is of another space than that of {ablation.file}: "
+                    "give another folder of runs"
                 )
         self.asked: dict[str, Any] = {}
         self.refused: dict[str, str] = {}
@@ -105,7 +104,8 @@ def _fits(values: Mapping[str, Any], space: Mapping[str, BaseDistribution]) -> b
 
 
 def distribution(name: str, given: Any, file: Path) -> BaseDistribution:
-    """``["log", low, high]``, ``["uniform", low, high]`` (floats), ``["int", low, high]`` or ``["choice", value, ...]``."""
+    """``["log", low, high]``, ``["uniform", low, high]`` (floats), ``["int", low, high]`` or
+    ``["choice", value, ...]``."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     wrong = UserError(

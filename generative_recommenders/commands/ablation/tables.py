@@ -1,4 +1,5 @@
-"""Tables of an ablation: Markdown, CSV, LaTeX, a picture and JSON, with intervals over users and tests between cells."""
+"""Tables of an ablation: Markdown, CSV, LaTeX, a picture and JSON, with intervals over users and tests between
+cells."""
 
 from __future__ import annotations
 
@@ -30,15 +31,13 @@ ALL_PAIRS = 20
 """Cells up to which every pair is tested; of more, the best one against each other."""
 
 
-def collect(
-    runs: Mapping[str, Sequence[Finished]], metric: str, by_validation: bool = False
-) -> dict[str, Any]:
+def collect(runs: Mapping[str, Sequence[Finished]], metric: str, by_validation: bool = False) -> dict[str, Any]:
     """Numbers of all cells that have a run, best first, and of the tests between them, as JSON has them.
 
-    runs: the finished runs by cell. by_validation: best by the validation targets, where there are some, as a search has to
-    choose; else by the test targets. Of a cell: mean and deviation over seeds, the 95 % interval of the metric over users
-    (their values averaged over seeds), its value on validation, seconds, memory. Of a pair: the difference, p, and p after
-    Holm's correction over all pairs.
+    runs: the finished runs by cell. by_validation: best by the validation targets, where there are some, as a search
+    has to choose; else by the test targets. Of a cell: mean and deviation over seeds, the 95 % interval of the metric
+    over users (their values averaged over seeds), its value on validation, seconds, memory. Of a pair: the difference,
+    p, and p after Holm's correction over all pairs.
     Cells on other splits, those whose seeds are on several, and those without their users' ranks, are not compared.
     """
 
@@ -66,9 +65,7 @@ def collect(
                 "seeds": [each["seed"] for each in found],
                 "test": {name: spread([each["test"][name] for each in found]) for name in METRICS},
                 "validation": statistics.fmean(scored) if len(scored) == len(found) else None,
-                "interval": list(bootstrap_interval(values[cell]["value"].to_numpy()))
-                if cell in values
-                else None,
+                "interval": list(bootstrap_interval(values[cell]["value"].to_numpy())) if cell in values else None,
                 "users": len(values[cell]) if cell in values else None,
                 "seconds_per_epoch": statistics.median(seconds) if seconds else None,
                 "memory_mb": max((each["memory_mb"] for each in found if each["memory_mb"]), default=None),
@@ -85,17 +82,10 @@ def collect(
 
 
 def _pairs(rows: Sequence[Mapping[str, Any]], values: Mapping[str, pl.DataFrame]) -> list[dict[str, Any]]:
-    chosen = (
-        itertools.combinations(rows, 2)
-        if len(rows) <= ALL_PAIRS
-        else zip(itertools.repeat(rows[0]), rows[1:])
-    )
+    chosen = itertools.combinations(rows, 2) if len(rows) <= ALL_PAIRS else zip(itertools.repeat(rows[0]), rows[1:])
     found: list[dict[str, Any]] = []
     for first, second in chosen:
-        if (
-            first["split_hash"] != second["split_hash"]
-            or not {first["cell"], second["cell"]} <= values.keys()
-        ):
+        if first["split_hash"] != second["split_hash"] or not {first["cell"], second["cell"]} <= values.keys():
             continue
         names = first["cell"], second["cell"]
         test = compare(values[names[0]], values[names[1]], names)
@@ -196,8 +186,8 @@ def markdown(results: Mapping[str, Any], title: str) -> str:
     if results["pairs"]:
         lines += [
             "",
-            f"Differences of {results['metric'].upper()}: two-sided paired permutation tests over users, p corrected over "
-            f"all {len(results['pairs'])} pairs.",
+            f"Differences of {results['metric'].upper()}: two-sided paired permutation tests over users, p corrected "
+            f"over all {len(results['pairs'])} pairs.",
             "",
             *markdown_table(pair_table(results)),
         ]
@@ -214,8 +204,8 @@ def markdown_table(table: Sequence[Sequence[str]]) -> list[str]:
 
 
 def draw_means(axes: Axes, results: Mapping[str, Any], published: Mapping[str, float]) -> None:
-    """Means of the metric with their intervals over users, best on top. published: figures of the metric by cell, as crosses
-    beside the measured ones."""
+    """Means of the metric with their intervals over users, best on top. published: figures of the metric by cell, as
+    crosses beside the measured ones."""
     rows = results["cells"][::-1]
     for place, row in enumerate(rows):
         if row["cell"] in published:

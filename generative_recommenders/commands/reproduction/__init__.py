@@ -1,1 +1,2 @@
-"""Reproduction of published tables: lanes of runs, one JSON file a run, and the page of published beside measured figures."""
+"""Reproduction of published tables: lanes of runs, one JSON file a run, and the page of published beside measured
+figures."""

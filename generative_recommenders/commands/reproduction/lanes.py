@@ -61,7 +61,8 @@ def lanes_of(name: str, runs: Path, epochs: int | None) -> list[Lane]:
 
 
 def data_root_of(lane: Lane, name: str, data_root: Path, raw_path: Path | None) -> Path:
-    """Where the prepared data of a lane lie; they are made there where there are none. UserError where they cannot be had."""
+    """Where the prepared data of a lane lie; they are made there where there are none. UserError where they cannot be
+    had."""
     _prepare(name, data_root, data_root, raw_path, "file")
     manifest = SequenceDataset.open(prepared_path(data_root, name)).manifest
     tied = manifest.statistics.get("tied_events") and manifest.choices.get("tie_order") != "published"

@@ -39,7 +39,8 @@ def write_page(name: str, lanes: Sequence[Lane], results: Path, missing: Mapping
     lines = [
         f"# {name}: published and measured", "",
         f"Made by `python -m generative_recommenders.reproduce {name}` from the JSON files in `{name}/`, one a run. "
-        "Figures of different lanes do not compare: they split the data in other ways, and choose the epoch by other users.",
+        "Figures of different lanes do not compare: they split the data in other ways, "
+        "and choose the epoch by other users.",
     ]  # fmt: skip
     for lane in lanes:
         own = [record for record in records if record["lane"] == lane.name]
@@ -60,8 +61,7 @@ def _lane(lane: Lane, records: Sequence[Mapping[str, Any]], folder: Path, missin
     known = {cell.name for cell in lane.cells}
     done = [record for record in records if "failed" not in record and record["cell"] in known]
     by_cell = {
-        cell.name: [finished_of(record) for record in done if record["cell"] == cell.name]
-        for cell in lane.cells
+        cell.name: [finished_of(record) for record in done if record["cell"] == cell.name] for cell in lane.cells
     }
     results = collect({cell: runs for cell, runs in by_cell.items() if runs}, settings.metric)
     rows = {row["cell"]: row for row in results["cells"]}
@@ -81,9 +81,7 @@ def _lane(lane: Lane, records: Sequence[Mapping[str, Any]], folder: Path, missin
     if done:
         lines += ["### Runs", "", *_runs(done, folder.name), ""]
     lines += [
-        f"failed: {each['cell']}, seed {each['seed']}: {each['failed']}\n"
-        for each in records
-        if "failed" in each
+        f"failed: {each['cell']}, seed {each['seed']}: {each['failed']}\n" for each in records if "failed" in each
     ]
     return "\n".join(lines).rstrip().splitlines()
 
@@ -101,19 +99,12 @@ def _conditions(lane: Lane, done: Sequence[Mapping[str, Any]]) -> list[str]:
         published = lane.plan.settings.data
         if any(published[each] != data[each] for each in published):
             of = ", ".join(f"{count:,} {each}" for each, count in published.items())
-            lines.append(
-                f"The published figures are of the whole data set ({of}): these are near, not the same."
-            )
+            lines.append(f"The published figures are of the whole data set ({of}): these are near, not the same.")
         if not data["times"] and published:
             lines.append(
                 "The data here have no times: attention biases by time do not act, as they did in published runs."
             )
-        if (
-            first["protocol"] == "paper"
-            and data["times"]
-            and data["tied_events"]
-            and data["tie_order"] != "published"
-        ):
+        if first["protocol"] == "paper" and data["times"] and data["tied_events"] and data["tie_order"] != "published":
             lines.append("Ties in time are not in the published programs' order.")
         if first["protocol"] == "paper" and not data["unrated_items"] and published:
             lines.append("Items that nobody rated, candidates in the published runs, are not in these data.")
@@ -129,7 +120,8 @@ def _conditions(lane: Lane, done: Sequence[Mapping[str, Any]]) -> list[str]:
 def _table(
     lane: Lane, cells: Sequence[str], rows: Mapping[str, Mapping[str, Any]], done: Sequence[Mapping[str, Any]]
 ) -> list[str]:
-    """Cells as the lane names them, then what holds for any model on these data; published columns where there are figures."""
+    """Cells as the lane names them, then what holds for any model on these data; published columns where there are
+    figures."""
     published = lane.plan.settings.published
     shown = COLUMNS[:2] if published else ()
     head = [
@@ -176,9 +168,7 @@ def _runs(done: Sequence[Mapping[str, Any]], folder: str) -> list[str]:
     return markdown_table(table)
 
 
-def _picture(
-    lane: Lane, results: Mapping[str, Any], done: Sequence[Mapping[str, Any]], path: Path
-) -> Path | None:
+def _picture(lane: Lane, results: Mapping[str, Any], done: Sequence[Mapping[str, Any]], path: Path) -> Path | None:
     """Means with intervals beside published figures, and the metric by epoch, as a PNG; None without matplotlib."""
     try:
         from matplotlib.figure import Figure

@@ -23,7 +23,8 @@ from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.errors import UserError
 
 MOST_USERS = 50_000
-"""Data of more users keep no ranks in their JSON files: they would take megabytes each, and tests need no more users."""
+"""Data of more users keep no ranks in their JSON files: they would take megabytes each, and tests need no more
+users."""
 
 
 def file_of(folder: Path, lane: str, cell: str, seed: int) -> Path:
@@ -43,9 +44,7 @@ def write_finished(path: Path, lane: str, finished: Finished, facts: Mapping[str
 
 def write_failed(path: Path, run: Run, lane: str, line: str) -> None:
     """A run that failed, with its line; a later start replaces it."""
-    _write(
-        path, {"lane": lane, "cell": run.cell.name, "seed": run.settings.schedule.random_seed, "failed": line}
-    )
+    _write(path, {"lane": lane, "cell": run.cell.name, "seed": run.settings.schedule.random_seed, "failed": line})
 
 
 def _write(path: Path, record: Mapping[str, Any]) -> None:
@@ -105,8 +104,8 @@ def machine_facts(jobs: int, commit: str | None) -> dict[str, Any]:
 
 
 def best_possible(dataset: SequenceDataset) -> dict[str, dict[str, float]]:
-    """By name, the metrics that the generator of synthetic books could expect at most on the test items, repeats counted as
-    misses; empty for other data."""
+    """By name, the metrics that the generator of synthetic books could expect at most on the test items, repeats
+    counted as misses; empty for other data."""
     settings = dataset.manifest.source.get("settings")
     if settings is None or dataset.manifest.source.get("dataset") != "synthetic-books":
         return {}

@@ -32,9 +32,7 @@ class VQVAELoss(nn.Module):
         self.commitment_cost = commitment_cost
         self.beta = beta
 
-    def forward(
-        self, x: Tensor, x_recon: Tensor, commitment_loss: Tensor, embedding_loss: Tensor
-    ) -> dict[str, Tensor]:
+    def forward(self, x: Tensor, x_recon: Tensor, commitment_loss: Tensor, embedding_loss: Tensor) -> dict[str, Tensor]:
         """x, x_recon: any one shape, float; commitment_loss, embedding_loss: scalars.
 
         Returns scalars ``total_loss``, ``reconstruction_loss``, ``commitment_loss``, ``embedding_loss``;
@@ -68,9 +66,7 @@ class SequenceLoss(nn.Module):
         self.ignore_index = ignore_index
         self.label_smoothing = check_label_smoothing(label_smoothing)
 
-    def forward(
-        self, logits: Tensor, labels: Tensor, attention_mask: Tensor | None = None
-    ) -> dict[str, Tensor]:
+    def forward(self, logits: Tensor, labels: Tensor, attention_mask: Tensor | None = None) -> dict[str, Tensor]:
         """logits: ``[B, N, V]`` float; labels: ``[B, N]`` int64; attention_mask: ``[B, N]``, non-zero =
         counts.
 
@@ -120,6 +116,4 @@ class ContrastiveLoss(nn.Module):
         lead = self.margin if self.apply_margin else 0.0
         close = ((anchor * positive).sum(-1, keepdim=True) - lead) / self.temperature
         far = torch.bmm(negative, anchor[:, :, None])[:, :, 0] / self.temperature
-        return self.criterion(
-            close, far, torch.ones_like(close), torch.ones_like(far, dtype=torch.bool)
-        ).mean()
+        return self.criterion(close, far, torch.ones_like(close), torch.ones_like(far, dtype=torch.bool)).mean()

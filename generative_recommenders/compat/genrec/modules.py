@@ -104,9 +104,7 @@ class AttentionVisualization:
 
         expected = (len(output_tokens), len(input_tokens))
         if tuple(attention_weights.shape) != expected:
-            raise UserError(
-                f"attention weights of shape {tuple(attention_weights.shape)}: the tokens need {expected}"
-            )
+            raise UserError(f"attention weights of shape {tuple(attention_weights.shape)}: the tokens need {expected}")
         weights = attention_weights.detach().float().cpu().numpy()
         figure, axes = plt.subplots(figsize=(10, 8))
         figure.colorbar(draw_heat_map(axes, weights, input_tokens, output_tokens), ax=axes)

@@ -36,8 +36,8 @@ class MultiHeadAttention(transformer.MultiHeadAttention):
     ) -> tuple[Tensor, Tensor]:
         """query ``[B, L, D]``, key and value ``[B, N, D]``; mask ``[B, L, N]``, 0 where a query must not look.
 
-        Returns ``[B, L, D]`` and the weights ``[B, H, L, N]``, those that act: after dropout in training mode, summing to 1
-        over the keys in evaluation mode. A query that may look nowhere averages all.
+        Returns ``[B, L, D]`` and the weights ``[B, H, L, N]``, those that act: after dropout in training mode, summing
+        to 1 over the keys in evaluation mode. A query that may look nowhere averages all.
         """
         q, k, v = self.project(query, key, value)
         scores = torch.einsum("blhd,bnhd->bhln", q, k) / self.scale
@@ -75,8 +75,8 @@ class TransformerEncoder(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """input_ids int64 ``[B, N]``; attention_mask ``[B, N]``, 0 = padding. Returns ``[B, N, D]``, finite in rows of padding
-        alone too."""
+        """input_ids int64 ``[B, N]``; attention_mask ``[B, N]``, 0 = padding. Returns ``[B, N, D]``, finite in rows of
+        padding alone too."""
         x = self.dropout(self.pos_encoding(self.embedding(input_ids)))
         padding = None
         if attention_mask is not None:

@@ -86,9 +86,7 @@ def read_state(path: Path | str, key: str, wanted: str) -> dict[str, Tensor]:
             warnings.simplefilter("ignore")  # about the pickle protocol of files that are refused anyway
             content = torch.load(path, map_location="cpu", weights_only=True)
     except _UNREADABLE as error:
-        raise UserError(
-            f"{path} is not a checkpoint that can be read as plain tensors: {first_line(error)}"
-        ) from error
+        raise UserError(f"{path} is not a checkpoint that can be read as plain tensors: {first_line(error)}") from error
     state = content.get(key) if isinstance(content, dict) else None
     if not isinstance(state, Mapping) or not all(isinstance(each, Tensor) for each in state.values()):
         raise UserError(f"{path} holds no {key} of tensors: give {wanted}")
@@ -96,7 +94,8 @@ def read_state(path: Path | str, key: str, wanted: str) -> dict[str, Tensor]:
 
 
 def _builds_more_than_it_holds(path: Path) -> str | None:
-    """Why reading a file could fill more memory than it has bytes; None where it cannot, or where ``torch.load`` says more."""
+    """Why reading a file could fill more memory than it has bytes; None where it cannot, or where ``torch.load`` says
+    more."""
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as pack:
@@ -151,8 +150,8 @@ def _check_weights(name: str, value: Tensor, is_table: bool) -> None:
 
 
 def are_numbers(item_ids: pa.Array) -> bool:
-    """Whether all original ids are numbers from 1 on, as MovieLens's: then they are the rows of the authors' item tables.
-    Amazon's, which begin with zeros or hold letters, are not."""
+    """Whether all original ids are numbers from 1 on, as MovieLens's: then they are the rows of the authors' item
+    tables. Amazon's, which begin with zeros or hold letters, are not."""
     return all(re.fullmatch("[1-9][0-9]*", each) for each in item_ids.to_pylist())
 
 
@@ -162,8 +161,7 @@ def reorder_items(table: Tensor, item_ids: pa.Array) -> Tensor:
         rows = torch.tensor([0, *map(int, item_ids.to_pylist())])
     except (ValueError, TypeError):
         raise UserError(
-            "the data set's item ids are not integers, so the rows of the checkpoint's item table "
-            "cannot be told apart"
+            "the data set's item ids are not integers, so the rows of the checkpoint's item table cannot be told apart"
         ) from None
     wrong = rows[1:][(rows[1:] < 1) | (rows[1:] >= table.shape[0])]
     if wrong.numel():

@@ -45,7 +45,8 @@ _BLOCKS = (
 def load_replay_checkpoint(model: nn.Module, path: str | Path) -> None:
     """Fills a model of RePlay's form from a checkpoint of RePlay's Lightning module, or of ours.
 
-    Its 1x1 convolutions become linear layers. UserError where the file is none, or names or shapes do not fit the model.
+    Its 1x1 convolutions become linear layers. UserError where the file is none, or names or shapes do not fit the
+    model.
     """
     state = read_state(path, "state_dict", "a checkpoint that Lightning saved")
     renamed = {}
@@ -68,17 +69,17 @@ def save_as_run(
 ) -> Path:
     """A run folder that main.py evaluates, predicts from and trains on, with the model's weights; returns its path.
 
-    folder: the prepared data. item_ids: the original id of the model's item 0, 1, ...; in the prepared order unless given,
-    which is that of ``ParquetModule(prepared_folder=...)``. settings: of everything but the model. UserError for a model
-    with further features or blocks of one's own, which have no counterpart.
+    folder: the prepared data. item_ids: the original id of the model's item 0, 1, ...; in the prepared order unless
+    given, which is that of ``ParquetModule(prepared_folder=...)``. settings: of everything but the model. UserError for
+    a model with further features or blocks of one's own, which have no counterpart.
     """
     settings = settings or RunSettings()
     dataset = SequenceDataset.open(Path(folder)).with_catalogue(settings.data.catalogue)
     body = model.body.query_tower if isinstance(model, TwoTower) else model.body
     if not _has_counterpart(model, body):
         raise UserError(
-            "only a SasRec or TwoTower over item ids alone, of SumAggregator, PositionAwareAggregator, DefaultAttentionMask, "
-            "SasRecTransformerLayer, LayerNorm and SwiGLUEncoder(D, 2 D), can become a run"
+            "only a SasRec or TwoTower over item ids alone, of SumAggregator, PositionAwareAggregator, "
+            "DefaultAttentionMask, SasRecTransformerLayer, LayerNorm and SwiGLUEncoder(D, 2 D), can become a run"
         )
     embedder: Any = body.embedder
     aggregator: Any = body.embedding_aggregator
@@ -98,8 +99,8 @@ def save_as_run(
         (ours,) = (re.sub(theirs, to, name) for theirs, to in _BLOCKS if re.fullmatch(theirs, name))
         own[f"sequence.encoder.{ours}"].copy_(value)
     if isinstance(model, TwoTower):
-        # Ours reads ids scaled by sqrt(D), RePlay's as they are: the first layer is scaled with its input, which the RMS
-        # norm after it takes out again.
+        # Ours reads ids scaled by sqrt(D), RePlay's as they are: the first layer is scaled with its input, which the
+        # RMS norm after it takes out again.
         scale = table.shape[1] ** 0.5
         first = {"WG.weight": 1 / scale, "W1.weight": 1 / scale, "W2.weight": scale, "W2.bias": scale}
         for name, value in model.body.item_tower.encoder.state_dict().items():  # type: ignore[attr-defined]
@@ -168,15 +169,11 @@ def _bindings(
     return bound
 
 
-def _rows_of_items(
-    dataset: SequenceDataset, table: torch.Tensor, item_ids: Sequence[str] | None
-) -> torch.Tensor:
+def _rows_of_items(dataset: SequenceDataset, table: torch.Tensor, item_ids: Sequence[str] | None) -> torch.Tensor:
     """``[V]``: the row of each prepared item; UserError where the model does not have it."""
     if item_ids is None:
         if len(table) < dataset.num_items:
-            raise UserError(
-                f"the model has {len(table)} items, {dataset.folder} {dataset.num_items}: give item_ids"
-            )
+            raise UserError(f"the model has {len(table)} items, {dataset.folder} {dataset.num_items}: give item_ids")
         return torch.arange(dataset.num_items)
     places = {str(name): row for row, name in enumerate(item_ids)}
     if len(item_ids) > len(table):

@@ -1,13 +1,13 @@
 """Transformers4Rec's masking classes, by their documented names, arguments and defaults, over the package's schemes.
 
-Rows are right-padded with ``padding_idx``. Three modes: ``training=True``; evaluation of the last item, the default; and
-``inference=True``, which asks for the item after all of a history. ``apply_mask_to_inputs`` follows the last targets. The
-schema's polarity is that library's: for causal modelling True = input kept, for the others True = input replaced by the
-learned mask embedding.
+Rows are right-padded with ``padding_idx``. Three modes: ``training=True``; evaluation of the last item, the default;
+and ``inference=True``, which asks for the item after all of a history. ``apply_mask_to_inputs`` follows the last
+targets. The schema's polarity is that library's: for causal modelling True = input kept, for the others True = input
+replaced by the learned mask embedding.
 
-Not reproduced: a row of one item raises no error and is never hidden; spans of permutation modelling stop at the end of a
-row, so that rows of two or more items always have something hidden and something visible; replacement modelling honours
-``mlm_probability``; a fake item is never the padding.
+Not reproduced: a row of one item raises no error and is never hidden; spans of permutation modelling stop at the end of
+a row, so that rows of two or more items always have something hidden and something visible; replacement modelling
+honours ``mlm_probability``; a fake item is never the padding.
 """
 
 from __future__ import annotations
@@ -65,9 +65,7 @@ class MaskSequence(nn.Module):
         self.has_labels = True
         self.masked_item_embedding = nn.Parameter(torch.empty(hidden_size).normal_(std=0.001))
 
-    def compute_masked_targets(
-        self, item_ids: Tensor, training: bool = False, inference: bool = False
-    ) -> MaskingInfo:
+    def compute_masked_targets(self, item_ids: Tensor, training: bool = False, inference: bool = False) -> MaskingInfo:
         """Schema and targets for ``item_ids [B, N]``, also kept as ``mask_schema`` and ``masked_targets``.
 
         Without training the last item is the target; with inference alone nothing is, and the item after the history is
@@ -85,9 +83,7 @@ class MaskSequence(nn.Module):
 
     def training_targets(self, item_ids: Tensor) -> MaskingInfo:
         """The scheme's own draw of labels."""
-        raise NotImplementedError(
-            f"{type(self).__name__} is a base class; use one of the four masking classes"
-        )
+        raise NotImplementedError(f"{type(self).__name__} is a base class; use one of the four masking classes")
 
     def evaluation_targets(self, item_ids: Tensor) -> MaskingInfo:
         """The last item is the target and hidden; or every next item."""
@@ -130,9 +126,7 @@ class MaskSequence(nn.Module):
         """``inputs [..., D]`` with the mask embedding where ``replaced [...]``."""
         return torch.where(replaced[..., None], self.masked_item_embedding.to(inputs.dtype), inputs)
 
-    def forward(
-        self, inputs: Tensor, item_ids: Tensor, training: bool = False, inference: bool = False
-    ) -> Tensor:
+    def forward(self, inputs: Tensor, item_ids: Tensor, training: bool = False, inference: bool = False) -> Tensor:
         """``compute_masked_targets`` followed by ``apply_mask_to_inputs``."""
         inference = inference and not training
         # Only where it is asked for: a subclass may take the documented two arguments alone, and keep nothing.
@@ -161,8 +155,8 @@ class MaskSequence(nn.Module):
 class CausalLanguageModeling(MaskSequence):
     """The next item from the past. The schema is True where the input is kept.
 
-    train_on_last_item_seq_only: only the last item of a history is a target in training. With a single target, the schema
-    covers all real positions; at inference too, and the targets then are the ids themselves.
+    train_on_last_item_seq_only: only the last item of a history is a target in training. With a single target, the
+    schema covers all real positions; at inference too, and the targets then are the ids themselves.
     """
 
     def __init__(
@@ -224,9 +218,9 @@ class MaskedLanguageModeling(MaskSequence):
 class PermutationLanguageModeling(MaskSequence):
     """Spans of items in a random order; the encoder receives ``perm_mask`` and ``target_mapping``.
 
-    plm_probability: span length over the length of its context. max_span_length: longest span. permute_all: hide all items
-    but one. ``perm_mask [B, N, N]`` int64 is 1 where i must not see j; ``target_mapping [B, N, N]`` is the identity. Inference
-    uses the targets of evaluation: the last item is hidden and asked for.
+    plm_probability: span length over the length of its context. max_span_length: longest span. permute_all: hide all
+    items but one. ``perm_mask [B, N, N]`` int64 is 1 where i must not see j; ``target_mapping [B, N, N]`` is the
+    identity. Inference uses the targets of evaluation: the last item is hidden and asked for.
     """
 
     def __init__(
@@ -298,14 +292,12 @@ class ReplacementLanguageModeling(MaskedLanguageModeling):
         super().__init__(hidden_size, padding_idx, eval_on_last_item_seq_only, **kwargs)
         self.sample_from_batch = sample_from_batch
 
-    def get_fake_tokens(
-        self, itemid_seq: Tensor, target_flat: Tensor, logits: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def get_fake_tokens(self, itemid_seq: Tensor, target_flat: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Histories with fakes at the hidden positions.
 
-        itemid_seq: ``[B, N]``; target_flat: ``[B * N]`` targets, padding where none; logits: ``[P, V]`` over all ids, or with
-        sample_from_batch ``[P, P]`` over the hidden items. Returns corrupted ids ``[B, N]``, labels ``[B, N]`` int64, 1 =
-        replaced, and sampled indices ``[P]`` within the batch, empty without sample_from_batch.
+        itemid_seq: ``[B, N]``; target_flat: ``[B * N]`` targets, padding where none; logits: ``[P, V]`` over all ids,
+        or with sample_from_batch ``[P, P]`` over the hidden items. Returns corrupted ids ``[B, N]``, labels ``[B, N]``
+        int64, 1 = replaced, and sampled indices ``[P]`` within the batch, empty without sample_from_batch.
         """
         hidden = (target_flat != self.padding_idx).reshape(itemid_seq.shape)
         if self.sample_from_batch:

@@ -1,8 +1,8 @@
 """Transformers4Rec's ranking metrics at several cutoffs: torchmetrics classes over the program's list metrics.
 
 States are a sum and a count that are added across processes, so the result is the mean over all rows, however many each
-process had. Equal scores are ordered by the smaller column. The formulas are `evaluation.list_metrics`'s, with h_r the label at
-rank r: recall and average precision are 0 without relevant items, DCG is not divided by the best order's.
+process had. Equal scores are ordered by the smaller column. The formulas are `evaluation.list_metrics`'s, with h_r the
+label at rank r: recall and average precision are 0 without relevant items, DCG is not divided by the best order's.
 """
 
 from __future__ import annotations
@@ -124,8 +124,8 @@ class NDCGAt(DCGAt):
     """DCG@k over the DCG@k of the retrieved labels in their best order.
 
     The ideal order is made of the labels among the ``max(top_ks)`` best scored items, not of all relevant ones, as in
-    Transformers4Rec: with several relevant items a row the value exceeds the usual NDCG and depends on ``max(top_ks)``. With
-    one relevant item a row it is the usual one.
+    Transformers4Rec: with several relevant items a row the value exceeds the usual NDCG and depends on ``max(top_ks)``.
+    With one relevant item a row it is the usual one.
     """
 
     def at_cutoff(self, hits: Tensor, relevant: Tensor, k: int) -> Tensor:

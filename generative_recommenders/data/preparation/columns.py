@@ -1,4 +1,5 @@
-"""Files of a prepared folder, written from sorted events: flat columns, tables of ids and features, and the manifest."""
+"""Files of a prepared folder, written from sorted events: flat columns, tables of ids and features, and the
+manifest."""
 
 from __future__ import annotations
 
@@ -33,14 +34,16 @@ from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.errors import UserError
 
 _TIED = "tied.bin"
-"""Scratch file ``[E]`` bool: the event has the very time of its user's previous one, which seconds, as kept, cannot tell."""
+"""Scratch file ``[E]`` bool: the event has the very time of its user's previous one, which seconds, as kept, cannot
+tell."""
 
 
 @dataclass(frozen=True)
 class Sequences:
     """Contents of the prepared folder.
 
-    texts: ids of users ``[U]`` and items ``[V]``, and categories that kept events have, by column: large_string, UTF-8 order.
+    texts: ids of users ``[U]`` and items ``[V]``, and categories that kept events have, by column: large_string, UTF-8
+    order.
     offsets: ``[U + 1]`` int64. kinds: of all columns but the user, in their order.
     """
 
@@ -97,8 +100,8 @@ def write_tables(
 ) -> Manifest:
     """Write the Parquet tables of ids, features and vocabularies, and the manifest with its statistics.
 
-    before: counts as read. dropped: events that ``--duplicates`` left out. hashes: of `write_columns`. choices: how events were
-    ordered, see `Manifest`.
+    before: counts as read. dropped: events that ``--duplicates`` left out. hashes: of `write_columns`. choices: how
+    events were ordered, see `Manifest`.
     """
     users, user_specs = align("user", sequences.texts["user"], raw.user_features)
     items, item_specs = align("item", sequences.texts["item"], raw.item_features)
@@ -159,8 +162,8 @@ def _sizes(sequences: Sequences) -> tuple[dict[str, int], dict[str, float]]:
 
 
 def _describe(folder: Path, sequences: Sequences, name: str) -> EventColumn:
-    """A further column as the manifest has it. Its mean and deviation are taken from the file, in parts that no engine or limit
-    of memory changes."""
+    """A further column as the manifest has it. Its mean and deviation are taken from the file, in parts that no engine
+    or limit of memory changes."""
     kind = sequences.kinds[name]
     if kind == "categorical":
         return EventColumn(name, kind, len(sequences.texts[name]))
@@ -171,7 +174,8 @@ def _describe(folder: Path, sequences: Sequences, name: str) -> EventColumn:
         there = (values[~is_missing(name, values)].astype(np.float64) for values in parts)
         return sum(float(number(values).sum()) for values in there)
 
-    # Pass after pass: the difference of the mean square and the squared mean would lose a timestamp's deviation to rounding.
+    # Pass after pass: the difference of the mean square and the squared mean would lose a timestamp's deviation to
+    # rounding.
     count = max(total(np.ones_like), 1)
     mean = total(np.asarray) / count
     deviation = (total(lambda values: np.square(values - mean)) / count) ** 0.5

@@ -40,9 +40,7 @@ def id_hashes(ids: pa.Array) -> np.ndarray:
     hashes = np.full(len(ids), _FNV_OFFSET)
     # Byte after byte, for all ids at once: sorted by length, those that still have a byte are a prefix.
     longest_first = np.argsort(-lengths, kind="stable")
-    remaining = np.searchsorted(
-        -lengths[longest_first], -np.arange(1, lengths.max(initial=0) + 1), side="right"
-    )
+    remaining = np.searchsorted(-lengths[longest_first], -np.arange(1, lengths.max(initial=0) + 1), side="right")
     for position, count in enumerate(remaining):
         rows = slice(None) if count == len(ids) else longest_first[:count]
         hashes[rows] = (hashes[rows] ^ data[starts[rows] + position]) * _FNV_PRIME
@@ -52,7 +50,8 @@ def id_hashes(ids: pa.Array) -> np.ndarray:
 class EventDigests:
     """Sums of the digests of events and of their further columns, in any order.
 
-    texts: large_string, row i is the user of number i, and the item or category of number i + 1, by the name of the column.
+    texts: large_string, row i is the user of number i, and the item or category of number i + 1, by the name of the
+    column.
     kinds: of all columns but the user.
     """
 
@@ -96,9 +95,7 @@ def _sum_of_digests(words: Sequence[np.ndarray | np.uint64]) -> int:
     total = 0
     for start in range(0, max(np.size(word) for word in words), _CHUNK):  # which keeps the words in the cache
         part = [
-            word[start : start + _CHUNK].astype(np.uint64, copy=False)
-            if isinstance(word, np.ndarray)
-            else word
+            word[start : start + _CHUNK].astype(np.uint64, copy=False) if isinstance(word, np.ndarray) else word
             for word in words
         ]
         high, low = (chain(seed, part) for seed in _SEEDS)

@@ -21,8 +21,8 @@ CHUNK_EVENTS = 1 << 22
 class Events:
     """All raw events in input order.
 
-    columns: ``[E]`` by name: user, item and categories are int32 codes into their ``texts`` (-1 where missing), numbers are
-    float32 (NaN), times int64 ticks (0). Arrays may be memory-mapped. texts: large_string, in order of first sight.
+    columns: ``[E]`` by name: user, item and categories are int32 codes into their ``texts`` (-1 where missing), numbers
+    are float32 (NaN), times int64 ticks (0). Arrays may be memory-mapped. texts: large_string, in order of first sight.
     """
 
     columns: dict[str, np.ndarray]
@@ -63,9 +63,9 @@ def write_numbers(file: BinaryIO, values: np.ndarray) -> None:
 def collect_events(batches: Iterable[pa.Table], run_events: int, spill: Path) -> Events:
     """All events of the batches (columns as ``EventReader.batches`` yields them), of which there must be one.
 
-    Texts are kept until ``run_events`` of them are there and then dictionary-encoded as one run, in threads while the next run
-    is read; at the end the dictionaries of the runs are merged. Where there are several runs their columns go to files in the
-    folder ``spill``; only the dictionaries stay in memory then.
+    Texts are kept until ``run_events`` of them are there and then dictionary-encoded as one run, in threads while the
+    next run is read; at the end the dictionaries of the runs are merged. Where there are several runs their columns go
+    to files in the folder ``spill``; only the dictionaries stay in memory then.
     """
     runs = _Runs(spill)
     pending: list[pa.Table] = []
@@ -113,16 +113,12 @@ class _Runs:
                 with (self.spill / f"{name}.bin").open("ab") as out:
                     first = out.tell()
                     write_numbers(out, values)
-                runs[place] = np.memmap(
-                    out.name, values.dtype, "r+", first, values.shape
-                )  # `merge` writes codes
+                runs[place] = np.memmap(out.name, values.dtype, "r+", first, values.shape)  # `merge` writes codes
 
     def merge(self, name: str) -> pa.Array:
         """The texts of all runs, each once; the codes of the runs become codes into them."""
         # A run without any text has no code to change, and pyarrow leaves its empty chunk out.
-        with_texts = [
-            (own, codes) for own, codes in zip(self.dictionaries[name], self.columns[name]) if len(own)
-        ]
+        with_texts = [(own, codes) for own, codes in zip(self.dictionaries[name], self.columns[name]) if len(own)]
         if len(with_texts) < 2:
             return with_texts[0][0] if with_texts else self.dictionaries[name][0]
         merged = pa.chunked_array([own for own, _ in with_texts]).dictionary_encode()

@@ -1,9 +1,11 @@
 """Filters of events, duplicates, and the order of a user's events of one time.
 
 ``file``       events of one time keep the order of the files.
-``random``     by a hash of user, item, time and occurrence (how often the same three came before): the same on every engine.
-``published``  the HSTU authors' (Zhai et al., ICML 2024): the table sorted by time with pandas' default sort, which is not
-               stable, and then grouped. numpy's sort orders ties by what the CPU can do, so it holds for this machine alone.
+``random``     by a hash of user, item, time and occurrence (how often the same three came before): the same on every
+               engine.
+``published``  the HSTU authors' (Zhai et al., ICML 2024): the table sorted by time with pandas' default sort, which is
+               not stable, and then grouped. numpy's sort orders ties by what the CPU can do, so it holds for this
+               machine alone.
 """
 
 from __future__ import annotations
@@ -26,8 +28,8 @@ AMAZON_LEAST = 5
 
 @dataclass(frozen=True)
 class Kept:
-    """``events [E]`` bool: the rating stays. ``items [raw items]`` bool: the item is in the catalogue. ``table [E]`` bool: the
-    ratings that the published preparation sorts, before it drops short users."""
+    """``events [E]`` bool: the rating stays. ``items [raw items]`` bool: the item is in the catalogue.
+    ``table [E]`` bool: the ratings that the published preparation sorts, before it drops short users."""
 
     events: np.ndarray
     items: np.ndarray
@@ -55,8 +57,8 @@ def apply_filter(events: Events, text: str, keep: np.ndarray | None = None) -> K
     keep = np.ones(len(events), bool) if keep is None else keep
     table, items = keep, np.ones(len(events.texts["item"]), bool)
     if name == "amazon_five":
-        # Items and users are counted once, and the catalogue is fixed before short users are dropped, as in the published
-        # preparation (695,762 books).
+        # Items and users are counted once, and the catalogue is fixed before short users are dropped, as in the
+        # published preparation (695,762 books).
         table = _frequent(events, keep, least, "user", "item")
         items = events.counts("item", table) > 0
         keep = _frequent(events, table, least, "user")
@@ -100,15 +102,13 @@ def check_choices(tie_order: str, duplicates: str, has_timestamps: bool) -> None
         )
 
 
-def user_buckets(
-    users: np.ndarray, offsets: np.ndarray, bucket_events: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def user_buckets(users: np.ndarray, offsets: np.ndarray, bucket_events: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Rows in input order, and their users: about ``bucket_events`` at a time, a user is never divided.
 
     users: ``[E]`` places in ``offsets [U + 1]``, -1 for an event that is left out.
     """
-    # Each bucket is a pass over all rows, in their order: files of events are read from front to back, and the order of ties
-    # is kept.
+    # Each bucket is a pass over all rows, in their order: files of events are read from front to back, and the order of
+    # ties is kept.
     for first, last in user_blocks(offsets, bucket_events):
         rows = []
         for part in chunks(len(users)):
@@ -124,11 +124,9 @@ def chronological(users: np.ndarray, times: np.ndarray | None, ties: np.ndarray 
     return np.lexsort((*keys, users)) if keys else np.argsort(users, kind="stable")
 
 
-def tie_hashes(
-    users: np.ndarray, items: np.ndarray, seconds: np.ndarray, occurrence: np.ndarray
-) -> np.ndarray:
-    """``[n]`` int64 keys of random order. users, items: uint64 `digests.id_hashes`; occurrence: from 0, among events of the
-    same user, item and time."""
+def tie_hashes(users: np.ndarray, items: np.ndarray, seconds: np.ndarray, occurrence: np.ndarray) -> np.ndarray:
+    """``[n]`` int64 keys of random order. users, items: uint64 `digests.id_hashes`; occurrence: from 0, among events of
+    the same user, item and time."""
     words = [users, items, seconds.astype(np.int64).view(np.uint64), occurrence.astype(np.uint64)]
     return digests.chain(np.uint64(0x8CB92BA72F3D8DD7), words).view(np.int64)
 
@@ -136,16 +134,15 @@ def tie_hashes(
 def order_raw(
     events: Events, tie_order: str, duplicates: str, ticks_per_second: int, bucket_events: int
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """What ``random`` order and the duplicates say of the raw events: ``ties [E]`` int64 keys, and ``kept [E]`` bool; None
-    where the order is the file's and where all stay."""
+    """What ``random`` order and the duplicates say of the raw events: ``ties [E]`` int64 keys, and ``kept [E]`` bool;
+    None where the order is the file's and where all stay."""
     random = tie_order == "random"
     if not random and duplicates == "keep":
         return None, None
     ties = np.zeros(len(events), np.int64) if random else None
     kept = np.ones(len(events), bool)
     user_hashes, item_hashes = (
-        digests.id_hashes(events.texts[name]) if random else np.empty(0, np.uint64)
-        for name in ("user", "item")
+        digests.id_hashes(events.texts[name]) if random else np.empty(0, np.uint64) for name in ("user", "item")
     )
     offsets = np.concatenate([[0], np.cumsum(events.counts("user"))])
     timestamps = events.columns.get("timestamp")
@@ -168,15 +165,13 @@ def order_raw(
 
 
 def published_ranks(events: Events, table: np.ndarray) -> tuple[np.ndarray, dict[str, str]]:
-    """The place ``[E]`` int64 of every event of the ``table [E]`` (bool) in pandas' sort by time, and what the manifest records
-    of it: versions, and a hash of the order."""
+    """The place ``[E]`` int64 of every event of the ``table [E]`` (bool) in pandas' sort by time, and what the manifest
+    records of it: versions, and a hash of the order."""
     import pandas as pd
 
     rows = np.flatnonzero(table)
     frame = pd.DataFrame({"timestamp": np.asarray(events.columns["timestamp"])[rows]})
-    order = frame.sort_values(
-        "timestamp"
-    ).index.to_numpy()  # quicksort by default, which is what has to be repeated
+    order = frame.sort_values("timestamp").index.to_numpy()  # quicksort by default, which is what has to be repeated
     ranks = np.full(len(events), -1, np.int64)
     ranks[rows[order]] = np.arange(len(rows))
     digest = hashlib.sha256(np.ascontiguousarray(order, "<i8").data).hexdigest()[:32]

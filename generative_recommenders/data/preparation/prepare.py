@@ -62,8 +62,8 @@ def prepared_names(data_root: Path) -> list[str]:
 
 
 def find_prepared(name: str, data_root: Path) -> Path:
-    """The folder of a prepared data set, given by its name or as a path; UserError with what there is, and the command that
-    prepares this one: published data by their name, others from a file.
+    """The folder of a prepared data set, given by its name or as a path; UserError with what there is, and the command
+    that prepares this one: published data by their name, others from a file.
 
     A path has a separator, or is a prepared folder while none below ``data_root`` has that name.
     """
@@ -85,13 +85,14 @@ def find_prepared(name: str, data_root: Path) -> Path:
         command = f"python preprocess_public_data.py --dataset=csv --raw_path=FILE --name={name}"
     if name == "ml-3b":
         command = (
-            "enlarge ML-20M by the fractal expansion of the HSTU authors' program (run_fractal_expansion.py, 16 x 32), write "
-            f"its ratings as user,item,rating,timestamp in one file or folder, and {command}"
+            "enlarge ML-20M by the fractal expansion of the HSTU authors' program (run_fractal_expansion.py, 16 x 32), "
+            f"write its ratings as user,item,rating,timestamp in one file or folder, and {command}"
         )
     if data_root != Path("data"):
         command += f" --data_root={data_root}"
     raise UserError(
-        f"{name} is not prepared in {folder}{meant}; prepared: {', '.join(prepared) or 'none'}. To prepare it: {command}"
+        f"{name} is not prepared in {folder}{meant}; prepared: {', '.join(prepared) or 'none'}. To prepare it: "
+        f"{command}"
     )
 
 
@@ -133,9 +134,7 @@ def prepare_batches(
             run_events = max(1, memory_limit // BYTES_PER_EVENT)
             events = collect_events(batches, run_events, spill)
         with phase("filter"):
-            ties, kept = order.order_raw(
-                events, raw.tie_order, raw.duplicates, ticks_per_second, bucket_events
-            )
+            ties, kept = order.order_raw(events, raw.tie_order, raw.duplicates, ticks_per_second, bucket_events)
             dropped = 0 if kept is None else int(len(kept) - kept.sum())
             chosen = order.apply_filter(events, raw.filter, kept)
             choices = {"tie_order": raw.tie_order, "duplicates": raw.duplicates}
@@ -164,8 +163,8 @@ def phase(name: str) -> Iterator[None]:
 
 
 def number_texts(events: Events, kept: np.ndarray, kept_items: np.ndarray) -> Sequences:
-    """Puts places among the kept texts, in UTF-8 order, for the codes of users, items and categories: -1 for what is not kept,
-    and for the user of an event that is not.
+    """Puts places among the kept texts, in UTF-8 order, for the codes of users, items and categories: -1 for what is
+    not kept, and for the user of an event that is not.
 
     kept: ``[E]`` bool. kept_items: ``[raw items]`` bool.
     """

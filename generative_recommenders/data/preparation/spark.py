@@ -1,8 +1,9 @@
 """Preparation on Spark (``local[*]`` or a cluster): counts, ids, order and hashes as of the default engine.
 
-The workers read the files, one each at a time, with the reader of the default engine; Spark filters and sorts; the driver
-numbers the distinct ids, reads the sorted events back in bounded batches, and writes the folder with the code of the
-default engine. Inputs and the target must be on storage that the driver and all workers see, and this package installed there.
+The workers read the files, one each at a time, with the reader of the default engine; Spark filters and sorts; the
+driver numbers the distinct ids, reads the sorted events back in bounded batches, and writes the folder with the code of
+the default engine. Inputs and the target must be on storage that the driver and all workers see, and this package
+installed there.
 """
 
 from __future__ import annotations
@@ -47,9 +48,7 @@ _PLAIN = {pa.large_string(): pa.string()}
 def prepare_with_spark(raw: RawRatings, out_dir: str | Path, master: str = "local[*]") -> Manifest:
     """``preparation.prepare`` on the Spark cluster ``master``; UserError where pyspark or Java is missing."""
     if raw.tie_order == "published":
-        raise UserError(
-            "--tie_order=published is pandas' order on this machine alone: leave out --engine=spark"
-        )
+        raise UserError("--tie_order=published is pandas' order on this machine alone: leave out --engine=spark")
     reader, kinds = open_reader(raw)
     categorical = [name for name, kind in kinds.items() if kind == "categorical" and name != "item"]
     with new_folder(Path(out_dir)) as folder, spark_session(master) as spark:
@@ -141,9 +140,7 @@ def _read(spark: Any, reader: EventReader) -> Any:
     import pyspark.sql.types as T
     from pyspark.sql.pandas.types import from_arrow_schema
 
-    schema = pa.schema(
-        [*((field.name, _PLAIN.get(field.type, field.type)) for field in reader.schema), *_ORDER_FIELDS]
-    )
+    schema = pa.schema([*((field.name, _PLAIN.get(field.type, field.type)) for field in reader.schema), *_ORDER_FIELDS])
     one_column = T.StructType().add("file", T.IntegerType())
     numbers = spark.createDataFrame([(number,) for number in range(len(reader.files))], one_column)
 
@@ -157,19 +154,16 @@ def _read(spark: Any, reader: EventReader) -> Any:
                     order = [pa.array(np.full(table.num_rows, number, np.int32)), pa.array(rows)]
                     columns = [column.combine_chunks() for column in table.columns]
                     yield from (
-                        pa.Table.from_arrays([*columns, *order], names=schema.names)
-                        .cast(schema)
-                        .to_batches(1 << 18)
+                        pa.Table.from_arrays([*columns, *order], names=schema.names).cast(schema).to_batches(1 << 18)
                     )
                 reader.check_missing()
 
-    return numbers.repartition(len(reader.files), "file").mapInArrow(
-        events_of_files, from_arrow_schema(schema)
-    )
+    return numbers.repartition(len(reader.files), "file").mapInArrow(events_of_files, from_arrow_schema(schema))
 
 
 def _order(events: Any, raw: RawRatings) -> tuple[Any, list[str]]:
-    """The events without the duplicates that are not to stay, and the columns that order each user's: see `order.order_raw`."""
+    """The events without the duplicates that are not to stay, and the columns that order each user's: see
+    `order.order_raw`."""
     from pyspark.sql import Window
     from pyspark.sql.functions import lag, row_number
     from pyspark.sql.types import LongType, StructField, StructType

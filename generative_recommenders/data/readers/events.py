@@ -28,7 +28,8 @@ SHOWN_EVENTS = 3
 class ReadOptions:
     """Options of raw files, as the user gives them; None is found out.
 
-    columns: ``--columns``, by the header where None. delimiter, quoting, header (whether line 1 names the columns): of text.
+    columns: ``--columns``, by the header where None. delimiter, quoting, header (whether line 1 names the columns): of
+    text.
     time_unit: of numeric times ("s", "ms", "us", "ns"). drop_missing: events without a user or an item are left out and
     counted; otherwise they are a fault. exchange: a line is a user's sequence in the exchange format.
     """
@@ -84,16 +85,16 @@ def _no_time(path: Path, column: Column, sample: pl.Series) -> UserError:
             "that has one among them, or leave the column out of --columns"
         )
     return UserError(
-        f"{path}: the {column.name} {str(sample[row])[:40]!r} (row {row + 1}) is no time; times are numbers since 1970 or "
-        "ISO 8601, as 2023-05-31 14:05: write them so, or name another column in --columns"
+        f"{path}: the {column.name} {str(sample[row])[:40]!r} (row {row + 1}) is no time; times are numbers since 1970 "
+        "or ISO 8601, as 2023-05-31 14:05: write them so, or name another column in --columns"
     )
 
 
 class EventReader:
     """The events of raw files. Layout and formats of time are those of the first file; the others must have the same.
 
-    columns: what is read, user and item first. UserError: no header and no ``--columns``, no user or item, a column that may be
-    the time and is not used, times of no known format.
+    columns: what is read, user and item first. UserError: no header and no ``--columns``, no user or item, a column
+    that may be the time and is not used, times of no known format.
     """
 
     def __init__(self, files: list[Path], options: ReadOptions) -> None:
@@ -135,9 +136,7 @@ class EventReader:
                     stamp = times.to_nanoseconds(value, self.time_formats[column.name])[0]
                     if stamp is not None:
                         shown_time = datetime.fromtimestamp(stamp / 10**9, UTC)
-                        cells.append(
-                            f"{column.name} {shown_time.isoformat(sep=' ', timespec='milliseconds')}"
-                        )
+                        cells.append(f"{column.name} {shown_time.isoformat(sep=' ', timespec='milliseconds')}")
                         continue
                     value = value.to_physical()  # a time that Python may not be able to show
                 cells.append(f"{column.name} {str(value[0])[:40]!r}")
@@ -146,8 +145,9 @@ class EventReader:
     def batches(self) -> Iterator[pa.Table]:
         """The events in (file, row) order, a bounded number at a time.
 
-        Columns: ``user``, ``item`` large_string, ``rating`` float32, ``timestamp`` int64 nanoseconds since 1970; further
-        ones by kind, null where missing: large_string for categories, float32 for numbers, int64 nanoseconds for times.
+        Columns: ``user``, ``item`` large_string, ``rating`` float32, ``timestamp`` int64 nanoseconds since 1970;
+        further ones by kind, null where missing: large_string for categories, float32 for numbers, int64 nanoseconds
+        for times.
         UserError: the first value that is none, with file and line; missing ids, with their number, at the end.
         """
         kept = 0
@@ -157,9 +157,7 @@ class EventReader:
                 yield table
         self.check_missing()
         if not kept:
-            raise UserError(
-                f"{self.files[0]}: every event lacks a user or an item: nothing is left to prepare"
-            )
+            raise UserError(f"{self.files[0]}: every event lacks a user or an item: nothing is left to prepare")
 
     def file_batches(self, path: Path) -> Iterator[pa.Table]:
         """The events of one of the files, see `batches`."""
@@ -167,13 +165,9 @@ class EventReader:
         columns = self.columns
         if path != self.files[0]:
             mine = {column.name: column for column in find_columns(source, self.options.requests)}
-            if {each.name: each.header for each in mine.values()} != {
-                each.name: each.header for each in columns
-            }:
+            if {each.name: each.header for each in mine.values()} != {each.name: each.header for each in columns}:
                 found, expected = (", ".join(map(str, each)) for each in (mine.values(), columns))
-                raise UserError(
-                    f"{path}: it has {found}; {self.files[0]} has {expected}; all files must have the same"
-                )
+                raise UserError(f"{path}: it has {found}; {self.files[0]} has {expected}; all files must have the same")
             columns = [mine[column.name] for column in columns]
             # Numbers in another unit would be read as other times.
             for name, form in self.time_formats.items():
@@ -193,8 +187,8 @@ class EventReader:
         """UserError if the files read so far have events without a user or an item, unless these are to be dropped."""
         if self.dropped and not self.options.drop_missing:
             raise UserError(
-                f"{self._first_missing}, and {self.dropped} events in all lack a user or an item; --drop_missing leaves "
-                "them out"
+                f"{self._first_missing}, and {self.dropped} events in all lack a user or an item; --drop_missing "
+                "leaves them out"
             )
         if self.dropped:
             logging.warning("%d events without a user or an item are left out", self.dropped)
@@ -214,9 +208,7 @@ class EventReader:
                 typed[column.name] = values.numbers(raw, column.name, rows, optional=column.name != "rating")
             elif column.kind == "time":
                 form = self.time_formats[column.name]
-                typed[column.name] = values.times(
-                    raw, column.name, form, rows, optional=column.name != "timestamp"
-                )
+                typed[column.name] = values.times(raw, column.name, form, rows, optional=column.name != "timestamp")
             else:
                 typed[column.name] = values.categories(raw, column.name, rows)
         table = pl.DataFrame([each.alias(name) for name, each in typed.items()])

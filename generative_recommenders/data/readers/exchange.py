@@ -1,8 +1,9 @@
 """The text format in which users of HSTU's public code exchange sequences.
 
-A CSV with the header ``index,user_id,sequence_item_ids,sequence_ratings,sequence_timestamps``, one user a line, oldest event
-first; the last three are quoted, comma-joined lists of equal length. `export.export_text` writes users and items by their
-internal numbers, and zeros for ratings or times that a data set lacks; a column that is zero throughout is read as absent.
+A CSV with the header ``index,user_id,sequence_item_ids,sequence_ratings,sequence_timestamps``, one user a line, oldest
+event first; the last three are quoted, comma-joined lists of equal length. `export.export_text` writes users and items
+by their internal numbers, and zeros for ratings or times that a data set lacks; a column that is zero throughout is
+read as absent.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ class ExchangeSource(TableSource):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        # The format has no mark for what a data set lacks but zeros throughout, so that the file is read up to the first number
-        # of each column.
+        # The format has no mark for what a data set lacks but zeros throughout, so that the file is read up to the
+        # first number of each column.
         zero = {"rating", "timestamp"}
         sample = None
         for _, events in self._events():
@@ -53,14 +54,12 @@ class ExchangeSource(TableSource):
         return events.select(pl.col(name).alias(place) for name, place in names)
 
     def _events(self) -> Iterator[tuple[Rows, pl.DataFrame]]:
-        """User, item, rating and time of the events as text; UserError for lists of unequal length and items that are no
-        numbers."""
+        """User, item, rating and time of the events as text; UserError for lists of unequal length and items that are
+        no numbers."""
         for block in text.read_blocks(self.path, quoting=False, max_line_bytes=text.MAX_FIELD_BYTES):
             header = block.data.partition(b"\n")[0]
             if block.first_line == 1 and header.replace(b'"', b"").strip() != ",".join(HEADER).encode():
-                raise UserError(
-                    f"{self.path}, line 1: not the exchange format, whose header is {','.join(HEADER)}"
-                )
+                raise UserError(f"{self.path}, line 1: not the exchange format, whose header is {','.join(HEADER)}")
             body = block.after_line(1)
             if not body.data.strip():
                 continue
@@ -76,9 +75,7 @@ class ExchangeSource(TableSource):
                 counts = f"{items[at]}, {ratings[at]} and {times[at]}"
                 raise UserError(f"{self.path}, {by_line.place_of(at)}: the lists have {counts} entries")
             owners = np.repeat(np.arange(len(users)), items.to_numpy())
-            events = pl.DataFrame(
-                [users.gather(owners), *(each.explode() for each in lists)], schema=list(_EVENT)
-            )
+            events = pl.DataFrame([users.gather(owners), *(each.explode() for each in lists)], schema=list(_EVENT))
 
             def line_of_event(event: int, owners: np.ndarray = owners, by_line: Rows = by_line) -> str:
                 return by_line.place_of(owners[event])

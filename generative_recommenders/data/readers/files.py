@@ -35,8 +35,8 @@ def data_suffix(path: Path) -> str | None:
 def data_files(folder: Path, files: list[Path]) -> list[Path]:
     """The parts of a data set among the files of a folder, in the order of their names.
 
-    Only files of one kind are read. A text file such as README.txt beside a ratings.csv is another kind and left out; which
-    of two kinds is meant when neither is ``.txt`` is not guessed. UserError: no data file, or several kinds.
+    Only files of one kind are read. A text file such as README.txt beside a ratings.csv is another kind and left out;
+    which of two kinds is meant when neither is ``.txt`` is not guessed. UserError: no data file, or several kinds.
     """
     by_suffix: dict[str, list[Path]] = {}
     for path in sorted(files):
@@ -49,9 +49,7 @@ def data_files(folder: Path, files: list[Path]) -> list[Path]:
         raise UserError(f"{folder}: holds no file that ends in {known} (or these and .gz or .zst)")
     if len(kinds) > 1:
         names = ", ".join(by_suffix[each][0].name for each in kinds)
-        raise UserError(
-            f"{folder}: holds data files of several kinds ({names}); give one file with --raw_path"
-        )
+        raise UserError(f"{folder}: holds data files of several kinds ({names}); give one file with --raw_path")
     for path in by_suffix[kinds[0]]:
         if path.name != path.name.encode(errors="replace").decode():
             raise UserError(f"{path}: the name is not UTF-8 text; rename the file")
@@ -59,14 +57,13 @@ def data_files(folder: Path, files: list[Path]) -> list[Path]:
 
 
 def kind_of(path: Path) -> str:
-    """ "parquet", "arrow" (IPC file or stream), "json" (a JSON object a line) or "text" (delimited), by the first bytes."""
+    """ "parquet", "arrow" (IPC file or stream), "json" (a JSON object a line) or "text" (delimited), by the first
+    bytes."""
     try:
         with open_unpacked(path) as stream:
             start = stream.read(1 << 12)
     except READ_FAULTS as error:
-        raise UserError(
-            f"{path}: damaged or cut short at its beginning; fetch the file again ({error})"
-        ) from error
+        raise UserError(f"{path}: damaged or cut short at its beginning; fetch the file again ({error})") from error
     if start.startswith((b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")):  # the last is how an Arrow stream begins
         kind = "parquet" if start.startswith(b"PAR1") else "arrow"
         if is_packed(path):

@@ -1,7 +1,7 @@
 """Layout of raw files: which column is the user, the item, the rating, the time or a further event column.
 
-Nothing is guessed that can be wrong: columns are found by the names of a header or by ``--columns``, and a column that could
-be the time is used or refused, never dropped in silence.
+Nothing is guessed that can be wrong: columns are found by the names of a header or by ``--columns``, and a column that
+could be the time is used or refused, never dropped in silence.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 SKIP = "_"
 KNOWN_NAMES = {
-    "user": "user userid user_id uid reviewerid reviewer_id customer_id customerid visitorid visitor_id sessionid session_id",
+    "user": "user userid user_id uid reviewerid reviewer_id customer_id customerid visitorid visitor_id sessionid "
+    "session_id",
     "item": "item itemid item_id iid movieid movie_id parent_asin asin product_id productid isbn book_id business_id "
     "article_id app_id venue_id location_id",
     "rating": "rating ratings stars score overall",
@@ -33,8 +34,8 @@ KNOWN_NAMES = {
 }
 """Names of headers, compared in lower case and without RecBole's ``:type``. Two columns for one role are refused."""
 _SECOND = {"asin": "parent_asin", **dict.fromkeys(("sessionid", "session_id"), "user userid user_id uid")}
-"""Names that give way to others, with a warning: variants of a product, which Amazon's published benchmarks of 2023 take for
-one item, and sessions of users who are named."""
+"""Names that give way to others, with a warning: variants of a product, which Amazon's published benchmarks of 2023
+take for one item, and sessions of users who are named."""
 _KIND_OF = {"user": "id", "item": "id", "rating": "numerical", "timestamp": "time"}
 _TIME_LIKE = re.compile(r"(^|[_ -])(time|date|ts|datetime|timestamp)($|[_ -])|time|date", re.IGNORECASE)
 _YEARS = (946_684_800, 4_102_444_800)  # 2000 to 2100: numbers in between, in any unit, may be times
@@ -51,7 +52,8 @@ class ColumnRequest:
 
 @dataclass(frozen=True)
 class Column:
-    """A column that is read: its name in the prepared data, its kind ("id" for user and item), its place in the file from 0."""
+    """A column that is read: its name in the prepared data, its kind ("id" for user and item), its place in the file
+    from 0."""
 
     name: str
     kind: str
@@ -100,8 +102,8 @@ def find_columns(source: TableSource, requests: Requests | None) -> list[Column]
             shown = "  ".join(f"{place}: {text[:40]!r}" for place, text in enumerate(source.first_fields, 1))
             raise UserError(
                 f"{path}: line 1 is no header with known names; it splits into {shown}; say what the columns are, as "
-                "--columns=user,item,rating,timestamp with _ for one to skip; where line 1 names them, say which is what, as "
-                f"--columns='user={source.first_fields[0][:40]},item=...'"
+                "--columns=user,item,rating,timestamp with _ for one to skip; where line 1 names them, say which is "
+                f"what, as --columns='user={source.first_fields[0][:40]},item=...'"
             )
         roles = {role: places for role in KNOWN if (places := _known_places(header, role))}
         found = [(ColumnRequest(role), _one_place(path, header, role, at)) for role, at in roles.items()]
@@ -167,7 +169,8 @@ def _by_place(path: Path, header: Sequence[str] | None, num_fields: int, request
             )
     if len(requests) != num_fields:
         raise UserError(
-            f"{path}: {num_fields} fields a line, but --columns names {len(requests)}; name every one, with _ to skip one"
+            f"{path}: {num_fields} fields a line, but --columns names {len(requests)}; name every one, "
+            "with _ to skip one"
         )
     for request in filter(None, requests):
         if request.file_column is not None:
@@ -213,13 +216,12 @@ def _places(header: Sequence[str], request: ColumnRequest) -> list[int]:
 def _one_place(path: Path, header: Sequence[str], role: str, places: Sequence[int]) -> int:
     """The place of a role; UserError where several columns may have it."""
     plain = {place: normalise(header[place]) for place in places}
-    first = [
-        place for place in places if not set(_SECOND.get(plain[place], "").split()) & set(plain.values())
-    ]
+    first = [place for place in places if not set(_SECOND.get(plain[place], "").split()) & set(plain.values())]
     names = [repr(header[place]) for place in (first if len(first) > 1 else places)]
     if len(first) > 1:
         raise UserError(
-            f"{path}: {' and '.join(names)} may each be the {role}; say which with --columns, as {role}={header[first[0]]}"
+            f"{path}: {' and '.join(names)} may each be the {role}; say which with --columns, "
+            f"as {role}={header[first[0]]}"
         )
     if len(places) > 1:
         logging.warning(

@@ -1,4 +1,5 @@
-"""Raw files as tables of text or typed columns: delimited text and JSON lines here, Parquet and Arrow IPC in `tables`."""
+"""Raw files as tables of text or typed columns: delimited text and JSON lines here, Parquet and Arrow IPC in
+`tables`."""
 
 from __future__ import annotations
 
@@ -86,7 +87,8 @@ class TextSource(TableSource):
 
 
 def find_dialect(path: Path, lines: list[str], options: ReadOptions) -> text.Dialect:
-    """The delimiter as given, or the only one that divides all first lines alike; UserError where several may be meant."""
+    """The delimiter as given, or the only one that divides all first lines alike; UserError where several may be
+    meant."""
     if options.delimiter is not None:
         mark = None if options.delimiter == " " else options.delimiter
         return text.Dialect(mark, _quotes(options, options.delimiter))
@@ -142,9 +144,7 @@ class JsonSource(TableSource):
     def batches(self, places):
         names = self.names(places)
         if nested := set(names) & set(self.nested):
-            raise UserError(
-                f"{self.path}: {min(nested)!r} is an object or list, which is no value of an event"
-            )
+            raise UserError(f"{self.path}: {min(nested)!r} is an object or list, which is no value of an event")
         for block in text.read_blocks(self.path, quoting=False):
             if not block.data.strip():
                 continue

@@ -61,7 +61,8 @@ class ParquetSource(TableSource):
         self.header = schema.names
         # text is read as dictionaries, so that a long value that every row repeats is held once
         self.text_columns = [field.name for field in schema if field.type in (pa.string(), pa.large_string())]
-        # text as differences to the one before: a row may stand for a long text of few bytes, so that few are read at a time
+        # text as differences to the one before: a row may stand for a long text of few bytes, so that few are read at a
+        # time
         self.differences = False
         _, batch = next(self._read(self.header, SAMPLE_ROWS))
         self.sample = _sample(batch)
@@ -74,9 +75,7 @@ class ParquetSource(TableSource):
         except UnicodeEncodeError:
             raise UserError(f"{self.path}: the name of a Parquet file must be UTF-8; rename it") from None
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise UserError(
-                f"{self.path}: not a readable Parquet file, or cut short: {first_line(error)}"
-            ) from error
+            raise UserError(f"{self.path}: not a readable Parquet file, or cut short: {first_line(error)}") from error
 
     def batches(self, places):
         names = self.names(places)
@@ -91,9 +90,7 @@ class ParquetSource(TableSource):
             try:
                 with self._open(dictionaries) as file:
                     first = 0
-                    batches = file.iter_batches(
-                        _DIFFERENCE_ROWS if self.differences else batch_rows, columns=names
-                    )
+                    batches = file.iter_batches(_DIFFERENCE_ROWS if self.differences else batch_rows, columns=names)
                     for batch in _joined(batches, batch_rows) if self.differences else batches:
                         new = batch.slice(min(batch.num_rows, max(0, done - first)))
                         first += batch.num_rows
@@ -164,8 +161,8 @@ class ArrowSource(TableSource):
 
 
 def check_parquet(path: Path, metadata: pq.FileMetaData) -> None:
-    """UserError for a file whose row groups unpack to too much. Of groups alone: pyarrow ends the process on faulty metadata of
-    columns."""
+    """UserError for a file whose row groups unpack to too much. Of groups alone: pyarrow ends the process on faulty
+    metadata of columns."""
     groups = [metadata.row_group(each).total_byte_size for each in range(metadata.num_row_groups)]
     check_unpacked(path, max(groups, default=0), _PART_BYTES)
     check_unpacked(path, max(metadata.num_rows, sum(groups)))
@@ -181,8 +178,9 @@ def check_unpacked(path: Path, unpacked: int, most: float = float("inf")) -> Non
 def check_claims(path: Path, data: mmap.mmap) -> None:
     """UserError where the messages of an Arrow IPC file or stream claim too many rows or unpacked bytes.
 
-    pyarrow allocates what the head of a packed buffer claims, and tells nothing of it before. The layout is that of Message.fbs
-    and File.fbs of Arrow's columnar format 1.0, whose tables are FlatBuffers. EOFError, ValueError, struct.error: damaged.
+    pyarrow allocates what the head of a packed buffer claims, and tells nothing of it before. The layout is that of
+    Message.fbs and File.fbs of Arrow's columnar format 1.0, whose tables are FlatBuffers. EOFError, ValueError,
+    struct.error: damaged.
     """
     source = pa.BufferReader(data)
     if data[:6] == b"ARROW1":
@@ -224,8 +222,8 @@ class _FlatTable:
 
     def place(self, field: int) -> int:
         """Where a field lies; 0 where it is absent."""
-        # A table begins with the distance back to its list of offsets, which begins with its own size; a field that was not
-        # written has the offset 0, or lies past the end of a list of an older program.
+        # A table begins with the distance back to its list of offsets, which begins with its own size; a field that was
+        # not written has the offset 0, or lies past the end of a list of an older program.
         places = self.start - struct.unpack_from("<i", self.data, self.start)[0]
         (size,) = struct.unpack_from("<H", self.data, places)
         offset = struct.unpack_from("<H", self.data, places + 4 + 2 * field)[0] if 4 + 2 * field < size else 0
@@ -239,9 +237,7 @@ class _FlatTable:
             return []
         place += struct.unpack_from("<I", self.data, place)[0]
         (count,) = struct.unpack_from("<I", self.data, place)
-        return list(
-            struct.iter_unpack(form, self.data[place + 4 : place + 4 + count * struct.calcsize(form)])
-        )
+        return list(struct.iter_unpack(form, self.data[place + 4 : place + 4 + count * struct.calcsize(form)]))
 
 
 def _batch_rows(places: Sequence[int]) -> int:
@@ -250,7 +246,8 @@ def _batch_rows(places: Sequence[int]) -> int:
 
 
 def _checked(path: Path, first: int, batch: pa.RecordBatch) -> pa.RecordBatch:
-    """The batch; UserError where its text is not UTF-8 or its offsets and indices lead out of it, as a forged file's may."""
+    """The batch; UserError where its text is not UTF-8 or its offsets and indices lead out of it, as a forged file's
+    may."""
     for name, column in zip(batch.schema.names, batch.columns):
         try:
             column.validate(full=True)
@@ -305,8 +302,8 @@ _NO_SERIES = (
 
 
 def _series(column: pa.Array) -> pl.Series:
-    """A column as polars' plain types, without dictionaries, extensions, views and time zones; `_NO_SERIES` for a type that
-    holds no values of events."""
+    """A column as polars' plain types, without dictionaries, extensions, views and time zones; `_NO_SERIES` for a type
+    that holds no values of events."""
     kind = column.type
     if isinstance(column, pa.ExtensionArray):
         return _series(column.storage)
@@ -327,7 +324,5 @@ def _series(column: pa.Array) -> pl.Series:
         if row >= 0:
             raise _LongTextError(row, sizes[row].as_py())
     if pa.types.is_timestamp(kind):
-        column = column.view(
-            pa.timestamp(kind.unit)
-        )  # in UTC whatever its zone, which the machine may not know
+        column = column.view(pa.timestamp(kind.unit))  # in UTC whatever its zone, which the machine may not know
     return pl.Series(pl.from_arrow(column))

@@ -36,7 +36,8 @@ DELIMITERS = ("::", "\t", ",", ";", "|", None)
 
 @dataclass(frozen=True)
 class Dialect:
-    """Division of lines into fields: delimiter (None: runs of spaces and tabs), and whether ``"`` quotes a field (RFC 4180)."""
+    """Division of lines into fields: delimiter (None: runs of spaces and tabs), and whether ``"`` quotes a field (RFC
+    4180)."""
 
     delimiter: str | None
     quoting: bool
@@ -77,7 +78,8 @@ def read_blocks(
 ) -> Iterator[Block]:
     """Blocks of whole lines of a plain or packed file, without byte-order mark and ``\\r`` of line ends.
 
-    quoting: a line end between two quotes is part of a field, so no block ends there. block_bytes: `BLOCK_BYTES` by default.
+    quoting: a line end between two quotes is part of a field, so no block ends there. block_bytes: `BLOCK_BYTES` by
+    default.
     UserError: damaged files, lines longer
     than a text file has.
     """
@@ -134,13 +136,12 @@ def _read_chunk(path: Path, stream, size: int, line: int) -> bytes:
     except READ_FAULTS as error:
         last = line - 1 + b"".join(parts).count(b"\n")
         reason = getattr(error, "strerror", None) or "packed data are damaged or cut short"
-        raise UserError(
-            f"{path}: cannot be read after line {last}: {reason}; fetch the file again"
-        ) from error
+        raise UserError(f"{path}: cannot be read after line {last}: {reason}; fetch the file again") from error
 
 
 def first_lines(path: Path) -> tuple[list[str], int]:
-    """Some first lines that are not blank, and the number of the first one; UserError if there is none, or it is no text."""
+    """Some first lines that are not blank, and the number of the first one; UserError if there is none, or it is no
+    text."""
     lines: list[str] = []
     first = 1
     for block in read_blocks(path, quoting=False, block_bytes=MAX_LINE_BYTES):
@@ -157,9 +158,7 @@ def first_lines(path: Path) -> tuple[list[str], int]:
                 lines.append(line.decode())
             except UnicodeDecodeError as error:
                 if len(lines) < 2:  # a header alone is no event yet
-                    raise UserError(
-                        f"{path}, line {number}: not UTF-8 text; convert the file to UTF-8"
-                    ) from error
+                    raise UserError(f"{path}, line {number}: not UTF-8 text; convert the file to UTF-8") from error
                 return lines, first
             first = number if len(lines) == 1 else first
         if len(lines) > 1:  # a header and an event
@@ -234,10 +233,9 @@ def _fault(path: Path, block: Block, dialect: Dialect, separator: str, num_field
     return f"{path}, near line {block.first_line}: {fault[:200]}"
 
 
-def _rows(
-    block: Block, dialect: Dialect, separator: str, strict: bool = False
-) -> Iterator[tuple[int, list[str]]]:
-    """Rows that are not blank, with the line that each begins on. csv.Error: a line whose quotes are wrong where ``strict``."""
+def _rows(block: Block, dialect: Dialect, separator: str, strict: bool = False) -> Iterator[tuple[int, list[str]]]:
+    """Rows that are not blank, with the line that each begins on. csv.Error: a line whose quotes are wrong where
+    ``strict``."""
     text = block.data.decode(errors="replace")
     if not dialect.quoting:
         lines = enumerate(text.split("\n"), block.first_line)

@@ -1,7 +1,8 @@
 """Times of events: recognition of their unit or format, and exact conversion to nanoseconds since 1970.
 
-A file has one format for all of its times. It is recognised from the first rows, unless the user names a unit, and every
-later value that does not fit it is a fault of the file. Order is kept to the precision given; models see whole seconds.
+A file has one format for all of its times. It is recognised from the first rows, unless the user names a unit, and
+every later value that does not fit it is a fault of the file. Order is kept to the precision given; models see whole
+seconds.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ _NUMBER = r"^\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?\s*$"
 _ZONE = r"([+-]\d{2}:?\d{2}|[+-]\d{2})$"
 _NANOSECOND_YEARS = (1700, 2250)
 """Within what 64 bits of nanoseconds hold: polars takes a later or earlier time for another one in between."""
-# As polars writes formats: %.f is a fraction with its point, or nothing. Of several that fit as many times the first is taken.
+# As polars writes formats: %.f is a fraction with its point, or nothing. Of several that fit as many times the first is
+# taken.
 _ISO_FORMATS = ("%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%d %H:%M", "%Y-%m-%d", "%Y/%m/%d %H:%M:%S%.f", "%Y/%m/%d")
 _COMPACT_DATE = "%Y%m%d"  # 20230531, which as a number of seconds would be a day of 1970
 _OTHER_FORMATS = ("%a %b %d %H:%M:%S %z %Y",)  # Goodreads: Tue Sep 26 09:43:46 -0700 2017
@@ -32,8 +34,8 @@ _OTHER_FORMATS = ("%a %b %d %H:%M:%S %z %Y",)  # Goodreads: Tue Sep 26 09:43:46 
 
 @dataclass(frozen=True)
 class TimeFormat:
-    """Format of a file's times: numbers of a unit ("s", "ms", "us", "ns"), text of a format (`strptime`), or, with neither,
-    values whose type is that of dates or datetimes."""
+    """Format of a file's times: numbers of a unit ("s", "ms", "us", "ns"), text of a format (`strptime`), or, with
+    neither, values whose type is that of dates or datetimes."""
 
     unit: str | None = None
     text: str | None = None
@@ -49,8 +51,8 @@ class TimeFormat:
 def recognise(values: pl.Series, unit: str | None = None) -> TimeFormat | None:
     """The format of a file's first times; None where they have none that is known, or are all missing.
 
-    values: text, numbers, dates or datetimes; empty and null ones are passed over. unit: the unit of numbers, if the user
-    names it.
+    values: text, numbers, dates or datetimes; empty and null ones are passed over. unit: the unit of numbers, if the
+    user names it.
     """
     values = values.drop_nulls()
     if values.dtype in (pl.Date, pl.Datetime):
@@ -130,7 +132,8 @@ def _parse_text(values: pl.Series, form: str) -> pl.Series:
         text = text.set((text.str.len_bytes() != 8).fill_null(False), None)
     if "%H" not in form:
         return text.str.to_date(form, strict=False).cast(pl.Datetime("ns")).cast(pl.Int64)
-    # Zones are taken apart here: polars would want all times of a column to have one, or none. The date's dashes are no zone.
+    # Zones are taken apart here: polars would want all times of a column to have one, or none. The date's dashes are no
+    # zone.
     zone = text.str.slice(10).str.extract_groups(_ZONE).struct[0]
     has_zone = zone.is_not_null()
     if has_zone.any():

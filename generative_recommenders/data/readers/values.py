@@ -124,9 +124,7 @@ def categories(values: pl.Series, name: str, rows: Rows) -> pl.Series:
     if number or values.dtype in (pl.Categorical, pl.Enum, pl.Null, pl.Boolean):
         values = values.cast(pl.String)
     if values.dtype != pl.String:
-        raise UserError(
-            f"{rows.file}: column {name!r} is of type {values.dtype}; categories must be text or numbers"
-        )
+        raise UserError(f"{rows.file}: column {name!r} is of type {values.dtype}; categories must be text or numbers")
     text = values.str.strip_chars()
     long = (text.str.len_bytes() > MAX_ID_BYTES).fill_null(False)
     rows.refuse(long, values, name, f"is longer than {MAX_ID_BYTES} bytes; is it a category?")

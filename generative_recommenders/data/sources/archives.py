@@ -123,9 +123,7 @@ def _members(archive: Path) -> Iterator[_Member]:
     if mode is not None:
         with tarfile.open(archive, mode, tarinfo=_BoundedHeader) as tar:  # type: ignore[call-overload]
             for info in tar:
-                yield _Member(
-                    info.name, info.size, info.isdir(), info.isreg(), partial(tar.extractfile, info)
-                )
+                yield _Member(info.name, info.size, info.isdir(), info.isreg(), partial(tar.extractfile, info))
         return
     with zipfile.ZipFile(archive) as pack:
         for entry in pack.infolist():

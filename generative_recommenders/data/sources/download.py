@@ -66,9 +66,7 @@ def fetch(remote: RemoteFile, folder: Path, *, progress: bool = True) -> Path:
             # pooch replaces the total by the answer's length; without one here it could not ask whether there is a bar.
             bar = tqdm(total=1, desc=remote.file_name, unit="B", unit_scale=True, disable=not progress)
             with bar, part.open("wb") as sink:
-                pooch.HTTPDownloader(bar, BLOCK_BYTES, headers=_HEADERS, timeout=TIMEOUT_SECONDS)(
-                    url, sink, None
-                )
+                pooch.HTTPDownloader(bar, BLOCK_BYTES, headers=_HEADERS, timeout=TIMEOUT_SECONDS)(url, sink, None)
             if not remote.describes(part):
                 raise _WrongFileError(f"its {remote.algorithm} is not the published {remote.checksum}")
             return part.replace(target)

@@ -90,16 +90,15 @@ SIDE_FILES = {
     "movies.dat": SideFile(ITEM_SCHEMA, _movie, "::", 3),  # ML-1M
     "movies.csv": SideFile(ITEM_SCHEMA, _movie, ",", 3, "movieId,title,genres"),  # ML-20M
     "u.item": SideFile(ITEM_SCHEMA, _movie_of_flags, "|", 5 + len(GENRES_100K)),  # ML-100K
-    "u.item.tsv": SideFile(
-        ITEM_SCHEMA, _movie_of_words, "\t", 4, "item_id:token"
-    ),  # ML-100K as RecBole has it
+    "u.item.tsv": SideFile(ITEM_SCHEMA, _movie_of_words, "\t", 4, "item_id:token"),  # ML-100K as RecBole has it
     "users.dat": SideFile(USER_SCHEMA, list, "::", 5),  # ML-1M
     "u.user": SideFile(USER_SCHEMA, _person_with_age, "|", 5),  # ML-100K
 }
 
 
 def read_side_file(name: str, path: Path) -> pa.Table:
-    """The rows of a file that is laid out as the published one of this name; gzip or not. UserError with file and line."""
+    """The rows of a file that is laid out as the published one of this name; gzip or not. UserError with file and
+    line."""
     schema, parse, delimiter, count, header = SIDE_FILES[name]
     is_csv, text = delimiter == ",", _read_text(path)
     mark = "\x1f" if len(delimiter) > 1 else delimiter  # csv knows delimiters of one character alone

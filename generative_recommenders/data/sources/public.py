@@ -153,9 +153,7 @@ def resolve(
     if raw_path is not None and not os.path.exists(raw_path):  # False for a name that is too long
         raise UserError(f"--raw_path={raw_path} does not exist")
     if options is not None and options != ReadOptions() and name != "csv":
-        raise UserError(
-            f"columns, delimiter, header, quotes and times of {name} are known; leave their flags out"
-        )
+        raise UserError(f"columns, delimiter, header, quotes and times of {name} are known; leave their flags out")
     if k_core is not None and k_core < 1:
         raise UserError(f"--k_core={k_core} must be at least 1")
     if result_name is not None and not re.fullmatch(r"\w[\w.+-]*", result_name):
@@ -213,8 +211,8 @@ def _published(request: Request) -> RawRatings:
 
 
 def _is_complete(published: PublishedRatings, origin: Path, ratings: Path, downloaded: bool) -> bool:
-    """Whether this is the published data, by the archive's checksum or the size or checksum of the ratings: only then do
-    the counts after preparation have to be the published ones."""
+    """Whether this is the published data, by the archive's checksum or the size or checksum of the ratings: only then
+    do the counts after preparation have to be the published ones."""
     if downloaded or (origin.is_file() and is_archive(origin) and published.archive.describes(origin)):
         return True
     with ratings.open("rb") as source:
@@ -263,7 +261,8 @@ def _exchange_text(request: Request) -> RawRatings:
 
 @register_data_source("csv")
 def _csv(request: Request) -> RawRatings:
-    """Any file or folder: delimited text, JSON lines, Parquet or Arrow, found out or told by ``--columns`` and its siblings."""
+    """Any file or folder: delimited text, JSON lines, Parquet or Arrow, found out or told by ``--columns`` and its
+    siblings."""
     origin = _required_path(request)
     if origin.is_dir():
         files = data_files(origin, [path for path in origin.iterdir() if not path.is_dir()])

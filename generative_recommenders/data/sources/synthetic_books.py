@@ -110,8 +110,8 @@ def make_steps(settings: SyntheticBooksSettings, catalogue: BookCatalogue, first
     """Readers ``first .. stop - 1``; the same numbers whatever slice they are asked for in."""
     users = np.arange(first, stop, dtype=np.uint64)
     uniform = _Uniform(settings.seed)
-    # Ratings beyond the minimum are Lomax distributed, by the inverse of its cumulative distribution; rounding down costs
-    # half a rating in the mean, which the scale gives back.
+    # Ratings beyond the minimum are Lomax distributed, by the inverse of its cumulative distribution; rounding down
+    # costs half a rating in the mean, which the scale gives back.
     excess = settings.mean_length - settings.min_length
     scale = (excess + 0.5) * (LENGTH_TAIL - 1) if excess > 0 else 0.0
     tail = np.floor(scale * ((1 - uniform(users, 0, "length")) ** (-1 / LENGTH_TAIL) - 1))
@@ -175,13 +175,12 @@ def write_synthetic_books(
     catalogue = make_catalogue(settings.num_items, settings.seed)
     stars = pa.array([f"{star}.0" for star in range(6)])
     options = pyarrow.csv.WriteOptions(include_header=False, quoting_style="none")
-    # The note is taken away first and comes last: whole files without it are made again, never mistaken for these settings.
+    # The note is taken away first and comes last: whole files without it are made again, never mistaken for these
+    # settings.
     with new_file(note) as new_note, new_file(books) as new_books, new_file(ratings) as new_ratings:
         with (
             pyarrow.csv.CSVWriter(new_ratings, _ROWS, write_options=options) as writer,
-            tqdm(
-                total=settings.num_users, desc="synthetic-books", unit=" users", disable=not progress
-            ) as bar,
+            tqdm(total=settings.num_users, desc="synthetic-books", unit=" users", disable=not progress) as bar,
         ):
             for first in range(0, settings.num_users, chunk_users):
                 stop = min(first + chunk_users, settings.num_users)
@@ -244,10 +243,11 @@ def _walk(
     fresh: Callable[[np.ndarray, int], np.ndarray],
     attempts: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Items of all steps of all readers of a slice, and the heads of both threads before each; arrays ``[T]`` as in `Steps`.
+    """Items of all steps of all readers of a slice, and the heads of both threads before each; arrays ``[T]`` as in
+    `Steps`.
 
-    older: whether the older thread continues. attempts: to pass over books read before. Readers are sorted, longest first, so
-    that those who still read at a step are a prefix.
+    older: whether the older thread continues. attempts: to pass over books read before. Readers are sorted, longest
+    first, so that those who still read at a step are a prefix.
     """
     lengths = np.diff(offsets)
     longest_first = np.argsort(-lengths, kind="stable")
@@ -281,7 +281,8 @@ def _walk(
 def _days(
     uniform: _Uniform, users: np.ndarray, owner: np.ndarray, step: np.ndarray, predictable: np.ndarray
 ) -> np.ndarray:
-    """Days of all steps, never falling within a reader: next volumes often come on the same day, other gaps are exponential."""
+    """Days of all steps, never falling within a reader: next volumes often come on the same day, other gaps are
+    exponential."""
     keys = users[owner]
     start = FIRST_DAY + (uniform(users, 0, "first day") * (LAST_DAY - FIRST_DAY)).astype(np.int64)
     same_day = uniform(keys, step, "same day") < np.where(predictable, 0.4, 0.1)

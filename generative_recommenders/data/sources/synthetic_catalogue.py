@@ -75,9 +75,7 @@ def make_catalogue(num_items: int, seed: int) -> BookCatalogue:
     Volumes of a work are neighbours in popularity; an author's works lie anywhere. Every author has two
     books or more.
     """
-    rng = np.random.Generator(
-        np.random.Philox(key=seed)
-    )  # whose draws keep their order: a seed is a catalogue
+    rng = np.random.Generator(np.random.Philox(key=seed))  # whose draws keep their order: a seed is a catalogue
     sizes = np.where(rng.random(num_items) < _ALONE_SHARE, 1, rng.integers(3, 9, num_items))
     sizes = sizes[: np.searchsorted(np.cumsum(sizes), num_items) + 1]
     work = np.repeat(np.arange(len(sizes)), sizes)[:num_items]
@@ -99,9 +97,7 @@ def make_catalogue(num_items: int, seed: int) -> BookCatalogue:
     by_genre = np.argsort(genre, kind="stable")
     # Ids are multiples of a number coprime to 10^10: distinct, and in an order that does not tell the popularity.
     return BookCatalogue(
-        ids=numerals(
-            np.arange(num_items, dtype=np.uint64) * np.uint64(618_033_989) % np.uint64(10**10), 10, 10
-        ),
+        ids=numerals(np.arange(num_items, dtype=np.uint64) * np.uint64(618_033_989) % np.uint64(10**10), 10, 10),
         author=author,
         genre=genre,
         second_genre=np.where(rng.random(num_items) < _SECOND_GENRE_SHARE, second, -1),

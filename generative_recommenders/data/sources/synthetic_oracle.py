@@ -1,4 +1,5 @@
-"""Best possible scores on the synthetic books: those of a recommender that knows the generator and every reader's taste.
+"""Best possible scores on the synthetic books: those of a recommender that knows the generator and every reader's
+taste.
 
 Each step of the generator has a known distribution over the next book, given the reader's two threads,
 taste and books read. Ranking by it is optimal, and the expectation of a metric over it is exact (up to the
@@ -99,9 +100,7 @@ def oracle(
     return _score(expected, cutoffs, len(rows), _score(realised, cutoffs, len(rows)))
 
 
-def _score(
-    by_rank: np.ndarray, cutoffs: Sequence[int], users: int, realised: OracleScore | None = None
-) -> OracleScore:
+def _score(by_rank: np.ndarray, cutoffs: Sequence[int], users: int, realised: OracleScore | None = None) -> OracleScore:
     """Metrics of ``users`` targets, of which so many have each rank: ``[V + 1]``, the last for misses."""
     ranked, place = by_rank[:-1], np.arange(1, len(by_rank))
     gains = ranked / np.log2(place + 1)

@@ -24,9 +24,9 @@ LinearActivation = Literal["silu", "none"]
 class BlockEncoder(torch.nn.Module):
     """A stack of ``blocks``, whose states of a causal history never change when later tokens arrive.
 
-    A block is ``forward(x [T, D], layout, *inputs) -> [T, D]``, split where further tokens need no second pass of the others:
-    ``keys_values(x)``, ``[T, H, d]`` each, and ``over_cache(x, block, appended, *cached_inputs) -> [T, D]``, its forward pass
-    of the tokens alone over the keys and values of all.
+    A block is ``forward(x [T, D], layout, *inputs) -> [T, D]``, split where further tokens need no second pass of the
+    others: ``keys_values(x)``, ``[T, H, d]`` each, and ``over_cache(x, block, appended, *cached_inputs) -> [T, D]``,
+    its forward pass of the tokens alone over the keys and values of all.
     """
 
     causal = True
@@ -53,10 +53,9 @@ class BlockEncoder(torch.nn.Module):
             x = run_block(block, self.activation_checkpoint and self.training, x, layout, *inputs)
         return layout.mask(self.output(x))
 
-    def encode_last(
-        self, x: torch.Tensor, layout: Layout, events: Mapping[str, torch.Tensor]
-    ) -> torch.Tensor:
-        """See `modeling.model.SequenceEncoder.last`: of the last block, queries and feed-forward of the last tokens alone."""
+    def encode_last(self, x: torch.Tensor, layout: Layout, events: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """See `modeling.model.SequenceEncoder.last`: of the last block, queries and feed-forward of the last tokens
+        alone."""
         *before, last = self.blocks
         tokens, appended = last_tokens(layout, events.get("timestamps"))
         own = {name: values.index_select(0, tokens) for name, values in events.items()}
@@ -89,8 +88,8 @@ class BlockEncoder(torch.nn.Module):
 class TimedEncoder(BlockEncoder):
     """Blocks that compare the places and times of two events.
 
-    max_length: N, the reach of places. timed: whether times are read. next_time: "given" where a token knows the time of the
-    event after it, else "hidden".
+    max_length: N, the reach of places. timed: whether times are read. next_time: "given" where a token knows the time
+    of the event after it, else "hidden".
     """
 
     max_length: int
@@ -128,9 +127,7 @@ def linear_activation_of(name: LinearActivation) -> Callable[[torch.Tensor], tor
 def check_heads(width: int, num_heads: int) -> None:
     """ValueError where the heads do not divide the width."""
     if num_heads < 1 or width % num_heads:
-        raise ValueError(
-            f"num_heads {num_heads} does not divide the width {width}: choose one of its divisors"
-        )
+        raise ValueError(f"num_heads {num_heads} does not divide the width {width}: choose one of its divisors")
 
 
 def check_positive(**sizes: int) -> None:

@@ -58,9 +58,7 @@ class DifferentialAttention(nn.Module):
         kdim, vdim = kdim or embedding_dim, vdim or embedding_dim
         for name, width in (("embedding_dim", embedding_dim), ("kdim", kdim), ("vdim", vdim)):
             if num_heads < 1 or width % num_heads:
-                raise UserError(
-                    f"differential attention: {name} {width} is not divisible by num_heads {num_heads}"
-                )
+                raise UserError(f"differential attention: {name} {width} is not divisible by num_heads {num_heads}")
         self.num_heads = num_heads
         self.lambda_init = lambda_init
         head_width = kdim // num_heads
@@ -75,7 +73,8 @@ class DifferentialAttention(nn.Module):
     def project(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """``[..., D]`` each to heads: q and k ``[..., H, 2 dq]``, the first attention's half beside the second's, and v."""
+        """``[..., D]`` each to heads: q and k ``[..., H, 2 dq]``, the first attention's half beside the second's, and
+        v."""
         projected = self.W_q(query), self.W_k(key), self.W_v(value)
         q, k, v = (x.unflatten(-1, (self.num_heads, -1)) for x in projected)
         return q, k, v
@@ -85,7 +84,8 @@ class DifferentialAttention(nn.Module):
         return self.output(first - self.lambdas().unsqueeze(-1) * second)
 
     def output(self, difference: torch.Tensor) -> torch.Tensor:
-        """The difference of attended values ``[..., H, dv]`` to ``[..., D]``: norm per head, output projection (eq. 3)."""
+        """The difference of attended values ``[..., H, dv]`` to ``[..., D]``: norm per head, output projection (eq.
+        3)."""
         # (1 - lambda_init) keeps the gradient flow of a Transformer, whatever the block (section 2.1).
         normed = rms_norm(difference, self.rms_scale * (1.0 - self.lambda_init), HEAD_NORM_EPS)
         return self.W_o(normed.flatten(-2))
@@ -164,10 +164,11 @@ class DiffTransformerBlock(nn.Module):
 
 @register_encoder("DiffTransformer", gin_name="diff_transformer_encoder")
 class DiffTransformer(BlockEncoder):
-    """DiffTransformer: a stack of `DiffTransformerBlock`, one softmax attention less a share of another (arXiv 2410.05258).
+    """DiffTransformer: a stack of `DiffTransformerBlock`, one softmax attention less a share of another (arXiv
+    2410.05258).
 
-    ``forward(x [T, D], layout, events) -> [T, D]``, in x's float dtype; no norm after the last block, whose lambda_init is
-    0.8 - 0.6 exp(-0.3 block). ValueError where num_heads does not divide D.
+    ``forward(x [T, D], layout, events) -> [T, D]``, in x's float dtype; no norm after the last block, whose lambda_init
+    is 0.8 - 0.6 exp(-0.3 block). ValueError where num_heads does not divide D.
 
     norm: "post" norms after the residual (RePlay's form), "pre" each branch's input (the paper's).
     dropout_rate: dropout on the probabilities of both attentions and on what each branch adds.

@@ -1,14 +1,15 @@
 """FuXi-alpha (arXiv 2502.03036), in the form of the authors' public runs.
 
-A block, over the tokens x of a batch; act is SiLU, RMS has eps 1e-6 and no weights, D is dropout, N is the constant max_length:
+A block, over the tokens x of a batch; act is SiLU, RMS has eps 1e-6 and no weights, D is dropout, N is the constant
+max_length:
 
     U, V, Q, K = split(act(RMS(x) W))
     H = [A_position V, A_time V, SiLU(Q Kᵀ) / N V]            adaptive multi-channel self-attention, over the past
     o = x + W_0 D(RMS(H) * U) + b_0                           multi-stage feed-forward network, first stage
     x = o + W_2 (SiLU(W_g n) * W_1 n),  n = D(RMS(o))         and its second stage
 
-A_position[i, j] is a weight for j - i and A_time[i, j] one for the bucket of the time between the two (`ops.attention.tables`):
-meaning, place and time attend apart, where HSTU adds place and time to the logits.
+A_position[i, j] is a weight for j - i and A_time[i, j] one for the bucket of the time between the two
+(`ops.attention.tables`): meaning, place and time attend apart, where HSTU adds place and time to the logits.
 """
 
 from __future__ import annotations
@@ -109,9 +110,7 @@ class FuxiBlock(torch.nn.Module):
         _, _, k, v = self.project(x)
         return k, v
 
-    def over_cache(
-        self, x: torch.Tensor, block: KeysValues, appended: Appended, inputs: BiasInputs
-    ) -> torch.Tensor:
+    def over_cache(self, x: torch.Tensor, block: KeysValues, appended: Appended, inputs: BiasInputs) -> torch.Tensor:
         """`forward` of the tokens ``x [T, D]`` alone, over what the block keeps of all."""
         u, q, _, v = self.project(x)
         sees, values = appended.distances() <= 0, block.values.flatten(2)
@@ -126,11 +125,14 @@ class FuxiBlock(torch.nn.Module):
 
 @register_encoder("FuXi", gin_name="fuxi_encoder")
 class FuXi(TimedEncoder):
-    """FuXi-alpha: a stack of `FuxiBlock`, three channels of attention and a feed-forward in two stages (arXiv 2502.03036).
+    """FuXi-alpha: a stack of `FuxiBlock`, three channels of attention and a feed-forward in two stages (arXiv
+    2502.03036).
 
-    ``forward(x [T, D], layout, events) -> [T, D]``; events may hold ``timestamps`` and ``next_timestamps [T]`` int64, seconds.
+    ``forward(x [T, D], layout, events) -> [T, D]``; events may hold ``timestamps`` and ``next_timestamps [T]`` int64,
+    seconds.
 
-    max_length: N = max_sequence_length + gr_output_length + 1, the constant divisor and the reach of the channel of place.
+    max_length: N = max_sequence_length + gr_output_length + 1, the constant divisor and the reach of the channel of
+    place.
     dqk: width of a head's queries and keys.
     dv: width of a head's values, in each channel.
     normalization: accepted as published.
@@ -141,8 +143,8 @@ class FuXi(TimedEncoder):
     ffn_multiply: hidden width of the second stage over D.
     ffn_single_stage: blocks without the second stage.
     enable_relative_time_bias: False leaves out the channel of time.
-    next_time: "given": the channel of time may use the time of the event that a position predicts; "hidden": it uses the
-    position's own time.
+    next_time: "given": the channel of time may use the time of the event that a position predicts; "hidden": it uses
+    the position's own time.
     """
 
     time_options = ("enable_relative_time_bias",)

@@ -3,9 +3,9 @@
 A block, over the tokens x of a batch; act is SiLU, LN has eps 1e-6, and N is the constant max_length, or by
 ``attn_divisor = "length"`` the number of tokens that the position attends to:
 
-    U, V, Q, K = split(act(LN(x) W))                          (eq. 1)
-    A V = SiLU(Q Kᵀ + bias) / N V                             (eq. 2), over the past; bias: see `ops.attention.relative_bias`
-    x = x + W_o dropout(LN(A V) * U) + b_o                    (eq. 3)
+    U, V, Q, K = split(act(LN(x) W))             (eq. 1)
+    A V = SiLU(Q Kᵀ + bias) / N V                (eq. 2), over the past; bias: see `ops.attention.relative_bias`
+    x = x + W_o dropout(LN(A V) * U) + b_o       (eq. 3)
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ Divisor = Literal["max_length", "length"]
 class HstuBlock(torch.nn.Module):
     """One block of the equations above.
 
-    normalization: "rel_bias", or "softmax_rel_bias" for `softmax_over_all_columns` in place of eq. 2. concat_ua: the output
-    projection takes ``[U, LN(A V), U * LN(A V)]``.
+    normalization: "rel_bias", or "softmax_rel_bias" for `softmax_over_all_columns` in place of eq. 2. concat_ua: the
+    output projection takes ``[U, LN(A V), U * LN(A V)]``.
     """
 
     def __init__(
@@ -144,7 +144,8 @@ class HstuBlock(torch.nn.Module):
 class HSTU(TimedEncoder):
     """HSTU: a stack of `HstuBlock`, pointwise attention with a relative bias and a gate (arXiv 2402.17152, eq. 1 to 3).
 
-    ``forward(x [T, D], layout, events) -> [T, D]``; events may hold ``timestamps`` and ``next_timestamps [T]`` int64, seconds.
+    ``forward(x [T, D], layout, events) -> [T, D]``; events may hold ``timestamps`` and ``next_timestamps [T]`` int64,
+    seconds.
 
     max_length: N = max_sequence_length + gr_output_length + 1, the constant divisor and the reach of the position bias.
     dqk: width of a head's queries and keys.
@@ -160,8 +161,8 @@ class HSTU(TimedEncoder):
     enable_relative_position_bias: False leaves out the bias by the distance of two positions.
     attn_divisor: "max_length" divides by N as published, "length" by the tokens attended to, so that the sums of short
     histories are no smaller than those of long ones.
-    next_time: "given": the time bias of a position may use the time of the event it predicts, in training and evaluation;
-    "hidden": it uses the position's own time.
+    next_time: "given": the time bias of a position may use the time of the event it predicts, in training and
+    evaluation; "hidden": it uses the position's own time.
     """
 
     time_options = ("enable_relative_attention_bias", "enable_relative_time_bias")

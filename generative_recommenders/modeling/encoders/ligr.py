@@ -1,8 +1,9 @@
-"""LiGR (arXiv 2502.03417): a pre-norm Transformer whose residuals are gated; with sampled softmax, eSASRec (arXiv 2508.06450).
+"""LiGR (arXiv 2502.03417): a pre-norm Transformer whose residuals are gated; with sampled softmax, eSASRec (arXiv
+2508.06450).
 
 A block, over the tokens x of a batch; LN has weights and eps 1e-5, D is dropout, and every gate has weights of its own:
 
-    y = x + sigmoid(x W_a + b_a) * D(attention(LN(x)))          softmax attention over the past, dropout on its weights too
+    y = x + sigmoid(x W_a + b_a) * D(attention(LN(x)))     softmax attention over the past, dropout on its weights too
     z = y + sigmoid(y W_f + b_f) * D(feed_forward(LN(y)))
 """
 
@@ -71,9 +72,7 @@ class LigrBlock(torch.nn.Module):
         """x: ``[T, D]``; returns the same shape."""
         normed = self.attn_norm(x)
         rate = self.dropout.rate if self.training else 0.0
-        attended = multi_head_attention(
-            normed, normed, self.in_proj, self.out_proj, self.num_heads, layout, rate
-        )
+        attended = multi_head_attention(normed, normed, self.in_proj, self.out_proj, self.num_heads, layout, rate)
         return layout.mask(self.combine(x, attended))
 
     def combine(self, x: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
@@ -95,7 +94,8 @@ class LigrBlock(torch.nn.Module):
 
 @register_encoder("LiGR", gin_name="ligr_encoder")
 class LiGR(BlockEncoder):
-    """LiGR: a stack of `LigrBlock`, a pre-norm Transformer with gated residuals (arXiv 2502.03417); no norm after the last.
+    """LiGR: a stack of `LigrBlock`, a pre-norm Transformer with gated residuals (arXiv 2502.03417); no norm after the
+    last.
 
     ``forward(x [T, D], layout, events) -> [T, D]``, in x's float dtype. ValueError where num_heads does not divide D.
 

@@ -101,7 +101,8 @@ class SasrecBlock(torch.nn.Module):
 
 @register_encoder("SASRec", gin_name="sasrec_encoder")
 class SASRec(BlockEncoder):
-    """SASRec: a stack of `SasrecBlock`, self-attention over the past and a feed-forward network (arXiv 1808.09781, eq. 2 to 5).
+    """SASRec: a stack of `SasrecBlock`, self-attention over the past and a feed-forward network (arXiv 1808.09781, eq.
+    2 to 5).
 
     ``forward(x [T, D], layout, events) -> [T, D]``, in x's float dtype. ValueError where num_heads does not divide D.
 
@@ -129,9 +130,7 @@ class SASRec(BlockEncoder):
         self.output_dim = embedding_dim
         self.activation_checkpoint = activation_checkpoint
         self.blocks = torch.nn.ModuleList(
-            SasrecBlock(
-                embedding_dim, num_heads, ffn_hidden_dim, ffn_activation_fn, ffn_dropout_rate, norm_weights
-            )
+            SasrecBlock(embedding_dim, num_heads, ffn_hidden_dim, ffn_activation_fn, ffn_dropout_rate, norm_weights)
             for _ in range(num_blocks)
         )
         self.final_norm = torch.nn.LayerNorm(embedding_dim) if final_norm else torch.nn.Identity()

@@ -27,9 +27,7 @@ class PositionalEncoding(nn.Module):
     def __init__(self, embedding_dim: int, max_seq_length: int = 5000) -> None:
         super().__init__()
         positions = torch.arange(max_seq_length, dtype=torch.float32)[:, None]
-        angles = positions * torch.exp(
-            torch.arange(0, embedding_dim, 2) * (-math.log(10000.0) / embedding_dim)
-        )
+        angles = positions * torch.exp(torch.arange(0, embedding_dim, 2) * (-math.log(10000.0) / embedding_dim))
         table = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, :embedding_dim]
         self.register_buffer("pe", table[None].contiguous())
 
@@ -46,9 +44,7 @@ class MultiHeadAttention(nn.Module):
     def __init__(self, embedding_dim: int, num_heads: int) -> None:
         super().__init__()
         if num_heads < 1 or embedding_dim % num_heads:
-            raise UserError(
-                f"attention: embedding_dim {embedding_dim} is not divisible by num_heads {num_heads}"
-            )
+            raise UserError(f"attention: embedding_dim {embedding_dim} is not divisible by num_heads {num_heads}")
         self.num_heads = num_heads
         self.w_q = nn.Linear(embedding_dim, embedding_dim)
         self.w_k = nn.Linear(embedding_dim, embedding_dim)
@@ -92,7 +88,8 @@ class TransformerBlock(nn.Module):
 
 @register_encoder("Transformer", gin_name="transformer_encoder")
 class Transformer(torch.nn.Module):
-    """The post-norm Transformer with sinusoidal positions (arXiv 1706.03762); the preprocessor's learned ones come on top.
+    """The post-norm Transformer with sinusoidal positions (arXiv 1706.03762); the preprocessor's learned ones come on
+    top.
 
     ``forward(x [T, D], layout, events) -> [T, D]``, in x's float dtype. ValueError where num_heads does not divide D.
 
@@ -120,8 +117,7 @@ class Transformer(torch.nn.Module):
         self.positions = PositionalEncoding(embedding_dim, max_length)
         self.dropout = Dropout(dropout_rate)
         self.blocks = torch.nn.ModuleList(
-            TransformerBlock(embedding_dim, num_heads, ffn_hidden_dim, dropout_rate)
-            for _ in range(num_blocks)
+            TransformerBlock(embedding_dim, num_heads, ffn_hidden_dim, dropout_rate) for _ in range(num_blocks)
         )
 
     def forward(self, x: torch.Tensor, layout: Layout, events: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -68,9 +68,7 @@ class ItemTower(nn.Module):
             raise UserError(f"item_tower.num_blocks {num_blocks} must be 1 or more")
         self.embedding_dim = embedding_dim
         self.embedder = SequenceEmbedding(specs)
-        self.encoder = nn.Sequential(
-            *(SwiGLUEncoder(embedding_dim, 2 * embedding_dim) for _ in range(num_blocks))
-        )
+        self.encoder = nn.Sequential(*(SwiGLUEncoder(embedding_dim, 2 * embedding_dim) for _ in range(num_blocks)))
 
     def forward(self, features: Mapping[str, torch.Tensor], id_rows: torch.Tensor | None) -> torch.Tensor:
         """``[U, D]`` from features by name (``[U]`` or ``[U, K]``) and rows of the id table ``[U, D]``, or
@@ -90,9 +88,11 @@ ReadFeatures = Callable[[Sequence[str], ListReduction], Sequence[EntityFeature]]
 
 @register_item_embedding("item_tower", gin_name="item_tower")
 class ItemTowerEmbedding(ItemEmbedding):
-    """Items through a tower over their features: histories look up the id table, what is scored comes out of an `ItemTower`.
+    """Items through a tower over their features: histories look up the id table, what is scored comes out of an
+    `ItemTower`.
 
-    features: columns of the prepared items table; "item_id" is the id itself, by the row of the table that histories look up.
+    features: columns of the prepared items table; "item_id" is the id itself, by the row of the table that histories
+    look up.
     list_reduction: how the embeddings of a list's categories become one.
     num_blocks: blocks of the tower.
     """

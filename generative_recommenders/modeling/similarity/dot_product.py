@@ -23,7 +23,8 @@ class DotProductSimilarity(Similarity):
         self.temperature, self.score_dtype = temperature, score_dtype
 
     def operands(self, states: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """``states / temperature`` and the items, float32; their products are still to be rounded to ``score_dtype``."""
+        """``states / temperature`` and the items, float32; their products are still to be rounded to
+        ``score_dtype``."""
         return self._scaled(states.float()), rounded(weight.float(), self.score_dtype)
 
     def score(

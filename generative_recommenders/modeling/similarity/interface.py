@@ -14,8 +14,8 @@ SharedRows = Iterable[tuple[slice, torch.Tensor]]
 
 
 class Snapshot(NamedTuple):
-    """The catalogue as scored. embeddings: ``[V, D']``, row i belongs to id i + 1. components: what a similarity computes of
-    the items alone, or None."""
+    """The catalogue as scored. embeddings: ``[V, D']``, row i belongs to id i + 1. components: what a similarity
+    computes of the items alone, or None."""
 
     embeddings: torch.Tensor
     components: Any = None
@@ -27,10 +27,11 @@ def rounded(x: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
 
 
 class Similarity(torch.nn.Module):
-    """A learned or fixed score of (query, item). `score` must be written; everything else follows from it until overridden.
+    """A learned or fixed score of (query, item). `score` must be written; everything else follows from it until
+    overridden.
 
-    temperature: what scores are divided by. score_dtype: what product scores are rounded to, those by `operands` too; None, as
-    of most, for no rounding.
+    temperature: what scores are divided by. score_dtype: what product scores are rounded to, those by `operands` too;
+    None, as of most, for no rounding.
     """
 
     temperature: float = 1.0
@@ -41,11 +42,9 @@ class Similarity(torch.nn.Module):
         """Names of the auxiliary losses of training mode."""
         return frozenset()
 
-    def operands(
-        self, states: torch.Tensor, weight: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Q and W, such that the scores of items ``weight [U, D']`` by ``states [n, D]`` are ``Q Wᵀ``; None where they are no
-        product. Losses, ranks and top-k of products multiply these themselves, block by block."""
+    def operands(self, states: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Q and W, such that the scores of items ``weight [U, D']`` by ``states [n, D]`` are ``Q Wᵀ``; None where they
+        are no product. Losses, ranks and top-k of products multiply these themselves, block by block."""
         return None
 
     def score(
@@ -87,7 +86,8 @@ class Similarity(torch.nn.Module):
         rows: torch.Tensor | SharedRows,
         user_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The same of negatives ``[n, R]``, which auxiliary losses leave out; or of items that spans of queries share."""
+        """The same of negatives ``[n, R]``, which auxiliary losses leave out; or of items that spans of queries
+        share."""
         if isinstance(rows, torch.Tensor):
             return self.score(queries, items[rows], user_ids)[0]
         users = (lambda span: None) if user_ids is None else (lambda span: user_ids[span])
@@ -101,8 +101,6 @@ class Similarity(torch.nn.Module):
         """The catalogue's items ``[V, D']`` with what depends on them alone."""
         return Snapshot(embeddings)
 
-    def scores(
-        self, queries: torch.Tensor, snapshot: Snapshot, user_ids: torch.Tensor | None
-    ) -> torch.Tensor:
+    def scores(self, queries: torch.Tensor, snapshot: Snapshot, user_ids: torch.Tensor | None) -> torch.Tensor:
         """``[n, V]`` scores of the whole catalogue by queries ``[n, D]``."""
         return self.score(queries, snapshot.embeddings, user_ids)[0]

@@ -56,7 +56,8 @@ MixtureSums = tuple[torch.Tensor, torch.Tensor]
 
 
 class GatingOptions(OptionGroup):
-    """The gate over the entries of the mixture: two layers each of the query, of the item and of the logits (``qi``)."""
+    """The gate over the entries of the mixture: two layers each of the query, of the item and of the logits
+    (``qi``)."""
 
     prefix: ClassVar[str] = "gating_"
 
@@ -82,10 +83,11 @@ class GatingOptions(OptionGroup):
 class MoLSimilarity(Similarity, MoLComponents):
     """Mixture of logits over query embeddings ``[n, D]`` and item embeddings ``[R, D']``, with the published options.
 
-    With components f_q ``[Pq, d]`` and f_x ``[Pi, d]`` and entries e = (n, m): ``l_e = <f_q[n], f_x[m]> / temperature``,
-    ``p = softmax(gate(q, x, l))``, ``score = sum_e p_e l_e / score_temperature`` (arXiv 2306.04039, 2407.15462). Where
-    (query, item) pairs are many, they are scored block by block; beyond `_KEPT_FLOATS` a block's activations are computed
-    again in the backward pass, so that memory is bounded. UserError for options that cannot be together.
+    With components f_q ``[Pq, d]`` and f_x ``[Pi, d]`` and entries e = (n, m):
+    ``l_e = <f_q[n], f_x[m]> / temperature``, ``p = softmax(gate(q, x, l))``,
+    ``score = sum_e p_e l_e / score_temperature`` (arXiv 2306.04039, 2407.15462). Where (query, item) pairs are many,
+    they are scored block by block; beyond `_KEPT_FLOATS` a block's activations are computed again in the backward pass,
+    so that memory is bounded. UserError for options that cannot be together.
 
     dot_product_dimension: width of a component, d.
     dot_product_l2_norm: components are normalised, so that logits are cosines over the temperature.
@@ -94,7 +96,8 @@ class MoLSimilarity(Similarity, MoLComponents):
     softmax_dropout_rate: dropout on the mixture's entries.
     bf16_training: products in bfloat16, in evaluation too, as published.
     eps: least norm and least sum that is divided by.
-    activation_checkpoint: activations are computed again in the backward pass, always and not only where pairs are very many.
+    activation_checkpoint: activations are computed again in the backward pass, always and not only where pairs are very
+    many.
     mutual_information: whether training returns ``mi_loss``, which balances the load of the mixture.
     """
 
@@ -177,9 +180,7 @@ class MoLSimilarity(Similarity, MoLComponents):
         with self._autocast(embeddings):
             return Snapshot(embeddings, self.item_components(embeddings))
 
-    def scores(
-        self, queries: torch.Tensor, snapshot: Snapshot, user_ids: torch.Tensor | None
-    ) -> torch.Tensor:
+    def scores(self, queries: torch.Tensor, snapshot: Snapshot, user_ids: torch.Tensor | None) -> torch.Tensor:
         """``[n, V]`` scores of the snapshot's items."""
         with self._autocast(queries):
             query, _ = self.query_components(queries, user_ids)
@@ -191,9 +192,7 @@ class MoLSimilarity(Similarity, MoLComponents):
         if "mi_loss" in sums:
             used, negative_entropy, pairs = sums["mi_loss"].tensor_split((-2, -1))
             mean = used / pairs.clamp(min=1)
-            losses["mi_loss"] = (mean * torch.log(mean + _EPS)).sum() - (
-                negative_entropy / pairs.clamp(min=1)
-            ).sum()
+            losses["mi_loss"] = (mean * torch.log(mean + _EPS)).sum() - (negative_entropy / pairs.clamp(min=1)).sum()
         if "uid_embedding_l2_norm" in sums:
             squares, users = sums["uid_embedding_l2_norm"].unbind()
             losses["uid_embedding_l2_norm"] = squares / users.clamp(min=1)
@@ -206,7 +205,8 @@ class MoLSimilarity(Similarity, MoLComponents):
         rows: torch.Tensor,
         user_ids: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """``[n, P]`` scores of ``items[rows]``, rows ``[n, P]`` int64, and the sums of the auxiliary losses over these pairs.
+        """``[n, P]`` scores of ``items[rows]``, rows ``[n, P]`` int64, and the sums of the auxiliary losses over these
+        pairs.
 
         Where an item's dropout is drawn for every pair, its components are made for every pair, too; otherwise once
         however often it is scored, which is several times faster.
@@ -234,8 +234,7 @@ class MoLSimilarity(Similarity, MoLComponents):
             with numbered_rows.of_items():
                 parts = self.item_components(items)
             scores = [
-                self._mixed(query, len(ids), _shared(parts.select(ids)), span, purpose=1)[0]
-                for span, ids in rows
+                self._mixed(query, len(ids), _shared(parts.select(ids)), span, purpose=1)[0] for span, ids in rows
             ]
         return torch.cat(scores)
 
@@ -279,8 +278,8 @@ class MoLSimilarity(Similarity, MoLComponents):
     ) -> tuple[torch.Tensor, list[MixtureSums]]:
         """``[m, num_items]`` scores of the m queries of a span (all by default), and the sums of their blocks.
 
-        purpose: of the pairs, for dropout: 0 for positives, 1 for negatives. kept_per_item: floats that items_of keeps of
-        each pair.
+        purpose: of the pairs, for dropout: 0 for positives, 1 for negatives. kept_per_item: floats that items_of keeps
+        of each pair.
         """
         first, stop = (0, len(query.components)) if span is None else (span.start, span.stop)
         # As many columns as there are, and rows such that the temporaries of a block stay near _BLOCK_FLOATS.

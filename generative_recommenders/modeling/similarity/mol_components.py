@@ -39,7 +39,8 @@ class QueryOptions(OptionGroup):
     dot_product_groups: SmallCount = 8
     """Components of a query, Pq, those of the user's id among them."""
     use_identity_fn: bool = False
-    """The first component is the embedding itself, cut to the width of a component; the others are one linear layer of it."""
+    """The first component is the embedding itself, cut to the width of a component; the others are one linear layer of
+    it."""
     hidden_dim: HiddenWidth = 512
     """Hidden width; 0 or below for no hidden layer."""
     dropout_rate: Share = 0.0
@@ -56,14 +57,15 @@ class ItemOptions(OptionGroup):
     dot_product_groups: SmallCount = 4
     """Components of an item, Pi."""
     use_identity_fn: bool = False
-    """The first component is the embedding itself, cut to the width of a component; the others are one linear layer of it."""
+    """The first component is the embedding itself, cut to the width of a component; the others are one linear layer of
+    it."""
     hidden_dim: HiddenWidth = -1
     """Hidden width; 0 or below for no hidden layer."""
     dropout_rate: Share = 0.0
     """Dropout before the hidden layer."""
     dropout_shared: bool = False
-    """A step draws an item's dropout once for the positives and once for the negatives, not for every pair with a query as
-    published, which costs several times as much."""
+    """A step draws an item's dropout once for the positives and once for the negatives, not for every pair with a query
+    as published, which costs several times as much."""
     nonlinearity: GatedUnitName = DEFAULT_UNIT
     """Gated units of the hidden layer (arXiv 2002.05202)."""
 
@@ -140,9 +142,7 @@ class MoLComponents(nn.Module):
         self.users, self.hash_sizes = users, sizes
         own_groups = query.dot_product_groups - len(sizes)
         self.query_projection = side_projection(query, query_dim, own_groups, self.dot_product_dimension)
-        self.item_projection = side_projection(
-            item, item_dim, item.dot_product_groups, self.dot_product_dimension
-        )
+        self.item_projection = side_projection(item, item_dim, item.dot_product_groups, self.dot_product_dimension)
         self.user_tables = nn.ModuleList(nn.Embedding(rows, self.dot_product_dimension) for rows in sizes)
         xavier_normal_matrices_(self.user_tables)
         if sizes:
@@ -151,8 +151,8 @@ class MoLComponents(nn.Module):
     def query_components(
         self, queries: torch.Tensor, user_ids: torch.Tensor | None = None
     ) -> tuple[QueryComponents, dict[str, torch.Tensor]]:
-        """Components and gate input of queries ``[n, D]`` of users ``[n]``. In training with user tables, also the sums of
-        ``uid_embedding_l2_norm``: squares of what was looked up, over tables and users, and the number of users.
+        """Components and gate input of queries ``[n, D]`` of users ``[n]``. In training with user tables, also the sums
+        of ``uid_embedding_l2_norm``: squares of what was looked up, over tables and users, and the number of users.
         """
         projected = self.query_projection(queries).unflatten(-1, (-1, self.dot_product_dimension))
         components = [self._normalized(projected)]
@@ -179,7 +179,8 @@ class MoLComponents(nn.Module):
     def item_components(self, items: torch.Tensor, normalized: bool = True) -> ItemComponents:
         """Item-side inputs of the mixture, of items ``[..., D']``; may be computed once for evaluation.
 
-        normalized: False leaves the norm of components to `component_logits`: less work where each is of one pair alone.
+        normalized: False leaves the norm of components to `component_logits`: less work where each is of one pair
+        alone.
         """
         projected = self.item_projection(items).unflatten(-1, (-1, self.dot_product_dimension))
         scaled = normalized or not self.dot_product_l2_norm
@@ -200,9 +201,7 @@ class MoLComponents(nn.Module):
         return l2_normalize(components, self.eps) if self.dot_product_l2_norm else components
 
 
-def side_projection(
-    options: QueryOptions | ItemOptions, embedding_dim: int, groups: int, width: int
-) -> nn.Module:
+def side_projection(options: QueryOptions | ItemOptions, embedding_dim: int, groups: int, width: int) -> nn.Module:
     """Embeddings ``[..., D]`` of one side to components ``[..., groups * width]``."""
     name = options.prefix.removesuffix("_")
     unit = f"MoL {name}_nonlinearity = {options.nonlinearity}"
@@ -212,9 +211,7 @@ def side_projection(
     elif options.nonlinearity != DEFAULT_UNIT:
         say_once(f"{unit} has no effect: {name}_hidden_dim gives the {name} no hidden layer")
     if not options.use_identity_fn:
-        return projection(
-            embedding_dim, options.hidden_dim, groups * width, options.dropout_rate, options.nonlinearity
-        )
+        return projection(embedding_dim, options.hidden_dim, groups * width, options.dropout_rate, options.nonlinearity)
     if embedding_dim < width:
         raise UserError(
             f"MoL {name}_use_identity_fn takes dot_product_dimension = {width} entries of an embedding of "

@@ -1,7 +1,7 @@
 """Layers of the mixture of logits: gated units, projections and gates.
 
-The published programs draw every matrix of the mixture from Xavier's normal distribution once the model is made, whatever
-its layers began with, so layers begin with that here.
+The published programs draw every matrix of the mixture from Xavier's normal distribution once the model is made,
+whatever its layers began with, so layers begin with that here.
 """
 
 from __future__ import annotations
@@ -50,9 +50,7 @@ def _linear(in_features: int, out_features: int, bias: bool = True) -> nn.Linear
     return layer
 
 
-def projection(
-    in_features: int, hidden: int, out_features: int, rate: float, name: GatedUnitName
-) -> nn.Sequential:
+def projection(in_features: int, hidden: int, out_features: int, rate: float, name: GatedUnitName) -> nn.Sequential:
     """Dropout, gated hidden layer (none where hidden <= 0), linear layer."""
     if hidden <= 0:
         return nn.Sequential(Dropout(rate), _linear(in_features, out_features))
@@ -60,7 +58,8 @@ def projection(
 
 
 class IdentityProjection(nn.Module):
-    """The first ``width`` entries of the input as the first component, one linear layer after dropout for the others."""
+    """The first ``width`` entries of the input as the first component, one linear layer after dropout for the
+    others."""
 
     def __init__(self, in_features: int, groups: int, width: int, rate: float) -> None:
         super().__init__()

@@ -1,9 +1,9 @@
 """Losses over the whole catalogue: CE, CEWeighted, BCE, LogInCE, LogOutCE.
 
-``forward(hidden, item_weight, positives, weights)`` never holds all logits (``ops/products/catalogue.py``) and forms its
-gradients in the forward pass; ``terms`` is the same loss of logits that a caller holds. Everything is float32 (float64 stays),
-also under autocast; NaN logits give a NaN loss. Gradients of ``forward`` can be taken once, second derivatives not. Temperature
-and L2 norm are applied to ``hidden`` and ``item_weight`` by the caller.
+``forward(hidden, item_weight, positives, weights)`` never holds all logits (``ops/products/catalogue.py``) and forms
+its gradients in the forward pass; ``terms`` is the same loss of logits that a caller holds. Everything is float32
+(float64 stays), also under autocast; NaN logits give a NaN loss. Gradients of ``forward`` can be taken once, second
+derivatives not. Temperature and L2 norm are applied to ``hidden`` and ``item_weight`` by the caller.
 
 ``positives`` are rows of ``item_weight``, -1 = none. A label of weight 0 adds no term, and yet is no negative
 of its position: RePlay's reading of a partly masked position. Give -1 to drop a label entirely.
@@ -61,12 +61,14 @@ class CatalogueLoss(nn.Module, ABC):
 
     @abstractmethod
     def row_terms(self, positive: Tensor, statistic: Tensor, weights: Tensor) -> Terms:
-        """Loss of rows before it is summed, from positive logits ``[t, P]``, the row statistic ``[t]``, weights ``[t, P]``."""
+        """Loss of rows before it is summed, from positive logits ``[t, P]``, the row statistic ``[t]``, weights
+        ``[t, P]``."""
 
     def terms(self, positive: Tensor, logits: Tensor, weights: Tensor, mask: Tensor, own: Tensor) -> Terms:
         """Loss of held logits ``[T, V]`` in full precision, before it is summed and without label smoothing.
 
-        positive, weights: ``[T, P]``. mask, own: ``[T, V]`` bool, True = a negative of the row, a label of it (`is_label`).
+        positive, weights: ``[T, P]``. mask, own: ``[T, V]`` bool, True = a negative of the row, a label of it
+        (`is_label`).
         """
         counted = mask if self.excludes_labels else mask | own
         return self.row_terms(positive, masked_logsumexp(logits, counted), weights)
@@ -94,10 +96,10 @@ class CatalogueLoss(nn.Module, ABC):
         hidden: ``[T, D]`` float. item_weight: ``[V, D]`` float.
         positives: ``[T]`` or ``[T, P]`` int64 rows of ``item_weight``, -1 = none.
         weights: like ``positives``, float or bool; 1 by default.
-        shard: where ``item_weight`` holds this process's items alone; positives are of the whole catalogue. The loss is then
-        that of the tokens of all processes: each computes the logits of its own items, and positive logits and row statistics
-        are merged (Megatron's vocabulary-parallel loss, arXiv 1909.08053). Its number and weight stand on the main process
-        alone; gradients flow on all, into the items those of all tokens.
+        shard: where ``item_weight`` holds this process's items alone; positives are of the whole catalogue. The loss is
+        then that of the tokens of all processes: each computes the logits of its own items, and positive logits and row
+        statistics are merged (Megatron's vocabulary-parallel loss, arXiv 1909.08053). Its number and weight stand on
+        the main process alone; gradients flow on all, into the items those of all tokens.
         Raises ``UserError`` for positives out of range, an empty catalogue, or shapes that do not agree.
         """
         num_items = len(item_weight) if shard is None else shard.num_items
@@ -127,7 +129,8 @@ class CatalogueLoss(nn.Module, ABC):
             if shard is None:
                 return LossOutput(total, weight)
             on_main = float(shard.collectives.is_main)
-            # Where it is counted once, the sum over processes is that of one process; total - total brings the gradient.
+            # Where it is counted once, the sum over processes is that of one process; total - total brings the
+            # gradient.
             return LossOutput(total.detach() * on_main + (total - total.detach()), weight * on_main)
 
 
@@ -248,9 +251,7 @@ def labels_and_weights(
     if weights is None:
         weights = torch.ones_like(positives, dtype=torch.float32)
     if weights.shape != positives.shape:
-        raise UserError(
-            f"weights {tuple(weights.shape)} and positives {tuple(positives.shape)} must have one shape"
-        )
+        raise UserError(f"weights {tuple(weights.shape)} and positives {tuple(positives.shape)} must have one shape")
     reach = range_of(positives)
     if reach is not None and (reach[0] < -1 or reach[1] >= num_items):
         raise UserError(

@@ -67,7 +67,8 @@ def check_label_smoothing(value: float) -> float:
 
 
 def smoothed(own: Tensor, others: Tensor, mask: Tensor, share: float) -> Tensor:
-    """``own [T, P]``, a share of it replaced by the mean of itself and those ``others [T, R]`` that count (``mask``)."""
+    """``own [T, P]``, a share of it replaced by the mean of itself and those ``others [T, R]`` that count
+    (``mask``)."""
     kept_sum = torch.where(mask, others, 0.0).sum(1, keepdim=True)
     return torch.lerp(own, (own + kept_sum) / (1 + mask.sum(1, keepdim=True)), share)
 
@@ -103,16 +104,15 @@ class SampledLoss(nn.Module, ABC):
         matrices = positive_scores.dim() == negative_scores.dim() == 2 and len({len(x) for x in given}) == 1
         if not matrices or [x.shape for x in given[:2]] != [x.shape for x in given[2:]]:
             shapes = ", ".join(str(list(x.shape)) for x in given)
-            raise ValueError(
-                f"scores, weights and mask must be [T, P], [T, R], [T, P] and [T, R], got {shapes}"
-            )
+            raise ValueError(f"scores, weights and mask must be [T, P], [T, R], [T, P] and [T, R], got {shapes}")
         scores = full_precision(positive_scores), full_precision(negative_scores)
         ratings = (positive_ratings,) if self.needs_ratings else ()
         return weighted(*self.terms(*scores, positive_weights, negative_mask, *ratings))
 
     @abstractmethod
     def terms(self, positive: Tensor, negative: Tensor, weights: Tensor, mask: Tensor) -> Terms:
-        """The loss of scores in full precision, before it is summed; arguments as of `forward`, ratings where it needs them."""
+        """The loss of scores in full precision, before it is summed; arguments as of `forward`, ratings where it needs
+        them."""
 
 
 @register_loss("SampledSoftmaxLoss", "CESampled", "LogOutCESampled", "ContrastiveLoss")
@@ -121,8 +121,8 @@ class SampledSoftmaxLoss(SampledLoss):
 
     Sampled cross-entropy; RePlay's ``CESampled``; the loss of the HSTU program (arXiv 2402.17152), which
     sets the score of a collision to -50,000 where this one leaves it out. Other positives of a position are
-    not in the denominator. ``weight`` is the sum of the positive weights. InfoNCE, genrec's ``ContrastiveLoss``, is this loss
-    of cosines (``item_l2_norm``, ``user_embedding_norm`` "l2_norm").
+    not in the denominator. ``weight`` is the sum of the positive weights. InfoNCE, genrec's ``ContrastiveLoss``, is
+    this loss of cosines (``item_l2_norm``, ``user_embedding_norm`` "l2_norm").
 
     label_smoothing: share in [0, 1) of the target spread evenly over the positive and those negatives.
     """
@@ -178,15 +178,11 @@ class BCELossWithRatings(SampledLoss):
     ) -> Terms:
         """``UserError`` without ratings ``[T, P]``, and where they are no targets."""
         if ratings is None:
-            raise UserError(
-                "BCELossWithRatings needs ratings, and the data has none: choose another loss_module"
-            )
+            raise UserError("BCELossWithRatings needs ratings, and the data has none: choose another loss_module")
         if self.threshold is not None:
             ratings = ratings >= self.threshold
         elif (((ratings < 0) | (ratings > 1)) & (weights != 0)).any():
-            raise UserError(
-                "BCELossWithRatings: ratings outside [0, 1] are no probabilities: set a threshold"
-            )
+            raise UserError("BCELossWithRatings: ratings outside [0, 1] are no probabilities: set a threshold")
         return Terms(F.softplus(positive) - ratings.to(positive.dtype) * positive, weights)
 
 
@@ -229,9 +225,7 @@ class GBCELoss(SampledLoss):
     def __init__(self, num_items: int, calibration: Probability = 0.75) -> None:
         super().__init__()
         if num_items < 2 or not 0 <= calibration <= 1:
-            raise UserError(
-                f"gBCE needs at least 2 items and t in [0, 1], not {num_items} items and t = {calibration}"
-            )
+            raise UserError(f"gBCE needs at least 2 items and t in [0, 1], not {num_items} items and t = {calibration}")
         self.num_items = num_items
         self.calibration = calibration
 
@@ -260,9 +254,7 @@ class LogInCESampled(BoundedLogarithms):
         return log_in_terms(positive, weights, log_negative, self.epsilon, self.clamp_border)
 
 
-def log_in_terms(
-    positive: Tensor, weights: Tensor, log_negative: Tensor, epsilon: float, clamp_border: float
-) -> Terms:
+def log_in_terms(positive: Tensor, weights: Tensor, log_negative: Tensor, epsilon: float, clamp_border: float) -> Terms:
     """LogInCE from positive scores ``[T, P]``, weights ``[T, P]`` and ``ln S-`` ``[T]``; see
     ``LogInCESampled``.
     """

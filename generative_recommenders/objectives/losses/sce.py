@@ -23,12 +23,13 @@ _SELECTION_BYTES = 256 * 2**20  # bound of the products of directions with all i
 
 @register_loss("ScalableCrossEntropyLoss", "SCE", gin_name="sce")
 class ScalableCrossEntropyLoss(nn.Module):
-    """Softmax cross-entropy of a token among the items near it alone (arXiv 2409.18721), in float32, also under autocast.
+    """Softmax cross-entropy of a token among the items near it alone (arXiv 2409.18721), in float32, also under
+    autocast.
 
     ``-ln softmax`` of a token's label against the items of a bucket, the label among them taken out. Directions are
-    ``D^(-1/4) Z`` with normal Z ``[n_buckets, D]``, or ``(D^(-1/4) Z)^T x`` with Z ``[T, n_buckets]`` under mix_x. A token in
-    several buckets keeps its largest loss; tokens of no bucket, or of loss exactly 0, are left out of the sum and of the
-    weight (RePlay's reading).
+    ``D^(-1/4) Z`` with normal Z ``[n_buckets, D]``, or ``(D^(-1/4) Z)^T x`` with Z ``[T, n_buckets]`` under mix_x. A
+    token in several buckets keeps its largest loss; tokens of no bucket, or of loss exactly 0, are left out of the sum
+    and of the weight (RePlay's reading).
 
     n_buckets: random directions.
     bucket_size_x: tokens of a bucket (all, if there are fewer).
@@ -45,9 +46,7 @@ class ScalableCrossEntropyLoss(nn.Module):
     ) -> None:
         super().__init__()
         if min(n_buckets, bucket_size_x, bucket_size_y) < 1:
-            raise UserError(
-                f"SCE needs positive bucket sizes, not {n_buckets}, {bucket_size_x}, {bucket_size_y}"
-            )
+            raise UserError(f"SCE needs positive bucket sizes, not {n_buckets}, {bucket_size_x}, {bucket_size_y}")
         self.n_buckets, self.mix_x = n_buckets, mix_x
         self.bucket_size_x, self.bucket_size_y = bucket_size_x, bucket_size_y
 
@@ -79,9 +78,7 @@ class ScalableCrossEntropyLoss(nn.Module):
             weights, labels = own_weights[:, 0].to(hidden.dtype), own_labels[:, 0].clamp(min=0)
             if selectable is None:
                 selectable = weights != 0
-            tokens, items = self._buckets(
-                hidden.detach(), item_weight.detach(), selectable, generator, normals
-            )
+            tokens, items = self._buckets(hidden.detach(), item_weight.detach(), selectable, generator, normals)
             own = (hidden * item_weight[labels]).sum(1)[tokens]
             logits = hidden[tokens] @ item_weight[items].transpose(1, 2)
             # The label is among the items of some buckets; it counts once, as the positive.

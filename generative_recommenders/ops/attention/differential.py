@@ -1,7 +1,8 @@
-"""Differential attention (arXiv 2410.05258, eq. 1): a softmax attention, less lambda times another over the same values.
+"""Differential attention (arXiv 2410.05258, eq. 1): a softmax attention, less lambda times another over the same
+values.
 
-On a CPU the second weights are taken off the first before they meet the values: one product with these, forward and back,
-instead of two. Forward and backward are written out over the tiles of `ops.attention.tiles`.
+On a CPU the second weights are taken off the first before they meet the values: one product with these, forward and
+back, instead of two. Forward and backward are written out over the tiles of `ops.attention.tiles`.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ def differential_attention(
     """(softmax(q1 k1ᵀ / sqrt(d)) - lambda softmax(q2 k2ᵀ / sqrt(d))) v over what each token attends to, dropout on both
     softmaxes.
 
-    q, k: ``[T, H, 2 d]``, a head's first half beside its second. v: ``[T, H, dv]``. lambdas: ``[H]``. Returns ``[T, H, dv]``.
+    q, k: ``[T, H, 2 d]``, a head's first half beside its second. v: ``[T, H, dv]``. lambdas: ``[H]``. Returns
+    ``[T, H, dv]``.
     """
     if not dispatch.fast_on_cpu_in_one_dtype(q):
         return differential_attention_reference(q, k, v, lambdas, layout, dropout_rate)

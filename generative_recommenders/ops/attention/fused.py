@@ -12,8 +12,8 @@ from generative_recommenders.ops.attention.tiles import PairBias
 from generative_recommenders.ops.layout import Layout
 
 _NARROW, _WIDE = (16, {"num_warps": 2, "num_stages": 2}), (32, {"num_warps": 4, "num_stages": 2})
-"""Queries, and keys, of a program, for heads up to 32 wide and for others; the fastest of those tried on an H200, where larger
-ones leave too few programs on a multiprocessor."""
+"""Queries, and keys, of a program, for heads up to 32 wide and for others; the fastest of those tried on an H200, where
+larger ones leave too few programs on a multiprocessor."""
 _DIAGONALS, _QUERIES = 16, 16
 """Of a program that sums gradients of a bias."""
 
@@ -59,9 +59,7 @@ class _FusedAttention(torch.autograd.Function):
         normalisers = q.new_empty(q.shape[:2] if weights.softmax else 0, dtype=torch.float32)
         tables = (layout.starts, layout.lengths, position, time, buckets, seed)
         if v.numel():
-            kernels.forward[launch.grid](
-                q, k, v, out, normalisers, *tables, *launch.numbers, **launch.options
-            )
+            kernels.forward[launch.grid](q, k, v, out, normalisers, *tables, *launch.numbers, **launch.options)
         ctx.save_for_backward(q, k, v, out if weights.softmax else None, normalisers, *tables)
         ctx.settings = layout, launch
         return out
@@ -83,9 +81,7 @@ class _FusedAttention(torch.autograd.Function):
             kernels.backward_queries[launch.grid](
                 q, k, v, out, normalisers, d_out, d_q, d_logits, *rest, **launch.options
             )
-            kernels.backward_keys[launch.grid](
-                q, k, v, out, normalisers, d_out, d_k, d_v, *rest, **launch.options
-            )
+            kernels.backward_keys[launch.grid](q, k, v, out, normalisers, d_out, d_k, d_v, *rest, **launch.options)
         d_position = d_time = None
         if position is not None:
             chunks, parts = triton.cdiv(width, _QUERIES), triton.cdiv(width, _DIAGONALS)

@@ -1,7 +1,8 @@
 """Groups of rows that attend together, and the steps in which a causal group is computed.
 
-The rows of a group are padded to its longest. Where all is causal a group is cut into steps, and a row takes part in those
-that it reaches; where it is not, the rows of a group have similar lengths. A padded layout is one group of all rows.
+The rows of a group are padded to its longest. Where all is causal a group is cut into steps, and a row takes part in
+those that it reaches; where it is not, the rows of a group have similar lengths. A padded layout is one group of all
+rows.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ MAX_CUTS = 25
 
 
 class Step(NamedTuple):
-    """Queries start..stop of a group's first ``rows`` rows, against the keys up to stop; other rows end before start."""
+    """Queries start..stop of a group's first ``rows`` rows, against the keys up to stop; other rows end before
+    start."""
 
     start: int
     stop: int
@@ -65,8 +67,8 @@ class Group:
 
 
 class Grouping(NamedTuple):
-    """Rectangles for attention, which together cover every token once, and where the tokens lie among the keys and among the
-    queries of all groups."""
+    """Rectangles for attention, which together cover every token once, and where the tokens lie among the keys and
+    among the queries of all groups."""
 
     groups: tuple[Group, ...]
     keys: Places
@@ -104,7 +106,8 @@ def groups_of_rows(lengths: np.ndarray, causal: bool) -> Grouping:
 
 
 def groups_of_rectangle(lengths: torch.Tensor, valid: torch.Tensor, causal: bool) -> Grouping:
-    """The one group of a padded layout, cut into steps where all is causal. lengths: ``[B]``; valid: ``[B, N]`` bool."""
+    """The one group of a padded layout, cut into steps where all is causal. lengths: ``[B]``; valid: ``[B, N]``
+    bool."""
     (rows, width), device = valid.shape, valid.device
     known = isinstance(rows, int) and isinstance(width, int)  # an exporter's sizes are symbols
     steps = _steps(np.full(rows, width)) if known else _whole(rows, width)
@@ -130,7 +133,8 @@ def _cut(tokens: torch.Tensor, real: torch.Tensor, steps: tuple[Step, ...]) -> R
 
 
 def _steps(lengths: np.ndarray) -> tuple[Step, ...]:
-    """Cuts a group whose rows have these lengths, longest first, so that cells and steps cost least (a shortest path)."""
+    """Cuts a group whose rows have these lengths, longest first, so that cells and steps cost least (a shortest
+    path)."""
     if not lengths.size:
         return ()
     width = int(lengths[0])

@@ -1,12 +1,13 @@
 """Triton kernels of causal attention on jagged tokens: softmax, and pointwise SiLU with a relative bias.
 
-One program computes a block of queries (or, for the gradients of keys and values, a block of keys) of one row and head. Tokens
-are read where they lie, and no rectangle of weights is kept: the backward pass computes them again. Gradients are never added
-by atomics, so that every run gives the same bits.
+One program computes a block of queries (or, for the gradients of keys and values, a block of keys) of one row and head.
+Tokens are read where they lie, and no rectangle of weights is kept: the backward pass computes them again. Gradients
+are never added by atomics, so that every run gives the same bits.
 
-``[T, H, d]`` tensors have a step from token to token and from head to head; a row has ``length`` tokens from ``start`` on.
-``width`` is the longest row, ``reach`` the N of ``position [2 N - 1]``; ``buckets [B, n, n]`` name entries of ``time``. With
-SOFTMAX weights are softmax(logits), else silu(logits); both are scaled by ``weight_scale``, which has dropout's scale in it.
+``[T, H, d]`` tensors have a step from token to token and from head to head; a row has ``length`` tokens from ``start``
+on. ``width`` is the longest row, ``reach`` the N of ``position [2 N - 1]``; ``buckets [B, n, n]`` name entries of
+``time``. With SOFTMAX weights are softmax(logits), else silu(logits); both are scaled by ``weight_scale``, which has
+dropout's scale in it.
 """
 
 from __future__ import annotations

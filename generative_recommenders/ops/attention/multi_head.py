@@ -25,8 +25,8 @@ def multi_head_attention(
     """
     if num_heads > 1 or not dispatch.fast_on_cpu_in_one_dtype(x):
         return multi_head_attention_reference(query, x, in_proj, out_proj, num_heads, layout, dropout_rate)
-    # One head takes two products of [T, D] fewer, over [x, 1] itself as keys and values in one. (Wq a + bq)·(Wk x + bk) is
-    # (Wkᵀ (Wq a + bq))·x and what is the same for all keys, which a softmax does not see; sum p (Wv x + bv) is
+    # One head takes two products of [T, D] fewer, over [x, 1] itself as keys and values in one. (Wq a + bq)·(Wk x + bk)
+    # is (Wkᵀ (Wq a + bq))·x and what is the same for all keys, which a softmax does not see; sum p (Wv x + bv) is
     # [Wv, bv] sum p [x, 1]. So the keys' weights go into those of queries, and the values' into the output's.
     dim = x.shape[1]
     spare = 1 + -(dim + 1) % 8  # one for the constant; products of full widths are faster

@@ -1,6 +1,7 @@
 """References of attention as its equations: one dense matrix ``[H, T, T]`` for all tokens of a layout.
 
-Of whole rectangles without dropout it is ``[B, H, N, N]``, in operations that an exporter understands whatever the sizes.
+Of whole rectangles without dropout it is ``[B, H, N, N]``, in operations that an exporter understands whatever the
+sizes.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ def pointwise_attention_reference(
     divisor: float,
     dropout_rate: float,
 ) -> torch.Tensor:
-    """`ops.attention.pointwise.pointwise_attention`, under the dropout masks that it draws on a CPU from the same seed."""
+    """`ops.attention.pointwise.pointwise_attention`, under the dropout masks that it draws on a CPU from the same
+    seed."""
     if layout.valid is not None and dropout_rate == 0.0 and (bias is None or len(bias.indices) == 1):
         q, k, v = (_by_row(x, layout) for x in (q, k, v))
         logits = q @ k.mT
@@ -133,7 +135,8 @@ def _by_row(x: torch.Tensor, layout: Layout) -> torch.Tensor:
 
 
 def _row_mask(layout: Layout) -> torch.Tensor:
-    """bool ``[B, 1, N, N]`` or ``[N, N]``; where all is causal padding lies after what is real, which does not attend to it."""
+    """bool ``[B, 1, N, N]`` or ``[N, N]``; where all is causal padding lies after what is real, which does not attend
+    to it."""
     columns = torch.arange(layout.max_length, device=layout.device)
     if layout.attention_mask is None:
         return columns <= columns[:, None]

@@ -1,5 +1,5 @@
-"""HSTU's relative attention bias by position and time (arXiv 2402.17152, eq. 2), and the softmax over all columns that goes
-with it.
+"""HSTU's relative attention bias by position and time (arXiv 2402.17152, eq. 2), and the softmax over all columns that
+goes with it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def time_buckets(query_times: torch.Tensor, key_times: torch.Tensor) -> torch.Te
 class BiasInputs(NamedTuple):
     """Indices of the relative biases: ``distance [n, c]`` and ``buckets [g, n, c]`` int64, or None without times.
 
-    n queries against c keys: those of a tile, or of a whole group. For tokens after cached ones, both are ``[B, n, c]``.
+    n queries against c keys: those of a tile, or of a whole group. For tokens after cached ones, both are
+    ``[B, n, c]``.
     """
 
     distance: torch.Tensor
@@ -47,8 +48,8 @@ class BiasInputs(NamedTuple):
 
 
 class PairInputs(NamedTuple):
-    """The same for all pairs of a batch at once, as the kernels of a GPU read it: ``buckets [B, n, n]`` uint8 of rows padded
-    to the longest, or None without times."""
+    """The same for all pairs of a batch at once, as the kernels of a GPU read it: ``buckets [B, n, n]`` uint8 of rows
+    padded to the longest, or None without times."""
 
     buckets: torch.Tensor | None
 
@@ -59,9 +60,7 @@ Times = tuple[torch.Tensor, torch.Tensor]
 """Of tokens as queries and as keys, ``[T]`` int64 seconds each."""
 
 
-def bias_inputs(
-    layout: Layout, max_length: int, times: Times | None = None, whole: bool = False
-) -> BatchInputs:
+def bias_inputs(layout: Layout, max_length: int, times: Times | None = None, whole: bool = False) -> BatchInputs:
     """Computed once a batch, shared by all blocks. whole: one for each group, whatever the device."""
     if not whole and takes_kernel(layout):
         if times is None:
@@ -120,10 +119,11 @@ def softmax_over_all_columns(
     max_length: int,
     dropout_rate: float,
 ) -> torch.Tensor:
-    """The published "softmax_rel_bias": softmax((q kᵀ + bias) / sqrt(dqk)) over all N columns, the future then set to 0.
+    """The published "softmax_rel_bias": softmax((q kᵀ + bias) / sqrt(dqk)) over all N columns, the future then set to
+    0.
 
-    q, k ``[T, H, dqk]``, v ``[T, H, dv]``; biases: one a group, `RelativeBias`. Columns without a token have score 0 (+ bias 0)
-    and count in the normaliser, as future ones do, so that this is not causal.
+    q, k ``[T, H, dqk]``, v ``[T, H, dv]``; biases: one a group, `RelativeBias`. Columns without a token have score 0 (+
+    bias 0) and count in the normaliser, as future ones do, so that this is not causal.
     """
     outputs = []
     masks = keep_masks(dropout_rate, q, [])

@@ -1,7 +1,7 @@
 """Softmax attention (arXiv 1706.03762) over the groups of a layout.
 
-On a CPU forward and backward are written out over the tiles of `ops.attention.tiles`. On CUDA causal attention is a kernel of
-`ops.attention.kernels`; any other, and all of it without Triton, goes through
+On a CPU forward and backward are written out over the tiles of `ops.attention.tiles`. On CUDA causal attention is a
+kernel of `ops.attention.kernels`; any other, and all of it without Triton, goes through
 `torch.nn.functional.scaled_dot_product_attention`.
 """
 
@@ -37,8 +37,8 @@ def softmax_attention(
 ) -> torch.Tensor:
     """softmax(q kᵀ · scale) v over what each token attends to, dropout on the probabilities.
 
-    q, k: ``[T, H, d]``; v: ``[T, H, dv]``, or k itself, which is then gathered once; returns ``[T, H, dv]``. scale: 1 / sqrt(d)
-    unless given. A token that attends to nothing gets 0.
+    q, k: ``[T, H, d]``; v: ``[T, H, dv]``, or k itself, which is then gathered once; returns ``[T, H, dv]``. scale: 1 /
+    sqrt(d) unless given. A token that attends to nothing gets 0.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if not dispatch.fast():
@@ -49,19 +49,16 @@ def softmax_attention(
     if takes_kernel(layout):
         from generative_recommenders.ops.attention.fused import Weights, fused_attention
 
-        return fused_attention(
-            q, k, v, layout, Weights(softmax=True, logit_scale=scale, dropout_rate=dropout_rate)
-        )
+        return fused_attention(q, k, v, layout, Weights(softmax=True, logit_scale=scale, dropout_rate=dropout_rate))
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()  # gathered under autograd here
     cells, by = [], layout.attention_mask
     for group in layout.groups:
-        # the fused kernels take widths that are multiples of 8 alone, and would leave others to one that writes out [G, n, n]
+        # the fused kernels take widths that are multiples of 8 alone, and would leave others to one that writes out [G,
+        # n, n]
         padded = (F.pad(keys_of(group, x), (0, -x.shape[-1] % 8)) for x in (q, k, v))
         q_, k_, v_ = (x.unflatten(0, (-1, q.shape[1])) for x in padded)
         mask = None if by is None else group_mask(group, by)
-        out = F.scaled_dot_product_attention(
-            q_, k_, v_, mask, dropout_rate, is_causal=by is None, scale=scale
-        )
+        out = F.scaled_dot_product_attention(q_, k_, v_, mask, dropout_rate, is_causal=by is None, scale=scale)
         cells.append(out[..., : v.shape[-1]].reshape(-1, v.shape[-1]))
     return layout.keys.ungather(torch.cat(cells), q.shape[1]) if cells else torch.zeros_like(v)
 

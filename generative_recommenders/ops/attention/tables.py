@@ -26,7 +26,8 @@ from generative_recommenders.ops.layout import Layout
 def table_attention(v: torch.Tensor, layout: Layout, bias: TableBias | PairBias) -> list[torch.Tensor]:
     """For each table, ``A v`` with ``A[i, j] = table[index(i, j)]`` over what each token attends to.
 
-    The weights are neither normalised nor divided, and all heads share them. v: ``[T, H, dv]``; returns ``[T, H, dv]`` a table.
+    The weights are neither normalised nor divided, and all heads share them. v: ``[T, H, dv]``; returns ``[T, H, dv]``
+    a table.
     """
     if isinstance(bias, PairBias):
         # On an accelerator: rows padded to the longest, so that no length is looked at.

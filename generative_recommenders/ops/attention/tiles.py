@@ -1,9 +1,9 @@
 """Tiles of attention: which queries of a group meet which keys, with the biases and dropout masks of the tiles.
 
-The keys of a group are a rectangle ``[G, n, d]`` with G = g * H, one for each row and head; a row never attends beyond itself,
-and grouping changes no number. A causal group is done in tiles of queries that leave out the keys that none of them attends to,
-rectangles are gathered and ungathered by index (a gradient is never scattered), and what a tile's backward pass needs is kept
-from its forward pass.
+The keys of a group are a rectangle ``[G, n, d]`` with G = g * H, one for each row and head; a row never attends beyond
+itself, and grouping changes no number. A causal group is done in tiles of queries that leave out the keys that none of
+them attends to, rectangles are gathered and ungathered by index (a gradient is never scattered), and what a tile's
+backward pass needs is kept from its forward pass.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _MASK_UNIT = 64
 class Tile(NamedTuple):
     """Queries start..stop of a group's first ``rows`` rows against their first ``keys`` keys.
 
-    All of these queries attend to keys before ``known``. mask: bool ``[g, 1, stop - start, keys - known]``, to which of the
-    others a query attends; None where that is a triangle.
+    All of these queries attend to keys before ``known``. mask: bool ``[g, 1, stop - start, keys - known]``, to which of
+    the others a query attends; None where that is a triangle.
     """
 
     rows: int
@@ -53,7 +53,8 @@ class TableBias(NamedTuple):
 class PairBias(NamedTuple):
     """A relative bias as the kernels of a GPU read it: ``position[N - 1 + j - i] + time[buckets[row, i, j]]``.
 
-    position: ``[2 N - 1]``. time: ``[129]``, or None. buckets: ``[B, n, n]`` uint8, None without times; n is the longest row.
+    position: ``[2 N - 1]``. time: ``[129]``, or None. buckets: ``[B, n, n]`` uint8, None without times; n is the
+    longest row.
     """
 
     position: torch.Tensor
@@ -95,8 +96,8 @@ def lowest(dtype: torch.dtype) -> float:
 
 
 def hide(logits: torch.Tensor, tile: Tile, heads: int) -> torch.Tensor:
-    """``logits [rows * H, queries, keys]`` in place, very low where the tile's queries do not attend; a triangle also in
-    what all rows share, ``[queries, keys]``."""
+    """``logits [rows * H, queries, keys]`` in place, very low where the tile's queries do not attend; a triangle also
+    in what all rows share, ``[queries, keys]``."""
     if tile.mask is None:
         height = logits.shape[-2]
         # a tensor of a trace must not be kept: it holds no numbers
@@ -109,7 +110,8 @@ def hide(logits: torch.Tensor, tile: Tile, heads: int) -> torch.Tensor:
 
 
 def probabilities(logits: torch.Tensor, tile: Tile, heads: int) -> torch.Tensor:
-    """The softmax of ``logits [rows * H, queries, keys]``, which are overwritten; 0 for a query that attends to nothing."""
+    """The softmax of ``logits [rows * H, queries, keys]``, which are overwritten; 0 for a query that attends to
+    nothing."""
     p = torch.softmax(hide(logits, tile, heads), -1)
     if tile.mask is not None:
         p.unflatten(0, (-1, heads)).mul_(tile.mask.any(-1, keepdim=True))
@@ -198,10 +200,11 @@ def top_left_view(rectangle: torch.Tensor, rows: int, columns: int) -> torch.Ten
 
 
 def add_products(part: torch.Tensor, written: int, *factors: tuple[torch.Tensor, torch.Tensor]) -> None:
-    """Adds the sum of ``left @ right`` to the first ``written`` rows of a part of a rectangle, and sets the others to it.
+    """Adds the sum of ``left @ right`` to the first ``written`` rows of a part of a rectangle, and sets the others to
+    it.
 
-    Tiles come last first: a later tile has more keys and fewer rows, all of which the one before has too. So every row is set
-    whole by the last tile that it reaches, and the rectangle needs no zeros.
+    Tiles come last first: a later tile has more keys and fewer rows, all of which the one before has too. So every row
+    is set whole by the last tile that it reaches, and the rectangle needs no zeros.
     """
     in_place = written == 0 and part.is_contiguous()
     change = torch.bmm(*factors[0], out=part if in_place else None)

@@ -75,8 +75,8 @@ SOFTPLUS_SUM = Statistic(
 
 
 class Shared(NamedTuple):
-    """Of a catalogue of which each process multiplies with a part: ``parts`` gives ``[processes, t]`` of a tensor ``[t]``, and
-    ``largest`` is the number of rows of the largest part, so that all plan the same blocks."""
+    """Of a catalogue of which each process multiplies with a part: ``parts`` gives ``[processes, t]`` of a tensor
+    ``[t]``, and ``largest`` is the number of rows of the largest part, so that all plan the same blocks."""
 
     parts: Callable[[Tensor], Tensor]
     largest: int
@@ -206,9 +206,7 @@ class _CatalogueSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
-            raise RuntimeError(
-                "a catalogue loss hands out its gradients once: backward cannot run a second time"
-            )
+            raise RuntimeError("a catalogue loss hands out its gradients once: backward cannot run a second time")
         scaled = [gradient.mul_(upstream[0]) for gradient in ctx.gradients]
         ctx.gradients = None
         return (*scaled, None, None, None, None, None, None, None)
@@ -229,13 +227,11 @@ def catalogue_sum(
 
     hidden: ``[T, D]``. item_weight: ``[V, D]``, the same dtype. positive, weights: ``[T, P]``.
     excluded: ``[T, P]`` int64 items left out of a token's statistic (-1 = none), or None.
-    memory_bytes: bound of the logits held at a time. shared: where other processes hold the rest of the catalogue; hidden and
-    positive are then the same on all, and this one's part of their gradients is given.
+    memory_bytes: bound of the logits held at a time. shared: where other processes hold the rest of the catalogue;
+    hidden and positive are then the same on all, and this one's part of their gradients is given.
     """
     if not dispatch.fast():
-        return catalogue_sum_reference(
-            hidden, item_weight, positive, weights, excluded, statistic, row_loss, shared
-        )
+        return catalogue_sum_reference(hidden, item_weight, positive, weights, excluded, statistic, row_loss, shared)
     if dispatch.takes_kernels(hidden):
         from generative_recommenders.ops.products import catalogue_kernels
 
@@ -246,9 +242,7 @@ def catalogue_sum(
             return row_loss(positive, total, weights)
     leaves = (hidden, item_weight, positive)
     train = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
-    total, weight = _CatalogueSum.apply(
-        *leaves, weights, excluded, statistic, row_loss, memory_bytes, train, shared
-    )
+    total, weight = _CatalogueSum.apply(*leaves, weights, excluded, statistic, row_loss, memory_bytes, train, shared)
     return LossOutput(total, weight)
 
 

@@ -1,9 +1,10 @@
 """Triton kernels of a statistic over the whole catalogue, whose logits are never written to memory.
 
-A program holds a tile of tokens and walks over a segment of the items (forward, gradient of the states), or a tile of items and
-walks over a segment of the tokens (gradient of the items). The backward pass computes the logits again: five products in all
-where the kept logits of `catalogue_sum` take three, for no memory and no passes over it. Segments are added up in their order,
-without atomics, so that every run gives the same bits. The idea is that of Cut Cross-Entropy (arXiv 2411.09009).
+A program holds a tile of tokens and walks over a segment of the items (forward, gradient of the states), or a tile of
+items and walks over a segment of the tokens (gradient of the items). The backward pass computes the logits again: five
+products in all where the kept logits of `catalogue_sum` take three, for no memory and no passes over it. Segments are
+added up in their order, without atomics, so that every run gives the same bits. The idea is that of Cut Cross-Entropy
+(arXiv 2411.09009).
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import triton
 import triton.language as tl
 
 WIDEST = 128
-"""The widest states and items D that the kernels take: beyond, products of kept logits are faster (measured on an H200)."""
+"""The widest states and items D that the kernels take: beyond, products of kept logits are faster (measured on an
+H200)."""
 _PROGRAMS = 1024
 """Programs that a launch is cut into, where there is so much work."""
 
@@ -130,9 +132,7 @@ class _Statistic(torch.autograd.Function):
         places = hidden if excluded is None else excluded.contiguous()  # not read where none is excluded
         tiles, segments, segment = _cut(len(hidden), shapes["TOKENS"], len(weight), shapes["ITEMS"])
         partial = hidden.new_empty(segments, len(hidden))
-        _statistics[(tiles, segments)](
-            hidden, weight, places, partial, len(hidden), len(weight), segment, **shapes
-        )
+        _statistics[(tiles, segments)](hidden, weight, places, partial, len(hidden), len(weight), segment, **shapes)
         statistic = partial.logsumexp(0) if exponential else partial.sum(0)
         ctx.save_for_backward(hidden, weight, places, statistic)
         ctx.shapes = shapes
@@ -192,9 +192,10 @@ def takes(hidden: torch.Tensor, weight: torch.Tensor) -> bool:
 def statistic(
     hidden: torch.Tensor, weight: torch.Tensor, excluded: torch.Tensor | None, exponential: bool
 ) -> torch.Tensor:
-    """``[T]``: ``ln sum_v exp(x_v)`` (exponential) or ``sum_v softplus(x_v)`` of the logits ``x = h W^T``, once differentiable.
+    """``[T]``: ``ln sum_v exp(x_v)`` (exponential) or ``sum_v softplus(x_v)`` of the logits ``x = h W^T``, once
+    differentiable.
 
-    hidden: ``[T, D]`` float32. weight: ``[V, D]`` float32. excluded: ``[T, P]`` int64 items left out of a token's sum (-1 =
-    none), or None. Products are TF32 where torch's are.
+    hidden: ``[T, D]`` float32. weight: ``[V, D]`` float32. excluded: ``[T, P]`` int64 items left out of a token's sum
+    (-1 = none), or None. Products are TF32 where torch's are.
     """
     return _Statistic.apply(hidden, weight, excluded, exponential)

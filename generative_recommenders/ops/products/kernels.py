@@ -1,4 +1,5 @@
-"""Triton kernels of products with sampled rows: the rows of a token, or the tokens of a row, pass through registers alone.
+"""Triton kernels of products with sampled rows: the rows of a token, or the tokens of a row, pass through registers
+alone.
 
 Every sum is one program's, in the order of the draws, so that every run gives the same bits.
 """
@@ -14,9 +15,7 @@ _ROWS = 32
 
 
 @triton.jit
-def _products(
-    hidden, weight, rows, out, R: tl.constexpr, D: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr
-):
+def _products(hidden, weight, rows, out, R: tl.constexpr, D: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
     token, column = tl.program_id(0).to(tl.int64), tl.arange(0, COLUMNS)
     state = tl.load(hidden + token * D + column, mask=column < D, other=0.0)
     for first in range(0, R, ROWS):
@@ -61,7 +60,8 @@ def _sums_of_tokens(
 
 
 def products(hidden: torch.Tensor, weight: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """``[T, R]``: ``hidden[t] · weight[rows[t, r]]``. hidden: ``[T, D]``; weight: ``[U, D]``; rows: ``[T, R]`` int64."""
+    """``[T, R]``: ``hidden[t] · weight[rows[t, r]]``. hidden: ``[T, D]``; weight: ``[U, D]``; rows: ``[T, R]``
+    int64."""
     out = hidden.new_empty(rows.shape)
     if out.numel():
         _products[(len(rows),)](hidden, weight, rows, out, **_constants(hidden, rows))
@@ -76,9 +76,7 @@ def sums_of_rows(weight: torch.Tensor, rows: torch.Tensor, grad: torch.Tensor) -
     return out
 
 
-def sums_of_tokens(
-    hidden: torch.Tensor, grad: torch.Tensor, order: torch.Tensor, starts: torch.Tensor
-) -> torch.Tensor:
+def sums_of_tokens(hidden: torch.Tensor, grad: torch.Tensor, order: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
     """``[U, D]``: the sum of ``grad[t, r] hidden[t]`` over the entries of each row.
 
     order: ``[T R]`` int64 entries by row; starts: ``[U + 1]`` int64, see `ops.embedding.bags_of_rows`.

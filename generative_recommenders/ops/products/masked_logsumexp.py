@@ -27,7 +27,8 @@ def masked_logsumexp_reference(scores: torch.Tensor, mask: torch.Tensor) -> torc
 
 
 class _MaskedLogSumExp(torch.autograd.Function):
-    """One softmax for value and gradient, ``ln sum exp(s) = max s - ln max p``; rows with False entries are done apart."""
+    """One softmax for value and gradient, ``ln sum exp(s) = max s - ln max p``; rows with False entries are done
+    apart."""
 
     @staticmethod
     def forward(ctx, scores, mask):

@@ -9,7 +9,8 @@ from generative_recommenders.ops.normalization import l2_normalize_reference
 
 
 def normalized_products(queries: torch.Tensor, items: torch.Tensor, eps: float) -> torch.Tensor:
-    """``[B, R, N]`` products of queries ``[B, N, D]`` with items ``[B, R, D]`` over their norms, which are eps at least."""
+    """``[B, R, N]`` products of queries ``[B, N, D]`` with items ``[B, R, D]`` over their norms, which are eps at
+    least."""
     if dispatch.fast_on_cpu_in_one_dtype(items):
         return _NormalizedProducts.apply(queries, items, eps)
     return normalized_products_reference(queries, items, eps)
@@ -21,8 +22,8 @@ def normalized_products_reference(queries: torch.Tensor, items: torch.Tensor, ep
 
 
 class _NormalizedProducts(torch.autograd.Function):
-    """With l = <q, x> / |x|: ``dx = (sum_n dl_n q_n - x sum_n dl_n l_n / |x|) / |x|``. Neither normalised items nor their
-    gradient are written, which are many times wider than the products."""
+    """With l = <q, x> / |x|: ``dx = (sum_n dl_n q_n - x sum_n dl_n l_n / |x|) / |x|``. Neither normalised items nor
+    their gradient are written, which are many times wider than the products."""
 
     @staticmethod
     def forward(ctx, queries, items, eps):

@@ -2,8 +2,8 @@
 
 Per position, each of T tokens has R rows of its own: the ``[T, R]`` products are the sampled entries of
 ``hidden · weightᵀ``, a sparse pattern, so the forward pass is one sampled dense-dense product and the backward pass two
-sums over weighted bags of rows, all three by kernels of our own on a GPU; no ``[T, R, D]`` tensor exists. Where blocks of
-tokens share their rows they are batched products.
+sums over weighted bags of rows, all three by kernels of our own on a GPU; no ``[T, R, D]`` tensor exists. Where blocks
+of tokens share their rows they are batched products.
 """
 
 from __future__ import annotations
@@ -35,20 +35,16 @@ def sampled_products(hidden: torch.Tensor, weight: torch.Tensor, rows: torch.Ten
     return _SampledProducts.apply(hidden, weight, rows)
 
 
-def sampled_products_reference(
-    hidden: torch.Tensor, weight: torch.Tensor, rows: torch.Tensor
-) -> torch.Tensor:
+def sampled_products_reference(hidden: torch.Tensor, weight: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """`sampled_products` in plain torch, by gathered rows."""
     return (hidden[:, None] * weight[rows]).sum(-1)
 
 
 def many_rows(weight: torch.Tensor, rows: torch.Tensor) -> bool:
-    """Whether passes over all of ``weight [U, D]`` cost more than passes over the sampled ``rows [T, R]``, on a CPU: then
-    `scored_products` pays.
+    """Whether passes over all of ``weight [U, D]`` cost more than passes over the sampled ``rows [T, R]``, on a CPU:
+    then `scored_products` pays.
     """
-    return (
-        dispatch.fast_on_cpu(weight) and rows.shape[1] < len(weight) and rows.numel() < _OFTEN * len(weight)
-    )
+    return dispatch.fast_on_cpu(weight) and rows.shape[1] < len(weight) and rows.numel() < _OFTEN * len(weight)
 
 
 def scored_products(
@@ -62,8 +58,8 @@ def scored_products(
 
     The products are divided, not the rows, so that nothing but the gradient has the size of ``weight``.
 
-    hidden: ``[T, D]``. weight: ``[U, D]``. positives: ``[T, P]`` and negatives: ``[T, R]`` int64. eps: None for the rows as
-    they are. Returns ``[T, P]`` and ``[T, R]``.
+    hidden: ``[T, D]``. weight: ``[U, D]``. positives: ``[T, P]`` and negatives: ``[T, R]`` int64. eps: None for the
+    rows as they are. Returns ``[T, P]`` and ``[T, R]``.
     """
     if not dispatch.fast():
         return scored_products_reference(hidden, weight, positives, negatives, eps)
@@ -86,17 +82,15 @@ def scored_products_reference(
 def block_products(hidden: torch.Tensor, drawn: torch.Tensor, block_size: int, lead: int) -> torch.Tensor:
     """``out[t, r] = hidden[t] · drawn[block of t, r]``.
 
-    hidden: ``[T, D]``. drawn: ``[G, R, D]``, the rows of each block of block_size tokens; the first ``lead`` tokens of the
-    first block are not among the T, nor need the last block be full. Returns ``[T, R]``.
+    hidden: ``[T, D]``. drawn: ``[G, R, D]``, the rows of each block of block_size tokens; the first ``lead`` tokens of
+    the first block are not among the T, nor need the last block be full. Returns ``[T, R]``.
     """
     if not dispatch.fast():
         return block_products_reference(hidden, drawn, block_size, lead)
     return _BlockProducts.apply(hidden, drawn, block_size, lead)
 
 
-def block_products_reference(
-    hidden: torch.Tensor, drawn: torch.Tensor, block_size: int, lead: int
-) -> torch.Tensor:
+def block_products_reference(hidden: torch.Tensor, drawn: torch.Tensor, block_size: int, lead: int) -> torch.Tensor:
     """`block_products` in plain torch, by gathered rows."""
     block_of = (torch.arange(len(hidden), device=hidden.device) + lead) // block_size
     return (hidden[:, None] * drawn[block_of]).sum(-1)
@@ -180,8 +174,8 @@ class _SampledProducts(torch.autograd.Function):
 
 
 class _ScoredProducts(torch.autograd.Function):
-    """With y = w / n, n = max(|w|, eps): ``dw = sum_t ds_t (h_t - y s_t) / n``, and without its second term where |w| < eps. So
-    a row's own part is the sum of its ``ds s``, one number, times w / n².
+    """With y = w / n, n = max(|w|, eps): ``dw = sum_t ds_t (h_t - y s_t) / n``, and without its second term where |w| <
+    eps. So a row's own part is the sum of its ``ds s``, one number, times w / n².
     """
 
     @staticmethod
@@ -193,9 +187,7 @@ class _ScoredProducts(torch.autograd.Function):
         if eps is not None:
             norm = torch.linalg.vector_norm(weight, dim=1)
             inverse = norm.clamp_min(eps).reciprocal_()
-            scales = [
-                inverse.index_select(0, rows.flatten()).view_as(rows) for rows in (positives, negatives)
-            ]
+            scales = [inverse.index_select(0, rows.flatten()).view_as(rows) for rows in (positives, negatives)]
             positive.mul_(scales[0]), negative.mul_(scales[1])
             scales += [positive, negative, torch.where(norm < eps, 0.0, inverse.square_())]
         ctx.save_for_backward(hidden, weight, positives, negatives, held, *scales)
@@ -230,21 +222,15 @@ def _products_of_pattern(hidden: torch.Tensor, weight: torch.Tensor, rows: torch
     columns, zeros = rows.flatten().to(torch.int32), hidden.new_zeros(tokens * draws)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-        pattern = torch.sparse_csr_tensor(
-            pointers, columns, zeros, size=(tokens, len(weight)), check_invariants=False
-        )
+        pattern = torch.sparse_csr_tensor(pointers, columns, zeros, size=(tokens, len(weight)), check_invariants=False)
     return torch.sparse.sampled_addmm(pattern, hidden, weight.T, beta=0.0).values().view(tokens, draws)
 
 
-def _transposed_product(
-    rows: torch.Tensor, grad: torch.Tensor, hidden: torch.Tensor, num_rows: int
-) -> torch.Tensor:
+def _transposed_product(rows: torch.Tensor, grad: torch.Tensor, hidden: torch.Tensor, num_rows: int) -> torch.Tensor:
     """``[U, D]``: sum over (t, r) of grad[t, r] · hidden[t] into row rows[t, r], by sorting the pattern by row."""
     order, starts = bags_of_rows(rows.flatten(), num_rows)
     draws = rows.shape[1]
     shift = draws.bit_length() - 1
     tokens = order >> shift if draws == 1 << shift else order // draws  # a division takes five times as long
     weights = grad.flatten().index_select(0, order)
-    return F.embedding_bag(
-        tokens, hidden, starts, mode="sum", per_sample_weights=weights, include_last_offset=True
-    )
+    return F.embedding_bag(tokens, hidden, starts, mode="sum", per_sample_weights=weights, include_last_offset=True)

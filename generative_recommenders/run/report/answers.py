@@ -47,7 +47,8 @@ class ItemNames(dict[str, Item]):
 
 @dataclass(frozen=True)
 class Example:
-    """One user's answer. history: the last events, oldest first, of ``length``. rank: of the target, None for a miss."""
+    """One user's answer. history: the last events, oldest first, of ``length``. rank: of the target, None for a
+    miss."""
 
     user_id: str
     history: list[Item]
@@ -128,9 +129,7 @@ def attention_maps(recommender: Recommender, facts: Facts, names: ItemNames) -> 
     return maps[:MOST_MAPS]
 
 
-def layer_weights(
-    model: SequenceRecommender, batch: Mapping[str, torch.Tensor]
-) -> list[tuple[int, Observed]]:
+def layer_weights(model: SequenceRecommender, batch: Mapping[str, torch.Tensor]) -> list[tuple[int, Observed]]:
     """The attention of one history with its layer, from 0, in the order that it is computed.
 
     A layer is a child of one of the encoder's module lists. batch: one row of `HistoryReader.read`.

@@ -42,7 +42,8 @@ class Group:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two methods over the same users. difference: of the first to the second; p: adjusted over all comparisons of a table."""
+    """Two methods over the same users. difference: of the first to the second; p: adjusted over all comparisons of a
+    table."""
 
     first: str
     second: str
@@ -52,7 +53,8 @@ class Comparison:
 
 
 def user_values(ranks: np.ndarray, metric: str, num_items: float) -> np.ndarray:
-    """``[n]`` float64: what each user adds to a metric (`evaluation.metrics.RankHistogram`). ranks: ``[n]``, V + 1 a miss."""
+    """``[n]`` float64: what each user adds to a metric (`evaluation.metrics.RankHistogram`). ranks: ``[n]``, V + 1 a
+    miss."""
     if metric == "mrr":
         return 1.0 / ranks
     name, _, cutoff = metric.partition("@")
@@ -63,10 +65,7 @@ def user_values(ranks: np.ndarray, metric: str, num_items: float) -> np.ndarray:
 def results(facts: Facts) -> dict[str, dict[str, Interval]]:
     """Metrics by method, over the kept users."""
     return {
-        method: {
-            metric: Interval.of(user_values(facts.ranks(method), metric, facts.num_items))
-            for metric in COLUMNS
-        }
+        method: {metric: Interval.of(user_values(facts.ranks(method), metric, facts.num_items)) for metric in COLUMNS}
         for method in facts.methods
     }
 
@@ -88,9 +87,7 @@ def by_genre(facts: Facts, metric: str) -> list[Group]:
     """The genres of most targets; a target counts in each of its genres. Genres of few targets are left out."""
     genres = facts.items.select("item_id", "genres")
     targets = facts.users.select("item_id").with_row_index("row").join(genres, on="item_id", how="left")
-    pairs = (
-        targets.explode("genres").drop_nulls("genres").group_by("genres").agg(pl.col("row").unique().sort())
-    )
+    pairs = targets.explode("genres").drop_nulls("genres").group_by("genres").agg(pl.col("row").unique().sort())
     rows = {name: np.array(rows) for name, rows in pairs.iter_rows() if len(rows) >= FEWEST_TARGETS}
     largest = sorted(rows, key=lambda name: (-len(rows[name]), name))[:MOST_GENRES]
     return _groups(facts, metric, {name: rows[name] for name in largest})

@@ -74,8 +74,8 @@ class Facts:
 def write_facts(run: Path, dataset: SequenceDataset, split: Split, ranks: Mapping[str, Ranks]) -> None:
     """Writes the tables; facts.json comes last, so that it stands for all of them.
 
-    ranks: by method, the model first. Of more than `MOST_USERS` users so many are drawn, the same ones in every run on these
-    data.
+    ranks: by method, the model first. Of more than `MOST_USERS` users so many are drawn, the same ones in every run on
+    these data.
     """
     rng, folder = np.random.default_rng(0), run / FOLDER
     tested = next(iter(ranks.values()))[0].numpy()
@@ -95,9 +95,7 @@ def write_facts(run: Path, dataset: SequenceDataset, split: Split, ranks: Mappin
     )
     drawn = rng.choice(len(users), min(len(users), EXAMPLES), replace=False)
     examples, example_users = _examples(dataset, split, users[drawn] - 1, table[drawn])
-    shown = np.concatenate(
-        [targets, *(dataset.items[slice(*_history(dataset, split, u))] for u in users[drawn] - 1)]
-    )
+    shown = np.concatenate([targets, *(dataset.items[slice(*_history(dataset, split, u))] for u in users[drawn] - 1)])
     items = _items(dataset, counts, item_ids, np.unique(shown))
     manifest = dataset.manifest
     facts = {
@@ -127,7 +125,8 @@ def write_facts(run: Path, dataset: SequenceDataset, split: Split, ranks: Mappin
 
 
 def read_facts(run: Path, catalogue: Catalogue) -> Facts | None:
-    """None for a run that keeps none; UserError for what cannot be read. catalogue: ``train_fn.catalogue`` of the run."""
+    """None for a run that keeps none; UserError for what cannot be read. catalogue: ``train_fn.catalogue`` of the
+    run."""
     folder = run / FOLDER
     if not (folder / "facts.json").is_file():
         return None
@@ -166,10 +165,9 @@ def _examples(
     return pl.concat(frames), described
 
 
-def _items(
-    dataset: SequenceDataset, counts: np.ndarray, item_ids: pa.Array, shown: np.ndarray
-) -> pl.DataFrame:
-    """Titles, genres and training events of the items that a report may show. shown: internal ids that have to be there."""
+def _items(dataset: SequenceDataset, counts: np.ndarray, item_ids: pa.Array, shown: np.ndarray) -> pl.DataFrame:
+    """Titles, genres and training events of the items that a report may show. shown: internal ids that have to be
+    there."""
     popular = np.argsort(-counts, kind="stable")[:MOST_ITEMS]
     rows = np.union1d(popular, shown - 1)
     taken = pa.array(rows)
@@ -193,9 +191,7 @@ def _items(
 
 def _named(specs: list[FeatureSpec], names: list[str], kind: str) -> str | None:
     """A feature of one of these names, else the first of this kind; numbers and single-valued columns are neither."""
-    usable = [
-        spec for spec in specs if spec.kind == "text" or (spec.kind != "numerical" and spec.cardinality > 1)
-    ]
+    usable = [spec for spec in specs if spec.kind == "text" or (spec.kind != "numerical" and spec.cardinality > 1)]
     known = {spec.name.lower(): spec.name for spec in usable}
     by_name = (known[name] for name in names if name in known)
     return next(by_name, next((spec.name for spec in usable if spec.kind == kind), None))

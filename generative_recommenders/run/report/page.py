@@ -116,9 +116,7 @@ def _answers(run: Run, facts: Facts) -> dict[str, Any]:
         return {
             "parameters": list(parameter_counts(recommender.model.named_children()).items()),
             "examples": answers.examples(recommender, facts, names),
-            "maps": [
-                (each, pictures.attention(each)) for each in answers.attention_maps(recommender, facts, names)
-            ],
+            "maps": [(each, pictures.attention(each)) for each in answers.attention_maps(recommender, facts, names)],
             "item_map": None if placed is None else (placed, pictures.item_map(placed)),
         }
     except UserError as error:  # the numbers stand without it
@@ -131,7 +129,8 @@ def comparison_page(runs: Sequence[Run]) -> dict[str, Any]:
     for run in runs:
         if run.facts is None:
             raise UserError(
-                f"{run.path} keeps no ranks of its users: python main.py --mode=evaluate --run_dir={run.path} writes them"
+                f"{run.path} keeps no ranks of its users: "
+                f"python main.py --mode=evaluate --run_dir={run.path} writes them"
             )
         first = _measured_on(runs[0])
         for what, own in _measured_on(run).items():
@@ -142,10 +141,7 @@ def comparison_page(runs: Sequence[Run]) -> dict[str, Any]:
     facts = {name: run.facts for name, run in zip(_names(runs), runs) if run.facts is not None}
     joint = breakdown.of_common_users(facts)
     settings = [resolved_values(run.settings) for run in runs]
-    rows = [
-        (name, [each.get(name, "") for each in settings])
-        for name in sorted({*settings[0]}.union(*settings[1:]))
-    ]
+    rows = [(name, [each.get(name, "") for each in settings]) for name in sorted({*settings[0]}.union(*settings[1:]))]
     machines = [dict(machine(run)) for run in runs]
     return {
         "title": f"{len(runs)} runs",
@@ -157,9 +153,7 @@ def comparison_page(runs: Sequence[Run]) -> dict[str, Any]:
         "metrics": COLUMNS,
         "data": joint.data,
         "settings": [(name, values) for name, values in rows if any(each != values[0] for each in values)],
-        "curves": pictures.compared_curves(
-            {name: curve_rows(run.epochs) for name, run in zip(facts, runs)}, BY
-        ),
+        "curves": pictures.compared_curves({name: curve_rows(run.epochs) for name, run in zip(facts, runs)}, BY),
         "machines": [
             (name, [each.get(name, "") for each in machines])
             for name in dict.fromkeys(key for each in machines for key in each)

@@ -1,4 +1,5 @@
-"""Pictures of a report as SVG that takes the page's text colour, so that they are read in light, dark and print alike."""
+"""Pictures of a report as SVG that takes the page's text colour, so that they are read in light, dark and print
+alike."""
 
 from __future__ import annotations
 
@@ -27,11 +28,12 @@ COLOURS = ("#3f7fc1", "#dd7a2b", "#7a8a99", "#4f9d69", "#b0609f", "#b59a2c", "#c
 _INK = "#010203"
 """Stands for the page's text colour until a picture is written."""
 _STYLE: Any = {
-    "svg.fonttype": "none", "font.size": 9, "font.family": "sans-serif", "axes.spines.top": False, "axes.spines.right": False,
-    "axes.titlesize": 9.5, "axes.prop_cycle": cycler(color=COLOURS), "axes.grid": True, "grid.alpha": 0.25,
-    "axes.axisbelow": True, "legend.frameon": False, "legend.fontsize": 8.5, "lines.linewidth": 1.6,
+    "svg.fonttype": "none", "font.size": 9, "font.family": "sans-serif", "axes.spines.top": False,
+    "axes.spines.right": False, "axes.titlesize": 9.5, "axes.prop_cycle": cycler(color=COLOURS), "axes.grid": True,
+    "grid.alpha": 0.25, "axes.axisbelow": True, "legend.frameon": False, "legend.fontsize": 8.5, "lines.linewidth": 1.6,
     **dict.fromkeys(
-        ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color", "axes.titlecolor"), _INK
+        ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color",
+        "axes.titlecolor"), _INK
     ),
 }  # fmt: skip
 Row = Mapping[str, Any]
@@ -79,7 +81,8 @@ def whole_numbers(axes: Axes) -> None:
 
 
 def add_legend(axes: Axes, **options: Any) -> None:
-    """A legend whose names are taken as they are, since a title may hold a dollar sign; beside the axes unless placed."""
+    """A legend whose names are taken as they are, since a title may hold a dollar sign; beside the axes unless
+    placed."""
     options = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5), **options}
     for text in axes.legend(**options).get_texts():
         text.set_parse_math(False)
@@ -89,8 +92,8 @@ def add_legend(axes: Axes, **options: Any) -> None:
 def draw_curves(made: Figure, history: Sequence[Row], part: str, best: int | None = None) -> bool:
     """Training loss, and each metric of a part of the data, by epoch; the best epoch is marked.
 
-    history: one mapping an epoch: ``epoch`` (its position where absent), ``train_loss``, and any other number, a metric under
-    its own name, which may be None or NaN. Axes without a number are left out; False where none is left.
+    history: one mapping an epoch: ``epoch`` (its position where absent), ``train_loss``, and any other number, a metric
+    under its own name, which may be None or NaN. Axes without a number are left out; False where none is left.
     """
     names = dict.fromkeys(name for row in history for name in row if name not in ("epoch", "train_loss"))
     curves = {name: _points(history, name) for name in ("train_loss", *names)}
@@ -252,7 +255,8 @@ def draw_timeline(axes: Axes, times: Mapping[str, Any], every: int, characters: 
 
 
 def draw_heat_map(axes: Axes, weights: np.ndarray, inputs: Sequence[str], outputs: Sequence[str]) -> Any:
-    """Weights ``[len(outputs), len(inputs)]`` as a heat map with tokens on both axes; returns the image, for a colour bar.
+    """Weights ``[len(outputs), len(inputs)]`` as a heat map with tokens on both axes; returns the image, for a colour
+    bar.
 
     Weights below 0, as pointwise attention has, are drawn on a scale of two colours around 0.
     """
@@ -302,16 +306,15 @@ def item_map(found: ItemMap) -> Markup:
         axes.scatter(x[other], y[other], s=5, color="#9aa0a6", alpha=0.4, linewidths=0)
         for colour, name in zip(COLOURS, largest):
             own = np.array([each == name for each in first])
-            axes.scatter(
-                x[own], y[own], s=11, color=colour, alpha=0.75, linewidths=0, label=shortened(name, 24)
-            )
+            axes.scatter(x[own], y[own], s=11, color=colour, alpha=0.75, linewidths=0, label=shortened(name, 24))
             place = int(np.flatnonzero(own)[0])  # of the most training events, as items come in that order
             apart = [np.abs(found.places[place] - each) / span for each in named]
             if any(across < 0.25 and along < 0.04 for across, along in apart):
                 continue  # names would lie over each other
             named.append(found.places[place])
             axes.annotate(
-                shortened(found.items[place].label, 26), (x[place], y[place]), xytext=(4, 4), textcoords="offset points",
+                shortened(found.items[place].label, 26), (x[place], y[place]), xytext=(4, 4),
+                textcoords="offset points",
                 fontsize=7.5, parse_math=False,
             )  # fmt: skip
         add_legend(axes, markerscale=1.6)

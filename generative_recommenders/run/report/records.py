@@ -81,12 +81,12 @@ def read_records(path: Path, whole: bool = False) -> list[dict[str, Any]]:
 
 PROTOCOLS = {
     "paper": (
-        "Protocol paper: the last event of each user is the test target, and it was scored after every epoch, as in the "
-        "HSTU authors' code. Such numbers do not compare with those of a validation split."
+        "Protocol paper: the last event of each user is the test target, and it was scored after every epoch, as in "
+        "the HSTU authors' code. Such numbers do not compare with those of a validation split."
     ),
     "leave_one_out": (
-        "Protocol leave_one_out: the last event of each user is the test target, scored once; the last but one picked the "
-        "epoch. Such numbers do not compare with those whose epoch is read off the test target."
+        "Protocol leave_one_out: the last event of each user is the test target, scored once; the last but one picked "
+        "the epoch. Such numbers do not compare with those whose epoch is read off the test target."
     ),
     "global_time": (
         "Protocol global_time: training ends at one moment for all users, and the targets are each user's first events "
@@ -101,8 +101,8 @@ TIE_ORDERS = {
 
 
 def conditions(run: Run, own: bool = True) -> list[str]:
-    """The conditions of the numbers: lane, protocol, seen filter, ties, hidden or given time. own: with what the run itself
-    says of its test."""
+    """The conditions of the numbers: lane, protocol, seen filter, ties, hidden or given time. own: with what the run
+    itself says of its test."""
     ties = "file" if run.facts is None else run.facts.data["choices"].get("tie_order", "file")
     order = TIE_ORDERS.get(ties, ties)
     lines = [

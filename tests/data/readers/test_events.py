@@ -49,12 +49,11 @@ def refused(path: Path, columns: str | None = None, **options: Any) -> str:
         ("colons.dat", "1::17::4::978300760\n", "user,item,rating,timestamp", [978300760]),
         ("atomic.inter", "user_id:token\titem_id:token\ttimestamp:float\n1\t2\t8.9e8\n", None, [890000000]),
         ("goodreads.csv", "user_id,book_id,date_added\n1,2,Tue Sep 26 09:43:46 -0700 2017\n", None, [1506444226]),
-        ("reviews.jsonl", '{"user_id": "A", "asin": 7, "timestamp": 1588687728923, "x": [1]}\n', None, [1588687728.923]),
+        ("reviews.jsonl", '{"user_id": "A", "asin": 7, "timestamp": 1588687728923, "x": [1]}\n', None,
+        [1588687728.923]),
     ],
 )  # fmt: skip
-def test_times_of_many_forms(
-    tmp_path: Path, name: str, text: str, columns: str | None, expected: list[float]
-) -> None:
+def test_times_of_many_forms(tmp_path: Path, name: str, text: str, columns: str | None, expected: list[float]) -> None:
     assert read(write(tmp_path, text, name), columns)["timestamp"] == pytest.approx(expected, abs=1e-6)
 
 
@@ -67,9 +66,7 @@ def test_milliseconds_keep_their_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize("unit", ["s", "ms", "us", "ns"])
 def test_datetime_columns_of_any_precision(tmp_path: Path, unit: str) -> None:
     path = tmp_path / "a.parquet"
-    times = pa.array(
-        [1_600_000_000 * {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}[unit]], pa.timestamp(unit)
-    )
+    times = pa.array([1_600_000_000 * {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}[unit]], pa.timestamp(unit))
     pa.parquet.write_table(pa.table({"user": ["u"], "item": ["i"], "timestamp": times}), path)
     assert read(path)["timestamp"] == [1_600_000_000]
 
@@ -117,9 +114,7 @@ def test_quotes(tmp_path: Path) -> None:
         read(quoted, delimiter="::", quoting="csv")
 
 
-def test_missing_ids_are_refused_with_their_number_or_dropped(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_missing_ids_are_refused_with_their_number_or_dropped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = write(tmp_path, "userId;itemId;time\nNA;i1;5\n7;i2;9\n;i3;3\n")
     message = refused(path)
     assert "line 2" in message and "2 events" in message and "--drop_missing" in message
@@ -170,9 +165,7 @@ def test_two_columns_of_one_name_are_refused(tmp_path: Path, suffix: str) -> Non
         (pa.array([5.0, float("nan")]), "row 2: the timestamp 'nan' is missing"),
     ],
 )  # fmt: skip
-def test_typed_columns_that_are_no_time_report_one_line_error(
-    tmp_path: Path, values: pa.Array, word: str
-) -> None:
+def test_typed_columns_that_are_no_time_report_one_line_error(tmp_path: Path, values: pa.Array, word: str) -> None:
     path = tmp_path / "a.parquet"
     pa.parquet.write_table(pa.table({"user": ["u", "v"], "item": ["i", "j"], "timestamp": values}), path)
     assert word in refused(path)
@@ -207,7 +200,10 @@ def test_two_columns_for_one_role_are_refused(tmp_path: Path, columns: str | Non
 def test_variants_of_a_product_and_sessions_of_a_user_give_way_and_the_log_says_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, columns: str | None
 ) -> None:
-    text = '{"rating": 5.0, "asin": "V1", "parent_asin": "P", "session_id": "S", "user_id": "A", "timestamp": 1588687728923}\n'
+    text = (
+        '{"rating": 5.0, "asin": "V1", "parent_asin": "P", "session_id": "S", "user_id": "A", '
+        '"timestamp": 1588687728923}\n'
+    )
     path = write(tmp_path, text, "reviews.jsonl")
     with caplog.at_level(logging.WARNING, logger="absl"):
         events = read(path, columns)
@@ -259,12 +255,14 @@ def test_columns_that_stand_for_one_role_are_refused(tmp_path: Path, columns: st
     ("text", "columns", "words"),
     [
         ("user,item,rating\nu,i,5\nu,i,x\n", None, ["line 3", "'x'", "not a number"]),
-        ("user,item,timestamp\nu,i,5\nu,i,7\nu,i,1588687728923\n", None, ["line 4", "after the year 2200", "--time_unit"]),
+        ("user,item,timestamp\nu,i,5\nu,i,7\nu,i,1588687728923\n", None, ["line 4", "after the year 2200",
+        "--time_unit"]),
         ("user,item,date\nu,i,20230530\nu,i,20230531\nu,i,20230532\n", None, ["line 4", "not written like the times"]),
         ("user,item,date\nu,i,20-02-03\n", None, ["'20-02-03'", "no time"]),
         ("user,item,time\nu,i,2-02-03 10:00:00\n", None, ["'2-02-03 10:00:00'", "no time"]),
         ("user,item,timestamp\nu,i,soon\n", None, ["'soon'", "no time"]),
-        ("user,item,seen\nu,i,\nu,j,NA\n", "user,item,seen:time", ["the first 2 rows have no seen", "leave the column"]),
+        ("user,item,seen\nu,i,\nu,j,NA\n", "user,item,seen:time", ["the first 2 rows have no seen",
+        "leave the column"]),
         ("user,item\nu,i\n", "user,thing=itm", ["no column 'itm'", "'item'"]),
         ("user\titem\nu\ti\n   \nv\tj\n", None, ["line 3", "1 fields where 2 are expected"]),
         ("user,item\n1,u,i\n2,v,j\n", None, ["line 2", "3 fields where 2 are expected"]),
@@ -287,16 +285,11 @@ def test_faults_name_file_line_value_and_reason(
         assert word in message
 
 
-def test_what_is_read_is_logged_with_the_first_events(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_what_is_read_is_logged_with_the_first_events(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = write(tmp_path, "user_id,item,when,timestamp\nu,i,?,1588687728923\n")
     with caplog.at_level(logging.INFO, logger="absl"):
         read(path)
-    assert (
-        "user = column 1 'user_id'" in caplog.text
-        and "time = column 4 'timestamp' (milliseconds)" in caplog.text
-    )
+    assert "user = column 1 'user_id'" in caplog.text and "time = column 4 'timestamp' (milliseconds)" in caplog.text
     assert "left out: when" in caplog.text and "2020-05-05 14:08:48.923" in caplog.text
 
 
@@ -314,9 +307,7 @@ def test_parts_of_other_columns_are_refused(tmp_path: Path) -> None:
 def test_parts_whose_times_have_other_units_are_refused(tmp_path: Path, time: str) -> None:
     first = write(tmp_path, "user,item,time\nu,i,1600000000000\n")
     other = write(tmp_path, f"user,item,time\nu,j,{time}\n", "s.csv")
-    with pytest.raises(
-        UserError, match=r"s.csv: the timestamp is in .*has milliseconds; all files must have the same"
-    ):
+    with pytest.raises(UserError, match=r"s.csv: the timestamp is in .*has milliseconds; all files must have the same"):
         list(EventReader([first, other], ReadOptions()).batches())
     assert len(list(EventReader([first, other], ReadOptions(time_unit="ms")).batches())) == 2
 
@@ -324,11 +315,7 @@ def test_parts_whose_times_have_other_units_are_refused(tmp_path: Path, time: st
 @pytest.mark.parametrize("numbers_first", [False, True])
 def test_parts_whose_times_have_other_types(tmp_path: Path, numbers_first: bool) -> None:
     seconds = pa.array([1_600_000_000])
-    kinds = (
-        (seconds, seconds.cast(pa.timestamp("s")))
-        if numbers_first
-        else (seconds.cast(pa.timestamp("s")), seconds)
-    )
+    kinds = (seconds, seconds.cast(pa.timestamp("s"))) if numbers_first else (seconds.cast(pa.timestamp("s")), seconds)
     paths = [tmp_path / "a.parquet", tmp_path / "b.parquet"]
     for path, times in zip(paths, kinds):
         pa.parquet.write_table(pa.table({"user": ["u"], "item": ["i"], "timestamp": times}), path)
@@ -336,9 +323,7 @@ def test_parts_whose_times_have_other_types(tmp_path: Path, numbers_first: bool)
     if numbers_first:
         assert pa.concat_tables(reader.batches())["timestamp"].to_pylist() == [1_600_000_000 * 10**9] * 2
     else:
-        with pytest.raises(
-            UserError, match=r"b.parquet, row 1: .* not written like the times before it \(dates or"
-        ):
+        with pytest.raises(UserError, match=r"b.parquet, row 1: .* not written like the times before it \(dates or"):
             list(reader.batches())
 
 

@@ -28,7 +28,8 @@ FORMATS = {
         ("A1C6M8", "0001713353", 5.0, 1123804800),
     ),
     "Amazon 2023": (
-        "Books.csv", "user_id,parent_asin,rating,timestamp\nAGKASBHYZPGTEPO6LWZPVJWB2BVA,1782490671,5.0,1641648017503\n",
+        "Books.csv",
+        "user_id,parent_asin,rating,timestamp\nAGKASBHYZPGTEPO6LWZPVJWB2BVA,1782490671,5.0,1641648017503\n",
         ReadOptions(), ("AGKASBHYZPGTEPO6LWZPVJWB2BVA", "1782490671", 5.0, 1641648017.503),
     ),
     "Amazon 2023, with history": (
@@ -38,8 +39,9 @@ FORMATS = {
     ),
     "Amazon 2023, reviews": (
         "Books.jsonl",
-        '{"rating": 5.0, "title": "Such a lovely scent", "text": "This", "images": [], "asin": "B00YQ6X8EO", "parent_asin": '
-        '"B00YQ6X8XX", "user_id": "AGKH", "timestamp": 1588687728923, "helpful_vote": 0, "verified_purchase": true}\n',
+        '{"rating": 5.0, "title": "Such a lovely scent", "text": "This", "images": [], "asin": "B00YQ6X8EO", '
+        '"parent_asin": "B00YQ6X8XX", "user_id": "AGKH", "timestamp": 1588687728923, '
+        '"helpful_vote": 0, "verified_purchase": true}\n',
         ReadOptions("user=user_id,item=parent_asin,rating,timestamp"), ("AGKH", "B00YQ6X8XX", 5.0, 1588687728.923),
     ),
     "ML-25M and ML-32M": (

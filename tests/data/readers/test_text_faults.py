@@ -182,9 +182,7 @@ def test_a_long_quoted_id_names_its_line(tmp_path: Path) -> None:
 def test_a_huge_id_in_a_table_names_its_row(tmp_path: Path, dictionary: bool) -> None:
     table = pa.table({"user": ["u"] * 200 + [HUGE], "item": ["i"] * 201})
     pq.write_table(table, tmp_path / "r.parquet", use_dictionary=dictionary)
-    assert f"row 201: the user has {len(HUGE)} bytes; an id has at most 1024" in error_of(
-        tmp_path / "r.parquet", FOUND
-    )
+    assert f"row 201: the user has {len(HUGE)} bytes; an id has at most 1024" in error_of(tmp_path / "r.parquet", FOUND)
 
 
 def test_long_texts_beside_the_events_are_passed_over(tmp_path: Path) -> None:
@@ -199,9 +197,7 @@ def test_a_table_that_unpacks_to_much_is_refused_before_it_is_read(
     monkeypatch.setattr(tables, "SMALL_BYTES", 1 << 20)
     values = pa.array(["x" * 1_000_000]).take(pa.array([0] * 100))
     table = pa.table({"user": values, "item": ["i"] * 100})
-    pq.write_table(
-        table, tmp_path / "long.parquet", compression="zstd", use_dictionary=False, write_statistics=False
-    )
+    pq.write_table(table, tmp_path / "long.parquet", compression="zstd", use_dictionary=False, write_statistics=False)
     zeros = pa.array(np.zeros(2_000_000, np.int8))
     pq.write_table(pa.table({"user": zeros, "item": zeros}), tmp_path / "rows.parquet", compression="zstd")
     for name in ("long.parquet", "rows.parquet"):
@@ -254,7 +250,8 @@ def test_short_lines_are_read_in_bounded_memory(tmp_path: Path, monkeypatch: pyt
 
 
 def test_text_as_differences_is_read_and_bounded(tmp_path: Path) -> None:
-    """Parquet's DELTA_BYTE_ARRAY holds a text as the part that differs from the one before: a page of gigabytes is short."""
+    """Parquet's DELTA_BYTE_ARRAY holds a text as the part that differs from the one before: a page of gigabytes is
+    short."""
     options = {"use_dictionary": False, "write_statistics": False}
     users = [f"user{n:05}" for n in range(1_000)]
     table = pa.table({"user": users, "item": ["i"] * 1_000})
@@ -285,9 +282,7 @@ def test_a_wrong_delimiter_shows_the_number_of_fields(tmp_path: Path) -> None:
         ('"Smith, J";b1;5\n', "user,item,rating", ";"),
     ],
 )
-def test_delimiters_are_found_or_refused(
-    tmp_path: Path, data: str, columns: str | None, delimiter: str | None
-) -> None:
+def test_delimiters_are_found_or_refused(tmp_path: Path, data: str, columns: str | None, delimiter: str | None) -> None:
     path = write(tmp_path, data)
     if delimiter is None:
         assert "the delimiter may be" in error_of(path, ReadOptions(columns))
@@ -297,9 +292,7 @@ def test_delimiters_are_found_or_refused(
 
 
 def test_missing_columns_are_named(tmp_path: Path) -> None:
-    message = error_of(
-        write(tmp_path, "user,rating,timestamp\nu,1,2\n"), ReadOptions(delimiter=",", header=True)
-    )
+    message = error_of(write(tmp_path, "user,rating,timestamp\nu,1,2\n"), ReadOptions(delimiter=",", header=True))
     assert "no item among: user, rating, timestamp" in message
 
 
@@ -334,9 +327,7 @@ def mutate(rng: random.Random, data: bytes) -> bytes:
 
 def parquet_bytes() -> bytes:
     """Uncompressed, so that edits reach the values."""
-    table = pa.table(
-        {"user": ["u1", "u2"], "item": ["i1", "i2"], "rating": [5.0, 4.0], "timestamp": [100, 200]}
-    )
+    table = pa.table({"user": ["u1", "u2"], "item": ["i1", "i2"], "rating": [5.0, 4.0], "timestamp": [100, 200]})
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="none")
     return sink.getvalue().to_pybytes()

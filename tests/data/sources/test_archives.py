@@ -112,9 +112,7 @@ def test_a_symlink_in_a_zip_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("write", [write_zip, write_tar])
-def test_bombs_are_refused_and_leave_nothing(
-    tmp_path: Path, write: Writer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bombs_are_refused_and_leave_nothing(tmp_path: Path, write: Writer, monkeypatch: pytest.MonkeyPatch) -> None:
     archive = write(tmp_path / "a", {"small.csv": b"1", "big.csv": bytes(3_000_000)})
     with monkeypatch.context() as tight:
         bound(tight, FREE_BYTES=1_000_000, MOST_RATIO=2)
@@ -143,9 +141,7 @@ def test_a_negative_size_does_not_pay_for_another_member(
     tmp_path: Path, in_header: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bound(monkeypatch, MOST_BYTES=2_900)
-    with tarfile.open(
-        tmp_path / "a.tar", "w", format=tarfile.GNU_FORMAT if in_header else tarfile.PAX_FORMAT
-    ) as tar:
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.GNU_FORMAT if in_header else tarfile.PAX_FORMAT) as tar:
         debt = tarfile.TarInfo("README")
         if in_header:
             debt.size = -512

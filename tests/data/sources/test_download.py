@@ -23,7 +23,8 @@ MD5 = hashlib.md5(CONTENT, usedforsecurity=False).hexdigest()
 
 @dataclass
 class Site:
-    """A server on this machine: /good, /cut (ends the answer early), /wrong, /page (something short), /nothing, /missing."""
+    """A server on this machine: /good, /cut (ends the answer early), /wrong, /page (something short), /nothing,
+    /missing."""
 
     address: str = ""
     requests: list[str] = field(default_factory=list)
@@ -100,9 +101,7 @@ def test_a_bad_mirror_does_not_cost_the_file_that_is_there(site: Site, tmp_path:
 @pytest.mark.parametrize("page", BAD)
 def test_every_fault_reports_one_line_error_with_its_reason(site: Site, tmp_path: Path, page: str) -> None:
     reason = {"cut": r"IncompleteRead\(.*\)", "missing": "404.*Not Found.*"}.get(page, "its md5 is not .*")
-    with pytest.raises(
-        UserError, match=rf"^cannot download data\.bin \(127\.0\.0\.1:\d+: {reason}\): [^\n]+$"
-    ):
+    with pytest.raises(UserError, match=rf"^cannot download data\.bin \(127\.0\.0\.1:\d+: {reason}\): [^\n]+$"):
         fetch(_remote(site.url(page)), tmp_path, progress=False)
 
 

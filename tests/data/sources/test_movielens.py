@@ -21,9 +21,9 @@ GOOD: dict[str, bytes] = {
     "movies.csv": (
         'movieId,title,genres\r\n1,"Misérables, Les (1995)",Drama|War\r\n2,No Year,(no genres listed)\r\n'
     ).encode(),
-    "u.item": (
-        f"1|Misérables, Les (1995)|01-Jan-1995||http://x|{FLAGS}\n2|No Year||||1" + "|0" * 18 + "\n"
-    ).encode("latin-1"),
+    "u.item": (f"1|Misérables, Les (1995)|01-Jan-1995||http://x|{FLAGS}\n2|No Year||||1" + "|0" * 18 + "\n").encode(
+        "latin-1"
+    ),
     "u.item.tsv": (
         "item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq\n"
         "1\tMisérables, Les\t1995\tDrama War\n2\tNo Year\t\t\n"

@@ -103,9 +103,7 @@ def test_layouts_of_the_published_files() -> None:
 
 def test_plain_http_is_for_files_with_a_sha256_alone() -> None:
     plain = {
-        name
-        for name, each in PUBLISHED.items()
-        if not all(url.startswith("https://") for url in each.archive.urls)
+        name for name, each in PUBLISHED.items() if not all(url.startswith("https://") for url in each.archive.urls)
     }
     assert {PUBLISHED[name].archive.algorithm for name in plain} == {"sha256"}
 
@@ -113,9 +111,7 @@ def test_plain_http_is_for_files_with_a_sha256_alone() -> None:
 def test_features_belong_to_the_files(tmp_path: Path) -> None:
     raw = _resolve("ml-100k", tmp_path, _zip(tmp_path / "x.zip", ML_100K))
     assert raw.item_features is not None and raw.user_features is not None
-    assert raw.item_features.to_pylist() == [
-        {"item": "242", "title": "Kolya", "year": 1996.0, "genres": ["Comedy"]}
-    ]
+    assert raw.item_features.to_pylist() == [{"item": "242", "title": "Kolya", "year": 1996.0, "genres": ["Comedy"]}]
     assert raw.user_features.to_pylist()[0]["age"] == "45"
 
 
@@ -131,9 +127,7 @@ def test_ml_100k_from_compressed_files_with_headed_films(tmp_path: Path) -> None
     assert raw.item_features is not None and raw.item_features["genres"].to_pylist() == [["Comedy"]]
 
 
-def test_counts_are_expected_of_the_published_archive_only(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_counts_are_expected_of_the_published_archive_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     archive = _zip(tmp_path / "anything.zip", ML_1M)
     digest = hashlib.md5(archive.read_bytes(), usedforsecurity=False).hexdigest()
     published = dataclasses.replace(PUBLISHED["ml-1m"], archive=RemoteFile("ml-1m.zip", (), digest))
@@ -141,10 +135,7 @@ def test_counts_are_expected_of_the_published_archive_only(
     raw = _resolve("ml-1m", tmp_path, archive)
     assert (raw.expected_items, raw.expected_users) == (3_706, 6_040)
     assert _resolve("ml-1m", tmp_path, archive, k_core=2).expected_items is None
-    assert (
-        _resolve("ml-1m", tmp_path, _zip(tmp_path / "b.zip", {**ML_1M, "ml-1m/README": b"!"})).expected_items
-        is None
-    )
+    assert _resolve("ml-1m", tmp_path, _zip(tmp_path / "b.zip", {**ML_1M, "ml-1m/README": b"!"})).expected_items is None
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -166,9 +157,7 @@ def test_amazon_books_are_known_by_their_checksum(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packed: bool
 ) -> None:
     content = b"A1,0001,5.0,1382659200\n"
-    remote = dataclasses.replace(
-        PUBLISHED["amzn-books"].archive, checksum=hashlib.sha256(content).hexdigest()
-    )
+    remote = dataclasses.replace(PUBLISHED["amzn-books"].archive, checksum=hashlib.sha256(content).hexdigest())
     published = dataclasses.replace(PUBLISHED["amzn-books"], archive=remote)
     monkeypatch.setitem(public_datasets.PUBLISHED, "amzn-books", published)
     path = tmp_path / "ratings.csv"
@@ -182,9 +171,7 @@ def test_amazon_books_are_known_by_their_checksum(
 
 def test_no_network_says_where_the_file_belongs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     remote = RemoteFile("ml-1m.zip", ("http://127.0.0.1:9/ml-1m.zip",), "0" * 32)
-    monkeypatch.setitem(
-        public_datasets.PUBLISHED, "ml-1m", dataclasses.replace(PUBLISHED["ml-1m"], archive=remote)
-    )
+    monkeypatch.setitem(public_datasets.PUBLISHED, "ml-1m", dataclasses.replace(PUBLISHED["ml-1m"], archive=remote))
     place = tmp_path / "data" / "raw" / "ml-1m" / "ml-1m.zip"
     with pytest.raises(UserError, match=f"by hand and put it at {place}"):
         _resolve("ml-1m", tmp_path, None)
@@ -210,9 +197,7 @@ def test_sasrec_text(tmp_path: Path, as_folder: bool) -> None:
     assert (raw.item_features is not None) == (raw.user_features is not None) == as_folder
 
 
-@pytest.mark.parametrize(
-    ("header", "first"), [("user item\n", "1"), ("", "1"), ("customer product\n", "customer")]
-)
+@pytest.mark.parametrize(("header", "first"), [("user item\n", "1"), ("", "1"), ("customer product\n", "customer")])
 def test_a_header_of_sasrec_text_is_left_out_where_it_is_one(tmp_path: Path, header: str, first: str) -> None:
     path = tmp_path / "in.txt"
     path.write_text(header + "1 661\n1 1193\n")
@@ -269,9 +254,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path, name: str) -> N
     ("sasrec-text", {"raw_path": Path(__file__).parent}, "holds no interactions.txt"),
     ("csv", {"raw_path": Path(__file__).parents[3] / "benchmarks"}, "holds no file that ends in"),
 ])  # fmt: skip
-def test_faults_report_one_line_errors(
-    tmp_path: Path, name: str, options: dict[str, object], message: str
-) -> None:
+def test_faults_report_one_line_errors(tmp_path: Path, name: str, options: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         _resolve(name, tmp_path, **{"raw_path": None, **options})  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)

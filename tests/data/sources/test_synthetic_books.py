@@ -321,9 +321,7 @@ def test_oracle_grows_with_predictability_and_beats_the_baselines() -> None:
     ]
     hits = [score.hit_rate[10] for score in scores]
     assert hits == sorted(hits) and hits[2] > 0.6
-    markov, popular = _baseline_hits(
-        SyntheticBooksSettings(num_users=1_000, num_items=600, predictability=0.6), 10
-    )
+    markov, popular = _baseline_hits(SyntheticBooksSettings(num_users=1_000, num_items=600, predictability=0.6), 10)
     assert popular + 0.1 < markov < hits[2] - 0.15
 
 

@@ -307,9 +307,7 @@ def test_scale() -> None:
 
 def test_visible_hides_cells_past_a_rows_end() -> None:
     layout = padded_layout(torch.tensor([1, 3]), 3)
-    layout = layout.with_attention_mask(
-        AttentionMask(*(torch.zeros_like(layout.positions) for _ in range(2)))
-    )
+    layout = layout.with_attention_mask(AttentionMask(*(torch.zeros_like(layout.positions) for _ in range(2))))
     assert layout.attention_mask is not None
     sees = group_mask(layout.groups[0], layout.attention_mask)
     assert sees[:, 0, 0].tolist() == [[True, False, False], [True, True, True]]

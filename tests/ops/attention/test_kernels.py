@@ -99,9 +99,7 @@ def test_dropout_is_that_of_the_backward_pass_too(layout: Layout, softmax: bool)
 def test_no_tokens() -> None:
     layout = jagged_layout(torch.zeros(2, dtype=torch.int64, device=DEVICE), 4)
     q, k, v = heads(layout, 5, 5, 7)
-    out = fused_attention(
-        q, k, v, layout, Weights(False), PairBias(torch.zeros(7, requires_grad=True), None, None)
-    )
+    out = fused_attention(q, k, v, layout, Weights(False), PairBias(torch.zeros(7, requires_grad=True), None, None))
     out.sum().backward()
     assert out.shape == (0, 2, 7)
 

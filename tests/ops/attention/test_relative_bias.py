@@ -1,4 +1,5 @@
-"""HSTU's relative bias: buckets of time, position alone, gradients, and the softmax over all columns against its equation."""
+"""HSTU's relative bias: buckets of time, position alone, gradients, and the softmax over all columns against its
+equation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Attention by tables against dense matrices and its reference, with gradients; what an accelerator computes gives the same."""
+"""Attention by tables against dense matrices and its reference, with gradients; what an accelerator computes gives the
+same."""
 
 from __future__ import annotations
 

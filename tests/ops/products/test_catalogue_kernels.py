@@ -1,4 +1,5 @@
-"""The kernels of catalogue losses against logits that are written out, in Triton's interpreter where there is no GPU."""
+"""The kernels of catalogue losses against logits that are written out, in Triton's interpreter where there is no
+GPU."""
 
 from __future__ import annotations
 
@@ -13,14 +14,10 @@ from generative_recommenders.ops.products.catalogue import LOGSUMEXP, SOFTPLUS_S
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@pytest.mark.parametrize(
-    ("tokens", "items", "width"), [(1, 3, 1), (70, 200, 50), (5, 1100, 16), (130, 65, 100)]
-)
+@pytest.mark.parametrize(("tokens", "items", "width"), [(1, 3, 1), (70, 200, 50), (5, 1100, 16), (130, 65, 100)])
 @pytest.mark.parametrize("exponential", [True, False], ids=["softmax", "softplus"])
 @pytest.mark.parametrize("positives", [0, 1, 3])
-def test_statistic_and_its_gradients(
-    tokens: int, items: int, width: int, exponential: bool, positives: int
-) -> None:
+def test_statistic_and_its_gradients(tokens: int, items: int, width: int, exponential: bool, positives: int) -> None:
     torch.manual_seed(0)
     hidden = torch.randn(tokens, width, device=DEVICE, requires_grad=True)
     weight = torch.randn(items, width, device=DEVICE, requires_grad=True)

@@ -56,8 +56,8 @@ class TensorFeatureSource:
 class TensorFeatureInfo:
     """One feature.
 
-    is_seq: one value per event instead of one per user. feature_hint: its role, if it has one. cardinality: categories, for
-    categorical types. padding_value: the id (or value) of padding. tensor_dim: values of a numerical list.
+    is_seq: one value per event instead of one per user. feature_hint: its role, if it has one. cardinality: categories,
+    for categorical types. padding_value: the id (or value) of padding. tensor_dim: values of a numerical list.
     """
 
     name: str
@@ -183,6 +183,7 @@ def item_id_feature(schema: TensorSchema, who: str) -> TensorFeatureInfo:
     found = schema.item_id_features
     if len(found) != 1:
         raise UserError(
-            f"{who}: the schema has {len(found) or 'no'} item id features; one must have feature_hint=FeatureHint.ITEM_ID"
+            f"{who}: the schema has {len(found) or 'no'} item id features; one must have "
+            "feature_hint=FeatureHint.ITEM_ID"
         )
     return found.item()

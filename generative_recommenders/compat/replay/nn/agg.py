@@ -29,9 +29,7 @@ class _Aggregator(nn.Module):
     @staticmethod
     def check_width(name: str, tensor: Tensor, width: int) -> None:
         if tensor.shape[-1] != width:
-            raise UserError(
-                f"embedding {name} has width {tensor.shape[-1]}: the aggregator was built for {width}"
-            )
+            raise UserError(f"embedding {name} has width {tensor.shape[-1]}: the aggregator was built for {width}")
 
 
 class SumAggregator(_Aggregator):
@@ -79,9 +77,7 @@ class PositionAwareAggregator(nn.Module):
     max_sequence_length: rows of the table.
     """
 
-    def __init__(
-        self, embedding_aggregator: AggregatorProto, max_sequence_length: int, dropout: float
-    ) -> None:
+    def __init__(self, embedding_aggregator: AggregatorProto, max_sequence_length: int, dropout: float) -> None:
         super().__init__()
         self.embedding_aggregator = embedding_aggregator
         self.pe = nn.Embedding(max_sequence_length, embedding_aggregator.embedding_dim)
@@ -97,7 +93,5 @@ class PositionAwareAggregator(nn.Module):
         aggregated = self.embedding_aggregator(feature_tensors)
         length, rows = aggregated.shape[1], self.pe.num_embeddings
         if length > rows:
-            raise UserError(
-                f"sequence of {length} positions: PositionAwareAggregator has max_sequence_length {rows}"
-            )
+            raise UserError(f"sequence of {length} positions: PositionAwareAggregator has max_sequence_length {rows}")
         return self.dropout(math.sqrt(self.embedding_dim) * aggregated + self.pe.weight[rows - length :])

@@ -27,7 +27,8 @@ class MultiHeadDifferentialAttention(DifferentialAttention):
         value: torch.Tensor,
         attn_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """query, key, value: ``[B, N, D]``; attn_mask: additive ``[B * H, N, N]`` or ``[B, H, N, N]``, causal unless given.
+        """query, key, value: ``[B, N, D]``; attn_mask: additive ``[B * H, N, N]`` or ``[B, H, N, N]``, causal unless
+        given.
 
         Returns ``[B, N, D]``.
         """

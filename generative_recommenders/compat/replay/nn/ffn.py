@@ -36,9 +36,7 @@ class PointWiseFeedForward(nn.Module):
     ) -> None:
         super().__init__()
         if activation not in (known := get_args(Activation)):
-            raise UserError(
-                f"activation {activation!r} of PointWiseFeedForward: choose one of {', '.join(known)}"
-            )
+            raise UserError(f"activation {activation!r} of PointWiseFeedForward: choose one of {', '.join(known)}")
         hidden_dim = hidden_dim or embedding_dim
         self.activation: Callable[[Tensor], Tensor] = getattr(F, activation)
         self.linear1 = nn.Linear(embedding_dim, hidden_dim)

@@ -1,21 +1,25 @@
-"""RePlay's losses under their documented names, arguments and defaults; each computes by the class of ``objectives.losses``.
+"""RePlay's losses under their documented names, arguments and defaults; each computes by the class of
+``objectives.losses``.
 
-A loss scores through its ``logits_callback``, which the model sets: ``callback(h)`` gives logits ``[M, V]`` of hidden states
-``[M, D]``; ``callback(h, ids)`` gives ``[M, K]`` for ids ``[K]`` (shared) or ``[M, K]``. Only positions with a target are
-scored. Because the callback hands over logits, losses over the catalogue hold ``[M, V]`` here; in training they do not.
+A loss scores through its ``logits_callback``, which the model sets: ``callback(h)`` gives logits ``[M, V]`` of hidden
+states ``[M, D]``; ``callback(h, ids)`` gives ``[M, K]`` for ids ``[K]`` (shared) or ``[M, K]``. Only positions with a
+target are scored. Because the callback hands over logits, losses over the catalogue hold ``[M, V]`` here; in training
+they do not.
 
-Forward takes ``model_embeddings [B, L, D]``, ``positive_labels [B, L, P]`` int64, for sampled losses ``negative_labels``
-(``[K]``, ``[B, K]`` or ``[B, L, K]``), and ``target_padding_mask [B, L, P]`` bool, True = counts. The result is a scalar; no
-target at all, and a label or negative outside of the catalogue, is a ``UserError``. A masked label adds no term, and in the
-softmax losses it still is no negative of its position. ``negative_labels_ignore_index`` names an item that is no negative.
+Forward takes ``model_embeddings [B, L, D]``, ``positive_labels [B, L, P]`` int64, for sampled losses
+``negative_labels`` (``[K]``, ``[B, K]`` or ``[B, L, K]``), and ``target_padding_mask [B, L, P]`` bool, True = counts.
+The result is a scalar; no target at all, and a label or negative outside of the catalogue, is a ``UserError``. A masked
+label adds no term, and in the softmax losses it still is no negative of its position. ``negative_labels_ignore_index``
+names an item that is no negative.
 
 Every loss takes ``reduction``, ``ignore_index`` and ``padding_idx`` (`ReplayLoss`). Of the arguments of
-``torch.nn.CrossEntropyLoss`` and ``BCEWithLogitsLoss`` further take: CE, CEWeighted, CESampled and LogOutCE ``weight [V]`` and
-``label_smoothing``; BCE ``weight`` and ``pos_weight``, both ``[V]``. Any other one is a ``UserError``.
+``torch.nn.CrossEntropyLoss`` and ``BCEWithLogitsLoss`` further take: CE, CEWeighted, CESampled and LogOutCE
+``weight [V]`` and ``label_smoothing``; BCE ``weight`` and ``pos_weight``, both ``[V]``. Any other one is a
+``UserError``.
 
-Where we differ on purpose: label smoothing of a sampled loss and of LogOutCE spreads over the negatives that are kept (there it
-is infinite as soon as one is masked); ``weight`` of a sampled loss is by item, not by place among the candidates; and BCE
-leaves the caller's mask as it was.
+Where we differ on purpose: label smoothing of a sampled loss and of LogOutCE spreads over the negatives that are kept
+(there it is infinite as soon as one is masked); ``weight`` of a sampled loss is by item, not by place among the
+candidates; and BCE leaves the caller's mask as it was.
 """
 
 from __future__ import annotations
@@ -103,7 +107,8 @@ class ReplayLoss(nn.Module):
         return self.logits_callback(*arguments)
 
     def targets(self, labels: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The positions with a target, bool ``[B, L]``, their labels ``[M, P]`` (-1 where ignored) and which of them count."""
+        """The positions with a target, bool ``[B, L]``, their labels ``[M, P]`` (-1 where ignored) and which of them
+        count."""
         ignored = labels == self.ignore_index
         if self.padding_idx is not None:
             ignored = ignored | (labels == self.padding_idx)
@@ -140,9 +145,7 @@ class CatalogueLoss(ReplayLoss):
         super().__init__(negative_labels_ignore_index, **arguments)
         self.cardinality = cardinality
 
-    def forward(
-        self, model_embeddings: Tensor, positive_labels: Tensor, target_padding_mask: Tensor
-    ) -> Tensor:
+    def forward(self, model_embeddings: Tensor, positive_labels: Tensor, target_padding_mask: Tensor) -> Tensor:
         """The loss, see the module."""
         chosen, labels, counts = self.targets(positive_labels, target_padding_mask)
         return self.reduced(self.terms(self.scores(model_embeddings[chosen], labels, counts)), chosen, counts)
@@ -171,8 +174,8 @@ class CatalogueLoss(ReplayLoss):
 class SampledLoss(ReplayLoss):
     """A loss against sampled negatives.
 
-    Negatives ``[K]`` are one product with all positions, ``[B, K]`` one product a row, ``[B, L, K]`` one a position. A model of
-    this package scores all rows at once; any other callback is called once a row.
+    Negatives ``[K]`` are one product with all positions, ``[B, K]`` one product a row, ``[B, L, K]`` one a position. A
+    model of this package scores all rows at once; any other callback is called once a row.
 
     negative_labels_ignore_index: a negative that does not count.
     """
@@ -225,8 +228,8 @@ class SampledLoss(ReplayLoss):
 class CrossEntropy(ReplayLoss):
     """``-ln softmax`` of each target, with torch's ``weight`` by item and ``label_smoothing``.
 
-    As in torch's cross-entropy: the label's weight for its own term, every class's for its share of the smoothing, which is
-    spread over the target and the negatives that compete.
+    As in torch's cross-entropy: the label's weight for its own term, every class's for its share of the smoothing,
+    which is spread over the target and the negatives that compete.
     """
 
     core: catalogue.CatalogueLoss | sampled.SampledLoss = sampled.SampledSoftmaxLoss()
@@ -250,7 +253,8 @@ class BCE(CatalogueLoss):
     """Pointwise binary cross-entropy over all items, mean over positions.
 
     weight: ``[V]``, of the items. pos_weight: ``[V]``, of those that are labels besides.
-    masked_labels: "ignored", as documented: a masked label beside one that counts is an item like any other; "targets": it is a
+    masked_labels: "ignored", as documented: a masked label beside one that counts is an item like any other; "targets":
+    it is a
         target of 1 all the same, what RePlay's code computes.
     """
 
@@ -308,9 +312,7 @@ class CEWeighted(CE):
         sample_weights = feature_tensors[self.feature_name]
         if sample_weights.numel() != positive_labels.numel():
             given, wanted = tuple(sample_weights.shape), tuple(positive_labels.shape[:2])
-            raise self.error(
-                f"feature {self.feature_name!r} {given}: give a weight for each position, {wanted}"
-            )
+            raise self.error(f"feature {self.feature_name!r} {given}: give a weight for each position, {wanted}")
         sample_weights = sample_weights.reshape(positive_labels.shape)[chosen]
         values = self.terms(self.scores(model_embeddings[chosen], labels, counts)).values * sample_weights
         return self.reduced(Terms(values, torch.ones_like(values)), chosen, counts)

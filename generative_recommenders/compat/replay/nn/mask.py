@@ -1,7 +1,7 @@
 """Dense attention masks, for the public building blocks alone.
 
-The program's own encoders describe the attention mask by two integers a token (`layout.AttentionMask`) and build no such
-tensor.
+The program's own encoders describe the attention mask by two integers a token (`layout.AttentionMask`) and build no
+such tensor.
 A mask here is additive: 0 where a query may look, a very negative number where it may not.
 """
 

@@ -15,9 +15,7 @@ HiddenStates = tuple[torch.Tensor, ...]
 class _Output(dict[str, Any]):
     """A mapping whose keys are attributes too; made of one mapping where Lightning and DDP move it to a device."""
 
-    def __init__(
-        self, name: str, value: torch.Tensor | Mapping[str, Any], states: HiddenStates | None
-    ) -> None:
+    def __init__(self, name: str, value: torch.Tensor | Mapping[str, Any], states: HiddenStates | None) -> None:
         super().__init__(value if isinstance(value, Mapping) else {name: value, "hidden_states": states})
 
     def __getattr__(self, name: str) -> Any:
@@ -30,16 +28,12 @@ class _Output(dict[str, Any]):
 class TrainOutput(_Output):
     """loss: scalar with a graph. hidden_states: ``[B, N, D]`` each, the encoder's and those made from it."""
 
-    def __init__(
-        self, loss: torch.Tensor | Mapping[str, Any], hidden_states: HiddenStates | None = None
-    ) -> None:
+    def __init__(self, loss: torch.Tensor | Mapping[str, Any], hidden_states: HiddenStates | None = None) -> None:
         super().__init__("loss", loss, hidden_states)
 
 
 class InferenceOutput(_Output):
     """logits: ``[B, V]`` or ``[B, candidates]``. hidden_states: as in `TrainOutput`."""
 
-    def __init__(
-        self, logits: torch.Tensor | Mapping[str, Any], hidden_states: HiddenStates | None = None
-    ) -> None:
+    def __init__(self, logits: torch.Tensor | Mapping[str, Any], hidden_states: HiddenStates | None = None) -> None:
         super().__init__("logits", logits, hidden_states)

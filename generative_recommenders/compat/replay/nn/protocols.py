@@ -50,8 +50,8 @@ class AttentionMaskProto(Protocol):
 
 
 class EncoderProto(Protocol):
-    """Hidden states ``[B, N, D]``, or item embeddings ``[..., D]``: called with those of feature_tensors, input_embeddings and,
-    in the query tower, padding_mask and attention_mask that its signature has."""
+    """Hidden states ``[B, N, D]``, or item embeddings ``[..., D]``: called with those of feature_tensors,
+    input_embeddings and, in the query tower, padding_mask and attention_mask that its signature has."""
 
     def __call__(self, **arguments: object) -> Tensor: ...
 

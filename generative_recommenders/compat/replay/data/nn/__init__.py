@@ -1,4 +1,5 @@
-"""RePlay's ``replay.data.nn`` by its module path; `ParquetModule` needs the extra ``lightning`` and is read on first use."""
+"""RePlay's ``replay.data.nn`` by its module path; `ParquetModule` needs the extra ``lightning`` and is read on first
+use."""
 
 from generative_recommenders import lazy_exports
 from generative_recommenders.compat.replay.data.schema import (

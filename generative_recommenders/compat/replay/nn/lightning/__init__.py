@@ -1,4 +1,5 @@
-"""RePlay's Lightning side by its module paths, over `generative_recommenders.lightning`; the extra is imported on first use."""
+"""RePlay's Lightning side by its module paths, over `generative_recommenders.lightning`; the extra is imported on first
+use."""
 
 from generative_recommenders import lazy_exports
 

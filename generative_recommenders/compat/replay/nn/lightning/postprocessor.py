@@ -29,8 +29,9 @@ class PostprocessorBase(ABC):
 class SeenItemsFilter(PostprocessorBase):
     """Sets the scores of items that a user has already seen to -inf, in a copy of the scores.
 
-    item_count: number of items; ids outside 0..item_count-1 in ``seen_items_column [B, S]`` are padding. candidates: None where
-    column j of the scores is item j; else the item of each column, ``[C]`` for all rows or ``[B, C]`` row by row.
+    item_count: number of items; ids outside 0..item_count-1 in ``seen_items_column [B, S]`` are padding. candidates:
+    None where column j of the scores is item j; else the item of each column, ``[C]`` for all rows or ``[B, C]`` row by
+    row.
     """
 
     def __init__(self, item_count: int, seen_items_column: str = "seen_ids") -> None:

@@ -41,9 +41,7 @@ class SasRecTransformerLayer(nn.Module):
     ) -> None:
         super().__init__()
         if num_heads < 1 or embedding_dim % num_heads:
-            raise UserError(
-                f"SasRec layer: embedding_dim {embedding_dim} is not divisible by num_heads {num_heads}"
-            )
+            raise UserError(f"SasRec layer: embedding_dim {embedding_dim} is not divisible by num_heads {num_heads}")
         self.num_heads = num_heads
         blocks = range(num_blocks)
         norm = partial(nn.LayerNorm, embedding_dim, eps=LAYER_NORM_EPS)
@@ -73,9 +71,7 @@ class SasRecTransformerLayer(nn.Module):
         x = input_embeddings
         per_head = mask_per_head(attention_mask, x.shape[0], self.num_heads)
         mask = mask_for(x, hide_padded_keys(per_head, padding_mask).flatten(0, 1))
-        layers = zip(
-            self.attention_layers, self.attention_layernorms, self.forward_layers, self.forward_layernorms
-        )
+        layers = zip(self.attention_layers, self.attention_layernorms, self.forward_layers, self.forward_layernorms)
         for attention, attention_norm, feed_forward, forward_norm in layers:
             query = attention_norm(x)
             attended, _ = attention(query, x, x, attn_mask=mask, need_weights=False)

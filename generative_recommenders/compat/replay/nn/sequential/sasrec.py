@@ -46,7 +46,8 @@ class QueryTower(nn.Module):
         self.output_normalization = output_normalization
 
     def forward(self, feature_tensors: protocols.Tensors, padding_mask: Tensor) -> Tensor:
-        """feature_tensors: name to ``[B, N, ...]``; padding_mask: bool ``[B, N]``, True = real. Returns ``[B, N, D]``."""
+        """feature_tensors: name to ``[B, N, ...]``; padding_mask: bool ``[B, N]``, True = real. Returns
+        ``[B, N, D]``."""
         embeddings = self.embedding_aggregator(self.embedder(feature_tensors, self.feature_names))
         hidden = call_with_accepted(
             self.encoder,
@@ -59,7 +60,8 @@ class QueryTower(nn.Module):
 
 
 class NextItemModel(nn.Module, ABC):
-    """A query tower, item embeddings and a loss: a loss in training mode, logits of the next item in evaluation mode."""
+    """A query tower, item embeddings and a loss: a loss in training mode, logits of the next item in evaluation
+    mode."""
 
     scores_rectangles = True
     """`get_logits` takes hidden states ``[B, N, D]`` with ids ``[B, K]``."""
@@ -84,7 +86,8 @@ class NextItemModel(nn.Module, ABC):
 
         feature_tensors: name to ``[B, N, ...]``, left-padded. padding_mask: bool ``[B, N]``, True = real.
         candidates_to_score: item ids ``[C]`` or ``[B, C]`` to score instead of the catalogue (evaluation only).
-        positive_labels: ``[B, N, P]``; negative_labels: as the loss takes them; target_padding_mask: bool ``[B, N, P]``,
+        positive_labels: ``[B, N, P]``; negative_labels: as the loss takes them; target_padding_mask: bool
+        ``[B, N, P]``,
             False = ignored (training only).
         """
         hidden_states = self.hidden_states(feature_tensors, padding_mask)
@@ -92,9 +95,7 @@ class NextItemModel(nn.Module, ABC):
             logits = self.get_logits(hidden_states[-1][:, -1], candidates_to_score)
             return InferenceOutput(logits, hidden_states)
         if positive_labels is None:
-            raise UserError(
-                "positive_labels are missing: in training mode the model computes its loss from them"
-            )
+            raise UserError("positive_labels are missing: in training mode the model computes its loss from them")
         loss = call_with_accepted(
             self.loss,
             model_embeddings=hidden_states[-1],
@@ -149,9 +150,7 @@ class SasRecBody(QueryTower):
         encoder: protocols.EncoderProto,
         output_normalization: protocols.NormalizerProto,
     ) -> None:
-        super().__init__(
-            None, embedder, embedding_aggregator, attn_mask_builder, encoder, output_normalization
-        )
+        super().__init__(None, embedder, embedding_aggregator, attn_mask_builder, encoder, output_normalization)
 
 
 class SasRec(NextItemModel):
@@ -180,9 +179,7 @@ class SasRec(NextItemModel):
         item = item_id_feature(schema, cls.__name__)
         body = SasRecBody(
             embedder=SequenceEmbedding(schema, None, categorical_list_feature_aggregation_method),
-            embedding_aggregator=PositionAwareAggregator(
-                SumAggregator(embedding_dim), max_sequence_length, dropout
-            ),
+            embedding_aggregator=PositionAwareAggregator(SumAggregator(embedding_dim), max_sequence_length, dropout),
             attn_mask_builder=DefaultAttentionMask(item.name, num_heads),
             encoder=SasRecTransformerLayer(embedding_dim, num_heads, num_blocks, dropout, "relu"),
             output_normalization=nn.LayerNorm(embedding_dim),

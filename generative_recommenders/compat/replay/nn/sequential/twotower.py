@@ -36,22 +36,20 @@ class FeaturesReader:
     """Item features from a Parquet file, as tensors in the order of the item ids.
 
     schema: names the item id and, by ``feature_sources``, the column of each feature (its own name unless given).
-    metadata: the features to read. A list feature may say how wide it becomes and with what it is filled up on the left:
+    metadata: the features to read. A list feature may say how wide it becomes and with what it is filled up on the
+    left:
         ``{"genres": {"shape": 5, "padding": 20}}``; without, the longest list and the feature's padding value.
     path: one row an item, ids 0..V-1, already encoded.
 
-    UserError where the file or a column is missing, where ids are not 0..V-1 each once, or values are empty or too many.
+    UserError where the file or a column is missing, where ids are not 0..V-1 each once, or values are empty or too
+    many.
     """
 
-    def __init__(
-        self, schema: TensorSchema, metadata: Mapping[str, Mapping[str, Any]], path: str | Path
-    ) -> None:
+    def __init__(self, schema: TensorSchema, metadata: Mapping[str, Mapping[str, Any]], path: str | Path) -> None:
         item = item_id_feature(schema, "FeaturesReader").name
         unknown = [name for name in metadata if name not in schema]
         if unknown:
-            raise UserError(
-                f"FeaturesReader: metadata names features that the schema does not have: {unknown}"
-            )
+            raise UserError(f"FeaturesReader: metadata names features that the schema does not have: {unknown}")
         sources = {name: schema[name].feature_source for name in {item: None, **metadata}}
         columns = {name: source.column if source else name for name, source in sources.items()}
         table = read_columns(Path(path), list(dict.fromkeys(columns.values())))
@@ -59,9 +57,7 @@ class FeaturesReader:
         order = np.argsort(ids, kind="stable")
         if not np.array_equal(ids[order], np.arange(ids.size)):
             missing = np.setdiff1d(np.arange(ids.size), ids)[:5].tolist()
-            raise UserError(
-                f"item features in {path}: ids must be 0..{ids.size - 1}, each once; missing: {missing}"
-            )
+            raise UserError(f"item features in {path}: ids must be 0..{ids.size - 1}, each once; missing: {missing}")
         self._features: dict[str, Tensor] = {}
         for name, settings in metadata.items():
             try:
@@ -82,7 +78,8 @@ class FeaturesReader:
 
 
 def _encoded(feature: TensorFeatureInfo, column: pa.Array, settings: Mapping[str, Any]) -> Tensor:
-    """The column as a tensor; ValueError for what is no category or no finite number, and for lists that are too long."""
+    """The column as a tensor; ValueError for what is no category or no finite number, and for lists that are too
+    long."""
     shape: tuple[int, ...] = ()
     if feature.is_list:
         longest = pc.max(pc.list_value_length(column)).as_py() or 0
@@ -219,7 +216,8 @@ class TwoTower(NextItemModel):
         excluded_features: Sequence[str] | None = None,
         categorical_list_feature_aggregation_method: ListReduction = "sum",
     ) -> TwoTower:
-        """The query tower of `SasRec.from_params`, SwiGLU as item tower over the same features, summed; full cross-entropy."""
+        """The query tower of `SasRec.from_params`, SwiGLU as item tower over the same features, summed; full
+        cross-entropy."""
         sasrec = SasRec.from_params(
             schema, embedding_dim, num_heads, num_blocks, max_sequence_length, dropout, excluded_features,
             categorical_list_feature_aggregation_method,

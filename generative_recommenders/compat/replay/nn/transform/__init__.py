@@ -1,8 +1,8 @@
 """RePlay's transforms, by their documented names, arguments and defaults: modules from one batch to a new one.
 
-Conventions here are RePlay's: ids 0..cardinality-1, padding id = cardinality, rows padded on the left, masks True = kept.
-Differences on purpose: a batch is never changed in place (the result may share storage with it), a missing column is one
-clear ``UserError``, and masks are drawn per user. Columns that a transform does not name pass through.
+Conventions here are RePlay's: ids 0..cardinality-1, padding id = cardinality, rows padded on the left, masks True =
+kept. Differences on purpose: a batch is never changed in place (the result may share storage with it), a missing column
+is one clear ``UserError``, and masks are drawn per user. Columns that a transform does not name pass through.
 """
 
 from __future__ import annotations
@@ -110,8 +110,8 @@ class RenameTransform(Transform):
 class GroupTransform(Transform):
     """Moves columns into groups: ``{"features": ["a", "b"]}`` puts a and b into ``batch["features"]``.
 
-    A column may be in several groups; names that the batch lacks are skipped. ``UserError`` where a group has the name of a
-    column that stays.
+    A column may be in several groups; names that the batch lacks are skipped. ``UserError`` where a group has the name
+    of a column that stays.
     """
 
     mapping: Mapping[str, Sequence[str]]
@@ -249,9 +249,9 @@ class NextTokenTransform(Transform):
 class TokenMaskTransform(Transform):
     """Adds a mask of kept tokens: real ones (``token_field`` True) whose uniform draw is at least ``mask_prob``.
 
-    token_field: bool ``[L]`` or ``[B, L]``, True = real, padded on the left. The result is True = kept, False = hidden or
-    padding. A row that would keep everything hides its last element; one that would keep nothing keeps the element before it,
-    where that is real.
+    token_field: bool ``[L]`` or ``[B, L]``, True = real, padded on the left. The result is True = kept, False = hidden
+    or padding. A row that would keep everything hides its last element; one that would keep nothing keeps the element
+    before it, where that is real.
 
     shared_mask: draw one row for the whole batch and correct those two cases on the whole tensor (its last row, for
     ``[B, L]``), padding or not, exactly as RePlay does. Off by default: draws are per user, and padding is never kept.
@@ -316,17 +316,13 @@ class NegativeSampling(Transform):
         if num_negatives < 1:
             raise self.error(f"the number of negatives must be at least 1, not {num_negatives}")
         if weights.shape[-1] > MULTINOMIAL_LIMIT:
-            raise self.error(
-                f"{weights.shape[-1]} items are too many to weigh; use the objectives' samplers instead"
-            )
+            raise self.error(f"{weights.shape[-1]} items are too many to weigh; use the objectives' samplers instead")
         weights = weights.float()
         if not bool(torch.isfinite(weights).all()) or bool((weights < 0).any()):
             raise self.error("weights must be finite and not negative")
         available = int((weights > 0).sum(-1).min())
         if available < num_negatives:
-            raise self.error(
-                f"{num_negatives} distinct negatives asked of a pool of {available} items; ask for fewer"
-            )
+            raise self.error(f"{num_negatives} distinct negatives asked of a pool of {available} items; ask for fewer")
         self.register_buffer("weights", weights, persistent=False)
         self.num_negatives, self.out, self.generator = num_negatives, out_feature_name, generator
 
@@ -339,7 +335,8 @@ class UniformNegativeSamplingTransform(NegativeSampling):
     """Adds ``num_negative_samples`` distinct ids ``[R]`` int64 of 0..cardinality-1, one vector for the batch.
 
     sample_distribution: ``[cardinality]`` weights, equal if None; items of weight 0 are never drawn.
-    generator: on the weights' device; None is torch's default one. Draws are not compared with the positives: losses mask
+    generator: on the weights' device; None is torch's default one. Draws are not compared with the positives: losses
+    mask
         collisions.
     Raises ``UserError`` for weights of another size, negative ones, or a pool that is too small.
     """
@@ -357,9 +354,7 @@ class UniformNegativeSamplingTransform(NegativeSampling):
     ) -> None:
         weights = torch.ones(cardinality) if sample_distribution is None else sample_distribution
         if weights.shape != (cardinality,):
-            raise self.error(
-                f"weights have shape {tuple(weights.shape)}, expected one per item: ({cardinality},)"
-            )
+            raise self.error(f"weights have shape {tuple(weights.shape)}, expected one per item: ({cardinality},)")
         super().__init__(weights, num_negative_samples, out_feature_name, generator)
         # A zero among the weights would change which items a generator draws.
         self.register_buffer("pool", self.weights.nonzero()[:, 0], persistent=False)
@@ -370,11 +365,12 @@ class UniformNegativeSamplingTransform(NegativeSampling):
 
 
 class MultiClassNegativeSamplingTransform(NegativeSampling):
-    """Adds ``[B, num_negative_samples]`` distinct ids of 0..cardinality-1, drawn for the class that a row's selector names.
+    """Adds ``[B, num_negative_samples]`` distinct ids of 0..cardinality-1, drawn for the class that a row's selector
+    names.
 
-    sample_mask: ``[classes, cardinality]`` weights or indicators. One set of ids is drawn per class and batch; row b receives
-    that of class ``batch[negative_selector_name][b]``. Raises ``UserError`` for a class with fewer items than negatives or a
-    selector outside of the classes.
+    sample_mask: ``[classes, cardinality]`` weights or indicators. One set of ids is drawn per class and batch; row b
+    receives that of class ``batch[negative_selector_name][b]``. Raises ``UserError`` for a class with fewer items than
+    negatives or a selector outside of the classes.
     """
 
     def __init__(

@@ -30,8 +30,8 @@ def make_default_sasrec_transforms(
 ) -> dict[str, list[nn.Module]]:
     """Transforms for "train", "validate", "test" and "predict" batches of a SasRec.
 
-    Train: next-item labels with a trailing axis, ``padding_mask``, ``target_padding_mask``, and the schema's features grouped
-    as ``feature_tensors``. The others: ``padding_mask`` and ``feature_tensors``. All other columns stay.
+    Train: next-item labels with a trailing axis, ``padding_mask``, ``target_padding_mask``, and the schema's features
+    grouped as ``feature_tensors``. The others: ``padding_mask`` and ``feature_tensors``. All other columns stay.
     """
     item = tensor_schema.item_id_feature_name
     if item is None:
