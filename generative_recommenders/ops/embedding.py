@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from generative_recommenders.ops import dispatch
 
-_SORTED_FROM = 1 << 15
+SORTED_FROM = 1 << 15
 """Rows of a lookup, at least, whose gradient is summed sorted."""
 _BLOCK = 1 << 22
 """Numbers that are looked at together."""
@@ -130,7 +130,7 @@ class _Lookup(torch.autograd.Function):
         if ctx.late is not None and _FEW * len(rows) < ctx.num_rows and dispatch.fast_on_cpu(grad):
             ctx.late.append((rows, grad))
             return None, None, None
-        if len(rows) >= _SORTED_FROM and len(rows) > ctx.num_rows and dispatch.fast_on_cpu(grad):
+        if len(rows) >= SORTED_FROM and len(rows) > ctx.num_rows and dispatch.fast_on_cpu(grad):
             order, starts = bags_of_rows(rows, ctx.num_rows)
             return F.embedding_bag(order, grad, starts, mode="sum", include_last_offset=True), None, None
         out = grad.new_zeros(ctx.num_rows, grad.shape[-1])

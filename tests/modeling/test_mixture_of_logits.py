@@ -91,8 +91,8 @@ def test_blocks_change_neither_scores_nor_losses_nor_gradients(monkeypatch, shar
     queries = torch.randn(7, 6).double()
     results = []
     for floats, kept in ((2**24, 2**24), (900, 2**24), (900, 0), (1, 0)):
-        monkeypatch.setattr(mixture_of_logits, "_BLOCK_FLOATS", floats)
-        monkeypatch.setattr(mixture_of_logits, "_KEPT_FLOATS", kept)
+        monkeypatch.setattr(mixture_of_logits, "BLOCK_FLOATS", floats)
+        monkeypatch.setattr(mixture_of_logits, "KEPT_FLOATS", kept)
         model.zero_grad()
         leaf = items.clone().requires_grad_()
         scores, losses = model.score(queries, leaf, users)
@@ -104,8 +104,8 @@ def test_blocks_change_neither_scores_nor_losses_nor_gradients(monkeypatch, shar
 
 @pytest.mark.parametrize("kept_floats, recomputed", [(2**24, 0), (900, 1)])
 def test_many_pairs_are_computed_again_in_the_backward_pass(monkeypatch, kept_floats, recomputed):
-    monkeypatch.setattr(mixture_of_logits, "_BLOCK_FLOATS", 900)
-    monkeypatch.setattr(mixture_of_logits, "_KEPT_FLOATS", kept_floats)
+    monkeypatch.setattr(mixture_of_logits, "BLOCK_FLOATS", 900)
+    monkeypatch.setattr(mixture_of_logits, "KEPT_FLOATS", kept_floats)
     model, calls = small_model(), []
     model.cross_gate.register_forward_hook(lambda *_: calls.append(1))
     scores, _ = model(torch.randn(7, 6), torch.randn(7, 9, 5))
@@ -116,8 +116,8 @@ def test_many_pairs_are_computed_again_in_the_backward_pass(monkeypatch, kept_fl
 
 
 def test_dropout_inside_blocks_is_drawn_once(monkeypatch):
-    monkeypatch.setattr(mixture_of_logits, "_BLOCK_FLOATS", 600)
-    monkeypatch.setattr(mixture_of_logits, "_KEPT_FLOATS", 0)
+    monkeypatch.setattr(mixture_of_logits, "BLOCK_FLOATS", 600)
+    monkeypatch.setattr(mixture_of_logits, "KEPT_FLOATS", 0)
     model = small_model(softmax_dropout_rate=0.5, gating_qi_dropout_rate=0.3, item_dropout_rate=0.3).double()
     queries, items = torch.randn(3, 6).double(), torch.randn(3, 4, 5).double().requires_grad_()
 
@@ -137,7 +137,7 @@ def test_components_made_before_give_the_same_scores(monkeypatch):
     scores = model(queries, items)[0]
     torch.testing.assert_close(model.score_components(query, parts), scores)
     rows = torch.randint(0, 8, (6, 4))
-    monkeypatch.setattr(mixture_of_logits, "_BLOCK_FLOATS", 500)
+    monkeypatch.setattr(mixture_of_logits, "BLOCK_FLOATS", 500)
     torch.testing.assert_close(model.score_components(query, parts, rows), scores.gather(1, rows))
 
 
@@ -165,8 +165,8 @@ def test_shared_negatives_equal_those_gathered_for_every_query(monkeypatch):
     gathered = drawn[torch.tensor([0, 0, 1, 1, 1, 2, 2])]
     results = []
     for floats in (1 << 25, 500):
-        monkeypatch.setattr(mixture_of_logits, "_BLOCK_FLOATS", floats)
-        monkeypatch.setattr(mixture_of_logits, "_KEPT_FLOATS", floats)
+        monkeypatch.setattr(mixture_of_logits, "BLOCK_FLOATS", floats)
+        monkeypatch.setattr(mixture_of_logits, "KEPT_FLOATS", floats)
         for rows in (gathered, zip(spans, drawn)):
             table.grad = None
             scores = model.score_negatives(queries, table, rows, users)

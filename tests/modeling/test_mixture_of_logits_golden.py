@@ -96,8 +96,8 @@ def test_golden_training():
 
 @pytest.mark.parametrize("floats", [2**24, 1])
 def test_golden_gradients(monkeypatch, floats):
-    monkeypatch.setattr(mixture_of_logits, "_BLOCK_FLOATS", floats)
-    monkeypatch.setattr(mixture_of_logits, "_KEPT_FLOATS", floats)
+    monkeypatch.setattr(mixture_of_logits, "BLOCK_FLOATS", floats)
+    monkeypatch.setattr(mixture_of_logits, "KEPT_FLOATS", floats)
     arrays, config = golden_case()
     model = golden_model(arrays, config).eval()
     query = arrays["input/query"].clone().requires_grad_()

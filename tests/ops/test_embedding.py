@@ -19,7 +19,7 @@ def test_gradient_adds_repeated_rows() -> None:
 @pytest.mark.parametrize("num_rows", [5, 40_000])
 def test_equals_the_reference(sorted_from: int, num_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that nothing looks up have a gradient of 0, the last one among them."""
-    monkeypatch.setattr(embedding, "_SORTED_FROM", sorted_from)
+    monkeypatch.setattr(embedding, "SORTED_FROM", sorted_from)
     weight = torch.randn(num_rows, 3, dtype=torch.float64, requires_grad=True)
     rows = torch.randint(num_rows - 1, (7, num_rows // 5 + 4))
     cotangent = torch.randn(*rows.shape, 3, dtype=torch.float64)

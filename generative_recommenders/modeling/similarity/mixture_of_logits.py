@@ -40,10 +40,10 @@ from generative_recommenders.ops.recomputation import recomputed
 _EPS = 1e-6
 """Within logarithms of the mixture's entropy."""
 
-_BLOCK_FLOATS = 2**25
+BLOCK_FLOATS = 2**25
 """Floats of temporaries a block of (query, item) pairs may take; more pairs are scored block by block."""
 
-_KEPT_FLOATS = 2**30
+KEPT_FLOATS = 2**30
 """Floats that the blocks of a call may keep for the backward pass; beyond, each block is computed again."""
 
 
@@ -86,7 +86,7 @@ class MoLSimilarity(Similarity, MoLComponents):
     With components f_q ``[Pq, d]`` and f_x ``[Pi, d]`` and entries e = (n, m):
     ``l_e = <f_q[n], f_x[m]> / temperature``, ``p = softmax(gate(q, x, l))``,
     ``score = sum_e p_e l_e / score_temperature`` (arXiv 2306.04039, 2407.15462). Where (query, item) pairs are many,
-    they are scored block by block; beyond `_KEPT_FLOATS` a block's activations are computed again in the backward pass,
+    they are scored block by block; beyond `KEPT_FLOATS` a block's activations are computed again in the backward pass,
     so that memory is bounded. UserError for options that cannot be together.
 
     dot_product_dimension: width of a component, d.
@@ -282,13 +282,13 @@ class MoLSimilarity(Similarity, MoLComponents):
         of each pair.
         """
         first, stop = (0, len(query.components)) if span is None else (span.start, span.stop)
-        # As many columns as there are, and rows such that the temporaries of a block stay near _BLOCK_FLOATS.
-        pairs = max(1, _BLOCK_FLOATS // self.floats_per_pair)
+        # As many columns as there are, and rows such that the temporaries of a block stay near BLOCK_FLOATS.
+        pairs = max(1, BLOCK_FLOATS // self.floats_per_pair)
         columns = min(max(num_items, 1), pairs)
         column_blocks = _slices(0, num_items, columns)
-        # What a backward pass would keep; beyond _KEPT_FLOATS it is computed again, block by block.
+        # What a backward pass would keep; beyond KEPT_FLOATS it is computed again, block by block.
         kept = len(query.components) * num_items * (self.kept_per_pair + kept_per_item)
-        again = torch.is_grad_enabled() and (self.activation_checkpoint or kept > _KEPT_FLOATS)
+        again = torch.is_grad_enabled() and (self.activation_checkpoint or kept > KEPT_FLOATS)
         scores, sums = [], []
         for rows in _slices(first, stop, max(1, pairs // columns)):
             done = [

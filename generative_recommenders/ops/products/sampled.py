@@ -19,7 +19,7 @@ from generative_recommenders.ops.normalization import l2_normalize_reference
 
 _OFTEN = 8
 """Rows are many where a sample reads each fewer than so many times."""
-_PART = 1 << 18
+PART_ENTRIES = 1 << 18
 """Entries of a pattern, at least, that are sorted together: 1 MiB of gradients."""
 
 
@@ -164,7 +164,7 @@ class _SampledProducts(torch.autograd.Function):
             return kernels.sums_of_rows(weight, rows, grad), kernels.sums_of_tokens(hidden, grad, *bags), None
         d_hidden = F.embedding_bag(rows, weight, per_sample_weights=grad, mode="sum")
         # entries of a part stay in a processor's cache; each part costs a pass over all rows
-        size = max(_PART, 8 * len(weight))
+        size = max(PART_ENTRIES, 8 * len(weight))
         count = max(1, rows.numel() // size) if dispatch.fast_on_cpu(rows) else 1
         parts = zip(*(x.chunk(count) for x in (rows, grad, hidden)))
         d_weight, *others = (_transposed_product(of, d, h, len(weight)) for of, d, h in parts)

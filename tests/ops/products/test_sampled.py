@@ -40,7 +40,7 @@ def test_gradcheck() -> None:
 @pytest.mark.parametrize("size", [1, 40, 10**6])
 def test_sampled_products(draws: int, tokens: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the pattern is sorted in parts, and where more rows are drawn than there are."""
-    monkeypatch.setattr(module, "_PART", size)
+    monkeypatch.setattr(module, "PART_ENTRIES", size)
     leaves = leaf(tokens, 4), leaf(13, 4)
     rows = torch.randint(13, (tokens, draws))
     assert_same(sampled_products(*leaves, rows), sampled_products_reference(*leaves, rows), leaves)
