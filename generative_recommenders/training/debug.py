@@ -40,7 +40,9 @@ def check_finite(
         return
     collectives = collectives or Collectives()
     origin = "the outputs of all modules are finite, so it began in the loss"
-    for rank, (parameter, module) in enumerate(collectives.gather_object_json(_origin(model, rerun))):
+    parameter = _non_finite_parameter(model)
+    own = parameter, None if parameter else first_non_finite_module(model, rerun)
+    for rank, (parameter, module) in enumerate(collectives.gather_object_json(own)):
         if parameter or module:
             where = f" on rank {rank}" if collectives.world_size > 1 else ""
             origin = f"the first output that is not finite is that of {module}{where}"
@@ -57,12 +59,6 @@ def check_finite_parameters(step: int, model: torch.nn.Module) -> None:
         raise NonFiniteError(
             f"the parameter {parameter} is not finite after step {step}: the update was too large; lower learning_rate"
         )
-
-
-def _origin(model: torch.nn.Module, rerun: Callable[[], object]) -> tuple[str | None, str | None]:
-    """The parameter, or else the module, that a loss is not finite by."""
-    parameter = _non_finite_parameter(model)
-    return parameter, None if parameter else first_non_finite_module(model, rerun)
 
 
 def _non_finite_parameter(model: torch.nn.Module) -> str | None:

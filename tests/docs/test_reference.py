@@ -113,7 +113,7 @@ def test_files_of_ablations_on_pages_are_read(page: str, tmp_path: Path) -> None
 
 def test_a_row_that_is_not_there_stops_the_build() -> None:
     with pytest.raises(KeyError, match="no row"):
-        MEASURED.rows_of("release-0.1.0 # Losses, ML-1M # NoSuchLoss")
+        MEASURED.rows_of("ml-1m-sweeps # Losses # NoSuchLoss")
 
 
 def test_pages_of_parts_show_reproduced_runs(tmp_path: Path) -> None:
