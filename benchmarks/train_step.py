@@ -10,6 +10,7 @@ user, of which 7 are for training, over 801,350 items, most of them in nobody's 
 catalogue. products_seconds is what the matrix products of a step take alone (`floors.py`), bytes_seconds what its reads
 and writes of the item table take at the rate of a copy: each row once in and once out, of AdamW's two moments as well.
 ``--evaluations=3`` then times the exact ranks of all validation targets, encoding included, and their products alone.
+``--gin_config_file`` times a configuration as it is, on sequences of the profile; bindings alone change it.
 """
 
 from __future__ import annotations
@@ -122,6 +123,9 @@ def make_trainer(dataset: SequenceDataset) -> Trainer:
 
 def load_settings() -> RunSettings:
     if _CONFIG.value is not None:
+        choices = (_ENCODER, _SHARING, _LOSS, _BATCH, _BLOCK, _NEGATIVES)
+        if given := [f"--{each.name}" for each in choices if each.present]:
+            sys.exit(f"{', '.join(given)}: not beside --gin_config_file; bind settings by --gin_bindings")
         return gin_registry.load_settings([Path(_CONFIG.value)], _BINDINGS.value)[0]
     module = _ENCODER.value.removesuffix("-large")
     profile, own = _PROFILE.value, []

@@ -113,6 +113,15 @@ def test_an_epoch_takes_no_flag_of_a_step(tmp_path: Path) -> None:
     assert done.returncode == 1 and done.stderr.startswith("--encoder: of train_step.py alone")
 
 
+def test_steps_of_a_configuration(tmp_path: Path) -> None:
+    config = f"--gin_config_file={ROOT / 'configs/ml-1m/gsasrec.gin'}"
+    bindings = ["--gin_bindings=train_fn.local_batch_size = 4", "--gin_bindings=train_fn.num_negatives = 5"]
+    result = run("train_step", [config, *bindings, "--steps=1"], tmp_path)
+    assert (result["loss"], result["batch_size"], result["num_negatives"]) == ("gBCE", 4, 5)
+    done = run_program("benchmarks/train_step.py", config, "--encoder=HSTU", folder=tmp_path)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("--encoder: not beside --gin_config_file")
+
+
 def test_steps_of_a_catalogue_of_books(tmp_path: Path) -> None:
     choices = [
         "--profile=amzn-books",

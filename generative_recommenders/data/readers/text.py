@@ -79,8 +79,7 @@ def read_blocks(
     """Blocks of whole lines of a plain or packed file, without byte-order mark and ``\\r`` of line ends.
 
     quoting: a line end between two quotes is part of a field, so no block ends there. block_bytes: `BLOCK_BYTES` by
-    default.
-    UserError: damaged files, lines longer than a text file has.
+    default. UserError: damaged files, lines longer than a text file has.
     """
     rest, line = b"", 1
     unpacked, most = 0, unpacked_limit(path, SMALL_BYTES) if is_packed(path) else float("inf")
