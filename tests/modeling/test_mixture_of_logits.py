@@ -182,13 +182,31 @@ def test_item_dropout_is_drawn_for_every_pair_unless_it_is_shared():
 
     def draws(**options) -> tuple[int, int]:
         """Different scores of one pair among all queries, and rows whose two scores of it differ."""
-        scores, _ = small_model(item_dropout_rate=0.3, **options).train().score_rows(queries, items, rows)
+        scores, _ = small_model(**{"item_dropout_rate": 0.3, **options}).train().score_rows(queries, items, rows)
         scores = scores.detach().mul(1e3).round()
         return len(scores.unique()), int((scores[:, 0] != scores[:, 1]).sum())
 
     of_pairs, within = draws()
     assert of_pairs > 20 and within > 200  # five inputs: 32 masks at most
     assert draws(item_dropout_shared=True) == (1, 0)
+    of_gates, within = draws(item_dropout_rate=0.0, gating_item_dropout_rate=0.3)
+    assert of_gates > 10 and within > 200
+
+
+@pytest.mark.parametrize("dropped", ["item_dropout_rate", "gating_item_dropout_rate"])
+def test_items_made_for_every_pair_score_as_those_made_once(dropped):
+    """A rate that drops nothing has items' components, or their gates too, made for every pair."""
+    queries, rows = torch.randn(40, 6), torch.randint(0, 8, (40, 3))
+    table = torch.randn(8, 5, requires_grad=True)
+    results = []
+    for rate in (0.0, 1e-12):
+        model = small_model(**{dropped: rate}).train()
+        table.grad = None
+        scores, losses = finished(model, model.score_rows(queries, table, rows))
+        (scores.square().sum() + losses["mi_loss"]).backward()
+        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+        results.append([scores.detach(), table.grad, gradients])
+    torch.testing.assert_close(results[0], results[1], atol=1e-4, rtol=1e-4)
 
 
 def test_positives_and_negatives_have_draws_of_their_own():

@@ -34,6 +34,7 @@ from generative_recommenders.modeling.similarity.mol_components import (
 from generative_recommenders.modeling.similarity.mol_layers import CombinationName, two_layers
 from generative_recommenders.ops import dispatch, numbered_rows
 from generative_recommenders.ops.dropout import dropout
+from generative_recommenders.ops.embedding import lookup_rows
 from generative_recommenders.ops.normalization import layer_norm
 from generative_recommenders.ops.recomputation import recomputed
 
@@ -130,6 +131,7 @@ class MoLSimilarity(Similarity, MoLComponents):
         self.mutual_information, self.activation_checkpoint = mutual_information, activation_checkpoint
         self.bf16_training, self.softmax_dropout_rate = bf16_training, softmax_dropout_rate
         self.item_dropout = max(item.dropout_rate, gating.item_dropout_rate) > 0
+        self.item_gate_dropout = gating.item_dropout_rate > 0
         self.item_dropout_shared = item.dropout_shared
         logits = query.dot_product_groups * item.dot_product_groups
         self.query_gate = (
@@ -143,10 +145,11 @@ class MoLSimilarity(Similarity, MoLComponents):
         self.cross_gate = two_layers(logits, gating.qi_hidden_dim, logits, gating.qi_dropout_rate, bias=True)
         # Of a pair: what its temporaries take, and what its backward pass keeps; then what an item's components keep.
         cross, projected = 2 * max(gating.qi_hidden_dim, 0), item.dot_product_groups * dot_product_dimension
-        hidden = 2 * max(item.hidden_dim, 0) + 2 * max(gating.item_hidden_dim, 0) * gating.item_fn
-        self.floats_per_pair = 6 * logits + cross + projected + hidden
+        hidden = 2 * max(item.hidden_dim, 0)
+        self.kept_by_item_gate = 2 * max(gating.item_hidden_dim, 0) * gating.item_fn
+        self.floats_per_pair = 6 * logits + cross + projected + hidden + self.kept_by_item_gate
         self.kept_per_pair = 10 * logits + cross
-        self.kept_per_item = 2 * item_embedding_dim + 2 * projected + hidden
+        self.kept_per_item = 2 * item_embedding_dim + 2 * projected + hidden + self.kept_by_item_gate
 
     @property
     def auxiliary_loss_names(self) -> frozenset[str]:
@@ -245,8 +248,18 @@ class MoLSimilarity(Similarity, MoLComponents):
         # Few pairs are made one by one; but how many a process has must not decide what numbered rows draw.
         few = rows.numel() <= len(items) and numbered_rows.current() is None
         if not self.item_dropout_shared if drops else few:
-            made = lambda r, c: self.item_components(items[rows[r, c]], normalized=False)  # noqa: E731
-            return self._mixed(query, rows.shape[1], made, purpose=purpose, kept_per_item=self.kept_per_item)
+            # A gate without dropout is the same in every pair of an item.
+            gates = None
+            if self.item_gate is not None and not self.item_gate_dropout and rows.numel() > len(items):
+                gates = self.item_gate(items)
+
+            def made(r: slice, c: slice) -> ItemComponents:
+                pairs = rows[r, c]
+                gate = None if gates is None else lookup_rows(gates, pairs)
+                return self.item_components(lookup_rows(items, pairs), normalized=False, gate=gate)
+
+            kept = self.kept_per_item - (0 if gates is None else self.kept_by_item_gate)
+            return self._mixed(query, rows.shape[1], made, purpose=purpose, kept_per_item=kept)
         with numbered_rows.of_items():
             parts = self.item_components(items)
         return self._mixed(query, rows.shape[1], lambda r, c: parts.select(rows[r, c]), purpose=purpose)

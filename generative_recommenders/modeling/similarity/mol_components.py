@@ -176,16 +176,20 @@ class MoLComponents(nn.Module):
         query = torch.cat(components, dim=-2) / self.logit_temperature
         return QueryComponents(query, self.query_gate(queries) if self.query_gate else None), losses
 
-    def item_components(self, items: torch.Tensor, normalized: bool = True) -> ItemComponents:
+    def item_components(
+        self, items: torch.Tensor, normalized: bool = True, gate: torch.Tensor | None = None
+    ) -> ItemComponents:
         """Item-side inputs of the mixture, of items ``[..., D']``; may be computed once for evaluation.
 
         normalized: False leaves the norm of components to `component_logits`: less work where each is of one pair
-        alone.
+        alone. gate: ``[..., E]`` of these items where it was made before.
         """
         projected = self.item_projection(items).unflatten(-1, (-1, self.dot_product_dimension))
         scaled = normalized or not self.dot_product_l2_norm
         components = self._normalized(projected) if normalized else projected
-        return ItemComponents(components, self.item_gate(items) if self.item_gate else None, scaled)
+        if gate is None and self.item_gate is not None:
+            gate = self.item_gate(items)
+        return ItemComponents(components, gate, scaled)
 
     def component_logits(self, query: torch.Tensor, items: ItemComponents) -> torch.Tensor:
         """``[b, x, E]`` products of every component of queries ``[b, Pq, d]`` with every one of x items."""
