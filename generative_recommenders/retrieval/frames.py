@@ -151,15 +151,17 @@ def candidate_lists(candidates: Any) -> list[Any] | dict[str, list[Any]]:
 
 
 def seconds(at: Any) -> int | None:
-    """A time as seconds since 1970, a datetime without a zone as UTC; UserError where it is none."""
+    """A time as seconds since 1970, a datetime without a zone as UTC, numbers as `parsed_times` reads them; UserError
+    where it is none."""
     if isinstance(at, (datetime.datetime, np.datetime64)) and not pd.isna(at):
         stamp = pd.Timestamp(at)
         return int((stamp.tz_localize("UTC") if stamp.tz is None else stamp).timestamp())
     if at is None:
         return None
-    if not isinstance(at, (int, float, np.integer, np.floating)) or not -MAX_NUMBER <= at <= MAX_NUMBER:
-        raise UserError(f"at={at!r} is no time: give seconds since 1970 or a datetime")
-    return int(at)
+    if isinstance(at, (int, float, np.integer, np.floating)) and -MAX_NUMBER <= at <= MAX_NUMBER:
+        with contextlib.suppress(UserError):  # of a time after 2200
+            return int(whole_seconds(parsed_times(pl.Series("at", [at])))[0])
+    raise UserError(f"at={at!r} is no time: give seconds since 1970 or a datetime")
 
 
 def answer_frame(

@@ -148,8 +148,8 @@ class Recommender:
         oldest first; or a `Session`. Events are sorted by ``timestamp`` where there is one. exclude_seen: no item of
         the history is recommended. candidates: the only items that may be, a list or a table ``item_id`` for all users,
         or by user a mapping or a table ``user_id, item_id``, where users without any get none. at: the time of the
-        request, a datetime or seconds since 1970, which a model of ``next_time = "given"`` reads. fallback: what users
-        with no known item get; otherwise they are left out.
+        request, a datetime or a number as in ``timestamp``, which a model of ``next_time = "given"`` reads. fallback:
+        what users with no known item get; otherwise they are left out.
 
         Returns a frame ``user_id, item_id, rank, score``, best first; or, as "torch", scores and internal ids
         ``[B, k]``, k no more than there are items. Equal scores are ranked by item id. Unknown items are dropped and

@@ -16,7 +16,7 @@ from absl import logging
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from generative_recommenders.errors import UserError, not_installed
-from generative_recommenders.retrieval.frames import MAX_NUMBER
+from generative_recommenders.retrieval.frames import MAX_NUMBER, seconds
 from generative_recommenders.retrieval.recommender import Recommender
 
 MAX_HISTORY, MAX_CANDIDATES, MAX_K = 10_000, 10_000, 1000
@@ -34,7 +34,7 @@ class RecommendRequest(BaseModel):
     exclude_seen: bool = True
     candidates: list[Item] | None = Field(None, max_length=MAX_CANDIDATES)
     columns: dict[str, list[Cell]] = Field(default_factory=dict)
-    at: int | None = Field(None, ge=-MAX_NUMBER, le=MAX_NUMBER, description="time of the request, seconds since 1970")
+    at: int | None = Field(None, ge=-MAX_NUMBER, le=MAX_NUMBER, description="time of the request, as those of events")
     user_id: Item | None = None
     popular: bool = Field(False, description="answer a history without known items with popular ones")
 
@@ -123,8 +123,8 @@ def _ranked(
     users = ["" if request.user_id is None else request.user_id for request in requests]
     batch["user_ids"] = torch.from_numpy(recommender.reader.internal_users(users))
     for row, request in enumerate(requests):
-        if request.at is not None and "next_timestamps" in batch:
-            batch["next_timestamps"][row] = request.at
+        if "next_timestamps" in batch and (at := seconds(request.at)) is not None:
+            batch["next_timestamps"][row] = at
     allowed = None
     if not everything:
         lists = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import logging
 import re
 from pathlib import Path
@@ -153,7 +154,11 @@ def test_the_time_of_a_request(tmp_path: Path, dataset: SequenceDataset) -> None
     expected = rec.recommend(frame, at=86_400)
     for at in (86_400.0, pd.Timestamp("1970-01-02"), np.datetime64("1970-01-02"), np.int64(86_400)):
         pd.testing.assert_frame_equal(rec.recommend(frame, at=at), expected)
-    for at in ("now", float("nan"), 2**70, pd.NaT):
+    day = rec.recommend(frame, at=datetime.datetime(2023, 5, 31))
+    assert not day.equals(expected)
+    for at in (1_685_491_200, 1_685_491_200_000, 20230531):  # as the times of histories: milliseconds and dates, too
+        pd.testing.assert_frame_equal(rec.recommend(frame, at=at), day)
+    for at in ("now", float("nan"), 2**70, 2**53 - 1, pd.NaT):
         with pytest.raises(UserError, match="is no time"):
             rec.recommend(frame, at=at)
 
