@@ -135,7 +135,9 @@ def evaluate_worker(rank: int, world_size: int, options: Options) -> int:
         evaluation, test = score_run(opened, collectives)
         tested_other = None if other is None else score_run(other, collectives)[1]
     except StopRequested:
-        logging.info("stopped on request; the same command resumes with the remaining users")
+        logging.info(
+            "stopped on request; the same command resumes with the remaining users of the run that was being scored"
+        )
         return INTERRUPTED
     run, checkpoint, settings, dataset, split = opened
     of_model = user_ranks(dataset, split, test.ranks)
@@ -143,7 +145,7 @@ def evaluate_worker(rank: int, world_size: int, options: Options) -> int:
     rows = {
         **evaluation.baselines(of_baselines),
         **report.model_rows(settings, test.metrics(), test.high_rated_metrics()),
-        **evaluation.standard_errors(test),
+        **evaluation.standard_error_row(test),
     }
     if collectives.is_main:
         conditions = evaluation.conditions(test)

@@ -155,7 +155,7 @@ def finish(
     settings, dataset, progress = trainer.settings, trainer.dataset, trainer.progress
     metrics, conditions = result.metrics(), trainer.evaluation.conditions(result)
     of_model = report.model_rows(settings, metrics, result.high_rated_metrics())
-    rows = {**baselines, **of_model, **trainer.evaluation.standard_errors(result)}
+    rows = {**baselines, **of_model, **trainer.evaluation.standard_error_row(result)}
     final = {
         "part": "final",
         "seconds": progress.seconds,
@@ -175,7 +175,7 @@ def finish(
     curves, best = run.path / "curves.png", progress.best_epoch
     try:
         plot_curves(
-            report.curve_rows(progress.history), curves, report.measured_part(settings), run.path.name,
+            report.curve_rows(progress.history), curves, settings.measured_part, run.path.name,
             None if best is None else best + 1,
         )  # fmt: skip
     except UserError as error:  # the numbers are written already

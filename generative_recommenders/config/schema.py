@@ -162,6 +162,11 @@ class RunSettings(Section):
         values = ENCODERS[name].option_values(self.part_options(ENCODERS[name])) if needed else {}
         return bool(needed) and all(values[option] for option in needed)
 
+    @property
+    def measured_part(self) -> str:
+        """The part of the split that epochs are measured on."""
+        return "test" if self.data.protocol == "paper" else "validation"
+
     def value(self, gin_name: str) -> Any:
         """The value of any name that gin binds, as ``train_fn.num_epochs`` or ``hstu_encoder.dqk``; its default where
         it is not given. None for a part that is not registered and an option that is not given.

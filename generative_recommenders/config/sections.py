@@ -217,7 +217,7 @@ class EvaluationSettings(Section):
     full_eval_every_n: Period = 1
     """Epochs from one evaluation of all users to the next."""
     partial_eval_num_iters: Annotated[PositiveInt, Unless("train_fn.full_eval_every_n", (1,))] = 32
-    """Batches of users that are scored in epochs between full evaluations."""
+    """Batches of users that are scored in epochs between full evaluations, other users in each."""
     seen_filter: str = "history"
     """Which items are no candidates because the user had them: a name of ``--list=seen_filters``."""
     list_metrics_k: Size | None = None

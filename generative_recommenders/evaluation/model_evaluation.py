@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +39,9 @@ TOLERATED_REMOVED = 0.01
 """Share of targets that a seen filter may take out without a warning."""
 
 PROGRESS_FILE = "evaluation-under-way.safetensors"
+
+PROGRESS_MINUTES = 5.0
+"""From one save of an evaluation under way to the next, at most."""
 
 KEPT_BYTES = 1 << 30
 """Batches of an evaluation that stay on an accelerator, at most."""
@@ -87,8 +89,8 @@ class ModelEvaluation:
         max_batches: of all processes together, for a partial evaluation of users drawn by (seed, draw). stop: see
         `Evaluator`.
         """
-        part = "test" if self.settings.data.protocol == "paper" else "validation"
-        return self._of_model(model, part, None if max_batches is None else (max_batches, draw), stop)
+        sample = None if max_batches is None else (max_batches, draw)
+        return self._of_model(model, self.settings.measured_part, sample, stop)
 
     def test(self, model: SequenceRecommender, stop: Callable[[], bool] = never) -> EvaluationResult:
         """The split's test targets. stop: see `Evaluator`."""
@@ -109,13 +111,20 @@ class ModelEvaluation:
                 ranks[name] = user_ranks(self.dataset, self.split, result.ranks)
         return rows
 
-    def standard_errors(self, result: EvaluationResult) -> dict[str, dict[str, float]]:
+    def standard_errors(self, result: EvaluationResult, part: str = "test") -> dict[str, float]:
+        """Standard errors of the metrics of a part, "validation" or "test", of which users were left out; else none."""
+        population = self._population(part)
+        return {} if result.targets >= population else result.histogram.standard_errors(population)
+
+    def standard_error_row(self, result: EvaluationResult) -> dict[str, dict[str, float]]:
         """A row of standard errors of test metrics, where ``train_fn.eval_users`` leaves users out; else no row."""
-        population = int((self.split.test_targets >= 0).sum())
-        if result.targets >= population:
-            return {}
-        name = f"standard error, {result.targets:,} of {population:,} users"
-        return {name: result.histogram.standard_errors(population)}
+        errors = self.standard_errors(result)
+        name = f"standard error, {result.targets:,} of {self._population('test'):,} users"
+        return {name: errors} if errors else {}
+
+    def _population(self, part: str) -> int:
+        targets = self.split.validation_targets if part == "validation" else self.split.test_targets
+        return int((targets >= 0).sum())
 
     def conditions(self, result: EvaluationResult) -> str:
         """The conditions of test numbers: what became of targets that repeat or that training never saw, and next_time
@@ -126,7 +135,7 @@ class ModelEvaluation:
             shown += f" (targets among the seen items, misses: {result.removed_targets:,} of {result.targets:,})"
         rank = "as scored" if self.settings.data.protocol == "paper" else "misses"
         shown += f", targets unseen in training, {rank}: {unseen:,}"
-        population = int((self.split.test_targets >= 0).sum())
+        population = self._population("test")
         if result.targets < population:
             seed = self.settings.schedule.random_seed
             shown += f", a sample of {result.targets:,} of {population:,} users drawn by train_fn.random_seed = {seed}"
@@ -160,10 +169,15 @@ class ModelEvaluation:
             world.world_size,
             users,
         )
+        total = len(loader)
+
+        def shown(left: EvaluationLoader) -> Iterable[dict[str, torch.Tensor]]:
+            """What a resumed evaluation leaves out is done, but no sign of its speed."""
+            return progress_bar(left, total, "evaluation", total - len(left), world.is_main)
+
         return Evaluator(
             loader, self.dataset.num_items, self.seen_filter, world,
-            None if data.protocol == "paper" else torch.from_numpy(unseen), evaluation.rating_threshold,
-            partial(progress_bar, total=len(loader), description="evaluation", shown=world.is_main), stop,
+            None if data.protocol == "paper" else torch.from_numpy(unseen), evaluation.rating_threshold, shown, stop,
         )  # fmt: skip
 
     def _of_model(
@@ -198,7 +212,7 @@ class ModelEvaluation:
                     self.folder / PROGRESS_FILE,
                     lambda: fingerprint(model.state_dict(), facts),
                     self.collectives,
-                    self.settings.checkpoints.checkpoint_minutes,
+                    min(PROGRESS_MINUTES, self.settings.checkpoints.checkpoint_minutes),
                 )
         result = evaluator(score, lists, progress)
         model.train(training)

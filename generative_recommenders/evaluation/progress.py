@@ -28,7 +28,7 @@ class EvaluationProgress:
     next; several processes save when they are stopped, and only then.
     """
 
-    def __init__(self, path: Path, key: Callable[[], str], collectives: Collectives, minutes: float = 5.0) -> None:
+    def __init__(self, path: Path, key: Callable[[], str], collectives: Collectives, minutes: float) -> None:
         self.path, self.key, self.collectives, self.minutes = path, cache(key), collectives, minutes
         self._saved_at = perf_counter()
 

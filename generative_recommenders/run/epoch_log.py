@@ -12,7 +12,7 @@ from tqdm import tqdm
 from generative_recommenders.config.schema import RunSettings
 from generative_recommenders.distributed.progress import progress_bar
 from generative_recommenders.run.directory import RunFolder
-from generative_recommenders.run.summary import COLUMNS, measured_part
+from generative_recommenders.run.summary import COLUMNS
 from generative_recommenders.training.callbacks import Recorder, T
 from generative_recommenders.training.step import StepResult
 
@@ -30,7 +30,7 @@ class EpochLog(Recorder):
         """A recorder that writes nothing on the processes that have no folder."""
         if run is None:
             return Recorder()
-        return cls(run, settings.schedule.num_epochs, measured_part(settings))
+        return cls(run, settings.schedule.num_epochs, settings.measured_part)
 
     def begin(self, step: int, last_step: int) -> None:
         self.began, self.first_step, self.last_step = perf_counter(), step, last_step
@@ -67,11 +67,15 @@ class EpochLog(Recorder):
         self._warn(self.divergence.observe(loss))
 
     def epoch(self, step: int, record: Mapping[str, Any]) -> None:
-        """record: epoch (from 0), train_loss, seconds, full, and the metrics."""
+        """record: epoch (from 0), train_loss, seconds, full, and the metrics; of some ``.._standard_error``."""
         # The whole run's time, at the speed since it began: evaluations and checkpoints included.
         seconds_a_step = (perf_counter() - self.began) / max(step - self.first_step, 1)
         left = tqdm.format_interval(seconds_a_step * max(self.last_step - step, 0))
-        shown = " ".join(f"{name} {record[name]:.4f}" for name in COLUMNS)
+        errors = {name: record.get(f"{name}_standard_error") for name in COLUMNS}
+        shown = " ".join(
+            f"{name} {record[name]:.4f}" + ("" if errors[name] is None else f" ± {errors[name]:.4f}")
+            for name in COLUMNS
+        )
         part = self.part if record["full"] else f"{self.part} (part of the users)"
         logging.info(
             "epoch %d/%d  loss %.4f  %s %s  %.0f s, %s left",

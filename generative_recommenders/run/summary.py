@@ -29,11 +29,6 @@ def results_table(rows: Mapping[str, Mapping[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def measured_part(settings: RunSettings) -> str:
-    """The part of the split that epochs are measured on."""
-    return "test" if settings.data.protocol == "paper" else "validation"
-
-
 def model_rows(
     settings: RunSettings, metrics: Mapping[str, float], high_rated: Mapping[str, float]
 ) -> dict[str, Mapping[str, float]]:

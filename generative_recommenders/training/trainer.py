@@ -249,6 +249,10 @@ class Trainer:
             most = None if full else evaluation.partial_eval_num_iters
             result = self.evaluation.validation(self.model, most, stop, p.epoch)
         metrics = result.all_metrics() if full else result.metrics()
+        # Of a sample of the users: how far its mean is from that of all.
+        errors = self.evaluation.standard_errors(result, self.settings.measured_part)
+        if errors:
+            metrics[f"{BEST_BY}_standard_error"] = errors[BEST_BY]
         loss = p.epoch_loss / max(p.epoch_targets, 1.0)
         p.history.append({"epoch": p.epoch, "train_loss": loss, "seconds": p.seconds, "full": full, **metrics})
         better = full and self.picks_best and (p.best_metric is None or metrics[BEST_BY] > p.best_metric)

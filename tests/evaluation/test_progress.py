@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
 import torch
 
 from generative_recommenders.build.model import build_model
+from generative_recommenders.data.loader import EvaluationLoader
 from generative_recommenders.data.splits import make_split
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.distributed.signals import StopRequested
-from generative_recommenders.evaluation import evaluator
+from generative_recommenders.evaluation import evaluator, model_evaluation, progress
 from generative_recommenders.evaluation.model_evaluation import ModelEvaluation
 from generative_recommenders.modeling.model import SequenceRecommender
 from tiny_models import catalogue, settings
@@ -69,6 +71,34 @@ def test_a_stopped_evaluation_resumes_to_the_same_numbers(scene, monkeypatch: py
     assert result.removed_targets == expected.removed_targets > 0
     assert 0 < sum(counts) <= expected.targets - 3 * 6 + BATCH
     assert list(evaluation.folder.iterdir()) == []
+
+
+def test_the_bar_of_a_resumed_evaluation_begins_where_it_was(scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluation, model = scene
+    with pytest.raises(StopRequested):
+        evaluation.test(model, stop_after(3))
+    bars: list[tuple[int, int, int]] = []
+
+    def recorded(loader: EvaluationLoader, total: int, description: str, done: int, shown: bool):
+        bars.append((len(loader), total, done))
+        return iter(loader)
+
+    monkeypatch.setattr(model_evaluation, "progress_bar", recorded)
+    evaluation.test(model)
+    ((left, total, done),) = bars
+    assert done > 0 and left + done == total
+
+
+def test_the_file_is_written_at_least_every_ten_minutes(scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    seldom, model = scene
+    chosen = settings(main_module="SASRec", eval_batch_size=BATCH, checkpoint_minutes=1000)
+    evaluation = ModelEvaluation(chosen, seldom.dataset, seldom.split, Collectives())
+    evaluation.folder = seldom.folder
+    monkeypatch.setattr(progress, "perf_counter", itertools.count(0, 301).__next__)  # seconds from one look to the next
+    written: list[int] = []
+    monkeypatch.setattr(progress.EvaluationProgress, "save", lambda self, ranks: written.append(int((ranks > 0).sum())))
+    result = evaluation.test(model)
+    assert written and written[0] < result.targets
 
 
 def test_the_file_of_a_killed_evaluation_is_taken_too(scene, monkeypatch: pytest.MonkeyPatch) -> None:

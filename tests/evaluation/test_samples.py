@@ -33,8 +33,9 @@ def test_the_users_of_a_sample_have_the_ranks_of_all(ragged_dataset: SequenceDat
     assert torch.equal(result.ranks[chosen], everyone.ranks[chosen])
     _, other = evaluate(ragged_dataset, eval_users=20, random_seed=7)
     assert not torch.equal(other.ranks > 0, chosen)
-    (name,) = evaluation.standard_errors(result)
+    ((name, errors),) = evaluation.standard_error_row(result).items()
     assert name == f"standard error, 20 of {everyone.targets} users"
+    assert errors == evaluation.standard_errors(result) and errors["ndcg@10"] > 0
     assert f"a sample of 20 of {everyone.targets} users" in evaluation.conditions(result)
     baseline = evaluation.baselines()["most popular"]
     assert round(baseline["hr@10"] * 20, 9).is_integer()
@@ -42,7 +43,7 @@ def test_the_users_of_a_sample_have_the_ranks_of_all(ragged_dataset: SequenceDat
 
 def test_all_users_have_no_standard_error(ragged_dataset: SequenceDataset) -> None:
     evaluation, result = evaluate(ragged_dataset, eval_users=10_000)
-    assert evaluation.standard_errors(result) == {}
+    assert evaluation.standard_errors(result) == evaluation.standard_error_row(result) == {}
     assert "sample" not in evaluation.conditions(result)
 
 

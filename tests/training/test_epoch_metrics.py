@@ -80,6 +80,7 @@ def test_partial_evaluations_record_ranks_alone(ragged_dataset: SequenceDataset,
     assert ["high_rated_mrr" in line and "recall@7" in line for line in lines] == [True, False, True]
     assert not any(name.startswith("high_rated_") or "recall" in name for name in lines[1])
     assert "hr@10" in lines[1]
+    assert ["ndcg@10_standard_error" in line for line in lines] == [False, True, False]
 
 
 def test_without_ratings_and_lists_nothing_is_added(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from generative_recommenders.run.model_summary import parameter_counts
 from generative_recommenders.run.report import answers, breakdown, pictures
 from generative_recommenders.run.report.facts import Facts
 from generative_recommenders.run.report.records import Run, conditions, machine, read_run, spent
-from generative_recommenders.run.summary import COLUMNS, curve_rows, measured_part
+from generative_recommenders.run.summary import COLUMNS, curve_rows
 
 BY = "ndcg@10"
 TESTED = ("hr@10", BY, "mrr")
@@ -60,7 +60,7 @@ def _write(path: Path, template: str, values: Mapping[str, Any]) -> Path:
 def run_page(run: Run) -> dict[str, Any]:
     """Values of run.html."""
     best = None if run.best_epoch is None else run.best_epoch + 1
-    times, part = spent(run), measured_part(run.settings)
+    times, part = spent(run), run.settings.measured_part
     page = {
         "run": run,
         "title": run.name,
@@ -149,7 +149,7 @@ def comparison_page(runs: Sequence[Run]) -> dict[str, Any]:
         "runs": runs,
         "conditions": conditions(runs[0], own=False),
         "left_out": max(len(each.users) for each in facts.values()) - len(joint.users),
-        "part": measured_part(runs[0].settings),
+        "part": runs[0].settings.measured_part,
         "metrics": COLUMNS,
         "data": joint.data,
         "settings": [(name, values) for name, values in rows if any(each != values[0] for each in values)],
