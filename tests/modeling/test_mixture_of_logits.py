@@ -244,6 +244,9 @@ def test_every_matrix_begins_as_published():
             assert parameter.std().item() == pytest.approx(expected, rel=4 / math.sqrt(parameter.numel())), name
             within = (parameter.abs() < expected).float().mean().item()
             assert within == pytest.approx(0.683, abs=2 / math.sqrt(parameter.numel())), name  # a normal's
+        elif name == "query_projection.2.bias":  # as torch draws it: uniform within 1 / sqrt(512)
+            assert parameter.abs().max().item() == pytest.approx(512**-0.5, rel=0.02)
+            assert parameter.std().item() == pytest.approx((3 * 512) ** -0.5, rel=0.1)
         else:
             assert not parameter.any(), name
     assert model.query_projection[1].linear.weight.std().item() == pytest.approx(0.043, abs=5e-4)

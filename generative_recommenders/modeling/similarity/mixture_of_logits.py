@@ -45,7 +45,7 @@ BLOCK_FLOATS = 2**25
 """Floats of temporaries a block of (query, item) pairs may take; more pairs are scored block by block."""
 
 KEPT_FLOATS = 2**30
-"""Floats that the blocks of a call may keep for the backward pass; beyond, each block is computed again."""
+"""Floats that the blocks of a call may keep for the backward pass; the blocks beyond are computed again."""
 
 
 ItemsOf = Callable[[slice, slice], ItemComponents]
@@ -87,8 +87,8 @@ class MoLSimilarity(Similarity, MoLComponents):
     With components f_q ``[Pq, d]`` and f_x ``[Pi, d]`` and entries e = (n, m):
     ``l_e = <f_q[n], f_x[m]> / temperature``, ``p = softmax(gate(q, x, l))``,
     ``score = sum_e p_e l_e / score_temperature`` (arXiv 2306.04039, 2407.15462). Where (query, item) pairs are many,
-    they are scored block by block; beyond `KEPT_FLOATS` a block's activations are computed again in the backward pass,
-    so that memory is bounded. UserError for options that cannot be together.
+    they are scored block by block; beyond `KEPT_FLOATS` blocks are computed again in the backward pass, so that memory
+    is bounded. UserError for options that cannot be together.
 
     dot_product_dimension: width of a component, d.
     dot_product_l2_norm: components are normalised, so that logits are cosines over the temperature.
@@ -299,17 +299,15 @@ class MoLSimilarity(Similarity, MoLComponents):
         pairs = max(1, BLOCK_FLOATS // self.floats_per_pair)
         columns = min(max(num_items, 1), pairs)
         column_blocks = _slices(0, num_items, columns)
-        # What a backward pass would keep; beyond KEPT_FLOATS it is computed again, block by block.
-        kept = len(query.components) * num_items * (self.kept_per_pair + kept_per_item)
-        again = torch.is_grad_enabled() and (self.activation_checkpoint or kept > KEPT_FLOATS)
+        room = 0 if self.activation_checkpoint else KEPT_FLOATS
         scores, sums = [], []
         for rows in _slices(first, stop, max(1, pairs // columns)):
-            done = [
-                recomputed(self._mix, query, items_of, rows, columns, purpose)
-                if again
-                else self._mix(query, items_of, rows, columns, purpose)
-                for columns in column_blocks
-            ]
+            done = []
+            for block in column_blocks:
+                room -= (rows.stop - rows.start) * (block.stop - block.start) * (self.kept_per_pair + kept_per_item)
+                again = torch.is_grad_enabled() and room < 0
+                arguments = query, items_of, rows, block, purpose
+                done.append(recomputed(self._mix, *arguments) if again else self._mix(*arguments))
             scores.append(torch.cat([of_block for of_block, _ in done], dim=1))
             sums += [of_block for _, of_block in done if of_block is not None]
         return torch.cat(scores), sums

@@ -215,7 +215,10 @@ def side_projection(options: QueryOptions | ItemOptions, embedding_dim: int, gro
     elif options.nonlinearity != DEFAULT_UNIT:
         say_once(f"{unit} has no effect: {name}_hidden_dim gives the {name} no hidden layer")
     if not options.use_identity_fn:
-        return projection(embedding_dim, options.hidden_dim, groups * width, options.dropout_rate, options.nonlinearity)
+        # rails' code sets every bias to zero but that of a query's projection with a hidden layer; Meta's sets it, too.
+        zero_bias = isinstance(options, ItemOptions)
+        sizes = embedding_dim, options.hidden_dim, groups * width
+        return projection(*sizes, options.dropout_rate, options.nonlinearity, zero_bias)
     if embedding_dim < width:
         raise UserError(
             f"MoL {name}_use_identity_fn takes dot_product_dimension = {width} entries of an embedding of "

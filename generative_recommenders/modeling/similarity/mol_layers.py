@@ -50,11 +50,17 @@ def _linear(in_features: int, out_features: int, bias: bool = True) -> nn.Linear
     return layer
 
 
-def projection(in_features: int, hidden: int, out_features: int, rate: float, name: GatedUnitName) -> nn.Sequential:
-    """Dropout, gated hidden layer (none where hidden <= 0), linear layer."""
+def projection(
+    in_features: int, hidden: int, out_features: int, rate: float, name: GatedUnitName, zero_bias: bool
+) -> nn.Sequential:
+    """Dropout, gated hidden layer (none where hidden <= 0), linear layer. zero_bias: False leaves the bias after a
+    hidden layer as torch draws it."""
     if hidden <= 0:
         return nn.Sequential(Dropout(rate), _linear(in_features, out_features))
-    return nn.Sequential(Dropout(rate), GatedUnit(in_features, hidden, name), _linear(hidden, out_features))
+    last = _linear(hidden, out_features)
+    if not zero_bias:
+        nn.init.uniform_(last.bias, -(hidden**-0.5), hidden**-0.5)
+    return nn.Sequential(Dropout(rate), GatedUnit(in_features, hidden, name), last)
 
 
 class IdentityProjection(nn.Module):
