@@ -1,4 +1,4 @@
-"""Published configurations: how a run differs from the one that the authors of HSTU and MoL published."""
+"""Published configurations: how a run differs from the one that the authors of HSTU, MoL or FuXi published."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ OWN_OPTIONS = frozenset(
         "query_use_identity_fn", "item_use_identity_fn", "item_dropout_shared",
     }
 )  # fmt: skip
-PARTS = {"sasrec_encoder", "hstu_encoder", "create_mol_interaction_module"}
+PARTS = {"sasrec_encoder", "hstu_encoder", "fuxi_encoder", "create_mol_interaction_module"}
 
 
 def is_published(settings: RunSettings) -> bool:
@@ -42,7 +42,7 @@ def is_published(settings: RunSettings) -> bool:
         settings.data.dataset_name in DATA_SETS
         and all(settings.value(name) == default.value(name) for name in own)
         and not options & OWN_OPTIONS
-        and kinds.main_module in ("SASRec", "HSTU")
+        and kinds.main_module in ("SASRec", "HSTU", "FuXi")
         and kinds.interaction_module_type in ("", "DotProduct", "MoL")
         and settings.loss.loss_module in ("SampledSoftmaxLoss", "BCELoss")
         and settings.negatives.sampling_strategy in ("local", "in-batch")
@@ -62,7 +62,7 @@ def differences(settings: RunSettings, tie_order: str | None, has_unrated: bool)
         f"{name} {settings.value(f'train_fn.{name}')!r} (published: {wanted!r})"
         for name, wanted in CHOICES.items()
         if settings.value(f"train_fn.{name}") != wanted
-        and (name != "next_time" or settings.encoder_name == "HSTU")
+        and (name != "next_time" or settings.encoder_name in ("HSTU", "FuXi"))
         and (name != "catalogue" or has_unrated)
     ]
     if tie_order not in (None, "published"):
