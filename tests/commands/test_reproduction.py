@@ -143,3 +143,15 @@ def test_a_page_says_what_the_runs_of_a_lane_need(tmp_path: Path) -> None:
     (told,) = (lane.plan.settings.needs for lane in lanes)
     heading = next(number for number, line in enumerate(lines) if line.startswith("## "))
     assert told and lines[heading + 2] == f"Needs: {told}."
+
+
+def test_a_lane_of_protocol_paper_shows_the_best_epoch_on_the_test_item(tmp_path: Path) -> None:
+    known = ROOT / "docs" / "results" / "ml-1m" / "leave_one_out-hstu-seed-42.json"
+    record = json.loads(known.read_text()) | {"lane": "paper", "protocol": "paper"}
+    record["best"] |= {"hr@10": 0.51, "ndcg@10": 0.41, "mrr": 0.31}
+    (tmp_path / "ml-1m").mkdir()
+    (tmp_path / "ml-1m" / "paper-hstu-seed-42.json").write_text(json.dumps(record))
+    page = write_page("ml-1m", lanes_of("ml-1m", tmp_path / "runs", None), tmp_path, {})
+    row = next(line for line in page.splitlines() if line.startswith("| hstu (arXiv 2402.17152)"))
+    assert "| 0.5100 | **0.4100** |" in row and "| 0.3100 |" in row
+    assert "of the epoch with the best test NDCG@10, as published" in page
