@@ -88,6 +88,12 @@ def run(args: argparse.Namespace) -> int:
     names = {name for lane in lanes for cell in lane.cells for name in (cell.name, f"{lane.name}/{cell.name}")}
     if unknown := sorted({*only} - names):
         raise UserError(f"{args.name} has no cell {', '.join(unknown)}; it has {', '.join(sorted(names))}")
+    if not any(lane.chosen(args.table, only) for lane in lanes if args.lane in (None, lane.name)):
+        tables = sorted({table for lane in lanes for table in lane.plan.settings.tables})
+        if args.table is not None and args.table not in tables:
+            raise UserError(f"{args.name} has no table {args.table}; it has {', '.join(tables)}")
+        given = [f"--{name}={value}" for name in ("table", "lane", "only") if (value := getattr(args, name))]
+        raise UserError(f"no cell of {args.name} is meant by all of {' '.join(given)}")
     slots = jobs.slots(args.jobs)
     machine = results.machine_facts(len(slots), args.commit)
     missing: dict[str, str] = {}

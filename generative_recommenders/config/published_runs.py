@@ -94,6 +94,11 @@ def unlike_published(settings: RunSettings) -> list[str]:
             "train_fn.eval_bf16: the encoder's products are in bfloat16 in evaluation, the scores in float32; the "
             "published programs rounded the states and items that they scored instead"
         )
+    if settings.encoder_name == "HSTU" and settings.value("hstu_encoder.attn_dropout_rate"):
+        lines.append(
+            "hstu_encoder.attn_dropout_rate: weights of the attention are dropped; the published programs read it and "
+            "drop none"
+        )
     if settings.data.protocol == "paper":
         lines.append(
             "train_fn.eval_interval: a batch of users drawn anew is scored; the published programs scored the step's "

@@ -114,6 +114,7 @@ def test_runs_on_other_data_are_no_results(data_root: Path, tmp_path: Path) -> N
         (["--only=sasrecc"], "synthetic-books has no cell sasrecc; it has "),
         (["--lane=paper"], "--lane=paper is none of synthetic-books: leave_one_out"),
         (["--jobs=0"], "must be 1 or more"),
+        (["--table=losses", "--only=fuxi"], "no cell of synthetic-books is meant by all of --table=losses --only=fuxi"),
         (["--only=sasrec", "--jobs=1000"], "--jobs=1000 on "),
     ],
 )

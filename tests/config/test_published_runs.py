@@ -76,6 +76,12 @@ def test_protocol_paper_says_what_its_evaluations_between_steps_score() -> None:
     assert unlike_published(settings_of()) == []
 
 
+def test_dropout_of_attention_says_that_the_published_programs_have_none() -> None:
+    rate = ["train_fn.main_module = 'HSTU'", "hstu_encoder.attn_dropout_rate = 0.1"]
+    (line,) = unlike_published(load_settings([], rate)[0])
+    assert "hstu_encoder.attn_dropout_rate" in line and "drop none" in line
+
+
 @pytest.mark.parametrize(("name", "theirs"), [("main_module_bf16", "weights"), ("eval_bf16", "states and items")])
 def test_bfloat16_says_where_it_is_not_the_published_programs(name: str, theirs: str) -> None:
     (line,) = unlike_published(settings_of(**{name: True}))

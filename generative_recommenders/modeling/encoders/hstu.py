@@ -154,7 +154,7 @@ class HSTU(TimedEncoder):
     linear_config: accepted as published; there is one projection to U, V, Q and K.
     linear_activation: activation after that projection.
     linear_dropout_rate: dropout before the output projection.
-    attn_dropout_rate: dropout on the attention's weights.
+    attn_dropout_rate: dropout on the attention's weights; the published code reads the rate and drops none.
     concat_ua: the output projection takes ``[U, LN(A V), U * LN(A V)]`` instead of the product alone.
     enable_relative_attention_bias: False leaves out both parts of the bias.
     enable_relative_time_bias: False leaves out the bias by the time between two events.
