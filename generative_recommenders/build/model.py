@@ -79,7 +79,7 @@ def build_model(
         "item_category": catalogue.categories,
         "read_features": lambda options: read_item_features,
     }
-    similarity_name = settings.model.interaction_module_type or "DotProduct"
+    similarity_name = settings.similarity_name
     switched_on = {name: True for name, on in dict(settings.similarity).items() if on}
     bf16 = torch.bfloat16 if settings.model.main_module_bf16 else None
     if bf16 is not None:

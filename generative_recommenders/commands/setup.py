@@ -14,7 +14,7 @@ from generative_recommenders.config import gin as gin_registry
 from generative_recommenders.config import published_runs
 from generative_recommenders.config.lint import log_notices
 from generative_recommenders.config.plugins import load_plugins
-from generative_recommenders.config.registry import REGISTRIES
+from generative_recommenders.config.registry import REGISTRIES, SIMILARITIES, TOP_K_MODULES, named_top_k
 from generative_recommenders.config.schema import FIELDS, RunSettings
 from generative_recommenders.data.preparation.folder import locked
 from generative_recommenders.data.preparation.prepare import find_prepared, prepare, prepared_path
@@ -116,9 +116,12 @@ def run_settings(options: Options, collectives: Collectives) -> RunSettings:
             given = gin_registry.load_settings(options.gin_files or (DEFAULT_CONFIG,), options.bindings)[0]
         else:
             given = gin_registry.override(RunSettings.from_json(saved), options.bindings)
+        # An unknown name is told before data are read.
+        named_top_k(given.model.top_k_method)
+        named = {SIMILARITIES.setting: given.similarity_name}
         for registry in REGISTRIES.values():
-            if registry.setting in FIELDS:
-                registry[given.value(registry.setting)]  # an unknown name is told before data are read
+            if registry.setting in FIELDS and registry is not TOP_K_MODULES:
+                registry[named.get(registry.setting) or given.value(registry.setting)]
         return given
 
     return raise_on_all_ranks(collectives, settings)

@@ -259,6 +259,21 @@ TOP_K_MODULES = _registry("top_k_modules", "top-k module", "train_fn.top_k_metho
 DATA_SOURCES = _registry("data_sources", "data source", "--dataset", ("request",))
 
 
+def named_top_k(method: str) -> tuple[Part, dict[str, int]]:
+    """The part that ``train_fn.top_k_method`` names, and the values of its options that follow the name as published:
+    ``MoLCombTopK5_500`` has ``k_per_group = 5`` and ``avg_top_k = 500``."""
+    name = method if method in TOP_K_MODULES else method.rstrip("0123456789_")
+    part = TOP_K_MODULES[name if name in TOP_K_MODULES else method]
+    if name == method:
+        return part, {}
+    numbers, names = method[len(name) :].split("_"), list(part.options.model_fields)
+    if len(numbers) != len(names) or not all(numbers):
+        raise UserError(
+            f"train_fn.top_k_method {method!r}: {name} takes {len(names)} numbers: {', '.join(names) or 'none'}"
+        )
+    return part, dict(zip(names, map(int, numbers)))
+
+
 def parts_by_gin_name() -> dict[str, Part]:
     """Every registered part by the name that gin binds its options on."""
     return {part.gin_name: part for registry in REGISTRIES.values() for part in registry.parts()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cache
 from typing import Any, ClassVar, Self
 
@@ -25,8 +26,10 @@ from generative_recommenders.config.registry import (
     REGISTRIES,
     SEEN_FILTERS,
     SIMILARITIES,
+    TOP_K_MODULES,
     Part,
     Registry,
+    named_top_k,
     parts_by_gin_name,
 )
 from generative_recommenders.config.sections import (
@@ -163,6 +166,11 @@ class RunSettings(Section):
         return bool(needed) and all(values[option] for option in needed)
 
     @property
+    def similarity_name(self) -> str:
+        """The registered name of the similarity, which "" stands for as published."""
+        return self.model.interaction_module_type or "DotProduct"
+
+    @property
     def measured_part(self) -> str:
         """The part of the split that epochs are measured on."""
         return "test" if self.data.protocol == "paper" else "validation"
@@ -188,11 +196,19 @@ class RunSettings(Section):
     def part_options(self, part: Part) -> dict[str, Any]:
         """The options of a part: its own, and those that published names fill where its own are not given."""
         own = dict(self.options.get(part.gin_name, {}))
+        own |= self._numbers_of(part)
         for published, target in targets_in(part).items():
             value = self.value(published) if published in FIELDS else self.published.get(published, target.default)
             if value is not None:
                 own.setdefault(target.option, value)
         return own
+
+    def _numbers_of(self, part: Part) -> dict[str, int]:
+        """The options of a search that stand in its name."""
+        if part.registry is not TOP_K_MODULES:
+            return {}
+        named, numbers = named_top_k(self.model.top_k_method)
+        return numbers if named is part else {}
 
     def _unchecked(self, registry: Registry, name: str, option: str) -> Any:
         """The value of a part's option as it was given, or its default; None where there is no such part or option."""
@@ -208,7 +224,7 @@ class RunSettings(Section):
             (INPUT_PREPROCESSORS, self.model.input_preprocessor),
             (OUTPUT_POSTPROCESSORS, self.model.user_embedding_norm),
             (ITEM_EMBEDDINGS, self.item_embedding),
-            (SIMILARITIES, self.model.interaction_module_type or "DotProduct"),
+            (SIMILARITIES, self.similarity_name),
             (OBJECTIVES, self.loss.objective),
             (OPTIMIZERS, self.updates.optimizer),
             (SEEN_FILTERS, self.evaluation.seen_filter),
@@ -219,6 +235,8 @@ class RunSettings(Section):
             sampler = self.negatives.sampling_strategy
             members = self._unchecked(NEGATIVE_SAMPLERS, sampler, "shares")  # of a mixture
             chosen += [(NEGATIVE_SAMPLERS, each) for each in (sampler, *(members if isinstance(members, dict) else ()))]
+        with suppress(UserError):
+            chosen.append((TOP_K_MODULES, named_top_k(self.model.top_k_method)[0].name))
         # Others, of a slip or of a plug-in that is not loaded, are named when they are built.
         return [registry[name] for registry, name in chosen if name in registry]
 
@@ -249,7 +267,7 @@ class RunSettings(Section):
                 sections.setdefault(owner, {})[field] = self.value(name)
         options = {owner: dict(given) for owner, given in self.options.items()}
         for part in self.chosen_parts():
-            filled = {target.option for target in targets_in(part).values()}
+            filled = {target.option for target in targets_in(part).values()} | self._numbers_of(part).keys()
             for option, value in part.option_values(self.part_options(part)).items():
                 # The part's own default alone may be infinite, so that what is left out comes back by itself.
                 endless = isinstance(value, float) and not math.isfinite(value)  # has no form in JSON

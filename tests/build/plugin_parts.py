@@ -13,12 +13,14 @@ from generative_recommenders import (
     register_negative_sampler,
     register_output_postprocessor,
     register_similarity,
+    register_top_k,
 )
 from generative_recommenders.modeling.input_preprocessors import EncoderInput, InputPreprocessor
 from generative_recommenders.modeling.items import ItemEmbedding
 from generative_recommenders.modeling.similarity.dot_product import DotProductSimilarity
 from generative_recommenders.objectives.negative_samplers import NegativesSampler, Sharing
 from generative_recommenders.ops.counter_random import counter_integers
+from generative_recommenders.retrieval.top_k import MIPSBruteForceTopK
 
 
 @register_negative_sampler("latest", gin_name="newest_negatives")
@@ -52,6 +54,15 @@ class ItemsAlone(InputPreprocessor):
 
     def forward(self, items, layout, events) -> EncoderInput:
         return EncoderInput(layout.mask(self.gain * items), layout, dict(events))
+
+
+@register_top_k("Repeated", gin_name="repeated")
+class Repeated(MIPSBruteForceTopK):
+    """Searches as many times as asked for."""
+
+    def __init__(self, similarity: DotProductSimilarity, item_embeddings: torch.Tensor, times: int = 2) -> None:
+        super().__init__(similarity, item_embeddings)
+        self.times = times
 
 
 @register_item_embedding("halved", gin_name="halved")

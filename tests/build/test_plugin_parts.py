@@ -23,10 +23,11 @@ CHOICES = {
     "input_preprocessor": "ItemsAlone",
     "embedding_module_type": "halved",
     "interaction_module_type": "Cosine",
+    "top_k_method": "Repeated",
 }
 OPTIONS = {
     "newest_negatives": {"newest": 3}, "scaled": {"factor": 0.25}, "items_alone": {"gain": 3.0},
-    "halved": {"part": 0.1}, "cosine": {"sharpness": 4.0},
+    "halved": {"part": 0.1}, "cosine": {"sharpness": 4.0}, "repeated": {"times": 3},
 }  # fmt: skip
 
 
@@ -61,8 +62,8 @@ def test_a_mixture_takes_a_plugin_sampler() -> None:
 def test_checkpoints_say_where_each_part_comes_from() -> None:
     written = chosen().to_json()
     assert {each["name"]: each["options"] for each in written["plugins"]} == dict(
-        zip(("ItemsAlone", "scaled", "halved", "Cosine", "latest"),
-            (OPTIONS[name] for name in ("items_alone", "scaled", "halved", "cosine", "newest_negatives")))
+        zip(("ItemsAlone", "scaled", "halved", "Cosine", "latest", "Repeated"),
+            (OPTIONS[name] for name in ("items_alone", "scaled", "halved", "cosine", "newest_negatives", "repeated")))
     )  # fmt: skip
     assert {each["plugin"] for each in written["plugins"]} == {str(PLUGIN)}
     assert RunSettings.from_json(written) == chosen()

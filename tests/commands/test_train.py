@@ -1,4 +1,4 @@
-"""What main.py does beside training itself: a dry run of a run that is there, and an import in one process."""
+"""Settings that main.py takes, a dry run of a run that is there, and an import in one process."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from generative_recommenders.commands.import_checkpoint import import_worker
-from generative_recommenders.commands.setup import Options
+from generative_recommenders.commands.setup import Options, run_settings
+from generative_recommenders.config.schema import RunSettings
+from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.errors import UserError
 from programs import run_program
 
@@ -29,3 +31,21 @@ def test_an_import_refuses_several_processes() -> None:
     options = Options((), (), Path("data"), meta_checkpoint="theirs.ckpt")
     with pytest.raises(UserError, match="runs in one process: start it without torchrun"):
         import_worker(0, 2, options)
+
+
+@pytest.mark.parametrize(
+    "given",
+    ["interaction_module_type = ''", "top_k_method = 'MoLAvgTopK100'", "top_k_method = 'MoLCombTopK5_500'"],
+)
+def test_published_values_that_are_no_registered_names_are_taken(given: str) -> None:
+    options = Options((), ("train_fn.interaction_module_type = 'MoL'", f"train_fn.{given}"), Path("data"))
+    settings = run_settings(options, Collectives())
+    assert RunSettings.from_json(settings.to_json()) == settings
+    assert repr(settings.value("train_fn." + given.partition(" ")[0])) == given.rpartition(" ")[2]
+
+
+@pytest.mark.parametrize("method", ["MoLCombTopK5", "MoLNaiveTopK", "TopK7"])
+def test_a_search_without_its_numbers_is_named_before_data_are_read(method: str) -> None:
+    options = Options((), (f"train_fn.top_k_method = {method!r}",), Path("absent"))
+    with pytest.raises(UserError, match="top_k_method|k_per_group|unknown top-k module"):
+        run_settings(options, Collectives()).to_json()
