@@ -29,6 +29,8 @@ class BPR(SampledLoss):
 
     def terms(self, positive: torch.Tensor, negative: torch.Tensor, weights: torch.Tensor, mask: torch.Tensor) -> Terms:
         """positive ``[T, P]``, negative ``[T, R]``."""
+        # Masked scores may be NaN, which a `where` after the softplus would pass on to the gradients.
+        negative = negative.masked_fill(~mask, 0.0)
         gaps = F.softplus(self.margin + negative[:, None, :] - positive[:, :, None])
         count = mask.sum(1, keepdim=True)
         means = torch.where(mask[:, None, :], gaps, 0.0).sum(2) / count.clamp(min=1)

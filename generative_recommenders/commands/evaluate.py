@@ -42,7 +42,7 @@ from generative_recommenders.evaluation.ranks import Ranks, user_ranks
 from generative_recommenders.run import summary as report
 from generative_recommenders.run.logging import show
 from generative_recommenders.run.report.facts import write_facts
-from generative_recommenders.training.state import check_same_data
+from generative_recommenders.training.state import check_same_data, check_same_part
 from generative_recommenders.training.step import TABLE
 from generative_recommenders.training.trainer import set_precision
 
@@ -74,12 +74,16 @@ def open_run(options: Options, collectives: Collectives) -> OpenedRun:
     log_notices(settings)
     dataset = shared_dataset(settings, options.data_root, collectives)
     split = make_split(dataset, settings.data.protocol)
-    check_same_everywhere(settings, split, options, collectives)
+    check_same_everywhere(settings, dataset, split, options, collectives)
 
     def check_data() -> None:  # another protocol than in training may be asked for, not other data
         same_split = saved.data.protocol == settings.data.protocol
         then = str(checkpoint.state.get("split_hash" if same_split else "data_hash"))
         check_same_data(then, split.hash if same_split else dataset.manifest.data_hash)
+        if settings.data.event_features:
+            check_same_part(checkpoint, dataset, "columns_hash")
+        if settings.uses_item_tower or settings.queries.query_features:
+            check_same_part(checkpoint, dataset, "features_hash")
         items = dataset.original_item_ids().combine_chunks()
         if item_ids is not None and not item_ids.cast(items.type).equals(items):
             raise UserError(f"{checkpoint.path} was trained on other items than {dataset.folder} holds")

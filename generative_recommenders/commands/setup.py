@@ -133,7 +133,7 @@ def settings_and_data(options: Options, collectives: Collectives) -> tuple[RunSe
     log_notices(settings)
     dataset = shared_dataset(settings, options.data_root, collectives)
     split = make_split(dataset, settings.data.protocol)
-    check_same_everywhere(settings, split, options, collectives)
+    check_same_everywhere(settings, dataset, split, options, collectives)
     return settings, dataset, split
 
 
@@ -145,9 +145,13 @@ def unlike_published_run(settings: RunSettings, dataset: SequenceDataset) -> str
     return published_runs.differences(settings, tie_order, manifest.counts.get("unrated_items", unknown) > 0)
 
 
-def check_same_everywhere(settings: RunSettings, split: Split, options: Options, collectives: Collectives) -> None:
+def check_same_everywhere(
+    settings: RunSettings, dataset: SequenceDataset, split: Split, options: Options, collectives: Collectives
+) -> None:
     """UserError on every process where one has other data, settings or flags than the main one."""
-    own = {"settings": settings.to_json(), "split": split.hash, "max_steps": options.max_steps}
+    manifest = dataset.manifest
+    hashes = [split.hash, manifest.features_hash, manifest.columns_hash]
+    own = {"settings": settings.to_json(), "hashes": hashes, "max_steps": options.max_steps}
     main = collectives.broadcast_object_json(own)
     mine = f"rank {collectives.rank} of {collectives.world_size}"
 
@@ -156,11 +160,13 @@ def check_same_everywhere(settings: RunSettings, split: Split, options: Options,
             raise UserError(f"{mine} has {name} = {here!r}, rank 0 has {there!r}: start all with one configuration")
         if main["max_steps"] != options.max_steps:
             raise UserError(f"{mine} has --max_steps={options.max_steps}, rank 0 has {main['max_steps']}")
-        if main["split"] != split.hash:
-            raise UserError(
-                f"{mine} has other prepared data than rank 0 (split hash {split.hash}, there {main['split']}): "
-                "give every host the same"
-            )
+        names = "split hash", "features hash", "columns hash"
+        for name, here, there in zip(names, hashes, main["hashes"]):
+            if here != there:
+                raise UserError(
+                    f"{mine} has other prepared data than rank 0 ({name} {here}, there {there}): give every host the "
+                    "same"
+                )
 
     raise_on_all_ranks(collectives, compare)
 

@@ -207,7 +207,9 @@ class ModelEvaluation:
                 evaluator.kept = self.kept[part]
             elif self.folder is not None:
                 # All that ranks depend on beside the weights.
-                facts = part, self.split.hash, repr(self.settings.to_json())
+                manifest = self.dataset.manifest
+                hashes = self.split.hash, manifest.features_hash, manifest.columns_hash
+                facts = part, *hashes, repr(self.settings.to_json())
                 progress = EvaluationProgress(
                     self.folder / PROGRESS_FILE,
                     lambda: fingerprint(model.state_dict(), facts),

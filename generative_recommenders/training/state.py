@@ -15,6 +15,7 @@ from generative_recommenders.build.catalogue import reads_users
 from generative_recommenders.checkpoint.broadcast import shards_on_main, with_rows
 from generative_recommenders.checkpoint.store import Checkpoint, CheckpointStore
 from generative_recommenders.checkpoint.weights import data_tensors, load_criterion, load_model, tensors_of
+from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.errors import UserError
 from generative_recommenders.evaluation.metrics import current_name
 from generative_recommenders.training.callbacks import STATE
@@ -58,6 +59,16 @@ def check_same_data(saved_hash: str, current_hash: str, what: str = "the prepare
             f"{what} changed since this run began (hash {saved_hash} then, {current_hash} now): "
             "restore that data set or start a new run"
         )
+
+
+DATA_PARTS = {"features_hash": "features of the data", "columns_hash": "event columns of the data"}
+"""Hashes of a manifest, which checkpoints since 0.2.0 hold, and what they are of."""
+
+
+def check_same_part(checkpoint: Checkpoint, dataset: SequenceDataset, name: str) -> None:
+    """`check_same_data` of one of `DATA_PARTS`."""
+    now = getattr(dataset.manifest, name)
+    check_same_data(checkpoint.state.get(name, now), now, DATA_PARTS[name])
 
 
 def write_state(trainer: Trainer, store: CheckpointStore, metric: float | None, is_best: bool) -> None:
@@ -120,10 +131,8 @@ def restore_state(trainer: Trainer, checkpoint: Checkpoint) -> None:
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{checkpoint.path} does not hold the state of a run: {error!r}") from error
     check_same_data(split_hash, trainer.split.hash)
-    named = {"features_hash": "features of the data", "columns_hash": "event columns of the data"}
-    for hash_name, what in named.items():  # which older releases did not save
-        now = getattr(trainer.dataset.manifest, hash_name)
-        check_same_data(checkpoint.state.get(hash_name, now), now, what)
+    for name in DATA_PARTS:
+        check_same_part(checkpoint, trainer.dataset, name)
     if checkpoint.state.get("frozen", []) != trainer.frozen:
         raise UserError(
             "train_fn.freeze holds other parameters than when this run began: keep it, or start a new run with "

@@ -59,12 +59,16 @@ def test_a_goodreads_file_is_prepared_and_trained(tmp_path: Path, form: str) -> 
     assert dataset.timestamps[:8].tolist() == [1_400_000_000 + 86_400 * day for day in range(8)]
     assert dataset.ratings[:8].tolist() == [0, 1, 2, 3, 4, 5, 0, 1]
     if form == "json":
+        run = [place, f"--run_dir={tmp_path / 'run'}"]
         trained = run_program(
-            "main.py", place, f"--run_dir={tmp_path / 'run'}", "--max_steps=3",
-            "--gin_config_file=configs/models/sasrec-d50.gin", *(f"--gin_bindings={each}" for each in SHORT),
+            "main.py", *run, "--max_steps=2", "--gin_config_file=configs/models/sasrec-d50.gin",
+            *(f"--gin_bindings={each}" for each in SHORT),
         )  # fmt: skip
         assert trained.returncode == 0, trained.stderr
-        assert (tmp_path / "run" / "metrics.jsonl").read_text()
+        resumed = run_program("main.py", *run, "--resume")  # the prepared data need no plug-in
+        assert resumed.returncode == 0, resumed.stderr
+        steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+        assert 2 in steps and max(steps) == 3
 
 
 def test_the_plugin_source_is_listed_and_needs_its_file(tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from generative_recommenders.checkpoint.store import CheckpointStore
+from generative_recommenders.commands.evaluate import open_run
+from generative_recommenders.commands.setup import Options
 from generative_recommenders.config.registry import ENCODERS
 from generative_recommenders.data.preparation.prepare import prepare_batches
 from generative_recommenders.data.readers.events import RawRatings
@@ -98,6 +100,28 @@ def test_resume_is_exact_and_other_columns_are_refused(dataset: SequenceDataset,
     assert other.manifest.data_hash == dataset.manifest.data_hash
     with pytest.raises(UserError, match="event columns of the data changed since this run began"):
         make_trainer(other, "shelf", "half", num_epochs=2, dropout_rate=0.2).restore(saved)
+
+
+@pytest.mark.parametrize("features", [("shelf", "half"), ()])
+def test_an_evaluation_refuses_other_columns_where_the_model_reads_some(
+    dataset: SequenceDataset, tmp_path: Path, features: tuple[str, ...]
+) -> None:
+    trainer = make_trainer(dataset, *features, num_epochs=1, dataset_name=str(dataset.folder))
+    store = CheckpointStore(tmp_path / "run" / "checkpoints")
+    store.attach(dataset.original_item_ids().combine_chunks(), trainer.settings.to_json(), "")
+    trainer.train(store)
+    other = announced(tmp_path, scale=2.0)
+
+    def opened(data: SequenceDataset) -> SequenceDataset:
+        binding = f"train_fn.dataset_name = {str(data.folder)!r}"
+        return open_run(Options((), (binding,), tmp_path, run_dir=str(tmp_path / "run")), Collectives()).dataset
+
+    assert opened(dataset).folder == dataset.folder
+    if features:
+        with pytest.raises(UserError, match="event columns of the data changed since this run began"):
+            opened(other)
+    else:
+        assert opened(other).folder == other.folder
 
 
 def test_unknown_columns_are_named(dataset: SequenceDataset) -> None:
