@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ast
 import functools
+import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -65,6 +68,14 @@ def test_imports_point_one_way(path: Path) -> None:
     assert level is not None, f"{part} has no level: add it here and to ARCHITECTURE.md"
     allowed = set().union(*LEVELS[:level]) | {part}
     assert not parts_imported(path) - allowed
+
+
+def test_modules_import_in_no_circle_and_folders_hold_few() -> None:
+    found = json.loads(
+        subprocess.run([sys.executable, ROOT / "tools" / "house.py", "--json"], capture_output=True, check=True).stdout
+    )["checkout"]
+    assert found["import circles"] == []
+    assert max(found["modules a folder"].values()) <= 15
 
 
 def test_only_listed_parts_import_torch_distributed() -> None:
