@@ -138,8 +138,8 @@ def _plan(
         for seed in lane.plan.seeds(cell, args.seeds):
             run = lane.plan.run(cell, seed)
             path = results.file_of(out, lane.name, cell.name, seed)
-            told, of_data = kept.get(path.name, {}), split_hash(run.settings.data.protocol)
-            if (told.get("settings_sha256"), told.get("split_hash")) == (run.settings_sha256, of_data):
+            known, of_data = kept.get(path.name, {}), split_hash(run.settings.data.protocol)
+            if (known.get("settings_sha256"), known.get("split_hash")) == (run.settings_sha256, of_data):
                 logging.info("%s/%s is in %s already", lane.name, run.name, path)
             elif is_trained(run) and summary(run)["split_hash"] != of_data:
                 raise UserError(

@@ -1,4 +1,4 @@
-"""What every program begins with, done once where programs are forked from: parts registered, their options' models
+"""The start of every program, done once where programs are forked from: parts registered, their options' models
 built."""
 
 from __future__ import annotations

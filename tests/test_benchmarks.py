@@ -1,4 +1,4 @@
-"""Every benchmark runs from any folder and prints its result as JSON in the last line."""
+"""Benchmarks: each runs from any folder and prints its result as JSON in the last line."""
 
 from __future__ import annotations
 

@@ -234,13 +234,13 @@ class CheckpointStore:
             try:
                 return self.load(self.folder / name)
             except DamagedCheckpoint as error:
-                told = f"{error}; the checkpoint before it is used"
+                message = f"{error}; the checkpoint before it is used"
             if not self.read_only:  # so that it is neither the best nor one of those kept
                 with contextlib.suppress(OSError):
                     os.rename(self.folder / name, self.folder / f"{_DAMAGED}{name}")
                     sync(self.folder)
-                    told += f", it is set aside as {_DAMAGED}{name}"
-            logging.warning("%s", told)
+                    message += f", it is set aside as {_DAMAGED}{name}"
+            logging.warning("%s", message)
         return None
 
     def _is_best(self, name: str) -> bool:

@@ -28,8 +28,8 @@ def show_list(name: str, plugins: Sequence[str], data_root: Path) -> int:
         lines = []
         for path in sorted((ROOT / "configs").rglob("*.gin")):
             comment = takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())
-            said = " ".join(line.lstrip("# ").strip() for line in comment)
-            lines.append(f"{path.relative_to(ROOT)}  {re.split(r'(?<=[.]) (?=[A-Z])', said)[0]}")
+            description = " ".join(line.lstrip("# ").strip() for line in comment)
+            lines.append(f"{path.relative_to(ROOT)}  {re.split(r'(?<=[.]) (?=[A-Z])', description)[0]}")
     elif name == "prepared":
         from generative_recommenders.data.manifest import read_manifest
         from generative_recommenders.data.preparation.prepare import prepared_names

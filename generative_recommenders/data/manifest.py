@@ -125,11 +125,11 @@ class Manifest:
     @property
     def features_hash(self) -> str:
         """Identity of the tables and of what is said about their features: 32 hexadecimal digits."""
-        said = [
+        facts = [
             {name: self.tables[name] for name in TABLES if name in self.tables},
             [asdict(spec) for spec in self.features],
         ]
-        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:32]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
 
 _MANIFEST = TypeAdapter(Manifest)

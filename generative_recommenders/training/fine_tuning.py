@@ -102,7 +102,7 @@ def transfer(
         source = build_model(saved, Catalogue.of_facts(data_facts(checkpoint), len(ids), checkpoint.tensors))
     load_model(source, checkpoint)
     known_items = pairs(dataset.original_item_ids().to_pylist(), ids)
-    moves, said = _moves(model, source, catalogue, dataset, checkpoint, known_items)
+    moves, summary = _moves(model, source, catalogue, dataset, checkpoint, known_items)
     own, theirs = model.state_dict(), source.state_dict()
     moves |= {name: (name, None) for name in own if name in theirs and name not in moves}
     new = [name for name in own if moves.get(name) is None and not name.startswith(DATA)]
@@ -134,9 +134,9 @@ def transfer(
         new += [f"criterion.{name}" for name in criterion]
     known = len(known_items[0])
     items = f"{known} of {dataset.num_items} items known, {dataset.num_items - known} new, {len(ids) - known} gone"
-    said = [items, *said]
-    said += [f"new: {', '.join(new)}"] * bool(new) + [f"left out: {', '.join(left_out)}"] * bool(left_out)
-    logging.info("weights of %s: %s", checkpoint.path, "; ".join(said))
+    summary = [items, *summary]
+    summary += [f"new: {', '.join(new)}"] * bool(new) + [f"left out: {', '.join(left_out)}"] * bool(left_out)
+    logging.info("weights of %s: %s", checkpoint.path, "; ".join(summary))
 
 
 def _moves(
@@ -153,13 +153,13 @@ def _moves(
     to, of = (getattr(each.items, "row_of_item", None) for each in (model, source))
     item_rows = [rows if table is None else table.cpu().numpy()[rows] for rows, table in zip(items, (to, of))]
     moves: dict[str, tuple[str, Rows | None] | None] = {"items.table": ("items.table", with_fill(first_of(*item_rows)))}
-    said = []
+    summary = []
     tables = [getattr(each.similarity, "user_tables", ()) for each in (model, source)]
     if len(tables[0]):
         known, now = user_ids(checkpoint), dataset.original_user_ids().to_pylist()
         old = [] if known is None else known.to_pylist()
         users = pairs(now, old)
-        said.append(f"{len(users[0])} of {len(now)} users known")
+        summary.append(f"{len(users[0])} of {len(now)} users known")
         for place, (own, their) in enumerate(zip(*tables)):
             # a user's row is its number modulo the table's size; rows that no user has do not matter
             rows = first_of(users[0] % own.num_embeddings, users[1] % their.num_embeddings)
@@ -191,7 +191,7 @@ def _moves(
                 fits = False
             for name in module.state_dict():
                 moves[f"{prefix}.{name}"] = (f"{old_prefix}.{name}", rows_of) if fits else None
-    return moves, said
+    return moves, summary
 
 
 def _feature_modules(model: SequenceRecommender, owner: str) -> dict[str, tuple[str, torch.nn.Module]]:

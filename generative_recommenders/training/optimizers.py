@@ -81,8 +81,8 @@ class TableOptimizer(ABC):
         )
 
     @abstractmethod
-    def update(self, rows: torch.Tensor | slice, grads: torch.Tensor, touched: torch.Tensor | None = None) -> None:
-        """`step` of some rows. touched: ``[U, 1]`` bool, which of them change; None for all."""
+    def update(self, rows: torch.Tensor | slice, grads: torch.Tensor, changed: torch.Tensor | None = None) -> None:
+        """`step` of some rows. changed: ``[U, 1]`` bool, which of them change; None for all."""
 
 
 class LazyAdamW(TableOptimizer):
@@ -105,15 +105,15 @@ class LazyAdamW(TableOptimizer):
         self.correction = (1 - beta2**count).to(grads.dtype)
         super().step(rows, grads)
 
-    def update(self, rows: torch.Tensor | slice, grads: torch.Tensor, touched: torch.Tensor | None = None) -> None:
+    def update(self, rows: torch.Tensor | slice, grads: torch.Tensor, changed: torch.Tensor | None = None) -> None:
         beta1, beta2 = BETAS
         rate = self.rate
         share: Any = 1 - beta1
         kept: Any = beta2
         decay = 1 - self.learning_rate * self.weight_decay
-        if touched is not None:
-            rate, share = touched * rate, torch.where(touched, share, 0.0).to(grads.dtype)
-            kept, decay = torch.where(touched, kept, 1.0), torch.where(touched, decay, 1.0)
+        if changed is not None:
+            rate, share = changed * rate, torch.where(changed, share, 0.0).to(grads.dtype)
+            kept, decay = torch.where(changed, kept, 1.0), torch.where(changed, decay, 1.0)
         first = _taken(self.state["exp_avg"], rows).lerp_(grads, share)
         second = _taken(self.state["exp_avg_sq"], rows).mul_(kept).addcmul_(grads, grads, value=1 - beta2)
         scale = (second / self.correction).sqrt_().add_(1e-8)
@@ -130,10 +130,10 @@ class RowwiseAdagrad(TableOptimizer):
         super().__init__(table, learning_rate, weight_decay)
         self.state = {"sum_of_squares": torch.zeros(table.shape[0], device=table.device)}
 
-    def update(self, rows: torch.Tensor | slice, grads: torch.Tensor, touched: torch.Tensor | None = None) -> None:
+    def update(self, rows: torch.Tensor | slice, grads: torch.Tensor, changed: torch.Tensor | None = None) -> None:
         decay = 1 - self.learning_rate * self.weight_decay
-        if touched is not None:
-            decay = torch.where(touched, decay, 1.0)
+        if changed is not None:
+            decay = torch.where(changed, decay, 1.0)
         squares = torch.linalg.vector_norm(grads, dim=1).square_().div_(grads.shape[1])
         total = _taken(self.state["sum_of_squares"], rows).add_(squares)
         weights = _taken(self.table, rows)
@@ -189,7 +189,7 @@ class FusedRowwiseAdagrad(TableOptimizer):
     def step(self, rows: torch.Tensor | None, grads: torch.Tensor) -> None:
         self.update(slice(None), grads)  # rows are where the lookup found them
 
-    def update(self, rows: torch.Tensor | slice, grads: torch.Tensor, touched: torch.Tensor | None = None) -> None:
+    def update(self, rows: torch.Tensor | slice, grads: torch.Tensor, changed: torch.Tensor | None = None) -> None:
         self.kept.update(grads)
 
 

@@ -1,4 +1,4 @@
-"""Names become objects; combinations that cannot work are refused in one line."""
+"""Objects built from names, and combinations that cannot work, refused in one line."""
 
 from __future__ import annotations
 

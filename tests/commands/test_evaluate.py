@@ -1,4 +1,4 @@
-"""What --mode=evaluate leaves: the numbers in the run's folder, and each user's rank."""
+"""Results of --mode=evaluate: the numbers in the run's folder, and each user's rank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every configuration that is shipped builds; the published ones run on tiny data through the real program."""
+"""Shipped configurations: all are built, the published ones run on tiny data through the real program."""
 
 from __future__ import annotations
 

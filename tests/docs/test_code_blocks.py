@@ -1,4 +1,4 @@
-"""Every code block of README.md and docs/ runs, or is checked as far as it can be here.
+"""Code blocks of README.md and docs/: run, or checked as far as they can be here.
 
 Python blocks of a page run one after the other in one namespace, shell blocks command by command in a folder that looks
 like a fresh clone. All pages share the run runs/my-run, trained for a few steps on the embedded data set, and the same

@@ -1,4 +1,4 @@
-"""A stopped evaluation resumes to the same numbers, and only with the same weights."""
+"""Stopped evaluations, resumed to the same numbers, and only with the same weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A trained run answers for users in their own ids, from its folder alone."""
+"""Answers of a trained run for users in their own ids, from its folder alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run answers over HTTP as the recommender does, under load, and ends when it is told to."""
+"""Answers over HTTP: as the recommender's, under load, until the server is asked to end."""
 
 from __future__ import annotations
 

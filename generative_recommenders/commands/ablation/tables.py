@@ -194,7 +194,7 @@ def markdown(results: Mapping[str, Any], title: str) -> str:
     for name, line in results.get("failed", {}).items():
         lines += ["", f"failed: {name}: {line}"]
     conditions = dict.fromkeys((row["split_hash"], row["conditions"]) for row in results["cells"])
-    lines += ["", *(f"split {split}: {told}" for split, told in conditions)]
+    lines += ["", *(f"split {split}: {text}" for split, text in conditions)]
     return "\n".join(lines).rstrip()
 
 

@@ -52,8 +52,8 @@ def lanes_of(name: str, runs: Path, epochs: int | None) -> list[Lane]:
         plan = Ablation.load(file, bindings, runs / file.stem)
         cells = cells_of(plan.settings, file)
         names = {cell.name for cell in cells}
-        told = [*plan.settings.tables.values(), [*plan.settings.published], [*plan.settings.seeds]]
-        unknown = sorted({each for given in told for each in given} - names)
+        mentioned = [*plan.settings.tables.values(), [*plan.settings.published], [*plan.settings.seeds]]
+        unknown = sorted({each for given in mentioned for each in given} - names)
         if unknown:
             raise UserError(f"{file} has no cell {', '.join(unknown)}")
         found.append(Lane(file.stem, plan, cells))

@@ -143,9 +143,9 @@ def _table(
     ]  # fmt: skip
     table = [head]
     for cell in cells:
-        told = published.get(cell, {})
-        named = f"{cell} ({told['source']})" if "source" in told else cell
-        figures = [f"{told[name]:.4f}" if name in told else "" for name in shown]
+        reported = published.get(cell, {})
+        named = f"{cell} ({reported['source']})" if "source" in reported else cell
+        figures = [f"{reported[name]:.4f}" if name in reported else "" for name in shown]
         row = rows.get(cell)
         if row is None:
             table.append([named, *figures, "not run", *[""] * 7])
@@ -190,8 +190,8 @@ def _picture(lane: Lane, results: Mapping[str, Any], done: Sequence[Mapping[str,
     metric = lane.plan.settings.metric
     figure = Figure(figsize=(11, max(3.5, 1.2 + 0.35 * len(results["cells"]))), layout="constrained")
     means, curves = figure.subplots(1, 2)
-    told = lane.plan.settings.published
-    draw_means(means, results, {cell: given[metric] for cell, given in told.items() if metric in given})
+    published = lane.plan.settings.published
+    draw_means(means, results, {cell: given[metric] for cell, given in published.items() if metric in given})
     means.set_title("test; crosses: published")
     for row in results["cells"]:
         own = [each["history"] for each in done if each["cell"] == row["cell"] and metric in each["history"]]

@@ -36,8 +36,8 @@ def write_finished(path: Path, lane: str, finished: Finished, facts: Mapping[str
     record: dict[str, Any] = {"lane": lane, **finished.summary, **facts}
     ranks = finished.ranks
     if ranks is not None and len(ranks) <= MOST_USERS:
-        told = "\n".join(f"{user}\t{item}" for user, item in ranks.select("user_id", "item_id").iter_rows())
-        record["targets_sha256"] = hashlib.sha256(told.encode()).hexdigest()[:16]
+        lines = "\n".join(f"{user}\t{item}" for user, item in ranks.select("user_id", "item_id").iter_rows())
+        record["targets_sha256"] = hashlib.sha256(lines.encode()).hexdigest()[:16]
         record["ranks"] = ranks["rank"].to_list()
     _write(path, record)
 
@@ -84,19 +84,19 @@ def machine_facts(jobs: int, commit: str | None) -> dict[str, Any]:
     this code, else what git says, with a + where files were changed since; "unknown" without git."""
     git = ["git", "-C", str(ROOT)]
     try:
-        told = [
+        described = [
             subprocess.run([*git, *arguments], capture_output=True, text=True, check=True).stdout.strip()
             for arguments in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "-uno"])
         ]
     except (OSError, subprocess.CalledProcessError):
-        told = ["unknown", ""]
+        described = ["unknown", ""]
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return {
-        "commit": commit or told[0] + "+" * bool(told[1]),
+        "commit": commit or described[0] + "+" * bool(described[1]),
         "processor": next(names, platform.processor() or "unknown"),
         "cores": len(os.sched_getaffinity(0)),
         "runs_at_a_time": jobs,
