@@ -6,31 +6,39 @@ JSON.
     python benchmarks/epoch.py --profile=amzn-books --prepared=data/prepared/synthetic-books
 
 seconds: the whole process. training_seconds: the epoch alone, and tokens_per_second those of its histories in that
-time. The rest is start-up, two evaluations (validation, test), baselines and the checkpoint. Data and configuration are
+time; products_seconds: what the matrix products of its steps take alone, by those of three batches. The rest of the
+process's time is start-up, two evaluations (validation, test), baselines and the checkpoint. Data and configuration are
 those of `train_step.py`.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 from absl import app, flags
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import floors
 import records
 import train_step
 
 from generative_recommenders.config import gin as gin_registry
 from generative_recommenders.data.splits import make_split
 from generative_recommenders.data.store import SequenceDataset
+from generative_recommenders.distributed.collectives import Collectives
+from generative_recommenders.training.trainer import Trainer
 
 USERS = {"ml-1m": 600, "amzn-books": 3000}
 
@@ -62,8 +70,11 @@ def run(prepared: Path, folder: Path) -> dict[str, object]:
     training = max(line["seconds"] for line in lines if "seconds" in line)
     dataset = SequenceDataset.open(prepared)
     settings, _ = gin_registry.load_settings([config], bindings)
-    stops = make_split(dataset, "leave_one_out").train_stops
-    tokens = int(np.minimum(stops, settings.data.max_sequence_length).sum())
+    split = make_split(dataset, "leave_one_out")
+    tokens = int(np.minimum(split.train_stops, settings.data.max_sequence_length).sum())
+    trainer = Trainer(settings, dataset, split, Collectives(torch.device("cpu")))
+    batches = list(itertools.islice(trainer.loader.epoch(0), 3))
+    products = [floors.products_of(partial(trainer.run_step, batch))["seconds"] for batch in batches]
     return {
         "profile": flags.FLAGS.profile,
         "prepared": flags.FLAGS.prepared or "made",
@@ -77,6 +88,7 @@ def run(prepared: Path, folder: Path) -> dict[str, object]:
         "training_seconds": round(training, 3),
         "tokens": tokens,
         "tokens_per_second": round(tokens / training),
+        "products_seconds": round(statistics.mean(products) * len(trainer.loader), 3),
         "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024),
     }
 

@@ -22,6 +22,7 @@ import pyarrow as pa
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import floors
 import records
 
 from generative_recommenders.build.parts import Catalogue, build_model
@@ -121,7 +122,7 @@ def main() -> None:
     for name, result in results.items():
         print(name, result)
     setup = vars(args) | {"threads": torch.get_num_threads()}
-    records.finish({"setup": setup, "results": results})
+    records.finish({"setup": setup, "copied_gb_a_second": floors.copied_gb_a_second(), "results": results})
 
 
 if __name__ == "__main__":

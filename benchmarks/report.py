@@ -4,9 +4,9 @@
 
 A floor is the least that the same work could take here: the matrix products of a training step, made again alone at the
 same shapes (`floors.py`), and what it must read and write of the item table at the rate of a copy; the products of
-exact evaluation in the best of several blockings; those of a loss over the catalogue; those of exact search, which for
-one user wait for the items' bytes; ``import torch`` for the start; reading a file for preparing it. "of it bytes" is
-the part of a floor that is memory. Records without a floor are left out.
+exact evaluation in the best of several blockings; those of a loss over the catalogue; those of an epoch's steps; those
+of exact search, which for one user wait for the items' bytes; ``import torch`` for the start; reading a file for
+preparing it. "of it bytes" is the part of a floor that is memory. Records without a floor are left out.
 """
 
 from __future__ import annotations
@@ -37,7 +37,10 @@ def of_steps(record: dict) -> Iterator[Measured]:
             continue
         shared = each["negatives_sharing"]
         shared = f"{shared} of {each['negatives_block_size']}" if shared == "block" else shared
-        what = f"step, {each['encoder']}, {each['num_items']:,} items, {each['num_negatives']} negatives a {shared}"
+        drawn = f"{each['num_negatives']} negatives a {shared}"
+        if config := each.get("gin_config_file"):
+            drawn = Path(config).name
+        what = f"step, {each['encoder']}, {each['num_items']:,} items, {drawn}"
         if each.get("optimizer", "adamw") != "adamw":
             what += f", {each['optimizer']}"
         read = each.get("bytes_seconds", 0.0)
@@ -63,9 +66,20 @@ def of_search(record: dict) -> Iterator[Measured]:
     many, one = (found[name]["milliseconds"] for name in ("many_users", "one_user"))
     what = f"best {setup['k']} of {setup['items']:,} items for {setup['users']:,} users"
     yield Measured(what, many["search"]["median"] / 1e3, many["products"]["median"] / 1e3)
-    floor = one["products"]["median"] / 1e3
+    # Of one user the products wait for the items: their bytes at the rate of a copy are the floor.
+    numbers = setup["one_user_items"] * setup["dim"]
     what = f"best {setup['k']} of {setup['one_user_items']:,} items for one user"
-    yield Measured(what, one["search"]["median"] / 1e3, floor, floor)
+    ways = {"search": (4, ""), "quantized_search": (1, ", by 8-bit integers"), "whole_answer": (1, ", whole answer")}
+    for name, (width, how) in ways.items():
+        if name in one and "copied_gb_a_second" in record:
+            floor = width * numbers / record["copied_gb_a_second"] / 1e9
+            yield Measured(what + how, one[name]["median"] / 1e3, floor, floor)
+
+
+def of_epoch(record: dict) -> Iterator[Measured]:
+    for each in record.get("runs", [record]):
+        what = f"training epoch of main.py, {each['profile']}, {each['users']:,} users"
+        yield Measured(what, each["training_seconds"], each["products_seconds"])
 
 
 def of_startup(record: dict) -> Iterator[Measured]:
@@ -81,6 +95,7 @@ def of_preparation(record: dict) -> Iterator[Measured]:
 
 READERS = {
     "train_step.json": of_steps,
+    "epoch.json": of_epoch,
     "evaluate.json": of_evaluation,
     "catalogue_loss.json": of_catalogue_loss,
     "recommend.json": of_search,

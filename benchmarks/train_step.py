@@ -89,8 +89,8 @@ _BINDINGS = flags.DEFINE_multi_string("gin_bindings", [], "further bindings")
 
 
 def made_dataset(folder: Path, num_users: int = 6040, num_items: int = 3706, profile: str = "ml-1m") -> SequenceDataset:
-    """Zipf items, seconds between ratings; written as CSV and prepared like any other data set, with the items that
-    nobody has rated after the others.
+    """Zipf items, seconds between events, ratings from 1 to 5; written as CSV and prepared like any other data set,
+    with the items that nobody has rated after the others.
     """
     generator = np.random.default_rng(0)
     if profile == "ml-1m":
@@ -102,9 +102,10 @@ def made_dataset(folder: Path, num_users: int = 6040, num_items: int = 3706, pro
     popularity = 1.0 / np.arange(1, num_items + 1) ** 0.8
     items = generator.choice(num_items, users.size, p=popularity / popularity.sum())
     times = 10**9 + np.cumsum(generator.integers(1, 3600, users.size))
-    table = pa.table({"user": users, "item": items, "timestamp": times})
+    ratings = generator.integers(1, 6, users.size)
+    table = pa.table({"user": users, "item": items, "rating": ratings, "timestamp": times})
     pa.csv.write_csv(table, folder / "events.csv", pa.csv.WriteOptions(include_header=False))
-    options = ReadOptions("user,item,timestamp", ",", header=False)
+    options = ReadOptions("user,item,rating,timestamp", ",", header=False)
     raw = RawRatings(name="made", files=[folder / "events.csv"], options=options)
     prepare(raw, folder / "prepared")
     dataset = SequenceDataset.open(folder / "prepared")

@@ -42,7 +42,7 @@ TINY = {
 POSITIVE = {
     "catalogue_loss": ("seconds", "products_seconds", "ratio"),
     "compare_peers": ("results.SASRec.ours.step", "results.SASRec.ours.epoch"),
-    "epoch": ("seconds", "training_seconds", "tokens_per_second", "peak_rss_mb"),
+    "epoch": ("seconds", "training_seconds", "products_seconds", "tokens_per_second", "peak_rss_mb"),
     "evaluate": ("users_per_second", "ratio"),
     "gpu": ("parity.tolerance", "steps.HSTU-large.step_ms", "epochs.epochs_measured"),
     "incremental": ("results.SASRec.scratch_ms", "results.HSTU.append_ms"),
