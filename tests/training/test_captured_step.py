@@ -98,3 +98,21 @@ def test_graphs_give_the_numbers_of_plain_steps(
             expected, found = plain.run_step(batch), captured.run_step(batch)
             torch.testing.assert_close(found.loss, expected.loss, rtol=1e-4, atol=1e-5)
     assert distance(captured, plain) < 1e-4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("captured", [True, False], ids=["captured", "kernel by kernel"])
+@pytest.mark.parametrize("encoder", ["SASRec", "HSTU", "TwoTower", "DiffTransformer"])
+def test_a_step_does_not_wait_for_the_device(encoder: str, captured: bool, tmp_path: Path) -> None:
+    made = trainer(tmp_path, torch.device("cuda"), main_module=encoder)
+    if not captured:
+        made.step = TrainingStep(made.task, made.step.optimizer, made.collectives)
+    batch = next(iter(made.loader.epoch(0)))
+    for _ in range(3):  # kernels are compiled, the step is captured
+        made.run_step(batch)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        made.run_step(batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
