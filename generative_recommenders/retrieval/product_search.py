@@ -13,11 +13,14 @@ import torch
 from generative_recommenders.distributed.row_shards import RowShard
 from generative_recommenders.modeling.similarity.interface import rounded
 from generative_recommenders.ops import dispatch
+from generative_recommenders.ops.threads import in_threads
 from generative_recommenders.retrieval.selection import fill, largest, scan
 
 BLOCK_SCORES = 1 << 20
 """Scores held at a time: 4 MiB, which second-level caches hold."""
 BLOCK_ROWS = 512
+FEWEST_ROWS = 64
+"""Queries of a block, at least, where every core has blocks of its own."""
 LANES = 64
 """Lanes of a block: items ``c, c + LANES, c + 2 LANES, ...`` are lane c."""
 
@@ -43,14 +46,19 @@ def search_products(
     ids = torch.zeros(len(queries), k, dtype=torch.int64)
     if not len(items):
         return values, ids
-    rows = min(BLOCK_ROWS, max(1, len(queries)))
+    # Every core has queries of its own, where there are enough of them to fill blocks.
+    cores = torch.get_num_threads() if len(queries) >= FEWEST_ROWS * torch.get_num_threads() else 1
+    parts = cores * max(1, -(-len(queries) // (cores * BLOCK_ROWS)))
+    rows = max(1, -(-len(queries) // parts))
     lanes = min(LANES * max(1, BLOCK_ROWS // (8 * rows)), len(items))  # few rows: more, shorter lanes
     width = max(1, BLOCK_SCORES // (rows * lanes)) * lanes
-    buffer = queries.new_empty(rows, min(width, -(-len(items) // lanes) * lanes))
-    for start in range(0, len(queries), rows):
-        some = slice(start, start + rows)
+
+    def search(some: slice) -> None:
+        buffer = queries.new_empty(rows, min(width, -(-len(items) // lanes) * lanes))
         seen = None if seen_ids is None else seen_ids[some]
         _search(queries[some], items, lanes, buffer, seen, dtype, _Best(values[some], ids[some]))
+
+    in_threads(search, [slice(start, start + rows) for start in range(0, len(queries), rows)])
     return values, ids.masked_fill_(values == -torch.inf, 0)
 
 
