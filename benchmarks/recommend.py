@@ -2,11 +2,11 @@
 
     python benchmarks/recommend.py --users=1000 --items=700000 --one_user_items=1000000
 
-Items and users are random and of the same width. "products" are the scores alone, in blocks of the same size, each core with
-queries of its own, kept by nobody; "search" finds the k best of each user without what the user has seen. For one user, "quantized_search" finds
-the same by way of 8-bit integers, and "whole_answer" is `Recommender.recommend`, the history's ids in, a frame of ids
-out. faiss is measured where it is installed, without seen items, which its index does not filter. Every time is the
-median of the repeats, taken by turns.
+Items and users are random and of the same width. "products" are the scores alone, in blocks of the same size, each core
+with queries of its own, kept by nobody; "search" finds the k best of each user without what the user has seen. For one
+user, "quantized_search" finds the same by way of 8-bit integers, and "whole_answer" is `Recommender.recommend`, the
+history's ids in, a frame of ids out. faiss is measured where it is installed, without seen items, which its index does
+not filter. Every time is the median of the repeats, taken by turns.
 """
 
 from __future__ import annotations
