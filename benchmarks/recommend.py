@@ -2,11 +2,11 @@
 
     python benchmarks/recommend.py --users=1000 --items=700000 --one_user_items=1000000
 
-Items and users are random and of the same width. "products" are the scores alone, in blocks of the same size, each core
-with queries of its own, kept by nobody; "search" finds the k best of each user without what the user has seen. For one
-user, "quantized_search" finds the same by way of 8-bit integers, and "whole_answer" is `Recommender.recommend`, the
-history's ids in, a frame of ids out. faiss is measured where it is installed, without seen items, which its index does
-not filter. Every time is the median of the repeats, taken by turns.
+Items and users are random and of the same width. "products" are the scores alone, in blocks of the same size, of many
+users on each core apart as in "search", kept by nobody; "search" finds the k best of each user without what the user
+has seen. For one user, "quantized_search" finds the same by way of 8-bit integers, and "whole_answer" is
+`Recommender.recommend`, the history's ids in, a frame of ids out. faiss is measured where it is installed, without seen
+items, which its index does not filter. Every time is the median of the repeats, taken by turns.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ from generative_recommenders.retrieval.recommender import Recommender
 
 
 def bare_products(queries: torch.Tensor, items: torch.Tensor) -> None:
-    cores = torch.get_num_threads() if len(queries) > 1 else 1
-    rows = min(product_search.BLOCK_ROWS, -(-len(queries) // cores))
+    cores = torch.get_num_threads()
+    apart = len(queries) >= product_search.FEWEST_ROWS * cores
+    rows = min(product_search.BLOCK_ROWS, -(-len(queries) // cores) if apart else len(queries))
     width = product_search.BLOCK_SCORES // rows
 
     def multiply(some: torch.Tensor) -> None:
@@ -44,7 +45,11 @@ def bare_products(queries: torch.Tensor, items: torch.Tensor) -> None:
         for block in items.split(width):
             torch.mm(some, block.T, out=scores[: len(some), : len(block)])
 
-    in_threads(multiply, queries.split(rows))
+    if apart:
+        in_threads(multiply, queries.split(rows))
+    else:
+        for some in queries.split(rows):
+            multiply(some)
 
 
 def faiss_search(items: torch.Tensor, queries: torch.Tensor, k: int) -> Callable[[], object] | None:

@@ -94,6 +94,20 @@ def test_dot_product_search_equals_a_sort_with_ties_and_seen_items(small_blocks,
     assert unfiltered.tolist() == [slow_top_k(s, [], k) for s in all_scores.tolist()]
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_queries_of_their_own_for_each_core_find_the_same(small_blocks, threads, monkeypatch):
+    monkeypatch.setattr(product_search, "FEWEST_ROWS", 2)
+    queries, items, seen = tied_case(5)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        ids = MIPSBruteForceTopK(DotProductSimilarity(), items)(queries, 5, seen)[1]
+    finally:
+        torch.set_num_threads(before)
+    assert len(queries) >= 2 * threads
+    assert ids.tolist() == [slow_top_k(s, x, 5) for s, x in zip((queries @ items.T).tolist(), seen.tolist())]
+
+
 @pytest.mark.parametrize("k", [1, 7, 60])
 def test_scores_rounded_to_bf16_are_ranked_as_rounded(small_blocks, k):
     _, _, seen = tied_case(k)
