@@ -3,11 +3,12 @@
 A base class (or the registry) names in ``SUPPLIED`` what the program passes where a signature asks for it: widths,
 counts, and their like. Everything else in the signature is an option, with the type, range (``Annotated[int, Ge(1)]``)
 and default that stand there; gin binds it as ``GIN_NAME.OPTION``. An argument whose type is an `OptionGroup` stands for
-the options in it.
+the options in it. A registered class refuses other values wherever it is constructed, by gin or by a direct call.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -47,12 +48,8 @@ class Part:
 
     @cached_property
     def _parameters(self) -> dict[str, inspect.Parameter]:
-        if isinstance(
-            self.make, type
-        ):  # a class without a constructor of its own has that of torch.nn.Module or object
-            owner = next(each for each in self.make.__mro__ if "__init__" in vars(each))
-            if owner.__module__.partition(".")[0] in ("torch", "builtins"):
-                return {}
+        if isinstance(self.make, type) and not _has_constructor(self.make):
+            return {}
         found = dict(inspect.signature(self.make).parameters)
         open_ended = (
             inspect.Parameter.VAR_KEYWORD,
@@ -108,6 +105,13 @@ class Part:
         """All options with their values, those of ``given`` over the defaults; UserError for what cannot be."""
         model = validated(self.options, given, self.gin_name)
         return {name: getattr(model, name) for name in self.options.model_fields}
+
+    def check(self, arguments: Mapping[str, Any]) -> None:
+        """UserError for the first of a constructor's arguments whose value its option cannot have."""
+        for name in self.options.model_fields:
+            # A default need not pass: that of a bound is infinity, which gin cannot write.
+            if name in arguments and arguments[name] is not self.default(name):
+                self.checked(name, arguments[name])
 
     def checked(self, option: str, value: Any, called: str | None = None) -> Any:
         """The value of one option, as `option_values` has it; others may be missing yet. called: what errors call
@@ -197,6 +201,8 @@ class Registry:
                             f"gin name {part.gin_name!r} of {self.kind} {name!r} is taken by {registry.kind} "
                             f"{other.name!r}"
                         )
+            if isinstance(make, type) and _has_constructor(make):
+                _check_in_constructor(make, part)
             self._parts.update(dict.fromkeys((name, *aliases), part))
             return make
 
@@ -218,6 +224,24 @@ class Registry:
     def parts(self) -> list[Part]:
         """Every part once."""
         return list({id(part): part for part in self._parts.values()}.values())
+
+
+def _has_constructor(make: type) -> bool:
+    """Whether the class or a base of it has a constructor, beside those of torch.nn and of object."""
+    owner = next(each for each in make.__mro__ if "__init__" in vars(each))
+    return owner.__module__.partition(".")[0] not in ("torch", "builtins")
+
+
+def _check_in_constructor(make: type, part: Part) -> None:
+    """Puts `Part.check` before the constructor of a registered class."""
+    construct = make.__init__  # type: ignore[misc]
+
+    @functools.wraps(construct)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        part.check(inspect.signature(construct).bind(self, *args, **kwargs).arguments)
+        construct(self, *args, **kwargs)
+
+    make.__init__ = checked  # type: ignore[misc]
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -19,7 +19,6 @@ from generative_recommenders.config.fields import Length, Probability
 from generative_recommenders.config.registry import register_objective
 from generative_recommenders.data.loader import LoadedBatch
 from generative_recommenders.data.token_masks import Draws, proper_part, uniform
-from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.events import events_with_slot, hidden_events
 from generative_recommenders.modeling.inputs import ModelInputs, layout_of
 from generative_recommenders.objectives.examples import TrainingExample, make_example
@@ -96,8 +95,6 @@ class MaskedItemObjective(MaskedObjective):
     """
 
     def __init__(self, mask_probability: Probability = 0.15) -> None:
-        if not 0 <= mask_probability <= 1:
-            raise UserError(f"masking probability must be between 0 and 1, not {mask_probability}")
         self.mask_probability = mask_probability
 
     def choose(self, real: Tensor, draws: Draws = None) -> tuple[Tensor, MaskColumns]:
@@ -134,10 +131,6 @@ class PermutedObjective(MaskedObjective):
         max_span_length: Length = 5,
         permute_all: bool = False,
     ) -> None:
-        if not 0 < mask_probability <= 1:
-            raise UserError(f"permutation probability must be above 0 and at most 1, not {mask_probability}")
-        if max_span_length < 1:
-            raise UserError(f"max_span_length must be at least 1, not {max_span_length}")
         self.mask_probability, self.max_span_length = mask_probability, max_span_length
         self.permute_all = permute_all
 

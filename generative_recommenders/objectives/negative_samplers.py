@@ -231,8 +231,6 @@ class PopularityNegativesSampler(NegativesSampler):
         super().__init__(num_negatives, sharing, log_q_correction)
         if not bool((counts > 0).any()):
             raise ValueError("popularity negatives: no item occurs in the training data")
-        if not math.isfinite(power):
-            raise ValueError(f"popularity negatives: the power is {power}, and must be a finite number")
         # In logarithms, since a count to a large power overflows.
         logs = (power * counts.clamp(min=1).double().log()).masked_fill(counts <= 0, -math.inf)
         probability = torch.softmax(logs, 0)

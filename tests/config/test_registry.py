@@ -81,6 +81,30 @@ def test_an_option_that_cannot_be_reports_one_line_error(given: dict, message: s
     assert "\n" not in str(raised.value)
 
 
+def test_a_direct_call_is_checked_as_gin_is() -> None:
+    registry = registry_with_part()
+    toy = registry["Toy"].make
+
+    @registry.register("Small", gin_name="small_part")
+    class Small(toy):  # type: ignore[misc, valid-type]
+        def __init__(self, width: int, layers: int = 1, bound: Annotated[float, Ge(0)] = math.inf) -> None:
+            super().__init__(width, layers)
+            self.bound = bound
+
+    assert toy(7, 3, sizes=[4]).layers == 3
+    assert Small(7, bound=math.inf).bound == math.inf, "the default, which gin cannot write"
+    with pytest.raises(UserError, match=r"^small_part.bound must be finite, got -inf"):
+        Small(7, bound=-math.inf)
+    with pytest.raises(UserError, match=r"^toy_part.layers must be 1 or more, got 0$"):
+        Small(7, layers=0)
+    with pytest.raises(UserError, match=r"^toy_part.layers must be 1 or more, got 0$"):
+        toy(7, 0)
+    with pytest.raises(UserError, match=r"^toy_part.kind 'c' is unknown; known: 'a', 'b'$"):
+        toy(7, kind="c")
+    with pytest.raises(TypeError, match="width"):
+        toy(layers=3)
+
+
 def test_an_unknown_name_lists_all_and_the_nearest() -> None:
     with pytest.raises(UserError, match="unknown toy 'Toi'.*did you mean 'Toy'.*known: Toy, Other"):
         _ = registry_with_part()["Toi"]

@@ -140,20 +140,6 @@ def test_no_tokens(normalization: str) -> None:
     out.sum().backward()
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"normalization": "softmax"}, "unknown normalization 'softmax'; known: rel_bias, softmax_rel_bias"),
-        ({"linear_config": "uv"}, "unknown linear_config"),
-        ({"linear_activation": "gelu"}, "unknown linear_activation"),
-        ({"dqk": 0}, "dqk 0"),
-    ],
-)
-def test_bad_options(options: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        HSTU(8, 6, **options)
-
-
 def test_attention_divides_by_the_tokens_attended_to() -> None:
     """One block whose layer norm hides no scale: with one head of equal values the output is the mean of SiLU
     weights."""

@@ -132,15 +132,3 @@ def test_bfloat16_autocast_stays_near_float32() -> None:
 def test_no_tokens() -> None:
     layout = jagged_layout(torch.tensor([0, 0]), 3)
     assert SASRec(8)(torch.zeros(0, 8), layout, {}).shape == (0, 8)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"num_heads": 3}, "num_heads 3 does not divide the width 8"),
-        ({"ffn_activation_fn": "elu"}, "relu, gelu, silu"),
-    ],
-)
-def test_bad_options(options: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        SASRec(8, **options)

@@ -96,7 +96,7 @@ def test_nan_hidden_states_give_a_nan_loss():
 def test_bad_input_is_refused():
     hidden, weight, labels, weights = drawn(6)
     loss = ScalableCrossEntropyLoss(2, 4, 3)
-    with pytest.raises(UserError, match="bucket sizes"):
+    with pytest.raises(UserError, match="sce.n_buckets must be 1 or more, got 0"):
         ScalableCrossEntropyLoss(0, 4, 3)
     with pytest.raises(UserError, match="positives"):
         loss(hidden, weight, labels + 15, weights)

@@ -12,11 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from generative_recommenders.errors import UserError
-from generative_recommenders.objectives.losses.sampled import (
-    SampledSoftmaxLoss,
-    check_label_smoothing,
-    full_precision,
-)
+from generative_recommenders.objectives.losses.sampled import SampledSoftmaxLoss, full_precision
 
 
 class VQVAELoss(nn.Module):
@@ -64,7 +60,9 @@ class SequenceLoss(nn.Module):
         super().__init__()
         self.vocab_size = vocab_size
         self.ignore_index = ignore_index
-        self.label_smoothing = check_label_smoothing(label_smoothing)
+        if not 0 <= label_smoothing < 1:
+            raise UserError(f"label_smoothing is {label_smoothing}: give a share in [0, 1)")
+        self.label_smoothing = label_smoothing
 
     def forward(self, logits: Tensor, labels: Tensor, attention_mask: Tensor | None = None) -> dict[str, Tensor]:
         """logits: ``[B, N, V]`` float; labels: ``[B, N]`` int64; attention_mask: ``[B, N]``, non-zero =

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import repeat
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -119,8 +119,7 @@ class TimedEncoder(BlockEncoder):
 
 
 def linear_activation_of(name: LinearActivation) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The activation by its name; ValueError for another name."""
-    check_choice("linear_activation", name, LinearActivation)
+    """The activation by its name."""
     return F.silu if name == "silu" else lambda x: x
 
 
@@ -128,16 +127,3 @@ def check_heads(width: int, num_heads: int) -> None:
     """ValueError where the heads do not divide the width."""
     if num_heads < 1 or width % num_heads:
         raise ValueError(f"num_heads {num_heads} does not divide the width {width}: choose one of its divisors")
-
-
-def check_positive(**sizes: int) -> None:
-    """ValueError naming the first size below 1."""
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} {size} must be 1 or more")
-
-
-def check_choice(name: str, value: str, choice: Any) -> None:
-    """ValueError naming the values of a Literal where the value is none of them. (A `Part` has refused it already.)"""
-    if value not in (choices := get_args(choice)):
-        raise ValueError(f"unknown {name} {value!r}; known: {', '.join(choices)}")

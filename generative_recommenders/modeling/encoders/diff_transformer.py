@@ -14,7 +14,7 @@ from generative_recommenders.config.fields import Share, SmallCount
 from generative_recommenders.config.registry import register_encoder
 from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.cache import Appended, KeysValues, softmax_over_cache
-from generative_recommenders.modeling.encoders.base import BlockEncoder, check_heads, check_positive
+from generative_recommenders.modeling.encoders.base import BlockEncoder, check_heads
 from generative_recommenders.ops.attention.differential import differential_attention
 from generative_recommenders.ops.dropout import Dropout
 from generative_recommenders.ops.feed_forward import FLOAT32_EPS, SwiGLU
@@ -185,7 +185,6 @@ class DiffTransformer(BlockEncoder):
     ) -> None:
         super().__init__()
         check_heads(embedding_dim, num_heads)
-        check_positive(num_blocks=num_blocks)
         self.output_dim = embedding_dim
         self.activation_checkpoint = activation_checkpoint
         self.layers = torch.nn.ModuleList(

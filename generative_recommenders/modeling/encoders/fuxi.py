@@ -29,8 +29,6 @@ from generative_recommenders.modeling.encoders.base import (
     LinearActivation,
     LinearConfig,
     TimedEncoder,
-    check_choice,
-    check_positive,
     linear_activation_of,
 )
 from generative_recommenders.ops.attention.pointwise import pointwise_attention
@@ -170,10 +168,6 @@ class FuXi(TimedEncoder):
         activation_checkpoint: bool = False,
     ) -> None:
         super().__init__()
-        check_choice("normalization", normalization, Normalization)
-        check_choice("linear_config", linear_config, LinearConfig)
-        check_choice("next_time", next_time, NextTime)
-        check_positive(num_blocks=num_blocks, num_heads=num_heads, dqk=dqk, dv=dv)
         hidden = 0 if ffn_single_stage else max(1, int(embedding_dim * ffn_multiply))
         self.output_dim = embedding_dim
         self.max_length, self.next_time = max_length, next_time

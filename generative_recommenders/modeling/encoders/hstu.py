@@ -24,8 +24,6 @@ from generative_recommenders.modeling.encoders.base import (
     LinearActivation,
     LinearConfig,
     TimedEncoder,
-    check_choice,
-    check_positive,
     linear_activation_of,
 )
 from generative_recommenders.ops.attention.pointwise import pointwise_attention
@@ -192,11 +190,6 @@ class HSTU(TimedEncoder):
         activation_checkpoint: bool = False,
     ) -> None:
         super().__init__()
-        check_choice("normalization", normalization, Normalization)
-        check_choice("linear_config", linear_config, LinearConfig)
-        check_choice("attn_divisor", attn_divisor, Divisor)
-        check_choice("next_time", next_time, NextTime)
-        check_positive(num_blocks=num_blocks, num_heads=num_heads, dqk=dqk, dv=dv)
         self.causal = normalization == "rel_bias"
         if attn_divisor == "length" and not self.causal:
             raise ValueError('attn_divisor "length" acts with normalization "rel_bias" alone')

@@ -20,9 +20,7 @@ from generative_recommenders.config.registry import register_encoder
 from generative_recommenders.modeling.cache import Appended, KeysValues, softmax_over_cache
 from generative_recommenders.modeling.encoders.base import (
     BlockEncoder,
-    check_choice,
     check_heads,
-    check_positive,
 )
 from generative_recommenders.ops.attention.multi_head import multi_head_attention, project_heads
 from generative_recommenders.ops.dropout import Dropout
@@ -118,8 +116,6 @@ class LiGR(BlockEncoder):
     ) -> None:
         super().__init__()
         check_heads(embedding_dim, num_heads)
-        check_positive(num_blocks=num_blocks, ffn_multiply=ffn_multiply)
-        check_choice("ffn_activation_fn", ffn_activation_fn, Activation)
         self.output_dim = embedding_dim
         self.activation_checkpoint = activation_checkpoint
         hidden = ffn_multiply * embedding_dim

@@ -20,12 +20,7 @@ import torch.nn.functional as F
 from generative_recommenders.config.fields import Share, SmallCount, Width
 from generative_recommenders.config.registry import register_encoder
 from generative_recommenders.modeling.cache import Appended, KeysValues, softmax_over_cache
-from generative_recommenders.modeling.encoders.base import (
-    BlockEncoder,
-    check_choice,
-    check_heads,
-    check_positive,
-)
+from generative_recommenders.modeling.encoders.base import BlockEncoder, check_heads
 from generative_recommenders.ops.attention.multi_head import multi_head_attention, project_heads
 from generative_recommenders.ops.dropout import Dropout
 from generative_recommenders.ops.feed_forward import feed_forward
@@ -50,7 +45,6 @@ class SasrecBlock(torch.nn.Module):
     ) -> None:
         super().__init__()
         check_heads(embedding_dim, num_heads)
-        check_choice("activation", activation, Activation)
         self.num_heads = num_heads
         self.dropout_rate = Dropout(dropout_rate).rate
         self.activation: Callable[[torch.Tensor], torch.Tensor] = getattr(F, activation)
@@ -126,7 +120,6 @@ class SASRec(BlockEncoder):
         activation_checkpoint: bool = False,
     ) -> None:
         super().__init__()
-        check_positive(num_blocks=num_blocks, ffn_hidden_dim=ffn_hidden_dim)
         self.output_dim = embedding_dim
         self.activation_checkpoint = activation_checkpoint
         self.blocks = torch.nn.ModuleList(

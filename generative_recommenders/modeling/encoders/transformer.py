@@ -12,7 +12,7 @@ from torch import nn
 from generative_recommenders.config.fields import Share, SmallCount, Width
 from generative_recommenders.config.registry import register_encoder
 from generative_recommenders.errors import UserError
-from generative_recommenders.modeling.encoders.base import check_heads, check_positive
+from generative_recommenders.modeling.encoders.base import check_heads
 from generative_recommenders.ops.attention.softmax import softmax_attention
 from generative_recommenders.ops.dropout import Dropout
 from generative_recommenders.ops.layout import Layout
@@ -111,7 +111,6 @@ class Transformer(torch.nn.Module):
     ) -> None:
         super().__init__()
         check_heads(embedding_dim, num_heads)
-        check_positive(num_blocks=num_blocks, ffn_hidden_dim=ffn_hidden_dim)
         self.output_dim = embedding_dim
         self.activation_checkpoint = activation_checkpoint
         self.positions = PositionalEncoding(embedding_dim, max_length)

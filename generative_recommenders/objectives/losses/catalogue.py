@@ -25,7 +25,6 @@ from generative_recommenders.distributed.row_shards import RowShard
 from generative_recommenders.errors import UserError
 from generative_recommenders.objectives.losses.sampled import (
     Terms,
-    check_label_smoothing,
     full_precision,
     log_in_terms,
     weighted,
@@ -147,7 +146,7 @@ class CE(CatalogueLoss):
 
     def __init__(self, label_smoothing: Share = 0.0, memory_bytes: PositiveInt = MEMORY_BYTES) -> None:
         super().__init__(memory_bytes)
-        self.label_smoothing = check_label_smoothing(label_smoothing)
+        self.label_smoothing = label_smoothing
 
     def row_terms(self, positive: Tensor, statistic: Tensor, weights: Tensor) -> Terms:
         return Terms(statistic[:, None] - positive, weights)

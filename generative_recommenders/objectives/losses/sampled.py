@@ -59,13 +59,6 @@ def log_plus_epsilon(log_p: Tensor, epsilon: float, clamp_border: float) -> Tens
     return log_p if math.isinf(clamp_border) else log_p.clamp(-clamp_border, clamp_border)
 
 
-def check_label_smoothing(value: float) -> float:
-    """The share itself; ``UserError`` outside ``[0, 1)``."""
-    if not 0 <= value < 1:
-        raise UserError(f"label_smoothing is {value}: give a share in [0, 1)")
-    return value
-
-
 def smoothed(own: Tensor, others: Tensor, mask: Tensor, share: float) -> Tensor:
     """``own [T, P]``, a share of it replaced by the mean of itself and those ``others [T, R]`` that count
     (``mask``)."""
@@ -129,7 +122,7 @@ class SampledSoftmaxLoss(SampledLoss):
 
     def __init__(self, label_smoothing: Share = 0.0) -> None:
         super().__init__()
-        self.label_smoothing = check_label_smoothing(label_smoothing)
+        self.label_smoothing = label_smoothing
 
     def terms(self, positive: Tensor, negative: Tensor, weights: Tensor, mask: Tensor) -> Terms:
         log_total = torch.logaddexp(positive, masked_logsumexp(negative, mask)[:, None])
@@ -224,8 +217,8 @@ class GBCELoss(SampledLoss):
 
     def __init__(self, num_items: int, calibration: Probability = 0.75) -> None:
         super().__init__()
-        if num_items < 2 or not 0 <= calibration <= 1:
-            raise UserError(f"gBCE needs at least 2 items and t in [0, 1], not {num_items} items and t = {calibration}")
+        if num_items < 2:
+            raise UserError(f"gBCE needs at least 2 items, not {num_items}")
         self.num_items = num_items
         self.calibration = calibration
 

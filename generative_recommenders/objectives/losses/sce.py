@@ -45,8 +45,6 @@ class ScalableCrossEntropyLoss(nn.Module):
         mix_x: bool = False,
     ) -> None:
         super().__init__()
-        if min(n_buckets, bucket_size_x, bucket_size_y) < 1:
-            raise UserError(f"SCE needs positive bucket sizes, not {n_buckets}, {bucket_size_x}, {bucket_size_y}")
         self.n_buckets, self.mix_x = n_buckets, mix_x
         self.bucket_size_x, self.bucket_size_y = bucket_size_x, bucket_size_y
 
