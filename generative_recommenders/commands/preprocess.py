@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import re
 import sys
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 from absl import flags
@@ -14,10 +16,10 @@ from generative_recommenders.commands.program import Help, start_program
 from generative_recommenders.config.plugins import PLUGIN_HELP, load_plugins
 from generative_recommenders.data.export import export_parquet, export_text
 from generative_recommenders.data.manifest import Manifest
-from generative_recommenders.data.preparation.folder import check_file
+from generative_recommenders.data.preparation.folder import check_file, locked
 from generative_recommenders.data.preparation.order import DUPLICATES, TIE_ORDERS
 from generative_recommenders.data.preparation.prepare import find_prepared, prepare, prepared_path
-from generative_recommenders.data.readers.events import ReadOptions
+from generative_recommenders.data.readers.events import RawRatings, ReadOptions
 from generative_recommenders.data.sources.public import resolve
 from generative_recommenders.data.sources.synthetic_books import MAX_LENGTH, SyntheticBooksSettings
 from generative_recommenders.data.statistics import summary
@@ -58,10 +60,12 @@ flags.DEFINE_enum(
     "time_unit",
     "auto",
     ["auto", "s", "ms", "us", "ns"],
-    "csv only: unit of numeric times; auto: by their size",
+    "csv and exchange-text: unit of numeric times; auto: by their size in csv, s in exchange-text",
 )
 flags.DEFINE_bool(
-    "drop_missing", False, "csv only: leave out events without a user or an item instead of refusing them"
+    "drop_missing",
+    False,
+    "csv and exchange-text: leave out events without a user or an item instead of refusing them",
 )
 flags.DEFINE_integer("k_core", None, "keep users and items with this many ratings, iterated, as the filter")
 flags.DEFINE_enum(
@@ -113,9 +117,10 @@ _OF_CSV = "columns delimiter header quoting time_unit drop_missing"
 _OF_SYNTHETIC_BOOKS = (
     "synthetic_users synthetic_items synthetic_min_length synthetic_mean_length predictability synthetic_seed"
 )
-_OPTIONS_OF_ONE = {
-    **dict.fromkeys(_OF_CSV.split(), "csv"),
-    **dict.fromkeys(_OF_SYNTHETIC_BOOKS.split(), "synthetic-books"),
+_OPTIONS_OF_SOME = {
+    **dict.fromkeys(_OF_CSV.split(), ("csv",)),
+    **dict.fromkeys(("time_unit", "drop_missing"), ("csv", "exchange-text")),
+    **dict.fromkeys(_OF_SYNTHETIC_BOOKS.split(), ("synthetic-books",)),
 }
 _PREPARE_ONLY = [
     "dataset",
@@ -167,11 +172,14 @@ def _export(folder: Path) -> None:
 def _check_flags() -> None:
     """UserError for a flag that is given but has no effect, by itself or beside the others."""
     given = flags.FLAGS
+    taken = {} if given.raw_path is None else {Path(given.raw_path).resolve(): "raw_path"}
     for name in ("export_text", "export_parquet"):
         if (path := given[name].value) is not None:
             check_file(path, f"--{name}=")
+            if (other := taken.setdefault(Path(path).resolve(), name)) != name:
+                raise UserError(f"--{name}={path} is the file of --{other}: name another one")
     if given.prepared is not None:
-        surplus = [name for name in (*_PREPARE_ONLY, *_OPTIONS_OF_ONE) if given[name].present]
+        surplus = [name for name in (*_PREPARE_ONLY, *_OPTIONS_OF_SOME) if given[name].present]
         if surplus:
             raise UserError(f"--{surplus[0]} has no meaning with --prepared, which prepares nothing")
         if given.export_text is None and given.export_parquet is None and not given.audit:
@@ -180,9 +188,9 @@ def _check_flags() -> None:
         raise UserError("--audit needs --prepared=NAME, a prepared data set or its folder")
     if given["output"].present and not given.audit:
         raise UserError("--output needs --audit")
-    for name, dataset in _OPTIONS_OF_ONE.items():
-        if given[name].present and given.dataset != dataset:
-            raise UserError(f"--{name} is for --dataset={dataset}, and this is {given.dataset}")
+    for name, datasets in _OPTIONS_OF_SOME.items():
+        if given[name].present and given.dataset not in datasets:
+            raise UserError(f"--{name} is for --dataset={' or '.join(datasets)}, and this is {given.dataset}")
     if given.engine == "spark" and given["memory_limit"].present:
         raise UserError("--memory_limit has no meaning with --engine=spark")
     if given.engine != "spark" and given["spark_master"].present:
@@ -191,24 +199,28 @@ def _check_flags() -> None:
 
 def _prepare(memory_limit: int) -> tuple[Manifest, Path]:
     given = flags.FLAGS
-    raw = resolve(
-        given.dataset,
-        raw_path=None if given.raw_path is None else Path(given.raw_path),
-        data_root=Path(given.data_root),
-        options=read_options(),
-        k_core=given.k_core,
-        result_name=given.name,
-        synthetic=SyntheticBooksSettings(
-            num_users=given.synthetic_users,
-            num_items=given.synthetic_items,
-            predictability=given.predictability,
-            min_length=given.synthetic_min_length,
-            mean_length=given.synthetic_mean_length,
-            seed=given.synthetic_seed,
-        ),
+    synthetic = SyntheticBooksSettings(
+        num_users=given.synthetic_users,
+        num_items=given.synthetic_items,
+        predictability=given.predictability,
+        min_length=given.synthetic_min_length,
+        mean_length=given.synthetic_mean_length,
+        seed=given.synthetic_seed,
     )
+    raw_path, data_root = None if given.raw_path is None else Path(given.raw_path), Path(given.data_root)
+    asked = partial(
+        resolve, given.dataset, raw_path=raw_path, data_root=data_root, options=read_options(), k_core=given.k_core,
+        result_name=given.name, synthetic=synthetic,
+    )  # fmt: skip
+    # What is downloaded or made is one process's until it is read.
+    with locked(data_root / "raw" / given.dataset) if raw_path is None else nullcontext():
+        return _prepare_from(asked(), data_root, memory_limit)
+
+
+def _prepare_from(raw: RawRatings, data_root: Path, memory_limit: int) -> tuple[Manifest, Path]:
+    given = flags.FLAGS
     raw = dataclasses.replace(raw, tie_order=given.tie_order, duplicates=given.duplicates)
-    out = prepared_path(given.data_root, raw.name)
+    out = prepared_path(data_root, raw.name)
     if given.engine == "spark":
         from generative_recommenders.data.preparation.spark import prepare_with_spark
 

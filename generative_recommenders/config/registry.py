@@ -238,7 +238,8 @@ def _check_in_constructor(make: type, part: Part) -> None:
 
     @functools.wraps(construct)
     def checked(self: Any, *args: Any, **kwargs: Any) -> None:
-        part.check(inspect.signature(construct).bind(self, *args, **kwargs).arguments)
+        if type(self) is make:  # a class derived from it has options and ranges of its own
+            part.check(inspect.signature(construct).bind(self, *args, **kwargs).arguments)
         construct(self, *args, **kwargs)
 
     make.__init__ = checked  # type: ignore[misc]

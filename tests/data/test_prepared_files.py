@@ -77,6 +77,14 @@ def test_leftovers_of_a_file_are_removed_whatever_its_name(tmp_path: Path) -> No
     assert [path.name for path in tmp_path.iterdir()] == ["events[1].csv"]
 
 
+def test_a_link_to_a_file_keeps_leading_there(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link.csv").symlink_to(tmp_path / "there" / "events.csv")
+    with new_file(tmp_path / "link.csv") as scratch:
+        scratch.write_bytes(b"whole")
+    assert (tmp_path / "link.csv").is_symlink() and (tmp_path / "there" / "events.csv").read_bytes() == b"whole"
+
+
 def test_a_folder_that_is_being_written_is_no_prepared_data(tmp_path: Path) -> None:
     for name in (".a.tmp-host-1", "b", "a"):
         (tmp_path / "prepared" / name).mkdir(parents=True)

@@ -52,6 +52,16 @@ def test_prepares_exports_and_imports(tmp_path: Path) -> None:
     assert SequenceDataset.open(tmp_path / "prepared" / "back").items.tolist() == dataset.items.tolist()
 
 
+def test_exchange_files_in_milliseconds(tmp_path: Path) -> None:
+    header = "index,user_id,sequence_item_ids,sequence_ratings,sequence_timestamps"
+    (tmp_path / "text.csv").write_text(f'{header}\n0,7,"1,2","5,4","1600000000000,1600000600000"\n')
+    flags = ["--dataset=exchange-text", f"--raw_path={tmp_path / 'text.csv'}", "--name=ms", f"--data_root={tmp_path}"]
+    assert "give its unit with --time_unit" in run(*flags).stderr
+    assert run(*flags, "--time_unit=ms").returncode == 0
+    dataset = SequenceDataset.open(tmp_path / "prepared" / "ms")
+    assert dataset.timestamps.tolist() == [1_600_000_000, 1_600_000_600]
+
+
 def test_bad_input_reports_one_line_error_and_exit_code_2(tmp_path: Path) -> None:
     (tmp_path / "r.csv").write_text("u,a,1,1\nu,a,1,-5\n")
     done = run(
@@ -105,6 +115,13 @@ def test_a_flag_that_cannot_be_read_reports_one_line_error(flag: str) -> None:
         (["--export_parquet=" + "n" * 250], ": cannot be written: File name too long"),
         (["--prepared=x", "--export_parquet=/etc"], "--export_parquet=/etc: not the name of a file"),
         (["--dataset=csv", "--raw_path=" + "n" * 300], "does not exist"),
+        (
+            ["--dataset=csv", "--raw_path=r.csv", "--export_text=./r.csv"],
+            "--export_text=./r.csv is the file of --raw_path",
+        ),
+        (["--export_text=a", "--export_parquet=a"], "--export_parquet=a is the file of --export_text: name another"),
+        (["--export_text=/dev/null"], "--export_text=/dev/null: a device or a pipe"),
+        (["--dataset=ml-1m", "--time_unit=ms"], "--time_unit is for --dataset=csv or exchange-text, and this is ml-1m"),
     ],
 )
 def test_bad_flags(

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from absl import logging
+
 from generative_recommenders.data.manifest import FILE_NAME
 from generative_recommenders.errors import UserError
 
@@ -46,8 +48,12 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside ``path``, whose file takes its place if the block succeeds, else vanishes."""
+    """Yield a temporary name beside ``path``, whose file takes its place if the block succeeds, else vanishes.
+
+    A link keeps leading to the file, which is replaced.
+    """
     check_file(path)
+    path = Path(os.path.realpath(path))
     scratch = _scratch(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,6 +77,8 @@ def check_file(path: str | Path, flag: str = "") -> None:
     try:
         if not path.name or path.is_dir():
             raise UserError(f"{where}: not the name of a file; name the file to write")
+        if path.exists() and not path.is_file():
+            raise UserError(f"{where}: a device or a pipe, whose place no file may take; name the file to write")
         parent = next(folder for folder in path.absolute().parents if folder.exists())
         if not parent.is_dir():
             raise UserError(f"{where}: {parent} is not a folder; name a file elsewhere")
@@ -92,7 +100,11 @@ def locked(target: Path) -> Iterator[None]:
         raise UserError(f"{target}: cannot be written: {error.strerror or error}") from error
     with file:  # which stays, empty: a second process may hold it open already
         with suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                logging.info("%s: another process makes it; waiting for that", target)
+                fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,6 +15,7 @@ import pyarrow as pa
 from absl import logging
 
 from generative_recommenders.data.readers import times, values
+from generative_recommenders.data.readers.files import EmptyFileError
 from generative_recommenders.data.readers.layout import Column, Requests, find_columns, parse_columns
 from generative_recommenders.data.readers.sources import open_source
 from generative_recommenders.data.readers.tables import TableSource
@@ -91,7 +93,8 @@ def _no_time(path: Path, column: Column, sample: pl.Series) -> UserError:
 
 
 class EventReader:
-    """The events of raw files. Layout and formats of time are those of the first file; the others must have the same.
+    """The events of raw files. Layout and formats of time are those of the first file that holds an event; the others
+    must have the same.
 
     columns: what is read, user and item first. UserError: no header and no ``--columns``, no user or item, a column
     that may be the time and is not used, times of no known format.
@@ -99,10 +102,7 @@ class EventReader:
 
     def __init__(self, files: list[Path], options: ReadOptions) -> None:
         self.files, self.options = files, options
-        first = open_source(files[0], options)
-        if not len(first.sample):
-            deque(first.batches([0]), maxlen=0)  # where no line is like the first one, its fault is told
-            raise UserError(f"{files[0]}: the file is empty: it holds no event")
+        self.first = first = self._first_source()
         order = {name: place for place, name in enumerate(KNOWN)}
         columns = find_columns(first, options.requests)
         self.columns = sorted(columns, key=lambda each: order.get(each.name, len(order)))
@@ -113,11 +113,24 @@ class EventReader:
             sample = first.sample[str(column.place)]
             form = times.recognise(sample, options.time_unit)
             if form is None:
-                raise _no_time(files[0], column, sample)
+                raise _no_time(first.path, column, sample)
             self.time_formats[column.name] = form
+        if options.time_unit and not options.exchange and not any(each.unit for each in self.time_formats.values()):
+            what = "its times are no numbers" if self.time_formats else "no times are read"
+            raise UserError(f"{first.path}: {what}: leave --time_unit={options.time_unit} out")
         self.dropped = 0
         self._first_missing = ""
         self._log(first)
+
+    def _first_source(self) -> TableSource:
+        """The first file that holds an event."""
+        for path in self.files:
+            with suppress(EmptyFileError):
+                source = open_source(path, self.options)
+                if len(source.sample):
+                    return source
+                deque(source.batches([0]), maxlen=0)  # where no line is like the first one, its fault is told
+        raise EmptyFileError(self.files[0])
 
     def _log(self, source: TableSource) -> None:
         shown = [
@@ -157,31 +170,41 @@ class EventReader:
                 yield table
         self.check_missing()
         if not kept:
-            raise UserError(f"{self.files[0]}: every event lacks a user or an item: nothing is left to prepare")
+            raise UserError(f"{self.first.path}: every event lacks a user or an item: nothing is left to prepare")
 
     def file_batches(self, path: Path) -> Iterator[pa.Table]:
-        """The events of one of the files, see `batches`."""
-        source = open_source(path, self.options)
-        columns = self.columns
-        if path != self.files[0]:
+        """The events of one of the files, see `batches`; of an empty one beside others none, with a warning."""
+        try:
+            yield from self._events_of(path)
+        except EmptyFileError as empty:
+            if len(self.files) == 1:
+                raise
+            logging.warning("%s", empty)
+
+    def _events_of(self, path: Path) -> Iterator[pa.Table]:
+        columns, source = self.columns, self.first
+        if path != self.first.path:
+            source = open_source(path, self.options)
             mine = {column.name: column for column in find_columns(source, self.options.requests)}
             if {each.name: each.header for each in mine.values()} != {each.name: each.header for each in columns}:
                 found, expected = (", ".join(map(str, each)) for each in (mine.values(), columns))
-                raise UserError(f"{path}: it has {found}; {self.files[0]} has {expected}; all files must have the same")
+                raise UserError(
+                    f"{path}: it has {found}; {self.first.path} has {expected}; all files must have the same"
+                )
             columns = [mine[column.name] for column in columns]
             # Numbers in another unit would be read as other times.
             for name, form in self.time_formats.items():
                 own = times.recognise(source.sample[str(mine[name].place)], self.options.time_unit)
                 if form.unit is not None and own not in (None, form, TimeFormat()):
                     raise UserError(
-                        f"{path}: the {name} is in {own}; {self.files[0]} has {form}; all files must have the same"
+                        f"{path}: the {name} is in {own}; {self.first.path} has {form}; all files must have the same"
                     )
         read = 0
         for rows, frame in source.batches([column.place for column in columns]):
             read += len(frame)
             yield self._typed(rows, frame, columns)
         if not read:
-            raise UserError(f"{path}: the file is empty: it holds no event")
+            raise EmptyFileError(path)
 
     def check_missing(self) -> None:
         """UserError if the files read so far have events without a user or an item, unless these are to be dropped."""

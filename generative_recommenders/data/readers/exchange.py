@@ -16,6 +16,7 @@ import numpy as np
 import polars as pl
 
 from generative_recommenders.data.readers import text
+from generative_recommenders.data.readers.files import EmptyFileError
 from generative_recommenders.data.readers.tables import SAMPLE_ROWS, TableSource
 from generative_recommenders.data.readers.values import Rows
 from generative_recommenders.errors import UserError
@@ -41,7 +42,7 @@ class ExchangeSource(TableSource):
             if not zero:
                 break
         if sample is None:
-            raise UserError(f"{path}: the file is empty: it holds no event")
+            raise EmptyFileError(path)
         self.header = [name for name in _EVENT if name not in zero]
         self.sample = self._by_place(sample, range(len(self.header)))
 
@@ -56,7 +57,7 @@ class ExchangeSource(TableSource):
     def _events(self) -> Iterator[tuple[Rows, pl.DataFrame]]:
         """User, item, rating and time of the events as text; UserError for lists of unequal length and items that are
         no numbers."""
-        for block in text.read_blocks(self.path, quoting=False, max_line_bytes=text.MAX_FIELD_BYTES):
+        for block in text.read_blocks(self.path, max_line_bytes=text.MAX_FIELD_BYTES):
             header = block.data.partition(b"\n")[0]
             if block.first_line == 1 and header.replace(b'"', b"").strip() != ",".join(HEADER).encode():
                 raise UserError(f"{self.path}, line 1: not the exchange format, whose header is {','.join(HEADER)}")

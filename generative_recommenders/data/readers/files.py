@@ -25,11 +25,23 @@ READ_FAULTS = (EOFError, OSError, zlib.error, gzip.BadGzipFile, pa.ArrowExceptio
 
 def data_suffix(path: Path) -> str | None:
     """The suffix that says what a file holds, without that of its compression; None for a file that is no data."""
-    name = path.name.lower()
-    packed = next((each for each in PACKED_SUFFIXES if name.endswith(each)), "")
-    suffix = Path(name.removesuffix(packed)).suffix
+    name = _unpacked_name(path)
+    suffix = Path(name).suffix
     known = (*TEXT_SUFFIXES, *JSON_SUFFIXES, *TABLE_SUFFIXES)
     return suffix if suffix in known and not name.startswith((".", "_")) else None
+
+
+class EmptyFileError(UserError):
+    """A file without an event: a fault by itself, and passed over among the parts of a folder."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(f"{path}: the file is empty: it holds no event")
+
+
+def _unpacked_name(path: Path) -> str:
+    """The name in lower case, without the suffix of its compression."""
+    name = path.name.lower()
+    return name.removesuffix(next((each for each in PACKED_SUFFIXES if name.endswith(each)), ""))
 
 
 def data_files(folder: Path, files: list[Path]) -> list[Path]:
@@ -53,6 +65,11 @@ def data_files(folder: Path, files: list[Path]) -> list[Path]:
     for path in by_suffix[kinds[0]]:
         if path.name != path.name.encode(errors="replace").decode():
             raise UserError(f"{path}: the name is not UTF-8 text; rename the file")
+    unpacked: dict[str, Path] = {}
+    for path in by_suffix[kinds[0]]:
+        other = unpacked.setdefault(_unpacked_name(path), path)
+        if other is not path:
+            raise UserError(f"{folder}: {other.name} and {path.name} hold the same events; remove one of them")
     return by_suffix[kinds[0]]
 
 
@@ -69,6 +86,9 @@ def kind_of(path: Path) -> str:
         if is_packed(path):
             raise UserError(f"{path}: {kind.capitalize()} that is packed once more: unpack it first")
         return kind
+    for mark, other in ((b"BZh", "bzip2"), (b"\xfd7zXZ", "xz")):
+        if start.startswith(mark):
+            raise UserError(f"{path}: packed by {other}; unpack it, or pack it by gzip or zstd, which are read")
     start = start.lstrip(b"\xef\xbb\xbf \t\r\n")
     if re.match(rb"\[\s*\{", start):
         raise UserError(f"{path}: a JSON array; write one object a line (JSON lines)")

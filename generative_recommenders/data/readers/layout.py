@@ -197,9 +197,9 @@ def normalise(name: str) -> str:
 
 
 def _known_places(header: Sequence[str], role: str) -> list[int]:
-    """Where columns of known names of a role are, the most usual name first."""
-    plain = [normalise(name) for name in header]
-    return [plain.index(each) for each in KNOWN_NAMES[role].split() if each in plain]
+    """Where columns of known names of a role are, the most usual name first; of equal columns the first."""
+    plain = {header.index(name): normalise(name) for name in header}
+    return [place for known in KNOWN_NAMES[role].split() for place, name in plain.items() if name == known]
 
 
 def _places(header: Sequence[str], request: ColumnRequest) -> list[int]:

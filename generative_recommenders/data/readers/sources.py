@@ -4,21 +4,19 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
 from generative_recommenders.data.readers import text
 from generative_recommenders.data.readers.exchange import ExchangeSource
 from generative_recommenders.data.readers.files import kind_of
-from generative_recommenders.data.readers.layout import has_known_names, is_named
-from generative_recommenders.data.readers.tables import (
-    SAMPLE_ROWS,
-    ArrowSource,
-    ParquetSource,
-    TableSource,
-)
+from generative_recommenders.data.readers.layout import KNOWN_NAMES, has_known_names, is_named
+from generative_recommenders.data.readers.tables import ArrowSource, ParquetSource, TableSource
+from generative_recommenders.data.readers.times import MISSING
+from generative_recommenders.data.readers.values import Rows
 from generative_recommenders.errors import UserError, first_line
 
 if TYPE_CHECKING:
@@ -41,7 +39,7 @@ def open_source(path: Path, options: ReadOptions) -> TableSource:
         if given:
             raise UserError(f"{path}: --{flag} is for delimited text, and this is {kind}")
     if kind == "json":
-        return JsonSource(path)
+        return JsonSource(path, options)
     return ParquetSource(path) if kind == "parquet" else ArrowSource(path)
 
 
@@ -67,7 +65,8 @@ class TextSource(TableSource):
                 for place, each in enumerate(requests[: len(rows[0])])
                 if each and (each.name in ("rating", "timestamp") or each.kind in ("numerical", "time"))
             ]
-            words = all(rows[0][place] and not _has_digit(rows[0][place]) for place in places)
+            named = [rows[0][place].strip() for place in places]
+            words = all(each not in MISSING and not _has_digit(each) for each in named)
             above_numbers = any(_has_digit(row[place]) for place in places for row in body[:1])
             has_header = is_named(requests, rows[0]) or (words and above_numbers)
         self.header = rows[0] if has_header else None
@@ -78,7 +77,7 @@ class TextSource(TableSource):
 
     def batches(self, places):
         skip = self.first_line if self.header is not None else self.first_line - 1
-        for whole in text.read_blocks(self.path, self.dialect.quoting):
+        for whole in text.read_blocks(self.path, self.dialect.delimiter if self.dialect.quoting else None):
             block = whole.after_line(skip)
             if not block.data.strip(b" \t\n"):
                 continue
@@ -127,44 +126,78 @@ def _quotes(options: ReadOptions, delimiter: str | None) -> bool:
 
 
 class JsonSource(TableSource):
-    """JSON lines, gzip and zstd included. A key that a line lacks is missing there."""
+    """JSON lines, gzip and zstd included, values as text. A key that a line lacks is missing there."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, options: ReadOptions) -> None:
         super().__init__(path)
         lines, self.first_line = text.first_lines(path)
-        block = text.Block("\n".join(lines).encode(), self.first_line)
-        self.sample = _read_json(path, block, None)
-        self.header = self.sample.columns
+        rows = [_json_object(path, number, line) for number, line in enumerate(lines, self.first_line)]
+        self.header = list(dict.fromkeys(key for row in rows for key in row))
         # Refused where they are asked for; reviews have lists of images beside the columns of an event.
-        self.nested = [name for name in self.header if self.sample[name].dtype.is_nested()]
-        self.sample = self.sample.with_columns(pl.lit(None).alias(name) for name in self.nested).rename(
+        self.nested = {key for row in rows for key, value in row.items() if isinstance(value, dict | list)}
+        plain = _read_json(path, "\n".join(lines).encode(), self.first_line, self.header)
+        self.sample = plain.with_columns(pl.lit(None).alias(name) for name in self.nested).rename(
             {name: str(place) for place, name in enumerate(self.header)}
         )
+        known = [name for names in KNOWN_NAMES.values() for name in names.split() if name not in self.header]
+        self.watched = known if options.requests is None else []
+        """Known names that no first line has: one that comes later would be left out in silence."""
 
     def batches(self, places):
         names = self.names(places)
-        if nested := set(names) & set(self.nested):
+        if nested := set(names) & self.nested:
             raise UserError(f"{self.path}: {min(nested)!r} is an object or list, which is no value of an event")
-        for block in text.read_blocks(self.path, quoting=False):
+        for block in text.read_blocks(self.path):
             if not block.data.strip():
                 continue
             rows = text.rows_of(self.path, block, text.Dialect(None, quoting=False))
-            yield rows, _read_json(self.path, block, names).rename(dict(zip(names, map(str, places))))
+            values = _read_json(self.path, block.data, block.first_line, [*names, *self.watched])
+            for name in self.watched:
+                if values[name].null_count() < len(values):
+                    line = rows.place_of(values[name].is_not_null().arg_max() or 0)
+                    raise UserError(
+                        f"{self.path}, {line}: the key {name!r}, which none of the first {len(self.sample)} lines has; "
+                        "say what is read with --columns"
+                    )
+            for name in names:
+                _refuse_nested(values[name], name, block, rows)
+            yield rows, values.select(pl.col(name).alias(str(place)) for name, place in zip(names, places))
 
 
-def _read_json(path: Path, block: text.Block, names: list[str] | None) -> pl.DataFrame:
-    """The lines' values of ``names`` as text; all values with their own types where it is None."""
-    schema = None if names is None else dict.fromkeys(names, pl.String())
+def _json_object(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
-        return pl.read_ndjson(io.BytesIO(block.data), schema=schema, infer_schema_length=SAMPLE_ROWS)
+        row = json.loads(line)
+    except (ValueError, RecursionError) as fault:
+        raise UserError(f"{path}, line {number}: not a JSON object: {first_line(fault)}") from fault
+    if not isinstance(row, dict):
+        raise UserError(f"{path}, line {number}: not a JSON object but {str(row)[:40]!r}")
+    return row
+
+
+def _read_json(path: Path, data: bytes, first: int, names: list[str]) -> pl.DataFrame:
+    """The lines' values of ``names`` as text. first: number of the first line."""
+    schema = dict.fromkeys(names, pl.String())
+    try:
+        return pl.read_ndjson(io.BytesIO(data), schema=schema)
     except pl.exceptions.PolarsError as error:
-        for number, line in enumerate(block.data.split(b"\n"), block.first_line):
+        for number, line in enumerate(data.split(b"\n"), first):
             try:
                 if line.strip():
                     pl.read_ndjson(io.BytesIO(line), schema=schema)
             except pl.exceptions.PolarsError as fault:
                 raise UserError(f"{path}, line {number}: not a JSON object: {first_line(fault)}") from error
-        raise UserError(f"{path}, near line {block.first_line}: {first_line(error)}") from error
+        raise UserError(f"{path}, near line {first}: {first_line(error)}") from error
+
+
+def _refuse_nested(values: pl.Series, name: str, block: text.Block, rows: Rows) -> None:
+    """UserError for the first object or list, which is read as text that looks so."""
+    suspects = values.str.contains(r"^[\[{]").fill_null(False).arg_true()
+    if not len(suspects):
+        return
+    lines = [line for line in block.data.split(b"\n") if line.strip()]
+    for row in suspects.to_list():
+        if isinstance(json.loads(lines[row]).get(name), dict | list):
+            raise rows.fault(row, name, values[row], "is an object or list, which is no value of an event")
 
 
 def _has_digit(field: str) -> bool:

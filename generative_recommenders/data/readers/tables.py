@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.ipc
 import pyarrow.parquet as pq
 
-from generative_recommenders.data.readers.files import open_raw, unpacked_limit
+from generative_recommenders.data.readers.files import EmptyFileError, open_raw, unpacked_limit
 from generative_recommenders.data.readers.values import MAX_ID_BYTES, Rows
 from generative_recommenders.errors import UserError, first_line
 
@@ -57,7 +57,7 @@ class ParquetSource(TableSource):
             self.num_rows = file.metadata.num_rows
             check_parquet(path, file.metadata)
         if self.num_rows == 0:
-            raise UserError(f"{path}: the file is empty: it holds no event")
+            raise EmptyFileError(path)
         self.header = schema.names
         # text is read as dictionaries, so that a long value that every row repeats is held once
         self.text_columns = [field.name for field in schema if field.type in (pa.string(), pa.large_string())]
@@ -132,7 +132,7 @@ class ArrowSource(TableSource):
             if batch.num_rows:
                 break
         if not len(self.sample):
-            raise UserError(f"{path}: the file is empty: it holds no event")
+            raise EmptyFileError(path)
 
     def _record_batches(self) -> Iterator[pa.RecordBatch]:
         done = 0

@@ -6,6 +6,7 @@ import csv
 import io
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from pathlib import Path
@@ -14,7 +15,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 
-from generative_recommenders.data.readers.files import READ_FAULTS, is_packed, open_unpacked, unpacked_limit
+from generative_recommenders.data.readers.files import (
+    READ_FAULTS,
+    EmptyFileError,
+    is_packed,
+    open_unpacked,
+    unpacked_limit,
+)
 from generative_recommenders.data.readers.values import Rows
 from generative_recommenders.errors import UserError
 
@@ -74,12 +81,12 @@ class Block:
 
 
 def read_blocks(
-    path: Path, quoting: bool, block_bytes: int | None = None, max_line_bytes: int = MAX_LINE_BYTES
+    path: Path, delimiter: str | None = None, block_bytes: int | None = None, max_line_bytes: int = MAX_LINE_BYTES
 ) -> Iterator[Block]:
     """Blocks of whole lines of a plain or packed file, without byte-order mark and ``\\r`` of line ends.
 
-    quoting: a line end between two quotes is part of a field, so no block ends there. block_bytes: `BLOCK_BYTES` by
-    default. UserError: damaged files, lines longer than a text file has.
+    delimiter: of fields that ``"`` may quote, where a line end is part of the field and no block ends; None where
+    quotes are text. block_bytes: `BLOCK_BYTES` by default. UserError: damaged files, lines longer than a text file has.
     """
     rest, line = b"", 1
     unpacked, most = 0, unpacked_limit(path, SMALL_BYTES) if is_packed(path) else float("inf")
@@ -93,8 +100,8 @@ def read_blocks(
             if line == 1:
                 data = data.removeprefix(_BOM)
             end = len(data) if not chunk else data.rfind(b"\n") + 1
-            if chunk and quoting and data.count(b'"', 0, end) % 2:  # end at the last line end outside quotes
-                ends = _line_ends(data[:end], quoting)
+            if chunk and delimiter and not _ends_with_row(data[:end], delimiter):
+                ends = _row_ends(data[:end], delimiter)
                 end = int(ends[-1]) + 1 if len(ends) else 0
             data, rest = data[:end], data[end:]
             if len(rest) > max_line_bytes:
@@ -103,9 +110,15 @@ def read_blocks(
                 if b"\n" in rest.rstrip(b"\n"):
                     what = f"a quote is not closed within {max_line_bytes} bytes; --quoting=none reads quotes as text"
                 raise UserError(f"{path}, line {at}: {what}; is this a text file of events?")
+            if not chunk and delimiter and not _ends_with_row(data, delimiter):
+                ends = _row_ends(data, delimiter)
+                last = int(ends[-1]) + 1 if len(ends) else 0
+                if b"\n" in data[last:]:
+                    at = line + data.count(b"\n", 0, last)
+                    raise UserError(f"{path}, line {at}: a quote is not closed; --quoting=none reads quotes as text")
             cuts = [0, len(data)]
             if data.count(b"\n") > BLOCK_LINES:
-                cuts[1:1] = (_line_ends(data, quoting)[BLOCK_LINES - 1 : -1 : BLOCK_LINES] + 1).tolist()
+                cuts[1:1] = (_row_ends(data, delimiter)[BLOCK_LINES - 1 : -1 : BLOCK_LINES] + 1).tolist()
             for part in (data[first:last] for first, last in pairwise(cuts) if last > first):
                 yield Block(part.replace(b"\r\n", b"\n").removesuffix(b"\r"), line)
                 line += part.count(b"\n")
@@ -113,13 +126,36 @@ def read_blocks(
                 return
 
 
-def _line_ends(data: bytes, quoting: bool) -> np.ndarray:
-    """Places of the line ends that no quotes enclose."""
+def _ends_with_row(data: bytes, delimiter: str) -> bool:
+    """Whether whole lines that begin with a row end with one, too: no quote is open at their end."""
+    return data.count(b'"') % 2 == 0 and _is_well_quoted(data, delimiter)
+
+
+def _is_well_quoted(data: bytes, delimiter: str) -> bool:
+    """Whether every quote opens or closes a field, or is one of two inside it (RFC 4180)."""
     read = np.frombuffer(data, np.uint8)
-    ends = read == ord("\n")
-    if quoting and b'"' in data:
-        ends &= (np.cumsum(read == ord('"'), dtype=np.uint8) & 1) == 0
-    return np.flatnonzero(ends)
+    quotes = np.flatnonzero(read == ord('"'))
+    beside = np.zeros(256, bool)  # what lies before an opening quote and after a closing one
+    beside[list(b'\r\n"' + delimiter.encode())] = True
+    opening, closing = quotes[::2], quotes[1::2]
+    opens = (opening == 0) | beside[read[opening - 1]]
+    closes = (closing == len(read) - 1) | beside[read[np.minimum(closing + 1, len(read) - 1)]]
+    return bool(opens.all() and closes.all())
+
+
+def _row_ends(data: bytes, delimiter: str | None) -> np.ndarray:
+    """Places of the line ends that no quotes enclose; ``data`` begins with a row."""
+    read = np.frombuffer(data, np.uint8)
+    ends = np.flatnonzero(read == ord("\n"))
+    if delimiter is None or b'"' not in data:
+        return ends
+    if not _is_well_quoted(data, delimiter):
+        # Marks of inches and the like, inside fields that no quotes enclose, are text: row by row.
+        text = io.StringIO(data.decode(errors="replace") + "x", newline="\n")  # the end is in the last row, or is it
+        reader = csv.reader(text, delimiter=delimiter)
+        with suppress(csv.Error):  # the fault is named when the block is parsed
+            return ends[np.array([reader.line_num for _ in reader][:-1], np.int64) - 1]
+    return ends[np.cumsum(read == ord('"'), dtype=np.uint8)[ends] & 1 == 0]
 
 
 def _read_chunk(path: Path, stream, size: int, line: int) -> bytes:
@@ -142,7 +178,7 @@ def first_lines(path: Path) -> tuple[list[str], int]:
     text."""
     lines: list[str] = []
     first = 1
-    for block in read_blocks(path, quoting=False, block_bytes=MAX_LINE_BYTES):
+    for block in read_blocks(path, block_bytes=MAX_LINE_BYTES):
         if not block.data.strip(b" \t\n"):  # a million blank lines at once
             continue
         for number, line in enumerate(block.data.split(b"\n"), block.first_line):
@@ -162,7 +198,7 @@ def first_lines(path: Path) -> tuple[list[str], int]:
         if len(lines) > 1:  # a header and an event
             break
     if not lines:
-        raise UserError(f"{path}: the file is empty: it holds no event")
+        raise EmptyFileError(path)
     return lines, first
 
 

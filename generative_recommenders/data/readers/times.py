@@ -111,6 +111,9 @@ def _scale(values: pl.Series, factor: int) -> pl.Series:
             return plain.set((plain > limit) | (plain < -1), None) * factor
         values = values.str.strip_chars()
         values = values.set(values.str.contains(_NUMBER).not_(), None)
+    if values.dtype.is_decimal():  # as databases export times with a fraction
+        values = values.set((values > limit) | (values < -1), None)
+        return (values.cast(pl.Decimal(38, 9)) * factor).cast(pl.Int64, strict=False)
     whole = values.cast(pl.Int64, strict=False) if not values.dtype.is_float() else None
     if whole is not None and whole.null_count() == values.null_count():
         return whole.set((whole > limit) | (whole < -1), None) * factor

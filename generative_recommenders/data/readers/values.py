@@ -46,7 +46,8 @@ class Rows:
 
 def ids(values: pl.Series, name: str, rows: Rows) -> tuple[pl.Series, pl.Series]:
     """Ids as text, and which are missing (bool). UserError: ids that are neither text nor integers, or too long."""
-    if values.dtype.is_integer() or values.dtype in (pl.Categorical, pl.Enum, pl.Null):
+    whole = values.dtype.is_integer() or (isinstance(values.dtype, pl.Decimal) and values.dtype.scale == 0)
+    if whole or values.dtype in (pl.Categorical, pl.Enum, pl.Null):
         values = values.cast(pl.String)
     if values.dtype != pl.String:
         raise UserError(f"{rows.file}: the {name}s are of type {values.dtype}; ids must be text or integers")
@@ -56,8 +57,9 @@ def ids(values: pl.Series, name: str, rows: Rows) -> tuple[pl.Series, pl.Series]
         f"is longer than {MAX_ID_BYTES} bytes; is this column the {name}?",
     )  # fmt: skip
     missing = values.is_null()
-    if (lengths <= _LONGEST_MISSING).any():  # comparing text costs more than its length
-        missing |= values.is_in(MISSING)
+    plain = values.str.strip_chars() if values.str.contains(r"^\s|\s$").any() else values
+    if (plain.str.len_bytes() <= _LONGEST_MISSING).any():  # comparing text costs more than its length
+        missing |= plain.is_in(MISSING)
     return values, missing
 
 

@@ -9,7 +9,6 @@ import re
 import shutil
 import stat
 import tarfile
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, Self
 
+from generative_recommenders.data.preparation.folder import remove_leftovers, scratch_owner
 from generative_recommenders.errors import UserError
 
 BLOCK_BYTES = 1 << 20
@@ -69,30 +69,34 @@ def extract(archive: Path, folder: Path, wanted: Callable[[str], bool]) -> list[
             backslash; a link or device; two wanted files of one name; more than the bounds allow).
     """
     folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder, ".unpacking-")
     names: list[str] = []
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".unpacking-") as temporary:
-        try:
-            for member in _safe_members(archive):
-                name = PurePosixPath(member.name).name
-                if member.is_folder or not wanted(name):
-                    continue
-                if name in names:
-                    raise UserError(
-                        f"{archive}: holds two files named {name}; unpack it and name one of them with --raw_path"
-                    )
-                names.append(name)
-                # Neither module reads a member beyond its declared size, which is within bounds.
-                with member.open() as source, (Path(temporary) / name).open("wb") as sink:
-                    shutil.copyfileobj(source, sink, BLOCK_BYTES)
-        except _BROKEN as fault:
-            raise UserError(f"{archive}: damaged archive ({fault}); download it again") from None
-        except RuntimeError as fault:  # what zipfile raises for encrypted members and unknown methods
-            raise UserError(f"{archive}: {fault}") from None
-        except OSError as fault:  # without a number: what gzip and bzip2 raise for damaged data
-            what = f"cannot unpack it: {fault.strerror}" if fault.errno else f"damaged archive ({fault})"
-            raise UserError(f"{archive}: {what}") from None
+    temporary = folder / f".unpacking-{scratch_owner()}"
+    temporary.mkdir()
+    try:
+        for member in _safe_members(archive):
+            name = PurePosixPath(member.name).name
+            if member.is_folder or not wanted(name):
+                continue
+            if name in names:
+                raise UserError(
+                    f"{archive}: holds two files named {name}; unpack it and name one of them with --raw_path"
+                )
+            names.append(name)
+            # Neither module reads a member beyond its declared size, which is within bounds.
+            with member.open() as source, (temporary / name).open("wb") as sink:
+                shutil.copyfileobj(source, sink, BLOCK_BYTES)
         for name in names:
-            shutil.move(Path(temporary) / name, folder / name)
+            (temporary / name).replace(folder / name)
+    except _BROKEN as fault:
+        raise UserError(f"{archive}: damaged archive ({fault}); download it again") from None
+    except RuntimeError as fault:  # what zipfile raises for encrypted members and unknown methods
+        raise UserError(f"{archive}: {fault}") from None
+    except OSError as fault:  # without a number: what gzip and bzip2 raise for damaged data
+        what = f"cannot unpack it: {fault.strerror}" if fault.errno else f"damaged archive ({fault})"
+        raise UserError(f"{archive}: {what}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     return [folder / name for name in names]
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
+import hashlib
 import os
 import re
 import zlib
@@ -141,7 +142,7 @@ def resolve(
 
     raw_path: a local file, folder or archive (gzip included) instead of a download.
     data_root: raw files are kept under ``data_root / "raw" / name``.
-    options: how the raw files are laid out, for ``csv`` only.
+    options: how the raw files are laid out, for ``csv``; of them time_unit and drop_missing for ``exchange-text``, too.
     k_core: filter iteratively until every user and item has this many ratings, in place of the set's own
     filter.
     result_name: name of the prepared data set, `name` if None.
@@ -152,7 +153,9 @@ def resolve(
     source = DATA_SOURCES[name]
     if raw_path is not None and not os.path.exists(raw_path):  # False for a name that is too long
         raise UserError(f"--raw_path={raw_path} does not exist")
-    if options is not None and options != ReadOptions() and name != "csv":
+    options = options or ReadOptions()
+    layout = dataclasses.replace(options, time_unit=None, drop_missing=False) if name == "exchange-text" else options
+    if layout != ReadOptions() and name != "csv":
         raise UserError(f"columns, delimiter, header, quotes and times of {name} are known; leave their flags out")
     if k_core is not None and k_core < 1:
         raise UserError(f"--k_core={k_core} must be at least 1")
@@ -160,7 +163,7 @@ def resolve(
         raise UserError(f"--name={result_name!r} must consist of letters, digits and . _ + -")
     folder = data_root / "raw" / name
     synthetic = synthetic or SyntheticBooksSettings()
-    request = Request(name, folder, raw_path, options or ReadOptions(), synthetic, progress)
+    request = Request(name, folder, raw_path, options, synthetic, progress)
     try:
         raw = source.build({}, {"request": request})
     except OSError as fault:
@@ -254,7 +257,7 @@ def _exchange_text(request: Request) -> RawRatings:
     return RawRatings(
         name=request.name,
         files=[origin],
-        options=ReadOptions(exchange=True, time_unit="s"),
+        options=dataclasses.replace(request.options, exchange=True, time_unit=request.options.time_unit or "s"),
         source={"dataset": "exchange text", "input": origin.name},
     )
 
@@ -267,7 +270,8 @@ def _csv(request: Request) -> RawRatings:
     if origin.is_dir():
         files = data_files(origin, [path for path in origin.iterdir() if not path.is_dir()])
     elif is_archive(origin):
-        extracted = extract(origin, request.folder, lambda name: data_suffix(Path(name)) is not None)
+        folder = _folder_of(origin, request.folder)
+        extracted = extract(origin, folder, lambda name: data_suffix(Path(name)) is not None)
         files = data_files(origin, extracted)
     else:
         files = [origin]
@@ -290,7 +294,7 @@ def _find(origin: Path, folder: Path, names: Collection[str]) -> dict[str, Path]
     if origin.is_dir():
         candidates = [path for path in sorted(origin.rglob("*")) if path.is_file()]
     elif is_archive(origin):
-        candidates = extract(origin, folder, lambda name: name.removesuffix(".gz") in names)
+        candidates = extract(origin, _folder_of(origin, folder), lambda name: name.removesuffix(".gz") in names)
     else:
         candidates = [origin]
     found: dict[str, Path] = {}
@@ -300,6 +304,14 @@ def _find(origin: Path, folder: Path, names: Collection[str]) -> dict[str, Path]
         if name in names:
             found.setdefault(name, path)
     return found
+
+
+def _folder_of(archive: Path, folder: Path) -> Path:
+    """Where an archive is unpacked: beside itself if it was downloaded; otherwise what another archive of the data set
+    holds may be read meanwhile."""
+    if archive.parent.resolve() == folder.resolve():
+        return folder
+    return folder / f"{archive.name}-{hashlib.sha256(str(archive.resolve()).encode()).hexdigest()[:8]}"
 
 
 def _side_table(names: Collection[str], files: dict[str, Path]) -> pa.Table | None:

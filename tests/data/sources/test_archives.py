@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import random
+import socket
 import stat
 import tarfile
 import zipfile
@@ -66,6 +67,14 @@ def test_tar_of_every_compression(tmp_path: Path, mode: str) -> None:
     assert is_archive(archive)
     (path,) = extract(archive, tmp_path / "out", {"u.data"}.__contains__)
     assert path.read_bytes() == b"1\t2"
+
+
+def test_leftovers_of_a_killed_unpacking_are_removed(tmp_path: Path) -> None:
+    leftover = tmp_path / "out" / f".unpacking-{socket.gethostname()}-999999999"
+    leftover.mkdir(parents=True)
+    (leftover / "u.data").write_bytes(b"half")
+    extract(write_zip(tmp_path / "a.zip", {"u.data": b"1"}), tmp_path / "out", everything)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["u.data"]
 
 
 def test_plain_and_lone_gzip_files_are_no_archives(tmp_path: Path) -> None:
