@@ -9,6 +9,7 @@ from typing import Annotated
 from annotated_types import Gt
 
 from generative_recommenders import register_seen_filter
+from generative_recommenders.errors import UserError
 from generative_recommenders.evaluation.seen_filters import SeenFilter
 
 
@@ -20,6 +21,8 @@ class Cooldown(SeenFilter):
         self.seconds = 86400 * days
 
     def removed(self, batch, histories):
+        if "next_timestamps" not in batch:
+            raise UserError("seen filter 'cooldown' needs times, and the data have none: choose another one")
         age = batch["next_timestamps"][histories.rows] - histories["timestamps"]
         recent = age < self.seconds
         return histories.rows[recent], histories["item_ids"][recent]

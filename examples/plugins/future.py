@@ -23,13 +23,16 @@ from generative_recommenders.objectives.examples import TrainingExample
 class FutureObjective(CausalObjective):
     """Every position predicts one of the items after it, drawn anew in each step from the next ``horizon``."""
 
+    fixed_shapes = False
+    """A step that a GPU captures makes its examples otherwise, and would draw none."""
+
     def __init__(self, horizon: Annotated[int, Ge(1), Le(1000)] = 10) -> None:
         super().__init__(num_positives=horizon)
 
     def example(self, columns: Mapping[str, torch.Tensor], draws: Draws = None) -> TrainingExample:
         """Draws are keyed by row, so that processes and resumed runs draw the same."""
         every = super().example(columns, draws)
-        targets = every.targets.view(len(every.targets), -1)  # [T, horizon], 0 past a history's end
+        targets = every.targets.view(-1, self.num_positives)  # [T, horizon], 0 past a history's end
         width = every.features.past_ids.shape[1]
         share = every.layout.flatten(uniform((len(columns["lengths"]), width), targets.device, draws))
         count = (targets > 0).sum(1, keepdim=True)

@@ -112,6 +112,8 @@ class NamedEmbeddings(nn.Module):
             name: f"feature{number}" if not name or "." in name or name in _RESERVED_KEYS else name
             for number, name in enumerate(embedders)
         }
+        if len({*self._keys.values()}) < len(self._keys):
+            raise UserError(f"features {', '.join(self._keys)}: rename those called feature0, feature1 and so on")
         self.feature_embedders = nn.ModuleDict({self._keys[name]: each for name, each in embedders.items()})
 
     def embedder(self, name: str) -> nn.Module:

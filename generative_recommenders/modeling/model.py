@@ -258,7 +258,8 @@ class SequenceRecommender(torch.nn.Module):
         cache: what the last call gave, None to begin. new_lengths ``[B]`` (0: none in this row), new_ids ``[B, M]``;
         new_events: `types.SequentialFeatures`'s of the new items, the same names in every call;
         ``next_timestamps [B]`` where the time of the event to predict is known, 0 otherwise.
-        Returns the states ``[B, D]`` and the cache that a later call continues from. No gradients.
+        Returns the states ``[B, D]`` and the cache that a later call continues from, in float32 also where the model
+        autocasts. No gradients.
 
         HSTU with ``next_time = "given"`` encodes each row's last old item again, as the time of the event after it is
         known now. UserError: histories that outgrow the window, encoders and objectives that cannot append.

@@ -16,13 +16,15 @@ class TrainingExample(ModelInputs):
     """Training example of a step.
 
     targets: ``[M]`` item ids, or ``[M, P]`` where a position predicts several. weights, ratings (or None): float32, of
-    the targets, like them. users: ``[M]`` ids.
+    the targets, like them. users: ``[M]`` ids. shown_events: where items are hidden, `features.past_events` as if none
+    were, if the objective needs them.
     """
 
     targets: torch.Tensor
     weights: torch.Tensor
     users: torch.Tensor
     ratings: torch.Tensor | None = None
+    shown_events: dict[str, torch.Tensor] | None = None
 
 
 def make_example(

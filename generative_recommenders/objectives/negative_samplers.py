@@ -192,8 +192,10 @@ class InBatchNegativesSampler(NegativesSampler):
         if not units.numel():
             return units.new_empty(0, draws), units.new_empty(0, draws, dtype=torch.float32)
         pool = batch.pool
-        if pool is None or pool.numel() == 0:
+        if pool is None:
             raise UserError("in-batch negatives: the batch holds no items to draw from")
+        if not pool.numel():  # no position has a target, so that none is compared with what is drawn
+            pool = units.new_ones(1)
         chosen = counter_integers(key, units, draws, pool.numel())
         if not self.log_q_correction:
             return pool[chosen], None

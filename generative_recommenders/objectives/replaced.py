@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Literal
 
@@ -13,12 +13,14 @@ from torch import Tensor
 
 from generative_recommenders.config.fields import NonNegative, Probability
 from generative_recommenders.config.registry import register_objective
+from generative_recommenders.data.token_masks import Draws
 from generative_recommenders.errors import UserError
-from generative_recommenders.modeling.events import token_events
+from generative_recommenders.modeling.events import hidden_events, token_events
 from generative_recommenders.modeling.items import ItemRows
 from generative_recommenders.modeling.model import SequenceEncoder
 from generative_recommenders.modeling.similarity.interface import Similarity
 from generative_recommenders.objectives.criterion import Criterion, PreparedBatch, Sums, product_operands
+from generative_recommenders.objectives.examples import TrainingExample
 from generative_recommenders.objectives.masked import MaskedItemObjective
 from generative_recommenders.ops.counter_random import CounterDraws
 
@@ -86,7 +88,8 @@ class ReplacedDetectionCriterion(Criterion):
         assert example.read is not None  # masked objectives say what they read
         corrupted = example.past_ids.index_copy(0, example.read, fakes)
         features = example.features
-        events = token_events(features.past_events, features.past_lengths, example.layout)
+        assert example.shown_events is not None
+        events = token_events(example.shown_events, features.past_lengths, example.layout)
         (encoder,) = self._encoder
         with batch.token_rows(_DETECTION):
             logits = self.head(encoder(items.lookup(corrupted), example.layout, events))[:, 0]
@@ -121,6 +124,12 @@ class ReplacedObjective(MaskedItemObjective):
         self.embedding_dim, self.from_batch = embedding_dim, fakes_from == "batch"
         self.tied, self.weight = tie_discriminator, discriminator_weight
 
+    def example(self, columns: Mapping[str, Tensor], draws: Draws = None) -> TrainingExample:
+        example = super().example(columns, draws)
+        # Events emptied as for the model would tell the discriminator which items were hidden.
+        nowhere = torch.zeros_like(columns["item_ids"], dtype=torch.bool)
+        return replace(example, shown_events=hidden_events(columns, nowhere, columns["lengths"]))
+
     def criterion(self, base: Criterion, encoder: Callable[[bool], SequenceEncoder]) -> Criterion:
         """The loss with the discriminator's beside it; UserError where the fakes' items are not all in a step."""
         if not self.from_batch and base.needs_negatives:
@@ -147,7 +156,8 @@ def sample_from_catalogue(hidden: Tensor, item_weight: Tensor, draws: CounterDra
         logits = hidden @ item_weight[start : start + block_size].T
         # Standard Gumbel noise: -ln of an exponential draw, which is above 0.
         exponential = -torch.log1p(-draws.uniform(logits.shape[1]))
-        noise = -exponential.clamp(min=torch.finfo(torch.float32).tiny).log().to(logits.device)
+        # A draw of 0 stands for those below 2^-24: a far smaller one would win over every logit.
+        noise = -exponential.clamp(min=2.0**-25).log().to(logits.device)
         score, index = (logits + noise).max(-1)
         items = torch.where(score > best, index + start + 1, items)
         best = torch.maximum(best, score)

@@ -63,7 +63,7 @@ def test_nothing_counts(loss: str) -> None:
 @pytest.mark.parametrize(
     "choices",
     [
-        {"sampling_strategy": "in-batch", "num_negatives": 2},
+        *({"sampling_strategy": "in-batch", "num_negatives": 2, "negatives_sharing": sharing} for sharing in SHARINGS),
         {"loss_module": "CE", "objective": "replaced"},
         {"loss_module": "CE", "objective": "replaced", "fakes_from": "catalogue"},
         {"sampling_strategy": "local", "num_negatives": 2, "num_positives": 3},

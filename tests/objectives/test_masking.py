@@ -23,7 +23,11 @@ from generative_recommenders.objectives.masked import (
     MaskedObjective,
     PermutedObjective,
 )
-from generative_recommenders.objectives.replaced import ReplacedDetectionCriterion, sample_from_catalogue
+from generative_recommenders.objectives.replaced import (
+    ReplacedDetectionCriterion,
+    ReplacedObjective,
+    sample_from_catalogue,
+)
 from generative_recommenders.ops.counter_random import CounterDraws, stream_key
 from generative_recommenders.types import SequentialFeatures
 
@@ -207,6 +211,24 @@ def test_samples_follow_the_softmax_whatever_the_blocks():
         for row in range(2):
             shares = torch.bincount(ids[:, row], minlength=4)[1:] / 8000
             assert torch.allclose(shares, expected[row], atol=0.02)
+
+
+def test_a_likely_item_of_a_large_catalogue_is_drawn():
+    """All others together have a chance of 1e-11: none of 1e8 draws of noise may win by itself."""
+    weight = torch.zeros(1_000_000, 1)
+    weight[7] = 40.0
+    assert set(sample_from_catalogue(torch.ones(100, 1), weight, counted(100)).tolist()) == {8}
+
+
+def test_the_discriminator_reads_events_as_they_were():
+    """Its inputs but the items are those of a history in which nothing is hidden."""
+    columns = tiny_models.ten_users()
+    objective = ReplacedObjective(embedding_dim=4, mask_probability=0.5)
+    example = objective.example(columns, seeded(3))
+    hidden = example.layout.to_rectangle(example.replaced)
+    assert hidden.any() and not torch.equal(example.features.past_events["ratings"], columns["ratings"])
+    assert torch.equal(example.shown_events["ratings"], columns["ratings"])
+    assert torch.equal(example.shown_events["timestamps"], columns["timestamps"])
 
 
 @pytest.mark.parametrize("from_batch", [False, True])

@@ -148,7 +148,7 @@ class _GroupedDifference(torch.autograd.Function):
 def _halves(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Both halves ``[T, H, d]`` of ``x [T, H, 2 d]``; of one head, so that its rows are gathered where they lie."""
     if x.shape[1] == 1 and x.is_contiguous():
-        rows = x.view(len(x), 2, -1)
+        rows = x.view(len(x), 2, x.shape[2] // 2)
         return rows[:, :1], rows[:, 1:]
     first, second = x.chunk(2, -1)
     return first, second

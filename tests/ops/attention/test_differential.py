@@ -16,6 +16,15 @@ LENGTHS = torch.tensor([5, 0, 1, 9, 3])
 
 
 @pytest.mark.parametrize("heads", [1, 2])
+def test_no_tokens(heads: int) -> None:
+    """A process that gets no row of the last batch goes on."""
+    inputs = [torch.zeros(0, heads, width, requires_grad=True) for width in (6, 6, 5)]
+    out = differential_attention(*inputs, torch.rand(heads), jagged_layout(torch.tensor([0, 0]), 9))
+    out.sum().backward()
+    assert out.shape == inputs[2].grad.shape == (0, heads, 5)
+
+
+@pytest.mark.parametrize("heads", [1, 2])
 @pytest.mark.parametrize("rate", [0.0, 0.4])
 @pytest.mark.parametrize("kind", ["causal", "masked", "padded"])
 def test_equals_the_reference(heads: int, rate: float, kind: str) -> None:
