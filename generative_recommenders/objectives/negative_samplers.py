@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import numpy as np
@@ -125,7 +125,10 @@ class NegativesSampler(torch.nn.Module, ABC):
     def forward(self, key: Key, first_token: int, num_tokens: int, batch: BatchItems | None = None) -> Negatives:
         """Draws for ``num_tokens`` consecutive tokens, the first of which is number first_token of the global batch."""
         units = self.sharing.units(first_token, num_tokens, self.device)
-        ids, q = self.draw(key, units, self.num_negatives, batch or BatchItems())
+        batch = batch or BatchItems()
+        if not num_tokens and batch.pool is not None and not batch.pool.numel():
+            batch = replace(batch, pool=batch.pool.new_ones(1))  # of a draw that nothing is compared with
+        ids, q = self.draw(key, units, self.num_negatives, batch)
         log_q = torch.log(q * self.num_negatives) if self.log_q_correction and q is not None else None
         return Negatives(ids, self.sharing, self.sharing.lead(first_token), log_q)
 
@@ -192,10 +195,8 @@ class InBatchNegativesSampler(NegativesSampler):
         if not units.numel():
             return units.new_empty(0, draws), units.new_empty(0, draws, dtype=torch.float32)
         pool = batch.pool
-        if pool is None:
+        if pool is None or pool.numel() == 0:
             raise UserError("in-batch negatives: the batch holds no items to draw from")
-        if not pool.numel():  # no position has a target, so that none is compared with what is drawn
-            pool = units.new_ones(1)
         chosen = counter_integers(key, units, draws, pool.numel())
         if not self.log_q_correction:
             return pool[chosen], None
