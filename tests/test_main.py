@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -21,6 +20,8 @@ from generative_recommenders.data.sources.synthetic_books import SyntheticBooksS
 from generative_recommenders.data.sources.synthetic_oracle import oracle
 from generative_recommenders.data.splits import make_split
 from generative_recommenders.data.store import SequenceDataset
+from generative_recommenders.modeling.model import SequenceRecommender
+from golden_encoders import named
 from programs import ROOT, run_program
 
 SMALL = [
@@ -143,20 +144,9 @@ def test_a_stopped_run_leaves_a_checkpoint_to_resume_from(data_root: Path, tmp_p
     assert "--resume" in again.stderr
 
 
-def as_the_authors_save(model: torch.nn.Module, path: Path) -> Path:
+def as_the_authors_save(model: SequenceRecommender, path: Path) -> Path:
     """The weights of SASRec under the names of the HSTU authors' program, in a file as it writes them."""
-    names = {
-        r"items\.table": "_embedding_module._item_emb.weight",
-        r"sequence\.preprocessor\.position": "_input_features_preproc._pos_emb.weight",
-        r"sequence\.encoder\.blocks\.(\d+)\.in_proj\.(\w+)": r"attention_layers.\1.in_proj_\2",
-        r"sequence\.encoder\.blocks\.(\d+)\.out_proj\.(\w+)": r"attention_layers.\1.out_proj.\2",
-        r"sequence\.encoder\.blocks\.(\d+)\.ffn_in\.(\w+)": r"forward_layers.\1._conv1d.0.\2",
-        r"sequence\.encoder\.blocks\.(\d+)\.ffn_out\.(\w+)": r"forward_layers.\1._conv1d.3.\2",
-    }
-    state = {}
-    for ours, value in model.named_parameters():
-        theirs = next(re.sub(old, new, ours) for old, new in names.items() if re.fullmatch(old, ours))
-        state[f"module.{theirs}"] = value.detach()
+    state = {f"module.{theirs}": value.detach() for theirs, value in named(model)}
     torch.save({"epoch": 3, "model_state_dict": state, "optimizer_state_dict": {}}, path)
     return path
 

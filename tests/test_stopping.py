@@ -48,6 +48,17 @@ def whole(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
+OF_TWO = ("train_fn.local_batch_size = 4",)
+"""The batch of one process, shared by two."""
+
+
+@pytest.fixture(scope="module")
+def whole_of_two(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("two") / "run"
+    assert run_two(options_of(data_root, run, *OF_TWO)) == 0
+    return run
+
+
 def slow_from(owner: Any, name: str, call: int, mark: str) -> None:
     """From this call on a function takes its time."""
     original, calls = getattr(owner, name), []
@@ -127,10 +138,10 @@ def stopped(process: BaseProcess, ready: Callable[[], bool], number: int) -> flo
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("mode", ["validation", "test", "baselines"])
 def test_a_training_run_stops_wherever_it_is_and_loses_nothing(
-    data_root: Path, tmp_path: Path, whole: Path, mode: str, world_size: int
+    data_root: Path, tmp_path: Path, whole: Path, whole_of_two: Path, mode: str, world_size: int
 ) -> None:
     run, mark = tmp_path / "run", tmp_path / "mark"
-    bindings = (f"train_fn.local_batch_size = {8 // world_size}",)
+    start, expected, bindings = (run_alone, whole, ()) if world_size == 1 else (run_two, whole_of_two, OF_TWO)
     options = options_of(data_root, run, *bindings)
     process = quick_start().Process(target=as_a_program, args=(options, mode, str(mark), world_size))
     number = signal.SIGTERM if mode != "test" else signal.SIGINT
@@ -140,10 +151,8 @@ def test_a_training_run_stops_wherever_it_is_and_loses_nothing(
     assert "Traceback" not in log and "--resume" in log
     newest = CheckpointStore(run / "checkpoints", read_only=True).load_newest()
     assert newest is not None
-    assert (run_alone if world_size == 1 else run_two)(options_of(data_root, run, *bindings)) == 0
-    if world_size == 1:
-        (run / "resolved.gin").write_text((whole / "resolved.gin").read_text())
-        assert_same_run(run, whole)
+    assert start(options_of(data_root, run, *bindings)) == 0
+    assert_same_run(run, expected)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

@@ -73,7 +73,6 @@ class ComputeMetricsCallback(Callback):
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._totals = {}
-        _set_candidates(self.postprocessors, pl_module)
 
     def on_validation_batch_end(
         self,
@@ -84,11 +83,11 @@ class ComputeMetricsCallback(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        logits = outputs["logits"]
+        logits, candidates = outputs["logits"], _candidates(batch, pl_module)
+        _set_candidates(self.postprocessors, candidates)
         for each in self.postprocessors:
             logits = each.on_validation(batch, logits)
-        scores, items = top_items(logits, max(self.ks), pl_module)
-        candidates = _candidates(pl_module)
+        scores, items = top_items(logits, max(self.ks), candidates)
         # Ids of candidates are larger than their number.
         scored = logits.shape[1] if candidates is None else 1 + int(candidates.max())
         num_items = max(scored, self.item_count or 0)
@@ -141,7 +140,6 @@ class _PredictionCallback(Callback):
 
     def on_predict_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._parts = []
-        _set_candidates(self.postprocessors, pl_module)
 
     def on_predict_batch_end(
         self,
@@ -188,10 +186,11 @@ class TopItemsCallback(_PredictionCallback):
 
     def parts(self, pl_module: LightningModule, outputs: Mapping[str, Any], batch: Batch) -> tuple[torch.Tensor, ...]:
         """Items ``[B, k]``, their scores ``[B, k]``, and query ids ``[B]`` where there is a column of them."""
-        logits = outputs["logits"]
+        logits, candidates = outputs["logits"], _candidates(batch, pl_module)
+        _set_candidates(self.postprocessors, candidates)
         for each in self.postprocessors:
             logits = each.on_prediction(batch, logits)
-        scores, items = top_items(logits, self.top_k, pl_module)
+        scores, items = top_items(logits, self.top_k, candidates)
         if not self.query_column:
             return items, scores
         return items, scores, column_of(batch, self.query_column, type(self).__name__).flatten()
@@ -284,10 +283,10 @@ class HiddenStatesCallback(_PredictionCallback):
         return self.collected()[0]
 
 
-def top_items(logits: torch.Tensor, k: int, pl_module: LightningModule) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores and item ids ``[n, min(k, C)]``, best first, the smaller column first among equals."""
+def top_items(logits: torch.Tensor, k: int, candidates: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores and item ids ``[n, min(k, C)]``, best first, the smaller column first among equals. candidates: ``[C]``,
+    the item of each column, None where column j is item j."""
     scores, columns = largest(logits, k)
-    candidates = _candidates(pl_module)
     scores = full_precision(scores)  # numpy has no bfloat16
     return scores, columns if candidates is None else candidates.to(columns.device)[columns]
 
@@ -298,12 +297,13 @@ def column_of(batch: Batch, name: str, who: str) -> torch.Tensor:
     return batch[name]
 
 
-def _set_candidates(postprocessors: Sequence[Postprocessor], pl_module: LightningModule) -> None:
+def _set_candidates(postprocessors: Sequence[Postprocessor], candidates: torch.Tensor | None) -> None:
     for each in postprocessors:
-        # Before every epoch: the module's candidates may be set between two of them.
-        each.candidates = _candidates(pl_module)  # type: ignore[attr-defined]
+        # Before every batch, which may have candidates of its own.
+        each.candidates = candidates  # type: ignore[attr-defined]
 
 
-def _candidates(pl_module: LightningModule) -> torch.Tensor | None:
-    """The item of each column of scores, None where column j is item j."""
-    return getattr(pl_module, "candidates_to_score", None)
+def _candidates(batch: Batch, pl_module: LightningModule) -> torch.Tensor | None:
+    """The item of each column of a batch's scores, None where column j is item j."""
+    own = batch.get("candidates_to_score")
+    return getattr(pl_module, "candidates_to_score", None) if own is None else own

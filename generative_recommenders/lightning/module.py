@@ -50,6 +50,7 @@ class LightningModule(lightning.LightningModule):
         self._lr_scheduler_factory = lr_scheduler_factory
         self._candidates: torch.Tensor | None = None
         self._snapshot: Snapshot | None = None
+        self._micro_batch = 0
         parameters = inspect.signature(model.forward).parameters.values()
         self._takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
         self._takes = {p.name for p in parameters}
@@ -58,23 +59,12 @@ class LightningModule(lightning.LightningModule):
     @property
     def candidates_to_score(self) -> torch.Tensor | None:
         """int64 ``[C]`` distinct item ids that are scored instead of the catalogue, None for all; not read in
-        training."""
+        training. A batch's own, under this name, come before them."""
         return self._candidates
 
     @candidates_to_score.setter
     def candidates_to_score(self, candidates: torch.Tensor | None) -> None:
-        if candidates is not None and (
-            candidates.dim() != 1
-            or candidates.dtype != torch.int64
-            or len(candidates.unique()) != len(candidates)
-            or (candidates < 0).any()
-        ):
-            raise UserError(
-                "candidates_to_score must be distinct item ids from 0 on, int64 [C], "
-                f"not {candidates.dtype} {list(candidates.shape)}"
-                + (" with repeats or ids below 0" if candidates.dim() == 1 else "")
-            )
-        self._candidates = candidates
+        self._candidates = _checked_candidates(candidates)
 
     def forward(self, batch: Any) -> Mapping[str, Any]:
         """The model's output for a batch, which stays as it is: keys that the model does not take are for callbacks. A
@@ -85,12 +75,12 @@ class LightningModule(lightning.LightningModule):
         if self._recommender is not None:
             return self._training_output(batch) if self.training else self._scores(self._recommender, batch)
         given = dict(batch)
-        if not self.training and self._candidates is not None:
+        if not self.training and (candidates := self._candidates_of(batch)) is not None:
             if not self._takes_all and CANDIDATES not in self._takes:
                 raise UserError(
                     f"{type(self.model).__name__} takes no {CANDIDATES}: set it to None, to score all items"
                 )
-            given.setdefault(CANDIDATES, self._candidates.to(self.device))
+            given[CANDIDATES] = candidates
         _check_keys(self.model, self._needs, given)
         if not self._takes_all:
             given = {name: x for name, x in given.items() if name in self._takes}
@@ -102,13 +92,19 @@ class LightningModule(lightning.LightningModule):
         model = self.model.model if isinstance(self.model, TrainingTask) else self.model
         return model if isinstance(model, SequenceRecommender) else None
 
+    def _candidates_of(self, batch: Mapping[str, Any]) -> torch.Tensor | None:
+        """The batch's own candidates, else the module's, on its device."""
+        own = batch.get(CANDIDATES)
+        candidates = self._candidates if own is None else _checked_candidates(own)
+        return None if candidates is None else candidates.to(self.device)
+
     def _scores(self, model: SequenceRecommender, batch: Mapping[str, Any]) -> Mapping[str, Any]:
         """Scores of the histories of a batch with the candidates, or with all items and padding."""
         history = batch.get("history", batch)
         _check_keys(model, ("item_ids", "lengths"), history)
         queries = model.encode_query(history)
-        if self._candidates is not None:
-            logits = model.score(queries, self._candidates.to(self.device))
+        if (candidates := self._candidates_of(batch)) is not None:
+            logits = model.score(queries, candidates)
         else:
             snapshot = self._snapshot if self._snapshot is not None else model.catalogue()
             logits = torch.nn.functional.pad(model.score(queries, snapshot), (1, 0), value=-torch.inf)
@@ -121,7 +117,8 @@ class LightningModule(lightning.LightningModule):
             raise UserError("a model alone has no loss: give LightningModule the task of build_task(...)")
         if not isinstance(batch, LoadedBatch):
             raise UserError("a training task reads the batches of DataModule: give the trainer one")
-        step, world = self.global_step, task.collectives.world_size
+        # The step's number, and above it the batch's place among those whose gradients it accumulates.
+        step, world = self.global_step + (self._micro_batch << 32), task.collectives.world_size
         # Dropout draws from torch's generator, which main.py's trainer seeds anew each step.
         torch.manual_seed(stream_key(task.seed, step, task.collectives.rank))
         output = task.loss(batch, step)
@@ -138,6 +135,7 @@ class LightningModule(lightning.LightningModule):
             self.model.collectives = process_collectives(self.trainer.strategy.root_device)
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        self._micro_batch = batch_idx % self.trainer.accumulate_grad_batches
         loss: torch.Tensor = self(batch)["loss"]
         rows = _rows(batch)
         rate = self.trainer.optimizers[0].param_groups[0]["lr"]
@@ -166,6 +164,22 @@ class LightningModule(lightning.LightningModule):
 
     on_test_epoch_start = on_predict_epoch_start = on_validation_epoch_start
     on_test_epoch_end = on_predict_epoch_end = on_validation_epoch_end
+
+
+def _checked_candidates(candidates: torch.Tensor | None) -> torch.Tensor | None:
+    """UserError for what is no list of distinct item ids."""
+    if candidates is not None and (
+        candidates.dim() != 1
+        or candidates.dtype != torch.int64
+        or len(candidates.unique()) != len(candidates)
+        or (candidates < 0).any()
+    ):
+        raise UserError(
+            "candidates_to_score must be distinct item ids from 0 on, int64 [C], "
+            f"not {candidates.dtype} {list(candidates.shape)}"
+            + (" with repeats or ids below 0" if candidates.dim() == 1 else "")
+        )
+    return candidates
 
 
 def _check_keys(model: torch.nn.Module, needed: Sequence[str], batch: Mapping[str, Any]) -> None:

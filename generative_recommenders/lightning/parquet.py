@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -15,7 +16,7 @@ import torch
 
 from generative_recommenders.data.list_columns import padded, read_columns, require_columns
 from generative_recommenders.data.loader import Histories
-from generative_recommenders.data.splits import make_split
+from generative_recommenders.data.splits import Split, make_split
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.errors import UserError
 
@@ -73,14 +74,20 @@ class ParquetModule(lightning.LightningDataModule):
         if not self._sources and prepared_folder is None:
             raise UserError("ParquetModule: give at least one of the paths, or prepared_folder")
 
-    def setup(self, stage: str) -> None:
-        """Opens the prepared folder, where there is one."""
-        if self.prepared_folder is not None and not set(SPLITS) <= set(self._sources):
-            tables = prepared_tables(SequenceDataset.open(self.prepared_folder), self.protocol)
-            self._sources = {**{split: [table] for split, table in tables.items()}, **self._sources}
+    @cached_property
+    def _prepared(self) -> tuple[SequenceDataset, Split]:
+        assert self.prepared_folder is not None
+        dataset = SequenceDataset.open(self.prepared_folder)
+        return dataset, make_split(dataset, self.protocol)
+
+    def _sources_of(self, split: str) -> list[Source]:
+        """What a split is read from; a table of the prepared folder is made when it is first asked for."""
+        if split not in self._sources and self.prepared_folder is not None:
+            self._sources[split] = [prepared_table(*self._prepared, split)]
+        return self._sources.get(split, [])
 
     def train_dataloader(self) -> Any:
-        if (given := len(self._sources.get("train", []))) != 1:
+        if (given := len(self._sources_of("train"))) != 1:
             raise UserError(f"ParquetModule: training reads one train_path, and {given} are given")
         return self._loaders("train")[0]
 
@@ -100,7 +107,7 @@ class ParquetModule(lightning.LightningDataModule):
         generator = self.config.get(split, {}).get("generator")
         return [
             ParquetBatches(source, metadata, self.batch_size, split == "train", generator, self.trainer)
-            for source in self._sources.get(split, [])
+            for source in self._sources_of(split)
         ]
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
@@ -178,30 +185,32 @@ def place_of(trainer: lightning.Trainer | None) -> tuple[int, int]:
 def prepared_tables(dataset: SequenceDataset, protocol: str) -> dict[str, pa.Table]:
     """A prepared data set by split, as `ParquetModule` reads tables."""
     split = make_split(dataset, protocol)
-    everyone, lengths = np.arange(dataset.num_users), np.asarray(dataset.lengths)
+    return {name: prepared_table(dataset, split, name) for name in SPLITS}
 
-    def table(users: np.ndarray, stops: np.ndarray, targets: np.ndarray | None = None) -> pa.Table:
-        histories = Histories(dataset, users, stops.astype(np.int64))
-        bounds = np.concatenate([[0], np.cumsum(histories.stops)])
-        columns = {"query_id": pa.array(users.astype(np.int64))}
-        for name, column in (("item_id", "item_ids"), ("timestamp", "timestamps"), ("rating", "ratings")):
-            if column != "item_ids" and getattr(dataset, column) is None:
-                continue
-            values = histories[column].numpy() - (column == "item_ids")  # ids from 0 here
-            columns[name] = pa.LargeListArray.from_arrays(bounds, pa.array(values))
-        columns["train"] = columns["item_id"]
-        if targets is not None:
-            wanted = np.asarray(dataset.items)[dataset.offsets[users] + targets].astype(np.int64) - 1
-            columns["ground_truth"] = pa.LargeListArray.from_arrays(np.arange(len(users) + 1), pa.array(wanted))
-        return pa.table(columns)
 
-    tables = {"predict": table(everyone, lengths)}
-    learning = np.flatnonzero(split.train_stops >= 2)
-    tables["train"] = table(learning, split.train_stops[learning])
-    for name, targets in (("validate", split.validation_targets), ("test", split.test_targets)):
+def prepared_table(dataset: SequenceDataset, split: Split, name: str) -> pa.Table:
+    """The table of one of `SPLITS`."""
+    users, stops, targets = np.arange(dataset.num_users), np.asarray(dataset.lengths), None
+    if name == "train":
+        users = np.flatnonzero(split.train_stops >= 2)
+        stops = split.train_stops[users]
+    elif name != "predict":
+        targets = split.validation_targets if name == "validate" else split.test_targets
         users = np.flatnonzero(targets >= 0)
-        tables[name] = table(users, targets[users], targets[users])
-    return tables
+        stops = targets = targets[users]
+    histories = Histories(dataset, users, stops.astype(np.int64))
+    bounds = np.concatenate([[0], np.cumsum(histories.stops)])
+    columns = {"query_id": pa.array(users.astype(np.int64))}
+    for column, source in (("item_id", "item_ids"), ("timestamp", "timestamps"), ("rating", "ratings")):
+        if source != "item_ids" and getattr(dataset, source) is None:
+            continue
+        values = histories[source].numpy() - (source == "item_ids")  # ids from 0 here
+        columns[column] = pa.LargeListArray.from_arrays(bounds, pa.array(values))
+    columns["train"] = columns["item_id"]
+    if targets is not None:
+        wanted = np.asarray(dataset.items)[dataset.offsets[users] + targets].astype(np.int64) - 1
+        columns["ground_truth"] = pa.LargeListArray.from_arrays(np.arange(len(users) + 1), pa.array(wanted))
+    return pa.table(columns)
 
 
 def _by_split(given: Mapping[str, Any], what: str) -> dict[str, Any]:

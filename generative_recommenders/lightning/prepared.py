@@ -6,11 +6,13 @@ import math
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning
 import numpy as np
 import pandas as pd
+import polars as pl
+import pyarrow as pa
 import torch
 
 from generative_recommenders.build.parts import Catalogue
@@ -29,6 +31,8 @@ from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.evaluation.model_evaluation import of_sample
 from generative_recommenders.evaluation.seen_filters import SeenItems
 from generative_recommenders.lightning.parquet import place_of
+
+Frame = TypeVar("Frame", pd.DataFrame, pl.DataFrame)
 
 
 class DataModule(lightning.LightningDataModule):
@@ -135,18 +139,13 @@ class DataModule(lightning.LightningDataModule):
             return batch
         return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
-    def original_ids(
-        self, frame: pd.DataFrame, query_column: str = "query_id", item_column: str = "item_id"
-    ) -> pd.DataFrame:
-        """A callback's result with the ids of the raw data."""
-        users = self.dataset.original_user_ids().combine_chunks()
-        items = self.dataset.original_item_ids().combine_chunks()
-        return frame.assign(
-            **{
-                query_column: users.take(frame[query_column].to_numpy() - 1).to_pandas().to_numpy(),
-                item_column: items.take(frame[item_column].to_numpy() - 1).to_pandas().to_numpy(),
-            }
-        )
+    def original_ids(self, frame: Frame, query_column: str = "query_id", item_column: str = "item_id") -> Frame:
+        """The frame of a pandas or polars callback with the ids of the raw data."""
+        kept = ((query_column, self.dataset.original_user_ids()), (item_column, self.dataset.original_item_ids()))
+        named = {name: ids.combine_chunks().take(pa.array(frame[name].to_numpy() - 1)) for name, ids in kept}
+        if isinstance(frame, pl.DataFrame):
+            return frame.with_columns(**{name: pl.Series(pl.from_arrow(ids)) for name, ids in named.items()})
+        return frame.assign(**{name: ids.to_pandas().to_numpy() for name, ids in named.items()})
 
 
 class _Batches:

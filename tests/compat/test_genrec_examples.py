@@ -91,12 +91,13 @@ def test_model_tools() -> None:
 @pytest.mark.parametrize("init_type", ["xavier", "kaiming", "normal"])
 def test_initialization_draws_matrices_and_clears_biases(init_type: str) -> None:
     model = nn.Sequential(nn.Embedding(50, 30, padding_idx=0), nn.Linear(30, 40), nn.LayerNorm(40))
+    model.register_parameter("table", nn.Parameter(torch.empty(4, 4)))  # a matrix that is not named "weight"
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(7.0)
     ModelUtils.initialize_weights(model, init_type)
     assert (model[1].bias == 0).all() and (model[2].bias == 0).all()
-    assert (model[2].weight == 7.0).all()
+    assert (model[2].weight == 7.0).all() and (model.table == 7.0).all()
     assert (model[0].weight[0] == 0).all()
     expected = {"xavier": (2 / 70) ** 0.5, "kaiming": (2 / 30) ** 0.5, "normal": 0.02}[init_type]
     assert model[1].weight.std().item() == pytest.approx(expected, rel=0.15)
@@ -134,7 +135,7 @@ def test_attention_heatmap_is_written(tmp_path: Path, width: int) -> None:
         AttentionVisualization.plot_attention_heatmap(weights, tokens, tokens)
 
 
-def test_attention_heatmap_leaves_no_figure_open(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_heatmap_leaves_no_figure_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import matplotlib.pyplot as plt
 
     shown, before = [], plt.get_fignums()
@@ -144,6 +145,8 @@ def test_attention_heatmap_leaves_no_figure_open(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(plt, "isinteractive", lambda: True)
     AttentionVisualization.plot_attention_heatmap(torch.ones(1, 1), ["a"], ["b"])
     assert shown == [True]
+    with pytest.raises(FileNotFoundError):
+        AttentionVisualization.plot_attention_heatmap(torch.ones(1, 1), ["a"], ["b"], tmp_path / "none" / "a.png")
     assert plt.get_fignums() == before
 
 

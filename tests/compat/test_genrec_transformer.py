@@ -63,6 +63,13 @@ def test_attention_returns_its_weights() -> None:
     assert torch.allclose(weights[0, :, 0], torch.full((2, 6), 1 / 6))
 
 
+def test_a_mask_without_the_axis_of_rows_is_refused() -> None:
+    """Where a row has as many queries as there are heads, it would broadcast over these."""
+    x = torch.randn(3, 2, 8)
+    with pytest.raises(UserError, match=r"the mask is \(2, 2\): give \[B, L, N\]"):
+        MultiHeadAttention(8, 2)(x, x, x, torch.ones(2, 2).tril())
+
+
 def test_attention_is_its_equation() -> None:
     attention = MultiHeadAttention(6, 3, dropout=0.0)
     x = torch.randn(1, 5, 6)

@@ -28,6 +28,7 @@ def test_truncated_normal_fills_within_two_deviations() -> None:
     assert float(x.min()) >= 0.0 and float(x.max()) <= 2.0
     assert float(x.mean()) == pytest.approx(1.0, abs=0.02) and float(x.std()) == pytest.approx(0.44, abs=0.02)
     parameter = torch.nn.Parameter(torch.zeros(3))
+    assert truncated_normal(x, mean=1.5, std=0.0).eq(1.5).all()
     assert truncated_normal(parameter, 5.0, 0.1).requires_grad and float(parameter.detach().min()) > 4.0
 
 

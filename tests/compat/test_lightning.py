@@ -41,7 +41,9 @@ from generative_recommenders.lightning import (
     PolarsTopItemsCallback,
     SparkTopItemsCallback,
     TorchTopItemsCallback,
+    parquet,
 )
+from generative_recommenders.lightning.parquet import prepared_table
 from generative_recommenders.training.trainer import Trainer
 from tiny_data import ragged_sequences, tiny_dataset
 from tiny_models import settings
@@ -138,6 +140,7 @@ def test_recommendations_of_a_model_alone_in_the_users_own_ids(tmp_path: Path, d
     assert not set(first["item_id"]) & set(mine.tolist())
     assert first["rating"].is_monotonic_decreasing
     named = own.original_ids(frame)
+    assert own.original_ids(other).equals(polars.from_pandas(named))
     assert named["query_id"].iloc[0] == f"u{frame['query_id'].iloc[0] - 1:05}" and set(named["item_id"]) <= {
         f"i{item:05}" for item in range(1, NUM_ITEMS + 1)
     }
@@ -258,6 +261,49 @@ def test_candidates_are_scored_alone(tmp_path: Path, dataset: SequenceDataset) -
     top = TorchTopItemsCallback(4)
     trainer(tmp_path, top).predict(program, own, return_predictions=False)
     assert set(top.get_result()[0].unique().tolist()) == set(candidates.tolist())
+
+
+@pytest.mark.parametrize("by", ["module", "batch", "both"])
+def test_candidates_of_a_batch_come_before_those_of_the_module(tmp_path: Path, by: str) -> None:
+    class Asked(PostprocessorBase):
+        def on_validation(self, batch: Any, logits: torch.Tensor) -> torch.Tensor:
+            assert self.candidates.tolist() == [17, 4, 11]
+            return logits
+
+        on_prediction = on_validation
+
+    module, candidates = LightningModule(replay_model("SasRec")), torch.tensor([17, 4, 11])
+    items = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    batch = {
+        "feature_tensors": {"item_id": items}, "padding_mask": torch.ones_like(items, dtype=torch.bool),
+        "query_id": torch.tensor([8, 9]), "ground_truth": torch.tensor([[17], [2]]),
+    }  # fmt: skip
+    if by != "module":
+        batch["candidates_to_score"] = candidates
+    module.candidates_to_score = {"module": candidates, "batch": None, "both": torch.tensor([4])}[by]
+    metrics, top = ComputeMetricsCallback(["recall"], [3], [Asked()]), PandasTopItemsCallback(3, "query_id", "item_id")
+    top.postprocessors = [Asked()]
+    run = trainer(tmp_path, metrics, top)
+    assert run.validate(module, loader([batch]), verbose=False)[0]["recall@3"] == 0.5
+    run.predict(module, loader([batch]))
+    assert [{*rows} for _, rows in top.get_result().groupby("query_id")["item_id"]] == [{4, 11, 17}] * 2
+    batch["candidates_to_score"] = torch.ones(2, 3, dtype=torch.int64)
+    with pytest.raises(UserError, match=r"candidates_to_score must be .* not torch.int64 \[2, 3\]"):
+        run.predict(module, loader([batch]))
+
+
+def test_batches_whose_gradients_are_accumulated_have_draws_of_their_own(
+    tmp_path: Path, dataset: SequenceDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = chosen(sampling_strategy="local")
+    own = DataModule(dataset.folder, run)
+    task = build_task(run, own.catalogue())
+    steps: list[int] = []
+    loss = task.loss
+    monkeypatch.setattr(task, "loss", lambda batch, step: steps.append(step) or loss(batch, step))
+    trainer(tmp_path, max_epochs=1, limit_val_batches=0, accumulate_grad_batches=2).fit(LightningModule(task), own)
+    assert len({*steps}) == len(steps) == len(own.train_dataloader())
+    assert steps[::2] == [*range(len(steps[::2]))]  # the first batch of each step draws as without accumulation
 
 
 class Given(torch.nn.Module):
@@ -439,6 +485,24 @@ def test_spark_makes_a_frame(tmp_path: Path, dataset: SequenceDataset) -> None:
     module = LightningModule(replay_model("SasRec"))
     trainer(tmp_path, spark).predict(module, datamodule=tables(dataset), return_predictions=False)
     assert spark.get_result().count() == 57 * 3
+
+
+def test_the_table_of_a_split_is_made_when_it_is_asked_for(
+    dataset: SequenceDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+
+    def counted(data: SequenceDataset, split: Any, name: str) -> Any:
+        made.append(name)
+        return prepared_table(data, split, name)
+
+    monkeypatch.setattr(parquet, "prepared_table", counted)
+    data = tables(dataset)
+    data.setup("test")
+    assert not made
+    assert sum(len(batch["query_id"]) for each in data.test_dataloader() for batch in each) == 53
+    data.test_dataloader()
+    assert made == ["test"]
 
 
 def test_columns_are_padded_on_the_left(tmp_path: Path) -> None:

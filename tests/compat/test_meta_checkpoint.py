@@ -1,13 +1,10 @@
 """Conversion of the published HSTU and SASRec checkpoints, and refusal of unsafe files."""
 
-import json
-import os
 import pickle
 import random
 import zipfile
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pytest
 import torch
@@ -28,16 +25,15 @@ from generative_recommenders.modeling.input_preprocessors import (
 from generative_recommenders.modeling.items import LocalEmbeddingModule
 from generative_recommenders.modeling.model import SequenceEncoder, SequenceRecommender
 from generative_recommenders.modeling.output_postprocessors import L2NormEmbeddingPostprocessor
+from golden_parity import read_golden
 from memory import memory_grows_at_most
 
-FOLDER = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parents[1] / "golden"))
 CASES = ("meta_sasrec", "meta_hstu", "meta_hstu_concat_ua", "meta_hstu_no_bias")
 
 
 def golden(case: str) -> tuple[dict, dict[str, torch.Tensor]]:
-    with np.load(FOLDER / f"{case}.npz") as archive:
-        arrays = {name: torch.from_numpy(archive[name]) for name in archive.files if name != "meta"}
-        return json.loads(str(archive["meta"]))["config"], arrays
+    arrays, meta = read_golden(case)
+    return meta["config"], arrays
 
 
 def parameters(arrays: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -100,14 +96,22 @@ def test_items_that_the_data_lack_are_left_out():
     assert reorder_items(table, pa.array(["3", "9"])).squeeze(-1).tolist() == [0, 3, 9]
 
 
+def test_ids_that_begin_at_0_are_rows_further_on():
+    """As the authors' reader shifts them in their file of Books."""
+    table = torch.arange(13.0)[:, None]
+    assert reorder_items(table, pa.array(["0", "1", "10", "2"])).squeeze(-1).tolist() == [0, 1, 2, 11, 3]
+    with pytest.raises(UserError, match="item id 12 .* ends at id 11"):
+        reorder_items(table, pa.array(["0", "12"]))
+
+
 def test_numbers_are_told_from_other_ids():
-    assert are_numbers(pa.array(["10", "3952"]))
+    assert are_numbers(pa.array(["10", "3952"])) and are_numbers(pa.array(["0", "1", "10"]))
     assert not are_numbers(pa.array(["1", "B000FA5SHK"]))
     assert not are_numbers(pa.array(["0001713353", "1713353"]))
 
 
 @pytest.mark.parametrize(
-    ("ids", "said"), [(["1", "B00X"], "not integers"), (["1", "10"], "item id 10"), (["0"], "item id 0")]
+    ("ids", "said"), [(["1", "B00X"], "not integers"), (["1", "10"], "item id 10"), (["-1"], "item id -1")]
 )
 def test_ids_that_do_not_fit(ids, said):
     with pytest.raises(UserError, match=said):

@@ -9,8 +9,6 @@ from functools import partial
 import pytest
 import torch
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from generative_recommenders.compat.replay.models.nn.loss import ScalableCrossEntropyLoss, SCEParams
 from generative_recommenders.compat.replay.nn.loss import (
@@ -30,6 +28,7 @@ from generative_recommenders.errors import UserError
 from generative_recommenders.objectives.losses import catalogue
 from generative_recommenders.objectives.losses import sce as scalable_cross_entropy
 from golden_parity import GoldenFile, assert_gradients, assert_near, load_golden
+from memory import LargestTensor
 from replay_scenes import ITEM_WEIGHTS, dot_product, scene, with_logits
 
 BY_KIND = {
@@ -243,24 +242,23 @@ def test_bad_input_is_refused():
         with_logits(CE(), weight)(hidden, labels + 9, mask)
     with pytest.raises(UserError, match="one positive"):
         with_logits(CE(), weight)(hidden, labels.repeat(1, 1, 2), mask.repeat(1, 1, 2))
+    for wrong, words in (
+        (mask[..., 0], r"is \(2, 3\) bool for positive_labels \(2, 3, 1\): give both as \[B, L, P\]"),
+        (mask[:1], r"is \(1, 3, 1\) bool"),
+        (mask.long(), r"is \(2, 3, 1\) int64"),
+        (None, "is missing: give a bool mask"),
+    ):
+        for loss, negatives in ((CE(), {}), (CESampled(), {"negative_labels": torch.tensor([0, 4])})):
+            with pytest.raises(UserError, match=f"^CE(Sampled)?: target_padding_mask {words}"):
+                with_logits(loss, weight)(hidden, labels, target_padding_mask=wrong, **negatives)
+    with pytest.raises(UserError, match=r"target_padding_mask is \(2, 3\) bool for positive_labels \(2, 3\)"):
+        with_logits(LogInCE(9), weight)(hidden, labels[..., 0], mask[..., 0])
+    with pytest.raises(UserError, match="CESampled: negative_labels are missing"):
+        with_logits(CESampled(), weight)(hidden, labels, None, mask)
     with pytest.raises(UserError, match="negative labels"):
         with_logits(CESampled(), weight)(hidden, labels, torch.zeros(5, 2, dtype=torch.int64), mask)
     with pytest.raises(UserError, match="reduction"):
         CE(reduction="median")
-
-
-class LargestTensor(TorchDispatchMode):
-    """Elements of the largest tensor that any operation gave, forward and backward."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in (x for x in tree_leaves(result) if isinstance(x, torch.Tensor)):
-            self.numel = max(self.numel, tensor.untyped_storage().nbytes() // tensor.element_size())
-        return result
 
 
 class Table(NextItemModel):
@@ -300,6 +298,17 @@ def test_negatives_of_a_row_are_one_product(loss, of_a_model):
 
 
 @pytest.mark.parametrize("loss", [BCESampled, CESampled, LogInCESampled])
+def test_shared_negatives_are_checked_as_they_were_given(loss):
+    """Nothing takes more bytes than the logits, as the ids of all negatives at all positions would."""
+    g = torch.Generator().manual_seed(5)
+    weight, hidden = torch.randn(300, 8, generator=g), torch.randn(4, 10, 8, generator=g)
+    labels, negatives = torch.randint(0, 300, (4, 10, 1), generator=g), torch.arange(200)
+    with LargestTensor() as largest:
+        with_logits(loss(), weight)(hidden, labels, negatives, torch.ones(4, 10, 1, dtype=torch.bool))
+    assert largest.nbytes <= 4 * 40 * 200
+
+
+@pytest.mark.parametrize("loss", [BCESampled, CESampled, LogInCESampled])
 def test_ids_outside_of_the_catalogue_are_refused(loss):
     weight, hidden, labels, mask = scene()
     scored, negatives = with_logits(loss(), weight), torch.tensor([0, 4])
@@ -311,6 +320,8 @@ def test_ids_outside_of_the_catalogue_are_refused(loss):
                 scored(hidden, labels, torch.full(shape, wrong), mask)
     hidden_away = labels.masked_fill(~mask, -1)
     assert scored(hidden, hidden_away, negatives, mask) == scored(hidden, labels, negatives, mask)
+    of_positions = negatives.expand(2, 3, -1).masked_fill(~mask, -1)
+    assert_near(scored(hidden, labels, of_positions, mask), scored(hidden, labels, negatives, mask), 1e-6)
 
 
 @pytest.mark.parametrize("loss", [BCESampled, CESampled, LogInCESampled, partial(CESampled, weight=ITEM_WEIGHTS)])

@@ -16,6 +16,7 @@ from generative_recommenders.compat.replay.data.nn import TensorFeatureInfo, Ten
 from generative_recommenders.compat.replay.nn.agg import PositionAwareAggregator, SumAggregator
 from generative_recommenders.compat.replay.nn.embedding import SequenceEmbedding
 from generative_recommenders.compat.replay.nn.ffn import SwiGLUEncoder
+from generative_recommenders.compat.replay.nn.loss import CESampled
 from generative_recommenders.compat.replay.nn.mask import DefaultAttentionMask
 from generative_recommenders.compat.replay.nn.output import InferenceOutput, TrainOutput
 from generative_recommenders.compat.replay.nn.sequential import (
@@ -155,8 +156,14 @@ def test_a_loss_gets_what_it_accepts() -> None:
         "target_padding_mask",
     }
     assert losses[-1] < losses[0]
-    with pytest.raises(UserError, match="positive_labels"):
-        _sasrec()(_batch()["feature_tensors"], _batch()["padding_mask"])
+
+
+@pytest.mark.parametrize("missing", ["positive_labels", "negative_labels", "target_padding_mask"])
+def test_what_a_loss_needs_and_is_not_given_is_named(missing: str) -> None:
+    given = _batch() | {"negative_labels": torch.tensor([0, 6])}
+    del given[missing]
+    with pytest.raises(UserError, match=f"{missing} (are|is) missing"):
+        _sasrec(CESampled())(**given)
 
 
 def test_a_copied_model_scores_with_its_own_items() -> None:
@@ -183,15 +190,15 @@ def _two_tower_schema(c: dict) -> TensorSchema:
     )
 
 
-def _two_tower(c: dict, schema: TensorSchema, reader, agg: str = "sum", **options) -> TwoTower:
+def _two_tower(c: dict, schema: TensorSchema, reader, agg: str = "sum", query=None, item=None, **options) -> TwoTower:
     aggregator = SumAggregator(c["D"])
     encoder = SasRecTransformerLayer(c["D"], c["heads"], c["num_blocks"], 0.0, "relu", c["hidden"])
     body = TwoTowerBody(
         schema=schema,
         embedder=SequenceEmbedding(schema, categorical_list_feature_aggregation_method=agg),
         attn_mask_builder=DefaultAttentionMask(schema.item_id_feature_name, c["heads"]),
-        query_tower_feature_names=schema.names,
-        item_tower_feature_names=schema.names,
+        query_tower_feature_names=query or schema.names,
+        item_tower_feature_names=item or schema.names,
         query_embedding_aggregator=PositionAwareAggregator(aggregator, c["max_len"], 0.0),
         item_embedding_aggregator=aggregator,
         query_encoder=encoder,
@@ -241,6 +248,24 @@ def _write(path: Path, columns: dict[str, list]) -> Path:
 
 
 METADATA = {"item_id": {}, "cat": {}, "tags": {"shape": 4, "padding": 6}, "price": {}}
+
+
+def test_each_tower_reads_its_own_features() -> None:
+    """A history of ids and prices, items of ids and categories: what one does not read, it need not be given."""
+    schema = _two_tower_schema(TOWER)
+    reader = {"item_id": torch.arange(9), "cat": torch.arange(9) % 4}
+    history = {"item_id": torch.tensor([[3, 1], [0, 4]]), "price": torch.rand(2, 2)}
+    model = _two_tower(TOWER, schema, reader, query=["item_id", "price"], item=["item_id", "cat"]).eval()
+    real = torch.ones(2, 2, dtype=torch.bool)
+    logits = model(history, real).logits
+    for feature, moves_query, moves_items in (("price", True, False), ("cat", False, True), ("tags", False, False)):
+        changed = copy.deepcopy(model)
+        with torch.no_grad():
+            for parameter in changed.body.embedder.embedder(feature).parameters():
+                parameter.add_(1.0)
+        assert torch.equal(changed.body(history, real), model.body(history, real)) != moves_query, feature
+        assert torch.equal(changed.body.item_tower(), model.body.item_tower()) != moves_items, feature
+        assert torch.equal(changed(history, real).logits, logits) != (moves_query or moves_items), feature
 
 
 def test_features_reader_orders_rows_and_pads_lists(tmp_path: Path) -> None:
@@ -328,9 +353,20 @@ def test_from_params(name: str) -> None:
 def test_documented_sasrec_example_with_padding_inside_the_cardinality() -> None:
     schema = TensorSchema([_item(width=8, cardinality=NUM_UNIQUE_ITEMS + 1)])
     embedder = SequenceEmbedding(schema=schema)
-    assert embedder.get_item_weights().shape == (NUM_UNIQUE_ITEMS + 1, 8)
+    assert torch.equal(embedder.get_item_weights(), embedder.get_item_weights(torch.arange(NUM_UNIQUE_ITEMS)))
     padding = torch.tensor([schema.item_id_features.item().padding_value])
     assert (embedder({"item_id": padding})["item_id"] == 0).all()
+
+
+@pytest.mark.parametrize("padding", [0, NUM_UNIQUE_ITEMS - 2])
+def test_items_beyond_the_padding_id_are_no_columns_of_scores(padding: int) -> None:
+    """The default padding_value is such a one; items by their ids are scored all the same."""
+    model = SasRec.from_params(TensorSchema([replace(_item(), padding_value=padding)]), 8, 2, 1, 6, 0.0).eval()
+    history = torch.tensor([[3, 1]])
+    given = {"item_id": history}, torch.ones_like(history, dtype=torch.bool)
+    assert model(*given, torch.tensor([1, 3])).logits.shape == (1, 2)
+    with pytest.raises(UserError, match=rf"'item_id': padding id {padding} .* give padding_value=9 and ids from 0"):
+        model(*given)
 
 
 def test_schema_selects_and_refuses() -> None:

@@ -87,6 +87,19 @@ def test_without_training_the_last_item_is_evaluated(golden):
             assert ((info.targets != 0).sum(1) == (lengths > 0)).all()
 
 
+def test_training_goes_before_inference(golden):
+    """Asked for both, a call trains: its targets are labels."""
+    item_ids, inputs = golden[0]["input/item_ids"], golden[0]["input/inputs"]
+    for name in CLASSES:
+        module = build(f"{name}_eval", golden[0])[0]
+        masked = []
+        for further in ({}, {"inference": True}):
+            torch.manual_seed(3)
+            masked.append(module(inputs, item_ids, training=True, **further))
+            assert module.has_labels
+        assert torch.equal(*masked), name
+
+
 def test_a_subclass_may_take_the_documented_two_arguments(golden):
     item_ids, inputs = golden[0]["input/item_ids"], golden[0]["input/inputs"]
 
@@ -195,6 +208,15 @@ def test_fakes_and_labels():
     assert corrupted.tolist() == [[3, 6, 5, 0], [4, 2, 0, 0]]
     assert updates.tolist() == [2, 1, 0]
     assert labels.tolist() == [[0, 1, 0, 0], [1, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("rows", [2, 4])
+@pytest.mark.parametrize("sample_from_batch", [True, False])
+def test_logits_of_other_positions_than_the_hidden_are_refused(rows, sample_from_batch):
+    module = ReplacementLanguageModeling(4, sample_from_batch=sample_from_batch)
+    item_ids, targets = torch.tensor([[3, 4], [6, 2]]), torch.tensor([3, 4, 0, 2])
+    with pytest.raises(UserError, match=f"{rows} rows of logits for 3 hidden items"):
+        module.get_fake_tokens(item_ids, targets, torch.zeros(rows, 3))
 
 
 @pytest.mark.parametrize("sample_from_batch", [True, False])

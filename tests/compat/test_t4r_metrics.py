@@ -21,6 +21,7 @@ from generative_recommenders.compat.transformers4rec.metrics import (
 )
 from generative_recommenders.errors import UserError
 from golden_parity import read_golden
+from memory import LargestTensor
 from programs import quick_start
 
 METRICS: dict[str, type[RankingMetric]] = {
@@ -81,6 +82,15 @@ def test_column_numbers_equal_one_hot_labels(name):
     assert torch.equal(by_id.compute(), by_label.compute())
 
 
+@pytest.mark.parametrize("name", METRICS)
+def test_column_numbers_take_no_row_of_labels(name):
+    """Nothing of an update is larger than the scores of a row times rows, in bytes."""
+    scores, metric = torch.rand(40, 500), METRICS[name]([1, 4], labels_onehot=True)
+    with LargestTensor() as largest:
+        metric.update(scores, torch.arange(40))
+    assert largest.nbytes <= scores.numel() * scores.element_size()
+
+
 def test_default_cutoffs_without_rows():
     assert MeanRecipricolRankAt is MeanReciprocalRankAt
     assert RecallAt().top_ks == [2, 5]
@@ -103,6 +113,7 @@ def test_reset_forgets():
     [
         (True, torch.tensor([12])),
         (True, torch.tensor([-1])),
+        (True, torch.tensor([3, 4])),
         (False, torch.tensor([[1.0]])),
         (False, torch.tensor(3)),
         (False, torch.zeros(1, 0)),

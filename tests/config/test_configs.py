@@ -106,7 +106,9 @@ def test_published_sizes(name: str, sizes: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("dataset", ["ml-1m", "ml-20m", "amzn-books"])
 def test_the_mixtures_of_rails_weigh_its_auxiliary_losses(dataset: str) -> None:
     of_users = {} if dataset == "amzn-books" else {"uid_embedding_l2_norm": 0.1}
-    for path in (ROOT / "configs" / dataset).glob("*-mol-*-rails-final.gin"):
+    paths = sorted((ROOT / "configs" / dataset).glob("*-mol-*-rails-final.gin"))
+    assert [path.name.partition("-")[0] for path in paths] == ["hstu", "sasrec"]
+    for path in paths:
         settings = load_settings([path])[0]
         assert settings.loss.loss_weights == {**of_users, "mi_loss": 0.001}
         assert settings.schedule.num_epochs == {"ml-1m": 101, "ml-20m": 151, "amzn-books": 201}[dataset]

@@ -116,11 +116,13 @@ class AttentionVisualization:
                 value = weights[row, column]
                 color = "white" if value > middle else "black"
                 axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=color)
-        if save_path is not None:
-            figure.savefig(save_path, dpi=300, bbox_inches="tight")
-        if plt.isinteractive():
-            plt.show()
-        plt.close(figure)
+        try:
+            if save_path is not None:
+                figure.savefig(save_path, dpi=300, bbox_inches="tight")
+            if plt.isinteractive():
+                plt.show()
+        finally:  # a folder may be missing
+            plt.close(figure)
 
 
 def _set_trained(model: nn.Module, layer_names: Sequence[str], trained: bool) -> None:

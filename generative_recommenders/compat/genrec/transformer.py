@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from generative_recommenders.compat.replay.nn.mask import additive_mask
+from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.encoders import transformer
 from generative_recommenders.modeling.encoders.base import check_heads
 from generative_recommenders.modeling.encoders.transformer import PositionalEncoding
@@ -37,8 +38,11 @@ class MultiHeadAttention(transformer.MultiHeadAttention):
         """query ``[B, L, D]``, key and value ``[B, N, D]``; mask ``[B, L, N]``, 0 where a query must not look.
 
         Returns ``[B, L, D]`` and the weights ``[B, H, L, N]``, those that act: after dropout in training mode, summing
-        to 1 over the keys in evaluation mode. A query that may look nowhere averages all.
+        to 1 over the keys in evaluation mode. A query that may look nowhere averages all. ``UserError`` for a mask of
+        other than 3 axes.
         """
+        if mask is not None and mask.dim() != 3:  # [L, N] would be one mask a head where L is their number
+            raise UserError(f"MultiHeadAttention: the mask is {tuple(mask.shape)}: give [B, L, N]")
         q, k, v = self.project(query, key, value)
         scores = torch.einsum("blhd,bnhd->bhln", q, k) / self.scale
         if mask is not None:

@@ -47,8 +47,9 @@ def load_meta_checkpoint(model: torch.nn.Module, path: Path | str, item_ids: pa.
     """Fills a `SequenceRecommender` of the same sizes from such a file.
 
     item_ids: the prepared data's original ids ``[V]``, integers as text, where a row of their item table is
-    an original id (MovieLens); None where their rows are numbered as here, from 1 in sorted order of the ids
-    (Amazon). Raises UserError where the file is none, or names or shapes do not fit the model.
+    an original id (MovieLens), or that id + 1 where ids begin at 0 (`reorder_items`); None where their rows are
+    numbered as here, from 1 in sorted order of the ids (Amazon). Raises UserError where the file is none, or names or
+    shapes do not fit the model.
     """
     values = rename_parameters(read_meta_checkpoint(path))
     if item_ids is not None and ITEM_TABLE in values:
@@ -150,26 +151,31 @@ def _check_weights(name: str, value: Tensor, is_table: bool) -> None:
 
 
 def are_numbers(item_ids: pa.Array) -> bool:
-    """Whether all original ids are numbers from 1 on, as MovieLens's: then they are the rows of the authors' item
-    tables. Amazon's, which begin with zeros or hold letters, are not."""
-    return all(re.fullmatch("[1-9][0-9]*", each) for each in item_ids.to_pylist())
+    """Whether all original ids are numbers from 0 on, as MovieLens's and those of the authors' files of Books: then
+    they say the rows of the authors' item tables. Amazon's own, which begin with zeros or hold letters, do not."""
+    return all(re.fullmatch("0|[1-9][0-9]*", each) for each in item_ids.to_pylist())
 
 
 def reorder_items(table: Tensor, item_ids: pa.Array) -> Tensor:
-    """Rows by original id ``[max id + 1, D]`` to rows by internal id ``[V + 1, D]``; row 0 stays."""
+    """Rows by original id ``[max id + 1, D]`` to rows by internal id ``[V + 1, D]``; row 0 stays.
+
+    Where an id is 0, row ``id + 1`` of ``[max id + 2, D]`` is the item's.
+    """
     try:
-        rows = torch.tensor([0, *map(int, item_ids.to_pylist())])
+        ids = torch.tensor([*map(int, item_ids.to_pylist())], dtype=torch.int64)
     except (ValueError, TypeError):
         raise UserError(
             "the data set's item ids are not integers, so the rows of the checkpoint's item table cannot be told apart"
         ) from None
-    wrong = rows[1:][(rows[1:] < 1) | (rows[1:] >= table.shape[0])]
+    shift = int((ids == 0).any())  # their reader adds 1 to ids that begin at 0, since row 0 is padding's
+    last = table.shape[0] - 1 - shift
+    wrong = ids[(ids < 0) | (ids > last)]
     if wrong.numel():
         raise UserError(
             f"item id {int(wrong[0])} of the data set has no row in the checkpoint's item table, "
-            f"which ends at {table.shape[0] - 1}: it was trained on other data"
+            f"which ends at id {last}: it was trained on other data"
         )
-    return table[rows]
+    return table[torch.cat([ids.new_zeros(1), ids + shift])]
 
 
 def _listed(names: Iterable[str]) -> str:

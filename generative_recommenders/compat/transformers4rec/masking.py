@@ -298,8 +298,11 @@ class ReplacementLanguageModeling(MaskedLanguageModeling):
         itemid_seq: ``[B, N]``; target_flat: ``[B * N]`` targets, padding where none; logits: ``[P, V]`` over all ids,
         or with sample_from_batch ``[P, P]`` over the hidden items. Returns corrupted ids ``[B, N]``, labels ``[B, N]``
         int64, 1 = replaced, and sampled indices ``[P]`` within the batch, empty without sample_from_batch.
+        ``UserError`` where there is not one row of logits for each hidden item.
         """
         hidden = (target_flat != self.padding_idx).reshape(itemid_seq.shape)
+        if len(logits) != (count := int(hidden.sum())):
+            raise UserError(f"get_fake_tokens: {len(logits)} rows of logits for {count} hidden items: give as many")
         if self.sample_from_batch:
             batch_updates = self.sample_from_softmax(logits)
             fakes = target_flat[target_flat != self.padding_idx][batch_updates]

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torchmetrics import Metric
 
 from generative_recommenders.errors import UserError
@@ -79,17 +78,22 @@ class RankingMetric(Metric):
             columns = target.reshape(-1)
             if columns.numel() and (int(columns.min()) < 0 or int(columns.max()) >= num_columns):
                 raise UserError(f"target: column numbers must be in 0..{num_columns - 1}")
-            labels = F.one_hot(columns.long(), num_columns).double()
+            labels = columns[:, None]
+            fits = len(labels) == len(scores)
         else:
             same = target.shape[-1:] == (num_columns,)
-            labels = (target.reshape(-1, num_columns) if same else target).double()
-        if labels.shape != scores.shape:
+            labels = target.reshape(-1, num_columns) if same else target
+            fits = labels.shape == scores.shape
+        if not fits:
             raise UserError(
                 f"target: {tuple(target.shape)} does not fit scores {tuple(preds.shape)}; "
                 "column numbers need labels_onehot=True"
             )
-        hits = labels.gather(1, largest(scores, max(self.top_ks))[1])
-        return torch.stack([self.at_cutoff(hits, labels.sum(1), k) for k in self.top_ks], dim=1)
+        best = largest(scores, max(self.top_ks))[1]
+        # Column numbers say what a row of labels would, without one.
+        hits = (best == labels if self.labels_onehot else labels.gather(1, best)).double()
+        relevant = hits.new_ones(len(hits)) if self.labels_onehot else labels.sum(1, dtype=torch.float64)
+        return torch.stack([self.at_cutoff(hits, relevant, k) for k in self.top_ks], dim=1)
 
     def at_cutoff(self, hits: Tensor, relevant: Tensor, k: int) -> Tensor:
         """``[n]`` from the labels in the order of the scores ``[n, max(top_ks)]`` and their sum ``[n]``."""

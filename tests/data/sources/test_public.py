@@ -89,15 +89,27 @@ def test_movielens_from_folder_and_archives(tmp_path: Path, name: str, pack: Pac
     assert raw.expected_items is None and raw.expected_users is None
 
 
-def test_layouts_of_the_published_files() -> None:
-    layouts = {name: (each.options.delimiter, each.options.header) for name, each in PUBLISHED.items()}
-    assert layouts == {
-        "amzn-books": (",", False), "ml-1m": ("::", False), "ml-20m": (",", True), "ml-100k": ("\t", False),
-    }  # fmt: skip
-    assert {name: (each.num_items, each.filter) for name, each in PUBLISHED.items()} == {
-        "amzn-books": (695_762, "amazon_five"), "ml-1m": (3_706, "none"), "ml-20m": (26_744, "none"),
-        "ml-100k": (1_682, "none"),
-    }  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "members", "read"),
+    [
+        ("ml-1m", ML_1M, {"user": ["1", "2"], "item": ["1193", "661"], "rating": [5.0, 3.0]}),
+        ("ml-20m", ML_20M, {"user": ["1"], "item": ["2"], "rating": [3.5]}),
+        ("ml-100k", ML_100K, {"user": ["196"], "item": ["242"], "rating": [3.0]}),
+        (
+            "amzn-books",
+            {"ratings.csv": b"A1,0001,5.0,1382659200\n"},
+            {"user": ["A1"], "item": ["0001"], "rating": [5.0]},
+        ),
+    ],
+)
+def test_events_of_the_published_files(tmp_path: Path, name: str, members: dict[str, bytes], read: dict) -> None:
+    """Each in its own layout, from the first line or after a header."""
+    raw = _resolve(name, tmp_path, _folder(tmp_path / "in", members) / next(iter(members)))
+    found = events(raw)
+    assert {column: found[column] for column in read} == read and len(found["timestamp"]) == len(read["user"])
+
+
+def test_a_published_file_has_a_second_address_and_a_checksum() -> None:
     assert all(len(each.archive.urls) >= 2 and each.archive.checksum for each in PUBLISHED.values())
 
 
@@ -185,6 +197,14 @@ def test_a_file_put_by_hand_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(public_datasets.PUBLISHED, "ml-1m", published)
     raw = _resolve("ml-1m", tmp_path, None)
     assert raw.files == [folder / "ratings.dat"] and raw.expected_items == 3_706
+
+
+def test_archives_of_one_data_set_do_not_replace_each_other(tmp_path: Path) -> None:
+    first, second = (
+        _resolve("csv", tmp_path, _zip(tmp_path / f"{name}.zip", {"ratings.csv": f"user,item\n{name},i\n".encode()}))
+        for name in ("a", "b")
+    )
+    assert events(first)["user"] == ["a"] and events(second)["user"] == ["b"]
 
 
 @pytest.mark.parametrize("as_folder", [False, True])

@@ -57,7 +57,8 @@ class TensorFeatureInfo:
     """One feature.
 
     is_seq: one value per event instead of one per user. feature_hint: its role, if it has one. cardinality: categories,
-    for categorical types. padding_value: the id (or value) of padding. tensor_dim: values of a numerical list.
+    for categorical types. padding_value: the id (or value) of padding, for item ids the cardinality or the last one
+    within it. tensor_dim: values of a numerical list.
     """
 
     name: str

@@ -119,8 +119,20 @@ class SequenceEmbedding(NamedEmbeddings):
         return {name: self.embedder(name).embedding_dim for name in self._keys}  # type: ignore[misc]
 
     def get_item_weights(self, indices: Tensor | None = None) -> Tensor:
-        """The embeddings of items: ``[..., D]`` for ids ``[...]``, or the whole table without its padding row."""
+        """The embeddings of items: ``[..., D]`` for ids ``[...]``, or of all ids below padding's, row j for item j.
+
+        UserError for the latter where items lie beyond the padding id.
+        """
         if self._item is None:
             raise UserError("the schema names no item id feature, so there are no item embeddings to read")
-        items = self.embedder(self._item)
-        return items.weight if indices is None else items(indices)  # type: ignore[return-value]
+        items: CategoricalEmbedding = self.embedder(self._item)  # type: ignore[assignment]
+        if indices is not None:
+            return items(indices)
+        table, padding = items.emb.weight, items.padding_value
+        cardinality = len(table) - 1
+        if padding < cardinality - 1:  # a row left out of the middle would make column j another item than j
+            raise UserError(
+                f"feature {self._item!r}: padding id {padding} lies among the items 0..{cardinality - 1}, so column j "
+                f"of all scores would not be item j: give padding_value={cardinality} and ids from 0"
+            )
+        return table[:padding]

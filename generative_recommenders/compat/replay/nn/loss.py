@@ -108,7 +108,15 @@ class ReplayLoss(nn.Module):
 
     def targets(self, labels: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The positions with a target, bool ``[B, L]``, their labels ``[M, P]`` (-1 where ignored) and which of them
-        count."""
+        count. UserError where the mask is missing or does not fit the labels."""
+        if mask is None:  # as a model passes it on that was given none
+            raise self.error("target_padding_mask is missing: give a bool mask of the shape of positive_labels")
+        if labels.dim() != 3 or mask.shape != labels.shape or mask.dtype != torch.bool:
+            given = f"{tuple(mask.shape)} {str(mask.dtype).removeprefix('torch.')}"
+            raise self.error(
+                f"target_padding_mask is {given} for positive_labels {tuple(labels.shape)}: "
+                "give both as [B, L, P], the mask bool"
+            )
         ignored = labels == self.ignore_index
         if self.padding_idx is not None:
             ignored = ignored | (labels == self.padding_idx)
@@ -137,7 +145,8 @@ class ReplayLoss(nn.Module):
 
 
 class CatalogueLoss(ReplayLoss):
-    """A loss against all items. cardinality: items of the catalogue, None for as many as there are logits."""
+    """A loss against all items. cardinality: items of the catalogue, None (and any larger number) for as many as there
+    are logits."""
 
     def __init__(
         self, cardinality: int | None = None, negative_labels_ignore_index: int = -100, **arguments: Any
@@ -188,6 +197,8 @@ class SampledLoss(ReplayLoss):
         target_padding_mask: Tensor,
     ) -> Tensor:
         """The loss, see the module."""
+        if negative_labels is None:  # as a model passes them on that was given none
+            raise self.error("negative_labels are missing: give the items to compare with, [K], [B, K] or [B, L, K]")
         chosen, labels, counts = self.targets(positive_labels, target_padding_mask)
         hidden = model_embeddings[chosen]
         if negative_labels.dim() == 1:
@@ -201,18 +212,20 @@ class SampledLoss(ReplayLoss):
             raise self.error(f"negative labels {given}: give [K], [B, K] or [B, L, K] for {wanted}")
         ignored = own == self.negative_labels_ignore_index
         collided = (own[:, :, None] == labels[:, None, :]).any(2) & ~ignored
-        for what, ids in (("positive label", labels[counts]), ("negative label", own[~ignored])):
+        # Something must be scored in the place of what does not count: item 0, which every catalogue has.
+        asked = negative_labels.masked_fill(negative_labels == self.negative_labels_ignore_index, 0)
+        # As given, where `own` repeats the ids at every position: that many int64 are more than the logits.
+        negatives = asked if asked.dim() == 1 else asked[chosen if asked.dim() == 3 else chosen.any(1)]
+        for what, ids in (("positive label", labels[counts]), ("negative label", negatives)):
             if ids.numel() and int(ids.min()) < 0:
                 raise self.error(f"a {what} is {int(ids.min())}: ids start at 0")
             if ids.numel() and self.weight is not None and int(ids.max()) >= len(self.weight):
                 raise self.error(f"a {what} is {int(ids.max())}, and weight has {len(self.weight)} numbers")
-        # Something must be scored in the place of what does not count: item 0, which every catalogue has.
         labels = labels.masked_fill(~counts, 0)
-        asked = negative_labels.masked_fill(negative_labels == self.negative_labels_ignore_index, 0)
         try:
             positive = self.logits(hidden, labels)
             if asked.dim() != 2:
-                negative = self.logits(hidden, asked if asked.dim() == 1 else asked[chosen])
+                negative = self.logits(hidden, negatives)
             elif getattr(getattr(self.logits_callback, "__self__", None), "scores_rectangles", False):
                 # Where the callback is a model's own, one product of rectangles beats a call a row.
                 negative = self.logits(model_embeddings.masked_fill(~chosen[:, :, None], 0.0), asked)[chosen]
@@ -321,7 +334,7 @@ class CEWeighted(CE):
 class LogInCE(CatalogueLoss):
     """``-ln(S+ / (S+ + S-))`` over all items, positives summed inside the logarithm, mean over positions.
 
-    cardinality: items of the catalogue, padding not counted.
+    cardinality: items of the catalogue, padding not counted; logits beyond it are left out, and fewer of them are all.
     log_epsilon: added inside the logarithm. clamp_border: bound of the logarithm.
     """
 
@@ -341,7 +354,7 @@ class LogInCE(CatalogueLoss):
 class LogOutCE(CrossEntropy, CatalogueLoss):
     """``-ln(exp(s+) / (exp(s+) + S-))`` over all items, mean over (position, positive) pairs.
 
-    cardinality: items of the catalogue, padding not counted.
+    cardinality: items of the catalogue, padding not counted; logits beyond it are left out, and fewer of them are all.
     """
 
     core = catalogue.LogOutCE()

@@ -87,8 +87,7 @@ class NextItemModel(nn.Module, ABC):
         feature_tensors: name to ``[B, N, ...]``, left-padded. padding_mask: bool ``[B, N]``, True = real.
         candidates_to_score: item ids ``[C]`` or ``[B, C]`` to score instead of the catalogue (evaluation only).
         positive_labels: ``[B, N, P]``; negative_labels: as the loss takes them; target_padding_mask: bool
-        ``[B, N, P]``,
-            False = ignored (training only).
+        ``[B, N, P]``, False = ignored (training only). UserError in the name of what the loss needs and is not given.
         """
         hidden_states = self.hidden_states(feature_tensors, padding_mask)
         if not self.training:
