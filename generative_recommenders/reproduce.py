@@ -25,6 +25,7 @@ from generative_recommenders.commands.reproduction import results
 from generative_recommenders.commands.reproduction.lanes import Lane, data_root_of, known_names, lanes_of
 from generative_recommenders.commands.reproduction.page import TABLES, write_page
 from generative_recommenders.config.plugins import add_plugin_flag, load_plugins
+from generative_recommenders.data.preparation.folder import check_file
 from generative_recommenders.data.preparation.prepare import prepared_path
 from generative_recommenders.data.splits import make_split
 from generative_recommenders.data.store import SequenceDataset
@@ -77,7 +78,8 @@ def run(args: argparse.Namespace) -> int:
     out = Path(args.results_dir or Path("docs") / "results")
     lanes = lanes_of(args.name, Path(args.runs_dir or Path("runs") / "reproduce" / args.name), args.epochs)
     if args.report_only:
-        given = [name for name in ("table", "lane", "only", "seeds", "jobs", "epochs") if getattr(args, name)]
+        idle = ("table", "lane", "only", "seeds", "jobs", "epochs", "raw_path", "commit")
+        given = [name for name in idle if getattr(args, name)]
         if given:
             raise UserError(f"--report_only makes the whole page of all results that are there: leave out --{given[0]}")
         show(write_page(args.name, lanes, out, {}))
@@ -94,6 +96,8 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"{args.name} has no table {args.table}; it has {', '.join(tables)}")
         given = [f"--{name}={value}" for name in ("table", "lane", "only") if (value := getattr(args, name))]
         raise UserError(f"no cell of {args.name} is meant by all of {' '.join(given)}")
+    for place in (out / f"{args.name}.md", out / args.name / "run.json"):  # now, not when the first run is trained
+        check_file(place, "--results_dir: ")
     slots = jobs.slots(args.jobs)
     machine = results.machine_facts(len(slots), args.commit)
     missing: dict[str, str] = {}

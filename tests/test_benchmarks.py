@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -106,6 +108,14 @@ def test_a_catalogue_in_shards(tmp_path: Path) -> None:
     assert result["processes"] == 2 and result["step_seconds"] > 0
     # of the users that there are
     assert result["eval_users_per_second"] * result["seconds"]["evaluation"] == pytest.approx(400, rel=0.01)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells a program's own peak")
+def test_the_peak_of_preparation_is_not_that_of_the_program_that_started_it() -> None:
+    held = bytearray(b"\1") * (3 << 28)
+    code = f"import sys\nsys.path.insert(0, {str(BENCHMARKS)!r})\nimport prepare\nprint(prepare.peak_kibibytes())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 10 << 10 < int(done.stdout) < len(held) >> 10
 
 
 def test_an_epoch_takes_no_flag_of_a_step(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -152,7 +153,14 @@ def test_a_run_that_is_started_again_resumes(data_root: Path, tmp_path: Path, wh
 def test_a_finished_run_that_is_resumed_changes_nothing(data_root: Path, tmp_path: Path, whole: Path) -> None:
     run = Path(shutil.copytree(whole, tmp_path / "run"))
     assert run_alone(options_of(data_root, run)) == 0, log_of(run)
-    assert_same_run(run, whole)
+    found, expected = (
+        {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        for folder in (run, whole)
+    )
+    for name in ("train.log", "run.lock"):
+        del found[Path(name)], expected[Path(name)]
+    assert found == expected
+    assert "test, full catalogue" in log_of(run)
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over(data_root: Path, killed: Path, tmp_path: Path, whole: Path) -> None:
@@ -166,13 +174,17 @@ def test_a_damaged_newest_checkpoint_is_passed_over(data_root: Path, killed: Pat
     assert_same_run(run, whole)
 
 
-def test_at_another_number_of_processes(data_root: Path, killed: Path, tmp_path: Path, whole: Path) -> None:
-    """Two processes resume a run of one, at its global batch, from where it was."""
-    run = Path(shutil.copytree(killed, tmp_path / "run"))
-    assert run_two(options_of(data_root, run, "train_fn.local_batch_size = 4")) == 0
+def test_at_another_number_of_processes(data_root: Path, killed: Path, tmp_path: Path) -> None:
+    """Two processes resume a run of one, at its global batch, from where it was; without dropout, which differs."""
+    run, alone = (Path(shutil.copytree(killed, tmp_path / name)) for name in ("run", "alone"))
+    without = ("train_fn.dropout_rate = 0.0", "sasrec_encoder.ffn_dropout_rate = 0.0")
+    assert run_two(options_of(data_root, run, *without, "train_fn.local_batch_size = 4")) == 0
+    assert run_alone(options_of(data_root, alone, *without)) == 0, log_of(alone)
     assert "resuming a run of 1 processes on 2" in (run / "train.log").read_text()
-    steps = [line["step"] for line in records(run)]
-    assert steps == [line["step"] for line in records(whole)]
+    found, expected = records(run), records(alone)
+    assert [line["step"] for line in found] == [line["step"] for line in expected]
+    losses = [[line["train_loss"] for line in lines if "train_loss" in line] for lines in (found, expected)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_changed_data_are_refused(data_root: Path, killed: Path, tmp_path: Path) -> None:
@@ -418,20 +430,30 @@ def test_processes_with_different_input_are_refused(
     assert not (tmp_path / "run").exists()
 
 
-def make_embedded(folder: str) -> None:
+def make_embedded(folder: str, calls: str) -> None:
     small = SyntheticBooksSettings(num_users=400, num_items=60)
     setup.resolve = functools.partial(setup.resolve, synthetic=small, progress=False)
+    original = setup.prepare
+
+    def counted(*arguments: Any) -> Any:
+        with open(calls, "a") as file:
+            file.write("made\n")
+        return original(*arguments)
+
+    setup.prepare = counted
     setup.prepared_dataset(setup.EMBEDDED, Path(folder))
 
 
 def test_processes_that_need_the_embedded_data_at_once_make_them_once(tmp_path: Path) -> None:
     context = quick_start()
-    processes = [context.Process(target=make_embedded, args=(str(tmp_path),)) for _ in range(4)]
+    calls = tmp_path / "calls"
+    processes = [context.Process(target=make_embedded, args=(str(tmp_path), str(calls))) for _ in range(4)]
     for process in processes:
         process.start()
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0] * 4
+    assert calls.read_text() == "made\n"
     names = {path.name for path in (tmp_path / "prepared").iterdir()}
     assert names == {setup.EMBEDDED, f".{setup.EMBEDDED}.lock"}
     assert {path.name for path in (tmp_path / "raw" / setup.EMBEDDED).iterdir()} == {

@@ -18,6 +18,9 @@ from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.encoders.two_tower import EntityFeature
 from generative_recommenders.modeling.feature_embeddings import EmbeddingSpec, ListReduction, category_ids
 
+MAX_BYTES = 8 << 30
+"""Of one tensor of a feature, which is as wide as the longest list."""
+
 
 @dataclass(frozen=True)
 class FeatureReader:
@@ -74,7 +77,9 @@ class FeatureReader:
         lengths = torch.tensor([len(row) for row in lists])
         flat = category_ids([value for row in lists for value in row], vocabulary, name)
         self._warn_missing(name, int((flat == 0).sum()), "share the unknown bucket")
-        ids = torch.zeros(len(lists) + 1, int(lengths.max()), dtype=torch.int64)  # row 0 is padding
+        longest = int(lengths.max())
+        _check_size(8 * (len(lists) + 1) * longest, f"{self.owner} feature {name!r}, with lists of up to {longest},")
+        ids = torch.zeros(len(lists) + 1, longest, dtype=torch.int64)  # row 0 is padding
         ids[1:][torch.arange(ids.shape[1]) < lengths[:, None]] = flat.masked_fill(flat == 0, len(vocabulary) + 1)
         if kinds[name] == "categorical":
             return EntityFeature(EmbeddingSpec(name, "categorical", dim, len(vocabulary)), ids[:, 0])
@@ -115,13 +120,23 @@ class FeatureReader:
             logging.warning("%s feature %s: %d values are missing and %s", self.owner, name, count, consequence)
 
 
+def _check_size(size: int, what: str) -> None:
+    """UserError for a tensor of more than `MAX_BYTES`, before it is made."""
+    if size > MAX_BYTES:
+        raise UserError(f"{what} takes {size / 2**30:.1f} GiB, more than {MAX_BYTES / 2**30:.1f}: leave it out")
+
+
 def class_assignment(feature: EntityFeature) -> torch.Tensor:
     """``[C, V]`` bool: which item (id i + 1) has which category; items of the unknown bucket are a class of
     their own.
+
+    UserError where it would take more than `MAX_BYTES`.
     """
     values = feature.values[1:]
     ids = values if values.dim() == 2 else values[:, None]
-    assignment = torch.zeros(feature.spec.cardinality + 2, len(ids), dtype=torch.bool)
+    rows = feature.spec.cardinality + 2
+    _check_size(rows * len(ids), f"a table of classes by {feature.spec.name!r}, with {rows - 2} categories,")
+    assignment = torch.zeros(rows, len(ids), dtype=torch.bool)
     assignment[ids.T, torch.arange(len(ids))] = True
     assignment[0] = False
     return assignment[assignment.any(1)]

@@ -1,7 +1,8 @@
 """Builder of a training task from settings: the model (`build.model`), and its criterion and sampler
 (`build.objectives`).
 
-Importing this module registers every built-in part, so that settings which name any of them can be read.
+Importing this module registers every built-in part that it builds. Settings may also name an optimizer, a seen filter
+or a top-k module: `training.trainer` imports them all, so that any settings can be read.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
 
@@ -55,8 +55,9 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     write_bytes(folder / MANIFEST, json_bytes({**content, "sha256": _checksum(content)}))
 
 
-def read_manifest(folder: Path, check_files: bool = True) -> Manifest:
-    """The manifest of a checkpoint folder; with check_files every byte of the files is compared with it.
+def read_manifest(folder: Path, checked: Collection[str] | None = None) -> Manifest:
+    """The manifest of a checkpoint folder. checked: names of the files of which every byte is compared with it, None
+    for all.
 
     DamagedCheckpoint: files are missing or not what was written. UserError: the checkpoint cannot be read, or is of
     another version of the format.
@@ -83,7 +84,7 @@ def read_manifest(folder: Path, check_files: bool = True) -> Manifest:
     others = {name for name in files if not ROW_FILE.fullmatch(name)} if isinstance(files, dict) else set()
     if not {TENSORS, STATE} <= others <= known:
         raise UserError(f"checkpoint {folder}: {MANIFEST} does not list the files of a checkpoint")
-    for name in files if check_files else ():
+    for name in files if checked is None else files.keys() & checked:
         if _describe(folder / name) != files[name]:
             raise DamagedCheckpoint(f"damaged checkpoint {folder}: {name} is not what was written")
     manifest = validated(Manifest, content, f"checkpoint {folder}: {MANIFEST}")

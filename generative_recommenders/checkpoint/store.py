@@ -21,10 +21,10 @@ import contextlib
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import pyarrow as pa
 import torch
@@ -54,6 +54,9 @@ from generative_recommenders.errors import UserError, first_line
 
 _NAME = re.compile(r"(\d{6,})-epoch-\d+-step-\d+")
 _WRITING, _REMOVED, _DAMAGED = ".writing-", ".removed-", "damaged-"
+
+
+T = TypeVar("T")
 
 
 class Position(NamedTuple):
@@ -171,10 +174,9 @@ class CheckpointStore:
                 sync(self.folder)
             finally:
                 shutil.rmtree(writing, ignore_errors=True)
-            names_now = self._names()
-            best = next((name for name in names_now[::-1] if self._is_best(name)), None)
-            for name in names_now[: -self.keep_last]:
-                if name != best:
+            best = self.best_path()
+            for name in self._names()[: -self.keep_last]:
+                if best is None or name != best.name:
                     removed = self.folder / f"{_REMOVED}{name}"
                     # A kill amid the removal leaves no half checkpoint.
                     os.rename(self.folder / name, removed)
@@ -202,11 +204,24 @@ class CheckpointStore:
 
     def load_newest(self) -> Checkpoint | None:
         """The newest whole checkpoint, or None. Damaged ones that are newer are set aside with a warning each."""
-        return self._first_whole(self._names()[::-1])
+        return self._first_whole(self._names()[::-1], self.load)
+
+    def newest_settings(self) -> dict[str, Any] | None:
+        """The settings of the newest checkpoint that has them whole, or None; its tensors are not read."""
+
+        def read(folder: Path) -> dict[str, Any]:
+            read_manifest(folder, {SETTINGS})
+            return read_json(folder / SETTINGS)
+
+        return self._first_whole(self._names()[::-1], read)
 
     def load_best(self) -> Checkpoint | None:
         """The last checkpoint that was saved as the best, or None; damaged ones are set aside with a warning."""
-        return self._first_whole([name for name in self._names()[::-1] if self._is_best(name)])
+        return self._first_whole([name for name in self._names()[::-1] if self._is_best(name)], self.load)
+
+    def best_path(self) -> Path | None:
+        """Folder of the last checkpoint that was saved as the best, not validated, or None."""
+        return next((path for path in self.paths()[::-1] if self._is_best(path.name)), None)
 
     def load_best_or_newest(self) -> Checkpoint | None:
         """The best checkpoint, or the newest where none was saved as the best."""
@@ -229,10 +244,10 @@ class CheckpointStore:
     def _names(self) -> list[str]:
         return sorted(filter(_NAME.fullmatch, self._folders()), key=_serial)
 
-    def _first_whole(self, names: list[str]) -> Checkpoint | None:
+    def _first_whole(self, names: list[str], read: Callable[[Path], T]) -> T | None:
         for name in names:
             try:
-                return self.load(self.folder / name)
+                return read(self.folder / name)
             except DamagedCheckpoint as error:
                 message = f"{error}; the checkpoint before it is used"
             if not self.read_only:  # so that it is neither the best nor one of those kept
@@ -245,7 +260,7 @@ class CheckpointStore:
 
     def _is_best(self, name: str) -> bool:
         try:
-            return read_manifest(self.folder / name, check_files=False).is_best
+            return read_manifest(self.folder / name, checked=()).is_best
         except DamagedCheckpoint:
             return False
 

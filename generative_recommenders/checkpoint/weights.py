@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ import torch
 from absl import logging
 
 from generative_recommenders.checkpoint.store import Checkpoint
-from generative_recommenders.errors import UserError
+from generative_recommenders.errors import UserError, first_line
 from generative_recommenders.ops.embedding import all_finite
 
 _COUNTS, _USER_BYTES, _USER_OFFSETS = "data.item_counts", "data.user_ids.bytes", "data.user_ids.offsets"
@@ -65,10 +64,12 @@ def data_tensors(item_counts: torch.Tensor | None, user_ids: pa.ChunkedArray | N
     tensors = {} if item_counts is None else {_COUNTS: item_counts}
     if user_ids is not None:
         text = user_ids.cast(pa.large_string()).combine_chunks()
-        texts = [each.encode() for each in text.to_pylist()]
-        offsets = np.concatenate([[0], np.cumsum([len(each) for each in texts])]).astype(np.int64)
-        joined = np.frombuffer(b"".join(texts) or b"\0", np.uint8).copy()
-        tensors |= {_USER_BYTES: torch.from_numpy(joined), _USER_OFFSETS: torch.from_numpy(offsets)}
+        _, bounds, data = text.buffers()
+        # Of a slice, the buffers hold the whole.
+        offsets = np.frombuffer(bounds or bytes(8), np.int64)[text.offset : text.offset + len(text) + 1]
+        joined = np.frombuffer(data or b"", np.uint8)[offsets[0] : offsets[-1]]
+        joined = joined.copy() if joined.size else np.zeros(1, np.uint8)
+        tensors |= {_USER_BYTES: torch.from_numpy(joined), _USER_OFFSETS: torch.from_numpy(offsets - offsets[0])}
     return tensors
 
 
@@ -78,12 +79,20 @@ def item_counts(checkpoint: Checkpoint) -> torch.Tensor | None:
 
 
 def user_ids(checkpoint: Checkpoint) -> pa.Array | None:
-    """Original ids of the users that the model was trained on, where it reads users; row i is internal id i + 1."""
+    """Original ids of the users that the model was trained on, where it reads users; row i is internal id i + 1.
+
+    UserError where the checkpoint holds no text.
+    """
     if _USER_OFFSETS not in checkpoint.tensors:
         return None
-    data = checkpoint.tensors[_USER_BYTES].numpy().tobytes()
-    bounds = checkpoint.tensors[_USER_OFFSETS].tolist()
-    return pa.array([data[a:b].decode() for a, b in pairwise(bounds)], pa.large_string())
+    bounds, data = (checkpoint.tensors[name].numpy() for name in (_USER_OFFSETS, _USER_BYTES))
+    buffers = [pa.py_buffer(each.tobytes()) for each in (bounds, data)]
+    try:
+        ids = pa.LargeStringArray.from_buffers(max(bounds.size - 1, 0), *buffers)
+        ids.validate(full=True)  # the checkpoint may have been written by anybody
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{checkpoint.path}: its ids of users are no text: {first_line(error)}") from error
+    return ids
 
 
 def data_facts(checkpoint: Checkpoint) -> dict[str, Any]:

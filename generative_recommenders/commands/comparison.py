@@ -15,13 +15,15 @@ from generative_recommenders.run.report import breakdown
 METRICS = ("ndcg@10", "hr@10", "mrr")
 
 
-def user_values(ranks: pl.DataFrame, metric: str) -> pl.DataFrame:
+def user_values(ranks: pl.DataFrame, metric: str, num_items: int | None) -> pl.DataFrame:
     """``user_id, item_id, value``: what each user adds to the mean. ranks: of `evaluate.users_frame`, empty for a miss.
 
-    A miss is 0, in MRR too. metric: ``hr@K``, ``ndcg@K`` or ``mrr``.
+    metric: ``hr@K``, ``ndcg@K`` or ``mrr``. num_items: V, of which a miss has rank V + 1; None, of records that do not
+    say, counts a miss as 0 in MRR too.
     """
-    found = ranks["rank"].cast(pl.Float64).fill_null(math.inf).to_numpy()
-    return ranks.select("user_id", "item_id", pl.Series("value", breakdown.user_values(found, metric, math.inf)))
+    last = math.inf if num_items is None else num_items
+    found = ranks["rank"].cast(pl.Float64).fill_null(last + 1).to_numpy()
+    return ranks.select("user_id", "item_id", pl.Series("value", breakdown.user_values(found, metric, last)))
 
 
 def mean_over_runs(runs: Sequence[pl.DataFrame]) -> pl.DataFrame:
@@ -58,10 +60,10 @@ def compare(first: pl.DataFrame, second: pl.DataFrame, names: tuple[str, str]) -
     return Difference(len(both), float(a.mean()), float(b.mean()), bootstrap_interval(a - b), paired_permutation(a, b))
 
 
-def comparison_table(first: pl.DataFrame, second: pl.DataFrame, names: tuple[str, str]) -> str:
+def comparison_table(first: pl.DataFrame, second: pl.DataFrame, names: tuple[str, str], num_items: int) -> str:
     """Text table of the paired tests of two runs by the main metrics. first, second: ranks of
-    `evaluate.users_frame`."""
-    tests = {m: compare(user_values(first, m), user_values(second, m), names) for m in METRICS}
+    `evaluate.users_frame`. num_items: of both."""
+    tests = {m: compare(user_values(first, m, num_items), user_values(second, m, num_items), names) for m in METRICS}
     users = next(iter(tests.values())).users
     lines = [
         f"this run against {names[1]}, {users:,} users of both, two-sided paired permutation test:",

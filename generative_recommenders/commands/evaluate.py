@@ -171,16 +171,20 @@ def evaluate_worker(rank: int, world_size: int, options: Options) -> int:
         if other is not None and tested_other is not None:
             of_other = user_ranks(other.dataset, other.split, tested_other.ranks)
             frames = users_frame(dataset, *of_model), users_frame(other.dataset, *of_other)
-            show("\n" + comparison_table(*frames, (str(run), str(other.folder))))
+            show("\n" + comparison_table(*frames, (str(run), str(other.folder)), dataset.num_items))
         if not options.bindings:  # the report shows the run as it was trained
-            keep_facts(run, dataset, split, {settings.model.main_module: of_model, **of_baselines})
+            ranks = {settings.model.main_module: of_model, **of_baselines}
+            keep_facts(run, dataset, split, ranks, checkpoint.path.name)
     return 0
 
 
-def keep_facts(run: Path, dataset: SequenceDataset, split: Split, ranks: Mapping[str, Ranks]) -> bool:
-    """Writes the data-set facts for the run's report; one warning, and False, where they cannot be written."""
+def keep_facts(
+    run: Path, dataset: SequenceDataset, split: Split, ranks: Mapping[str, Ranks], checkpoint: str | None
+) -> bool:
+    """Writes the facts for the run's report, see `write_facts`; one warning, and False, where they cannot be
+    written."""
     try:
-        write_facts(run, dataset, split, ranks)
+        write_facts(run, dataset, split, ranks, checkpoint)
     except Exception as error:  # a report is worth no run
         logging.warning("nothing is kept for the report of %s: %s", run, fault_line(error))
         return False

@@ -109,8 +109,8 @@ IDLE = {
         f"{_EXPORTS}",
         "it makes a run in one process, and trains nothing",
     ),
-    "predict": (f"{_OF_A_RUN} {_EXPORTS}", _AS_IT_IS),
-    "export": (f"{_OF_A_RUN} {_ANSWERS}", _AS_IT_IS),
+    "predict": (f"{_OF_A_RUN} master_port {_EXPORTS}", _AS_IT_IS),
+    "export": (f"{_OF_A_RUN} master_port {_ANSWERS}", _AS_IT_IS),
     "evaluate": (
         f"gin_config_file resume auto_resume max_steps dry_run profile meta_checkpoint output {_ANSWERS} {_EXPORTS}",
         "it rebuilds the run of --run_dir from its checkpoint; --gin_bindings change it, "
@@ -135,7 +135,8 @@ def run(arguments: list[str]) -> int:
         return show_list(given.list, given.plugin, Path(given.data_root))
     _refuse(*IDLE[given.mode], f"--mode={given.mode}")
     if given.dry_run:
-        _refuse("num_processes users_metrics", "it trains and scores nothing, in one process", "--dry_run")
+        idle = "num_processes max_steps profile users_metrics"
+        _refuse(idle, "it trains and scores nothing, in one process", "--dry_run")
     if given.index != "exact" and given.format != "faiss":
         raise UserError(f"--index={given.index} is for --format=faiss, and this is {given.format}")
     from generative_recommenders.commands.setup import Options

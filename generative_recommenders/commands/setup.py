@@ -71,7 +71,8 @@ def prepared_dataset(name: str, data_root: Path) -> SequenceDataset:
     other must have been prepared.
     """
     if name == EMBEDDED:
-        prepare_once(prepared_path(data_root, EMBEDDED), lambda: resolve(name, data_root=data_root))
+        with locked(data_root / "raw" / EMBEDDED):  # see `commands.preprocess`
+            prepare_once(prepared_path(data_root, EMBEDDED), lambda: resolve(name, data_root=data_root))
     dataset = SequenceDataset.open(find_prepared(name, data_root))
     dataset.verify()
     return dataset
@@ -101,12 +102,12 @@ def run_settings(options: Options, collectives: Collectives) -> RunSettings:
     saved = None
 
     def newest() -> dict[str, Any] | None:
-        checkpoint = CheckpointStore(checkpoints_of(options), read_only=True).load_newest()
-        if checkpoint is None and not options.auto_resume:
+        found = CheckpointStore(checkpoints_of(options), read_only=True).newest_settings()
+        if found is None and not options.auto_resume:
             raise UserError(
                 f"there is no whole checkpoint in {checkpoints_of(options)}: give --gin_config_file to start over"
             )
-        return None if checkpoint is None else checkpoint.settings()
+        return found
 
     if options.resume and not options.gin_files:
         saved = from_main(collectives, newest)
@@ -116,12 +117,14 @@ def run_settings(options: Options, collectives: Collectives) -> RunSettings:
             given = gin_registry.load_settings(options.gin_files or (DEFAULT_CONFIG,), options.bindings)[0]
         else:
             given = gin_registry.override(RunSettings.from_json(saved), options.bindings)
-        # An unknown name is told before data are read.
+        # An unknown name, or an option without a value, is told before data are read.
         named_top_k(given.model.top_k_method)
         named = {SIMILARITIES.setting: given.similarity_name}
         for registry in REGISTRIES.values():
             if registry.setting in FIELDS and registry is not TOP_K_MODULES:
                 registry[named.get(registry.setting) or given.value(registry.setting)]
+        for part in given.chosen_parts():
+            part.option_values(given.part_options(part))
         return given
 
     return raise_on_all_ranks(collectives, settings)

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import logging
 
@@ -39,6 +40,7 @@ from generative_recommenders.run.directory import RunFolder
 from generative_recommenders.run.epoch_log import EpochLog
 from generative_recommenders.run.logging import show
 from generative_recommenders.run.model_summary import model_summary
+from generative_recommenders.run.report.records import read_records
 from generative_recommenders.training.debug import step_profiler
 from generative_recommenders.training.fine_tuning import initialize
 from generative_recommenders.training.trainer import Trainer
@@ -46,21 +48,22 @@ from generative_recommenders.training.trainer import Trainer
 
 def train(
     run_dir: str | Path,
-    bindings: Sequence[str] = (),
-    gin_files: Sequence[str] = (),
+    bindings: str | Sequence[str] = (),
+    gin_files: str | Sequence[str] = (),
     data_root: str | Path = "data",
-    plugins: Sequence[str] = (),
+    plugins: str | Sequence[str] = (),
     report: bool = False,
     auto_resume: bool = False,
 ) -> Path:
     """Trains in this process as ``main.py`` does, and returns the run's folder.
 
-    bindings, gin_files: as ``--gin_bindings`` and ``--gin_config_file``. report: writes ``report.html``. auto_resume:
-    resumes a run that is in the folder, which is refused otherwise; one that is finished is left as it is. UserError
-    where training does not end well, with the line printed before.
+    bindings, gin_files, plugins: as ``--gin_bindings``, ``--gin_config_file`` and ``--plugin``, one or several.
+    report: writes ``report.html``. auto_resume: resumes a run that is in the folder, which is refused otherwise; one
+    that is finished is left as it is. UserError where training does not end well, with the line printed before.
     """
+    given = [(each,) if isinstance(each, str) else tuple(each) for each in (gin_files, bindings, plugins)]
     options = Options(
-        tuple(gin_files), tuple(bindings), Path(data_root), str(run_dir), plugins=tuple(plugins), report=report,
+        given[0], given[1], Path(data_root), str(run_dir), plugins=given[2], report=report,
         verbosity=logging.get_verbosity(), auto_resume=auto_resume,
     )  # fmt: skip
     code = launch(train_worker, (options,), 1)
@@ -94,7 +97,13 @@ def train_worker(rank: int, world_size: int, options: Options) -> int:
             logging.info("run folder %s\n%s", folder, report.data_summary(dataset, split))
         trainer = Trainer(settings, dataset, split, collectives, EpochLog.of(run, settings))
         trainer.evaluation.folder = folder
-        if not (options.resume and resume(trainer, store)):
+        if options.resume and resume(trainer, store):
+            final = from_main(collectives, lambda: final_record(trainer, folder, options))
+            if final is not None:
+                on_main(collectives, lambda: show_results(trainer, folder, store, final))
+                return 0
+            trainer.log.truncate_after(trainer.progress.step, trainer.progress.epoch)
+        else:
             initialize(settings, trainer.task, trainer.catalogue, dataset, collectives)
         if run is not None:  # only now: a resume that is refused leaves the folder's configuration alone
             resolved = gin_registry.resolved_text(settings)
@@ -111,11 +120,11 @@ def train_worker(rank: int, world_size: int, options: Options) -> int:
             with trainer.log.timed("baselines"):
                 rows = trainer.evaluation.baselines(ranks)
             if run is not None:
-                finish(trainer, run, store, result, rows)
+                tested = finish(trainer, run, store, result, rows)
                 of_model = user_ranks(dataset, split, result.ranks)
                 write_users_metrics(options, dataset, of_model)
                 if options.report:
-                    write_page(run.path, dataset, split, {settings.model.main_module: of_model, **ranks})
+                    write_page(run.path, dataset, split, {settings.model.main_module: of_model, **ranks}, tested)
         except KeyboardInterrupt:
             logging.info("interrupted before the final report; the checkpoint is kept: %s", how_to_resume)
             raise
@@ -135,11 +144,29 @@ def resume(trainer: Trainer, store: CheckpointStore) -> bool:
         trainer.log.truncate_after(0)
         return False
     saved = RunSettings.from_json(from_main(trainer.collectives, checkpoint.settings))
-    for name, was, now in gin_registry.differences(saved, trainer.settings):
+    changed = gin_registry.differences(saved, trainer.settings)
+    for name, was, now in changed:
+        if name == "train_fn.initialize_from":
+            raise UserError(
+                f"{name} is {now!r}, and this run began with {was!r}: keep that, or give a new run another --run_dir"
+            )
         logging.warning("resuming with %s = %r, which was %r", name, now, was)
     trainer.restore(checkpoint)
+    if not changed:  # else the new settings are saved, though no step be left
+        trainer.saved_position = checkpoint.position
     logging.info("resumed %s", checkpoint.path)
     return True
+
+
+def final_record(trainer: Trainer, folder: Path, options: Options) -> dict[str, Any] | None:
+    """The results of a resumed run that is finished, where it has all that it is asked for; else None."""
+    progress = trainer.progress
+    if not trainer.is_done(options.max_steps) or trainer.saved_position != (progress.epoch, progress.step):
+        return None
+    if options.users_metrics or (options.report and not (folder / "report.html").exists()):
+        return None
+    last = next(iter(read_records(folder / "metrics.jsonl")[::-1]), {})
+    return last if last.get("part") == "final" and last.get("step") == progress.step else None
 
 
 def finish(
@@ -148,8 +175,9 @@ def finish(
     store: CheckpointStore,
     result: EvaluationResult,
     baselines: Mapping[str, Mapping[str, float]],
-) -> None:
-    """The final record, the curves, and the table."""
+) -> Path | None:
+    """The final record, which makes a run a finished one, the curves, and the table; returns the checkpoint that was
+    tested, where one is kept."""
     from generative_recommenders.run.report.pictures import plot_curves  # brings matplotlib
 
     settings, dataset, progress = trainer.settings, trainer.dataset, trainer.progress
@@ -163,15 +191,17 @@ def finish(
         "results": rows,
         "conditions": conditions,
         "split_hash": trainer.split.hash,
+        "num_items": dataset.num_items,
         "spent": dict(trainer.log.spent),
         "environment": report.environment(trainer.collectives),
         **report.peak_memory(),
     }
     if result.lists:
         final["list_metrics"] = result.lists
-    run.write_metrics(progress.step, final)
     test = {f"test/{name}": value for name, value in {**metrics, **result.lists}.items()}
     run.write_result(progress.step, test, gin_registry.resolved_values(settings))
+    run.flush()  # a finished run that is resumed writes nothing of this again
+    run.write_metrics(progress.step, final)
     curves, best = run.path / "curves.png", progress.best_epoch
     try:
         plot_curves(
@@ -180,18 +210,30 @@ def finish(
         )  # fmt: skip
     except UserError as error:  # the numbers are written already
         logging.warning("%s", error)
-    kept = store.load_best()
-    checkpoint = kept.path if kept is not None else next(iter(store.paths()[::-1]), None)
-    show(report.final_report(rows, dataset, trainer.split, conditions, best, run.path, checkpoint, result.lists))
-    if line := unlike_published_run(settings, dataset):
+    return show_results(trainer, run.path, store, final)
+
+
+def show_results(trainer: Trainer, folder: Path, store: CheckpointStore, final: Mapping[str, Any]) -> Path | None:
+    """The table of a run's final record, and where its files are; returns the checkpoint that was tested."""
+    checkpoint = store.best_path() or next(iter(store.paths()[::-1]), None)
+    show(
+        report.final_report(
+            final["results"], trainer.dataset, trainer.split, final["conditions"], trainer.progress.best_epoch, folder,
+            checkpoint, final.get("list_metrics", {}),
+        )
+    )  # fmt: skip
+    if line := unlike_published_run(trainer.settings, trainer.dataset):
         show(line)
+    return checkpoint
 
 
-def write_page(run: Path, dataset: SequenceDataset, split: Split, ranks: Mapping[str, Ranks]) -> None:
+def write_page(
+    run: Path, dataset: SequenceDataset, split: Split, ranks: Mapping[str, Ranks], checkpoint: Path | None
+) -> None:
     """The run's report; what fails here is one warning, as the run is done."""
     from generative_recommenders.run.report.page import write_report  # brings matplotlib and jinja2
 
-    if not keep_facts(run, dataset, split, ranks):
+    if not keep_facts(run, dataset, split, ranks, None if checkpoint is None else checkpoint.name):
         return
     try:
         logging.info("report: %s", write_report(run))

@@ -12,6 +12,7 @@ import traceback
 import types
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 from generative_recommenders.errors import UserError
@@ -24,7 +25,8 @@ PLUGIN_HELP = "a Python file or module that registers parts of your own"
 
 @dataclass(frozen=True)
 class Plugin:
-    """A loaded plug-in. source: what ``--plugin`` names it by; sha256: of its file."""
+    """A loaded plug-in. source: what ``--plugin`` names it by; sha256: of its file, of a package those of all of its
+    Python files."""
 
     source: str
     module: str
@@ -71,8 +73,7 @@ def _load(source: str) -> Plugin:
             raise _failed(source, error) from error
     if spec is None or spec.loader is None:
         raise UserError(f"--plugin: there is no module {source!r}; a file is named by its path, as ./{source}.py")
-    origin = Path(spec.origin or "")
-    plugin = Plugin(source, name, hashlib.sha256(origin.read_bytes()).hexdigest() if origin.is_file() else "")
+    plugin = Plugin(source, name, _sha256(spec))
     if name in _LOADED:
         if _LOADED[name] != plugin:
             raise UserError(f"--plugin: {source} and {_LOADED[name].source} are both {name}, or it changed: rename one")
@@ -89,6 +90,17 @@ def _load(source: str) -> Plugin:
         del _LOADED[name]
         raise _failed(source, error) from error
     return plugin
+
+
+def _sha256(spec: ModuleSpec) -> str:
+    """Of a module's code, a package's files in the order of their names; empty where it has no files."""
+    files = [path for folder in spec.submodule_search_locations or () for path in sorted(Path(folder).rglob("*.py"))]
+    if spec.submodule_search_locations is None and (origin := Path(spec.origin or "")).is_file():
+        files = [origin]
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(path.read_bytes())
+    return digest.hexdigest() if files else ""
 
 
 def _failed(source: str, error: BaseException) -> BaseException:

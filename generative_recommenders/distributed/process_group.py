@@ -103,8 +103,8 @@ def process_collectives(device: torch.device | str) -> Collectives:
 
 
 def is_first_on_host() -> bool:
-    """Whether this process does what is done once a host."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
+    """Whether this process does what is done once a host: one without peers does, whatever the environment says."""
+    return not dist.is_initialized() or os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def process_device(device_type: str | None = None) -> torch.device:

@@ -23,7 +23,7 @@ class EpochLog(Recorder):
     def __init__(self, run: RunFolder, num_epochs: int, part: str) -> None:
         super().__init__()
         self.run, self.num_epochs, self.part = run, num_epochs, part
-        self.tokens, self.seconds_before = 0, 0.0
+        self.tokens = 0
 
     @classmethod
     def of(cls, run: RunFolder | None, settings: RunSettings) -> Recorder:
@@ -32,8 +32,9 @@ class EpochLog(Recorder):
             return Recorder()
         return cls(run, settings.schedule.num_epochs, settings.measured_part)
 
-    def begin(self, step: int, last_step: int) -> None:
+    def begin(self, step: int, last_step: int, seconds: float = 0.0) -> None:
         self.began, self.first_step, self.last_step = perf_counter(), step, last_step
+        self.seconds_before = seconds
 
     def watch(self, batches: Iterable[T], total: int, done: int, epoch: int) -> Iterable[T]:
         ready = iter(progress_bar(batches, total, f"epoch {epoch + 1}/{self.num_epochs}", done))

@@ -105,8 +105,9 @@ class Recorder:
         spent = state.get("spent", {})  # which releases before 0.2.0 did not count
         self.spent = TypeAdapter(dict[str, float]).validate_python(spent, strict=True)
 
-    def begin(self, step: int, last_step: int) -> None:
-        """Training starts or resumes after ``step`` and ends at ``last_step`` at the latest."""
+    def begin(self, step: int, last_step: int, seconds: float = 0.0) -> None:
+        """Training starts, or resumes after ``step``, up to which all steps took ``seconds``, and ends at ``last_step``
+        at the latest."""
 
     def watch(self, batches: Iterable[T], total: int, done: int, epoch: int) -> Iterable[T]:
         """The batches as they are; a recorder may show how many of the epoch's ``total`` are done."""

@@ -226,6 +226,8 @@ class Optimizer:
     rule: the part by ``train_fn.optimizer``. max_grad_norm: total L2 norm over dense and table gradients, None for no
     clipping.
     cosine_steps: steps of the whole run, over which the learning rate falls to 0 along half a cosine; None leaves it.
+    ``cosine_shift`` is added to the step there: a run that was resumed at another batch has done other steps than those
+    that lead to its place.
     sum_over_shards: sums a number over processes, where each holds rows of the table of its own.
     kept: what keeps and updates the table where TorchRec does.
     """
@@ -250,7 +252,7 @@ class Optimizer:
         self.dense = rule.dense(self.parameters) if self.parameters else None
         self.num_warmup_steps = num_warmup_steps
         self.max_grad_norm = max_grad_norm
-        self.cosine_steps = cosine_steps
+        self.cosine_steps, self.cosine_shift = cosine_steps, 0
 
     def zero_grad(self) -> None:
         for parameter in (*self.parameters, self.table):
@@ -270,7 +272,8 @@ class Optimizer:
         """The learning rate of a step, counted from 0."""
         share = min(1.0, (step + 1) / max(self.num_warmup_steps, 1))
         if self.cosine_steps is not None:
-            share *= (1 + math.cos(math.pi * min(1.0, step / self.cosine_steps))) / 2
+            done = min(1.0, (step + self.cosine_shift) / self.cosine_steps)
+            share *= (1 + math.cos(math.pi * done)) / 2
         return self.rule.learning_rate * share
 
     def update(self, rate: float | torch.Tensor, rows: torch.Tensor | None, grads: torch.Tensor | None) -> None:

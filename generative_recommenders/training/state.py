@@ -98,7 +98,7 @@ def write_state(trainer: Trainer, store: CheckpointStore, metric: float | None, 
         "split_hash": trainer.split.hash,
         "features_hash": manifest.features_hash,
         "columns_hash": manifest.columns_hash,
-        "data": trainer.catalogue.facts(trainer.model, trainer.dataset),
+        "data": trainer.facts,
         "optimizer_tensors": len(parts["optimizer"]),
         "frozen": trainer.frozen,
         "world_size": trainer.collectives.world_size,
@@ -120,7 +120,8 @@ def _row_tensors(trainer: Trainer, tensors: Mapping[str, torch.Tensor]) -> list[
 
 
 def restore_state(trainer: Trainer, checkpoint: Checkpoint) -> None:
-    """Continues from a checkpoint: refused on other data; a warning at another number of processes."""
+    """Continues from a checkpoint: refused on other data; a warning at another number of processes. What was recorded
+    after it stays, for the caller to remove."""
     try:
         split_hash = checkpoint.state["split_hash"]
         processes, batch = (checkpoint.state[name] for name in ("world_size", "global_batch"))
@@ -130,6 +131,12 @@ def restore_state(trainer: Trainer, checkpoint: Checkpoint) -> None:
         trainer.log.restore(checkpoint.state["warnings"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{checkpoint.path} does not hold the state of a run: {error!r}") from error
+    manifest, protocol = trainer.dataset.manifest, trainer.settings.data.protocol
+    if split_hash != trainer.split.hash and checkpoint.state.get("data_hash") == manifest.data_hash:
+        raise UserError(
+            f"train_fn.protocol = {protocol!r} splits the data otherwise than when this run began "
+            f"(hash {split_hash} then, {trainer.split.hash} now): keep the protocol or start a new run"
+        )
     check_same_data(split_hash, trainer.split.hash)
     for name in DATA_PARTS:
         check_same_part(checkpoint, trainer.dataset, name)
@@ -167,4 +174,6 @@ def restore_state(trainer: Trainer, checkpoint: Checkpoint) -> None:
     # An epoch has fewer steps than when it began where other training_windows were chosen.
     progress.step_in_epoch = min(progress.step_in_epoch, len(trainer.loader))
     trainer.progress = progress
-    trainer.log.truncate_after(trainer.progress.step, trainer.progress.epoch)
+    # 0 in a run that nothing changed. Where an epoch has other steps than before, its place counts, not its steps.
+    place = progress.epoch * len(trainer.loader) + progress.step_in_epoch
+    trainer.step.optimizer.cosine_shift = place - progress.step

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from time import perf_counter
+from typing import Any
 
 import torch
 from absl import logging
@@ -96,6 +97,12 @@ class Trainer:
         self.picks_best = self._has_validation()
         self.progress = Progress()
         self.saved_at = perf_counter()
+        self.saved_position: tuple[int, int] | None = None
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """`Catalogue.facts`, which training does not change."""
+        return self.catalogue.facts(self.model, self.dataset)
 
     def _has_validation(self) -> bool:
         """Whether the split has targets to pick an epoch by; a warning where it should have."""
@@ -130,33 +137,38 @@ class Trainer:
 
         store: where the main process keeps checkpoints. on_step: called after each step, for a profiler.
         """
-        schedule, p, epoch_length = self.settings.schedule, self.progress, len(self.loader)
-        patience = math.inf if schedule.early_stopping_patience is None else schedule.early_stopping_patience
-        last_step = p.step + (schedule.num_epochs - p.epoch) * epoch_length - p.step_in_epoch
+        p, epoch_length = self.progress, len(self.loader)
+        last_step = p.step + (self.settings.schedule.num_epochs - p.epoch) * epoch_length - p.step_in_epoch
         if max_steps is not None:
             last_step = min(last_step, max_steps)
-        self.log.begin(p.step, last_step)
+        self.log.begin(p.step, last_step, p.seconds)
         try:
-            while p.epoch < schedule.num_epochs and p.epochs_without_gain < patience:
+            while not self.is_done(max_steps):
                 # A run that stopped in an evaluation resumes after the last step of its epoch.
                 if p.step_in_epoch < epoch_length:
-                    if p.step >= last_step:
-                        break
                     self._steps(store, last_step, stop, on_step)
                 if p.step_in_epoch == epoch_length:
                     self._end_of_epoch(store, stop)
         except StopRequested:
-            self.save(store)
+            self._save_unless_saved(store)
             self.collectives.barrier()  # no rank exits before the checkpoint is written, since that aborts its peers
             return None
         # The last state is saved before the best one replaces it here: further epochs continue from the last.
-        self.save(store)
+        self._save_unless_saved(store)
         self._load_best(store)
         try:
             with self.log.timed("test"):
                 return self.evaluation.test(self.model, stop)
         except StopRequested:
             return None
+
+    def is_done(self, max_steps: int | None = None) -> bool:
+        """Whether nothing is left of `train` before the test: no step, and no validation."""
+        schedule, p = self.settings.schedule, self.progress
+        patience = math.inf if schedule.early_stopping_patience is None else schedule.early_stopping_patience
+        if p.epoch >= schedule.num_epochs or p.epochs_without_gain >= patience:
+            return True
+        return max_steps is not None and p.step >= max_steps and p.step_in_epoch < len(self.loader)
 
     def _steps(
         self,
@@ -273,11 +285,17 @@ class Trainer:
         """Model, loss, optimizer and progress, by the main process alone; NonFiniteError, on all, before they are
         spoilt."""
         self.saved_at = perf_counter()
+        self.saved_position = None if store is None else (self.progress.epoch, self.progress.step)
         self._check_parameters()  # on all processes, of which some leave here: the main one alone writes a whole table
         if store is None or not (self.collectives.is_main or self.model.items.shard is not None):
             return
         with self.log.timed("checkpoints"):
             write_state(self, store, metric, is_best)
+
+    def _save_unless_saved(self, store: CheckpointStore | None) -> None:
+        """No second checkpoint of one place, which would cost an older one its own."""
+        if self.saved_position != (self.progress.epoch, self.progress.step):
+            self.save(store)
 
     def _check_parameters(self) -> None:
         """NonFiniteError, on all processes, where one holds weights that are not finite."""

@@ -69,6 +69,18 @@ def test_checkpoints_say_where_each_part_comes_from() -> None:
     assert RunSettings.from_json(written) == chosen()
 
 
+def test_a_packages_hash_is_of_all_of_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    hashes = set()
+    for number in (1, 2):
+        folder = tmp_path / f"package_of_parts_{number}"
+        (folder / "inner").mkdir(parents=True)
+        (folder / "__init__.py").write_text("")
+        (folder / "inner" / "part.py").write_text(f"VALUE = {number}\n")
+        hashes |= {plugin.sha256 for plugin in load_plugins([folder.name])}
+    assert len(hashes) == 2
+
+
 def test_gin_binds_their_options_and_resolved_text_gives_them_back() -> None:
     bindings = [f"train_fn.{name} = {value!r}" for name, value in CHOICES.items()]
     read, resolved = load_settings([], [*bindings, "newest_negatives.newest = 3"])

@@ -11,6 +11,7 @@ import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
@@ -18,6 +19,7 @@ from absl import logging
 
 from generative_recommenders.checkpoint.files import VERSION, DamagedCheckpoint, Manifest, write_manifest
 from generative_recommenders.checkpoint.store import CheckpointStore
+from generative_recommenders.checkpoint.weights import data_tensors, user_ids
 from generative_recommenders.errors import UserError
 from programs import quick_start
 
@@ -152,6 +154,54 @@ def test_a_damaged_newest_is_reported_and_the_one_before_used(tmp_path, warnings
     assert store.load_newest().state == {"seen": 2}
     assert len(warnings) == 1 and str(damaged) in warnings[0] and "\n" not in warnings[0]
     assert store.paths()[-1].name == "000002-epoch-0-step-2"
+
+
+def test_settings_and_the_best_are_found_without_reading_tensors(tmp_path, warnings, monkeypatch):
+    store = store_with(tmp_path, 1)
+    for step in (2, 3):
+        store.attach(IDS, {"dim": step}, "")
+        store.save((0, step), tensors(step), {}, is_best=step == 2)
+    monkeypatch.setattr("generative_recommenders.checkpoint.store.read_tensors", None)
+    assert store.newest_settings() == {"dim": 3}
+    assert store.best_path() == store.paths()[1]
+    flip_bit(store.paths()[2] / "settings.json")
+    assert store.newest_settings() == {"dim": 2}
+    assert len(warnings) == 1 and "settings.json is not what was written; the checkpoint before it" in warnings[0]
+
+
+USERS = {
+    "plain": (["u1", "книга", ""], 0),
+    "slice": (["x", "yy", "zzz", "w"], 1),
+    "none": ([], 0),
+}
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string()])
+@pytest.mark.parametrize("name", USERS)
+def test_ids_of_users_are_their_bytes_and_where_they_end(tmp_path, name, kind):
+    ids, first = USERS[name]
+    texts = [each.encode() for each in ids[first:]]
+    found = data_tensors(None, pa.chunked_array([pa.array(ids, kind)[first:]]))
+    assert found["data.user_ids.bytes"].numpy().tobytes() == (b"".join(texts) or b"\0")
+    assert found["data.user_ids.offsets"].tolist() == [0, *np.cumsum([len(each) for each in texts])]
+    store = CheckpointStore(tmp_path)
+    loaded = store.load(store.save((0, 1), found, {}))
+    assert user_ids(loaded).to_pylist() == ids[first:]
+
+
+@pytest.mark.parametrize(
+    ("data", "bounds"),
+    [(b"\xff\xfe", [0, 2]), (b"ab", [0, 3]), (b"ab", [0, 2, 1]), (b"ab", [-1, 2])],
+)
+def test_forged_ids_of_users_are_refused(tmp_path, data, bounds):
+    forged = {
+        "data.user_ids.bytes": torch.frombuffer(bytearray(data), dtype=torch.uint8),
+        "data.user_ids.offsets": torch.tensor(bounds, dtype=torch.int64),
+    }
+    store = CheckpointStore(tmp_path)
+    loaded = store.load(store.save((0, 1), forged, {}))
+    with pytest.raises(UserError, match="its ids of users are no text"):
+        user_ids(loaded)
 
 
 def test_a_damaged_best_takes_the_place_of_no_other(tmp_path, warnings):

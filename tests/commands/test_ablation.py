@@ -91,7 +91,7 @@ def finished(ablation: Ablation, cell: Cell, seed: int, ranks: list[int | None])
     (run.folder / "resolved.gin").write_text(run.resolved)
     frame = pl.DataFrame({"user_id": ["a", "b", "c", "d"], "item_id": ["i"] * 4, "rank": ranks})
     frame.write_parquet(run.measured)
-    means = {metric: user_values(frame, metric)["value"].mean() for metric in METRICS}
+    means = {metric: user_values(frame, metric, 30)["value"].mean() for metric in METRICS}
     lines = [
         *(
             {
@@ -111,6 +111,7 @@ def finished(ablation: Ablation, cell: Cell, seed: int, ranks: list[int | None])
             "results": {"SASRec": means},
             "peak_rss_mb": 1234,
             "split_hash": "f00",
+            "num_items": 30,
         },
     ]
     (run.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -174,6 +175,26 @@ def test_seeds_on_different_splits_are_not_compared(tmp_path: Path) -> None:
     rows = {row["cell"]: row for row in results["cells"]}
     assert rows["a"]["users"] == 4 and rows["b"]["users"] is None and not results["pairs"]
     assert "split ba5, f00: " in write_tables(results, tmp_path / "out", "x")
+
+
+def test_cells_with_other_candidates_are_not_compared(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "x.gin"
+    cells = {name: {"train_fn.seen_filter": each} for name, each in zip("abc", ("none", "none", "window"))}
+    file.write_text(BASE + f"ablation.cells = {cells}")
+    ablation = Ablation.load(file, (), tmp_path)
+    runs = {
+        cell.name: [Finished.of(finished(ablation, cell, 42, [1, 1, None, 3 + place]))]
+        for place, cell in enumerate(cells_of(ablation.settings, file))
+    }
+    results = collect(runs, "mrr")
+    assert [pair["cells"] for pair in results["pairs"]] == [["a", "b"]]
+    assert "another catalogue or seen filter are not compared: 2 pairs, as a and c" in caplog.text
+    low, high = results["cells"][0]["interval"]
+    assert low <= results["cells"][0]["test"]["mrr"]["mean"] <= high
+    for own in runs.values():  # as recorded by earlier releases
+        for name in ("catalogue", "seen_filter", "num_items"):
+            del own[0].summary[name]
+    assert len(collect(runs, "mrr")["pairs"]) == 3
 
 
 def test_a_failure_is_told_by_the_lines_of_this_start(tmp_path: Path) -> None:
@@ -270,6 +291,10 @@ def test_a_grid_is_every_combination_of_each_cell(tmp_path: Path) -> None:
             "rowwise_adagrad.item_learning_rate must be above 0, got -1.0",
         ),
         ("ablation.metric = 'map'", "ablation.metric 'map' is unknown; known: 'ndcg@10', 'hr@10', 'mrr'"),
+        ('ablation.cells = {"x": {"train_fn.random_seed": 1}}', "binds train_fn.random_seed: give --seeds or"),
+        ('ablation.grid = {"train_fn.random_seed": [1, 2]}', "binds train_fn.random_seed: give --seeds or"),
+        ('ablation.search = {"train_fn.random_seed": ["int", 1, 9]}', "binds train_fn.random_seed: give --seeds or"),
+        ('ablation.cells = {"x": {}}\nablation.seeds = {"y": 2}', "ablation.seeds is of y, and no cell is named so"),
         ('ablation.grid = {"a.b": [1], "c.b": [1], "train_fn.num_epochs": [1, 1]}', "two cells are named"),
     ],
 )
@@ -356,8 +381,10 @@ def test_trials_keep_their_names_and_their_space(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "given", [3, ["log", 1], ["log", -1.0, 1.0], ["int", 5, 1], ["choice"], ["other", 1, 2], ["int", True, 3]]
-)
+    "given",
+    [3, ["log", 1], ["log", -1.0, 1.0], ["int", 5, 1], ["choice"], ["other", 1, 2], ["int", True, 3],
+     ["int", 1.5, 3.7], ["int", 1, 3.0]],
+)  # fmt: skip
 def test_a_range_that_cannot_be(given: object, tmp_path: Path) -> None:
     pytest.importorskip("optuna")
     from generative_recommenders.commands.ablation.search import distribution

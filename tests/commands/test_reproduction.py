@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
-from generative_recommenders.commands.reproduction.lanes import lanes_of
+from generative_recommenders.commands.reproduction import results
+from generative_recommenders.commands.reproduction.lanes import data_root_of, lanes_of
 from generative_recommenders.commands.reproduction.page import write_page
 from programs import ROOT, forked_jobs, run_program, started
 from tiny_data import ragged_sequences, tiny_dataset
@@ -44,8 +46,8 @@ def test_runs_become_results_and_a_page_and_are_made_once(data_root: Path, tmp_p
     done = run_program(PROGRAM, *flags(data_root, tmp_path, *wanted), before=forked_jobs)
     assert done.returncode == 1, done.stderr[-3000:]
     assert len({*loaded.read_text().split()}) > 4  # the program and its four runs
-    results = tmp_path / "results" / "synthetic-books"
-    found = {path.name: json.loads(path.read_text()) for path in results.glob("*.json")}
+    made = tmp_path / "results" / "synthetic-books"
+    found = {path.name: json.loads(path.read_text()) for path in made.glob("*.json")}
     first, second = (found[f"leave_one_out-sasrec-seed-{seed}.json"] for seed in (42, 43))
     assert first["settings_sha256"] == second["settings_sha256"] and first["split_hash"] == second["split_hash"]
     assert first["epochs"] == first["best_epoch"] == first["last"]["epoch"] == 1
@@ -58,7 +60,7 @@ def test_runs_become_results_and_a_page_and_are_made_once(data_root: Path, tmp_p
     page = (tmp_path / "results" / "synthetic-books.md").read_text()
     assert failed in page and first["split_hash"] in page and page.strip() in done.stdout
     assert "± " in next(line for line in page.splitlines() if line.startswith("| sasrec "))
-    assert (results / "leave_one_out.png").read_bytes().startswith(b"\x89PNG")
+    assert (made / "leave_one_out.png").read_bytes().startswith(b"\x89PNG")
 
     shutil.rmtree(tmp_path / "runs")  # the results alone say what is done
     again = run_program(PROGRAM, *flags(data_root, tmp_path, "--epochs=1", "--only=sasrec", "--seeds=2"))
@@ -116,12 +118,38 @@ def test_runs_on_other_data_are_no_results(data_root: Path, tmp_path: Path) -> N
         (["--jobs=0"], "must be 1 or more"),
         (["--table=losses", "--only=fuxi"], "no cell of synthetic-books is meant by all of --table=losses --only=fuxi"),
         (["--only=sasrec", "--jobs=1000"], "--jobs=1000 on "),
+        (["--only=sasrec", "--results_dir=README.md"], "README.md is not a folder"),
+        (["--report_only", "--raw_path=ml-1m.zip"], "leave out --raw_path"),
     ],
 )
 def test_flags_that_cannot_be_meant(data_root: Path, tmp_path: Path, given: list[str], message: str) -> None:
     done = run_program(PROGRAM, *flags(data_root, tmp_path, *given))
     assert done.returncode == 2 and message in done.stderr.splitlines()[-1], done.stderr
-    assert not (tmp_path / "results").exists()
+    assert not (tmp_path / "results").exists() and not (tmp_path / "runs").exists()
+
+
+def test_raw_files_that_are_not_read_are_named(
+    data_root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (lane,) = lanes_of("synthetic-books", tmp_path / "runs", 1)
+    caplog.set_level("INFO", logger="absl")
+    assert data_root_of(lane, "synthetic-books", data_root, tmp_path / "absent") == data_root
+    assert "synthetic-books is prepared already: --raw_path is not read" in caplog.text
+
+
+def test_the_commit_is_that_of_this_code_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a package installed within somebody's own repository git would tell theirs."""
+    package = tmp_path / "venv" / "package"
+    package.mkdir(parents=True)
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for arguments in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "theirs"]):
+        subprocess.run([*git, *arguments], check=True)
+    told = {}
+    for root in (tmp_path, package):
+        monkeypatch.setattr(results, "ROOT", root)
+        told[root] = results.machine_facts(1, None)["commit"]
+    assert len(told[tmp_path]) == 12 and told[package] == "unknown"
+    assert results.machine_facts(1, "abc")["commit"] == "abc"
 
 
 def test_data_that_cannot_be_had_are_named_and_the_page_is_made(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from generative_recommenders.commands import train
 from generative_recommenders.commands.import_checkpoint import import_worker
 from generative_recommenders.commands.setup import Options, run_settings
 from generative_recommenders.config.schema import RunSettings
@@ -31,6 +32,28 @@ def test_an_import_refuses_several_processes() -> None:
     options = Options((), (), Path("data"), meta_checkpoint="theirs.ckpt")
     with pytest.raises(UserError, match="runs in one process: start it without torchrun"):
         import_worker(0, 2, options)
+
+
+@pytest.mark.parametrize(
+    ("given", "idle"),
+    [
+        (["--mode=predict", "--run_dir=r", "--master_port=5"], "--master_port"),
+        (["--mode=export", "--run_dir=r", "--master_port=5"], "--master_port"),
+        (["--dry_run", "--profile", "--max_steps=3"], "--max_steps, --profile"),
+    ],
+)
+def test_flags_that_cannot_act_are_refused(given: list[str], idle: str) -> None:
+    done = run_program("main.py", *given)
+    assert done.returncode == 2 and f"error: {idle} cannot go with {given[0]}: " in done.stderr
+
+
+def test_one_binding_file_or_plugin_may_be_given_as_a_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[Options] = []
+    monkeypatch.setattr(train, "launch", lambda worker, args, count: started.extend(args))
+    train.train("run", "train_fn.num_epochs = 1", "a.gin", plugins="own.py")
+    train.train("run", ["train_fn.num_epochs = 1"], ["a.gin"], plugins=["own.py"])
+    assert started[0] == started[1]
+    assert (started[0].bindings, started[0].plugins) == (("train_fn.num_epochs = 1",), ("own.py",))
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from generative_recommenders.distributed.collectives import Collectives
 from generative_recommenders.distributed.process_group import (
+    is_first_on_host,
     join_group,
     process_collectives,
     process_device,
@@ -81,6 +82,12 @@ def test_device(monkeypatch):
     assert process_device("cuda") == torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert process_device() == torch.device("cpu")
+
+
+def test_a_process_without_peers_is_first_on_its_host(monkeypatch):
+    """Whatever a launcher of something else left in the environment."""
+    monkeypatch.setitem(os.environ, "LOCAL_RANK", "1")
+    assert is_first_on_host()
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):

@@ -7,6 +7,7 @@ import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import polars as pl
@@ -23,7 +24,7 @@ from generative_recommenders.report import main as report
 from generative_recommenders.run.report import breakdown, pictures
 from generative_recommenders.run.report.answers import AttentionMap, layer_weights
 from generative_recommenders.run.report.facts import read_facts, write_facts
-from generative_recommenders.run.report.page import write_report
+from generative_recommenders.run.report.page import _names, write_report
 from generative_recommenders.run.report.records import conditions, read_run
 from generative_recommenders.run.summary import COLUMNS
 from programs import run_program
@@ -104,6 +105,8 @@ def test_a_run_writes_one_page_without_the_network(root: Path) -> None:
 def test_the_kept_ranks_give_the_numbers_of_the_final_record(root: Path) -> None:
     final = json.loads((root / "one" / "metrics.jsonl").read_text().splitlines()[-1])
     facts = read_run(root / "one").facts
+    kept = json.loads((root / "one" / "report" / "facts.json").read_text())["checkpoint"]
+    assert kept == read_run(root / "one").checkpoint.path.name
     assert facts is not None and facts.methods == ["SASRec", "most popular", "last item's successor"]
     for method, metrics in breakdown.results(facts).items():
         for name, interval in metrics.items():
@@ -201,10 +204,40 @@ def test_a_single_category_of_each_item_is_its_genre_and_a_list_is_no_title(tmp_
     dataset = dataset_of(columns, tmp_path / "tiny", item_features=features)
     split = make_split(dataset, "leave_one_out")
     write_facts(tmp_path / "run", dataset, split, {"model": ranks_of(dataset)})
-    facts = read_facts(tmp_path / "run", "rated")
+    facts = read_facts(tmp_path / "run", "rated", "1")
     assert facts is not None
     assert facts.items["genres"].to_list() == [["odd"], ["even"], [], ["even"]]
     assert facts.items["title"].to_list() == [None] * 4
+
+
+def test_what_is_of_another_checkpoint_or_other_settings_is_no_result_of_a_run(tmp_path: Path) -> None:
+    dataset = tiny_dataset(tmp_path, ragged_sequences(20, 12, seed=5))
+    run, _, _ = make_run(tmp_path, dataset, {})
+    name = read_run(run).checkpoint.path.name
+    split, ranks = make_split(dataset, "leave_one_out"), {"model": ranks_of(dataset)}
+    for checkpoint, known in ((name, True), (None, True), (f"{name}0", False)):  # None: of earlier releases
+        write_facts(run, dataset, split, ranks, checkpoint)
+        assert (read_run(run).facts is not None) == known
+    for checkpoint, bindings, known in ((name, [], True), (name, ["a.b = 1"], False), (f"{name}0", [], False)):
+        record = {"checkpoint": checkpoint, "bindings": bindings, "results": {"SASRec": {}}}
+        (run / "evaluation.json").write_text(json.dumps(record))
+        assert bool(read_run(run).final) == known
+
+
+def test_a_page_that_cannot_be_written_costs_no_pictures(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delattr(pictures, "curves")
+    monkeypatch.delattr(pictures, "compared_curves")
+    (tmp_path / "file").touch()
+    for runs in (["one"], ["one", "two"]):
+        assert report([*(str(root / run) for run in runs), f"--output={tmp_path / 'file' / 'page.html'}"]) == 2
+        assert "is not a folder" in capsys.readouterr().err
+
+
+def test_runs_of_one_name_are_numbered() -> None:
+    given = [SimpleNamespace(name=name) for name in ("a", "a (2)", "a", "a", "b")]
+    assert _names(given) == ["a", "a (2)", "a (3)", "a (4)", "b"]  # type: ignore[arg-type]
 
 
 def test_damaged_facts_report_one_line_error(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -225,7 +258,7 @@ def test_a_fault_of_the_report_costs_no_run(
 
     monkeypatch.setattr("generative_recommenders.run.report.page.write_report", fail)
     split = make_split(ragged_dataset, "leave_one_out")
-    train.write_page(tmp_path, ragged_dataset, split, {"model": ranks_of(ragged_dataset)})
+    train.write_page(tmp_path, ragged_dataset, split, {"model": ranks_of(ragged_dataset)}, None)
     assert [record.getMessage() for record in caplog.records] == [
         f"the report of {tmp_path} cannot be written: RuntimeError: a picture"
     ]

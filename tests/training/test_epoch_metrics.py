@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,17 @@ def recorded(dataset: SequenceDataset, folder: Path, **choices: Any) -> tuple[li
     lines = [json.loads(line) for line in run.metrics_path.read_text().splitlines()]
     tags = set(EventAccumulator(str(run.tensorboard)).Reload().Tags()["scalars"])
     return [line for line in lines if "train_loss" in line], tags, trainer
+
+
+def test_the_speed_of_a_resumed_run_leaves_out_what_came_before() -> None:
+    written: dict[str, float] = {}
+    run = SimpleNamespace(write_scalars=lambda *_: None, write_metrics=lambda _, values: written.update(values))
+    log = EpochLog(run, 9, "validation")
+    log.begin(10, 100, 3600.0)
+    for _ in log.watch([SimpleNamespace(global_tokens=80)], 1, 0, 0):
+        pass
+    log.step(11, SimpleNamespace(loss=1.0, learning_rate=0.1, gradient_norm=None), 3604.0, {})
+    assert written["train/tokens_per_second"] == 20
 
 
 @pytest.mark.parametrize(("protocol", "part"), [("leave_one_out", "validation"), ("paper", "test")])

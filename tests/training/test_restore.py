@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import re
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
 from absl import logging
 
+from generative_recommenders.build.catalogue import Catalogue
 from generative_recommenders.checkpoint.store import Checkpoint, CheckpointStore
 from generative_recommenders.checkpoint.weights import load_model
+from generative_recommenders.commands.setup import Options
+from generative_recommenders.commands.train import final_record, resume
 from generative_recommenders.config.registry import OBJECTIVES
 from generative_recommenders.data.splits import make_split
 from generative_recommenders.data.store import SequenceDataset
@@ -25,8 +30,8 @@ from tiny_models import contracted, settings
 
 
 def make_trainer(dataset: SequenceDataset, batch: int = 16, **others: Any) -> Trainer:
-    chosen = settings(item_embedding_dim=8, num_epochs=1, local_batch_size=batch, max_sequence_length=8, **others)
-    return Trainer(chosen, dataset, make_split(dataset), Collectives())
+    sizes = {"item_embedding_dim": 8, "num_epochs": 1, "local_batch_size": batch, "max_sequence_length": 8}
+    return Trainer(settings(**{**sizes, **others}), dataset, make_split(dataset), Collectives())
 
 
 @pytest.fixture
@@ -117,6 +122,90 @@ def test_a_run_resumes_from_weights_alone(ragged_dataset: SequenceDataset, tmp_p
     assert newest is not None
     resumed.restore(newest)
     assert resumed.train().metrics() == trainer.train().metrics()
+
+
+def test_another_protocol_is_refused_by_its_name(ragged_dataset: SequenceDataset, saved: Checkpoint) -> None:
+    other = make_trainer(ragged_dataset, protocol="paper")
+    other.split = make_split(ragged_dataset, "paper")
+    with pytest.raises(UserError, match=r"train_fn.protocol = 'paper' splits the data otherwise .* keep the protocol"):
+        other.restore(saved)
+    changed_data = changed(changed(saved, "", "split_hash", "0"), "", "data_hash", "0")
+    with pytest.raises(UserError, match="the prepared data changed since this run began"):
+        make_trainer(ragged_dataset).restore(changed_data)
+
+
+def test_what_checkpoints_keep_of_the_data_is_read_once(
+    ragged_dataset: SequenceDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, facts = [], Catalogue.facts
+    monkeypatch.setattr(Catalogue, "facts", lambda *given: calls.append(1) or facts(*given))
+    store, trainer = CheckpointStore(tmp_path), make_trainer(ragged_dataset)
+    trainer.train(store, stop=lambda: trainer.progress.step == 1)
+    trainer.train(store)
+    newest = store.load_newest()
+    assert newest is not None and newest.state["data"] == json.loads(json.dumps(trainer.facts))
+    assert len(store.paths()) == 2 and len(calls) == 1
+
+
+def test_no_place_is_saved_twice(ragged_dataset: SequenceDataset, tmp_path: Path) -> None:
+    """The best epoch is the last one here; a second checkpoint of it would push out an older one."""
+    store, trainer = CheckpointStore(tmp_path, keep_last=100), make_trainer(ragged_dataset)
+    trainer.train(store)
+    trainer.train(store)
+    assert [path.name for path in store.paths()] == [f"000001-epoch-1-step-{trainer.progress.step}"]
+    assert store.best_path() == store.paths()[0]
+
+
+@pytest.fixture
+def finished(ragged_dataset: SequenceDataset, tmp_path: Path) -> CheckpointStore:
+    """The checkpoints of a run of 4 steps, with its final record."""
+    store, trainer = CheckpointStore(tmp_path / "checkpoints"), make_trainer(ragged_dataset)
+    store.attach(pa.array(["a"]), trainer.settings.to_json(), "")
+    trainer.train(store)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 3}\n{"step": 4, "part": "final"}\n')
+    return store
+
+
+@pytest.mark.parametrize(
+    ("choices", "asked", "expected"),
+    [
+        ({}, {}, True),
+        ({}, {"max_steps": 2}, True),
+        ({}, {"users_metrics": "ranks.csv"}, False),
+        ({}, {"report": True}, False),
+        ({"num_epochs": 2}, {}, False),
+        ({"seen_filter": "none"}, {}, False),
+        ({"num_epochs": 2}, {"max_steps": 4}, False),
+    ],
+)
+def test_a_finished_run_is_left_as_it_is_unless_more_is_asked(
+    ragged_dataset: SequenceDataset,
+    finished: CheckpointStore,
+    choices: dict[str, Any],
+    asked: dict[str, Any],
+    expected: bool,
+) -> None:
+    trainer = make_trainer(ragged_dataset, **choices)
+    assert resume(trainer, finished)
+    options = Options((), (), Path(), **{"report": False, **asked})
+    assert (final_record(trainer, finished.folder.parent, options) is not None) == expected
+    trainer.train(finished, options.max_steps)
+    # Other settings are saved, though no step be left.
+    assert len(finished.paths()) == (2 if choices else 1)
+
+
+def test_a_run_that_trains_on_is_not_finished(ragged_dataset: SequenceDataset, finished: CheckpointStore) -> None:
+    (finished.folder.parent / "metrics.jsonl").write_text('{"step": 4, "part": "final"}\n{"step": 4}\n')
+    trainer = make_trainer(ragged_dataset)
+    assert resume(trainer, finished)
+    assert final_record(trainer, finished.folder.parent, Options((), (), Path(), report=False)) is None
+
+
+def test_the_weights_a_run_began_with_cannot_be_changed_later(
+    ragged_dataset: SequenceDataset, finished: CheckpointStore
+) -> None:
+    with pytest.raises(UserError, match=r"initialize_from is 'other', and this run began with None: keep that, or"):
+        resume(make_trainer(ragged_dataset, initialize_from="other"), finished)
 
 
 def test_other_features_are_refused(ragged_dataset: SequenceDataset, saved: Checkpoint) -> None:
@@ -251,7 +340,7 @@ def stopped_after(dataset: SequenceDataset, store: CheckpointStore, steps: int, 
 def test_a_resumed_run_ends_bit_for_bit_as_an_uninterrupted_one(
     ragged_dataset: SequenceDataset, tmp_path: Path, objective: str
 ) -> None:
-    choices = {"objective": objective, "loss_module": "CE", "dropout_rate": 0.2}
+    choices = {"objective": objective, "loss_module": "CE", "dropout_rate": 0.2, "learning_rate_schedule": "cosine"}
     whole, store = make_trainer(ragged_dataset, **choices), CheckpointStore(tmp_path)
     whole.train()
     stopped_after(ragged_dataset, store, 2, **choices)

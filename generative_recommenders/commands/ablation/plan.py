@@ -114,7 +114,11 @@ class Ablation:
         """UserError, with the place in the file, for what cannot be meant."""
         register_built_in_parts()  # what cells may choose
         values, base = load_ablation(file, bindings, AblationSettings.model_fields)
-        return cls(file, tuple(bindings), out, AblationSettings(**values), base)
+        settings = AblationSettings(**values)
+        varied = [*settings.grid, *settings.search, *itertools.chain(*settings.cells.values())]
+        if SEED in varied:  # each run binds its own over it: cells that differ in it alone would be one
+            raise UserError(f"{file}: a cell, the grid or the search binds {SEED}: give --seeds or ablation.seeds")
+        return cls(file, tuple(bindings), out, settings, base)
 
     def run(self, cell: Cell, seed: int) -> Run:
         """The run of a cell; UserError where its settings cannot be, or where its folder holds another run."""
@@ -140,7 +144,7 @@ class Ablation:
 
 
 def cells_of(settings: AblationSettings, file: Path) -> list[Cell]:
-    """The cells of lists and grids; UserError for none, too many, and two of one name."""
+    """The cells of lists and grids; UserError for none, too many, two of one name, and seeds of another one."""
     named = []
     for name, given in settings.cells.items():
         if name != _file_name(name) or not name.strip("."):
@@ -168,6 +172,8 @@ def cells_of(settings: AblationSettings, file: Path) -> list[Cell]:
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise UserError(f"{file}: two cells are named {twice}: give ablation.cells names that differ")
+    if unknown := sorted({*settings.seeds} - {*names}):
+        raise UserError(f"{file}: ablation.seeds is of {', '.join(unknown)}, and no cell is named so")
     return found
 
 

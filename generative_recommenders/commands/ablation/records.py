@@ -53,7 +53,8 @@ def summary(run: Run) -> dict[str, Any]:
     """Numbers of a finished run and what they hold under, as JSON has them.
 
     test, baselines: metrics. best, last: of the evaluations of these epochs, counted from 1. history: by epoch.
-    seconds: of the whole run; seconds_per_epoch: the median. memory_mb: peak, of the GPU where one was used.
+    seconds: of the whole run; seconds_per_epoch: the median. memory_mb: peak, of the GPU where one was used. num_items:
+    V, None where the run did not record it.
     """
     lines = read_records(run.folder / "metrics.jsonl")
     epochs, final = [line for line in lines if "epoch" in line], lines[-1]
@@ -69,6 +70,9 @@ def summary(run: Run) -> dict[str, Any]:
         "seed": run.settings.schedule.random_seed,
         "dataset": run.settings.data.dataset_name,
         "protocol": run.settings.data.protocol,
+        "catalogue": run.settings.data.catalogue,
+        "seen_filter": run.settings.evaluation.seen_filter,
+        "num_items": final.get("num_items"),
         "bindings": list(run.cell.bindings),
         "settings_sha256": run.settings_sha256,
         "test": final["results"][model],

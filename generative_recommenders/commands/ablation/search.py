@@ -104,7 +104,7 @@ def _fits(values: Mapping[str, Any], space: Mapping[str, BaseDistribution]) -> b
 
 
 def distribution(name: str, given: Any, file: Path) -> BaseDistribution:
-    """``["log", low, high]``, ``["uniform", low, high]`` (floats), ``["int", low, high]`` or
+    """``["log", low, high]``, ``["uniform", low, high]`` (floats), ``["int", low, high]`` (of whole numbers) or
     ``["choice", value, ...]``."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
@@ -117,7 +117,8 @@ def distribution(name: str, given: Any, file: Path) -> BaseDistribution:
     kind, *values = given
     if kind == "choice" and values:
         return CategoricalDistribution([repr(value) for value in values])
-    numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
+    allowed = int if kind == "int" else (int, float)
+    numbers = all(isinstance(value, allowed) and not isinstance(value, bool) for value in values)
     if kind not in ("log", "uniform", "int") or len(values) != 2 or not numbers:
         raise wrong
     try:

@@ -27,6 +27,8 @@ from generative_recommenders.evaluation.significance import bootstrap_interval, 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+CANDIDATES = ("catalogue", "seen_filter")
+"""What says which items a target is ranked among: ranks among others do not compare."""
 ALL_PAIRS = 20
 """Cells up to which every pair is tested; of more, the best one against each other."""
 
@@ -38,7 +40,8 @@ def collect(runs: Mapping[str, Sequence[Finished]], metric: str, by_validation: 
     has to choose; else by the test targets. Of a cell: mean and deviation over seeds, the 95 % interval of the metric
     over users (their values averaged over seeds), its value on validation, seconds, memory. Of a pair: the difference,
     p, and p after Holm's correction over all pairs.
-    Cells on other splits, those whose seeds are on several, and those without their users' ranks, are not compared.
+    Cells on other splits or with other candidates, those whose seeds are on several splits, and those without their
+    users' ranks, are not compared.
     """
 
     def spread(numbers: Sequence[Any]) -> dict[str, float | None]:
@@ -51,7 +54,7 @@ def collect(runs: Mapping[str, Sequence[Finished]], metric: str, by_validation: 
     rows: list[dict[str, Any]] = []
     for cell, own in runs.items():
         found = [run.summary for run in own]
-        users = [user_values(run.ranks, metric) for run in own if run.ranks is not None]
+        users = [user_values(run.ranks, metric, run.summary.get("num_items")) for run in own if run.ranks is not None]
         splits = sorted({each["split_hash"] or "" for each in found})
         if len(splits) > 1:
             logging.warning("the runs of %s are on different splits of the data: it is not compared", cell)
@@ -71,6 +74,7 @@ def collect(runs: Mapping[str, Sequence[Finished]], metric: str, by_validation: 
                 "memory_mb": max((each["memory_mb"] for each in found if each["memory_mb"]), default=None),
                 "best_epochs": [each["best_epoch"] for each in found],
                 "split_hash": ", ".join(splits),
+                **{name: found[0].get(name) for name in CANDIDATES},
                 "conditions": found[0]["conditions"],
                 "bindings": found[0]["bindings"],
             }
@@ -84,16 +88,26 @@ def collect(runs: Mapping[str, Sequence[Finished]], metric: str, by_validation: 
 def _pairs(rows: Sequence[Mapping[str, Any]], values: Mapping[str, pl.DataFrame]) -> list[dict[str, Any]]:
     chosen = itertools.combinations(rows, 2) if len(rows) <= ALL_PAIRS else zip(itertools.repeat(rows[0]), rows[1:])
     found: list[dict[str, Any]] = []
+    unlike: list[tuple[str, str]] = []
     for first, second in chosen:
-        if first["split_hash"] != second["split_hash"] or not {first["cell"], second["cell"]} <= values.keys():
-            continue
         names = first["cell"], second["cell"]
+        if first["split_hash"] != second["split_hash"] or not {*names} <= values.keys():
+            continue
+        # Records of earlier releases do not say it: they are compared as before.
+        if any(None not in (first[each], second[each]) and first[each] != second[each] for each in CANDIDATES):
+            unlike.append(names)
+            continue
         test = compare(values[names[0]], values[names[1]], names)
         found.append(
             {
                 "cells": list(names), "users": test.users, "difference": test.first - test.second,
                 "interval": list(test.interval), "p": test.p,
             }
+        )  # fmt: skip
+    if unlike:
+        logging.warning(
+            "cells with another catalogue or seen filter are not compared: %d pairs, as %s and %s",
+            len(unlike), *unlike[0],
         )  # fmt: skip
     for pair, adjusted in zip(found, holm([pair["p"] for pair in found])):
         pair["p_holm"] = adjusted

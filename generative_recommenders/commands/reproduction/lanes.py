@@ -7,6 +7,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+from absl import logging
+
 from generative_recommenders.commands.ablation.plan import Ablation, Cell, cells_of
 from generative_recommenders.commands.setup import prepare_once
 from generative_recommenders.config.gin import ROOT
@@ -52,7 +54,7 @@ def lanes_of(name: str, runs: Path, epochs: int | None) -> list[Lane]:
         plan = Ablation.load(file, bindings, runs / file.stem)
         cells = cells_of(plan.settings, file)
         names = {cell.name for cell in cells}
-        mentioned = [*plan.settings.tables.values(), [*plan.settings.published], [*plan.settings.seeds]]
+        mentioned = [*plan.settings.tables.values(), [*plan.settings.published]]
         unknown = sorted({each for given in mentioned for each in given} - names)
         if unknown:
             raise UserError(f"{file} has no cell {', '.join(unknown)}")
@@ -82,6 +84,8 @@ def _prepare(name: str, raw_root: Path, root: Path, raw_path: Path | None, tie_o
         found = resolve(source, raw_path=raw_path, data_root=raw_root, result_name=name)
         return dataclasses.replace(found, tie_order=tie_order)
 
+    if raw_path is not None and prepared_path(root, name).exists():
+        logging.info("%s is prepared already: --raw_path is not read", prepared_path(root, name))
     try:
         prepare_once(prepared_path(root, name), raw)
     except UserError as error:

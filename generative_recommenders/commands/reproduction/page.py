@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import logging
-
 from generative_recommenders.commands.ablation.tables import (
     collect,
     draw_means,
@@ -67,8 +65,8 @@ def _lane(lane: Lane, records: Sequence[Mapping[str, Any]], folder: Path, missin
     rows = {row["cell"]: row for row in results["cells"]}
     if done:
         lines += [*_conditions(lane, done), ""]
-        if picture := _picture(lane, results, done, folder / f"{lane.name}.png"):
-            lines += [f"![{settings.metric.upper()} of each model]({folder.name}/{picture.name})", ""]
+        _draw(lane, results, done, folder / f"{lane.name}.png")
+        lines += [f"![{settings.metric.upper()} of each model]({folder.name}/{lane.name}.png)", ""]
     for table, cells in settings.tables.items():
         lines += [f"### {TABLES.get(table, table)}", "", *_table(lane, cells, rows, done), ""]
     if results["pairs"]:
@@ -180,13 +178,10 @@ def _runs(done: Sequence[Mapping[str, Any]], folder: str) -> list[str]:
     return markdown_table(table)
 
 
-def _picture(lane: Lane, results: Mapping[str, Any], done: Sequence[Mapping[str, Any]], path: Path) -> Path | None:
-    """Means with intervals beside published figures, and the metric by epoch, as a PNG; None without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        logging.warning("no picture is drawn: %s", error)
-        return None
+def _draw(lane: Lane, results: Mapping[str, Any], done: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Means with intervals beside published figures, and the metric by epoch, as a PNG."""
+    from matplotlib.figure import Figure
+
     metric = lane.plan.settings.metric
     figure = Figure(figsize=(11, max(3.5, 1.2 + 0.35 * len(results["cells"]))), layout="constrained")
     means, curves = figure.subplots(1, 2)
@@ -207,4 +202,3 @@ def _picture(lane: Lane, results: Mapping[str, Any], done: Sequence[Mapping[str,
         curves.legend(fontsize=7, frameon=False, ncols=2)
     with new_file(path) as scratch:
         figure.savefig(scratch, format="png", dpi=120)
-    return path

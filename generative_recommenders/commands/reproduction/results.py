@@ -81,13 +81,20 @@ def finished_of(record: Mapping[str, Any]) -> Finished:
 
 def machine_facts(jobs: int, commit: str | None) -> dict[str, Any]:
     """Common facts of all runs of this start. jobs: runs at a time, which share the machine and its seconds. commit: of
-    this code, else what git says, with a + where files were changed since; "unknown" without git."""
+    this code, else what git says of it, with a + where files were changed since; "unknown" where it is no checkout of
+    its own, as in a virtual environment inside another one."""
     git = ["git", "-C", str(ROOT)]
     try:
-        described = [
+        top, *described = [
             subprocess.run([*git, *arguments], capture_output=True, text=True, check=True).stdout.strip()
-            for arguments in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "-uno"])
+            for arguments in (
+                ["rev-parse", "--show-toplevel"],
+                ["rev-parse", "--short=12", "HEAD"],
+                ["status", "--porcelain", "-uno"],
+            )
         ]
+        if not ROOT.samefile(top):
+            described = ["unknown", ""]
     except (OSError, subprocess.CalledProcessError):
         described = ["unknown", ""]
     try:

@@ -71,11 +71,13 @@ class Facts:
         return self.users[RANK + method].to_numpy().astype(np.int64)
 
 
-def write_facts(run: Path, dataset: SequenceDataset, split: Split, ranks: Mapping[str, Ranks]) -> None:
+def write_facts(
+    run: Path, dataset: SequenceDataset, split: Split, ranks: Mapping[str, Ranks], checkpoint: str | None = None
+) -> None:
     """Writes the tables; facts.json comes last, so that it stands for all of them.
 
     ranks: by method, the model first. Of more than `MOST_USERS` users so many are drawn, the same ones in every run on
-    these data.
+    these data. checkpoint: the name of the model's, None where it has none.
     """
     rng, folder = np.random.default_rng(0), run / FOLDER
     tested = next(iter(ranks.values()))[0].numpy()
@@ -100,6 +102,7 @@ def write_facts(run: Path, dataset: SequenceDataset, split: Split, ranks: Mappin
     manifest = dataset.manifest
     facts = {
         "version": 1,
+        "checkpoint": checkpoint,
         "data": {
             "name": manifest.name,
             "counts_before": manifest.counts_before,
@@ -124,14 +127,16 @@ def write_facts(run: Path, dataset: SequenceDataset, split: Split, ranks: Mappin
         scratch.write_text(json.dumps(facts, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def read_facts(run: Path, catalogue: Catalogue) -> Facts | None:
-    """None for a run that keeps none; UserError for what cannot be read. catalogue: ``train_fn.catalogue`` of the
-    run."""
+def read_facts(run: Path, catalogue: Catalogue, checkpoint: str) -> Facts | None:
+    """None for a run that keeps none of this checkpoint; UserError for what cannot be read. catalogue:
+    ``train_fn.catalogue`` of the run."""
     folder = run / FOLDER
     if not (folder / "facts.json").is_file():
         return None
     try:
         facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+        if facts.get("checkpoint") not in (None, checkpoint):  # the run was trained on; earlier releases kept no name
+            return None
         users, items, examples = (
             pl.read_parquet(folder / f"{name}.parquet") for name in ("users", "items", "examples")
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from absl import logging
 
 from generative_recommenders.config.gin import differences, resolved_values
 from generative_recommenders.config.schema import RunSettings
-from generative_recommenders.data.preparation.folder import new_file
+from generative_recommenders.data.preparation.folder import check_file, new_file
 from generative_recommenders.errors import UserError
 from generative_recommenders.retrieval.recommender import Recommender
 from generative_recommenders.run.model_summary import parameter_counts
@@ -30,12 +31,16 @@ def write_report(path: Path, output: Path | None = None) -> Path:
 
     UserError where the run cannot be read or the page not be written.
     """
-    return _write(output or path / "report.html", "run.html", run_page(read_run(path)))
+    run, place = read_run(path), output or path / "report.html"
+    check_file(place)  # before the pictures, which take their time
+    return _write(place, "run.html", run_page(run))
 
 
 def write_comparison(paths: Sequence[Path], output: Path) -> Path:
     """Writes the page of several runs; UserError where their numbers cannot be compared."""
-    return _write(output, "comparison.html", comparison_page([read_run(path) for path in paths]))
+    runs = [read_run(path) for path in paths]
+    check_file(output)
+    return _write(output, "comparison.html", comparison_page(runs))
 
 
 def _write(path: Path, template: str, values: Mapping[str, Any]) -> Path:
@@ -175,9 +180,9 @@ def _measured_on(run: Run) -> dict[str, str]:
 
 
 def _names(runs: Sequence[Run]) -> list[str]:
-    """Names of runs: the folder's, with a number where two are the same."""
-    plain = [run.name for run in runs]
-    return [
-        name if not plain[:place].count(name) else f"{name} ({plain[:place].count(name) + 1})"
-        for place, name in enumerate(plain)
-    ]
+    """Names of runs: the folder's, with a number where an earlier one is named so."""
+    names: list[str] = []
+    for run in runs:
+        numbered = (f"{run.name} ({number})" for number in itertools.count(2))
+        names.append(next(name for name in itertools.chain([run.name], numbered) if name not in names))
+    return names

@@ -19,8 +19,8 @@ from generative_recommenders.run.report.facts import Facts, read_facts
 class Run:
     """Records in a run's folder beside its model.
 
-    epochs, steps: records of metrics.jsonl. final: the last one of all, or that of ``evaluation.json``; empty without
-    either. best_epoch: counted from 0, None where none was picked.
+    epochs, steps: records of metrics.jsonl. final: the last one of all, or that of ``evaluation.json`` where it is of
+    this checkpoint and its settings; empty without either. best_epoch: counted from 0, None where none was picked.
     """
 
     path: Path
@@ -53,6 +53,9 @@ def read_run(path: Path) -> Run:
     final: dict[str, Any] = next((each for each in reversed(records) if each.get("part") == "final"), {})
     if not final and (path / "evaluation.json").is_file():
         final = next(iter(read_records(path / "evaluation.json", whole=True)), {})
+        # Of changed settings, or from before the run was trained on, it is no result of this run.
+        if final.get("bindings") or final.get("checkpoint") != checkpoint.path.name:
+            final = {}
     settings = RunSettings.from_json(checkpoint.settings())
     return Run(
         path,
@@ -61,7 +64,7 @@ def read_run(path: Path) -> Run:
         [each for each in records if "epoch" in each and "train_loss" in each],
         [each for each in records if "train/loss" in each and "step" in each],
         final,
-        read_facts(path, settings.data.catalogue),
+        read_facts(path, settings.data.catalogue, checkpoint.path.name),
     )
 
 
