@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import socket
 import sys
+from contextlib import suppress
 from importlib.util import find_spec
 from typing import Any
 
 from generative_recommenders.commands.program import exit_code
 from generative_recommenders.config.plugins import add_plugin_flag
-from generative_recommenders.errors import UserError, not_installed
+from generative_recommenders.errors import UserError, first_line, not_installed
 from generative_recommenders.retrieval.recommender import Recommender
 from generative_recommenders.retrieval.serve import Limits, make_app
 
@@ -38,24 +40,52 @@ def main(argv: list[str] | None = None) -> int:
         help="milliseconds that a request waits for others, %(default)s by default",
     )
     args = parser.parse_args(argv)
-    loaded: list[Any] = []
+    app: Any = None
+    listeners: list[socket.socket] = []
 
     def load() -> int:
+        nonlocal app
         if args.max_batch < 1 or not 0 <= args.wait_ms <= 60_000 or not 0 < args.port < 1 << 16:
             raise UserError("--max_batch must be 1 or more, --wait_ms from 0 to 60000, --port from 1 to 65535")
         if find_spec("uvicorn") is None:
             raise not_installed("uvicorn", "serve")
+        bind(args.host, args.port, listeners)  # before the model is loaded, which may take minutes
         recommender = Recommender.load(args.run, args.device, args.plugin)
-        loaded.append(make_app(recommender, Limits(args.max_batch, args.wait_ms / 1000)))
+        app = make_app(recommender, Limits(args.max_batch, args.wait_ms / 1000))
         return 0
 
-    if code := exit_code(load):
-        return code
-    import uvicorn  # which has its own way with SIGTERM and Ctrl-C
+    try:
+        if code := exit_code(load):
+            return code
+        import uvicorn  # which has its own way with SIGTERM and Ctrl-C
 
-    print(f"answers at http://{args.host}:{args.port}/docs; Ctrl-C ends the server", flush=True)
-    uvicorn.run(loaded[0], host=args.host, port=args.port, log_level="warning", timeout_graceful_shutdown=10)
-    return 0
+        print(f"answers at http://{args.host}:{args.port}/docs; Ctrl-C ends the server", flush=True)
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=10))
+        with suppress(KeyboardInterrupt):
+            server.run(sockets=listeners)
+        return 0 if server.started else 3
+    finally:
+        for each in listeners:
+            each.close()
+
+
+def bind(host: str, port: int, sockets: list[socket.socket]) -> None:
+    """Adds a socket bound to each address of a host, all of which refuse connections until a server listens.
+
+    UserError where one cannot be bound.
+    """
+    try:
+        for family, kind, protocol, _, address in socket.getaddrinfo(
+            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        ):
+            sockets.append(socket.socket(family, kind, protocol))
+            sockets[-1].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:  # the IPv4 address of the same host has a socket of its own
+                sockets[-1].setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            sockets[-1].bind(address)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise UserError(f"--host={host} --port={port}: cannot be listened on: {reason}") from error
 
 
 if __name__ == "__main__":

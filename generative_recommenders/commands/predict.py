@@ -20,13 +20,14 @@ from tqdm import tqdm
 
 from generative_recommenders.commands.setup import Options, prepared_dataset
 from generative_recommenders.data.loader import EvaluationLoader, query_histories
-from generative_recommenders.data.preparation.folder import new_file
+from generative_recommenders.data.preparation.folder import check_file, new_file
 from generative_recommenders.data.splits import make_split
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.distributed.memory import keep_freed_memory
 from generative_recommenders.errors import UserError, first_line
+from generative_recommenders.retrieval.frames import as_text
 from generative_recommenders.retrieval.histories import Histories
-from generative_recommenders.retrieval.recommender import Recommender
+from generative_recommenders.retrieval.recommender import MAX_USERS, Recommender
 
 SCHEMA = pa.schema(
     [
@@ -58,6 +59,7 @@ def predict(
         raise UserError("--mode=predict needs --run_dir, the folder of a trained run")
     if output.suffix not in FORMATS:
         raise UserError(f"--output={output}: the name must end in {', '.join(FORMATS)}")
+    check_file(output, "--output=")
     keep_freed_memory()
     recommender = Recommender.load(options.run_dir, plugins=options.plugins)
     data = recommender.settings.data
@@ -72,8 +74,8 @@ def predict(
     asked = _users(dataset, users, stops)
     names = dataset.original_user_ids().combine_chunks()
     with new_file(output) as scratch, writing(scratch, output.suffix) as write:
-        for start in tqdm(range(0, len(asked), recommender.batch_size), desc="users", unit="batch", disable=None):
-            some = asked[start : start + recommender.batch_size]
+        for start in tqdm(range(0, len(asked), MAX_USERS), desc="users", unit="batch", disable=None):
+            some = asked[start : start + MAX_USERS]
             batch = _batch(dataset, stops, some, recommender.reader.max_length, history)
             if recommender.known_users is not None:
                 # numbered as in training, where there may have been others
@@ -103,17 +105,26 @@ def predict(
 def _as_trained(dataset: SequenceDataset, recommender: Recommender, run: str) -> SequenceDataset:
     """The data with their event columns numbered and scaled as those of training, which may have been fewer events.
 
-    UserError where the items are others, or where a column is gone.
+    UserError where the items are others, where a column is gone, or where ratings have no embedding.
     """
+    reader = recommender.reader
     if not dataset.original_item_ids().combine_chunks().cast(pa.large_string()).equals(recommender.item_ids):
         raise UserError(f"{run} was trained on other items than {dataset.folder} holds")
     trained = {each["name"]: each for each in recommender.facts.get("event_columns", ())}
     extra, described = dict(dataset.extra), []
-    if missing := sorted(trained.keys() - extra.keys()):
+    if missing := [name for name in reader.needed_columns if name not in dataset.columns]:
         raise UserError(
             f"{dataset.folder} has no column {missing[0]!r}, which the model reads of each event: "
             "prepare the data with it"
         )
+    if reader.needs_ratings and reader.num_ratings is not None:
+        assert dataset.ratings is not None
+        least, most = dataset.ratings.min(), dataset.ratings.max()
+        if not 0 <= least <= most < reader.num_ratings:
+            raise UserError(
+                f"{dataset.folder} has ratings from {least:g} to {most:g}, and the model reads those from 0 to "
+                f"{reader.num_ratings - 1} that it was trained on: prepare the data with these"
+            )
     for column in dataset.manifest.event_columns:
         then = trained.get(column.name)
         if then is None:
@@ -164,17 +175,21 @@ def _ids(path: str, flag: str, column: str) -> list[str]:
     """Ids of a text file, one a line, or of the column of a .csv or .parquet, such as this command writes; each
     once."""
     try:
-        if Path(path).suffix in (".csv", ".parquet"):
+        suffix = Path(path).suffix.lower()
+        if suffix in (".csv", ".parquet"):
             # as text: 0307887898 is no number
-            frame = pl.read_csv(path, infer_schema_length=0) if path.endswith(".csv") else pl.read_parquet(path)
+            frame = pl.read_csv(path, infer_schema_length=0) if suffix == ".csv" else pl.read_parquet(path)
             if column not in frame.columns:
                 raise UserError(f"{flag}={path} has no column {column!r}; it has: {', '.join(frame.columns)}")
-            return frame[column].cast(pl.String).unique(maintain_order=True).drop_nulls().to_list()
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+            return as_text(frame[column]).unique(maintain_order=True).drop_nulls().to_list()
+        # a line ends where it does for the programs that write such files; an id may hold other ends of Unicode, and
+        # spaces around it
+        text = Path(path).read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError, pl.exceptions.PolarsError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise UserError(f"{flag}={path}: cannot be read: {reason}") from error
-    return [*dict.fromkeys(line.strip() for line in lines if line.strip())]
+    lines = (line.removesuffix("\r") for line in text.split("\n"))
+    return [*dict.fromkeys(line for line in lines if line.strip())]
 
 
 @contextmanager

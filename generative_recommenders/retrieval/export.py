@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,9 @@ def export_program(recommender: Recommender) -> torch.export.ExportedProgram:
     check_products(recommender)
     inputs = query_inputs(recommender)
     batch = torch.export.Dim("batch", min=1, max=1 << 20)
-    length = torch.export.Dim("length", min=1, max=recommender.reader.max_length)
+    window = recommender.reader.max_length
+    # torch refuses a range of one
+    length = torch.export.Dim("length", min=1, max=window) if window > 1 else torch.export.Dim.STATIC
     shapes = [{0: batch, 1: length} if x.dim() == 2 else {0: batch} for x in inputs.values()]
     encoder = QueryEncoder(recommender.model, tuple(inputs)[2:]).eval()
     dynamic = (*shapes[:2], *([tuple(shapes[2:])] if shapes[2:] else []))
@@ -93,12 +96,17 @@ def check_products(recommender: Recommender) -> None:
         )
 
 
+def check_installed(form: str) -> None:
+    """UserError where what writes a format is missing."""
+    package = {"onnx": "onnxscript", "faiss": "faiss"}.get(form)
+    if package is not None and find_spec(package) is None:
+        raise not_installed(form, "export")
+
+
 def write_onnx(program: torch.export.ExportedProgram, path: Path, names: list[str]) -> None:
-    """names: of the inputs, in their order; the output is ``states``."""
-    try:
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise not_installed("onnx", "export") from error
+    """names: of the inputs, in their order; the output is ``states``. Weights of more than torch puts into one file
+    (1.5 GB) go into another beside it, whose name ends in ``.data``."""
+    check_installed("onnx")
     # its optimizer takes the epsilon of a layer norm, 1e-8, for zero: padding would become NaN
     exported = torch.onnx.export(
         program, dynamo=True, input_names=names, output_names=["states"], optimize=False, verbose=False
@@ -109,10 +117,9 @@ def write_onnx(program: torch.export.ExportedProgram, path: Path, names: list[st
 
 def build_index(embeddings: np.ndarray, kind: str) -> Any:
     """A faiss index of items ``[V, D]`` by inner product; its ids are internal ids minus 1."""
-    try:
-        import faiss
-    except ImportError as error:
-        raise not_installed("faiss", "export") from error
+    check_installed("faiss")
+    import faiss
+
     count, dim = embeddings.shape
     index: Any = faiss.IndexFlatIP(dim)
     if kind == "ivf":

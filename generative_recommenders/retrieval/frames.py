@@ -22,6 +22,10 @@ OUTPUTS: tuple[str, ...] = get_args(Output)
 MAX_NUMBER = 1 << 53
 """Numbers, times among them, lie between this and its negative: whole ones that JSON and floats keep."""
 
+SECONDS = 22_000_102, 10**11 - 1
+"""Times from the one to the other are seconds, whatever lies beside them: smaller ones may be dates as 20230531, larger
+ones milliseconds."""
+
 _FIRST_TIMES = 1000
 """Times by which the form of a column is recognised."""
 
@@ -52,10 +56,11 @@ def as_frame(given: Any, what: str = "histories") -> pl.DataFrame:
 def history_frame(histories: Any, further: Iterable[str] = (), what: str = "histories") -> pl.DataFrame:
     """Histories as one row an event, with those of the further columns that there are.
 
-    UserError where ``user_id`` or ``item_id`` is no column, ids of users are missing, or values are lists.
+    UserError where ``user_id`` or ``item_id`` is no column, ids of users are missing or one user's twice, or values are
+    lists.
     """
     if isinstance(histories, Mapping):
-        lists = {user: listed(items, f"the history of user {user!r}") for user, items in histories.items()}
+        lists = {user: in_order(items, f"the history of user {user!r}") for user, items in histories.items()}
         users = [user for user, items in lists.items() for _ in items]
         items = [item for each in lists.values() for item in each]
         # a user without events is still a user
@@ -63,6 +68,11 @@ def history_frame(histories: Any, further: Iterable[str] = (), what: str = "hist
         columns = {"user_id": [*users, *empty], "item_id": [*items, *([None] * len(empty))]}
         frame = pl.DataFrame(columns, strict=False)
         frame = frame if items else frame.cast({"item_id": pl.String})
+        own = frame["user_id"]
+        if own.dtype == pl.String and own.n_unique() < len(lists):
+            raise UserError(f"{what}: user_id has the same text twice, as 7 and '7'; give each user once")
+        if own.null_count() and None not in lists:
+            raise _large_ids(what)
     else:
         frame = as_frame(histories, what)
     for name in ("item_id", "user_id"):
@@ -73,6 +83,8 @@ def history_frame(histories: Any, further: Iterable[str] = (), what: str = "hist
     for column in frame:
         if column.dtype.is_nested() or column.dtype in (pl.Object, pl.Binary, pl.Time, pl.Duration):
             raise UserError(f"{what}: {column.name} holds {column.dtype}; a value is a text, a number or a date")
+    if str(frame["user_id"].dtype).endswith("Int128"):  # which the tables of answers cannot hold
+        raise _large_ids(what)
     if frame["user_id"].null_count():
         raise UserError(f"{what}: user_id is missing in {frame['user_id'].null_count()} rows")
     return frame.with_columns(whole_ids(frame["item_id"])) if frame["item_id"].dtype.is_float() else frame
@@ -117,6 +129,11 @@ def whole_ids(ids: pl.Series) -> pl.Series:
     return known.cast(pl.Int64, strict=False) if whole.all() else ids
 
 
+def as_text(ids: Any) -> pl.Series:
+    """Ids as text; floats that `whole_ids` takes for integers as these."""
+    return whole_ids(pl.Series("ids", ids, strict=False)).cast(pl.String)
+
+
 def as_numbers(values: pl.Series, kind: type[pl.DataType]) -> pl.Series:
     """Values as numbers, missing ones stay so; UserError with the first that is none."""
     found = values.cast(kind, strict=False)
@@ -134,8 +151,24 @@ def listed(values: Any, what: str) -> list[Any]:
     return list(found)
 
 
+def _large_ids(what: str) -> UserError:
+    return UserError(f"{what}: user_id holds integers that 64 bits do not hold; give such ids as text")
+
+
+def in_order(items: Any, what: str) -> list[Any]:
+    """The items of a history as a list; UserError also for a set, which has no order."""
+    if isinstance(items, (set, frozenset)):
+        raise UserError(f"{what} is a set, which has no order: give a list of items, oldest first")
+    return listed(items, what)
+
+
+def user_key(user: Any) -> str:
+    """A user as text, since 7 may be "7" elsewhere, or 7.0 in a table of pandas."""
+    return str(int(user) if isinstance(user, float) and user.is_integer() else user)
+
+
 def candidate_lists(candidates: Any) -> list[Any] | dict[str, list[Any]]:
-    """Items for all users, or those of each user; by user as text, since 7 may be "7" elsewhere.
+    """Items for all users, or those of each user by its `user_key`.
 
     candidates: a list, a mapping by user, or a table of ``item_id`` and, by user, ``user_id``.
     """
@@ -147,7 +180,7 @@ def candidate_lists(candidates: Any) -> list[Any] | dict[str, list[Any]]:
         candidates = dict(zip(groups["user_id"].to_list(), groups["item_id"].to_list()))
     if not isinstance(candidates, Mapping):
         return listed(candidates, "candidates")
-    return {str(user): listed(items, f"candidates of user {user!r}") for user, items in candidates.items()}
+    return {user_key(user): listed(items, f"candidates of user {user!r}") for user, items in candidates.items()}
 
 
 def seconds(at: Any) -> int | None:
@@ -179,11 +212,12 @@ def answer_frame(
     """
     row, column = (items > 0).nonzero(as_tuple=True)
     taken = item_ids.take(pa.array((items[row, column] - 1).numpy()))
-    if numeric:
+    for kind in (pa.int64(), pa.uint64()) if numeric else ():
         with contextlib.suppress(pa.ArrowInvalid):  # there may be items whose ids are no numbers
-            numbers = taken.cast(pa.int64())
+            numbers = taken.cast(kind)
             # "007" is none either: as 7 it would be another item
             taken = numbers if numbers.cast(taken.type).equals(taken) else taken
+            break
     frame = pl.DataFrame(
         {
             "user_id": pl.Series(users, strict=False).gather(row.numpy()) if users else [],

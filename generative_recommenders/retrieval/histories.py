@@ -18,6 +18,7 @@ from absl import logging
 from generative_recommenders.errors import UserError
 from generative_recommenders.retrieval.frames import (
     as_numbers,
+    as_text,
     history_frame,
     parsed_times,
     whole_ids,
@@ -29,12 +30,13 @@ from generative_recommenders.retrieval.frames import (
 class Histories:
     """Some users' histories. users: as given, ``[B]``. batch: columns of an evaluation loader. seen: for each user,
     internal ids of everything in the history, also what is older than the window. numeric: whether items were given as
-    numbers."""
+    numbers. counts: for each user, events that the model can read, also those before the window."""
 
     users: list[Any]
     batch: dict[str, torch.Tensor]
     seen: list[np.ndarray]
     numeric: bool = False
+    counts: Sequence[int] = ()
 
 
 @dataclass
@@ -152,7 +154,8 @@ class HistoryReader:
                     wanted = f"a number from 0 to {self.num_ratings - 1}, as the ratings that the model was trained on"
             wrong = ~fits.fill_null(False)
             if wrong.any():
-                event = known.row(int(wrong.arg_max() or 0), named=True)
+                # these columns alone: a time far from now is no datetime of Python
+                event = known.select(name, "user_id", "item_id").row(int(wrong.arg_max() or 0), named=True)
                 raise UserError(
                     f"{name} {event[name]!r} of user {event['user_id']!r}, item {event['item_id']!r} is not {wanted}"
                 )
@@ -201,13 +204,12 @@ class HistoryReader:
             batch["next_timestamps"] = last if at is None else torch.full_like(last, at)
         ends = np.cumsum(np.bincount(rows, minlength=len(users)))
         seen = [np.unique(each) for each in np.split(items, ends[:-1])]
-        return Histories(users, batch, seen, numeric)
+        return Histories(users, batch, seen, numeric, counts.tolist())
 
 
 def _internal_ids(known: pd.Index, ids: Any) -> np.ndarray:
     """Internal ids ``[n]`` int64 of original ones, 0 for unknown ones. known: as text, row i is internal id i + 1."""
-    text = whole_ids(pl.Series("ids", ids, strict=False)).cast(pl.String)
-    return known.get_indexer(pd.Index(text.to_list(), dtype=object)).astype(np.int64) + 1
+    return known.get_indexer(pd.Index(as_text(ids).to_list(), dtype=object)).astype(np.int64) + 1
 
 
 def _event_column(values: pl.Series, column: Mapping[str, Any]) -> pl.Series:
@@ -215,12 +217,13 @@ def _event_column(values: pl.Series, column: Mapping[str, Any]) -> pl.Series:
     if column["kind"] == "categorical":
         known = pa.array(column["categories"], pa.large_string())
         text = values.cast(pl.String)
-        # Integers may have become floats, where one is missing; a float is a category of its own where the data have
-        # it.
+        # Integers may have become floats, where one is missing or in JSON, which the server hands on as text; a float
+        # is a category of its own where the data have it.
+        whole = whole_ids(values).cast(pl.String).str.replace(r"^(-?\d{1,15})\.0$", "${1}")
         ids = pc.coalesce(
             *(
                 pc.index_in(each.str.strip_chars().to_arrow().cast(pa.large_string()), value_set=known)
-                for each in (text, whole_ids(values).cast(pl.String))
+                for each in (text, whole)
             )
         )
         return (pl.Series(values.name, pl.from_arrow(ids)).cast(pl.Int64) + 1).fill_null(0)

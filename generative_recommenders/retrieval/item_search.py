@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 
@@ -14,6 +17,9 @@ from generative_recommenders.retrieval.histories import Histories
 from generative_recommenders.retrieval.product_search import search_products
 from generative_recommenders.retrieval.quantized_search import QuantizedItems
 from generative_recommenders.retrieval.selection import fill, largest
+
+MAX_SCORES = 1 << 25
+"""Scores, or numbers of candidates' embeddings, held at a time, where all are: 128 MiB."""
 
 
 class ItemSearch:
@@ -34,43 +40,72 @@ class ItemSearch:
         queries: Queries,
         k: int,
         exclude_seen: bool = True,
-        allowed: torch.Tensor | None = None,
+        allowed: torch.Tensor | list[torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Scores and internal ids ``[B, k]`` of the best items, on the CPU.
 
-        queries: of the histories. allowed: sorted internal ids of candidates, ``[R]`` or by row ``[B, R]``, padded
-        with 0. An empty history gets the most popular items. Places without an item have minus infinity and id 0.
+        queries: of the histories. allowed: sorted internal ids of candidates, ``[R]``, or B of these, one a row. An
+        empty history gets the most popular items. Places without an item have minus infinity and id 0.
         """
         k, seen = min(k, self.num_items), None
         if exclude_seen:
             rows = [torch.from_numpy(each) for each in histories.seen]
             seen = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         product = self.model.similarity.operands(queries.states[:0], self.snapshot.embeddings[:0]) is not None
-        if product and (allowed is None or allowed.dim() == 1):
+        if product and not isinstance(allowed, list):
             values, ids = self._search(queries, k, seen, allowed)
         else:
-            with torch.no_grad():
-                scores = self.model.score(queries, self.snapshot if allowed is None else allowed)
-            values, ids = self._best_of_scores(scores.float().cpu(), k, seen, allowed)
+            every = torch.arange(len(queries.states))
+            values, ids = self._in_steps(every, partial(self._scores, queries), k, seen, allowed)
         empty = (histories.batch["lengths"] == 0).nonzero()[:, 0]
         if len(empty):
-            seen = None if seen is None else seen[empty]
-            allowed = allowed if allowed is None or allowed.dim() == 1 else allowed[empty]
-            popularity = self._popularity(allowed).expand(len(empty), -1)
-            values[empty], ids[empty] = self._best_of_scores(popularity, k, seen, allowed)
+            values[empty], ids[empty] = self._in_steps(empty, self._popularity, k, seen, allowed)
         return values, ids
 
-    def _popularity(self, allowed: torch.Tensor | None) -> torch.Tensor:
-        """Training events of all items ``[V]``, or of those allowed, minus infinity for padding."""
+    def _in_steps(
+        self,
+        rows: torch.Tensor,
+        score: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor],
+        k: int,
+        seen: torch.Tensor | None,
+        allowed: torch.Tensor | list[torch.Tensor] | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`best` of some rows by all of their scores, as many rows at a time as `MAX_SCORES` allows.
+
+        score: some rows, and their candidates (see `_best_of_scores`), to scores.
+        """
+        numbers = self.num_items
+        if isinstance(allowed, list):  # whose embeddings are gathered for each row
+            numbers = max(numbers, max(map(len, allowed)) * self.snapshot.embeddings.shape[1])
+        found = []
+        for some in rows.split(max(1, MAX_SCORES // max(1, numbers))):
+            own = allowed
+            if isinstance(own, list):
+                own = torch.nn.utils.rnn.pad_sequence([own[row] for row in some.tolist()], batch_first=True)
+            found.append(self._best_of_scores(score(some, own), k, None if seen is None else seen[some], own))
+        values, ids = zip(*found)
+        return torch.cat(values), torch.cat(ids)
+
+    @torch.no_grad()
+    def _scores(self, queries: Queries, rows: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor:
+        """Scores of some of the queries, on the CPU."""
+        users = None if queries.user_ids is None else queries.user_ids[rows]
+        items = self.snapshot if allowed is None else allowed
+        return self.model.score(Queries(queries.states[rows], users), items).float().cpu()
+
+    def _popularity(self, rows: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor:
+        """Training events of all items for each row, or of those allowed, minus infinity for padding."""
         if self.counts is None:
             raise UserError("fallback='popular': checkpoints of releases before 0.2.0 have no counts of items")
         counts = self.counts.float()
-        return counts if allowed is None else F.pad(counts, (1, 0), value=-torch.inf)[allowed]
+        counts = counts if allowed is None else F.pad(counts, (1, 0), value=-torch.inf)[allowed]
+        return counts.expand(len(rows), -1)
 
     def _best_of_scores(
         self, scores: torch.Tensor, k: int, seen: torch.Tensor | None, allowed: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`best` by the scores ``[n, V]`` of all items, or ``[n, R]`` of those allowed."""
+        """`best` by the scores ``[n, V]`` of all items, or ``[n, R]`` of those allowed ``[R]`` or ``[n, R]``, padded
+        with 0."""
         ids = torch.arange(1, self.num_items + 1) if allowed is None else allowed
         ids = ids.expand(len(scores), -1)
         if seen is not None:

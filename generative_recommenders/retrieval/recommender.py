@@ -35,10 +35,13 @@ from generative_recommenders.retrieval.frames import (
     Output,
     answer_frame,
     as_frame,
+    as_text,
     candidate_lists,
+    in_order,
     is_table,
     listed,
     seconds,
+    user_key,
     whole_ids,
 )
 from generative_recommenders.retrieval.histories import Histories, HistoryReader
@@ -52,8 +55,6 @@ MAX_USERS = 1024
 FEW_TOKENS = 256
 """Events up to which one thread encodes at least as fast as several, and far faster beside other work: threads wait for
 each other after every operation, and each lasts microseconds."""
-MAX_SCORES = 1 << 25
-"""Scores held at a time, where all are: 128 MiB."""
 
 
 class Recommender:
@@ -95,6 +96,7 @@ class Recommender:
         )
         self.snapshot = self.model.catalogue()
         self.search = ItemSearch(self.model, self.snapshot, self.counts)
+        self._directions: torch.Tensor | None = None  # embeddings of length 1, made by the first `similar_items`
 
     @classmethod
     def load(cls, run: str | Path, device: str = "auto", plugins: str | Sequence[str] = ()) -> Recommender:
@@ -161,24 +163,20 @@ class Recommender:
         if fallback not in (None, "popular"):
             raise UserError(f"fallback {fallback!r} is unknown; known: popular")
         users, values, ids, numeric = [], [torch.empty(0, k)], [torch.empty(0, k, dtype=torch.int64)], False
-        allowed, of_users = None, {}
         lists = None if candidates is None else candidate_lists(candidates)
-        by_user = isinstance(lists, dict)
-        if isinstance(lists, dict):
-            self.allowed([item for each in lists.values() for item in each])  # one warning for all
-            of_users = {user: self.allowed(items, warn=False) for user, items in lists.items()}
-        elif lists is not None:
-            allowed = self.allowed(lists)
+        allowed: torch.Tensor | list[torch.Tensor] | None = self.allowed(lists) if isinstance(lists, list) else None
+        unknown = 0
         for some, queries in self._queries(histories, at, keep_empty=fallback == "popular"):
-            if by_user:
-                none = torch.empty(0, dtype=torch.int64)
-                rows = [of_users.get(str(user), none) for user in some.users]
-                allowed = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+            if isinstance(lists, dict):
+                allowed, dropped = self._allowed_by_row([lists.get(user_key(user), []) for user in some.users])
+                unknown += dropped
             best, found = self.search.best(some, queries, k, exclude_seen, allowed)
             users += some.users
             values.append(best)
             ids.append(found)
             numeric = some.numeric
+        if unknown:
+            logging.warning("%d candidates are no items that the model knows", unknown)
         scores, items = torch.cat(values), torch.cat(ids)
         if output == "torch":
             return scores, items
@@ -225,7 +223,9 @@ class Recommender:
         one = isinstance(items, (str, int, np.integer))
         k, items = self._checked(k), listed([items] if one else items, "items")
         own = self.reader.known(items)
-        every = F.normalize(self.snapshot.embeddings.float(), dim=-1)
+        if self._directions is None:
+            self._directions = F.normalize(self.snapshot.embeddings.float(), dim=-1)
+        every = self._directions
         cosines, ids = search_products(every[own.to(every.device) - 1], every, k, own[:, None].to(every.device))
         numeric = len(items) > 0 and isinstance(items[0], (int, np.integer))
         frame = answer_frame(self.item_ids, items, ids.cpu(), cosines.cpu(), numeric)
@@ -240,7 +240,7 @@ class Recommender:
         if is_table(history):
             frame = as_frame(history)
         else:
-            frame = pl.DataFrame({"item_id": listed(history, "history")}, strict=False)
+            frame = pl.DataFrame({"item_id": in_order(history, "history")}, strict=False)
         return self._extend(session, frame if len(frame) else pl.DataFrame({"item_id": [None]}))
 
     def append(self, session: Session, item: Any, **columns: Any) -> Session:
@@ -297,11 +297,6 @@ class Recommender:
 
     # -- parts --------------------------------------------------------------------------------------------------
 
-    @property
-    def batch_size(self) -> int:
-        """Users that are answered together: as many as the memory for their scores allows."""
-        return max(1, min(MAX_USERS, MAX_SCORES // max(1, len(self.item_ids))))
-
     def allowed(self, candidates: Any, warn: bool = True) -> torch.Tensor:
         """Sorted internal ids of the known ones among the items that may be recommended; others are counted in a
         warning."""
@@ -309,6 +304,13 @@ class Recommender:
         if warn and not ids.all():
             logging.warning("%d candidates are no items that the model knows", (ids == 0).sum())
         return torch.from_numpy(np.unique(ids[ids > 0]))
+
+    def _allowed_by_row(self, lists: list[list[Any]]) -> tuple[list[torch.Tensor], int]:
+        """`allowed` of each list, and how many candidates are unknown; all are looked up together."""
+        texts = [as_text(items) for items in lists]
+        ids = self.reader.internal(pl.concat(texts))
+        parts = np.split(ids, np.cumsum([len(each) for each in texts])[:-1])
+        return [torch.from_numpy(np.unique(each[each > 0])) for each in parts], int((ids == 0).sum())
 
     def queries(self, histories: Histories) -> Queries:
         """Queries of a batch of histories, which items are scored against."""
@@ -328,5 +330,5 @@ class Recommender:
             if len(histories) or keep_empty:
                 yield some, histories.encode(self.model, at)
             return
-        for some in self.reader.read(histories, at, self.batch_size, keep_empty):
+        for some in self.reader.read(histories, at, MAX_USERS, keep_empty):
             yield some, self.queries(some)

@@ -16,10 +16,13 @@ from absl import logging
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from generative_recommenders.errors import UserError, not_installed
-from generative_recommenders.retrieval.frames import MAX_NUMBER, seconds
+from generative_recommenders.retrieval.frames import MAX_NUMBER, SECONDS, parsed_times, seconds
+from generative_recommenders.retrieval.histories import HistoryReader
 from generative_recommenders.retrieval.recommender import Recommender
 
 MAX_HISTORY, MAX_CANDIDATES, MAX_K = 10_000, 10_000, 1000
+MAX_SIMILAR = 10_000
+"""Items that one request for similar ones may be answered with."""
 Item = Annotated[str, Field(max_length=1000)] | int
 Cell = float | int | str | None
 
@@ -55,6 +58,14 @@ class SimilarRequest(BaseModel):
     items: list[Item] = Field(min_length=1, max_length=1000)
     k: int = Field(10, ge=1, le=MAX_K)
 
+    @model_validator(mode="after")
+    def _answer_is_not_too_long(self) -> SimilarRequest:
+        if len(self.items) * self.k > MAX_SIMILAR:
+            raise ValueError(
+                f"{len(self.items)} items with k {self.k} have an answer of more than {MAX_SIMILAR}: ask in parts"
+            )
+        return self
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -72,6 +83,7 @@ def answer(recommender: Recommender, requests: list[RecommendRequest]) -> list[l
     answer."""
     reader = recommender.reader
     answers: list[list[dict[str, Any]] | UserError] = []
+    columns: list[dict[str, pl.Series]] = []
     groups: dict[tuple[bool, bool], list[int]] = {}
     for number, request in enumerate(requests):
         # What is wrong with one request's columns is found before they share a frame with others'.
@@ -84,6 +96,12 @@ def answer(recommender: Recommender, requests: list[RecommendRequest]) -> list[l
         ]
         if missing:
             wrong = [UserError(f"columns: the model reads {' and '.join(missing)} of each event")]
+        columns.append({})
+        if not wrong:
+            try:
+                columns[-1] = _event_columns(reader, request)
+            except UserError as error:
+                wrong = [error]
         answers.append(wrong[0] if wrong else [])
         if not wrong:
             groups.setdefault((request.exclude_seen, request.candidates is None), []).append(number)
@@ -92,7 +110,13 @@ def answer(recommender: Recommender, requests: list[RecommendRequest]) -> list[l
         while parts:
             part = parts.pop()
             try:
-                found = _ranked(recommender, [requests[each] for each in part], exclude_seen, everything)
+                found = _ranked(
+                    recommender,
+                    [requests[each] for each in part],
+                    [columns[each] for each in part],
+                    exclude_seen,
+                    everything,
+                )
                 for number, ranked in zip(part, found):
                     answers[number] = ranked
             except UserError as error:  # only the request that brought it is refused
@@ -103,34 +127,56 @@ def answer(recommender: Recommender, requests: list[RecommendRequest]) -> list[l
     return answers
 
 
+def _event_columns(reader: HistoryReader, request: RecommendRequest) -> dict[str, pl.Series]:
+    """Columns of a request's events, or of one missing event: times as datetimes, since the unit of one request's
+    numbers is not to be told from those of others. UserError for a number that is no time."""
+    times = {"timestamp", *(each["name"] for each in reader.event_columns if each["kind"] == "time")}
+    columns = {}
+    for name in reader.needed_columns:
+        values = request.columns[name] or [None]
+        # not strict: categories come as texts and as numbers
+        column = pl.Series(name, values, pl.Float64 if name in reader.number_columns else pl.String, strict=False)
+        if name in times:
+            if not all(
+                value is None or (not isinstance(value, str) and SECONDS[0] <= value <= SECONDS[1]) for value in values
+            ):
+                column = parsed_times(column)  # which takes as long as the rest of a small answer
+                if not column.dtype.is_temporal() and (column.abs() > MAX_NUMBER // 10**6).any():
+                    raise UserError(f"columns: {name} holds a number that is no time")
+            if not column.dtype.is_temporal():
+                column = (column * 10**6).cast(pl.Int64)
+            column = column.cast(pl.Datetime("us"))
+        columns[name] = column
+    return columns
+
+
 def _ranked(
-    recommender: Recommender, requests: list[RecommendRequest], exclude_seen: bool, everything: bool
+    recommender: Recommender,
+    requests: list[RecommendRequest],
+    columns: list[dict[str, pl.Series]],
+    exclude_seen: bool,
+    everything: bool,
 ) -> list[list[dict[str, Any]]]:
-    names = recommender.reader.needed_columns
-    columns: dict[str, list[Any]] = {name: [] for name in ("user_id", "item_id", *names)}
+    """Answers to requests of one kind. columns: of each one's events, see `_event_columns`."""
+    users: list[int] = []
+    items: list[str | None] = []
     for number, request in enumerate(requests):
-        count = max(1, len(request.history))
-        columns["user_id"] += [number] * count
-        columns["item_id"] += [str(item) for item in request.history] or [None]
-        for name in names:
-            columns[name] += request.columns[name] or [None]
-    numbers = recommender.reader.number_columns
-    kinds = {name: pl.Float64 if name in numbers else pl.String for name in names} | {"item_id": pl.String}
-    # not strict: categories come as texts and as numbers
-    frame = pl.DataFrame(columns, schema_overrides=kinds, strict=False)
+        users += [number] * max(1, len(request.history))
+        items += [str(item) for item in request.history] or [None]
+    frame = pl.DataFrame({"user_id": users, "item_id": pl.Series(items, dtype=pl.String)})
+    frame = frame.with_columns(pl.concat([each[name] for each in columns]) for name in columns[0])
     (histories,) = recommender.reader.read(frame, None, len(requests), keep_empty=True, warn=False)
     batch = histories.batch
-    users = ["" if request.user_id is None else request.user_id for request in requests]
-    batch["user_ids"] = torch.from_numpy(recommender.reader.internal_users(users))
+    names = ["" if request.user_id is None else request.user_id for request in requests]
+    batch["user_ids"] = torch.from_numpy(recommender.reader.internal_users(names))
     for row, request in enumerate(requests):
         if "next_timestamps" in batch and (at := seconds(request.at)) is not None:
             batch["next_timestamps"][row] = at
     allowed = None
     if not everything:
-        lists = [
+        allowed = [
             recommender.allowed([str(item) for item in request.candidates or ()], warn=False) for request in requests
         ]
-        allowed = torch.nn.utils.rnn.pad_sequence(lists, batch_first=True)
     popular = torch.tensor([request.popular and recommender.counts is not None for request in requests])
     answered = popular | (batch["lengths"] > 0)
     batch["lengths"][~answered] = 1  # of padding, so that nobody looks for the most popular items
@@ -145,19 +191,44 @@ def _ranked(
     return found
 
 
+def nearest(recommender: Recommender, request: SimilarRequest) -> dict[str, list[dict[str, Any]]]:
+    """The nearest items ``{"item_id", "score"}`` of each item; UserError for an unknown one."""
+    items = list(dict.fromkeys(str(item) for item in request.items))
+    frame = recommender.similar_items(items, request.k)
+    found: dict[str, list[dict[str, Any]]] = {item: [] for item in items}
+    for item, near, score in zip(frame["item_id"], frame["similar_id"], frame["score"].tolist()):
+        found[item].append({"item_id": near, "score": score})
+    return found
+
+
 class Batcher:
     """Collects requests for a moment and answers them in one thread. observe: told the size of every batch."""
 
     def __init__(self, recommender: Recommender, limits: Limits, observe: Callable[[int], None]) -> None:
         self.recommender, self.limits, self.observe = recommender, limits, observe
         self.thread = ThreadPoolExecutor(1)
-        self.waiting: asyncio.Queue[tuple[RecommendRequest, asyncio.Future]] = asyncio.Queue(limits.max_waiting)
+        self.waiting: asyncio.Queue[tuple[RecommendRequest, asyncio.Future]] = asyncio.Queue()
+        self.similar_waiting = 0
+
+    def _check_room(self) -> None:
+        if self.waiting.qsize() + self.similar_waiting >= self.limits.max_waiting:
+            raise asyncio.QueueFull
 
     async def ask(self, request: RecommendRequest) -> list[dict[str, Any]]:
         """UserError where the model cannot answer; `asyncio.QueueFull` where too many wait."""
+        self._check_room()
         future: asyncio.Future = asyncio.get_running_loop().create_future()
         self.waiting.put_nowait((request, future))
         return await future
+
+    async def ask_similar(self, request: SimilarRequest) -> dict[str, list[dict[str, Any]]]:
+        """`nearest` in the thread of the answers; `asyncio.QueueFull` where too many wait."""
+        self._check_room()
+        self.similar_waiting += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self.thread, nearest, self.recommender, request)
+        finally:
+            self.similar_waiting -= 1
 
     async def run(self) -> None:
         """Answers until it is cancelled."""
@@ -167,9 +238,12 @@ class Batcher:
             until = loop.time() + self.limits.wait
             while len(some) < self.limits.max_batch:
                 try:
-                    some.append(await asyncio.wait_for(self.waiting.get(), max(0.0, until - loop.time())))
-                except TimeoutError:
-                    break
+                    some.append(self.waiting.get_nowait())
+                except asyncio.QueueEmpty:
+                    try:
+                        some.append(await asyncio.wait_for(self.waiting.get(), until - loop.time()))
+                    except TimeoutError:
+                        break
             self.observe(len(some))
             requests = [request for request, _ in some]
             answers: Sequence[list[dict[str, Any]] | Exception]
@@ -245,27 +319,21 @@ def make_app(recommender: Recommender, limits: Limits | None = None) -> Any:
 
     batches = _add_metrics(app)
 
-    @app.post("/recommend", summary="The k best items after a history")
-    async def recommend(request: RecommendRequest) -> dict[str, Any]:
+    async def answered(asked: Awaitable[Any]) -> Any:
         try:
-            return {"items": await batcher.ask(request)}
+            return await asked
         except UserError as error:
             raise fastapi.HTTPException(422, str(error)) from error
         except asyncio.QueueFull as error:
             raise fastapi.HTTPException(503, "too many requests wait: try again later") from error
 
+    @app.post("/recommend", summary="The k best items after a history")
+    async def recommend(request: RecommendRequest) -> dict[str, Any]:
+        return {"items": await answered(batcher.ask(request))}
+
     @app.post("/similar", summary="The k nearest other items of items")
     async def similar(request: SimilarRequest) -> dict[str, Any]:
-        items = list(dict.fromkeys(str(item) for item in request.items))
-        loop = asyncio.get_running_loop()
-        try:
-            frame = await loop.run_in_executor(batcher.thread, recommender.similar_items, items, request.k)
-        except UserError as error:
-            raise fastapi.HTTPException(422, str(error)) from error
-        found: dict[str, list[dict[str, Any]]] = {item: [] for item in items}
-        for item, near, score in zip(frame["item_id"], frame["similar_id"], frame["score"]):
-            found[item].append({"item_id": near, "score": float(score)})
-        return {"items": found}
+        return {"items": await answered(batcher.ask_similar(request))}
 
     @app.get("/health")
     async def health() -> dict[str, Any]:

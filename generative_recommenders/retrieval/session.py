@@ -56,7 +56,7 @@ class Session:
             # Unless a request brings its own, the time of the last event.
             times = torch.nn.functional.pad(self._columns["timestamps"], (1, 0))
             self._of_user["next_timestamps"] = times[:, -1]
-        self._total += length
+        self._total += histories.counts[0]
         if length:
             self._state = None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import pyarrow as pa
 import pytest
 
 from generative_recommenders import Recommender
-from generative_recommenders.commands.predict import predict
+from generative_recommenders.commands.predict import _ids, predict
 from generative_recommenders.commands.setup import Options
 from generative_recommenders.data.preparation.prepare import prepare_batches
 from generative_recommenders.data.readers.events import RawRatings
@@ -112,6 +113,49 @@ def test_data_that_grew_since_are_read_as_in_training(tmp_path: Path) -> None:
     prepared(events.drop(columns="progress"))
     with pytest.raises(UserError, match="has no column 'progress', which the model reads of each event"):
         predict(options, "all", "all", 5, False, None, tmp_path / "none.parquet")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda events: events.drop(columns="timestamp"), "has no column 'timestamp', which the model reads"),
+        (lambda events: events.drop(columns="rating"), "has no column 'rating', which the model reads"),
+        (lambda events: events.assign(rating=50.0), "has ratings from 50 to 50, and the model reads those from 0 to 5"),
+    ],
+)
+def test_data_that_the_model_cannot_read_are_refused(
+    tmp_path: Path, change: Callable[[pd.DataFrame], pd.DataFrame], words: str
+) -> None:
+    rows = [(f"u{user}", f"i{item}", 3.0, item) for user in range(9) for item in range(8)]
+    events = pd.DataFrame(rows, columns=["user", "item", "rating", "timestamp"])
+    folder = tmp_path / "prepared" / "changes"
+
+    def prepared(events: pd.DataFrame) -> SequenceDataset:
+        types = {"timestamp": pa.int64(), "rating": pa.float32()}
+        table = pa.table({name: pa.array(events[name], types.get(name, pa.large_string())) for name in events.columns})
+        prepare_batches(RawRatings("changes", [tmp_path / "changes.csv"]), [table], folder, 1 << 30)
+        return SequenceDataset.open(folder)
+
+    choice = {"main_module": "HSTU", "input_preprocessor": "CombinedItemAndRating", "dataset_name": str(folder)}
+    place, _, _ = make_run(tmp_path, prepared(events), choice)
+    prepared(change(events))
+    with pytest.raises(UserError, match=words):
+        predict(Options((), (), tmp_path, str(place)), "all", "all", 5, False, None, tmp_path / "none.parquet")
+
+
+def test_ids_are_read_from_files_as_they_are(tmp_path: Path) -> None:
+    (tmp_path / "ids.txt").write_bytes("\ufeffa\u2028b\r\nc\x85d\n lead\n\na\u2028b\n".encode())
+    assert _ids(str(tmp_path / "ids.txt"), "--users", "user_id") == ["a\u2028b", "c\x85d", " lead"]
+    (tmp_path / "IDS.CSV").write_text("user_id\n007\n8\n")
+    assert _ids(str(tmp_path / "IDS.CSV"), "--users", "user_id") == ["007", "8"]
+    pd.DataFrame({"user_id": [7.0, 8.0, None]}).to_parquet(tmp_path / "ids.parquet")
+    assert _ids(str(tmp_path / "ids.parquet"), "--users", "user_id") == ["7", "8"]
+
+
+def test_an_output_that_cannot_be_written_is_told_before_the_model_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "recs.csv").mkdir()
+    with pytest.raises(UserError, match="--output=.*not the name of a file"):
+        predict(Options((), (), tmp_path, str(tmp_path)), "all", "all", 5, False, None, tmp_path / "recs.csv")
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,14 @@ def test_exported_numbers_are_those_of_the_model(tmp_path: Path, dataset: Sequen
             torch.testing.assert_close(torch.from_numpy(states), expected, atol=1e-5, rtol=1e-4)
 
 
+def test_a_window_of_one_event_is_exported(tmp_path: Path, dataset: SequenceDataset) -> None:
+    rec = Recommender.load(make_run(tmp_path, dataset, {"main_module": "SASRec", "max_sequence_length": 1})[0])
+    inputs = some_histories(rec, 3, 1)
+    with torch.no_grad():
+        expected = rec.model.encode_query(inputs).states
+        torch.testing.assert_close(export_program(rec).module()(*inputs.values()), expected, atol=1e-5, rtol=1e-4)
+
+
 def test_a_mixture_of_logits_is_refused_in_one_line(tmp_path: Path, dataset: SequenceDataset) -> None:
     rec = Recommender.load(make_run(tmp_path, dataset, CHOICES["MoL with users"])[0])
     with pytest.raises(UserError, match="scores of MoLSimilarity are no products") as error:

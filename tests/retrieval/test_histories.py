@@ -6,12 +6,13 @@ import datetime
 from typing import Any
 
 import pandas as pd
+import polars as pl
 import pyarrow as pa
 import pytest
 import torch
 
 from generative_recommenders.errors import UserError
-from generative_recommenders.retrieval.frames import candidate_lists
+from generative_recommenders.retrieval.frames import SECONDS, candidate_lists, parsed_times
 from generative_recommenders.retrieval.histories import HistoryReader
 
 ITEMS = pa.array(["a", "b", "c"])
@@ -47,6 +48,13 @@ def test_numbers_are_the_times_that_preparation_reads_in_them(values: list[Any])
     assert batch["timestamps"].tolist() == [[1685491200, 1685577600, 1685664000]]
 
 
+def test_numbers_between_those_of_other_forms_are_seconds() -> None:
+    least, most = SECONDS
+    for number, as_it_is in ((least, True), (most, True), (least - 1, False), (most + 1, False)):
+        times = pl.Series([number])
+        assert (parsed_times(times) is times) is as_it_is
+
+
 def test_events_of_one_second_are_in_the_order_of_its_parts() -> None:
     days = [f"1970-01-01 00:01:20.{part}" for part in (3, 9, 1)]
     for values in (days, [datetime.datetime.fromisoformat(f"{day}00") for day in days], [80.3, 80.9, 80.1]):
@@ -66,7 +74,7 @@ def test_missing_times_come_first() -> None:
     assert read("timestamp", ["900", "", "80"])["item_ids"].tolist() == [[2, 3, 1]]
 
 
-@pytest.mark.parametrize("values", [[2, 1, None], ["2", " 1", None], [2.0, 1.0, None]])
+@pytest.mark.parametrize("values", [[2, 1, None], ["2", " 1", None], [2.0, 1.0, None], ["2.0", "1", ""]])
 def test_categories_that_became_floats_are_known(values: list[Any]) -> None:
     column = {"name": "shelf", "kind": "categorical", "categories": ["1", "2"]}
     assert read("shelf", values, event_columns=[column])["shelf"].tolist() == [[2, 1, 0]]

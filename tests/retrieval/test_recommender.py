@@ -20,6 +20,7 @@ from generative_recommenders.data.splits import make_split
 from generative_recommenders.data.store import SequenceDataset
 from generative_recommenders.errors import UserError
 from generative_recommenders.evaluation.model_evaluation import catalogue_scores
+from generative_recommenders.retrieval import item_search
 from generative_recommenders.retrieval.selection import largest
 from recommender_runs import CHOICES, make_run
 from tiny_data import ragged_sequences, tiny_dataset
@@ -126,6 +127,42 @@ def test_candidates_of_each_user_in_any_form(rec: Recommender, caplog: pytest.Lo
         assert set(found["item_id"]) == {"i00004", "i00007"}
 
 
+def test_candidates_of_users_that_became_floats(rec: Recommender) -> None:
+    lists = {7: ["i00004"], 8: ["i00005"]}
+    floats = pd.DataFrame({"user_id": [7.0, 8.0], "item_id": ["i00004", "i00005"]})
+    histories = {7: ["i00001"], 8: ["i00001"]}
+    pd.testing.assert_frame_equal(
+        rec.recommend(histories, candidates=floats), rec.recommend(histories, candidates=lists)
+    )
+    frame = pd.DataFrame({"user_id": [7.0, 8.0], "item_id": ["i00001"] * 2})
+    assert rec.recommend(frame, candidates=lists)["item_id"].tolist() == ["i00004", "i00005"]
+
+
+@pytest.mark.parametrize("name", ["SASRec", "MoL with users"])
+def test_answers_are_the_same_a_few_rows_at_a_time(
+    tmp_path: Path, dataset: SequenceDataset, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    rec = Recommender.load(make_run(tmp_path, dataset, CHOICES[name])[0])
+    histories = {user: [] if user % 3 == 0 else [f"i{1 + user:05}", "i00009"] for user in range(11)}
+    own = {user: [f"i{1 + item:05}" for item in range(user)] for user in range(11)}
+    scored = []
+    monkeypatch.setattr(rec.model, "score", lambda *args, score=rec.model.score: scored.append(1) or score(*args))
+    for candidates in (None, own, own[9]):
+        answers = []
+        for held in (1 << 25, 60):  # all rows, two of 30 items
+            monkeypatch.setattr(item_search, "MAX_SCORES", held)
+            scored.clear()
+            answers.append(rec.recommend(histories, 4, candidates=candidates, fallback="popular"))
+        pd.testing.assert_frame_equal(*answers, rtol=1e-4)
+        assert len(scored) > 1 or (name == "SASRec" and candidates is not own)
+
+
+def test_only_the_lists_of_users_who_ask_are_looked_up(rec: Recommender, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="absl"):
+        rec.recommend({"a": ["i00001"]}, candidates={"a": ["i00002", "what"], "b": ["who", "which"]})
+    assert "1 candidates are no items" in caplog.text
+
+
 def test_histories_in_many_forms(rec: Recommender) -> None:
     expected = rec.recommend({"a": ["i00003", "i00004"], "b": ["i00005"]}, k=3)
     frame = pl.DataFrame({"user_id": ["a", "a", "b"], "item_id": ["i00003", "i00004", "i00005"]})
@@ -145,6 +182,9 @@ def test_ids_that_are_numbers(tmp_path: Path, dataset: SequenceDataset, rec: Rec
     assert len(every) == 29 and "last" in every["item_id"].tolist()  # which is no number
     zeros = Recommender(rec.settings, rec.model, pa.array(["007", "7", *map(str, range(100, 128))]))
     assert {"007", "7"} <= set(zeros.recommend({7: [101]}, k=30)["item_id"])  # 7 would be both
+    large = Recommender(rec.settings, rec.model, pa.array([str(2**63 + number) for number in range(30)]))
+    last = pd.DataFrame({"user_id": [7], "item_id": np.array([2**63 + 3], np.uint64)})
+    assert large.recommend(last, k=2)["item_id"].min() >= 2**63 and len(large.recommend(last, k=2)) == 2
     assert numbered.similar_items(101, k=2).equals(numbered.similar_items(pd.Series([101], index=[5]), k=2))
 
 
@@ -185,9 +225,12 @@ def test_long_histories_are_cut_to_the_window_and_stay_seen(rec: Recommender) ->
     assert kept["item_id"].tolist() == answer["item_id"].tolist()
 
 
-def test_similar_items_and_embeddings(rec: Recommender) -> None:
+def test_similar_items_and_embeddings(rec: Recommender, monkeypatch: pytest.MonkeyPatch) -> None:
     near = rec.similar_items(["i00001"], k=4)
     pd.testing.assert_frame_equal(rec.similar_items("i00001", k=4), near)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.functional, "normalize", None)  # the items' lengths are taken once
+        pd.testing.assert_frame_equal(rec.similar_items(["i00001"], k=4), near)
     assert near["rank"].tolist() == [1, 2, 3, 4] and "i00001" not in near["similar_id"].tolist()
     table = rec.item_embeddings()
     assert table.index.tolist() == rec.item_ids.to_pylist() and table.shape[1] == 8
@@ -208,6 +251,11 @@ def test_faults_report_one_line_errors(rec: Recommender, tmp_path: Path, dataset
         lambda: rec.recommend({"a": ["i00001"]}, fallback="random"),
         lambda: rec.recommend({"a": "i00001"}),
         lambda: rec.recommend({"a": 1}),
+        lambda: rec.recommend({"a": {"i00001", "i00002"}}),
+        lambda: rec.session("a", {"i00001", "i00002"}),
+        lambda: rec.recommend({7: ["i00001"], "7": ["i00002"]}),
+        lambda: rec.recommend({2**100: ["i00001"]}),
+        lambda: rec.recommend({2**130: ["i00001"]}),
         lambda: rec.recommend({"a": [["i00001"]]}),
         lambda: rec.recommend({None: ["i00001"]}),
         lambda: rec.recommend({("a", 1): ["i00001"]}),
@@ -278,6 +326,7 @@ def test_a_session_answers_as_its_whole_history(
     rec = Recommender.load(make_run(tmp_path, dataset, chosen)[0])
     frame = histories(dataset, make_split(dataset, "leave_one_out").test_targets)
     own = frame[frame["user_id"] == "u00000"].head(10)  # three more than the window
+    assert len(rec.session("u00000", own)) == len(own)
     session = rec.session("u00000", own.head(2))
     for number in range(2, len(own) + 1):
         if number > 2:

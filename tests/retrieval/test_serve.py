@@ -16,11 +16,19 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from generative_recommenders import Recommender, serve
 from generative_recommenders.errors import UserError
-from generative_recommenders.retrieval.serve import Batcher, Limits, RecommendRequest, answer, make_app
+from generative_recommenders.retrieval.serve import (
+    Batcher,
+    Limits,
+    RecommendRequest,
+    SimilarRequest,
+    answer,
+    make_app,
+)
 from recommender_runs import make_run
 from tiny_data import ragged_sequences, tiny_dataset
 
@@ -78,6 +86,52 @@ def test_missing_columns_that_the_model_reads_are_refused(tmp_path: Path) -> Non
     assert isinstance(missing, UserError) and "timestamp" in str(missing)
     assert bad == [] and len(good) == 10
     assert good != later
+
+
+def test_times_are_read_by_each_request_alone(tmp_path: Path) -> None:
+    dataset = tiny_dataset(tmp_path / "data", ragged_sequences(57, 30, seed=5))
+    rec = Recommender.load(make_run(tmp_path, dataset, {"main_module": "HSTU", "next_time": "given"})[0])
+    history = ["i00003", "i00004", "i00005"]
+    seconds, milliseconds, dates = (
+        RecommendRequest(history=history[: len(times)], columns={"timestamp": times})
+        for times in ([1_600_000_000, 1_600_000_600], [1_600_000_000_000 + i for i in range(3)], [20230531] * 3)
+    )
+    requests = [seconds, milliseconds, dates]
+    wrong = seconds.model_copy(update={"columns": {"timestamp": [5, -(2**53)]}})
+    *together, refused = answer(rec, [*requests, wrong])
+    assert isinstance(refused, UserError) and "timestamp holds a number that is no time" in str(refused)
+    for request, found in zip(requests, together):
+        (alone,) = answer(rec, [request])
+        frame = {"user_id": "a", "item_id": request.history, **request.columns}
+        expected = rec.recommend(pd.DataFrame(frame))
+        for each in (found, alone):
+            assert [item["item_id"] for item in each] == expected["item_id"].tolist()
+            assert [item["score"] for item in each] == pytest.approx(expected["score"].tolist(), abs=1e-5)
+
+
+def test_batches_fill_without_a_wait(rec: Recommender) -> None:
+    sizes: list[int] = []
+
+    async def ask_all() -> None:
+        batcher = Batcher(rec, Limits(wait=0), sizes.append)
+        task = asyncio.create_task(batcher.run())
+        await asyncio.gather(*(batcher.ask(RecommendRequest(history=["i00003"])) for _ in range(64)))
+        task.cancel()
+
+    asyncio.run(asyncio.wait_for(ask_all(), 60))
+    assert max(sizes) > 8
+
+
+def test_requests_for_similar_items_wait_among_the_others(rec: Recommender) -> None:
+    async def ask_all() -> list[object]:
+        batcher = Batcher(rec, Limits(max_waiting=2), lambda size: None)
+        near, other = SimilarRequest(items=["i00003"], k=2), RecommendRequest(history=["i00003"])
+        asked = [batcher.ask_similar(near), batcher.ask_similar(near), batcher.ask_similar(near), batcher.ask(other)]
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+    first, second, *refused = asyncio.run(asyncio.wait_for(ask_all(), 60))
+    assert first == second and len(first["i00003"]) == 2
+    assert all(isinstance(each, asyncio.QueueFull) for each in refused)
 
 
 def test_a_value_that_the_model_cannot_read_refuses_its_request_alone(tmp_path: Path) -> None:
@@ -199,6 +253,7 @@ def test_answers_over_http(server: Server, rec: Recommender) -> None:
         ("/recommend", b"{", 422, "JSON"),
         ("/recommend", b" " * (1 << 21), 413, "longer than"),
         ("/similar", {"items": ["what"]}, 422, "no item that the model was trained on"),
+        ("/similar", {"items": ["i00003"] * 11, "k": 1000}, 422, "more than 10000"),
         ("/nothing", {}, 404, "Not Found"),
     ],
 )
@@ -243,18 +298,33 @@ def test_a_folder_without_a_run_reports_one_line_error(tmp_path: Path) -> None:
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "is no folder of a run" in done.stderr
 
 
+@pytest.mark.parametrize(("host", "words"), [("127.0.0.1", "in use"), ("no.such.host.invalid", "--host=no.such")])
+def test_an_address_that_is_not_free_is_told_before_the_model_is_loaded(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, host: str, words: str
+) -> None:
+    pytest.importorskip("uvicorn")
+    monkeypatch.setattr(serve.Recommender, "load", lambda *_: 1 / 0)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert serve.main(["run", f"--host={host}", f"--port={taken.getsockname()[1]}"]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.count("\n") == 1 and words in printed.err
+
+
 def test_a_fault_of_the_system_reports_one_line_error(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("uvicorn")
-    assert serve.main(["x" * 300]) == 2
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = f"--port={free.getsockname()[1]}"
+    assert serve.main(["x" * 300, port]) == 2
     assert "File name too long" in capsys.readouterr().err
 
     def too_large(*_: object) -> None:
         raise MemoryError
 
     monkeypatch.setattr(serve.Recommender, "load", too_large)
-    assert serve.main(["run"]) == 1
+    assert serve.main(["run", port]) == 1
     assert capsys.readouterr().err.count("\n") == 1
     assert serve.main(["run", "--port=0"]) == 2
     assert "--port from 1 to 65535" in capsys.readouterr().err
