@@ -137,6 +137,7 @@ def test_what_cannot_be_written_is_told_before_the_model_is_loaded(
 ) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "out" / "items.hnsw.faiss").mkdir(parents=True)
+    monkeypatch.setattr(exports, "find_spec", lambda name: "any")
     for output, index in ((tmp_path / "file", "exact"), (tmp_path / "out", "hnsw")):
         with pytest.raises(UserError, match="--output="):
             write(of_run(tmp_path), "faiss", output, index)
