@@ -101,6 +101,16 @@ class Part:
                 f"{self.gin_name}: the types in its signature cannot be used: {first_line(error)}"
             ) from error
 
+    @cached_property
+    def _own_options(self) -> type[StrictModel]:
+        """`options` without those of groups, which are checked where a group is made."""
+        fields: dict[str, Any] = {
+            name: (field.annotation, field)
+            for name, field in self.options.model_fields.items()
+            if name in self._parameters
+        }
+        return create_model(self.gin_name, __base__=StrictModel, **fields)
+
     def option_values(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """All options with their values, those of ``given`` over the defaults; UserError for what cannot be."""
         model = validated(self.options, given, self.gin_name)
@@ -108,10 +118,10 @@ class Part:
 
     def check(self, arguments: Mapping[str, Any]) -> None:
         """UserError for the first of a constructor's arguments whose value its option cannot have."""
-        for name in self.options.model_fields:
-            # A default need not pass: that of a bound is infinity, which gin cannot write.
-            if name in arguments and arguments[name] is not self.default(name):
-                self.checked(name, arguments[name])
+        options = arguments.keys() & self._own_options.model_fields.keys()
+        # A default need not pass: that of a bound is infinity, which gin cannot write.
+        given = {name: arguments[name] for name in options if arguments[name] is not self.default(name)}
+        validated(self._own_options, given, self.gin_name)
 
     def checked(self, option: str, value: Any, called: str | None = None) -> Any:
         """The value of one option, as `option_values` has it; others may be missing yet. called: what errors call

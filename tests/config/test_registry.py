@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import pytest
 from annotated_types import Ge, Le
 
-from generative_recommenders.config.fields import Share
+from generative_recommenders.config.fields import OptionGroup, Share
 from generative_recommenders.config.published import describe
 from generative_recommenders.config.registry import Registry
 from generative_recommenders.errors import UserError
@@ -18,6 +18,11 @@ from generative_recommenders.errors import UserError
 
 class Base:
     SUPPLIED = frozenset({"width", "num_items"})
+
+
+class Sizes(OptionGroup):
+    prefix = "size_"
+    height: Annotated[int, Ge(1)]
 
 
 def registry_with_part() -> Registry:
@@ -91,6 +96,12 @@ def test_a_direct_call_is_checked_as_gin_is() -> None:
             super().__init__(width, layers)
             self.bound = bound
 
+    @registry.register("Grouped", gin_name="grouped_part")
+    class Grouped(Base):
+        def __init__(self, width: int, sizes: Sizes, layers: Annotated[int, Ge(1)] = 2) -> None:
+            self.height = sizes.height
+
+    assert Grouped(7, Sizes(height=3)).height == 3, "options of a group stand in the group"
     assert toy(7, 3, sizes=[4]).layers == 3
     assert Small(7, bound=math.inf).bound == math.inf, "the default, which gin cannot write"
     with pytest.raises(UserError, match=r"^small_part.bound must be finite, got -inf"):

@@ -100,9 +100,13 @@ def read_blocks(
             if line == 1:
                 data = data.removeprefix(_BOM)
             end = len(data) if not chunk else data.rfind(b"\n") + 1
-            if chunk and delimiter and not _ends_with_row(data[:end], delimiter):
+            if delimiter and not _ends_with_row(data[:end], delimiter):
                 ends = _row_ends(data[:end], delimiter)
-                end = int(ends[-1]) + 1 if len(ends) else 0
+                whole = int(ends[-1]) + 1 if len(ends) else 0
+                if not chunk and b"\n" in data[whole:]:
+                    at = line + data.count(b"\n", 0, whole)
+                    raise UserError(f"{path}, line {at}: a quote is not closed; --quoting=none reads quotes as text")
+                end = whole if chunk else end
             data, rest = data[:end], data[end:]
             if len(rest) > max_line_bytes:
                 at = line + data.count(b"\n")
@@ -110,12 +114,6 @@ def read_blocks(
                 if b"\n" in rest.rstrip(b"\n"):
                     what = f"a quote is not closed within {max_line_bytes} bytes; --quoting=none reads quotes as text"
                 raise UserError(f"{path}, line {at}: {what}; is this a text file of events?")
-            if not chunk and delimiter and not _ends_with_row(data, delimiter):
-                ends = _row_ends(data, delimiter)
-                last = int(ends[-1]) + 1 if len(ends) else 0
-                if b"\n" in data[last:]:
-                    at = line + data.count(b"\n", 0, last)
-                    raise UserError(f"{path}, line {at}: a quote is not closed; --quoting=none reads quotes as text")
             cuts = [0, len(data)]
             if data.count(b"\n") > BLOCK_LINES:
                 cuts[1:1] = (_row_ends(data, delimiter)[BLOCK_LINES - 1 : -1 : BLOCK_LINES] + 1).tolist()
@@ -151,7 +149,7 @@ def _row_ends(data: bytes, delimiter: str | None) -> np.ndarray:
         return ends
     if not _is_well_quoted(data, delimiter):
         # Marks of inches and the like, inside fields that no quotes enclose, are text: row by row.
-        text = io.StringIO(data.decode(errors="replace") + "x", newline="\n")  # the end is in the last row, or is it
+        text = io.StringIO(data.decode(errors="replace") + "x", newline="\n")  # so that the last row has no line end
         reader = csv.reader(text, delimiter=delimiter)
         with suppress(csv.Error):  # the fault is named when the block is parsed
             return ends[np.array([reader.line_num for _ in reader][:-1], np.int64) - 1]

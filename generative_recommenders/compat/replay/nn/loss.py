@@ -106,17 +106,15 @@ class ReplayLoss(nn.Module):
             raise self.error("set logits_callback before the first call")
         return self.logits_callback(*arguments)
 
-    def targets(self, labels: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def targets(self, labels: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """The positions with a target, bool ``[B, L]``, their labels ``[M, P]`` (-1 where ignored) and which of them
         count. UserError where the mask is missing or does not fit the labels."""
         if mask is None:  # as a model passes it on that was given none
             raise self.error("target_padding_mask is missing: give a bool mask of the shape of positive_labels")
         if labels.dim() != 3 or mask.shape != labels.shape or mask.dtype != torch.bool:
-            given = f"{tuple(mask.shape)} {str(mask.dtype).removeprefix('torch.')}"
-            raise self.error(
-                f"target_padding_mask is {given} for positive_labels {tuple(labels.shape)}: "
-                "give both as [B, L, P], the mask bool"
-            )
+            kind = str(mask.dtype).removeprefix("torch.")
+            given = f"{tuple(mask.shape)} {kind} for positive_labels {tuple(labels.shape)}"
+            raise self.error(f"target_padding_mask is {given}: give both as [B, L, P], the mask bool")
         ignored = labels == self.ignore_index
         if self.padding_idx is not None:
             ignored = ignored | (labels == self.padding_idx)
@@ -193,8 +191,8 @@ class SampledLoss(ReplayLoss):
         self,
         model_embeddings: Tensor,
         positive_labels: Tensor,
-        negative_labels: Tensor,
-        target_padding_mask: Tensor,
+        negative_labels: Tensor | None,
+        target_padding_mask: Tensor | None,
     ) -> Tensor:
         """The loss, see the module."""
         if negative_labels is None:  # as a model passes them on that was given none
@@ -208,8 +206,8 @@ class SampledLoss(ReplayLoss):
         elif negative_labels.dim() == 3 and negative_labels.shape[:2] == chosen.shape:
             own = negative_labels[chosen]
         else:
-            given, wanted = tuple(negative_labels.shape), tuple(chosen.shape)
-            raise self.error(f"negative labels {given}: give [K], [B, K] or [B, L, K] for {wanted}")
+            shape = tuple(negative_labels.shape)
+            raise self.error(f"negative labels {shape}: give [K], [B, K] or [B, L, K] for {tuple(chosen.shape)}")
         ignored = own == self.negative_labels_ignore_index
         collided = (own[:, :, None] == labels[:, None, :]).any(2) & ~ignored
         # Something must be scored in the place of what does not count: item 0, which every catalogue has.
@@ -293,7 +291,7 @@ class CE(CrossEntropy, CatalogueLoss):
 
     core = catalogue.CE()
 
-    def targets(self, labels: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def targets(self, labels: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         if (count := labels.shape[-1]) != 1:
             raise self.error(f"takes one positive a position, not {count}: use LogInCE or LogOutCE")
         return super().targets(labels, mask)
