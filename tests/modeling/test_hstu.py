@@ -149,7 +149,7 @@ def test_attention_divides_by_the_tokens_attended_to() -> None:
     x, events = small_input([4, 0, 3])
     inputs = bias_inputs(causal, 6, (events["next_timestamps"], events["timestamps"]))
     block = own.blocks[0]
-    u, q, k, v = block.project(x)
+    u, v, q, k = block.project(x)
     by_hand = block.attention(q, k, v, causal, inputs) * 6 / torch.tensor([1, 2, 3, 4, 1, 2, 3])[:, None, None]
     torch.testing.assert_close(own(x, causal, events), block.combine(x, u, by_hand))
     assert not torch.allclose(own(x, causal, events), constant(x, causal, events))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import repeat
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 
+from generative_recommenders.config.sections import NextTime
 from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.cache import Appended, KeysValues, last_tokens
 from generative_recommenders.ops.attention.relative_bias import BiasInputs, Times, time_buckets
@@ -19,6 +20,7 @@ from generative_recommenders.ops.recomputation import run_block
 LinearConfig = Literal["uvqk"]
 LinearActivation = Literal["silu", "none"]
 """Of the one projection to U, V, Q and K."""
+LINEAR_ACTIVATIONS = {"silu": F.silu, "none": lambda x: x}
 
 
 class BlockEncoder(torch.nn.Module):
@@ -30,9 +32,11 @@ class BlockEncoder(torch.nn.Module):
     """
 
     causal = True
-    output_dim: int
-    activation_checkpoint: bool
     blocks: Any
+
+    def __init__(self, output_dim: int, activation_checkpoint: bool) -> None:
+        super().__init__()
+        self.output_dim, self.activation_checkpoint = output_dim, activation_checkpoint
 
     def inputs(self, layout: Layout, events: Mapping[str, torch.Tensor]) -> tuple[Any, ...]:
         """Inputs of every block of a batch beside its tokens, computed once."""
@@ -92,9 +96,11 @@ class TimedEncoder(BlockEncoder):
     of the event after it, else "hidden".
     """
 
-    max_length: int
-    timed: bool
-    next_time: str
+    def __init__(
+        self, output_dim: int, activation_checkpoint: bool, max_length: int, timed: bool, next_time: NextTime
+    ) -> None:
+        super().__init__(output_dim, activation_checkpoint)
+        self.max_length, self.timed, self.next_time = max_length, timed, next_time
 
     def times(self, events: Mapping[str, torch.Tensor]) -> Times | None:
         """What is compared, or None where times are not read or the data have none."""
@@ -104,7 +110,7 @@ class TimedEncoder(BlockEncoder):
 
     def revises_last(self, events: Mapping[str, torch.Tensor]) -> bool:
         # The token was encoded before anyone knew when the event after it would come.
-        return self.next_time == "given" and self.timed and "timestamps" in events
+        return self.timed and self.next_time == "given" and "timestamps" in events
 
     def appended_bias(self, events: Mapping[str, torch.Tensor], appended: Appended) -> BiasInputs:
         """Places and times of appended tokens against those of all; UserError beyond max_length."""
@@ -116,11 +122,6 @@ class TimedEncoder(BlockEncoder):
         if times is not None and appended.times is not None:
             buckets = time_buckets(appended.layout.to_rectangle(times[0]), appended.times)
         return BiasInputs(self.max_length - 1 + appended.distances(), buckets)
-
-
-def linear_activation_of(name: LinearActivation) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The activation by its name."""
-    return F.silu if name == "silu" else lambda x: x
 
 
 def check_heads(width: int, num_heads: int) -> None:

@@ -26,18 +26,13 @@ from generative_recommenders.config.registry import register_encoder
 from generative_recommenders.config.sections import NextTime
 from generative_recommenders.modeling.cache import Appended, KeysValues, pointwise_over_cache
 from generative_recommenders.modeling.encoders.base import (
+    LINEAR_ACTIVATIONS,
     LinearActivation,
     LinearConfig,
     TimedEncoder,
-    linear_activation_of,
 )
 from generative_recommenders.ops.attention.pointwise import pointwise_attention
-from generative_recommenders.ops.attention.relative_bias import (
-    BatchInputs,
-    BiasInputs,
-    RelativeBias,
-    bias_inputs,
-)
+from generative_recommenders.ops.attention.relative_bias import BatchInputs, BiasInputs, RelativeBias, bias_inputs
 from generative_recommenders.ops.attention.tables import table_attention
 from generative_recommenders.ops.dropout import Dropout
 from generative_recommenders.ops.feed_forward import SwiGLU
@@ -63,12 +58,10 @@ class FuxiBlock(torch.nn.Module):
         attn_dropout_rate: float = 0.0,
     ) -> None:
         super().__init__()
-        self.num_heads, self.dqk, self.dv, self.max_length = num_heads, dqk, dv, max_length
-        self.activation = linear_activation_of(linear_activation)
-        self.attn_dropout_rate = Dropout(attn_dropout_rate).rate
-        self.uvqk = torch.nn.Parameter(
-            torch.empty(embedding_dim, num_heads * ((CHANNELS + 1) * dv + 2 * dqk)).normal_(std=0.02)
-        )
+        self.num_heads, self.max_length, self.attn_dropout_rate = num_heads, max_length, attn_dropout_rate
+        self.widths = [num_heads * width for width in (CHANNELS * dv, dv, dqk, dqk)]  # of U, V, Q and K in one matrix
+        self.activation = LINEAR_ACTIVATIONS[linear_activation]
+        self.uvqk = torch.nn.Parameter(torch.empty(embedding_dim, sum(self.widths)).normal_(std=0.02))
         self.channels = RelativeBias(max_length)
         self.output = torch.nn.Linear(CHANNELS * num_heads * dv, embedding_dim)
         self.feed_forward = SwiGLU(embedding_dim, ffn_hidden_dim, bias=False) if ffn_hidden_dim else None
@@ -86,11 +79,9 @@ class FuxiBlock(torch.nn.Module):
 
     def project(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Projections: u ``[T, 3 H dv]``; q, k ``[T, H, dqk]``; v ``[T, H, dv]``."""
-        heads, width = self.num_heads, self.num_heads * self.dv
         projected = self.activation(F.rms_norm(x, x.shape[-1:], eps=1e-6) @ self.uvqk)
-        widths = [CHANNELS * width, width, heads * self.dqk, heads * self.dqk]
-        u, v, q, k = projected.split(widths, dim=-1)
-        return u, *(t.unflatten(-1, (heads, -1)) for t in (q, k, v))
+        u, v, q, k = projected.split(self.widths, dim=-1)
+        return u, *(t.unflatten(-1, (self.num_heads, -1)) for t in (q, k, v))
 
     def combine(self, x: torch.Tensor, u: torch.Tensor, attended: Sequence[torch.Tensor]) -> torch.Tensor:
         """The two stages of the feed-forward. x: ``[T, D]``; u: ``[T, 3 H dv]``; attended: ``[T, H, dv]`` of
@@ -167,12 +158,8 @@ class FuXi(TimedEncoder):
         next_time: NextTime = "given",
         activation_checkpoint: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(embedding_dim, activation_checkpoint, max_length, enable_relative_time_bias, next_time)
         hidden = 0 if ffn_single_stage else max(1, int(embedding_dim * ffn_multiply))
-        self.output_dim = embedding_dim
-        self.max_length, self.next_time = max_length, next_time
-        self.timed = enable_relative_time_bias
-        self.activation_checkpoint = activation_checkpoint
         self.blocks = torch.nn.ModuleList(
             FuxiBlock(
                 embedding_dim, num_heads, dqk, dv, max_length, hidden, linear_activation,

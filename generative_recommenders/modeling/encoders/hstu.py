@@ -21,10 +21,10 @@ from generative_recommenders.config.sections import NextTime
 from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.cache import Appended, KeysValues, pointwise_over_cache
 from generative_recommenders.modeling.encoders.base import (
+    LINEAR_ACTIVATIONS,
     LinearActivation,
     LinearConfig,
     TimedEncoder,
-    linear_activation_of,
 )
 from generative_recommenders.ops.attention.pointwise import pointwise_attention
 from generative_recommenders.ops.attention.relative_bias import (
@@ -64,14 +64,12 @@ class HstuBlock(torch.nn.Module):
         bias: RelativeBias | None = None,
     ) -> None:
         super().__init__()
-        self.num_heads, self.max_length = num_heads, max_length
-        self.widths = [num_heads * width for width in (dv, dv, dqk, dqk)]  # of U, V, Q and K in one matrix
-        self.normalization = normalization
-        self.activation = linear_activation_of(linear_activation)
-        self.attn_dropout_rate = Dropout(attn_dropout_rate).rate
-        self.concat_ua = concat_ua
-        self.uvqk = torch.nn.Parameter(torch.empty(embedding_dim, sum(self.widths)).normal_(std=0.02))
-        self.bias = bias
+        self.num_heads, self.max_length, self.normalization = num_heads, max_length, normalization
+        self.attn_dropout_rate, self.concat_ua, self.bias = attn_dropout_rate, concat_ua, bias
+        self.activation = LINEAR_ACTIVATIONS[linear_activation]
+        self.widths = {"u": num_heads * dv, "v": num_heads * dv, "q": num_heads * dqk, "k": num_heads * dqk}
+        # One matrix of U, V, Q and K, as in the checkpoints of the published program.
+        self.uvqk = torch.nn.Parameter(torch.empty(embedding_dim, sum(self.widths.values())).normal_(std=0.02))
         self.output = torch.nn.Linear(num_heads * dv * (3 if concat_ua else 1), embedding_dim)
         torch.nn.init.xavier_uniform_(self.output.weight)
         self.dropout = Dropout(linear_dropout_rate)
@@ -80,14 +78,18 @@ class HstuBlock(torch.nn.Module):
         self, x: torch.Tensor, layout: Layout, inputs: BatchInputs, scale: torch.Tensor | None = None
     ) -> torch.Tensor:
         """x: ``[T, D]``; inputs: see `bias_inputs`; scale: ``[T]``, of the attention's output, see `HSTU.scale`."""
-        u, q, k, v = self.project(x)
+        u, v, q, k = self.project(x)
         return layout.mask(self.combine(x, u, self.attention(q, k, v, layout, inputs), scale))
 
-    def project(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Eq. 1: u ``[T, H dv]``; q, k ``[T, H, dqk]``; v ``[T, H, dv]``."""
-        projected = self.activation(layer_norm(x, eps=1e-6) @ self.uvqk)
-        u, v, q, k = projected.split(self.widths, dim=-1)
-        return u, *(t.unflatten(-1, (self.num_heads, -1)) for t in (q, k, v))
+    def project(self, x: torch.Tensor, names: str = "uvqk") -> tuple[torch.Tensor, ...]:
+        """Eq. 1, or those of U, V, Q and K that are named: ``[T, H, dv]`` and ``[T, H, dqk]``."""
+        weight = self.uvqk
+        if names != "uvqk":  # no product of what is never read
+            parts = dict(zip("uvqk", weight.split([*self.widths.values()], dim=1)))
+            weight = torch.cat([parts[name] for name in names], dim=1)
+        projected = self.activation(layer_norm(x, eps=1e-6) @ weight)
+        split = projected.split([self.widths[name] for name in names], dim=-1)
+        return tuple(each.unflatten(-1, (self.num_heads, -1)) for each in split)
 
     def attention(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout, inputs: BatchInputs
@@ -103,17 +105,17 @@ class HstuBlock(torch.nn.Module):
     def combine(
         self, x: torch.Tensor, u: torch.Tensor, attended: torch.Tensor, scale: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Eq. 3. x: ``[T, D]``; u: ``[T, H dv]``; attended: ``[T, H, dv]``."""
+        """Eq. 3. x: ``[T, D]``; u, attended: ``[T, H, dv]``."""
         if scale is not None:
             attended = attended * scale[:, None, None]
         # Sums over few and over many tokens come to one scale here, which a softmax would have had from the start.
-        a = layer_norm(attended.flatten(1), eps=1e-6)
+        a, u = layer_norm(attended.flatten(1), eps=1e-6), u.flatten(1)
         gated = torch.cat([u, a, u * a], dim=-1) if self.concat_ua else u * a
         return self.output(self.dropout(gated)) + x
 
     def keys_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """k ``[T, H, dqk]`` and v ``[T, H, dv]``."""
-        k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in self.parts(x, "kv"))
+        k, v = self.project(x, "kv")
         return k, v
 
     def over_cache(
@@ -125,17 +127,10 @@ class HstuBlock(torch.nn.Module):
         scale: torch.Tensor | None,
     ) -> torch.Tensor:
         """`forward` of the tokens ``x [T, D]`` alone, over what the block keeps of all; "rel_bias" only."""
-        u, q = self.parts(x, "uq")
-        q = q.unflatten(-1, (self.num_heads, -1))
+        u, q = self.project(x, "uq")
         bias = None if self.bias is None else self.bias(inputs)
         attended = pointwise_over_cache(q, block, appended, bias, float(self.max_length))
         return self.combine(x, u, attended, scale)
-
-    def parts(self, x: torch.Tensor, names: str) -> list[torch.Tensor]:
-        """Eq. 1 of the named ones of U, V, Q and K alone, ``[T, H d]`` each, where the others are never read."""
-        weights = dict(zip("uvqk", self.uvqk.split(self.widths, dim=-1)))
-        normed = layer_norm(x, eps=1e-6)
-        return [self.activation(normed @ weights[name]) for name in names]
 
 
 @register_encoder("HSTU", gin_name="hstu_encoder")
@@ -189,15 +184,12 @@ class HSTU(TimedEncoder):
         next_time: NextTime = "given",
         activation_checkpoint: bool = False,
     ) -> None:
-        super().__init__()
+        timed = enable_relative_attention_bias and enable_relative_time_bias
+        super().__init__(embedding_dim, activation_checkpoint, max_length, timed, next_time)
         self.causal = normalization == "rel_bias"
         if attn_divisor == "length" and not self.causal:
             raise ValueError('attn_divisor "length" acts with normalization "rel_bias" alone')
         self.attn_divisor = attn_divisor
-        self.output_dim = embedding_dim
-        self.max_length, self.next_time = max_length, next_time
-        self.timed = enable_relative_attention_bias and enable_relative_time_bias
-        self.activation_checkpoint = activation_checkpoint
         self.blocks = torch.nn.ModuleList(
             HstuBlock(
                 embedding_dim, num_heads, dqk, dv, max_length, normalization, linear_activation,

@@ -18,10 +18,7 @@ from annotated_types import Ge, Le
 from generative_recommenders.config.fields import Share, SmallCount
 from generative_recommenders.config.registry import register_encoder
 from generative_recommenders.modeling.cache import Appended, KeysValues, softmax_over_cache
-from generative_recommenders.modeling.encoders.base import (
-    BlockEncoder,
-    check_heads,
-)
+from generative_recommenders.modeling.encoders.base import BlockEncoder, check_heads
 from generative_recommenders.ops.attention.multi_head import multi_head_attention, project_heads
 from generative_recommenders.ops.dropout import Dropout
 from generative_recommenders.ops.feed_forward import SwiGLU
@@ -114,10 +111,8 @@ class LiGR(BlockEncoder):
         dropout_rate: Share = 0.2,
         activation_checkpoint: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(embedding_dim, activation_checkpoint)
         check_heads(embedding_dim, num_heads)
-        self.output_dim = embedding_dim
-        self.activation_checkpoint = activation_checkpoint
         hidden = ffn_multiply * embedding_dim
         self.blocks = torch.nn.ModuleList(
             LigrBlock(embedding_dim, num_heads, hidden, ffn_activation_fn, ffn_bias, dropout_rate)

@@ -10,7 +10,6 @@ A block, over the tokens x of a batch; LN has eps 1e-8, and D is dropout:
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
@@ -22,7 +21,6 @@ from generative_recommenders.config.registry import register_encoder
 from generative_recommenders.modeling.cache import Appended, KeysValues, softmax_over_cache
 from generative_recommenders.modeling.encoders.base import BlockEncoder, check_heads
 from generative_recommenders.ops.attention.multi_head import multi_head_attention, project_heads
-from generative_recommenders.ops.dropout import Dropout
 from generative_recommenders.ops.feed_forward import feed_forward
 from generative_recommenders.ops.layout import Layout
 from generative_recommenders.ops.normalization import LayerNorm
@@ -45,9 +43,8 @@ class SasrecBlock(torch.nn.Module):
     ) -> None:
         super().__init__()
         check_heads(embedding_dim, num_heads)
-        self.num_heads = num_heads
-        self.dropout_rate = Dropout(dropout_rate).rate
-        self.activation: Callable[[torch.Tensor], torch.Tensor] = getattr(F, activation)
+        self.num_heads, self.dropout_rate = num_heads, dropout_rate
+        self.activation = getattr(F, activation)
         norm = partial(torch.nn.LayerNorm, embedding_dim) if norm_weights else LayerNorm
         self.query_norm = norm(eps=1e-8)
         # One matrix of q, k and v, as in the checkpoints of the published programs.
@@ -119,9 +116,7 @@ class SASRec(BlockEncoder):
         final_norm: bool = False,
         activation_checkpoint: bool = False,
     ) -> None:
-        super().__init__()
-        self.output_dim = embedding_dim
-        self.activation_checkpoint = activation_checkpoint
+        super().__init__(embedding_dim, activation_checkpoint)
         self.blocks = torch.nn.ModuleList(
             SasrecBlock(embedding_dim, num_heads, ffn_hidden_dim, ffn_activation_fn, ffn_dropout_rate, norm_weights)
             for _ in range(num_blocks)
