@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +19,7 @@ from generative_recommenders.ops.jagged import jagged_to_padded
 from generative_recommenders.ops.layout import Layout, jagged_layout
 
 
-@dataclass(frozen=True)
-class KeysValues:
+class KeysValues(NamedTuple):
     """Cache of one block for the tokens so far, right-padded: keys ``[B, C, H, dqk]``, values ``[B, C, H, dv]``."""
 
     keys: torch.Tensor
@@ -70,12 +69,15 @@ class Appended:
 
     def extend_block(self, cached: KeysValues | None, k: torch.Tensor, v: torch.Tensor) -> KeysValues:
         """k: ``[T, H, dqk]``; v: ``[T, H, dv]``."""
-        if cached is None:
-            return KeysValues(self.extend(None, k), self.extend(None, v))
-        return KeysValues(self.extend(cached.keys, k), self.extend(cached.values, v))
+        keys, values = cached or (None, None)
+        return KeysValues(self.extend(keys, k), self.extend(values, v))
+
+    def heads_first(self, q: torch.Tensor) -> torch.Tensor:
+        """``[T, H, d]`` as ``[B, H, M, d]``."""
+        return self.layout.to_rectangle(q).transpose(1, 2)
 
     def distances(self) -> torch.Tensor:
-        """``[B, M, C]`` int64: column minus position, above 0 where a token must not look."""
+        """``[B, M, C]`` int64: column minus position, above 0 for what lies in a token's future."""
         columns = torch.arange(self.capacity, device=self.layout.device)
         return columns - self.layout.to_rectangle(self.layout.positions)[:, :, None]
 
@@ -117,7 +119,7 @@ def softmax_over_cache(q: torch.Tensor, block: KeysValues, appended: Appended) -
     sees = (appended.distances() <= 0)[:, None]
     keys, values = block.keys.transpose(1, 2), block.values.transpose(1, 2)
     # Few queries against many keys: no tiles are worth it here.
-    out = F.scaled_dot_product_attention(_heads_first(q, appended), keys, values, sees)
+    out = F.scaled_dot_product_attention(appended.heads_first(q), keys, values, sees)
     return appended.layout.flatten(out.transpose(1, 2))
 
 
@@ -125,7 +127,7 @@ def pointwise_over_cache(
     q: torch.Tensor, block: KeysValues, appended: Appended, bias: torch.Tensor | None, divisor: float
 ) -> torch.Tensor:
     """Causal SiLU(q kᵀ + bias) / divisor · v of the computed tokens; bias: ``[B, 1, M, C]`` or None."""
-    scores = _heads_first(q, appended) @ block.keys.permute(0, 2, 3, 1)
+    scores = appended.heads_first(q) @ block.keys.permute(0, 2, 3, 1)
     if bias is not None:
         scores = scores + bias
     sees = (appended.distances() <= 0)[:, None]
@@ -144,17 +146,15 @@ def append_tokens(
 
     Rows of the layout may be empty. UserError where the events are not those that the cache was made with.
     """
-    old = cache
-    if old is None:
-        rows = layout.num_rows
-        old = HistoryCache(
-            lengths=torch.zeros(rows, dtype=torch.int64),
-            blocks=(),
-            times=None,
-            last_input=x.new_zeros(rows, x.shape[1]),
-            last_output=x.new_zeros(rows, encoder.output_dim),
-            last_events={name: values.new_zeros(rows) for name, values in events.items()},
-        )
+    rows = layout.num_rows
+    old = cache or HistoryCache(
+        lengths=torch.zeros(rows, dtype=torch.int64),
+        blocks=(),
+        times=None,
+        last_input=x.new_zeros(rows, x.shape[1]),
+        last_output=x.new_zeros(rows, encoder.output_dim),
+        last_events={name: values.new_zeros(rows) for name, values in events.items()},
+    )
     if set(events) != set(old.last_events):
         names = [", ".join(sorted(each)) or "none" for each in (old.last_events, events)]
         raise UserError(
@@ -218,10 +218,6 @@ def check_append(encoded: torch.Tensor, new_lengths: torch.Tensor, columns: int,
 
 def _longest(lengths: torch.Tensor) -> int:
     return max(lengths.tolist(), default=0)
-
-
-def _heads_first(q: torch.Tensor, appended: Appended) -> torch.Tensor:
-    return appended.layout.to_rectangle(q).transpose(1, 2)
 
 
 def _at_end(layout: Layout, values: torch.Tensor, old: torch.Tensor) -> torch.Tensor:

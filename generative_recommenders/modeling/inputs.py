@@ -1,10 +1,10 @@
-"""Inputs of a retriever: histories as tokens, the positions to read, and the protocol by which an objective makes
-them."""
+"""Inputs of a retriever: histories as tokens, the positions to read, and the base of what makes them."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, Self
+from typing import NamedTuple, Self
 
 import torch
 
@@ -40,12 +40,14 @@ class ModelInputs:
         return moved(self, device)
 
 
-class QueryReader(Protocol):
+class QueryReader(ABC):
     """The side of an objective that a model needs to encode queries."""
 
-    uses_mask: bool
-    """Whether predicted positions hold the mask embedding, so that a query needs a mask slot."""
+    uses_mask = False
+    """Whether predicted positions hold the mask embedding, so that a query needs a mask slot and the attention mask is
+    the objective's."""
 
+    @abstractmethod
     def query(self, features: SequentialFeatures, padded: bool = False) -> ModelInputs:
         """Inputs whose read positions, one a row, name the next item; each row's last token where ``read`` is None.
 
@@ -53,10 +55,8 @@ class QueryReader(Protocol):
         """
 
 
-class LastEventReader:
+class LastEventReader(QueryReader):
     """Queries of causal models: the state after each row's last event."""
-
-    uses_mask = False
 
     def query(self, features: SequentialFeatures, padded: bool = False) -> ModelInputs:
         """The history as it is."""

@@ -93,9 +93,8 @@ class ItemEmbedding(torch.nn.Module):
         l2_norm_eps: Positive = 1e-6,
     ) -> None:
         super().__init__()
+        self.num_items, self.embedding_dim = num_items, embedding_dim
         self.item_l2_norm, self.l2_norm_eps = item_l2_norm, l2_norm_eps
-        self.num_items = num_items
-        self.embedding_dim = embedding_dim
         self.tower = None
         self.table = torch.nn.Parameter(self.initial_table(1 + (num_rows or num_items), std=0.02))
 
@@ -138,7 +137,7 @@ class ItemEmbedding(torch.nn.Module):
 
     def raw_rows(self, leaf: ItemRows, item_ids: torch.Tensor | None) -> ItemRows:
         """`unnormalized_rows` without their ``norm_eps``."""
-        return leaf
+        return self.history_rows(leaf)
 
     def unnormalized_rows(self, leaf: ItemRows, item_ids: torch.Tensor | None) -> ItemRows:
         """`scored_rows` that are still to be normalised, with the ``norm_eps`` to do it by."""
@@ -203,6 +202,3 @@ class CategoricalEmbeddingModule(ItemEmbedding):
 
     def history_rows(self, leaf: ItemRows) -> ItemRows:
         return ItemRows(leaf.weight, leaf.ids, self.row_of_item)
-
-    def raw_rows(self, leaf: ItemRows, item_ids: torch.Tensor | None) -> ItemRows:
-        return self.history_rows(leaf)

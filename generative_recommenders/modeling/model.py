@@ -18,7 +18,7 @@ from generative_recommenders.modeling.cache import (
     check_append,
     new_layout,
 )
-from generative_recommenders.modeling.events import EventFeatures, history_features, token_events
+from generative_recommenders.modeling.events import EventFeatures, columns_of, token_events
 from generative_recommenders.modeling.input_preprocessors import EncoderInput, InputPreprocessor
 from generative_recommenders.modeling.inputs import LastEventReader, ModelInputs, Queries, QueryReader
 from generative_recommenders.modeling.items import ItemEmbedding, ItemRows
@@ -55,15 +55,19 @@ class SequenceEncoder(torch.nn.Module):
         states = self.encoder(inputs.x, inputs.layout, inputs.events)
         if inputs.read is not None:
             states = states.index_select(0, inputs.read)
-        if self.context_merger is not None:
-            states = self.context_merger(states, events)
-        return layout.mask(self.postprocessor(states))
+        return layout.mask(self.query_states(states, events))
 
     def encoder_input(self, items: torch.Tensor, layout: Layout, events: Mapping[str, torch.Tensor]) -> EncoderInput:
         """The encoder's input of the history's tokens."""
         if self.event_features is not None:
             items = self.event_features(items, events)
         return self.preprocessor(items, layout, events)
+
+    def query_states(self, states: torch.Tensor, events: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Postprocessed states of the encoder, with what is known of the query beside its history."""
+        if self.context_merger is not None:
+            states = self.context_merger(states, events)
+        return self.postprocessor(states)
 
     def last(self, items: torch.Tensor, layout: Layout, events: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """``[B, D']``: the state after each row's last token, 0 for a row without tokens.
@@ -82,10 +86,7 @@ class SequenceEncoder(torch.nn.Module):
         if inputs.read is not None and not torch.equal(inputs.read[tokens], inputs.layout.last_tokens[filled]):
             return layout.at_end(self(items, layout, events))
         states = encoder.encode_last(inputs.x, inputs.layout, inputs.events)
-        if self.context_merger is not None:
-            own = {name: values.index_select(0, tokens) for name, values in events.items()}
-            states = self.context_merger(states, own)
-        states = self.postprocessor(states)
+        states = self.query_states(states, {name: values.index_select(0, tokens) for name, values in events.items()})
         return states.new_zeros(layout.num_rows, states.shape[1]).index_put((filled,), states)
 
     def append(
@@ -100,26 +101,19 @@ class SequenceEncoder(torch.nn.Module):
         layout: jagged, of the new items alone (see `modeling.cache.new_layout`). UserError where histories cannot be
         encoded piece by piece.
         """
+        preprocessor, encoder = type(self.preprocessor).__name__, type(self.encoder).__name__
         if not self.preprocessor.appendable:
-            name = type(self.preprocessor).__name__
-            raise UserError(f"encode_incremental: {name} gives every event another position when one is appended")
-        if not isinstance(self.encoder, IncrementalEncoder):
-            name = type(self.encoder).__name__
-            raise UserError(f"encode_incremental: {name} keeps nothing of a history; SASRec, HSTU and others do")
-        if layout.attention_mask is not None:
             raise UserError(
-                "encode_incremental: the layout has an attention mask of its own, "
-                "and only causal histories can be appended to"
+                f"encode_incremental: {preprocessor} gives every event another position when one is appended"
             )
+        if not isinstance(self.encoder, IncrementalEncoder):
+            raise UserError(f"encode_incremental: {encoder} keeps nothing of a history; SASRec, HSTU and others do")
         if self.training:
             raise UserError("encode_incremental: the model is in training mode, where dropout acts; call eval() first")
         inputs = self.encoder_input(items, layout, events)
         cache = append_tokens(self.encoder, cache, inputs.x, inputs.layout, inputs.events)
-        states = cache.last_output
-        if self.context_merger is not None:
-            states = self.context_merger(states, cache.last_events)
-        filled = (cache.lengths > 0).to(states.device)
-        return self.postprocessor(states) * filled[:, None], cache
+        states = self.query_states(cache.last_output, cache.last_events)
+        return states * (cache.lengths > 0).to(states.device)[:, None], cache
 
 
 class MaskEmbedding(torch.nn.Module):
@@ -154,9 +148,7 @@ class SequenceRecommender(torch.nn.Module):
         autocast: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.items, self.autocast = items, autocast
-        self.sequence = sequence
-        self.similarity = similarity
+        self.items, self.sequence, self.similarity, self.autocast = items, sequence, similarity, autocast
         self.objective = objective or LastEventReader()
         self.mask_embedding = MaskEmbedding(items.embedding_dim) if self.objective.uses_mask else None
 
@@ -180,7 +172,9 @@ class SequenceRecommender(torch.nn.Module):
         row without events gets the state 0, or in a masked model that of its mask slot alone. padded: computes whole
         rectangles, as an exporter needs it.
         """
-        features = batch if isinstance(batch, SequentialFeatures) else history_features(batch)
+        features = batch
+        if not isinstance(batch, SequentialFeatures):
+            features = SequentialFeatures(batch["lengths"], batch["item_ids"], columns_of(batch))
         inputs = self.objective.query(features, padded).to(self.items.table.device)
         states = self.states(inputs, last=inputs.read is None).float()
         return Queries(states, inputs.features.past_events.get("user_ids"))

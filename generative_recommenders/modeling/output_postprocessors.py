@@ -39,8 +39,7 @@ class LayerNormEmbeddingPostprocessor(torch.nn.Module):
         self.eps, self.embedding_dim = eps, embedding_dim
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x[..., : self.embedding_dim]
-        return layer_norm(x, self.eps)
+        return layer_norm(x[..., : self.embedding_dim], self.eps)
 
 
 @register_output_postprocessor("none")

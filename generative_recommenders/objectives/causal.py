@@ -16,15 +16,14 @@ from generative_recommenders.data.loader import LoadedBatch
 from generative_recommenders.data.token_masks import Draws
 from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.events import past_features
-from generative_recommenders.modeling.inputs import ModelInputs, history_inputs
+from generative_recommenders.modeling.inputs import LastEventReader
 from generative_recommenders.objectives.examples import TrainingExample, make_example
 from generative_recommenders.objectives.objective import Objective
 from generative_recommenders.ops.layout import Layout, device_layout, jagged_layout
-from generative_recommenders.types import SequentialFeatures
 
 
 @register_objective("causal", gin_name="causal_objective")
-class CausalObjective(Objective):
+class CausalObjective(LastEventReader, Objective):
     """Every position predicts the next item (CLM).
 
     num_positives: P, how many next items are predicted (the dense all-action loss of PinnerFormer, arXiv 2205.04507,
@@ -68,10 +67,6 @@ class CausalObjective(Objective):
         if example.ratings is None:
             raise UserError('train_fn.target_weights "rating": the data have no ratings')
         return replace(example, weights=example.weights * example.ratings.clamp(min=0))
-
-    def query(self, features: SequentialFeatures, padded: bool = False) -> ModelInputs:
-        """The history as it is, read after its last event."""
-        return history_inputs(features, padded)
 
 
 @register_objective("causal_last", gin_name="causal_last_objective")

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 
 import torch
 
 from generative_recommenders.data.loader import LoadedBatch
 from generative_recommenders.data.token_masks import Draws
-from generative_recommenders.modeling.inputs import ModelInputs
+from generative_recommenders.modeling.inputs import QueryReader
 from generative_recommenders.modeling.model import SequenceEncoder
 from generative_recommenders.objectives.criterion import Criterion
 from generative_recommenders.objectives.examples import TrainingExample
-from generative_recommenders.types import SequentialFeatures
 
 
-class Objective(ABC):
+class Objective(QueryReader):
     """An objective by ``train_fn.objective``; its constructor's keyword arguments are its options.
 
     The program supplies ``embedding_dim`` where the constructor asks for it.
     """
 
-    uses_mask = False
-    """Whether predicted positions hold the mask embedding and the objective sets the attention mask."""
     fixed_shapes = False
     """Whether an example's shapes follow from the number of its tokens; `device_example` is then there."""
     needs_item_table = False
@@ -41,13 +38,6 @@ class Objective(ABC):
     @abstractmethod
     def first_target(self, batch: LoadedBatch) -> int | None:
         """Number of the process's first target in the global batch; None where only counting targets tells."""
-
-    @abstractmethod
-    def query(self, features: SequentialFeatures, padded: bool = False) -> ModelInputs:
-        """Inputs whose read positions, one a row, name the next item; each row's last token where ``read`` is None.
-
-        padded: see `modeling.inputs.QueryReader`.
-        """
 
     def criterion(self, base: Criterion, encoder: Callable[[bool], SequenceEncoder]) -> Criterion:
         """The chosen loss, with what the objective adds to it. encoder: another sequence encoder of the same settings,

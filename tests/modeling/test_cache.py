@@ -28,7 +28,6 @@ from generative_recommenders.modeling.output_postprocessors import (
 )
 from generative_recommenders.modeling.similarity.dot_product import DotProductSimilarity
 from generative_recommenders.objectives.masked import MaskedItemObjective
-from generative_recommenders.ops.layout import AttentionMask, jagged_layout
 from generative_recommenders.types import SequentialFeatures
 
 WINDOW, DIM, ITEMS, ROWS = 12, 8, 20, 5
@@ -242,17 +241,9 @@ def test_rows_and_events_of_the_cache() -> None:
         model.encode_incremental(cache, torch.tensor([1]), ids[:1], {"timestamps": ids[:1]})
 
 
-def test_masked_objectives_and_attention_mask_are_refused() -> None:
-    masked = build("SASRec", objective=MaskedItemObjective())
-    with pytest.raises(UserError, match="built for a masked objective"):
-        encoded(masked)
-    layout = jagged_layout(torch.tensor([2]), 2)
-    every = AttentionMask(layout.positions, layout.positions)
-    with pytest.raises(UserError, match="only causal histories"):
-        build("SASRec").sequence.append(None, torch.ones(2, DIM), layout.with_attention_mask(every), {})
-
-
 def test_what_cannot_append_is_refused() -> None:
+    with pytest.raises(UserError, match="built for a masked objective"):
+        encoded(build("SASRec", objective=MaskedItemObjective()))
     softmax = build("HSTU")
     softmax.sequence.encoder = HSTU(DIM, WINDOW, normalization="softmax_rel_bias").eval()
     with pytest.raises(UserError, match="normaliser of"):

@@ -21,7 +21,7 @@ def rms(x: torch.Tensor) -> torch.Tensor:
 
 def block_by_hand(block: FuxiBlock, x: torch.Tensor, queries: list[int] | None, keys: list[int] | None) -> torch.Tensor:
     """One sequence ``x [n, D]``, position by position and head by head."""
-    heads, dqk, dv, n = block.num_heads, block.dqk, block.dv, len(x)
+    heads, dqk, dv, n = block.num_heads, SMALL["dqk"], SMALL["dv"], len(x)
     projected = F.silu(rms(x) @ block.uvqk)
     u, v, q, k = projected.split([3 * heads * dv, heads * dv, heads * dqk, heads * dqk], dim=1)
     out = torch.zeros(n, heads, 3, dv)
