@@ -11,6 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Literal, get_args
 
 import numpy as np
@@ -117,9 +118,7 @@ class NegativesSampler(torch.nn.Module, ABC):
         super().__init__()
         if num_negatives < 1:
             raise ValueError(f"num_negatives must be 1 or more, got {num_negatives}")
-        self.num_negatives = num_negatives
-        self.sharing = sharing
-        self.log_q_correction = log_q_correction
+        self.num_negatives, self.sharing, self.log_q_correction = num_negatives, sharing, log_q_correction
         self.register_buffer("nothing", torch.empty(0), persistent=False)
 
     def forward(self, key: Key, first_token: int, num_tokens: int, batch: BatchItems | None = None) -> Negatives:
@@ -192,8 +191,6 @@ class InBatchNegativesSampler(NegativesSampler):
             self.expected = np.array([float(self._in_batch(n, self.log_absent).sum()) for n in self.events])
 
     def draw(self, key, units, draws, batch):
-        if not units.numel():
-            return units.new_empty(0, draws), units.new_empty(0, draws, dtype=torch.float32)
         pool = batch.pool
         if pool is None or pool.numel() == 0:
             raise UserError("in-batch negatives: the batch holds no items to draw from")
@@ -270,11 +267,8 @@ class MixedNegativesSampler(NegativesSampler):
         if not samplers or len(samplers) != len(sizes) or not min(sizes) > 0:
             raise ValueError(f"mixed negatives: {len(samplers)} samplers with shares {sizes}: each needs one above 0")
         super().__init__(num_negatives, samplers[0].sharing)
-        self.parts = list(samplers)
-        self.samplers = torch.nn.ModuleList(samplers)  # registered, so that they move with this one
-        total, stops = sum(sizes), []
-        for index in range(len(sizes)):
-            stops.append(round(num_negatives * sum(sizes[: index + 1]) / total))
+        self.samplers = torch.nn.ModuleList(samplers)
+        stops = [round(num_negatives * part / sum(sizes)) for part in accumulate(sizes)]
         self.draws = [stop - start for start, stop in zip([0, *stops], stops)]
         if min(self.draws) < 1:
             raise ValueError(
@@ -285,8 +279,8 @@ class MixedNegativesSampler(NegativesSampler):
 
     def draw(self, key, units, draws, batch):
         parts = [
-            sampler.draw(stream_key(key, index), units, count, batch)[0]
-            for index, (sampler, count) in enumerate(zip(self.parts, self.draws))
+            sampler.draw(stream_key(key, index), units, count, batch)[0]  # type: ignore[operator]
+            for index, (sampler, count) in enumerate(zip(self.samplers, self.draws))
         ]
         return torch.cat(parts, dim=1), None
 
@@ -322,8 +316,7 @@ class MultiClassNegativesSampler(NegativesSampler):
                 f"{sharing.granularity!r}"
             )
         # Both ways jagged: the items of each class, and the classes of each item.
-        of_class, of_item = (("members", "starts"), assignment), (("classes", "class_starts"), assignment.T)
-        for (name, starts), matrix in (of_class, of_item):
+        for name, starts, matrix in (("members", "starts", assignment), ("classes", "class_starts", assignment.T)):
             self.register_buffer(name, matrix.nonzero()[:, 1], persistent=False)
             self.register_buffer(starts, F.pad(matrix.sum(1).cumsum(0), (1, 0)), persistent=False)
 

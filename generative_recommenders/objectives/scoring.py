@@ -24,8 +24,7 @@ from generative_recommenders.ops.products.sampled import (
 @dataclass(frozen=True)
 class SampledScores:
     """positive ``[T, P]``, negative ``[T, R]``, negative_mask ``[T, R]`` bool (True counts). sums: what the similarity
-    makes its auxiliary losses from.
-    """
+    makes its auxiliary losses from."""
 
     positive: torch.Tensor
     negative: torch.Tensor
@@ -68,6 +67,7 @@ def sampled_scores(
             return SampledScores(positive, corrected(negative, negatives), mask, {})
     raw, items = items, items.normalized()
     operands = similarity.operands(states, items.weight)
+    sums: dict[str, torch.Tensor] = {}
     if operands is not None:
         (query, weight), dtype = operands, similarity.score_dtype
         # Positives are few: a product of rows each, where negatives take a matrix product.
@@ -78,24 +78,22 @@ def sampled_scores(
         positive = (query[:, None] * own).sum(-1)
         negative = negative_products(query, weight, items.index(negatives.ids), negatives)
         positive, negative = rounded(positive, dtype), rounded(negative, dtype)
-        return SampledScores(positive, corrected(negative, negatives), mask, {})
-    weight, drawn = items.weight.float(), items.index(negatives.ids)
-    own = raw.weight.float() if raw_positives else weight
-    positive, sums = similarity.score_rows(states, own, items.index(targets), user_ids)
-    spans = negatives.spans(len(states)) if len(states) else None
-    if not len(states):  # no pairs, of the shape that the rest expects
-        drawn = drawn[:0]
-    shared = drawn if spans is None else zip(spans, drawn)
-    negative = similarity.score_negatives(states, weight, shared, user_ids)
+    else:
+        weight, drawn = items.weight.float(), items.index(negatives.ids)
+        own = raw.weight.float() if raw_positives else weight
+        positive, sums = similarity.score_rows(states, own, items.index(targets), user_ids)
+        spans = negatives.spans(len(states))
+        if not len(states):  # [0, R], where a batch or a block has drawn negatives and no token
+            spans, drawn = None, drawn[:0]
+        shared = drawn if spans is None else zip(spans, drawn)
+        negative = similarity.score_negatives(states, weight, shared, user_ids)
     return SampledScores(positive, corrected(negative, negatives), mask, sums)
 
 
 def negative_products(
     hidden: torch.Tensor, weight: torch.Tensor, rows: torch.Tensor, negatives: Negatives
 ) -> torch.Tensor:
-    """``[T, R]`` products of ``hidden [T, D]`` with the rows ``[G, R]`` of ``weight [U, D]`` each token
-    competes with.
-    """
+    """``[T, R]`` products of tokens ``hidden [T, D]`` with the rows ``[G, R]`` of ``weight [U, D]`` drawn for them."""
     granularity = negatives.sharing.granularity
     if granularity == "position":
         return sampled_products(hidden, weight, rows)
@@ -106,9 +104,7 @@ def negative_products(
 
 
 def corrected(scores: torch.Tensor, negatives: Negatives) -> torch.Tensor:
-    """``s - ln(R q)``: importance weights of the sampled part of the partition function (Bengio & Senécal
-    2008).
-    """
+    """``s - ln(R q)``: importance weights of the sampled part of the partition function (Bengio & Senécal 2008)."""
     if negatives.log_q is None:
         return scores
     return scores - negatives.per_token(negatives.log_q, scores.shape[0])

@@ -33,8 +33,7 @@ ITEM_ID = "item_id"
 class EntityFeature:
     """One feature of all items or all users.
 
-    values: row i belongs to id i, row 0 to padding: ``[1 + V]`` int64 ids or float32 values, lists ``[1 + V,
-    K]``.
+    values: row i belongs to id i, row 0 to padding: ``[1 + V]`` int64 ids or float32 values, lists ``[1 + V, K]``.
     """
 
     spec: EmbeddingSpec
@@ -64,15 +63,12 @@ class ItemTower(nn.Module):
 
     def __init__(self, specs: Sequence[EmbeddingSpec], embedding_dim: int, num_blocks: int) -> None:
         super().__init__()
-        if num_blocks < 1:
-            raise UserError(f"item_tower.num_blocks {num_blocks} must be 1 or more")
         self.embedding_dim = embedding_dim
         self.embedder = SequenceEmbedding(specs)
         self.encoder = nn.Sequential(*(SwiGLUEncoder(embedding_dim, 2 * embedding_dim) for _ in range(num_blocks)))
 
     def forward(self, features: Mapping[str, torch.Tensor], id_rows: torch.Tensor | None) -> torch.Tensor:
-        """``[U, D]`` from features by name (``[U]`` or ``[U, K]``) and rows of the id table ``[U, D]``, or
-        None.
+        """``[U, D]`` from features by name (``[U]`` or ``[U, K]``) and rows of the id table ``[U, D]``, or None.
 
         The id's row is scaled by sqrt(D), as in histories.
         """
@@ -124,9 +120,7 @@ class ItemTowerEmbedding(ItemEmbedding):
         self.tower = ItemTower([feature.spec for feature in read], embedding_dim, num_blocks)
 
     def raw_rows(self, leaf: ItemRows, item_ids: torch.Tensor | None) -> ItemRows:
-        """The tower's output for the items; for all of them, in blocks unless it is differentiated, row 0 is
-        0.
-        """
+        """The tower's output for the items; for all of them, in blocks unless it is differentiated, row 0 is 0."""
         if item_ids is not None:
             return ItemRows(self._tower(leaf, item_ids), item_ids)
         every = torch.arange(1, self.num_items + 1, device=leaf.weight.device)
@@ -174,5 +168,4 @@ class FeatureMerger(nn.Module):
         users = events.get("user_ids")
         if users is None:
             users = torch.zeros(len(states), dtype=torch.int64, device=states.device)
-        embedded = self.embedder(self.features(users))
-        return states + torch.stack(list(embedded.values())).sum(0)
+        return states + torch.stack(list(self.embedder(self.features(users)).values())).sum(0)

@@ -23,12 +23,7 @@ from generative_recommenders.config.fields import NonNegative, Positive, Positiv
 from generative_recommenders.config.registry import register_loss
 from generative_recommenders.distributed.row_shards import RowShard
 from generative_recommenders.errors import UserError
-from generative_recommenders.objectives.losses.sampled import (
-    Terms,
-    full_precision,
-    log_in_terms,
-    weighted,
-)
+from generative_recommenders.objectives.losses.sampled import Terms, full_precision, log_in_terms, weighted
 from generative_recommenders.ops import dispatch
 from generative_recommenders.ops.embedding import range_of
 from generative_recommenders.ops.products.catalogue import (
@@ -71,10 +66,6 @@ class CatalogueLoss(nn.Module, ABC):
         """
         counted = mask if self.excludes_labels else mask | own
         return self.row_terms(positive, masked_logsumexp(logits, counted), weights)
-
-    def row_loss(self, positive: Tensor, statistic: Tensor, weights: Tensor) -> LossOutput:
-        """Summed loss of rows; arguments as of `row_terms`."""
-        return weighted(*self.row_terms(positive, statistic, weights))
 
     def linear_term(
         self, positive: Tensor, labels: Tensor, weights: Tensor, mean_logit: Callable[[], Tensor]
@@ -119,8 +110,8 @@ class CatalogueLoss(nn.Module, ABC):
             positive = total_of(products * held)
             excluded = local.masked_fill(~held, -1) if self.excludes_labels else None
             total, weight, _ = catalogue_sum(
-                hidden, item_weight, positive, weights, excluded, self.statistic, self.row_loss, self.memory_bytes,
-                shared,
+                hidden, item_weight, positive, weights, excluded, self.statistic,
+                lambda *rows: weighted(*self.row_terms(*rows)), self.memory_bytes, shared,
             )  # fmt: skip
             total = total + self.linear_term(
                 positive, labels, weights, lambda: total_of(hidden @ (item_weight.sum(0) / num_items))
@@ -128,8 +119,8 @@ class CatalogueLoss(nn.Module, ABC):
             if shard is None:
                 return LossOutput(total, weight)
             on_main = float(shard.collectives.is_main)
-            # Where it is counted once, the sum over processes is that of one process; total - total brings the
-            # gradient.
+            # Counted on one process alone, so that the sum over processes is the number of a single one;
+            # total - total is 0 and brings the gradient.
             return LossOutput(total.detach() * on_main + (total - total.detach()), weight * on_main)
 
 
@@ -210,8 +201,7 @@ class LogInCE(CatalogueLoss):
         memory_bytes: PositiveInt = MEMORY_BYTES,
     ) -> None:
         super().__init__(memory_bytes)
-        self.epsilon = epsilon
-        self.clamp_border = clamp_border
+        self.epsilon, self.clamp_border = epsilon, clamp_border
 
     def row_terms(self, positive: Tensor, statistic: Tensor, weights: Tensor) -> Terms:
         return log_in_terms(positive, weights, statistic, self.epsilon, self.clamp_border)

@@ -126,10 +126,9 @@ class SampledSoftmaxLoss(SampledLoss):
 
     def terms(self, positive: Tensor, negative: Tensor, weights: Tensor, mask: Tensor) -> Terms:
         log_total = torch.logaddexp(positive, masked_logsumexp(negative, mask)[:, None])
-        target_score = positive
         if self.label_smoothing > 0:
-            target_score = smoothed(positive, negative, mask, self.label_smoothing)
-        return Terms(log_total - target_score, weights)
+            positive = smoothed(positive, negative, mask, self.label_smoothing)
+        return Terms(log_total - positive, weights)
 
 
 @register_loss("BCELoss")
@@ -145,7 +144,7 @@ class BCELoss(SampledLoss):
 
     def terms(self, positive: Tensor, negative: Tensor, weights: Tensor, mask: Tensor) -> Terms:
         count = mask.sum(1, keepdim=True)
-        negative_mean = _masked_softplus_sum(negative, mask)[:, None] / count.clamp(min=1)
+        negative_mean = _masked_softplus(negative, mask).sum(1, keepdim=True) / count.clamp(min=1)
         values = (F.softplus(-positive) + negative_mean) / 2
         return Terms(values, weights * (count > 0))
 
@@ -196,9 +195,8 @@ class BCESampled(BoundedLogarithms):
     """``-[ln sigma(s+) + sum_k ln(1 - sigma(s-_k))]`` for each (position, positive) pair (RePlay's)."""
 
     def terms(self, positive: Tensor, negative: Tensor, weights: Tensor, mask: Tensor) -> Terms:
-        bounds = self.epsilon, self.clamp_border
-        log_positive = log_plus_epsilon(F.logsigmoid(positive), *bounds)
-        log_negative = log_plus_epsilon(-_masked_softplus(negative, mask), *bounds)
+        log_positive = log_plus_epsilon(F.logsigmoid(positive), self.epsilon, self.clamp_border)
+        log_negative = log_plus_epsilon(-_masked_softplus(negative, mask), self.epsilon, self.clamp_border)
         kept = torch.where(mask, log_negative, 0.0).sum(1, keepdim=True)
         return Terms(-(log_positive + kept), weights)
 
@@ -219,8 +217,7 @@ class GBCELoss(SampledLoss):
         super().__init__()
         if num_items < 2:
             raise UserError(f"gBCE needs at least 2 items, not {num_items}")
-        self.num_items = num_items
-        self.calibration = calibration
+        self.num_items, self.calibration = num_items, calibration
 
     def beta(self, num_negatives: int) -> float:
         """The exponent of the positive's probability at R negatives, in (0, 1]."""
@@ -228,7 +225,7 @@ class GBCELoss(SampledLoss):
         return self.calibration * (alpha - 1) + 1
 
     def terms(self, positive: Tensor, negative: Tensor, weights: Tensor, mask: Tensor) -> Terms:
-        negative_sum = _masked_softplus_sum(negative, mask)[:, None]
+        negative_sum = _masked_softplus(negative, mask).sum(1, keepdim=True)
         count = 1 + mask.sum(1, keepdim=True)
         values = (self.beta(negative.shape[1]) * F.softplus(-positive) + negative_sum) / count
         return Terms(values, weights)
@@ -243,14 +240,11 @@ class LogInCESampled(BoundedLogarithms):
     """
 
     def terms(self, positive: Tensor, negative: Tensor, weights: Tensor, mask: Tensor) -> Terms:
-        log_negative = masked_logsumexp(negative, mask)
-        return log_in_terms(positive, weights, log_negative, self.epsilon, self.clamp_border)
+        return log_in_terms(positive, weights, masked_logsumexp(negative, mask), self.epsilon, self.clamp_border)
 
 
 def log_in_terms(positive: Tensor, weights: Tensor, log_negative: Tensor, epsilon: float, clamp_border: float) -> Terms:
-    """LogInCE from positive scores ``[T, P]``, weights ``[T, P]`` and ``ln S-`` ``[T]``; see
-    ``LogInCESampled``.
-    """
+    """LogInCE from positive scores ``[T, P]``, weights ``[T, P]`` and ``ln S-`` ``[T]``; see ``LogInCESampled``."""
     position_weights = weights.amax(1)
     # A position without positives takes all of them: its term is finite, and has weight 0.
     some = (position_weights != 0)[:, None]
@@ -262,7 +256,3 @@ def log_in_terms(positive: Tensor, weights: Tensor, log_negative: Tensor, epsilo
 def _masked_softplus(scores: Tensor, mask: Tensor) -> Tensor:
     # softplus(-inf) is 0, and so is its gradient.
     return F.softplus(scores.masked_fill(~mask, -math.inf))
-
-
-def _masked_softplus_sum(scores: Tensor, mask: Tensor) -> Tensor:
-    return _masked_softplus(scores, mask).sum(1)
