@@ -2,25 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
 
 from generative_recommenders.errors import UserError
 from generative_recommenders.modeling.similarity.dot_product import DotProductSimilarity
-from generative_recommenders.modeling.similarity.interface import Similarity
-
-GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parents[1] / "golden"))
-
-
-def golden_case():
-    with np.load(GOLDEN / "meta_dot_product.npz") as file:
-        arrays = {name: torch.from_numpy(file[name]) for name in file.files if name != "meta"}
-        return arrays, json.loads(str(file["meta"]))["config"]
+from golden_parity import read_golden
 
 
 @pytest.mark.parametrize(
@@ -32,15 +19,15 @@ def golden_case():
     ],
 )
 def test_golden_shapes(queries, items, expected):
-    arrays, config = golden_case()
+    arrays, meta = read_golden("meta_dot_product")
     scores, losses = DotProductSimilarity()(arrays[f"input/{queries}"], arrays[f"input/{items}"])
-    assert scores.shape[1] == config["X"]
+    assert scores.shape[1] == meta["config"]["X"]
     torch.testing.assert_close(scores, arrays[f"output/{expected}"], atol=1e-5, rtol=1e-5)
     assert losses == {}
 
 
 def test_shared_items_without_a_leading_axis():
-    arrays, _ = golden_case()
+    arrays, _ = read_golden("meta_dot_product")
     scores, _ = DotProductSimilarity().score(arrays["input/query"], arrays["input/items_shared"][0])
     torch.testing.assert_close(scores, arrays["output/shared"], atol=1e-5, rtol=1e-5)
 
@@ -48,12 +35,6 @@ def test_shared_items_without_a_leading_axis():
 def test_rows_that_do_not_divide_are_refused():
     with pytest.raises(UserError, match="5 queries"):
         DotProductSimilarity().score(torch.rand(5, 2), torch.rand(2, 3, 2))
-
-
-def test_is_a_similarity_without_auxiliary_losses():
-    similarity = DotProductSimilarity()
-    assert isinstance(similarity, Similarity)
-    assert similarity.auxiliary_loss_names == frozenset()
 
 
 def test_rows_of_a_table():

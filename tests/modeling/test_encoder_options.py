@@ -11,7 +11,6 @@ from generative_recommenders.modeling.encoders.hstu import HSTU
 from generative_recommenders.modeling.encoders.ligr import LiGR
 from generative_recommenders.modeling.encoders.sasrec import SASRec
 from generative_recommenders.modeling.encoders.transformer import Transformer
-from generative_recommenders.modeling.encoders.two_tower import ItemTower
 
 
 @pytest.mark.parametrize(
@@ -25,6 +24,8 @@ from generative_recommenders.modeling.encoders.two_tower import ItemTower
         (SASRec, {"ffn_dropout_rate": 1.0}, "ffn_dropout_rate must be below 1, got 1.0"),
         (DiffTransformer, {"num_heads": 3}, "num_heads 3 does not divide the width 8"),
         (DiffTransformer, {"num_blocks": -1}, "num_blocks must be 1 or more, got -1"),
+        (DiffTransformer, {"norm": "middle"}, "norm 'middle' is unknown; known: 'post', 'pre'"),
+        (Transformer, {"max_length": 6, "num_heads": 3}, "num_heads 3 does not divide the width 8"),
         (Transformer, {"max_length": 6, "num_heads": 0}, "num_heads must be 1 or more, got 0"),
         (Transformer, {"max_length": 6, "num_blocks": 0}, "num_blocks must be 1 or more, got 0"),
         (Transformer, {"max_length": 6, "ffn_hidden_dim": 0}, "ffn_hidden_dim must be 1 or more, got 0"),
@@ -57,8 +58,3 @@ def test_refused(encoder: type, options: dict, message: str) -> None:
     with pytest.raises((ValueError, UserError), match=message) as refused:
         encoder(8, **options)
     assert "\n" not in str(refused.value)
-
-
-def test_an_item_tower_without_layers() -> None:
-    with pytest.raises(UserError, match=r"item_tower.num_blocks 0 must be 1 or more"):
-        ItemTower([], 8, 0)

@@ -71,18 +71,6 @@ def test_its_equations(options: dict, timed: bool) -> None:
         start += length
 
 
-@pytest.mark.parametrize("next_time", ["given", "hidden"])
-@torch.no_grad()
-def test_whether_the_next_time_is_used(next_time: str) -> None:
-    encoder, layout = FuXi(8, 6, **SMALL, next_time=next_time).eval(), jagged_layout(torch.tensor([4, 2]), 6)
-    for block in encoder.blocks:
-        block.channels.time.normal_()
-    x, events = small_input([4, 2])
-    later = {**events, "next_timestamps": events["next_timestamps"] + 10**6}
-    same = torch.equal(encoder(x, layout, events), encoder(x, layout, later))
-    assert same == (next_time == "hidden")
-
-
 @torch.no_grad()
 def test_the_channel_of_time_can_be_left_out() -> None:
     encoder, layout = (
@@ -91,31 +79,3 @@ def test_the_channel_of_time_can_be_left_out() -> None:
     )
     x, events = small_input([4])
     assert torch.equal(encoder(x, layout, events), encoder(x, layout, {}))
-
-
-def test_dropout_options_act() -> None:
-    x, events = small_input([4, 2])
-    layout = jagged_layout(torch.tensor([4, 2]), 6)
-    for option in ("attn_dropout_rate", "linear_dropout_rate"):
-        encoder = FuXi(8, 6, **SMALL, **{option: 0.5})
-        assert not torch.equal(encoder(x, layout, events), encoder(x, layout, events))
-        encoder.eval()
-        assert torch.equal(encoder(x, layout, events), encoder(x, layout, events))
-
-
-def test_bfloat16_autocast() -> None:
-    encoder = FuXi(8, 6, **SMALL).train()
-    x, events = small_input([4, 2])
-    layout = jagged_layout(torch.tensor([4, 2]), 6)
-    with torch.autocast("cpu", torch.bfloat16):
-        out = encoder(x, layout, events)
-    torch.testing.assert_close(out.float(), encoder(x, layout, events), atol=0.1, rtol=0.1)
-    out.float().sum().backward()
-    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in encoder.parameters())
-
-
-def test_no_tokens() -> None:
-    encoder, layout = FuXi(8, 6, **SMALL), jagged_layout(torch.tensor([0, 0]), 3)
-    out = encoder(torch.zeros(0, 8), layout, {})
-    assert out.shape == (0, 8)
-    out.sum().backward()

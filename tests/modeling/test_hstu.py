@@ -62,18 +62,6 @@ def small_input(lengths: list[int]) -> tuple[torch.Tensor, dict[str, torch.Tenso
     return torch.randn(count, 8, generator=generator), events
 
 
-@pytest.mark.parametrize("next_time", ["given", "hidden"])
-def test_whether_the_next_time_is_used(next_time: str) -> None:
-    encoder, layout = HSTU(8, 6, **SMALL, next_time=next_time).eval(), jagged_layout(torch.tensor([4, 2]), 6)
-    with torch.no_grad():
-        for block in encoder.blocks:
-            block.bias.time.normal_()
-    x, events = small_input([4, 2])
-    later = {**events, "next_timestamps": events["next_timestamps"] + 10**6}
-    same = torch.equal(encoder(x, layout, events), encoder(x, layout, later))
-    assert same == (next_time == "hidden")
-
-
 def test_causal_with_the_next_time_held_fixed() -> None:
     encoder, layout = HSTU(8, 9, **SMALL).eval(), jagged_layout(torch.tensor([7]), 9)
     x, events = small_input([7])
@@ -84,60 +72,6 @@ def test_causal_with_the_next_time_held_fixed() -> None:
     outputs = encoder(x, layout, events), encoder(changed, layout, times)
     torch.testing.assert_close(outputs[0][:4], outputs[1][:4])
     assert (outputs[0][4:] != outputs[1][4:]).all(0).any()
-
-
-@pytest.mark.parametrize("normalization", ["rel_bias", "softmax_rel_bias"])
-def test_grouping_changes_nothing(normalization: str) -> None:
-    encoder = HSTU(8, 9, **SMALL, normalization=normalization).eval()
-    lengths = [9, 3, 0, 1]
-    x, events = small_input(lengths)
-    together = encoder(x, jagged_layout(torch.tensor(lengths), 9), events)
-    alone, start = [], 0
-    for length in lengths:
-        rows = slice(start, start + length)
-        own = {name: values[rows] for name, values in events.items()}
-        alone.append(encoder(x[rows], jagged_layout(torch.tensor([length]), 9), own))
-        start += length
-    torch.testing.assert_close(together, torch.cat(alone))
-
-
-@pytest.mark.parametrize("normalization", ["rel_bias", "softmax_rel_bias"])
-def test_dropout_options_act(normalization: str) -> None:
-    x, events = small_input([4, 2])
-    layout = jagged_layout(torch.tensor([4, 2]), 6)
-    for option in ("attn_dropout_rate", "linear_dropout_rate"):
-        encoder = HSTU(8, 6, **SMALL, normalization=normalization, **{option: 0.5})
-        assert not torch.equal(encoder(x, layout, events), encoder(x, layout, events))
-        encoder.eval()
-        assert torch.equal(encoder(x, layout, events), encoder(x, layout, events))
-
-
-def test_linear_activation_acts() -> None:
-    x, events = small_input([4, 2])
-    layout = jagged_layout(torch.tensor([4, 2]), 6)
-    silu, none = (HSTU(8, 6, **SMALL, linear_activation=each) for each in ("silu", "none"))
-    none.load_state_dict(silu.state_dict())
-    assert not torch.allclose(silu(x, layout, events), none(x, layout, events))
-
-
-@pytest.mark.parametrize("normalization", ["rel_bias", "softmax_rel_bias"])
-def test_bfloat16_autocast(normalization: str) -> None:
-    encoder = HSTU(8, 6, **SMALL, normalization=normalization).train()
-    x, events = small_input([4, 2])
-    layout = jagged_layout(torch.tensor([4, 2]), 6)
-    with torch.autocast("cpu", torch.bfloat16):
-        out = encoder(x, layout, events)
-    torch.testing.assert_close(out.float(), encoder(x, layout, events), atol=0.1, rtol=0.1)
-    out.float().sum().backward()
-    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in encoder.parameters())
-
-
-@pytest.mark.parametrize("normalization", ["rel_bias", "softmax_rel_bias"])
-def test_no_tokens(normalization: str) -> None:
-    encoder, layout = HSTU(8, 6, **SMALL, normalization=normalization), jagged_layout(torch.tensor([0, 0]), 3)
-    out = encoder(torch.zeros(0, 8), layout, {})
-    assert out.shape == (0, 8)
-    out.sum().backward()
 
 
 def test_attention_divides_by_the_tokens_attended_to() -> None:

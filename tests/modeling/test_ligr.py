@@ -51,10 +51,3 @@ def test_a_swiglu_has_no_bias_unless_asked_for() -> None:
     feed_forward = LiGR(8).eval().blocks[0].ffn
     expected = (F.silu(x @ feed_forward.WG.weight.T) * (x @ feed_forward.W1.weight.T)) @ feed_forward.W2.weight.T
     torch.testing.assert_close(feed_forward(x), expected)
-
-
-def test_dropout_acts_in_training_alone() -> None:
-    encoder, x, layout = LiGR(8, dropout_rate=0.5), torch.randn(6, 8), jagged_layout(torch.tensor([4, 2]), 6)
-    assert not torch.equal(encoder(x, layout, {}), encoder(x, layout, {}))
-    encoder.eval()
-    assert torch.equal(encoder(x, layout, {}), encoder(x, layout, {}))

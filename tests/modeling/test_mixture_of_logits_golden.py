@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
 
 from generative_recommenders.build.factories import create_mol_interaction_module
 from generative_recommenders.modeling.similarity import mixture_of_logits
 from generative_recommenders.modeling.similarity.mixture_of_logits import MoLSimilarity
-
-GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parents[1] / "golden"))
-
+from golden_parity import assert_near, read_golden
 
 OURS = {
     "_query_embeddings_fn._query_emb_proj_module.1._w": "query_projection.1.linear.weight",
@@ -41,13 +34,9 @@ def our_layout(name: str, array: torch.Tensor) -> torch.Tensor:
     return array.T if name.endswith("._w") else array[0] if name.endswith("._b") else array
 
 
-def golden_case():
-    with np.load(GOLDEN / "meta_mol.npz") as file:
-        arrays = {name: torch.from_numpy(file[name]) for name in file.files if name != "meta"}
-        return arrays, json.loads(str(file["meta"]))["config"]
-
-
-def golden_model(arrays: dict[str, torch.Tensor], config: dict) -> MoLSimilarity:
+def golden_case() -> tuple[dict[str, torch.Tensor], dict, MoLSimilarity]:
+    arrays, meta = read_golden("meta_mol")
+    config = meta["config"]
     model = create_mol_interaction_module(
         config["query_dim"],
         config["item_dim"],
@@ -65,17 +54,12 @@ def golden_model(arrays: dict[str, torch.Tensor], config: dict) -> MoLSimilarity
     )
     parameters = {n.removeprefix("param/"): v for n, v in arrays.items() if n.startswith("param/")}
     model.load_state_dict({our_name(n): our_layout(n, v) for n, v in parameters.items()})
-    return model
-
-
-def assert_near(ours: torch.Tensor, golden: torch.Tensor, tolerance: float) -> None:
-    difference = (ours.double() - golden.double()).abs() / golden.double().abs().clamp(min=1)
-    assert difference.max().item() <= tolerance
+    return arrays, config, model
 
 
 def test_golden_outputs_in_evaluation():
-    arrays, config = golden_case()
-    model = golden_model(arrays, config).eval()
+    arrays, config, model = golden_case()
+    model.eval()
     query = arrays["input/query"]
     scores, losses = model(query, arrays["input/items_shared"])
     assert_near(scores, arrays["output/logits"], 1e-4)
@@ -88,8 +72,8 @@ def test_golden_outputs_in_evaluation():
 
 
 def test_golden_training():
-    arrays, config = golden_case()
-    scores, losses = golden_model(arrays, config).train()(arrays["input/query"], arrays["input/items_shared"])
+    arrays, _, model = golden_case()
+    scores, losses = model.train()(arrays["input/query"], arrays["input/items_shared"])
     assert_near(scores, arrays["output/train_logits"], 1e-4)
     assert_near(losses["mi_loss"], arrays["output/train_mi_loss"], 1e-4)
 
@@ -98,8 +82,8 @@ def test_golden_training():
 def test_golden_gradients(monkeypatch, floats):
     monkeypatch.setattr(mixture_of_logits, "BLOCK_FLOATS", floats)
     monkeypatch.setattr(mixture_of_logits, "KEPT_FLOATS", floats)
-    arrays, config = golden_case()
-    model = golden_model(arrays, config).eval()
+    arrays, config, model = golden_case()
+    model.eval()
     query = arrays["input/query"].clone().requires_grad_()
     items = arrays["input/items_shared"].clone().requires_grad_()
     (model(query, items)[0] * arrays["input/cotangent"]).sum().backward()
