@@ -19,7 +19,9 @@ from tiny_models import EASY, LENGTHS, catalogue, contracted, histories, overfit
 
 CHOICES: dict[str, dict[str, object]] = {
     **{name: {"main_module": name} for name in ENCODERS.names()},
+    "SASRec-replay": {"main_module": "SASRec", "sasrec.norm_weights": True, "sasrec.final_norm": True},
     "HSTU-softmax": {"main_module": "HSTU", "hstu.normalization": "softmax_rel_bias"},
+    "HSTU-concat": {"main_module": "HSTU", "hstu.concat_ua": True},
     "FuXi-single": {"main_module": "FuXi", "fuxi.ffn_single_stage": True},
     "LiGR-gelu": {"main_module": "LiGR", "ligr.ffn_activation_fn": "gelu", "ligr.ffn_bias": True},
     "HSTU-length": {"main_module": "HSTU", "hstu.attn_divisor": "length"},
@@ -77,10 +79,10 @@ def test_contract(encoder: str, preprocessor: str, postprocessor: str, mol: bool
     ids, events = histories()
     states = model(LENGTHS, ids, past_events=events)
     real = torch.arange(ids.shape[1]) < LENGTHS[:, None]
-    assert states[real].isfinite().all()
+    assert states[real].isfinite().all() and (states[real] != 0).any(1).all()
     assert (states[~real] == 0).all()
     padded_equals_jagged(model, ids, events, states, real)
-    padding_changes_nothing(model, ids, events, states)
+    padding_changes_nothing(model, ids, events, states, real)
     if model.sequence.encoder.causal:
         the_future_changes_nothing(model, ids, events, states)
     the_past_matters(model, ids, events, states)
@@ -98,6 +100,28 @@ def padded_equals_jagged(model, ids, events, states, real) -> None:
     for row, length in enumerate(LENGTHS.tolist()):
         expected = states[row, length - 1] if length else torch.zeros_like(last[row])
         torch.testing.assert_close(last[row], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model(LENGTHS, ids, model.embed_history(ids), events), states)
+
+
+@pytest.mark.parametrize("encoder", CHOICES)
+def test_gradients_of_the_two_entrances_agree(encoder: str) -> None:
+    model = build(encoder, "CombinedItemAndRating", "layer_norm", mol=False)
+    ids, events = histories()
+    layout = jagged_layout(LENGTHS, ids.shape[1])
+    padded = model(LENGTHS, ids, past_events=events)
+    jagged = layout.to_rectangle(model.states(history_inputs(SequentialFeatures(LENGTHS, ids, events))))
+    cotangent, learned = torch.randn_like(padded), [*model.parameters()]
+    gradients = [torch.autograd.grad((out * cotangent).sum(), learned, allow_unused=True) for out in (padded, jagged)]
+    torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("encoder", CHOICES)
+@torch.no_grad()
+def test_a_batch_without_events(encoder: str) -> None:
+    model = build(encoder, "CombinedItemAndRating", "l2_norm", mol=False)
+    lengths, ids = torch.tensor([0, 0]), torch.zeros(2, 3, dtype=torch.int64)
+    assert (model(lengths, ids, None, {"ratings": ids}) == 0).all()
+    assert (model.encode_query(SequentialFeatures(lengths, ids, {"ratings": ids})).states == 0).all()
 
 
 @pytest.mark.parametrize("encoder", CHOICES)
@@ -115,8 +139,10 @@ def test_a_query_is_the_state_after_the_last_event(encoder: str) -> None:
         torch.testing.assert_close(model.sequence.last(x, layout, tokens), expected, rtol=1e-10, atol=1e-10)
 
 
-def padding_changes_nothing(model, ids, events, states) -> None:
-    """Further columns of padding, and other rows, leave a row's states as they were."""
+def padding_changes_nothing(model, ids, events, states, real) -> None:
+    """What padding holds, further columns of it, and other rows leave a row's states as they were."""
+    garbage = {name: x.where(real, 3) if x.dim() == 2 else x for name, x in events.items()}
+    torch.testing.assert_close(model(LENGTHS, ids.where(real, 9), None, garbage), states)
     row = slice(3, 4)
     wider = torch.nn.functional.pad(ids[row], (0, 2))
     more = {name: x[row] if x.dim() == 1 else torch.nn.functional.pad(x[row], (0, 2)) for name, x in events.items()}

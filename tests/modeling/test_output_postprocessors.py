@@ -1,10 +1,22 @@
-"""The L2 norm beside torch's own, gradients and vectors too short to be normalised included."""
+"""The postprocessors against their equations; the L2 norm beside torch's own, vectors too short for it included."""
 
 from __future__ import annotations
 
 import torch
 
+from generative_recommenders.modeling.output_postprocessors import (
+    L2NormEmbeddingPostprocessor,
+    LayerNormEmbeddingPostprocessor,
+)
 from generative_recommenders.ops.normalization import l2_normalize
+
+
+def test_postprocessors_are_their_equations() -> None:
+    x, l2, layer = 5 * torch.randn(4, 3, 8), L2NormEmbeddingPostprocessor(), LayerNormEmbeddingPostprocessor()
+    torch.testing.assert_close(l2(x), x / x.norm(dim=-1, keepdim=True))
+    centred = x - x.mean(-1, keepdim=True)
+    torch.testing.assert_close(layer(x), centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt())
+    assert all((each(torch.zeros(2, 8)) == 0).all() for each in (l2, layer))
 
 
 def test_l2_normalize_is_torchs() -> None:
