@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from generative_recommenders.modeling.initialization import truncated_normal_
 from generative_recommenders.modeling.items import (
@@ -13,6 +12,7 @@ from generative_recommenders.modeling.items import (
     ItemRows,
     LocalEmbeddingModule,
 )
+from memory import LargestTensor
 
 CATEGORIES = torch.tensor([2, 0, 2, 1, 0, 0])
 
@@ -42,23 +42,11 @@ def test_gathered_rows_give_what_the_whole_table_gives(items: ItemEmbedding) -> 
     assert torch.equal(torch.zeros_like(items.table).index_copy(0, rows, leaf.grad), items.table.grad)
 
 
-class LargestResult(TorchDispatchMode):
-    """Numbers in the largest tensor that an operation makes."""
-
-    size = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        made = func(*args, **(kwargs or {}))
-        if isinstance(made, torch.Tensor) and not func.is_view:
-            self.size = max(self.size, made.numel())
-        return made
-
-
 def test_few_items_are_scored_without_a_pass_over_the_table() -> None:
     items, ids = LocalEmbeddingModule(5000, 8, item_l2_norm=True), torch.tensor([[3, 4999], [17, 3]])
-    with LargestResult() as largest:
+    with LargestTensor() as largest:
         scored = items.get_item_embeddings(ids)
-    assert largest.size == ids.numel() * 8
+    assert largest.numel == ids.numel() * 8
     assert torch.equal(scored, items.all_item_embeddings()[ids - 1])
 
 

@@ -132,8 +132,10 @@ def test_an_auxiliary_loss_that_a_similarity_does_not_make() -> None:
     assert task.eval().loss(loaded(ten_users()), 0).auxiliary == {}
 
 
-@pytest.mark.parametrize("loss", ["CE", "SampledSoftmaxLoss", "gBCE"])
-@pytest.mark.parametrize("module", ["preprocessor.dropout", "encoder.blocks.1", "postprocessor"])
+@pytest.mark.parametrize(
+    ("loss", "module"),
+    [("CE", "preprocessor.dropout"), ("SampledSoftmaxLoss", "encoder.blocks.1"), ("gBCE", "postprocessor")],
+)
 def test_nan_names_the_first_module(
     monkeypatch: pytest.MonkeyPatch, ragged_dataset: SequenceDataset, loss: str, module: str
 ) -> None:

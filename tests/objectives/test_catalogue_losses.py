@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from generative_recommenders.errors import UserError
 from generative_recommenders.objectives.losses.catalogue import (
@@ -20,6 +19,7 @@ from generative_recommenders.ops import dispatch
 from generative_recommenders.ops.products.catalogue import Blocks
 from golden_parity import assert_gradients, assert_near, load_golden
 from losses_by_name import CATALOGUE_LOSSES
+from memory import LargestTensor
 
 FAMILY = {**CATALOGUE_LOSSES, "CE smoothed": lambda **kw: CE(label_smoothing=0.1, **kw)}
 SMALL = 40 * 8 * 37  # bytes: 40 float64 tokens of a catalogue of 37 items
@@ -104,27 +104,14 @@ def test_gradients_are_right(name):
     assert_near((forward - backward) * 1e5, predicted * 1e5, 1e-4)
 
 
-class LargestResult(TorchDispatchMode):
-    """Elements of the largest tensor that any operation returned."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(tensor, torch.Tensor):
-                self.elements = max(self.elements, tensor.numel())
-        return result
-
-
 @pytest.mark.parametrize("tokens", [64, 10], ids=["kept", "computed twice"])
 @pytest.mark.parametrize("name", FAMILY)
 def test_no_tensor_is_larger_than_the_bound(name, tokens):
     hidden, weight, labels, weights = drawn(14, tokens=300, items=9001, dtype=torch.float32)
-    with LargestResult() as largest:
+    with LargestTensor() as largest:
         output = FAMILY[name](memory_bytes=4 * 9001 * tokens)(hidden, weight, labels, weights)
         output.sum.backward()
-    assert 9001 * 5 <= largest.elements <= 9001 * tokens
+    assert 9001 * 5 <= largest.numel <= 9001 * tokens
     assert weight.grad.abs().sum() > 0
 
 

@@ -213,11 +213,14 @@ def test_samples_follow_the_softmax_whatever_the_blocks():
             assert torch.allclose(shares, expected[row], atol=0.02)
 
 
-def test_a_likely_item_of_a_large_catalogue_is_drawn():
-    """All others together have a chance of 1e-11: none of 1e8 draws of noise may win by itself."""
-    weight = torch.zeros(1_000_000, 1)
+def test_a_draw_of_zero_does_not_win_over_a_likely_item():
+    """All others together have a chance of 1e-11, and the noise of a draw of 0, one of 2^24, would be infinite."""
+    rows, weight = torch.tensor([8, 59]), torch.zeros(1_000_000, 1)  # the two of the first 60 that have such a draw
+    draws = CounterDraws(stream_key(0), rows)
+    assert torch.cat([draws.uniform(65536) for _ in range(15)], dim=1).amin(1).tolist() == [0, 0]
     weight[7] = 40.0
-    assert set(sample_from_catalogue(torch.ones(100, 1), weight, counted(100)).tolist()) == {8}
+    drawn = sample_from_catalogue(torch.ones(2, 1), weight, CounterDraws(stream_key(0), rows))
+    assert drawn.tolist() == [8, 8]
 
 
 def test_the_discriminator_reads_events_as_they_were():
