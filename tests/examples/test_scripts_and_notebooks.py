@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
 import os
+import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import matplotlib as mpl
 import pytest
@@ -19,20 +20,17 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 NOTEBOOKS = sorted((EXAMPLES / "notebooks").glob("*.ipynb"))
 
 
-def example(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def main_of(name: str) -> Callable[..., Any]:
+    return runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"]
 
 
 def test_the_quickstart_answers_for_a_new_reader(tmp_path: Path) -> None:
-    answer = example("quickstart").main(tmp_path, epochs=1)
+    main = main_of("quickstart")
+    answer = main(tmp_path, epochs=1)
     assert answer["user_id"].unique().tolist() == ["a new reader"]
     assert answer["rank"].tolist() == [1, 2, 3, 4, 5]
     assert (tmp_path / "run" / "checkpoints").is_dir()
-    again = example("quickstart").main(tmp_path, epochs=1)  # by the run that is there
+    again = main(tmp_path, epochs=1)  # by the run that is there
     assert again.equals(answer)
 
 
@@ -41,7 +39,7 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
     with open(file, "w", newline="") as out:
         rows = [[f"user{u}", f"thing{(u + step) % 12}", 1000 + step] for u in range(40) for step in range(6)]
         csv.writer(out).writerows([["who", "what", "when"], *rows])
-    answer = example("own_csv").main(file, tmp_path / "own", "user=who,item=what,timestamp=when", epochs=1)
+    answer = main_of("own_csv")(file, tmp_path / "own", "user=who,item=what,timestamp=when", epochs=1)
     assert answer["user_id"].nunique() == 5 and answer["item_id"].str.startswith("thing").all()
     seen = {(row[0], row[1]) for row in rows}
     assert not seen & set(zip(answer["user_id"], answer["item_id"]))
