@@ -172,8 +172,9 @@ class SequenceRecommender(torch.nn.Module):
         row without events gets the state 0, or in a masked model that of its mask slot alone. padded: computes whole
         rectangles, as an exporter needs it.
         """
-        features = batch
-        if not isinstance(batch, SequentialFeatures):
+        if isinstance(batch, SequentialFeatures):
+            features = batch
+        else:
             features = SequentialFeatures(batch["lengths"], batch["item_ids"], columns_of(batch))
         inputs = self.objective.query(features, padded).to(self.items.table.device)
         states = self.states(inputs, last=inputs.read is None).float()

@@ -20,23 +20,23 @@ from generative_recommenders.modeling.items import ItemEmbedding, ItemRows
 from generative_recommenders.ops.embedding import sorted_unique
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ShardRows(ItemRows):
     """All rows of this process's shard, in order."""
 
-    shard: RowShard | None = None
+    shard: RowShard
 
     def catalogue(self) -> torch.Tensor:
         """``[v, D]``: row i belongs to item id ``shard.before + i + 1``."""
-        return self.weight[1:] if self.shard is None or self.shard.first == 0 else self.weight
+        return self.weight[1:] if self.shard.first == 0 else self.weight
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RoutedRows(ItemRows):
     """Rows gathered from all shards, and beside them the shard itself, a leaf of its own."""
 
-    route: Route | None = None
-    own: ShardRows | None = None
+    route: Route
+    own: ShardRows
 
 
 class ShardedItemEmbedding(ItemEmbedding):
@@ -64,14 +64,13 @@ class ShardedItemEmbedding(ItemEmbedding):
 
     def step_rows(self, row_ids: torch.Tensor | None) -> ItemRows:
         assert row_ids is not None  # a task with a sharded table always gathers
-        route = self.shard.route(row_ids)
-        learns = self.table.requires_grad
+        route, learns = self.shard.route(row_ids), self.table.requires_grad
         gathered = self.shard.gather(self.table, route).requires_grad_(learns)
         own = ShardRows(self.table.detach().requires_grad_(learns), shard=self.shard)
         return RoutedRows(gathered, row_ids, late=[], route=route, own=own)
 
     def catalogue_rows(self, rows: ItemRows) -> ItemRows:
-        assert isinstance(rows, RoutedRows) and rows.own is not None
+        assert isinstance(rows, RoutedRows)
         return rows.own
 
     def rows(self, item_ids: torch.Tensor) -> ItemRows:
@@ -90,7 +89,7 @@ class ShardedItemEmbedding(ItemEmbedding):
     def gradients(self, rows: ItemRows, world_size: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Of this process's rows, summed over processes: their numbers in the shard (None: all) and gradients
         ``[U, D]``."""
-        assert isinstance(rows, RoutedRows) and rows.route is not None and rows.own is not None
+        assert isinstance(rows, RoutedRows)
         if not rows.weight.requires_grad:
             return None, None
         gathered = rows.gradient()

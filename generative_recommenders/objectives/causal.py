@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -45,16 +46,17 @@ class CausalObjective(LastEventReader, Objective):
         return batch.first_last_target if self.last_only else batch.first_token
 
     def example(self, columns: Mapping[str, torch.Tensor], draws: Draws = None) -> TrainingExample:
-        batch = next_token_batch(columns)
-        return self._example(batch, jagged_layout(batch["past_lengths"], batch["past_ids"].shape[1]))
+        return self._example(columns, jagged_layout)
 
     def device_example(self, columns: Mapping[str, torch.Tensor], num_tokens: int) -> TrainingExample:
-        batch = next_token_batch(columns)
-        width = batch["past_ids"].shape[1]
-        return self._example(batch, device_layout(batch["past_lengths"], width, num_tokens))
+        return self._example(columns, partial(device_layout, num_tokens=num_tokens))
 
-    def _example(self, batch: Mapping[str, torch.Tensor], layout: Layout) -> TrainingExample:
+    def _example(
+        self, columns: Mapping[str, torch.Tensor], layout_of: Callable[[torch.Tensor, int], Layout]
+    ) -> TrainingExample:
+        batch = next_token_batch(columns)
         features = past_features(batch)
+        layout = layout_of(features.past_lengths, features.past_ids.shape[1])
         read = layout.last_tokens[layout.lengths > 0] if self.last_only else None
         ids, ratings = batch["target_ids"], batch.get("target_ratings")
         if self.num_positives > 1:

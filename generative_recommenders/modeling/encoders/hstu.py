@@ -83,7 +83,7 @@ class HstuBlock(torch.nn.Module):
 
     def project(self, x: torch.Tensor, names: str = "uvqk") -> tuple[torch.Tensor, ...]:
         """Eq. 1, or those of U, V, Q and K that are named: ``[T, H, dv]`` and ``[T, H, dqk]``."""
-        weight = self.uvqk
+        weight: torch.Tensor = self.uvqk
         if names != "uvqk":  # no product of what is never read
             parts = dict(zip("uvqk", weight.split([*self.widths.values()], dim=1)))
             weight = torch.cat([parts[name] for name in names], dim=1)
